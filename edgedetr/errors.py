@@ -1,0 +1,64 @@
+"""Errors that a person can act on: each says what happened, what was expected and the next command."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EdgedetrError(Exception):
+    """Base of every expected failure; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(EdgedetrError):
+    """The words of the command were not usable."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe or a `--set` has an unknown key, a wrong type or a value out of range."""
+
+
+class DataError(EdgedetrError):
+    """A data set, annotation or image cannot be used."""
+
+
+class BundleError(EdgedetrError):
+    """A bundle is missing something, or something in it is stale or damaged."""
+
+
+class ModelError(EdgedetrError):
+    """Weights do not fit the model, or a model cannot be built as asked."""
+
+
+class TrainingError(EdgedetrError):
+    """Training cannot go on (NaN loss, unusable checkpoint)."""
+
+
+class ExportError(EdgedetrError):
+    """A graph could not be exported or quantised."""
+
+
+class MissingDependency(EdgedetrError):
+    """An optional package is needed; the message names the extra to install."""
+
+
+class NotWithinTolerance(EdgedetrError):
+    """Verified, and not within the budget."""
+
+    exit_code = 3
+
+
+class PreparedNotFinished(EdgedetrError):
+    """Everything that can be done here was done; the rest runs on the device."""
+
+    exit_code = 4
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'images'?` for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

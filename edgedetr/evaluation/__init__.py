@@ -1,0 +1,1 @@
+"""Measuring: COCO metrics, paired bootstrap, matched-detection parity, the verdict."""

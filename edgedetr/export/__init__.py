@@ -1,0 +1,1 @@
+"""From PyTorch to ONNX, and the reference detections that travel with it."""

@@ -1,0 +1,1 @@
+"""ONNX graphs as text to be checked and as configurations for servers."""

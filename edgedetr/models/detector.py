@@ -1,0 +1,92 @@
+"""The one detector: encode pictures to memory, select queries, decode them to boxes. Start reading here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Memory:
+    """What the picture became: one token per cell, level after level.
+
+    tokens    [B, S, C]
+    position  [B, S, C] or None   added to queries and keys, never to values
+    padding   [B, S] bool or None, True = padding
+    shapes    [(H_l, W_l)] as Python ints, sum of H_l * W_l = S
+    strides   input pixels per cell of each level
+    valid     [B, L, 2] or None   share of each level's width and height that is picture, 0..1 (x, y)
+    """
+
+    tokens: Tensor
+    shapes: list[tuple[int, int]]
+    strides: list[int]
+    position: Tensor | None = None
+    padding: Tensor | None = None
+    valid: Tensor | None = None
+
+    def maps(self) -> list[Tensor]:
+        """The tokens as maps, one [B, C, H_l, W_l] per level."""
+        parts = self.tokens.split([h * w for h, w in self.shapes], dim=1)
+        return [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, self.shapes)]
+
+
+@dataclass
+class Queries:
+    """What the decoder starts from.
+
+    content    [B, N, C]
+    position   [B, N, C] or None   where it is fixed for all layers
+    reference  [B, N, 2|4] or None, cx, cy(, w, h) in 0..1
+    self_mask  [N, N] bool or None, True = this query (row) must not see that one (column)
+    encoder    (logits [B, N, K], boxes [B, N, 4]) of the proposals the queries came from, or None
+    """
+
+    content: Tensor
+    position: Tensor | None = None
+    reference: Tensor | None = None
+    self_mask: Tensor | None = None
+    encoder: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass
+class Outputs:
+    """Predictions of every decoder layer; the last of L is the answer.
+
+    logits   [L, B, N, K*]
+    boxes    [L, B, N, 4]  cx, cy, w, h in 0..1 of the input picture
+    encoder  (logits [B, M, K], boxes [B, M, 4]) of two-stage members, or None
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    encoder: tuple[Tensor, Tensor] | None = None
+
+
+class Detector(nn.Module):
+    """backbone -> neck and encoder -> query selection -> decoder.
+
+    encoder   pictures' feature maps -> Memory        (neck, position encoding and encoder layers)
+    selector  Memory -> Queries
+    decoder   (Queries, Memory) -> Outputs            (layers, box update, heads)
+    """
+
+    def __init__(self, backbone: nn.Module, encoder: nn.Module, selector: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.encoder, self.selector, self.decoder = backbone, encoder, selector, decoder
+
+    def encode(self, images: Tensor, padding: Tensor | None = None) -> Memory:
+        """images [B, 3, H, W], normalised; padding [B, H, W] bool, True = padding."""
+        return self.encoder(self.backbone(images), padding)
+
+    def select(self, memory: Memory) -> Queries:
+        return self.selector(memory)
+
+    def decode(self, queries: Queries, memory: Memory) -> Outputs:
+        return self.decoder(queries, memory)
+
+    def forward(self, images: Tensor, padding: Tensor | None = None) -> Outputs:
+        memory = self.encode(images, padding)
+        return self.decode(self.select(memory), memory)

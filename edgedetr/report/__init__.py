@@ -1,0 +1,1 @@
+"""The report page: reads results, measures nothing."""

@@ -1,0 +1,27 @@
+"""The protocol of a backend: a batch of pictures in, raw model outputs out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class RawOutputs:
+    """logits [B, N, K*] and boxes [B, N, 4] (cx, cy, w, h in 0..1 of the input), float32."""
+
+    logits: np.ndarray
+    boxes: np.ndarray
+
+
+class Runner(Protocol):
+    """A loaded model. `name` is the backend's, e.g. "onnxruntime"; `batch` the only batch size it takes, or None."""
+
+    name: str
+    batch: int | None
+
+    def run(self, images: np.ndarray) -> RawOutputs:
+        """images [B, 3, H, W] float32, RGB, 0..255 -> RawOutputs."""
+        ...

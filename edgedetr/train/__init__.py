@@ -1,0 +1,1 @@
+"""Training: data pipeline, matching, losses, optimiser, checkpoints, the loop."""
