@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from edgedetr.bundle import ClassInfo
+from edgedetr.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,29 @@ class DetectionSet:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which splits serve which purpose; an empty name means "the usual one that is there"."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
+
+    train_split: str = "train"
+    select_split: str = ""          # picks the best epoch while training; usual: val, else the verify split
+    verify_split: str = ""          # the drop is measured here, and nothing is chosen by it; usual: test, else val
+    strict: bool = False            # fail on the first unreadable or degenerate item instead of leaving it out
+
+    def resolve(self, present: Iterable[str]) -> DataConfig:
+        """The same with every empty name filled in from the splits that are present.
+
+        Errors: DataError when a named or needed split is missing.
+        """
+        names = list(present)
+        verify = self.verify_split or next((name for name in ("test", "val") if name in names), "")
+        select = self.select_split or ("val" if "val" in names else verify)
+        for purpose, name in (("train", self.train_split), ("select", select), ("verify", verify)):
+            if name not in names:
+                raise DataError(f"the {purpose} split {name or 'test or val'!r} is not in this set (there: "
+                                f"{', '.join(sorted(names)) or 'none'}); name another with --set data.{purpose}_split=NAME")
+        return replace(self, select_split=select, verify_split=verify)

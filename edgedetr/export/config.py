@@ -1,0 +1,13 @@
+"""Settings of the exported graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Part D fills this in; recipe.py imports this class from here."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}

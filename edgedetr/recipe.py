@@ -1,0 +1,185 @@
+"""A recipe: strict TOML laid over the defaults of each part, and `--set key=value` laid over that.
+
+Defaults live in the dataclass beside what they configure; a recipe says only what differs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from edgedetr.bundle import Bundle, InputContract
+from edgedetr.data.form import DataConfig
+from edgedetr.errors import RecipeError, did_you_mean
+from edgedetr.evaluation.verify import VerifyConfig
+from edgedetr.export.config import ExportConfig
+from edgedetr.models import FAMILY
+from edgedetr.quantization.config import QuantConfig
+from edgedetr.shipped import recipes_directory
+from edgedetr.train.config import AugmentConfig, TrainConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT = "rtdetr-r18"
+
+
+@dataclass(frozen=True)
+class InputSize:
+    """Input of the graph, pixels."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
+
+    height: int = 640           # RT-DETR, section 4.1
+    width: int = 640
+    resize: str = "stretch"     # what RT-DETR trains with; "letterbox" keeps the aspect
+
+    def contract(self) -> InputContract:
+        return InputContract(self.height, self.width, self.resize)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A member of the family and its own configuration."""
+
+    name: str
+    config: Any     # the member's Config dataclass; each member has its own
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a result: model, input, data splits, training, export, quantisation, verification."""
+
+    model: ModelChoice
+    input: InputSize = field(default_factory=InputSize)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+
+    @classmethod
+    def load(cls, source: str | Path = DEFAULT, sets: Iterable[str] = ()) -> Recipe:
+        """Read a recipe by file or by the name of a shipped one, then lay `section.key=value` strings over it.
+
+        Errors: RecipeError that names file, section, key and the nearest known key.
+        """
+        path = find(source)
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: not readable as TOML ({error})") from error
+        return cls.from_dict(raw, where=str(path), sets=sets)
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, sets: Iterable[str] = ()) -> Recipe:
+        """The resolved recipe that a bundle carries."""
+        return cls.load(bundle.require("recipe.toml"), sets)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], *, where: str, sets: Iterable[str] = ()) -> Recipe:
+        """Build from parsed TOML; `where` opens every error message."""
+        sections = {str(name): values for name, values in raw.items()}
+        known = [f.name for f in fields(cls)]
+        for name, values in sections.items():
+            if name not in known:
+                raise RecipeError(f"{where}: unknown section [{name}]{did_you_mean(name, known)}; known: {', '.join(known)}")
+            if not isinstance(values, Mapping):
+                raise RecipeError(f"{where}: {name!r} stands outside any section; expected [section] headers: {', '.join(known)}")
+        sections = {name: dict(values) for name, values in sections.items()}
+        for assignment in sets:
+            section, key, value = _parse_set(assignment, known)
+            sections.setdefault(section, {})[key] = value
+        model = sections.pop("model", {})
+        name = model.pop("name", "rt_detr")
+        if name not in FAMILY:
+            raise RecipeError(f"{where} [model]: unknown model {name!r}{did_you_mean(str(name), FAMILY)}; "
+                              f"known: {', '.join(FAMILY)}")
+        parts: dict[str, Any] = {"model": ModelChoice(name, _build(FAMILY[name].config, model, f"{where} [model]"))}
+        for part in fields(cls):
+            if part.name != "model":
+                kind = part.default_factory
+                parts[part.name] = _build(kind, sections.get(part.name, {}), f"{where} [{part.name}]")
+        recipe = cls(**parts)
+        recipe.input.contract()
+        return recipe
+
+    def to_toml(self) -> str:
+        """The fully resolved recipe; `load` reads it back to an equal Recipe."""
+        lines = []
+        for part in fields(self):
+            value = getattr(self, part.name)
+            values = {"name": value.name, **asdict(value.config)} if part.name == "model" else asdict(value)
+            lines.append(f"[{part.name}]")
+            lines += [f"{key} = {_toml(item)}" for key, item in values.items() if item is not None]
+            lines.append("")
+        return "\n".join(lines)
+
+
+def find(source: str | Path) -> Path:
+    """The file of a recipe given by path or by the name of a shipped one."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = {p.stem: p for p in sorted(recipes_directory().glob("*.toml"))}
+    if str(source) in shipped:
+        return shipped[str(source)]
+    raise RecipeError(f"no recipe {str(source)!r}: neither a file nor a shipped recipe{did_you_mean(str(source), shipped)}; "
+                      f"shipped: {', '.join(shipped)}")
+
+
+def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
+    """One section as its dataclass, strictly typed."""
+    known = [f.name for f in fields(kind) if f.init]
+    for key, value in values.items():
+        if key not in known:
+            raise RecipeError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise RecipeError(f"{where}: {key} is {number}; expected a finite number")
+    try:
+        # Through JSON, whose arrays may become tuples, while a string stays no number ("1e-4" is an error here).
+        return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"{where}: {key} = {first.get('input')!r}: {first['msg']}") from error
+    except TypeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _parse_set(assignment: str, sections: list[str]) -> tuple[str, str, Any]:
+    """`train.lr=2e-4` -> ("train", "lr", 0.0002); a value that is no TOML value is a string."""
+    target, equals, text = assignment.partition("=")
+    section, dot, key = target.strip().partition(".")
+    if not equals or not dot or not key:
+        raise RecipeError(f"--set {assignment!r}: expected section.key=value, for example train.lr=2e-4")
+    if section not in sections:
+        raise RecipeError(f"--set {assignment!r}: unknown section {section!r}{did_you_mean(section, sections)}; "
+                          f"known: {', '.join(sections)}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    return section, key.strip(), value
+
+
+def _toml(value: Any) -> str:
+    """One value as TOML; the recipe is flat, so tables do not occur."""
+    if is_dataclass(value) or isinstance(value, Mapping):
+        raise TypeError(f"a recipe section must be flat, found {type(value).__name__}")
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, float):
+        return repr(value) if any(mark in repr(value) for mark in ".en") else f"{value!r}.0"
+    return json.dumps(value, ensure_ascii=False)    # strings, booleans and whole numbers are spelled alike in JSON and TOML
