@@ -1,0 +1,57 @@
+# `make demo` and `make test` work from a fresh clone; both make .venv first.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A CPU build, where the package index offers one: `make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"`.
+TORCH_ARGS ?=
+
+.PHONY: demo test lint types pytest install browser clean distclean
+
+demo: $(VENV)/.installed
+	$(BIN)/edgedetr demo
+
+test: lint types pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+pytest: $(VENV)/.installed-dev browser
+	$(BIN)/python -m pytest -m "not slow" --durations=15
+
+install: $(VENV)/.installed
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing PyTorch into $(VENV) (the largest download)"
+	$(PIP) $(TORCH_ARGS) torch
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	@echo "installing edgedetr[all] into $(VENV)"
+	$(PIP) -e ".[all]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing edgedetr[dev] into $(VENV)"
+	$(PIP) -e ".[all,dev]"
+	@touch $@
+
+# The report is also tested in a real browser. Without one (and without root on Debian to get one) that test skips.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || command -v chromium-browser >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	     && echo "installing chromium for the browser test" \
+	     && (timeout 120 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 240 \
+	         apt-get -qq install -y --no-install-recommends chromium) >/dev/null 2>&1; } \
+	|| echo "no chromium here: the browser test will skip"
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,32 @@
+"""Where the data files that come with the package lie: recipes and quantisation policies.
+
+In a checkout they are `recipes/` and `calib/policy/` at the top; the wheel carries them inside the package.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgedetr.errors import EdgedetrError
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def recipes() -> Path:
+    """The folder of shipped recipes, *.toml."""
+    return _find("_recipes", "recipes")
+
+
+def policies() -> Path:
+    """The folder of shipped quantisation policies, *.toml."""
+    return _find("_policy", "calib/policy")
+
+
+def _find(installed: str, checkout: str) -> Path:
+    for folder in (_PACKAGE / installed, _PACKAGE.parent / checkout):
+        if folder.is_dir():
+            return folder
+    raise EdgedetrError(
+        f"neither {_PACKAGE / installed} nor {_PACKAGE.parent / checkout} is here: this installation is incomplete; "
+        "run: pip install --force-reinstall edgedetr"
+    )
