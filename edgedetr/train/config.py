@@ -2,19 +2,129 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+from edgedetr.errors import RecipeError
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fields and checks: see part C's brief; recipe.py imports this class from here."""
+    """How a detector is trained; the defaults fine-tune RT-DETR on a set of some thousand pictures."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
+
+    epochs: int = 72                    # RT-DETR, 6x schedule
+    batch: int = 16                     # pictures per step over all devices (RT-DETR: 4 on each of 4)
+    accumulate: int = 1                 # the batch goes through in this many parts, where memory is short
+    lr: float = 1e-4                    # RT-DETR and DETR
+    backbone_lr_factor: float = 0.1     # both; 1.0 where the backbone starts from random weights
+    weight_decay: float = 1e-4          # both; not on norms and biases
+    betas: tuple[float, float] = (0.9, 0.999)   # AdamW
+    clip: float = 0.1                   # gradient norm, both; 0 = no clipping
+    warmup: Literal["linear", "exponential"] = "linear"
+    warmup_steps: int = 2000            # RT-DETR
+    schedule: Literal["constant", "step", "cosine"] = "constant"    # RT-DETR; DETR is "step"
+    step_epochs: tuple[int, ...] = ()   # "step": the rate falls to a tenth at these epochs (DETR: 200 of 300)
+    final_lr_factor: float = 0.01       # "cosine" ends at this share of lr
+    ema_decay: float = 0.9999           # RT-DETR; 0 = no moving average
+    ema_warmup: int = 2000              # steps; decay grows as 1 - exp(-step / ema_warmup) (RT-DETR)
+    eval_every: int = 1                 # epochs between evaluations on the select split; the last is always evaluated
+    patience: int = 0                   # evaluations without a better AP before training stops; 0 = never
+    seed: int = 0
+    precision: Literal["32", "bf16", "16"] = "32"
+    devices: int = 1                    # per machine: GPUs where there are any, else processes on the CPU
+    nodes: int = 1                      # machines; start with torchrun
+    workers: int = 0                    # processes that prepare pictures; 0 is fastest beside CPU training
+    threads: int = 0                    # of torch on the CPU; 0 = torch's own choice
+    cache_mb: int = 2048                # decoded training pictures kept in memory; the rest is decoded each epoch
+    checkpoint_every: int = 500         # steps between checkpoints for --resume; also after every evaluation
+    compile: bool = False               # torch.compile: pays on long runs on a GPU
+    cost_class: float | None = None     # matcher; None: 1 for softmax (DETR), 2 for focal and varifocal (Deformable DETR)
+    cost_l1: float = 5.0                # DETR
+    cost_giou: float = 2.0              # DETR
+    weight_class: float | None = None   # loss; None: 1 for softmax and varifocal, 2 for focal (Deformable DETR)
+    weight_l1: float = 5.0              # DETR
+    weight_giou: float = 2.0            # DETR
+    no_object: float = 0.1              # weight of the no-object class in the softmax loss (DETR, section 3.2)
+    focal_alpha: float = 0.25           # focal loss (Lin et al. 2017); varifocal uses vfl_alpha
+    vfl_alpha: float = 0.75             # varifocal loss (Zhang et al. 2021)
+    gamma: float = 2.0                  # both
+    class_loss: Literal["", "softmax_ce", "focal", "vfl", "mal"] = ""   # "" = the member's own; "mal" is DEIM's
+    denoising: int = 100                # noised queries beside the real ones (RT-DETR); 0 = none
+    label_noise: float = 0.5            # half of this share of their labels is replaced (RT-DETR)
+    box_noise: float = 1.0              # shift of each side, in half box sizes (RT-DETR)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "accumulate", "eval_every", "devices", "nodes", "checkpoint_every"):
+            _at_least(self, "train", name, 1)
+        for name in ("warmup_steps", "patience", "workers", "threads", "cache_mb", "denoising", "clip", "weight_decay",
+                     "backbone_lr_factor", "ema_warmup", "cost_l1", "cost_giou", "weight_l1", "weight_giou", "gamma",
+                     "box_noise", "seed"):
+            _at_least(self, "train", name, 0)
+        for name in ("cost_class", "weight_class"):
+            if getattr(self, name) is not None:
+                _at_least(self, "train", name, 0)
+        for name in ("final_lr_factor", "no_object", "focal_alpha", "vfl_alpha", "label_noise"):
+            _within(self, "train", name, 0, 1)
+        if not 0 < self.lr < 10 or not math.isfinite(self.lr):
+            raise RecipeError(f"train.lr is {self.lr}; expected more than 0, for example 1e-4")
+        if not 0 <= self.ema_decay < 1:
+            raise RecipeError(f"train.ema_decay is {self.ema_decay}; expected 0 (none) up to less than 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise RecipeError(f"train.betas is {self.betas}; expected two numbers from 0 up to less than 1")
+        if self.batch % (self.devices * self.nodes * self.accumulate):
+            raise RecipeError(f"train.batch is {self.batch}, which does not divide into {self.nodes} machines x "
+                              f"{self.devices} devices x {self.accumulate} parts")
+        if self.schedule == "step" and not self.step_epochs:
+            raise RecipeError("train.schedule is 'step' without train.step_epochs; for example --set train.step_epochs=[40]")
+        if list(self.step_epochs) != sorted(set(self.step_epochs)) or any(epoch < 1 for epoch in self.step_epochs):
+            raise RecipeError(f"train.step_epochs is {self.step_epochs}; expected epochs that ascend, each at least 1")
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Fields and checks: see part C's brief; recipe.py imports this class from here."""
+    """How training pictures are varied; the defaults follow RT-DETR, with milder crops."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
+
+    flip_horizontal: float = 0.5        # probability
+    flip_vertical: float = 0.0          # probability; for pictures without an up (microscopes, from above)
+    crop: float = 0.5                   # probability of a random crop that keeps some box by at least an IoU
+    crop_scale: tuple[float, float] = (0.3, 1.0)    # side of the crop, share of the picture's (SSD)
+    crop_aspect: tuple[float, float] = (0.5, 2.0)   # width to height of the crop, relative to the picture's (SSD)
+    min_visible: float = 0.4            # boxes of which less than this share of the area is left are dropped
+    zoom_out: float = 0.3               # probability of placing the picture in a larger grey field
+    zoom_out_scale: float = 2.0         # largest side of that field, in pictures (SSD: 4)
+    scale_jitter: float = 0.1           # the seen window grows or shrinks by up to this share
+    colour: float = 0.8                 # probability of changing the colours
+    brightness: float = 0.2             # largest change, share
+    contrast: float = 0.2
+    saturation: float = 0.3
+    hue: float = 0.03                   # turns of the colour wheel
+    off_for_last: float = 0.1           # share of the epochs, at the end, with flips only (RT-DETR: the last epochs)
+
+    def __post_init__(self) -> None:
+        for name in ("flip_horizontal", "flip_vertical", "crop", "min_visible", "zoom_out", "colour", "off_for_last"):
+            _within(self, "augment", name, 0, 1)
+        for name in ("scale_jitter", "brightness", "contrast", "saturation"):
+            _within(self, "augment", name, 0, 0.95)
+        _within(self, "augment", "hue", 0, 0.5)
+        _within(self, "augment", "zoom_out_scale", 1, 16)
+        for name, low, high in (("crop_scale", 0.05, 1.0), ("crop_aspect", 0.1, 10.0)):
+            value = getattr(self, name)
+            if not low <= value[0] <= value[1] <= high:
+                raise RecipeError(f"augment.{name} is {list(value)}; expected [low, high] within {low} and {high}")
+
+
+def _at_least(config: object, section: str, name: str, least: float) -> None:
+    value = getattr(config, name)
+    if not (math.isfinite(value) and value >= least):
+        raise RecipeError(f"{section}.{name} is {value}; expected at least {least}")
+
+
+def _within(config: object, section: str, name: str, low: float, high: float) -> None:
+    value = getattr(config, name)
+    if not low <= value <= high:
+        raise RecipeError(f"{section}.{name} is {value}; expected {low} to {high}")
