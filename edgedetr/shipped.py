@@ -12,12 +12,12 @@ from edgedetr.errors import EdgedetrError
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def recipes() -> Path:
+def recipes_directory() -> Path:
     """The folder of shipped recipes, *.toml."""
     return _find("_recipes", "recipes")
 
 
-def policies() -> Path:
+def policies_directory() -> Path:
     """The folder of shipped quantisation policies, *.toml."""
     return _find("_policy", "calib/policy")
 
