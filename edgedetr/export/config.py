@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Part D fills this in; recipe.py imports this class from here."""
+    """One float graph per bundle; every dialect is made from it."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
+
+    sampling: Literal["gather", "grid_sample"] = "gather"   # GridSample is miscompiled by TensorRT 10.14 and 11.1
+    opset: Literal[19] = 19         # FP16 Q/DQ need >= 19; TensorRT <= 10.x reads GridSample of opset 20 as "nearest"
+    dynamic_batch: bool = False     # a fixed batch of 1 is what edge runtimes optimise best

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+from edgedetr.errors import RecipeError
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """Part D fills this in; recipe.py imports this class from here."""
+    """How ranges are observed and which part of the graph becomes INT8."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
+
+    images: int = 128               # evenly spaced over the split; published INT8 detectors use 96 to 300
+    observer: Literal["minmax", "percentile", "entropy", "mse"] = "mse"     # of the int8 error itself, per tensor
+    percentile: float = 99.99       # only for observer = "percentile": per cent of the magnitudes inside the range
+    policy: str = "default"         # a shipped policy by name (calib/policy), or a TOML file
+    cpu_weights: Literal["auto", "8bit", "7bit"] = "auto"   # auto: 7 bits where this CPU is x86 without VNNI
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise RecipeError(f"quant.images is {self.images}; expected at least 1 calibration picture")
+        if not 50 <= self.percentile <= 100:
+            raise RecipeError(f"quant.percentile is {self.percentile}; expected a number from 50 to 100")
