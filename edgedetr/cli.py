@@ -1,0 +1,127 @@
+"""The command line: each command is options, one library call and one table."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import click
+
+from edgedetr.commands import make, measure, place, use
+from edgedetr.errors import EdgedetrError, did_you_mean
+
+EXIT_CODES = """
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verified and not within tolerance,
+4 prepared here and to be finished on the device.
+"""
+
+
+class Commands(click.Group):
+    """A group that names the nearest command for an unknown one, and knows aliases."""
+
+    aliases = {"val": "eval"}
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, self.aliases.get(cmd_name, cmd_name))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            known = self.list_commands(ctx)
+            raise click.UsageError(
+                f"no command {args[0]!r}{did_you_mean(args[0], known)}\nCommands: {', '.join(known)}", ctx
+            )
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)      # in the order of the work, not of the alphabet
+
+
+def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            click.echo(f"edgedetr {version('edgedetr')}")
+        except PackageNotFoundError:
+            click.echo("edgedetr (running from a checkout that is not installed)")
+        ctx.exit()
+
+
+@click.group(cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the full traceback of an error, and log messages.")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version.")
+def cli(debug: bool) -> None:
+    """Train DETR-family detectors, export to ONNX, quantise to INT8, and state what it cost with a bound.
+
+    On your own data (COCO, YOLO or VOC layout), in this order:
+
+    \b
+      edgedetr train --data DIR
+      edgedetr export
+      edgedetr export --int8
+      edgedetr verify
+      edgedetr report
+    """
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True
+    )
+    if debug:       # matplotlib and friends have much to say that nobody asked
+        for noisy in ("matplotlib", "PIL", "onnxscript", "torch.onnx"):
+            logging.getLogger(noisy).setLevel(logging.INFO)
+
+
+for command in (*make.COMMANDS, *measure.COMMANDS, *use.COMMANDS, *place.COMMANDS):
+    cli.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit code; an expected error is one message, without a traceback."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; the exit code is returned."""
+    debug = "--debug" in arguments[:1]
+    try:
+        result = cli.main(arguments, prog_name="edgedetr", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("\nstopped; what was finished is on disk, `edgedetr train --resume` goes on with a training", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except EdgedetrError as error:
+        if debug:
+            raise
+        click.echo(f"edgedetr: {error}", err=True)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader (head, less) has gone: nothing to say, and nothing may be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ImportError as error:
+        if debug or not _missing(error):
+            raise
+        click.echo(f"edgedetr: {_missing(error)}", err=True)
+        return 1
+
+
+def _missing(error: ImportError) -> str:
+    """The extra to install for a module that is not there, or an empty string for any other ImportError."""
+    from edgedetr.doctor import EXTRA_OF
+
+    name = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or name not in EXTRA_OF:
+        return ""
+    return f"this command needs {name}, which is not installed; run: pip install 'edgedetr[{EXTRA_OF[name]}]'"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Which bundle a command means: the one that was named, or the newest under runs/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgedetr.bundle import MANIFEST, Bundle
+from edgedetr.errors import UsageError
+
+RUNS = Path("runs")
+
+bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
+json_option = click.option("--json", "as_json_", is_flag=True, help="Print the result as JSON on standard output.")
+data_option = click.option(
+    "--data", type=click.Path(path_type=Path), help="Data directory (COCO, YOLO or VOC); default: the one recorded in the bundle."
+)
+threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads of the inference libraries.")
+
+
+def open_bundle(path: Path | None) -> Bundle:
+    """The bundle at `path`, or the newest one under runs/, which is said on standard error."""
+    if path is not None:
+        return Bundle.open(path)
+    found = sorted(RUNS.glob(f"*/{MANIFEST}"), key=lambda manifest: manifest.stat().st_mtime)
+    if not found:
+        raise UsageError(f"no bundle named, and none under {RUNS.resolve()}; run: edgedetr train --data DIR")
+    click.echo(f"bundle: {found[-1].parent} (the newest under {RUNS}/)", err=True)
+    return Bundle.open(found[-1].parent)

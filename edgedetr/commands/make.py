@@ -1,0 +1,72 @@
+"""Commands that make something: train and export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgedetr.commands.choose import bundle_argument, open_bundle
+from edgedetr.commands.show import progress_bars, say, table
+from edgedetr.errors import UsageError
+
+set_option = click.option(
+    "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one value of the recipe; repeatable."
+)
+
+
+@click.command()
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Data directory: COCO, YOLO or VOC layout.")
+@click.option("--recipe", "recipe_name", help="A shipped recipe by name, or a TOML file.  [default: the edge default]")
+@set_option
+@click.option("--out", type=click.Path(path_type=Path), help="The bundle to write.  [default: runs/DATA.bundle]")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the bundle, also after a crash.")
+@click.option("--strict", is_flag=True, help="Fail on an unreadable image or annotation instead of leaving it out.")
+def train(
+    data: Path, recipe_name: str | None, sets: tuple[str, ...], out: Path | None, resume: bool, strict: bool
+) -> None:
+    """Train a detector on labelled images.
+
+    Writes a bundle: one directory that the other commands add to."""
+    from edgedetr.recipe import DEFAULT, Recipe
+    from edgedetr.train.train import train as run
+
+    if recipe_name is None:
+        say(f"recipe: {DEFAULT} (the default; --recipe chooses another)")
+    recipe = Recipe.load(recipe_name or DEFAULT, sets=sets)
+    out = out or Path("runs") / f"{data.resolve().name}.bundle"
+    if (out / "bundle.json").exists() and not resume:
+        raise UsageError(f"{out} already holds a bundle; go on with it by --resume, or name another by --out DIR.bundle")
+    say(f"bundle: {out}")
+    with progress_bars() as progress:
+        bundle = run(recipe, data, out, resume=resume, strict=strict, progress=progress)
+    say(f"trained: {bundle.path}\nnext: edgedetr export {bundle.path}")
+
+
+@click.command()
+@bundle_argument
+@click.option("--int8", is_flag=True, help="Calibrate, and write the INT8 graphs as well.")
+@click.option(
+    "--calib", type=click.Path(path_type=Path), help="Calibration images.  [default: the train split of the bundle's data]"
+)
+@click.option(
+    "--sampling", type=click.Choice(["gather", "grid_sample"]), help="How deformable attention samples.  [default: the recipe's]"
+)
+def export(bundle: Path | None, int8: bool, calib: Path | None, sampling: str | None) -> None:
+    """Write model.onnx; with --int8, INT8 graphs too."""
+    opened = open_bundle(bundle)
+    if calib is not None and not int8:
+        raise UsageError("--calib is for quantising; add --int8")
+    from edgedetr.export.export import export as run
+
+    with progress_bars() as progress:
+        run(opened, int8=int8, calib=calib, sampling=sampling, progress=progress)
+    made = open_bundle(opened.path).manifest.files
+    table(
+        ["file", "MB", "made by"],
+        [[name, f"{entry.size / 1e6:.2f}", entry.stage] for name, entry in made.items() if name.endswith((".onnx", ".npz", "ranges.json"))],
+    )
+    say(f"next: edgedetr {'verify' if int8 else 'export'} {opened.path}{'' if int8 else ' --int8'}")
+
+
+COMMANDS = (train, export)

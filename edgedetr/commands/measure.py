@@ -1,0 +1,108 @@
+"""Commands that measure and report: verify, eval, bench and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgedetr.commands.choose import bundle_argument, data_option, json_option, open_bundle, threads_option
+from edgedetr.commands.show import as_json, progress_bars, say, table
+from edgedetr.errors import NotWithinTolerance
+
+
+@click.command()
+@bundle_argument
+@data_option
+@click.option("--max-drop", type=click.FloatRange(0), metavar="AP", help="Largest accepted AP drop, points.  [default: the bundle's]")
+@click.option("--live", is_flag=True, help="Run the PyTorch model again instead of reading its recorded detections.")
+@threads_option
+@json_option
+def verify(
+    bundle: Path | None, data: Path | None, max_drop: float | None, live: bool, threads: int | None, as_json_: bool
+) -> int:
+    """Bound what each stage loses against PyTorch.
+
+    Exit 3 when a delivered stage is not shown to be within the budget."""
+    opened = open_bundle(bundle)
+    from edgedetr.evaluation.verify import verify as run
+
+    with progress_bars() as progress:
+        verdict = run(opened, data=data, max_drop=max_drop, live=live, threads=threads, progress=progress)
+    result = verdict.to_json()
+    show_verdict(result)
+    if as_json_:
+        as_json(result)
+    return 0 if result["passed"] else NotWithinTolerance.exit_code
+
+
+def show_verdict(result: dict) -> None:  # type: ignore[type-arg]  # the JSON form of a Verdict
+    """The closing table of verify and demo, and one line that says what it means."""
+    from edgedetr.report.tables import stage_rows, verdict_sentence
+
+    head, rows = stage_rows(result)
+    table(head, rows)
+    say(click.style(verdict_sentence(result), fg="green" if result["passed"] else "red"))
+
+
+@click.command("eval")
+@bundle_argument
+@data_option
+@click.option("--split", help="The split to evaluate.  [default: the bundle's verify split]")
+@click.option("--stage", default="onnx", show_default=True, help="torch, onnx, int8 or int8-cpu.")
+@click.option("--backend", type=click.Choice(["onnxruntime", "openvino"]), help="Inference library.  [default: the stage's own]")
+@threads_option
+@json_option
+def evaluate(
+    bundle: Path | None, data: Path | None, split: str | None, stage: str, backend: str | None, threads: int | None, as_json_: bool
+) -> None:
+    """Measure one stage on labelled images; alias: val."""
+    opened = open_bundle(bundle)
+    from edgedetr.evaluation.verify import evaluate_stage
+
+    with progress_bars() as progress:
+        metrics = evaluate_stage(opened, stage=stage, backend=backend, data=data, split=split, threads=threads, progress=progress)
+    rows = [["AP", metrics.ap], ["AP50", metrics.ap50], ["AP75", metrics.ap75], ["AP small", metrics.ap_small],
+            ["AP medium", metrics.ap_medium], ["AP large", metrics.ap_large]]
+    rows += [[f"AP {name}", value] for name, value in metrics.per_class.items()]
+    table(["metric", "points"], [[name, None if value is None else f"{value:.2f}"] for name, value in rows])
+    if as_json_:
+        as_json(metrics.to_json())
+
+
+@click.command()
+@bundle_argument
+@click.option("--rounds", type=click.IntRange(1), default=50, show_default=True, help="Timed runs of each stage, interleaved.")
+@threads_option
+@json_option
+def bench(bundle: Path | None, rounds: int, threads: int | None, as_json_: bool) -> None:
+    """Time every stage side by side in one process."""
+    opened = open_bundle(bundle)
+    from edgedetr.evaluation.verify import bench as run
+
+    with progress_bars() as progress:
+        timings = run(opened, rounds=rounds, threads=threads, progress=progress)
+    table(["stage", "backend", "p50 ms", "p99 ms"],
+          [[t["name"], t["backend"], f"{t['p50_ms']:.2f}", f"{t['p99_ms']:.2f}"] for t in timings])
+    if as_json_:
+        as_json(timings)
+
+
+@click.command()
+@bundle_argument
+@data_option
+@click.option("--open", "open_it", is_flag=True, help="Open the page in the browser.")
+def report(bundle: Path | None, data: Path | None, open_it: bool) -> None:
+    """Write one HTML page about the bundle.
+
+    It measures nothing: run `edgedetr verify` first."""
+    opened = open_bundle(bundle)
+    from edgedetr.report.report import write_report
+
+    page = write_report(opened, data=data)
+    say(f"report: {page}")
+    if open_it:
+        click.launch(str(page))
+
+
+COMMANDS = (verify, evaluate, bench, report)

@@ -1,0 +1,90 @@
+"""Commands about this place: the data, the demonstration, the machine and the family of models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgedetr.commands.choose import json_option
+from edgedetr.commands.show import as_json, progress_bars, say, table
+from edgedetr.errors import NotWithinTolerance
+
+
+@click.group()
+def data() -> None:
+    """Look at a data set."""
+
+
+@data.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--strict", is_flag=True, help="Exit 1 when anything had to be left out.")
+@json_option
+def check(directory: Path, strict: bool, as_json_: bool) -> int:
+    """Print splits, classes, box sizes and everything odd in a data set."""
+    from edgedetr.data.check import check as run
+
+    found = run(directory)
+    for line in found.lines():
+        say(line)
+    if as_json_:
+        as_json(found.to_json())
+    return 1 if strict and found.fatal else 0
+
+
+@click.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/demo.bundle"), show_default=True, help="The bundle to write."
+)
+@click.option("--fresh", is_flag=True, help="Start again even if this bundle was finished before.")
+@json_option
+def demo(out: Path, fresh: bool, as_json_: bool) -> int:
+    """The whole way on a rendered set, in minutes.
+
+    Renders, trains, exports, quantises, verifies and reports; everything lands in one bundle."""
+    from edgedetr.commands.measure import show_verdict
+    from edgedetr.demo import run
+
+    with progress_bars() as progress:
+        outcome = run(out, fresh=fresh, progress=progress, say=say)
+    table(["step", "seconds"], [[step, f"{seconds:.0f}"] for step, seconds in outcome.seconds.items()])
+    show_verdict(outcome.verdict)
+    say("The pictures of this demonstration are synthetic (rendered shapes); the figures say nothing about photographs.")
+    say(f"bundle: {out}\nreport: {outcome.report}")
+    if as_json_:
+        as_json({"seconds": outcome.seconds, "report": str(outcome.report), "verdict": outcome.verdict})
+    return 0 if outcome.verdict["passed"] else NotWithinTolerance.exit_code
+
+
+@click.command()
+@json_option
+def doctor(as_json_: bool) -> None:
+    """Say what this machine has and what is missing."""
+    from edgedetr.doctor import examine
+
+    found = examine()
+    table(["", ""], found.machine_rows())
+    table(["package", "version", "needed for", "state"], found.package_rows())
+    for advice in found.advice():
+        say(advice)
+    if as_json_:
+        as_json(found.to_json())
+
+
+@click.command()
+@json_option
+def models(as_json_: bool) -> None:
+    """List the family: papers, sizes, queries."""
+    from edgedetr.models import FAMILY
+    from edgedetr.catalogue import describe
+
+    members = [describe(name) for name in FAMILY]
+    table(
+        ["name", "M parameters", "queries", "activation", "paper"],
+        [[m["name"], f"{m['parameters'] / 1e6:.1f}", m["queries"], m["activation"], m["paper"]] for m in members],
+    )
+    if as_json_:
+        as_json(members)
+
+
+COMMANDS = (data, demo, doctor, models)

@@ -1,0 +1,61 @@
+"""Commands that use a bundle or look into it: predict and inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgedetr.commands.choose import bundle_argument, json_option, open_bundle, threads_option
+from edgedetr.commands.show import as_json, say, table
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for pictures with the boxes drawn in.")
+@click.option("--conf", default=0.25, show_default=True, type=click.FloatRange(0, 1), help="Least confidence.")
+@click.option("--stage", help="onnx, int8 or int8-cpu.  [default: the fastest that is safe on this machine]")
+@click.option("--backend", type=click.Choice(["onnxruntime", "openvino"]), help="Inference library.  [default: the stage's own]")
+@threads_option
+def predict(
+    bundle: Path, sources: tuple[str, ...], out: Path | None, conf: float, stage: str | None, backend: str | None,
+    threads: int | None,
+) -> None:
+    """Detect objects in images, folders, videos.
+
+    One JSON line for each picture on standard output."""
+    from edgedetr.runtime import load
+    from edgedetr.runtime.predict import predict as run
+
+    detector = load(bundle, backend=backend, stage=stage, threads=threads)
+    say(detector.description)
+    for line in run(detector, sources, out=out, confidence=conf):
+        click.echo(line)
+
+
+@click.command()
+@click.argument("target", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE|FILE.onnx]")
+@json_option
+def inspect(target: Path | None, as_json_: bool) -> None:
+    """Say what a bundle or an ONNX file contains.
+
+    Of a bundle: files, sizes, what is stale. Of an ONNX file: inputs, outputs, operators, Q/DQ pairs."""
+    if target is not None and target.suffix == ".onnx":
+        from edgedetr.graph.inspect import inspect_onnx
+
+        found = inspect_onnx(target)
+        table(["property", "value"], found.rows())
+        table(["operator", "count"], sorted(found.operators.items(), key=lambda item: -item[1]))
+    else:
+        from edgedetr.report.contents import inspect_bundle
+
+        contents = inspect_bundle(open_bundle(target))
+        table(["property", "value"], contents.rows())
+        table(["file", "MB", "made by", "state"], contents.file_rows())
+        found = contents
+    if as_json_:
+        as_json(found.to_json())
+
+
+COMMANDS = (predict, inspect)

@@ -1,0 +1,152 @@
+"""What this machine has for edgedetr: Python, CPU, packages; what is missing, and the command that installs it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+# import name -> (package to install, extra that brings it, what it is needed for)
+PACKAGES: dict[str, tuple[str, str, str]] = {
+    "numpy": ("numpy", "runtime", "everything"),
+    "click": ("click", "runtime", "the command line"),
+    "PIL": ("pillow", "runtime", "reading images"),
+    "onnxruntime": ("onnxruntime", "runtime", "running ONNX; calibrating"),
+    "openvino": ("openvino", "openvino", "running INT8 fast on Intel CPUs"),
+    "cv2": ("opencv-python-headless", "video", "video files; faster resizing"),
+    "pycocotools": ("pycocotools", "verify", "average precision"),
+    "torch": ("torch", "train", "training; export"),
+    "scipy": ("scipy", "train", "matching of queries to objects"),
+    "pydantic": ("pydantic", "train", "recipes"),
+    "safetensors": ("safetensors", "train", "weights"),
+    "huggingface_hub": ("huggingface-hub", "train", "pretrained backbones"),
+    "lightning_fabric": ("lightning-fabric", "train", "several devices; bf16"),
+    "rich": ("rich", "train", "progress bars"),
+    "tensorboard": ("tensorboard", "train", "training curves"),
+    "onnx": ("onnx", "export", "export"),
+    "onnxscript": ("onnxscript", "export", "export"),
+    "onnxslim": ("onnxslim", "export", "export"),
+    "matplotlib": ("matplotlib", "report", "the report's figures"),
+    "jinja2": ("jinja2", "report", "the report"),
+    "tensorrt": ("tensorrt", "trt", "TensorRT engines (JetPack brings it)"),
+}
+EXTRA_OF = {name: extra for name, (_, extra, _) in PACKAGES.items()}
+OPTIONAL = ("cv2", "openvino", "tensorrt", "tensorboard")
+
+
+@dataclass(frozen=True)
+class Package:
+    """One package that some command needs; `version` None where it is not installed."""
+
+    name: str
+    extra: str
+    purpose: str
+    version: str | None
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found. `instructions` are the CPU's that decide how fast INT8 is, e.g. avx512_vnni."""
+
+    edgedetr: str
+    python: str
+    system: str
+    cpu: str
+    cores: int
+    instructions: tuple[str, ...]
+    gpu: str
+    packages: tuple[Package, ...]
+
+    @property
+    def has_vnni(self) -> bool:
+        """Whether the CPU multiplies int8 without saturating pairs (x86), which full-range INT8 needs."""
+        return any("vnni" in name for name in self.instructions)
+
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(self), "has_vnni": self.has_vnni}
+
+    def machine_rows(self) -> list[list[object]]:
+        return [
+            ["edgedetr", self.edgedetr],
+            ["python", self.python],
+            ["system", self.system],
+            ["cpu", f"{self.cpu}, {self.cores} cores usable"],
+            ["int8 instructions", ", ".join(self.instructions) or "none known"],
+            ["gpu", self.gpu],
+        ]
+
+    def package_rows(self) -> list[list[object]]:
+        return [[p.name, p.version, p.purpose, "ok" if p.version else f"missing: edgedetr[{p.extra}]"] for p in self.packages]
+
+    def advice(self) -> list[str]:
+        """What to do next, one sentence each."""
+        missing = [p for p in self.packages if p.version is None and _import_name(p.name) not in OPTIONAL]
+        lines = []
+        if missing:
+            extras = ",".join(dict.fromkeys(p.extra for p in missing))
+            lines.append(f"missing: {', '.join(p.name for p in missing)}; run: pip install 'edgedetr[{extras}]'")
+        else:
+            lines.append("everything that training, export, verifying and reporting need is here")
+        if platform.machine() in ("x86_64", "AMD64") and not self.has_vnni:
+            lines.append("this CPU has no VNNI: INT8 on it is slower than it could be, and full-range weights can saturate")
+        return lines
+
+
+def examine() -> Examination:
+    """Look at this machine; imports nothing heavy."""
+    packages = tuple(
+        Package(package, extra, purpose, _version(package)) for package, extra, purpose in PACKAGES.values()
+    )
+    return Examination(
+        edgedetr=_version("edgedetr") or "checkout, not installed",
+        python=f"{platform.python_version()} at {sys.executable}",
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cpu=_cpu_line("model name") or platform.processor() or platform.machine(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        instructions=_instructions(),
+        gpu=_gpu(),
+        packages=packages,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _import_name(package: str) -> str:
+    return next(name for name, (known, _, _) in PACKAGES.items() if known == package)
+
+
+def _cpu_line(key: str) -> str:
+    """The first value of `key` in /proc/cpuinfo, or an empty string where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _instructions() -> tuple[str, ...]:
+    # asimddp and i8mm are ARM's int8 dot products; the others are Intel's and AMD's.
+    wanted = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+    flags = set((_cpu_line("flags") or _cpu_line("Features")).split())
+    return tuple(name for name in wanted if name in flags)
+
+
+def _gpu() -> str:
+    for place, what in (
+        (Path("/etc/nv_tegra_release"), "NVIDIA Jetson"), (Path("/proc/driver/nvidia/version"), "NVIDIA driver")
+    ):
+        if place.is_file():
+            return f"{what}: {place.read_text(encoding='utf-8', errors='replace').splitlines()[0].strip()}"
+    return "none found"

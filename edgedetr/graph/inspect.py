@@ -1,0 +1,81 @@
+"""What is in an ONNX file: opset, inputs and outputs, operators, and how much of it is quantised."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+
+from edgedetr.errors import ExportError
+
+QUANTISABLE = ("Conv", "MatMul", "Gemm")
+
+
+@dataclass(frozen=True)
+class GraphContents:
+    """One ONNX file. `quantised` counts the multiplying nodes whose data input and weight both come through Q/DQ."""
+
+    path: str
+    size: int
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    operators: dict[str, int]
+    quantised: int
+    quantisable: int
+    metadata: dict[str, str]
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    def rows(self) -> list[list[object]]:
+        pairs = [self.operators.get(name, 0) for name in ("QuantizeLinear", "DequantizeLinear")]
+        return [
+            ["file", self.path],
+            ["size", f"{self.size / 1e6:.2f} MB"],
+            ["opset", self.opset],
+            *[["input", text] for text in self.inputs],
+            *[["output", text] for text in self.outputs],
+            ["nodes", sum(self.operators.values())],
+            ["Q / DQ", f"{pairs[0]} / {pairs[1]}"],
+            ["quantised Conv, MatMul, Gemm", f"{self.quantised} of {self.quantisable}"],
+            *[[f"metadata {key}", value if len(value) < 80 else value[:77] + "..."] for key, value in self.metadata.items()],
+        ]
+
+
+def inspect_onnx(path: Path) -> GraphContents:
+    """Read an ONNX file; ExportError when it is none."""
+    if not path.is_file():
+        raise ExportError(f"{path}: no such file; expected an ONNX file, for example runs/NAME.bundle/model.onnx")
+    try:
+        model = onnx.load(str(path))
+    except Exception as error:  # noqa: BLE001  # protobuf raises types of its own, which differ between its versions
+        raise ExportError(f"{path}: not readable as ONNX ({error}); write it again: edgedetr export") from error
+    if not model.graph.node or not model.opset_import:
+        raise ExportError(f"{path}: not an ONNX model (no graph in it); write it again: edgedetr export")
+    graph = model.graph
+    producer = {output: node.op_type for node in graph.node for output in node.output}
+    weighty = [node for node in graph.node if node.op_type in QUANTISABLE]
+    both = [node for node in weighty if all(producer.get(name) == "DequantizeLinear" for name in node.input[:2])]
+    return GraphContents(
+        path=str(path), size=path.stat().st_size,
+        opset=next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0),
+        inputs=tuple(_signature(graph.input)), outputs=tuple(_signature(graph.output)),
+        operators=dict(Counter(node.op_type for node in graph.node)),
+        quantised=len(both), quantisable=len(weighty),
+        metadata={entry.key: entry.value for entry in model.metadata_props},
+    )
+
+
+def _signature(values: Iterable[onnx.ValueInfoProto]) -> list[str]:
+    """`images float32 [1, 3, 640, 640]` of each input or output."""
+    lines = []
+    for value in values:
+        tensor = value.type.tensor_type
+        shape = ", ".join(dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim)
+        name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        lines.append(f"{value.name} {'float32' if name == 'float' else name} [{shape}]")
+    return lines
