@@ -17,11 +17,18 @@ class RawOutputs:
 
 
 class Runner(Protocol):
-    """A loaded model. `name` is the backend's, e.g. "onnxruntime"; `batch` the only batch size it takes, or None."""
+    """A loaded model.
+
+    name            the backend's, e.g. "onnxruntime"
+    batch           the only batch size it takes, or None
+    height, width   of the input, pixels
+    """
 
     name: str
     batch: int | None
+    height: int
+    width: int
 
     def run(self, images: np.ndarray) -> RawOutputs:
-        """images [B, 3, H, W] float32, RGB, 0..255 -> RawOutputs."""
+        """images [B, 3, height, width] float32, RGB, 0..255 -> RawOutputs."""
         ...

@@ -1,0 +1,201 @@
+"""What a model is measured against: ground truth, picture digests and detections in plain numpy files."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgedetr.bundle import ClassInfo, digest
+from edgedetr.data.form import DetectionSet
+from edgedetr.errors import BundleError
+from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import named
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """The annotations of one split: I pictures, T objects.
+
+    classes    index, original category id and name
+    image_ids  [I]     int64, unique
+    names      [I]     str, path of each picture relative to the set's folder
+    digests    [I]     str, sha256 of each file's bytes, or "" where they were not taken
+    sizes      [I, 2]  int64, height and width, upright pixels
+    image      [T]     int64, 0..I-1: the picture of each object
+    boxes      [T, 4]  float64, x0, y0, x1, y1, pixels
+    labels     [T]     int64, class index
+    crowd      [T]     bool
+    areas      [T]     float64, pixels^2
+    """
+
+    classes: tuple[ClassInfo, ...]
+    image_ids: np.ndarray
+    names: np.ndarray
+    digests: np.ndarray
+    sizes: np.ndarray
+    image: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    areas: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: DetectionSet, *, digests: bool = False) -> GroundTruth:
+        """The ground truth of a split; `digests` reads every file once."""
+        samples = dataset.samples
+
+        def column(name: str, width: tuple[int, ...], kind: type) -> np.ndarray:
+            parts = [np.asarray(getattr(s, name)).reshape((-1, *width)) for s in samples]
+            return np.concatenate([np.zeros((0, *width)), *parts]).astype(kind)
+
+        return cls(
+            classes=dataset.classes,
+            image_ids=np.array([s.image_id for s in samples], np.int64),
+            names=np.array([_relative(s.path, dataset.root) for s in samples], dtype=str),
+            digests=np.array([digest(s.path) if digests else "" for s in samples], dtype=str),
+            sizes=np.array([(s.height, s.width) for s in samples], np.int64).reshape(-1, 2),
+            image=np.repeat(np.arange(len(samples), dtype=np.int64), [len(s.labels) for s in samples]),
+            boxes=column("boxes", (4,), np.float64), labels=column("labels", (), np.int64),
+            crowd=column("crowd", (), np.bool_), areas=column("areas", (), np.float64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def list_digest(self) -> str:
+        """One sha256 over the picture digests in their order."""
+        return hashlib.sha256("\n".join(self.digests.tolist()).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """reference.npz: what the PyTorch model detects on the verify split, so that verifying needs no torch."""
+
+    truth: GroundTruth
+    detections: Mapping[int, Detections]    # by image id
+    split: str
+    model: str = ""                         # sha256 of the weights that made it
+
+    @classmethod
+    def of(cls, dataset: DetectionSet, detections: Mapping[int, Detections], *, model: str = "") -> Reference:
+        """With digests of the pictures; every picture must have an entry, be it an empty one."""
+        truth = GroundTruth.of(dataset, digests=True)
+        missing = [int(i) for i in truth.image_ids if int(i) not in detections]
+        if missing:
+            raise BundleError(f"{dataset.root}: no detections for image id {missing[0]} ({len(missing)} of "
+                              f"{len(truth)} missing); expected an entry for every picture of {dataset.name}")
+        return cls(truth, detections, dataset.name, model)
+
+    def save(self, path: str | Path) -> None:
+        """Write plain arrays (no pickles); the same content gives the same bytes."""
+        t = self.truth
+        arrays = {
+            "schema": np.array(SCHEMA), "split": np.array(self.split), "model": np.array(self.model),
+            "class_category_id": np.array([c.category_id for c in t.classes], np.int64),
+            "class_name": np.array([c.name for c in t.classes], dtype=str),
+            "image_id": t.image_ids, "image_name": t.names, "image_sha256": t.digests, "image_size": t.sizes,
+            "truth_image": t.image, "truth_boxes": t.boxes, "truth_labels": t.labels, "truth_crowd": t.crowd,
+            "truth_areas": t.areas, **_columns(self.detections, t.image_ids),
+        }
+        with open(path, "wb") as stream:
+            np.savez_compressed(stream, **arrays)   # type: ignore[arg-type]  # numpy's stub is wrong
+
+    @classmethod
+    def load(cls, path: str | Path) -> Reference:
+        """Read and check; BundleError for a missing, truncated or foreign file."""
+        with _reading(path) as arrays:
+            if int(arrays["schema"]) != SCHEMA:
+                raise ValueError(f"schema {arrays['schema']}, this version reads {SCHEMA}")
+            classes = tuple(ClassInfo(index, int(number), str(name)) for index, (number, name) in
+                            enumerate(zip(arrays["class_category_id"], arrays["class_name"], strict=True)))
+            images, objects = len(arrays["image_id"]), len(arrays["truth_image"])
+            truth = GroundTruth(
+                classes=classes,
+                image_ids=_array(arrays, "image_id", (images,), "i"), names=_array(arrays, "image_name", (images,), "U"),
+                digests=_array(arrays, "image_sha256", (images,), "U"),
+                sizes=_array(arrays, "image_size", (images, 2), "i"),
+                image=_array(arrays, "truth_image", (objects,), "i", below=images),
+                boxes=_array(arrays, "truth_boxes", (objects, 4), "f"),
+                labels=_array(arrays, "truth_labels", (objects,), "i", below=len(classes)),
+                crowd=_array(arrays, "truth_crowd", (objects,), "b"),
+                areas=_array(arrays, "truth_areas", (objects,), "f"),
+            )
+            if len(set(truth.image_ids.tolist())) != images:
+                raise ValueError("image_id is not unique")
+            found = _detections(arrays, truth.image_ids, classes)
+            return cls(truth, found, str(arrays["split"]), str(arrays["model"]))
+
+
+def save_detections(path: str | Path, detections: Mapping[int, Detections]) -> None:
+    """Detections by image id as plain arrays."""
+    ids = np.array(sorted(detections), np.int64)
+    with open(path, "wb") as stream:
+        np.savez_compressed(stream, schema=np.array(SCHEMA), image_id=ids, **_columns(detections, ids))
+
+
+def load_detections(path: str | Path, classes: Sequence[ClassInfo]) -> dict[int, Detections]:
+    """What `save_detections` wrote; BundleError for a missing, truncated or foreign file."""
+    with _reading(path) as arrays:
+        ids = _array(arrays, "image_id", (len(arrays["image_id"]),), "i")
+        return _detections(arrays, ids, classes)
+
+
+def _columns(detections: Mapping[int, Detections], ids: np.ndarray) -> dict[str, np.ndarray]:
+    rows = [detections[int(i)] for i in ids]
+    return {
+        "found_image": np.repeat(np.arange(len(rows), dtype=np.int64), [len(d) for d in rows]),
+        "found_boxes": np.concatenate([np.zeros((0, 4), np.float32), *(d.xyxy for d in rows)]),
+        "found_confidence": np.concatenate([np.zeros(0, np.float32), *(d.confidence for d in rows)]),
+        "found_class": np.concatenate([np.zeros(0, np.int64), *(d.class_id for d in rows)]),
+    }
+
+
+def _detections(arrays: Mapping[str, np.ndarray], ids: np.ndarray,
+                classes: Sequence[ClassInfo]) -> dict[int, Detections]:
+    n = len(arrays["found_image"])
+    image = _array(arrays, "found_image", (n,), "i", below=len(ids))
+    boxes, confidence = _array(arrays, "found_boxes", (n, 4), "f"), _array(arrays, "found_confidence", (n,), "f")
+    class_id = _array(arrays, "found_class", (n,), "i", below=len(classes))
+    if (np.diff(image) < 0).any():
+        raise ValueError("found_image is not in order")
+    ends = np.searchsorted(image, np.arange(len(ids) + 1))
+    return {int(i): named(boxes[a:b], confidence[a:b], class_id[a:b], classes) for i, a, b in zip(ids, ends, ends[1:])}
+
+
+def _array(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], kind: str,
+           below: int | None = None) -> np.ndarray:
+    """The array `name`, checked: shape, kind of number ("i", "f", "b", "U"), finite, and 0 <= values < below."""
+    value = arrays[name]
+    if value.shape != shape or value.dtype.kind != kind:
+        raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, expected kind {kind!r} {list(shape)}")
+    if kind == "f" and not np.isfinite(value).all():
+        raise ValueError(f"{name} has NaN or infinity")
+    if below is not None and value.size and not (0 <= value.min() and value.max() < below):
+        raise ValueError(f"{name} runs from {value.min()} to {value.max()}, expected 0..{below - 1}")
+    return value
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[dict[str, np.ndarray]]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if not hasattr(stored, "files"):
+                raise ValueError("one bare array")
+            yield {name: stored[name] for name in stored.files}
+    except FileNotFoundError as error:
+        raise BundleError(f"{path}: no such file; run: edgedetr export BUNDLE") from error
+    except (ValueError, KeyError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{path}: damaged or of another kind ({error}); expected arrays written by edgedetr; "
+                          f"run: edgedetr export BUNDLE") from error
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name

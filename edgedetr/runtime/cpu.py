@@ -1,0 +1,31 @@
+"""What this processor can do with 8-bit integers."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import lru_cache
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+
+# Flags of instructions that multiply 8-bit integers and add into 32 bits without an intermediate 16-bit overflow.
+DOT_PRODUCTS = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
+
+
+@lru_cache(maxsize=1)
+def int8_dot_product() -> str | None:
+    """Name of the 8-bit dot-product instruction of this CPU, or None.
+
+    Without one, uint8 x int8 kernels on x86 saturate in 16 bits (VPMADDUBSW), and INT8 is neither exact nor fast.
+    """
+    try:
+        words = set(CPUINFO.read_text(encoding="ascii", errors="ignore").split())
+    except OSError:         # no Linux: Apple silicon always has the instruction, elsewhere nothing is known
+        return "asimddp" if platform.machine() == "arm64" else None
+    return next((flag for flag in DOT_PRODUCTS if flag in words), None)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -1,0 +1,132 @@
+"""Load a bundle and detect: `detector = load("cells.bundle"); detector([picture])`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from edgedetr.bundle import Bundle, ClassInfo, InputContract, OutputContract
+from edgedetr.errors import BundleError, DataError, MissingDependency, UsageError, did_you_mean
+from edgedetr.runtime import preprocess
+from edgedetr.runtime.cpu import int8_dot_product
+from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.openvino import OpenVinoRunner
+from edgedetr.runtime.ort import OrtRunner
+from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.runner import RawOutputs, Runner
+
+log = logging.getLogger(__name__)
+
+# Stage -> its file. TensorRT engines are built from the int8 and fp16 files on the device.
+STAGES = {"onnx": "model.onnx", "int8": "model.int8.onnx", "int8-cpu": "model.int8-cpu.onnx"}
+BACKENDS: dict[str, Callable[..., Runner]] = {"onnxruntime": OrtRunner, "openvino": OpenVinoRunner}
+LARGEST_BATCH = 8       # pictures per run where the graph's batch is open: more gains nothing on a CPU
+
+
+class Detector:
+    """Pictures in, detections out.
+
+    stage, backend   what runs, e.g. "int8-cpu", "onnxruntime"
+    description      the same in words, with the reason of the choice
+    class_names      names in the order of class_id
+    """
+
+    def __init__(self, runner: Runner, classes: Sequence[ClassInfo], contract: InputContract, output: OutputContract,
+                 *, stage: str = "onnx", description: str = "") -> None:
+        self.runner, self.classes, self.contract, self.output = runner, tuple(classes), contract, output
+        self.stage, self.backend, self.description = stage, runner.name, description or f"{stage} on {runner.name}"
+        self.class_names = [c.name for c in classes]
+        if (runner.height, runner.width) != (contract.height, contract.width):
+            raise BundleError(f"the graph takes {runner.height} x {runner.width} pixels, bundle.json says "
+                              f"{contract.height} x {contract.width}; run: edgedetr export BUNDLE")
+
+    def __repr__(self) -> str:
+        return f"Detector({self.description}, {len(self.classes)} classes)"
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        """Detections of each picture; images are uint8 RGB [H, W, 3] of any sizes."""
+        if isinstance(images, np.ndarray) and images.ndim == 3:
+            raise UsageError("one picture was given; expected a list of them: detector([picture])")
+        for index, image in enumerate(images):
+            check_image(image, f"images[{index}]")
+        found: list[Detections] = []
+        step = self.runner.batch or LARGEST_BATCH
+        for start in range(0, len(images), step):
+            batch, geometries = preprocess.prepare(list(images[start:start + step]), self.contract)
+            found += decode(self.run_raw(batch), geometries, self.classes, self.output)
+        return found
+
+    def run_raw(self, batch: np.ndarray) -> RawOutputs:
+        """batch [B, 3, height, width] float32 RGB 0..255, as `preprocess.prepare` gives it -> RawOutputs."""
+        expected = (3, self.contract.height, self.contract.width)
+        if batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != expected:
+            raise UsageError(f"batch is {batch.dtype} {list(batch.shape)}; expected float32 [B, 3, "
+                             f"{expected[1]}, {expected[2]}], as runtime.preprocess.prepare gives it")
+        fixed = self.runner.batch
+        if fixed is None or len(batch) == fixed:
+            return self.runner.run(np.ascontiguousarray(batch))
+        parts = [self._run_padded(batch[start:start + fixed], fixed) for start in range(0, len(batch), fixed)]
+        return RawOutputs(np.concatenate([p.logits for p in parts]), np.concatenate([p.boxes for p in parts]))
+
+    def _run_padded(self, batch: np.ndarray, size: int) -> RawOutputs:
+        n = len(batch)
+        if n < size:        # the last picture again: its results are cut off
+            batch = np.concatenate([batch, np.repeat(batch[-1:], size - n, axis=0)])
+        raw = self.runner.run(np.ascontiguousarray(batch))
+        return RawOutputs(raw.logits[:n], raw.boxes[:n])
+
+
+def check_image(image: object, what: str) -> None:
+    """UsageError unless `image` is a uint8 array [H, W, 3] with pixels in it."""
+    if not isinstance(image, np.ndarray):
+        raise UsageError(f"{what} is {type(image).__name__}; expected a uint8 RGB array [H, W, 3] "
+                         f"(edgedetr.data.images.decode reads files)")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise DataError(f"{what} is {image.dtype} {list(image.shape)}; expected uint8 RGB [H, W, 3] "
+                        f"with at least one pixel")
+
+
+def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str | None = None,
+         threads: int | None = None) -> Detector:
+    """Open a bundle and load its best stage for this machine, or the one that is asked for.
+
+    backend   "onnxruntime" or "openvino"
+    stage     "onnx" (float32), "int8" or "int8-cpu"
+    threads   threads of one inference; None = all cores
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    for word, known, what in ((backend, BACKENDS, "backend"), (stage, STAGES, "stage")):
+        if word is not None and word not in known:
+            raise UsageError(f"{what} is {word!r}; expected one of {', '.join(known)}{did_you_mean(word, known)}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; expected at least 1")
+    backend, stage, reason = _choose(bundle, backend, stage)
+    path = bundle.require(STAGES[stage])
+    description = f"{stage} on {backend} ({reason})"
+    log.info("%s: %s", bundle.path, description)
+    manifest = bundle.manifest
+    return Detector(BACKENDS[backend](path, threads=threads), manifest.classes, manifest.input, manifest.output,
+                    stage=stage, description=description)
+
+
+def _choose(bundle: Bundle, backend: str | None, stage: str | None) -> tuple[str, str, str]:
+    """(backend, stage, why)."""
+    if backend is None:
+        backend = next((name for name in BACKENDS if find_spec(name)), None)
+        if backend is None:
+            raise MissingDependency("neither onnxruntime nor openvino is installed; "
+                                    "run: pip install 'edgedetr[runtime]'")
+    if stage is not None:
+        return backend, stage, "as asked"
+    if backend != "onnxruntime":
+        return backend, "onnx", "float32, the default of this backend"
+    instruction = int8_dot_product()
+    if not instruction:
+        return backend, "onnx", "float32: this CPU has no 8-bit dot product, so INT8 would not be faster"
+    if STAGES["int8-cpu"] not in bundle.manifest.files:
+        return backend, "onnx", "float32: no INT8 in this bundle yet"
+    return backend, "int8-cpu", f"INT8: this CPU has {instruction}"

@@ -1,0 +1,71 @@
+"""OpenVINO on the CPU: the fastest INT8 of an x86 machine, to be checked against the oracle before it is trusted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedetr.errors import BundleError, MissingDependency
+from edgedetr.runtime.runner import RawOutputs
+
+
+class OpenVinoRunner:
+    """An ONNX file compiled for the CPU, one picture at a time where the graph leaves the batch open.
+
+    threads          threads of one inference; None = all cores
+    precision_hint   "f32", or "bf16" on CPUs that have it (OpenVINO's own default there, which costs accuracy)
+    """
+
+    name = "openvino"
+
+    def __init__(self, path: str | Path, *, threads: int | None = None, precision_hint: str = "f32") -> None:
+        if not os.path.isfile(path):
+            raise BundleError(f"{path}: no such file; expected an ONNX graph written by edgedetr export")
+        compiled = _compile(str(path), threads, precision_hint)
+        names = [port.get_any_name() for port in compiled.inputs], {n for port in compiled.outputs for n in port.names}
+        if names[0] != ["images"] or not {"logits", "boxes"} <= names[1] or len(compiled.inputs[0].shape) != 4:
+            raise BundleError(f"{path}: inputs {names[0]} and outputs {sorted(names[1])}; expected "
+                              f"images [B, 3, H, W] -> logits, boxes, as edgedetr export writes them")
+        shape = compiled.inputs[0].shape
+        self.batch: int | None = int(shape[0])
+        self.height, self.width = int(shape[2]), int(shape[3])
+        self.request = compiled.create_infer_request()
+
+    def run(self, images: np.ndarray) -> RawOutputs:
+        self.request.infer({"images": images})
+        # The request owns its buffers and writes over them in the next run, hence the copies.
+        logits, boxes = (np.array(self.request.get_tensor(name).data) for name in ("logits", "boxes"))
+        return RawOutputs(logits, boxes)
+
+
+def tensors(model: bytes, images: np.ndarray, names: Sequence[str], *,
+            threads: int | None = None) -> dict[str, np.ndarray]:
+    """Values of named graph outputs of a serialised model, for one batch."""
+    request = _compile(model, threads, "f32", batch=len(images)).create_infer_request()
+    request.infer({"images": images})
+    return {name: np.array(request.get_tensor(name).data) for name in names}
+
+
+def _compile(model: str | bytes, threads: int | None, precision_hint: str, batch: int = 1) -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingDependency("openvino is not installed; run: pip install 'edgedetr[openvino]'") from error
+    settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    core = openvino.Core()
+    try:
+        graph = core.read_model(model)
+        shape = graph.inputs[0].partial_shape
+        if shape.rank.is_static and len(shape) == 4 and shape[0].is_dynamic:
+            graph.reshape({graph.inputs[0].get_any_name(): openvino.PartialShape([batch, *list(shape)[1:]])})
+        return core.compile_model(graph, "CPU", settings)
+    except RuntimeError as error:
+        what = model if isinstance(model, str) else "the graph"
+        raise BundleError(f"{what}: OpenVINO {openvino.__version__} cannot compile it ({str(error).strip()[-300:]}); "
+                          f"use another backend, or write it again with: edgedetr export") from error

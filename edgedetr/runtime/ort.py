@@ -1,0 +1,71 @@
+"""ONNX Runtime on the CPU: the backend that runs everywhere, and without optimisations the arithmetic oracle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedetr.errors import BundleError, MissingDependency
+from edgedetr.runtime.runner import RawOutputs
+
+
+class OrtRunner:
+    """An ONNX file in an ONNX Runtime session.
+
+    threads    threads of one operator; None = all cores
+    optimise   False: every node runs as written, Q/DQ in float arithmetic: what the graph means
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, path: str | Path, *, threads: int | None = None, optimise: bool = True) -> None:
+        self.session = _session(str(path), threads, optimise)
+        _check(path, self.session)
+        shape = self.session.get_inputs()[0].shape
+        self.batch: int | None = shape[0] if isinstance(shape[0], int) else None
+        self.height, self.width = int(shape[2]), int(shape[3])
+
+    def run(self, images: np.ndarray) -> RawOutputs:
+        logits, boxes = self.session.run(["logits", "boxes"], {"images": images})
+        return RawOutputs(logits, boxes)
+
+
+def tensors(model: bytes, images: np.ndarray, names: Sequence[str], *, optimise: bool,
+            threads: int | None = None) -> dict[str, np.ndarray]:
+    """Values of named graph outputs of a serialised model, for one batch."""
+    session = _session(model, threads, optimise)
+    return dict(zip(names, session.run(list(names), {"images": images})))
+
+
+def _session(model: str | bytes, threads: int | None, optimise: bool) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependency("onnxruntime is not installed; run: pip install 'edgedetr[runtime]'") from error
+    if isinstance(model, str) and not os.path.isfile(model):
+        raise BundleError(f"{model}: no such file; expected an ONNX graph written by edgedetr export")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3                  # errors only: warnings about constant folding help nobody here
+    options.intra_op_num_threads = threads or 0     # 0 = one per core
+    options.inter_op_num_threads = 1
+    # Threads that spin on after a run would take the cores from the backend that is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:      # the library's exceptions share no public base class
+        what = model if isinstance(model, str) else "the graph"
+        raise BundleError(f"{what}: ONNX Runtime {onnxruntime.__version__} cannot load it ({error}); "
+                          f"write it again with: edgedetr export") from error
+
+
+def _check(path: str | Path, session: Any) -> None:
+    inputs, outputs = session.get_inputs(), [output.name for output in session.get_outputs()]
+    if [i.name for i in inputs] != ["images"] or not {"logits", "boxes"} <= set(outputs) or len(inputs[0].shape) != 4:
+        raise BundleError(f"{path}: inputs {[i.name for i in inputs]} and outputs {outputs}; "
+                          f"expected images [B, 3, H, W] -> logits, boxes, as edgedetr export writes them")
