@@ -1,1 +1,47 @@
 """The family: every member by name, as a frozen configuration and the function that builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from edgedetr.errors import ModelError, did_you_mean
+from edgedetr.models.detector import Detector
+from edgedetr.models.detr import DetrConfig, detr
+from edgedetr.models.rt_detr import RtDetrConfig, rt_detr
+
+
+@dataclass(frozen=True)
+class Member:
+    """One detector of the family: its configuration, its builder (config, number of classes), its paper."""
+
+    config: type[Any]               # a frozen dataclass; every member has its own
+    build: Callable[..., Detector]
+    paper: str
+
+
+FAMILY = {
+    "detr": Member(DetrConfig, detr, "Carion et al. 2020, arXiv:2005.12872"),
+    "rt_detr": Member(RtDetrConfig, rt_detr, "Zhao et al. 2024, arXiv:2304.08069; Lv et al. 2024, arXiv:2407.17140"),
+}
+
+
+def member(name: str) -> Member:
+    """A member by its name; ModelError that names the known ones otherwise."""
+    if name not in FAMILY:
+        raise ModelError(f"model.name is {name!r}; expected one of {', '.join(FAMILY)}{did_you_mean(name, FAMILY)}")
+    return FAMILY[name]
+
+
+def build(name: str, config: object, num_classes: int) -> Detector:
+    """A detector with random weights; `edgedetr.models.pretrained` fills in published ones.
+
+    config  an instance of `member(name).config`
+    """
+    chosen = member(name)
+    if not isinstance(config, chosen.config):
+        raise ModelError(f"{name} takes a {chosen.config.__name__}; got {type(config).__name__}")
+    if num_classes < 1:
+        raise ModelError(f"{num_classes} classes; expected at least one")
+    return chosen.build(config, num_classes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 
@@ -71,11 +70,14 @@ class Detector(nn.Module):
     encoder   pictures' feature maps -> Memory        (neck, position encoding and encoder layers)
     selector  Memory -> Queries
     decoder   (Queries, Memory) -> Outputs            (layers, box update, heads)
+    normalise pixels 0..255 -> what the backbone takes; called by whoever has pixels (training, DeployGraph)
     """
 
-    def __init__(self, backbone: nn.Module, encoder: nn.Module, selector: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, encoder: nn.Module, selector: nn.Module, decoder: nn.Module,
+                 normalise: nn.Module) -> None:
         super().__init__()
         self.backbone, self.encoder, self.selector, self.decoder = backbone, encoder, selector, decoder
+        self.normalise = normalise
 
     def encode(self, images: Tensor, padding: Tensor | None = None) -> Memory:
         """images [B, 3, H, W], normalised; padding [B, H, W] bool, True = padding."""
@@ -84,9 +86,10 @@ class Detector(nn.Module):
     def select(self, memory: Memory) -> Queries:
         return self.selector(memory)
 
-    def decode(self, queries: Queries, memory: Memory) -> Outputs:
-        return self.decoder(queries, memory)
+    def decode(self, queries: Queries, memory: Memory, *, last_only: bool = False) -> Outputs:
+        """last_only: predictions of the last layer alone, L = 1."""
+        return self.decoder(queries, memory, last_only=last_only)
 
-    def forward(self, images: Tensor, padding: Tensor | None = None) -> Outputs:
+    def forward(self, images: Tensor, padding: Tensor | None = None, *, last_only: bool = False) -> Outputs:
         memory = self.encode(images, padding)
-        return self.decode(self.select(memory), memory)
+        return self.decode(self.select(memory), memory, last_only=last_only)

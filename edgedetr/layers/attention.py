@@ -1,0 +1,38 @@
+"""Multi-head attention from four plain Linear projections, so that each can be quantised, adapted or loaded alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class MultiHeadAttention(nn.Module):
+    """softmax(q k^T / sqrt(D)) v per head, D = C / M (Vaswani et al. 2017)."""
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{dim} channels cannot be split over {heads} heads; expected a multiple")
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.dropout = nn.Dropout(dropout)
+        for projection in (self.q, self.k, self.v, self.out):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """query [B, N, C], key and value [B, S, C] -> [B, N, C].
+
+        mask  bool, broadcasts to [B, M, N, S]; True = this query must not see that key
+        """
+        q = self._split(self.q(query)) * self.scale                 # [B, M, N, D]
+        k, v = self._split(self.k(key)), self._split(self.v(value))  # [B, M, S, D]
+        scores = q @ k.transpose(-1, -2)                            # [B, M, N, S]
+        if mask is not None:
+            # The lowest finite number, not -inf: a row that is masked everywhere stays finite.
+            scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)
+        weights = self.dropout(scores.softmax(-1))
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -1,0 +1,58 @@
+"""Convolution with its normalisation and activation, and the RepVGG block; both fuse to one convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgedetr.layers.norm import fold_batch_norm
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True), "silu": lambda: nn.SiLU(inplace=True), "gelu": nn.GELU, "none": nn.Identity,
+}
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias -> normalisation -> activation; "same" padding."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, dilation: int = 1,
+        activation: str = "none", norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
+        self.norm = norm(outputs)
+        self.activation = ACTIVATIONS[activation]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C', H/stride, W/stride]."""
+        return self.activation(self.norm(self.conv(x)))
+
+    def fused(self) -> nn.Module:
+        """The same function in evaluation mode, as convolution with bias -> activation."""
+        return nn.Sequential(fold_batch_norm(self.conv, self.norm), self.activation)  # type: ignore[arg-type]
+
+
+class RepVgg(nn.Module):
+    """A 3x3 and a 1x1 branch, summed, then the activation (Ding et al. 2021); one 3x3 convolution when fused."""
+
+    def __init__(self, channels: int, activation: str) -> None:
+        super().__init__()
+        self.wide, self.narrow = ConvNorm(channels, channels, 3), ConvNorm(channels, channels, 1)
+        self.activation = ACTIVATIONS[activation]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> the same shape."""
+        return self.activation(self.wide(x) + self.narrow(x))
+
+    @torch.no_grad()
+    def fused(self) -> nn.Module:
+        """The same function in evaluation mode: the 1x1 kernel is added to the centre of the 3x3 one."""
+        wide = fold_batch_norm(self.wide.conv, self.wide.norm)  # type: ignore[arg-type]
+        narrow = fold_batch_norm(self.narrow.conv, self.narrow.norm)  # type: ignore[arg-type]
+        wide.weight += F.pad(narrow.weight, (1, 1, 1, 1))
+        wide.bias += narrow.bias  # type: ignore[operator]
+        return nn.Sequential(wide, self.activation)

@@ -1,0 +1,68 @@
+"""Batch normalisation that is frozen, and its folding into the convolution before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """BatchNorm2d with fixed statistics and fixed scale: for pretrained backbones and small batches.
+
+    The four tensors are buffers under BatchNorm2d's names, so either kind loads the other's weights.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> the same shape."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
+class Normalise(nn.Module):
+    """Pixels 0..255 to what the backbone was trained on: (x / 255 - mean) / std, per RGB channel."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+        super().__init__()
+        self.shifted = any(mean)
+        scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
+        shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
+        # Not in the state dict: they belong to the configuration, not to the weights.
+        self.register_buffer("scale", scale.float()[:, None, None], persistent=False)
+        self.register_buffer("shift", shift.float()[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W], 0..255 -> normalised, the same shape."""
+        scaled = images * self.scale
+        return scaled + self.shift if self.shifted else scaled
+
+
+@torch.no_grad()
+def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> nn.Conv2d:
+    """One convolution with bias that equals `norm(conv(x))` in evaluation mode."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("a BatchNorm without running statistics cannot be folded")
+    # In float64: the fold is done once, and its rounding would stay in the exported weights.
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    bias = 0.0 if conv.bias is None else conv.bias.double()
+    folded = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
+        conv.dilation, conv.groups, bias=True, device=conv.weight.device, dtype=conv.weight.dtype,  # type: ignore[arg-type]
+    )
+    folded.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+    folded.bias.copy_((bias - norm.running_mean.double()) * scale + norm.bias.double())  # type: ignore[union-attr]
+    return folded.requires_grad_(False)

@@ -1,0 +1,102 @@
+"""Where a cell of a feature map lies, as a vector that attention can add to its queries and keys.
+
+Every class maps `shape` (H, W) and an optional padding mask to [1 or B, H*W, C]; tokens run row by row. Without a
+mask the result depends on the shape alone (`shape_only`), so deployment replaces the module by its output.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class SinePosition(nn.Module):
+    """Interleaved sine and cosine of the cell's place among the unmasked cells, y first (DETR, section A.4)."""
+
+    shape_only = True
+
+    def __init__(self, dim: int, temperature: float = 10000.0, offset: float = 0.0) -> None:
+        """offset  subtracted from the 1-based cell number: 0 for DETR, 0.5 for Deformable DETR"""
+        super().__init__()
+        self.half, self.temperature, self.offset = dim // 2, temperature, offset
+
+    def forward(self, like: Tensor, shape: tuple[int, int], padding: Tensor | None = None) -> Tensor:
+        """like: any tensor with the device and type wanted; padding [B, H, W] bool -> [1 or B, H*W, C]."""
+        seen = torch.ones(1, *shape, device=like.device) if padding is None else (~padding).float()
+        y, x = seen.cumsum(1), seen.cumsum(2)
+        eps = 1e-6                                              # a row or column that is all padding
+        y = (y - self.offset) / (y[:, -1:, :] + eps) * 2 * math.pi
+        x = (x - self.offset) / (x[:, :, -1:] + eps) * 2 * math.pi
+        power = torch.arange(self.half, device=like.device) // 2 * 2 / self.half
+        wave = self.temperature**power                          # [C/2]
+        parts = []
+        for place in (y, x):
+            angle = place[..., None] / wave                     # [B, H, W, C/2]
+            parts.append(torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2))
+        return torch.cat(parts, dim=-1).flatten(1, 2).to(like.dtype)
+
+
+class GridPosition(nn.Module):
+    """[sin y, cos y, sin x, cos x] of the cell's row and column number, each C/4 wide: RT-DETR's encoder."""
+
+    shape_only = True
+
+    def __init__(self, dim: int, temperature: float = 10000.0) -> None:
+        super().__init__()
+        if dim % 4:
+            raise ValueError(f"{dim} channels; a 2-d sine position needs a multiple of 4")
+        self.quarter, self.temperature = dim // 4, temperature
+
+    def forward(self, like: Tensor, shape: tuple[int, int], padding: Tensor | None = None) -> Tensor:
+        """-> [1, H*W, C]; padding does not change it."""
+        wave = self.temperature ** (-torch.arange(self.quarter, device=like.device, dtype=torch.float64) / self.quarter)
+        y = torch.arange(shape[0], device=like.device, dtype=torch.float64).repeat_interleave(shape[1])[:, None] * wave
+        x = torch.arange(shape[1], device=like.device, dtype=torch.float64).repeat(shape[0])[:, None] * wave
+        return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=1)[None].to(like.dtype)
+
+
+class LearnedPosition(nn.Module):
+    """One learned vector per column and per row, concatenated, x first (DETR's `learned`)."""
+
+    shape_only = True
+
+    def __init__(self, dim: int, cells: int = 50) -> None:
+        """cells  largest number of rows or columns; 50 is 1600 px at stride 32"""
+        super().__init__()
+        self.row, self.column = nn.Embedding(cells, dim // 2), nn.Embedding(cells, dim // 2)
+        nn.init.uniform_(self.row.weight)
+        nn.init.uniform_(self.column.weight)
+
+    def forward(self, like: Tensor, shape: tuple[int, int], padding: Tensor | None = None) -> Tensor:
+        """-> [1, H*W, C]; padding does not change it."""
+        height, width = shape
+        x = self.column.weight[:width].repeat(height, 1)
+        y = self.row.weight[:height].repeat_interleave(width, dim=0)
+        return torch.cat([x, y], dim=1)[None]
+
+
+class SequencePosition(nn.Module):
+    """One learned vector per token number (ViT's 1-d position)."""
+
+    shape_only = True
+
+    def __init__(self, dim: int, tokens: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(1, tokens, dim))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, like: Tensor, shape: tuple[int, int], padding: Tensor | None = None) -> Tensor:
+        """-> [1, H*W, C]; padding does not change it."""
+        return self.table[:, : shape[0] * shape[1]]
+
+
+class NoPosition(nn.Module):
+    """Zero: the tokens are a set (for the ablation of DETR, table 3)."""
+
+    shape_only = True
+
+    def forward(self, like: Tensor, shape: tuple[int, int], padding: Tensor | None = None) -> Tensor:
+        """like [B, S, C] -> zeros [1, 1, C]."""
+        return torch.zeros(1, 1, like.shape[-1], device=like.device, dtype=like.dtype)

@@ -1,0 +1,148 @@
+"""The decoder: queries look at each other and at the memory, layer by layer, and every layer predicts boxes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from edgedetr.layers.attention import MultiHeadAttention
+from edgedetr.layers.boxes import inverse_sigmoid
+from edgedetr.layers.deformable import DeformableAttention
+from edgedetr.layers.feedforward import FeedForward, Mlp
+from edgedetr.models.detector import Memory, Outputs, Queries
+
+
+class CrossAttention(Protocol):
+    """How queries read the memory: content [B, N, C] -> [B, N, C]."""
+
+    def __call__(self, queries: Queries, memory: Memory) -> Tensor: ...
+
+
+def placed(content: Tensor, position: Tensor | None) -> Tensor:
+    """Content with its position added, where there is one."""
+    return content if position is None else content + position
+
+
+class DenseCrossAttention(MultiHeadAttention):
+    """Every query against every token."""
+
+    def forward(self, queries: Queries, memory: Memory) -> Tensor:  # type: ignore[override]  # the protocol's arguments
+        mask = None if memory.padding is None else memory.padding[:, None, None]
+        query, key = placed(queries.content, queries.position), placed(memory.tokens, memory.position)
+        return super().forward(query, key, memory.tokens, mask)
+
+
+class DeformableCrossAttention(DeformableAttention):
+    """Every query at a few points around its reference box."""
+
+    def forward(self, queries: Queries, memory: Memory) -> Tensor:  # type: ignore[override]  # the protocol's arguments
+        query = placed(queries.content, queries.position)
+        return super().forward(query, queries.reference, memory.tokens, memory.shapes, memory.padding)
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention, feed-forward; LayerNorm after (post) or before (pre) each."""
+
+    def __init__(self, self_attention: MultiHeadAttention, cross_attention: nn.Module, feedforward: FeedForward,
+                 dim: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
+        super().__init__()
+        self.self_attention, self.cross_attention, self.feedforward = self_attention, cross_attention, feedforward
+        self.self_norm, self.cross_norm, self.feedforward_norm = (nn.LayerNorm(dim) for _ in range(3))
+        self.dropout, self.pre_norm = nn.Dropout(dropout), pre_norm
+
+    def forward(self, queries: Queries, memory: Memory) -> Tensor:
+        """-> the new content [B, N, C]."""
+        content = queries.content
+        inner = self.self_norm(content) if self.pre_norm else content
+        place = placed(inner, queries.position)
+        content = content + self.dropout(self.self_attention(place, place, inner, queries.self_mask))
+        inner = content = content if self.pre_norm else self.self_norm(content)
+        if self.pre_norm:
+            inner = self.cross_norm(content)
+        content = content + self.dropout(self.cross_attention(replace(queries, content=inner), memory))
+        if self.pre_norm:
+            return content + self.feedforward(self.feedforward_norm(content))
+        content = self.cross_norm(content)
+        return self.feedforward_norm(content + self.feedforward(content))
+
+
+class AbsoluteBoxes(nn.Module):
+    """Box and class straight from the features; one pair of heads for all layers (DETR)."""
+
+    iterative = False
+
+    def __init__(self, dim: int, logits: int) -> None:
+        super().__init__()
+        self.score, self.box = nn.Linear(dim, logits), Mlp(dim, dim, 4, 3)
+
+    def classify(self, layer: int, features: Tensor) -> Tensor:
+        """features [B, N, C] -> logits [B, N, K*]."""
+        return self.score(features)
+
+    def delta(self, layer: int, features: Tensor) -> Tensor:
+        """features [B, N, C] -> box logits [B, N, 4]."""
+        return self.box(features)
+
+
+class IterativeBoxes(nn.Module):
+    """Each layer has its own heads and moves the box of the layer before (Deformable DETR, section 4.2)."""
+
+    iterative = True
+
+    def __init__(self, dim: int, logits: int, layers: int) -> None:
+        super().__init__()
+        self.score = nn.ModuleList(nn.Linear(dim, logits) for _ in range(layers))
+        self.box = nn.ModuleList(Mlp(dim, dim, 4, 3) for _ in range(layers))
+
+    def classify(self, layer: int, features: Tensor) -> Tensor:
+        """features [B, N, C] -> logits [B, N, K]."""
+        return self.score[layer](features)
+
+    def delta(self, layer: int, features: Tensor) -> Tensor:
+        """features [B, N, C] -> box logits [B, N, 4], to be added to those of the reference."""
+        return self.box[layer](features)
+
+
+def move(delta: Tensor, reference: Tensor | None) -> Tensor:
+    """Box logits [B, N, 4], from the reference [B, N, 4] in 0..1 where there is one -> boxes [B, N, 4] in 0..1."""
+    return (delta if reference is None else delta + inverse_sigmoid(reference)).sigmoid()
+
+
+class Decoder(nn.Module):
+    """Layers, the box update with its heads, and how a query's position follows from its reference.
+
+    query_position  Mlp(4 -> C) of the reference, anew in every layer; None: the position in Queries stays
+    norm            on every layer's features before the heads (DETR), or None
+    """
+
+    def __init__(self, layers: list[nn.Module], boxes: AbsoluteBoxes | IterativeBoxes,
+                 query_position: nn.Module | None = None, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layers, self.boxes = nn.ModuleList(layers), boxes
+        self.query_position, self.norm = query_position, norm
+
+    def forward(self, queries: Queries, memory: Memory, *, last_only: bool = False) -> Outputs:
+        """Predictions of every layer; with `last_only`, of the last one (L = 1) and nothing that it does not need."""
+        logits, boxes = [], []
+        reference = before = queries.reference
+        for index, layer in enumerate(self.layers):
+            last = index == len(self.layers) - 1
+            position = queries.position if self.query_position is None else self.query_position(reference)
+            queries = replace(queries, position=position, reference=reference)
+            queries = replace(queries, content=layer(queries, memory))
+            features = queries.content if self.norm is None else self.norm(queries.content)
+            if last or not last_only:
+                logits.append(self.boxes.classify(index, features))
+            if self.boxes.iterative or last or not last_only:
+                delta = self.boxes.delta(index, features)
+                # The loss of a layer also reaches the box of the layer before ("look forward twice", DINO section
+                # 3.5); the reference that the next layer samples around is a constant.
+                if last or not last_only:
+                    boxes.append(move(delta, before))
+                if self.boxes.iterative and not last:
+                    before = move(delta, reference)
+                    reference = before.detach()
+        return Outputs(torch.stack(logits), torch.stack(boxes), encoder=queries.encoder)

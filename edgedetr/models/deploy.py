@@ -1,0 +1,113 @@
+"""The graph that is deployed: pixels in, logits and boxes of the last layer out, at one fixed size.
+
+It is the PyTorch reference and what is exported, so there is no deploy mode inside the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgedetr.bundle import Bundle
+from edgedetr.errors import ModelError
+from edgedetr.layers.deformable import DeformableAttention
+from edgedetr.models.detector import Detector
+
+
+class Baked(nn.Module):
+    """What a module that depends on shapes alone gave, as constants."""
+
+    def __init__(self, value: Tensor | tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.single = isinstance(value, Tensor)
+        for index, tensor in enumerate([value] if isinstance(value, Tensor) else value):
+            self.register_buffer(f"value{index}", tensor.detach().clone(), persistent=False)
+
+    def forward(self, *inputs: object) -> Tensor | tuple[Tensor, ...]:
+        return self.value0 if self.single else tuple(self.buffers())  # type: ignore[return-value]
+
+
+class DeployGraph(nn.Module):
+    """A copy of the detector for one input size: normalisation inside, BatchNorm and RepVGG fused, positions constant.
+
+    images  [B, 3, height, width]  RGB, 0..255, float32
+    return  logits [B, N, K*], boxes [B, N, 4] (cx, cy, w, h in 0..1 of the input)
+    """
+
+    def __init__(self, detector: Detector, height: int, width: int, sampling: str = "gather") -> None:
+        """sampling  how deformable attention reads its points: "gather" or "grid_sample", the same numbers"""
+        super().__init__()
+        coarsest = 32
+        if height % coarsest or width % coarsest or min(height, width) <= 0:
+            raise ModelError(f"input is {height} x {width} pixels; expected multiples of {coarsest}")
+        self.height, self.width = height, width
+        self.detector = copy.deepcopy(detector).eval().requires_grad_(False)
+        for module in self.detector.modules():
+            if isinstance(module, DeformableAttention):
+                module.sampling = sampling
+        _replace(self.detector, {name: module.fused() for name, module in _outermost(self.detector, "fused")})
+        _replace(self.detector, self._bake())
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.detector(self.detector.normalise(images), last_only=True)
+        return outputs.logits[0], outputs.boxes[0]
+
+    @torch.no_grad()
+    def _bake(self) -> dict[str, nn.Module]:
+        """Run once, and keep what every module marked `shape_only` gave."""
+        baked: dict[str, nn.Module] = {}
+        hooks = []
+        for name, module in _outermost(self.detector, "shape_only"):
+            def keep(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
+                if name in baked:
+                    raise ModelError(f"{name} is called for more than one shape, so it cannot be made a constant")
+                baked[name] = Baked(output)
+            hooks.append(module.register_forward_hook(keep))
+        device = next(self.detector.parameters()).device
+        self(torch.zeros(1, 3, self.height, self.width, device=device))
+        for hook in hooks:
+            hook.remove()
+        return baked
+
+
+def load_bundle_model(bundle: Bundle) -> tuple[Detector, DeployGraph]:
+    """The trained detector of a bundle (evaluation mode), and its deployed graph at the bundle's input size."""
+    from safetensors.torch import load_file
+
+    from edgedetr.models import build, member
+
+    manifest = bundle.manifest
+    chosen = member(manifest.model)
+    try:
+        # Lists of JSON back to the tuples that they were.
+        config = chosen.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in manifest.config.items()})
+    except TypeError as error:
+        raise ModelError(f"{bundle.path}: bundle.json does not describe a {manifest.model} of this version ({error}); "
+                         "expected the keys of its configuration; train it again with this version") from error
+    detector = build(manifest.model, config, len(manifest.classes))
+    path = bundle.require("weights.safetensors")
+    try:
+        detector.load_state_dict(load_file(path))
+    except Exception as error:  # safetensors raises its own kinds of error without a common base
+        raise ModelError(f"{path}: the weights do not fit the {manifest.model} that bundle.json describes ({error}); "
+                         "run: edgedetr train --data DIR") from error
+    return detector.eval(), DeployGraph(detector, manifest.input.height, manifest.input.width)
+
+
+def _outermost(root: nn.Module, attribute: str, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules that have `attribute`, with their dotted names; not those inside such a module."""
+    for name, module in root.named_children():
+        if hasattr(module, attribute):
+            yield prefix + name, module
+        else:
+            yield from _outermost(module, attribute, f"{prefix}{name}.")
+
+
+def _replace(root: nn.Module, modules: dict[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        setattr(root.get_submodule(parent), child, module)

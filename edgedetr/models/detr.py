@@ -1,0 +1,92 @@
+"""DETR: C5 of a ResNet, a dense transformer, learned queries.
+
+Carion et al. 2020, "End-to-End Object Detection with Transformers".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from edgedetr.errors import ModelError
+from edgedetr.layers.attention import MultiHeadAttention
+from edgedetr.layers.feedforward import FeedForward
+from edgedetr.layers.norm import Normalise
+from edgedetr.layers.position import LearnedPosition, NoPosition, SequencePosition, SinePosition
+from edgedetr.models.backbone import resnet
+from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DenseCrossAttention
+from edgedetr.models.detector import Detector
+from edgedetr.models.encoder import DenseEncoder, EncoderLayer
+from edgedetr.models.queries import LearnedQueries
+
+
+@dataclass(frozen=True)
+class DetrConfig:
+    """DETR-R50 as published (section A.4)."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    activation: ClassVar[str] = "softmax"       # of the class logits; the last one is "no object"
+    class_loss: ClassVar[str] = "softmax_ce"
+
+    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd]
+    backbone_width: float = 1.0                 # share of the channel counts
+    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
+    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
+    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
+    dilate_last: bool = False                   # C5 at stride 16 (DC5): better on small objects, 4x the tokens
+    hidden: int = 256                           # C
+    heads: int = 8                              # 32 channels each
+    ffn: int = 2048                             # 8 C
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    queries: int = 100                          # more than objects in any COCO picture
+    position: Literal["sine", "learned", "sequence", "none"] = "sine"
+    pre_norm: bool = False                      # LayerNorm before each part (Table Transformer) instead of after
+    dropout: float = 0.1
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or self.hidden % 4:
+            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of model.heads, {self.heads}")
+
+
+POSITIONS = {
+    "sine": SinePosition,
+    "learned": LearnedPosition,
+    "sequence": lambda dim: SequencePosition(dim, 2500),        # 1600 x 1600 px at stride 32
+    "none": lambda dim: NoPosition(),
+}
+
+
+def detr(config: DetrConfig, num_classes: int) -> Detector:
+    """The network of the paper's figure 2, with random weights."""
+    c = config
+    backbone = resnet(c.backbone, levels=(5,), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
+                      frozen_stages=c.frozen_stages, dilate_last=c.dilate_last)
+
+    def feedforward() -> FeedForward:
+        return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)
+
+    def encoder_layer() -> nn.Module:
+        return EncoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout), feedforward(), c.hidden, c.dropout,
+                            c.pre_norm)
+
+    def decoder_layer() -> nn.Module:
+        return DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
+                            DenseCrossAttention(c.hidden, c.heads, c.dropout),
+                            feedforward(), c.hidden, c.dropout, c.pre_norm)
+
+    encoder = DenseEncoder(backbone.channels[-1], backbone.strides[-1], c.hidden, POSITIONS[c.position](c.hidden),
+                           [encoder_layer() for _ in range(c.encoder_layers)],
+                           nn.LayerNorm(c.hidden) if c.pre_norm else nn.Identity())
+    decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)], AbsoluteBoxes(c.hidden, num_classes + 1),
+                      norm=nn.LayerNorm(c.hidden))
+    detector = Detector(backbone, encoder, LearnedQueries(c.queries, c.hidden), decoder, Normalise(c.mean, c.std))
+    for part in (encoder.layers, decoder.layers):
+        for parameter in part.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+    return detector

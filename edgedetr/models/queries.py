@@ -1,0 +1,80 @@
+"""Where queries come from: learned vectors (DETR), or the best tokens of the memory (RT-DETR)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from edgedetr.errors import ModelError
+from edgedetr.layers.feedforward import Mlp
+from edgedetr.layers.gather import take_rows
+from edgedetr.models.detector import Memory, Queries
+
+INVALID = 1e4           # logit of an anchor off the map: sigmoid is exactly 1, and it stays finite in a quantised graph
+
+
+class LearnedQueries(nn.Module):
+    """Zero content, learned position: DETR's object queries."""
+
+    def __init__(self, queries: int, dim: int) -> None:
+        super().__init__()
+        self.position = nn.Embedding(queries, dim)
+
+    def forward(self, memory: Memory) -> Queries:
+        position = self.position.weight.expand(memory.tokens.shape[0], -1, -1)
+        return Queries(torch.zeros_like(position), position=position)
+
+
+class Anchors(nn.Module):
+    """One box per cell of every level: its centre, and a side that doubles per level."""
+
+    shape_only = True
+
+    def __init__(self, side: float = 0.05, margin: float = 0.01) -> None:
+        """side  of a finest-level box, share of the picture; margin: numbers closer to 0 or 1 make a box invalid"""
+        super().__init__()
+        self.side, self.margin = side, margin
+
+    def forward(self, like: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """-> anchor logits [1, S, 4] (INVALID where not usable) and validity [1, S, 1], 0 or 1."""
+        boxes = []
+        for level, (height, width) in enumerate(shapes):
+            y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
+            x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
+            size = torch.full((height * width, 2), self.side * 2.0**level, device=like.device, dtype=like.dtype)
+            boxes.append(torch.cat([x.repeat(height)[:, None], y.repeat_interleave(width)[:, None], size], dim=1))
+        anchors = torch.cat(boxes)[None]
+        valid = ((anchors > self.margin) & (anchors < 1 - self.margin)).all(-1, keepdim=True)
+        return torch.where(valid, torch.log(anchors / (1 - anchors)), INVALID), valid.to(like.dtype)
+
+
+class TopKQueries(nn.Module):
+    """A class score for every token; the best N become queries, with their box as reference.
+
+    denoising_class_embed [K + 1, C] is content for noised queries in training (its last row is padding).
+    """
+
+    def __init__(self, dim: int, num_classes: int, queries: int, denoising: bool = True) -> None:
+        super().__init__()
+        self.queries, self.anchors = queries, Anchors()
+        self.project, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
+        self.score, self.box = nn.Linear(dim, num_classes), Mlp(dim, dim, 4, 3)
+        self.denoising_class_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes) if denoising else None
+        nn.init.xavier_uniform_(self.project.weight)
+        if self.denoising_class_embed is not None:
+            nn.init.normal_(self.denoising_class_embed.weight[:-1])
+
+    def forward(self, memory: Memory) -> Queries:
+        """Gradients reach the tokens through `encoder` only: content and reference start the decoder as constants."""
+        count = memory.tokens.shape[1]
+        if count < self.queries:
+            raise ModelError(f"{self.queries} queries asked for, but the picture has {count} cells; "
+                             f"use a larger input or --set model.queries={count}")
+        anchors, valid = self.anchors(memory.tokens, memory.shapes)
+        tokens = self.norm(self.project(memory.tokens * valid))     # [B, S, C]
+        best = self.score(tokens).amax(-1).topk(self.queries, dim=1).indices  # [B, N]
+        # Boxes of the chosen tokens only: the head is per token, so choosing first gives the same numbers.
+        chosen = take_rows(tokens, best)
+        start = take_rows(anchors.expand(tokens.shape[0], -1, -1), best)
+        logits, boxes = self.score(chosen), (self.box(chosen) + start).sigmoid()
+        return Queries(chosen.detach(), reference=boxes.detach(), encoder=(logits, boxes))

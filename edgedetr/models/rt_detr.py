@@ -1,0 +1,106 @@
+"""RT-DETR: ResNet-vd, hybrid encoder, the best tokens as queries, deformable decoder.
+
+Zhao et al. 2024, "DETRs Beat YOLOs on Real-time Object Detection"; version 2: Lv et al. 2024, "RT-DETRv2".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from edgedetr.errors import ModelError
+from edgedetr.layers.attention import MultiHeadAttention
+from edgedetr.layers.feedforward import FeedForward, Mlp
+from edgedetr.layers.norm import Normalise
+from edgedetr.models.backbone import resnet
+from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
+from edgedetr.models.detector import Detector
+from edgedetr.models.encoder import EncoderLayer
+from edgedetr.models.hybrid import HybridEncoder
+from edgedetr.models.queries import TopKQueries
+
+PRIOR = 0.01            # class probability that the heads start from (RetinaNet, section 4.1)
+
+
+@dataclass(frozen=True)
+class RtDetrConfig:
+    """RT-DETR-R18 as published; the nano recipe narrows it."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    class_loss: ClassVar[str] = "vfl"           # IoU-aware: a query's score says how good its box is (section 4.3)
+
+    version: Literal[1, 2] = 2                  # 2 allows `points` to differ per level, and method "discrete"
+    backbone: str = "resnet18vd"                # resnet{18,34,50,101}[vd]
+    backbone_width: float = 1.0                 # 0.5 halves every channel count: for small data and CPUs
+    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
+    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
+    frozen_stages: int = 0                      # 1 = stem, 2 = stem and first stage, ...; R50 and larger use 1
+    hidden: int = 256                           # C, channels of every token
+    heads: int = 8                              # 32 channels each at 256
+    encoder_layers: int = 1                     # attention within C5; more cost time and gave nothing (table 3)
+    encoder_ffn: int = 1024                     # 4 C
+    expansion: float = 0.5                      # width of the fusion blocks; R18 0.5, R34 0.5, R50 and larger 1.0
+    fusion_blocks: int = 3                      # RepVGG blocks in each
+    encoder_activation: Literal["gelu", "relu", "silu"] = "gelu"
+    conv_activation: Literal["silu", "relu"] = "silu"
+    decoder_layers: int = 3                     # R18 3, R34 4, R50 and larger 6
+    decoder_ffn: int = 1024                     # 4 C
+    decoder_activation: Literal["relu", "gelu", "silu"] = "relu"
+    queries: int = 300                          # as many boxes as come out
+    points: tuple[int, ...] = (4, 4, 4)         # samples per head in C3, C4, C5
+    method: Literal["default", "discrete"] = "default"          # bilinear, or the nearest cell
+    sampling: Literal["gather", "grid_sample", "bag"] = "grid_sample"   # in training; export has its own choice
+    dropout: float = 0.0                        # none, as published
+    denoising: bool = True                      # class embedding for noised queries in training
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)          # the published weights take pixels / 255
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if len(self.points) != 3:
+            raise ModelError(f"model.points has {len(self.points)} numbers; expected one for each of C3, C4, C5")
+        if self.version == 1 and (len(set(self.points)) > 1 or self.method != "default"):
+            raise ModelError("model.version 1 samples equally many points per level, bilinearly; use version 2")
+        if self.hidden % self.heads or self.hidden % 4:
+            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of model.heads, {self.heads}")
+
+
+def rt_detr(config: RtDetrConfig, num_classes: int) -> Detector:
+    """The network of the paper's figure 4, with random weights."""
+    c = config
+    backbone = resnet(c.backbone, levels=(3, 4, 5), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
+                      frozen_stages=c.frozen_stages)
+
+    def encoder_layer() -> nn.Module:
+        return EncoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
+                            FeedForward(c.hidden, c.encoder_ffn, c.encoder_activation, c.dropout), c.hidden, c.dropout)
+
+    def decoder_layer() -> nn.Module:
+        return DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
+                            DeformableCrossAttention(c.hidden, c.heads, c.points, c.sampling, c.method),
+                            FeedForward(c.hidden, c.decoder_ffn, c.decoder_activation, c.dropout), c.hidden, c.dropout)
+
+    encoder = HybridEncoder(backbone.channels, backbone.strides, c.hidden,
+                            [encoder_layer() for _ in range(c.encoder_layers)],
+                            c.expansion, c.fusion_blocks, c.conv_activation)
+    selector = TopKQueries(c.hidden, num_classes, c.queries, c.denoising)
+    decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)],
+                      IterativeBoxes(c.hidden, num_classes, c.decoder_layers),
+                      query_position=Mlp(4, 2 * c.hidden, c.hidden, 2))
+    detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
+    reset_heads(detector)
+    return detector
+
+
+def reset_heads(detector: Detector) -> None:
+    """Fresh class and box heads: every class rare, every box unmoved."""
+    selector, heads = detector.selector, detector.decoder.boxes
+    for score in [selector.score, *heads.score]:  # type: ignore[union-attr, misc]
+        nn.init.xavier_uniform_(score.weight)  # type: ignore[union-attr, arg-type]
+        nn.init.constant_(score.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[union-attr, arg-type]
+    for box in [selector.box, *heads.box]:  # type: ignore[union-attr, misc]
+        nn.init.zeros_(box.layers[-1].weight)  # type: ignore[union-attr, index, arg-type]
+        nn.init.zeros_(box.layers[-1].bias)  # type: ignore[union-attr, index, arg-type]
