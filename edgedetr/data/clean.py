@@ -1,0 +1,179 @@
+"""From what a layout says to samples that can be trusted: every odd item is named, every unusable one is left out.
+
+Policy. Left out, with a fatal finding: an image that is missing, unreadable, too large, listed under a used id, or of another
+size than its annotation says; a box that is no four finite numbers, has no area, or lies outside the picture; an object of an
+unknown class. Boxes that stick out are cut to the picture, with a finding. `strict` turns fatal findings into a DataError.
+
+An annotated size that is the file's size before its EXIF rotation is another size too: some tools write such files with boxes
+on the stored picture, others on the upright one, and nothing in the file tells which.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from edgedetr import boxes as box
+from edgedetr.bundle import ClassInfo
+from edgedetr.data import images
+from edgedetr.data.form import DetectionSet, Finding, Sample
+from edgedetr.errors import DataError
+
+log = logging.getLogger(__name__)
+
+STICKS_OUT = 0.5    # pixels beyond the border that are cut without a word: writers round (YOLO has six decimals)
+SHOWN = 5           # findings spelled out in a message
+
+
+@dataclass(frozen=True)
+class RawObject:
+    """One object as the layout gives it. xyxy in pixels, or in 0..1 where the image says `relative`."""
+
+    label: int
+    xyxy: tuple[float, float, float, float]
+    crowd: bool = False
+    area: float | None = None
+
+
+@dataclass
+class RawImage:
+    """One picture as the layout gives it; `size` is the (height, width) it states, if it states one."""
+
+    image_id: int
+    path: Path
+    size: tuple[int, int] | None = None
+    relative: bool = False
+    objects: list[RawObject] = field(default_factory=list)
+
+
+@dataclass
+class RawSplit:
+    """One split as read, before any image file was looked at."""
+
+    classes: tuple[ClassInfo, ...]
+    images: list[RawImage]
+    findings: list[Finding]
+
+
+def numbers(values: object, count: int) -> tuple[float, ...] | None:
+    """`count` finite numbers, or None for anything else (strings, booleans, NaN, another length)."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
+        return None
+    if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
+        return None
+    try:
+        found = tuple(float(value) for value in values)
+    except OverflowError:           # an int of a thousand digits
+        return None
+    return found if all(math.isfinite(value) for value in found) else None
+
+
+def inside(root: Path, name: object) -> Path | None:
+    """root / name, or None where the name is no text, is absolute or climbs out of the folder."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return None
+    parts = Path(name.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or (len(name) > 1 and name[1] == ":"):
+        return None
+    return root / parts
+
+
+def class_infos(names: Iterable[str]) -> tuple[ClassInfo, ...]:
+    """Classes of a layout that has no ids of its own: the index is the id."""
+    return tuple(ClassInfo(index, index, name) for index, name in enumerate(names))
+
+
+def finish(raw: RawSplit, *, name: str, root: Path, strict: bool) -> DetectionSet:
+    """Look at every image file, clean every box; DataError where nothing is left, or where `strict` and something was left out."""
+    findings = list(raw.findings)
+    samples = []
+    taken: set[int] = set()
+    for image in raw.images:
+        if image.image_id in taken:
+            findings.append(Finding("duplicate-image-id", str(image.path), f"image id {image.image_id} is already another image's", True))
+            continue
+        taken.add(image.image_id)
+        sample = _sample(image, findings)
+        if sample is not None:
+            samples.append(sample)
+    fatal = [finding for finding in findings if finding.fatal]
+    if strict and fatal:
+        raise DataError(f"{root} [{name}]: {summary(fatal)}; strict reading accepts none; "
+                        f"run: edgedetr data check {root}\n" + _listed(fatal))
+    if not samples:
+        raise DataError(f"{root} [{name}]: no usable image ({len(raw.images)} listed, {summary(fatal) or 'none left out'}); "
+                        f"expected at least one; run: edgedetr data check {root}\n" + _listed(fatal))
+    if fatal:
+        log.warning("%s [%s]: left out %s; for the list, run: edgedetr data check %s", root, name, summary(fatal), root)
+    return DetectionSet(name, root, tuple(samples), raw.classes, tuple(findings))
+
+
+def summary(findings: Iterable[Finding]) -> str:
+    """`2 degenerate-box, 1 missing-image`, the most frequent first."""
+    counts = Counter(finding.kind for finding in findings)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+
+
+def _listed(findings: list[Finding]) -> str:
+    lines = [f"  {finding.kind}: {finding.where}: {finding.what}" for finding in findings[:SHOWN]]
+    return "\n".join(lines + ([f"  and {len(findings) - SHOWN} more"] if len(findings) > SHOWN else []))
+
+
+def _sample(image: RawImage, findings: list[Finding]) -> Sample | None:
+    where = str(image.path)
+    try:
+        height, width = images.probe(image.path)
+    except images.ImageMissing as error:
+        findings.append(Finding("missing-image", where, str(error), True))
+        return None
+    except images.ImageTooLarge as error:
+        findings.append(Finding("too-large-image", where, str(error), True))
+        return None
+    except (DataError, OSError) as error:
+        findings.append(Finding("unreadable-image", where, str(error), True))
+        return None
+    if image.size is not None and image.size != (height, width):
+        what = f"annotated as {image.size[1]} x {image.size[0]}, the upright file is {width} x {height} (width x height)"
+        if max(abs(image.size[0] - height), abs(image.size[1] - width)) > 1:
+            turned = image.size == (width, height)
+            why = "; before or after its EXIF rotation, the boxes do not say" if turned else "; the boxes belong to another picture size"
+            findings.append(Finding("size-mismatch", where, what + why, True))
+            return None
+        findings.append(Finding("size-mismatch", where, what + "; one pixel, boxes taken as they are"))
+    rows, labels, crowd, areas = [], [], [], []
+    for thing in image.objects:
+        found = _clipped(thing, image.relative, height, width, where, findings)
+        if found is not None:
+            rows.append(found)
+            labels.append(thing.label)
+            crowd.append(thing.crowd)
+            full = float(box.area(found))
+            areas.append(min(thing.area, full) if thing.area is not None else full)
+    return Sample(
+        image.image_id, image.path, height, width,
+        boxes=np.array(rows, dtype=np.float64).reshape(-1, 4), labels=np.array(labels, dtype=np.int64),
+        crowd=np.array(crowd, dtype=bool), areas=np.array(areas, dtype=np.float64),
+    )
+
+
+def _clipped(thing: RawObject, relative: bool, height: int, width: int, where: str, findings: list[Finding]) -> np.ndarray | None:
+    corners = np.array(thing.xyxy, dtype=np.float64)
+    if relative:
+        corners *= [width, height, width, height]
+    shown = [round(float(value), 2) for value in corners]
+    if corners[2] <= corners[0] or corners[3] <= corners[1]:
+        findings.append(Finding("degenerate-box", where, f"box {shown} (x0, y0, x1, y1) has no area", True))
+        return None
+    cut = box.clip(corners, height, width)
+    if cut[2] <= cut[0] or cut[3] <= cut[1]:
+        findings.append(Finding("box-outside", where, f"box {shown} lies outside the {width} x {height} picture", True))
+        return None
+    if np.abs(cut - corners).max() > STICKS_OUT:
+        findings.append(Finding("box-cut", where, f"box {shown} sticks out of the {width} x {height} picture and was cut to it"))
+    return cut
