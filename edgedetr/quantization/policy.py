@@ -1,0 +1,199 @@
+"""The policy: which nodes of a float graph are quantised, and why the others are not.
+
+The rules are data (calib/policy/*.toml); what a kernel cannot take is decided here.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from onnx import ModelProto, NodeProto
+
+from edgedetr.errors import ExportError, did_you_mean
+from edgedetr.quantization.wiring import Wiring, attribute
+from edgedetr.shipped import policies_directory
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# TensorRT is slower, not faster, on integer products with fewer inputs or outputs than this.
+SMALLEST = 16
+_WEIGHTED = ("Conv", "MatMul", "Gemm")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Nodes that stay float: every condition given must hold. See calib/policy/default.toml."""
+
+    reason: str
+    match: tuple[str, ...] = ("*",)
+    unless: tuple[str, ...] = ()
+    ops: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+    def fits(self, node: NodeProto, wiring: Wiring) -> bool:
+        if self.ops and node.op_type not in self.ops:
+            return False
+        if self.reads:
+            maker = wiring.makers.get(node.input[0])
+            if maker is None or maker.op_type not in self.reads:
+                return False
+        return _any(node.name, self.match) and not _any(node.name, self.unless)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`quantise` lists the kinds of node that may become INT8; `rules` names those that stay float."""
+
+    name: str
+    quantise: tuple[str, ...] = _WEIGHTED
+    residuals: bool = True
+    rules: tuple[Rule, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node to quantise: its data input, its weight and the weight's output-channel axis."""
+
+    node: str
+    op: str
+    data: str
+    weight: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Residual:
+    """An Add after a quantised Conv: the tensor of the branch that skips the block, and which input it is."""
+
+    node: str
+    index: int
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes INT8 in one graph, and the reason for every weighted node that does not."""
+
+    layers: tuple[Layer, ...]
+    residuals: tuple[Residual, ...]
+    islands: dict[str, str]
+
+    def tensors(self) -> list[str]:
+        """Activations that are quantised in every dialect, in graph order, each once."""
+        return list(dict.fromkeys([layer.data for layer in self.layers] + [item.tensor for item in self.residuals]))
+
+
+def load(name_or_path: str | Path) -> Policy:
+    """A shipped policy by name, or a TOML file; unknown keys are an error."""
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        folder = policies_directory()
+        path = folder / f"{name_or_path}.toml"
+        if not path.is_file():
+            known = sorted(item.stem for item in folder.glob("*.toml"))
+            raise ExportError(f"no policy named {str(name_or_path)!r}{did_you_mean(str(name_or_path), known)}; "
+                              f"expected one of {', '.join(known)}, or the path of a TOML file")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ExportError(f"{path}: cannot be read as a policy ({error}); expected TOML like calib/policy/default.toml") from error
+    rules = raw.pop("float", [])
+    if not isinstance(rules, list):
+        raise ExportError(f"{path}: `float` is no list; expected [[float]] tables")
+    return Policy(**_checked(raw, Policy, path, {"name": path.stem}),
+                  rules=tuple(Rule(**_checked(rule, Rule, path, {})) for rule in rules))
+
+
+def _checked(raw: dict[str, object], kind: type, path: Path, defaults: dict[str, object]) -> dict:  # type: ignore[type-arg]
+    """Keys and types of one table of a policy file, lists as tuples."""
+    known = {item.name: str(item.type) for item in fields(kind) if item.name != "rules"}
+    values = {**defaults, **raw}
+    for key, value in values.items():
+        if key not in known:
+            raise ExportError(f"{path}: unknown key {key!r}{did_you_mean(key, known)}; expected one of {', '.join(known)}")
+        if known[key].startswith("tuple"):
+            if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+                raise ExportError(f"{path}: {key} is {value!r}; expected a list of strings")
+            values[key] = tuple(value)
+        elif type(value).__name__ != known[key]:
+            raise ExportError(f"{path}: {key} is {value!r}; expected {known[key]}")
+    if kind is Rule and not values.get("reason"):
+        raise ExportError(f"{path}: a [[float]] rule has no reason; expected one sentence for the reader")
+    return values
+
+
+def plan(model: ModelProto, policy: Policy) -> Plan:
+    """Apply a policy to a float graph."""
+    wiring = Wiring(model)
+    layers: list[Layer] = []
+    islands: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type not in _WEIGHTED:
+            continue
+        reason = _refusal(node, wiring, policy)
+        if reason:
+            islands[node.name] = reason
+        else:
+            layers.append(Layer(node.name, node.op_type, node.input[0], node.input[1], _axis(node)))
+    if not layers:
+        raise ExportError(f"policy {policy.name!r} leaves nothing to quantise in this graph; expected at least one of "
+                          f"{', '.join(policy.quantise)}")
+    return Plan(tuple(layers), tuple(_residuals(wiring, layers) if policy.residuals else ()), islands)
+
+
+def _refusal(node: NodeProto, wiring: Wiring, policy: Policy) -> str:
+    """Why a weighted node stays float; empty when it is quantised."""
+    if node.op_type not in policy.quantise:
+        return f"{node.op_type} is not quantised by policy {policy.name!r}"
+    if node.input[1] not in wiring.constants:
+        return "product of two activations: softmax and its neighbours keep float range"
+    shape = list(wiring.constants[node.input[1]].dims)
+    for rule in policy.rules:
+        if rule.fits(node, wiring):
+            return rule.reason
+    if node.input[0] in wiring.constants:
+        return "its data input is a constant"
+    if node.op_type == "Conv" and attribute(node, "group", 1) != 1:
+        return "grouped convolution: no fast INT8 kernel"
+    if node.op_type == "Gemm" and (attribute(node, "transA", 0) or len(node.input) > 2 and node.input[2] not in wiring.constants):
+        return "Gemm with a transposed or added activation"
+    if node.op_type != "Conv" and (len(shape) != 2 or min(shape) < SMALLEST):
+        return f"fewer than {SMALLEST} inputs or outputs: an integer product would be slower"
+    return ""
+
+
+def _axis(node: NodeProto) -> int:
+    """Axis of the output channels in the weight: Conv [O, I, h, w], MatMul [I, O], Gemm [O, I] when transB."""
+    if node.op_type == "MatMul":
+        return 1
+    return 0 if node.op_type == "Conv" or attribute(node, "transB", 0) else 1
+
+
+def _residuals(wiring: Wiring, layers: list[Layer]) -> list[Residual]:
+    """Adds of a quantised Conv's output and another activation: that other one is quantised.
+
+    The Conv's own output is not: TensorRT adds it in the convolution's accumulator. Where both branches end in a
+    quantised Conv, the first input keeps its accumulator.
+    """
+    convs = {layer.node for layer in layers if layer.op == "Conv"}
+    found = []
+    for node in wiring.model.graph.node:
+        if node.op_type != "Add" or any(name in wiring.constants for name in node.input):
+            continue
+        makers = [wiring.makers.get(name) for name in node.input]
+        fused = [maker is not None and maker.name in convs and wiring.only_reader(name) is node
+                 for maker, name in zip(makers, node.input)]
+        if any(fused):
+            index = 1 - fused.index(True)
+            found.append(Residual(node.name, index, node.input[index]))
+    return found
+
+
+def _any(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,141 @@
+"""Write QuantizeLinear / DequantizeLinear pairs into a float graph: per-channel weights, per-tensor activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from edgedetr.errors import ExportError
+from edgedetr.quantization.dialect import SMALLEST_SCALE, Cut, Dialect, Grid, cuts
+from edgedetr.quantization.policy import Layer, Plan
+from edgedetr.quantization.wiring import Wiring
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """values int8, as the float weight; scale [O] float32 along the output-channel axis."""
+
+    values: np.ndarray
+    scale: np.ndarray
+
+
+def quantise_weight(weight: np.ndarray, axis: int, *, bits: int = 8, bias: np.ndarray | None = None,
+                    data_scale: float = 1.0) -> IntegerWeight:
+    """Symmetric, per output channel: every value lies within half a step of its level.
+
+    weight      float32, output channels along `axis`
+    bias        [O] float32 or None; a channel whose weights are tiny gets a step large enough for its bias to fit int32
+    data_scale  step of the layer's input, for that same purpose
+    """
+    limit = 2 ** (bits - 1) - 1
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    largest = np.abs(weight).max(axis=others).astype(np.float64)
+    scale = np.maximum(largest / limit, SMALLEST_SCALE)
+    if bias is not None:
+        scale = np.maximum(scale, np.abs(bias) / (data_scale * 2**30))
+    scale = scale.astype(np.float32)
+    shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+    values = np.clip(np.rint(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
+    return IntegerWeight(values, scale)
+
+
+def insert(model: ModelProto, plan: Plan, amax: dict[str, float], dialect: Dialect) -> ModelProto:
+    """A copy of the float graph with the plan's nodes quantised in one dialect. Names of everything else stay."""
+    missing = [name for name in cuts(model, plan, dialect) if name not in amax]
+    if missing:
+        raise ExportError(f"no range for tensor {missing[0]!r} (and {len(missing) - 1} more); the ranges were observed on "
+                          "another graph or policy; run: edgedetr export BUNDLE --int8")
+    return _Writer(model, plan, amax, dialect).write()
+
+
+class _Writer:
+    """Builds the new node list, one float node after the other."""
+
+    def __init__(self, model: ModelProto, plan: Plan, amax: dict[str, float], dialect: Dialect) -> None:
+        self.source, self.dialect = model, dialect
+        self.wiring = Wiring(model)
+        self.layers = {layer.node: layer for layer in plan.layers}
+        self.cuts = cuts(model, plan, dialect)
+        self.grids = {name: dialect.grid(amax[name], self.wiring.never_negative(name)) for name in self.cuts}
+        self.nodes: list[NodeProto] = []
+        self.initialisers: dict[str, TensorProto] = {}
+
+    def write(self) -> ModelProto:
+        for item in self.source.graph.input:
+            self._pair(item.name)
+        for node in self.source.graph.node:
+            self._node(node)
+        result = ModelProto()
+        result.CopyFrom(self.source)
+        graph = result.graph
+        del graph.node[:], graph.value_info[:], graph.initializer[:]
+        graph.node.extend(self.nodes)
+        used = {name for node in self.nodes for name in node.input}
+        kept = [item for item in self.source.graph.initializer if item.name in used]
+        graph.initializer.extend([*kept, *self.initialisers.values()])
+        return result
+
+    def _node(self, source: NodeProto) -> None:
+        node = NodeProto()
+        node.CopyFrom(source)
+        layer = self.layers.get(source.name)
+        if layer is not None:
+            self._weights(node, layer)
+        for index, name in enumerate(source.input):
+            if self._reads_pair(source.name, index, name):
+                node.input[index] = f"{name}_dequantized"
+        self.nodes.append(node)
+        for name in source.output:
+            self._pair(name)
+
+    def _reads_pair(self, node: str, index: int, tensor: str) -> bool:
+        cut: Cut | None = self.cuts.get(tensor)
+        return cut is not None and (cut.readers is None or (node, index) in cut.readers)
+
+    def _pair(self, tensor: str) -> None:
+        """Q and DQ behind a tensor that has a cut."""
+        if tensor not in self.cuts:
+            return
+        grid: Grid = self.grids[tensor]
+        scale, zero = f"{tensor}_scale", f"{tensor}_zero_point"
+        self._constant(scale, np.asarray(grid.scale))
+        self._constant(zero, np.asarray(grid.zero_point))
+        quantised, restored = f"{tensor}_quantized", f"{tensor}_dequantized"
+        self.nodes.append(helper.make_node("QuantizeLinear", [tensor, scale, zero], [quantised], f"{tensor}_QuantizeLinear"))
+        self.nodes.append(helper.make_node("DequantizeLinear", [quantised, scale, zero], [restored], f"{tensor}_DequantizeLinear"))
+
+    def _weights(self, node: NodeProto, layer: Layer) -> None:
+        """DQ in front of a layer's weight and, in a dialect that has it, of its bias."""
+        data_scale = float(self.grids[layer.data].scale)
+        bias_name = node.input[2] if len(node.input) > 2 and node.input[2] else None
+        bias = self.wiring.constant(bias_name).astype(np.float32) if bias_name else None
+        # The bias limits the step by the coarser of both dialects' input grids, so that both store the same weights.
+        weight = quantise_weight(self.wiring.constant(layer.weight), layer.axis, bits=self.dialect.weight_bits, bias=bias,
+                                 data_scale=data_scale if not self.dialect.unsigned else data_scale / 2)
+        prefix = f"{layer.node}.weight"
+        self._constant(f"{prefix}_quantized", weight.values)
+        self._constant(f"{prefix}_scale", weight.scale)
+        self._constant(f"{prefix}_zero_point", np.zeros(len(weight.scale), dtype=np.int8))
+        self._dequantise(node, 1, prefix, layer.axis)
+        if bias is not None and self.dialect.integer_bias and layer.op == "Conv":
+            step = (weight.scale.astype(np.float64) * data_scale).astype(np.float32)
+            prefix = f"{layer.node}.bias"
+            self._constant(f"{prefix}_quantized", np.rint(bias / step.astype(np.float64)).astype(np.int32))
+            self._constant(f"{prefix}_scale", step)
+            self._constant(f"{prefix}_zero_point", np.zeros(len(step), dtype=np.int32))
+            self._dequantise(node, 2, prefix, 0)
+
+    def _dequantise(self, node: NodeProto, index: int, prefix: str, axis: int) -> None:
+        names = [f"{prefix}_quantized", f"{prefix}_scale", f"{prefix}_zero_point"]
+        self.nodes.append(helper.make_node("DequantizeLinear", names, [f"{prefix}_dequantized"], f"{prefix}_DequantizeLinear", axis=axis))
+        node.input[index] = f"{prefix}_dequantized"
+
+    def _constant(self, name: str, values: np.ndarray) -> None:
+        self.initialisers[name] = numpy_helper.from_array(np.ascontiguousarray(values).reshape(np.shape(values)), name)
+
+
+def with_weight_bits(dialect: Dialect, bits: int) -> Dialect:
+    """The same dialect with narrower weights."""
+    return replace(dialect, weight_bits=bits)
