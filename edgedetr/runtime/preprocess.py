@@ -1,14 +1,15 @@
 """The one resize: how a picture becomes the input of a model, and how boxes go back.
 
-Evaluation, calibration, verification and the device all call this file; `edgedetr.layers.resize` is its twin in torch and
-ONNX. The definition, for each axis by itself, with S source pixels and T target pixels:
+Evaluation, calibration, verification and the device all call this file; `edgedetr.layers.resize` is its twin in torch
+and ONNX. The definition, for each axis by itself, with S source pixels and T target pixels:
 
 1. if S / T > 2, the axis is cut to a multiple of k = floor(S / T) (fewer than k pixels fall off at the right or bottom)
    and every k pixels are averaged, so that nothing aliases;
 2. half-pixel bilinear interpolation brings the rest to T (no further low-pass; the factor is below 2 by now);
 3. the result is rounded to whole levels 0..255.
 
-"stretch" takes T from the contract. "letterbox" keeps the aspect, takes the T that fits, and pads right and bottom with 114.
+"stretch" takes T from the contract. "letterbox" keeps the aspect, takes the T that fits, and pads right and bottom with
+114.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Geometry:
     def of(cls, source_height: int, source_width: int, contract: InputContract) -> Geometry:
         """The geometry of a picture of this size under this contract; no pixels needed."""
         if source_height < 1 or source_width < 1:
-            raise DataError(f"a picture of {source_height} x {source_width} pixels (height x width); expected at least 1 x 1")
+            raise DataError(f"a picture of {source_height} x {source_width} pixels (height x width); "
+                            "expected at least 1 x 1")
         content_height, content_width = contract.height, contract.width
         if contract.resize == "letterbox":
             scale = min(contract.height / source_height, contract.width / source_width)
@@ -94,7 +96,7 @@ def resize(image: np.ndarray, contract: InputContract, *, backend: Backend = "au
     cv2 = None if backend == "numpy" else _opencv(required=backend == "opencv")
     size = geometry.content_height, geometry.content_width
     if used.shape[:2] == size:
-        content = used
+        content = used.copy()
     elif cv2 is not None and max(image.shape) <= OPENCV_LIMIT:
         content = _resize_opencv(cv2, used, *size)
     else:
@@ -123,7 +125,8 @@ def prepare(images: list[np.ndarray], contract: InputContract, *,
 
 
 def _require_picture(image: np.ndarray) -> None:
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+    picture = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    if not picture or image.size == 0:
         found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
         raise DataError(f"a picture came as {found}; expected a uint8 array [H, W, 3] in RGB order, "
                         "as edgedetr.data.images.decode(path) gives it")
@@ -132,7 +135,7 @@ def _require_picture(image: np.ndarray) -> None:
 def _resize_numpy(used: np.ndarray, height: int, width: int) -> np.ndarray:
     rows, columns = averaged(used.shape[0], height), averaged(used.shape[1], width)
     # A sum of k*k bytes fits 16 bits up to k*k = 257.
-    total = np.uint16 if rows * columns <= 257 else np.uint32
+    total: type = np.uint16 if rows * columns <= 257 else np.uint32
     if rows > 1:
         used = _sum_strided([used[i::rows] for i in range(rows)], total)
     if columns > 1:
@@ -184,6 +187,7 @@ def _opencv(required: bool) -> ModuleType | None:
         import cv2
     except ImportError as error:    # also a broken install, which must not stop the numpy path
         if required:
-            raise MissingDependency("OpenCV was asked for and is not installed; run: pip install opencv-python-headless") from error
+            raise MissingDependency("OpenCV was asked for and is not installed; "
+                                    "run: pip install opencv-python-headless") from error
         return None
     return cv2

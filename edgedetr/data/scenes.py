@@ -1,0 +1,255 @@
+"""A rendered detection set for demos and tests: flat shapes on cluttered ground, with occlusion, noise and distractors.
+
+Everything is drawn with numpy and Pillow from one seed, in COCO layout, and marked as synthetic in its files. An object's box
+is the tight extent of its whole shape, cut to the picture; an object of which less than 30 % is seen is not annotated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from edgedetr.errors import DataError, did_you_mean
+
+VERSION = 1                 # of the drawing: part of the digest, so that an older set is drawn again
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+OVERSAMPLE = 2              # masks are drawn this much larger and averaged: smooth edges
+SEEN = 0.3                  # least share of a shape that must be seen for it to be annotated
+QUALITY = 92                # JPEG
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SceneParams:
+    """What a rendered set was drawn from; written beside it as params.json."""
+
+    train: int                      # images to train on
+    val: int                        # images to choose the best epoch by
+    verify: int                     # images of the split "test"
+    classes: tuple[str, ...]
+    size: int                       # pixels per side
+    seed: int
+    version: int = VERSION
+    synthetic: bool = True
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One picture and its objects.
+
+    pixels   [size, size, 3]  uint8
+    boxes    [T, 4]           float64, x0, y0, x1, y1
+    labels   [T]              int64
+    """
+
+    pixels: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+
+
+def render(root: str | Path, *, train: int = 1600, verify: int = 800, val: int = 100, classes: tuple[str, ...] = SHAPES,
+           size: int = 192, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> Path:
+    """Write the set to `root` in COCO layout (splits train, val and test) and return the path.
+
+    A set that is already there with the same parameters is left as it is. A new one is drawn in a folder beside it and
+    renamed, so that `root` is never half a set. `progress` is called with (images done, images in all).
+    Errors: DataError where `root` holds anything but a rendered set.
+    """
+    root = Path(root)
+    params = SceneParams(train, val, verify, tuple(classes), size, seed)
+    _check(params)
+    if _digest_of(root) == params.digest():
+        return root
+    if root.exists() and _digest_of(root) is None and (not root.is_dir() or any(root.iterdir())):
+        raise DataError(f"{root}: holds something else than a rendered set; expected a new or empty folder")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
+    try:
+        done, total = 0, train + val + verify
+        for number, (split, count) in enumerate((("train", train), ("val", val), ("test", verify))):
+            (work / "images" / split).mkdir(parents=True)
+            drawn = []
+            for index in range(count):
+                # One generator per picture: pictures do not depend on how many others there are.
+                scene = draw(np.random.default_rng([seed, number, index]), params.classes, size)
+                Image.fromarray(scene.pixels).save(work / "images" / split / _file_name(index), quality=QUALITY)
+                drawn.append((scene.boxes, scene.labels))
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            _write_coco(work / "annotations" / f"{split}.json", drawn, params)
+        (work / "params.json").write_text(json.dumps({**asdict(params), "digest": params.digest()}, indent=1) + "\n")
+        work.chmod(0o755)
+        if root.exists():
+            shutil.rmtree(root)     # an older rendered set, or an empty folder
+        work.rename(root)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return root
+
+
+def draw(rng: np.random.Generator, classes: tuple[str, ...], size: int) -> Drawn:
+    """One picture of `size` x `size` pixels with 1 to 5 shapes of 15 to 50 % of the side, later ones over earlier ones."""
+    canvas = _ground(rng, size)
+    for _ in range(rng.integers(2, 6)):
+        _distract(rng, canvas, size)
+    count = int(rng.integers(1, 6))
+    labels = rng.integers(0, len(classes), count)
+    owner = np.full((size, size), -1)
+    boxes, whole = [], []
+    for index, label in enumerate(labels):
+        mask, box = _shape_mask(rng, classes[label], size)
+        _paint(rng, canvas, mask)
+        solid = mask > 0.5
+        owner[solid] = index
+        boxes.append(box)
+        whole.append(int(solid.sum()))
+    seen = np.bincount(owner[owner >= 0], minlength=count) / np.maximum(whole, 1)
+    keep = (seen >= SEEN) & (np.array(whole) > 0)
+    canvas += rng.normal(0, rng.uniform(2, 9), canvas.shape)        # sensor noise, levels
+    pixels = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+    return Drawn(pixels, np.array(boxes, dtype=np.float64).reshape(-1, 4)[keep], labels[keep].astype(np.int64))
+
+
+def _check(params: SceneParams) -> None:
+    if min(params.train, params.val, params.verify) < 1 or not 32 <= params.size <= 2048:
+        raise DataError(f"a rendered set of {params.train} + {params.val} + {params.verify} images of {params.size} px; "
+                        "expected at least one image in each split, of 32 to 2048 px")
+    for name in params.classes:
+        if name not in SHAPES:
+            raise DataError(f"cannot draw {name!r}; expected some of {', '.join(SHAPES)}{did_you_mean(name, SHAPES)}")
+    if not params.classes or len(set(params.classes)) != len(params.classes):
+        raise DataError(f"classes {params.classes}; expected at least one, each once")
+
+
+def _digest_of(root: Path) -> str | None:
+    try:
+        found = json.loads((root / "params.json").read_text(encoding="utf-8"))
+        return str(found["digest"]) if found.get("synthetic") is True else None
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def _file_name(index: int) -> str:
+    return f"{index + 1:06d}.jpg"
+
+
+def _write_coco(file: Path, drawn: list[tuple[np.ndarray, np.ndarray]], params: SceneParams) -> None:
+    annotations = []
+    for image, (boxes, labels) in enumerate(drawn, start=1):
+        for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist()):
+            annotations.append({"id": len(annotations) + 1, "image_id": image, "category_id": label + 1, "iscrowd": 0,
+                                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)})
+    tables = {
+        "info": {"description": "rendered shapes", "synthetic": True, "digest": params.digest()},
+        "images": [{"id": image, "file_name": _file_name(image - 1), "height": params.size, "width": params.size}
+                   for image in range(1, len(drawn) + 1)],
+        "annotations": annotations,
+        "categories": [{"id": index + 1, "name": name} for index, name in enumerate(params.classes)],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(tables))
+
+
+def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A background [size, size, 3] float64: soft colour clouds plus fine grain, muted so that shapes stand out."""
+    cells = int(rng.integers(3, 9))
+    clouds = rng.integers(30, 226, (cells, cells, 3), dtype=np.uint8)
+    soft = np.asarray(Image.fromarray(clouds).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
+    grain = rng.integers(0, 256, (size // 4, size // 4), dtype=np.uint8)
+    fine = np.asarray(Image.fromarray(grain).resize((size, size), Image.Resampling.BILINEAR), dtype=np.float64)
+    gray = soft.mean(axis=2, keepdims=True)
+    return gray + (soft - gray) * 0.6 + (fine[..., None] - 128) * rng.uniform(0.05, 0.3)
+
+
+def _distract(rng: np.random.Generator, canvas: np.ndarray, size: int) -> None:
+    """A line, an arc or a blob that belongs to no class."""
+    layer = Image.new("L", (size, size))
+    pen = ImageDraw.Draw(layer)
+    x, y = rng.uniform(0, size, 2)
+    angle, length = rng.uniform(0, 2 * math.pi), rng.uniform(0.1, 0.6) * size
+    kind = rng.integers(0, 3)
+    if kind == 0:
+        pen.line([x, y, x + math.cos(angle) * length, y + math.sin(angle) * length], fill=255, width=int(rng.integers(1, 5)))
+    elif kind == 1:
+        reach = length / 2
+        pen.arc([x - reach, y - reach, x + reach, y + reach], math.degrees(angle), math.degrees(angle) + 100, fill=255,
+                width=int(rng.integers(1, 4)))
+    else:
+        around = np.sort(rng.uniform(0, 2 * math.pi, 7))
+        reaches = rng.uniform(0.02, 0.07, 7) * size
+        pen.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a, r in zip(around, reaches)], fill=255)
+    mask = np.asarray(layer, dtype=np.float64)[..., None] / 255
+    canvas += (rng.uniform(20, 235, 3) - canvas) * mask * rng.uniform(0.5, 1.0)
+
+
+def _shape_mask(rng: np.random.Generator, name: str, size: int) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """Coverage [size, size] in 0..1 of one shape at a random place, and the box of its whole extent, cut to the picture."""
+    radius = rng.uniform(0.15, 0.5) * size / 2
+    # The centre stays inside: at most about a third of a shape is cut by the border.
+    centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
+    squeeze, turn = rng.uniform(0.8, 1.0), rng.uniform(0, 2 * math.pi)
+    outlines = [_placed(outline, centre, radius, squeeze, turn) for outline in _OUTLINES[name]()]
+    layer = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE))
+    pen = ImageDraw.Draw(layer)
+    for fill, outline in zip((255, 0), outlines):      # a second outline is a hole
+        pen.polygon([(x * OVERSAMPLE, y * OVERSAMPLE) for x, y in outline.tolist()], fill=fill)
+    coverage = np.asarray(layer.reduce(OVERSAMPLE), dtype=np.float64) / 255
+    low, high = np.clip(outlines[0].min(axis=0), 0, size), np.clip(outlines[0].max(axis=0), 0, size)
+    return coverage, (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+
+
+def _placed(outline: list[Point], centre: np.ndarray, radius: float, squeeze: float, turn: float) -> np.ndarray:
+    """An outline of the unit circle's size -> points [n, 2] in pixels: squeezed along one axis, turned, scaled, moved."""
+    points = np.array(outline) * [1.0, squeeze]
+    rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+    return points @ rotation * radius + centre
+
+
+def _paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> None:
+    """Fill a shape with a colour that differs from what lies under it, lit unevenly."""
+    weight = mask.sum()
+    under = (canvas * mask[..., None]).sum(axis=(0, 1)) / weight if weight > 0 else np.full(3, 128.0)
+    colours = rng.uniform(10, 245, (6, 3))
+    colour = colours[np.abs(colours - under).sum(axis=1).argmax()]
+    slope = rng.uniform(-25, 25, 2)
+    ramp = np.linspace(-0.5, 0.5, len(canvas))
+    light = slope[0] * ramp[:, None] + slope[1] * ramp[None]
+    canvas += (colour + light[..., None] - canvas) * mask[..., None]
+
+
+def _regular(count: int, radius: float = 1.0) -> list[Point]:
+    return [(radius * math.cos(2 * math.pi * i / count), radius * math.sin(2 * math.pi * i / count)) for i in range(count)]
+
+
+def _star() -> list[Point]:
+    return [(r * math.cos(math.pi * i / 5), r * math.sin(math.pi * i / 5)) for i, r in enumerate([1.0, 0.42] * 5)]
+
+
+def _cross() -> list[Point]:
+    a, b = 0.94, 0.3        # half length and half width of the arms
+    return [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]
+
+
+# Outlines in a circle of radius 1: the shape, then its hole.
+_OUTLINES: dict[str, Callable[[], list[list[Point]]]] = {
+    "circle": lambda: [_regular(48)],
+    "square": lambda: [_regular(4)],
+    "triangle": lambda: [_regular(3)],
+    "star": lambda: [_star()],
+    "ring": lambda: [_regular(48), _regular(48, 0.55)],
+    "cross": lambda: [_cross()],
+}
