@@ -111,16 +111,16 @@ def draw(rng: np.random.Generator, classes: tuple[str, ...], size: int) -> Drawn
     owner = np.full((size, size), -1)
     boxes, whole = [], []
     for index, label in enumerate(labels):
-        mask, box = _shape_mask(rng, classes[label], size)
-        _paint(rng, canvas, mask)
+        window, mask, box = _shape_mask(rng, classes[label], size)
+        _paint(rng, canvas[window], mask)
         solid = mask > 0.5
-        owner[solid] = index
+        owner[window][solid] = index
         boxes.append(box)
         whole.append(int(solid.sum()))
     seen = np.bincount(owner[owner >= 0], minlength=count) / np.maximum(whole, 1)
     keep = (seen >= SEEN) & (np.array(whole) > 0)
-    canvas += rng.normal(0, rng.uniform(2, 9), canvas.shape)        # sensor noise, levels
-    pixels = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * np.float32(rng.uniform(2, 9))   # sensor noise, levels
+    pixels = np.clip(np.rint(canvas, out=canvas), 0, 255, out=canvas).astype(np.uint8)
     return Drawn(pixels, np.array(boxes, dtype=np.float64).reshape(-1, 4)[keep], labels[keep].astype(np.int64))
 
 
@@ -165,14 +165,14 @@ def _write_coco(file: Path, drawn: list[tuple[np.ndarray, np.ndarray]], params: 
 
 
 def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A background [size, size, 3] float64: soft colour clouds plus fine grain, muted so that shapes stand out."""
-    cells = int(rng.integers(3, 9))
-    clouds = rng.integers(30, 226, (cells, cells, 3), dtype=np.uint8)
-    soft = np.asarray(Image.fromarray(clouds).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
+    """A background [size, size, 3] float32: soft colour clouds plus fine grain, muted so that shapes stand out."""
+    cells = int(rng.integers(3, 8))
+    clouds = rng.integers(30, 226, (cells, cells, 3), dtype=np.int64)
+    muted = (clouds.mean(axis=2, keepdims=True) + clouds) / 2
+    soft = Image.fromarray(muted.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
     grain = rng.integers(0, 256, (size // 4, size // 4), dtype=np.uint8)
-    fine = np.asarray(Image.fromarray(grain).resize((size, size), Image.Resampling.BILINEAR), dtype=np.float64)
-    gray = soft.mean(axis=2, keepdims=True)
-    return gray + (soft - gray) * 0.6 + (fine[..., None] - 128) * rng.uniform(0.05, 0.3)
+    fine = np.asarray(Image.fromarray(grain).resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
+    return np.asarray(soft, dtype=np.float32) + ((fine - 128) * np.float32(rng.uniform(0.05, 0.3)))[..., None]
 
 
 def _distract(rng: np.random.Generator, canvas: np.ndarray, size: int) -> None:
@@ -192,12 +192,14 @@ def _distract(rng: np.random.Generator, canvas: np.ndarray, size: int) -> None:
         around = np.sort(rng.uniform(0, 2 * math.pi, 7))
         reaches = rng.uniform(0.02, 0.07, 7) * size
         pen.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a, r in zip(around, reaches)], fill=255)
-    mask = np.asarray(layer, dtype=np.float64)[..., None] / 255
-    canvas += (rng.uniform(20, 235, 3) - canvas) * mask * rng.uniform(0.5, 1.0)
+    colour, opacity = rng.uniform(20, 235, 3).astype(np.float32), rng.uniform(0.5, 1.0)
+    left, top, right, bottom = layer.getbbox() or (0, 0, 0, 0)
+    part = canvas[top:bottom, left:right]
+    part += (colour - part) * (np.asarray(layer, dtype=np.float32)[top:bottom, left:right, None] * np.float32(opacity / 255))
 
 
-def _shape_mask(rng: np.random.Generator, name: str, size: int) -> tuple[np.ndarray, tuple[float, float, float, float]]:
-    """Coverage [size, size] in 0..1 of one shape at a random place, and the box of its whole extent, cut to the picture."""
+def _shape_mask(rng: np.random.Generator, name: str, size: int) -> tuple[tuple[slice, slice], np.ndarray, tuple[float, ...]]:
+    """A window of the picture, the coverage 0..1 of one shape in it, and the box of its whole extent, cut to the picture."""
     radius = rng.uniform(0.15, 0.5) * size / 2
     # The centre stays inside: at most about a third of a shape is cut by the border.
     centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
@@ -207,9 +209,10 @@ def _shape_mask(rng: np.random.Generator, name: str, size: int) -> tuple[np.ndar
     pen = ImageDraw.Draw(layer)
     for fill, outline in zip((255, 0), outlines):      # a second outline is a hole
         pen.polygon([(x * OVERSAMPLE, y * OVERSAMPLE) for x, y in outline.tolist()], fill=fill)
-    coverage = np.asarray(layer.reduce(OVERSAMPLE), dtype=np.float64) / 255
+    coverage = np.asarray(layer.reduce(OVERSAMPLE), dtype=np.float32) / 255
     low, high = np.clip(outlines[0].min(axis=0), 0, size), np.clip(outlines[0].max(axis=0), 0, size)
-    return coverage, (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+    window = (slice(int(low[1]), math.ceil(high[1]) + 1), slice(int(low[0]), math.ceil(high[0]) + 1))
+    return window, coverage[window], (*low.tolist(), *high.tolist())
 
 
 def _placed(outline: list[Point], centre: np.ndarray, radius: float, squeeze: float, turn: float) -> np.ndarray:
@@ -220,15 +223,14 @@ def _placed(outline: list[Point], centre: np.ndarray, radius: float, squeeze: fl
 
 
 def _paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> None:
-    """Fill a shape with a colour that differs from what lies under it, lit unevenly."""
-    weight = mask.sum()
-    under = (canvas * mask[..., None]).sum(axis=(0, 1)) / weight if weight > 0 else np.full(3, 128.0)
+    """Fill a shape with a colour that differs from what lies under it, lit unevenly; `canvas` and `mask` are its window."""
+    under = canvas.mean(axis=(0, 1))
     colours = rng.uniform(10, 245, (6, 3))
     colour = colours[np.abs(colours - under).sum(axis=1).argmax()]
-    slope = rng.uniform(-25, 25, 2)
-    ramp = np.linspace(-0.5, 0.5, len(canvas))
-    light = slope[0] * ramp[:, None] + slope[1] * ramp[None]
-    canvas += (colour + light[..., None] - canvas) * mask[..., None]
+    slope = rng.uniform(-20, 20, 2)
+    down, along = (np.linspace(-0.5, 0.5, count) for count in mask.shape)
+    light = (slope[0] * down[:, None] + slope[1] * along[None]).astype(np.float32)
+    canvas += (colour.astype(np.float32) + light[..., None] - canvas) * mask[..., None]
 
 
 def _regular(count: int, radius: float = 1.0) -> list[Point]:

@@ -1,0 +1,174 @@
+"""What a data set holds and what is odd in it: splits, classes, box sizes, unreadable files, duplicates across splits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from edgedetr.data import images, layouts
+from edgedetr.data.clean import summary
+from edgedetr.data.form import DetectionSet, Finding
+from edgedetr.errors import DataError
+
+SMALL, MEDIUM = 32.0**2, 96.0**2    # COCO's borders between small, medium and large, pixels^2 of the source picture
+IMBALANCE = 10.0                    # times more objects of the most frequent class than of the rarest: worth a word
+SHOWN = 20                          # findings of one kind that `lines` spells out; JSON has them all
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """One split after the unusable was left out."""
+
+    name: str
+    listed: int                     # images in the annotations
+    images: int                     # of them usable
+    without_objects: int
+    objects: int
+    crowd: int
+    per_class: dict[str, int]
+    small: int                      # objects by COCO's area classes
+    medium: int
+    large: int
+    objects_per_image: tuple[int, float, int]   # least, median, most
+    sizes: dict[str, int]           # pictures of each "width x height", the ten most frequent
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Everything `edgedetr data check` prints."""
+
+    root: Path
+    layout: str
+    splits: tuple[SplitReport, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def fatal(self) -> int:
+        """How many items were left out."""
+        return sum(finding.fatal for finding in self.findings)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain types for json.dumps."""
+        return {
+            "root": str(self.root), "layout": self.layout, "splits": [asdict(split) for split in self.splits],
+            "left_out": self.fatal, "counts": dict(Counter(finding.kind for finding in self.findings)),
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+    def lines(self) -> list[str]:
+        """The report as text, one line each."""
+        text = [f"{self.root}: {self.layout.upper()} layout"]
+        for split in self.splits:
+            least, median, most = split.objects_per_image
+            text.append(f"{split.name}: {split.images} images ({split.without_objects} without objects), {split.objects} "
+                        f"objects, {least} / {median:g} / {most} an image (least / median / most)")
+            share = 100 / max(split.objects, 1)
+            text.append(f"  sizes: {split.small * share:.0f} % small, {split.medium * share:.0f} % medium, "
+                        f"{split.large * share:.0f} % large (below 32, below 96 px, above; COCO)")
+            text.append("  classes: " + ", ".join(f"{name} {count}" for name, count in split.per_class.items()))
+            text.append("  pictures: " + ", ".join(f"{size} ({count})" for size, count in list(split.sizes.items())[:5]))
+        text.append(f"findings: {summary(self.findings) or 'none'}")
+        by_kind: dict[str, list[Finding]] = defaultdict(list)
+        for finding in self.findings:
+            by_kind[finding.kind].append(finding)
+        for kind, found in by_kind.items():
+            text += [f"  {'left out' if one.fatal else 'note'}: {kind}: {one.where}: {one.what}" for one in found[:SHOWN]]
+            if len(found) > SHOWN:
+                text.append(f"  {kind}: and {len(found) - SHOWN} more (all of them in --json)")
+        return text
+
+
+def check(path: str | Path, *, layout: layouts.Layout | None = None,
+          progress: Callable[[int, int], None] | None = None) -> CheckReport:
+    """Read every split and decode every picture.
+
+    progress   called with (pictures looked at, pictures in all)
+    Errors: DataError where `path` is no data set or an annotation file is damaged; what is wrong inside becomes a finding.
+    """
+    root = Path(path)
+    kind = layout or layouts.detect(root)
+    listed = layouts.splits(root, layout=layout)
+    findings: list[Finding] = []
+    sets = []
+    for name in listed:
+        try:
+            sets.append(layouts.load(root, name, layout=layout))
+        except DataError as error:
+            findings.append(Finding("unusable-split", name, str(error), True))
+    done, total = 0, sum(len(found) for found in sets)
+    digests: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+    reports = []
+    for found in sets:
+        whole = []
+        findings += found.findings
+        for sample in found.samples:
+            content = sample.path.read_bytes()
+            digests[hashlib.sha256(content).hexdigest()].append((found.name, sample.path))
+            try:
+                images.decode(sample.path)
+                whole.append(sample)
+            except DataError as error:
+                findings.append(Finding("unreadable-image", str(sample.path), str(error), True))
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        reports.append(_report(replace(found, samples=tuple(whole)), listed[found.name]))
+    findings += _duplicates(digests)
+    findings += _classes(sets, reports)
+    return CheckReport(root, kind, tuple(reports), tuple(dict.fromkeys(findings)))
+
+
+def _report(found: DetectionSet, listed: int) -> SplitReport:
+    counts = [len(sample.boxes) for sample in found.samples]
+    labels = np.concatenate([sample.labels for sample in found.samples] or [np.zeros(0, np.int64)])
+    areas = np.concatenate([sample.areas for sample in found.samples] or [np.zeros(0)])
+    per_class = np.bincount(labels, minlength=len(found.classes))
+    sizes = Counter(f"{sample.width} x {sample.height}" for sample in found.samples)
+    return SplitReport(
+        name=found.name, listed=listed, images=len(found), without_objects=counts.count(0), objects=len(labels),
+        crowd=int(sum(sample.crowd.sum() for sample in found.samples)),
+        per_class={info.name: int(count) for info, count in zip(found.classes, per_class)},
+        small=int((areas < SMALL).sum()), medium=int(((areas >= SMALL) & (areas < MEDIUM)).sum()),
+        large=int((areas >= MEDIUM).sum()),
+        objects_per_image=(min(counts), float(np.median(counts)), max(counts)) if counts else (0, 0.0, 0),
+        sizes=dict(sizes.most_common(10)),
+    )
+
+
+def _duplicates(digests: dict[str, list[tuple[str, Path]]]) -> list[Finding]:
+    findings = []
+    for places in digests.values():
+        # VOC's trainval holds train and val by design.
+        apart = [(split, path) for split, path in places if split != "trainval"]
+        if len(apart) < 2:
+            continue
+        (first_split, first), *others = apart
+        for split, path in others:
+            if split != first_split:
+                findings.append(Finding("duplicate-across-splits", str(path), f"the same bytes as {first} of {first_split}; a score "
+                                        f"on {split} counts a picture that was seen before"))
+            else:
+                findings.append(Finding("duplicate-image", str(path), f"the same bytes as {first}, both in {split}"))
+    return findings
+
+
+def _classes(sets: Sequence[DetectionSet], reports: Sequence[SplitReport]) -> list[Finding]:
+    findings = []
+    for found in sets[1:]:
+        if found.classes != sets[0].classes:
+            findings.append(Finding("classes-differ", found.name, f"classes {[info.name for info in found.classes][:20]}, but "
+                                    f"{sets[0].name} has {[info.name for info in sets[0].classes][:20]} (names, ids or order)", True))
+    for report in reports:
+        absent = [name for name, count in report.per_class.items() if count == 0]
+        if absent:
+            findings.append(Finding("class-without-objects", report.name, f"no object of {', '.join(absent[:20])}"))
+        present = {name: count for name, count in report.per_class.items() if count}
+        if present and max(present.values()) > IMBALANCE * min(present.values()):
+            most, least = max(present, key=present.__getitem__), min(present, key=present.__getitem__)
+            findings.append(Finding("imbalance", report.name, f"{present[most]} objects of {most}, {present[least]} of {least}"))
+    return findings
