@@ -113,7 +113,8 @@ class DeformableAttention(nn.Module):
         start, row = self._per_point([(float(s), float(w)) for s, (_, w) in zip(starts, shapes)], location).unbind(-1)
         last = size - 1
         if self.method == "discrete":
-            cell = torch.minimum((location * size).floor().clamp(min=0), last).detach()
+            # RT-DETRv2 rounds location * size, half a cell right of and below the centres; its weights know that.
+            cell = torch.minimum((location * size + 0.5).floor().clamp(min=0), last).detach()
             rows, weights = [start + cell[..., 1] * row + cell[..., 0]], [weight]
         else:
             place = torch.minimum((location * size - 0.5).clamp(min=-1), size)

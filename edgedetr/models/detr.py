@@ -50,7 +50,7 @@ class DetrConfig:
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.hidden % 4:
-            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of model.heads, {self.heads}")
+            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
 
 
 POSITIONS = {

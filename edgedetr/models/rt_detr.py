@@ -65,7 +65,7 @@ class RtDetrConfig:
         if self.version == 1 and (len(set(self.points)) > 1 or self.method != "default"):
             raise ModelError("model.version 1 samples equally many points per level, bilinearly; use version 2")
         if self.hidden % self.heads or self.hidden % 4:
-            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of model.heads, {self.heads}")
+            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
 
 
 def rt_detr(config: RtDetrConfig, num_classes: int) -> Detector:
