@@ -1,0 +1,105 @@
+"""The state of a training in one safetensors file: written atomically, read without pickle, refused for another recipe.
+
+No random state is stored: every random number is a function of the seed and the step (see train.py and dataset.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from edgedetr.bundle import atomic_write
+from edgedetr.data.form import DetectionSet
+from edgedetr.errors import TrainingError
+from edgedetr.train.ema import Ema
+
+SCHEMA = 1
+
+
+@dataclass
+class Position:
+    """How far a training is.
+
+    step        optimiser steps done; with steps per epoch it says the epoch and the place in it
+    best        best AP on the select split in points, -1 before any
+    best_epoch  epochs done when it was reached
+    stale       evaluations since then, for early stopping
+    done        nothing is left to do
+    scale       of the fp16 gradient scaler, and its steps since it last grew; 0 for other precisions
+    """
+
+    step: int = 0
+    best: float = -1.0
+    best_epoch: int = 0
+    stale: int = 0
+    done: bool = False
+    scale: float = 0.0
+    growth: int = 0
+
+
+def fingerprint(recipe: str, samples: DetectionSet) -> str:
+    """Digest of the recipe's text and of what is trained on; a resume must find the same."""
+    state = hashlib.sha256(recipe.encode())
+    for sample in samples.samples:
+        state.update(f"{sample.path.name}|{sample.image_id}|".encode())
+        state.update(sample.boxes.tobytes() + sample.labels.tobytes() + sample.crowd.tobytes())
+    return state.hexdigest()
+
+
+def save(path: Path, position: Position, fingerprint: str, model: nn.Module, ema: Ema,
+         optimizer: torch.optim.Optimizer) -> None:
+    """Write everything that a resume needs; a kill at any moment leaves the old file or the new one."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"ema.{name}": value for name, value in ema.model.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+    about = {"schema": str(SCHEMA), "fingerprint": fingerprint, "position": json.dumps(asdict(position))}
+    with atomic_write(path) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, about)
+
+
+def load(path: Path, fingerprint: str, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> Position:
+    """Put a saved state back in place.
+
+    Errors: TrainingError for a damaged file, another version, another recipe or other data.
+    """
+    restart = f"take it away to start from the beginning, or restore it from a copy: {path}"
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        position = Position(**json.loads(about["position"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f"the checkpoint is damaged or of another kind ({error}); {restart}") from error
+    if about.get("schema") != str(SCHEMA):
+        raise TrainingError(f"the checkpoint has schema {about.get('schema')}, this version reads {SCHEMA}; {restart}")
+    if about.get("fingerprint") != fingerprint:
+        raise TrainingError(f"{path} was made by another recipe or on other training data, so it cannot be continued; "
+                            "resume with the recipe.toml beside it and the same data, or train into another --out")
+    try:
+        model.load_state_dict(_part(tensors, "model."))
+        ema.model.load_state_dict(_part(tensors, "ema."))
+        _load_optimizer(optimizer, _part(tensors, "optimizer."))
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise TrainingError(f"the checkpoint does not fit this model ({error}); {restart}") from error
+    return position
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        number, _, key = name.partition(".")
+        state.setdefault(int(number), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

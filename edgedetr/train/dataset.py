@@ -1,0 +1,127 @@
+"""Training pictures as batches: decoded once, varied anew each epoch, the same whatever the number of workers.
+
+What a picture becomes is a function of (seed, epoch, index) alone, and the order of an epoch of (seed, epoch), so a
+resumed training sees exactly what it would have seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from edgedetr.boxes import xyxy_to_cxcywh
+from edgedetr.bundle import InputContract
+from edgedetr.data.form import DetectionSet, Sample
+from edgedetr.data.images import decode
+from edgedetr.errors import DataError
+from edgedetr.runtime.preprocess import Geometry, averaged, resize
+from edgedetr.train.augment import Picture, vary
+from edgedetr.train.config import AugmentConfig
+from edgedetr.train.targets import Target
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images [B, 3, H, W] uint8, RGB; targets of each; indices of the samples in the set."""
+
+    images: Tensor
+    targets: list[Target]
+    indices: list[int]
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Which sample of the set, in which epoch; `plain` switches all but flips off."""
+
+    epoch: int
+    index: int
+    plain: bool
+
+
+class TrainingSet(Dataset):
+    """Varied pictures of a set. `set_[Pick]` -> (pixels [3, H, W] uint8, Target, index)."""
+
+    def __init__(self, samples: DetectionSet, contract: InputContract, augment: AugmentConfig, *, seed: int,
+                 cache_mb: int, strict: bool = False) -> None:
+        self.samples, self.contract, self.augment, self.seed, self.strict = samples, contract, augment, seed, strict
+        self.room = cache_mb * 2**20
+        self.cache: dict[int, Picture] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, pick: Pick) -> tuple[Tensor, Target, int]:
+        index, picture = self._readable(pick.index)
+        rng = np.random.default_rng((self.seed, pick.epoch, pick.index))
+        pixels, boxes, labels = vary(picture, self.contract, self.augment, rng, flips_only=pick.plain)
+        width, height = self.contract.width, self.contract.height
+        centred = xyxy_to_cxcywh(boxes) / [width, height, width, height]
+        return pixels, Target(torch.from_numpy(labels), torch.from_numpy(centred).float().reshape(-1, 4)), index
+
+    def _readable(self, index: int) -> tuple[int, Picture]:
+        """The sample, or the next one that can be decoded; with strict, the first failure ends it."""
+        for step in range(len(self.samples)):
+            at = (index + step) % len(self.samples)
+            try:
+                return at, self._picture(at)
+            except DataError as error:
+                if self.strict:
+                    raise
+                log.warning("%s; training goes on without it", error)
+        raise DataError(f"{self.samples.root}: none of the {len(self.samples)} training pictures can be decoded")
+
+    def _picture(self, index: int) -> Picture:
+        if index in self.cache:
+            return self.cache[index]
+        picture = load(self.samples.samples[index], self.contract)
+        if picture.pixels.numel() <= self.room:
+            self.room -= picture.pixels.numel()
+            self.cache[index] = picture
+        return picture
+
+
+def load(sample: Sample, contract: InputContract) -> Picture:
+    """Decode a picture and do the averaging half of the one resize; the interpolating half is done per example."""
+    image = decode(sample.path)
+    geometry = Geometry.of(image.shape[0], image.shape[1], contract)
+    rows = geometry.used_height // averaged(geometry.source_height, geometry.content_height)
+    columns = geometry.used_width // averaged(geometry.source_width, geometry.content_width)
+    if (rows, columns) != image.shape[:2]:
+        image = resize(image, InputContract(rows, columns))[0]
+    scale = np.array([columns / geometry.used_width, rows / geometry.used_height])
+    real = ~sample.crowd
+    return Picture(
+        torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+        sample.boxes[real] * np.tile(scale, 2), sample.labels[real].astype(np.int64),
+        frame_height=rows * contract.height / geometry.content_height,
+        frame_width=columns * contract.width / geometry.content_width,
+    )
+
+
+def order(samples: int, batch: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Indices of one epoch, shuffled: [steps, batch]; what does not fill a batch is left out, too few are repeated."""
+    indices = np.random.default_rng((seed, epoch)).permutation(samples)
+    if samples < batch:
+        indices = np.resize(indices, batch)
+    steps = len(indices) // batch
+    return indices[: steps * batch].reshape(steps, batch)
+
+
+def batches(dataset: TrainingSet, plan: np.ndarray, epoch: int, *, plain: bool, workers: int) -> Iterator[Batch]:
+    """Batches of one process by a plan [steps, batch of this process]."""
+    picks = [[Pick(epoch, int(index), plain) for index in row] for row in plan]
+    return iter(DataLoader(dataset, batch_sampler=picks, num_workers=workers, collate_fn=_collate,
+                           pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None))
+
+
+def _collate(items: list[tuple[Tensor, Target, int]]) -> Batch:
+    images, targets, indices = zip(*items)
+    return Batch(torch.stack(images), list(targets), list(indices))

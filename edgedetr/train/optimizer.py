@@ -1,0 +1,60 @@
+"""AdamW with parameter groups by module, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from edgedetr.train.config import TrainConfig
+
+
+def groups(detector: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
+    """Trainable parameters by part and by decay; every one stands in exactly one group.
+
+    The backbone learns more slowly; norms and biases (all that has fewer than two dimensions) do not decay.
+    """
+    sorted_: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            key = name.startswith("backbone."), parameter.ndim >= 2
+            sorted_.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "base_lr": config.lr * (config.backbone_lr_factor if backbone else 1.0),
+         "weight_decay": config.weight_decay if decays else 0.0}
+        for (backbone, decays), parameters in sorted(sorted_.items())
+    ]
+
+
+def adamw(detector: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """The optimiser; `set_rate` gives each group its learning rate before every step."""
+    fused = config.precision != "16"        # a fused step unscales fp16 gradients itself, after they should be clipped
+    return torch.optim.AdamW(groups(detector, config), lr=config.lr, betas=config.betas, fused=fused)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Share of the full learning rate at a step, counted from 0: warm-up times schedule."""
+    return _warmup(config, step) * _schedule(config, step, steps_per_epoch)
+
+
+def _warmup(config: TrainConfig, step: int) -> float:
+    if step >= config.warmup_steps:
+        return 1.0
+    share = (step + 1) / (config.warmup_steps + 1)      # never 0, so that no step is lost
+    return share if config.warmup == "linear" else 1000.0 ** (share - 1)     # exponential: from about a thousandth
+
+
+def _schedule(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "step":
+        return 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.step_epochs)
+    begin, end = min(config.warmup_steps, config.epochs * steps_per_epoch - 1), config.epochs * steps_per_epoch
+    share = max(0.0, (step - begin) / (end - begin))
+    return config.final_lr_factor + (1 - config.final_lr_factor) * 0.5 * (1 + math.cos(math.pi * share))

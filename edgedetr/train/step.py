@@ -1,0 +1,49 @@
+"""One training step's forward half: pixels and objects to losses, with noised queries beside the real ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgedetr.models.detector import Detector
+from edgedetr.train import denoising
+from edgedetr.train.config import TrainConfig
+from edgedetr.train.criterion import Criterion
+from edgedetr.train.targets import Padded
+
+
+class Trainee(nn.Module):
+    """The detector with its criterion as one module, so that what wraps modules (several devices) wraps the whole."""
+
+    def __init__(self, detector: Detector, config: TrainConfig, class_loss: str, classes: int) -> None:
+        super().__init__()
+        self.detector, self.config, self.classes = detector, config, classes
+        self.criterion = Criterion(config, class_loss)
+        self.encode = torch.compile(detector.encode) if config.compile else detector.encode
+        self.decode = torch.compile(detector.decode) if config.compile else detector.decode
+
+    def forward(self, images: Tensor, labels: Tensor, boxes: Tensor, counts: list[int], per_process: float) -> Tensor:
+        """Losses [7] in the order of Losses.NAMES; the first is to be differentiated.
+
+        images  [B, 3, H, W] uint8, RGB;  labels, boxes, counts as in Padded
+        """
+        padded, config = Padded(labels, boxes, counts), self.config
+        memory = self.encode(self.detector.normalise(images.float()))
+        queries = self.detector.select(memory)
+        embedding = getattr(self.detector.selector, "denoising_class_embed", None)
+        noised = None
+        if embedding is not None and config.denoising:
+            noised = denoising.noise(padded, self.classes, config.denoising, config.label_noise, config.box_noise)
+        if noised is None:
+            losses = self.criterion(self.decode(queries, memory), padded, None, per_process)
+        else:
+            outputs = self.decode(denoising.prepend(queries, noised, embedding), memory)
+            outputs, denoised = denoising.split(outputs, noised, padded)
+            losses = self.criterion(outputs, padded, denoised, per_process)
+        return torch.cat([losses.total[None], losses.stacked()[1:]])
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make every random number of a step (dropout, noised queries) a function of these three."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))

@@ -1,0 +1,264 @@
+"""The training loop: one function from a recipe and a data set to a bundle.
+
+Whatever is random follows from the seed, the epoch and the step, so a training that was killed and resumed ends in the
+same bytes as one that was not (on the CPU; GPU kernels may add in another order).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+from safetensors.torch import save_file
+
+from edgedetr.bundle import Bundle, DataRecord, Manifest, OutputContract
+from edgedetr.data import layouts
+from edgedetr.data.form import DataConfig, DetectionSet
+from edgedetr.errors import DataError, TrainingError
+from edgedetr.evaluation.evaluate import Metrics
+from edgedetr.models import build
+from edgedetr.recipe import Recipe
+from edgedetr.train import checkpoint, optimizer
+from edgedetr.train.checkpoint import Position
+from edgedetr.train.config import TrainConfig
+from edgedetr.train.criterion import Losses
+from edgedetr.train.dataset import Batch, TrainingSet, batches, order
+from edgedetr.train.ema import Ema
+from edgedetr.train.progress import Progress, Silent
+from edgedetr.train.record import Record
+from edgedetr.train.selection import Selection
+from edgedetr.train.step import Trainee, seed_step
+from edgedetr.train.targets import pad
+
+log = logging.getLogger(__name__)
+
+FOLDER = "train"                # inside the bundle; not needed on the device
+CHECKPOINT = "last.safetensors"
+RECORD_EVERY = 20               # steps between lines of metrics.jsonl
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+def train(recipe: Recipe, data: str | Path, out: str | Path, *, resume: bool = False,
+          progress: Progress | None = None, strict: bool = False) -> Bundle:
+    """Train the recipe's model on a data set and write the bundle: recipe.toml and weights.safetensors.
+
+    out       the bundle's directory; its folder train/ holds the checkpoint, metrics.jsonl and TensorBoard's files
+    resume    go on from the last checkpoint in `out` (from the beginning where there is none)
+    Errors: DataError, TrainingError (NaN, unusable checkpoint, `out` taken), ModelError.
+    """
+    data, out = Path(data), Path(out)
+    place = recipe.data.resolve(layouts.splits(data))
+    samples = layouts.load(data, place.train_split, strict=strict or recipe.data.strict)
+    chosen = layouts.load(data, place.select_split, strict=strict or recipe.data.strict)
+    _check(samples, chosen)
+    saved = out / FOLDER / CHECKPOINT
+    if not resume and (saved.exists() or (out / "weights.safetensors").exists()):
+        raise TrainingError(f"{out} holds a training already; go on with it by --resume, or name another place with --out")
+    fabric = _fabric(recipe.train)
+    run = Run(recipe, fabric, place, samples, chosen, data, out, progress if progress and fabric.is_global_zero else Silent())
+    if saved.exists():
+        run.load(saved)
+    try:
+        run.go()
+    finally:
+        run.progress.finish()
+    fabric.barrier()
+    return Bundle.open(out)
+
+
+class Run:
+    """One training in this process: model, moving average, optimiser, data and how far it is."""
+
+    def __init__(self, recipe: Recipe, fabric: Fabric, place: DataConfig, samples: DetectionSet, chosen: DetectionSet,
+                 data: Path, out: Path, progress: Progress) -> None:
+        config = recipe.train
+        self.recipe, self.config, self.fabric, self.place = recipe, config, fabric, place
+        self.samples, self.data, self.out, self.progress = samples, data, out, progress
+        # Where only the verify split is there to look at, nothing is chosen by it: the last weights are delivered.
+        self.chooses = place.select_split != place.verify_split
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        seed_step(config.seed, 0, 0)                    # the same start weights in every process
+        model_config = recipe.model.config
+        self.detector = build(recipe.model.name, model_config, len(samples.classes))
+        self.detector.train().to(fabric.device)
+        trainee = Trainee(self.detector, config, model_config.class_loss, len(samples.classes))
+        self.ema = Ema(self.detector, config.ema_decay, config.ema_warmup)
+        self.plain_optimizer = optimizer.adamw(self.detector, config)
+        self.trainee, self.optimizer = fabric.setup(trainee, self.plain_optimizer)
+        contract = recipe.input.contract()
+        self.output = OutputContract(model_config.activation)
+        self.pictures = TrainingSet(samples, contract, recipe.augment, seed=config.seed, strict=recipe.data.strict,
+                                    cache_mb=config.cache_mb // max(config.workers, 1))
+        self.selection = Selection(chosen, contract, self.output, batch=min(config.batch, 16), cache_mb=config.cache_mb // 2)
+        self.position = Position()
+        self.fingerprint = checkpoint.fingerprint(recipe.to_toml(), samples)
+        self.per_epoch = max(len(samples) // config.batch, 1)
+        self.total = self.per_epoch * config.epochs
+
+    def load(self, path: Path) -> None:
+        self.position = checkpoint.load(path, self.fingerprint, self.detector, self.ema, self.plain_optimizer)
+        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        if scaler is not None and self.position.scale:
+            scaler.load_state_dict({**scaler.state_dict(), "scale": self.position.scale, "_growth_tracker": self.position.growth})
+        log.info("going on at step %d of %d", self.position.step, self.total)
+
+    def go(self) -> None:
+        """All epochs that are left."""
+        main = self.fabric.is_global_zero
+        if self.position.done:
+            return
+        self.record = Record(self.out / FOLDER, self.position.step) if main else None
+        self.progress.start(self.total, self.position.step, self.config.epochs)
+        try:
+            for epoch in range(self.position.step // self.per_epoch, self.config.epochs):
+                self._epoch(epoch)
+                done = epoch + 1
+                if done % self.config.eval_every == 0 or done == self.config.epochs:
+                    self._evaluate(done)
+                    self._save()
+                    if self.position.done:
+                        break
+        finally:
+            if self.record is not None:
+                self.record.close()
+
+    def _epoch(self, epoch: int) -> None:
+        config, fabric, position = self.config, self.fabric, self.position
+        mine = config.batch // fabric.world_size
+        plan = order(len(self.samples), config.batch, seed=config.seed, epoch=epoch)
+        plan = plan[position.step % self.per_epoch :, fabric.global_rank * mine : (fabric.global_rank + 1) * mine]
+        plain = epoch >= config.epochs * (1 - self.recipe.augment.off_for_last)
+        running, since, begun = torch.zeros(len(Losses.NAMES)), 0, time.monotonic()
+        for batch in batches(self.pictures, plan, epoch, plain=plain, workers=config.workers):
+            running += self._step(batch)
+            since += 1
+            step = position.step
+            if step % RECORD_EVERY == 0 or step % self.per_epoch == 0:
+                values = dict(zip(Losses.NAMES, (running / since).tolist()))
+                speed = since * config.batch / max(time.monotonic() - begun, 1e-9)
+                self.progress.step(step, values, speed)
+                if self.record is not None:
+                    lr = self.plain_optimizer.param_groups[-1]["lr"]
+                    self.record.write("train", step, {"epoch": step / self.per_epoch, "lr": lr, **values})
+                running, since, begun = torch.zeros(len(Losses.NAMES)), 0, time.monotonic()
+            # At the end of an epoch the checkpoint follows the evaluation, so that a resume never leaves one out.
+            if step % config.checkpoint_every == 0 and step % self.per_epoch:
+                self._save()
+
+    def _step(self, batch: Batch) -> torch.Tensor:
+        """One optimiser step; losses [7] on the CPU."""
+        config, fabric, position = self.config, self.fabric, self.position
+        seed_step(config.seed, position.step + 1, fabric.global_rank)
+        optimizer.set_rate(self.plain_optimizer, optimizer.rate(config, position.step, self.per_epoch))
+        objects = float(sum(len(target) for target in batch.targets))
+        if fabric.world_size > 1:
+            objects = float(fabric.all_reduce(torch.tensor(objects, device=fabric.device), reduce_op="mean"))
+        parts, size = config.accumulate, len(batch.targets) // config.accumulate
+        losses = torch.zeros(len(Losses.NAMES), device=fabric.device)
+        for part in range(parts):
+            chunk = slice(part * size, (part + 1) * size)
+            padded = pad([target.to(fabric.device) for target in batch.targets[chunk]])
+            images = batch.images[chunk].to(fabric.device, non_blocking=True)
+            with fabric.no_backward_sync(self.trainee, enabled=part < parts - 1):
+                result = self.trainee(images, padded.labels, padded.boxes, padded.counts, max(objects / parts, 1.0))
+                self._require_finite(result, batch)
+                fabric.backward(result[0] / parts)
+            losses += result.detach() / parts
+        if config.clip:
+            norm = fabric.clip_gradients(self.trainee, self.optimizer, max_norm=config.clip, error_if_nonfinite=False)
+            if config.precision != "16" and norm is not None and not torch.isfinite(norm):
+                raise self._stop("the gradient", batch)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        position.step += 1
+        self.ema.update(position.step)
+        return losses.float().cpu()
+
+    def _require_finite(self, result: torch.Tensor, batch: Batch) -> None:
+        total = result[:1].detach()
+        if self.fabric.world_size > 1:      # all processes stop together; NaN and infinity survive a sum
+            total = self.fabric.all_reduce(total.clone(), reduce_op="sum")
+        if not math.isfinite(float(total)):
+            raise self._stop("the loss", batch)
+
+    def _stop(self, what: str, batch: Batch) -> TrainingError:
+        names = ", ".join(str(self.samples.samples[index].path) for index in batch.indices)
+        saved = self.out / FOLDER / CHECKPOINT
+        kept = f"{saved} is as it was" if saved.exists() else "no checkpoint had been written yet"
+        return TrainingError(f"{what} became NaN or infinite at step {self.position.step + 1}, on {names}; {kept}. Look at these "
+                             f"pictures with: edgedetr data check {self.data}; or lower --set train.lr (now {self.config.lr}) "
+                             "or set train.precision=32, and train into another --out")
+
+    def _evaluate(self, epoch: int) -> None:
+        """AP of the moving average; the bundle gets the weights when they are the best, or when nothing chooses."""
+        fabric, position = self.fabric, self.position
+        found = self.selection.detect(self.ema.model, rank=fabric.global_rank, world=fabric.world_size)
+        if fabric.world_size > 1:
+            shares: list[dict] = [{} for _ in range(fabric.world_size)]
+            torch.distributed.all_gather_object(shares, found)
+            found = {image: detections for share in shares for image, detections in share.items()}
+        metrics: Metrics = self.selection.measure(found)
+        ap = -1.0 if metrics.ap is None else metrics.ap
+        best = ap > position.best or position.best < 0
+        if best:
+            position.best, position.best_epoch, position.stale = ap, epoch, 0
+        else:
+            position.stale += 1
+        stop = self.chooses and 0 < self.config.patience <= position.stale
+        position.done = stop or epoch == self.config.epochs
+        if fabric.is_global_zero:
+            if best or not self.chooses:
+                self._deliver()
+            if self.record is not None:
+                numbers = {name: value for name, value in metrics.to_json().items() if name != "per_class"}
+                self.record.write("eval", position.step, {"epoch": epoch, "split": self.place.select_split, **numbers})
+        self.progress.evaluated(epoch, metrics, best)
+
+    def _deliver(self) -> None:
+        """Write the bundle: description, resolved recipe, weights of the moving average."""
+        recipe = self.recipe
+        record = DataRecord(str(self.data.resolve()), self.place.verify_split, self.place.train_split)
+        bundle = Bundle.create(self.out, Manifest(
+            recipe.model.name, self.samples.classes, recipe.input.contract(), self.output,
+            config=asdict(recipe.model.config), data=record, budget=recipe.verify.budget))
+        with bundle.add("recipe.toml", stage="train") as path:
+            path.write_text(recipe.to_toml(), encoding="utf-8")
+        with bundle.add("weights.safetensors", stage="train", made_from=["recipe.toml"]) as path:
+            save_file({name: value.contiguous() for name, value in self.ema.model.state_dict().items()}, path)
+
+    def _save(self) -> None:
+        if self.fabric.is_global_zero:
+            scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+            if scaler is not None:
+                state = scaler.state_dict()
+                self.position.scale, self.position.growth = float(state["scale"]), int(state["_growth_tracker"])
+            checkpoint.save(self.out / FOLDER / CHECKPOINT, self.position, self.fingerprint, self.detector, self.ema,
+                            self.plain_optimizer)
+        self.fabric.barrier()
+
+
+def _fabric(config: TrainConfig) -> Fabric:
+    many = config.devices * config.nodes > 1
+    # Queries of a batch without objects leave the denoising embedding unused, which only this setting allows.
+    strategy = DDPStrategy(find_unused_parameters=True) if many else "auto"
+    fabric = Fabric(accelerator="auto", devices=config.devices, num_nodes=config.nodes, strategy=strategy,
+                    precision=PRECISIONS[config.precision])  # type: ignore[arg-type]  # a Literal of the same words
+    fabric.launch()
+    return fabric
+
+
+def _check(samples: DetectionSet, chosen: DetectionSet) -> None:
+    if not len(samples) or not any(len(sample.boxes) for sample in samples.samples):
+        raise DataError(f"{samples.root}: the split {samples.name!r} has {len(samples)} usable pictures and no objects to learn; "
+                        f"run: edgedetr data check {samples.root}")
+    if samples.classes != chosen.classes:
+        raise DataError(f"{samples.root}: classes differ between {samples.name} ({', '.join(c.name for c in samples.classes)}) "
+                        f"and {chosen.name} ({', '.join(c.name for c in chosen.classes)}); expected the same in every split")
