@@ -1,4 +1,4 @@
-"""What a data set holds and what is odd in it: splits, classes, box sizes, unreadable files, duplicates across splits."""
+"""What a data set holds and what is odd in it: splits, classes, box sizes, unreadable files, duplicates."""
 
 from __future__ import annotations
 
@@ -65,19 +65,21 @@ class CheckReport:
         text = [f"{self.root}: {self.layout.upper()} layout"]
         for split in self.splits:
             least, median, most = split.objects_per_image
-            text.append(f"{split.name}: {split.images} images ({split.without_objects} without objects), {split.objects} "
-                        f"objects, {least} / {median:g} / {most} an image (least / median / most)")
+            text.append(f"{split.name}: {split.images} images ({split.without_objects} without objects), "
+                        f"{split.objects} objects, {least} / {median:g} / {most} an image (least / median / most)")
             share = 100 / max(split.objects, 1)
             text.append(f"  sizes: {split.small * share:.0f} % small, {split.medium * share:.0f} % medium, "
                         f"{split.large * share:.0f} % large (below 32, below 96 px, above; COCO)")
             text.append("  classes: " + ", ".join(f"{name} {count}" for name, count in split.per_class.items()))
-            text.append("  pictures: " + ", ".join(f"{size} ({count})" for size, count in list(split.sizes.items())[:5]))
+            pictures = list(split.sizes.items())[:5]
+            text.append("  pictures: " + ", ".join(f"{size} ({count})" for size, count in pictures))
         text.append(f"findings: {summary(self.findings) or 'none'}")
         by_kind: dict[str, list[Finding]] = defaultdict(list)
         for finding in self.findings:
             by_kind[finding.kind].append(finding)
         for kind, found in by_kind.items():
-            text += [f"  {'left out' if one.fatal else 'note'}: {kind}: {one.where}: {one.what}" for one in found[:SHOWN]]
+            for one in found[:SHOWN]:
+                text.append(f"  {'left out' if one.fatal else 'note'}: {kind}: {one.where}: {one.what}")
             if len(found) > SHOWN:
                 text.append(f"  {kind}: and {len(found) - SHOWN} more (all of them in --json)")
         return text
@@ -88,7 +90,7 @@ def check(path: str | Path, *, layout: layouts.Layout | None = None,
     """Read every split and decode every picture.
 
     progress   called with (pictures looked at, pictures in all)
-    Errors: DataError where `path` is no data set or an annotation file is damaged; what is wrong inside becomes a finding.
+    Errors: DataError where `path` is no data set or an annotation file is damaged; anything less becomes a finding.
     """
     root = Path(path)
     kind = layout or layouts.detect(root)
@@ -150,7 +152,8 @@ def _duplicates(digests: dict[str, list[tuple[str, Path]]]) -> list[Finding]:
         (first_split, first), *others = apart
         for split, path in others:
             if split != first_split:
-                findings.append(Finding("duplicate-across-splits", str(path), f"the same bytes as {first} of {first_split}; a score "
+                findings.append(Finding("duplicate-across-splits", str(path),
+                                        f"the same bytes as {first} of {first_split}; a score "
                                         f"on {split} counts a picture that was seen before"))
             else:
                 findings.append(Finding("duplicate-image", str(path), f"the same bytes as {first}, both in {split}"))
@@ -161,8 +164,10 @@ def _classes(sets: Sequence[DetectionSet], reports: Sequence[SplitReport]) -> li
     findings = []
     for found in sets[1:]:
         if found.classes != sets[0].classes:
-            findings.append(Finding("classes-differ", found.name, f"classes {[info.name for info in found.classes][:20]}, but "
-                                    f"{sets[0].name} has {[info.name for info in sets[0].classes][:20]} (names, ids or order)", True))
+            findings.append(Finding("classes-differ", found.name,
+                                    f"classes {[info.name for info in found.classes][:20]}, but "
+                                    f"{sets[0].name} has {[info.name for info in sets[0].classes][:20]} "
+                                    "(names, ids or order)", True))
     for report in reports:
         absent = [name for name, count in report.per_class.items() if count == 0]
         if absent:
@@ -170,5 +175,6 @@ def _classes(sets: Sequence[DetectionSet], reports: Sequence[SplitReport]) -> li
         present = {name: count for name, count in report.per_class.items() if count}
         if present and max(present.values()) > IMBALANCE * min(present.values()):
             most, least = max(present, key=present.__getitem__), min(present, key=present.__getitem__)
-            findings.append(Finding("imbalance", report.name, f"{present[most]} objects of {most}, {present[least]} of {least}"))
+            findings.append(Finding("imbalance", report.name,
+                                    f"{present[most]} objects of {most}, {present[least]} of {least}"))
     return findings

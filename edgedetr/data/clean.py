@@ -1,11 +1,12 @@
 """From what a layout says to samples that can be trusted: every odd item is named, every unusable one is left out.
 
-Policy. Left out, with a fatal finding: an image that is missing, unreadable, too large, listed under a used id, or of another
-size than its annotation says; a box that is no four finite numbers, has no area, or lies outside the picture; an object of an
-unknown class. Boxes that stick out are cut to the picture, with a finding. `strict` turns fatal findings into a DataError.
+Policy. Left out, with a fatal finding: an image that is missing, unreadable, too large, listed under a used id, or of
+another size than its annotation says; a box that is no four finite numbers, has no area, or lies outside the picture;
+an object of an unknown class. Boxes that stick out are cut to the picture, with a finding. `strict` turns fatal findings
+into a DataError.
 
-An annotated size that is the file's size before its EXIF rotation is another size too: some tools write such files with boxes
-on the stored picture, others on the upright one, and nothing in the file tells which.
+An annotated size that is the file's size before its EXIF rotation is another size too: some tools write such files with
+boxes on the stored picture, others on the upright one, and nothing in the file tells which.
 """
 
 from __future__ import annotations
@@ -90,13 +91,17 @@ def class_infos(names: Iterable[str]) -> tuple[ClassInfo, ...]:
 
 
 def finish(raw: RawSplit, *, name: str, root: Path, strict: bool) -> DetectionSet:
-    """Look at every image file, clean every box; DataError where nothing is left, or where `strict` and something was left out."""
+    """Look at every image file and clean every box.
+
+    Errors: DataError where nothing is left, and under `strict` where anything was left out.
+    """
     findings = list(raw.findings)
     samples = []
     taken: set[int] = set()
     for image in raw.images:
         if image.image_id in taken:
-            findings.append(Finding("duplicate-image-id", str(image.path), f"image id {image.image_id} is already another image's", True))
+            findings.append(Finding("duplicate-image-id", str(image.path),
+                                    f"image id {image.image_id} is already another image's", True))
             continue
         taken.add(image.image_id)
         sample = _sample(image, findings)
@@ -107,8 +112,9 @@ def finish(raw: RawSplit, *, name: str, root: Path, strict: bool) -> DetectionSe
         raise DataError(f"{root} [{name}]: {summary(fatal)}; strict reading accepts none; "
                         f"run: edgedetr data check {root}\n" + _listed(fatal))
     if not samples:
-        raise DataError(f"{root} [{name}]: no usable image ({len(raw.images)} listed, {summary(fatal) or 'none left out'}); "
-                        f"expected at least one; run: edgedetr data check {root}\n" + _listed(fatal))
+        raise DataError(f"{root} [{name}]: no usable image ({len(raw.images)} listed, "
+                        f"{summary(fatal) or 'none left out'}); expected at least one; "
+                        f"run: edgedetr data check {root}\n" + _listed(fatal))
     if fatal:
         log.warning("%s [%s]: left out %s; for the list, run: edgedetr data check %s", root, name, summary(fatal), root)
     return DetectionSet(name, root, tuple(samples), raw.classes, tuple(findings))
@@ -139,11 +145,12 @@ def _sample(image: RawImage, findings: list[Finding]) -> Sample | None:
         findings.append(Finding("unreadable-image", where, str(error), True))
         return None
     if image.size is not None and image.size != (height, width):
-        what = f"annotated as {image.size[1]} x {image.size[0]}, the upright file is {width} x {height} (width x height)"
+        what = (f"annotated as {image.size[1]} x {image.size[0]}, "
+                f"the upright file is {width} x {height} (width x height)")
         if max(abs(image.size[0] - height), abs(image.size[1] - width)) > 1:
-            turned = image.size == (width, height)
-            why = "; before or after its EXIF rotation, the boxes do not say" if turned else "; the boxes belong to another picture size"
-            findings.append(Finding("size-mismatch", where, what + why, True))
+            why = "the boxes may belong to the picture before or after its EXIF rotation" \
+                if image.size == (width, height) else "the boxes belong to another picture"
+            findings.append(Finding("size-mismatch", where, f"{what}; {why}", True))
             return None
         findings.append(Finding("size-mismatch", where, what + "; one pixel, boxes taken as they are"))
     rows, labels, crowd, areas = [], [], [], []
@@ -162,7 +169,8 @@ def _sample(image: RawImage, findings: list[Finding]) -> Sample | None:
     )
 
 
-def _clipped(thing: RawObject, relative: bool, height: int, width: int, where: str, findings: list[Finding]) -> np.ndarray | None:
+def _clipped(thing: RawObject, relative: bool, height: int, width: int, where: str,
+             findings: list[Finding]) -> np.ndarray | None:
     corners = np.array(thing.xyxy, dtype=np.float64)
     if relative:
         corners *= [width, height, width, height]
@@ -175,5 +183,6 @@ def _clipped(thing: RawObject, relative: bool, height: int, width: int, where: s
         findings.append(Finding("box-outside", where, f"box {shown} lies outside the {width} x {height} picture", True))
         return None
     if np.abs(cut - corners).max() > STICKS_OUT:
-        findings.append(Finding("box-cut", where, f"box {shown} sticks out of the {width} x {height} picture and was cut to it"))
+        findings.append(Finding("box-cut", where,
+                                f"box {shown} sticks out of the {width} x {height} picture and was cut to it"))
     return cut

@@ -34,7 +34,8 @@ def find(root: Path) -> dict[str, Path]:
 
 def _put(found: dict[str, Path], split: str, file: Path) -> None:
     if split in found:
-        raise DataError(f"both {found[split]} and {file} describe the split {split!r}; expected one; move the other away")
+        raise DataError(f"both {found[split]} and {file} describe the split {split!r}; expected one; "
+                        "move the other away")
     found[split] = file
 
 
@@ -82,10 +83,9 @@ def _tables(source: Path) -> dict[str, list]:  # type: ignore[type-arg]  # rows 
 def _classes(rows: list, source: Path) -> tuple[ClassInfo, ...]:  # type: ignore[type-arg]
     pairs = []
     for row in rows:
-        identity, name = (row.get("id"), row.get("name")) if isinstance(row, dict) else (None, None)
-        if not _whole(identity) or not isinstance(name, str):
+        if not isinstance(row, dict) or not _whole(row.get("id")) or not isinstance(row.get("name"), str):
             raise DataError(f"{source}: category {str(row)[:80]}; expected a whole number 'id' and a text 'name'")
-        pairs.append((identity, name))
+        pairs.append((int(row["id"]), row["name"]))
     pairs.sort()
     identities = [identity for identity, _ in pairs]
     if not pairs or len(set(identities)) != len(pairs):
@@ -104,17 +104,20 @@ def _folders(root: Path, split: str, source: Path) -> list[Path]:
 
 def _image(row: object, folders: list[Path], source: Path, findings: list[Finding]) -> RawImage | None:
     if not isinstance(row, dict) or not _whole(row.get("id")) or not isinstance(row.get("file_name"), str):
-        findings.append(Finding("bad-image-entry", str(source), f"image {str(row)[:80]}; expected a whole 'id' and a 'file_name'", True))
+        findings.append(Finding("bad-image-entry", str(source),
+                                f"image {str(row)[:80]}; expected a whole 'id' and a 'file_name'", True))
         return None
     places = [place for place in (inside(folder, row["file_name"]) for folder in folders) if place is not None]
     if not places:
-        findings.append(Finding("path-outside", str(source), f"file_name {row['file_name']!r} leaves the data directory", True))
+        findings.append(Finding("path-outside", str(source),
+                                f"file_name {row['file_name']!r} leaves the data directory", True))
         return None
     path = next((place for place in places if place.is_file()), places[0])
     size = numbers((row.get("height"), row.get("width")), 2)
     stated = (int(size[0]), int(size[1])) if size is not None and min(size) > 0 else None
     if stated is None:
-        findings.append(Finding("no-size", str(path), "no usable width and height in the annotations; the file's are taken"))
+        findings.append(Finding("no-size", str(path),
+                                "no usable width and height in the annotations; the file's are taken"))
     return RawImage(row["id"], path, stated)
 
 
@@ -126,17 +129,20 @@ def _annotate(row: object, images: dict[int, RawImage], index: dict[int, int], l
     image = images.get(row["image_id"]) if _whole(row.get("image_id")) else None
     if image is None:
         if _hashable(row.get("image_id")) not in left_out:
-            findings.append(Finding("unknown-image", str(source), f"annotation {row.get('id')} is of image {row.get('image_id')!r}, "
+            findings.append(Finding("unknown-image", str(source),
+                                    f"annotation {row.get('id')} is of image {row.get('image_id')!r}, "
                                     "which is not listed", True))
         return
     where = str(image.path)
     label = index.get(row["category_id"]) if _whole(row.get("category_id")) else None
     corner = numbers(row.get("bbox"), 4)
     if label is None:
-        findings.append(Finding("unknown-class", where, f"annotation {row.get('id')} has category_id {row.get('category_id')!r}; "
+        findings.append(Finding("unknown-class", where,
+                                f"annotation {row.get('id')} has category_id {row.get('category_id')!r}; "
                                 f"known are {sorted(index)[:20]}", True))
     elif corner is None:
-        findings.append(Finding("bad-box", where, f"annotation {row.get('id')} has bbox {str(row.get('bbox'))[:80]}; expected four "
+        findings.append(Finding("bad-box", where,
+                                f"annotation {row.get('id')} has bbox {str(row.get('bbox'))[:80]}; expected four "
                                 "finite numbers x, y, width, height", True))
     else:
         x, y, w, h = corner

@@ -1,21 +1,23 @@
 """The small part of YAML that YOLO's data.yaml uses: top-level scalars, lists and one-level mappings, read as text.
 
-Block and flow form, quotes and comments are understood; deeper nesting and text blocks (download scripts) are passed over.
+Block and flow form, quotes and comments are understood; deeper nesting and text blocks (download scripts) are passed
+over.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Union
 
 from edgedetr.errors import DataError
 
-Value = Union[str, list[str], dict[str, str]]
+Value = str | list[str] | dict[str, str]
 
 _QUOTED = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^']|'')*'"
 _KEY = re.compile(rf"^(?P<key>{_QUOTED}|[^\s#'\"\[\]{{}}:-][^:]*?)\s*:(?:\s+(?P<rest>.*))?$")
 _ITEM = re.compile(rf"\s*(?P<item>{_QUOTED}|[^,\[\]{{}}'\"]*)\s*(?:,|$)")
+
+_PAIR = re.compile(rf"\s*((?:{_QUOTED}|[^,\[\]{{}}'\"])*)\s*(?:,|$)")
 
 
 def read(file: Path) -> dict[str, Value]:
@@ -81,7 +83,7 @@ def _bare(line: str) -> str:
 def _flow(text: str, file: Path, line: int) -> Value:
     items, position, inner = [], 0, text[1:-1].strip()
     while position < len(inner):
-        match = _ITEM.match(inner, position) if text[0] == "[" else re.compile(r"\s*([^,]*)(?:,|$)").match(inner, position)
+        match = (_ITEM if text[0] == "[" else _PAIR).match(inner, position)
         if match is None or match.end() == position:
             raise DataError(f"{file}, line {line}: {text[:60]!r}; expected a flat list or mapping")
         items.append(match[1])

@@ -1,7 +1,7 @@
-"""Image files to EXIF-upright RGB arrays: every mode that Pillow opens, limits before decoding, errors that name the file.
+"""Image files to EXIF-upright RGB arrays: every mode of Pillow, limits before decoding, errors that name the file.
 
-- EXIF orientation (tag 274; also from XMP) is applied; 0, invalid or unreadable means no rotation. In a PNG only what stands
-  before the pixel data counts, so that a header is enough to know the size.
+- EXIF orientation (tag 274; also from XMP) is applied; 0, invalid or unreadable means no rotation. In a PNG only what
+  stands before the pixel data counts, so that a header is enough to know the size.
 - Alpha and palette transparency are dropped and the stored colours kept, as OpenCV and other detectors' loaders do.
 - Gray becomes three equal channels; 16-bit gray is scaled (v / 257), not clipped. CMYK and YCbCr go through Pillow.
 - The first frame of an animation, page of a TIFF or picture of an MPO is taken.
@@ -27,7 +27,8 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", 
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 
 
@@ -59,13 +60,13 @@ def decode(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> np.nd
         orientation = _orientation(image)
         try:
             image.load()
-            pixels = _rgb(image)
+            pixels = _rgb(image, name)
             if orientation in _TRANSPOSE:
                 pixels = pixels.transpose(_TRANSPOSE[orientation])
             return np.array(pixels)
         except DataError:
             raise
-        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ... for bad bytes
+        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... for bad bytes
             raise ImageUnreadable(f"{name}: cannot be decoded ({_reason(error)}); expected a whole image file; "
                                   "replace the file or take it out of the data set") from error
 
@@ -109,15 +110,16 @@ def _open(source: str | Path | bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLarge(f"{name}: refused before decoding ({error}); expected at most {max_pixels} pixels") from error
+        raise ImageTooLarge(f"{name}: refused before decoding ({error}); "
+                            f"expected at most {max_pixels} pixels") from error
     except Exception as error:      # as above: header parsers raise many types
-        raise ImageUnreadable(f"{name}: not a readable image ({_reason(error)}); expected JPEG, PNG, WebP, BMP, TIFF or "
-                              "another format of Pillow") from error
+        raise ImageUnreadable(f"{name}: not a readable image ({_reason(error)}); expected JPEG, PNG, WebP, BMP, "
+                              "TIFF or another format of Pillow") from error
     width, height = image.size
     if width * height > max_pixels:
         image.close()
-        raise ImageTooLarge(f"{name}: {width} x {height} pixels (width x height), refused before decoding; expected at most "
-                            f"{max_pixels}; tile the picture or make it smaller")
+        raise ImageTooLarge(f"{name}: {width} x {height} pixels (width x height), refused before decoding; "
+                            f"expected at most {max_pixels}; tile the picture or make it smaller")
     if width < 1 or height < 1:
         image.close()
         raise ImageUnreadable(f"{name}: {width} x {height} pixels; expected at least 1 x 1")
@@ -135,27 +137,27 @@ def _orientation(image: Image.Image) -> int:
     try:
         # The base class's method: PNG's own would decode the whole picture to look for chunks after it.
         value = Image.Image.getexif(image).get(ORIENTATION, 1)
-    except Exception:               # a damaged EXIF block does not make the pixels unusable
+    except Exception:  # noqa: BLE001  # parsers of EXIF raise many types, and a damaged block leaves the pixels usable
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode == "F":
-        raise ImageUnreadable(f"{image.filename if hasattr(image, 'filename') else 'image'}: float pixels have no defined "
-                              "white; expected 8 or 16 bits per channel; convert the file")
+        raise ImageUnreadable(f"{name}: float pixels have no defined white; expected 8 or 16 bits per channel; "
+                              "convert the file")
     if image.mode.startswith("I"):
-        return _sixteen_bit(image).convert("RGB")
+        return _sixteen_bit(image, name).convert("RGB")
     if image.mode in ("La", "RGBa"):
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     return image.convert("RGB")
 
 
-def _sixteen_bit(image: Image.Image) -> Image.Image:
+def _sixteen_bit(image: Image.Image, name: str) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ImageUnreadable(f"{image.filename if hasattr(image, 'filename') else 'image'}: gray values "
-                              f"{values.min()}..{values.max()}; expected 8 or 16 bits per channel; convert the file")
+        raise ImageUnreadable(f"{name}: gray values {values.min()}..{values.max()}; expected 8 or 16 bits per channel; "
+                              "convert the file")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))

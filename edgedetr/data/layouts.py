@@ -34,7 +34,8 @@ def splits(path: str | Path, *, layout: Layout | None = None) -> dict[str, int]:
     root = _root(path)
     reader = READERS[_layout(root, layout)]
     found = reader.find(root)
-    order = sorted(found, key=lambda name: (["train", "val", "test"].index(name) if name in ("train", "val", "test") else 3, name))
+    usual = [name for name in ("train", "val", "test") if name in found]
+    order = usual + sorted(name for name in found if name not in usual)
     return {name: reader.count(root, name, found[name]) for name in order}
 
 

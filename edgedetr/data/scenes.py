@@ -1,7 +1,8 @@
 """A rendered detection set for demos and tests: flat shapes on cluttered ground, with occlusion, noise and distractors.
 
-Everything is drawn with numpy and Pillow from one seed, in COCO layout, and marked as synthetic in its files. An object's box
-is the tight extent of its whole shape, cut to the picture; an object of which less than 30 % is seen is not annotated.
+Everything is drawn with numpy and Pillow from one seed, in COCO layout, and marked as synthetic in its files. An
+object's box is the tight extent of its whole shape, cut to the picture; an object of which less than 30 % is seen is
+not annotated.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def render(root: str | Path, *, train: int = 1600, verify: int = 800, val: int =
 
 
 def draw(rng: np.random.Generator, classes: tuple[str, ...], size: int) -> Drawn:
-    """One picture of `size` x `size` pixels with 1 to 5 shapes of 15 to 50 % of the side, later ones over earlier ones."""
+    """One picture of `size` x `size` pixels: 1 to 5 shapes of 15 to 50 % of the side, later ones over earlier ones."""
     canvas = _ground(rng, size)
     for _ in range(rng.integers(2, 6)):
         _distract(rng, canvas, size)
@@ -111,7 +112,7 @@ def draw(rng: np.random.Generator, classes: tuple[str, ...], size: int) -> Drawn
     owner = np.full((size, size), -1)
     boxes, whole = [], []
     for index, label in enumerate(labels):
-        window, mask, box = _shape_mask(rng, classes[label], size)
+        window, mask, box = _shape(rng, classes[label], size)
         _paint(rng, canvas[window], mask)
         solid = mask > 0.5
         owner[window][solid] = index
@@ -119,15 +120,16 @@ def draw(rng: np.random.Generator, classes: tuple[str, ...], size: int) -> Drawn
         whole.append(int(solid.sum()))
     seen = np.bincount(owner[owner >= 0], minlength=count) / np.maximum(whole, 1)
     keep = (seen >= SEEN) & (np.array(whole) > 0)
-    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * np.float32(rng.uniform(2, 9))   # sensor noise, levels
+    noise = np.float32(rng.uniform(2, 9))                           # of the sensor, levels
+    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * noise
     pixels = np.clip(np.rint(canvas, out=canvas), 0, 255, out=canvas).astype(np.uint8)
     return Drawn(pixels, np.array(boxes, dtype=np.float64).reshape(-1, 4)[keep], labels[keep].astype(np.int64))
 
 
 def _check(params: SceneParams) -> None:
     if min(params.train, params.val, params.verify) < 1 or not 32 <= params.size <= 2048:
-        raise DataError(f"a rendered set of {params.train} + {params.val} + {params.verify} images of {params.size} px; "
-                        "expected at least one image in each split, of 32 to 2048 px")
+        raise DataError(f"a rendered set of {params.train} + {params.val} + {params.verify} images of {params.size} "
+                        "px; expected at least one image in each split, of 32 to 2048 px")
     for name in params.classes:
         if name not in SHAPES:
             raise DataError(f"cannot draw {name!r}; expected some of {', '.join(SHAPES)}{did_you_mean(name, SHAPES)}")
@@ -148,7 +150,7 @@ def _file_name(index: int) -> str:
 
 
 def _write_coco(file: Path, drawn: list[tuple[np.ndarray, np.ndarray]], params: SceneParams) -> None:
-    annotations = []
+    annotations: list[dict[str, object]] = []
     for image, (boxes, labels) in enumerate(drawn, start=1):
         for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist()):
             annotations.append({"id": len(annotations) + 1, "image_id": image, "category_id": label + 1, "iscrowd": 0,
@@ -183,7 +185,8 @@ def _distract(rng: np.random.Generator, canvas: np.ndarray, size: int) -> None:
     angle, length = rng.uniform(0, 2 * math.pi), rng.uniform(0.1, 0.6) * size
     kind = rng.integers(0, 3)
     if kind == 0:
-        pen.line([x, y, x + math.cos(angle) * length, y + math.sin(angle) * length], fill=255, width=int(rng.integers(1, 5)))
+        end = (x + math.cos(angle) * length, y + math.sin(angle) * length)
+        pen.line([(x, y), end], fill=255, width=int(rng.integers(1, 5)))
     elif kind == 1:
         reach = length / 2
         pen.arc([x - reach, y - reach, x + reach, y + reach], math.degrees(angle), math.degrees(angle) + 100, fill=255,
@@ -195,11 +198,12 @@ def _distract(rng: np.random.Generator, canvas: np.ndarray, size: int) -> None:
     colour, opacity = rng.uniform(20, 235, 3).astype(np.float32), rng.uniform(0.5, 1.0)
     left, top, right, bottom = layer.getbbox() or (0, 0, 0, 0)
     part = canvas[top:bottom, left:right]
-    part += (colour - part) * (np.asarray(layer, dtype=np.float32)[top:bottom, left:right, None] * np.float32(opacity / 255))
+    mask = np.asarray(layer, dtype=np.float32)[top:bottom, left:right, None] * np.float32(opacity / 255)
+    part += (colour - part) * mask
 
 
-def _shape_mask(rng: np.random.Generator, name: str, size: int) -> tuple[tuple[slice, slice], np.ndarray, tuple[float, ...]]:
-    """A window of the picture, the coverage 0..1 of one shape in it, and the box of its whole extent, cut to the picture."""
+def _shape(rng: np.random.Generator, name: str, size: int) -> tuple[tuple[slice, slice], np.ndarray, tuple[float, ...]]:
+    """A window of the picture, the coverage 0..1 of one shape in it, and the box of its extent, cut to the picture."""
     radius = rng.uniform(0.15, 0.5) * size / 2
     # The centre stays inside: at most about a third of a shape is cut by the border.
     centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
@@ -216,14 +220,14 @@ def _shape_mask(rng: np.random.Generator, name: str, size: int) -> tuple[tuple[s
 
 
 def _placed(outline: list[Point], centre: np.ndarray, radius: float, squeeze: float, turn: float) -> np.ndarray:
-    """An outline of the unit circle's size -> points [n, 2] in pixels: squeezed along one axis, turned, scaled, moved."""
+    """An outline of radius 1 -> points [n, 2] in pixels: squeezed along one axis, turned, scaled, moved."""
     points = np.array(outline) * [1.0, squeeze]
     rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
     return points @ rotation * radius + centre
 
 
 def _paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> None:
-    """Fill a shape with a colour that differs from what lies under it, lit unevenly; `canvas` and `mask` are its window."""
+    """Fill a shape with a colour that differs from what lies under it, lit unevenly; both arrays are its window."""
     under = canvas.mean(axis=(0, 1))
     colours = rng.uniform(10, 245, (6, 3))
     colour = colours[np.abs(colours - under).sum(axis=1).argmax()]
@@ -234,7 +238,8 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> No
 
 
 def _regular(count: int, radius: float = 1.0) -> list[Point]:
-    return [(radius * math.cos(2 * math.pi * i / count), radius * math.sin(2 * math.pi * i / count)) for i in range(count)]
+    angles = [2 * math.pi * i / count for i in range(count)]
+    return [(radius * math.cos(angle), radius * math.sin(angle)) for angle in angles]
 
 
 def _star() -> list[Point]:

@@ -1,7 +1,8 @@
-"""Pascal VOC layout: Annotations/*.xml, JPEGImages/, ImageSets/Main/<split>.txt; or Roboflow's <split>/*.xml beside the images.
+"""Pascal VOC layout: Annotations/*.xml, JPEGImages/, ImageSets/Main/<split>.txt; or <split>/*.xml beside the images.
 
-Corners are read as x = xmin, width = xmax - xmin, as the usual converters do. `difficult` objects become crowd: a detector may
-find them without gain or loss, as the VOC evaluation has it. Class names come from classes.txt, or sorted from the files.
+Corners are read as x = xmin, width = xmax - xmin, as the usual converters do. `difficult` objects become crowd: a
+detector may find them without gain or loss, as the VOC evaluation has it. Class names come from classes.txt, or sorted
+from the files.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
     found = []
     for position, file in enumerate(source.files, start=1):
         if not file.is_file():
-            findings.append(Finding("missing-annotation", str(file), "listed in the split, but there is no such file", True))
+            findings.append(Finding("missing-annotation", str(file), "listed in the split, but there is no such file",
+                                    True))
             continue
         try:
             tree = parse(file)
@@ -143,11 +145,13 @@ def _stated_size(tree: ElementTree.Element) -> tuple[int, int] | None:
     return (int(size[0]), int(size[1])) if size is not None and min(size) >= 1 else None
 
 
-def _annotate(thing: ElementTree.Element, image: RawImage, index: dict[str, int], file: Path, findings: list[Finding]) -> None:
+def _annotate(thing: ElementTree.Element, image: RawImage, index: dict[str, int], file: Path,
+              findings: list[Finding]) -> None:
     name = _text(thing, "name")
     corners = numbers([_number(_text(thing, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")], 4)
     if name not in index:
-        findings.append(Finding("unknown-class", str(file), f"object {name!r} is not in classes.txt{did_you_mean(name, index)}", True))
+        findings.append(Finding("unknown-class", str(file),
+                                f"object {name!r} is not in classes.txt{did_you_mean(name, index)}", True))
     elif corners is None:
         findings.append(Finding("bad-box", str(file), f"an object {name!r} has no bndbox of four finite numbers", True))
     else:

@@ -1,7 +1,7 @@
-"""YOLO layout: data.yaml, images/<split>/ with labels/<split>/ (or <split>/images/ with <split>/labels/), one text file an image.
+"""YOLO layout: data.yaml, images/<split>/ with labels/<split>/ or <split>/images/ with <split>/labels/.
 
-A line is `class cx cy w h`, or a class and a polygon's corners, all in 0..1 of the upright picture; a polygon becomes its
-bounding box. An image without a label file has no objects. Class ids are the indices.
+A label file has one line an object: `class cx cy w h`, or a class and a polygon's corners, all in 0..1 of the upright
+picture; a polygon becomes its bounding box. An image without a label file has no objects. Class ids are the indices.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def _pictures(root: Path, source: Source, findings: list[Finding]) -> list[Path]
             if path is not None:
                 found.append(path)
             elif line.strip():
-                findings.append(Finding("path-outside", str(place), f"{line.strip()!r} leaves the data directory", True))
+                findings.append(Finding("path-outside", str(place), f"{line.strip()!r} leaves the data directory",
+                                        True))
     return list(dict.fromkeys(found))
 
 
@@ -132,7 +133,8 @@ def _class_names(root: Path) -> list[str]:
             if names and len(set(names)) == len(names):
                 return names
             raise DataError(f"{listing}: {names[:20]}; expected class names, one a line, each once")
-    raise DataError(f"{root}: no class names; expected 'names: [first, second]' in data.yaml, or classes.txt with one a line")
+    raise DataError(f"{root}: no class names; expected 'names: [first, second]' in data.yaml, "
+                    "or classes.txt with one a line")
 
 
 def _in_order(names: dict[str, str], description: Path) -> list[str]:
@@ -151,12 +153,14 @@ def _label_file(root: Path, picture: Path) -> Path:
 
 def _label(image: RawImage, file: Path, classes: int, findings: list[Finding]) -> None:
     if not file.is_file():
-        findings.append(Finding("no-label-file", str(image.path), f"no {file.name}; taken as a picture without objects"))
+        findings.append(Finding("no-label-file", str(image.path),
+                                f"no {file.name}; taken as a picture without objects"))
         return
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        findings.append(Finding("unreadable-annotation", str(file), f"not text ({error.reason}); its objects are left out", True))
+        findings.append(Finding("unreadable-annotation", str(file),
+                                f"not text ({error.reason}); its objects are left out", True))
         return
     for number, line in enumerate(lines, start=1):
         if not line.strip():

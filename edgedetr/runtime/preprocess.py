@@ -151,7 +151,7 @@ def _resize_numpy(used: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _sum_strided(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-    total = parts[0].astype(dtype)
+    total: np.ndarray = parts[0].astype(dtype)
     for part in parts[1:]:
         total += part
     return total
