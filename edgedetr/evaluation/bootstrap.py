@@ -25,15 +25,15 @@ class PairedDrop:
     drop          on the pictures as they are
     lower, upper  one-sided 95 % percentile bounds each (5th and 95th percentile of the resampled drops)
     se            standard deviation of the resampled drops
-    certifiable   upper - drop: the smallest budget that these pictures could certify for a system as
-                  different as this one whose AP had not dropped at all; never below 0
+    margin        upper - drop, at least 0: what these pictures cannot tell apart. A system that differs as much as
+                  this one and had lost nothing at all could be certified for a budget of `margin`, not for less
     """
 
     drop: float
     lower: float
     upper: float
     se: float
-    certifiable: float
+    margin: float
     resamples: int
 
 

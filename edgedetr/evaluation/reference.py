@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,17 @@ class GroundTruth:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def subset(self, image_ids: Collection[int]) -> GroundTruth:
+        """Only these pictures, in the same order."""
+        keep = np.isin(self.image_ids, list(image_ids))
+        objects = keep[self.image]
+        place = np.cumsum(keep) - 1
+        return replace(
+            self, image_ids=self.image_ids[keep], names=self.names[keep], digests=self.digests[keep],
+            sizes=self.sizes[keep], image=place[self.image[objects]].astype(np.int64), boxes=self.boxes[objects],
+            labels=self.labels[objects], crowd=self.crowd[objects], areas=self.areas[objects],
+        )
+
     def list_digest(self) -> str:
         """One sha256 over the picture digests in their order."""
         return hashlib.sha256("\n".join(self.digests.tolist()).encode()).hexdigest()
@@ -106,7 +117,7 @@ class Reference:
             "truth_areas": t.areas, **_columns(self.detections, t.image_ids),
         }
         with open(path, "wb") as stream:
-            np.savez_compressed(stream, **arrays)   # type: ignore[arg-type]  # numpy's stub is wrong
+            np.savez_compressed(stream, **arrays)   # type: ignore[arg-type]  # stub
 
     @classmethod
     def load(cls, path: str | Path) -> Reference:
@@ -119,7 +130,8 @@ class Reference:
             images, objects = len(arrays["image_id"]), len(arrays["truth_image"])
             truth = GroundTruth(
                 classes=classes,
-                image_ids=_array(arrays, "image_id", (images,), "i"), names=_array(arrays, "image_name", (images,), "U"),
+                image_ids=_array(arrays, "image_id", (images,), "i"),
+                names=_array(arrays, "image_name", (images,), "U"),
                 digests=_array(arrays, "image_sha256", (images,), "U"),
                 sizes=_array(arrays, "image_size", (images, 2), "i"),
                 image=_array(arrays, "truth_image", (objects,), "i", below=images),
@@ -138,7 +150,8 @@ def save_detections(path: str | Path, detections: Mapping[int, Detections]) -> N
     """Detections by image id as plain arrays."""
     ids = np.array(sorted(detections), np.int64)
     with open(path, "wb") as stream:
-        np.savez_compressed(stream, schema=np.array(SCHEMA), image_id=ids, **_columns(detections, ids))
+        arrays = {"schema": np.array(SCHEMA), "image_id": ids, **_columns(detections, ids)}
+        np.savez_compressed(stream, **arrays)   # type: ignore[arg-type]  # stub
 
 
 def load_detections(path: str | Path, classes: Sequence[ClassInfo]) -> dict[int, Detections]:

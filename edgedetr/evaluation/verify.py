@@ -2,30 +2,165 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import json
+import logging
+import math
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
-from edgedetr.errors import RecipeError
+import numpy as np
+
+from edgedetr.bundle import Bundle
+from edgedetr.data import images
+from edgedetr.data.form import DetectionSet
+from edgedetr.errors import BundleError, DataError, UsageError
+from edgedetr.evaluation.config import VerifyConfig
+from edgedetr.evaluation.evaluate import Metrics, evaluate
+from edgedetr.evaluation.reference import GroundTruth, Reference, save_detections
+from edgedetr.evaluation.stages import BENCHED, VERIFIED, Progress, StageRun, candidates, load_split, run_stages
+from edgedetr.evaluation.verdict import Judge, StageVerdict, Verdict, megabytes
+from edgedetr.runtime import preprocess
+from edgedetr.runtime.detector import STAGES, Detector, load
+from edgedetr.runtime.latency import measure
+
+__all__ = ["StageTiming", "StageVerdict", "Verdict", "VerifyConfig", "bench", "check_same", "evaluate_stage", "verify"]
+
+log = logging.getLogger(__name__)
+
+RESULT = "results/verify.json"
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
-    """The gate. A stage passes when the one-sided upper 95 % bound of its AP drop is within the budget."""
+class StageTiming:
+    """Milliseconds of one inference of one picture, and the file's size."""
 
-    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
+    name: str
+    backend: str
+    p50_ms: float
+    p99_ms: float
+    size_mb: float
 
-    budget: float = 1.0             # points of AP; what INT8 detectors are commonly allowed to lose
-    bootstrap: int = 1000           # resamples: the 95th percentile of 1000 is known to about 0.7 % in coverage
-    seed: int = 0                   # of the resampling; the same seed gives the same bound
-    threads: int | None = None      # of one inference; None = all cores
-    parity_images: int = 32         # pictures also run without optimisations, to see who departs from the arithmetic
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
 
-    def __post_init__(self) -> None:
-        if not 0 < self.budget <= 100:
-            raise RecipeError(f"verify.budget is {self.budget}; expected points of AP above 0, at most 100")
-        if self.bootstrap < 100:
-            raise RecipeError(f"verify.bootstrap is {self.bootstrap}; expected at least 100 for a 95 % bound")
-        if self.threads is not None and self.threads < 1:
-            raise RecipeError(f"verify.threads is {self.threads}; expected at least 1, or nothing for all cores")
-        if self.parity_images < 0:
-            raise RecipeError(f"verify.parity_images is {self.parity_images}; expected 0 or more")
+
+def verify(
+    bundle: str | Path | Bundle, *, data: str | Path | None = None, max_drop: float | None = None,
+    live: Callable[[Bundle, DetectionSet], Reference] | None = None, stages: Collection[str] | None = None,
+    backends: Collection[str] | None = None, threads: int | None = None, config: VerifyConfig | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Measure every delivered stage against torch and judge it; a complete verdict is recorded in the bundle.
+
+    data       the data set's folder; None = the one the bundle records. Its pictures must be, byte for byte, those
+               that reference.npz was made from
+    max_drop   the budget in points; None = the bundle's
+    live       makes the reference anew (with torch, so it lives above this floor) instead of reading reference.npz
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    config = config or VerifyConfig(budget=bundle.manifest.budget)
+    config = replace(config, budget=config.budget if max_drop is None else max_drop, threads=threads or config.threads)
+    if not math.isfinite(config.budget):
+        raise UsageError(f"the budget is {config.budget}; expected points of AP from 0 to 100")
+    pairs = candidates(bundle, VERIFIED, stages, backends)
+    dataset = load_split(bundle, data)
+    if live:
+        reference = live(bundle, dataset)
+    else:
+        reference = Reference.load(bundle.require("reference.npz"))
+        check_same(reference, GroundTruth.of(dataset, digests=True), bundle)
+    torch = evaluate(reference.truth, reference.detections)
+    if torch.ap is None:
+        raise DataError(f"{dataset.root}: split {dataset.name!r} has no object to measure AP on; "
+                        f"run: edgedetr data check {dataset.root}")
+    runs = run_stages(bundle, dataset, pairs, threads=config.threads, oracle_images=config.parity_images,
+                      progress=progress)
+    judge = Judge(bundle, dataset, reference, torch, config)
+    verdicts = [judge.torch()]
+    for number, run in enumerate(runs):
+        verdicts.append(judge.stage(run))
+        if progress:
+            progress("bootstrap", number + 1, len(runs))
+    verdict = Verdict(all(v.passed for v in verdicts), config.budget, max(v.drop_upper95 for v in verdicts),
+                      tuple(verdicts))
+    if stages is None and backends is None:
+        _record(bundle, verdict, runs)
+    return verdict
+
+
+def evaluate_stage(
+    bundle: str | Path | Bundle, *, stage: str = "onnx", backend: str | None = None, data: str | Path | None = None,
+    split: str | None = None, threads: int | None = None, progress: Progress | None = None,
+) -> Metrics:
+    """Metrics of one stage on a labelled split; "torch" is read from reference.npz."""
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if stage == "torch":
+        reference = Reference.load(bundle.require("reference.npz"))
+        if (split is not None and split != reference.split) or data is not None:
+            check_same(reference, GroundTruth.of(load_split(bundle, data, split), digests=True), bundle)
+        return evaluate(reference.truth, reference.detections)
+    detector = load(bundle, stage=stage, backend=backend, threads=threads)
+    dataset = load_split(bundle, data, split)
+    found = {}
+    for number, sample in enumerate(dataset.samples):
+        found[sample.image_id] = detector([images.decode(sample.path)])[0]
+        if progress:
+            progress("eval", number + 1, len(dataset))
+    return evaluate(dataset, found)
+
+
+def bench(
+    bundle: str | Path | Bundle, *, stages: Collection[str] | None = None, backends: Collection[str] | None = None,
+    rounds: int = 50, threads: int | None = None, progress: Progress | None = None,
+) -> list[StageTiming]:
+    """Time the stages in turns in one process; float32 of OpenVINO with float32 arithmetic."""
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    pairs = candidates(bundle, BENCHED, stages, backends)
+    detectors = {pair: load(bundle, stage=pair[0], backend=pair[1], threads=threads) for pair in pairs}
+    contract = bundle.manifest.input
+    noise = np.random.default_rng(0).integers(0, 256, (contract.height, contract.width, 3), dtype=np.uint8)
+    batch, _ = preprocess.prepare([noise], contract)
+
+    def once(detector: Detector) -> Callable[[], object]:
+        return lambda: detector.run_raw(batch)
+
+    timings = measure({" ".join(pair): once(detector) for pair, detector in detectors.items()},
+                      rounds=rounds, progress=progress)
+    return [StageTiming(stage, backend, timings[f"{stage} {backend}"].p50_ms, timings[f"{stage} {backend}"].p99_ms,
+                        megabytes(bundle, STAGES[stage])) for stage, backend in pairs]
+
+
+def check_same(reference: Reference, truth: GroundTruth, bundle: Bundle) -> None:
+    """BundleError unless the reference was made from these very pictures and annotations."""
+    hint = f"expected the files that reference.npz was made from; make it again with: edgedetr export {bundle.path}"
+    known = dict(zip(reference.truth.image_ids.tolist(), reference.truth.digests.tolist()))
+    here = dict(zip(truth.image_ids.tolist(), truth.digests.tolist()))
+    names = dict(zip(truth.image_ids.tolist(), truth.names.tolist()))
+    if known.keys() != here.keys():
+        raise BundleError(f"{bundle.path}: reference.npz has {len(known)} pictures, the data set {len(here)}, and "
+                          f"{len(known.keys() ^ here.keys())} are not in both; {hint}")
+    changed = [image_id for image_id in known if known[image_id] != here[image_id]]
+    if changed:
+        raise BundleError(f"{bundle.path}: {names[changed[0]]} is not the picture that reference.npz was made from "
+                          f"({len(changed)} of {len(known)} differ); {hint}")
+    old = reference.truth
+    columns = ("image", "boxes", "labels", "crowd", "areas")
+    if not all(np.array_equal(getattr(old, name), getattr(truth, name)) for name in columns):
+        raise BundleError(f"{bundle.path}: the annotations have changed since reference.npz was made; {hint}")
+
+
+def _record(bundle: Bundle, verdict: Verdict, runs: list[StageRun]) -> None:
+    """Write the verdict and each stage's detections; a bundle on read-only storage only loses the record."""
+    listed = bundle.manifest.files
+    sources = [name for name in ("reference.npz",) if name in listed]
+    try:
+        for run in runs:
+            name = f"results/detections-{run.stage}-{run.backend}.npz"
+            with bundle.add(name, stage="verify", made_from=[*sources, STAGES[run.stage]]) as path:
+                save_detections(path, run.detections)
+        sources += dict.fromkeys(STAGES[run.stage] for run in runs)
+        with bundle.add(RESULT, stage="verify", made_from=sources) as path:
+            path.write_text(json.dumps(verdict.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        log.warning("%s: the verdict could not be recorded (%s)", bundle.path, error)

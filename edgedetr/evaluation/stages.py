@@ -1,0 +1,170 @@
+"""Run the stages of a bundle over a labelled split: the same bytes for each, in turns, timed as they go."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from edgedetr.bundle import Bundle
+from edgedetr.data import images, layouts
+from edgedetr.data.form import DetectionSet
+from edgedetr.errors import BundleError, DataError, EdgedetrError, MissingDependency, UsageError, did_you_mean
+from edgedetr.runtime import preprocess
+from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.detector import BACKENDS, STAGES, Detector, load
+from edgedetr.runtime.latency import rotated, timed
+from edgedetr.runtime.ort import OrtRunner
+from edgedetr.runtime.postprocess import decode
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+# What is delivered and therefore verified. OpenVINO gets the signed graph: it refuses some of ONNX Runtime's dialect.
+VERIFIED = (("onnx", "onnxruntime"), ("int8", "onnxruntime"), ("int8", "openvino"), ("int8-cpu", "onnxruntime"))
+# The float32 of each library is what its INT8 is compared with; never more than three OpenVINO models at a time,
+# because more of them slow each other down through their threads.
+BENCHED = (*VERIFIED, ("onnx", "openvino"))
+
+
+@dataclass
+class StageRun:
+    """What one stage did on one backend.
+
+    detections   by image id
+    seconds      of one inference each, one picture at a time, without preparing and decoding
+    oracle       detections of the first pictures by the same graph in ONNX Runtime without optimisations
+    fault        why it gave nothing, or ""
+    """
+
+    stage: str
+    backend: str
+    detections: dict[int, Detections] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    oracle: dict[int, Detections] = field(default_factory=dict)
+    fault: str = ""
+
+
+def candidates(bundle: Bundle, pairs: Sequence[tuple[str, str]], stages: Collection[str] | None = None,
+               backends: Collection[str] | None = None) -> list[tuple[str, str]]:
+    """Those (stage, backend) of `pairs` that are asked for, have been exported and can run here."""
+    for words, known, what in ((stages, STAGES, "stage"), (backends, BACKENDS, "backend")):
+        for word in words or ():
+            if word not in known:
+                raise UsageError(f"{what} is {word!r}; expected one of {', '.join(known)}{did_you_mean(word, known)}")
+    chosen = []
+    for stage, backend in pairs:
+        if (stages and stage not in stages) or (backends and backend not in backends):
+            continue
+        if not stages and STAGES[stage] not in bundle.manifest.files:
+            continue            # not exported yet, and not asked for
+        bundle.require(STAGES[stage])
+        if find_spec(backend):
+            chosen.append((stage, backend))
+        elif backends:
+            raise MissingDependency(f"{backend} is not installed; run: pip install 'edgedetr[{extra(backend)}]'")
+    if not chosen:
+        raise BundleError(f"{bundle.path}: nothing to run for stages {sorted(stages or STAGES)} on "
+                          f"{sorted(backends or BACKENDS)}; run: edgedetr export {bundle.path}")
+    return chosen
+
+
+def extra(backend: str) -> str:
+    """The extra of this package that brings a backend."""
+    return {"onnxruntime": "runtime"}.get(backend, backend)
+
+
+def load_split(bundle: Bundle, data: str | Path | None = None, split: str | None = None) -> DetectionSet:
+    """The labelled pictures of `data`, or of what the bundle records; DataError where classes are not the model's."""
+    record = bundle.manifest.data
+    if data is None and record is None:
+        raise UsageError(f"{bundle.path} records no data set; name one with --data DIR")
+    dataset = layouts.load(data if data is not None else record.path,                   # type: ignore[union-attr]  # above
+                           split or (record.verify_split if record else "test"))
+    theirs, ours = [c.name for c in dataset.classes], [c.name for c in bundle.manifest.classes]
+    if theirs != ours:
+        raise DataError(f"{dataset.root}: classes {theirs} are not the model's {ours}; "
+                        f"expected the data set that {bundle.path} was trained on, or one with the same classes")
+    if not len(dataset):
+        raise DataError(f"{dataset.root}: split {dataset.name!r} has no usable picture; "
+                        f"run: edgedetr data check {dataset.root}")
+    return dataset
+
+
+def run_stages(bundle: Bundle, dataset: DetectionSet, pairs: Sequence[tuple[str, str]], *, threads: int | None = None,
+               oracle_images: int = 0, progress: Progress | None = None) -> list[StageRun]:
+    """Every picture is read once and goes through every stage, one stage after the other in changing order.
+
+    A stage that cannot be loaded or gives NaN is recorded with its fault and counts as detecting nothing.
+    """
+    runs = [StageRun(stage, backend) for stage, backend in pairs]
+    loaded = {id(run): detector for run in runs if (detector := _load(bundle, run, threads)) is not None}
+    oracles = _oracles(bundle, runs, threads) if oracle_images else {}
+    detectors = [*loaded.values(), *oracles.values()]
+    for number, sample in enumerate(dataset.samples):
+        picture = images.decode(sample.path)
+        batch, geometry = preprocess.prepare([picture], bundle.manifest.input)
+        if number == 0:
+            for detector in detectors:
+                detector.run_raw(batch)
+        for place in rotated([str(n) for n in range(len(runs))], number):
+            run = runs[int(place)]
+            if id(run) in loaded and not run.fault:
+                _one(run, loaded[id(run)], batch, geometry, sample.image_id)
+        if number < oracle_images:
+            seen = {stage: _detect(oracle, batch, geometry) for stage, oracle in oracles.items()}
+            for run in runs:
+                if run.stage in seen:
+                    run.oracle[sample.image_id] = seen[run.stage]
+        if progress:
+            progress("verify", number + 1, len(dataset))
+    for run in runs:
+        if run.fault:
+            run.detections = {sample.image_id: _nothing() for sample in dataset.samples}
+    return runs
+
+
+def _load(bundle: Bundle, run: StageRun, threads: int | None) -> Detector | None:
+    bundle.require(STAGES[run.stage])       # a missing or stale file is the caller's error, not the backend's fault
+    try:
+        return load(bundle, stage=run.stage, backend=run.backend, threads=threads)
+    except BundleError as error:
+        run.fault = str(error)
+        log.warning("%s on %s cannot be run: %s", run.stage, run.backend, error)
+        return None
+
+
+def _oracles(bundle: Bundle, runs: Sequence[StageRun], threads: int | None) -> dict[str, Detector]:
+    if not find_spec("onnxruntime"):
+        log.warning("no oracle: onnxruntime is not installed; run: pip install 'edgedetr[runtime]'")
+        return {}
+    manifest = bundle.manifest
+    return {
+        stage: Detector(OrtRunner(bundle.require(STAGES[stage]), threads=threads, optimise=False), manifest.classes,
+                        manifest.input, manifest.output, stage=stage)
+        for stage in dict.fromkeys(run.stage for run in runs)
+    }
+
+
+def _one(run: StageRun, detector: Detector, batch: np.ndarray, geometry: list[preprocess.Geometry],
+         image_id: int) -> None:
+    raw = []
+    try:
+        run.seconds.append(timed(lambda: raw.append(detector.run_raw(batch))))
+        run.detections[image_id] = decode(raw[0], geometry, detector.classes, detector.output)[0]
+    except EdgedetrError as error:
+        run.fault = f"image id {image_id}: {error}"
+        log.warning("%s on %s: %s", run.stage, run.backend, run.fault)
+
+
+def _detect(detector: Detector, batch: np.ndarray, geometry: list[preprocess.Geometry]) -> Detections:
+    return decode(detector.run_raw(batch), geometry, detector.classes, detector.output)[0]
+
+
+def _nothing() -> Detections:
+    return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))

@@ -1,0 +1,147 @@
+"""How a stage is judged: its drop against torch with a bound, and whether its backend computes what the graph says."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from edgedetr.bundle import Bundle
+from edgedetr.data import images
+from edgedetr.data.form import DetectionSet
+from edgedetr.errors import EdgedetrError
+from edgedetr.evaluation import bootstrap
+from edgedetr.evaluation.config import VerifyConfig
+from edgedetr.evaluation.departure import first_departure
+from edgedetr.evaluation.evaluate import Metrics, evaluate
+from edgedetr.evaluation.parity import Parity, match
+from edgedetr.evaluation.reference import Reference
+from edgedetr.evaluation.stages import StageRun
+from edgedetr.runtime import preprocess
+from edgedetr.runtime.detector import STAGES
+from edgedetr.runtime.latency import Latency
+
+log = logging.getLogger(__name__)
+
+# Below this share of matched objects a backend is named even where AP says nothing (it rests on ground truth).
+MATCHED = 0.8
+
+
+@dataclass(frozen=True)
+class StageVerdict:
+    """One stage on one backend. AP, drops and bounds in points; drops are against the torch stage.
+
+    drop_upper95   one-sided upper 95 % bound; it decides `passed`
+    drop_lower95   one-sided lower 95 % bound: above the budget, the loss is real and not a small set's noise
+    margin         drop_upper95 - drop: what this many pictures cannot tell apart
+    p50_ms         one inference of one picture, without preparing and decoding
+    parity         detections against torch's, object by object
+    oracle         the same against this graph's own arithmetic (ONNX Runtime without optimisations)
+    oracle_drop    AP of the oracle minus AP of the backend, on the oracle's pictures
+    note           "", or what went wrong and where
+    """
+
+    name: str
+    backend: str
+    passed: bool
+    ap: float
+    ap50: float
+    drop: float
+    drop_upper95: float
+    p50_ms: float | None
+    p99_ms: float | None
+    size_mb: float | None
+    drop_lower95: float = 0.0
+    se: float = 0.0
+    margin: float = 0.0
+    ap75: float | None = None
+    per_class: dict[str, float | None] | None = None
+    images: int = 0
+    parity: Parity | None = None
+    oracle: Parity | None = None
+    oracle_drop: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All stages together.
+
+    passed        every stage's bound is within the budget
+    certifiable   the smallest budget that these stages on these pictures pass: the largest bound
+    """
+
+    passed: bool
+    budget: float
+    certifiable: float
+    stages: tuple[StageVerdict, ...]
+
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(self), "stages": [asdict(stage) for stage in self.stages]}
+
+
+class Judge:
+    """Judges runs against one reference; the reference's resamples are computed once."""
+
+    def __init__(self, bundle: Bundle, dataset: DetectionSet, reference: Reference, torch: Metrics,
+                 config: VerifyConfig) -> None:
+        self.bundle, self.dataset, self.reference, self.metrics, self.config = bundle, dataset, reference, torch, config
+        counts = bootstrap.draw(len(reference.truth), config.bootstrap, config.seed)
+        self.counts = bootstrap.with_identity(counts)
+        self.resampled = bootstrap.resampled_ap(torch.matches, self.counts)
+
+    def torch(self) -> StageVerdict:
+        weights = self.bundle.manifest.files.get("weights.safetensors")
+        return StageVerdict("torch", "pytorch", True, self.metrics.ap or 0.0, self.metrics.ap50 or 0.0, 0.0, 0.0, None,
+                            None, weights.size / 1e6 if weights else None, ap75=self.metrics.ap75,
+                            per_class=self.metrics.per_class, images=len(self.reference.truth))
+
+    def stage(self, run: StageRun) -> StageVerdict:
+        metrics = evaluate(self.reference.truth, run.detections)
+        bound = bootstrap.compare(self.resampled, bootstrap.resampled_ap(metrics.matches, self.counts))
+        latency = Latency.of(run.seconds) if run.seconds and not run.fault else None
+        oracle, oracle_drop, note = self._against_oracle(run)
+        return StageVerdict(
+            run.stage, run.backend, bound.upper <= self.config.budget and not run.fault, metrics.ap or 0.0,
+            metrics.ap50 or 0.0, bound.drop, bound.upper, latency.p50_ms if latency else None,
+            latency.p99_ms if latency else None, megabytes(self.bundle, STAGES[run.stage]), drop_lower95=bound.lower,
+            se=bound.se, margin=bound.margin, ap75=metrics.ap75, per_class=metrics.per_class,
+            images=len(self.reference.truth), parity=match(self.reference.detections, run.detections), oracle=oracle,
+            oracle_drop=oracle_drop, note=note,
+        )
+
+    def _against_oracle(self, run: StageRun) -> tuple[Parity | None, float | None, str]:
+        """Does this backend compute what the graph says? Judged on the pictures that the oracle saw."""
+        if run.fault or not run.oracle:
+            return None, None, run.fault
+        parity = match(run.oracle, run.detections)
+        truth = self.reference.truth.subset(run.oracle)
+        theirs, ours = evaluate(truth, run.oracle), evaluate(truth, {i: run.detections[i] for i in run.oracle})
+        bound = bootstrap.paired(theirs.matches, ours.matches, resamples=self.config.bootstrap, seed=self.config.seed)
+        drop = bound.drop if np.isfinite(bound.drop) else None
+        # More than the budget and more than chance, or objects that are simply not there any more.
+        real = drop is not None and drop > self.config.budget and bound.lower > 0
+        if not real and (parity.matched is None or parity.matched >= MATCHED):
+            return parity, drop, ""
+        matched = "" if parity.matched is None else f", {100 * parity.matched:.0f} % of its objects matched"
+        note = (f"{run.backend} departs from the arithmetic of {STAGES[run.stage]} (ONNX Runtime without "
+                f"optimisations): AP {-bound.drop:+.1f}{matched}, on {len(truth)} pictures")
+        where = self._where(run)
+        log.warning("%s%s", note, where)
+        return parity, drop, note + where
+
+    def _where(self, run: StageRun) -> str:
+        picture = images.decode(self.dataset.samples[0].path)
+        batch, _ = preprocess.prepare([picture], self.bundle.manifest.input)
+        try:
+            model = self.bundle.require(STAGES[run.stage])
+            found = first_departure(model, run.backend, batch, threads=self.config.threads)
+        except EdgedetrError as error:
+            return f"; the node was not looked for: {error}"
+        return f"; first at {found}" if found else ""
+
+
+def megabytes(bundle: Bundle, name: str) -> float:
+    """Size of a file of the bundle, MB."""
+    return bundle.manifest.files[name].size / 1e6

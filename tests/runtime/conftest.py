@@ -1,0 +1,56 @@
+"""A bundle of one tiny graph; two of its classes have ids and names unlike their indices."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputContract
+
+CLASSES = (ClassInfo(0, 7, "red cell"), ClassInfo(1, 3, "platelet"))
+
+
+@pytest.fixture(scope="session")
+def tiny_graph() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tiny_graph", Path(__file__).with_name("tiny_graph.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def make_bundle(tmp_path: Path, tiny_graph: ModuleType) -> Callable[..., Bundle]:
+    """Bundle with the named graphs; class 0 likes red, class 1 likes blue, query 0 more than query 1 than query 2."""
+
+    def make(*names: str, batch: int | str = 1, activation: str = "sigmoid", resize: str = "stretch") -> Bundle:
+        bundle = Bundle.create(tmp_path / "tiny.bundle",
+                               Manifest("tiny", CLASSES, InputContract(32, 48, resize), OutputContract(activation, 100)))
+        columns = 2 + (activation == "softmax")
+        weight = np.zeros((3, 3, columns))
+        weight[0, :, 0] = [6, 4, 2]
+        weight[2, :, 1] = [6, 4, 2]
+        for name in names or ("model.onnx",):
+            with bundle.add(name, stage="export") as path:
+                tiny_graph.write(path, weight.reshape(3, -1), np.full((3, columns), -3.0), batch=batch)
+        return bundle
+
+    return make
+
+
+def solid(colour: tuple[int, int, int], height: int = 64, width: int = 96) -> np.ndarray:
+    return np.broadcast_to(np.array(colour, np.uint8), (height, width, 3)).copy()
+
+
+@pytest.fixture
+def red() -> np.ndarray:
+    return solid((255, 0, 0))
+
+
+@pytest.fixture
+def blue() -> np.ndarray:
+    return solid((0, 0, 255), 50, 200)

@@ -1,0 +1,45 @@
+"""Timing: turns are fair and percentiles are numpy's."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from edgedetr.errors import UsageError
+from edgedetr.runtime.latency import Latency, measure, rotated
+
+
+def test_candidates_take_turns_and_each_leads_equally_often():
+    calls: list[str] = []
+    steps: list[tuple[str, int, int]] = []
+    timings = measure({name: (lambda name=name: calls.append(name)) for name in "abc"}, rounds=6, warm_up=2,
+                      progress=lambda *step: steps.append(step))
+    assert calls[:6] == list("aabbcc")
+    rounds = [calls[6 + 3 * n:9 + 3 * n] for n in range(6)]
+    assert all(sorted(r) == list("abc") for r in rounds)
+    assert [r[0] for r in rounds] == list("abcabc")
+    assert {t.runs for t in timings.values()} == {6}
+    assert steps[-1] == ("bench", 6, 6)
+
+
+def test_slow_is_slower_and_in_milliseconds():
+    timings = measure({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, rounds=3, warm_up=0)
+    assert 20 <= timings["slow"].p50_ms < 500      # sleep is never shorter than asked
+    assert timings["fast"].p50_ms < timings["slow"].p50_ms
+
+
+def test_percentiles_are_of_the_runs():
+    latency = Latency.of(np.arange(1, 102) / 1000)
+    assert (latency.p50_ms, latency.p99_ms, latency.runs) == (pytest.approx(51), pytest.approx(100), 101)
+
+
+def test_no_rounds_is_a_usage_error():
+    with pytest.raises(UsageError, match="rounds is 0"):
+        measure({}, rounds=0)
+
+
+def test_rotation_starts_further_on():
+    assert rotated("abc", 4) == ["b", "c", "a"]
+    assert rotated([], 4) == []
