@@ -41,7 +41,7 @@ class TrainConfig:
     cache_mb: int = 2048                # decoded training pictures kept in memory; the rest is decoded each epoch
     checkpoint_every: int = 500         # steps between checkpoints for --resume; also after every evaluation
     compile: bool = False               # torch.compile: pays on long runs on a GPU
-    cost_class: float | None = None     # matcher; None: 1 for softmax (DETR), 2 for focal and varifocal (Deformable DETR)
+    cost_class: float | None = None     # matcher; None: 1 for softmax (DETR), 2 for the others (Deformable DETR)
     cost_l1: float = 5.0                # DETR
     cost_giou: float = 2.0              # DETR
     weight_class: float | None = None   # loss; None: 1 for softmax and varifocal, 2 for focal (Deformable DETR)
@@ -78,7 +78,7 @@ class TrainConfig:
             raise RecipeError(f"train.batch is {self.batch}, which does not divide into {self.nodes} machines x "
                               f"{self.devices} devices x {self.accumulate} parts")
         if self.schedule == "step" and not self.step_epochs:
-            raise RecipeError("train.schedule is 'step' without train.step_epochs; for example --set train.step_epochs=[40]")
+            raise RecipeError("train.schedule is 'step' without step_epochs; for example --set train.step_epochs=[40]")
         if list(self.step_epochs) != sorted(set(self.step_epochs)) or any(epoch < 1 for epoch in self.step_epochs):
             raise RecipeError(f"train.step_epochs is {self.step_epochs}; expected epochs that ascend, each at least 1")
 

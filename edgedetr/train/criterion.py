@@ -39,9 +39,8 @@ class Losses:
     NAMES = ("loss", "class", "l1", "giou", "auxiliary", "encoder", "denoising")
 
     def stacked(self) -> Tensor:
-        """[7] float32 in the order of NAMES, without gradient: one copy from the device shows them all."""
-        parts = (self.total, self.class_, self.l1, self.giou, self.auxiliary, self.encoder, self.denoising)
-        return torch.stack([part.detach() for part in parts])
+        """[7] float32 in the order of NAMES: one copy from the device shows them all."""
+        return torch.stack([self.total, self.class_, self.l1, self.giou, self.auxiliary, self.encoder, self.denoising])
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,8 @@ class Criterion:
         if self.class_loss not in CLASS_LOSSES:
             raise ValueError(f"class loss {self.class_loss!r}; expected one of {CLASS_LOSSES}")
         softmax = self.class_loss == "softmax_ce"
-        self.weight_class = config.weight_class
-        if self.weight_class is None:
-            self.weight_class = 2.0 if self.class_loss == "focal" else 1.0
+        usual = 2.0 if self.class_loss == "focal" else 1.0
+        self.weight_class = config.weight_class if config.weight_class is not None else usual
         cost = config.cost_class if config.cost_class is not None else (1.0 if softmax else 2.0)
         self.costs = Costs("softmax" if softmax else "focal", cost, config.cost_l1, config.cost_giou)
 
@@ -90,15 +88,15 @@ class Criterion:
             else:
                 groups = [decoder] + ([encoder] if encoder is not None else [])
             matched = match(groups, padded, self.costs)
-            parts = torch.cat([self._layers(*group, matches, padded, count) for group, matches in zip(groups, matched)], 1)
+            parts = torch.cat([self._layers(*group, found, padded, count) for group, found in zip(groups, matched)], 1)
             last, layers = len(outputs.logits) - 1, len(outputs.logits)
-            zero = parts.new_zeros(())
-            noise = zero
+            noise = parts.new_zeros(())
             if denoised is not None:
                 noise = self._layers(denoised.logits.float(), denoised.boxes.float(), denoised.matches, padded,
                                      count * denoised.groups).sum()
-            return Losses(parts.sum() + noise, *parts[:, last], parts[:, :last].sum(),
-                          parts[:, layers:].sum() if encoder is not None else zero, noise)
+            shown = parts.detach()
+            return Losses(parts.sum() + noise, shown[0, last], shown[1, last], shown[2, last],
+                          auxiliary=shown[:, :last].sum(), encoder=shown[:, layers:].sum(), denoising=noise.detach())
 
     def _layers(self, logits: Tensor, boxes: Tensor, matches: Matches, padded: Padded, count: float) -> Tensor:
         """Weighted class, L1 and GIoU losses of each layer: [3, G]."""

@@ -39,7 +39,7 @@ def noise(padded: Padded, classes: int, queries: int, label_noise: float, box_no
 
     queries     positive ones that are wished for; as many groups as fit (at least one), like RT-DETR
     """
-    batch, most = padded.labels.shape
+    most = padded.labels.shape[1]
     if not most or not queries:
         return None
     groups, device = max(queries // most, 1), padded.labels.device
@@ -79,8 +79,9 @@ def prepend(queries: Queries, noised: Noised, embedding: nn.Embedding) -> Querie
     if queries.self_mask is not None:
         mask[count:, count:] = queries.self_mask
     content = embedding(noised.labels).to(queries.content.dtype)
+    reference = noised.boxes.to(queries.reference.dtype)
     return replace(queries, content=torch.cat([content, queries.content], 1),
-                   reference=torch.cat([noised.boxes.to(queries.reference.dtype), queries.reference], 1), self_mask=mask)
+                   reference=torch.cat([reference, queries.reference], 1), self_mask=mask)
 
 
 def split(outputs: Outputs, noised: Noised, padded: Padded) -> tuple[Outputs, Denoised]:

@@ -6,7 +6,8 @@ import copy
 import math
 
 import torch
-from torch import nn
+
+from edgedetr.models.detector import Detector
 
 
 class Ema:
@@ -15,7 +16,7 @@ class Ema:
     Running statistics of BatchNorm are averaged too; counters are copied. With decay 0 the average is the weights.
     """
 
-    def __init__(self, model: nn.Module, decay: float, warmup: int) -> None:
+    def __init__(self, model: Detector, decay: float, warmup: int) -> None:
         self.decay, self.warmup = decay, warmup
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         ours, theirs = self.model.state_dict(), model.state_dict()

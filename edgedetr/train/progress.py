@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from edgedetr.evaluation.evaluate import Metrics
@@ -41,8 +41,8 @@ class RichProgress:
     """One bar: steps, time left, loss and pictures per second; one line for each evaluation."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._bar = Bar(TextColumn("[bold]train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                        TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console or Console(stderr=True))
+        self._bar = Bar(TextColumn("[bold]train"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
+                        TextColumn("left"), TextColumn("{task.fields[note]}"), console=console or Console(stderr=True))
         self._task = self._bar.add_task("train", total=None, note="")
         self._epochs = 0
 

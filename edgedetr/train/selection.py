@@ -40,7 +40,8 @@ class Selection:
                 images = torch.stack([pixels for pixels, _ in pictures]).to(device).float()
                 logits, boxes = graph(images)
                 raw = RawOutputs(logits.float().cpu().numpy(), boxes.float().cpu().numpy())
-                decoded = postprocess.decode(raw, [geometry for _, geometry in pictures], self.samples.classes, self.output)
+                geometries = [geometry for _, geometry in pictures]
+                decoded = postprocess.decode(raw, geometries, self.samples.classes, self.output)
                 found |= {sample.image_id: detections for sample, detections in zip(part, decoded)}
         return found
 

@@ -23,7 +23,7 @@ from edgedetr.data import layouts
 from edgedetr.data.form import DataConfig, DetectionSet
 from edgedetr.errors import DataError, TrainingError
 from edgedetr.evaluation.evaluate import Metrics
-from edgedetr.models import build
+from edgedetr.models import build, pretrained
 from edgedetr.recipe import Recipe
 from edgedetr.train import checkpoint, optimizer
 from edgedetr.train.checkpoint import Position
@@ -60,11 +60,14 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, *, resume: bool = F
     _check(samples, chosen)
     saved = out / FOLDER / CHECKPOINT
     if not resume and (saved.exists() or (out / "weights.safetensors").exists()):
-        raise TrainingError(f"{out} holds a training already; go on with it by --resume, or name another place with --out")
+        raise TrainingError(f"{out} holds a training already; go on with it by --resume, or name another --out")
     fabric = _fabric(recipe.train)
-    run = Run(recipe, fabric, place, samples, chosen, data, out, progress if progress and fabric.is_global_zero else Silent())
+    teller = progress if progress and fabric.is_global_zero else Silent()
+    run = Run(recipe, fabric, place, samples, chosen, data, out, teller)
     if saved.exists():
         run.load(saved)
+    else:
+        run.begin()
     try:
         run.go()
     finally:
@@ -88,7 +91,7 @@ class Run:
         seed_step(config.seed, 0, 0)                    # the same start weights in every process
         model_config = recipe.model.config
         self.detector = build(recipe.model.name, model_config, len(samples.classes))
-        self.detector.train().to(fabric.device)
+        self.detector.train().to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
         trainee = Trainee(self.detector, config, model_config.class_loss, len(samples.classes))
         self.ema = Ema(self.detector, config.ema_decay, config.ema_warmup)
         self.plain_optimizer = optimizer.adamw(self.detector, config)
@@ -97,17 +100,25 @@ class Run:
         self.output = OutputContract(model_config.activation)
         self.pictures = TrainingSet(samples, contract, recipe.augment, seed=config.seed, strict=recipe.data.strict,
                                     cache_mb=config.cache_mb // max(config.workers, 1))
-        self.selection = Selection(chosen, contract, self.output, batch=min(config.batch, 16), cache_mb=config.cache_mb // 2)
+        self.selection = Selection(chosen, contract, self.output, batch=min(config.batch, 16),
+                                   cache_mb=config.cache_mb // 2)
         self.position = Position()
         self.fingerprint = checkpoint.fingerprint(recipe.to_toml(), samples)
         self.per_epoch = max(len(samples) // config.batch, 1)
         self.total = self.per_epoch * config.epochs
 
+    def begin(self) -> None:
+        """Start weights of a training that is not a resume."""
+        pretrained.load_backbone(self.detector, self.recipe.model.config)
+        self.ema.model.load_state_dict(self.detector.state_dict())
+
     def load(self, path: Path) -> None:
+        """Everything as the checkpoint has it."""
         self.position = checkpoint.load(path, self.fingerprint, self.detector, self.ema, self.plain_optimizer)
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         if scaler is not None and self.position.scale:
-            scaler.load_state_dict({**scaler.state_dict(), "scale": self.position.scale, "_growth_tracker": self.position.growth})
+            saved = {"scale": self.position.scale, "_growth_tracker": self.position.growth}
+            scaler.load_state_dict({**scaler.state_dict(), **saved})
         log.info("going on at step %d of %d", self.position.step, self.total)
 
     def go(self) -> None:
@@ -160,14 +171,14 @@ class Run:
         optimizer.set_rate(self.plain_optimizer, optimizer.rate(config, position.step, self.per_epoch))
         objects = float(sum(len(target) for target in batch.targets))
         if fabric.world_size > 1:
-            objects = float(fabric.all_reduce(torch.tensor(objects, device=fabric.device), reduce_op="mean"))
+            objects = self._over_all(torch.tensor(objects, device=fabric.device)) / fabric.world_size
         parts, size = config.accumulate, len(batch.targets) // config.accumulate
         losses = torch.zeros(len(Losses.NAMES), device=fabric.device)
         for part in range(parts):
             chunk = slice(part * size, (part + 1) * size)
             padded = pad([target.to(fabric.device) for target in batch.targets[chunk]])
             images = batch.images[chunk].to(fabric.device, non_blocking=True)
-            with fabric.no_backward_sync(self.trainee, enabled=part < parts - 1):
+            with fabric.no_backward_sync(self.trainee, enabled=fabric.world_size > 1 and part < parts - 1):
                 result = self.trainee(images, padded.labels, padded.boxes, padded.counts, max(objects / parts, 1.0))
                 self._require_finite(result, batch)
                 fabric.backward(result[0] / parts)
@@ -183,19 +194,23 @@ class Run:
         return losses.float().cpu()
 
     def _require_finite(self, result: torch.Tensor, batch: Batch) -> None:
-        total = result[:1].detach()
-        if self.fabric.world_size > 1:      # all processes stop together; NaN and infinity survive a sum
-            total = self.fabric.all_reduce(total.clone(), reduce_op="sum")
-        if not math.isfinite(float(total)):
+        total = result[0].detach()
+        # All processes stop together: NaN and infinity survive a sum.
+        if not math.isfinite(self._over_all(total.clone()) if self.fabric.world_size > 1 else float(total)):
             raise self._stop("the loss", batch)
+
+    def _over_all(self, number: torch.Tensor) -> float:
+        """Sum of a number over all processes."""
+        torch.distributed.all_reduce(number)
+        return float(number)
 
     def _stop(self, what: str, batch: Batch) -> TrainingError:
         names = ", ".join(str(self.samples.samples[index].path) for index in batch.indices)
         saved = self.out / FOLDER / CHECKPOINT
         kept = f"{saved} is as it was" if saved.exists() else "no checkpoint had been written yet"
-        return TrainingError(f"{what} became NaN or infinite at step {self.position.step + 1}, on {names}; {kept}. Look at these "
-                             f"pictures with: edgedetr data check {self.data}; or lower --set train.lr (now {self.config.lr}) "
-                             "or set train.precision=32, and train into another --out")
+        return TrainingError(f"{what} became NaN or infinite at step {self.position.step + 1}, on {names}; {kept}. "
+                             f"Look at these pictures (edgedetr data check {self.data}), or lower --set train.lr (now "
+                             f"{self.config.lr}) or set train.precision=32, and train into another --out")
 
     def _evaluate(self, epoch: int) -> None:
         """AP of the moving average; the bundle gets the weights when they are the best, or when nothing chooses."""
@@ -257,8 +272,9 @@ def _fabric(config: TrainConfig) -> Fabric:
 
 def _check(samples: DetectionSet, chosen: DetectionSet) -> None:
     if not len(samples) or not any(len(sample.boxes) for sample in samples.samples):
-        raise DataError(f"{samples.root}: the split {samples.name!r} has {len(samples)} usable pictures and no objects to learn; "
-                        f"run: edgedetr data check {samples.root}")
+        raise DataError(f"{samples.root}: the split {samples.name!r} has {len(samples)} usable pictures and no objects "
+                        f"to learn; run: edgedetr data check {samples.root}")
     if samples.classes != chosen.classes:
-        raise DataError(f"{samples.root}: classes differ between {samples.name} ({', '.join(c.name for c in samples.classes)}) "
-                        f"and {chosen.name} ({', '.join(c.name for c in chosen.classes)}); expected the same in every split")
+        ours, theirs = (", ".join(c.name for c in part.classes) for part in (samples, chosen))
+        raise DataError(f"{samples.root}: classes differ between {samples.name} ({ours}) and {chosen.name} ({theirs}); "
+                        "expected the same in every split")
