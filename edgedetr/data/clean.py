@@ -2,8 +2,8 @@
 
 Policy. Left out, with a fatal finding: an image that is missing, unreadable, too large, listed under a used id, or of
 another size than its annotation says; a box that is no four finite numbers, has no area, or lies outside the picture;
-an object of an unknown class. Boxes that stick out are cut to the picture, with a finding. `strict` turns fatal findings
-into a DataError.
+an object of an unknown class. Boxes that stick out are cut to the picture, with a finding. `strict` turns fatal
+findings into a DataError.
 
 An annotated size that is the file's size before its EXIF rotation is another size too: some tools write such files with
 boxes on the stored picture, others on the upright one, and nothing in the file tells which.

@@ -1,4 +1,4 @@
-"""Pascal VOC layout: Annotations/*.xml, JPEGImages/, ImageSets/Main/<split>.txt; or <split>/*.xml beside the images.
+"""Pascal VOC layout: Annotations/*.xml, JPEGImages/ (or images/), ImageSets/Main/<split>.txt; or <split>/*.xml.
 
 Corners are read as x = xmin, width = xmax - xmin, as the usual converters do. `difficult` objects become crowd: a
 detector may find them without gain or loss, as the VOC evaluation has it. Class names come from classes.txt, or sorted
@@ -32,15 +32,15 @@ class Source:
 def find(root: Path) -> dict[str, Source]:
     """Annotation files of each split; empty where this is no VOC layout."""
     found: dict[str, Source] = {}
-    if (root / "Annotations").is_dir() and (root / "JPEGImages").is_dir():
+    folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
+    texts, pictures = folders.get("annotations"), folders.get("jpegimages") or folders.get("images")
+    if texts is not None and pictures is not None and any(texts.glob("*.xml")):
         for listing in sorted(root.glob("ImageSets/Main/*.txt")):
             split = canonical(listing.stem)
             if split in ("train", "val", "test", "trainval"):       # others are one class's: aeroplane_train.txt
-                found[split] = Source(_listed(root, listing), root / "JPEGImages")
-        if not found:
-            found["train"] = Source(tuple(sorted(root.glob("Annotations/*.xml"))), root / "JPEGImages")
-        return found
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+                found[split] = Source(_listed(texts, listing), pictures)
+        return found or {"train": Source(tuple(sorted(texts.glob("*.xml"))), pictures)}
+    for folder in folders.values():
         files = tuple(sorted(folder.glob("*.xml")))
         if files:
             found[canonical(folder.name)] = Source(files, folder)
@@ -98,15 +98,15 @@ def parse(file: Path) -> ElementTree.Element:
         raise DataError(f"{file}: no whole XML ({error}); expected a VOC annotation") from error
 
 
-def _listed(root: Path, listing: Path) -> tuple[Path, ...]:
+def _listed(texts: Path, listing: Path) -> tuple[Path, ...]:
     stems = []
     for line in listing.read_text(encoding="utf-8-sig").splitlines():
         words = line.split()
         if words:
             if "/" in words[0] or "\\" in words[0]:
-                raise DataError(f"{listing}: {words[0]!r} is a path; expected the bare names of files in Annotations/")
+                raise DataError(f"{listing}: {words[0]!r} is a path; expected the bare names of files in {texts.name}/")
             stems.append(words[0])
-    return tuple(root / "Annotations" / f"{stem}.xml" for stem in dict.fromkeys(stems))
+    return tuple(texts / f"{stem}.xml" for stem in dict.fromkeys(stems))
 
 
 def _class_names(root: Path) -> list[str]:

@@ -28,7 +28,7 @@ class FrameResize(nn.Module):
         if kernel != (1, 1):        # a pool without ceil_mode drops the same pixels at the right and bottom
             pixels = functional.avg_pool2d(pixels, kernel)
         size = (g.content_height, g.content_width)
-        if pixels.shape[-2:] != size:
+        if (g.used_height // kernel[0], g.used_width // kernel[1]) != size:
             pixels = functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=False)
         pixels = pixels.round()
         return functional.pad(pixels, (0, g.width - size[1], 0, g.height - size[0]), value=float(PADDING))

@@ -1,0 +1,313 @@
+"""Damaged and hostile data sets: each defect is named, counted and left out, or stops with one clear error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgedetr.data import layouts, voc
+from edgedetr.errors import DataError
+
+
+@pytest.fixture
+def coco(tmp_path) -> Path:
+    """Two good pictures, `a` and `b`, with one object each."""
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    (tmp_path / "annotations").mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (40, 30)).save(tmp_path / "images" / "train" / f"{name}.jpg")
+    write(tmp_path, tables())
+    return tmp_path
+
+
+def tables() -> dict:
+    return {
+        "images": [
+            {"id": 1, "file_name": "a.jpg", "width": 40, "height": 30},
+            {"id": 2, "file_name": "b.jpg", "width": 40, "height": 30},
+        ],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 1, "bbox": [4, 5, 10, 12], "iscrowd": 0} for i in (1, 2)
+        ],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+
+
+def write(root: Path, content: object) -> None:
+    (root / "annotations" / "train.json").write_text(json.dumps(content))
+
+
+def spoil_annotation(**changes: object):
+    def spoil(content: dict) -> None:
+        content["annotations"][1].update(changes)
+
+    return spoil
+
+
+def spoil_image(**changes: object):
+    def spoil(content: dict) -> None:
+        content["images"][1].update(changes)
+
+    return spoil
+
+
+FATAL = [
+    ("unknown-class", spoil_annotation(category_id=5)),
+    ("unknown-class", spoil_annotation(category_id=None)),
+    ("unknown-class", spoil_annotation(category_id=[1])),
+    ("unknown-image", spoil_annotation(image_id=77)),
+    ("unknown-image", spoil_annotation(image_id=[2])),
+    ("bad-box", spoil_annotation(bbox=[1, 2, 3])),
+    ("bad-box", spoil_annotation(bbox=None)),
+    ("bad-box", spoil_annotation(bbox=["4", "5", "6", "7"])),
+    ("bad-box", spoil_annotation(bbox=[4, float("nan"), 10, 12])),
+    ("bad-box", spoil_annotation(bbox=[4, 5, float("inf"), 12])),
+    ("bad-box", spoil_annotation(bbox=[True, 5, 6, 7])),
+    ("bad-box", spoil_annotation(bbox=[10**400, 5, 6, 7])),
+    ("degenerate-box", spoil_annotation(bbox=[4, 5, 0, 12])),
+    ("degenerate-box", spoil_annotation(bbox=[4, 5, -3, 12])),
+    ("box-outside", spoil_annotation(bbox=[50, 5, 10, 12])),
+    ("box-outside", spoil_annotation(bbox=[4, -20, 10, 12])),
+    ("missing-image", spoil_image(file_name="c.jpg")),
+    ("path-outside", spoil_image(file_name="../../secret.jpg")),
+    ("path-outside", spoil_image(file_name="/etc/passwd")),
+    ("path-outside", spoil_image(file_name="C:\\pictures\\a.jpg")),
+    ("bad-image-entry", spoil_image(file_name=3)),
+    ("bad-image-entry", spoil_image(id="two")),
+    ("duplicate-image-id", spoil_image(id=1)),
+    ("size-mismatch", spoil_image(width=80, height=60)),
+    ("size-mismatch", spoil_image(width=30, height=40)),
+]
+
+
+@pytest.mark.parametrize("kind, spoil", FATAL, ids=[f"{kind}-{i}" for i, (kind, _) in enumerate(FATAL)])
+def test_an_unusable_item_is_named_and_left_out_and_strict_fails(coco, kind, spoil, caplog):
+    content = tables()
+    spoil(content)
+    write(coco, content)
+    found = layouts.load(coco, "train")
+    assert kind in [finding.kind for finding in found.findings if finding.fatal]
+    assert kind in caplog.text
+    good = next(sample for sample in found.samples if sample.image_id == 1)
+    assert good.boxes.tolist() == [[4, 5, 14, 17]]
+    with pytest.raises(DataError, match=kind):
+        layouts.load(coco, "train", strict=True)
+
+
+NOTED = [
+    ("box-cut", spoil_annotation(bbox=[30, 20, 20, 20]), [30, 20, 40, 30]),
+    ("no-size", spoil_image(width=None), [4, 5, 14, 17]),
+    ("no-size", spoil_image(height=0), [4, 5, 14, 17]),
+    ("size-mismatch", spoil_image(height=31), [4, 5, 14, 17]),
+]
+
+
+@pytest.mark.parametrize("kind, spoil, box", NOTED, ids=[f"{kind}-{i}" for i, (kind, *_) in enumerate(NOTED)])
+def test_an_odd_item_is_noted_and_kept_even_when_strict(coco, kind, spoil, box):
+    content = tables()
+    spoil(content)
+    write(coco, content)
+    found = layouts.load(coco, "train", strict=True)
+    assert [finding.kind for finding in found.findings] == [kind]
+    assert found.samples[1].boxes.tolist() == [box]
+
+
+def test_rounding_at_the_border_is_cut_without_a_word(coco):
+    content = tables()
+    content["annotations"][1]["bbox"] = [-0.3, 0, 40.6, 30.2]
+    write(coco, content)
+    found = layouts.load(coco, "train", strict=True)
+    assert found.findings == ()
+    assert found.samples[1].boxes.tolist() == [[0, 0, 40, 30]]
+
+
+def test_a_truncated_picture_is_left_out(coco):
+    file = coco / "images" / "train" / "b.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(file)
+    file.write_bytes(file.read_bytes()[:-400])
+    found = layouts.load(coco, "train")
+    assert [sample.image_id for sample in found.samples] == [1]
+    assert [finding.kind for finding in found.findings] == ["unreadable-image"]
+
+
+BROKEN_FILES = {
+    "empty": (b"", "empty"),
+    "cut": (b'{"images": [{"id": 1', "no whole JSON"),
+    "list": (b"[]", "expected an object with the lists"),
+    "binary": (bytes(range(256)), "no whole JSON"),
+    "deep": (b"[" * 200_000, "no whole JSON"),
+    "no annotations": (b'{"images": [], "categories": []}', "expected an object with the lists"),
+    "wrong type": (b'{"images": 3, "annotations": [], "categories": []}', "expected an object with the lists"),
+    "no classes": (b'{"images": [], "annotations": [], "categories": []}', "category ids"),
+    "twice": (
+        b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
+        "each once",
+    ),
+    "class id": (b'{"images": [], "annotations": [], "categories": [{"id": "x", "name": "a"}]}', "whole number"),
+    "no images": (b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "no usable image"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_a_broken_annotation_file_stops_with_its_name(coco, name):
+    content, message = BROKEN_FILES[name]
+    (coco / "annotations" / "train.json").write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        layouts.load(coco, "train")
+    assert str(coco) in str(error.value)
+
+
+def test_a_set_in_which_nothing_is_usable_says_what_was_wrong(coco):
+    for file in (coco / "images" / "train").iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match=r"no usable image \(2 listed, 2 missing-image\)"):
+        layouts.load(coco, "train")
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("missing", "no such directory"),
+        ("empty", "empty directory"),
+        ("file", "a file; expected"),
+        ("pictures", "no annotations of a known layout"),
+    ],
+)
+def test_what_is_no_set_says_what_one_looks_like(tmp_path, what, message):
+    path = tmp_path / what
+    if what == "file":
+        path.write_text("x")
+    elif what != "missing":
+        path.mkdir()
+    if what == "pictures":
+        Image.new("RGB", (4, 4)).save(path / "a.jpg")
+    for read in (lambda: layouts.load(path, "train"), lambda: layouts.splits(path)):
+        with pytest.raises(DataError, match=message):
+            read()
+
+
+@pytest.fixture
+def yolo(tmp_path) -> Path:
+    for folder in ("images/train", "labels/train"):
+        (tmp_path / folder).mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "train" / "a.jpg")
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]\ntrain: images/train\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "line, kind",
+    [
+        ("2 0.5 0.5 0.1 0.1", "unknown-class"),
+        ("-1 0.5 0.5 0.1 0.1", "unknown-class"),
+        ("0.5 0.5 0.5 0.1 0.1", "unknown-class"),
+        ("cat 0.5 0.5 0.1 0.1", "bad-box"),
+        ("0 0.5 0.5 0.1", "bad-box"),
+        ("0 0.5 0.5 0.1 0.1 0.9", "bad-box"),
+        ("0 nan 0.5 0.1 0.1", "bad-box"),
+        ("0 inf 0.5 0.1 0.1", "bad-box"),
+        ("0 20 15 10 6", "bad-box"),
+        ("0 0.5 0.5 0 0.1", "degenerate-box"),
+        ("0 1.5 0.5 0.1 0.1", "box-outside"),
+    ],
+)
+def test_a_bad_label_line_is_named_and_left_out(yolo, line, kind):
+    (yolo / "labels" / "train" / "a.txt").write_text(f"1 0.5 0.5 0.5 0.5\n{line}\n")
+    found = layouts.load(yolo, "train")
+    assert [finding.kind for finding in found.findings] == [kind]
+    assert found.samples[0].boxes.tolist() == [[10, 7.5, 30, 22.5]]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("names: [cat, cat]\ntrain: images/train\n", "each name once"),
+        ("names: [cat\ntrain: images/train\n", "not closed"),
+        ("names: {0: cat, 2: dog}\ntrain: images/train\n", "without a gap"),
+        ("nc: 3\nnames: [cat, dog]\ntrain: images/train\n", "nc is 3"),
+        ("names: [cat]\ntrain: ../../elsewhere\n", "no folder or list inside"),
+        ("names: [cat]\ntrain: /tmp\n", "no folder or list inside"),
+        ("names: [cat]\ntrain: images/tran\n", "no folder or list inside"),
+        ("names: [cat]\nnames: [dog]\n", "stands twice"),
+        ("train: images/train\n", "no class names"),
+        ("%%%\n", "line 1"),
+        ("names: [[cat]]\ntrain: images/train\n", "flat list"),
+    ],
+)
+def test_a_bad_data_yaml_stops_with_its_name_and_line(yolo, text, message):
+    (yolo / "data.yaml").write_text(text)
+    with pytest.raises(DataError, match=message):
+        layouts.load(yolo, "train")
+
+
+def test_binary_labels_and_yaml_are_named(yolo):
+    (yolo / "labels" / "train" / "a.txt").write_bytes(b"\xff\xfe\x00\x81")
+    assert [finding.kind for finding in layouts.load(yolo, "train").findings] == ["unreadable-annotation"]
+    (yolo / "data.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(DataError, match=r"data\.yaml: not UTF-8"):
+        layouts.load(yolo, "train")
+
+
+def test_a_listed_path_that_leaves_the_set_is_refused(yolo):
+    (yolo / "train.txt").write_text("images/train/a.jpg\n../../other.jpg\n/etc/hosts.jpg\n")
+    (yolo / "data.yaml").write_text("names: [cat]\ntrain: train.txt\n")
+    found = layouts.load(yolo, "train")
+    assert len(found) == 1
+    assert [finding.kind for finding in found.findings] == ["path-outside", "path-outside", "no-label-file"]
+
+
+BOMB = (
+    '<!DOCTYPE a [<!ENTITY x "xx"><!ENTITY y "&x;&x;&x;">]><annotation><object><name>&y;</name></object></annotation>'
+)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (BOMB.encode(), "document type"),
+        (BOMB.encode("utf-16"), "document type"),
+        (b"<annotation><object>", "no whole XML"),
+        (b"", "no whole XML"),
+        (b"\x00\x01", "no whole XML"),
+        (b'<?xml version="1.0" encoding="klingon"?><a/>', "no whole XML"),
+        (b'<!DOCTYPE a SYSTEM "file:///etc/passwd"><annotation/>', "document type"),
+    ],
+)
+def test_xml_bombs_and_damaged_xml_are_refused(tmp_path, content, message):
+    file = tmp_path / "a.xml"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        voc.parse(file)
+
+
+def test_voc_defects_are_named_and_left_out(tmp_path):
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    box = "<bndbox><xmin>{}</xmin><ymin>5</ymin><xmax>14</xmax><ymax>17</ymax></bndbox>"
+    things = [
+        ("cat", box.format(4)),
+        ("cot", box.format(4)),
+        ("cat", box.format("?")),
+        ("cat", ""),
+        ("cat", box.format(14)),
+    ]
+    text = "".join(f"<object><name>{name}</name>{corners}</object>" for name, corners in things)
+    for name in "ab":
+        Image.new("RGB", (40, 30)).save(tmp_path / "JPEGImages" / f"{name}.jpg")
+    (tmp_path / "Annotations" / "a.xml").write_text(f"<annotation>{text}</annotation>")
+    (tmp_path / "Annotations" / "b.xml").write_text(BOMB)
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("a\nb\nc\n")
+    (tmp_path / "classes.txt").write_text("cat\n")
+    found = layouts.load(tmp_path, "train")
+    assert sorted(finding.kind for finding in found.findings) == sorted(
+        ["unknown-class", "bad-box", "bad-box", "degenerate-box", "unreadable-annotation", "missing-annotation"]
+    )
+    assert "did you mean 'cat'" in next(finding.what for finding in found.findings if finding.kind == "unknown-class")
+    assert found.samples[0].boxes.tolist() == [[4, 5, 14, 17]]
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("../../../etc/passwd\n")
+    with pytest.raises(DataError, match="is a path"):
+        layouts.load(tmp_path, "train")
