@@ -156,7 +156,10 @@ def test_usual_yolo_trees_are_found(tmp_path, tree, description):
 )
 def test_usual_voc_trees_are_found(tmp_path, texts, pictures, listing):
     put_image(tmp_path / pictures / "a.png")
-    thing = "<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>4</xmin><ymin>5</ymin><xmax>14</xmax><ymax>17</ymax></bndbox></object>"
+    thing = (
+        "<object><name>{}</name><difficult>{}</difficult>"
+        "<bndbox><xmin>4</xmin><ymin>5</ymin><xmax>14</xmax><ymax>17</ymax></bndbox></object>"
+    )
     put_text(tmp_path / texts / "a.xml", f"<annotation>{thing.format('dog', 1)}{thing.format('cat', 0)}</annotation>")
     if listing:
         put_text(tmp_path / "ImageSets" / "Main" / "train.txt", "a\n")

@@ -53,8 +53,8 @@ def test_the_box_is_the_tight_extent_of_what_is_painted(shape, rng):
         painted[window] = mask
         y, x = np.nonzero(painted > 0)
         tight = [x.min(), y.min(), x.max() + 1, y.max() + 1]
-        # Masks are drawn on half pixels and Pillow fills every pixel that an outline touches: up to one pixel more a side,
-        # and a sharp tip may cover too little of its last pixel to leave a trace.
+        # Masks are drawn on half pixels and Pillow fills every pixel that an outline touches: up to one pixel more a
+        # side, and a sharp tip may cover too little of its last pixel to leave a trace.
         np.testing.assert_allclose(box, tight, atol=2.0)
         side = max(box[2] - box[0], box[3] - box[1])
         assert 0.05 * size < side <= 0.5 * size + 1
