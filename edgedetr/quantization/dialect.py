@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto
 
 from edgedetr.quantization.policy import Plan
 from edgedetr.quantization.wiring import Wiring
+from edgedetr.runtime.cpu import int8_dot_product
 
 # A scale below this would be no normal number after division by 127 in float16-free arithmetic; amax 0 gets scale 1.
 SMALLEST_SCALE = 1e-12
@@ -121,10 +121,5 @@ def weight_bits(choice: str) -> int:
     """8 or 7 for "8bit" / "7bit"; "auto" is 7 on an x86 CPU without VNNI, whose 16-bit sums saturate."""
     if choice != "auto":
         return int(choice[0])
-    if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
-        return 8
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
-    except OSError:
-        return 7
-    return 8 if {"avx512_vnni", "avx_vnni"} & set(flags) else 7
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    return 7 if x86 and int8_dot_product() is None else 8

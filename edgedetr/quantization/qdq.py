@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -45,8 +45,8 @@ def insert(model: ModelProto, plan: Plan, amax: dict[str, float], dialect: Diale
     """A copy of the float graph with the plan's nodes quantised in one dialect. Names of everything else stay."""
     missing = [name for name in cuts(model, plan, dialect) if name not in amax]
     if missing:
-        raise ExportError(f"no range for tensor {missing[0]!r} (and {len(missing) - 1} more); the ranges were observed on "
-                          "another graph or policy; run: edgedetr export BUNDLE --int8")
+        raise ExportError(f"no range for tensor {missing[0]!r} (and {len(missing) - 1} more); the ranges were observed "
+                          "on another graph or policy; run: edgedetr export BUNDLE --int8")
     return _Writer(model, plan, amax, dialect).write()
 
 
@@ -54,7 +54,7 @@ class _Writer:
     """Builds the new node list, one float node after the other."""
 
     def __init__(self, model: ModelProto, plan: Plan, amax: dict[str, float], dialect: Dialect) -> None:
-        self.source, self.dialect = model, dialect
+        self.source, self.dialect, self.amax = model, dialect, amax
         self.wiring = Wiring(model)
         self.layers = {layer.node: layer for layer in plan.layers}
         self.cuts = cuts(model, plan, dialect)
@@ -103,17 +103,18 @@ class _Writer:
         self._constant(scale, np.asarray(grid.scale))
         self._constant(zero, np.asarray(grid.zero_point))
         quantised, restored = f"{tensor}_quantized", f"{tensor}_dequantized"
-        self.nodes.append(helper.make_node("QuantizeLinear", [tensor, scale, zero], [quantised], f"{tensor}_QuantizeLinear"))
-        self.nodes.append(helper.make_node("DequantizeLinear", [quantised, scale, zero], [restored], f"{tensor}_DequantizeLinear"))
+        for kind, source, target in (("QuantizeLinear", tensor, quantised), ("DequantizeLinear", quantised, restored)):
+            self.nodes.append(helper.make_node(kind, [source, scale, zero], [target], f"{tensor}_{kind}"))
 
     def _weights(self, node: NodeProto, layer: Layer) -> None:
         """DQ in front of a layer's weight and, in a dialect that has it, of its bias."""
         data_scale = float(self.grids[layer.data].scale)
         bias_name = node.input[2] if len(node.input) > 2 and node.input[2] else None
         bias = self.wiring.constant(bias_name).astype(np.float32) if bias_name else None
-        # The bias limits the step by the coarser of both dialects' input grids, so that both store the same weights.
-        weight = quantise_weight(self.wiring.constant(layer.weight), layer.axis, bits=self.dialect.weight_bits, bias=bias,
-                                 data_scale=data_scale if not self.dialect.unsigned else data_scale / 2)
+        # The finest grid that any dialect gives the input, so that all dialects store the same weights.
+        finest = max(self.amax[layer.data] / 254, SMALLEST_SCALE)
+        weight = quantise_weight(self.wiring.constant(layer.weight), layer.axis, bits=self.dialect.weight_bits,
+                                 bias=bias, data_scale=finest)
         prefix = f"{layer.node}.weight"
         self._constant(f"{prefix}_quantized", weight.values)
         self._constant(f"{prefix}_scale", weight.scale)
@@ -129,13 +130,10 @@ class _Writer:
 
     def _dequantise(self, node: NodeProto, index: int, prefix: str, axis: int) -> None:
         names = [f"{prefix}_quantized", f"{prefix}_scale", f"{prefix}_zero_point"]
-        self.nodes.append(helper.make_node("DequantizeLinear", names, [f"{prefix}_dequantized"], f"{prefix}_DequantizeLinear", axis=axis))
-        node.input[index] = f"{prefix}_dequantized"
+        restored = f"{prefix}_dequantized"
+        self.nodes.append(helper.make_node("DequantizeLinear", names, [restored], f"{prefix}_DequantizeLinear", axis=axis))
+        node.input[index] = restored
 
     def _constant(self, name: str, values: np.ndarray) -> None:
         self.initialisers[name] = numpy_helper.from_array(np.ascontiguousarray(values).reshape(np.shape(values)), name)
 
-
-def with_weight_bits(dialect: Dialect, bits: int) -> Dialect:
-    """The same dialect with narrower weights."""
-    return replace(dialect, weight_bits=bits)

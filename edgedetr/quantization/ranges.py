@@ -24,11 +24,20 @@ class CalibrationImage:
 
 @dataclass(frozen=True)
 class Ranges:
-    """amax {tensor: largest magnitude >= 0}, and how it was found."""
+    """How large the quantised tensors get, and how that was found.
+
+    amax      {tensor: largest magnitude to represent, >= 0}
+    observer  "minmax", "mse", "entropy" or "percentile 99.99"
+    policy    name of the policy that chose the tensors
+    wanted    pictures asked for (the set may have held fewer)
+    source    the folder given by --calib, or "" for the calibration split of the bundle's data
+    """
 
     amax: dict[str, float]
     observer: str
     policy: str
+    wanted: int
+    source: str
     images: tuple[CalibrationImage, ...]
 
     @property
@@ -57,9 +66,10 @@ class Ranges:
             images = tuple(CalibrationImage(str(item["sha256"]), str(item["name"])) for item in raw["images"])
             if image_list_digest(images) != raw["image_list"]:
                 raise ValueError("image_list is not the digest of images")
-            return cls(amax, str(raw["observer"]), str(raw["policy"]), images)
+            return cls(amax, str(raw["observer"]), str(raw["policy"]), int(raw["wanted"]), str(raw["source"]), images)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ExportError(f"{path}: damaged or of another kind ({error}); run: edgedetr export {path.parent} --int8") from error
+            raise ExportError(f"{path}: damaged or of another kind ({error}); "
+                              f"run: edgedetr export {path.parent} --int8") from error
 
 
 def image_list_digest(images: Iterable[CalibrationImage]) -> str:

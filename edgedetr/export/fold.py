@@ -1,0 +1,168 @@
+"""Constant folding of an exported graph: shapes that are known, and everything computed from constants alone.
+
+The PyTorch exporter writes `x.shape` as nodes even where the size is fixed. Folding them is what leaves positions,
+anchors and reshapes as plain constants.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+
+# A larger result stays computed: folding must not inflate the file (the largest wanted are positions, S x C numbers).
+LARGEST = 1 << 23           # elements
+PASSES = 12                 # each pass resolves the shapes one dependency further; 3 to 5 are used in practice
+_SMALL = 4096               # elements; larger weights do not take part in shape inference
+_NEVER = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Dropout", "If", "Loop", "Scan"}
+
+
+def fold(model: ModelProto) -> ModelProto:
+    """The same function with fewer nodes; names of the remaining nodes and tensors stay."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    _constants_to_initialisers(result)
+    for _ in range(PASSES):
+        before = len(result.graph.node)
+        _remove_identities(result)
+        _fold_constants(result)
+        _fold_shapes(result)
+        if len(result.graph.node) == before:
+            break
+    _remove_unused(result)
+    del result.graph.value_info[:]
+    return result
+
+
+def _constants_to_initialisers(model: ModelProto) -> None:
+    graph, kept = model.graph, []
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            tensor = TensorProto()
+            tensor.CopyFrom(node.attribute[0].t)
+            tensor.name = node.output[0]
+            graph.initializer.append(tensor)
+        else:
+            kept.append(node)
+    _replace_nodes(model, kept)
+
+
+def _remove_identities(model: ModelProto) -> None:
+    """Identity, and Cast to the type the tensor already has, where it is not a graph output."""
+    outputs = {item.name for item in model.graph.output}
+    alias: dict[str, str] = {}
+    kept = []
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = alias.get(name, name)
+        if node.op_type == "Identity" and node.output[0] not in outputs:
+            alias[node.output[0]] = node.input[0]
+        else:
+            kept.append(node)
+    _replace_nodes(model, kept)
+
+
+def _fold_constants(model: ModelProto) -> None:
+    """Evaluate every node whose inputs are all constant, in one ONNX Runtime run."""
+    graph = model.graph
+    outputs = {item.name for item in graph.output}
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    available, foldable, kept = set(known), [], []
+    for node in graph.node:
+        constant = node.op_type not in _NEVER and node.domain == "" and all(name in available for name in node.input if name)
+        if constant and not any(name in outputs for name in node.output):
+            foldable.append(node)
+            available.update(node.output)
+        else:
+            kept.append(node)
+    if not foldable:
+        return
+    wanted = {name for node in kept for name in node.input} & {name for node in foldable for name in node.output}
+    used = {name for node in foldable for name in node.input}
+    values = _evaluate(model, foldable, [known[name] for name in sorted(used & set(known))], sorted(wanted))
+    if any(value.size > LARGEST for value in values.values()):
+        return
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
+    _replace_nodes(model, kept)
+
+
+def _evaluate(model: ModelProto, nodes: list[NodeProto], constants: list[TensorProto], wanted: list[str]) -> dict[str, np.ndarray]:
+    outputs = [helper.make_empty_tensor_value_info(name) for name in wanted]
+    graph = helper.make_graph(nodes, "constants", [], outputs, constants)
+    part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return dict(zip(wanted, session.run(wanted, {}))) if wanted else {}
+
+
+def _fold_shapes(model: ModelProto) -> None:
+    """Shape of a tensor whose size is known, and Gather of one known dimension where only the batch is not."""
+    dims = _known_dims(model)
+    makers = {name: node for node in model.graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    kept = []
+    for node in model.graph.node:
+        value = None
+        if node.op_type == "Shape" and not node.attribute:
+            shape = dims.get(node.input[0])
+            if shape is not None and all(size is not None for size in shape):
+                value = np.array(shape, dtype=np.int64)
+        elif node.op_type == "Gather" and node.input[1] in constants:
+            maker = makers.get(node.input[0])
+            shape = dims.get(maker.input[0]) if maker is not None and maker.op_type == "Shape" else None
+            index = numpy_helper.to_array(constants[node.input[1]])
+            if shape is not None and index.ndim == 0 and shape[int(index)] is not None:
+                value = np.array(shape[int(index)], dtype=np.int64)
+        if value is None:
+            kept.append(node)
+        else:
+            model.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
+    _replace_nodes(model, kept)
+
+
+def _known_dims(model: ModelProto) -> dict[str, list[int | None]]:
+    """Inferred sizes by tensor, None for a dimension that is open; large weights enter as inputs, to stay fast."""
+    light = ModelProto()
+    light.ir_version = model.ir_version
+    light.opset_import.extend(model.opset_import)
+    light.graph.name = "shapes"
+    light.graph.node.extend(model.graph.node)
+    light.graph.input.extend(model.graph.input)
+    light.graph.output.extend(model.graph.output)
+    for tensor in model.graph.initializer:
+        if int(np.prod(tensor.dims)) <= _SMALL:
+            light.graph.initializer.append(tensor)
+        else:
+            light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    inferred = shape_inference.infer_shapes(light, data_prop=True)
+    return {
+        item.name: [dim.dim_value if dim.HasField("dim_value") else None for dim in item.type.tensor_type.shape.dim]
+        for item in [*inferred.graph.value_info, *inferred.graph.input]
+        if item.type.tensor_type.HasField("shape")
+    }
+
+
+def _remove_unused(model: ModelProto) -> None:
+    needed = {item.name for item in model.graph.output}
+    kept = []
+    for node in reversed(model.graph.node):
+        if any(name in needed for name in node.output):
+            kept.append(node)
+            needed.update(node.input)
+    _replace_nodes(model, kept[::-1])
+    constants = [tensor for tensor in model.graph.initializer if tensor.name in needed]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(constants)
+
+
+def _replace_nodes(model: ModelProto, nodes: list[NodeProto]) -> None:
+    copies = []
+    for node in nodes:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copies.append(copy)
+    del model.graph.node[:]
+    model.graph.node.extend(copies)

@@ -1,0 +1,148 @@
+"""model.onnx: the deployed graph as one float32 ONNX file, and the proof that it computes the same.
+
+The TorchScript exporter is used: node names are the module paths, which policies and profiles refer to (torch.export's
+are `node_conv2d_3`), and it takes a third of the time. Opset 19 exactly; see ExportConfig.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto
+
+import edgedetr
+from edgedetr.bundle import Manifest
+from edgedetr.errors import ExportError
+from edgedetr.export.fold import fold
+from edgedetr.models.deploy import DeployGraph
+from edgedetr.runtime.ort import OrtRunner
+from edgedetr.runtime.runner import RawOutputs
+
+log = logging.getLogger(__name__)
+
+OPSET = 19
+PREFIX = "edgedetr."            # of our keys in the file's metadata
+
+# float32 through some 100 layers in another order of summation; measured on trained models: see tests/export.
+LOGITS = 2e-3                   # largest accepted difference of a logit
+BOXES = 2e-4                    # of a box side, share of the picture (0.13 px at 640)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest differences between PyTorch and ONNX Runtime over some pictures, after matching query to query.
+
+    reordered   queries that stand at another place of the list (ties in top-k), 0..1
+    """
+
+    logits: float
+    boxes: float
+    reordered: float
+
+
+def write(graph: DeployGraph, path: Path, *, batch: int | None = 1, opset: int = OPSET,
+          metadata: Mapping[str, str] | None = None) -> None:
+    """Write the graph with input `images` and outputs `logits`, `boxes`.
+
+    batch      the one batch size the file takes; None leaves it open
+    metadata   goes into the file as key-value text, under `edgedetr.`
+    """
+    example = torch.zeros(batch or 2, 3, graph.height, graph.width, device=next(graph.parameters()).device)
+    open_axis = None if batch is not None else {name: {0: "batch"} for name in ("images", "logits", "boxes")}
+    graph = graph.eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        # The tracer warns of Python numbers made from shapes: the size is fixed on purpose. The exporter of its age.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(graph, (example,), str(path), input_names=["images"], output_names=["logits", "boxes"],
+                          opset_version=opset, dynamic_axes=open_axis, dynamo=False)
+    model = fold(onnx.load(str(path)))
+    model.producer_name, model.producer_version = "edgedetr", edgedetr.__version__
+    model.graph.name = "edgedetr"
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {PREFIX + key: value for key, value in (metadata or {}).items()})
+    check(model, opset)
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def check(model: ModelProto, opset: int = OPSET) -> None:
+    """What every edgedetr graph must be; ExportError otherwise."""
+    found = {item.domain: item.version for item in model.opset_import}
+    if found != {"": opset}:
+        raise ExportError(f"the exporter wrote opsets {found}; expected {opset} of the standard domain and no other")
+    names = [item.name for item in model.graph.input], [item.name for item in model.graph.output]
+    if names != (["images"], ["logits", "boxes"]):
+        raise ExportError(f"the graph has inputs {names[0]} and outputs {names[1]}; expected images -> logits, boxes")
+    for node in model.graph.node:
+        if node.op_type == "GridSample":
+            mode = next((item.s for item in node.attribute if item.name == "mode"), b"bilinear")
+            if mode != b"bilinear":
+                raise ExportError(f"GridSample {node.name} has mode {mode.decode()!r}; expected 'bilinear', the one name "
+                                  "that all versions of TensorRT read alike")
+
+
+def describe(manifest: Manifest, weights: str) -> dict[str, str]:
+    """What a file says about itself: classes, contracts and the digest of the weights it was made from."""
+    return {
+        "model": manifest.model,
+        "classes": json.dumps([asdict(item) for item in manifest.classes], ensure_ascii=False),
+        "input": json.dumps(asdict(manifest.input)),
+        "output": json.dumps(asdict(manifest.output)),
+        "weights_sha256": weights,
+    }
+
+
+def parity(graph: DeployGraph, path: Path, images: np.ndarray) -> Parity:
+    """Compare the file in ONNX Runtime with PyTorch; ExportError when it is not the same detector.
+
+    images   [B, 3, H, W] float32, RGB 0..255
+    """
+    device = next(graph.parameters()).device
+    runner = OrtRunner(path)
+    logits, places, moved, queries = 0.0, 0.0, 0, 0
+    with torch.no_grad():
+        for start in range(0, len(images), runner.batch or 1):
+            batch = images[start:start + (runner.batch or 1)]
+            expected = RawOutputs(*(out.cpu().numpy() for out in graph(torch.from_numpy(batch).to(device))))
+            actual = runner.run(batch)
+            for item in range(len(batch)):
+                order = _match(expected.logits[item], expected.boxes[item], actual.logits[item], actual.boxes[item])
+                logits = max(logits, _worst(expected.logits[item], actual.logits[item][order]))
+                places = max(places, _worst(expected.boxes[item], actual.boxes[item][order]))
+                moved += int((order != np.arange(len(order))).sum())
+                queries += len(order)
+    found = Parity(logits, places, moved / queries)
+    if not (found.logits <= LOGITS and found.boxes <= BOXES):      # NaN fails too
+        raise ExportError(f"{path.name}: differs from PyTorch by up to {found.logits:.2g} in a logit and {found.boxes:.2g} in "
+                          f"a box side; expected at most {LOGITS:g} and {BOXES:g}; export with the other sampling "
+                          "(--sampling gather or grid_sample) and report this, it is a defect")
+    log.info("%s equals PyTorch to %.1e in logits and %.1e in boxes", path.name, found.logits, found.boxes)
+    return found
+
+
+def _worst(expected: np.ndarray, actual: np.ndarray) -> float:
+    return float(np.abs(expected - actual).max())
+
+
+def _match(logits: np.ndarray, boxes: np.ndarray, other_logits: np.ndarray, other_boxes: np.ndarray) -> np.ndarray:
+    """For each query [N] the place of its counterpart: its own where that agrees, otherwise the nearest free one.
+
+    Equal scores of two-stage members may be ordered either way, so a query can stand elsewhere without being wrong.
+    """
+    order = np.arange(len(logits))
+    distance = np.maximum(np.abs(logits - other_logits).max(-1) / LOGITS, np.abs(boxes - other_boxes).max(-1) / BOXES)
+    loose = np.flatnonzero(~(distance <= 1))
+    free = list(loose)
+    for query in loose:
+        cost = [max(np.abs(logits[query] - other_logits[k]).max() / LOGITS, np.abs(boxes[query] - other_boxes[k]).max() / BOXES)
+                for k in free]
+        order[query] = free.pop(int(np.argmin(cost)))
+    return order

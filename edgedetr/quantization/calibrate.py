@@ -1,0 +1,116 @@
+"""Observe the ranges of a float graph's activations over pictures, one picture at a time in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from onnx import ModelProto, helper
+
+from edgedetr.bundle import Bundle, InputContract, digest
+from edgedetr.data.images import decode, is_image
+from edgedetr.data.layouts import load, splits
+from edgedetr.errors import DataError, ExportError
+from edgedetr.evaluation.reference import Reference
+from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.observers import Histogram
+from edgedetr.quantization.ranges import CalibrationImage
+from edgedetr.runtime.preprocess import prepare
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Calibration pictures: where they are, and what they are."""
+
+    paths: tuple[Path, ...]
+    images: tuple[CalibrationImage, ...]
+
+
+def choose(bundle: Bundle, directory: Path | None, count: int) -> Pictures:
+    """At most `count` pictures, evenly spaced over the calibration split or over a folder.
+
+    directory   a data set (its train split) or a folder of pictures; None = the calibration split of the bundle's data
+    A picture that is also in the verify split, by digest, is an ExportError: INT8 would be judged on what it was fitted to.
+    """
+    paths, root = _candidates(bundle, directory)
+    if not paths:
+        raise ExportError(f"{root}: no pictures to calibrate on; expected at least one image file")
+    chosen = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int))]
+    images = [CalibrationImage(digest(path), _name(path, root)) for path in chosen]
+    verify = _verify_digests(bundle)
+    for path, image in zip(chosen, images):
+        if image.sha256 in verify:
+            raise ExportError(f"{path}: this calibration picture is also in the verify split, so the verdict would be biased; "
+                              "expected disjoint pictures; run: edgedetr export BUNDLE --int8 --calib DIR with others")
+    return Pictures(tuple(chosen), tuple(images))
+
+
+def _candidates(bundle: Bundle, directory: Path | None) -> tuple[list[Path], Path]:
+    record = bundle.manifest.data
+    if directory is None:
+        if record is None:
+            raise ExportError(f"{bundle.path}: the bundle does not say where its data are; expected calibration pictures; "
+                              f"run: edgedetr export {bundle.path} --int8 --calib DIR")
+        return [sample.path for sample in load(record.path, record.calib_split).samples], Path(record.path)
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise DataError(f"{directory}: no such directory; expected calibration pictures or a data set")
+    try:
+        names = splits(directory)
+    except DataError:           # no layout of annotations: a plain folder of pictures
+        return sorted(path for path in directory.rglob("*") if path.is_file() and is_image(path)), directory
+    return [sample.path for sample in load(directory, "train" if "train" in names else next(iter(names))).samples], directory
+
+
+def _verify_digests(bundle: Bundle) -> Collection[str]:
+    """sha256 of the verify pictures, from reference.npz where there is one, otherwise from the files."""
+    if bundle.has("reference.npz"):
+        return set(Reference.load(bundle.require("reference.npz")).truth.digests.tolist())
+    record = bundle.manifest.data
+    if record is None or not Path(record.path).is_dir():
+        return ()
+    return {digest(sample.path) for sample in load(record.path, record.verify_split).samples}
+
+
+def _name(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+
+def calibrate(model: ModelProto, tensors: Sequence[str], paths: Sequence[Path], contract: InputContract, config: QuantConfig,
+              progress: Progress | None = None) -> dict[str, float]:
+    """amax of every tensor.
+
+    Memory: one picture's activations and one histogram of 2,048 bins per tensor, however many pictures there are.
+    A picture that cannot be decoded is a DataError; NaN or infinity in a tensor an ExportError that names it.
+    """
+    observed = [name for name in tensors if name != "images"]
+    session = _exposed(model, observed)
+    histograms = {name: Histogram(name) for name in tensors}
+    for done, path in enumerate(paths):
+        if progress:
+            progress("calibrate", done, len(paths))
+        batch, _ = prepare([decode(path)], contract)
+        if "images" in histograms:
+            histograms["images"].observe(batch)
+        for name, values in zip(observed, session.run(observed, {"images": batch})):
+            histograms[name].observe(values)
+    if progress:
+        progress("calibrate", len(paths), len(paths))
+    return {name: histogram.amax(config.observer, config.percentile) for name, histogram in histograms.items()}
+
+
+def _exposed(model: ModelProto, tensors: Sequence[str]) -> onnxruntime.InferenceSession:
+    """A session of the float graph in which these tensors are outputs."""
+    exposed = ModelProto()
+    exposed.CopyFrom(model)
+    present = {item.name for item in exposed.graph.output}
+    exposed.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in tensors if name not in present)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
