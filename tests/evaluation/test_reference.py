@@ -1,0 +1,133 @@
+"""reference.npz: what goes in comes out, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+
+from edgedetr.data import layouts
+from edgedetr.errors import BundleError
+from edgedetr.evaluation.evaluate import evaluate
+from edgedetr.evaluation.reference import GroundTruth, Reference, load_detections, save_detections
+from edgedetr.runtime.detections import Detections
+
+COLUMNS = ("image_ids", "names", "digests", "sizes", "image", "boxes", "labels", "crowd", "areas")
+
+
+@pytest.fixture
+def reference(random_set) -> Reference:
+    truth, found = random_set(1)
+    found = {i: Detections(d.xyxy.astype(np.float32), d.confidence.astype(np.float32), d.class_id) for i, d in found.items()}
+    return Reference(truth, found, "test", "ab" * 32)
+
+
+def test_a_round_trip_changes_nothing(reference, tmp_path):
+    reference.save(tmp_path / "reference.npz")
+    back = Reference.load(tmp_path / "reference.npz")
+    for name in COLUMNS:
+        np.testing.assert_array_equal(getattr(back.truth, name), getattr(reference.truth, name))
+    assert (back.truth.classes, back.split, back.model) == (reference.truth.classes, "test", "ab" * 32)
+    assert back.detections.keys() == reference.detections.keys()
+    for image_id, detections in reference.detections.items():
+        np.testing.assert_array_equal(back.detections[image_id].xyxy, detections.xyxy)
+        np.testing.assert_array_equal(back.detections[image_id].class_id, detections.class_id)
+    assert evaluate(back.truth, back.detections).ap == evaluate(reference.truth, reference.detections).ap
+
+
+def test_the_same_content_gives_the_same_bytes(reference, tmp_path):
+    reference.save(tmp_path / "a.npz")
+    reference.save(tmp_path / "b.npz")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_detections_alone_come_back_with_names(reference, tmp_path):
+    save_detections(tmp_path / "x.npz", reference.detections)
+    back = load_detections(tmp_path / "x.npz", reference.truth.classes)
+    for image_id, detections in reference.detections.items():
+        np.testing.assert_array_equal(back[image_id].confidence, detections.confidence)
+        assert back[image_id].data["class_name"].tolist() == [f"class {1 + k}" for k in detections.class_id]
+        assert back[image_id].data["category_id"].tolist() == [5 * (1 + k) for k in detections.class_id]
+
+
+def test_a_split_is_taken_as_it_is_with_the_digests_of_its_files(colours):
+    truth = GroundTruth.of(layouts.load(colours, "test"), digests=True)
+    assert len(truth) == len(truth.labels) == 24
+    assert truth.names[0] == "images/test/00.png"
+    assert truth.digests[3] == hashlib.sha256((colours / "images" / "test" / "03.png").read_bytes()).hexdigest()
+    assert truth.sizes[0].tolist() == [32, 48]
+    np.testing.assert_allclose(truth.boxes[0], [4.8, 6.4, 19.2, 25.6])      # worked by hand from conftest
+    assert truth.image.tolist() == list(range(24))
+
+
+def test_every_picture_needs_an_entry(colours):
+    dataset = layouts.load(colours, "test")
+    empty = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+    with pytest.raises(BundleError, match="no detections for image id 2"):
+        Reference.of(dataset, {1: empty})
+    assert len(Reference.of(dataset, {s.image_id: empty for s in dataset.samples}).truth) == 24
+
+
+def test_a_subset_is_the_set_without_the_others(reference):
+    ids = reference.truth.image_ids[[2, 5, 6]].tolist()
+    part = reference.truth.subset(ids)
+    assert part.image_ids.tolist() == ids
+    for new, old in enumerate([2, 5, 6]):
+        np.testing.assert_array_equal(part.boxes[part.image == new],
+                                      reference.truth.boxes[reference.truth.image == old])
+
+
+class Evil:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no archive", pickle.dumps(Evil())])
+def test_foreign_files_are_refused_and_never_executed(tmp_path, content):
+    (tmp_path / "reference.npz").write_bytes(content)
+    with pytest.raises(BundleError, match="reference.npz: damaged or of another kind.*edgedetr export"):
+        Reference.load(tmp_path / "reference.npz")
+
+
+def test_a_missing_file_names_the_command(tmp_path):
+    with pytest.raises(BundleError, match="no such file; run: edgedetr export"):
+        Reference.load(tmp_path / "reference.npz")
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.6, 0.99])
+def test_a_truncated_file_is_refused(reference, tmp_path, keep):
+    path = tmp_path / "reference.npz"
+    reference.save(path)
+    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * keep)])
+    with pytest.raises(BundleError, match="damaged"):
+        Reference.load(path)
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("schema", lambda v: v + 1, "schema 2, this version reads 1"),
+    ("truth_boxes", lambda v: v[:-1], "truth_boxes is float64"),
+    ("truth_boxes", lambda v: v * np.nan, "truth_boxes has NaN"),
+    ("truth_labels", lambda v: v + 3, "truth_labels runs from 3"),
+    ("truth_labels", lambda v: v.astype(float), "truth_labels is float64"),
+    ("found_class", lambda v: v - 1, "found_class runs from -1"),
+    ("found_image", lambda v: v[::-1], "found_image is not in order"),
+    ("image_id", lambda v: np.zeros_like(v), "image_id is not unique"),
+    ("image_sha256", lambda v: v[1:], "image_sha256"),
+    ("class_name", lambda v: v[1:], "zip"),
+    ("truth_crowd", None, "truth_crowd"),
+    ("split", lambda v: np.array([Evil()], object), "allow_pickle"),
+])
+def test_each_wrong_column_is_named(reference, tmp_path, name, change, message):
+    path = tmp_path / "reference.npz"
+    reference.save(path)
+    with np.load(path) as stored:
+        arrays = {key: stored[key] for key in stored.files}
+    if change is None:
+        del arrays[name]
+    else:
+        arrays[name] = change(arrays[name])
+    np.savez(path, **arrays)
+    with pytest.raises(BundleError, match=message):
+        Reference.load(path)

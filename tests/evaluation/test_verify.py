@@ -1,0 +1,263 @@
+"""The verdict over a labelled set with stages that lose a known amount, and over sets that do not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgedetr.bundle import Bundle
+from edgedetr.data import images, layouts
+from edgedetr.errors import BundleError, DataError, MissingDependency, RecipeError, UsageError
+from edgedetr.evaluation import stages, verdict
+from edgedetr.evaluation.evaluate import evaluate
+from edgedetr.evaluation.reference import Reference, load_detections
+from edgedetr.evaluation.verify import VerifyConfig, bench, evaluate_stage, verify
+from edgedetr.runtime import load
+from edgedetr.runtime.openvino import OpenVinoRunner
+from edgedetr.runtime.runner import RawOutputs
+
+KEYS = {"name", "backend", "passed", "ap", "ap50", "drop", "drop_upper95", "p50_ms", "p99_ms", "size_mb"}
+GOOD, SLIGHTLY, BAD = (6.0, 6.0), (5.9, 6.0), (0.2, 6.0)     # how much query 0 likes red and blue
+
+
+def with_reference(bundle: Bundle, data: Path) -> Bundle:
+    """reference.npz from the float graph, which plays torch's part."""
+    dataset, detector = layouts.load(data, "test"), load(bundle, stage="onnx", backend="onnxruntime")
+    found = {s.image_id: detector([images.decode(s.path)])[0] for s in dataset.samples}
+    with bundle.add("reference.npz", stage="export") as path:
+        Reference.of(dataset, found).save(path)
+    return bundle
+
+
+@pytest.fixture
+def good(make_bundle, colours) -> Bundle:
+    return with_reference(make_bundle(onnx=GOOD, int8=SLIGHTLY, int8_cpu=SLIGHTLY), colours)
+
+
+@pytest.fixture
+def bad(make_bundle, colours) -> Bundle:
+    return with_reference(make_bundle(onnx=GOOD, int8=GOOD, int8_cpu=BAD), colours)
+
+
+def test_sound_stages_pass_and_the_json_has_the_promised_form(good):
+    result = verify(good.path, threads=1)
+    told = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert set(told) == {"passed", "budget", "certifiable", "stages"}
+    assert told["passed"] is True and told["budget"] == 1.0
+    assert [(s["name"], s["backend"]) for s in told["stages"]] == [
+        ("torch", "pytorch"), ("onnx", "onnxruntime"), ("int8", "onnxruntime"), ("int8", "openvino"),
+        ("int8-cpu", "onnxruntime")]
+    for stage in told["stages"]:
+        assert set(stage) >= KEYS
+        assert stage["ap"] == pytest.approx(100) and stage["drop"] == pytest.approx(0)
+        assert stage["images"] == 24 and stage["note"] == ""
+        if stage["name"] != "torch":
+            assert 0 < stage["p50_ms"] <= stage["p99_ms"]
+            assert stage["parity"]["matched"] == 1.0 and stage["oracle"]["matched"] == 1.0
+    assert told["stages"][0]["p50_ms"] is None
+    assert json.loads((good.path / "results" / "verify.json").read_text()) == told
+
+
+def test_a_stage_that_loses_points_is_the_one_that_fails(bad):
+    result = verify(bad, threads=1)
+    assert not result.passed
+    assert [s.passed for s in result.stages] == [True, True, True, True, False]
+    lost = result.stages[-1]
+    detector = load(bad, stage="int8-cpu", backend="onnxruntime")
+    dataset = layouts.load(bad.manifest.data.path, "test")
+    alone = evaluate(dataset, {s.image_id: detector([images.decode(s.path)])[0] for s in dataset.samples})
+    assert lost.ap == pytest.approx(alone.ap) and lost.drop == pytest.approx(100 - alone.ap) and lost.drop > 10
+    assert lost.drop_lower95 <= lost.drop <= lost.drop_upper95 == result.certifiable
+    assert lost.per_class["blue"] == pytest.approx(100) and lost.per_class["red"] < 80
+    assert lost.note == ""      # the graph itself is bad, and its backend computes it faithfully
+
+
+def test_detections_of_every_stage_are_kept_for_the_report(bad):
+    result = verify(bad, threads=1)
+    truth = Reference.load(bad.require("reference.npz")).truth
+    for stage in result.stages[1:]:
+        found = load_detections(bad.require(f"results/detections-{stage.name}-{stage.backend}.npz"), truth.classes)
+        assert evaluate(truth, found).ap == pytest.approx(stage.ap)
+
+
+def test_a_budget_of_the_certifiable_size_passes_and_a_smaller_one_does_not(bad):
+    needed = verify(bad, threads=1).certifiable
+    assert verify(bad, threads=1, max_drop=needed).passed
+    assert not verify(bad, threads=1, max_drop=needed - 0.01).passed
+    assert verify(bad, threads=1, max_drop=needed).budget == needed
+
+
+def test_the_verdict_is_stale_once_a_stage_is_made_again(good, tiny_graph):
+    verify(good, threads=1)
+    assert good.has("results/verify.json")
+    with good.add("model.int8.onnx", stage="export") as path:
+        tiny_graph.write(path, np.zeros((3, 6)), np.zeros((3, 2)))
+    assert not good.has("results/verify.json")
+
+
+def test_only_what_is_asked_for_runs_and_a_partial_verdict_is_not_recorded(good):
+    result = verify(good, stages=["int8"], backends=["onnxruntime"], threads=1)
+    assert [(s.name, s.backend) for s in result.stages] == [("torch", "pytorch"), ("int8", "onnxruntime")]
+    assert not (good.path / "results").exists()
+
+
+def test_stages_not_yet_exported_are_left_out_unless_named(make_bundle, colours):
+    bundle = with_reference(make_bundle(onnx=GOOD), colours)
+    assert [s.name for s in verify(bundle, threads=1).stages] == ["torch", "onnx"]
+    with pytest.raises(BundleError, match=r"model.int8.onnx has not been made yet; run: edgedetr export .* --int8"):
+        verify(bundle, stages=["int8"])
+
+
+class LossyOpenVino(OpenVinoRunner):
+    """Forgets the first query, as a miscompiled kernel might."""
+
+    def run(self, images: np.ndarray) -> RawOutputs:
+        raw = super().run(images)
+        raw.logits[:, 0] = -9
+        return raw
+
+
+def test_a_backend_that_departs_from_the_oracle_is_named_with_how_much(good, monkeypatch):
+    monkeypatch.setitem(stages.BACKENDS, "openvino", LossyOpenVino)
+    result = verify(good, threads=1)
+    by_backend = {(s.name, s.backend): s for s in result.stages}
+    broken = by_backend["int8", "openvino"]
+    assert not broken.passed and not result.passed
+    assert broken.oracle_drop > 50 and broken.oracle.matched < 0.5
+    assert "openvino departs from the arithmetic of model.int8.onnx" in broken.note and "on 24 pictures" in broken.note
+    assert all(s.passed and s.note == "" for key, s in by_backend.items() if key != ("int8", "openvino"))
+
+
+def test_the_node_where_it_departs_is_in_the_note(good, monkeypatch):
+    monkeypatch.setitem(stages.BACKENDS, "openvino", LossyOpenVino)
+    monkeypatch.setattr(verdict, "first_departure", lambda *a, **k: "Conv 'fpn': 1.0 dB")
+    assert verify(good, threads=1).stages[3].note.endswith("first at Conv 'fpn': 1.0 dB")
+
+
+class NanRunner(OpenVinoRunner):
+    def run(self, images: np.ndarray) -> RawOutputs:
+        raw = super().run(images)
+        return RawOutputs(raw.logits * np.nan, raw.boxes)
+
+
+@pytest.mark.parametrize("runner, words", [(NanRunner, "NaN"), (None, "cannot compile")])
+def test_a_backend_that_gives_nothing_fails_alone_and_says_why(good, monkeypatch, runner, words):
+    def refuse(*arguments, **options):
+        raise BundleError("OpenVINO cannot compile it")
+
+    monkeypatch.setitem(stages.BACKENDS, "openvino", runner or refuse)
+    result = verify(good, threads=1)
+    broken = result.stages[3]
+    assert (broken.passed, broken.ap, broken.p50_ms) == (False, 0.0, None)
+    assert words in broken.note
+    assert [s.passed for s in result.stages] == [True, True, True, False, True]
+    json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_a_missing_backend_is_left_out_unless_named(good, monkeypatch):
+    monkeypatch.setattr(stages, "find_spec", lambda name: None if name == "openvino" else object())
+    assert "openvino" not in {s.backend for s in verify(good, threads=1).stages}
+    with pytest.raises(MissingDependency, match=r"edgedetr\[openvino\]"):
+        verify(good, backends=["openvino"])
+
+
+def test_other_bytes_are_refused_even_where_the_picture_looks_the_same(good, colours):
+    victim = colours / "images" / "test" / "04.png"
+    Image.open(victim).save(victim, compress_level=0)
+    with pytest.raises(BundleError, match=r"04.png is not the picture that reference.npz was made from \(1 of 24"):
+        verify(good)
+
+
+def test_a_copy_of_the_set_elsewhere_is_fine_and_a_smaller_one_is_not(good, colours, tmp_path):
+    copy = shutil.copytree(colours, tmp_path / "copy")
+    assert verify(good, data=copy, threads=1, stages=["onnx"]).passed
+    record = json.loads((copy / "annotations" / "test.json").read_text())
+    record["images"] = record["images"][1:]
+    record["annotations"] = record["annotations"][1:]
+    (copy / "annotations" / "test.json").write_text(json.dumps(record))
+    with pytest.raises(BundleError, match="24 pictures, the data set 23"):
+        verify(good, data=copy)
+
+
+def test_changed_annotations_are_refused(good, colours):
+    path = colours / "annotations" / "test.json"
+    record = json.loads(path.read_text())
+    record["annotations"][0]["bbox"][2] += 1
+    path.write_text(json.dumps(record))
+    with pytest.raises(BundleError, match="annotations have changed"):
+        verify(good)
+
+
+def test_other_classes_are_refused(good, colours):
+    path = colours / "annotations" / "test.json"
+    path.write_text(path.read_text().replace('"red"', '"green"'))
+    with pytest.raises(DataError, match=r"classes \['green', 'blue'\] are not the model's \['red', 'blue'\]"):
+        verify(good)
+
+
+def test_live_makes_the_reference_anew(bad):
+    seen = []
+
+    def live(bundle, dataset):
+        seen.append(len(dataset))
+        return Reference.load(bundle.require("reference.npz"))
+
+    verify(bad, live=live, threads=1, stages=["onnx"])
+    assert seen == [24]
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ({"stages": ["int4"]}, UsageError, "did you mean 'int8'"),
+    ({"backends": ["tensorflow"]}, UsageError, "'tensorflow'; expected one of onnxruntime, openvino"),
+    ({"max_drop": math.nan}, RecipeError, "verify.budget is nan"),
+    ({"max_drop": -1}, RecipeError, "verify.budget is -1"),
+    ({"stages": ["int8-cpu"], "backends": ["openvino"]}, BundleError, "nothing to run"),
+    ({"data": "/nowhere"}, DataError, "nowhere"),
+])
+def test_wrong_words_and_numbers(good, arguments, error, message):
+    with pytest.raises(error, match=message):
+        verify(good, **arguments)
+
+
+def test_a_bundle_without_a_reference_names_the_command(make_bundle):
+    with pytest.raises(BundleError, match=r"reference.npz has not been made yet; run: edgedetr export"):
+        verify(make_bundle(onnx=GOOD))
+
+
+@pytest.mark.parametrize("field, value", [("budget", 101), ("bootstrap", 10), ("threads", 0), ("parity_images", -1)])
+def test_settings_out_of_range_are_named(field, value):
+    with pytest.raises(RecipeError, match=f"verify.{field} is {value}; expected"):
+        VerifyConfig(**{field: value})
+
+
+def test_read_only_storage_loses_the_record_and_not_the_verdict(good, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(Bundle, "add", refuse)
+    assert verify(good, threads=1).passed
+
+
+def test_one_stage_alone_is_measured_like_in_the_verdict(bad):
+    result = verify(bad, threads=1)
+    for stage in result.stages:
+        backend = None if stage.name == "torch" else stage.backend
+        assert evaluate_stage(bad, stage=stage.name, backend=backend).ap == pytest.approx(stage.ap)
+    with pytest.raises(DataError, match="no split 'val'"):
+        evaluate_stage(bad, stage="torch", split="val")
+
+
+def test_bench_times_every_stage_in_turns(good):
+    timings = bench(good, rounds=3, threads=1)
+    assert {(t.name, t.backend) for t in timings} == {
+        ("onnx", "onnxruntime"), ("onnx", "openvino"), ("int8", "onnxruntime"), ("int8", "openvino"),
+        ("int8-cpu", "onnxruntime")}
+    for timing in timings:
+        assert 0 < timing.p50_ms <= timing.p99_ms
+        assert timing.size_mb == pytest.approx((good.path / stages.STAGES[timing.name]).stat().st_size / 1e6)
