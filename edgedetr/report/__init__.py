@@ -1,1 +1,1 @@
-"""The report page: reads results, measures nothing."""
+"""The report: tables, figures and one HTML page; it runs no model."""
