@@ -20,7 +20,7 @@ from edgedetr.train.config import AugmentConfig
 
 MIN_PIXELS = 1.0                            # a box with a smaller side at the input cannot be learned
 MIN_IOU = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)    # one is drawn per crop (Liu et al. 2016, "SSD", section 2.2)
-TRIALS = 20                                 # crops tried per IoU; then 0 does
+TRIALS = 20                                 # crops tried for it
 
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 _RGB = np.linalg.inv(_YIQ)
@@ -120,23 +120,21 @@ def _window(picture: Picture, config: AugmentConfig, rng: np.random.Generator) -
 
 
 def _crop(picture: Picture, frame: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """A random part of the frame that overlaps some box by a drawn IoU, or any part that holds a box's centre."""
+    """A random part of the frame that holds a box's centre and overlaps that box by a drawn IoU, if it can be found."""
     least = rng.choice(MIN_IOU)
-    window = np.concatenate([np.zeros(2), frame])
     inside = clip(picture.boxes, picture.frame_height, picture.frame_width)
     centres = (inside[:, :2] + inside[:, 2:]) / 2
-    for wanted in (least, 0.0):
-        for _ in range(TRIALS):
-            scale, aspect = rng.uniform(*config.crop_scale), np.exp(rng.uniform(*np.log(config.crop_aspect)))
-            side = frame * np.clip(scale * np.array([aspect**0.5, aspect**-0.5]), 0.05, 1)
-            corner = rng.random(2) * (frame - side)
-            window = np.concatenate([corner, corner + side])
-            if not len(inside):
-                return window
-            held = ((centres > window[:2]) & (centres < window[2:])).all(axis=1)
-            if held.any() and iou(window[None], inside[held]).max() >= wanted:
-                return window
-    return np.concatenate([np.zeros(2), frame])
+    for _ in range(TRIALS):
+        scale, aspect = rng.uniform(*config.crop_scale), np.exp(rng.uniform(*np.log(config.crop_aspect)))
+        side = frame * np.clip(scale * np.array([aspect**0.5, aspect**-0.5]), 0.05, 1)
+        corner = rng.random(2) * (frame - side)
+        window = np.concatenate([corner, corner + side])
+        held = ((centres > window[:2]) & (centres < window[2:])).all(axis=1)
+        if not len(inside) or (held.any() and iou(window[None], inside[held]).max() >= least):
+            return window
+    # Boxes too small, or too few, for what was drawn: a crop of this size around one of them.
+    corner = np.clip(centres[rng.integers(len(centres))] - rng.random(2) * side, 0, frame - side)
+    return np.concatenate([corner, corner + side])
 
 
 def recolour(pixels: Tensor, config: AugmentConfig, rng: np.random.Generator) -> Tensor:
