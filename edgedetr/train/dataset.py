@@ -39,11 +39,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pick:
-    """Which sample of the set, in which epoch; `plain` switches all but flips off."""
+    """Which sample of the set, in which epoch, at which size (None: the set's); `plain` switches all but flips off."""
 
     epoch: int
     index: int
     plain: bool
+    contract: InputContract | None = None
 
 
 class TrainingSet(Dataset):
@@ -61,8 +62,9 @@ class TrainingSet(Dataset):
     def __getitem__(self, pick: Pick) -> tuple[Tensor, Target, int]:
         index, picture = self._readable(pick.index)
         rng = np.random.default_rng((self.seed, pick.epoch, pick.index))
-        pixels, boxes, labels = vary(picture, self.contract, self.augment, rng, flips_only=pick.plain)
-        width, height = self.contract.width, self.contract.height
+        contract = pick.contract or self.contract
+        pixels, boxes, labels = vary(picture, contract, self.augment, rng, flips_only=pick.plain)
+        width, height = contract.width, contract.height
         centred = xyxy_to_cxcywh(boxes) / [width, height, width, height]
         return pixels, Target(torch.from_numpy(labels), torch.from_numpy(centred).float().reshape(-1, 4)), index
 
@@ -115,9 +117,10 @@ def order(samples: int, batch: int, *, seed: int, epoch: int) -> np.ndarray:
     return indices[: steps * batch].reshape(steps, batch)
 
 
-def batches(dataset: TrainingSet, plan: np.ndarray, epoch: int, *, plain: bool, workers: int) -> Iterator[Batch]:
-    """Batches of one process by a plan [steps, batch of this process]."""
-    picks = [[Pick(epoch, int(index), plain) for index in row] for row in plan]
+def batches(dataset: TrainingSet, plan: np.ndarray, epoch: int, *, plain: bool, workers: int,
+            contract: InputContract | None = None) -> Iterator[Batch]:
+    """Batches of one process by a plan [steps, batch of this process], at the set's own size or another."""
+    picks = [[Pick(epoch, int(index), plain, contract) for index in row] for row in plan]
     return iter(DataLoader(dataset, batch_sampler=picks, num_workers=workers, collate_fn=_collate,
                            pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None))
 

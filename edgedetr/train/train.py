@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 from safetensors.torch import save_file
 
-from edgedetr.bundle import Bundle, DataRecord, Manifest, OutputContract
+from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract
 from edgedetr.data import layouts
 from edgedetr.data.form import DataConfig, DetectionSet
 from edgedetr.errors import DataError, TrainingError
@@ -148,7 +148,8 @@ class Run:
         plan = plan[position.step % self.per_epoch :, fabric.global_rank * mine : (fabric.global_rank + 1) * mine]
         plain = epoch >= config.epochs * (1 - self.recipe.augment.off_for_last)
         running, since, begun = torch.zeros(len(Losses.NAMES)), 0, time.monotonic()
-        for batch in batches(self.pictures, plan, epoch, plain=plain, workers=config.workers):
+        contract = smaller(self.pictures.contract, config.growth_at(epoch))
+        for batch in batches(self.pictures, plan, epoch, plain=plain, workers=config.workers, contract=contract):
             running += self._step(batch)
             since += 1
             step = position.step
@@ -268,6 +269,14 @@ def _fabric(config: TrainConfig) -> Fabric:
                     precision=PRECISIONS[config.precision])  # type: ignore[arg-type]  # a Literal of the same words
     fabric.launch()
     return fabric
+
+
+def smaller(contract: InputContract, share: float) -> InputContract:
+    """The contract with its sides scaled to multiples of 32, the coarsest stride."""
+    if share == 1:
+        return contract
+    height, width = (max(round(side * share / 32), 1) * 32 for side in (contract.height, contract.width))
+    return replace(contract, height=height, width=width)
 
 
 def _check(samples: DetectionSet, chosen: DetectionSet) -> None:
