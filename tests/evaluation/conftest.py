@@ -24,12 +24,14 @@ def truth_of(images: list[dict], annotations: list[dict], categories: list[dict]
     place = {image["id"]: n for n, image in enumerate(images)}
     return GroundTruth(
         tuple(ClassInfo(n, c["id"], c["name"]) for n, c in enumerate(categories)),
-        np.array([image["id"] for image in images], np.int64), np.array([f"{image['id']}.jpg" for image in images], str),
+        np.array([image["id"] for image in images], np.int64),
+        np.array([f"{image['id']}.jpg" for image in images], str),
         np.array([f"{image['id']:064x}" for image in images], str),
         np.array([(image["height"], image["width"]) for image in images], np.int64).reshape(-1, 2),
         np.array([place[a["image_id"]] for a in annotations], np.int64), xyxy([a["bbox"] for a in annotations]),
         np.array([index[a["category_id"]] for a in annotations], np.int64),
-        np.array([a.get("iscrowd", 0) for a in annotations], bool), np.array([a["area"] for a in annotations], np.float64),
+        np.array([a.get("iscrowd", 0) for a in annotations], bool),
+        np.array([a["area"] for a in annotations], np.float64),
     )
 
 

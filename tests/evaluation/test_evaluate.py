@@ -58,8 +58,11 @@ def test_hand_worked_pictures(boxes, scores, labels, ap, ap50):
 
 def test_a_set_of_crowds_has_no_ap():
     metrics = one_object([EXACT], [0.9], [0], crowd=True)
-    assert metrics.ap is None and metrics.ap50 is None and metrics.ar100 is None
-    assert metrics.to_json()["ap"] is None and "matches" not in metrics.to_json()
+    assert metrics.ap is None
+    assert metrics.ap50 is None
+    assert metrics.ar100 is None
+    assert metrics.to_json()["ap"] is None
+    assert "matches" not in metrics.to_json()
 
 
 def test_missing_pictures_count_as_empty_and_foreign_ones_are_refused(random_set):

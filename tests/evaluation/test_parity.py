@@ -39,7 +39,8 @@ def test_a_hand_worked_difference():
 @pytest.mark.parametrize("mine, theirs", [(0.31, 0.29), (0.29, 0.31)])
 def test_crossing_the_threshold_is_another_score_and_not_another_object(mine, theirs):
     result = match({1: found((*A[:4], mine, 0))}, {1: found((*A[:4], theirs, 0))})
-    assert result.matched in (1.0, None) and result.spurious in (0.0, None)
+    assert result.matched in (1.0, None)
+    assert result.spurious in (0.0, None)
 
 
 def test_one_detection_answers_for_one_object_only():
@@ -59,7 +60,7 @@ def test_only_pictures_of_both_count():
 
 
 def test_greedy_pairs_are_nearly_the_best_assignment(rng):
-    """Greedy by overlap is at least half of the optimum in number; on detections that differ little it is the optimum."""
+    """Where detections differ little, greedy by overlap finds the assignment of the largest total overlap."""
     low = rng.uniform(0, 200, (40, 2))
     boxes = np.concatenate([low, low + rng.uniform(20, 60, (40, 2))], axis=1)
     a = Detections(boxes.astype(np.float32), np.ones(40, np.float32), rng.integers(0, 3, 40))

@@ -20,7 +20,8 @@ COLUMNS = ("image_ids", "names", "digests", "sizes", "image", "boxes", "labels",
 @pytest.fixture
 def reference(random_set) -> Reference:
     truth, found = random_set(1)
-    found = {i: Detections(d.xyxy.astype(np.float32), d.confidence.astype(np.float32), d.class_id) for i, d in found.items()}
+    found = {i: Detections(d.xyxy.astype(np.float32), d.confidence.astype(np.float32), d.class_id)
+             for i, d in found.items()}
     return Reference(truth, found, "test", "ab" * 32)
 
 
@@ -87,7 +88,7 @@ class Evil:
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no archive", pickle.dumps(Evil())])
 def test_foreign_files_are_refused_and_never_executed(tmp_path, content):
     (tmp_path / "reference.npz").write_bytes(content)
-    with pytest.raises(BundleError, match="reference.npz: damaged or of another kind.*edgedetr export"):
+    with pytest.raises(BundleError, match=r"reference.npz: damaged or of another kind.*edgedetr export"):
         Reference.load(tmp_path / "reference.npz")
 
 

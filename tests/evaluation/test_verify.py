@@ -49,17 +49,21 @@ def test_sound_stages_pass_and_the_json_has_the_promised_form(good):
     result = verify(good.path, threads=1)
     told = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert set(told) == {"passed", "budget", "certifiable", "stages"}
-    assert told["passed"] is True and told["budget"] == 1.0
+    assert told["passed"] is True
+    assert told["budget"] == 1.0
     assert [(s["name"], s["backend"]) for s in told["stages"]] == [
         ("torch", "pytorch"), ("onnx", "onnxruntime"), ("int8", "onnxruntime"), ("int8", "openvino"),
         ("int8-cpu", "onnxruntime")]
     for stage in told["stages"]:
         assert set(stage) >= KEYS
-        assert stage["ap"] == pytest.approx(100) and stage["drop"] == pytest.approx(0)
-        assert stage["images"] == 24 and stage["note"] == ""
+        assert stage["ap"] == pytest.approx(100)
+        assert stage["drop"] == pytest.approx(0)
+        assert stage["images"] == 24
+        assert stage["note"] == ""
         if stage["name"] != "torch":
             assert 0 < stage["p50_ms"] <= stage["p99_ms"]
-            assert stage["parity"]["matched"] == 1.0 and stage["oracle"]["matched"] == 1.0
+            assert stage["parity"]["matched"] == 1.0
+            assert stage["oracle"]["matched"] == 1.0
     assert told["stages"][0]["p50_ms"] is None
     assert json.loads((good.path / "results" / "verify.json").read_text()) == told
 
@@ -72,9 +76,12 @@ def test_a_stage_that_loses_points_is_the_one_that_fails(bad):
     detector = load(bad, stage="int8-cpu", backend="onnxruntime")
     dataset = layouts.load(bad.manifest.data.path, "test")
     alone = evaluate(dataset, {s.image_id: detector([images.decode(s.path)])[0] for s in dataset.samples})
-    assert lost.ap == pytest.approx(alone.ap) and lost.drop == pytest.approx(100 - alone.ap) and lost.drop > 10
+    assert lost.ap == pytest.approx(alone.ap)
+    assert lost.drop == pytest.approx(100 - alone.ap)
+    assert lost.drop > 10
     assert lost.drop_lower95 <= lost.drop <= lost.drop_upper95 == result.certifiable
-    assert lost.per_class["blue"] == pytest.approx(100) and lost.per_class["red"] < 80
+    assert lost.per_class["blue"] == pytest.approx(100)
+    assert lost.per_class["red"] < 80
     assert lost.note == ""      # the graph itself is bad, and its backend computes it faithfully
 
 
@@ -128,9 +135,12 @@ def test_a_backend_that_departs_from_the_oracle_is_named_with_how_much(good, mon
     result = verify(good, threads=1)
     by_backend = {(s.name, s.backend): s for s in result.stages}
     broken = by_backend["int8", "openvino"]
-    assert not broken.passed and not result.passed
-    assert broken.oracle_drop > 50 and broken.oracle.matched < 0.5
-    assert "openvino departs from the arithmetic of model.int8.onnx" in broken.note and "on 24 pictures" in broken.note
+    assert not broken.passed
+    assert not result.passed
+    assert broken.oracle_drop > 50
+    assert broken.oracle.matched < 0.5
+    assert "openvino departs from the arithmetic of model.int8.onnx" in broken.note
+    assert "on 24 pictures" in broken.note
     assert all(s.passed and s.note == "" for key, s in by_backend.items() if key != ("int8", "openvino"))
 
 

@@ -105,14 +105,14 @@ def test_a_damaged_graph_is_named(make_bundle, backend, content):
     content = bundle.require("model.onnx").read_bytes()[:200] if content == "truncated" else content
     with bundle.add("model.onnx", stage="export") as path:
         path.write_bytes(content)
-    with pytest.raises(BundleError, match="model.onnx.*edgedetr export"):
+    with pytest.raises(BundleError, match=r"model.onnx.*edgedetr export"):
         load(bundle, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_foreign_graph_is_told_from_ours(tmp_path, tiny_graph, backend):
     tiny_graph.write(tmp_path / "x.onnx", np.zeros((3, 6)), np.zeros((3, 2)), names=("scores_out", "boxes_out"))
-    with pytest.raises(BundleError, match="expected images .* logits, boxes"):
+    with pytest.raises(BundleError, match=r"expected images .* logits, boxes"):
         module.BACKENDS[backend](tmp_path / "x.onnx")
     with pytest.raises(BundleError, match="no such file"):
         module.BACKENDS[backend](tmp_path / "missing.onnx")
@@ -122,7 +122,7 @@ def test_a_graph_of_another_size_than_the_bundle_says_is_refused(make_bundle, ti
     bundle = make_bundle()
     with bundle.add("model.onnx", stage="export") as path:
         tiny_graph.write(path, np.zeros((3, 6)), np.zeros((3, 2)), height=64)
-    with pytest.raises(BundleError, match="takes 64 x 48 pixels, bundle.json says 32 x 48"):
+    with pytest.raises(BundleError, match=r"takes 64 x 48 pixels, bundle.json says 32 x 48"):
         load(bundle, stage="onnx")
 
 
@@ -132,7 +132,7 @@ def test_a_stale_graph_is_refused(make_bundle, tiny_graph):
         path.write_bytes(bundle.require("model.onnx").read_bytes())
     with bundle.add("model.onnx", stage="export") as path:
         tiny_graph.write(path, np.ones((3, 6)), np.zeros((3, 2)))
-    with pytest.raises(BundleError, match="was made from model.onnx .* which is now"):
+    with pytest.raises(BundleError, match=r"was made from model.onnx .* which is now"):
         load(bundle, stage="int8")
 
 

@@ -19,7 +19,8 @@ def classes(count: int) -> tuple[ClassInfo, ...]:
 
 
 def random_raw(rng: np.random.Generator, batch: int, queries: int, columns: int) -> RawOutputs:
-    boxes = np.concatenate([rng.uniform(0, 1, (batch, queries, 2)), rng.uniform(0.01, 0.8, (batch, queries, 2))], axis=-1)
+    shape = (batch, queries, 2)
+    boxes = np.concatenate([rng.uniform(0, 1, shape), rng.uniform(0.01, 0.8, shape)], axis=-1)
     return RawOutputs(rng.normal(0, 3, (batch, queries, columns)).astype(np.float32), boxes.astype(np.float32))
 
 

@@ -1,0 +1,198 @@
+"""Detect in images, folders, globs and videos: one JSON line for each picture, and annotated copies where asked."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from edgedetr.bundle import atomic_write
+from edgedetr.errors import DataError, MissingDependency, UsageError
+from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.detector import Detector
+from edgedetr.runtime.draw import draw
+
+log = logging.getLogger(__name__)
+
+VIDEOS = frozenset({".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"})
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One picture: where it came from, its number in a video (from 0; None for a still), pixels [H, W, 3] uint8 RGB."""
+
+    source: Path
+    index: int | None
+    image: np.ndarray
+
+
+def predict(detector: Detector, sources: Sequence[str | Path], *, out: str | Path | None = None,
+            confidence: float = 0.25) -> Iterator[str]:
+    """JSON lines of the detections at or above `confidence`; `out` is a folder for annotated pictures and videos."""
+    with _Writer(Path(out) if out is not None else None) as writer:
+        for frame in frames(sources):
+            found = detector([frame.image])[0].above(confidence)
+            writer.write(frame, found)
+            yield json_line(frame, found)
+
+
+def json_line(frame: Frame, detections: Detections) -> str:
+    """{"source", "frame", "height", "width", "detections": [{"xyxy", "confidence", "class_id", ...}]}.
+
+    xyxy are pixels of the picture; class_id is the model's index, category_id the data set's own.
+    """
+    rows = zip(detections.xyxy, detections.confidence, detections.class_id, detections.data["class_name"],
+               detections.data["category_id"])
+    return json.dumps({
+        "source": str(frame.source), "frame": frame.index,
+        "height": frame.image.shape[0], "width": frame.image.shape[1],
+        "detections": [
+            {"xyxy": [round(float(v), 2) for v in box], "confidence": round(float(score), 4), "class_id": int(class_id),
+             "class_name": str(name), "category_id": int(number)} for box, score, class_id, name, number in rows],
+    }, ensure_ascii=False)
+
+
+def frames(sources: Sequence[str | Path]) -> Iterator[Frame]:
+    """Every picture of the sources, in order; folders are searched with their subfolders.
+
+    Errors: DataError for a source that is not there or cannot be read. An unreadable file that a folder or a glob
+    brought along is left out with a warning.
+    """
+    for source in sources:
+        path = Path(source)
+        named = path.is_file()
+        files = [path] if named else _files(path)
+        for file in files:
+            if file.suffix.lower() in VIDEOS:
+                yield from _video(file)
+                continue
+            try:
+                yield Frame(file, None, _decode(file))
+            except DataError as error:
+                if named:
+                    raise
+                log.warning("left out: %s", error)
+
+
+def _files(path: Path) -> list[Path]:
+    """Images and videos of a folder or a glob, sorted; DataError where there are none."""
+    if path.is_dir():
+        inside, what = path.rglob("*"), "a folder without images or videos"
+    else:
+        inside, what = (Path(name) for name in glob.glob(str(path), recursive=True)), "no such file, folder or match"
+    found = sorted(file for file in inside if file.is_file() and (_is_image(file) or file.suffix.lower() in VIDEOS))
+    if not found:
+        raise DataError(f"{path}: {what}; expected images, a folder of them, a pattern in quotes or a video")
+    return found
+
+
+# Reading files is the data floor's work; the detector itself takes arrays and needs neither it nor Pillow.
+def _decode(path: Path) -> np.ndarray:
+    from edgedetr.data.images import decode
+
+    return decode(path)
+
+
+def _is_image(path: Path) -> bool:
+    from edgedetr.data.images import is_image
+
+    return is_image(path)
+
+
+def _opencv() -> Any:
+    try:
+        import cv2
+    except ImportError as error:
+        raise MissingDependency("video needs OpenCV; run: pip install 'edgedetr[video]'") from error
+    return cv2
+
+
+def _video(path: Path) -> Iterator[Frame]:
+    cv2 = _opencv()
+    capture = cv2.VideoCapture(str(path))
+    try:
+        count = 0
+        while True:
+            there, bgr = capture.read()
+            if not there:
+                break
+            yield Frame(path, count, np.ascontiguousarray(bgr[..., ::-1]))
+            count += 1
+    finally:
+        capture.release()
+    if not count:
+        raise DataError(f"{path}: no frame could be read; expected a video that OpenCV {cv2.__version__} decodes")
+
+
+class _Writer:
+    """Writes annotated stills as JPEG and videos as MP4 into a folder; without a folder, nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.taken: set[Path] = set()
+        self.video: Any = None
+        self.playing: Path | None = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._close()
+
+    def write(self, frame: Frame, detections: Detections) -> None:
+        if self.folder is None:
+            return
+        picture = draw(frame.image, detections)
+        if frame.index is None:
+            self._close()
+            self._still(self._target(frame.source, ".jpg"), picture)
+            return
+        if self.playing != frame.source or frame.index == 0:
+            self._close()
+            self._start(frame, self._target(frame.source, ".mp4"))
+        self.video.write(np.ascontiguousarray(picture[..., ::-1]))
+
+    def _still(self, target: Path, picture: np.ndarray) -> None:
+        from PIL import Image
+
+        with atomic_write(target) as temporary:
+            Image.fromarray(picture).save(temporary, format="JPEG", quality=92)
+
+    def _start(self, frame: Frame, target: Path) -> None:
+        cv2 = _opencv()
+        capture = cv2.VideoCapture(str(frame.source))
+        rate = capture.get(cv2.CAP_PROP_FPS) or 25.0      # some containers do not say
+        capture.release()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        height, width = frame.image.shape[:2]
+        self.video = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
+        if not self.video.isOpened():
+            raise DataError(f"{target}: OpenCV {cv2.__version__} cannot write MP4 video here; "
+                            f"leave --out away for videos")
+        self.playing = frame.source
+
+    def _target(self, source: Path, suffix: str) -> Path:
+        """A name in the folder that no other source of this call has."""
+        folder = self.folder if self.folder is not None else Path()
+        if folder.resolve() == source.parent.resolve():
+            raise UsageError(f"{folder} holds the source {source.name}, which must not be written over; "
+                             f"name another folder with --out")
+        number, target = 1, folder / f"{source.stem}{suffix}"
+        while target in self.taken:
+            number += 1
+            target = folder / f"{source.stem}-{number}{suffix}"
+        self.taken.add(target)
+        return target
+
+    def _close(self) -> None:
+        if self.video is not None:
+            self.video.release()
+        self.video = self.playing = None
