@@ -1,8 +1,8 @@
 """Multi-scale deformable attention: each query samples a few points around its reference in every level.
 
 Zhu et al. 2021, "Deformable DETR", section 4.1, eq. 3; the discrete form is RT-DETRv2's (Lv et al. 2024, section 3.2).
-Three ways to read the bilinear samples give the same numbers: `gather` (row gathers: what exported graphs hold),
-`grid_sample` (torch's own) and `bag` (gather and weighted sum fused: the fastest to train on a CPU).
+Two ways to read the bilinear samples give the same numbers: `gather` (row gathers: what exported graphs hold) and
+`grid_sample` (torch's own).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 Shapes = Sequence[tuple[int, int]]
 
-SAMPLINGS = ("gather", "grid_sample", "bag")
+SAMPLINGS = ("gather", "grid_sample")
 METHODS = ("default", "discrete")
 
 
@@ -131,8 +131,5 @@ class DeformableAttention(nn.Module):
         index = (torch.cat(rows, dim=-1).long() + first) * self.heads + head        # [B, N, M, 4P]
         table = value.reshape(batch * tokens * self.heads, -1)                      # one row per token and head
         weight = torch.cat(weights, dim=-1)                                         # [B, N, M, 4P]
-        if self.sampling == "bag":
-            summed = F.embedding_bag(index.flatten(0, 2), table, mode="sum", per_sample_weights=weight.flatten(0, 2))
-        else:
-            summed = weight.unsqueeze(-2) @ F.embedding(index, table)               # [B, N, M, 1, D]
+        summed = weight.unsqueeze(-2) @ F.embedding(index, table)                   # [B, N, M, 1, D]
         return summed.reshape(batch, queries, -1)

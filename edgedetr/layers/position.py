@@ -20,7 +20,7 @@ class SinePosition(nn.Module):
     def __init__(self, dim: int, temperature: float = 10000.0, offset: float = 0.0) -> None:
         """offset  subtracted from the 1-based cell number: 0 for DETR, 0.5 for Deformable DETR"""
         super().__init__()
-        self.half, self.temperature, self.offset = dim // 2, temperature, offset
+        self.per_axis, self.temperature, self.offset = dim // 2, temperature, offset
 
     def forward(self, like: Tensor, shape: tuple[int, int], padding: Tensor | None = None) -> Tensor:
         """like: any tensor with the device and type wanted; padding [B, H, W] bool -> [1 or B, H*W, C]."""
@@ -29,7 +29,7 @@ class SinePosition(nn.Module):
         eps = 1e-6                                              # a row or column that is all padding
         y = (y - self.offset) / (y[:, -1:, :] + eps) * 2 * math.pi
         x = (x - self.offset) / (x[:, :, -1:] + eps) * 2 * math.pi
-        power = torch.arange(self.half, device=like.device) // 2 * 2 / self.half
+        power = torch.arange(self.per_axis, device=like.device) // 2 * 2 / self.per_axis
         wave = self.temperature**power                          # [C/2]
         parts = []
         for place in (y, x):

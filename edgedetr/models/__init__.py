@@ -21,7 +21,7 @@ class Member:
     paper: str
 
 
-FAMILY = {
+FAMILY: dict[str, Member] = {
     "detr": Member(DetrConfig, detr, "Carion et al. 2020, arXiv:2005.12872"),
     "rt_detr": Member(RtDetrConfig, rt_detr, "Zhao et al. 2024, arXiv:2304.08069; Lv et al. 2024, arXiv:2407.17140"),
 }

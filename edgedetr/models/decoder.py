@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.boxes import inverse_sigmoid
 from edgedetr.layers.deformable import DeformableAttention
@@ -39,6 +40,8 @@ class DeformableCrossAttention(DeformableAttention):
     """Every query at a few points around its reference box."""
 
     def forward(self, queries: Queries, memory: Memory) -> Tensor:  # type: ignore[override]  # the protocol's arguments
+        if queries.reference is None:
+            raise ModelError("deformable attention samples around a reference; this selector gives none")
         query = placed(queries.content, queries.position)
         return super().forward(query, queries.reference, memory.tokens, memory.shapes, memory.padding)
 

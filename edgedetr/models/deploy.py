@@ -49,8 +49,11 @@ class DeployGraph(nn.Module):
         for module in self.detector.modules():
             if isinstance(module, DeformableAttention):
                 module.sampling = sampling
-        _replace(self.detector, {name: module.fused() for name, module in _outermost(self.detector, "fused")})
+        # (mypy takes what it does not know of a module for tensors)
+        fused = {name: module.fused() for name, module in _outermost(self.detector, "fused")}  # type: ignore[operator]
+        _replace(self.detector, fused)
         _replace(self.detector, self._bake())
+        self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         outputs = self.detector(self.detector.normalise(images), last_only=True)
@@ -74,7 +77,7 @@ class DeployGraph(nn.Module):
         return baked
 
 
-def load_bundle_model(bundle: Bundle) -> tuple[Detector, DeployGraph]:
+def load_bundle_model(bundle: Bundle, sampling: str = "gather") -> tuple[Detector, DeployGraph]:
     """The trained detector of a bundle (evaluation mode), and its deployed graph at the bundle's input size."""
     from safetensors.torch import load_file
 
@@ -95,7 +98,7 @@ def load_bundle_model(bundle: Bundle) -> tuple[Detector, DeployGraph]:
     except Exception as error:  # safetensors raises its own kinds of error without a common base
         raise ModelError(f"{path}: the weights do not fit the {manifest.model} that bundle.json describes ({error}); "
                          "run: edgedetr train --data DIR") from error
-    return detector.eval(), DeployGraph(detector, manifest.input.height, manifest.input.width)
+    return detector.eval(), DeployGraph(detector, manifest.input.height, manifest.input.width, sampling)
 
 
 def _outermost(root: nn.Module, attribute: str, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

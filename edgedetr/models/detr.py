@@ -5,6 +5,7 @@ Carion et al. 2020, "End-to-End Object Detection with Transformers".
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -53,7 +54,7 @@ class DetrConfig:
             raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
 
 
-POSITIONS = {
+POSITIONS: dict[str, Callable[[int], nn.Module]] = {
     "sine": SinePosition,
     "learned": LearnedPosition,
     "sequence": lambda dim: SequencePosition(dim, 2500),        # 1600 x 1600 px at stride 32

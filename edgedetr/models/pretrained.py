@@ -51,7 +51,8 @@ DETECTOR = [
     (r"^model\.decoder_input_proj\.(\d)\.0\.", r"encoder.memory_project.\1.conv."),
     (r"^model\.decoder_input_proj\.(\d)\.1\.", r"encoder.memory_project.\1.norm."),
     (r"^model\.encoder\.(?:aifi|encoder)\.0\.layers\.(\d)\.", r"encoder.attention.\1."),
-    (r"^model\.encoder\.lateral_convs\.", "encoder.lateral."), (r"^model\.encoder\.downsample_convs\.", "encoder.downsample."),
+    (r"^model\.encoder\.lateral_convs\.", "encoder.lateral."),
+    (r"^model\.encoder\.downsample_convs\.", "encoder.downsample."),
     (r"^model\.encoder\.fpn_blocks\.", "encoder.top_down."), (r"^model\.encoder\.pan_blocks\.", "encoder.bottom_up."),
     (r"\.bottlenecks\.(\d)\.conv1\.", r".blocks.\1.wide."), (r"\.bottlenecks\.(\d)\.conv2\.", r".blocks.\1.narrow."),
     (r"^(encoder\.(?:top_down|bottom_up)\.\d)\.conv1\.", r"\1.deep."),
@@ -103,9 +104,9 @@ def rename_backbone(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         new = _rename(name, BACKBONE).replace("LAST", last)
         # Sequential(conv, norm), or with pooling before it: numbers 0 1, or 1 2.
-        new = re.sub(r"(shortcut\.project)\.([012])\.",
-                     lambda m: f"{m[1]}.{'norm' if int(m[2]) - _pooled(weights, name, deep) == 1 else 'conv'}.", new)
-        renamed[new] = tensor
+        conv = 1 if deep and f"{name.rsplit('downsample.', 1)[0]}downsample.0.weight" not in weights else 0
+        new = new.replace(f"shortcut.project.{conv}.", "shortcut.project.conv.")
+        renamed[new.replace(f"shortcut.project.{conv + 1}.", "shortcut.project.norm.")] = tensor
     return renamed
 
 
@@ -142,7 +143,8 @@ def load_backbone(detector: Detector, config: Any) -> Loaded | None:
 def fit(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> Loaded:
     """Copy tensors of the same names; ModelError that lists every one that is missing, left over or of another size."""
     own = {name: tensor for name, tensor in module.state_dict().items() if not IGNORED.search(name)}
-    fresh = [name for name in own if PER_CLASS.match(name) and name in weights and _other_count(own[name], weights[name])]
+    fresh = [name for name in own if PER_CLASS.match(name) and name in weights
+             and own[name].shape[0] != weights[name].shape[0] and own[name].shape[1:] == weights[name].shape[1:]]
     shapes = [f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}" for name in own
               if name in weights and name not in fresh and weights[name].shape != own[name].shape]
     missing, extra = set(own) - set(weights), set(weights) - set(own)
@@ -191,24 +193,15 @@ def _download(name: str) -> Path:
     try:
         return Path(hf_hub_download(name, "model.safetensors"))
     except Exception as error:  # offline, no such name, no access: the hub client's and its transport's own kinds
-        raise ModelError(f"weights {name!r} could not be downloaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                         f"go online once, name a .safetensors file, or train from scratch: {RANDOM}") from error
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise ModelError(f"weights {name!r} could not be downloaded ({type(error).__name__}: {reason}); go online "
+                         f"once, name a .safetensors file, or train from scratch: {RANDOM}") from error
 
 
 def _rename(name: str, rules: Iterable[tuple[str, Any]]) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _pooled(weights: Mapping[str, Tensor], name: str, deep: bool) -> int:
-    """1 where a pooling layer takes number 0 of this `downsample`, else 0."""
-    prefix = name.rsplit("downsample.", 1)[0]
-    return int(deep and f"{prefix}downsample.0.weight" not in weights)
-
-
-def _other_count(own: Tensor, other: Tensor) -> bool:
-    return own.shape[1:] == other.shape[1:] and own.shape[0] != other.shape[0]
 
 
 def _list(what: str, names: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
@@ -75,6 +76,6 @@ class TopKQueries(nn.Module):
         best = self.score(tokens).amax(-1).topk(self.queries, dim=1).indices  # [B, N]
         # Boxes of the chosen tokens only: the head is per token, so choosing first gives the same numbers.
         chosen = take_rows(tokens, best)
-        start = take_rows(anchors.expand(tokens.shape[0], -1, -1), best)
+        start = F.embedding(best, anchors[0])
         logits, boxes = self.score(chosen), (self.box(chosen) + start).sigmoid()
         return Queries(chosen.detach(), reference=boxes.detach(), encoder=(logits, boxes))

@@ -58,8 +58,8 @@ def reference_rt_detr(cls: str, depth: int, **more: object) -> torch.nn.Module:
     config = getattr(transformers, cls.replace("ForObjectDetection", "Config"))(
         backbone_config=backbone, num_labels=CLASSES, encoder_in_channels=backbone.hidden_sizes[1:], d_model=64,
         encoder_hidden_dim=64, decoder_in_channels=[64] * 3, encoder_ffn_dim=96, decoder_ffn_dim=96, decoder_layers=2,
-        num_queries=30, hidden_expansion=0.5, decoder_attention_heads=4, num_attention_heads=4, encoder_attention_heads=4,
-        anchor_image_size=None, **more)
+        num_queries=30, hidden_expansion=0.5, decoder_attention_heads=4, num_attention_heads=4,
+        encoder_attention_heads=4, anchor_image_size=None, **more)
     return getattr(transformers, cls)(config)
 
 
@@ -91,7 +91,7 @@ def test_detections_equal_those_of_transformers(case: str) -> None:
     images = torch.randn(2, 3, *PIXELS)
     with torch.no_grad():
         theirs, got = reference(pixel_values=images), ours(images)
-    assert theirs.logits.std() > 1e-2 and theirs.pred_boxes.std() > 1e-2, "the reference says something"
+    assert min(theirs.logits.std(), theirs.pred_boxes.std()) > 1e-2, "the reference says something"
     # float32 through about 60 layers; measured below 5e-6
     torch.testing.assert_close(got.logits[-1], theirs.logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(got.boxes[-1], theirs.pred_boxes, atol=1e-5, rtol=0)

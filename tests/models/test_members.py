@@ -1,0 +1,202 @@
+"""What holds for every member of the family."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from edgedetr.errors import ModelError
+from edgedetr.layers.deformable import DeformableAttention
+from edgedetr.models import FAMILY, build
+from edgedetr.models.deploy import DeployGraph
+from edgedetr.models.detector import Detector
+from edgedetr.models.detr import DetrConfig
+from edgedetr.models.rt_detr import RtDetrConfig
+
+CLASSES = 3
+HEIGHT, WIDTH = 96, 128         # rectangular, so that a swap of x and y shows
+
+SMALL = {
+    "detr": DetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48, encoder_layers=2,
+                       decoder_layers=2, queries=12, backbone_norm="trainable", frozen_stages=0),
+    "rt_detr": RtDetrConfig(backbone_width=0.25, hidden=32, heads=4, encoder_ffn=48, decoder_ffn=48, decoder_layers=2,
+                            queries=12, backbone_norm="trainable", points=(4, 2, 3)),
+}
+STAR = {"sigmoid": CLASSES, "softmax": CLASSES + 1}     # K* by activation
+
+
+@torch.no_grad()
+def small(name: str) -> Detector:
+    """A little detector whose weights have real variance, so that the order of the best tokens is decided."""
+    torch.manual_seed(0)
+    detector = build(name, SMALL[name], CLASSES)
+    for parameter in detector.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    for module in detector.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    return detector.eval()
+
+
+def pictures(batch: int = 2) -> torch.Tensor:
+    return torch.rand(batch, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3)) * 255
+
+
+member = pytest.mark.parametrize("name", FAMILY)
+
+
+@member
+def test_every_member_is_tested(name: str) -> None:
+    assert isinstance(SMALL[name], FAMILY[name].config)
+
+
+@member
+@torch.no_grad()
+def test_shapes_and_ranges(name: str) -> None:
+    detector, config = small(name), SMALL[name]
+    out = detector(detector.normalise(pictures()))
+    layers, queries = config.decoder_layers, config.queries
+    assert out.logits.shape == (layers, 2, queries, STAR[config.activation])
+    assert out.boxes.shape == (layers, 2, queries, 4)
+    assert out.boxes.min() >= 0
+    assert out.boxes.max() <= 1
+    if out.encoder is not None:
+        assert out.encoder[0].shape == (2, queries, CLASSES)
+        assert out.encoder[1].shape == (2, queries, 4)
+
+
+@member
+def test_gradients_reach_every_trainable_parameter(name: str) -> None:
+    detector = small(name).train()
+    out = detector(detector.normalise(pictures()))
+    loss = out.logits.square().sum() + out.boxes.square().sum()
+    if out.encoder is not None:
+        loss = loss + out.encoder[0].square().sum() + out.encoder[1].square().sum()
+    loss.backward()
+    # The class embedding of noised queries is used by training's denoising alone.
+    allowed = ["selector.denoising_class_embed.weight"]
+    if name == "detr":
+        # The first self-attention among queries of zero content has equal values everywhere: weights do not matter.
+        allowed = [f"decoder.layers.0.self_attention.{part}.{kind}" for part in "qkv" for kind in ("weight", "bias")]
+        allowed.remove("decoder.layers.0.self_attention.v.bias")
+    dead = [key for key, p in detector.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-9]
+    # A softmax does not change when all its logits move together: a key's bias has gradients of rounding size.
+    assert [key for key in dead if key not in allowed and not key.endswith(".k.bias")] == []
+
+
+@member
+@torch.no_grad()
+def test_pictures_of_a_batch_do_not_see_each_other(name: str) -> None:
+    detector, images = small(name), pictures(3)
+    together = detector(detector.normalise(images))
+    alone = detector(detector.normalise(images[1:2]))
+    # Other batch sizes take other convolution kernels: float32 rounding, measured 3e-6.
+    torch.testing.assert_close(together.logits[:, 1:2], alone.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(together.boxes[:, 1:2], alone.boxes, atol=1e-5, rtol=0)
+
+
+@member
+@pytest.mark.parametrize("sampling", ["gather", "grid_sample"])
+@torch.no_grad()
+def test_deploy_graph_equals_the_last_layer(name: str, sampling: str) -> None:
+    detector, images = small(name), pictures()
+    before = {key: value.clone() for key, value in detector.state_dict().items()}
+    graph = DeployGraph(detector, HEIGHT, WIDTH, sampling)
+    expected = detector(detector.normalise(images))
+    logits, boxes = graph(images)
+    torch.testing.assert_close(logits, expected.logits[-1], atol=1e-4, rtol=0)  # folded BatchNorm; measured 4e-6
+    torch.testing.assert_close(boxes, expected.boxes[-1], atol=1e-5, rtol=0)
+    assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items()), "the model was changed"
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in graph.modules())
+
+
+@torch.no_grad()
+def test_masked_tokens_do_not_change_detections() -> None:
+    """detr alone takes pictures of several sizes in a batch; padding is what the mask says it is."""
+    detector, padding = small("detr"), torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
+    padding[0, 64:], padding[0, :, 96:] = True, True        # whole cells of stride 32
+    maps = [torch.randn(2, 128, HEIGHT // 32, WIDTH // 32)]
+    other = [torch.where(padding[:, None, ::32, ::32], torch.randn_like(maps[0]) * 5, maps[0])]
+    one, two = (detector.encoder(m, padding) for m in (maps, other))
+    a, b = (detector.decode(detector.select(m), m) for m in (one, two))
+    assert not torch.equal(one.tokens, two.tokens)
+    torch.testing.assert_close(a.logits, b.logits, atol=1e-6, rtol=0)
+    torch.testing.assert_close(a.boxes, b.boxes, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_queries_that_a_mask_hides_do_not_change_the_others() -> None:
+    """What denoising relies on: noised queries in front, hidden from the rest, sliced off again."""
+    detector = small("rt_detr")
+    memory = detector.encode(detector.normalise(pictures()))
+    queries = detector.select(memory)
+    plain = detector.decode(queries, memory)
+    noise = 5
+    queries.content = torch.cat([torch.randn(2, noise, 32), queries.content], dim=1)
+    queries.reference = torch.cat([torch.rand(2, noise, 4), queries.reference], dim=1)
+    total = queries.content.shape[1]
+    queries.self_mask = torch.zeros(total, total, dtype=torch.bool)
+    queries.self_mask[noise:, :noise] = True
+    noised = detector.decode(queries, memory)
+    torch.testing.assert_close(noised.logits[:, :, noise:], plain.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(noised.boxes[:, :, noise:], plain.boxes, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name, config, classes, million", [
+    ("detr", DetrConfig(), 91, 41.3),                       # the paper's table 1, without and with "no object": 41 M
+    ("rt_detr", RtDetrConfig(), 80, 20.2),                  # RT-DETR-R18
+], ids=["detr-r50", "rt_detr-r18"])
+def test_parameter_counts_are_the_published_ones(name: str, config: object, classes: int, million: float) -> None:
+    with torch.device("meta"):
+        detector = build(name, config, classes)
+    count = sum(p.numel() for p in detector.parameters()) / 1e6
+    assert count == pytest.approx(million, rel=0.01)
+
+
+@pytest.mark.parametrize("name, sampling", [("detr", "grid_sample"), ("rt_detr", "gather")])
+def test_onnx_runtime_computes_what_deploy_graph_does(name: str, sampling: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    ort = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    graph, path = DeployGraph(small(name), HEIGHT, WIDTH, sampling), tmp_path / "model.onnx"
+    batch = {0: torch.export.Dim("batch", min=1, max=8)} if sampling == "gather" else {}
+    torch.onnx.export(graph, (pictures(2),), path, dynamo=True, opset_version=19, input_names=["images"],
+                      output_names=["logits", "boxes"], dynamic_shapes=(batch,) if batch else None, verbose=False)
+    model = onnx.load(path)
+    kinds = {node.op_type for node in model.graph.node}
+    assert model.opset_import[0].version == 19
+    assert not kinds & {"BatchNormalization", "GridSample", "CumSum", "Sin", "Cos", "ScatterND", "Where", "If"}, kinds
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for count in (1, 3) if batch else (2,):
+        images = pictures(count)
+        logits, boxes = session.run(None, {"images": images.numpy()})
+        expected = [out.numpy() for out in graph(images)]
+        np.testing.assert_allclose(logits, expected[0], atol=1e-4)      # other kernels, other rounding; measured 2e-6
+        np.testing.assert_allclose(boxes, expected[1], atol=1e-5)
+
+
+def test_discrete_sampling_stays_discrete_when_deployed() -> None:
+    detector = build("rt_detr", RtDetrConfig(method="discrete", backbone_width=0.25, hidden=32, queries=5), CLASSES)
+    graph = DeployGraph(detector, HEIGHT, WIDTH)
+    assert {m.method for m in graph.modules() if isinstance(m, DeformableAttention)} == {"discrete"}
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: build("rtdetr", RtDetrConfig(), 3), r"model.name is 'rtdetr'; expected one of .*; did you mean 'rt_detr'\?"),
+    (lambda: build("rt_detr", DetrConfig(), 3), "rt_detr takes a RtDetrConfig; got DetrConfig"),
+    (lambda: build("rt_detr", RtDetrConfig(), 0), "0 classes; expected at least one"),
+    (lambda: build("rt_detr", RtDetrConfig(backbone="resnet18v"), 3), "did you mean 'resnet18vd'"),
+    (lambda: build("detr", DetrConfig(backbone="resnet18", dilate_last=True), 3), "use resnet50 or resnet101"),
+    (lambda: RtDetrConfig(hidden=100), "model.hidden is 100; expected a multiple of 4 and of 8 heads"),
+    (lambda: RtDetrConfig(points=(4, 4)), "expected one for each of C3, C4, C5"),
+    (lambda: RtDetrConfig(version=1, points=(4, 2, 1)), "use version 2"),
+    (lambda: DeployGraph(small("rt_detr"), 100, 128), "input is 100 x 128 pixels; expected multiples of 32"),
+    (lambda: DeployGraph(build("rt_detr", replace(SMALL["rt_detr"], queries=22), 3), 32, 32),
+     "22 queries asked for, but the picture has 21 cells; .*--set model.queries=21"),
+])
+def test_what_cannot_be_built_says_why(make: object, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        make()      # type: ignore[operator]
