@@ -10,11 +10,11 @@ import numpy as np
 import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
-# A larger result stays computed: folding must not inflate the file (the largest wanted are positions, S x C numbers).
+# With a larger result nothing is folded: it must not inflate the file (the largest wanted are positions, S x C).
 LARGEST = 1 << 23           # elements
 PASSES = 12                 # each pass resolves the shapes one dependency further; 3 to 5 are used in practice
 _SMALL = 4096               # elements; larger weights do not take part in shape inference
-_NEVER = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Dropout", "If", "Loop", "Scan"}
+_NEVER = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "If", "Loop", "Scan"}
 
 
 def fold(model: ModelProto) -> ModelProto:
@@ -69,7 +69,7 @@ def _fold_constants(model: ModelProto) -> None:
     known = {tensor.name: tensor for tensor in graph.initializer}
     available, foldable, kept = set(known), [], []
     for node in graph.node:
-        constant = node.op_type not in _NEVER and node.domain == "" and all(name in available for name in node.input if name)
+        constant = node.op_type not in _NEVER and all(name in available for name in node.input if name)
         if constant and not any(name in outputs for name in node.output):
             foldable.append(node)
             available.update(node.output)
@@ -86,7 +86,8 @@ def _fold_constants(model: ModelProto) -> None:
     _replace_nodes(model, kept)
 
 
-def _evaluate(model: ModelProto, nodes: list[NodeProto], constants: list[TensorProto], wanted: list[str]) -> dict[str, np.ndarray]:
+def _evaluate(model: ModelProto, nodes: list[NodeProto], constants: list[TensorProto],
+              wanted: list[str]) -> dict[str, np.ndarray]:
     outputs = [helper.make_empty_tensor_value_info(name) for name in wanted]
     graph = helper.make_graph(nodes, "constants", [], outputs, constants)
     part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)

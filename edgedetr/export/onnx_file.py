@@ -85,8 +85,8 @@ def check(model: ModelProto, opset: int = OPSET) -> None:
         if node.op_type == "GridSample":
             mode = next((item.s for item in node.attribute if item.name == "mode"), b"bilinear")
             if mode != b"bilinear":
-                raise ExportError(f"GridSample {node.name} has mode {mode.decode()!r}; expected 'bilinear', the one name "
-                                  "that all versions of TensorRT read alike")
+                raise ExportError(f"GridSample {node.name} has mode {mode.decode()!r}; expected 'bilinear', the one "
+                                  "name that all versions of TensorRT read alike")
 
 
 def describe(manifest: Manifest, weights: str) -> dict[str, str]:
@@ -121,10 +121,10 @@ def parity(graph: DeployGraph, path: Path, images: np.ndarray) -> Parity:
                 queries += len(order)
     found = Parity(logits, places, moved / queries)
     if not (found.logits <= LOGITS and found.boxes <= BOXES):      # NaN fails too
-        raise ExportError(f"{path.name}: differs from PyTorch by up to {found.logits:.2g} in a logit and {found.boxes:.2g} in "
-                          f"a box side; expected at most {LOGITS:g} and {BOXES:g}; export with the other sampling "
+        raise ExportError(f"model.onnx differs from PyTorch by up to {found.logits:.2g} in a logit and {found.boxes:.2g} "
+                          f"in a box side; expected at most {LOGITS:g} and {BOXES:g}; export with the other sampling "
                           "(--sampling gather or grid_sample) and report this, it is a defect")
-    log.info("%s equals PyTorch to %.1e in logits and %.1e in boxes", path.name, found.logits, found.boxes)
+    log.info("model.onnx equals PyTorch to %.1e in logits and %.1e in boxes", found.logits, found.boxes)
     return found
 
 
@@ -142,7 +142,7 @@ def _match(logits: np.ndarray, boxes: np.ndarray, other_logits: np.ndarray, othe
     loose = np.flatnonzero(~(distance <= 1))
     free = list(loose)
     for query in loose:
-        cost = [max(np.abs(logits[query] - other_logits[k]).max() / LOGITS, np.abs(boxes[query] - other_boxes[k]).max() / BOXES)
-                for k in free]
-        order[query] = free.pop(int(np.argmin(cost)))
+        far = np.abs(logits[query] - other_logits[free]).max(-1) / LOGITS
+        apart = np.abs(boxes[query] - other_boxes[free]).max(-1) / BOXES
+        order[query] = free.pop(int(np.argmin(np.maximum(far, apart))))
     return order

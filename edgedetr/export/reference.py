@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from edgedetr.bundle import Bundle
+from edgedetr.bundle import Bundle, Manifest
 from edgedetr.data.form import DetectionSet
 from edgedetr.data.images import decode as decode_image
 from edgedetr.evaluation.reference import Reference
@@ -22,7 +22,15 @@ BATCH = 4           # pictures at a time; on a CPU larger batches are no faster
 def reference(bundle: Bundle, graph: DeployGraph, dataset: DetectionSet,
               progress: Callable[[str, int, int], None] | None = None) -> None:
     """Run the graph over the split and add reference.npz to the bundle."""
-    manifest = bundle.manifest
+    found = detect(bundle.manifest, graph, dataset, progress)
+    weights = bundle.manifest.files["weights.safetensors"].sha256
+    with bundle.add("reference.npz", stage="export", made_from=["weights.safetensors"]) as temporary:
+        Reference.of(dataset, found, model=weights).save(temporary)
+
+
+def detect(manifest: Manifest, graph: DeployGraph, dataset: DetectionSet,
+           progress: Callable[[str, int, int], None] | None = None) -> dict[int, Detections]:
+    """What the PyTorch graph finds in every picture of the split, by image id."""
     device = next(graph.parameters()).device
     found: dict[int, Detections] = {}
     with torch.no_grad():
@@ -37,6 +45,4 @@ def reference(bundle: Bundle, graph: DeployGraph, dataset: DetectionSet,
             found.update((sample.image_id, item) for sample, item in zip(samples, detections))
     if progress:
         progress("reference", len(dataset), len(dataset))
-    weights = manifest.files["weights.safetensors"].sha256
-    with bundle.add("reference.npz", stage="export", made_from=["weights.safetensors"]) as temporary:
-        Reference.of(dataset, found, model=weights).save(temporary)
+    return found

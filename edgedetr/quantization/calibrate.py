@@ -35,7 +35,8 @@ def choose(bundle: Bundle, directory: Path | None, count: int) -> Pictures:
     """At most `count` pictures, evenly spaced over the calibration split or over a folder.
 
     directory   a data set (its train split) or a folder of pictures; None = the calibration split of the bundle's data
-    A picture that is also in the verify split, by digest, is an ExportError: INT8 would be judged on what it was fitted to.
+    A picture that is also in the verify split, by digest, is an ExportError: INT8 would be judged on what it was
+    fitted to.
     """
     paths, root = _candidates(bundle, directory)
     if not paths:
@@ -45,8 +46,8 @@ def choose(bundle: Bundle, directory: Path | None, count: int) -> Pictures:
     verify = _verify_digests(bundle)
     for path, image in zip(chosen, images):
         if image.sha256 in verify:
-            raise ExportError(f"{path}: this calibration picture is also in the verify split, so the verdict would be biased; "
-                              "expected disjoint pictures; run: edgedetr export BUNDLE --int8 --calib DIR with others")
+            raise ExportError(f"{path}: this calibration picture is also in the verify split, so the verdict would be "
+                              "biased; expected disjoint pictures; run: edgedetr export BUNDLE --int8 --calib DIR")
     return Pictures(tuple(chosen), tuple(images))
 
 
@@ -54,8 +55,8 @@ def _candidates(bundle: Bundle, directory: Path | None) -> tuple[list[Path], Pat
     record = bundle.manifest.data
     if directory is None:
         if record is None:
-            raise ExportError(f"{bundle.path}: the bundle does not say where its data are; expected calibration pictures; "
-                              f"run: edgedetr export {bundle.path} --int8 --calib DIR")
+            raise ExportError(f"{bundle.path}: the bundle does not say where its data are; expected calibration "
+                              f"pictures; run: edgedetr export {bundle.path} --int8 --calib DIR")
         return [sample.path for sample in load(record.path, record.calib_split).samples], Path(record.path)
     directory = Path(directory)
     if not directory.is_dir():
@@ -64,7 +65,8 @@ def _candidates(bundle: Bundle, directory: Path | None) -> tuple[list[Path], Pat
         names = splits(directory)
     except DataError:           # no layout of annotations: a plain folder of pictures
         return sorted(path for path in directory.rglob("*") if path.is_file() and is_image(path)), directory
-    return [sample.path for sample in load(directory, "train" if "train" in names else next(iter(names))).samples], directory
+    split = "train" if "train" in names else next(iter(names))
+    return [sample.path for sample in load(directory, split).samples], directory
 
 
 def _verify_digests(bundle: Bundle) -> Collection[str]:
@@ -81,8 +83,8 @@ def _name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
-def calibrate(model: ModelProto, tensors: Sequence[str], paths: Sequence[Path], contract: InputContract, config: QuantConfig,
-              progress: Progress | None = None) -> dict[str, float]:
+def calibrate(model: ModelProto, tensors: Sequence[str], paths: Sequence[Path], contract: InputContract,
+              config: QuantConfig, progress: Progress | None = None) -> dict[str, float]:
     """amax of every tensor.
 
     Memory: one picture's activations and one histogram of 2,048 bins per tensor, however many pictures there are.

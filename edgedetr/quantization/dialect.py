@@ -17,8 +17,13 @@ from edgedetr.quantization.policy import Plan
 from edgedetr.quantization.wiring import Wiring
 from edgedetr.runtime.cpu import int8_dot_product
 
-# A scale below this would be no normal number after division by 127 in float16-free arithmetic; amax 0 gets scale 1.
+# Far above float32's smallest normal number, also when two scales are multiplied; a tensor that is always 0 gets 1.
 SMALLEST_SCALE = 1e-12
+
+
+def step(amax: float) -> float:
+    """Distance of two levels of the signed grid."""
+    return max(amax / 127, SMALLEST_SCALE) if amax > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Dialect:
     unsigned      activations are uint8
     outputs       outputs of convolutions and of residual sums are quantised too, for every reader
     integer_bias  biases of convolutions are int32 in steps of input scale x weight scale
+    deep_bias     biases of matrix products have the shape [1, 1, O]
     weight_bits   8, or 7 where products of two neighbours would saturate 16 bits (x86 without VNNI)
     """
 
@@ -43,11 +49,12 @@ class Dialect:
     unsigned: bool
     outputs: bool
     integer_bias: bool
+    deep_bias: bool
     weight_bits: int = 8
 
     def grid(self, amax: float, never_negative: bool) -> Grid:
         """Levels for a tensor with this largest magnitude."""
-        scale = max(amax / 127, SMALLEST_SCALE) if amax > 0 else 1.0
+        scale = step(amax)
         if not self.unsigned:
             return Grid(np.float32(scale), np.int8(0))
         if never_negative:
@@ -55,8 +62,9 @@ class Dialect:
         return Grid(np.float32(scale), np.uint8(128))
 
 
-TENSORRT = Dialect("tensorrt", "model.int8.onnx", unsigned=False, outputs=False, integer_bias=False)
-CPU = Dialect("cpu", "model.int8-cpu.onnx", unsigned=True, outputs=True, integer_bias=True)
+TENSORRT = Dialect("tensorrt", "model.int8.onnx", unsigned=False, outputs=False, integer_bias=False,
+                   deep_bias=False)
+CPU = Dialect("cpu", "model.int8-cpu.onnx", unsigned=True, outputs=True, integer_bias=True, deep_bias=True)
 
 
 @dataclass

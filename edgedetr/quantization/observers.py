@@ -83,7 +83,7 @@ class Histogram:
 
 
 def _stride(size: int, wanted: int) -> int:
-    """Smallest step of at least size / wanted that shares no factor with size, so that no row or channel is favoured."""
+    """Smallest step >= size / wanted that shares no factor with size, so that no row or channel is favoured."""
     step = -(-size // wanted)
     while np.gcd(step, size) > 1:
         step += 1

@@ -102,7 +102,8 @@ def load(name_or_path: str | Path) -> Policy:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ExportError(f"{path}: cannot be read as a policy ({error}); expected TOML like calib/policy/default.toml") from error
+        raise ExportError(f"{path}: cannot be read as a policy ({error}); "
+                          "expected TOML like calib/policy/default.toml") from error
     rules = raw.pop("float", [])
     if not isinstance(rules, list):
         raise ExportError(f"{path}: `float` is no list; expected [[float]] tables")
@@ -116,7 +117,8 @@ def _checked(raw: dict[str, object], kind: type, path: Path, defaults: dict[str,
     values = {**defaults, **raw}
     for key, value in values.items():
         if key not in known:
-            raise ExportError(f"{path}: unknown key {key!r}{did_you_mean(key, known)}; expected one of {', '.join(known)}")
+            raise ExportError(f"{path}: unknown key {key!r}{did_you_mean(key, known)}; "
+                              f"expected one of {', '.join(known)}")
         if known[key].startswith("tuple"):
             if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
                 raise ExportError(f"{path}: {key} is {value!r}; expected a list of strings")
@@ -161,7 +163,8 @@ def _refusal(node: NodeProto, wiring: Wiring, policy: Policy) -> str:
         return "its data input is a constant"
     if node.op_type == "Conv" and attribute(node, "group", 1) != 1:
         return "grouped convolution: no fast INT8 kernel"
-    if node.op_type == "Gemm" and (attribute(node, "transA", 0) or len(node.input) > 2 and node.input[2] not in wiring.constants):
+    added = len(node.input) > 2 and node.input[2] and node.input[2] not in wiring.constants
+    if node.op_type == "Gemm" and (attribute(node, "transA", 0) or added):
         return "Gemm with a transposed or added activation"
     if node.op_type != "Conv" and (len(shape) != 2 or min(shape) < SMALLEST):
         return f"fewer than {SMALLEST} inputs or outputs: an integer product would be slower"
@@ -176,15 +179,18 @@ def _axis(node: NodeProto) -> int:
 
 
 def _residuals(wiring: Wiring, layers: list[Layer]) -> list[Residual]:
-    """Adds of a quantised Conv's output and another activation: that other one is quantised.
+    """Adds of a quantised Conv's output and another activation, whose sum is quantised: the other one is quantised too.
 
     The Conv's own output is not: TensorRT adds it in the convolution's accumulator. Where both branches end in a
     quantised Conv, the first input keeps its accumulator.
     """
     convs = {layer.node for layer in layers if layer.op == "Conv"}
+    read = {layer.data for layer in layers}
     found = []
     for node in wiring.model.graph.node:
-        if node.op_type != "Add" or any(name in wiring.constants for name in node.input):
+        if node.op_type != "Add" or wiring.after_relu(node.output[0]) not in read:
+            continue
+        if any(name in wiring.constants for name in node.input):
             continue
         makers = [wiring.makers.get(name) for name in node.input]
         fused = [maker is not None and maker.name in convs and wiring.only_reader(name) is node

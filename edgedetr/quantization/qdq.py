@@ -8,7 +8,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.quantization.dialect import SMALLEST_SCALE, Cut, Dialect, Grid, cuts
+from edgedetr.quantization.dialect import SMALLEST_SCALE, Cut, Dialect, Grid, cuts, step
 from edgedetr.quantization.policy import Layer, Plan
 from edgedetr.quantization.wiring import Wiring
 
@@ -86,9 +86,27 @@ class _Writer:
         for index, name in enumerate(source.input):
             if self._reads_pair(source.name, index, name):
                 node.input[index] = f"{name}_dequantized"
+        if self.dialect.deep_bias:
+            self._deepen_bias(node)
         self.nodes.append(node)
         for name in source.output:
             self._pair(name)
+
+    def _deepen_bias(self, node: NodeProto) -> None:
+        """Give the bias behind a quantised MatMul the shape [1, 1, O].
+
+        ONNX Runtime turns MatMul + Add of a [O] bias into a float Gemm before it looks for Q/DQ, and the integer
+        product is lost; it does not do so for this shape.
+        """
+        if node.op_type != "Add":
+            return
+        makers = [self.wiring.makers.get(name) for name in node.input]
+        for index, name in enumerate(node.input):
+            other = makers[1 - index]
+            product = other is not None and other.name in self.layers and other.op_type == "MatMul"
+            if product and name in self.wiring.constants and len(self.wiring.constants[name].dims) == 1:
+                self._constant(f"{node.name}.bias", self.wiring.constant(name).reshape(1, 1, -1))
+                node.input[index] = f"{node.name}.bias"
 
     def _reads_pair(self, node: str, index: int, tensor: str) -> bool:
         cut: Cut | None = self.cuts.get(tensor)
@@ -112,26 +130,26 @@ class _Writer:
         bias_name = node.input[2] if len(node.input) > 2 and node.input[2] else None
         bias = self.wiring.constant(bias_name).astype(np.float32) if bias_name else None
         # The finest grid that any dialect gives the input, so that all dialects store the same weights.
-        finest = max(self.amax[layer.data] / 254, SMALLEST_SCALE)
         weight = quantise_weight(self.wiring.constant(layer.weight), layer.axis, bits=self.dialect.weight_bits,
-                                 bias=bias, data_scale=finest)
+                                 bias=bias, data_scale=step(self.amax[layer.data]) / 2)
         prefix = f"{layer.node}.weight"
         self._constant(f"{prefix}_quantized", weight.values)
         self._constant(f"{prefix}_scale", weight.scale)
         self._constant(f"{prefix}_zero_point", np.zeros(len(weight.scale), dtype=np.int8))
         self._dequantise(node, 1, prefix, layer.axis)
         if bias is not None and self.dialect.integer_bias and layer.op == "Conv":
-            step = (weight.scale.astype(np.float64) * data_scale).astype(np.float32)
+            steps = (weight.scale.astype(np.float64) * data_scale).astype(np.float32)
             prefix = f"{layer.node}.bias"
-            self._constant(f"{prefix}_quantized", np.rint(bias / step.astype(np.float64)).astype(np.int32))
-            self._constant(f"{prefix}_scale", step)
-            self._constant(f"{prefix}_zero_point", np.zeros(len(step), dtype=np.int32))
+            self._constant(f"{prefix}_quantized", np.rint(bias / steps.astype(np.float64)).astype(np.int32))
+            self._constant(f"{prefix}_scale", steps)
+            self._constant(f"{prefix}_zero_point", np.zeros(len(steps), dtype=np.int32))
             self._dequantise(node, 2, prefix, 0)
 
     def _dequantise(self, node: NodeProto, index: int, prefix: str, axis: int) -> None:
         names = [f"{prefix}_quantized", f"{prefix}_scale", f"{prefix}_zero_point"]
         restored = f"{prefix}_dequantized"
-        self.nodes.append(helper.make_node("DequantizeLinear", names, [restored], f"{prefix}_DequantizeLinear", axis=axis))
+        name = f"{prefix}_DequantizeLinear"
+        self.nodes.append(helper.make_node("DequantizeLinear", names, [restored], name, axis=axis))
         node.input[index] = restored
 
     def _constant(self, name: str, values: np.ndarray) -> None:

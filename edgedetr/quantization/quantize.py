@@ -19,6 +19,7 @@ from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, tensors, tied,
 from edgedetr.quantization.policy import Plan, Policy, load, plan
 from edgedetr.quantization.qdq import insert
 from edgedetr.quantization.ranges import Ranges
+from edgedetr.quantization.rewrite import split_concats
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def quantize(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path |
     calib   where the calibration pictures are; None = the calibration split of the bundle's data
     """
     config = config or QuantConfig()
-    model = read(bundle.require("model.onnx"))
+    model = split_concats(read(bundle.require("model.onnx")))
     policy = load(config.policy)
     chosen = plan(model, policy)
     ranges = _ranges(bundle, model, chosen, policy, config, calib, progress)
