@@ -15,9 +15,12 @@ def describe(name: str, classes: int = 80) -> dict[str, object]:
     config = member.config()
     if hasattr(config, "weights"):
         config = replace(config, weights="random")
-    with torch.device("meta"):      # shapes only: nothing is allocated or initialised
+    with torch.device("meta"):  # shapes only: nothing is allocated or initialised
         model = build(name, config, classes)
     return {
-        "name": name, "paper": member.paper, "parameters": sum(p.numel() for p in model.parameters()),
-        "queries": config.queries, "activation": config.activation,
+        "name": name,
+        "paper": member.paper,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "queries": config.queries,
+        "activation": config.activation,
     }

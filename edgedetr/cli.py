@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import ClassVar
 
 import click
 
@@ -20,7 +21,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verified and not within tolerance
 class Commands(click.Group):
     """A group that names the nearest command for an unknown one, and knows aliases."""
 
-    aliases = {"val": "eval"}
+    aliases: ClassVar[dict[str, str]] = {"val": "eval"}
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return super().get_command(ctx, self.aliases.get(cmd_name, cmd_name))
@@ -36,7 +37,7 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)      # in the order of the work, not of the alphabet
+        return list(self.commands)  # in the order of the work, not of the alphabet
 
 
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -52,7 +53,9 @@ def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 
 @click.group(cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show the full traceback of an error, and log messages.")
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version.")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
+)
 def cli(debug: bool) -> None:
     """Train DETR-family detectors, export to ONNX, quantise to INT8, and state what it cost with a bound.
 
@@ -68,7 +71,7 @@ def cli(debug: bool) -> None:
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True
     )
-    if debug:       # matplotlib and friends have much to say that nobody asked
+    if debug:  # matplotlib and friends have much to say that nobody asked
         for noisy in ("matplotlib", "PIL", "onnxscript", "torch.onnx"):
             logging.getLogger(noisy).setLevel(logging.INFO)
 
@@ -92,7 +95,9 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as leave:
         return leave.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("\nstopped; what was finished is on disk, `edgedetr train --resume` goes on with a training", err=True)
+        click.echo(
+            "\nstopped; what was finished is on disk, `edgedetr train --resume` goes on with a training", err=True
+        )
         return 130
     except click.ClickException as error:
         error.show()

@@ -79,7 +79,10 @@ class Examination:
         ]
 
     def package_rows(self) -> list[list[object]]:
-        return [[p.name, p.version, p.purpose, "ok" if p.version else f"missing: edgedetr[{p.extra}]"] for p in self.packages]
+        return [
+            [p.name, p.version, p.purpose, "ok" if p.version else f"missing: edgedetr[{p.extra}]"]
+            for p in self.packages
+        ]
 
     def advice(self) -> list[str]:
         """What to do next, one sentence each."""
@@ -91,7 +94,9 @@ class Examination:
         else:
             lines.append("everything that training, export, verifying and reporting need is here")
         if platform.machine() in ("x86_64", "AMD64") and not self.has_vnni:
-            lines.append("this CPU has no VNNI: INT8 on it is slower than it could be, and full-range weights can saturate")
+            lines.append(
+                "this CPU has no VNNI: INT8 on it is slower than it could be, and full-range weights can saturate"
+            )
         return lines
 
 
@@ -145,7 +150,8 @@ def _instructions() -> tuple[str, ...]:
 
 def _gpu() -> str:
     for place, what in (
-        (Path("/etc/nv_tegra_release"), "NVIDIA Jetson"), (Path("/proc/driver/nvidia/version"), "NVIDIA driver")
+        (Path("/etc/nv_tegra_release"), "NVIDIA Jetson"),
+        (Path("/proc/driver/nvidia/version"), "NVIDIA driver"),
     ):
         if place.is_file():
             return f"{what}: {place.read_text(encoding='utf-8', errors='replace').splitlines()[0].strip()}"

@@ -14,7 +14,9 @@ RUNS = Path("runs")
 bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
 json_option = click.option("--json", "as_json_", is_flag=True, help="Print the result as JSON on standard output.")
 data_option = click.option(
-    "--data", type=click.Path(path_type=Path), help="Data directory (COCO, YOLO or VOC); default: the one recorded in the bundle."
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Data directory (COCO, YOLO or VOC); default: the one recorded in the bundle.",
 )
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads of the inference libraries.")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from edgedetr.bundle import Bundle
 from edgedetr.commands.choose import bundle_argument, open_bundle
 from edgedetr.commands.show import progress_bars, say, table
 from edgedetr.errors import UsageError
@@ -16,7 +17,9 @@ set_option = click.option(
 
 
 @click.command()
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Data directory: COCO, YOLO or VOC layout.")
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path), help="Data directory: COCO, YOLO or VOC layout."
+)
 @click.option("--recipe", "recipe_name", help="A shipped recipe by name, or a TOML file.  [default: the edge default]")
 @set_option
 @click.option("--out", type=click.Path(path_type=Path), help="The bundle to write.  [default: runs/DATA.bundle]")
@@ -29,17 +32,15 @@ def train(
 
     Writes a bundle: one directory that the other commands add to."""
     from edgedetr.recipe import DEFAULT, Recipe
+    from edgedetr.train.progress import RichProgress
     from edgedetr.train.train import train as run
 
     if recipe_name is None:
         say(f"recipe: {DEFAULT} (the default; --recipe chooses another)")
     recipe = Recipe.load(recipe_name or DEFAULT, sets=sets)
     out = out or Path("runs") / f"{data.resolve().name}.bundle"
-    if (out / "bundle.json").exists() and not resume:
-        raise UsageError(f"{out} already holds a bundle; go on with it by --resume, or name another by --out DIR.bundle")
     say(f"bundle: {out}")
-    with progress_bars() as progress:
-        bundle = run(recipe, data, out, resume=resume, strict=strict, progress=progress)
+    bundle = run(recipe, data, out, resume=resume, strict=strict, progress=RichProgress())
     say(f"trained: {bundle.path}\nnext: edgedetr export {bundle.path}")
 
 
@@ -47,10 +48,14 @@ def train(
 @bundle_argument
 @click.option("--int8", is_flag=True, help="Calibrate, and write the INT8 graphs as well.")
 @click.option(
-    "--calib", type=click.Path(path_type=Path), help="Calibration images.  [default: the train split of the bundle's data]"
+    "--calib",
+    type=click.Path(path_type=Path),
+    help="Calibration images.  [default: the train split of the bundle's data]",
 )
 @click.option(
-    "--sampling", type=click.Choice(["gather", "grid_sample"]), help="How deformable attention samples.  [default: the recipe's]"
+    "--sampling",
+    type=click.Choice(["gather", "grid_sample"]),
+    help="How deformable attention samples.  [default: the recipe's]",
 )
 def export(bundle: Path | None, int8: bool, calib: Path | None, sampling: str | None) -> None:
     """Write model.onnx; with --int8, INT8 graphs too."""
@@ -61,11 +66,8 @@ def export(bundle: Path | None, int8: bool, calib: Path | None, sampling: str | 
 
     with progress_bars() as progress:
         run(opened, int8=int8, calib=calib, sampling=sampling, progress=progress)
-    made = open_bundle(opened.path).manifest.files
-    table(
-        ["file", "MB", "made by"],
-        [[name, f"{entry.size / 1e6:.2f}", entry.stage] for name, entry in made.items() if name.endswith((".onnx", ".npz", "ranges.json"))],
-    )
+    made = [(name, entry) for name, entry in Bundle.open(opened.path).manifest.files.items() if entry.stage != "train"]
+    table(["file", "MB", "made by"], [[name, f"{entry.size / 1e6:.2f}", entry.stage] for name, entry in made])
     say(f"next: edgedetr {'verify' if int8 else 'export'} {opened.path}{'' if int8 else ' --int8'}")
 
 

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgedetr.bundle import Bundle
 from edgedetr.commands.choose import bundle_argument, data_option, json_option, open_bundle, threads_option
-from edgedetr.commands.show import as_json, progress_bars, say, table
-from edgedetr.errors import NotWithinTolerance
+from edgedetr.commands.show import Progress, as_json, progress_bars, say, table
+from edgedetr.errors import BundleError, NotWithinTolerance
+
+if TYPE_CHECKING:
+    from edgedetr.data.form import DetectionSet
+    from edgedetr.evaluation.config import VerifyConfig
+    from edgedetr.evaluation.reference import Reference
 
 
 @click.command()
 @bundle_argument
 @data_option
-@click.option("--max-drop", type=click.FloatRange(0), metavar="AP", help="Largest accepted AP drop, points.  [default: the bundle's]")
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0),
+    metavar="AP",
+    help="Largest accepted AP drop, points.  [default: the bundle's]",
+)
 @click.option("--live", is_flag=True, help="Run the PyTorch model again instead of reading its recorded detections.")
 @threads_option
 @json_option
@@ -28,7 +42,15 @@ def verify(
     from edgedetr.evaluation.verify import verify as run
 
     with progress_bars() as progress:
-        verdict = run(opened, data=data, max_drop=max_drop, live=live, threads=threads, progress=progress)
+        verdict = run(
+            opened,
+            data=data,
+            max_drop=max_drop,
+            live=_live(progress) if live else None,
+            threads=threads,
+            config=_settings(opened),
+            progress=progress,
+        )
     result = verdict.to_json()
     show_verdict(result)
     if as_json_:
@@ -36,12 +58,46 @@ def verify(
     return 0 if result["passed"] else NotWithinTolerance.exit_code
 
 
-def show_verdict(result: dict) -> None:  # type: ignore[type-arg]  # the JSON form of a Verdict
-    """The closing table of verify and demo, and one line that says what it means."""
+def _settings(bundle: Bundle) -> VerifyConfig | None:
+    """The [verify] section of the bundle's recipe with the bundle's budget; None where the bundle has no recipe."""
+    if "recipe.toml" not in bundle.manifest.files:
+        return None
+    from edgedetr.evaluation.config import VerifyConfig
+
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    path = bundle.require("recipe.toml")
+    try:
+        section = tomllib.loads(path.read_text(encoding="utf-8")).get("verify", {})
+        return VerifyConfig(**{**section, "budget": bundle.manifest.budget})
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"{path} [verify]: {error}; expected the keys that edgedetr train writes") from error
+
+
+def _live(progress: Progress) -> Callable[[Bundle, DetectionSet], Reference]:
+    """What makes the reference anew with PyTorch, for verify, which lives on a floor without it."""
+    from edgedetr.evaluation.reference import Reference
+    from edgedetr.export.reference import detect
+    from edgedetr.models.deploy import load_bundle_model
+
+    def make(bundle: Bundle, dataset: DetectionSet) -> Reference:
+        _, graph = load_bundle_model(bundle)
+        return Reference.of(dataset, detect(bundle.manifest, graph, dataset, progress))
+
+    return make
+
+
+def show_verdict(result: dict[str, Any]) -> None:
+    """The closing table of verify and demo, and one line that says what it means; `result` is a Verdict as JSON."""
     from edgedetr.report.tables import stage_rows, verdict_sentence
 
     head, rows = stage_rows(result)
     table(head, rows)
+    for stage in result["stages"]:
+        if stage.get("note"):
+            say(click.style(f"{stage['name']} ({stage['backend']}): {stage['note']}", fg="yellow"))
     say(click.style(verdict_sentence(result), fg="green" if result["passed"] else "red"))
 
 
@@ -50,20 +106,36 @@ def show_verdict(result: dict) -> None:  # type: ignore[type-arg]  # the JSON fo
 @data_option
 @click.option("--split", help="The split to evaluate.  [default: the bundle's verify split]")
 @click.option("--stage", default="onnx", show_default=True, help="torch, onnx, int8 or int8-cpu.")
-@click.option("--backend", type=click.Choice(["onnxruntime", "openvino"]), help="Inference library.  [default: the stage's own]")
+@click.option(
+    "--backend", type=click.Choice(["onnxruntime", "openvino"]), help="Inference library.  [default: the stage's own]"
+)
 @threads_option
 @json_option
 def evaluate(
-    bundle: Path | None, data: Path | None, split: str | None, stage: str, backend: str | None, threads: int | None, as_json_: bool
+    bundle: Path | None,
+    data: Path | None,
+    split: str | None,
+    stage: str,
+    backend: str | None,
+    threads: int | None,
+    as_json_: bool,
 ) -> None:
     """Measure one stage on labelled images; alias: val."""
     opened = open_bundle(bundle)
     from edgedetr.evaluation.verify import evaluate_stage
 
     with progress_bars() as progress:
-        metrics = evaluate_stage(opened, stage=stage, backend=backend, data=data, split=split, threads=threads, progress=progress)
-    rows = [["AP", metrics.ap], ["AP50", metrics.ap50], ["AP75", metrics.ap75], ["AP small", metrics.ap_small],
-            ["AP medium", metrics.ap_medium], ["AP large", metrics.ap_large]]
+        metrics = evaluate_stage(
+            opened, stage=stage, backend=backend, data=data, split=split, threads=threads, progress=progress
+        )
+    rows = [
+        ["AP", metrics.ap],
+        ["AP50", metrics.ap50],
+        ["AP75", metrics.ap75],
+        ["AP small", metrics.ap_small],
+        ["AP medium", metrics.ap_medium],
+        ["AP large", metrics.ap_large],
+    ]
     rows += [[f"AP {name}", value] for name, value in metrics.per_class.items()]
     table(["metric", "points"], [[name, None if value is None else f"{value:.2f}"] for name, value in rows])
     if as_json_:
@@ -72,7 +144,9 @@ def evaluate(
 
 @click.command()
 @bundle_argument
-@click.option("--rounds", type=click.IntRange(1), default=50, show_default=True, help="Timed runs of each stage, interleaved.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=50, show_default=True, help="Timed runs of each stage, interleaved."
+)
 @threads_option
 @json_option
 def bench(bundle: Path | None, rounds: int, threads: int | None, as_json_: bool) -> None:
@@ -82,10 +156,12 @@ def bench(bundle: Path | None, rounds: int, threads: int | None, as_json_: bool)
 
     with progress_bars() as progress:
         timings = run(opened, rounds=rounds, threads=threads, progress=progress)
-    table(["stage", "backend", "p50 ms", "p99 ms"],
-          [[t["name"], t["backend"], f"{t['p50_ms']:.2f}", f"{t['p99_ms']:.2f}"] for t in timings])
+    table(
+        ["stage", "backend", "p50 ms", "p99 ms", "MB"],
+        [[t.name, t.backend, f"{t.p50_ms:.2f}", f"{t.p99_ms:.2f}", f"{t.size_mb:.2f}"] for t in timings],
+    )
     if as_json_:
-        as_json(timings)
+        as_json([t.to_json() for t in timings])
 
 
 @click.command()

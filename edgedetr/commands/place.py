@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import click
@@ -24,7 +25,8 @@ def check(directory: Path, strict: bool, as_json_: bool) -> int:
     """Print splits, classes, box sizes and everything odd in a data set."""
     from edgedetr.data.check import check as run
 
-    found = run(directory)
+    with progress_bars() as progress:
+        found = run(directory, progress=lambda done, total: progress("check", done, total))
     for line in found.lines():
         say(line)
     if as_json_:
@@ -34,22 +36,31 @@ def check(directory: Path, strict: bool, as_json_: bool) -> int:
 
 @click.command()
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/demo.bundle"), show_default=True, help="The bundle to write."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/demo.bundle"),
+    show_default=True,
+    help="The bundle to write.",
 )
-@click.option("--fresh", is_flag=True, help="Start again even if this bundle was finished before.")
+@click.option("--fresh", is_flag=True, help="Remove what an earlier demonstration left there, and start again.")
 @json_option
 def demo(out: Path, fresh: bool, as_json_: bool) -> int:
     """The whole way on a rendered set, in minutes.
 
-    Renders, trains, exports, quantises, verifies and reports; everything lands in one bundle."""
+    Renders, trains, exports, quantises, verifies and reports; everything lands in one bundle. A demonstration that was
+    stopped goes on where it was.
+    """
     from edgedetr.commands.measure import show_verdict
-    from edgedetr.demo import run
+    from edgedetr.demo import DATA, run
+    from edgedetr.train.progress import RichProgress
 
-    with progress_bars() as progress:
-        outcome = run(out, fresh=fresh, progress=progress, say=say)
-    table(["step", "seconds"], [[step, f"{seconds:.0f}"] for step, seconds in outcome.seconds.items()])
-    show_verdict(outcome.verdict)
-    say("The pictures of this demonstration are synthetic (rendered shapes); the figures say nothing about photographs.")
+    if fresh and (out / DATA / "params.json").is_file():
+        shutil.rmtree(out)
+    say("synthetic data: rendered shapes on clutter; the figures below say nothing about photographs")
+    outcome = run(out, training=RichProgress(), bars=progress_bars)
+    say("")
+    show_verdict(dict(outcome.verdict))
+    say("time: " + ", ".join(f"{step} {seconds:.0f} s" for step, seconds in outcome.seconds.items()))
     say(f"bundle: {out}\nreport: {outcome.report}")
     if as_json_:
         as_json({"seconds": outcome.seconds, "report": str(outcome.report), "verdict": outcome.verdict})
@@ -75,8 +86,8 @@ def doctor(as_json_: bool) -> None:
 @json_option
 def models(as_json_: bool) -> None:
     """List the family: papers, sizes, queries."""
-    from edgedetr.models import FAMILY
     from edgedetr.catalogue import describe
+    from edgedetr.models import FAMILY
 
     members = [describe(name) for name in FAMILY]
     table(

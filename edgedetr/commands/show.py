@@ -49,13 +49,24 @@ def progress_bars() -> Iterator[Progress]:
     """Bars on standard error, one for each kind of work; plain lines where rich is not installed."""
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
     except ImportError:
         yield _plain_progress()
         return
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
         TimeRemainingColumn(),
     )
     tasks: dict[str, object] = {}
@@ -68,7 +79,7 @@ def progress_bars() -> Iterator[Progress]:
 
         if console.is_terminal:
             yield report
-        else:       # a log file gets the finished bars only
+        else:  # a log file gets the finished bars only
             yield report
 
 

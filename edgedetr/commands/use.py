@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgedetr.commands.choose import bundle_argument, json_option, open_bundle, threads_option
+from edgedetr.commands.choose import json_option, open_bundle, threads_option
 from edgedetr.commands.show import as_json, say, table
 
 
@@ -16,10 +16,17 @@ from edgedetr.commands.show import as_json, say, table
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for pictures with the boxes drawn in.")
 @click.option("--conf", default=0.25, show_default=True, type=click.FloatRange(0, 1), help="Least confidence.")
 @click.option("--stage", help="onnx, int8 or int8-cpu.  [default: the fastest that is safe on this machine]")
-@click.option("--backend", type=click.Choice(["onnxruntime", "openvino"]), help="Inference library.  [default: the stage's own]")
+@click.option(
+    "--backend", type=click.Choice(["onnxruntime", "openvino"]), help="Inference library.  [default: the stage's own]"
+)
 @threads_option
 def predict(
-    bundle: Path, sources: tuple[str, ...], out: Path | None, conf: float, stage: str | None, backend: str | None,
+    bundle: Path,
+    sources: tuple[str, ...],
+    out: Path | None,
+    conf: float,
+    stage: str | None,
+    backend: str | None,
     threads: int | None,
 ) -> None:
     """Detect objects in images, folders, videos.

@@ -42,7 +42,10 @@ class GraphContents:
             ["nodes", sum(self.operators.values())],
             ["Q / DQ", f"{pairs[0]} / {pairs[1]}"],
             ["quantised Conv, MatMul, Gemm", f"{self.quantised} of {self.quantisable}"],
-            *[[f"metadata {key}", value if len(value) < 80 else value[:77] + "..."] for key, value in self.metadata.items()],
+            *[
+                [f"metadata {key}", value if len(value) < 80 else value[:77] + "..."]
+                for key, value in self.metadata.items()
+            ],
         ]
 
 
@@ -52,7 +55,7 @@ def inspect_onnx(path: Path) -> GraphContents:
         raise ExportError(f"{path}: no such file; expected an ONNX file, for example runs/NAME.bundle/model.onnx")
     try:
         model = onnx.load(str(path))
-    except Exception as error:  # noqa: BLE001  # protobuf raises types of its own, which differ between its versions
+    except Exception as error:  # protobuf raises types of its own, which differ between its versions
         raise ExportError(f"{path}: not readable as ONNX ({error}); write it again: edgedetr export") from error
     if not model.graph.node or not model.opset_import:
         raise ExportError(f"{path}: not an ONNX model (no graph in it); write it again: edgedetr export")
@@ -61,11 +64,14 @@ def inspect_onnx(path: Path) -> GraphContents:
     weighty = [node for node in graph.node if node.op_type in QUANTISABLE]
     both = [node for node in weighty if all(producer.get(name) == "DequantizeLinear" for name in node.input[:2])]
     return GraphContents(
-        path=str(path), size=path.stat().st_size,
+        path=str(path),
+        size=path.stat().st_size,
         opset=next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0),
-        inputs=tuple(_signature(graph.input)), outputs=tuple(_signature(graph.output)),
+        inputs=tuple(_signature(graph.input)),
+        outputs=tuple(_signature(graph.output)),
         operators=dict(Counter(node.op_type for node in graph.node)),
-        quantised=len(both), quantisable=len(weighty),
+        quantised=len(both),
+        quantisable=len(weighty),
         metadata={entry.key: entry.value for entry in model.metadata_props},
     )
 

@@ -36,7 +36,9 @@ class BundleContents:
         return asdict(self)
 
     def rows(self) -> list[list[object]]:
-        names = ", ".join(self.classes[:12]) + (f", ... ({len(self.classes)} classes)" if len(self.classes) > 12 else "")
+        names = ", ".join(self.classes[:12]) + (
+            f", ... ({len(self.classes)} classes)" if len(self.classes) > 12 else ""
+        )
         return [
             ["bundle", self.path],
             ["model", self.model],
@@ -63,8 +65,12 @@ def inspect_bundle(bundle: Bundle) -> BundleContents:
         files.append(FileState(name, entry.size, entry.sha256, entry.stage, state))
     data = manifest.data
     return BundleContents(
-        path=str(bundle.path), model=manifest.model, classes=tuple(c.name for c in manifest.classes),
+        path=str(bundle.path),
+        model=manifest.model,
+        classes=tuple(c.name for c in manifest.classes),
         input=f"images [B, 3, {contract.height}, {contract.width}] RGB 0..255, {contract.resize}",
         data=f"{data.path}, verify on {data.verify_split}, calibrate on {data.calib_split}" if data else "not recorded",
-        budget=manifest.budget, synthetic=manifest.synthetic, files=tuple(files),
+        budget=manifest.budget,
+        synthetic=manifest.synthetic,
+        files=tuple(files),
     )

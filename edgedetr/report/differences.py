@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgedetr.boxes import iou
+from edgedetr.evaluation import parity as match
 from edgedetr.runtime.detections import Detections
 
-CONFIDENCE = 0.3    # what somebody looking at detections would see
-OVERLAP = 0.5       # COCO's loosest match
+CONFIDENCE = 0.3  # what somebody looking at detections would see
+OVERLAP = 0.5  # COCO's loosest match
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,8 @@ def difference(image_id: int, reference: Detections, other: Detections) -> Diffe
 
     A box of either side below CONFIDENCE takes part only as a partner, so that crossing the line is a small change.
     """
-    overlap = iou(reference.xyxy.astype(np.float64), other.xyxy.astype(np.float64))
-    overlap[reference.class_id[:, None] != other.class_id[None]] = 0
-    pairs = []
-    while overlap.size and overlap.max() >= OVERLAP:
-        row, column = np.unravel_index(int(overlap.argmax()), overlap.shape)
-        pairs.append((int(row), int(column)))
-        overlap[row, :] = overlap[:, column] = 0
+    first, second = match.pairs(reference, other, OVERLAP)
+    pairs = list(zip(first.tolist(), second.tolist()))
     seen = [(r, o) for r, o in pairs if max(reference.confidence[r], other.confidence[o]) >= CONFIDENCE]
     only_reference = _rest(reference, {r for r, _ in pairs})
     only_other = _rest(other, {o for _, o in pairs})

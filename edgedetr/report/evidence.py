@@ -17,7 +17,7 @@ from edgedetr.evaluation.reference import Reference, load_detections
 from edgedetr.runtime.detections import Detections
 
 VERDICT = "results/verify.json"
-RECALL = np.linspace(0, 1, 101)     # pycocotools' own 101 points
+RECALL = np.linspace(0, 1, 101)  # pycocotools' own 101 points
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Evidence:
     @property
     def worst(self) -> Stage | None:
         """The quantised stage that loses most, which is the one worth looking at."""
-        quantised = [s for s in self.stages if s.quantised and s.row.get("drop") is not None]
+        quantised = [s for s in self.stages if s.quantised]
         return max(quantised, key=lambda s: s.row["drop"], default=None)
 
 
@@ -60,7 +60,7 @@ def read(bundle: Bundle) -> Evidence:
         verdict = json.loads(path.read_text(encoding="utf-8"))
         rows = [dict(stage) for stage in verdict["stages"]]
         for row in rows:
-            row["name"], row["backend"], row["passed"]      # a KeyError here is a damaged file
+            row["name"], row["backend"], row["passed"]  # a KeyError here is a damaged file
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path}: not a verdict ({error}); run: edgedetr verify {bundle.path}") from error
     reference = Reference.load(bundle.require("reference.npz"))
@@ -93,7 +93,7 @@ def _class_curve(matches: ClassMatches, threshold: int) -> np.ndarray:
     if not len(true):
         return np.zeros_like(RECALL)
     precision = true / np.maximum(true + false, 1)
-    precision = np.maximum.accumulate(precision[::-1])[::-1]        # the best precision at this recall or a higher one
+    precision = np.maximum.accumulate(precision[::-1])[::-1]  # the best precision at this recall or a higher one
     place = np.searchsorted(true / matches.objects.sum(), RECALL, side="left")
     return np.append(precision, 0.0)[place]
 

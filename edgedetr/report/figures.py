@@ -10,6 +10,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from edgedetr.report.tables import is_reference
+
 # Stand-ins in the SVG, replaced by CSS that follows the page's colours.
 INK, FAINT = "#010203", "#040506"
 # Okabe and Ito 2008: told apart with every common colour blindness.
@@ -17,20 +19,30 @@ COLOURS = ("#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9")
 GOOD, BAD, DOUBT = "#009e73", "#d55e00", "#e69f00"
 
 _STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",             # text stays text: the page's font, selectable
-    "font.family": "sans-serif", "font.size": 10.5,
-    "text.parse_math": False,           # a class may be called "$x"
-    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": FAINT,
-    "axes.grid": True, "grid.color": FAINT, "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text: the page's font, selectable
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "text.parse_math": False,  # a class may be called "$x"
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
 }
 
 
 def drops(rows: Sequence[Mapping[str, Any]], budget: float) -> str:
     """Each stage's drop with its one-sided bound, against the budget. rows: the verdict's stages."""
-    rows = [row for row in rows if row.get("drop") is not None]
+    rows = [row for row in rows if not is_reference(row)]
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "drops"}):
-        figure, axes = _axes(6.2, 1.1 + 0.42 * max(len(rows), 1))
+        figure, axes = _axes(6.2, 1.0 + 0.42 * max(len(rows), 1))
         for place, row in enumerate(reversed(rows)):
             colour = GOOD if row["passed"] else DOUBT if row["drop"] <= budget else BAD
             upper = row["drop"] if row.get("drop_upper95") is None else row["drop_upper95"]
@@ -68,7 +80,7 @@ def latency(rows: Sequence[Mapping[str, Any]]) -> str | None:
         axes.set_xlim(left=0)
         axes.set_xlabel("latency of one picture, ms: median, line to p99")
         axes.set_ylabel("AP, points")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, handletextpad=0.3)
+        figure.legend(loc="outside lower center", ncols=2, handletextpad=0.3)
         return _svg(figure, "Latency against AP of each stage")
 
 
@@ -83,7 +95,7 @@ def class_drops(names: Sequence[str], losses: Mapping[str, Sequence[float | None
     if not order or not losses:
         return None
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "classes"}):
-        figure, axes = _axes(6.2, 1.2 + (0.16 * len(losses) + 0.16) * len(order))
+        figure, axes = _axes(6.2, 1.2 + (0.13 * len(losses) + 0.14) * len(order))
         height = 0.8 / len(losses)
         for index, (label, values) in enumerate(losses.items()):
             shown = [values[n] if values[n] is not None else 0.0 for n in order]
@@ -94,7 +106,7 @@ def class_drops(names: Sequence[str], losses: Mapping[str, Sequence[float | None
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_xlabel("AP points lost against PyTorch (left of 0: gained)")
         axes.grid(visible=False, axis="y")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.75 / figure.get_figheight()), ncols=2)
+        figure.legend(loc="outside lower center", ncols=2)
         return _svg(figure, "AP points lost by each class")
 
 
@@ -111,26 +123,28 @@ def precision_recall(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], recall
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("recall (full line: IoU 0.50, dashed: IoU 0.75)")
         axes.set_ylabel("precision, mean over classes")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+        figure.legend(loc="outside lower center", ncols=2)
         return _svg(figure, "Precision over recall of each stage")
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Any]:
     """A figure of its own: no global state of pyplot, so nothing depends on a display."""
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def _svg(figure: Figure, description: str) -> str:
     """The figure as an <svg> element without fixed size, background or date."""
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
-    text = text[text.index("<svg"):]
+    text = text[text.index("<svg") :]
     head, rest = text.split(">", 1)
-    box = head[head.index('viewBox="'):].split('"')[1]
-    head = f'<svg viewBox="{box}" role="img" aria-label="{description}" xmlns="http://www.w3.org/2000/svg" ' \
-           'xmlns:xlink="http://www.w3.org/1999/xlink"'
+    box = head[head.index('viewBox="') :].split('"')[1]
+    head = (
+        f'<svg viewBox="{box}" role="img" aria-label="{description}" xmlns="http://www.w3.org/2000/svg" '
+        'xmlns:xlink="http://www.w3.org/1999/xlink"'
+    )
     return (head + ">" + rest).replace(INK, "currentColor").replace(FAINT, "var(--faint)")
 
 

@@ -21,8 +21,8 @@ from edgedetr.report.differences import CONFIDENCE, OVERLAP, Difference, most_di
 from edgedetr.report.evidence import RECALL, Evidence, precision_recall, read, report_path
 from edgedetr.report.tables import stage_rows, verdict_sentence
 
-PICTURES = 12           # drawn at the end of the page
-LONGEST = 720           # pixels of the longer side of a drawn picture; keeps the page near 1 MB
+PICTURES = 12  # drawn at the end of the page
+LONGEST = 720  # pixels of the longer side of a drawn picture; keeps the page near 1 MB
 PACKAGES = ("edgedetr", "numpy", "onnxruntime", "openvino", "torch", "onnx", "pycocotools")
 
 
@@ -70,21 +70,36 @@ def write_report(bundle: Bundle, *, data: Path | None = None) -> Path:
     root = data or (Path(manifest.data.path) if manifest.data else None)
     # The names in a bundle are data, not markup: everything is escaped but the figures, which escape their own text.
     environment = Environment(
-        loader=PackageLoader("edgedetr.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("edgedetr.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
     )
     head, rows = stage_rows(verdict)
     page = environment.get_template("page.html").render(
-        title=bundle.path.name, verdict=verdict, sentence=verdict_sentence(verdict), head=head, rows=rows,
-        manifest=manifest, contents=inspect_bundle(bundle), truth=evidence.reference.truth,
+        title=bundle.path.name,
+        verdict=verdict,
+        sentence=verdict_sentence(verdict),
+        head=head,
+        rows=rows,
+        manifest=manifest,
+        contents=inspect_bundle(bundle),
+        truth=evidence.reference.truth,
         drops_figure=figures.drops(verdict["stages"], verdict["budget"]),
         latency_figure=figures.latency(verdict["stages"]),
         class_figure=figures.class_drops([c.name for c in manifest.classes], _class_drops(evidence)),
         curves_figure=figures.precision_recall(
             {s.label: (precision_recall(s.metrics), precision_recall(s.metrics, 5)) for s in evidence.stages}, RECALL
-        ) if evidence.stages else None,
-        departures=_departures(verdict), worst=evidence.worst, pictures=_pictures(evidence, root),
-        confidence=CONFIDENCE, overlap=OVERLAP, versions=_versions(),
+        )
+        if evidence.stages
+        else None,
+        notes=_notes(verdict),
+        worst=evidence.worst,
+        pictures=_pictures(evidence, root),
+        confidence=CONFIDENCE,
+        overlap=OVERLAP,
+        versions=_versions(),
     )
     path = report_path(bundle)
     with atomic_write(path) as temporary:
@@ -100,15 +115,17 @@ def _class_drops(evidence: Evidence) -> dict[str, list[float | None]]:
     for stage in evidence.stages[1:]:
         now = stage.metrics.per_class
         losses[stage.label] = [
-            None if reference[name] is None or now[name] is None else float(reference[name]) - float(now[name])   # type: ignore[arg-type]  # None is seen to above
+            None if reference[name] is None or now[name] is None else float(reference[name]) - float(now[name])  # type: ignore[arg-type]  # None is seen to above
             for name in reference
         ]
     return losses
 
 
-def _departures(verdict: Mapping[str, Any]) -> list[str]:
-    """Sentences about backends that do not compute what the graph says, as verify found them."""
-    return [str(stage["departs"]) for stage in verdict["stages"] if stage.get("departs")]
+def _notes(verdict: Mapping[str, Any]) -> list[str]:
+    """What verify says of single stages: faults, and backends that do not compute what the graph says."""
+    return [
+        f"{stage['name']} ({stage['backend']}): {stage['note']}" for stage in verdict["stages"] if stage.get("note")
+    ]
 
 
 def _pictures(evidence: Evidence, root: Path | None) -> list[Picture]:
@@ -140,7 +157,14 @@ def _picture(shown: Difference, root: Path | None, name: str, sha256: str, size:
     for o in shown.only_other:
         boxes.append(_box("other", other.xyxy[o], scale, height, width, f"{_name(other, o)} {other.confidence[o]:.2f}"))
     return Picture(
-        name, drawn_width, drawn_height, data, trouble, tuple(boxes), shown.score, len(shown.only_reference),
+        name,
+        drawn_width,
+        drawn_height,
+        data,
+        trouble,
+        tuple(boxes),
+        shown.score,
+        len(shown.only_reference),
         len(shown.only_other),
     )
 

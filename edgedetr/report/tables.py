@@ -12,18 +12,34 @@ def stage_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[st
     """Head and rows of the stage table from a verdict's JSON form; None where nothing was measured."""
     rows: list[list[str | None]] = []
     for stage in result["stages"]:
-        rows.append([
-            stage["name"], stage["backend"], _points(stage.get("ap")), _points(stage.get("ap50")),
-            _points(stage.get("drop"), signed=True), _points(stage.get("drop_upper95"), signed=True),
-            _decimal(stage.get("p50_ms")), _decimal(stage.get("p99_ms")), _decimal(stage.get("size_mb")),
-            verdict_word(stage, result["budget"]),
-        ])
+        rows.append(
+            [
+                stage["name"],
+                stage["backend"],
+                _points(stage.get("ap")),
+                _points(stage.get("ap50")),
+                *(
+                    2 * [None]
+                    if is_reference(stage)
+                    else [_points(stage.get(key), signed=True) for key in ("drop", "drop_upper95")]
+                ),
+                _decimal(stage.get("p50_ms")),
+                _decimal(stage.get("p99_ms")),
+                _decimal(stage.get("size_mb")),
+                verdict_word(stage, result["budget"]),
+            ]
+        )
     return HEAD, rows
+
+
+def is_reference(stage: Mapping[str, Any]) -> bool:
+    """Whether this is PyTorch, which the others are measured against."""
+    return stage["name"] == "torch" or stage.get("drop") is None
 
 
 def verdict_word(stage: Mapping[str, Any], budget: float) -> str:
     """reference, within, not certified (the point drop is within, its bound is not) or beyond."""
-    if stage.get("drop") is None:
+    if is_reference(stage):
         return "reference"
     if stage["passed"]:
         return "within"
@@ -34,16 +50,21 @@ def verdict_sentence(result: Mapping[str, Any]) -> str:
     """One sentence that says what the table amounts to."""
     budget, certifiable = result["budget"], result.get("certifiable")
     if result["passed"]:
-        worst = max((s["drop_upper95"] for s in result["stages"] if s.get("drop_upper95") is not None), default=0.0)
-        return (f"PASSED: no delivered stage loses more than {max(worst, 0):.2f} AP against PyTorch (upper 95 % bound); "
-                f"the budget is {budget:g}.")
-    failed = [s for s in result["stages"] if s.get("drop") is not None and not s["passed"]]
+        worst = max((s["drop_upper95"] for s in result["stages"] if not is_reference(s)), default=0.0)
+        return (
+            f"PASSED: no delivered stage loses more than {max(worst, 0):.2f} AP against PyTorch (upper 95 % bound); "
+            f"the budget is {budget:g}."
+        )
+    failed = [s for s in result["stages"] if not is_reference(s) and not s["passed"]]
     if any(s["drop"] > budget for s in failed):
         worst_stage = max(failed, key=lambda s: s["drop"])
-        return (f"NOT PASSED: {worst_stage['name']} on {worst_stage['backend']} loses {worst_stage['drop']:.2f} AP; "
-                f"the budget is {budget:g}.")
-    return (f"NOT PASSED: the drops are within the budget of {budget:g}, but this set is too small to certify it"
-            + (f"; the smallest budget it can certify is {certifiable:.2f}." if certifiable is not None else "."))
+        return (
+            f"NOT PASSED: {worst_stage['name']} on {worst_stage['backend']} loses {worst_stage['drop']:.2f} AP; "
+            f"the budget is {budget:g}."
+        )
+    return f"NOT PASSED: the drops are within the budget of {budget:g}, but this set is too small to certify it" + (
+        f"; the smallest budget it can certify is {certifiable:.2f}." if certifiable is not None else "."
+    )
 
 
 def _points(value: float | None, *, signed: bool = False) -> str | None:

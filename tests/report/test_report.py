@@ -47,7 +47,9 @@ def page(verified) -> Page:
 
 def test_page_asks_nothing_of_the_net(page):
     assert page.tags["script"] == page.tags["link"] == page.tags["iframe"] == 0
-    addresses = [value for tag, name, value in page.attributes if name in ("src", "href", "xlink:href", "action", "data")]
+    addresses = [
+        value for tag, name, value in page.attributes if name in ("src", "href", "xlink:href", "action", "data")
+    ]
     assert addresses
     assert all(value.startswith(("data:image/jpeg;base64,", "#")) for value in addresses)
 
@@ -64,11 +66,17 @@ def test_every_stage_and_its_verdict_is_in_the_table(page, verified):
             assert cell is None or cell in page.text
     assert "beyond" in page.text
     assert "synthetic data" in page.text
+    assert "int8-cpu (onnxruntime): departs <b>here</b>" in page.text
 
 
 def test_all_four_figures_are_drawn(page):
     labels = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
-    for start in ("AP points lost by each stage", "Latency against AP", "Precision over recall", "AP points lost by each class"):
+    for start in (
+        "AP points lost by each stage",
+        "Latency against AP",
+        "Precision over recall",
+        "AP points lost by each class",
+    ):
         assert any(label.startswith(start) for label in labels)
 
 
@@ -76,7 +84,9 @@ def test_boxes_that_one_side_alone_has_are_drawn_as_such(page, verified):
     classes = Counter(value for tag, name, value in page.attributes if tag == "rect" and name == "class")
     assert classes["box reference"] == sum(verified.lost.values())
     assert classes["box other"] == 0
-    assert classes["box both"] == sum(4 - lost for lost in verified.lost.values() if lost)     # agreeing pictures are left out
+    assert classes["box both"] == sum(
+        4 - lost for lost in verified.lost.values() if lost
+    )  # agreeing pictures are left out
 
 
 def test_pictures_that_are_gone_are_named_and_the_page_is_still_written(verified, tmp_path):
@@ -134,25 +144,46 @@ def test_agreeing_detections_are_no_difference(verified):
 
 def test_difference_by_hand(verified):
     classes = verified.bundle.manifest.classes
-    a = named(np.array([[0, 0, 10, 10], [50, 50, 60, 60]], np.float32), np.array([0.9, 0.4], np.float32), np.array([0, 1]), classes)
-    b = named(np.array([[0, 0, 10, 9], [50, 50, 60, 60]], np.float32), np.array([0.7, 0.5], np.float32), np.array([0, 0]), classes)
+    a = named(
+        np.array([[0, 0, 10, 10], [50, 50, 60, 60]], np.float32),
+        np.array([0.9, 0.4], np.float32),
+        np.array([0, 1]),
+        classes,
+    )
+    b = named(
+        np.array([[0, 0, 10, 9], [50, 50, 60, 60]], np.float32),
+        np.array([0.7, 0.5], np.float32),
+        np.array([0, 0]),
+        classes,
+    )
     found = difference(1, a, b)
-    assert found.pairs.tolist() == [[0, 0]]     # IoU 0.9, same class
+    assert found.pairs.tolist() == [[0, 0]]  # IoU 0.9, same class
     assert found.only_reference.tolist() == [1]
-    assert found.only_other.tolist() == [1]     # same place as the other's second, but of another class
-    assert found.score == pytest.approx(0.2 + 0.4 + 0.5, abs=1e-6)      # float32 confidences
+    assert found.only_other.tolist() == [1]  # same place as the other's second, but of another class
+    assert found.score == pytest.approx(0.2 + 0.4 + 0.5, abs=1e-6)  # float32 confidences
 
 
 def _verdict(drop: float, upper: float, passed: bool) -> dict:
-    stage = {"name": "int8", "backend": "openvino", "passed": passed, "ap": 50.0, "ap50": 70.0, "drop": drop, "drop_upper95": upper}
+    stage = {
+        "name": "int8",
+        "backend": "openvino",
+        "passed": passed,
+        "ap": 50.0,
+        "ap50": 70.0,
+        "drop": drop,
+        "drop_upper95": upper,
+    }
     return {"passed": passed, "budget": 1.0, "certifiable": 2.2, "stages": [stage]}
 
 
-@pytest.mark.parametrize("verdict, word, sentence", [
-    (_verdict(0.2, 0.8, True), "within", "no delivered stage loses more than 0.80 AP"),
-    (_verdict(0.2, 2.1, False), "not certified", "smallest budget it can certify is 2.20"),
-    (_verdict(1.7, 2.1, False), "beyond", "int8 on openvino loses 1.70 AP"),
-])
+@pytest.mark.parametrize(
+    "verdict, word, sentence",
+    [
+        (_verdict(0.2, 0.8, True), "within", "no delivered stage loses more than 0.80 AP"),
+        (_verdict(0.2, 2.1, False), "not certified", "smallest budget it can certify is 2.20"),
+        (_verdict(1.7, 2.1, False), "beyond", "int8 on openvino loses 1.70 AP"),
+    ],
+)
 def test_verdict_in_words(verdict, word, sentence):
     assert stage_rows(verdict)[1][0][-1] == word
     assert sentence in verdict_sentence(verdict)
@@ -178,10 +209,22 @@ def test_a_browser_draws_the_page(verified, tmp_path, theme):
     shot = tmp_path / f"{theme}.png"
     dark = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if theme == "dark" else []
     subprocess.run(
-        [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", *dark,
-         f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", "--window-size=1200,2600",
-         page.resolve().as_uri()],
-        check=True, capture_output=True, timeout=90,
+        [
+            program,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--hide-scrollbars",
+            *dark,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--screenshot={shot}",
+            "--window-size=1200,2600",
+            page.resolve().as_uri(),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=90,
     )
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     assert pixels.shape == (2600, 1200, 3)
