@@ -75,7 +75,7 @@ def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None 
     told = {**describe(manifest, manifest.files[weights.name].sha256), "export": made_by}
     with bundle.add("model.onnx", stage="export", made_from=["weights.safetensors"]) as temporary:
         write(graph, temporary, batch=None if config.dynamic_batch else 1, opset=config.opset, metadata=told)
-        parity(graph, temporary, _probes(manifest, dataset))
+        parity(graph, temporary, _probes(manifest, dataset), manifest)
     if progress:
         progress("onnx", 1, 1)
 
