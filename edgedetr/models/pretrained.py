@@ -143,6 +143,7 @@ def load_backbone(detector: Detector, config: Any) -> Loaded | None:
 def fit(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> Loaded:
     """Copy tensors of the same names; ModelError that lists every one that is missing, left over or of another size."""
     own = {name: tensor for name, tensor in module.state_dict().items() if not IGNORED.search(name)}
+    weights = {name: tensor for name, tensor in weights.items() if not IGNORED.search(name)}
     fresh = [name for name in own if PER_CLASS.match(name) and name in weights
              and own[name].shape[0] != weights[name].shape[0] and own[name].shape[1:] == weights[name].shape[1:]]
     shapes = [f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}" for name in own

@@ -15,7 +15,8 @@ def twins(dim: int, heads: int) -> tuple[MultiHeadAttention, nn.MultiheadAttenti
     nn.init.normal_(theirs.in_proj_bias)
     nn.init.normal_(theirs.out_proj.bias)
     with torch.no_grad():
-        for part, weight, bias in zip((ours.q, ours.k, ours.v), theirs.in_proj_weight.chunk(3), theirs.in_proj_bias.chunk(3)):
+        packed = zip((ours.q, ours.k, ours.v), theirs.in_proj_weight.chunk(3), theirs.in_proj_bias.chunk(3))
+        for part, weight, bias in packed:
             part.weight.copy_(weight)
             part.bias.copy_(bias)
         ours.out.load_state_dict(theirs.out_proj.state_dict())
@@ -32,7 +33,8 @@ def test_equals_torch(dim: int, heads: int, masked: str) -> None:
     pairs = torch.rand(5, 7) < 0.4
     pairs[:, 0] = False                                 # every query keeps one key
     if masked == "keys":
-        got, expected = ours(query, key, value, padding[:, None, None]), theirs(query, key, value, key_padding_mask=padding)[0]
+        got = ours(query, key, value, padding[:, None, None])
+        expected = theirs(query, key, value, key_padding_mask=padding)[0]
     elif masked == "pairs":
         got, expected = ours(query, key, value, pairs), theirs(query, key, value, attn_mask=pairs)[0]
     else:

@@ -185,7 +185,7 @@ def test_discrete_sampling_stays_discrete_when_deployed() -> None:
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: build("rtdetr", RtDetrConfig(), 3), r"model.name is 'rtdetr'; expected one of .*; did you mean 'rt_detr'\?"),
+    (lambda: build("rtdetr", RtDetrConfig(), 3), r"model.name is 'rtdetr'; expected .*; did you mean 'rt_detr'\?"),
     (lambda: build("rt_detr", DetrConfig(), 3), "rt_detr takes a RtDetrConfig; got DetrConfig"),
     (lambda: build("rt_detr", RtDetrConfig(), 0), "0 classes; expected at least one"),
     (lambda: build("rt_detr", RtDetrConfig(backbone="resnet18v"), 3), "did you mean 'resnet18vd'"),
