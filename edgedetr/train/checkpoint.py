@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ class Position:
     stale       evaluations since then, for early stopping
     done        nothing is left to do
     scale       of the fp16 gradient scaler, and its steps since it last grew; 0 for other precisions
+    sums, summed    of the losses since the last line of the record, and over how many steps
     """
 
     step: int = 0
@@ -43,6 +44,8 @@ class Position:
     done: bool = False
     scale: float = 0.0
     growth: int = 0
+    sums: list[float] = field(default_factory=list)
+    summed: int = 0
 
 
 def fingerprint(recipe: str, samples: DetectionSet) -> str:

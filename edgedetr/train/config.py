@@ -28,8 +28,8 @@ class TrainConfig:
     schedule: Literal["constant", "step", "cosine"] = "constant"    # RT-DETR; DETR is "step"
     step_epochs: tuple[int, ...] = ()   # "step": the rate falls to a tenth at these epochs (DETR: 200 of 300)
     final_lr_factor: float = 0.01       # "cosine" ends at this share of lr
-    growth: tuple[float, ...] = ()      # sides in each equal part of the epochs, share of the input's; [0.6, 0.8, 1.0] is
-                                        # twice as fast at first (Tan and Le 2021, "EfficientNetV2", section 4)
+    growth: tuple[float, ...] = ()      # sides in each equal part of the epochs, share of the input's; [0.6, 0.8, 1.0]
+                                        # is twice as fast at first (Tan and Le 2021, "EfficientNetV2", section 4)
     ema_decay: float = 0.9999           # RT-DETR; 0 = no moving average
     ema_warmup: int = 2000              # steps; decay grows as 1 - exp(-step / ema_warmup) (RT-DETR)
     eval_every: int = 1                 # epochs between evaluations on the select split; the last is always evaluated
@@ -77,7 +77,7 @@ class TrainConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"train.betas is {self.betas}; expected two numbers from 0 up to less than 1")
         if any(not 0.1 <= share <= 1 for share in self.growth) or (self.growth and self.growth[-1] != 1):
-            raise RecipeError(f"train.growth is {list(self.growth)}; expected shares from 0.1 to 1 of which the last is 1")
+            raise RecipeError(f"train.growth is {list(self.growth)}; expected shares from 0.1 to 1, and 1 at the end")
         if self.batch % (self.devices * self.nodes * self.accumulate):
             raise RecipeError(f"train.batch is {self.batch}, which does not divide into {self.nodes} machines x "
                               f"{self.devices} devices x {self.accumulate} parts")

@@ -84,6 +84,7 @@ class Run:
         config = recipe.train
         self.recipe, self.config, self.fabric, self.place = recipe, config, fabric, place
         self.samples, self.data, self.out, self.progress = samples, data, out, progress
+        self.saved = out / FOLDER / CHECKPOINT
         # Where only the verify split is there to look at, nothing is chosen by it: the last weights are delivered.
         self.chooses = place.select_split != place.verify_split
         if config.threads:
@@ -126,7 +127,10 @@ class Run:
         main = self.fabric.is_global_zero
         if self.position.done:
             return
-        self.record = Record(self.out / FOLDER, self.position.step) if main else None
+        if main:
+            for rest in [*self.out.glob(".*.tmp"), *self.saved.parent.glob(".*.tmp")]:
+                rest.unlink()       # half-written by a run that was killed
+        self.record = Record(self.saved.parent, self.position.step) if main else None
         self.progress.start(self.total, self.position.step, self.config.epochs)
         try:
             for epoch in range(self.position.step // self.per_epoch, self.config.epochs):
@@ -147,32 +151,40 @@ class Run:
         plan = order(len(self.samples), config.batch, seed=config.seed, epoch=epoch)
         plan = plan[position.step % self.per_epoch :, fabric.global_rank * mine : (fabric.global_rank + 1) * mine]
         plain = epoch >= config.epochs * (1 - self.recipe.augment.off_for_last)
-        running, since, begun = torch.zeros(len(Losses.NAMES)), 0, time.monotonic()
+        seen, begun = 0, time.monotonic()
         contract = smaller(self.pictures.contract, config.growth_at(epoch))
         for batch in batches(self.pictures, plan, epoch, plain=plain, workers=config.workers, contract=contract):
-            running += self._step(batch)
-            since += 1
+            losses = self._step(batch).tolist()
+            position.sums = [a + b for a, b in zip(position.sums, losses)] if position.summed else losses
+            position.summed += 1
+            seen += config.batch
             step = position.step
             if step % RECORD_EVERY == 0 or step % self.per_epoch == 0:
-                values = dict(zip(Losses.NAMES, (running / since).tolist()))
-                speed = since * config.batch / max(time.monotonic() - begun, 1e-9)
-                self.progress.step(step, values, speed)
-                if self.record is not None:
-                    lr = self.plain_optimizer.param_groups[-1]["lr"]
-                    self.record.write("train", step, {"epoch": step / self.per_epoch, "lr": lr, **values})
-                running, since, begun = torch.zeros(len(Losses.NAMES)), 0, time.monotonic()
+                self._tell(seen / max(time.monotonic() - begun, 1e-9))
+                seen, begun = 0, time.monotonic()
             # At the end of an epoch the checkpoint follows the evaluation, so that a resume never leaves one out.
             if step % config.checkpoint_every == 0 and step % self.per_epoch:
                 self._save()
+
+    def _tell(self, speed: float) -> None:
+        """Mean losses since the last time, over all processes, to the progress bar and the record."""
+        position = self.position
+        sums = self._over_all(torch.tensor(position.sums, dtype=torch.float64))
+        means = sums / position.summed / self.fabric.world_size
+        position.sums, position.summed = [], 0
+        values = dict(zip(Losses.NAMES, means.tolist()))
+        self.progress.step(position.step, values, speed)
+        if self.record is not None:
+            rate = self.plain_optimizer.param_groups[-1]["lr"]
+            about = {"epoch": position.step / self.per_epoch, "lr": rate}
+            self.record.write("train", position.step, {**about, **values})
 
     def _step(self, batch: Batch) -> torch.Tensor:
         """One optimiser step; losses [7] on the CPU."""
         config, fabric, position = self.config, self.fabric, self.position
         seed_step(config.seed, position.step + 1, fabric.global_rank)
         optimizer.set_rate(self.plain_optimizer, optimizer.rate(config, position.step, self.per_epoch))
-        objects = float(sum(len(target) for target in batch.targets))
-        if fabric.world_size > 1:
-            objects = self._over_all(torch.tensor(objects, device=fabric.device)) / fabric.world_size
+        objects = float(self._over_all(torch.tensor(float(sum(map(len, batch.targets)))))) / fabric.world_size
         parts, size = config.accumulate, len(batch.targets) // config.accumulate
         losses = torch.zeros(len(Losses.NAMES), device=fabric.device)
         for part in range(parts):
@@ -195,20 +207,20 @@ class Run:
         return losses.float().cpu()
 
     def _require_finite(self, result: torch.Tensor, batch: Batch) -> None:
-        total = result[0].detach()
         # All processes stop together: NaN and infinity survive a sum.
-        if not math.isfinite(self._over_all(total.clone()) if self.fabric.world_size > 1 else float(total)):
+        if not math.isfinite(float(self._over_all(result[0].detach()))):
             raise self._stop("the loss", batch)
 
-    def _over_all(self, number: torch.Tensor) -> float:
-        """Sum of a number over all processes."""
-        torch.distributed.all_reduce(number)
-        return float(number)
+    def _over_all(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all processes."""
+        if self.fabric.world_size > 1:
+            values = values.to(self.fabric.device, copy=True)
+            torch.distributed.all_reduce(values)
+        return values
 
     def _stop(self, what: str, batch: Batch) -> TrainingError:
         names = ", ".join(str(self.samples.samples[index].path) for index in batch.indices)
-        saved = self.out / FOLDER / CHECKPOINT
-        kept = f"{saved} is as it was" if saved.exists() else "no checkpoint had been written yet"
+        kept = f"{self.saved} is as it was" if self.saved.exists() else "no checkpoint had been written yet"
         return TrainingError(f"{what} became NaN or infinite at step {self.position.step + 1}, on {names}; {kept}. "
                              f"Look at these pictures (edgedetr data check {self.data}), or lower --set train.lr (now "
                              f"{self.config.lr}) or set train.precision=32, and train into another --out")
@@ -256,7 +268,7 @@ class Run:
             if scaler is not None:
                 state = scaler.state_dict()
                 self.position.scale, self.position.growth = float(state["scale"]), int(state["_growth_tracker"])
-            checkpoint.save(self.out / FOLDER / CHECKPOINT, self.position, self.fingerprint, self.detector, self.ema,
+            checkpoint.save(self.saved, self.position, self.fingerprint, self.detector, self.ema,
                             self.plain_optimizer)
         self.fabric.barrier()
 

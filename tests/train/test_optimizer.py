@@ -31,7 +31,8 @@ def test_every_trainable_parameter_is_in_exactly_one_group_with_its_rate_and_dec
     assert sum(len(g["params"]) for g in groups(detector, config)) == len(where)
     trainable = {n: p for n, p in detector.named_parameters() if p.requires_grad}
     assert where.keys() == {id(p) for p in trainable.values()}
-    norms = tuple(n for n, m in detector.named_modules() if isinstance(m, (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)))
+    kinds = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
+    norms = tuple(n for n, m in detector.named_modules() if isinstance(m, kinds))
     for parameter_name, parameter in trainable.items():
         group = where[id(parameter)]
         assert group["base_lr"] == pytest.approx(1e-4 if parameter_name.startswith("backbone.") else 1e-3)
@@ -88,8 +89,8 @@ def test_the_moving_average_follows_its_formula(decay, warmup):
 
 
 @pytest.mark.parametrize("wrong", [
-    {"epochs": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"batch": 7, "devices": 2}, {"schedule": "step"}, {"ema_decay": 1.0},
-    {"step_epochs": (4, 2)}, {"label_noise": 1.5}, {"clip": -1.0}, {"workers": -1}, {"cost_class": -2.0},
+    {"epochs": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"batch": 7, "devices": 2}, {"schedule": "step"},
+    {"ema_decay": 1.0}, {"growth": (0.5, 0.8)}, {"step_epochs": (4, 2)}, {"label_noise": 1.5}, {"clip": -1.0}, {"workers": -1}, {"cost_class": -2.0},
 ])
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(RecipeError, match=rf"train\.{next(iter(wrong))}"):

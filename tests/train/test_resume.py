@@ -1,0 +1,149 @@
+"""A training killed by SIGKILL at any moment, also while it saves, ends in the same bytes as one left alone."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import micro
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from edgedetr.bundle import Bundle, digest
+
+START = 120     # seconds for a child to import torch on a loaded machine
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Children fork from a server that has imported everything, so that each starts at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["micro"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def straight(processes, micro_data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("straight") / "b"
+    child = processes.Process(target=micro.child, args=(str(micro_data), str(out), {}))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    return out
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "train" / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for(happened, child) -> None:
+    limit = time.monotonic() + START
+    while not happened() and child.is_alive():
+        assert time.monotonic() < limit
+        time.sleep(0.0005)
+
+
+def kill_once(processes, data: Path, out: Path, moment: str, chance: random.Random) -> None:
+    """Start or resume the training and kill it; afterwards what lies there is whole."""
+    child = processes.Process(target=micro.child, args=(str(data), str(out), {}))
+    child.start()
+    folder = out / "train"
+    if moment == "saving":
+        wait_for(lambda: folder.is_dir() and list(folder.glob(".last.*.tmp")), child)
+        time.sleep(chance.uniform(0, 0.01))
+    elif moment == "delivering":
+        wait_for(lambda: out.is_dir() and list(out.glob(".*.tmp")), child)
+    else:
+        wait_for(folder.is_dir, child)
+        time.sleep(chance.uniform(0, 1.0))
+    if child.is_alive():
+        os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    if (folder / "last.safetensors").exists():
+        load_file(folder / "last.safetensors")
+    if (out / "bundle.json").exists():
+        bundle = Bundle.open(out)
+        for name in bundle.manifest.files:
+            bundle.require(name)
+
+
+def finish(processes, data: Path, out: Path) -> None:
+    child = processes.Process(target=micro.child, args=(str(data), str(out), {}))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+
+
+def check_same(out: Path, straight: Path) -> None:
+    assert digest(out / "weights.safetensors") == digest(straight / "weights.safetensors")
+    # Tensor by tensor: the order of the file's header is not defined.
+    ours, theirs = (load_file(path / "train" / "last.safetensors") for path in (out, straight))
+    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert lines(out) == lines(straight)
+    assert not list(out.rglob(".*.tmp"))
+
+
+def test_killed_and_resumed_ends_in_the_same_bytes(processes, micro_data, straight, tmp_path):
+    chance = random.Random(0)
+    for moment in ("saving", "delivering", "any"):
+        kill_once(processes, micro_data, tmp_path / "b", moment, chance)
+    finish(processes, micro_data, tmp_path / "b")
+    check_same(tmp_path / "b", straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_twenty_kills_lose_nothing(processes, micro_data, straight, tmp_path, seed):
+    chance = random.Random(seed)
+    for _ in range(5):
+        kill_once(processes, micro_data, tmp_path / "b", chance.choice(["saving", "delivering", "any"]), chance)
+    finish(processes, micro_data, tmp_path / "b")
+    check_same(tmp_path / "b", straight)
+
+
+def two(data: str, out: str, rank: int, port: int, settings: dict) -> None:
+    """One of two processes, told so by the variables that torchrun sets."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    alone(data, out, {**settings, "devices": 2})
+
+
+def alone(data: str, out: str, settings: dict) -> None:
+    from edgedetr.recipe import Recipe
+    from edgedetr.train import train as module
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    module.RECORD_EVERY = 1
+    # What a process computes by itself must be the same in halves: no BatchNorm, no random parts, no weighted mean.
+    model = {"name": "detr", "backbone": "resnet18", "backbone_width": 0.125, "backbone_weights": "random",
+             "frozen_stages": 0, "hidden": 16, "heads": 2, "ffn": 16, "encoder_layers": 1, "decoder_layers": 2,
+             "queries": 10, "dropout": 0.0}
+    sections = {**micro.TOML, "model": model, "train": {**micro.TOML["train"], **settings}}
+    module.train(Recipe.from_dict(sections, where="two"), data, out)
+
+
+def test_two_processes_lose_like_one_with_the_same_batches(processes, micro_data, tmp_path):
+    settings = {"epochs": 1, "class_loss": "focal", "lr": 1e-5, "denoising": 0}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = [processes.Process(target=alone, args=(str(micro_data), str(tmp_path / "one"), settings))]
+    children += [processes.Process(target=two, args=(str(micro_data), str(tmp_path / "two"), rank, port, settings))
+                 for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    ones, twos = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert len(ones) == len(twos) == 4      # three steps, one evaluation
+    for one, both in zip(ones, twos):
+        for name in ("loss", "class", "l1", "giou", "auxiliary") if one["kind"] == "train" else ("ap", "ap50"):
+            assert both[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6)     # float32 sums in two halves
