@@ -1,0 +1,74 @@
+"""Recipes are strict: what is unknown, mistyped or out of range is named, with the nearest known word."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgedetr.errors import RecipeError
+from edgedetr.recipe import Recipe
+from edgedetr.shipped import recipes_directory
+
+
+def load(tmp_path, text, sets=()):
+    path = tmp_path / "x.toml"
+    path.write_text(text)
+    return Recipe.load(path, sets)
+
+
+def test_an_empty_recipe_is_all_defaults(tmp_path):
+    recipe = load(tmp_path, "")
+    assert recipe.model.name == "rt_detr" and recipe.input.height == 640 and recipe.verify.budget == 1.0
+
+
+def test_a_recipe_says_only_what_differs(tmp_path):
+    recipe = load(tmp_path, "[input]\nheight = 320\nwidth = 256\n[train]\nlr = 2e-4\n")
+    assert (recipe.input.height, recipe.input.width, recipe.train.lr) == (320, 256, 2e-4)
+
+
+def test_set_lies_over_the_recipe_and_keeps_its_types(tmp_path):
+    recipe = load(tmp_path, "[train]\nlr = 1e-3\n", ["train.lr=2e-4", "train.epochs=3", "input.resize=letterbox"])
+    assert (recipe.train.lr, recipe.train.epochs, recipe.input.resize) == (2e-4, 3, "letterbox")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("[quant]\nimges = 3", r"x\.toml \[quant\]: unknown key 'imges'; did you mean 'images'\?"),
+    ("[trian]\nlr = 1", r"unknown section \[trian\]; did you mean 'train'\?"),
+    ("lr = 1", "unknown section"),
+    ("train = 1", "outside any section"),
+    ("[model]\nname = 'rtdetr'", "unknown model 'rtdetr'; did you mean 'rt_detr'"),
+    ("[train]\nlr = '1e-4'", r"\[train\]: lr = '1e-4'"),
+    ("[train]\nlr = nan", "finite"),
+    ("[train]\nepochs = 1.5", "epochs"),
+    ("[train]\nlr = -1.0", "lr"),
+    ("[train]\nepochs = 0", "epochs"),
+    ("[input]\nheight = -320", "size"),
+    ("[input]\nresize = 'crop'", "resize"),
+    ("[train\nlr = 1", "not readable as TOML"),
+])
+def test_what_cannot_be_meant_is_refused(tmp_path, text, message):
+    with pytest.raises((RecipeError, Exception), match=message) as caught:
+        load(tmp_path, text)
+    assert getattr(caught.value, "exit_code", None) in (1, 2), f"not an edgedetr error: {caught.value!r}"
+
+
+@pytest.mark.parametrize("assignment", ["lr", "train", "train.lr", "=3", "trian.lr=3", "train.lrr=3"])
+def test_a_set_that_says_nothing_usable_is_refused(tmp_path, assignment):
+    with pytest.raises(RecipeError, match="lr|expected|did you mean"):
+        load(tmp_path, "", [assignment])
+
+
+def test_an_unknown_recipe_names_the_shipped_ones():
+    with pytest.raises(RecipeError, match="shipped: .*rtdetr-r18"):
+        Recipe.load("rtdetr-r81")
+
+
+def test_a_binary_file_is_no_recipe(tmp_path):
+    (tmp_path / "x.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="not readable as TOML"):
+        Recipe.load(tmp_path / "x.toml")
+
+
+@pytest.mark.parametrize("name", [p.stem for p in sorted(recipes_directory().glob("*.toml"))])
+def test_every_shipped_recipe_loads_and_reads_back_equal(tmp_path, name):
+    recipe = Recipe.load(name)
+    assert load(tmp_path, recipe.to_toml()) == recipe
