@@ -111,6 +111,7 @@ class IterativeBoxes(nn.Module):
 
 def move(delta: Tensor, reference: Tensor | None) -> Tensor:
     """Box logits [B, N, 4], from the reference [B, N, 4] in 0..1 where there is one -> boxes [B, N, 4] in 0..1."""
+    delta = delta.to(torch.promote_types(delta.dtype, torch.float32))     # half precision steps by 1/256 of the picture
     return (delta if reference is None else delta + inverse_sigmoid(reference)).sigmoid()
 
 

@@ -38,11 +38,11 @@ class Anchors(nn.Module):
 
     def forward(self, like: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """-> anchor logits [1, S, 4] (INVALID where not usable) and validity [1, S, 1], 0 or 1."""
-        boxes = []
+        boxes, kind = [], torch.promote_types(like.dtype, torch.float32)   # a bfloat16 cell centre is 1/256 off
         for level, (height, width) in enumerate(shapes):
-            y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
-            x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
-            size = torch.full((height * width, 2), self.side * 2.0**level, device=like.device, dtype=like.dtype)
+            y = (torch.arange(height, device=like.device, dtype=kind) + 0.5) / height
+            x = (torch.arange(width, device=like.device, dtype=kind) + 0.5) / width
+            size = torch.full((height * width, 2), self.side * 2.0**level, device=like.device, dtype=kind)
             boxes.append(torch.cat([x.repeat(height)[:, None], y.repeat_interleave(width)[:, None], size], dim=1))
         anchors = torch.cat(boxes)[None]
         valid = ((anchors > self.margin) & (anchors < 1 - self.margin)).all(-1, keepdim=True)

@@ -114,6 +114,29 @@ def test_deploy_graph_equals_the_last_layer(name: str, sampling: str) -> None:
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in graph.modules())
 
 
+@member
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_trains_and_boxes_stay_float32(name: str, kind: torch.dtype) -> None:
+    detector = small(name).train()
+    with torch.autocast("cpu", kind):
+        out = detector(detector.normalise(pictures()))
+    assert torch.isfinite(out.logits).all()
+    # A box in bfloat16 has steps of 1/256 of the picture; references are carried in float32.
+    assert out.boxes.dtype == torch.float32
+    (out.logits.float().square().mean() + out.boxes.float().square().mean()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in detector.parameters() if p.grad is not None)
+
+
+def test_dc5_keeps_the_last_stage_at_stride_16() -> None:
+    with torch.device("meta"):
+        detector = build("detr", DetrConfig(dilate_last=True), CLASSES)
+        memory = detector.encode(torch.zeros(1, 3, 64, 96))
+    assert memory.shapes == [(4, 6)]
+    assert memory.strides == [16]
+    dilations = [block.body[1].conv.dilation[0] for block in detector.backbone.stages[3]]
+    assert dilations == [1, 2, 2]       # torchvision's: the first block still sees the undilated grid
+
+
 @torch.no_grad()
 def test_masked_tokens_do_not_change_detections() -> None:
     """detr alone takes pictures of several sizes in a batch; padding is what the mask says it is."""

@@ -94,8 +94,8 @@ def test_files_of_transformers_load(member: str, tmp_path: Path) -> None:
             out_features=["stage2", "stage3", "stage4"])
         theirs = transformers.RTDetrForObjectDetection(transformers.RTDetrConfig(
             backbone_config=backbone, num_labels=3, encoder_in_channels=[64, 128, 256], d_model=32,
-            encoder_hidden_dim=32, decoder_in_channels=[32] * 3, encoder_ffn_dim=48, decoder_ffn_dim=48, decoder_layers=1,
-            num_queries=5, hidden_expansion=0.5, decoder_attention_heads=4, anchor_image_size=None))
+            encoder_hidden_dim=32, decoder_in_channels=[32] * 3, encoder_ffn_dim=48, decoder_ffn_dim=48,
+            decoder_layers=1, num_queries=5, hidden_expansion=0.5, decoder_attention_heads=4, anchor_image_size=None))
         config = RtDetrConfig(backbone_width=0.5, **TINY)
     theirs.save_pretrained(tmp_path)
     ours = build(member, config, 3)
