@@ -90,8 +90,8 @@ def _class_ap(matched: ClassMatches, counts: np.ndarray, objects: np.ndarray) ->
     Precision rises only at a hit, so the envelope at the hits decides. A hit that lifts the number of hits from m to n
     brings the recall thresholds in (m / objects, n / objects] its envelope; the first hit also brings threshold 0.
     """
-    weight = counts[:, matched.image]                   # [R, D]
-    seen = np.cumsum(weight, axis=1)                    # detections so far, with multiplicity
+    weight = counts.astype(np.int32)[:, matched.image]          # [R, D]
+    seen = np.cumsum(weight, axis=1, dtype=np.int32)            # detections so far, with multiplicity
     result = np.zeros(len(counts))
     for hit, ignored in zip(matched.hit, matched.ignored):
         at = np.flatnonzero(hit)

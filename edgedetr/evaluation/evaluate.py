@@ -64,8 +64,12 @@ class Metrics:
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "matches"}
 
 
-def evaluate(truth: DetectionSet | GroundTruth, detections: Mapping[int, Detections]) -> Metrics:
-    """Metrics of detections (by image id; a picture without an entry has none) against the ground truth."""
+def evaluate(truth: DetectionSet | GroundTruth, detections: Mapping[int, Detections], *,
+             by_size: bool = True) -> Metrics:
+    """Metrics of detections (by image id; a picture without an entry has none) against the ground truth.
+
+    by_size   False leaves AP of small, medium and large objects out (None), in well under half the time
+    """
     truth = truth if isinstance(truth, GroundTruth) else GroundTruth.of(truth)
     unknown = set(detections) - set(truth.image_ids.tolist())
     if unknown:
@@ -73,11 +77,11 @@ def evaluate(truth: DetectionSet | GroundTruth, detections: Mapping[int, Detecti
                         f"({len(unknown)} such); expected detections of the same split")
     if not len(truth):
         raise DataError("the ground truth has no pictures; expected at least one; run: edgedetr data check DIR")
-    judge = _run(truth, detections)
+    judge = _run(truth, detections, by_size)
     return _metrics(truth, judge)
 
 
-def _run(truth: GroundTruth, detections: Mapping[int, Detections]) -> Any:
+def _run(truth: GroundTruth, detections: Mapping[int, Detections], by_size: bool) -> Any:
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -85,20 +89,24 @@ def _run(truth: GroundTruth, detections: Mapping[int, Detections]) -> Any:
         raise MissingDependency("pycocotools is not installed; run: pip install 'edgedetr[verify]'") from error
     images = [{"id": int(i), "height": int(h), "width": int(w)} for i, (h, w) in zip(truth.image_ids, truth.sizes)]
     categories = [{"id": c.index, "name": c.name} for c in truth.classes]
-    ids = truth.image_ids[truth.image]
+    objects_of = zip(truth.image_ids[truth.image].tolist(), truth.labels.tolist(), _xywh(truth.boxes),
+                     truth.areas.tolist(), truth.crowd.tolist())
     # pycocotools marks "matched" by the annotation's id, so no id may be 0.
     annotations = [
-        {"id": n + 1, "image_id": int(ids[n]), "category_id": int(truth.labels[n]), "bbox": _xywh(truth.boxes[n]),
-         "area": float(truth.areas[n]), "iscrowd": int(truth.crowd[n])}
-        for n in range(len(truth.labels))
+        {"id": n, "image_id": i, "category_id": label, "bbox": box, "area": area, "iscrowd": int(crowd)}
+        for n, (i, label, box, area, crowd) in enumerate(objects_of, start=1)
     ]
     results: list[dict[str, object]] = []
     for i in truth.image_ids.tolist():
         found = detections.get(i)
-        for box, score, label in zip(found.xyxy, found.confidence, found.class_id) if found is not None else ():
-            x, y, w, h = _xywh(box)
-            results.append({"id": len(results) + 1, "image_id": i, "category_id": int(label), "bbox": [x, y, w, h],
-                            "area": w * h, "iscrowd": 0, "score": float(score)})
+        if found is None:
+            continue
+        results += [
+            {"id": n, "image_id": i, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0,
+             "score": score}
+            for n, (box, score, label) in enumerate(
+                zip(_xywh(found.xyxy), found.confidence.tolist(), found.class_id.tolist()), start=len(results) + 1)
+        ]
     with contextlib.redirect_stdout(io.StringIO()):     # pycocotools prints its progress
         objects, found_set = COCO(), COCO()
         objects.dataset = {"images": images, "categories": categories, "annotations": annotations}
@@ -107,14 +115,17 @@ def _run(truth: GroundTruth, detections: Mapping[int, Detections]) -> Any:
         found_set.createIndex()
         judge = COCOeval(objects, found_set, "bbox")
         judge.params.imgIds = truth.image_ids.tolist()
+        if not by_size:
+            judge.params.areaRng, judge.params.areaRngLbl = judge.params.areaRng[:1], judge.params.areaRngLbl[:1]
         judge.evaluate()
         judge.accumulate()
     return judge
 
 
-def _xywh(box: np.ndarray) -> list[float]:
-    x0, y0, x1, y1 = (float(v) for v in box)
-    return [x0, y0, x1 - x0, y1 - y0]
+def _xywh(boxes: np.ndarray) -> list[list[float]]:
+    """xyxy [n, 4] -> n lists of x, y, width, height, float64."""
+    boxes = boxes.astype(np.float64)
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
 
 
 def _metrics(truth: GroundTruth, judge: Any) -> Metrics:
@@ -125,10 +136,11 @@ def _metrics(truth: GroundTruth, judge: Any) -> Metrics:
         return float(values.mean() * 100) if values.size else None
 
     full = precision[..., -1]       # 100 detections
+    small, medium, large = (mean(full[..., n]) for n in (1, 2, 3)) if full.shape[3] == 4 else (None, None, None)
     per_class = {c.name: mean(full[:, :, c.index, 0]) for c in truth.classes}
     return Metrics(
         ap=mean(full[..., 0]), ap50=mean(full[0, ..., 0]), ap75=mean(full[5, ..., 0]),
-        ap_small=mean(full[..., 1]), ap_medium=mean(full[..., 2]), ap_large=mean(full[..., 3]),
+        ap_small=small, ap_medium=medium, ap_large=large,
         ar100=mean(recall[:, :, 0, -1]), per_class=per_class, matches=_matches(truth, judge),
     )
 

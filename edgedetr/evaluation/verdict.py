@@ -98,7 +98,7 @@ class Judge:
                             per_class=self.metrics.per_class, images=len(self.reference.truth))
 
     def stage(self, run: StageRun) -> StageVerdict:
-        metrics = evaluate(self.reference.truth, run.detections)
+        metrics = evaluate(self.reference.truth, run.detections, by_size=False)
         bound = bootstrap.compare(self.resampled, bootstrap.resampled_ap(metrics.matches, self.counts))
         latency = Latency.of(run.seconds) if run.seconds and not run.fault else None
         oracle, oracle_drop, note = self._against_oracle(run)
@@ -117,7 +117,8 @@ class Judge:
             return None, None, run.fault
         parity = match(run.oracle, run.detections)
         truth = self.reference.truth.subset(run.oracle)
-        theirs, ours = evaluate(truth, run.oracle), evaluate(truth, {i: run.detections[i] for i in run.oracle})
+        theirs, ours = (evaluate(truth, {i: found[i] for i in run.oracle}, by_size=False)
+                        for found in (run.oracle, run.detections))
         bound = bootstrap.paired(theirs.matches, ours.matches, resamples=self.config.bootstrap, seed=self.config.seed)
         drop = bound.drop if np.isfinite(bound.drop) else None
         # More than the budget and more than chance, or objects that are simply not there any more.

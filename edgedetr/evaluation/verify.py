@@ -70,7 +70,7 @@ def verify(
     else:
         reference = Reference.load(bundle.require("reference.npz"))
         check_same(reference, GroundTruth.of(dataset, digests=True), bundle)
-    torch = evaluate(reference.truth, reference.detections)
+    torch = evaluate(reference.truth, reference.detections, by_size=False)
     if torch.ap is None:
         raise DataError(f"{dataset.root}: split {dataset.name!r} has no object to measure AP on; "
                         f"run: edgedetr data check {dataset.root}")

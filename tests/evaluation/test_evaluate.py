@@ -81,6 +81,16 @@ def test_no_pictures_is_an_error(random_set):
         evaluate(truth.subset([]), {})
 
 
+def test_leaving_sizes_out_changes_nothing_else(random_set):
+    whole, quick = evaluate(*random_set(4)), evaluate(*random_set(4), by_size=False)
+    names = ("ap", "ap50", "ap75", "ar100", "per_class")
+    assert [getattr(quick, n) for n in names] == [getattr(whole, n) for n in names]
+    assert (quick.ap_small, quick.ap_medium, quick.ap_large) == (None, None, None)
+    for a, b in zip(quick.matches.classes, whole.matches.classes):
+        np.testing.assert_array_equal(a.hit, b.hit)
+        np.testing.assert_array_equal(a.objects, b.objects)
+
+
 def test_pycocotools_prints_nothing(random_set, capsys):
     evaluate(*random_set(2))
     assert capsys.readouterr().out == ""
