@@ -1,0 +1,118 @@
+"""What is written is what there is: commands, options, files, and nothing that only makes sense where it was written."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from edgedetr.cli import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "recipes").glob("*.md"),
+        *(ROOT / "calib").glob("*.md"),
+    ]
+)
+LINE = re.compile(r"^\s*(edgedetr [a-z].*)$|`(edgedetr [a-z][^`]*)`", re.MULTILINE)
+
+
+def written_commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for match in LINE.finditer(page.read_text(encoding="utf-8")):
+            found.append((page.name, (match[1] or match[2]).replace("\\|", "|")))
+    return found
+
+
+def find(words: list[str]) -> tuple[click.Command | None, list[str]]:
+    """The command that the words name, and the words after it."""
+    command: click.Command | None = cli
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        command, words = command.get_command(click.Context(command), words[0]), words[1:]
+    return command, words
+
+
+@pytest.mark.parametrize("page, text", written_commands())
+def test_every_written_command_and_option_exists(page, text):
+    command, rest = find(shlex.split(text.split("#")[0])[1:])
+    assert command is not None, f"{page}: {text}"
+    known = {name for option in command.params for name in option.opts}
+    for word in rest:
+        if word.startswith("--"):
+            assert word.partition("=")[0] in known, f"{page}: {text} has no {word}"
+
+
+def test_every_command_is_written_down():
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    for name, command in cli.commands.items():
+        names = [f"{name} {sub}" for sub in command.commands] if isinstance(command, click.Group) else [name]
+        for full in names:
+            assert f"`edgedetr {full}" in text
+
+
+def test_every_exit_code_is_written_down():
+    from edgedetr import errors
+
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    codes = {
+        kind.exit_code
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.EdgedetrError)
+    }
+    for code in codes | {0, 130}:
+        assert f"\n| {code} |" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http:", "https:", "#")) and target != "docs/report.png":
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
+
+
+def test_the_five_commands_of_the_readme_are_those_of_the_help():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = next(b for b in re.findall(r"```\n(.*?)```", readme, re.DOTALL) if b.startswith("edgedetr train"))
+    assert [line.strip() for line in block.splitlines()] == [
+        line.strip() for line in cli.help.splitlines() if line.strip().startswith("edgedetr ")
+    ]
+
+
+SOURCES = [
+    p
+    for folder in ("edgedetr", "recipes", "calib", "docs")
+    for p in (ROOT / folder).rglob("*")
+    if p.suffix in (".py", ".md", ".toml", ".html")
+]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*SOURCES, *ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "pyproject.toml"],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_no_path_of_the_place_it_was_written_in(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"/work/|/root/|/tmp/|\.\./shared", text)
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.suffix == ".py"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_opens_with_one_sentence(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    first = docstring.split("\n\n")[0]
+    # A package marker may be empty; a sentence may lead into a list by a colon.
+    assert first.endswith((".", ":")) or path.name == "__init__.py"
+
+
+def test_nothing_is_left_to_do_in_the_code():
+    for path in SOURCES:
+        if path.suffix == ".py":
+            assert not re.search(r"\b(TODO|FIXME|XXX)\b", path.read_text(encoding="utf-8")), path
