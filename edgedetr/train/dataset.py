@@ -6,9 +6,11 @@ resumed training sees exactly what it would have seen.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -67,6 +69,18 @@ class TrainingSet(Dataset):
         width, height = contract.width, contract.height
         centred = xyxy_to_cxcywh(boxes) / [width, height, width, height]
         return pixels, Target(torch.from_numpy(labels), torch.from_numpy(centred).float().reshape(-1, 4)), index
+
+    def fill(self) -> None:
+        """Decode into the cache now, as far as it has room, so that worker processes share it."""
+        with ThreadPoolExecutor() as pool:      # decoding releases Python's lock
+            for number in range(0, len(self), 64):
+                if self.room <= 0:
+                    break
+                list(pool.map(self._try, range(number, min(number + 64, len(self)))))
+
+    def _try(self, index: int) -> None:
+        with contextlib.suppress(DataError):    # told when its turn comes
+            self._picture(index)
 
     def _readable(self, index: int) -> tuple[int, Picture]:
         """The sample, or the next one that can be decoded; with strict, the first failure ends it."""
@@ -128,3 +142,11 @@ def batches(dataset: TrainingSet, plan: np.ndarray, epoch: int, *, plain: bool, 
 def _collate(items: list[tuple[Tensor, Target, int]]) -> Batch:
     images, targets, indices = zip(*items)
     return Batch(torch.stack(images), list(targets), list(indices))
+
+
+def smaller(contract: InputContract, share: float) -> InputContract:
+    """The contract with its sides scaled to multiples of 32, the coarsest stride."""
+    if share == 1:
+        return contract
+    height, width = (max(round(side * share / 32), 1) * 32 for side in (contract.height, contract.width))
+    return replace(contract, height=height, width=width)

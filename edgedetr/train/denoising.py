@@ -94,9 +94,11 @@ def split(outputs: Outputs, noised: Noised, padded: Padded) -> tuple[Outputs, De
 
 def positives(noised: Noised, padded: Padded, layers: int) -> Matches:
     """Each positive copy belongs to its object."""
-    device = noised.labels.device
-    image, target = padded.valid.nonzero(as_tuple=True)
-    start = torch.arange(noised.groups, device=device) * 2 * noised.per_group
+    # From the Python counts, so that nothing waits for the device.
+    image = torch.arange(len(padded.counts)).repeat_interleave(torch.tensor(padded.counts))
+    target = torch.cat([torch.arange(count) for count in padded.counts])
+    start = torch.arange(noised.groups) * 2 * noised.per_group
     query = (start[None] + target[:, None]).flatten()
     image, target = image.repeat_interleave(noised.groups), target.repeat_interleave(noised.groups)
+    image, query, target = torch.stack([image, query, target]).to(noised.labels.device, non_blocking=True)
     return Matches(image, query.expand(layers, -1), target.expand(layers, -1))

@@ -23,7 +23,8 @@ class Ema:
         floating = [name for name, value in ours.items() if value.is_floating_point()]
         self._average = [ours[name] for name in floating]
         self._weights = [theirs[name] for name in floating]
-        self._counters = [(ours[name], theirs[name]) for name in ours if not ours[name].is_floating_point()]
+        counters = [name for name in ours if name not in floating]
+        self._counts, self._counters = [ours[name] for name in counters], [theirs[name] for name in counters]
 
     def rate(self, step: int) -> float:
         """d after `step` steps, counted from 1."""
@@ -32,5 +33,5 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         torch._foreach_lerp_(self._average, self._weights, 1 - self.rate(step))
-        for ours, theirs in self._counters:
-            ours.copy_(theirs)
+        if self._counts:
+            torch._foreach_copy_(self._counts, self._counters)

@@ -19,7 +19,7 @@ class Progress(Protocol):
         """Steps in all, steps done already (a resume), epochs in all."""
 
     def step(self, step: int, losses: Mapping[str, float], rate: float) -> None:
-        """Steps done, running means of the losses, pictures per second."""
+        """After every step: steps done, running means of the losses, pictures per second."""
 
     def evaluated(self, epoch: int, metrics: Metrics, best: bool) -> None:
         """Epochs done, metrics on the select split, whether they are the best so far."""

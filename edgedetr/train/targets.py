@@ -23,9 +23,6 @@ class Target:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device) -> Target:
-        return Target(self.labels.to(device, non_blocking=True), self.boxes.to(device, non_blocking=True))
-
 
 @dataclass(frozen=True)
 class Padded:
@@ -45,6 +42,9 @@ class Padded:
         """[B, T] bool, True where there is an object."""
         counts = torch.tensor(self.counts, device=self.labels.device)
         return torch.arange(self.labels.shape[1], device=self.labels.device)[None] < counts[:, None]
+
+    def to(self, device: torch.device) -> Padded:
+        return Padded(self.labels.to(device, non_blocking=True), self.boxes.to(device, non_blocking=True), self.counts)
 
 
 def pad(targets: Sequence[Target]) -> Padded:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,18 +18,19 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 from safetensors.torch import save_file
 
-from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract
+from edgedetr.bundle import Bundle, DataRecord, Manifest, OutputContract
 from edgedetr.data import layouts
 from edgedetr.data.form import DataConfig, DetectionSet
 from edgedetr.errors import DataError, TrainingError
 from edgedetr.evaluation.evaluate import Metrics
 from edgedetr.models import build, pretrained
+from edgedetr.models.deploy import DeployGraph
 from edgedetr.recipe import Recipe
 from edgedetr.train import checkpoint, optimizer
 from edgedetr.train.checkpoint import Position
 from edgedetr.train.config import TrainConfig
 from edgedetr.train.criterion import Losses
-from edgedetr.train.dataset import Batch, TrainingSet, batches, order
+from edgedetr.train.dataset import Batch, TrainingSet, batches, order, smaller
 from edgedetr.train.ema import Ema
 from edgedetr.train.progress import Progress, Silent
 from edgedetr.train.record import Record
@@ -98,9 +99,10 @@ class Run:
         self.plain_optimizer = optimizer.adamw(self.detector, config)
         self.trainee, self.optimizer = fabric.setup(trainee, self.plain_optimizer)
         contract = recipe.input.contract()
+        DeployGraph(self.detector, contract.height, contract.width)     # what cannot be deployed fails now, not later
         self.output = OutputContract(model_config.activation)
         self.pictures = TrainingSet(samples, contract, recipe.augment, seed=config.seed, strict=recipe.data.strict,
-                                    cache_mb=config.cache_mb // max(config.workers, 1))
+                                    cache_mb=config.cache_mb)
         self.selection = Selection(chosen, contract, self.output, batch=min(config.batch, 16),
                                    cache_mb=config.cache_mb // 2)
         self.position = Position()
@@ -131,6 +133,8 @@ class Run:
             for rest in [*self.out.glob(".*.tmp"), *self.saved.parent.glob(".*.tmp")]:
                 rest.unlink()       # half-written by a run that was killed
         self.record = Record(self.saved.parent, self.position.step) if main else None
+        if self.config.workers:
+            self.pictures.fill()
         self.progress.start(self.total, self.position.step, self.config.epochs)
         try:
             for epoch in range(self.position.step // self.per_epoch, self.config.epochs):
@@ -159,25 +163,26 @@ class Run:
             position.summed += 1
             seen += config.batch
             step = position.step
+            self.progress.step(step, self._means(position.sums), seen / max(time.monotonic() - begun, 1e-9))
             if step % RECORD_EVERY == 0 or step % self.per_epoch == 0:
-                self._tell(seen / max(time.monotonic() - begun, 1e-9))
+                self._write()
                 seen, begun = 0, time.monotonic()
             # At the end of an epoch the checkpoint follows the evaluation, so that a resume never leaves one out.
             if step % config.checkpoint_every == 0 and step % self.per_epoch:
                 self._save()
 
-    def _tell(self, speed: float) -> None:
-        """Mean losses since the last time, over all processes, to the progress bar and the record."""
+    def _means(self, sums: list[float]) -> dict[str, float]:
+        return {name: value / self.position.summed for name, value in zip(Losses.NAMES, sums)}
+
+    def _write(self) -> None:
+        """Mean losses since the last time, over all processes, to the record."""
         position = self.position
-        sums = self._over_all(torch.tensor(position.sums, dtype=torch.float64))
-        means = sums / position.summed / self.fabric.world_size
-        position.sums, position.summed = [], 0
-        values = dict(zip(Losses.NAMES, means.tolist()))
-        self.progress.step(position.step, values, speed)
+        sums = self._over_all(torch.tensor(position.sums, dtype=torch.float64)) / self.fabric.world_size
         if self.record is not None:
             rate = self.plain_optimizer.param_groups[-1]["lr"]
             about = {"epoch": position.step / self.per_epoch, "lr": rate}
-            self.record.write("train", position.step, {**about, **values})
+            self.record.write("train", position.step, {**about, **self._means(sums.tolist())})
+        position.sums, position.summed = [], 0
 
     def _step(self, batch: Batch) -> torch.Tensor:
         """One optimiser step; losses [7] on the CPU."""
@@ -189,7 +194,7 @@ class Run:
         losses = torch.zeros(len(Losses.NAMES), device=fabric.device)
         for part in range(parts):
             chunk = slice(part * size, (part + 1) * size)
-            padded = pad([target.to(fabric.device) for target in batch.targets[chunk]])
+            padded = pad(batch.targets[chunk]).to(fabric.device)
             images = batch.images[chunk].to(fabric.device, non_blocking=True)
             with fabric.no_backward_sync(self.trainee, enabled=fabric.world_size > 1 and part < parts - 1):
                 result = self.trainee(images, padded.labels, padded.boxes, padded.counts, max(objects / parts, 1.0))
@@ -281,14 +286,6 @@ def _fabric(config: TrainConfig) -> Fabric:
                     precision=PRECISIONS[config.precision])  # type: ignore[arg-type]  # a Literal of the same words
     fabric.launch()
     return fabric
-
-
-def smaller(contract: InputContract, share: float) -> InputContract:
-    """The contract with its sides scaled to multiples of 32, the coarsest stride."""
-    if share == 1:
-        return contract
-    height, width = (max(round(side * share / 32), 1) * 32 for side in (contract.height, contract.width))
-    return replace(contract, height=height, width=width)
 
 
 def _check(samples: DetectionSet, chosen: DetectionSet) -> None:

@@ -90,7 +90,8 @@ def test_the_moving_average_follows_its_formula(decay, warmup):
 
 @pytest.mark.parametrize("wrong", [
     {"epochs": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"batch": 7, "devices": 2}, {"schedule": "step"},
-    {"ema_decay": 1.0}, {"growth": (0.5, 0.8)}, {"step_epochs": (4, 2)}, {"label_noise": 1.5}, {"clip": -1.0}, {"workers": -1}, {"cost_class": -2.0},
+    {"ema_decay": 1.0}, {"growth": (0.5, 0.8)},
+    {"step_epochs": (4, 2)}, {"label_noise": 1.5}, {"clip": -1.0}, {"workers": -1}, {"cost_class": -2.0},
 ])
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(RecipeError, match=rf"train\.{next(iter(wrong))}"):
