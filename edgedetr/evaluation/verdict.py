@@ -92,10 +92,13 @@ class Judge:
         self.resampled = bootstrap.resampled_ap(torch.matches, self.counts)
 
     def torch(self) -> StageVerdict:
-        weights = self.bundle.manifest.files.get("weights.safetensors")
-        return StageVerdict("torch", "pytorch", True, self.metrics.ap or 0.0, self.metrics.ap50 or 0.0, 0.0, 0.0, None,
+        weights, ap = self.bundle.manifest.files.get("weights.safetensors"), self.metrics.ap or 0.0
+        note = "" if ap > self.config.budget else (
+            f"torch itself reaches AP {ap:.1f}, no more than the budget of {self.config.budget:g}: "
+            f"there is nothing to lose, and passing says nothing")
+        return StageVerdict("torch", "pytorch", True, ap, self.metrics.ap50 or 0.0, 0.0, 0.0, None,
                             None, weights.size / 1e6 if weights else None, ap75=self.metrics.ap75,
-                            per_class=self.metrics.per_class, images=len(self.reference.truth))
+                            per_class=self.metrics.per_class, images=len(self.reference.truth), note=note)
 
     def stage(self, run: StageRun) -> StageVerdict:
         metrics = evaluate(self.reference.truth, run.detections, by_size=False)

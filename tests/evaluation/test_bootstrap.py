@@ -133,6 +133,6 @@ def test_a_thousand_resamples_of_800_pictures_take_seconds(rng):
         size = images * per_image
         hit = np.sort(rng.uniform(size=size))[None, ::-1] * np.linspace(1, 0.3, 10)[:, None] > 0.9
         made.append(ClassMatches(rng.integers(0, images, size), hit, np.zeros_like(hit), np.full(images, 3)))
-    start = time.perf_counter()
+    start = time.process_time()
     bootstrap.resampled_ap(Matches(tuple(made), images), bootstrap.draw(images, 1000))
-    assert time.perf_counter() - start < 20     # measured 2 s on one idle core; the machine may be shared
+    assert time.process_time() - start < 10     # seconds of one core; measured 2

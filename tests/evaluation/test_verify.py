@@ -100,6 +100,12 @@ def test_a_budget_of_the_certifiable_size_passes_and_a_smaller_one_does_not(bad)
     assert verify(bad, threads=1, max_drop=needed).budget == needed
 
 
+def test_a_reference_with_nothing_to_lose_says_that_passing_says_nothing(good):
+    result = verify(good, threads=1, max_drop=100, stages=["onnx"])
+    assert result.passed
+    assert "AP 100.0, no more than the budget of 100" in result.stages[0].note
+
+
 def test_the_verdict_is_stale_once_a_stage_is_made_again(good, tiny_graph):
     verify(good, threads=1)
     assert good.has("results/verify.json")

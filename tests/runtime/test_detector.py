@@ -166,10 +166,10 @@ def test_a_detector_loads_and_runs_without_torch_onnx_click_pydantic_or_matplotl
                     raise ImportError(name + " must not be imported on the device")
 
         sys.meta_path.insert(0, Refuse())
-        start = time.perf_counter()
+        start = time.process_time()     # of the processor: the machine may be shared
         import edgedetr.runtime
         detector = edgedetr.runtime.load({str(bundle.path)!r})
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         import numpy as np
         found = detector([np.zeros((20, 30, 3), np.uint8)])
         assert len(found[0]) == 6
@@ -178,7 +178,7 @@ def test_a_detector_loads_and_runs_without_torch_onnx_click_pydantic_or_matplotl
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 5       # promised is 1 s, measured 0.3 s; this bound only catches a heavy import
+    assert float(done.stdout) < 1       # promised is 1 s; measured 0.3 s
 
 
 def test_repr_and_names_help_the_reader(make_bundle):

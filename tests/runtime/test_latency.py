@@ -26,7 +26,7 @@ def test_candidates_take_turns_and_each_leads_equally_often():
 
 def test_slow_is_slower_and_in_milliseconds():
     timings = measure({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, rounds=3, warm_up=0)
-    assert 20 <= timings["slow"].p50_ms < 500      # sleep is never shorter than asked
+    assert 20 <= timings["slow"].p50_ms < 20_000       # sleep is never shorter than asked; seconds would be 0.02
     assert timings["fast"].p50_ms < timings["slow"].p50_ms
 
 

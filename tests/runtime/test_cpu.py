@@ -1,0 +1,39 @@
+"""The 8-bit dot product is found by its flag and not guessed."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgedetr.runtime import cpu
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    cpu.int8_dot_product.cache_clear()
+    yield
+    cpu.int8_dot_product.cache_clear()
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("flags\t\t: fpu sse2 avx2 avx512_vnni avx512_bf16\n", "avx512_vnni"),
+    ("flags\t\t: fpu avx2 avx_vnni\n", "avx_vnni"),
+    ("flags\t\t: fpu avx2 avx_vnni amx_int8 avx512_vnni\n", "amx_int8"),
+    ("Features\t: fp asimd asimddp\n", "asimddp"),         # Jetson Orin's Cortex-A78AE
+    ("flags\t\t: fpu sse2 avx2\nmodel name: avx512_vnnish\n", None),
+    ("", None),
+])
+def test_flags_of_cpuinfo(tmp_path, monkeypatch, text, expected):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
+    assert cpu.int8_dot_product() == expected
+
+
+@pytest.mark.parametrize("machine, expected", [("arm64", "asimddp"), ("x86_64", None)])
+def test_without_cpuinfo_only_apple_silicon_is_known(tmp_path, monkeypatch, machine, expected):
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "missing")
+    monkeypatch.setattr(cpu.platform, "machine", lambda: machine)
+    assert cpu.int8_dot_product() == expected
+
+
+def test_there_is_at_least_one_core():
+    assert cpu.cores() >= 1
