@@ -15,10 +15,12 @@ from edgedetr.bundle import Bundle, Manifest
 from edgedetr.data.form import DetectionSet
 from edgedetr.data.images import decode
 from edgedetr.data.layouts import load
+from edgedetr.errors import ExportError
 from edgedetr.export.config import ExportConfig
 from edgedetr.export.onnx_file import PREFIX, describe, parity, write
 from edgedetr.export.reference import reference
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
+from edgedetr.models.detector import Detector
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.quantize import quantize, read
 from edgedetr.runtime.preprocess import prepare
@@ -60,6 +62,7 @@ def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None 
         return
     weights = bundle.require("weights.safetensors")
     detector, graph = load_bundle_model(bundle)
+    _require_finite(bundle, detector)
     dataset = load(record.path, record.verify_split) if record is not None else None
     if record is None:
         log.warning("%s: no data recorded, so no reference.npz; verify will need --data", bundle.path)
@@ -78,6 +81,13 @@ def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None 
         parity(graph, temporary, _probes(manifest, dataset), manifest)
     if progress:
         progress("onnx", 1, 1)
+
+
+def _require_finite(bundle: Bundle, detector: Detector) -> None:
+    for name, value in detector.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ExportError(f"{bundle.path}: weight {name} holds NaN or infinity; expected finite weights; "
+                              "train again from the last good checkpoint: edgedetr train --data DIR --resume")
 
 
 def _made_by(bundle: Bundle) -> str:

@@ -16,6 +16,7 @@ from edgedetr.errors import ExportError
 from edgedetr.quantization.calibrate import Progress, calibrate, choose
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, tensors, tied, weight_bits
+from edgedetr.quantization.legality import tensorrt_faults
 from edgedetr.quantization.policy import Plan, Policy, load, plan
 from edgedetr.quantization.qdq import insert
 from edgedetr.quantization.ranges import Ranges
@@ -87,6 +88,10 @@ def _write(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, rang
     item = result.metadata_props.add()
     item.key, item.value = KEY, made_by
     onnx.checker.check_model(result)
+    faults = tensorrt_faults(result) if not dialect.unsigned else []
+    if faults:
+        raise ExportError(f"{dialect.file} would not be legal for TensorRT: {faults[0]} ({len(faults)} such); expected "
+                          "explicit signed Q/DQ; this is a defect, report it with the recipe and the policy")
     with bundle.add(dialect.file, stage="quantise", made_from=["model.onnx", "ranges.json"]) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
 

@@ -1,0 +1,121 @@
+"""Histograms and range choices against numpy and brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edgedetr.errors import ExportError
+from edgedetr.quantization.observers import BINS, Histogram, divergence, squared_error
+
+
+def histogram(*batches: np.ndarray, per_image: int | None = None) -> Histogram:
+    found = Histogram("t", per_image)
+    for values in batches:
+        found.observe(values)
+    return found
+
+
+def test_largest_value_is_exact_whatever_the_order_of_the_pictures(rng):
+    batches = [rng.normal(0, scale, 5000).astype(np.float32) for scale in (0.1, 30, 1, 7)]
+    expected = max(float(np.abs(values).max()) for values in batches)
+    for order in (batches, batches[::-1]):
+        assert histogram(*order).amax("minmax") == expected
+
+
+def test_growing_values_double_the_range_and_lose_no_count(rng):
+    found = histogram(*[rng.uniform(-1, 1, 1000).astype(np.float32) * 3**i for i in range(8)])
+    assert found.counts.sum() == 8000
+    assert found.largest <= found.limit < 2 * found.largest * 1.001
+    assert found.counts.shape == (BINS,)
+
+
+@pytest.mark.parametrize("percentile", [50, 90, 99, 99.9, 99.99])
+@pytest.mark.parametrize("kind", ["normal", "laplace", "uniform", "relu"])
+def test_percentiles_are_numpys_to_one_bin(rng, kind, percentile):
+    draw = {"normal": rng.normal, "laplace": rng.laplace, "uniform": rng.uniform, "relu": rng.normal}[kind]
+    values = draw(size=200_000).astype(np.float32)
+    values = np.maximum(values, 0) if kind == "relu" else values
+    found = histogram(*np.split(values, 10))
+    expected = float(np.percentile(np.abs(values), percentile))
+    # One bin is all that the histogram knows; in the tail, half a rank of 200,000 values lies between two samples.
+    gap = np.diff(np.percentile(np.abs(values), [max(percentile - 1e-3, 0), min(percentile + 1e-3, 100)]))[0]
+    assert found.amax("percentile", percentile) == pytest.approx(expected, abs=found.limit / BINS + gap)
+
+
+@pytest.mark.parametrize("kind", ["normal", "outlier", "uniform"])
+def test_mse_range_is_as_good_as_a_brute_force_search_on_the_values_themselves(rng, kind):
+    values = rng.uniform(-1, 1, 4000) if kind == "uniform" else rng.normal(0, 1, 4000)
+    if kind == "outlier":
+        values[0] = 60.0
+
+    def error(amax: float) -> float:
+        step = amax / 127
+        return float(((np.clip(np.round(values / step), -127, 127) * step - values) ** 2).sum())
+
+    chosen = histogram(values.astype(np.float32)).amax("mse")
+    best = min(error(amax) for amax in np.linspace(0.01, 1, 400) * np.abs(values).max())
+    # The bins (1/2048 of the range, a step is 1/127) and the 100 candidates blur the optimum by a few per cent.
+    assert error(chosen) <= 1.1 * best
+    if kind == "outlier":
+        assert chosen < 60, "one value in 4,000 must not cost all others their resolution"
+
+
+def test_squared_error_equals_a_loop():
+    centres, counts = np.array([0.1, 0.5, 1.3]), np.array([5, 2, 1])
+    expected = 0.0
+    for centre, count in zip(centres, counts):
+        level = min(round(centre / (1.0 / 127)), 127) / 127
+        expected += count * (level - centre) ** 2
+    assert squared_error(centres, counts, 1.0) == pytest.approx(expected)
+
+
+def brute_divergence(counts: np.ndarray, keep: int) -> float:
+    """The same definition written as loops over bins and levels."""
+    reference = [float(c) for c in counts[:keep]]
+    reference[-1] += float(counts[keep:].sum())
+    approximated = [0.0] * keep
+    for level in range(128):
+        members = [i for i in range(keep) if i * 128 // keep == level and reference[i] > 0]
+        mass = sum(float(counts[i]) for i in range(keep) if i * 128 // keep == level)
+        for i in members:
+            approximated[i] = mass / len(members)
+    p_total, q_total = sum(reference), sum(approximated)
+    pairs = [(p / p_total, q / q_total) for p, q in zip(reference, approximated) if p > 0]
+    return sum(p * np.log(p / max(q, 1e-12)) for p, q in pairs)
+
+
+@pytest.mark.parametrize("keep", [128, 200, 777, 2048])
+def test_divergence_equals_loops(rng, keep):
+    counts = rng.poisson(np.linspace(200, 0, BINS)).astype(np.int64)
+    assert divergence(counts, keep) == pytest.approx(brute_divergence(counts, keep), rel=1e-9, abs=1e-12)
+
+
+def test_entropy_clips_lone_outliers_and_keeps_a_flat_distribution(rng):
+    tail = rng.normal(size=100_000).astype(np.float32)
+    tail[:3] = 40.0
+    assert histogram(tail).amax("entropy") < 20
+    flat = rng.uniform(0, 1, 100_000).astype(np.float32)
+    assert histogram(flat).amax("entropy") > 0.95
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_refused_with_the_tensors_name(poison):
+    with pytest.raises(ExportError, match="'conv7' holds NaN or infinity"):
+        Histogram("conv7").observe(np.array([1.0, poison], dtype=np.float32))
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "entropy", "mse"])
+def test_a_tensor_that_is_always_zero_has_range_zero(observer):
+    assert histogram(np.zeros(100, np.float32), np.zeros(100, np.float32)).amax(observer) == 0.0
+
+
+def test_large_tensors_are_sampled_evenly_and_their_extremes_are_still_exact(rng):
+    values = rng.normal(size=(64, 50, 50)).astype(np.float32)
+    values[3, 2, 1] = -99.0
+    found = histogram(values, per_image=5000)
+    assert found.counts.sum() <= 5000
+    assert found.amax("minmax") == 99.0
+    whole = histogram(values)
+    # 5,000 of 160,000 values: the standard error of the median's rank is 0.7 %.
+    assert found.amax("percentile", 50) == pytest.approx(whole.amax("percentile", 50), rel=0.05)

@@ -1,0 +1,95 @@
+"""Policies: strict reading, and which nodes each rule keeps float."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgedetr.errors import ExportError
+from edgedetr.quantization.policy import Policy, Rule, load, plan
+
+
+def graph_of(nodes, shapes, **constants):
+    initialisers = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    outputs = [helper.make_empty_tensor_value_info(nodes[-1].output[0])]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, initialisers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)])
+
+
+W = np.ones((32, 32))
+
+
+def test_the_shipped_default_gives_a_reason_for_every_rule():
+    policy = load("default")
+    assert policy.name == "default"
+    assert policy.rules
+    assert all(len(rule.reason) > 20 for rule in policy.rules)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("quantize = ['Conv']", "unknown key 'quantize'; did you mean 'quantise'"),
+    ("quantise = 'Conv'", "quantise is 'Conv'; expected a list of strings"),
+    ("residuals = 'yes'", "residuals is 'yes'; expected bool"),
+    ("[[float]]\nmatch = ['*']", "has no reason"),
+    ("[[float]]\nmatch = ['*']\nreson = 'x'", "unknown key 'reson'; did you mean 'reason'"),
+    ("float = 3", "expected \\[\\[float\\]\\] tables"),
+    ("name = [", "cannot be read as a policy"),
+])
+def test_a_faulty_policy_is_refused_with_its_fault(tmp_path, text, message):
+    path = tmp_path / "p.toml"
+    path.write_text(text)
+    with pytest.raises(ExportError, match=message):
+        load(path)
+
+
+def test_an_unknown_policy_names_the_nearest():
+    with pytest.raises(ExportError, match="no policy named 'defualt'; did you mean 'default'"):
+        load("defualt")
+
+
+def test_a_missing_policy_file_is_an_error(tmp_path):
+    with pytest.raises(ExportError, match="cannot be read as a policy"):
+        load(tmp_path / "none.toml")
+
+
+def test_a_rule_keeps_what_it_matches_except_its_exceptions():
+    nodes = [helper.make_node("MatMul", ["x", "a"], ["h"], "/decoder/value/MatMul"),
+             helper.make_node("MatMul", ["h", "b"], ["i"], "/decoder/out/MatMul"),
+             helper.make_node("MatMul", ["i", "c"], ["y"], "/encoder/q/MatMul")]
+    model = graph_of(nodes, {"x": [1, 4, 32]}, a=W, b=W, c=W)
+    rule = Rule("boxes", match=("*/decoder/*",), unless=("*/value/*",))
+    found = plan(model, Policy("p", rules=(rule,)))
+    assert [layer.node for layer in found.layers] == ["/decoder/value/MatMul", "/encoder/q/MatMul"]
+    assert found.islands == {"/decoder/out/MatMul": "boxes"}
+
+
+def test_a_rule_can_depend_on_what_the_node_reads():
+    k = np.ones((32, 32, 1, 1))
+    nodes = [helper.make_node("Conv", ["x", "a"], ["h"], "c0"),
+             helper.make_node("Concat", ["h", "h"], ["i"], "cat", axis=1),
+             helper.make_node("Conv", ["i", "b"], ["y"], "c1")]
+    model = graph_of(nodes, {"x": [1, 32, 4, 4]}, a=k, b=np.ones((32, 64, 1, 1)))
+    found = plan(model, Policy("p", rules=(Rule("behind a Concat", ops=("Conv",), reads=("Concat",)),)))
+    assert [layer.node for layer in found.layers] == ["c0"]
+    assert found.islands == {"c1": "behind a Concat"}
+
+
+@pytest.mark.parametrize("node, constants, reason", [
+    (helper.make_node("MatMul", ["x", "x2"], ["y"], "bmm"), {}, "two activations"),
+    (helper.make_node("MatMul", ["x", "w"], ["y"], "box"), {"w": np.ones((32, 4))}, "fewer than 16"),
+    (helper.make_node("Conv", ["m", "w"], ["y"], "depthwise", group=32), {"w": np.ones((32, 1, 1, 1))}, "grouped"),
+])
+def test_what_no_integer_kernel_takes_stays_float(node, constants, reason):
+    first = helper.make_node("MatMul", ["x", "a"], ["ignored"], "other")
+    shapes = {"x": [1, 32, 32], "x2": [1, 32, 32], "m": [1, 32, 4, 4]}
+    found = plan(graph_of([first, node], shapes, a=W, **constants), Policy("p"))
+    assert reason in found.islands[node.name]
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_gemm_scales_run_along_its_outputs(transposed):
+    node = helper.make_node("Gemm", ["x", "w"], ["y"], "fc", transB=transposed)
+    found = plan(graph_of([node], {"x": [4, 32]}, w=np.ones((20, 32) if transposed else (32, 20))), Policy("p"))
+    assert found.layers[0].axis == (0 if transposed else 1)

@@ -1,0 +1,275 @@
+"""Q/DQ graphs of a tiny network against an oracle in plain numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from edgedetr.errors import ExportError
+from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, tensors, tied
+from edgedetr.quantization.legality import tensorrt_faults
+from edgedetr.quantization.policy import Plan, Policy, plan
+from edgedetr.quantization.qdq import insert, quantise_weight
+
+CHANNELS = 16
+
+
+def network(rng: np.random.Generator, residual: bool) -> ModelProto:
+    """images -> Conv, Relu -> Conv (+ skip), Relu -> Conv -> logits; the same as tokens @ matrix + bias -> boxes."""
+    constants = {
+        "w0": rng.normal(0, 0.3, (CHANNELS, 3, 3, 3)), "b0": rng.normal(0, 0.2, CHANNELS),
+        "w1": rng.normal(0, 0.1, (CHANNELS, CHANNELS, 3, 3)), "b1": rng.normal(0, 0.2, CHANNELS),
+        "w2": rng.normal(0, 0.2, (CHANNELS, CHANNELS, 1, 1)), "b2": rng.normal(0, 0.2, CHANNELS),
+        "m": rng.normal(0, 0.2, (CHANNELS, 20)), "mb": rng.normal(0, 0.2, 20),
+    }
+    initialisers = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()]
+    initialisers += [numpy_helper.from_array(np.array([1, 64, CHANNELS]), "shape")]
+    pads = {"pads": [1, 1, 1, 1]}
+    nodes = [
+        helper.make_node("Conv", ["images", "w0", "b0"], ["c0"], "body/conv0", **pads),
+        helper.make_node("Relu", ["c0"], ["r0"], "body/relu0"),
+        helper.make_node("Conv", ["r0", "w1", "b1"], ["c1"], "body/conv1", **pads),
+        *([helper.make_node("Add", ["c1", "r0"], ["s1"], "body/sum")] if residual else []),
+        helper.make_node("Relu", ["s1" if residual else "c1"], ["r1"], "body/relu1"),
+        helper.make_node("Conv", ["r1", "w2", "b2"], ["logits"], "head/conv2"),
+        helper.make_node("Reshape", ["r1", "shape"], ["tokens"], "head/reshape"),
+        helper.make_node("MatMul", ["tokens", "m"], ["product"], "head/matmul"),
+        helper.make_node("Add", ["product", "mb"], ["boxes"], "head/add"),
+    ]
+    graph = helper.make_graph(
+        nodes, "tiny", [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, CHANNELS, 8, 8]),
+         helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, 64, 20])], initialisers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    onnx.checker.check_model(model)
+    return model
+
+
+def run(model: ModelProto, images: np.ndarray, names: list[str] | None = None,
+        optimise: bool = False) -> list[np.ndarray]:
+    exposed = ModelProto()
+    exposed.CopyFrom(model)
+    present = [item.name for item in exposed.graph.output]
+    wanted = [name for name in names or [] if name not in present]
+    exposed.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(names, {"images": images})
+
+
+def convolve(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, pad: int) -> np.ndarray:
+    """[C, H, W] by a loop over kernel positions, float64."""
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad)))
+    height, width = x.shape[1] - weight.shape[2] + 1, x.shape[2] - weight.shape[3] + 1
+    out = np.zeros((len(weight), height, width)) + bias[:, None, None]
+    for i in range(weight.shape[2]):
+        for j in range(weight.shape[3]):
+            out += np.einsum("oc,chw->ohw", weight[:, :, i, j], x[:, i:i + height, j:j + width])
+    return out
+
+
+def fake(x: np.ndarray, amax: float, unsigned: bool = False) -> np.ndarray:
+    """Nearest level of the grid, half to even."""
+    if unsigned:
+        step = np.float32(amax / 254)
+        return np.clip(np.rint((x / step).astype(np.float32)), 0, 255).astype(np.float64) * step
+    step = np.float32(amax / 127)
+    return np.clip(np.rint((x / step).astype(np.float32)), -128, 127).astype(np.float64) * step
+
+
+def fake_weight(weight: np.ndarray) -> np.ndarray:
+    """Per output channel (axis 0)."""
+    step = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / 127
+    return np.clip(np.rint(weight / step), -127, 127) * step
+
+
+@pytest.fixture(params=[False, True], ids=["chain", "residual"])
+def case(request, rng):
+    model = network(rng, request.param)
+    images = rng.uniform(0, 255, (1, 3, 8, 8)).astype(np.float32)
+    chosen = plan(model, Policy("all"))
+    names = tensors(model, chosen)
+    values = dict(zip(names, run(model, images, names)))
+    amax = tied(model, {name: 0.9 * float(np.abs(value).max()) for name, value in values.items()})
+    return model, images, chosen, amax
+
+
+def integer_weights(model: ModelProto) -> dict[str, np.ndarray]:
+    weights = [item for item in model.graph.initializer if item.name.endswith("weight_quantized")]
+    return {item.name: numpy_helper.to_array(item) for item in weights}
+
+
+def test_tensorrt_graph_without_optimisations_equals_the_numpy_oracle(rng):
+    model = network(rng, residual=True)
+    images = rng.uniform(0, 255, (1, 3, 8, 8)).astype(np.float32)
+    chosen = plan(model, Policy("all"))
+    amax = {"images": 250.0, "r0": 200.0, "r1": 300.0, "tokens": 280.0}
+    w = {item.name: numpy_helper.to_array(item).astype(np.float64) for item in model.graph.initializer}
+    first = np.maximum(convolve(fake(images[0], amax["images"]), fake_weight(w["w0"]), w["b0"], 1), 0)
+    second = convolve(fake(first, amax["r0"]), fake_weight(w["w1"]), w["b1"], 1)
+    second = np.maximum(second + fake(first, amax["r0"]), 0)
+    logits = convolve(fake(second, amax["r1"]), fake_weight(w["w2"]), w["b2"], 0)
+    matrix = fake_weight(w["m"].T[:, :, None, None])[:, :, 0, 0].T
+    boxes = fake(second.reshape(1, 64, CHANNELS), amax["tokens"]) @ matrix + w["mb"]
+    actual = run(insert(model, chosen, amax, TENSORRT), images)
+    # A value within float32 rounding of a tie may fall to the other level: a step of r1 times a weight, in few places.
+    for expected, value in ((logits[None], actual[0]), (boxes, actual[1])):
+        assert np.quantile(np.abs(expected - value), 0.98) < 1e-3
+        assert np.abs(expected - value).max() < 300 / 127
+
+
+def test_every_activation_is_within_half_a_step_and_every_weight_too(case):
+    model, images, chosen, amax = case
+    for dialect in (TENSORRT, CPU):
+        graph = insert(model, chosen, amax, dialect)
+        names = [name for name in amax if f"{name}_dequantized" in {o for n in graph.graph.node for o in n.output}]
+        values = run(graph, images, [*names, *(f"{name}_dequantized" for name in names)])
+        for name, before, after in zip(names, values, values[len(names):]):
+            step = amax[name] / 127
+            inside = np.abs(before) <= amax[name]
+            assert np.abs(after - before)[inside].max() <= step / 2 * (1 + 1e-5), name   # float32 division
+        floats = {layer.node: numpy_helper.to_array(next(i for i in model.graph.initializer if i.name == layer.weight))
+                  for layer in chosen.layers}
+        for layer in chosen.layers:
+            constants = {item.name: numpy_helper.to_array(item) for item in graph.graph.initializer}
+            scale = constants[f"{layer.node}.weight_scale"]
+            shape = [-1 if i == layer.axis else 1 for i in range(floats[layer.node].ndim)]
+            restored = constants[f"{layer.node}.weight_quantized"] * scale.reshape(shape)
+            # 127 * scale is the largest weight only up to float32 rounding.
+            assert (np.abs(restored - floats[layer.node]) <= scale.reshape(shape) * (0.5 + 1e-4)).all()
+
+
+def test_both_dialects_store_the_same_weights_and_the_cpu_grid_holds_every_level_of_the_signed_one(case):
+    model, _, chosen, amax = case
+    signed, unsigned = insert(model, chosen, amax, TENSORRT), insert(model, chosen, amax, CPU)
+    a, b = integer_weights(signed), integer_weights(unsigned)
+    assert a.keys() == b.keys()
+    assert all((a[name] == b[name]).all() for name in a)
+
+    def levels(graph: ModelProto, name: str) -> np.ndarray:
+        constants = {item.name: numpy_helper.to_array(item) for item in graph.graph.initializer}
+        zero = constants[f"{name}_zero_point"]
+        info = np.iinfo(zero.dtype)
+        return (np.arange(info.min, info.max + 1) - int(zero)) * float(constants[f"{name}_scale"])
+
+    made = {name for node in signed.graph.node for name in node.output}
+    for name in chosen.tensors():
+        assert f"{name}_quantized" in made
+        ours, theirs = levels(signed, name), levels(unsigned, name)
+        if theirs.min() >= 0:
+            ours = ours[ours >= 0]
+        # Scales are float32 and halving is exact.
+        assert np.isclose(theirs[None], ours[:, None], rtol=1e-6, atol=1e-9).any(axis=1).all(), name
+
+
+def test_dialects_agree_within_a_step_of_the_output_on_a_chain(rng):
+    model = network(rng, residual=False)
+    images = rng.uniform(0, 255, (1, 3, 8, 8)).astype(np.float32)
+    chosen = plan(model, Policy("all"))
+    names = tensors(model, chosen)
+    amax = {name: float(np.abs(value).max()) for name, value in zip(names, run(model, images, names))}
+    signed, unsigned = (run(insert(model, chosen, amax, dialect), images) for dialect in (TENSORRT, CPU))
+    exact = run(model, images)
+    for a, b, reference in zip(signed, unsigned, exact):
+        # The CPU grid of non-negative tensors is twice as fine, so the two differ, by less than INT8 costs at all.
+        assert np.abs(a - b).max() <= max(np.abs(a - reference).max(), np.abs(reference).max() / 127)
+
+
+@pytest.mark.parametrize("dialect", [TENSORRT, CPU], ids=lambda d: d.name)
+def test_optimised_kernels_stay_near_the_oracle(case, dialect: Dialect):
+    model, images, chosen, amax = case
+    graph = insert(model, chosen, amax, dialect)
+    for oracle, fast in zip(run(graph, images), run(graph, images, optimise=True)):
+        # Integer kernels round ties their own way: one step of the last quantised tensor through the last weights.
+        assert np.abs(oracle - fast).max() <= 0.02 * np.abs(oracle).max()
+
+
+def test_cpu_graph_runs_integer_kernels_only_for_what_the_plan_names(case, tmp_path):
+    model, _, chosen, amax = case
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    graph = insert(model, chosen, amax, CPU)
+    onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    assert kinds.count("QLinearConv") == 2, kinds                  # the third one gives the float output itself
+    assert "MatMulIntegerToFloat" in kinds or "MatMulInteger" in kinds, kinds
+
+
+def test_tensorrt_dialect_is_legal_and_the_cpu_dialect_is_not_mistaken_for_it(case):
+    model, _, chosen, amax = case
+    assert tensorrt_faults(insert(model, chosen, amax, TENSORRT)) == []
+    assert tensorrt_faults(insert(model, chosen, amax, CPU))
+
+
+@pytest.mark.parametrize("spoil, fault", [
+    (lambda graph: graph.opset_import[0].__setattr__("version", 21), "opsets are"),
+    (lambda graph: _set(graph, "r0_scale", np.float32(0)), "not float32, finite and positive"),
+    (lambda graph: _set(graph, "r0_scale", np.float64(1)), "not float32, finite and positive"),
+    (lambda graph: _set(graph, "r0_zero_point", np.uint8(128)), "uint8 128"),
+    (lambda graph: _set(graph, "r0_scale", np.ones(CHANNELS, np.float32)), "one scale per channel"),
+])
+def test_each_fault_of_a_tensorrt_graph_is_told(case, spoil, fault):
+    model, _, chosen, amax = case
+    graph = insert(model, chosen, amax, TENSORRT)
+    spoil(graph)
+    assert any(fault in found for found in tensorrt_faults(graph))
+
+
+def test_a_pair_between_conv_and_relu_is_a_fault(case):
+    model, _, chosen, amax = case
+    graph = insert(model, chosen, amax, TENSORRT)
+    _set(graph, "c0_scale", np.float32(1))
+    _set(graph, "c0_zero_point", np.int8(0))
+    graph.graph.node.append(helper.make_node("QuantizeLinear", ["c0", "c0_scale", "c0_zero_point"], ["c0_q"], "early"))
+    assert tensorrt_faults(graph) == ["early: stands between a Conv and its Relu"]
+
+
+def _set(graph: ModelProto, name: str, value: np.ndarray) -> None:
+    for item in list(graph.graph.initializer):
+        if item.name == name:
+            graph.graph.initializer.remove(item)
+    graph.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+
+
+def test_a_channel_of_zeros_keeps_its_bias():
+    weight = np.zeros((2, 4, 1, 1), np.float32)
+    weight[0] = 0.5
+    bias = np.array([0.1, 7.0], np.float32)
+    found = quantise_weight(weight, 0, bias=bias, data_scale=0.01)
+    assert (found.values[1] == 0).all()
+    integer = np.rint(bias / (found.scale.astype(np.float64) * 0.01))
+    assert np.abs(integer).max() < 2**31
+    assert np.allclose(integer * found.scale * 0.01, bias, rtol=1e-6)
+
+
+def test_seven_bit_weights_leave_room_for_a_pair_of_products():
+    weight = np.random.default_rng(1).normal(size=(8, 16, 3, 3)).astype(np.float32)
+    values = quantise_weight(weight, 0, bits=7).values.astype(int)
+    assert np.abs(values).max() == 63
+    assert 2 * 255 * 63 < 2**15                     # what VPMADDUBSW adds without saturating
+
+
+def test_a_range_that_is_missing_is_named(case):
+    model, _, chosen, amax = case
+    with pytest.raises(ExportError, match="no range for tensor 'r1'.*run: edgedetr export"):
+        insert(model, chosen, {name: value for name, value in amax.items() if name != "r1"}, TENSORRT)
+
+
+def test_a_plan_without_anything_to_quantise_is_an_error(rng):
+    with pytest.raises(ExportError, match="leaves nothing to quantise"):
+        plan(network(rng, False), Policy("none", quantise=("Gemm",)))
+
+
+def test_names_of_float_nodes_and_outputs_survive(case):
+    model, _, chosen, amax = case
+    graph = insert(model, chosen, amax, TENSORRT)
+    assert isinstance(chosen, Plan)
+    assert [item.name for item in graph.graph.output] == ["logits", "boxes"]
+    assert {node.name for node in model.graph.node} <= {node.name for node in graph.graph.node}

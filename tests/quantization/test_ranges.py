@@ -1,0 +1,52 @@
+"""ranges.json is read strictly."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from edgedetr.errors import ExportError
+from edgedetr.quantization.ranges import CalibrationImage, Ranges, image_list_digest
+
+IMAGES = (CalibrationImage("a" * 64, "one.jpg"), CalibrationImage("b" * 64, "two.jpg"))
+RANGES = Ranges({"x": 1.5, "y": 0.0}, "mse", "default", 2, "", IMAGES)
+
+
+def test_what_is_saved_is_what_is_read(tmp_path):
+    RANGES.save(tmp_path / "ranges.json")
+    assert Ranges.load(tmp_path / "ranges.json") == RANGES
+
+
+def test_the_image_list_digest_depends_on_the_pictures_and_their_order_not_on_names():
+    renamed = (CalibrationImage("a" * 64, "elsewhere.jpg"), IMAGES[1])
+    assert image_list_digest(renamed) == image_list_digest(IMAGES)
+    assert image_list_digest(IMAGES[::-1]) != image_list_digest(IMAGES)
+
+
+@pytest.mark.parametrize("change", [
+    {"amax": {"x": -1.0}}, {"amax": {"x": "wide"}}, {"amax": [1]}, {"schema": 9}, {"images": []},
+    {"images": [{"name": "x"}]}, {"extra": 1}, {"wanted": None},
+], ids=str)
+def test_a_changed_file_is_refused(tmp_path, change):
+    path = tmp_path / "ranges.json"
+    RANGES.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ExportError, match=r"damaged or of another kind.*run: edgedetr export"):
+        Ranges.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"amax": {"x": NaN}}'])
+def test_what_is_no_ranges_file_is_refused(tmp_path, text):
+    path = tmp_path / "ranges.json"
+    path.write_text(text)
+    with pytest.raises(ExportError, match="damaged or of another kind"):
+        Ranges.load(path)
+
+
+def test_infinity_and_nan_are_refused(tmp_path):
+    path = tmp_path / "ranges.json"
+    RANGES.save(path)
+    path.write_text(path.read_text().replace("1.5", "Infinity"))
+    with pytest.raises(ExportError, match="finite number"):
+        Ranges.load(path)
