@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from edgedetr.models import FAMILY, build
 
 
-def describe(name: str, classes: int = 80) -> dict[str, object]:
-    """One member of the family; parameters counted for 80 classes (COCO), without downloading weights."""
+@dataclass(frozen=True)
+class Entry:
+    """One member of the family at its default configuration."""
+
+    name: str
+    paper: str
+    parameters: int
+    queries: int
+    activation: str
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def describe(name: str, classes: int = 80) -> Entry:
+    """One member; parameters counted for 80 classes (COCO), without downloading weights."""
     member = FAMILY[name]
     config = member.config()
-    if hasattr(config, "weights"):
-        config = replace(config, weights="random")
-    with torch.device("meta"):  # shapes only: nothing is allocated or initialised
+    if hasattr(config, "backbone_weights"):
+        config = replace(config, backbone_weights="random")
+    with torch.device("meta"):      # shapes only: nothing is allocated or initialised
         model = build(name, config, classes)
-    return {
-        "name": name,
-        "paper": member.paper,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "queries": config.queries,
-        "activation": config.activation,
-    }
+    return Entry(name, member.paper, sum(p.numel() for p in model.parameters()), config.queries, config.activation)

@@ -63,7 +63,7 @@ def test_help_answers_at_once():
         [
             sys.executable,
             "-c",
-            "import sys, edgedetr.cli; print(sorted({'numpy', 'torch', 'onnx', 'rich', 'pydantic'} & set(sys.modules)))",
+            "import sys, edgedetr.cli; print(sorted({'numpy', 'torch', 'onnx', 'pydantic'} & set(sys.modules)))",
         ],
         capture_output=True,
         text=True,

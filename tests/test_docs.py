@@ -1,4 +1,4 @@
-"""What is written is what there is: commands, options, files, and nothing that only makes sense where it was written."""
+"""What is written is what there is: every written command exists, and no page names the place it was written in."""
 
 from __future__ import annotations
 

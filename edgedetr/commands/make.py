@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -57,7 +58,9 @@ def train(
     type=click.Choice(["gather", "grid_sample"]),
     help="How deformable attention samples.  [default: the recipe's]",
 )
-def export(bundle: Path | None, int8: bool, calib: Path | None, sampling: str | None) -> None:
+def export(
+    bundle: Path | None, int8: bool, calib: Path | None, sampling: Literal["gather", "grid_sample"] | None
+) -> None:
     """Write model.onnx; with --int8, INT8 graphs too."""
     opened = open_bundle(bundle)
     if calib is not None and not int8:

@@ -92,10 +92,10 @@ def models(as_json_: bool) -> None:
     members = [describe(name) for name in FAMILY]
     table(
         ["name", "M parameters", "queries", "activation", "paper"],
-        [[m["name"], f"{m['parameters'] / 1e6:.1f}", m["queries"], m["activation"], m["paper"]] for m in members],
+        [[m.name, f"{m.parameters / 1e6:.1f}", m.queries, m.activation, m.paper] for m in members],
     )
     if as_json_:
-        as_json(members)
+        as_json([m.to_json() for m in members])
 
 
 COMMANDS = (data, demo, doctor, models)

@@ -51,18 +51,20 @@ def inspect(target: Path | None, as_json_: bool) -> None:
     if target is not None and target.suffix == ".onnx":
         from edgedetr.graph.inspect import inspect_onnx
 
-        found = inspect_onnx(target)
-        table(["property", "value"], found.rows())
-        table(["operator", "count"], sorted(found.operators.items(), key=lambda item: -item[1]))
+        graph = inspect_onnx(target)
+        table(["property", "value"], graph.rows())
+        by_count = sorted(graph.operators.items(), key=lambda item: (-item[1], item[0]))
+        table(["operator", "count"], [[name, count] for name, count in by_count])
+        result = graph.to_json()
     else:
         from edgedetr.report.contents import inspect_bundle
 
         contents = inspect_bundle(open_bundle(target))
         table(["property", "value"], contents.rows())
         table(["file", "MB", "made by", "state"], contents.file_rows())
-        found = contents
+        result = contents.to_json()
     if as_json_:
-        as_json(found.to_json())
+        as_json(result)
 
 
 COMMANDS = (predict, inspect)

@@ -33,20 +33,18 @@ class GraphContents:
 
     def rows(self) -> list[list[object]]:
         pairs = [self.operators.get(name, 0) for name in ("QuantizeLinear", "DequantizeLinear")]
-        return [
-            ["file", self.path],
-            ["size", f"{self.size / 1e6:.2f} MB"],
-            ["opset", self.opset],
-            *[["input", text] for text in self.inputs],
-            *[["output", text] for text in self.outputs],
-            ["nodes", sum(self.operators.values())],
-            ["Q / DQ", f"{pairs[0]} / {pairs[1]}"],
-            ["quantised Conv, MatMul, Gemm", f"{self.quantised} of {self.quantisable}"],
-            *[
-                [f"metadata {key}", value if len(value) < 80 else value[:77] + "..."]
-                for key, value in self.metadata.items()
-            ],
+        lines: list[list[object]] = [
+            ["file", self.path], ["size", f"{self.size / 1e6:.2f} MB"], ["opset", self.opset],
         ]
+        lines += [["input", text] for text in self.inputs]
+        lines += [["output", text] for text in self.outputs]
+        lines += [
+            ["nodes", sum(self.operators.values())], ["Q / DQ", f"{pairs[0]} / {pairs[1]}"],
+            ["quantised Conv, MatMul, Gemm", f"{self.quantised} of {self.quantisable}"],
+        ]
+        short = {key: value if len(value) < 80 else value[:77] + "..." for key, value in self.metadata.items()}
+        lines += [[f"metadata {key}", value] for key, value in short.items()]
+        return lines
 
 
 def inspect_onnx(path: Path) -> GraphContents:

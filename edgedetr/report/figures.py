@@ -41,7 +41,7 @@ _STYLE: dict[str, Any] = {
 def drops(rows: Sequence[Mapping[str, Any]], budget: float) -> str:
     """Each stage's drop with its one-sided bound, against the budget. rows: the verdict's stages."""
     rows = [row for row in rows if not is_reference(row)]
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "drops"}):
+    with matplotlib.rc_context(_style("drops")):
         figure, axes = _axes(6.2, 1.0 + 0.42 * max(len(rows), 1))
         for place, row in enumerate(reversed(rows)):
             colour = GOOD if row["passed"] else DOUBT if row["drop"] <= budget else BAD
@@ -66,7 +66,7 @@ def latency(rows: Sequence[Mapping[str, Any]]) -> str | None:
     rows = [row for row in rows if row.get("p50_ms") is not None and row.get("ap") is not None]
     if not rows:
         return None
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "latency"}):
+    with matplotlib.rc_context(_style("latency")):
         figure, axes = _axes(6.2, 3.4)
         for place, row in enumerate(rows):
             colour = COLOURS[place % len(COLOURS)]
@@ -94,7 +94,7 @@ def class_drops(names: Sequence[str], losses: Mapping[str, Sequence[float | None
     order = order[:most]
     if not order or not losses:
         return None
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "classes"}):
+    with matplotlib.rc_context(_style("classes")):
         figure, axes = _axes(6.2, 1.2 + (0.13 * len(losses) + 0.14) * len(order))
         height = 0.8 / len(losses)
         for index, (label, values) in enumerate(losses.items()):
@@ -112,7 +112,7 @@ def class_drops(names: Sequence[str], losses: Mapping[str, Sequence[float | None
 
 def precision_recall(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], recall: np.ndarray) -> str:
     """Mean precision over recall at IoU 0.50 (full lines) and 0.75 (dashed). curves: label -> the two, [101] each."""
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "precision"}):
+    with matplotlib.rc_context(_style("precision")):
         figure, axes = _axes(6.2, 3.9)
         for place, (label, (loose, tight)) in enumerate(curves.items()):
             colour = COLOURS[place % len(COLOURS)]
@@ -125,6 +125,11 @@ def precision_recall(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], recall
         axes.set_ylabel("precision, mean over classes")
         figure.legend(loc="outside lower center", ncols=2)
         return _svg(figure, "Precision over recall of each stage")
+
+
+def _style(salt: str) -> Any:
+    """Settings of one figure; `salt` keeps the ids of its parts apart from those of the other figures on the page."""
+    return {**_STYLE, "svg.hashsalt": salt}
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Any]:
