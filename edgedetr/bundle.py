@@ -216,11 +216,13 @@ class Bundle:
         if not path.is_file():
             raise BundleError(f"{self.path}: {name} is listed but missing; {self._run(name)}")
         if path.stat().st_size != entry.size or digest(path) != entry.sha256:
-            raise BundleError(f"{path}: damaged or edited (its sha256 is not the recorded {entry.sha256:.8}); {self._run(name)}")
+            raise BundleError(f"{path}: damaged or edited (its sha256 is not the recorded {entry.sha256:.8}); "
+                              f"{self._run(name)}")
         for source, old in entry.made_from.items():
             new = self.manifest.files[source].sha256 if source in self.manifest.files else "missing"
             if new != old:
-                raise BundleError(f"{self.path}: {name} was made from {source} {old:.8}, which is now {new:.8}; {self._run(name)}")
+                raise BundleError(f"{self.path}: {name} was made from {source} {old:.8}, which is now {new:.8}; "
+                                  f"{self._run(name)}")
         return path
 
     def _entry(self, name: str) -> FileEntry:

@@ -93,9 +93,11 @@ class Recipe:
         known = [f.name for f in fields(cls)]
         for name, values in sections.items():
             if name not in known:
-                raise RecipeError(f"{where}: unknown section [{name}]{did_you_mean(name, known)}; known: {', '.join(known)}")
+                raise RecipeError(f"{where}: unknown section [{name}]{did_you_mean(name, known)}; "
+                                  f"known: {', '.join(known)}")
             if not isinstance(values, Mapping):
-                raise RecipeError(f"{where}: {name!r} stands outside any section; expected [section] headers: {', '.join(known)}")
+                raise RecipeError(f"{where}: {name!r} stands outside any section; "
+                                  f"expected [section] headers: {', '.join(known)}")
         sections = {name: dict(values) for name, values in sections.items()}
         for assignment in sets:
             section, key, value = _parse_set(assignment, known)
@@ -134,7 +136,8 @@ def find(source: str | Path) -> Path:
     shipped = {p.stem: p for p in sorted(recipes_directory().glob("*.toml"))}
     if str(source) in shipped:
         return shipped[str(source)]
-    raise RecipeError(f"no recipe {str(source)!r}: neither a file nor a shipped recipe{did_you_mean(str(source), shipped)}; "
+    near = did_you_mean(str(source), shipped)
+    raise RecipeError(f"no recipe {str(source)!r}: neither a file nor a shipped recipe{near}; "
                       f"shipped: {', '.join(shipped)}")
 
 
@@ -182,4 +185,5 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, float):
         return repr(value) if any(mark in repr(value) for mark in ".en") else f"{value!r}.0"
-    return json.dumps(value, ensure_ascii=False)    # strings, booleans and whole numbers are spelled alike in JSON and TOML
+    # Strings, booleans and whole numbers are spelled alike in JSON and TOML.
+    return json.dumps(value, ensure_ascii=False)

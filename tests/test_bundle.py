@@ -55,7 +55,8 @@ def test_a_file_made_from_something_that_changed_is_stale(bundle):
     put(bundle, "model.int8.onnx", "q", made_from=["ranges.json"])
     assert bundle.has("model.int8.onnx")
     put(bundle, "ranges.json", "2")
-    with pytest.raises(BundleError, match=r"made from ranges\.json [0-9a-f]{8}, which is now [0-9a-f]{8}; run: edgedetr export"):
+    told = r"made from ranges\.json [0-9a-f]{8}, which is now [0-9a-f]{8}; run: edgedetr export"
+    with pytest.raises(BundleError, match=told):
         bundle.require("model.int8.onnx")
 
 

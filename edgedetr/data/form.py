@@ -79,5 +79,6 @@ class DataConfig:
         for purpose, name in (("train", self.train_split), ("select", select), ("verify", verify)):
             if name not in names:
                 raise DataError(f"the {purpose} split {name or 'test or val'!r} is not in this set (there: "
-                                f"{', '.join(sorted(names)) or 'none'}); name another with --set data.{purpose}_split=NAME")
+                                f"{', '.join(sorted(names)) or 'none'}); "
+                                f"name another with --set data.{purpose}_split=NAME")
         return replace(self, select_split=select, verify_split=verify)
