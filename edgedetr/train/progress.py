@@ -8,6 +8,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 from edgedetr.evaluation.evaluate import Metrics
 
@@ -41,8 +42,12 @@ class RichProgress:
     """One bar: steps, time left, loss and pictures per second; one line for each evaluation."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._bar = Bar(TextColumn("[bold]train"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
-                        TextColumn("left"), TextColumn("{task.fields[note]}"), console=console or Console(stderr=True))
+        console = console or Console(stderr=True)
+        whole = Column(no_wrap=True, min_width=9)       # in a narrow window the bar shrinks, the numbers do not
+        columns = (TextColumn("[bold]train"), BarColumn(bar_width=20), MofNCompleteColumn(table_column=whole),
+                   TimeRemainingColumn(table_column=whole), TextColumn("left  {task.fields[note]}"))
+        self._bar = Bar(*columns, console=console)
+        self._shown = ("loss", "class", "l1", "giou") if console.width >= 100 else ("loss",)
         self._task = self._bar.add_task("train", total=None, note="")
         self._epochs = 0
 
@@ -52,7 +57,7 @@ class RichProgress:
         self._bar.start()
 
     def step(self, step: int, losses: Mapping[str, float], rate: float) -> None:
-        parts = "  ".join(f"{name} {losses[name]:.3f}" for name in ("loss", "class", "l1", "giou") if name in losses)
+        parts = "  ".join(f"{name} {losses[name]:.2f}" for name in self._shown if name in losses)
         self._bar.update(self._task, completed=step, note=f"{parts}  {rate:.0f} img/s")
 
     def evaluated(self, epoch: int, metrics: Metrics, best: bool) -> None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torch.distributed
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
 from safetensors.torch import save_file
 
 from edgedetr.bundle import Bundle, DataRecord, Manifest, OutputContract
@@ -28,9 +27,9 @@ from edgedetr.models.deploy import DeployGraph
 from edgedetr.recipe import Recipe
 from edgedetr.train import checkpoint, optimizer
 from edgedetr.train.checkpoint import Position
-from edgedetr.train.config import TrainConfig
 from edgedetr.train.criterion import Losses
 from edgedetr.train.dataset import Batch, TrainingSet, batches, order, smaller
+from edgedetr.train.devices import launch
 from edgedetr.train.ema import Ema
 from edgedetr.train.progress import Progress, Silent
 from edgedetr.train.record import Record
@@ -43,7 +42,6 @@ log = logging.getLogger(__name__)
 FOLDER = "train"                # inside the bundle; not needed on the device
 CHECKPOINT = "last.safetensors"
 RECORD_EVERY = 20               # steps between lines of metrics.jsonl
-PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 def train(recipe: Recipe, data: str | Path, out: str | Path, *, resume: bool = False,
@@ -51,18 +49,20 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, *, resume: bool = F
     """Train the recipe's model on a data set and write the bundle: recipe.toml and weights.safetensors.
 
     out       the bundle's directory; its folder train/ holds the checkpoint, metrics.jsonl and TensorBoard's files
-    resume    go on from the last checkpoint in `out` (from the beginning where there is none)
+    resume    go on from the last checkpoint in `out` (from the beginning where there is none); on several machines
+              `out` and `data` must be the same place for all
     Errors: DataError, TrainingError (NaN, unusable checkpoint, `out` taken), ModelError.
     """
     data, out = Path(data), Path(out)
     place = recipe.data.resolve(layouts.splits(data))
-    samples = layouts.load(data, place.train_split, strict=strict or recipe.data.strict)
-    chosen = layouts.load(data, place.select_split, strict=strict or recipe.data.strict)
+    place = replace(place, strict=strict or place.strict)
+    samples = layouts.load(data, place.train_split, strict=place.strict)
+    chosen = layouts.load(data, place.select_split, strict=place.strict)
     _check(samples, chosen)
     saved = out / FOLDER / CHECKPOINT
     if not resume and (saved.exists() or (out / "weights.safetensors").exists()):
         raise TrainingError(f"{out} holds a training already; go on with it by --resume, or name another --out")
-    fabric = _fabric(recipe.train)
+    fabric = launch(recipe.train)
     teller = progress if progress and fabric.is_global_zero else Silent()
     run = Run(recipe, fabric, place, samples, chosen, data, out, teller)
     if saved.exists():
@@ -88,6 +88,9 @@ class Run:
         self.saved = out / FOLDER / CHECKPOINT
         # Where only the verify split is there to look at, nothing is chosen by it: the last weights are delivered.
         self.chooses = place.select_split != place.verify_split
+        if config.patience and not self.chooses:
+            log.warning("train.patience is ignored: only the verify split (%s) is there to look at, and nothing is "
+                        "chosen by it", place.verify_split)
         if config.threads:
             torch.set_num_threads(config.threads)
         seed_step(config.seed, 0, 0)                    # the same start weights in every process
@@ -101,7 +104,7 @@ class Run:
         contract = recipe.input.contract()
         DeployGraph(self.detector, contract.height, contract.width)     # what cannot be deployed fails now, not later
         self.output = OutputContract(model_config.activation)
-        self.pictures = TrainingSet(samples, contract, recipe.augment, seed=config.seed, strict=recipe.data.strict,
+        self.pictures = TrainingSet(samples, contract, recipe.augment, seed=config.seed, strict=place.strict,
                                     cache_mb=config.cache_mb)
         self.selection = Selection(chosen, contract, self.output, batch=min(config.batch, 16),
                                    cache_mb=config.cache_mb // 2)
@@ -233,6 +236,9 @@ class Run:
     def _evaluate(self, epoch: int) -> None:
         """AP of the moving average; the bundle gets the weights when they are the best, or when nothing chooses."""
         fabric, position = self.fabric, self.position
+        if fabric.world_size > 1:       # statistics of BatchNorm are each process's own
+            for buffer in self.ema.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         found = self.selection.detect(self.ema.model, rank=fabric.global_rank, world=fabric.world_size)
         if fabric.world_size > 1:
             shares: list[dict] = [{} for _ in range(fabric.world_size)]
@@ -276,16 +282,6 @@ class Run:
             checkpoint.save(self.saved, self.position, self.fingerprint, self.detector, self.ema,
                             self.plain_optimizer)
         self.fabric.barrier()
-
-
-def _fabric(config: TrainConfig) -> Fabric:
-    many = config.devices * config.nodes > 1
-    # Queries of a batch without objects leave the denoising embedding unused, which only this setting allows.
-    strategy = DDPStrategy(find_unused_parameters=True) if many else "auto"
-    fabric = Fabric(accelerator="auto", devices=config.devices, num_nodes=config.nodes, strategy=strategy,
-                    precision=PRECISIONS[config.precision])  # type: ignore[arg-type]  # a Literal of the same words
-    fabric.launch()
-    return fabric
 
 
 def _check(samples: DetectionSet, chosen: DetectionSet) -> None:

@@ -141,11 +141,12 @@ def _first_step(recipe: Recipe, data: Path, out: Path) -> torch.Tensor:
     """Losses of the first step with every BatchNorm at its start statistics."""
     from edgedetr.data import layouts
     from edgedetr.train.dataset import batches, order
+    from edgedetr.train.devices import launch
     from edgedetr.train.progress import Silent
-    from edgedetr.train.train import Run, _fabric
+    from edgedetr.train.train import Run
 
     samples = layouts.load(data, "train")
-    run = Run(recipe, _fabric(recipe.train), recipe.data.resolve(["train", "val", "test"]), samples,
+    run = Run(recipe, launch(recipe.train), recipe.data.resolve(["train", "val", "test"]), samples,
               layouts.load(data, "val"), data, out, Silent())
     for module in run.detector.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -175,6 +176,14 @@ def test_where_only_the_verify_split_is_there_nothing_is_chosen_by_it(tmp_path):
 def test_workers_change_nothing(trained, micro_data, tmp_path):
     bundle = train(micro.recipe(workers=1), micro_data, tmp_path / "b")
     assert digest(bundle.path / "weights.safetensors") == digest(trained.path / "weights.safetensors")
+
+
+def test_bf16_trains_and_delivers_float32(micro_data, tmp_path):
+    bundle = train(micro.recipe(epochs=1, precision="bf16"), micro_data, tmp_path / "b")
+    weights = load_file(bundle.path / "weights.safetensors")
+    counters = {torch.int64}    # of BatchNorm
+    assert {value.dtype for value in weights.values()} == {torch.float32} | counters
+    assert all(torch.isfinite(value).all() for value in weights.values())
 
 
 def test_the_checkpoint_holds_no_pickle(trained):
