@@ -63,18 +63,19 @@ def drops(rows: Sequence[Mapping[str, Any]], budget: float) -> str:
 
 def latency(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Latency against AP, one point for each stage that was timed; None when none was."""
-    rows = [row for row in rows if row.get("p50_ms") is not None and row.get("ap") is not None]
-    if not rows:
+    # Numbered before the untimed ones go, so that a stage has one colour on the whole page.
+    timed = [(n, row) for n, row in enumerate(rows) if row.get("p50_ms") is not None and row.get("ap") is not None]
+    if not timed:
         return None
     with matplotlib.rc_context(_style("latency")):
         figure, axes = _axes(6.2, 3.4)
-        for place, row in enumerate(rows):
+        for place, row in timed:
             colour = COLOURS[place % len(COLOURS)]
             if row.get("p99_ms") is not None:
                 axes.plot([row["p50_ms"], row["p99_ms"]], [row["ap"]] * 2, color=colour, linewidth=1.6, alpha=0.6)
             label = f"{row['name']} ({row['backend']})"
             axes.plot(row["p50_ms"], row["ap"], "o", color=colour, markersize=9, label=label)
-        values = [row["ap"] for row in rows]
+        values = [row["ap"] for _, row in timed]
         pad = max(0.5, 0.6 * (max(values) - min(values)))
         axes.set_ylim(min(values) - pad, max(values) + pad)
         axes.set_xlim(left=0)

@@ -70,6 +70,7 @@ def verdict_sentence(result: Mapping[str, Any]) -> str:
 def _points(value: float | None, *, signed: bool = False) -> str | None:
     if value is None:
         return None
+    value = round(value, 2) + 0.0       # no "-0.00"
     return f"{value:+.2f}" if signed else f"{value:.2f}"
 
 

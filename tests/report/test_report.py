@@ -189,6 +189,10 @@ def test_verdict_in_words(verdict, word, sentence):
     assert sentence in verdict_sentence(verdict)
 
 
+def test_a_drop_of_nearly_nothing_has_no_minus():
+    assert stage_rows(_verdict(-0.001, 0.004, True))[1][0][4:6] == ["+0.00", "+0.00"]
+
+
 def test_same_bundle_gives_the_same_bytes(verified):
     assert write_report(verified.bundle).read_bytes() == write_report(verified.bundle).read_bytes()
 
