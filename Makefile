@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# A CPU build, where the package index offers one: `make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"`.
+# More words for the installation of PyTorch, for example the index that has its CPU builds: `make demo TORCH_ARGS="..."`.
 TORCH_ARGS ?=
 
 .PHONY: demo test lint types pytest install browser clean distclean
