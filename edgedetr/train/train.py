@@ -200,7 +200,7 @@ class Run:
             padded = pad(batch.targets[chunk]).to(fabric.device)
             images = batch.images[chunk].to(fabric.device, non_blocking=True)
             with fabric.no_backward_sync(self.trainee, enabled=fabric.world_size > 1 and part < parts - 1):
-                result = self.trainee(images, padded.labels, padded.boxes, padded.counts, max(objects / parts, 1.0))
+                result = self.trainee(images, lambda padded=padded: padded, max(objects / parts, 1.0))
                 self._require_finite(result, batch)
                 fabric.backward(result[0] / parts)
             losses += result.detach() / parts
