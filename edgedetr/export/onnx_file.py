@@ -1,11 +1,13 @@
 """model.onnx: the deployed graph as one float32 ONNX file, and the proof that it computes the same.
 
-The TorchScript exporter is used: node names are the module paths, which policies and profiles refer to (torch.export's
-are `node_conv2d_3`), and it takes a third of the time. Opset 19 exactly; see ExportConfig.
+For one batch size the TorchScript exporter is used: it names nodes by their module path, which policies and profiles
+refer to, and takes a third of the time. For an open batch size torch.export's is used, because the tracer fixes
+`arange(B)` at the batch size of its example; its nodes get their module paths here. Opset 19 exactly; see ExportConfig.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import warnings
@@ -61,14 +63,21 @@ def write(graph: DeployGraph, path: Path, *, batch: int | None = 1, opset: int =
     metadata   goes into the file as key-value text, under `edgedetr.`
     """
     example = torch.zeros(batch or 2, 3, graph.height, graph.width, device=next(graph.parameters()).device)
-    open_axis = None if batch is not None else {name: {0: "batch"} for name in ("images", "logits", "boxes")}
+    names = {"input_names": ["images"], "output_names": ["logits", "boxes"], "opset_version": opset}
     graph = graph.eval()
     with warnings.catch_warnings(), torch.no_grad():
         # The tracer warns of Python numbers made from shapes: the size is fixed on purpose. The exporter of its age.
         warnings.simplefilter("ignore")
-        torch.onnx.export(graph, (example,), str(path), input_names=["images"], output_names=["logits", "boxes"],
-                          opset_version=opset, dynamic_axes=open_axis, dynamo=False)
-    model = fold(onnx.load(str(path)))
+        if batch is not None:
+            torch.onnx.export(graph, (example,), str(path), dynamo=False, **names)
+            model = onnx.load(str(path))
+        else:
+            program = torch.onnx.export(graph, (example,), dynamo=True, verbose=False,
+                                        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), **names)
+            if program is None:
+                raise ExportError("torch.onnx.export gave nothing for an open batch size; export with one batch size")
+            model = _named_by_module(program.model_proto)
+    model = fold(model)
     model.producer_name, model.producer_version = "edgedetr", edgedetr.__version__
     model.graph.name = "edgedetr"
     del model.metadata_props[:]
@@ -76,6 +85,21 @@ def write(graph: DeployGraph, path: Path, *, batch: int | None = 1, opset: int =
     check(model, opset)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _named_by_module(model: ModelProto) -> ModelProto:
+    """Names like /detector/encoder/project/0/Conv_7 from the scopes that torch.export records; its own notes go."""
+    for number, node in enumerate(model.graph.node):
+        told = {item.key: item.value for item in node.metadata_props}
+        scopes = ast.literal_eval(told.get("pkg.torch.onnx.name_scopes", "[]"))
+        path = next((scope for scope in reversed(scopes[:-1]) if scope), "")
+        node.name = f"/{path.replace('.', '/')}/{node.op_type}_{number}"
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for item in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
+        del item.metadata_props[:]
+    del model.graph.metadata_props[:]
+    return model
 
 
 def check(model: ModelProto, opset: int = OPSET) -> None:

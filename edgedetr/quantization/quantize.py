@@ -25,13 +25,15 @@ from edgedetr.quantization.rewrite import split_concats
 log = logging.getLogger(__name__)
 
 KEY = "edgedetr.quantisation"       # metadata of an INT8 graph: what it was made by, as JSON
+FLOAT = "edgedetr.float_layers"     # and which weighted layers stayed float: JSON {reason: [node names]}
 
 
 def quantize(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path | None = None,
              progress: Progress | None = None) -> Plan:
     """Write ranges.json, model.int8.onnx and model.int8-cpu.onnx; what is there and made by the same settings is kept.
 
-    calib   where the calibration pictures are; None = the calibration split of the bundle's data
+    calib   where the calibration pictures are; None = present ranges of these settings, or the calibration split of the
+            bundle's data
     """
     config = config or QuantConfig()
     model = split_concats(read(bundle.require("model.onnx")))
@@ -61,9 +63,8 @@ def _ranges(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, con
         present = Ranges.load(bundle.require("ranges.json"))
         same = (present.observer, present.policy, present.wanted) == (observer, policy.name, config.images)
         if same and set(wanted) == set(present.amax):
-            if calib is None and present.source == "":
-                return present
-            if choose(bundle, calib, config.images).images == present.images:
+            # Without --calib whatever the bundle was calibrated on stays, so that a device needs no pictures.
+            if calib is None or choose(bundle, calib, config.images).images == present.images:
                 return present
     pictures = choose(bundle, calib, config.images)
     if len(pictures.paths) < config.images:
@@ -85,8 +86,9 @@ def _write(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, rang
     if bundle.has(dialect.file) and _property(read(bundle.require(dialect.file)), KEY) == made_by:
         return
     result = insert(model, chosen, ranges.amax, dialect)
-    item = result.metadata_props.add()
-    item.key, item.value = KEY, made_by
+    for key, value in ((KEY, made_by), (FLOAT, json.dumps(_by_reason(chosen), ensure_ascii=False))):
+        item = result.metadata_props.add()
+        item.key, item.value = key, value
     onnx.checker.check_model(result)
     faults = tensorrt_faults(result) if not dialect.unsigned else []
     if faults:
@@ -94,6 +96,13 @@ def _write(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, rang
                           "explicit signed Q/DQ; this is a defect, report it with the recipe and the policy")
     with bundle.add(dialect.file, stage="quantise", made_from=["model.onnx", "ranges.json"]) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
+
+
+def _by_reason(chosen: Plan) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, reason in chosen.islands.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 def _property(model: ModelProto, key: str) -> str:

@@ -83,8 +83,8 @@ def measure(bundle: Bundle, threads: int, rounds: int, cpu_time: bool) -> list[d
         found = {name: float(np.median(values)) for name, values in timed(runs, rounds, cpu_time).items()}
         ratio = found[quantised] / found["model.onnx"]
         limit = LIMITS.get((bundle.manifest.model, backend))
-        rows.append({"model": bundle.manifest.model, "backend": backend, "file": quantised, "float_ms": found["model.onnx"],
-                     "int8_ms": found[quantised], "ratio": ratio, "limit": limit,
+        rows.append({"model": bundle.manifest.model, "backend": backend, "file": quantised,
+                     "float_ms": found["model.onnx"], "int8_ms": found[quantised], "ratio": ratio, "limit": limit,
                      "passed": limit is None or ratio <= limit})
     return rows
 

@@ -215,6 +215,14 @@ def test_settings_come_from_the_recipe_in_the_bundle(copy):
     assert (len(ranges.images), ranges.observer) == (2, "minmax")
 
 
+def test_an_int8_graph_says_why_each_float_layer_is_float(exported):
+    told = {item.key: item.value for item in onnx.load(exported.require("model.int8.onnx")).metadata_props}
+    layers = json.loads(told["edgedetr.float_layers"])
+    assert any("decoder" in reason for reason in layers)
+    counted = json.loads(told["edgedetr.quantisation"])
+    assert sum(map(len, layers.values())) == counted["layers_float"] > 0
+
+
 def test_one_file_on_disk_describes_itself(exported):
     told = {item.key: item.value for item in onnx.load(exported.require("model.onnx")).metadata_props}
     assert [item["name"] for item in json.loads(told["edgedetr.classes"])] == ["cat", "dog"]
