@@ -30,7 +30,7 @@ _RGB = np.linalg.inv(_YIQ)
 class Picture:
     """A decoded picture and its objects, in pixels of `pixels`.
 
-    pixels        [3, H, W] uint8, RGB
+    pixels        [3, H, W] uint8, RGB, quickest where the three colours of a pixel lie together
     boxes         [T, 4] float64, x0, y0, x1, y1
     labels        [T] int64
     frame_height, frame_width   what the whole input covers: H and W, or more at the right or bottom for a letterbox
@@ -86,8 +86,8 @@ def look(picture: Picture, window: np.ndarray, contract: InputContract,
     seen = picture.pixels[:, source[1] : source[3], source[0] : source[2]]
     if tuple(size) != tuple(crop):
         small = bool((crop > 2 * size).any())       # only then would plain bilinear skip pixels
-        seen = F.interpolate(seen[None].float(), (int(size[1]), int(size[0])), mode="bilinear", antialias=small)[0]
-        seen = seen.round_().to(torch.uint8)
+        # In bytes: within 1 of 255 of the float arithmetic, at a fifth of its time.
+        seen = F.interpolate(seen[None], (int(size[1]), int(size[0])), mode="bilinear", antialias=small)[0]
     if tuple(size) == (contract.width, contract.height):
         pixels = seen
     else:

@@ -115,7 +115,7 @@ def load(sample: Sample, contract: InputContract) -> Picture:
     scale = np.array([columns / geometry.used_width, rows / geometry.used_height])
     real = ~sample.crowd
     return Picture(
-        torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+        torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1),
         sample.boxes[real] * np.tile(scale, 2), sample.labels[real].astype(np.int64),
         frame_height=rows * contract.height / geometry.content_height,
         frame_width=columns * contract.width / geometry.content_width,
