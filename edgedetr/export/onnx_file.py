@@ -63,17 +63,19 @@ def write(graph: DeployGraph, path: Path, *, batch: int | None = 1, opset: int =
     metadata   goes into the file as key-value text, under `edgedetr.`
     """
     example = torch.zeros(batch or 2, 3, graph.height, graph.width, device=next(graph.parameters()).device)
-    names = {"input_names": ["images"], "output_names": ["logits", "boxes"], "opset_version": opset}
+    inputs, outputs = ["images"], ["logits", "boxes"]
     graph = graph.eval()
     with warnings.catch_warnings(), torch.no_grad():
         # The tracer warns of Python numbers made from shapes: the size is fixed on purpose. The exporter of its age.
         warnings.simplefilter("ignore")
         if batch is not None:
-            torch.onnx.export(graph, (example,), str(path), dynamo=False, **names)
+            torch.onnx.export(graph, (example,), str(path), input_names=inputs, output_names=outputs,
+                              opset_version=opset, dynamo=False)
             model = onnx.load(str(path))
         else:
-            program = torch.onnx.export(graph, (example,), dynamo=True, verbose=False,
-                                        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), **names)
+            program = torch.onnx.export(graph, (example,), input_names=inputs, output_names=outputs,
+                                        opset_version=opset, dynamo=True, verbose=False,
+                                        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
             if program is None:
                 raise ExportError("torch.onnx.export gave nothing for an open batch size; export with one batch size")
             model = _named_by_module(program.model_proto)

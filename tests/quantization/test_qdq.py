@@ -262,6 +262,26 @@ def test_a_range_that_is_missing_is_named(case):
         insert(model, chosen, {name: value for name, value in amax.items() if name != "r1"}, TENSORRT)
 
 
+@pytest.mark.parametrize("dialect", [TENSORRT, CPU], ids=lambda d: d.name)
+def test_a_pool_between_convolutions_runs_on_integers_and_loses_nothing(rng, dialect: Dialect):
+    weights = {"w0": rng.normal(0, 0.3, (CHANNELS, 3, 3, 3)), "w1": rng.normal(0, 0.1, (CHANNELS, CHANNELS, 1, 1))}
+    nodes = [helper.make_node("Conv", ["images", "w0"], ["c0"], "conv0", pads=[1] * 4),
+             helper.make_node("Relu", ["c0"], ["r0"], "relu"),
+             helper.make_node("MaxPool", ["r0"], ["p"], "pool", kernel_shape=[2, 2], strides=[2, 2]),
+             helper.make_node("Conv", ["p", "w1"], ["y"], "conv1")]
+    graph = helper.make_graph(
+        nodes, "pool", [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, CHANNELS, 4, 4])],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    chosen = plan(model, Policy("all"))
+    amax = tied(model, {"images": 255.0, "r0": 200.0, "p": 150.0})
+    assert amax["p"] == 200.0
+    images = rng.uniform(0, 255, (1, 3, 8, 8)).astype(np.float32)
+    before, after = run(insert(model, chosen, amax, dialect), images, ["r0_quantized", "p_quantized"])
+    np.testing.assert_array_equal(after, before.reshape(1, CHANNELS, 4, 2, 4, 2).max(axis=(3, 5)))
+
+
 def test_a_plan_without_anything_to_quantise_is_an_error(rng):
     with pytest.raises(ExportError, match="leaves nothing to quantise"):
         plan(network(rng, False), Policy("none", quantise=("Gemm",)))
