@@ -37,7 +37,7 @@ class Scenes:
     val: int = 100          # the best epoch is chosen on these
     verify: int = 800       # so many that a drop within one point can be certified
     size: int = 160         # a little more than the network's input
-    classes: tuple[str, ...] = ("circle", "square", "star")     # what a very small network tells apart in minutes
+    classes: tuple[str, ...] = ("circle", "ring", "star")     # what a very small network tells apart in minutes
     seed: int = 0
 
 
