@@ -28,7 +28,6 @@ PACKAGES: dict[str, tuple[str, str, str]] = {
     "tensorboard": ("tensorboard", "train", "training curves"),
     "onnx": ("onnx", "export", "export"),
     "onnxscript": ("onnxscript", "export", "export"),
-    "onnxslim": ("onnxslim", "export", "export"),
     "matplotlib": ("matplotlib", "report", "the report's figures"),
     "jinja2": ("jinja2", "report", "the report"),
     "tensorrt": ("tensorrt", "trt", "TensorRT engines (JetPack brings it)"),

@@ -42,7 +42,7 @@ class TrainConfig:
     threads: int = 0                    # of torch on the CPU; 0 = torch's own choice
     cache_mb: int = 2048                # decoded training pictures kept in memory; the rest is decoded each epoch
     checkpoint_every: int = 500         # steps between checkpoints for --resume; also after every evaluation
-    compile: bool = False               # torch.compile: pays on long runs on a GPU
+    compile: bool = False               # torch.compile; its gain has not been measured
     cost_class: float | None = None     # matcher; None: 1 for softmax (DETR), 2 for the others (Deformable DETR)
     cost_l1: float = 5.0                # DETR
     cost_giou: float = 2.0              # DETR
