@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))      # `import members`: the family at micro size
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
