@@ -12,6 +12,7 @@ from edgedetr.layers.norm import fold_batch_norm
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True), "silu": lambda: nn.SiLU(inplace=True), "gelu": nn.GELU, "none": nn.Identity,
+    "prelu": nn.PReLU,      # one learned slope for all channels, starting at 0.25 (DAB-DETR)
 }
 
 

@@ -12,6 +12,29 @@ import torch
 from torch import Tensor, nn
 
 
+def sine(places: Tensor, width: int, temperature: float = 10000.0) -> Tensor:
+    """Numbers as waves: sine and cosine interleaved, the wavelength growing from 1 to `temperature`.
+
+    places  [..., P]  1 is a full turn of the fastest wave
+    return  [..., P * width]  place after place
+    """
+    turns = [2 * math.pi / temperature ** (2 * pair / width) for pair in range(width // 2)]
+    angle = places[..., None] * torch.tensor(turns, device=places.device, dtype=places.dtype)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)
+
+
+def sine_of_boxes(reference: Tensor, width: int) -> Tensor:
+    """Points or boxes as waves, y first as in SinePosition; in float32 or better.
+
+    reference  [..., 2|4]  cx, cy(, w, h) in 0..1
+    width      numbers per coordinate
+    return     [..., 2|4 * width]
+    """
+    x, y = reference[..., :1], reference[..., 1:2]
+    places = torch.cat([y, x, reference[..., 2:]], dim=-1)
+    return sine(places.to(torch.promote_types(places.dtype, torch.float32)), width)
+
+
 class SinePosition(nn.Module):
     """Interleaved sine and cosine of the cell's place among the unmasked cells, y first (DETR, section A.4)."""
 

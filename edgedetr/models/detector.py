@@ -17,6 +17,7 @@ class Memory:
     shapes    [(H_l, W_l)] as Python ints, sum of H_l * W_l = S
     strides   input pixels per cell of each level
     valid     [B, L, 2] or None   share of each level's width and height that is picture, 0..1 (x, y)
+    axes      position of each column [1 or B, W, C] and of each row [1 or B, H, C], for row-column attention, or None
     """
 
     tokens: Tensor
@@ -25,6 +26,7 @@ class Memory:
     position: Tensor | None = None
     padding: Tensor | None = None
     valid: Tensor | None = None
+    axes: tuple[Tensor, Tensor] | None = None
 
     def maps(self) -> list[Tensor]:
         """The tokens as maps, one [B, C, H_l, W_l] per level."""
@@ -39,6 +41,8 @@ class Queries:
     content    [B, N, C]
     position   [B, N, C] or None   where it is fixed for all layers
     reference  [B, N, 2|4] or None, cx, cy(, w, h) in 0..1
+    spatial    what cross-attention alone takes of the place, or None: [B, N, C] the sine of the centre (conditional),
+               [B, N, 2C] the position along x, then along y (row-column)
     self_mask  [N, N] bool or None, True = this query (row) must not see that one (column)
     encoder    (logits [B, N, K], boxes [B, N, 4]) of the proposals the queries came from, or None
     """
@@ -46,6 +50,7 @@ class Queries:
     content: Tensor
     position: Tensor | None = None
     reference: Tensor | None = None
+    spatial: Tensor | None = None
     self_mask: Tensor | None = None
     encoder: tuple[Tensor, Tensor] | None = None
 
