@@ -72,10 +72,28 @@ class DecoderLayer(nn.Module):
         return self.feedforward_norm(content + self.feedforward(content))
 
 
+class BoxUpdate(Protocol):
+    """The heads, and how a box follows from what they say.
+
+    iterative  every layer moves the box of the layer before, so each needs its delta, also where only the last counts
+    twice      the loss of a layer reaches the box of the layer before as well
+    """
+
+    iterative: bool
+    twice: bool
+
+    def classify(self, layer: int, features: Tensor) -> Tensor: ...
+
+    def delta(self, layer: int, features: Tensor) -> Tensor: ...
+
+    def move(self, delta: Tensor, reference: Tensor | None) -> Tensor: ...
+
+
 class AbsoluteBoxes(nn.Module):
     """Box and class straight from the features; one pair of heads for all layers (DETR)."""
 
     iterative = False
+    twice = False
 
     def __init__(self, dim: int, logits: int) -> None:
         super().__init__()
@@ -89,14 +107,19 @@ class AbsoluteBoxes(nn.Module):
         """features [B, N, C] -> box logits [B, N, 4]."""
         return self.box(features)
 
+    def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
+        return move(delta, reference)
+
 
 class IterativeBoxes(nn.Module):
     """Each layer has its own heads and moves the box of the layer before (Deformable DETR, section 4.2)."""
 
     iterative = True
 
-    def __init__(self, dim: int, logits: int, layers: int) -> None:
+    def __init__(self, dim: int, logits: int, layers: int, twice: bool = True) -> None:
+        """twice  the loss of a layer reaches the box of the layer before as well (DINO, section 3.5)"""
         super().__init__()
+        self.twice = twice
         self.score = nn.ModuleList(nn.Linear(dim, logits) for _ in range(layers))
         self.box = nn.ModuleList(Mlp(dim, dim, 4, 3) for _ in range(layers))
 
@@ -107,6 +130,9 @@ class IterativeBoxes(nn.Module):
     def delta(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> box logits [B, N, 4], to be added to those of the reference."""
         return self.box[layer](features)
+
+    def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
+        return move(delta, reference)
 
 
 def move(delta: Tensor, reference: Tensor | None) -> Tensor:
@@ -122,7 +148,7 @@ class Decoder(nn.Module):
     norm            on every layer's features before the heads (DETR), or None
     """
 
-    def __init__(self, layers: list[nn.Module], boxes: AbsoluteBoxes | IterativeBoxes,
+    def __init__(self, layers: list[nn.Module], boxes: BoxUpdate,
                  query_position: nn.Module | None = None, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.layers, self.boxes = nn.ModuleList(layers), boxes
@@ -142,11 +168,10 @@ class Decoder(nn.Module):
                 logits.append(self.boxes.classify(index, features))
             if self.boxes.iterative or last or not last_only:
                 delta = self.boxes.delta(index, features)
-                # The loss of a layer also reaches the box of the layer before ("look forward twice", DINO section
-                # 3.5); the reference that the next layer samples around is a constant.
+                # The reference that the next layer samples around is a constant, whatever the loss reaches.
                 if last or not last_only:
-                    boxes.append(move(delta, before))
+                    boxes.append(self.boxes.move(delta, before if self.boxes.twice else reference))
                 if self.boxes.iterative and not last:
-                    before = move(delta, reference)
+                    before = self.boxes.move(delta, reference)
                     reference = before.detach()
         return Outputs(torch.stack(logits), torch.stack(boxes), encoder=queries.encoder)
