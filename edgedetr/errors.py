@@ -42,6 +42,10 @@ class ExportError(EdgedetrError):
     """A graph could not be exported or quantised."""
 
 
+class DeviceError(EdgedetrError):
+    """The GPU, its driver or its libraries are not there or do not work."""
+
+
 class MissingDependency(EdgedetrError):
     """An optional package is needed; the message names the extra to install."""
 

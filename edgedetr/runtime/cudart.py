@@ -1,0 +1,289 @@
+"""CUDA by ctypes: what the device is, memory, streams, events and graphs; every return code is looked at.
+
+Only the first visible device is used (CUDA_VISIBLE_DEVICES chooses which). Nothing here needs a CUDA package for Python:
+the driver's libcuda says what the device is, libcudart of CUDA 11, 12 or 13 does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import site
+import sys
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from edgedetr.errors import DeviceError
+
+DRIVER = "libcuda.so.1"
+RUNTIMES = {13: "libcudart.so.13", 12: "libcudart.so.12", 11: "libcudart.so.11.0"}      # CUDA 11 numbers it so
+DOCTOR = "run: edgedetr doctor"
+
+# enum cudaError, cudaMemcpyKind and flags of driver_types.h, the same in CUDA 11, 12 and 13.
+OUT_OF_MEMORY = 2
+CAPTURE_ERRORS = range(900, 909)        # cudaErrorStreamCapture*: the work cannot be recorded, and can still be run
+COPY_DEFAULT = 4                        # the direction follows from the addresses
+NON_BLOCKING = 1                        # the stream does not wait for the default stream
+HOST_ALLOC_MAPPED = 2
+CAPTURE_THREAD_LOCAL = 1                # other threads may go on using CUDA while this one records
+# enum CUdevice_attribute
+INTEGRATED, MAJOR, MINOR = 18, 75, 76
+
+
+class CaptureError(DeviceError):
+    """Work on a stream could not be recorded as a graph."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """The GPU.
+
+    sm            compute capability as one number: 87 for 8.7
+    total_bytes   its memory; on an integrated device, what it shares with the CPU
+    integrated    whether it shares memory with the CPU (Jetson)
+    driver        newest CUDA version that the driver runs, "12.6"
+    runtime       CUDA version of libcudart, "12.6"
+    """
+
+    name: str
+    sm: int
+    total_bytes: int
+    integrated: bool
+    driver: str
+    runtime: str
+
+
+def probe() -> Device:
+    """What the GPU is; DeviceError where there is no driver, no device or no libcudart.
+
+    It makes no CUDA context and is safe to call first: TensorRT's Runtime ends the process where there is no driver.
+    """
+    library = _open([DRIVER])
+    if library is None:
+        raise DeviceError(f"no NVIDIA driver: {DRIVER} is not here; expected a machine with an NVIDIA GPU; {DOCTOR}")
+    text = c_char_p()
+
+    def call(name: str, *arguments: object) -> None:
+        code = getattr(library, name)(*arguments)
+        if code:
+            library.cuGetErrorString(c_int(code), ctypes.byref(text))
+            said = text.value.decode() if text.value else "no text"
+            raise DeviceError(f"the NVIDIA driver does not work: {name} gave {code} ({said}); {DOCTOR}")
+
+    count, device, value, total = c_int(), c_int(), c_int(), c_size_t()
+    name = ctypes.create_string_buffer(256)
+    call("cuInit", c_uint(0))
+    call("cuDeviceGetCount", ctypes.byref(count))
+    if count.value < 1:
+        raise DeviceError(f"the NVIDIA driver sees no device; expected one (is CUDA_VISIBLE_DEVICES empty?); {DOCTOR}")
+    call("cuDriverGetVersion", ctypes.byref(value))
+    driver = _version(value.value)
+    call("cuDeviceGet", ctypes.byref(device), c_int(0))
+    call("cuDeviceGetName", name, c_int(len(name)), device)
+    call("cuDeviceTotalMem_v2", ctypes.byref(total), device)
+    facts = {}
+    for attribute in (INTEGRATED, MAJOR, MINOR):
+        call("cuDeviceGetAttribute", ctypes.byref(value), c_int(attribute), device)
+        facts[attribute] = value.value
+    return Device(name.value.decode(errors="replace"), 10 * facts[MAJOR] + facts[MINOR], total.value,
+                  bool(facts[INTEGRATED]), driver, runtime_version(int(driver.partition(".")[0])))
+
+
+def runtime_version(driver_major: int) -> str:
+    """Version of the libcudart that fits the driver; DeviceError where there is none."""
+    value = c_int()
+    code = _runtime(driver_major).cudaRuntimeGetVersion(ctypes.byref(value))
+    if code:
+        raise DeviceError(f"libcudart does not work: cudaRuntimeGetVersion gave {code}; {DOCTOR}")
+    return _version(value.value)
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"        # 12060 is 12.6
+
+
+@lru_cache(maxsize=4)
+def _runtime(driver_major: int) -> ctypes.CDLL:
+    """The newest libcudart that this driver runs: a newer major would refuse every call."""
+    names = [name for major, name in RUNTIMES.items() if major <= driver_major]
+    library = _open([where for name in names for where in (name, *_beside(name))])
+    if library is None:
+        raise DeviceError(f"no libcudart for this driver (CUDA {driver_major}): looked for {', '.join(names)}; on a "
+                          f"Jetson run: sudo apt install nvidia-jetpack; elsewhere: "
+                          f"pip install nvidia-cuda-runtime{'-cu12' if driver_major < 13 else ''}")
+    return library
+
+
+def _beside(name: str) -> list[str]:
+    """Where NVIDIA's wheels and the toolkit put a library that the loader does not know."""
+    folders = [Path(entry) for entry in dict.fromkeys([*sys.path, *site.getsitepackages()]) if entry]
+    found = [str(path) for folder in folders for path in sorted(folder.glob(f"nvidia/*/lib/{name}"))]
+    return [*found, f"/usr/local/cuda/lib64/{name}"]
+
+
+def _open(names: Sequence[str]) -> ctypes.CDLL | None:
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+# Every function that is called, with its arguments; all return an int of enum cudaError unless RESULTS says otherwise.
+SIGNATURES: dict[str, list[object]] = {
+    "cudaGetErrorName": [c_int],
+    "cudaGetErrorString": [c_int],
+    "cudaGetLastError": [],
+    "cudaMemGetInfo": [POINTER(c_size_t), POINTER(c_size_t)],
+    "cudaMalloc": [POINTER(c_void_p), c_size_t],
+    "cudaFree": [c_void_p],
+    "cudaHostAlloc": [POINTER(c_void_p), c_size_t, c_uint],
+    "cudaFreeHost": [c_void_p],
+    "cudaHostGetDevicePointer": [POINTER(c_void_p), c_void_p, c_uint],
+    "cudaMemcpyAsync": [c_void_p, c_void_p, c_size_t, c_int, c_void_p],
+    "cudaStreamCreateWithFlags": [POINTER(c_void_p), c_uint],
+    "cudaStreamSynchronize": [c_void_p],
+    "cudaStreamDestroy": [c_void_p],
+    "cudaStreamBeginCapture": [c_void_p, c_int],
+    "cudaStreamEndCapture": [c_void_p, POINTER(c_void_p)],
+    "cudaGraphLaunch": [c_void_p, c_void_p],
+    "cudaGraphExecDestroy": [c_void_p],
+    "cudaGraphDestroy": [c_void_p],
+    "cudaEventCreateWithFlags": [POINTER(c_void_p), c_uint],
+    "cudaEventRecord": [c_void_p, c_void_p],
+    "cudaEventSynchronize": [c_void_p],
+    "cudaEventElapsedTime": [POINTER(c_float), c_void_p, c_void_p],
+    "cudaEventDestroy": [c_void_p],
+}
+RESULTS: dict[str, object] = {"cudaGetErrorName": c_char_p, "cudaGetErrorString": c_char_p}
+# CUDA 12 put flags where CUDA 11 had the node and the text of an error.
+INSTANTIATE_11: list[object] = [POINTER(c_void_p), c_void_p, c_void_p, c_char_p, c_size_t]
+INSTANTIATE_12: list[object] = [POINTER(c_void_p), c_void_p, c_ulonglong]
+
+
+class Cuda:
+    """Calls into libcudart. Addresses, streams, events and graphs are plain integers; `device` is what was probed."""
+
+    def __init__(self, device: Device | None = None) -> None:
+        self.device = device or probe()
+        library = _runtime(int(self.device.driver.partition(".")[0]))
+        self.old_graphs = self.device.runtime.startswith("11.")
+        signatures = {**SIGNATURES, "cudaGraphInstantiate": INSTANTIATE_11 if self.old_graphs else INSTANTIATE_12}
+        self.functions: dict[str, Callable[..., object]] = {}
+        for name, arguments in signatures.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, RESULTS.get(name, c_int)
+            self.functions[name] = function
+
+    def _call(self, name: str, *arguments: object, what: str = "") -> None:
+        code = self.functions[name](*arguments)
+        if code:
+            self._fail(name, int(code), what)       # type: ignore[call-overload]  # c_int comes back as int
+
+    def _fail(self, name: str, code: int, what: str) -> None:
+        said = [str(self.functions[f"cudaGetError{kind}"](code), "ascii", "replace")   # type: ignore[call-overload]
+                for kind in ("Name", "String")]                                        # c_char_p comes back as bytes
+        self.functions["cudaGetLastError"]()        # the next call must not report this error again
+        if code == OUT_OF_MEMORY:
+            raise DeviceError(f"{self.device.name} is out of memory: {what or name} failed, {self._memory()}; "
+                              f"close other programs that use the GPU, or use a smaller batch")
+        text = f"{name} gave {said[0]} ({code}): {said[1]}"
+        raise CaptureError(text) if code in CAPTURE_ERRORS else DeviceError(f"{text}; {DOCTOR}")
+
+    def _memory(self) -> str:
+        free, total = c_size_t(), c_size_t()
+        if self.functions["cudaMemGetInfo"](ctypes.byref(free), ctypes.byref(total)):
+            return "free memory unknown"
+        return f"{free.value / 2**20:.0f} of {total.value / 2**20:.0f} MiB are free"
+
+    def _made(self, name: str, *arguments: object, what: str = "") -> int:
+        """What a function writes through its first argument."""
+        made = c_void_p()
+        self._call(name, ctypes.byref(made), *arguments, what=what)
+        return made.value or 0
+
+    def free_bytes(self) -> int:
+        free, total = c_size_t(), c_size_t()
+        self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        return free.value
+
+    def allocate(self, nbytes: int) -> int:
+        """Device memory; its address."""
+        return self._made("cudaMalloc", nbytes, what=f"a buffer of {nbytes} bytes on the device")
+
+    def release(self, address: int) -> None:
+        self._call("cudaFree", address)
+
+    def allocate_host(self, nbytes: int) -> int:
+        """Page-locked host memory that the device can address too; its address for the CPU."""
+        return self._made("cudaHostAlloc", nbytes, HOST_ALLOC_MAPPED, what=f"a page-locked buffer of {nbytes} bytes")
+
+    def device_address(self, host: int) -> int:
+        """The device's address of what `allocate_host` gave."""
+        return self._made("cudaHostGetDevicePointer", host, 0)
+
+    def release_host(self, address: int) -> None:
+        self._call("cudaFreeHost", address)
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        """Queue a copy on a stream, in any direction."""
+        self._call("cudaMemcpyAsync", target, source, nbytes, COPY_DEFAULT, stream)
+
+    def stream(self) -> int:
+        """A stream of its own: the default stream would synchronise the whole device at every step."""
+        return self._made("cudaStreamCreateWithFlags", NON_BLOCKING)
+
+    def wait(self, stream: int) -> None:
+        """Until everything on the stream is done; errors of queued work appear here."""
+        self._call("cudaStreamSynchronize", stream)
+
+    def destroy_stream(self, stream: int) -> None:
+        self._call("cudaStreamDestroy", stream)
+
+    def event(self) -> int:
+        return self._made("cudaEventCreateWithFlags", 0)
+
+    def record(self, event: int, stream: int) -> None:
+        self._call("cudaEventRecord", event, stream)
+
+    def milliseconds(self, start: int, end: int) -> float:
+        """Time on the device between two recorded events; waits for the second."""
+        value = c_float()
+        self._call("cudaEventSynchronize", end)
+        self._call("cudaEventElapsedTime", ctypes.byref(value), start, end)
+        return value.value
+
+    def destroy_event(self, event: int) -> None:
+        self._call("cudaEventDestroy", event)
+
+    def capture(self, stream: int, work: Callable[[], object]) -> int:
+        """Record what `work` queues on the stream, as a graph that can be launched; CaptureError where that fails."""
+        self._call("cudaStreamBeginCapture", stream, CAPTURE_THREAD_LOCAL)
+        try:
+            work()
+        except BaseException:
+            self._abandon(stream)
+            raise
+        graph = self._made("cudaStreamEndCapture", stream)
+        if not graph:
+            raise CaptureError("nothing was recorded: cudaStreamEndCapture gave no graph")
+        try:
+            rest = (None, None, 0) if self.old_graphs else (0,)
+            return self._made("cudaGraphInstantiate", graph, *rest, what="a CUDA graph")
+        finally:
+            self._call("cudaGraphDestroy", graph)
+
+    def _abandon(self, stream: int) -> None:
+        graph = c_void_p()
+        if not self.functions["cudaStreamEndCapture"](stream, ctypes.byref(graph)) and graph.value:
+            self._call("cudaGraphDestroy", graph.value)
+        self.functions["cudaGetLastError"]()
+
+    def launch(self, graph: int, stream: int) -> None:
+        self._call("cudaGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: int) -> None:
+        self._call("cudaGraphExecDestroy", graph)
