@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -24,3 +25,21 @@ def shared_data() -> Path:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def bindings() -> ModuleType:
+    """tests/tensorrt_spec/bindings.py, with NVIDIA's bindings at hand; where they are not, a skip with the reason."""
+    from tensorrt_spec import bindings
+
+    try:
+        bindings.described()
+    except bindings.Unavailable as reason:
+        pytest.skip(f"needs NVIDIA's TensorRT bindings: {reason}")
+    return bindings
+
+
+@pytest.fixture(scope="session", params=["10.3.0", "10.16.1", "11.4.0"])
+def trt(request: pytest.FixtureRequest, bindings: ModuleType) -> ModuleType:
+    """The names of one version of TensorRT, as a module to specify fakes with (JetPack 6, JetPack 7.2, TensorRT 11)."""
+    return bindings.module(request.param)
