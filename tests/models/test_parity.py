@@ -7,7 +7,8 @@ import torch
 
 from edgedetr.models import build
 from edgedetr.models.detr import DetrConfig
-from edgedetr.models.pretrained import fit, rename_detector
+from edgedetr.models.names import translate
+from edgedetr.models.pretrained import fit
 from edgedetr.models.rt_detr import RtDetrConfig
 
 transformers = pytest.importorskip("transformers", reason="the reference implementation of these tests")
@@ -87,7 +88,7 @@ def test_detections_equal_those_of_transformers(case: str) -> None:
     more = {"decoder_method": "discrete"} if "discrete" in case else {}
     reference = with_spread(make(*arguments, **more))
     ours = build(name, config, CLASSES).eval()
-    fit(ours, rename_detector(reference.state_dict()), case)
+    fit(ours, translate(name, reference.state_dict()), case)
     images = torch.randn(2, 3, *PIXELS)
     with torch.no_grad():
         theirs, got = reference(pixel_values=images), ours(images)

@@ -17,7 +17,8 @@ from edgedetr.models import build
 from edgedetr.models.backbone import resnet
 from edgedetr.models.deploy import load_bundle_model
 from edgedetr.models.detr import DetrConfig
-from edgedetr.models.pretrained import fit, load_backbone, load_detector, read, rename_backbone
+from edgedetr.models.names.backbone import rename_backbone
+from edgedetr.models.pretrained import fit, load_backbone, load_detector, read
 from edgedetr.models.rt_detr import RtDetrConfig
 
 TINY = {"hidden": 32, "heads": 4, "encoder_ffn": 48, "decoder_ffn": 48, "decoder_layers": 1, "queries": 5}
@@ -102,7 +103,7 @@ def test_files_of_transformers_load(member: str, tmp_path: Path) -> None:
     with torch.no_grad():
         for tensor in ours.state_dict().values():
             tensor.fill_(-7)                            # so that a tensor that was not loaded would show
-    loaded = load_detector(ours, str(tmp_path / "model.safetensors"))
+    loaded = load_detector(ours, member, str(tmp_path / "model.safetensors"))
     assert loaded.fresh == ()
     assert [name for name, p in ours.named_parameters() if (p == -7).all()] == []
 

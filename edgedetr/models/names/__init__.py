@@ -1,0 +1,64 @@
+"""Names of tensors in other people's files -> ours: per member, the layouts that are known, told apart by a mark."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from edgedetr.errors import ModelError
+from edgedetr.models.names import hub, original
+from edgedetr.models.names.backbone import rename_backbone
+from edgedetr.models.names.rules import Layout, Weights
+
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "detr": (
+        Layout("transformers", r"^model\.query_position_embeddings\.", hub.detr),
+        Layout("facebookresearch/detr", r"^query_embed\.", original.detr),
+    ),
+    "deformable_detr": (
+        Layout("transformers", r"^model\.level_embed$", hub.deformable_detr),
+        Layout("fundamentalvision/Deformable-DETR", r"^transformer\.level_embed$", original.deformable_detr),
+    ),
+    "rt_detr": (
+        Layout("transformers", r"^model\.enc_score_head\.", hub.rt_detr),
+        Layout("lyuwenyu/RT-DETR", r"^decoder\.enc_score_head\.", original.rt_detr),
+    ),
+}
+
+
+def translate(member: str, weights: Mapping[str, Tensor], source: str = "the file") -> Weights:
+    """A file's tensors under the names of a member; what is ours already passes as it is.
+
+    Errors: ModelError where no layout of the member fits, which shows some names.
+    """
+    if _ours(weights):
+        return dict(weights)
+    layouts = LAYOUTS.get(member, ())
+    for layout in layouts:
+        if _fits(layout, weights):
+            return layout.translate(weights)
+    known = ", ".join(layout.source for layout in layouts) or "none"
+    shown = ", ".join(sorted(weights)[:4])
+    raise ModelError(f"{source}: no known layout of {member} (known: {known}); its {len(weights)} names begin with "
+                     f"{shown}; is --model the member these weights belong to?")
+
+
+def backbone_of(weights: Mapping[str, Tensor]) -> Weights:
+    """The backbone's tensors of a file that holds a backbone alone, or a detector in any layout that is known."""
+    whole: Mapping[str, Tensor] = weights
+    if not _ours(weights):
+        layout = next((one for several in LAYOUTS.values() for one in several if _fits(one, weights)), None)
+        if layout is None:
+            return rename_backbone(weights)
+        whole = layout.translate(weights)
+    return {name.removeprefix("backbone."): tensor for name, tensor in whole.items() if name.startswith("backbone.")}
+
+
+def _ours(weights: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith(("selector.", "decoder.boxes.")) for name in weights)
+
+
+def _fits(layout: Layout, weights: Mapping[str, Tensor]) -> bool:
+    return any(re.search(layout.mark, name) for name in weights)

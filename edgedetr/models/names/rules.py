@@ -1,0 +1,76 @@
+"""What every layout of names is made of: rules that rename, packed projections that are split, copies that must agree.
+
+Names of ours are those of a member's `state_dict`; a layout is how another library names the same tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgedetr.errors import ModelError
+
+Weights = dict[str, Tensor]
+Rule = tuple[str, "str | Callable[[re.Match[str]], str]"]       # pattern, replacement; applied wherever it matches
+
+# Nothing of ours: ImageNet's classifier, counters of BatchNorm, and constants that follow from the configuration.
+IGNORED = re.compile(r"^fc\.|^classifier\.|num_batches_tracked$|n_points_scale$|num_points_scale$|anchors$|valid_mask$")
+QKV = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which files name a member's tensors.
+
+    source     whose names these are, for messages
+    mark       pattern; the first layout of a member whose mark is found in some name of the file is taken
+    translate  the file's tensors -> the same under our names; raises ModelError where copies differ
+    """
+
+    source: str
+    mark: str
+    translate: Callable[[Mapping[str, Tensor]], Weights]
+
+
+def rename(weights: Mapping[str, Tensor], rules: Iterable[Rule]) -> Weights:
+    """Every rule in order on every name. Two names may become one only where their tensors are equal (tied weights)."""
+    rules, renamed, origin = list(rules), {}, {}
+    for name, tensor in weights.items():
+        if IGNORED.search(name):
+            continue
+        new = name
+        for pattern, replacement in rules:
+            new = re.sub(pattern, replacement, new)
+        if new in renamed and not torch.equal(renamed[new], tensor):
+            raise ModelError(f"{origin[new]} and {name} differ, but this model has one tensor ({new}) for both; "
+                             "expected equal copies, as the published files have; check the [model] section")
+        renamed[new], origin[new] = tensor, name
+    return renamed
+
+
+def split_packed(weights: Mapping[str, Tensor], parts: Sequence[str] = QKV) -> Weights:
+    """Packed projections `*.in_proj_weight` [n C, C] and `*.in_proj_bias` [n C] as n Linears named by `parts`.
+
+    parts   all projections of the file that are packed this many times; others stay for another call
+    """
+    split: Weights = {}
+    for name, tensor in weights.items():
+        owner, packed, kind = name.partition("in_proj_")
+        width = weights[f"{owner}in_proj_weight"].shape[1] if packed else 0
+        if not packed or tensor.shape[0] != width * len(parts):
+            split[name] = tensor
+            continue
+        for part, chunk in zip(parts, tensor.chunk(len(parts))):
+            split[f"{owner}{part}.{kind}"] = chunk.clone()
+    return split
+
+
+def below(weights: Mapping[str, Tensor], prefix: str, change: Callable[[Weights], Weights]) -> Weights:
+    """`change` applied to the tensors whose names begin with `prefix`, which it does not see; the rest as it is."""
+    inner = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    rest = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
+    return {**rest, **{prefix + name: tensor for name, tensor in change(inner).items()}}
