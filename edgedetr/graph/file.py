@@ -1,0 +1,130 @@
+"""Read an ONNX file that somebody else made: nothing outside its folder is opened, and nothing is executed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import GraphProto, ModelProto, TensorProto
+
+from edgedetr.errors import ExportError
+
+# A protobuf message cannot be longer, and a bundle's graph is one message.
+LARGEST = 2**31 - 1             # bytes, of the file and of its external data together
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A graph and where its weights lie.
+
+    external   names of the files beside it that hold weights
+    faults     why those may not be read; their tensors are then without values
+    """
+
+    path: Path
+    model: ModelProto
+    external: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+
+
+def open_onnx(path: str | Path) -> OnnxFile:
+    """The graph with its weights, or with the reasons why they were not read; ExportError when it is no ONNX file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ExportError(f"{path}: no such file; expected an ONNX file, for example runs/NAME.bundle/model.onnx")
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ExportError(f"{path}: {size / 1e9:.1f} GB; expected at most {LARGEST / 1e9:.1f} GB, the longest message "
+                          "of ONNX; export the model with external data, or a smaller one")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf raises types of its own, which differ between its versions
+        raise ExportError(f"{path}: not readable as ONNX ({error}); expected what an exporter wrote, whole") from error
+    if not model.graph.node or not model.opset_import:
+        raise ExportError(f"{path}: not an ONNX model (no graph in it); expected what an exporter wrote, whole")
+    outside = [tensor for tensor in tensors(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
+    names = tuple(dict.fromkeys(_entry(tensor, "location") for tensor in outside))
+    faults = tuple(dict.fromkeys(fault for name in names if (fault := _file_fault(path.parent, name))))
+    if not faults:
+        faults = _extent_faults(path.parent, outside, size)
+    if not faults:
+        for tensor in outside:
+            _load(path.parent, tensor)
+    return OnnxFile(path, model, names, faults)
+
+
+def tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """Every tensor with values: initialisers, and attributes of nodes, also in the graphs of control flow."""
+    yield from graph.initializer
+    for node in graph.node:
+        for item in node.attribute:
+            if item.HasField("t"):
+                yield item.t
+            yield from item.tensors
+            for inner in [item.g] if item.HasField("g") else item.graphs:
+                yield from tensors(inner)
+
+
+def _entry(tensor: TensorProto, key: str) -> str:
+    return next((item.value for item in tensor.external_data if item.key == key), "")
+
+
+def _file_fault(folder: Path, name: str) -> str:
+    """Why a file with weights may not be opened, or an empty string."""
+    if not name:
+        return "weights outside the file, without saying where"
+    if os.path.isabs(name) or ".." in Path(name).parts or "\\" in name or "\0" in name:
+        return f"weights in {name!r}, outside the folder of the model"
+    place = folder
+    for part in Path(name).parts:
+        place = place / part
+        if place.is_symlink():
+            return f"weights in {name!r}, which is a symbolic link"
+    try:
+        found = os.lstat(folder / name)
+    except OSError:
+        return f"weights in {name!r}, which is not there"
+    if not stat.S_ISREG(found.st_mode):
+        return f"weights in {name!r}, which is no plain file"
+    if found.st_nlink > 1:
+        return f"weights in {name!r}, which is a hard link to another file"
+    if found.st_size > LARGEST:
+        return f"weights in {name!r}, of {found.st_size / 1e9:.1f} GB; at most {LARGEST / 1e9:.1f} GB are read"
+    return ""
+
+
+def _extent_faults(folder: Path, outside: list[TensorProto], size: int) -> tuple[str, ...]:
+    """Tensors that reach beyond their file, or hold more bytes in all than one graph may."""
+    total = size
+    for tensor in outside:
+        name = _entry(tensor, "location")
+        start, length = _extent(folder, tensor)
+        end = (folder / name).stat().st_size
+        if start < 0 or length < 0 or start + length > end:
+            return (f"tensor {tensor.name!r} at bytes {start}..{start + length} of {name!r}, which has {end}",)
+        total += length
+    return (f"{total / 1e9:.1f} GB of weights; at most {LARGEST / 1e9:.1f} GB are read",) if total > LARGEST else ()
+
+
+def _extent(folder: Path, tensor: TensorProto) -> tuple[int, int]:
+    """First byte and number of bytes; (-1, 0) where they are no numbers."""
+    offset, length = _entry(tensor, "offset") or "0", _entry(tensor, "length")
+    if not offset.isdecimal() or not (length or "0").isdecimal():
+        return -1, 0
+    whole = (folder / _entry(tensor, "location")).stat().st_size
+    return int(offset), int(length) if length else whole - int(offset)
+
+
+def _load(folder: Path, tensor: TensorProto) -> None:
+    start, length = _extent(folder, tensor)
+    # Not followed if it has become a link since it was looked at.
+    handle = os.open(folder / _entry(tensor, "location"), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    with os.fdopen(handle, "rb") as stream:
+        stream.seek(start)
+        tensor.raw_data = stream.read(length)
+    del tensor.external_data[:]
+    tensor.data_location = TensorProto.DEFAULT

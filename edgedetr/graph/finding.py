@@ -1,0 +1,72 @@
+"""What lint says: a fault of one node for one TensorRT, and the same merged over all that were asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from onnx import NodeProto
+
+from edgedetr.graph.view import GraphView, title
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an engine is to be built: the name on the command line, and the oldest TensorRT that it stands for."""
+
+    name: str
+    tensorrt: tuple[int, int]
+    words: str
+
+
+TARGETS = {
+    "jetpack-6": Target("jetpack-6", (10, 3), "JetPack 6.1 and 6.2, TensorRT 10.3"),
+    "jetpack-7.2": Target("jetpack-7.2", (10, 16), "JetPack 7.2, TensorRT 10.16"),
+    "trt-11": Target("trt-11", (11, 0), "TensorRT 11"),
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong at one place, for one target. An error stops the build or makes the engine wrong."""
+
+    node: str
+    reason: str
+    fix: str
+    severity: Severity = "error"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A named check of a whole graph; `source` is where its claim can be read."""
+
+    id: str
+    check: Callable[[GraphView, Target], Iterable[Fault]]
+    source: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault with its rule; `severity` by target name, for the targets that it concerns."""
+
+    rule: str
+    node: str
+    reason: str
+    fix: str
+    source: str
+    severity: dict[str, Severity] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> Severity:
+        return "error" if "error" in self.severity.values() else "warning"
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.reason} [{self.rule}]; {self.fix}"
+
+
+def at(node: NodeProto, reason: str, fix: str, severity: Severity = "error") -> Fault:
+    """A fault of a node."""
+    return Fault(title(node), reason, fix, severity)

@@ -1,0 +1,95 @@
+"""Lint: what in an ONNX graph a TensorRT would refuse, get wrong or run slowly, found without a GPU.
+
+The rules are in `edgedetr.graph.rules`. They know what has been seen and documented; a clean file may still fail to
+build, which `edgedetr.graph.rtx` (a real parser) and the device itself say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from onnx import ModelProto
+
+from edgedetr.errors import UsageError, did_you_mean
+from edgedetr.graph.file import open_onnx
+from edgedetr.graph.finding import TARGETS, Finding, Target
+from edgedetr.graph.rules import RULES
+from edgedetr.graph.view import GraphView
+
+SHOWN = 3           # findings of one rule that the table names; the others are counted
+# Graphs of a bundle that are not made for TensorRT.
+_FOR_CPU = "-cpu.onnx", "-openvino.onnx"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What lint found in one file."""
+
+    path: str
+    targets: tuple[str, ...]
+    nodes: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> int:
+        return sum(finding.worst == "error" for finding in self.findings)
+
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(self), "errors": self.errors, "warnings": len(self.findings) - self.errors}
+
+    def rows(self, shown: int = SHOWN) -> list[list[object]]:
+        """severity, rule, targets, node, reason, fix; errors first, the first few of each rule."""
+        lines: list[list[object]] = []
+        count = Counter(finding.rule for finding in self.findings)
+        told: Counter[str] = Counter()
+        for finding in sorted(self.findings, key=lambda item: item.worst != "error"):
+            told[finding.rule] += 1
+            if told[finding.rule] > shown:
+                continue
+            more = count[finding.rule] - shown if told[finding.rule] == shown else 0
+            node = finding.node + (f" (and {more} more)" if more > 0 else "")
+            words = " ".join(f"{name}" if kind == finding.worst else f"({name})"
+                             for name, kind in finding.severity.items())
+            lines.append([finding.worst, finding.rule, words, node, finding.reason, finding.fix])
+        return lines
+
+
+def lint(model: ModelProto, targets: Iterable[str] = tuple(TARGETS)) -> tuple[Finding, ...]:
+    """Every finding in a graph, in the order of the rules; one that concerns several targets is one finding."""
+    view = GraphView(model)
+    merged: dict[tuple[str, str, str], Finding] = {}
+    for name in targets:
+        target = _target(name)
+        for rule in RULES:
+            for fault in rule.check(view, target):
+                key = rule.id, fault.node, fault.reason
+                finding = merged.setdefault(key, Finding(rule.id, fault.node, fault.reason, fault.fix, rule.source))
+                finding.severity[name] = fault.severity
+    order = {rule.id: number for number, rule in enumerate(RULES)}
+    return tuple(sorted(merged.values(), key=lambda finding: order[finding.rule]))
+
+
+def lint_file(path: str | Path, targets: Sequence[str] = tuple(TARGETS)) -> Report:
+    """Lint one file; ExportError when it is no ONNX file."""
+    opened = open_onnx(path)
+    findings = [finding for finding in lint(opened.model, targets)
+                if finding.rule != "external-data" or not opened.faults]
+    source = next(rule.source for rule in RULES if rule.id == "external-data")
+    findings[:0] = [Finding("external-data", opened.path.name, fault, "put the data file beside the model, as a plain "
+                            "file, and name it without a path", source, dict.fromkeys(targets, "error"))
+                    for fault in opened.faults]
+    return Report(str(path), tuple(targets), len(opened.model.graph.node), tuple(findings))
+
+
+def for_tensorrt(names: Iterable[str]) -> list[str]:
+    """Those files of a bundle that engines are built from."""
+    return [name for name in names if name.endswith(".onnx") and not name.endswith(_FOR_CPU)]
+
+
+def _target(name: str) -> Target:
+    if name not in TARGETS:
+        raise UsageError(f"target is {name!r}; expected one of {', '.join(TARGETS)}{did_you_mean(name, TARGETS)}")
+    return TARGETS[name]
