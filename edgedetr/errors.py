@@ -46,6 +46,10 @@ class DeviceError(EdgedetrError):
     """The GPU, its driver or its libraries are not there or do not work."""
 
 
+class EngineError(EdgedetrError):
+    """A TensorRT engine could not be built, or the one that is there must not be loaded here."""
+
+
 class MissingDependency(EdgedetrError):
     """An optional package is needed; the message names the extra to install."""
 
