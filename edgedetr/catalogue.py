@@ -1,34 +1,51 @@
-"""The family as a table: each member's paper, size and settings at its default configuration."""
+"""The family as a table: each member's paper, size, cost and settings at its default configuration."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from edgedetr.models import FAMILY, build
+
+DIALECTS = ("onnx", "fp16", "int8", "int8-cpu")     # every member exports to each; tests keep it so
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One member of the family at its default configuration."""
+    """One member of the family at its default configuration.
+
+    gmacs    multiply-accumulates of one picture of `pixels` x `pixels`, in 1e9: convolutions and matrix products
+    levels   (height, width, stride) of each feature map that the decoder reads, at that size
+    """
 
     name: str
     paper: str
     parameters: int
+    gmacs: float
+    pixels: int
+    levels: tuple[tuple[int, int, int], ...]
     queries: int
     activation: str
+    dialects: tuple[str, ...] = DIALECTS
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 
-def describe(name: str, classes: int = 80) -> Entry:
-    """One member; parameters counted for 80 classes (COCO), without downloading weights."""
+def describe(name: str, classes: int = 80, pixels: int = 640) -> Entry:
+    """One member; counted for 80 classes (COCO), without downloading weights."""
     member = FAMILY[name]
     config = member.config()
     if hasattr(config, "backbone_weights"):
         config = replace(config, backbone_weights="random")
-    with torch.device("meta"):      # shapes only: nothing is allocated or initialised
-        model = build(name, config, classes)
-    return Entry(name, member.paper, sum(p.numel() for p in model.parameters()), config.queries, config.activation)
+    with torch.device("meta"):      # shapes only: nothing is allocated, initialised or computed
+        model = build(name, config, classes).eval()
+        images = torch.empty(1, 3, pixels, pixels)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            memory = model.encode(images)
+            model.decode(model.select(memory), memory, last_only=True)
+    levels = tuple((h, w, stride) for (h, w), stride in zip(memory.shapes, memory.strides))
+    return Entry(name, member.paper, sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2e9,
+                 pixels, levels, config.queries, config.activation)

@@ -1,6 +1,7 @@
 """A recipe: strict TOML laid over the defaults of each part, and `--set key=value` laid over that.
 
-Defaults live in the dataclass beside what they configure; a recipe says only what differs.
+Defaults live in the dataclass beside what they configure; a recipe says only what differs. A preset (recipes/presets) is
+a named set of values that takes the place of defaults.
 """
 
 from __future__ import annotations
@@ -69,8 +70,10 @@ class Recipe:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
 
     @classmethod
-    def load(cls, source: str | Path = DEFAULT, sets: Iterable[str] = ()) -> Recipe:
+    def load(cls, source: str | Path = DEFAULT, sets: Iterable[str] = (), *, preset: str = "") -> Recipe:
         """Read a recipe by file or by the name of a shipped one, then lay `section.key=value` strings over it.
+
+        preset   "parity" or "strong": what lies under the recipe in the place of the defaults; "" = the defaults
 
         Errors: RecipeError that names file, section, key and the nearest known key.
         """
@@ -79,7 +82,7 @@ class Recipe:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: not readable as TOML ({error})") from error
-        return cls.from_dict(raw, where=str(path), sets=sets)
+        return cls.from_dict(raw, where=str(path), sets=sets, preset=preset)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, sets: Iterable[str] = ()) -> Recipe:
@@ -87,7 +90,7 @@ class Recipe:
         return cls.load(bundle.require("recipe.toml"), sets)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], *, where: str, sets: Iterable[str] = ()) -> Recipe:
+    def from_dict(cls, raw: Mapping[str, Any], *, where: str, sets: Iterable[str] = (), preset: str = "") -> Recipe:
         """Build from parsed TOML; `where` opens every error message."""
         sections = {str(name): values for name, values in raw.items()}
         known = [f.name for f in fields(cls)]
@@ -107,6 +110,8 @@ class Recipe:
         if name not in FAMILY:
             raise RecipeError(f"{where} [model]: unknown model {name!r}{did_you_mean(str(name), FAMILY)}; "
                               f"known: {', '.join(FAMILY)}")
+        for section, values in (read_preset(preset, name) if preset else {}).items():
+            sections[section] = {**values, **sections.get(section, {})}
         parts: dict[str, Any] = {"model": ModelChoice(name, _build(FAMILY[name].config, model, f"{where} [model]"))}
         for part in fields(cls):
             if part.name != "model":
@@ -126,6 +131,19 @@ class Recipe:
             lines += [f"{key} = {_toml(item)}" for key, item in values.items() if item is not None]
             lines.append("")
         return "\n".join(lines)
+
+
+def read_preset(preset: str, member: str) -> dict[str, dict[str, Any]]:
+    """Values of a shipped preset for a member: {section: {key: value}}; those for all members, then its own."""
+    files = {p.stem: p for p in sorted((recipes_directory() / "presets").glob("*.toml"))}
+    if preset not in files:
+        raise RecipeError(f"no preset {preset!r}{did_you_mean(preset, files)}; known: {', '.join(files)}")
+    raw = tomllib.loads(files[preset].read_text(encoding="utf-8"))
+    found: dict[str, dict[str, Any]] = {}
+    for whose in ("all", member):
+        for section, values in raw.get(whose, {}).items():
+            found.setdefault(section, {}).update(values)
+    return found
 
 
 def find(source: str | Path) -> Path:

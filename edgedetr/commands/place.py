@@ -83,16 +83,19 @@ def doctor(as_json_: bool) -> None:
 
 
 @click.command()
+@click.option("--pixels", default=640, show_default=True, type=click.IntRange(64, 4096), help="Side of the picture that "
+              "the multiply-accumulates are counted for; a multiple of 64.")
 @json_option
-def models(as_json_: bool) -> None:
-    """List the family: papers, sizes, queries."""
+def models(pixels: int, as_json_: bool) -> None:
+    """List the family: papers, sizes, cost, feature levels, queries, dialects."""
     from edgedetr.catalogue import describe
     from edgedetr.models import FAMILY
 
-    members = [describe(name) for name in FAMILY]
+    members = [describe(name, pixels=pixels) for name in FAMILY]
     table(
-        ["name", "M parameters", "queries", "activation", "paper"],
-        [[m.name, f"{m.parameters / 1e6:.1f}", m.queries, m.activation, m.paper] for m in members],
+        ["name", "M parameters", f"GMACs at {pixels}", "levels (strides)", "queries", "exports to", "paper"],
+        [[m.name, f"{m.parameters / 1e6:.1f}", f"{m.gmacs:.1f}", " ".join(str(stride) for *_, stride in m.levels),
+          m.queries, " ".join(m.dialects), m.paper] for m in members],
     )
     if as_json_:
         as_json([m.to_json() for m in members])

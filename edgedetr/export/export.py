@@ -71,8 +71,10 @@ def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None 
     if fresh_model:
         return
     manifest = bundle.manifest
-    if config.sampling != "gather":
-        graph = DeployGraph(detector, manifest.input.height, manifest.input.width, config.sampling)
+    if config.sampling != "gather" or config.decoder_layers:
+        # The reference stays the whole model, so that the verdict counts what fewer layers cost.
+        graph = DeployGraph(detector, manifest.input.height, manifest.input.width, config.sampling,
+                            config.decoder_layers)
     if progress:
         progress("onnx", 0, 1)
     told = {**describe(manifest, manifest.files[weights.name].sha256), "export": made_by}

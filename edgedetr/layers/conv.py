@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgedetr.layers.norm import fold_batch_norm
+from edgedetr.layers.norm import FrozenBatchNorm2d, fold_batch_norm
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True), "silu": lambda: nn.SiLU(inplace=True), "gelu": nn.GELU, "none": nn.Identity,
@@ -30,7 +30,13 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C', H/stride, W/stride]."""
-        return self.activation(self.norm(self.conv(x)))
+        if not isinstance(self.norm, FrozenBatchNorm2d):
+            return self.activation(self.norm(self.conv(x)))
+        # A frozen scale goes into the kernel, which is smaller than the map by far.
+        conv, (scale, shift) = self.conv, self.norm.affine()
+        kernel = conv.weight * scale[:, None, None, None]
+        x = F.conv2d(x, kernel, shift, conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]  # torch's stubs
+        return self.activation(x)
 
     def fused(self) -> nn.Module:
         """The same function in evaluation mode, as convolution with bias -> activation."""

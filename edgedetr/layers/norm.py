@@ -23,10 +23,14 @@ class FrozenBatchNorm2d(nn.Module):
         for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
             self.register_buffer(name, torch.full((channels,), value))
 
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale [C] and shift [C]: the normalisation is x * scale + shift."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> the same shape."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
+        scale, shift = self.affine()
         return x * scale[:, None, None] + shift[:, None, None]
 
 

@@ -38,8 +38,11 @@ class DeployGraph(nn.Module):
     return  logits [B, N, K*], boxes [B, N, 4] (cx, cy, w, h in 0..1 of the input)
     """
 
-    def __init__(self, detector: Detector, height: int, width: int, sampling: str = "gather") -> None:
-        """sampling  how deformable attention reads its points: "gather" or "grid_sample", the same numbers"""
+    def __init__(self, detector: Detector, height: int, width: int, sampling: str = "gather",
+                 decoder_layers: int = 0) -> None:
+        """sampling        how deformable attention reads its points: "gather" or "grid_sample", the same numbers
+        decoder_layers  run only the first ones; 0 = all
+        """
         super().__init__()
         coarsest = 32
         if height % coarsest or width % coarsest or min(height, width) <= 0:
@@ -49,6 +52,12 @@ class DeployGraph(nn.Module):
         for module in self.detector.modules():
             if isinstance(module, DeformableAttention):
                 module.sampling = sampling
+        if decoder_layers:
+            layers: nn.ModuleList = self.detector.decoder.layers  # type: ignore[assignment]  # every decoder has them
+            if decoder_layers > len(layers):
+                raise ModelError(f"{decoder_layers} decoder layers asked for, but the model has {len(layers)}; expected "
+                                 f"--set export.decoder_layers={len(layers)} at most, or 0 for all")
+            self.detector.decoder.layers = layers[:decoder_layers]
         # (mypy takes what it does not know of a module for tensors)
         fused = {name: module.fused() for name, module in _outermost(self.detector, "fused")}  # type: ignore[operator]
         _replace(self.detector, fused)

@@ -6,6 +6,7 @@ Everything is a function of the random generator that is handed in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,9 @@ from edgedetr.boxes import area, clip, iou
 from edgedetr.bundle import InputContract
 from edgedetr.runtime.preprocess import PADDING
 from edgedetr.train.config import AugmentConfig
+from edgedetr.train.mixing import cutmix, draw_rectangle, mixup, mosaic
+from edgedetr.train.randaugment import MIN_PIXELS, Example, erase, rand_augment
 
-MIN_PIXELS = 1.0                            # a box with a smaller side at the input cannot be learned
 MIN_IOU = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)    # one is drawn per crop (Liu et al. 2016, "SSD", section 2.2)
 TRIALS = 20                                 # crops tried for it
 
@@ -43,12 +45,31 @@ class Picture:
     frame_width: float
 
 
-def vary(picture: Picture, contract: InputContract, config: AugmentConfig, rng: np.random.Generator,
-         *, flips_only: bool = False) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """One training example.
+def compose(picture: Picture, another: Callable[[], Picture], contract: InputContract, config: AugmentConfig,
+            rng: np.random.Generator) -> Example:
+    """One training example from a picture, and from others where mosaic, mixup or cutmix fall on it.
 
-    return  [3, height, width] uint8;  boxes [n, 4] float64, x0, y0, x1, y1 in pixels of it;  labels [n]
+    Each technique that is off draws nothing, so that switching one on does not change another's luck before it.
     """
+    def take(size: InputContract) -> Example:
+        return vary(another(), size, config, rng)
+
+    mixed = bool(config.mosaic) and rng.random() < config.mosaic
+    example = mosaic(take, contract, rng) if mixed else vary(picture, contract, config, rng)
+    if config.mixup and rng.random() < config.mixup:
+        example = mixup(example, take(contract), rng.beta(config.mixup_beta, config.mixup_beta))
+    elif config.cutmix and rng.random() < config.cutmix:
+        example = cutmix(example, take(contract), draw_rectangle(contract.height, contract.width, rng))
+    if config.rand_augment:
+        example = rand_augment(example, config.rand_augment, config.magnitude, rng)
+    if config.erase and rng.random() < config.erase:
+        example = erase(example, rng)
+    return example
+
+
+def vary(picture: Picture, contract: InputContract, config: AugmentConfig, rng: np.random.Generator,
+         *, flips_only: bool = False) -> Example:
+    """One training example of one picture: a window on it, flips, colours."""
     whole = np.array([0.0, 0.0, picture.frame_width, picture.frame_height])
     window = whole if flips_only else _window(picture, config, rng)
     pixels, boxes, labels = look(picture, window, contract, config.min_visible)
@@ -62,7 +83,7 @@ def vary(picture: Picture, contract: InputContract, config: AugmentConfig, rng: 
         boxes[:, [1, 3]] = contract.height - boxes[:, [3, 1]]
     if not flips_only and rng.random() < config.colour:
         pixels = recolour(pixels, config, rng)
-    return pixels, boxes, labels
+    return Example(pixels, boxes, labels)
 
 
 def look(picture: Picture, window: np.ndarray, contract: InputContract,

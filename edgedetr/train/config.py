@@ -15,11 +15,13 @@ class TrainConfig:
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
+    start: str = ""                     # weights of a whole detector: a bundle, file or hub name; "" = the backbone's
     epochs: int = 72                    # RT-DETR, 6x schedule
     batch: int = 16                     # pictures per step over all devices (RT-DETR: 4 on each of 4)
     accumulate: int = 1                 # the batch goes through in this many parts, where memory is short
     lr: float = 1e-4                    # RT-DETR and DETR
     backbone_lr_factor: float = 0.1     # both; 1.0 where the backbone starts from random weights
+    slow_lr_factor: float = 0.1         # sampling offsets, reference points (Deformable DETR, A.4); other members: none
     weight_decay: float = 1e-4          # both; not on norms and biases
     betas: tuple[float, float] = (0.9, 0.999)   # AdamW
     clip: float = 0.1                   # gradient norm, both; 0 = no clipping
@@ -54,22 +56,38 @@ class TrainConfig:
     vfl_alpha: float = 0.75             # varifocal loss (Zhang et al. 2021)
     gamma: float = 2.0                  # both
     class_loss: Literal["", "softmax_ce", "focal", "vfl", "mal"] = ""   # "" = the member's own; "mal" is DEIM's
+    label_smoothing: float = 0.0        # 0.1 where labels are noisy (Szegedy et al. 2016); softmax and focal losses
+    drop_path: float = 0.0              # stochastic depth of the last block; earlier ones less (ViT: 0.1 to 0.3)
+    drop_path_schedule: Literal["linear", "exponential"] = "linear"     # from the first block to the last
+    layer_decay: float = 1.0            # of the rate from block to block of a ViT towards its input (ViTDet: 0.7-0.8)
+    freeze: tuple[str, ...] = ()        # patterns of parameter names that do not learn, for example ["backbone.*"]
+    lora_rank: int = 0                  # rank of low-rank adapters (LoRA: 4 to 16); 0 = all weights learn
+    lora_alpha: float = 16.0            # their weight is lora_alpha / lora_rank (LoRA, section 4.1)
+    lora_on: tuple[str, ...] = ("*.q", "*.v")               # names of the Linears that get one (LoRA, section 4.2)
+    lora_beside: tuple[str, ...] = ("*norm*", "decoder.boxes.*", "selector.score.*", "selector.box.*")  # learn as well
     denoising: int = 100                # noised queries beside the real ones (RT-DETR); 0 = none
-    label_noise: float = 0.5            # half of this share of their labels is replaced (RT-DETR)
-    box_noise: float = 1.0              # shift of each side, in half box sizes (RT-DETR)
+    denoising_mode: Literal["cdn", "dn"] = "cdn"    # with negative copies (DINO, RT-DETR), or without (DN-DETR)
+    denoising_groups: int = 0           # copies of every object, whatever `denoising` says (DN-DETR: 5); 0 = that many
+    label_noise: float = 0.5            # share of their labels drawn anew; "cdn": half of this share (RT-DETR)
+    box_noise: float = 1.0              # "cdn": shift of each side in half box sizes (RT-DETR); "dn": of the centre in
+                                        # half box sizes, of width and height in box sizes
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "accumulate", "eval_every", "devices", "nodes", "checkpoint_every"):
             _at_least(self, "train", name, 1)
         for name in ("warmup_steps", "patience", "workers", "threads", "cache_mb", "denoising", "clip", "weight_decay",
-                     "backbone_lr_factor", "ema_warmup", "cost_l1", "cost_giou", "weight_l1", "weight_giou", "gamma",
-                     "box_noise", "seed"):
+                     "backbone_lr_factor", "slow_lr_factor", "ema_warmup", "cost_l1", "cost_giou", "weight_l1",
+                     "weight_giou", "gamma", "box_noise", "denoising_groups", "seed", "lora_rank"):
             _at_least(self, "train", name, 0)
         for name in ("cost_class", "weight_class"):
             if getattr(self, name) is not None:
                 _at_least(self, "train", name, 0)
-        for name in ("final_lr_factor", "no_object", "focal_alpha", "vfl_alpha", "label_noise"):
+        for name in ("final_lr_factor", "no_object", "focal_alpha", "vfl_alpha", "label_noise", "drop_path",
+                     "label_smoothing"):
             _within(self, "train", name, 0, 1)
+        if not 0 < self.layer_decay <= 1 or self.drop_path == 1 or self.lora_alpha <= 0:
+            raise RecipeError(f"train.layer_decay is {self.layer_decay}, drop_path {self.drop_path}, lora_alpha "
+                              f"{self.lora_alpha}; expected more than 0 to 1, 0 to less than 1, and more than 0")
         if not 0 < self.lr < 10 or not math.isfinite(self.lr):
             raise RecipeError(f"train.lr is {self.lr}; expected more than 0, for example 1e-4")
         if not 0 <= self.ema_decay < 1:
@@ -111,11 +129,22 @@ class AugmentConfig:
     contrast: float = 0.2
     saturation: float = 0.3
     hue: float = 0.03                   # turns of the colour wheel
+    mosaic: float = 0.0                 # probability of four pictures in one (DEIM: 0.5 and more)
+    mixup: float = 0.0                  # probability of a second picture laid over (DEIM: 0.5)
+    mixup_beta: float = 1.5             # its share is drawn from Beta(b, b): 1.5 keeps it near one half
+    cutmix: float = 0.0                 # probability of a part of a second picture pasted in
+    rand_augment: int = 0               # operations of RandAugment on each picture (Cubuk et al. 2020: 2)
+    magnitude: float = 9.0              # their strength, 0..10 (the same: 9)
+    erase: float = 0.0                  # probability of a rectangle of noise (Zhong et al. 2020: 0.5; DeiT: 0.25)
     off_for_last: float = 0.1           # share of the epochs, at the end, with flips only (RT-DETR: the last epochs)
 
     def __post_init__(self) -> None:
-        for name in ("flip_horizontal", "flip_vertical", "crop", "min_visible", "zoom_out", "colour", "off_for_last"):
+        for name in ("flip_horizontal", "flip_vertical", "crop", "min_visible", "zoom_out", "colour", "mosaic", "mixup",
+                     "cutmix", "erase", "off_for_last"):
             _within(self, "augment", name, 0, 1)
+        _within(self, "augment", "magnitude", 0, 10)
+        _within(self, "augment", "mixup_beta", 0.01, 100)
+        _within(self, "augment", "rand_augment", 0, 20)
         for name in ("scale_jitter", "brightness", "contrast", "saturation"):
             _within(self, "augment", name, 0, 0.95)
         _within(self, "augment", "hue", 0, 0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,9 +57,13 @@ class Denoised:
 
 
 class Criterion:
-    """Loss of one batch. `class_loss` is the member's own unless the settings name another."""
+    """Loss of one batch. `class_loss` is the member's own unless the settings name another.
 
-    def __init__(self, config: TrainConfig, class_loss: str) -> None:
+    foreground  to the proposals of the encoder, every object is of class 0 (two-stage Deformable DETR)
+    """
+
+    def __init__(self, config: TrainConfig, class_loss: str, foreground: bool = False) -> None:
+        self.foreground = foreground
         self.config, self.class_loss = config, config.class_loss or class_loss
         if self.class_loss not in CLASS_LOSSES:
             raise ValueError(f"class loss {self.class_loss!r}; expected one of {CLASS_LOSSES}")
@@ -82,13 +86,20 @@ class Criterion:
             encoder = None
             if outputs.encoder is not None:
                 encoder = (outputs.encoder[0][None].float(), outputs.encoder[1][None].float())
-            joined = encoder is not None and encoder[0].shape[1:] == decoder[0].shape[1:]
+            joined = encoder is not None and encoder[0].shape[1:] == decoder[0].shape[1:] and not self.foreground
             if encoder is not None and joined:      # equally many queries: one more layer, computed in the same calls
                 groups = [(torch.cat([decoder[0], encoder[0]]), torch.cat([decoder[1], encoder[1]]))]
             else:
                 groups = [decoder] + ([encoder] if encoder is not None else [])
-            matched = match(groups, padded, self.costs)
-            parts = torch.cat([self._layers(*group, found, padded, count) for group, found in zip(groups, matched)], 1)
+            wanted, matched = [padded] * len(groups), []
+            if encoder is not None and self.foreground:
+                wanted[-1] = replace(padded, labels=torch.zeros_like(padded.labels))
+                for group, objects in zip(groups, wanted):
+                    matched += match([group], objects, self.costs)
+            else:
+                matched = match(groups, padded, self.costs)
+            parts = torch.cat([self._layers(*group, found, objects, count)
+                               for group, found, objects in zip(groups, matched, wanted)], 1)
             last, layers = len(outputs.logits) - 1, len(outputs.logits)
             noise = parts.new_zeros(())
             if denoised is not None:
@@ -118,11 +129,11 @@ class Criterion:
         if self.class_loss == "softmax_ce":
             wanted_class = torch.full(logits.shape[:3], logits.shape[-1] - 1, dtype=torch.int64, device=logits.device)
             wanted_class[layer, image, matches.query] = labels
-            return losses.softmax_ce(logits, wanted_class, config.no_object)
+            return losses.softmax_ce(logits, wanted_class, config.no_object, config.label_smoothing)
         onehot = torch.zeros_like(logits)
         onehot[layer, image, matches.query, labels] = 1
         if self.class_loss == "focal":
-            return losses.focal(logits, onehot, config.focal_alpha, config.gamma) / count
+            return losses.focal(logits, onehot, config.focal_alpha, config.gamma, config.label_smoothing) / count
         quality = torch.zeros_like(logits[..., 0])
         quality[layer, image, matches.query] = overlap
         if self.class_loss == "vfl":

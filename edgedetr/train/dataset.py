@@ -23,7 +23,7 @@ from edgedetr.data.form import DetectionSet, Sample
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError
 from edgedetr.runtime.preprocess import Geometry, averaged, resize
-from edgedetr.train.augment import Picture, vary
+from edgedetr.train.augment import Picture, compose, vary
 from edgedetr.train.config import AugmentConfig
 from edgedetr.train.targets import Target
 
@@ -65,10 +65,14 @@ class TrainingSet(Dataset):
         index, picture = self._readable(pick.index)
         rng = np.random.default_rng((self.seed, pick.epoch, pick.index))
         contract = pick.contract or self.contract
-        pixels, boxes, labels = vary(picture, contract, self.augment, rng, flips_only=pick.plain)
+        if pick.plain:
+            example = vary(picture, contract, self.augment, rng, flips_only=True)
+        else:
+            example = compose(picture, lambda: self._readable(int(rng.integers(len(self))))[1], contract,
+                              self.augment, rng)
         width, height = contract.width, contract.height
-        centred = xyxy_to_cxcywh(boxes) / [width, height, width, height]
-        return pixels, Target(torch.from_numpy(labels), torch.from_numpy(centred).float().reshape(-1, 4)), index
+        centred = torch.from_numpy(xyxy_to_cxcywh(example.boxes) / [width, height, width, height])
+        return example.pixels, Target(torch.from_numpy(example.labels), centred.float().reshape(-1, 4)), index
 
     def fill(self) -> None:
         """Decode into the cache now, as far as it has room, so that worker processes share it."""

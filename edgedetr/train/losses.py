@@ -7,25 +7,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def softmax_ce(logits: Tensor, labels: Tensor, no_object: float) -> Tensor:
+def softmax_ce(logits: Tensor, labels: Tensor, no_object: float, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy with a light no-object class, the weighted mean over all queries (DETR, section 3.2).
 
-    logits  [G, B, N, K + 1], the last class is no object
-    labels  [G, B, N], K where there is no object
-    return  [G]
+    logits     [G, B, N, K + 1], the last class is no object
+    labels     [G, B, N], K where there is no object
+    smoothing  share of the target that is spread over all classes, no object among them, by their weights
+    return     [G]
     """
     weight = torch.ones(logits.shape[-1], device=logits.device)
     weight[-1] = no_object
-    loss = F.cross_entropy(logits.movedim(-1, 1), labels, weight, reduction="none")
+    loss = F.cross_entropy(logits.movedim(-1, 1), labels, weight, reduction="none", label_smoothing=smoothing)
     return loss.flatten(1).sum(1) / weight[labels].flatten(1).sum(1)
 
 
-def focal(logits: Tensor, onehot: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Sigmoid focal loss summed over queries and classes (Lin et al. 2017, eq. 5); all [G, B, N, K] -> [G]."""
+def focal(logits: Tensor, onehot: Tensor, alpha: float, gamma: float, smoothing: float = 0.0) -> Tensor:
+    """Sigmoid focal loss summed over queries and classes (Lin et al. 2017, eq. 5); all [G, B, N, K] -> [G].
+
+    smoothing   a matched query's targets move from 0 and 1 towards one half by this share; others stay 0
+    """
     prob = logits.sigmoid()
     miss = torch.where(onehot > 0, 1 - prob, prob)
     share = torch.where(onehot > 0, alpha, 1 - alpha)
-    loss = share * miss**gamma * F.binary_cross_entropy_with_logits(logits, onehot, reduction="none")
+    wanted = onehot
+    if smoothing:
+        wanted = torch.where(onehot.amax(-1, keepdim=True) > 0, onehot * (1 - smoothing) + smoothing / 2, onehot)
+    loss = share * miss**gamma * F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     return loss.flatten(1).sum(1)
 
 

@@ -11,19 +11,22 @@ from edgedetr.train.config import TrainConfig
 
 
 def groups(detector: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
-    """Trainable parameters by part and by decay; every one stands in exactly one group.
+    """Trainable parameters by rate and by decay; every one stands in exactly one group.
 
-    The backbone learns more slowly; norms and biases (all that has fewer than two dimensions) do not decay.
+    The backbone learns more slowly, and so does what the detector names `slow`; norms and biases (all that has fewer
+    than two dimensions) do not decay.
     """
-    sorted_: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    sorted_: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    slow: tuple[str, ...] = getattr(detector, "slow", ())
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
-            key = name.startswith("backbone."), parameter.ndim >= 2
-            sorted_.setdefault(key, []).append(parameter)
+            factor = config.slow_lr_factor if any(part in name for part in slow) else 1.0
+            if name.startswith("backbone."):
+                factor = config.backbone_lr_factor
+            sorted_.setdefault((factor, parameter.ndim >= 2), []).append(parameter)
     return [
-        {"params": parameters, "base_lr": config.lr * (config.backbone_lr_factor if backbone else 1.0),
-         "weight_decay": config.weight_decay if decays else 0.0}
-        for (backbone, decays), parameters in sorted(sorted_.items())
+        {"params": parameters, "base_lr": config.lr * factor, "weight_decay": config.weight_decay if decays else 0.0}
+        for (factor, decays), parameters in sorted(sorted_.items())
     ]
 
 

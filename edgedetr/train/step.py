@@ -21,7 +21,7 @@ class Trainee(nn.Module):
     def __init__(self, detector: Detector, config: TrainConfig, class_loss: str, classes: int) -> None:
         super().__init__()
         self.detector, self.config, self.classes = detector, config, classes
-        self.criterion = Criterion(config, class_loss)
+        self.criterion = Criterion(config, class_loss, getattr(detector.selector, "foreground", False))
         self.encode = torch.compile(detector.encode) if config.compile else detector.encode
         self.decode = torch.compile(detector.decode) if config.compile else detector.decode
 
@@ -37,14 +37,14 @@ class Trainee(nn.Module):
         pixels = images.float().contiguous(memory_format=torch.channels_last)
         memory = self.encode(self.detector.normalise(pixels))
         queries = self.detector.select(memory)
-        embedding: nn.Embedding | None = getattr(self.detector.selector, "denoising_class_embed", None)
-        noised = None
-        if embedding is not None and config.denoising:
-            noised = denoising.noise(padded, self.classes, config.denoising, config.label_noise, config.box_noise)
-        if embedding is None or noised is None:
+        selector, noised = self.detector.selector, None
+        if getattr(selector, "denoising_class_embed", None) is not None:    # a member that makes noised queries
+            noised = denoising.noise(padded, self.classes, config)
+        if noised is None:
             losses = self.criterion(self.decode(queries, memory), padded, None, per_process)
         else:
-            outputs = self.decode(denoising.prepend(queries, noised, embedding), memory)
+            known = selector.noised(noised.labels, noised.boxes)  # type: ignore[operator]  # a method, not a tensor
+            outputs = self.decode(denoising.prepend(queries, known, noised), memory)
             outputs, denoised = denoising.split(outputs, noised, padded)
             losses = self.criterion(outputs, padded, denoised, per_process)
         return losses.stacked()

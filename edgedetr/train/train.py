@@ -22,10 +22,10 @@ from edgedetr.data import layouts
 from edgedetr.data.form import DataConfig, DetectionSet
 from edgedetr.errors import DataError, TrainingError
 from edgedetr.evaluation.evaluate import Metrics
-from edgedetr.models import build, pretrained
+from edgedetr.layers.lora import merged
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.recipe import Recipe
-from edgedetr.train import checkpoint, optimizer
+from edgedetr.train import checkpoint, optimizer, prepare
 from edgedetr.train.checkpoint import Position
 from edgedetr.train.criterion import Losses
 from edgedetr.train.dataset import Batch, TrainingSet, batches, order, smaller
@@ -67,8 +67,6 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, *, resume: bool = F
     run = Run(recipe, fabric, place, samples, chosen, data, out, teller)
     if saved.exists():
         run.load(saved)
-    else:
-        run.begin()
     try:
         run.go()
     finally:
@@ -95,8 +93,8 @@ class Run:
             torch.set_num_threads(config.threads)
         seed_step(config.seed, 0, 0)                    # the same start weights in every process
         model_config = recipe.model.config
-        self.detector = build(recipe.model.name, model_config, len(samples.classes))
-        self.detector.train().to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        self.detector = prepare.detector(recipe, samples.classes, fresh=not self.saved.exists())
+        self.detector.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
         trainee = Trainee(self.detector, config, model_config.class_loss, len(samples.classes))
         self.ema = Ema(self.detector, config.ema_decay, config.ema_warmup)
         self.plain_optimizer = optimizer.adamw(self.detector, config)
@@ -112,11 +110,6 @@ class Run:
         self.fingerprint = checkpoint.fingerprint(recipe.to_toml(), samples)
         self.per_epoch = max(len(samples) // config.batch, 1)
         self.total = self.per_epoch * config.epochs
-
-    def begin(self) -> None:
-        """Start weights of a training that is not a resume."""
-        pretrained.load_backbone(self.detector, self.recipe.model.config)
-        self.ema.model.load_state_dict(self.detector.state_dict())
 
     def load(self, path: Path) -> None:
         """Everything as the checkpoint has it."""
@@ -192,6 +185,7 @@ class Run:
         config, fabric, position = self.config, self.fabric, self.position
         seed_step(config.seed, position.step + 1, fabric.global_rank)
         optimizer.set_rate(self.plain_optimizer, optimizer.rate(config, position.step, self.per_epoch))
+        self.detector.progress(position.step / max(self.total - 1, 1))
         objects = float(self._over_all(torch.tensor(float(sum(map(len, batch.targets)))))) / fabric.world_size
         parts, size = config.accumulate, len(batch.targets) // config.accumulate
         losses = torch.zeros(len(Losses.NAMES), device=fabric.device)
@@ -271,7 +265,7 @@ class Run:
         with bundle.add("recipe.toml", stage="train") as path:
             path.write_text(recipe.to_toml(), encoding="utf-8")
         with bundle.add("weights.safetensors", stage="train", made_from=["recipe.toml"]) as path:
-            save_file({name: value.contiguous() for name, value in self.ema.model.state_dict().items()}, path)
+            save_file({name: value.contiguous() for name, value in merged(self.ema.model).state_dict().items()}, path)
 
     def _save(self) -> None:
         if self.fabric.is_global_zero:

@@ -48,7 +48,8 @@ def test_the_box_bounds_the_drawn_rectangle_within_a_pixel(kind, form, rng):
     seen = 0
     for _ in range(25):
         picture = drawn(rng, 150, 130, contract if form == "letterbox" else None)
-        pixels, boxes, labels = vary(picture, contract, KINDS[kind], rng)
+        found = vary(picture, contract, KINDS[kind], rng)
+        pixels, boxes, labels = found.pixels, found.boxes, found.labels
         assert pixels.shape == (3, 96, 128) and pixels.dtype == torch.uint8
         if not len(boxes):
             continue
@@ -68,7 +69,8 @@ def test_without_variation_the_picture_is_the_one_resize_gives(rng, tmp_path):
         Image.fromarray(image).save(path)
         box = np.array([[10.0, 12.0, 40.0, 45.0]])
         sample = Sample(1, path, *size, box, np.array([0]), np.array([False]), np.array([1.0]))
-        pixels, boxes, _ = vary(load(sample, contract), contract, STILL, rng, flips_only=True)
+        found = vary(load(sample, contract), contract, STILL, rng, flips_only=True)
+        pixels, boxes = found.pixels, found.boxes
         expected, geometry = resize(image, contract, backend="numpy")
         difference = np.abs(pixels.numpy().transpose(1, 2, 0).astype(int) - expected)
         # Two roundings to whole levels, of the mean and of the interpolation, instead of one.
@@ -81,7 +83,8 @@ def test_boxes_of_which_little_is_left_are_dropped(rng):
                       np.array([0, 1]), 100.0, 100.0)
     config = replace(STILL, crop=1.0, crop_scale=(0.4, 0.4), crop_aspect=(1.0, 1.0), min_visible=0.9)
     for _ in range(20):
-        _, boxes, labels = vary(picture, InputContract(100, 100), config, rng)
+        found = vary(picture, InputContract(100, 100), config, rng)
+        boxes, labels = found.boxes, found.labels
         assert len(boxes) <= 1      # the two lie further apart than a crop is wide
         for box, label in zip(boxes, labels):
             whole = 625 if label == 0 else 2500     # their areas, 2.5 times longer on each side

@@ -1,0 +1,50 @@
+"""Stochastic depth: whole residual branches are left out at random while training, deeper ones more often.
+
+Huang et al. 2016, "Deep Networks with Stochastic Depth"; identity in evaluation, so no exported graph holds a trace.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Schedule = Literal["linear", "exponential"]
+
+
+class DropPath(nn.Module):
+    """A branch that is zero for each picture with probability `rate`, else 1 / (1 - rate) times itself."""
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """branch [B, ...] -> the same shape."""
+        if not self.training or not self.rate:
+            return branch
+        keep = torch.rand(branch.shape[0], *[1] * (branch.dim() - 1), device=branch.device) >= self.rate
+        return branch * (keep.to(branch.dtype) / (1 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
+
+
+def rate_at(depth: float, highest: float, schedule: Schedule) -> float:
+    """Rate of a block at `depth` 0..1 (first..last): p d, or p (e^d - 1) / (e - 1)."""
+    return highest * (depth if schedule == "linear" else math.expm1(depth) / math.expm1(1.0))
+
+
+def set_rates(root: nn.Module, highest: float, schedule: Schedule) -> int:
+    """Give every block of `root` its rate, in the order in which the blocks were built: the last gets the highest.
+
+    A block is a module that owns a DropPath; the paths of one block share its rate. -> number of blocks
+    """
+    blocks = [[child for child in module.children() if isinstance(child, DropPath)] for module in root.modules()]
+    blocks = [paths for paths in blocks if paths]
+    for number, paths in enumerate(blocks):
+        for path in paths:
+            path.rate = rate_at(number / max(len(blocks) - 1, 1), highest, schedule)
+    return len(blocks)

@@ -1,0 +1,76 @@
+"""Low-rank adaptation: a frozen Linear learns a correction of few numbers, which is added into it before export.
+
+Hu et al. 2021, "LoRA", section 4.1: W + (alpha / r) B A, with B = 0 at first.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgedetr.errors import ModelError
+
+
+class LoraLinear(nn.Linear):
+    """A Linear whose weight and bias are frozen, beside a trainable product of rank r.
+
+    down [r, in], up [out, r]
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
+        self.bias = None if base.bias is None else nn.Parameter(base.bias.detach(), requires_grad=False)
+        self.share = alpha / rank
+        self.down = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.down), self.up) * self.share
+
+    @torch.no_grad()
+    def fused(self) -> nn.Linear:
+        """One Linear of the same function."""
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.weight.device)
+        plain.weight.copy_(self.weight + self.share * (self.up @ self.down))
+        if self.bias is not None:
+            plain.bias.copy_(self.bias)
+        return plain
+
+
+def adapt(root: nn.Module, patterns: Sequence[str], rank: int, alpha: float) -> list[str]:
+    """Put a LoraLinear in the place of every Linear whose dotted name fits one of `patterns`; -> their names.
+
+    What else learns is the caller's choice.
+    """
+    names = [name for name, module in root.named_modules()
+             if isinstance(module, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not names:
+        raise ModelError(f"train.lora_on {list(patterns)} fits no Linear of this model; expected patterns of names "
+                         f"like {_some_linear(root)}")
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(root.get_submodule(parent), child, LoraLinear(root.get_submodule(name), rank, alpha))  # type: ignore[arg-type]  # a Linear, see above
+    return names
+
+
+def merged(root: nn.Module) -> nn.Module:
+    """A copy in which every LoraLinear is the plain Linear it amounts to."""
+    result = copy.deepcopy(root)
+    for name, module in list(result.named_modules()):
+        if isinstance(module, LoraLinear):
+            parent, _, child = name.rpartition(".")
+            setattr(result.get_submodule(parent), child, module.fused())
+    return result
+
+
+def _some_linear(root: nn.Module) -> str:
+    return next((name for name, module in root.named_modules() if isinstance(module, nn.Linear)), "(it has none)")

@@ -1,0 +1,62 @@
+"""The detector that a training starts from: built, filled with weights, and told which of its parts learn and how."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from torch import nn
+
+from edgedetr.bundle import MANIFEST, Bundle, ClassInfo
+from edgedetr.errors import ModelError, TrainingError
+from edgedetr.layers import drop_path, lora
+from edgedetr.models import build, pretrained
+from edgedetr.models.detector import Detector
+from edgedetr.recipe import Recipe
+
+
+def detector(recipe: Recipe, classes: tuple[ClassInfo, ...], *, fresh: bool) -> Detector:
+    """The recipe's detector in training mode.
+
+    fresh   fill in published weights; False where a checkpoint will bring all of them
+    """
+    config = recipe.train
+    model = build(recipe.model.name, recipe.model.config, len(classes))
+    if fresh and config.start:
+        _start(model, recipe.model.name, config.start)
+    elif fresh:
+        pretrained.load_backbone(model, recipe.model.config)
+    if config.drop_path and not drop_path.set_rates(model, config.drop_path, config.drop_path_schedule):
+        raise ModelError(f"train.drop_path is {config.drop_path}, but {recipe.model.name} has no block to leave out; "
+                         "expected 0")
+    if config.lora_rank:
+        freeze(model, ("*",), but=config.lora_beside)
+        lora.adapt(model, config.lora_on, config.lora_rank, config.lora_alpha)
+    freeze(model, config.freeze)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TrainingError(f"train.freeze {list(config.freeze)} leaves nothing to learn; name fewer patterns")
+    return model.train()
+
+
+def freeze(model: nn.Module, patterns: tuple[str, ...], but: tuple[str, ...] = ()) -> None:
+    """Parameters whose names fit `patterns` and not `but` do not learn; ModelError for a pattern that fits none."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ModelError(f"train.freeze: no parameter is named like {pattern!r}; expected patterns of names like "
+                             f"{', '.join(names[:3])}")
+    for name, parameter in model.named_parameters():
+        if any(fnmatchcase(name, p) for p in patterns) and not any(fnmatchcase(name, p) for p in but):
+            parameter.requires_grad_(False)
+
+
+def _start(model: Detector, member: str, source: str) -> None:
+    """Weights of a whole detector: of a bundle, a file, or a name on the hub; class heads anew where classes differ."""
+    if (Path(source) / MANIFEST).is_file():
+        bundle = Bundle.open(source)
+        if bundle.manifest.model != member:
+            raise ModelError(f"{source} holds a {bundle.manifest.model}; expected a {member}, or another --recipe")
+        path = bundle.require("weights.safetensors")
+        pretrained.fit(model, pretrained.read(str(path)), str(path))
+    else:
+        pretrained.load_detector(model, member, source)

@@ -1,0 +1,127 @@
+"""How fast a training step is, beside the Hugging Face class of the same size: forward, loss, backward, AdamW.
+
+usage: python tests/benchmarks/training_speed.py [--member rt_detr detr ...] [--pixels 320] [--batch 4] [--steps 5]
+       [--threads 2] [--json]
+
+Both sides train a COCO-sized network with random weights, a frozen BatchNorm backbone and 14 objects a picture, and
+take their steps in turns in one process, so that what else the machine does hits both. Needs transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from edgedetr.models import FAMILY, build
+from edgedetr.train.config import TrainConfig
+from edgedetr.train.optimizer import adamw
+from edgedetr.train.step import Trainee
+from edgedetr.train.targets import Target, pad
+
+CLASSES, OBJECTS = 3, 14
+LIMITS = {"detr": 1.5, "conditional_detr": 1.5, "deformable_detr": 4.0, "rt_detr": 1.5}     # times as fast as HF
+
+
+def theirs(member: str) -> torch.nn.Module:
+    """The Hugging Face class of a member at its published size, random weights."""
+    import transformers as hf
+
+    def resnet50(*stages: str) -> dict[str, object]:
+        return {"use_pretrained_backbone": False, "use_timm_backbone": False, "backbone": None,
+                "backbone_config": hf.ResNetConfig(out_features=list(stages)), "num_labels": CLASSES}
+
+    if member == "detr":
+        return hf.DetrForObjectDetection(hf.DetrConfig(**resnet50("stage4")))
+    if member == "conditional_detr":
+        return hf.ConditionalDetrForObjectDetection(hf.ConditionalDetrConfig(**resnet50("stage4")))
+    if member == "deformable_detr":
+        return hf.DeformableDetrForObjectDetection(
+            hf.DeformableDetrConfig(**resnet50("stage2", "stage3", "stage4")))
+    backbone = hf.RTDetrResNetConfig(embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2],
+                                     layer_type="basic", out_features=["stage2", "stage3", "stage4"])
+    return hf.RTDetrForObjectDetection(hf.RTDetrConfig(
+        backbone_config=backbone, num_labels=CLASSES, encoder_in_channels=[128, 256, 512], decoder_layers=3,
+        hidden_expansion=0.5))
+
+
+def their_step(member: str, pixels: int, batch: int) -> Callable[[], None]:
+    model = theirs(member).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+
+    def step() -> None:
+        labels = [{"class_labels": target.labels, "boxes": target.boxes} for target in targets(batch)]
+        loss = model(pixel_values=torch.rand(batch, 3, pixels, pixels), labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def our_step(member: str, pixels: int, batch: int) -> Callable[[], None]:
+    config = FAMILY[member].config(backbone_weights="random")
+    settings = TrainConfig()
+    detector = build(member, config, CLASSES).train().to(memory_format=torch.channels_last)
+    trainee = Trainee(detector, settings, config.class_loss, CLASSES)
+    optimizer = adamw(detector, settings)
+
+    def step() -> None:
+        padded = pad(targets(batch))
+        images = torch.randint(0, 256, (batch, 3, pixels, pixels), dtype=torch.uint8)
+        trainee(images, lambda: padded, float(batch * OBJECTS))[0].backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def targets(batch: int) -> list[Target]:
+    return [Target(torch.randint(0, CLASSES, (OBJECTS,)), torch.rand(OBJECTS, 4) * 0.2 + 0.3) for _ in range(batch)]
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [name for name in LIMITS if name in FAMILY]
+    parser.add_argument("--member", nargs="+", default=known, choices=known)
+    parser.add_argument("--pixels", type=int, default=320)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(options.threads)
+    rows = []
+    for member in options.member:
+        torch.manual_seed(0)
+        sides = {"ours": our_step(member, options.pixels, options.batch),
+                 "hf": their_step(member, options.pixels, options.batch)}
+        seconds: dict[str, list[float]] = {"ours": [], "hf": []}
+        for turn in range(options.steps + 1):
+            for side, step in sides.items():
+                begun = time.perf_counter()
+                step()
+                if turn:        # the first allocates memory and chooses kernels
+                    seconds[side].append(time.perf_counter() - begun)
+        ours, hf = (options.batch / median(seconds[side]) for side in ("ours", "hf"))
+        rows.append({"member": member, "ours": ours, "hf": hf, "ratio": ours / hf, "asked": LIMITS[member]})
+        print(f"{member:18} ours {ours:6.2f}  hf {hf:6.2f} images/s  ratio {ours / hf:5.2f}  asked {LIMITS[member]}",
+              file=sys.stderr, flush=True)
+    if options.json:
+        print(json.dumps({"pixels": options.pixels, "batch": options.batch, "threads": options.threads, "rows": rows}))
+    sys.exit(0 if all(row["ratio"] >= row["asked"] for row in rows) else 3)
+
+
+if __name__ == "__main__":
+    main()

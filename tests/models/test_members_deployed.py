@@ -1,0 +1,144 @@
+"""From PyTorch to ONNX to INT8, for every member of the family: the same detections, and graphs that backends run."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from members import CLASSES, HEIGHT, SMALL, WIDTH, pictures, small
+from onnx import ModelProto
+
+from edgedetr.bundle import ClassInfo, InputContract, OutputContract
+from edgedetr.evaluation.parity import match
+from edgedetr.export.onnx_file import write
+from edgedetr.models import FAMILY
+from edgedetr.models.deploy import DeployGraph
+from edgedetr.quantization.calibrate import calibrate
+from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.dialect import CPU, TENSORRT, tensors, tied
+from edgedetr.quantization.policy import load, plan
+from edgedetr.quantization.qdq import insert
+from edgedetr.quantization.rewrite import split_concats
+from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.openvino import OpenVinoRunner
+from edgedetr.runtime.ort import OrtRunner
+from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.preprocess import Geometry
+from edgedetr.runtime.runner import RawOutputs
+
+member = pytest.mark.parametrize("name", FAMILY)
+CONTRACT = InputContract(HEIGHT, WIDTH)
+PIXELS = 640                    # the size that the tolerance of boxes is stated for
+BOX, SCORE = 0.1, 1e-3          # pixels at PIXELS; measured 1e-3 and 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder():  # type: ignore[no-untyped-def]
+    with TemporaryDirectory() as path:
+        yield Path(path)
+
+
+@cache
+def graph(name: str) -> DeployGraph:
+    return DeployGraph(small(name), HEIGHT, WIDTH)
+
+
+@cache
+def exported(name: str, batch: int | None, folder: Path) -> Path:
+    path = folder / f"{name}-{batch}.onnx"
+    write(graph(name), path, batch=batch)
+    return path
+
+
+def detections(name: str, raw: RawOutputs) -> dict[int, Detections]:
+    classes = tuple(ClassInfo(i, i, f"c{i}") for i in range(CLASSES))
+    whole = [Geometry.of(HEIGHT, WIDTH, CONTRACT)] * len(raw.logits)
+    return dict(enumerate(decode(raw, whole, classes, OutputContract(SMALL[name].activation))))
+
+
+@torch.no_grad()
+def expected(name: str, images: torch.Tensor) -> RawOutputs:
+    return RawOutputs(*(out.numpy() for out in graph(name)(images)))
+
+
+def assert_same(name: str, one: RawOutputs, other: RawOutputs) -> None:
+    """Every detection of one in the other, and none beside it: compared as sets, because top-k may order ties."""
+    found = match(detections(name, one), detections(name, other), confidence=0.05, iou=0.9)
+    assert found.objects > 0
+    assert found.matched == 1
+    assert found.spurious == 0
+    assert found.box_p99 < BOX * WIDTH / PIXELS
+    assert found.score_p99 < SCORE
+
+
+@member
+@pytest.mark.parametrize("batch", [1, 4])
+def test_onnx_runtime_finds_what_pytorch_finds(name: str, batch: int, folder: Path) -> None:
+    runner = OrtRunner(exported(name, None if batch == 4 else 1, folder))
+    assert runner.batch == (None if batch == 4 else 1)
+    images = pictures(batch)
+    assert_same(name, expected(name, images), runner.run(images.numpy()))
+
+
+@member
+def test_identical_pictures_of_a_batch_get_identical_detections(name: str, folder: Path) -> None:
+    images = pictures(1).repeat(4, 1, 1, 1)
+    raw = OrtRunner(exported(name, None, folder)).run(images.numpy())
+    first = detections(name, RawOutputs(raw.logits[:1], raw.boxes[:1]))[0]
+    for row in range(1, 4):
+        again = detections(name, RawOutputs(raw.logits[row:row + 1], raw.boxes[row:row + 1]))[0]
+        found = match({0: first}, {0: again}, confidence=0.05, iou=0.9)
+        assert found.matched == 1 and found.spurious == 0
+        assert found.box_p99 <= 1e-5 * WIDTH
+        assert found.score_p99 <= 1e-5
+
+
+@member
+def test_the_graph_is_plain_opset_19(name: str, folder: Path) -> None:
+    for batch in (1, None):
+        model = onnx.load(exported(name, batch, folder))
+        assert [(item.domain, item.version) for item in model.opset_import] == [("", 19)]
+        kinds = {node.op_type for node in model.graph.node}
+        # What TensorRT cannot parse, or what makes shapes depend on the data.
+        assert not kinds & {"BatchNormalization", "CumSum", "Sin", "Cos", "If", "Loop", "NonZero", "ScatterND",
+                            "DeformConv", "Einsum", "NonMaxSuppression"}, kinds
+
+
+@cache
+def quantised(name: str, folder: Path) -> tuple[ModelProto, ModelProto]:
+    """The TensorRT and the CPU dialect by the default policy, with ranges of four noise pictures."""
+    from PIL import Image
+
+    paths = []
+    for number, image in enumerate(pictures(4).to(torch.uint8)):
+        paths.append(folder / f"{name}-{number}.png")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(paths[-1])
+    model = split_concats(onnx.load(exported(name, 1, folder)))
+    chosen = plan(model, load("default"))
+    amax = tied(model, calibrate(model, tensors(model, chosen), paths, CONTRACT, QuantConfig()))
+    return insert(model, chosen, amax, TENSORRT), insert(model, chosen, amax, CPU)
+
+
+@member
+@pytest.mark.parametrize("runner", [OrtRunner, OpenVinoRunner], ids=["onnxruntime", "openvino"])
+def test_the_quantised_graph_runs(name: str, runner: type, folder: Path, tmp_path: Path) -> None:
+    if runner is OpenVinoRunner:
+        pytest.importorskip("openvino")
+    model = quantised(name, folder)[runner is OrtRunner]
+    assert any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    images = pictures(1).numpy()
+    raw = runner(path).run(images)
+    float_ = OrtRunner(exported(name, 1, folder)).run(images)
+    assert raw.logits.shape == float_.logits.shape and raw.boxes.shape == float_.boxes.shape
+    assert np.isfinite(raw.logits).all() and np.isfinite(raw.boxes).all()
+    # Same arithmetic as the graph says: the backend's optimised kernels against ONNX Runtime node by node.
+    plain = OrtRunner(path, optimise=False).run(images)
+    found = match(detections(name, plain), detections(name, raw), confidence=0.3, iou=0.5)
+    assert found.matched is None or found.matched >= 0.8     # rounding ties move a few queries; measured 1.0

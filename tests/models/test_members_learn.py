@@ -1,0 +1,97 @@
+"""What training may rely on, for every member of the family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from members import CLASSES, HEIGHT, SMALL, WIDTH, pictures, small
+
+from edgedetr.models import FAMILY, build
+from edgedetr.models.detector import Detector
+from edgedetr.train.config import TrainConfig
+from edgedetr.train.criterion import Criterion, Losses
+from edgedetr.train.optimizer import adamw, set_rate
+from edgedetr.train.step import Trainee, seed_step
+from edgedetr.train.targets import Target, pad
+
+member = pytest.mark.parametrize("name", FAMILY)
+
+
+def objects(count: int, seed: int = 0) -> Target:
+    """Distinct boxes well inside the picture."""
+    rng = torch.Generator().manual_seed(seed)
+    centre, size = torch.rand(count, 2, generator=rng) * 0.6 + 0.2, torch.rand(count, 2, generator=rng) * 0.2 + 0.1
+    return Target(torch.randint(CLASSES, (count,), generator=rng), torch.cat([centre, size], 1))
+
+
+def losses(name: str, detector: Detector, targets: Sequence[Target]) -> torch.Tensor:
+    """The losses [7] of one training step's forward half on noise pictures, with denoising where the member has it."""
+    trainee = Trainee(detector, TrainConfig(denoising=4), SMALL[name].class_loss, CLASSES)
+    seed_step(0, 0, 0)
+    return trainee(pictures(len(targets)).to(torch.uint8), lambda: pad(targets), 1.0)
+
+
+@member
+def test_box_gradients_of_unmatched_queries_are_exactly_zero(name: str) -> None:
+    detector, targets = small(name).train(), [objects(2), objects(5, 1)]
+    outputs = detector(detector.normalise(pictures()))
+    outputs.boxes.retain_grad()
+    outputs.logits.retain_grad()
+    Criterion(TrainConfig(), SMALL[name].class_loss)(outputs, targets).total.backward()
+    pulled = (outputs.boxes.grad != 0).any(-1).sum(-1)                     # [L, B] queries with a box gradient
+    assert pulled.tolist() == [[2, 5]] * len(outputs.boxes)
+    assert (outputs.logits.grad != 0).any(-1).all(), "every query learns whether it is an object"
+
+
+@member
+def test_more_objects_than_queries_train(name: str) -> None:
+    found = losses(name, small(name).train(), [objects(SMALL[name].queries + 9), objects(1, 1)])
+    assert torch.isfinite(found).all()
+    found[0].backward()
+
+
+@member
+def test_pictures_without_objects_train(name: str) -> None:
+    detector = small(name).train()
+    found = dict(zip(Losses.NAMES, losses(name, detector, [objects(0), objects(0)])))
+    assert found["l1"] == found["giou"] == 0
+    assert torch.isfinite(found["loss"])
+    assert found["class"] > 0
+    found["loss"].backward()
+    gradients = [p.grad for p in detector.parameters() if p.grad is not None]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@member
+def test_the_loss_falls_to_a_fifth_within_60_steps(name: str) -> None:
+    """Two pictures by heart: whatever of the loop backbone - head - matcher - loss is cut, this does not fall."""
+    torch.manual_seed(0)
+    detector = build(name, SMALL[name], CLASSES).train()
+    config = TrainConfig(lr=2e-3, backbone_lr_factor=1.0, weight_decay=0.0, clip=1.0, warmup_steps=5, denoising=0)
+    trainee = Trainee(detector, config, SMALL[name].class_loss, CLASSES)
+    optimizer, targets = adamw(detector, config), [objects(2), objects(1, 1)]
+    images, padded = drawn(targets), pad(targets)
+    history = []
+    for step in range(60):
+        seed_step(0, step, 0)
+        set_rate(optimizer, min(1.0, (step + 1) / 6) * (1.0 if step < 45 else 0.3))
+        found = trainee(images, lambda: padded, 3.0)
+        found[0].backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(float(found[0].detach()))
+    assert min(history[-3:]) < history[0] / 5, f"{history[0]:.2f} -> {history[-1]:.2f}"
+
+
+def drawn(targets: Sequence[Target]) -> torch.Tensor:
+    """[B, 3, HEIGHT, WIDTH] uint8: each object a bright rectangle in the channel of its class."""
+    images = torch.full((len(targets), 3, HEIGHT, WIDTH), 60, dtype=torch.uint8)
+    for image, target in zip(images, targets):
+        for label, (x, y, w, h) in zip(target.labels, target.boxes.tolist()):
+            rows = slice(int((y - h / 2) * HEIGHT), int((y + h / 2) * HEIGHT))
+            columns = slice(int((x - w / 2) * WIDTH), int((x + w / 2) * WIDTH))
+            image[int(label), rows, columns] = 240
+    return images
