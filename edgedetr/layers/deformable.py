@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgedetr.layers.gather import around
+
 Shapes = Sequence[tuple[int, int]]
 
 SAMPLINGS = ("gather", "grid_sample")
@@ -58,13 +60,14 @@ class DeformableAttention(nn.Module):
         nn.init.xavier_uniform_(self.out.weight)
 
     def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, shapes: Shapes,
-                padding: Tensor | None = None) -> Tensor:
+                padding: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         """One sum of sampled values per query.
 
         query      [B, N, C]     content + position
-        reference  [B, N, 2|4]   cx, cy(, w, h) in 0..1 of the padded picture
+        reference  [1 or B, N, 2|4]  cx, cy(, w, h) in 0..1 of the picture
         tokens     [B, S, C]     memory, level after level, row by row; shapes [(H_l, W_l)]
         padding    [B, S] bool   True = read as zero
+        valid      [B, L, 2]     share of each level's width and height that is picture; None: all of it
         return     [B, N, C]
         """
         value = self.value(tokens)
@@ -72,11 +75,16 @@ class DeformableAttention(nn.Module):
             value = value.masked_fill(padding[..., None], 0.0)
         offset = self.offsets(query).unflatten(-1, (self.heads, self.total, 2))     # [B, N, M, P, 2]
         weight = self.weights(query).unflatten(-1, (self.heads, self.total)).softmax(-1)
+        reference = reference[:, :, None, None]                                     # [B, N, 1, 1, 2|4]
+        if valid is not None:
+            parts = [valid[:, level : level + 1].expand(-1, count, -1) for level, count in enumerate(self.points)]
+            share = torch.cat(parts, dim=1)[:, None, None]                          # [B, 1, 1, P, 2]
+            reference = reference * torch.cat([share] * (reference.shape[-1] // 2), dim=-1)
         if reference.shape[-1] == 4:
-            reach = reference[:, :, None, None, 2:] * (self.share * self.offset_scale)
+            reach = reference[..., 2:] * (self.share * self.offset_scale)
         else:
             reach = self._per_point([(1 / w, 1 / h) for h, w in shapes], offset)
-        location = reference[:, :, None, None, :2] + offset * reach                 # 0..1, x then y
+        location = reference[..., :2] + offset * reach                              # 0..1 of the map, x then y
         if self.method == "default" and self.sampling == "grid_sample":
             sampled = self._grid_sample(value, location, weight, shapes)
         else:
@@ -101,11 +109,7 @@ class DeformableAttention(nn.Module):
         return summed.reshape(batch, -1, queries).transpose(1, 2)
 
     def _gather(self, value: Tensor, location: Tensor, weight: Tensor, shapes: Shapes) -> Tensor:
-        """The rows of `value` that the points touch, times their weights, summed.
-
-        Bilinear without comparisons: coordinates are clamped to one cell outside the map, so that the two corner
-        cells i0 <= i1 coincide exactly where the outer one is missing, and (i1 - i0) is its weight of 0 or 1.
-        """
+        """The rows of `value` that the points touch, times their weights, summed."""
         batch, queries = location.shape[:2]
         tokens = value.shape[1]
         size = self._per_point([(float(w), float(h)) for h, w in shapes], location)  # [P, 2]
@@ -117,13 +121,9 @@ class DeformableAttention(nn.Module):
             cell = torch.minimum((location * size + 0.5).floor().clamp(min=0), last).detach()
             rows, weights = [start + cell[..., 1] * row + cell[..., 0]], [weight]
         else:
-            place = torch.minimum((location * size - 0.5).clamp(min=-1), size)
-            below = place.detach().floor()
-            low, high = torch.minimum(below.clamp(min=0), last), torch.minimum(below + 1, last)
-            near = place - low
+            low, high, weight_low, weight_high = around(location * size - 0.5, size)
             (x0, y0), (x1, y1) = low.unbind(-1), high.unbind(-1)
-            wx1, wy1 = (near * (high - low)).unbind(-1)
-            wx0, wy0 = (1 - near.abs()).unbind(-1)
+            (wx0, wy0), (wx1, wy1) = weight_low.unbind(-1), weight_high.unbind(-1)
             rows = [start + y * row + x for y in (y0, y1) for x in (x0, x1)]
             weights = [weight * (wy * wx) for wy in (wy0, wy1) for wx in (wx0, wx1)]
         head = torch.arange(self.heads, device=value.device)[:, None]

@@ -1,0 +1,72 @@
+"""Layers whose weights are predicted: per query (dynamic instance interaction), or per picture (dynamic ReLU).
+
+Sun et al. 2021, "Sparse R-CNN", section 3.2; Chen et al. 2020, "Dynamic ReLU", form B; Dai et al. 2021, "Dynamic Head".
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DynamicInteraction(nn.Module):
+    """1x1 convolutions of a box's features with weights that its query predicts, then one Linear over all of it.
+
+    layers 2: C -> hidden -> C, as in Sparse R-CNN; 1: C -> C, the full matrix of Dynamic DETR's figure 4.
+    """
+
+    def __init__(self, dim: int, bins: int, hidden: int = 64, layers: int = 2) -> None:
+        """bins  features per box (7 x 7); hidden  width between the two products"""
+        super().__init__()
+        sizes = [dim, hidden, dim] if layers == 2 else [dim, dim]
+        self.pairs = list(pairwise(sizes))
+        self.weights = nn.Linear(dim, sum(a * b for a, b in self.pairs))
+        self.norms = nn.ModuleList(nn.LayerNorm(b) for _, b in self.pairs)
+        self.out, self.out_norm = nn.Linear(bins * dim, dim), nn.LayerNorm(dim)
+        for linear in (self.weights, self.out):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(self, content: Tensor, features: Tensor) -> Tensor:
+        """content [B, N, C], features [B, N, bins, C] of each query's box -> [B, N, C]."""
+        weights = self.weights(content).split([a * b for a, b in self.pairs], dim=-1)
+        for (inputs, outputs), weight, norm in zip(self.pairs, weights, self.norms):
+            features = F.relu(norm(features @ weight.unflatten(-1, (inputs, outputs))))
+        return F.relu(self.out_norm(self.out(features.flatten(2))))
+
+
+class DynamicRelu(nn.Module):
+    """max(a1 x + b1, a2 x + b2) per channel, with a and b from the mean of the map; ReLU where it learned nothing."""
+
+    def __init__(self, channels: int, reduction: int = 4) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(channels, channels // reduction)
+        self.excite = nn.Linear(channels // reduction, 4 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> the same shape."""
+        mean = x.mean((2, 3))
+        share = hard_sigmoid(self.excite(F.relu(self.squeeze(mean)))) - 0.5             # [B, 4 C] in -0.5..0.5
+        a1, b1, a2, b2 = (part[:, :, None, None] for part in share.chunk(4, dim=1))
+        return torch.maximum(x * (2 * a1 + 1) + b1, x * (2 * a2) + b2)
+
+
+class ScaleAttention(nn.Module):
+    """One weight in 0..1 for a whole map, from its mean: how much of a level goes into the sum."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.score = nn.Conv2d(channels, 1, 1)
+        nn.init.normal_(self.score.weight, std=0.01)
+        nn.init.zeros_(self.score.bias)  # type: ignore[arg-type]  # there is one
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> x times its weight."""
+        return x * hard_sigmoid(F.relu(self.score(x.mean((2, 3), keepdim=True))))
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """clip(x + 3, 0, 6) / 6."""
+    return (x + 3).clamp(0, 6) / 6
