@@ -11,7 +11,6 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from edgedetr.bundle import atomic_write
 from edgedetr.errors import EngineError
 from edgedetr.runtime.cudart import Device
 from edgedetr.runtime.layers import LayerSummary
@@ -84,10 +83,9 @@ def stem(arguments: BuildArguments, device: Device, tensorrt: str, onnx_sha256: 
             f"{onnx_sha256:.8}-{hashlib.sha256(told.encode()).hexdigest():.8}")
 
 
-def write(sidecar: Sidecar, plan: Path) -> None:
-    """Write the sidecar of `plan`."""
-    with atomic_write(beside(plan)) as temporary:
-        temporary.write_text(json.dumps(asdict(sidecar), indent=1) + "\n", encoding="utf-8")
+def to_bytes(sidecar: Sidecar) -> bytes:
+    """What stands in the file."""
+    return (json.dumps(asdict(sidecar), indent=1) + "\n").encode()
 
 
 def read(plan: Path) -> Sidecar | None:

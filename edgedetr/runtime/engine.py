@@ -1,0 +1,175 @@
+"""Build TensorRT engines from a bundle, on the device that will run them. Like make: one that fits is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgedetr.bundle import Bundle
+from edgedetr.errors import BundleError, DeviceError, EngineError, MissingDependency, UsageError, did_you_mean
+from edgedetr.runtime import cudart, guards, known_bad, layers, onnx_facts, sidecar
+from edgedetr.runtime import engine_store as store
+from edgedetr.runtime.builder import Plan, Progress, build_plan
+from edgedetr.runtime.cudart import Device
+from edgedetr.runtime.nvidia import tensorrt
+from edgedetr.runtime.onnx_facts import OnnxFacts
+from edgedetr.runtime.sidecar import BuildArguments, Sidecar
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+TYPINGS = ("auto", "strong", "weak")
+LEVELS = range(6)               # of TensorRT's builder_optimization_level; 3 is its default
+LARGEST_BATCH = 1024
+SMALLEST_WORKSPACE = 64         # MB; below it convolutions lose their fast kernels
+LARGEST_DEFAULT = 4096          # MB; detectors use far less, and more only makes the search longer
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine that fits this device.
+
+    made   whether it was built now; False: it was there
+    """
+
+    path: Path
+    sidecar: Sidecar
+    made: bool
+
+
+def available() -> str | None:
+    """Why no engine can be built here, or None when one can."""
+    try:
+        tensorrt()
+        cudart.probe()
+    except (MissingDependency, DeviceError) as reason:
+        return str(reason)
+    return None
+
+
+def build(bundle: Bundle | str | Path, precision: str = "int8", *, batch: int | tuple[int, int, int] = 1,
+          workspace_mb: int | None = None, optimization_level: int = 3, typing: str = "auto", force: bool = False,
+          progress: Progress | None = None) -> BuiltEngine:
+    """Build the engine of one precision, or keep the one that is there and fits.
+
+    precision            "fp32", "fp16" or "int8": which graph of the bundle
+    batch                number of pictures of a run, or (least, usual, largest) for an engine that takes several
+    workspace_mb         memory that kernels may use while they run; None = a safe share of the device's
+    optimization_level   0..5, how long kernels are searched for
+    typing               "strong": the graph's types decide; "weak": TensorRT 10 chooses; "auto": weak if strong fails
+    force                build it again
+    """
+    sizes = _check_words(precision, batch, optimization_level, typing)
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    trt = _here(bundle)
+    device = cudart.probe()
+    name = PRECISIONS[precision]
+    model, facts = onnx_facts.read(bundle.require(name))
+    digest = hashlib.sha256(model).hexdigest()
+    if digest != bundle.manifest.files[name].sha256:
+        raise BundleError(f"{bundle.path / name}: changed while it was read; run the same command again")
+    _check_batch(bundle, name, facts, sizes)
+    arguments = BuildArguments(precision, sizes, _workspace(workspace_mb, device), optimization_level, typing)
+    stem = sidecar.stem(arguments, device, trt.__version__, digest)
+    for folder in store.folders(bundle) if not force else ():
+        kept = _kept(folder / f"{stem}.plan", device, trt.__version__, digest)
+        if kept is not None:
+            return kept
+    concerning = known_bad.concerning(facts, trt.__version__, device.sm, arguments)
+    for entry in concerning:
+        if entry.refuse:
+            raise EngineError(f"{bundle.path / name}, TensorRT {trt.__version__}: {entry}")
+    folder = store.writable_folder(bundle)
+    with store.one_at_a_time(folder):
+        plan = folder / f"{stem}.plan"
+        kept = None if force else _kept(plan, device, trt.__version__, digest)      # another process may have built it
+        if kept is not None:
+            return kept
+        cache = store.timing_cache_path(device, trt.__version__)
+        try:
+            made = build_plan(model, arguments, device, what=str(bundle.path / name),
+                              timing_cache=store.read_timing_cache(cache), progress=progress)
+        except EngineError as error:
+            hints = "".join(f"\nknown: {entry}" for entry in concerning if entry.on_failure)
+            raise EngineError(f"{error}{hints}") from error
+        store.write_timing_cache(cache, made.timing_cache)
+        warnings = tuple(str(entry) for entry in concerning if not entry.on_failure) + made.notes
+        told = Sidecar(
+            plan=plan.name, plan_sha256=hashlib.sha256(made.data).hexdigest(), plan_bytes=len(made.data), onnx=name,
+            onnx_sha256=digest, tensorrt=trt.__version__, cuda=device.runtime, driver=device.driver,
+            jetpack=sidecar.jetpack(), device=device.name, sm=device.sm, host=sidecar.host(), arguments=arguments,
+            typing=made.typing, seconds=round(made.seconds, 1), layers=layers.summarise(made.layers), warnings=warnings)
+        _publish(plan, made, told)
+    log.info("%s: built in %.0f s", plan, made.seconds)
+    return BuiltEngine(plan, told, True)
+
+
+def _publish(plan: Path, made: Plan, told: Sidecar) -> None:
+    store.publish({
+        plan.with_suffix(".layers.json"): made.layers.encode(),
+        plan: made.data,
+        sidecar.beside(plan): sidecar.to_bytes(told),
+    })
+
+
+def _kept(plan: Path, device: Device, version: str, digest: str) -> BuiltEngine | None:
+    """The engine that is there, if it may be used."""
+    if not plan.exists():
+        return None
+    try:
+        told = guards.check(plan, device, version, onnx_sha256=digest).sidecar
+    except EngineError as reason:
+        log.warning("building again: %s", reason)
+        return None
+    return BuiltEngine(plan, told, False) if told is not None else None
+
+
+def _here(bundle: Bundle):  # type: ignore[no-untyped-def]  # a module, or an error
+    try:
+        return tensorrt()
+    except MissingDependency as error:
+        where = shlex.quote(str(bundle.path))
+        raise MissingDependency(f"{error}; engines are built on the device that runs them: copy {where} there and run: "
+                                f"edgedetr build {where}") from error
+
+
+def _check_words(precision: str, batch: int | tuple[int, int, int], level: int, typing: str) -> tuple[int, int, int]:
+    """Batch sizes as (least, usual, largest); UsageError for words that mean nothing."""
+    for word, known, what in ((precision, PRECISIONS, "precision"), (typing, TYPINGS, "typing")):
+        if word not in known:
+            raise UsageError(f"{what} is {word!r}; expected one of {', '.join(known)}{did_you_mean(word, known)}")
+    if level not in LEVELS:
+        raise UsageError(f"optimization_level is {level}; expected a whole number from 0 to {LEVELS[-1]}")
+    least, usual, largest = (batch, batch, batch) if isinstance(batch, int) else batch
+    if not 1 <= least <= usual <= largest <= LARGEST_BATCH:
+        raise UsageError(f"batch sizes are {least}, {usual}, {largest} (least, usual, largest); expected them in "
+                         f"ascending order, from 1 to {LARGEST_BATCH}")
+    return least, usual, largest
+
+
+def _check_batch(bundle: Bundle, name: str, facts: OnnxFacts, sizes: tuple[int, int, int]) -> None:
+    """The graph must take these batch sizes; most graphs are written for one picture."""
+    shape = facts.inputs.get("images")
+    if shape is None or not {"logits", "boxes"} <= set(facts.outputs):
+        raise BundleError(f"{bundle.path / name}: inputs {sorted(facts.inputs)} and outputs {sorted(facts.outputs)}; "
+                          "expected images -> logits, boxes; run: edgedetr export BUNDLE")
+    fixed = shape[0] if shape else 1
+    if isinstance(fixed, int) and set(sizes) != {fixed}:
+        wanted = sizes[0] if len(set(sizes)) == 1 else "{}, {}, {}".format(*sizes)
+        raise UsageError(f"{bundle.path / name} takes batches of {fixed} only, {wanted} was asked for; expected a "
+                         f"graph whose batch size is open; run: edgedetr export {bundle.path} --dynamic-batch"
+                         f"{'' if name == 'model.onnx' else ' --int8' if 'int8' in name else ' --trt'}")
+
+
+def _workspace(asked: int | None, device: Device) -> int:
+    """MB. A board shares its memory with everything else: an eighth of it is 1 GB on one of 8 GB."""
+    total = device.total_bytes >> 20
+    if asked is None:
+        return max(SMALLEST_WORKSPACE, min(LARGEST_DEFAULT, total // (8 if device.integrated else 4)))
+    if not SMALLEST_WORKSPACE <= asked <= total:
+        raise UsageError(f"workspace is {asked} MB; expected from {SMALLEST_WORKSPACE} to the {total} MB of "
+                         f"{device.name}")
+    return asked
