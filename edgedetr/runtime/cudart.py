@@ -1,6 +1,6 @@
 """CUDA by ctypes: what the device is, memory, streams, events and graphs; every return code is looked at.
 
-Only the first visible device is used (CUDA_VISIBLE_DEVICES chooses which). Nothing here needs a CUDA package for Python:
+Only the first visible device is used (CUDA_VISIBLE_DEVICES chooses which). No CUDA package for Python is needed:
 the driver's libcuda says what the device is, libcudart of CUDA 11, 12 or 13 does the work.
 """
 
@@ -267,14 +267,15 @@ class Cuda:
         except BaseException:
             self._abandon(stream)
             raise
-        graph = self._made("cudaStreamEndCapture", stream)
-        if not graph:
+        graph = c_void_p()
+        self._call("cudaStreamEndCapture", stream, ctypes.byref(graph))
+        if not graph.value:
             raise CaptureError("nothing was recorded: cudaStreamEndCapture gave no graph")
         try:
             rest = (None, None, 0) if self.old_graphs else (0,)
-            return self._made("cudaGraphInstantiate", graph, *rest, what="a CUDA graph")
+            return self._made("cudaGraphInstantiate", graph.value, *rest, what="a CUDA graph")
         finally:
-            self._call("cudaGraphDestroy", graph)
+            self._call("cudaGraphDestroy", graph.value)
 
     def _abandon(self, stream: int) -> None:
         graph = c_void_p()

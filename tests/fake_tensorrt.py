@@ -1,0 +1,207 @@
+"""A TensorRT without a GPU: names and parameters of NVIDIA's bindings, arithmetic of ONNX Runtime, memory of fake_cuda.
+
+A plan is the bytes of an ONNX file. Running one queues work on the fake CUDA stream that reads the inputs and writes
+the outputs at the addresses which the context was given, so wrong addresses, missing waits and stale graphs give wrong
+numbers here as they would on a device.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import ModuleType
+from typing import Any
+
+import fake_cuda
+import numpy as np
+import onnxruntime
+
+NUMPY = {"tensor(float)": ("FLOAT", np.float32), "tensor(float16)": ("HALF", np.float16),
+         "tensor(uint8)": ("UINT8", np.uint8), "tensor(int64)": ("INT64", np.int64),
+         "tensor(int32)": ("INT32", np.int32)}
+
+
+class Spec:
+    """An object of TensorRT as this version has it: no other names, no other arguments, no other attributes to set."""
+
+    __slots__ = ("__weakref__", "_real", "_self")
+
+    def __init__(self, real: type, behaviour: Any) -> None:
+        object.__setattr__(self, "_real", real)
+        object.__setattr__(self, "_self", behaviour)
+
+    def __getattr__(self, name: str) -> Any:
+        told = inspect.getattr_static(self._real, name, None)
+        if told is None:
+            raise AttributeError(f"{self._real.__name__} of this TensorRT has no {name}")
+        found = getattr(self._self, name)
+        if not callable(told):
+            return found
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            inspect.signature(told).bind(self, *arguments, **named)
+            return found(*arguments, **named)
+
+        return call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        told = inspect.getattr_static(self._real, name, None)
+        if not isinstance(told, property) or told.fset is None:
+            raise AttributeError(f"{name} of {self._real.__name__} cannot be set in this TensorRT")
+        setattr(self._self, name, value)
+
+
+class Behaviour:
+    """What the fake does, and how it is told to misbehave.
+
+    fake            the CUDA under it
+    gone            "context", "engine", "runtime" in the order in which they were destroyed
+    refuse          names of calls that fail: "deserialize", "context", "set_input_shape", "infer_shapes",
+                    "set_tensor_address", "execute", "capture"
+    report          error text that a refused call leaves with the error recorder; "" leaves none
+    batches         (least, usual, largest) batch of plans with an open batch
+    shift           added to every float output of a run with more than one picture, row by row (TensorRT issue 4813)
+    """
+
+    def __init__(self, fake: fake_cuda.FakeCuda) -> None:
+        self.fake = fake
+        self.gone: list[str] = []
+        self.refuse: set[str] = set()
+        self.report = "Internal error: a reason"
+        self.batches = (1, 2, 4)
+        self.shift = 0.0
+        self.contexts = 0
+        self.executed = 0
+        self.location, self.layout = "DEVICE", "LINEAR"
+        self.open_output = False
+
+
+def install(monkeypatch: Any, names: ModuleType, fake: fake_cuda.FakeCuda) -> Behaviour:
+    """Let `import tensorrt` find the fake with the names of this version."""
+    import sys
+
+    behaviour = Behaviour(fake)
+    monkeypatch.setitem(sys.modules, "tensorrt", names)
+    monkeypatch.setattr(names, "Runtime", lambda logger: Spec(original, _Runtime(names, behaviour, logger)))
+    original = names.__dict__.get("_Runtime") or inspect.getattr_static(names, "Runtime")
+    return behaviour
+
+
+class _Runtime:
+    def __init__(self, trt: ModuleType, behaviour: Behaviour, logger: Any) -> None:
+        assert isinstance(logger, trt.ILogger)
+        self.trt, self.behaviour, self.error_recorder = trt, behaviour, None
+
+    def deserialize_cuda_engine(self, plan: bytes) -> Spec | None:
+        if "deserialize" in self.behaviour.refuse:
+            _report(self)
+            return None
+        return Spec(self.trt.ICudaEngine, _Engine(self, onnxruntime.InferenceSession(plan, _options())))
+
+    def __del__(self) -> None:
+        self.behaviour.gone.append("runtime")
+
+
+class _Engine:
+    def __init__(self, runtime: _Runtime, session: onnxruntime.InferenceSession) -> None:
+        self.trt, self.behaviour, self.session, self.error_recorder = runtime.trt, runtime.behaviour, session, None
+        self.tensors = {v.name: (v, place < len(session.get_inputs()))
+                        for place, v in enumerate([*session.get_inputs(), *session.get_outputs()])}
+        self.num_io_tensors = len(self.tensors)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.tensors)[index]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return getattr(self.trt.DataType, NUMPY[self.tensors[name][0].type][0])
+
+    def get_tensor_location(self, name: str) -> Any:
+        return getattr(self.trt.TensorLocation, self.behaviour.location)
+
+    def get_tensor_format(self, name: str) -> Any:
+        return getattr(self.trt.TensorFormat, self.behaviour.layout)
+
+    def get_tensor_mode(self, name: str) -> Any:
+        return self.trt.TensorIOMode.INPUT if self.tensors[name][1] else self.trt.TensorIOMode.OUTPUT
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else -1 for size in self.tensors[name][0].shape)
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        return [tuple(n if size < 0 else size for size in self.get_tensor_shape(name)) for n in self.behaviour.batches]
+
+    def create_execution_context(self) -> Spec | None:
+        if "context" in self.behaviour.refuse:
+            _report(self)
+            return None
+        self.behaviour.contexts += 1
+        return Spec(self.trt.IExecutionContext, _Context(self))
+
+    def __del__(self) -> None:
+        self.behaviour.gone.append("engine")
+
+
+class _Context:
+    def __init__(self, engine: _Engine) -> None:
+        # Like the real one, a context keeps no engine alive for its user: only what it computes with.
+        self.behaviour, self.session, self.tensors = engine.behaviour, engine.session, engine.tensors
+        self.shapes = {name: engine.get_tensor_shape(name) for name in engine.tensors}
+        self.addresses: dict[str, int] = {}
+        self.error_recorder = None
+
+    def _refused(self, what: str) -> bool:
+        if what in self.behaviour.refuse:
+            _report(self)
+            return True
+        return False
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if self._refused("set_input_shape") or (shape[0] > max(self.behaviour.batches) and self.shapes[name][0] < 0):
+            return False
+        self.shapes[name] = tuple(shape)
+        for other, (tensor, is_input) in self.tensors.items():
+            if not is_input and not isinstance(tensor.shape[0], int):
+                self.shapes[other] = (shape[0], *tensor.shape[1:])
+        return True
+
+    def infer_shapes(self) -> list[str]:
+        return ["images"] if self._refused("infer_shapes") else []
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, *self.shapes[name][1:]) if self.behaviour.open_output and name == "boxes" else self.shapes[name]
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self.addresses[name] = memory
+        return not self._refused("set_tensor_address")
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        capturing = self.behaviour.fake.capturing(stream_handle)
+        if self._refused("capture" if capturing else "execute"):
+            return False
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        session, tensors, behaviour = self.session, self.tensors, self.behaviour
+
+        def work() -> None:
+            behaviour.executed += 1
+            arrays = {name: fake_cuda.at(addresses[name], shapes[name], NUMPY[tensor.type][1])
+                      for name, (tensor, _) in tensors.items()}
+            found = session.run(None, {name: np.array(arrays[name]) for name, (_, is_in) in tensors.items() if is_in})
+            for output, value in zip(session.get_outputs(), found):
+                rows = np.arange(len(value)).reshape(-1, *[1] * (value.ndim - 1))
+                arrays[output.name][...] = value + (behaviour.shift * rows).astype(value.dtype)
+
+        behaviour.fake.enqueue(stream_handle, work)
+        return True
+
+    def __del__(self) -> None:
+        self.behaviour.gone.append("context")
+
+
+def _report(reporter: Any) -> None:
+    if reporter.behaviour.report and reporter.error_recorder is not None:
+        reporter.error_recorder.report_error(None, reporter.behaviour.report)
+
+
+def _options() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    return options
