@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import click
 
-from edgedetr.commands import make, measure, place, use
+from edgedetr.commands import bring, engine, make, measure, place, use
 from edgedetr.errors import EdgedetrError, did_you_mean
 
 EXIT_CODES = """
@@ -76,7 +76,7 @@ def cli(debug: bool) -> None:
             logging.getLogger(noisy).setLevel(logging.INFO)
 
 
-for command in (*make.COMMANDS, *measure.COMMANDS, *use.COMMANDS, *place.COMMANDS):
+for command in (*make.COMMANDS, *measure.COMMANDS, *use.COMMANDS, *bring.COMMANDS, *engine.COMMANDS, *place.COMMANDS):
     cli.add_command(command)
 
 

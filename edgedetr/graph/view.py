@@ -27,6 +27,7 @@ class GraphView:
 
     types    element type (TensorProto.FLOAT, ...) by tensor, where it is known
     shapes   sizes by tensor, None for an open dimension; absent where not even the rank is known
+    nodes, everywhere   of the graph itself; and also those inside control flow and local functions
     fault    why types and shapes could not be inferred, or ""
     """
 
@@ -34,6 +35,8 @@ class GraphView:
         self.model, self.graph = model, model.graph
         self.opset = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
         self.nodes = list(model.graph.node)
+        # Also those inside control flow and local functions.
+        self.everywhere = [*_nodes(model.graph), *(node for function in model.functions for node in function.node)]
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self.makers: dict[str, NodeProto] = {}
         self.readers: dict[str, list[Reader]] = defaultdict(list)
@@ -45,22 +48,18 @@ class GraphView:
             for index, name in enumerate(node.input):
                 if name:
                     self.readers[name].append(Reader(node, index))
+        self._values: dict[str, np.ndarray | None] = {}
         self.types: dict[str, int] = {}
         self.shapes: dict[str, list[int | None]] = {}
         self.fault = self._infer()
 
     def value(self, name: str) -> np.ndarray | None:
         """A constant's value; None for what is computed, absent, or lies in a file that was not read."""
-        tensor = self.constants.get(name)
-        if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
-            return None
-        return numpy_helper.to_array(tensor)
-
-    def everywhere(self) -> Iterator[NodeProto]:
-        """Every node, also those inside control flow and local functions."""
-        yield from _nodes(self.graph)
-        for function in self.model.functions:
-            yield from function.node
+        if name not in self._values:
+            tensor = self.constants.get(name)
+            readable = tensor is not None and tensor.data_location != TensorProto.EXTERNAL
+            self._values[name] = numpy_helper.to_array(tensor) if readable and tensor is not None else None
+        return self._values[name]
 
     def dequantised(self, node: NodeProto, index: int) -> NodeProto | None:
         """The DequantizeLinear that feeds an input, also through a Transpose, or None."""

@@ -19,7 +19,7 @@ MEANT = {"linear": "bilinear", "cubic": "bicubic"}      # names of opset 20 -> n
 
 def foreign_domain(view: GraphView, target: Target) -> Iterator[Fault]:
     """Operators that are not ONNX's own."""
-    for node in view.everywhere():
+    for node in view.everywhere:
         if node.domain in ("", "ai.onnx") or (node.domain, node.op_type) in _functions(view):
             continue
         if node.op_type.endswith("_TRT") or node.domain == "trt.plugins":
@@ -32,28 +32,28 @@ def foreign_domain(view: GraphView, target: Target) -> Iterator[Fault]:
 
 def data_dependent(view: GraphView, target: Target) -> Iterator[Fault]:
     """Outputs whose size depends on values."""
-    for node in view.everywhere():
+    for node in view.everywhere:
         if node.op_type in DATA_DEPENDENT:
             yield at(node, f"{node.op_type} gives as many rows as the values ask for, so buffers and CUDA graphs "
                      "cannot be fixed", "cut the graph before it (edgedetr import does), or use a fixed TopK")
 
 
 def control_flow(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in view.everywhere():
+    for node in view.everywhere:
         if node.op_type in CONTROL_FLOW:
             yield at(node, f"{node.op_type} decides at run time, so no CUDA graph can be captured",
                      "export for one fixed size, so that the decision falls at export (edgedetr import folds it)")
 
 
 def integer_operators(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in view.everywhere():
+    for node in view.everywhere:
         if node.op_type in INTEGER:
             yield at(node, f"{node.op_type} is ONNX Runtime's way to write INT8, which TensorRT does not read",
                      "quantise the float model with Q/DQ pairs: edgedetr export B --int8")
 
 
 def too_new(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in view.everywhere():
+    for node in view.everywhere:
         since = SINCE.get(node.op_type)
         if since is not None and node.domain in ("", "ai.onnx") and target.tensorrt < since:
             yield at(node, f"{node.op_type} is read from TensorRT {since[0]}.{since[1]} on",
@@ -61,7 +61,7 @@ def too_new(view: GraphView, target: Target) -> Iterator[Fault]:
 
 
 def scatter_reduction(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in view.everywhere():
+    for node in view.everywhere:
         kind = text(node, "reduction", "none")
         if node.op_type in ("ScatterND", "ScatterElements") and kind != "none":
             yield at(node, f"{node.op_type} with reduction {kind!r} is not supported",
