@@ -1,7 +1,7 @@
 """A recipe: strict TOML laid over the defaults of each part, and `--set key=value` laid over that.
 
-Defaults live in the dataclass beside what they configure; a recipe says only what differs. A preset (recipes/presets) is
-a named set of values that takes the place of defaults.
+Defaults live in the dataclass beside what they configure; a recipe says only what differs. A preset (recipes/presets)
+is a named set of values that takes the place of defaults.
 """
 
 from __future__ import annotations

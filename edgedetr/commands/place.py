@@ -83,8 +83,8 @@ def doctor(as_json_: bool) -> None:
 
 
 @click.command()
-@click.option("--pixels", default=640, show_default=True, type=click.IntRange(64, 4096), help="Side of the picture that "
-              "the multiply-accumulates are counted for; a multiple of 64.")
+@click.option("--pixels", default=640, show_default=True, type=click.IntRange(64, 4096),
+              help="Side of the picture that the multiply-accumulates are counted for; a multiple of 64.")
 @json_option
 def models(pixels: int, as_json_: bool) -> None:
     """List the family: papers, sizes, cost, feature levels, queries, dialects."""

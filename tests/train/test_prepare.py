@@ -1,0 +1,98 @@
+"""What a training starts from: weights of another detector, parts that do not learn, adapters, stochastic depth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import micro
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from edgedetr.bundle import ClassInfo
+from edgedetr.errors import ModelError, RecipeError, TrainingError
+from edgedetr.layers.drop_path import DropPath
+from edgedetr.layers.lora import LoraLinear
+from edgedetr.models.deploy import load_bundle_model
+from edgedetr.recipe import Recipe
+from edgedetr.train import prepare
+from edgedetr.train.train import train
+
+CLASSES = (ClassInfo(0, 3, "large"), ClassInfo(1, 4, "small"))
+
+
+@pytest.fixture(scope="module")
+def trained(micro_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(micro.recipe(epochs=1), micro_data, tmp_path_factory.mktemp("start") / "a.bundle").path
+
+
+def test_a_training_starts_from_the_weights_of_a_bundle(trained: Path) -> None:
+    detector = prepare.detector(micro.recipe(start=str(trained)), CLASSES, fresh=True)
+    weights = load_file(trained / "weights.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in detector.state_dict().items())
+
+
+def test_other_classes_start_anew_and_the_rest_is_kept(trained: Path) -> None:
+    three = (*CLASSES, ClassInfo(2, 9, "huge"))
+    detector = prepare.detector(micro.recipe(start=str(trained)), three, fresh=True)
+    weights = load_file(trained / "weights.safetensors")
+    assert torch.equal(detector.state_dict()["selector.project.weight"], weights["selector.project.weight"])
+    assert detector.selector.score.weight.shape[0] == 3
+
+
+def test_adapters_train_alone_with_heads_and_norms_and_are_merged_into_the_bundle(
+        trained: Path, micro_data: Path, tmp_path: Path) -> None:
+    recipe = micro.recipe(epochs=2, lora_rank=2, lora_on=["*.q", "*.v", "*feedforward.up"], start=str(trained))
+    detector = prepare.detector(recipe, CLASSES, fresh=True)
+    learning = {name for name, parameter in detector.named_parameters() if parameter.requires_grad}
+    assert any(isinstance(module, LoraLinear) for module in detector.modules())
+    assert all("norm" in n or n.endswith((".down", ".up")) or n.startswith(("decoder.boxes.", "selector.score.",
+                                                                           "selector.box.")) for n in learning)
+    bundle = train(recipe, micro_data, tmp_path / "lora.bundle")
+    before, after = load_file(trained / "weights.safetensors"), load_file(bundle.require("weights.safetensors"))
+    assert sorted(after) == sorted(before), "nothing is left of the adapters' own weights"
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert "decoder.layers.0.self_attention.q.weight" in changed
+    assert "decoder.layers.0.self_attention.k.weight" not in changed
+    load_bundle_model(bundle)
+
+
+def test_frozen_parameters_stay_and_a_pattern_that_fits_nothing_is_an_error() -> None:
+    detector = prepare.detector(micro.recipe(freeze=["backbone.*", "encoder.project.*"]), CLASSES, fresh=True)
+    still = {name.split(".")[0] for name, parameter in detector.named_parameters() if not parameter.requires_grad}
+    assert still == {"backbone", "encoder"}
+    with pytest.raises(ModelError, match="no parameter is named like 'bckbone"):
+        prepare.detector(micro.recipe(freeze=["bckbone.*"]), CLASSES, fresh=True)
+    with pytest.raises(TrainingError, match="leaves nothing to learn"):
+        prepare.detector(micro.recipe(freeze=["*"]), CLASSES, fresh=True)
+
+
+def test_stochastic_depth_reaches_every_block_and_the_last_gets_the_whole_rate() -> None:
+    detector = prepare.detector(micro.recipe(drop_path=0.3), CLASSES, fresh=True)
+    rates = [module.rate for module in detector.modules() if isinstance(module, DropPath)]
+    assert rates == sorted(rates) and rates[0] == 0 and rates[-1] == pytest.approx(0.3)
+    assert len(set(rates)) == 3         # one encoder layer and two decoder layers
+
+
+@pytest.mark.parametrize("name, checks", [
+    ("parity", {"epochs": 72, "label_smoothing": 0.0}), ("strong", {"weight_decay": 0.05, "label_smoothing": 0.1}),
+])
+def test_a_preset_takes_the_place_of_defaults_and_a_recipe_lies_over_it(name: str, checks: dict[str, float]) -> None:
+    recipe = Recipe.from_dict({"model": {"name": "rt_detr"}, "train": {"lr": 3e-4}}, where="here", preset=name)
+    assert recipe.train.lr == 3e-4
+    assert {key: getattr(recipe.train, key) for key in checks} == checks
+    over = Recipe.from_dict({"model": {"name": "rt_detr"}, "train": {"weight_decay": 0.01}}, where="here",
+                            sets=["train.label_smoothing=0.2"], preset=name)
+    assert over == replace(over, train=replace(over.train, weight_decay=0.01, label_smoothing=0.2))
+    assert Recipe.from_dict(__import__("tomllib").loads(recipe.to_toml()), where="again") == recipe
+
+
+def test_every_preset_fits_every_member() -> None:
+    from edgedetr.models import FAMILY
+
+    for preset in ("parity", "strong"):
+        for member in FAMILY:
+            Recipe.from_dict({"model": {"name": member}}, where=f"{preset} {member}", preset=preset)
+    with pytest.raises(RecipeError, match="no preset 'strang'; did you mean 'strong'"):
+        Recipe.from_dict({"model": {"name": "rt_detr"}}, where="x", preset="strang")
