@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.boxes import inverse_sigmoid
+from edgedetr.layers.conditional import ConditionalAttention, ConditionalSelfAttention
 from edgedetr.layers.deformable import DeformableAttention
+from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward, Mlp
+from edgedetr.layers.row_column import RowColumnAttention
 from edgedetr.models.detector import Memory, Outputs, Queries
 
 
@@ -43,33 +46,62 @@ class DeformableCrossAttention(DeformableAttention):
         if queries.reference is None:
             raise ModelError("deformable attention samples around a reference; this selector gives none")
         query = placed(queries.content, queries.position)
-        return super().forward(query, queries.reference, memory.tokens, memory.shapes, memory.padding)
+        return super().forward(query, queries.reference, memory.tokens, memory.shapes, memory.padding, memory.valid)
+
+
+class ConditionalCrossAttention(ConditionalAttention):
+    """Every query against every token, content and place apart."""
+
+    def forward(self, queries: Queries, memory: Memory) -> Tensor:  # type: ignore[override]  # the protocol's arguments
+        if queries.spatial is None or memory.position is None:
+            raise ModelError("conditional attention compares places; this decoder or encoder gives none")
+        return super().forward(queries.content, queries.position, queries.spatial, memory.tokens, memory.position,
+                               memory.padding)
+
+
+class RowColumnCrossAttention(RowColumnAttention):
+    """Every query against the columns and the rows of the one map."""
+
+    def forward(self, queries: Queries, memory: Memory) -> Tensor:  # type: ignore[override]  # the protocol's arguments
+        if queries.spatial is None or memory.axes is None:
+            raise ModelError("row-column attention needs positions along each axis; selector or encoder gives none")
+        x, y = queries.spatial.chunk(2, dim=-1)
+        return super().forward(queries.content + x, queries.content + y, memory.tokens, memory.axes, memory.shapes[0],
+                               memory.padding)
 
 
 class DecoderLayer(nn.Module):
     """Self-attention, cross-attention, feed-forward; LayerNorm after (post) or before (pre) each."""
 
-    def __init__(self, self_attention: MultiHeadAttention, cross_attention: nn.Module, feedforward: FeedForward,
-                 dim: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
+    def __init__(self, self_attention: MultiHeadAttention | ConditionalSelfAttention, cross_attention: nn.Module,
+                 feedforward: FeedForward, dim: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
         super().__init__()
         self.self_attention, self.cross_attention, self.feedforward = self_attention, cross_attention, feedforward
         self.self_norm, self.cross_norm, self.feedforward_norm = (nn.LayerNorm(dim) for _ in range(3))
-        self.dropout, self.pre_norm = nn.Dropout(dropout), pre_norm
+        self.dropout, self.path, self.pre_norm = nn.Dropout(dropout), DropPath(), pre_norm
 
     def forward(self, queries: Queries, memory: Memory) -> Tensor:
         """-> the new content [B, N, C]."""
         content = queries.content
         inner = self.self_norm(content) if self.pre_norm else content
-        place = placed(inner, queries.position)
-        content = content + self.dropout(self.self_attention(place, place, inner, queries.self_mask))
+        content = content + self.path(self.dropout(self._among(inner, queries)))
         inner = content = content if self.pre_norm else self.self_norm(content)
         if self.pre_norm:
             inner = self.cross_norm(content)
-        content = content + self.dropout(self.cross_attention(replace(queries, content=inner), memory))
+        content = content + self.path(self.dropout(self.cross_attention(replace(queries, content=inner), memory)))
         if self.pre_norm:
-            return content + self.feedforward(self.feedforward_norm(content))
+            return content + self.path(self.feedforward(self.feedforward_norm(content)))
         content = self.cross_norm(content)
-        return self.feedforward_norm(content + self.feedforward(content))
+        return self.feedforward_norm(content + self.path(self.feedforward(content)))
+
+    def _among(self, content: Tensor, queries: Queries) -> Tensor:
+        """Self-attention of the content [B, N, C], with the position added to it or projected apart."""
+        if isinstance(self.self_attention, ConditionalSelfAttention):
+            if queries.position is None:
+                raise ModelError("conditional self-attention projects the position apart; this decoder gives none")
+            return self.self_attention(content, queries.position, queries.self_mask)
+        place = placed(content, queries.position)
+        return self.self_attention(place, place, content, queries.self_mask)
 
 
 class BoxUpdate(Protocol):
@@ -90,13 +122,12 @@ class BoxUpdate(Protocol):
 
 
 class AbsoluteBoxes(nn.Module):
-    """Box and class straight from the features; one pair of heads for all layers (DETR)."""
+    """One pair of heads for all layers: the box straight from the features (DETR), or from where the reference is."""
 
-    iterative = False
-    twice = False
-
-    def __init__(self, dim: int, logits: int) -> None:
+    def __init__(self, dim: int, logits: int, iterative: bool = False) -> None:
+        """iterative  every layer moves the box of the layer before (DAB-DETR, section 4.3)"""
         super().__init__()
+        self.iterative = self.twice = iterative
         self.score, self.box = nn.Linear(dim, logits), Mlp(dim, dim, 4, 3)
 
     def classify(self, layer: int, features: Tensor) -> Tensor:
@@ -104,7 +135,7 @@ class AbsoluteBoxes(nn.Module):
         return self.score(features)
 
     def delta(self, layer: int, features: Tensor) -> Tensor:
-        """features [B, N, C] -> box logits [B, N, 4]."""
+        """features [B, N, C] -> box logits [B, N, 4], to be added to those of the reference where there is one."""
         return self.box(features)
 
     def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
@@ -136,9 +167,17 @@ class IterativeBoxes(nn.Module):
 
 
 def move(delta: Tensor, reference: Tensor | None) -> Tensor:
-    """Box logits [B, N, 4], from the reference [B, N, 4] in 0..1 where there is one -> boxes [B, N, 4] in 0..1."""
+    """Box logits [B, N, 4], from the reference [B, N, 2|4] in 0..1 where there is one -> boxes [B, N, 4] in 0..1.
+
+    A reference point moves the centre alone.
+    """
     delta = delta.to(torch.promote_types(delta.dtype, torch.float32))     # half precision steps by 1/256 of the picture
-    return (delta if reference is None else delta + inverse_sigmoid(reference)).sigmoid()
+    if reference is None:
+        return delta.sigmoid()
+    start, known = inverse_sigmoid(reference), reference.shape[-1]
+    if known < 4:
+        return torch.cat([delta[..., :known] + start, delta[..., known:]], dim=-1).sigmoid()
+    return (delta + start).sigmoid()
 
 
 class Decoder(nn.Module):
@@ -146,32 +185,39 @@ class Decoder(nn.Module):
 
     query_position  Mlp(4 -> C) of the reference, anew in every layer; None: the position in Queries stays
     norm            on every layer's features before the heads (DETR), or None
+    spatial         (layer, content, reference, Queries.spatial) -> what cross-attention takes of the place in this
+                    layer; None: Queries.spatial stays
     """
 
     def __init__(self, layers: list[nn.Module], boxes: BoxUpdate,
-                 query_position: nn.Module | None = None, norm: nn.Module | None = None) -> None:
+                 query_position: nn.Module | None = None, norm: nn.Module | None = None,
+                 spatial: nn.Module | None = None) -> None:
         super().__init__()
         self.layers, self.boxes = nn.ModuleList(layers), boxes
-        self.query_position, self.norm = query_position, norm
+        self.query_position, self.norm, self.spatial = query_position, norm, spatial
 
     def forward(self, queries: Queries, memory: Memory, *, last_only: bool = False) -> Outputs:
         """Predictions of every layer; with `last_only`, of the last one (L = 1) and nothing that it does not need."""
         logits, boxes = [], []
         reference = before = queries.reference
+        start = spatial = queries.spatial
         for index, layer in enumerate(self.layers):
             last = index == len(self.layers) - 1
             position = queries.position if self.query_position is None else self.query_position(reference)
-            queries = replace(queries, position=position, reference=reference)
+            if self.spatial is not None:
+                spatial = self.spatial(index, queries.content, reference, start)
+            queries = replace(queries, position=position, reference=reference, spatial=spatial)
             queries = replace(queries, content=layer(queries, memory))
             features = queries.content if self.norm is None else self.norm(queries.content)
-            if last or not last_only:
+            shown = last or not last_only
+            if shown:
                 logits.append(self.boxes.classify(index, features))
-            if self.boxes.iterative or last or not last_only:
                 delta = self.boxes.delta(index, features)
+                boxes.append(self.boxes.move(delta, before if self.boxes.twice else reference))
+            if self.boxes.iterative and not last:
+                # With a norm, the step to the next reference is taken from the features before it (DAB-DETR).
+                step = delta if shown and self.norm is None else self.boxes.delta(index, queries.content)
                 # The reference that the next layer samples around is a constant, whatever the loss reaches.
-                if last or not last_only:
-                    boxes.append(self.boxes.move(delta, before if self.boxes.twice else reference))
-                if self.boxes.iterative and not last:
-                    before = self.boxes.move(delta, reference)
-                    reference = before.detach()
+                before = self.boxes.move(step, reference)
+                reference = before.detach()
         return Outputs(torch.stack(logits), torch.stack(boxes), encoder=queries.encoder)

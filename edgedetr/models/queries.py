@@ -79,3 +79,9 @@ class TopKQueries(nn.Module):
         start = F.embedding(best, anchors[0])
         logits, boxes = self.score(chosen), (self.box(chosen) + start).sigmoid()
         return Queries(chosen.detach(), reference=boxes.detach(), encoder=(logits, boxes))
+
+    def noised(self, labels: Tensor, boxes: Tensor) -> Queries:
+        """Queries of objects that are known, for denoising: labels [B, D] (K = filling), boxes [B, D, 4]."""
+        if self.denoising_class_embed is None:
+            raise ModelError("this model was built without model.denoising")
+        return Queries(self.denoising_class_embed(labels), reference=boxes)

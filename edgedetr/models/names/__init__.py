@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from edgedetr.errors import ModelError
-from edgedetr.models.names import hub, original
+from edgedetr.models.names import detectron, hub, original, places, vit
 from edgedetr.models.names.backbone import rename_backbone
 from edgedetr.models.names.rules import Layout, Weights
 
@@ -25,6 +25,16 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout("transformers", r"^model\.enc_score_head\.", hub.rt_detr),
         Layout("lyuwenyu/RT-DETR", r"^decoder\.enc_score_head\.", original.rt_detr),
     ),
+    "conditional_detr": (
+        Layout("transformers", r"^model\.query_position_embeddings\.", places.hub_conditional),
+        Layout("Atten4Vis/ConditionalDETR", r"^transformer\.decoder\.ref_point_head\.", places.original_conditional),
+    ),
+    "dn_detr": (
+        Layout("transformers (DAB-DETR)", r"^model\.query_refpoint_embeddings\.", places.hub_dab),
+        Layout("IDEA-Research/DAB-DETR, DN-DETR", r"^refpoint_embed\.", places.original_dab),
+    ),
+    "anchor_detr": (Layout("megvii-research/AnchorDETR", r"^transformer\.adapt_pos1d\.", places.anchor),),
+    "sparse_rcnn": (Layout("PeizeSun/SparseR-CNN", r"^init_proposal_boxes\.", detectron.sparse_rcnn),),
 }
 
 
@@ -35,10 +45,19 @@ def translate(member: str, weights: Mapping[str, Tensor], source: str = "the fil
     """
     if _ours(weights):
         return dict(weights)
+    return _layout(member, weights, source).translate(weights)
+
+
+def layout_of(member: str, weights: Mapping[str, Tensor], source: str = "the file") -> str:
+    """Whose names a file uses: "edgedetr" or the source of a layout; ModelError as in `translate`."""
+    return "edgedetr" if _ours(weights) else _layout(member, weights, source).source
+
+
+def _layout(member: str, weights: Mapping[str, Tensor], source: str) -> Layout:
     layouts = LAYOUTS.get(member, ())
     for layout in layouts:
         if _fits(layout, weights):
-            return layout.translate(weights)
+            return layout
     known = ", ".join(layout.source for layout in layouts) or "none"
     shown = ", ".join(sorted(weights)[:4])
     raise ModelError(f"{source}: no known layout of {member} (known: {known}); its {len(weights)} names begin with "
@@ -51,7 +70,8 @@ def backbone_of(weights: Mapping[str, Tensor]) -> Weights:
     if not _ours(weights):
         layout = next((one for several in LAYOUTS.values() for one in several if _fits(one, weights)), None)
         if layout is None:
-            return rename_backbone(weights)
+            plain = any(re.search(vit.MARK, name) for name in weights)
+            return vit.rename_vit(weights) if plain else rename_backbone(weights)
         whole = layout.translate(weights)
     return {name.removeprefix("backbone."): tensor for name, tensor in whole.items() if name.startswith("backbone.")}
 

@@ -1,0 +1,133 @@
+"""Row-column decoupled attention: one softmax over the columns of a map, one over its rows, instead of one over cells.
+
+Wang et al. 2021, "Anchor DETR: Query Design for Transformer-Based Object Detection", section 3.4. A cell's weight is
+the product of its column's and its row's, so keys are as many as columns and rows, H + W instead of H W.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from edgedetr.layers.feedforward import FeedForward, Mlp
+from edgedetr.layers.position import sine
+
+Axes = tuple[Tensor, Tensor]    # position of each column [1 or B, W, C], and of each row [1 or B, H, C]
+
+LARGEST = 2**25         # numbers that the inner product of one picture may take at once (128 MiB); more go in parts
+
+
+class AxisPosition(nn.Module):
+    """A learned position of a place along one axis; the same network for columns, rows and query points."""
+
+    shape_only = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.adapt = dim, Mlp(dim, dim, dim, 2)
+
+    def along(self, places: Tensor) -> Tensor:
+        """places [..., P] in 0..1 -> [..., P, C]."""
+        return self.adapt(sine(places[..., None], self.dim))
+
+    def forward(self, like: Tensor, shape: tuple[int, int], padding: Tensor | None = None) -> Axes:
+        """Of every column and row of a map: the cell centres, as shares of the columns and rows that are picture.
+
+        padding  [B, H, W] bool; each picture lies in the upper left corner
+        """
+        kind = torch.promote_types(like.dtype, torch.float32)       # a bfloat16 cell centre is 1/256 off
+        if padding is None:
+            height, width = (torch.ones(1, n, device=like.device, dtype=kind) for n in shape)
+        else:
+            height, width = (~padding[:, :, 0]).to(kind), (~padding[:, 0, :]).to(kind)
+        x, y = ((seen.cumsum(1) - 0.5) / seen.sum(1, keepdim=True).clamp(min=1) for seen in (width, height))
+        return self.along(x), self.along(y)
+
+
+class RowColumnAttention(nn.Module):
+    """sum_h a_y[h] sum_w a_x[w] v[h, w], per head; a_x and a_y are softmaxes over the mean of each column and row."""
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{dim} channels cannot be split over {heads} heads; expected a multiple")
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
+        self.q_x, self.q_y, self.k_x, self.k_y, self.v, self.out = (nn.Linear(dim, dim) for _ in range(6))
+        self.dropout = nn.Dropout(dropout)
+        for projection in (self.q_x, self.q_y, self.k_x, self.k_y, self.v, self.out):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, along_x: Tensor, along_y: Tensor, tokens: Tensor, axes: Axes, shape: tuple[int, int],
+                padding: Tensor | None = None) -> Tensor:
+        """One sum of values per query.
+
+        along_x, along_y  [B, N, C]   content + position along x (compared with columns), and along y (with rows)
+        tokens            [B, H*W, C] row by row, without position; axes: theirs
+        padding           [B, H*W] bool, True = padding: outside the picture's columns and rows
+        return            [B, N, C]
+        """
+        height, width = shape
+        maps = tokens.unflatten(1, shape)                                           # [B, H, W, C]
+        hidden_x = hidden_y = None
+        if padding is None:
+            columns, rows = maps.mean(1), maps.mean(2)
+        else:
+            seen = ~padding.unflatten(1, shape)
+            hidden_x, hidden_y = (~seen.any(1))[:, None, None], (~seen.any(2))[:, None, None]
+            # The mean is of the picture's cells. (The paper's code also counts the padding's, which then changes it.)
+            maps = maps * seen[..., None]
+            columns = maps.sum(1) / seen.sum(1)[..., None].clamp(min=1)
+            rows = maps.sum(2) / seen.sum(2)[..., None].clamp(min=1)
+        # Projected after the mean: the same numbers as before it, from fewer vectors.
+        a_x = self._weights(self.q_x(along_x), self.k_x(columns + axes[0]), hidden_x)                # [B, M, N, W]
+        a_y = self._weights(self.q_y(along_y), self.k_y(rows + axes[1]), hidden_y)                   # [B, M, N, H]
+        value = self.v(tokens).unflatten(1, shape).unflatten(-1, (self.heads, -1))  # [B, H, W, M, D]
+        if width > height:      # the longer axis first: what is left between is shorter
+            first, second, value = a_x, a_y, value.permute(0, 3, 2, 1, 4)           # [B, M, W, H, D]
+        else:
+            first, second, value = a_y, a_x, value.permute(0, 3, 1, 2, 4)           # [B, M, H, W, D]
+        return self.out(_contract(first, second, value).transpose(1, 2).flatten(2))
+
+    def _weights(self, query: Tensor, key: Tensor, hidden: Tensor | None) -> Tensor:
+        """query [B, N, C], key [B, P, C] -> [B, M, N, P]."""
+        q, k = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query * self.scale, key))
+        scores = q @ k.transpose(-1, -2)
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+        return self.dropout(scores.softmax(-1))
+
+
+def _contract(first: Tensor, second: Tensor, value: Tensor) -> Tensor:
+    """first [B, M, N, P], second [B, M, N, R], value [B, M, P, R, D] -> [B, M, N, D], in parts of the queries."""
+    heads, queries = first.shape[1:3]
+    long, short, width = value.shape[2:]
+    rows = value.flatten(3)                                                         # [B, M, P, R D]
+    at_once = max(LARGEST // (heads * short * width), 1)
+    if queries <= at_once:
+        return _part(first, second, rows, short)
+    parts = zip(first.split(at_once, dim=2), second.split(at_once, dim=2))
+    return torch.cat([_part(a, b, rows, short) for a, b in parts], dim=2)
+
+
+def _part(first: Tensor, second: Tensor, rows: Tensor, short: int) -> Tensor:
+    between = (first @ rows).unflatten(-1, (short, -1))                             # [B, M, N, R, D]
+    return (second.unsqueeze(-2) @ between).squeeze(-2)
+
+
+class RowColumnLayer(nn.Module):
+    """An encoder layer: row-column self-attention and feed-forward, a LayerNorm after each."""
+
+    def __init__(self, attention: RowColumnAttention, feedforward: FeedForward, dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention, self.feedforward = attention, feedforward
+        self.attention_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, axes: Axes, shape: tuple[int, int], padding: Tensor | None = None) -> Tensor:
+        """tokens [B, H*W, C], padding [B, H*W] (True = padding) -> [B, H*W, C]."""
+        maps, (x, y) = tokens.unflatten(1, shape), axes
+        along_x, along_y = (maps + x[:, None]).flatten(1, 2), (maps + y[:, :, None]).flatten(1, 2)
+        tokens = tokens + self.dropout(self.attention(along_x, along_y, tokens, axes, shape, padding))
+        tokens = self.attention_norm(tokens)
+        return self.feedforward_norm(tokens + self.feedforward(tokens))

@@ -1,0 +1,84 @@
+"""Anchor DETR: queries are patterns at anchor points, and attention goes by rows and columns.
+
+Wang et al. 2021, "Anchor DETR: Query Design for Transformer-Based Object Detection".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from edgedetr.errors import ModelError
+from edgedetr.layers.attention import MultiHeadAttention
+from edgedetr.layers.feedforward import FeedForward
+from edgedetr.layers.norm import Normalise
+from edgedetr.layers.row_column import AxisPosition, RowColumnAttention, RowColumnLayer
+from edgedetr.models.backbone import resnet
+from edgedetr.models.conditional_detr import rare_and_unmoved
+from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, RowColumnCrossAttention
+from edgedetr.models.detector import Detector
+from edgedetr.models.encoder import RowColumnEncoder
+from edgedetr.models.points import AnchorPoints, AnchorQueries
+
+SIZE_LOGIT = -2.0       # width and height that every box starts from: 0.12 of the picture
+
+
+@dataclass(frozen=True)
+class AnchorDetrConfig:
+    """Anchor DETR-DC5-R50 as published (section 4.1)."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    class_loss: ClassVar[str] = "focal"
+
+    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd]
+    backbone_width: float = 1.0                 # share of the channel counts
+    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
+    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
+    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
+    dilate_last: bool = True                    # C5 at stride 16 (DC5): 2.2 AP more than stride 32
+    hidden: int = 256                           # C
+    heads: int = 8                              # 32 channels each
+    ffn: int = 1024                             # 4 C
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    queries: int = 900                          # 300 anchor points x 3 patterns; 300 and 1 pattern for the edge
+    patterns: int = 3                           # objects that one point can answer for (table 3)
+    points: Literal["learned", "grid"] = "learned"
+    dropout: float = 0.0                        # none, as published
+    denoising: bool = False                     # vectors for noised labels, which stand at points; not in the paper
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or self.hidden % 4:
+            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
+        if self.patterns < 1 or self.queries % self.patterns:
+            raise ModelError(f"model.queries is {self.queries}; expected a multiple of model.patterns, {self.patterns}")
+
+
+def anchor_detr(config: AnchorDetrConfig, num_classes: int) -> Detector:
+    """The network of the paper's figure 3, with random weights."""
+    c = config
+    backbone = resnet(c.backbone, levels=(5,), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
+                      frozen_stages=c.frozen_stages, dilate_last=c.dilate_last)
+
+    def feedforward() -> FeedForward:
+        return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)
+
+    axis = AxisPosition(c.hidden)
+    encoder = RowColumnEncoder(backbone.channels[-1], backbone.strides[-1], c.hidden, axis,
+                               [RowColumnLayer(RowColumnAttention(c.hidden, c.heads, c.dropout), feedforward(),
+                                               c.hidden, c.dropout) for _ in range(c.encoder_layers)])
+    selector = AnchorQueries(AnchorPoints(c.queries // c.patterns, c.hidden, c.points, axis), c.patterns, c.hidden,
+                             num_classes, c.denoising)
+    heads = AbsoluteBoxes(c.hidden, num_classes)
+    decoder = Decoder([DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
+                                    RowColumnCrossAttention(c.hidden, c.heads, c.dropout), feedforward(), c.hidden,
+                                    c.dropout) for _ in range(c.decoder_layers)], heads)
+    detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
+    rare_and_unmoved(heads)
+    nn.init.constant_(heads.box.layers[-1].bias[2:], SIZE_LOGIT)  # type: ignore[index, arg-type]
+    return detector

@@ -1,0 +1,90 @@
+"""DN-DETR: DAB-DETR, whose queries are boxes that every layer moves, with noised objects beside them in training.
+
+Li et al. 2022, "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising"; Liu et al. 2022, "DAB-DETR: Dynamic
+Anchor Boxes are Better Queries for DETR". The noise is drawn in train/denoising.py; what labels mean is learned here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from edgedetr.errors import ModelError
+from edgedetr.layers.attention import MultiHeadAttention
+from edgedetr.layers.conditional import ConditionalSelfAttention, SpatialQuery
+from edgedetr.layers.feedforward import FeedForward, Mlp
+from edgedetr.layers.norm import Normalise
+from edgedetr.layers.position import SinePosition
+from edgedetr.models.backbone import resnet
+from edgedetr.models.conditional_detr import rare_and_unmoved
+from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
+from edgedetr.models.detector import Detector
+from edgedetr.models.encoder import DenseEncoder, EncoderLayer
+from edgedetr.models.points import BoxPosition, BoxQueries
+
+TEMPERATURE = 20.0      # of the picture's position: shorter waves than DETR's 10000 (DAB-DETR, section 4.5)
+
+
+@dataclass(frozen=True)
+class DnDetrConfig:
+    """DN-DETR-R50 as published (section 5.1)."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    class_loss: ClassVar[str] = "focal"
+
+    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd]
+    backbone_width: float = 1.0                 # share of the channel counts
+    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
+    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
+    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
+    dilate_last: bool = False                   # C5 at stride 16 (DC5)
+    hidden: int = 256                           # C
+    heads: int = 8                              # 32 channels each
+    ffn: int = 2048                             # 8 C
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    queries: int = 300
+    ffn_activation: Literal["prelu", "relu"] = "prelu"
+    dropout: float = 0.0                        # none, as published
+    denoising: bool = True                      # vectors for labels; without them this is DAB-DETR
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or self.hidden % 4:
+            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
+
+
+def dn_detr(config: DnDetrConfig, num_classes: int) -> Detector:
+    """The network of DAB-DETR's figure 5 with DN-DETR's label vectors, with random weights."""
+    c = config
+    backbone = resnet(c.backbone, levels=(5,), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
+                      frozen_stages=c.frozen_stages, dilate_last=c.dilate_last)
+
+    def feedforward() -> FeedForward:
+        return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)
+
+    def decoder_layer(number: int) -> nn.Module:
+        return DecoderLayer(ConditionalSelfAttention(c.hidden, c.heads, c.dropout),
+                            ConditionalCrossAttention(c.hidden, c.heads, c.dropout, first=number == 0),
+                            feedforward(), c.hidden, c.dropout)
+
+    encoder = DenseEncoder(backbone.channels[-1], backbone.strides[-1], c.hidden, SinePosition(c.hidden, TEMPERATURE),
+                           [EncoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout), feedforward(), c.hidden,
+                                         c.dropout) for _ in range(c.encoder_layers)], nn.Identity(),
+                           position_scale=Mlp(c.hidden, c.hidden, c.hidden, 2))
+    heads = AbsoluteBoxes(c.hidden, num_classes, iterative=True)
+    decoder = Decoder([decoder_layer(number) for number in range(c.decoder_layers)], heads,
+                      query_position=BoxPosition(c.hidden), norm=nn.LayerNorm(c.hidden),
+                      spatial=SpatialQuery(c.hidden, sized=True))
+    selector = BoxQueries(c.queries, c.hidden, num_classes, c.denoising)
+    detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
+    for part in (encoder.layers, decoder.layers):
+        for parameter in part.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+    rare_and_unmoved(heads)
+    return detector
