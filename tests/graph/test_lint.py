@@ -21,6 +21,9 @@ from edgedetr.graph.rules import RULES
 ALL = dict.fromkeys(TARGETS, "error")
 WARN = dict.fromkeys(TARGETS, "warning")
 F32, F16 = TensorProto.FLOAT, TensorProto.FLOAT16
+ZERO, STEP = np.int8(0), np.float32(0.1)
+NOT_11 = {"jetpack-6": "error", "jetpack-7.2": "error", "trt-11": "warning"}
+FROM_10_14 = {"jetpack-7.2": "warning", "trt-11": "warning"}
 RNG = np.random.default_rng(0)
 
 
@@ -29,7 +32,8 @@ def graph_of(nodes: Sequence[NodeProto], inputs: dict[str, tuple], constants: di
     """inputs {name: (element type, shape)}; the last node's first output is the graph's."""
     values = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()]
     stored = [numpy_helper.from_array(np.asarray(value), name) for name, value in (constants or {}).items()]
-    graph = helper.make_graph(list(nodes), "g", values, [helper.make_empty_tensor_value_info(nodes[-1].output[0])], stored)
+    result = helper.make_empty_tensor_value_info(nodes[-1].output[0])
+    graph = helper.make_graph(list(nodes), "g", values, [result], stored)
     opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(name, 1) for name in domains)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=9)
 
@@ -43,7 +47,7 @@ def one(kind: str, *, shape=(1, 4, 8, 8), opset: int = 19, **attributes) -> Mode
     return graph_of([node(kind, "x", "y", **attributes)], {"x": (F32, shape)}, opset=opset)
 
 
-def quantised_conv(*, zero=np.int8(0), scale=np.float32(0.1), axis=0, channels=32, out=32, weight_scale=None,
+def quantised_conv(*, zero=ZERO, scale=STEP, axis=0, channels=32, out=32, weight_scale=None,
                    kind=np.float32, data=True, weight=True, relu_between=False, opset: int = 19,
                    missing_zero: bool = False) -> ModelProto:
     """x -> Q -> DQ -> Conv <- DQ <- integer weight; each part as asked for."""
@@ -152,7 +156,8 @@ def conv_then(*, batch_norm: bool = False, scaled: tuple[int, ...] | None = None
 
 def layer_norm(native: bool) -> ModelProto:
     if native:
-        return graph_of([node("LayerNormalization", "x g", "y")], {"x": (F32, (1, 4, 8))}, {"g": np.ones(8, np.float32)})
+        return graph_of([node("LayerNormalization", "x g", "y")], {"x": (F32, (1, 4, 8))},
+                        {"g": np.ones(8, np.float32)})
     nodes = [node("ReduceMean", "x", "m", axes=[-1]), node("Sub", "x m", "d"), node("Mul", "d d", "s"),
              node("ReduceMean", "s", "v", axes=[-1]), node("Add", "v e", "p"), node("Sqrt", "p", "r"),
              node("Div", "d r", "y")]
@@ -183,10 +188,9 @@ def custom(domain: str, kind: str) -> ModelProto:
     return graph_of([node(kind, "x", "y", domain=domain)], {"x": (F32, (1, 4))}, domains=[domain] if domain else ())
 
 
-def wrong_rank(good: bool) -> ModelProto:
-    """A Conv that adds up, or one whose weight does not fit its data: inference gives up."""
-    return graph_of([node("Conv", "x w", "y")], {"x": (F32, (1, 4, 8, 8) if good else (1, 4))},
-                    {"w": np.ones((4, 4, 1, 1), np.float32)})
+def not_imported() -> ModelProto:
+    """A node of a domain that the file does not import: inference gives up."""
+    return graph_of([node("Relu", "x", "y", domain="org.example")], {"x": (F32, (1, 4))})
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ class Case:
 HALF = quantised_conv(kind=np.float16, scale=np.float16(0.1), weight_scale=np.full(32, 0.1, np.float16))
 CASES = [
     Case("opset", one("Relu", opset=17), one("Relu"), WARN),
-    Case("opset", one("Relu", opset=21), one("Relu"), {"jetpack-6": "error", "jetpack-7.2": "error", "trt-11": "warning"}),
+    Case("opset", one("Relu", opset=21), one("Relu"), NOT_11),
     Case("opset", one("Relu", opset=8), one("Relu"), ALL),
     Case("quantised-opset", quantised_conv(kind=np.float16, scale=np.float16(0.1), opset=17,
                                            weight_scale=np.full(32, 0.1, np.float16)), HALF, ALL),
@@ -224,12 +228,12 @@ CASES = [
     Case("topk-bound", top_k(3841), top_k(3840), ALL),
     Case("topk-bound", top_k(None), top_k(300), WARN),
     Case("grid-sample-mode", grid_sample(mode="linear", opset=20), grid_sample(mode="bilinear"),
-         {"jetpack-6": "error", "jetpack-7.2": "error", "trt-11": "warning"}),
+         NOT_11),
     Case("grid-sample-mode", grid_sample(mode="cubic", opset=20), grid_sample(mode="nearest", opset=20),
-         {"jetpack-6": "error", "jetpack-7.2": "error", "trt-11": "warning"}),
+         NOT_11),
     Case("grid-sample-rank", grid_sample(mode="linear", rank=5, opset=20), grid_sample(mode="bilinear"),
-         {"jetpack-6": "error", "jetpack-7.2": "error", "trt-11": "warning"}),
-    Case("grid-sample-wrong", grid_sample(mode="bilinear"), one("Relu"), {"jetpack-7.2": "warning", "trt-11": "warning"}),
+         NOT_11),
+    Case("grid-sample-wrong", grid_sample(mode="bilinear"), one("Relu"), FROM_10_14),
     Case("batch-norm", conv_then(batch_norm=True), conv_then(), WARN),
     Case("batch-norm", conv_then(scaled=(1, 32, 1, 1)), conv_then(scaled=(1,)), WARN),
     Case("batch-norm", conv_then(scaled=(32, 1, 1)), conv_then(scaled=()), WARN),
@@ -250,7 +254,7 @@ CASES = [
          quantised_conv(scale=np.float32(6.0e-5)), ALL),
     Case("scale-type", quantised_conv(kind=np.float16, scale=np.float32(0.1),
                                       weight_scale=np.full(32, 0.1, np.float16)), HALF,
-         {"jetpack-6": "error", "jetpack-7.2": "error", "trt-11": "warning"}),
+         NOT_11),
     Case("scale-type", quantised_conv(scale=np.float16(0.1)), quantised_conv(), ALL),
     Case("per-channel-activation", activation(np.full(32, 0.1, np.float32), np.zeros(32, np.int8)),
          activation(np.float32(0.1), np.int8(0)), ALL),
@@ -269,22 +273,22 @@ CASES = [
     Case("before-relu", quantised_conv(relu_between=True), quantised_conv(), WARN),
     Case("concat-scales", concat(0.1, 0.2), concat(0.1, 0.1), WARN),
     Case("transposed-convolution", transposed_conv(16), transposed_conv(1), WARN),
-    *(Case("equal-types", binary(kind, F16), binary(kind, F32), ALL) for kind in ("Add", "Mul", "Sub", "Div", "Min", "Pow")),
+    *(Case("equal-types", binary(kind, F16), binary(kind, F32), ALL)
+      for kind in ("Add", "Mul", "Sub", "Div", "Min", "Pow")),
     Case("equal-types", where(F16), where(F32), ALL),
     Case("equal-types", binary("Greater", 0, np.float16(1)), binary("Greater", 0, np.float32(1)), ALL),
     Case("float64", one("Cast", to=TensorProto.DOUBLE), one("Cast", to=TensorProto.FLOAT16), WARN),
     Case("not-a-number", binary("Add", 0, np.float32("nan")), binary("Add", 0, np.float32("-inf")), ALL),
     Case("not-a-number", graph_of([node("Add", "x c", "y")], {"x": (F16, (1,))}, {"c": np.float16("inf")}),
          graph_of([node("Add", "x c", "y")], {"x": (F16, (1,))}, {"c": np.float16(65504)}), WARN),
-    Case("inference", wrong_rank(False), wrong_rank(True), ALL),
+    Case("inference", not_imported(), one("Relu"), ALL),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.rule)
 def test_a_planted_fault_is_found_and_its_repaired_twin_is_not(case):
     found = [finding for finding in lint(case.bad) if finding.rule == case.rule]
-    assert found
-    assert all(finding.severity == case.severity for finding in found)
+    assert {name: kind for finding in found for name, kind in finding.severity.items()} == case.severity
     assert all(finding.node and finding.reason and finding.fix and finding.source for finding in found)
     assert [finding for finding in lint(case.good) if finding.rule == case.rule] == []
 
@@ -298,7 +302,7 @@ def test_every_rule_has_a_planted_fault():
                                   concat(0.1, 0.1)], ids=["int8", "int8-fp16", "matmul", "norm", "topk", "concat"])
 def test_a_good_graph_is_silent(good):
     assert lint(good) == ()
-    onnx.checker.check_model(good, full_check=True)      # the independent word on it
+    onnx.checker.check_model(onnx.shape_inference.infer_shapes(good), full_check=True)   # the independent word on it
 
 
 def test_int8_channels_that_are_open_are_an_error():
@@ -448,7 +452,8 @@ def test_of_many_findings_of_one_rule_the_table_names_three(tmp_path, capsys):
 
 
 def test_of_a_bundle_the_graphs_for_tensorrt_are_linted(tmp_path, capsys):
-    bundle = Bundle.create(tmp_path / "b", Manifest("detr", (ClassInfo(0, 1, "a"),), InputContract(8, 8), OutputContract()))
+    manifest = Manifest("detr", (ClassInfo(0, 1, "a"),), InputContract(8, 8), OutputContract())
+    bundle = Bundle.create(tmp_path / "b", manifest)
     for name, model in (("model.onnx", one("Relu")), ("model.int8.onnx", quantised_conv()),
                         ("model.int8-cpu.onnx", quantised_conv(zero=np.uint8(128)))):
         with bundle.add(name, stage="export") as path:

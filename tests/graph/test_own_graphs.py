@@ -1,0 +1,40 @@
+"""Lint is silent on what we write: every member of the family, float32 and INT8."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+
+from edgedetr.graph.lint import lint
+
+pytest.importorskip("torch")
+members = pytest.importorskip("members")
+
+
+@pytest.fixture(scope="module", params=sorted(members.SMALL))
+def exported(request, tmp_path_factory) -> onnx.ModelProto:
+    """The member's float graph as it is delivered: one batch size, gathered samples."""
+    from edgedetr.export.onnx_file import write
+    from edgedetr.models.deploy import DeployGraph
+
+    path = tmp_path_factory.mktemp("own") / "model.onnx"
+    write(DeployGraph(members.small(request.param), members.HEIGHT, members.WIDTH), path)
+    return onnx.load(path)
+
+
+def test_the_float_graph_of_every_member_is_clean(exported):
+    assert [str(finding) for finding in lint(exported)] == []
+
+
+def test_the_int8_graph_of_every_member_is_clean(exported):
+    from edgedetr.quantization.dialect import TENSORRT, tensors
+    from edgedetr.quantization.policy import load, plan
+    from edgedetr.quantization.qdq import insert
+    from edgedetr.quantization.rewrite import split_concats
+
+    model = split_concats(exported)
+    chosen = plan(model, load("default"))
+    # Any range will do: what a rule sees is where the pairs stand and what they are.
+    graph = insert(model, chosen, dict.fromkeys(tensors(model, chosen), 1.0), TENSORRT)
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.graph.node) >= 20
+    assert [str(finding) for finding in lint(graph)] == []
