@@ -34,11 +34,30 @@ class OrtRunner:
         return RawOutputs(logits, boxes)
 
 
+class OrtFrameRunner:
+    """A graph for whole camera frames in an ONNX Runtime session (see runtime/frames.py)."""
+
+    name = "onnxruntime"
+    outputs = ("boxes", "scores", "labels")
+
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+        self.session = _session(str(path), threads, True)
+        inputs, outputs = self.session.get_inputs(), {output.name for output in self.session.get_outputs()}
+        shape = inputs[0].shape
+        if [i.name for i in inputs] != ["frames"] or not set(self.outputs) <= outputs or len(shape) != 4:
+            raise BundleError(f"{path}: inputs {[i.name for i in inputs]} and outputs {sorted(outputs)}; expected "
+                              "frames [1, H, W, 3] -> boxes, scores, labels, as edgedetr export --frame writes them")
+        self.height, self.width = int(shape[1]), int(shape[2])
+
+    def run(self, frame: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(self.outputs, self.session.run(list(self.outputs), {"frames": frame})))
+
+
 def tensors(model: bytes, images: np.ndarray, names: Sequence[str], *, optimise: bool,
-            threads: int | None = None) -> dict[str, np.ndarray]:
-    """Values of named graph outputs of a serialised model, for one batch."""
+            threads: int | None = None, feed: str = "images") -> dict[str, np.ndarray]:
+    """Values of named graph outputs of a serialised model, for one batch given to the input `feed`."""
     session = _session(model, threads, optimise)
-    return dict(zip(names, session.run(list(names), {"images": images})))
+    return dict(zip(names, session.run(list(names), {feed: images})))
 
 
 def _session(model: str | bytes, threads: int | None, optimise: bool) -> Any:

@@ -1,0 +1,107 @@
+"""Camera frames in, objects out: resize, model and choice of objects as one graph, for one size of frame.
+
+`frames` [1, H, W, 3] uint8 RGB -> `boxes` [1, k, 4] float32 (x0, y0, x1, y1 in pixels of the frame), `scores` [1, k]
+float32, `labels` [1, k] int32, most confident first. Nothing is left to do on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto, helper
+
+from edgedetr.bundle import Bundle, Manifest
+from edgedetr.errors import ExportError, UsageError
+from edgedetr.graph import ends
+from edgedetr.graph.part import Part, join, output_shape
+from edgedetr.runtime.frames import file_name
+from edgedetr.runtime.ort import tensors
+from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.preprocess import Geometry, prepare
+from edgedetr.runtime.runner import RawOutputs
+
+LARGEST_SIDE = 16384            # pixels; larger than any camera, and a typing error costs gigabytes
+LEVELS = 1                      # largest accepted difference to the CPU's resize, of 255: both round, at ties apart
+PIXELS = 0.02                   # largest accepted difference of a box side; float32 against float64 at 4000 px: 5e-4
+SCORES = 1e-5                   # of a score; float32 sigmoid or softmax: 1e-7
+
+
+def frame_size(text: str) -> tuple[int, int]:
+    """"1080x1920" -> (1080, 1920): height, width."""
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal()) or not all(
+            0 < int(side) <= LARGEST_SIDE for side in (height, width)):
+        raise UsageError(f"frame is {text!r}; expected HEIGHTxWIDTH in pixels, each side 1 to {LARGEST_SIDE}, "
+                         "for example 1080x1920")
+    return int(height), int(width)
+
+
+def with_frames(model: ModelProto, manifest: Manifest, height: int, width: int) -> ModelProto:
+    """The graph `images` -> `logits`, `boxes` of a bundle, for frames of height x width pixels."""
+    geometry = Geometry.of(height, width, manifest.input)
+    queries, classes = output_shape(model, "logits")
+    front, back = Part("frame"), Part("objects")
+    ends.resize(front, ends.planes_of_frames(front, "frames"), geometry, output="images")
+    chosen = ends.choose(back, "logits", "boxes_of_input", queries, classes, manifest.output)
+    factors = (geometry.width * geometry.used_width / geometry.content_width,
+               geometry.height * geometry.used_height / geometry.content_height)
+    boxes = ends.corners(back, chosen.boxes, factors, (width, height))
+    for made, name in ((boxes, "boxes"), (chosen.scores, "scores"), (chosen.labels, "labels")):
+        back.add("Identity", made, output=name)
+    value = helper.make_tensor_value_info
+    told = {"frame": json.dumps({"height": height, "width": width})}
+    return join(
+        model, front, back, [value("frames", TensorProto.UINT8, [1, height, width, 3])],
+        [value("boxes", TensorProto.FLOAT, [1, chosen.count, 4]), value("scores", TensorProto.FLOAT, [1, chosen.count]),
+         value("labels", TensorProto.INT32, [1, chosen.count])],
+        renamed={"boxes": "boxes_of_input"}, metadata={f"edgedetr.{key}": text for key, text in told.items()})
+
+
+def write_frames(bundle: Bundle, height: int, width: int, sources: Sequence[str] = ("model.onnx",)) -> list[str]:
+    """One graph for frames of this size from each of the bundle's graphs; the names of the files that were added."""
+    made = []
+    for source in sources:
+        name = file_name(source, height, width)
+        made.append(name)
+        if bundle.has(name):
+            continue
+        model = onnx.load(str(bundle.require(source)))
+        joined = with_frames(model, bundle.manifest, height, width)
+        check(joined, bundle.manifest, height, width)
+        with bundle.add(name, stage="export --frame", made_from=[source]) as temporary:
+            temporary.write_bytes(joined.SerializeToString(deterministic=True))
+    return made
+
+
+def check(model: ModelProto, manifest: Manifest, height: int, width: int) -> None:
+    """ExportError unless both ends of the graph do what the CPU does, on a frame of noise, in ONNX Runtime.
+
+    What lies between is the bundle's own graph, node by node.
+    """
+    inner = ("images", "logits", "boxes_of_input")
+    shown = ModelProto()
+    shown.CopyFrom(model)
+    shown.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inner)
+    frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    found = tensors(shown.SerializeToString(), frame[None], (*inner, "boxes", "scores", "labels"), optimise=True,
+                    feed="frames")
+    images, geometries = prepare([frame], manifest.input, backend="numpy")
+    levels = float(np.abs(found["images"] - images).max())
+    if not levels <= LEVELS:
+        raise ExportError(f"the resize inside the graph differs from the CPU's by {levels:g} of 255; expected at most "
+                          f"{LEVELS}; report this, it is a defect")
+    raw = RawOutputs(found["logits"], found["boxes_of_input"])
+    expected = decode(raw, geometries, manifest.classes, manifest.output)[0]
+    boxes, scores, labels = found["boxes"][0], found["scores"][0], found["labels"][0]
+    wrong = len(scores) != len(expected) or not np.allclose(scores, expected.confidence, rtol=0, atol=SCORES)
+    for box, score, label in zip(boxes, scores, labels):
+        # Equal scores may stand in another order; at the end of the list another of them may have come in.
+        alike = (np.abs(expected.confidence - score) <= SCORES) & (expected.class_id == label)
+        there = alike.any() and np.abs(expected.xyxy[alike] - box).max(axis=1).min() <= PIXELS
+        wrong = wrong or not (there or score - expected.confidence[-1] <= SCORES)
+    if wrong:
+        raise ExportError("the objects that the graph chooses are not those that the CPU chooses; report this, it is a "
+                          "defect")
