@@ -128,8 +128,8 @@ def before_relu(view: GraphView, target: Target) -> Iterator[Fault]:
         if maker is None or maker.op_type not in ("Conv", "ConvTranspose"):
             continue
         restored = [reader.node.output[0] for reader in view.readers[node.output[0]]]
-        read = [reader.node for name in (node.input[0], *restored) for reader in view.readers[name]]
-        if any(reader.op_type in ("Relu", "Clip") for reader in read):
+        # A Relu that reads the Conv itself, beside the pair, is another branch: both values are needed.
+        if any(reader.node.op_type in ("Relu", "Clip") for name in restored for reader in view.readers[name]):
             yield at(node, f"stands between {maker.op_type} {maker.name} and its Relu, so that they are two kernels",
                      f"quantise behind the Relu; {AGAIN}", "warning")
 
