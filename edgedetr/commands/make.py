@@ -65,8 +65,17 @@ def train(
     type=click.Choice(["gather", "grid_sample"]),
     help="How deformable attention samples.  [default: the recipe's]",
 )
+@click.option("--frame", metavar="HxW", help="Also graphs for whole camera frames of this size, e.g. 1080x1920.")
+@click.option("--triton", type=click.Path(path_type=Path), help="Add the model to this Triton repository.")
+@click.option("--deepstream", type=click.Path(path_type=Path), help="Write graph, labels and nvinfer file here.")
 def export(
-    bundle: Path | None, int8: bool, calib: Path | None, sampling: Literal["gather", "grid_sample"] | None
+    bundle: Path | None,
+    int8: bool,
+    calib: Path | None,
+    sampling: Literal["gather", "grid_sample"] | None,
+    frame: str | None,
+    triton: Path | None,
+    deepstream: Path | None,
 ) -> None:
     """Write model.onnx; with --int8, INT8 graphs too."""
     opened = open_bundle(bundle)
@@ -76,6 +85,11 @@ def export(
 
     with progress_bars() as progress:
         run(opened, int8=int8, calib=calib, sampling=sampling, progress=progress)
+    if frame or triton or deepstream:
+        from edgedetr.export.serving import serve
+
+        for line in serve(opened, int8=int8, frame=frame, triton=triton, deepstream=deepstream):
+            say(line)
     made = [(name, entry) for name, entry in Bundle.open(opened.path).manifest.files.items() if entry.stage != "train"]
     table(["file", "MB", "made by"], [[name, f"{entry.size / 1e6:.2f}", entry.stage] for name, entry in made])
     say(f"next: edgedetr {'verify' if int8 else 'export'} {opened.path}{'' if int8 else ' --int8'}")

@@ -16,10 +16,11 @@ from onnx import ModelProto, TensorProto, helper
 from edgedetr.bundle import Bundle, Manifest
 from edgedetr.errors import ExportError, UsageError
 from edgedetr.graph import ends
-from edgedetr.graph.part import Part, join, output_shape
+from edgedetr.graph.agree import agree
+from edgedetr.graph.part import Part, join, output_shape, require_clean
 from edgedetr.runtime.frames import file_name
 from edgedetr.runtime.ort import tensors
-from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.postprocess import decode, named
 from edgedetr.runtime.preprocess import Geometry, prepare
 from edgedetr.runtime.runner import RawOutputs
 
@@ -70,6 +71,7 @@ def write_frames(bundle: Bundle, height: int, width: int, sources: Sequence[str]
             continue
         model = onnx.load(str(bundle.require(source)))
         joined = with_frames(model, bundle.manifest, height, width)
+        require_clean(joined, name)
         check(joined, bundle.manifest, height, width)
         with bundle.add(name, stage="export --frame", made_from=[source]) as temporary:
             temporary.write_bytes(joined.SerializeToString(deterministic=True))
@@ -95,13 +97,7 @@ def check(model: ModelProto, manifest: Manifest, height: int, width: int) -> Non
                           f"{LEVELS}; report this, it is a defect")
     raw = RawOutputs(found["logits"], found["boxes_of_input"])
     expected = decode(raw, geometries, manifest.classes, manifest.output)[0]
-    boxes, scores, labels = found["boxes"][0], found["scores"][0], found["labels"][0]
-    wrong = len(scores) != len(expected) or not np.allclose(scores, expected.confidence, rtol=0, atol=SCORES)
-    for box, score, label in zip(boxes, scores, labels):
-        # Equal scores may stand in another order; at the end of the list another of them may have come in.
-        alike = (np.abs(expected.confidence - score) <= SCORES) & (expected.class_id == label)
-        there = alike.any() and np.abs(expected.xyxy[alike] - box).max(axis=1).min() <= PIXELS
-        wrong = wrong or not (there or score - expected.confidence[-1] <= SCORES)
-    if wrong:
+    ours = named(found["boxes"][0], found["scores"][0], found["labels"][0].astype(np.int64), manifest.classes)
+    if not agree(ours, expected, pixels=PIXELS, score=SCORES):
         raise ExportError("the objects that the graph chooses are not those that the CPU chooses; report this, it is a "
                           "defect")

@@ -10,6 +10,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
+from edgedetr.graph.lint import lint
 
 
 class Part:
@@ -82,3 +83,12 @@ def batch_of(model: ModelProto) -> int | str:
     """The batch size of the first input: a number, or the name of an open one."""
     dim = model.graph.input[0].type.tensor_type.shape.dim[0]
     return dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "batch"
+
+
+def require_clean(model: ModelProto, what: str) -> None:
+    """ExportError when lint finds in the graph what a TensorRT would refuse or get wrong."""
+    errors = [finding for finding in lint(model) if finding.worst == "error"]
+    if errors:
+        first = errors[0]
+        raise ExportError(f"{what}: {len(errors)} fault{'s' * (len(errors) > 1)} for TensorRT, the first at "
+                          f"{first.node}: {first.reason}; {first.fix}; all of them: edgedetr lint FILE")

@@ -1,0 +1,46 @@
+"""Files for other programs that run the detector: graphs for camera frames, Triton's repository, DeepStream's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgedetr.bundle import Bundle
+from edgedetr.graph.deepstream import write_deepstream
+from edgedetr.graph.frame import frame_size, write_frames
+from edgedetr.graph.triton import Repository, write_repository
+from edgedetr.runtime import engines
+
+FLOAT, HALF, INT8, INT8_CPU = "model.onnx", "model.fp16.onnx", "model.int8.onnx", "model.int8-cpu.onnx"
+STAGES = {FLOAT: "onnx", HALF: "fp16", INT8: "int8"}
+
+
+def serve(bundle: Bundle, *, half: bool = False, int8: bool = False, frame: str | None = None,
+          triton: Path | None = None, deepstream: Path | None = None) -> list[str]:
+    """Write what was asked for; one sentence about each thing.
+
+    half, int8   which of the bundle's graphs: INT8, else FP16, else float32; frames get one of each
+    frame        "1080x1920", height and width of the camera's frames
+    """
+    size = frame_size(frame) if frame else None
+    sources = [FLOAT, *([HALF] if half else []), *([INT8] if int8 else [])]
+    chosen, said = sources[-1], []
+    if size is not None:
+        made = write_frames(bundle, *size, sources)
+        said.append(f"for frames of {size[0]} x {size[1]}: {', '.join(made)}")
+        framed = made[-1]
+    if triton is not None:
+        found = write_repository(bundle, triton, framed) if size else _repository(bundle, triton, chosen)
+        batches = f"up to {found.max_batch_size} requests joined" if found.max_batch_size else "requests one by one"
+        said.append(f"for Triton: {found.folder} ({found.platform}, {batches})")
+    if deepstream is not None:
+        files = write_deepstream(bundle, deepstream, chosen, size)
+        said.append(f"for DeepStream: {files.config}; build its engine first, as that file says")
+    return said
+
+
+def _repository(bundle: Bundle, root: Path, source: str) -> Repository:
+    """An engine that fits this machine where there is one, else the graph, in ONNX Runtime."""
+    engine = engines.pick(engines.survey(bundle).fitting, stage=STAGES[source])
+    if engine is None and source == INT8:
+        source = INT8_CPU       # the form that ONNX Runtime runs fast, and that edgedetr verify has judged there
+    return write_repository(bundle, root, source, engine=engine)

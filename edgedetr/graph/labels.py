@@ -1,0 +1,18 @@
+"""labels.txt: the class names in the order of the model's indices, one a line, as Triton and DeepStream read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgedetr.bundle import ClassInfo, atomic_write
+
+
+def label(name: str) -> str:
+    """A name as one line of one field; nvinfer takes what stands after a semicolon for another field."""
+    return " ".join(name.replace(";", ",").split()) or "?"
+
+
+def write_labels(path: Path, classes: Sequence[ClassInfo]) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(f"{label(item.name)}\n" for item in classes), encoding="utf-8")
