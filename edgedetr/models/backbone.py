@@ -1,4 +1,4 @@
-"""ResNet: the torchvision layout (v1.5, stride in the 3x3) and the "vd" one (deep stem, average-pooled shortcut).
+"""Backbones by name; ResNet: torchvision's (v1.5, stride in the 3x3) and "vd" (deep stem, average-pooled shortcut).
 
 He et al. 2015; He et al. 2018, "Bag of Tricks", figure 2 (C and D); the vd form as RT-DETR builds it.
 """
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from edgedetr.errors import ModelError, did_you_mean
 from edgedetr.layers.conv import ConvNorm
 from edgedetr.layers.norm import FrozenBatchNorm2d
+from edgedetr.models import vit
+from edgedetr.models.vit import VitPyramid
 
 # blocks per stage, and whether a block is 1x1-3x3-1x1 with four times the channels at its end
 DEPTHS: dict[str, tuple[tuple[int, int, int, int], bool]] = {
@@ -20,7 +22,7 @@ DEPTHS: dict[str, tuple[tuple[int, int, int, int], bool]] = {
     "resnet50": ((3, 4, 6, 3), True),
     "resnet101": ((3, 4, 23, 3), True),
 }
-NAMES = (*DEPTHS, *(f"{name}vd" for name in DEPTHS))
+NAMES = (*DEPTHS, *(f"{name}vd" for name in DEPTHS), *vit.NAMES)
 
 Norm = Callable[[int], nn.Module]
 
@@ -128,8 +130,6 @@ class ResNet(nn.Module):
 def resnet(name: str, levels: Sequence[int], *, width: float = 1.0, frozen_norm: bool = True, frozen_stages: int = 0,
            dilate_last: bool = False) -> ResNet:
     """A ResNet by its name, "resnet18" .. "resnet101", each also as "...vd"."""
-    if name not in NAMES:
-        raise ModelError(f"model.backbone is {name!r}; expected one of {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
     depths, bottleneck = DEPTHS[name.removesuffix("vd")]
     if dilate_last and not bottleneck:
         raise ModelError(f"model.dilate_last needs a bottleneck ResNet, not {name}; use resnet50 or resnet101")
@@ -137,3 +137,19 @@ def resnet(name: str, levels: Sequence[int], *, width: float = 1.0, frozen_norm:
                  FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d, dilate_last)
     net.freeze(frozen_stages)
     return net
+
+
+def make_backbone(name: str, levels: Sequence[int], *, width: float = 1.0, frozen_norm: bool = True,
+                  frozen_stages: int = 0, dilate_last: bool = False) -> ResNet | VitPyramid:
+    """A backbone by its name: a ResNet, or a vision transformer, "vit_tiny" .. "vit_base", each also as "..._window".
+
+    levels  stages to return, 2..5, which is strides 4..32;  frozen_norm, dilate_last  of a ResNet
+    """
+    if name not in NAMES:
+        raise ModelError(f"model.backbone is {name!r}; expected one of {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
+    if name not in vit.NAMES:
+        return resnet(name, levels, width=width, frozen_norm=frozen_norm, frozen_stages=frozen_stages,
+                      dilate_last=dilate_last)
+    if dilate_last:
+        raise ModelError(f"model.dilate_last needs a bottleneck ResNet, not {name}; use resnet50 or resnet101")
+    return vit.vit(name, levels, width=width, frozen_stages=frozen_stages)

@@ -16,7 +16,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
 from edgedetr.layers.position import LearnedPosition, NoPosition, SequencePosition, SinePosition
-from edgedetr.models.backbone import resnet
+from edgedetr.models.backbone import make_backbone
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DenseCrossAttention
 from edgedetr.models.detector import Detector
 from edgedetr.models.encoder import DenseEncoder, EncoderLayer
@@ -31,7 +31,7 @@ class DetrConfig:
     activation: ClassVar[str] = "softmax"       # of the class logits; the last one is "no object"
     class_loss: ClassVar[str] = "softmax_ce"
 
-    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd]
+    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
     backbone_width: float = 1.0                 # share of the channel counts
     backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
     backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
@@ -65,8 +65,9 @@ POSITIONS: dict[str, Callable[[int], nn.Module]] = {
 def detr(config: DetrConfig, num_classes: int) -> Detector:
     """The network of the paper's figure 2, with random weights."""
     c = config
-    backbone = resnet(c.backbone, levels=(5,), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
-                      frozen_stages=c.frozen_stages, dilate_last=c.dilate_last)
+    backbone = make_backbone(c.backbone, levels=(5,), width=c.backbone_width,
+                             frozen_norm=c.backbone_norm == "frozen", frozen_stages=c.frozen_stages,
+                             dilate_last=c.dilate_last)
 
     def feedforward() -> FeedForward:
         return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)

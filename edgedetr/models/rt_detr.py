@@ -15,7 +15,7 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalise
-from edgedetr.models.backbone import resnet
+from edgedetr.models.backbone import make_backbone
 from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.detector import Detector
 from edgedetr.models.encoder import EncoderLayer
@@ -34,7 +34,7 @@ class RtDetrConfig:
     class_loss: ClassVar[str] = "vfl"           # IoU-aware: a query's score says how good its box is (section 4.3)
 
     version: Literal[1, 2] = 2                  # 2 allows `points` to differ per level, and method "discrete"
-    backbone: str = "resnet18vd"                # resnet{18,34,50,101}[vd]
+    backbone: str = "resnet18vd"                # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
     backbone_width: float = 1.0                 # 0.5 halves every channel count: for small data and CPUs
     backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
     backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
@@ -71,8 +71,8 @@ class RtDetrConfig:
 def rt_detr(config: RtDetrConfig, num_classes: int) -> Detector:
     """The network of the paper's figure 4, with random weights."""
     c = config
-    backbone = resnet(c.backbone, levels=(3, 4, 5), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
-                      frozen_stages=c.frozen_stages)
+    backbone = make_backbone(c.backbone, levels=(3, 4, 5), width=c.backbone_width,
+                             frozen_norm=c.backbone_norm == "frozen", frozen_stages=c.frozen_stages)
 
     def encoder_layer() -> nn.Module:
         return EncoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),

@@ -1,0 +1,94 @@
+"""The parts of a cascade over learned boxes: proposals, the reading of a box's content, and R-CNN's box update.
+
+Sun et al. 2021, "Sparse R-CNN", section 3; box deltas as in Girshick et al. 2014, "R-CNN", appendix C.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from edgedetr.errors import ModelError
+from edgedetr.layers.dynamic import DynamicInteraction
+from edgedetr.layers.roi import RoiAlign
+from edgedetr.models.detector import Memory, Queries
+
+DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)        # what the head says of x, y, w, h is divided by these (Sparse R-CNN)
+LARGEST_GROWTH = math.log(100000 / 16)      # a side grows at most 6250 times, so that exp stays finite (Detectron)
+PRIOR = 0.01                                # class probability that the heads start from (RetinaNet, section 4.1)
+
+
+class LearnedProposals(nn.Module):
+    """N boxes and N vectors, the same for every picture; every box starts as the whole picture."""
+
+    def __init__(self, queries: int, dim: int) -> None:
+        super().__init__()
+        self.content, self.box = nn.Embedding(queries, dim), nn.Embedding(queries, 4)
+        with torch.no_grad():
+            self.box.weight.copy_(torch.tensor([0.5, 0.5, 1.0, 1.0]))
+
+    def forward(self, memory: Memory) -> Queries:
+        batch = memory.tokens.shape[0]
+        return Queries(self.content.weight.expand(batch, -1, -1), reference=self.box.weight.expand(batch, -1, -1))
+
+
+class RoiCrossAttention(nn.Module):
+    """Every query reads its own box, and nothing else, by weights that it predicts."""
+
+    def __init__(self, roi: RoiAlign, interaction: DynamicInteraction) -> None:
+        super().__init__()
+        self.roi, self.interaction = roi, interaction
+
+    def forward(self, queries: Queries, memory: Memory) -> Tensor:
+        """-> [B, N, C]; see decoder.CrossAttention."""
+        if queries.reference is None or queries.reference.shape[-1] != 4:
+            raise ModelError("a dynamic head reads the content of boxes; this selector gives no boxes")
+        features = self.roi(memory.tokens, memory.shapes, memory.strides, queries.reference)
+        return self.interaction(queries.content, features)
+
+
+class DeltaBoxes(nn.Module):
+    """Each layer has its own towers and heads, and moves the box of the layer before relative to its size.
+
+    Boxes are not kept within the picture: a side that is cut off has no gradient. The runtime clips them.
+    """
+
+    iterative = True
+    twice = False
+
+    def __init__(self, dim: int, logits: int, layers: int, class_tower: int, box_tower: int) -> None:
+        """class_tower, box_tower  blocks of Linear, LayerNorm, ReLU before each head"""
+        super().__init__()
+        self.class_tower = nn.ModuleList(_tower(dim, class_tower) for _ in range(layers))
+        self.box_tower = nn.ModuleList(_tower(dim, box_tower) for _ in range(layers))
+        self.score = nn.ModuleList(nn.Linear(dim, logits) for _ in range(layers))
+        self.box = nn.ModuleList(nn.Linear(dim, 4) for _ in range(layers))
+
+    def classify(self, layer: int, features: Tensor) -> Tensor:
+        """features [B, N, C] -> logits [B, N, K]."""
+        return self.score[layer](self.class_tower[layer](features))
+
+    def delta(self, layer: int, features: Tensor) -> Tensor:
+        """features [B, N, C] -> [B, N, 4], shift and logarithmic growth of the box, times DELTA_WEIGHTS."""
+        return self.box[layer](self.box_tower[layer](features))
+
+    def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
+        """delta, reference [B, N, 4] -> boxes [B, N, 4], cx, cy, w, h in 0..1, float32."""
+        if reference is None:
+            raise ModelError("R-CNN deltas move a box; this selector gives none")
+        kind = torch.promote_types(delta.dtype, torch.float32)
+        shift, growth = (delta.to(kind) / delta.new_tensor(DELTA_WEIGHTS, dtype=kind)).split(2, dim=-1)
+        centre, size = reference.to(kind).split(2, dim=-1)
+        return torch.cat([centre + shift * size, size * growth.clamp(max=LARGEST_GROWTH).exp()], dim=-1)
+
+    def rare(self) -> None:
+        """Every class starts as rare: the prior goes into the bias of the class heads, and nowhere else."""
+        for score in self.score:
+            nn.init.constant_(score.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]  # there is one
+
+
+def _tower(dim: int, blocks: int) -> nn.Sequential:
+    return nn.Sequential(*[module for _ in range(blocks)
+                           for module in (nn.Linear(dim, dim, bias=False), nn.LayerNorm(dim), nn.ReLU())])

@@ -1,0 +1,85 @@
+"""Dynamic DETR: a pyramid whose levels exchange features as they ask for, and a decoder that reads boxes.
+
+Dai et al. 2021, "Dynamic DETR: End-to-End Object Detection with Dynamic Attention". There is no published code. Where
+the paper leaves it open, this follows the authors' Dynamic Head (encoder) and Sparse R-CNN (decoder): box deltas as in
+R-CNN, RoIAlign on the level that fits a box's size, one set of encoder weights for all levels of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from edgedetr.errors import ModelError
+from edgedetr.layers.attention import MultiHeadAttention
+from edgedetr.layers.dynamic import DynamicInteraction
+from edgedetr.layers.feedforward import FeedForward, Mlp
+from edgedetr.layers.norm import Normalise
+from edgedetr.layers.roi import RoiAlign
+from edgedetr.models.backbone import make_backbone
+from edgedetr.models.cascade import DeltaBoxes, LearnedProposals, RoiCrossAttention
+from edgedetr.models.decoder import Decoder, DecoderLayer
+from edgedetr.models.detector import Detector
+from edgedetr.models.dynamic_encoder import GROUPS, DynamicPyramidLayer
+from edgedetr.models.neck import FeaturePyramid, PyramidEncoder
+
+
+@dataclass(frozen=True)
+class DynamicDetrConfig:
+    """Dynamic DETR R50 as the paper describes it (section 4.1)."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    class_loss: ClassVar[str] = "focal"
+
+    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
+    backbone_width: float = 1.0                 # share of the channel counts
+    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
+    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
+    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
+    hidden: int = 256                           # C
+    heads: int = 8                              # 32 channels each
+    ffn: int = 2048                             # 8 C
+    encoder_layers: int = 6
+    dynamic_relu: bool = True                   # False: plain ReLU, which is cheaper and fuses into the convolution
+    sampling: Literal["gather", "grid_sample"] = "grid_sample"  # in training, the faster one; export has its own choice
+    decoder_layers: int = 6
+    queries: int = 300
+    dynamic_layers: Literal[1, 2] = 2           # 1: the full C x C product of figure 4; 2: through dynamic_hidden
+    dynamic_hidden: int = 64                    # as Sparse R-CNN
+    roi_px: int = 7                             # bins per side (section 3.3)
+    roi_samples: int = 2                        # bilinear points per side of a bin
+    dropout: float = 0.0                        # none, as in Sparse R-CNN
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or self.hidden % GROUPS:
+            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of {GROUPS} and of {self.heads} heads")
+
+
+def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> Detector:
+    """The network of the paper's figure 2, with random weights."""
+    c = config
+    backbone = make_backbone(c.backbone, levels=(3, 4, 5), width=c.backbone_width,
+                             frozen_norm=c.backbone_norm == "frozen", frozen_stages=c.frozen_stages)
+
+    def decoder_layer() -> nn.Module:
+        read = RoiCrossAttention(RoiAlign(c.roi_px, c.roi_samples),
+                                 DynamicInteraction(c.hidden, c.roi_px**2, c.dynamic_hidden, c.dynamic_layers))
+        return DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout), read,
+                            FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout), c.hidden, c.dropout)
+
+    encoder = PyramidEncoder(FeaturePyramid(backbone.channels, backbone.strides, c.hidden, extra="conv"),
+                             [DynamicPyramidLayer(c.hidden, c.dynamic_relu, c.sampling)
+                              for _ in range(c.encoder_layers)])
+    boxes = DeltaBoxes(c.hidden, num_classes, c.decoder_layers, class_tower=0, box_tower=0)
+    decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)], boxes,
+                      query_position=Mlp(4, 2 * c.hidden, c.hidden, 2))
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    boxes.rare()
+    return Detector(backbone, encoder, LearnedProposals(c.queries, c.hidden), decoder, Normalise(c.mean, c.std))

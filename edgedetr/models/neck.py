@@ -1,0 +1,70 @@
+"""The feature pyramid: every level of the backbone as C channels, each knowing what the coarser ones saw.
+
+Lin et al. 2017, "Feature Pyramid Networks for Object Detection", section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgedetr.errors import ModelError
+from edgedetr.models.detector import Memory
+
+
+class FeaturePyramid(nn.Module):
+    """Maps of a backbone, finest first -> as many maps of C channels, and coarser ones where asked for.
+
+    strides  of the maps that come out
+    """
+
+    def __init__(self, channels: Sequence[int], strides: Sequence[int], dim: int,
+                 extra: Literal["none", "pool", "conv"] = "none") -> None:
+        """extra  "pool": one level more, every second cell of the coarsest; "conv": two more by 3x3 convolutions"""
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in channels)
+        self.smooth = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in channels)
+        self.coarser = nn.ModuleList(nn.Conv2d(dim, dim, 3, 2, 1) for _ in range(2 if extra == "conv" else 0))
+        self.extra, self.strides = extra, list(strides)
+        for _ in range({"none": 0, "pool": 1, "conv": 2}[extra]):
+            self.strides.append(2 * self.strides[-1])
+        for conv in [*self.lateral, *self.smooth, *self.coarser]:
+            nn.init.kaiming_uniform_(conv.weight, a=1)  # type: ignore[arg-type]  # a module's attributes are not known
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """One [B, C_l, H_l, W_l] per level, each twice the size of the next -> one [B, C, H_l, W_l] per level."""
+        sums = [self.lateral[-1](maps[-1])]
+        for lateral, level in zip(self.lateral[-2::-1], maps[-2::-1]):
+            sums.append(lateral(level) + F.interpolate(sums[-1], scale_factor=2.0, mode="nearest"))
+        out = [smooth(level) for smooth, level in zip(self.smooth, sums[::-1])]
+        if self.extra == "pool":
+            out.append(F.max_pool2d(out[-1], 1, 2))
+        for number, conv in enumerate(self.coarser):
+            out.append(conv(out[-1] if number == 0 else F.relu(out[-1])))
+        return out
+
+
+class PyramidEncoder(nn.Module):
+    """Pyramid, then layers that see all its levels at once; the maps become one Memory."""
+
+    def __init__(self, pyramid: FeaturePyramid, layers: Sequence[nn.Module] = ()) -> None:
+        """layers  each takes and gives the list of maps"""
+        super().__init__()
+        self.pyramid, self.layers = pyramid, nn.ModuleList(layers)
+
+    def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
+        """maps: one [B, C_l, H_l, W_l] per level, finest first -> Memory."""
+        if padding is not None:
+            raise ModelError("members that read boxes from a pyramid take pictures without padding; expected one "
+                             "fixed size (stretch or letterbox)")
+        maps = self.pyramid(maps)
+        for layer in self.layers:
+            maps = layer(maps)
+        shapes = [(level.shape[2], level.shape[3]) for level in maps]
+        tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+        return Memory(tokens, shapes, self.pyramid.strides)

@@ -1,0 +1,77 @@
+"""Sparse R-CNN: a feature pyramid, learned boxes, and six heads that each read their boxes and move them.
+
+Sun et al. 2021, "Sparse R-CNN: End-to-End Object Detection with Learnable Proposals".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from edgedetr.errors import ModelError
+from edgedetr.layers.attention import MultiHeadAttention
+from edgedetr.layers.dynamic import DynamicInteraction
+from edgedetr.layers.feedforward import FeedForward
+from edgedetr.layers.norm import Normalise
+from edgedetr.layers.roi import RoiAlign
+from edgedetr.models.backbone import make_backbone
+from edgedetr.models.cascade import DeltaBoxes, LearnedProposals, RoiCrossAttention
+from edgedetr.models.decoder import Decoder, DecoderLayer
+from edgedetr.models.detector import Detector
+from edgedetr.models.neck import FeaturePyramid, PyramidEncoder
+
+
+@dataclass(frozen=True)
+class SparseRcnnConfig:
+    """Sparse R-CNN R50-FPN as published (section 4), with 100 proposals."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    class_loss: ClassVar[str] = "focal"
+
+    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
+    backbone_width: float = 1.0                 # share of the channel counts
+    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
+    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
+    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
+    hidden: int = 256                           # C
+    heads: int = 8                              # 32 channels each
+    ffn: int = 2048                             # 8 C
+    decoder_layers: int = 6                     # stages of the cascade; each has its own weights (table 5)
+    queries: int = 100                          # proposals; 300 give 2 AP more
+    dynamic_hidden: int = 64                    # width between the two predicted products
+    roi_px: int = 7                             # bins per side
+    roi_samples: int = 2                        # bilinear points per side of a bin; 1 takes a quarter of the time
+    class_tower: int = 1                        # blocks before the class head
+    box_tower: int = 3                          # and before the box head
+    dropout: float = 0.0                        # none, as published
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of {self.heads} heads")
+
+
+def sparse_rcnn(config: SparseRcnnConfig, num_classes: int) -> Detector:
+    """The network of the paper's figures 3 and 4, with random weights."""
+    c = config
+    backbone = make_backbone(c.backbone, levels=(2, 3, 4, 5), width=c.backbone_width,
+                             frozen_norm=c.backbone_norm == "frozen", frozen_stages=c.frozen_stages)
+
+    def stage() -> nn.Module:
+        read = RoiCrossAttention(RoiAlign(c.roi_px, c.roi_samples),
+                                 DynamicInteraction(c.hidden, c.roi_px**2, c.dynamic_hidden))
+        return DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout), read,
+                            FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout), c.hidden, c.dropout)
+
+    encoder = PyramidEncoder(FeaturePyramid(backbone.channels, backbone.strides, c.hidden))
+    boxes = DeltaBoxes(c.hidden, num_classes, c.decoder_layers, c.class_tower, c.box_tower)
+    decoder = Decoder([stage() for _ in range(c.decoder_layers)], boxes)
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    boxes.rare()
+    return Detector(backbone, encoder, LearnedProposals(c.queries, c.hidden), decoder, Normalise(c.mean, c.std))
