@@ -7,13 +7,22 @@ numbers here as they would on a device.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import sys
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import fake_cuda
 import numpy as np
 import onnxruntime
+
+from edgedetr.runtime import nvidia, sidecar
+from edgedetr.runtime.cudart import probe
+from edgedetr.runtime.layers import LayerSummary
+from edgedetr.runtime.sidecar import BuildArguments, Sidecar
 
 NUMPY = {"tensor(float)": ("FLOAT", np.float32), "tensor(float16)": ("HALF", np.float16),
          "tensor(uint8)": ("UINT8", np.uint8), "tensor(int64)": ("INT64", np.int64),
@@ -77,12 +86,9 @@ class Behaviour:
 
 def install(monkeypatch: Any, names: ModuleType, fake: fake_cuda.FakeCuda) -> Behaviour:
     """Let `import tensorrt` find the fake with the names of this version."""
-    import sys
-
-    behaviour = Behaviour(fake)
+    behaviour, original = Behaviour(fake), names.Runtime
     monkeypatch.setitem(sys.modules, "tensorrt", names)
     monkeypatch.setattr(names, "Runtime", lambda logger: Spec(original, _Runtime(names, behaviour, logger)))
-    original = names.__dict__.get("_Runtime") or inspect.getattr_static(names, "Runtime")
     return behaviour
 
 
@@ -194,6 +200,22 @@ class _Context:
 
     def __del__(self) -> None:
         self.behaviour.gone.append("context")
+
+
+def write_plan(graph: Path, target: Path | None = None, *, precision: str = "fp32", batch: Any = 1, layers: Any = None,
+               **changes: Any) -> Path:
+    """What `edgedetr build` leaves for a graph on the fake device: a plan and its sidecar, changed where asked."""
+    device, target = probe(), target or graph.with_suffix(".plan")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(graph.read_bytes())
+    digest = hashlib.sha256(target.read_bytes()).hexdigest()
+    sizes = batch if isinstance(batch, tuple) else (batch,) * 3
+    layers = layers or LayerSummary({precision: 3}, {precision: 1}, 0)
+    told = Sidecar(target.name, digest, target.stat().st_size, graph.name, digest, nvidia.tensorrt().__version__,
+                   device.runtime, device.driver, "", device.name, device.sm, sidecar.host(),
+                   BuildArguments(precision, sizes, 1024, 3, "strong"), "strong", 1.0, layers)
+    sidecar.beside(target).write_bytes(sidecar.to_bytes(replace(told, **changes)))
+    return target
 
 
 def _report(reporter: Any) -> None:

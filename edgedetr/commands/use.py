@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -15,10 +17,13 @@ from edgedetr.commands.show import as_json, say, table
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for pictures with the boxes drawn in.")
 @click.option("--conf", default=0.25, show_default=True, type=click.FloatRange(0, 1), help="Least confidence.")
-@click.option("--stage", help="onnx, int8 or int8-cpu.  [default: the fastest that is safe on this machine]")
+@click.option("--stage", help="onnx, fp16, int8 or int8-cpu.  [default: the fastest that is safe on this machine]")
 @click.option(
-    "--backend", type=click.Choice(["onnxruntime", "openvino"]), help="Inference library.  [default: the stage's own]"
+    "--backend",
+    type=click.Choice(["onnxruntime", "openvino", "tensorrt"]),
+    help="Inference library.  [default: an engine that fits this device, else ONNX Runtime]",
 )
+@click.option("--drop-late", is_flag=True, help="Leave out frames that come while the detector is busy.")
 @threads_option
 def predict(
     bundle: Path,
@@ -27,18 +32,30 @@ def predict(
     conf: float,
     stage: str | None,
     backend: str | None,
+    drop_late: bool,
     threads: int | None,
-) -> None:
-    """Detect objects in images, folders, videos.
+) -> int:
+    """Detect objects in images, folders, videos, cameras and streams.
 
-    One JSON line for each picture on standard output."""
+    One JSON line for each picture on standard output. Ctrl-C (or SIGTERM) ends a camera or a stream."""
     from edgedetr.runtime import load
     from edgedetr.runtime.predict import predict as run
+    from edgedetr.runtime.video import is_live
 
     detector = load(bundle, backend=backend, stage=stage, threads=threads)
     say(detector.description)
-    for line in run(detector, sources, out=out, confidence=conf):
-        click.echo(line)
+    count = 0
+    try:
+        # A service is ended by SIGTERM: what was written must be closed then, as after Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with closing(run(detector, sources, out=out, confidence=conf, drop_late=drop_late)) as lines:
+            for line in lines:
+                click.echo(line)
+                count += 1
+    except KeyboardInterrupt:
+        say(f"stopped after {count} pictures")
+        return 0 if any(map(is_live, sources)) else 130
+    return 0
 
 
 @click.command()

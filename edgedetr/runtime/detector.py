@@ -10,20 +10,31 @@ from pathlib import Path
 import numpy as np
 
 from edgedetr.bundle import Bundle, ClassInfo, InputContract, OutputContract
-from edgedetr.errors import BundleError, DataError, MissingDependency, UsageError, did_you_mean
-from edgedetr.runtime import preprocess
+from edgedetr.errors import (
+    BundleError,
+    DataError,
+    DeviceError,
+    EngineError,
+    MissingDependency,
+    UsageError,
+    did_you_mean,
+)
+from edgedetr.runtime import engines, preprocess
 from edgedetr.runtime.cpu import int8_dot_product
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.openvino import OpenVinoRunner
 from edgedetr.runtime.ort import OrtRunner
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.runner import RawOutputs, Runner
+from edgedetr.runtime.trt import TrtRunner
 
 log = logging.getLogger(__name__)
 
 # Stage -> its file. TensorRT engines are built from the int8 and fp16 files on the device.
-STAGES = {"onnx": "model.onnx", "int8": "model.int8.onnx", "int8-cpu": "model.int8-cpu.onnx"}
-BACKENDS: dict[str, Callable[..., Runner]] = {"onnxruntime": OrtRunner, "openvino": OpenVinoRunner}
+STAGES = {"onnx": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx", "int8-cpu": "model.int8-cpu.onnx"}
+BACKENDS: dict[str, Callable[..., Runner]] = {"onnxruntime": OrtRunner, "openvino": OpenVinoRunner,
+                                              "tensorrt": TrtRunner}
+ON_FILES = ("onnxruntime", "openvino")      # backends that run the bundle's ONNX files themselves, by preference
 LARGEST_BATCH = 8       # pictures per run where the graph's batch is open: more gains nothing on a CPU
 
 
@@ -61,7 +72,12 @@ class Detector:
         return found
 
     def run_raw(self, batch: np.ndarray) -> RawOutputs:
-        """batch [B, 3, height, width] float32 RGB 0..255, as `preprocess.prepare` gives it -> RawOutputs."""
+        """batch [B, 3, height, width] float32 RGB 0..255, as `preprocess.prepare` gives it -> RawOutputs.
+
+        On TensorRT it may lie on the device already: anything with __cuda_array_interface__.
+        """
+        if self.backend == "tensorrt" and hasattr(batch, "__cuda_array_interface__"):
+            return self.runner.run(batch)
         expected = (3, self.contract.height, self.contract.width)
         if batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != expected:
             raise UsageError(f"batch is {batch.dtype} {list(batch.shape)}; expected float32 [B, 3, "
@@ -91,34 +107,73 @@ def check_image(image: object, what: str) -> None:
 
 
 def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str | None = None,
-         threads: int | None = None) -> Detector:
+         threads: int | None = None, batch: int | None = None) -> Detector:
     """Open a bundle and load its best stage for this machine, or the one that is asked for.
 
-    backend   "onnxruntime" or "openvino"
-    stage     "onnx" (float32), "int8" or "int8-cpu"
-    threads   threads of one inference; None = all cores
+    backend   "onnxruntime", "openvino" or "tensorrt"; None = an engine that fits this device, else ONNX Runtime
+    stage     "onnx" (float32), "fp16", "int8" or "int8-cpu"
+    threads   threads of one inference on the CPU; None = all cores
+    batch     the engine for so many pictures at a time; None = the one for single pictures
+
+    The detector's `description` says what was chosen and why, and why an engine was not used.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     for word, known, what in ((backend, BACKENDS, "backend"), (stage, STAGES, "stage")):
         if word is not None and word not in known:
             raise UsageError(f"{what} is {word!r}; expected one of {', '.join(known)}{did_you_mean(word, known)}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; expected at least 1")
+    for number, what in ((threads, "threads"), (batch, "batch")):
+        if number is not None and number < 1:
+            raise UsageError(f"{what} is {number}; expected at least 1")
+    refused: tuple[str, ...] = ()
+    if backend == "tensorrt" or (backend is None and (stage is None or not any(map(find_spec, ON_FILES)))):
+        detector, refused = _load_engine(bundle, stage, batch)
+        if detector is not None:
+            return detector
+        if backend == "tensorrt":
+            raise EngineError(f"{bundle.path}: no engine for {stage or 'any stage'} that fits here"
+                              f"{''.join(f'; {reason}' for reason in refused)}; run: edgedetr build {bundle.path}")
     backend, stage, reason = _choose(bundle, backend, stage)
     path = bundle.require(STAGES[stage])
-    description = f"{stage} on {backend} ({reason})"
+    description = f"{stage} on {backend} ({'; '.join([reason, *refused])})"
     log.info("%s: %s", bundle.path, description)
+    return _detector(bundle, BACKENDS[backend](path, threads=threads), stage, description)
+
+
+def load_engine(bundle: Bundle, engine: engines.Engine) -> Detector:
+    """The detector on one engine of the bundle; EngineError where the plan must not or cannot be loaded."""
+    runner = TrtRunner(engine.path, onnx_sha256=engine.told.onnx_sha256)
+    told = engine.told
+    description = (f"{engine.stage} on tensorrt ({engine.path.name} {engines.why(engine)}: {told.device}, "
+                   f"TensorRT {told.tensorrt})")
+    log.info("%s: %s", bundle.path, description)
+    return _detector(bundle, runner, engine.stage, description)
+
+
+def _load_engine(bundle: Bundle, stage: str | None, batch: int | None) -> tuple[Detector | None, tuple[str, ...]]:
+    """The best engine that can be opened, or why there is none."""
+    found = engines.survey(bundle)
+    fitting, refused = list(found.fitting), list(found.refused)
+    while (engine := engines.pick(fitting, stage=stage, batch=batch)) is not None:
+        try:
+            return load_engine(bundle, engine), ()
+        except (EngineError, DeviceError) as error:
+            log.warning("%s", error)
+            refused.append(f"{engine.path.name} not used: {error}")
+            fitting.remove(engine)
+    return None, tuple(refused)
+
+
+def _detector(bundle: Bundle, runner: Runner, stage: str, description: str) -> Detector:
     manifest = bundle.manifest
-    return Detector(BACKENDS[backend](path, threads=threads), manifest.classes, manifest.input, manifest.output,
-                    stage=stage, description=description)
+    return Detector(runner, manifest.classes, manifest.input, manifest.output, stage=stage, description=description)
 
 
 def _choose(bundle: Bundle, backend: str | None, stage: str | None) -> tuple[str, str, str]:
-    """(backend, stage, why)."""
+    """(backend, stage, why) among the backends that run ONNX files."""
     if backend is None:
-        backend = next((name for name in BACKENDS if find_spec(name)), None)
+        backend = next((name for name in ON_FILES if find_spec(name)), None)
         if backend is None:
-            raise MissingDependency("neither onnxruntime nor openvino is installed; "
+            raise MissingDependency("neither onnxruntime nor openvino is installed, and no engine fits; "
                                     "run: pip install 'edgedetr[runtime]'")
     if stage is not None:
         return backend, stage, "as asked"

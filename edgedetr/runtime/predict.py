@@ -1,11 +1,13 @@
-"""Detect in images, folders, globs and videos: one JSON line for each picture, and annotated copies where asked."""
+"""Detect in images, folders, globs, videos and cameras: one JSON line for each picture, annotated copies on request."""
 
 from __future__ import annotations
 
 import glob
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,30 +16,36 @@ from typing import Any
 import numpy as np
 
 from edgedetr.bundle import atomic_write
-from edgedetr.errors import DataError, MissingDependency, UsageError
+from edgedetr.errors import DataError, UsageError
+from edgedetr.runtime import video
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.detector import Detector
 from edgedetr.runtime.draw import draw
 
 log = logging.getLogger(__name__)
 
-VIDEOS = frozenset({".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"})
-
 
 @dataclass(frozen=True)
 class Frame:
-    """One picture: where it came from, its number in a video (from 0; None for a still), pixels [H, W, 3] uint8 RGB."""
+    """One picture: where it came from, its number in a video (from 0; None for a still), pixels [H, W, 3] uint8 RGB.
 
-    source: Path
+    rate   frames per second of the video
+    """
+
+    source: Path | str
     index: int | None
     image: np.ndarray
+    rate: float = video.USUAL_RATE
 
 
 def predict(detector: Detector, sources: Sequence[str | Path], *, out: str | Path | None = None,
-            confidence: float = 0.25) -> Iterator[str]:
-    """JSON lines of the detections at or above `confidence`; `out` is a folder for annotated pictures and videos."""
+            confidence: float = 0.25, drop_late: bool = False) -> Iterator[str]:
+    """JSON lines of the detections at or above `confidence`; `out` is a folder for annotated pictures and videos.
+
+    drop_late   frames of videos and cameras that come while the detector is busy give way to newer ones
+    """
     with _Writer(Path(out) if out is not None else None) as writer:
-        for frame in frames(sources):
+        for frame in frames(sources, drop_late=drop_late):
             found = detector([frame.image])[0].above(confidence)
             writer.write(frame, found)
             yield json_line(frame, found)
@@ -51,7 +59,7 @@ def json_line(frame: Frame, detections: Detections) -> str:
     rows = zip(detections.xyxy, detections.confidence, detections.class_id, detections.data["class_name"],
                detections.data["category_id"])
     return json.dumps({
-        "source": str(frame.source), "frame": frame.index,
+        "source": video.shown(frame.source), "frame": frame.index,
         "height": frame.image.shape[0], "width": frame.image.shape[1],
         "detections": [
             {"xyxy": [round(float(v), 2) for v in box], "confidence": round(float(score), 4), "class_id": int(class_id),
@@ -59,19 +67,25 @@ def json_line(frame: Frame, detections: Detections) -> str:
     }, ensure_ascii=False)
 
 
-def frames(sources: Sequence[str | Path]) -> Iterator[Frame]:
+def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterator[Frame]:
     """Every picture of the sources, in order; folders are searched with their subfolders.
+
+    A source may be an image, a folder, a glob, a video, a camera (/dev/video0), a stream (rtsp://...) or a GStreamer
+    pipeline.
 
     Errors: DataError for a source that is not there or cannot be read. An unreadable file that a folder or a glob
     brought along is left out with a warning.
     """
     for source in sources:
+        if video.is_live(source):
+            yield from _video(source, drop_late)
+            continue
         path = Path(source)
         named = path.is_file()
         files = [path] if named else _files(path)
         for file in files:
-            if file.suffix.lower() in VIDEOS:
-                yield from _video(file)
+            if file.suffix.lower() in video.VIDEOS:
+                yield from _video(file, drop_late)
                 continue
             try:
                 yield Frame(file, None, _decode(file))
@@ -87,7 +101,8 @@ def _files(path: Path) -> list[Path]:
         inside, what = path.rglob("*"), "a folder without images or videos"
     else:
         inside, what = (Path(name) for name in glob.glob(str(path), recursive=True)), "no such file, folder or match"
-    found = sorted(file for file in inside if file.is_file() and (_is_image(file) or file.suffix.lower() in VIDEOS))
+    usable = (file for file in inside if _is_image(file) or file.suffix.lower() in video.VIDEOS)
+    found = sorted(file for file in usable if file.is_file())
     if not found:
         raise DataError(f"{path}: {what}; expected images, a folder of them, a pattern in quotes or a video")
     return found
@@ -106,29 +121,10 @@ def _is_image(path: Path) -> bool:
     return is_image(path)
 
 
-def _opencv() -> Any:
-    try:
-        import cv2
-    except ImportError as error:
-        raise MissingDependency("video needs OpenCV; run: pip install 'edgedetr[video]'") from error
-    return cv2
-
-
-def _video(path: Path) -> Iterator[Frame]:
-    cv2 = _opencv()
-    capture = cv2.VideoCapture(str(path))
-    try:
-        count = 0
-        while True:
-            there, bgr = capture.read()
-            if not there:
-                break
-            yield Frame(path, count, np.ascontiguousarray(bgr[..., ::-1]))
-            count += 1
-    finally:
-        capture.release()
-    if not count:
-        raise DataError(f"{path}: no frame could be read; expected a video that OpenCV {cv2.__version__} decodes")
+def _video(source: str | Path, drop_late: bool) -> Iterator[Frame]:
+    with closing(video.play(source, drop_late=drop_late)) as played:
+        for frame in played:
+            yield Frame(source, frame.index, frame.image, frame.rate)
 
 
 class _Writer:
@@ -138,7 +134,8 @@ class _Writer:
         self.folder = folder
         self.taken: set[Path] = set()
         self.video: Any = None
-        self.playing: Path | None = None
+        self.last: int | None = None        # number of the last frame of the video that is being written
+        self.playing: Path | str | None = None
 
     def __enter__(self) -> _Writer:
         return self
@@ -155,9 +152,10 @@ class _Writer:
             self._close()
             self._still(self._target(frame.source, ".jpg"), picture)
             return
-        if self.playing != frame.source or frame.index == 0:
+        if self.playing != frame.source or self.last is None or frame.index <= self.last:
             self._close()
             self._start(frame, self._target(frame.source, ".mp4"))
+        self.last = frame.index
         self.video.write(np.ascontiguousarray(picture[..., ::-1]))
 
     def _still(self, target: Path, picture: np.ndarray) -> None:
@@ -167,22 +165,20 @@ class _Writer:
             Image.fromarray(picture).save(temporary, format="JPEG", quality=92)
 
     def _start(self, frame: Frame, target: Path) -> None:
-        cv2 = _opencv()
-        capture = cv2.VideoCapture(str(frame.source))
-        rate = capture.get(cv2.CAP_PROP_FPS) or 25.0      # some containers do not say
-        capture.release()
+        cv2 = video.opencv()
         target.parent.mkdir(parents=True, exist_ok=True)
         height, width = frame.image.shape[:2]
-        self.video = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
+        self.video = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*"mp4v"), frame.rate, (width, height))
         if not self.video.isOpened():
             raise DataError(f"{target}: OpenCV {cv2.__version__} cannot write MP4 video here; "
                             f"leave --out away for videos")
         self.playing = frame.source
 
-    def _target(self, source: Path, suffix: str) -> Path:
+    def _target(self, named: Path | str, suffix: str) -> Path:
         """A name in the folder that no other source of this call has."""
         folder = self.folder if self.folder is not None else Path()
-        if folder.resolve() == source.parent.resolve():
+        source = Path(re.sub(r"[^A-Za-z0-9.]+", "-", video.shown(named))[:80]) if video.is_live(named) else Path(named)
+        if not video.is_live(named) and folder.resolve() == source.parent.resolve():
             raise UsageError(f"{folder} holds the source {source.name}, which must not be written over; "
                              f"name another folder with --out")
         number, target = 1, folder / f"{source.stem}{suffix}"

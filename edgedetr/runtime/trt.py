@@ -50,11 +50,14 @@ class Session:
         self._lanes: list[Lane] = []
         self._lock = threading.Lock()
         self._closed = False
+        problem = ""
         try:
             self.ports = _ports(trt, self._engine, what)
-        except EngineError:
+        except EngineError as error:
+            problem = str(error)
+        if problem:         # outside of `except`: a traceback would keep the engine alive beyond its runtime
             self.close()
-            raise
+            raise EngineError(problem)
 
     def run(self, feeds: dict[str, Any]) -> dict[str, np.ndarray]:
         """All outputs for these inputs: numpy arrays, or arrays on the device with __cuda_array_interface__."""

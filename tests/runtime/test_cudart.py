@@ -163,7 +163,7 @@ def test_out_of_memory_says_how_much_is_free_and_what_to_do(fake12, name, act, w
     fake12.fail(name, 2)
     with pytest.raises(DeviceError, match=f"Orin is out of memory: {what} failed, 64 of 8192 MiB are free; close"):
         act(cuda)
-    assert fake12.log[-1] == "cudaGetLastError"
+    assert "cudaGetLastError" in fake12.log
 
 
 CALLS = {

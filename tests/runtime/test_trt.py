@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from dataclasses import dataclass
 
@@ -12,11 +11,9 @@ import numpy as np
 import pytest
 
 from edgedetr.errors import DeviceError, EngineError, UsageError
-from edgedetr.runtime import nvidia, sidecar
-from edgedetr.runtime.cudart import Cuda, probe
-from edgedetr.runtime.layers import LayerSummary
+from edgedetr.runtime import sidecar
+from edgedetr.runtime.cudart import Cuda
 from edgedetr.runtime.ort import OrtRunner
-from edgedetr.runtime.sidecar import BuildArguments, Sidecar
 from edgedetr.runtime.trt import DTYPES, Session, TrtRunner
 
 
@@ -52,16 +49,7 @@ def plan(onnx, fake):
     """A plan with the sidecar that `edgedetr build` leaves; batch 1, 4 or "n"."""
 
     def write(batch=1):
-        source, device = onnx(batch), probe()
-        path = source.with_suffix(".plan")
-        path.write_bytes(source.read_bytes())
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        arguments = BuildArguments("fp32", (1, 2, 4) if batch == "n" else (batch,) * 3, 1024, 3, "strong")
-        version = nvidia.tensorrt().__version__
-        sidecar.write(Sidecar(path.name, digest, path.stat().st_size, source.name, digest, version, device.runtime,
-                              device.driver, "", device.name, device.sm, sidecar.host(), arguments, "strong", 1.0,
-                              LayerSummary({"fp32": 3}, {"fp32": 1}, 0)), path)
-        return path
+        return fake_tensorrt.write_plan(onnx(batch), batch=(1, 2, 4) if batch == "n" else batch)
 
     return write
 
@@ -310,9 +298,9 @@ def test_an_output_whose_shape_depends_on_the_data_is_refused(plan, latest, rng)
 
 def test_an_engine_of_another_contract_is_refused(plan, latest, tmp_path, tiny_graph, monkeypatch):
     path = plan()
-    tiny_graph.write(path, np.zeros((3, 6)), np.zeros((3, 2)), names=("scores", "boxes"))
+    tiny_graph.write(path, np.zeros((3, 6)), np.zeros((3, 2)), names=("points", "boxes"))
     (sidecar.beside(path)).unlink()
-    with pytest.raises(EngineError, match=r"outputs \['boxes', 'scores'\]; expected images"):
+    with pytest.raises(EngineError, match=r"outputs \['boxes', 'points'\]; expected images"):
         TrtRunner(path, trust=True)
     assert latest.gone == ["engine", "runtime"]
 
