@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.position import sine
 
@@ -122,12 +123,12 @@ class RowColumnLayer(nn.Module):
         super().__init__()
         self.attention, self.feedforward = attention, feedforward
         self.attention_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.path = nn.Dropout(dropout), DropPath()
 
     def forward(self, tokens: Tensor, axes: Axes, shape: tuple[int, int], padding: Tensor | None = None) -> Tensor:
         """tokens [B, H*W, C], padding [B, H*W] (True = padding) -> [B, H*W, C]."""
         maps, (x, y) = tokens.unflatten(1, shape), axes
         along_x, along_y = (maps + x[:, None]).flatten(1, 2), (maps + y[:, :, None]).flatten(1, 2)
-        tokens = tokens + self.dropout(self.attention(along_x, along_y, tokens, axes, shape, padding))
+        tokens = tokens + self.path(self.dropout(self.attention(along_x, along_y, tokens, axes, shape, padding)))
         tokens = self.attention_norm(tokens)
-        return self.feedforward_norm(tokens + self.feedforward(tokens))
+        return self.feedforward_norm(tokens + self.path(self.feedforward(tokens)))
