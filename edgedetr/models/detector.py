@@ -76,11 +76,13 @@ class Detector(nn.Module):
     selector  Memory -> Queries
     decoder   (Queries, Memory) -> Outputs            (layers, box update, heads)
     normalise pixels 0..255 -> what the backbone takes; called by whoever has pixels (training, DeployGraph)
+    slow      parts of parameter names that learn at a tenth of the rate
     """
 
     def __init__(self, backbone: nn.Module, encoder: nn.Module, selector: nn.Module, decoder: nn.Module,
-                 normalise: nn.Module) -> None:
+                 normalise: nn.Module, slow: tuple[str, ...] = ()) -> None:
         super().__init__()
+        self.slow = slow
         self.backbone, self.encoder, self.selector, self.decoder = backbone, encoder, selector, decoder
         self.normalise = normalise
 
@@ -90,6 +92,11 @@ class Detector(nn.Module):
 
     def select(self, memory: Memory) -> Queries:
         return self.selector(memory)
+
+    def progress(self, share: float) -> None:
+        """How far training is, 0..1: some selectors take fewer queries as they learn."""
+        if hasattr(self.selector, "progress"):
+            self.selector.progress(share)  # type: ignore[operator]  # mypy takes what it does not know for tensors
 
     def decode(self, queries: Queries, memory: Memory, *, last_only: bool = False) -> Outputs:
         """last_only: predictions of the last layer alone, L = 1."""

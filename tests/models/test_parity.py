@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from references import reference_resnet, with_spread
 
 from edgedetr.models import build
 from edgedetr.models.detr import DetrConfig
@@ -15,28 +16,6 @@ transformers = pytest.importorskip("transformers", reason="the reference impleme
 
 CLASSES = 5
 PIXELS = (96, 128)          # rectangular, so that a swap of x and y shows
-
-
-@torch.no_grad()
-def with_spread(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights with real variance, so that the order of the best tokens is decided and not a matter of rounding."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.08)
-    for module in model.modules():
-        if hasattr(module, "running_var"):
-            module.weight.copy_(torch.rand_like(module.weight) + 0.5)
-            module.bias.normal_(0, 0.1)
-            module.running_mean.normal_(0, 0.2)
-            module.running_var.uniform_(0.5, 1.5)
-    return model.eval()
-
-
-def reference_resnet(depth: int) -> object:
-    kind, depths = ("basic", [2, 2, 2, 2]) if depth == 18 else ("bottleneck", [3, 4, 6, 3])
-    sizes = [64, 128, 256, 512] if depth == 18 else [256, 512, 1024, 2048]
-    return transformers.ResNetConfig(embedding_size=64, hidden_sizes=sizes, depths=depths, layer_type=kind,
-                                     out_features=["stage4"])
 
 
 def reference_vd(depth: int) -> object:

@@ -1,0 +1,86 @@
+"""Efficient DETR: a dense head proposes boxes, and one decoder layer is enough to tell them apart.
+
+Yao et al. 2021, "Efficient DETR: Improving End-to-End Object Detector with Dense Prior". There is no code by its
+authors; where the paper leaves a choice, the comment at the number says what was chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from edgedetr.errors import ModelError
+from edgedetr.layers.attention import MultiHeadAttention
+from edgedetr.layers.deformable import DeformableAttention
+from edgedetr.layers.feedforward import FeedForward
+from edgedetr.layers.norm import Normalise
+from edgedetr.models.backbone import resnet
+from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
+from edgedetr.models.deformable_detr import SLOW, reset_heads
+from edgedetr.models.deformable_encoder import DeformableEncoder, DeformableLayer
+from edgedetr.models.detector import Detector
+from edgedetr.models.proposals import DenseQueries
+
+
+@dataclass(frozen=True)
+class EfficientDetrConfig:
+    """Efficient DETR-R50 as the paper describes it (section 4)."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    class_loss: ClassVar[str] = "focal"         # in the dense and in the sparse part, both matched one to one
+
+    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd]
+    backbone_width: float = 1.0                 # share of the channel counts
+    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
+    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
+    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
+    levels: int = 4                             # C3, C4, C5 and a stride-2 convolution of C5
+    points: int = 4                             # samples per head and level (Deformable DETR)
+    hidden: int = 256                           # C
+    heads: int = 8                              # 32 channels each
+    ffn: int = 1024                             # 4 C
+    encoder_layers: int = 3                     # half of Deformable DETR's
+    decoder_layers: int = 1                     # with dense proposals more give little (figure 2)
+    queries: int = 100                          # proposals that are kept at the end of training and deployed
+    first_queries: int = 300                    # at its beginning; they fall linearly (section 4.3)
+    coordinates: Literal[2, 4] = 4              # the decoder starts from the proposed box, or from its centre
+    sampling: Literal["gather", "grid_sample"] = "grid_sample"  # in training, the faster one; export has its own choice
+    dropout: float = 0.1
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or self.hidden % 4:
+            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
+        if self.first_queries < self.queries:
+            raise ModelError(f"model.first_queries is {self.first_queries}, less than model.queries, {self.queries}; "
+                             "expected at least as many at the beginning of training")
+        if not 3 <= self.levels <= 5 or self.points < 1:
+            raise ModelError(f"model.levels is {self.levels}, model.points {self.points}; "
+                             "expected 3 to 5 levels, and at least 1 point")
+
+
+def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> Detector:
+    """The network of the paper's figure 4, with random weights."""
+    c = config
+    backbone = resnet(c.backbone, levels=(3, 4, 5), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
+                      frozen_stages=c.frozen_stages)
+    points = (c.points,) * c.levels
+
+    def feedforward() -> FeedForward:
+        return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)
+
+    encoder = DeformableEncoder(
+        backbone.channels, backbone.strides, c.hidden, c.levels,
+        [DeformableLayer(DeformableAttention(c.hidden, c.heads, points, c.sampling), feedforward(), c.hidden, c.dropout)
+         for _ in range(c.encoder_layers)])
+    decoder = Decoder(
+        [DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
+                      DeformableCrossAttention(c.hidden, c.heads, points, c.sampling),
+                      feedforward(), c.hidden, c.dropout) for _ in range(c.decoder_layers)],
+        IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False))
+    selector = DenseQueries(c.hidden, num_classes, c.queries, c.first_queries, c.coordinates)
+    detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std), slow=SLOW)
+    reset_heads(detector, 0.0)
+    return detector
