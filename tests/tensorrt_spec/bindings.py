@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import hashlib
 import json
 import keyword
 import os
@@ -86,7 +87,8 @@ def described() -> dict[str, dict[str, Any]]:
 
 
 def _description(version: str) -> Path:
-    return CACHE / f"{version}.json"
+    reader = hashlib.sha256((HERE / "describe.py").read_bytes()).hexdigest()    # another reader, another description
+    return CACHE / f"{version}-{reader:.8}.json"
 
 
 def _fetch(versions: list[str], scratch: Path) -> dict[str, Path]:
@@ -178,9 +180,10 @@ def _accept(_: object, value: object) -> None:
     """A settable property of a description takes anything and forgets it."""
 
 
-def _function(name: str, parameters: list[str] | None) -> Any:
-    """A function of these parameters that does nothing; it takes anything where the bindings do not say."""
-    if parameters is None or any(keyword.iskeyword(word) for word in parameters):
+def _function(name: str, forms: list[list[str]]) -> Any:
+    """A function of these parameters that does nothing; it takes anything where it has several forms, or says none."""
+    parameters = forms[0] if len(forms) == 1 else ["*args", "**kwargs"]
+    if any(keyword.iskeyword(word) for word in parameters):
         parameters = ["*args", "**kwargs"]
     words, optional = [], False
     for word in parameters:

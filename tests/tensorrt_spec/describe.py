@@ -14,9 +14,21 @@ import sys
 from typing import Any
 
 
-def parameters(doc: str) -> list[str] | None:
-    """`["self", "input", "shape=None"]` of the first line of a pybind11 docstring; None for an overloaded function."""
-    found = re.match(r"\w+\((.*)\)(?: -> .*)?$", doc.strip().partition("\n")[0])
+def signature(doc: str) -> dict[str, Any]:
+    """What a pybind11 docstring says: parameters of each overload, and the class that is returned, if any.
+
+    An overloaded function has one numbered line for each form, `2. set_input_shape(self: ..., name: str, ...) -> bool`.
+    """
+    lines = doc.strip().splitlines() or [""]
+    forms = [line.partition(". ")[2] for line in lines if re.match(r"\d+\. \w+\(", line)] or lines[:1]
+    told = [form for form in map(parameters, forms) if form is not None]
+    returned = re.search(r"\) -> (?:\w+(?:\.|::))*(\w+)", forms[0])
+    return {"parameters": told, "returns": returned[1] if returned else ""}
+
+
+def parameters(form: str) -> list[str] | None:
+    """`["self", "input", "shape=None"]` of one form; None when it does not say."""
+    found = re.match(r"\w+\((.*)\)(?: -> .*)?$", form)
     if not found or found[1].startswith("*args"):
         return None
     parts, depth, start = [], 0, 0
@@ -41,7 +53,7 @@ def describe_class(kind: type) -> dict[str, Any]:
                 inside[name] = describe_class(value)
         elif callable(value) and (name == "__init__" or not name.startswith("_")):
             if name != "__init__" or type(value).__name__ != "wrapper_descriptor":
-                inside[name] = {"kind": "method", "parameters": parameters(value.__doc__ or "")}
+                inside[name] = {"kind": "method", **signature(value.__doc__ or "")}
     bases = [base.__name__ for base in kind.__bases__ if base.__module__.startswith("tensorrt")]
     return {"kind": "class", "bases": bases, "members": inside}
 
@@ -56,10 +68,10 @@ def describe(module: Any) -> dict[str, Any]:
             found[name] = describe_class(value)
         elif inspect.isfunction(value):
             told = inspect.signature(value).parameters.values()
-            found[name] = {"kind": "method", "parameters": [
-                p.name + ("" if p.default is p.empty else "=None") for p in told]}
+            found[name] = {"kind": "method", "returns": "", "parameters": [[
+                p.name + ("" if p.default is p.empty else "=None") for p in told]]}
         elif callable(value) and inspect.isroutine(value):
-            found[name] = {"kind": "method", "parameters": parameters(value.__doc__ or "")}
+            found[name] = {"kind": "method", **signature(value.__doc__ or "")}
         elif hasattr(type(value), "__members__"):
             found[name] = {"kind": "member", "of": type(value).__qualname__, "name": value.name}
         elif isinstance(value, (str, int, float)):
