@@ -103,7 +103,9 @@ def test_a_technique_that_is_on_takes_other_pictures(technique: str, pictures: i
     on = AugmentConfig(flip_horizontal=0, crop=0, zoom_out=0, scale_jitter=0, colour=0, **{technique: 1.0})
     made = compose(picture(100), another, InputContract(60, 80), on, np.random.default_rng(0))
     assert len(taken) == pictures
-    assert len(made.boxes) == (4 if technique == "mosaic" else 2)
+    assert (made.pixels != 100).any()
+    if technique != "cutmix":       # of which a part of the other object may be too little
+        assert len(made.boxes) == (4 if technique == "mosaic" else 2)
     taken.clear()
     plain = compose(picture(100), another, InputContract(60, 80), STILL, np.random.default_rng(0))
     assert not taken and (plain.pixels == 100).all()
