@@ -87,8 +87,8 @@ def read_regular(path: Path, largest: int, expected: str) -> bytes:
     except OSError as error:
         reason = "a symbolic link, which may lead anywhere" if path.is_symlink() else error.strerror
         raise EngineError(f"{path}: cannot be opened: {reason}; {expected}") from error
-    with os.fdopen(handle, "rb") as stream:
-        found = os.fstat(stream.fileno())
+    try:
+        found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise EngineError(f"{path}: not a plain file; {expected}")
         if found.st_nlink > 1:
@@ -98,4 +98,7 @@ def read_regular(path: Path, largest: int, expected: str) -> bytes:
             raise EngineError(f"{path}: everyone may write to it; run: chmod o-w {path}; {expected}")
         if found.st_size > largest:
             raise EngineError(f"{path}: {found.st_size} bytes, more than the {largest} that are accepted; {expected}")
-        return stream.read()
+        with os.fdopen(handle, "rb", closefd=False) as stream:
+            return stream.read()
+    finally:
+        os.close(handle)
