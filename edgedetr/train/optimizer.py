@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import nn
 
+from edgedetr.errors import ModelError
 from edgedetr.train.config import TrainConfig
+
+BLOCK = re.compile(r"^backbone\.transformer\.blocks\.(\d+)\.")     # of a ViT
+ENTRY = re.compile(r"^backbone\.transformer\.(patch|position|class_token)")
 
 
 def groups(detector: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
     """Trainable parameters by rate and by decay; every one stands in exactly one group.
 
     The backbone learns more slowly, and so does what the detector names `slow`; norms and biases (all that has fewer
-    than two dimensions) do not decay.
+    than two dimensions) do not decay. Within a ViT the rate falls from block to block towards its input.
     """
+    if config.layer_decay < 1 and not any(BLOCK.match(name) for name, _ in detector.named_parameters()):
+        raise ModelError(f"train.layer_decay is {config.layer_decay}, but the backbone is no ViT; expected 1")
     sorted_: dict[tuple[float, bool], list[nn.Parameter]] = {}
     slow: tuple[str, ...] = getattr(detector, "slow", ())
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
             factor = config.slow_lr_factor if any(part in name for part in slow) else 1.0
             if name.startswith("backbone."):
-                factor = config.backbone_lr_factor
+                factor = config.backbone_lr_factor * config.layer_decay ** _steps_from_the_top(name, detector)
             sorted_.setdefault((factor, parameter.ndim >= 2), []).append(parameter)
     return [
         {"params": parameters, "base_lr": config.lr * factor, "weight_decay": config.weight_decay if decays else 0.0}
         for (factor, decays), parameters in sorted(sorted_.items())
     ]
+
+
+def _steps_from_the_top(name: str, detector: nn.Module) -> int:
+    """How many blocks of a ViT lie between a parameter and the transformer's output, itself counted; 0 elsewhere.
+
+    ViTDet, appendix A.2: d^(L - i) for block i of L, counted from 0, and d^(L + 1) for patches and positions.
+    """
+    block, entry = BLOCK.match(name), ENTRY.match(name)
+    if not block and not entry:
+        return 0
+    depth = len(detector.backbone.transformer.blocks)  # type: ignore[union-attr, arg-type]  # its parameters are named so
+    return depth - int(block[1]) if block else depth + 1
 
 
 def adamw(detector: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgedetr.errors import RecipeError
+from edgedetr.errors import ModelError, RecipeError
 from edgedetr.models import build
 from edgedetr.models.detr import DetrConfig
 from edgedetr.models.rt_detr import RtDetrConfig
@@ -102,3 +102,20 @@ def test_settings_out_of_range_are_refused_by_name(wrong):
 def test_augmentation_out_of_range_is_refused_by_name(wrong):
     with pytest.raises(RecipeError, match=rf"augment\.{next(iter(wrong))}"):
         AugmentConfig(**wrong)
+
+
+def test_rates_fall_from_block_to_block_of_a_vision_transformer_towards_its_input():
+    with torch.device("meta"):
+        detector = build("detr", DetrConfig(backbone="vit_tiny", hidden=32, heads=4, encoder_layers=1, decoder_layers=1,
+                                            frozen_stages=0), 3)
+    config = TrainConfig(lr=1.0, backbone_lr_factor=0.5, layer_decay=0.8)
+    where = {id(p): g["base_lr"] for g in groups(detector, config) for p in g["params"]}
+    rates = {name: where[id(p)] for name, p in detector.named_parameters()}
+    trunk = "backbone.transformer."
+    assert rates[f"{trunk}blocks.11.attention.q.weight"] == pytest.approx(0.5 * 0.8)
+    assert rates[f"{trunk}blocks.0.attention.q.weight"] == pytest.approx(0.5 * 0.8**12)
+    assert rates[f"{trunk}patch.weight"] == pytest.approx(0.5 * 0.8**13)
+    assert rates[f"{trunk}norm.weight"] == 0.5
+    assert rates["decoder.layers.0.self_attention.q.weight"] == 1.0
+    with pytest.raises(ModelError, match="train.layer_decay is 0.8, but the backbone is no ViT; expected 1"):
+        groups(build("detr", MEMBERS["detr"], 3), config)

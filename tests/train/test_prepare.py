@@ -30,7 +30,8 @@ def trained(micro_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_training_starts_from_the_weights_of_a_bundle(trained: Path) -> None:
     detector = prepare.detector(micro.recipe(start=str(trained)), CLASSES, fresh=True)
     weights = load_file(trained / "weights.safetensors")
-    assert all(torch.equal(value, weights[name]) for name, value in detector.state_dict().items())
+    other = [name for name, value in detector.state_dict().items() if not torch.equal(value, weights[name])]
+    assert all(name.endswith("num_batches_tracked") for name in other), other   # counters, which nothing reads
 
 
 def test_other_classes_start_anew_and_the_rest_is_kept(trained: Path) -> None:
