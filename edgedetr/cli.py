@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import click
 
-from edgedetr.commands import bring, engine, make, measure, place, use
+from edgedetr.commands import bring, device, engine, make, measure, place, use
 from edgedetr.errors import EdgedetrError, did_you_mean
 
 EXIT_CODES = """
@@ -76,8 +76,9 @@ def cli(debug: bool) -> None:
             logging.getLogger(noisy).setLevel(logging.INFO)
 
 
-for command in (*make.COMMANDS, *measure.COMMANDS, *use.COMMANDS, *bring.COMMANDS, *engine.COMMANDS, *place.COMMANDS):
-    cli.add_command(command)
+for group in (make, measure, use, bring, engine, device, place):
+    for command in group.COMMANDS:
+        cli.add_command(command)
 
 
 def main(arguments: list[str] | None = None) -> None:

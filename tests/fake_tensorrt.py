@@ -101,7 +101,7 @@ class _Runtime:
         if "deserialize" in self.behaviour.refuse:
             _report(self)
             return None
-        return Spec(self.trt.ICudaEngine, _Engine(self, onnxruntime.InferenceSession(plan, _options())))
+        return Spec(self.trt.ICudaEngine, _Engine(self, _session(plan)))
 
     def __del__(self) -> None:
         self.behaviour.gone.append("runtime")
@@ -223,7 +223,12 @@ def _report(reporter: Any) -> None:
         reporter.error_recorder.report_error(None, reporter.behaviour.report)
 
 
-def _options() -> onnxruntime.SessionOptions:
+def _session(plan: bytes) -> onnxruntime.InferenceSession:
+    """As OrtRunner runs it; without optimisations where ONNX Runtime's own fusions fail (FP16 Q/DQ around Concat)."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    return options
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    try:
+        return onnxruntime.InferenceSession(plan, options)
+    except Exception:  # noqa: BLE001  # the library's exceptions share no public base class
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return onnxruntime.InferenceSession(plan, options)
