@@ -31,7 +31,8 @@ class GraphView:
     fault    why types and shapes could not be inferred, or ""
     """
 
-    def __init__(self, model: ModelProto) -> None:
+    def __init__(self, model: ModelProto, *, infer: bool = True) -> None:
+        """infer  False leaves types and shapes empty, which takes no time"""
         self.model, self.graph = model, model.graph
         self.opset = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
         self.nodes = list(model.graph.node)
@@ -51,7 +52,7 @@ class GraphView:
         self._values: dict[str, np.ndarray | None] = {}
         self.types: dict[str, int] = {}
         self.shapes: dict[str, list[int | None]] = {}
-        self.fault = self._infer()
+        self.fault = self._infer() if infer else ""
 
     def value(self, name: str) -> np.ndarray | None:
         """A constant's value; None for what is computed, absent, or lies in a file that was not read."""
@@ -60,6 +61,10 @@ class GraphView:
             readable = tensor is not None and tensor.data_location != TensorProto.EXTERNAL
             self._values[name] = numpy_helper.to_array(tensor) if readable and tensor is not None else None
         return self._values[name]
+
+    def constant(self, name: str) -> np.ndarray:
+        """Value of a constant that is there."""
+        return numpy_helper.to_array(self.constants[name])
 
     def dequantised(self, node: NodeProto, index: int) -> NodeProto | None:
         """The DequantizeLinear that feeds an input, also through a Transpose, or None."""
