@@ -33,10 +33,15 @@ def placed(content: Tensor, position: Tensor | None) -> Tensor:
 class DenseCrossAttention(MultiHeadAttention):
     """Every query against every token."""
 
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0, position_on_value: bool = False) -> None:
+        """position_on_value  values carry the tokens' position as well as keys do (not so in DETR)"""
+        super().__init__(dim, heads, dropout)
+        self.position_on_value = position_on_value
+
     def forward(self, queries: Queries, memory: Memory) -> Tensor:  # type: ignore[override]  # the protocol's arguments
         mask = None if memory.padding is None else memory.padding[:, None, None]
         query, key = placed(queries.content, queries.position), placed(memory.tokens, memory.position)
-        return super().forward(query, key, memory.tokens, mask)
+        return super().forward(query, key, key if self.position_on_value else memory.tokens, mask)
 
 
 class DeformableCrossAttention(DeformableAttention):
@@ -73,21 +78,23 @@ class RowColumnCrossAttention(RowColumnAttention):
 class DecoderLayer(nn.Module):
     """Self-attention, cross-attention, feed-forward; LayerNorm after (post) or before (pre) each."""
 
-    def __init__(self, self_attention: MultiHeadAttention | ConditionalSelfAttention, cross_attention: nn.Module,
+    def __init__(self, self_attention: MultiHeadAttention | ConditionalSelfAttention | None, cross_attention: nn.Module,
                  feedforward: FeedForward, dim: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
+        """self_attention  None: queries go straight to the memory, as may be in a first layer that has no content"""
         super().__init__()
         self.self_attention, self.cross_attention, self.feedforward = self_attention, cross_attention, feedforward
-        self.self_norm, self.cross_norm, self.feedforward_norm = (nn.LayerNorm(dim) for _ in range(3))
+        self.self_norm = None if self_attention is None else nn.LayerNorm(dim)
+        self.cross_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout, self.path, self.pre_norm = nn.Dropout(dropout), DropPath(), pre_norm
 
     def forward(self, queries: Queries, memory: Memory) -> Tensor:
         """-> the new content [B, N, C]."""
         content = queries.content
-        inner = self.self_norm(content) if self.pre_norm else content
-        content = content + self.path(self.dropout(self._among(inner, queries)))
-        inner = content = content if self.pre_norm else self.self_norm(content)
-        if self.pre_norm:
-            inner = self.cross_norm(content)
+        if self.self_norm is not None:
+            inner = self.self_norm(content) if self.pre_norm else content
+            content = content + self.path(self.dropout(self._among(inner, queries)))
+            content = content if self.pre_norm else self.self_norm(content)
+        inner = self.cross_norm(content) if self.pre_norm else content
         content = content + self.path(self.dropout(self.cross_attention(replace(queries, content=inner), memory)))
         if self.pre_norm:
             return content + self.path(self.feedforward(self.feedforward_norm(content)))
@@ -101,7 +108,7 @@ class DecoderLayer(nn.Module):
                 raise ModelError("conditional self-attention projects the position apart; this decoder gives none")
             return self.self_attention(content, queries.position, queries.self_mask)
         place = placed(content, queries.position)
-        return self.self_attention(place, place, content, queries.self_mask)
+        return self.self_attention(place, place, content, queries.self_mask)  # type: ignore[misc]  # it is there
 
 
 class BoxUpdate(Protocol):
@@ -124,11 +131,11 @@ class BoxUpdate(Protocol):
 class AbsoluteBoxes(nn.Module):
     """One pair of heads for all layers: the box straight from the features (DETR), or from where the reference is."""
 
-    def __init__(self, dim: int, logits: int, iterative: bool = False) -> None:
+    def __init__(self, dim: int, logits: int, iterative: bool = False, box_layers: int = 3) -> None:
         """iterative  every layer moves the box of the layer before (DAB-DETR, section 4.3)"""
         super().__init__()
         self.iterative = self.twice = iterative
-        self.score, self.box = nn.Linear(dim, logits), Mlp(dim, dim, 4, 3)
+        self.score, self.box = nn.Linear(dim, logits), Mlp(dim, dim, 4, box_layers)
 
     def classify(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> logits [B, N, K*]."""

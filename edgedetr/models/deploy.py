@@ -56,7 +56,7 @@ class DeployGraph(nn.Module):
         if decoder_layers:
             layers: nn.ModuleList = self.detector.decoder.layers  # type: ignore[assignment]  # every decoder has them
             if decoder_layers > len(layers):
-                raise ModelError(f"{decoder_layers} decoder layers asked for, but the model has {len(layers)}; expected "
+                raise ModelError(f"{decoder_layers} decoder layers asked for, the model has {len(layers)}; expected "
                                  f"--set export.decoder_layers={len(layers)} at most, or 0 for all")
             self.detector.decoder.layers = layers[:decoder_layers]
         # (mypy takes what it does not know of a module for tensors)

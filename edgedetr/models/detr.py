@@ -44,12 +44,18 @@ class DetrConfig:
     decoder_layers: int = 6
     queries: int = 100                          # more than objects in any COCO picture
     position: Literal["sine", "learned", "sequence", "none"] = "sine"
+    position_at: Literal["every_layer", "input"] = "every_layer"        # at the input alone: 1.4 AP less (table 3)
+    position_on_value: bool = False             # values of cross-attention carry no position in the original
+    skip_first_self_attention: bool = False     # of the decoder, whose queries have no content yet (section A.3)
+    box_layers: int = 3                         # of the box head; the class head is one Linear
     pre_norm: bool = False                      # LayerNorm before each part (Table Transformer) instead of after
     dropout: float = 0.1
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
+        if self.box_layers < 1:
+            raise ModelError(f"model.box_layers is {self.box_layers}; expected at least 1")
         if self.hidden % self.heads or self.hidden % 4:
             raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
 
@@ -76,16 +82,17 @@ def detr(config: DetrConfig, num_classes: int) -> Detector:
         return EncoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout), feedforward(), c.hidden, c.dropout,
                             c.pre_norm)
 
-    def decoder_layer() -> nn.Module:
-        return DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
-                            DenseCrossAttention(c.hidden, c.heads, c.dropout),
+    def decoder_layer(index: int) -> nn.Module:
+        skipped = c.skip_first_self_attention and index == 0
+        return DecoderLayer(None if skipped else MultiHeadAttention(c.hidden, c.heads, c.dropout),
+                            DenseCrossAttention(c.hidden, c.heads, c.dropout, c.position_on_value),
                             feedforward(), c.hidden, c.dropout, c.pre_norm)
 
     encoder = DenseEncoder(backbone.channels[-1], backbone.strides[-1], c.hidden, POSITIONS[c.position](c.hidden),
                            [encoder_layer() for _ in range(c.encoder_layers)],
-                           nn.LayerNorm(c.hidden) if c.pre_norm else nn.Identity())
-    decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)], AbsoluteBoxes(c.hidden, num_classes + 1),
-                      norm=nn.LayerNorm(c.hidden))
+                           nn.LayerNorm(c.hidden) if c.pre_norm else nn.Identity(), once=c.position_at == "input")
+    decoder = Decoder([decoder_layer(index) for index in range(c.decoder_layers)],
+                      AbsoluteBoxes(c.hidden, num_classes + 1, box_layers=c.box_layers), norm=nn.LayerNorm(c.hidden))
     detector = Detector(backbone, encoder, LearnedQueries(c.queries, c.hidden), decoder, Normalise(c.mean, c.std))
     for part in (encoder.layers, decoder.layers):
         for parameter in part.parameters():

@@ -25,11 +25,11 @@ class EncoderLayer(nn.Module):
         self.attention_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout, self.path = nn.Dropout(dropout), DropPath()
 
-    def forward(self, tokens: Tensor, position: Tensor, padding: Tensor | None = None) -> Tensor:
-        """tokens [B, S, C], position [1 or B, S, C], padding [B, S] (True = padding) -> [B, S, C]."""
+    def forward(self, tokens: Tensor, position: Tensor | None, padding: Tensor | None = None) -> Tensor:
+        """tokens [B, S, C], position [1 or B, S, C] or None, padding [B, S] (True = padding) -> [B, S, C]."""
         mask = None if padding is None else padding[:, None, None]
         inner = self.attention_norm(tokens) if self.pre_norm else tokens
-        place = inner + position
+        place = inner if position is None else inner + position
         tokens = tokens + self.path(self.dropout(self.attention(place, place, inner, mask)))
         if self.pre_norm:
             return tokens + self.path(self.feedforward(self.feedforward_norm(tokens)))
@@ -41,13 +41,14 @@ class DenseEncoder(nn.Module):
     """The coarsest map, projected to C channels, through dense encoder layers."""
 
     def __init__(self, channels: int, stride: int, dim: int, position: nn.Module, layers: list[nn.Module],
-                 norm: nn.Module, position_scale: nn.Module | None = None) -> None:
+                 norm: nn.Module, position_scale: nn.Module | None = None, once: bool = False) -> None:
         """channels        of the backbone's map
         norm            after the last layer (pre-LN) or nn.Identity
         position_scale  C -> C: the tokens scale their own position, anew in every layer (DAB-DETR); None: as it is
+        once            the position is added to the input alone, and no layer adds it again (DETR, table 3)
         """
         super().__init__()
-        self.position_scale = position_scale
+        self.position_scale, self.once = position_scale, once
         self.project = nn.Conv2d(channels, dim, 1)
         self.position, self.layers, self.norm, self.stride = position, nn.ModuleList(layers), norm, stride
         nn.init.xavier_uniform_(self.project.weight)
@@ -62,6 +63,8 @@ class DenseEncoder(nn.Module):
         tokens = features.flatten(2).transpose(1, 2)                # [B, S, C]
         position = self.position(tokens, shape, padding)
         flat = None if padding is None else padding.flatten(1)
+        if self.once:
+            tokens, position = tokens + position, None
         for layer in self.layers:
             place = position if self.position_scale is None else position * self.position_scale(tokens)
             tokens = layer(tokens, place, flat)
