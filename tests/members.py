@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 
 from edgedetr.models import build
+from edgedetr.models.anchor_detr import AnchorDetrConfig
+from edgedetr.models.conditional_detr import ConditionalDetrConfig
+from edgedetr.models.deformable_detr import DeformableDetrConfig
 from edgedetr.models.detector import Detector
 from edgedetr.models.detr import DetrConfig
+from edgedetr.models.dn_detr import DnDetrConfig
+from edgedetr.models.dynamic_detr import DynamicDetrConfig
+from edgedetr.models.efficient_detr import EfficientDetrConfig
 from edgedetr.models.rt_detr import RtDetrConfig
+from edgedetr.models.sparse_rcnn import SparseRcnnConfig
 
 CLASSES = 3
 HEIGHT, WIDTH = 96, 128         # rectangular, so that a swap of x and y shows
@@ -17,9 +24,35 @@ HEIGHT, WIDTH = 96, 128         # rectangular, so that a swap of x and y shows
 SMALL: dict[str, object] = {
     "detr": DetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48, encoder_layers=2,
                        decoder_layers=2, queries=12, backbone_norm="trainable", frozen_stages=0),
+    "dynamic_detr": DynamicDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48,
+                                      encoder_layers=2, decoder_layers=2, queries=12, dynamic_hidden=8,
+                                      backbone_norm="trainable", frozen_stages=0),
+    "sparse_rcnn": SparseRcnnConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48,
+                                    decoder_layers=2, queries=12, dynamic_hidden=8, backbone_norm="trainable",
+                                    frozen_stages=0),
+    "deformable_detr": DeformableDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48,
+                                            encoder_layers=2, decoder_layers=2, queries=12, refine=True, two_stage=True,
+                                            backbone_norm="trainable", frozen_stages=0),
+    "efficient_detr": EfficientDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48,
+                                          encoder_layers=1, queries=12, first_queries=20, backbone_norm="trainable",
+                                          frozen_stages=0),
+    "conditional_detr": ConditionalDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48,
+                                              encoder_layers=2, decoder_layers=2, queries=12,
+                                              backbone_norm="trainable", frozen_stages=0),
+    "anchor_detr": AnchorDetrConfig(backbone="resnet18", backbone_width=0.25, dilate_last=False, hidden=32, heads=4,
+                                    ffn=48, encoder_layers=2, decoder_layers=2, queries=12, patterns=3,
+                                    backbone_norm="trainable", frozen_stages=0),
+    "dn_detr": DnDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48, encoder_layers=2,
+                            decoder_layers=2, queries=12, backbone_norm="trainable", frozen_stages=0),
     "rt_detr": RtDetrConfig(backbone_width=0.25, hidden=32, heads=4, encoder_ffn=48, decoder_ffn=48, decoder_layers=2,
                             queries=12, backbone_norm="trainable", points=(4, 2, 3)),
 }
+
+# Members whose boxes may reach beyond the picture: R-CNN's deltas have no bound.
+BEYOND = ("dynamic_detr", "sparse_rcnn")
+
+# Members whose queries' positions follow from boxes that depend on the picture.
+MOVING = ("dn_detr", "deformable_detr", "efficient_detr")
 
 # Parameters without a gradient from predictions alone, per member, and why.
 _FIRST_SELF_ATTENTION = tuple(f"decoder.layers.0.self_attention.{part}" for part in
@@ -27,6 +60,16 @@ _FIRST_SELF_ATTENTION = tuple(f"decoder.layers.0.self_attention.{part}" for part
 UNUSED: dict[str, tuple[str, ...]] = {
     # The first self-attention among queries of zero content has equal values everywhere: weights do not matter.
     "detr": _FIRST_SELF_ATTENTION,
+    "conditional_detr": (*_FIRST_SELF_ATTENTION, *(f"decoder.layers.0.self_attention.{part}_position.{kind}"
+                                                   for part in "qk" for kind in ("weight", "bias"))),
+    # All queries begin with the same content, so that the first self-attention has equal values everywhere.
+    "dn_detr": tuple(f"decoder.layers.0.self_attention.{part}.{kind}" for part in ("q", "q_position", "k", "k_position")
+                     for kind in ("weight", "bias")),
+    # No box of these pictures is large enough for P4 and P5, and P7 is further from P3 than two layers carry. The mean of
+    # the second layer's maps is negative under these weights, which its scale's ReLU cuts off.
+    "sparse_rcnn": tuple(f"encoder.pyramid.smooth.{level}.{kind}" for level in (2, 3) for kind in ("weight", "bias")),
+    "dynamic_detr": ("encoder.pyramid.coarser.1.weight", "encoder.pyramid.coarser.1.bias",
+                     "encoder.layers.1.scale.score.weight", "encoder.layers.1.scale.score.bias"),
     # The class embedding of noised queries is used by training's denoising alone.
     "rt_detr": ("selector.denoising_class_embed.weight",),
 }
@@ -39,6 +82,12 @@ def small(name: str) -> Detector:
     detector = build(name, SMALL[name], CLASSES)
     for parameter in detector.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.1)
+    for key, parameter in detector.named_parameters():
+        if key.startswith("decoder.boxes.score") and key.endswith("bias"):
+            parameter.clamp_(min=-2)    # heads start with every class rare; here detections are to be seen
+    if name in BEYOND:      # boxes of some pictures' size, not of 80: tolerances are shares of the picture
+        for head in detector.decoder.boxes.box:
+            head.weight.mul_(0.5)
     for module in detector.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.2)

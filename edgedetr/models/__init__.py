@@ -7,9 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgedetr.errors import ModelError, did_you_mean
+from edgedetr.models.anchor_detr import AnchorDetrConfig, anchor_detr
+from edgedetr.models.conditional_detr import ConditionalDetrConfig, conditional_detr
+from edgedetr.models.deformable_detr import DeformableDetrConfig, deformable_detr
 from edgedetr.models.detector import Detector
 from edgedetr.models.detr import DetrConfig, detr
+from edgedetr.models.dn_detr import DnDetrConfig, dn_detr
+from edgedetr.models.dynamic_detr import DynamicDetrConfig, dynamic_detr
+from edgedetr.models.efficient_detr import EfficientDetrConfig, efficient_detr
 from edgedetr.models.rt_detr import RtDetrConfig, rt_detr
+from edgedetr.models.sparse_rcnn import SparseRcnnConfig, sparse_rcnn
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,13 @@ class Member:
 
 FAMILY: dict[str, Member] = {
     "detr": Member(DetrConfig, detr, "Carion et al. 2020, arXiv:2005.12872"),
+    "deformable_detr": Member(DeformableDetrConfig, deformable_detr, "Zhu et al. 2021, arXiv:2010.04159"),
+    "conditional_detr": Member(ConditionalDetrConfig, conditional_detr, "Meng et al. 2021, arXiv:2108.06152"),
+    "efficient_detr": Member(EfficientDetrConfig, efficient_detr, "Yao et al. 2021, arXiv:2104.01318"),
+    "anchor_detr": Member(AnchorDetrConfig, anchor_detr, "Wang et al. 2021, arXiv:2109.07107"),
+    "dynamic_detr": Member(DynamicDetrConfig, dynamic_detr, "Dai et al. 2021, ICCV, \"Dynamic DETR\""),
+    "sparse_rcnn": Member(SparseRcnnConfig, sparse_rcnn, "Sun et al. 2021, arXiv:2011.12450"),
+    "dn_detr": Member(DnDetrConfig, dn_detr, "Li et al. 2022, arXiv:2203.01305; Liu et al. 2022, arXiv:2201.12329"),
     "rt_detr": Member(RtDetrConfig, rt_detr, "Zhao et al. 2024, arXiv:2304.08069; Lv et al. 2024, arXiv:2407.17140"),
 }
 
