@@ -21,7 +21,7 @@ def tensorrt() -> Any:
         raise MissingDependency(f"TensorRT is not installed here ({error}); {NEEDED}") from error
     except (ImportError, OSError) as error:     # a library beside it is missing, as libnvdla_compiler.so in containers
         raise MissingDependency(f"TensorRT is installed but cannot be loaded ({error}); {NEEDED}") from error
-    if not hasattr(trt, "Builder"):
+    if not hasattr(trt, "Runtime"):
         raise MissingDependency(f"the Python package 'tensorrt' that was found is not NVIDIA's; {NEEDED}")
     return trt
 

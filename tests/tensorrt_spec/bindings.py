@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,7 +73,7 @@ def described() -> dict[str, dict[str, Any]]:
             raise Unavailable("NVIDIA's bindings are for Linux")
         with tempfile.TemporaryDirectory() as scratch:
             stubs = _stubs(Path(scratch))
-            folders = _fetch(missing, Path(scratch))
+            folders = fetch({version: WHEELS[version] for version in missing}, Path(scratch))
             for version, folder in folders.items():
                 major = version.partition(".")[0]
                 done = subprocess.run(
@@ -91,32 +92,32 @@ def _description(version: str) -> Path:
     return CACHE / f"{version}-{reader:.8}.json"
 
 
-def _fetch(versions: list[str], scratch: Path) -> dict[str, Path]:
-    """Download and unpack the wheels, all at once; version -> folder to import from. A wheel is fetched only once."""
-    wheels = {version: CACHE / f"{version}.whl" for version in versions}
-    running = {version: subprocess.Popen(
+def fetch(requirements: Mapping[str, str], scratch: Path) -> dict[str, Path]:
+    """Download wheels, all at once, and unpack each; name -> folder to import from. A wheel is fetched only once."""
+    wheels = {name: CACHE / f"{requirement}.whl" for name, requirement in requirements.items()}
+    running = {name: subprocess.Popen(
         [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-         "--disable-pip-version-check", "--dest", str(scratch / version), WHEELS[version]],
+         "--disable-pip-version-check", "--dest", str(scratch / name), requirements[name]],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for version, wheel in wheels.items() if not wheel.is_file()}
+        for name, wheel in wheels.items() if not wheel.is_file()}
     failed = ""
-    for version, process in running.items():
+    for name, process in running.items():
         try:
             said = process.communicate(timeout=180)[1]
         except subprocess.TimeoutExpired:
             process.kill()
             said = "no answer in 180 s"
-        found = next(iter((scratch / version).glob("*.whl")), None)
+        found = next(iter((scratch / name).glob("*.whl")), None)
         if process.returncode == 0 and found is not None:
-            _keep(found, wheels[version])
+            _keep(found, wheels[name])
         else:
-            failed = f"{WHEELS[version]} cannot be fetched: {said.strip()[-300:]}"
+            failed = f"{requirements[name]} cannot be fetched: {said.strip()[-300:]}"
     if failed:
         raise Unavailable(failed)
-    for version, wheel in wheels.items():
+    for name, wheel in wheels.items():
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(scratch / version / "unpacked")
-    return {version: scratch / version / "unpacked" for version in wheels}
+            archive.extractall(scratch / name / "unpacked")
+    return {name: scratch / name / "unpacked" for name in wheels}
 
 
 def _keep(path: Path, target: Path) -> None:
