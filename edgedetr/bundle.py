@@ -26,6 +26,7 @@ COMMANDS = {
     "weights.safetensors": "edgedetr train --data DIR",
     "reference.npz": "edgedetr export {path}",
     "model.onnx": "edgedetr export {path}",
+    "model.fp16.onnx": "edgedetr export {path} --trt",
     "ranges.json": "edgedetr export {path} --int8",
     "model.int8.onnx": "edgedetr export {path} --int8",
     "model.int8-cpu.onnx": "edgedetr export {path} --int8",

@@ -78,7 +78,7 @@ def run(
         bundle = train(recipe, data, out, resume=True, progress=training)
         bundle.update(synthetic=True)
     with _timed(seconds, "export and quantise"), bars() as progress:
-        export(bundle, int8=True, progress=progress)
+        export(bundle, int8=True, fp16=True, progress=progress)
     with _timed(seconds, "verify"), bars() as progress:
         verdict = verify(bundle, config=recipe.verify, progress=progress)
     with _timed(seconds, "report"):

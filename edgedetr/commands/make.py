@@ -55,6 +55,7 @@ def train(
 @click.command()
 @bundle_argument
 @click.option("--int8", is_flag=True, help="Calibrate, and write the INT8 graphs as well.")
+@click.option("--trt", is_flag=True, help="Write model.fp16.onnx as well, and build the engines where TensorRT is.")
 @click.option(
     "--calib",
     type=click.Path(path_type=Path),
@@ -71,20 +72,25 @@ def train(
 def export(
     bundle: Path | None,
     int8: bool,
+    trt: bool,
     calib: Path | None,
     sampling: Literal["gather", "grid_sample"] | None,
     frame: str | None,
     triton: Path | None,
     deepstream: Path | None,
 ) -> None:
-    """Write model.onnx; with --int8, INT8 graphs too."""
+    """Write model.onnx; with --int8, INT8 graphs too; with --trt, engines.
+
+    Exit 4 when the engines are still to be built, on the device."""
     opened = open_bundle(bundle)
-    if calib is not None and not int8:
-        raise UsageError("--calib is for quantising; add --int8")
+    if calib is not None and not (int8 or trt):
+        raise UsageError("--calib is for quantising; add --int8 or --trt")
+    if trt and sampling is None:
+        sampling = "gather"     # some versions of TensorRT miscompile GridSample
     from edgedetr.export.export import export as run
 
     with progress_bars() as progress:
-        run(opened, int8=int8, calib=calib, sampling=sampling, progress=progress)
+        run(opened, int8=int8, fp16=trt, calib=calib, sampling=sampling, progress=progress)
     if frame or triton or deepstream:
         from edgedetr.export.serving import serve
 
@@ -92,7 +98,26 @@ def export(
             say(line)
     made = [(name, entry) for name, entry in Bundle.open(opened.path).manifest.files.items() if entry.stage != "train"]
     table(["file", "MB", "made by"], [[name, f"{entry.size / 1e6:.2f}", entry.stage] for name, entry in made])
+    if trt:
+        _engines(opened.path, ("fp16", "int8") if int8 else ("fp16",))
     say(f"next: edgedetr {'verify' if int8 else 'export'} {opened.path}{'' if int8 else ' --int8'}")
+
+
+def _engines(path: Path, precisions: tuple[str, ...]) -> None:
+    """Build the engines of a bundle, or say where that is to be done."""
+    from edgedetr.errors import PreparedNotFinished
+    from edgedetr.runtime import engine
+
+    reason = engine.available()
+    if reason:
+        raise PreparedNotFinished(
+            f"{path}: the graphs for TensorRT are ready, the engines are not: they are built on the device they "
+            f"run on, and not here ({reason}); copy the bundle there and run: edgedetr build {path.name}"
+        )
+    for precision in precisions:
+        with progress_bars() as progress:
+            made = engine.build(Bundle.open(path), precision, progress=progress)
+        say(f"engine: {made.path}{'' if made.made else ' (kept)'}")
 
 
 COMMANDS = (train, export)

@@ -18,7 +18,16 @@ from edgedetr.errors import BundleError, DataError, UsageError
 from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.evaluate import Metrics, evaluate
 from edgedetr.evaluation.reference import GroundTruth, Reference, save_detections
-from edgedetr.evaluation.stages import BENCHED, VERIFIED, Progress, StageRun, candidates, load_split, run_stages
+from edgedetr.evaluation.stages import (
+    BENCHED,
+    VERIFIED,
+    Progress,
+    StageRun,
+    candidates,
+    load_split,
+    open_stage,
+    run_stages,
+)
 from edgedetr.evaluation.verdict import Judge, StageVerdict, Verdict, megabytes
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.detector import STAGES, Detector, load
@@ -100,7 +109,7 @@ def evaluate_stage(
         if (split is not None and split != reference.split) or data is not None:
             check_same(reference, GroundTruth.of(load_split(bundle, data, split), digests=True), bundle)
         return evaluate(reference.truth, reference.detections)
-    detector = load(bundle, stage=stage, backend=backend, threads=threads)
+    detector = open_stage(bundle, stage, backend, threads)
     dataset = load_split(bundle, data, split)
     found = {}
     for number, sample in enumerate(dataset.samples):

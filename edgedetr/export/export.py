@@ -22,7 +22,7 @@ from edgedetr.export.reference import reference
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
 from edgedetr.models.detector import Detector
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.quantize import quantize, read
+from edgedetr.quantization.quantize import quantize, read, to_half
 from edgedetr.runtime.preprocess import prepare
 
 log = logging.getLogger(__name__)
@@ -31,10 +31,10 @@ Progress = Callable[[str, int, int], None]
 PICTURES = 2        # of the verify split, on which the ONNX file is compared with PyTorch
 
 
-def export(bundle: Bundle | str | Path, *, int8: bool = False, calib: Path | None = None,
+def export(bundle: Bundle | str | Path, *, int8: bool = False, fp16: bool = False, calib: Path | None = None,
            sampling: Literal["gather", "grid_sample"] | None = None, config: ExportConfig | None = None,
            quant: QuantConfig | None = None, progress: Progress | None = None) -> Bundle:
-    """Write reference.npz and model.onnx, and with `int8` ranges.json and the two INT8 graphs.
+    """Write reference.npz and model.onnx, with `fp16` model.fp16.onnx, with `int8` ranges.json and the two INT8 graphs.
 
     calib      calibration pictures; None = the calibration split of the bundle's data
     sampling   overrides the recipe's way of deformable sampling
@@ -47,6 +47,8 @@ def export(bundle: Bundle | str | Path, *, int8: bool = False, calib: Path | Non
     if sampling is not None:
         config = replace(config, sampling=sampling)
     export_onnx(bundle, config, progress)
+    if fp16:
+        to_half(bundle, config=quant, calib=calib, progress=progress)
     if int8:
         quantize(bundle, config=quant, calib=calib, progress=progress)
     return bundle

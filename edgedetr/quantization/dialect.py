@@ -1,8 +1,9 @@
 """Two ways to write the same quantised set: what TensorRT accepts, and what ONNX Runtime runs fast on a CPU.
 
-Both are symmetric with scale amax / 127. TensorRT takes signed int8 with zero point 0 only. ONNX Runtime's kernels want
-uint8 activations: a signed tensor is stored with zero point 128 and the same scale, a non-negative one with zero point
-0 and half the scale, which contains every level of the signed grid and those between.
+Both are symmetric with scale amax / 127. TensorRT takes signed int8 with zero point 0 only, and under strong typing a
+scale has the type of its tensor, which is FP16: there each scale is the next larger normal FP16 number. ONNX Runtime's
+kernels want uint8 activations: a signed tensor is stored with zero point 128 and the same scale, a non-negative one
+with zero point 0 and half the scale, which contains every level of the signed grid and those between.
 """
 
 from __future__ import annotations
@@ -19,11 +20,23 @@ from edgedetr.runtime.cpu import int8_dot_product
 
 # Far above float32's smallest normal number, also when two scales are multiplied; a tensor that is always 0 gets 1.
 SMALLEST_SCALE = 1e-12
+SMALLEST_HALF_SCALE = 2.0**-14      # 6.1e-5, the smallest normal FP16 number: GPUs may flush smaller ones to 0
 
 
 def step(amax: float) -> float:
     """Distance of two levels of the signed grid."""
     return max(amax / 127, SMALLEST_SCALE) if amax > 0 else 1.0
+
+
+def half_steps(scale: np.ndarray) -> np.ndarray:
+    """The smallest normal FP16 numbers that are at least these, as float32; larger by 1e-3 of themselves at most.
+
+    Weights and activations are divided by the rounded step, so that nothing is lost when it is stored as FP16.
+    """
+    wanted = np.asarray(scale, dtype=np.float32)
+    near = wanted.astype(np.float16)
+    near = np.where(near.astype(np.float32) < wanted, np.nextafter(near, np.float16(np.inf)), near)
+    return np.maximum(near.astype(np.float32), np.float32(SMALLEST_HALF_SCALE))
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,7 @@ class Dialect:
     outputs       outputs of convolutions and of residual sums are quantised too, for every reader
     integer_bias  biases of convolutions are int32 in steps of input scale x weight scale
     deep_bias     biases of matrix products have the shape [1, 1, O]
+    half          everything that is not INT8 is FP16, the scales too
     weight_bits   8, or 7 where products of two neighbours would saturate 16 bits (x86 without VNNI)
     """
 
@@ -50,11 +64,12 @@ class Dialect:
     outputs: bool
     integer_bias: bool
     deep_bias: bool
+    half: bool = False
     weight_bits: int = 8
 
     def grid(self, amax: float, never_negative: bool) -> Grid:
         """Levels for a tensor with this largest magnitude."""
-        scale = step(amax)
+        scale = float(half_steps(np.float32(step(amax)))) if self.half else step(amax)
         if not self.unsigned:
             return Grid(np.float32(scale), np.int8(0))
         if never_negative:
@@ -63,7 +78,7 @@ class Dialect:
 
 
 TENSORRT = Dialect("tensorrt", "model.int8.onnx", unsigned=False, outputs=False, integer_bias=False,
-                   deep_bias=False)
+                   deep_bias=False, half=True)
 CPU = Dialect("cpu", "model.int8-cpu.onnx", unsigned=True, outputs=True, integer_bias=True, deep_bias=True)
 
 

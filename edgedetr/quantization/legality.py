@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
+from edgedetr.quantization.dialect import SMALLEST_HALF_SCALE
 from edgedetr.quantization.wiring import Wiring
 
 OPSET = 19
@@ -34,8 +35,10 @@ def _faults(node: NodeProto, wiring: Wiring, constants: dict[str, np.ndarray]) -
     faults = []
     if zero.dtype != np.int8 or zero.any():
         faults.append(f"zero point is {zero.dtype} {zero.max()}, expected int8 0")
-    if scale.dtype != np.float32 or not (np.isfinite(scale).all() and (scale > 0).all()):
-        faults.append("scale is not float32, finite and positive")
+    if scale.dtype not in (np.float16, np.float32) or not (np.isfinite(scale).all() and (scale > 0).all()):
+        faults.append("scale is not float16 or float32, finite and positive")
+    elif scale.min() < SMALLEST_HALF_SCALE:
+        faults.append(f"scale {scale.min():.2g} is below 6.1e-5, the smallest normal FP16 number")
     if node.op_type == "QuantizeLinear":
         if scale.ndim:
             faults.append("an activation has one scale per channel, expected one in all")

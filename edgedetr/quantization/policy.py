@@ -48,12 +48,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Policy:
-    """`quantise` lists the kinds of node that may become INT8; `rules` names those that stay float."""
+    """`quantise` lists the kinds of node that may become INT8; `rules` names those that stay float.
+
+    float32   nodes that stay float32 where the rest of the graph is FP16
+    """
 
     name: str
     quantise: tuple[str, ...] = _WEIGHTED
     residuals: bool = True
     rules: tuple[Rule, ...] = field(default=())
+    float32: tuple[Rule, ...] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -104,16 +108,21 @@ def load(name_or_path: str | Path) -> Policy:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ExportError(f"{path}: cannot be read as a policy ({error}); "
                           "expected TOML like calib/policy/default.toml") from error
-    rules = raw.pop("float", [])
-    if not isinstance(rules, list):
-        raise ExportError(f"{path}: `float` is no list; expected [[float]] tables")
-    return Policy(**_checked(raw, Policy, path, {"name": path.stem}),
-                  rules=tuple(Rule(**_checked(rule, Rule, path, {})) for rule in rules))
+    rules, float32 = (_rules(raw, key, path) for key in ("float", "float32"))
+    return Policy(**_checked(raw, Policy, path, {"name": path.stem}), rules=rules, float32=float32)
+
+
+def _rules(raw: dict[str, object], key: str, path: Path) -> tuple[Rule, ...]:
+    """The [[key]] tables of a policy file, taken out of it."""
+    tables = raw.pop(key, [])
+    if not isinstance(tables, list):
+        raise ExportError(f"{path}: `{key}` is no list; expected [[{key}]] tables")
+    return tuple(Rule(**_checked(table, Rule, path, {})) for table in tables)
 
 
 def _checked(raw: dict[str, object], kind: type, path: Path, defaults: dict[str, object]) -> dict:  # type: ignore[type-arg]
     """Keys and types of one table of a policy file, lists as tuples."""
-    known = {item.name: str(item.type) for item in fields(kind) if item.name != "rules"}
+    known = {item.name: str(item.type) for item in fields(kind) if item.name not in ("rules", "float32")}
     values = {**defaults, **raw}
     for key, value in values.items():
         if key not in known:
@@ -126,7 +135,7 @@ def _checked(raw: dict[str, object], kind: type, path: Path, defaults: dict[str,
         elif type(value).__name__ != known[key]:
             raise ExportError(f"{path}: {key} is {value!r}; expected {known[key]}")
     if kind is Rule and not values.get("reason"):
-        raise ExportError(f"{path}: a [[float]] rule has no reason; expected one sentence for the reader")
+        raise ExportError(f"{path}: a rule has no reason; expected one sentence for the reader")
     return values
 
 

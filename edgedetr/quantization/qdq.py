@@ -8,7 +8,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.quantization.dialect import SMALLEST_SCALE, Cut, Dialect, Grid, cuts, step
+from edgedetr.quantization.dialect import SMALLEST_SCALE, Cut, Dialect, Grid, cuts, half_steps, step
 from edgedetr.quantization.policy import Layer, Plan
 from edgedetr.quantization.wiring import Wiring
 
@@ -22,12 +22,13 @@ class IntegerWeight:
 
 
 def quantise_weight(weight: np.ndarray, axis: int, *, bits: int = 8, bias: np.ndarray | None = None,
-                    data_scale: float = 1.0) -> IntegerWeight:
+                    data_scale: float = 1.0, half: bool = False) -> IntegerWeight:
     """Symmetric, per output channel: every value lies within half a step of its level.
 
     weight      float32, output channels along `axis`
     bias        [O] float32 or None; a channel whose weights are tiny gets a step large enough for its bias to fit int32
     data_scale  step of the layer's input, for that same purpose
+    half        the steps are FP16 numbers
     """
     limit = 2 ** (bits - 1) - 1
     others = tuple(i for i in range(weight.ndim) if i != axis)
@@ -35,7 +36,7 @@ def quantise_weight(weight: np.ndarray, axis: int, *, bits: int = 8, bias: np.nd
     scale = np.maximum(largest / limit, SMALLEST_SCALE)
     if bias is not None:
         scale = np.maximum(scale, np.abs(bias) / (data_scale * 2**30))
-    scale = scale.astype(np.float32)
+    scale = half_steps(scale) if half else scale.astype(np.float32)
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
     values = np.clip(np.rint(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
     return IntegerWeight(values, scale)
@@ -129,9 +130,9 @@ class _Writer:
         data_scale = float(self.grids[layer.data].scale)
         bias_name = node.input[2] if len(node.input) > 2 and node.input[2] else None
         bias = self.wiring.constant(bias_name).astype(np.float32) if bias_name else None
-        # The finest grid that any dialect gives the input, so that all dialects store the same weights.
+        # The finest grid that any dialect gives the input, so that dialects of one kind of step store the same weights.
         weight = quantise_weight(self.wiring.constant(layer.weight), layer.axis, bits=self.dialect.weight_bits,
-                                 bias=bias, data_scale=step(self.amax[layer.data]) / 2)
+                                 bias=bias, data_scale=step(self.amax[layer.data]) / 2, half=self.dialect.half)
         prefix = f"{layer.node}.weight"
         self._constant(f"{prefix}_quantized", weight.values)
         self._constant(f"{prefix}_scale", weight.scale)

@@ -1,31 +1,40 @@
-"""From a bundle's float graph to its INT8 graphs: choose pictures, observe ranges, write both dialects."""
+"""From a bundle's float graph to its FP16 and INT8 graphs: choose pictures, observe ranges, write each file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnx import ModelProto
 
 from edgedetr.bundle import Bundle
-from edgedetr.errors import ExportError
+from edgedetr.data.images import decode
+from edgedetr.errors import DataError, ExportError
 from edgedetr.quantization.calibrate import Progress, calibrate, choose
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, tensors, tied, weight_bits
+from edgedetr.quantization.half import halve, islands
 from edgedetr.quantization.legality import tensorrt_faults
+from edgedetr.quantization.peaks import peaks
 from edgedetr.quantization.policy import Plan, Policy, load, plan
 from edgedetr.quantization.qdq import insert
 from edgedetr.quantization.ranges import Ranges
 from edgedetr.quantization.rewrite import split_concats
+from edgedetr.runtime.preprocess import prepare
 
 log = logging.getLogger(__name__)
 
 KEY = "edgedetr.quantisation"       # metadata of an INT8 graph: what it was made by, as JSON
 FLOAT = "edgedetr.float_layers"     # and which weighted layers stayed float: JSON {reason: [node names]}
+FLOAT32 = "edgedetr.float32_nodes"  # of a graph with FP16: which nodes stayed float32: JSON {reason: [node names]}
+FP16 = "model.fp16.onnx"
+PEAK_PICTURES = 8                   # show how large tensors get; half.LARGEST leaves a factor of 2 for the others
 
 
 def quantize(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path | None = None,
@@ -41,9 +50,57 @@ def quantize(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path |
     chosen = plan(model, policy)
     ranges = _ranges(bundle, model, chosen, policy, config, calib, progress)
     for dialect in (TENSORRT, replace(CPU, weight_bits=weight_bits(config.cpu_weights))):
-        _write(bundle, model, chosen, policy, ranges, dialect)
+        _write(bundle, model, chosen, policy, ranges, dialect, calib, progress)
     log.info("%d layers INT8, %d float", len(chosen.layers), len(chosen.islands))
     return chosen
+
+
+def to_half(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path | None = None,
+            progress: Progress | None = None) -> None:
+    """Write model.fp16.onnx, unless the bundle has it from the same graph and policy.
+
+    calib   pictures to see magnitudes on; None = the calibration split of the bundle's data
+    """
+    policy = load((config or QuantConfig()).policy)
+    made_by = json.dumps({"dialect": "fp16", "policy": policy.name, "policy_sha256": _sha256(policy),
+                          "calib": "" if calib is None else str(calib)})
+    if bundle.has(FP16) and _property(read(bundle.require(FP16)), KEY) == made_by:
+        return
+    model = read(bundle.require("model.onnx"))
+    result, stayed = _halved(bundle, model, model, policy, calib, progress)
+    onnx.helper.set_model_props(result, {**{item.key: item.value for item in model.metadata_props},
+                                         KEY: made_by, FLOAT32: stayed})
+    onnx.checker.check_model(result)
+    with bundle.add(FP16, stage="half", made_from=["model.onnx"]) as temporary:
+        temporary.write_bytes(result.SerializeToString(deterministic=True))
+
+
+def _halved(bundle: Bundle, model: ModelProto, result: ModelProto, policy: Policy, calib: Path | None,
+            progress: Progress | None) -> tuple[ModelProto, str]:
+    """`result`, which is `model` or its quantised form, with FP16 inside, and what stayed float32 as JSON."""
+    found = peaks(model, _batches(bundle, calib, progress))
+    stayed = _by_reason(islands(result, found, policy.float32))
+    return halve(result, found, policy.float32), json.dumps(stayed, ensure_ascii=False)
+
+
+def _batches(bundle: Bundle, calib: Path | None, progress: Progress | None) -> Iterator[np.ndarray]:
+    """A few calibration pictures as the graph takes them, [1, 3, H, W]; noise where the pictures are not here."""
+    contract = bundle.manifest.input
+    try:
+        paths = choose(bundle, calib, PEAK_PICTURES).paths
+    except (DataError, ExportError, OSError) as error:
+        if calib is not None:
+            raise
+        log.warning("FP16: no calibration pictures here (%s), so magnitudes are seen on noise alone", error)
+        paths = ()
+        noise = np.random.default_rng(0).integers(0, 256, (1, 3, contract.height, contract.width))
+        yield noise.astype(np.float32)
+    for number, path in enumerate(paths):
+        if progress:
+            progress("fp16", number, len(paths))
+        yield prepare([decode(path)], contract)[0]
+    if progress:
+        progress("fp16", 1, 1)
 
 
 def read(path: Path) -> ModelProto:
@@ -76,19 +133,22 @@ def _ranges(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, con
     return ranges
 
 
-def _write(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, ranges: Ranges, dialect: Dialect) -> None:
+def _write(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, ranges: Ranges, dialect: Dialect,
+           calib: Path | None, progress: Progress | None) -> None:
     """One INT8 graph, unless the bundle has it already."""
     made_by = json.dumps({
         "dialect": dialect.name, "weight_bits": dialect.weight_bits, "observer": ranges.observer, "policy": policy.name,
-        "policy_sha256": hashlib.sha256(json.dumps(asdict(policy), sort_keys=True).encode()).hexdigest(),
+        "policy_sha256": _sha256(policy), **({"half": True} if dialect.half else {}),
         "image_list": ranges.image_list, "layers_int8": len(chosen.layers), "layers_float": len(chosen.islands),
     })
     if bundle.has(dialect.file) and _property(read(bundle.require(dialect.file)), KEY) == made_by:
         return
     result = insert(model, chosen, ranges.amax, dialect)
-    for key, value in ((KEY, made_by), (FLOAT, json.dumps(_by_reason(chosen), ensure_ascii=False))):
-        item = result.metadata_props.add()
-        item.key, item.value = key, value
+    told = {item.key: item.value for item in result.metadata_props}
+    told |= {KEY: made_by, FLOAT: json.dumps(_by_reason(chosen.islands), ensure_ascii=False)}
+    if dialect.half:
+        result, told[FLOAT32] = _halved(bundle, model, result, policy, calib, progress)
+    onnx.helper.set_model_props(result, told)
     onnx.checker.check_model(result)
     faults = tensorrt_faults(result) if not dialect.unsigned else []
     if faults:
@@ -98,9 +158,14 @@ def _write(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, rang
         temporary.write_bytes(result.SerializeToString(deterministic=True))
 
 
-def _by_reason(chosen: Plan) -> dict[str, list[str]]:
+def _sha256(policy: Policy) -> str:
+    return hashlib.sha256(json.dumps(asdict(policy), sort_keys=True).encode()).hexdigest()
+
+
+def _by_reason(nodes: dict[str, str]) -> dict[str, list[str]]:
+    """{node: reason} the other way round."""
     found: dict[str, list[str]] = {}
-    for name, reason in chosen.islands.items():
+    for name, reason in nodes.items():
         found.setdefault(reason, []).append(name)
     return found
 

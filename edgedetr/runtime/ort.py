@@ -16,15 +16,16 @@ from edgedetr.runtime.runner import RawOutputs
 class OrtRunner:
     """An ONNX file in an ONNX Runtime session.
 
+    path       the file, or a serialised graph
     threads    threads of one operator; None = all cores
     optimise   False: every node runs as written, Q/DQ in float arithmetic: what the graph means
     """
 
     name = "onnxruntime"
 
-    def __init__(self, path: str | Path, *, threads: int | None = None, optimise: bool = True) -> None:
-        self.session = _session(str(path), threads, optimise)
-        _check(path, self.session)
+    def __init__(self, path: str | Path | bytes, *, threads: int | None = None, optimise: bool = True) -> None:
+        self.session = _session(path if isinstance(path, bytes) else str(path), threads, optimise)
+        _check("the graph" if isinstance(path, bytes) else path, self.session)
         shape = self.session.get_inputs()[0].shape
         self.batch: int | None = shape[0] if isinstance(shape[0], int) else None
         self.height, self.width = int(shape[2]), int(shape[3])

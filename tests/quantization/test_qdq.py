@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -9,12 +11,15 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, tensors, tied
+from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, half_steps, tensors, tied
 from edgedetr.quantization.legality import tensorrt_faults
 from edgedetr.quantization.policy import Plan, Policy, plan
 from edgedetr.quantization.qdq import insert, quantise_weight
 
 CHANNELS = 16
+SIGNED = replace(TENSORRT, half=False)      # the same places and integers, with float32 steps
+# Every normal FP16 number above zero, in order: what a step may be.
+STEPS = np.arange(1 << 10, 31 << 10, dtype=np.uint16).view(np.float16).astype(np.float64)
 
 
 def network(rng: np.random.Generator, residual: bool) -> ModelProto:
@@ -74,18 +79,20 @@ def convolve(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, pad: int) -> n
     return out
 
 
-def fake(x: np.ndarray, amax: float, unsigned: bool = False) -> np.ndarray:
-    """Nearest level of the grid, half to even."""
-    if unsigned:
-        step = np.float32(amax / 254)
-        return np.clip(np.rint((x / step).astype(np.float32)), 0, 255).astype(np.float64) * step
-    step = np.float32(amax / 127)
+def half_step(step: np.ndarray | float) -> np.ndarray:
+    """The smallest normal FP16 number that is at least this."""
+    return STEPS[np.searchsorted(STEPS, np.float32(step))]
+
+
+def fake(x: np.ndarray, amax: float) -> np.ndarray:
+    """Nearest level of the TensorRT grid, half to even."""
+    step = half_step(amax / 127)
     return np.clip(np.rint((x / step).astype(np.float32)), -128, 127).astype(np.float64) * step
 
 
 def fake_weight(weight: np.ndarray) -> np.ndarray:
     """Per output channel (axis 0)."""
-    step = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / 127
+    step = half_step(np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / 127)
     return np.clip(np.rint(weight / step), -127, 127) * step
 
 
@@ -126,12 +133,12 @@ def test_tensorrt_graph_without_optimisations_equals_the_numpy_oracle(rng):
 
 def test_every_activation_is_within_half_a_step_and_every_weight_too(case):
     model, images, chosen, amax = case
-    for dialect in (TENSORRT, CPU):
+    for dialect in (TENSORRT, SIGNED, CPU):
         graph = insert(model, chosen, amax, dialect)
         names = [name for name in amax if f"{name}_dequantized" in {o for n in graph.graph.node for o in n.output}]
         values = run(graph, images, [*names, *(f"{name}_dequantized" for name in names)])
         for name, before, after in zip(names, values, values[len(names):]):
-            step = amax[name] / 127
+            step = float(half_step(amax[name] / 127)) if dialect.half else amax[name] / 127
             inside = np.abs(before) <= amax[name]
             assert np.abs(after - before)[inside].max() <= step / 2 * (1 + 1e-5), name   # float32 division
         floats = {layer.node: numpy_helper.to_array(next(i for i in model.graph.initializer if i.name == layer.weight))
@@ -145,9 +152,19 @@ def test_every_activation_is_within_half_a_step_and_every_weight_too(case):
             assert (np.abs(restored - floats[layer.node]) <= scale.reshape(shape) * (0.5 + 1e-4)).all()
 
 
+def test_steps_for_tensorrt_are_normal_fp16_numbers_and_larger_by_a_thousandth_at_most(rng):
+    wanted = np.concatenate([10.0 ** rng.uniform(-9, 4, 1000), STEPS[:50], [6.2e-5, 1.0, 2.0]]).astype(np.float32)
+    found = half_steps(wanted)
+    np.testing.assert_array_equal(found, half_step(wanted))
+    assert (found.astype(np.float16).astype(np.float32) == found).all()
+    normal = wanted >= 2.0**-14
+    assert (found[normal] <= wanted[normal] * (1 + 2**-10)).all()
+    assert (found[~normal] == np.float32(2.0**-14)).all()
+
+
 def test_both_dialects_store_the_same_weights_and_the_cpu_grid_holds_every_level_of_the_signed_one(case):
     model, _, chosen, amax = case
-    signed, unsigned = insert(model, chosen, amax, TENSORRT), insert(model, chosen, amax, CPU)
+    signed, unsigned = insert(model, chosen, amax, SIGNED), insert(model, chosen, amax, CPU)
     a, b = integer_weights(signed), integer_weights(unsigned)
     assert a.keys() == b.keys()
     assert all((a[name] == b[name]).all() for name in a)
@@ -210,8 +227,9 @@ def test_tensorrt_dialect_is_legal_and_the_cpu_dialect_is_not_mistaken_for_it(ca
 
 @pytest.mark.parametrize("spoil, fault", [
     (lambda graph: graph.opset_import[0].__setattr__("version", 21), "opsets are"),
-    (lambda graph: _set(graph, "r0_scale", np.float32(0)), "not float32, finite and positive"),
-    (lambda graph: _set(graph, "r0_scale", np.float64(1)), "not float32, finite and positive"),
+    (lambda graph: _set(graph, "r0_scale", np.float32(0)), "not float16 or float32, finite and positive"),
+    (lambda graph: _set(graph, "r0_scale", np.float64(1)), "not float16 or float32, finite and positive"),
+    (lambda graph: _set(graph, "r0_scale", np.float32(5e-5)), "below 6.1e-5"),
     (lambda graph: _set(graph, "r0_zero_point", np.uint8(128)), "uint8 128"),
     (lambda graph: _set(graph, "r0_scale", np.ones(CHANNELS, np.float32)), "one scale per channel"),
 ])
