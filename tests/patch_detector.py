@@ -13,7 +13,7 @@ CELLS = 4                       # per side, each with one query
 
 
 def write(path: Path, contract: InputContract, width: int, batch: int | str = 1, seed: int = 0) -> None:
-    """images [B, 3, H, W] -> logits [B, 16, width], boxes [B, 16, 4]; a query sees one of 4 x 4 cells of the picture."""
+    """images [B, 3, H, W] -> logits [B, 16, width], boxes [B, 16, 4]; a query sees one of 4 x 4 cells."""
     rng = np.random.default_rng(seed)
     cell = contract.height // CELLS, contract.width // CELLS
     area = cell[0] * cell[1] * 3
@@ -54,3 +54,10 @@ def bundle(folder: Path, *, contract: InputContract | None = None, activation: s
         with made.add(name, stage="export") as path:
             write(path, contract, classes + (activation == "softmax"), batch, seed)
     return made
+
+
+def smooth(size: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """A picture of coloured areas, [H, W, 3] uint8."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3))
+    rows, columns = (np.arange(side) * parts // side for side, parts in zip(size, coarse.shape))
+    return coarse[rows][:, columns].astype(np.uint8)

@@ -8,6 +8,7 @@ import onnxruntime
 import patch_detector
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from patch_detector import smooth
 
 from edgedetr.bundle import Bundle, InputContract
 from edgedetr.data.images import decode
@@ -29,13 +30,6 @@ def inside(model: onnx.ModelProto, frame: np.ndarray, *names: str) -> list[np.nd
     model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(list(names), {"frames": frame[None]})
-
-
-def smooth(size: tuple[int, int], seed: int = 0) -> np.ndarray:
-    """A picture of coloured areas, [H, W, 3] uint8."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3))
-    rows, columns = (np.arange(side) * parts // side for side, parts in zip(size, coarse.shape))
-    return coarse[rows][:, columns].astype(np.uint8)
 
 
 def within(frame: np.ndarray) -> dict[str, float]:
@@ -149,8 +143,8 @@ def test_a_file_that_is_up_to_date_is_kept_and_a_stale_one_written_again(tmp_pat
 
 
 def planted(model: onnx.ModelProto, op: str, change) -> onnx.ModelProto:
-    node = next(node for node in model.graph.node if node.op_type == op and node.name.startswith(("/frame", "/objects")))
-    change(model, node)
+    ours = [node for node in model.graph.node if node.name.startswith(("/frame", "/objects"))]
+    change(model, next(node for node in ours if node.op_type == op))
     return model
 
 
