@@ -137,6 +137,7 @@ def evaluate(
         ["AP large", metrics.ap_large],
     ]
     rows += [[f"AP {name}", value] for name, value in metrics.per_class.items()]
+    rows += [["doubled boxes, per cent", metrics.doubled]]
     table(["metric", "points"], [[name, None if value is None else f"{value:.2f}"] for name, value in rows])
     if as_json_:
         as_json(metrics.to_json())

@@ -15,6 +15,7 @@ import numpy as np
 
 from edgedetr.data.form import DetectionSet
 from edgedetr.errors import DataError, MissingDependency
+from edgedetr.evaluation.doubled import doubled
 from edgedetr.evaluation.reference import GroundTruth
 from edgedetr.runtime.detections import Detections
 
@@ -47,7 +48,10 @@ class Matches:
 
 @dataclass(frozen=True)
 class Metrics:
-    """COCO numbers in points, 0..100; None where there is no ground truth to measure on."""
+    """COCO numbers in points, 0..100; None where there is no ground truth to measure on.
+
+    doubled   see edgedetr.evaluation.doubled
+    """
 
     ap: float | None
     ap50: float | None
@@ -57,6 +61,7 @@ class Metrics:
     ap_large: float | None
     ar100: float | None
     per_class: dict[str, float | None]      # class name -> AP
+    doubled: float | None                   # per cent of the objects shown that are shown twice
     matches: Matches
 
     def to_json(self) -> dict[str, object]:
@@ -78,7 +83,7 @@ def evaluate(truth: DetectionSet | GroundTruth, detections: Mapping[int, Detecti
     if not len(truth):
         raise DataError("the ground truth has no pictures; expected at least one; run: edgedetr data check DIR")
     judge = _run(truth, detections, by_size)
-    return _metrics(truth, judge)
+    return _metrics(truth, judge, doubled(detections))
 
 
 def _run(truth: GroundTruth, detections: Mapping[int, Detections], by_size: bool) -> Any:
@@ -128,7 +133,7 @@ def _xywh(boxes: np.ndarray) -> list[list[float]]:
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
 
 
-def _metrics(truth: GroundTruth, judge: Any) -> Metrics:
+def _metrics(truth: GroundTruth, judge: Any, twice: float | None) -> Metrics:
     precision, recall = judge.eval["precision"], judge.eval["recall"]     # [10, 101, K, 4, 3], [10, K, 4, 3]
 
     def mean(values: np.ndarray) -> float | None:
@@ -141,7 +146,8 @@ def _metrics(truth: GroundTruth, judge: Any) -> Metrics:
     return Metrics(
         ap=mean(full[..., 0]), ap50=mean(full[0, ..., 0]), ap75=mean(full[5, ..., 0]),
         ap_small=small, ap_medium=medium, ap_large=large,
-        ar100=mean(recall[:, :, 0, -1]), per_class=per_class, matches=_matches(truth, judge),
+        ar100=mean(recall[:, :, 0, -1]), per_class=per_class, doubled=twice,
+        matches=_matches(truth, judge),
     )
 
 
