@@ -9,6 +9,11 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from edgedetr.errors import DeviceError, MissingDependency
+from edgedetr.runtime import board, cudart, nvidia
+from edgedetr.runtime.board import Board
+from edgedetr.runtime.cudart import Device
+
 # import name -> (package to install, extra that brings it, what it is needed for)
 PACKAGES: dict[str, tuple[str, str, str]] = {
     "numpy": ("numpy", "runtime", "everything"),
@@ -33,6 +38,7 @@ PACKAGES: dict[str, tuple[str, str, str]] = {
     "tensorrt": ("tensorrt", "trt", "TensorRT engines (JetPack brings it)"),
 }
 EXTRA_OF = {name: extra for name, (_, extra, _) in PACKAGES.items()}
+ON_DEVICE = ("runtime", "verify")       # the extras of a board, which neither trains nor exports
 OPTIONAL = ("cv2", "openvino", "tensorrt", "tensorboard")
 
 
@@ -47,6 +53,40 @@ class Package:
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What of TensorRT's needs is here.
+
+    device      None: `no_device` says why
+    tensorrt    version, or None: `no_tensorrt` says why
+    """
+
+    device: Device | None
+    no_device: str
+    tensorrt: str | None
+    no_tensorrt: str
+
+    def rows(self) -> list[list[object]]:
+        found = self.device
+        return [
+            ["gpu", f"{found.name} (sm_{found.sm}), {found.total_bytes / 2**30:.1f} GiB"
+                    f"{' shared with the CPU' if found.integrated else ''}" if found else f"none: {self.no_device}"],
+            *([["cuda", f"{found.runtime}; the driver runs up to {found.driver}"]] if found else []),
+            ["tensorrt", self.tensorrt or f"none: {self.no_tensorrt.partition(';')[0]}"],
+        ]
+
+    def advice(self, on_jetson: bool) -> list[str]:
+        """What stands between this machine and engines; nothing where no NVIDIA GPU was ever expected."""
+        if self.device and self.tensorrt:
+            return ["engines can be built and run here: edgedetr build BUNDLE; check TensorRT with: edgedetr selftest"]
+        if not (on_jetson or self.device or self.tensorrt):
+            return []
+        missing = [self.no_device] * (self.device is None) + [self.no_tensorrt] * (self.tensorrt is None)
+        if on_jetson:
+            missing.append("JetPack's own packages bring both: sudo apt install nvidia-jetpack")
+        return missing
+
+
+@dataclass(frozen=True)
 class Examination:
     """What was found. `instructions` are the CPU's that decide how fast INT8 is, e.g. avx512_vnni."""
 
@@ -56,7 +96,8 @@ class Examination:
     cpu: str
     cores: int
     instructions: tuple[str, ...]
-    gpu: str
+    gpu: Gpu
+    board: Board
     packages: tuple[Package, ...]
 
     @property
@@ -74,7 +115,10 @@ class Examination:
             ["system", self.system],
             ["cpu", f"{self.cpu}, {self.cores} cores usable"],
             ["int8 instructions", ", ".join(self.instructions) or "none known"],
-            ["gpu", self.gpu],
+            *([["memory", f"{self.board.memory[0] / 2**30:.1f} GiB, {self.board.memory[1] / 2**30:.1f} GiB free"]]
+              if self.board.memory else []),
+            *self.board.rows(),
+            *self.gpu.rows(),
         ]
 
     def package_rows(self) -> list[list[object]]:
@@ -85,22 +129,24 @@ class Examination:
 
     def advice(self) -> list[str]:
         """What to do next, one sentence each."""
-        missing = [p for p in self.packages if p.version is None and _import_name(p.name) not in OPTIONAL]
+        missing = [p for p in self.packages if p.version is None and _import_name(p.name) not in OPTIONAL
+                   and (p.extra in ON_DEVICE or not self.board.is_jetson)]
         lines = []
         if missing:
             extras = ",".join(dict.fromkeys(p.extra for p in missing))
             lines.append(f"missing: {', '.join(p.name for p in missing)}; run: pip install 'edgedetr[{extras}]'")
         else:
-            lines.append("everything that training, export, verifying and reporting need is here")
+            what = "running and verifying" if self.board.is_jetson else "training, export, verifying and reporting"
+            lines.append(f"everything that {what} need is here")
         if platform.machine() in ("x86_64", "AMD64") and not self.has_vnni:
             lines.append(
                 "this CPU has no VNNI: INT8 on it is slower than it could be, and full-range weights can saturate"
             )
-        return lines
+        return [*lines, *self.gpu.advice(self.board.is_jetson), *self.board.advice()]
 
 
-def examine() -> Examination:
-    """Look at this machine; imports nothing heavy."""
+def examine(root: Path = Path("/")) -> Examination:
+    """Look at this machine; of heavy packages only TensorRT is imported. `root` is where a Jetson's files begin."""
     packages = tuple(
         Package(package, extra, purpose, _version(package)) for package, extra, purpose in PACKAGES.values()
     )
@@ -112,6 +158,7 @@ def examine() -> Examination:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         instructions=_instructions(),
         gpu=_gpu(),
+        board=board.read(root),
         packages=packages,
     )
 
@@ -147,11 +194,14 @@ def _instructions() -> tuple[str, ...]:
     return tuple(name for name in wanted if name in flags)
 
 
-def _gpu() -> str:
-    for place, what in (
-        (Path("/etc/nv_tegra_release"), "NVIDIA Jetson"),
-        (Path("/proc/driver/nvidia/version"), "NVIDIA driver"),
-    ):
-        if place.is_file():
-            return f"{what}: {place.read_text(encoding='utf-8', errors='replace').splitlines()[0].strip()}"
-    return "none found"
+def _gpu() -> Gpu:
+    device, no_device, tensorrt, no_tensorrt = None, "", None, ""
+    try:
+        device = cudart.probe()
+    except DeviceError as reason:
+        no_device = str(reason).removesuffix(f"; {cudart.DOCTOR}")
+    try:
+        tensorrt = str(nvidia.tensorrt().__version__)
+    except MissingDependency as reason:
+        no_tensorrt = str(reason)
+    return Gpu(device, no_device, tensorrt, no_tensorrt)
