@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from edgedetr.commands.choose import json_option, open_bundle
 from edgedetr.commands.show import as_json, say, table
-from edgedetr.errors import NotWithinTolerance
+from edgedetr.errors import NotWithinTolerance, UsageError
 
 TARGETS = ("jetpack-6", "jetpack-7.2", "trt-11")
 
@@ -47,8 +48,122 @@ def lint(target: Path | None, targets: tuple[str, ...], as_json_: bool) -> int:
     return NotWithinTolerance.exit_code if any(report.errors for report in reports) else 0
 
 
+def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """HxW as two numbers."""
+    if value is None:
+        return None
+    height, cross, width = value.lower().partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal() and int(height) * int(width)):
+        raise click.BadParameter(f"{value!r}; expected height x width, for example 640x640")
+    return int(height), int(width)
+
+
+@click.command("import")
+@click.argument("source", metavar="SOURCE")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle to write.")
+@click.option("--model", help="Member of the family that the weights belong to; not for an ONNX file.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Data directory: its classes, and what to calibrate and verify on."
+)
+@click.option(
+    "--classes",
+    type=click.Path(path_type=Path),
+    help="Names of the class logits, one a line; `-` is one that is not used.  [default: the data set's]",
+)
+@click.option("--input", "size", metavar="HxW", callback=_size, help="Input size.  [default: the model's own]")
+@click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a recipe value (weights).")
+@click.option("--scale", type=float, help="What the ONNX file wants pixels multiplied by.  [default: 1/255]")
+@click.option("--mean", type=float, nargs=3, help="Mean that it wants subtracted then, R G B.  [default: 0 0 0]")
+@click.option("--std", type=float, nargs=3, help="Deviation to divide by then, R G B.  [default: 1 1 1]")
+@click.option(
+    "--resize", type=click.Choice(["stretch", "letterbox"]), help="How it wants pictures fitted.  [default: stretch]"
+)
+@click.option("--activation", type=click.Choice(["sigmoid", "softmax"]), help="Of its class logits.")
+@click.option(
+    "--columns",
+    type=click.Choice(["index", "category-id"]),
+    help="Where a class of the data set stands among its logits.  [default: index]",
+)
+@json_option
+def import_(
+    source: str,
+    out: Path,
+    model: str | None,
+    data: Path | None,
+    classes: Path | None,
+    size: tuple[int, int] | None,
+    sets: tuple[str, ...],
+    scale: float | None,
+    mean: tuple[float, float, float] | None,
+    std: tuple[float, float, float] | None,
+    resize: Literal["stretch", "letterbox"] | None,
+    activation: Literal["sigmoid", "softmax"] | None,
+    columns: Literal["index", "category-id"] | None,
+    as_json_: bool,
+) -> None:
+    """Make a bundle of a model trained elsewhere.
+
+    SOURCE is an ONNX file of a DETR-like detector (RT-DETR, D-FINE, RF-DETR), or weights for one of the family: a
+    .safetensors or .pth file, a folder of transformers, or a name on the Hugging Face hub, with --model."""
+    foreign = {"--scale": scale, "--mean": mean, "--std": std, "--resize": resize, "--activation": activation,
+               "--columns": columns}
+    weights = {"--model": model, "--set": sets or None}
+    graph = source.endswith(".onnx")
+    wrong = [name for name, value in (weights if graph else foreign).items() if value is not None]
+    if wrong:
+        raise UsageError(f"{wrong[0]} is for {'weights' if graph else 'an ONNX file'}, and {source} is "
+                         f"{'an ONNX file' if graph else 'none'}; leave it out")
+    if graph:
+        result = _import_graph(Path(source), out, data, classes, size, scale, mean, std, resize, activation, columns)
+    elif model is None:
+        from edgedetr.models import FAMILY
+
+        raise UsageError(f"weights need --model, one of {', '.join(FAMILY)}; an ONNX file ends in .onnx")
+    else:
+        from edgedetr.export.published import import_weights
+
+        imported = import_weights(source, model, out, data=data, classes=classes, size=size, sets=sets)
+        say(f"{source}: {imported.layout} layout, {imported.tensors} tensors")
+        for note in imported.notes:
+            say(note)
+        result = {"bundle": str(imported.bundle.path), "layout": imported.layout, "tensors": imported.tensors,
+                  "kept": imported.kept, "fresh": imported.fresh, "notes": imported.notes}
+    say(f"imported: {out}\nnext: edgedetr export {out}{' --int8' if graph else ''}")
+    if as_json_:
+        as_json(result)
+
+
+def _import_graph(
+    source: Path,
+    out: Path,
+    data: Path | None,
+    classes: Path | None,
+    size: tuple[int, int] | None,
+    scale: float | None,
+    mean: tuple[float, float, float] | None,
+    std: tuple[float, float, float] | None,
+    resize: Literal["stretch", "letterbox"] | None,
+    activation: Literal["sigmoid", "softmax"] | None,
+    columns: Literal["index", "category-id"] | None,
+) -> dict[str, object]:
+    """The ONNX half of `import`; what was found in the file, as JSON."""
+    from edgedetr.export.bring import bring
+    from edgedetr.export.told import Pixels
+
+    given = {"scale": scale, "mean": mean, "std": std, "resize": resize}
+    said = {name: value for name, value in given.items() if value is not None}
+    brought = bring(source, out, data=data, classes=classes, size=size, pixels=Pixels(**said) if said else None,  # type: ignore[arg-type]  # each has its field's type
+                    activation=activation, columns=columns or "index")
+    say(brought.describe())
+    if not said:
+        say(f"normalisation taken: {brought.pixels.words()}; the file does not say it, so check it, and change it by "
+            "--scale, --mean, --std and --resize")
+    say("the reference of this bundle is the ONNX file itself: there is no PyTorch model")
+    return brought.to_json()
+
+
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-COMMANDS = (lint,)
+COMMANDS = (import_, lint)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +17,7 @@ import onnx
 from onnx import ModelProto
 from onnx.inliner import inline_local_functions
 
-from edgedetr.bundle import Bundle, ClassInfo, DataRecord, InputContract, Manifest, OutputContract, digest
+from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract, digest
 from edgedetr.data.layouts import load, splits
 from edgedetr.errors import DataError, ExportError, UsageError
 from edgedetr.export import foreign, surgery
@@ -26,6 +25,7 @@ from edgedetr.export.fold import fold
 from edgedetr.export.onnx_file import OPSET, PREFIX, check, describe
 from edgedetr.export.original import Original, agree, decoded, pick, probes, renumbered, session
 from edgedetr.export.roles import prefix_nodes
+from edgedetr.export.told import Kept, Pixels, columns_of, read_names, usual
 from edgedetr.graph.file import open_onnx
 from edgedetr.graph.view import GraphView
 from edgedetr.runtime.runner import RawOutputs
@@ -34,32 +34,6 @@ log = logging.getLogger(__name__)
 
 MODEL = "imported"              # what bundle.json calls a model that only its ONNX file knows
 STAGE = "import"
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """What the foreign graph takes: (pixel * scale - mean) / std, per RGB channel, of a picture that was resized so."""
-
-    scale: float = 1 / 255                                          # RT-DETR, D-FINE: 0..1, no mean
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    resize: Literal["stretch", "letterbox"] = "stretch"
-
-    def __post_init__(self) -> None:
-        if not (np.isfinite([self.scale, *self.mean, *self.std]).all() and self.scale > 0 and min(self.std) > 0):
-            raise UsageError(f"scale {self.scale}, mean {self.mean}, std {self.std}; expected finite numbers, scale "
-                             "and std above 0")
-
-    @property
-    def factor(self) -> np.ndarray:
-        """[3] what pixels are multiplied by."""
-        return self.scale / np.array(self.std)
-
-    @property
-    def shift(self) -> np.ndarray:
-        """[3] what is added then."""
-        return -np.array(self.mean) / np.array(self.std)
 
 
 @dataclass(frozen=True)
@@ -82,27 +56,32 @@ class Brought:
     objects: int
     pictures: int
 
+    def describe(self) -> str:
+        """What was found, in one sentence or two."""
+        how = {"raw": "gives logits and boxes", "decoded": "gives labels, boxes and scores, which were cut off",
+               "joined": "gives boxes and scores in one, which were taken apart"}[self.contract]
+        contract = self.bundle.manifest.input
+        return (f"opset {self.opset}, {contract.height} x {contract.width} px, {how}; {self.queries} queries, "
+                f"{self.activation}, {len(self.bundle.manifest.classes)} classes; {self.folded} scales folded into "
+                f"convolutions\nchecked on {self.pictures} pictures: all of {self.objects} objects that the file finds "
+                "are found again")
 
-@dataclass(frozen=True)
-class Kept:
-    """The class logits that the bundle keeps: `places` in the file, in the order of `classes` ("no object" last)."""
-
-    activation: str
-    classes: tuple[ClassInfo, ...]
-    places: tuple[int, ...]
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(replace(self, bundle=None)), "bundle": str(self.bundle.path)}  # type: ignore[arg-type]  # a path in JSON
 
 
-def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, names: Sequence[str] | None = None,
+def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, classes: Path | None = None,
           size: tuple[int, int] | None = None, pixels: Pixels | None = None,
           activation: Literal["sigmoid", "softmax"] | None = None,
           columns: Literal["index", "category-id"] = "index") -> Brought:
     """Import an ONNX file; nothing is left behind where it fails.
 
     data     the labelled pictures to calibrate and verify on; its classes become the bundle's
-    names    what each class logit stands for, "-" for one that is not used; None = the data set's classes in order
+    classes  a text file that says what each class logit stands for, one a line, "-" for one that is not used;
+             None = the data set's classes in order
     size     height and width where the file leaves them open
     pixels   the normalisation outside of the file
-    columns  where `names` is None: a class stands at its index, or at the category id of the data set
+    columns  where `classes` is None: a class stands at its index, or at the category id of the data set
     """
     path, out = Path(path), Path(out)
     if (out / "weights.safetensors").exists():
@@ -111,19 +90,21 @@ def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, 
     if opened.faults:
         raise ExportError(f"{path}: {opened.faults[0]}; expected weights in the file, or in a plain file beside it; "
                           "copy both into one folder (cp -L follows links)")
+    names = read_names(classes) if classes is not None else None
     original = _standard(opened.model, path)
     taken = foreign.inputs(original)
     height, width = _size(original, taken.image, size)
     model, view = _fixed(original, taken, height, width)
     found = foreign.outputs(model, view)
-    pixels = pixels or _usual(found)
+    pixels = pixels or usual(found)
     contract = InputContract(height, width, pixels.resize)
     record = _record(data)
     dataset = load(record.path, record.verify_split) if record is not None else None
     images = probes(dataset, contract)
     oracle = Original(original, taken, found, pixels.factor, pixels.shift)
     picked = pick(model, view, oracle, images)
-    kept = _columns(picked.width, picked.activation or activation, names, dataset.classes if dataset else None, columns)
+    known = dataset.classes if dataset is not None else None
+    kept = columns_of(picked.width, picked.activation or activation, names, known, columns)
     output = OutputContract(kept.activation, oracle.top_k(images[:1]) or OutputContract().top_k)
     result = surgery.dress(model, taken.image, picked.logits, picked.boxes, scale=pixels.factor, shift=pixels.shift,
                            columns=kept.places, queries=picked.queries, width=picked.width)
@@ -214,13 +195,6 @@ def _dtype(model: ModelProto, name: str) -> np.dtype:
     return onnx.helper.tensor_dtype_to_np_dtype(kind)
 
 
-def _usual(found: foreign.Outputs) -> Pixels:
-    """The normalisation that models of this contract are published with."""
-    if found.kind == "raw" and set(found.given) == {"dets", "labels"}:      # RF-DETR
-        return Pixels(mean=IMAGENET[0], std=IMAGENET[1])
-    return Pixels()
-
-
 def _record(data: str | Path | None) -> DataRecord | None:
     """Which splits of a data set verify and calibrate, as training chooses them."""
     if data is None:
@@ -232,37 +206,6 @@ def _record(data: str | Path | None) -> DataRecord | None:
         raise DataError(f"{data}: splits {', '.join(there) or 'none'}; expected train to calibrate on, and test or val "
                         "to verify on")
     return DataRecord(str(Path(data).resolve()), verify, calib)
-
-
-def _columns(width: int, activation: str | None, names: Sequence[str] | None, known: tuple[ClassInfo, ...] | None,
-             columns: str) -> Kept:
-    """What the `width` class logits of the file stand for, and which of them the bundle keeps."""
-    if names is not None:
-        given = {name: place for place, name in enumerate(names) if name != "-"}
-        lost = [item.name for item in known or () if item.name not in given]
-        if lost:
-            raise UsageError(f"--classes does not name {', '.join(lost[:5])}, which the data set has; expected one "
-                             "line for each class logit of the file, in order, `-` for one that is not used")
-        known = known or tuple(ClassInfo(index, place, name) for index, (name, place) in enumerate(given.items()))
-        places, count = [given[item.name] for item in known], len(names)
-    else:
-        count = width if known is None else len(known)
-        known = known or tuple(ClassInfo(index, index, f"class {index}")
-                               for index in range(width - (activation == "softmax")))
-        places = [item.category_id if columns == "category-id" else item.index for item in known]
-    if activation is None and width == count + 1:
-        raise UsageError(f"the file has {width} class logits for {count} classes; say what they are: --activation "
-                         "softmax (DETR: the last one is 'no object') or --activation sigmoid (RF-DETR: the last one "
-                         "is not used)")
-    activation = activation or "sigmoid"
-    usable = width - (activation == "softmax")
-    if min(places) < 0 or max(places) >= usable:
-        raise UsageError(f"the file has {usable} class logits, and a class stands at place {max(places)}; expected one "
-                         "line of --classes for each logit of the file, or --columns index")
-    if width > count + 1 and names is None and columns == "index":
-        raise UsageError(f"the file has {width} class logits for {count} classes; say which is which: --classes FILE, "
-                         "or --columns category-id where they stand at the category ids (COCO: 91 for 80)")
-    return Kept(activation, known, tuple(places + ([width - 1] if activation == "softmax" else [])))
 
 
 def _finish(model: ModelProto, manifest: Manifest, path: Path, opset: int) -> None:

@@ -1,7 +1,11 @@
-"""reference.npz: what the PyTorch model detects on the verify split, so that verifying needs no torch."""
+"""reference.npz: what the PyTorch model detects on the verify split, so that verifying needs no torch.
+
+An imported graph has no PyTorch model: there the reference is its float32 ONNX file in ONNX Runtime.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -9,12 +13,16 @@ import torch
 from edgedetr.bundle import Bundle, Manifest
 from edgedetr.data.form import DetectionSet
 from edgedetr.data.images import decode as decode_image
+from edgedetr.data.layouts import load
 from edgedetr.evaluation.reference import Reference
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.detector import load as load_detector
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import prepare
 from edgedetr.runtime.runner import RawOutputs
+
+log = logging.getLogger(__name__)
 
 BATCH = 4           # pictures at a time; on a CPU larger batches are no faster
 
@@ -26,6 +34,39 @@ def reference(bundle: Bundle, graph: DeployGraph, dataset: DetectionSet,
     weights = bundle.manifest.files["weights.safetensors"].sha256
     with bundle.add("reference.npz", stage="export", made_from=["weights.safetensors"]) as temporary:
         Reference.of(dataset, found, model=weights).save(temporary)
+
+
+def imported(bundle: Bundle) -> bool:
+    """Whether the bundle's model is known by its ONNX file alone."""
+    files = bundle.manifest.files
+    return "model.onnx" in files and files["model.onnx"].stage == "import"
+
+
+def reference_of_graph(bundle: Bundle, progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Add reference.npz of an imported graph, unless it is there and up to date."""
+    path, record = bundle.require("model.onnx"), bundle.manifest.data
+    if record is None:
+        log.warning("%s: no data recorded, so no reference.npz; import it again with --data DIR", bundle.path)
+        return
+    if bundle.has("reference.npz"):
+        return
+    log.warning("%s: the reference is model.onnx in ONNX Runtime: an imported graph has no PyTorch model", bundle.path)
+    dataset = load(record.path, record.verify_split)
+    found = detect_by_graph(bundle, dataset, progress)
+    with bundle.add("reference.npz", stage="export", made_from=["model.onnx"]) as temporary:
+        Reference.of(dataset, found, model=bundle.manifest.files[path.name].sha256).save(temporary)
+
+
+def detect_by_graph(bundle: Bundle, dataset: DetectionSet,
+                    progress: Callable[[str, int, int], None] | None = None) -> dict[int, Detections]:
+    """What model.onnx finds in every picture of the split, by image id."""
+    detector = load_detector(bundle, backend="onnxruntime", stage="onnx")
+    found: dict[int, Detections] = {}
+    for number, sample in enumerate(dataset.samples):
+        found[sample.image_id] = detector([decode_image(sample.path)])[0]
+        if progress:
+            progress("reference", number + 1, len(dataset))
+    return found
 
 
 def detect(manifest: Manifest, graph: DeployGraph, dataset: DetectionSet,
