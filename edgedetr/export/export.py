@@ -15,10 +15,10 @@ from edgedetr.bundle import Bundle, Manifest
 from edgedetr.data.form import DetectionSet
 from edgedetr.data.images import decode
 from edgedetr.data.layouts import load
-from edgedetr.errors import ExportError
+from edgedetr.errors import ExportError, UsageError
 from edgedetr.export.config import ExportConfig
 from edgedetr.export.onnx_file import PREFIX, describe, parity, write
-from edgedetr.export.reference import reference
+from edgedetr.export.reference import imported, reference, reference_of_graph
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
 from edgedetr.models.detector import Detector
 from edgedetr.quantization.config import QuantConfig
@@ -32,20 +32,27 @@ PICTURES = 2        # of the verify split, on which the ONNX file is compared wi
 
 
 def export(bundle: Bundle | str | Path, *, int8: bool = False, fp16: bool = False, calib: Path | None = None,
-           sampling: Literal["gather", "grid_sample"] | None = None, config: ExportConfig | None = None,
-           quant: QuantConfig | None = None, progress: Progress | None = None) -> Bundle:
+           sampling: Literal["gather", "grid_sample"] | None = None, dynamic_batch: bool = False,
+           config: ExportConfig | None = None, quant: QuantConfig | None = None,
+           progress: Progress | None = None) -> Bundle:
     """Write reference.npz and model.onnx, with `fp16` model.fp16.onnx, with `int8` ranges.json and the two INT8 graphs.
 
     calib      calibration pictures; None = the calibration split of the bundle's data
     sampling   overrides the recipe's way of deformable sampling
+    dynamic_batch   leave the batch size open, whatever the recipe says
     config, quant   settings; None = those of the recipe in the bundle
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if config is None or quant is None:
         recorded = _recipe(bundle)
         config, quant = config or recorded[0], quant or recorded[1]
+    if (sampling is not None or dynamic_batch) and imported(bundle):
+        raise UsageError(f"{bundle.path} holds an imported graph: sampling and batch size are as it came; leave "
+                         "--sampling and --dynamic-batch out")
     if sampling is not None:
         config = replace(config, sampling=sampling)
+    if dynamic_batch:
+        config = replace(config, dynamic_batch=True)
     export_onnx(bundle, config, progress)
     if fp16:
         to_half(bundle, config=quant, calib=calib, progress=progress)
@@ -56,6 +63,9 @@ def export(bundle: Bundle | str | Path, *, int8: bool = False, fp16: bool = Fals
 
 def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None = None) -> None:
     """reference.npz and model.onnx; the ONNX file is compared with PyTorch before it enters the bundle."""
+    if imported(bundle):
+        reference_of_graph(bundle, progress)
+        return
     made_by = json.dumps(asdict(config))
     record = bundle.manifest.data
     fresh_reference = record is None or bundle.has("reference.npz")
