@@ -66,6 +66,7 @@ def train(
     type=click.Choice(["gather", "grid_sample"]),
     help="How deformable attention samples.  [default: the recipe's]",
 )
+@click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open: for engines of several pictures.")
 @click.option("--frame", metavar="HxW", help="Also graphs for whole camera frames of this size, e.g. 1080x1920.")
 @click.option("--triton", type=click.Path(path_type=Path), help="Add the model to this Triton repository.")
 @click.option("--deepstream", type=click.Path(path_type=Path), help="Write graph, labels and nvinfer file here.")
@@ -75,6 +76,7 @@ def export(
     trt: bool,
     calib: Path | None,
     sampling: Literal["gather", "grid_sample"] | None,
+    dynamic_batch: bool,
     frame: str | None,
     triton: Path | None,
     deepstream: Path | None,
@@ -90,7 +92,15 @@ def export(
     from edgedetr.export.export import export as run
 
     with progress_bars() as progress:
-        run(opened, int8=int8, fp16=trt, calib=calib, sampling=sampling, progress=progress)
+        run(
+            opened,
+            int8=int8,
+            fp16=trt,
+            calib=calib,
+            sampling=sampling,
+            dynamic_batch=dynamic_batch,
+            progress=progress,
+        )
     if frame or triton or deepstream:
         from edgedetr.export.serving import serve
 
