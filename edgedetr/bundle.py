@@ -232,6 +232,8 @@ class Bundle:
         return self.manifest.files[name]
 
     def _run(self, name: str) -> str:
+        if name == "model.onnx" and name in self.manifest.files and self.manifest.files[name].stage == "import":
+            return f"run: edgedetr import FILE.onnx --out {self.path}"
         return "run: " + COMMANDS.get(name, "edgedetr export {path}").format(path=self.path)
 
     def _inside(self, name: str) -> Path:

@@ -14,6 +14,8 @@ from edgedetr.commands.choose import bundle_argument, data_option, json_option, 
 from edgedetr.commands.show import Progress, as_json, progress_bars, say, table
 from edgedetr.errors import BundleError, NotWithinTolerance
 
+BACKENDS = ("onnxruntime", "openvino", "tensorrt")
+
 if TYPE_CHECKING:
     from edgedetr.data.form import DetectionSet
     from edgedetr.evaluation.config import VerifyConfig
@@ -30,12 +32,28 @@ if TYPE_CHECKING:
     help="Largest accepted AP drop, points.  [default: the bundle's]",
 )
 @click.option("--live", is_flag=True, help="Run the PyTorch model again instead of reading its recorded detections.")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=click.Choice(BACKENDS),
+    help="Only these libraries; repeatable.  [default: the engines that fit this device, else the CPU's]",
+)
 @threads_option
 @json_option
 def verify(
-    bundle: Path | None, data: Path | None, max_drop: float | None, live: bool, threads: int | None, as_json_: bool
+    bundle: Path | None,
+    data: Path | None,
+    max_drop: float | None,
+    live: bool,
+    backends: tuple[str, ...],
+    threads: int | None,
+    as_json_: bool,
 ) -> int:
     """Bound what each stage loses against PyTorch.
+
+    On a device with engines these are verified, without PyTorch: at batch 1, in full batches of equal pictures, INT8
+    beside FP16, and the precision that they really run in.
 
     Exit 3 when a delivered stage is not shown to be within the budget."""
     opened = open_bundle(bundle)
@@ -47,12 +65,15 @@ def verify(
             data=data,
             max_drop=max_drop,
             live=_live(progress) if live else None,
+            backends=backends or None,
             threads=threads,
             config=_settings(opened),
             progress=progress,
         )
     result = verdict.to_json()
     show_verdict(result)
+    if "engine" in result["stages"][-1]:
+        show_engines(result)
     if as_json_:
         as_json(result)
     return 0 if result["passed"] else NotWithinTolerance.exit_code
@@ -77,12 +98,14 @@ def _settings(bundle: Bundle) -> VerifyConfig | None:
 
 
 def _live(progress: Progress) -> Callable[[Bundle, DetectionSet], Reference]:
-    """What makes the reference anew with PyTorch, for verify, which lives on a floor without it."""
+    """What makes the reference anew, with PyTorch or an imported graph, for verify, whose floor is without torch."""
     from edgedetr.evaluation.reference import Reference
-    from edgedetr.export.reference import detect
+    from edgedetr.export.reference import detect, detect_by_graph, imported
     from edgedetr.models.deploy import load_bundle_model
 
     def make(bundle: Bundle, dataset: DetectionSet) -> Reference:
+        if imported(bundle):
+            return Reference.of(dataset, detect_by_graph(bundle, dataset, progress))
         _, graph = load_bundle_model(bundle)
         return Reference.of(dataset, detect(bundle.manifest, graph, dataset, progress))
 
@@ -101,13 +124,28 @@ def show_verdict(result: dict[str, Any]) -> None:
     say(click.style(verdict_sentence(result), fg="green" if result["passed"] else "red"))
 
 
+def show_engines(result: dict[str, Any]) -> None:
+    """What is only known of engines; `result` is a DeviceVerdict as JSON."""
+    say(f"{result['device']}, TensorRT {result['tensorrt']}" + (f", {c}" if (c := result["conditions"]) else ""))
+    engines = [stage for stage in result["stages"] if "engine" in stage]
+    table(
+        ["engine", "layers in its precision", "reformats", "equal rows"],
+        [[e["engine"], _percent(e["share"]), e["reformats"], _percent(e["rows"])] for e in engines],
+    )
+    say(f"recommended: {result['recommended'] or 'none of them'}")
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.0f} %"
+
+
 @click.command("eval")
 @bundle_argument
 @data_option
 @click.option("--split", help="The split to evaluate.  [default: the bundle's verify split]")
 @click.option("--stage", default="onnx", show_default=True, help="torch, onnx, int8 or int8-cpu.")
 @click.option(
-    "--backend", type=click.Choice(["onnxruntime", "openvino"]), help="Inference library.  [default: the stage's own]"
+    "--backend", type=click.Choice(BACKENDS), help="Inference library.  [default: the stage's own]"
 )
 @threads_option
 @json_option

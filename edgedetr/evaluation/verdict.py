@@ -94,9 +94,15 @@ class Judge:
     def torch(self) -> StageVerdict:
         weights, ap = self.bundle.manifest.files.get("weights.safetensors"), self.metrics.ap or 0.0
         note = "" if ap > self.config.budget else (
-            f"torch itself reaches AP {ap:.1f}, no more than the budget of {self.config.budget:g}: "
+            f"the reference itself reaches AP {ap:.1f}, no more than the budget of {self.config.budget:g}: "
             f"there is nothing to lose, and passing says nothing")
-        return StageVerdict("torch", "pytorch", True, ap, self.metrics.ap50 or 0.0, 0.0, 0.0, None,
+        name, backend = "torch", "pytorch"
+        graph = self.bundle.manifest.files.get("model.onnx")
+        if weights is None and graph is not None and graph.stage == "import":
+            name, backend, weights = "reference", "onnxruntime", graph
+            told = "an imported graph has no PyTorch model: the reference is model.onnx in ONNX Runtime"
+            note = f"{told}; {note}" if note else told
+        return StageVerdict(name, backend, True, ap, self.metrics.ap50 or 0.0, 0.0, 0.0, None,
                             None, weights.size / 1e6 if weights else None, ap75=self.metrics.ap75,
                             per_class=self.metrics.per_class, images=len(self.reference.truth), note=note)
 

@@ -15,6 +15,7 @@ from edgedetr.bundle import Bundle
 from edgedetr.data import images
 from edgedetr.data.form import DetectionSet
 from edgedetr.errors import BundleError, DataError, UsageError
+from edgedetr.evaluation import device
 from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.evaluate import Metrics, evaluate
 from edgedetr.evaluation.reference import GroundTruth, Reference, save_detections
@@ -66,13 +67,18 @@ def verify(
                that reference.npz was made from
     max_drop   the budget in points; None = the bundle's
     live       makes the reference anew (with torch, so it lives above this floor) instead of reading reference.npz
+    backends   None = the engines that fit this device, and without any the libraries of the CPU
+
+    On engines the verdict is a DeviceVerdict (see device.py).
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     config = config or VerifyConfig(budget=bundle.manifest.budget)
     config = replace(config, budget=config.budget if max_drop is None else max_drop, threads=threads or config.threads)
     if not math.isfinite(config.budget):
         raise UsageError(f"the budget is {config.budget}; expected points of AP from 0 to 100")
-    pairs = candidates(bundle, VERIFIED, stages, backends)
+    chosen = device.fitting(bundle, stages, backends)
+    on_cpu = [name for name in backends or () if name != "tensorrt"]
+    pairs = candidates(bundle, VERIFIED, stages, on_cpu or None) if on_cpu or not chosen else []
     dataset = load_split(bundle, data)
     if live:
         reference = live(bundle, dataset)
@@ -84,13 +90,19 @@ def verify(
         raise DataError(f"{dataset.root}: split {dataset.name!r} has no object to measure AP on; "
                         f"run: edgedetr data check {dataset.root}")
     runs = run_stages(bundle, dataset, pairs, threads=config.threads, oracle_images=config.parity_images,
-                      progress=progress)
+                      progress=progress, engines=chosen)
     judge = Judge(bundle, dataset, reference, torch, config)
     verdicts = [judge.torch()]
     for number, run in enumerate(runs):
-        verdicts.append(judge.stage(run))
+        judged = judge.stage(run)
+        verdicts.append(judged if run.engine is None else device.judge_engine(run, run.engine, judged))
         if progress:
             progress("bootstrap", number + 1, len(runs))
+    if chosen:
+        on_device = device.conclude(bundle, config, verdicts, runs)
+        if stages is None and not on_cpu:
+            device.record(bundle, on_device, runs)
+        return on_device
     verdict = Verdict(all(v.passed for v in verdicts), config.budget, max(v.drop_upper95 for v in verdicts),
                       tuple(verdicts))
     if stages is None and backends is None:
@@ -102,9 +114,9 @@ def evaluate_stage(
     bundle: str | Path | Bundle, *, stage: str = "onnx", backend: str | None = None, data: str | Path | None = None,
     split: str | None = None, threads: int | None = None, progress: Progress | None = None,
 ) -> Metrics:
-    """Metrics of one stage on a labelled split; "torch" is read from reference.npz."""
+    """Metrics of one stage on a labelled split; "torch" ("reference" of an import) is read from reference.npz."""
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    if stage == "torch":
+    if stage in ("torch", "reference"):
         reference = Reference.load(bundle.require("reference.npz"))
         if (split is not None and split != reference.split) or data is not None:
             check_same(reference, GroundTruth.of(load_split(bundle, data, split), digests=True), bundle)

@@ -14,6 +14,7 @@ from edgedetr.bundle import Bundle
 from edgedetr.errors import BundleError
 from edgedetr.evaluation.evaluate import ClassMatches, Metrics, evaluate
 from edgedetr.evaluation.reference import Reference, load_detections
+from edgedetr.report.tables import is_reference
 from edgedetr.runtime.detections import Detections
 
 VERDICT = "results/verify.json"
@@ -66,7 +67,7 @@ def read(bundle: Bundle) -> Evidence:
     reference = Reference.load(bundle.require("reference.npz"))
     stages = []
     for row in rows:
-        if row["name"] == "torch":
+        if is_reference(row):
             found: Mapping[int, Detections] = reference.detections
         else:
             name = f"results/detections-{row['name']}-{row['backend']}.npz"
@@ -74,7 +75,7 @@ def read(bundle: Bundle) -> Evidence:
                 continue
             found = load_detections(bundle.require(name), reference.truth.classes)
         stages.append(Stage(row, found, evaluate(reference.truth, found)))
-    stages.sort(key=lambda stage: stage.row["name"] != "torch")
+    stages.sort(key=lambda stage: not is_reference(stage.row))
     return Evidence(bundle, verdict, reference, tuple(stages))
 
 

@@ -33,8 +33,8 @@ def stage_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[st
 
 
 def is_reference(stage: Mapping[str, Any]) -> bool:
-    """Whether this is PyTorch, which the others are measured against."""
-    return stage["name"] == "torch" or stage.get("drop") is None
+    """Whether this is PyTorch, or the imported file, which the others are measured against."""
+    return stage["name"] in ("torch", "reference") or stage.get("drop") is None
 
 
 def verdict_word(stage: Mapping[str, Any], budget: float) -> str:
