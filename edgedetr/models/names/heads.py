@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from edgedetr.models.names.rules import Weights, rename
+from edgedetr.models.names.rules import Rule, Weights, rename
 
-COPY = re.compile(r"^(?:decoder\.)?(?:class|bbox)_embed\.(\d+)\.")
+COPY = re.compile(r"^(?:decoder\.)?(class|bbox)_embed\.(\d+)\.")
 
 
 def own_heads(weights: Mapping[str, Tensor]) -> Weights:
@@ -20,12 +20,19 @@ def own_heads(weights: Mapping[str, Tensor]) -> Weights:
     """
     refined = any(name.startswith("decoder.bbox_embed.") for name in weights)
     two_stage = "selector.project.weight" in weights
-    copies = [int(found[1]) for name in weights if (found := COPY.match(name))]
-    last = max(copies, default=0)
-    rules = []
+    copies = {kind: {int(found[2]) for name in weights if (found := COPY.match(name)) and found[1] == kind}
+              for kind in ("class", "bbox")}
+    last = max(copies["bbox"], default=0)
+    rules: list[Rule] = []
     for kind, ours in (("class", "score"), ("bbox", "box")):
         head = rf"^(?:decoder\.)?{kind}_embed"
         if two_stage:
             rules.append((rf"{head}\.{last}\.", f"selector.{ours}."))
         rules.append((rf"{head}\.(\d+)\.", rf"decoder.boxes.{ours}.\1." if refined else f"decoder.boxes.{ours}."))
-    return rename(weights, rules)
+    renamed = rename(weights, rules)
+    if refined and copies["class"] == {0}:
+        # transformers ties the class heads of its refined one-stage form, and writes a tied tensor once.
+        for layer in range(1, last + 1):
+            for kind in ("weight", "bias"):
+                renamed[f"decoder.boxes.score.{layer}.{kind}"] = renamed[f"decoder.boxes.score.0.{kind}"].clone()
+    return renamed
