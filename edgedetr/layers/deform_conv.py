@@ -1,10 +1,13 @@
-"""3x3 convolution whose nine taps look where they are told to, each with a weight of its own.
+"""The reading half of a deformable 3x3 convolution: nine taps that look where they are told to, each with a weight.
 
-Zhu et al. 2019, "Deformable ConvNets v2", section 3.1. The taps are read by bilinear samples, and one 1x1 convolution
-over nine times the channels sums them: standard operators, and the convolution can be quantised.
+Zhu et al. 2019, "Deformable ConvNets v2", section 3.1. A Linear over the nine taps' channels is the other half, so that
+it can be quantised and no operator is needed that runtimes lack. Several maps are read in one call.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,53 +16,80 @@ from torch import Tensor, nn
 from edgedetr.layers.gather import around
 
 TAPS = 9
-OFFSETS, MASKS = 2 * TAPS, TAPS     # channels of what tells the taps: y, x of each tap; the weight of each tap
+OFFSETS, MASKS = 2 * TAPS, TAPS     # what tells the taps, per cell: y, x of each tap; the weight of each tap
 
 
-class DeformConv(nn.Module):
+@dataclass(frozen=True)
+class Source:
+    """A map within a table of tokens, and the grid of cells that look at it.
+
+    shape   (H, W) of the map; start: its first row in the table
+    out     (h, w) of the grid; cell (i, j) looks about cell (stride i, stride j) of the map
+    """
+
+    shape: tuple[int, int]
+    start: int
+    out: tuple[int, int]
+    stride: int = 1
+
+
+class TapPlaces(nn.Module):
+    """Where taps look before they are moved, which depends on the shapes alone."""
+
+    shape_only = True
+
+    def forward(self, sources: Sequence[Source], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """-> row and column [Q, 9] of every tap in cells of its map; height, width and start [Q, 1] of that map."""
+        kind = torch.promote_types(like.dtype, torch.float32)       # half precision cannot count cells
+        tap = torch.arange(3, device=like.device, dtype=kind) - 1
+        rows, columns, maps = [], [], []
+        for source in sources:
+            (height, width), (h, w) = source.shape, source.out
+            row = torch.arange(h, device=like.device, dtype=kind).repeat_interleave(w) * source.stride
+            column = torch.arange(w, device=like.device, dtype=kind).repeat(h) * source.stride
+            rows.append(row[:, None] + tap.repeat_interleave(3))
+            columns.append(column[:, None] + tap.repeat(3))
+            numbers = torch.tensor([[height, width, source.start]], device=like.device, dtype=kind)
+            maps.append(numbers.expand(h * w, -1))
+        size = torch.cat(maps)
+        return torch.cat(rows), torch.cat(columns), size[:, :1], size[:, 1:2], size[:, 2:]
+
+
+class DeformRead(nn.Module):
     """`sampling` "grid_sample" (torch's own) or "gather" (row gathers): two ways to the same numbers."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, sampling: str = "grid_sample") -> None:
+    def __init__(self, sampling: str = "grid_sample") -> None:
         super().__init__()
-        self.stride, self.sampling = stride, sampling
-        self.mix = nn.Conv2d(TAPS * inputs, outputs, 1)     # channel by channel, its nine taps row by row
-        nn.init.uniform_(self.mix.weight, -(TAPS * inputs) ** -0.5, (TAPS * inputs) ** -0.5)
-        nn.init.zeros_(self.mix.bias)  # type: ignore[arg-type]  # there is one
+        self.sampling, self.places = sampling, TapPlaces()
 
-    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        """Cell (i, j) of the result looks about cell (stride i, stride j) of x; outside x is zero.
+    def forward(self, table: Tensor, sources: Sequence[Source], offset: Tensor, mask: Tensor) -> Tensor:
+        """What the taps of every cell read; outside a map is zero.
 
-        x       [B, C, H, W]
-        offset  [B, 18, h, w]  y, x of every tap, in cells of x
-        mask    [B, 9, h, w]   weight of every tap, 0..1
-        return  [B, C', h, w]
+        table    [B, S, C]   maps, one after the other, row by row
+        offset   [B, Q, 18]  y, x of every tap in cells of its map, grid after grid in the order of `sources`
+        mask     [B, Q, 9]   weight of every tap, 0..1
+        return   [B, Q, 9 C]  tap after tap, row by row
         """
-        height, width = offset.shape[2:]
-        kind = torch.promote_types(offset.dtype, torch.float32)     # a place in half precision is cells off
-        move_y, move_x = offset.to(kind).unflatten(1, (TAPS, 2)).unbind(2)          # [B, 9, h, w]
-        row = torch.arange(height, device=x.device, dtype=kind)[:, None] * self.stride - 1
-        column = torch.arange(width, device=x.device, dtype=kind) * self.stride - 1
-        tap = torch.arange(3, device=x.device, dtype=kind)
-        y = move_y + (row + tap.repeat_interleave(3)[:, None, None])                # [B, 9, h, w] in cells of x
-        x_ = move_x + (column + tap.repeat(3)[:, None, None])
-        read = self._grid_sample(x, y, x_) if self.sampling == "grid_sample" else self._gather(x, y, x_)
-        return self.mix((read * mask[:, None]).flatten(1, 2))
-
-    def _grid_sample(self, x: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """-> [B, C, 9, h, w]."""
-        height, width = x.shape[2:]
-        place = torch.stack([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1], dim=-1).flatten(1, 2)
-        read = F.grid_sample(x, place.to(x.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)
-        return read.unflatten(2, (TAPS, -1))
-
-    def _gather(self, x: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """-> [B, C, 9, h, w]."""
-        batch, _, height, width = x.shape
+        row, column, height, width, start = self.places(sources, offset)
+        move = offset.to(row.dtype).unflatten(-1, (TAPS, 2))
+        row, column = row + move[..., 0], column + move[..., 1]                     # [B, Q, 9]
+        if self.sampling == "grid_sample":
+            read = self._grid_sample(table, sources, (2 * column + 1) / width - 1, (2 * row + 1) / height - 1)
+            return (read * mask.to(table.dtype)[..., None]).flatten(2)
+        batch, rows = table.shape[:2]
         y0, y1, wy0, wy1 = around(row, height)
         x0, x1, wx0, wx1 = around(column, width)
-        first = torch.arange(batch, device=x.device)[:, None, None, None, None] * (height * width)
-        cell = torch.stack([y * width + c for y in (y0, y1) for c in (x0, x1)], dim=-1).long() + first
-        weight = torch.stack([wy * wx for wy in (wy0, wy1) for wx in (wx0, wx1)], dim=-1).to(x.dtype)
-        table = x.flatten(2).transpose(1, 2).flatten(0, 1)                          # [B H W, C]
-        read = weight.flatten(1, 3).unsqueeze(-2) @ F.embedding(cell.flatten(1, 3), table)      # [B, 9 h w, 1, C]
-        return read.squeeze(2).transpose(1, 2).unflatten(2, row.shape[1:])
+        first = torch.arange(batch, device=table.device)[:, None, None, None] * rows
+        cell = torch.stack([start + y * width + x for y in (y0, y1) for x in (x0, x1)], dim=-1).long() + first
+        weight = torch.stack([wy * wx * mask for wy in (wy0, wy1) for wx in (wx0, wx1)], dim=-1).to(table.dtype)
+        return (weight.unsqueeze(-2) @ F.embedding(cell, table.flatten(0, 1))).flatten(2)
+
+    def _grid_sample(self, table: Tensor, sources: Sequence[Source], x: Tensor, y: Tensor) -> Tensor:
+        """x, y [B, Q, 9] in -1..1 of each map -> [B, Q, 9, C]."""
+        read, grids = [], torch.stack([x, y], dim=-1).to(table.dtype)
+        for source, grid in zip(sources, grids.split([item.out[0] * item.out[1] for item in sources], dim=1)):
+            height, width = source.shape
+            level = table[:, source.start:source.start + height * width].transpose(1, 2).unflatten(2, source.shape)
+            sample = F.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+            read.append(sample.permute(0, 2, 3, 1))                                 # [B, h w, 9, C]
+        return torch.cat(read, dim=1)

@@ -45,26 +45,29 @@ class DynamicRelu(nn.Module):
         self.squeeze = nn.Linear(channels, channels // reduction)
         self.excite = nn.Linear(channels // reduction, 4 * channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> the same shape."""
-        mean = x.mean((2, 3))
-        share = hard_sigmoid(self.excite(F.relu(self.squeeze(mean)))) - 0.5             # [B, 4 C] in -0.5..0.5
-        a1, b1, a2, b2 = (part[:, :, None, None] for part in share.chunk(4, dim=1))
-        return torch.maximum(x * (2 * a1 + 1) + b1, x * (2 * a2) + b2)
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """maps: P of [B, C, cells] -> the same shapes."""
+        mean = torch.stack([x.mean(2) for x in maps], dim=1)                            # [B, P, C]
+        share = hard_sigmoid(self.excite(F.relu(self.squeeze(mean)))) - 0.5             # [B, P, 4 C] in -0.5..0.5
+        out = []
+        for x, told in zip(maps, share[..., None].unbind(1)):
+            a1, b1, a2, b2 = told.chunk(4, dim=1)                                       # [B, C, 1]
+            out.append(torch.maximum(x * (2 * a1 + 1) + b1, x * (2 * a2) + b2))
+        return out
 
 
 class ScaleAttention(nn.Module):
-    """One weight in 0..1 for a whole map, from its mean: how much of a level goes into the sum."""
+    """One weight in 0..1 for a whole map, from its mean: how much of it goes into a sum."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.score = nn.Conv2d(channels, 1, 1)
+        self.score = nn.Linear(channels, 1)
         nn.init.normal_(self.score.weight, std=0.01)
-        nn.init.zeros_(self.score.bias)  # type: ignore[arg-type]  # there is one
+        nn.init.zeros_(self.score.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> x times its weight."""
-        return x * hard_sigmoid(F.relu(self.score(x.mean((2, 3), keepdim=True))))
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """maps: P of [B, C, cells] -> their weights [B, P, 1]."""
+        return hard_sigmoid(F.relu(self.score(torch.stack([x.mean(2) for x in maps], dim=1))))
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:

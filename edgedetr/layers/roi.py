@@ -40,42 +40,41 @@ class RoiAlign(nn.Module):
         boxes = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
         pixels = boxes.new_tensor([shapes[0][1] * strides[0], shapes[0][0] * strides[0]]).repeat(2)
         boxes = boxes * pixels                                              # cx, cy, w, h in pixels
-        level = level_of(boxes, strides)                                    # [B, N]
         starts = [sum(h * w for h, w in shapes[:index]) for index in range(len(shapes))]
         table = boxes.new_tensor([[float(w), float(h), 1.0 / stride, float(start)]
                                   for (h, w), stride, start in zip(shapes, strides, starts)])
-        width, height, scale, start = F.embedding(level, table).unbind(-1)  # [B, N] each
-        centre, extent = (boxes * scale[..., None]).split(2, dim=-1)
-        x, x_weight = self._axis(centre[..., 0], extent[..., 0], width)     # [B, N, size, 2 * samples]
-        y, y_weight = self._axis(centre[..., 1], extent[..., 1], height)
-        # Every bin reads the cells of its rows times those of its columns: [B, N, size, size, 2 samples, 2 samples].
-        cell = y[:, :, :, None, :, None] * width[:, :, None, None, None, None] + x[:, :, None, :, None, :]
-        cell = cell + start[:, :, None, None, None, None]
-        weight = y_weight[:, :, :, None, :, None] * x_weight[:, :, None, :, None, :]
-        first = torch.arange(batch, device=tokens.device)[:, None, None, None] * rows
-        index = cell.flatten(4).flatten(2, 3).long() + first                # [B, N, bins, 4 samples^2]
-        weight = weight.flatten(4).flatten(2, 3).to(tokens.dtype)
-        read = F.embedding(index, tokens.flatten(0, 1))                     # [B, N, bins, 4 samples^2, C]
-        return (weight.unsqueeze(-2) @ read).squeeze(-2)
+        cells, scale, start = F.embedding(level_of(boxes, strides), table).split([2, 1, 1], dim=-1)
+        centre, extent = (boxes * scale).split(2, dim=-1)                   # [B, N, 2] in cells of the box's level
+        cell, weight = self._along(centre, extent, cells)                   # [B, N, 2, 2 samples * size]
+        column, row = cell.split(1, dim=2)
+        first = torch.arange(batch, device=tokens.device, dtype=boxes.dtype)[:, None, None] * rows
+        row = row.squeeze(2) * cells[..., :1] + (start + first)             # first token of the row, in the whole batch
+        # Every bin reads the cells of its rows times those of its columns; at most five dimensions, for TensorRT.
+        bins, reads = self.size, 2 * self.samples
+        index = row.reshape(-1, bins, 1, reads, 1) + column.reshape(-1, 1, bins, 1, reads)
+        across, down = weight.to(tokens.dtype).split(1, dim=2)
+        share = down.reshape(-1, bins, 1, reads, 1) * across.reshape(-1, 1, bins, 1, reads)
+        read = F.embedding(index.long().reshape(-1, bins**2, reads**2), tokens.flatten(0, 1))
+        # [B N, bins, 1, reads] @ [B N, bins, reads, C], bins and reads squared
+        return (share.reshape(-1, bins**2, 1, reads**2) @ read).reshape(batch, -1, bins**2, tokens.shape[2])
 
-    def _axis(self, centre: Tensor, extent: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Along one axis: the two cells about each sample, and their weights in the mean of the bin.
+    def _along(self, centre: Tensor, extent: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Along both axes: the two cells about each sample, and their weights in the mean of the bin.
 
-        centre, extent, cells  [B, N]  of the box in cells of its level; cells of that level
-        return                 [B, N, size, 2 * samples] cell numbers and weights
+        centre, extent, cells  [B, N, 2]  x, y of the box in cells of its level; cells of that level
+        return                 [B, N, 2, 2 * samples * size] cell numbers and weights, bin after bin
         """
         count = self.size * self.samples
         step = (torch.arange(count, device=centre.device, dtype=centre.dtype) + 0.5) / count - 0.5
-        place = centre[..., None] + extent[..., None] * step - 0.5          # cell centres are whole numbers
-        last = cells[..., None] - 1
-        inside = ((place >= -1) & (place <= last + 1)).to(place.dtype) / self.samples
+        place = centre[..., None] + (extent[..., None] * step - 0.5)        # cell centres are whole numbers
+        cells = cells[..., None]
+        last = cells - 1
+        inside = ((place >= -1) & (place <= cells)).to(place.dtype) / self.samples
         place = torch.minimum(place.clamp(min=0), last)
         low = place.floor()
-        high = torch.minimum(low + 1, last)
-        part = place - low
-        cell = torch.stack([low, high], dim=-1)                             # [B, N, count, 2]
-        weight = torch.stack([(1 - part) * inside, part * inside], dim=-1)
-        return (item.flatten(2).unflatten(2, (self.size, -1)) for item in (cell, weight))  # type: ignore[return-value]  # a pair
+        part = (place - low) * inside
+        cell = torch.stack([low, torch.minimum(low + 1, last)], dim=-1)
+        return cell.flatten(3), torch.stack([inside - part, part], dim=-1).flatten(3)
 
 
 def level_of(boxes: Tensor, strides: Sequence[int]) -> Tensor:
@@ -85,8 +84,5 @@ def level_of(boxes: Tensor, strides: Sequence[int]) -> Tensor:
     return  [...] int64, 0 for the finest level
     """
     # The area against each level's smallest one: exact where a logarithm can fall on either side of a whole number.
-    area = boxes[..., 2] * boxes[..., 3]
-    level = torch.zeros_like(area, dtype=torch.int64)
-    for stride in strides[1:]:
-        level = level + (area >= (CELLS * stride) ** 2).long()
-    return level
+    least = boxes.new_tensor([(CELLS * stride) ** 2 for stride in strides[1:]])
+    return (boxes[..., 2:3] * boxes[..., 3:] >= least).long().sum(-1)

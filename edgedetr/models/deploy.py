@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edgedetr.bundle import Bundle
 from edgedetr.errors import ModelError
-from edgedetr.layers.deform_conv import DeformConv
+from edgedetr.layers.deform_conv import DeformRead
 from edgedetr.layers.deformable import DeformableAttention
 from edgedetr.models.detector import Detector
 
@@ -51,7 +51,7 @@ class DeployGraph(nn.Module):
         self.height, self.width = height, width
         self.detector = copy.deepcopy(detector).eval().requires_grad_(False)
         for module in self.detector.modules():
-            if isinstance(module, (DeformableAttention, DeformConv)):
+            if isinstance(module, (DeformableAttention, DeformRead)):
                 module.sampling = sampling
         if decoder_layers:
             layers: nn.ModuleList = self.detector.decoder.layers  # type: ignore[assignment]  # every decoder has them

@@ -57,7 +57,8 @@ class DynamicDetrConfig:
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.hidden % GROUPS:
-            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of {GROUPS} and of {self.heads} heads")
+            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of {GROUPS} and of the "
+                             f"{self.heads} heads")
 
 
 def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> Detector:

@@ -43,10 +43,11 @@ def test_every_box_goes_through_the_weights_of_its_own_query(layers: int) -> Non
 @torch.no_grad()
 def test_dynamic_relu_is_the_larger_of_two_predicted_lines() -> None:
     made = noisy(DynamicRelu(8))
-    x = torch.randn(2, 8, 3, 5).double()
-    actual = made(x)
+    x = torch.randn(2, 8, 15).double()
+    other, actual = made([torch.randn(2, 8, 4).double(), x])
+    assert other.shape == (2, 8, 4)
     for image in range(2):
-        mean = x[image].mean((1, 2))
+        mean = x[image].mean(1)
         inner = F.relu(made.squeeze.weight @ mean + made.squeeze.bias)
         told = ((made.excite.weight @ inner + made.excite.bias + 3).clamp(0, 6) / 6).reshape(4, 8)
         for channel in range(8):
@@ -60,20 +61,21 @@ def test_dynamic_relu_that_learned_nothing_is_relu() -> None:
     made = DynamicRelu(8)
     torch.nn.init.zeros_(made.excite.weight)
     torch.nn.init.zeros_(made.excite.bias)
-    x = torch.randn(2, 8, 3, 5)
-    torch.testing.assert_close(made(x), F.relu(x), atol=1e-6, rtol=0)   # (0.5 + 3/6) is 1 but for rounding
+    x = torch.randn(2, 8, 15)
+    torch.testing.assert_close(made([x])[0], F.relu(x), atol=1e-6, rtol=0)   # (0.5 + 3/6) is 1 but for rounding
 
 
 @torch.no_grad()
-def test_a_level_has_one_weight_between_a_half_and_one() -> None:
+def test_a_map_has_one_weight_by_its_mean() -> None:
     made = noisy(ScaleAttention(8))
-    x = torch.randn(3, 8, 4, 5).double()
-    ratio = (made(x) / x).flatten(1)
-    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))
-    for image in range(3):
-        score = (made.score.weight.flatten() * x[image].mean((1, 2))).sum() + made.score.bias[0]
-        torch.testing.assert_close(ratio[image, 0], torch.clamp(F.relu(score) + 3, max=6) / 6)
-    assert len(set(ratio[:, 0].tolist())) > 1
+    maps = [torch.randn(3, 8, cells).double() for cells in (20, 6, 1)]
+    weights = made(maps)
+    assert weights.shape == (3, 3, 1)
+    for place, x in enumerate(maps):
+        for image in range(3):
+            score = (made.score.weight.flatten() * x[image].mean(1)).sum() + made.score.bias[0]
+            torch.testing.assert_close(weights[image, place, 0], torch.clamp(F.relu(score) + 3, max=6) / 6)
+    assert len(set(weights.flatten().tolist())) > 1
 
 
 def test_hard_sigmoid_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Sparse R-CNN: the cascade against a box-by-box reference in pixels, and what its paper's code is known to trip over."""
+"""Sparse R-CNN: the cascade against a reference in pixels, and what the code of its authors trips over."""
 
 from __future__ import annotations
 
