@@ -11,7 +11,7 @@ import click
 from edgedetr.bundle import Bundle
 from edgedetr.commands.choose import bundle_argument, open_bundle
 from edgedetr.commands.show import progress_bars, say, table
-from edgedetr.errors import UsageError
+from edgedetr.errors import PreparedNotFinished, UsageError
 
 set_option = click.option(
     "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one value of the recipe; repeatable."
@@ -101,29 +101,35 @@ def export(
             dynamic_batch=dynamic_batch,
             progress=progress,
         )
+    missing = _why_no_engines() if trt else None
+    if trt and not missing:
+        _engines(opened.path, ("fp16", "int8") if int8 else ("fp16",))
     if frame or triton or deepstream:
         from edgedetr.export.serving import serve
 
-        for line in serve(opened, int8=int8, frame=frame, triton=triton, deepstream=deepstream):
+        for line in serve(opened, fp16=trt, int8=int8, frame=frame, triton=triton, deepstream=deepstream):
             say(line)
     made = [(name, entry) for name, entry in Bundle.open(opened.path).manifest.files.items() if entry.stage != "train"]
     table(["file", "MB", "made by"], [[name, f"{entry.size / 1e6:.2f}", entry.stage] for name, entry in made])
-    if trt:
-        _engines(opened.path, ("fp16", "int8") if int8 else ("fp16",))
+    if missing:
+        raise PreparedNotFinished(
+            f"{opened.path}: the graphs for TensorRT are ready, the engines are not: they are built on the device "
+            f"they run on, and not here ({missing}); copy the bundle there and run: edgedetr build {opened.path.name}"
+        )
     say(f"next: edgedetr {'verify' if int8 else 'export'} {opened.path}{'' if int8 else ' --int8'}")
 
 
-def _engines(path: Path, precisions: tuple[str, ...]) -> None:
-    """Build the engines of a bundle, or say where that is to be done."""
-    from edgedetr.errors import PreparedNotFinished
+def _why_no_engines() -> str | None:
+    """Why no engine can be built here, or None."""
     from edgedetr.runtime import engine
 
-    reason = engine.available()
-    if reason:
-        raise PreparedNotFinished(
-            f"{path}: the graphs for TensorRT are ready, the engines are not: they are built on the device they "
-            f"run on, and not here ({reason}); copy the bundle there and run: edgedetr build {path.name}"
-        )
+    return engine.available()
+
+
+def _engines(path: Path, precisions: tuple[str, ...]) -> None:
+    """Build the engines of a bundle."""
+    from edgedetr.runtime import engine
+
     for precision in precisions:
         with progress_bars() as progress:
             made = engine.build(Bundle.open(path), precision, progress=progress)

@@ -10,19 +10,19 @@ from edgedetr.graph.frame import frame_size, write_frames
 from edgedetr.graph.triton import Repository, write_repository
 from edgedetr.runtime import engines
 
-FLOAT, HALF, INT8, INT8_CPU = "model.onnx", "model.fp16.onnx", "model.int8.onnx", "model.int8-cpu.onnx"
-STAGES = {FLOAT: "onnx", HALF: "fp16", INT8: "int8"}
+FLOAT, FP16, INT8, INT8_CPU = "model.onnx", "model.fp16.onnx", "model.int8.onnx", "model.int8-cpu.onnx"
+STAGES = {FLOAT: "onnx", FP16: "fp16", INT8: "int8"}
 
 
-def serve(bundle: Bundle, *, half: bool = False, int8: bool = False, frame: str | None = None,
+def serve(bundle: Bundle, *, fp16: bool = False, int8: bool = False, frame: str | None = None,
           triton: Path | None = None, deepstream: Path | None = None) -> list[str]:
     """Write what was asked for; one sentence about each thing.
 
-    half, int8   which of the bundle's graphs: INT8, else FP16, else float32; frames get one of each
+    fp16, int8   which of the bundle's graphs: INT8, else FP16, else float32; frames get one of each
     frame        "1080x1920", height and width of the camera's frames
     """
     size = frame_size(frame) if frame else None
-    sources = [FLOAT, *([HALF] if half else []), *([INT8] if int8 else [])]
+    sources = [FLOAT, *([FP16] if fp16 else []), *([INT8] if int8 else [])]
     chosen, said = sources[-1], []
     if size is not None:
         made = write_frames(bundle, *size, sources)
