@@ -51,6 +51,7 @@ class TrainConfig:
     weight_class: float | None = None   # loss; None: 1 for softmax and varifocal, 2 for focal (Deformable DETR)
     weight_l1: float = 5.0              # DETR
     weight_giou: float = 2.0            # DETR
+    l1: Literal["cxcywh", "xyxy"] = "cxcywh"    # of centre and size (DETR) or of corners (Sparse R-CNN); cost and loss
     no_object: float = 0.1              # weight of the no-object class in the softmax loss (DETR, section 3.2)
     focal_alpha: float = 0.25           # focal loss (Lin et al. 2017); varifocal uses vfl_alpha
     vfl_alpha: float = 0.75             # varifocal loss (Zhang et al. 2021)

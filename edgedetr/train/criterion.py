@@ -71,7 +71,8 @@ class Criterion:
         usual = 2.0 if self.class_loss == "focal" else 1.0
         self.weight_class = config.weight_class if config.weight_class is not None else usual
         cost = config.cost_class if config.cost_class is not None else (1.0 if softmax else 2.0)
-        self.costs = Costs("softmax" if softmax else "focal", cost, config.cost_l1, config.cost_giou)
+        self.costs = Costs("softmax" if softmax else "focal", cost, config.cost_l1, config.cost_giou,
+                           corners=config.l1 == "xyxy")
 
     def __call__(self, outputs: Outputs, targets: Sequence[Target] | Padded, denoised: Denoised | None = None,
                  boxes_per_process: float | None = None) -> Losses:
@@ -113,8 +114,9 @@ class Criterion:
         """Weighted class, L1 and GIoU losses of each layer: [3, G]."""
         predicted = matches.take(boxes)                                                     # [G, P, 4]
         wanted = padded.boxes[matches.image[None], matches.target]
-        l1 = (predicted - wanted).abs().sum((1, 2)) / count
         corners, wanted_corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)
+        apart = corners - wanted_corners if self.costs.corners else predicted - wanted
+        l1 = apart.abs().sum((1, 2)) / count
         giou = (1 - paired_giou(corners, wanted_corners)).sum(1) / count
         overlap = paired_iou(corners.detach(), wanted_corners)                              # [G, P]
         class_ = self._class(logits, overlap, matches, padded, count)

@@ -29,6 +29,7 @@ class Costs:
     giou: float
     alpha: float = 0.25     # Deformable DETR's focal cost
     gamma: float = 2.0
+    corners: bool = False   # L1 of x0, y0, x1, y1 instead of cx, cy, w, h
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ def cost_table(logits: Tensor, boxes: Tensor, padded: Padded, costs: Costs) -> T
         positive = costs.alpha * (1 - prob) ** costs.gamma * -(prob + 1e-8).log()
         negative = (1 - costs.alpha) * prob**costs.gamma * -(1 - prob + 1e-8).log()
         class_cost = (positive - negative).gather(-1, labels)
-    l1 = torch.cdist(boxes, padded.boxes[None].expand(layers, -1, -1, -1), p=1)
-    overlap = paired_giou(cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(padded.boxes)[None, :, None])
+    corners, wanted = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(padded.boxes)
+    one, other = (corners, wanted) if costs.corners else (boxes, padded.boxes)
+    l1 = torch.cdist(one, other[None].expand(layers, -1, -1, -1), p=1)
+    overlap = paired_giou(corners[:, :, :, None], wanted[None, :, None])
     table = costs.class_ * class_cost + costs.l1 * l1 - costs.giou * overlap
     return table.nan_to_num(nan=UNUSABLE, posinf=UNUSABLE, neginf=UNUSABLE)
 

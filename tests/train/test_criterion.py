@@ -153,3 +153,12 @@ def test_encoder_proposals_of_another_count_are_matched_by_themselves():
     apart = Criterion(TrainConfig(), "focal")(outputs, targets)
     torch.testing.assert_close(apart.encoder, together.encoder)
     torch.testing.assert_close(apart.auxiliary, together.auxiliary)
+
+
+def test_l1_is_of_centre_and_size_or_of_corners():
+    """By hand: one query, one object, dx 0.1 and dw 0.2 apart."""
+    outputs = Outputs(torch.zeros(1, 1, 1, 2), torch.tensor([[[[0.6, 0.5, 0.4, 0.2]]]]))
+    targets = [Target(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.2, 0.2]]))]
+    for form, expected in (("cxcywh", 0.1 + 0.2), ("xyxy", 0.0 + 0.2)):     # left sides agree, right ones are 0.2 apart
+        found = Criterion(TrainConfig(l1=form, weight_l1=1.0), "focal")(outputs, targets).l1
+        torch.testing.assert_close(found, torch.tensor(expected))

@@ -86,3 +86,16 @@ def test_layers_and_groups_are_matched_like_one_by_one_in_transformers(costs):
                 mine = matches.image == row
                 assert torch.equal(matches.query[layer, mine], queries)
                 assert torch.equal(matches.target[layer, mine], columns)
+
+
+def test_corners_are_matched_by_the_distance_of_their_sides():
+    """Sparse R-CNN's L1: of x0, y0, x1, y1, pair by pair."""
+    generator = torch.Generator().manual_seed(4)
+    padded = pad([random_target(generator, 3, 3)])
+    logits, boxes = random_predictions(generator, 1, 1, 5, 3)
+    table = cost_table(logits, boxes, padded, Costs("focal", 0.0, 1.0, 0.0, corners=True))[0, 0]
+    for query, (cx, cy, w, h) in enumerate(boxes[0, 0].tolist()):
+        for target, (tx, ty, tw, th) in enumerate(padded.boxes[0].tolist()):
+            sides = [(cx - w / 2) - (tx - tw / 2), (cy - h / 2) - (ty - th / 2),
+                     (cx + w / 2) - (tx + tw / 2), (cy + h / 2) - (ty + th / 2)]
+            assert table[query, target].item() == pytest.approx(sum(map(abs, sides)), abs=1e-5)     # float32
