@@ -50,6 +50,7 @@ class DeployGraph(nn.Module):
             raise ModelError(f"input is {height} x {width} pixels; expected multiples of {coarsest}")
         self.height, self.width = height, width
         self.detector = copy.deepcopy(detector).eval().requires_grad_(False)
+        self.detector.progress(1.0)                     # as many queries as at the end of training
         for module in self.detector.modules():
             if isinstance(module, (DeformableAttention, DeformRead)):
                 module.sampling = sampling
