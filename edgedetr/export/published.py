@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from edgedetr.bundle import MANIFEST, Bundle, ClassInfo, DataRecord, Manifest, OutputContract
 from edgedetr.data import layouts
-from edgedetr.data.coco_names import COCO, coco_classes
+from edgedetr.data.coco_names import COCO, UNUSED, coco_classes
 from edgedetr.errors import DataError, ModelError
 from edgedetr.models import build, member, names, pretrained
 from edgedetr.models.deploy import DeployGraph
@@ -54,7 +54,7 @@ def import_weights(source: str, model: str, out: str | Path, *, data: Path | Non
     """Write a bundle from a .pth or .safetensors file, a folder of transformers, or a name on the hub.
 
     data      its classes replace the file's: rows of the class heads are kept by name; recorded for export and verify
-    classes   a text file with one name per line, in the order of the file's class head
+    classes   a text file with one name per line, in the order of the file's class head; "-" is a row without a class
     size      height, width of the input; default: what the model was trained with
     sets      `section.key=value`, laid over what was inferred
     Errors: ModelError (layout, tensors, classes), DataError, BundleError.
@@ -93,6 +93,9 @@ def import_weights(source: str, model: str, out: str | Path, *, data: Path | Non
         save_file({name: value.contiguous() for name, value in detector.state_dict().items()}, path)
     kept = tuple(c.name for c, row in zip(wanted, rows) if row is not None)
     fresh = tuple(c.name for c, row in zip(wanted, rows) if row is None)
+    if fresh:
+        notes.append(f"rows of the class heads kept by name: {', '.join(kept) or 'none'}; started anew: "
+                     f"{', '.join(fresh)}; train before use: edgedetr train --data DIR --set train.start={out}")
     return Imported(bundle, layout, loaded.tensors, kept, fresh, tuple(notes))
 
 
@@ -163,7 +166,8 @@ def _classes(count: int, told: dict[str, Any], file: Path | None, source: str,
     labels = told.get("id2label")
     if file is not None:
         try:
-            listed = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            listed = [UNUSED if line == "-" else line for line in lines if line]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file}: not readable ({error}); expected a class name per line") from error
         if len(listed) != count:
