@@ -199,6 +199,10 @@ def bench(bundle: Path | None, rounds: int, threads: int | None, as_json_: bool)
         ["stage", "backend", "p50 ms", "p99 ms", "MB"],
         [[t.name, t.backend, f"{t.p50_ms:.2f}", f"{t.p99_ms:.2f}", f"{t.size_mb:.2f}"] for t in timings],
     )
+    from edgedetr.runtime import board
+
+    if conditions := board.read().conditions():
+        say(conditions)
     if as_json_:
         as_json([t.to_json() for t in timings])
 

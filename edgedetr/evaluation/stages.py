@@ -13,11 +13,21 @@ import numpy as np
 from edgedetr.bundle import Bundle
 from edgedetr.data import images, layouts
 from edgedetr.data.form import DetectionSet
-from edgedetr.errors import BundleError, DataError, EdgedetrError, MissingDependency, UsageError, did_you_mean
+from edgedetr.errors import (
+    BundleError,
+    DataError,
+    DeviceError,
+    EdgedetrError,
+    EngineError,
+    MissingDependency,
+    UsageError,
+    did_you_mean,
+)
 from edgedetr.evaluation.twin import twin
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.detector import BACKENDS, STAGES, Detector, load
+from edgedetr.runtime.detector import BACKENDS, STAGES, Detector, load, load_engine
+from edgedetr.runtime.engines import Engine
 from edgedetr.runtime.latency import rotated, timed
 from edgedetr.runtime.ort import OrtRunner
 from edgedetr.runtime.postprocess import decode
@@ -45,6 +55,9 @@ class StageRun:
     seconds      of one inference each, one picture at a time, without preparing and decoding; empty for a twin
     oracle       detections of the first pictures by the same graph in ONNX Runtime without optimisations
     fault        why it gave nothing, or ""
+    engine       what runs, on TensorRT
+    full_batch   the most pictures that the engine takes at once
+    rows         detections of every row of a full batch of one picture, for the first pictures by image id
     """
 
     stage: str
@@ -53,6 +66,9 @@ class StageRun:
     seconds: list[float] = field(default_factory=list)
     oracle: dict[int, Detections] = field(default_factory=dict)
     fault: str = ""
+    engine: Engine | None = None
+    full_batch: int = 1
+    rows: dict[int, list[Detections]] = field(default_factory=dict)
 
 
 def candidates(bundle: Bundle, pairs: Sequence[tuple[str, str]], stages: Collection[str] | None = None,
@@ -104,12 +120,16 @@ def load_split(bundle: Bundle, data: str | Path | None = None, split: str | None
 
 
 def run_stages(bundle: Bundle, dataset: DetectionSet, pairs: Sequence[tuple[str, str]], *, threads: int | None = None,
-               oracle_images: int = 0, progress: Progress | None = None) -> list[StageRun]:
+               oracle_images: int = 0, progress: Progress | None = None,
+               engines: Sequence[Engine] = ()) -> list[StageRun]:
     """Every picture is read once and goes through every stage, one stage after the other in changing order.
+
+    engines   are run after `pairs`, in the same turns
 
     A stage that cannot be loaded or gives NaN is recorded with its fault and counts as detecting nothing.
     """
     runs = [StageRun(stage, backend) for stage, backend in pairs]
+    runs += [StageRun(engine.stage, "tensorrt", engine=engine) for engine in engines]
     loaded = {id(run): detector for run in runs if (detector := _load(bundle, run, threads)) is not None}
     oracles = _oracles(bundle, runs, threads) if oracle_images else {}
     detectors = [*loaded.values(), *oracles.values()]
@@ -126,7 +146,10 @@ def run_stages(bundle: Bundle, dataset: DetectionSet, pairs: Sequence[tuple[str,
         if number < oracle_images:
             seen = {stage: _detect(oracle, batch, geometry) for stage, oracle in oracles.items()}
             for run in runs:
-                if run.stage in seen:
+                if run.engine is not None:
+                    if id(run) in loaded and not run.fault:
+                        _full_batch(run, loaded[id(run)], batch, geometry, sample.image_id)
+                elif run.stage in seen:
                     run.oracle[sample.image_id] = seen[run.stage]
         if progress:
             progress("verify", number + 1, len(dataset))
@@ -153,14 +176,19 @@ def _twin(bundle: Bundle, stage: str, threads: int | None) -> Detector:
 def _load(bundle: Bundle, run: StageRun, threads: int | None) -> Detector | None:
     bundle.require(STAGES[run.stage])       # a missing or stale file is the caller's error, not the backend's fault
     try:
+        if run.engine is not None:
+            return load_engine(bundle, run.engine)
         return open_stage(bundle, run.stage, run.backend, threads)
-    except BundleError as error:
+    except (BundleError, DeviceError, EngineError) as error:
         run.fault = str(error)
         log.warning("%s on %s cannot be run: %s", run.stage, run.backend, error)
         return None
 
 
 def _oracles(bundle: Bundle, runs: Sequence[StageRun], threads: int | None) -> dict[str, Detector]:
+    runs = [run for run in runs if run.engine is None]      # a board's CPU would take hours for what was done elsewhere
+    if not runs:
+        return {}
     if not find_spec("onnxruntime"):
         log.warning("no oracle: onnxruntime is not installed; run: pip install 'edgedetr[runtime]'")
         return {}
@@ -179,6 +207,20 @@ def _one(run: StageRun, detector: Detector, batch: np.ndarray, geometry: list[pr
         run.detections[image_id] = decode(raw[0], geometry, detector.classes, detector.output)[0]
     except EdgedetrError as error:
         run.fault = f"image id {image_id}: {error}"
+        log.warning("%s on %s: %s", run.stage, run.backend, run.fault)
+
+
+def _full_batch(run: StageRun, detector: Detector, batch: np.ndarray, geometry: list[preprocess.Geometry],
+                image_id: int) -> None:
+    """One picture in every row of the largest batch: TensorRT 10.14 and 11.1 gave other results in other rows."""
+    run.full_batch = detector.runner.batch or int(getattr(detector.runner, "largest_batch", 1))
+    if run.full_batch == 1:
+        return
+    try:
+        raw = detector.runner.run(np.repeat(batch, run.full_batch, axis=0))
+        run.rows[image_id] = decode(raw, geometry * run.full_batch, detector.classes, detector.output)
+    except EdgedetrError as error:
+        run.fault = f"image id {image_id}, batch of {run.full_batch}: {error}"
         log.warning("%s on %s: %s", run.stage, run.backend, run.fault)
 
 

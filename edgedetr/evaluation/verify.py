@@ -31,7 +31,7 @@ from edgedetr.evaluation.stages import (
 )
 from edgedetr.evaluation.verdict import Judge, StageVerdict, Verdict, megabytes
 from edgedetr.runtime import preprocess
-from edgedetr.runtime.detector import STAGES, Detector, load
+from edgedetr.runtime.detector import STAGES, Detector, load, load_engine
 from edgedetr.runtime.latency import measure
 
 __all__ = ["StageTiming", "StageVerdict", "Verdict", "VerifyConfig", "bench", "check_same", "evaluate_stage", "verify"]
@@ -135,10 +135,18 @@ def bench(
     bundle: str | Path | Bundle, *, stages: Collection[str] | None = None, backends: Collection[str] | None = None,
     rounds: int = 50, threads: int | None = None, progress: Progress | None = None,
 ) -> list[StageTiming]:
-    """Time the stages in turns in one process; float32 of OpenVINO with float32 arithmetic."""
+    """Time the stages in turns in one process; float32 of OpenVINO with float32 arithmetic.
+
+    backends   None = the engines that fit this device, and without any the libraries of the CPU
+    """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    pairs = candidates(bundle, BENCHED, stages, backends)
-    detectors = {pair: load(bundle, stage=pair[0], backend=pair[1], threads=threads) for pair in pairs}
+    chosen = device.fitting(bundle, stages, backends)
+    on_cpu = [name for name in backends or () if name != "tensorrt"]
+    pairs = candidates(bundle, BENCHED, stages, on_cpu or None) if on_cpu or not chosen else []
+    named = {pair: load(bundle, stage=pair[0], backend=pair[1], threads=threads) for pair in pairs}
+    named |= {(engine.stage_name, "tensorrt"): load_engine(bundle, engine) for engine in chosen}
+    sizes = {(stage, backend): megabytes(bundle, STAGES[stage]) for stage, backend in pairs}
+    sizes |= {(engine.stage_name, "tensorrt"): engine.told.plan_bytes / 1e6 for engine in chosen}
     contract = bundle.manifest.input
     noise = np.random.default_rng(0).integers(0, 256, (contract.height, contract.width, 3), dtype=np.uint8)
     batch, _ = preprocess.prepare([noise], contract)
@@ -146,10 +154,10 @@ def bench(
     def once(detector: Detector) -> Callable[[], object]:
         return lambda: detector.run_raw(batch)
 
-    timings = measure({" ".join(pair): once(detector) for pair, detector in detectors.items()},
+    timings = measure({" ".join(pair): once(detector) for pair, detector in named.items()},
                       rounds=rounds, progress=progress)
-    return [StageTiming(stage, backend, timings[f"{stage} {backend}"].p50_ms, timings[f"{stage} {backend}"].p99_ms,
-                        megabytes(bundle, STAGES[stage])) for stage, backend in pairs]
+    return [StageTiming(*pair, timings[" ".join(pair)].p50_ms, timings[" ".join(pair)].p99_ms, sizes[pair])
+            for pair in named]
 
 
 def check_same(reference: Reference, truth: GroundTruth, bundle: Bundle) -> None:

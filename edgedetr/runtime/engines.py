@@ -42,6 +42,11 @@ class Engine:
     measured: Measured | None
 
     @property
+    def stage_name(self) -> str:
+        """The stage, with the batch where it is not single pictures: "int8", "int8 batch 4"."""
+        return self.stage if self.batch == 1 else f"{self.stage} batch {self.told.arguments.batch_name}"
+
+    @property
     def rank(self) -> tuple[int, float, int, int]:
         """Smaller is better: verified, then fast, then INT8 before FP16 before float32; single pictures first."""
         fails = self.measured is not None and not self.measured.passed
@@ -81,8 +86,8 @@ def _look(bundle: Bundle, plan: Path, device: Device, version: str) -> Engine | 
     """The engine, or why it is not one for this place; an empty reason for another bundle's engines."""
     try:
         told = sidecar.read(plan)
-    except EngineError as reason:
-        return str(reason)
+    except EngineError as error:
+        return str(error)
     if told is None:
         return f"no {sidecar.beside(plan).name} beside it; run: edgedetr build {bundle.path}"
     stage = next((stage for stage, name in FILES.items() if name == told.onnx), None)

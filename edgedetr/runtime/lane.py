@@ -54,7 +54,7 @@ class Buffer:
     def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """The CPU's view; valid until `free`."""
         count = math.prod(shape)
-        memory = (ctypes.c_char * self.nbytes).from_address(self.host)
+        memory = memoryview((ctypes.c_char * self.nbytes).from_address(self.host))
         return np.frombuffer(memory, dtype, count).reshape(shape)
 
     def upload(self, stream: int, nbytes: int) -> None:
