@@ -14,6 +14,7 @@ from edgedetr.runtime import cudart, guards, known_bad, layers, onnx_facts, side
 from edgedetr.runtime import engine_store as store
 from edgedetr.runtime.builder import Plan, Progress, build_plan
 from edgedetr.runtime.cudart import Device
+from edgedetr.runtime.frames import NAME, file_name
 from edgedetr.runtime.nvidia import tensorrt
 from edgedetr.runtime.onnx_facts import OnnxFacts
 from edgedetr.runtime.sidecar import BuildArguments, Sidecar
@@ -21,6 +22,7 @@ from edgedetr.runtime.sidecar import BuildArguments, Sidecar
 log = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+EXPORT_OPTION = {"fp32": "", "fp16": " --trt", "int8": " --int8"}    # makes that graph
 TYPINGS = ("auto", "strong", "weak")
 LEVELS = range(6)               # of TensorRT's builder_optimization_level; 3 is its default
 LARGEST_BATCH = 1024
@@ -51,12 +53,13 @@ def available() -> str | None:
 
 
 def build(bundle: Bundle | str | Path, precision: str = "int8", *, batch: int | tuple[int, int, int] = 1,
-          workspace_mb: int | None = None, optimization_level: int = 3, typing: str = "auto", force: bool = False,
-          progress: Progress | None = None) -> BuiltEngine:
+          frame: tuple[int, int] | None = None, workspace_mb: int | None = None, optimization_level: int = 3,
+          typing: str = "auto", force: bool = False, progress: Progress | None = None) -> BuiltEngine:
     """Build the engine of one precision, or keep the one that is there and fits.
 
     precision            "fp32", "fp16" or "int8": which graph of the bundle
     batch                number of pictures of a run, or (least, usual, largest) for an engine that takes several
+    frame                (height, width): the engine for whole camera frames instead, see runtime/frames.py
     workspace_mb         memory that kernels may use while they run; None = a safe share of the device's
     optimization_level   0..5, how long kernels are searched for
     typing               "strong": the graph's types decide; "weak": TensorRT 10 chooses; "auto": weak if strong fails
@@ -66,12 +69,16 @@ def build(bundle: Bundle | str | Path, precision: str = "int8", *, batch: int | 
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     trt = _here(bundle)
     device = cudart.probe()
-    name = PRECISIONS[precision]
+    name = PRECISIONS[precision] if frame is None else file_name(PRECISIONS[precision], *frame)
+    if frame is not None and name not in bundle.manifest.files:
+        size = f"{frame[0]}x{frame[1]}"
+        raise BundleError(f"{bundle.path}: no {precision} graph for frames of {size}; "
+                          f"run: edgedetr export {bundle.path} --frame {size}{EXPORT_OPTION[precision]}")
     model, facts = onnx_facts.read(bundle.require(name))
     digest = hashlib.sha256(model).hexdigest()
     if digest != bundle.manifest.files[name].sha256:
         raise BundleError(f"{bundle.path / name}: changed while it was read; run the same command again")
-    _check_batch(bundle, name, facts, sizes)
+    _check_batch(bundle, name, precision, facts, sizes)
     arguments = BuildArguments(precision, sizes, _workspace(workspace_mb, device), optimization_level, typing)
     stem = sidecar.stem(arguments, device, trt.__version__, digest)
     for folder in store.folders(bundle) if not force else ():
@@ -150,18 +157,22 @@ def _check_words(precision: str, batch: int | tuple[int, int, int], level: int, 
     return least, usual, largest
 
 
-def _check_batch(bundle: Bundle, name: str, facts: OnnxFacts, sizes: tuple[int, int, int]) -> None:
+def _check_batch(bundle: Bundle, name: str, precision: str, facts: OnnxFacts, sizes: tuple[int, int, int]) -> None:
     """The graph must take these batch sizes; most graphs are written for one picture."""
-    shape = facts.inputs.get("images")
-    if shape is None or not {"logits", "boxes"} <= set(facts.outputs):
+    whole_frames = NAME.fullmatch(name) is not None
+    taken, given = ("frames", ("boxes", "scores", "labels")) if whole_frames else ("images", ("logits", "boxes"))
+    shape = facts.inputs.get(taken)
+    if shape is None or not set(given) <= set(facts.outputs):
         raise BundleError(f"{bundle.path / name}: inputs {sorted(facts.inputs)} and outputs {sorted(facts.outputs)}; "
-                          "expected images -> logits, boxes; run: edgedetr export BUNDLE")
+                          f"expected {taken} -> {', '.join(given)}; run: edgedetr export BUNDLE")
     fixed = shape[0] if shape else 1
+    if whole_frames and set(sizes) != {1}:
+        raise UsageError(f"{bundle.path / name} takes one frame at a time; expected neither --batch nor --dynamic")
     if isinstance(fixed, int) and set(sizes) != {fixed}:
         wanted = sizes[0] if len(set(sizes)) == 1 else "{}, {}, {}".format(*sizes)
         raise UsageError(f"{bundle.path / name} takes batches of {fixed} only, {wanted} was asked for; expected a "
                          f"graph whose batch size is open; run: edgedetr export {bundle.path} --dynamic-batch"
-                         f"{'' if name == 'model.onnx' else ' --int8' if 'int8' in name else ' --trt'}")
+                         f"{EXPORT_OPTION[precision]}")
 
 
 def _workspace(asked: int | None, device: Device) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import onnx
 import pytest
 from tensorrt_spec.fake import FakeTensorRT
 
@@ -312,6 +313,30 @@ def test_a_graph_that_has_not_been_made_names_its_command(old, make_bundle):
         engine.build(make_bundle("model.onnx"))
 
 
+def frames_graph(path: Path) -> None:
+    value, floats, integers = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    nodes = [onnx.helper.make_node("Cast", ["frames"], [name], to=kind)
+             for name, kind in (("boxes", floats), ("scores", floats), ("labels", integers))]
+    outputs = [value("boxes", floats, None), value("scores", floats, None), value("labels", integers, None)]
+    graph = onnx.helper.make_graph(nodes, "g", [value("frames", onnx.TensorProto.UINT8, [1, 48, 64, 3])], outputs)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)]), str(path))
+
+
+def test_the_engine_for_whole_frames_is_built_from_its_own_graph(fake, bundle, capsys):
+    with bundle.add("model.int8.frame-48x64.onnx", stage="export --frame") as path:
+        frames_graph(path)
+    fake.inputs = {"frames": (1, 48, 64, 3)}
+    made = engine.build(bundle, frame=(48, 64))
+    assert made.sidecar.onnx == "model.int8.frame-48x64.onnx"
+    assert fake.models == [(bundle.path / made.sidecar.onnx).read_bytes()]
+    code, out, _ = command(capsys, str(bundle.path), "--frame", "48x64", "--precision", "int8", "--json")
+    assert code == 0 and json.loads(out)[0]["path"] == str(made.path) and not json.loads(out)[0]["made"]
+    with pytest.raises(UsageError, match="one frame at a time"):
+        engine.build(bundle, frame=(48, 64), batch=2)
+    with pytest.raises(BundleError, match="no fp16 graph for frames of 48x64; run: .* --frame 48x64 --trt"):
+        engine.build(bundle, "fp16", frame=(48, 64))
+
+
 def test_a_graph_with_other_inputs_is_refused(old, bundle, tiny_graph):
     with bundle.add("model.int8.onnx", stage="export") as path:
         tiny_graph.write(path, np.zeros((3, 6)), np.zeros((3, 2)), names=("a", "b"))
@@ -505,7 +530,8 @@ def test_build_options_reach_the_builder(fake, make_bundle, capsys):
 @pytest.mark.parametrize("words, said", [
     (["--batch", "2", "--dynamic", "1,2,4"], "exclude each other"), (["--dynamic", "1,2"], "expected three numbers"),
     (["--dynamic", "4,2,1"], "ascending"), (["--batch", "0"], "0 is not in the range"),
-    (["--precision", "int4"], "int4"), (["--workspace", "1"], "expected from 64 to the 8192 MB of Orin"),
+    (["--precision", "int4"], "int4"), (["--frame", "1080p"], "as in 1080x1920"),
+    (["--workspace", "1"], "expected from 64 to the 8192 MB of Orin"),
 ])
 def test_wrong_words_exit_2(old, bundle, capsys, words, said):
     code, out, err = command(capsys, str(bundle.path), *words)
