@@ -66,9 +66,11 @@ UNUSED: dict[str, tuple[str, ...]] = {
     # All queries begin with the same content, so that the first self-attention has equal values everywhere.
     "dn_detr": tuple(f"decoder.layers.0.self_attention.{part}.{kind}" for part in ("q", "q_position", "k", "k_position")
                      for kind in ("weight", "bias")),
-    # No box of these pictures is large enough for P5, and P7 is further from P4 than two layers carry.
+    # No box of these pictures is large enough for P5, and P7 is further from P4 than two layers carry. The mean of the
+    # second layer's maps is negative under these weights, which the ReLU of its scale cuts off.
     "sparse_rcnn": ("encoder.pyramid.smooth.3.weight", "encoder.pyramid.smooth.3.bias"),
-    "dynamic_detr": ("encoder.pyramid.coarser.1.weight", "encoder.pyramid.coarser.1.bias"),
+    "dynamic_detr": ("encoder.pyramid.coarser.1.weight", "encoder.pyramid.coarser.1.bias",
+                     "encoder.layers.1.scale.score.weight", "encoder.layers.1.scale.score.bias"),
     # The class embedding of noised queries is used by training's denoising alone.
     "rt_detr": ("selector.denoising_class_embed.weight",),
 }

@@ -15,7 +15,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
 from edgedetr.layers.row_column import AxisPosition, RowColumnAttention, RowColumnLayer
-from edgedetr.models.backbone import resnet
+from edgedetr.models.backbone import make_backbone
 from edgedetr.models.conditional_detr import rare_and_unmoved
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, RowColumnCrossAttention
 from edgedetr.models.detector import Detector
@@ -33,7 +33,7 @@ class AnchorDetrConfig:
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd]
+    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
     backbone_width: float = 1.0                 # share of the channel counts
     backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
     backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
@@ -62,8 +62,8 @@ class AnchorDetrConfig:
 def anchor_detr(config: AnchorDetrConfig, num_classes: int) -> Detector:
     """The network of the paper's figure 3, with random weights."""
     c = config
-    backbone = resnet(c.backbone, levels=(5,), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
-                      frozen_stages=c.frozen_stages, dilate_last=c.dilate_last)
+    backbone = make_backbone(c.backbone, levels=(5,), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
+                             frozen_stages=c.frozen_stages, dilate_last=c.dilate_last)
 
     def feedforward() -> FeedForward:
         return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.deformable import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
-from edgedetr.models.backbone import resnet
+from edgedetr.models.backbone import make_backbone
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.deformable_encoder import DeformableEncoder, DeformableLayer
 from edgedetr.models.detector import Detector
@@ -35,7 +35,7 @@ class DeformableDetrConfig:
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd]
+    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
     backbone_width: float = 1.0                 # share of the channel counts
     backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
     backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
@@ -69,8 +69,9 @@ class DeformableDetrConfig:
 def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> Detector:
     """The network of the paper's figure 1, with random weights."""
     c = config
-    backbone = resnet(c.backbone, levels=(5,) if c.levels == 1 else (3, 4, 5), width=c.backbone_width,
-                      frozen_norm=c.backbone_norm == "frozen", frozen_stages=c.frozen_stages, dilate_last=c.dilate_last)
+    backbone = make_backbone(c.backbone, levels=(5,) if c.levels == 1 else (3, 4, 5), width=c.backbone_width,
+                             frozen_norm=c.backbone_norm == "frozen", frozen_stages=c.frozen_stages,
+                             dilate_last=c.dilate_last)
     points = (c.points,) * c.levels
 
     def feedforward() -> FeedForward:
@@ -100,13 +101,14 @@ def reset_heads(detector: Detector, size: float) -> None:
     """Fresh class and box heads: every class rare, every box unmoved; `size` is where the first one's width begins."""
     for owner in (detector.selector, detector.decoder.boxes):
         for score in _all(getattr(owner, "score", None)):
-            nn.init.constant_(score.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]
+            nn.init.constant_(score.bias, -math.log((1 - PRIOR) / PRIOR))
         for box in _all(getattr(owner, "box", None)):
-            nn.init.zeros_(box.layers[-1].weight)  # type: ignore[index, arg-type]
-            nn.init.zeros_(box.layers[-1].bias)  # type: ignore[index, arg-type]
+            nn.init.zeros_(box.layers[-1].weight)
+            nn.init.zeros_(box.layers[-1].bias)
     first = _all(detector.decoder.boxes.box)[0]  # type: ignore[union-attr]
-    nn.init.constant_(first.layers[-1].bias[2:], size)  # type: ignore[index, arg-type]
+    nn.init.constant_(first.layers[-1].bias[2:], size)
 
 
-def _all(heads: object) -> list[nn.Module]:
+def _all(heads: object) -> list[Any]:
+    """One head per layer, one for all, or none, as a list."""
     return list(heads) if isinstance(heads, nn.ModuleList) else [heads] if isinstance(heads, nn.Module) else []

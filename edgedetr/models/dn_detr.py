@@ -17,7 +17,7 @@ from edgedetr.layers.conditional import ConditionalSelfAttention, SpatialQuery
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalise
 from edgedetr.layers.position import SinePosition
-from edgedetr.models.backbone import resnet
+from edgedetr.models.backbone import make_backbone
 from edgedetr.models.conditional_detr import rare_and_unmoved
 from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
 from edgedetr.models.detector import Detector
@@ -35,7 +35,7 @@ class DnDetrConfig:
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd]
+    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
     backbone_width: float = 1.0                 # share of the channel counts
     backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
     backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
@@ -61,8 +61,8 @@ class DnDetrConfig:
 def dn_detr(config: DnDetrConfig, num_classes: int) -> Detector:
     """The network of DAB-DETR's figure 5 with DN-DETR's label vectors, with random weights."""
     c = config
-    backbone = resnet(c.backbone, levels=(5,), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
-                      frozen_stages=c.frozen_stages, dilate_last=c.dilate_last)
+    backbone = make_backbone(c.backbone, levels=(5,), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
+                             frozen_stages=c.frozen_stages, dilate_last=c.dilate_last)
 
     def feedforward() -> FeedForward:
         return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)

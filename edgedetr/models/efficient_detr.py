@@ -14,7 +14,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.deformable import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
-from edgedetr.models.backbone import resnet
+from edgedetr.models.backbone import make_backbone
 from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.deformable_detr import SLOW, reset_heads
 from edgedetr.models.deformable_encoder import DeformableEncoder, DeformableLayer
@@ -30,7 +30,7 @@ class EfficientDetrConfig:
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"         # in the dense and in the sparse part, both matched one to one
 
-    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd]
+    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
     backbone_width: float = 1.0                 # share of the channel counts
     backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
     backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
@@ -64,8 +64,8 @@ class EfficientDetrConfig:
 def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> Detector:
     """The network of the paper's figure 4, with random weights."""
     c = config
-    backbone = resnet(c.backbone, levels=(3, 4, 5), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
-                      frozen_stages=c.frozen_stages)
+    backbone = make_backbone(c.backbone, levels=(3, 4, 5), width=c.backbone_width,
+                             frozen_norm=c.backbone_norm == "frozen", frozen_stages=c.frozen_stages)
     points = (c.points,) * c.levels
 
     def feedforward() -> FeedForward:

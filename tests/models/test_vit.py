@@ -12,7 +12,7 @@ from members import CLASSES, SMALL
 from edgedetr.errors import ModelError
 from edgedetr.layers.drop_path import DropPath, set_rates
 from edgedetr.layers.patch import PatchPosition, from_windows, to_windows
-from edgedetr.models import build
+from edgedetr.models import FAMILY, build
 from edgedetr.models.backbone import make_backbone
 from edgedetr.models.deploy import Baked, DeployGraph
 from edgedetr.models.names.vit import rename_vit
@@ -143,7 +143,7 @@ def test_every_block_can_be_left_out_at_random() -> None:
     assert sum(isinstance(module, DropPath) for module in trunk.modules()) == 2 * DEPTH
 
 
-@pytest.mark.parametrize("name", ["detr", "rt_detr"])
+@pytest.mark.parametrize("name", FAMILY)
 def test_a_member_trains_and_deploys_on_it(name: str) -> None:
     torch.manual_seed(0)
     config = replace(SMALL[name], backbone="vit_tiny", backbone_width=0.125)
@@ -160,7 +160,7 @@ def test_a_member_trains_and_deploys_on_it(name: str) -> None:
     with torch.no_grad():
         expected, actual = detector(detector.normalise(images)), graph(images)
     torch.testing.assert_close(actual[0], expected.logits[-1], atol=1e-4, rtol=0)
-    torch.testing.assert_close(actual[1], expected.boxes[-1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual[1], expected.boxes[-1], atol=1e-5, rtol=2e-5)     # R-CNN's: several pictures wide
 
 
 @pytest.mark.parametrize("make, message", [
