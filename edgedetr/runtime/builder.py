@@ -124,7 +124,9 @@ def _attempt(trt: Any, model: bytes, arguments: BuildArguments, typing: str, tim
         raise _BuildFailed("the builder gives no engine:\n" + (_said(logger.errors) or "and does not say why"))
     updated = config.get_timing_cache() if cache is not None else None
     saved = updated.serialize() if updated is not None else None
-    return _Built(bytes(data), bytes(saved) if saved is not None else b"", time.perf_counter() - begun)
+    made = _Built(bytes(data), bytes(saved) if saved is not None else b"", time.perf_counter() - begun)
+    del data, saved, updated, cache, config, parser, network, builder   # the engine is loaded next: memory, and order
+    return made
 
 
 def _add_profile(builder: Any, network: Any, config: Any, batch: tuple[int, int, int]) -> None:

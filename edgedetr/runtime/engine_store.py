@@ -72,7 +72,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("%s: another process builds here; waiting for it", folder)
+            log.warning("%s: another process builds here; waiting for it", folder)
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield           # closing the file opens the lock, also after a crash
 
