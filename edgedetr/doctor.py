@@ -67,12 +67,12 @@ class Gpu:
 
     def rows(self) -> list[list[object]]:
         found = self.device
-        return [
-            ["gpu", f"{found.name} (sm_{found.sm}), {found.total_bytes / 2**30:.1f} GiB"
-                    f"{' shared with the CPU' if found.integrated else ''}" if found else f"none: {self.no_device}"],
-            *([["cuda", f"{found.runtime}; the driver runs up to {found.driver}"]] if found else []),
-            ["tensorrt", self.tensorrt or f"none: {self.no_tensorrt.partition(';')[0]}"],
-        ]
+        rows: list[list[object]] = [["gpu", f"none: {self.no_device}"]]
+        if found is not None:
+            shared = " shared with the CPU" if found.integrated else ""
+            rows = [["gpu", f"{found.name} (sm_{found.sm}), {found.total_bytes / 2**30:.1f} GiB{shared}"],
+                    ["cuda", f"{found.runtime}; the driver runs up to {found.driver}"]]
+        return [*rows, ["tensorrt", self.tensorrt or f"none: {self.no_tensorrt.partition(';')[0]}"]]
 
     def advice(self, on_jetson: bool) -> list[str]:
         """What stands between this machine and engines; nothing where no NVIDIA GPU was ever expected."""
@@ -109,14 +109,17 @@ class Examination:
         return {**asdict(self), "has_vnni": self.has_vnni}
 
     def machine_rows(self) -> list[list[object]]:
+        memory: list[list[object]] = []
+        if self.board.memory:
+            total, free = (size / 2**30 for size in self.board.memory)
+            memory = [["memory", f"{total:.1f} GiB, {free:.1f} GiB free"]]
         return [
             ["edgedetr", self.edgedetr],
             ["python", self.python],
             ["system", self.system],
             ["cpu", f"{self.cpu}, {self.cores} cores usable"],
             ["int8 instructions", ", ".join(self.instructions) or "none known"],
-            *([["memory", f"{self.board.memory[0] / 2**30:.1f} GiB, {self.board.memory[1] / 2**30:.1f} GiB free"]]
-              if self.board.memory else []),
+            *memory,
             *self.board.rows(),
             *self.gpu.rows(),
         ]

@@ -57,6 +57,7 @@ def verify(
 
     Exit 3 when a delivered stage is not shown to be within the budget."""
     opened = open_bundle(bundle)
+    from edgedetr.evaluation.device import DeviceVerdict
     from edgedetr.evaluation.verify import verify as run
 
     with progress_bars() as progress:
@@ -72,7 +73,7 @@ def verify(
         )
     result = verdict.to_json()
     show_verdict(result)
-    if "engine" in result["stages"][-1]:
+    if isinstance(verdict, DeviceVerdict):
         show_engines(result)
     if as_json_:
         as_json(result)

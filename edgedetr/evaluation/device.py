@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,7 +65,8 @@ class DeviceVerdict(Verdict):
     recommended: str = ""
 
 
-def fitting(bundle: Bundle, stages: Sequence[str] | None, backends: Sequence[str] | None) -> tuple[Engine, ...]:
+def fitting(bundle: Bundle, stages: Collection[str] | None,
+            backends: Collection[str] | None) -> tuple[Engine, ...]:
     """The engines to verify: those that fit here, unless other backends are asked for."""
     if backends and "tensorrt" not in backends:
         return ()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper
 
 from edgedetr.runtime import ort
 from edgedetr.runtime.selftest import FOLDER
@@ -111,17 +112,17 @@ def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return (rng.standard_normal(shape) / np.sqrt(fan)).astype(np.float32)
 
 
-def _node(kind: str, inputs: list[str], output: str, **attributes: object) -> object:
+def _node(kind: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
     return helper.make_node(kind, inputs, [output], name=output, **attributes)
 
 
-def _qdq(name: str, scale: float, constants: dict[str, np.ndarray]) -> list[object]:
+def _qdq(name: str, scale: float, constants: dict[str, np.ndarray]) -> list[NodeProto]:
     constants[f"{name}_scale"] = np.float16(scale)
     return [_node("QuantizeLinear", [name, f"{name}_scale", "zero"], f"{name}_q"),
             _node("DequantizeLinear", [f"{name}_q", f"{name}_scale", "zero"], f"{name}_dq")]
 
 
-def _conv(name: str, source: str, weight: np.ndarray, constants: dict[str, np.ndarray]) -> list[object]:
+def _conv(name: str, source: str, weight: np.ndarray, constants: dict[str, np.ndarray]) -> list[NodeProto]:
     scale = (np.abs(weight).max(axis=(1, 2, 3)) / 127).astype(np.float16)
     constants.update({f"{name}_weight": weight.astype(np.float16), f"{name}_weight_scale": scale})
     words = [f"{name}_weight_scale", "zeros"]
@@ -130,7 +131,7 @@ def _conv(name: str, source: str, weight: np.ndarray, constants: dict[str, np.nd
             _node("Conv", [source, f"{name}_weight_dq"], f"{name}_conv", pads=[weight.shape[2] // 2] * 4)]
 
 
-def _model(name: str, nodes: list[object], constants: dict[str, np.ndarray], feed: tuple[int, ...], batch: int,
+def _model(name: str, nodes: list[NodeProto], constants: dict[str, np.ndarray], feed: tuple[int, ...], batch: int,
            output: tuple[int, ...]) -> ModelProto:
     graph = helper.make_graph(
         nodes, name, [helper.make_tensor_value_info(FEED, TensorProto.FLOAT, [batch, *feed])],

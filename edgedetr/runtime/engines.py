@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 # Stage of the bundle -> precision in the names of engines, best guess first: INT8 until a measurement says otherwise.
 PRECISIONS = {"int8": "int8", "fp16": "fp16", "onnx": "fp32"}
 FILES = {"int8": "model.int8.onnx", "fp16": "model.fp16.onnx", "onnx": "model.onnx"}
+FRAMES = re.compile(r"\.frame-\d+x\d+\.onnx$")
 MEASURED = "verified.json"      # beside the engines: what edgedetr verify found on this device
 
 
@@ -90,6 +92,8 @@ def _look(bundle: Bundle, plan: Path, device: Device, version: str) -> Engine | 
         return str(error)
     if told is None:
         return f"no {sidecar.beside(plan).name} beside it; run: edgedetr build {bundle.path}"
+    if FRAMES.search(told.onnx):
+        return ""               # an engine for whole camera frames: see frames.load_frames
     stage = next((stage for stage, name in FILES.items() if name == told.onnx), None)
     entry = bundle.manifest.files.get(told.onnx)
     ours = plan.is_relative_to(bundle.path)

@@ -6,7 +6,7 @@ import glob
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ class Frame:
 
 
 def predict(detector: Detector, sources: Sequence[str | Path], *, out: str | Path | None = None,
-            confidence: float = 0.25, drop_late: bool = False) -> Iterator[str]:
+            confidence: float = 0.25, drop_late: bool = False) -> Generator[str, None, None]:
     """JSON lines of the detections at or above `confidence`; `out` is a folder for annotated pictures and videos.
 
     drop_late   frames of videos and cameras that come while the detector is busy give way to newer ones

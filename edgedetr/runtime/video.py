@@ -11,7 +11,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def opencv() -> Any:
     return cv2
 
 
-def play(source: str | Path, *, drop_late: bool = False) -> Iterator[VideoFrame]:
+def play(source: str | Path, *, drop_late: bool = False) -> Generator[VideoFrame, None, None]:
     """The frames of a source; DataError where none can be read.
 
     drop_late   a frame that was not taken in time gives way to a newer one; a file then plays at its own rate
