@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.layers.gather import around
+from edgedetr.layers.rows import quick, weighted_rows
 
 TAPS = 9
 OFFSETS, MASKS = 2 * TAPS, TAPS     # what tells the taps, per cell: y, x of each tap; the weight of each tap
@@ -56,9 +57,10 @@ class TapPlaces(nn.Module):
 
 
 class DeformRead(nn.Module):
-    """`sampling` "grid_sample" (torch's own) or "gather" (row gathers): two ways to the same numbers."""
+    """`sampling` "grid_sample" (torch's own), "gather" (row gathers), or "auto": the faster of these two ways to the same
+    numbers, on a CPU the second."""
 
-    def __init__(self, sampling: str = "grid_sample") -> None:
+    def __init__(self, sampling: str = "auto") -> None:
         super().__init__()
         self.sampling, self.places = sampling, TapPlaces()
 
@@ -73,7 +75,7 @@ class DeformRead(nn.Module):
         row, column, height, width, start = self.places(sources, offset)
         move = offset.to(row.dtype).unflatten(-1, (TAPS, 2))
         row, column = row + move[..., 0], column + move[..., 1]                     # [B, Q, 9]
-        if self.sampling == "grid_sample":
+        if self.sampling == "grid_sample" or (self.sampling == "auto" and not quick(table)):
             read = self._grid_sample(table, sources, (2 * column + 1) / width - 1, (2 * row + 1) / height - 1)
             return (read * mask.to(table.dtype)[..., None]).flatten(2)
         batch, rows = table.shape[:2]
@@ -82,7 +84,7 @@ class DeformRead(nn.Module):
         first = torch.arange(batch, device=table.device)[:, None, None, None] * rows
         cell = torch.stack([start + y * width + x for y in (y0, y1) for x in (x0, x1)], dim=-1).long() + first
         weight = torch.stack([wy * wx * mask for wy in (wy0, wy1) for wx in (wx0, wx1)], dim=-1).to(table.dtype)
-        return (weight.unsqueeze(-2) @ F.embedding(cell, table.flatten(0, 1))).flatten(2)
+        return weighted_rows(table.flatten(0, 1), cell, weight).flatten(2)
 
     def _grid_sample(self, table: Tensor, sources: Sequence[Source], x: Tensor, y: Tensor) -> Tensor:
         """x, y [B, Q, 9] in -1..1 of each map -> [B, Q, 9, C]."""

@@ -1,8 +1,8 @@
 """Multi-scale deformable attention: each query samples a few points around its reference in every level.
 
 Zhu et al. 2021, "Deformable DETR", section 4.1, eq. 3; the discrete form is RT-DETRv2's (Lv et al. 2024, section 3.2).
-Two ways to read the bilinear samples give the same numbers: `gather` (row gathers: what exported graphs hold) and
-`grid_sample` (torch's own).
+Two ways to read the bilinear samples give the same numbers: `gather` (row gathers: what exported graphs hold, and the
+faster one on a CPU) and `grid_sample` (torch's own); `auto` is the faster one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.layers.gather import around
+from edgedetr.layers.rows import quick, weighted_rows
 
 Shapes = Sequence[tuple[int, int]]
 
-SAMPLINGS = ("gather", "grid_sample")
+SAMPLINGS = ("auto", "gather", "grid_sample")
 METHODS = ("default", "discrete")
 
 
@@ -85,7 +86,8 @@ class DeformableAttention(nn.Module):
         else:
             reach = self._per_point([(1 / w, 1 / h) for h, w in shapes], offset)
         location = reference[..., :2] + offset * reach                              # 0..1 of the map, x then y
-        if self.method == "default" and self.sampling == "grid_sample":
+        grid = self.sampling == "grid_sample" or (self.sampling == "auto" and not quick(value))
+        if self.method == "default" and grid:
             sampled = self._grid_sample(value, location, weight, shapes)
         else:
             sampled = self._gather(value, location, weight, shapes)
@@ -131,5 +133,4 @@ class DeformableAttention(nn.Module):
         index = (torch.cat(rows, dim=-1).long() + first) * self.heads + head        # [B, N, M, 4P]
         table = value.reshape(batch * tokens * self.heads, -1)                      # one row per token and head
         weight = torch.cat(weights, dim=-1)                                         # [B, N, M, 4P]
-        summed = weight.unsqueeze(-2) @ F.embedding(index, table)                   # [B, N, M, 1, D]
-        return summed.reshape(batch, queries, -1)
+        return weighted_rows(table, index, weight).reshape(batch, queries, -1)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgedetr.layers.rows import weighted_rows
+
 Shapes = Sequence[tuple[int, int]]
 
 # A box with the area of a square of 14 cells' side belongs to a level: 224 px at stride 16, ImageNet's picture (FPN).
@@ -54,9 +56,8 @@ class RoiAlign(nn.Module):
         index = row.reshape(-1, bins, 1, reads, 1) + column.reshape(-1, 1, bins, 1, reads)
         across, down = weight.to(tokens.dtype).split(1, dim=2)
         share = down.reshape(-1, bins, 1, reads, 1) * across.reshape(-1, 1, bins, 1, reads)
-        read = F.embedding(index.long().reshape(-1, bins**2, reads**2), tokens.flatten(0, 1))
-        # [B N, bins, 1, reads] @ [B N, bins, reads, C], bins and reads squared
-        return (share.reshape(-1, bins**2, 1, reads**2) @ read).reshape(batch, -1, bins**2, tokens.shape[2])
+        index, share = index.long().reshape(-1, bins**2, reads**2), share.reshape(-1, bins**2, reads**2)
+        return weighted_rows(tokens.flatten(0, 1), index, share).reshape(batch, -1, bins**2, tokens.shape[2])
 
     def _along(self, centre: Tensor, extent: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
         """Along both axes: the two cells about each sample, and their weights in the mean of the bin.

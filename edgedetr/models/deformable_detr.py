@@ -51,7 +51,7 @@ class DeformableDetrConfig:
     queries: int = 300                          # as many boxes as come out
     refine: bool = False                        # every layer moves the box of the layer before, with heads of its own
     two_stage: bool = False                     # queries start at the best boxes of a head on the memory
-    sampling: Literal["gather", "grid_sample"] = "grid_sample"  # in training, the faster one; export has its own choice
+    sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
     dropout: float = 0.1
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

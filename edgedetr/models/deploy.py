@@ -41,7 +41,8 @@ class DeployGraph(nn.Module):
 
     def __init__(self, detector: Detector, height: int, width: int, sampling: str = "gather",
                  decoder_layers: int = 0) -> None:
-        """sampling        how deformable attention reads its points: "gather" or "grid_sample", the same numbers
+        """sampling        how deformable attention reads its points: "gather" or "grid_sample", the same numbers;
+                        "auto": whichever is faster here
         decoder_layers  run only the first ones; 0 = all
         """
         super().__init__()

@@ -44,7 +44,7 @@ class DynamicDetrConfig:
     ffn: int = 2048                             # 8 C
     encoder_layers: int = 6
     dynamic_relu: bool = True                   # False: plain ReLU, which is cheaper and fuses into the convolution
-    sampling: Literal["gather", "grid_sample"] = "grid_sample"  # in training, the faster one; export has its own choice
+    sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
     decoder_layers: int = 6
     queries: int = 300
     dynamic_layers: Literal[1, 2] = 2           # 1: the full C x C product of figure 4; 2: through dynamic_hidden

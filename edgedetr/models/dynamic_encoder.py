@@ -24,7 +24,7 @@ class DynamicPyramidLayer(nn.Module):
     coarse cell (Dynamic Head leaves it to its kernel to read only the offsets that it needs).
     """
 
-    def __init__(self, dim: int, dynamic_relu: bool = True, sampling: str = "grid_sample") -> None:
+    def __init__(self, dim: int, dynamic_relu: bool = True, sampling: str = "auto") -> None:
         super().__init__()
         self.offset = nn.Conv2d(dim, OFFSETS + MASKS, 3, padding=1)
         self.read = DeformRead(sampling)

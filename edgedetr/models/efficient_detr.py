@@ -45,7 +45,7 @@ class EfficientDetrConfig:
     queries: int = 100                          # proposals that are kept at the end of training and deployed
     first_queries: int = 300                    # at its beginning; they fall linearly (section 4.3)
     coordinates: Literal[2, 4] = 4              # the decoder starts from the proposed box, or from its centre
-    sampling: Literal["gather", "grid_sample"] = "grid_sample"  # in training, the faster one; export has its own choice
+    sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
     dropout: float = 0.1
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

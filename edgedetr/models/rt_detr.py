@@ -53,7 +53,7 @@ class RtDetrConfig:
     queries: int = 300                          # as many boxes as come out
     points: tuple[int, ...] = (4, 4, 4)         # samples per head in C3, C4, C5
     method: Literal["default", "discrete"] = "default"          # bilinear, or the nearest cell
-    sampling: Literal["gather", "grid_sample"] = "grid_sample"  # in training, the faster one; export has its own choice
+    sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
     dropout: float = 0.0                        # none, as published
     denoising: bool = True                      # class embedding for noised queries in training
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)          # the published weights take pixels / 255

@@ -30,7 +30,7 @@ class Selection:
     def detect(self, detector: Detector, *, rank: int = 0, world: int = 1) -> dict[int, Detections]:
         """Detections of this process's share of the pictures, by image id."""
         device = next(detector.parameters()).device
-        graph = DeployGraph(detector, self.contract.height, self.contract.width, sampling="grid_sample")
+        graph = DeployGraph(detector, self.contract.height, self.contract.width, sampling="auto")
         found: dict[int, Detections] = {}
         mine = self.samples.samples[rank::world]
         with torch.inference_mode():
