@@ -50,9 +50,11 @@ def verdict_sentence(result: Mapping[str, Any]) -> str:
     """One sentence that says what the table amounts to."""
     budget, certifiable = result["budget"], result.get("certifiable")
     if result["passed"]:
+        imported = any(s["name"] == "reference" for s in result["stages"])
         worst = max((s["drop_upper95"] for s in result["stages"] if not is_reference(s)), default=0.0)
         return (
-            f"PASSED: no delivered stage loses more than {max(worst, 0):.2f} AP against PyTorch (upper 95 % bound); "
+            f"PASSED: no delivered stage loses more than {max(worst, 0):.2f} AP against "
+            f"{'the imported file' if imported else 'PyTorch'} (upper 95 % bound); "
             f"the budget is {budget:g}."
         )
     failed = [s for s in result["stages"] if not is_reference(s) and not s["passed"]]
