@@ -91,6 +91,10 @@ def export(
         sampling = "gather"     # some versions of TensorRT miscompile GridSample
     from edgedetr.export.export import export as run
 
+    if frame is not None:
+        from edgedetr.graph.frame import frame_size
+
+        frame_size(frame)       # a mistyped size is said before anything is made
     with progress_bars() as progress:
         run(
             opened,

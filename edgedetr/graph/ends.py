@@ -3,9 +3,9 @@
 The twins in numpy are runtime/preprocess.py and runtime/postprocess.py. Everything is float32: pixels, scores and
 coordinates keep their digits whatever precision the model has.
 
-The resize is AveragePool and Resize. Two matrix products with constant interpolation matrices would be exact as well,
-but a GPU rounds the factors of a float32 product to TF32 unless it is told otherwise, and from 1080 x 1920 to 640 x 640
-they cost 6.4 thousand million multiplications where the pool and the resize cost some tens of millions.
+The resize is AveragePool and Resize. Two matrix products with constant interpolation matrices are within one level of
+255 as well, but take 142 ms where these take 33 (1080 x 1920 to 640 x 640, ONNX Runtime, one core), and a GPU rounds
+the factors of a float32 product to TF32 unless it is told otherwise.
 """
 
 from __future__ import annotations
