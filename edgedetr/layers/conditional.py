@@ -73,13 +73,13 @@ class SpatialQuery(nn.Module):
     def __init__(self, dim: int, sized: bool = False) -> None:
         """sized  also scaled by (side that the content asks for) / (side of the reference box), per axis (DAB-DETR)"""
         super().__init__()
-        self.half = dim // 2
+        self.per_axis = dim // 2
         self.scale = Mlp(dim, dim, dim, 2)
         self.size = Mlp(dim, dim, 2, 2) if sized else None
 
     def forward(self, layer: int, content: Tensor, reference: Tensor, spatial: Tensor | None = None) -> Tensor:
         """content [B, N, C], reference [B, N, 2|4] in 0..1 -> [B, N, C]; spatial: the centre's sine, where known."""
-        place = sine_of_boxes(reference[..., :2], self.half) if spatial is None else spatial
+        place = sine_of_boxes(reference[..., :2], self.per_axis) if spatial is None else spatial
         if layer > 0:
             place = place * self.scale(content)
         if self.size is None:
@@ -87,7 +87,7 @@ class SpatialQuery(nn.Module):
         wanted = self.size(content).sigmoid()                                       # w, h
         ratio = wanted / reference[..., 2:].clamp(min=SMALLEST)
         ratio = torch.stack([ratio[..., 1], ratio[..., 0]], dim=-1)                 # y first, as the sine
-        return (place.unflatten(-1, (2, self.half)) * ratio[..., None]).flatten(-2)
+        return (place.unflatten(-1, (2, self.per_axis)) * ratio[..., None]).flatten(-2)
 
 
 def _linears(dim: int, heads: int, count: int) -> list[nn.Linear]:

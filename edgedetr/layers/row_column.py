@@ -102,7 +102,7 @@ class RowColumnAttention(nn.Module):
 def _contract(first: Tensor, second: Tensor, value: Tensor) -> Tensor:
     """first [B, M, N, P], second [B, M, N, R], value [B, M, P, R, D] -> [B, M, N, D], in parts of the queries."""
     heads, queries = first.shape[1:3]
-    long, short, width = value.shape[2:]
+    short, width = value.shape[3:]
     rows = value.flatten(3)                                                         # [B, M, P, R D]
     at_once = max(LARGEST // (heads * short * width), 1)
     if queries <= at_once:

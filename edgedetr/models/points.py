@@ -24,13 +24,13 @@ class MeantPoint(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.half, self.head = dim // 2, Mlp(dim, dim, 2, 2)
+        self.per_axis, self.head = dim // 2, Mlp(dim, dim, 2, 2)
 
     def forward(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """position [N, C] -> points [N, 2] in 0..1, their sine [N, C]."""
         logits = self.head(position)
         points = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
-        return points, sine_of_boxes(points, self.half)
+        return points, sine_of_boxes(points, self.per_axis)
 
 
 class ConditionalQueries(nn.Module):
@@ -54,7 +54,7 @@ class AnchorPoints(nn.Module):
 
     def __init__(self, points: int, dim: int, layout: Literal["learned", "grid"], axis: AxisPosition) -> None:
         super().__init__()
-        self.half, self.adapt = dim // 2, Mlp(dim, dim, dim, 2)
+        self.per_axis, self.adapt = dim // 2, Mlp(dim, dim, dim, 2)
         # The encoder owns that network; in a tuple it is not registered here a second time, and saved once.
         self.axis = (axis,)
         if layout == "learned":
@@ -70,7 +70,7 @@ class AnchorPoints(nn.Module):
         """points [..., N, 2] in 0..1 -> position [..., N, C], and along x and y [..., N, 2C]."""
         axis = self.axis[0]
         along = torch.cat([axis.along(points[..., 0]), axis.along(points[..., 1])], dim=-1)
-        return self.adapt(sine_of_boxes(points, self.half)), along
+        return self.adapt(sine_of_boxes(points, self.per_axis)), along
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """-> points [P, 2], their position [P, C] and that along x and y [P, 2C]."""
@@ -139,8 +139,8 @@ class BoxPosition(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.half, self.head = dim // 2, Mlp(2 * dim, dim, dim, 2)
+        self.per_axis, self.head = dim // 2, Mlp(2 * dim, dim, dim, 2)
 
     def forward(self, reference: Tensor) -> Tensor:
         """reference [B, N, 4] in 0..1 -> [B, N, C]."""
-        return self.head(sine_of_boxes(reference, self.half))
+        return self.head(sine_of_boxes(reference, self.per_axis))

@@ -21,6 +21,8 @@ from edgedetr.train.criterion import Denoised
 from edgedetr.train.matcher import Matches
 from edgedetr.train.targets import Padded
 
+NOTHING = -1e4          # logit whose probability is exactly 0, and which half precision can hold
+
 
 @dataclass(frozen=True)
 class Noised:
@@ -94,7 +96,8 @@ def prepend(queries: Queries, known: Queries, noised: Noised) -> Queries:
     mask[:count, :count] = group[:, None] != group[None]
     if queries.self_mask is not None:
         mask[count:, count:] = queries.self_mask
-    return replace(queries, content=_before(known.content, queries.content),
+    content = torch.cat([known.content.to(queries.content.dtype), queries.content], dim=1)
+    return replace(queries, content=content,
                    position=_before(known.position, queries.position),
                    reference=_before(known.reference, queries.reference),
                    spatial=_before(known.spatial, queries.spatial), self_mask=mask)
@@ -112,8 +115,12 @@ def _before(known: Tensor | None, real: Tensor | None) -> Tensor | None:
 def split(outputs: Outputs, noised: Noised, padded: Padded) -> tuple[Outputs, Denoised]:
     """Outputs of decode with prepended queries -> outputs of the real queries, and those of the noised ones."""
     count = len(noised)
-    matches = positives(noised, padded, layers=len(outputs.logits))
-    denoised = Denoised(outputs.logits[:, :, :count], outputs.boxes[:, :, :count], matches, noised.groups)
+    matches, logits = positives(noised, padded, layers=len(outputs.logits)), outputs.logits[:, :, :count]
+    if noised.copies == 1:
+        # DN-DETR asks nothing of queries that fill up; a probability of 0 costs nothing. RT-DETR asks "nothing here".
+        filling = ~padded.valid.repeat(1, noised.groups)
+        logits = logits.masked_fill(filling[None, ..., None], NOTHING)
+    denoised = Denoised(logits, outputs.boxes[:, :, :count], matches, noised.groups)
     return replace(outputs, logits=outputs.logits[:, :, count:], boxes=outputs.boxes[:, :, count:]), denoised
 
 

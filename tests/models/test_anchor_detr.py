@@ -1,4 +1,4 @@
-"""Anchor DETR: queries, points and positions by the paper; the layers' attention is tested in layers/test_row_column."""
+"""Anchor DETR: queries, points and positions by the paper; attention itself is tested in layers/test_row_column."""
 
 from __future__ import annotations
 

@@ -1,21 +1,29 @@
-"""Denoising queries: what they are made of, and that the real queries never notice them."""
+"""Denoising queries: what they are made of, what they cost, and that the real queries never notice them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
+from members import SMALL
 
 from edgedetr.boxes import iou
+from edgedetr.errors import RecipeError
 from edgedetr.layers.boxes import cxcywh_to_xyxy
 from edgedetr.models import build
-from edgedetr.models.detector import Queries
-from edgedetr.models.rt_detr import RtDetrConfig
+from edgedetr.models.detector import Outputs, Queries
 from edgedetr.train import denoising
+from edgedetr.train.config import TrainConfig
+from edgedetr.train.criterion import Criterion
+from edgedetr.train.step import Trainee
 from edgedetr.train.targets import Target, pad
 
 CLASSES = 3
-CONFIG = RtDetrConfig(backbone_width=0.125, backbone_weights="random", backbone_norm="trainable", hidden=32, heads=4,
-                      encoder_ffn=32, decoder_ffn=32, decoder_layers=2, queries=10)
+# Members that make noised queries, at micro size; an anchor point has no size, so it starts from the centre alone.
+NOISED = {"rt_detr": SMALL["rt_detr"], "dn_detr": SMALL["dn_detr"],
+          "anchor_detr": replace(SMALL["anchor_detr"], denoising=True)}
 
 
 def targets(*counts: int):
@@ -25,9 +33,17 @@ def targets(*counts: int):
                        near + size * torch.rand(n, 4, generator=generator)) for n in counts])
 
 
+def noise(padded, classes=CLASSES, **settings):
+    return denoising.noise(padded, classes, TrainConfig(**settings))
+
+
+def prepended(detector, queries, noised):
+    return denoising.prepend(queries, detector.selector.noised(noised.labels, noised.boxes), noised)
+
+
 def test_groups_fill_the_wish_and_positive_copies_stay_nearer_than_negative_ones():
     padded = targets(4, 2)
-    noised = denoising.noise(padded, CLASSES, 10, label_noise=0.0, box_noise=1.0)
+    noised = noise(padded, denoising=10, label_noise=0.0)
     assert (noised.groups, noised.per_group, len(noised)) == (2, 4, 16)
     truth, found = cxcywh_to_xyxy(padded.boxes), cxcywh_to_xyxy(noised.boxes)
     shift = (found.reshape(2, 2, 2, 4, 4) - truth[:, None, None]).abs()     # [picture, group, sign, object, side]
@@ -43,7 +59,7 @@ def test_groups_fill_the_wish_and_positive_copies_stay_nearer_than_negative_ones
 def test_half_of_the_share_of_labels_is_drawn_anew():
     torch.manual_seed(0)
     padded = targets(50, 50)
-    noised = denoising.noise(padded, 10, 5000, label_noise=0.5, box_noise=0.0)
+    noised = noise(padded, 10, denoising=5000, box_noise=0.0)
     changed = (noised.labels != padded.labels.repeat(1, 2 * noised.groups)).float().mean()
     # A quarter is drawn, a tenth of that as it was; 20,000 draws have a standard deviation of 0.003.
     assert abs(float(changed) - 0.25 * 0.9) < 0.01
@@ -51,7 +67,7 @@ def test_half_of_the_share_of_labels_is_drawn_anew():
 
 def test_without_noise_every_positive_query_is_its_object():
     padded = targets(3, 0, 5)
-    noised = denoising.noise(padded, CLASSES, 20, label_noise=0.0, box_noise=0.0)
+    noised = noise(padded, denoising=20, label_noise=0.0, box_noise=0.0)
     matches = denoising.positives(noised, padded, layers=1)
     assert len(matches.image) == noised.groups * 8
     query, target = (matches.image, matches.query[0]), (matches.image, matches.target[0])
@@ -61,14 +77,18 @@ def test_without_noise_every_positive_query_is_its_object():
 
 
 def test_a_batch_without_objects_has_no_denoising():
-    assert denoising.noise(targets(0, 0), CLASSES, 100, 0.5, 1.0) is None
+    assert noise(targets(0, 0)) is None
+    assert noise(targets(2, 1), denoising=0) is None
 
 
-def test_the_mask_is_what_the_rule_says_pair_by_pair():
-    noised = denoising.noise(targets(2, 1), CLASSES, 6, 0.5, 1.0)
+@pytest.mark.parametrize("mode, copies", [("cdn", 2), ("dn", 1)])
+def test_the_mask_is_what_the_rule_says_pair_by_pair(mode, copies):
+    noised = noise(targets(2, 1), denoising_mode=mode, denoising_groups=3)
     queries = Queries(torch.zeros(2, 3, 8), reference=torch.full((2, 3, 4), 0.5))
-    mask = denoising.prepend(queries, noised, torch.nn.Embedding(CLASSES + 1, 8)).self_mask
+    known = Queries(torch.ones(2, len(noised), 8), reference=noised.boxes)
+    together = denoising.prepend(queries, known, noised)
     count = len(noised)
+    assert count == 3 * copies * 2
     for row in range(count + 3):
         for column in range(count + 3):
             if column >= count:
@@ -76,23 +96,100 @@ def test_the_mask_is_what_the_rule_says_pair_by_pair():
             elif row >= count:
                 hidden = True                                               # real ones do not see noised ones
             else:
-                hidden = row // 4 != column // 4                            # 2 objects, positive and negative
-            assert bool(mask[row, column]) == hidden, (row, column)
+                hidden = row // (copies * 2) != column // (copies * 2)      # groups of two objects
+            assert bool(together.self_mask[row, column]) == hidden, (row, column)
+    assert torch.equal(together.reference[:, :count], noised.boxes) and (together.content[:, count:] == 0).all()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_noised_queries_change_nothing_for_the_real_ones(seed):
-    torch.manual_seed(seed)
-    detector = build("rt_detr", CONFIG, CLASSES).eval()
-    images, padded = torch.rand(2, 3, 64, 64), targets(3, 1)
+def test_queries_that_carry_different_things_are_refused():
+    noised = noise(targets(2, 1))
+    queries = Queries(torch.zeros(2, 3, 8), position=torch.zeros(2, 3, 8), reference=torch.zeros(2, 3, 4))
+    known = Queries(torch.zeros(2, len(noised), 8), reference=noised.boxes)
+    with pytest.raises(ValueError, match="noised and real queries differ in what they carry"):
+        denoising.prepend(queries, known, noised)
+
+
+def test_dn_moves_centres_by_half_a_side_and_sizes_by_their_share_at_most():
+    """DN-DETR, section 4.1: |dx| < l w / 2, and a width of (1 - l) w to (1 + l) w; here l = 0.4 and 20,000 draws."""
+    torch.manual_seed(0)
+    padded = targets(50, 50)
+    noised = noise(padded, denoising_mode="dn", denoising_groups=200, label_noise=0.0, box_noise=0.4)
+    assert (noised.groups, noised.per_group, noised.copies, len(noised)) == (200, 50, 1, 10000)
+    truth = padded.boxes.repeat(1, 200, 1)
+    moved = (noised.boxes[..., :2] - truth[..., :2]) / (truth[..., 2:] / 2)
+    grown = noised.boxes[..., 2:] / truth[..., 2:] - 1
+    for share in (moved, grown):
+        assert share.abs().max() <= 0.4 + 1e-4                              # float32 of a quotient
+        assert share.abs().max() > 0.399 and abs(float(share.mean())) < 0.01
+        assert float(share.std()) == pytest.approx(0.4 / 3**0.5, rel=0.02)  # of a uniform distribution
+    assert torch.equal(noised.labels, padded.labels.repeat(1, 200))
+
+
+def test_dn_draws_its_whole_share_of_labels_anew():
+    torch.manual_seed(0)
+    padded = targets(50, 50)
+    noised = noise(padded, 10, denoising_mode="dn", denoising_groups=200, label_noise=0.2)
+    changed = (noised.labels != padded.labels.repeat(1, 200)).float().mean()
+    # A fifth is drawn, a tenth of that as it was; 20,000 draws have a standard deviation of 0.003.
+    assert abs(float(changed) - 0.2 * 0.9) < 0.01
+
+
+def test_noised_boxes_stay_in_the_picture_and_every_copy_answers_for_its_object():
+    whole = pad([Target(torch.tensor([1]), torch.tensor([[0.05, 0.9, 0.1, 0.2]])),
+                 Target(torch.tensor([2, 0]), torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.2, 0.2, 0.1, 0.1]]))])
+    noised = noise(whole, denoising_mode="dn", denoising_groups=5, label_noise=0.0, box_noise=1.0)
+    assert noised.boxes.min() >= 0 and noised.boxes.max() <= 1
+    matches = denoising.positives(noised, whole, layers=2)
+    pairs = set(zip(matches.image.tolist(), matches.query[0].tolist(), matches.target[0].tolist()))
+    assert pairs == {(0, group * 2, 0) for group in range(5)} | {(1, group * 2 + t, t) for group in range(5)
+                                                                 for t in range(2)}
+    assert noised.labels[0].tolist() == [1, CLASSES] * 5                    # K fills up
+
+
+def test_the_denoising_loss_is_divided_by_objects_times_groups():
+    """Against the sums of the specification: focal and L1 of every copy and layer, over (objects x groups).
+
+    Queries that only fill up count for nothing.
+    """
+    torch.manual_seed(0)
+    padded, config = targets(3, 1), TrainConfig(weight_class=1.0, weight_giou=0.0)
+    noised = noise(padded, denoising_mode="dn", denoising_groups=4)
+    layers, count = 2, len(noised)
+    logits, boxes = torch.randn(layers, 2, count, CLASSES), torch.rand(layers, 2, count, 4)
+    outputs = Outputs(torch.cat([logits, torch.randn(layers, 2, 6, CLASSES)], 2),
+                      torch.cat([boxes, torch.rand(layers, 2, 6, 4)], 2))
+    real, found = denoising.split(outputs, noised, padded)
+    got = Criterion(config, "focal")(real, padded, found).denoising
+    expected = 0.0
+    for layer in range(layers):
+        wanted, known = torch.zeros(2, count, CLASSES), torch.zeros(2, count, 1)
+        for image, number in enumerate(padded.counts):
+            for group in range(4):
+                for t in range(number):
+                    query = group * noised.per_group + t
+                    wanted[image, query, padded.labels[image, t]] = known[image, query] = 1
+                    expected += 5 * (boxes[layer, image, query] - padded.boxes[image, t]).abs().sum() / (4 * 4)
+        prob = logits[layer].sigmoid()
+        weight = torch.where(wanted > 0, 0.25 * (1 - prob) ** 2, 0.75 * prob**2)
+        expected += (known * weight * F.binary_cross_entropy(prob, wanted, reduction="none")).sum() / (4 * 4)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("mode", ["cdn", "dn"])
+@pytest.mark.parametrize("name", NOISED)
+def test_noised_queries_change_nothing_for_the_real_ones(name, mode):
+    torch.manual_seed(0)
+    detector = build(name, NOISED[name], CLASSES).eval()
+    images, padded = torch.rand(2, 3, 96, 96), targets(3, 1)
     with torch.no_grad():
+        for parameter in detector.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
         memory = detector.encode(images)
         queries = detector.select(memory)
         alone = detector.decode(queries, memory)
         for _ in range(2):      # other noise each time
-            noised = denoising.noise(padded, CLASSES, 12, 0.5, 1.0)
-            together = detector.decode(
-                denoising.prepend(queries, noised, detector.selector.denoising_class_embed), memory)
+            noised = noise(padded, denoising=12, denoising_mode=mode)
+            together = detector.decode(prepended(detector, queries, noised), memory)
             real, denoised = denoising.split(together, noised, padded)
             # The same sums with more rows beside them: float32 in another blocking.
             torch.testing.assert_close(real.logits, alone.logits, rtol=1e-4, atol=1e-5)
@@ -100,9 +197,45 @@ def test_noised_queries_change_nothing_for_the_real_ones(seed):
             assert denoised.logits.shape == (2, 2, len(noised), CLASSES)
 
 
+@pytest.mark.parametrize("name", NOISED)
+def test_real_queries_are_bit_for_bit_the_same_whatever_the_noise(name):
+    """The same number of noised queries, other contents: identical, since masked weights are exactly zero."""
+    torch.manual_seed(0)
+    detector = build(name, NOISED[name], CLASSES).eval()
+    padded, answers = targets(3, 1), []
+    with torch.no_grad():
+        memory = detector.encode(torch.rand(2, 3, 96, 96))
+        queries = detector.select(memory)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            noised = noise(padded, denoising=12, denoising_mode="dn", label_noise=1.0)
+            outputs = detector.decode(prepended(detector, queries, noised), memory)
+            answers.append(denoising.split(outputs, noised, padded))
+    assert torch.equal(answers[0][0].logits, answers[1][0].logits)
+    assert torch.equal(answers[0][0].boxes, answers[1][0].boxes)
+    assert not torch.equal(answers[0][1].logits, answers[1][1].logits)
+
+
+@pytest.mark.parametrize("name", NOISED)
+def test_a_step_with_noise_trains_the_vectors_of_the_labels(name):
+    detector = build(name, NOISED[name], CLASSES).train()
+    trainee = Trainee(detector, TrainConfig(denoising=8), NOISED[name].class_loss, CLASSES)
+    padded = targets(3, 1)
+    found = trainee(torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8), lambda: padded, 4.0)
+    assert found[-1] > 0
+    found[0].backward()
+    gradient = detector.selector.denoising_class_embed.weight.grad
+    assert (gradient[:CLASSES].abs().sum(1) > 0).all()
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(RecipeError, match="train.denoising_groups is -1"):
+        TrainConfig(denoising_groups=-1)
+
+
 def test_negative_copies_overlap_less_than_positive_ones_on_average():
     padded = targets(6)
-    noised = denoising.noise(padded, CLASSES, 600, 0.0, 1.0)
+    noised = noise(padded, denoising=600, label_noise=0.0)
     truth, found = cxcywh_to_xyxy(padded.boxes)[0].numpy(), cxcywh_to_xyxy(noised.boxes)[0].numpy()
     overlap = iou(truth, found).reshape(6, noised.groups, 2, 6)
     own = overlap[range(6), :, :, range(6)].mean((0, 1))
