@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +17,9 @@ from edgedetr.runtime.sidecar import Sidecar
 
 log = logging.getLogger(__name__)
 
-# Stage of the bundle -> precision in the names of engines, best guess first: INT8 until a measurement says otherwise.
-PRECISIONS = {"int8": "int8", "fp16": "fp16", "onnx": "fp32"}
+PRECISIONS = ("int8", "fp16", "fp32")       # best guess first: INT8 until a measurement says otherwise
+# Stage of the bundle -> the graph that engines for batches of pictures are built from.
 FILES = {"int8": "model.int8.onnx", "fp16": "model.fp16.onnx", "onnx": "model.onnx"}
-FRAMES = re.compile(r"\.frame-\d+x\d+\.onnx$")
 MEASURED = "verified.json"      # beside the engines: what edgedetr verify found on this device
 
 
@@ -51,9 +49,10 @@ class Engine:
     @property
     def rank(self) -> tuple[int, float, int, int]:
         """Smaller is better: verified, then fast, then INT8 before FP16 before float32; single pictures first."""
-        fails = self.measured is not None and not self.measured.passed
+        trusted = 1 if self.measured is None else 0 if self.measured.passed else 2
         speed = self.measured.p50_ms if self.measured and self.measured.p50_ms else 0.0
-        return int(fails), speed / (self.batch or 1), list(PRECISIONS).index(self.stage), self.batch or 1 << 30
+        guess = PRECISIONS.index(self.told.arguments.precision)
+        return trusted, speed / (self.batch or 1), guess, self.batch or 1 << 30
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,12 @@ class Survey:
     refused: tuple[str, ...] = ()
 
 
-def survey(bundle: Bundle) -> Survey:
-    """Look at every plan that may be this bundle's; opens none. Costs nothing where there are none."""
+def survey(bundle: Bundle, files: Mapping[str, str] = FILES, *, trust: bool = False) -> Survey:
+    """Look at every plan that may be this bundle's; opens none. Costs nothing where there are none.
+
+    files   stage -> name of the graph: engines of other graphs are passed over in silence
+    trust   take engines that were built on another machine of the same kind
+    """
     plans = store.plans(bundle)
     if not plans:
         return Survey()
@@ -76,7 +79,7 @@ def survey(bundle: Bundle) -> Survey:
         return Survey(refused=(f"{len(plans)} engine{'s' * (len(plans) > 1)} not used: {reason}",))
     fitting, refused = [], []
     for plan in plans:
-        found = _look(bundle, plan, device, version)
+        found = _look(bundle, plan, files, device, version, trust)
         if isinstance(found, Engine):
             fitting.append(found)
         elif found:
@@ -84,24 +87,25 @@ def survey(bundle: Bundle) -> Survey:
     return Survey(tuple(sorted(fitting, key=lambda engine: engine.rank)), tuple(refused))
 
 
-def _look(bundle: Bundle, plan: Path, device: Device, version: str) -> Engine | str:
-    """The engine, or why it is not one for this place; an empty reason for another bundle's engines."""
+def _look(bundle: Bundle, plan: Path, files: Mapping[str, str], device: Device, version: str,
+          trust: bool) -> Engine | str:
+    """The engine, or why it is not one for this place; an empty reason for engines of other graphs or bundles."""
     try:
         told = sidecar.read(plan)
     except EngineError as error:
         return str(error)
     if told is None:
         return f"no {sidecar.beside(plan).name} beside it; run: edgedetr build {bundle.path}"
-    if FRAMES.search(told.onnx):
-        return ""               # an engine for whole camera frames: see frames.load_frames
-    stage = next((stage for stage, name in FILES.items() if name == told.onnx), None)
+    stage = next((stage for stage, name in files.items() if name == told.onnx), None)
     entry = bundle.manifest.files.get(told.onnx)
     ours = plan.is_relative_to(bundle.path)
-    if stage is None or entry is None:
+    if entry is None:
         return f"built from {told.onnx}, which is not in this bundle" if ours else ""
+    if stage is None:
+        return ""               # of another kind: for whole camera frames, or for batches of pictures
     if entry.sha256 != told.onnx_sha256 and not ours:
         return ""               # the user's cache holds the engines of all read-only bundles
-    reason = guards.foreign(told) or guards.mismatch(told, device, version, entry.sha256)
+    reason = ("" if trust else guards.foreign(told)) or guards.mismatch(told, device, version, entry.sha256)
     if reason:
         return reason
     batch = told.arguments.batch

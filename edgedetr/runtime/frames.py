@@ -15,10 +15,12 @@ import numpy as np
 
 from edgedetr.bundle import Bundle, ClassInfo
 from edgedetr.errors import BundleError, DataError, ModelError, UsageError, did_you_mean
+from edgedetr.runtime import engines
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.detector import check_image
 from edgedetr.runtime.ort import OrtFrameRunner
 from edgedetr.runtime.postprocess import named
+from edgedetr.runtime.trt import TrtFrameRunner
 
 NAME = re.compile(r"model(?:\.(?P<precision>[a-z0-9-]+))?\.frame-(?P<height>\d+)x(?P<width>\d+)\.onnx")
 
@@ -70,12 +72,12 @@ def file_name(source: str, height: int, width: int) -> str:
 
 
 def load_frames(bundle: str | Path | Bundle, *, size: tuple[int, int] | None = None, precision: str | None = None,
-                threads: int | None = None, make: Callable[..., FrameRunner] = OrtFrameRunner) -> FrameDetector:
-    """The detector for whole frames of a bundle.
+                threads: int | None = None, make: Callable[..., FrameRunner] | None = None) -> FrameDetector:
+    """The detector for whole frames of a bundle: an engine that fits this device, else the graph in ONNX Runtime.
 
     size        height and width of the frames; may be left out where the bundle has graphs for one size alone
     precision   "float32", "fp16" or "int8"; None = float32 where it is there, else the first of the others
-    make        opens the file: OrtFrameRunner, or another of the same protocol
+    make        opens the graph, and no engine is looked for: OrtFrameRunner, or another of the same protocol
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     there = {name: found for name in bundle.manifest.files if (found := NAME.fullmatch(name))}
@@ -96,6 +98,15 @@ def load_frames(bundle: str | Path | Bundle, *, size: tuple[int, int] | None = N
     if precision is not None and precision not in fitting:
         raise UsageError(f"precision is {precision!r}; for frames of {size[0]}x{size[1]} this bundle has "
                          f"{', '.join(fitting)}{did_you_mean(precision, fitting)}")
+    if make is None:
+        wanted = {precision: fitting[precision]} if precision is not None else fitting
+        engine = engines.pick(engines.survey(bundle, wanted).fitting)
+        if engine is not None:
+            return FrameDetector(TrtFrameRunner(engine.path, onnx_sha256=engine.told.onnx_sha256),
+                                 bundle.manifest.classes,
+                                 description=f"{engine.stage} for frames of {size[0]} x {size[1]} on tensorrt "
+                                             f"({engine.path.name} {engines.why(engine)})")
+        make = OrtFrameRunner
     precision = precision or ("float32" if "float32" in fitting else next(iter(fitting)))
     runner = make(bundle.require(fitting[precision]), threads=threads)
     return FrameDetector(runner, bundle.manifest.classes,

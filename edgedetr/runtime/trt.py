@@ -37,7 +37,12 @@ class Session:
         self._make_recorder = lambda: _recorder(trt)
         self._logger = nvidia.make_logger(trt)
         self._errors = self._make_recorder()
-        self._runtime: Any = trt.Runtime(self._logger)
+        try:
+            self._runtime: Any = trt.Runtime(self._logger)
+        except TypeError as error:      # how the bindings say that the library gave nothing
+            said = "; ".join(self._logger.errors) or error
+            raise EngineError(f"TensorRT {trt.__version__} does not start here ({said}); "
+                              "run: edgedetr doctor") from error
         self._runtime.error_recorder = self._errors
         self._engine: Any = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:

@@ -8,6 +8,7 @@ import sys
 
 import fake_cuda
 import fake_tensorrt
+import frame_graph
 import numpy as np
 import pytest
 
@@ -15,6 +16,8 @@ from edgedetr.errors import EngineError, MissingDependency, UsageError
 from edgedetr.runtime import detector as detector_module
 from edgedetr.runtime import engine_store, engines, load, sidecar
 from edgedetr.runtime.engines import Measured
+from edgedetr.runtime.frames import load_frames
+from edgedetr.runtime.ort import OrtFrameRunner
 
 FILES = ("model.onnx", "model.fp16.onnx", "model.int8.onnx")
 
@@ -63,6 +66,8 @@ def test_int8_goes_before_fp16_before_float32_until_something_was_measured(fake,
     (Measured(True, 2.0), Measured(True, 3.0), "int8", "verified on this device, 2.00 ms"),
     (Measured(False, 1.0), Measured(True, 3.0), "fp16", "verified on this device, 3.00 ms"),
     (Measured(False, 1.0), None, "fp16", "fits this device; not verified here yet"),
+    (Measured(True, 9.0), None, "int8", "verified on this device, 9.00 ms"),
+    (None, Measured(True, 9.0), "fp16", "verified on this device, 9.00 ms"),
     (Measured(False, 1.0), Measured(False, 2.0), "int8", "did not pass edgedetr verify here, 1.00 ms"),
 ])
 def test_what_was_measured_decides(fake, bundle, int8, fp16, best, words):
@@ -198,3 +203,21 @@ def test_pictures_on_the_device_pass_through_the_detector(fake, bundle, rng):
             return {"shape": self.shape, "typestr": "<f4", "data": (address, False), "version": 3, "stream": None}
 
     np.testing.assert_array_equal(detector.run_raw(OnDevice()).logits, detector.run_raw(images).logits)
+
+
+def test_whole_frames_run_on_their_own_engine_and_detectors_pass_it_over(fake, make_bundle, rng):
+    bundle = make_bundle("model.onnx")
+    name = "model.frame-24x40.onnx"
+    with bundle.add(name, stage="export") as path:
+        frame_graph.write(path)
+    frame = rng.integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    on_cpu = load_frames(bundle, size=(24, 40), threads=1)
+    assert on_cpu.runner.name == "onnxruntime"
+    fake_tensorrt.write_plan(bundle.path / name, bundle.path / "engines" / "frame.plan")
+    on_gpu = load_frames(bundle)
+    assert on_gpu.description == ("float32 for frames of 24 x 40 on tensorrt (frame.plan fits this device; "
+                                  "not verified here yet)")
+    np.testing.assert_array_equal(on_gpu(frame).xyxy, on_cpu(frame).xyxy)
+    assert load_frames(bundle, make=OrtFrameRunner).runner.name == "onnxruntime"
+    assert engines.survey(bundle) == engines.Survey()
+    assert load(bundle, threads=1).backend == "onnxruntime"

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass
 
 import fake_cuda
 import fake_tensorrt
+import frame_graph
 import numpy as np
 import pytest
 
 from edgedetr.errors import DeviceError, EngineError, UsageError
 from edgedetr.runtime import sidecar
 from edgedetr.runtime.cudart import Cuda
-from edgedetr.runtime.ort import OrtRunner
-from edgedetr.runtime.trt import DTYPES, Session, TrtRunner
+from edgedetr.runtime.ort import OrtFrameRunner, OrtRunner
+from edgedetr.runtime.trt import DTYPES, Session, TrtFrameRunner, TrtRunner
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def latest(monkeypatch, bindings, fake):
 
 
 @pytest.fixture
-def onnx(tmp_path, tiny_graph):
+def graph(tmp_path, tiny_graph):
     def write(batch=1):
         path, weights = tmp_path / f"model-{batch}.onnx", np.random.default_rng(7)
         tiny_graph.write(path, weights.standard_normal((3, 6)), weights.standard_normal((3, 2)), batch=batch)
@@ -45,11 +47,11 @@ def onnx(tmp_path, tiny_graph):
 
 
 @pytest.fixture
-def plan(onnx, fake):
+def plan(graph, fake):
     """A plan with the sidecar that `edgedetr build` leaves; batch 1, 4 or "n"."""
 
     def write(batch=1):
-        return fake_tensorrt.write_plan(onnx(batch), batch=(1, 2, 4) if batch == "n" else batch)
+        return fake_tensorrt.write_plan(graph(batch), batch=(1, 2, 4) if batch == "n" else batch)
 
     return write
 
@@ -65,9 +67,9 @@ def agree(raw, oracle):
 
 
 @pytest.mark.parametrize("integrated", [False, True], ids=["copies", "shared memory"])
-def test_an_engine_computes_its_graph_and_from_the_second_run_as_a_cuda_graph(plan, onnx, behaviour, rng, integrated):
+def test_an_engine_computes_its_graph_and_from_the_second_run_as_a_cuda_graph(plan, graph, behaviour, rng, integrated):
     behaviour.fake.device(integrated=integrated)
-    runner, oracle = TrtRunner(plan()), OrtRunner(onnx(), threads=1)
+    runner, oracle = TrtRunner(plan()), OrtRunner(graph(), threads=1)
     assert (runner.name, runner.batch, runner.height, runner.width) == ("tensorrt", 1, 32, 48)
     for run in range(4):
         images = pictures(rng)
@@ -90,13 +92,13 @@ def test_contexts_go_before_the_engine_and_the_engine_before_the_runtime(plan, b
 
 
 @pytest.mark.parametrize("reason", ["TensorRT refuses", "CUDA refuses to record", "CUDA refuses a graph", "not asked"])
-def test_without_a_graph_the_engine_is_queued_plainly(plan, onnx, latest, rng, reason, caplog):
+def test_without_a_graph_the_engine_is_queued_plainly(plan, graph, latest, rng, reason, caplog):
     if reason == "TensorRT refuses":
         latest.refuse = {"capture"}
     elif reason != "not asked":
         latest.fake.fail("cudaStreamEndCapture" if "record" in reason else "cudaGraphInstantiate",
                          900 if "record" in reason else 801)
-    runner, oracle = TrtRunner(plan(), use_graph=reason != "not asked"), OrtRunner(onnx(), threads=1)
+    runner, oracle = TrtRunner(plan(), use_graph=reason != "not asked"), OrtRunner(graph(), threads=1)
     for _ in range(3):
         images = pictures(rng)
         agree(runner.run(images), oracle.run(images))
@@ -106,8 +108,8 @@ def test_without_a_graph_the_engine_is_queued_plainly(plan, onnx, latest, rng, r
     assert latest.fake.live()["graphs"] == 0
 
 
-def test_fewer_pictures_than_a_fixed_batch_are_filled_up_and_cut(plan, onnx, latest, rng):
-    runner, oracle = TrtRunner(plan(4)), OrtRunner(onnx(1), threads=1)
+def test_fewer_pictures_than_a_fixed_batch_are_filled_up_and_cut(plan, graph, latest, rng):
+    runner, oracle = TrtRunner(plan(4)), OrtRunner(graph(1), threads=1)
     assert runner.batch == 4
     for n in (1, 4, 3, 6):
         images = pictures(rng, n)
@@ -118,8 +120,8 @@ def test_fewer_pictures_than_a_fixed_batch_are_filled_up_and_cut(plan, onnx, lat
             np.testing.assert_allclose(raw.logits[row], oracle.run(image[None]).logits[0], atol=1e-5)
 
 
-def test_an_open_batch_takes_any_size_and_records_anew_for_each(plan, onnx, latest, rng):
-    runner, oracle = TrtRunner(plan("n")), OrtRunner(onnx("n"), threads=1)
+def test_an_open_batch_takes_any_size_and_records_anew_for_each(plan, graph, latest, rng):
+    runner, oracle = TrtRunner(plan("n")), OrtRunner(graph("n"), threads=1)
     assert runner.batch is None and runner.largest_batch == 4
     for n in (2, 2, 2, 3, 3, 1, 1):
         images = pictures(rng, n)
@@ -129,8 +131,8 @@ def test_an_open_batch_takes_any_size_and_records_anew_for_each(plan, onnx, late
     assert len(runner.run(pictures(rng, 9)).logits) == 9        # in parts of 4
 
 
-def test_every_thread_has_a_context_a_stream_and_buffers_of_its_own(plan, onnx, latest, rng):
-    runner, oracle = TrtRunner(plan()), OrtRunner(onnx(), threads=1)
+def test_every_thread_has_a_context_a_stream_and_buffers_of_its_own(plan, graph, latest, rng):
+    runner, oracle = TrtRunner(plan()), OrtRunner(graph(), threads=1)
     wrong: list[str] = []
     # The fake's own queues are not made for threads, so each run holds this; what is shared would still be mixed up.
     turn = threading.Lock()
@@ -187,8 +189,8 @@ class OnDevice:
         return told if self.stream is None and not self.strides else {**told, "stream": self.stream}
 
 
-def test_pictures_that_are_on_the_device_stay_there(plan, onnx, latest, rng):
-    runner, oracle, cuda = TrtRunner(plan()), OrtRunner(onnx(), threads=1), Cuda()
+def test_pictures_that_are_on_the_device_stay_there(plan, graph, latest, rng):
+    runner, oracle, cuda = TrtRunner(plan()), OrtRunner(graph(), threads=1), Cuda()
     for stream in (1, 2, cuda.stream()):
         images = pictures(rng)
         address = cuda.allocate(images.nbytes)
@@ -198,8 +200,8 @@ def test_pictures_that_are_on_the_device_stay_there(plan, onnx, latest, rng):
         assert latest.fake.log.count("cudaMemcpyAsync") - before == 3       # device to device, and two outputs back
 
 
-def test_a_producer_that_still_works_on_its_stream_is_waited_for(plan, onnx, latest, rng):
-    runner, oracle, cuda = TrtRunner(plan()), OrtRunner(onnx(), threads=1), Cuda()
+def test_a_producer_that_still_works_on_its_stream_is_waited_for(plan, graph, latest, rng):
+    runner, oracle, cuda = TrtRunner(plan()), OrtRunner(graph(), threads=1), Cuda()
     images, theirs = pictures(rng), cuda.stream()
     address, source = cuda.allocate(images.nbytes), cuda.allocate_host(images.nbytes)
     fake_cuda.at(source, images.shape)[...] = images
@@ -317,6 +319,35 @@ def test_nothing_of_tensorrt_is_touched_without_a_driver_or_before_the_plan_is_c
     with pytest.raises(EngineError, match="damaged or replaced"):
         TrtRunner(path)
     assert latest.gone == []                                    # no runtime was ever made
+
+
+def test_a_tensorrt_that_does_not_start_says_so(plan, latest, monkeypatch, bindings):
+    def refuse(logger):
+        logger.log(sys.modules["tensorrt"].ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(sys.modules["tensorrt"], "Runtime", refuse)
+    with pytest.raises(EngineError, match="does not start here .CUDA initialization failure with error: 35.; run: "
+                                          "edgedetr doctor"):
+        TrtRunner(plan())
+
+
+def test_frames_stay_bytes_on_their_way_to_the_device(behaviour, tmp_path, rng):
+    path = tmp_path / "model.frame-24x40.onnx"
+    frame_graph.write(path)
+    frame = rng.integers(0, 256, (1, 24, 40, 3), dtype=np.uint8)
+    runner, oracle = TrtFrameRunner(fake_tensorrt.write_plan(path)), OrtFrameRunner(path, threads=1)
+    assert (runner.height, runner.width) == (24, 40)
+    for _ in range(2):
+        found, expected = runner.run(frame), oracle.run(frame)
+        assert {name: value.dtype for name, value in found.items()} == {
+            "boxes": np.float32, "scores": np.float32, "labels": np.int64}
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value)
+    with pytest.raises(UsageError, match="frames is float32 .1, 24, 40, 3.; .* takes uint8"):
+        runner.run(frame.astype(np.float32))
+    runner.close()
+    assert not any(behaviour.fake.live().values())
 
 
 def test_types_that_numpy_lacks_are_named(bindings):
