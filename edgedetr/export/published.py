@@ -62,7 +62,8 @@ def import_weights(source: str, model: str, out: str | Path, *, data: Path | Non
     out = Path(out)
     if (out / MANIFEST).exists():
         raise ModelError(f"{out} is a bundle already; name another --out")
-    chosen, notes = member(model), []
+    chosen = member(model)
+    notes: list[str] = []
     raw = pretrained.read(source)
     layout, weights = names.layout_of(model, raw, source), names.translate(model, raw, source)
     told, resize = _beside(source, "config.json"), _beside(source, "preprocessor_config.json")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,10 @@ class DeformableLayer(nn.Module):
         self.attention_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, memory: Memory, centres: Tensor) -> Tensor:
-        """memory with its position; centres [1 or B, S, 2] of the cells -> the new tokens [B, S, C]."""
+    def forward(self, memory: Memory, position: Tensor, centres: Tensor) -> Tensor:
+        """position [1 or B, S, C] and centres [1 or B, S, 2] of the cells -> the new tokens [B, S, C]."""
         tokens = memory.tokens
-        seen = self.attention(tokens + memory.position, centres, tokens, memory.shapes,
-                              memory.padding, memory.valid)
+        seen = self.attention(tokens + position, centres, tokens, memory.shapes, memory.padding, memory.valid)
         tokens = self.attention_norm(tokens + self.dropout(seen))
         return self.feedforward_norm(tokens + self.feedforward(tokens))
 
@@ -113,10 +113,10 @@ class DeformableEncoder(nn.Module):
             valid = torch.stack([_share(mask) for mask in masks], dim=1)
         tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
         position, centres = self.place(tokens, shapes, masks, valid)
-        memory = Memory(tokens, shapes, self.strides, position=position, padding=flat, valid=valid)
+        # Without position: the decoder samples tokens by place.
+        memory = Memory(tokens, shapes, self.strides, padding=flat, valid=valid)
         for layer in self.layers:
-            memory.tokens = layer(memory, centres)
-        memory.position = None      # the decoder samples tokens by place and takes no position of theirs
+            memory = replace(memory, tokens=layer(memory, position, centres))
         return memory
 
 

@@ -65,6 +65,16 @@ def test_a_rule_keeps_what_it_matches_except_its_exceptions():
     assert found.islands == {"/decoder/out/MatMul": "boxes"}
 
 
+def test_the_default_keeps_float_where_a_deformable_encoder_samples():
+    chain = zip(["value", "offsets", "weights", "out"], ["x", "h0", "h1", "h2"], "abcd")
+    nodes = [helper.make_node("MatMul", [source, weight], [f"h{number}"],
+                              f"/detector/encoder/layers.0/attention/{part}/MatMul")
+             for number, (part, source, weight) in enumerate(chain)]
+    found = plan(graph_of(nodes, {"x": [1, 4, 32]}, a=W, b=W, c=W, d=W), load("default"))
+    assert [layer.node.split("/")[-2] for layer in found.layers] == ["value", "out"]
+    assert all("samples" in reason for reason in found.islands.values())
+
+
 def test_a_rule_can_depend_on_what_the_node_reads():
     k = np.ones((32, 32, 1, 1))
     nodes = [helper.make_node("Conv", ["x", "a"], ["h"], "c0"),

@@ -38,7 +38,9 @@ class Layout:
 
 def rename(weights: Mapping[str, Tensor], rules: Iterable[Rule]) -> Weights:
     """Every rule in order on every name. Two names may become one only where their tensors are equal (tied weights)."""
-    rules, renamed, origin = list(rules), {}, {}
+    rules = list(rules)
+    renamed: Weights = {}
+    origin: dict[str, str] = {}
     for name, tensor in weights.items():
         if IGNORED.search(name):
             continue
