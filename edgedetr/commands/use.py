@@ -23,6 +23,7 @@ from edgedetr.commands.show import as_json, say, table
     type=click.Choice(["onnxruntime", "openvino", "tensorrt"]),
     help="Inference library.  [default: an engine that fits this device, else ONNX Runtime]",
 )
+@click.option("--trust", is_flag=True, help="Take an engine that was built on another machine: it is code from there.")
 @click.option("--drop-late", is_flag=True, help="Leave out frames that come while the detector is busy.")
 @threads_option
 def predict(
@@ -32,6 +33,7 @@ def predict(
     conf: float,
     stage: str | None,
     backend: str | None,
+    trust: bool,
     drop_late: bool,
     threads: int | None,
 ) -> int:
@@ -42,7 +44,7 @@ def predict(
     from edgedetr.runtime.predict import predict as run
     from edgedetr.runtime.video import is_live
 
-    detector = load(bundle, backend=backend, stage=stage, threads=threads)
+    detector = load(bundle, backend=backend, stage=stage, threads=threads, trust=trust)
     say(detector.description)
     count = 0
     try:

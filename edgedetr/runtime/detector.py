@@ -107,13 +107,14 @@ def check_image(image: object, what: str) -> None:
 
 
 def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str | None = None,
-         threads: int | None = None, batch: int | None = None) -> Detector:
+         threads: int | None = None, batch: int | None = None, trust: bool = False) -> Detector:
     """Open a bundle and load its best stage for this machine, or the one that is asked for.
 
     backend   "onnxruntime", "openvino" or "tensorrt"; None = an engine that fits this device, else ONNX Runtime
     stage     "onnx" (float32), "fp16", "int8" or "int8-cpu"
     threads   threads of one inference on the CPU; None = all cores
     batch     the engine for so many pictures at a time; None = the one for single pictures
+    trust     take an engine that was built on another machine; an engine is code, so know who built it
 
     The detector's `description` says what was chosen and why, and why an engine was not used.
     """
@@ -126,7 +127,7 @@ def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str 
             raise UsageError(f"{what} is {number}; expected at least 1")
     refused: tuple[str, ...] = ()
     if backend == "tensorrt" or (backend is None and (stage is None or not any(map(find_spec, ON_FILES)))):
-        detector, refused = _load_engine(bundle, stage, batch)
+        detector, refused = _load_engine(bundle, stage, batch, trust)
         if detector is not None:
             return detector
         if backend == "tensorrt":
@@ -139,9 +140,9 @@ def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str 
     return _detector(bundle, BACKENDS[backend](path, threads=threads), stage, description)
 
 
-def load_engine(bundle: Bundle, engine: engines.Engine) -> Detector:
+def load_engine(bundle: Bundle, engine: engines.Engine, *, trust: bool = False) -> Detector:
     """The detector on one engine of the bundle; EngineError where the plan must not or cannot be loaded."""
-    runner = TrtRunner(engine.path, onnx_sha256=engine.told.onnx_sha256)
+    runner = TrtRunner(engine.path, onnx_sha256=engine.told.onnx_sha256, trust=trust)
     told = engine.told
     description = (f"{engine.stage} on tensorrt ({engine.path.name} {engines.why(engine)}: {told.device}, "
                    f"TensorRT {told.tensorrt})")
@@ -149,13 +150,14 @@ def load_engine(bundle: Bundle, engine: engines.Engine) -> Detector:
     return _detector(bundle, runner, engine.stage, description)
 
 
-def _load_engine(bundle: Bundle, stage: str | None, batch: int | None) -> tuple[Detector | None, tuple[str, ...]]:
+def _load_engine(bundle: Bundle, stage: str | None, batch: int | None,
+                 trust: bool) -> tuple[Detector | None, tuple[str, ...]]:
     """The best engine that can be opened, or why there is none."""
-    found = engines.survey(bundle)
+    found = engines.survey(bundle, trust=trust)
     fitting, refused = list(found.fitting), list(found.refused)
     while (engine := engines.pick(fitting, stage=stage, batch=batch)) is not None:
         try:
-            return load_engine(bundle, engine), ()
+            return load_engine(bundle, engine, trust=trust), ()
         except (EngineError, DeviceError) as error:
             log.warning("%s", error)
             refused.append(f"{engine.path.name} not used: {error}")

@@ -40,7 +40,7 @@ def check(plan: Path, device: Device, tensorrt: str, *, onnx_sha256: str | None 
     told = None if trust and not sidecars.beside(plan).exists() else sidecars.read(plan)
     if told is None and not trust:
         raise EngineError(f"{plan}: no {sidecars.beside(plan).name} beside it, so nobody knows where this plan is "
-                          f"from; a plan is executable code; {BUILD} (--trust takes it all the same)")
+                          f"from; a plan is executable code; {BUILD} (in Python, trust=True takes it all the same)")
     if told is not None:
         reason = foreign(told) if not trust else ""
         reason = reason or mismatch(told, device, tensorrt, onnx_sha256)

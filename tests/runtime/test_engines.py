@@ -106,6 +106,15 @@ def test_an_engine_of_another_place_is_left_and_the_reason_is_said(fake, bundle,
     assert fake.gone == []                          # nothing was deserialised
 
 
+def test_trust_takes_an_engine_of_another_machine_and_nothing_that_does_not_fit(fake, bundle, monkeypatch):
+    monkeypatch.setattr(sidecar, "host", lambda: "fedcba9876543210")
+    plan(bundle, "int8", host="0123456789abcdef")
+    plan(bundle, "fp16", host="0123456789abcdef", sm=110)
+    assert load(bundle, trust=True).description.startswith("int8 on tensorrt")
+    with pytest.raises(EngineError, match="fp16.plan not used: built for compute capability sm_110"):
+        load(bundle, backend="tensorrt", stage="fp16", trust=True)
+
+
 def test_without_a_sidecar_or_with_a_damaged_one_it_is_left(fake, bundle):
     sidecar.beside(plan(bundle, "int8")).unlink()
     sidecar.beside(plan(bundle, "fp16")).write_text("{")

@@ -65,7 +65,7 @@ def test_a_mismatch_says_what_was_found_what_is_needed_and_the_command(plan, cha
 
 def test_a_foreign_plan_is_refused_unless_trusted(plan):
     sidecar.beside(plan).unlink()
-    with pytest.raises(EngineError, match="a plan is executable code; build it here.*--trust"):
+    with pytest.raises(EngineError, match="a plan is executable code; build it here.*trust=True"):
         guards.check(plan, ORIN, "10.3.0")
     assert guards.check(plan, ORIN, "10.3.0", trust=True) == guards.CheckedPlan(DATA, None)
 
