@@ -17,6 +17,7 @@ from edgedetr.data.images import decode
 from edgedetr.data.layouts import load
 from edgedetr.errors import ExportError, UsageError
 from edgedetr.export.config import ExportConfig
+from edgedetr.export.gate import refuse_errors
 from edgedetr.export.onnx_file import PREFIX, describe, parity, write
 from edgedetr.export.reference import imported, reference, reference_of_graph
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
@@ -55,9 +56,9 @@ def export(bundle: Bundle | str | Path, *, int8: bool = False, fp16: bool = Fals
         config = replace(config, dynamic_batch=True)
     export_onnx(bundle, config, progress)
     if fp16:
-        to_half(bundle, config=quant, calib=calib, progress=progress)
+        to_half(bundle, config=quant, calib=calib, check=refuse_errors, progress=progress)
     if int8:
-        quantize(bundle, config=quant, calib=calib, progress=progress)
+        quantize(bundle, config=quant, calib=calib, check=refuse_errors, progress=progress)
     return bundle
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,13 +20,14 @@ from edgedetr.quantization.calibrate import Progress, calibrate, choose
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, tensors, tied, weight_bits
 from edgedetr.quantization.half import halve, islands
-from edgedetr.quantization.legality import tensorrt_faults
 from edgedetr.quantization.peaks import peaks
 from edgedetr.quantization.policy import Plan, Policy, load, plan
 from edgedetr.quantization.qdq import insert
 from edgedetr.quantization.ranges import Ranges
 from edgedetr.quantization.rewrite import split_concats
 from edgedetr.runtime.preprocess import prepare
+
+Check = Callable[[ModelProto, str], None]
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +39,12 @@ PEAK_PICTURES = 8                   # show how large tensors get; half.LARGEST l
 
 
 def quantize(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path | None = None,
-             progress: Progress | None = None) -> Plan:
+             check: Check | None = None, progress: Progress | None = None) -> Plan:
     """Write ranges.json, model.int8.onnx and model.int8-cpu.onnx; what is there and made by the same settings is kept.
 
     calib   where the calibration pictures are; None = present ranges of these settings, or the calibration split of the
             bundle's data
+    check   told each graph for TensorRT and its name before it enters the bundle; raises where it must not
     """
     config = config or QuantConfig()
     model = split_concats(read(bundle.require("model.onnx")))
@@ -50,13 +52,13 @@ def quantize(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path |
     chosen = plan(model, policy)
     ranges = _ranges(bundle, model, chosen, policy, config, calib, progress)
     for dialect in (TENSORRT, replace(CPU, weight_bits=weight_bits(config.cpu_weights))):
-        _write(bundle, model, chosen, policy, ranges, dialect, calib, progress)
+        _write(bundle, model, chosen, policy, ranges, dialect, calib, check, progress)
     log.info("%d layers INT8, %d float", len(chosen.layers), len(chosen.islands))
     return chosen
 
 
 def to_half(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path | None = None,
-            progress: Progress | None = None) -> None:
+            check: Check | None = None, progress: Progress | None = None) -> None:
     """Write model.fp16.onnx, unless the bundle has it from the same graph and policy.
 
     calib   pictures to see magnitudes on; None = the calibration split of the bundle's data
@@ -71,6 +73,8 @@ def to_half(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path | 
     onnx.helper.set_model_props(result, {**{item.key: item.value for item in model.metadata_props},
                                          KEY: made_by, FLOAT32: stayed})
     onnx.checker.check_model(result)
+    if check is not None:
+        check(result, FP16)
     with bundle.add(FP16, stage="half", made_from=["model.onnx"]) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
 
@@ -99,8 +103,8 @@ def _batches(bundle: Bundle, calib: Path | None, progress: Progress | None) -> I
         if progress:
             progress("fp16", number, len(paths))
         yield prepare([decode(path)], contract)[0]
-    if progress:
-        progress("fp16", 1, 1)
+    if progress and paths:
+        progress("fp16", len(paths), len(paths))
 
 
 def read(path: Path) -> ModelProto:
@@ -134,7 +138,7 @@ def _ranges(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, con
 
 
 def _write(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, ranges: Ranges, dialect: Dialect,
-           calib: Path | None, progress: Progress | None) -> None:
+           calib: Path | None, check: Check | None, progress: Progress | None) -> None:
     """One INT8 graph, unless the bundle has it already."""
     made_by = json.dumps({
         "dialect": dialect.name, "weight_bits": dialect.weight_bits, "observer": ranges.observer, "policy": policy.name,
@@ -150,10 +154,8 @@ def _write(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, rang
         result, told[FLOAT32] = _halved(bundle, model, result, policy, calib, progress)
     onnx.helper.set_model_props(result, told)
     onnx.checker.check_model(result)
-    faults = tensorrt_faults(result) if not dialect.unsigned else []
-    if faults:
-        raise ExportError(f"{dialect.file} would not be legal for TensorRT: {faults[0]} ({len(faults)} such); expected "
-                          "explicit signed Q/DQ; this is a defect, report it with the recipe and the policy")
+    if check is not None and not dialect.unsigned:
+        check(result, dialect.file)
     with bundle.add(dialect.file, stage="quantise", made_from=["model.onnx", "ranges.json"]) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
 

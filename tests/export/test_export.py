@@ -18,9 +18,9 @@ from edgedetr.errors import BundleError, DataError, ExportError
 from edgedetr.evaluation.reference import Reference
 from edgedetr.export.config import ExportConfig
 from edgedetr.export.export import export
+from edgedetr.graph.lint import lint
 from edgedetr.models.deploy import load_bundle_model
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.legality import tensorrt_faults
 from edgedetr.quantization.policy import load as load_policy
 from edgedetr.quantization.policy import plan
 from edgedetr.quantization.ranges import Ranges
@@ -60,7 +60,26 @@ def test_int8_files_are_smaller_and_stay_near_the_float_model(exported):
 
 
 def test_tensorrt_graph_of_each_member_is_legal(exported):
-    assert tensorrt_faults(onnx.load(exported.require("model.int8.onnx"))) == []
+    assert lint(onnx.load(exported.require("model.int8.onnx"))) == ()
+
+
+def test_a_graph_with_an_error_never_enters_the_bundle(fresh, tmp_path, monkeypatch):
+    """A zero point that is none, as a defect in the quantiser would write it."""
+    from edgedetr.quantization import quantize as module
+
+    def broken(*arguments):
+        graph = insert(*arguments)
+        zero = next(item for item in graph.graph.initializer if item.name.endswith("_output_0_zero_point"))
+        zero.CopyFrom(onnx.numpy_helper.from_array(np.int8(5), zero.name))
+        return graph
+
+    insert = module.insert
+    monkeypatch.setattr(module, "insert", broken)
+    bundle = fresh("detr", tmp_path / "b")
+    with pytest.raises(ExportError, match="model.int8.onnx has .* faults for TensorRT: .*zero point is 5"):
+        export(bundle, int8=True, config=ExportConfig(), quant=QUANT)
+    assert not Bundle.open(bundle.path).has("model.int8.onnx")
+    assert not list(bundle.path.glob("**/*.tmp"))
 
 
 def test_policy_keeps_decoder_heads_and_selection_float_and_quantises_the_rest(exported):

@@ -11,8 +11,8 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
+from edgedetr.graph.lint import lint
 from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, half_steps, tensors, tied
-from edgedetr.quantization.legality import tensorrt_faults
 from edgedetr.quantization.policy import Plan, Policy, plan
 from edgedetr.quantization.qdq import insert, quantise_weight
 
@@ -221,39 +221,9 @@ def test_cpu_graph_runs_integer_kernels_only_for_what_the_plan_names(case, tmp_p
 
 def test_tensorrt_dialect_is_legal_and_the_cpu_dialect_is_not_mistaken_for_it(case):
     model, _, chosen, amax = case
-    assert tensorrt_faults(insert(model, chosen, amax, TENSORRT)) == []
-    assert tensorrt_faults(insert(model, chosen, amax, CPU))
-
-
-@pytest.mark.parametrize("spoil, fault", [
-    (lambda graph: graph.opset_import[0].__setattr__("version", 21), "opsets are"),
-    (lambda graph: _set(graph, "r0_scale", np.float32(0)), "not float16 or float32, finite and positive"),
-    (lambda graph: _set(graph, "r0_scale", np.float64(1)), "not float16 or float32, finite and positive"),
-    (lambda graph: _set(graph, "r0_scale", np.float32(5e-5)), "below 6.1e-5"),
-    (lambda graph: _set(graph, "r0_zero_point", np.uint8(128)), "uint8 128"),
-    (lambda graph: _set(graph, "r0_scale", np.ones(CHANNELS, np.float32)), "one scale per channel"),
-])
-def test_each_fault_of_a_tensorrt_graph_is_told(case, spoil, fault):
-    model, _, chosen, amax = case
-    graph = insert(model, chosen, amax, TENSORRT)
-    spoil(graph)
-    assert any(fault in found for found in tensorrt_faults(graph))
-
-
-def test_a_pair_between_conv_and_relu_is_a_fault(case):
-    model, _, chosen, amax = case
-    graph = insert(model, chosen, amax, TENSORRT)
-    _set(graph, "c0_scale", np.float32(1))
-    _set(graph, "c0_zero_point", np.int8(0))
-    graph.graph.node.append(helper.make_node("QuantizeLinear", ["c0", "c0_scale", "c0_zero_point"], ["c0_q"], "early"))
-    assert tensorrt_faults(graph) == ["early: stands between a Conv and its Relu"]
-
-
-def _set(graph: ModelProto, name: str, value: np.ndarray) -> None:
-    for item in list(graph.graph.initializer):
-        if item.name == name:
-            graph.graph.initializer.remove(item)
-    graph.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    assert lint(insert(model, chosen, amax, SIGNED)) == ()
+    found = lint(insert(model, chosen, amax, CPU))
+    assert {finding.rule for finding in found if finding.worst == "error"} == {"zero-point"}
 
 
 def test_a_channel_of_zeros_keeps_its_bias():
