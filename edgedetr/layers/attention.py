@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -15,7 +16,7 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"{dim} channels cannot be split over {heads} heads; expected a multiple")
         self.heads, self.scale = heads, (dim // heads) ** -0.5
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout      # of the weights, while training
         for projection in (self.q, self.k, self.v, self.out):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
@@ -25,14 +26,29 @@ class MultiHeadAttention(nn.Module):
 
         mask  bool, broadcasts to [B, M, N, S]; True = this query must not see that key
         """
-        q = self._split(self.q(query)) * self.scale                 # [B, M, N, D]
+        q = self._split(self.q(query))                              # [B, M, N, D]
         k, v = self._split(self.k(key)), self._split(self.v(value))  # [B, M, S, D]
-        scores = q @ k.transpose(-1, -2)                            # [B, M, N, S]
-        if mask is not None:
-            # The lowest finite number, not -inf: a row that is masked everywhere stays finite.
-            scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)
-        weights = self.dropout(scores.softmax(-1))
-        return self.out((weights @ v).transpose(1, 2).flatten(2))
+        mixed = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
+    """softmax(scale q k^T) v: the mean of the values as each query weighs them.
+
+    q [B, M, N, D], k [B, M, S, D], v [B, M, S, E] -> [B, M, N, E]
+    mask  bool, broadcasts to [B, M, N, S]; True = this query must not see that key
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        scores = (q * scale) @ k.transpose(-1, -2)                  # [B, M, N, S]
+        if mask is not None:
+            # The lowest finite number, not -inf: a row that is masked everywhere stays finite.
+            scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)
+        return scores.softmax(-1) @ v
+    # The same in one kernel; exported graphs hold the plain products, which every runtime knows.
+    share = None
+    if mask is not None:
+        share = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, torch.finfo(q.dtype).min)
+    return F.scaled_dot_product_attention(q, k, v, share, dropout, scale=scale)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from edgedetr.layers.attention import attend
 from edgedetr.layers.feedforward import Mlp
 from edgedetr.layers.position import sine_of_boxes
 
@@ -22,14 +23,15 @@ class ConditionalSelfAttention(nn.Module):
         super().__init__()
         self.heads, self.scale = heads, (dim // heads) ** -0.5
         self.q, self.q_position, self.k, self.k_position, self.v, self.out = _linears(dim, heads, 6)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout      # of the weights, while training
 
     def forward(self, content: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:
         """content, position [B, N, C] -> [B, N, C]; mask [N, N] bool, True = this row must not see that column."""
         q = self.q(content) + self.q_position(position)
         k = self.k(content) + self.k_position(position)
-        q, k, v = (_split(x, self.heads) for x in (q * self.scale, k, self.v(content)))
-        return self.out(_attend(q, k, v, mask, self.dropout))
+        q, k, v = (_split(x, self.heads) for x in (q, k, self.v(content)))
+        mixed = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class ConditionalAttention(nn.Module):
@@ -43,7 +45,7 @@ class ConditionalAttention(nn.Module):
         self.heads, self.scale = heads, (2 * dim // heads) ** -0.5
         self.q, self.q_spatial, self.k, self.k_position, self.v, self.out = _linears(dim, heads, 6)
         self.q_position = _linears(dim, heads, 1)[0] if first else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout      # of the weights, while training
 
     def forward(self, content: Tensor, position: Tensor | None, spatial: Tensor, tokens: Tensor, place: Tensor,
                 padding: Tensor | None = None) -> Tensor:
@@ -61,7 +63,9 @@ class ConditionalAttention(nn.Module):
         q = torch.cat([_split(q, self.heads), _split(self.q_spatial(spatial), self.heads)], dim=-1)     # [B, M, N, 2D]
         k = torch.cat([_split(k, self.heads), _split(where, self.heads)], dim=-1)                       # [B, M, S, 2D]
         mask = None if padding is None else padding[:, None, None]
-        return self.out(_attend(q * self.scale, k, _split(self.v(tokens), self.heads), mask, self.dropout))
+        v = _split(self.v(tokens), self.heads)
+        mixed = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class SpatialQuery(nn.Module):
@@ -102,12 +106,3 @@ def _linears(dim: int, heads: int, count: int) -> list[nn.Linear]:
 
 def _split(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)                             # [B, M, N, D]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: nn.Module) -> Tensor:
-    """q [B, M, N, E], k [B, M, S, E], v [B, M, S, D] -> [B, N, M D]."""
-    scores = q @ k.transpose(-1, -2)
-    if mask is not None:
-        # The lowest finite number, not -inf: a row that is masked everywhere stays finite.
-        scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)
-    return (dropout(scores.softmax(-1)) @ v).transpose(1, 2).flatten(2)

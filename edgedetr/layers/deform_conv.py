@@ -57,8 +57,7 @@ class TapPlaces(nn.Module):
 
 
 class DeformRead(nn.Module):
-    """`sampling` "grid_sample" (torch's own), "gather" (row gathers), or "auto": the faster of these two ways to the same
-    numbers, on a CPU the second."""
+    """`sampling`: "grid_sample" (torch's own), "gather" (row gathers), or "auto", the faster one here; one result."""
 
     def __init__(self, sampling: str = "auto") -> None:
         super().__init__()

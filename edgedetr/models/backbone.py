@@ -62,7 +62,8 @@ class Block(nn.Module):
         self.activation = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.body(x) + self.shortcut(x))
+        # In place: neither a convolution nor a normalisation looks at what it gave when gradients are made.
+        return self.activation(self.body(x).add_(self.shortcut(x)))
 
 
 class ResNet(nn.Module):

@@ -67,10 +67,11 @@ def their_step(member: str, pixels: int, batch: int, backbone: str) -> Callable[
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(name, member, backbone))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    images = torch.rand(batch, 3, pixels, pixels)
+    labels = [{"class_labels": target.labels, "boxes": target.boxes} for target in targets(batch)]
 
     def step() -> None:
-        labels = [{"class_labels": target.labels, "boxes": target.boxes} for target in targets(batch)]
-        loss = model(pixel_values=torch.rand(batch, 3, pixels, pixels), labels=labels).loss
+        loss = model(pixel_values=images, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -85,13 +86,11 @@ def our_step(member: str, pixels: int, batch: int, backbone: str) -> Callable[[]
     if backbone == "frozen":
         detector.backbone.requires_grad_(False)
     trainee = Trainee(detector, settings, config.class_loss, CLASSES)
-    optimizer = adamw(detector, settings)
+    optimizer, padded = adamw(detector, settings), pad(targets(batch))
+    images = torch.randint(0, 256, (batch, 3, pixels, pixels), dtype=torch.uint8)
 
     def step() -> None:
-        padded = pad(targets(batch))
-        images = torch.randint(0, 256, (batch, 3, pixels, pixels), dtype=torch.uint8)
         trainee(images, lambda: padded, float(batch * OBJECTS))[0].backward()
-        torch.nn.utils.clip_grad_norm_(detector.parameters(), settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
