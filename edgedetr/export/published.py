@@ -75,6 +75,9 @@ def import_weights(source: str, model: str, out: str | Path, *, data: Path | Non
                 "input": {"height": height, "width": width, "resize": how}}
     recipe = Recipe.from_dict(sections, where=source, sets=sets)
     config = recipe.model.config
+    if hasattr(config, "dilate_last") and "dilation" not in told:
+        notes.append(f"no tensor says whether C5 is dilated (DC5): taken as {config.dilate_last}; otherwise --set "
+                     f"model.dilate_last={str(not config.dilate_last).lower()}")
     published = _classes(count_classes(weights, config.activation), told, classes, source, notes)
     record, wanted = None, published
     if data is not None:

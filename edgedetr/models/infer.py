@@ -56,6 +56,15 @@ def _position(weights: Weights) -> str | None:
     return "sequence" if "encoder.position.table" in weights else None
 
 
+def _queries(weights: Weights) -> int | None:
+    """Learned queries; None where they are selected, which no tensor counts."""
+    patterns = _rows("selector.pattern.weight")(weights)
+    if patterns is not None and "selector.points.points" in weights:
+        return patterns * weights["selector.points.points"].shape[0]
+    return _rows("selector.position.weight", "selector.embed.weight", "selector.content.weight",
+                 "selector.box.weight")(weights)
+
+
 def _share(weights: Weights) -> float | None:
     """Width of RT-DETR's fusion blocks, share of C."""
     name = "encoder.top_down.0.deep.conv.weight"
@@ -79,7 +88,9 @@ READ: dict[str, Callable[[Weights], Any]] = {
     "decoder_ffn": _rows("decoder.layers.0.feedforward.up.weight"),
     "encoder_layers": _count(r"encoder\.(?:layers|attention)\.(\d+)\."),
     "decoder_layers": _count(r"decoder\.layers\.(\d+)\."),
-    "queries": _rows("selector.position.weight", "selector.embed.weight"),
+    "queries": _queries,
+    "patterns": _rows("selector.pattern.weight"),
+    "dynamic_hidden": _rows("decoder.layers.0.cross_attention.interaction.norms.0.weight"),
     "position": _position,
     "pre_norm": _has("encoder.norm.weight"),
     "levels": _rows("encoder.place.level"),

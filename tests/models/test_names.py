@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 import original_names
 import pytest
 import torch
+from members import SMALL
 from references import reference_resnet, transformers
 
 from edgedetr.errors import ModelError
@@ -79,6 +81,20 @@ def test_the_architecture_follows_from_the_tensors(case: str) -> None:
     assert {"backbone", "backbone_width", "hidden", "decoder_layers"} <= found.keys()
     rebuilt = type(config)(**found, **{name: getattr(config, name) for name in untold if hasattr(config, name)})
     assert build(member, rebuilt, CLASSES).state_dict().keys() == build(member, config, CLASSES).state_dict().keys()
+
+
+@pytest.mark.parametrize("member", SMALL)
+def test_every_members_architecture_follows_from_its_tensors(member: str) -> None:
+    config = SMALL[member]
+    found = infer(type(config), build(member, config, CLASSES).state_dict(), heads=4)
+    untold = {"heads", "backbone_norm", "frozen_stages", "dilate_last", "first_queries", "points"}
+    if member in ("deformable_detr", "efficient_detr", "rt_detr"):
+        untold.add("queries")           # selected, not learned
+    default = type(config)()
+    for field in fields(config):
+        wanted = getattr(config, field.name)
+        if field.name not in untold and wanted != getattr(default, field.name):
+            assert found[field.name] == wanted, field.name
 
 
 @pytest.mark.parametrize("form", ["plain", "refined", "two-stage"])
