@@ -108,6 +108,11 @@ def build(
     for made in built:
         for warning in made.sidecar.warnings:
             say(f"warning: {made.path.name}: {warning}")
+    old = engine.outdated(opened)
+    if old:
+        size = sum(path.stat().st_size for path in old) / 1e6
+        say(f"engines of graphs that are gone, which may be deleted ({size:.0f} MB; each has a .plan, a .json and a "
+            f".layers.json): {', '.join(path.stem for path in old)}")
     say(f"engines: {built[0].path.parent}\nnext: edgedetr verify {opened.path}")
     if as_json_:
         as_json([{"path": str(made.path), "made": made.made, **asdict(made.sidecar)} for made in built])

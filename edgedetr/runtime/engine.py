@@ -89,7 +89,7 @@ def build(bundle: Bundle | str | Path, precision: str = "int8", *, batch: int | 
     for entry in concerning:
         if entry.refuse:
             raise EngineError(f"{bundle.path / name}, TensorRT {trt.__version__}: {entry}")
-    folder = store.writable_folder(bundle)
+    folder = store.writable_folder(bundle, needed=len(model))
     with store.one_at_a_time(folder):
         plan = folder / f"{stem}.plan"
         kept = None if force else _kept(plan, device, trt.__version__, digest)      # another process may have built it
@@ -112,6 +112,20 @@ def build(bundle: Bundle | str | Path, precision: str = "int8", *, batch: int | 
         _publish(plan, made, told)
     log.info("%s: built in %.0f s", plan, made.seconds)
     return BuiltEngine(plan, told, True)
+
+
+def outdated(bundle: Bundle) -> list[Path]:
+    """Plans in the bundle that were built from a graph it no longer has; nothing will ever load them."""
+    found = []
+    for plan in sorted((bundle.path / store.FOLDER).glob("*.plan")):
+        try:
+            told = sidecar.read(plan)
+        except EngineError:
+            continue
+        entry = bundle.manifest.files.get(told.onnx) if told is not None else None
+        if told is not None and (entry is None or entry.sha256 != told.onnx_sha256):
+            found.append(plan)
+    return found
 
 
 def _publish(plan: Path, made: Plan, told: Sidecar) -> None:

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from edgedetr.runtime.guards import read_regular
 log = logging.getLogger(__name__)
 
 FOLDER = "engines"
+UNFINISHED = ".building"        # ending of files that are being written; those of a process that was killed stay
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 LARGEST_CACHE = 256 << 20       # bytes of a timing cache; a real one has a few million
 
@@ -43,14 +45,20 @@ def plans(bundle: Bundle) -> list[Path]:
     return [plan for folder in folders(bundle) if folder.is_dir() for plan in sorted(folder.glob("*.plan"))]
 
 
-def writable_folder(bundle: Bundle) -> Path:
-    """The first of `folders` that can be written to, made if it is not there."""
+def writable_folder(bundle: Bundle, needed: int = 0) -> Path:
+    """The first of `folders` that can be written to, made if it is not there.
+
+    needed   bytes that an engine takes at the least: better to fail before the minutes of a build than after them
+    """
     refused = []
     for folder in folders(bundle):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
-                return folder
+                pass
+            if shutil.disk_usage(folder).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return folder
         except OSError as error:
             if error.errno not in READ_ONLY:
                 raise _unwritable(folder, error) from error
@@ -74,6 +82,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             log.warning("%s: another process builds here; waiting for it", folder)
             fcntl.flock(stream, fcntl.LOCK_EX)
+        for left in folder.glob(f".*{UNFINISHED}"):     # nobody else writes here now
+            left.unlink(missing_ok=True)
         yield           # closing the file opens the lock, also after a crash
 
 
@@ -83,7 +93,7 @@ def publish(files: Mapping[Path, bytes]) -> None:
     target = Path()
     try:
         for target, data in files.items():
-            handle, name = tempfile.mkstemp(prefix=f".{target.name[:64]}.", suffix=".tmp", dir=target.parent)
+            handle, name = tempfile.mkstemp(prefix=f".{target.name[:64]}.", suffix=UNFINISHED, dir=target.parent)
             staged.append((Path(name), target))
             with os.fdopen(handle, "wb") as stream:
                 stream.write(data)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -70,7 +71,7 @@ def test_an_engine_is_built_strongly_typed_and_its_sidecar_says_everything(fake,
     assert told.layers.weighted == {"int8": 1} and told.layers.share("int8") == 1 and told.typing == "strong"
     assert json.loads(made.path.with_suffix(".layers.json").read_text())["Layers"]
     assert made.path.name.startswith(f"int8-b1-sm87-trt{fake.spec.__version__}-cu12.6-orin-{told.onnx_sha256:.8}-")
-    assert not list(made.path.parent.glob(".*.tmp"))
+    assert not list(made.path.parent.glob(".*.building"))
 
 
 def test_the_builder_is_configured_by_name(fake, bundle):
@@ -432,6 +433,51 @@ def test_nowhere_to_write_is_one_error(old, bundle, without_root, monkeypatch):
         engine.build(without_root / "b")
 
 
+def test_too_little_space_is_said_before_the_build(old, bundle, monkeypatch):
+    usage = shutil.disk_usage(bundle.path)
+    monkeypatch.setattr(engine_store.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(EngineError, match="No space left on device"):
+        engine.build(bundle)
+    assert not old.flags
+
+
+def test_a_builder_that_is_killed_leaves_the_previous_engine_and_an_open_lock(old, bundle):
+    first = engine.build(bundle)
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+
+    def hang(files: object) -> None:
+        (first.path.parent / f".half{engine_store.UNFINISHED}").write_bytes(b"half of a plan")
+        begun.set()
+        time.sleep(60)
+
+    def child() -> None:
+        engine_store.publish, old.plans, old.parses = hang, [b"new"], [True]
+        engine.build(bundle, force=True)
+
+    process = context.Process(target=child)
+    process.start()
+    assert begun.wait(60)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    assert engine.build(bundle).sidecar == first.sidecar
+    old.plans, old.parses = [b"newer"], [True]
+    assert engine.build(bundle, force=True).path.read_bytes() == b"newer"
+    assert not list(first.path.parent.glob(f".*{engine_store.UNFINISHED}"))
+
+
+def test_engines_of_a_graph_that_is_gone_are_named(old, bundle, tiny_graph, capsys):
+    old.plans, old.parses = [b"1", b"2", b"3"], [True] * 3
+    first, kept = engine.build(bundle), engine.build(bundle, "fp16")
+    assert engine.outdated(bundle) == []
+    with bundle.add("model.int8.onnx", stage="export") as path:
+        tiny_graph.write(path, np.ones((3, 6)), np.zeros((3, 2)))
+    assert engine.outdated(bundle) == [first.path]
+    code, _, err = command(capsys, str(bundle.path))
+    assert code == 0 and "engines of graphs that are gone" in err and first.path.stem in err
+    assert kept.path.is_file() and first.path.is_file()
+
+
 def _build_in_process(path: str, barrier, answers) -> None:    # type: ignore[no-untyped-def]
     barrier.wait(60)
     try:
@@ -451,7 +497,7 @@ def test_eight_processes_at_once_make_one_engine(old, bundle):
     for child in children:
         child.join(60)
     assert sorted(made for made, _ in found) == [False] * 7 + [True] and len({digest for _, digest in found}) == 1
-    assert not list((bundle.path / "engines").glob(".*.tmp"))
+    assert not list((bundle.path / "engines").glob(".*.building"))
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "empty", "no sidecar", "sidecar"])
