@@ -41,7 +41,7 @@ def describe(name: str, classes: int = 80, pixels: int = 640) -> Entry:
     if hasattr(config, "backbone_weights"):
         config = replace(config, backbone_weights="random")
     with torch.device("meta"):      # shapes only: nothing is allocated, initialised or computed
-        model = build(name, config, classes).eval()
+        model = build(name, config, classes).eval().requires_grad_(False)
         images = torch.empty(1, 3, pixels, pixels)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             memory = model.encode(images)
