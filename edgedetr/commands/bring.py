@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from edgedetr.commands.choose import json_option, open_bundle
 from edgedetr.commands.show import as_json, say, table
 from edgedetr.errors import NotWithinTolerance, UsageError
+
+if TYPE_CHECKING:
+    from edgedetr.graph.rtx import RtxResult
 
 TARGETS = ("jetpack-6", "jetpack-7.2", "trt-11")
 
@@ -23,8 +26,9 @@ TARGETS = ("jetpack-6", "jetpack-7.2", "trt-11")
     type=click.Choice(TARGETS),
     help="TensorRT to check for; repeatable.  [default: all of them]",
 )
+@click.option("--parse", is_flag=True, help="Parse and build with TensorRT-RTX too, which needs no GPU.")
 @json_option
-def lint(target: Path | None, targets: tuple[str, ...], as_json_: bool) -> int:
+def lint(target: Path | None, targets: tuple[str, ...], parse: bool, as_json_: bool) -> int:
     """Say what TensorRT would refuse or get wrong.
 
     Of a bundle: the graphs that engines are built from. Needs no GPU. Exit 3 when there is an error."""
@@ -42,10 +46,25 @@ def lint(target: Path | None, targets: tuple[str, ...], as_json_: bool) -> int:
         say(f"{report.path}: {report.nodes} nodes, {_count(report.errors, 'error')}, {_count(warnings, 'warning')} "
             f"for {', '.join(chosen)}")
         if report.findings:
-            table(["severity", "rule", "for", "node", "what", "fix"], report.rows())
+            table(["severity", "rule", "for", "node", "what"], report.rows())
+            for rule, fix in report.fixes().items():
+                say(f"{rule}: {fix}")
+    verdicts = _parse(files) if parse else []
     if as_json_:
-        as_json([report.to_json() for report in reports])
-    return NotWithinTolerance.exit_code if any(report.errors for report in reports) else 0
+        found = [report.to_json() for report in reports]
+        as_json([{**one, "parse": other.to_json()} for one, other in zip(found, verdicts)] if parse else found)
+    failed = any(report.errors for report in reports) or not all(verdict.ok for verdict in verdicts)
+    return NotWithinTolerance.exit_code if failed else 0
+
+
+def _parse(files: list[Path]) -> list[RtxResult]:
+    """What a real parser and builder says of each file."""
+    from edgedetr.graph.rtx import check_all
+
+    verdicts = check_all(files)
+    for verdict in verdicts:
+        say(str(verdict))
+    return verdicts
 
 
 def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:

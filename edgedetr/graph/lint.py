@@ -19,7 +19,7 @@ from edgedetr.graph.finding import TARGETS, Finding, Target
 from edgedetr.graph.rules import RULES
 from edgedetr.graph.view import GraphView
 
-SHOWN = 3           # findings of one rule that the table names; the others are counted
+SHOWN = 3           # reasons of one rule that the table names; the others are counted
 # Graphs of a bundle that are not made for TensorRT.
 _FOR_CPU = "-cpu.onnx", "-openvino.onnx"
 
@@ -41,20 +41,29 @@ class Report:
         return {**asdict(self), "errors": self.errors, "warnings": len(self.findings) - self.errors}
 
     def rows(self, shown: int = SHOWN) -> list[list[object]]:
-        """severity, rule, targets, node, reason, fix; errors first, the first few of each rule."""
-        lines: list[list[object]] = []
-        count = Counter(finding.rule for finding in self.findings)
-        told: Counter[str] = Counter()
+        """severity, rule, targets, node, reason; errors first, findings of one reason together, the first few reasons.
+
+        A target in brackets takes as a warning what is an error for the others.
+        """
+        alike: dict[tuple[str, str], list[Finding]] = {}
         for finding in sorted(self.findings, key=lambda item: item.worst != "error"):
-            told[finding.rule] += 1
-            if told[finding.rule] > shown:
+            alike.setdefault((finding.rule, finding.reason), []).append(finding)
+        told: Counter[str] = Counter()
+        lines: list[list[object]] = []
+        for (rule, reason), same in alike.items():
+            told[rule] += 1
+            if told[rule] > shown:
                 continue
-            more = count[finding.rule] - shown if told[finding.rule] == shown else 0
-            node = finding.node + (f" (and {more} more)" if more > 0 else "")
-            words = " ".join(f"{name}" if kind == finding.worst else f"({name})"
-                             for name, kind in finding.severity.items())
-            lines.append([finding.worst, finding.rule, words, node, finding.reason, finding.fix])
-        return lines
+            first = same[0]
+            words = " ".join(name if kind == first.worst else f"({name})" for name, kind in first.severity.items())
+            node = first.node + (f" (and {len(same) - 1} more)" if len(same) > 1 else "")
+            lines.append([first.worst, rule, words, node, reason])
+        hidden = {rule: count - shown for rule, count in told.items() if count > shown}
+        return lines + [["", rule, "", f"({count} other reasons of this rule)", ""] for rule, count in hidden.items()]
+
+    def fixes(self) -> dict[str, str]:
+        """What to do, by rule, with the place where its claim can be read."""
+        return {finding.rule: f"{finding.fix} ({finding.source})" for finding in reversed(self.findings)}
 
 
 def lint(model: ModelProto, targets: Iterable[str] = tuple(TARGETS)) -> tuple[Finding, ...]:

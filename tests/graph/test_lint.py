@@ -439,7 +439,7 @@ def test_the_command_exits_with_0_on_warnings(tmp_path, capsys):
     assert cli.run(["lint", str(tmp_path / "m.onnx"), "--target", "jetpack-5"]) == 2
 
 
-def test_of_many_findings_of_one_rule_the_table_names_three(tmp_path, capsys):
+def test_findings_of_one_reason_are_one_line(tmp_path, capsys):
     nodes = [node("GridSample", "x g", f"y{i}", mode="linear") for i in range(9)]
     model = graph_of(nodes, {"x": (F32, (1, 4, 8, 8)), "g": (F32, (1, 8, 8, 2))}, opset=20)
     for number, item in enumerate(model.graph.node):
@@ -448,7 +448,25 @@ def test_of_many_findings_of_one_rule_the_table_names_three(tmp_path, capsys):
     report = lint_file(tmp_path / "m.onnx", ["jetpack-6"])
     assert len([f for f in report.findings if f.rule == "grid-sample-mode"]) == 9
     rows = [row for row in report.rows() if row[1] == "grid-sample-mode"]
-    assert [row[3] for row in rows] == ["sample0", "sample1", "sample2 (and 6 more)"]
+    assert [row[3] for row in rows] == ["sample0 (and 8 more)"]
+    assert "renames it" in report.fixes()["grid-sample-mode"]
+
+
+def test_of_many_reasons_of_one_rule_the_table_names_three(tmp_path):
+    nodes = [helper.make_node("TopK", ["x", f"k{i}"], [f"y{i}", f"i{i}"], f"best{i}") for i in range(5)]
+    model = graph_of(nodes, {"x": (F32, (1, 9000))}, {f"k{i}": np.array([4000 + i], np.int64) for i in range(5)})
+    onnx.save(model, tmp_path / "m.onnx")
+    rows = lint_file(tmp_path / "m.onnx").rows()
+    assert [row[3] for row in rows] == ["best0", "best1", "best2", "(2 other reasons of this rule)"]
+
+
+def test_a_real_parser_is_asked_on_demand(tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx")
+    onnx.save(top_k(300), tmp_path / "good.onnx")
+    assert cli.run(["lint", str(tmp_path / "good.onnx"), "--parse", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)[0]["parse"]["built"] is True
+    assert "says nothing about speed or numerics on a Jetson" in captured.err
 
 
 def test_of_a_bundle_the_graphs_for_tensorrt_are_linted(tmp_path, capsys):
