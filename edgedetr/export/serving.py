@@ -29,7 +29,7 @@ def serve(bundle: Bundle, *, fp16: bool = False, int8: bool = False, frame: str 
         said.append(f"for frames of {size[0]} x {size[1]}: {', '.join(made)}")
         framed = made[-1]
     if triton is not None:
-        found = write_repository(bundle, triton, framed) if size else _repository(bundle, triton, chosen)
+        found = _repository(bundle, triton, STAGES[chosen], framed if size else chosen)
         batches = f"up to {found.max_batch_size} requests joined" if found.max_batch_size else "requests one by one"
         said.append(f"for Triton: {found.folder} ({found.platform}, {batches})")
     if deepstream is not None:
@@ -38,9 +38,9 @@ def serve(bundle: Bundle, *, fp16: bool = False, int8: bool = False, frame: str 
     return said
 
 
-def _repository(bundle: Bundle, root: Path, source: str) -> Repository:
+def _repository(bundle: Bundle, root: Path, stage: str, source: str) -> Repository:
     """An engine that fits this machine where there is one, else the graph, in ONNX Runtime."""
-    engine = engines.pick(engines.survey(bundle).fitting, stage=STAGES[source])
+    engine = engines.pick(engines.survey(bundle, {stage: source}).fitting)
     if engine is None and source == INT8:
         source = INT8_CPU       # the form that ONNX Runtime runs fast, and that edgedetr verify has judged there
     return write_repository(bundle, root, source, engine=engine)

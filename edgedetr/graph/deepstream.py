@@ -15,6 +15,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper
 
@@ -62,7 +63,7 @@ def with_parser_outputs(model: ModelProto, manifest: Manifest, frame: tuple[int,
     boxes = ends.corners(back, chosen.boxes, factors, (1.0, 1.0), order=(1, 0, 3, 2))
     labels = back.add("Cast", chosen.labels, to=TensorProto.FLOAT)
     # The parser takes the first so many. A score of zero is no object: FP16 may round far ones to it.
-    some = back.add("Greater", chosen.scores, back.constant([[0.0]], dtype="float32"))
+    some = back.add("Greater", chosen.scores, back.constant([[0.0]], np.float32))
     count = back.add("ReduceSum", back.add("Cast", some, to=TensorProto.FLOAT), back.constant([1]), keepdims=1)
     for made, name in zip((count, boxes, chosen.scores, labels), OUTPUTS):
         back.add("Identity", made, output=name)

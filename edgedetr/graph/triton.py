@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 
 LARGEST_BATCH = 8               # requests joined at once where the batch is open, as runtime.detector has it
 SCORE, PIXELS = 1e-3, 0.5       # by which objects of equal rows may differ; float32 kernels of two batch sizes: 1e-5
-TYPES = {TensorProto.FLOAT: "TYPE_FP32", TensorProto.UINT8: "TYPE_UINT8", TensorProto.INT32: "TYPE_INT32"}
+TYPES: dict[int, str] = {
+    TensorProto.FLOAT: "TYPE_FP32", TensorProto.UINT8: "TYPE_UINT8", TensorProto.INT32: "TYPE_INT32",
+}
 # Where ONNX Runtime serves a graph: the float graph wherever the server is, INT8 in the form of CPUs.
 KINDS = {"model.int8-cpu.onnx": "KIND_CPU"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -92,6 +93,29 @@ def test_without_an_engine_int8_is_served_in_the_form_of_cpus(copied, tmp_path, 
     assert "KIND_CPU" in text
     assert (tmp_path / "models/copied-int8-cpu/1/model.onnx").read_bytes() == \
         copied.require("model.int8-cpu.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("frame", [(), ("--frame", "150x201")], ids=["batches", "frames"])
+def test_an_engine_that_fits_is_served(copied, tmp_path, as_it_is, monkeypatch, frame):
+    from edgedetr.runtime import engines
+
+    asked = []
+    plan = tmp_path / "int8.plan"
+    plan.write_bytes(b"a plan")
+    told = SimpleNamespace(arguments=SimpleNamespace(batch=(1, 1, 1)))
+    fits = SimpleNamespace(path=plan, told=told, stage="int8", batch=1, measured=None)
+
+    def survey(bundle, files):
+        asked.append(files)
+        return engines.Survey(fitting=(fits,))
+
+    monkeypatch.setattr(engines, "survey", survey)
+    assert run(["export", str(copied.path), "--int8", *frame, "--triton", str(tmp_path / "models")]) == 0
+    name, source = ("copied-int8-frame-150x201", "model.int8.frame-150x201.onnx") if frame else (
+        "copied-int8", "model.int8.onnx")
+    assert asked == [{"int8": source}]
+    assert (tmp_path / "models" / name / "1" / "model.plan").read_bytes() == b"a plan"
+    assert 'platform: "tensorrt_plan"' in (tmp_path / "models" / name / "config.pbtxt").read_text()
 
 
 def test_a_wrong_size_is_a_usage_error_before_anything_is_made(fresh, tmp_path, capsys):
