@@ -1,0 +1,81 @@
+"""Parses and builds ONNX files with TensorRT-RTX, and writes one line of JSON per file; see rtx.py.
+
+It runs as a process of its own, with whichever bindings come first: nothing here comes from the rest of edgedetr.
+Arguments: a JSON object {"files": [...], "build": true}.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from typing import Any
+
+MODULES = ("tensorrt_rtx", "tensorrt_rtx_bindings")     # the name differs between distributions
+
+
+def bindings() -> Any:
+    for name in MODULES:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    return None
+
+
+def examine(trt: Any, path: str, build: bool) -> dict[str, Any]:
+    """What the parser and the builder say of one file."""
+    said: list[str] = []
+
+    class Logger(trt.ILogger):      # type: ignore[misc]  # the base is only known at run time
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                said.append(message.strip())
+
+    begun, logger = time.perf_counter(), Logger()
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    parsed = bool(parser.parse_from_file(path))
+    errors = []
+    for number in range(parser.num_errors):
+        error = parser.get_error(number)
+        errors.append(f"node {error.node_name() or '(no name)'} ({error.node_operator() or 'no operator'}): "
+                      f"{error.desc().strip()}")
+    result = {"path": path, "version": trt.__version__, "parsed": parsed, "built": None, "layers": network.num_layers,
+              "parse_seconds": time.perf_counter() - begun, "build_seconds": None, "plan_bytes": None, "errors": errors}
+    if parsed and build:
+        begun = time.perf_counter()
+        config = builder.create_builder_config()
+        inputs = [network.get_input(number) for number in range(network.num_inputs)]
+        open_inputs = [item for item in inputs if -1 in tuple(item.shape)]
+        if open_inputs:
+            profile = builder.create_optimization_profile()
+            for item in open_inputs:
+                shape = tuple(1 if size == -1 else size for size in item.shape)
+                profile.set_shape(item.name, shape, shape, shape)
+            config.add_optimization_profile(profile)
+        plan = builder.build_serialized_network(network, config)
+        result |= {"built": plan is not None, "build_seconds": time.perf_counter() - begun,
+                   "plan_bytes": None if plan is None else plan.nbytes}
+        if plan is None:
+            errors += list(dict.fromkeys(said)) or ["the builder gave nothing and did not say why"]
+    return result
+
+
+def main(order: str) -> int:
+    wanted, trt = json.loads(order), bindings()
+    if trt is None:
+        return 3
+    for path in wanted["files"]:
+        sys.stdout.write(json.dumps(examine(trt, path, wanted["build"])) + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))
