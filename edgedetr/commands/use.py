@@ -47,9 +47,9 @@ def predict(
     detector = load(bundle, backend=backend, stage=stage, threads=threads, trust=trust)
     say(detector.description)
     count = 0
+    # A service is ended by SIGTERM: what was written must be closed then, as after Ctrl-C.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        # A service is ended by SIGTERM: what was written must be closed then, as after Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with closing(run(detector, sources, out=out, confidence=conf, drop_late=drop_late)) as lines:
             for line in lines:
                 click.echo(line)
@@ -57,6 +57,8 @@ def predict(
     except KeyboardInterrupt:
         say(f"stopped after {count} pictures")
         return 0 if any(map(is_live, sources)) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgedetr.errors import EngineError
+from edgedetr.errors import DeviceError, EngineError
 from edgedetr.runtime import builder, layers
 from edgedetr.runtime.cudart import Cuda, Device, probe
 from edgedetr.runtime.nvidia import tensorrt
@@ -117,7 +117,7 @@ def _try(canary: Canary, device: Device) -> Outcome:
         with Session(plan.data, cuda=Cuda(device), what=f"canary {canary.name}") as session:
             found = [session.run({"x": x})["y"] for _ in range(RUNS)]
             graph = session.graphs > 0
-    except EngineError as error:        # this one cannot be built or run: the others still say something
+    except (DeviceError, EngineError) as error:         # this one cannot be built or run: the others still say something
         return outcome(False, str(error))
     share = layers.summarise(plan.layers).share(canary.precision)
     ratios = [sqnr_db(expected, y) for y in found]

@@ -265,7 +265,8 @@ def _recorder(trt: Any) -> Any:
         def clear(self) -> None:
             self.found = []
 
-        def report_error(self, arg0: Any, arg1: str) -> None:
+        def report_error(self, arg0: Any, arg1: str) -> bool:
             self.found.append((arg0, str(arg1).strip()))
+            return True     # the call that reported it must end
 
     return Recorder()

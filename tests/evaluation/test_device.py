@@ -218,6 +218,18 @@ def test_engines_that_do_not_fit_are_named_and_asking_for_them_is_an_error(fake,
     assert "fp16-1.plan not used" in caplog.text
 
 
+def test_eval_and_predict_can_be_sent_to_an_engine(fake, bundle, tiny_graph, colours, capsys):
+    assert cli.run(["eval", str(bundle.path), "--stage", "int8", "--backend", "tensorrt"]) == 1
+    assert "no engine for int8 that fits here; run: edgedetr build" in capsys.readouterr().err
+    build(bundle, tiny_graph, "int8")
+    assert cli.run(["eval", str(bundle.path), "--stage", "int8", "--backend", "tensorrt", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ap"] == pytest.approx(100)
+    picture = str(colours / "images" / "test" / "00.png")
+    assert cli.run(["predict", str(bundle.path), picture, "--backend", "tensorrt"]) == 0
+    captured = capsys.readouterr()
+    assert "int8 on tensorrt" in captured.err and json.loads(captured.out)["detections"][0]["class_name"] == "red"
+
+
 def test_bench_times_the_engines(fake, bundle, tiny_graph, capsys):
     build(bundle, tiny_graph, "fp16")
     build(bundle, tiny_graph, "int8", batch=4)

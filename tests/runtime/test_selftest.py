@@ -186,6 +186,14 @@ def test_a_canary_that_cannot_be_built_fails_and_the_others_are_still_run(fake, 
     assert found.outcomes[1].sqnr_db is None and not found.passed
 
 
+def test_a_canary_that_the_device_has_no_memory_for_fails_and_the_others_are_still_run(fake, build):
+    fake.fake.fail("cudaMalloc", 2, after=5)        # the second buffer of the third canary is too much
+    found = selftest.selftest()
+    assert [o.passed for o in found.outcomes] == [True, True, False]
+    assert "Orin is out of memory" in found.outcomes[2].note
+    assert not any(fake.fake.live().values())
+
+
 def test_without_a_device_or_tensorrt_one_error_says_so(monkeypatch, capsys):
     monkeypatch.setattr(selftest, "probe", lambda: (_ for _ in ()).throw(DeviceError("no NVIDIA driver; run: doctor")))
     assert cli.run(["selftest"]) == 1

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 
 import numpy as np
 import pytest
 
+from edgedetr import cli
 from edgedetr.errors import DataError
 from edgedetr.runtime import video
 from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.detector import Detector
 from edgedetr.runtime.predict import frames, predict
 from edgedetr.runtime.video import WAITING, is_live, play, shown
 
@@ -174,3 +178,29 @@ def test_an_error_of_the_reader_reaches_whoever_takes_the_frames(tmp_path):
     with pytest.raises(DataError, match="no frame could be read"):
         list(play(tmp_path / "bad.mp4"))
     assert readers() == []
+
+
+@pytest.mark.parametrize("source, code", [("rtsp://camera/1", 0), ("clip", 130)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_ends_predict_cleanly_and_a_stream_ends_no_other_way(clip, make_bundle, tmp_path, monkeypatch, capsys,
+                                                                      source, code, number):
+    monkeypatch.setattr(video._Reader, "_open", lambda self: cv2.VideoCapture(str(clip)))
+    bundle, seen = make_bundle("model.onnx"), []
+    detect = Detector.__call__
+
+    def interrupted(self, pictures):
+        seen.append(1)
+        if len(seen) == 4:
+            os.kill(os.getpid(), number)
+        return detect(self, pictures)
+
+    monkeypatch.setattr(Detector, "__call__", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    named = str(clip) if source == "clip" else source
+    assert cli.run(["predict", str(bundle.path), named, "--out", str(tmp_path / "out"), "--drop-late"]) == code
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 3 and "stopped after 3 pictures" in captured.err
+    written = next((tmp_path / "out").iterdir())
+    monkeypatch.undo()
+    assert len(list(play(written))) == 3
+    assert readers() == [] and signal.getsignal(signal.SIGTERM) is before
