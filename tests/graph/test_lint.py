@@ -461,7 +461,7 @@ def test_of_many_reasons_of_one_rule_the_table_names_three(tmp_path):
 
 
 def test_a_real_parser_is_asked_on_demand(tmp_path, capsys):
-    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("tensorrt_rtx_bindings")
     onnx.save(top_k(300), tmp_path / "good.onnx")
     assert cli.run(["lint", str(tmp_path / "good.onnx"), "--parse", "--json"]) == 0
     captured = capsys.readouterr()
