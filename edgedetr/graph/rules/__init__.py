@@ -17,6 +17,7 @@ RULES: tuple[Rule, ...] = (
     Rule("opset", shapes.opset, _PARSER),
     Rule("quantised-opset", shapes.quantised_opset, "https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html"),
     Rule("open-input", shapes.open_input, f"{_ISSUES}/4813"),
+    Rule("untyped-output", shapes.untyped_output, "parser of TensorRT-RTX 1.7.1: Failed to convert ONNX date type"),
     Rule("open-channels", shapes.open_channels, _QUANTISED),
     Rule("shape-arithmetic", shapes.shape_arithmetic, f"{_DOCS}/performance/best-practices.html"),
     Rule("foreign-domain", operators.foreign_domain, _PARSER),

@@ -56,6 +56,14 @@ def open_input(view: GraphView, target: Target) -> Iterator[Fault]:
                         "batch: edgedetr verify", "warning")
 
 
+def untyped_output(view: GraphView, target: Target) -> Iterator[Fault]:
+    """The parser reads the types of the outputs from the file; what could be inferred does not help it."""
+    for item in view.graph.output:
+        if not item.type.tensor_type.elem_type:
+            yield Fault(item.name, "an output without a type, at which the parser stops",
+                        "write the types into the file: onnx.shape_inference.infer_shapes")
+
+
 def shape_arithmetic(view: GraphView, target: Target) -> Iterator[Fault]:
     """Sizes computed at run time although the input is fixed; one finding for the whole graph."""
     left = [node for node in view.nodes if node.op_type == "Shape"]
