@@ -124,7 +124,7 @@ def read_timing_cache(path: Path) -> bytes:
     if not path.exists():
         return b""
     try:
-        return read_regular(path, LARGEST_CACHE, "expected the timings of earlier builds")
+        return read_regular(path, LARGEST_CACHE, "expected the timings of earlier builds", code=True)
     except EngineError as error:
         log.warning("building without the timings of earlier builds: %s", error)
         return b""

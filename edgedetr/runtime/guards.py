@@ -46,7 +46,7 @@ def check(plan: Path, device: Device, tensorrt: str, *, onnx_sha256: str | None 
         reason = reason or mismatch(told, device, tensorrt, onnx_sha256)
         if reason:
             raise EngineError(f"{plan}: {reason}")
-    data = read_regular(plan, LARGEST, f"expected an engine; {BUILD}")
+    data = read_regular(plan, LARGEST, f"expected an engine; {BUILD}", code=True)
     if not data:
         raise EngineError(f"{plan}: empty; expected an engine; {BUILD}")
     if told is not None and (len(data) != told.plan_bytes or hashlib.sha256(data).hexdigest() != told.plan_sha256):
@@ -78,8 +78,8 @@ def mismatch(told: Sidecar, device: Device, tensorrt: str, onnx_sha256: str | No
     return f"built for {found}; needed here: {needed}; {BUILD}"
 
 
-def read_regular(path: Path, largest: int, expected: str) -> bytes:
-    """The bytes of a plain file that nobody else can replace or share: no link, not writable by everyone."""
+def read_regular(path: Path, largest: int, expected: str, *, code: bool = False) -> bytes:
+    """The bytes of a plain file with one name: no link, and what is `code` must not be writable by everyone."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError as error:
@@ -94,7 +94,7 @@ def read_regular(path: Path, largest: int, expected: str) -> bytes:
         if found.st_nlink > 1:
             raise EngineError(f"{path}: has {found.st_nlink} names (a hard link), so it can change from elsewhere; "
                               f"copy it to a file of its own; {expected}")
-        if found.st_mode & stat.S_IWOTH:
+        if code and found.st_mode & stat.S_IWOTH:
             raise EngineError(f"{path}: everyone may write to it; run: chmod o-w {path}; {expected}")
         if found.st_size > largest:
             raise EngineError(f"{path}: {found.st_size} bytes, more than the {largest} that are accepted; {expected}")

@@ -314,6 +314,31 @@ def test_a_graph_that_has_not_been_made_names_its_command(old, make_bundle):
         engine.build(make_bundle("model.onnx"))
 
 
+@pytest.mark.parametrize("harm, words", [
+    (lambda path, other: path.symlink_to(other), "symbolic link"), (lambda path, other: os.link(other, path), "2 names"),
+])
+def test_a_graph_that_is_a_link_never_reaches_tensorrt(old, bundle, tmp_path, harm, words):
+    path, other = bundle.path / "model.int8.onnx", tmp_path / "other.onnx"
+    path.rename(other)
+    harm(path, other)           # the bytes are the recorded ones; the link could be turned while they are read
+    with pytest.raises(EngineError, match=words):
+        engine.build(bundle)
+    assert not old.flags
+
+
+def test_a_graph_with_weights_elsewhere_never_reaches_tensorrt(old, bundle, tiny_graph):
+    with bundle.add("model.int8.onnx", stage="export") as path:
+        tiny_graph.write(path, np.zeros((3, 6)), np.zeros((3, 2)))
+        model = onnx.load(path)
+        model.graph.initializer[0].ClearField("raw_data")
+        model.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+        model.graph.initializer[0].external_data.add(key="location", value="../../secrets")
+        path.write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match="keeps weights in another file .'../../secrets'"):
+        engine.build(bundle)
+    assert not old.flags
+
+
 def frames_graph(path: Path) -> None:
     value, floats, integers = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
     nodes = [onnx.helper.make_node("Cast", ["frames"], [name], to=kind)

@@ -152,4 +152,4 @@ def test_without_a_driver_the_guard_speaks_before_the_runtime_crashes(bindings, 
     assert len(lines) == 3 and all("no NVIDIA driver" in line for line in lines)
     assert [line.split()[0] for line in lines[1:]] == ["DeviceError"] * 2
     crashed = run(UNGUARDED)
-    assert "a Runtime is there: True" in crashed.stdout and crashed.returncode == -11      # SIGSEGV: what we keep away
+    assert "a Runtime is there: True" in crashed.stdout and crashed.returncode < 0      # by a signal: SIGSEGV here
