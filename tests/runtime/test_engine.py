@@ -315,7 +315,8 @@ def test_a_graph_that_has_not_been_made_names_its_command(old, make_bundle):
 
 
 @pytest.mark.parametrize("harm, words", [
-    (lambda path, other: path.symlink_to(other), "symbolic link"), (lambda path, other: os.link(other, path), "2 names"),
+    (lambda path, other: path.symlink_to(other), "symbolic link"),
+    (lambda path, other: os.link(other, path), "2 names"),
 ])
 def test_a_graph_that_is_a_link_never_reaches_tensorrt(old, bundle, tmp_path, harm, words):
     path, other = bundle.path / "model.int8.onnx", tmp_path / "other.onnx"
