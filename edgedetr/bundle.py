@@ -234,7 +234,9 @@ class Bundle:
     def _run(self, name: str) -> str:
         if name == "model.onnx" and name in self.manifest.files and self.manifest.files[name].stage == "import":
             return f"run: edgedetr import FILE.onnx --out {self.path}"
-        return "run: " + COMMANDS.get(name, "edgedetr export {path}").format(path=self.path)
+        source, _, frame = name.removesuffix(".onnx").partition(".frame-")      # model.int8.frame-1080x1920.onnx
+        command = COMMANDS.get(f"{source}.onnx" if frame else name, "edgedetr export {path}").format(path=self.path)
+        return f"run: {command} --frame {frame}" if frame else f"run: {command}"
 
     def _inside(self, name: str) -> Path:
         parts = Path(name).parts

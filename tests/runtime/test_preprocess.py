@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from torch.nn import functional
 
 from edgedetr.bundle import InputContract
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError
-from edgedetr.layers.resize import FrameResize
+from edgedetr.graph.ends import planes_of_frames
+from edgedetr.graph.ends import resize as resize_nodes
+from edgedetr.graph.part import Part
 from edgedetr.runtime.preprocess import PADDING, Geometry, prepare, resize
 
 CONTRACTS = [
@@ -48,6 +53,33 @@ def written_out(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return result
 
 
+def torch_resize(image: np.ndarray, contract: InputContract) -> np.ndarray:
+    """The definition in PyTorch's operators, [height, width, 3]."""
+    g = Geometry.of(*image.shape[:2], contract)
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2).float()
+    kernel = [source // target if source > 2 * target else 1 for source, target in (
+        (g.source_height, g.content_height), (g.source_width, g.content_width))]
+    pixels = functional.avg_pool2d(pixels, kernel)
+    size = g.content_height, g.content_width
+    pixels = functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False).round()
+    padded = functional.pad(pixels, (0, g.width - size[1], 0, g.height - size[0]), value=114)
+    return padded[0].permute(1, 2, 0).numpy()
+
+
+def graph_resize(frames: np.ndarray, contract: InputContract) -> np.ndarray:
+    """The resize as it stands in graphs for whole frames, [B, 3, height, width]."""
+    part, size = Part("frame"), frames.shape[1:3]
+    resize_nodes(part, planes_of_frames(part, "frames"), Geometry.of(*size, contract), "images", len(frames))
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(part.nodes, "resize", [value("frames", TensorProto.UINT8, frames.shape)],
+                              [value("images", TensorProto.FLOAT, None)], part.constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"frames": frames})[0]
+
+
 def noise(size: tuple[int, int], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
 
@@ -72,7 +104,7 @@ def test_opencv_and_torch_agree_with_numpy_to_one_level(size, contract):
     image = noise(size, seed=1)
     reference, _ = resize(image, contract, backend="numpy")
     by_opencv, _ = resize(image, contract, backend="opencv")
-    by_torch = FrameResize(contract, size)(torch.from_numpy(image)[None])[0].permute(1, 2, 0).numpy()
+    by_torch = torch_resize(image, contract)
     assert far(reference, by_opencv) <= 1
     assert far(reference, by_torch) <= 1
 
@@ -84,7 +116,7 @@ def test_real_pictures_agree_to_one_level(shared_data, file, contract):
     image = decode(shared_data / "edge" / file)
     reference, geometry = resize(image, contract, backend="numpy")
     by_opencv, same = resize(image, contract, backend="opencv")
-    by_torch = FrameResize(contract, image.shape[:2])(torch.from_numpy(image)[None])[0].permute(1, 2, 0).numpy()
+    by_torch = torch_resize(image, contract)
     assert far(reference, by_opencv) <= 1
     assert far(reference, by_torch) <= 1
     assert geometry == same
@@ -99,19 +131,23 @@ def test_real_pictures_agree_to_one_level(shared_data, file, contract):
     ],
     ids=str,
 )
-def test_the_exported_resize_agrees_to_one_level(size, contract, tmp_path):
-    module = FrameResize(contract, size).eval()
+def test_the_resize_in_a_graph_agrees_to_one_level(size, contract):
     frames = np.stack([noise(size, seed) for seed in range(2)])
-    stream = io.BytesIO()
-    torch.onnx.export(
-        module, (torch.from_numpy(frames),), stream, opset_version=19, dynamo=False, input_names=["frames"]
-    )
-    session = onnxruntime.InferenceSession(stream.getvalue(), providers=["CPUExecutionProvider"])
-    (by_onnx,) = session.run(None, {"frames": frames})
+    by_onnx = graph_resize(frames, contract)
     reference, _ = prepare(list(frames), contract, backend="numpy")
     assert by_onnx.dtype == np.float32
     assert by_onnx.shape == reference.shape
     assert far(by_onnx, reference) <= 1
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(size=st.tuples(st.integers(1, 300), st.integers(1, 300)), height=st.integers(1, 90), width=st.integers(1, 90),
+       kind=st.sampled_from(["stretch", "letterbox"]), seed=st.integers(0, 9))
+def test_any_frame_in_a_graph_agrees_to_one_level(size, height, width, kind, seed):
+    contract = InputContract(height, width, kind)
+    frame = noise(size, seed)
+    reference, _ = prepare([frame], contract, backend="numpy")
+    assert far(graph_resize(frame[None], contract), reference) <= 1
 
 
 def test_a_checkerboard_becomes_gray_and_does_not_alias():
