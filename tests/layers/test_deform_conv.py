@@ -53,7 +53,7 @@ def test_with_a_linear_it_is_the_standards_operator(sampling: str, stride: int, 
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     expected = session.run(None, {name: value.numpy() for name, value in feed.items()})[0]
     actual = convolved(DeformRead(sampling), feed["weight"], feed["bias"], stride, x, offset, mask)
-    torch.testing.assert_close(actual, torch.from_numpy(expected), atol=1e-5, rtol=0)   # sums of 36 products
+    torch.testing.assert_close(actual, torch.from_numpy(expected), atol=1e-5, rtol=0)   # sums of 36; measured 8e-7
 
 
 @both
