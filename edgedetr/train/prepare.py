@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from edgedetr.models import build, pretrained
 from edgedetr.models.detector import Detector
 from edgedetr.recipe import Recipe
 
+log = logging.getLogger(__name__)
+
 
 def detector(recipe: Recipe, classes: tuple[ClassInfo, ...], *, fresh: bool) -> Detector:
     """The recipe's detector in training mode.
@@ -23,7 +26,7 @@ def detector(recipe: Recipe, classes: tuple[ClassInfo, ...], *, fresh: bool) -> 
     config = recipe.train
     model = build(recipe.model.name, recipe.model.config, len(classes))
     if fresh and config.start:
-        _start(model, recipe.model.name, config.start)
+        _start(model, recipe.model.name, config.start, [item.name for item in classes])
     elif fresh:
         pretrained.load_backbone(model, recipe.model.config)
     if config.drop_path and not drop_path.set_rates(model, config.drop_path, config.drop_path_schedule):
@@ -50,13 +53,20 @@ def freeze(model: nn.Module, patterns: tuple[str, ...], but: tuple[str, ...] = (
             parameter.requires_grad_(False)
 
 
-def _start(model: Detector, member: str, source: str) -> None:
-    """Weights of a whole detector: of a bundle, a file, or a name on the hub; class heads anew where classes differ."""
+def _start(model: Detector, member: str, source: str, classes: list[str]) -> None:
+    """Weights of a whole detector: of a bundle (class rows by name), or of a file or a name on the hub."""
     if (Path(source) / MANIFEST).is_file():
         bundle = Bundle.open(source)
         if bundle.manifest.model != member:
             raise ModelError(f"{source} holds a {bundle.manifest.model}; expected a {member}, or another --recipe")
         path = bundle.require("weights.safetensors")
-        pretrained.fit(model, pretrained.read(str(path)), str(path))
+        theirs = [item.name for item in bundle.manifest.classes]
+        rows = pretrained.rows_by_name(theirs, classes)
+        pretrained.fit(model, pretrained.read(str(path)), str(path), None if theirs == classes else rows)
+        if theirs != classes:
+            kept = [name for name, row in zip(classes, rows) if row is not None]
+            fresh = [name for name, row in zip(classes, rows) if row is None]
+            log.warning("%s: rows of the class heads kept by name: %s; started anew: %s", source,
+                        ", ".join(kept) or "none", ", ".join(fresh) or "none")
     else:
         pretrained.load_detector(model, member, source)

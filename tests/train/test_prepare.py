@@ -35,11 +35,12 @@ def test_a_training_starts_from_the_weights_of_a_bundle(trained: Path) -> None:
 
 
 def test_other_classes_start_anew_and_the_rest_is_kept(trained: Path) -> None:
-    three = (*CLASSES, ClassInfo(2, 9, "huge"))
+    three = (ClassInfo(0, 9, "huge"), *(replace(item, index=item.index + 1) for item in CLASSES))
     detector = prepare.detector(micro.recipe(start=str(trained)), three, fresh=True)
     weights = load_file(trained / "weights.safetensors")
     assert torch.equal(detector.state_dict()["selector.project.weight"], weights["selector.project.weight"])
-    assert detector.selector.score.weight.shape[0] == 3
+    assert torch.equal(detector.selector.score.weight[1:], weights["selector.score.weight"]), "rows go by name"
+    assert not torch.equal(detector.selector.score.weight[0], weights["selector.score.weight"][0])
 
 
 def test_adapters_train_alone_with_heads_and_norms_and_are_merged_into_the_bundle(
