@@ -82,6 +82,7 @@ class Behaviour:
         self.executed = 0
         self.location, self.layout = "DEVICE", "LINEAR"
         self.open_output = False
+        self.kinds: dict[str, str] = {}     # tensor -> name of its DataType, where it shall not be the graph's
 
 
 def install(monkeypatch: Any, names: ModuleType, fake: fake_cuda.FakeCuda) -> Behaviour:
@@ -118,7 +119,7 @@ class _Engine:
         return list(self.tensors)[index]
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return getattr(self.trt.DataType, NUMPY[self.tensors[name][0].type][0])
+        return getattr(self.trt.DataType, self.behaviour.kinds.get(name, NUMPY[self.tensors[name][0].type][0]))
 
     def get_tensor_location(self, name: str) -> Any:
         return getattr(self.trt.TensorLocation, self.behaviour.location)

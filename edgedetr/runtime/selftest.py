@@ -64,9 +64,6 @@ class Outcome:
     seconds: float
     note: str = ""
 
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Selftest:

@@ -136,6 +136,7 @@ class TrtRunner:
         self.session, self.sidecar = _open(Path(path), use_graph, trust, onnx_sha256)
         port = _one_input(self.session, "images", 4, ("logits", "boxes"), "images [B, 3, H, W] -> logits, boxes")
         if port.dtype != np.float32 or port.shape[1] != 3:
+            self.session.close()
             raise EngineError(f"{path}: images is {port.dtype} {list(port.shape)}; expected float32 [B, 3, H, W]; "
                               "build it from a graph that edgedetr export wrote")
         self.batch: int | None = port.shape[0] if port.shape[0] > 0 else None

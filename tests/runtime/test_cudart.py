@@ -166,6 +166,27 @@ def test_out_of_memory_says_how_much_is_free_and_what_to_do(fake12, name, act, w
     assert "cudaGetLastError" in fake12.log
 
 
+def test_out_of_memory_is_said_also_where_nobody_knows_how_much_there_is(fake12, monkeypatch):
+    cuda = Cuda()
+    monkeypatch.setitem(cuda.functions, "cudaMalloc", lambda *_: 2)
+    fake12.fail("cudaMemGetInfo", 2)
+    with pytest.raises(DeviceError, match="out of memory: a buffer of 8 bytes .* failed, free memory unknown"):
+        cuda.allocate(8)
+
+
+def test_a_capture_without_a_graph_is_an_error(fake12, monkeypatch):
+    cuda = Cuda()
+    monkeypatch.setitem(cuda.functions, "cudaStreamEndCapture", lambda *_: 0)
+    with pytest.raises(CaptureError, match="nothing was recorded"):
+        cuda.capture(cuda.stream(), lambda: None)
+
+
+def test_a_libcudart_that_fails_at_once_says_so(fake12):
+    fake12.fail("cudaRuntimeGetVersion", 3)
+    with pytest.raises(DeviceError, match="libcudart does not work: cudaRuntimeGetVersion gave 3"):
+        cudart.probe()
+
+
 CALLS = {
     "cudaFree": lambda cuda, stream: cuda.release(cuda.allocate(4)),
     "cudaFreeHost": lambda cuda, stream: cuda.release_host(cuda.allocate_host(4)),

@@ -10,6 +10,7 @@ import fake_cuda
 import fake_tensorrt
 import frame_graph
 import numpy as np
+import onnx
 import pytest
 
 from edgedetr.errors import DeviceError, EngineError, UsageError
@@ -191,12 +192,12 @@ class OnDevice:
 
 def test_pictures_that_are_on_the_device_stay_there(plan, graph, latest, rng):
     runner, oracle, cuda = TrtRunner(plan()), OrtRunner(graph(), threads=1), Cuda()
-    for stream in (1, 2, cuda.stream()):
+    for stream, strides in ((1, None), (2, (18432, 6144, 192, 4)), (cuda.stream(), (7, 6144, 192, 4))):
         images = pictures(rng)
         address = cuda.allocate(images.nbytes)
         fake_cuda.at(address, images.shape)[...] = images
         before = latest.fake.log.count("cudaMemcpyAsync")
-        agree(runner.run(OnDevice(images, address, stream=stream)), oracle.run(images))
+        agree(runner.run(OnDevice(images, address, stream=stream, strides=strides)), oracle.run(images))
         assert latest.fake.log.count("cudaMemcpyAsync") - before == 3       # device to device, and two outputs back
 
 
@@ -282,6 +283,8 @@ def test_a_device_without_memory_says_so_and_keeps_nothing(plan, latest, rng):
 
 @pytest.mark.parametrize("change, error", [
     ({"location": "HOST"}, "must lie in host memory"), ({"layout": "CHW4"}, "has the layout CHW4; expected LINEAR"),
+    ({"kinds": {"logits": "BF16"}}, "tensor logits is BF16, which numpy does not have; expected one of FLOAT, HALF"),
+    ({"kinds": {"images": "HALF"}}, "images is float16 .1, 3, 32, 48.; expected float32 .B, 3, H, W."),
 ])
 def test_engines_with_odd_tensors_are_refused(plan, latest, change, error):
     for name, value in change.items():
@@ -289,6 +292,27 @@ def test_engines_with_odd_tensors_are_refused(plan, latest, change, error):
     with pytest.raises(EngineError, match=error):
         TrtRunner(plan())
     assert latest.gone == ["engine", "runtime"]
+
+
+def test_outputs_in_half_precision_come_back_as_float32(plan, latest, rng):
+    path = plan()
+    graph = onnx.load(path)
+    for name in ("logits", "boxes"):
+        node = next(n for n in graph.graph.node if name in n.output)
+        node.output[0] = f"{name}_full"
+        for other in graph.graph.node:
+            other.input[:] = [f"{name}_full" if word == name else word for word in other.input]
+        graph.graph.node.append(onnx.helper.make_node("Cast", [f"{name}_full"], [name], to=onnx.TensorProto.FLOAT16))
+        next(o for o in graph.graph.output if o.name == name).type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    images = pictures(rng)
+    expected = TrtRunner(path).run(images)
+    sidecar.beside(path).unlink()
+    path.write_bytes(graph.SerializeToString())
+    half = TrtRunner(path, trust=True)
+    assert half.session.ports["logits"].dtype == np.float16
+    raw = half.run(images)
+    assert raw.logits.dtype == raw.boxes.dtype == np.float32
+    np.testing.assert_array_equal(raw.logits, expected.logits.astype(np.float16).astype(np.float32))
 
 
 def test_an_output_whose_shape_depends_on_the_data_is_refused(plan, latest, rng):

@@ -173,6 +173,42 @@ def test_a_stream_is_written_under_a_name_without_its_password(clip, tmp_path, m
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["rtsp-camera-554-stream.mp4"]
 
 
+@pytest.mark.parametrize("source, opened", [
+    ("/dev/video3", (3,)), ("rtsp://camera/1", ("rtsp://camera/1",)),
+    ("nvarguscamerasrc ! appsink", ("nvarguscamerasrc ! appsink", cv2.CAP_GSTREAMER)),
+])
+@pytest.mark.parametrize("drop_late", [False, True])
+def test_live_sources_are_opened_as_opencv_wants_them_and_keep_no_old_frames(monkeypatch, source, opened, drop_late):
+    asked = []
+
+    class Camera:
+        def __init__(self, *arguments):
+            asked.append(arguments)
+            self.left = 3
+
+        def isOpened(self):
+            return True
+
+        def set(self, key, value):
+            asked.append((key, value))
+
+        def get(self, key):
+            return float("inf")         # as some drivers answer for frames per second
+
+        def read(self):
+            self.left -= 1
+            return self.left >= 0, np.zeros((4, 4, 3), np.uint8)
+
+        def release(self):
+            asked.append("released")
+
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    found = list(play(source, drop_late=drop_late))
+    assert [frame.index for frame in found] == [0, 1, 2]        # three fit into the queue, so none is late
+    assert {frame.rate for frame in found} == {video.USUAL_RATE}
+    assert asked == [opened, *([(cv2.CAP_PROP_BUFFERSIZE, 1)] if drop_late else []), "released"]
+
+
 def test_an_error_of_the_reader_reaches_whoever_takes_the_frames(tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with pytest.raises(DataError, match="no frame could be read"):
