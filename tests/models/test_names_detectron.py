@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from members import CLASSES, pictures
 from edgedetr.errors import ModelError
 from edgedetr.models import build
 from edgedetr.models.detector import Detector
+from edgedetr.models.infer import infer
+from edgedetr.models.names import translate
 from edgedetr.models.pretrained import load_detector
 from edgedetr.models.sparse_rcnn import SparseRcnnConfig
 
@@ -103,3 +106,8 @@ def test_other_classes_keep_all_but_the_class_heads(tmp_path: Path) -> None:
     loaded = load_detector(varied(1, CLASSES + 4), "sparse_rcnn", str(path))
     assert loaded.fresh == tuple(f"decoder.boxes.score.{index}.{kind}" for index in range(CONFIG.decoder_layers)
                                  for kind in ("weight", "bias"))
+
+
+def test_the_configuration_is_read_from_the_tensors() -> None:
+    told = infer(SparseRcnnConfig, translate("sparse_rcnn", original(varied(0))), CONFIG.heads)
+    assert replace(SparseRcnnConfig(heads=CONFIG.heads), **told) == CONFIG
