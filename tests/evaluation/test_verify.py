@@ -60,9 +60,13 @@ def test_sound_stages_pass_and_the_json_has_the_promised_form(good):
         assert stage["drop"] == pytest.approx(0)
         assert stage["images"] == 24
         assert stage["note"] == ""
+        # ONNX Runtime runs the twin of what is made for TensorRT: its own oracle, and its time says nothing.
+        twin = (stage["name"], stage["backend"]) == ("int8", "onnxruntime")
+        assert (stage["p50_ms"] is None) == (twin or stage["name"] == "torch")
         if stage["name"] != "torch":
-            assert 0 < stage["p50_ms"] <= stage["p99_ms"]
             assert stage["parity"]["matched"] == 1.0
+        if stage["name"] != "torch" and not twin:
+            assert 0 < stage["p50_ms"] <= stage["p99_ms"]
             assert stage["oracle"]["matched"] == 1.0
     assert told["stages"][0]["p50_ms"] is None
     assert json.loads((good.path / "results" / "verify.json").read_text()) == told
@@ -272,8 +276,7 @@ def test_one_stage_alone_is_measured_like_in_the_verdict(bad):
 def test_bench_times_every_stage_in_turns(good):
     timings = bench(good, rounds=3, threads=1)
     assert {(t.name, t.backend) for t in timings} == {
-        ("onnx", "onnxruntime"), ("onnx", "openvino"), ("int8", "onnxruntime"), ("int8", "openvino"),
-        ("int8-cpu", "onnxruntime")}
+        ("onnx", "onnxruntime"), ("onnx", "openvino"), ("int8", "openvino"), ("int8-cpu", "onnxruntime")}
     for timing in timings:
         assert 0 < timing.p50_ms <= timing.p99_ms
         assert timing.size_mb == pytest.approx((good.path / stages.STAGES[timing.name]).stat().st_size / 1e6)
