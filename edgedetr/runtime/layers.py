@@ -19,8 +19,14 @@ from edgedetr.errors import EngineError
 DATATYPES = (("int8", re.compile(r"\bint8\b|\bi8\b", re.I)), ("fp8", re.compile(r"\bfp8\b|\be4m3\b", re.I)),
              ("fp16", re.compile(r"\b(fp16|half|float16|bf16|bfloat16)\b", re.I)),
              ("fp32", re.compile(r"\b(fp32|float|float32)\b", re.I)))
+# TensorRT 10 words an INT64 tensor so; INT8 tensors are "Row major Int8 format" (NVIDIA/TensorRT issues 4048, 4020).
+INT64 = "Row major linear INT8 format"
 # Layers with weights or products of matrices, where the time goes: convolutions, GEMMs, fused attention.
 WEIGHTED = re.compile(r"conv|gemm|matmul|matrix.?mult|fully.?connected|\bmha|attention", re.I)
+# Types that hide what is inside; `kgen` is not one: such kernels are generated for everything but products of matrices.
+FUSED = ("", "myelin", "foreignnode", "caskfusion", "fusion")
+# The operators among ONNX node names like /encoder/0/MatMul_7, which end such a name; folders may be called anything.
+PRODUCTS = re.compile(r"/(Conv|ConvTranspose|MatMul|Gemm)(_\d+)?(?![\w/])")
 NOT_COUNTED = re.compile(r"^(reformat|noop|constant|shape.?host.?to.?device|shape|signal|wait)", re.I)
 
 
@@ -69,24 +75,33 @@ def summarise(text: str) -> LayerSummary:
         elif not NOT_COUNTED.match(kind):
             found = _precision(layer)
             precision[found] += 1
-            if WEIGHTED.search(kind) or WEIGHTED.search(str(layer.get("ParameterType", ""))) or (
-                    _fused(kind) and WEIGHTED.search(f"{layer.get('Name', '')} {layer.get('Metadata', '')}")):
-                weighted[found] += 1
-    return LayerSummary(dict(precision), dict(weighted), reformats)
+            weighted[found] += _is_weighted(layer, kind)
+    return LayerSummary(dict(precision), {name: count for name, count in weighted.items() if count}, reformats)
 
 
-def _fused(kind: str) -> bool:
-    """Whether the type says nothing of what is inside: then names and metadata do."""
-    return kind.lower() in ("", "myelin", "foreignnode", "kgen", "caskfusion", "fusion")
+def _is_weighted(layer: Mapping[str, object], kind: str) -> bool:
+    if WEIGHTED.search(kind) or WEIGHTED.search(str(layer.get("ParameterType", ""))):
+        return True
+    return kind.lower() in FUSED and bool(PRODUCTS.search(f"{layer.get('Name', '')} {layer.get('Metadata', '')}"))
 
 
 def _precision(layer: Mapping[str, object]) -> str:
-    tensors = [*_list(layer.get("Inputs")), *([] if layer.get("Inputs") else _list(layer.get("Outputs")))]
-    told = [str(t.get("Datatype") or t.get("Format/Datatype") or "") for t in tensors if isinstance(t, Mapping)]
+    """By the type of the weights where it is told; a residual input of a convolution may have another one."""
+    weights = layer.get("Weights")
+    if isinstance(weights, Mapping) and weights.get("Type") and weights.get("Count"):
+        told = [str(weights["Type"])]
+    else:
+        tensors = [*_list(layer.get("Inputs")), *([] if layer.get("Inputs") else _list(layer.get("Outputs")))]
+        told = [_datatype(tensor) for tensor in tensors if isinstance(tensor, Mapping)]
     for name, pattern in DATATYPES:
         if any(pattern.search(text) for text in told):
             return name
     return "other"
+
+
+def _datatype(tensor: Mapping[str, object]) -> str:
+    text = str(tensor.get("Datatype") or tensor.get("DataType") or tensor.get("Format/Datatype") or "")
+    return "" if text.startswith(INT64) else text
 
 
 def _list(value: object) -> list[object]:

@@ -20,11 +20,16 @@ LAYERS = [
     ("ForeignNode", "{ForeignNode[/post/Sigmoid.../post/Mul]}", "Row major linear FP16 format", "Half"),
     ("PointWise", "/neck/Add", "Row major linear FP16 format", "BF16"),
     ("TopK", "/select/TopK", "Row major Int32 format", "Int32"),
+    ("Gather", "/select/Gather", "Row major linear INT8 format", "Int64"),          # how TensorRT 10 words INT64
+    ("gemm", "/encoder/layers_0/ff/MatMul_myl0_7", "Half", "Half"),                  # inside Myelin
+    ("kgen", "__myl_MeanSubMul /convolutional/attention/LayerNormalization", "Half", "Half"),
+    ("fusion", "__myl_Fc_myl0_69 [ONNX Layer: /layers.9/dense/MatMul][ONNX Layer: /layers.9/Erf]", "Int8", "Int8"),
+    ("CaskConvActPool", "conv0 + relu0 + pool0", "Row major Int8 format", "Int8"),
     ("NoOp", "/reshape", "Row major linear FP32", "Float"),
     ("Constant", "/anchors", "Row major linear FP32", "Float"),
 ]
-EXPECTED = LayerSummary(precision={"int8": 1, "fp16": 4, "fp32": 1, "other": 1},
-                        weighted={"int8": 1, "fp16": 2, "fp32": 1}, reformats=2)
+EXPECTED = LayerSummary(precision={"int8": 3, "fp16": 6, "fp32": 1, "other": 2},
+                        weighted={"int8": 3, "fp16": 3, "fp32": 1}, reformats=2)
 
 
 def in_words_of(version: int) -> str:
@@ -41,7 +46,18 @@ def in_words_of(version: int) -> str:
 def test_both_forms_of_the_inspector_give_the_same_counts(version):
     found = summarise(in_words_of(version))
     assert found == EXPECTED
-    assert found.layers == 7 and found.share("int8") == 0.25 and found.share("fp8") == 0
+    assert found.layers == 12 and found.share("int8") == 3 / 7 and found.share("fp8") == 0
+
+
+@pytest.mark.parametrize("weights, inputs, expected", [
+    ("Int8", ["Int8", "Half"], "int8"),         # the residual comes in as FP16
+    ("Half", ["Half", "Int8"], "fp16"), ("Float", ["Float"], "fp32"), (None, ["Half", "Int8"], "int8"),
+])
+def test_the_type_of_the_weights_decides_where_it_is_told(weights, inputs, expected):
+    layer = {"LayerType": "CaskConvolution", "Inputs": [{"Format/Datatype": text} for text in inputs], "Outputs": []}
+    if weights:
+        layer["Weights"] = {"Type": weights, "Count": 864}
+    assert summarise(json.dumps({"Layers": [layer]})).weighted == {expected: 1}
 
 
 def test_a_layer_without_inputs_counts_by_its_outputs_and_names_alone_are_unknown():
