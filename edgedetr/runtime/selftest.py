@@ -114,7 +114,7 @@ def _try(canary: Canary, device: Device) -> Outcome:
         with Session(plan.data, cuda=Cuda(device), what=f"canary {canary.name}") as session:
             found = [session.run({"x": x})["y"] for _ in range(RUNS)]
             graph = session.graphs > 0
-    except (DeviceError, EngineError) as error:         # this one cannot be built or run: the others still say something
+    except (DeviceError, EngineError) as error:         # this one cannot be built or run; the others still can
         return outcome(False, str(error))
     share = layers.summarise(plan.layers).share(canary.precision)
     ratios = [sqnr_db(expected, y) for y in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import fake_cuda
 import fake_tensorrt
@@ -15,6 +16,8 @@ from onnx import numpy_helper
 from edgedetr import cli
 from edgedetr.errors import DeviceError, EngineError, MissingDependency
 from edgedetr.graph import canaries
+from edgedetr.graph.lint import lint_file
+from edgedetr.graph.rtx import check_all
 from edgedetr.runtime import builder, nvidia, ort, selftest
 from edgedetr.runtime.builder import Plan
 from edgedetr.runtime.selftest import CANARIES, sqnr_db, stored
@@ -38,6 +41,21 @@ def test_what_is_stored_is_what_the_generator_makes(name):
 
 def test_there_is_a_graph_for_every_canary_and_no_other():
     assert {path.stem for path in selftest.FOLDER.iterdir()} == set(FLOORS) == set(canaries.CANARIES)
+
+
+def test_nvidias_parser_and_builder_take_them():
+    if not any(map(find_spec, ("tensorrt_rtx", "tensorrt_rtx_bindings"))):
+        pytest.skip("needs NVIDIA's parser on a CPU: pip install 'edgedetr[trt-check]' (x86-64)")
+    results = check_all(sorted(selftest.FOLDER.glob("*.onnx")))
+    assert [str(result) for result in results if not result.ok] == [] and len(results) == 3
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_lint_knows_what_they_provoke_and_finds_no_error(name):
+    found = lint_file(selftest.FOLDER / f"{name}.onnx")
+    assert {f.rule for f in found.findings} == {"grid_sample": {"grid-sample-wrong"}, "concat": {"concat-scales"}}.get(
+        name, set())
+    assert not found.errors
 
 
 def test_grid_sample_is_what_pytorch_computes():
