@@ -71,8 +71,15 @@ def _share(weights: Weights) -> float | None:
     return weights[name].shape[0] / weights["selector.project.weight"].shape[0] if name in weights else None
 
 
-def _points(weights: Weights, heads: int) -> int | tuple[int, ...] | None:
-    """Samples per head and level, equally many in every level."""
+def _activation(weights: Weights) -> str:
+    """A learned slope is a tensor of its own."""
+    return "prelu" if "decoder.layers.0.feedforward.activation.weight" in weights else "relu"
+
+
+def _points(weights: Weights, heads: int) -> int | tuple[int, ...] | str | None:
+    """Samples per head and level, equally many in every level; of anchor points, whether they are learned."""
+    if "selector.pattern.weight" in weights:
+        return "learned" if "selector.points.points" in weights else "grid"
     name = "decoder.layers.0.cross_attention.weights.weight"
     if name not in weights:
         return None
@@ -99,6 +106,7 @@ READ: dict[str, Callable[[Weights], Any]] = {
     "expansion": _share,
     "fusion_blocks": _count(r"encoder\.top_down\.0\.blocks\.(\d+)\."),
     "denoising": _has("selector.denoising_class_embed.weight"),
+    "ffn_activation": _activation,
 }
 
 
