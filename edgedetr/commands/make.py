@@ -119,6 +119,7 @@ def export(
         raise PreparedNotFinished(
             f"{opened.path}: the graphs for TensorRT are ready, the engines are not: they are built on the device "
             f"they run on, and not here ({missing}); copy the bundle there and run: edgedetr build {opened.path.name}"
+            + (f" (and again with --frame {frame})" if frame else "")
         )
     say(f"next: edgedetr {'verify' if int8 else 'export'} {opened.path}{'' if int8 else ' --int8'}")
 

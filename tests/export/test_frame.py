@@ -118,6 +118,17 @@ def test_an_engine_that_fits_is_served(copied, tmp_path, as_it_is, monkeypatch, 
     assert 'platform: "tensorrt_plan"' in (tmp_path / "models" / name / "config.pbtxt").read_text()
 
 
+def test_without_tensorrt_frames_are_written_and_the_engines_left_to_the_device(copied, as_it_is, monkeypatch, capsys):
+    monkeypatch.setattr("edgedetr.runtime.engine.available", lambda: "no TensorRT")
+    with copied.add("model.fp16.onnx", stage="export") as temporary:
+        shutil.copy(copied.require("model.onnx"), temporary)
+    assert run(["export", str(copied.path), "--trt", "--frame", "150x201"]) == 4
+    said = capsys.readouterr().err
+    assert "model.frame-150x201.onnx, model.fp16.frame-150x201.onnx" in said
+    assert "edgedetr build copied.bundle (and again with --frame 150x201)" in said
+    assert Bundle.open(copied.path).has("model.fp16.frame-150x201.onnx")
+
+
 def test_a_wrong_size_is_a_usage_error_before_anything_is_made(fresh, tmp_path, capsys):
     made = fresh("detr", tmp_path / "new.bundle")
     assert run(["export", str(made.path), "--frame", "1080"]) == 2
