@@ -119,7 +119,7 @@ def test_progress_tells_each_kind_of_work_to_its_end(fresh, tmp_path):
     told = {}
     export(fresh("detr", tmp_path / "b"), int8=True, config=ExportConfig(), quant=QUANT,
            progress=lambda what, done, total: told.__setitem__(what, (done, total)))
-    assert told == {"reference": (3, 3), "onnx": (1, 1), "calibrate": (4, 4)}
+    assert told == {"reference": (3, 3), "onnx": (1, 1), "calibrate": (4, 4), "fp16": (6, 6)}
 
 
 @pytest.fixture(scope="module")
