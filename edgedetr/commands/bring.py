@@ -103,6 +103,11 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     type=click.Choice(["index", "category-id"]),
     help="Where a class of the data set stands among its logits.  [default: index]",
 )
+@click.option(
+    "--sampling",
+    type=click.Choice(["gather", "grid_sample"]),
+    help="How its GridSamples are written; TensorRT 10.14 to 11.1 get the operator wrong.  [default: gather]",
+)
 @json_option
 def import_(
     source: str,
@@ -118,6 +123,7 @@ def import_(
     resize: Literal["stretch", "letterbox"] | None,
     activation: Literal["sigmoid", "softmax"] | None,
     columns: Literal["index", "category-id"] | None,
+    sampling: Literal["gather", "grid_sample"] | None,
     as_json_: bool,
 ) -> None:
     """Make a bundle of a model trained elsewhere.
@@ -125,7 +131,7 @@ def import_(
     SOURCE is an ONNX file of a DETR-like detector (RT-DETR, D-FINE, RF-DETR), or weights for one of the family: a
     .safetensors or .pth file, a folder of transformers, or a name on the Hugging Face hub, with --model."""
     foreign = {"--scale": scale, "--mean": mean, "--std": std, "--resize": resize, "--activation": activation,
-               "--columns": columns}
+               "--columns": columns, "--sampling": sampling}
     weights = {"--model": model, "--set": sets or None}
     graph = source.endswith(".onnx")
     wrong = [name for name, value in (weights if graph else foreign).items() if value is not None]
@@ -133,7 +139,8 @@ def import_(
         raise UsageError(f"{wrong[0]} is for {'weights' if graph else 'an ONNX file'}, and {source} is "
                          f"{'an ONNX file' if graph else 'none'}; leave it out")
     if graph:
-        result = _import_graph(Path(source), out, data, classes, size, scale, mean, std, resize, activation, columns)
+        result = _import_graph(Path(source), out, data, classes, size, scale, mean, std, resize, activation, columns,
+                               sampling)
     elif model is None:
         from edgedetr.models import FAMILY
 
@@ -164,6 +171,7 @@ def _import_graph(
     resize: Literal["stretch", "letterbox"] | None,
     activation: Literal["sigmoid", "softmax"] | None,
     columns: Literal["index", "category-id"] | None,
+    sampling: Literal["gather", "grid_sample"] | None,
 ) -> dict[str, object]:
     """The ONNX half of `import`; what was found in the file, as JSON."""
     from edgedetr.export.bring import bring
@@ -172,7 +180,7 @@ def _import_graph(
     given = {"scale": scale, "mean": mean, "std": std, "resize": resize}
     said = {name: value for name, value in given.items() if value is not None}
     brought = bring(source, out, data=data, classes=classes, size=size, pixels=Pixels(**said) if said else None,  # type: ignore[arg-type]  # each has its field's type
-                    activation=activation, columns=columns or "index")
+                    activation=activation, columns=columns or "index", sampling=sampling or "gather")
     say(brought.describe())
     if not said:
         say(f"normalisation taken: {brought.pixels.words()}; the file does not say it, so check it, and change it by "

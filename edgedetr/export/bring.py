@@ -25,6 +25,7 @@ from edgedetr.export.fold import fold
 from edgedetr.export.onnx_file import OPSET, PREFIX, check, describe
 from edgedetr.export.original import Original, agree, decoded, pick, probes, renumbered, session
 from edgedetr.export.roles import prefix_nodes
+from edgedetr.export.sampling import gather_samples
 from edgedetr.export.told import Kept, Pixels, columns_of, read_names, usual
 from edgedetr.graph.file import open_onnx
 from edgedetr.graph.view import GraphView
@@ -43,6 +44,7 @@ class Brought:
     contract     "raw", "decoded" or "joined", see foreign.py
     opset        of the file
     folded       scales and BatchNormalizations folded into convolutions
+    gathered     GridSamples written as gathers
     objects      of the file's own detections that were compared, on `pictures` pictures: all were found again
     """
 
@@ -53,6 +55,7 @@ class Brought:
     pixels: Pixels
     queries: int
     folded: int
+    gathered: int
     objects: int
     pictures: int
 
@@ -63,8 +66,8 @@ class Brought:
         contract = self.bundle.manifest.input
         return (f"opset {self.opset}, {contract.height} x {contract.width} px, {how}; {self.queries} queries, "
                 f"{self.activation}, {len(self.bundle.manifest.classes)} classes; {self.folded} scales folded into "
-                f"convolutions\nchecked on {self.pictures} pictures: all of {self.objects} objects that the file finds "
-                "are found again")
+                f"convolutions, {self.gathered} GridSamples written as gathers\nchecked on {self.pictures} pictures: all "
+                f"of {self.objects} objects that the file finds are found again")
 
     def to_json(self) -> dict[str, object]:
         return {**asdict(replace(self, bundle=None)), "bundle": str(self.bundle.path)}  # type: ignore[arg-type]  # a path in JSON
@@ -73,7 +76,8 @@ class Brought:
 def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, classes: Path | None = None,
           size: tuple[int, int] | None = None, pixels: Pixels | None = None,
           activation: Literal["sigmoid", "softmax"] | None = None,
-          columns: Literal["index", "category-id"] = "index") -> Brought:
+          columns: Literal["index", "category-id"] = "index",
+          sampling: Literal["gather", "grid_sample"] = "gather") -> Brought:
     """Import an ONNX file; nothing is left behind where it fails.
 
     data     the labelled pictures to calibrate and verify on; its classes become the bundle's
@@ -81,6 +85,7 @@ def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, 
              None = the data set's classes in order
     size     height and width where the file leaves them open
     pixels   the normalisation outside of the file
+    sampling "gather" rewrites GridSample, which TensorRT 10.14 to 11.1 get wrong, into gathers of the same numbers
     columns  where `classes` is None: a class stands at its index, or at the category id of the data set
     """
     path, out = Path(path), Path(out)
@@ -111,6 +116,7 @@ def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, 
     result = fold(result)
     folded = surgery.absorb_scales(result)
     surgery.name_nodes(result)
+    gathered = gather_samples(result) if sampling == "gather" else 0
     prefix_nodes(result, picked.queries)
     manifest = Manifest(MODEL, kept.classes, contract, output, data=record)
     opset = GraphView(original, infer=False).opset
@@ -119,7 +125,8 @@ def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, 
     bundle = Bundle.create(out, manifest)
     with bundle.add("model.onnx", stage=STAGE) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
-    return Brought(bundle, found.kind, opset, kept.activation, pixels, picked.queries, folded, found_again, len(images))
+    return Brought(bundle, found.kind, opset, kept.activation, pixels, picked.queries, folded, gathered,
+                   found_again, len(images))
 
 
 def _compare(result: ModelProto, oracle: Original, images: np.ndarray, output: OutputContract, width: int,
