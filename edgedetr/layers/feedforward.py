@@ -18,6 +18,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.activation = ACTIVATIONS[activation]()
+        if hasattr(self.activation, "inplace"):
+            # What a Linear gives for [B, N, C] is a view, and the gradient of a change in place copies all of it.
+            self.activation.inplace = False
         self.dropout, self.activation_dropout = nn.Dropout(dropout), nn.Dropout(activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
