@@ -1,0 +1,86 @@
+"""Every member learns eight real pictures by heart, from random weights: nothing between pixels and AP is cut.
+
+Slow: some minutes of two cores per member. The figures of a recorded run stand in recipes/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgedetr.models import FAMILY
+from edgedetr.recipe import Recipe
+from edgedetr.train.train import train
+
+PICTURES = 8
+SIDE = 256              # pixels: platelets are 15 to 20 of them wide
+MINUTES = 15            # of CPU time
+
+# Half-width ResNet-18 and 96 channels for all; what differs is how a member places its queries.
+COMMON = {"backbone": "resnet18", "backbone_width": 0.5, "backbone_weights": "random", "backbone_norm": "trainable",
+          "frozen_stages": 0, "hidden": 96, "heads": 4, "queries": 60}
+OWN: dict[str, dict[str, object]] = {
+    "detr": {"ffn": 256, "encoder_layers": 2, "decoder_layers": 3, "dropout": 0.0},
+    "conditional_detr": {"ffn": 256, "encoder_layers": 2, "decoder_layers": 3, "dropout": 0.0},
+    "dn_detr": {"ffn": 256, "encoder_layers": 2, "decoder_layers": 3},
+    "anchor_detr": {"ffn": 256, "encoder_layers": 2, "decoder_layers": 3, "dilate_last": False, "patterns": 1},
+    "deformable_detr": {"ffn": 256, "encoder_layers": 2, "decoder_layers": 3, "dropout": 0.0, "refine": True,
+                        "two_stage": True},
+    "efficient_detr": {"ffn": 256, "encoder_layers": 2, "decoder_layers": 1, "dropout": 0.0, "first_queries": 60},
+    "dynamic_detr": {"ffn": 256, "encoder_layers": 1, "decoder_layers": 3, "dynamic_hidden": 24},
+    "sparse_rcnn": {"ffn": 256, "decoder_layers": 3, "dynamic_hidden": 24},
+    "rt_detr": {"backbone": "resnet18vd", "encoder_ffn": 256, "decoder_ffn": 256, "fusion_blocks": 1},
+}
+STEPS = {"detr": 900, "conditional_detr": 500, "dn_detr": 400, "anchor_detr": 500, "deformable_detr": 250,
+         "efficient_detr": 250, "dynamic_detr": 250, "sparse_rcnn": 300, "rt_detr": 220}
+
+
+def eight(source: Path, root: Path) -> Path:
+    """The first pictures of BCCD's training split that hold all three classes, as every split of a COCO set."""
+    whole = json.loads((source / "annotations" / "train.json").read_text())
+    classes = {category["id"] for category in whole["categories"]}
+    of = {image["id"]: [a for a in whole["annotations"] if a["image_id"] == image["id"]] for image in whole["images"]}
+    chosen = [image for image in whole["images"] if {a["category_id"] for a in of[image["id"]]} == classes][:PICTURES]
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        (root / "images" / split).mkdir(parents=True)
+        for image in chosen:
+            name = Path(image["file_name"]).name
+            os.symlink((source / "images" / "train" / name).resolve(), root / "images" / split / name)
+        (root / "annotations" / f"{split}.json").write_text(json.dumps({
+            "images": [{**image, "file_name": Path(image["file_name"]).name} for image in chosen],
+            "annotations": [a for image in chosen for a in of[image["id"]]], "categories": whole["categories"]}))
+    return root
+
+
+def recipe(name: str) -> Recipe:
+    fields = FAMILY[name].config.__dataclass_fields__
+    model = {key: value for key, value in {**COMMON, **OWN[name]}.items() if key in fields}
+    return Recipe.from_dict({
+        "model": {"name": name, **model}, "input": {"height": SIDE, "width": SIDE},
+        "train": {"epochs": STEPS[name], "batch": PICTURES, "lr": 1e-3, "backbone_lr_factor": 1.0, "weight_decay": 0.0,
+                  "clip": 1.0, "warmup_steps": 50, "schedule": "cosine", "ema_decay": 0.98, "ema_warmup": 50,
+                  "eval_every": STEPS[name], "denoising": 60, "checkpoint_every": 10**6},
+        "augment": {"flip_horizontal": 0.0, "crop": 0.0, "zoom_out": 0.0, "scale_jitter": 0.0, "colour": 0.0},
+    }, where=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILY)
+def test_eight_pictures_are_learned_by_heart(name: str, shared_data: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    begun = time.process_time()
+    bundle = train(recipe(name), eight(shared_data / "bccd", tmp_path / "data"), tmp_path / "heart.bundle")
+    minutes = (time.process_time() - begun) / 60
+    record = [json.loads(line) for line in (bundle.path / "train" / "metrics.jsonl").read_text().splitlines()]
+    found = next(line for line in record if line["kind"] == "eval")
+    print(f"\n{name}: AP {found['ap']:.1f}, AP50 {found['ap50']:.1f} after {STEPS[name]} steps, "
+          f"{minutes:.1f} minutes of CPU time")
+    assert found["ap50"] >= 90
+    assert found["ap"] >= 60
+    assert minutes <= MINUTES
