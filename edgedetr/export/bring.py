@@ -66,8 +66,8 @@ class Brought:
         contract = self.bundle.manifest.input
         return (f"opset {self.opset}, {contract.height} x {contract.width} px, {how}; {self.queries} queries, "
                 f"{self.activation}, {len(self.bundle.manifest.classes)} classes; {self.folded} scales folded into "
-                f"convolutions, {self.gathered} GridSamples written as gathers\nchecked on {self.pictures} pictures: all "
-                f"of {self.objects} objects that the file finds are found again")
+                f"convolutions, {self.gathered} GridSamples written as gathers\nchecked on {self.pictures} pictures: "
+                f"all of {self.objects} objects that the file finds are found again")
 
     def to_json(self) -> dict[str, object]:
         return {**asdict(replace(self, bundle=None)), "bundle": str(self.bundle.path)}  # type: ignore[arg-type]  # a path in JSON

@@ -47,9 +47,9 @@ def export(bundle: Bundle | str | Path, *, int8: bool = False, fp16: bool = Fals
     if config is None or quant is None:
         recorded = _recipe(bundle)
         config, quant = config or recorded[0], quant or recorded[1]
-    if (sampling is not None or dynamic_batch) and imported(bundle):
-        raise UsageError(f"{bundle.path} holds an imported graph: sampling and batch size are as it came; leave "
-                         "--sampling and --dynamic-batch out")
+    if (sampling == "grid_sample" or dynamic_batch) and imported(bundle):
+        raise UsageError(f"{bundle.path} holds an imported graph: sampling and batch size are settled; leave "
+                         "--sampling and --dynamic-batch out, or import it again with edgedetr import --sampling grid_sample")
     if sampling is not None:
         config = replace(config, sampling=sampling)
     if dynamic_batch:

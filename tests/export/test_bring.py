@@ -294,7 +294,7 @@ def test_import_int8_lint_and_verify_by_the_command_line(kind, files, scenes, tm
     assert stages["onnx", "onnxruntime"]["drop"] == 0       # the same file, the same library
     assert stages["onnx", "onnxruntime"]["parity"]["matched"] in (None, 1.0)
     assert "an imported graph has no PyTorch model" in captured.err
-    assert cli.run(["export", out, "--sampling", "gather"]) == 2
+    assert cli.run(["export", out, "--sampling", "grid_sample"]) == 2
 
 
 # ---- what the file cannot say
