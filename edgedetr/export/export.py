@@ -49,7 +49,8 @@ def export(bundle: Bundle | str | Path, *, int8: bool = False, fp16: bool = Fals
         config, quant = config or recorded[0], quant or recorded[1]
     if (sampling == "grid_sample" or dynamic_batch) and imported(bundle):
         raise UsageError(f"{bundle.path} holds an imported graph: sampling and batch size are settled; leave "
-                         "--sampling and --dynamic-batch out, or import it again with edgedetr import --sampling grid_sample")
+                         "--sampling and --dynamic-batch out, or import it again: edgedetr import --sampling "
+                         "grid_sample")
     if sampling is not None:
         config = replace(config, sampling=sampling)
     if dynamic_batch:
