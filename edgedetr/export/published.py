@@ -99,7 +99,8 @@ def import_weights(source: str, model: str, out: str | Path, *, data: Path | Non
     fresh = tuple(c.name for c, row in zip(wanted, rows) if row is None)
     if fresh:
         notes.append(f"rows of the class heads kept by name: {', '.join(kept) or 'none'}; started anew: "
-                     f"{', '.join(fresh)}; train before use: edgedetr train --data DIR --set train.start={out}")
+                     f"{', '.join(fresh)}; train before use: edgedetr train --data DIR --recipe {out}/recipe.toml "
+                     f"--set train.start={out}")
     return Imported(bundle, layout, loaded.tensors, kept, fresh, tuple(notes))
 
 
