@@ -137,15 +137,24 @@ class _Halver:
             if name in self.wiring.constants:
                 values = self.wiring.constant(name)
                 peak = float(np.abs(values).max()) if values.size else 0.0
-                if 0 < peak < SMALLEST:
+                bias = name in node.input[2:] if node.op_type in _FEATURES else self._feature(node)
+                if 0 < peak < SMALLEST and not bias:
                     return f"the constant {name} is {peak:.2g}, below the smallest normal FP16 number"
             else:
-                peak = self.peaks.get(name, 0.0)
+                peak = self._peak(name)
             if not peak <= LARGEST:
                 return f"{name} reaches {peak:.3g}, FP16 ends at 65504"
-        if node.op_type in _NORMS and self.peaks.get(node.input[0], 0.0) ** 2 > LARGEST:
-            return f"{node.input[0]} reaches {self.peaks[node.input[0]]:.3g}, and its square would leave FP16"
+        if node.op_type in _NORMS and self._peak(node.input[0]) ** 2 > LARGEST:
+            return f"{node.input[0]} reaches {self._peak(node.input[0]):.3g}, and its square would leave FP16"
         return ""
+
+    def _peak(self, name: str) -> float:
+        """Largest magnitude seen; behind a pair, that of the tensor in front of it."""
+        for _ in range(2):
+            maker = self.wiring.makers.get(name)
+            if name not in self.peaks and maker and maker.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                name = maker.input[0]
+        return self.peaks.get(name, 0.0)
 
     def _by_policy(self, node: NodeProto) -> str:
         return next((rule.reason for rule in self.rules if rule.fits(node, self.wiring)), "")

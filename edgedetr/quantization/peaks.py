@@ -23,13 +23,17 @@ def peaks(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[str, float]:
     probe.CopyFrom(model)
     del probe.graph.output[:]
     for number, name in enumerate(names):
-        magnitude, peak = f"{name}_magnitude", f"{name}_peak"
-        probe.graph.node.append(helper.make_node("Abs", [name], [magnitude], f"magnitude_{number}"))
-        probe.graph.node.append(helper.make_node("ReduceMax", [magnitude], [peak], f"peak_{number}", keepdims=0))
-        probe.graph.output.append(helper.make_empty_tensor_value_info(peak))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        steps = (("Abs", [name], "magnitude"), ("ReduceMax", [f"{name}_magnitude"], "largest"),
+                 # A maximum passes over NaN, a sum does not.
+                 ("ReduceSum", [f"{name}_magnitude"], "sum"), ("Sub", [f"{name}_sum", f"{name}_sum"], "zero"),
+                 ("Add", [f"{name}_largest", f"{name}_zero"], "peak"))
+        for kind, read, given in steps:
+            options = {"keepdims": 0} if kind.startswith("Reduce") else {}
+            probe.graph.node.append(helper.make_node(kind, read, [f"{name}_{given}"], f"{given}_{number}", **options))
+        probe.graph.output.append(helper.make_empty_tensor_value_info(f"{name}_peak"))
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    session = onnxruntime.InferenceSession(probe.SerializeToString(), settings, providers=["CPUExecutionProvider"])
     found = dict.fromkeys(names, 0.0)
     wanted = [f"{name}_peak" for name in names]
     for batch in batches:
