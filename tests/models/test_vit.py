@@ -50,6 +50,19 @@ def test_it_computes_what_transformers_vit_does(size: tuple[int, int]) -> None:
 
 
 @torch.no_grad()
+def test_a_patch_is_flattened_and_projected() -> None:
+    trunk = VisionTransformer(DIM, HEADS, 1)
+    images = torch.randn(2, 3, 32, 48)
+    matrix, expected = trunk.patch.weight.flatten(1), []
+    for row in range(2):
+        for column in range(3):
+            patch = images[:, :, 16 * row:16 * (row + 1), 16 * column:16 * (column + 1)]
+            expected.append(patch.flatten(1) @ matrix.T + trunk.patch.bias)
+    actual = trunk.patch(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(actual, torch.stack(expected, dim=1), atol=1e-5, rtol=0)     # sums of 768 products
+
+
+@torch.no_grad()
 def test_files_of_timm_and_of_transformers_are_read(tmp_path: Path) -> None:
     """timm's names are written out here; transformers writes its own. Classifiers and poolers are no backbone's."""
     source = varied(VisionTransformer(DIM, HEADS, 2, layer_scale=0.1))
