@@ -76,7 +76,8 @@ def survey(bundle: Bundle, files: Mapping[str, str] = FILES, *, trust: bool = Fa
         device = cudart.probe()
         version = nvidia.tensorrt().__version__
     except (DeviceError, MissingDependency) as reason:
-        return Survey(refused=(f"{len(plans)} engine{'s' * (len(plans) > 1)} not used: {reason}",))
+        ours = sum(plan.is_relative_to(bundle.path) for plan in plans)      # the user's cache holds other bundles' too
+        return Survey(refused=(f"{ours} engine{'s' * (ours > 1)} not used: {reason}",) if ours else ())
     fitting, refused = [], []
     for plan in plans:
         found = _look(bundle, plan, files, device, version, trust)

@@ -184,6 +184,8 @@ def test_engines_of_a_read_only_bundle_are_found_in_the_users_cache_and_others_t
     plan(bundle, "fp16", folder=folder, onnx_sha256="1" * 64)           # of another bundle
     assert "int8.plan" in load(bundle).description
     assert engines.survey(bundle).refused == ()
+    fake.fake.fail("cuInit", 100)
+    assert engines.survey(bundle) == engines.Survey()
 
 
 def test_a_damaged_record_of_measurements_counts_as_none(fake, bundle, caplog):
