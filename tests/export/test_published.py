@@ -60,7 +60,8 @@ def test_a_folder_of_transformers_becomes_a_bundle_with_the_same_detections(tmp_
     manifest = Bundle.open(tmp_path / "b.bundle").manifest
     assert [c.name for c in manifest.classes] == ["red cell", "platelet"]
     assert (manifest.input.height, manifest.input.width, manifest.input.resize) == (64, 96, "stretch")
-    assert manifest.config["queries"] == 7 and manifest.config["heads"] == 4 and list(manifest.config["mean"]) == [0, 0, 0]
+    assert manifest.config["queries"] == 7 and manifest.config["heads"] == 4
+    assert list(manifest.config["mean"]) == [0, 0, 0]
     assert imported.layout == "transformers" and imported.fresh == ()
     images = torch.randint(0, 256, (1, 3, 64, 96)).float()
     with torch.no_grad():
