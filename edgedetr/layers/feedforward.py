@@ -18,7 +18,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.activation = ACTIVATIONS[activation]()
-        if hasattr(self.activation, "inplace"):
+        if isinstance(self.activation, (nn.ReLU, nn.SiLU)):
             # What a Linear gives for [B, N, C] is a view, and the gradient of a change in place copies all of it.
             self.activation.inplace = False
         self.dropout, self.activation_dropout = nn.Dropout(dropout), nn.Dropout(activation_dropout)
