@@ -38,8 +38,12 @@ class Unavailable(Exception):
     """Why the bindings cannot be read here: the reason of a skip."""
 
 
+@functools.cache
 def module(version: str) -> ModuleType:
-    """A module like `tensorrt` of that version, whose classes have names, parameters and no behaviour."""
+    """A module like `tensorrt` of that version, whose classes have names, parameters and no behaviour.
+
+    It is one for all tests: a test that changes it changes a copy, or undoes what it did.
+    """
     names = described()[version]
     made = ModuleType("tensorrt")
     built: dict[str, type] = {}

@@ -44,6 +44,7 @@ class FakeTensorRT:
         self.profiles: list[Any] = []
         self.models: list[bytes] = []       # what was parsed
         self.stopped: list[bool] = []       # answers of the monitor
+        self._network: Any = None
         self.module = ModuleType("tensorrt")
         vars(self.module).update({key: value for key, value in vars(spec).items() if not key.startswith("__")})
         self.module.__version__ = spec.__version__
@@ -64,7 +65,11 @@ class FakeTensorRT:
         def network(flags: int = 0) -> Any:
             self.flags.append(flags)
             tensors = [self._new("ITensor", name=name, shape=shape) for name, shape in self.inputs.items()]
-            return self._new("INetworkDefinition", num_inputs=len(tensors), on_get_input=tensors.__getitem__)
+            if self._network is None:       # one for all attempts: making it takes longest, it has a hundred methods
+                self._network = self._new("INetworkDefinition")
+            self._network.num_inputs = len(tensors)
+            self._network.get_input.side_effect = tensors.__getitem__
+            return self._network
 
         def profile() -> Any:
             self.profiles.append(self._new("IOptimizationProfile"))
