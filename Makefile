@@ -37,8 +37,8 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "installing edgedetr[dev] into $(VENV)"
-	$(PIP) -e ".[all,dev]"
+	@echo "installing edgedetr[dev] and NVIDIA's parser for the CPU into $(VENV)"
+	$(PIP) -e ".[all,dev,trt-check]"
 	@touch $@
 
 # The report is also tested in a real browser. Without one (and without root on Debian to get one) that test skips.

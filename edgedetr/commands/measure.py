@@ -144,7 +144,7 @@ def _percent(share: float | None) -> str | None:
 @bundle_argument
 @data_option
 @click.option("--split", help="The split to evaluate.  [default: the bundle's verify split]")
-@click.option("--stage", default="onnx", show_default=True, help="torch, onnx, int8 or int8-cpu.")
+@click.option("--stage", default="onnx", show_default=True, help="torch, onnx, fp16, int8 or int8-cpu.")
 @click.option(
     "--backend", type=click.Choice(BACKENDS), help="Inference library.  [default: the stage's own]"
 )
