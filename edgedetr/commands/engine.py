@@ -110,8 +110,8 @@ def build(
             say(f"warning: {made.path.name}: {warning}")
     old = engine.outdated(opened)
     if old:
-        size = sum(path.stat().st_size for path in old) / 1e6
-        say(f"engines of graphs that are gone, which may be deleted ({size:.0f} MB; each has a .plan, a .json and a "
+        megabytes = sum(path.stat().st_size for path in old) / 1e6
+        say(f"engines of graphs that are gone, which may be deleted ({megabytes:.0f} MB; each has a .plan, a .json and a "
             f".layers.json): {', '.join(path.stem for path in old)}")
     say(f"engines: {built[0].path.parent}\nnext: edgedetr verify {opened.path}")
     if as_json_:
