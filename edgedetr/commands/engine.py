@@ -111,8 +111,8 @@ def build(
     old = engine.outdated(opened)
     if old:
         megabytes = sum(path.stat().st_size for path in old) / 1e6
-        say(f"engines of graphs that are gone, which may be deleted ({megabytes:.0f} MB; each has a .plan, a .json and a "
-            f".layers.json): {', '.join(path.stem for path in old)}")
+        say(f"engines of graphs that are gone, which may be deleted ({megabytes:.0f} MB; each has a .plan, a .json "
+            f"and a .layers.json): {', '.join(path.stem for path in old)}")
     say(f"engines: {built[0].path.parent}\nnext: edgedetr verify {opened.path}")
     if as_json_:
         as_json([{"path": str(made.path), "made": made.made, **asdict(made.sidecar)} for made in built])
