@@ -58,7 +58,7 @@ class Candidate:
 def inputs(model: ModelProto) -> Inputs:
     """Which input is what; ExportError that lists them where that is not clear."""
     constants = {tensor.name for tensor in model.graph.initializer}
-    found = {"image": [], "sizes": [], "mask": []}  # type: dict[str, list[str]]
+    found: dict[str, list[str]] = {"image": [], "sizes": [], "mask": []}
     for item in model.graph.input:
         if item.name in constants:
             continue

@@ -84,6 +84,23 @@ def hugging_face_detr():
     return spread(transformers.DetrForObjectDetection(config))
 
 
+def hugging_face_d_fine():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    backbone = transformers.HGNetV2Config(
+        stem_channels=[3, 16, 16], stage_in_channels=[16, 16, 32, 32], stage_mid_channels=[16] * 4,
+        stage_out_channels=[16, 32, 32, 32], stage_num_blocks=[1] * 4, stage_numb_of_layers=[2] * 4,
+        stage_light_block=[False, False, True, True], stage_downsample=[False, True, True, True],
+        stage_kernel_size=[3, 3, 5, 5], use_learnable_affine_block=True, hidden_sizes=[16, 32, 32, 32], depths=[1] * 4,
+        embedding_size=16, out_features=["stage2", "stage3", "stage4"])
+    config = transformers.DFineConfig(
+        backbone_config=backbone, encoder_in_channels=[32] * 3, d_model=32, encoder_hidden_dim=32, encoder_ffn_dim=48,
+        encoder_attention_heads=4, decoder_in_channels=[32] * 3, decoder_ffn_dim=48, decoder_attention_heads=4,
+        num_queries=QUERIES, decoder_layers=2, decoder_n_points=2, num_denoising=0, num_labels=CLASSES, max_num_bins=8,
+        feat_strides=[8, 16, 32], num_feature_levels=3, anchor_image_size=None, use_pretrained_backbone=False)
+    return spread(transformers.DFineForObjectDetection(config))
+
+
 class Raw(torch.nn.Module):
     """Hugging Face's model with the outputs of its ONNX export."""
 
@@ -129,7 +146,7 @@ class Joined(Raw):
 def files(tmp_path_factory) -> dict[str, Path]:
     """One file of each contract, all but one by the exporter of the library itself."""
     folder = tmp_path_factory.mktemp("foreign")
-    rt_detr, detr = hugging_face_rt_detr(), hugging_face_detr()
+    rt_detr, d_fine, detr = hugging_face_rt_detr(), hugging_face_d_fine(), hugging_face_detr()
     sizes = (torch.tensor([[WIDTH, HEIGHT]]),)
     pixels, two = ("pixel_values",), ("images", "orig_target_sizes")
     answer = ("labels", "boxes", "scores")
@@ -138,7 +155,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
         "softmax": export(Raw(detr), folder / "softmax.onnx", names=pixels, results=("logits", "pred_boxes"),
                           open_size=False),
         "rf": export(Raw(rt_detr), folder / "rf.onnx", names=("input",), results=("labels", "dets"), open_size=False),
-        "decoded": export(Decoded(rt_detr), folder / "decoded.onnx", names=two, results=answer, opset=16, extra=sizes),
+        "decoded": export(Decoded(d_fine), folder / "decoded.onnx", names=two, results=answer, opset=16, extra=sizes),
         "decoded-softmax": export(Decoded(detr, sigmoid=False), folder / "soft.onnx", names=two, results=answer,
                                   open_size=False, extra=sizes),
         "joined": export(Joined(rt_detr), folder / "joined.onnx", names=("images",), results=("output0",)),
@@ -414,6 +431,19 @@ def test_the_smallest_file_passes(tmp_path):
     onnx.save(detector_of(), tmp_path / "m.onnx")
     result = bring(tmp_path / "m.onnx", tmp_path / "b")
     assert [item.name for item in result.bundle.manifest.classes] == ["class 0", "class 1", "class 2"]
+
+
+def test_a_mask_of_pixels_becomes_a_constant(tmp_path):
+    """Hugging Face's DETR asks which pixels are picture: here all of them are."""
+    mask = helper.make_tensor_value_info("pixel_mask", TensorProto.INT64, ["batch", "height", "width"])
+    model = detector_of(extra=(mask,))
+    model.graph.node.insert(0, helper.make_node("Cast", ["pixel_mask"], ["f"], to=TensorProto.FLOAT))
+    model.graph.node.insert(1, helper.make_node("ReduceMean", ["f"], ["share"], axes=[0, 1, 2], keepdims=0))
+    model.graph.node.insert(2, helper.make_node("Mul", ["x", "share"], ["seen"]))
+    model.graph.node[3].input[0] = "seen"
+    onnx.save(model, tmp_path / "m.onnx")
+    result = bring(tmp_path / "m.onnx", tmp_path / "b")
+    assert [item.name for item in onnx.load(result.bundle.require("model.onnx")).graph.input] == ["images"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"{}", detector_of().SerializeToString()[:300]])
