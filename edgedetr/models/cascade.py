@@ -14,6 +14,7 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.dynamic import DynamicInteraction
 from edgedetr.layers.roi import RoiAlign
 from edgedetr.models.detector import Memory, Queries
+from edgedetr.models.queries import label_content
 
 DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)        # what the head says of x, y, w, h is divided by these (Sparse R-CNN)
 LARGEST_GROWTH = math.log(100000 / 16)      # a side grows at most 6250 times, so that exp stays finite (Detectron)
@@ -23,15 +24,20 @@ PRIOR = 0.01                                # class probability that the heads s
 class LearnedProposals(nn.Module):
     """N boxes and N vectors, the same for every picture; every box starts as the whole picture."""
 
-    def __init__(self, queries: int, dim: int) -> None:
+    def __init__(self, queries: int, dim: int, num_classes: int, denoising: bool = False) -> None:
         super().__init__()
         self.content, self.box = nn.Embedding(queries, dim), nn.Embedding(queries, 4)
+        self.denoising_class_embed = nn.Embedding(num_classes + 1, dim) if denoising else None
         with torch.no_grad():
             self.box.weight.copy_(torch.tensor([0.5, 0.5, 1.0, 1.0]))
 
     def forward(self, memory: Memory) -> Queries:
         batch = memory.tokens.shape[0]
         return Queries(self.content.weight.expand(batch, -1, -1), reference=self.box.weight.expand(batch, -1, -1))
+
+    def noised(self, labels: Tensor, boxes: Tensor) -> Queries:
+        """Queries of objects that are known, for denoising: labels [B, D] (K = filling), boxes [B, D, 4]."""
+        return Queries(label_content(self.denoising_class_embed, labels), reference=boxes)
 
 
 class RoiCrossAttention(nn.Module):

@@ -53,6 +53,7 @@ class DeformableDetrConfig:
     two_stage: bool = False                     # queries start at the best boxes of a head on the memory
     sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
     dropout: float = 0.1
+    denoising: bool = False                     # vectors for noised labels, for two_stage; not in the paper
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -61,6 +62,8 @@ class DeformableDetrConfig:
             raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
         if self.two_stage and not self.refine:
             raise ModelError("model.two_stage refines the boxes it starts from; add --set model.refine=true")
+        if self.denoising and not self.two_stage:
+            raise ModelError("model.denoising needs queries that start from boxes; add --set model.two_stage=true")
         if self.levels not in (1, 3, 4, 5) or self.points < 1:
             raise ModelError(f"model.levels is {self.levels}, model.points {self.points}; expected "
                              "1 (C5), 3 (C3 to C5), 4 or 5 levels, and at least 1 point")
@@ -88,7 +91,8 @@ def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> Detector:
 
     encoder = DeformableEncoder(backbone.channels, backbone.strides, c.hidden, c.levels,
                                 [encoder_layer() for _ in range(c.encoder_layers)])
-    selector = TwoStageQueries(c.hidden, num_classes, c.queries) if c.two_stage else PointQueries(c.queries, c.hidden)
+    selector = (TwoStageQueries(c.hidden, num_classes, c.queries, c.denoising) if c.two_stage
+                else PointQueries(c.queries, c.hidden))
     heads = (IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False) if c.refine
              else AbsoluteBoxes(c.hidden, num_classes))
     decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)], heads)

@@ -52,6 +52,7 @@ class DynamicDetrConfig:
     roi_px: int = 7                             # bins per side (section 3.3)
     roi_samples: int = 2                        # bilinear points per side of a bin
     dropout: float = 0.0                        # none, as in Sparse R-CNN
+    denoising: bool = False                     # vectors for noised labels; not in the paper
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -83,4 +84,5 @@ def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> Detector:
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
     boxes.rare()
-    return Detector(backbone, encoder, LearnedProposals(c.queries, c.hidden), decoder, Normalise(c.mean, c.std))
+    selector = LearnedProposals(c.queries, c.hidden, num_classes, c.denoising)
+    return Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))

@@ -47,6 +47,7 @@ class EfficientDetrConfig:
     coordinates: Literal[2, 4] = 4              # the decoder starts from the proposed box, or from its centre
     sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
     dropout: float = 0.1
+    denoising: bool = False                     # vectors for noised labels; not in the paper
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -80,7 +81,7 @@ def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> Detector:
                       DeformableCrossAttention(c.hidden, c.heads, points, c.sampling),
                       feedforward(), c.hidden, c.dropout) for _ in range(c.decoder_layers)],
         IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False))
-    selector = DenseQueries(c.hidden, num_classes, c.queries, c.first_queries, c.coordinates)
+    selector = DenseQueries(c.hidden, num_classes, c.queries, c.first_queries, c.coordinates, c.denoising)
     detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std), slow=SLOW)
     reset_heads(detector, 0.0)
     return detector

@@ -13,8 +13,7 @@ from edgedetr.layers.feedforward import Mlp
 from edgedetr.layers.position import sine_of_boxes
 from edgedetr.layers.row_column import AxisPosition
 from edgedetr.models.detector import Memory, Queries
-
-OFF = "this model was built without model.denoising, so it has no vectors for noised labels; use train.denoising=0"
+from edgedetr.models.queries import label_content
 
 
 class MeantPoint(nn.Module):
@@ -99,10 +98,9 @@ class AnchorQueries(nn.Module):
 
     def noised(self, labels: Tensor, boxes: Tensor) -> Queries:
         """Queries of objects that are known, for denoising: labels [B, D] (K = filling), boxes [B, D, 4]."""
-        if self.denoising_class_embed is None:
-            raise ModelError(OFF)
-        position, along = self.points.embed(boxes[..., :2])
-        return Queries(self.denoising_class_embed(labels), position=position, reference=boxes[..., :2], spatial=along)
+        content, points = label_content(self.denoising_class_embed, labels), boxes[..., :2]
+        position, along = self.points.embed(points)
+        return Queries(content, position=position, reference=points, spatial=along)
 
 
 class BoxQueries(nn.Module):
@@ -128,9 +126,7 @@ class BoxQueries(nn.Module):
 
     def noised(self, labels: Tensor, boxes: Tensor) -> Queries:
         """Queries of objects that are known, for denoising: labels [B, D] (K = filling), boxes [B, D, 4]."""
-        if self.denoising_class_embed is None:
-            raise ModelError(OFF)
-        content = self.denoising_class_embed(labels)
+        content = label_content(self.denoising_class_embed, labels)
         return Queries(torch.cat([content, torch.ones_like(content[..., :1])], dim=-1), reference=boxes)
 
 

@@ -18,7 +18,7 @@ from edgedetr.layers.gather import take_rows
 from edgedetr.layers.position import sine
 from edgedetr.models.deformable_encoder import cell_centres
 from edgedetr.models.detector import Memory, Queries
-from edgedetr.models.queries import INVALID
+from edgedetr.models.queries import INVALID, label_content
 
 SIDE = 0.05         # a proposal's side in the finest level, share of the picture; it doubles per level
 MARGIN = 0.01       # numbers closer to 0 or 1 than this make a proposal unusable
@@ -110,8 +110,9 @@ class Proposals(nn.Module):
 class TwoStageQueries(Proposals):
     """Content and position follow from the sine of the proposed box (Deformable DETR's two-stage form)."""
 
-    def __init__(self, dim: int, num_classes: int, queries: int) -> None:
+    def __init__(self, dim: int, num_classes: int, queries: int, denoising: bool = False) -> None:
         super().__init__(dim, num_classes, queries, "foreground")
+        self.denoising_class_embed = nn.Embedding(num_classes + 1, dim) if denoising else None
         self.place, self.place_norm = nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim)
         nn.init.xavier_uniform_(self.place.weight)
 
@@ -119,17 +120,29 @@ class TwoStageQueries(Proposals):
         """The reference is a constant to the decoder; gradients reach the tokens through `encoder`."""
         _, boxes, encoder = self.propose(memory)
         reference = boxes.detach()
-        waves = sine(reference, self.place.in_features // 4).to(memory.tokens.dtype)
-        position, content = self.place_norm(self.place(waves)).chunk(2, dim=-1)
+        position, content = self._placed(reference, memory.tokens.dtype)
         return Queries(content, position=position, reference=reference, encoder=encoder)
+
+    def noised(self, labels: Tensor, boxes: Tensor) -> Queries:
+        """Queries of objects that are known, for denoising: labels [B, D] (K = filling), boxes [B, D, 4]."""
+        content = label_content(self.denoising_class_embed, labels)
+        return Queries(content, position=self._placed(boxes, content.dtype)[0], reference=boxes)
+
+    def _placed(self, reference: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        """reference [B, N, 4] -> position and content, [B, N, C] each."""
+        waves = sine(reference, self.place.in_features // 4).to(kind)
+        position, content = self.place_norm(self.place(waves)).chunk(2, dim=-1)
+        return position, content
 
 
 class DenseQueries(Proposals):
     """Content is the token of the proposed cell, position the sine of its box (Efficient DETR)."""
 
-    def __init__(self, dim: int, num_classes: int, queries: int, first: int, coordinates: int = 4) -> None:
+    def __init__(self, dim: int, num_classes: int, queries: int, first: int, coordinates: int = 4,
+                 denoising: bool = False) -> None:
         """coordinates  4: the decoder starts from the proposed box; 2: from its centre"""
         super().__init__(dim, num_classes, queries, "best", first)
+        self.denoising_class_embed = nn.Embedding(num_classes + 1, dim) if denoising else None
         self.coordinates = coordinates
         self.place = Mlp(coordinates * dim // 2, dim, dim, 2)
 
@@ -139,3 +152,9 @@ class DenseQueries(Proposals):
         reference = boxes.detach()[..., : self.coordinates]
         waves = sine(reference, memory.tokens.shape[-1] // 2).to(chosen.dtype)
         return Queries(chosen, position=self.place(waves), reference=reference, encoder=encoder)
+
+    def noised(self, labels: Tensor, boxes: Tensor) -> Queries:
+        """Queries of objects that are known, for denoising: labels [B, D] (K = filling), boxes [B, D, 4]."""
+        content, reference = label_content(self.denoising_class_embed, labels), boxes[..., : self.coordinates]
+        waves = sine(reference, content.shape[-1] // 2).to(content.dtype)
+        return Queries(content, position=self.place(waves), reference=reference)

@@ -14,6 +14,17 @@ from edgedetr.models.detector import Memory, Queries
 INVALID = 1e4           # logit of an anchor off the map: sigmoid is exactly 1, and it stays finite in a quantised graph
 
 
+def label_content(embedding: nn.Embedding | None, labels: Tensor) -> Tensor:
+    """What noised queries of known objects start from: labels [B, D] (K = filling) -> [B, D, C].
+
+    embedding  [K + 1, C] of a model that was built with model.denoising, else None
+    """
+    if embedding is None:
+        raise ModelError("this model was built without model.denoising, so it has no vectors for noised labels; "
+                         "use train.denoising=0")
+    return embedding(labels)
+
+
 class LearnedQueries(nn.Module):
     """Zero content, learned position: DETR's object queries."""
 
@@ -82,6 +93,4 @@ class TopKQueries(nn.Module):
 
     def noised(self, labels: Tensor, boxes: Tensor) -> Queries:
         """Queries of objects that are known, for denoising: labels [B, D] (K = filling), boxes [B, D, 4]."""
-        if self.denoising_class_embed is None:
-            raise ModelError("this model was built without model.denoising")
-        return Queries(self.denoising_class_embed(labels), reference=boxes)
+        return Queries(label_content(self.denoising_class_embed, labels), reference=boxes)

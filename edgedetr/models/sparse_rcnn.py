@@ -47,6 +47,7 @@ class SparseRcnnConfig:
     class_tower: int = 1                        # blocks before the class head
     box_tower: int = 3                          # and before the box head
     dropout: float = 0.0                        # none, as published
+    denoising: bool = False                     # vectors for noised labels; not in the paper
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -74,4 +75,5 @@ def sparse_rcnn(config: SparseRcnnConfig, num_classes: int) -> Detector:
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
     boxes.rare()
-    return Detector(backbone, encoder, LearnedProposals(c.queries, c.hidden), decoder, Normalise(c.mean, c.std))
+    selector = LearnedProposals(c.queries, c.hidden, num_classes, c.denoising)
+    return Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))

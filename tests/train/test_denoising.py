@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from members import SMALL
 
 from edgedetr.boxes import iou
-from edgedetr.errors import RecipeError
+from edgedetr.errors import ModelError, RecipeError
 from edgedetr.layers.boxes import cxcywh_to_xyxy
 from edgedetr.models import build
 from edgedetr.models.detector import Outputs, Queries
@@ -23,7 +23,8 @@ from edgedetr.train.targets import Target, pad
 CLASSES = 3
 # Members that make noised queries, at micro size; an anchor point has no size, so it starts from the centre alone.
 NOISED = {"rt_detr": SMALL["rt_detr"], "dn_detr": SMALL["dn_detr"],
-          "anchor_detr": replace(SMALL["anchor_detr"], denoising=True)}
+          **{name: replace(SMALL[name], denoising=True) for name in
+             ("anchor_detr", "deformable_detr", "efficient_detr", "sparse_rcnn", "dynamic_detr")}}
 
 
 def targets(*counts: int):
@@ -194,7 +195,7 @@ def test_noised_queries_change_nothing_for_the_real_ones(name, mode):
             # The same sums with more rows beside them: float32 in another blocking.
             torch.testing.assert_close(real.logits, alone.logits, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(real.boxes, alone.boxes, rtol=1e-4, atol=1e-5)
-            assert denoised.logits.shape == (2, 2, len(noised), CLASSES)
+            assert denoised.logits.shape == (NOISED[name].decoder_layers, 2, len(noised), CLASSES)
 
 
 @pytest.mark.parametrize("name", NOISED)
@@ -219,13 +220,21 @@ def test_real_queries_are_bit_for_bit_the_same_whatever_the_noise(name):
 @pytest.mark.parametrize("name", NOISED)
 def test_a_step_with_noise_trains_the_vectors_of_the_labels(name):
     detector = build(name, NOISED[name], CLASSES).train()
-    trainee = Trainee(detector, TrainConfig(denoising=8), NOISED[name].class_loss, CLASSES)
+    trainee = Trainee(detector, TrainConfig(denoising=8, label_noise=0.0), NOISED[name].class_loss, CLASSES)
     padded = targets(3, 1)
     found = trainee(torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8), lambda: padded, 4.0)
     assert found[-1] > 0
     found[0].backward()
-    gradient = detector.selector.denoising_class_embed.weight.grad
-    assert (gradient[:CLASSES].abs().sum(1) > 0).all()
+    gradient, seen = detector.selector.denoising_class_embed.weight.grad, padded.labels[padded.valid].unique()
+    assert (gradient[seen].abs().sum(1) > 0).all()
+
+
+def test_members_whose_queries_are_no_boxes_say_so():
+    with pytest.raises(ModelError, match="model.denoising needs queries that start from boxes"):
+        replace(SMALL["deformable_detr"], two_stage=False, denoising=True)
+    detector = build("deformable_detr", SMALL["deformable_detr"], CLASSES)
+    with pytest.raises(ModelError, match="built without model.denoising"):
+        detector.selector.noised(torch.zeros(1, 1, dtype=torch.int64), torch.rand(1, 1, 4))
 
 
 def test_settings_that_make_no_sense_are_refused():
