@@ -193,8 +193,7 @@ def _oracles(bundle: Bundle, runs: Sequence[StageRun], threads: int | None) -> d
         log.warning("no oracle: onnxruntime is not installed; run: pip install 'edgedetr[runtime]'")
         return {}
     # A twin in ONNX Runtime is its own oracle.
-    judged = dict.fromkeys(run.stage for run in runs
-                           if run.engine is None and (run.stage not in TWINS or run.backend != "onnxruntime"))
+    judged = dict.fromkeys(run.stage for run in runs if run.stage not in TWINS or run.backend != "onnxruntime")
     return {stage: _twin(bundle, stage, threads) for stage in judged}
 
 
