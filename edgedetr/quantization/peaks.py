@@ -28,8 +28,10 @@ def peaks(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[str, float]:
                  ("ReduceSum", [f"{name}_magnitude"], "sum"), ("Sub", [f"{name}_sum", f"{name}_sum"], "zero"),
                  ("Add", [f"{name}_largest", f"{name}_zero"], "peak"))
         for kind, read, given in steps:
-            options = {"keepdims": 0} if kind.startswith("Reduce") else {}
-            probe.graph.node.append(helper.make_node(kind, read, [f"{name}_{given}"], f"{given}_{number}", **options))
+            node = helper.make_node(kind, read, [f"{name}_{given}"], f"{given}_{number}")
+            if kind.startswith("Reduce"):
+                node.attribute.append(helper.make_attribute("keepdims", 0))
+            probe.graph.node.append(node)
         probe.graph.output.append(helper.make_empty_tensor_value_info(f"{name}_peak"))
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
