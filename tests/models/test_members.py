@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from members import BEYOND, CLASSES, HEIGHT, SMALL, UNUSED, WIDTH, pictures, small
@@ -148,27 +147,6 @@ def test_parameter_counts_are_the_published_ones(name: str, config: object, clas
         detector = build(name, config, classes)
     count = sum(p.numel() for p in detector.parameters()) / 1e6
     assert count == pytest.approx(million, rel=0.01)
-
-
-@pytest.mark.parametrize("name, sampling", [("detr", "grid_sample"), ("rt_detr", "gather")])
-def test_onnx_runtime_computes_what_deploy_graph_does(name: str, sampling: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    ort = pytest.importorskip("onnxruntime")
-    onnx = pytest.importorskip("onnx")
-    graph, path = DeployGraph(small(name), HEIGHT, WIDTH, sampling), tmp_path / "model.onnx"
-    batch = {0: torch.export.Dim("batch", min=1, max=8)} if sampling == "gather" else {}
-    torch.onnx.export(graph, (pictures(2),), path, dynamo=True, opset_version=19, input_names=["images"],
-                      output_names=["logits", "boxes"], dynamic_shapes=(batch,) if batch else None, verbose=False)
-    model = onnx.load(path)
-    kinds = {node.op_type for node in model.graph.node}
-    assert model.opset_import[0].version == 19
-    assert not kinds & {"BatchNormalization", "GridSample", "CumSum", "Sin", "Cos", "ScatterND", "Where", "If"}, kinds
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for count in (1, 3) if batch else (2,):
-        images = pictures(count)
-        logits, boxes = session.run(None, {"images": images.numpy()})
-        expected = [out.numpy() for out in graph(images)]
-        np.testing.assert_allclose(logits, expected[0], atol=1e-4)      # other kernels, other rounding; measured 2e-6
-        np.testing.assert_allclose(boxes, expected[1], atol=1e-5)
 
 
 def test_discrete_sampling_stays_discrete_when_deployed() -> None:
