@@ -15,7 +15,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
 from edgedetr.layers.row_column import AxisPosition, RowColumnAttention, RowColumnLayer
-from edgedetr.models.backbone import make_backbone
+from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.conditional_detr import rare_and_unmoved
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, RowColumnCrossAttention
 from edgedetr.models.detector import Detector
@@ -26,18 +26,12 @@ SIZE_LOGIT = -2.0       # width and height that every box starts from: 0.12 of t
 
 
 @dataclass(frozen=True)
-class AnchorDetrConfig:
+class AnchorDetrConfig(BackboneConfig):
     """Anchor DETR-DC5-R50 as published (section 4.1)."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
-    backbone_width: float = 1.0                 # share of the channel counts
-    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
-    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
-    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
     dilate_last: bool = True                    # C5 at stride 16 (DC5): 2.2 AP more than stride 32
     hidden: int = 256                           # C
     heads: int = 8                              # 32 channels each
@@ -49,8 +43,6 @@ class AnchorDetrConfig:
     points: Literal["learned", "grid"] = "learned"
     dropout: float = 0.0                        # none, as published
     denoising: bool = False                     # vectors for noised labels, which stand at points; not in the paper
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.hidden % 4:

@@ -6,6 +6,8 @@ He et al. 2015; He et al. 2018, "Bag of Tricks", figure 2 (C and D); the vd form
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -25,6 +27,21 @@ DEPTHS: dict[str, tuple[tuple[int, int, int, int], bool]] = {
 NAMES = (*DEPTHS, *(f"{name}vd" for name in DEPTHS), *vit.NAMES)
 
 Norm = Callable[[int], nn.Module]
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """What every member says of its backbone; a member's own configuration goes on from here."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
+    backbone_width: float = 1.0                 # 0.5 halves every channel count: for small data and CPUs
+    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
+    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
+    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
 class Shortcut(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from edgedetr.layers.conditional import ConditionalSelfAttention, SpatialQuery
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
 from edgedetr.layers.position import SinePosition
-from edgedetr.models.backbone import make_backbone
+from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
 from edgedetr.models.detector import Detector
 from edgedetr.models.encoder import DenseEncoder, EncoderLayer
@@ -27,18 +27,12 @@ PRIOR = 0.01            # class probability that the head starts from (RetinaNet
 
 
 @dataclass(frozen=True)
-class ConditionalDetrConfig:
+class ConditionalDetrConfig(BackboneConfig):
     """Conditional DETR-R50 as published (section 4.1)."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
-    backbone_width: float = 1.0                 # share of the channel counts
-    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
-    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
-    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
     dilate_last: bool = False                   # C5 at stride 16 (DC5): 2.8 AP more, twice the arithmetic
     hidden: int = 256                           # C
     heads: int = 8                              # 32 channels each
@@ -47,8 +41,6 @@ class ConditionalDetrConfig:
     decoder_layers: int = 6
     queries: int = 300                          # as published; DETR's 100 cost little less (table 3)
     dropout: float = 0.1
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.hidden % 4:

@@ -16,7 +16,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.deformable import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
-from edgedetr.models.backbone import make_backbone
+from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.deformable_encoder import DeformableEncoder, DeformableLayer
 from edgedetr.models.detector import Detector
@@ -28,18 +28,12 @@ SLOW = (".offsets.", "selector.reference.")     # names of what learns at a tent
 
 
 @dataclass(frozen=True)
-class DeformableDetrConfig:
+class DeformableDetrConfig(BackboneConfig):
     """Deformable DETR-R50 as published, multi-scale; `refine` and `two_stage` are its stronger forms (table 1)."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
-    backbone_width: float = 1.0                 # share of the channel counts
-    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
-    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
-    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
     dilate_last: bool = False                   # C5 at stride 16 (DC5), for a single level
     levels: int = 4                             # C3, C4, C5 and a stride-2 convolution of C5; 1: C5 alone
     points: int = 4                             # samples per head and level
@@ -54,8 +48,6 @@ class DeformableDetrConfig:
     sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
     dropout: float = 0.1
     denoising: bool = False                     # vectors for noised labels, for two_stage; not in the paper
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.hidden % 4:

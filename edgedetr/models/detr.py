@@ -16,7 +16,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
 from edgedetr.layers.position import LearnedPosition, NoPosition, SequencePosition, SinePosition
-from edgedetr.models.backbone import make_backbone
+from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DenseCrossAttention
 from edgedetr.models.detector import Detector
 from edgedetr.models.encoder import DenseEncoder, EncoderLayer
@@ -24,18 +24,12 @@ from edgedetr.models.queries import LearnedQueries
 
 
 @dataclass(frozen=True)
-class DetrConfig:
+class DetrConfig(BackboneConfig):
     """DETR-R50 as published (section A.4)."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     activation: ClassVar[str] = "softmax"       # of the class logits; the last one is "no object"
     class_loss: ClassVar[str] = "softmax_ce"
 
-    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
-    backbone_width: float = 1.0                 # share of the channel counts
-    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
-    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
-    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
     dilate_last: bool = False                   # C5 at stride 16 (DC5): better on small objects, 4x the tokens
     hidden: int = 256                           # C
     heads: int = 8                              # 32 channels each
@@ -50,8 +44,6 @@ class DetrConfig:
     box_layers: int = 3                         # of the box head; the class head is one Linear
     pre_norm: bool = False                      # LayerNorm before each part (Table Transformer) instead of after
     dropout: float = 0.1
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         if self.box_layers < 1:

@@ -17,7 +17,7 @@ from edgedetr.layers.conditional import ConditionalSelfAttention, SpatialQuery
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalise
 from edgedetr.layers.position import SinePosition
-from edgedetr.models.backbone import make_backbone
+from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.conditional_detr import rare_and_unmoved
 from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
 from edgedetr.models.detector import Detector
@@ -28,18 +28,12 @@ TEMPERATURE = 20.0      # of the picture's position: shorter waves than DETR's 1
 
 
 @dataclass(frozen=True)
-class DnDetrConfig:
+class DnDetrConfig(BackboneConfig):
     """DN-DETR-R50 as published (section 5.1)."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
-    backbone_width: float = 1.0                 # share of the channel counts
-    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
-    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
-    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
     dilate_last: bool = False                   # C5 at stride 16 (DC5)
     hidden: int = 256                           # C
     heads: int = 8                              # 32 channels each
@@ -50,8 +44,6 @@ class DnDetrConfig:
     ffn_activation: Literal["prelu", "relu"] = "prelu"
     dropout: float = 0.0                        # none, as published
     denoising: bool = True                      # vectors for labels; without them this is DAB-DETR
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.hidden % 4:

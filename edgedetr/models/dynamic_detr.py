@@ -18,7 +18,7 @@ from edgedetr.layers.dynamic import DynamicInteraction
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalise
 from edgedetr.layers.roi import RoiAlign
-from edgedetr.models.backbone import make_backbone
+from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.cascade import DeltaBoxes, LearnedProposals, RoiCrossAttention
 from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import Detector
@@ -27,18 +27,12 @@ from edgedetr.models.neck import FeaturePyramid, PyramidEncoder
 
 
 @dataclass(frozen=True)
-class DynamicDetrConfig:
+class DynamicDetrConfig(BackboneConfig):
     """Dynamic DETR R50 as the paper describes it (section 4.1)."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
-    backbone_width: float = 1.0                 # share of the channel counts
-    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
-    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
-    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
     hidden: int = 256                           # C
     heads: int = 8                              # 32 channels each
     ffn: int = 2048                             # 8 C
@@ -53,8 +47,6 @@ class DynamicDetrConfig:
     roi_samples: int = 2                        # bilinear points per side of a bin
     dropout: float = 0.0                        # none, as in Sparse R-CNN
     denoising: bool = False                     # vectors for noised labels; not in the paper
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.hidden % GROUPS:

@@ -14,7 +14,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.deformable import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
-from edgedetr.models.backbone import make_backbone
+from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.deformable_detr import SLOW, reset_heads
 from edgedetr.models.deformable_encoder import DeformableEncoder, DeformableLayer
@@ -23,18 +23,12 @@ from edgedetr.models.proposals import DenseQueries
 
 
 @dataclass(frozen=True)
-class EfficientDetrConfig:
+class EfficientDetrConfig(BackboneConfig):
     """Efficient DETR-R50 as the paper describes it (section 4)."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"         # in the dense and in the sparse part, both matched one to one
 
-    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
-    backbone_width: float = 1.0                 # share of the channel counts
-    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
-    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
-    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
     levels: int = 4                             # C3, C4, C5 and a stride-2 convolution of C5
     points: int = 4                             # samples per head and level (Deformable DETR)
     hidden: int = 256                           # C
@@ -48,8 +42,6 @@ class EfficientDetrConfig:
     sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
     dropout: float = 0.1
     denoising: bool = False                     # vectors for noised labels; not in the paper
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.hidden % 4:

@@ -15,7 +15,7 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalise
-from edgedetr.models.backbone import make_backbone
+from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.detector import Detector
 from edgedetr.models.encoder import EncoderLayer
@@ -26,18 +26,14 @@ PRIOR = 0.01            # class probability that the heads start from (RetinaNet
 
 
 @dataclass(frozen=True)
-class RtDetrConfig:
+class RtDetrConfig(BackboneConfig):
     """RT-DETR-R18 as published; the nano recipe narrows it."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "vfl"           # IoU-aware: a query's score says how good its box is (section 4.3)
 
     version: Literal[1, 2] = 2                  # 2 allows `points` to differ per level, and method "discrete"
     backbone: str = "resnet18vd"                # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
-    backbone_width: float = 1.0                 # 0.5 halves every channel count: for small data and CPUs
-    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
-    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
     frozen_stages: int = 0                      # 1 = stem, 2 = stem and first stage, ...; R50 and larger use 1
     hidden: int = 256                           # C, channels of every token
     heads: int = 8                              # 32 channels each at 256
