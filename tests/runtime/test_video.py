@@ -215,6 +215,15 @@ def test_an_error_of_the_reader_reaches_whoever_takes_the_frames(tmp_path):
     assert readers() == []
 
 
+@pytest.fixture
+def heeded():
+    """Ctrl-C as a shell's foreground has it: what runs in the background may have been told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("source, code", [("rtsp://camera/1", 0), ("clip", 130)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_ends_predict_cleanly_and_a_stream_ends_no_other_way(clip, make_bundle, tmp_path, monkeypatch, capsys,
