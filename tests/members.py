@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
 import torch
 
+from edgedetr.export.onnx_file import write
 from edgedetr.models import build
 from edgedetr.models.anchor_detr import AnchorDetrConfig
 from edgedetr.models.conditional_detr import ConditionalDetrConfig
 from edgedetr.models.deformable_detr import DeformableDetrConfig
+from edgedetr.models.deploy import DeployGraph
 from edgedetr.models.detector import Detector
 from edgedetr.models.detr import DetrConfig
 from edgedetr.models.dn_detr import DnDetrConfig
@@ -100,3 +108,24 @@ def small(name: str) -> Detector:
 def pictures(batch: int = 2) -> torch.Tensor:
     """[batch, 3, HEIGHT, WIDTH], 0..255, noise."""
     return torch.rand(batch, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3)) * 255
+
+
+@cache
+def deployed(name: str, sampling: str = "gather") -> DeployGraph:
+    """The deployed graph of `small(name)` at HEIGHT x WIDTH."""
+    return DeployGraph(small(name), HEIGHT, WIDTH, sampling)
+
+
+@cache
+def exported(name: str, batch: int | None = 1, sampling: str = "gather") -> Path:
+    """`deployed` as an ONNX file that nobody may change, made once for all tests; batch None leaves it open."""
+    path = _folder() / f"{name}-{batch}-{sampling}.onnx"
+    write(deployed(name, sampling), path, batch=batch)
+    return path
+
+
+@cache
+def _folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="members-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)

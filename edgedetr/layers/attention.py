@@ -51,4 +51,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
     share = None
     if mask is not None:
         share = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, torch.finfo(q.dtype).min)
-    return F.scaled_dot_product_attention(q, k, v, share, dropout, scale=scale)
+    width, wanted = v.shape[-1], q.shape[-1]
+    if width < wanted:      # the kernel takes one width; what is filled up is cut off again
+        v = F.pad(v, (0, wanted - width))
+    return F.scaled_dot_product_attention(q, k, v, share, dropout, scale=scale)[..., :width]

@@ -12,14 +12,9 @@ members = pytest.importorskip("members")
 
 
 @pytest.fixture(scope="module", params=sorted(members.SMALL))
-def exported(request, tmp_path_factory) -> onnx.ModelProto:
+def exported(request) -> onnx.ModelProto:
     """The member's float graph as it is delivered: one batch size, gathered samples."""
-    from edgedetr.export.onnx_file import write
-    from edgedetr.models.deploy import DeployGraph
-
-    path = tmp_path_factory.mktemp("own") / "model.onnx"
-    write(DeployGraph(members.small(request.param), members.HEIGHT, members.WIDTH), path)
-    return onnx.load(path)
+    return onnx.load(members.exported(request.param))
 
 
 def test_the_float_graph_of_every_member_is_clean(exported):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,11 +17,9 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import BundleError
-from edgedetr.export.onnx_file import write
 from edgedetr.graph import rtx
 from edgedetr.graph.rtx import RtxResult, check, check_all
 from edgedetr.models import FAMILY
-from edgedetr.models.deploy import DeployGraph
 from edgedetr.quantization.dialect import TENSORRT, tensors, tied
 from edgedetr.quantization.half import halve
 from edgedetr.quantization.peaks import peaks
@@ -39,7 +38,7 @@ needs_rtx = pytest.mark.skipif(not any(map(find_spec, ("tensorrt_rtx", "tensorrt
 def graphs(name: str, sampling: str, folder: Path) -> dict[str, Path]:
     """A member at micro size as the three files that engines are built from."""
     paths = {precision: folder / f"{name}-{sampling}-{precision}.onnx" for precision in PRECISIONS}
-    write(DeployGraph(members.small(name), members.HEIGHT, members.WIDTH, sampling), paths["fp32"])
+    shutil.copy(members.exported(name, sampling=sampling), paths["fp32"])
     model = onnx.load(str(paths["fp32"]))
     noise = [np.random.default_rng(0).integers(0, 256, (1, 3, members.HEIGHT, members.WIDTH)).astype(np.float32)]
     policy = load("default")

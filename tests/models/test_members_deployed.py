@@ -10,14 +10,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from members import CLASSES, HEIGHT, MOVING, SMALL, WIDTH, pictures, small
+from members import CLASSES, HEIGHT, MOVING, SMALL, WIDTH, deployed, exported, pictures
 from onnx import ModelProto
 
 from edgedetr.bundle import ClassInfo, InputContract, OutputContract
 from edgedetr.evaluation.parity import match
-from edgedetr.export.onnx_file import write
 from edgedetr.models import FAMILY
-from edgedetr.models.deploy import DeployGraph
 from edgedetr.quantization.calibrate import calibrate
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.dialect import CPU, TENSORRT, tensors, tied
@@ -43,18 +41,6 @@ def folder():  # type: ignore[no-untyped-def]
         yield Path(path)
 
 
-@cache
-def graph(name: str) -> DeployGraph:
-    return DeployGraph(small(name), HEIGHT, WIDTH)
-
-
-@cache
-def exported(name: str, batch: int | None, folder: Path) -> Path:
-    path = folder / f"{name}-{batch}.onnx"
-    write(graph(name), path, batch=batch)
-    return path
-
-
 def detections(name: str, raw: RawOutputs) -> dict[int, Detections]:
     classes = tuple(ClassInfo(i, i, f"c{i}") for i in range(CLASSES))
     whole = [Geometry.of(HEIGHT, WIDTH, CONTRACT)] * len(raw.logits)
@@ -63,7 +49,7 @@ def detections(name: str, raw: RawOutputs) -> dict[int, Detections]:
 
 @torch.no_grad()
 def expected(name: str, images: torch.Tensor) -> RawOutputs:
-    return RawOutputs(*(out.numpy() for out in graph(name)(images)))
+    return RawOutputs(*(out.numpy() for out in deployed(name)(images)))
 
 
 def assert_same(name: str, one: RawOutputs, other: RawOutputs) -> None:
@@ -78,17 +64,17 @@ def assert_same(name: str, one: RawOutputs, other: RawOutputs) -> None:
 
 @member
 @pytest.mark.parametrize("batch", [1, 4])
-def test_onnx_runtime_finds_what_pytorch_finds(name: str, batch: int, folder: Path) -> None:
-    runner = OrtRunner(exported(name, None if batch == 4 else 1, folder))
+def test_onnx_runtime_finds_what_pytorch_finds(name: str, batch: int) -> None:
+    runner = OrtRunner(exported(name, None if batch == 4 else 1))
     assert runner.batch == (None if batch == 4 else 1)
     images = pictures(batch)
     assert_same(name, expected(name, images), runner.run(images.numpy()))
 
 
 @member
-def test_identical_pictures_of_a_batch_get_identical_detections(name: str, folder: Path) -> None:
+def test_identical_pictures_of_a_batch_get_identical_detections(name: str) -> None:
     images = pictures(1).repeat(4, 1, 1, 1)
-    raw = OrtRunner(exported(name, None, folder)).run(images.numpy())
+    raw = OrtRunner(exported(name, None)).run(images.numpy())
     first = detections(name, RawOutputs(raw.logits[:1], raw.boxes[:1]))[0]
     for row in range(1, 4):
         again = detections(name, RawOutputs(raw.logits[row:row + 1], raw.boxes[row:row + 1]))[0]
@@ -99,9 +85,9 @@ def test_identical_pictures_of_a_batch_get_identical_detections(name: str, folde
 
 
 @member
-def test_the_graph_is_plain_opset_19(name: str, folder: Path) -> None:
+def test_the_graph_is_plain_opset_19(name: str) -> None:
     for batch in (1, None):
-        model = onnx.load(exported(name, batch, folder))
+        model = onnx.load(exported(name, batch))
         assert [(item.domain, item.version) for item in model.opset_import] == [("", 19)]
         kinds = {node.op_type for node in model.graph.node}
         # What TensorRT cannot parse, or what makes shapes depend on the data.
@@ -120,7 +106,7 @@ def quantised(name: str, folder: Path) -> tuple[ModelProto, ModelProto]:
     for number, image in enumerate(pictures(4).to(torch.uint8)):
         paths.append(folder / f"{name}-{number}.png")
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(paths[-1])
-    model = split_concats(onnx.load(exported(name, 1, folder)))
+    model = split_concats(onnx.load(exported(name, 1)))
     chosen = plan(model, load("default"))
     amax = tied(model, calibrate(model, tensors(model, chosen), paths, CONTRACT, QuantConfig()))
     return insert(model, chosen, amax, TENSORRT), insert(model, chosen, amax, CPU)
@@ -137,7 +123,7 @@ def test_the_quantised_graph_runs(name: str, runner: type, folder: Path, tmp_pat
     path.write_bytes(model.SerializeToString())
     images = pictures(1).numpy()
     raw = runner(path).run(images)
-    float_ = OrtRunner(exported(name, 1, folder)).run(images)
+    float_ = OrtRunner(exported(name, 1)).run(images)
     assert raw.logits.shape == float_.logits.shape and raw.boxes.shape == float_.boxes.shape
     assert np.isfinite(raw.logits).all() and np.isfinite(raw.boxes).all()
     # Same arithmetic as the graph says: the backend's optimised kernels against ONNX Runtime node by node.

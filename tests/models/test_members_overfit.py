@@ -21,14 +21,14 @@ PICTURES = 8
 SIDE = 256              # pixels: platelets are 15 to 20 of them wide
 MINUTES = 15            # of CPU time
 
-# Half-width ResNet-18 and 96 channels for all; what differs is how a member places its queries.
+# Half-width ResNet-18 and 96 channels; members of one level get a quarter-width ResNet-50 whose last map has stride 16,
+# because at stride 32 there are 64 cells for 30 objects.
 COMMON = {"backbone": "resnet18", "backbone_width": 0.5, "backbone_weights": "random", "backbone_norm": "trainable",
           "frozen_stages": 0, "hidden": 96, "heads": 4, "queries": 60}
+FINE = {"backbone": "resnet50", "backbone_width": 0.25, "dilate_last": True, "ffn": 256, "encoder_layers": 2,
+        "decoder_layers": 3, "dropout": 0.0}
 OWN: dict[str, dict[str, object]] = {
-    "detr": {"ffn": 256, "encoder_layers": 2, "decoder_layers": 3, "dropout": 0.0},
-    "conditional_detr": {"ffn": 256, "encoder_layers": 2, "decoder_layers": 3, "dropout": 0.0},
-    "dn_detr": {"ffn": 256, "encoder_layers": 2, "decoder_layers": 3},
-    "anchor_detr": {"ffn": 256, "encoder_layers": 2, "decoder_layers": 3, "dilate_last": False, "patterns": 1},
+    "detr": FINE, "conditional_detr": FINE, "dn_detr": FINE, "anchor_detr": {**FINE, "patterns": 1},
     "deformable_detr": {"ffn": 256, "encoder_layers": 2, "decoder_layers": 3, "dropout": 0.0, "refine": True,
                         "two_stage": True},
     "efficient_detr": {"ffn": 256, "encoder_layers": 2, "decoder_layers": 1, "dropout": 0.0, "first_queries": 60},
@@ -36,7 +36,7 @@ OWN: dict[str, dict[str, object]] = {
     "sparse_rcnn": {"ffn": 256, "decoder_layers": 3, "dynamic_hidden": 24},
     "rt_detr": {"backbone": "resnet18vd", "encoder_ffn": 256, "decoder_ffn": 256, "fusion_blocks": 1},
 }
-STEPS = {"detr": 900, "conditional_detr": 500, "dn_detr": 400, "anchor_detr": 500, "deformable_detr": 250,
+STEPS = {"detr": 900, "conditional_detr": 500, "dn_detr": 500, "anchor_detr": 500, "deformable_detr": 250,
          "efficient_detr": 250, "dynamic_detr": 250, "sparse_rcnn": 300, "rt_detr": 220}
 
 

@@ -13,9 +13,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape
 
 from edgedetr.errors import ExportError
 from edgedetr.evaluation.twin import twin
-from edgedetr.export.onnx_file import write
 from edgedetr.models import FAMILY
-from edgedetr.models.deploy import DeployGraph
 from edgedetr.quantization.dialect import TENSORRT
 from edgedetr.quantization.half import LARGEST, halve, islands
 from edgedetr.quantization.peaks import peaks
@@ -69,11 +67,9 @@ def kind_of(model: ModelProto, name: str) -> int:
 
 
 @pytest.fixture(scope="module", params=FAMILY)
-def member(request, tmp_path_factory) -> tuple[str, ModelProto, ModelProto, np.ndarray]:
+def member(request) -> tuple[str, ModelProto, ModelProto, np.ndarray]:
     """(name, float graph, its FP16 form, a picture)."""
-    path = tmp_path_factory.mktemp("half") / "model.onnx"
-    write(DeployGraph(members.small(request.param), members.HEIGHT, members.WIDTH), path)
-    model = onnx.load(str(path))
+    model = onnx.load(str(members.exported(request.param)))
     images = members.pictures(1).numpy()
     return request.param, model, halve(model, peaks(model, [images]), load("default").float32), images
 
