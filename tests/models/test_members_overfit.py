@@ -36,8 +36,8 @@ OWN: dict[str, dict[str, object]] = {
     "sparse_rcnn": {"ffn": 256, "decoder_layers": 3, "dynamic_hidden": 24},
     "rt_detr": {"backbone": "resnet18vd", "encoder_ffn": 256, "decoder_ffn": 256, "fusion_blocks": 1},
 }
-STEPS = {"detr": 900, "conditional_detr": 500, "dn_detr": 500, "anchor_detr": 500, "deformable_detr": 250,
-         "efficient_detr": 250, "dynamic_detr": 250, "sparse_rcnn": 300, "rt_detr": 220}
+STEPS = {"detr": 1000, "conditional_detr": 900, "dn_detr": 900, "anchor_detr": 900, "deformable_detr": 250,
+         "efficient_detr": 250, "dynamic_detr": 500, "sparse_rcnn": 300, "rt_detr": 220}
 
 
 def eight(source: Path, root: Path) -> Path:
