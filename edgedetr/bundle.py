@@ -186,7 +186,7 @@ class Bundle:
 
     def update(self, **changes: object) -> None:
         """Replace fields of the manifest (budget, data, ...) on disk."""
-        self.manifest = replace(self.manifest, **changes)  # type: ignore[arg-type]
+        self.manifest = replace(self.manifest, **changes)  # type: ignore[arg-type]  # not known to mypy
         self._write()
 
     @contextmanager

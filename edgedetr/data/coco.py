@@ -80,7 +80,7 @@ def _tables(source: Path) -> dict[str, list]:  # type: ignore[type-arg]  # rows 
     return {key: raw[key] for key in keys}
 
 
-def _classes(rows: list, source: Path) -> tuple[ClassInfo, ...]:  # type: ignore[type-arg]
+def _classes(rows: list, source: Path) -> tuple[ClassInfo, ...]:  # type: ignore[type-arg]  # not known to mypy
     pairs = []
     for row in rows:
         if not isinstance(row, dict) or not _whole(row.get("id")) or not isinstance(row.get("name"), str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,10 +79,6 @@ class GroundTruth:
             sizes=self.sizes[keep], image=place[self.image[objects]].astype(np.int64), boxes=self.boxes[objects],
             labels=self.labels[objects], crowd=self.crowd[objects], areas=self.areas[objects],
         )
-
-    def list_digest(self) -> str:
-        """One sha256 over the picture digests in their order."""
-        return hashlib.sha256("\n".join(self.digests.tolist()).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

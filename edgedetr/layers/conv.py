@@ -58,8 +58,8 @@ class RepVgg(nn.Module):
     @torch.no_grad()
     def fused(self) -> nn.Module:
         """The same function in evaluation mode: the 1x1 kernel is added to the centre of the 3x3 one."""
-        wide = fold_batch_norm(self.wide.conv, self.wide.norm)  # type: ignore[arg-type]
-        narrow = fold_batch_norm(self.narrow.conv, self.narrow.norm)  # type: ignore[arg-type]
+        wide = fold_batch_norm(self.wide.conv, self.wide.norm)  # type: ignore[arg-type]  # not known to mypy
+        narrow = fold_batch_norm(self.narrow.conv, self.narrow.norm)  # type: ignore[arg-type]  # not known to mypy
         wide.weight += F.pad(narrow.weight, (1, 1, 1, 1))
-        wide.bias += narrow.bias  # type: ignore[operator]
+        wide.bias += narrow.bias  # type: ignore[operator]  # not known to mypy
         return nn.Sequential(wide, self.activation)

@@ -39,7 +39,8 @@ class LoraLinear(nn.Linear):
     @torch.no_grad()
     def fused(self) -> nn.Linear:
         """One Linear of the same function."""
-        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.weight.device)
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.weight.device,
+                          dtype=self.weight.dtype)
         plain.weight.copy_(self.weight + self.share * (self.up @ self.down))
         if self.bias is not None:
             plain.bias.copy_(self.bias)

@@ -72,5 +72,5 @@ def anchor_detr(config: AnchorDetrConfig, num_classes: int) -> Detector:
                                     c.dropout) for _ in range(c.decoder_layers)], heads)
     detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
     rare_and_unmoved(heads)
-    nn.init.constant_(heads.box.layers[-1].bias[2:], SIZE_LOGIT)  # type: ignore[index, arg-type]
+    nn.init.constant_(heads.box.layers[-1].bias[2:], SIZE_LOGIT)  # type: ignore[index, arg-type]  # not known to mypy
     return detector

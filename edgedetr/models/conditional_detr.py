@@ -80,4 +80,4 @@ def rare_and_unmoved(heads: AbsoluteBoxes) -> None:
     """Fresh heads: every class rare, every box where its reference is."""
     nn.init.constant_(heads.score.bias, -math.log((1 - PRIOR) / PRIOR))
     nn.init.zeros_(heads.box.layers[-1].weight)  # type: ignore[arg-type]  # mypy does not know a ModuleList's content
-    nn.init.zeros_(heads.box.layers[-1].bias)  # type: ignore[arg-type]
+    nn.init.zeros_(heads.box.layers[-1].bias)  # type: ignore[arg-type]  # not known to mypy

@@ -101,7 +101,7 @@ def reset_heads(detector: Detector, size: float) -> None:
         for box in _all(getattr(owner, "box", None)):
             nn.init.zeros_(box.layers[-1].weight)
             nn.init.zeros_(box.layers[-1].bias)
-    first = _all(detector.decoder.boxes.box)[0]  # type: ignore[union-attr]
+    first = _all(detector.decoder.boxes.box)[0]  # type: ignore[union-attr]  # not known to mypy
     nn.init.constant_(first.layers[-1].bias[2:], size)
 
 

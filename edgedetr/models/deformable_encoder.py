@@ -90,7 +90,7 @@ class DeformableEncoder(nn.Module):
             inputs = dim if level > len(channels) else widths[min(level, len(channels) - 1)]
             conv = nn.Conv2d(inputs, dim, 3, 2, 1) if extra else nn.Conv2d(inputs, dim, 1)
             nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # not known to mypy
             self.project.append(nn.Sequential(conv, nn.GroupNorm(math.gcd(min(GROUPS, dim // 2), dim), dim)))
             if extra:
                 steps.append(2 * steps[-1])

@@ -52,7 +52,7 @@ class DenseEncoder(nn.Module):
         self.project = nn.Conv2d(channels, dim, 1)
         self.position, self.layers, self.norm, self.stride = position, nn.ModuleList(layers), norm, stride
         nn.init.xavier_uniform_(self.project.weight)
-        nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]  # not known to mypy
 
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
         """maps: the last is used; padding [B, H, W] of the input picture -> Memory of one level."""
@@ -80,7 +80,7 @@ class RowColumnEncoder(nn.Module):
         self.project = nn.Sequential(nn.Conv2d(channels, dim, 1), nn.GroupNorm(math.gcd(32, dim), dim))
         self.position, self.layers, self.stride = position, nn.ModuleList(layers), stride
         nn.init.xavier_uniform_(self.project[0].weight)  # type: ignore[arg-type]  # mypy does not know its children
-        nn.init.zeros_(self.project[0].bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.project[0].bias)  # type: ignore[arg-type]  # not known to mypy
 
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
         """maps: the last is used; padding [B, H, W] of the input picture -> Memory of one level, with axes."""

@@ -34,7 +34,7 @@ class FeaturePyramid(nn.Module):
             self.strides.append(2 * self.strides[-1])
         for conv in [*self.lateral, *self.smooth, *self.coarser]:
             nn.init.kaiming_uniform_(conv.weight, a=1)  # type: ignore[arg-type]  # a module's attributes are not known
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # not known to mypy
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """One [B, C_l, H_l, W_l] per level, each twice the size of the next -> one [B, C, H_l, W_l] per level."""

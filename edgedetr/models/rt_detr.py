@@ -94,9 +94,9 @@ def rt_detr(config: RtDetrConfig, num_classes: int) -> Detector:
 def reset_heads(detector: Detector) -> None:
     """Fresh class and box heads: every class rare, every box unmoved."""
     selector, heads = detector.selector, detector.decoder.boxes
-    for score in [selector.score, *heads.score]:  # type: ignore[union-attr, misc]
-        nn.init.xavier_uniform_(score.weight)  # type: ignore[union-attr, arg-type]
+    for score in [selector.score, *heads.score]:  # type: ignore[union-attr, misc]  # not known to mypy
+        nn.init.xavier_uniform_(score.weight)  # type: ignore[union-attr, arg-type]  # not known to mypy
         nn.init.constant_(score.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[union-attr, arg-type]
-    for box in [selector.box, *heads.box]:  # type: ignore[union-attr, misc]
-        nn.init.zeros_(box.layers[-1].weight)  # type: ignore[union-attr, index, arg-type]
-        nn.init.zeros_(box.layers[-1].bias)  # type: ignore[union-attr, index, arg-type]
+    for box in [selector.box, *heads.box]:  # type: ignore[union-attr, misc]  # not known to mypy
+        nn.init.zeros_(box.layers[-1].weight)  # type: ignore[union-attr, index, arg-type]  # not known to mypy
+        nn.init.zeros_(box.layers[-1].bias)  # type: ignore[union-attr, index, arg-type]  # not known to mypy

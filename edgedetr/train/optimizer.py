@@ -40,7 +40,7 @@ def groups(detector: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
 def _steps_from_the_top(name: str, detector: nn.Module) -> int:
     """How many blocks of a ViT lie between a parameter and the transformer's output, itself counted; 0 elsewhere.
 
-    ViTDet, appendix A.2: d^(L - i) for block i of L, counted from 0, and d^(L + 1) for patches and positions.
+    The rate is multiplied by d^(L - i) for block i of L, counted from 0, and by d^(L + 1) for patches and positions.
     """
     block, entry = BLOCK.match(name), ENTRY.match(name)
     if not block and not entry:

@@ -17,10 +17,10 @@ from torch import Tensor
 from edgedetr.boxes import area
 from edgedetr.runtime.preprocess import PADDING
 
-STRONGEST = 10          # M = 10 is the strongest of the paper's figure 2 grid that training survives
-SHEAR = 0.3             # at M = 10, as are the next two; all three are AutoAugment's
-SHIFT = 0.25            # share of the side
-TURN = 30.0             # degrees
+STRONGEST = 10          # M runs from 0 to this
+SHEAR = 0.3             # at the strongest, as are the next three; this is AutoAugment's
+SHIFT = 0.25            # share of the side; less than AutoAugment's, so that fewer objects leave the picture
+TURN = 30.0             # degrees, AutoAugment's
 ENHANCE = 0.9           # brightness, colour, contrast and sharpness go from 1 - 0.9 to 1 + 0.9
 VISIBLE = 0.2           # a box of which less than this share of the area is left is dropped
 MIN_PIXELS = 1.0        # and one with a smaller side
