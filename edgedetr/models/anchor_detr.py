@@ -15,26 +15,24 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
 from edgedetr.layers.row_column import AxisPosition, RowColumnAttention, RowColumnLayer
-from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.conditional_detr import rare_and_unmoved
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, RowColumnCrossAttention
 from edgedetr.models.detector import Detector
 from edgedetr.models.encoder import RowColumnEncoder
 from edgedetr.models.points import AnchorPoints, AnchorQueries
+from edgedetr.models.transformer import TransformerConfig, backbone_of
 
 SIZE_LOGIT = -2.0       # width and height that every box starts from: 0.12 of the picture
 
 
 @dataclass(frozen=True)
-class AnchorDetrConfig(BackboneConfig):
+class AnchorDetrConfig(TransformerConfig):
     """Anchor DETR-DC5-R50 as published (section 4.1)."""
 
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"
 
     dilate_last: bool = True                    # C5 at stride 16 (DC5): 2.2 AP more than stride 32
-    hidden: int = 256                           # C
-    heads: int = 8                              # 32 channels each
     ffn: int = 1024                             # 4 C
     encoder_layers: int = 6
     decoder_layers: int = 6
@@ -45,8 +43,7 @@ class AnchorDetrConfig(BackboneConfig):
     denoising: bool = False                     # vectors for noised labels, which stand at points; not in the paper
 
     def __post_init__(self) -> None:
-        if self.hidden % self.heads or self.hidden % 4:
-            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
+        super().__post_init__()
         if self.patterns < 1 or self.queries % self.patterns:
             raise ModelError(f"model.queries is {self.queries}; expected a multiple of model.patterns, {self.patterns}")
 
@@ -54,8 +51,7 @@ class AnchorDetrConfig(BackboneConfig):
 def anchor_detr(config: AnchorDetrConfig, num_classes: int) -> Detector:
     """The network of the paper's figure 3, with random weights."""
     c = config
-    backbone = make_backbone(c.backbone, levels=(5,), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
-                             frozen_stages=c.frozen_stages, dilate_last=c.dilate_last)
+    backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
 
     def feedforward() -> FeedForward:
         return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)

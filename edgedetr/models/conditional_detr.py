@@ -11,47 +11,39 @@ from typing import ClassVar
 
 from torch import nn
 
-from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.conditional import ConditionalSelfAttention, SpatialQuery
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
 from edgedetr.layers.position import SinePosition
-from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
 from edgedetr.models.detector import Detector
 from edgedetr.models.encoder import DenseEncoder, EncoderLayer
 from edgedetr.models.points import ConditionalQueries
+from edgedetr.models.transformer import TransformerConfig, backbone_of, xavier
 
 PRIOR = 0.01            # class probability that the head starts from (RetinaNet, section 4.1)
 
 
 @dataclass(frozen=True)
-class ConditionalDetrConfig(BackboneConfig):
+class ConditionalDetrConfig(TransformerConfig):
     """Conditional DETR-R50 as published (section 4.1)."""
 
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"
 
     dilate_last: bool = False                   # C5 at stride 16 (DC5): 2.8 AP more, twice the arithmetic
-    hidden: int = 256                           # C
-    heads: int = 8                              # 32 channels each
     ffn: int = 2048                             # 8 C
     encoder_layers: int = 6
     decoder_layers: int = 6
     queries: int = 300                          # as published; DETR's 100 cost little less (table 3)
     dropout: float = 0.1
 
-    def __post_init__(self) -> None:
-        if self.hidden % self.heads or self.hidden % 4:
-            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
-
 
 def conditional_detr(config: ConditionalDetrConfig, num_classes: int) -> Detector:
     """The network of the paper's figures 3 and 4, with random weights."""
     c = config
-    backbone = make_backbone(c.backbone, levels=(5,), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
-                             frozen_stages=c.frozen_stages, dilate_last=c.dilate_last)
+    backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
 
     def feedforward() -> FeedForward:
         return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)
@@ -68,10 +60,7 @@ def conditional_detr(config: ConditionalDetrConfig, num_classes: int) -> Detecto
     decoder = Decoder([decoder_layer(number) for number in range(c.decoder_layers)], heads,
                       norm=nn.LayerNorm(c.hidden), spatial=SpatialQuery(c.hidden))
     detector = Detector(backbone, encoder, ConditionalQueries(c.queries, c.hidden), decoder, Normalise(c.mean, c.std))
-    for part in (encoder.layers, decoder.layers):
-        for parameter in part.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+    xavier(encoder.layers, decoder.layers)
     rare_and_unmoved(heads)
     return detector
 

@@ -16,11 +16,11 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.deformable import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
-from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.deformable_encoder import DeformableEncoder, DeformableLayer
 from edgedetr.models.detector import Detector
 from edgedetr.models.proposals import PointQueries, TwoStageQueries
+from edgedetr.models.transformer import TransformerConfig, backbone_of
 
 PRIOR = 0.01            # class probability that the heads start from (RetinaNet, section 4.1)
 SIZE_LOGIT = -2.0       # width and height that every box starts from: 0.12 of the picture
@@ -28,7 +28,7 @@ SLOW = (".offsets.", "selector.reference.")     # names of what learns at a tent
 
 
 @dataclass(frozen=True)
-class DeformableDetrConfig(BackboneConfig):
+class DeformableDetrConfig(TransformerConfig):
     """Deformable DETR-R50 as published, multi-scale; `refine` and `two_stage` are its stronger forms (table 1)."""
 
     activation: ClassVar[str] = "sigmoid"       # of the class logits
@@ -37,8 +37,6 @@ class DeformableDetrConfig(BackboneConfig):
     dilate_last: bool = False                   # C5 at stride 16 (DC5), for a single level
     levels: int = 4                             # C3, C4, C5 and a stride-2 convolution of C5; 1: C5 alone
     points: int = 4                             # samples per head and level
-    hidden: int = 256                           # C
-    heads: int = 8                              # 32 channels each
     ffn: int = 1024                             # 4 C
     encoder_layers: int = 6
     decoder_layers: int = 6
@@ -50,8 +48,7 @@ class DeformableDetrConfig(BackboneConfig):
     denoising: bool = False                     # vectors for noised labels, for two_stage; not in the paper
 
     def __post_init__(self) -> None:
-        if self.hidden % self.heads or self.hidden % 4:
-            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
+        super().__post_init__()
         if self.two_stage and not self.refine:
             raise ModelError("model.two_stage refines the boxes it starts from; add --set model.refine=true")
         if self.denoising and not self.two_stage:
@@ -64,9 +61,7 @@ class DeformableDetrConfig(BackboneConfig):
 def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> Detector:
     """The network of the paper's figure 1, with random weights."""
     c = config
-    backbone = make_backbone(c.backbone, levels=(5,) if c.levels == 1 else (3, 4, 5), width=c.backbone_width,
-                             frozen_norm=c.backbone_norm == "frozen", frozen_stages=c.frozen_stages,
-                             dilate_last=c.dilate_last)
+    backbone = backbone_of(c, levels=(5,) if c.levels == 1 else (3, 4, 5), dilate_last=c.dilate_last)
     points = (c.points,) * c.levels
 
     def feedforward() -> FeedForward:

@@ -16,23 +16,21 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
 from edgedetr.layers.position import LearnedPosition, NoPosition, SequencePosition, SinePosition
-from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DenseCrossAttention
 from edgedetr.models.detector import Detector
 from edgedetr.models.encoder import DenseEncoder, EncoderLayer
 from edgedetr.models.queries import LearnedQueries
+from edgedetr.models.transformer import TransformerConfig, backbone_of, xavier
 
 
 @dataclass(frozen=True)
-class DetrConfig(BackboneConfig):
+class DetrConfig(TransformerConfig):
     """DETR-R50 as published (section A.4)."""
 
     activation: ClassVar[str] = "softmax"       # of the class logits; the last one is "no object"
     class_loss: ClassVar[str] = "softmax_ce"
 
     dilate_last: bool = False                   # C5 at stride 16 (DC5): better on small objects, 4x the tokens
-    hidden: int = 256                           # C
-    heads: int = 8                              # 32 channels each
     ffn: int = 2048                             # 8 C
     encoder_layers: int = 6
     decoder_layers: int = 6
@@ -46,10 +44,9 @@ class DetrConfig(BackboneConfig):
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.box_layers < 1:
             raise ModelError(f"model.box_layers is {self.box_layers}; expected at least 1")
-        if self.hidden % self.heads or self.hidden % 4:
-            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
 
 
 POSITIONS: dict[str, Callable[[int], nn.Module]] = {
@@ -63,9 +60,7 @@ POSITIONS: dict[str, Callable[[int], nn.Module]] = {
 def detr(config: DetrConfig, num_classes: int) -> Detector:
     """The network of the paper's figure 2, with random weights."""
     c = config
-    backbone = make_backbone(c.backbone, levels=(5,), width=c.backbone_width,
-                             frozen_norm=c.backbone_norm == "frozen", frozen_stages=c.frozen_stages,
-                             dilate_last=c.dilate_last)
+    backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
 
     def feedforward() -> FeedForward:
         return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)
@@ -86,8 +81,5 @@ def detr(config: DetrConfig, num_classes: int) -> Detector:
     decoder = Decoder([decoder_layer(index) for index in range(c.decoder_layers)],
                       AbsoluteBoxes(c.hidden, num_classes + 1, box_layers=c.box_layers), norm=nn.LayerNorm(c.hidden))
     detector = Detector(backbone, encoder, LearnedQueries(c.queries, c.hidden), decoder, Normalise(c.mean, c.std))
-    for part in (encoder.layers, decoder.layers):
-        for parameter in part.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+    xavier(encoder.layers, decoder.layers)
     return detector

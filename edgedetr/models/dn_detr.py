@@ -11,32 +11,29 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.conditional import ConditionalSelfAttention, SpatialQuery
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalise
 from edgedetr.layers.position import SinePosition
-from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.conditional_detr import rare_and_unmoved
 from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
 from edgedetr.models.detector import Detector
 from edgedetr.models.encoder import DenseEncoder, EncoderLayer
 from edgedetr.models.points import BoxPosition, BoxQueries
+from edgedetr.models.transformer import TransformerConfig, backbone_of, xavier
 
 TEMPERATURE = 20.0      # of the picture's position: shorter waves than DETR's 10000 (DAB-DETR, section 4.5)
 
 
 @dataclass(frozen=True)
-class DnDetrConfig(BackboneConfig):
+class DnDetrConfig(TransformerConfig):
     """DN-DETR-R50 as published (section 5.1)."""
 
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"
 
     dilate_last: bool = False                   # C5 at stride 16 (DC5)
-    hidden: int = 256                           # C
-    heads: int = 8                              # 32 channels each
     ffn: int = 2048                             # 8 C
     encoder_layers: int = 6
     decoder_layers: int = 6
@@ -45,16 +42,11 @@ class DnDetrConfig(BackboneConfig):
     dropout: float = 0.0                        # none, as published
     denoising: bool = True                      # vectors for labels; without them this is DAB-DETR
 
-    def __post_init__(self) -> None:
-        if self.hidden % self.heads or self.hidden % 4:
-            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
-
 
 def dn_detr(config: DnDetrConfig, num_classes: int) -> Detector:
     """The network of DAB-DETR's figure 5 with DN-DETR's label vectors, with random weights."""
     c = config
-    backbone = make_backbone(c.backbone, levels=(5,), width=c.backbone_width, frozen_norm=c.backbone_norm == "frozen",
-                             frozen_stages=c.frozen_stages, dilate_last=c.dilate_last)
+    backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
 
     def feedforward() -> FeedForward:
         return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)
@@ -74,9 +66,6 @@ def dn_detr(config: DnDetrConfig, num_classes: int) -> Detector:
                       spatial=SpatialQuery(c.hidden, sized=True))
     selector = BoxQueries(c.queries, c.hidden, num_classes, c.denoising)
     detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
-    for part in (encoder.layers, decoder.layers):
-        for parameter in part.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+    xavier(encoder.layers, decoder.layers)
     rare_and_unmoved(heads)
     return detector

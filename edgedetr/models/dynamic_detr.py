@@ -18,23 +18,21 @@ from edgedetr.layers.dynamic import DynamicInteraction
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalise
 from edgedetr.layers.roi import RoiAlign
-from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.cascade import DeltaBoxes, LearnedProposals, RoiCrossAttention
 from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import Detector
 from edgedetr.models.dynamic_encoder import GROUPS, DynamicPyramidLayer
 from edgedetr.models.neck import FeaturePyramid, PyramidEncoder
+from edgedetr.models.transformer import TransformerConfig, backbone_of, xavier
 
 
 @dataclass(frozen=True)
-class DynamicDetrConfig(BackboneConfig):
+class DynamicDetrConfig(TransformerConfig):
     """Dynamic DETR R50 as the paper describes it (section 4.1)."""
 
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    hidden: int = 256                           # C
-    heads: int = 8                              # 32 channels each
     ffn: int = 2048                             # 8 C
     encoder_layers: int = 6
     dynamic_relu: bool = True                   # False: plain ReLU, which is cheaper and fuses into the convolution
@@ -49,16 +47,15 @@ class DynamicDetrConfig(BackboneConfig):
     denoising: bool = False                     # vectors for noised labels; not in the paper
 
     def __post_init__(self) -> None:
-        if self.hidden % self.heads or self.hidden % GROUPS:
-            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of {GROUPS} and of the "
-                             f"{self.heads} heads")
+        super().__post_init__()
+        if self.hidden % GROUPS:
+            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of {GROUPS}")
 
 
 def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> Detector:
     """The network of the paper's figure 2, with random weights."""
     c = config
-    backbone = make_backbone(c.backbone, levels=(3, 4, 5), width=c.backbone_width,
-                             frozen_norm=c.backbone_norm == "frozen", frozen_stages=c.frozen_stages)
+    backbone = backbone_of(c, levels=(3, 4, 5))
 
     def decoder_layer() -> nn.Module:
         read = RoiCrossAttention(RoiAlign(c.roi_px, c.roi_samples),
@@ -72,9 +69,7 @@ def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> Detector:
     boxes = DeltaBoxes(c.hidden, num_classes, c.decoder_layers, class_tower=0, box_tower=0)
     decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)], boxes,
                       query_position=Mlp(4, 2 * c.hidden, c.hidden, 2))
-    for parameter in decoder.parameters():
-        if parameter.dim() > 1:
-            nn.init.xavier_uniform_(parameter)
+    xavier(decoder)
     boxes.rare()
     selector = LearnedProposals(c.queries, c.hidden, num_classes, c.denoising)
     return Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))

@@ -14,16 +14,16 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.deformable import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
-from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.deformable_detr import SLOW, reset_heads
 from edgedetr.models.deformable_encoder import DeformableEncoder, DeformableLayer
 from edgedetr.models.detector import Detector
 from edgedetr.models.proposals import DenseQueries
+from edgedetr.models.transformer import TransformerConfig, backbone_of
 
 
 @dataclass(frozen=True)
-class EfficientDetrConfig(BackboneConfig):
+class EfficientDetrConfig(TransformerConfig):
     """Efficient DETR-R50 as the paper describes it (section 4)."""
 
     activation: ClassVar[str] = "sigmoid"       # of the class logits
@@ -31,8 +31,6 @@ class EfficientDetrConfig(BackboneConfig):
 
     levels: int = 4                             # C3, C4, C5 and a stride-2 convolution of C5
     points: int = 4                             # samples per head and level (Deformable DETR)
-    hidden: int = 256                           # C
-    heads: int = 8                              # 32 channels each
     ffn: int = 1024                             # 4 C
     encoder_layers: int = 3                     # half of Deformable DETR's
     decoder_layers: int = 1                     # with dense proposals more give little (figure 2)
@@ -44,8 +42,7 @@ class EfficientDetrConfig(BackboneConfig):
     denoising: bool = False                     # vectors for noised labels; not in the paper
 
     def __post_init__(self) -> None:
-        if self.hidden % self.heads or self.hidden % 4:
-            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
+        super().__post_init__()
         if self.first_queries < self.queries:
             raise ModelError(f"model.first_queries is {self.first_queries}, less than model.queries, {self.queries}; "
                              "expected at least as many at the beginning of training")
@@ -57,8 +54,7 @@ class EfficientDetrConfig(BackboneConfig):
 def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> Detector:
     """The network of the paper's figure 4, with random weights."""
     c = config
-    backbone = make_backbone(c.backbone, levels=(3, 4, 5), width=c.backbone_width,
-                             frozen_norm=c.backbone_norm == "frozen", frozen_stages=c.frozen_stages)
+    backbone = backbone_of(c, levels=(3, 4, 5))
     points = (c.points,) * c.levels
 
     def feedforward() -> FeedForward:

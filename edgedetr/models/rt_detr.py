@@ -15,18 +15,18 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalise
-from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.detector import Detector
 from edgedetr.models.encoder import EncoderLayer
 from edgedetr.models.hybrid import HybridEncoder
 from edgedetr.models.queries import TopKQueries
+from edgedetr.models.transformer import TransformerConfig, backbone_of
 
 PRIOR = 0.01            # class probability that the heads start from (RetinaNet, section 4.1)
 
 
 @dataclass(frozen=True)
-class RtDetrConfig(BackboneConfig):
+class RtDetrConfig(TransformerConfig):
     """RT-DETR-R18 as published; the nano recipe narrows it."""
 
     activation: ClassVar[str] = "sigmoid"       # of the class logits
@@ -35,8 +35,6 @@ class RtDetrConfig(BackboneConfig):
     version: Literal[1, 2] = 2                  # 2 allows `points` to differ per level, and method "discrete"
     backbone: str = "resnet18vd"                # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
     frozen_stages: int = 0                      # 1 = stem, 2 = stem and first stage, ...; R50 and larger use 1
-    hidden: int = 256                           # C, channels of every token
-    heads: int = 8                              # 32 channels each at 256
     encoder_layers: int = 1                     # attention within C5; more cost time and gave nothing (table 3)
     encoder_ffn: int = 1024                     # 4 C
     expansion: float = 0.5                      # width of the fusion blocks; R18 0.5, R34 0.5, R50 and larger 1.0
@@ -56,19 +54,17 @@ class RtDetrConfig(BackboneConfig):
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.points) != 3:
             raise ModelError(f"model.points has {len(self.points)} numbers; expected one for each of C3, C4, C5")
         if self.version == 1 and (len(set(self.points)) > 1 or self.method != "default"):
             raise ModelError("model.version 1 samples equally many points per level, bilinearly; use version 2")
-        if self.hidden % self.heads or self.hidden % 4:
-            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
 
 
 def rt_detr(config: RtDetrConfig, num_classes: int) -> Detector:
     """The network of the paper's figure 4, with random weights."""
     c = config
-    backbone = make_backbone(c.backbone, levels=(3, 4, 5), width=c.backbone_width,
-                             frozen_norm=c.backbone_norm == "frozen", frozen_stages=c.frozen_stages)
+    backbone = backbone_of(c, levels=(3, 4, 5))
 
     def encoder_layer() -> nn.Module:
         return EncoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),

@@ -10,28 +10,25 @@ from typing import ClassVar
 
 from torch import nn
 
-from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.dynamic import DynamicInteraction
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalise
 from edgedetr.layers.roi import RoiAlign
-from edgedetr.models.backbone import BackboneConfig, make_backbone
 from edgedetr.models.cascade import DeltaBoxes, LearnedProposals, RoiCrossAttention
 from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import Detector
 from edgedetr.models.neck import FeaturePyramid, PyramidEncoder
+from edgedetr.models.transformer import TransformerConfig, backbone_of, xavier
 
 
 @dataclass(frozen=True)
-class SparseRcnnConfig(BackboneConfig):
+class SparseRcnnConfig(TransformerConfig):
     """Sparse R-CNN R50-FPN as published (section 4), with 100 proposals."""
 
     activation: ClassVar[str] = "sigmoid"       # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    hidden: int = 256                           # C
-    heads: int = 8                              # 32 channels each
     ffn: int = 2048                             # 8 C
     decoder_layers: int = 6                     # stages of the cascade; each has its own weights (table 5)
     queries: int = 100                          # proposals; 300 give 2 AP more
@@ -43,16 +40,11 @@ class SparseRcnnConfig(BackboneConfig):
     dropout: float = 0.0                        # none, as published
     denoising: bool = False                     # vectors for noised labels; not in the paper
 
-    def __post_init__(self) -> None:
-        if self.hidden % self.heads:
-            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of {self.heads} heads")
-
 
 def sparse_rcnn(config: SparseRcnnConfig, num_classes: int) -> Detector:
     """The network of the paper's figures 3 and 4, with random weights."""
     c = config
-    backbone = make_backbone(c.backbone, levels=(2, 3, 4, 5), width=c.backbone_width,
-                             frozen_norm=c.backbone_norm == "frozen", frozen_stages=c.frozen_stages)
+    backbone = backbone_of(c, levels=(2, 3, 4, 5))
 
     def stage() -> nn.Module:
         read = RoiCrossAttention(RoiAlign(c.roi_px, c.roi_samples),
@@ -63,9 +55,7 @@ def sparse_rcnn(config: SparseRcnnConfig, num_classes: int) -> Detector:
     encoder = PyramidEncoder(FeaturePyramid(backbone.channels, backbone.strides, c.hidden))
     boxes = DeltaBoxes(c.hidden, num_classes, c.decoder_layers, c.class_tower, c.box_tower)
     decoder = Decoder([stage() for _ in range(c.decoder_layers)], boxes)
-    for parameter in decoder.parameters():
-        if parameter.dim() > 1:
-            nn.init.xavier_uniform_(parameter)
+    xavier(decoder)
     boxes.rare()
     selector = LearnedProposals(c.queries, c.hidden, num_classes, c.denoising)
     return Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
