@@ -3,143 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from foreign import (
+    CLASSES,
+    HEIGHT,
+    QUERIES,
+    WIDTH,
+    Decoded,
+    Joined,
+    Raw,
+    export,
+    hugging_face_d_fine,
+    hugging_face_detr,
+    hugging_face_rt_detr,
+    open_session,
+    pictures,
+)
+from onnx import helper, numpy_helper
 
 from edgedetr import cli
 from edgedetr.boxes import cxcywh_to_xyxy
 from edgedetr.bundle import Bundle
-from edgedetr.data.scenes import render
 from edgedetr.errors import ExportError, UsageError
 from edgedetr.export.bring import bring
-from edgedetr.export.sampling import gather_samples
-from edgedetr.export.surgery import absorb_scales, name_nodes, to_opset
 from edgedetr.export.told import Pixels
 from edgedetr.graph.lint import lint
 from edgedetr.runtime.detector import load
 
 torch = pytest.importorskip("torch")
-HEIGHT, WIDTH = 96, 128
-CLASSES = 6                     # of the rendered set
-QUERIES = 20
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    return render(tmp_path_factory.mktemp("scenes") / "set", train=4, val=2, verify=4, size=96, seed=3)
-
-
-@torch.no_grad()
-def spread(model):
-    """Weights with real variance, so that the order of scores is decided."""
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
-
-
-def export(module, path: Path, *, names, results, opset=17, open_size=True, extra=()) -> Path:
-    """As a user of the other library would: TorchScript exporter, open batch and size."""
-    import warnings
-
-    example = (torch.rand(1, 3, HEIGHT, WIDTH), *extra)
-    axes = {name: {0: "batch"} for name in names}
-    if open_size:
-        axes[names[0]] |= {2: "height", 3: "width"}
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(module, example, str(path), input_names=list(names), output_names=list(results),
-                          opset_version=opset, dynamo=False, dynamic_axes=axes)
-    return path
-
-
-def hugging_face_rt_detr():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    backbone = transformers.RTDetrResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32, 64, 64], depths=[1, 1, 1, 1], layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"])
-    config = transformers.RTDetrConfig(
-        backbone_config=backbone, encoder_in_channels=[32, 64, 64], d_model=32, encoder_hidden_dim=32,
-        encoder_ffn_dim=48, encoder_attention_heads=4, decoder_in_channels=[32, 32, 32], decoder_ffn_dim=48,
-        decoder_attention_heads=4, num_queries=QUERIES, decoder_layers=2, decoder_n_points=2, num_denoising=0,
-        num_labels=CLASSES, use_pretrained_backbone=False, anchor_image_size=None)
-    return spread(transformers.RTDetrForObjectDetection(config))
-
-
-def hugging_face_detr():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    backbone = transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 32, 48], depths=[1, 1, 1, 1],
-                                         layer_type="basic", out_features=["stage4"])
-    config = transformers.DetrConfig(
-        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=32,
-        num_queries=QUERIES, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=48, decoder_ffn_dim=48, num_labels=CLASSES)
-    return spread(transformers.DetrForObjectDetection(config))
-
-
-def hugging_face_d_fine():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    backbone = transformers.HGNetV2Config(
-        stem_channels=[3, 16, 16], stage_in_channels=[16, 16, 32, 32], stage_mid_channels=[16] * 4,
-        stage_out_channels=[16, 32, 32, 32], stage_num_blocks=[1] * 4, stage_numb_of_layers=[2] * 4,
-        stage_light_block=[False, False, True, True], stage_downsample=[False, True, True, True],
-        stage_kernel_size=[3, 3, 5, 5], use_learnable_affine_block=True, hidden_sizes=[16, 32, 32, 32], depths=[1] * 4,
-        embedding_size=16, out_features=["stage2", "stage3", "stage4"])
-    config = transformers.DFineConfig(
-        backbone_config=backbone, encoder_in_channels=[32] * 3, d_model=32, encoder_hidden_dim=32, encoder_ffn_dim=48,
-        encoder_attention_heads=4, decoder_in_channels=[32] * 3, decoder_ffn_dim=48, decoder_attention_heads=4,
-        num_queries=QUERIES, decoder_layers=2, decoder_n_points=2, num_denoising=0, num_labels=CLASSES, max_num_bins=8,
-        feat_strides=[8, 16, 32], num_feature_levels=3, anchor_image_size=None, use_pretrained_backbone=False)
-    return spread(transformers.DFineForObjectDetection(config))
-
-
-class Raw(torch.nn.Module):
-    """Hugging Face's model with the outputs of its ONNX export."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values):
-        found = self.model(pixel_values=pixel_values)
-        return found.logits, found.pred_boxes
-
-
-class Decoded(Raw):
-    """RT-DETR's and D-FINE's deploy contract: decoded by the best of all sigmoid scores."""
-
-    def __init__(self, model, top: int = 15, sigmoid: bool = True):
-        super().__init__(model)
-        self.top, self.sigmoid = top, sigmoid
-
-    def forward(self, images, orig_target_sizes):
-        logits, boxes = super().forward(images)
-        centre, half = boxes[..., :2], boxes[..., 2:] / 2
-        corners = torch.cat([centre - half, centre + half], -1) * orig_target_sizes.repeat(1, 2).unsqueeze(1)
-        if self.sigmoid:
-            scores, index = torch.topk(torch.sigmoid(logits).flatten(1), self.top, dim=-1)
-            labels, index = index - index // logits.shape[2] * logits.shape[2], index // logits.shape[2]
-        else:
-            scores, labels = torch.softmax(logits, -1)[:, :, :-1].max(-1)
-            scores, index = torch.topk(scores, self.top, dim=-1)
-            labels = labels.gather(1, index)
-        return labels, corners.gather(1, index.unsqueeze(-1).repeat(1, 1, 4)), scores
-
-
-class Joined(Raw):
-    """Boxes and scores in one tensor [B, N, 4 + K]."""
-
-    def forward(self, images):
-        logits, boxes = super().forward(images)
-        return torch.cat([boxes, torch.sigmoid(logits)], -1)
 
 
 @pytest.fixture(scope="module")
@@ -178,17 +73,6 @@ FOUND = {"raw": "raw", "softmax": "raw", "rf": "raw", "decoded": "decoded", "dec
 def brought(request, files, scenes, tmp_path_factory):
     out = tmp_path_factory.mktemp("brought") / "b.bundle"
     return request.param, files[request.param], bring(files[request.param], out, data=scenes, **ASKED[request.param])
-
-
-def open_session(model: str | bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def pictures(count: int) -> np.ndarray:
-    """[count, 3, H, W] noise, 0..255."""
-    return np.random.default_rng(7).integers(0, 256, (count, 3, HEIGHT, WIDTH)).astype(np.float32)
 
 
 def answers(kind: str, path: Path, image: np.ndarray, pixels: Pixels):
@@ -364,108 +248,6 @@ def test_rf_detr_gets_the_statistics_it_was_published_with(brought):
         assert result.pixels.mean == ((0.485, 0.456, 0.406) if kind == "rf" else (0, 0, 0))
 
 
-# ---- files that are refused
-
-
-def detector_of(*, boxes: float = 1.0, image=(1, 3, 32, 32), kind=TensorProto.FLOAT, extra: tuple = (),
-                outputs=("logits", "pred_boxes")) -> ModelProto:
-    """A graph that keeps the raw contract: a picture's mean moves fixed logits and boxes."""
-    rng = np.random.default_rng(0)
-    constants = {"l": rng.normal(size=(1, 12, 3)).astype(np.float32), "zero": np.float32(1e-3),
-                 "b": (rng.uniform(0.2, 0.8, (1, 12, 4)) * boxes).astype(np.float32)}
-    nodes = [helper.make_node("ReduceMean", ["x"], ["m"], axes=[0, 1, 2, 3], keepdims=0),
-             helper.make_node("Mul", ["m", "zero"], ["z"]),
-             helper.make_node("Add", ["l", "z"], [outputs[0]]), helper.make_node("Add", ["b", "z"], [outputs[1]])]
-    values = [helper.make_tensor_value_info("x", kind, image), *extra]
-    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 12, last])
-               for name, last in zip(outputs, (3, 4))]
-    graph = helper.make_graph(nodes, "g", values, results,
-                              [numpy_helper.from_array(value, name) for name, value in constants.items()])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
-def replaced(change) -> ModelProto:
-    model = detector_of()
-    change(model)
-    return model
-
-
-def _domain(model):
-    model.graph.node[2].domain = "com.microsoft"
-    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-
-
-def _quantised(model):
-    model.graph.node.insert(0, helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "p"]))
-
-
-def _no_boxes(model):
-    del model.graph.output[1]
-
-
-def _dangling(model):
-    model.graph.node[2].input[1] = "nowhere"
-
-
-@pytest.mark.parametrize("model, message", [
-    (detector_of(image=(1, 32, 32, 3)), "32 channels at its second place; .*channels first"),
-    (detector_of(image=(4, 3, 32, 32)), "takes 4 pictures at a time"),
-    (detector_of(kind=TensorProto.FLOAT16), "input 'x' is float16; expected float32"),
-    (detector_of(extra=(helper.make_tensor_value_info("text", TensorProto.INT64, [1, 7, 9, 9, 9]),)),
-     "input text int64 .* is not known"),
-    (replaced(_domain), "operators that are not ONNX's own: Add \\(com.microsoft\\)"),
-    (replaced(_quantised), "quantised already"),
-    (replaced(_no_boxes), "the graph gives logits .*; expected one of: logits"),
-    (replaced(_dangling), "not valid ONNX"),
-    (detector_of(boxes=640.0), "boxes go from .*expected cx, cy, w, h as shares"),
-])
-def test_what_cannot_be_imported_is_said_and_leaves_nothing(tmp_path, model, message):
-    onnx.save(model, tmp_path / "m.onnx")
-    with pytest.raises(ExportError, match=message):
-        bring(tmp_path / "m.onnx", tmp_path / "b")
-    assert not (tmp_path / "b").exists()
-
-
-def test_the_smallest_file_passes(tmp_path):
-    """The twin of the refused ones."""
-    onnx.save(detector_of(), tmp_path / "m.onnx")
-    result = bring(tmp_path / "m.onnx", tmp_path / "b")
-    assert [item.name for item in result.bundle.manifest.classes] == ["class 0", "class 1", "class 2"]
-
-
-def test_a_mask_of_pixels_becomes_a_constant(tmp_path):
-    """Hugging Face's DETR asks which pixels are picture: here all of them are."""
-    mask = helper.make_tensor_value_info("pixel_mask", TensorProto.INT64, ["batch", "height", "width"])
-    model = detector_of(extra=(mask,))
-    model.graph.node.insert(0, helper.make_node("Cast", ["pixel_mask"], ["f"], to=TensorProto.FLOAT))
-    model.graph.node.insert(1, helper.make_node("ReduceMean", ["f"], ["share"], axes=[0, 1, 2], keepdims=0))
-    model.graph.node.insert(2, helper.make_node("Mul", ["x", "share"], ["seen"]))
-    model.graph.node[3].input[0] = "seen"
-    onnx.save(model, tmp_path / "m.onnx")
-    result = bring(tmp_path / "m.onnx", tmp_path / "b")
-    assert [item.name for item in onnx.load(result.bundle.require("model.onnx")).graph.input] == ["images"]
-
-
-@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"{}", detector_of().SerializeToString()[:300]])
-def test_a_damaged_file_is_refused(tmp_path, content):
-    (tmp_path / "m.onnx").write_bytes(content)
-    with pytest.raises(ExportError):
-        bring(tmp_path / "m.onnx", tmp_path / "b")
-
-
-@pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_weights_behind_a_link_are_refused(tmp_path, link):
-    (tmp_path / "model").mkdir()
-    onnx.save(detector_of(), tmp_path / "model" / "m.onnx", save_as_external_data=True, location="w.bin",
-              size_threshold=0)
-    assert bring(tmp_path / "model" / "m.onnx", tmp_path / "good").objects
-    (tmp_path / "model" / "w.bin").rename(tmp_path / "elsewhere.bin")
-    link(tmp_path / "elsewhere.bin", tmp_path / "model" / "w.bin")
-    with pytest.raises(ExportError, match="which is a (symbolic|hard) link"):
-        bring(tmp_path / "model" / "m.onnx", tmp_path / "b")
-    assert not (tmp_path / "b").exists()
-
-
 def test_a_decoding_that_is_not_understood_is_not_guessed(files, tmp_path, scenes):
     """The same graph with scores that are not those of its boxes."""
     model = onnx.load(files["decoded"])
@@ -476,141 +258,3 @@ def test_a_decoding_that_is_not_understood_is_not_guessed(files, tmp_path, scene
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(ExportError, match="tensors that may be logits and boxes give the detections"):
         bring(tmp_path / "m.onnx", tmp_path / "b", data=scenes, size=(HEIGHT, WIDTH))
-
-
-def test_a_trained_bundle_is_not_overwritten(tmp_path):
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "weights.safetensors").write_bytes(b"years")
-    onnx.save(detector_of(), tmp_path / "m.onnx")
-    with pytest.raises(UsageError, match="holds a trained model"):
-        bring(tmp_path / "m.onnx", tmp_path / "b")
-
-
-@pytest.mark.parametrize("words, message", [
-    (["m.onnx", "--model", "detr"], "--model is for weights"),
-    (["w.safetensors", "--model", "detr", "--mean", "0", "0", "0"], "--mean is for an ONNX file"),
-    (["w.safetensors"], "weights need --model"),
-    (["m.onnx", "--input", "640"], "expected height x width"),
-    (["m.onnx", "--std", "0", "1", "1"], "std"),
-])
-def test_wrong_words_are_told(tmp_path, words, message, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    onnx.save(detector_of(), tmp_path / "m.onnx")
-    assert cli.run(["import", *words, "--out", "b"]) == 2
-    assert message in capsys.readouterr().err
-
-
-# ---- surgery
-
-
-def run(model: ModelProto, **feed) -> list[np.ndarray]:
-    return open_session(model.SerializeToString()).run(None, feed)
-
-
-def graph_of(nodes, constants, shape=(1, 4, 6, 6), opset=17, name="x") -> ModelProto:
-    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)],
-                              [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
-                              [numpy_helper.from_array(np.asarray(value, np.float32), key)
-                               for key, value in constants.items()])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("form", ["batch-norm", "mul-add", "scalar", "flat"])
-def test_scales_are_folded_into_the_convolution(form, biased, rng):
-    constants = {"w": rng.normal(size=(5, 4, 3, 3)), **({"wb": rng.normal(size=5)} if biased else {})}
-    nodes = [helper.make_node("Conv", ["x", "w", *(["wb"] if biased else [])], ["c"], "conv")]
-    if form == "batch-norm":
-        constants |= {"g": rng.normal(size=5), "s": rng.normal(size=5), "m": rng.normal(size=5),
-                      "v": rng.uniform(0.1, 2, 5)}
-        nodes.append(helper.make_node("BatchNormalization", ["c", "g", "s", "m", "v"], ["n"], "norm", epsilon=1e-3))
-    else:
-        shape = {"mul-add": (1, 5, 1, 1), "scalar": (), "flat": (5, 1, 1)}[form]
-        constants |= {"g": rng.normal(size=shape), "s": rng.normal(size=shape)}
-        nodes += [helper.make_node("Mul", ["g", "c"], ["k"], "mul"), helper.make_node("Add", ["k", "s"], ["n"], "add")]
-    model = graph_of([*nodes, helper.make_node("Relu", ["n"], ["y"], "relu")], constants)
-    image = rng.normal(size=(1, 4, 6, 6)).astype(np.float32)
-    before = run(model, x=image)[0]
-    assert absorb_scales(model) == len(nodes) - 1
-    assert [node.op_type for node in model.graph.node] == ["Conv", "Relu"]
-    # float32 rounding of weights that were folded in float64; values are around 10
-    np.testing.assert_allclose(run(model, x=image)[0], before, atol=1e-4)
-
-
-def test_what_is_read_twice_or_is_no_scale_stays(rng):
-    shared = graph_of([helper.make_node("Conv", ["x", "w"], ["c"], "conv"),
-                       helper.make_node("Mul", ["c", "g"], ["k"], "m"),
-                       helper.make_node("Add", ["k", "c"], ["y"], "a")],
-                      {"w": rng.normal(size=(5, 4, 3, 3)), "g": rng.normal(size=(1, 5, 1, 1))})
-    assert absorb_scales(shared) == 0
-    along_width = graph_of([helper.make_node("Conv", ["x", "w"], ["c"], "conv"),
-                            helper.make_node("Mul", ["c", "g"], ["y"], "m")],
-                           {"w": rng.normal(size=(5, 4, 3, 3)), "g": rng.normal(size=(1, 1, 1, 4))})
-    assert absorb_scales(along_width) == 0
-
-
-@pytest.mark.parametrize("mode, older", [("linear", b"bilinear"), ("cubic", b"bicubic"), ("nearest", b"nearest")])
-def test_the_modes_of_grid_sample_are_renamed_on_the_way_down(mode, older, rng):
-    grid = rng.uniform(-1.1, 1.1, (1, 3, 5, 2))
-    model = graph_of([helper.make_node("GridSample", ["x", "g"], ["y"], "s", mode=mode)], {"g": grid}, opset=20)
-    model.ir_version = 9
-    image = rng.normal(size=(1, 4, 6, 6)).astype(np.float32)
-    expected = run(model, x=image)[0]
-    lower = to_opset(model, 19)
-    assert lower.graph.node[0].attribute[0].s == older
-    assert (lower.ir_version, lower.opset_import[0].version) == (9, 19)
-    np.testing.assert_array_equal(run(lower, x=image)[0], expected)
-
-
-def test_what_an_older_opset_does_not_have_is_named():
-    newer = graph_of([helper.make_node("Gelu", ["x"], ["y"], "the_gelu")], {}, opset=20)
-    with pytest.raises(ExportError, match="Gelu the_gelu of opset 20 does not exist at opset 19"):
-        to_opset(newer, 19)
-    changed = graph_of([helper.make_node("GroupNormalization", ["x", "a", "b"], ["y"], "gn", num_groups=2)],
-                       {"a": np.ones(4), "b": np.ones(4)}, opset=21)
-    with pytest.raises(ExportError, match="means something else at"):
-        to_opset(changed, 19)
-
-
-def test_an_older_file_is_converted_upwards(rng):
-    model = graph_of([helper.make_node("ReduceMean", ["x"], ["y"], "mean", axes=[2, 3])], {}, opset=13)
-    image = rng.normal(size=(1, 4, 6, 6)).astype(np.float32)
-    lifted = to_opset(model, 19)
-    assert lifted.opset_import[0].version == 19
-    np.testing.assert_array_equal(run(lifted, x=image)[0], run(model, x=image)[0])
-
-
-@pytest.mark.parametrize("align", [0, 1])
-@pytest.mark.parametrize("shape, points", [((1, 4, 6, 6), (3, 5)), ((1, 3, 1, 7), (4, 1)), ((2, 2, 5, 1), (1, 6))])
-def test_gathers_give_the_numbers_of_grid_sample(shape, points, align, rng):
-    grid = rng.uniform(-1.4, 1.4, (shape[0], *points, 2))
-    grid.reshape(-1)[:6] = [-1, 1, 0, 0, 1, -1]             # the borders and the middle exactly
-    node = helper.make_node("GridSample", ["x", "g"], ["y"], "s", mode="bilinear", align_corners=align)
-    model = graph_of([node], {"g": grid}, shape=shape, opset=19)
-    values = rng.normal(size=shape).astype(np.float32)
-    expected = run(model, x=values)[0]
-    assert gather_samples(model) == 1
-    assert "GridSample" not in {item.op_type for item in model.graph.node}
-    # float32: places are scaled in another order; measured 2e-6 on values around 1
-    np.testing.assert_allclose(run(model, x=values)[0], expected, atol=2e-5)
-    torch_grid, torch_values = (torch.from_numpy(value.astype(np.float32)) for value in (grid, values))
-    oracle = torch.nn.functional.grid_sample(torch_values, torch_grid, align_corners=bool(align))
-    np.testing.assert_allclose(run(model, x=values)[0], oracle.numpy(), atol=2e-5)
-
-
-@pytest.mark.parametrize("told", [{"mode": "nearest"}, {"padding_mode": "border"}])
-def test_other_samplings_stay(told, rng):
-    node = helper.make_node("GridSample", ["x", "g"], ["y"], "s", **told)
-    model = graph_of([node], {"g": rng.uniform(-1, 1, (1, 2, 2, 2))}, opset=19)
-    assert gather_samples(model) == 0
-    assert [item.op_type for item in model.graph.node] == ["GridSample"]
-
-
-def test_every_node_gets_a_name_of_its_own():
-    model = graph_of([helper.make_node("Relu", ["x"], ["a"], "same"), helper.make_node("Relu", ["a"], ["b"], "same"),
-                      helper.make_node("Relu", ["b"], ["y"])], {})
-    name_nodes(model)
-    names = [node.name for node in model.graph.node]
-    assert names[0] == "same"
-    assert len(set(names)) == 3
-    assert all(names)

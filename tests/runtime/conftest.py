@@ -9,6 +9,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from building import install
+from tensorrt_spec.fake import FakeTensorRT
 
 from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputContract
 
@@ -54,3 +56,26 @@ def red() -> np.ndarray:
 @pytest.fixture
 def blue() -> np.ndarray:
     return solid((0, 0, 255), 50, 200)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "edgedetr"
+
+
+@pytest.fixture
+def fake(trt: ModuleType, cache: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    """A device with one version of TensorRT; every test runs on all versions."""
+    return install(trt, monkeypatch)
+
+
+@pytest.fixture
+def old(bindings: ModuleType, cache: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    """JetPack 6."""
+    return install(bindings.module("10.3.0"), monkeypatch)
+
+
+@pytest.fixture
+def bundle(make_bundle: Callable[..., Bundle]) -> Bundle:
+    return make_bundle("model.onnx", "model.fp16.onnx", "model.int8.onnx")

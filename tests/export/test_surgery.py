@@ -1,0 +1,127 @@
+"""Surgery on foreign graphs leaves their numbers as they were."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from foreign import open_session
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from edgedetr.errors import ExportError
+from edgedetr.export.sampling import gather_samples
+from edgedetr.export.surgery import absorb_scales, name_nodes, to_opset
+
+torch = pytest.importorskip("torch")
+
+
+def run(model: ModelProto, **feed) -> list[np.ndarray]:
+    return open_session(model.SerializeToString()).run(None, feed)
+
+
+def graph_of(nodes, constants, shape=(1, 4, 6, 6), opset=17, name="x") -> ModelProto:
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)],
+                              [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
+                              [numpy_helper.from_array(np.asarray(value, np.float32), key)
+                               for key, value in constants.items()])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("form", ["batch-norm", "mul-add", "scalar", "flat"])
+def test_scales_are_folded_into_the_convolution(form, biased, rng):
+    constants = {"w": rng.normal(size=(5, 4, 3, 3)), **({"wb": rng.normal(size=5)} if biased else {})}
+    nodes = [helper.make_node("Conv", ["x", "w", *(["wb"] if biased else [])], ["c"], "conv")]
+    if form == "batch-norm":
+        constants |= {"g": rng.normal(size=5), "s": rng.normal(size=5), "m": rng.normal(size=5),
+                      "v": rng.uniform(0.1, 2, 5)}
+        nodes.append(helper.make_node("BatchNormalization", ["c", "g", "s", "m", "v"], ["n"], "norm", epsilon=1e-3))
+    else:
+        shape = {"mul-add": (1, 5, 1, 1), "scalar": (), "flat": (5, 1, 1)}[form]
+        constants |= {"g": rng.normal(size=shape), "s": rng.normal(size=shape)}
+        nodes += [helper.make_node("Mul", ["g", "c"], ["k"], "mul"), helper.make_node("Add", ["k", "s"], ["n"], "add")]
+    model = graph_of([*nodes, helper.make_node("Relu", ["n"], ["y"], "relu")], constants)
+    image = rng.normal(size=(1, 4, 6, 6)).astype(np.float32)
+    before = run(model, x=image)[0]
+    assert absorb_scales(model) == len(nodes) - 1
+    assert [node.op_type for node in model.graph.node] == ["Conv", "Relu"]
+    # float32 rounding of weights that were folded in float64; values are around 10
+    np.testing.assert_allclose(run(model, x=image)[0], before, atol=1e-4)
+
+
+def test_what_is_read_twice_or_is_no_scale_stays(rng):
+    shared = graph_of([helper.make_node("Conv", ["x", "w"], ["c"], "conv"),
+                       helper.make_node("Mul", ["c", "g"], ["k"], "m"),
+                       helper.make_node("Add", ["k", "c"], ["y"], "a")],
+                      {"w": rng.normal(size=(5, 4, 3, 3)), "g": rng.normal(size=(1, 5, 1, 1))})
+    assert absorb_scales(shared) == 0
+    along_width = graph_of([helper.make_node("Conv", ["x", "w"], ["c"], "conv"),
+                            helper.make_node("Mul", ["c", "g"], ["y"], "m")],
+                           {"w": rng.normal(size=(5, 4, 3, 3)), "g": rng.normal(size=(1, 1, 1, 4))})
+    assert absorb_scales(along_width) == 0
+
+
+@pytest.mark.parametrize("mode, older", [("linear", b"bilinear"), ("cubic", b"bicubic"), ("nearest", b"nearest")])
+def test_the_modes_of_grid_sample_are_renamed_on_the_way_down(mode, older, rng):
+    grid = rng.uniform(-1.1, 1.1, (1, 3, 5, 2))
+    model = graph_of([helper.make_node("GridSample", ["x", "g"], ["y"], "s", mode=mode)], {"g": grid}, opset=20)
+    model.ir_version = 9
+    image = rng.normal(size=(1, 4, 6, 6)).astype(np.float32)
+    expected = run(model, x=image)[0]
+    lower = to_opset(model, 19)
+    assert lower.graph.node[0].attribute[0].s == older
+    assert (lower.ir_version, lower.opset_import[0].version) == (9, 19)
+    np.testing.assert_array_equal(run(lower, x=image)[0], expected)
+
+
+def test_what_an_older_opset_does_not_have_is_named():
+    newer = graph_of([helper.make_node("Gelu", ["x"], ["y"], "the_gelu")], {}, opset=20)
+    with pytest.raises(ExportError, match="Gelu the_gelu of opset 20 does not exist at opset 19"):
+        to_opset(newer, 19)
+    changed = graph_of([helper.make_node("GroupNormalization", ["x", "a", "b"], ["y"], "gn", num_groups=2)],
+                       {"a": np.ones(4), "b": np.ones(4)}, opset=21)
+    with pytest.raises(ExportError, match="means something else at"):
+        to_opset(changed, 19)
+
+
+def test_an_older_file_is_converted_upwards(rng):
+    model = graph_of([helper.make_node("ReduceMean", ["x"], ["y"], "mean", axes=[2, 3])], {}, opset=13)
+    image = rng.normal(size=(1, 4, 6, 6)).astype(np.float32)
+    lifted = to_opset(model, 19)
+    assert lifted.opset_import[0].version == 19
+    np.testing.assert_array_equal(run(lifted, x=image)[0], run(model, x=image)[0])
+
+
+@pytest.mark.parametrize("align", [0, 1])
+@pytest.mark.parametrize("shape, points", [((1, 4, 6, 6), (3, 5)), ((1, 3, 1, 7), (4, 1)), ((2, 2, 5, 1), (1, 6))])
+def test_gathers_give_the_numbers_of_grid_sample(shape, points, align, rng):
+    grid = rng.uniform(-1.4, 1.4, (shape[0], *points, 2))
+    grid.reshape(-1)[:6] = [-1, 1, 0, 0, 1, -1]             # the borders and the middle exactly
+    node = helper.make_node("GridSample", ["x", "g"], ["y"], "s", mode="bilinear", align_corners=align)
+    model = graph_of([node], {"g": grid}, shape=shape, opset=19)
+    values = rng.normal(size=shape).astype(np.float32)
+    expected = run(model, x=values)[0]
+    assert gather_samples(model) == 1
+    assert "GridSample" not in {item.op_type for item in model.graph.node}
+    # float32: places are scaled in another order; measured 2e-6 on values around 1
+    np.testing.assert_allclose(run(model, x=values)[0], expected, atol=2e-5)
+    torch_grid, torch_values = (torch.from_numpy(value.astype(np.float32)) for value in (grid, values))
+    oracle = torch.nn.functional.grid_sample(torch_values, torch_grid, align_corners=bool(align))
+    np.testing.assert_allclose(run(model, x=values)[0], oracle.numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("told", [{"mode": "nearest"}, {"padding_mode": "border"}])
+def test_other_samplings_stay(told, rng):
+    node = helper.make_node("GridSample", ["x", "g"], ["y"], "s", **told)
+    model = graph_of([node], {"g": rng.uniform(-1, 1, (1, 2, 2, 2))}, opset=19)
+    assert gather_samples(model) == 0
+    assert [item.op_type for item in model.graph.node] == ["GridSample"]
+
+
+def test_every_node_gets_a_name_of_its_own():
+    model = graph_of([helper.make_node("Relu", ["x"], ["a"], "same"), helper.make_node("Relu", ["a"], ["b"], "same"),
+                      helper.make_node("Relu", ["b"], ["y"])], {})
+    name_nodes(model)
+    names = [node.name for node in model.graph.node]
+    assert names[0] == "same"
+    assert len(set(names)) == 3
+    assert all(names)
