@@ -51,7 +51,7 @@ def test_help_answers_at_once():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", "edgedetr.cli", "--help"], capture_output=True, text=True, env=environment, check=True
+        [sys.executable, "-m", "edgedetr", "--help"], capture_output=True, text=True, env=environment, check=True
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

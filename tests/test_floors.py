@@ -35,6 +35,7 @@ FLOOR = {
     "demo": 5.5,
     "doctor": 5.5,
     "cli": 6,
+    "__main__": 7,
     "commands": 6,
 }
 WITHOUT_TORCH = 2  # floors up to this one

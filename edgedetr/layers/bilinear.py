@@ -79,8 +79,9 @@ class _BilinearSum(torch.autograd.Function):
             return of_table, None, None, None, None
         seen = weight_gradient(index, table, gradient)                              # of a sample's four cells
         seen = seen.view(*weight.shape[:3], 2, 2, weight.shape[-1])
-        rows = _mixed(seen[..., 0, :], share_x[..., 0, :].unsqueeze(-2), seen[..., 1, :], share_x[..., 1, :].unsqueeze(-2))
-        columns = _mixed(seen[..., 0, :, :], share_y[..., :1, :], seen[..., 1, :, :], share_y[..., 1:, :])
+        across, down = share_x.unsqueeze(-3), share_y.unsqueeze(-2)
+        rows = _mixed(seen[..., 0, :], across[..., 0, :], seen[..., 1, :], across[..., 1, :])      # [B, N, M, 2, P]
+        columns = _mixed(seen[..., 0, :, :], down[..., 0, :, :], seen[..., 1, :, :], down[..., 1, :, :])
         of_x, of_y, of_weight = (_mixed(pair[..., 0, :], share[..., 0, :], pair[..., 1, :], share[..., 1, :])
                                  for pair, share in ((columns, slope_x), (rows, slope_y), (rows, share_y)))
         return of_table, of_x.mul_(weight), of_y.mul_(weight), of_weight, None

@@ -1,0 +1,97 @@
+"""Sums of bilinear samples: values and gradients are those of torch's grid_sample, and of finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from edgedetr.layers.bilinear import Grid, bilinear_sum
+from edgedetr.layers.deformable import DeformableAttention
+
+SHAPES, POINTS = [(4, 6), (2, 3), (1, 2)], [3, 2, 1]
+BATCH, QUERIES, HEADS, WIDTH = 2, 5, 3, 4
+TOKENS = sum(h * w for h, w in SHAPES)
+
+
+def case(kind: torch.dtype) -> list[torch.Tensor]:
+    """Table, x, y, weight; places reach two cells beyond every border."""
+    torch.manual_seed(0)
+    shape = (BATCH, QUERIES, HEADS, sum(POINTS))
+    places = []
+    for axis in (1, 0):
+        cells = torch.tensor([s[axis] for s, count in zip(SHAPES, POINTS) for _ in range(count)])
+        places.append(torch.rand(shape, dtype=kind) * (cells + 4) - 2.5)
+    table = torch.randn(BATCH * TOKENS * HEADS, WIDTH, dtype=kind)
+    return [tensor.requires_grad_() for tensor in (table, *places, torch.randn(shape, dtype=kind))]
+
+
+def by_grid_sample(table: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[B, N, M, D], a map at a time."""
+    values, out, start, point = table.view(BATCH, TOKENS, HEADS, WIDTH), 0.0, 0, 0
+    for (height, width), count in zip(SHAPES, POINTS):
+        maps = values[:, start : start + height * width].permute(0, 2, 3, 1).reshape(-1, WIDTH, height, width)
+        part = slice(point, point + count)
+        grid = torch.stack([(2 * x[..., part] + 1) / width - 1, (2 * y[..., part] + 1) / height - 1], dim=-1)
+        seen = F.grid_sample(maps, grid.transpose(1, 2).flatten(0, 1), align_corners=False)        # [B M, D, N, count]
+        out = out + (seen.unflatten(0, (BATCH, HEADS)).permute(0, 3, 1, 4, 2) * weight[..., part, None]).sum(-2)
+        start, point = start + height * width, point + count
+    return out
+
+
+def grid() -> Grid:
+    return Grid.of(SHAPES, POINTS, BATCH, HEADS)
+
+
+def agree(inputs: list[torch.Tensor]) -> None:
+    got, wanted = bilinear_sum(*inputs, grid()), by_grid_sample(*inputs)
+    torch.testing.assert_close(got, wanted)
+    seed = torch.randn_like(wanted)
+    for one, other in zip(torch.autograd.grad(got, inputs, seed), torch.autograd.grad(wanted, inputs, seed)):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)    # float32: places are scaled to -1..1 and back
+
+
+def test_values_and_gradients_are_those_of_grid_sample() -> None:
+    agree(case(torch.float32))
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    assert torch.autograd.gradcheck(lambda *inputs: bilinear_sum(*inputs, grid()), case(torch.float64))
+
+
+def test_on_a_cells_centre_the_gradient_is_that_just_above_it() -> None:
+    """As grid_sample's; attention starts there, because the first offsets are whole cells."""
+    table, x, y, weight = case(torch.float64)
+    x, y = (place.detach().floor().requires_grad_() for place in (x, y))
+    above = [place.detach().add(1e-9).requires_grad_() for place in (x, y)]
+    exact = torch.autograd.grad(bilinear_sum(table, x, y, weight, grid()).square().sum(), (x, y))
+    moved = torch.autograd.grad(bilinear_sum(table, *above, weight, grid()).square().sum(), above)
+    outside = (x < 0) | (y < 0)         # half in the picture: a border is a kink of its own
+    for one, other in zip(exact, moved):
+        torch.testing.assert_close(one[~outside], other[~outside], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("needed", [0, 1, 3])
+def test_only_the_gradients_that_are_needed_are_made(needed: int) -> None:
+    inputs = [tensor.detach().requires_grad_(index == needed) for index, tensor in enumerate(case(torch.float32))]
+    bilinear_sum(*inputs, grid()).sum().backward()
+    assert [tensor.grad is not None for tensor in inputs] == [index == needed for index in range(4)]
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+def test_attention_gives_the_same_in_every_sampling(coordinates: int) -> None:
+    results = []
+    for sampling in ("auto", "gather", "grid_sample"):
+        torch.manual_seed(1)
+        made = DeformableAttention(16, 2, POINTS, sampling)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        query, tokens = torch.randn(2, 9, 16, requires_grad=True), torch.randn(2, TOKENS, 16, requires_grad=True)
+        reference = (torch.rand(2, 9, coordinates) * 1.4 - 0.2).requires_grad_()
+        out = made(query, reference, tokens, SHAPES)
+        out.square().sum().backward()
+        results.append([out, query.grad, tokens.grad, reference.grad, *(p.grad for p in made.parameters())])
+    for other in results[:2]:
+        for one, wanted in zip(other, results[2]):
+            torch.testing.assert_close(one, wanted, atol=1e-4, rtol=1e-4)
