@@ -32,6 +32,9 @@ class DynamicPyramidLayer(nn.Module):
         self.same_norm, self.finer_norm, self.coarser_norm = (nn.GroupNorm(GROUPS, dim) for _ in range(3))
         self.scale = ScaleAttention(dim)
         self.activation = DynamicRelu(dim) if dynamic_relu else None
+        # Taps begin near the cells of a plain 3x3 convolution (Dynamic Head's code).
+        nn.init.normal_(self.offset.weight, std=0.01)
+        nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]  # it is there
         for linear in (self.same, self.finer, self.coarser):
             bound = (TAPS * dim) ** -0.5
             nn.init.uniform_(linear.weight, -bound, bound)

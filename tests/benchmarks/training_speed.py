@@ -4,19 +4,22 @@ usage: python tests/benchmarks/training_speed.py [--member rt_detr detr ...] [--
        [--threads 2] [--backbone frozen|trained] [--json]
 
 Both sides train a COCO-sized network with random weights, a frozen BatchNorm backbone, no dropout and 14 objects a
-picture, and take their steps in turns in one process, so that what else the machine does hits both. The Hugging Face
-classes freeze the whole of a backbone of their own library ("frozen"); "trained" trains the same stages on both sides:
-all but the stem and the first one, and all of RT-DETR's. Needs transformers.
+picture. Each has a process, as a training has, and they take their steps in turns, so that what else the machine does
+hits both, while neither works in memory that the other left in pieces. The Hugging Face classes freeze the whole of a
+backbone of their own library ("frozen"); "trained" trains the same stages on both sides: all but the stem and the first
+one, and all of RT-DETR's. Needs transformers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -97,6 +100,20 @@ def our_step(member: str, pixels: int, batch: int, backbone: str) -> Callable[[]
     return step
 
 
+def steps(side: str, member: str, pixels: int, batch: int, backbone: str, threads: int, pipe: Connection) -> None:
+    """One side, in a process of its own: a step, timed, each time that it is told True."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    step = (our_step if side == "ours" else their_step)(member, pixels, batch, backbone)
+    step()
+    pipe.send(None)
+    while pipe.recv():
+        begun = time.perf_counter()
+        step()
+        pipe.send(time.perf_counter() - begun)
+
+
 def targets(batch: int) -> list[Target]:
     return [Target(torch.randint(0, CLASSES, (OBJECTS,)), torch.rand(OBJECTS, 4) * 0.2 + 0.3) for _ in range(batch)]
 
@@ -116,20 +133,23 @@ def main() -> None:
     parser.add_argument("--backbone", choices=["frozen", "trained"], default="frozen")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(options.threads)
-    rows = []
+    rows, begin = [], multiprocessing.get_context("spawn")
     for member in options.member:
-        torch.manual_seed(0)
-        sides = {"ours": our_step(member, options.pixels, options.batch, options.backbone),
-                 "hf": their_step(member, options.pixels, options.batch, options.backbone)}
+        sides = {}
+        for side in ("ours", "hf"):
+            here, there = begin.Pipe()
+            words = (side, member, options.pixels, options.batch, options.backbone, options.threads, there)
+            sides[side] = here, begin.Process(target=steps, args=words, daemon=True)
+            sides[side][1].start()
+            here.recv()         # it is ready, and has taken a step: the first allocates memory and chooses kernels
         seconds: dict[str, list[float]] = {"ours": [], "hf": []}
-        for turn in range(options.steps + 1):
-            for side, step in sides.items():
-                begun = time.perf_counter()
-                step()
-                if turn:        # the first allocates memory and chooses kernels
-                    seconds[side].append(time.perf_counter() - begun)
+        for _ in range(options.steps):
+            for side, (pipe, _process) in sides.items():
+                pipe.send(True)
+                seconds[side].append(pipe.recv())
+        for pipe, process in sides.values():
+            pipe.send(False)
+            process.join()
         ours, hf = (options.batch / median(seconds[side]) for side in ("ours", "hf"))
         rows.append({"member": member, "ours": ours, "hf": hf, "ratio": ours / hf, "asked": LIMITS[member]})
         print(f"{member:18} ours {ours:6.2f}  hf {hf:6.2f} images/s  ratio {ours / hf:5.2f}  asked {LIMITS[member]}",
