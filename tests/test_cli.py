@@ -50,26 +50,16 @@ def empty_bundle(path: Path) -> Bundle:
 def test_help_answers_at_once():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-m", "edgedetr", "--help"], capture_output=True, text=True, env=environment, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "edgedetr", "--help"], capture_output=True, text=True,
+                          env=environment, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     for command in COMMANDS:
         assert f"\n  {command} " in done.stdout
     # 0.3 s is the promise. Processor time, which other work on the machine hardly changes: 0.09 s were measured.
     assert took < 0.9
-    loaded = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys, edgedetr.cli; print(sorted({'numpy', 'torch', 'onnx', 'pydantic'} & set(sys.modules)))",
-        ],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=True,
-    )
+    asked = "import sys, edgedetr.cli; print(sorted({'numpy', 'torch', 'onnx', 'pydantic'} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, env=environment, check=True)
     assert loaded.stdout.strip() == "[]"
 
 
@@ -203,27 +193,16 @@ def test_inspect_counts_the_operators_of_an_onnx_file(here, capsys):
     onnx = pytest.importorskip("onnx")
     from onnx import TensorProto, helper, numpy_helper
 
-    nodes = [
-        helper.make_node("QuantizeLinear", ["images", "scale", "zero"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
-        helper.make_node("DequantizeLinear", ["w8", "scale", "zero"], ["w"]),
-        helper.make_node("Conv", ["d", "w"], ["a"]),
-        helper.make_node("Conv", ["a", "float"], ["logits"]),
-    ]
-    weights = [
-        numpy_helper.from_array(np.array(0.1, np.float32), "scale"),
-        numpy_helper.from_array(np.array(0, np.int8), "zero"),
-        numpy_helper.from_array(np.ones((3, 3, 1, 1), np.int8), "w8"),
-        numpy_helper.from_array(np.ones((3, 3, 1, 1), np.float32), "float"),
-    ]
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [value("images", TensorProto.FLOAT, ["B", 3, 8, 8])],
-        [value("logits", TensorProto.FLOAT, ["B", 3, 8, 8])],
-        weights,
-    )
+    nodes = [helper.make_node(kind, inputs, [output]) for kind, inputs, output in (
+        ("QuantizeLinear", ["images", "scale", "zero"], "q"), ("DequantizeLinear", ["q", "scale", "zero"], "d"),
+        ("DequantizeLinear", ["w8", "scale", "zero"], "w"), ("Conv", ["d", "w"], "a"),
+        ("Conv", ["a", "float"], "logits"))]
+    ones = np.ones((3, 3, 1, 1), np.int8)
+    constants = {"scale": np.float32(0.1), "zero": np.int8(0), "w8": ones, "float": ones.astype(np.float32)}
+    weights = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    images, logits = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 3, 8, 8])
+                      for name in ("images", "logits"))
+    graph = helper.make_graph(nodes, "g", [images], [logits], weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)]), str(here / "m.onnx"))
     assert cli.run(["inspect", "m.onnx", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import fake_cuda
+import fake_tensorrt
 import numpy as np
 import pytest
 from building import install
@@ -79,3 +81,40 @@ def old(bindings: ModuleType, cache: Path, monkeypatch: pytest.MonkeyPatch) -> F
 @pytest.fixture
 def bundle(make_bundle: Callable[..., Bundle]) -> Bundle:
     return make_bundle("model.onnx", "model.fp16.onnx", "model.int8.onnx")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return fake_cuda.install(monkeypatch)
+
+
+@pytest.fixture
+def behaviour(monkeypatch, trt, cuda):
+    """A fake TensorRT of each version in turn."""
+    return fake_tensorrt.install(monkeypatch, trt, cuda)
+
+
+@pytest.fixture
+def latest(monkeypatch, bindings, cuda):
+    """A fake TensorRT of one version, for what does not depend on names."""
+    return fake_tensorrt.install(monkeypatch, bindings.module("10.3.0"), fake)
+
+
+@pytest.fixture
+def graph(tmp_path, tiny_graph):
+    def write(batch=1):
+        path, weights = tmp_path / f"model-{batch}.onnx", np.random.default_rng(7)
+        tiny_graph.write(path, weights.standard_normal((3, 6)), weights.standard_normal((3, 2)), batch=batch)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def plan(graph, cuda):
+    """A plan with the sidecar that `edgedetr build` leaves; batch 1, 4 or "n"."""
+
+    def write(batch=1):
+        return fake_tensorrt.write_plan(graph(batch), batch=(1, 2, 4) if batch == "n" else batch)
+
+    return write
