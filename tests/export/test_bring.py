@@ -28,6 +28,7 @@ from onnx import helper, numpy_helper
 from edgedetr import cli
 from edgedetr.boxes import cxcywh_to_xyxy
 from edgedetr.bundle import Bundle
+from edgedetr.data.scenes import render
 from edgedetr.errors import ExportError, UsageError
 from edgedetr.export.bring import bring
 from edgedetr.export.told import Pixels
@@ -35,6 +36,11 @@ from edgedetr.graph.lint import lint
 from edgedetr.runtime.detector import load
 
 torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    return render(tmp_path_factory.mktemp("scenes") / "set", train=4, val=2, verify=4, size=96, seed=3)
 
 
 @pytest.fixture(scope="module")
