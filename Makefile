@@ -6,8 +6,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # More words for the installation of PyTorch, for example the index that has its CPU builds: `make demo TORCH_ARGS="..."`.
 TORCH_ARGS ?=
-# Test files that run at once, each with one thread for its arithmetic.
-WORKERS ?= 2
 
 .PHONY: demo test lint types pytest install browser clean distclean
 
@@ -23,7 +21,7 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 pytest: $(VENV)/.installed-dev browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --durations=15
+	$(BIN)/python -m pytest -m "not slow" --durations=15
 
 install: $(VENV)/.installed
 
