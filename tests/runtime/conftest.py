@@ -97,7 +97,7 @@ def behaviour(monkeypatch, trt, cuda):
 @pytest.fixture
 def latest(monkeypatch, bindings, cuda):
     """A fake TensorRT of one version, for what does not depend on names."""
-    return fake_tensorrt.install(monkeypatch, bindings.module("10.3.0"), fake)
+    return fake_tensorrt.install(monkeypatch, bindings.module("10.3.0"), cuda)
 
 
 @pytest.fixture
