@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from edgedetr.errors import BundleError
 
@@ -184,9 +185,9 @@ class Bundle:
             raise BundleError(f"{where}: damaged or of another kind ({error}); expected the JSON object that "
                               f"edgedetr {SCHEMA=} writes; restore it from a copy or run the training again") from error
 
-    def update(self, **changes: object) -> None:
+    def update(self, **changes: Any) -> None:
         """Replace fields of the manifest (budget, data, ...) on disk."""
-        self.manifest = replace(self.manifest, **changes)  # type: ignore[arg-type]  # not known to mypy
+        self.manifest = replace(self.manifest, **changes)
         self._write()
 
     @contextmanager

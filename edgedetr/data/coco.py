@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgedetr.bundle import ClassInfo
@@ -80,7 +81,7 @@ def _tables(source: Path) -> dict[str, list]:  # type: ignore[type-arg]  # rows 
     return {key: raw[key] for key in keys}
 
 
-def _classes(rows: list, source: Path) -> tuple[ClassInfo, ...]:  # type: ignore[type-arg]  # not known to mypy
+def _classes(rows: Sequence[object], source: Path) -> tuple[ClassInfo, ...]:
     pairs = []
     for row in rows:
         if not isinstance(row, dict) or not _whole(row.get("id")) or not isinstance(row.get("name"), str):

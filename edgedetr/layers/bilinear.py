@@ -1,6 +1,7 @@
 """Sums of bilinear samples of a pyramid's maps, with gradients written out: for training on a CPU.
 
-The same numbers as `around` and `weighted_rows` give one after the other, in a third of the passes over memory.
+The same numbers as `around` and `weighted_rows` give one after the other, without autograd's record of every step
+between them.
 """
 
 from __future__ import annotations

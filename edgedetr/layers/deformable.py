@@ -1,8 +1,8 @@
 """Multi-scale deformable attention: each query samples a few points around its reference in every level.
 
 Zhu et al. 2021, "Deformable DETR", section 4.1, eq. 3; the discrete form is RT-DETRv2's (Lv et al. 2024, section 3.2).
-Two ways to read the bilinear samples give the same numbers: `gather` (row gathers: what exported graphs hold, and the
-faster one on a CPU) and `grid_sample` (torch's own); `auto` is the faster one.
+Two ways to read the bilinear samples give the same numbers: `gather` (row gathers: what exported graphs hold; on a CPU
+in float32 they are sums that never copy a row, and faster) and `grid_sample` (torch's own); `auto` is the faster one.
 """
 
 from __future__ import annotations
