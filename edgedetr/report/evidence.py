@@ -23,7 +23,7 @@ RECALL = np.linspace(0, 1, 101)  # pycocotools' own 101 points
 
 @dataclass(frozen=True)
 class Stage:
-    """One measured stage: its row of the verdict, its detections by image id, its metrics."""
+    """One measured stage: its row of the verdict, its detections by image id, its metrics (not those by size)."""
 
     row: Mapping[str, Any]
     detections: Mapping[int, Detections]
@@ -74,7 +74,7 @@ def read(bundle: Bundle) -> Evidence:
             if name not in bundle.manifest.files:
                 continue
             found = load_detections(bundle.require(name), reference.truth.classes)
-        stages.append(Stage(row, found, evaluate(reference.truth, found)))
+        stages.append(Stage(row, found, evaluate(reference.truth, found, by_size=False)))
     stages.sort(key=lambda stage: not is_reference(stage.row))
     return Evidence(bundle, verdict, reference, tuple(stages))
 
