@@ -25,6 +25,7 @@ from edgedetr.errors import (
 )
 from edgedetr.evaluation.twin import twin
 from edgedetr.runtime import preprocess
+from edgedetr.runtime.cpu import int8_saturates
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.detector import BACKENDS, STAGES, Detector, load, load_engine
 from edgedetr.runtime.engines import Engine
@@ -73,7 +74,10 @@ class StageRun:
 
 def candidates(bundle: Bundle, pairs: Sequence[tuple[str, str]], stages: Collection[str] | None = None,
                backends: Collection[str] | None = None) -> list[tuple[str, str]]:
-    """Those (stage, backend) of `pairs` that are asked for, have been exported and can run here."""
+    """Those (stage, backend) of `pairs` that are asked for, have been exported and can run here.
+
+    OpenVINO's INT8 on a CPU that saturates it would be judged for the CPU, not for the file: only where asked for.
+    """
     for words, known, what in ((stages, STAGES, "stage"), (backends, BACKENDS, "backend")):
         for word in words or ():
             if word not in known:
@@ -87,6 +91,9 @@ def candidates(bundle: Bundle, pairs: Sequence[tuple[str, str]], stages: Collect
         bundle.require(STAGES[stage])
         if backend == "onnxruntime" and stage in TWINS and not find_spec("onnx"):
             log.warning("%s is not scored: onnx is not installed; run: pip install 'edgedetr[export]'", stage)
+        elif (stage, backend) == ("int8", "openvino") and not backends and int8_saturates():
+            log.warning("int8 is not run in OpenVINO: this CPU has no 8-bit dot product, and OpenVINO's 16-bit sums "
+                        "saturate on it, which says nothing about the file; ask for it with: --backend openvino")
         elif find_spec(backend):
             chosen.append((stage, backend))
         elif backends:

@@ -8,7 +8,6 @@ with zero point 0 and half the scale, which contains every level of the signed g
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ from onnx import ModelProto
 
 from edgedetr.quantization.policy import Plan
 from edgedetr.quantization.wiring import Wiring
-from edgedetr.runtime.cpu import int8_dot_product
+from edgedetr.runtime.cpu import int8_saturates
 
 # Far above float32's smallest normal number, also when two scales are multiplied; a tensor that is always 0 gets 1.
 SMALLEST_SCALE = 1e-12
@@ -148,5 +147,4 @@ def weight_bits(choice: str) -> int:
     """8 or 7 for "8bit" / "7bit"; "auto" is 7 on an x86 CPU without VNNI, whose 16-bit sums saturate."""
     if choice != "auto":
         return int(choice[0])
-    x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-    return 7 if x86 and int8_dot_product() is None else 8
+    return 7 if int8_saturates() else 8

@@ -72,6 +72,16 @@ def test_sound_stages_pass_and_the_json_has_the_promised_form(good):
     assert json.loads((good.path / "results" / "verify.json").read_text()) == told
 
 
+def test_a_cpu_that_saturates_int8_judges_no_file_by_openvino_unless_asked(good, monkeypatch, caplog):
+    monkeypatch.setattr(stages, "int8_saturates", lambda: True)
+    usual = [(s.name, s.backend) for s in verify(good, threads=1).stages]
+    assert usual == [("torch", "pytorch"), ("onnx", "onnxruntime"), ("int8", "onnxruntime"),
+                     ("int8-cpu", "onnxruntime")]
+    assert "saturate" in caplog.text and "--backend openvino" in caplog.text
+    asked = [(s.name, s.backend) for s in verify(good, threads=1, backends=["openvino"]).stages]
+    assert asked == [("torch", "pytorch"), ("int8", "openvino")]
+
+
 def test_a_stage_that_loses_points_is_the_one_that_fails(bad):
     result = verify(bad, threads=1)
     assert not result.passed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 
 from edgedetr.runtime import cpu
@@ -26,6 +28,16 @@ def test_flags_of_cpuinfo(tmp_path, monkeypatch, text, expected):
     (tmp_path / "cpuinfo").write_text(text)
     monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
     assert cpu.int8_dot_product() == expected
+
+
+@pytest.mark.parametrize("machine, instruction, expected", [
+    ("x86_64", None, True), ("AMD64", None, True), ("x86_64", "avx_vnni", False),
+    ("aarch64", None, False),           # without the instruction Arm widens to 16 bits before it adds: slow, and exact
+])
+def test_only_x86_without_the_instruction_saturates(monkeypatch, machine, instruction, expected):
+    monkeypatch.setattr(cpu.platform, "machine", lambda: machine)
+    monkeypatch.setattr(cpu, "int8_dot_product", lru_cache(lambda: instruction))
+    assert cpu.int8_saturates() is expected
 
 
 @pytest.mark.parametrize("machine, expected", [("arm64", "asimddp"), ("x86_64", None)])
