@@ -105,7 +105,7 @@ def test_a_damaged_graph_is_named(make_bundle, backend, content):
     content = bundle.require("model.onnx").read_bytes()[:200] if content == "truncated" else content
     with bundle.add("model.onnx", stage="export") as path:
         path.write_bytes(content)
-    with pytest.raises(BundleError, match=r"model.onnx.*edgedetr export"):
+    with pytest.raises(BundleError, match=r"(?s)model.onnx.*edgedetr export"):      # ONNX Runtime 1.23 breaks the line
         load(bundle, backend=backend)
 
 
