@@ -24,6 +24,7 @@ class Histogram:
     """Distribution of the magnitudes of one tensor, picture after picture.
 
     counts  [BINS]  int64, magnitudes in [i, i + 1) * limit / BINS
+    zeros           how many of counts[0] are exactly 0
     limit           upper end, a power of two times the first picture's largest value
     largest         exact largest magnitude seen
     """
@@ -31,6 +32,7 @@ class Histogram:
     def __init__(self, name: str, per_image: int | None = PER_IMAGE) -> None:
         self.name, self.per_image = name, per_image
         self.counts = np.zeros(BINS, dtype=np.int64)
+        self.zeros = 0
         self.limit, self.largest, self.lowest = 0.0, 0.0, 0.0
 
     def observe(self, values: np.ndarray) -> None:
@@ -46,6 +48,7 @@ class Histogram:
         self.largest, self.lowest = max(self.largest, peak), min(self.lowest, low)
         if self.per_image is not None and flat.size > self.per_image:
             flat = flat[::_stride(flat.size, self.per_image)]
+        self.zeros += flat.size - int(np.count_nonzero(flat))
         self._reach(peak)
         if self.limit == 0.0:
             self.counts[0] += flat.size
@@ -78,8 +81,21 @@ class Histogram:
         if observer == "mse":
             losses = [squared_error(self.centres, self.counts, trial) for trial in trials]
         else:
-            losses = [divergence(self.counts, round(trial * BINS / self.limit)) for trial in trials]
+            counts = self._without_zeros()
+            if not counts.any():        # the few values that are not 0 fell between those that were counted
+                return self.largest
+            losses = [divergence(counts, round(trial * BINS / self.limit)) for trial in trials]
         return float(trials[int(np.argmin(losses))])
+
+    def _without_zeros(self) -> np.ndarray:
+        """[BINS] counts for entropy, which has to leave exact zeros out (Migacz 2017).
+
+        Every grid represents 0, so zeros say nothing about the range; but a ReLU gives so many that all the divergence
+        is that of bin 0 spread over its level, and the smallest level, which is the smallest range, always wins.
+        """
+        counts = self.counts.copy()
+        counts[0] -= self.zeros
+        return counts
 
 
 def _stride(size: int, wanted: int) -> int:

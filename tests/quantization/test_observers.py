@@ -99,6 +99,24 @@ def test_entropy_clips_lone_outliers_and_keeps_a_flat_distribution(rng):
     assert histogram(flat).amax("entropy") > 0.95
 
 
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_entropy_takes_the_range_that_it_takes_without_the_zeros_of_a_relu(rng, share):
+    alive = np.abs(rng.normal(size=40_000)).astype(np.float32) + np.float32(1e-3)
+    zeros = np.zeros(round(len(alive) * share / (1 - share)), np.float32)
+    mixed = rng.permutation(np.concatenate([alive, zeros]))
+    batches = [mixed * np.float32(scale) for scale in (0.2, 1.0)]       # the second doubles the reach of the first
+    chosen = histogram(*batches).amax("entropy")
+    assert chosen == histogram(*(values[values != 0] for values in batches)).amax("entropy")
+    inside = (alive <= chosen).mean()
+    assert inside > 0.97, f"{100 * (1 - inside):.0f} % of the values of the larger picture are clipped at {chosen}"
+
+
+def test_entropy_of_a_tensor_whose_only_values_were_not_sampled_is_the_largest():
+    values = np.zeros(10_000, np.float32)
+    values[1] = 7.0
+    assert histogram(values, per_image=100).amax("entropy") == 7.0
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_are_refused_with_the_tensors_name(poison):
     with pytest.raises(ExportError, match="'conv7' holds NaN or infinity"):
