@@ -191,17 +191,24 @@ class Bundle:
         self._write()
 
     @contextmanager
-    def add(self, name: str, *, stage: str, made_from: Sequence[str] = ()) -> Iterator[Path]:
+    def add(self, name: str, *, stage: str, made_from: Sequence[str] = (), still_good: Sequence[str] = ()) \
+            -> Iterator[Path]:
         """Yield a temporary path to write `name` to; on success it appears, listed with its digest.
 
         made_from   names of files in this bundle; their present digests are recorded, so that `require` sees staleness
+        still_good  files made from `name` that do not depend on what changes in it: they stay fresh if they were
         """
         sources = {source: self._entry(source).sha256 for source in made_from}
         target = self._inside(name)
         with atomic_write(target) as temporary:
             yield temporary
             entry = FileEntry(digest(temporary), temporary.stat().st_size, stage, sources)
-        self.manifest = replace(self.manifest, files={**self.manifest.files, name: entry})
+        files = dict(self.manifest.files)
+        old = files.get(name)
+        for other in still_good:
+            if old is not None and other in files and files[other].made_from.get(name) == old.sha256:
+                files[other] = replace(files[other], made_from={**files[other].made_from, name: entry.sha256})
+        self.manifest = replace(self.manifest, files={**files, name: entry})
         self._write()
 
     def has(self, name: str) -> bool:

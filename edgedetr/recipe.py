@@ -121,10 +121,15 @@ class Recipe:
         recipe.input.contract()
         return recipe
 
-    def to_toml(self) -> str:
-        """The fully resolved recipe; `load` reads it back to an equal Recipe."""
+    def to_toml(self, sections: Iterable[str] | None = None) -> str:
+        """The fully resolved recipe; `load` reads it back to an equal Recipe.
+
+        sections   only these; None = all
+        """
         lines = []
         for part in fields(self):
+            if sections is not None and part.name not in sections:
+                continue
             value = getattr(self, part.name)
             values = {"name": value.name, **asdict(value.config)} if part.name == "model" else asdict(value)
             lines.append(f"[{part.name}]")

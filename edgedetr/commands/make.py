@@ -66,6 +66,8 @@ def train(
     type=click.Choice(["gather", "grid_sample"]),
     help="How deformable attention samples.  [default: the recipe's]",
 )
+@click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one value of quant or export, "
+              "also in the bundle's recipe; repeatable.")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open: for engines of several pictures.")
 @click.option("--frame", metavar="HxW", help="Also graphs for whole camera frames of this size, e.g. 1080x1920.")
 @click.option("--triton", type=click.Path(path_type=Path), help="Add the model to this Triton repository.")
@@ -76,6 +78,7 @@ def export(
     trt: bool,
     calib: Path | None,
     sampling: Literal["gather", "grid_sample"] | None,
+    sets: tuple[str, ...],
     dynamic_batch: bool,
     frame: str | None,
     triton: Path | None,
@@ -87,9 +90,12 @@ def export(
     opened = open_bundle(bundle)
     if calib is not None and not (int8 or trt):
         raise UsageError("--calib is for quantising; add --int8 or --trt")
-    if trt and sampling is None:
+    if trt and sampling is None and not any(text.startswith("export.sampling=") for text in sets):
         sampling = "gather"     # some versions of TensorRT miscompile GridSample
     from edgedetr.export.export import export as run
+    from edgedetr.export.settings import record, settings
+
+    chosen = settings(opened, sets) if sets else None       # a mistyped value is said before anything is made
 
     if frame is not None:
         from edgedetr.graph.frame import frame_size
@@ -103,8 +109,12 @@ def export(
             calib=calib,
             sampling=sampling,
             dynamic_batch=dynamic_batch,
+            config=chosen.export if chosen else None,
+            quant=chosen.quant if chosen else None,
             progress=progress,
         )
+    if chosen:
+        record(opened, chosen)
     missing = _why_no_engines() if trt else None
     if trt and not missing:
         _engines(opened.path, ("fp16", "int8") if int8 else ("fp16",))

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from edgedetr.bundle import atomic_write
 from edgedetr.data.form import DetectionSet
 from edgedetr.errors import TrainingError
+from edgedetr.recipe import Recipe
 from edgedetr.train.ema import Ema
 
 SCHEMA = 1
+DECIDE = ("model", "input", "data", "train", "augment")     # sections of a recipe that decide the weights
 
 
 @dataclass
@@ -48,9 +50,13 @@ class Position:
     summed: int = 0
 
 
-def fingerprint(recipe: str, samples: DetectionSet) -> str:
-    """Digest of the recipe's text and of what is trained on; a resume must find the same."""
-    state = hashlib.sha256(recipe.encode())
+def fingerprint(recipe: Recipe, samples: DetectionSet) -> str:
+    """Digest of what decides the weights: sections of the recipe, and what is trained on; a resume must find the same.
+
+    How the graph is exported, quantised and verified is none of it, so that such settings, and new ones of later
+    versions, may change between the first start and a resume.
+    """
+    state = hashlib.sha256(recipe.to_toml(DECIDE).encode())
     for sample in samples.samples:
         state.update(f"{sample.path.name}|{sample.image_id}|".encode())
         state.update(sample.boxes.tobytes() + sample.labels.tobytes() + sample.crowd.tobytes())

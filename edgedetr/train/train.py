@@ -107,7 +107,7 @@ class Run:
         self.selection = Selection(chosen, contract, self.output, batch=min(config.batch, 16),
                                    cache_mb=config.cache_mb // 2)
         self.position = Position()
-        self.fingerprint = checkpoint.fingerprint(recipe.to_toml(), samples)
+        self.fingerprint = checkpoint.fingerprint(recipe, samples)
         self.per_epoch = max(len(samples) // config.batch, 1)
         self.total = self.per_epoch * config.epochs
 
@@ -121,10 +121,14 @@ class Run:
         log.info("going on at step %d of %d", self.position.step, self.total)
 
     def go(self) -> None:
-        """All epochs that are left."""
+        """All epochs that are left; then the bundle has the recipe as it is now, also where nothing was left."""
+        if not self.position.done:
+            self._rest()
+        if self.fabric.is_global_zero:
+            self._keep_recipe()
+
+    def _rest(self) -> None:
         main = self.fabric.is_global_zero
-        if self.position.done:
-            return
         if main:
             for rest in [*self.out.glob(".*.tmp"), *self.saved.parent.glob(".*.tmp")]:
                 rest.unlink()       # half-written by a run that was killed
@@ -262,10 +266,21 @@ class Run:
         bundle = Bundle.create(self.out, Manifest(
             recipe.model.name, self.samples.classes, recipe.input.contract(), self.output,
             config=asdict(recipe.model.config), data=record, budget=recipe.verify.budget))
-        with bundle.add("recipe.toml", stage="train") as path:
-            path.write_text(recipe.to_toml(), encoding="utf-8")
+        self._write_recipe(bundle)
         with bundle.add("weights.safetensors", stage="train", made_from=["recipe.toml"]) as path:
             save_file({name: value.contiguous() for name, value in merged(self.ema.model).state_dict().items()}, path)
+
+    def _keep_recipe(self) -> None:
+        """What a checkpoint does not depend on may have changed since the weights were delivered."""
+        bundle, text = Bundle.open(self.out), self.recipe.to_toml()
+        if not bundle.has("recipe.toml") or bundle.require("recipe.toml").read_text(encoding="utf-8") != text:
+            self._write_recipe(bundle)
+            bundle.update(budget=self.recipe.verify.budget)
+
+    def _write_recipe(self, bundle: Bundle) -> None:
+        # The weights that are there come from the same model, data and training: the checkpoint's fingerprint says so.
+        with bundle.add("recipe.toml", stage="train", still_good=["weights.safetensors"]) as path:
+            path.write_text(self.recipe.to_toml(), encoding="utf-8")
 
     def _save(self) -> None:
         if self.fabric.is_global_zero:

@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import micro
@@ -17,6 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 from edgedetr.bundle import Bundle, digest
+from edgedetr.data import layouts
+from edgedetr.recipe import Recipe
+from edgedetr.train.checkpoint import fingerprint
+from edgedetr.train.train import Run, train
 
 START = 120     # seconds for a child to import torch on a loaded machine
 
@@ -108,6 +114,61 @@ def test_twenty_kills_lose_nothing(processes, micro_data, straight, tmp_path, se
     check_same(tmp_path / "b", straight)
 
 
+def other_settings(recipe: Recipe) -> Recipe:
+    """Another quantisation, export and verdict of the same training."""
+    return replace(recipe, quant=replace(recipe.quant, images=3, observer="minmax"),
+                   export=replace(recipe.export, dynamic_batch=True), verify=replace(recipe.verify, budget=2.5))
+
+
+@pytest.mark.parametrize("section, changes", [
+    ("input", {"width": 96}), ("data", {"verify_split": "val"}), ("train", {"lr": 2e-3}), ("augment", {"crop": 0.1}),
+    ("model", {"queries": 11}), ("quant", {"images": 3}), ("export", {"dynamic_batch": True}),
+    ("verify", {"budget": 2.0}),
+])
+def test_only_what_decides_the_weights_is_in_the_fingerprint(micro_data, section, changes):
+    recipe, samples = micro.recipe(), layouts.load(micro_data, "train")
+    part = getattr(recipe, section)
+    part = replace(part, config=replace(part.config, **changes)) if section == "model" else replace(part, **changes)
+    same = fingerprint(replace(recipe, **{section: part}), samples) == fingerprint(recipe, samples)
+    assert same == (section in ("quant", "export", "verify"))
+
+
+def test_a_finished_training_keeps_its_weights_and_takes_the_recipe_as_it_is_now(straight, micro_data, tmp_path):
+    out = shutil.copytree(straight, tmp_path / "b")
+    weights = digest(out / "weights.safetensors")
+    changed = other_settings(micro.recipe())
+    assert Recipe.from_bundle(Bundle.open(out)) != changed
+    bundle = train(changed, micro_data, out, resume=True)
+    assert digest(bundle.require("weights.safetensors")) == weights
+    assert Recipe.from_bundle(bundle) == changed and bundle.manifest.budget == 2.5
+    before = (out / "bundle.json").read_bytes(), (out / "recipe.toml").stat().st_mtime_ns
+    train(changed, micro_data, out, resume=True)
+    assert ((out / "bundle.json").read_bytes(), (out / "recipe.toml").stat().st_mtime_ns) == before
+
+
+def test_a_training_goes_on_with_another_quantisation_and_ends_in_the_same_weights(straight, micro_data, tmp_path,
+                                                                                   monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(run: Run, epoch: int) -> None:
+        if epoch == 2:
+            raise Stop
+        epochs(run, epoch)
+
+    epochs = Run._epoch
+    monkeypatch.setattr(Run, "_epoch", stop)
+    with pytest.raises(Stop):
+        train(micro.recipe(), micro_data, tmp_path / "b")
+    monkeypatch.setattr(Run, "_epoch", epochs)
+    changed = other_settings(micro.recipe())
+    bundle = train(changed, micro_data, tmp_path / "b", resume=True)
+    ours, theirs = (load_file(path / "train" / "last.safetensors") for path in (bundle.path, straight))
+    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert digest(bundle.require("weights.safetensors")) == digest(straight / "weights.safetensors")
+    assert Recipe.from_bundle(bundle) == changed
+
+
 def two(data: str, out: str, rank: int, port: int, settings: dict) -> None:
     """One of two processes, told so by the variables that torchrun sets."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
@@ -116,7 +177,6 @@ def two(data: str, out: str, rank: int, port: int, settings: dict) -> None:
 
 
 def alone(data: str, out: str, settings: dict) -> None:
-    from edgedetr.recipe import Recipe
     from edgedetr.train import train as module
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
