@@ -121,6 +121,18 @@ class Recipe:
         recipe.input.contract()
         return recipe
 
+    def to_bundle(self, bundle: Bundle, *, stage: str, sections: Iterable[str] | None = None) -> bool:
+        """Write recipe.toml, whole or these sections, unless the bundle has just this; whether it was written.
+
+        Weights that were made from the old one stay fresh: only a recipe that gives the same weights may be written.
+        """
+        text = self.to_toml(sections)
+        if bundle.has("recipe.toml") and bundle.require("recipe.toml").read_text(encoding="utf-8") == text:
+            return False
+        with bundle.add("recipe.toml", stage=stage, still_good=["weights.safetensors"]) as path:
+            path.write_text(text, encoding="utf-8")
+        return True
+
     def to_toml(self, sections: Iterable[str] | None = None) -> str:
         """The fully resolved recipe; `load` reads it back to an equal Recipe.
 

@@ -41,9 +41,5 @@ def record(bundle: Bundle, recipe: Recipe) -> None:
     of these sections alone.
     """
     entry = bundle.manifest.files.get(RECIPE)
-    text = recipe.to_toml(None if entry else SECTIONS)
-    if entry and bundle.require(RECIPE).read_text(encoding="utf-8") == text:
-        return
-    with bundle.add(RECIPE, stage=entry.stage if entry else "export", made_from=list(entry.made_from) if entry else [],
-                    still_good=["weights.safetensors"]) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    whole = entry is not None and entry.stage != "export"
+    recipe.to_bundle(bundle, stage=entry.stage if entry else "export", sections=None if whole else SECTIONS)

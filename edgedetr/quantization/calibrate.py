@@ -85,7 +85,14 @@ def _name(path: Path, root: Path) -> str:
 
 def calibrate(model: ModelProto, tensors: Sequence[str], paths: Sequence[Path], contract: InputContract,
               config: QuantConfig, progress: Progress | None = None) -> dict[str, float]:
-    """amax of every tensor.
+    """amax of every tensor (see `observe`)."""
+    histograms = observe(model, tensors, paths, contract, progress)
+    return {name: histogram.amax(config.observer, config.percentile) for name, histogram in histograms.items()}
+
+
+def observe(model: ModelProto, tensors: Sequence[str], paths: Sequence[Path], contract: InputContract,
+            progress: Progress | None = None) -> dict[str, Histogram]:
+    """The distribution of every tensor over the pictures.
 
     Memory: one picture's activations and one histogram of 2,048 bins per tensor, however many pictures there are.
     A picture that cannot be decoded is a DataError; NaN or infinity in a tensor an ExportError that names it.
@@ -103,7 +110,7 @@ def calibrate(model: ModelProto, tensors: Sequence[str], paths: Sequence[Path], 
             histograms[name].observe(values)
     if progress:
         progress("calibrate", len(paths), len(paths))
-    return {name: histogram.amax(config.observer, config.percentile) for name, histogram in histograms.items()}
+    return histograms
 
 
 def _exposed(model: ModelProto, tensors: Sequence[str]) -> onnxruntime.InferenceSession:

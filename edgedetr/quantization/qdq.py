@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
+from edgedetr.quantization.bias import bias_of
 from edgedetr.quantization.dialect import SMALLEST_SCALE, Cut, Dialect, Grid, cuts, half_steps, step
 from edgedetr.quantization.policy import Layer, Plan
 from edgedetr.quantization.wiring import Wiring
@@ -42,22 +44,30 @@ def quantise_weight(weight: np.ndarray, axis: int, *, bits: int = 8, bias: np.nd
     return IntegerWeight(values, scale)
 
 
-def insert(model: ModelProto, plan: Plan, amax: dict[str, float], dialect: Dialect) -> ModelProto:
-    """A copy of the float graph with the plan's nodes quantised in one dialect. Names of everything else stay."""
+def insert(model: ModelProto, plan: Plan, amax: dict[str, float], dialect: Dialect,
+           shifts: Mapping[str, np.ndarray] | None = None) -> ModelProto:
+    """A copy of the float graph with the plan's nodes quantised in one dialect. Names of everything else stay.
+
+    shifts   {name of a layer's node: [O] to add to its bias}, for layers that `bias_of` finds a place for
+    """
     missing = [name for name in cuts(model, plan, dialect) if name not in amax]
     if missing:
         raise ExportError(f"no range for tensor {missing[0]!r} (and {len(missing) - 1} more); the ranges were observed "
                           "on another graph or policy; run: edgedetr export BUNDLE --int8")
-    return _Writer(model, plan, amax, dialect).write()
+    return _Writer(model, plan, amax, dialect, shifts or {}).write()
 
 
 class _Writer:
     """Builds the new node list, one float node after the other."""
 
-    def __init__(self, model: ModelProto, plan: Plan, amax: dict[str, float], dialect: Dialect) -> None:
-        self.source, self.dialect, self.amax = model, dialect, amax
+    def __init__(self, model: ModelProto, plan: Plan, amax: dict[str, float], dialect: Dialect,
+                 shifts: Mapping[str, np.ndarray]) -> None:
+        self.source, self.dialect, self.amax, self.shifts = model, dialect, amax, shifts
         self.wiring = Wiring(model)
         self.layers = {layer.node: layer for layer in plan.layers}
+        places = [(layer.node, bias_of(layer, self.wiring)) for layer in plan.layers if layer.node in shifts]
+        # The layer whose shift goes into the Add behind it.
+        self.added = {place[0].name: (name, place[1]) for name, place in places if place and place[0].name != name}
         self.cuts = cuts(model, plan, dialect)
         self.grids = {name: dialect.grid(amax[name], self.wiring.never_negative(name)) for name in self.cuts}
         self.nodes: list[NodeProto] = []
@@ -87,6 +97,11 @@ class _Writer:
         for index, name in enumerate(source.input):
             if self._reads_pair(source.name, index, name):
                 node.input[index] = f"{name}_dequantized"
+        if source.name in self.added:
+            layer_name, index = self.added[source.name]
+            bias = self.wiring.constant(source.input[index])
+            self._constant(f"{source.name}.bias", bias + self.shifts[layer_name].reshape(bias.shape))
+            node.input[index] = f"{source.name}.bias"
         if self.dialect.deep_bias:
             self._deepen_bias(node)
         self.nodes.append(node)
@@ -106,7 +121,8 @@ class _Writer:
             other = makers[1 - index]
             product = other is not None and other.name in self.layers and other.op_type == "MatMul"
             if product and name in self.wiring.constants and len(self.wiring.constants[name].dims) == 1:
-                self._constant(f"{node.name}.bias", self.wiring.constant(name).reshape(1, 1, -1))
+                bias = self.initialisers.get(node.input[index], self.wiring.constants[name])
+                self._constant(f"{node.name}.bias", numpy_helper.to_array(bias).reshape(1, 1, -1))
                 node.input[index] = f"{node.name}.bias"
 
     def _reads_pair(self, node: str, index: int, tensor: str) -> bool:
@@ -138,13 +154,28 @@ class _Writer:
         self._constant(f"{prefix}_scale", weight.scale)
         self._constant(f"{prefix}_zero_point", np.zeros(len(weight.scale), dtype=np.int8))
         self._dequantise(node, 1, prefix, layer.axis)
+        bias = self._shifted(node, layer, bias)
         if bias is not None and self.dialect.integer_bias and layer.op == "Conv":
             steps = (weight.scale.astype(np.float64) * data_scale).astype(np.float32)
             prefix = f"{layer.node}.bias"
-            self._constant(f"{prefix}_quantized", np.rint(bias / steps.astype(np.float64)).astype(np.int32))
+            integers = np.rint(bias / steps.astype(np.float64))
+            self._constant(f"{prefix}_quantized", np.clip(integers, -(2**31) + 1, 2**31 - 1).astype(np.int32))
             self._constant(f"{prefix}_scale", steps)
             self._constant(f"{prefix}_zero_point", np.zeros(len(steps), dtype=np.int32))
             self._dequantise(node, 2, prefix, 0)
+
+    def _shifted(self, node: NodeProto, layer: Layer, bias: np.ndarray | None) -> np.ndarray | None:
+        """The bias of a convolution or Gemm with its shift; the weight's steps stay those of the bias without it."""
+        shift = self.shifts.get(layer.node)
+        if shift is None or layer.op == "MatMul":
+            return bias
+        shape = (len(shift),) if bias is None else bias.shape
+        moved = (shift.reshape(shape) + (0 if bias is None else bias)).astype(np.float32)
+        if not (self.dialect.integer_bias and layer.op == "Conv"):
+            self._constant(f"{layer.node}.bias", moved)
+        del node.input[2:]
+        node.input.append(f"{layer.node}.bias")
+        return moved
 
     def _dequantise(self, node: NodeProto, index: int, prefix: str, axis: int) -> None:
         names = [f"{prefix}_quantized", f"{prefix}_scale", f"{prefix}_zero_point"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from onnx import ModelProto
 from edgedetr.bundle import Bundle
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError, ExportError
+from edgedetr.quantization.bias import PARTS, PICTURES, shifts
 from edgedetr.quantization.calibrate import Progress, calibrate, choose
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, tensors, tied, weight_bits
@@ -52,7 +53,7 @@ def quantize(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path |
     chosen = plan(model, policy)
     ranges = _ranges(bundle, model, chosen, policy, config, calib, progress)
     for dialect in (TENSORRT, replace(CPU, weight_bits=weight_bits(config.cpu_weights))):
-        _write(bundle, model, chosen, policy, ranges, dialect, calib, check, progress)
+        _write(bundle, model, chosen, policy, ranges, dialect, config, calib, check, progress)
     log.info("%d layers INT8, %d float", len(chosen.layers), len(chosen.islands))
     return chosen
 
@@ -99,12 +100,7 @@ def _batches(bundle: Bundle, calib: Path | None, progress: Progress | None) -> I
         paths = ()
         noise = np.random.default_rng(0).integers(0, 256, (1, 3, contract.height, contract.width))
         yield noise.astype(np.float32)
-    for number, path in enumerate(paths):
-        if progress:
-            progress("fp16", number, len(paths))
-        yield prepare([decode(path)], contract)[0]
-    if progress and paths:
-        progress("fp16", len(paths), len(paths))
+    yield from _prepared(bundle, paths, "fp16", progress)
 
 
 def read(path: Path) -> ModelProto:
@@ -138,16 +134,24 @@ def _ranges(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, con
 
 
 def _write(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, ranges: Ranges, dialect: Dialect,
-           calib: Path | None, check: Check | None, progress: Progress | None) -> None:
+           config: QuantConfig, calib: Path | None, check: Check | None, progress: Progress | None) -> None:
     """One INT8 graph, unless the bundle has it already."""
-    made_by = json.dumps({
+    about = {
         "dialect": dialect.name, "weight_bits": dialect.weight_bits, "observer": ranges.observer, "policy": policy.name,
         "policy_sha256": _sha256(policy), **({"half": True} if dialect.half else {}),
         "image_list": ranges.image_list, "layers_int8": len(chosen.layers), "layers_float": len(chosen.islands),
-    })
+    }
+    made_by = json.dumps({**about, "bias_correction": [PICTURES, PARTS]} if config.bias_correction else about)
     if bundle.has(dialect.file) and _property(read(bundle.require(dialect.file)), KEY) == made_by:
         return
     result = insert(model, chosen, ranges.amax, dialect)
+    if config.bias_correction:
+        paths = _calibration_pictures(bundle, ranges)
+        if paths:
+            passes = _passes(bundle, paths, f"bias {dialect.name}", progress)
+            result = insert(model, chosen, ranges.amax, dialect, shifts(model, result, chosen, passes))
+        else:
+            made_by = json.dumps(about)
     told = {item.key: item.value for item in result.metadata_props}
     told |= {KEY: made_by, FLOAT: json.dumps(_by_reason(chosen.islands), ensure_ascii=False)}
     if dialect.half:
@@ -158,6 +162,51 @@ def _write(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, rang
         check(result, dialect.file)
     with bundle.add(dialect.file, stage="quantise", made_from=["model.onnx", "ranges.json"]) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
+
+
+def _calibration_pictures(bundle: Bundle, ranges: Ranges) -> list[Path]:
+    """Some of the pictures that the ranges were observed on, evenly spaced; none, with a warning, where they have gone.
+
+    Ranges need no pictures once they are there, so that a device can write a graph of its own dialect; such a graph is
+    written without correction, and again, with it, where the pictures are.
+    """
+    try:
+        found = choose(bundle, Path(ranges.source) if ranges.source else None, ranges.wanted)
+        reason = "they have changed since" if found.images != ranges.images else ""
+    except (DataError, ExportError, OSError) as error:
+        reason = str(error)
+    if reason:
+        log.warning("INT8: biases are not corrected: the calibration pictures are not here (%s)", reason)
+        return []
+    count = len(found.paths)
+    return [found.paths[i] for i in np.unique(np.linspace(0, count - 1, min(PICTURES, count)).round().astype(int))]
+
+
+def _passes(bundle: Bundle, paths: Sequence[Path], what: str,
+            progress: Progress | None) -> Callable[[], Iterator[np.ndarray]]:
+    """The pictures, as often as bias correction wants them, told as one work."""
+    seen = 0
+
+    def once() -> Iterator[np.ndarray]:
+        nonlocal seen
+        for batch in _prepared(bundle, paths):
+            yield batch
+            seen += 1
+            if progress:
+                progress(what, seen, PARTS * len(paths))
+
+    return once
+
+
+def _prepared(bundle: Bundle, paths: Sequence[Path], what: str = "",
+              progress: Progress | None = None) -> Iterator[np.ndarray]:
+    """Pictures as the graph takes them, [1, 3, H, W], one after the other."""
+    for number, path in enumerate(paths):
+        if progress:
+            progress(what, number, len(paths))
+        yield prepare([decode(path)], bundle.manifest.input)[0]
+    if progress and paths:
+        progress(what, len(paths), len(paths))
 
 
 def _sha256(policy: Policy) -> str:

@@ -28,6 +28,7 @@ class Wiring:
     def __init__(self, model: ModelProto) -> None:
         self.model = model
         self.constants: dict[str, TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.nodes: dict[str, NodeProto] = {node.name: node for node in model.graph.node}
         self.makers: dict[str, NodeProto] = {}
         self.readers: dict[str, list[Reader]] = defaultdict(list)
         self.outputs = {output.name for output in model.graph.output}

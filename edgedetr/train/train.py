@@ -122,13 +122,13 @@ class Run:
 
     def go(self) -> None:
         """All epochs that are left; then the bundle has the recipe as it is now, also where nothing was left."""
+        main = self.fabric.is_global_zero
         if not self.position.done:
-            self._rest()
-        if self.fabric.is_global_zero:
+            self._rest(main)
+        if main:
             self._keep_recipe()
 
-    def _rest(self) -> None:
-        main = self.fabric.is_global_zero
+    def _rest(self, main: bool) -> None:
         if main:
             for rest in [*self.out.glob(".*.tmp"), *self.saved.parent.glob(".*.tmp")]:
                 rest.unlink()       # half-written by a run that was killed
@@ -261,26 +261,20 @@ class Run:
 
     def _deliver(self) -> None:
         """Write the bundle: description, resolved recipe, weights of the moving average."""
-        recipe = self.recipe
-        record = DataRecord(str(self.data.resolve()), self.place.verify_split, self.place.train_split)
+        recipe, place = self.recipe, self.place
+        record = DataRecord(str(self.data.resolve()), place.verify_split, place.train_split)
         bundle = Bundle.create(self.out, Manifest(
             recipe.model.name, self.samples.classes, recipe.input.contract(), self.output,
             config=asdict(recipe.model.config), data=record, budget=recipe.verify.budget))
-        self._write_recipe(bundle)
+        recipe.to_bundle(bundle, stage="train")
         with bundle.add("weights.safetensors", stage="train", made_from=["recipe.toml"]) as path:
             save_file({name: value.contiguous() for name, value in merged(self.ema.model).state_dict().items()}, path)
 
     def _keep_recipe(self) -> None:
         """What a checkpoint does not depend on may have changed since the weights were delivered."""
-        bundle, text = Bundle.open(self.out), self.recipe.to_toml()
-        if not bundle.has("recipe.toml") or bundle.require("recipe.toml").read_text(encoding="utf-8") != text:
-            self._write_recipe(bundle)
+        bundle = Bundle.open(self.out)
+        if self.recipe.to_bundle(bundle, stage="train"):    # the checkpoint's fingerprint says that the weights are its
             bundle.update(budget=self.recipe.verify.budget)
-
-    def _write_recipe(self, bundle: Bundle) -> None:
-        # The weights that are there come from the same model, data and training: the checkpoint's fingerprint says so.
-        with bundle.add("recipe.toml", stage="train", still_good=["weights.safetensors"]) as path:
-            path.write_text(self.recipe.to_toml(), encoding="utf-8")
 
     def _save(self) -> None:
         if self.fabric.is_global_zero:

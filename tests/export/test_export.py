@@ -20,7 +20,9 @@ from edgedetr.export.config import ExportConfig
 from edgedetr.export.export import export
 from edgedetr.graph.lint import lint
 from edgedetr.models.deploy import load_bundle_model
+from edgedetr.quantization.bias import PARTS
 from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.dialect import weight_bits
 from edgedetr.quantization.policy import load as load_policy
 from edgedetr.quantization.policy import plan
 from edgedetr.quantization.ranges import Ranges
@@ -29,6 +31,11 @@ from edgedetr.runtime.ort import OrtRunner
 
 MADE = ["reference.npz", "model.onnx", "ranges.json", "model.int8.onnx", "model.int8-cpu.onnx"]
 QUANT = QuantConfig(images=4)
+
+
+def other_bits() -> str:
+    """Weights of the graph for CPUs that `auto` does not choose here."""
+    return "8bit" if weight_bits("auto") == 7 else "7bit"
 
 
 def times(bundle: Bundle) -> dict[str, int]:
@@ -119,7 +126,8 @@ def test_progress_tells_each_kind_of_work_to_its_end(fresh, tmp_path):
     told = {}
     export(fresh("detr", tmp_path / "b"), int8=True, config=ExportConfig(), quant=QUANT,
            progress=lambda what, done, total: told.__setitem__(what, (done, total)))
-    assert told == {"reference": (3, 3), "onnx": (1, 1), "calibrate": (4, 4), "fp16": (6, 6)}
+    assert told == {"reference": (3, 3), "onnx": (1, 1), "calibrate": (4, 4), "fp16": (6, 6),
+                    "bias tensorrt": (4 * PARTS, 4 * PARTS), "bias cpu": (4 * PARTS, 4 * PARTS)}
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +145,58 @@ def copy(detr, tmp_path) -> Bundle:
 @pytest.mark.parametrize("change, remade", [
     ({"observer": "minmax"}, {"ranges.json", "model.int8.onnx", "model.int8-cpu.onnx"}),
     ({"images": 3}, {"ranges.json", "model.int8.onnx", "model.int8-cpu.onnx"}),
-    ({"cpu_weights": "7bit"}, {"model.int8-cpu.onnx"}),
+    ({"cpu_weights": other_bits()}, {"model.int8-cpu.onnx"}),
+    ({"bias_correction": False}, {"model.int8.onnx", "model.int8-cpu.onnx"}),
 ])
 def test_changed_settings_remake_what_depends_on_them(copy, change, remade):
     before = times(copy)
     export(copy, int8=True, config=ExportConfig(), quant=replace(QUANT, **change))
     after = times(copy)
     assert {name for name in MADE if after[name] != before[name]} == remade
+
+
+INT8 = ("model.int8.onnx", "model.int8-cpu.onnx")
+
+
+def made_by(bundle: Bundle, name: str) -> dict:
+    model = onnx.load(bundle.require(name))
+    return json.loads(next(item.value for item in model.metadata_props if item.key == "edgedetr.quantisation"))
+
+
+def biases(bundle: Bundle, name: str) -> dict[str, bytes]:
+    return {item.name: item.SerializeToString() for item in onnx.load(bundle.require(name)).graph.initializer
+            if "bias" in item.name}
+
+
+def test_without_correction_the_graphs_say_and_hold_what_they_did_before_there_was_one(copy):
+    corrected = {name: (copy.path / name).read_bytes() for name in INT8}
+    export(copy, int8=True, config=ExportConfig(), quant=replace(QUANT, bias_correction=False))
+    model = split_concats(onnx.load(copy.require("model.onnx")))
+    floats = {item.name: item for item in model.graph.initializer}
+    for name in INT8:
+        assert set(made_by(copy, name)) - {"half"} == {"dialect", "weight_bits", "observer", "policy", "policy_sha256",
+                                                       "image_list", "layers_int8", "layers_float"}
+    plain = [item for item in onnx.load(copy.require("model.int8.onnx")).graph.initializer if ".bias" in item.name]
+    assert plain and all(item.name.removesuffix("_half") in floats for item in plain)
+    export(copy, int8=True, config=ExportConfig(), quant=QUANT)
+    assert {name: (copy.path / name).read_bytes() for name in INT8} == corrected
+
+
+def test_where_the_pictures_have_gone_a_graph_is_written_without_correction_and_with_it_when_they_are_back(
+        copy, pictures, caplog):
+    record = copy.manifest.data
+    before = (copy.path / "model.int8.onnx").read_bytes()
+    copy.update(data=replace(record, path=str(pictures / "gone")))
+    with caplog.at_level(logging.WARNING):
+        export(copy, int8=True, config=ExportConfig(), quant=replace(QUANT, cpu_weights=other_bits()))
+    assert "biases are not corrected: the calibration pictures are not here" in caplog.text
+    assert (copy.path / "model.int8.onnx").read_bytes() == before
+    assert "bias_correction" not in made_by(copy, "model.int8-cpu.onnx")
+    plain = biases(copy, "model.int8-cpu.onnx")
+    copy.update(data=record)
+    export(copy, int8=True, config=ExportConfig(), quant=replace(QUANT, cpu_weights=other_bits()))
+    assert "bias_correction" in made_by(copy, "model.int8-cpu.onnx")
+    assert biases(copy, "model.int8-cpu.onnx") != plain
 
 
 def test_a_damaged_file_is_made_again(copy):

@@ -1,0 +1,147 @@
+"""What each setting of quantisation costs: observers with and without bias correction, on one split of a bundle's data.
+
+usage: python tests/benchmarks/int8_settings.py BUNDLE [--split val] [--observer mse minmax percentile=99.99 ...]
+       [--pictures 200] [--threads 2] [--json]
+
+Nothing in the bundle changes. Settings are chosen on a split that neither trains nor verifies: "val", not the one that
+the verdict is measured on. Every row is one graph on one backend; the drop of AP and the distance of the detections are
+against model.onnx in ONNX Runtime, on the same pictures. The distance needs no labels: detections above 0.3 matched one
+to one. "oracle" is ONNX Runtime without optimisations, the arithmetic that the graph says; a kernel that saturates
+departs from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto
+
+from edgedetr.bundle import Bundle
+from edgedetr.data import images
+from edgedetr.data.form import DetectionSet
+from edgedetr.data.layouts import load as load_split
+from edgedetr.evaluation.evaluate import evaluate
+from edgedetr.evaluation.parity import match
+from edgedetr.evaluation.twin import twin
+from edgedetr.export.settings import settings
+from edgedetr.quantization.bias import PICTURES, shifts
+from edgedetr.quantization.calibrate import choose, observe
+from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, tensors, tied, weight_bits
+from edgedetr.quantization.half import halve
+from edgedetr.quantization.peaks import peaks
+from edgedetr.quantization.policy import Plan, load, plan
+from edgedetr.quantization.qdq import insert
+from edgedetr.quantization.quantize import PEAK_PICTURES, read
+from edgedetr.quantization.rewrite import split_concats
+from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.openvino import OpenVinoRunner
+from edgedetr.runtime.ort import OrtRunner
+from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.preprocess import prepare
+
+OBSERVERS = ("mse", "percentile=99.99", "percentile=99.999", "minmax")
+
+
+class Maker:
+    """The quantised graphs of a bundle; activations are observed once, for all observers."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.config = settings(bundle, ()).quant
+        self.policy = load(self.config.policy)
+        self.contract = bundle.manifest.input
+        self.model: ModelProto = split_concats(read(bundle.require("model.onnx")))
+        self.plan: Plan = plan(self.model, self.policy)
+        self.paths = choose(bundle, None, self.config.images).paths
+        self.histograms = observe(self.model, tensors(self.model, self.plan), self.paths, self.contract)
+        self.peaks = peaks(self.model, self.batches(PEAK_PICTURES))
+
+    def batches(self, count: int) -> Iterator[np.ndarray]:
+        for i in np.unique(np.linspace(0, len(self.paths) - 1, count).round().astype(int)):
+            yield prepare([images.decode(self.paths[i])], self.contract)[0]
+
+    def make(self, observer: str, corrected: bool, dialect: Dialect) -> bytes:
+        kind, _, percentile = observer.partition("=")
+        amax = {name: found.amax(kind, float(percentile or 100)) for name, found in self.histograms.items()}
+        amax = tied(self.model, amax)
+        result = insert(self.model, self.plan, amax, dialect)
+        if corrected:
+            found = shifts(self.model, result, self.plan, lambda: self.batches(PICTURES))
+            result = insert(self.model, self.plan, amax, dialect, found)
+        return (halve(result, self.peaks, self.policy.float32) if dialect.half else result).SerializeToString()
+
+
+def rows(maker: Maker, observer: str, corrected: bool, folder: Path, threads: int) -> dict[str, OrtRunner]:
+    """{name of a graph on a backend: what runs it}."""
+    found = {}
+    path = folder / "int8.onnx"
+    path.write_bytes(maker.make(observer, corrected, TENSORRT))
+    found["int8, oracle"] = OrtRunner(twin(path), threads=threads, optimise=False)
+    found["int8, openvino"] = OpenVinoRunner(path, threads=threads)
+    for bits in sorted({weight_bits("auto"), 8}):
+        cpu = maker.make(observer, corrected, replace(CPU, weight_bits=bits))
+        found[f"int8-cpu {bits} bit, onnxruntime"] = OrtRunner(cpu, threads=threads)
+        found[f"int8-cpu {bits} bit, oracle"] = OrtRunner(cpu, threads=threads, optimise=False)
+    return found
+
+
+def detect(bundle: Bundle, runners: dict[str, OrtRunner], samples: DetectionSet) -> dict[str, dict[int, Detections]]:
+    """{runner: {image id: detections}}; every picture is read once."""
+    manifest = bundle.manifest
+    found: dict[str, dict[int, Detections]] = {name: {} for name in runners}
+    for sample in samples.samples:
+        batch, geometry = prepare([images.decode(sample.path)], manifest.input)
+        for name, runner in runners.items():
+            found[name][sample.image_id] = decode(runner.run(batch), geometry, manifest.classes, manifest.output)[0]
+    return found
+
+
+def head(*names: str) -> str:
+    """The first two lines of a Markdown table."""
+    return f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--observer", nargs="+", default=OBSERVERS)
+    parser.add_argument("--pictures", type=int, default=0, help="only so many of the split; 0 = all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    bundle = Bundle.open(options.bundle)
+    dataset = load_split(bundle.manifest.data.path, options.split)
+    if options.pictures:
+        dataset = replace(dataset, samples=dataset.samples[:options.pictures])
+    maker = Maker(bundle)
+    exact = detect(bundle, {"onnx": OrtRunner(bundle.require("model.onnx"), threads=options.threads)}, dataset)["onnx"]
+    before = evaluate(dataset, exact, by_size=False).ap
+    print(f"model.onnx: AP {before:.2f} on {len(dataset)} pictures of {options.split}", file=sys.stderr)
+    names = ("observer", "bias correction", "graph", "drop", "matched", "spurious", "score", "box px")
+    print(head(*names), file=sys.stderr)
+    told = []
+    for observer in options.observer:
+        for corrected in (False, True):
+            with tempfile.TemporaryDirectory() as folder:
+                runners = rows(maker, observer, corrected, Path(folder), options.threads)
+                for name, found in detect(bundle, runners, dataset).items():
+                    drop = before - evaluate(dataset, found, by_size=False).ap
+                    parity = match(exact, found)
+                    told.append({"observer": observer, "corrected": corrected, "graph": name, "drop": drop,
+                                 **parity.to_json()})
+                    cells = (observer, "on" if corrected else "off", name, f"{drop:.2f}", f"{parity.matched:.4f}",
+                             f"{parity.spurious:.4f}", f"{parity.score_mean:.4f}", f"{parity.box_mean:.3f}")
+                    print("| " + " | ".join(cells) + " |", file=sys.stderr, flush=True)
+    if options.json:
+        print(json.dumps({"ap": before, "pictures": len(dataset), "split": options.split, "rows": told}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
