@@ -74,10 +74,7 @@ class StageRun:
 
 def candidates(bundle: Bundle, pairs: Sequence[tuple[str, str]], stages: Collection[str] | None = None,
                backends: Collection[str] | None = None) -> list[tuple[str, str]]:
-    """Those (stage, backend) of `pairs` that are asked for, have been exported and can run here.
-
-    OpenVINO's INT8 on a CPU that saturates it would be judged for the CPU, not for the file: only where asked for.
-    """
+    """Those (stage, backend) of `pairs` that are asked for, have been exported and can run here."""
     for words, known, what in ((stages, STAGES, "stage"), (backends, BACKENDS, "backend")):
         for word in words or ():
             if word not in known:
@@ -91,9 +88,6 @@ def candidates(bundle: Bundle, pairs: Sequence[tuple[str, str]], stages: Collect
         bundle.require(STAGES[stage])
         if backend == "onnxruntime" and stage in TWINS and not find_spec("onnx"):
             log.warning("%s is not scored: onnx is not installed; run: pip install 'edgedetr[export]'", stage)
-        elif (stage, backend) == ("int8", "openvino") and not backends and int8_saturates():
-            log.warning("int8 is not run in OpenVINO: this CPU has no 8-bit dot product, and OpenVINO's 16-bit sums "
-                        "saturate on it, which says nothing about the file; ask for it with: --backend openvino")
         elif find_spec(backend):
             chosen.append((stage, backend))
         elif backends:
@@ -102,6 +96,16 @@ def candidates(bundle: Bundle, pairs: Sequence[tuple[str, str]], stages: Collect
         raise BundleError(f"{bundle.path}: nothing to run for stages {sorted(stages or STAGES)} on "
                           f"{sorted(backends or BACKENDS)}; run: edgedetr export {bundle.path}")
     return chosen
+
+
+def judged(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those whose arithmetic this CPU does not cut short: a verdict on others is on the CPU, not on the file."""
+    cut = ("int8", "openvino")
+    if cut not in pairs or not int8_saturates():
+        return list(pairs)
+    log.warning("int8 is not run in OpenVINO: this CPU has no 8-bit dot product, and OpenVINO's 16-bit sums saturate on "
+                "it, which says nothing about the file; ask for it with: --backend openvino")
+    return [pair for pair in pairs if pair != cut]
 
 
 def extra(backend: str) -> str:
