@@ -14,6 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape
 LARGEST = 1 << 23           # elements
 PASSES = 12                 # each pass resolves the shapes one dependency further; 3 to 5 are used in practice
 _SMALL = 4096               # elements; larger weights do not take part in shape inference
+_TRIED = 97, 101         # batch sizes that no other size of a graph is a multiple of by chance
 _NEVER = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "If", "Loop", "Scan"}
 
 
@@ -26,8 +27,8 @@ def fold(model: ModelProto) -> ModelProto:
         before = len(result.graph.node)
         _remove_identities(result)
         _fold_constants(result)
-        _fold_shapes(result)
-        if len(result.graph.node) == before:
+        settled = _fold_shapes(result)
+        if not settled and len(result.graph.node) == before:
             break
     _remove_unused(result)
     del result.graph.value_info[:]
@@ -99,12 +100,15 @@ def _evaluate(model: ModelProto, nodes: list[NodeProto], constants: list[TensorP
     return dict(zip(wanted, session.run(wanted, {}))) if wanted else {}
 
 
-def _fold_shapes(model: ModelProto) -> None:
-    """Shape of a tensor whose size is known, and Gather of one known dimension where only the batch is not."""
+def _fold_shapes(model: ModelProto) -> bool:
+    """Fold the Shape of a tensor whose size is known; where the batch alone is open, one known dimension of it.
+
+    return  whether the sizes that a Reshape or an Expand goes to were settled, so that more may be known now
+    """
     dims = _known_dims(model)
     makers = {name: node for node in model.graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    kept = []
+    kept, settled, open_batch = [], False, _open_batch(model)
     for node in model.graph.node:
         value = None
         if node.op_type == "Shape" and not node.attribute:
@@ -117,22 +121,84 @@ def _fold_shapes(model: ModelProto) -> None:
             index = numpy_helper.to_array(constants[node.input[1]])
             if shape is not None and index.ndim == 0 and shape[int(index)] is not None:
                 value = np.array(shape[int(index)], dtype=np.int64)
+        elif open_batch and node.op_type == "Reshape" and node.input[1] not in constants:
+            shape = dims.get(node.output[0])
+            if shape is not None and shape.count(None) == 1 and 0 not in shape:
+                # One open dimension is what is left of the elements; no need to compute it.
+                told = np.array([-1 if size is None else size for size in shape], dtype=np.int64)
+                node.input[1] = _constant(model, f"{node.output[0]}/shape", told)
+                settled = True
+        elif open_batch and node.op_type == "Where":
+            settled |= _settle_expand(model, node, makers, constants)
         if value is None:
             kept.append(node)
         else:
-            model.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
+            _constant(model, node.output[0], value)
     _replace_nodes(model, kept)
+    return settled
+
+
+def _settle_expand(model: ModelProto, node: NodeProto, makers: dict[str, NodeProto],
+                   constants: dict[str, TensorProto]) -> bool:
+    """Where(sizes == -1, 1, sizes), which the exporter puts before an Expand, as the sizes with 1 in place of -1."""
+    equal, concat = (makers.get(node.input[index]) for index in (0, 2))
+    sizes = node.input[2]
+    if concat is not None and concat.op_type == "Reshape":          # to one row, which they are already
+        concat = makers.get(concat.input[0])
+    if equal is None or equal.op_type != "Equal" or concat is None or concat.op_type != "Concat":
+        return False
+    compared = [constants.get(name) for name in (equal.input[1], node.input[1])]
+    if equal.input[0] != sizes or any(tensor is None or not np.all(numpy_helper.to_array(tensor) == wanted)
+                                      for tensor, wanted in zip(compared, (-1, 1))):
+        return False
+    parts = []
+    for number, name in enumerate(concat.input):
+        if name in constants:
+            value = numpy_helper.to_array(constants[name])
+            parts.append(_constant(model, f"{node.output[0]}/part{number}", np.where(value == -1, 1, value)))
+        elif name in makers and makers[name].op_type in ("Unsqueeze", "Slice"):    # of a shape: never -1
+            parts.append(name)
+        else:
+            return False
+    node.CopyFrom(helper.make_node("Concat", parts, list(node.output), node.name, axis=0))
+    return True
+
+
+def _constant(model: ModelProto, name: str, value: np.ndarray) -> str:
+    model.graph.initializer.append(numpy_helper.from_array(value, name))
+    return name
 
 
 def _known_dims(model: ModelProto) -> dict[str, list[int | None]]:
-    """Inferred sizes by tensor, None for a dimension that is open; large weights enter as inputs, to stay fast."""
+    """Sizes by tensor, None for a dimension that is open.
+
+    Where the batch is open, those sizes are known that are the same for two batch sizes: ONNX's inference cannot tell
+    what -1 in a Reshape stands for as long as one other size is open.
+    """
+    if not _open_batch(model):
+        return _inferred(model, 1)
+    one, other = (_inferred(model, size) for size in _TRIED)
+    return {name: [size if size == second else None for size, second in zip(one[name], other[name])]
+            for name in one.keys() & other.keys() if len(one[name]) == len(other[name])}
+
+
+def _open_batch(model: ModelProto) -> bool:
+    return any(dim.HasField("dim_param") for item in model.graph.input for dim in item.type.tensor_type.shape.dim)
+
+
+def _inferred(model: ModelProto, batch: int) -> dict[str, list[int | None]]:
+    """Inferred sizes by tensor, with named dimensions at `batch`; large weights enter as inputs, to stay fast."""
     light = ModelProto()
     light.ir_version = model.ir_version
     light.opset_import.extend(model.opset_import)
     light.graph.name = "shapes"
     light.graph.node.extend(model.graph.node)
     light.graph.input.extend(model.graph.input)
-    light.graph.output.extend(model.graph.output)
+    for item in light.graph.input:
+        for dim in item.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param"):
+                dim.dim_value = batch
+    light.graph.output.extend(helper.make_empty_tensor_value_info(item.name) for item in model.graph.output)
     for tensor in model.graph.initializer:
         if int(np.prod(tensor.dims)) <= _SMALL:
             light.graph.initializer.append(tensor)
@@ -141,7 +207,7 @@ def _known_dims(model: ModelProto) -> dict[str, list[int | None]]:
     inferred = shape_inference.infer_shapes(light, data_prop=True)
     return {
         item.name: [dim.dim_value if dim.HasField("dim_value") else None for dim in item.type.tensor_type.shape.dim]
-        for item in [*inferred.graph.value_info, *inferred.graph.input]
+        for item in [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]
         if item.type.tensor_type.HasField("shape")
     }
 
