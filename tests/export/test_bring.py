@@ -114,9 +114,11 @@ def test_the_bundle_finds_what_the_file_finds(brought):
         found = detector([image.transpose(1, 2, 0).astype(np.uint8)])[0]
         # Float32 through another order of summation, after folding: measured 2e-5 in scores, 3e-3 px in boxes.
         np.testing.assert_allclose(found.confidence[:10], scores[:10], atol=1e-3)
-        assert found.class_id[:10].tolist() == labels[:10].tolist()
-        clipped = np.clip(boxes[:10], 0, [WIDTH, HEIGHT, WIDTH, HEIGHT])
-        np.testing.assert_allclose(found.xyxy[:10], clipped, atol=0.1)
+        clipped = np.clip(boxes, 0, [WIDTH, HEIGHT, WIDTH, HEIGHT])
+        # Objects of almost one score may stand in either order: each of one list is in the other.
+        there = ((found.class_id[:, None] == labels) & (np.abs(found.xyxy[:, None] - clipped).max(-1) <= 0.1)
+                 & (np.abs(found.confidence[:, None] - scores) <= 1e-3))                    # [found, of the file]
+        assert (there[:10].any(axis=1) & there[:, :10].any(axis=0)).all()
 
 
 def test_the_contract_and_the_activation_are_recognised(brought):
