@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -81,10 +82,16 @@ def brought(request, files, scenes, tmp_path_factory):
     return request.param, files[request.param], bring(files[request.param], out, data=scenes, **ASKED[request.param])
 
 
+@cache
+def session_of(path: Path):
+    """One for all pictures: opening a file takes longer than running it."""
+    return open_session(str(path))
+
+
 def answers(kind: str, path: Path, image: np.ndarray, pixels: Pixels):
     """What the file itself finds in one picture, by this test's own arithmetic: labels, boxes xyxy px, scores."""
     std, mean = (np.array(value, np.float32).reshape(3, 1, 1) for value in (pixels.std, pixels.mean))
-    session = open_session(str(path))
+    session = session_of(path)
     feed = {session.get_inputs()[0].name: ((image / np.float32(255) - mean) / std).astype(np.float32)}
     if len(session.get_inputs()) == 2:
         feed["orig_target_sizes"] = np.array([[WIDTH, HEIGHT]], np.int64)
