@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.layers.norm import FrozenBatchNorm2d, fold_batch_norm
+from edgedetr.layers.packed import convolve, packs
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True), "silu": lambda: nn.SiLU(inplace=True), "gelu": nn.GELU, "none": nn.Identity,
@@ -32,11 +33,23 @@ class ConvNorm(nn.Module):
         """x [B, C, H, W] -> [B, C', H/stride, W/stride]."""
         if not isinstance(self.norm, FrozenBatchNorm2d):
             return self.activation(self.norm(self.conv(x)))
+        if self.packs(x):
+            relu = isinstance(self.activation, nn.ReLU)
+            x = self.packed(x, relu)
+            return x if relu else self.activation(x)
         # A frozen scale goes into the kernel, which is smaller than the map by far.
         conv, (scale, shift) = self.conv, self.norm.affine()
         kernel = conv.weight * scale[:, None, None, None]
         x = F.conv2d(x, kernel, shift, conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]  # torch's stubs
         return self.activation(x)
+
+    def packs(self, x: Tensor) -> bool:
+        """Whether nothing learns here, so that `convolve` gives the same faster."""
+        return isinstance(self.norm, FrozenBatchNorm2d) and packs(x, self.conv)
+
+    def packed(self, x: Tensor, relu: bool, plus: Tensor | None = None) -> Tensor:
+        """Where `packs`: convolution and normalisation, plus a map where there is one, then ReLU if asked for."""
+        return convolve(x, self.conv, self.norm, relu, plus)  # type: ignore[arg-type]  # frozen, as `packs` has seen
 
     def fused(self) -> nn.Module:
         """The same function in evaluation mode, as convolution with bias -> activation."""
