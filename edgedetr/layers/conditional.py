@@ -26,7 +26,10 @@ class ConditionalSelfAttention(nn.Module):
         self.dropout = dropout      # of the weights, while training
 
     def forward(self, content: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:
-        """content, position [B, N, C] -> [B, N, C]; mask [N, N] bool, True = this row must not see that column."""
+        """content [B, N, C], position [1 or B, N, C] -> [B, N, C].
+
+        mask  [N, N] bool, True = this row must not see that column
+        """
         q = self.q(content) + self.q_position(position)
         k = self.k(content) + self.k_position(position)
         q, k, v = (_split(x, self.heads) for x in (q, k, self.v(content)))
@@ -51,16 +54,16 @@ class ConditionalAttention(nn.Module):
                 padding: Tensor | None = None) -> Tensor:
         """One sum of values per query.
 
-        content   [B, N, C];  position [B, N, C], used by the first layer only
-        spatial   [B, N, C]   the sine of the query's centre, as scaled by SpatialQuery
+        content   [B, N, C];  position [1 or B, N, C], used by the first layer only
+        spatial   [1 or B, N, C]   the sine of the query's centre, as scaled by SpatialQuery
         tokens    [B, S, C];  place [1 or B, S, C], their position
         padding   [B, S] bool, True = not to be seen
         """
         q, k, where = self.q(content), self.k(tokens), self.k_position(place)
         if self.q_position is not None:
             q, k = q + self.q_position(position), k + where
-        where = where.expand(k.shape[0], -1, -1)
-        q = torch.cat([_split(q, self.heads), _split(self.q_spatial(spatial), self.heads)], dim=-1)     # [B, M, N, 2D]
+        where, looked = where.expand(k.shape[0], -1, -1), self.q_spatial(spatial).expand(q.shape[0], -1, -1)
+        q = torch.cat([_split(q, self.heads), _split(looked, self.heads)], dim=-1)                      # [B, M, N, 2D]
         k = torch.cat([_split(k, self.heads), _split(where, self.heads)], dim=-1)                       # [B, M, S, 2D]
         mask = None if padding is None else padding[:, None, None]
         v = _split(self.v(tokens), self.heads)
@@ -82,7 +85,10 @@ class SpatialQuery(nn.Module):
         self.size = Mlp(dim, dim, 2, 2) if sized else None
 
     def forward(self, layer: int, content: Tensor, reference: Tensor, spatial: Tensor | None = None) -> Tensor:
-        """content [B, N, C], reference [B, N, 2|4] in 0..1 -> [B, N, C]; spatial: the centre's sine, where known."""
+        """content [B, N, C], reference [1 or B, N, 2|4] in 0..1 -> [B, N, C]; in layer 0 as many as there are places.
+
+        spatial  the centre's sine [1 or B, N, C], where known
+        """
         place = sine_of_boxes(reference[..., :2], self.per_axis) if spatial is None else spatial
         if layer > 0:
             place = place * self.scale(content)

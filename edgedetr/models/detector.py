@@ -39,10 +39,10 @@ class Queries:
     """What the decoder starts from.
 
     content    [B, N, C]
-    position   [B, N, C] or None   where it is fixed for all layers
-    reference  [B, N, 2|4] or None, cx, cy(, w, h) in 0..1
-    spatial    what cross-attention alone takes of the place, or None: [B, N, C] the sine of the centre (conditional),
-               [B, N, 2C] the position along x, then along y (row-column)
+    position   [1 or B, N, C] or None   where it is fixed for all layers
+    reference  [1 or B, N, 2|4] or None, cx, cy(, w, h) in 0..1
+    spatial    what cross-attention alone takes of the place, or None: [1 or B, N, C] the sine of the centre
+               (conditional), [B, N, 2C] the position along x, then along y (row-column)
     self_mask  [N, N] bool or None, True = this query (row) must not see that one (column)
     encoder    (logits [B, N, K], boxes [B, N, 4]) of the proposals the queries came from, or None
     """

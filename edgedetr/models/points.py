@@ -42,8 +42,10 @@ class ConditionalQueries(nn.Module):
     def forward(self, memory: Memory) -> Queries:
         batch, position = memory.tokens.shape[0], self.position.weight
         points, wave = self.point(position)
-        position, points, wave = (x.expand(batch, -1, -1) for x in (position, points, wave))
-        return Queries(torch.zeros_like(position), position=position, reference=points, spatial=wave)
+        # The same for all pictures until the memory is seen, so that what is made of it alone is made once.
+        position, points, wave = position[None], points[None], wave[None]
+        content = position.new_zeros(batch, *position.shape[1:])
+        return Queries(content, position=position, reference=points, spatial=wave)
 
 
 class AnchorPoints(nn.Module):

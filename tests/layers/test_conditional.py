@@ -102,3 +102,24 @@ def test_the_spatial_query_is_scaled_by_content_and_by_size_per_axis() -> None:
 def test_a_box_without_area_keeps_the_spatial_query_finite() -> None:
     query = SpatialQuery(DIM, sized=True)
     assert torch.isfinite(query(1, torch.randn(1, 1, DIM), torch.tensor([[[0.5, 0.5, 0.0, 0.0]]]))).all()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_place_for_all_pictures_is_that_place_for_each_also_in_gradients(first: bool) -> None:
+    torch.manual_seed(4)
+    among = ConditionalSelfAttention(DIM, HEADS).double()
+    across = ConditionalAttention(DIM, HEADS, first=first).double()
+    content, tokens = torch.randn(3, 4, DIM).double(), torch.randn(3, 5, DIM).double()
+    place = torch.randn(1, 5, DIM).double()
+    shared = [torch.randn(1, 4, DIM).double().requires_grad_() for _ in range(2)]
+    repeated = [x.detach().repeat(3, 1, 1).requires_grad_() for x in shared]
+
+    def step(position: torch.Tensor, spatial: torch.Tensor) -> list[torch.Tensor]:
+        got = across(among(content, position), position, spatial, tokens, place)
+        weights = [*among.parameters(), *across.parameters()]
+        return [got, *torch.autograd.grad((got * torch.arange(DIM)).sum(), [position, spatial, *weights])]
+
+    got, expected = step(*shared), step(*repeated)
+    expected[1:3] = [gradient.sum(0, keepdim=True) for gradient in expected[1:3]]      # of position and spatial
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)    # float64
