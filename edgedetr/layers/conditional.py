@@ -62,7 +62,11 @@ class ConditionalAttention(nn.Module):
         q, k, where = self.q(content), self.k(tokens), self.k_position(place)
         if self.q_position is not None:
             q, k = q + self.q_position(position), k + where
-        where, looked = where.expand(k.shape[0], -1, -1), self.q_spatial(spatial).expand(q.shape[0], -1, -1)
+        where, looked = where.expand(k.shape[0], -1, -1), self.q_spatial(spatial)
+        shared, batch = looked.shape[0], q.shape[0]
+        # One place for all pictures is repeated; a batch that a graph leaves open is no int, and never compared with 1.
+        if type(shared) is not type(batch) or shared != batch:
+            looked = looked.expand(batch, -1, -1)
         q = torch.cat([_split(q, self.heads), _split(looked, self.heads)], dim=-1)                      # [B, M, N, 2D]
         k = torch.cat([_split(k, self.heads), _split(where, self.heads)], dim=-1)                       # [B, M, S, 2D]
         mask = None if padding is None else padding[:, None, None]
