@@ -98,13 +98,13 @@ def candidates(bundle: Bundle, pairs: Sequence[tuple[str, str]], stages: Collect
     return chosen
 
 
-def judged(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def exact_here(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Those whose arithmetic this CPU does not cut short: a verdict on others is on the CPU, not on the file."""
     cut = ("int8", "openvino")
     if cut not in pairs or not int8_saturates():
         return list(pairs)
-    log.warning("int8 is not run in OpenVINO: this CPU has no 8-bit dot product, and OpenVINO's 16-bit sums saturate on "
-                "it, which says nothing about the file; ask for it with: --backend openvino")
+    log.warning("int8 is not run in OpenVINO: this CPU has no 8-bit dot product, and OpenVINO's 16-bit sums saturate "
+                "on it, which says nothing about the file; ask for it with: --backend openvino")
     return [pair for pair in pairs if pair != cut]
 
 

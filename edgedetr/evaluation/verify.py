@@ -25,7 +25,7 @@ from edgedetr.evaluation.stages import (
     Progress,
     StageRun,
     candidates,
-    judged,
+    exact_here,
     load_split,
     open_stage,
     run_stages,
@@ -80,7 +80,7 @@ def verify(
     chosen = device.fitting(bundle, stages, backends)
     on_cpu = [name for name in backends or () if name != "tensorrt"]
     pairs = candidates(bundle, VERIFIED, stages, on_cpu or None) if on_cpu or not chosen else []
-    pairs = pairs if backends else judged(pairs)
+    pairs = pairs if backends else exact_here(pairs)
     dataset = load_split(bundle, data)
     if live:
         reference = live(bundle, dataset)
