@@ -20,7 +20,7 @@ from edgedetr.errors import (
     did_you_mean,
 )
 from edgedetr.runtime import engines, preprocess
-from edgedetr.runtime.cpu import int8_dot_product
+from edgedetr.runtime.cpu import int8_dot_product, int8_saturates
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.openvino import OpenVinoRunner
 from edgedetr.runtime.ort import OrtRunner
@@ -135,6 +135,9 @@ def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str 
                               f"{''.join(f'; {reason}' for reason in refused)}; run: edgedetr build {bundle.path}")
     backend, stage, reason = _choose(bundle, backend, stage)
     path = bundle.require(STAGES[stage])
+    if (stage, backend) == ("int8", "openvino") and int8_saturates():
+        log.warning("%s: this CPU has no 8-bit dot product, and OpenVINO's INT8 saturates on it: what it finds may be far "
+                    "from what the graph says; take --stage onnx, or int8-cpu in ONNX Runtime", bundle.path)
     description = f"{stage} on {backend} ({'; '.join([reason, *refused])})"
     log.info("%s: %s", bundle.path, description)
     return _detector(bundle, BACKENDS[backend](path, threads=threads), stage, description)

@@ -61,6 +61,17 @@ def test_int8_is_chosen_where_the_cpu_has_the_instruction_and_says_so(make_bundl
     assert "no 8-bit dot product" in load(bundle).description
 
 
+def test_openvino_int8_is_warned_of_where_the_cpu_saturates_it(make_bundle, monkeypatch, caplog):
+    bundle = make_bundle("model.onnx", "model.int8.onnx")
+    for saturates in (False, True):
+        monkeypatch.setattr(module, "int8_saturates", lambda cut=saturates: cut)
+        caplog.clear()
+        assert load(bundle, stage="int8", backend="openvino").backend == "openvino"
+        assert ("saturates" in caplog.text) is saturates
+    load(bundle, stage="int8", backend="onnxruntime")
+    assert caplog.text.count("saturates") == 1
+
+
 def test_what_is_asked_for_is_what_runs(make_bundle):
     bundle = make_bundle("model.onnx", "model.int8.onnx", "model.int8-cpu.onnx")
     for stage in ("onnx", "int8", "int8-cpu"):
