@@ -94,6 +94,12 @@ class DeltaBoxes(nn.Module):
         for score in self.score:
             nn.init.constant_(score.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]  # there is one
 
+    def unmoved(self) -> None:
+        """Every box starts where the layer before left it, so that each layer has a picture to read from the start."""
+        for box in self.box:
+            nn.init.zeros_(box.weight)  # type: ignore[arg-type]  # mypy does not know a ModuleList's content
+            nn.init.zeros_(box.bias)  # type: ignore[arg-type]  # not known to mypy
+
 
 def _tower(dim: int, blocks: int) -> nn.Sequential:
     return nn.Sequential(*[module for _ in range(blocks)

@@ -71,5 +71,7 @@ def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> Detector:
                       query_position=Mlp(4, 2 * c.hidden, c.hidden, 2))
     xavier(decoder)
     boxes.rare()
+    # With xavier's weights and no towers before them, most boxes leave the picture, where there is nothing to read.
+    boxes.unmoved()
     selector = LearnedProposals(c.queries, c.hidden, num_classes, c.denoising)
     return Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))

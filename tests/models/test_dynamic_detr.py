@@ -73,3 +73,14 @@ def test_a_query_predicts_one_full_product_or_two_narrow_ones(layers: int, pairs
         detector = dynamic_detr(DynamicDetrConfig(dynamic_layers=layers), 80)
     assert detector.decoder.layers[0].cross_attention.interaction.pairs == pairs
     assert detector.encoder.pyramid.strides == [8, 16, 32, 64, 128]
+
+
+@torch.no_grad()
+def test_every_layer_of_a_fresh_model_reads_the_whole_picture() -> None:
+    """A box that is thrown out of the picture by random heads has nothing to read, so later layers would learn late."""
+    torch.manual_seed(0)
+    detector = dynamic_detr(DynamicDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=2 * GROUPS, ffn=32,
+                                              encoder_layers=1, queries=5), 3).eval()
+    boxes = detector(torch.randn(2, 3, 64, 96)).boxes
+    assert boxes.shape == (6, 2, 5, 4)
+    torch.testing.assert_close(boxes, torch.tensor([0.5, 0.5, 1.0, 1.0]).expand_as(boxes), atol=0, rtol=0)
