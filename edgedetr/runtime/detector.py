@@ -136,8 +136,8 @@ def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str 
     backend, stage, reason = _choose(bundle, backend, stage)
     path = bundle.require(STAGES[stage])
     if (stage, backend) == ("int8", "openvino") and int8_saturates():
-        log.warning("%s: this CPU has no 8-bit dot product, and OpenVINO's INT8 saturates on it: what it finds may be far "
-                    "from what the graph says; take --stage onnx, or int8-cpu in ONNX Runtime", bundle.path)
+        log.warning("%s: this CPU has no 8-bit dot product, and OpenVINO's INT8 saturates on it: what it finds may be "
+                    "far from what the graph says; take stage onnx, or int8-cpu in ONNX Runtime", bundle.path)
     description = f"{stage} on {backend} ({'; '.join([reason, *refused])})"
     log.info("%s: %s", bundle.path, description)
     return _detector(bundle, BACKENDS[backend](path, threads=threads), stage, description)
