@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -114,12 +115,38 @@ class Decoded(Raw):
         return labels, corners.gather(1, index.unsqueeze(-1).repeat(1, 1, 4)), scores
 
 
-class Joined(Raw):
-    """Boxes and scores in one tensor [B, N, 4 + K]."""
+def renamed(path: Path, **names: str) -> ModelProto:
+    """The same graph with other names for its inputs and outputs."""
+    model = onnx.load(path)
+    for node in model.graph.node:
+        for tensors in (node.input, node.output):
+            for place, name in enumerate(tensors):
+                tensors[place] = names.get(name, name)
+    for item in (*model.graph.input, *model.graph.output):
+        item.name = names.get(item.name, item.name)
+    return model
 
-    def forward(self, images):
-        logits, boxes = super().forward(images)
-        return torch.cat([boxes, torch.sigmoid(logits)], -1)
+
+def rf_detr(raw: Path, out: Path) -> Path:
+    """A raw graph under RF-DETR's names, for HEIGHT x WIDTH alone."""
+    model = renamed(raw, pixel_values="input", logits="labels", pred_boxes="dets")
+    for dimension, size in zip(model.graph.input[0].type.tensor_type.shape.dim[2:], (HEIGHT, WIDTH)):
+        dimension.dim_value = size
+    onnx.save(model, out)
+    return out
+
+
+def joined(raw: Path, out: Path) -> Path:
+    """A raw graph that gives boxes and scores in one tensor [B, N, 4 + K]."""
+    model = renamed(raw, pixel_values="images")
+    model.graph.node.extend([
+        helper.make_node("Sigmoid", ["logits"], ["scores"], "scores"),
+        helper.make_node("Concat", ["pred_boxes", "scores"], ["output0"], "joined", axis=-1)])
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info("output0", TensorProto.FLOAT,
+                                                            ["batch", QUERIES, 4 + CLASSES]))
+    onnx.save(model, out)
+    return out
 
 
 def open_session(model: str | bytes) -> onnxruntime.InferenceSession:

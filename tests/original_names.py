@@ -129,6 +129,7 @@ def rt_detr(ours: Weights, version: int) -> Weights:
              "selector.box.": "decoder.enc_bbox_head.", "encoder.lateral.": "encoder.lateral_convs.",
              "encoder.downsample.": "encoder.downsample_convs.",
              "selector.denoising_class_embed.": "decoder.denoising_class_embed.",
+             "selector.content.": "decoder.tgt_embed.",
              "selector.project.": f"decoder.enc_output.{'0' if version == 1 else 'proj'}.",
              "selector.norm.": f"decoder.enc_output.{'1' if version == 1 else 'norm'}."}
     for name, tensor in ours.items():

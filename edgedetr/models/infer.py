@@ -106,6 +106,7 @@ READ: dict[str, Callable[[Weights], Any]] = {
     "expansion": _share,
     "fusion_blocks": _count(r"encoder\.top_down\.0\.blocks\.(\d+)\."),
     "denoising": _has("selector.denoising_class_embed.weight"),
+    "learned_content": _has("selector.content.weight"),
     "ffn_activation": _activation,
 }
 

@@ -63,18 +63,24 @@ class Anchors(nn.Module):
 class TopKQueries(nn.Module):
     """A class score for every token; the best N become queries, with their box as reference.
 
-    denoising_class_embed [K + 1, C] is content for noised queries in training (its last row is padding).
+    denoising_class_embed [K + 1, C] is content for noised queries in training (its last row is padding). content
+    [N, C], where learned, is what the best, the second best, ... starts from in the place of its token (Zhang et al.
+    2022, "DINO", section 3.4; `learnt_init_query` of RT-DETR's code).
     """
 
-    def __init__(self, dim: int, num_classes: int, queries: int, denoising: bool = True) -> None:
+    def __init__(self, dim: int, num_classes: int, queries: int, denoising: bool = True,
+                 learned_content: bool = False) -> None:
         super().__init__()
         self.queries, self.anchors = queries, Anchors()
         self.project, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
         self.score, self.box = nn.Linear(dim, num_classes), Mlp(dim, dim, 4, 3)
         self.denoising_class_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes) if denoising else None
+        self.content = nn.Embedding(queries, dim) if learned_content else None
         nn.init.xavier_uniform_(self.project.weight)
         if self.denoising_class_embed is not None:
             nn.init.normal_(self.denoising_class_embed.weight[:-1])
+        if self.content is not None:
+            nn.init.xavier_uniform_(self.content.weight)
 
     def forward(self, memory: Memory) -> Queries:
         """Gradients reach the tokens through `encoder` only: content and reference start the decoder as constants."""
@@ -89,7 +95,8 @@ class TopKQueries(nn.Module):
         chosen = take_rows(tokens, best)
         start = F.embedding(best, anchors[0])
         logits, boxes = self.score(chosen), (self.box(chosen) + start).sigmoid()
-        return Queries(chosen.detach(), reference=boxes.detach(), encoder=(logits, boxes))
+        content = chosen.detach() if self.content is None else self.content.weight.expand(chosen.shape[0], -1, -1)
+        return Queries(content, reference=boxes.detach(), encoder=(logits, boxes))
 
     def noised(self, labels: Tensor, boxes: Tensor) -> Queries:
         """Queries of objects that are known, for denoising: labels [B, D] (K = filling), boxes [B, D, 4]."""

@@ -45,6 +45,7 @@ class RtDetrConfig(TransformerConfig):
     decoder_ffn: int = 1024                     # 4 C
     decoder_activation: Literal["relu", "gelu", "silu"] = "relu"
     queries: int = 300                          # as many boxes as come out
+    learned_content: bool = False               # queries start from learned vectors and not from their tokens (DINO)
     points: tuple[int, ...] = (4, 4, 4)         # samples per head in C3, C4, C5
     method: Literal["default", "discrete"] = "default"          # bilinear, or the nearest cell
     sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
@@ -78,7 +79,7 @@ def rt_detr(config: RtDetrConfig, num_classes: int) -> Detector:
     encoder = HybridEncoder(backbone.channels, backbone.strides, c.hidden,
                             [encoder_layer() for _ in range(c.encoder_layers)],
                             c.expansion, c.fusion_blocks, c.conv_activation)
-    selector = TopKQueries(c.hidden, num_classes, c.queries, c.denoising)
+    selector = TopKQueries(c.hidden, num_classes, c.queries, c.denoising, c.learned_content)
     decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)],
                       IterativeBoxes(c.hidden, num_classes, c.decoder_layers),
                       query_position=Mlp(4, 2 * c.hidden, c.hidden, 2))

@@ -27,12 +27,12 @@ from edgedetr.quantization.qdq import insert
 from edgedetr.quantization.ranges import Ranges
 from edgedetr.quantization.rewrite import split_concats
 from edgedetr.runtime.preprocess import prepare
+from edgedetr.runtime.runner import MADE_BY
 
 Check = Callable[[ModelProto, str], None]
 
 log = logging.getLogger(__name__)
 
-KEY = "edgedetr.quantisation"       # metadata of an INT8 graph: what it was made by, as JSON
 FLOAT = "edgedetr.float_layers"     # and which weighted layers stayed float: JSON {reason: [node names]}
 FLOAT32 = "edgedetr.float32_nodes"  # of a graph with FP16: which nodes stayed float32: JSON {reason: [node names]}
 FP16 = "model.fp16.onnx"
@@ -67,12 +67,12 @@ def to_half(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path | 
     policy = load((config or QuantConfig()).policy)
     made_by = json.dumps({"dialect": "fp16", "policy": policy.name, "policy_sha256": _sha256(policy),
                           "calib": "" if calib is None else str(calib)})
-    if bundle.has(FP16) and _property(read(bundle.require(FP16)), KEY) == made_by:
+    if bundle.has(FP16) and _property(read(bundle.require(FP16)), MADE_BY) == made_by:
         return
     model = read(bundle.require("model.onnx"))
     result, stayed = _halved(bundle, model, model, policy, calib, progress)
     onnx.helper.set_model_props(result, {**{item.key: item.value for item in model.metadata_props},
-                                         KEY: made_by, FLOAT32: stayed})
+                                         MADE_BY: made_by, FLOAT32: stayed})
     onnx.checker.check_model(result)
     if check is not None:
         check(result, FP16)
@@ -142,7 +142,7 @@ def _write(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, rang
         "image_list": ranges.image_list, "layers_int8": len(chosen.layers), "layers_float": len(chosen.islands),
     }
     made_by = json.dumps({**about, "bias_correction": [PICTURES, PARTS]} if config.bias_correction else about)
-    if bundle.has(dialect.file) and _property(read(bundle.require(dialect.file)), KEY) == made_by:
+    if bundle.has(dialect.file) and _property(read(bundle.require(dialect.file)), MADE_BY) == made_by:
         return
     result = insert(model, chosen, ranges.amax, dialect)
     if config.bias_correction:
@@ -153,7 +153,7 @@ def _write(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, rang
         else:
             made_by = json.dumps(about)
     told = {item.key: item.value for item in result.metadata_props}
-    told |= {KEY: made_by, FLOAT: json.dumps(_by_reason(chosen.islands), ensure_ascii=False)}
+    told |= {MADE_BY: made_by, FLOAT: json.dumps(_by_reason(chosen.islands), ensure_ascii=False)}
     if dialect.half:
         result, told[FLOAT32] = _halved(bundle, model, result, policy, calib, progress)
     onnx.helper.set_model_props(result, told)

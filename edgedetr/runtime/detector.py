@@ -135,12 +135,23 @@ def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str 
                               f"{''.join(f'; {reason}' for reason in refused)}; run: edgedetr build {bundle.path}")
     backend, stage, reason = _choose(bundle, backend, stage)
     path = bundle.require(STAGES[stage])
-    if (stage, backend) == ("int8", "openvino") and int8_saturates():
-        log.warning("%s: this CPU has no 8-bit dot product, and OpenVINO's INT8 saturates on it: what it finds may be "
-                    "far from what the graph says; take stage onnx, or int8-cpu in ONNX Runtime", bundle.path)
     description = f"{stage} on {backend} ({'; '.join([reason, *refused])})"
     log.info("%s: %s", bundle.path, description)
-    return _detector(bundle, BACKENDS[backend](path, threads=threads), stage, description)
+    runner = BACKENDS[backend](path, threads=threads)
+    if int8_saturates() and (how := _saturated(runner, stage, bundle)):
+        log.warning("%s: this CPU has no 8-bit dot product, %s", bundle.path, how)
+    return _detector(bundle, runner, stage, description)
+
+
+def _saturated(runner: Runner, stage: str, bundle: Bundle) -> str | None:
+    """What is wrong with an INT8 file on a CPU whose 8-bit products saturate, and what to do; None = nothing."""
+    if (stage, runner.name) == ("int8", "openvino"):
+        return ("and OpenVINO's INT8 saturates on it: what it finds may be far from what the graph says; take stage "
+                "onnx, or int8-cpu in ONNX Runtime")
+    if stage == "int8-cpu" and getattr(runner, "weight_bits", None) == 8:
+        return (f"and sums of 8-bit weights saturate on it: detections are lost; run: edgedetr export {bundle.path} "
+                "--int8 --set quant.cpu_weights=7bit")
+    return None
 
 
 def load_engine(bundle: Bundle, engine: engines.Engine, *, trust: bool = False) -> Detector:

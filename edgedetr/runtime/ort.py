@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgedetr.errors import BundleError, MissingDependency
-from edgedetr.runtime.runner import RawOutputs
+from edgedetr.runtime.runner import MADE_BY, RawOutputs
 
 
 class OrtRunner:
@@ -29,6 +30,7 @@ class OrtRunner:
         shape = self.session.get_inputs()[0].shape
         self.batch: int | None = shape[0] if isinstance(shape[0], int) else None
         self.height, self.width = int(shape[2]), int(shape[3])
+        self.weight_bits = _weight_bits(self.session)       # None where the graph was not quantised by us
 
     def run(self, images: np.ndarray) -> RawOutputs:
         logits, boxes = self.session.run(["logits", "boxes"], {"images": images})
@@ -82,6 +84,14 @@ def _session(model: str | bytes, threads: int | None, optimise: bool) -> Any:
         what = model if isinstance(model, str) else "the graph"
         raise BundleError(f"{what}: ONNX Runtime {onnxruntime.__version__} cannot load it ({error}); "
                           f"write it again with: edgedetr export") from error
+
+
+def _weight_bits(session: Any) -> int | None:
+    try:
+        bits = json.loads(session.get_modelmeta().custom_metadata_map[MADE_BY])["weight_bits"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return bits if isinstance(bits, int) else None
 
 
 def _check(path: str | Path, session: Any) -> None:

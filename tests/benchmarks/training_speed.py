@@ -25,6 +25,7 @@ import torch
 
 from edgedetr.models import FAMILY, build
 from edgedetr.train.config import TrainConfig
+from edgedetr.train.memory import keep_freed
 from edgedetr.train.optimizer import adamw
 from edgedetr.train.step import Trainee
 from edgedetr.train.targets import Target, pad
@@ -83,6 +84,7 @@ def their_step(member: str, pixels: int, batch: int, backbone: str) -> Callable[
 
 
 def our_step(member: str, pixels: int, batch: int, backbone: str) -> Callable[[], None]:
+    keep_freed()                # as `train` does
     config = FAMILY[member].config(backbone_weights="random", dropout=0.0)
     settings = TrainConfig()
     detector = build(member, config, CLASSES).train().to(memory_format=torch.channels_last)

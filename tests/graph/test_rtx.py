@@ -1,110 +1,22 @@
-"""Every member of the family in NVIDIA's own parser and builder, in float32, FP16 and INT8."""
+"""What NVIDIA's own parser and builder say of a file, and what becomes of what they say."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-import members
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import BundleError
 from edgedetr.graph import rtx
-from edgedetr.graph.rtx import RtxResult, check, check_all
-from edgedetr.models import FAMILY
-from edgedetr.quantization.dialect import TENSORRT, tensors, tied
-from edgedetr.quantization.half import float_tensors, halve
-from edgedetr.quantization.policy import load, plan
-from edgedetr.quantization.qdq import insert
-from edgedetr.quantization.rewrite import split_concats
-
-CASES = [*((name, "gather") for name in FAMILY), ("rt_detr", "grid_sample")]
-PRECISIONS = ("fp32", "fp16", "int8")
-OLD = ("tensorrt-rtx-cu13-bindings==1.4.0.76", "tensorrt-rtx-cu13-libs==1.4.0.76")     # of the age of TensorRT 10.16
+from edgedetr.graph.rtx import check, check_all
 
 needs_rtx = pytest.mark.skipif(not any(map(find_spec, ("tensorrt_rtx", "tensorrt_rtx_bindings"))),
                                reason="needs NVIDIA's parser on a CPU: pip install 'edgedetr[trt-check]' (x86-64)")
-
-
-def magnitudes(model: ModelProto) -> dict[str, float]:
-    """The largest magnitude of every float tensor on one noise picture, node by node: optimising takes seconds."""
-    probe, names = ModelProto(), sorted(float_tensors(model) - {"images"})
-    probe.CopyFrom(model)
-    del probe.graph.output[:]
-    probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    noise = np.random.default_rng(0).integers(0, 256, (1, 3, members.HEIGHT, members.WIDTH)).astype(np.float32)
-    found = zip(names, session.run(names, {"images": noise}))
-    return {"images": 255.0, **{name: float(np.abs(value).max(initial=0)) for name, value in found}}
-
-
-def graphs(name: str, sampling: str, folder: Path) -> dict[str, Path]:
-    """A member at micro size as the three files that engines are built from."""
-    paths = {precision: folder / f"{name}-{sampling}-{precision}.onnx" for precision in PRECISIONS}
-    shutil.copy(members.exported(name, sampling=sampling), paths["fp32"])
-    model, policy = onnx.load(str(paths["fp32"])), load("default")
-    paths["fp16"].write_bytes(halve(model, magnitudes(model), policy.float32).SerializeToString())
-    model = split_concats(model)
-    seen, chosen = magnitudes(model), plan(model, policy)
-    quantised = insert(model, chosen, tied(model, {name: seen[name] for name in tensors(model, chosen)}), TENSORRT)
-    paths["int8"].write_bytes(halve(quantised, seen, policy.float32).SerializeToString())
-    return paths
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, Path]]:
-    """(member, sampling) -> its three files, made once."""
-    folder = tmp_path_factory.mktemp("graphs")
-    return cache(lambda name, sampling: graphs(name, sampling, folder))
-
-
-@pytest.fixture(scope="module")
-def results(three: Callable[[str, str], dict[str, Path]]) -> dict[tuple[str, str, str], RtxResult]:
-    """One process per member, so that the library starts ten times and not thirty; it builds while the next is made."""
-    with ThreadPoolExecutor(2) as pool:
-        running = {case: pool.submit(check_all, list(three(*case).values())) for case in CASES}
-    return {(*case, precision): one for case, found in running.items() for precision, one in
-            zip(PRECISIONS, found.result())}
-
-
-@needs_rtx
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name, sampling", CASES, ids="-".join)
-def test_every_member_parses_and_builds_without_a_gpu(name, sampling, precision, results):
-    result = results[name, sampling, precision]
-    assert result.version.startswith("1.7."), result.version
-    assert result.ok and result.built, str(result)
-    assert result.errors == ()
-    assert result.layers > 100 and result.plan_bytes > 100_000
-
-
-@pytest.fixture(scope="module")
-def old_parser(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rtx-1.4.0")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-    done = subprocess.run([*install, *OLD], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"TensorRT-RTX 1.4.0 cannot be installed here: {done.stderr.strip()[-200:]}")
-    return folder
-
-
-@pytest.mark.slow
-def test_every_member_parses_in_the_parser_of_the_10x_age(three, old_parser):
-    found = check_all([path for case in CASES for path in three(*case).values()], build=False, packages=old_parser)
-    assert {result.version for result in found} == {"1.4.0.76"}
-    assert [str(result) for result in found if not result.parsed or result.errors] == []
 
 
 def model(nodes: list[onnx.NodeProto], half: bool = False, **constants: np.ndarray) -> ModelProto:

@@ -42,6 +42,8 @@ ORIGINALS = {
                              lambda ours: original_names.deformable_detr(ours, 2)),
     "rt_detr v1": ("rt_detr", RtDetrConfig(**RT, version=1), lambda ours: original_names.rt_detr(ours, 1)),
     "rt_detr v2": ("rt_detr", RtDetrConfig(**RT), lambda ours: original_names.rt_detr(ours, 2)),
+    "rt_detr v2, learned content": ("rt_detr", RtDetrConfig(**RT, learned_content=True),
+                                    lambda ours: original_names.rt_detr(ours, 2)),
     "rt_detr v2 r50": ("rt_detr", RtDetrConfig(**RT, backbone="resnet50vd", expansion=1.0),
                        lambda ours: original_names.rt_detr(ours, 2)),
 }

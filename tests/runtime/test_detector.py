@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
 
 import numpy as np
+import onnx
 import pytest
 
 from edgedetr.bundle import Bundle
@@ -70,6 +72,21 @@ def test_openvino_int8_is_warned_of_where_the_cpu_saturates_it(make_bundle, monk
         assert ("saturates" in caplog.text) is saturates
     load(bundle, stage="int8", backend="onnxruntime")
     assert caplog.text.count("saturates") == 1
+
+
+@pytest.mark.parametrize("bits, saturates, warned", [(8, True, True), (7, True, False), (8, False, False),
+                                                     (None, True, False)])
+def test_eight_bit_weights_are_warned_of_where_the_cpu_saturates_them(make_bundle, monkeypatch, caplog, bits, saturates,
+                                                                      warned):
+    bundle = make_bundle("model.onnx")
+    with bundle.add("model.int8-cpu.onnx", stage="quantise") as path:
+        model = onnx.load(bundle.require("model.onnx"))
+        told = {"dialect": "cpu"} if bits is None else {"dialect": "cpu", "weight_bits": bits}
+        onnx.helper.set_model_props(model, {"edgedetr.quantisation": json.dumps(told)})
+        onnx.save(model, path)
+    monkeypatch.setattr(module, "int8_saturates", lambda: saturates)
+    assert load(bundle, stage="int8-cpu").stage == "int8-cpu"
+    assert ("--set quant.cpu_weights=7bit" in caplog.text) is warned
 
 
 def test_what_is_asked_for_is_what_runs(make_bundle):

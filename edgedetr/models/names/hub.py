@@ -49,6 +49,7 @@ RT_DETR: list[Rule] = [
     (r"^model\.enc_output\.0\.", "selector.project."), (r"^model\.enc_output\.1\.", "selector.norm."),
     (r"^model\.enc_score_head\.", "selector.score."), (r"^model\.enc_bbox_head\.", "selector.box."),
     (r"^model\.denoising_class_embed\.", "selector.denoising_class_embed."),
+    (r"^model\.weight_embedding\.", "selector.content."),
     (r"^(?:model\.decoder\.)?class_embed\.", "decoder.boxes.score."),
     (r"^(?:model\.decoder\.)?bbox_embed\.", "decoder.boxes.box."),
     (r"^model\.decoder\.query_pos_head\.", "decoder.query_position."),

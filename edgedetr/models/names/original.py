@@ -51,6 +51,7 @@ RT_DETR: list[Rule] = [
     (r"^decoder\.enc_bbox_head\.", "selector.box."), (r"^decoder\.dec_score_head\.", "decoder.boxes.score."),
     (r"^decoder\.dec_bbox_head\.", "decoder.boxes.box."), (r"^decoder\.query_pos_head\.", "decoder.query_position."),
     (r"^decoder\.denoising_class_embed\.", "selector.denoising_class_embed."),
+    (r"^decoder\.tgt_embed\.", "selector.content."),
 ]
 
 
