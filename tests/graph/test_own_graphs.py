@@ -47,7 +47,10 @@ class Written(NamedTuple):
 
 
 def magnitudes(model: ModelProto) -> dict[str, float]:
-    """The largest magnitude of every float tensor on one noise picture, node by node: optimising takes seconds."""
+    """The largest magnitude of every float tensor on one noise picture, node by node: optimising takes seconds.
+
+    At most 1000, because these weights are noise: what does not fit into FP16 is tested in test_half.py.
+    """
     probe, names = ModelProto(), sorted(float_tensors(model) - {"images"})
     probe.CopyFrom(model)
     del probe.graph.output[:]
@@ -57,7 +60,7 @@ def magnitudes(model: ModelProto) -> dict[str, float]:
     session = onnxruntime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
     noise = np.random.default_rng(0).integers(0, 256, (1, 3, members.HEIGHT, members.WIDTH)).astype(np.float32)
     found = zip(names, session.run(names, {"images": noise}))
-    return {"images": 255.0, **{name: float(np.abs(value).max(initial=0)) for name, value in found}}
+    return {"images": 255.0, **{name: min(float(np.abs(value).max(initial=0)), 1000.0) for name, value in found}}
 
 
 def write(name: str, sampling: str, folder: Path) -> dict[str, Path]:
@@ -91,7 +94,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str,
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("name, sampling", CASES, ids="-".join)
+@pytest.mark.parametrize("name, sampling", CASES, ids=map("-".join, CASES))
 def test_lint_is_silent_on_what_we_write(name, sampling, written):
     """But for GridSample, where somebody has asked for it."""
     for precision, path in written(name, sampling).paths.items():
@@ -106,7 +109,7 @@ def test_lint_is_silent_on_what_we_write(name, sampling, written):
 
 @pytest.mark.skipif(not RTX, reason="needs NVIDIA's parser on a CPU: pip install 'edgedetr[trt-check]' (x86-64)")
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name, sampling", CASES, ids="-".join)
+@pytest.mark.parametrize("name, sampling", CASES, ids=map("-".join, CASES))
 def test_every_member_parses_and_builds_without_a_gpu(name, sampling, precision, written):
     result = dict(zip(PRECISIONS, written(name, sampling).results.result()))[precision]
     assert result.version.startswith("1.7."), result.version
