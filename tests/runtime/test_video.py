@@ -235,9 +235,7 @@ def test_a_signal_ends_predict_cleanly_and_a_stream_ends_no_other_way(clip, make
     def interrupted(self, pictures):
         seen.append(1)
         if len(seen) == 4:
-            # What the interpreter does on the signal. A real one would be delivered on the small extra stack that
-            # pytest's faulthandler sets up, which libraries that switch on AMX outgrow: the process would die.
-            signal.getsignal(number)(number, None)
+            signal.raise_signal(number)
         return detect(self, pictures)
 
     monkeypatch.setattr(Detector, "__call__", interrupted)
