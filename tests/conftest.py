@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,31 +12,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))      # `import members`: the family at micro size
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-class _Stack(ctypes.Structure):
-    """stack_t of <signal.h> on Linux."""
-
-    _fields_ = [("base", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _room_for_signals() -> Iterator[None]:
-    """A large stack for signal handlers in place of the one of 10 to 20 KB that pytest's faulthandler sets up.
-
-    Python runs every handler on it, also the one for ended children that torch's DataLoader leaves behind. The
-    registers of AVX-512 and AMX take up to 11 KB there, twice where the handler's first call is still to be bound: the
-    process dies without a word, or writes over its own heap.
-    """
-    if not sys.platform.startswith("linux"):
-        yield
-        return
-    sigaltstack, small = ctypes.CDLL(None).sigaltstack, _Stack()
-    memory = mmap.mmap(-1, 1 << 20)
-    large = _Stack(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 0, len(memory))
-    assert sigaltstack(ctypes.byref(large), ctypes.byref(small)) == 0
-    yield
-    assert sigaltstack(ctypes.byref(small), None) == 0
 
 
 @pytest.fixture(scope="session")

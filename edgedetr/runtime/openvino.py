@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,19 @@ def tensors(model: bytes, images: np.ndarray, names: Sequence[str], *,
     return {name: np.array(request.get_tensor(name).data) for name in names}
 
 
+@functools.cache
+def _core() -> Any:
+    """The one Core of this process, never given back.
+
+    The CPU plugin of each Core gives the thread a stack for signal handlers, and puts back what it found when it goes.
+    Of two that go in the order they came, the second puts back the first one's, whose memory is gone (OpenVINO 2026.4):
+    the next signal that Python handles, Ctrl-C or the end of a child, then kills the process without a word.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def _compile(model: str | bytes, threads: int | None, precision_hint: str, batch: int = 1) -> Any:
     try:
         import openvino
@@ -58,7 +72,7 @@ def _compile(model: str | bytes, threads: int | None, precision_hint: str, batch
     settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    core = openvino.Core()
+    core = _core()
     try:
         graph = core.read_model(model)
         shape = graph.inputs[0].partial_shape
