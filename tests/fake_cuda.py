@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import shutil
@@ -64,6 +65,7 @@ def built(version: int) -> Path:
     if compiler is None:
         pytest.skip("needs a C compiler for the fake CUDA")
     path = Path(tempfile.mkdtemp(prefix="fake-cuda-")) / f"libfakecuda{version}.so"
+    atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", f"-DFAKE_VERSION={version}", "-o", str(path),
                     str(Path(__file__).with_name("fake_cuda.c"))], check=True, timeout=60)
     return path

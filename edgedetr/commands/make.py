@@ -39,7 +39,6 @@ def train(
 
     Writes a bundle: one directory that the other commands add to."""
     from edgedetr.recipe import DEFAULT, Recipe
-    from edgedetr.train.memory import keep_freed
     from edgedetr.train.progress import RichProgress
     from edgedetr.train.train import train as run
 
@@ -49,7 +48,6 @@ def train(
     recipe = Recipe.load(recipe_name or DEFAULT, sets=(*sets, *starts), preset=preset)
     out = out or Path("runs") / f"{data.resolve().name}.bundle"
     say(f"bundle: {out}")
-    keep_freed()
     bundle = run(recipe, data, out, resume=resume, strict=strict, progress=RichProgress())
     say(f"trained: {bundle.path}\nnext: edgedetr export {bundle.path}")
 

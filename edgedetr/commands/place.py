@@ -52,13 +52,11 @@ def demo(out: Path, fresh: bool, as_json_: bool) -> int:
     """
     from edgedetr.commands.measure import show_verdict
     from edgedetr.demo import DATA, run
-    from edgedetr.train.memory import keep_freed
     from edgedetr.train.progress import RichProgress
 
     if fresh and (out / DATA / "params.json").is_file():
         shutil.rmtree(out)
     say("synthetic data: rendered shapes on clutter; the figures below say nothing about photographs")
-    keep_freed()
     outcome = run(out, training=RichProgress(), bars=progress_bars)
     say("")
     show_verdict(dict(outcome.verdict))

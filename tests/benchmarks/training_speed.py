@@ -84,7 +84,7 @@ def their_step(member: str, pixels: int, batch: int, backbone: str) -> Callable[
 
 
 def our_step(member: str, pixels: int, batch: int, backbone: str) -> Callable[[], None]:
-    keep_freed()                # as `edgedetr train` does
+    keep_freed()                # as `train` does
     config = FAMILY[member].config(backbone_weights="random", dropout=0.0)
     settings = TrainConfig()
     detector = build(member, config, CLASSES).train().to(memory_format=torch.channels_last)

@@ -144,7 +144,7 @@ def test_without_a_driver_the_guard_speaks_before_the_runtime_crashes(bindings, 
     def run(code: str) -> subprocess.CompletedProcess[str]:
         root = Path(edgedetr.__file__).parents[1]
         return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, folders.values()), str(root),
-                               str(plan)], capture_output=True, text=True, timeout=120, check=False)
+                               str(plan)], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
 
     guarded = run(GUARDED)
     assert guarded.returncode == 0, guarded.stderr
