@@ -143,6 +143,16 @@ def test_work_that_fails_while_it_is_recorded_ends_the_recording(fake12):
     assert fake12.log[-1] == "cudaGetLastError"
 
 
+def test_a_recording_that_cannot_be_ended_does_not_hide_what_failed_in_it(fake12):
+    cuda = Cuda()
+    stream = cuda.stream()
+    fake12.fail("cudaStreamEndCapture", 901)
+    with pytest.raises(ZeroDivisionError):
+        cuda.capture(stream, lambda: 1 / 0)
+    assert fake12.log[-2:] == ["cudaStreamEndCapture", "cudaGetLastError"]
+    assert fake12.live()["graphs"] == 0
+
+
 def test_events_time_the_device(fake12):
     cuda = Cuda()
     stream, start, end = cuda.stream(), cuda.event(), cuda.event()

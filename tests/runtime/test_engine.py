@@ -192,6 +192,13 @@ def test_timings_that_do_not_fit_are_left_out(fake, bundle, cache, caplog):
     assert [call.args[0] for call in fake.configs[0].create_timing_cache.call_args_list] == [b"of another world", b""]
 
 
+def test_a_builder_without_timings_builds_and_keeps_none(fake, bundle, cache, caplog):
+    fake.timing_caches = False
+    assert engine.build(bundle).made and not caplog.text
+    fake.configs[0].set_timing_cache.assert_not_called()
+    assert not engine_store.timing_cache_path(ORIN, fake.spec.__version__).exists()
+
+
 def test_timings_behind_a_link_are_not_read(fake, bundle, cache, tmp_path, caplog):
     path = engine_store.timing_cache_path(ORIN, fake.spec.__version__)
     path.parent.mkdir(parents=True)

@@ -19,8 +19,8 @@ from building import command
 from tensorrt_spec.fake import FakeTensorRT
 
 from edgedetr.bundle import Bundle
-from edgedetr.errors import EngineError
-from edgedetr.runtime import engine, engine_store
+from edgedetr.errors import BundleError, EngineError
+from edgedetr.runtime import engine, engine_store, onnx_facts
 
 
 def failing_again(bundle: Bundle, fake: FakeTensorRT, error: str) -> None:
@@ -160,6 +160,40 @@ def _build_in_process(path: str, barrier, answers) -> None:    # type: ignore[no
         answers.put((made.made, made.sidecar.plan_sha256))
     except EngineError as error:
         answers.put(("failed", str(error)))
+
+
+def test_a_plan_whose_sidecar_is_damaged_is_not_called_outdated(old, bundle, tiny_graph):
+    made = engine.build(bundle)
+    with bundle.add("model.int8.onnx", stage="export") as path:
+        tiny_graph.write(path, np.ones((3, 6)), np.zeros((3, 2)))
+    assert engine.outdated(bundle) == [made.path]
+    made.path.with_suffix(".json").write_text("{")      # nobody knows any more what it was built from
+    assert engine.outdated(bundle) == []
+
+
+def test_a_graph_that_changes_while_it_is_read_is_not_built(old, bundle, monkeypatch):
+    read = onnx_facts.read
+
+    def changed(path: Path) -> tuple[bytes, onnx_facts.OnnxFacts]:
+        model, facts = read(path)
+        return model + b" ", facts
+
+    monkeypatch.setattr(onnx_facts, "read", changed)
+    with pytest.raises(BundleError, match="changed while it was read"):
+        engine.build(bundle)
+    assert old.models == []
+
+
+def test_a_lock_that_cannot_be_opened_is_one_error(old, bundle):
+    (bundle.path / "engines" / ".lock").mkdir(parents=True)
+    with pytest.raises(EngineError, match=r"\.lock.*Is a directory"):
+        engine.build(bundle)
+
+
+def test_timings_that_cannot_be_kept_only_cost_time(old, bundle, cache, caplog):
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / "timing").write_text("a file where the folder should be")
+    assert engine.build(bundle).made and "are not kept" in caplog.text
 
 
 def test_eight_processes_at_once_make_one_engine(old, bundle):

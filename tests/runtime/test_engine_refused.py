@@ -31,6 +31,13 @@ def test_an_unreadable_answer_of_the_inspector_is_an_error(fake, bundle):
     assert not engine_store.plans(bundle)
 
 
+@pytest.mark.parametrize("silence", ["", " \n", None])
+def test_an_inspector_that_says_nothing_leaves_the_engine_without_layers(fake, bundle, silence):
+    fake.inspector = silence
+    made = engine.build(bundle)
+    assert made.made and made.sidecar.layers.weighted == {}
+
+
 def test_a_builder_that_does_not_start_is_one_error(old, bundle):
     def refuse(logger: object) -> None:
         raise TypeError("pybind11::init(): factory function returned nullptr")     # what the bindings raise

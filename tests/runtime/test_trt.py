@@ -112,6 +112,20 @@ def test_every_thread_has_a_context_a_stream_and_buffers_of_its_own(plan, graph,
     assert latest.gone == ["context"] * 3 + ["engine", "runtime"]
 
 
+def test_an_engine_that_was_closed_before_it_ran_says_so_and_closing_again_changes_nothing(plan, latest, rng):
+    runner = TrtRunner(plan())
+    runner.run(pictures(rng))
+    lane = runner.session._lanes[0]
+    for _ in range(2):
+        lane.close()
+        runner.close()
+    assert not any(latest.fake.live().values())
+    other = TrtRunner(plan())
+    other.close()
+    with pytest.raises(UsageError, match="has been closed"):
+        other.run(pictures(rng))
+
+
 def test_results_are_copies_that_the_next_run_does_not_change(plan, latest, rng):
     runner = TrtRunner(plan())
     first = runner.run(pictures(rng))

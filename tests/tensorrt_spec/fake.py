@@ -36,6 +36,7 @@ class FakeTensorRT:
         self.inputs = {"images": (1, 3, 32, 48)}
         self.phases = [("Building", None, 2), ("inner", "Building", 5)]
         self.timing_cache_fits = True
+        self.timing_caches = True           # whether this builder has any
         self.profile_index = 0
         self.loads = True
         self.inspector = json.dumps(LAYERS_10)
@@ -87,7 +88,7 @@ class FakeTensorRT:
 
     def _config(self) -> Any:
         def cache(data: bytes) -> Any:
-            if data and not self.timing_cache_fits:
+            if not self.timing_caches or (data and not self.timing_cache_fits):
                 return None
             return self._new("ITimingCache", on_serialize=lambda: b"timings after " + data)
 
