@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgedetr.layers.linear import Linear
+
 
 class MultiHeadAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v per head, D = C / M (Vaswani et al. 2017)."""
@@ -15,7 +17,7 @@ class MultiHeadAttention(nn.Module):
         if dim % heads:
             raise ValueError(f"{dim} channels cannot be split over {heads} heads; expected a multiple")
         self.heads, self.scale = heads, (dim // heads) ** -0.5
-        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.out = (Linear(dim, dim) for _ in range(4))
         self.dropout = dropout      # of the weights, while training
         for projection in (self.q, self.k, self.v, self.out):
             nn.init.xavier_uniform_(projection.weight)

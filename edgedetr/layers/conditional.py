@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edgedetr.layers.attention import attend
 from edgedetr.layers.feedforward import Mlp
+from edgedetr.layers.linear import Linear
 from edgedetr.layers.position import sine_of_boxes
 
 SMALLEST = 1e-5         # side of a box in 0..1 that the spatial query divides by at least
@@ -104,10 +105,10 @@ class SpatialQuery(nn.Module):
         return (place.unflatten(-1, (2, self.per_axis)) * ratio[..., None]).flatten(-2)
 
 
-def _linears(dim: int, heads: int, count: int) -> list[nn.Linear]:
+def _linears(dim: int, heads: int, count: int) -> list[Linear]:
     if dim % heads:
         raise ValueError(f"{dim} channels cannot be split over {heads} heads; expected a multiple")
-    linears = [nn.Linear(dim, dim) for _ in range(count)]
+    linears = [Linear(dim, dim) for _ in range(count)]
     for linear in linears:
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)

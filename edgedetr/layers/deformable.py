@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edgedetr.layers.bilinear import Grid, bilinear_sum
 from edgedetr.layers.gather import around
+from edgedetr.layers.linear import Linear
 from edgedetr.layers.rows import quick, weighted_rows
 
 Shapes = Sequence[tuple[int, int]]
@@ -39,9 +40,9 @@ class DeformableAttention(nn.Module):
             raise ValueError(f"{dim} channels cannot be split over {heads} heads; expected a multiple")
         self.heads, self.points, self.sampling, self.method = heads, list(points), sampling, method
         self.offset_scale, self.total = offset_scale, sum(points)
-        self.offsets = nn.Linear(dim, heads * self.total * 2)
-        self.weights = nn.Linear(dim, heads * self.total)
-        self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.offsets = Linear(dim, heads * self.total * 2)
+        self.weights = Linear(dim, heads * self.total)
+        self.value, self.out = Linear(dim, dim), Linear(dim, dim)
         share = torch.tensor([1 / count for count in points for _ in range(count)])
         self.register_buffer("share", share[:, None], persistent=False)
         self._initialise()

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgedetr.layers.linear import Linear
+
 
 class DynamicInteraction(nn.Module):
     """1x1 convolutions of a box's features with weights that its query predicts, then one Linear over all of it.
@@ -23,9 +25,9 @@ class DynamicInteraction(nn.Module):
         super().__init__()
         sizes = [dim, hidden, dim] if layers == 2 else [dim, dim]
         self.pairs = list(pairwise(sizes))
-        self.weights = nn.Linear(dim, sum(a * b for a, b in self.pairs))
+        self.weights = Linear(dim, sum(a * b for a, b in self.pairs))
         self.norms = nn.ModuleList(nn.LayerNorm(b) for _, b in self.pairs)
-        self.out, self.out_norm = nn.Linear(bins * dim, dim), nn.LayerNorm(dim)
+        self.out, self.out_norm = Linear(bins * dim, dim), nn.LayerNorm(dim)
         for linear in (self.weights, self.out):
             nn.init.xavier_uniform_(linear.weight)
 
@@ -42,8 +44,8 @@ class DynamicRelu(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
-        self.squeeze = nn.Linear(channels, channels // reduction)
-        self.excite = nn.Linear(channels // reduction, 4 * channels)
+        self.squeeze = Linear(channels, channels // reduction)
+        self.excite = Linear(channels // reduction, 4 * channels)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """maps: P of [B, C, cells] -> the same shapes."""
@@ -61,7 +63,7 @@ class ScaleAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.score = nn.Linear(channels, 1)
+        self.score = Linear(channels, 1)
         nn.init.normal_(self.score.weight, std=0.01)
         nn.init.zeros_(self.score.bias)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.layers.conv import ACTIVATIONS
+from edgedetr.layers.linear import Linear
 
 
 class FeedForward(nn.Module):
@@ -16,7 +17,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int, activation: str = "relu", dropout: float = 0.0,
                  activation_dropout: float = 0.0) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.up, self.down = Linear(dim, hidden), Linear(hidden, dim)
         self.activation = ACTIVATIONS[activation]()
         if isinstance(self.activation, (nn.ReLU, nn.SiLU)):
             # What a Linear gives for [B, N, C] is a view, and the gradient of a change in place copies all of it.
@@ -34,7 +35,7 @@ class Mlp(nn.Module):
     def __init__(self, inputs: int, hidden: int, outputs: int, layers: int) -> None:
         super().__init__()
         sizes = [inputs] + [hidden] * (layers - 1) + [outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
+from edgedetr.layers.linear import linear
 
 
 class LoraLinear(nn.Linear):
@@ -34,7 +34,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.down), self.up) * self.share
+        return linear(x, self.weight, self.bias) + linear(linear(x, self.down), self.up) * self.share
 
     @torch.no_grad()
     def fused(self) -> nn.Linear:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward, Mlp
+from edgedetr.layers.linear import Linear
 from edgedetr.layers.position import sine
 
 Axes = tuple[Tensor, Tensor]    # position of each column [1 or B, W, C], and of each row [1 or B, H, C]
@@ -53,7 +54,7 @@ class RowColumnAttention(nn.Module):
         if dim % heads:
             raise ValueError(f"{dim} channels cannot be split over {heads} heads; expected a multiple")
         self.heads, self.scale = heads, (dim // heads) ** -0.5
-        self.q_x, self.q_y, self.k_x, self.k_y, self.v, self.out = (nn.Linear(dim, dim) for _ in range(6))
+        self.q_x, self.q_y, self.k_x, self.k_y, self.v, self.out = (Linear(dim, dim) for _ in range(6))
         self.dropout = nn.Dropout(dropout)
         for projection in (self.q_x, self.q_y, self.k_x, self.k_y, self.v, self.out):
             nn.init.xavier_uniform_(projection.weight)

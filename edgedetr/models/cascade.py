@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
 from edgedetr.layers.dynamic import DynamicInteraction
+from edgedetr.layers.linear import Linear
 from edgedetr.layers.roi import RoiAlign
 from edgedetr.models.detector import Memory, Queries
 from edgedetr.models.queries import label_content
@@ -69,8 +70,8 @@ class DeltaBoxes(nn.Module):
         super().__init__()
         self.class_tower = nn.ModuleList(_tower(dim, class_tower) for _ in range(layers))
         self.box_tower = nn.ModuleList(_tower(dim, box_tower) for _ in range(layers))
-        self.score = nn.ModuleList(nn.Linear(dim, logits) for _ in range(layers))
-        self.box = nn.ModuleList(nn.Linear(dim, 4) for _ in range(layers))
+        self.score = nn.ModuleList(Linear(dim, logits) for _ in range(layers))
+        self.box = nn.ModuleList(Linear(dim, 4) for _ in range(layers))
 
     def classify(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> logits [B, N, K]."""
@@ -103,4 +104,4 @@ class DeltaBoxes(nn.Module):
 
 def _tower(dim: int, blocks: int) -> nn.Sequential:
     return nn.Sequential(*[module for _ in range(blocks)
-                           for module in (nn.Linear(dim, dim, bias=False), nn.LayerNorm(dim), nn.ReLU())])
+                           for module in (Linear(dim, dim, bias=False), nn.LayerNorm(dim), nn.ReLU())])

@@ -15,6 +15,7 @@ from edgedetr.layers.conditional import ConditionalAttention, ConditionalSelfAtt
 from edgedetr.layers.deformable import DeformableAttention
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward, Mlp
+from edgedetr.layers.linear import Linear
 from edgedetr.layers.row_column import RowColumnAttention
 from edgedetr.models.detector import Memory, Outputs, Queries
 
@@ -135,7 +136,7 @@ class AbsoluteBoxes(nn.Module):
         """iterative  every layer moves the box of the layer before (DAB-DETR, section 4.3)"""
         super().__init__()
         self.iterative = self.twice = iterative
-        self.score, self.box = nn.Linear(dim, logits), Mlp(dim, dim, 4, box_layers)
+        self.score, self.box = Linear(dim, logits), Mlp(dim, dim, 4, box_layers)
 
     def classify(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> logits [B, N, K*]."""
@@ -158,7 +159,7 @@ class IterativeBoxes(nn.Module):
         """twice  the loss of a layer reaches the box of the layer before as well (DINO, section 3.5)"""
         super().__init__()
         self.twice = twice
-        self.score = nn.ModuleList(nn.Linear(dim, logits) for _ in range(layers))
+        self.score = nn.ModuleList(Linear(dim, logits) for _ in range(layers))
         self.box = nn.ModuleList(Mlp(dim, dim, 4, 3) for _ in range(layers))
 
     def classify(self, layer: int, features: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from edgedetr.layers.deform_conv import MASKS, OFFSETS, TAPS, DeformRead, Source
 from edgedetr.layers.dynamic import DynamicRelu, ScaleAttention
+from edgedetr.layers.linear import Linear
 
 GROUPS = 16         # of the normalisation after each convolution (Dynamic Head)
 
@@ -28,7 +29,7 @@ class DynamicPyramidLayer(nn.Module):
         super().__init__()
         self.offset = nn.Conv2d(dim, OFFSETS + MASKS, 3, padding=1)
         self.read = DeformRead(sampling)
-        self.same, self.finer, self.coarser = (nn.Linear(TAPS * dim, dim) for _ in range(3))
+        self.same, self.finer, self.coarser = (Linear(TAPS * dim, dim) for _ in range(3))
         self.same_norm, self.finer_norm, self.coarser_norm = (nn.GroupNorm(GROUPS, dim) for _ in range(3))
         self.scale = ScaleAttention(dim)
         self.activation = DynamicRelu(dim) if dynamic_relu else None

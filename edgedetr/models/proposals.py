@@ -15,6 +15,7 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.deformable import Shapes
 from edgedetr.layers.feedforward import Mlp
 from edgedetr.layers.gather import take_rows
+from edgedetr.layers.linear import Linear
 from edgedetr.layers.position import sine
 from edgedetr.models.deformable_encoder import cell_centres
 from edgedetr.models.detector import Memory, Queries
@@ -29,7 +30,7 @@ class PointQueries(nn.Module):
 
     def __init__(self, queries: int, dim: int) -> None:
         super().__init__()
-        self.embed, self.reference = nn.Embedding(queries, 2 * dim), nn.Linear(dim, 2)
+        self.embed, self.reference = nn.Embedding(queries, 2 * dim), Linear(dim, 2)
         nn.init.xavier_uniform_(self.reference.weight)
         nn.init.zeros_(self.reference.bias)
 
@@ -69,8 +70,8 @@ class Proposals(nn.Module):
         self.rank, self.queries, self.first = rank, queries, first or queries
         self.count = queries
         self.starts = Starts()
-        self.project, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
-        self.score, self.box = nn.Linear(dim, num_classes), Mlp(dim, dim, 4, 3)
+        self.project, self.norm = Linear(dim, dim), nn.LayerNorm(dim)
+        self.score, self.box = Linear(dim, num_classes), Mlp(dim, dim, 4, 3)
         nn.init.xavier_uniform_(self.project.weight)
 
     @property
@@ -113,7 +114,7 @@ class TwoStageQueries(Proposals):
     def __init__(self, dim: int, num_classes: int, queries: int, denoising: bool = False) -> None:
         super().__init__(dim, num_classes, queries, "foreground")
         self.denoising_class_embed = nn.Embedding(num_classes + 1, dim) if denoising else None
-        self.place, self.place_norm = nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim)
+        self.place, self.place_norm = Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim)
         nn.init.xavier_uniform_(self.place.weight)
 
     def forward(self, memory: Memory) -> Queries:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from edgedetr.errors import ModelError
 from edgedetr.layers.feedforward import Mlp
 from edgedetr.layers.gather import take_rows
+from edgedetr.layers.linear import Linear
 from edgedetr.models.detector import Memory, Queries
 
 INVALID = 1e4           # logit of an anchor off the map: sigmoid is exactly 1, and it stays finite in a quantised graph
@@ -72,8 +73,8 @@ class TopKQueries(nn.Module):
                  learned_content: bool = False) -> None:
         super().__init__()
         self.queries, self.anchors = queries, Anchors()
-        self.project, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
-        self.score, self.box = nn.Linear(dim, num_classes), Mlp(dim, dim, 4, 3)
+        self.project, self.norm = Linear(dim, dim), nn.LayerNorm(dim)
+        self.score, self.box = Linear(dim, num_classes), Mlp(dim, dim, 4, 3)
         self.denoising_class_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes) if denoising else None
         self.content = nn.Embedding(queries, dim) if learned_content else None
         nn.init.xavier_uniform_(self.project.weight)

@@ -1,4 +1,4 @@
-"""What this processor can do with 8-bit integers."""
+"""What this processor can do: with 8-bit integers, and with the libraries that multiply on it."""
 
 from __future__ import annotations
 
@@ -33,6 +33,22 @@ def int8_saturates() -> bool:
     (measured on Zen 3: 5.1 of 59.0 AP on the rendered set, 60.3 of 60.4 on BCCD, first at the stem's convolution).
     """
     return platform.machine().lower() in ("x86_64", "amd64", "i686") and int8_dot_product() is None
+
+
+@lru_cache(maxsize=1)
+def mkl_is_narrow() -> bool:
+    """Whether MKL multiplies float32 in half this CPU's width: AMD from family 26 (Zen 5) on, which has all of AVX-512.
+
+    Measured on Zen 5, one thread: products of Linears ran at 105 GFLOP/s by MKL and at 217 to 247 by oneDNN.
+    """
+    try:
+        lines = CPUINFO.read_text(encoding="ascii", errors="ignore").splitlines()
+    except OSError:
+        return False
+    first = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    family = first.get("cpu family", "")
+    return (first.get("vendor_id") == "AuthenticAMD" and family.isdigit() and int(family) >= 26
+            and "avx512f" in first.get("flags", "").split())
 
 
 def cores() -> int:

@@ -36,6 +36,7 @@ class Position:
     stale       evaluations since then, for early stopping
     done        nothing is left to do
     scale       of the fp16 gradient scaler, and its steps since it last grew; 0 for other precisions
+    epochs      that train.minutes has time for; 0 where it is not set, or nothing was measured yet
     sums, summed    of the losses since the last line of the record, and over how many steps
     """
 
@@ -46,6 +47,7 @@ class Position:
     done: bool = False
     scale: float = 0.0
     growth: int = 0
+    epochs: int = 0
     sums: list[float] = field(default_factory=list)
     summed: int = 0
 

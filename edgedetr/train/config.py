@@ -17,6 +17,7 @@ class TrainConfig:
 
     start: str = ""                     # weights of a whole detector: a bundle, file or hub name; "" = the backbone's
     epochs: int = 72                    # RT-DETR, 6x schedule
+    minutes: float = 0.0                # fewer epochs where they would take longer than this here; 0 = all of them
     batch: int = 16                     # pictures per step over all devices (RT-DETR: 4 on each of 4)
     accumulate: int = 1                 # the batch goes through in this many parts, where memory is short
     lr: float = 1e-4                    # RT-DETR and DETR
@@ -78,7 +79,7 @@ class TrainConfig:
             _at_least(self, "train", name, 1)
         for name in ("warmup_steps", "patience", "workers", "threads", "cache_mb", "denoising", "clip", "weight_decay",
                      "backbone_lr_factor", "slow_lr_factor", "ema_warmup", "cost_l1", "cost_giou", "weight_l1",
-                     "weight_giou", "gamma", "box_noise", "denoising_groups", "seed", "lora_rank"):
+                     "weight_giou", "gamma", "box_noise", "denoising_groups", "seed", "lora_rank", "minutes"):
             _at_least(self, "train", name, 0)
         for name in ("cost_class", "weight_class"):
             if getattr(self, name) is not None:
@@ -102,6 +103,9 @@ class TrainConfig:
                               f"{self.devices} devices x {self.accumulate} parts")
         if self.schedule == "step" and not self.step_epochs:
             raise RecipeError("train.schedule is 'step' without step_epochs; for example --set train.step_epochs=[40]")
+        if self.minutes and self.schedule == "step":
+            raise RecipeError(f"train.minutes is {self.minutes:g}, which changes the number of epochs, and "
+                              f"train.step_epochs {list(self.step_epochs)} would not follow; use schedule 'cosine'")
         if list(self.step_epochs) != sorted(set(self.step_epochs)) or any(epoch < 1 for epoch in self.step_epochs):
             raise RecipeError(f"train.step_epochs is {self.step_epochs}; expected epochs that ascend, each at least 1")
 

@@ -1,4 +1,4 @@
-"""The detector that a training starts from: built, filled with weights, and told which of its parts learn and how."""
+"""What a training starts from: data to learn, and a detector, built, filled with weights and told what of it learns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from edgedetr.bundle import MANIFEST, Bundle, ClassInfo
-from edgedetr.errors import ModelError, TrainingError
+from edgedetr.data.form import DetectionSet
+from edgedetr.errors import DataError, ModelError, TrainingError
 from edgedetr.layers import drop_path, lora
 from edgedetr.models import build, pretrained
 from edgedetr.models.detector import Detector
@@ -70,3 +71,14 @@ def _start(model: Detector, member: str, source: str, classes: list[str]) -> Non
                         ", ".join(kept) or "none", ", ".join(fresh) or "none")
     else:
         pretrained.load_detector(model, member, source)
+
+
+def check(samples: DetectionSet, chosen: DetectionSet) -> None:
+    """Errors: DataError where there is nothing to learn, or where the two splits name other classes."""
+    if not len(samples) or not any(len(sample.boxes) for sample in samples.samples):
+        raise DataError(f"{samples.root}: the split {samples.name!r} has {len(samples)} usable pictures and no objects "
+                        f"to learn; run: edgedetr data check {samples.root}")
+    if samples.classes != chosen.classes:
+        ours, theirs = (", ".join(c.name for c in part.classes) for part in (samples, chosen))
+        raise DataError(f"{samples.root}: classes differ between {samples.name} ({ours}) and {chosen.name} ({theirs}); "
+                        "expected the same in every split")

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from edgedetr.bundle import Bundle, DataRecord, Manifest, OutputContract
 from edgedetr.data import layouts
 from edgedetr.data.form import DataConfig, DetectionSet
-from edgedetr.errors import DataError, TrainingError
+from edgedetr.errors import TrainingError
 from edgedetr.evaluation.evaluate import Metrics
 from edgedetr.layers.lora import merged
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.recipe import Recipe
-from edgedetr.train import checkpoint, optimizer, prepare
+from edgedetr.train import checkpoint, optimizer, pace, prepare
 from edgedetr.train.checkpoint import Position
 from edgedetr.train.criterion import Losses
 from edgedetr.train.dataset import Batch, TrainingSet, batches, order, smaller
@@ -54,12 +54,12 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, *, resume: bool = F
               `out` and `data` must be the same place for all
     Errors: DataError, TrainingError (NaN, unusable checkpoint, `out` taken), ModelError.
     """
-    data, out = Path(data), Path(out)
+    begun, data, out = time.monotonic(), Path(data), Path(out)
     place = recipe.data.resolve(layouts.splits(data))
     place = replace(place, strict=strict or place.strict)
     samples = layouts.load(data, place.train_split, strict=place.strict)
     chosen = layouts.load(data, place.select_split, strict=place.strict)
-    _check(samples, chosen)
+    prepare.check(samples, chosen)
     saved = out / FOLDER / CHECKPOINT
     if not resume and (saved.exists() or (out / "weights.safetensors").exists()):
         raise TrainingError(f"{out} holds a training already; go on with it by --resume, or name another --out")
@@ -71,6 +71,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, *, resume: bool = F
     if saved.exists():
         run.load(saved)
     try:
+        run.plan(time.monotonic() - begun)
         run.go()
     finally:
         run.progress.finish()
@@ -123,6 +124,13 @@ class Run:
             scaler.load_state_dict({**scaler.state_dict(), **saved})
         log.info("going on at step %d of %d", self.position.step, self.total)
 
+    def plan(self, spent: float) -> None:
+        """Settle the number of epochs, where train.minutes limits it, of which `spent` seconds have passed."""
+        if self.config.minutes and not self.position.epochs:
+            self.position.epochs = pace.epochs(self, spent)
+        self.config = replace(self.config, epochs=self.position.epochs or self.config.epochs)
+        self.total = self.per_epoch * self.config.epochs
+
     def go(self) -> None:
         """All epochs that are left; then the bundle has the recipe as it is now, also where nothing was left."""
         main = self.fabric.is_global_zero
@@ -136,6 +144,8 @@ class Run:
             for rest in [*self.out.glob(".*.tmp"), *self.saved.parent.glob(".*.tmp")]:
                 rest.unlink()       # half-written by a run that was killed
         self.record = Record(self.saved.parent, self.position.step) if main else None
+        if self.record is not None and self.position.epochs and not self.position.step:
+            self.record.write("plan", 0, {"epochs": self.position.epochs, "minutes": self.config.minutes})
         if self.config.workers:
             self.pictures.fill()
         self.progress.start(self.total, self.position.step, self.config.epochs)
@@ -161,7 +171,7 @@ class Run:
         seen, begun = 0, time.monotonic()
         contract = smaller(self.pictures.contract, config.growth_at(epoch))
         for batch in batches(self.pictures, plan, epoch, plain=plain, workers=config.workers, contract=contract):
-            losses = self._step(batch).tolist()
+            losses = self.step(batch).tolist()
             position.sums = [a + b for a, b in zip(position.sums, losses)] if position.summed else losses
             position.summed += 1
             seen += config.batch
@@ -187,7 +197,7 @@ class Run:
             self.record.write("train", position.step, {**about, **self._means(sums.tolist())})
         position.sums, position.summed = [], 0
 
-    def _step(self, batch: Batch) -> torch.Tensor:
+    def step(self, batch: Batch) -> torch.Tensor:
         """One optimiser step; losses [7] on the CPU."""
         config, fabric, position = self.config, self.fabric, self.position
         seed_step(config.seed, position.step + 1, fabric.global_rank)
@@ -288,13 +298,3 @@ class Run:
             checkpoint.save(self.saved, self.position, self.fingerprint, self.detector, self.ema,
                             self.plain_optimizer)
         self.fabric.barrier()
-
-
-def _check(samples: DetectionSet, chosen: DetectionSet) -> None:
-    if not len(samples) or not any(len(sample.boxes) for sample in samples.samples):
-        raise DataError(f"{samples.root}: the split {samples.name!r} has {len(samples)} usable pictures and no objects "
-                        f"to learn; run: edgedetr data check {samples.root}")
-    if samples.classes != chosen.classes:
-        ours, theirs = (", ".join(c.name for c in part.classes) for part in (samples, chosen))
-        raise DataError(f"{samples.root}: classes differ between {samples.name} ({ours}) and {chosen.name} ({theirs}); "
-                        "expected the same in every split")

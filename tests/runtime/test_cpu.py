@@ -11,9 +11,11 @@ from edgedetr.runtime import cpu
 
 @pytest.fixture(autouse=True)
 def fresh():
-    cpu.int8_dot_product.cache_clear()
+    for function in (cpu.int8_dot_product, cpu.mkl_is_narrow):
+        function.cache_clear()
     yield
-    cpu.int8_dot_product.cache_clear()
+    for function in (cpu.int8_dot_product, cpu.mkl_is_narrow):
+        function.cache_clear()
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -49,3 +51,27 @@ def test_without_cpuinfo_only_apple_silicon_is_known(tmp_path, monkeypatch, mach
 
 def test_there_is_at_least_one_core():
     assert cpu.cores() >= 1
+
+
+def processor(vendor: str, family: int, flags: str) -> str:
+    """One of two cores; the second tells another story, which must not be heard."""
+    return (f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel name\t: x\nflags\t\t: {flags}\n\n"
+            "processor\t: 1\nvendor_id\t: Other\ncpu family\t: 1\nflags\t\t: fpu\n")
+
+
+@pytest.mark.parametrize("text, expected", [
+    (processor("AuthenticAMD", 26, "fpu avx2 avx512f"), True),              # Zen 5
+    (processor("AuthenticAMD", 26, "fpu avx2 avx512_bf16"), False),         # hidden by a virtual machine
+    (processor("AuthenticAMD", 25, "fpu avx2 avx512f"), False),             # Zen 4: two halves, as MKL does
+    (processor("GenuineIntel", 26, "fpu avx2 avx512f"), False),
+    ("Features\t: fp asimd asimddp\n", False), ("cpu family\t: ?\nvendor_id: AuthenticAMD\n", False), ("", False),
+])
+def test_mkl_is_narrow_on_zen_5_alone(tmp_path, monkeypatch, text, expected):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
+    assert cpu.mkl_is_narrow() is expected
+
+
+def test_without_cpuinfo_mkl_is_taken_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "none")
+    assert cpu.mkl_is_narrow() is False

@@ -195,14 +195,16 @@ def test_two_processes_lose_like_one_with_the_same_batches(processes, micro_data
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     children = [processes.Process(target=alone, args=(str(micro_data), str(tmp_path / "one"), settings))]
-    children += [processes.Process(target=two, args=(str(micro_data), str(tmp_path / "two"), rank, port, settings))
+    children += [processes.Process(target=two, args=(str(micro_data), str(tmp_path / "two"), rank, port,
+                                                   {**settings, "minutes": 60}))
                  for rank in range(2)]
     for child in children:
         child.start()
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0, 0]
-    ones, twos = lines(tmp_path / "one"), lines(tmp_path / "two")
+    ones, (plan, *twos) = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert plan["epochs"] == 1      # both have undone the same steps, taken for their time
     assert len(ones) == len(twos) == 4      # three steps, one evaluation
     for one, both in zip(ones, twos):
         for name in ("loss", "class", "l1", "giou", "auxiliary") if one["kind"] == "train" else ("ap", "ap50"):

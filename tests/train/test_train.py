@@ -152,7 +152,7 @@ def _first_step(recipe: Recipe, data: Path, out: Path) -> torch.Tensor:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
     batch = next(batches(run.pictures, order(len(samples), 4, seed=0, epoch=0), 0, plain=True, workers=0))
-    return run._step(batch)
+    return run.step(batch)
 
 
 def test_a_set_without_objects_is_refused(tmp_path):
