@@ -75,7 +75,9 @@ class _BilinearSum(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         table, weight, index, weights, share_x, slope_x, share_y, slope_y = ctx.saved_tensors
         gradient = gradient.flatten(0, 2)
-        of_table = table_gradient(index, weights, gradient, len(table)) if ctx.needs_input_grad[0] else None
+        pictures = len(weight)
+        of_table = (table_gradient(index, weights, gradient, len(table), pictures) if ctx.needs_input_grad[0]
+                    else None)
         if not any(ctx.needs_input_grad[1:4]):
             return of_table, None, None, None, None
         seen = weight_gradient(index, table, gradient)                              # of a sample's four cells
