@@ -91,7 +91,7 @@ class _BilinearSum(torch.autograd.Function):
 
 
 def _mixed(a: Tensor, of_a: Tensor, b: Tensor, of_b: Tensor) -> Tensor:
-    return torch.addcmul(a * of_a, b, of_b)
+    return (a * of_a).addcmul_(b, of_b)
 
 
 def _two_cells(place: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:

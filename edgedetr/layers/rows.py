@@ -95,4 +95,5 @@ def weight_gradient(index: Tensor, table: Tensor, gradient: Tensor) -> Tensor:
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         wanted = torch.sparse_csr_tensor(ends, index.flatten(), table.new_zeros(bags * width), (bags, len(table)),
                                          check_invariants=False)
-    return torch.sparse.sampled_addmm(wanted, gradient.contiguous(), table.t(), beta=0.0).values().view(bags, width)
+    torch.sparse.sampled_addmm(wanted, gradient.contiguous(), table.t(), beta=0.0, out=wanted)      # out: else a copy
+    return wanted.values().view(bags, width)
