@@ -1,7 +1,7 @@
 """Sums of bilinear samples of a pyramid's maps, with gradients written out: for training on a CPU.
 
-The same numbers as `around` and `weighted_rows` give one after the other, without autograd's record of every step
-between them.
+The same numbers as `around` and `weighted_rows` give one after the other, with a third of their passes over memory: the
+maps lie on one sheet between zeros, so that nothing asks which of the four cells about a place are in the map.
 """
 
 from __future__ import annotations
@@ -16,97 +16,133 @@ from torch.autograd.function import once_differentiable
 
 from edgedetr.layers.rows import sum_rows, table_gradient, weight_gradient
 
+BORDER = 2      # cells of zeros: a place far outside moves to where both cells of an axis are zeros, and the slope too
+
 
 @dataclass(frozen=True)
-class Grid:
-    """Where each point's map lies in a table of one row per picture, token and head.
+class Sheet:
+    """The maps of a pyramid side by side, the widest on the left and the others under each other beside it.
 
-    size    [P, 2]         cells of the point's map, x then y
-    stride  [P] int32      rows of the table from one row of cells to the next
-    first   [B, 1, M, P] int32   row of the table of the point's first cell
-    step    int            rows of the table from one cell to the next
+    height, width   of the sheet in cells
+    shapes          [(H, W)] of the maps, corners their (top, left) on the sheet
+    corner          [P, 2]  left and top of the map that a point looks at
+    low, high       [P, 2]  x and y of the least and the greatest place that is told from those beyond it
     """
 
-    size: Tensor
-    stride: Tensor
-    first: Tensor
-    step: int
+    height: int
+    width: int
+    shapes: list[tuple[int, int]]
+    corners: list[tuple[int, int]]
+    corner: Tensor
+    low: Tensor
+    high: Tensor
 
     @classmethod
-    def of(cls, shapes: Sequence[tuple[int, int]], points: Sequence[int], batch: int, heads: int) -> Grid:
-        """The maps of a pyramid, (H, W) each, one after the other, and how many points of a head look at each."""
-        starts = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
-        tokens = sum(h * w for h, w in shapes)
-        per_point = [(w, h, start) for (h, w), start, count in zip(shapes, starts, points) for _ in range(count)]
-        width, height, start = torch.tensor(per_point, dtype=torch.int32).unbind(-1)
-        row = torch.arange(batch, dtype=torch.int32)[:, None, None, None] * tokens + start          # [B, 1, 1, P]
-        first = row * heads + torch.arange(heads, dtype=torch.int32)[:, None]
-        return cls(torch.stack([width, height], dim=-1).float(), width * heads, first, heads)
+    def of(cls, shapes: Sequence[tuple[int, int]], points: Sequence[int], like: Tensor) -> Sheet:
+        """The maps (H, W) of a pyramid, and how many points of a head look at each; like: a tensor of places."""
+        widest = max(range(len(shapes)), key=lambda level: shapes[level][1])
+        corners, top, left, width = [], BORDER, shapes[widest][1] + 2 * BORDER, 0
+        for level, (rows, columns) in enumerate(shapes):
+            if level == widest:
+                corners.append((BORDER, BORDER))
+            else:
+                corners.append((top, left))
+                top, width = top + rows + BORDER, max(width, columns + BORDER)
+        per_point = [(x, y, w, h) for (h, w), (y, x), count in zip(shapes, corners, points) for _ in range(count)]
+        corner, size = like.new_tensor(per_point).split(2, dim=-1)
+        height = max(top, shapes[widest][0] + 2 * BORDER)
+        return cls(height, left + width, list(shapes), corners, corner, corner - BORDER, corner + size)
+
+    def laid(self, value: Tensor) -> Tensor:
+        """value [B, S, C], map after map -> the sheet [B, height, width, C]."""
+        sheet = value.new_zeros(len(value), self.height, self.width, value.shape[-1])
+        parts = value.split([rows * columns for rows, columns in self.shapes], dim=1)
+        for part, place in zip(parts, self._places(sheet)):
+            place.copy_(part.view(place.shape))
+        return sheet
+
+    def taken(self, sheet: Tensor) -> Tensor:
+        """The sheet [B, height, width, C] -> [B, S, C], map after map."""
+        return torch.cat([place.flatten(1, 2) for place in self._places(sheet)], dim=1)
+
+    def _places(self, sheet: Tensor) -> list[Tensor]:
+        return [sheet[:, top : top + rows, left : left + columns]
+                for (rows, columns), (top, left) in zip(self.shapes, self.corners)]
 
 
-def bilinear_sum(table: Tensor, x: Tensor, y: Tensor, weight: Tensor, grid: Grid) -> Tensor:
+def bilinear_sum(value: Tensor, x: Tensor, y: Tensor, weight: Tensor, sheet: Sheet) -> Tensor:
     """Per head, the weighted sum of what its points see; outside a map there are zeros.
 
-    table   [B S M, D] float32 on a CPU: a row per picture, token and head
-    x, y    [B, N, M, P] places in cells of the point's map; whole numbers are cell centres
+    value   [B, S, M D] float32 on a CPU: the maps' cells, map after map
+    x, y    [B, N, M, P] places in cells of the sheet: those in the point's map, where whole numbers are cell centres,
+            plus `sheet.corner`
     weight  [B, N, M, P]
     return  [B, N, M, D]
     """
-    summed: Tensor = _BilinearSum.apply(table, x, y, weight, grid)
+    summed: Tensor = _BilinearSum.apply(value, x, y, weight, sheet)
     return summed
 
 
 class _BilinearSum(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, x: Tensor, y: Tensor, weight: Tensor,  # type: ignore[override]
-                grid: Grid) -> Tensor:
-        columns, share_x, slope_x = _two_cells(x, grid.size[:, 0])
-        rows, share_y, slope_y = _two_cells(y, grid.size[:, 1])                     # each [B, N, M, 2, P]
-        rows = rows * grid.stride + grid.first.unsqueeze(-2)
-        index = rows.unsqueeze(-2) + (columns * grid.step).unsqueeze(-3)            # [B, N, M, 2 of y, 2 of x, P]
-        weights = (share_y * weight.unsqueeze(-2)).unsqueeze(-2) * share_x.unsqueeze(-3)
-        index, weights = index.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)           # [B N M, 4 P]
-        ctx.save_for_backward(table, weight, index, weights, share_x, slope_x, share_y, slope_y)
-        return sum_rows(table, index, weights).unflatten(0, x.shape[:3])
+    def forward(ctx: Any, value: Tensor, x: Tensor, y: Tensor, weight: Tensor,  # type: ignore[override]
+                sheet: Sheet) -> Tensor:
+        laid = sheet.laid(value)
+        table = laid.view(-1, value.shape[-1] // x.shape[2])                        # a row per picture, cell and head
+        index, shares, right, down = _cells(x, y, weight, sheet)
+        ctx.save_for_backward(table, weight, index, shares, right, down)
+        ctx.sheet, ctx.laid = sheet, laid.shape
+        return sum_rows(table, index, shares).unflatten(0, x.shape[:3])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        table, weight, index, weights, share_x, slope_x, share_y, slope_y = ctx.saved_tensors
-        gradient = gradient.flatten(0, 2)
-        pictures = len(weight)
-        of_table = (table_gradient(index, weights, gradient, len(table), pictures) if ctx.needs_input_grad[0]
-                    else None)
+        table, weight, index, shares, right, down = ctx.saved_tensors
+        gradient, pictures, of_value = gradient.flatten(0, 2), len(weight), None
+        if ctx.needs_input_grad[0]:
+            of_table = table_gradient(index, shares, gradient, len(table), pictures)
+            of_value = ctx.sheet.taken(of_table.view(ctx.laid))
         if not any(ctx.needs_input_grad[1:4]):
-            return of_table, None, None, None, None
-        seen = weight_gradient(index, table, gradient)                              # of a sample's four cells
-        seen = seen.view(*weight.shape[:3], 2, 2, weight.shape[-1])
-        across, down = share_x.unsqueeze(-3), share_y.unsqueeze(-2)
-        rows = _mixed(seen[..., 0, :], across[..., 0, :], seen[..., 1, :], across[..., 1, :])      # [B, N, M, 2, P]
-        columns = _mixed(seen[..., 0, :, :], down[..., 0, :, :], seen[..., 1, :, :], down[..., 1, :, :])
-        of_x, of_y, of_weight = (_mixed(pair[..., 0, :], share[..., 0, :], pair[..., 1, :], share[..., 1, :])
-                                 for pair, share in ((columns, slope_x), (rows, slope_y), (rows, share_y)))
-        return of_table, of_x.mul_(weight), of_y.mul_(weight), of_weight, None
+            return of_value, None, None, None, None
+        seen = weight_gradient(index, table, gradient).view(*weight.shape[:3], 4, -1)   # of the samples' four cells
+        of_x, of_y, of_weight = (torch.empty_like(weight) for _ in range(3))
+        for picture in range(pictures):
+            above, above_right, under, under_right = seen[picture].unbind(-2)
+            across, across_under = above_right - above, under_right - under
+            above = torch.addcmul(above, across, right[picture])
+            under = torch.addcmul(under, across_under, right[picture]).sub_(above)
+            torch.addcmul(above, under, down[picture], out=of_weight[picture])
+            torch.mul(under, weight[picture], out=of_y[picture])
+            torch.addcmul(across, across_under.sub_(across), down[picture], out=of_x[picture]).mul_(weight[picture])
+        return of_value, of_x, of_y, of_weight, None
 
 
-def _mixed(a: Tensor, of_a: Tensor, b: Tensor, of_b: Tensor) -> Tensor:
-    return (a * of_a).addcmul_(b, of_b)
+def _cells(x: Tensor, y: Tensor, weight: Tensor, sheet: Sheet) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four cells about each place [B, N, M, P], picture by picture, which a processor's cache holds.
 
-
-def _two_cells(place: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The two cells about each place along one axis, as `around` finds them: [..., P] and [P] -> [..., 2, P] each.
-
-    int32 cells, their bilinear weights, and how these change with the place (at a centre: as just above it)
+    int32 rows of the table, and the cells' shares of the sum, [B N M, 4 P] each; how far right and down of the first of
+    its four cells a place is, [B, N, M, P] each
     """
-    place, last = torch.minimum(place.clamp(min=-1), cells), cells - 1
-    below = place.floor()
-    pair, share, slope = (place.new_empty(*place.shape[:-1], 2, place.shape[-1]) for _ in range(3))
-    low = torch.minimum(below.clamp(min=0), last, out=pair[..., 0, :])
-    high = torch.minimum(below.add_(1), last, out=pair[..., 1, :])
-    near = place.sub_(low)
-    both = torch.sub(high, low, out=slope[..., 1, :])                               # 0 where one cell is outside
-    torch.mul(near, both, out=share[..., 1, :])
-    of_low = torch.sub(1, near.abs(), out=share[..., 0, :])
-    torch.copysign(of_low.ceil(), near.neg_(), out=slope[..., 0, :])                # 0 where clamped: nothing is near
-    return pair.int(), share, slope
+    pictures, queries, heads, points = weight.shape
+    step, line = heads, heads * sheet.width                                         # rows to the next cell, and line
+    area = sheet.height * line
+    index = weight.new_empty(pictures, queries, heads, 4, points, dtype=torch.int32)
+    shares, right, down = weight.new_empty(index.shape), torch.empty_like(weight), torch.empty_like(weight)
+    head = torch.arange(heads, dtype=torch.int32)[:, None]
+    for picture in range(pictures):
+        across = torch.clamp(x[picture], sheet.low[:, 0], sheet.high[:, 0], out=right[picture])
+        along = torch.clamp(y[picture], sheet.low[:, 1], sheet.high[:, 1], out=down[picture])
+        column, row = across.floor(), along.floor()
+        across.sub_(column)
+        along.sub_(row)
+        first = row.int().mul_(line).add_(column.int(), alpha=step).add_(head + picture * area)
+        first.clamp_(0, pictures * area - 1 - line - step)      # NaN is in no cell; whatever it reads, the sum is NaN
+        for cell, offset in enumerate((0, step, line, line + step)):
+            torch.add(first, offset, out=index[picture, :, :, cell])
+        above, above_right, under, under_right = shares[picture].unbind(-2)
+        lower = weight[picture] * along
+        upper = weight[picture] - lower
+        torch.sub(lower, torch.mul(lower, across, out=under_right), out=under)
+        torch.sub(upper, torch.mul(upper, across, out=above_right), out=above)
+    return index.flatten(3).flatten(0, 2), shares.flatten(3).flatten(0, 2), right, down

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgedetr.layers.bilinear import Grid, bilinear_sum
+from edgedetr.layers.bilinear import Sheet, bilinear_sum
 from edgedetr.layers.gather import around
 from edgedetr.layers.linear import Linear
 from edgedetr.layers.rows import quick, weighted_rows
@@ -104,10 +104,12 @@ class DeformableAttention(nn.Module):
     def _sum(self, value: Tensor, reference: Tensor, offset: Tensor, reach: Tensor, weight: Tensor,
              shapes: Shapes) -> Tensor:
         """As `_gather`, on a CPU in float32: never a sample in memory."""
-        grid = Grid.of(shapes, self.points, value.shape[0], self.heads)
-        base, scale = reference * grid.size - 0.5, reach * grid.size                # in cells, [1 or B, N, 1, P, 2]
-        x, y = (torch.addcmul(base[..., axis], offset[..., axis], scale[..., axis]) for axis in (0, 1))
-        return bilinear_sum(value.reshape(-1, value.shape[-1] // self.heads), x, y, weight, grid).flatten(2)
+        sheet = Sheet.of(shapes, self.points, offset)
+        size = self._per_point([(w, h) for h, w in shapes], offset)
+        base, scale = reference * size + (sheet.corner - 0.5), reach * size         # in cells, [1 or B, N, 1, P, 2]
+        moved = zip(base.unbind(-1), offset.unbind(-1), scale.unbind(-1))
+        x, y = (torch.addcmul(place, by, cells) for place, by, cells in moved)
+        return bilinear_sum(value, x, y, weight, sheet).flatten(2)
 
     def _grid_sample(self, value: Tensor, location: Tensor, weight: Tensor, shapes: Shapes) -> Tensor:
         batch, queries = location.shape[:2]

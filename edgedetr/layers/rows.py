@@ -73,7 +73,7 @@ def table_gradient(index: Tensor, weight: Tensor, gradient: Tensor, rows: int, p
     """
     sums, width = len(index) // parts, index.shape[1]
     ends = np.arange(0, sums * width + 1, width, dtype=np.int32)
-    of_table = torch.empty(rows, gradient.shape[1])
+    of_table = gradient.new_empty(rows, gradient.shape[1])
     filled, cells, shares, seeds = (tensor.numpy() for tensor in (of_table, index, weight, gradient.contiguous()))
     rows //= parts
 

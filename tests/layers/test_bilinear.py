@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edgedetr.layers.bilinear import Grid, bilinear_sum
+from edgedetr.layers.bilinear import Sheet, bilinear_sum
 from edgedetr.layers.deformable import DeformableAttention
 
 SHAPES, POINTS = [(4, 6), (2, 3), (1, 2)], [3, 2, 1]
@@ -15,20 +15,20 @@ TOKENS = sum(h * w for h, w in SHAPES)
 
 
 def case(kind: torch.dtype) -> list[torch.Tensor]:
-    """Table, x, y, weight; places reach two cells beyond every border."""
+    """Values, x, y, weight; places reach more than two cells beyond every border."""
     torch.manual_seed(0)
     shape = (BATCH, QUERIES, HEADS, sum(POINTS))
     places = []
     for axis in (1, 0):
         cells = torch.tensor([s[axis] for s, count in zip(SHAPES, POINTS) for _ in range(count)])
-        places.append(torch.rand(shape, dtype=kind) * (cells + 4) - 2.5)
-    table = torch.randn(BATCH * TOKENS * HEADS, WIDTH, dtype=kind)
-    return [tensor.requires_grad_() for tensor in (table, *places, torch.randn(shape, dtype=kind))]
+        places.append(torch.rand(shape, dtype=kind) * (cells + 6) - 3.5)
+    value = torch.randn(BATCH, TOKENS, HEADS * WIDTH, dtype=kind)
+    return [tensor.requires_grad_() for tensor in (value, *places, torch.randn(shape, dtype=kind))]
 
 
-def by_grid_sample(table: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def by_grid_sample(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """[B, N, M, D], a map at a time."""
-    values, out, start, point = table.view(BATCH, TOKENS, HEADS, WIDTH), 0.0, 0, 0
+    values, out, start, point = value.unflatten(-1, (HEADS, WIDTH)), 0.0, 0, 0
     for (height, width), count in zip(SHAPES, POINTS):
         maps = values[:, start : start + height * width].permute(0, 2, 3, 1).reshape(-1, WIDTH, height, width)
         part = slice(point, point + count)
@@ -39,12 +39,13 @@ def by_grid_sample(table: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight
     return out
 
 
-def grid() -> Grid:
-    return Grid.of(SHAPES, POINTS, BATCH, HEADS)
+def by_sheet(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    sheet = Sheet.of(SHAPES, POINTS, x)
+    return bilinear_sum(value, x + sheet.corner[:, 0], y + sheet.corner[:, 1], weight, sheet)
 
 
 def agree(inputs: list[torch.Tensor]) -> None:
-    got, wanted = bilinear_sum(*inputs, grid()), by_grid_sample(*inputs)
+    got, wanted = by_sheet(*inputs), by_grid_sample(*inputs)
     torch.testing.assert_close(got, wanted)
     seed = torch.randn_like(wanted)
     for one, other in zip(torch.autograd.grad(got, inputs, seed), torch.autograd.grad(wanted, inputs, seed)):
@@ -56,25 +57,55 @@ def test_values_and_gradients_are_those_of_grid_sample() -> None:
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
-    assert torch.autograd.gradcheck(lambda *inputs: bilinear_sum(*inputs, grid()), case(torch.float64))
+    assert torch.autograd.gradcheck(by_sheet, case(torch.float64))
 
 
 def test_on_a_cells_centre_the_gradient_is_that_just_above_it() -> None:
     """As grid_sample's; attention starts there, because the first offsets are whole cells."""
-    table, x, y, weight = case(torch.float64)
+    value, x, y, weight = case(torch.float64)
     x, y = (place.detach().floor().requires_grad_() for place in (x, y))
     above = [place.detach().add(1e-9).requires_grad_() for place in (x, y)]
-    exact = torch.autograd.grad(bilinear_sum(table, x, y, weight, grid()).square().sum(), (x, y))
-    moved = torch.autograd.grad(bilinear_sum(table, *above, weight, grid()).square().sum(), above)
+    exact = torch.autograd.grad(by_sheet(value, x, y, weight).square().sum(), (x, y))
+    moved = torch.autograd.grad(by_sheet(value, *above, weight).square().sum(), above)
     outside = (x < 0) | (y < 0)         # half in the picture: a border is a kink of its own
     for one, other in zip(exact, moved):
         torch.testing.assert_close(one[~outside], other[~outside], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shapes", [
+    [(4, 6)], [(1, 2), (2, 3), (4, 6)], [(2, 6), (3, 5), (4, 4)], [(3, 2), (3, 2), (3, 2)],
+], ids=["one map", "widest last", "a column higher than the widest", "equal maps"])
+def test_a_sheet_holds_every_map_among_zeros(shapes: list[tuple[int, int]]) -> None:
+    torch.manual_seed(0)
+    value = torch.randn(2, sum(h * w for h, w in shapes), 3)
+    sheet = Sheet.of(shapes, [1] * len(shapes), value)
+    laid = sheet.laid(value)
+    assert torch.equal(sheet.taken(laid), value)
+    assert laid.count_nonzero() == value.numel(), "zeros elsewhere"
+    for (height, width), (left, top) in zip(shapes, sheet.corner.int().tolist()):
+        around = laid[:, top - 2 : top + height + 2, left - 2 : left + width + 2]
+        assert around.shape[1:3] == (height + 4, width + 4), "two cells on each side are on the sheet"
+        assert around.count_nonzero() == 2 * height * width * 3, "and are zeros"
+
+
+def test_a_place_that_is_no_number_gives_nan_and_nothing_else() -> None:
+    """A training that diverges ends with its own message, not inside a kernel."""
+    value, x, y, weight = (tensor.detach() for tensor in case(torch.float32))
+    wanted = by_sheet(value, x, y, weight)
+    x[0, 1, 2, 3], y[1, 0, 0, 0] = torch.nan, torch.nan
+    out = by_sheet(value, x.requires_grad_(), y, weight)
+    broken = torch.zeros_like(wanted, dtype=torch.bool)
+    broken[0, 1, 2], broken[1, 0, 0] = True, True
+    assert torch.equal(out.isnan(), broken)
+    torch.testing.assert_close(out[~broken], wanted[~broken])
+    out.sum().backward()
+    assert x.grad is not None and not x.grad[~broken.any(-1)].isnan().any()
+
+
 @pytest.mark.parametrize("needed", [0, 1, 3])
 def test_only_the_gradients_that_are_needed_are_made(needed: int) -> None:
     inputs = [tensor.detach().requires_grad_(index == needed) for index, tensor in enumerate(case(torch.float32))]
-    bilinear_sum(*inputs, grid()).sum().backward()
+    by_sheet(*inputs).sum().backward()
     assert [tensor.grad is not None for tensor in inputs] == [index == needed for index in range(4)]
 
 
