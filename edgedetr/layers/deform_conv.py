@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgedetr.layers.cpu import mixed, quick
 from edgedetr.layers.gather import around
-from edgedetr.layers.rows import quick, weighted_rows
+from edgedetr.layers.rows import weighted_rows
 
 TAPS = 9
 OFFSETS, MASKS = 2 * TAPS, TAPS     # what tells the taps, per cell: y, x of each tap; the weight of each tap
@@ -71,6 +72,8 @@ class DeformRead(nn.Module):
         mask     [B, Q, 9]   weight of every tap, 0..1
         return   [B, Q, 9 C]  tap after tap, row by row
         """
+        if mixed(table):        # sums without copies exist in float32 alone
+            table = table.float()
         row, column, height, width, start = self.places(sources, offset)
         move = offset.to(row.dtype).unflatten(-1, (TAPS, 2))
         row, column = row + move[..., 0], column + move[..., 1]                     # [B, Q, 9]

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.layers.bilinear import Sheet, bilinear_sum
+from edgedetr.layers.cpu import mixed, quick
 from edgedetr.layers.gather import around
 from edgedetr.layers.linear import Linear
-from edgedetr.layers.rows import quick, weighted_rows
+from edgedetr.layers.rows import weighted_rows
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -78,6 +79,8 @@ class DeformableAttention(nn.Module):
             value = value.masked_fill(padding[..., None], 0.0)
         offset = self.offsets(query).unflatten(-1, (self.heads, self.total, 2))     # [B, N, M, P, 2]
         weight = self.weights(query).unflatten(-1, (self.heads, self.total)).softmax(-1)
+        if mixed(value):        # sums without copies exist in float32 alone
+            value, offset, weight = value.float(), offset.float(), weight.float()
         reference = reference[:, :, None, None]                                     # [B, N, 1, 1, 2|4]
         if valid is not None:
             parts = [valid[:, level : level + 1].expand(-1, count, -1) for level, count in enumerate(self.points)]

@@ -18,11 +18,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-def quick(tensor: Tensor) -> bool:
-    """Whether sums of a tensor's rows are made without copying rows: on a CPU, in float32, and not for a graph."""
-    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return not traced and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+from edgedetr.layers.cpu import mixed, quick
 
 
 def weighted_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -33,6 +29,8 @@ def weighted_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     weight  [..., K]
     return  [..., D]
     """
+    if mixed(table):
+        table, weight = table.float(), weight.float()       # sums without copies exist in float32 alone
     if not (quick(table) and quick(weight)):
         return (weight.unsqueeze(-2) @ F.embedding(index, table)).squeeze(-2)
     bags = index.shape[-1]

@@ -126,3 +126,20 @@ def test_attention_gives_the_same_in_every_sampling(coordinates: int) -> None:
     for other in results[:2]:
         for one, wanted in zip(other, results[2]):
             torch.testing.assert_close(one, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_under_autocast_attention_samples_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places and values are those that the Linears give in bfloat16; what is read there is not rounded again."""
+    torch.manual_seed(1)
+    made, seen = DeformableAttention(16, 2, POINTS, "auto"), []
+    monkeypatch.setattr("edgedetr.layers.deformable.bilinear_sum",
+                        lambda *tensors: seen.append(tensors) or bilinear_sum(*tensors))
+    query, tokens = torch.randn(2, 9, 16, requires_grad=True), torch.randn(2, TOKENS, 16, requires_grad=True)
+    reference = torch.rand(2, 9, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = made(query, reference, tokens, SHAPES)
+    assert [tensor.dtype for tensor in seen[0][:4]] == [torch.float32] * 4
+    exact = made(query, reference, tokens, SHAPES)
+    assert float((out - exact).detach().abs().max()) <= 3 * 2**-8 * float(exact.detach().abs().max())
+    out.float().square().sum().backward()
+    assert tokens.grad is not None and torch.isfinite(tokens.grad).all() and tokens.grad.abs().sum() > 0

@@ -96,11 +96,29 @@ def test_gradients_reach_what_learns_before_and_inside() -> None:
     assert not made.packs(x.detach()), "the kernel wants a gradient"
 
 
+@torch.no_grad()
+def test_under_autocast_one_pass_is_within_bfloat16_of_float64_steps() -> None:
+    made, x = block(kernel=3, activation="relu"), torch.randn(2, 6, 9, 7)
+    plus = torch.randn(2, 8, 9, 7)
+    exact = made(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            assert not made.packs(x)
+            pytest.skip("no products of bfloat16 on this CPU")
+        assert made.packs(x) and made.packs(x.bfloat16())
+        alone, summed = made(x), made.packed(x.bfloat16(), True, plus.bfloat16())
+    for got, wanted in ((alone, by_hand(made, x).relu()), (summed, (by_hand(made, x) + plus).relu())):
+        assert got.dtype == torch.bfloat16
+        # Kernel, picture and sum are rounded to 8 bits; relative to the largest number.
+        assert float((got.double() - wanted).abs().max()) <= 3 * 2**-8 * float(wanted.abs().max())
+    assert torch.equal(made(x), exact), "and float32 is packed again after it"
+
+
 def test_half_precision_and_graphs_take_plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     made, x = block(kernel=3), torch.randn(1, 6, 5, 5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not packs(x, made.conv) and made(x).dtype == torch.bfloat16
-    assert not packs(x.double(), made.conv)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert not packs(x, made.conv) and made(x).dtype == torch.float16
+    assert not packs(x.double(), made.conv) and not packs(x.bfloat16(), made.conv)
     called = []
     monkeypatch.setattr(conv_module, "convolve", lambda *args: called.append(args))
     torch.jit.trace(made, x, check_trace=False)

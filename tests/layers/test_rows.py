@@ -47,6 +47,15 @@ def test_half_precision_and_tracing_take_the_plain_form() -> None:
     torch.testing.assert_close(traced(table, weight), weighted_rows(table, index, weight))
 
 
+def test_sums_of_rows_are_made_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    table, index, weight = torch.randn(9, 4).bfloat16(), torch.randint(0, 9, (3, 5)), torch.rand(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = weighted_rows(table, index, weight)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, (weight[..., None] * table.float()[index]).sum(-2))
+
+
 def test_the_sum_of_nothing_is_empty() -> None:
     table, index, weight = case()
     out = weighted_rows(table, index[:0], weight[:0])
