@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.layers.bilinear import Sheet, bilinear_sum
-from edgedetr.layers.cpu import mixed, quick
+from edgedetr.layers.cpu import eager, mixed, quick
 from edgedetr.layers.gather import around
 from edgedetr.layers.linear import Linear
 from edgedetr.layers.rows import weighted_rows
@@ -80,7 +80,7 @@ class DeformableAttention(nn.Module):
         offset = self.offsets(query).unflatten(-1, (self.heads, self.total, 2))     # [B, N, M, P, 2]
         weight = self.weights(query).unflatten(-1, (self.heads, self.total)).softmax(-1)
         if mixed(value):        # sums without copies exist in float32 alone
-            value, offset, weight = value.float(), offset.float(), weight.float()
+            offset, weight = offset.float(), weight.float()
         reference = reference[:, :, None, None]                                     # [B, N, 1, 1, 2|4]
         if valid is not None:
             parts = [valid[:, level : level + 1].expand(-1, count, -1) for level, count in enumerate(self.points)]
@@ -90,7 +90,7 @@ class DeformableAttention(nn.Module):
             reach = reference[..., 2:] * (self.share * self.offset_scale)
         else:
             reach = self._per_point([(1 / w, 1 / h) for h, w in shapes], offset)
-        if self.method == "default" and self.sampling != "grid_sample" and quick(value) and quick(weight):
+        if self.method == "default" and self.sampling != "grid_sample" and eager(value) and quick(weight):
             return self.out(self._sum(value, reference[..., :2], offset, reach, weight, shapes))
         location = reference[..., :2] + offset * reach                              # 0..1 of the map, x then y
         if self.method == "default" and self.sampling != "gather":

@@ -77,15 +77,18 @@ def test_on_a_cells_centre_the_gradient_is_that_just_above_it() -> None:
 ], ids=["one map", "widest last", "a column higher than the widest", "equal maps"])
 def test_a_sheet_holds_every_map_among_zeros(shapes: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)
-    value = torch.randn(2, sum(h * w for h, w in shapes), 3)
+    value = torch.randn(2, sum(h * w for h, w in shapes), 2 * 3)
     sheet = Sheet.of(shapes, [1] * len(shapes), value)
-    laid = sheet.laid(value)
+    laid = sheet.laid(value, heads=2)
     assert torch.equal(sheet.taken(laid), value)
     assert laid.count_nonzero() == value.numel(), "zeros elsewhere"
+    map_0 = value[1, : shapes[0][0] * shapes[0][1], 3:].unflatten(0, shapes[0])
+    left, top = sheet.corner[0].int().tolist()
+    assert torch.equal(laid[1, 1, top : top + shapes[0][0], left : left + shapes[0][1]], map_0), "head 1, channels 3.."
     for (height, width), (left, top) in zip(shapes, sheet.corner.int().tolist()):
-        around = laid[:, top - 2 : top + height + 2, left - 2 : left + width + 2]
-        assert around.shape[1:3] == (height + 4, width + 4), "two cells on each side are on the sheet"
-        assert around.count_nonzero() == 2 * height * width * 3, "and are zeros"
+        around = laid[:, :, top - 2 : top + height + 2, left - 2 : left + width + 2]
+        assert around.shape[2:4] == (height + 4, width + 4), "two cells on each side are on the sheet"
+        assert around.count_nonzero() == 2 * height * width * 6, "and are zeros"
 
 
 def test_a_place_that_is_no_number_gives_nan_and_nothing_else() -> None:
@@ -138,7 +141,8 @@ def test_under_autocast_attention_samples_in_float32(monkeypatch: pytest.MonkeyP
     reference = torch.rand(2, 9, 4)
     with torch.autocast("cpu", torch.bfloat16):
         out = made(query, reference, tokens, SHAPES)
-    assert [tensor.dtype for tensor in seen[0][:4]] == [torch.float32] * 4
+    assert [tensor.dtype for tensor in seen[0][:4]] == [torch.bfloat16] + [torch.float32] * 3
+    assert bilinear_sum(*seen[0]).dtype == torch.float32
     exact = made(query, reference, tokens, SHAPES)
     assert float((out - exact).detach().abs().max()) <= 3 * 2**-8 * float(exact.detach().abs().max())
     out.float().square().sum().backward()
