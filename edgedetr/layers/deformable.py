@@ -74,12 +74,15 @@ class DeformableAttention(nn.Module):
         valid      [B, L, 2]     share of each level's width and height that is picture; None: all of it
         return     [B, N, C]
         """
+        kind = mixed(query)
+        if kind is not None:
+            query = query.to(kind)      # once for both of its Linears
         value = self.value(tokens)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
         offset = self.offsets(query).unflatten(-1, (self.heads, self.total, 2))     # [B, N, M, P, 2]
         weight = self.weights(query).unflatten(-1, (self.heads, self.total)).softmax(-1)
-        if mixed(value):        # sums without copies exist in float32 alone
+        if kind is not None:            # sums without copies exist in float32 alone
             offset, weight = offset.float(), weight.float()
         reference = reference[:, :, None, None]                                     # [B, N, 1, 1, 2|4]
         if valid is not None:
@@ -91,7 +94,8 @@ class DeformableAttention(nn.Module):
         else:
             reach = self._per_point([(1 / w, 1 / h) for h, w in shapes], offset)
         if self.method == "default" and self.sampling != "grid_sample" and eager(value) and quick(weight):
-            return self.out(self._sum(value, reference[..., :2], offset, reach, weight, shapes))
+            summed = self._sum(value, reference[..., :2], offset, reach, weight, shapes)
+            return self.out(summed.to(kind or summed.dtype).flatten(2))
         location = reference[..., :2] + offset * reach                              # 0..1 of the map, x then y
         if self.method == "default" and self.sampling != "gather":
             sampled = self._grid_sample(value, location, weight, shapes)
@@ -106,13 +110,13 @@ class DeformableAttention(nn.Module):
 
     def _sum(self, value: Tensor, reference: Tensor, offset: Tensor, reach: Tensor, weight: Tensor,
              shapes: Shapes) -> Tensor:
-        """As `_gather`, on a CPU in float32: never a sample in memory."""
+        """As `_gather` in float32 on a CPU, without a sample in memory: [B, N, M, D]."""
         sheet = Sheet.of(shapes, self.points, offset)
         size = self._per_point([(w, h) for h, w in shapes], offset)
         base, scale = reference * size + (sheet.corner - 0.5), reach * size         # in cells, [1 or B, N, 1, P, 2]
         moved = zip(base.unbind(-1), offset.unbind(-1), scale.unbind(-1))
         x, y = (torch.addcmul(place, by, cells) for place, by, cells in moved)
-        return bilinear_sum(value, x, y, weight, sheet).flatten(2)
+        return bilinear_sum(value, x, y, weight, sheet)
 
     def _grid_sample(self, value: Tensor, location: Tensor, weight: Tensor, shapes: Shapes) -> Tensor:
         batch, queries = location.shape[:2]
