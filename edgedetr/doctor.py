@@ -191,8 +191,8 @@ def _cpu_line(key: str) -> str:
 
 
 def _instructions() -> tuple[str, ...]:
-    # asimddp and i8mm are ARM's int8 dot products; the others are Intel's and AMD's.
-    wanted = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+    # asimddp and i8mm are ARM's int8 dot products; the others are Intel's and AMD's. amx_bf16 is for training.
+    wanted = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
     flags = set((_cpu_line("flags") or _cpu_line("Features")).split())
     return tuple(name for name in wanted if name in flags)
 

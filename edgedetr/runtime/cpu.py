@@ -51,6 +51,19 @@ def mkl_is_narrow() -> bool:
             and "avx512f" in first.get("flags", "").split())
 
 
+@lru_cache(maxsize=1)
+def tiles_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in tiles (Intel's AMX), several times as fast as float32.
+
+    Measured on a Xeon with AMX, one thread: products of Linears ran at 80 to 160 GFLOP/s in float32 and at 350 to 1300
+    in bfloat16.
+    """
+    try:
+        return "amx_bf16" in CPUINFO.read_text(encoding="ascii", errors="ignore").split()
+    except OSError:
+        return False
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

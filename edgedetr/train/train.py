@@ -31,7 +31,6 @@ from edgedetr.train.criterion import Losses
 from edgedetr.train.dataset import Batch, TrainingSet, batches, order, smaller
 from edgedetr.train.devices import launch
 from edgedetr.train.ema import Ema
-from edgedetr.train.memory import keep_freed
 from edgedetr.train.progress import Progress, Silent
 from edgedetr.train.record import Record
 from edgedetr.train.selection import Selection
@@ -64,8 +63,6 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, *, resume: bool = F
     if not resume and (saved.exists() or (out / "weights.safetensors").exists()):
         raise TrainingError(f"{out} holds a training already; go on with it by --resume, or name another --out")
     fabric = launch(recipe.train)
-    if fabric.device.type == "cpu":
-        keep_freed()
     teller = progress if progress and fabric.is_global_zero else Silent()
     run = Run(recipe, fabric, place, samples, chosen, data, out, teller)
     if saved.exists():

@@ -11,10 +11,10 @@ from edgedetr.runtime import cpu
 
 @pytest.fixture(autouse=True)
 def fresh():
-    for function in (cpu.int8_dot_product, cpu.mkl_is_narrow):
+    for function in (cpu.int8_dot_product, cpu.mkl_is_narrow, cpu.tiles_bfloat16):
         function.cache_clear()
     yield
-    for function in (cpu.int8_dot_product, cpu.mkl_is_narrow):
+    for function in (cpu.int8_dot_product, cpu.mkl_is_narrow, cpu.tiles_bfloat16):
         function.cache_clear()
 
 
@@ -75,3 +75,15 @@ def test_mkl_is_narrow_on_zen_5_alone(tmp_path, monkeypatch, text, expected):
 def test_without_cpuinfo_mkl_is_taken_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "none")
     assert cpu.mkl_is_narrow() is False
+
+
+@pytest.mark.parametrize("text, expected", [
+    (processor("GenuineIntel", 6, "fpu avx512f avx512_bf16 amx_bf16 amx_tile amx_int8"), True),     # Sapphire Rapids
+    (processor("GenuineIntel", 6, "fpu avx512f amx_tile amx_int8"), False),                         # hidden in part
+    (processor("AuthenticAMD", 26, "fpu avx512f avx512_bf16"), False), ("", False), (None, False),
+])
+def test_bfloat16_is_tiled_where_the_flag_says_so(tmp_path, monkeypatch, text, expected):
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
+    assert cpu.tiles_bfloat16() is expected
