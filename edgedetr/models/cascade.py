@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
 from edgedetr.layers.dynamic import DynamicInteraction
+from edgedetr.layers.exact import exactly
 from edgedetr.layers.linear import Linear
 from edgedetr.layers.roi import RoiAlign
 from edgedetr.models.detector import Memory, Queries
@@ -75,11 +76,11 @@ class DeltaBoxes(nn.Module):
 
     def classify(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> logits [B, N, K]."""
-        return self.score[layer](self.class_tower[layer](features))
+        return exactly(self.score[layer], self.class_tower[layer](features))
 
     def delta(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> [B, N, 4], shift and logarithmic growth of the box, times DELTA_WEIGHTS."""
-        return self.box[layer](self.box_tower[layer](features))
+        return exactly(self.box[layer], self.box_tower[layer](features))
 
     def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
         """delta, reference [B, N, 4] -> boxes [B, N, 4], cx, cy, w, h in 0..1, float32."""

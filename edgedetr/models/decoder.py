@@ -14,6 +14,7 @@ from edgedetr.layers.boxes import inverse_sigmoid
 from edgedetr.layers.conditional import ConditionalAttention, ConditionalSelfAttention
 from edgedetr.layers.deformable import DeformableAttention
 from edgedetr.layers.drop_path import DropPath
+from edgedetr.layers.exact import exactly
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.linear import Linear
 from edgedetr.layers.row_column import RowColumnAttention
@@ -140,11 +141,11 @@ class AbsoluteBoxes(nn.Module):
 
     def classify(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> logits [B, N, K*]."""
-        return self.score(features)
+        return exactly(self.score, features)
 
     def delta(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> box logits [B, N, 4], to be added to those of the reference where there is one."""
-        return self.box(features)
+        return exactly(self.box, features)
 
     def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
         return move(delta, reference)
@@ -164,11 +165,11 @@ class IterativeBoxes(nn.Module):
 
     def classify(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> logits [B, N, K]."""
-        return self.score[layer](features)
+        return exactly(self.score[layer], features)
 
     def delta(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> box logits [B, N, 4], to be added to those of the reference."""
-        return self.box[layer](features)
+        return exactly(self.box[layer], features)
 
     def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
         return move(delta, reference)
@@ -211,7 +212,9 @@ class Decoder(nn.Module):
         start = spatial = queries.spatial
         for index, layer in enumerate(self.layers):
             last = index == len(self.layers) - 1
-            position = queries.position if self.query_position is None else self.query_position(reference)
+            position = queries.position
+            if self.query_position is not None:
+                position = exactly(self.query_position, reference)  # type: ignore[arg-type]  # there is one with it
             if self.spatial is not None:
                 spatial = self.spatial(index, queries.content, reference, start)
             queries = replace(queries, position=position, reference=reference, spatial=spatial)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
 from edgedetr.layers.deformable import Shapes
+from edgedetr.layers.exact import exactly
 from edgedetr.layers.feedforward import Mlp
 from edgedetr.layers.gather import take_rows
 from edgedetr.layers.linear import Linear
@@ -36,7 +37,7 @@ class PointQueries(nn.Module):
 
     def forward(self, memory: Memory) -> Queries:
         position, content = self.embed.weight.expand(memory.tokens.shape[0], -1, -1).chunk(2, dim=-1)
-        reference = self.reference(position)
+        reference = exactly(self.reference, position)
         reference = reference.to(torch.promote_types(reference.dtype, torch.float32)).sigmoid()
         return Queries(content, position=position, reference=reference)
 
@@ -94,7 +95,7 @@ class Proposals(nn.Module):
             usable = usable * (~memory.padding[..., None]).to(usable.dtype)
             starts = starts.masked_fill(memory.padding[..., None], INVALID)
         tokens = self.norm(self.project(memory.tokens * usable))        # [B, S, C]
-        logits = self.score(tokens)
+        logits = exactly(self.score, tokens)
         rank = logits[..., 0] if self.foreground else logits.amax(-1)
         best = rank.topk(self.count, dim=1).indices                     # [B, N]
         # The chosen boxes are computed apart from all boxes, of which the deployed graph has no use. Same numbers: the
@@ -104,7 +105,7 @@ class Proposals(nn.Module):
         return chosen, self._boxes(chosen, start), (logits, self._boxes(tokens, starts))
 
     def _boxes(self, tokens: Tensor, start: Tensor) -> Tensor:
-        delta = self.box(tokens)
+        delta = exactly(self.box, tokens)
         return (delta.to(torch.promote_types(delta.dtype, torch.float32)) + start).sigmoid()
 
 

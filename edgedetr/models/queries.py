@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
+from edgedetr.layers.exact import exactly
 from edgedetr.layers.feedforward import Mlp
 from edgedetr.layers.gather import take_rows
 from edgedetr.layers.linear import Linear
@@ -91,11 +92,11 @@ class TopKQueries(nn.Module):
                              f"use a larger input or --set model.queries={count}")
         anchors, valid = self.anchors(memory.tokens, memory.shapes)
         tokens = self.norm(self.project(memory.tokens * valid))     # [B, S, C]
-        best = self.score(tokens).amax(-1).topk(self.queries, dim=1).indices  # [B, N]
+        best = exactly(self.score, tokens).amax(-1).topk(self.queries, dim=1).indices  # [B, N]
         # Boxes of the chosen tokens only: the head is per token, so choosing first gives the same numbers.
         chosen = take_rows(tokens, best)
         start = F.embedding(best, anchors[0])
-        logits, boxes = self.score(chosen), (self.box(chosen) + start).sigmoid()
+        logits, boxes = exactly(self.score, chosen), (exactly(self.box, chosen) + start).sigmoid()
         content = chosen.detach() if self.content is None else self.content.weight.expand(chosen.shape[0], -1, -1)
         return Queries(content, reference=boxes.detach(), encoder=(logits, boxes))
 

@@ -85,13 +85,13 @@ def test_deploy_graph_equals_the_last_layer(name: str, sampling: str) -> None:
 
 @member
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision_trains_and_boxes_stay_float32(name: str, kind: torch.dtype) -> None:
+def test_half_precision_trains_and_what_is_detected_stays_float32(name: str, kind: torch.dtype) -> None:
     detector = small(name).train()
     with torch.autocast("cpu", kind):
         out = detector(detector.normalise(pictures()))
     assert torch.isfinite(out.logits).all()
     # A box in bfloat16 has steps of 1/256 of the picture; references are carried in float32.
-    assert out.boxes.dtype == torch.float32
+    assert out.boxes.dtype == out.logits.dtype == torch.float32
     (out.logits.float().square().mean() + out.boxes.float().square().mean()).backward()
     assert all(torch.isfinite(p.grad).all() for p in detector.parameters() if p.grad is not None)
 
