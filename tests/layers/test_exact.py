@@ -35,3 +35,7 @@ def test_gradients_pass_through_it_in_float32() -> None:
     loss.backward()
     wanted = torch.autograd.grad(head(x).square().sum(), (x, head.weight))
     torch.testing.assert_close((x.grad, head.weight.grad), wanted)
+
+
+def test_a_model_that_is_only_counted_passes() -> None:
+    assert exactly(nn.Linear(8, 4, device="meta"), torch.empty(3, 8, device="meta")).shape == (3, 4)
