@@ -50,10 +50,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
             # The lowest finite number, not -inf: a row that is masked everywhere stays finite.
             scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)
         return scores.softmax(-1) @ v
-    # The same in one kernel; exported graphs hold the plain products, which every runtime knows.
     if mixed(q):        # torch's kernel for a CPU: its gradients in bfloat16 take three times as long as in float32
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, scale, dropout)
+    # The same in one kernel; exported graphs hold the plain products, which every runtime knows.
     share = None
     if mask is not None:
         share = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, torch.finfo(q.dtype).min)

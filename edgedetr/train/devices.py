@@ -31,6 +31,6 @@ def launch(config: TrainConfig) -> Fabric:
     if fabric.device.type == "cpu":
         keep_freed()
         if fabric.is_global_zero and config.precision == "32" and tiles_bfloat16():
-            log.info("this CPU multiplies bfloat16 in tiles (AMX): with --set train.precision=bf16 a step takes half "
-                     "to two thirds of the time (docs/training.md)")
+            log.info("this CPU multiplies bfloat16 in tiles (AMX): with --set train.precision=bf16 a step takes 0.5 "
+                     "to 0.7 of the time (docs/training.md)")
     return fabric
