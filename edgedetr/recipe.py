@@ -191,6 +191,8 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "literal_error" and type(first["input"]) is int and key in values:
+            return _build(kind, {**values, key: str(first["input"])}, where)    # --set train.precision=16
         raise RecipeError(f"{where}: {key} = {first.get('input')!r}: {first['msg']}") from error
     except TypeError as error:
         raise RecipeError(f"{where}: {error}") from error

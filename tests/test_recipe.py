@@ -25,6 +25,13 @@ def test_a_recipe_says_only_what_differs(tmp_path):
     assert (recipe.input.height, recipe.input.width, recipe.train.lr) == (320, 256, 2e-4)
 
 
+def test_a_number_among_words_is_that_word():
+    assert Recipe.load(sets=["train.precision=16"]).train.precision == "16"
+    assert Recipe.load(sets=["train.precision=\"32\""]).train.precision == "32"
+    with pytest.raises(RecipeError, match="precision = '64': Input should be '32', 'bf16' or '16'"):
+        Recipe.load(sets=["train.precision=64"])
+
+
 def test_set_lies_over_the_recipe_and_keeps_its_types(tmp_path):
     recipe = load(tmp_path, "[train]\nlr = 1e-3\n", ["train.lr=2e-4", "train.epochs=3", "input.resize=letterbox"])
     assert (recipe.train.lr, recipe.train.epochs, recipe.input.resize) == (2e-4, 3, "letterbox")
