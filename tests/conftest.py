@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,10 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))      # `import members`: the family at micro size
+
+# Trainings in tests run on the CPU, where the same seed gives the same bytes; lightning-fabric reads this, and so do
+# child processes. tests/gpu takes it back.
+os.environ["LT_ACCELERATOR"] = "cpu"
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -14,7 +14,7 @@ from edgedetr.commands.choose import bundle_argument, data_option, json_option, 
 from edgedetr.commands.show import Progress, as_json, progress_bars, say, table
 from edgedetr.errors import BundleError, NotWithinTolerance
 
-BACKENDS = ("onnxruntime", "openvino", "tensorrt")
+BACKENDS = ("onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt")
 
 if TYPE_CHECKING:
     from edgedetr.data.form import DetectionSet

@@ -20,8 +20,8 @@ from edgedetr.commands.show import as_json, say, table
 @click.option("--stage", help="onnx, fp16, int8 or int8-cpu.  [default: the fastest that is safe on this machine]")
 @click.option(
     "--backend",
-    type=click.Choice(["onnxruntime", "openvino", "tensorrt"]),
-    help="Inference library.  [default: an engine that fits this device, else ONNX Runtime]",
+    type=click.Choice(["onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt"]),
+    help="Inference library.  [default: an engine that fits this device, else ONNX Runtime, on a GPU where it can]",
 )
 @click.option("--trust", is_flag=True, help="Take an engine that was built on another machine: it is code from there.")
 @click.option("--drop-late", is_flag=True, help="Leave out frames that come while the detector is busy.")

@@ -44,12 +44,13 @@ def first_departure(model: str | Path, backend: str, images: np.ndarray, *, floo
     """The first node at which `backend` leaves the oracle, or None where logits and boxes agree.
 
     model    an ONNX file
-    backend  "openvino", or "onnxruntime" for its optimised kernels
+    backend  "openvino", or "onnxruntime" and "onnxruntime-cuda" for their optimised kernels
     images   [B, 3, H, W] float32, a few pictures as the graph takes them
     """
     known: dict[str, Tensors] = {
         "openvino": lambda m, x, n: openvino.tensors(m, x, n, threads=threads),
         "onnxruntime": lambda m, x, n: ort.tensors(m, x, n, optimise=True, threads=threads),
+        "onnxruntime-cuda": lambda m, x, n: ort.tensors(m, x, n, optimise=True, threads=threads, on_gpu=True),
     }
     if backend not in known:
         raise UsageError(f"backend is {backend!r}; expected one of {', '.join(known)}")

@@ -27,7 +27,7 @@ from edgedetr.evaluation.twin import twin
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.cpu import int8_saturates
 from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.detector import BACKENDS, STAGES, Detector, load, load_engine
+from edgedetr.runtime.detector import BACKENDS, STAGES, Detector, absent, load, load_engine
 from edgedetr.runtime.engines import Engine
 from edgedetr.runtime.latency import rotated, timed
 from edgedetr.runtime.ort import OrtRunner
@@ -39,13 +39,14 @@ Progress = Callable[[str, int, int], None]
 
 # What is delivered and therefore verified. OpenVINO gets the signed graph: it refuses some of ONNX Runtime's dialect.
 VERIFIED = (("onnx", "onnxruntime"), ("fp16", "onnxruntime"), ("int8", "onnxruntime"), ("int8", "openvino"),
-            ("int8-cpu", "onnxruntime"))
-# Made for TensorRT, with FP16 in it, which CPU libraries round late or never: ONNX Runtime scores the twin (twin.py),
-# and its time says nothing. OpenVINO leaves the twin's pairs out, so it never scores FP16.
+            ("int8-cpu", "onnxruntime"), ("onnx", "onnxruntime-cuda"), ("fp16", "onnxruntime-cuda"))
+# Made for TensorRT, with FP16 in it, which CPU libraries round late or never: on a CPU ONNX Runtime scores the twin
+# (twin.py), and its time says nothing. OpenVINO leaves the twin's pairs out, so it never scores FP16.
 TWINS = ("fp16", "int8")
 # The float32 of each library is what its INT8 is compared with; never more than three OpenVINO models at a time,
 # because more of them slow each other down through their threads.
-BENCHED = (("onnx", "onnxruntime"), ("int8-cpu", "onnxruntime"), ("int8", "openvino"), ("onnx", "openvino"))
+BENCHED = (("onnx", "onnxruntime"), ("int8-cpu", "onnxruntime"), ("int8", "openvino"), ("onnx", "openvino"),
+           ("onnx", "onnxruntime-cuda"), ("fp16", "onnxruntime-cuda"))
 
 
 @dataclass
@@ -88,10 +89,10 @@ def candidates(bundle: Bundle, pairs: Sequence[tuple[str, str]], stages: Collect
         bundle.require(STAGES[stage])
         if backend == "onnxruntime" and stage in TWINS and not find_spec("onnx"):
             log.warning("%s is not scored: onnx is not installed; run: pip install 'edgedetr[export]'", stage)
-        elif find_spec(backend):
+        elif not (reason := absent(backend)):
             chosen.append((stage, backend))
         elif backends:
-            raise MissingDependency(f"{backend} is not installed; run: pip install 'edgedetr[{extra(backend)}]'")
+            raise MissingDependency(reason)
     if not chosen:
         raise BundleError(f"{bundle.path}: nothing to run for stages {sorted(stages or STAGES)} on "
                           f"{sorted(backends or BACKENDS)}; run: edgedetr export {bundle.path}")
@@ -106,11 +107,6 @@ def exact_here(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     log.warning("int8 is not run in OpenVINO: this CPU has no 8-bit dot product, and OpenVINO's 16-bit sums saturate "
                 "on it, which says nothing about the file; ask for it with: --backend openvino")
     return [pair for pair in pairs if pair != cut]
-
-
-def extra(backend: str) -> str:
-    """The extra of this package that brings a backend."""
-    return {"onnxruntime": "runtime"}.get(backend, backend)
 
 
 def load_split(bundle: Bundle, data: str | Path | None = None, split: str | None = None) -> DetectionSet:

@@ -23,7 +23,7 @@ from edgedetr.runtime import engines, preprocess
 from edgedetr.runtime.cpu import int8_dot_product, int8_saturates
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.openvino import OpenVinoRunner
-from edgedetr.runtime.ort import OrtRunner
+from edgedetr.runtime.ort import OrtCudaRunner, OrtRunner, no_gpu
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.runner import RawOutputs, Runner
 from edgedetr.runtime.trt import TrtRunner
@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 # Stage -> its file. TensorRT engines are built from the int8 and fp16 files on the device.
 STAGES = {"onnx": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx", "int8-cpu": "model.int8-cpu.onnx"}
 BACKENDS: dict[str, Callable[..., Runner]] = {"onnxruntime": OrtRunner, "openvino": OpenVinoRunner,
-                                              "tensorrt": TrtRunner}
+                                              "onnxruntime-cuda": OrtCudaRunner, "tensorrt": TrtRunner}
+EXTRAS = {"onnxruntime": "runtime", "openvino": "openvino", "tensorrt": "trt"}      # of this package, by what it brings
+ON_GPU = (None, "onnx", "fp16")     # stages that ONNX Runtime's CUDA provider computes as they are meant
 ON_FILES = ("onnxruntime", "openvino")      # backends that run the bundle's ONNX files themselves, by preference
 LARGEST_BATCH = 8       # pictures per run where the graph's batch is open: more gains nothing on a CPU
 
@@ -110,7 +112,8 @@ def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str 
          threads: int | None = None, batch: int | None = None, trust: bool = False) -> Detector:
     """Open a bundle and load its best stage for this machine, or the one that is asked for.
 
-    backend   "onnxruntime", "openvino" or "tensorrt"; None = an engine that fits this device, else ONNX Runtime
+    backend   "onnxruntime", "openvino", "onnxruntime-cuda" or "tensorrt"; None = an engine that fits this device, else
+              ONNX Runtime, on a GPU where it can
     stage     "onnx" (float32), "fp16", "int8" or "int8-cpu"
     threads   threads of one inference on the CPU; None = all cores
     batch     the engine for so many pictures at a time; None = the one for single pictures
@@ -133,14 +136,37 @@ def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str 
         if backend == "tensorrt":
             raise EngineError(f"{bundle.path}: no engine for {stage or 'any stage'} that fits here"
                               f"{''.join(f'; {reason}' for reason in refused)}; run: edgedetr build {bundle.path}")
+    if backend is None and stage in ON_GPU and not no_gpu():
+        try:
+            return _on_file(bundle, "onnxruntime-cuda", stage or "onnx", threads,
+                            ["as asked" if stage else "float32: this ONNX Runtime can use the GPU", *refused])
+        except DeviceError as error:        # the CPU can do it too
+            log.warning("%s", error)
+            refused = (*refused, f"the GPU not used: {error}")
     backend, stage, reason = _choose(bundle, backend, stage)
+    return _on_file(bundle, backend, stage, threads, [reason, *refused])
+
+
+def _on_file(bundle: Bundle, backend: str, stage: str, threads: int | None, reasons: Sequence[str]) -> Detector:
+    """The detector on one of the bundle's ONNX files."""
     path = bundle.require(STAGES[stage])
-    description = f"{stage} on {backend} ({'; '.join([reason, *refused])})"
+    description = f"{stage} on {backend} ({'; '.join(reasons)})"
     log.info("%s: %s", bundle.path, description)
     runner = BACKENDS[backend](path, threads=threads)
+    if backend == "onnxruntime-cuda" and stage not in ON_GPU:
+        log.warning("%s: %s on %s, which computes quantised graphs otherwise than they say (AP 3.0 instead of 59.2 "
+                    "was seen, ONNX Runtime 1.31.1); take stage onnx or fp16, or build an engine: edgedetr build %s",
+                    bundle.path, stage, backend, bundle.path)
     if int8_saturates() and (how := _saturated(runner, stage, bundle)):
         log.warning("%s: this CPU has no 8-bit dot product, %s", bundle.path, how)
     return _detector(bundle, runner, stage, description)
+
+
+def absent(backend: str) -> str:
+    """Why a backend cannot run here, with the command that helps; empty where it can."""
+    if backend == "onnxruntime-cuda":
+        return no_gpu()
+    return "" if find_spec(backend) else f"{backend} is not installed; run: pip install 'edgedetr[{EXTRAS[backend]}]'"
 
 
 def _saturated(runner: Runner, stage: str, bundle: Bundle) -> str | None:

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the backend that runs everywhere, and without optimisations the arithmetic oracle."""
+"""ONNX Runtime: on the CPU, where it runs everywhere and without optimisations is the oracle, and on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from edgedetr.errors import BundleError, MissingDependency
+from edgedetr.errors import BundleError, DeviceError, MissingDependency
+from edgedetr.runtime.cudart import probe
 from edgedetr.runtime.runner import MADE_BY, RawOutputs
+
+CUDA = "CUDAExecutionProvider"
 
 
 class OrtRunner:
@@ -23,9 +26,10 @@ class OrtRunner:
     """
 
     name = "onnxruntime"
+    on_gpu = False
 
     def __init__(self, path: str | Path | bytes, *, threads: int | None = None, optimise: bool = True) -> None:
-        self.session = _session(path if isinstance(path, bytes) else str(path), threads, optimise)
+        self.session = _session(path if isinstance(path, bytes) else str(path), threads, optimise, self.on_gpu)
         _check("the graph" if isinstance(path, bytes) else path, self.session)
         shape = self.session.get_inputs()[0].shape
         self.batch: int | None = shape[0] if isinstance(shape[0], int) else None
@@ -35,6 +39,16 @@ class OrtRunner:
     def run(self, images: np.ndarray) -> RawOutputs:
         logits, boxes = self.session.run(["logits", "boxes"], {"images": images})
         return RawOutputs(logits, boxes)
+
+
+class OrtCudaRunner(OrtRunner):
+    """The same on an NVIDIA GPU by ONNX Runtime's CUDA provider: FP16 is FP16 there, and float32 is never TF32.
+
+    Operators without a CUDA kernel run on the CPU, with `threads`; where the whole graph would, it is a DeviceError.
+    """
+
+    name = "onnxruntime-cuda"
+    on_gpu = True
 
 
 class OrtFrameRunner:
@@ -57,13 +71,29 @@ class OrtFrameRunner:
 
 
 def tensors(model: bytes, images: np.ndarray, names: Sequence[str], *, optimise: bool,
-            threads: int | None = None, feed: str = "images") -> dict[str, np.ndarray]:
+            threads: int | None = None, feed: str = "images", on_gpu: bool = False) -> dict[str, np.ndarray]:
     """Values of named graph outputs of a serialised model, for one batch given to the input `feed`."""
-    session = _session(model, threads, optimise)
+    session = _session(model, threads, optimise, on_gpu)
     return dict(zip(names, session.run(list(names), {feed: images})))
 
 
-def _session(model: str | bytes, threads: int | None, optimise: bool) -> Any:
+def no_gpu() -> str:
+    """Why ONNX Runtime cannot use a GPU here, with the command that helps; empty where it can."""
+    try:
+        import onnxruntime
+
+        probe()
+    except ImportError:
+        return "onnxruntime is not installed; run: pip install onnxruntime-gpu"
+    except DeviceError as reason:
+        return str(reason)
+    if CUDA not in onnxruntime.get_available_providers():
+        return (f"ONNX Runtime {onnxruntime.__version__} here has no {CUDA}; run: pip uninstall -y onnxruntime && "
+                "pip install onnxruntime-gpu")
+    return ""
+
+
+def _session(model: str | bytes, threads: int | None, optimise: bool, on_gpu: bool = False) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -76,14 +106,26 @@ def _session(model: str | bytes, threads: int | None, optimise: bool) -> Any:
     options.inter_op_num_threads = 1
     # Threads that spin on after a run would take the cores from the backend that is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if on_gpu and (reason := no_gpu()):
+        raise DeviceError(reason)
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if on_gpu:
+        if hasattr(onnxruntime, "preload_dlls"):    # since 1.21: finds CUDA and cuDNN in NVIDIA's wheels
+            onnxruntime.preload_dlls()
+        providers.insert(0, (CUDA, {"use_tf32": "0"}))
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:      # the library's exceptions share no public base class
         what = model if isinstance(model, str) else "the graph"
         raise BundleError(f"{what}: ONNX Runtime {onnxruntime.__version__} cannot load it ({error}); "
                           f"write it again with: edgedetr export") from error
+    if on_gpu and CUDA not in session.get_providers():      # it says so on standard error alone, and goes on
+        raise DeviceError(f"ONNX Runtime {onnxruntime.__version__} cannot load its {CUDA} and would run on the CPU; "
+                          "expected the CUDA and cuDNN that it was built for; run: "
+                          "pip install 'onnxruntime-gpu[cuda,cudnn]'")
+    return session
 
 
 def _weight_bits(session: Any) -> int | None:

@@ -1,14 +1,14 @@
 """How fast a training step is, beside the Hugging Face class of the same size: forward, loss, backward, AdamW.
 
 usage: python tests/benchmarks/training_speed.py [--member rt_detr detr ...] [--pixels 320] [--batch 4] [--steps 5]
-       [--threads 2] [--backbone frozen|trained] [--precision 32|bf16] [--json]
+       [--threads 2] [--backbone frozen|trained] [--precision 32|bf16] [--device cpu|cuda] [--json]
 
 Both sides train a COCO-sized network with random weights, a frozen BatchNorm backbone, no dropout and 14 objects a
 picture. Each has a process, as a training has, and they take their steps in turns, so that what else the machine does
 hits both, while neither works in memory that the other left in pieces. The Hugging Face classes freeze the whole of a
 backbone of their own library ("frozen"); "trained" trains the same stages on both sides: all but the stem and the first
-one, and all of RT-DETR's. "bf16" has both sides' forward passes under autocast, as `train.precision=bf16` has. Needs
-transformers.
+one, and all of RT-DETR's. "bf16" has both sides' forward passes under autocast, as `train.precision=bf16` has. On
+"cuda" a step ends when the GPU has finished it; TF32 is as PyTorch has it (in convolutions alone). Needs transformers.
 """
 
 from __future__ import annotations
@@ -67,52 +67,62 @@ def trains(name: str, member: str, backbone: str) -> bool:
     return backbone == "trained" and (member == "rt_detr" or not first)
 
 
-def their_step(member: str, pixels: int, batch: int, backbone: str, precision: str = "32") -> Callable[[], None]:
-    model = theirs(member).train()
+def their_step(member: str, pixels: int, batch: int, backbone: str, precision: str = "32",
+               device: str = "cpu") -> Callable[[], None]:
+    model = theirs(member).train().to(device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(name, member, backbone))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-    images = torch.rand(batch, 3, pixels, pixels)
-    labels = [{"class_labels": target.labels, "boxes": target.boxes} for target in targets(batch)]
+    images = torch.rand(batch, 3, pixels, pixels).to(device)
+    labels = [{"class_labels": target.labels.to(device), "boxes": target.boxes.to(device)} for target in targets(batch)]
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             loss = model(pixel_values=images, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        finish(device)
 
     return step
 
 
-def our_step(member: str, pixels: int, batch: int, backbone: str, precision: str = "32") -> Callable[[], None]:
-    keep_freed()                # as `train` does
+def our_step(member: str, pixels: int, batch: int, backbone: str, precision: str = "32",
+             device: str = "cpu") -> Callable[[], None]:
+    if device == "cpu":
+        keep_freed()            # as `train` does
     config = FAMILY[member].config(backbone_weights="random", dropout=0.0)
     settings = TrainConfig()
-    detector = build(member, config, CLASSES).train().to(memory_format=torch.channels_last)
+    detector = build(member, config, CLASSES).train().to(device).to(memory_format=torch.channels_last)
     if backbone == "frozen":
         detector.backbone.requires_grad_(False)
     trainee = Trainee(detector, settings, config.class_loss, CLASSES)
-    optimizer, padded = adamw(detector, settings), pad(targets(batch))
-    images = torch.randint(0, 256, (batch, 3, pixels, pixels), dtype=torch.uint8)
+    optimizer, padded = adamw(detector, settings), pad(targets(batch)).to(torch.device(device))
+    images = torch.randint(0, 256, (batch, 3, pixels, pixels), dtype=torch.uint8).to(device)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             loss = trainee(images, lambda: padded, float(batch * OBJECTS))[0]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        finish(device)
 
     return step
 
 
-def steps(side: str, member: str, pixels: int, batch: int, backbone: str, precision: str, threads: int,
+def finish(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def steps(side: str, member: str, pixels: int, batch: int, backbone: str, precision: str, device: str, threads: int,
           pipe: Connection) -> None:
     """One side, in a process of its own: a step, timed, each time that it is told True."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    step = (our_step if side == "ours" else their_step)(member, pixels, batch, backbone, precision)
+    step = (our_step if side == "ours" else their_step)(member, pixels, batch, backbone, precision, device)
     step()
     pipe.send(None)
     while pipe.recv():
@@ -139,6 +149,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--backbone", choices=["frozen", "trained"], default="frozen")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rows, begin = [], multiprocessing.get_context("spawn")
@@ -146,8 +157,8 @@ def main() -> None:
         sides = {}
         for side in ("ours", "hf"):
             here, there = begin.Pipe()
-            words = (side, member, options.pixels, options.batch, options.backbone, options.precision, options.threads,
-                     there)
+            words = (side, member, options.pixels, options.batch, options.backbone, options.precision, options.device,
+                     options.threads, there)
             sides[side] = here, begin.Process(target=steps, args=words, daemon=True)
             sides[side][1].start()
             here.recv()         # it is ready, and has taken a step: the first allocates memory and chooses kernels
@@ -165,7 +176,8 @@ def main() -> None:
               file=sys.stderr, flush=True)
     if options.json:
         print(json.dumps({"pixels": options.pixels, "batch": options.batch, "threads": options.threads,
-                          "backbone": options.backbone, "precision": options.precision, "rows": rows}))
+                          "backbone": options.backbone, "precision": options.precision,
+                          "device": options.device, "rows": rows}))
     sys.exit(0 if all(row["ratio"] >= row["asked"] for row in rows) else 3)
 
 

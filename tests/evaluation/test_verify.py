@@ -18,7 +18,7 @@ from edgedetr.evaluation import stages, verdict
 from edgedetr.evaluation.evaluate import evaluate
 from edgedetr.evaluation.reference import Reference, load_detections
 from edgedetr.evaluation.verify import VerifyConfig, bench, evaluate_stage, verify
-from edgedetr.runtime import load
+from edgedetr.runtime import detector, load
 from edgedetr.runtime.openvino import OpenVinoRunner
 from edgedetr.runtime.runner import RawOutputs
 
@@ -191,7 +191,7 @@ def test_a_backend_that_gives_nothing_fails_alone_and_says_why(good, monkeypatch
 
 
 def test_a_missing_backend_is_left_out_unless_named(good, monkeypatch):
-    monkeypatch.setattr(stages, "find_spec", lambda name: None if name == "openvino" else object())
+    monkeypatch.setattr(detector, "find_spec", lambda name: None if name == "openvino" else object())
     assert "openvino" not in {s.backend for s in verify(good, threads=1).stages}
     with pytest.raises(MissingDependency, match=r"edgedetr\[openvino\]"):
         verify(good, backends=["openvino"])

@@ -1,0 +1,91 @@
+"""train() on a GPU: in each precision it learns, delivers float32 weights and goes on from where it was."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from members import SMALL
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))      # `import micro`
+import micro
+
+from edgedetr.models import FAMILY, build
+from edgedetr.models.deploy import load_bundle_model
+from edgedetr.train.config import TrainConfig
+from edgedetr.train.devices import launch
+from edgedetr.train.optimizer import adamw
+from edgedetr.train.step import Trainee
+from edgedetr.train.targets import Target, pad
+from edgedetr.train.train import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return micro.write_data(tmp_path_factory.mktemp("micro") / "data")
+
+
+def losses(bundle):
+    lines = [json.loads(line) for line in (bundle.path / "train" / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16", "16"])
+def test_training_learns_and_delivers_float32(precision, data, tmp_path, cuda):
+    recipe = micro.recipe(precision=precision, epochs=30, lr=4e-3)
+    assert launch(recipe.train).device.type == "cuda"
+    bundle = train(recipe, data, tmp_path / "b")
+    told = losses(bundle)
+    assert sum(told[-3:]) / 3 < 0.75 * told[0]      # 32 on a CPU: 0.55
+    weights = load_file(bundle.path / "weights.safetensors")
+    assert {value.dtype for value in weights.values()} <= {torch.float32, torch.int64}
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    logits, boxes = load_bundle_model(bundle)[1](torch.zeros(1, 3, 64, 64))     # on the CPU
+    assert torch.isfinite(logits).all() and torch.isfinite(boxes).all()
+
+
+@pytest.mark.parametrize("precision", ["32", "16"])
+def test_a_training_that_was_stopped_goes_on(precision, data, tmp_path, cuda, monkeypatch):
+    recipe = micro.recipe(precision=precision, epochs=4)
+    real, calls = Trainee.forward, []
+
+    def stopped(self, *inputs):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(self, *inputs)
+
+    monkeypatch.setattr(Trainee, "forward", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, data, tmp_path / "b")
+    monkeypatch.setattr(Trainee, "forward", real)
+    bundle = train(recipe, data, tmp_path / "b", resume=True)
+    whole = train(recipe, data, tmp_path / "whole")
+    # Kernels that add in another order each time: the last losses are alike, not equal.
+    assert losses(bundle)[-1] == pytest.approx(losses(whole)[-1], rel=0.05)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_loss_of_every_member_falls(name, cuda):
+    """Ten objects are learned by heart, denoising and matching on the GPU included."""
+    torch.manual_seed(0)
+    config, settings = SMALL[name], TrainConfig(lr=2e-3, backbone_lr_factor=1.0, clip=0.1)
+    detector = build(name, config, 3).train().to(cuda).to(memory_format=torch.channels_last)
+    trainee, optimizer = Trainee(detector, settings, config.class_loss, 3), adamw(detector, settings)
+    for group in optimizer.param_groups:
+        group["lr"] = 2e-3
+    images = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8).to(cuda)
+    padded = pad([Target(torch.randint(0, 3, (5,)), torch.rand(5, 4) * 0.2 + 0.3) for _ in range(2)]).to(cuda)
+    told = []
+    for _ in range(40):
+        loss = trainee(images, lambda: padded, 10.0)[0]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        told.append(loss.item())
+    assert sum(told[-5:]) / 5 < 0.7 * told[0]
