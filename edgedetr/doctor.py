@@ -25,6 +25,7 @@ PACKAGES: dict[str, tuple[str, str, str]] = {
     "pycocotools": ("pycocotools", "verify", "average precision"),
     "torch": ("torch", "train", "training; export"),
     "scipy": ("scipy", "train", "matching of queries to objects"),
+    "numba": ("numba", "fast", "deformable attention, faster to train on a CPU"),
     "pydantic": ("pydantic", "train", "recipes"),
     "safetensors": ("safetensors", "train", "weights"),
     "huggingface_hub": ("huggingface-hub", "train", "pretrained backbones"),
@@ -39,7 +40,7 @@ PACKAGES: dict[str, tuple[str, str, str]] = {
 }
 EXTRA_OF = {name: extra for name, (_, extra, _) in PACKAGES.items()}
 ON_DEVICE = ("runtime", "verify")       # the extras of a board, which neither trains nor exports
-OPTIONAL = ("cv2", "openvino", "tensorrt", "tensorboard")
+OPTIONAL = ("cv2", "numba", "openvino", "tensorrt", "tensorboard")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Sums of bilinear samples of a pyramid's maps, with gradients written out: for training on a CPU.
 
-The same numbers as `around` and `weighted_rows` give one after the other, with a third of their passes over memory: the
+The same numbers as `around` and `weighted_rows` give one after the other, in one pass over memory (compiled.py). The
 maps lie on one sheet between zeros, so that nothing asks which of the four cells about a place are in the map.
 """
 
@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from edgedetr.layers.rows import sum_rows, table_gradient, weight_gradient
-
 BORDER = 2      # cells of zeros: a place far outside moves to where both cells of an axis are zeros, and the slope too
+
+
+@lru_cache
+def compiled_here() -> bool:
+    """Whether there is numba, which compiles the loops."""
+    return find_spec("numba") is not None
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Sheet:
 def bilinear_sum(value: Tensor, x: Tensor, y: Tensor, weight: Tensor, sheet: Sheet) -> Tensor:
     """Per head, the weighted sum of what its points see; outside a map there are zeros.
 
-    value   [B, S, M D] on a CPU: the maps' cells, map after map; all else in float32
+    value   [B, S, M D] on a CPU: the maps' cells, map after map; all else in float32 (or all in float64)
     x, y    [B, N, M, P] places in cells of the sheet: those in the point's map, where whole numbers are cell centres,
             plus `sheet.corner`
     weight  [B, N, M, P]
@@ -97,62 +103,31 @@ class _BilinearSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, x: Tensor, y: Tensor, weight: Tensor,  # type: ignore[override]
                 sheet: Sheet) -> Tensor:
-        weight = weight.transpose(1, 2).contiguous()                                # [B, M, N, P]
-        laid = sheet.laid(value, weight.shape[1])
-        table = laid.view(-1, laid.shape[-1])                                       # a row per picture, head and cell
-        index, shares, right, down = _cells(x.transpose(1, 2), y.transpose(1, 2), weight, sheet)
-        ctx.save_for_backward(table, weight, index, shares, right, down)
-        ctx.sheet, ctx.laid = sheet, laid.shape
-        return sum_rows(table, index, shares).unflatten(0, weight.shape[:3]).transpose(1, 2)
+        from edgedetr.layers.compiled import spread, sums
+
+        laid = sheet.laid(value, weight.shape[2])
+        places = [tensor.contiguous() for tensor in (x, y, weight)]
+        out = laid.new_empty(*weight.shape[:3], laid.shape[-1])
+        spread(sums, len(laid) * laid.shape[1], *_arrays(laid, places, sheet), out.numpy())
+        ctx.save_for_backward(laid, *places)
+        ctx.sheet = sheet
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        table, weight, index, shares, right, down = ctx.saved_tensors
-        gradient, of_value = gradient.transpose(1, 2).flatten(0, 2), None           # [B M N, D]
-        pictures, heads = weight.shape[:2]
-        if ctx.needs_input_grad[0]:
-            of_table = table_gradient(index, shares, gradient, len(table), pictures if pictures > 1 else heads)
-            of_value = ctx.sheet.taken(of_table.view(ctx.laid))
-        if not any(ctx.needs_input_grad[1:4]):
-            return of_value, None, None, None, None
-        seen = weight_gradient(index, table, gradient).view(*weight.shape[:3], 4, -1)   # of the samples' four cells
-        of_x, of_y, of_weight = (torch.empty_like(weight) for _ in range(3))
-        for picture in range(pictures):
-            above, above_right, under, under_right = seen[picture].unbind(-2)
-            across, across_under = above_right - above, under_right - under
-            above = torch.addcmul(above, across, right[picture])
-            under = torch.addcmul(under, across_under, right[picture]).sub_(above)
-            torch.addcmul(above, under, down[picture], out=of_weight[picture])
-            torch.mul(under, weight[picture], out=of_y[picture])
-            torch.addcmul(across, across_under.sub_(across), down[picture], out=of_x[picture]).mul_(weight[picture])
-        return of_value, *(tensor.transpose(1, 2) for tensor in (of_x, of_y, of_weight)), None
+        from edgedetr.layers.compiled import gradients, spread
+
+        laid, *places = ctx.saved_tensors
+        of_table, of_places = torch.zeros_like(laid), [torch.empty_like(tensor) for tensor in places]
+        spread(gradients, len(laid) * laid.shape[1], *_arrays(laid, places, ctx.sheet), gradient.contiguous().numpy(),
+               of_table.flatten(0, 1).flatten(1, 2).numpy(), *(tensor.numpy() for tensor in of_places))
+        return ctx.sheet.taken(of_table) if ctx.needs_input_grad[0] else None, *of_places, None
 
 
-def _cells(x: Tensor, y: Tensor, weight: Tensor, sheet: Sheet) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four cells about each place [B, M, N, P], picture by picture, which a processor's cache holds.
-
-    int32 rows of the table, and the cells' shares of the sum, [B M N, 4 P] each; how far right and down of the first of
-    its four cells a place is, [B, M, N, P] each
-    """
-    pictures, heads, queries, points = weight.shape
-    line, area = sheet.width, sheet.height * sheet.width
-    index = weight.new_empty(pictures, heads, queries, 4, points, dtype=torch.int32)
-    shares, right, down = weight.new_empty(index.shape), torch.empty_like(weight), torch.empty_like(weight)
-    head = torch.arange(heads, dtype=torch.int32)[:, None, None] * area
-    for picture in range(pictures):
-        across = torch.clamp(x[picture], sheet.low[:, 0], sheet.high[:, 0], out=right[picture])
-        along = torch.clamp(y[picture], sheet.low[:, 1], sheet.high[:, 1], out=down[picture])
-        column, row = across.floor(), along.floor()
-        across.sub_(column)
-        along.sub_(row)
-        first = row.int().mul_(line).add_(column.int()).add_(head + picture * heads * area)
-        first.clamp_(0, pictures * heads * area - line - 2)     # NaN is in no cell; whatever it reads, the sum is NaN
-        for cell, offset in enumerate((0, 1, line, line + 1)):
-            torch.add(first, offset, out=index[picture, :, :, cell])
-        above, above_right, under, under_right = shares[picture].unbind(-2)
-        lower = weight[picture] * along
-        upper = weight[picture] - lower
-        torch.sub(lower, torch.mul(lower, across, out=under_right), out=under)
-        torch.sub(upper, torch.mul(upper, across, out=above_right), out=above)
-    return index.flatten(3).flatten(0, 2), shares.flatten(3).flatten(0, 2), right, down
+def _arrays(laid: Tensor, places: Sequence[Tensor], sheet: Sheet) -> tuple[Any, ...]:
+    """What both loops begin with."""
+    low, high = (bound.t().contiguous().to(laid.dtype).numpy() for bound in (sheet.low, sheet.high))
+    channels = (0,) * laid.shape[-1]
+    tables = laid.flatten(0, 1).flatten(1, 2).numpy()
+    return channels, tables, *(tensor.numpy() for tensor in places), low, high, sheet.width

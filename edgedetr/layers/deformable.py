@@ -3,6 +3,7 @@
 Zhu et al. 2021, "Deformable DETR", section 4.1, eq. 3; the discrete form is RT-DETRv2's (Lv et al. 2024, section 3.2).
 Two ways to read the bilinear samples give the same numbers: `gather` (row gathers: what exported graphs hold; on a CPU
 in float32 they are sums that never copy a row, and faster) and `grid_sample` (torch's own); `auto` is the faster one.
+Where many are read on a CPU, loops that numba compiles take the place of `gather`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgedetr.layers.bilinear import Sheet, bilinear_sum
+from edgedetr.layers.bilinear import Sheet, bilinear_sum, compiled_here
 from edgedetr.layers.cpu import eager, mixed, quick
 from edgedetr.layers.gather import around
 from edgedetr.layers.linear import Linear
@@ -24,6 +25,7 @@ Shapes = Sequence[tuple[int, int]]
 
 SAMPLINGS = ("auto", "gather", "grid_sample")
 METHODS = ("default", "discrete")
+WORTH = 1 << 19         # channels of all samples from which loops are compiled, which takes seconds, but once
 
 
 class DeformableAttention(nn.Module):
@@ -93,11 +95,12 @@ class DeformableAttention(nn.Module):
             reach = reference[..., 2:] * (self.share * self.offset_scale)
         else:
             reach = self._per_point([(1 / w, 1 / h) for h, w in shapes], offset)
-        if self.method == "default" and self.sampling != "grid_sample" and eager(value) and quick(weight):
+        on_cpu = self.method == "default" and self.sampling != "grid_sample" and eager(value) and quick(weight)
+        if on_cpu and compiled_here() and weight.numel() * value.shape[-1] >= WORTH * self.heads:
             summed = self._sum(value, reference[..., :2], offset, reach, weight, shapes)
             return self.out(summed.to(kind or summed.dtype).flatten(2))
         location = reference[..., :2] + offset * reach                              # 0..1 of the map, x then y
-        if self.method == "default" and self.sampling != "gather":
+        if self.method == "default" and self.sampling != "gather" and not on_cpu:
             sampled = self._grid_sample(value, location, weight, shapes)
         else:
             sampled = self._gather(value, location, weight, shapes)

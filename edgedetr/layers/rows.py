@@ -8,7 +8,6 @@ the gradient of the weights a product of two matrices of which only the entries 
 from __future__ import annotations
 
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -63,26 +62,13 @@ def sum_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
 
 
-def table_gradient(index: Tensor, weight: Tensor, gradient: Tensor, rows: int, parts: int = 1) -> Tensor:
-    """What `gradient` [N, D] of the sums is for the table: [R, D]; index [N, K] int32, weight [N, K].
-
-    parts   into how many equal parts table and sums fall of which no sum reads another's rows, as pictures do; scipy's
-            product takes one thread and lets others work
-    """
-    sums, width = len(index) // parts, index.shape[1]
+def table_gradient(index: Tensor, weight: Tensor, gradient: Tensor, rows: int) -> Tensor:
+    """What `gradient` [N, D] of the sums is for the table: [R, D]; index [N, K] int32, weight [N, K]."""
+    sums, width = index.shape
+    cells, shares, seeds = (tensor.numpy() for tensor in (index, weight, gradient.contiguous()))
     ends = np.arange(0, sums * width + 1, width, dtype=np.int32)
-    of_table = gradient.new_empty(rows, gradient.shape[1])
-    filled, cells, shares, seeds = (tensor.numpy() for tensor in (of_table, index, weight, gradient.contiguous()))
-    rows //= parts
-
-    def fill(part: int) -> None:        # arrays alone: operators of torch would start threads of their own
-        mine = slice(part * sums, (part + 1) * sums)
-        samples = csr_matrix((shares[mine].ravel(), (cells[mine] - part * rows).ravel(), ends), shape=(sums, rows))
-        filled[part * rows : (part + 1) * rows] = samples.T @ seeds[mine]
-
-    with ThreadPoolExecutor(min(torch.get_num_threads(), parts)) as pool:
-        list(pool.map(fill, range(parts)))
-    return of_table
+    samples = csr_matrix((shares.ravel(), cells.ravel(), ends), shape=(sums, rows))
+    return torch.from_numpy(samples.T @ seeds)
 
 
 def weight_gradient(index: Tensor, table: Tensor, gradient: Tensor) -> Tensor:

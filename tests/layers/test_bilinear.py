@@ -72,6 +72,30 @@ def test_on_a_cells_centre_the_gradient_is_that_just_above_it() -> None:
         torch.testing.assert_close(one[~outside], other[~outside], atol=1e-6, rtol=1e-6)
 
 
+def test_any_number_of_threads_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for threads in (1, 2, 4, 7):        # six heads of pictures: parts of unequal size, and fewer than threads
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        inputs = case(torch.float32)
+        out = by_sheet(*inputs)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_without_numba_attention_reads_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgedetr.layers import deformable
+
+    torch.manual_seed(1)
+    made, query, tokens = DeformableAttention(16, 2, POINTS), torch.randn(2, 9, 16), torch.randn(2, TOKENS, 16)
+    monkeypatch.setattr(deformable, "WORTH", 0)
+    expected = made(query, torch.rand(2, 9, 4, generator=torch.Generator().manual_seed(2)), tokens, SHAPES)
+    monkeypatch.setattr(deformable, "compiled_here", lambda: False)
+    monkeypatch.setattr(deformable, "bilinear_sum", None)
+    found = made(query, torch.rand(2, 9, 4, generator=torch.Generator().manual_seed(2)), tokens, SHAPES)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("shapes", [
     [(4, 6)], [(1, 2), (2, 3), (4, 6)], [(2, 6), (3, 5), (4, 4)], [(3, 2), (3, 2), (3, 2)],
 ], ids=["one map", "widest last", "a column higher than the widest", "equal maps"])
@@ -113,9 +137,11 @@ def test_only_the_gradients_that_are_needed_are_made(needed: int) -> None:
 
 
 @pytest.mark.parametrize("coordinates", [2, 4])
-def test_attention_gives_the_same_in_every_sampling(coordinates: int) -> None:
+def test_attention_gives_the_same_in_every_sampling(coordinates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first by compiled loops, whatever its size."""
     results = []
-    for sampling in ("auto", "gather", "grid_sample"):
+    for sampling in ("auto", "auto", "gather", "grid_sample"):
+        monkeypatch.setattr("edgedetr.layers.deformable.WORTH", 1 << 19 if results else 0)
         torch.manual_seed(1)
         made = DeformableAttention(16, 2, POINTS, sampling)
         with torch.no_grad():
@@ -126,8 +152,8 @@ def test_attention_gives_the_same_in_every_sampling(coordinates: int) -> None:
         out = made(query, reference, tokens, SHAPES)
         out.square().sum().backward()
         results.append([out, query.grad, tokens.grad, reference.grad, *(p.grad for p in made.parameters())])
-    for other in results[:2]:
-        for one, wanted in zip(other, results[2]):
+    for other in results[:3]:
+        for one, wanted in zip(other, results[3]):
             torch.testing.assert_close(one, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -135,6 +161,7 @@ def test_under_autocast_attention_samples_in_float32(monkeypatch: pytest.MonkeyP
     """Places and values are those that the Linears give in bfloat16; what is read there is not rounded again."""
     torch.manual_seed(1)
     made, seen = DeformableAttention(16, 2, POINTS, "auto"), []
+    monkeypatch.setattr("edgedetr.layers.deformable.WORTH", 0)
     monkeypatch.setattr("edgedetr.layers.deformable.bilinear_sum",
                         lambda *tensors: seen.append(tensors) or bilinear_sum(*tensors))
     query, tokens = torch.randn(2, 9, 16, requires_grad=True), torch.randn(2, TOKENS, 16, requires_grad=True)

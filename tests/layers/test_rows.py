@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from edgedetr.layers.rows import table_gradient, weighted_rows
+from edgedetr.layers.rows import weighted_rows
 
 
 def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -61,20 +61,3 @@ def test_the_sum_of_nothing_is_empty() -> None:
     out = weighted_rows(table, index[:0], weight[:0])
     assert out.shape == (0, 5, 3, 6)
     assert torch.equal(torch.autograd.grad(out.sum(), table)[0], torch.zeros_like(table))
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3])
-def test_a_tables_gradient_is_the_same_in_parts(parts: int) -> None:
-    torch.manual_seed(0)
-    own = torch.randint(0, 4, (3, 5, 7), dtype=torch.int32)         # three pictures of 4 rows: 5 sums of 7 rows each
-    index = (own + torch.arange(3, dtype=torch.int32)[:, None, None] * 4).flatten(0, 1)
-    weight, gradient = torch.randn(15, 7), torch.randn(15, 2)
-    if parts == 2:                                                  # in halves no sum may be split
-        index, weight, gradient = index[:10], weight[:10], gradient[:10]
-    rows = 8 if parts == 2 else 12
-    wanted = torch.zeros(rows, 2, dtype=torch.float64)
-    for number in range(len(index)):
-        for cell, share in zip(index[number].tolist(), weight[number].tolist()):
-            wanted[cell] += share * gradient[number].double()
-    got = table_gradient(index, weight, gradient, rows, parts)
-    torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
