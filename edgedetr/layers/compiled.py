@@ -98,15 +98,14 @@ def sums(channels: Any, table: Any, x: Any, y: Any, weight: Any, low: Any, high:
                 upper = share[p] - lower
                 lower_right, upper_right = lower * right[p], upper * right[p]
                 lower_left, upper_left = lower - lower_right, upper - upper_right
-                a = np.uintp(first[p])
-                b, c = a + size, a + below
+                a = np.uintp(first[p])          # a b
+                b, c = a + size, a + below      # c e: the four cells as they lie
                 e = c + size
                 for d in range(size):
                     total[d] += (upper_left * cells[a + d] + upper_right * cells[b + d]
                                  + lower_left * cells[c + d] + lower_right * cells[e + d])
             for d in range(size):
                 written[d] = total[d]
-
 
 
 @_compiled
@@ -145,8 +144,8 @@ def gradients(channels: Any, table: Any, x: Any, y: Any, weight: Any, low: Any, 
                 upper = share[p] - lower
                 lower_right, upper_right = lower * right[p], upper * right[p]
                 lower_left, upper_left = lower - lower_right, upper - upper_right
-                a = np.uintp(first[p])
-                b, c = a + size, a + below
+                a = np.uintp(first[p])          # a b
+                b, c = a + size, a + below      # c e: the four cells as they lie
                 e = c + size
                 at_a, at_b, at_c, at_e = kind(0), kind(0), kind(0), kind(0)
                 for d in range(size):
