@@ -10,6 +10,7 @@ from edgedetr.bundle import MANIFEST, Bundle
 from edgedetr.errors import UsageError
 
 RUNS = Path("runs")
+BACKENDS = ("onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt")     # runtime.detector's, without importing it
 
 bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
 json_option = click.option("--json", "as_json_", is_flag=True, help="Print the result as JSON on standard output.")

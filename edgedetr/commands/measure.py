@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgedetr.bundle import Bundle
-from edgedetr.commands.choose import bundle_argument, data_option, json_option, open_bundle, threads_option
+from edgedetr.commands.choose import BACKENDS, bundle_argument, data_option, json_option, open_bundle, threads_option
 from edgedetr.commands.show import Progress, as_json, progress_bars, say, table
 from edgedetr.errors import BundleError, NotWithinTolerance
-
-BACKENDS = ("onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt")
 
 if TYPE_CHECKING:
     from edgedetr.data.form import DetectionSet
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
     "backends",
     multiple=True,
     type=click.Choice(BACKENDS),
-    help="Only these libraries; repeatable.  [default: the engines that fit this device, else the CPU's]",
+    help="Only these libraries; repeatable.  [default: the engines that fit this device, else those that run here]",
 )
 @threads_option
 @json_option

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from edgedetr.commands.choose import json_option, open_bundle, threads_option
+from edgedetr.commands.choose import BACKENDS, json_option, open_bundle, threads_option
 from edgedetr.commands.show import as_json, say, table
 
 
@@ -20,7 +20,7 @@ from edgedetr.commands.show import as_json, say, table
 @click.option("--stage", help="onnx, fp16, int8 or int8-cpu.  [default: the fastest that is safe on this machine]")
 @click.option(
     "--backend",
-    type=click.Choice(["onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt"]),
+    type=click.Choice(BACKENDS),
     help="Inference library.  [default: an engine that fits this device, else ONNX Runtime, on a GPU where it can]",
 )
 @click.option("--trust", is_flag=True, help="Take an engine that was built on another machine: it is code from there.")

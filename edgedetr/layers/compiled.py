@@ -64,6 +64,15 @@ def _find(x: Any, y: Any, low: Any, high: Any, line: Any, last: Any, size: Any, 
         first[p] = np.uint32(min(max(line_ * line + column, np.int32(0)), last)) * size
 
 
+@numba.njit(inline="always")
+def _shares(weight: Any, right: Any, down: Any) -> tuple[Any, Any, Any, Any]:
+    """What each of a place's four cells weighs: upper left and right, lower left and right."""
+    lower = weight * down
+    upper = weight - lower
+    lower_right, upper_right = lower * right, upper * right
+    return upper - upper_right, upper_right, lower - lower_right, lower_right
+
+
 @_compiled
 def sums(channels: Any, table: Any, x: Any, y: Any, weight: Any, low: Any, high: Any, line: Any, out: Any, begin: int,
          end: int) -> None:
@@ -94,10 +103,7 @@ def sums(channels: Any, table: Any, x: Any, y: Any, weight: Any, low: Any, high:
             for d in range(size):
                 total[d] = kind(0)
             for p in range(points):
-                lower = share[p] * down[p]
-                upper = share[p] - lower
-                lower_right, upper_right = lower * right[p], upper * right[p]
-                lower_left, upper_left = lower - lower_right, upper - upper_right
+                upper_left, upper_right, lower_left, lower_right = _shares(share[p], right[p], down[p])
                 a = np.uintp(first[p])          # a b
                 b, c = a + size, a + below      # c e: the four cells as they lie
                 e = c + size
@@ -140,10 +146,7 @@ def gradients(channels: Any, table: Any, x: Any, y: Any, weight: Any, low: Any, 
             for d in range(size):
                 seed[d] = given[d]
             for p in range(points):
-                lower = share[p] * down[p]
-                upper = share[p] - lower
-                lower_right, upper_right = lower * right[p], upper * right[p]
-                lower_left, upper_left = lower - lower_right, upper - upper_right
+                upper_left, upper_right, lower_left, lower_right = _shares(share[p], right[p], down[p])
                 a = np.uintp(first[p])          # a b
                 b, c = a + size, a + below      # c e: the four cells as they lie
                 e = c + size

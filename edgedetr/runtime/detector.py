@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 STAGES = {"onnx": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx", "int8-cpu": "model.int8-cpu.onnx"}
 BACKENDS: dict[str, Callable[..., Runner]] = {"onnxruntime": OrtRunner, "openvino": OpenVinoRunner,
                                               "onnxruntime-cuda": OrtCudaRunner, "tensorrt": TrtRunner}
-EXTRAS = {"onnxruntime": "runtime", "openvino": "openvino", "tensorrt": "trt"}      # of this package, by what it brings
-ON_GPU = (None, "onnx", "fp16")     # stages that ONNX Runtime's CUDA provider computes as they are meant
+EXTRAS = {"onnxruntime": "runtime", "openvino": "openvino"}     # of this package, by the backend that they bring
+ON_GPU = ("onnx", "fp16")           # stages that ONNX Runtime's CUDA provider computes as they are meant
 ON_FILES = ("onnxruntime", "openvino")      # backends that run the bundle's ONNX files themselves, by preference
 LARGEST_BATCH = 8       # pictures per run where the graph's batch is open: more gains nothing on a CPU
 
@@ -136,7 +136,7 @@ def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str 
         if backend == "tensorrt":
             raise EngineError(f"{bundle.path}: no engine for {stage or 'any stage'} that fits here"
                               f"{''.join(f'; {reason}' for reason in refused)}; run: edgedetr build {bundle.path}")
-    if backend is None and stage in ON_GPU and not no_gpu():
+    if backend is None and (stage or "onnx") in ON_GPU and not no_gpu():
         try:
             return _on_file(bundle, "onnxruntime-cuda", stage or "onnx", threads,
                             ["as asked" if stage else "float32: this ONNX Runtime can use the GPU", *refused])
@@ -163,7 +163,7 @@ def _on_file(bundle: Bundle, backend: str, stage: str, threads: int | None, reas
 
 
 def absent(backend: str) -> str:
-    """Why a backend cannot run here, with the command that helps; empty where it can."""
+    """Why a backend cannot run ONNX files here, with the command that helps; empty where it can."""
     if backend == "onnxruntime-cuda":
         return no_gpu()
     return "" if find_spec(backend) else f"{backend} is not installed; run: pip install 'edgedetr[{EXTRAS[backend]}]'"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,8 @@ def _session(model: str | bytes, threads: int | None, optimise: bool, on_gpu: bo
     providers: list[Any] = ["CPUExecutionProvider"]
     if on_gpu:
         if hasattr(onnxruntime, "preload_dlls"):    # since 1.21: finds CUDA and cuDNN in NVIDIA's wheels
-            onnxruntime.preload_dlls()
+            with redirect_stdout(sys.stderr):       # where it prints what it does not find
+                onnxruntime.preload_dlls()
         providers.insert(0, (CUDA, {"use_tf32": "0"}))
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL

@@ -19,10 +19,12 @@ import numpy as np
 import torch
 
 from edgedetr.bundle import Bundle
+from edgedetr.errors import EdgedetrError
 from edgedetr.models.deploy import load_bundle_model
 from edgedetr.runtime import builder, cudart
 from edgedetr.runtime.engine import PRECISIONS
 from edgedetr.runtime.latency import rotated, timed
+from edgedetr.runtime.ort import OrtCudaRunner
 from edgedetr.runtime.sidecar import BuildArguments
 from edgedetr.runtime.trt import Session
 
@@ -44,18 +46,13 @@ def pytorch(bundle: Bundle, kind: torch.dtype, *, compiled: bool) -> Run:
 
 
 def onnx_runtime(bundle: Bundle, name: str) -> Run:
-    import onnxruntime
+    runner = OrtCudaRunner(bundle.require(name))
 
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise RuntimeError("this ONNX Runtime has no CUDA provider")
-    onnxruntime.preload_dlls()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    providers = [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(str(bundle.require(name)), options, providers=providers)
-    if session.get_providers()[0] != "CUDAExecutionProvider":
-        raise RuntimeError("ONNX Runtime fell back to the CPU")
-    return lambda images: tuple(session.run(["logits", "boxes"], {"images": images}))
+    def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = runner.run(images)
+        return found.logits, found.boxes
+
+    return run
 
 
 def engine(bundle: Bundle, precision: str) -> Run:
@@ -68,7 +65,6 @@ def engine(bundle: Bundle, precision: str) -> Run:
         found = session.run({"images": images})
         return found["logits"], found["boxes"]
 
-    run.session = session       # type: ignore[attr-defined]  # for what is told of it
     return run
 
 
@@ -96,7 +92,7 @@ def measure(bundle: Bundle, rounds: int) -> list[dict[str, object]]:
             for _ in range(WARM):
                 run(images)
             runs[name] = run, found
-        except Exception as error:  # noqa: BLE001  # one side that is not there or fails must not hide the others
+        except (EdgedetrError, RuntimeError) as error:  # one that is not there or fails must not hide the others
             print(f"{name}: {type(error).__name__}: {str(error)[:600]}", file=sys.stderr, flush=True)
     took: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds):

@@ -77,6 +77,14 @@ def test_where_it_works_it_is_the_default_in_float32(make_bundle, working, red):
     assert len(detector([red])[0]) == 6
 
 
+def test_what_the_library_prints_while_it_looks_for_cuda_is_no_output(make_bundle, working, monkeypatch, capsys):
+    """Standard output belongs to predict's lines of JSON."""
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcudnn.so.9"), raising=False)
+    load(make_bundle())
+    told = capsys.readouterr()
+    assert not told.out and "libcudnn" in told.err
+
+
 def test_quantised_graphs_stay_on_the_cpu_and_are_warned_of_where_asked_for(make_bundle, working, caplog):
     bundle = make_bundle("model.onnx", "model.fp16.onnx", "model.int8-cpu.onnx", "model.int8.onnx")
     assert load(bundle, stage="int8-cpu").backend == "onnxruntime"
