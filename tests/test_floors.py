@@ -20,6 +20,7 @@ FLOOR = {
     "boxes": 0,
     "bundle": 0,
     "shipped": 0,
+    "reading": 0,
     "data": 1,
     "runtime": 1,
     "quantization": 2,
@@ -55,6 +56,7 @@ TOP_LEVEL = {
     "runtime": {"numpy"},
     "evaluation": {"numpy"},
     "quantization": {"numpy", "onnx", "onnxruntime", "tomli"},
+    "reading": {"tomli"},
     "graph": {"numpy", "onnx"},
 }
 
