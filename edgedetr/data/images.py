@@ -1,35 +1,48 @@
-"""Image files to EXIF-upright RGB arrays: every mode of Pillow, limits before decoding, errors that name the file.
+"""Image files to EXIF-upright RGB arrays: a fixed list of formats, limits before decoding, errors that name the file.
 
+- The content decides the format, not the name. Only formats that Pillow decodes within this process are opened: a
+  PostScript file named photo.jpg would make Pillow start Ghostscript.
 - EXIF orientation (tag 274; also from XMP) is applied; 0, invalid or unreadable means no rotation. In a PNG only what
   stands before the pixel data counts, so that a header is enough to know the size.
 - Alpha and palette transparency are dropped and the stored colours kept, as OpenCV and other detectors' loaders do.
 - Gray becomes three equal channels; 16-bit gray is scaled (v / 257), not clipped. CMYK and YCbCr go through Pillow.
-- The first frame of an animation, page of a TIFF or picture of an MPO is taken.
+- The first frame of an animation, page of a TIFF or image of an MPO is taken.
 - Float pixels have no defined white and are refused.
 """
 
 from __future__ import annotations
 
 import io
-from contextlib import closing
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
-from edgedetr.errors import DataError
+from edgedetr.errors import DataError, EdgedetrError
 
 MAX_PIXELS = 64_000_000             # 8000 x 8000; 192 MB as RGB. Pillow itself refuses above 179 million
 ORIENTATION = 0x0112
 TAIL = 4096                         # bytes looked at for an end marker; some cameras append a few of their own
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm",
-                      ".mpo", ".avif", ".jp2", ".tga"})
+BAND = 256                          # rows that are converted at a time, so that no second whole image is in memory
 
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# None of these starts another program. EPS (Ghostscript), WMF (Windows' own renderer) and the stubs of HDF5, GRIB and
+# BUFR, which other packages fill, are left out on purpose.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "PCX", "SGI",
+           "SUN")
+NAMED_FORMATS = {".tga": "TGA", ".icb": "TGA", ".vda": "TGA", ".vst": "TGA"}    # TGA has no mark: the name must say it
+NOT_IMAGES = frozenset({".bw", ".rgb", ".rgba"})    # SGI's by right, raw pixels or masks of other programs in practice
+# Formats that Pillow reads with a package of its own: where that is missing, the message says what to install.
+PLUGINS = {"HEIC": ("pillow_heif", "register_heif_opener", "pillow-heif", ("HEIF",)),
+           "JPEG XL": ("pillow_jxl", "", "pillow-jxl-plugin", ("JXL",)),
+           "AVIF": ("pillow_avif", "", "'pillow>=11.3'", ("AVIF",))}
+PLUGIN_SUFFIXES = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC", ".jxl": "JPEG XL", ".avif": "AVIF"}
 
 
 class ImageMissing(DataError):
@@ -37,43 +50,52 @@ class ImageMissing(DataError):
 
 
 class ImageTooLarge(DataError):
-    """The file claims more pixels than the limit (a decompression bomb, or a picture to be tiled first)."""
+    """The file claims more pixels than the limit (a decompression bomb, or an image to be tiled first)."""
 
 
 class ImageUnreadable(DataError):
     """The file is no image, is truncated or damaged, or has pixels that cannot be read as colours."""
 
 
+class OutOfMemory(EdgedetrError):
+    """There is no room for the pixels. The file is not to blame: this is no DataError, which readers skip."""
+
+
+@lru_cache(maxsize=1)
+def suffixes() -> frozenset[str]:
+    """Endings of names that mean an image: what Pillow registers for FORMATS, TGA's, and those that need a package."""
+    registered = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    return frozenset(registered - NOT_IMAGES | NAMED_FORMATS.keys() | PLUGIN_SUFFIXES.keys())
+
+
 def is_image(path: Path) -> bool:
-    """Whether the name ends like an image's (.jpg, .JPG, .png, ...)."""
-    return path.suffix.lower() in SUFFIXES
+    """Whether the name ends like an image's (.jpg, .JPG, .jfif, .png, ...)."""
+    return path.suffix.lower() in suffixes()
 
 
 def decode(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Pixels of an image file or of its bytes.
 
-    return   [H, W, 3]  uint8, RGB, EXIF-upright
-    Errors: ImageMissing, ImageTooLarge, ImageUnreadable, all of them DataError.
+    return   [H, W, 3]  uint8, RGB, EXIF-upright. Memory at the peak: this and the decoder's own copy (up to 4 bytes a
+             pixel)
+    Errors: ImageMissing, ImageTooLarge, ImageUnreadable, all of them DataError; OutOfMemory.
     """
     name = _name(source)
-    with closing(_open(source, max_pixels)) as image:
+    with _open(source, max_pixels) as image:
         orientation = _orientation(image)
         try:
             image.load()
-            pixels = _rgb(image, name)
-            if orientation in _TRANSPOSE:
-                pixels = pixels.transpose(_TRANSPOSE[orientation])
-            return np.array(pixels)
+            return _turned(_rgb(image, name), orientation)
         except DataError:
             raise
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... for bad bytes
-            raise ImageUnreadable(f"{name}: cannot be decoded ({_reason(error)}); expected a whole image file; "
-                                  "replace the file or take it out of the data set") from error
+            raise _fault(error, name, image.size, "cannot be decoded", "expected a whole image file; "
+                         "replace the file or take it out of the data set") from error
 
 
 def size(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) of the EXIF-upright picture, from the header alone."""
-    with closing(_open(source, max_pixels)) as image:
+    """(height, width) of the EXIF-upright image, from the header alone."""
+    with _open(source, max_pixels) as image:
         width, height = image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
@@ -81,7 +103,7 @@ def size(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[i
 def probe(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) like `size`; a JPEG or PNG without its end marker is decoded too, so that truncation is seen."""
     found = size(path, max_pixels=max_pixels)
-    with open(path, "rb") as stream:
+    with open_plain(path) as stream:
         head = stream.read(8)
         length = stream.seek(0, io.SEEK_END)
         stream.seek(max(0, length - TAIL))
@@ -92,42 +114,114 @@ def probe(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     return found
 
 
+def open_plain(path: str | Path) -> IO[bytes]:
+    """A plain file, opened to be read; ImageMissing for anything else (a pipe or a device would block or worse)."""
+    try:
+        state = os.stat(path)
+        if stat.S_ISREG(state.st_mode):
+            handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+                             | getattr(os, "O_BINARY", 0))
+            stream = os.fdopen(handle, "rb")
+            if stat.S_ISREG(os.fstat(handle).st_mode):
+                return stream
+            stream.close()
+        kind = "a directory" if stat.S_ISDIR(state.st_mode) else "not a plain file"
+    except FileNotFoundError:
+        kind = "missing"
+    except (OSError, ValueError) as error:      # ValueError: a NUL byte in the name
+        kind = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    raise ImageMissing(f"{path}: {kind}; expected an image file")
+
+
 def _name(source: str | Path | bytes) -> str:
     return f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
 
 
-def _open(source: str | Path | bytes, max_pixels: int) -> Image.Image:
+@contextmanager
+def _open(source: str | Path | bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The image with its header read and its size within the limit; closed with its file."""
     name = _name(source)
-    if isinstance(source, bytes):
-        empty = not source
-    else:
-        if not Path(source).is_file():
-            kind = "a directory" if Path(source).is_dir() else "missing"
-            raise ImageMissing(f"{name}: {kind}; expected an image file")
-        empty = Path(source).stat().st_size == 0
-    if empty:
-        raise ImageUnreadable(f"{name}: empty (0 bytes); expected an image file")
+    stream = io.BytesIO(source) if isinstance(source, bytes) else open_plain(source)
+    with stream:
+        head = stream.read(16)
+        if not head:
+            raise ImageUnreadable(f"{name}: empty (0 bytes); expected an image file")
+        suffix = "" if isinstance(source, bytes) else Path(source).suffix.lower()
+        stream.seek(0)
+        try:
+            image = Image.open(stream, formats=_formats(suffix, head))
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ImageTooLarge(f"{name}: refused before decoding ({error}); "
+                                f"expected at most {max_pixels} pixels") from error
+        except Exception as error:      # header parsers raise many types
+            raise _fault(error, name, (1, 1), "not a readable image", _expected(head)) from error
+        with image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageTooLarge(f"{name}: {width} x {height} pixels (width x height), refused before decoding; "
+                                    f"expected at most {max_pixels}; tile the image or make it smaller")
+            if width < 1 or height < 1:
+                raise ImageUnreadable(f"{name}: {width} x {height} pixels; expected at least 1 x 1")
+            yield image
+
+
+def _formats(suffix: str, head: bytes) -> tuple[str, ...]:
+    extra = NAMED_FORMATS.get(suffix)
+    formats = _installed() if extra is None else (*_installed(), extra)
+    plugin = _plugin(head)
+    if plugin is None:
+        return formats
+    module, register, _, names = PLUGINS[plugin]
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLarge(f"{name}: refused before decoding ({error}); "
-                            f"expected at most {max_pixels} pixels") from error
-    except Exception as error:      # as above: header parsers raise many types
-        raise ImageUnreadable(f"{name}: not a readable image ({_reason(error)}); expected JPEG, PNG, WebP, BMP, "
-                              "TIFF or another format of Pillow") from error
-    width, height = image.size
-    if width * height > max_pixels:
-        image.close()
-        raise ImageTooLarge(f"{name}: {width} x {height} pixels (width x height), refused before decoding; "
-                            f"expected at most {max_pixels}; tile the picture or make it smaller")
-    if width < 1 or height < 1:
-        image.close()
-        raise ImageUnreadable(f"{name}: {width} x {height} pixels; expected at least 1 x 1")
-    return image
+        added = import_module(module)
+        if register:
+            getattr(added, register)()
+    except (ImportError, AttributeError):
+        return formats
+    return (*formats, *(name for name in names if name in Image.OPEN and name not in formats))
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:120]}"
+@lru_cache(maxsize=1)
+def _installed() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow opens (AVIF came with 11.3; MPO is opened by JPEG's reader)."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _plugin(head: bytes) -> str | None:
+    """Which of PLUGINS a file's first 16 bytes belong to."""
+    if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "JPEG XL"
+    if head[4:8] != b"ftyp":
+        return None
+    return "AVIF" if head[8:12] in (b"avif", b"avis") else "HEIC"
+
+
+def _expected(head: bytes) -> str:
+    plugin = _plugin(head)
+    if plugin is not None:
+        return f"this is {plugin}, which needs a package; run: pip install {PLUGINS[plugin][2]} (or save it as JPEG)"
+    if head.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6", b"%PDF")):
+        return "this is PostScript or PDF, which is never run; save it as PNG"
+    return "expected JPEG, PNG, WebP, BMP, TIFF or another of " + ", ".join(FORMATS)
+
+
+def _fault(error: Exception, name: str, shape: tuple[int, int], what: str, expected: str) -> EdgedetrError:
+    """The error to raise; a lack of memory is the machine's only where the pixels' room cannot be had indeed."""
+    out = isinstance(error, MemoryError) or "out of memory" in str(error)
+    if out and not _room(8 * shape[0] * shape[1] + (64 << 20)):
+        return OutOfMemory(f"{name}: no memory left to decode {shape[0]} x {shape[1]} pixels; "
+                           "expected some 8 bytes a pixel; end other programs or lower train.workers")
+    reason = f"{type(error).__name__}: {str(error)[:120]}"
+    return ImageUnreadable(f"{name}: {what} ({reason}); {expected}")
+
+
+def _room(count: int) -> bool:
+    try:
+        np.empty(count, np.uint8)
+    except MemoryError:
+        return False
+    return True
 
 
 def _orientation(image: Image.Image) -> int:
@@ -135,29 +229,45 @@ def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":
         return 1
     try:
-        # The base class's method: PNG's own would decode the whole picture to look for chunks after it.
+        # The base class's method: PNG's own would decode the whole image to look for chunks after it.
         value = Image.Image.getexif(image).get(ORIENTATION, 1)
     except Exception:  # noqa: BLE001  # parsers of EXIF raise many types, and a damaged block leaves the pixels usable
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "RGB":
-        return image
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Rows and columns as a viewer shows them for this value of the tag; [H, W, 3]."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _rgb(image: Image.Image, name: str) -> np.ndarray:
+    """The stored pixels as [H, W, 3] uint8, converted a band of rows at a time."""
     if image.mode == "F":
         raise ImageUnreadable(f"{name}: float pixels have no defined white; expected 8 or 16 bits per channel; "
                               "convert the file")
-    if image.mode.startswith("I"):
-        return _sixteen_bit(image, name).convert("RGB")
-    if image.mode in ("La", "RGBa"):
-        image = image.convert("LA" if image.mode == "La" else "RGBA")
-    return image.convert("RGB")
+    width, height = image.size
+    found = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, BAND):
+        band = image.crop((0, top, width, min(top + BAND, height)))
+        if band.mode.startswith("I"):
+            found[top:top + BAND] = _eight_bit(band, name)[..., None]
+            continue
+        if band.mode in ("La", "RGBa"):
+            band = band.convert("LA" if band.mode == "La" else "RGBA")
+        found[top:top + BAND] = np.asarray(band.convert("RGB"))
+    return found
 
 
-def _sixteen_bit(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
+def _eight_bit(band: Image.Image, name: str) -> np.ndarray:
+    values = np.asarray(band).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ImageUnreadable(f"{name}: gray values {values.min()}..{values.max()}; expected 8 or 16 bits per channel; "
                               "convert the file")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return ((values + 128) // 257).astype(np.uint8)

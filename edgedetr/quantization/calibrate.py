@@ -11,8 +11,9 @@ import onnxruntime
 from onnx import ModelProto, helper
 
 from edgedetr.bundle import Bundle, InputContract, digest
-from edgedetr.data.images import decode, is_image
+from edgedetr.data.images import decode
 from edgedetr.data.layouts import load, splits
+from edgedetr.data.listing import images_in
 from edgedetr.errors import DataError, ExportError
 from edgedetr.evaluation.reference import Reference
 from edgedetr.quantization.config import QuantConfig
@@ -64,7 +65,7 @@ def _candidates(bundle: Bundle, directory: Path | None) -> tuple[list[Path], Pat
     try:
         names = splits(directory)
     except DataError:           # no layout of annotations: a plain folder of pictures
-        return sorted(path for path in directory.rglob("*") if path.is_file() and is_image(path)), directory
+        return images_in(directory), directory
     split = "train" if "train" in names else next(iter(names))
     return [sample.path for sample in load(directory, split).samples], directory
 

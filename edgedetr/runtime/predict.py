@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import os
 import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -81,7 +82,7 @@ def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterato
             yield from _video(source, drop_late)
             continue
         path = Path(source)
-        named = path.is_file()
+        named = os.path.isfile(path)
         files = [path] if named else _files(path)
         for file in files:
             if file.suffix.lower() in video.VIDEOS:
@@ -97,12 +98,13 @@ def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterato
 
 def _files(path: Path) -> list[Path]:
     """Images and videos of a folder or a glob, sorted; DataError where there are none."""
-    if path.is_dir():
-        inside, what = path.rglob("*"), "a folder without images or videos"
+    if os.path.isdir(path):
+        # As training lists them: hidden files are left out, links are followed once.
+        found, what = _listed(path), "a folder without images or videos"
     else:
         inside, what = (Path(name) for name in glob.glob(str(path), recursive=True)), "no such file, folder or match"
-    usable = (file for file in inside if _is_image(file) or file.suffix.lower() in video.VIDEOS)
-    found = sorted(file for file in usable if file.is_file())
+        usable = (file for file in inside if _is_image(file) or file.suffix.lower() in video.VIDEOS)
+        found = sorted(file for file in usable if os.path.isfile(file))
     if not found:
         raise DataError(f"{path}: {what}; expected images, a folder of them, a pattern in quotes or a video")
     return found
@@ -113,6 +115,12 @@ def _decode(path: Path) -> np.ndarray:
     from edgedetr.data.images import decode
 
     return decode(path)
+
+
+def _listed(folder: Path) -> list[Path]:
+    from edgedetr.data.listing import images_in
+
+    return images_in(folder, also=video.VIDEOS)
 
 
 def _is_image(path: Path) -> bool:

@@ -1,0 +1,82 @@
+"""Which files lie below a folder: hidden ones are left out, and links are followed once.
+
+Training, calibration, `data check` and `predict` all list through here, so that they see the same images.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from edgedetr.data import images
+from edgedetr.errors import DataError
+
+# Folders that systems make beside people's files: a Mac's zip, a Synology disk, a Windows disk.
+SYSTEM = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"})
+
+
+def hidden(name: str) -> bool:
+    """Whether a file's or folder's own name is nobody's data (`._a.jpg`, `.ipynb_checkpoints`, `__MACOSX`)."""
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def children(folder: Path) -> list[Path]:
+    """The visible entries of one folder, sorted. Errors: DataError where it cannot be read."""
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if not hidden(name))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); expected a folder") from error
+
+
+def files(folder: Path) -> list[Path]:
+    """Every visible plain file below `folder`, sorted by path.
+
+    A linked folder is followed where its content was not met before: real folders come first, so a link to a folder
+    that is listed anyway adds nothing, and a loop ends.
+
+    Errors: DataError where `folder` cannot be read; a folder below it that cannot be read is an error too.
+    """
+    found: list[Path] = []
+    met: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        links: list[Path] = []
+        for start in waiting:
+            _walk(start, found, met, links)
+        waiting = links
+    return sorted(found)
+
+
+def images_in(folder: Path, also: Iterable[str] = ()) -> list[Path]:
+    """Every visible image below `folder`, by name, sorted.
+
+    also   further endings that count, in lower case (".mp4")
+    """
+    wanted = images.suffixes() | frozenset(also)
+    return [path for path in files(folder) if path.suffix.lower() in wanted]
+
+
+def _walk(start: Path, found: list[Path], met: set[tuple[int, int]], links: list[Path]) -> None:
+    """Add the files below `start` to `found`, and the linked folders to `links`."""
+    todo = [start]
+    while todo:
+        folder = todo.pop()
+        try:
+            state = os.stat(folder)
+            if (state.st_dev, state.st_ino) in met:
+                continue
+            met.add((state.st_dev, state.st_ino))
+            with os.scandir(folder) as entries:
+                listed = [entry for entry in entries if not hidden(entry.name)]
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be read ({error.strerror}); expected a folder") from error
+        for entry in listed:
+            path = folder / entry.name
+            if entry.is_symlink() and os.path.isdir(path):
+                links.append(path)
+            elif entry.is_dir():
+                todo.append(path)
+            elif os.path.isfile(path):
+                found.append(path)
+    links.sort()
