@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # More words for the installation of PyTorch, for example the index that has its CPU builds: `make demo TORCH_ARGS="..."`.
 TORCH_ARGS ?=
 
-.PHONY: demo test lint types pytest install browser clean distclean
+.PHONY: demo test lint types pytest install wheel browser clean distclean
 
 demo: $(VENV)/.installed
 	$(BIN)/edgedetr demo
@@ -25,6 +25,11 @@ pytest: $(VENV)/.installed-dev browser
 
 install: $(VENV)/.installed
 
+# The file to copy to a device: dist/edgedetr-VERSION-py3-none-any.whl.
+wheel: $(VENV)/.torch
+	$(PIP) hatchling
+	$(BIN)/python -m hatchling build -t wheel -d dist
+
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing PyTorch into $(VENV) (the largest download)"
@@ -32,12 +37,12 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	@echo "installing edgedetr[all] into $(VENV)"
+	@echo "installing this checkout with [all] into $(VENV)"
 	$(PIP) -e ".[all]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "installing edgedetr[dev] and NVIDIA's parser for the CPU into $(VENV)"
+	@echo "installing [dev] and NVIDIA's parser for the CPU into $(VENV)"
 	$(PIP) -e ".[all,dev,trt-check]"
 	@touch $@
 

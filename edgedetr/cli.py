@@ -59,12 +59,11 @@ def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 def cli(debug: bool) -> None:
     """Train DETR-family detectors, export to ONNX, quantise to INT8, and state what it cost with a bound.
 
-    On your own data (COCO, YOLO or VOC layout), in this order:
+    On your own data, a folder `cells` in COCO, YOLO or VOC layout, in this order:
 
     \b
-      edgedetr train --data DIR
-      edgedetr export
-      edgedetr export --int8
+      edgedetr train --data cells
+      edgedetr export --trt --int8
       edgedetr verify
       edgedetr report
     """
@@ -120,13 +119,13 @@ def run(arguments: list[str]) -> int:
 
 
 def _missing(error: ImportError) -> str:
-    """The extra to install for a module that is not there, or an empty string for any other ImportError."""
-    from edgedetr.doctor import EXTRA_OF
+    """The package to install for a module that is not there, or an empty string for any other ImportError."""
+    from edgedetr.packages import PACKAGES, missing
 
     name = (error.name or "").partition(".")[0]
-    if not isinstance(error, ModuleNotFoundError) or name not in EXTRA_OF:
+    if not isinstance(error, ModuleNotFoundError) or name not in PACKAGES:
         return ""
-    return f"this command needs {name}, which is not installed; run: pip install 'edgedetr[{EXTRA_OF[name]}]'"
+    return f"this command needs {name}: {missing(name)}"
 
 
 if __name__ == "__main__":

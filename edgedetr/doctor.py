@@ -10,35 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from edgedetr.errors import DeviceError, MissingDependency
+from edgedetr.packages import PACKAGES, install
 from edgedetr.runtime import board, cudart, nvidia
 from edgedetr.runtime.board import Board
 from edgedetr.runtime.cudart import Device
 
-# import name -> (package to install, extra that brings it, what it is needed for)
-PACKAGES: dict[str, tuple[str, str, str]] = {
-    "numpy": ("numpy", "runtime", "everything"),
-    "click": ("click", "runtime", "the command line"),
-    "PIL": ("pillow", "runtime", "reading images"),
-    "onnxruntime": ("onnxruntime", "runtime", "running ONNX; calibrating"),
-    "openvino": ("openvino", "openvino", "running INT8 fast on Intel CPUs"),
-    "cv2": ("opencv-python-headless", "video", "video files; faster resizing"),
-    "pycocotools": ("pycocotools", "verify", "average precision"),
-    "torch": ("torch", "train", "training; export"),
-    "scipy": ("scipy", "train", "matching of queries to objects"),
-    "numba": ("numba", "fast", "deformable attention, faster to train on a CPU"),
-    "pydantic": ("pydantic", "train", "recipes"),
-    "safetensors": ("safetensors", "train", "weights"),
-    "huggingface_hub": ("huggingface-hub", "train", "pretrained backbones"),
-    "lightning_fabric": ("lightning-fabric", "train", "several devices; bf16"),
-    "rich": ("rich", "train", "progress bars"),
-    "tensorboard": ("tensorboard", "train", "training curves"),
-    "onnx": ("onnx", "export", "export"),
-    "onnxscript": ("onnxscript", "export", "export"),
-    "matplotlib": ("matplotlib", "report", "the report's figures"),
-    "jinja2": ("jinja2", "report", "the report"),
-    "tensorrt": ("tensorrt", "trt", "TensorRT engines (JetPack brings it)"),
-}
-EXTRA_OF = {name: extra for name, (_, extra, _) in PACKAGES.items()}
 ON_DEVICE = ("runtime", "verify")       # the extras of a board, which neither trains nor exports
 OPTIONAL = ("cv2", "numba", "openvino", "tensorrt", "tensorboard")
 
@@ -127,7 +103,7 @@ class Examination:
 
     def package_rows(self) -> list[list[object]]:
         return [
-            [p.name, p.version, p.purpose, "ok" if p.version else f"missing: edgedetr[{p.extra}]"]
+            [p.name, p.version, p.purpose, _state(p)]
             for p in self.packages
         ]
 
@@ -137,8 +113,7 @@ class Examination:
                    and (p.extra in ON_DEVICE or not self.board.is_jetson)]
         lines = []
         if missing:
-            extras = ",".join(dict.fromkeys(p.extra for p in missing))
-            lines.append(f"missing: {', '.join(p.name for p in missing)}; run: pip install 'edgedetr[{extras}]'")
+            lines.append(f"missing: {', '.join(p.name for p in missing)}; run: {install(p.name for p in missing)}")
         else:
             what = "running and verifying" if self.board.is_jetson else "training, export, verifying and reporting"
             lines.append(f"everything that {what} need is here")
@@ -172,6 +147,13 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _state(package: Package) -> str:
+    """`ok`, or how to get it; how to get TensorRT depends on the machine, and `advice` says it."""
+    if package.version:
+        return "ok"
+    return "missing" if package.name == "tensorrt" else f"missing; pip install {package.name}"
 
 
 def _import_name(package: str) -> str:

@@ -28,5 +28,5 @@ def _find(installed: str, checkout: str) -> Path:
             return folder
     raise EdgedetrError(
         f"neither {_PACKAGE / installed} nor {_PACKAGE.parent / checkout} is here: this installation is incomplete; "
-        "run: pip install --force-reinstall edgedetr"
+        "install it again, from the checkout (make install) or from its wheel (make wheel)"
     )

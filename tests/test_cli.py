@@ -228,7 +228,8 @@ def test_doctor_knows_this_machine(capsys):
     assert found["cores"] == len(os.sched_getaffinity(0))
     for package in found["packages"]:
         if package["version"] is None:
-            assert f"missing: edgedetr[{package['extra']}]" in captured.err
+            how = "missing" if package["name"] == "tensorrt" else f"missing; pip install {package['name']}"
+            assert how in captured.err
 
 
 def test_models_counts_parameters_as_the_built_models_have(capsys):
@@ -280,7 +281,7 @@ def test_a_missing_package_names_the_extra(monkeypatch, capsys):
 
     monkeypatch.setitem(cli.cli.commands, "fails", fails)
     assert cli.run(["fails"]) == 1
-    assert "pip install 'edgedetr[openvino]'" in capsys.readouterr().err
+    assert "pip install openvino" in capsys.readouterr().err
 
 
 def test_json_has_no_nan(capsys):

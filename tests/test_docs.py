@@ -78,7 +78,7 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
 
 
-def test_the_five_commands_of_the_readme_are_those_of_the_help():
+def test_the_commands_of_the_readme_are_those_of_the_help():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     block = next(b for b in re.findall(r"```\n(.*?)```", readme, re.DOTALL) if b.startswith("edgedetr train"))
     assert [line.strip() for line in block.splitlines()] == [
@@ -110,6 +110,45 @@ def test_a_file_opens_with_one_sentence(path):
     first = docstring.split("\n\n")[0]
     # A package marker may be empty; a sentence may lead into a list by a colon.
     assert first.endswith((".", ":")) or path.name == "__init__.py"
+
+
+# `pip install edgedetr`, `pip install "edgedetr[runtime]"`, `pip wheel edgedetr==0.1`: ask an index for our name.
+FROM_INDEX = re.compile(
+    r"(?:pip|pipx|uv)3?\s+(?:install|download|wheel|add|tool install)\b[^\n`]*?[\s'\"]edgedetr\b(?![-/.\w])"
+)
+TEXTS = [
+    p
+    for folder in ("edgedetr", "recipes", "calib", "docs", "tests", ".ci", ".github")
+    for p in (ROOT / folder).rglob("*")
+    if p.suffix in (".py", ".md", ".toml", ".html", ".yml", ".yaml", ".json", ".cfg", "") and p.is_file()
+]
+
+
+@pytest.mark.parametrize("line, wrong", [
+    ('pip install "edgedetr[all]"', True), ("run: pip install 'edgedetr[x]'", True), ("pip install -U edgedetr", True),
+    ("pip install edgedetr==0.1", True), ('pip install "./edgedetr-0.1.0-py3-none-any.whl[runtime]"', False),
+    ('pip install -e ".[all]"', False), ("pip install ./edgedetr-*.whl", False),
+    ("~/edgedetr/bin/pip install numpy", False),
+])
+def test_an_installation_by_our_name_is_recognised(line, wrong):
+    assert bool(FROM_INDEX.search(line)) == wrong
+
+
+def test_no_text_installs_our_name_from_an_index_that_does_not_have_it():
+    texts = [*TEXTS, *ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "pyproject.toml"]
+    found = [f"{p.relative_to(ROOT)}: {match[0]}" for p in texts if p != Path(__file__)
+             for match in FROM_INDEX.finditer(p.read_text(encoding="utf-8"))]
+    assert not found
+
+
+def test_every_extra_that_a_text_names_exists():
+    tomllib = pytest.importorskip("tomllib")
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = set(project["optional-dependencies"])
+    for p in [*TEXTS, *ROOT.glob("*.md")]:
+        for match in re.finditer(r"(?:\.whl|\"\.|'\.)\[([a-z][a-z, -]*)\]", p.read_text(encoding="utf-8")):
+            assert {name.strip() for name in match[1].split(",")} <= declared, f"{p.relative_to(ROOT)}: {match[0]}"
 
 
 def test_nothing_is_left_to_do_in_the_code():

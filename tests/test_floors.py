@@ -21,6 +21,7 @@ FLOOR = {
     "bundle": 0,
     "shipped": 0,
     "reading": 0,
+    "packages": 0,
     "data": 1,
     "runtime": 1,
     "quantization": 2,

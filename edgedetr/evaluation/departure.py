@@ -16,6 +16,7 @@ import numpy as np
 
 from edgedetr.errors import MissingDependency, UsageError
 from edgedetr.evaluation.twin import twin
+from edgedetr.packages import missing
 from edgedetr.runtime import openvino, ort
 
 GROUP = 12              # tensors exposed at a time
@@ -98,7 +99,7 @@ class _Graph:
         try:
             import onnx
         except ImportError as error:
-            raise MissingDependency("onnx is not installed; run: pip install 'edgedetr[export]'") from error
+            raise MissingDependency(missing("onnx")) from error
         self.onnx, self.run, self.images, self.threads = onnx, run, images, threads
         # In float32, so that all tensors can be compared; what FP16 rounds is far below the floor.
         self.model = onnx.load_from_string(twin(model, rounded=False))

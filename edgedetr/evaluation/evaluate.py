@@ -17,6 +17,7 @@ from edgedetr.data.form import DetectionSet
 from edgedetr.errors import DataError, MissingDependency
 from edgedetr.evaluation.doubled import doubled
 from edgedetr.evaluation.reference import GroundTruth
+from edgedetr.packages import missing
 from edgedetr.runtime.detections import Detections
 
 MAX_DETECTIONS = 100    # per picture and class, pycocotools' own
@@ -91,7 +92,7 @@ def _run(truth: GroundTruth, detections: Mapping[int, Detections], by_size: bool
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
-        raise MissingDependency("pycocotools is not installed; run: pip install 'edgedetr[verify]'") from error
+        raise MissingDependency(missing("pycocotools")) from error
     images = [{"id": int(i), "height": int(h), "width": int(w)} for i, (h, w) in zip(truth.image_ids, truth.sizes)]
     categories = [{"id": c.index, "name": c.name} for c in truth.classes]
     objects_of = zip(truth.image_ids[truth.image].tolist(), truth.labels.tolist(), _xywh(truth.boxes),

@@ -24,6 +24,7 @@ from edgedetr.errors import (
     did_you_mean,
 )
 from edgedetr.evaluation.twin import twin
+from edgedetr.packages import missing
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.cpu import int8_saturates
 from edgedetr.runtime.detections import Detections
@@ -88,7 +89,7 @@ def candidates(bundle: Bundle, pairs: Sequence[tuple[str, str]], stages: Collect
             continue            # not exported yet, and not asked for
         bundle.require(STAGES[stage])
         if backend == "onnxruntime" and stage in TWINS and not find_spec("onnx"):
-            log.warning("%s is not scored: onnx is not installed; run: pip install 'edgedetr[export]'", stage)
+            log.warning("%s is not scored: %s", stage, missing("onnx"))
         elif not (reason := absent(backend)):
             chosen.append((stage, backend))
         elif backends:
@@ -197,7 +198,7 @@ def _oracles(bundle: Bundle, runs: Sequence[StageRun], threads: int | None) -> d
     if not runs:
         return {}
     if not find_spec("onnxruntime"):
-        log.warning("no oracle: onnxruntime is not installed; run: pip install 'edgedetr[runtime]'")
+        log.warning("no oracle: %s", missing("onnxruntime"))
         return {}
     # A twin in ONNX Runtime is its own oracle.
     judged = dict.fromkeys(run.stage for run in runs if run.stage not in TWINS or run.backend != "onnxruntime")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedetr.errors import BundleError, MissingDependency
+from edgedetr.packages import missing
 
 # They give values that they read, so what they give is FP16 already.
 MOVES = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Gather", "GatherND",
@@ -39,8 +40,7 @@ def _onnx() -> Any:
     try:
         import onnx
     except ImportError as error:
-        raise MissingDependency("onnx is not installed, and FP16 is judged on a graph made with it; "
-                                "run: pip install 'edgedetr[export]'") from error
+        raise MissingDependency(f"FP16 is judged on a graph made with onnx; {missing('onnx')}") from error
     return onnx
 
 

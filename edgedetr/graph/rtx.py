@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgedetr.errors import BundleError, MissingDependency
+from edgedetr.packages import TENSORRT_RTX
 
 LIMIT = "this says nothing about speed or numerics on a Jetson"
 PROCESS = Path(__file__).with_name("rtx_process.py")
@@ -89,7 +90,7 @@ def _run(files: list[str], build: bool, packages: str | Path | None) -> list[Rtx
         code, out, told = None, _text(late.stdout), f"no answer after {SECONDS * len(files)} s"
     if code == 3:
         raise MissingDependency("TensorRT-RTX is not installed (it exists for x86-64 Linux and Windows); "
-                                "run: pip install 'edgedetr[trt-check]'")
+                                f"run: pip install {TENSORRT_RTX}")
     results = []
     for line in out.splitlines():
         if line.startswith("{"):        # the library itself writes to standard output too

@@ -21,6 +21,7 @@ from edgedetr.models import names
 from edgedetr.models.detector import Detector
 from edgedetr.models.names.rules import IGNORED
 from edgedetr.models.vit import VitPyramid
+from edgedetr.packages import missing
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def _download(name: str, file: str, needed: bool = True) -> Path | None:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise ModelError(f"{name} is on the Hugging Face hub, which needs: pip install 'edgedetr[train]'; "
+        raise ModelError(f"{name} is on the Hugging Face hub, and {missing('huggingface_hub')}; "
                          f"or train from scratch: {RANDOM}") from error
     try:
         return Path(hf_hub_download(name, file))

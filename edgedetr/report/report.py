@@ -16,6 +16,7 @@ from edgedetr.boxes import clip
 from edgedetr.bundle import Bundle, atomic_write, digest
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError, MissingDependency
+from edgedetr.packages import missing
 from edgedetr.report.contents import inspect_bundle
 from edgedetr.report.differences import CONFIDENCE, OVERLAP, Difference, most_different
 from edgedetr.report.evidence import RECALL, Evidence, precision_recall, read, report_path
@@ -64,7 +65,7 @@ def write_report(bundle: Bundle, *, data: Path | None = None) -> Path:
 
         from edgedetr.report import figures
     except ImportError as error:
-        raise MissingDependency(f"{error.name} is not installed; run: pip install 'edgedetr[report]'") from error
+        raise MissingDependency(missing((error.name or "matplotlib").partition(".")[0])) from error
     evidence = read(bundle)
     verdict, manifest = evidence.verdict, bundle.manifest
     root = data or (Path(manifest.data.path) if manifest.data else None)

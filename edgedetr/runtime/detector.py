@@ -19,6 +19,7 @@ from edgedetr.errors import (
     UsageError,
     did_you_mean,
 )
+from edgedetr.packages import missing
 from edgedetr.runtime import engines, preprocess
 from edgedetr.runtime.cpu import int8_dot_product, int8_saturates
 from edgedetr.runtime.detections import Detections
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 STAGES = {"onnx": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx", "int8-cpu": "model.int8-cpu.onnx"}
 BACKENDS: dict[str, Callable[..., Runner]] = {"onnxruntime": OrtRunner, "openvino": OpenVinoRunner,
                                               "onnxruntime-cuda": OrtCudaRunner, "tensorrt": TrtRunner}
-EXTRAS = {"onnxruntime": "runtime", "openvino": "openvino"}     # of this package, by the backend that they bring
 ON_GPU = ("onnx", "fp16")           # stages that ONNX Runtime's CUDA provider computes as they are meant
 ON_FILES = ("onnxruntime", "openvino")      # backends that run the bundle's ONNX files themselves, by preference
 LARGEST_BATCH = 8       # pictures per run where the graph's batch is open: more gains nothing on a CPU
@@ -166,7 +166,7 @@ def absent(backend: str) -> str:
     """Why a backend cannot run ONNX files here, with the command that helps; empty where it can."""
     if backend == "onnxruntime-cuda":
         return no_gpu()
-    return "" if find_spec(backend) else f"{backend} is not installed; run: pip install 'edgedetr[{EXTRAS[backend]}]'"
+    return "" if find_spec(backend) else missing(backend)
 
 
 def _saturated(runner: Runner, stage: str, bundle: Bundle) -> str | None:
@@ -216,7 +216,7 @@ def _choose(bundle: Bundle, backend: str | None, stage: str | None) -> tuple[str
         backend = next((name for name in ON_FILES if find_spec(name)), None)
         if backend is None:
             raise MissingDependency("neither onnxruntime nor openvino is installed, and no engine fits; "
-                                    "run: pip install 'edgedetr[runtime]'")
+                                    "run: pip install onnxruntime")
     if stage is not None:
         return backend, stage, "as asked"
     if backend != "onnxruntime":

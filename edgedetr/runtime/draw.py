@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgedetr.errors import MissingDependency
+from edgedetr.packages import missing
 from edgedetr.runtime.detections import Detections
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def draw(image: np.ndarray, detections: Detections, *, confidence: float = 0.0) 
     try:
         from PIL import Image, ImageDraw
     except ImportError as error:
-        raise MissingDependency("pillow is not installed; run: pip install 'edgedetr[runtime]'") from error
+        raise MissingDependency(missing("PIL")) from error
     shown = detections.above(confidence)
     picture = Image.fromarray(np.ascontiguousarray(image))
     pen = ImageDraw.Draw(picture, "RGB")

@@ -10,7 +10,7 @@ from edgedetr.errors import MissingDependency
 log = logging.getLogger(__name__)
 
 NEEDED = ("on a Jetson: sudo apt install python3-libnvinfer, and make the environment with "
-          "python3 -m venv --system-site-packages; on x86 with an NVIDIA GPU: pip install 'edgedetr[trt]'")
+          "python3 -m venv --system-site-packages; on x86 with an NVIDIA GPU: pip install tensorrt")
 
 
 def tensorrt() -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgedetr.errors import BundleError, MissingDependency
+from edgedetr.packages import missing
 from edgedetr.runtime.runner import RawOutputs
 
 
@@ -68,7 +69,7 @@ def _compile(model: str | bytes, threads: int | None, precision_hint: str, batch
     try:
         import openvino
     except ImportError as error:
-        raise MissingDependency("openvino is not installed; run: pip install 'edgedetr[openvino]'") from error
+        raise MissingDependency(missing("openvino")) from error
     settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads

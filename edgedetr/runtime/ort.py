@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from edgedetr.errors import BundleError, DeviceError, MissingDependency
+from edgedetr.packages import missing
 from edgedetr.runtime.cudart import probe
 from edgedetr.runtime.runner import MADE_BY, RawOutputs
 
@@ -99,7 +100,7 @@ def _session(model: str | bytes, threads: int | None, optimise: bool, on_gpu: bo
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingDependency("onnxruntime is not installed; run: pip install 'edgedetr[runtime]'") from error
+        raise MissingDependency(missing("onnxruntime")) from error
     if isinstance(model, str) and not os.path.isfile(model):
         raise BundleError(f"{model}: no such file; expected an ONNX graph written by edgedetr export")
     options = onnxruntime.SessionOptions()

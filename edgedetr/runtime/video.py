@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from edgedetr.errors import DataError, MissingDependency
+from edgedetr.packages import missing
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise MissingDependency("video needs OpenCV; run: pip install 'edgedetr[video]'") from error
+        raise MissingDependency(f"video needs OpenCV; {missing('cv2')}") from error
     return cv2
 
 

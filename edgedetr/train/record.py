@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedetr.bundle import atomic_write
+from edgedetr.packages import missing
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,6 @@ def _tensorboard(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        log.info("tensorboard is not installed, so only metrics.jsonl is written; pip install 'edgedetr[train]'")
+        log.info("only metrics.jsonl is written: %s", missing("tensorboard"))
         return None
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -17,7 +17,7 @@ from edgedetr.graph.rtx import check_all
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx_bindings") is None
                                and importlib.util.find_spec("tensorrt_rtx") is None,
-                               reason="needs TensorRT-RTX: pip install 'edgedetr[trt-check]'")
+                               reason="needs TensorRT-RTX: make test installs it on x86-64")
 
 
 @needs_rtx

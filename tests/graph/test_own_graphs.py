@@ -107,7 +107,7 @@ def test_lint_is_silent_on_what_we_write(name, sampling, written):
         assert (half, pairs >= 20) == (precision != "fp32", precision == "int8")
 
 
-@pytest.mark.skipif(not RTX, reason="needs NVIDIA's parser on a CPU: pip install 'edgedetr[trt-check]' (x86-64)")
+@pytest.mark.skipif(not RTX, reason="needs NVIDIA's parser on a CPU: make test installs it on x86-64")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name, sampling", CASES, ids=map("-".join, CASES))
 def test_every_member_parses_and_builds_without_a_gpu(name, sampling, precision, written):

@@ -16,7 +16,7 @@ from edgedetr.graph import rtx
 from edgedetr.graph.rtx import check, check_all
 
 needs_rtx = pytest.mark.skipif(not any(map(find_spec, ("tensorrt_rtx", "tensorrt_rtx_bindings"))),
-                               reason="needs NVIDIA's parser on a CPU: pip install 'edgedetr[trt-check]' (x86-64)")
+                               reason="needs NVIDIA's parser on a CPU: make test installs it on x86-64")
 
 
 def model(nodes: list[onnx.NodeProto], half: bool = False, **constants: np.ndarray) -> ModelProto:

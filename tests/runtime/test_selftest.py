@@ -45,7 +45,7 @@ def test_there_is_a_graph_for_every_canary_and_no_other():
 
 def test_nvidias_parser_and_builder_take_them():
     if not any(map(find_spec, ("tensorrt_rtx", "tensorrt_rtx_bindings"))):
-        pytest.skip("needs NVIDIA's parser on a CPU: pip install 'edgedetr[trt-check]' (x86-64)")
+        pytest.skip("needs NVIDIA's parser on a CPU: make test installs it on x86-64")
     results = check_all(sorted(selftest.FOLDER.glob("*.onnx")))
     assert [str(result) for result in results if not result.ok] == [] and len(results) == 3
 
