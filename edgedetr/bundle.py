@@ -1,25 +1,34 @@
 """The bundle: one directory that holds a detector from weights to INT8, with a digest of every file.
 
 Stages only add. A file is written under a temporary name, flushed to disk and renamed; `bundle.json` is
-replaced last, so a crash leaves either the old state or the new one, never half a file.
+replaced last, so a crash leaves either the old state or the new one, never half a file. Commands that run side by side
+take turns: each reads bundle.json again, and adds to it, under a lock.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgedetr.errors import BundleError
+from edgedetr import manifest as form
+from edgedetr.errors import BundleError, EdgedetrError, TrainingError
+from edgedetr.files import atomic_write, digest, flush, inside, put, remove_leftovers, temporary_beside
+from edgedetr.locks import locked
+from edgedetr.manifest import SCHEMA, ClassInfo, DataRecord, FileEntry, InputContract, Manifest, OutputContract
+from edgedetr.reading import MEBIBYTE, read_json
 
-SCHEMA = 1
+__all__ = ["MANIFEST", "SCHEMA", "Bundle", "ClassInfo", "DataRecord", "FileEntry", "InputContract", "Manifest",
+           "OutputContract", "atomic_write", "digest"]
+
 MANIFEST = "bundle.json"
+LOCK, TRAINING = ".lock", ".training"       # of what changes the bundle, and of a whole training; hidden, gone after it
+WAIT = 60.0             # seconds; the lock is held for as long as bundle.json is read, merged and written
+LIMIT = 64 * MEBIBYTE   # bytes of bundle.json; the one of 0.1's demonstration has 6 kB
+OWN_FOLDERS = ("", "results", "report", "train")      # where temporary files of killed commands may lie
 
 # Which command makes which file, for the "run: ..." half of an error message.
 COMMANDS = {
@@ -31,130 +40,21 @@ COMMANDS = {
     "ranges.json": "edgedetr export {path} --int8",
     "model.int8.onnx": "edgedetr export {path} --int8",
     "model.int8-cpu.onnx": "edgedetr export {path} --int8",
-    "results/verify.json": "edgedetr verify {path}",
 }
-
-
-@dataclass(frozen=True)
-class ClassInfo:
-    """One class: `index` is contiguous from 0 and is what the model predicts; id and name are the data set's own."""
-
-    index: int
-    category_id: int
-    name: str
-
-
-@dataclass(frozen=True)
-class InputContract:
-    """What the graph takes: `images` [B, 3, height, width], RGB, values 0..255, normalisation inside the graph."""
-
-    height: int
-    width: int
-    resize: str = "stretch"         # "stretch" or "letterbox" (keep aspect, pad right and bottom with 114)
-
-    def __post_init__(self) -> None:
-        if self.resize not in ("stretch", "letterbox"):
-            raise BundleError(f"input.resize is {self.resize!r}; expected 'stretch' or 'letterbox'")
-        if not (isinstance(self.height, int) and isinstance(self.width, int) and min(self.height, self.width) > 0):
-            raise BundleError(f"input size is {self.height} x {self.width}; expected two positive whole numbers")
-
-
-@dataclass(frozen=True)
-class OutputContract:
-    """How `logits` [B, N, K*] and `boxes` [B, N, 4] become detections.
-
-    activation  "sigmoid" (K* = K; best top_k of N*K) or "softmax" (K* = K + 1, last = no object; best class per query)
-    """
-
-    activation: str = "sigmoid"
-    top_k: int = 100
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """A file of the bundle: digest, size in bytes, the stage that made it, digests of what it was made from."""
-
-    sha256: str
-    size: int
-    stage: str
-    made_from: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class DataRecord:
-    """Where the data of this bundle lies, and the splits used for verifying and for calibrating."""
-
-    path: str
-    verify_split: str
-    calib_split: str = "train"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """bundle.json, typed."""
-
-    model: str
-    classes: tuple[ClassInfo, ...]
-    input: InputContract
-    output: OutputContract
-    config: dict[str, object] = field(default_factory=dict)     # the model's own configuration, as in its dataclass
-    data: DataRecord | None = None
-    budget: float = 1.0                                         # largest accepted AP drop, points
-    synthetic: bool = False                                     # the data are rendered, not photographed
-    files: dict[str, FileEntry] = field(default_factory=dict)
-    schema: int = SCHEMA
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-
-
-def _digest(stream) -> str:  # type: ignore[no-untyped-def]  # Python 3.10 has no hashlib.file_digest
-    state = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        state.update(block)
-    return state.hexdigest()
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`.
-
-    After an exception the temporary file is removed and `path` is as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Bundle:
     """An open bundle directory: `manifest`, `add` and `require`.
 
-    Errors: BundleError for a path that is no bundle, a damaged manifest, a missing, damaged or stale file.
+    `manifest` is as it was read; what other commands add meanwhile appears with the next `add`, `update` or `require`.
+    Errors: BundleError for a path that is no bundle, a damaged manifest, a missing, damaged or stale file, and a lock
+    that another command does not give back.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
+        self._seen: dict[str, str] = {}     # digests of the files that this object gave out or made
+        self._clean = False
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r})"
@@ -163,53 +63,89 @@ class Bundle:
     def create(cls, path: str | Path, manifest: Manifest) -> Bundle:
         """Make the directory, or take an existing bundle and replace its description; its files stay listed."""
         path = Path(path)
-        if (path / MANIFEST).exists():
-            manifest = replace(manifest, files=cls.open(path).manifest.files)
-        elif path.exists() and not path.is_dir():
+        if path.exists() and not path.is_dir():
             raise BundleError(f"{path} is a file; expected a directory to write the bundle to")
+        path.mkdir(parents=True, exist_ok=True)
         bundle = cls(path, manifest)
-        bundle._write()
+        with bundle._turn():
+            if os.path.lexists(path / MANIFEST):
+                bundle.manifest = replace(manifest, files=_read(path).files)
+            bundle._write()
         return bundle
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
         """Read and check bundle.json."""
         path = Path(path)
-        where = path / MANIFEST
-        if not path.is_dir() or not where.is_file():
-            raise BundleError(f"{path}: no {MANIFEST} here, so this is no bundle; run: edgedetr train --data DIR")
+        return cls(path, _read(path))
+
+    @staticmethod
+    @contextmanager
+    def training(path: str | Path) -> Iterator[None]:
+        """Hold the right to train into the bundle at `path`, which is made if it is not there; one process has it.
+
+        Only the main process of a training takes it; its workers and other ranks do not.
+        Errors: TrainingError at once, with the other's process, where a training runs already.
+        """
+        path, there = Path(path), os.path.lexists(path)
+        if there and not path.is_dir():
+            raise BundleError(f"{path} is a file; expected a directory to write the bundle to")
+        path.mkdir(parents=True, exist_ok=True)
+        for name in ("train", "weights.safetensors"):
+            inside(path, name)
+
+        def busy(owner: str) -> EdgedetrError:
+            return TrainingError(f"{path}: another training writes here ({owner}); let it finish or end it, or name "
+                                 "another --out")
+
         try:
-            raw = json.loads(where.read_text(encoding="utf-8"))
-            return cls(path, _manifest_from_json(raw))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise BundleError(f"{where}: damaged or of another kind ({error}); expected the JSON object that "
-                              f"edgedetr {SCHEMA=} writes; restore it from a copy or run the training again") from error
+            with locked(path / TRAINING, wait=0, busy=busy):
+                remove_leftovers(path)
+                remove_leftovers(path / "train")
+                yield
+        finally:
+            if not there:
+                with suppress(OSError):     # not empty: it was trained
+                    path.rmdir()
+
+    def refresh(self) -> None:
+        """Read bundle.json again: what other commands have added since."""
+        self.manifest = _read(self.path)
 
     def update(self, **changes: Any) -> None:
         """Replace fields of the manifest (budget, data, ...) on disk."""
-        self.manifest = replace(self.manifest, **changes)
-        self._write()
+        with self._turn():
+            self.manifest = replace(_read(self.path), **changes)
+            self._write()
 
     @contextmanager
     def add(self, name: str, *, stage: str, made_from: Sequence[str] = (), still_good: Sequence[str] = ()) \
             -> Iterator[Path]:
         """Yield a temporary path to write `name` to; on success it appears, listed with its digest.
 
-        made_from   names of files in this bundle; their present digests are recorded, so that `require` sees staleness
+        made_from   names of files in this bundle; the digests with which `require` last gave them out are recorded (the
+                    present ones of those that it did not), so that `require` sees staleness
         still_good  files made from `name` that do not depend on what changes in it: they stay fresh if they were
         """
-        sources = {source: self._entry(source).sha256 for source in made_from}
-        target = self._inside(name)
-        with atomic_write(target) as temporary:
+        sources = {source: self._seen.get(source) or self._entry(source).sha256 for source in made_from}
+        target = self.inside(name)
+        self.clean()
+        with temporary_beside(target) as temporary:
             yield temporary
             entry = FileEntry(digest(temporary), temporary.stat().st_size, stage, sources)
-        files = dict(self.manifest.files)
-        old = files.get(name)
-        for other in still_good:
-            if old is not None and other in files and files[other].made_from.get(name) == old.sha256:
-                files[other] = replace(files[other], made_from={**files[other].made_from, name: entry.sha256})
-        self.manifest = replace(self.manifest, files={**files, name: entry})
-        self._write()
+            flush(temporary)
+            with self._turn():
+                # Others may have added since this object read it.
+                manifest = _read(self.path)
+                files, old = dict(manifest.files), manifest.files.get(name)
+                for other in still_good:
+                    if old is not None and other in files and files[other].made_from.get(name) == old.sha256:
+                        files[other] = replace(files[other], made_from={**files[other].made_from, name: entry.sha256})
+                self.inside(name)
+                put(temporary, target)
+                self.manifest = replace(manifest, files={**files, name: entry})
+                self._write()
+        self._seen[name] = entry.sha256
 
     def has(self, name: str) -> bool:
         """Whether `name` is listed, present, undamaged and not stale."""
@@ -221,7 +157,17 @@ class Bundle:
 
     def require(self, name: str) -> Path:
         """Path of a file that is listed, present, undamaged and made from what is in the bundle now."""
-        entry, path = self._entry(name), self._inside(name)
+        try:
+            return self._require(name)
+        except BundleError:
+            before = self.manifest
+            self.refresh()          # another command may have made it, or made it anew
+            if self.manifest == before:
+                raise
+            return self._require(name)
+
+    def _require(self, name: str) -> Path:
+        entry, path = self._entry(name), self.inside(name)
         if not path.is_file():
             raise BundleError(f"{self.path}: {name} is listed but missing; {self._run(name)}")
         if path.stat().st_size != entry.size or digest(path) != entry.sha256:
@@ -232,7 +178,19 @@ class Bundle:
             if new != old:
                 raise BundleError(f"{self.path}: {name} was made from {source} {old:.8}, which is now {new:.8}; "
                                   f"{self._run(name)}")
+        self._seen[name] = entry.sha256
         return path
+
+    def inside(self, name: str) -> Path:
+        """The path of a file of this bundle, listed or not; BundleError for a name or a link that leads out of it."""
+        return inside(self.path, name)
+
+    def clean(self) -> None:
+        """Remove what killed commands left half-written; `add` does it once."""
+        if not self._clean:
+            for folder in OWN_FOLDERS:
+                remove_leftovers(self.inside(folder) if folder else self.path)
+            self._clean = True
 
     def _entry(self, name: str) -> FileEntry:
         if name not in self.manifest.files:
@@ -242,37 +200,47 @@ class Bundle:
     def _run(self, name: str) -> str:
         if name == "model.onnx" and name in self.manifest.files and self.manifest.files[name].stage == "import":
             return f"run: edgedetr import FILE.onnx --out {self.path}"
+        if name.startswith("results/"):
+            return f"run: edgedetr verify {self.path}"
         source, _, frame = name.removesuffix(".onnx").partition(".frame-")      # model.int8.frame-1080x1920.onnx
         command = COMMANDS.get(f"{source}.onnx" if frame else name, "edgedetr export {path}").format(path=self.path)
         return f"run: {command} --frame {frame}" if frame else f"run: {command}"
 
-    def _inside(self, name: str) -> Path:
-        parts = Path(name).parts
-        if not parts or Path(name).is_absolute() or ".." in parts:
-            raise BundleError(f"{self.path}: {name!r} points outside the bundle; expected a relative name")
-        return self.path / name
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The bundle to oneself, for the moment in which bundle.json changes."""
+        with locked(self.path / LOCK, wait=WAIT, busy=_busy(self.path)):
+            yield
 
     def _write(self) -> None:
-        with atomic_write(self.path / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(asdict(self.manifest), indent=1) + "\n", encoding="utf-8")
+        try:
+            text = form.to_text(self.manifest)
+        except (ValueError, BundleError) as error:
+            raise BundleError(f"{self.path}: what was to be written to {MANIFEST} could not be read again: "
+                              f"{error}") from error
+        with atomic_write(self.inside(MANIFEST)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
-def _manifest_from_json(raw: dict) -> Manifest:  # type: ignore[type-arg]  # checked field by field below
-    if raw.get("schema") != SCHEMA:
-        raise ValueError(f"schema is {raw.get('schema')!r}, this version reads {SCHEMA}")
-    unknown = set(raw) - set(Manifest.__dataclass_fields__)
-    if unknown:
-        raise ValueError(f"unknown key {sorted(unknown)[0]!r}")
-    classes = tuple(ClassInfo(int(c["index"]), int(c["category_id"]), str(c["name"])) for c in raw["classes"])
-    if [c.index for c in classes] != list(range(len(classes))):
-        raise ValueError("class indices are not 0, 1, 2, ...")
-    files = {str(name): FileEntry(**entry) for name, entry in raw.get("files", {}).items()}
-    for name in files:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"file name {name!r} points outside the bundle")
-    return Manifest(
-        model=str(raw["model"]), classes=classes,
-        input=InputContract(**raw["input"]), output=OutputContract(**raw["output"]),
-        config=dict(raw.get("config") or {}), data=DataRecord(**raw["data"]) if raw.get("data") else None,
-        budget=float(raw["budget"]), synthetic=bool(raw.get("synthetic", False)), files=files,
-    )
+def _busy(path: Path) -> Callable[[str], EdgedetrError]:
+    return lambda owner: BundleError(f"{path}: {owner} has been changing this bundle for {WAIT:.0f} s; wait for it or "
+                                     "end it, then run the same command again")
+
+
+def _read(path: Path) -> Manifest:
+    """The manifest of the bundle at `path`."""
+    try:
+        there = path.is_dir() and os.path.lexists(path / MANIFEST)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); expected the folder "
+                          "of a bundle") from error
+    if not there:
+        raise BundleError(f"{path}: no {MANIFEST} here, so this is no bundle; run: edgedetr train --data DIR")
+    where = inside(path, MANIFEST)
+    fix = "restore it from a copy or run the training again"
+    raw = read_json(where, BundleError, limit=LIMIT, fix=fix)
+    try:
+        return form.from_json(raw)
+    except (ValueError, RecursionError, BundleError) as error:
+        raise BundleError(f"{where}: damaged or of another kind ({error}); expected the JSON object that edgedetr "
+                          f"writes ({SCHEMA=}); {fix}") from error

@@ -22,6 +22,7 @@ from edgedetr.data import layouts
 from edgedetr.data.form import DataConfig, DetectionSet
 from edgedetr.errors import TrainingError
 from edgedetr.evaluation.evaluate import Metrics
+from edgedetr.files import remove_leftovers
 from edgedetr.layers.lora import merged
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.recipe import Recipe
@@ -138,8 +139,8 @@ class Run:
 
     def _rest(self, main: bool) -> None:
         if main:
-            for rest in [*self.out.glob(".*.tmp"), *self.saved.parent.glob(".*.tmp")]:
-                rest.unlink()       # half-written by a run that was killed
+            for folder in (self.out, self.saved.parent):
+                remove_leftovers(folder)        # half-written by a run that was killed
         self.record = Record(self.saved.parent, self.position.step) if main else None
         if self.record is not None and self.position.epochs and not self.position.step:
             self.record.write("plan", 0, {"epochs": self.position.epochs, "minutes": self.config.minutes})
