@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,6 +23,7 @@ from edgedetr.errors import RecipeError, did_you_mean
 from edgedetr.evaluation.verify import VerifyConfig
 from edgedetr.export.config import ExportConfig
 from edgedetr.models import FAMILY
+from edgedetr.options import check
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.shipped import recipes_directory
 from edgedetr.train.config import AugmentConfig, TrainConfig
@@ -42,7 +44,10 @@ class InputSize:
 
     height: int = 640           # RT-DETR, section 4.1
     width: int = 640
-    resize: str = "stretch"     # what RT-DETR trains with; "letterbox" keeps the aspect
+    resize: Literal["stretch", "letterbox"] = "stretch"     # what RT-DETR trains with; "letterbox" keeps the aspect
+
+    def __post_init__(self) -> None:
+        check(self, "input", {"height": (1, 16384), "width": (1, 16384)})
 
     def contract(self) -> InputContract:
         return InputContract(self.height, self.width, self.resize)
@@ -193,7 +198,9 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "literal_error" and type(first["input"]) is int and key in values:
             return _build(kind, {**values, key: str(first["input"])}, where)    # --set train.precision=16
-        raise RecipeError(f"{where}: {key} = {first.get('input')!r}: {first['msg']}") from error
+        words = re.findall("'([^']+)'", str(first.get("ctx", {}).get("expected", "")))
+        near = did_you_mean(str(first.get("input")), words)
+        raise RecipeError(f"{where}: {key} = {first.get('input')!r}: {first['msg']}{near}") from error
     except TypeError as error:
         raise RecipeError(f"{where}: {error}") from error
 

@@ -25,6 +25,7 @@ FLOOR = {
     "locks": -0.5,
     "files": -0.25,
     "manifest": -0.1,
+    "options": -0.5,
     "data": 1,
     "runtime": 1,
     "quantization": 2,

@@ -48,7 +48,7 @@ def test_set_lies_over_the_recipe_and_keeps_its_types(tmp_path):
     ("[train]\nepochs = 1.5", "epochs"),
     ("[train]\nlr = -1.0", "lr"),
     ("[train]\nepochs = 0", "epochs"),
-    ("[input]\nheight = -320", "size"),
+    ("[input]\nheight = -320", "input.height is -320"),
     ("[input]\nresize = 'crop'", "resize"),
     ("[train\nlr = 1", "not readable as TOML"),
 ])

@@ -11,6 +11,7 @@ import numpy as np
 
 from edgedetr.bundle import ClassInfo
 from edgedetr.errors import DataError
+from edgedetr.options import check
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class DataConfig:
     select_split: str = ""          # picks the best epoch while training; usual: val, else the verify split
     verify_split: str = ""          # the drop is measured here, and nothing is chosen by it; usual: test, else val
     strict: bool = False            # fail on the first unreadable or degenerate item instead of leaving it out
+
+    def __post_init__(self) -> None:
+        check(self, "data")
 
     def resolve(self, present: Iterable[str]) -> DataConfig:
         """The same with every empty name filled in from the splits that are present.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from edgedetr.errors import RecipeError
+from edgedetr.options import check
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,6 @@ class VerifyConfig:
     parity_images: int = 32         # pictures also run without optimisations, to see who departs from the arithmetic
 
     def __post_init__(self) -> None:
-        if not 0 <= self.budget <= 100:
-            raise RecipeError(f"verify.budget is {self.budget}; expected points of AP from 0 to 100")
-        if self.bootstrap < 100:
-            raise RecipeError(f"verify.bootstrap is {self.bootstrap}; expected at least 100 for a 95 % bound")
-        if self.threads is not None and self.threads < 1:
-            raise RecipeError(f"verify.threads is {self.threads}; expected at least 1, or nothing for all cores")
-        if self.parity_images < 0:
-            raise RecipeError(f"verify.parity_images is {self.parity_images}; expected 0 or more")
+        # Points of AP; at least 100 resamples for a 95 % bound.
+        check(self, "verify", {"budget": (0, 100), "bootstrap": (100, 10**7), "seed": (0, 2**63 - 1),
+                               "threads": (1, 1024), "parity_images": (0, 10**7)})

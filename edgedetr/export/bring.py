@@ -29,6 +29,7 @@ from edgedetr.export.sampling import gather_samples
 from edgedetr.export.told import Kept, Pixels, columns_of, read_names, usual
 from edgedetr.graph.file import open_onnx
 from edgedetr.graph.view import GraphView
+from edgedetr.options import one_of
 from edgedetr.runtime.runner import RawOutputs
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,9 @@ def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, 
     columns  where `classes` is None: a class stands at its index, or at the category id of the data set
     """
     path, out = Path(path), Path(out)
+    one_of("activation", activation, (None, "sigmoid", "softmax"), UsageError)
+    one_of("columns", columns, ("index", "category-id"), UsageError)
+    one_of("sampling", sampling, ("gather", "grid_sample"), UsageError)
     if (out / "weights.safetensors").exists():
         raise UsageError(f"{out} holds a trained model; name another --out")
     opened = open_onnx(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from edgedetr.errors import RecipeError
+from edgedetr.options import check
 
 
 @dataclass(frozen=True)
@@ -20,5 +20,4 @@ class ExportConfig:
     decoder_layers: int = 0         # run only this many of them, faster and less exact (RT-DETR does so); 0 = all
 
     def __post_init__(self) -> None:
-        if self.decoder_layers < 0:
-            raise RecipeError(f"export.decoder_layers is {self.decoder_layers}; expected 0 (all) or how many to run")
+        check(self, "export", {"decoder_layers": (0, 1000)})     # 0: all of them

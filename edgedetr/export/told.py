@@ -12,6 +12,7 @@ import numpy as np
 from edgedetr.bundle import ClassInfo
 from edgedetr.errors import UsageError
 from edgedetr.export.foreign import Outputs
+from edgedetr.options import one_of
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -26,6 +27,7 @@ class Pixels:
     resize: Literal["stretch", "letterbox"] = "stretch"
 
     def __post_init__(self) -> None:
+        one_of("resize", self.resize, ("stretch", "letterbox"), UsageError)
         if not (np.isfinite([self.scale, *self.mean, *self.std]).all() and self.scale > 0 and min(self.std) > 0):
             raise UsageError(f"scale {self.scale}, mean {self.mean}, std {self.std}; expected finite numbers, scale "
                              "and std above 0")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from edgedetr.layers.norm import FrozenBatchNorm2d, fold_batch_norm
 from edgedetr.layers.packed import convolve, packs
+from edgedetr.options import one_of
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True), "silu": lambda: nn.SiLU(inplace=True), "gelu": nn.GELU, "none": nn.Identity,
@@ -27,6 +28,7 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
         self.norm = norm(outputs)
+        one_of("activation", activation, ACTIVATIONS)
         self.activation = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,6 +64,7 @@ class RepVgg(nn.Module):
     def __init__(self, channels: int, activation: str) -> None:
         super().__init__()
         self.wide, self.narrow = ConvNorm(channels, channels, 3), ConvNorm(channels, channels, 1)
+        one_of("activation", activation, ACTIVATIONS)
         self.activation = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:

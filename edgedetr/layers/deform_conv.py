@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.layers.cpu import mixed, quick
+from edgedetr.layers.deformable import SAMPLINGS
 from edgedetr.layers.gather import around
 from edgedetr.layers.rows import weighted_rows
+from edgedetr.options import one_of
 
 TAPS = 9
 OFFSETS, MASKS = 2 * TAPS, TAPS     # what tells the taps, per cell: y, x of each tap; the weight of each tap
@@ -62,6 +64,7 @@ class DeformRead(nn.Module):
 
     def __init__(self, sampling: str = "auto") -> None:
         super().__init__()
+        one_of("model.sampling", sampling, SAMPLINGS)
         self.sampling, self.places = sampling, TapPlaces()
 
     def forward(self, table: Tensor, sources: Sequence[Source], offset: Tensor, mask: Tensor) -> Tensor:

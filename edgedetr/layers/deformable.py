@@ -20,6 +20,7 @@ from edgedetr.layers.cpu import eager, mixed, quick
 from edgedetr.layers.gather import around
 from edgedetr.layers.linear import Linear
 from edgedetr.layers.rows import weighted_rows
+from edgedetr.options import one_of
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -37,8 +38,8 @@ class DeformableAttention(nn.Module):
     ) -> None:
         """points  per level; offset_scale: share of the box side that an offset of `points` covers"""
         super().__init__()
-        if sampling not in SAMPLINGS or method not in METHODS:
-            raise ValueError(f"sampling {sampling!r}, method {method!r}; expected one of {SAMPLINGS} and {METHODS}")
+        one_of("model.sampling", sampling, SAMPLINGS)
+        one_of("model.method", method, METHODS)
         if dim % heads:
             raise ValueError(f"{dim} channels cannot be split over {heads} heads; expected a multiple")
         self.heads, self.points, self.sampling, self.method = heads, list(points), sampling, method

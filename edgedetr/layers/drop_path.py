@@ -6,10 +6,12 @@ Huang et al. 2016, "Deep Networks with Stochastic Depth"; identity in evaluation
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+
+from edgedetr.options import one_of
 
 Schedule = Literal["linear", "exponential"]
 
@@ -34,6 +36,7 @@ class DropPath(nn.Module):
 
 def rate_at(depth: float, highest: float, schedule: Schedule) -> float:
     """Rate of a block at `depth` 0..1 (first..last): p d, or p (e^d - 1) / (e - 1)."""
+    one_of("train.drop_path_schedule", schedule, get_args(Schedule))
     return highest * (depth if schedule == "linear" else math.expm1(depth) / math.expm1(1.0))
 
 

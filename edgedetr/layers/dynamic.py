@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.layers.linear import Linear
+from edgedetr.options import one_of
 
 
 class DynamicInteraction(nn.Module):
@@ -23,6 +24,7 @@ class DynamicInteraction(nn.Module):
     def __init__(self, dim: int, bins: int, hidden: int = 64, layers: int = 2) -> None:
         """bins  features per box (7 x 7); hidden  width between the two products"""
         super().__init__()
+        one_of("model.dynamic_layers", layers, (1, 2))
         sizes = [dim, hidden, dim] if layers == 2 else [dim, dim]
         self.pairs = list(pairwise(sizes))
         self.weights = Linear(dim, sum(a * b for a, b in self.pairs))

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from edgedetr.layers.conv import ACTIVATIONS
 from edgedetr.layers.cpu import eager, mixed, onednn
 from edgedetr.layers.linear import Linear, gradients, pointwise, rows_of
+from edgedetr.options import one_of
 
 SMALL = 1 << 18         # numbers between the two Linears under which a pass over them is not worth saving
 
@@ -24,6 +25,7 @@ class FeedForward(nn.Module):
                  activation_dropout: float = 0.0) -> None:
         super().__init__()
         self.up, self.down = Linear(dim, hidden), Linear(hidden, dim)
+        one_of("activation", activation, ACTIVATIONS)
         self.activation = ACTIVATIONS[activation]()
         if isinstance(self.activation, (nn.ReLU, nn.SiLU)):
             # What a Linear gives for [B, N, C] is a view, and the gradient of a change in place copies all of it.

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from edgedetr.bundle import Bundle
 from edgedetr.errors import ModelError
 from edgedetr.layers.deform_conv import DeformRead
-from edgedetr.layers.deformable import DeformableAttention
+from edgedetr.layers.deformable import SAMPLINGS, DeformableAttention
 from edgedetr.models.detector import Detector
+from edgedetr.options import one_of
 
 
 class Baked(nn.Module):
@@ -46,6 +47,7 @@ class DeployGraph(nn.Module):
         decoder_layers  run only the first ones; 0 = all
         """
         super().__init__()
+        one_of("sampling", sampling, SAMPLINGS)
         coarsest = 32
         if height % coarsest or width % coarsest or min(height, width) <= 0:
             raise ModelError(f"input is {height} x {width} pixels; expected multiples of {coarsest}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
 from edgedetr.models.detector import Memory
+from edgedetr.options import one_of
 
 
 class FeaturePyramid(nn.Module):
@@ -26,6 +27,7 @@ class FeaturePyramid(nn.Module):
                  extra: Literal["none", "pool", "conv"] = "none") -> None:
         """extra  "pool": one level more, every second cell of the coarsest; "conv": two more by 3x3 convolutions"""
         super().__init__()
+        one_of("extra", extra, ("none", "pool", "conv"))
         self.lateral = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in channels)
         self.smooth = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in channels)
         self.coarser = nn.ModuleList(nn.Conv2d(dim, dim, 3, 2, 1) for _ in range(2 if extra == "conv" else 0))

@@ -14,6 +14,7 @@ from edgedetr.layers.position import sine_of_boxes
 from edgedetr.layers.row_column import AxisPosition
 from edgedetr.models.detector import Memory, Queries
 from edgedetr.models.queries import label_content
+from edgedetr.options import one_of
 
 
 class MeantPoint(nn.Module):
@@ -55,6 +56,7 @@ class AnchorPoints(nn.Module):
 
     def __init__(self, points: int, dim: int, layout: Literal["learned", "grid"], axis: AxisPosition) -> None:
         super().__init__()
+        one_of("layout", layout, ("learned", "grid"))
         self.per_axis, self.adapt = dim // 2, Mlp(dim, dim, dim, 2)
         # The encoder owns that network; in a tuple it is not registered here a second time, and saved once.
         self.axis = (axis,)

@@ -21,6 +21,7 @@ from edgedetr.layers.position import sine
 from edgedetr.models.deformable_encoder import cell_centres
 from edgedetr.models.detector import Memory, Queries
 from edgedetr.models.queries import INVALID, label_content
+from edgedetr.options import one_of
 
 SIDE = 0.05         # a proposal's side in the finest level, share of the picture; it doubles per level
 MARGIN = 0.01       # numbers closer to 0 or 1 than this make a proposal unusable
@@ -68,6 +69,7 @@ class Proposals(nn.Module):
     def __init__(self, dim: int, num_classes: int, queries: int, rank: Literal["foreground", "best"],
                  first: int | None = None) -> None:
         super().__init__()
+        one_of("rank", rank, ("foreground", "best"))
         self.rank, self.queries, self.first = rank, queries, first or queries
         self.count = queries
         self.starts = Starts()

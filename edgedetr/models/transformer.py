@@ -10,6 +10,18 @@ from torch import nn
 from edgedetr.errors import ModelError
 from edgedetr.models.backbone import BackboneConfig, ResNet, make_backbone
 from edgedetr.models.vit import VitPyramid
+from edgedetr.options import check
+
+# Of the members' numbers, by name; wide enough for any paper, and narrow enough that no typing error fills the memory.
+_LAYERS, _WIDTH, _QUERIES, _SHARE = (1, 100), (1, 32768), (1, 10000), (0, 0.99)
+RANGES = {
+    "backbone_width": (0.05, 8), "frozen_stages": (0, 5), "mean": (-1000, 1000), "std": (1e-6, 1000),
+    "hidden": (4, 8192), "heads": (1, 256), "dropout": _SHARE, "queries": _QUERIES, "first_queries": _QUERIES,
+    "encoder_layers": (0, 100), "decoder_layers": _LAYERS, "box_layers": _LAYERS, "fusion_blocks": (0, 100),
+    "class_tower": (0, 100), "box_tower": (0, 100), "ffn": _WIDTH, "encoder_ffn": _WIDTH, "decoder_ffn": _WIDTH,
+    "dynamic_hidden": _WIDTH, "patterns": (1, 1000), "levels": (1, 10), "points": (1, 100), "expansion": (0.05, 8),
+    "roi_px": (1, 64), "roi_samples": (1, 16),
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,7 @@ class TransformerConfig(BackboneConfig):
     heads: int = 8                              # of every attention: 32 channels each
 
     def __post_init__(self) -> None:
+        check(self, "model", RANGES)
         if self.hidden % self.heads or self.hidden % 4:     # a quarter each for sine and cosine of x and y
             raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
 

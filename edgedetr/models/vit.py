@@ -17,6 +17,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.patch import PatchPosition, from_windows, to_windows
+from edgedetr.options import one_of
 
 # channels, heads, blocks (the ViT paper's table 1; tiny and small: Touvron et al. 2021, "DeiT", table 1)
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -109,6 +110,7 @@ class VisionTransformer(nn.Module):
 
     def summary(self, images: Tensor, pool: Literal["class", "mean"] = "class") -> Tensor:
         """One vector per picture [B, C] for a classifier: the class token's, or the mean of the patches'."""
+        one_of("pool", pool, ("class", "mean"))
         tokens = self(images)
         if pool == "class":
             if self.class_token is None:

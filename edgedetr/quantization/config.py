@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from edgedetr.errors import RecipeError
+from edgedetr.options import check
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,4 @@ class QuantConfig:
     cpu_weights: Literal["auto", "8bit", "7bit"] = "auto"   # auto: 7 bits where this CPU is x86 without VNNI
 
     def __post_init__(self) -> None:
-        if self.images < 1:
-            raise RecipeError(f"quant.images is {self.images}; expected at least 1 calibration picture")
-        if not 50 <= self.percentile <= 100:
-            raise RecipeError(f"quant.percentile is {self.percentile}; expected a number from 50 to 100")
+        check(self, "quant", {"images": (1, 10**7), "percentile": (50, 100)})

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import ModelProto
 
+from edgedetr.options import one_of
 from edgedetr.quantization.policy import Plan
 from edgedetr.quantization.wiring import Wiring
 from edgedetr.runtime.cpu import int8_saturates
@@ -145,6 +146,7 @@ def tied(model: ModelProto, amax: dict[str, float]) -> dict[str, float]:
 
 def weight_bits(choice: str) -> int:
     """8 or 7 for "8bit" / "7bit"; "auto" is 7 on an x86 CPU without VNNI, whose 16-bit sums saturate."""
+    one_of("quant.cpu_weights", choice, ("auto", "8bit", "7bit"))
     if choice != "auto":
         return int(choice[0])
     return 7 if int8_saturates() else 8

@@ -6,11 +6,12 @@ the limit doubles, so memory does not grow with the number of pictures and nothi
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from edgedetr.errors import ExportError
+from edgedetr.options import one_of
 
 Observer = Literal["minmax", "percentile", "entropy", "mse"]
 
@@ -71,6 +72,7 @@ class Histogram:
 
     def amax(self, observer: Observer, percentile: float = 99.99) -> float:
         """Largest magnitude that the int8 grid should represent; 0 for a tensor that was always 0."""
+        one_of("quant.observer", observer, get_args(Observer))
         if self.largest == 0.0:
             return 0.0
         if observer == "minmax":
@@ -80,7 +82,7 @@ class Histogram:
         trials = np.linspace(self.largest / CANDIDATES, self.largest, CANDIDATES)
         if observer == "mse":
             losses = [squared_error(self.centres, self.counts, trial) for trial in trials]
-        else:
+        else:                               # "entropy"
             counts = self._without_zeros()
             if not counts.any():        # the few values that are not 0 fell between those that were counted
                 return self.largest

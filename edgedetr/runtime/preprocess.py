@@ -18,12 +18,13 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from edgedetr.bundle import InputContract
 from edgedetr.errors import DataError, MissingDependency
+from edgedetr.options import one_of
 
 PADDING = 114                       # gray of the letterbox border, as YOLO-family tools use it
 OPENCV_LIMIT = 32766                # pixels per side; OpenCV's fixed-point resize indexes with 16 bits
@@ -91,6 +92,7 @@ def resize(image: np.ndarray, contract: InputContract, *, backend: Backend = "au
     return    [height, width, 3]   uint8, RGB, and the geometry that brings boxes back
     """
     _require_picture(image)
+    one_of("backend", backend, get_args(Backend))
     geometry = Geometry.of(image.shape[0], image.shape[1], contract)
     used = image[: geometry.used_height, : geometry.used_width]
     cv2 = None if backend == "numpy" else _opencv(required=backend == "opencv")

@@ -7,6 +7,29 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from edgedetr.errors import RecipeError
+from edgedetr.options import check
+
+INF, ALMOST_ONE = math.inf, math.nextafter(1, 0)
+TRAIN_RANGES = {
+    **dict.fromkeys(("epochs", "accumulate", "eval_every", "checkpoint_every"), (1, 10**9)), "batch": (1, 65536),
+    "devices": (1, 1024), "nodes": (1, 1024), "threads": (0, 1024), "workers": (0, 1024), "seed": (0, 2**63 - 1),
+    **dict.fromkeys(("warmup_steps", "patience", "cache_mb", "ema_warmup", "minutes"), (0, 10**9)),
+    **dict.fromkeys(("cost_class", "cost_l1", "cost_giou", "weight_class", "weight_l1", "weight_giou"), (0, INF)),
+    "clip": (0, INF),
+    "lr": (1e-12, 10), "backbone_lr_factor": (0, 1000), "slow_lr_factor": (0, 1000), "weight_decay": (0, 10),
+    **dict.fromkeys(("final_lr_factor", "no_object", "focal_alpha", "vfl_alpha", "label_noise"), (0, 1)),
+    "betas": (0, ALMOST_ONE), "ema_decay": (0, ALMOST_ONE), "drop_path": (0, ALMOST_ONE), "layer_decay": (1e-6, 1),
+    "label_smoothing": (0, ALMOST_ONE), "step_epochs": (1, 10**9), "growth": (0.1, 1), "gamma": (0, 10),
+    "denoising": (0, 10000), "denoising_groups": (0, 1000), "box_noise": (0, 10),
+    "lora_rank": (0, 4096), "lora_alpha": (1e-6, 10**6),
+}
+SHARES = ("flip_horizontal", "flip_vertical", "crop", "min_visible", "zoom_out", "colour", "mosaic", "mixup", "cutmix",
+          "erase", "off_for_last")
+AUGMENT_RANGES = {
+    **dict.fromkeys(SHARES, (0, 1)), "magnitude": (0, 10), "mixup_beta": (0.01, 100), "rand_augment": (0, 20),
+    **dict.fromkeys(("scale_jitter", "brightness", "contrast", "saturation"), (0, 0.95)), "hue": (0, 0.5),
+    "zoom_out_scale": (1, 16), "crop_scale": (0.05, 1.0), "crop_aspect": (0.1, 10.0),
+}
 
 
 @dataclass(frozen=True)
@@ -75,28 +98,8 @@ class TrainConfig:
                                         # half box sizes, of width and height in box sizes
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "accumulate", "eval_every", "devices", "nodes", "checkpoint_every"):
-            _at_least(self, "train", name, 1)
-        for name in ("warmup_steps", "patience", "workers", "threads", "cache_mb", "denoising", "clip", "weight_decay",
-                     "backbone_lr_factor", "slow_lr_factor", "ema_warmup", "cost_l1", "cost_giou", "weight_l1",
-                     "weight_giou", "gamma", "box_noise", "denoising_groups", "seed", "lora_rank", "minutes"):
-            _at_least(self, "train", name, 0)
-        for name in ("cost_class", "weight_class"):
-            if getattr(self, name) is not None:
-                _at_least(self, "train", name, 0)
-        for name in ("final_lr_factor", "no_object", "focal_alpha", "vfl_alpha", "label_noise", "drop_path",
-                     "label_smoothing"):
-            _within(self, "train", name, 0, 1)
-        if not 0 < self.layer_decay <= 1 or self.drop_path == 1 or self.lora_alpha <= 0:
-            raise RecipeError(f"train.layer_decay is {self.layer_decay}, drop_path {self.drop_path}, lora_alpha "
-                              f"{self.lora_alpha}; expected more than 0 to 1, 0 to less than 1, and more than 0")
-        if not 0 < self.lr < 10 or not math.isfinite(self.lr):
-            raise RecipeError(f"train.lr is {self.lr}; expected more than 0, for example 1e-4")
-        if not 0 <= self.ema_decay < 1:
-            raise RecipeError(f"train.ema_decay is {self.ema_decay}; expected 0 (none) up to less than 1")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise RecipeError(f"train.betas is {self.betas}; expected two numbers from 0 up to less than 1")
-        if any(not 0.1 <= share <= 1 for share in self.growth) or (self.growth and self.growth[-1] != 1):
+        check(self, "train", TRAIN_RANGES)
+        if self.growth and self.growth[-1] != 1:
             raise RecipeError(f"train.growth is {list(self.growth)}; expected shares from 0.1 to 1, and 1 at the end")
         if self.batch % (self.devices * self.nodes * self.accumulate):
             raise RecipeError(f"train.batch is {self.batch}, which does not divide into {self.nodes} machines x "
@@ -106,7 +109,7 @@ class TrainConfig:
         if self.minutes and self.schedule == "step":
             raise RecipeError(f"train.minutes is {self.minutes:g}, which changes the number of epochs, and "
                               f"train.step_epochs {list(self.step_epochs)} would not follow; use schedule 'cosine'")
-        if list(self.step_epochs) != sorted(set(self.step_epochs)) or any(epoch < 1 for epoch in self.step_epochs):
+        if list(self.step_epochs) != sorted(set(self.step_epochs)):
             raise RecipeError(f"train.step_epochs is {self.step_epochs}; expected epochs that ascend, each at least 1")
 
     def growth_at(self, epoch: int) -> float:
@@ -144,29 +147,8 @@ class AugmentConfig:
     off_for_last: float = 0.1           # share of the epochs, at the end, with flips only (RT-DETR: the last epochs)
 
     def __post_init__(self) -> None:
-        for name in ("flip_horizontal", "flip_vertical", "crop", "min_visible", "zoom_out", "colour", "mosaic", "mixup",
-                     "cutmix", "erase", "off_for_last"):
-            _within(self, "augment", name, 0, 1)
-        _within(self, "augment", "magnitude", 0, 10)
-        _within(self, "augment", "mixup_beta", 0.01, 100)
-        _within(self, "augment", "rand_augment", 0, 20)
-        for name in ("scale_jitter", "brightness", "contrast", "saturation"):
-            _within(self, "augment", name, 0, 0.95)
-        _within(self, "augment", "hue", 0, 0.5)
-        _within(self, "augment", "zoom_out_scale", 1, 16)
-        for name, low, high in (("crop_scale", 0.05, 1.0), ("crop_aspect", 0.1, 10.0)):
-            value = getattr(self, name)
-            if not low <= value[0] <= value[1] <= high:
-                raise RecipeError(f"augment.{name} is {list(value)}; expected [low, high] within {low} and {high}")
-
-
-def _at_least(config: object, section: str, name: str, least: float) -> None:
-    value = getattr(config, name)
-    if not (math.isfinite(value) and value >= least):
-        raise RecipeError(f"{section}.{name} is {value}; expected at least {least}")
-
-
-def _within(config: object, section: str, name: str, low: float, high: float) -> None:
-    value = getattr(config, name)
-    if not low <= value <= high:
-        raise RecipeError(f"{section}.{name} is {value}; expected {low} to {high}")
+        check(self, "augment", AUGMENT_RANGES)
+        for name in ("crop_scale", "crop_aspect"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise RecipeError(f"augment.{name} is {[low, high]}; expected [low, high]")

@@ -5,6 +5,7 @@ Carion et al. 2020, "End-to-End Object Detection with Transformers", section 3.1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from edgedetr.layers.boxes import cxcywh_to_xyxy, paired_giou
+from edgedetr.options import check
 from edgedetr.train.targets import Padded
 
 UNUSABLE = 1e8      # cost of a NaN or infinite pair: taken only where nothing else is left (scipy refuses NaN)
@@ -30,6 +32,9 @@ class Costs:
     alpha: float = 0.25     # Deformable DETR's focal cost
     gamma: float = 2.0
     corners: bool = False   # L1 of x0, y0, x1, y1 instead of cx, cy, w, h
+
+    def __post_init__(self) -> None:
+        check(self, "costs", dict.fromkeys(("class_", "l1", "giou", "alpha", "gamma"), (0, math.inf)))
 
 
 @dataclass(frozen=True)

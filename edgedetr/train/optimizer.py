@@ -8,7 +8,7 @@ import re
 import torch
 from torch import nn
 
-from edgedetr.errors import ModelError
+from edgedetr.errors import ModelError, RecipeError
 from edgedetr.train.config import TrainConfig
 
 BLOCK = re.compile(r"^backbone\.transformer\.blocks\.(\d+)\.")     # of a ViT
@@ -69,7 +69,11 @@ def _warmup(config: TrainConfig, step: int) -> float:
     if step >= config.warmup_steps:
         return 1.0
     share = (step + 1) / (config.warmup_steps + 1)      # never 0, so that no step is lost
-    return share if config.warmup == "linear" else 1000.0 ** (share - 1)     # exponential: from about a thousandth
+    if config.warmup == "linear":
+        return share
+    if config.warmup == "exponential":
+        return 1000.0 ** (share - 1)                    # from about a thousandth
+    raise RecipeError(f"train.warmup is {config.warmup!r}; expected 'linear' or 'exponential'")
 
 
 def _schedule(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -77,6 +81,8 @@ def _schedule(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
         return 1.0
     if config.schedule == "step":
         return 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.step_epochs)
-    begin, end = min(config.warmup_steps, config.epochs * steps_per_epoch - 1), config.epochs * steps_per_epoch
-    share = max(0.0, (step - begin) / (end - begin))
-    return config.final_lr_factor + (1 - config.final_lr_factor) * 0.5 * (1 + math.cos(math.pi * share))
+    if config.schedule == "cosine":
+        begin, end = min(config.warmup_steps, config.epochs * steps_per_epoch - 1), config.epochs * steps_per_epoch
+        share = max(0.0, (step - begin) / (end - begin))
+        return config.final_lr_factor + (1 - config.final_lr_factor) * 0.5 * (1 + math.cos(math.pi * share))
+    raise RecipeError(f"train.schedule is {config.schedule!r}; expected 'constant', 'step' or 'cosine'")

@@ -1,0 +1,87 @@
+"""The one check of configurations: types, words and ranges of every field, however the configuration was made.
+
+A dataclass calls `check` from `__post_init__`, so that Python and TOML are refused alike; a function that takes one of
+a few words calls `one_of` before it uses the word, so that no misspelt word becomes the last choice.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from edgedetr.errors import EdgedetrError, RecipeError, did_you_mean
+
+Range = tuple[float, float]     # smallest and largest value; math.inf for "no limit", and never NaN or infinity itself
+
+
+def check(config: Any, section: str, ranges: Mapping[str, Range] | None = None) -> None:
+    """Every field of a frozen dataclass: its type, one of its words where it is a Literal, and within its range.
+
+    section  what opens the message, "train" for train.lr
+    ranges   by field name; of a tuple, each of its numbers; names of fields that the class lacks are passed over
+
+    Errors: RecipeError that names the field, what it is and what was expected.
+    """
+    hints = _hints(type(config))  # type: ignore[arg-type]  # every class has a hash
+    for item in fields(config):
+        name, value = f"{section}.{item.name}", getattr(config, item.name)
+        _typed(name, value, hints[item.name])
+        low, high = (ranges or {}).get(item.name, (-math.inf, math.inf))
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, Real) and not isinstance(number, bool):
+                within(name, float(number), low, high)
+
+
+def one_of(name: str, value: object, words: Iterable[object], error: type[EdgedetrError] = RecipeError) -> None:
+    """Errors: `error` with the nearest word, where `value` is not one of `words`."""
+    known = list(words)
+    if not any(type(value) is type(word) and value == word for word in known):
+        near = did_you_mean(value, [word for word in known if isinstance(word, str)]) if isinstance(value, str) else ""
+        raise error(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}{near}")
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    """Errors: RecipeError where a number is NaN, infinite, or not from `low` to `high`."""
+    if not math.isfinite(value):
+        raise RecipeError(f"{name} is {value}; expected a finite number")
+    if not low <= value <= high:
+        expected = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        raise RecipeError(f"{name} is {value:g}; expected {expected}")
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _typed(name: str, value: object, hint: Any) -> None:
+    """Errors: RecipeError where a value is not of an annotated type."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        one_of(name, value, inside)
+    elif origin in (Union, types.UnionType):
+        if value is not None or type(None) not in inside:
+            _typed(name, value, next(kind for kind in inside if kind is not type(None)))
+    elif origin is tuple:
+        many = len(inside) == 2 and inside[1] is Ellipsis
+        if not isinstance(value, tuple) or (not many and len(value) != len(inside)):
+            expected = "a tuple" if many else f"a tuple of {len(inside)}"
+            raise RecipeError(f"{name} is {value!r}; expected {expected}")
+        for item, kind in zip(value, [inside[0]] * len(value) if many else inside):
+            _typed(name, item, kind)
+    elif hint in KINDS:
+        kind, words = KINDS[hint]
+        if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
+            raise RecipeError(f"{name} is {value!r}; expected {words}")
+    else:
+        raise TypeError(f"{name} is annotated {hint}, which no check knows")
+
+
+KINDS: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "True or False"), int: (Integral, "a whole number"), float: (Real, "a number"), str: (str, "a text"),
+}

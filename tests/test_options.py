@@ -1,0 +1,150 @@
+"""Every option of every configuration is checked, from Python as from TOML, and no unknown word chooses anything."""
+
+from __future__ import annotations
+
+import ast
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+import edgedetr
+from edgedetr.data.form import DataConfig
+from edgedetr.errors import EdgedetrError, RecipeError
+from edgedetr.evaluation.config import VerifyConfig
+from edgedetr.export.config import ExportConfig
+from edgedetr.models import FAMILY
+from edgedetr.models.transformer import RANGES
+from edgedetr.quantization.config import QuantConfig
+from edgedetr.recipe import InputSize, Recipe
+from edgedetr.train.config import AUGMENT_RANGES, TRAIN_RANGES, AugmentConfig, TrainConfig
+
+CONFIGS = [TrainConfig, AugmentConfig, QuantConfig, ExportConfig, VerifyConfig, DataConfig, InputSize,
+           *(member.config for member in FAMILY.values())]
+FIELDS = [(kind, item.name) for kind in CONFIGS for item in fields(kind)]
+WORDS = [(kind, name) for kind, name in FIELDS if get_origin(get_type_hints(kind)[name]) is Literal]
+
+
+def of(cases):
+    return pytest.mark.parametrize("kind, name", cases, ids=[f"{kind.__name__}.{name}" for kind, name in cases])
+
+
+@pytest.mark.parametrize("section", [f.name for f in fields(Recipe) if f.name != "model"])
+def test_every_section_of_a_recipe_is_a_configuration_of_this_test(section):
+    assert type(getattr(Recipe.load(), section)) in CONFIGS
+
+
+@of(WORDS)
+def test_every_choice_refuses_an_unknown_word_from_python(kind, name):
+    for wrong in ("no-such-word", 977, None, True):
+        with pytest.raises(RecipeError, match=rf"{name} is .*; expected one of"):
+            kind(**{name: wrong})
+
+
+@of([(kind, name) for kind, name in WORDS if isinstance(get_args(get_type_hints(kind)[name])[-1], str)])
+def test_a_misspelt_word_is_answered_with_the_right_one(kind, name):
+    right = max(get_args(get_type_hints(kind)[name]), key=len)
+    if len(right) > 3:
+        with pytest.raises(RecipeError, match=f"did you mean '{right}'"):
+            kind(**{name: right[:-1]})
+
+
+@of(FIELDS)
+def test_every_field_refuses_another_type_and_no_number(kind, name):
+    hint, default = get_type_hints(kind)[name], getattr(kind(), name)
+    with pytest.raises(RecipeError, match=rf"\.{name} is "):
+        kind(**{name: object()})
+    if isinstance(default, (int, float)) and get_origin(hint) is not Literal and not isinstance(default, bool):
+        for wrong in (math.nan, math.inf, -math.inf, "1e-4", True):
+            with pytest.raises(RecipeError, match=rf"\.{name} is "):
+                kind(**{name: wrong})
+    if isinstance(default, tuple) and default:
+        with pytest.raises(RecipeError, match=rf"\.{name} is "):
+            kind(**{name: (*default[:-1], math.nan)})
+
+
+@of([(kind, name) for kind, name in FIELDS if type(getattr(kind(), name)) in (int, float)
+     and get_origin(get_type_hints(kind)[name]) is not Literal])
+def test_every_number_has_limits(kind, name):
+    for wrong in (-5, 10**30):
+        if wrong < 0 or name not in ("clip", "cost_l1", "cost_giou", "weight_l1", "weight_giou"):
+            with pytest.raises(EdgedetrError, match=rf"\.{name} is .*expected"):
+                kind(**{name: wrong})
+
+
+def test_every_range_belongs_to_a_field():
+    for kinds, ranges in (([TrainConfig], TRAIN_RANGES), ([AugmentConfig], AUGMENT_RANGES), (CONFIGS[7:], RANGES)):
+        assert set(ranges) <= {item.name for kind in kinds for item in fields(kind)}
+
+
+def test_a_misspelt_word_in_a_recipe_is_answered_with_the_right_one():
+    with pytest.raises(RecipeError, match="schedule = 'cosinus'.*did you mean 'cosine'"):
+        Recipe.load(sets=["train.schedule=cosinus"])
+    with pytest.raises(RecipeError, match="quant.observer is 'mean'; expected one of 'minmax'"):
+        QuantConfig(observer="mean")
+
+
+# ------------------------------------------------------------------------- functions that take one of a few words
+
+PACKAGE = Path(edgedetr.__file__).parent
+DOORS = {"one_of", "check"}
+CLICK_CHECKS = "commands"       # click.Choice refuses other words before a command's function is called
+
+
+def choices(tree: ast.Module) -> set[str]:
+    """Names of this module that stand for a Literal: Observer = Literal[...]."""
+    return {node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)
+            and ast.unparse(node.value).startswith("Literal[") and isinstance(node.targets[0], ast.Name)}
+
+
+def takes_words(annotation: ast.expr | None, named: set[str]) -> bool:
+    return annotation is not None and any(
+        isinstance(node, ast.Name) and node.id in {"Literal", *named} for node in ast.walk(annotation))
+
+
+def calls(body: ast.AST) -> set[str]:
+    return {node.func.id for node in ast.walk(body) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+
+
+def undoored() -> list[str]:
+    """Functions and dataclasses that take a word and neither check it nor hand it on to who does."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        inside = path.relative_to(PACKAGE)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        named = choices(tree)
+        if inside.parts[0] == CLICK_CHECKS:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                words = [a.arg for a in [*node.args.args, *node.args.kwonlyargs] if takes_words(a.annotation, named)]
+                if words and not DOORS & calls(node):
+                    found.append(f"{inside}:{node.name}({', '.join(words)})")
+            if isinstance(node, ast.ClassDef):
+                words = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)
+                         and isinstance(item.target, ast.Name) and takes_words(item.annotation, named)]
+                posts = [item for item in node.body if isinstance(item, ast.FunctionDef)
+                         and item.name == "__post_init__"]
+                inherits = any(ast.unparse(base) in ("TransformerConfig", "BackboneConfig") for base in node.bases)
+                if words and not inherits and not (posts and DOORS & calls(posts[0])):
+                    found.append(f"{inside}:{node.name} {', '.join(words)}")
+    return found
+
+
+# Who hands the word on unchanged to a function that checks it, or is made by this package alone.
+HANDED_ON = {
+    "runtime/preprocess.py:prepare(backend)": "resize",
+    "export/export.py:export(sampling)": "ExportConfig",
+    "layers/drop_path.py:set_rates(schedule)": "rate_at",
+    "data/layouts.py:splits(layout)": "_layout refuses it",
+    "data/layouts.py:load(layout)": "_layout refuses it",
+    **dict.fromkeys(("graph/finding.py:at(severity)", "graph/finding.py:Fault severity",
+                     "graph/finding.py:Finding severity"), "made by the rules alone"),
+    "models/backbone.py:BackboneConfig backbone_norm": "its members' configurations check all fields",
+}
+
+
+def test_a_word_is_checked_where_it_is_taken():
+    assert sorted(set(undoored()) - set(HANDED_ON)) == []
