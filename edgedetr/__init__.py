@@ -1,3 +1,7 @@
 """edgedetr trains DETR-family detectors, quantises them to INT8 and proves that they stayed accurate."""
 
+from edgedetr import telemetry
+
 __version__ = "0.1.0"
+
+telemetry.switch_off()          # before anything of this package can import a library that reports
