@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgedetr.errors import BundleError, MissingDependency
+from edgedetr.errors import MissingDependency
 from edgedetr.packages import missing
+from edgedetr.runtime.onnx_reader import load
 
 # They give values that they read, so what they give is FP16 already.
 MOVES = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Gather", "GatherND",
@@ -22,7 +23,7 @@ MOVES = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "S
 def has_half(path: Path) -> bool:
     """Whether an ONNX file holds float16 tensors."""
     onnx = _onnx()
-    return _half(onnx, _load(onnx, path))
+    return _half(onnx, load(path))
 
 
 def twin(path: Path, *, rounded: bool = True) -> bytes:
@@ -32,7 +33,7 @@ def twin(path: Path, *, rounded: bool = True) -> bytes:
     rounded   False: without the pairs, the same function in float32
     """
     onnx = _onnx()
-    model = _load(onnx, path)
+    model = load(path)
     return _Twin(onnx, model, rounded).write() if _half(onnx, model) else model.SerializeToString()
 
 
@@ -42,13 +43,6 @@ def _onnx() -> Any:
     except ImportError as error:
         raise MissingDependency(f"FP16 is judged on a graph made with onnx; {missing('onnx')}") from error
     return onnx
-
-
-def _load(onnx: Any, path: Path) -> Any:
-    try:
-        return onnx.load(str(path))
-    except Exception as error:  # protobuf and onnx raise unrelated kinds for damaged files
-        raise BundleError(f"{path}: cannot be read as ONNX ({error}); write it again with: edgedetr export") from error
 
 
 def _half(onnx: Any, model: Any) -> bool:

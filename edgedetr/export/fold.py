@@ -7,8 +7,10 @@ anchors and reshapes as plain constants.
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+
+from edgedetr.errors import ExportError
+from edgedetr.runtime.ort import plain_session
 
 # With a larger result nothing is folded: it must not inflate the file (the largest wanted are positions, S x C).
 LARGEST = 1 << 23           # elements
@@ -92,11 +94,7 @@ def _evaluate(model: ModelProto, nodes: list[NodeProto], constants: list[TensorP
     outputs = [helper.make_empty_tensor_value_info(name) for name in wanted]
     graph = helper.make_graph(nodes, "constants", [], outputs, constants)
     part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = plain_session(part.SerializeToString(), threads=1, error=ExportError)
     return dict(zip(wanted, session.run(wanted, {}))) if wanted else {}
 
 

@@ -27,6 +27,7 @@ from edgedetr.errors import ExportError
 from edgedetr.evaluation.parity import match
 from edgedetr.export.fold import fold
 from edgedetr.models.deploy import DeployGraph
+from edgedetr.runtime.onnx_reader import load
 from edgedetr.runtime.ort import OrtRunner
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import Geometry
@@ -72,7 +73,7 @@ def write(graph: DeployGraph, path: Path, *, batch: int | None = 1, opset: int =
         warnings.simplefilter("ignore")
         torch.onnx.export(graph, (example,), str(path), input_names=inputs, output_names=outputs,
                           opset_version=opset, dynamo=False, dynamic_axes=open_axes)
-    model = onnx.load(str(path))
+    model = load(path, ExportError)
     model = fold(model)
     model.producer_name, model.producer_version = "edgedetr", edgedetr.__version__
     model.graph.name = "edgedetr"

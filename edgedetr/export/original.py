@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from onnx import ModelProto, helper
 
 from edgedetr.boxes import cxcywh_to_xyxy
@@ -19,6 +18,7 @@ from edgedetr.evaluation.parity import match
 from edgedetr.export.foreign import Inputs, Outputs, candidates
 from edgedetr.graph.view import GraphView
 from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.ort import plain_session
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import Geometry, prepare
 from edgedetr.runtime.runner import RawOutputs
@@ -120,17 +120,9 @@ class Original:
 
 def session(model: ModelProto) -> Any:
     """ONNX Runtime on the CPU; ExportError where it does not take the graph."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.inter_op_num_threads = 1
     # A few runs: threads need not wait hot, and finding the fastest form would take longer than running.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:      # the library's exceptions share no public base class
-        raise ExportError(f"ONNX Runtime cannot load the graph ({str(error).splitlines()[0]}); export the model "
-                          "again, as float32 and with operators of ONNX alone") from error
+    return plain_session(model.SerializeToString(), optimise="basic", spin=False, error=ExportError, fix="export the "
+                         "model again, as float32 and with operators of ONNX alone")
 
 
 def pick(model: ModelProto, view: GraphView, original: Original, images: np.ndarray) -> Picked:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 from onnx import ModelProto, TensorProto, helper
 
 from edgedetr.bundle import Bundle, InputContract, Manifest, atomic_write
+from edgedetr.errors import ExportError
 from edgedetr.graph import ends
 from edgedetr.graph.labels import write_labels
 from edgedetr.graph.part import Part, batch_of, join, output_shape, require_clean
+from edgedetr.runtime.onnx_reader import load
 from edgedetr.runtime.preprocess import Geometry
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def write_deepstream(bundle: Bundle, folder: Path, source: str = "model.onnx",
     frame    height and width of what nvstreammux gives, for our own resize; None leaves the resize to nvinfer
     """
     manifest = bundle.manifest
-    model = with_parser_outputs(onnx.load(str(bundle.require(source))), manifest, frame)
+    model = with_parser_outputs(load(bundle.require(source), ExportError), manifest, frame)
     require_clean(model, "the graph for DeepStream")
     if frame is None and manifest.input.resize == "letterbox":
         log.warning("nvinfer pads with black where training padded with gray; "

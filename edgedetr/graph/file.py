@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
-from onnx import GraphProto, ModelProto, TensorProto
+from onnx import ModelProto, TensorProto
 
 from edgedetr.errors import ExportError
 
@@ -31,8 +32,11 @@ class OnnxFile:
     faults: tuple[str, ...] = ()
 
 
-def open_onnx(path: str | Path) -> OnnxFile:
-    """The graph with its weights, or with the reasons why they were not read; ExportError when it is no ONNX file."""
+def open_onnx(path: str | Path, *, weights: bool = True) -> OnnxFile:
+    """The graph with its weights, or with the reasons why they were not read; ExportError when it is no ONNX file.
+
+    weights   False: what lies in other files is looked at and not read
+    """
     path = Path(path)
     if not path.is_file():
         raise ExportError(f"{path}: no such file; expected an ONNX file, for example runs/NAME.bundle/model.onnx")
@@ -46,27 +50,33 @@ def open_onnx(path: str | Path) -> OnnxFile:
         raise ExportError(f"{path}: not readable as ONNX ({error}); expected what an exporter wrote, whole") from error
     if not model.graph.node or not model.opset_import:
         raise ExportError(f"{path}: not an ONNX model (no graph in it); expected what an exporter wrote, whole")
-    outside = [tensor for tensor in tensors(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
+    outside = [tensor for tensor in tensors(model) if tensor.data_location == TensorProto.EXTERNAL]
+    for tensor in tensors(model):
+        if tensor.data_location != TensorProto.EXTERNAL:
+            del tensor.external_data[:]         # without a meaning where the values are in the file
     names = tuple(dict.fromkeys(_entry(tensor, "location") for tensor in outside))
     faults = tuple(dict.fromkeys(fault for name in names if (fault := _file_fault(path.parent, name))))
     if not faults:
         faults = _extent_faults(path.parent, outside, size)
-    if not faults:
+    if not faults and weights:
         for tensor in outside:
             _load(path.parent, tensor)
     return OnnxFile(path, model, names, faults)
 
 
-def tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """Every tensor with values: initialisers, and attributes of nodes, also in the graphs of control flow."""
-    yield from graph.initializer
-    for node in graph.node:
-        for item in node.attribute:
-            if item.HasField("t"):
-                yield item.t
-            yield from item.tensors
-            for inner in [item.g] if item.HasField("g") else item.graphs:
-                yield from tensors(inner)
+def tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor in a model, wherever it stands: initialisers (sparse ones are two tensors), attributes of nodes,
+    subgraphs, functions, training graphs."""
+    waiting: list[Any] = [model]
+    while waiting:
+        for field, value in waiting.pop().ListFields():
+            if field.message_type is None:
+                continue
+            for inner in value if isinstance(value, Sequence) else [value]:
+                if isinstance(inner, TensorProto):
+                    yield inner
+                else:
+                    waiting.append(inner)
 
 
 def _entry(tensor: TensorProto, key: str) -> str:

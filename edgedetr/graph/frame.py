@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
-import onnx
 from onnx import ModelProto, TensorProto, helper
 
 from edgedetr.bundle import Bundle, Manifest
@@ -19,6 +18,7 @@ from edgedetr.graph import ends
 from edgedetr.graph.agree import agree
 from edgedetr.graph.part import Part, join, output_shape, require_clean
 from edgedetr.runtime.frames import file_name
+from edgedetr.runtime.onnx_reader import load
 from edgedetr.runtime.ort import tensors
 from edgedetr.runtime.postprocess import decode, named
 from edgedetr.runtime.preprocess import Geometry, prepare
@@ -69,7 +69,7 @@ def write_frames(bundle: Bundle, height: int, width: int, sources: Sequence[str]
         made.append(name)
         if bundle.has(name):
             continue
-        model = onnx.load(str(bundle.require(source)))
+        model = load(bundle.require(source), ExportError)
         joined = with_frames(model, bundle.manifest, height, width)
         require_clean(joined, name)
         check(joined, bundle.manifest, height, width)

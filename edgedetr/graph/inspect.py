@@ -9,14 +9,19 @@ from pathlib import Path
 
 import onnx
 
-from edgedetr.errors import ExportError
+from edgedetr.graph.file import open_onnx
 
 QUANTISABLE = ("Conv", "MatMul", "Gemm")
 
 
 @dataclass(frozen=True)
 class GraphContents:
-    """One ONNX file. `quantised` counts the multiplying nodes whose data input and weight both come through Q/DQ."""
+    """One ONNX file.
+
+    quantised   how many multiplying nodes take data and weight through Q/DQ
+    external    files beside it that hold weights
+    faults      why those must not be read
+    """
 
     path: str
     size: int
@@ -27,6 +32,8 @@ class GraphContents:
     quantised: int
     quantisable: int
     metadata: dict[str, str]
+    external: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -36,6 +43,8 @@ class GraphContents:
         lines: list[list[object]] = [
             ["file", self.path], ["size", f"{self.size / 1e6:.2f} MB"], ["opset", self.opset],
         ]
+        lines += [["weights in", name] for name in self.external]
+        lines += [["refused", fault] for fault in self.faults]
         lines += [["input", text] for text in self.inputs]
         lines += [["output", text] for text in self.outputs]
         lines += [
@@ -49,15 +58,8 @@ class GraphContents:
 
 def inspect_onnx(path: Path) -> GraphContents:
     """Read an ONNX file; ExportError when it is none."""
-    if not path.is_file():
-        raise ExportError(f"{path}: no such file; expected an ONNX file, for example runs/NAME.bundle/model.onnx")
-    try:
-        model = onnx.load(str(path))
-    except Exception as error:  # protobuf raises types of its own, which differ between its versions
-        raise ExportError(f"{path}: not readable as ONNX ({error}); write it again: edgedetr export") from error
-    if not model.graph.node or not model.opset_import:
-        raise ExportError(f"{path}: not an ONNX model (no graph in it); write it again: edgedetr export")
-    graph = model.graph
+    opened = open_onnx(path, weights=False)
+    model, graph = opened.model, opened.model.graph
     producer = {output: node.op_type for node in graph.node for output in node.output}
     weighty = [node for node in graph.node if node.op_type in QUANTISABLE]
     both = [node for node in weighty if all(producer.get(name) == "DequantizeLinear" for name in node.input[:2])]
@@ -71,6 +73,8 @@ def inspect_onnx(path: Path) -> GraphContents:
         quantised=len(both),
         quantisable=len(weighty),
         metadata={entry.key: entry.value for entry in model.metadata_props},
+        external=opened.external,
+        faults=opened.faults,
     )
 
 

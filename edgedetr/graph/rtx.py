@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edgedetr.errors import BundleError, MissingDependency
+from edgedetr.errors import BundleError, ExportError, MissingDependency
+from edgedetr.graph.file import open_onnx
 from edgedetr.packages import TENSORRT_RTX
 
 LIMIT = "this says nothing about speed or numerics on a Jetson"
@@ -72,10 +73,23 @@ def check_all(onnx_paths: Sequence[str | Path], build: bool = True, *,
     for path in files:
         if not Path(path).is_file():
             raise BundleError(f"{path}: no such file; expected an ONNX graph; run: edgedetr export")
+    # The library opens whatever files a graph names; those that must not be opened are refused before it sees the path.
+    refused = {path: faults for path in files if (faults := _faults(path))}
+    sound = [path for path in files if path not in refused]
     results: list[RtxResult] = []
-    while len(results) < len(files):
-        results += _run(files[len(results):], build, packages)
-    return results
+    while len(results) < len(sound):
+        results += _run(sound[len(results):], build, packages)
+    said = iter(results)
+    return [RtxResult(path, "", False, None, 0, 0.0, None, None, refused[path]) if path in refused else next(said)
+            for path in files]
+
+
+def _faults(path: str) -> tuple[str, ...]:
+    """Why the library must not be given a file."""
+    try:
+        return open_onnx(path, weights=False).faults
+    except ExportError as error:
+        return (str(error),)
 
 
 def _run(files: list[str], build: bool, packages: str | Path | None) -> list[RtxResult]:

@@ -24,6 +24,7 @@ from edgedetr.errors import ExportError, UsageError
 from edgedetr.graph.agree import agree
 from edgedetr.graph.labels import label, write_labels
 from edgedetr.runtime.engines import Engine
+from edgedetr.runtime.onnx_reader import load
 from edgedetr.runtime.ort import tensors
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import Geometry
@@ -73,7 +74,7 @@ def write_repository(bundle: Bundle, root: Path, source: str, *, engine: Engine 
     if instances < 1:
         raise UsageError(f"instances is {instances}; expected at least 1")
     path = bundle.require(source)
-    model = onnx.load(str(path))
+    model = load(path, ExportError)
     inputs, outputs = signature(model.graph.input), signature(model.graph.output)
     if engine is None:
         platform, kind, target = "onnxruntime_onnx", KINDS.get(source, "KIND_AUTO"), "model.onnx"

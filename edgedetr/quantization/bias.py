@@ -12,13 +12,15 @@ the pass; the layers of earlier parts have their final biases.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from edgedetr.errors import ExportError
 from edgedetr.quantization.policy import Layer, Plan
 from edgedetr.quantization.wiring import Wiring
+from edgedetr.runtime.ort import plain_session
 
 PICTURES = 64               # at most; of the demonstration's 96, 32 leave twice the error in the means that all leave
 PARTS = 4                   # passes over them, each over the layers up to its own
@@ -151,9 +153,6 @@ def _only(model: ModelProto, nodes: list[NodeProto], constants: dict[str, Tensor
     return result
 
 
-def _session(model: ModelProto) -> onnxruntime.InferenceSession:
+def _session(model: ModelProto) -> Any:
     """Without optimisations: Q/DQ in float arithmetic, what the graph means, on every CPU."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return plain_session(model.SerializeToString(), error=ExportError)

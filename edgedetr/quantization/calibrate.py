@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime
 from onnx import ModelProto, helper
 
 from edgedetr.bundle import Bundle, InputContract, digest
@@ -19,6 +19,7 @@ from edgedetr.evaluation.reference import Reference
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import Histogram
 from edgedetr.quantization.ranges import CalibrationImage
+from edgedetr.runtime.ort import plain_session
 from edgedetr.runtime.preprocess import prepare
 
 Progress = Callable[[str, int, int], None]
@@ -114,13 +115,11 @@ def observe(model: ModelProto, tensors: Sequence[str], paths: Sequence[Path], co
     return histograms
 
 
-def _exposed(model: ModelProto, tensors: Sequence[str]) -> onnxruntime.InferenceSession:
+def _exposed(model: ModelProto, tensors: Sequence[str]) -> Any:
     """A session of the float graph in which these tensors are outputs."""
     exposed = ModelProto()
     exposed.CopyFrom(model)
     present = {item.name for item in exposed.graph.output}
     exposed.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in tensors if name not in present)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return plain_session(exposed.SerializeToString(), optimise=True, error=ExportError)
 

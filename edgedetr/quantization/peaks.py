@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import onnxruntime
 from onnx import ModelProto, helper
 
 from edgedetr.errors import ExportError
 from edgedetr.quantization.half import float_tensors
+from edgedetr.runtime.ort import plain_session
 
 
 def peaks(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[str, float]:
@@ -32,11 +32,8 @@ def peaks(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[str, float]:
             probe.graph.node.append(node)
     wanted = [f"{name}_{given}" for given in ("largest", "sum") for name in names]
     probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
     # For a few pictures: to optimise a graph in which every tensor is looked at takes longer than it saves.
-    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(probe.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    session = plain_session(probe.SerializeToString(), error=ExportError)
     found = dict.fromkeys(names, 0.0)
     for batch in batches:
         values = session.run(wanted, {"images": batch})

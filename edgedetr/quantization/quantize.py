@@ -26,6 +26,7 @@ from edgedetr.quantization.policy import Plan, Policy, load, plan
 from edgedetr.quantization.qdq import insert
 from edgedetr.quantization.ranges import Ranges
 from edgedetr.quantization.rewrite import split_concats
+from edgedetr.runtime import onnx_reader
 from edgedetr.runtime.preprocess import prepare
 from edgedetr.runtime.runner import MADE_BY
 
@@ -105,10 +106,8 @@ def _batches(bundle: Bundle, calib: Path | None, progress: Progress | None) -> I
 
 def read(path: Path) -> ModelProto:
     """An ONNX file; ExportError when it is none."""
-    try:
-        return onnx.load(str(path))
-    except Exception as error:  # protobuf and onnx raise unrelated kinds for damaged files
-        raise ExportError(f"{path}: cannot be read as ONNX ({error}); run: edgedetr export {path.parent}") from error
+    model: ModelProto = onnx_reader.load(path, ExportError)
+    return model
 
 
 def _ranges(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, config: QuantConfig, calib: Path | None,

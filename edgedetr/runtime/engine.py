@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgedetr.bundle import Bundle
 from edgedetr.errors import BundleError, DeviceError, EngineError, MissingDependency, UsageError, did_you_mean
-from edgedetr.runtime import cudart, guards, known_bad, layers, onnx_facts, sidecar
+from edgedetr.runtime import cudart, guards, known_bad, layers, onnx_reader, sidecar
 from edgedetr.runtime import engine_store as store
 from edgedetr.runtime.builder import Plan, Progress, build_plan
 from edgedetr.runtime.cudart import Device
@@ -74,7 +74,7 @@ def build(bundle: Bundle | str | Path, precision: str = "int8", *, batch: int | 
         size = f"{frame[0]}x{frame[1]}"
         raise BundleError(f"{bundle.path}: no {precision} graph for frames of {size}; "
                           f"run: edgedetr export {bundle.path} --frame {size}{EXPORT_OPTION[precision]}")
-    model, facts = onnx_facts.read(bundle.require(name))
+    model, facts = onnx_reader.read(bundle.require(name), EngineError)
     digest = hashlib.sha256(model).hexdigest()
     if digest != bundle.manifest.files[name].sha256:
         raise BundleError(f"{bundle.path / name}: changed while it was read; run the same command again")

@@ -7,13 +7,14 @@ cudart.probe), then the sidecar, then the digest; what is deserialised are the v
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgedetr.errors import EngineError
+from edgedetr.errors import EdgedetrError, EngineError
 from edgedetr.runtime import sidecar as sidecars
 from edgedetr.runtime.cudart import Device
 from edgedetr.runtime.sidecar import Sidecar
@@ -78,27 +79,38 @@ def mismatch(told: Sidecar, device: Device, tensorrt: str, onnx_sha256: str | No
     return f"built for {found}; needed here: {needed}; {BUILD}"
 
 
-def read_regular(path: Path, largest: int, expected: str, *, code: bool = False) -> bytes:
-    """The bytes of a plain file with one name: no link, and what is `code` must not be writable by everyone."""
+def read_regular(path: Path, largest: int, expected: str, *, code: bool = False,
+                 error: type[EdgedetrError] = EngineError, begins: frozenset[int] | None = None) -> bytes:
+    """The bytes of a plain file with one name: no link, and what is `code` must not be writable by everyone.
+
+    error    the kind of error to raise
+    begins   first bytes that such a file can have: anything else is not read whole
+    """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    except FileNotFoundError as error:
-        raise EngineError(f"{path}: no such file; {expected}") from error
-    except OSError as error:
-        reason = "a symbolic link, which may lead anywhere" if path.is_symlink() else error.strerror
-        raise EngineError(f"{path}: cannot be opened: {reason}; {expected}") from error
+    except FileNotFoundError as reason:
+        raise error(f"{path}: no such file; {expected}") from reason
+    except (OSError, ValueError) as reason:         # ValueError: a NUL byte in the name
+        linked = isinstance(reason, OSError) and reason.errno == errno.ELOOP
+        said = "a symbolic link, which may lead anywhere" if linked else getattr(reason, "strerror", None) or reason
+        raise error(f"{path}: cannot be opened: {said}; {expected}") from reason
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
-            raise EngineError(f"{path}: not a plain file; {expected}")
+            raise error(f"{path}: not a plain file; {expected}")
         if found.st_nlink > 1:
-            raise EngineError(f"{path}: has {found.st_nlink} names (a hard link), so it can change from elsewhere; "
-                              f"copy it to a file of its own; {expected}")
+            raise error(f"{path}: has {found.st_nlink} names (a hard link), so it can change from elsewhere; "
+                        f"copy it to a file of its own; {expected}")
         if code and found.st_mode & stat.S_IWOTH:
-            raise EngineError(f"{path}: everyone may write to it; run: chmod o-w {path}; {expected}")
+            raise error(f"{path}: everyone may write to it; run: chmod o-w {path}; {expected}")
         if found.st_size > largest:
-            raise EngineError(f"{path}: {found.st_size} bytes, more than the {largest} that are accepted; {expected}")
+            raise error(f"{path}: {found.st_size} bytes, more than the {largest} that are accepted; {expected}")
         with os.fdopen(handle, "rb", closefd=False) as stream:
+            first = stream.peek(1)[:1]
+            if begins is not None and first and first[0] not in begins:
+                raise error(f"{path}: not an ONNX file (it begins with 0x{first[0]:02x}); {expected}")
             return stream.read()
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({reason.strerror}); {expected}") from reason
     finally:
         os.close(handle)

@@ -1,4 +1,4 @@
-"""What the builder must know of an ONNX file, read from its bytes without the onnx package, which a Jetson lacks.
+"""What an ONNX file says, read from its bytes without the onnx package, which a Jetson lacks.
 
 An ONNX file is one protobuf message. Only lengths and a few fields are read; weights are skipped over. Field numbers
 are those of onnx.proto3 and cannot change.
@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from edgedetr.errors import EngineError
-from edgedetr.runtime.guards import read_regular
+from edgedetr.errors import EdgedetrError, EngineError
 
-LARGEST = (1 << 31) - 1         # a protobuf message cannot be larger
 DEEPEST = 32                    # subgraphs in subgraphs
 EXPECTED = "expected an ONNX graph written by edgedetr export or edgedetr import"
 
 # Field numbers. ModelProto: graph, opset_import. GraphProto: node, initializer, sparse_initializer, input, output.
-MODEL_GRAPH, MODEL_OPSET, MODEL_FUNCTIONS = 7, 8, 25
+MODEL_GRAPH, MODEL_OPSET, MODEL_TRAINING, MODEL_FUNCTIONS = 7, 8, 20, 25
 NODE, INITIALIZER, SPARSE_INITIALIZER, INPUT, OUTPUT = 1, 5, 15, 11, 12
-NODE_OP, NODE_ATTRIBUTE, FUNCTION_NODE = 4, 5, 7
+NODE_OP, NODE_ATTRIBUTE, FUNCTION_NODE, FUNCTION_ATTRIBUTE = 4, 5, 7, 11
+TRAINING_GRAPHS = 1, 2          # of TrainingInfoProto: initialization, algorithm
 ATTRIBUTE_TENSOR, ATTRIBUTE_GRAPH, ATTRIBUTE_TENSORS, ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 ATTRIBUTE_SPARSE, ATTRIBUTE_SPARSES = 22, 23
 TENSOR_NAME, TENSOR_EXTERNAL, TENSOR_LOCATION, EXTERNAL = 8, 13, 14, 1
@@ -41,25 +39,25 @@ class OnnxFacts:
     external: tuple[str, ...]
 
 
-def read(path: Path) -> tuple[bytes, OnnxFacts]:
-    """The bytes of a file that may go to the builder, and what they say; EngineError for anything else."""
-    data = read_regular(path, LARGEST, EXPECTED)
-    found = facts(data, str(path))
-    if found.external:
-        raise EngineError(f"{path}: keeps weights in another file ({found.external[0]!r}), and such a name can point "
-                          f"anywhere; {EXPECTED}, which holds everything in one file")
-    return data, found
+def facts(data: bytes, what: str = "the graph", error: type[EdgedetrError] = EngineError) -> OnnxFacts:
+    """What a serialised ONNX model says; `error` when it is none, or has no inputs or outputs."""
+    found = parse(data, what, error)
+    if not found.opset or not found.inputs or not found.outputs:
+        raise error(f"{what}: no ONNX graph with inputs and outputs ({len(data)} bytes); {EXPECTED}")
+    return found
 
 
-def facts(data: bytes, what: str = "the graph") -> OnnxFacts:
-    """What a serialised ONNX model says; EngineError when it is none."""
-    opset, graphs, functions = 0, [], []
+def parse(data: bytes, what: str = "the graph", error: type[EdgedetrError] = EngineError) -> OnnxFacts:
+    """As `facts`, for any one graph: what is folded into a constant has no inputs."""
+    opset, graphs, training, functions = 0, [], [], []
     try:
         for number, value in _fields(memoryview(data)):
             if number == MODEL_GRAPH:
                 graphs.append(_bytes(value))
             elif number == MODEL_FUNCTIONS:
                 functions.append(_bytes(value))
+            elif number == MODEL_TRAINING:
+                training += [_bytes(v) for n, v in _fields(_bytes(value)) if n in TRAINING_GRAPHS]
             elif number == MODEL_OPSET:
                 told = dict(_fields(_bytes(value)))
                 if not bytes(_bytes(told.get(1, memoryview(b"")))) or bytes(_bytes(told[1])) == b"ai.onnx":
@@ -70,13 +68,15 @@ def facts(data: bytes, what: str = "the graph") -> OnnxFacts:
                            for field in (INPUT, OUTPUT))
         operators: set[str] = set()
         external: list[str] = []
-        _walk(graphs[0], NODE, operators, external, 0)
+        for graph in (graphs[0], *training):
+            _walk(graph, NODE, operators, external, 0)
         for function in functions:
             _walk(function, FUNCTION_NODE, operators, external, 0)
-    except (ValueError, IndexError, UnicodeDecodeError) as error:
-        raise EngineError(f"{what}: not an ONNX file, or cut off ({error}); {EXPECTED}") from error
-    if not opset or not inputs or not outputs:
-        raise EngineError(f"{what}: no ONNX graph with inputs and outputs ({len(data)} bytes); {EXPECTED}")
+            for number, value in _fields(function):
+                if number == FUNCTION_ATTRIBUTE:
+                    _attribute(_bytes(value), operators, external, 0)
+    except (ValueError, IndexError) as reason:      # also UnicodeDecodeError
+        raise error(f"{what}: not an ONNX file, or cut off ({reason}); {EXPECTED}") from reason
     return OnnxFacts(opset, inputs, outputs, frozenset(operators), tuple(external))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import queue
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ import numpy as np
 
 from edgedetr.errors import BundleError, MissingDependency
 from edgedetr.packages import missing
+from edgedetr.runtime.onnx_reader import read, require_whole
 from edgedetr.runtime.runner import RawOutputs
+from edgedetr.telemetry import import_openvino
 
 
 class OpenVinoRunner:
@@ -25,9 +27,7 @@ class OpenVinoRunner:
     name = "openvino"
 
     def __init__(self, path: str | Path, *, threads: int | None = None, precision_hint: str = "f32") -> None:
-        if not os.path.isfile(path):
-            raise BundleError(f"{path}: no such file; expected an ONNX graph written by edgedetr export")
-        compiled = _compile(str(path), threads, precision_hint)
+        compiled = _compile(read(path)[0], threads, precision_hint, what=str(path))
         names = [port.get_any_name() for port in compiled.inputs], {n for port in compiled.outputs for n in port.names}
         if names[0] != ["images"] or not {"logits", "boxes"} <= names[1] or len(compiled.inputs[0].shape) != 4:
             raise BundleError(f"{path}: inputs {names[0]} and outputs {sorted(names[1])}; expected "
@@ -35,19 +35,28 @@ class OpenVinoRunner:
         shape = compiled.inputs[0].shape
         self.batch: int | None = int(shape[0])
         self.height, self.width = int(shape[2]), int(shape[3])
-        self.request = compiled.create_infer_request()
+        self._compiled = compiled
+        # Requests that no thread is using: each has buffers of its own, and two threads must not share one.
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def run(self, images: np.ndarray) -> RawOutputs:
-        self.request.infer({"images": images})
-        # The request owns its buffers and writes over them in the next run, hence the copies.
-        logits, boxes = (np.array(self.request.get_tensor(name).data) for name in ("logits", "boxes"))
+        try:
+            request = self._idle.get_nowait()
+        except queue.Empty:
+            request = self._compiled.create_infer_request()
+        try:
+            request.infer({"images": images})
+            # The request owns its buffers and writes over them in the next run, hence the copies.
+            logits, boxes = (np.array(request.get_tensor(name).data) for name in ("logits", "boxes"))
+        finally:
+            self._idle.put(request)
         return RawOutputs(logits, boxes)
 
 
 def tensors(model: bytes, images: np.ndarray, names: Sequence[str], *,
             threads: int | None = None) -> dict[str, np.ndarray]:
     """Values of named graph outputs of a serialised model, for one batch."""
-    request = _compile(model, threads, "f32", batch=len(images)).create_infer_request()
+    request = _compile(require_whole(model), threads, "f32", batch=len(images)).create_infer_request()
     request.infer({"images": images})
     return {name: np.array(request.get_tensor(name).data) for name in names}
 
@@ -60,14 +69,12 @@ def _core() -> Any:
     Of two that go in the order they came, the second puts back the first one's, whose memory is gone (OpenVINO 2026.4):
     the next signal that Python handles, Ctrl-C or the end of a child, then kills the process without a word.
     """
-    import openvino
-
-    return openvino.Core()
+    return import_openvino().Core()
 
 
-def _compile(model: str | bytes, threads: int | None, precision_hint: str, batch: int = 1) -> Any:
+def _compile(model: bytes, threads: int | None, precision_hint: str, batch: int = 1, what: str = "the graph") -> Any:
     try:
-        import openvino
+        openvino = import_openvino()
     except ImportError as error:
         raise MissingDependency(missing("openvino")) from error
     settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
@@ -81,6 +88,5 @@ def _compile(model: str | bytes, threads: int | None, precision_hint: str, batch
             graph.reshape({graph.inputs[0].get_any_name(): openvino.PartialShape([batch, *list(shape)[1:]])})
         return core.compile_model(graph, "CPU", settings)
     except RuntimeError as error:
-        what = model if isinstance(model, str) else "the graph"
         raise BundleError(f"{what}: OpenVINO {openvino.__version__} cannot compile it ({str(error).strip()[-300:]}); "
                           f"use another backend, or write it again with: edgedetr export") from error

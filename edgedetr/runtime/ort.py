@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -12,12 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from edgedetr.errors import BundleError, DeviceError, MissingDependency
+from edgedetr.errors import BundleError, DeviceError, EdgedetrError, MissingDependency
 from edgedetr.packages import missing
+from edgedetr.reading import parse_json
 from edgedetr.runtime.cudart import probe
+from edgedetr.runtime.onnx_reader import read, require_whole
 from edgedetr.runtime.runner import MADE_BY, RawOutputs
+from edgedetr.telemetry import import_onnxruntime
 
 CUDA = "CUDAExecutionProvider"
+WRITE_AGAIN = "write it again with: edgedetr export"
 
 
 class OrtRunner:
@@ -32,7 +34,7 @@ class OrtRunner:
     on_gpu = False
 
     def __init__(self, path: str | Path | bytes, *, threads: int | None = None, optimise: bool = True) -> None:
-        self.session = _session(path if isinstance(path, bytes) else str(path), threads, optimise, self.on_gpu)
+        self.session = _session(path, threads, optimise, self.on_gpu)
         _check("the graph" if isinstance(path, bytes) else path, self.session)
         shape = self.session.get_inputs()[0].shape
         self.batch: int | None = shape[0] if isinstance(shape[0], int) else None
@@ -61,7 +63,7 @@ class OrtFrameRunner:
     outputs = ("boxes", "scores", "labels")
 
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
-        self.session = _session(str(path), threads, True)
+        self.session = _session(path, threads, True)
         inputs, outputs = self.session.get_inputs(), {output.name for output in self.session.get_outputs()}
         shape = inputs[0].shape
         if [i.name for i in inputs] != ["frames"] or not set(self.outputs) <= outputs or len(shape) != 4:
@@ -83,8 +85,7 @@ def tensors(model: bytes, images: np.ndarray, names: Sequence[str], *, optimise:
 def no_gpu() -> str:
     """Why ONNX Runtime cannot use a GPU here, with the command that helps; empty where it can."""
     try:
-        import onnxruntime
-
+        onnxruntime = import_onnxruntime()
         probe()
     except ImportError:
         return "onnxruntime is not installed; run: pip install onnxruntime-gpu"
@@ -96,13 +97,48 @@ def no_gpu() -> str:
     return ""
 
 
-def _session(model: str | bytes, threads: int | None, optimise: bool, on_gpu: bool = False) -> Any:
+def plain_session(model: bytes, *, optimise: bool | str = False, threads: int | None = None, spin: bool = True,
+                  error: type[EdgedetrError] = BundleError, fix: str = WRITE_AGAIN) -> Any:
+    """A session of a serialised graph on the CPU, for any inputs and outputs.
+
+    optimise   True: all that ONNX Runtime knows; "basic": what is quick to do; False: every node runs as written
+    spin       whether threads wait hot for the next run
+    error      raised where the graph keeps weights in a file, or ONNX Runtime does not take it, with `fix` at the end
+    """
+    onnxruntime = _library()
+    levels = onnxruntime.GraphOptimizationLevel
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4                  # what it cannot do is raised; its lines help nobody here
+    options.intra_op_num_threads = threads or 0     # 0 = one per core
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = {True: levels.ORT_ENABLE_ALL, False: levels.ORT_DISABLE_ALL,
+                                        "basic": levels.ORT_ENABLE_BASIC}[optimise]
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    data = require_whole(model, error=error)
+    return _open(onnxruntime, data, options, ["CPUExecutionProvider"], "the graph", error, fix)
+
+
+def _library() -> Any:
     try:
-        import onnxruntime
+        return import_onnxruntime()
     except ImportError as error:
         raise MissingDependency(missing("onnxruntime")) from error
-    if isinstance(model, str) and not os.path.isfile(model):
-        raise BundleError(f"{model}: no such file; expected an ONNX graph written by edgedetr export")
+
+
+def _open(onnxruntime: Any, model: bytes, options: Any, providers: list[Any], what: str,
+          error: type[EdgedetrError] = BundleError, fix: str = WRITE_AGAIN) -> Any:
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=providers)
+    except Exception as reason:     # the library's exceptions share no public base class
+        raise error(f"{what}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason}); "
+                    f"{fix}") from reason
+
+
+def _session(model: bytes | str | Path, threads: int | None, optimise: bool, on_gpu: bool = False) -> Any:
+    onnxruntime = _library()
+    what = "the graph" if isinstance(model, bytes) else str(model)
+    data = require_whole(model) if isinstance(model, bytes) else read(model)[0]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3                  # errors only: warnings about constant folding help nobody here
     options.intra_op_num_threads = threads or 0     # 0 = one per core
@@ -119,12 +155,7 @@ def _session(model: str | bytes, threads: int | None, optimise: bool, on_gpu: bo
         providers.insert(0, (CUDA, {"use_tf32": "0"}))
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=providers)
-    except Exception as error:      # the library's exceptions share no public base class
-        what = model if isinstance(model, str) else "the graph"
-        raise BundleError(f"{what}: ONNX Runtime {onnxruntime.__version__} cannot load it ({error}); "
-                          f"write it again with: edgedetr export") from error
+    session = _open(onnxruntime, data, options, providers, what)
     if on_gpu and CUDA not in session.get_providers():      # it says so on standard error alone, and goes on
         raise DeviceError(f"ONNX Runtime {onnxruntime.__version__} cannot load its {CUDA} and would run on the CPU; "
                           "expected the CUDA and cuDNN that it was built for; run: "
@@ -134,8 +165,8 @@ def _session(model: str | bytes, threads: int | None, optimise: bool, on_gpu: bo
 
 def _weight_bits(session: Any) -> int | None:
     try:
-        bits = json.loads(session.get_modelmeta().custom_metadata_map[MADE_BY])["weight_bits"]
-    except (KeyError, TypeError, ValueError):
+        bits = parse_json(session.get_modelmeta().custom_metadata_map[MADE_BY], MADE_BY, BundleError)["weight_bits"]
+    except (BundleError, KeyError, TypeError):
         return None
     return bits if isinstance(bits, int) else None
 

@@ -125,5 +125,5 @@ def test_a_graph_without_fp16_is_its_own_twin(tmp_path):
 def test_what_is_no_onnx_is_one_error(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"no protobuf at all")
-    with pytest.raises(BundleError, match="cannot be read as ONNX.*write it again with: edgedetr export"):
+    with pytest.raises(BundleError, match="not an ONNX file.*written by edgedetr export"):
         twin(path)

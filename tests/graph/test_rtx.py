@@ -86,6 +86,7 @@ def test_what_is_no_onnx_is_one_error_and_a_crash_does_not_hide_the_other_files(
                      "    if 'bad' in path: os.abort()\n"
                      "    print(json.dumps(module['examine'](trt, path, False)), flush=True)\n")
     monkeypatch.setattr(rtx, "PROCESS", crash)
+    bad.write_bytes(Path(good).read_bytes())
     first, second, third = check_all([good, bad, good])
     assert first.ok and third.ok and not second.ok
     assert second.path == str(bad) and "signal 6" in second.errors[0]

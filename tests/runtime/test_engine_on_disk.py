@@ -20,7 +20,7 @@ from tensorrt_spec.fake import FakeTensorRT
 
 from edgedetr.bundle import Bundle
 from edgedetr.errors import BundleError, EngineError
-from edgedetr.runtime import engine, engine_store, onnx_facts
+from edgedetr.runtime import engine, engine_store, onnx_facts, onnx_reader
 
 
 def failing_again(bundle: Bundle, fake: FakeTensorRT, error: str) -> None:
@@ -172,13 +172,13 @@ def test_a_plan_whose_sidecar_is_damaged_is_not_called_outdated(old, bundle, tin
 
 
 def test_a_graph_that_changes_while_it_is_read_is_not_built(old, bundle, monkeypatch):
-    read = onnx_facts.read
+    read = onnx_reader.read
 
-    def changed(path: Path) -> tuple[bytes, onnx_facts.OnnxFacts]:
-        model, facts = read(path)
+    def changed(path: Path, error: type[EngineError]) -> tuple[bytes, onnx_facts.OnnxFacts]:
+        model, facts = read(path, error)
         return model + b" ", facts
 
-    monkeypatch.setattr(onnx_facts, "read", changed)
+    monkeypatch.setattr(onnx_reader, "read", changed)
     with pytest.raises(BundleError, match="changed while it was read"):
         engine.build(bundle)
     assert old.models == []
