@@ -23,6 +23,7 @@ from edgedetr.errors import DataError, ExportError, UsageError
 from edgedetr.export import foreign, surgery
 from edgedetr.export.fold import fold
 from edgedetr.export.onnx_file import OPSET, PREFIX, check, describe
+from edgedetr.export.opset import IR_VERSION, to_opset
 from edgedetr.export.original import Original, agree, decoded, pick, probes, renumbered, session
 from edgedetr.export.roles import prefix_nodes
 from edgedetr.export.sampling import gather_samples
@@ -192,7 +193,7 @@ def _fixed(original: ModelProto, taken: foreign.Inputs, height: int, width: int)
     sizes = {taken.image: [1, 3, height, width], **({taken.sizes: [1, 2]} if taken.sizes else {})}
     masks = {taken.mask: np.ones((1, height, width), _dtype(original, taken.mask))} if taken.mask else {}
     surgery.fix_inputs(model, sizes, masks)
-    model = fold(surgery.to_opset(model, OPSET))
+    model = fold(to_opset(model, OPSET))
     surgery.name_nodes(model)
     view = GraphView(model)
     if view.fault:
@@ -222,7 +223,7 @@ def _record(data: str | Path | None) -> DataRecord | None:
 def _finish(model: ModelProto, manifest: Manifest, path: Path, opset: int) -> None:
     """Name the file's origin in it, and check that it is one of ours."""
     model.producer_name, model.graph.name = "edgedetr", "edgedetr"
-    model.ir_version = surgery.IR_VERSION
+    model.ir_version = IR_VERSION
     del model.metadata_props[:]
     for item in list(model.opset_import):
         if item.domain:

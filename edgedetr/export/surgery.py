@@ -1,4 +1,4 @@
-"""Rewrites that make a foreign graph one of ours: fixed sizes, opset 19, folded BatchNorm, our inputs and outputs."""
+"""Rewrites that make a foreign graph one of ours: fixed sizes, folded BatchNorm, our inputs and outputs."""
 
 from __future__ import annotations
 
@@ -7,56 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from edgedetr.errors import ExportError
 from edgedetr.graph.view import GraphView
-
-IR_VERSION = 9                  # the file format that came with opset 19
-# Operators that mean something else before opset 21 with the same attributes.
-_CHANGED = {"GroupNormalization"}
-_MODES = {b"linear": b"bilinear", b"cubic": b"bicubic"}
-
-
-def to_opset(model: ModelProto, wanted: int) -> ModelProto:
-    """The same function at another opset; ExportError that names the operator which cannot be written there."""
-    present = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
-    if present == wanted:
-        return model
-    if present < wanted:
-        try:
-            return version_converter.convert_version(model, wanted)
-        except Exception as error:  # a C++ library's RuntimeError, or protobuf's own kinds
-            raise ExportError(f"opset {present} cannot be converted to {wanted} ({_line(error)}); "
-                              f"export the model at opset {wanted}") from error
-    result = ModelProto()
-    result.CopyFrom(model)
-    for node in result.graph.node:
-        fault = _older(node, wanted)
-        if fault:
-            raise ExportError(f"{node.op_type} {node.name} of opset {present} {fault} opset {wanted}; "
-                              f"export the model at opset {wanted}")
-    del result.opset_import[:]
-    result.opset_import.append(helper.make_opsetid("", wanted))
-    result.ir_version = min(result.ir_version, IR_VERSION)
-    return result
-
-
-def _older(node: NodeProto, wanted: int) -> str:
-    """Rewrite a node of a newer opset in place; what hinders it, or an empty string."""
-    try:
-        schema = onnx.defs.get_schema(node.op_type, wanted, "")
-    except onnx.defs.SchemaError:
-        return "does not exist at"
-    if node.op_type in _CHANGED:
-        return "means something else at"
-    for item in list(node.attribute):
-        if node.op_type == "GridSample" and item.name == "mode":
-            item.s = _MODES.get(item.s, item.s)
-        if item.name not in schema.attributes:
-            return f"has an attribute {item.name!r} that is unknown at"
-    return "has more inputs than at" if len(node.input) > schema.max_input else ""
-
 
 def fix_inputs(model: ModelProto, sizes: Mapping[str, Sequence[int]], constants: Mapping[str, np.ndarray]) -> None:
     """Give inputs their sizes, and replace others by constants; what was known of the inner tensors is dropped."""
@@ -209,7 +162,3 @@ def _rename(model: ModelProto, names: Mapping[str, str]) -> None:
                 side[index] = names.get(name, name)
     for item in [*model.graph.initializer, *model.graph.input, *model.graph.output]:
         item.name = names.get(item.name, item.name)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0]
