@@ -21,13 +21,15 @@ from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputC
 from edgedetr.data.layouts import load, splits
 from edgedetr.errors import DataError, ExportError, UsageError
 from edgedetr.export import foreign, surgery
-from edgedetr.export.fold import fold
+from edgedetr.export.fold import fold, remove_unused
 from edgedetr.export.onnx_file import OPSET, PREFIX, check, describe
 from edgedetr.export.opset import IR_VERSION, to_opset
 from edgedetr.export.original import Original, agree, decoded, pick, probes, renumbered, session
 from edgedetr.export.roles import prefix_nodes
 from edgedetr.export.sampling import gather_samples
+from edgedetr.export.settle import settle
 from edgedetr.export.told import Kept, Pixels, columns_of, read_names, usual
+from edgedetr.export.widen import widen
 from edgedetr.graph.file import open_onnx
 from edgedetr.graph.view import GraphView
 from edgedetr.options import one_of
@@ -123,6 +125,7 @@ def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, 
     surgery.name_nodes(result)
     gathered = gather_samples(result) if sampling == "gather" else 0
     prefix_nodes(result, picked.queries)
+    remove_unused(result)
     manifest = Manifest(MODEL, kept.classes, contract, output, data=record)
     opset = GraphView(original, infer=False).opset
     _finish(result, manifest, path, opset)
@@ -193,7 +196,8 @@ def _fixed(original: ModelProto, taken: foreign.Inputs, height: int, width: int)
     sizes = {taken.image: [1, 3, height, width], **({taken.sizes: [1, 2]} if taken.sizes else {})}
     masks = {taken.mask: np.ones((1, height, width), _dtype(original, taken.mask))} if taken.mask else {}
     surgery.fix_inputs(model, sizes, masks)
-    model = fold(to_opset(model, OPSET))
+    widen(model)
+    model = settle(to_opset(model, OPSET))
     surgery.name_nodes(model)
     view = GraphView(model)
     if view.fault:

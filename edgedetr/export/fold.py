@@ -10,6 +10,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 from edgedetr.errors import ExportError
+from edgedetr.export.control import branch, captured, first_line
 from edgedetr.runtime.ort import plain_session
 
 # With a larger result nothing is folded: it must not inflate the file (the largest wanted are positions, S x C).
@@ -32,27 +33,41 @@ def fold(model: ModelProto) -> ModelProto:
         settled = _fold_shapes(result)
         if not settled and len(result.graph.node) == before:
             break
-    _remove_unused(result)
-    del result.graph.value_info[:]
+    remove_unused(result)
     return result
 
 
 def _constants_to_initialisers(model: ModelProto) -> None:
     graph, kept = model.graph, []
     for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            tensor = TensorProto()
-            tensor.CopyFrom(node.attribute[0].t)
+        tensor = _constant_of(node) if node.op_type == "Constant" else None
+        if tensor is None:
+            kept.append(node)
+        else:
             tensor.name = node.output[0]
             graph.initializer.append(tensor)
-        else:
-            kept.append(node)
     _replace_nodes(model, kept)
 
 
+def _constant_of(node: NodeProto) -> TensorProto | None:
+    """The value of a Constant as a tensor; None for text and for what is sparse."""
+    tensor = TensorProto()
+    for item in node.attribute:
+        if item.name == "value":
+            tensor.CopyFrom(item.t)
+            return tensor
+        if item.name in ("value_int", "value_ints"):
+            value = np.array(item.ints if item.name.endswith("s") else item.i, np.int64)
+            return numpy_helper.from_array(value)
+        if item.name in ("value_float", "value_floats"):
+            return numpy_helper.from_array(np.array(item.floats if item.name.endswith("s") else item.f, np.float32))
+    return None
+
+
 def _remove_identities(model: ModelProto) -> None:
-    """Identity, and Cast to the type the tensor already has, where it is not a graph output."""
+    """Identity, where it is no graph output and no graph of control flow reads it."""
     outputs = {item.name for item in model.graph.output}
+    outputs.update(*(captured(node) for node in model.graph.node))
     alias: dict[str, str] = {}
     kept = []
     for node in model.graph.node:
@@ -80,7 +95,8 @@ def _fold_constants(model: ModelProto) -> None:
             kept.append(node)
     if not foldable:
         return
-    wanted = {name for node in kept for name in node.input} & {name for node in foldable for name in node.output}
+    read = {name for node in kept for name in [*node.input, *captured(node)]}
+    wanted = read & {name for node in foldable for name in node.output}
     used = {name for node in foldable for name in node.input}
     values = _evaluate(model, foldable, [known[name] for name in sorted(used & set(known))], sorted(wanted))
     if any(value.size > LARGEST for value in values.values()):
@@ -94,8 +110,12 @@ def _evaluate(model: ModelProto, nodes: list[NodeProto], constants: list[TensorP
     outputs = [helper.make_empty_tensor_value_info(name) for name in wanted]
     graph = helper.make_graph(nodes, "constants", [], outputs, constants)
     part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    session = plain_session(part.SerializeToString(), threads=1, error=ExportError)
-    return dict(zip(wanted, session.run(wanted, {}))) if wanted else {}
+    session = plain_session(part.SerializeToString(), threads=1, error=ExportError, fix="export the model again")
+    try:
+        return dict(zip(wanted, session.run(wanted, {}))) if wanted else {}
+    except Exception as error:      # the library's exceptions share no public base class
+        raise ExportError(f"what the graph computes from constants alone does not run in ONNX Runtime "
+                          f"({first_line(error)}); expected a valid graph; export the model again") from error
 
 
 def _fold_shapes(model: ModelProto) -> bool:
@@ -109,16 +129,23 @@ def _fold_shapes(model: ModelProto) -> bool:
     kept, settled, open_batch = [], False, _open_batch(model)
     for node in model.graph.node:
         value = None
-        if node.op_type == "Shape" and not node.attribute:
+        if node.op_type == "Shape":
             shape = dims.get(node.input[0])
-            if shape is not None and all(size is not None for size in shape):
-                value = np.array(shape, dtype=np.int64)
+            part = None if shape is None else shape[part_of(node, len(shape))]
+            if part is not None and all(size is not None for size in part):
+                value = np.array(part, dtype=np.int64)
         elif node.op_type == "Gather" and node.input[1] in constants:
             maker = makers.get(node.input[0])
             shape = dims.get(maker.input[0]) if maker is not None and maker.op_type == "Shape" else None
             index = numpy_helper.to_array(constants[node.input[1]])
-            if shape is not None and index.ndim == 0 and shape[int(index)] is not None:
-                value = np.array(shape[int(index)], dtype=np.int64)
+            if shape is not None and maker is not None and index.ndim == 0:
+                sizes = shape[part_of(maker, len(shape))]
+                size = sizes[int(index)] if -len(sizes) <= int(index) < len(sizes) else None
+                value = None if size is None else np.array(size, dtype=np.int64)
+        elif node.op_type == "If" and node.input[0] in constants:
+            kept += branch(model, node, bool(numpy_helper.to_array(constants[node.input[0]]).all()))
+            settled = True
+            continue
         elif open_batch and node.op_type == "Reshape" and node.input[1] not in constants:
             shape = dims.get(node.output[0])
             if shape is not None and shape.count(None) == 1 and 0 not in shape:
@@ -134,6 +161,12 @@ def _fold_shapes(model: ModelProto) -> bool:
             _constant(model, node.output[0], value)
     _replace_nodes(model, kept)
     return settled
+
+
+def part_of(node: NodeProto, rank: int) -> slice:
+    """The axes that a Shape node gives."""
+    told = {item.name: item.i for item in node.attribute}
+    return slice(*slice(told.get("start", 0), told.get("end", rank)).indices(rank))
 
 
 def _settle_expand(model: ModelProto, node: NodeProto, makers: dict[str, NodeProto],
@@ -202,7 +235,11 @@ def _inferred(model: ModelProto, batch: int) -> dict[str, list[int | None]]:
             light.graph.initializer.append(tensor)
         else:
             light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    inferred = shape_inference.infer_shapes(light, data_prop=True)
+    try:
+        inferred = shape_inference.infer_shapes(light, data_prop=True)
+    except Exception as error:      # RuntimeError and kinds of its own, which differ between versions
+        raise ExportError(f"the sizes of the graph's tensors do not fit each other ({first_line(error)}); expected a "
+                          "valid graph; export the model again") from error
     return {
         item.name: [dim.dim_value if dim.HasField("dim_value") else None for dim in item.type.tensor_type.shape.dim]
         for item in [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]
@@ -210,17 +247,20 @@ def _inferred(model: ModelProto, batch: int) -> dict[str, list[int | None]]:
     }
 
 
-def _remove_unused(model: ModelProto) -> None:
+def remove_unused(model: ModelProto) -> None:
+    """Drop nodes and constants that no output comes from, and what is only said about inner tensors."""
     needed = {item.name for item in model.graph.output}
     kept = []
     for node in reversed(model.graph.node):
         if any(name in needed for name in node.output):
             kept.append(node)
-            needed.update(node.input)
+            needed.update(node.input, captured(node))
     _replace_nodes(model, kept[::-1])
     constants = [tensor for tensor in model.graph.initializer if tensor.name in needed]
     del model.graph.initializer[:]
     model.graph.initializer.extend(constants)
+    del model.graph.value_info[:], model.graph.quantization_annotation[:]
+    del model.functions[:], model.training_info[:]
 
 
 def _replace_nodes(model: ModelProto, nodes: list[NodeProto]) -> None:

@@ -112,7 +112,7 @@ class _Rewrite:
 
     def without(self, *, inputs: int, outputs: int = 1, attributes: tuple[str, ...] = ()) -> None:
         """Refuse what is not written out: inputs and outputs from a place on, and attributes."""
-        more = [name for name in self.node.input[inputs:] if name] + [name for name in self.node.output[outputs:] if name]
+        more = [name for name in [*self.node.input[inputs:], *self.node.output[outputs:]] if name]
         more += [item.name for item in self.node.attribute if item.name in attributes and (item.i or item.f)]
         if more:
             self.refuse(f"uses {more[0]!r}")

@@ -7,30 +7,51 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
+from edgedetr.errors import ExportError
+from edgedetr.export.settle import shapes_by_running
 from edgedetr.graph.view import GraphView, attribute, text
 
 
 def gather_samples(model: ModelProto) -> int:
-    """Rewrite every bilinear GridSample that pads with zeros and whose sizes are known; how many there were."""
-    view, done = GraphView(model), 0
+    """Rewrite every GridSample; how many there were. ExportError that names the first which cannot be rewritten.
+
+    The graph is one of a fixed size: sizes that cannot be inferred are read off a run.
+    """
+    view = GraphView(model)
+    samples = [node for node in view.nodes if node.op_type == "GridSample"]
+    unknown = [name for node in samples for name in node.input[:2] if not _known(view.shape(name))]
+    seen = shapes_by_running(model, unknown)
     nodes: list[NodeProto] = []
     for node in view.nodes:
-        shapes = [view.shape(name) for name in node.input[:2]]
-        if node.op_type == "GridSample" and _plain(node) and all(_known(shape) for shape in shapes):
-            written = _Writer(model, node, [int(size or 0) for size in shapes[0] or []],
-                              [int(size or 0) for size in shapes[1] or []])
-            nodes += written.write()
-            done += 1
-        else:
+        if node.op_type != "GridSample":
             nodes.append(node)
-    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
-    return done
+            continue
+        shapes: list[Any] = [seen.get(name) or view.shape(name) for name in node.input[:2]]
+        fault = _fault(node, shapes)
+        if fault:
+            raise ExportError(f"GridSample {node.name} {fault}, and cannot be written as gathers; keep the operator "
+                              "with --sampling grid_sample (TensorRT 10.14 to 11.1 get it wrong), or export the model "
+                              "with bilinear sampling of 2-D maps")
+        nodes += _Writer(model, node, *([int(size or 0) for size in shape or []] for shape in shapes)).write()
+    if samples:
+        copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del model.graph.node[:]
+        model.graph.node.extend(copies)
+    return len(samples)
 
 
-def _plain(node: NodeProto) -> bool:
-    return text(node, "mode", "bilinear") == "bilinear" and text(node, "padding_mode", "zeros") == "zeros"
+def _fault(node: NodeProto, shapes: list[list[int | None] | None]) -> str:
+    """What hinders the rewriting, or an empty string."""
+    mode, padding = text(node, "mode", "bilinear"), text(node, "padding_mode", "zeros")
+    if mode not in ("bilinear", "linear", "nearest"):
+        return f"has mode {mode!r}"
+    if padding not in ("zeros", "border"):
+        return f"has padding_mode {padding!r}"
+    if not all(_known(shape) for shape in shapes):
+        return "takes " + " and ".join("a tensor of unknown rank" if shape is None else
+                                       f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
+                                       for shape in shapes)
+    return ""
 
 
 def _known(shape: list[int | None] | None) -> bool:
@@ -50,12 +71,11 @@ class _Writer:
         rows = self._do("Reshape", self._do("Transpose", self.node.input[0], perm=[0, 2, 3, 1]),
                         self._constant(np.array([batch * self.height * self.width, channels])))
         grid = self._do("Reshape", self.node.input[1], self._constant(np.array([batch, points, 2])))
-        x = self._around(grid, 0, self.width)
-        y = self._around(grid, 1, self.height)
+        x, y = self._cells(grid, 0, self.width), self._cells(grid, 1, self.height)
         first = self._constant(np.arange(batch)[:, None] * self.height * self.width)
         parts = []
-        for row, down in zip(y[:2], y[2:]):
-            for column, across in zip(x[:2], x[2:]):
+        for row, down in y:
+            for column, across in x:
                 cell = self._do("Add", self._do("Mul", row, self._number(self.width)), column)
                 index = self._do("Add", self._do("Cast", cell, to=7), first)        # int64
                 weight = self._do("Unsqueeze", self._do("Mul", down, across), self._constant(np.array([2])))
@@ -67,22 +87,28 @@ class _Writer:
         self._do("Reshape", turned, self._constant(np.array([batch, channels, *self.out])), output=self.node.output[0])
         return self.nodes
 
-    def _around(self, grid: str, axis: int, cells: int) -> tuple[str, str, str, str]:
-        """The two cells about each place along an axis, [B, P], and their weights; a cell outside the map weighs 0.
+    def _cells(self, grid: str, axis: int, cells: int) -> list[tuple[str, str]]:
+        """The cells about each place along an axis, [B, P], each with its weight; a cell outside the map weighs 0.
 
-        Places are held within one cell outside the map, where both cells coincide: (high - low) is 0 or 1.
+        Places are held within one cell outside the map ("border": within the map), where the two cells of the linear
+        interpolation coincide: (high - low) is 0 or 1.
         """
-        aligned = attribute(self.node, "align_corners", 0)
         half = (cells - 1) / 2
         scaled = self._do("Mul", self._do("Gather", grid, self._constant(np.array(axis)), axis=2),
-                          self._number(half if aligned else cells / 2))
-        place = self._clip(self._do("Add", scaled, self._number(half)), -1, cells)
+                          self._number(half if attribute(self.node, "align_corners", 0) else cells / 2))
+        outside = 0 if text(self.node, "padding_mode", "zeros") == "border" else 1
+        place = self._clip(self._do("Add", scaled, self._number(half)), -outside, cells - 1 + outside)
+        if text(self.node, "mode", "bilinear") == "nearest":
+            nearest = self._do("Round", place)          # halves to even, as GridSample does
+            inside = self._clip(nearest, 0, cells - 1)
+            beyond = self._do("Abs", self._do("Sub", nearest, inside))
+            return [(inside, self._do("Sub", self._number(1), beyond))]
         below = self._do("Floor", place)
         low = self._clip(below, 0, cells - 1)
         high = self._do("Min", self._do("Add", below, self._number(1)), self._number(cells - 1))
         near = self._do("Sub", place, low)
-        return (low, high, self._do("Sub", self._number(1), self._do("Abs", near)),
-                self._do("Mul", near, self._do("Sub", high, low)))
+        return [(low, self._do("Sub", self._number(1), self._do("Abs", near))),
+                (high, self._do("Mul", near, self._do("Sub", high, low)))]
 
     def _clip(self, name: str, low: float, high: float) -> str:
         return self._do("Clip", name, self._number(low), self._number(high))

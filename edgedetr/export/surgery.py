@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.graph.view import GraphView
 
+
 def fix_inputs(model: ModelProto, sizes: Mapping[str, Sequence[int]], constants: Mapping[str, np.ndarray]) -> None:
     """Give inputs their sizes, and replace others by constants; what was known of the inner tensors is dropped."""
     graph = model.graph

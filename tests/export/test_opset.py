@@ -10,13 +10,11 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from edgedetr.errors import ExportError
 from edgedetr.export.opset import to_opset
 
-TYPES = {np.dtype("float32"): TensorProto.FLOAT, np.dtype("int64"): TensorProto.INT64, np.dtype("bool"): TensorProto.BOOL}
-
 
 def graph_of(op: str, values: list[np.ndarray | None], opset: int, **attributes) -> ModelProto:
     """One node whose first input is the graph's, and the others constants."""
     names = ["x", *(f"c{i}" if value is not None else "" for i, value in enumerate(values[1:]))]
-    constants = [numpy_helper.from_array(value, name) for value, name in zip(values[1:], names[1:]) if value is not None]
+    constants = [numpy_helper.from_array(value, name) for value, name in zip(values[1:], names[1:]) if name]
     node = helper.make_node(op, names, ["y"], "the_node", **attributes)
     graph = helper.make_graph([node], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, values[0].shape)],
                               [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], constants)
@@ -45,7 +43,8 @@ FORMS = {
     "attention with a mask of bits": ("Attention", [floats(1, 2, 5, 4), floats(1, 2, 7, 4), floats(1, 2, 7, 4),
                                                     np.arange(35).reshape(1, 1, 5, 7) % 3 > 0], 23, {}),
     "rotary": ("RotaryEmbedding", [floats(2, 3, 5, 8), np.cos(ANGLES), np.sin(ANGLES)], 23, {}),
-    "rotary of pairs": ("RotaryEmbedding", [floats(2, 3, 5, 8), np.cos(ANGLES), np.sin(ANGLES)], 23, {"interleaved": 1}),
+    "rotary of pairs": ("RotaryEmbedding", [floats(2, 3, 5, 8), np.cos(ANGLES), np.sin(ANGLES)], 23,
+                        {"interleaved": 1}),
     "rotary of a part": ("RotaryEmbedding", [floats(2, 3, 5, 8), np.cos(ANGLES[..., :2]), np.sin(ANGLES[..., :2])], 23,
                          {"rotary_embedding_dim": 4}),
     "rotary of joined heads by place": ("RotaryEmbedding", [
