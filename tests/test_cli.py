@@ -216,7 +216,7 @@ def test_inspect_counts_the_operators_of_an_onnx_file(here, capsys):
 def test_inspect_refuses_what_is_no_onnx(content, here, capsys):
     (here / "m.onnx").write_bytes(content)
     assert cli.run(["inspect", "m.onnx"]) == 1
-    assert "write it again: edgedetr export" in capsys.readouterr().err
+    assert "expected what an exporter wrote, whole" in capsys.readouterr().err
 
 
 def test_doctor_knows_this_machine(capsys):

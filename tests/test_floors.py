@@ -18,6 +18,7 @@ PACKAGE = Path(edgedetr.__file__).parent
 FLOOR = {
     "errors": -1,  # everyone may fail
     "telemetry": -1,
+    "sizes": 0,
     "boxes": 0,
     "bundle": 0,
     "shipped": 0,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from edgedetr.commands.choose import json_option, open_bundle
+from edgedetr.commands.choose import json_option, open_bundle, read_size
 from edgedetr.commands.show import as_json, say, table
 from edgedetr.errors import NotWithinTolerance, UsageError
 
@@ -67,16 +67,6 @@ def _parse(files: list[Path]) -> list[RtxResult]:
     return verdicts
 
 
-def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    """HxW as two numbers."""
-    if value is None:
-        return None
-    height, cross, width = value.lower().partition("x")
-    if not (cross and height.isdecimal() and width.isdecimal() and int(height) * int(width)):
-        raise click.BadParameter(f"{value!r}; expected height x width, for example 640x640")
-    return int(height), int(width)
-
-
 @click.command("import")
 @click.argument("source", metavar="SOURCE")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle to write.")
@@ -89,7 +79,7 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     type=click.Path(path_type=Path),
     help="Names of the class logits, one a line; `-` is one that is not used.  [default: the data set's]",
 )
-@click.option("--input", "size", metavar="HxW", callback=_size, help="Input size.  [default: the model's own]")
+@click.option("--input", "size", metavar="HxW", callback=read_size, help="Input size.  [default: the model's own]")
 @click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a recipe value (weights).")
 @click.option("--scale", type=float, help="What the ONNX file wants pixels multiplied by.  [default: 1/255]")
 @click.option("--mean", type=float, nargs=3, help="Mean that it wants subtracted then, R G B.  [default: 0 0 0]")

@@ -22,6 +22,13 @@ data_option = click.option(
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads of the inference libraries.")
 
 
+def read_size(_: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """Callback of options that take HEIGHTxWIDTH: `1080x1920` -> (1080, 1920)."""
+    from edgedetr.sizes import parse_size
+
+    return None if text is None else parse_size(text, parameter.opts[0])
+
+
 def open_bundle(path: Path | None) -> Bundle:
     """The bundle at `path`, or the newest one under runs/, which is said on standard error."""
     if path is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgedetr.commands.choose import bundle_argument, json_option, open_bundle
+from edgedetr.commands.choose import bundle_argument, json_option, open_bundle, read_size
 from edgedetr.commands.show import as_json, progress_bars, say, table
 from edgedetr.errors import UsageError
 
@@ -23,16 +23,6 @@ def _three(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int
     return least, usual, largest
 
 
-def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int] | None:
-    """`1080x1920` -> (1080, 1920)."""
-    if text is None:
-        return None
-    height, _cross, width = text.partition("x")
-    if not (height.isdigit() and width.isdigit()):
-        raise click.BadParameter(f"{text!r}; expected height and width in pixels, as in 1080x1920")
-    return int(height), int(width)
-
-
 @click.command()
 @bundle_argument
 @click.option(
@@ -45,7 +35,7 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
 @click.option(
     "--dynamic", metavar="MIN,OPT,MAX", callback=_three, help="One engine for several batch sizes, instead of --batch."
 )
-@click.option("--frame", metavar="HxW", callback=_size, help="The engine for whole camera frames of this size.")
+@click.option("--frame", metavar="HxW", callback=read_size, help="The engine for whole camera frames of this size.")
 @click.option("--workspace", type=click.IntRange(1), metavar="MB", help="Memory for kernels.  [default: a safe share]")
 @click.option(
     "--optimization-level", type=click.IntRange(0, 5), default=3, show_default=True, help="How long kernels are sought."

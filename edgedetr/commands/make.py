@@ -9,7 +9,7 @@ from typing import Literal
 import click
 
 from edgedetr.bundle import Bundle
-from edgedetr.commands.choose import bundle_argument, open_bundle
+from edgedetr.commands.choose import bundle_argument, open_bundle, read_size
 from edgedetr.commands.show import progress_bars, say, table
 from edgedetr.errors import PreparedNotFinished, UsageError
 
@@ -69,7 +69,12 @@ def train(
 @click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one value of quant or export, "
               "also in the bundle's recipe; repeatable.")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open: for engines of several pictures.")
-@click.option("--frame", metavar="HxW", help="Also graphs for whole camera frames of this size, e.g. 1080x1920.")
+@click.option(
+    "--frame",
+    metavar="HxW",
+    callback=read_size,
+    help="Also graphs for whole camera frames of this size, e.g. 1080x1920.",
+)
 @click.option("--triton", type=click.Path(path_type=Path), help="Add the model to this Triton repository.")
 @click.option("--deepstream", type=click.Path(path_type=Path), help="Write graph, labels and nvinfer file here.")
 def export(
@@ -80,7 +85,7 @@ def export(
     sampling: Literal["gather", "grid_sample"] | None,
     sets: tuple[str, ...],
     dynamic_batch: bool,
-    frame: str | None,
+    frame: tuple[int, int] | None,
     triton: Path | None,
     deepstream: Path | None,
 ) -> None:
@@ -97,10 +102,6 @@ def export(
 
     chosen = settings(opened, sets) if sets else None       # a mistyped value is said before anything is made
 
-    if frame is not None:
-        from edgedetr.graph.frame import frame_size
-
-        frame_size(frame)       # a mistyped size is said before anything is made
     with progress_bars() as progress:
         run(
             opened,
@@ -129,7 +130,7 @@ def export(
         raise PreparedNotFinished(
             f"{opened.path}: the graphs for TensorRT are ready, the engines are not: they are built on the device "
             f"they run on, and not here ({missing}); copy the bundle there and run: edgedetr build {opened.path.name}"
-            + (f" (and again with --frame {frame})" if frame else "")
+            + (f" (and again with --frame {frame[0]}x{frame[1]})" if frame else "")
         )
     say(f"next: edgedetr {'verify' if int8 else 'export'} {opened.path}{'' if int8 else ' --int8'}")
 

@@ -6,22 +6,23 @@ from pathlib import Path
 
 from edgedetr.bundle import Bundle
 from edgedetr.graph.deepstream import write_deepstream
-from edgedetr.graph.frame import frame_size, write_frames
+from edgedetr.graph.frame import write_frames
 from edgedetr.graph.triton import Repository, write_repository
 from edgedetr.runtime import engines
+from edgedetr.sizes import check_size
 
 FLOAT, FP16, INT8, INT8_CPU = "model.onnx", "model.fp16.onnx", "model.int8.onnx", "model.int8-cpu.onnx"
 STAGES = {FLOAT: "onnx", FP16: "fp16", INT8: "int8"}
 
 
-def serve(bundle: Bundle, *, fp16: bool = False, int8: bool = False, frame: str | None = None,
+def serve(bundle: Bundle, *, fp16: bool = False, int8: bool = False, frame: tuple[int, int] | None = None,
           triton: Path | None = None, deepstream: Path | None = None) -> list[str]:
     """Write what was asked for; one sentence about each thing.
 
     fp16, int8   which of the bundle's graphs: INT8, else FP16, else float32; frames get one of each
-    frame        "1080x1920", height and width of the camera's frames
+    frame        height and width of the camera's frames, pixels
     """
-    size = frame_size(frame) if frame else None
+    size = check_size(frame, "frame") if frame is not None else None
     sources = [FLOAT, *([FP16] if fp16 else []), *([INT8] if int8 else [])]
     chosen, said = sources[-1], []
     if size is not None:

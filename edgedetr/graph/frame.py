@@ -13,7 +13,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from edgedetr.bundle import Bundle, Manifest
-from edgedetr.errors import ExportError, UsageError
+from edgedetr.errors import ExportError
 from edgedetr.graph import ends
 from edgedetr.graph.agree import agree
 from edgedetr.graph.part import Part, join, output_shape, require_clean
@@ -23,26 +23,16 @@ from edgedetr.runtime.ort import tensors
 from edgedetr.runtime.postprocess import decode, named
 from edgedetr.runtime.preprocess import Geometry, prepare
 from edgedetr.runtime.runner import RawOutputs
+from edgedetr.sizes import check_size
 
-LARGEST_SIDE = 16384            # pixels; larger than any camera, and a typing error costs gigabytes
 LEVELS = 1                      # largest accepted difference to the CPU's resize, of 255: both round, at ties apart
 PIXELS = 0.02                   # largest accepted difference of a box side; float32 against float64 at 4000 px: 5e-4
 SCORES = 1e-5                   # of a score; float32 sigmoid or softmax: 1e-7
 
 
-def frame_size(text: str) -> tuple[int, int]:
-    """"1080x1920" -> (1080, 1920): height, width."""
-    height, cross, width = text.lower().partition("x")
-    if not (cross and height.isdecimal() and width.isdecimal()) or not all(
-            0 < int(side) <= LARGEST_SIDE for side in (height, width)):
-        raise UsageError(f"frame is {text!r}; expected HEIGHTxWIDTH in pixels, each side 1 to {LARGEST_SIDE}, "
-                         "for example 1080x1920")
-    return int(height), int(width)
-
-
 def with_frames(model: ModelProto, manifest: Manifest, height: int, width: int) -> ModelProto:
     """The graph `images` -> `logits`, `boxes` of a bundle, for frames of height x width pixels."""
-    geometry = Geometry.of(height, width, manifest.input)
+    geometry = Geometry.of(*check_size((height, width), "frame"), manifest.input)
     queries, classes = output_shape(model, "logits")
     front, back = Part("frame"), Part("objects")
     ends.resize(front, ends.planes_of_frames(front, "frames"), geometry, output="images")

@@ -18,6 +18,7 @@ from edgedetr.runtime.frames import NAME, file_name
 from edgedetr.runtime.nvidia import tensorrt
 from edgedetr.runtime.onnx_facts import OnnxFacts
 from edgedetr.runtime.sidecar import BuildArguments, Sidecar
+from edgedetr.sizes import check_size
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ def build(bundle: Bundle | str | Path, precision: str = "int8", *, batch: int | 
     force                build it again
     """
     sizes = _check_words(precision, batch, optimization_level, typing)
+    if frame is not None:
+        frame = check_size(frame, "frame")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     trt = _here(bundle)
     device = cudart.probe()

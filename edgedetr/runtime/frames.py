@@ -21,6 +21,7 @@ from edgedetr.runtime.detector import check_image
 from edgedetr.runtime.ort import OrtFrameRunner
 from edgedetr.runtime.postprocess import named
 from edgedetr.runtime.trt import TrtFrameRunner
+from edgedetr.sizes import check_size
 
 NAME = re.compile(r"model(?:\.(?P<precision>[a-z0-9-]+))?\.frame-(?P<height>\d+)x(?P<width>\d+)\.onnx")
 
@@ -79,6 +80,8 @@ def load_frames(bundle: str | Path | Bundle, *, size: tuple[int, int] | None = N
     precision   "float32", "fp16" or "int8"; None = float32 where it is there, else the first of the others
     make        opens the graph, and no engine is looked for: OrtFrameRunner, or another of the same protocol
     """
+    if size is not None:
+        size = check_size(size)
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     there = {name: found for name in bundle.manifest.files if (found := NAME.fullmatch(name))}
     if not there:

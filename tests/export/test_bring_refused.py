@@ -108,7 +108,7 @@ def test_a_trained_bundle_is_not_overwritten(tmp_path):
     (["m.onnx", "--model", "detr"], "--model is for weights"),
     (["w.safetensors", "--model", "detr", "--mean", "0", "0", "0"], "--mean is for an ONNX file"),
     (["w.safetensors"], "weights need --model"),
-    (["m.onnx", "--input", "640"], "expected height x width"),
+    (["m.onnx", "--input", "640"], "expected HEIGHTxWIDTH"),
     (["m.onnx", "--std", "0", "1", "1"], "std"),
 ])
 def test_wrong_words_are_told(tmp_path, words, message, capsys, monkeypatch):

@@ -14,7 +14,7 @@ from edgedetr.bundle import Bundle, InputContract
 from edgedetr.data.images import decode
 from edgedetr.errors import BundleError, DataError, ExportError, ModelError, UsageError
 from edgedetr.graph.agree import agree
-from edgedetr.graph.frame import check, frame_size, with_frames, write_frames
+from edgedetr.graph.frame import check, with_frames, write_frames
 from edgedetr.runtime import load
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.frames import FrameDetector, file_name, load_frames
@@ -169,17 +169,6 @@ def test_a_graph_that_computes_something_else_is_refused(tmp_path, op, change, t
     check(model, made.manifest, 70, 100)
     with pytest.raises(ExportError, match=told):
         check(planted(model, op, change), made.manifest, 70, 100)
-
-
-@pytest.mark.parametrize("text, size", [("1080x1920", (1080, 1920)), ("1X2", (1, 2))])
-def test_a_size_is_height_by_width(text, size):
-    assert frame_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "1080", "0x5", "5x-1", "1080x1920x3", "99999x1", "axb", "1.5x2"])
-def test_other_sizes_are_a_usage_error(text):
-    with pytest.raises(UsageError, match="expected HEIGHTxWIDTH"):
-        frame_size(text)
 
 
 def test_what_load_frames_says_when_it_has_no_fitting_graph(tmp_path):
