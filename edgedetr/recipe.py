@@ -26,7 +26,7 @@ from edgedetr.models import FAMILY
 from edgedetr.options import check
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.shipped import recipes_directory
-from edgedetr.train.config import AugmentConfig, TrainConfig
+from edgedetr.train.config import AugmentConfig, TrainConfig, require_loss_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -73,6 +73,9 @@ class Recipe:
     export: ExportConfig = field(default_factory=ExportConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+
+    def __post_init__(self) -> None:
+        require_loss_of(self.train.class_loss, self.model.config.activation)
 
     @classmethod
     def load(cls, source: str | Path = DEFAULT, sets: Iterable[str] = (), *, preset: str = "") -> Recipe:

@@ -14,7 +14,9 @@ from edgedetr.layers.feedforward import Mlp
 from edgedetr.layers.linear import Linear
 from edgedetr.layers.position import sine_of_boxes
 
-SMALLEST = 1e-5         # side of a box in 0..1 that the spatial query divides by at least
+# Side of a box in 0..1 that the spatial query divides by at least: less than a pixel of any input up to 1024, and a
+# quotient that float16 holds (1 / 1e-5 is infinite there, and infinity times a sine of 0 is NaN).
+SMALLEST = 2.0**-10
 
 
 class ConditionalSelfAttention(nn.Module):

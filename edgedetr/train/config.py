@@ -31,6 +31,21 @@ AUGMENT_RANGES = {
     "zoom_out_scale": (1, 16), "crop_scale": (0.05, 1.0), "crop_aspect": (0.1, 10.0),
 }
 
+CLASS_LOSSES = {"softmax_ce": "softmax", "focal": "sigmoid", "vfl": "sigmoid", "mal": "sigmoid"}   # of which logits
+
+
+def require_loss_of(class_loss: str, activation: str) -> None:
+    """Errors: RecipeError where train.class_loss ("": the member's own) is none of a member's activation of logits.
+
+    Cross-entropy takes the last logit of a sigmoid member, which is a class, for "no object"; the other losses know no
+    such logit.
+    """
+    if class_loss and CLASS_LOSSES[class_loss] != activation:
+        fitting = [name for name, kind in CLASS_LOSSES.items() if kind == activation]
+        raise RecipeError(f"train.class_loss is {class_loss!r}, a loss of {CLASS_LOSSES[class_loss]} logits, and this "
+                          f"model's are {activation}; expected {' or '.join(map(repr, fitting))}, or nothing for the "
+                          "model's own")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -81,7 +96,7 @@ class TrainConfig:
     vfl_alpha: float = 0.75             # varifocal loss (Zhang et al. 2021)
     gamma: float = 2.0                  # both
     class_loss: Literal["", "softmax_ce", "focal", "vfl", "mal"] = ""   # "" = the member's own; "mal" is DEIM's
-    label_smoothing: float = 0.0        # 0.1 where labels are noisy (Szegedy et al. 2016); softmax and focal losses
+    label_smoothing: float = 0.0        # 0.1 where labels are noisy (Szegedy et al. 2016)
     drop_path: float = 0.0              # stochastic depth of the last block; earlier ones less (ViT: 0.1 to 0.3)
     drop_path_schedule: Literal["linear", "exponential"] = "linear"     # from the first block to the last
     layer_decay: float = 1.0            # of the rate from block to block of a ViT towards its input (ViTDet: 0.7-0.8)

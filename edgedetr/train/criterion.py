@@ -10,12 +10,11 @@ from torch import Tensor
 
 from edgedetr.layers.boxes import cxcywh_to_xyxy, paired_giou, paired_iou
 from edgedetr.models.detector import Outputs
+from edgedetr.options import one_of
 from edgedetr.train import losses
-from edgedetr.train.config import TrainConfig
+from edgedetr.train.config import CLASS_LOSSES, TrainConfig, require_loss_of
 from edgedetr.train.matcher import Costs, Matches, match
 from edgedetr.train.targets import Padded, Target, pad
-
-CLASS_LOSSES = ("softmax_ce", "focal", "vfl", "mal")
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,10 @@ class Criterion:
 
     def __init__(self, config: TrainConfig, class_loss: str, foreground: bool = False) -> None:
         self.foreground = foreground
+        one_of("class_loss", class_loss, CLASS_LOSSES)
+        # A member's own loss says which activation its logits have.
+        require_loss_of(config.class_loss, "softmax" if class_loss == "softmax_ce" else "sigmoid")
         self.config, self.class_loss = config, config.class_loss or class_loss
-        if self.class_loss not in CLASS_LOSSES:
-            raise ValueError(f"class loss {self.class_loss!r}; expected one of {CLASS_LOSSES}")
         softmax = self.class_loss == "softmax_ce"
         usual = 2.0 if self.class_loss == "focal" else 1.0
         self.weight_class = config.weight_class if config.weight_class is not None else usual
@@ -139,5 +139,8 @@ class Criterion:
         quality = torch.zeros_like(logits[..., 0])
         quality[layer, image, matches.query] = overlap
         if self.class_loss == "vfl":
-            return losses.varifocal(logits, onehot, quality, config.vfl_alpha, config.gamma) / count
-        return losses.matchability(logits, onehot, quality, config.gamma) / count
+            return losses.varifocal(logits, onehot, quality, config.vfl_alpha, config.gamma,
+                                    config.label_smoothing) / count
+        if self.class_loss == "mal":
+            return losses.matchability(logits, onehot, quality, config.gamma, config.label_smoothing) / count
+        raise ValueError(f"class loss {self.class_loss!r}; expected one of {CLASS_LOSSES}")

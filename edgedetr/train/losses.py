@@ -29,28 +29,37 @@ def focal(logits: Tensor, onehot: Tensor, alpha: float, gamma: float, smoothing:
     prob = logits.sigmoid()
     miss = torch.where(onehot > 0, 1 - prob, prob)
     share = torch.where(onehot > 0, alpha, 1 - alpha)
-    wanted = onehot
-    if smoothing:
-        wanted = torch.where(onehot.amax(-1, keepdim=True) > 0, onehot * (1 - smoothing) + smoothing / 2, onehot)
+    wanted = _smoothed(onehot, smoothing)
     loss = share * miss**gamma * F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     return loss.flatten(1).sum(1)
 
 
-def varifocal(logits: Tensor, onehot: Tensor, quality: Tensor, alpha: float, gamma: float) -> Tensor:
+def varifocal(logits: Tensor, onehot: Tensor, quality: Tensor, alpha: float, gamma: float,
+              smoothing: float = 0.0) -> Tensor:
     """Varifocal loss (Zhang et al. 2021, eq. 2): the score of a matched query learns the IoU of its box.
 
     logits, onehot  [G, B, N, K];  quality [G, B, N], IoU of matched queries, else 0;  return [G], summed
+    smoothing       as in `focal`, of 0 and the IoU towards half the IoU; the weights stay
     """
     score = onehot * quality[..., None]
     weight = torch.where(onehot > 0, score, alpha * logits.detach().sigmoid() ** gamma)
-    return F.binary_cross_entropy_with_logits(logits, score, weight, reduction="none").flatten(1).sum(1)
+    wanted = _smoothed(onehot, smoothing) * quality[..., None]
+    return F.binary_cross_entropy_with_logits(logits, wanted, weight, reduction="none").flatten(1).sum(1)
 
 
-def matchability(logits: Tensor, onehot: Tensor, quality: Tensor, gamma: float) -> Tensor:
+def matchability(logits: Tensor, onehot: Tensor, quality: Tensor, gamma: float, smoothing: float = 0.0) -> Tensor:
     """Matchability-aware loss (Huang et al. 2024, "DEIM", eq. 5): like varifocal, but poor matches weigh fully.
 
     logits, onehot  [G, B, N, K];  quality [G, B, N];  return [G], summed
+    smoothing       as in `varifocal`, of the IoU to the power of gamma
     """
-    score = onehot * quality[..., None] ** gamma
+    wanted = _smoothed(onehot, smoothing) * quality[..., None] ** gamma
     weight = torch.where(onehot > 0, 1.0, logits.detach().sigmoid() ** gamma)
-    return F.binary_cross_entropy_with_logits(logits, score, weight, reduction="none").flatten(1).sum(1)
+    return F.binary_cross_entropy_with_logits(logits, wanted, weight, reduction="none").flatten(1).sum(1)
+
+
+def _smoothed(onehot: Tensor, smoothing: float) -> Tensor:
+    """Targets 0 and 1 of a matched query moved towards one half by a share; those of other queries stay 0."""
+    if not smoothing:
+        return onehot
+    return torch.where(onehot.amax(-1, keepdim=True) > 0, onehot * (1 - smoothing) + smoothing / 2, onehot)

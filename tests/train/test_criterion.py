@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from edgedetr.errors import RecipeError
+from edgedetr.models import FAMILY
 from edgedetr.models.detector import Outputs
+from edgedetr.recipe import ModelChoice, Recipe
 from edgedetr.train import losses
 from edgedetr.train.config import TrainConfig
 from edgedetr.train.criterion import Criterion, Denoised
@@ -135,6 +138,37 @@ def test_a_batch_without_objects_has_a_finite_loss_that_reaches_every_output(cla
     found.total.backward()
     assert torch.isfinite(found.total) and float(found.l1) == 0 and float(found.giou) == 0
     assert all(leaf.grad is not None and torch.isfinite(leaf.grad).all() for leaf in leaves)
+
+
+@pytest.mark.parametrize("class_loss", ["softmax_ce", "focal", "vfl", "mal"])
+def test_label_smoothing_reaches_every_class_loss(class_loss):
+    outputs, targets, _ = case(3, (2, 0, 3), extra=class_loss == "softmax_ce", encoder=False)
+    for row, target in enumerate(targets):
+        outputs.boxes[:, row, : len(target)] = target.boxes             # matched with an overlap of 1
+    plain, smooth = (Criterion(TrainConfig(label_smoothing=share), class_loss)(outputs, targets) for share in (0, 0.1))
+    assert abs(float(plain.class_ - smooth.class_)) > 1e-3
+    assert float(plain.l1) == float(smooth.l1)
+
+
+@pytest.mark.parametrize("own, asked", [("softmax_ce", "focal"), ("softmax_ce", "vfl"), ("softmax_ce", "mal"),
+                                        ("focal", "softmax_ce"), ("vfl", "softmax_ce")])
+def test_a_class_loss_of_other_logits_is_refused(own, asked):
+    with pytest.raises(RecipeError, match=f"train.class_loss is '{asked}', a loss of .* logits, .* expected '"):
+        Criterion(TrainConfig(class_loss=asked), own)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_recipe_refuses_the_class_losses_that_its_member_cannot_have(name):
+    own = FAMILY[name].config.class_loss
+    for asked in ("softmax_ce", "focal", "vfl", "mal"):
+        sets = [f"train.class_loss={asked}"]
+        if (asked == "softmax_ce") == (own == "softmax_ce"):
+            assert Recipe.from_dict({"model": {"name": name}}, where="x", sets=sets).train.class_loss == asked
+        else:
+            with pytest.raises(RecipeError, match=f"class_loss is '{asked}'"):
+                Recipe.from_dict({"model": {"name": name}}, where="x", sets=sets)
+    with pytest.raises(RecipeError, match="class_loss"):
+        Recipe(ModelChoice("detr", FAMILY["detr"].config()), train=TrainConfig(class_loss="focal"))
 
 
 def test_losses_are_divided_by_the_objects_per_process():

@@ -57,6 +57,53 @@ def test_groups_fill_the_wish_and_positive_copies_stay_nearer_than_negative_ones
     assert noised.labels[1].reshape(4, 4)[:, 2:].eq(CLASSES).all()          # the emptier picture's filling
 
 
+@pytest.mark.parametrize("amount", [0.4, 1.0, 2.0, 5.0])
+def test_no_copy_has_a_negative_side_and_every_negative_one_stays_apart(amount):
+    """Over 200 seeds; a side of a negative copy is at least `amount` half sizes away, where the image has room."""
+    middle = pad([Target(torch.tensor([0, 1]), torch.tensor([[0.5, 0.5, 0.1, 0.16], [0.45, 0.6, 0.02, 0.01]]))])
+    edge = pad([Target(torch.tensor([0, 1, 2]), torch.tensor([[0.05, 0.98, 0.1, 0.04], [0.999, 0.001, 0.002, 0.002],
+                                                              [0.5, 0.5, 1.0, 1.0]]))])
+    for seed in range(200):
+        torch.manual_seed(seed)
+        for padded in (middle, edge):
+            noised = noise(padded, denoising_groups=3, box_noise=amount)
+            found, most = cxcywh_to_xyxy(noised.boxes), noised.per_group
+            assert (noised.boxes[..., 2:] >= 0).all(), seed
+            assert (found >= -1e-6).all() and (found <= 1 + 1e-6).all(), seed       # float32
+            if padded is middle:
+                shift = (found.view(1, 3, 2, most, 4) - cxcywh_to_xyxy(padded.boxes)[:, None, None]).abs()
+                half = padded.boxes[..., 2:].repeat(1, 1, 2)[:, None] / 2
+                assert (shift[:, :, 1] >= amount * half - 1e-6).all(), seed
+                assert amount > 2 or (noised.boxes[..., 2:] > 0).all(), seed     # above, it leaves the image
+
+
+def test_directions_of_negative_copies_are_dinos_where_its_box_is_one():
+    """DINO draws both directions of a side pair evenly; of the four, only "both inwards" crosses and is redrawn."""
+    torch.manual_seed(0)
+    padded = pad([Target(torch.zeros(5, dtype=torch.int64), torch.tensor([[0.5, 0.5, 0.1, 0.1]] * 5))])
+    boxes = cxcywh_to_xyxy(noise(padded, denoising_groups=1000).boxes)[0].view(1000, 2, 5, 4)[:, 1].flatten(0, 1)
+    low, high = (boxes[:, [0, 1]] < 0.45).flatten(), (boxes[:, [2, 3]] > 0.55).flatten()
+    shares = [float((low & high).float().mean()), float((low & ~high).float().mean()),
+              float((~low & high).float().mean()), float((~low & ~high).float().mean())]
+    # 10,000 pairs have a standard deviation of 0.005.
+    assert shares == pytest.approx([0.25, 0.375, 0.375, 0.0], abs=0.02)
+
+
+@pytest.mark.parametrize("name", NOISED)
+def test_a_step_with_noised_queries_is_finite_in_half_precision(name):
+    padded = pad([Target(torch.tensor([0, 1, 2]), torch.tensor([[0.999, 0.5, 0.002, 0.5], [0.5, 0.001, 0.3, 0.002],
+                                                                [0.3, 0.3, 0.01, 0.01]]))])
+    torch.manual_seed(0)
+    detector = build(name, NOISED[name], CLASSES).train()
+    trainee = Trainee(detector, TrainConfig(denoising=6), NOISED[name].class_loss, CLASSES)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+        with torch.autocast("cpu", dtype=torch.float16):
+            losses = trainee(images, lambda: padded, 3.0)
+        assert torch.isfinite(losses).all(), (seed, losses)
+
+
 def test_half_of_the_share_of_labels_is_drawn_anew():
     torch.manual_seed(0)
     padded = targets(50, 50)
