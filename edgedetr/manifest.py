@@ -145,7 +145,7 @@ def _classes(raw: Any) -> tuple[ClassInfo, ...]:
         _keys(_mapping(item, where), ClassInfo, where)
         index, category = (_integer(item.get(key), f"{where}.{key}", -INTEGER, INTEGER - 1)
                            for key in ("index", "category_id"))
-        classes.append(ClassInfo(index, category, _text(item.get("name"), f"{where}.name", LONGEST, empty=True)))
+        classes.append(ClassInfo(index, category, _text(item.get("name"), f"{where}.name", 1000, empty=True)))
     if [c.index for c in classes] != list(range(len(classes))):
         raise ValueError("class indices are not 0, 1, 2, ...")
     return tuple(classes)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,10 +11,22 @@ import numpy as np
 from edgedetr.bundle import ClassInfo, digest
 from edgedetr.data.form import DetectionSet
 from edgedetr.errors import BundleError
+from edgedetr.evaluation import arrays as npz
+from edgedetr.evaluation.arrays import Column
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.postprocess import named
 
 SCHEMA = 1
+MOST_NAMES = 1 << 30        # bytes of the class names of all detections, one each
+FOUND = {"found_image": Column("i", (-1,)), "found_boxes": Column("f", (-1, 4)), "found_confidence": Column("f", (-1,)),
+         "found_class": Column("i", (-1,))}
+DETECTIONS = {"schema": Column("i", ()), "image_id": Column("i", (-1,)), **FOUND}
+REFERENCE = {
+    **DETECTIONS, "split": Column("U", ()), "model": Column("U", ()), "class_category_id": Column("i", (-1,)),
+    "class_name": Column("U", (-1,)), "image_name": Column("U", (-1,)), "image_sha256": Column("U", (-1,)),
+    "image_size": Column("i", (-1, 2)), "truth_image": Column("i", (-1,)), "truth_boxes": Column("f", (-1, 4)),
+    "truth_labels": Column("i", (-1,)), "truth_crowd": Column("b", (-1,)), "truth_areas": Column("f", (-1,)),
+}
 
 
 @dataclass(frozen=True)
@@ -117,28 +127,37 @@ class Reference:
     @classmethod
     def load(cls, path: str | Path) -> Reference:
         """Read and check; BundleError for a missing, truncated or foreign file."""
-        with _reading(path) as arrays:
-            if int(arrays["schema"]) != SCHEMA:
-                raise ValueError(f"schema {arrays['schema']}, this version reads {SCHEMA}")
-            classes = tuple(ClassInfo(index, int(number), str(name)) for index, (number, name) in
-                            enumerate(zip(arrays["class_category_id"], arrays["class_name"], strict=True)))
-            images, objects = len(arrays["image_id"]), len(arrays["truth_image"])
-            truth = GroundTruth(
-                classes=classes,
-                image_ids=_array(arrays, "image_id", (images,), "i"),
-                names=_array(arrays, "image_name", (images,), "U"),
-                digests=_array(arrays, "image_sha256", (images,), "U"),
-                sizes=_array(arrays, "image_size", (images, 2), "i"),
-                image=_array(arrays, "truth_image", (objects,), "i", below=images),
-                boxes=_array(arrays, "truth_boxes", (objects, 4), "f"),
-                labels=_array(arrays, "truth_labels", (objects,), "i", below=len(classes)),
-                crowd=_array(arrays, "truth_crowd", (objects,), "b"),
-                areas=_array(arrays, "truth_areas", (objects,), "f"),
-            )
-            if len(set(truth.image_ids.tolist())) != images:
-                raise ValueError("image_id is not unique")
-            found = _detections(arrays, truth.image_ids, classes)
-            return cls(truth, found, str(arrays["split"]), str(arrays["model"]))
+        fix = "edgedetr export BUNDLE"
+        arrays = npz.read(path, REFERENCE, fix=fix)
+        try:
+            return cls._of_arrays(arrays)
+        except (ValueError, OverflowError) as error:
+            raise _damaged(path, error, fix) from error
+
+    @classmethod
+    def _of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Reference:
+        _require_schema(arrays)
+        classes = tuple(ClassInfo(index, int(number), str(name)) for index, (number, name) in
+                        enumerate(zip(arrays["class_category_id"], arrays["class_name"], strict=True)))
+        images, objects = len(arrays["image_id"]), len(arrays["truth_image"])
+        truth = GroundTruth(
+            classes=classes,
+            image_ids=_array(arrays, "image_id", (images,)),
+            names=_array(arrays, "image_name", (images,)),
+            digests=_array(arrays, "image_sha256", (images,)),
+            sizes=_array(arrays, "image_size", (images, 2)),
+            image=_array(arrays, "truth_image", (objects,), below=images),
+            boxes=_array(arrays, "truth_boxes", (objects, 4)),
+            labels=_array(arrays, "truth_labels", (objects,), below=len(classes)),
+            crowd=_array(arrays, "truth_crowd", (objects,)),
+            areas=_array(arrays, "truth_areas", (objects,)),
+        )
+        if len(set(truth.image_ids.tolist())) != images:
+            raise ValueError("image_id is not unique")
+        if (truth.sizes < 1).any():
+            raise ValueError("image_size has an image without pixels")
+        found = _detections(arrays, truth.image_ids, classes)
+        return cls(truth, found, str(arrays["split"]), str(arrays["model"]))
 
 
 def save_detections(path: str | Path, detections: Mapping[int, Detections]) -> None:
@@ -151,9 +170,22 @@ def save_detections(path: str | Path, detections: Mapping[int, Detections]) -> N
 
 def load_detections(path: str | Path, classes: Sequence[ClassInfo]) -> dict[int, Detections]:
     """What `save_detections` wrote; BundleError for a missing, truncated or foreign file."""
-    with _reading(path) as arrays:
-        ids = _array(arrays, "image_id", (len(arrays["image_id"]),), "i")
-        return _detections(arrays, ids, classes)
+    fix = "edgedetr verify BUNDLE"
+    arrays = npz.read(path, DETECTIONS, fix=fix)
+    try:
+        _require_schema(arrays)
+        return _detections(arrays, _array(arrays, "image_id", (len(arrays["image_id"]),)), classes)
+    except (ValueError, OverflowError) as error:
+        raise _damaged(path, error, fix) from error
+
+
+def _damaged(path: str | Path, error: Exception, fix: str) -> BundleError:
+    return BundleError(f"{path}: damaged or of another kind ({error}); expected arrays written by edgedetr; run: {fix}")
+
+
+def _require_schema(arrays: Mapping[str, np.ndarray]) -> None:
+    if int(arrays["schema"]) != SCHEMA:
+        raise ValueError(f"schema {arrays['schema']}, this version reads {SCHEMA}")
 
 
 def _columns(detections: Mapping[int, Detections], ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -169,40 +201,28 @@ def _columns(detections: Mapping[int, Detections], ids: np.ndarray) -> dict[str,
 def _detections(arrays: Mapping[str, np.ndarray], ids: np.ndarray,
                 classes: Sequence[ClassInfo]) -> dict[int, Detections]:
     n = len(arrays["found_image"])
-    image = _array(arrays, "found_image", (n,), "i", below=len(ids))
-    boxes, confidence = _array(arrays, "found_boxes", (n, 4), "f"), _array(arrays, "found_confidence", (n,), "f")
-    class_id = _array(arrays, "found_class", (n,), "i", below=len(classes))
+    image = _array(arrays, "found_image", (n,), below=len(ids))
+    boxes, confidence = _array(arrays, "found_boxes", (n, 4)), _array(arrays, "found_confidence", (n,))
+    class_id = _array(arrays, "found_class", (n,), below=len(classes))
+    if 4 * n * max((len(c.name) for c in classes), default=0) > MOST_NAMES:
+        raise ValueError(f"{n} detections with class names of up to {max(len(c.name) for c in classes)} characters")
     if (np.diff(image) < 0).any():
         raise ValueError("found_image is not in order")
     ends = np.searchsorted(image, np.arange(len(ids) + 1))
     return {int(i): named(boxes[a:b], confidence[a:b], class_id[a:b], classes) for i, a, b in zip(ids, ends, ends[1:])}
 
 
-def _array(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], kind: str,
+def _array(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...],
            below: int | None = None) -> np.ndarray:
-    """The array `name`, checked: shape, kind of number ("i", "f", "b", "U"), finite, and 0 <= values < below."""
+    """The array `name`, checked: shape, finite, and 0 <= values < below; its kind is right already."""
     value = arrays[name]
-    if value.shape != shape or value.dtype.kind != kind:
-        raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, expected kind {kind!r} {list(shape)}")
-    if kind == "f" and not np.isfinite(value).all():
+    if value.shape != shape:
+        raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, expected {list(shape)}")
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise ValueError(f"{name} has NaN or infinity")
     if below is not None and value.size and not (0 <= value.min() and value.max() < below):
         raise ValueError(f"{name} runs from {value.min()} to {value.max()}, expected 0..{below - 1}")
     return value
-
-
-@contextmanager
-def _reading(path: str | Path) -> Iterator[dict[str, np.ndarray]]:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            if not hasattr(stored, "files"):
-                raise ValueError("one bare array")
-            yield {name: stored[name] for name in stored.files}
-    except FileNotFoundError as error:
-        raise BundleError(f"{path}: no such file; run: edgedetr export BUNDLE") from error
-    except (ValueError, KeyError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{path}: damaged or of another kind ({error}); expected arrays written by edgedetr; "
-                          f"run: edgedetr export BUNDLE") from error
 
 
 def _relative(path: Path, root: Path) -> str:

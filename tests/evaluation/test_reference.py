@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import pickle
+import struct
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from edgedetr.data import layouts
 from edgedetr.errors import BundleError
@@ -132,3 +139,89 @@ def test_each_wrong_column_is_named(reference, tmp_path, name, change, message):
     np.savez(path, **arrays)
     with pytest.raises(BundleError, match=message):
         Reference.load(path)
+
+
+def zipped(path, members: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def header(descr: str, shape: str) -> bytes:
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({shape}), }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+def peak(work) -> int:
+    tracemalloc.start()
+    work()
+    try:
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("member", ["found_boxes.npy", "of_nobody.npy"])
+def test_a_bomb_takes_no_memory_be_it_in_an_array_that_is_read_or_in_another(reference, tmp_path, member):
+    path, count = tmp_path / "reference.npz", 5 << 20       # 80 MiB of zeros in 80 kB
+    reference.save(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    zipped(path, {**members, member: header("<f4", f"{count}, 4") + bytes(16 * count)})
+    assert path.stat().st_size < 200_000
+
+    def load() -> None:
+        if member == "of_nobody.npy":
+            assert Reference.load(path).split == "test"
+        else:
+            with pytest.raises(BundleError, match="more than the"):
+                Reference.load(path)
+
+    assert peak(load) < 8 << 20
+
+
+def test_a_list_of_a_million_members_is_not_read(tmp_path):
+    path = tmp_path / "reference.npz"
+    entries = b"PK\x01\x02" + bytes(42)
+    path.write_bytes(entries * 2000 + b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 2000, 2000, 92_000, 0, 0))
+    with pytest.raises(BundleError, match="a list of 92000 bytes of members"):
+        Reference.load(path)
+
+
+@pytest.mark.parametrize("data, message", [
+    (b"\x93NUMPY\x02\x00" + bytes(200), "format 1.0"),
+    (header("<i8", "3,") + bytes(16), "expected 152"),
+    (header("<i8", "3, 3") + bytes(72), r"image_id is int64 \[3, 3\], expected kind 'i' \['\?'\]"),
+    (header("<f8", "3,") + bytes(24), "image_id is float64"),
+    (header("<i8", "999999999999999, ") + bytes(24), "has 152 bytes"),
+    (header("|O8", "3,") + bytes(24), "Python objects"),
+    (header("<i8", "__import__,") + bytes(24), "no plain array"),
+    (b"", "format 1.0"),
+])
+def test_what_an_array_claims_is_checked_before_it_is_read(reference, tmp_path, data, message):
+    path = tmp_path / "x.npz"
+    save_detections(path, reference.detections)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    zipped(path, {**members, "image_id.npy": data})
+    with pytest.raises(BundleError, match=rf"{message}.*run: edgedetr verify BUNDLE"):
+        load_detections(path, reference.truth.classes)
+
+
+def test_a_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "reference.npz")
+    with pytest.raises(BundleError, match="not a plain file"):
+        Reference.load(tmp_path / "reference.npz")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_bytes_are_one_error_or_the_same_set(reference, tmp_path, data):
+    path = tmp_path / "reference.npz"
+    reference.save(path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    with contextlib.suppress(BundleError):
+        np.testing.assert_array_equal(Reference.load(path).truth.boxes, reference.truth.boxes)
