@@ -20,6 +20,7 @@ from edgedetr.errors import (
     EdgedetrError,
     EngineError,
     MissingDependency,
+    ModelError,
     UsageError,
     did_you_mean,
 )
@@ -33,6 +34,7 @@ from edgedetr.runtime.engines import Engine
 from edgedetr.runtime.latency import rotated, timed
 from edgedetr.runtime.ort import OrtRunner
 from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.runner import RawOutputs
 
 log = logging.getLogger(__name__)
 
@@ -140,19 +142,17 @@ def run_stages(bundle: Bundle, dataset: DetectionSet, pairs: Sequence[tuple[str,
     runs += [StageRun(engine.stage, "tensorrt", engine=engine) for engine in engines]
     loaded = {id(run): detector for run in runs if (detector := _load(bundle, run, threads)) is not None}
     oracles = _oracles(bundle, runs, threads) if oracle_images else {}
-    detectors = [*loaded.values(), *oracles.values()]
     for number, sample in enumerate(dataset.samples):
         picture = images.decode(sample.path)
         batch, geometry = preprocess.prepare([picture], bundle.manifest.input)
         if number == 0:
-            for detector in detectors:
-                detector.run_raw(batch)
+            _warm_up(runs, loaded, oracles, batch)
         for place in rotated([str(n) for n in range(len(runs))], number):
             run = runs[int(place)]
             if id(run) in loaded and not run.fault:
                 _one(run, loaded[id(run)], batch, geometry, sample.image_id)
         if number < oracle_images:
-            seen = {stage: _detect(oracle, batch, geometry) for stage, oracle in oracles.items()}
+            seen = _seen(runs, oracles, batch, geometry, sample.image_id)
             for run in runs:
                 if run.engine is not None:
                     if id(run) in loaded and not run.fault:
@@ -212,10 +212,9 @@ def _one(run: StageRun, detector: Detector, batch: np.ndarray, geometry: list[pr
         seconds = timed(lambda: raw.append(detector.run_raw(batch)))
         if run.stage not in TWINS or run.backend != "onnxruntime":
             run.seconds.append(seconds)
-        run.detections[image_id] = decode(raw[0], geometry, detector.classes, detector.output)[0]
+        run.detections[image_id] = _decoded(raw[0], geometry, detector)[0]
     except EdgedetrError as error:
-        run.fault = f"image id {image_id}: {error}"
-        log.warning("%s on %s: %s", run.stage, run.backend, run.fault)
+        _fail(run, f"image id {image_id}: {error}")
 
 
 def _full_batch(run: StageRun, detector: Detector, batch: np.ndarray, geometry: list[preprocess.Geometry],
@@ -226,14 +225,53 @@ def _full_batch(run: StageRun, detector: Detector, batch: np.ndarray, geometry: 
         return
     try:
         raw = detector.runner.run(np.repeat(batch, run.full_batch, axis=0))
-        run.rows[image_id] = decode(raw, geometry * run.full_batch, detector.classes, detector.output)
+        run.rows[image_id] = _decoded(raw, geometry * run.full_batch, detector)
     except EdgedetrError as error:
-        run.fault = f"image id {image_id}, batch of {run.full_batch}: {error}"
-        log.warning("%s on %s: %s", run.stage, run.backend, run.fault)
+        _fail(run, f"image id {image_id}, batch of {run.full_batch}: {error}")
 
 
-def _detect(detector: Detector, batch: np.ndarray, geometry: list[preprocess.Geometry]) -> Detections:
-    return decode(detector.run_raw(batch), geometry, detector.classes, detector.output)[0]
+def _warm_up(runs: Sequence[StageRun], loaded: dict[int, Detector], oracles: dict[str, Detector],
+             batch: np.ndarray) -> None:
+    """The first run of each, which is not timed; who cannot run at all is recorded with its fault."""
+    for run in runs:
+        if id(run) in loaded:
+            try:
+                loaded[id(run)].run_raw(batch)
+            except EdgedetrError as error:
+                _fail(run, str(error))
+    for stage, oracle in list(oracles.items()):
+        try:
+            oracle.run_raw(batch)
+        except EdgedetrError as error:
+            log.warning("%s in ONNX Runtime without optimisations: %s", stage, error)
+            del oracles[stage]
+
+
+def _seen(runs: Sequence[StageRun], oracles: dict[str, Detector], batch: np.ndarray,
+          geometry: list[preprocess.Geometry], image_id: int) -> dict[str, Detections]:
+    """What each oracle finds; where that is NaN, the graph itself is bad, whoever runs it."""
+    seen = {}
+    for stage, oracle in list(oracles.items()):
+        try:
+            seen[stage] = _decoded(oracle.run_raw(batch), geometry, oracle)[0]
+        except EdgedetrError as error:
+            del oracles[stage]
+            for run in runs:
+                if run.stage == stage and run.engine is None and not run.fault:
+                    _fail(run, f"image id {image_id}, in ONNX Runtime without optimisations: {error}")
+    return seen
+
+
+def _decoded(raw: RawOutputs, geometry: list[preprocess.Geometry], detector: Detector) -> list[Detections]:
+    if not (np.isfinite(raw.logits).all() and np.isfinite(raw.boxes).all()):
+        raise ModelError(f"{detector.stage} gives NaN or infinity: its file, or the weights that it was made from, are "
+                         "no use; run: edgedetr export BUNDLE, and where that changes nothing train again")
+    return decode(raw, geometry, detector.classes, detector.output)
+
+
+def _fail(run: StageRun, fault: str) -> None:
+    run.fault = fault
+    log.warning("%s on %s: %s", run.stage, run.backend, fault)
 
 
 def _nothing() -> Detections:

@@ -24,6 +24,8 @@ from edgedetr.runtime.latency import Latency
 
 log = logging.getLogger(__name__)
 
+# Points of AP. A model below it finds next to nothing, so that it has nothing to lose, whatever the budget is.
+USELESS = 1.0
 # Below this share of matched objects a backend is named even where AP says nothing (it rests on ground truth).
 MATCHED = 0.8
 
@@ -32,7 +34,8 @@ MATCHED = 0.8
 class StageVerdict:
     """One stage on one backend. AP, drops and bounds in points; drops are against the torch stage.
 
-    drop_upper95   one-sided upper 95 % bound; it decides `passed`
+    passed         the bound is within the budget, the backend is sound, and the reference has something to lose
+    drop_upper95   one-sided upper 95 % bound
     drop_lower95   one-sided lower 95 % bound: above the budget, the loss is real and not a small set's noise
     margin         drop_upper95 - drop: what this many pictures cannot tell apart
     p50_ms         one inference of one picture, without preparing and decoding
@@ -68,7 +71,8 @@ class StageVerdict:
 class Verdict:
     """All stages together.
 
-    passed        every stage's bound is within the budget
+    passed        every stage's bound is within the budget, and the reference (the first stage) has something to lose:
+                  more AP than the budget, and than USELESS. Where it has not, no stage is passed, the reference neither
     certifiable   the smallest budget that these stages on these pictures pass: the largest bound
     """
 
@@ -87,22 +91,25 @@ class Judge:
     def __init__(self, bundle: Bundle, dataset: DetectionSet, reference: Reference, torch: Metrics,
                  config: VerifyConfig) -> None:
         self.bundle, self.dataset, self.reference, self.metrics, self.config = bundle, dataset, reference, torch, config
+        ap = torch.ap or 0.0
+        self.something_to_lose = ap > config.budget and ap >= USELESS
         counts = bootstrap.draw(len(reference.truth), config.bootstrap, config.seed)
         self.counts = bootstrap.with_identity(counts)
         self.resampled = bootstrap.resampled_ap(torch.matches, self.counts)
 
     def torch(self) -> StageVerdict:
         weights, ap = self.bundle.manifest.files.get("weights.safetensors"), self.metrics.ap or 0.0
-        note = "" if ap > self.config.budget else (
-            f"the reference itself reaches AP {ap:.1f}, no more than the budget of {self.config.budget:g}: "
-            f"there is nothing to lose, and passing says nothing")
+        note = "" if self.something_to_lose else (
+            f"the reference itself reaches AP {ap:.2f}, "
+            + (f"less than {USELESS:g}" if ap < USELESS else f"no more than the budget of {self.config.budget:g}")
+            + ": there is nothing to lose, so that no stage can pass")
         name, backend = "torch", "pytorch"
         graph = self.bundle.manifest.files.get("model.onnx")
         if weights is None and graph is not None and graph.stage == "import":
             name, backend, weights = "reference", "onnxruntime", graph
             told = "an imported graph has no PyTorch model: the reference is model.onnx in ONNX Runtime"
             note = f"{told}; {note}" if note else told
-        return StageVerdict(name, backend, True, ap, self.metrics.ap50 or 0.0, 0.0, 0.0, None,
+        return StageVerdict(name, backend, self.something_to_lose, ap, self.metrics.ap50 or 0.0, 0.0, 0.0, None,
                             None, weights.size / 1e6 if weights else None, ap75=self.metrics.ap75,
                             per_class=self.metrics.per_class, images=len(self.reference.truth), note=note)
 
@@ -112,8 +119,8 @@ class Judge:
         latency = Latency.of(run.seconds) if run.seconds and not run.fault else None
         oracle, oracle_drop, note = self._against_oracle(run)
         return StageVerdict(
-            run.stage, run.backend, bound.upper <= self.config.budget and not run.fault, metrics.ap or 0.0,
-            metrics.ap50 or 0.0, bound.drop, bound.upper, latency.p50_ms if latency else None,
+            run.stage, run.backend, self.something_to_lose and bound.upper <= self.config.budget and not run.fault,
+            metrics.ap or 0.0, metrics.ap50 or 0.0, bound.drop, bound.upper, latency.p50_ms if latency else None,
             latency.p99_ms if latency else None, megabytes(self.bundle, STAGES[run.stage]), drop_lower95=bound.lower,
             se=bound.se, margin=bound.margin, ap75=metrics.ap75, per_class=metrics.per_class,
             images=len(self.reference.truth), parity=match(self.reference.detections, run.detections), oracle=oracle,

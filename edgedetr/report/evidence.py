@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from edgedetr.bundle import Bundle
-from edgedetr.errors import BundleError
 from edgedetr.evaluation.evaluate import ClassMatches, Metrics, evaluate
 from edgedetr.evaluation.reference import Reference, load_detections
+from edgedetr.report.recorded import read_verdict
 from edgedetr.report.tables import is_reference
 from edgedetr.runtime.detections import Detections
 
@@ -57,13 +56,8 @@ class Evidence:
 def read(bundle: Bundle) -> Evidence:
     """Read the results of `edgedetr verify`; BundleError when there are none or when they are damaged."""
     path = bundle.require(VERDICT)
-    try:
-        verdict = json.loads(path.read_text(encoding="utf-8"))
-        rows = [dict(stage) for stage in verdict["stages"]]
-        for row in rows:
-            row["name"], row["backend"], row["passed"]  # a KeyError here is a damaged file
-    except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{path}: not a verdict ({error}); run: edgedetr verify {bundle.path}") from error
+    verdict = read_verdict(path, bundle.path)
+    rows = [dict(stage) for stage in verdict["stages"]]
     reference = Reference.load(bundle.require("reference.npz"))
     stages = []
     for row in rows:
@@ -101,4 +95,4 @@ def _class_curve(matches: ClassMatches, threshold: int) -> np.ndarray:
 
 def report_path(bundle: Bundle) -> Path:
     """Where the page of this bundle lies."""
-    return bundle.path / "report" / "index.html"
+    return bundle.inside("report/index.html")

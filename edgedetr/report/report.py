@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from edgedetr.boxes import clip
-from edgedetr.bundle import Bundle, atomic_write, digest
+from edgedetr.bundle import Bundle, atomic_write
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError, MissingDependency
 from edgedetr.packages import missing
+from edgedetr.reading import MEBIBYTE, read_bytes
 from edgedetr.report.contents import inspect_bundle
 from edgedetr.report.differences import CONFIDENCE, OVERLAP, Difference, most_different
 from edgedetr.report.evidence import RECALL, Evidence, precision_recall, read, report_path
@@ -24,6 +26,7 @@ from edgedetr.report.tables import stage_rows, verdict_sentence
 
 PICTURES = 12  # drawn at the end of the page
 LONGEST = 720  # pixels of the longer side of a drawn picture; keeps the page near 1 MB
+LARGEST_FILE = 256 * MEBIBYTE  # bytes of an image file
 PACKAGES = ("edgedetr", "numpy", "onnxruntime", "openvino", "torch", "onnx", "pycocotools")
 
 
@@ -103,6 +106,7 @@ def write_report(bundle: Bundle, *, data: Path | None = None) -> Path:
         versions=_versions(),
     )
     path = report_path(bundle)
+    bundle.clean()
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
@@ -183,15 +187,20 @@ def _jpeg(root: Path | None, name: str, sha256: str, height: int, width: int) ->
     """The picture as a data: address, and what is wrong where it cannot be had."""
     from PIL import Image
 
-    path = root / name if root is not None else None
-    if path is None or not path.is_file():
-        return "", f"{name} is not in {root}; name its folder by --data"
-    if sha256 and digest(path) != sha256:
-        return "", f"{name} in {root} is not the picture that was verified"
+    if root is None:
+        return "", f"{name}: the bundle does not say where its images are; name their folder by --data"
     try:
-        pixels = decode(path)
-    except DataError as error:
-        return "", str(error)
+        path = (root / name).resolve()
+        if not path.is_relative_to(root.resolve()):
+            return "", f"{name} leads out of {root}, so it is not shown"
+        if not path.is_file():
+            return "", f"{name} is not in {root}; name its folder by --data"
+        content = read_bytes(path, DataError, limit=LARGEST_FILE)
+        if hashlib.sha256(content).hexdigest() != sha256:
+            return "", f"{name} in {root} is not the picture that was verified"
+        pixels = decode(content)
+    except (DataError, OSError, ValueError, RuntimeError) as error:     # a name with a NUL, too long, links in a circle
+        return "", f"{name}: {error}"
     stream = io.BytesIO()
     Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS).save(stream, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii"), ""

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 HEAD = ("stage", "backend", "AP", "AP50", "drop", "drop, upper 95 %", "p50 ms", "p99 ms", "MB", "verdict")
+NOTHING = "nothing to lose"
 
 
 def stage_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str | None]]]:
     """Head and rows of the stage table from a verdict's JSON form; None where nothing was measured."""
     rows: list[list[str | None]] = []
+    nothing = nothing_to_lose(result) is not None
     for stage in result["stages"]:
         rows.append(
             [
@@ -26,7 +28,7 @@ def stage_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[st
                 _decimal(stage.get("p50_ms")),
                 _decimal(stage.get("p99_ms")),
                 _decimal(stage.get("size_mb")),
-                verdict_word(stage, result["budget"]),
+                NOTHING if nothing else verdict_word(stage, result["budget"]),
             ]
         )
     return HEAD, rows
@@ -35,6 +37,11 @@ def stage_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[st
 def is_reference(stage: Mapping[str, Any]) -> bool:
     """Whether this is PyTorch, or the imported file, which the others are measured against."""
     return stage["name"] in ("torch", "reference") or stage.get("drop") is None
+
+
+def nothing_to_lose(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The reference, where it finds so little that no stage can lose anything that counts; else None."""
+    return next((stage for stage in result["stages"] if is_reference(stage) and not stage["passed"]), None)
 
 
 def verdict_word(stage: Mapping[str, Any], budget: float) -> str:
@@ -49,9 +56,15 @@ def verdict_word(stage: Mapping[str, Any], budget: float) -> str:
 def verdict_sentence(result: Mapping[str, Any]) -> str:
     """One sentence that says what the table amounts to."""
     budget, certifiable = result["budget"], result.get("certifiable")
+    if (empty := nothing_to_lose(result)) is not None:
+        return (
+            f"NOT PASSED, NOTHING TO LOSE: the model itself reaches AP {empty.get('ap') or 0:.2f}, and the budget is "
+            f"{budget:g}; no verdict can be given on what others lose of it. Look at the data (edgedetr data check "
+            f"DIR) and train it further, or name a smaller budget by --max-drop."
+        )
     if result["passed"]:
         imported = any(s["name"] == "reference" for s in result["stages"])
-        worst = max((s["drop_upper95"] for s in result["stages"] if not is_reference(s)), default=0.0)
+        worst = max((_upper(s) for s in result["stages"] if not is_reference(s)), default=0.0)
         return (
             f"PASSED: no delivered stage loses more than {max(worst, 0):.2f} AP against "
             f"{'the imported file' if imported else 'PyTorch'} (upper 95 % bound); "
@@ -67,6 +80,10 @@ def verdict_sentence(result: Mapping[str, Any]) -> str:
     return f"NOT PASSED: the drops are within the budget of {budget:g}, but this set is too small to certify it" + (
         f"; the smallest budget it can certify is {certifiable:.2f}." if certifiable is not None else "."
     )
+
+
+def _upper(stage: Mapping[str, Any]) -> float:
+    return float(stage["drop"] if stage.get("drop_upper95") is None else stage["drop_upper95"])
 
 
 def _points(value: float | None, *, signed: bool = False) -> str | None:

@@ -35,8 +35,9 @@ def bundle(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def verdict(bundle) -> dict:
-    # A budget of 100 points: whatever the micro model does is within it.
-    assert cli.run(["verify", str(bundle), "--max-drop", "100"]) == 0
+    # After one epoch the micro model finds nothing, so that nothing passes, whatever the budget. That a model that does
+    # find something passes, with exit code 0, is held by tests/evaluation/test_verify.py.
+    assert cli.run(["verify", str(bundle), "--max-drop", "100"]) == 3
     return json.loads((bundle / "results" / "verify.json").read_text(encoding="utf-8"))
 
 
@@ -69,8 +70,10 @@ def test_exporting_again_changes_nothing(bundle):
 
 
 def test_verify_prints_the_documented_json(bundle, verdict, capsys):
-    assert cli.run(["verify", str(bundle), "--max-drop", "100", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    assert cli.run(["verify", str(bundle), "--max-drop", "100", "--json"]) == 3
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["passed"] is False and "NOTHING TO LOSE" in captured.err
     assert set(found) == {"passed", "budget", "certifiable", "stages"}
     assert found["budget"] == 100
     keys = {"name", "backend", "passed", "ap", "ap50", "drop", "drop_upper95", "p50_ms", "p99_ms", "size_mb"}
@@ -89,7 +92,7 @@ def test_verify_prints_the_documented_json(bundle, verdict, capsys):
 
 
 def test_a_live_reference_gives_the_recorded_accuracy(bundle, verdict, capsys):
-    assert cli.run(["verify", str(bundle), "--max-drop", "100", "--live", "--json"]) == 0
+    assert cli.run(["verify", str(bundle), "--max-drop", "100", "--live", "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["stages"][0]["ap"] == pytest.approx(verdict["stages"][0]["ap"], abs=1e-9)
 
 
@@ -135,16 +138,6 @@ def test_predict_says_what_is_wrong_with_a_source(bundle, tmp_path, capsys):
     assert "broken.jpg" in capsys.readouterr().err
     assert cli.run(["predict", str(bundle), str(tmp_path / "none.jpg")]) == 1
     assert "none.jpg" in capsys.readouterr().err
-
-
-def test_verify_that_does_not_pass_exits_with_3_and_says_so(bundle, capsys):
-    # An impossible budget for rounding: the bound of the int8 stages is above it, or the drop is exactly 0 everywhere.
-    code = cli.run(["verify", str(bundle), "--max-drop", "0", "--json"])
-    captured = capsys.readouterr()
-    found = json.loads(captured.out)
-    assert code == (0 if found["passed"] else 3)
-    assert found["passed"] == all(stage["drop_upper95"] <= 0 for stage in found["stages"])
-    assert ("PASSED" if found["passed"] else "NOT PASSED") in captured.err
 
 
 def test_calibrating_on_the_verify_split_is_refused(bundle, data, tmp_path, capsys):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgedetr import cli
 from edgedetr.bundle import Bundle
 from edgedetr.data import images, layouts
 from edgedetr.errors import BundleError, DataError, MissingDependency, RecipeError, UsageError
@@ -72,6 +73,19 @@ def test_sound_stages_pass_and_the_json_has_the_promised_form(good):
     assert json.loads((good.path / "results" / "verify.json").read_text()) == told
 
 
+def test_the_command_exits_with_0_where_all_pass_and_with_3_where_one_does_not(good, tiny_graph, capsys):
+    words = ["verify", str(good.path), "--threads", "1", "--backend", "onnxruntime", "--json"]
+    assert cli.run(words) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["passed"] and "\nPASSED: no delivered stage loses more" in captured.err
+    with good.add("model.int8-cpu.onnx", stage="export") as path:       # boxes where no object is
+        tiny_graph.write(path, np.ones((3, 6)), np.zeros((3, 2)), boxes=np.full((3, 4), [0.9, 0.1, 0.1, 0.1]))
+    assert cli.run(words) == 3
+    captured = capsys.readouterr()
+    assert not json.loads(captured.out)["passed"]
+    assert "\nNOT PASSED: int8-cpu on onnxruntime loses 100.00 AP" in captured.err
+
+
 def test_a_cpu_that_saturates_int8_judges_no_file_by_openvino_unless_asked(good, monkeypatch, caplog):
     monkeypatch.setattr(stages, "int8_saturates", lambda: True)
     usual = [(s.name, s.backend) for s in verify(good, threads=1).stages]
@@ -114,10 +128,31 @@ def test_a_budget_of_the_certifiable_size_passes_and_a_smaller_one_does_not(bad)
     assert verify(bad, threads=1, max_drop=needed).budget == needed
 
 
-def test_a_reference_with_nothing_to_lose_says_that_passing_says_nothing(good):
+def test_a_reference_with_nothing_to_lose_does_not_pass_though_no_stage_loses_anything(good):
     result = verify(good, threads=1, max_drop=100, stages=["onnx"])
-    assert result.passed
-    assert "AP 100.0, no more than the budget of 100" in result.stages[0].note
+    assert [s.drop for s in result.stages] == [0, 0]
+    assert not result.passed and not any(s.passed for s in result.stages)
+    assert "AP 100.00, no more than the budget of 100" in result.stages[0].note
+
+
+@pytest.mark.parametrize("budget", [0.0, 1.0])
+def test_a_model_that_finds_nothing_does_not_pass_whatever_the_budget(good, colours, tiny_graph, budget, capsys):
+    for name in ("model.onnx", "model.int8.onnx", "model.int8-cpu.onnx"):
+        with good.add(name, stage="export") as path:        # boxes where no object is
+            tiny_graph.write(path, np.ones((3, 6)), np.zeros((3, 2)), boxes=np.full((3, 4), [0.9, 0.1, 0.1, 0.1]))
+    bundle = with_reference(good, colours)
+    result = verify(bundle, threads=1, max_drop=budget)
+    assert [s.drop for s in result.stages] == [0] * len(result.stages)
+    assert not result.passed and not any(s.passed for s in result.stages)
+    assert cli.run(["verify", str(bundle.path), "--max-drop", str(budget), "--threads", "1"]) == 3
+    told = capsys.readouterr().err
+    assert "NOT PASSED, NOTHING TO LOSE: the model itself reaches AP 0" in told
+    assert "within" not in told
+    recorded = json.loads((bundle.path / "results" / "verify.json").read_text())
+    assert recorded["passed"] is False and recorded["stages"][0]["passed"] is False
+    assert cli.run(["report", str(bundle.path)]) == 0
+    page = (bundle.path / "report" / "index.html").read_text()
+    assert "NOTHING TO LOSE" in page and 'class="verdict fail"' in page and 'class="word within"' not in page
 
 
 def test_the_verdict_is_stale_once_a_stage_is_made_again(good, tiny_graph):
@@ -187,7 +222,18 @@ def test_a_backend_that_gives_nothing_fails_alone_and_says_why(good, monkeypatch
     assert (broken.passed, broken.ap, broken.p50_ms) == (False, 0.0, None)
     assert words in broken.note
     assert [s.passed for s in result.stages] == [True, True, True, False, True]
+    assert "edgedetr verify" not in broken.note     # that is what runs here
     json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_a_graph_that_is_nan_itself_fails_with_advice_that_helps(good, tiny_graph):
+    with good.add("model.int8.onnx", stage="export") as path:
+        tiny_graph.write(path, np.full((3, 6), np.nan), np.full((3, 2), -3.0))
+    result = verify(good, threads=1)
+    for stage in result.stages:
+        assert stage.passed == (stage.name != "int8")
+        if stage.name == "int8":
+            assert "gives NaN or infinity" in stage.note and "run: edgedetr export" in stage.note
 
 
 def test_a_missing_backend_is_left_out_unless_named(good, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from edgedetr.errors import BundleError
 from edgedetr.evaluation.evaluate import evaluate
 from edgedetr.report.differences import difference, most_different
 from edgedetr.report.evidence import precision_recall, read
-from edgedetr.report.report import write_report
+from edgedetr.report.report import _jpeg, write_report
 from edgedetr.report.tables import stage_rows, verdict_sentence
 from edgedetr.runtime.postprocess import named
 
@@ -104,6 +105,39 @@ def test_a_picture_that_changed_since_verifying_is_not_shown(verified, tmp_path)
     write_report(verified.bundle)
 
 
+@pytest.mark.parametrize("name, words", [
+    ("../secret.png", "leads out of"), ("{outside}/secret.png", "leads out of"), ("images/link.png", "leads out of"),
+    ("linked/secret.png", "leads out of"), ("images/nul\0.png", "embedded null"), ("a" * 300 + ".png", "name too long"),
+])
+def test_an_image_outside_of_the_data_is_never_embedded(verified, tmp_path, name, words):
+    data, outside = tmp_path / "data", tmp_path
+    (data / "images").mkdir(parents=True)
+    Image.new("RGB", (160, 120), (200, 30, 30)).save(outside / "secret.png")
+    (data / "images" / "link.png").symlink_to(outside / "secret.png")
+    (data / "linked").symlink_to(outside)
+    # The digest fits: a stranger who knows the file's bytes still learns nothing from where it lies.
+    sha256 = hashlib.sha256((outside / "secret.png").read_bytes()).hexdigest()
+    embedded, trouble = _jpeg(data, name.format(outside=outside), sha256, 120, 160)
+    assert embedded == "" and words in trouble.lower()
+
+
+def test_an_image_is_embedded_only_with_its_digest(verified):
+    assert _jpeg(verified.pictures, "images/001.png", "", 120, 160)[0] == ""
+    sha256 = hashlib.sha256((verified.pictures / "images" / "001.png").read_bytes()).hexdigest()
+    assert _jpeg(verified.pictures, "images/001.png", sha256, 120, 160)[0].startswith("data:image/jpeg")
+
+
+def test_a_linked_report_folder_is_not_written_through(tmp_path, verified):
+    shutil.copytree(verified.bundle.path, tmp_path / "b.bundle")
+    shutil.rmtree(tmp_path / "b.bundle" / "report", ignore_errors=True)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("years of work")
+    (tmp_path / "b.bundle" / "report").symlink_to(tmp_path / "site")
+    with pytest.raises(BundleError, match="report: a link"):
+        write_report(type(verified.bundle).open(tmp_path / "b.bundle"))
+    assert (tmp_path / "site" / "index.html").read_text() == "years of work"
+
+
 def test_without_a_verdict_the_error_names_the_command(tmp_path, verified):
     shutil.copytree(verified.bundle.path, tmp_path / "b.bundle")
     (tmp_path / "b.bundle" / "results" / "verify.json").unlink()
@@ -112,7 +146,18 @@ def test_without_a_verdict_the_error_names_the_command(tmp_path, verified):
         write_report(bundle)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"passed": true}', '{"stages": [{}], "budget": 1, "passed": true}'])
+STAGE = '{"name": "onnx", "backend": "onnxruntime", "passed": true, "drop": 0, "ap": 1'
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", '{"passed": true}', '{"stages": [{}], "budget": 1, "passed": true}', "[" * 100_000,
+    '{"stages": [], "budget": 1, "passed": true}', '{"stages": [' + STAGE + '}], "budget": "1", "passed": true}',
+    '{"stages": [' + STAGE + '}], "budget": NaN, "passed": true}',
+    '{"stages": [' + STAGE + ', "note": 3}], "budget": 1, "passed": true}',
+    '{"stages": [' + STAGE + ', "p50_ms": "x"}], "budget": 1, "passed": true}',
+    '{"stages": [' + STAGE + ', "ap50": 1e999}], "budget": 1, "passed": true}',
+    '{"stages": [' + STAGE + '}], "budget": 1, "passed": 1}', '{"budget": ' + "9" * 5000 + "}",
+])
 def test_a_damaged_verdict_is_refused(tmp_path, verified, text):
     shutil.copytree(verified.bundle.path, tmp_path / "b.bundle")
     bundle = type(verified.bundle).open(tmp_path / "b.bundle")
