@@ -19,6 +19,16 @@ os.environ["LT_ACCELERATOR"] = "cpu"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def machine_id(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The machine has an id, whatever container the tests run in: without one, engines count as foreign."""
+    from edgedetr.runtime import machine
+
+    machine.MACHINE_ID = tmp_path_factory.mktemp("machine") / "machine-id"
+    machine.MACHINE_ID.write_text("0123456789abcdef" * 2 + "\n")
+    return machine.MACHINE_ID
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real data sets beside the checkout; tests that need them say why they skip where they are missing."""

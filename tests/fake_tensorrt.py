@@ -19,7 +19,7 @@ import fake_cuda
 import numpy as np
 import onnxruntime
 
-from edgedetr.runtime import nvidia, sidecar
+from edgedetr.runtime import machine, nvidia, sidecar
 from edgedetr.runtime.cudart import probe
 from edgedetr.runtime.layers import LayerSummary
 from edgedetr.runtime.sidecar import BuildArguments, Sidecar
@@ -213,7 +213,7 @@ def write_plan(graph: Path, target: Path | None = None, *, precision: str = "fp3
     sizes = batch if isinstance(batch, tuple) else (batch,) * 3
     layers = layers or LayerSummary({precision: 3}, {precision: 1}, 0)
     told = Sidecar(target.name, digest, target.stat().st_size, graph.name, digest, nvidia.tensorrt().__version__,
-                   device.runtime, device.driver, "", device.name, device.sm, sidecar.host(),
+                   device.runtime, device.driver, "", device.name, device.sm, machine.host(make=True),
                    BuildArguments(precision, sizes, 1024, 3, "strong"), "strong", 1.0, layers)
     sidecar.beside(target).write_bytes(sidecar.to_bytes(replace(told, **changes)))
     return target

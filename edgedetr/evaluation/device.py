@@ -19,7 +19,7 @@ from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.parity import match
 from edgedetr.evaluation.stages import StageRun
 from edgedetr.evaluation.verdict import StageVerdict, Verdict
-from edgedetr.runtime import board, engines
+from edgedetr.runtime import board, cudart, engines
 from edgedetr.runtime.engines import Engine, Measured
 
 log = logging.getLogger(__name__)
@@ -137,11 +137,12 @@ def record(bundle: Bundle, verdict: DeviceVerdict, runs: Sequence[StageRun]) -> 
     by_name = {v.engine: v for v in verdict.stages if isinstance(v, EngineVerdict)}
     folders: dict[Path, dict[str, Measured]] = {}
     sources = ["reference.npz"] if "reference.npz" in bundle.manifest.files else []
+    here = engines.surroundings(cudart.probe()) if any(run.engine is not None for run in runs) else ""
     for run in runs:
         if run.engine is not None:
             found = by_name[run.engine.path.name]
             folders.setdefault(run.engine.path.parent, {})[run.engine.told.plan_sha256] = Measured(
-                found.passed, found.p50_ms)
+                found.passed, found.p50_ms, here)
             sources.append(run.engine.told.onnx)
     for folder, measured in folders.items():
         engines.record(folder, measured)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgedetr.bundle import Bundle
 from edgedetr.errors import BundleError, DeviceError, EngineError, MissingDependency, UsageError, did_you_mean
-from edgedetr.runtime import cudart, guards, known_bad, layers, onnx_reader, sidecar
+from edgedetr.runtime import cudart, guards, known_bad, layers, machine, onnx_reader, sidecar
 from edgedetr.runtime import engine_store as store
 from edgedetr.runtime.builder import Plan, Progress, build_plan
 from edgedetr.runtime.cudart import Device
@@ -110,8 +110,9 @@ def build(bundle: Bundle | str | Path, precision: str = "int8", *, batch: int | 
         told = Sidecar(
             plan=plan.name, plan_sha256=hashlib.sha256(made.data).hexdigest(), plan_bytes=len(made.data), onnx=name,
             onnx_sha256=digest, tensorrt=trt.__version__, cuda=device.runtime, driver=device.driver,
-            jetpack=sidecar.jetpack(), device=device.name, sm=device.sm, host=sidecar.host(), arguments=arguments,
-            typing=made.typing, seconds=round(made.seconds, 1), layers=layers.summarise(made.layers), warnings=warnings)
+            jetpack=machine.jetpack(), device=device.name, sm=device.sm, host=machine.host(make=True),
+            arguments=arguments, typing=made.typing, seconds=round(made.seconds, 1),
+            layers=layers.summarise(made.layers), warnings=warnings)
         _publish(plan, made, told)
     log.info("%s: built in %.0f s", plan, made.seconds)
     return BuiltEngine(plan, told, True)
@@ -147,6 +148,9 @@ def _kept(plan: Path, device: Device, version: str, digest: str) -> BuiltEngine 
         told = guards.check(plan, device, version, onnx_sha256=digest).sidecar
     except EngineError as reason:
         log.warning("building again: %s", reason)
+        return None
+    if told is not None and (changed := guards.drift(told, device)):
+        log.warning("building again: %s: %s", plan, changed)
         return None
     return BuiltEngine(plan, told, False) if told is not None else None
 

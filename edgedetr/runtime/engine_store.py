@@ -20,6 +20,7 @@ from edgedetr.bundle import Bundle, atomic_write
 from edgedetr.errors import EngineError
 from edgedetr.runtime.cudart import Device
 from edgedetr.runtime.guards import read_regular
+from edgedetr.runtime.machine import user_cache
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +28,6 @@ FOLDER = "engines"
 UNFINISHED = ".building"        # ending of files that are being written; those of a process that was killed stay
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 LARGEST_CACHE = 256 << 20       # bytes of a timing cache; a real one has a few million
-
-
-def user_cache() -> Path:
-    """The user's cache folder of edgedetr."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "edgedetr"
 
 
 def folders(bundle: Bundle) -> tuple[Path, Path]:

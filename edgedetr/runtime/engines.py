@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgedetr.bundle import Bundle, atomic_write
 from edgedetr.errors import DeviceError, EngineError, MissingDependency
-from edgedetr.runtime import cudart, guards, nvidia, sidecar
+from edgedetr.reading import read_json
+from edgedetr.runtime import cudart, guards, machine, nvidia, sidecar
 from edgedetr.runtime import engine_store as store
 from edgedetr.runtime.cudart import Device
-from edgedetr.runtime.sidecar import Sidecar
+from edgedetr.runtime.sidecar import PRECISIONS, Sidecar
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("int8", "fp16", "fp32")       # best guess first: INT8 until a measurement says otherwise
 # Stage of the bundle -> the graph that engines for batches of pictures are built from.
 FILES = {"int8": "model.int8.onnx", "fp16": "model.fp16.onnx", "onnx": "model.onnx"}
 MEASURED = "verified.json"      # beside the engines: what edgedetr verify found on this device
@@ -25,21 +27,31 @@ MEASURED = "verified.json"      # beside the engines: what edgedetr verify found
 
 @dataclass(frozen=True)
 class Measured:
-    """What `edgedetr verify` found of one engine: whether it passed, and its milliseconds (median of one run)."""
+    """What `edgedetr verify` found of one engine: whether it passed, and its milliseconds (median of one run).
+
+    under   driver and release of Jetson Linux at that time (see `surroundings`); empty in records of before
+    """
 
     passed: bool
     p50_ms: float | None
+    under: str = ""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine that fits. batch: the only size it takes, or None; measured: None until `edgedetr verify` has run."""
+    """An engine that fits.
+
+    batch      the only size it takes, or None
+    measured   None until `edgedetr verify` has run with the driver that is here
+    drift      what has changed since it was built, and does not keep it from loading
+    """
 
     path: Path
     told: Sidecar
     stage: str
     batch: int | None
     measured: Measured | None
+    drift: str = ""
 
     @property
     def stage_name(self) -> str:
@@ -110,8 +122,16 @@ def _look(bundle: Bundle, plan: Path, files: Mapping[str, str], device: Device, 
     if reason:
         return reason
     batch = told.arguments.batch
+    drift = guards.drift(told, device)
     measured = _measurements(plan.parent).get(told.plan_sha256)
-    return Engine(plan, told, stage, batch[0] if len(set(batch)) == 1 else None, measured)
+    if measured is not None and (drift if not measured.under else measured.under != surroundings(device)):
+        measured = None         # of another driver: it may be faster, slower or wrong now
+    return Engine(plan, told, stage, batch[0] if len(set(batch)) == 1 else None, measured, drift)
+
+
+def surroundings(device: Device) -> str:
+    """What a measurement depends on besides the engine: "driver 12.6, R36.4.3"."""
+    return ", ".join(filter(None, [f"driver {device.driver}", machine.jetpack()]))
 
 
 def pick(engines: Sequence[Engine], *, stage: str | None = None, batch: int | None = None) -> Engine | None:
@@ -124,7 +144,8 @@ def pick(engines: Sequence[Engine], *, stage: str | None = None, batch: int | No
 def why(engine: Engine) -> str:
     """Why this one, in words."""
     if engine.measured is None:
-        return "fits this device; not verified here yet"
+        changed = f"; {engine.drift}: verify it, or build it again with --force" if engine.drift else ""
+        return f"fits this device; not verified here yet{changed}"
     speed = f", {engine.measured.p50_ms:.2f} ms" if engine.measured.p50_ms else ""
     return ("verified on this device" if engine.measured.passed else "did not pass edgedetr verify here") + speed
 
@@ -142,12 +163,21 @@ def record(folder: Path, found: Mapping[str, Measured]) -> None:
 
 def _measurements(folder: Path) -> dict[str, Measured]:
     """By digest of the plan; a damaged record counts as none, for the next verify writes it again."""
-    try:
-        raw = json.loads((folder / MEASURED).read_text(encoding="utf-8"))
-        return {str(name): Measured(bool(value["passed"]), None if value["p50_ms"] is None else float(value["p50_ms"]))
-                for name, value in raw.items()}
-    except FileNotFoundError:
+    if not os.path.lexists(folder / MEASURED):
         return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    try:
+        raw = read_json(folder / MEASURED, EngineError, limit=sidecar.LARGEST)
+        return {str(name): _measured(value) for name, value in raw.items()}
+    except (EngineError, ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("%s: damaged (%s); run: edgedetr verify BUNDLE", folder / MEASURED, error)
         return {}
+
+
+def _measured(value: dict[str, object]) -> Measured:
+    passed, speed, under = value["passed"], value["p50_ms"], value.get("under", "")
+    if not isinstance(passed, bool) or not isinstance(under, str):
+        raise TypeError("passed is no truth value, or under no text")
+    if speed is not None and (isinstance(speed, bool) or not isinstance(speed, (int, float))
+                              or not math.isfinite(speed) or speed < 0):
+        raise TypeError("p50_ms is no number of milliseconds")
+    return Measured(passed, None if speed is None else float(speed), under)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgedetr.errors import EdgedetrError, EngineError
+from edgedetr.runtime import machine
 from edgedetr.runtime import sidecar as sidecars
 from edgedetr.runtime.cudart import Device
 from edgedetr.runtime.sidecar import Sidecar
@@ -57,12 +59,26 @@ def check(plan: Path, device: Device, tensorrt: str, *, onnx_sha256: str | None 
 
 
 def foreign(told: Sidecar) -> str:
-    """Why this plan counts as another machine's; empty when it is this one's, or when a machine has no id."""
-    here = sidecars.host()
-    if here and told.host and here != told.host:
-        return (f"built on another machine (its id is {told.host}, this one's {here}); a plan is executable code; "
-                f"{BUILD} (--trust takes it all the same)")
-    return ""
+    """Why this plan counts as another machine's; empty when it is this one's. Ids are not shown: they are no secret
+    any more once they stand in somebody's bug report."""
+    here = machine.host()
+    if here and told.host and secrets.compare_digest(here.encode(), told.host.encode()):
+        return ""
+    if not told.host:
+        why = "nothing says which machine built it"
+    elif not here:
+        why = "this machine has no id, so nobody can tell whether it was built here"
+    else:
+        why = "built on another machine"
+    return f"{why}; a plan is executable code; {BUILD} (--trust takes it all the same)"
+
+
+def drift(told: Sidecar, device: Device) -> str:
+    """What has changed under an engine that still loads: its kernels were chosen, and timed, with something else."""
+    pairs = [("driver", told.driver, device.driver), ("Jetson Linux", told.jetpack, machine.jetpack())]
+    changed = [f"{what} {before}, which is now {now}" for what, before, now in pairs
+               if before and now and before != now]
+    return f"built with {' and '.join(changed)}" if changed else ""
 
 
 def mismatch(told: Sidecar, device: Device, tensorrt: str, onnx_sha256: str | None = None) -> str:

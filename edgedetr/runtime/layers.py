@@ -7,13 +7,13 @@ and lists `I/O Tensors`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edgedetr.errors import EngineError
+from edgedetr.reading import parse_json
 
 # In the order of the check: a layer that takes any INT8 tensor runs as INT8.
 DATATYPES = (("int8", re.compile(r"\bint8\b|\bi8\b", re.I)), ("fp8", re.compile(r"\bfp8\b|\be4m3\b", re.I)),
@@ -56,10 +56,10 @@ class LayerSummary:
 def summarise(text: str) -> LayerSummary:
     """Count the layers of `get_engine_information(LayerInformationFormat.JSON)`."""
     try:
-        layers = json.loads(text)["Layers"]
+        layers = parse_json(text, "its JSON", EngineError)["Layers"]
         if not isinstance(layers, list):
             raise TypeError("Layers is no list")
-    except (ValueError, KeyError, TypeError) as error:
+    except (EngineError, KeyError, TypeError) as error:
         raise EngineError(f"the engine inspector answered something unreadable ({error}); expected JSON with Layers; "
                           "build with this version's own TensorRT: edgedetr build BUNDLE --force") from error
     precision: Counter[str] = Counter()

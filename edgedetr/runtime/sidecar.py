@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from edgedetr.errors import EngineError
+from edgedetr.reading import read_json
 from edgedetr.runtime.cudart import Device
 from edgedetr.runtime.layers import LayerSummary
 
 SCHEMA = 1
 LARGEST = 1 << 20               # bytes of a sidecar; a real one has some thousand
+LONGEST = 2000                  # characters of a text in it
+PRECISIONS = ("int8", "fp16", "fp32")       # best guess first: INT8 until a measurement says otherwise
 REBUILD = "run: edgedetr build BUNDLE --force"
-MACHINE_ID = Path("/etc/machine-id")
-L4T_RELEASE = Path("/etc/nv_tegra_release")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class BuildArguments:
 class Sidecar:
     """Everything that is known of one plan.
 
-    host       digest of this machine's id; empty where the machine has none
+    host       digest of the id of the machine that built it (see machine.py); empty where that has none
     typing     what the network was in the end: "strong" or "weak"
     warnings   known defects that may concern this engine
     """
@@ -91,56 +94,50 @@ def to_bytes(sidecar: Sidecar) -> bytes:
 def read(plan: Path) -> Sidecar | None:
     """The sidecar of `plan`; None when there is none, EngineError when it is damaged or of another kind."""
     path = beside(plan)
-    try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"{path.stat().st_size} bytes")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.get("schema") != SCHEMA:
-            raise ValueError(f"schema is {raw.get('schema')!r}, this version reads {SCHEMA}")
-        arguments = BuildArguments(**{**raw["arguments"], "batch": tuple(raw["arguments"]["batch"])})
-        made = Sidecar(**{**raw, "arguments": arguments, "layers": LayerSummary(**raw["layers"]),
-                          "warnings": tuple(raw["warnings"])})
-        _require_types(made)
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raw = read_json(path, EngineError, limit=LARGEST, fix=REBUILD)
+    try:
+        if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+            found = repr(raw.get("schema"))[:40] if isinstance(raw, dict) else type(raw).__name__
+            raise ValueError(f"schema is {found}, this version reads {SCHEMA}")
+        arguments, summary = (_mapping(raw, name) for name in ("arguments", "layers"))
+        made = Sidecar(**{**raw, "arguments": BuildArguments(**{**arguments, "batch": tuple(arguments["batch"])}),
+                          "layers": LayerSummary(**summary), "warnings": tuple(raw["warnings"])})
+        _require_types(made)
+    except (ValueError, KeyError, TypeError) as error:
         raise EngineError(f"{path}: damaged or of another kind ({error}); expected what edgedetr build writes beside "
                           f"an engine; {REBUILD}") from error
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be read ({error.strerror}); {REBUILD}") from error
     return made
 
 
+def _mapping(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(raw.get(name), dict):
+        raise TypeError(f"{name} is no object")
+    return raw[name]        # type: ignore[no-any-return]  # checked above
+
+
 def _require_types(made: Sidecar) -> None:
-    texts = "plan plan_sha256 onnx onnx_sha256 tensorrt cuda driver jetpack device host typing"
-    for name in texts.split():
-        if not isinstance(getattr(made, name), str):
-            raise TypeError(f"{name} is no text")
+    texts = {name: getattr(made, name) for name in ("plan plan_sha256 onnx onnx_sha256 tensorrt cuda driver jetpack "
+                                                    "device host typing").split()}
+    texts |= {"precision": made.arguments.precision, "typing asked for": made.arguments.typing}
+    for name, text in [*texts.items(), *(("a warning", warning) for warning in made.warnings)]:
+        if not isinstance(text, str) or len(text) > LONGEST:
+            raise TypeError(f"{name} is no text of at most {LONGEST} characters")
+    if made.arguments.precision not in PRECISIONS:
+        raise ValueError(f"precision is {made.arguments.precision[:20]!r}")
     if not re.fullmatch(r"[0-9a-f]{64}", made.plan_sha256) or not re.fullmatch(r"[0-9a-f]{64}", made.onnx_sha256):
         raise ValueError("a digest is not 64 hexadecimal digits")
-    for number in (made.plan_bytes, made.sm, *made.arguments.batch):
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"{number!r} is no whole number")
-    if len(made.arguments.batch) != 3:
+    counts = [made.layers.reformats]
+    for counted in (made.layers.precision, made.layers.weighted):
+        if not isinstance(counted, dict):
+            raise TypeError("a count of layers is no object")
+        counts += counted.values()
+    for number in (made.plan_bytes, made.sm, *made.arguments.batch, made.arguments.workspace_mb,
+                   made.arguments.optimization_level, *counts):
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 63:
+            raise TypeError(f"{str(number)[:20]!r} is no whole number")
+    if isinstance(made.seconds, bool) or not isinstance(made.seconds, (int, float)) or not 0 <= made.seconds < 1e9:
+        raise TypeError("seconds is no number")
+    if len(made.arguments.batch) != 3 or not 1 <= min(made.arguments.batch):
         raise ValueError("batch is not three numbers")
-
-
-def host() -> str:
-    """A digest that is this machine's own, so that a plan that came from elsewhere is recognised; empty if unknown.
-
-    The id itself is confidential (man machine-id), so only a digest with a word of our own is kept.
-    """
-    try:
-        identity = MACHINE_ID.read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        return ""
-    return hashlib.sha256(f"edgedetr engine {identity}".encode()).hexdigest()[:16] if identity else ""
-
-
-def jetpack() -> str:
-    """The release of Jetson Linux, "R36.4.3" (JetPack 6.2); empty where this is no Jetson."""
-    try:
-        found = re.search(r"R(\d+)[^,]*,\s*REVISION:\s*([\d.]+)", L4T_RELEASE.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return ""
-    return f"R{found[1]}.{found[2]}" if found else ""

@@ -35,7 +35,7 @@ def test_build_options_reach_the_builder(fake, make_bundle, capsys):
 @pytest.mark.parametrize("words, said", [
     (["--batch", "2", "--dynamic", "1,2,4"], "exclude each other"), (["--dynamic", "1,2"], "expected three numbers"),
     (["--dynamic", "4,2,1"], "ascending"), (["--batch", "0"], "0 is not in the range"),
-    (["--precision", "int4"], "int4"), (["--frame", "1080p"], "as in 1080x1920"),
+    (["--precision", "int4"], "int4"), (["--frame", "1080p"], "for example 1080x1920"),
     (["--workspace", "1"], "expected from 64 to the 8192 MB of Orin"),
 ])
 def test_wrong_words_exit_2(old, bundle, capsys, words, said):

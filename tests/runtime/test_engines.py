@@ -14,7 +14,7 @@ import pytest
 
 from edgedetr.errors import EngineError, MissingDependency, UsageError
 from edgedetr.runtime import detector as detector_module
-from edgedetr.runtime import engine_store, engines, load, sidecar
+from edgedetr.runtime import engine_store, engines, load, machine, sidecar
 from edgedetr.runtime.engines import Measured
 from edgedetr.runtime.frames import load_frames
 from edgedetr.runtime.ort import OrtFrameRunner
@@ -95,7 +95,7 @@ def digest_of(word):
     ({"onnx": "model.other.onnx"}, "built from model.other.onnx, which is not in this bundle"),
 ])
 def test_an_engine_of_another_place_is_left_and_the_reason_is_said(fake, bundle, monkeypatch, change, reason):
-    monkeypatch.setattr(sidecar, "host", lambda: "fedcba9876543210")
+    monkeypatch.setattr(machine, "host", lambda **_: "fedcba9876543210")
     plan(bundle, "int8", **change)
     detector = load(bundle, threads=1)
     assert detector.backend == "onnxruntime"
@@ -107,7 +107,7 @@ def test_an_engine_of_another_place_is_left_and_the_reason_is_said(fake, bundle,
 
 
 def test_trust_takes_an_engine_of_another_machine_and_nothing_that_does_not_fit(fake, bundle, monkeypatch):
-    monkeypatch.setattr(sidecar, "host", lambda: "fedcba9876543210")
+    monkeypatch.setattr(machine, "host", lambda **_: "fedcba9876543210")
     plan(bundle, "int8", host="0123456789abcdef")
     plan(bundle, "fp16", host="0123456789abcdef", sm=110)
     assert load(bundle, trust=True).description.startswith("int8 on tensorrt")
@@ -120,7 +120,7 @@ def test_without_a_sidecar_or_with_a_damaged_one_it_is_left(fake, bundle):
     sidecar.beside(plan(bundle, "fp16")).write_text("{")
     said = load(bundle).description
     assert "int8.plan not used: no int8.json beside it" in said
-    assert "fp16.json: damaged or of another kind" in said
+    assert "fp16.json: not readable as JSON" in said
 
 
 def test_a_damaged_plan_is_left_for_the_next_best(fake, bundle, caplog):
@@ -232,3 +232,22 @@ def test_whole_frames_run_on_their_own_engine_and_detectors_pass_it_over(fake, m
     assert load_frames(bundle, make=OrtFrameRunner).runner.name == "onnxruntime"
     assert engines.survey(bundle) == engines.Survey()
     assert load(bundle, threads=1).backend == "onnxruntime"
+
+
+@pytest.mark.parametrize("under, counts", [("driver 12.4", False), ("driver 12.6", True), ("", False)])
+def test_what_was_measured_with_another_driver_counts_no_more(fake, bundle, under, counts):
+    made = plan(bundle, "int8", plan_sha256=digest_of("int8"), driver="12.4")       # 12.6 is here
+    engines.record(made.parent, {digest_of("int8"): Measured(True, 1.0, under)})
+    found = engines.survey(bundle).fitting[0]
+    assert (found.measured is not None) == counts
+    assert ("built with driver 12.4, which is now 12.6" in engines.why(found)) != counts
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\xff", "{" + " " * (2 << 20), '{"a": 7}',
+                                  '{"a": {"passed": 1, "p50_ms": 1}}',
+                                  '{"a": {"passed": true, "p50_ms": NaN}}', '{"a": {"passed": true, "p50_ms": "1"}}',
+                                  '{"a": {"passed": true, "p50_ms": 1, "under": 5}}', '{"a": 5}', "9" * 5000])
+def test_a_hostile_record_of_measurements_counts_as_none(tmp_path, caplog, text):
+    (tmp_path / engines.MEASURED).write_bytes(text.encode("latin-1"))
+    assert engines._measurements(tmp_path) == {}
+    assert "run: edgedetr verify" in caplog.text

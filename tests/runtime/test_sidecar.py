@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
-from pathlib import Path
+from dataclasses import asdict
 
 import pytest
 
 from edgedetr.errors import EngineError
-from edgedetr.runtime import sidecar
+from edgedetr.runtime import machine, sidecar
 from edgedetr.runtime.cudart import Device
 from edgedetr.runtime.layers import LayerSummary
 from edgedetr.runtime.sidecar import BuildArguments, Sidecar
@@ -31,6 +32,12 @@ def test_what_is_written_is_read(tmp_path):
 @pytest.mark.parametrize("change", [
     {"schema": 2}, {"schema": None}, {"plan_sha256": "xyz"}, {"plan_bytes": "7"}, {"sm": True}, {"tensorrt": 10.3},
     {"arguments": {}}, {"arguments": None}, {"layers": []}, {"warnings": None}, {"unknown": 1}, {"plan": None},
+    {"layers": {"precision": [], "weighted": {}, "reformats": 0}}, {"layers": {"precision": {"int8": "2"}}},
+    {"layers": {"reformats": 1e99}}, {"warnings": [1]}, {"warnings": 7}, {"seconds": "1"}, {"seconds": True},
+    {"sm": 10**30}, {"plan_bytes": -1}, {"device": "x" * 9999}, {"host": 5}, {"driver": None},
+    {"arguments": {**asdict(ARGUMENTS), "batch": "148"}}, {"arguments": {**asdict(ARGUMENTS), "batch": [0, 0, 0]}},
+    {"arguments": {**asdict(ARGUMENTS), "batch": [1, 1]}}, {"arguments": {**asdict(ARGUMENTS), "precision": "int4"}},
+    {"arguments": {**asdict(ARGUMENTS), "precision": ["int8"]}}, {"arguments": {**asdict(ARGUMENTS), "typing": 1}},
 ])
 def test_a_sidecar_of_another_kind_is_refused(tmp_path, change):
     raw = {**json.loads(sidecar.to_bytes(TOLD)), **change}
@@ -42,13 +49,21 @@ def test_a_sidecar_of_another_kind_is_refused(tmp_path, change):
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "\xff\xfe", "[" * 100_000, '{"schema": 1}', "1" * (2 << 20)])
 def test_anything_else_is_refused(tmp_path, text):
     (tmp_path / "e.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(EngineError, match="damaged or of another kind"):
+    with pytest.raises(EngineError, match="of another kind|not readable as JSON|nested too|not UTF|at most"):
+        sidecar.read(tmp_path / "e.plan")
+
+
+@pytest.mark.parametrize("harm", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path),
+                                  lambda path: os.symlink("nowhere", path)])
+def test_a_sidecar_that_is_no_plain_file_is_one_error_at_once(tmp_path, harm):
+    harm(tmp_path / "e.json")
+    with pytest.raises(EngineError, match="e.json: (not a plain file|cannot be read)"):
         sidecar.read(tmp_path / "e.plan")
 
 
 def test_a_sidecar_that_cannot_be_opened_is_one_error(tmp_path):
     (tmp_path / "e.json").mkdir()
-    with pytest.raises(EngineError, match="cannot be read"):
+    with pytest.raises(EngineError, match="cannot be read|not a plain file"):
         sidecar.read(tmp_path / "e.plan")
 
 
@@ -86,13 +101,7 @@ def test_a_device_cannot_name_a_file_elsewhere():
 def test_the_release_of_jetson_linux_is_read(tmp_path, monkeypatch, text, expected):
     path = tmp_path / "nv_tegra_release"
     path.write_text(text)
-    monkeypatch.setattr(sidecar, "L4T_RELEASE", path)
-    assert sidecar.jetpack() == expected
+    monkeypatch.setattr(machine, "L4T_RELEASE", path)
+    assert machine.jetpack() == expected
     path.unlink()
-    assert sidecar.jetpack() == ""
-
-
-def test_an_empty_machine_id_is_no_identity(tmp_path, monkeypatch):
-    monkeypatch.setattr(sidecar, "MACHINE_ID", Path(tmp_path / "id"))
-    (tmp_path / "id").write_text("\n")
-    assert sidecar.host() == ""
+    assert machine.jetpack() == ""
