@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,16 @@ from edgedetr.errors import DataError, ExportError
 from edgedetr.evaluation.reference import Reference
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import Histogram
+from edgedetr.quantization.outliers import MOVED, moved, standouts
 from edgedetr.quantization.ranges import CalibrationImage
 from edgedetr.runtime.ort import plain_session
 from edgedetr.runtime.preprocess import prepare
 
 Progress = Callable[[str, int, int], None]
+
+log = logging.getLogger(__name__)
+
+LEAST, ENOUGH = 8, 32
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,18 @@ def choose(bundle: Bundle, directory: Path | None, count: int) -> Pictures:
             raise ExportError(f"{path}: this calibration picture is also in the verify split, so the verdict would be "
                               "biased; expected disjoint pictures; run: edgedetr export BUNDLE --int8 --calib DIR")
     return Pictures(tuple(chosen), tuple(images))
+
+
+def enough(images: Pictures) -> None:
+    """Refuse to observe ranges on fewer than LEAST images, and warn below ENOUGH. Errors: ExportError."""
+    count = len(images.paths)
+    if count < LEAST:
+        raise ExportError(f"{count} calibration images are too few for INT8: expected at least {LEAST}, better "
+                          f"{ENOUGH} or more; add images, raise quant.images, or name others: "
+                          "edgedetr export BUNDLE --int8 --calib DIR")
+    if count < ENOUGH:
+        log.warning("%d calibration images: ranges may miss values that other images have; %d or more are better "
+                    "(quant.images, --calib DIR)", count, ENOUGH)
 
 
 def _candidates(bundle: Bundle, directory: Path | None) -> tuple[list[Path], Path]:
@@ -87,8 +105,25 @@ def _name(path: Path, root: Path) -> str:
 
 def calibrate(model: ModelProto, tensors: Sequence[str], paths: Sequence[Path], contract: InputContract,
               config: QuantConfig, progress: Progress | None = None) -> dict[str, float]:
-    """amax of every tensor (see `observe`)."""
+    """amax of every tensor (see `observe`); a warning names the few images that alone decide many ranges."""
     histograms = observe(model, tensors, paths, contract, progress)
+    amax = _amax(histograms, config)
+    found = standouts(np.array([histogram.peaks for histogram in histograms.values()]))
+    if found:
+        rest = [path for index, path in enumerate(paths) if index not in found]
+        changed = moved(amax, _amax(observe(model, tensors, rest, contract, progress), config))
+        names = ", ".join(f"{paths[index]} ({share:.0%})" for index, share in found.items())
+        effect = f"without them {len(changed)} of {len(amax)} ranges change by more than {MOVED - 1:.0%}"
+        if changed:
+            name, factor = next(iter(changed.items()))
+            effect += f", {name!r} by a factor of {factor:.1f}"
+        log.warning("calibration images whose activations exceed those of the other %d images (in brackets: in how "
+                    "many of the tensors): %s; %s. Look at them; if they do not belong here, calibrate on a folder "
+                    "without them: edgedetr export BUNDLE --int8 --calib DIR", len(rest), names, effect)
+    return amax
+
+
+def _amax(histograms: Mapping[str, Histogram], config: QuantConfig) -> dict[str, float]:
     return {name: histogram.amax(config.observer, config.percentile) for name, histogram in histograms.items()}
 
 

@@ -28,6 +28,7 @@ class Histogram:
     zeros           how many of counts[0] are exactly 0
     limit           upper end, a power of two times the first picture's largest value
     largest         exact largest magnitude seen
+    peaks           the largest magnitude of each image, in order
     """
 
     def __init__(self, name: str, per_image: int | None = PER_IMAGE) -> None:
@@ -35,10 +36,12 @@ class Histogram:
         self.counts = np.zeros(BINS, dtype=np.int64)
         self.zeros = 0
         self.limit, self.largest, self.lowest = 0.0, 0.0, 0.0
+        self.peaks: list[float] = []
 
     def observe(self, values: np.ndarray) -> None:
         """Add the values of one picture, any shape; NaN or infinity is an ExportError that names the tensor."""
         if values.size == 0:
+            self.peaks.append(0.0)
             return
         flat = values.reshape(-1)
         low, high = float(flat.min()), float(flat.max())
@@ -46,6 +49,7 @@ class Histogram:
             raise ExportError(f"tensor {self.name!r} holds NaN or infinity on a calibration picture; expected finite "
                               f"activations; check the weights with: edgedetr inspect BUNDLE")
         peak = max(-low, high)
+        self.peaks.append(peak)
         self.largest, self.lowest = max(self.largest, peak), min(self.lowest, low)
         if self.per_image is not None and flat.size > self.per_image:
             flat = flat[::_stride(flat.size, self.per_image)]

@@ -27,9 +27,9 @@ CLASSES = (ClassInfo(0, 7, "cat"), ClassInfo(1, 3, "dog"))
 
 
 def write_pictures(root: Path) -> Path:
-    """A COCO-layout set of random pictures: 6 in train, 3 in val."""
+    """A COCO-layout set of random pictures: 10 in train, 3 in val."""
     rng = np.random.default_rng(5)
-    for split, count in (("train", 6), ("val", 3)):
+    for split, count in (("train", 10), ("val", 3)):
         (root / "images" / split).mkdir(parents=True)
         images, boxes = [], []
         for number in range(count):
@@ -98,4 +98,4 @@ def exported(request, tmp_path_factory, fresh) -> Bundle:
     from edgedetr.quantization.config import QuantConfig
 
     bundle = fresh(request.param, tmp_path_factory.mktemp("exported") / f"{request.param}.bundle")
-    return export(bundle, int8=True, config=ExportConfig(), quant=QuantConfig(images=4))
+    return export(bundle, int8=True, config=ExportConfig(), quant=QuantConfig(images=8))

@@ -42,7 +42,7 @@ torch = pytest.importorskip("torch")
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    return render(tmp_path_factory.mktemp("scenes") / "set", train=4, val=2, verify=4, size=96, seed=3)
+    return render(tmp_path_factory.mktemp("scenes") / "set", train=8, val=2, verify=4, size=96, seed=3)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from edgedetr.quantization.rewrite import split_concats
 from edgedetr.runtime.ort import OrtRunner
 
 MADE = ["reference.npz", "model.onnx", "ranges.json", "model.int8.onnx", "model.int8-cpu.onnx"]
-QUANT = QuantConfig(images=4)
+QUANT = QuantConfig(images=8)
 
 
 def other_bits() -> str:
@@ -112,7 +112,7 @@ def test_reference_holds_the_verify_split_with_digests(exported, pictures):
 def test_ranges_name_train_pictures_only(exported, pictures):
     ranges = Ranges.load(exported.require("ranges.json"))
     train = {digest(path) for path in (pictures / "images" / "train").iterdir()}
-    assert len(ranges.images) == 4
+    assert len(ranges.images) == 8
     assert {image.sha256 for image in ranges.images} <= train
 
 
@@ -126,8 +126,8 @@ def test_progress_tells_each_kind_of_work_to_its_end(fresh, tmp_path):
     told = {}
     export(fresh("detr", tmp_path / "b"), int8=True, config=ExportConfig(), quant=QUANT,
            progress=lambda what, done, total: told.__setitem__(what, (done, total)))
-    assert told == {"reference": (3, 3), "onnx": (1, 1), "calibrate": (4, 4), "fp16": (6, 6),
-                    "bias tensorrt": (4 * PARTS, 4 * PARTS), "bias cpu": (4 * PARTS, 4 * PARTS)}
+    assert told == {"reference": (3, 3), "onnx": (1, 1), "calibrate": (8, 8), "fp16": (8, 8),
+                    "bias tensorrt": (8 * PARTS, 8 * PARTS), "bias cpu": (8 * PARTS, 8 * PARTS)}
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def copy(detr, tmp_path) -> Bundle:
 
 @pytest.mark.parametrize("change, remade", [
     ({"observer": "minmax"}, {"ranges.json", "model.int8.onnx", "model.int8-cpu.onnx"}),
-    ({"images": 3}, {"ranges.json", "model.int8.onnx", "model.int8-cpu.onnx"}),
+    ({"images": 9}, {"ranges.json", "model.int8.onnx", "model.int8-cpu.onnx"}),
     ({"cpu_weights": other_bits()}, {"model.int8-cpu.onnx"}),
     ({"bias_correction": False}, {"model.int8.onnx", "model.int8-cpu.onnx"}),
 ])
@@ -236,20 +236,21 @@ def test_a_plain_folder_of_pictures_calibrates(copy, pictures, tmp_path, caplog)
     with caplog.at_level(logging.WARNING):
         export(copy, int8=True, calib=folder, config=ExportConfig(), quant=QuantConfig(images=50))
     ranges = Ranges.load(copy.require("ranges.json"))
-    assert len(ranges.images) == 6
+    assert len(ranges.images) == 10
     assert ranges.source == str(folder)
-    assert "6 calibration pictures, 50 were asked for" in caplog.text
+    assert "10 calibration pictures, 50 were asked for" in caplog.text
 
 
 @pytest.mark.parametrize("make, error, message", [
     (lambda path: None, DataError, "no such directory"),
     (lambda path: path.mkdir(), (DataError, ExportError), "no pictures to calibrate on"),
-    (lambda path: (path.mkdir(), (path / "x.jpg").write_bytes(b"not a jpeg")), DataError, "x.jpg"),
+    (lambda path: (path.mkdir(), [(path / f"x{i}.jpg").write_bytes(b"not a jpeg") for i in range(8)]), DataError,
+     "x0.jpg"),
 ], ids=["missing", "empty", "unreadable"])
 def test_unusable_calibration_pictures_are_one_clear_error(copy, tmp_path, make, error, message):
     make(tmp_path / "calib")
     with pytest.raises(error, match=message):
-        export(copy, int8=True, calib=tmp_path / "calib", config=ExportConfig(), quant=QuantConfig(images=2))
+        export(copy, int8=True, calib=tmp_path / "calib", config=ExportConfig(), quant=QuantConfig(images=8))
 
 
 def test_without_recorded_data_quantising_asks_for_pictures(fresh, tmp_path, pictures):
@@ -281,10 +282,10 @@ def test_nan_weights_are_refused_before_anything_is_listed(fresh, tmp_path):
 
 def test_settings_come_from_the_recipe_in_the_bundle(copy):
     with copy.add("recipe.toml", stage="train") as temporary:
-        temporary.write_text('[quant]\nimages = 2\nobserver = "minmax"\n')
+        temporary.write_text('[quant]\nimages = 9\nobserver = "minmax"\n')
     export(copy, int8=True)
     ranges = Ranges.load(copy.require("ranges.json"))
-    assert (len(ranges.images), ranges.observer) == (2, "minmax")
+    assert (len(ranges.images), ranges.observer) == (9, "minmax")
 
 
 def test_an_int8_graph_says_why_each_float_layer_is_float(exported):
@@ -328,6 +329,6 @@ def test_a_large_picture_set_is_sampled_evenly(pictures, tmp_path, copy):
     rng = np.random.default_rng(0)
     for i in range(20):
         Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
-    export(copy, int8=True, calib=folder, config=ExportConfig(), quant=QuantConfig(images=5))
+    export(copy, int8=True, calib=folder, config=ExportConfig(), quant=QuantConfig(images=8))
     names = [image.name for image in Ranges.load(copy.require("ranges.json")).images]
-    assert names == ["00.png", "05.png", "10.png", "14.png", "19.png"]
+    assert names == ["00.png", "03.png", "05.png", "08.png", "11.png", "14.png", "16.png", "19.png"]

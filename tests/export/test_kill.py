@@ -26,7 +26,7 @@ from edgedetr.quantization.config import QuantConfig
 print("ready", flush=True)
 def tell(what, done, total):
     print(what, flush=True)
-export(sys.argv[1], int8=True, config=ExportConfig(), quant=QuantConfig(images=6), progress=tell)
+export(sys.argv[1], int8=True, config=ExportConfig(), quant=QuantConfig(images=8), progress=tell)
 print("done", flush=True)
 """
 
@@ -56,7 +56,7 @@ def check(path: Path) -> None:
 
 
 def finish(path: Path) -> None:
-    export(path, int8=True, config=ExportConfig(), quant=QuantConfig(images=6))
+    export(path, int8=True, config=ExportConfig(), quant=QuantConfig(images=8))
     bundle = Bundle.open(path)
     assert all(bundle.has(name) for name in ("reference.npz", "model.onnx", "ranges.json", "model.int8-cpu.onnx"))
 

@@ -19,7 +19,7 @@ def bundle(fresh, tmp_path) -> Bundle:
     made = fresh("detr", tmp_path / "b")
     config = {name: value for name, value in made.manifest.config.items() if value is not None}
     size = {"height": made.manifest.input.height, "width": made.manifest.input.width}
-    sections = {"model": {"name": "detr", **config}, "input": size, "train": {"epochs": 3}, "quant": {"images": 4}}
+    sections = {"model": {"name": "detr", **config}, "input": size, "train": {"epochs": 3}, "quant": {"images": 8}}
     with made.add("recipe.toml", stage="train") as path:
         path.write_text(Recipe.from_dict(sections, where="test").to_toml())
     weights = (made.path / "weights.safetensors").read_bytes()
@@ -42,15 +42,15 @@ def check_digests(bundle: Bundle) -> None:
 
 
 def test_settings_are_used_and_kept_in_the_recipe_so_that_the_next_export_makes_the_same(bundle, capsys):
-    words = ["--set", "quant.observer=percentile", "--set", "quant.percentile=99.999", "--set", "quant.images=3"]
+    words = ["--set", "quant.observer=percentile", "--set", "quant.percentile=99.999", "--set", "quant.images=9"]
     before = Recipe.from_bundle(bundle)
     weights = (bundle.path / "weights.safetensors").read_bytes()
     assert cli.run(["export", str(bundle.path), "--int8"]) == 0
     assert cli.run(["export", str(bundle.path), "--int8", *words]) == 0
     ranges = Ranges.load(bundle.path / "ranges.json")
-    assert (ranges.observer, len(ranges.images)) == ("percentile 99.999", 3)
+    assert (ranges.observer, len(ranges.images)) == ("percentile 99.999", 9)
     after = Recipe.from_bundle(Bundle.open(bundle.path))
-    assert (after.quant.observer, after.quant.percentile, after.quant.images) == ("percentile", 99.999, 3)
+    assert (after.quant.observer, after.quant.percentile, after.quant.images) == ("percentile", 99.999, 9)
     assert (after.model, after.input, after.train) == (before.model, before.input, before.train)
     assert (bundle.path / "weights.safetensors").read_bytes() == weights
     check_digests(bundle)
@@ -100,7 +100,7 @@ def test_an_imported_graph_gets_a_recipe_of_these_sections_alone(fresh, tmp_path
         path.write_bytes(graph)
     assert cli.run(["export", str(bundle.path), "--set", "export.sampling=grid_sample"]) == 2
     assert "an imported graph, whose form is settled" in " ".join(capsys.readouterr().err.split())
-    words = ["--set", "quant.images=3", "--set", "quant.observer=minmax"]
+    words = ["--set", "quant.images=9", "--set", "quant.observer=minmax"]
     assert cli.run(["export", str(bundle.path), "--int8", *words]) == 0
     text = (bundle.path / "recipe.toml").read_text()
     assert [line for line in text.splitlines() if line.startswith("[")] == ["[export]", "[quant]"]

@@ -20,7 +20,7 @@ from edgedetr.runtime import engine
 def prepared(fresh, tmp_path_factory) -> Bundle:
     """A detr with model.onnx, model.fp16.onnx and the INT8 graphs."""
     bundle = fresh("detr", tmp_path_factory.mktemp("trt") / "b.bundle")
-    return export(bundle, int8=True, fp16=True, config=ExportConfig(), quant=QuantConfig(images=4))
+    return export(bundle, int8=True, fp16=True, config=ExportConfig(), quant=QuantConfig(images=8))
 
 
 def test_the_fp16_graph_is_made_from_the_float_graph_and_says_what_stayed_float32(prepared):
