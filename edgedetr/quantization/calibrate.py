@@ -15,6 +15,7 @@ from edgedetr.bundle import Bundle, InputContract, digest
 from edgedetr.data.images import decode
 from edgedetr.data.layouts import load, splits
 from edgedetr.data.listing import images_in
+from edgedetr.data.near import near_copies
 from edgedetr.errors import DataError, ExportError
 from edgedetr.evaluation.reference import Reference
 from edgedetr.quantization.config import QuantConfig
@@ -29,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 log = logging.getLogger(__name__)
 
 LEAST, ENOUGH = 8, 32
+SHOWN = 5           # pairs of near-copies that a message names
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,26 @@ def enough(images: Pictures) -> None:
     if count < ENOUGH:
         log.warning("%d calibration images: ranges may miss values that other images have; %d or more are better "
                     "(quant.images, --calib DIR)", count, ENOUGH)
+
+
+def near_verify(bundle: Bundle, images: Pictures) -> None:
+    """Warn of calibration images that show a scene of the verify split, though their bytes differ.
+
+    The same bytes are refused by `choose`; a near-copy may be a second frame of one scene, so it is left to the user.
+    Nothing is said where the images of the verify split are not here.
+    """
+    record = bundle.manifest.data
+    if record is None or not Path(record.path).is_dir():
+        return
+    verify = [sample.path for sample in load(record.path, record.verify_split).samples]
+    found = near_copies(verify, images.paths)
+    if found:
+        shown = ", ".join(f"{_name(pair.second, Path(record.path))} = {_name(pair.first, Path(record.path))}"
+                          for pair in found[:SHOWN])
+        log.warning("%d of %d calibration images nearly copy images of the verify split, so the verdict may be too "
+                    "good: %s%s; take one of each pair out, or calibrate on other images: "
+                    "edgedetr export BUNDLE --int8 --calib DIR", len(found), len(images.paths), shown,
+                    ", ..." if len(found) > SHOWN else "")
 
 
 def _candidates(bundle: Bundle, directory: Path | None) -> tuple[list[Path], Path]:

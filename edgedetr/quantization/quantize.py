@@ -17,7 +17,7 @@ from edgedetr.bundle import Bundle
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError, ExportError
 from edgedetr.quantization.bias import PARTS, PICTURES, shifts
-from edgedetr.quantization.calibrate import Progress, calibrate, choose, enough
+from edgedetr.quantization.calibrate import Progress, calibrate, choose, enough, near_verify
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, tensors, tied, weight_bits
 from edgedetr.quantization.half import halve, islands
@@ -126,6 +126,7 @@ def _ranges(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, con
     if len(pictures.paths) < config.images:
         log.warning("%d calibration pictures, %d were asked for", len(pictures.paths), config.images)
     enough(pictures)
+    near_verify(bundle, pictures)
     amax = tied(model, calibrate(model, wanted, pictures.paths, bundle.manifest.input, config, progress))
     ranges = Ranges(amax, observer, policy.name, config.images, "" if calib is None else str(calib), pictures.images)
     with bundle.add("ranges.json", stage="calibrate", made_from=["model.onnx"]) as temporary:

@@ -230,6 +230,20 @@ def test_a_calibration_picture_of_the_verify_split_is_refused_by_its_bytes(copy,
     assert times(copy) == before
 
 
+def test_calibration_images_saved_again_from_the_verify_split_are_named(copy, pictures, tmp_path, caplog):
+    data, folder = shutil.copytree(pictures, tmp_path / "data"), tmp_path / "calib"
+    shutil.copytree(pictures / "images" / "train", folder)
+    y, x = np.mgrid[:50, :80]
+    scene = Image.fromarray(np.stack([y * 5, x * 3, (x * y) % 256], axis=-1).astype(np.uint8))
+    scene.save(data / "images" / "val" / "val1.png")
+    scene.resize((100, 60)).save(folder / "again.jpg", quality=60)
+    copy.update(data=replace(copy.manifest.data, path=str(data)))
+    with caplog.at_level(logging.WARNING):
+        export(copy, int8=True, calib=folder, config=ExportConfig(), quant=QuantConfig(images=50))
+    assert "1 of 11 calibration images nearly copy images of the verify split" in caplog.text
+    assert "again.jpg = images/val/val1.png" in caplog.text
+
+
 def test_a_plain_folder_of_pictures_calibrates(copy, pictures, tmp_path, caplog):
     folder = tmp_path / "calib"
     shutil.copytree(pictures / "images" / "train", folder)
