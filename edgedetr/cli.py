@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
+import signal
 import sys
 from typing import ClassVar
 
 import click
 
-from edgedetr.commands import bring, device, engine, make, measure, place, use
+from edgedetr.commands import bring, device, engine, faults, make, measure, place, use
 from edgedetr.errors import EdgedetrError, did_you_mean
 
 EXIT_CODES = """
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verified and not within tolerance,
-4 prepared here and to be finished on the device.
+4 prepared here and to be finished on the device; 130, 143 and 129 stopped by
+Ctrl-C, SIGTERM and SIGHUP.
 """
 
 
@@ -89,16 +90,24 @@ def run(arguments: list[str]) -> int:
     """Run one command; the exit code is returned."""
     debug = "--debug" in arguments[:1]
     try:
-        result = cli.main(arguments, prog_name="edgedetr", standalone_mode=False)
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        with faults.ending_like_ctrl_c():
+            _require_text(arguments)
+            result = cli.main(arguments, prog_name="edgedetr", standalone_mode=False)
+            with faults.writing_out():
+                sys.stdout.flush()
+            return result if isinstance(result, int) else 0
     except click.exceptions.Exit as leave:
         return leave.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as stop:
+        if isinstance(stop.__cause__, EOFError):        # click takes it for the end of an answer; nothing is asked here
+            if debug:
+                raise
+            click.echo(f"edgedetr: a file ends before it should ({stop.__cause__})", err=True)
+            return 1
         click.echo(
             "\nstopped; what was finished is on disk, `edgedetr train --resume` goes on with a training", err=True
         )
-        return 130
+        return 128 + _signal(stop)
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -108,24 +117,42 @@ def run(arguments: list[str]) -> int:
         click.echo(f"edgedetr: {error}", err=True)
         return error.exit_code
     except BrokenPipeError:
-        # The reader (head, less) has gone: nothing to say, and nothing may be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        faults.quiet()      # the reader (head, less) has gone: nothing to say, and nothing may be flushed at exit
         return 1
-    except ImportError as error:
-        if debug or not _missing(error):
+    except Exception as error:
+        if debug:
             raise
-        click.echo(f"edgedetr: {_missing(error)}", err=True)
+        message = _missing(error) if isinstance(error, ImportError) else faults.explain(error)
+        if not message:
+            raise
+        click.echo(f"edgedetr: {message}", err=True)
         return 1
+
+
+def _signal(stop: BaseException) -> int:
+    """The number of the signal behind an interrupt; click wraps it."""
+    cause = stop.__cause__ if isinstance(stop, click.Abort) else stop
+    return cause.number if isinstance(cause, faults.Stopped) else signal.SIGINT
+
+
+def _require_text(arguments: list[str]) -> None:
+    """A name that is no UTF-8 could not be written into bundle.json, a report or JSON output."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise EdgedetrError(f"{ascii(argument)[1:-1]}: the name is not valid UTF-8; rename it, for example by "
+                                "convmv -f latin1 -t utf8") from None
 
 
 def _missing(error: ImportError) -> str:
-    """The package to install for a module that is not there, or an empty string for any other ImportError."""
+    """What is wrong with a package that cannot be imported; an empty string for a module that is none of them."""
     from edgedetr.packages import PACKAGES, missing
 
     name = (error.name or "").partition(".")[0]
-    if not isinstance(error, ModuleNotFoundError) or name not in PACKAGES:
-        return ""
-    return f"this command needs {name}: {missing(name)}"
+    if name not in PACKAGES:
+        return faults.explain(error) or ""
+    return f"this command needs {name}: {missing(name, error)}"
 
 
 if __name__ == "__main__":

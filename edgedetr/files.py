@@ -55,7 +55,10 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     """Yield an empty temporary file in `path`'s folder, which is made; what is still there at the end is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     short = path.name.encode()[:64].decode("utf-8", "ignore")
-    handle, name = tempfile.mkstemp(prefix=f".{short}.{_host()}-{os.getpid()}.", suffix=".tmp", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{short}.{_host()}-{os.getpid()}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     os.close(handle)
     temporary = Path(name)
     _mine.add(name)
@@ -98,7 +101,12 @@ def _write_fault(error: Exception, temporary: Path, path: Path) -> OSError | Non
     if number not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS) \
             or named not in (None, str(temporary)):
         return None
-    return OSError(number, os.strerror(number), str(path))
+    fault = OSError(number, os.strerror(number), str(path))
+    try:
+        fault.written = temporary.stat().st_size     # type: ignore[attr-defined]  # bytes, for the message
+    except OSError:
+        return fault
+    return fault
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -41,7 +41,14 @@ def install(names: Iterable[str]) -> str:
     return f"pip install {' '.join(dict.fromkeys(PACKAGES[name][0] if name in PACKAGES else name for name in names))}"
 
 
-def missing(name: str) -> str:
-    """`openvino is not installed; run: pip install openvino`, for a module that cannot be imported."""
+def missing(name: str, error: ImportError | None = None) -> str:
+    """`openvino is not installed; run: pip install openvino`, for a module that cannot be imported.
+
+    error   what its import raised: a module that is there and cannot be loaded is not called missing
+    """
     package = PACKAGES[name][0] if name in PACKAGES else name
+    if error is not None and not isinstance(error, ModuleNotFoundError):
+        if any(words in str(error).lower() for words in ("failed to map segment", "allocate memory")):
+            return f"not enough memory to load {package} ({error}); close other programs and run the same command again"
+        return f"{package} is installed but cannot be loaded ({error}); install it again: {install([name])}"
     return f"{package} is not installed; run: {install([name])}"

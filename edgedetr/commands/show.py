@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 import click
+
+from edgedetr.commands.faults import writing_out
 
 
 class Progress(Protocol):
@@ -35,8 +38,22 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, title: str =
 
 
 def as_json(value: object) -> None:
-    """One JSON document on standard output; NaN and infinity, which JSON does not have, become null."""
-    click.echo(json.dumps(_finite(value), indent=1, ensure_ascii=False))
+    """One JSON document on standard output; NaN and infinity, which JSON does not have, become null.
+
+    Letters that standard output cannot show are written as JSON's escapes.
+    """
+    text = json.dumps(_finite(value), indent=1, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(_finite(value), indent=1)
+    write_out(text)
+
+
+def write_out(text: str) -> None:
+    """One piece of data on standard output."""
+    with writing_out():
+        click.echo(text)
 
 
 def say(text: str) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from contextlib import closing
 from pathlib import Path
 
 import click
 
 from edgedetr.commands.choose import BACKENDS, json_option, open_bundle, threads_option
-from edgedetr.commands.show import as_json, say, table
+from edgedetr.commands.show import as_json, say, table, write_out
 
 
 @click.command()
@@ -47,18 +46,15 @@ def predict(
     detector = load(bundle, backend=backend, stage=stage, threads=threads, trust=trust)
     say(detector.description)
     count = 0
-    # A service is ended by SIGTERM: what was written must be closed then, as after Ctrl-C.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with closing(run(detector, sources, out=out, confidence=conf, drop_late=drop_late)) as lines:
             for line in lines:
-                click.echo(line)
+                write_out(line)
                 count += 1
     except KeyboardInterrupt:
         say(f"stopped after {count} pictures")
-        return 0 if any(map(is_live, sources)) else 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        if not any(map(is_live, sources)):
+            raise
     return 0
 
 

@@ -99,7 +99,7 @@ class _Graph:
         try:
             import onnx
         except ImportError as error:
-            raise MissingDependency(missing("onnx")) from error
+            raise MissingDependency(missing("onnx", error)) from error
         self.onnx, self.run, self.images, self.threads = onnx, run, images, threads
         # In float32, so that all tensors can be compared; what FP16 rounds is far below the floor.
         self.model = onnx.load_from_string(twin(model, rounded=False))

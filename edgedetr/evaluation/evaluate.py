@@ -92,7 +92,7 @@ def _run(truth: GroundTruth, detections: Mapping[int, Detections], by_size: bool
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
-        raise MissingDependency(missing("pycocotools")) from error
+        raise MissingDependency(missing("pycocotools", error)) from error
     images = [{"id": int(i), "height": int(h), "width": int(w)} for i, (h, w) in zip(truth.image_ids, truth.sizes)]
     categories = [{"id": c.index, "name": c.name} for c in truth.classes]
     objects_of = zip(truth.image_ids[truth.image].tolist(), truth.labels.tolist(), _xywh(truth.boxes),

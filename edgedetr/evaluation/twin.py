@@ -41,7 +41,7 @@ def _onnx() -> Any:
     try:
         import onnx
     except ImportError as error:
-        raise MissingDependency(f"FP16 is judged on a graph made with onnx; {missing('onnx')}") from error
+        raise MissingDependency(f"FP16 is judged on a graph made with onnx; {missing('onnx', error)}") from error
     return onnx
 
 

@@ -166,7 +166,7 @@ def _download(name: str, file: str, needed: bool = True) -> Path | None:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise ModelError(f"{name} is on the Hugging Face hub, and {missing('huggingface_hub')}; "
+        raise ModelError(f"{name} is on the Hugging Face hub, and {missing('huggingface_hub', error)}; "
                          f"or train from scratch: {RANDOM}") from error
     try:
         return Path(hf_hub_download(name, file))

@@ -68,7 +68,7 @@ def write_report(bundle: Bundle, *, data: Path | None = None) -> Path:
 
         from edgedetr.report import figures
     except ImportError as error:
-        raise MissingDependency(missing((error.name or "matplotlib").partition(".")[0])) from error
+        raise MissingDependency(missing((error.name or "matplotlib").partition(".")[0], error)) from error
     evidence = read(bundle)
     verdict, manifest = evidence.verdict, bundle.manifest
     root = data or (Path(manifest.data.path) if manifest.data else None)

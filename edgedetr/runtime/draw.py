@@ -40,7 +40,7 @@ def draw(image: np.ndarray, detections: Detections, *, confidence: float = 0.0) 
     try:
         from PIL import Image, ImageDraw
     except ImportError as error:
-        raise MissingDependency(missing("PIL")) from error
+        raise MissingDependency(missing("PIL", error)) from error
     shown = detections.above(confidence)
     picture = Image.fromarray(np.ascontiguousarray(image))
     pen = ImageDraw.Draw(picture, "RGB")

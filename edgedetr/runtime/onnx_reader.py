@@ -44,7 +44,7 @@ def load(path: str | Path, error: type[EdgedetrError] = BundleError) -> Any:
     try:
         import onnx
     except ImportError as reason:
-        raise MissingDependency(missing("onnx")) from reason
+        raise MissingDependency(missing("onnx", reason)) from reason
     data, _ = read(path, error)
     try:
         return onnx.load_model_from_string(data)

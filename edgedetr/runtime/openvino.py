@@ -76,7 +76,7 @@ def _compile(model: bytes, threads: int | None, precision_hint: str, batch: int 
     try:
         openvino = import_openvino()
     except ImportError as error:
-        raise MissingDependency(missing("openvino")) from error
+        raise MissingDependency(missing("openvino", error)) from error
     settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads

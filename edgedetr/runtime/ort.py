@@ -123,7 +123,7 @@ def _library() -> Any:
     try:
         return import_onnxruntime()
     except ImportError as error:
-        raise MissingDependency(missing("onnxruntime")) from error
+        raise MissingDependency(missing("onnxruntime", error)) from error
 
 
 def _open(onnxruntime: Any, model: bytes, options: Any, providers: list[Any], what: str,

@@ -58,7 +58,7 @@ def opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise MissingDependency(f"video needs OpenCV; {missing('cv2')}") from error
+        raise MissingDependency(f"video needs OpenCV; {missing('cv2', error)}") from error
     return cv2
 
 
