@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from edgedetr import kinds
 from edgedetr import manifest as form
 from edgedetr.errors import BundleError, EdgedetrError, TrainingError
 from edgedetr.files import atomic_write, digest, flush, inside, put, remove_leftovers, temporary_beside
@@ -235,6 +236,7 @@ def _read(path: Path) -> Manifest:
         raise BundleError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); expected the folder "
                           "of a bundle") from error
     if not there:
+        kinds.require(path, "bundle")
         raise BundleError(f"{path}: no {MANIFEST} here, so this is no bundle; run: edgedetr train --data DIR")
     where = inside(path, MANIFEST)
     fix = "restore it from a copy or run the training again"

@@ -24,6 +24,7 @@ FLOOR = {
     "shipped": 0,
     "packages": 0,
     "reading": -0.5,
+    "kinds": -0.5,
     "locks": -0.5,
     "files": -0.25,
     "manifest": -0.1,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from edgedetr.commands.choose import json_option, open_bundle, read_size
+from edgedetr.commands.choose import expect, json_option, open_bundle, read_size
 from edgedetr.commands.show import as_json, say, table
 from edgedetr.errors import NotWithinTolerance, UsageError
 
@@ -68,11 +68,12 @@ def _parse(files: list[Path]) -> list[RtxResult]:
 
 
 @click.command("import")
-@click.argument("source", metavar="SOURCE")
+@click.argument("source", metavar="SOURCE", callback=expect("model"))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle to write.")
 @click.option("--model", help="Member of the family that the weights belong to; not for an ONNX file.")
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="Data directory: its classes, and what to calibrate and verify on."
+    "--data", type=click.Path(path_type=Path), callback=expect("data"),
+    help="Data directory: its classes, and what to calibrate and verify on."
 )
 @click.option(
     "--classes",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,11 +14,29 @@ from edgedetr.errors import UsageError
 RUNS = Path("runs")
 BACKENDS = ("onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt")     # runtime.detector's, without importing it
 
+
+def expect(what: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Callback of arguments that take a path: what is known to be something else is refused, by its own name.
+
+    what    a key of edgedetr.kinds.EXPECTED
+    """
+
+    def check(_: click.Context, __: click.Parameter, given: Any) -> Any:
+        from edgedetr.kinds import require
+
+        for path in given if isinstance(given, tuple) else () if given is None else (given,):
+            require(path, what)
+        return given
+
+    return check
+
+
 bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
 json_option = click.option("--json", "as_json_", is_flag=True, help="Print the result as JSON on standard output.")
 data_option = click.option(
     "--data",
     type=click.Path(path_type=Path),
+    callback=expect("data"),
     help="Data directory (COCO, YOLO or VOC); default: the one recorded in the bundle.",
 )
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads of the inference libraries.")

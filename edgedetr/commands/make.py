@@ -9,7 +9,7 @@ from typing import Literal
 import click
 
 from edgedetr.bundle import Bundle
-from edgedetr.commands.choose import bundle_argument, open_bundle, read_size
+from edgedetr.commands.choose import bundle_argument, expect, open_bundle, read_size
 from edgedetr.commands.show import progress_bars, say, table
 from edgedetr.errors import PreparedNotFinished, UsageError
 
@@ -20,13 +20,15 @@ set_option = click.option(
 
 @click.command()
 @click.option(
-    "--data", required=True, type=click.Path(path_type=Path), help="Data directory: COCO, YOLO or VOC layout."
+    "--data", required=True, type=click.Path(path_type=Path), callback=expect("data"),
+    help="Data directory: COCO, YOLO or VOC layout."
 )
-@click.option("--recipe", "recipe_name", help="A shipped recipe by name, or a TOML file.  [default: the edge default]")
+@click.option("--recipe", "recipe_name", callback=expect("recipe"),
+              help="A shipped recipe by name, or a TOML file.  [default: the edge default]")
 @click.option("--preset", default="", metavar="parity|strong", help="Values under the recipe: the originals' training, "
               "or much regularisation.  [default: neither]")
-@click.option("--start", metavar="BUNDLE|FILE|HUB_ID", help="Start from a whole detector's weights.  "
-              "[default: the recipe's, else the backbone's]")
+@click.option("--start", metavar="BUNDLE|FILE|HUB_ID", callback=expect("start"),
+              help="Start from a whole detector's weights.  [default: the recipe's, else the backbone's]")
 @set_option
 @click.option("--out", type=click.Path(path_type=Path), help="The bundle to write.  [default: runs/DATA.bundle]")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the bundle, also after a crash.")
@@ -59,6 +61,7 @@ def train(
 @click.option(
     "--calib",
     type=click.Path(path_type=Path),
+    callback=expect("data"),
     help="Calibration images.  [default: the train split of the bundle's data]",
 )
 @click.option(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgedetr.commands.choose import json_option
+from edgedetr.commands.choose import expect, json_option
 from edgedetr.commands.show import as_json, progress_bars, say, table
 from edgedetr.errors import NotWithinTolerance
 
@@ -18,7 +18,7 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=click.Path(path_type=Path), callback=expect("data"))
 @click.option("--strict", is_flag=True, help="Exit 1 when anything had to be left out.")
 @json_option
 def check(directory: Path, strict: bool, as_json_: bool) -> int:

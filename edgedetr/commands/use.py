@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from edgedetr.commands.choose import BACKENDS, json_option, open_bundle, threads_option
+from edgedetr.commands.choose import BACKENDS, expect, json_option, open_bundle, threads_option
 from edgedetr.commands.show import as_json, say, table, write_out
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", callback=expect("source"))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for pictures with the boxes drawn in.")
 @click.option("--conf", default=0.25, show_default=True, type=click.FloatRange(0, 1), help="Least confidence.")
 @click.option("--stage", help="onnx, fp16, int8 or int8-cpu.  [default: the fastest that is safe on this machine]")
