@@ -126,16 +126,17 @@ def untyped() -> ModelProto:
     return model
 
 
-def control_flow() -> ModelProto:
+def control_flow(other: str = "NonZero") -> ModelProto:
+    """An If with Relu on one side and `other` on the other."""
     def branch(kind: str) -> onnx.GraphProto:
         return helper.make_graph([helper.make_node(kind, ["x"], ["b"], f"inner_{kind}")], kind, [],
                                  [helper.make_empty_tensor_value_info("b")])
-    return graph_of([node("If", "c", "y", then_branch=branch("Relu"), else_branch=branch("NonZero"))],
+    return graph_of([node("If", "c", "y", then_branch=branch("Relu"), else_branch=branch(other))],
                     {"x": (F32, (1, 4)), "c": (TensorProto.BOOL, ())})
 
 
-def scatter(reduction: str) -> ModelProto:
-    return graph_of([node("ScatterND", "x i u", "y", reduction=reduction)],
+def scatter(reduction: str = "") -> ModelProto:
+    return graph_of([node("ScatterND", "x i u", "y", **({"reduction": reduction} if reduction else {}))],
                     {"x": (F32, (4, 4)), "u": (F32, (1, 4))}, {"i": np.array([[1]], np.int64)})
 
 
@@ -149,6 +150,13 @@ def conv_then(*, batch_norm: bool = False, scaled: tuple[int, ...] | None = None
         constants["g"] = np.ones(scaled, np.float32)
         nodes.append(node("Mul", "c g", "y"))
     return graph_of(nodes, {"x": (F32, (1, 32, 8, 8))}, constants)
+
+
+def damaged() -> ModelProto:
+    """A weight of fewer bytes than its sizes say."""
+    model = conv_then()
+    model.graph.initializer[0].raw_data = b"short"
+    return model
 
 
 def layer_norm(native: bool) -> ModelProto:

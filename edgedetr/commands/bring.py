@@ -14,7 +14,7 @@ from edgedetr.errors import NotWithinTolerance, UsageError
 if TYPE_CHECKING:
     from edgedetr.graph.rtx import RtxResult
 
-TARGETS = ("jetpack-6", "jetpack-7.2", "trt-11")
+TARGETS = ("jetpack-6", "jetpack-7.0", "jetpack-7.1", "jetpack-7.2", "trt-11")
 
 
 @click.command()

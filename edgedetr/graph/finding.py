@@ -8,6 +8,7 @@ from typing import Literal
 
 from onnx import NodeProto
 
+from edgedetr.graph.operator_table import OperatorTable, operator_table
 from edgedetr.graph.view import GraphView, title
 
 Severity = Literal["error", "warning"]
@@ -20,23 +21,37 @@ class Target:
     name: str
     tensorrt: tuple[int, int]
     words: str
+    rtx: bool = False
+
+    @property
+    def table(self) -> OperatorTable:
+        """The operators that its parser reads."""
+        return operator_table(self.tensorrt, rtx=self.rtx)
 
 
 TARGETS = {
     "jetpack-6": Target("jetpack-6", (10, 3), "JetPack 6.1 and 6.2, TensorRT 10.3"),
+    "jetpack-7.0": Target("jetpack-7.0", (10, 13), "JetPack 7.0, TensorRT 10.13"),
+    "jetpack-7.1": Target("jetpack-7.1", (10, 13), "JetPack 7.1, TensorRT 10.13"),
     "jetpack-7.2": Target("jetpack-7.2", (10, 16), "JetPack 7.2, TensorRT 10.16"),
     "trt-11": Target("trt-11", (11, 0), "TensorRT 11"),
 }
+# No place to build an engine for; NVIDIA's parser that runs here, on which lint is tested.
+RTX = Target("rtx-1.7", (11, 4), "TensorRT-RTX 1.7", rtx=True)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong at one place, for one target. An error stops the build or makes the engine wrong."""
+    """One thing that is wrong at one place, for one target. An error stops the build or makes the engine wrong.
+
+    source   where the claim can be read, where that is not what the rule names
+    """
 
     node: str
     reason: str
     fix: str
     severity: Severity = "error"
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,6 @@ class Finding:
         return f"{self.node}: {self.reason} [{self.rule}]; {self.fix}"
 
 
-def at(node: NodeProto, reason: str, fix: str, severity: Severity = "error") -> Fault:
+def at(node: NodeProto, reason: str, fix: str, severity: Severity = "error", source: str = "") -> Fault:
     """A fault of a node."""
-    return Fault(title(node), reason, fix, severity)
+    return Fault(title(node), reason, fix, severity, source)

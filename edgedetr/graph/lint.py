@@ -15,7 +15,7 @@ from onnx import ModelProto
 
 from edgedetr.errors import UsageError, did_you_mean
 from edgedetr.graph.file import open_onnx
-from edgedetr.graph.finding import TARGETS, Finding, Target
+from edgedetr.graph.finding import RTX, TARGETS, Finding, Target
 from edgedetr.graph.rules import RULES
 from edgedetr.graph.view import GraphView
 
@@ -75,7 +75,8 @@ def lint(model: ModelProto, targets: Iterable[str] = tuple(TARGETS)) -> tuple[Fi
         for rule in RULES:
             for fault in rule.check(view, target):
                 key = rule.id, fault.node, fault.reason
-                finding = merged.setdefault(key, Finding(rule.id, fault.node, fault.reason, fault.fix, rule.source))
+                finding = merged.setdefault(key, Finding(rule.id, fault.node, fault.reason, fault.fix,
+                                                         fault.source or rule.source))
                 finding.severity[name] = fault.severity
     order = {rule.id: number for number, rule in enumerate(RULES)}
     return tuple(sorted(merged.values(), key=lambda finding: order[finding.rule]))
@@ -99,6 +100,8 @@ def for_tensorrt(names: Iterable[str]) -> list[str]:
 
 
 def _target(name: str) -> Target:
+    if name == RTX.name:
+        return RTX
     if name not in TARGETS:
         raise UsageError(f"target is {name!r}; expected one of {', '.join(TARGETS)}{did_you_mean(name, TARGETS)}")
     return TARGETS[name]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 import time
 from typing import Any
 
+OPEN = 64           # pixels for an open size; an open batch is built for 1
 MODULES = ("tensorrt_rtx", "tensorrt_rtx_bindings")     # the name differs between distributions
 
 
@@ -52,12 +54,15 @@ def examine(trt: Any, path: str, build: bool) -> dict[str, Any]:
         begun = time.perf_counter()
         config = builder.create_builder_config()
         inputs = [network.get_input(number) for number in range(network.num_inputs)]
-        open_inputs = [item for item in inputs if -1 in tuple(item.shape)]
-        if open_inputs:
+        if any(-1 in tuple(item.shape) or item.is_shape_tensor for item in inputs):
             profile = builder.create_optimization_profile()
-            for item in open_inputs:
-                shape = tuple(1 if size == -1 else size for size in item.shape)
-                profile.set_shape(item.name, shape, shape, shape)
+            for item in inputs:
+                shape = tuple(size if size != -1 else OPEN if place else 1 for place, size in enumerate(item.shape))
+                if item.is_shape_tensor:
+                    values = [1] * math.prod(shape)
+                    profile.set_shape_input(item.name, values, values, values)
+                elif -1 in tuple(item.shape):
+                    profile.set_shape(item.name, shape, shape, shape)
             config.add_optimization_profile(profile)
         plan = builder.build_serialized_network(network, config)
         result |= {"built": plan is not None, "build_seconds": time.perf_counter() - begun,

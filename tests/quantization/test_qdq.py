@@ -147,7 +147,8 @@ def test_tensorrt_dialect_is_legal_and_the_cpu_dialect_is_not_mistaken_for_it(ca
     model, _, chosen, amax = case
     assert lint(insert(model, chosen, amax, SIGNED)) == ()
     found = lint(insert(model, chosen, amax, CPU))
-    assert {finding.rule for finding in found if finding.worst == "error"} == {"zero-point"}
+    # uint8 activations, and biases of int32, which TensorRT leaves float.
+    assert {finding.rule for finding in found if finding.worst == "error"} == {"zero-point", "operator-type"}
 
 
 def test_a_channel_of_zeros_keeps_its_bias():

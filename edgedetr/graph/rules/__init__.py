@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from edgedetr.graph.finding import Rule
-from edgedetr.graph.rules import operators, quantised, shapes, types
+from edgedetr.graph.rules import limits, normalisation, operators, quantised, shapes, structure, types
 
 _DOCS = "https://docs.nvidia.com/deeplearning/tensorrt/latest"
 _QUANTISED = f"{_DOCS}/inference-library/work-quantized-types.html"
 _PARSER = "https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md"
 _MODELOPT = "https://github.com/NVIDIA/Model-Optimizer (modelopt.onnx.quantization)"
+_ONNX = "https://onnx.ai/onnx/repo-docs/IR.html"
 _ISSUES = "https://github.com/NVIDIA/TensorRT/issues"
 
 RULES: tuple[Rule, ...] = (
     Rule("inference", types.uninferable, "https://onnx.ai/onnx/api/shape_inference.html"),
     Rule("external-data", shapes.external_data, "https://onnx.ai/onnx/repo-docs/ExternalData.html"),
+    Rule("names", structure.names, _ONNX),
+    Rule("damaged-weights", structure.damaged_weights, _ONNX),
+    Rule("schema", structure.by_schema, "https://onnx.ai/onnx/operators/"),
+    Rule("element-type", structure.element_types, _PARSER),
+    Rule("inner-type", structure.inner_types, _PARSER),
+    Rule("dimensions", limits.dimensions, f"{_DOCS}/reference/operators.html"),
+    Rule("sizes", limits.sizes, "https://onnx.ai/onnx/operators/"),
     Rule("opset", shapes.opset, _PARSER),
     Rule("quantised-opset", shapes.quantised_opset, "https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html"),
     Rule("open-input", shapes.open_input, f"{_ISSUES}/4813"),
@@ -21,20 +29,25 @@ RULES: tuple[Rule, ...] = (
     Rule("open-channels", shapes.open_channels, _QUANTISED),
     Rule("shape-arithmetic", shapes.shape_arithmetic, f"{_DOCS}/performance/best-practices.html"),
     Rule("foreign-domain", operators.foreign_domain, _PARSER),
+    Rule("unknown-operator", operators.unknown_operator, _PARSER),
+    Rule("operator-type", limits.operator_type, _PARSER),
+    Rule("operator-limit", limits.operator_limit, _PARSER),
+    Rule("operator-input", limits.operator_input, _PARSER),
     Rule("data-dependent", operators.data_dependent, f"{_DOCS}/inference-library/work-dynamic-shapes.html"),
     Rule("control-flow", operators.control_flow, f"{_DOCS}/performance/best-practices.html"),
     Rule("integer-operator", operators.integer_operators, _PARSER),
     Rule("too-new", operators.too_new, _PARSER),
-    Rule("scatter-reduction", operators.scatter_reduction, _PARSER),
     Rule("topk-bound", operators.topk_bound, "builder of TensorRT-RTX 1.7.1: K exceeds the maximum value (3840)"),
     Rule("grid-sample-mode", operators.grid_sample_mode, f"{_ISSUES}/4646"),
     Rule("grid-sample-rank", operators.grid_sample_rank, _PARSER),
     Rule("grid-sample-wrong", operators.grid_sample_wrong, f"{_ISSUES}/4813"),
     Rule("batch-norm", operators.batch_norm, _QUANTISED),
-    Rule("layer-norm", operators.layer_norm, "https://github.com/marcoslucianops/DeepStream-Yolo/pull/647"),
+    Rule("layer-norm", normalisation.written_out_layer_norm,
+         "https://github.com/marcoslucianops/DeepStream-Yolo/pull/647"),
     Rule("zero-point", quantised.zero_point, _QUANTISED),
     Rule("scale-value", quantised.scale_value, _QUANTISED),
     Rule("scale-type", quantised.scale_type, "NvInfer.h of TensorRT 10.3 and 11.1, IQuantizeLayer"),
+    Rule("scale-axis", quantised.scale_axis, _QUANTISED),
     Rule("per-channel-activation", quantised.per_channel_activation, _QUANTISED),
     Rule("weight-axis", quantised.weight_axis, _MODELOPT),
     Rule("one-side-quantised", quantised.one_side_quantised, _QUANTISED),

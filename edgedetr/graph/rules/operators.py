@@ -4,30 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 from onnx import NodeProto
 
 from edgedetr.graph.finding import Fault, Target, at
-from edgedetr.graph.view import GraphView, text
+from edgedetr.graph.inference import inner_graphs
+from edgedetr.graph.operator_table import read_since
+from edgedetr.graph.view import GraphView, attribute, text
 
 TOPK_LIMIT = 3840               # K; the builder refuses more
 DATA_DEPENDENT = {"NonMaxSuppression", "NonZero", "Unique", "Compress"}
 CONTROL_FLOW = {"If", "Loop", "Scan"}
 INTEGER = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
-SINCE = {"Attention": (10, 14)}     # operator -> first TensorRT whose parser knows it
 MEANT = {"linear": "bilinear", "cubic": "bicubic"}      # names of opset 20 -> names of opset 16
+OWN = ("", "ai.onnx")
 
 
 def foreign_domain(view: GraphView, target: Target) -> Iterator[Fault]:
     """Operators that are not ONNX's own."""
     for node in view.everywhere:
-        if node.domain in ("", "ai.onnx") or (node.domain, node.op_type) in _functions(view):
+        if node.domain in OWN or (node.domain, node.op_type) in _functions(view):
             continue
         if node.op_type.endswith("_TRT") or node.domain == "trt.plugins":
             yield at(node, f"{node.op_type} is a TensorRT plugin: the engine builds and runs only where it is loaded, "
-                     "and no CPU can check it", "export the model without plugins", "warning")
+                     "which edgedetr does not do, and no CPU can check it", "export the model without plugins")
+        elif node.op_type in target.table.operators:
+            yield at(node, f"{node.op_type} of domain {node.domain!r}: the parser goes by the name alone and takes it "
+                     "for ONNX's own", "export the model with operators of ONNX alone", "warning")
         else:
             yield at(node, f"{node.op_type} of domain {node.domain!r} is unknown to TensorRT",
                      "export the model with operators of ONNX alone")
+
+
+def unknown_operator(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Operators that no known parser reads, and names that ONNX does not have."""
+    for node in view.everywhere:
+        elsewhere = node.op_type in INTEGER or node.op_type in DATA_DEPENDENT
+        if node.domain in OWN and not elsewhere and node.op_type not in target.table.operators \
+                and (node.domain, node.op_type) not in _functions(view) and not _later(node, target):
+            yield at(node, f"{node.op_type} is not among the operators that the parser reads",
+                     "export the model without it, written as operators that are", source=target.table.source)
 
 
 def data_dependent(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -40,9 +56,18 @@ def data_dependent(view: GraphView, target: Target) -> Iterator[Fault]:
 
 def control_flow(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in view.everywhere:
-        if node.op_type in CONTROL_FLOW:
-            yield at(node, f"{node.op_type} decides at run time, so no CUDA graph can be captured",
-                     "export for one fixed size, so that the decision falls at export (edgedetr import folds it)")
+        if node.op_type not in CONTROL_FLOW:
+            continue
+        yield at(node, f"{node.op_type} decides at run time, so no CUDA graph can be captured",
+                 "export for one fixed size, so that the decision falls at export (edgedetr import folds it)",
+                 "warning")
+        branches = inner_graphs(node) if node.op_type == "If" else []
+        for outputs in zip(*(graph.output for graph in branches)):
+            kinds = [item.type.tensor_type for item in outputs]
+            ranks = {len(kind.shape.dim) for kind in kinds if kind.HasField("shape")}
+            if len(ranks) > 1 or len({kind.elem_type for kind in kinds if kind.elem_type}) > 1:
+                yield at(node, "its branches give tensors of different ranks or types",
+                         "export for one fixed size, so that the decision falls at export")
 
 
 def integer_operators(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -54,30 +79,27 @@ def integer_operators(view: GraphView, target: Target) -> Iterator[Fault]:
 
 def too_new(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in view.everywhere:
-        since = SINCE.get(node.op_type)
-        if since is not None and node.domain in ("", "ai.onnx") and target.tensorrt < since:
-            yield at(node, f"{node.op_type} is read from TensorRT {since[0]}.{since[1]} on",
-                     "export at opset 19, where it is written as MatMul and Softmax")
-
-
-def scatter_reduction(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in view.everywhere:
-        kind = text(node, "reduction", "none")
-        if node.op_type in ("ScatterND", "ScatterElements") and kind != "none":
-            yield at(node, f"{node.op_type} with reduction {kind!r} is not supported",
-                     "scatter without a reduction, or gather and add")
+        later = _later(node, target)
+        if later:
+            yield at(node, f"{node.op_type} is read from TensorRT {later} on",
+                     "export at opset 19, where it is written as other operators")
 
 
 def topk_bound(view: GraphView, target: Target) -> Iterator[Fault]:
+    """K as it is written, or as it follows from sizes that are fixed: sorting a whole axis is a TopK of its length."""
     for node in view.nodes:
         if node.op_type != "TopK":
             continue
-        wanted = view.value(node.input[1])
-        if wanted is None:
+        if len(node.input) < 2:             # opset 9 has it as an attribute
+            found = np.array([attribute(node, "k", 0)])
+        else:
+            folded = view.folded(node.input[1])
+            found = np.array([]) if folded is None or folded.dtype.kind not in "iu" else folded.reshape(-1)
+        if not found.size:
             yield at(node, "K is computed, so the size of everything behind it is open",
                      "export for one fixed size, so that K is a constant", "warning")
-        elif int(wanted.reshape(-1)[0]) > TOPK_LIMIT:
-            yield at(node, f"K is {int(wanted.reshape(-1)[0])}; the builder takes at most {TOPK_LIMIT}",
+        elif int(found[0]) > TOPK_LIMIT:
+            yield at(node, f"K is {int(found[0])}; the builder takes at most {TOPK_LIMIT}",
                      f"keep {TOPK_LIMIT} or fewer queries")
 
 
@@ -93,7 +115,7 @@ def grid_sample_mode(view: GraphView, target: Target) -> Iterator[Fault]:
 
 def grid_sample_rank(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in _grid_samples(view):
-        shape = view.shape(node.input[0])
+        shape = view.shape(node.input[0]) if node.input else None
         if shape is not None and len(shape) != 4:
             yield at(node, f"samples a tensor of {len(shape)} dimensions; before TensorRT 11.2 only 4 can be",
                      "fold the further dimensions into the batch",
@@ -116,22 +138,9 @@ def batch_norm(view: GraphView, target: Target) -> Iterator[Fault]:
             yield at(node, "BatchNormalization is left" + (" behind a Conv" if after else ""),
                      "export in evaluation mode with constant folding, before quantising (edgedetr import folds it)",
                      "warning")
-        elif node.op_type == "Mul" and after and _per_channel(view, node):
+        elif node.op_type == "Mul" and len(node.input) > 1 and after and _per_channel(view, node):
             yield at(node, "a Conv is scaled by a constant per channel: a frozen BatchNorm that was not folded",
                      "fold it into the weights before quantising (edgedetr import does)", "warning")
-
-
-def layer_norm(view: GraphView, target: Target) -> Iterator[Fault]:
-    """x - mean, its variance, / sqrt(variance + eps), written out."""
-    for node in view.nodes:
-        if node.op_type != "Sqrt":
-            continue
-        plus = view.makers.get(node.input[0])
-        variance = view.makers.get(plus.input[0]) if plus is not None and plus.op_type == "Add" else None
-        divides = any(reader.node.op_type == "Div" for reader in view.readers[node.output[0]])
-        if variance is not None and variance.op_type == "ReduceMean" and divides:
-            yield at(node, "LayerNormalization is written out; in FP16 its square has overflowed to no detections",
-                     "export at opset 17 or later, where it is one operator that keeps its sums in float32", "warning")
 
 
 def _grid_samples(view: GraphView) -> Iterator[NodeProto]:
@@ -145,4 +154,10 @@ def _per_channel(view: GraphView, node: NodeProto) -> bool:
 
 
 def _functions(view: GraphView) -> set[tuple[str, str]]:
-    return {(function.domain, function.name) for function in view.model.functions}
+    return view.once("functions", lambda: {(item.domain, item.name) for item in view.model.functions})
+
+
+def _later(node: NodeProto, target: Target) -> str:
+    """The release that reads an operator which this one does not, or an empty string."""
+    unread = node.domain in OWN and node.op_type not in target.table.operators and not target.rtx
+    return read_since(node.op_type) if unread else ""

@@ -10,13 +10,14 @@ from edgedetr.graph.finding import Fault, Target, at
 from edgedetr.graph.view import GraphView
 
 OPSET = 19
-NEWEST = {10: 20, 11: 24}           # major version of TensorRT -> newest opset that its parser is known to read
 
 
 def opset(view: GraphView, target: Target) -> Iterator[Fault]:
-    newest = NEWEST[target.tensorrt[0]]
-    if not 9 <= view.opset <= newest:
-        yield Fault("the graph", f"opset {view.opset}; this parser reads 9 to {newest}", f"export at opset {OPSET}")
+    """The parser reads on beyond what is documented, and takes each operator as it knows it."""
+    oldest, newest = target.table.opsets
+    if not oldest <= view.opset <= newest:
+        yield Fault("the graph", f"opset {view.opset}; this parser is documented to read {oldest} to {newest}",
+                    f"export at opset {OPSET}", "warning")
     elif view.opset != OPSET:
         yield Fault("the graph", f"opset {view.opset}; {OPSET} is the one that fits everything (FP16 Q/DQ need 19, "
                     "LayerNormalization 17, and 20 renames the modes of GridSample)", f"export at opset {OPSET}",
@@ -24,16 +25,16 @@ def opset(view: GraphView, target: Target) -> Iterator[Fault]:
 
 
 def quantised_opset(view: GraphView, target: Target) -> Iterator[Fault]:
-    """Scales per channel exist from opset 13, FP16 scales from 19."""
+    """Scales per channel exist from opset 13, FP16 scales from 19; the parser takes both in older files too."""
     for node in view.nodes:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 2:
             continue
         half = view.types.get(node.input[1]) == TensorProto.FLOAT16
         axis = any(item.name == "axis" for item in node.attribute)
         if (half and view.opset < 19) or (axis and view.opset < 13):
             what = "an FP16 scale" if half else "a scale per channel"
-            yield at(node, f"{what} at opset {view.opset}; it exists from opset {19 if half else 13}",
-                     f"export at opset {OPSET}")
+            yield at(node, f"{what} at opset {view.opset}; it exists from opset {19 if half else 13}, and ONNX Runtime "
+                     "refuses the file", f"export at opset {OPSET}", "warning")
 
 
 def open_input(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -44,12 +45,12 @@ def open_input(view: GraphView, target: Target) -> Iterator[Fault]:
             continue
         shape = item.type.tensor_type.shape.dim if item.type.tensor_type.HasField("shape") else None
         if shape is None:
-            yield Fault(item.name, "an input of unknown rank", "export with fixed sizes")
+            yield Fault(item.name, "an input of unknown rank", "export with fixed sizes", "warning")
             continue
         free = [index for index, size in enumerate(shape) if not size.HasField("dim_value") or size.dim_value < 1]
         if any(index > 0 for index in free):
             yield Fault(item.name, "height, width or channels are open: INT8 and the positions want fixed sizes",
-                        "export for one size (edgedetr import --input HxW fixes it)")
+                        "export for one size (edgedetr import --input HxW fixes it)", "warning")
         elif free:
             yield Fault(item.name, "the batch size is open: engines over a range of batches are slower, and have been "
                         "wrong in silence at the sizes between", "one engine for each batch size; compare it at full "
@@ -74,13 +75,16 @@ def shape_arithmetic(view: GraphView, target: Target) -> Iterator[Fault]:
 
 
 def open_channels(view: GraphView, target: Target) -> Iterator[Fault]:
-    """Channels of integer convolutions must be known when the engine is built."""
+    """Channels of convolutions must be known when the engine is built."""
+    inputs = {item.name for item in view.graph.input}
     for node in view.nodes:
-        if node.op_type != "Conv" or view.dequantised(node, 0) is None:
+        if node.op_type != "Conv" or not node.input:
             continue
-        shape = view.shape(node.input[0])
-        if shape is not None and len(shape) == 4 and shape[1] is None:
-            yield at(node, "an INT8 convolution reads a tensor whose channels are open", "export for one fixed size")
+        integer, shape = view.dequantised(node, 0) is not None, view.shape(node.input[0])
+        # Of a float tensor inside, the parser may know more than is known here.
+        if shape is not None and len(shape) == 4 and shape[1] is None and (integer or node.input[0] in inputs):
+            yield at(node, f"{'an INT8' if integer else 'a'} convolution reads a tensor whose channels are open",
+                     "export for one fixed size")
 
 
 def external_data(view: GraphView, target: Target) -> Iterator[Fault]:

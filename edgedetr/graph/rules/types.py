@@ -12,24 +12,30 @@ from edgedetr.graph.view import FLOATS, GraphView, type_name
 
 # Operator -> the inputs that must have one type; None = all of them.
 EQUAL: dict[str, tuple[int, ...] | None] = {
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Mod", "Pow", "Min", "Max", "Sum", "Mean", "PRelu", "Equal", "Greater",
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max", "Sum", "Mean", "PRelu", "Equal", "Greater",
                      "GreaterOrEqual", "Less", "LessOrEqual", "Concat", "MatMul", "Gemm", "Conv", "ConvTranspose",
-                     "LayerNormalization", "Clip")),
-    "Where": (1, 2), "ScatterND": (0, 2), "ScatterElements": (0, 2),
+                     "LayerNormalization", "InstanceNormalization", "GridSample")),
+    "Where": (1, 2), "ScatterND": (0, 2), "ScatterElements": (0, 2), "Attention": (0, 1, 2),
 }
+# Mixed only from this release on.
+MIXED_FROM: dict[str, tuple[int, int]] = {"Pow": (10, 8), "BatchNormalization": (10, 7)}
 
 
 def equal_types(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in view.nodes:
-        if node.op_type not in EQUAL:
+        if node.op_type not in EQUAL and target.tensorrt >= MIXED_FROM.get(node.op_type, (0, 0)):
             continue
-        places = EQUAL[node.op_type]
+        places = EQUAL.get(node.op_type)
         names = [node.input[i] for i in (range(len(node.input)) if places is None else places) if i < len(node.input)]
-        kinds = [view.types[name] for name in names if name and name in view.types]
+        kinds = [_computed_as(view.types[name]) for name in names if name and name in view.types]
         if len(set(kinds)) > 1:
             told = " and ".join(type_name(kind) for kind in dict.fromkeys(kinds))
             yield at(node, f"{node.op_type} of {told}; a strongly typed network takes operands of one type",
                      "put a Cast where the types part")
+
+
+def _computed_as(kind: int) -> int:
+    return TensorProto.FLOAT if kind == TensorProto.DOUBLE else kind
 
 
 def double(view: GraphView, target: Target) -> Iterator[Fault]:
