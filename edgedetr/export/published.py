@@ -6,30 +6,34 @@ Nothing in the file is executed, and nothing in it is skipped without a word: a 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from edgedetr.bundle import MANIFEST, Bundle, ClassInfo, DataRecord, Manifest, OutputContract
 from edgedetr.data import layouts
 from edgedetr.data.coco_names import COCO, UNUSED, coco_classes
 from edgedetr.errors import DataError, ModelError
+from edgedetr.export.processor import Pixels, pixels
 from edgedetr.models import build, member, names, pretrained
 from edgedetr.models.deploy import DeployGraph
+from edgedetr.models.hub_config import Told
 from edgedetr.models.infer import classes as count_classes
 from edgedetr.models.infer import infer
+from edgedetr.models.origin import Origin
+from edgedetr.reading import read_text
 from edgedetr.recipe import Recipe
 
-STEP = 32               # input sides are multiples of the coarsest stride
-# What the authors resize to, where no preprocessor_config.json says it: RT-DETR stretches to a square, the others make
-# the shorter side 800 px and the longer at most 1333.
-STRETCHED = ("rt_detr",)
-SQUARE, SHORT, LONG = 640, 800, 1333
-# Keys of config.json that no tensor tells, and ours for them.
-TOLD = {"two_stage_num_proposals": "queries", "num_queries": "queries", "dilation": "dilate_last"}
+IMPORTED = "results/import.json"    # of a bundle: where its weights came from, and what was said
+# What changes detections and no tensor tells; said where no config.json does, and how the published files have it.
+UNTOLD = ("heads", "queries", "dilate_last", "ffn_activation", "encoder_activation", "conv_activation",
+          "decoder_activation", "position", "method")
+LAYER = re.compile(r"decoder\.(?:layers|boxes\.(?:score|box|class_tower|box_tower))\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -57,129 +61,160 @@ def import_weights(source: str, model: str, out: str | Path, *, data: Path | Non
     classes   a text file with one name per line, in the order of the file's class head; "-" is a row without a class
     size      height, width of the input; default: what the model was trained with
     sets      `section.key=value`, laid over what was inferred
-    Errors: ModelError (layout, tensors, classes), DataError, BundleError.
+    Errors: ModelError (layout, tensors, configuration, classes), DataError, BundleError.
     """
     out = Path(out)
     if (out / MANIFEST).exists():
         raise ModelError(f"{out} is a bundle already; name another --out")
-    chosen = member(model)
-    notes: list[str] = []
-    raw = pretrained.read(source)
-    layout, weights = names.layout_of(model, raw, source), names.translate(model, raw, source)
-    told, resize = _beside(source, "config.json"), _beside(source, "preprocessor_config.json")
-    heads = _heads(told, sets)
-    values = {**infer(chosen.config, weights, heads), **_told(told, chosen.config), "heads": heads}
-    values = {name: value for name, value in values.items() if name in chosen.config.__dataclass_fields__}
-    height, width, how = _size(model, resize, size, notes)
-    sections = {"model": {"name": model, **values, **_colours(resize)},
-                "input": {"height": height, "width": width, "resize": how}}
-    recipe = Recipe.from_dict(sections, where=source, sets=sets)
+    origin = Origin(source)
+    read = architecture(origin, model, size, sets)
+    recipe, weights, notes = read.recipe, read.weights, list(read.notes)
     config = recipe.model.config
-    if hasattr(config, "dilate_last") and "dilation" not in told:
-        notes.append(f"no tensor says whether C5 is dilated (DC5): taken as {config.dilate_last}; otherwise --set "
-                     f"model.dilate_last={str(not config.dilate_last).lower()}")
-    published = _classes(count_classes(weights, config.activation), told, classes, source, notes)
+    published = _classes(count_classes(weights, config.activation), read.told, classes, source, notes)
     record, wanted = None, published
     if data is not None:
         place = recipe.data.resolve(layouts.splits(data))
         wanted = layouts.load(data, place.verify_split).classes
         record = DataRecord(str(data.resolve()), place.verify_split, place.train_split)
+    with torch.device("meta"):
+        pretrained.compare(build(model, config, len(published)), weights, source)   # before it takes any memory
     detector = build(model, config, len(wanted))
     rows = pretrained.rows_by_name([c.name for c in published], [c.name for c in wanted])
     loaded = pretrained.fit(detector, weights, source, None if wanted == published else rows)
     contract = recipe.input.contract()
     DeployGraph(detector, contract.height, contract.width)      # what cannot be deployed fails before it is written
-    bundle = Bundle.create(out, Manifest(model, wanted, contract, OutputContract(config.activation),
-                                         config=asdict(config), data=record, budget=recipe.verify.budget))
-    with bundle.add("recipe.toml", stage="import") as path:
-        path.write_text(recipe.to_toml(), encoding="utf-8")
-    with bundle.add("weights.safetensors", stage="import", made_from=["recipe.toml"]) as path:
-        save_file({name: value.contiguous() for name, value in detector.state_dict().items()}, path)
     kept = tuple(c.name for c, row in zip(wanted, rows) if row is not None)
     fresh = tuple(c.name for c, row in zip(wanted, rows) if row is None)
     if fresh:
         notes.append(f"rows of the class heads kept by name: {', '.join(kept) or 'none'}; started anew: "
                      f"{', '.join(fresh)}; train before use: edgedetr train --data DIR --recipe {out}/recipe.toml "
                      f"--set train.start={out}")
-    return Imported(bundle, layout, loaded.tensors, kept, fresh, tuple(notes))
+    bundle = Bundle.create(out, Manifest(model, wanted, contract, OutputContract(config.activation),
+                                         config=asdict(config), data=record, budget=recipe.verify.budget))
+    with bundle.add("recipe.toml", stage="import") as path:
+        path.write_text(recipe.to_toml(), encoding="utf-8")
+    with bundle.add("weights.safetensors", stage="import", made_from=["recipe.toml"]) as path:
+        save_file({name: value.contiguous() for name, value in detector.state_dict().items()}, path)
+    with bundle.add(IMPORTED, stage="import") as path:
+        about: dict[str, Any] = {**origin.record(), "layout": read.layout, "notes": notes}
+        path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return Imported(bundle, read.layout, loaded.tensors, kept, fresh, tuple(notes))
 
 
-def _beside(source: str, name: str) -> dict[str, Any]:
-    """A JSON file beside the weights, on disk or on the hub; empty where there is none."""
-    path = pretrained.beside(source, name)
-    if path is None:
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}); repair or remove it") from error
-    return content if isinstance(content, dict) else {}
+@dataclass(frozen=True)
+class Architecture:
+    """A model as its files describe it: recipe and weights under our names; `told` of its config.json, or None."""
+
+    layout: str
+    recipe: Recipe
+    weights: names.Weights
+    told: Told | None
+    notes: tuple[str, ...]
 
 
-def _heads(told: dict[str, Any], sets: Sequence[str]) -> int:
-    """Attention heads: as set, as told, or 8 as in every published member."""
-    for assignment in sets:
+def architecture(origin: Origin, model: str, size: tuple[int, int] | None = None,
+                 sets: Sequence[str] = ()) -> Architecture:
+    """What a source's tensors, config.json and preprocessor_config.json say together.
+
+    Errors: ModelError where they disagree, and for whatever our networks would not compute; it names the key.
+    """
+    source, chosen = origin.source, member(model)
+    raw = origin.weights()
+    layout, notes = names.layout_of(model, raw, source), list(origin.notes)
+    told = _told(origin, model, layout, notes)
+    weights = names.translate(model, raw, source)
+    values = dict(told.values) if told else {}
+    for assignment in sets:                         # samples per head follow from it, so it is needed at once
         if assignment.replace(" ", "").startswith("model.heads="):
-            return int(assignment.partition("=")[2])
-    return int(told.get("decoder_attention_heads") or told.get("encoder_attention_heads") or 8)
+            values["heads"] = _whole(assignment)
+    values.setdefault("heads", 8)
+    found = infer(chosen.config, weights, values["heads"])
+    if model == "deformable_detr" and layout != "edgedetr" and found.get("hidden", 64) < 64:
+        raise ModelError(f"{source}: {found['hidden']} channels per token (d_model), which theirs normalises one by "
+                         "one in 32 groups and ours in pairs; expected at least 64")
+    if told:
+        told.agree(found)
+    if not told:
+        notes.append(_untold(chosen.config, found, values))
+    image = _pixels(origin, model, size)
+    notes += image.notes
+    colours = {"mean": image.mean, "std": image.std} if image.mean and image.std else {}
+    known = chosen.config.__dataclass_fields__
+    inside = {name: value for name, value in {**found, **values}.items() if name in known}
+    sections = {"model": {"name": model, **inside, **colours},
+                "input": {"height": image.height, "width": image.width, "resize": image.resize}}
+    recipe = Recipe.from_dict(sections, where=source, sets=sets)
+    weights = _first_layers(weights, getattr(recipe.model.config, "decoder_layers", len(weights)), notes)
+    return Architecture(layout, recipe, weights, told, tuple(notes))
 
 
-def _told(told: dict[str, Any], config: type[Any]) -> dict[str, Any]:
-    """Settings that config.json has and no tensor tells."""
-    found = {ours: told[theirs] for theirs, ours in TOLD.items() if isinstance(told.get(theirs), (int, bool))}
-    if told.get("two_stage") and "two_stage_num_proposals" in told:
-        found["queries"] = told["two_stage_num_proposals"]
-    if told.get("decoder_method") in ("default", "discrete"):
-        found["method"] = told["decoder_method"]
-    return {name: value for name, value in found.items() if name in config.__dataclass_fields__}
+def _first_layers(weights: names.Weights, count: int, notes: list[str]) -> names.Weights:
+    """Without the decoder layers from `count` on, which a file may hold and its model not use (eval_idx)."""
+    later = {name for name in weights if (found := LAYER.match(name)) and int(found[1]) >= count}
+    if later:
+        notes.append(f"decoder layers from {count} on are left out, as model.decoder_layers says: {len(later)} tensors")
+    return {name: tensor for name, tensor in weights.items() if name not in later}
 
 
-def _colours(resize: dict[str, Any]) -> dict[str, Any]:
-    """Mean and standard deviation of preprocessor_config.json; {} where the member's own hold."""
-    if not resize:
-        return {}
-    if not resize.get("do_normalize", True):
-        return {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
-    if isinstance(resize.get("image_mean"), list) and isinstance(resize.get("image_std"), list):
-        return {"mean": [float(x) for x in resize["image_mean"]], "std": [float(x) for x in resize["image_std"]]}
-    return {}
+def _whole(assignment: str) -> int:
+    value = assignment.partition("=")[2].strip()
+    if not value.isdecimal() or not 0 < int(value[:9]) < 1 << 16:
+        raise ModelError(f"--set {assignment}: expected a whole number from 1")
+    return int(value)
 
 
-def _size(model: str, resize: dict[str, Any], size: tuple[int, int] | None,
-          notes: list[str]) -> tuple[int, int, str]:
-    """Height, width and way of the resize that the model was trained with, as one fixed size."""
-    told = resize.get("size")
-    told = told if isinstance(told, dict) else {}
-    if told.get("height") and told.get("width"):
-        height, width, how = int(told["height"]), int(told["width"]), "stretch"
-    elif told.get("shortest_edge") or model not in STRETCHED:
-        short, long = int(told.get("shortest_edge") or SHORT), int(told.get("longest_edge") or LONG)
-        height, width, how = -(-short // STEP) * STEP, -(-long // STEP) * STEP, "letterbox"
-        notes.append(f"trained with the shorter side at {short} px and the longer at most {long}: letterbox to "
-                     f"{height} x {width} keeps that for wide pictures; for upright ones use --input {width}x{height}")
-    else:
-        height, width, how = SQUARE, SQUARE, "stretch"
-    if size is not None:
-        notes.append(f"input {size[0]} x {size[1]} instead of the {height} x {width} that it was trained with")
-        height, width = size
-    return height, width, how
+def _told(origin: Origin, model: str, layout: str, notes: list[str]) -> Told | None:
+    """config.json beside the weights: of transformers' files always, of others only where it speaks of this model."""
+    if layout.startswith("transformers"):
+        told = pretrained.told_by(origin, model)
+        if told is None:
+            notes.append("no config.json beside the weights")
+        return told
+    path = origin.beside("config.json")
+    if path is not None:
+        notes.append(f"{path} was not read: the weights are not transformers', but those of {layout}")
+    return None
 
 
-def _classes(count: int, told: dict[str, Any], file: Path | None, source: str,
+def _untold(config: type[Any], found: dict[str, Any], values: dict[str, Any]) -> str:
+    """The note about everything that no tensor tells."""
+    default = config()
+    taken = {name: values.get(name, getattr(default, name)) for name in UNTOLD
+             if name in config.__dataclass_fields__ and (name not in found or name == "ffn_activation")
+             and found.get(name) != "prelu"}
+    listed = ", ".join(f"{name}={value}".lower() for name, value in taken.items())
+    said = "whether C5 is dilated (DC5), " if "dilate_last" in taken else ""
+    said += "whether sampling is discrete, which decoder layer is the last one used (eval_idx), " if "method" in taken \
+        else ""
+    return (f"no tensor says {said}and no file beside it does; taken as usual: {listed}; change by --set "
+            f"model.{next(iter(taken), 'heads')}=VALUE, and so on")
+
+
+def _pixels(origin: Origin, model: str, size: tuple[int, int] | None) -> Pixels:
+    """What the image processor beside the weights does; its newer file goes first, as in transformers."""
+    for name, inner in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        path = origin.beside(name)
+        if path is None:
+            continue
+        content = pretrained.config_json(path)
+        nested = content if inner is None else content.get(inner)
+        if isinstance(nested, dict):
+            return pixels(nested, model, str(path), size)
+    return pixels(None, model, origin.source, size)
+
+
+def _classes(count: int, told: Told | None, file: Path | None, source: str,
              notes: list[str]) -> tuple[ClassInfo, ...]:
     """The classes of the file's head: named by `file`, by config.json, by COCO where the count fits, or by number."""
-    labels = told.get("id2label")
+    labels = _labels(told, count) if told and file is None else None
     if file is not None:
-        try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-            listed = [UNUSED if line == "-" else line for line in lines if line]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: not readable ({error}); expected a class name per line") from error
+        text = read_text(file, DataError, fix="expected a class name per line")
+        listed = [UNUSED if line == "-" else line for line in (line.strip() for line in text.splitlines()) if line]
         if len(listed) != count:
             raise DataError(f"{file} names {len(listed)} classes, but the class head of {source} has {count}; "
                             "expected one name per line, in the head's order; for other classes use --data")
-    elif isinstance(labels, dict) and len(labels) == count:
-        listed = [str(labels.get(str(index), labels.get(index, index))) for index in range(count)]
+    elif labels is not None:
+        listed = labels
         notes.append("classes from config.json")
     else:
         coco = coco_classes(count)
@@ -193,3 +228,21 @@ def _classes(count: int, told: dict[str, Any], file: Path | None, source: str,
     if len(set(numbers)) < count or -1 in numbers:
         numbers = list(range(count))
     return tuple(ClassInfo(index, numbers[index], name) for index, name in enumerate(listed))
+
+
+def _labels(told: Told, count: int) -> list[str] | None:
+    """Names in config.json, as many as the class head has rows; None where it has none."""
+    number, labels = told.raw.get("num_labels"), told.raw.get("id2label")
+    if number is not None and (isinstance(number, bool) or number != count):
+        raise ModelError(f"{told.where}: num_labels is {number!r:.60}, but the class head has {count} rows")
+    if labels is None:
+        return None
+    if not isinstance(labels, dict) or set(labels) != {str(index) for index in range(count)}:
+        there = f"has {len(labels)} entries" if isinstance(labels, dict) else f"is a {type(labels).__name__}"
+        raise ModelError(f"{told.where}: id2label {there}; expected one for each of the class head's {count} rows, 0 "
+                         f"to {count - 1}; or name the classes by --classes FILE")
+    listed = [labels[str(index)] for index in range(count)]
+    odd = next((name for name in listed if not isinstance(name, (str, int, float)) or isinstance(name, bool)), None)
+    if odd is not None or None in listed:
+        raise ModelError(f"{told.where}: id2label holds a {type(odd).__name__}; expected names")
+    return [str(name) for name in listed]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -38,6 +38,8 @@ class ConditionalDetrConfig(TransformerConfig):
     decoder_layers: int = 6
     queries: int = 300                          # as published; DETR's 100 cost little less (table 3)
     dropout: float = 0.1
+    ffn_activation: Literal["relu", "gelu", "silu"] = "relu"
+    norm_between: bool = False                  # decoder layers begin with normalised content (see models/decoder.py)
 
 
 def conditional_detr(config: ConditionalDetrConfig, num_classes: int) -> Detector:
@@ -46,7 +48,7 @@ def conditional_detr(config: ConditionalDetrConfig, num_classes: int) -> Detecto
     backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
 
     def feedforward() -> FeedForward:
-        return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)
+        return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)
 
     def decoder_layer(number: int) -> nn.Module:
         return DecoderLayer(ConditionalSelfAttention(c.hidden, c.heads, c.dropout),
@@ -58,7 +60,7 @@ def conditional_detr(config: ConditionalDetrConfig, num_classes: int) -> Detecto
                                          c.dropout) for _ in range(c.encoder_layers)], nn.Identity())
     heads = AbsoluteBoxes(c.hidden, num_classes)
     decoder = Decoder([decoder_layer(number) for number in range(c.decoder_layers)], heads,
-                      norm=nn.LayerNorm(c.hidden), spatial=SpatialQuery(c.hidden))
+                      norm=nn.LayerNorm(c.hidden), spatial=SpatialQuery(c.hidden), norm_between=c.norm_between)
     detector = Detector(backbone, encoder, ConditionalQueries(c.queries, c.hidden), decoder, Normalise(c.mean, c.std))
     xavier(encoder.layers, decoder.layers)
     rare_and_unmoved(heads)

@@ -194,14 +194,17 @@ class Decoder(nn.Module):
 
     query_position  Mlp(4 -> C) of the reference, anew in every layer; None: the position in Queries stays
     norm            on every layer's features before the heads (DETR), or None
+    norm_between    the next layer takes these features as well, and the last are normalised twice: so transformers
+                    computes models with auxiliary_loss, and so they were trained; not in the papers
     spatial         (layer, content, reference, Queries.spatial) -> what cross-attention takes of the place in this
                     layer; None: Queries.spatial stays
     """
 
     def __init__(self, layers: list[nn.Module], boxes: BoxUpdate,
                  query_position: nn.Module | None = None, norm: nn.Module | None = None,
-                 spatial: nn.Module | None = None) -> None:
+                 spatial: nn.Module | None = None, norm_between: bool = False) -> None:
         super().__init__()
+        self.norm_between = norm_between and norm is not None
         self.layers, self.boxes = nn.ModuleList(layers), boxes
         self.query_position, self.norm, self.spatial = query_position, norm, spatial
 
@@ -219,6 +222,8 @@ class Decoder(nn.Module):
                 spatial = self.spatial(index, queries.content, reference, start)
             queries = replace(queries, position=position, reference=reference, spatial=spatial)
             queries = replace(queries, content=layer(queries, memory))
+            if self.norm_between:
+                queries = replace(queries, content=self.norm(queries.content))  # type: ignore[misc]  # there is one
             features = queries.content if self.norm is None else self.norm(queries.content)
             shown = last or not last_only
             if shown:

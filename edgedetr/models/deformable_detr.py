@@ -46,6 +46,7 @@ class DeformableDetrConfig(TransformerConfig):
     sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
     dropout: float = 0.1
     denoising: bool = False                     # vectors for noised labels, for two_stage; not in the paper
+    ffn_activation: Literal["relu", "gelu", "silu"] = "relu"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +66,7 @@ def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> Detector:
     points = (c.points,) * c.levels
 
     def feedforward() -> FeedForward:
-        return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)
+        return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)
 
     def encoder_layer() -> nn.Module:
         return DeformableLayer(DeformableAttention(c.hidden, c.heads, points, c.sampling), feedforward(), c.hidden,

@@ -42,6 +42,8 @@ class DetrConfig(TransformerConfig):
     box_layers: int = 3                         # of the box head; the class head is one Linear
     pre_norm: bool = False                      # LayerNorm before each part (Table Transformer) instead of after
     dropout: float = 0.1
+    ffn_activation: Literal["relu", "gelu", "silu"] = "relu"
+    norm_between: bool = False                  # decoder layers begin with normalised content (see models/decoder.py)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +65,7 @@ def detr(config: DetrConfig, num_classes: int) -> Detector:
     backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
 
     def feedforward() -> FeedForward:
-        return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)
+        return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)
 
     def encoder_layer() -> nn.Module:
         return EncoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout), feedforward(), c.hidden, c.dropout,
@@ -79,7 +81,8 @@ def detr(config: DetrConfig, num_classes: int) -> Detector:
                            [encoder_layer() for _ in range(c.encoder_layers)],
                            nn.LayerNorm(c.hidden) if c.pre_norm else nn.Identity(), once=c.position_at == "input")
     decoder = Decoder([decoder_layer(index) for index in range(c.decoder_layers)],
-                      AbsoluteBoxes(c.hidden, num_classes + 1, box_layers=c.box_layers), norm=nn.LayerNorm(c.hidden))
+                      AbsoluteBoxes(c.hidden, num_classes + 1, box_layers=c.box_layers), norm=nn.LayerNorm(c.hidden),
+                      norm_between=c.norm_between)
     detector = Detector(backbone, encoder, LearnedQueries(c.queries, c.hidden), decoder, Normalise(c.mean, c.std))
     xavier(encoder.layers, decoder.layers)
     return detector

@@ -38,7 +38,7 @@ class DnDetrConfig(TransformerConfig):
     encoder_layers: int = 6
     decoder_layers: int = 6
     queries: int = 300
-    ffn_activation: Literal["prelu", "relu"] = "prelu"
+    ffn_activation: Literal["prelu", "relu", "gelu", "silu"] = "prelu"
     dropout: float = 0.0                        # none, as published
     denoising: bool = True                      # vectors for labels; without them this is DAB-DETR
 

@@ -36,8 +36,11 @@ class HybridEncoder(nn.Module):
     """Maps of C3..C5 -> Memory of as many levels, all C channels wide."""
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], dim: int, layers: list[nn.Module],
-                 expansion: float, blocks: int, activation: str) -> None:
-        """layers: EncoderLayers for the coarsest map; expansion, blocks: width share and depth of each CspRep"""
+                 expansion: float, blocks: int, activation: str, outputs: int) -> None:
+        """layers: EncoderLayers for the coarsest map; expansion, blocks: width share and depth of each CspRep
+
+        outputs  channels of the memory, where `dim` are those inside
+        """
         super().__init__()
         levels, hidden = len(channels), int(dim * expansion)
         self.strides = list(strides)
@@ -48,7 +51,7 @@ class HybridEncoder(nn.Module):
         self.top_down = nn.ModuleList(CspRep(2 * dim, dim, hidden, blocks, activation) for _ in steps)
         self.downsample = nn.ModuleList(ConvNorm(dim, dim, 3, 2, activation=activation) for _ in steps)
         self.bottom_up = nn.ModuleList(CspRep(2 * dim, dim, hidden, blocks, activation) for _ in steps)
-        self.memory_project = nn.ModuleList(ConvNorm(dim, dim) for _ in channels)
+        self.memory_project = nn.ModuleList(ConvNorm(dim, outputs) for _ in channels)
 
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
         """maps: one [B, C_l, H_l, W_l] per level, finest first -> Memory."""

@@ -66,9 +66,15 @@ def _queries(weights: Weights) -> int | None:
 
 
 def _share(weights: Weights) -> float | None:
-    """Width of RT-DETR's fusion blocks, share of C."""
-    name = "encoder.top_down.0.deep.conv.weight"
-    return weights[name].shape[0] / weights["selector.project.weight"].shape[0] if name in weights else None
+    """Width of RT-DETR's fusion blocks, share of the encoder's."""
+    name, inside = "encoder.top_down.0.deep.conv.weight", _rows("encoder.project.0.conv.weight")(weights)
+    return weights[name].shape[0] / inside if name in weights and inside else None
+
+
+def _encoder_width(weights: Weights) -> int | None:
+    """Channels of RT-DETR's hybrid encoder where they are not those of the decoder; 0 where they are."""
+    inside, outside = _rows("encoder.project.0.conv.weight")(weights), READ["hidden"](weights)
+    return None if inside is None else 0 if inside == outside else inside
 
 
 def _activation(weights: Weights) -> str:
@@ -104,6 +110,7 @@ READ: dict[str, Callable[[Weights], Any]] = {
     "refine": _has("decoder.boxes.box.0.layers.0.weight"),
     "two_stage": _has("selector.place.weight"),
     "expansion": _share,
+    "encoder_width": _encoder_width,
     "fusion_blocks": _count(r"encoder\.top_down\.0\.blocks\.(\d+)\."),
     "denoising": _has("selector.denoising_class_embed.weight"),
     "learned_content": _has("selector.content.weight"),

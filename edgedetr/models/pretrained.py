@@ -1,11 +1,7 @@
-"""Published weights into our models: which file, and what of it did not fit; names are translated in `names`.
-
-Reads safetensors, or a torch file with `weights_only`: nothing in a weight file is executed.
-"""
+"""Published weights into our models: what of a file fits, and what does not; names are translated in `names`."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,9 +15,11 @@ from torch import Tensor, nn
 from edgedetr.errors import ModelError
 from edgedetr.models import names
 from edgedetr.models.detector import Detector
+from edgedetr.models.hub_config import Told, look, look_at_backbone
 from edgedetr.models.names.rules import IGNORED
+from edgedetr.models.origin import SCRATCH, Origin
 from edgedetr.models.vit import VitPyramid
-from edgedetr.packages import missing
+from edgedetr.reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +31,8 @@ SOURCES = {
     # Trained on ImageNet-21k with pixels in -1..1: model.mean and model.std are 0.5 each.
     **{f"vit_{size}": f"timm/vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("tiny", "small", "base")},
 }
-RANDOM = "--set model.backbone_weights=random --set model.backbone_norm=trainable --set model.frozen_stages=0"
-
-WEIGHTS = "model.safetensors"                       # of a model on the hub, or in a folder of transformers
-WRAPPERS = ("ema", "module", "model", "state_dict")  # what published files keep their tensors under
+RANDOM = SCRATCH
+JSON_LIMIT = 4 << 20            # bytes of a config.json; one of a thousand classes has 60 kB
 
 # The only weights whose size depends on the number of classes.
 PER_CLASS = re.compile(r"^selector\.(score|denoising_class_embed)\.|^decoder\.boxes\.score\.")
@@ -51,9 +47,40 @@ class Loaded:
     fresh: tuple[str, ...] = ()
 
 
-def load_detector(detector: Detector, member: str, source: str) -> Loaded:
-    """Published weights of a whole detector; class heads start anew where the number of classes differs."""
-    return fit(detector, names.translate(member, read(source), source), source)
+def load_detector(detector: Detector, member: str, source: str, config: Any = None) -> Loaded:
+    """Published weights of a whole detector; class heads start anew where the number of classes differs.
+
+    config   of the detector; with it, a config.json beside the weights must say the same
+
+    Errors: ModelError for weights that do not fit, and for a config.json that says something else.
+    """
+    origin = Origin(source)
+    weights = origin.weights()
+    translated = names.translate(member, weights, source)
+    if config is not None and names.layout_of(member, weights, source).startswith("transformers"):
+        told = told_by(origin, member)
+        for name, value in (told.values.items() if told else ()):
+            ours = getattr(config, name, value)
+            if ours != value and name == "queries":     # of those that are selected, a training may take fewer
+                log.warning("%s: its model has %s queries, and this one %s", source, value, ours)
+            elif ours != value:
+                raise ModelError(f"{told.where if told else source}: its model has {name} = {value!r}, and this one "
+                                 f"{ours!r}; use --set model.{name}={str(value).lower()}")
+    return fit(detector, translated, source)
+
+
+def told_by(origin: Origin, member: str) -> Told | None:
+    """config.json of transformers beside weights; None where there is none. Errors: ModelError, see `hub_config`."""
+    path = origin.beside("config.json")
+    return None if path is None else look(config_json(path), member, str(path))
+
+
+def config_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Errors: ModelError."""
+    content = read_json(path, ModelError, limit=JSON_LIMIT, fix="repair it, or remove it")
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: {type(content).__name__}; expected an object; repair it, or remove it")
+    return content
 
 
 def load_backbone(detector: Detector, config: Any) -> Loaded | None:
@@ -66,7 +93,11 @@ def load_backbone(detector: Detector, config: Any) -> Loaded | None:
             raise ModelError(f"no published weights for {config.backbone} at width {config.backbone_width}; "
                              f"use model.backbone_width=1, or train from scratch: {RANDOM}")
         source = SOURCES[config.backbone]
-    weights, backbone = names.backbone_of(read(source)), detector.backbone
+    origin = Origin(source)
+    weights, backbone = names.backbone_of(origin.weights()), detector.backbone
+    path = origin.beside("config.json")
+    if path is not None:
+        look_at_backbone(config_json(path), str(path))
     if isinstance(backbone, VitPyramid) and not any(name.startswith("transformer.") for name in weights):
         return fit(backbone.transformer, weights, source)       # its pyramid is no part of published weights
     return fit(backbone, weights, source)
@@ -80,17 +111,7 @@ def fit(module: nn.Module, weights: Mapping[str, Tensor], source: str,
     rows    for each of our classes, the file's class that it takes over, or None where it starts anew; without it,
             class heads of another size start anew
     """
-    own = {name: tensor for name, tensor in module.state_dict().items() if not IGNORED.search(name)}
-    weights = {name: tensor for name, tensor in weights.items() if not IGNORED.search(name)}
-    per_class = [name for name in own if PER_CLASS.match(name) and name in weights
-                 and own[name].shape[1:] == weights[name].shape[1:]]
-    fresh = [name for name in per_class if own[name].shape[0] != weights[name].shape[0] or rows is not None]
-    shapes = [f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}" for name in own
-              if name in weights and name not in fresh and weights[name].shape != own[name].shape]
-    missing, extra = set(own) - set(weights), set(weights) - set(own)
-    if missing or extra or shapes:
-        raise ModelError(f"{source} does not fit this model: {_list('missing', missing)}{_list('left over', extra)}"
-                         f"{_list('of another size', shapes)}expected the same architecture; check the [model] section")
+    own, weights, fresh = _compared(module, weights, source, anew=rows is not None)
     for name, tensor in own.items():
         if name not in fresh:
             tensor.copy_(weights[name])
@@ -104,6 +125,28 @@ def fit(module: nn.Module, weights: Mapping[str, Tensor], source: str,
         log.warning("%s: %d tensors kept; started anew, because the number of classes differs: %s",
                     source, len(own) - len(fresh), ", ".join(fresh))
     return Loaded(source, len(own) - len(fresh), tuple(fresh))
+
+
+def compare(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """The check of `fit` alone, which a module on the meta device takes as well. Errors: as `fit`."""
+    _compared(module, weights, source, anew=False)
+
+
+def _compared(module: nn.Module, weights: Mapping[str, Tensor], source: str,
+              anew: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """Tensors of the module and of the file that are compared, and the class heads that start anew."""
+    own = {name: tensor for name, tensor in module.state_dict().items() if not IGNORED.search(name)}
+    weights = {name: tensor for name, tensor in weights.items() if not IGNORED.search(name)}
+    per_class = [name for name in own if PER_CLASS.match(name) and name in weights
+                 and own[name].shape[1:] == weights[name].shape[1:]]
+    fresh = [name for name in per_class if own[name].shape[0] != weights[name].shape[0] or anew]
+    shapes = [f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}" for name in own
+              if name in weights and name not in fresh and weights[name].shape != own[name].shape]
+    lacking, extra = set(own) - set(weights), set(weights) - set(own)
+    if lacking or extra or shapes:
+        raise ModelError(f"{source} does not fit this model: {_list('missing', lacking)}{_list('left over', extra)}"
+                         f"{_list('of another size', shapes)}expected the same architecture; check the [model] section")
+    return own, weights, fresh
 
 
 def rows_by_name(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
@@ -122,61 +165,9 @@ def _take_rows(own: Tensor, weights: Tensor, rows: Sequence[int | None]) -> None
         own[-behind:] = weights[-behind:]
 
 
-def beside(source: str, name: str) -> Path | None:
-    """Another file of the folder, or of the model on the hub, that holds the weights; None where there is none."""
-    path = Path(source)
-    if path.exists():
-        found = (path if path.is_dir() else path.parent) / name
-        return found if found.is_file() else None
-    return _download(source, name, needed=False)
-
-
 def read(source: str) -> dict[str, Tensor]:
-    """Tensors of a .safetensors or torch file, or of a model in a folder or on the Hugging Face hub ("owner/name")."""
-    path = Path(source)
-    if path.is_dir():
-        path = path / WEIGHTS
-    if not path.is_file():
-        if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
-            raise ModelError(f"{path}: no such file; expected weights there, or train from scratch: {RANDOM}")
-        path = _download(source, WEIGHTS) or path
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        # The authors keep their arguments beside the weights: a Namespace holds values and does nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and torch each raise their own kinds, without a common base
-        raise ModelError(f"{path}: not readable as weights ({error}); expected safetensors, or a torch file that holds "
-                         "nothing but tensors") from error
-    while isinstance(content, dict):
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ModelError(f"{path}: no tensors inside; expected a state dict")
-    return {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
-
-
-def _download(name: str, file: str, needed: bool = True) -> Path | None:
-    """A file of a model on the hub; None where it has no such file and none is needed."""
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise ModelError(f"{name} is on the Hugging Face hub, and {missing('huggingface_hub', error)}; "
-                         f"or train from scratch: {RANDOM}") from error
-    try:
-        return Path(hf_hub_download(name, file))
-    except Exception as error:  # offline, no such name, no access: the hub client's and its transport's own kinds
-        if not needed:
-            log.info("%s has no %s (%s)", name, file, type(error).__name__)
-            return None
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise ModelError(f"weights {name!r} could not be downloaded ({type(error).__name__}: {reason}); go online "
-                         f"once, name a .safetensors file, or train from scratch: {RANDOM}") from error
+    """Tensors of a file, of a model in a folder, or of a name on the Hugging Face hub; see `weight_files`."""
+    return Origin(source).weights()
 
 
 def _list(what: str, names: Iterable[str]) -> str:

@@ -37,10 +37,11 @@ class RtDetrConfig(TransformerConfig):
     frozen_stages: int = 0                      # 1 = stem, 2 = stem and first stage, ...; R50 and larger use 1
     encoder_layers: int = 1                     # attention within C5; more cost time and gave nothing (table 3)
     encoder_ffn: int = 1024                     # 4 C
+    encoder_width: int = 0                      # channels of the hybrid encoder; 0: C. R101 has 384 and 256 after it
     expansion: float = 0.5                      # width of the fusion blocks; R18 0.5, R34 0.5, R50 and larger 1.0
     fusion_blocks: int = 3                      # RepVGG blocks in each
     encoder_activation: Literal["gelu", "relu", "silu"] = "gelu"
-    conv_activation: Literal["silu", "relu"] = "silu"
+    conv_activation: Literal["silu", "relu", "gelu"] = "silu"
     decoder_layers: int = 3                     # R18 3, R34 4, R50 and larger 6
     decoder_ffn: int = 1024                     # 4 C
     decoder_activation: Literal["relu", "gelu", "silu"] = "relu"
@@ -58,6 +59,9 @@ class RtDetrConfig(TransformerConfig):
         super().__post_init__()
         if len(self.points) != 3:
             raise ModelError(f"model.points has {len(self.points)} numbers; expected one for each of C3, C4, C5")
+        if self.encoder_width % self.heads or self.encoder_width % 4 or self.encoder_width < 0:
+            raise ModelError(f"model.encoder_width is {self.encoder_width}; expected 0 (as model.hidden), or a "
+                             f"multiple of 4 and of {self.heads} heads")
         if self.version == 1 and (len(set(self.points)) > 1 or self.method != "default"):
             raise ModelError("model.version 1 samples equally many points per level, bilinearly; use version 2")
 
@@ -65,20 +69,20 @@ class RtDetrConfig(TransformerConfig):
 def rt_detr(config: RtDetrConfig, num_classes: int) -> Detector:
     """The network of the paper's figure 4, with random weights."""
     c = config
-    backbone = backbone_of(c, levels=(3, 4, 5))
+    backbone, width = backbone_of(c, levels=(3, 4, 5)), c.encoder_width or c.hidden
 
     def encoder_layer() -> nn.Module:
-        return EncoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
-                            FeedForward(c.hidden, c.encoder_ffn, c.encoder_activation, c.dropout), c.hidden, c.dropout)
+        return EncoderLayer(MultiHeadAttention(width, c.heads, c.dropout),
+                            FeedForward(width, c.encoder_ffn, c.encoder_activation, c.dropout), width, c.dropout)
 
     def decoder_layer() -> nn.Module:
         return DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
                             DeformableCrossAttention(c.hidden, c.heads, c.points, c.sampling, c.method),
                             FeedForward(c.hidden, c.decoder_ffn, c.decoder_activation, c.dropout), c.hidden, c.dropout)
 
-    encoder = HybridEncoder(backbone.channels, backbone.strides, c.hidden,
+    encoder = HybridEncoder(backbone.channels, backbone.strides, width,
                             [encoder_layer() for _ in range(c.encoder_layers)],
-                            c.expansion, c.fusion_blocks, c.conv_activation)
+                            c.expansion, c.fusion_blocks, c.conv_activation, c.hidden)
     selector = TopKQueries(c.hidden, num_classes, c.queries, c.denoising, c.learned_content)
     decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)],
                       IterativeBoxes(c.hidden, num_classes, c.decoder_layers),

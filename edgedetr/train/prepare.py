@@ -27,7 +27,7 @@ def detector(recipe: Recipe, classes: tuple[ClassInfo, ...], *, fresh: bool) -> 
     config = recipe.train
     model = build(recipe.model.name, recipe.model.config, len(classes))
     if fresh and config.start:
-        _start(model, recipe.model.name, config.start, [item.name for item in classes])
+        _start(model, recipe, config.start, [item.name for item in classes])
     elif fresh:
         pretrained.load_backbone(model, recipe.model.config)
     if config.drop_path and not drop_path.set_rates(model, config.drop_path, config.drop_path_schedule):
@@ -54,8 +54,9 @@ def freeze(model: nn.Module, patterns: tuple[str, ...], but: tuple[str, ...] = (
             parameter.requires_grad_(False)
 
 
-def _start(model: Detector, member: str, source: str, classes: list[str]) -> None:
+def _start(model: Detector, recipe: Recipe, source: str, classes: list[str]) -> None:
     """Weights of a whole detector: of a bundle (class rows by name), or of a file or a name on the hub."""
+    member = recipe.model.name
     if (Path(source) / MANIFEST).is_file():
         bundle = Bundle.open(source)
         if bundle.manifest.model != member:
@@ -70,7 +71,7 @@ def _start(model: Detector, member: str, source: str, classes: list[str]) -> Non
             log.warning("%s: rows of the class heads kept by name: %s; started anew: %s", source,
                         ", ".join(kept) or "none", ", ".join(fresh) or "none")
     else:
-        pretrained.load_detector(model, member, source)
+        pretrained.load_detector(model, member, source, recipe.model.config)
 
 
 def check(samples: DetectionSet, chosen: DetectionSet) -> None:

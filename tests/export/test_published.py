@@ -24,7 +24,7 @@ from edgedetr.models.detr import DetrConfig
 
 DETR = DetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48, encoder_layers=2,
                   decoder_layers=2, queries=6)
-DEFORMABLE = DeformableDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48,
+DEFORMABLE = DeformableDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=64, heads=4, ffn=48,
                                   encoder_layers=2, decoder_layers=2, queries=6, refine=True, two_stage=True)
 HEADS = ("model.heads=4",)
 

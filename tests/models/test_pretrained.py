@@ -134,7 +134,7 @@ def test_whatever_does_not_fit_is_listed() -> None:
 def test_offline_the_error_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
 
-    def unreachable(*args: object) -> str:
+    def unreachable(*args: object, **options: object) -> str:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(hub, "hf_hub_download", unreachable)

@@ -10,6 +10,7 @@ from torch import Tensor
 from edgedetr.errors import ModelError
 from edgedetr.models.names import detectron, hub, original, places, vit
 from edgedetr.models.names.backbone import rename_backbone
+from edgedetr.models.names.prefixes import unwrapped
 from edgedetr.models.names.rules import Layout, Weights
 
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
@@ -43,6 +44,7 @@ def translate(member: str, weights: Mapping[str, Tensor], source: str = "the fil
 
     Errors: ModelError where no layout of the member fits, which shows some names.
     """
+    weights = _bare(weights)
     if _ours(weights):
         return dict(weights)
     return _layout(member, weights, source).translate(weights)
@@ -50,6 +52,7 @@ def translate(member: str, weights: Mapping[str, Tensor], source: str = "the fil
 
 def layout_of(member: str, weights: Mapping[str, Tensor], source: str = "the file") -> str:
     """Whose names a file uses: "edgedetr" or the source of a layout; ModelError as in `translate`."""
+    weights = _bare(weights)
     return "edgedetr" if _ours(weights) else _layout(member, weights, source).source
 
 
@@ -60,12 +63,15 @@ def _layout(member: str, weights: Mapping[str, Tensor], source: str) -> Layout:
             return layout
     known = ", ".join(layout.source for layout in layouts) or "none"
     shown = ", ".join(sorted(weights)[:4])
+    others = [name for name, several in LAYOUTS.items() if any(_fits(one, weights) for one in several)]
+    advice = f"use --model {' or '.join(others)}" if others else "is --model the member these weights belong to?"
     raise ModelError(f"{source}: no known layout of {member} (known: {known}); its {len(weights)} names begin with "
-                     f"{shown}; is --model the member these weights belong to?")
+                     f"{shown}; {advice}")
 
 
 def backbone_of(weights: Mapping[str, Tensor]) -> Weights:
     """The backbone's tensors of a file that holds a backbone alone, or a detector in any layout that is known."""
+    weights = _bare(weights)
     whole: Mapping[str, Tensor] = weights
     if not _ours(weights):
         layout = next((one for several in LAYOUTS.values() for one in several if _fits(one, weights)), None)
@@ -74,6 +80,16 @@ def backbone_of(weights: Mapping[str, Tensor]) -> Weights:
             return vit.rename_vit(weights) if plain else rename_backbone(weights)
         whole = layout.translate(weights)
     return {name.removeprefix("backbone."): tensor for name, tensor in whole.items() if name.startswith("backbone.")}
+
+
+def _bare(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Without what training frameworks put around the names, for any layout or backbone that is known."""
+    def known(names: Mapping[str, Tensor]) -> bool:
+        return (_ours(names) or any(_fits(one, names) for several in LAYOUTS.values() for one in several)
+                or any(re.match(r"conv1\.|embedder\.|stem\.|cls_token$|patch_embed\.|embeddings\.", name)
+                       for name in names))
+
+    return unwrapped(weights, known)
 
 
 def _ours(weights: Mapping[str, Tensor]) -> bool:

@@ -39,10 +39,9 @@ def rename_backbone(weights: Mapping[str, Tensor]) -> Weights:
     numbered = {}
     for name, tensor in weights.items():
         # Sequential(conv, norm), or with pooling before it: numbers 0 1, or 1 2.
-        block, found, part = name.partition("downsample.")
-        first = 1 if pooled and f"{block}downsample.0.weight" not in weights else 0
-        if found:
-            number, _, kind = part.partition(".")
-            name = f"{block}{found}{'conv' if int(number) == first else 'norm'}.{kind}"
+        first = 1 if pooled and f"{name.partition('downsample.')[0]}downsample.0.weight" not in weights else 0
+        shortcut = re.match(r"(layer\d\.\d+\.downsample\.)([012])\.(.*)", name)
+        if shortcut:
+            name = f"{shortcut[1]}{'conv' if int(shortcut[2]) == first else 'norm'}.{shortcut[3]}"
         numbered[name] = tensor
     return rename(numbered, [*RULES, (r"\.LAST\.", f".{last}.")])

@@ -29,6 +29,8 @@ DETR: list[Rule] = [
     (r"^class_labels_classifier\.", "decoder.boxes.score."), (r"^bbox_predictor\.", "decoder.boxes.box."),
     (r"^model\.query_position_embeddings\.", "selector.position."),
     (r"^model\.input_projection\.", "encoder.project."),
+    (r"^model\.(?:backbone\.)?position_embedding\.row_embeddings\.", "encoder.position.row."),
+    (r"^model\.(?:backbone\.)?position_embedding\.column_embeddings\.", "encoder.position.column."),
 ]
 # The hybrid encoder's inner names are those of RT-DETR's own files.
 HYBRID: list[Rule] = [

@@ -29,6 +29,7 @@ CROSS_FIRST: list[Rule] = [
 ]
 
 DETR: list[Rule] = [
+    (r"^backbone\.1\.row_embed\.", "encoder.position.row."), (r"^backbone\.1\.col_embed\.", "encoder.position.column."),
     (r"^backbone\.0\.body\.", "backbone."), (r"^transformer\.", ""), (r"^input_proj\.", "encoder.project."),
     (r"^query_embed\.", "selector.position."), (r"^class_embed\.", "decoder.boxes.score."),
     (r"^bbox_embed\.", "decoder.boxes.box."),

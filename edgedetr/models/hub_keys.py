@@ -1,0 +1,277 @@
+"""Every key that a config.json of transformers may hold for the models that we import, and what is done with it.
+
+A key is read into a field of ours, or must agree with what the tensors say, or has one value that our networks compute,
+or changes nothing that a trained model computes (with the reason). A key in no table makes the import refuse.
+tests/models/test_hub_config.py compares the tables with the configuration classes, and every entry numerically.
+Sources: the configuration and modelling files of transformers 4.57 and 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, list) else -1
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is done with a key; `why` is for whoever reads a refusal or wonders why a key is left out."""
+
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Read(Key):
+    """Its value becomes a field of ours.
+
+    field    of the member's configuration
+    default  what transformers takes where config.json does not have the key
+    words    their words and ours; none: a whole number from 1, or a truth value, as the default is
+    """
+
+    field: str = ""
+    default: Any = None
+    words: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Same(Key):
+    """The tensors decide this field of ours; the key must say the same, through `of` where it counts otherwise."""
+
+    field: str = ""
+    of: Callable[[Any], Any] = _itself
+
+
+@dataclass(frozen=True)
+class Only(Key):
+    """The only values that our networks compute, of what `of` makes of it."""
+
+    values: tuple[Any, ...] = ()
+    of: Callable[[Any], Any] = _itself
+
+
+@dataclass(frozen=True)
+class NoEffect(Key):
+    """What a trained model computes does not depend on it, for the reason in `why`."""
+
+
+@dataclass(frozen=True)
+class Special(Key):
+    """Looked at by code of its own, because several keys decide together: `hub_config` or `export.published`."""
+
+
+def _all(entry: Key, *names: str) -> dict[str, Key]:
+    return dict.fromkeys(names, entry)
+
+
+GENERIC: dict[str, Key] = {
+    **_all(Special("which classes can be read"), "model_type", "architectures"),
+    **_all(Special("names of the classes; as many as the class head has rows"), "id2label", "num_labels"),
+    **_all(NoEffect("the names again, the other way round"), "label2id"),
+    **_all(NoEffect("where the file comes from"), "_name_or_path", "name_or_path", "_commit_hash",
+           "transformers_version"),
+    **_all(NoEffect("weights are computed with in float32, however they are stored"), "dtype", "torch_dtype",
+           "use_bfloat16"),
+    **_all(NoEffect("what else is given back beside logits and boxes"), "output_attentions", "output_hidden_states",
+           "output_scores", "return_dict", "return_dict_in_generate", "tie_last_hidden_states"),
+    **_all(NoEffect("how it is computed, and not what"), "attn_implementation", "_attn_implementation",
+           "_attn_implementation_autoset", "torchscript", "chunk_size_feed_forward", "use_cache",
+           "gradient_checkpointing", "disable_custom_kernels"),
+    **_all(NoEffect("of classifiers and language models; no detector reads it"), "is_encoder_decoder", "is_decoder",
+           "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder", "finetuning_task",
+           "problem_type", "task_specific_params", "tokenizer_class", "prefix", "bos_token_id", "pad_token_id",
+           "eos_token_id", "sep_token_id", "decoder_start_token_id", "tf_legacy_loss", "max_length", "min_length",
+           "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k",
+           "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+           "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id",
+           "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+           "begin_suppress_tokens", "classifier_dropout", "max_position_embeddings", "scale_embedding"),
+    **_all(NoEffect("the file holds each tensor, or one for all copies; copies that differ are refused"),
+           "tie_word_embeddings"),
+    "pruned_heads": Only("heads that were cut out have no place here", ({}, None)),
+    "per_layer_config": Only("all layers are built alike", ({}, None)),
+    "quantization_config": Only("weights that are stored quantized are not read", (None,)),
+    "auto_map": Only("code that comes with a model is not executed", (None,)),
+}
+
+_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "silu": "silu", "swish": "silu"}
+_HEADS: dict[str, Key] = {
+    "encoder_attention_heads": Read("as many in the encoder as in the decoder", "heads", 8),
+    "decoder_attention_heads": Read("as many in the encoder as in the decoder", "heads", 8),
+    "num_attention_heads": Read("another name of encoder_attention_heads", "heads", None),
+}
+_TRAINING: dict[str, Key] = {
+    **_all(NoEffect("of the loss and its matching, which training has and inference has not"),
+           "class_cost", "bbox_cost", "giou_cost", "mask_loss_coefficient", "dice_loss_coefficient",
+           "cls_loss_coefficient", "bbox_loss_coefficient", "giou_loss_coefficient", "eos_coefficient", "focal_alpha"),
+    **_all(NoEffect("nothing is dropped at inference"), "dropout", "attention_dropout", "activation_dropout",
+           "encoder_layerdrop", "decoder_layerdrop"),
+    **_all(NoEffect("the first weights, which training replaced"), "init_std", "init_xavier_std",
+           "initializer_range", "initializer_bias_prior_prob"),
+    "use_pretrained_backbone": NoEffect("the first weights of the backbone, which training replaced"),
+}
+_BACKBONE = _all(Special("together they say which backbone, of which levels, dilated or not"),
+                 "backbone_config", "backbone", "use_timm_backbone", "backbone_kwargs", "dilation")
+_LAYERS: dict[str, Key] = {
+    "encoder_layers": Same("", "encoder_layers"),
+    "num_hidden_layers": Same("another name of encoder_layers", "encoder_layers"),
+    "decoder_layers": Same("", "decoder_layers"),
+    "hidden_size": Same("channels of every token", "hidden"),
+    "d_model": Same("channels of every token", "hidden"),
+}
+_NORM = Read("with it, transformers normalises between decoder layers at inference too", "norm_between", False)
+
+_DENSE: dict[str, Key] = {
+    **GENERIC, **_TRAINING, **_BACKBONE, **_HEADS, **_LAYERS,
+    "num_channels": Only("images have three channels", (3,)),
+    "encoder_ffn_dim": Same("one width in encoder and decoder", "ffn"),
+    "decoder_ffn_dim": Same("one width in encoder and decoder", "ffn"),
+    "num_queries": Read("", "queries", None),           # the tensors count them, and `fit` compares
+    "activation_function": Read("of all feed-forward parts", "ffn_activation", "relu", _ACTIVATIONS),
+    "position_embedding_type": Only("learned positions are built for DETR alone", ("sine",)),
+}
+DETR: dict[str, Key] = {
+    **_DENSE, "auxiliary_loss": _NORM,
+    "position_embedding_type": Read("", "position", "sine", {"sine": "sine", "learned": "learned"}),
+}
+CONDITIONAL: dict[str, Key] = {**_DENSE, "auxiliary_loss": _NORM}
+DAB: dict[str, Key] = {
+    **_DENSE,
+    "auxiliary_loss": NoEffect("every layer is normalised for its own prediction, with it and without"),
+    "activation_function": Read("of all feed-forward parts", "ffn_activation", "prelu",
+                                {**_ACTIVATIONS, "prelu": "prelu"}),
+    **_all(Only("waves of the positions, as published", (20,)), "temperature_height", "temperature_width"),
+    "query_dim": Only("a query is a box", (4,)),
+    "random_refpoints_xy": NoEffect("the first weights, which training replaced"),
+    "keep_query_pos": Only("positions of the queries join the content in the first layer alone", (False,)),
+    "num_patterns": Only("one query per box", (0,)),
+    "normalize_before": Only("layers normalise after each part", (False,)),
+    "sine_position_embedding_scale": Only("a full turn", (None,)),
+}
+DEFORMABLE: dict[str, Key] = {
+    **_DENSE,
+    "num_queries": Special("or two_stage_num_proposals, by two_stage"),
+    "two_stage_num_proposals": Special("or num_queries, by two_stage"),
+    "two_stage": Same("", "two_stage"),
+    "with_box_refine": Same("", "refine"),
+    "num_feature_levels": Same("", "levels"),
+    "encoder_n_points": Same("as many in the encoder as in the decoder", "points"),
+    "decoder_n_points": Same("as many in the encoder as in the decoder", "points"),
+    "return_intermediate": NoEffect("what else is given back beside logits and boxes"),
+    "auxiliary_loss": NoEffect("layers are not normalised for their predictions, with it and without"),
+}
+RT_DETR: dict[str, Key] = {
+    **GENERIC, **_TRAINING, **_BACKBONE, **_HEADS, **_LAYERS,
+    **_all(NoEffect("of the loss and its matching, which training has and inference has not"),
+           "matcher_alpha", "matcher_gamma", "matcher_class_cost", "matcher_bbox_cost", "matcher_giou_cost",
+           "auxiliary_loss", "focal_loss_alpha", "focal_loss_gamma", "weight_loss_vfl", "weight_loss_bbox",
+           "weight_loss_giou"),
+    "use_focal_loss": Only("without it scores are softmax's", (True,)),
+    **_all(NoEffect("noised queries exist in training alone"), "num_denoising", "label_noise_ratio",
+           "box_noise_scale"),
+    **_all(Only("as published", (1e-5,)), "layer_norm_eps", "batch_norm_eps"),
+    "freeze_backbone_batch_norms": NoEffect("at inference BatchNorm is frozen in any case"),
+    "encoder_hidden_dim": Same("channels of the hybrid encoder", "encoder_width"),
+    "encoder_in_channels": Only("one for each of C3, C4, C5; the widths are the backbone's own", (3,), _length),
+    "decoder_in_channels": Only("one for each of C3, C4, C5; the tensors tell the widths", (3,), _length),
+    "feat_strides": Only("C3, C4, C5", ([8, 16, 32],)),
+    "encoder_ffn_dim": Same("", "encoder_ffn"),
+    "decoder_ffn_dim": Same("", "decoder_ffn"),
+    "encode_proj_layers": Only("attention within C5 alone", ([2],)),
+    "positional_encoding_temperature": Only("as published", (10000,)),
+    "encoder_activation_function": Read("", "encoder_activation", "gelu", _ACTIVATIONS),
+    "activation_function": Read("of convolutions", "conv_activation", "silu", _ACTIVATIONS),
+    "decoder_activation_function": Read("", "decoder_activation", "relu", _ACTIVATIONS),
+    "eval_size": Only("with it, transformers leaves positions out at inference", (None,)),
+    "normalize_before": Only("layers normalise after each part", (False,)),
+    "hidden_expansion": Same("", "expansion"),
+    "num_queries": Read("", "queries", 300),
+    "num_feature_levels": Only("C3, C4, C5", (3,)),
+    "decoder_n_points": Same("", "points", lambda value: (value,) * 3),
+    "learn_initial_query": Same("", "learned_content"),
+    "anchor_image_size": NoEffect("anchors are those of the input's size; transformers runs no other than this one"),
+    "with_box_refine": Only("every layer moves the box of the layer before", (True,)),
+}
+RT_DETR_V2: dict[str, Key] = {
+    **RT_DETR,
+    "decoder_n_levels": Only("C3, C4, C5", (3,)),
+    "decoder_offset_scale": Only("as published", (0.5,)),
+    "decoder_method": Read("", "method", "default", {"default": "default", "discrete": "discrete"}),
+}
+
+# Of a nested backbone_config. Sizes of a ResNet are those of its tensors, which `fit` compares.
+_RESNET: dict[str, Key] = {
+    **GENERIC,
+    "num_channels": Only("images have three channels", (3,)),
+    **_all(Special("the tensors tell them"), "embedding_size", "hidden_sizes", "depths", "layer_type"),
+    "hidden_act": Only("as published", ("relu",)),
+    "downsample_in_first_stage": Only("as published", (False,)),
+    "downsample_in_bottleneck": Only("the 3x3 convolution has the stride", (False,)),
+    **_all(Special("the levels that the model takes"), "out_features", "out_indices"),
+    "stage_names": Only("", (["stem", "stage1", "stage2", "stage3", "stage4"],)),
+}
+_TIMM: dict[str, Key] = {
+    **GENERIC,
+    "backbone": Special("a ResNet by timm's name"),
+    "num_channels": Only("images have three channels", (3,)),
+    "features_only": Only("a detector takes feature maps", (True,)),
+    "freeze_batch_norm_2d": NoEffect("at inference BatchNorm is frozen in any case"),
+    "use_pretrained_backbone": NoEffect("the first weights, which training replaced"),
+    "output_stride": Special("16: C5 is dilated"),
+    **_all(Special("the levels that the model takes"), "out_features", "out_indices"),
+    "stage_names": NoEffect("timm's names of the stages"),
+}
+BACKBONES: dict[str, dict[str, Key]] = {"resnet": _RESNET, "rt_detr_resnet": _RESNET, "timm_backbone": _TIMM}
+
+# A backbone whose weights are taken for a training (model.backbone_weights), by its own config.json.
+VIT_HEAD = 64                   # channels per head, in all sizes of the paper
+_VIT: dict[str, Key] = {
+    **GENERIC,
+    **_all(Special("the tensors tell them"), "hidden_size", "num_hidden_layers", "intermediate_size", "image_size",
+           "patch_size", "qkv_bias"),
+    "num_attention_heads": Special("with hidden_size"),
+    "hidden_act": Only("as published", ("gelu",)),
+    "layer_norm_eps": Only("as published by either library", (1e-12, 1e-6)),
+    "num_channels": Only("images have three channels", (3,)),
+    **_all(NoEffect("nothing is dropped at inference; training has its own"), "hidden_dropout_prob",
+           "attention_probs_dropout_prob"),
+    "initializer_range": NoEffect("the first weights, which training replaced"),
+    **_all(NoEffect("of masked image modelling and of the classifier, which are left out"), "encoder_stride",
+           "pooler_output_size", "pooler_act"),
+}
+ALONE: dict[str, dict[str, Key]] = {"resnet": _RESNET, "rt_detr_resnet": _RESNET, "vit": _VIT}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A class of transformers that we import.
+
+    member         ours
+    architectures  names of the class in config.json
+    keys           of its configuration
+    timm           whether the backbone is timm's where config.json does not say
+    """
+
+    member: str
+    architectures: tuple[str, ...]
+    keys: dict[str, Key]
+    timm: bool = True
+
+
+SOURCES: dict[str, Source] = {
+    "detr": Source("detr", ("DetrForObjectDetection",), DETR),
+    "table-transformer": Source("detr", ("TableTransformerForObjectDetection",), DETR),
+    "deformable_detr": Source("deformable_detr", ("DeformableDetrForObjectDetection",), DEFORMABLE),
+    "conditional_detr": Source("conditional_detr", ("ConditionalDetrForObjectDetection",), CONDITIONAL),
+    "dab-detr": Source("dn_detr", ("DabDetrForObjectDetection",), DAB),
+    "rt_detr": Source("rt_detr", ("RTDetrForObjectDetection",), RT_DETR, timm=False),
+    "rt_detr_v2": Source("rt_detr", ("RTDetrV2ForObjectDetection",), RT_DETR_V2, timm=False),
+}
