@@ -22,7 +22,9 @@ def data() -> None:
 @click.option("--strict", is_flag=True, help="Exit 1 when anything had to be left out.")
 @json_option
 def check(directory: Path, strict: bool, as_json_: bool) -> int:
-    """Print splits, classes, box sizes and everything odd in a data set."""
+    """Print splits, classes, box sizes and everything odd in a data set.
+
+    Exit 1 where no split can be used."""
     from edgedetr.data.check import check as run
 
     with progress_bars() as progress:
@@ -31,6 +33,9 @@ def check(directory: Path, strict: bool, as_json_: bool) -> int:
         say(line)
     if as_json_:
         as_json(found.to_json())
+    if not found.splits:
+        say(f"{directory}: no split can be used")
+        return 1
     return 1 if strict and found.fatal else 0
 
 

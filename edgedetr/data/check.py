@@ -1,4 +1,4 @@
-"""What a data set holds and what is odd in it: splits, classes, box sizes, unreadable files, duplicates."""
+"""What a data set holds and what is odd in it: splits, classes, box sizes, unreadable files, copies and near-copies."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from edgedetr.data import images, layouts
+from edgedetr.data import images, layouts, near
 from edgedetr.data.clean import summary
-from edgedetr.data.form import DetectionSet, Finding
+from edgedetr.data.form import DetectionSet, Finding, Sample, display_names, matched
 from edgedetr.errors import DataError
 
 SMALL, MEDIUM = 32.0**2, 96.0**2    # COCO's borders between small, medium and large, pixels^2 of the source picture
@@ -52,11 +53,17 @@ class CheckReport:
         """How many items were left out."""
         return sum(finding.fatal for finding in self.findings)
 
+    @property
+    def objects_left_out(self) -> int:
+        """How many annotated objects were left out, alone or with their image."""
+        return sum(finding.objects for finding in self.findings)
+
     def to_json(self) -> dict[str, object]:
         """Plain types for json.dumps."""
         return {
             "root": str(self.root), "layout": self.layout, "splits": [asdict(split) for split in self.splits],
-            "left_out": self.fatal, "counts": dict(Counter(finding.kind for finding in self.findings)),
+            "left_out": self.fatal, "objects_left_out": self.objects_left_out,
+            "counts": dict(Counter(finding.kind for finding in self.findings)),
             "findings": [asdict(finding) for finding in self.findings],
         }
 
@@ -74,6 +81,8 @@ class CheckReport:
             pictures = list(split.sizes.items())[:5]
             text.append("  pictures: " + ", ".join(f"{size} ({count})" for size, count in pictures))
         text.append(f"findings: {summary(self.findings) or 'none'}")
+        if self.fatal or self.objects_left_out:
+            text.append(f"left out: {self.fatal} items, with them or alone {self.objects_left_out} objects")
         by_kind: dict[str, list[Finding]] = defaultdict(list)
         for finding in self.findings:
             by_kind[finding.kind].append(finding)
@@ -104,23 +113,30 @@ def check(path: str | Path, *, layout: layouts.Layout | None = None,
             findings.append(Finding("unusable-split", name, str(error), True))
     done, total = 0, sum(len(found) for found in sets)
     digests: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+    hashes: dict[str, list[tuple[Sample, np.ndarray | None]]] = {}
     reports = []
     for found in sets:
-        whole = []
         findings += found.findings
+        hashes[found.name] = []
         for sample in found.samples:
-            content = sample.path.read_bytes()
-            digests[hashlib.sha256(content).hexdigest()].append((found.name, sample.path))
             try:
-                images.decode(sample.path)
-                whole.append(sample)
-            except DataError as error:
-                findings.append(Finding("unreadable-image", str(sample.path), str(error), True))
+                with images.open_plain(sample.path) as stream:
+                    content = stream.read()
+                hashes[found.name].append((sample, near.fingerprint(images.decode(sample.path))))
+                digests[hashlib.sha256(content).hexdigest()].append((found.name, sample.path))
+            except (DataError, OSError) as error:
+                findings.append(Finding("unreadable-image", str(sample.path), str(error), True, len(sample.boxes)))
             done += 1
             if progress is not None:
                 progress(done, total)
-        reports.append(_report(replace(found, samples=tuple(whole)), listed[found.name]))
+        whole = tuple(sample for sample, _ in hashes[found.name])
+        if whole:
+            reports.append(_report(replace(found, samples=whole), listed[found.name]))
+        else:
+            findings.append(Finding("unusable-split", found.name, "no image of it can be decoded", True))
     findings += _duplicates(digests)
+    same = {frozenset(path for _, path in places) for places in digests.values() if len(places) > 1}
+    findings += _near_copies(hashes, same)
     findings += _classes(sets, reports)
     return CheckReport(root, kind, tuple(reports), tuple(dict.fromkeys(findings)))
 
@@ -134,12 +150,27 @@ def _report(found: DetectionSet, listed: int) -> SplitReport:
     return SplitReport(
         name=found.name, listed=listed, images=len(found), without_objects=counts.count(0), objects=len(labels),
         crowd=int(sum(sample.crowd.sum() for sample in found.samples)),
-        per_class={info.name: int(count) for info, count in zip(found.classes, per_class)},
+        per_class={name: int(count) for name, count in zip(display_names(found.classes), per_class)},
         small=int((areas < SMALL).sum()), medium=int(((areas >= SMALL) & (areas < MEDIUM)).sum()),
         large=int((areas >= MEDIUM).sum()),
         objects_per_image=(min(counts), float(np.median(counts)), max(counts)) if counts else (0, 0.0, 0),
         sizes=dict(sizes.most_common(10)),
     )
+
+
+def _near_copies(hashes: dict[str, list[tuple[Sample, np.ndarray | None]]],
+                 same: set[frozenset[Path]]) -> list[Finding]:
+    """Notes on images of a later split that nearly copy one of an earlier; `same` holds files of equal bytes."""
+    findings = []
+    for first, second in combinations([name for name in hashes if name != "trainval"], 2):
+        (one, ours), (other, theirs) = (([s for s, _ in hashes[n]], [h for _, h in hashes[n]]) for n in (first, second))
+        for a, b, bits in near.nearest(ours, theirs):
+            pair = {one[a].path, other[b].path}
+            if not any(pair <= known for known in same):
+                findings.append(Finding("near-copy-across-splits", str(other[b].path), f"shows nearly the same as "
+                                        f"{one[a].path} of {first} ({bits} of {near.BITS} bits differ); a score on "
+                                        f"{second} counts a picture that was all but seen before"))
+    return findings
 
 
 def _duplicates(digests: dict[str, list[tuple[str, Path]]]) -> list[Finding]:
@@ -163,11 +194,15 @@ def _duplicates(digests: dict[str, list[tuple[str, Path]]]) -> list[Finding]:
 def _classes(sets: Sequence[DetectionSet], reports: Sequence[SplitReport]) -> list[Finding]:
     findings = []
     for found in sets[1:]:
-        if found.classes != sets[0].classes:
-            findings.append(Finding("classes-differ", found.name,
-                                    f"classes {[info.name for info in found.classes][:20]}, but "
-                                    f"{sets[0].name} has {[info.name for info in sets[0].classes][:20]} "
-                                    "(names, ids or order)", True))
+        if found.classes == sets[0].classes:
+            continue
+        what = (f"classes {[info.name for info in found.classes][:20]}, but {sets[0].name} has "
+                f"{[info.name for info in sets[0].classes][:20]} (names, ids or order)")
+        try:
+            matched(found, sets[0].classes, sets[0].name)
+            findings.append(Finding("classes-differ", found.name, f"{what}; they are matched by name"))
+        except DataError as error:
+            findings.append(Finding("classes-differ", found.name, f"{what}: {error}", True))
     for report in reports:
         absent = [name for name, count in report.per_class.items() if count == 0]
         if absent:

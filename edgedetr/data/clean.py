@@ -1,9 +1,10 @@
 """From what a layout says to samples that can be trusted: every odd item is named, every unusable one is left out.
 
-Policy. Left out, with a fatal finding: an image that is missing, unreadable, too large, listed under a used id, or of
-another size than its annotation says; a box that is no four finite numbers, has no area, or lies outside the picture;
-an object of an unknown class. Boxes that stick out are cut to the picture, with a finding. `strict` turns fatal
-findings into a DataError.
+Policy. Left out, with a fatal finding: an image that is missing, unreadable, too large, or of another size than its
+annotation says; every image of an id that several have, for nothing says whose the boxes are; a box that is no four
+finite numbers, has no area, or lies outside the picture; an object of an unknown class; all boxes of a split where they
+look like 0..1 instead of pixels. Boxes that stick out are cut to the picture, and of equal boxes one is kept, both with
+a finding. `strict` turns fatal findings into a DataError.
 
 An annotated size that is the file's size before its EXIF rotation is another size too: some tools write such files with
 boxes on the stored picture, others on the upright one, and nothing in the file tells which.
@@ -25,6 +26,7 @@ from edgedetr.bundle import ClassInfo
 from edgedetr.data import images
 from edgedetr.data.form import DetectionSet, Finding, Sample
 from edgedetr.errors import DataError
+from edgedetr.reading import read_text
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class RawImage:
     size: tuple[int, int] | None = None
     relative: bool = False
     objects: list[RawObject] = field(default_factory=list)
+    original_id: int | str | None = None
 
 
 @dataclass
@@ -60,6 +63,7 @@ class RawSplit:
     classes: tuple[ClassInfo, ...]
     images: list[RawImage]
     findings: list[Finding]
+    listed: int | None = None       # images in the annotations, where some are not among `images`
 
 
 def numbers(values: object, count: int) -> tuple[float, ...] | None:
@@ -75,14 +79,12 @@ def numbers(values: object, count: int) -> tuple[float, ...] | None:
     return found if all(math.isfinite(value) for value in found) else None
 
 
-def inside(root: Path, name: object) -> Path | None:
-    """root / name, or None where the name is no text, is absolute or climbs out of the folder."""
-    if not isinstance(name, str) or not name or "\0" in name:
-        return None
-    parts = Path(name.replace("\\", "/"))
-    if parts.is_absolute() or ".." in parts.parts or (len(name) > 1 and name[1] == ":"):
-        return None
-    return root / parts
+def read_names(file: Path) -> list[str]:
+    """Class names, one a line. Errors: DataError where there is none."""
+    names = [line.strip() for line in read_text(file, DataError).splitlines() if line.strip()]
+    if not names:
+        raise DataError(f"{file}: empty; expected class names, one a line")
+    return names
 
 
 def class_infos(names: Iterable[str]) -> tuple[ClassInfo, ...]:
@@ -96,15 +98,11 @@ def finish(raw: RawSplit, *, name: str, root: Path, strict: bool) -> DetectionSe
     Errors: DataError where nothing is left, and under `strict` where anything was left out.
     """
     findings = list(raw.findings)
+    findings += equal_names(raw.classes)
     samples = []
-    taken: set[int] = set()
+    fractions = _fractions(raw.images)
     for image in raw.images:
-        if image.image_id in taken:
-            findings.append(Finding("duplicate-image-id", str(image.path),
-                                    f"image id {image.image_id} is already another image's", True))
-            continue
-        taken.add(image.image_id)
-        sample = _sample(image, findings)
+        sample = _sample(image, findings, fractions)
         if sample is not None:
             samples.append(sample)
     fatal = [finding for finding in findings if finding.fatal]
@@ -112,7 +110,8 @@ def finish(raw: RawSplit, *, name: str, root: Path, strict: bool) -> DetectionSe
         raise DataError(f"{root} [{name}]: {summary(fatal)}; strict reading accepts none; "
                         f"run: edgedetr data check {root}\n" + _listed(fatal))
     if not samples:
-        raise DataError(f"{root} [{name}]: no usable image ({len(raw.images)} listed, "
+        listed = raw.listed if raw.listed is not None else len(raw.images)
+        raise DataError(f"{root} [{name}]: no usable image ({listed} listed, "
                         f"{summary(fatal) or 'none left out'}); expected at least one; "
                         f"run: edgedetr data check {root}\n" + _listed(fatal))
     if fatal:
@@ -121,9 +120,29 @@ def finish(raw: RawSplit, *, name: str, root: Path, strict: bool) -> DetectionSe
 
 
 def summary(findings: Iterable[Finding]) -> str:
-    """`2 degenerate-box, 1 missing-image`, the most frequent first."""
-    counts = Counter(finding.kind for finding in findings)
-    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    """`2 degenerate-box, 1 missing-image with 4 objects`, the most frequent first."""
+    counts: Counter[str] = Counter()
+    objects: Counter[str] = Counter()
+    for finding in findings:
+        counts[finding.kind] += 1
+        # A finding about one box is that object, and needs no second number.
+        objects[finding.kind] += finding.objects
+    return ", ".join(f"{count} {kind}" + (f" with {objects[kind]} objects" if objects[kind] not in (0, count) else "")
+                     for kind, count in counts.most_common())
+
+
+def equal_names(classes: Sequence[ClassInfo]) -> list[Finding]:
+    """A note for each name that several classes have."""
+    counts = Counter(info.name for info in classes)
+    ids = {name: [info.category_id for info in classes if info.name == name] for name in counts if counts[name] > 1}
+    return [Finding("equal-class-names", name, f"the classes with the ids {', '.join(map(str, of))} are all called "
+                    f"{name!r}; they are kept apart by their ids") for name, of in ids.items()]
+
+
+def _fractions(found: Iterable[RawImage]) -> bool:
+    """Whether all boxes lie within 0..1 although the layout gives pixels: a writer has divided by the size."""
+    corners = [thing.xyxy for image in found if not image.relative for thing in image.objects]
+    return bool(corners) and all(min(box) >= -0.01 and max(box) <= 1.01 for box in corners)
 
 
 def _listed(findings: list[Finding]) -> str:
@@ -131,18 +150,18 @@ def _listed(findings: list[Finding]) -> str:
     return "\n".join(lines + ([f"  and {len(findings) - SHOWN} more"] if len(findings) > SHOWN else []))
 
 
-def _sample(image: RawImage, findings: list[Finding]) -> Sample | None:
-    where = str(image.path)
+def _sample(image: RawImage, findings: list[Finding], fractions: bool) -> Sample | None:
+    where, count = str(image.path), len(image.objects)
     try:
         height, width = images.probe(image.path)
     except images.ImageMissing as error:
-        findings.append(Finding("missing-image", where, str(error), True))
+        findings.append(Finding("missing-image", where, str(error), True, count))
         return None
     except images.ImageTooLarge as error:
-        findings.append(Finding("too-large-image", where, str(error), True))
+        findings.append(Finding("too-large-image", where, str(error), True, count))
         return None
     except (DataError, OSError) as error:
-        findings.append(Finding("unreadable-image", where, str(error), True))
+        findings.append(Finding("unreadable-image", where, str(error), True, count))
         return None
     if image.size is not None and image.size != (height, width):
         what = (f"annotated as {image.size[1]} x {image.size[0]}, "
@@ -150,23 +169,54 @@ def _sample(image: RawImage, findings: list[Finding]) -> Sample | None:
         if max(abs(image.size[0] - height), abs(image.size[1] - width)) > 1:
             why = "the boxes may belong to the picture before or after its EXIF rotation" \
                 if image.size == (width, height) else "the boxes belong to another picture"
-            findings.append(Finding("size-mismatch", where, f"{what}; {why}", True))
+            findings.append(Finding("size-mismatch", where, f"{what}; {why}", True, count))
             return None
         findings.append(Finding("size-mismatch", where, what + "; one pixel, boxes taken as they are"))
+    things = image.objects
+    if fractions and things and max(height, width) > 2:
+        findings.append(Finding("box-in-fractions", where, "all boxes of this split lie within 0..1, as "
+                                f"{_shown(things[0].xyxy)} does; expected pixels of {width} x {height}; "
+                                "multiply them by the size", True, count))
+        things = []
+    return _cleaned(image, things, height, width, findings)
+
+
+def _cleaned(image: RawImage, things: list[RawObject], height: int, width: int, findings: list[Finding]) -> Sample:
+    where = str(image.path)
     rows, labels, crowd, areas = [], [], [], []
-    for thing in image.objects:
+    met: set[tuple[object, ...]] = set()
+    repeated = below = 0
+    for thing in things:
         found = _clipped(thing, image.relative, height, width, where, findings)
-        if found is not None:
-            rows.append(found)
-            labels.append(thing.label)
-            crowd.append(thing.crowd)
-            full = float(box.area(found))
-            areas.append(min(thing.area, full) if thing.area is not None else full)
+        if found is None:
+            continue
+        # Two objects of one class in one place, to a hundredth of a pixel, are one object written twice.
+        same = (thing.label, thing.crowd, *(round(float(value), 2) for value in found))
+        if same in met:
+            repeated += 1
+            continue
+        met.add(same)
+        below += bool(min(found[2] - found[0], found[3] - found[1]) < 1)
+        rows.append(found)
+        labels.append(thing.label)
+        crowd.append(thing.crowd)
+        full = float(box.area(found))
+        areas.append(min(thing.area, full) if thing.area is not None else full)
+    if repeated:
+        findings.append(Finding("duplicate-box", where, f"{repeated} of {repeated + len(rows)} objects repeat another's"
+                                " box and class; one of each was kept", False, repeated))
+    if below:
+        findings.append(Finding("box-below-a-pixel", where, f"{below} of {len(rows)} boxes are less than a pixel wide "
+                                "or high; no detector finds them, and they count in AP"))
     return Sample(
         image.image_id, image.path, height, width,
         boxes=np.array(rows, dtype=np.float64).reshape(-1, 4), labels=np.array(labels, dtype=np.int64),
-        crowd=np.array(crowd, dtype=bool), areas=np.array(areas, dtype=np.float64),
+        crowd=np.array(crowd, dtype=bool), areas=np.array(areas, dtype=np.float64), original_id=image.original_id,
     )
+
+
+def _shown(corners: Iterable[float]) -> list[float]:
+    return [round(float(value), 2) for value in corners]
 
 
 def _clipped(thing: RawObject, relative: bool, height: int, width: int, where: str,
@@ -174,13 +224,14 @@ def _clipped(thing: RawObject, relative: bool, height: int, width: int, where: s
     corners = np.array(thing.xyxy, dtype=np.float64)
     if relative:
         corners *= [width, height, width, height]
-    shown = [round(float(value), 2) for value in corners]
+    shown = _shown(corners)
     if corners[2] <= corners[0] or corners[3] <= corners[1]:
-        findings.append(Finding("degenerate-box", where, f"box {shown} (x0, y0, x1, y1) has no area", True))
+        findings.append(Finding("degenerate-box", where, f"box {shown} (x0, y0, x1, y1) has no area", True, 1))
         return None
     cut = box.clip(corners, height, width)
     if cut[2] <= cut[0] or cut[3] <= cut[1]:
-        findings.append(Finding("box-outside", where, f"box {shown} lies outside the {width} x {height} picture", True))
+        findings.append(Finding("box-outside", where, f"box {shown} lies outside the {width} x {height} picture", True,
+                                1))
         return None
     if np.abs(cut - corners).max() > STICKS_OUT:
         findings.append(Finding("box-cut", where,

@@ -1,106 +1,97 @@
-"""The small part of YAML that YOLO's data.yaml uses: top-level scalars, lists and one-level mappings, read as text.
+"""YOLO's data.yaml: any YAML, whose scalars all stay text ("no" is a class name here, and 1e3 too).
 
-Block and flow form, quotes and comments are understood; deeper nesting and text blocks (download scripts) are passed
-over.
+The document is read event by event: no tag makes an object, an alias repeats text or a flat list and nothing more, and
+nesting is bounded.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from typing import Any
 
-from edgedetr.errors import DataError
+from edgedetr.errors import DataError, MissingDependency
+from edgedetr.reading import read_text
 
-Value = str | list[str] | dict[str, str]
+Value = str | list[Any] | dict[str, Any]
 
-_QUOTED = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^']|'')*'"
-_KEY = re.compile(rf"^(?P<key>{_QUOTED}|[^\s#'\"\[\]{{}}:-][^:]*?)\s*:(?:\s+(?P<rest>.*))?$")
-_ITEM = re.compile(rf"\s*(?P<item>{_QUOTED}|[^,\[\]{{}}'\"]*)\s*(?:,|$)")
-
-_PAIR = re.compile(rf"\s*((?:{_QUOTED}|[^,\[\]{{}}'\"])*)\s*(?:,|$)")
+LIMIT = 1 << 20         # bytes; 20,000 class names are some 400 kB
+DEPTH = 20              # levels of lists and mappings
+EXPECTED = "expected YAML like 'names: [cat, dog]' and 'train: images/train'"
 
 
 def read(file: Path) -> dict[str, Value]:
-    """The top-level keys of a data.yaml; DataError with the line where it is not understood."""
+    """The mapping in a data.yaml; scalars are text, an empty one is "".
+
+    Errors: DataError with file and line where it is no YAML, no mapping, or names a key twice; MissingDependency.
+    """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason}); expected YAML with names, train and val") from error
-    found: dict[str, Value] = {}
-    position = 0
-    while position < len(lines):
-        line = _bare(lines[position])
-        start, position = position + 1, position + 1
-        if not line.strip() or line in ("---", "..."):
-            continue
-        match = _KEY.match(line)
-        if match is None:
-            raise DataError(f"{file}, line {start}: {line[:60]!r}; expected 'key: value' as in 'names: [cat, dog]'")
-        key, rest = unquote(match["key"]), (match["rest"] or "").strip()
-        if key in found:
-            raise DataError(f"{file}, line {start}: {key!r} stands twice; expected each key once")
-        if rest[:1] in ("[", "{"):
-            close = {"[": "]", "{": "}"}[rest[0]]
-            while not rest.endswith(close) and position < len(lines):
-                rest += " " + _bare(lines[position]).strip()
-                position += 1
-            if not rest.endswith(close):
-                raise DataError(f"{file}, line {start}: {rest[:60]!r} is not closed; expected {close!r}")
-            found[key] = _flow(rest, file, start)
-        elif rest and rest[0] not in "|>":
-            found[key] = unquote(rest)
-        else:
-            block = []
-            while position < len(lines) and (not lines[position].strip() or lines[position][:1] in " \t#"
-                                             or lines[position].startswith("- ")):
-                block.append(_bare(lines[position]))
-                position += 1
-            found[key] = "" if rest else _block([text for text in block if text.strip()])
+        import yaml
+    except ImportError as error:
+        raise MissingDependency(f"{file}: PyYAML is needed to read it; run: pip install pyyaml") from error
+    text = read_text(file, DataError, limit=LIMIT)
+    try:
+        found = _Builder(file).build(yaml.parse(text, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader)))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:   # ValueError: \U00110000
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        what = getattr(error, "problem", None) or str(error).split("\n")[0]
+        raise DataError(f"{file}{line}: no YAML ({what}); {EXPECTED}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{file}, line 1: holds {str(found)[:60]!r}; {EXPECTED}")
     return found
 
 
-def unquote(text: str) -> str:
-    """A scalar without its quotes."""
-    text = text.strip()
-    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
-        return text[1:-1].replace("''", "'") if text[0] == "'" else re.sub(r"\\(.)", r"\1", text[1:-1])
-    return text
+class _Builder:
+    """Values from a stream of YAML events, without recursion."""
 
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.open: list[Any] = []           # lists and mappings that are not closed yet
+        self.keys: list[str | None] = []    # of each open mapping the key whose value is next
+        self.anchors: dict[str, Value] = {}
+        self.root: Value | None = None
 
-def _bare(line: str) -> str:
-    """The line without its comment and trailing space."""
-    quote = ""
-    for position, letter in enumerate(line):
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"":
-            quote = letter if position == 0 or not line[position - 1].isalnum() else ""   # an apostrophe inside a word
-        elif letter == "#" and (position == 0 or line[position - 1].isspace()):
-            return line[:position].rstrip()
-    return line.rstrip()
+    def build(self, events: Any) -> Value | None:
+        """The first document."""
+        for event in events:
+            line, kind = event.start_mark.line + 1, type(event).__name__
+            if kind == "DocumentEndEvent":
+                break
+            if kind in ("SequenceEndEvent", "MappingEndEvent"):
+                self.open.pop()
+                self.keys.pop()
+            elif kind == "AliasEvent":
+                if event.anchor not in self.anchors:
+                    raise DataError(f"{self.file}, line {line}: nothing is named &{event.anchor}; {EXPECTED}")
+                again = self.anchors[event.anchor]
+                # Lists of lists by alias are how a kilobyte becomes a gigabyte when somebody prints it.
+                if not isinstance(again, str) and not all(isinstance(item, str) for item in
+                                                          (again.values() if isinstance(again, dict) else again)):
+                    raise DataError(f"{self.file}, line {line}: *{event.anchor} repeats a list of lists; {EXPECTED}")
+                self._put(again, line)
+            elif kind in ("ScalarEvent", "SequenceStartEvent", "MappingStartEvent"):
+                value: Value = event.value if kind == "ScalarEvent" else [] if kind == "SequenceStartEvent" else {}
+                if event.anchor:
+                    self.anchors[event.anchor] = value
+                self._put(value, line)
+                if not isinstance(value, str):
+                    if len(self.open) >= DEPTH:
+                        raise DataError(f"{self.file}, line {line}: nested more than {DEPTH} deep; {EXPECTED}")
+                    self.open.append(value)
+                    self.keys.append(None)
+        return self.root
 
-
-def _flow(text: str, file: Path, line: int) -> Value:
-    items, position, inner = [], 0, text[1:-1].strip()
-    while position < len(inner):
-        match = (_ITEM if text[0] == "[" else _PAIR).match(inner, position)
-        if match is None or match.end() == position:
-            raise DataError(f"{file}, line {line}: {text[:60]!r}; expected a flat list or mapping")
-        items.append(match[1])
-        position = match.end()
-    if text[0] == "[":
-        return [unquote(item) for item in items]
-    return _mapping(items)
-
-
-def _block(lines: list[str]) -> Value:
-    depth = min((len(line) - len(line.lstrip()) for line in lines), default=0)
-    rows = [line.strip() for line in lines if len(line) - len(line.lstrip()) == depth]
-    if rows and all(row.startswith("- ") for row in rows):
-        return [unquote(row[2:]) for row in rows]
-    return _mapping(rows)
-
-
-def _mapping(rows: list[str]) -> dict[str, str]:
-    pairs = (row.partition(":") for row in rows if ":" in row)
-    return {unquote(key): unquote(value) for key, _, value in pairs}
+    def _put(self, value: Value, line: int) -> None:
+        if not self.open:
+            self.root = value
+        elif isinstance(self.open[-1], list):
+            self.open[-1].append(value)
+        elif self.keys[-1] is None:
+            if not isinstance(value, str):
+                raise DataError(f"{self.file}, line {line}: a list or mapping as a key; {EXPECTED}")
+            if value in self.open[-1]:
+                raise DataError(f"{self.file}, line {line}: {value!r} stands twice; expected each key once")
+            self.keys[-1] = value
+        else:
+            self.open[-1][self.keys[-1]] = value
+            self.keys[-1] = None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -10,8 +13,10 @@ from typing import ClassVar
 import numpy as np
 
 from edgedetr.bundle import ClassInfo
-from edgedetr.errors import DataError
+from edgedetr.errors import DataError, did_you_mean
 from edgedetr.options import check
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Sample:
     labels: np.ndarray
     crowd: np.ndarray
     areas: np.ndarray
+    original_id: int | str | None = None    # the set's own id, where it is no whole number of 64 bits; else None
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Finding:
     where: str
     what: str
     fatal: bool = False     # the item was left out (and --strict fails)
+    objects: int = 0        # how many annotated objects were left out with it
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,53 @@ class DetectionSet:
         return len(self.samples)
 
 
+def display_names(classes: Sequence[ClassInfo]) -> list[str]:
+    """One name for each class, all different: `helmet (id 3)` where two classes are called helmet."""
+    counts = Counter(info.name for info in classes)
+    return [info.name if counts[info.name] == 1 else f"{info.name} (id {info.category_id})" for info in classes]
+
+
+def matched(found: DetectionSet, classes: Sequence[ClassInfo], whose: str) -> DetectionSet:
+    """The same set with the classes of `whose` (a model, another split), matched by name whatever ids and order are.
+
+    A class that only one side has is no error where it has no object here.
+    Errors: DataError where an object's class is not among `classes`, or where a name that is there twice does not tell.
+    """
+    if found.classes == tuple(classes):
+        return found
+    here, there = ([unicodedata.normalize("NFC", info.name).strip() for info in part]
+                   for part in (found.classes, classes))
+    exact = {(name, info.category_id): info.index for name, info in zip(there, classes)}
+    used = {int(label) for sample in found.samples for label in np.unique(sample.labels)}
+    index = np.full(len(found.classes), -1, np.int64)
+    for name, info in zip(here, found.classes):
+        if (name, info.category_id) in exact:
+            index[info.index] = exact[name, info.category_id]
+        elif there.count(name) == 1 and here.count(name) == 1:
+            index[info.index] = classes[there.index(name)].index
+        elif info.index in used:
+            what = "is the name of several classes; expected names that differ, or the same ids on both sides" \
+                if name in there else f"is not among {', '.join(there[:20])}{did_you_mean(name, there)}"
+            raise DataError(f"{found.root} [{found.name}]: has objects of the class {info.name!r}, which in {whose} "
+                            f"{what}; rename the class in the data set, or take another --data")
+    samples = tuple(replace(sample, labels=index[sample.labels]) for sample in found.samples)
+    lacking = [name for name in there if name not in here]
+    if lacking:
+        log.warning("%s [%s]: does not name the class %s of %s; an object of it that is shown counts as false",
+                    found.root, found.name, ", ".join(map(repr, lacking[:20])), whose)
+    return replace(found, samples=samples, classes=tuple(classes))
+
+
+def without_empty_classes(found: DetectionSet) -> DetectionSet:
+    """The same set without the classes that have no object in it; indices move up, original ids stay."""
+    present = sorted({int(label) for sample in found.samples for label in np.unique(sample.labels)})
+    index = np.full(len(found.classes), -1, np.int64)
+    index[present] = np.arange(len(present))
+    classes = tuple(replace(found.classes[old], index=new) for new, old in enumerate(present))
+    samples = tuple(replace(sample, labels=index[sample.labels]) for sample in found.samples)
+    return replace(found, samples=samples, classes=classes)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which splits serve which purpose; an empty name means "the usual one that is there"."""
@@ -68,6 +122,7 @@ class DataConfig:
     select_split: str = ""          # picks the best epoch while training; usual: val, else the verify split
     verify_split: str = ""          # the drop is measured here, and nothing is chosen by it; usual: test, else val
     strict: bool = False            # fail on the first unreadable or degenerate item instead of leaving it out
+    drop_empty_classes: bool = False    # classes without an object in the train split are none of the model's
 
     def __post_init__(self) -> None:
         check(self, "data")

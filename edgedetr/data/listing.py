@@ -6,6 +6,7 @@ Training, calibration, `data check` and `predict` all list through here, so that
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -80,3 +81,18 @@ def _walk(start: Path, found: list[Path], met: set[tuple[int, int]], links: list
             elif os.path.isfile(path):
                 found.append(path)
     links.sort()
+
+
+def child(folder: Path, name: str) -> Path | None:
+    """The visible entry of that name, or else the first whose name differs in case or Unicode form alone."""
+    exact = folder / name
+    if os.path.exists(exact):
+        return exact
+    if not os.path.isdir(folder):
+        return None
+    return next((path for path in children(folder) if fold(path.name) == fold(name)), None)
+
+
+def fold(name: str) -> str:
+    """A name without its case and Unicode form: a Mac writes é as two characters, and Windows knows no case."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -2,46 +2,59 @@
 
 Corners are read as x = xmin, width = xmax - xmin, as the usual converters do. `difficult` objects become crowd: a
 detector may find them without gain or loss, as the VOC evaluation has it. Class names come from classes.txt, or sorted
-from the files.
+from the files. `<filename>` says which image a file is about; where there is none of that name, the file's own name.
 """
 
 from __future__ import annotations
 
+import os
+import re
+from collections import Counter, defaultdict
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
-from xml.parsers import expat
 
-from edgedetr.data import images
-from edgedetr.data.clean import RawImage, RawObject, RawSplit, class_infos, numbers
+from edgedetr.data import listing
+from edgedetr.data.clean import RawImage, RawObject, RawSplit, class_infos, numbers, read_names
 from edgedetr.data.form import Finding
+from edgedetr.data.listing import child, children, fold
 from edgedetr.data.names import canonical
+from edgedetr.data.voc_xml import parse
 from edgedetr.errors import DataError, did_you_mean
+from edgedetr.reading import read_text
 
-MAX_XML_BYTES = 16 << 20        # a VOC file is a few kilobytes
+SPLITS = ("train", "val", "test", "trainval")
+FLAGGED = re.compile(r"(?P<name>.+?)\s+-?[01]")     # 000012 -1: the lists of one class say whether it is there
+ENDINGS = (".xml", ".jpg", ".jpeg", ".png", ".bmp", ".jfif", ".webp", ".tif", ".tiff")
+NAMED = 8                                           # files that a finding about many of them names
 
 
 @dataclass(frozen=True)
 class Source:
-    """A split: its annotation files and the folder of its pictures."""
+    """A split: its annotation files, the folder of its images, and whether every image there is to have a file."""
 
     files: tuple[Path, ...]
     pictures: Path
+    whole: bool = True
 
 
 def find(root: Path) -> dict[str, Source]:
     """Annotation files of each split; empty where this is no VOC layout."""
     found: dict[str, Source] = {}
-    folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
+    folders = {path.name.lower(): path for path in children(root) if os.path.isdir(path)}
     texts, pictures = folders.get("annotations"), folders.get("jpegimages") or folders.get("images")
-    if texts is not None and pictures is not None and any(texts.glob("*.xml")):
-        for listing in sorted(root.glob("ImageSets/Main/*.txt")):
-            split = canonical(listing.stem)
-            if split in ("train", "val", "test", "trainval"):       # others are one class's: aeroplane_train.txt
-                found[split] = Source(_listed(texts, listing), pictures)
-        return found or {"train": Source(tuple(sorted(texts.glob("*.xml"))), pictures)}
+    annotated = _xml(texts) if texts is not None and pictures is not None else ()
+    if texts is not None and pictures is not None and annotated:
+        sets = child(root, "ImageSets")
+        main = child(sets, "Main") if sets is not None else None
+        for file in children(main) if main is not None and os.path.isdir(main) else []:
+            split = canonical(file.stem)
+            # Others are one class's (aeroplane_train.txt).
+            if file.suffix.lower() == ".txt" and split in SPLITS and os.path.isfile(file):
+                found[split] = Source(_listed(texts, file, annotated), pictures, whole=False)
+        return found or {"train": Source(annotated, pictures)}
     for folder in folders.values():
-        files = tuple(sorted(folder.glob("*.xml")))
+        files = tuple(path for path in children(folder) if path.suffix.lower() == ".xml" and os.path.isfile(path))
         if files:
             found[canonical(folder.name)] = Source(files, folder)
     return found
@@ -57,73 +70,116 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
     findings: list[Finding] = []
     names = _class_names(root)
     index = {name: position for position, name in enumerate(names)}
-    pictures = {path.stem: path for path in sorted(source.pictures.iterdir()) if images.is_image(path)}
-    found = []
-    for position, file in enumerate(source.files, start=1):
-        if not file.is_file():
+    trees: dict[Path, ElementTree.Element] = {}
+    for file in source.files:
+        if not os.path.isfile(file):
             findings.append(Finding("missing-annotation", str(file), "listed in the split, but there is no such file",
                                     True))
             continue
         try:
-            tree = parse(file)
+            trees[file] = parse(file)
         except DataError as error:
             findings.append(Finding("unreadable-annotation", str(file), str(error), True))
+    pictures = _Pictures(source.pictures, [_text(tree, "filename") for tree in trees.values()])
+    found = []
+    for position, file in enumerate(source.files, start=1):
+        if file not in trees:
             continue
-        image = RawImage(position, pictures.get(file.stem, source.pictures / f"{file.stem}.jpg"), _stated_size(tree))
-        for thing in tree.findall("object"):
+        image = RawImage(position, pictures.of(file, _text(trees[file], "filename"), findings),
+                         _stated_size(trees[file]))
+        for thing in trees[file].findall("object"):
             _annotate(thing, image, index, file, findings)
         found.append(image)
-    return RawSplit(class_infos(names), found, findings)
+    twice = [path for path, times in Counter(image.path for image in found).items() if times > 1]
+    findings += [Finding("image-listed-twice", str(path), "several XML files are about this image, each with objects "
+                         "of its own; expected one") for path in twice]
+    if source.whole:
+        findings += pictures.without({image.path for image in found})
+    return RawSplit(class_infos(names), found, findings, listed=len(source.files))
 
 
-def parse(file: Path) -> ElementTree.Element:
-    """The root element; a document type, and with it every entity, is refused before it is expanded."""
-    if file.stat().st_size > MAX_XML_BYTES:
-        raise DataError(f"{file}: {file.stat().st_size} bytes; expected a VOC file of at most {MAX_XML_BYTES}")
-    builder = ElementTree.TreeBuilder()
-    parser = expat.ParserCreate()
+class _Pictures:
+    """The images of a split, by name and by name without its ending.
 
-    def refuse(*_: object) -> None:
-        raise DataError(f"{file}: declares a document type or entities; expected plain VOC XML; remove the DOCTYPE")
+    wanted   what the annotations of the split say in <filename>
+    """
 
-    parser.StartDoctypeDeclHandler = refuse
-    parser.EntityDeclHandler = refuse
-    parser.StartElementHandler = builder.start
-    parser.EndElementHandler = builder.end
-    parser.CharacterDataHandler = builder.data
-    try:
-        parser.Parse(file.read_bytes(), True)
-        return builder.close()
-    except (expat.ExpatError, ValueError, LookupError, AssertionError) as error:  # LookupError: an unknown encoding
-        raise DataError(f"{file}: no whole XML ({error}); expected a VOC annotation") from error
+    def __init__(self, folder: Path, wanted: list[str]) -> None:
+        self.folder = folder
+        self.by_name: dict[str, list[Path]] = defaultdict(list)
+        self.by_stem: dict[str, list[Path]] = defaultdict(list)
+        for path in listing.images_in(folder):
+            self.by_name[fold(path.name)].append(path)
+            self.by_stem[fold(path.stem)].append(path)
+        self.wanted = Counter(fold(PurePosixPath(name.replace("\\", "/")).name) for name in wanted)
+
+    def of(self, file: Path, said: str, findings: list[Finding]) -> Path:
+        """The image that an annotation file is about."""
+        own = self._nearest(self.by_stem.get(fold(file.stem), []), file, file.stem)
+        name = PurePosixPath(said.replace("\\", "/")).name
+        named = self.by_name.get(fold(name), []) or self.by_stem.get(fold(name), [])
+        if named and (self.wanted[fold(name)] == 1 or not own):
+            return self._nearest(named, file, name)[0]
+        if named and own and self.wanted[fold(name)] > 1 and own[0] != self._nearest(named, file, name)[0]:
+            findings.append(Finding("filename-repeated", str(file), f"<filename> is {name!r} in "
+                                    f"{self.wanted[fold(name)]} files; {own[0].name}, of this file's name, was taken"))
+        if len(own) > 1:
+            findings.append(Finding("same-name", str(file), f"{', '.join(path.name for path in own)}: nothing says "
+                                    f"which of them it is about; {own[0].name} was taken"))
+        return own[0] if own else self.folder / (name or f"{file.stem}.jpg")
+
+    def _nearest(self, found: list[Path], file: Path, name: str) -> list[Path]:
+        """Those of the exact name and of the same sub-folder first."""
+        return sorted(found, key=lambda path: (path.parent.name != file.parent.name, path.name != name, path))
+
+    def without(self, used: set[Path]) -> list[Finding]:
+        beside = sorted(path for paths in self.by_name.values() for path in paths if path not in used)
+        if not beside:
+            return []
+        return [Finding("unlisted-image", str(self.folder), f"{len(beside)} images have no XML file and are left out: "
+                        f"{', '.join(path.name for path in beside[:NAMED])}{', ...' if len(beside) > NAMED else ''}")]
 
 
-def _listed(texts: Path, listing: Path) -> tuple[Path, ...]:
-    stems = []
-    for line in listing.read_text(encoding="utf-8-sig").splitlines():
-        words = line.split()
-        if words:
-            if "/" in words[0] or "\\" in words[0]:
-                raise DataError(f"{listing}: {words[0]!r} is a path; expected the bare names of files in {texts.name}/")
-            stems.append(words[0])
-    return tuple(texts / f"{stem}.xml" for stem in dict.fromkeys(stems))
+def _xml(folder: Path) -> tuple[Path, ...]:
+    return tuple(path for path in listing.files(folder) if path.suffix.lower() == ".xml")
+
+
+def _listed(texts: Path, file: Path, annotated: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The annotation files that the lines of a list name: whole lines, for names may hold spaces."""
+    there = {fold(path.relative_to(texts).with_suffix("").as_posix()): path for path in annotated}
+    found = []
+    for line in filter(None, map(str.strip, read_text(file, DataError).splitlines())):
+        name = line.replace("\\", "/")
+        flagged = FLAGGED.fullmatch(name)
+        bare = str(PurePosixPath(name).with_suffix("")) if name.lower().endswith(ENDINGS) else name
+        spellings = [name, bare, flagged["name"] if flagged else name]
+        spellings += [PurePosixPath(spelling).name for spelling in spellings]
+        path = next((there[fold(spelling)] for spelling in spellings if fold(spelling) in there), None)
+        if path is None and ("/" in name or "\0" in name):
+            raise DataError(f"{file}: {line[:200]!r} is a path; expected the bare names of files in {texts.name}/")
+        found.append(path or texts / f"{name[:200]}.xml")
+    return tuple(dict.fromkeys(found))
 
 
 def _class_names(root: Path) -> list[str]:
-    listing = root / "classes.txt"
-    if listing.is_file():
-        names = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        if not names or len(set(names)) != len(names):
-            raise DataError(f"{listing}: {names[:20]}; expected class names, one a line, each once")
+    file = root / "classes.txt"
+    if os.path.isfile(file):
+        names = read_names(file)
+        if len(set(names)) != len(names):
+            raise DataError(f"{file}: {names[:20]}; expected class names, one a line, each once")
         return names
     found: set[str] = set()
-    for source in find(root).values():
-        for file in source.files:
-            try:
-                found.update(_text(thing, "name") for thing in parse(file).findall("object"))
-            except (DataError, OSError):
-                continue            # `read` names this file
+    faults = []
+    for path in dict.fromkeys(path for source in find(root).values() for path in source.files):
+        if not os.path.isfile(path):
+            continue
+        try:
+            found.update(_text(thing, "name") for thing in parse(path).findall("object"))
+        except DataError as error:
+            faults.append(error)            # `read` names this file
     found.discard("")
+    if not found and faults:
+        raise DataError(f"{faults[0]}" + (f" ({len(faults)} XML files cannot be read)" if len(faults) > 1 else ""))
     if not found:
         raise DataError(f"{root}: no object names in the XML files and no classes.txt; expected at least one class")
     return sorted(found)
@@ -151,9 +207,10 @@ def _annotate(thing: ElementTree.Element, image: RawImage, index: dict[str, int]
     corners = numbers([_number(_text(thing, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")], 4)
     if name not in index:
         findings.append(Finding("unknown-class", str(file),
-                                f"object {name!r} is not in classes.txt{did_you_mean(name, index)}", True))
+                                f"object {name[:80]!r} is not in classes.txt{did_you_mean(name[:80], index)}", True, 1))
     elif corners is None:
-        findings.append(Finding("bad-box", str(file), f"an object {name!r} has no bndbox of four finite numbers", True))
+        findings.append(Finding("bad-box", str(file), f"an object {name!r} has no bndbox of four finite numbers", True,
+                                1))
     else:
         image.objects.append(RawObject(index[name], (corners[0], corners[1], corners[2], corners[3]),
-                                       crowd=_text(thing, "difficult") == "1"))
+                                       crowd=_text(thing, "difficult").lower() in ("1", "true")))

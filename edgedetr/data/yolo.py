@@ -1,48 +1,69 @@
-"""YOLO layout: data.yaml, images/<split>/ with labels/<split>/ or <split>/images/ with <split>/labels/.
+"""YOLO layout: data.yaml, images/<split>/ with labels/<split>/, <split>/images/ with <split>/labels/, or label files
+beside the images (LabelImg, Darknet, CVAT).
 
 A label file has one line an object: `class cx cy w h`, or a class and a polygon's corners, all in 0..1 of the upright
-picture; a polygon becomes its bounding box. An image without a label file has no objects. Class ids are the indices.
+image; a polygon becomes its bounding box. Where data.yaml has kpt_shape, the box of a pose is read and its points are
+not. An image without a label file has no objects. Class ids are the indices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from edgedetr.data import data_yaml, images
-from edgedetr.data.clean import RawImage, RawObject, RawSplit, class_infos, inside, numbers
+from edgedetr.data import data_yaml
+from edgedetr.data.clean import RawImage, RawSplit, class_infos, read_names
 from edgedetr.data.form import Finding
+from edgedetr.data.images import is_image
+from edgedetr.data.listing import child, children, images_in
 from edgedetr.data.names import canonical
+from edgedetr.data.places import Places
+from edgedetr.data.yolo_labels import Labels
 from edgedetr.errors import DataError
+from edgedetr.reading import read_text
 
 SPLITS = ("train", "val", "test")
+NAMES = ("classes.txt", "obj.names", "_darknet.labels")
+CONFIGURATIONS = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A split: folders of pictures, or text files that list pictures."""
+    """A split: folders of images, or text files that list images."""
 
     places: tuple[Path, ...]
 
 
 def find(root: Path) -> dict[str, Source]:
-    """Where each split's pictures lie; empty where this is no YOLO layout."""
+    """Where each split's images lie; empty where this is no YOLO layout."""
     description = _description(root)
     if description is not None:
         named = _named_splits(root, description)
         if named:
             return named
     found: dict[str, Source] = {}
-    if (root / "images").is_dir() and (root / "labels").is_dir():
-        for folder in sorted(path for path in (root / "images").iterdir() if path.is_dir()):
-            found[canonical(folder.name)] = Source((folder,))
-        return found or {"train": Source((root / "images",))}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        if (folder / "images").is_dir() and (folder / "labels").is_dir():
-            found[canonical(folder.name)] = Source((folder / "images",))
+    pictures, folders = child(root, "images"), [path for path in children(root) if os.path.isdir(path)]
+    if pictures is not None and os.path.isdir(pictures) and child(root, "labels") is not None:
+        for folder in children(pictures):
+            if os.path.isdir(folder):
+                found[canonical(folder.name)] = Source((folder,))
+        return found or {"train": Source((pictures,))}
+    for folder in folders:
+        inner = child(folder, "images")
+        if inner is not None and os.path.isdir(inner) and child(folder, "labels") is not None:
+            found[canonical(folder.name)] = Source((inner,))
+    if found or _names_file(root) is None:
+        return found
+    lists = {canonical(path.stem): Source((path,)) for path in children(root)
+             if path.suffix.lower() == ".txt" and canonical(path.stem) in SPLITS}
+    if lists:
+        return lists
+    for folder in [root, *folders]:
+        if _side_by_side(folder):
+            found["train" if folder == root else canonical(folder.name)] = Source((folder,))
     return found
 
 
@@ -54,21 +75,51 @@ def count(root: Path, split: str, source: Source) -> int:
 def read(root: Path, split: str, source: Source) -> RawSplit:
     """Read the label files of one split; image ids count from 1 in the order of the paths."""
     findings: list[Finding] = []
-    names = _class_names(root)
+    names, points = _class_names(root)
+    pictures = _pictures(root, source, findings)
+    labels = Labels(root, len(names), points)
     found = []
-    for position, picture in enumerate(_pictures(root, source, findings), start=1):
+    for position, picture in enumerate(pictures, start=1):
         image = RawImage(position, picture, relative=True)
-        _label(image, _label_file(root, picture), len(names), findings)
+        labels.fill(image, findings)
         found.append(image)
+    labels.close([place for place in source.places if os.path.isdir(place)], pictures, findings)
     return RawSplit(class_infos(names), found, findings)
+
+
+def _side_by_side(folder: Path) -> bool:
+    """Whether images and label files of the same names lie in one folder."""
+    entries = children(folder)
+    stems = {path.stem for path in entries if is_image(path)}
+    return any(path.suffix.lower() == ".txt" and path.stem in stems for path in entries)
+
+
+def _names_file(root: Path) -> Path | None:
+    """A list of class names, one a line: in the root, beside the labels, or in a folder of images and labels."""
+    for folder in [root, *(path for path in children(root) if os.path.isdir(path))]:
+        for name in NAMES:
+            if os.path.isfile(folder / name):
+                return folder / name
+    return next((path for path in children(root) if path.suffix == ".names" and os.path.isfile(path)), None)
 
 
 def _description(root: Path) -> Path | None:
     for name in ("data.yaml", "data.yml", "dataset.yaml"):
-        if (root / name).is_file():
+        if os.path.isfile(root / name):
             return root / name
-    others = sorted([*root.glob("*.yaml"), *root.glob("*.yml")])
-    return others[0] if len(others) == 1 and "names" in data_yaml.read(others[0]) else None
+    others = [path for path in children(root) if path.suffix.lower() in CONFIGURATIONS and os.path.isfile(path)]
+    if len(others) == 1:
+        return others[0] if "names" in data_yaml.read(others[0]) else None
+    fitting = [path for path in others if _describes(path)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _describes(file: Path) -> bool:
+    try:
+        found = data_yaml.read(file)
+    except DataError:
+        return False
+    return "names" in found and any(key in found for key in ("train", "val", "valid"))
 
 
 def _named_splits(root: Path, description: Path) -> dict[str, Source]:
@@ -76,124 +127,91 @@ def _named_splits(root: Path, description: Path) -> dict[str, Source]:
     base = root
     if isinstance(described.get("path"), str):
         # `path` often names the author's own folder; it counts only where it lies inside this one.
-        candidate = inside(root, described["path"])
-        base = candidate if candidate is not None and candidate.is_dir() else root
+        candidate = Places(root, [root]).find(described["path"], folder=True)
+        base = candidate if candidate is not None and os.path.isdir(candidate) else root
+    places = Places(root, list(dict.fromkeys([base, root])))
     found = {}
-    for key in SPLITS if "val" in described else ("train", "valid", "test"):
+    for key in (*SPLITS, "valid", "validation"):
         value = described.get(key)
         texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        places = tuple(_place(base, text, key, description) for text in texts if text)
-        if places:
-            found[canonical(key)] = Source(places)
+        there = tuple(_place(places, text, key, description) for text in texts if text)
+        if there and canonical(key) not in found:
+            found[canonical(key)] = Source(there)
     return found
 
 
-def _place(base: Path, text: str, key: str, description: Path) -> Path:
-    # Roboflow writes ../train/images for a folder that lies beside data.yaml.
-    place = inside(base, text[3:] if text.startswith("../") else text)
-    if place is None or not place.exists():
-        raise DataError(f"{description}: {key}: {text!r} is no folder or list inside {base}; expected one, "
-                        "as in 'train: images/train'; correct the line or take it out")
+def _place(places: Places, text: Any, key: str, description: Path) -> Path:
+    place = places.find(text, folder=True)
+    if place is not None and not os.path.exists(place):
+        place = _any_case(places, text)
+    if place is None or not (os.path.isdir(place) or os.path.isfile(place)):
+        raise DataError(f"{description}: {key}: {str(text)[:200]!r} is no folder or list inside {places.root}; "
+                        "expected one, as in 'train: images/train'; correct the line or take it out")
     return place
+
+
+def _any_case(places: Places, text: str) -> Path | None:
+    """The folder that `text` names but for its case: images/train where the disk has Images/Train."""
+    for base in places.folders:
+        place: Path | None = base
+        for part in Path(text.replace("\\", "/")).parts:
+            place = child(place, part) if place is not None and part not in ("..", "/") else None
+        if place is not None:
+            return place
+    return None
 
 
 def _pictures(root: Path, source: Source, findings: list[Finding]) -> list[Path]:
     found: list[Path] = []
     for place in source.places:
-        if place.is_dir():
-            found += sorted(path for path in place.rglob("*") if images.is_image(path))
+        if os.path.isdir(place):
+            found += images_in(place)
             continue
-        for line in place.read_text(encoding="utf-8-sig").splitlines():
-            path = inside(root, line.strip()) if line.strip() else None
+        places = Places(root, list(dict.fromkeys([root, place.parent])))
+        for line in filter(None, map(str.strip, read_text(place, DataError).splitlines())):
+            path = places.find(line)
             if path is not None:
                 found.append(path)
-            elif line.strip():
-                findings.append(Finding("path-outside", str(place), f"{line.strip()!r} leaves the data directory",
-                                        True))
+            else:
+                findings.append(Finding("path-outside", str(place), f"{line[:200]!r} leaves the data directory", True))
     return list(dict.fromkeys(found))
 
 
-def _class_names(root: Path) -> list[str]:
+def _class_names(root: Path) -> tuple[list[str], tuple[int, int] | None]:
+    """The names, and how many points of how many numbers each pose has, where data.yaml has kpt_shape."""
     description = _description(root)
     if description is not None:
         described = data_yaml.read(description)
         names = described.get("names")
+        if isinstance(names, str) and names and os.path.isfile(listing := root / Path(names).name):
+            names = list(read_names(listing))
         if isinstance(names, dict):
             names = _in_order(names, description)
         if isinstance(names, list) and names:
-            if len(set(names)) != len(names):
-                raise DataError(f"{description}: names {names[:20]}; expected each name once")
+            if not all(isinstance(name, str) for name in names):
+                raise DataError(f"{description}: names is {str(names)[:60]}; expected a flat list or mapping of names")
             stated = described.get("nc")
-            if isinstance(stated, str) and stated.isdigit() and int(stated) != len(names):
+            if isinstance(stated, str) and re.fullmatch("[0-9]{1,9}", stated) and int(stated) != len(names):
                 raise DataError(f"{description}: nc is {stated}, but there are {len(names)} names; correct one of them")
-            return names
-    for listing in (root / "classes.txt", root / "labels" / "classes.txt"):
-        if listing.is_file():
-            names = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-            if names and len(set(names)) == len(names):
-                return names
-            raise DataError(f"{listing}: {names[:20]}; expected class names, one a line, each once")
+            return names, _points(described.get("kpt_shape"), description)
+    named = _names_file(root)
+    if named is not None:
+        return read_names(named), None
     raise DataError(f"{root}: no class names; expected 'names: [first, second]' in data.yaml, "
                     "or classes.txt with one a line")
 
 
-def _in_order(names: dict[str, str], description: Path) -> list[str]:
+def _in_order(names: dict[str, Any], description: Path) -> list[Any]:
     if sorted(names) != sorted(str(index) for index in range(len(names))):
         raise DataError(f"{description}: names has the keys {list(names)[:20]}; expected 0, 1, 2, ... without a gap")
     return [names[str(index)] for index in range(len(names))]
 
 
-def _label_file(root: Path, picture: Path) -> Path:
-    parts = list(PurePosixPath(picture.relative_to(root).with_suffix(".txt").as_posix()).parts)
-    folders = [position for position, part in enumerate(parts[:-1]) if part == "images"]
-    if folders:
-        parts[folders[-1]] = "labels"
-    return root.joinpath(*parts)
-
-
-def _label(image: RawImage, file: Path, classes: int, findings: list[Finding]) -> None:
-    if not file.is_file():
-        findings.append(Finding("no-label-file", str(image.path),
-                                f"no {file.name}; taken as a picture without objects"))
-        return
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        findings.append(Finding("unreadable-annotation", str(file),
-                                f"not text ({error.reason}); its objects are left out", True))
-        return
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        what = _parse(line.split(), classes)
-        if isinstance(what, RawObject):
-            image.objects.append(what)
-        else:
-            findings.append(Finding(what[0], f"{file}:{number}", f"{line.strip()[:60]!r}: {what[1]}", True))
-
-
-def _parse(words: list[str], classes: int) -> RawObject | tuple[str, str]:
-    """The object of a line, or the kind and sentence of what is wrong with it."""
-    values = numbers(_floats(words), len(words))
-    polygon = len(words) >= 7 and len(words) % 2 == 1
-    if values is None or not (len(words) == 5 or polygon):
-        return "bad-box", "expected a class and cx cy w h, or a class and at least three corners, all finite numbers"
-    if values[0] != int(values[0]) or not 0 <= values[0] < classes:
-        return "unknown-class", f"class {words[0]}; known are 0..{classes - 1}"
-    if polygon:
-        x, y = np.array(values[1::2]), np.array(values[2::2])
-        return RawObject(int(values[0]), (float(x.min()), float(y.min()), float(x.max()), float(y.max())))
-    cx, cy, w, h = values[1:]
-    if max(abs(value) for value in values[1:]) > 2:
-        return "bad-box", "coordinates far beyond 1; expected 0..1 of the picture, not pixels"
-    return RawObject(int(values[0]), (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
-
-
-def _floats(words: Iterable[str]) -> list[float | None]:
-    found: list[float | None] = []
-    for word in words:
-        try:
-            found.append(float(word))
-        except ValueError:
-            found.append(None)
-    return found
+def _points(shape: Any, description: Path) -> tuple[int, int] | None:
+    if shape is None or shape == "":
+        return None
+    if isinstance(shape, list) and len(shape) == 2 and all(
+            isinstance(part, str) and re.fullmatch("[0-9]{1,4}", part) for part in shape) and shape[1] in ("2", "3"):
+        return int(shape[0]), int(shape[1])
+    raise DataError(f"{description}: kpt_shape is {str(shape)[:60]}; expected the number of points and of numbers each,"
+                    " as in 'kpt_shape: [17, 3]'")

@@ -177,7 +177,7 @@ def test_an_image_without_a_label_file_has_no_objects(tmp_path):
     put_text(tmp_path / "classes.txt", "cat\n")
     found = layouts.load(tmp_path, "train", strict=True)
     assert found.samples[0].boxes.shape == (0, 4)
-    assert [finding.kind for finding in found.findings] == ["no-label-file"]
+    assert [finding.kind for finding in found.findings] == ["no-label-file", "label-without-image"]
 
 
 def test_two_layouts_at_once_are_not_guessed(tmp_path):

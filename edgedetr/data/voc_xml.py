@@ -1,0 +1,77 @@
+"""XML of the VOC layout, read within limits: no document type, no entities, bounded in size, depth and elements."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+from xml.parsers import expat
+
+from edgedetr.errors import DataError
+from edgedetr.reading import MARKS, read_bytes
+
+MAX_XML_BYTES = 4 << 20         # a VOC file is a few kilobytes
+MAX_DEPTH = 32
+MAX_ELEMENTS = 200_000          # some 13 an object
+DECLARED = re.compile(rb"""^\s*<\?xml[^>]{0,200}?encoding\s*=\s*["']([A-Za-z0-9._:-]{1,40})["']""")
+# Encodings of text that people's tools declare; Python knows others that are no text, or that run away.
+TEXT = ("ascii", "utf", "iso8859", "cp", "gb", "big5", "shift", "euc", "koi8", "johab", "mac")
+
+
+def parse(file: Path) -> ElementTree.Element:
+    """The root element; a document type, and with it every entity, is refused before it is expanded.
+
+    Errors: DataError that names the file, and the encoding where that is at fault.
+    """
+    content = _text(file, read_bytes(file, DataError, limit=MAX_XML_BYTES, fix="expected a VOC file"))
+    builder = ElementTree.TreeBuilder()
+    parser = expat.ParserCreate("utf-8")        # whatever the file declares: it was decoded above
+    depth = elements = 0
+
+    def refuse(*_: object) -> None:
+        raise DataError(f"{file}: declares a document type or entities; expected plain VOC XML; remove the DOCTYPE")
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        nonlocal depth, elements
+        depth, elements = depth + 1, elements + 1
+        if depth > MAX_DEPTH or elements > MAX_ELEMENTS:
+            raise DataError(f"{file}: more than {MAX_DEPTH} levels or {MAX_ELEMENTS} elements; expected a VOC file")
+        builder.start(tag, attributes)
+
+    def end(tag: str) -> None:
+        nonlocal depth
+        depth -= 1
+        builder.end(tag)
+
+    parser.StartDoctypeDeclHandler = refuse
+    parser.EntityDeclHandler = refuse
+    parser.StartElementHandler = start
+    parser.EndElementHandler = end
+    parser.CharacterDataHandler = builder.data
+    try:
+        parser.Parse(content.encode("utf-8", "strict"), True)
+        return builder.close()
+    except (expat.ExpatError, ValueError, AssertionError) as error:     # ValueError: lone surrogates
+        raise DataError(f"{file}: no whole XML ({error}); expected a VOC annotation") from error
+
+
+def _text(file: Path, raw: bytes) -> str:
+    encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "")
+    declared = DECLARED.match(raw)
+    if not encoding:
+        encoding = declared[1].decode("ascii") if declared else "utf-8"
+        # Without a mark, UTF-16 shows in its first letter.
+        encoding = {b"<\0": "utf-16-le", b"\0<": "utf-16-be"}.get(raw[:2], encoding)
+    try:
+        name = codecs.lookup(encoding).name.replace("-", "").replace("_", "")
+        if not name.startswith(TEXT) or name.startswith("utf7"):
+            raise LookupError(f"{encoding} is no encoding of text")
+        return raw.decode(encoding)
+    except LookupError as error:
+        raise DataError(f"{file}: no whole XML (its declared encoding is {encoding[:40]!r}, which is not known); save "
+                        "it as UTF-8") from error
+    except UnicodeError as error:
+        at = getattr(error, "start", 0)
+        raise DataError(f"{file}: no whole XML (not {encoding} text: byte {at} is 0x{raw[at:at + 1].hex() or '??'}); "
+                        "save it as UTF-8") from error

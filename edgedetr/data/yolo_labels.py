@@ -1,0 +1,182 @@
+"""Label files of the YOLO layout: where each image's lies, what its lines say, and which have no image."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from edgedetr.data.clean import RawImage, RawObject, numbers
+from edgedetr.data.form import Finding
+from edgedetr.data.images import is_image
+from edgedetr.data.listing import child, children, files, fold
+from edgedetr.errors import DataError
+from edgedetr.reading import read_text
+
+LIMIT = 2 << 20             # bytes; 20,000 boxes
+SPELLED = 20                # bad lines of one file that are findings of their own
+NOTES = frozenset({"classes", "notes", "labels", "predefined_classes", "train", "val", "valid", "test", "obj"})
+
+
+class Labels:
+    """The label files of one split.
+
+    points   how many points of how many numbers each pose has; None = lines are boxes or polygons
+    """
+
+    def __init__(self, root: Path, classes: int, points: tuple[int, int] | None) -> None:
+        self.root, self.classes, self.points = root, classes, points
+        self.used: set[str] = set()
+        self.beside: dict[Path, Path | None] = {}           # folder of images -> folder of labels
+        self.listed: dict[Path, dict[str, Path]] = {}       # folder of labels -> label files by folded name
+        self.lengths: Counter[int] = Counter()              # words of the lines that were read as polygons
+        self.poses = 0
+
+    def fill(self, image: RawImage, findings: list[Finding]) -> None:
+        """Read the image's label file into it."""
+        file = self._file(image.path)
+        if file is None:
+            findings.append(Finding("no-label-file", str(image.path), f"no {image.path.stem}.txt; taken as a picture "
+                                    "without objects"))
+            return
+        self.used.add(os.path.abspath(file))
+        try:
+            lines = read_text(file, DataError, limit=LIMIT).splitlines()
+        except DataError as error:
+            findings.append(Finding("unreadable-annotation", str(file), f"{error}; its objects are left out", True,
+                                    _lines(file)))
+            return
+        bad = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            what = self._parse(line.split())
+            if isinstance(what, RawObject):
+                image.objects.append(what)
+            else:
+                bad.append(Finding(what[0], f"{file}:{number}", f"{line.strip()[:60]!r}: {what[1]}", True, 1))
+        findings += bad[:SPELLED]
+        if len(bad) > SPELLED:
+            findings.append(Finding(bad[SPELLED].kind, str(file), f"and {len(bad) - SPELLED} more such lines", True,
+                                    len(bad) - SPELLED))
+
+    def close(self, places: Sequence[Path], pictures: Sequence[Path], findings: list[Finding]) -> None:
+        """What only shows when all images were read: label files without an image, shared ones, poses."""
+        stems: dict[Path, Counter[str]] = {}
+        for path in pictures:
+            stems.setdefault(path.parent, Counter())[fold(path.stem)] += 1
+        for folder, names in stems.items():
+            twice = [name for name, times in names.items() if times > 1 and self._labels_of(folder) is not None]
+            findings += [Finding("same-name", str(folder / name), "several images of this name but for the ending "
+                                 "share one label file; nothing says whose its objects are") for name in twice]
+        for folder in dict.fromkeys([*places, *stems]):
+            self._orphans(folder, findings)
+        if self.poses:
+            findings.append(Finding("pose-labels", str(self.root), f"{self.poses} lines hold the points of a pose; "
+                                    "their boxes are read and the points are not"))
+        elif len(self.lengths) == 1 and sum(self.lengths.values()) > 3:
+            length, = self.lengths
+            # Corners of turned boxes (9 words) are always four; polygons drawn by people differ in their corners.
+            if length != 9:
+                findings.append(Finding("perhaps-pose-labels", str(self.root), f"every line has {length} words and was "
+                                        "read as a polygon; if these are poses, data.yaml needs kpt_shape"))
+
+    def _orphans(self, folder: Path, findings: list[Finding]) -> None:
+        labels = self._labels_of(folder)
+        if labels is None:
+            return
+        there = files(labels) if labels != folder else children(folder)
+        images = {fold(str(path.relative_to(folder).with_suffix(""))) for path in files(folder) if is_image(path)}
+        for file in there:
+            absolute = os.path.abspath(file)
+            if file.suffix.lower() != ".txt" or absolute in self.used or not os.path.isfile(file):
+                continue
+            self.used.add(absolute)         # folders may lie in one another
+            name = fold(str(file.relative_to(labels).with_suffix("")))
+            if name in images or file.stem.lower() in NOTES or file.stem.lower().startswith("readme"):
+                continue
+            count = _lines(file)
+            if count or labels != folder:       # beside images, a text without objects may be anything
+                findings.append(Finding("label-without-image", str(file), f"no image {file.stem} lies in {folder}; its "
+                                        f"{count} objects are left out", count > 0, count))
+
+    def _file(self, picture: Path) -> Path | None:
+        """The label file of an image: in the folder of labels, else beside the image."""
+        labels = self._labels_of(picture.parent)
+        for folder in dict.fromkeys(place for place in (labels, picture.parent) if place is not None):
+            exact = folder / f"{picture.stem}.txt"
+            if os.path.isfile(exact):
+                return exact
+            if folder not in self.listed:
+                self.listed[folder] = {fold(path.name): path for path in children(folder)} \
+                    if os.path.isdir(folder) else {}
+            other = self.listed[folder].get(fold(f"{picture.stem}.txt"))
+            if other is not None and os.path.isfile(other):
+                return other
+        return None
+
+    def _labels_of(self, folder: Path) -> Path | None:
+        """Where the labels of a folder's images lie: .../images/a -> .../labels/a, whatever the case; else beside."""
+        if folder not in self.beside:
+            self.beside[folder] = self._find_labels(folder)
+        return self.beside[folder]
+
+    def _find_labels(self, folder: Path) -> Path | None:
+        parts = folder.relative_to(self.root).parts if folder.is_relative_to(self.root) else ()
+        at = [place for place, part in enumerate(parts) if part.lower() == "images"]
+        if not at:
+            return folder
+        labels = child(self.root.joinpath(*parts[:at[-1]]), "labels")
+        for part in parts[at[-1] + 1:]:
+            labels = child(labels, part) if labels is not None else None
+        return labels
+
+    def _parse(self, words: list[str]) -> RawObject | tuple[str, str]:
+        """The object of a line, or the kind and sentence of what is wrong with it."""
+        values = numbers(_floats(words), len(words))
+        pose = self._is_pose(words, values)
+        polygon = not pose and len(words) >= 7 and len(words) % 2 == 1
+        if values is None or not (pose or polygon or len(words) == 5):
+            return "bad-box", (f"{len(words)} words; expected a class and cx cy w h, or a class and at least three "
+                               "corners, all finite numbers")
+        if values[0] != int(values[0]) or not 0 <= values[0] < self.classes:
+            return "unknown-class", f"class {words[0][:40]}; known are 0..{self.classes - 1}"
+        if max(abs(value) for value in (values[1:] if polygon else values[1:5])) > 2:
+            return "bad-box", "coordinates far beyond 1; expected 0..1 of the picture, not pixels"
+        self.poses += pose
+        if polygon:
+            self.lengths[len(words)] += 1
+            x, y = values[1::2], values[2::2]
+            return RawObject(int(values[0]), (min(x), min(y), max(x), max(y)))
+        cx, cy, w, h = values[1:5]
+        return RawObject(int(values[0]), (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
+
+    def _is_pose(self, words: list[str], values: tuple[float, ...] | None) -> bool:
+        """Whether a line is a box and points: as kpt_shape says, or by visibilities of exactly 0, 1 or 2."""
+        if self.points is not None:
+            return len(words) == 5 + self.points[0] * self.points[1]
+        if values is None or len(words) < 8 or len(words) % 3 != 2:
+            return False
+        seen = set(values[7::3])
+        # A polygon along the border has zeros and ones too, but no two, and an odd number of words.
+        return seen <= {0.0, 1.0, 2.0} and (len(words) % 2 == 0 or 2.0 in seen)
+
+
+def _lines(file: Path) -> int:
+    """How many lines of a file look like an object."""
+    try:
+        lines = [line.split() for line in read_text(file, DataError, limit=LIMIT).splitlines() if line.strip()]
+    except DataError:
+        return 0
+    return sum(len(words) >= 5 and None not in _floats(words) for words in lines)
+
+
+def _floats(words: Iterable[str]) -> list[float | None]:
+    found: list[float | None] = []
+    for word in words:
+        try:
+            found.append(float(word))
+        except ValueError:
+            found.append(None)
+    return found

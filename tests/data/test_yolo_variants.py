@@ -1,0 +1,224 @@
+"""YOLO sets as people have them: any YAML, labels without images, poses, other cases and places, Darknet, LabelImg."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from sets import picture, text, yolo
+
+from edgedetr.data import data_yaml, layouts
+from edgedetr.data.check import check
+from edgedetr.data.form import DetectionSet
+from edgedetr.errors import DataError
+
+
+def load(root: Path, split: str = "train") -> DetectionSet:
+    return layouts.load(root, split)
+
+
+def kinds(found: DetectionSet) -> list[str]:
+    return [finding.kind for finding in found.findings]
+
+
+@pytest.mark.parametrize("yaml", [
+    "\r\n    train: images/train\r\n    nc: 2\r\n    names: [cat, dog]\r\n    ",
+    "{train: images/train, names: [cat, dog]}",
+    '{"train": "images/train", "names": ["cat", "dog"]}',
+    "train: images/train\nnames:\n  - cat\n  - dog\ndownload: |\n  import os: x\n    y\n",
+    "train: >-\n  images/train\nnames: {0: 'cat', 1: \"dog\"}",
+    "--- !!map\ntrain: !!str images/train\nnames: &n [cat, dog]\ncopy: *n\n...\n",
+    "names: [cat, # first\n  dog]\ntrain: [images/train]  # one\n",
+    "? train\n: images/train\n? names\n: - cat\n  - dog\n",
+    "train: images/train\nnames:\n  1: dog\n  0: cat\nkpt_shape:\n",
+])
+def test_any_yaml_is_read(tmp_path, yaml):
+    found = load(yolo(tmp_path, yaml))
+    assert [info.name for info in found.classes] == ["cat", "dog"]
+    assert len(found) == 2
+
+
+def test_names_stay_text_whatever_yaml_makes_of_them(tmp_path):
+    names = ["yes", "no", "on", "1e3", "0o7", "null", "~", "2024-01-01", "3"]
+    found = load(yolo(tmp_path, f"names: [{', '.join(names)}]\ntrain: images/train\n"))
+    assert [info.name for info in found.classes] == names
+
+
+def test_an_alias_bomb_is_neither_expanded_nor_followed(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
+    root = yolo(tmp_path, "\n".join([*lines, "names: *a29", "train: images/train"]))
+    begun = time.perf_counter()
+    with pytest.raises(DataError, match="repeats a list of lists"):
+        load(root)
+    assert time.perf_counter() - begun < 1
+
+
+@pytest.mark.parametrize("yaml, said", [
+    ("train: images/train\n\tnames: [cat]\n", "line 2: no YAML"),
+    ("names: !!python/object/apply:os.system [touch x]\ntrain: *none\n", "nothing is named &none|no YAML"),
+    ("- cat\n- dog\n", "line 1: holds"),
+    ("names: " + "[" * 100, "line 1: nested more than 20 deep"),
+    ("names: " + "[" * 200_000, "nested more than 20 deep|no YAML"),
+    ("names: [cat]\nnames: [dog]\n", "'names' stands twice"),
+    ("[a, b]: c\n", "a list or mapping as a key"),
+    ("names: [cat]\n" + " " * 40_000 + "x", "no YAML|no class|no folder"),
+    ("names: [\0cat]", "no YAML"),
+    ("x" * (1 << 20) + "x", "expected at most 1 MiB"),
+    ("nc: " + "1" * 5000 + "\nnames: [cat]\ntrain: " + "n" * 5000, "no folder or list"),
+    ("nc: ²\nnames: [cat]\ntrain: images/train\nkpt_shape: [²³, 3]", "kpt_shape"),
+    ("names: [cat]\ntrain: {a: b}\nval: [[images]]", "no folder or list"),
+])
+def test_bad_yaml_is_one_error_at_once(tmp_path, yaml, said):
+    root = yolo(tmp_path, yaml)
+    begun = time.perf_counter()
+    with pytest.raises(DataError, match=said):
+        load(root)
+    assert time.perf_counter() - begun < 1
+
+
+def test_an_empty_yaml_is_no_description(tmp_path):
+    with pytest.raises(DataError, match="line 1"):
+        data_yaml.read(text(tmp_path / "data.yaml", ""))
+
+
+@pytest.mark.parametrize("train", [
+    "{root}/images/train", "../{name}/images/train", "images\\train", "./images/train/", "../images/train",
+    "/content/{name}/images/train", "images/../images/train", "IMAGES/Train", "{root}/train.txt", "train.txt",
+])
+def test_places_that_lie_in_this_very_folder_are_found(tmp_path, train):
+    root = tmp_path / "own"
+    yolo(root, f"names: [cat, dog]\ntrain: {train.format(root=root, name='own')}\n")
+    text(root / "train.txt", f"{root}/images/train/a.jpg\n../own/images/train/b.jpg\n")
+    assert [sample.path for sample in load(root).samples] == [root / "images" / "train" / f"{n}.jpg" for n in "ab"]
+
+
+@pytest.mark.parametrize("path", ["{root}", ".", "../own", "/content/own", "/nowhere/else", "C:\\data\\own", "own", ""])
+def test_path_counts_where_it_is_this_folder_and_does_no_harm_elsewhere(tmp_path, path):
+    root = tmp_path / "own"
+    yolo(root, f"path: {path.format(root=root)}\nnames: [cat, dog]\ntrain: images/train\n")
+    assert len(load(root)) == 2
+
+
+@pytest.mark.parametrize("line, path", [
+    ("my photo.jpg", "my photo.jpg"), ("images\\train\\a.jpg", "images/train/a.jpg"), ("./a.jpg", "lists/a.jpg"),
+    ("data/obj_train_data/c.png", "obj_train_data/c.png"), ("images/train/A.JPG", "images/train/a.jpg"),
+])
+def test_lines_of_a_list_are_names_of_images(tmp_path, line, path):
+    yolo(tmp_path, "names: [cat, dog]\ntrain: lists/train.txt\n", names=("a",))
+    picture(tmp_path / path)
+    text(tmp_path / "lists" / "train.txt", line + "\n")
+    assert [sample.path for sample in load(tmp_path).samples] == [tmp_path / path]
+
+
+@pytest.mark.parametrize("images, labels", [("Images/train", "Labels/train"), ("IMAGES/train", "labels/Train"),
+                                            ("train/Images", "train/Labels")])
+def test_images_and_labels_are_found_whatever_the_case(tmp_path, images, labels):
+    yolo(tmp_path, f"names: [cat, dog]\ntrain: {images}\n", images=images, labels=labels)
+    assert [len(sample.boxes) for sample in load(tmp_path).samples] == [1, 1]
+    (tmp_path / "data.yaml").unlink()
+    text(tmp_path / "classes.txt", "cat\ndog\n")
+    assert [len(sample.boxes) for sample in load(tmp_path).samples] == [1, 1]
+
+
+def test_label_files_without_an_image_are_findings_with_their_objects(tmp_path):
+    yolo(tmp_path)
+    text(tmp_path / "labels" / "train" / "gone.txt", "0 0.5 0.5 0.1 0.1\n" * 3)
+    text(tmp_path / "labels" / "train" / "empty.txt", "")
+    text(tmp_path / "labels" / "train" / "classes.txt", "cat\ndog\n")
+    (tmp_path / "images" / "train" / "b.jpg").unlink()
+    report = check(tmp_path)
+    found = {Path(f.where).name: (f.objects, f.fatal) for f in report.findings if f.kind == "label-without-image"}
+    assert found == {"gone.txt": (3, True), "b.txt": (1, True), "empty.txt": (0, False)}
+    assert report.objects_left_out == 4
+    assert any("4 objects" in line for line in report.lines())
+    with pytest.raises(DataError, match="label-without-image"):
+        layouts.load(tmp_path, "train", strict=True)
+
+
+def test_labels_of_images_that_a_list_leaves_out_are_no_orphans(tmp_path):
+    yolo(tmp_path, "names: [cat, dog]\ntrain: train.txt\n")
+    text(tmp_path / "train.txt", "images/train/a.jpg\n")
+    text(tmp_path / "labels" / "train" / "gone.txt", "0 0.5 0.5 0.1 0.1\n")
+    orphans = [finding.where for finding in load(tmp_path).findings if finding.kind == "label-without-image"]
+    assert [Path(where).name for where in orphans] == ["gone.txt"]
+
+
+def test_objects_of_unreadable_images_and_labels_are_counted(tmp_path):
+    yolo(tmp_path, names=("a", "b", "c"), line="0 0.5 0.5 0.1 0.1\n1 0.2 0.2 0.1 0.1\n")
+    text(tmp_path / "images" / "train" / "a.jpg", b"no image")
+    text(tmp_path / "labels" / "train" / "b.txt", "9 0.5 0.5 0.1 0.1\n0 0.5 0.5 0.1 0.1\n")
+    report = check(tmp_path)
+    assert {f.kind: f.objects for f in report.findings if f.fatal} == {"unreadable-image": 2, "unknown-class": 1}
+    assert report.to_json()["objects_left_out"] == 3
+
+
+def test_two_images_of_one_name_share_a_label_file_and_are_named(tmp_path):
+    picture(yolo(tmp_path) / "images" / "train" / "a.png", 7)
+    assert kinds(load(tmp_path)) == ["same-name"]
+
+
+@pytest.mark.parametrize("shape, points", [("[12, 2]", 24), ("[17, 3]", 51), ("[1, 2]", 2)])
+def test_boxes_of_poses_are_read_where_data_yaml_says_so(tmp_path, shape, points):
+    line = "1 0.5 0.5 0.25 0.2 " + " ".join(["0.9"] * points) + "\n"
+    root = yolo(tmp_path, f"names: [cat, dog]\ntrain: images/train\nkpt_shape: {shape}\n", line=line)
+    found = load(root)
+    assert found.samples[0].boxes.tolist() == [[15, 12, 25, 18]]
+    assert kinds(found) == ["pose-labels"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 17])
+def test_poses_with_visibility_are_known_without_data_yaml(tmp_path, count):
+    found = load(yolo(tmp_path, line="1 0.5 0.5 0.25 0.2 " + "0.4 0.6 2 " * count + "\n"))
+    assert found.samples[0].boxes.tolist() == [[15, 12, 25, 18]]
+    assert kinds(found) == ["pose-labels"]
+
+
+def test_polygons_and_turned_boxes_stay_polygons(tmp_path):
+    corners = "0 0.1 0.2 0.5 0.2 0.5 0.4 0.1 0.4\n0 1 1 0 1 1 1 0 1 1 1\n0 0.1 0.1 0.3 0.1 0.3 0.4\n"
+    found = load(yolo(tmp_path, line=corners))
+    assert found.samples[0].boxes[0].tolist() == pytest.approx([4, 6, 20, 12])
+    assert "pose-labels" not in kinds(found) and "perhaps-pose-labels" not in kinds(found)
+
+
+def test_lines_of_one_length_may_be_poses_and_are_named(tmp_path):
+    line = "1 0.5 0.5 0.25 0.2 " + " ".join(["0.45"] * 24) + "\n"
+    found = load(yolo(tmp_path, names=("a", "b", "c", "d"), line=line))
+    assert "perhaps-pose-labels" in kinds(found)
+
+
+@pytest.mark.parametrize("names, folder, split", [
+    ("classes.txt", ".", "train"), ("obj.names", "obj_train_data", "obj_train_data"),
+    ("train/_darknet.labels", "train", "train"), ("train/classes.txt", "train", "train"),
+])
+def test_label_files_beside_their_images_are_found(tmp_path, names, folder, split):
+    text(tmp_path / names, "cat\ndog\n")
+    for seed, name in enumerate("ab"):
+        picture(tmp_path / folder / f"{name}.jpg", seed)
+        text(tmp_path / folder / f"{name}.txt", "1 0.5 0.5 0.25 0.2\n")
+    found = load(tmp_path, split)
+    assert [len(sample.boxes) for sample in found.samples] == [1, 1]
+    assert kinds(found) == []
+
+
+def test_linked_folders_of_images_and_labels_are_followed(tmp_path):
+    yolo(tmp_path, names=("a",))
+    picture(tmp_path / "pool" / "x.jpg", 5)
+    text(tmp_path / "poollabels" / "x.txt", "0 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "images" / "train" / "more").symlink_to("../../pool")
+    (tmp_path / "labels" / "train" / "more").symlink_to("../../poollabels")
+    found = load(tmp_path)
+    assert [len(sample.boxes) for sample in found.samples] == [1, 1]
+    assert kinds(found) == []
+
+
+def test_a_label_file_of_a_million_lines_is_refused_at_once(tmp_path):
+    text(yolo(tmp_path) / "labels" / "train" / "a.txt", "0 0.5 0.5 0.1 0.1\n" * 200_000)
+    begun = time.perf_counter()
+    assert kinds(load(tmp_path)) == ["unreadable-annotation"]
+    assert time.perf_counter() - begun < 1
