@@ -12,6 +12,7 @@ from typing import Any
 
 from edgedetr.errors import BundleError
 from edgedetr.files import fault_of_name
+from edgedetr.reading import shown
 
 SCHEMA = 2              # 1 is the same without `digest`
 DIGEST = "digest"
@@ -121,10 +122,10 @@ def from_json(raw: Any) -> Manifest:
             raise ValueError(f"{key!r} is missing")
     budget = raw["budget"]
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= 100:
-        raise ValueError(f"budget is {_short(budget)}; expected points of AP from 0 to 100")
+        raise ValueError(f"budget is {shown(budget)}; expected points of AP from 0 to 100")
     synthetic = raw.get("synthetic", False)
     if not isinstance(synthetic, bool):
-        raise ValueError(f"synthetic is {_short(synthetic)}; expected true or false")
+        raise ValueError(f"synthetic is {shown(synthetic)}; expected true or false")
     return Manifest(
         model=_text(raw["model"], "model", 200), classes=_classes(raw["classes"]), input=_input(raw["input"]),
         output=OutputContract(**_output(raw["output"])), config=_config(raw.get("config")), data=_data(raw.get("data")),
@@ -174,7 +175,7 @@ def _numbers(value: Any, where: str) -> None:
     """Numbers that a model's configuration may hold, however deep: finite, and of at most 64 bits."""
     if isinstance(value, (int, float)) and not (math.isfinite(value) if isinstance(value, float)
                                                  else abs(value) < INTEGER):
-        raise ValueError(f"{where} is {_short(value)}; expected a finite number of at most 64 bits")
+        raise ValueError(f"{where} is {shown(value)}; expected a finite number of at most 64 bits")
     for key, item in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
         _numbers(item, f"{where}.{key}")
 
@@ -190,13 +191,13 @@ def _data(raw: Any) -> DataRecord | None:
 def _files(raw: Any) -> dict[str, FileEntry]:
     files = {}
     for name, entry in _mapping(raw, "files").items():
-        where = f"files[{_short(name)}]"
+        where = f"files[{shown(name)}]"
         if fault := fault_of_name(name):
-            raise ValueError(f"file name {_short(name)} {fault}")
+            raise ValueError(f"file name {shown(name)} {fault}")
         _keys(_mapping(entry, where), FileEntry, where)
         sources = dict(_mapping(entry.get("made_from", {}), f"{where}.made_from"))
         for source, old in sources.items():
-            _sha256(old, f"{where}.made_from[{_short(source)}]")
+            _sha256(old, f"{where}.made_from[{shown(source)}]")
         files[name] = FileEntry(
             _sha256(entry.get("sha256"), f"{where}.sha256"), _integer(entry.get("size"), f"{where}.size", 0, INTEGER),
             _text(entry.get("stage"), f"{where}.stage"), sources)
@@ -205,13 +206,13 @@ def _files(raw: Any) -> dict[str, FileEntry]:
 
 def _sha256(value: Any, where: str) -> str:
     if not isinstance(value, str) or not SHA256.fullmatch(value):
-        raise ValueError(f"{where} is {_short(value)}; expected 64 hexadecimal digits")
+        raise ValueError(f"{where} is {shown(value)}; expected 64 hexadecimal digits")
     return value
 
 
 def _text(value: Any, where: str, longest: int = 255, *, empty: bool = False) -> str:
     if not isinstance(value, str) or not (value or empty) or len(value) > longest or "\0" in value:
-        raise ValueError(f"{where} is {_short(value)}; expected text of at most {longest} characters")
+        raise ValueError(f"{where} is {shown(value)}; expected text of at most {longest} characters")
     _encodable(value, where)
     return value
 
@@ -220,36 +221,28 @@ def _encodable(value: str, where: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} is {_short(value)}; expected valid Unicode") from error
+        raise ValueError(f"{where} is {shown(value)}; expected valid Unicode") from error
 
 
 def _integer(value: Any, where: str, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{where} is {_short(value)}; expected a whole number from {low} to {high}")
+        raise ValueError(f"{where} is {shown(value)}; expected a whole number from {low} to {high}")
     return value
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where} is {_short(value)}; expected an object of keys and values")
+        raise ValueError(f"{where} is {shown(value)}; expected an object of keys and values")
     return value
 
 
 def _list(value: Any, where: str, most: int) -> list[Any]:
     if not isinstance(value, list) or len(value) > most:
-        raise ValueError(f"{where} is {_short(value)}; expected a list of at most {most}")
+        raise ValueError(f"{where} is {shown(value)}; expected a list of at most {most}")
     return value
 
 
 def _keys(raw: Mapping[str, Any], kind: Callable[..., Any], where: str) -> None:
     unknown = set(raw) - set(kind.__dataclass_fields__)     # type: ignore[attr-defined]  # dataclasses all
     if unknown:
-        raise ValueError(f"unknown key {_short(min(unknown))} in {where}")
-
-
-def _short(value: object) -> str:
-    """A value for a message: as Python writes it, cut at 60 characters, huge numbers by their size."""
-    if isinstance(value, int) and abs(value) >= 10**30:
-        return f"a number of {value.bit_length()} bits"
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        raise ValueError(f"unknown key {shown(min(unknown))} in {where}")

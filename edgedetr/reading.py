@@ -99,3 +99,12 @@ def _parsed(parse: Any, text: str | bytes, where: str, kind: str, error: type[Ed
         raise error(f"{where}: nested too deep to be read as {kind}{f'; {fix}' if fix else ''}") from reason
     except ValueError as reason:        # also UnicodeDecodeError, and whole numbers of more than 4300 digits
         raise error(f"{where}: not readable as {kind} ({reason}){f'; {fix}' if fix else ''}") from reason
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value for a message: as Python writes it, in ASCII, cut at `most` characters; huge numbers by their size."""
+    try:
+        text = ascii(value)
+    except (ValueError, RecursionError):        # a number of more than 4300 digits, or one inside; nested too deep
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a value too large to show"
+    return text if len(text) <= most else f"{text[:most - 3]}..."

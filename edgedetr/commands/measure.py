@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,17 +82,17 @@ def _settings(bundle: Bundle) -> VerifyConfig | None:
     if "recipe.toml" not in bundle.manifest.files:
         return None
     from edgedetr.evaluation.config import VerifyConfig
+    from edgedetr.reading import read_toml
 
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     path = bundle.require("recipe.toml")
+    fix = "expected the keys that edgedetr train writes"
+    section = read_toml(path, BundleError, fix=fix).get("verify", {})
+    if not isinstance(section, dict):
+        raise BundleError(f"{path} [verify]: no table; {fix}")
     try:
-        section = tomllib.loads(path.read_text(encoding="utf-8")).get("verify", {})
         return VerifyConfig(**{**section, "budget": bundle.manifest.budget})
     except (TypeError, ValueError) as error:
-        raise BundleError(f"{path} [verify]: {error}; expected the keys that edgedetr train writes") from error
+        raise BundleError(f"{path} [verify]: {error}; {fix}") from error
 
 
 def _live(progress: Progress) -> Callable[[Bundle, DetectionSet], Reference]:

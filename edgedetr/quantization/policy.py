@@ -5,7 +5,6 @@ The rules are data (calib/policy/*.toml); what a kernel cannot take is decided h
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,12 +13,8 @@ from onnx import ModelProto, NodeProto
 
 from edgedetr.errors import ExportError, did_you_mean
 from edgedetr.quantization.wiring import Wiring, attribute
+from edgedetr.reading import read_toml, shown
 from edgedetr.shipped import policies_directory
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 # TensorRT is slower, not faster, on integer products with fewer inputs or outputs than this.
 SMALLEST = 16
@@ -103,11 +98,8 @@ def load(name_or_path: str | Path) -> Policy:
             known = sorted(item.stem for item in folder.glob("*.toml"))
             raise ExportError(f"no policy named {str(name_or_path)!r}{did_you_mean(str(name_or_path), known)}; "
                               f"expected one of {', '.join(known)}, or the path of a TOML file")
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ExportError(f"{path}: cannot be read as a policy ({error}); "
-                          "expected TOML like calib/policy/default.toml") from error
+    raw = read_toml(path, ExportError, fix="so it cannot be read as a policy; expected TOML like "
+                                           "calib/policy/default.toml")
     rules, float32 = (_rules(raw, key, path) for key in ("float", "float32"))
     return Policy(**_checked(raw, Policy, path, {"name": path.stem}), rules=rules, float32=float32)
 
@@ -117,6 +109,9 @@ def _rules(raw: dict[str, object], key: str, path: Path) -> tuple[Rule, ...]:
     tables = raw.pop(key, [])
     if not isinstance(tables, list):
         raise ExportError(f"{path}: `{key}` is no list; expected [[{key}]] tables")
+    for table in tables:
+        if not isinstance(table, dict):
+            raise ExportError(f"{path}: an entry of `{key}` is {shown(table)}; expected [[{key}]] tables")
     return tuple(Rule(**_checked(table, Rule, path, {})) for table in tables)
 
 
@@ -126,14 +121,14 @@ def _checked(raw: dict[str, object], kind: type, path: Path, defaults: dict[str,
     values = {**defaults, **raw}
     for key, value in values.items():
         if key not in known:
-            raise ExportError(f"{path}: unknown key {key!r}{did_you_mean(key, known)}; "
+            raise ExportError(f"{path}: unknown key {shown(key)}{did_you_mean(key[:100], known)}; "
                               f"expected one of {', '.join(known)}")
         if known[key].startswith("tuple"):
             if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-                raise ExportError(f"{path}: {key} is {value!r}; expected a list of strings")
+                raise ExportError(f"{path}: {key} is {shown(value)}; expected a list of strings")
             values[key] = tuple(value)
         elif type(value).__name__ != known[key]:
-            raise ExportError(f"{path}: {key} is {value!r}; expected {known[key]}")
+            raise ExportError(f"{path}: {key} is {shown(value)}; expected {known[key]}")
     if kind is Rule and not values.get("reason"):
         raise ExportError(f"{path}: a rule has no reason; expected one sentence for the reader")
     return values

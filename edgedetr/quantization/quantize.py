@@ -107,6 +107,11 @@ def _batches(bundle: Bundle, calib: Path | None, progress: Progress | None) -> I
 def read(path: Path) -> ModelProto:
     """An ONNX file; ExportError when it is none."""
     model: ModelProto = onnx_reader.load(path, ExportError)
+    try:
+        onnx.checker.check_model(model)     # what follows relies on each node having its inputs and attributes
+    except (onnx.checker.ValidationError, ValueError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise ExportError(f"{path}: not valid ONNX ({reason}); run: edgedetr export {path.parent}") from error
     return model
 
 

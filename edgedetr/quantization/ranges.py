@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgedetr.errors import ExportError
+from edgedetr.reading import MEBIBYTE, read_json, shown
 
 SCHEMA = 1
+LIMIT = 64 * MEBIBYTE   # bytes; 1,000 images and 300 tensors take about 150 kB
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -52,24 +55,42 @@ class Ranges:
     @classmethod
     def load(cls, path: Path) -> Ranges:
         """Read and check; ExportError for anything that is not what `save` writes."""
+        fix = f"run: edgedetr export {path.parent} --int8"
+        raw = read_json(path, ExportError, limit=LIMIT, fix=f"damaged or of another kind; {fix}")
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
             expected = {"schema", "image_list", *cls.__dataclass_fields__}
             if not isinstance(raw, dict) or set(raw) != expected:
                 raise ValueError(f"expected the keys {', '.join(sorted(expected))}")
-            if raw["schema"] != SCHEMA:
-                raise ValueError(f"schema is {raw['schema']!r}, this version reads {SCHEMA}")
-            amax = {str(name): float(value) for name, value in raw["amax"].items()}
-            for name, value in amax.items():
-                if not (math.isfinite(value) and value >= 0):
-                    raise ValueError(f"amax of {name!r} is {value}; expected a finite number of at least 0")
-            images = tuple(CalibrationImage(str(item["sha256"]), str(item["name"])) for item in raw["images"])
+            if raw["schema"] != SCHEMA or isinstance(raw["schema"], bool):
+                raise ValueError(f"schema is {shown(raw['schema'])}, this version reads {SCHEMA}")
+            for key, kind, words in (("amax", dict, "an object"), ("images", list, "a list"), ("observer", str, "text"),
+                                     ("policy", str, "text"), ("source", str, "text"), ("image_list", str, "text")):
+                if not isinstance(raw[key], kind):
+                    raise ValueError(f"{key} is {shown(raw[key])}; expected {words}")
+            wanted = raw["wanted"]
+            if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 < wanted < 1 << 31:
+                raise ValueError(f"wanted is {shown(wanted)}; expected a number of images")
+            amax = {name: _amax(name, value) for name, value in raw["amax"].items()}
+            images = tuple(_image(item) for item in raw["images"])
             if image_list_digest(images) != raw["image_list"]:
                 raise ValueError("image_list is not the digest of images")
-            return cls(amax, str(raw["observer"]), str(raw["policy"]), int(raw["wanted"]), str(raw["source"]), images)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ExportError(f"{path}: damaged or of another kind ({error}); "
-                              f"run: edgedetr export {path.parent} --int8") from error
+            return cls(amax, raw["observer"], raw["policy"], wanted, raw["source"], images)
+        except ValueError as error:
+            raise ExportError(f"{path}: damaged or of another kind ({error}); {fix}") from error
+
+
+def _amax(name: str, value: object) -> float:
+    # Larger than any float32 is as useless as infinity: it is a scale in the graph.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 3.4e38:
+        raise ValueError(f"amax of {shown(name)} is {shown(value)}; expected a finite number of at least 0")
+    return float(value)
+
+
+def _image(item: object) -> CalibrationImage:
+    sha256, name = (item.get("sha256"), item.get("name")) if isinstance(item, dict) else (None, None)
+    if not isinstance(sha256, str) or not isinstance(name, str) or not SHA256.fullmatch(sha256):
+        raise ValueError(f"an image is {shown(item)}; expected sha256 and name")
+    return CalibrationImage(sha256, name)
 
 
 def image_list_digest(images: Iterable[CalibrationImage]) -> str:

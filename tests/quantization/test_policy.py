@@ -36,6 +36,10 @@ def test_the_shipped_default_gives_a_reason_for_every_rule():
     ("[[float]]\nmatch = ['*']\nreson = 'x'", "unknown key 'reson'; did you mean 'reason'"),
     ("float = 3", "expected \\[\\[float\\]\\] tables"),
     ("name = [", "cannot be read as a policy"),
+    ("float = [3]", "an entry of `float` is 3; expected"),
+    ("name = 0x" + "f" * 9000, "name is a number of 36000 bits; expected str"),
+    ("name = [" * 5000, "cannot be read as a policy"),
+    ("'" + "k" * 9000 + "' = 3", "unknown key 'kkk"),
 ])
 def test_a_faulty_policy_is_refused_with_its_fault(tmp_path, text, message):
     path = tmp_path / "p.toml"
