@@ -16,6 +16,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from edgedetr.errors import EdgedetrError, RecipeError, did_you_mean
 
+# Metadata of a field that came after 0.1, whose default is what 0.1 did: `field(default=..., metadata=LATER)`. At that
+# default it is left out of a training's fingerprint, so that checkpoints made before it can still be resumed.
+LATER = {"later": True}
 Range = tuple[float, float]     # smallest and largest value; math.inf for "no limit", and never NaN or infinity itself
 
 
@@ -34,7 +37,7 @@ def check(config: Any, section: str, ranges: Mapping[str, Range] | None = None) 
         low, high = (ranges or {}).get(item.name, (-math.inf, math.inf))
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, Real) and not isinstance(number, bool):
-                within(name, float(number), low, high)
+                within(name, number, low, high)
 
 
 def one_of(name: str, value: object, words: Iterable[object], error: type[EdgedetrError] = RecipeError) -> None:
@@ -45,13 +48,14 @@ def one_of(name: str, value: object, words: Iterable[object], error: type[Edgede
         raise error(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}{near}")
 
 
-def within(name: str, value: float, low: float, high: float) -> None:
+def within(name: str, value: Any, low: float, high: float) -> None:
     """Errors: RecipeError where a number is NaN, infinite, or not from `low` to `high`."""
-    if not math.isfinite(value):
+    if not isinstance(value, Integral) and not math.isfinite(value):
         raise RecipeError(f"{name} is {value}; expected a finite number")
     if not low <= value <= high:
+        shown = str(value) if abs(value) < 10**12 else f"about 10^{int(abs(int(value)).bit_length() * 0.30103)}"
         expected = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
-        raise RecipeError(f"{name} is {value:g}; expected {expected}")
+        raise RecipeError(f"{name} is {shown}; expected {expected}")
 
 
 @cache

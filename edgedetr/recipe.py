@@ -25,6 +25,7 @@ from edgedetr.export.config import ExportConfig
 from edgedetr.models import FAMILY
 from edgedetr.options import check
 from edgedetr.quantization.config import QuantConfig
+from edgedetr.reading import read_toml
 from edgedetr.shipped import recipes_directory
 from edgedetr.train.config import AugmentConfig, TrainConfig, require_loss_of
 
@@ -86,10 +87,7 @@ class Recipe:
         Errors: RecipeError that names file, section, key and the nearest known key.
         """
         path = find(source)
-        try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: not readable as TOML ({error})") from error
+        raw = read_toml(path, RecipeError)
         return cls.from_dict(raw, where=str(path), sets=sets, preset=preset)
 
     @classmethod
@@ -141,17 +139,22 @@ class Recipe:
             path.write_text(text, encoding="utf-8")
         return True
 
-    def to_toml(self, sections: Iterable[str] | None = None) -> str:
+    def to_toml(self, sections: Iterable[str] | None = None, *, later: bool = True) -> str:
         """The fully resolved recipe; `load` reads it back to an equal Recipe.
 
         sections   only these; None = all
+        later      False: without options that came after 0.1 and are at their default
         """
         lines = []
         for part in fields(self):
             if sections is not None and part.name not in sections:
                 continue
             value = getattr(self, part.name)
-            values = {"name": value.name, **asdict(value.config)} if part.name == "model" else asdict(value)
+            config = value.config if part.name == "model" else value
+            hidden = () if later else [item.name for item in fields(config) if item.metadata.get("later")
+                                       and getattr(config, item.name) == item.default]
+            values = {"name": value.name} if part.name == "model" else {}
+            values |= {key: item for key, item in asdict(config).items() if key not in hidden}
             lines.append(f"[{part.name}]")
             lines += [f"{key} = {_toml(item)}" for key, item in values.items() if item is not None]
             lines.append("")
@@ -163,7 +166,7 @@ def read_preset(preset: str, member: str) -> dict[str, dict[str, Any]]:
     files = {p.stem: p for p in sorted((recipes_directory() / "presets").glob("*.toml"))}
     if preset not in files:
         raise RecipeError(f"no preset {preset!r}{did_you_mean(preset, files)}; known: {', '.join(files)}")
-    raw = tomllib.loads(files[preset].read_text(encoding="utf-8"))
+    raw = read_toml(files[preset], RecipeError)
     found: dict[str, dict[str, Any]] = {}
     for whose in ("all", member):
         for section, values in raw.get(whose, {}).items():
@@ -203,8 +206,8 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
             return _build(kind, {**values, key: str(first["input"])}, where)    # --set train.precision=16
         words = re.findall("'([^']+)'", str(first.get("ctx", {}).get("expected", "")))
         near = did_you_mean(str(first.get("input")), words)
-        raise RecipeError(f"{where}: {key} = {first.get('input')!r}: {first['msg']}{near}") from error
-    except TypeError as error:
+        raise RecipeError(f"{where}: {key} = {_short(first.get('input'))}: {first['msg']}{near}") from error
+    except (TypeError, RecursionError) as error:
         raise RecipeError(f"{where}: {error}") from error
 
 
@@ -213,15 +216,26 @@ def _parse_set(assignment: str, sections: list[str]) -> tuple[str, str, Any]:
     target, equals, text = assignment.partition("=")
     section, dot, key = target.strip().partition(".")
     if not equals or not dot or not key:
-        raise RecipeError(f"--set {assignment!r}: expected section.key=value, for example train.lr=2e-4")
+        raise RecipeError(f"--set {_short(assignment)}: expected section.key=value, for example train.lr=2e-4")
     if section not in sections:
-        raise RecipeError(f"--set {assignment!r}: unknown section {section!r}{did_you_mean(section, sections)}; "
+        raise RecipeError(f"--set {_short(assignment)}: unknown section {section!r}{did_you_mean(section, sections)}; "
                           f"known: {', '.join(sections)}")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = text.strip()
-    return section, key.strip(), value
+        parsed = {"value": text.strip()}
+    except (ValueError, RecursionError) as error:   # whole numbers of more than 4300 digits, endless brackets
+        raise RecipeError(f"--set {_short(assignment)}: not readable as a value ({error})") from error
+    if len(parsed) > 1:
+        raise RecipeError(f"--set {_short(assignment)}: more than one value; expected section.key=value, one --set for "
+                          "each")
+    return section, key.strip(), parsed["value"]
+
+
+def _short(value: object) -> str:
+    """A value as it stands in a message, of at most 80 letters."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown)} letters)"
 
 
 def _toml(value: Any) -> str:

@@ -71,7 +71,7 @@ def test_an_unknown_recipe_names_the_shipped_ones():
 
 def test_a_binary_file_is_no_recipe(tmp_path):
     (tmp_path / "x.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecipeError, match="not readable as TOML"):
+    with pytest.raises(RecipeError, match="x.toml: not UTF-16 text"):
         Recipe.load(tmp_path / "x.toml")
 
 
@@ -79,3 +79,27 @@ def test_a_binary_file_is_no_recipe(tmp_path):
 def test_every_shipped_recipe_loads_and_reads_back_equal(tmp_path, name):
     recipe = Recipe.load(name)
     assert load(tmp_path, recipe.to_toml()) == recipe
+
+
+@pytest.mark.parametrize("assignment", [
+    "train.lr=" + "9" * 5000, "train.step_epochs=" + "[" * 20_000, "train.step_epochs=" + "[" * 400 + "]" * 400,
+    "train.lr=1\nepochs = 2", "train.lr=" + "x" * 5000, "train.lr=2026-11-28", "train.epochs=" + "9" * 4000,
+])
+def test_a_set_of_endless_digits_or_brackets_is_one_short_error(tmp_path, assignment):
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, "", [assignment])
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["[train]\nlr = " + "9" * 5000, "[train]\nlr = " + "[" * 20_000,
+                                  "[train]\nstep_epochs = " + "[" * 400 + "]" * 400])
+def test_a_recipe_of_endless_digits_or_brackets_is_one_error_with_its_path(tmp_path, text):
+    with pytest.raises(RecipeError, match=r"x\.toml"):
+        load(tmp_path, text)
+
+
+def test_a_pipe_is_no_recipe(tmp_path):
+    import os
+    os.mkfifo(tmp_path / "x.toml")
+    with pytest.raises(RecipeError, match="x.toml"):
+        Recipe.load(tmp_path / "x.toml")

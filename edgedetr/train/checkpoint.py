@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from edgedetr.bundle import atomic_write
 from edgedetr.data.form import DetectionSet
 from edgedetr.errors import TrainingError
+from edgedetr.reading import parse_json
 from edgedetr.recipe import Recipe
 from edgedetr.train.ema import Ema
 
-SCHEMA = 1
+SCHEMA = 2          # 1 had no digest; it is still read
 DECIDE = ("model", "input", "data", "train", "augment")     # sections of a recipe that decide the weights
 
 
@@ -38,6 +39,7 @@ class Position:
     scale       of the fp16 gradient scaler, and its steps since it last grew; 0 for other precisions
     epochs      that train.minutes has time for; 0 where it is not set, or nothing was measured yet
     sums, summed    of the losses since the last line of the record, and over how many steps
+    skipped, in_row steps that changed nothing, because the loss or the gradient was NaN or infinite: all, and at last
     """
 
     step: int = 0
@@ -50,15 +52,17 @@ class Position:
     epochs: int = 0
     sums: list[float] = field(default_factory=list)
     summed: int = 0
+    skipped: int = 0
+    in_row: int = 0
 
 
 def fingerprint(recipe: Recipe, samples: DetectionSet) -> str:
     """Digest of what decides the weights: sections of the recipe, and what is trained on; a resume must find the same.
 
     How the graph is exported, quantised and verified is none of it, so that such settings, and new ones of later
-    versions, may change between the first start and a resume.
+    versions, may change between the first start and a resume; so is a later option that is at its default.
     """
-    state = hashlib.sha256(recipe.to_toml(DECIDE).encode())
+    state = hashlib.sha256(recipe.to_toml(DECIDE, later=False).encode())
     for sample in samples.samples:
         state.update(f"{sample.path.name}|{sample.image_id}|".encode())
         state.update(sample.boxes.tobytes() + sample.labels.tobytes() + sample.crowd.tobytes())
@@ -73,8 +77,18 @@ def save(path: Path, position: Position, fingerprint: str, model: nn.Module, ema
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
     about = {"schema": str(SCHEMA), "fingerprint": fingerprint, "position": json.dumps(asdict(position))}
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
     with atomic_write(path) as temporary:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, about)
+        save_file(tensors, temporary, about | {"digest": digest(about, tensors)})
+
+
+def digest(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of everything in a checkpoint: metadata, names, types, shapes and numbers, so that no bit can flip."""
+    state = hashlib.sha256(json.dumps(sorted(about.items())).encode())
+    for name, value in sorted(tensors.items()):
+        state.update(f"|{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
 
 
 def load(path: Path, fingerprint: str, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> Position:
@@ -87,11 +101,17 @@ def load(path: Path, fingerprint: str, model: nn.Module, ema: Ema, optimizer: to
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        position = Position(**json.loads(about["position"]))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        position = _position(about["position"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, TrainingError) as error:
         raise TrainingError(f"the checkpoint is damaged or of another kind ({error}); {restart}") from error
-    if about.get("schema") != str(SCHEMA):
-        raise TrainingError(f"the checkpoint has schema {about.get('schema')}, this version reads {SCHEMA}; {restart}")
+    if about.get("schema") not in ("1", str(SCHEMA)):
+        raise TrainingError(f"the checkpoint has schema {about.get('schema')}, this version reads 1 and {SCHEMA}; "
+                            f"{restart}")
+    if about["schema"] != "1":
+        told = about.pop("digest", None)
+        if told != digest(about, tensors):
+            raise TrainingError(f"the checkpoint is damaged: its content is not what was written (digest {told}); "
+                                f"{restart}")
     if about.get("fingerprint") != fingerprint:
         raise TrainingError(f"{path} was made by another recipe or on other training data, so it cannot be continued; "
                             "resume with the recipe.toml beside it and the same data, or train into another --out")
@@ -101,6 +121,18 @@ def load(path: Path, fingerprint: str, model: nn.Module, ema: Ema, optimizer: to
         _load_optimizer(optimizer, _part(tensors, "optimizer."))
     except (RuntimeError, KeyError, ValueError) as error:
         raise TrainingError(f"the checkpoint does not fit this model ({error}); {restart}") from error
+    return position
+
+
+def _position(text: str) -> Position:
+    """Errors: TrainingError or TypeError for what is no position."""
+    raw = parse_json(text, "position", TrainingError)
+    position = Position(**raw)
+    for item in fields(Position):
+        value, usual = getattr(position, item.name), getattr(Position(), item.name)
+        kinds = (int, float) if isinstance(usual, float) else (type(usual),)
+        if type(value) not in kinds or (item.name == "sums" and not all(isinstance(one, float) for one in value)):
+            raise TypeError(f"its {item.name} is {value!r}")
     return position
 
 

@@ -74,12 +74,39 @@ def _start(model: Detector, recipe: Recipe, source: str, classes: list[str]) -> 
         pretrained.load_detector(model, member, source, recipe.model.config)
 
 
+def require_place(out: Path, saved: Path, resume: bool) -> None:
+    """Errors: TrainingError where good weights would be overwritten by a training from the beginning."""
+    weights = out / "weights.safetensors"
+    if resume and weights.exists() and not saved.exists():
+        raise TrainingError(f"{out} holds trained weights but no {saved.relative_to(out)}, so there is nothing to go "
+                            "on from, and a start from the beginning would overwrite them; restore that folder from a "
+                            f"copy, or train into another --out (from these weights: --set train.start={out})")
+    if not resume and (saved.exists() or weights.exists()):
+        raise TrainingError(f"{out} holds a training already; go on with it by --resume, or name another --out")
+
+
 def check(samples: DetectionSet, chosen: DetectionSet) -> None:
     """Errors: DataError where there is nothing to learn, or where the two splits name other classes."""
-    if not len(samples) or not any(len(sample.boxes) for sample in samples.samples):
+    if not len(samples) or not any((~sample.crowd).any() for sample in samples.samples):
         raise DataError(f"{samples.root}: the split {samples.name!r} has {len(samples)} usable pictures and no objects "
                         f"to learn; run: edgedetr data check {samples.root}")
+    if not any((~sample.crowd).any() for sample in chosen.samples):
+        raise DataError(f"{samples.root}: the split {chosen.name!r} has {len(chosen)} usable images and no objects, so "
+                        "its AP is undefined and no epoch could be chosen by it; name another split with "
+                        "--set data.select_split=NAME, or label it")
     if samples.classes != chosen.classes:
         ours, theirs = (", ".join(c.name for c in part.classes) for part in (samples, chosen))
         raise DataError(f"{samples.root}: classes differ between {samples.name} ({ours}) and {chosen.name} ({theirs}); "
                         "expected the same in every split")
+
+
+def warn_of_crowds(samples: DetectionSet, recipe: Recipe) -> None:
+    """Say which images hold more objects than there are queries: the others are never found, nor learned from."""
+    queries = recipe.model.config.queries
+    fuller = [(int((~sample.crowd).sum()), sample.path) for sample in samples.samples if len(sample.boxes) > queries]
+    fuller = [(count, path) for count, path in fuller if count > queries]
+    if fuller:
+        most, path = max(fuller)
+        log.warning("%d of %d training images hold more objects than the model has queries: up to %d (%s), and "
+                    "model.queries is %d, so at most %d of them can be found; expected --set model.queries=%d or more",
+                    len(fuller), len(samples), most, path, queries, queries, most)

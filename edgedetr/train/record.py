@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from edgedetr.bundle import atomic_write
+from edgedetr.errors import TrainingError
 from edgedetr.packages import missing
+from edgedetr.reading import parse_json, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +22,7 @@ class Record:
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / "metrics.jsonl"
         self._board = _tensorboard(folder / "tensorboard", step)
-        kept = [line for line in _lines(self._path) if line.get("step", 0) <= step] if step else []
+        kept = [line for line in _lines(self._path) if _step(line) <= step] if step else []
         with atomic_write(self._path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
@@ -38,13 +40,18 @@ class Record:
             self._board.close()
 
 
+def _step(line: dict[str, Any]) -> float:
+    step = line.get("step", 0)
+    return step if isinstance(step, (int, float)) else 0
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of the file; a kill while writing may have left half a line at the end."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for text in read_bytes(path, TrainingError).splitlines() if path.is_file() else []:
         try:
-            line = json.loads(text)
-        except ValueError:
+            line = parse_json(text, str(path), TrainingError)
+        except TrainingError:
             continue
         if isinstance(line, dict):
             lines.append(line)

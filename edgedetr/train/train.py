@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
-from dataclasses import asdict, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed
 from lightning_fabric import Fabric
-from safetensors.torch import save_file
 
-from edgedetr.bundle import Bundle, DataRecord, Manifest, OutputContract
+from edgedetr.bundle import Bundle, OutputContract
 from edgedetr.data import layouts
 from edgedetr.data.form import DataConfig, DetectionSet
-from edgedetr.errors import TrainingError
 from edgedetr.evaluation.evaluate import Metrics
-from edgedetr.files import remove_leftovers
-from edgedetr.layers.lora import merged
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.recipe import Recipe
-from edgedetr.train import checkpoint, optimizer, pace, prepare
+from edgedetr.train import checkpoint, deliver, optimizer, pace, prepare, skipping
 from edgedetr.train.checkpoint import Position
 from edgedetr.train.criterion import Losses
 from edgedetr.train.dataset import Batch, TrainingSet, batches, order, smaller
@@ -35,6 +33,7 @@ from edgedetr.train.ema import Ema
 from edgedetr.train.progress import Progress, Silent
 from edgedetr.train.record import Record
 from edgedetr.train.selection import Selection
+from edgedetr.train.skipping import SKIPS, Statistics
 from edgedetr.train.step import Trainee, seed_step
 from edgedetr.train.targets import pad
 
@@ -50,19 +49,25 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, *, resume: bool = F
     """Train the recipe's model on a data set and write the bundle: recipe.toml and weights.safetensors.
 
     out       the bundle's directory; its folder train/ holds the checkpoint, metrics.jsonl and TensorBoard's files
-    resume    go on from the last checkpoint in `out` (from the beginning where there is none); on several machines
-              `out` and `data` must be the same place for all
-    Errors: DataError, TrainingError (NaN, unusable checkpoint, `out` taken), ModelError.
+    resume    go on from the last checkpoint in `out` (from the beginning where nothing is there yet); on several
+              machines `out` and `data` must be the same place for all
+    Errors: DataError, TrainingError (NaN, unusable checkpoint, `out` taken or being trained into), ModelError.
     """
-    begun, data, out = time.monotonic(), Path(data), Path(out)
+    first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"    # of the processes of this training
+    with Bundle.training(out) if first else nullcontext():
+        return _train(recipe, Path(data), Path(out), resume, progress, strict)
+
+
+def _train(recipe: Recipe, data: Path, out: Path, resume: bool, progress: Progress | None, strict: bool) -> Bundle:
+    begun = time.monotonic()
     place = recipe.data.resolve(layouts.splits(data))
     place = replace(place, strict=strict or place.strict)
     samples = layouts.load(data, place.train_split, strict=place.strict)
     chosen = layouts.load(data, place.select_split, strict=place.strict)
-    prepare.check(samples, chosen)
     saved = out / FOLDER / CHECKPOINT
-    if not resume and (saved.exists() or (out / "weights.safetensors").exists()):
-        raise TrainingError(f"{out} holds a training already; go on with it by --resume, or name another --out")
+    prepare.require_place(out, saved, resume)
+    prepare.check(samples, chosen)
+    prepare.warn_of_crowds(samples, recipe)
     fabric = launch(recipe.train)
     teller = progress if progress and fabric.is_global_zero else Silent()
     run = Run(recipe, fabric, place, samples, chosen, data, out, teller)
@@ -99,6 +104,8 @@ class Run:
         self.detector.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
         trainee = Trainee(self.detector, config, model_config.class_loss, len(samples.classes))
         self.ema = Ema(self.detector, config.ema_decay, config.ema_warmup)
+        self.statistics = Statistics(self.detector)
+        self.record: Record | None = None
         self.plain_optimizer = optimizer.adamw(self.detector, config)
         self.trainee, self.optimizer = fabric.setup(trainee, self.plain_optimizer)
         contract = recipe.input.contract()
@@ -135,12 +142,11 @@ class Run:
         if not self.position.done:
             self._rest(main)
         if main:
-            self._keep_recipe()
+            deliver.keep_recipe(self.out, self.recipe)
 
     def _rest(self, main: bool) -> None:
-        if main:
-            for folder in (self.out, self.saved.parent):
-                remove_leftovers(folder)        # half-written by a run that was killed
+        if not self.saved.exists():
+            self._save()                # from here on a resume never has to start over
         self.record = Record(self.saved.parent, self.position.step) if main else None
         if self.record is not None and self.position.epochs and not self.position.step:
             self.record.write("plan", 0, {"epochs": self.position.epochs, "minutes": self.config.minutes})
@@ -170,8 +176,9 @@ class Run:
         contract = smaller(self.pictures.contract, config.growth_at(epoch))
         for batch in batches(self.pictures, plan, epoch, plain=plain, workers=config.workers, contract=contract):
             losses = self.step(batch).tolist()
-            position.sums = [a + b for a, b in zip(position.sums, losses)] if position.summed else losses
-            position.summed += 1
+            if not position.in_row:
+                position.sums = [a + b for a, b in zip(position.sums, losses)] if position.summed else losses
+                position.summed += 1
             seen += config.batch
             step = position.step
             self.progress.step(step, self._means(position.sums), seen / max(time.monotonic() - begun, 1e-9))
@@ -179,15 +186,17 @@ class Run:
                 self._write()
                 seen, begun = 0, time.monotonic()
             # At the end of an epoch the checkpoint follows the evaluation, so that a resume never leaves one out.
-            if step % config.checkpoint_every == 0 and step % self.per_epoch:
+            if step % config.checkpoint_every == 0 and step % self.per_epoch and not position.in_row:
                 self._save()
 
     def _means(self, sums: list[float]) -> dict[str, float]:
-        return {name: value / self.position.summed for name, value in zip(Losses.NAMES, sums)}
+        return {name: value / max(self.position.summed, 1) for name, value in zip(Losses.NAMES, sums)}
 
     def _write(self) -> None:
         """Mean losses since the last time, over all processes, to the record."""
         position = self.position
+        if not position.summed:     # all of them were skipped, on every process alike
+            return
         sums = self._over_all(torch.tensor(position.sums, dtype=torch.float64)) / self.fabric.world_size
         if self.record is not None:
             rate = self.plain_optimizer.param_groups[-1]["lr"]
@@ -204,29 +213,44 @@ class Run:
         objects = float(self._over_all(torch.tensor(float(sum(map(len, batch.targets)))))) / fabric.world_size
         parts, size = config.accumulate, len(batch.targets) // config.accumulate
         losses = torch.zeros(len(Losses.NAMES), device=fabric.device)
+        self.statistics.keep()
         for part in range(parts):
             chunk = slice(part * size, (part + 1) * size)
             padded = pad(batch.targets[chunk]).to(fabric.device)
             images = batch.images[chunk].to(fabric.device, non_blocking=True)
             with fabric.no_backward_sync(self.trainee, enabled=fabric.world_size > 1 and part < parts - 1):
                 result = self.trainee(images, lambda padded=padded: padded, max(objects / parts, 1.0))
-                self._require_finite(result, batch)
                 fabric.backward(result[0] / parts)
             losses += result.detach() / parts
-        if config.clip:
-            norm = fabric.clip_gradients(self.trainee, self.optimizer, max_norm=config.clip, error_if_nonfinite=False)
+        # All processes skip together: NaN and infinity survive a sum.
+        bad = "" if math.isfinite(float(self._over_all(losses[0]))) else "the loss"
+        if not bad and (config.clip or config.precision != "16"):       # without clipping the norm still says NaN
+            norm = fabric.clip_gradients(self.trainee, self.optimizer, max_norm=config.clip or math.inf,
+                                         error_if_nonfinite=False)
             if config.precision != "16" and norm is not None and not torch.isfinite(norm):
-                raise self._stop("the gradient", batch)
-        self.optimizer.step()
+                bad = "the gradient"
+        if bad:
+            self._skip(bad, batch)
+        else:
+            self.optimizer.step()
+            position.in_row = 0
         self.optimizer.zero_grad(set_to_none=True)
         position.step += 1
-        self.ema.update(position.step)
+        if not bad:
+            self.ema.update(position.step)
         return losses.float().cpu()
 
-    def _require_finite(self, result: torch.Tensor, batch: Batch) -> None:
-        # All processes stop together: NaN and infinity survive a sum.
-        if not math.isfinite(float(self._over_all(result[0].detach()))):
-            raise self._stop("the loss", batch)
+    def _skip(self, what: str, batch: Batch) -> None:
+        """Leave the weights as they are after a batch that would spoil them; TrainingError at SKIPS in a row."""
+        self.statistics.restore()
+        self.position.skipped, self.position.in_row = self.position.skipped + 1, self.position.in_row + 1
+        names = ", ".join(str(self.samples.samples[index].path) for index in batch.indices)
+        step = self.position.step + 1
+        if self.position.in_row >= SKIPS:
+            raise skipping.too_many(what, step, names, self.saved, self.data, self.config.lr)
+        skipping.tell(what, step, names, self.position.skipped)
+        if self.record is not None:
+            self.record.write("skip", step, {"what": what, "images": names, "skipped": self.position.skipped})
 
     def _over_all(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all processes."""
@@ -234,13 +258,6 @@ class Run:
             values = values.to(self.fabric.device, copy=True)
             torch.distributed.all_reduce(values)
         return values
-
-    def _stop(self, what: str, batch: Batch) -> TrainingError:
-        names = ", ".join(str(self.samples.samples[index].path) for index in batch.indices)
-        kept = f"{self.saved} is as it was" if self.saved.exists() else "no checkpoint had been written yet"
-        return TrainingError(f"{what} became NaN or infinite at step {self.position.step + 1}, on {names}; {kept}. "
-                             f"Look at these pictures (edgedetr data check {self.data}), or lower --set train.lr (now "
-                             f"{self.config.lr}) or set train.precision=32, and train into another --out")
 
     def _evaluate(self, epoch: int) -> None:
         """AP of the moving average; the bundle gets the weights when they are the best, or when nothing chooses."""
@@ -254,38 +271,20 @@ class Run:
             torch.distributed.all_gather_object(shares, found)
             found = {image: detections for share in shares for image, detections in share.items()}
         metrics: Metrics = self.selection.measure(found)
-        ap = -1.0 if metrics.ap is None else metrics.ap
-        best = ap > position.best or position.best < 0
-        if best:
-            position.best, position.best_epoch, position.stale = ap, epoch, 0
+        best = metrics.ap is not None and metrics.ap > position.best     # an undefined AP is never the best
+        if metrics.ap is not None and best:
+            position.best, position.best_epoch, position.stale = metrics.ap, epoch, 0
         else:
             position.stale += 1
         stop = self.chooses and 0 < self.config.patience <= position.stale
         position.done = stop or epoch == self.config.epochs
         if fabric.is_global_zero:
-            if best or not self.chooses:
-                self._deliver()
+            if best or not self.chooses or (position.done and position.best < 0):
+                deliver.write(self.out, self.recipe, self.place, self.data, self.samples.classes, self.ema.model)
             if self.record is not None:
                 numbers = {name: value for name, value in metrics.to_json().items() if name != "per_class"}
                 self.record.write("eval", position.step, {"epoch": epoch, "split": self.place.select_split, **numbers})
         self.progress.evaluated(epoch, metrics, best)
-
-    def _deliver(self) -> None:
-        """Write the bundle: description, resolved recipe, weights of the moving average."""
-        recipe, place = self.recipe, self.place
-        record = DataRecord(str(self.data.resolve()), place.verify_split, place.train_split)
-        bundle = Bundle.create(self.out, Manifest(
-            recipe.model.name, self.samples.classes, recipe.input.contract(), self.output,
-            config=asdict(recipe.model.config), data=record, budget=recipe.verify.budget))
-        recipe.to_bundle(bundle, stage="train")
-        with bundle.add("weights.safetensors", stage="train", made_from=["recipe.toml"]) as path:
-            save_file({name: value.contiguous() for name, value in merged(self.ema.model).state_dict().items()}, path)
-
-    def _keep_recipe(self) -> None:
-        """What a checkpoint does not depend on may have changed since the weights were delivered."""
-        bundle = Bundle.open(self.out)
-        if self.recipe.to_bundle(bundle, stage="train"):    # the checkpoint's fingerprint says that the weights are its
-            bundle.update(budget=self.recipe.verify.budget)
 
     def _save(self) -> None:
         if self.fabric.is_global_zero:

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from edgedetr.bundle import Bundle, digest
+from edgedetr.data import layouts
 from edgedetr.errors import DataError, TrainingError
 from edgedetr.recipe import Recipe
 from edgedetr.train import checkpoint
+from edgedetr.train.skipping import SKIPS
 from edgedetr.train.step import Trainee
 from edgedetr.train.train import train
 
@@ -83,37 +85,192 @@ def test_a_damaged_checkpoint_is_refused_with_the_way_out(micro_data, tmp_path, 
     assert digest(path) == before
 
 
-def test_nan_stops_with_step_and_pictures_and_keeps_the_last_good_checkpoint(micro_data, tmp_path, monkeypatch):
+def poison(monkeypatch, steps, how=lambda result: result * float("nan")):
+    """Make the forward of these steps (counted from 1) bad, and the statistics of BatchNorm with it."""
     real, calls = Trainee.forward, []
 
     def poisoned(self, *inputs):
         calls.append(1)
-        return real(self, *inputs) * (float("nan") if len(calls) == 5 else 1.0)
+        if len(calls) not in steps:
+            return real(self, *inputs)
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.fill_(float("nan"))
+        return how(real(self, *inputs))
 
     monkeypatch.setattr(Trainee, "forward", poisoned)
-    with pytest.raises(TrainingError, match=r"loss became NaN or infinite at step 5, on .*\d\.png") as error:
+    return calls
+
+
+def steep(result):
+    result.register_hook(lambda gradient: gradient * float("inf"))
+    return result
+
+
+@pytest.mark.parametrize("clip", [0.1, 0.0])
+@pytest.mark.parametrize("how", [lambda result: result * float("nan"), steep], ids=["loss", "gradient"])
+def test_one_bad_batch_is_skipped_counted_and_named(micro_data, tmp_path, monkeypatch, caplog, how, clip):
+    poison(monkeypatch, {2, 4}, how)
+    bundle = train(micro.recipe(epochs=2, clip=clip), micro_data, tmp_path / "b")
+    skips = [line for line in lines(bundle.path) if line["kind"] == "skip"]
+    assert [(line["step"], line["skipped"]) for line in skips] == [(2, 1), (4, 2)]
+    named = skips[0]["images"].split(", ")
+    assert len(named) == 4 and all(Path(name).is_file() for name in named)
+    assert f"step 2 is skipped: {skips[0]['what']} became NaN" in caplog.text and named[0] in caplog.text
+    for name in ("weights.safetensors", "train/last.safetensors"):
+        assert all(torch.isfinite(value).all() for value in load_file(bundle.path / name).values() if value.numel())
+    assert all(line["loss"] == line["loss"] for line in lines(bundle.path) if line["kind"] == "train")     # no NaN
+
+
+def test_a_skipped_step_leaves_every_weight_as_it_was(micro_data, tmp_path, monkeypatch):
+    seen = []
+    real = checkpoint.save
+
+    def save(path, position, fingerprint, model, *rest):
+        seen.append((position.step, {name: value.clone() for name, value in model.state_dict().items()}))
+        real(path, position, fingerprint, model, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    poison(monkeypatch, {3})
+    train(micro.recipe(epochs=1), micro_data, tmp_path / "b")
+    states = dict(seen)
+    same = [name for name, value in states[3].items() if torch.equal(value, states[2][name])]
+    counters = [name for name in states[3] if name.endswith("num_batches_tracked")]
+    assert set(same) | set(counters) == set(states[3])
+    assert not all(torch.equal(value, states[1][name]) for name, value in states[2].items())
+
+
+@pytest.mark.parametrize("how, what", [(lambda result: result * float("nan"), "loss"), (steep, "gradient")])
+def test_bad_batches_in_a_row_end_it_with_the_images_and_keep_the_last_good_checkpoint(
+        micro_data, tmp_path, monkeypatch, how, what):
+    poison(monkeypatch, set(range(3, 100)), how)
+    expected = rf"{what} became NaN or infinite at step {SKIPS + 2}, on .*\d\.png, as in the {SKIPS - 1} steps before"
+    with pytest.raises(TrainingError, match=expected) as error:
         train(micro.recipe(), micro_data, tmp_path / "b")
-    named = str(error.value).split("; ")[0].split(" on ")[1].split(", ")
+    named = str(error.value).split(", as in")[0].split(" on ")[1].split(", ")
     assert len(named) == 4 and all(Path(name).is_file() for name in named)
     saved = load_file(tmp_path / "b" / "train" / "last.safetensors")
     assert all(torch.isfinite(value).all() for value in saved.values())
-    monkeypatch.setattr(Trainee, "forward", real)
-    bundle = train(micro.recipe(), micro_data, tmp_path / "b", resume=True)     # it goes on from step 4
-    assert bundle.require("weights.safetensors")
+    monkeypatch.undo()
+    train(micro.recipe(), micro_data, tmp_path / "b", resume=True)                  # good batches now: it goes on
 
 
-def test_an_infinite_gradient_stops_too(micro_data, tmp_path, monkeypatch):
-    real = Trainee.forward
+def test_resume_never_starts_over_on_top_of_good_weights(trained, micro_data, tmp_path):
+    import shutil
+    copy = Path(shutil.copytree(trained.path, tmp_path / "copy.bundle"))
+    shutil.rmtree(copy / "train")
+    before = digest(copy / "weights.safetensors")
+    with pytest.raises(TrainingError, match=r"holds trained weights but no train/last.safetensors.*another --out"):
+        train(micro.recipe(), micro_data, copy, resume=True)
+    assert digest(copy / "weights.safetensors") == before
 
-    def steep(self, *inputs):
-        result = real(self, *inputs)
-        result.register_hook(lambda gradient: gradient * float("inf"))
-        return result
 
-    monkeypatch.setattr(Trainee, "forward", steep)
-    with pytest.raises(TrainingError, match="gradient became NaN or infinite at step 1"):
+def test_a_training_has_a_checkpoint_before_its_first_weights(micro_data, tmp_path, monkeypatch):
+    """Killed between the first weights and the next checkpoint, it can still be resumed."""
+    from edgedetr.train import deliver
+    real = deliver.write
+
+    def killed(out, *rest):
+        real(out, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deliver, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(micro.recipe(checkpoint_every=500), micro_data, tmp_path / "b")
+    assert (tmp_path / "b" / "weights.safetensors").exists()
+    monkeypatch.undo()
+    resumed = train(micro.recipe(checkpoint_every=500), micro_data, tmp_path / "b", resume=True)
+    straight = train(micro.recipe(checkpoint_every=500), micro_data, tmp_path / "c")
+    assert digest(resumed.path / "weights.safetensors") == digest(straight.path / "weights.safetensors")
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_noticed(trained, micro_data, tmp_path):
+    import random
+    path, chance = tmp_path / "last.safetensors", random.Random(0)
+    good = (trained.path / "train" / "last.safetensors").read_bytes()
+    run = fresh_run(micro.recipe(), micro_data, trained.path)
+    header = int.from_bytes(good[:8], "little")
+    places = [chance.randrange(len(good)) for _ in range(15)] + [chance.randrange(8, header) for _ in range(15)]
+    start = good.index(b'"schema":"2"')
+    places += [start + 2, start + 10, good.index(b'"digest"') + 3]
+    for place in places:
+        flipped = bytearray(good)
+        flipped[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(TrainingError, match="checkpoint|another recipe"):
+            run.load(path)
+    path.write_bytes(good)
+    run.load(path)
+
+
+def test_a_position_of_another_kind_is_a_damaged_checkpoint(tmp_path):
+    from safetensors.torch import save_file
+    for number, position in enumerate(("[" * 100_000, "9" * 5000, '{"step": "3"}', '{"stop": 3}', "[]", "null")):
+        path = tmp_path / f"{number}.safetensors"
+        save_file({"a": torch.zeros(1)}, path, {"schema": "1", "fingerprint": "x", "position": position})
+        with pytest.raises(TrainingError, match="damaged or of another kind"):
+            checkpoint.load(path, "x", None, None, None)
+
+
+def test_two_trainings_into_one_bundle_the_second_is_refused_at_once(micro_data, tmp_path):
+    with Bundle.training(tmp_path / "b"), pytest.raises(TrainingError, match=r"another training writes here"):
         train(micro.recipe(), micro_data, tmp_path / "b")
-    assert not (tmp_path / "b" / "train" / "last.safetensors").exists()
+    assert not (tmp_path / "b" / "weights.safetensors").exists()
+
+
+def test_validation_without_objects_is_refused_before_the_first_epoch(micro_data, tmp_path):
+    import shutil
+    data = Path(shutil.copytree(micro_data, tmp_path / "data"))
+    for split in ("val", "train"):
+        path = data / "annotations" / f"{split}.json"
+        kept, raw = path.read_text(), json.loads(path.read_text())
+        path.write_text(json.dumps({**raw, "annotations": []}))
+        with pytest.raises(DataError, match=f"the split '{split}' has .* no objects"):
+            train(micro.recipe(), data, tmp_path / "b")
+        path.write_text(kept)
+    crowd = json.loads((data / "annotations" / "val.json").read_text())
+    for item in crowd["annotations"]:
+        item["iscrowd"] = 1
+    (data / "annotations" / "val.json").write_text(json.dumps(crowd))
+    with pytest.raises(DataError, match="no objects"):
+        train(micro.recipe(), data, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+CASES = Path(__file__).parents[3] / "shared" / "data" / "cases"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not here")
+def test_the_case_of_background_alone_in_val_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no objects"):
+        train(micro.recipe(), CASES / "23b-val-all-background", tmp_path / "b")
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not here")
+def test_more_objects_than_queries_is_said_with_both_numbers_before_training(tmp_path, caplog):
+    from edgedetr.train import prepare
+    samples = layouts.load(CASES / "17-400-objects", "train")
+    prepare.warn_of_crowds(samples, micro.recipe())
+    assert "up to 400" in caplog.text and "model.queries is 10" in caplog.text
+
+
+def test_an_undefined_ap_is_never_the_best(micro_data, tmp_path, monkeypatch):
+    from dataclasses import replace as changed
+
+    from edgedetr.train import deliver
+    from edgedetr.train.selection import Selection
+    measured, delivered, real = [], [], Selection.measure
+
+    def measure(self, found):
+        measured.append(1)
+        metrics = real(self, found)
+        return changed(metrics, ap=None) if len(measured) != 2 else changed(metrics, ap=0.0)
+
+    monkeypatch.setattr(Selection, "measure", measure)
+    monkeypatch.setattr(deliver, "write", lambda *rest, real=deliver.write: (delivered.append(len(measured)),
+                                                                             real(*rest)))
+    train(micro.recipe(), micro_data, tmp_path / "b")
+    assert delivered == [2]
 
 
 def test_early_stop_ends_after_patience_and_keeps_the_best(micro_data, tmp_path):
@@ -137,21 +294,26 @@ def test_accumulated_parts_give_the_step_of_the_whole_batch(micro_data, tmp_path
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
 
 
-def _first_step(recipe: Recipe, data: Path, out: Path) -> torch.Tensor:
-    """Losses of the first step with every BatchNorm at its start statistics."""
-    from edgedetr.data import layouts
-    from edgedetr.train.dataset import batches, order
+def fresh_run(recipe: Recipe, data: Path, out: Path):
+    """A training that has not begun."""
     from edgedetr.train.devices import launch
     from edgedetr.train.progress import Silent
     from edgedetr.train.train import Run
 
-    samples = layouts.load(data, "train")
-    run = Run(recipe, launch(recipe.train), recipe.data.resolve(["train", "val", "test"]), samples,
-              layouts.load(data, "val"), data, out, Silent())
+    place = recipe.data.resolve(["train", "val", "test"])
+    return Run(recipe, launch(recipe.train), place, layouts.load(data, "train"), layouts.load(data, "val"), data, out,
+               Silent())
+
+
+def _first_step(recipe: Recipe, data: Path, out: Path) -> torch.Tensor:
+    """Losses of the first step with every BatchNorm at its start statistics."""
+    from edgedetr.train.dataset import batches, order
+
+    run = fresh_run(recipe, data, out)
     for module in run.detector.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
-    batch = next(batches(run.pictures, order(len(samples), 4, seed=0, epoch=0), 0, plain=True, workers=0))
+    batch = next(batches(run.pictures, order(len(run.samples), 4, seed=0, epoch=0), 0, plain=True, workers=0))
     return run.step(batch)
 
 
@@ -195,5 +357,5 @@ def test_the_checkpoint_holds_no_pickle(trained):
 def checkpoint_name() -> str:
     from edgedetr.train.train import CHECKPOINT
 
-    assert checkpoint.SCHEMA == 1
+    assert checkpoint.SCHEMA == 2
     return CHECKPOINT
