@@ -10,6 +10,7 @@ from typing import ClassVar
 import click
 
 from edgedetr.commands import bring, device, engine, faults, make, measure, place, use
+from edgedetr.commands.show import SafeFormatter, say
 from edgedetr.errors import EdgedetrError, did_you_mean
 
 EXIT_CODES = """
@@ -68,9 +69,9 @@ def cli(debug: bool) -> None:
       edgedetr verify
       edgedetr report
     """
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True
-    )
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
     if debug:  # matplotlib and friends have much to say that nobody asked
         for noisy in ("matplotlib", "PIL", "onnxscript", "torch.onnx"):
             logging.getLogger(noisy).setLevel(logging.INFO)
@@ -114,7 +115,7 @@ def run(arguments: list[str]) -> int:
     except EdgedetrError as error:
         if debug:
             raise
-        click.echo(f"edgedetr: {error}", err=True)
+        say(f"edgedetr: {error}")
         return error.exit_code
     except BrokenPipeError:
         faults.quiet()      # the reader (head, less) has gone: nothing to say, and nothing may be flushed at exit
@@ -125,7 +126,7 @@ def run(arguments: list[str]) -> int:
         message = _missing(error) if isinstance(error, ImportError) else faults.explain(error)
         if not message:
             raise
-        click.echo(f"edgedetr: {message}", err=True)
+        say(f"edgedetr: {message}")
         return 1
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from edgedetr.bundle import MANIFEST, Bundle
+from edgedetr.commands.show import say
 from edgedetr.errors import UsageError
+from edgedetr.printable import printable
 
 RUNS = Path("runs")
 BACKENDS = ("onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt")     # runtime.detector's, without importing it
@@ -56,5 +58,5 @@ def open_bundle(path: Path | None) -> Bundle:
     found = sorted(RUNS.glob(f"*/{MANIFEST}"), key=lambda manifest: manifest.stat().st_mtime)
     if not found:
         raise UsageError(f"no bundle named, and none under {RUNS.resolve()}; run: edgedetr train --data DIR")
-    click.echo(f"bundle: {found[-1].parent} (the newest under {RUNS}/)", err=True)
+    say(f"bundle: {printable(found[-1].parent)} (the newest under {RUNS}/)")
     return Bundle.open(found[-1].parent)

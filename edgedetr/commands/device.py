@@ -38,7 +38,7 @@ def selftest(as_json_: bool) -> int:
     )
     for outcome in found.outcomes:
         if outcome.note:
-            say(click.style(f"{outcome.name}: {outcome.note}", fg="yellow"))
+            say(f"{outcome.name}: {outcome.note}", fg="yellow")
     if as_json_:
         as_json(found.to_json())
     return 0 if found.passed else NotWithinTolerance.exit_code

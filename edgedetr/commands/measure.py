@@ -118,8 +118,8 @@ def show_verdict(result: dict[str, Any]) -> None:
     table(head, rows)
     for stage in result["stages"]:
         if stage.get("note"):
-            say(click.style(f"{stage['name']} ({stage['backend']}): {stage['note']}", fg="yellow"))
-    say(click.style(verdict_sentence(result), fg="green" if result["passed"] else "red"))
+            say(f"{stage['name']} ({stage['backend']}): {stage['note']}", fg="yellow")
+    say(verdict_sentence(result), fg="green" if result["passed"] else "red")
 
 
 def show_engines(result: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import click
 from edgedetr.commands.choose import expect, json_option
 from edgedetr.commands.show import as_json, progress_bars, say, table
 from edgedetr.errors import NotWithinTolerance
+from edgedetr.printable import printable
 
 
 @click.group()
@@ -30,7 +31,7 @@ def check(directory: Path, strict: bool, as_json_: bool) -> int:
     with progress_bars() as progress:
         found = run(directory, progress=lambda done, total: progress("check", done, total))
     for line in found.lines():
-        say(line)
+        say(printable(line))
     if as_json_:
         as_json(found.to_json())
     if not found.splits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Protocol
 import click
 
 from edgedetr.commands.faults import writing_out
+from edgedetr.printable import json_text, printable
 
 
 class Progress(Protocol):
@@ -20,8 +22,11 @@ class Progress(Protocol):
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", err: bool = True) -> None:
-    """A plain aligned table; numbers to the right, None as a dash. Needs no library."""
-    body = [["-" if value is None else str(value) for value in row] for row in rows]
+    """A plain aligned table; numbers to the right, None as a dash. Needs no library.
+
+    What is in a cell stays in it: line ends and characters that steer a terminal are shown as escapes.
+    """
+    body = [["-" if value is None else printable(value) for value in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(head), *body]) for i in range(len(head))]
     right = [bool(body) and all(_number(line[i]) for line in body) for i in range(len(head))]
 
@@ -38,27 +43,34 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, title: str =
 
 
 def as_json(value: object) -> None:
-    """One JSON document on standard output; NaN and infinity, which JSON does not have, become null.
-
-    Letters that standard output cannot show are written as JSON's escapes.
-    """
-    text = json.dumps(_finite(value), indent=1, ensure_ascii=False)
-    try:
-        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(_finite(value), indent=1)
-    write_out(text)
+    """One JSON document on standard output; NaN and infinity, which JSON does not have, become null."""
+    write_out(json_text(_finite(value), indent=1))
 
 
 def write_out(text: str) -> None:
-    """One piece of data on standard output."""
+    """One piece of JSON on standard output; letters that it cannot show are written as JSON's escapes."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = "".join(c if c.isascii() else json.dumps(c)[1:-1] for c in text)
     with writing_out():
         click.echo(text)
 
 
-def say(text: str) -> None:
-    """One line for the human reader."""
-    click.echo(text, err=True)
+def say(text: str, *, fg: str | None = None) -> None:
+    """A line, or a few, for the human reader; whatever steers a terminal is shown as an escape.
+
+    fg   colour of the whole text, where a terminal reads it
+    """
+    safe = printable(text, lines=True)
+    click.echo(click.style(safe, fg=fg) if fg else safe, err=True)
+
+
+class SafeFormatter(logging.Formatter):
+    """Log lines without characters that steer a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from edgedetr.errors import ExportError
 from edgedetr.graph import ends
 from edgedetr.graph.labels import write_labels
 from edgedetr.graph.part import Part, batch_of, join, output_shape, require_clean
+from edgedetr.printable import one_line
 from edgedetr.runtime.onnx_reader import load
 from edgedetr.runtime.preprocess import Geometry
 
@@ -105,7 +106,8 @@ def config(manifest: Manifest, source: str, frame: tuple[int, int] | None, batch
     height, width = frame or (contract.height, contract.width)
     letterbox = int(frame is None and contract.resize == "letterbox")
     size = batch if isinstance(batch, int) else 1
-    return f"""# nvinfer configuration of a {manifest.model} with {len(manifest.classes)} classes, written by edgedetr.
+    model = one_line(manifest.model)[:80]
+    return f"""# nvinfer configuration of a {model} with {len(manifest.classes)} classes, written by edgedetr.
 #
 # Build the engine first, on the device that runs it. The graph says itself which parts are FP16 and INT8, and nvinfer's
 # own builder does not keep to that (without a calibration table it turns INT8 into FP16):

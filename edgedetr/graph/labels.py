@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgedetr.bundle import ClassInfo, atomic_write
+from edgedetr.printable import one_line
 
 
 def label(name: str) -> str:
     """A name as one line of one field; nvinfer takes what stands after a semicolon for another field."""
-    return " ".join(name.replace(";", ",").split()) or "?"
+    return one_line(name.replace(";", ","))
 
 
 def write_labels(path: Path, classes: Sequence[ClassInfo]) -> None:

@@ -33,6 +33,7 @@ from edgedetr.runtime.runner import RawOutputs
 log = logging.getLogger(__name__)
 
 LARGEST_BATCH = 8               # requests joined at once where the batch is open, as runtime.detector has it
+LONGEST = 200                   # characters of a name that is made from a folder's
 SCORE, PIXELS = 1e-3, 0.5       # by which objects of equal rows may differ; float32 kernels of two batch sizes: 1e-5
 TYPES: dict[int, str] = {
     TensorProto.FLOAT: "TYPE_FP32", TensorProto.UINT8: "TYPE_UINT8", TensorProto.INT32: "TYPE_INT32",
@@ -100,7 +101,8 @@ def write_repository(bundle: Bundle, root: Path, source: str, *, engine: Engine 
 
 def model_name(bundle: Bundle, source: str) -> str:
     """cells.bundle, model.int8.onnx -> cells-int8."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", bundle.path.resolve().name.removesuffix(".bundle")).strip("-_") or "model"
+    folder = bundle.path.resolve().name.removesuffix(".bundle")
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", folder).strip("-_")[:LONGEST] or "model"
     kind = source.removeprefix("model").removesuffix(".onnx").strip(".").replace(".", "-")
     return f"{stem}-{kind}" if kind else stem
 
@@ -165,4 +167,4 @@ def _tensors(what: str, found: Sequence[Tensor], batched: bool) -> str:
 def _text(value: str) -> str:
     """A string of protobuf's text format: bytes outside printable ASCII as octal escapes."""
     return '"' + "".join(chr(b) if 32 <= b < 127 and chr(b) not in '"\\' else f"\\{b:03o}"
-                         for b in value.encode("utf-8")) + '"'
+                         for b in value.encode("utf-8", "backslashreplace")) + '"'

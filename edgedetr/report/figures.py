@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from edgedetr.printable import one_line
 from edgedetr.report.tables import is_reference
 
 # Stand-ins in the SVG, replaced by CSS that follows the page's colours.
@@ -155,4 +156,6 @@ def _svg(figure: Figure, description: str) -> str:
 
 
 def _short(name: str, most: int = 28) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+    name = one_line(name[: most + 1])
+    shown = name if len(name) <= most else name[: most - 1] + "…"
+    return shown.replace("$", r"\$")        # two of them would begin a formula

@@ -18,6 +18,7 @@ from edgedetr.bundle import Bundle, atomic_write
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError, MissingDependency
 from edgedetr.packages import missing
+from edgedetr.printable import printable
 from edgedetr.reading import MEBIBYTE, read_bytes
 from edgedetr.report.contents import inspect_bundle
 from edgedetr.report.differences import CONFIDENCE, OVERLAP, Difference, most_different
@@ -76,6 +77,7 @@ def write_report(bundle: Bundle, *, data: Path | None = None) -> Path:
     environment = Environment(
         loader=PackageLoader("edgedetr.report", "."),
         autoescape=True,
+        finalize=_safe,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -110,6 +112,11 @@ def write_report(bundle: Bundle, *, data: Path | None = None) -> Path:
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def _safe(value: Any) -> Any:
+    """Text of the page without marks of direction and control characters; figures are markup and stay."""
+    return printable(value, lines=True) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _class_drops(evidence: Evidence) -> dict[str, list[float | None]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from edgedetr.errors import MissingDependency
 from edgedetr.packages import missing
+from edgedetr.printable import one_line
 from edgedetr.runtime.detections import Detections
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def _inside(box: np.ndarray, width: int, height: int) -> Box:
 def _label(detections: Detections, n: int) -> str:
     names = detections.data.get("class_name")
     name = str(names[n]) if names is not None else f"class {detections.class_id[n]}"
+    name = one_line(name[:LONGEST_NAME + 1])
     name = name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME - 1] + "\u2026"
     return f"{name} {detections.confidence[n]:.2f}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ import numpy as np
 
 from edgedetr.bundle import atomic_write
 from edgedetr.errors import DataError, UsageError
+from edgedetr.printable import json_text
 from edgedetr.runtime import video
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.detector import Detector
@@ -59,13 +59,13 @@ def json_line(frame: Frame, detections: Detections) -> str:
     """
     rows = zip(detections.xyxy, detections.confidence, detections.class_id, detections.data["class_name"],
                detections.data["category_id"])
-    return json.dumps({
+    return json_text({
         "source": video.shown(frame.source), "frame": frame.index,
         "height": frame.image.shape[0], "width": frame.image.shape[1],
         "detections": [
             {"xyxy": [round(float(v), 2) for v in box], "confidence": round(float(score), 4), "class_id": int(class_id),
              "class_name": str(name), "category_id": int(number)} for box, score, class_id, name, number in rows],
-    }, ensure_ascii=False)
+    })
 
 
 def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterator[Frame]:
