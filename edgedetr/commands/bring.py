@@ -14,6 +14,7 @@ from edgedetr.errors import NotWithinTolerance, UsageError
 if TYPE_CHECKING:
     from edgedetr.graph.rtx import RtxResult
 
+BOXES = ("cxcywh", "xyxy", "xywh", "cxcywh-pixels", "xyxy-pixels", "xywh-pixels")
 TARGETS = ("jetpack-6", "jetpack-7.0", "jetpack-7.1", "jetpack-7.2", "trt-11")
 
 
@@ -90,6 +91,12 @@ def _parse(files: list[Path]) -> list[RtxResult]:
 )
 @click.option("--activation", type=click.Choice(["sigmoid", "softmax"]), help="Of its class logits.")
 @click.option(
+    "--boxes",
+    type=click.Choice(BOXES),
+    help="How it writes boxes, where their numbers leave two ways open.  [default: as the file shows]",
+)
+@click.option("--outputs", help="Its outputs that count, with commas: CLASSES,BOXES.  [default: as the file shows]")
+@click.option(
     "--columns",
     type=click.Choice(["index", "category-id"]),
     help="Where a class of the data set stands among its logits.  [default: index]",
@@ -113,6 +120,8 @@ def import_(
     std: tuple[float, float, float] | None,
     resize: Literal["stretch", "letterbox"] | None,
     activation: Literal["sigmoid", "softmax"] | None,
+    boxes: str | None,
+    outputs: str | None,
     columns: Literal["index", "category-id"] | None,
     sampling: Literal["gather", "grid_sample"] | None,
     as_json_: bool,
@@ -122,7 +131,7 @@ def import_(
     SOURCE is an ONNX file of a DETR-like detector (RT-DETR, D-FINE, RF-DETR), or weights for one of the family: a
     .safetensors or .pth file, a folder of transformers, or a name on the Hugging Face hub, with --model."""
     foreign = {"--scale": scale, "--mean": mean, "--std": std, "--resize": resize, "--activation": activation,
-               "--columns": columns, "--sampling": sampling}
+               "--boxes": boxes, "--outputs": outputs, "--columns": columns, "--sampling": sampling}
     weights = {"--model": model, "--set": sets or None}
     graph = source.endswith(".onnx")
     wrong = [name for name, value in (weights if graph else foreign).items() if value is not None]
@@ -130,8 +139,8 @@ def import_(
         raise UsageError(f"{wrong[0]} is for {'weights' if graph else 'an ONNX file'}, and {source} is "
                          f"{'an ONNX file' if graph else 'none'}; leave it out")
     if graph:
-        result = _import_graph(Path(source), out, data, classes, size, scale, mean, std, resize, activation, columns,
-                               sampling)
+        result = _import_graph(Path(source), out, data, classes, size, scale, mean, std, resize, activation, boxes,
+                               outputs, columns, sampling)
     elif model is None:
         from edgedetr.models import FAMILY
 
@@ -161,21 +170,23 @@ def _import_graph(
     std: tuple[float, float, float] | None,
     resize: Literal["stretch", "letterbox"] | None,
     activation: Literal["sigmoid", "softmax"] | None,
+    boxes: str | None,
+    outputs: str | None,
     columns: Literal["index", "category-id"] | None,
     sampling: Literal["gather", "grid_sample"] | None,
 ) -> dict[str, object]:
     """The ONNX half of `import`; what was found in the file, as JSON."""
     from edgedetr.export.bring import bring
-    from edgedetr.export.told import Pixels
 
     given = {"scale": scale, "mean": mean, "std": std, "resize": resize}
     said = {name: value for name, value in given.items() if value is not None}
-    brought = bring(source, out, data=data, classes=classes, size=size, pixels=Pixels(**said) if said else None,  # type: ignore[arg-type]  # each has its field's type
-                    activation=activation, columns=columns or "index", sampling=sampling or "gather")
+    named = tuple(name.strip() for name in outputs.split(",")) if outputs is not None else ()
+    brought = bring(source, out, data=data, classes=classes, size=size, pixels=said, activation=activation, boxes=boxes,
+                    outputs=named, columns=columns, sampling=sampling or "gather")
     say(brought.describe())
     if not said:
-        say(f"normalisation taken: {brought.pixels.words()}; the file does not say it, so check it, and change it by "
-            "--scale, --mean, --std and --resize")
+        say(f"normalisation taken: {brought.pixels.words()}; the file itself does not say it, so check it, and change "
+            "it by --scale, --mean, --std and --resize")
     say("the reference of this bundle is the ONNX file itself: there is no PyTorch model")
     return brought.to_json()
 

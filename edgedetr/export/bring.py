@@ -8,31 +8,37 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
-from onnx import ModelProto
-from onnx.inliner import inline_local_functions
+from onnx import ModelProto, numpy_helper
 
 from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract, digest
 from edgedetr.data.layouts import load, splits
 from edgedetr.errors import DataError, ExportError, UsageError
 from edgedetr.export import foreign, surgery
+from edgedetr.export.beside import Beside, read_beside
+from edgedetr.export.box_reading import OPTIONS
+from edgedetr.export.choice import SPEAKS, Judge, choose
+from edgedetr.export.control import first_line
 from edgedetr.export.fold import fold, remove_unused
+from edgedetr.export.intake import dtype_of, fixed, read_model, size_of
 from edgedetr.export.onnx_file import OPSET, PREFIX, check, describe
-from edgedetr.export.opset import IR_VERSION, to_opset
-from edgedetr.export.original import Original, agree, decoded, pick, probes, renumbered, session
+from edgedetr.export.opset import IR_VERSION
+from edgedetr.export.original import NOISE, SIDE, Original, agree, decoded, probes, renumbered
 from edgedetr.export.roles import prefix_nodes
 from edgedetr.export.sampling import gather_samples
-from edgedetr.export.settle import settle
 from edgedetr.export.told import Kept, Pixels, columns_of, read_names, usual
-from edgedetr.export.widen import widen
-from edgedetr.graph.file import open_onnx
+from edgedetr.export.trace import run
+from edgedetr.export.understanding import Asked, Understood, understand
+from edgedetr.export.widen import drop_idle_casts
 from edgedetr.graph.view import GraphView
 from edgedetr.options import one_of
+from edgedetr.runtime.ort import plain_session
 from edgedetr.runtime.runner import RawOutputs
 
 log = logging.getLogger(__name__)
@@ -45,8 +51,12 @@ STAGE = "import"
 class Brought:
     """What was found in the file, and how well the bundle's graph agrees with it.
 
-    contract     "raw", "decoded" or "joined", see foreign.py
+    contract     "raw", "joined" or "decoded", see answers.py
     opset        of the file
+    boxes        how the file writes boxes, as --boxes says it
+    why          how its outputs were read, and what speaks for that
+    ap           on some of the labelled images; None without
+    half         whether the file computes in float16
     folded       scales and BatchNormalizations folded into convolutions
     gathered     GridSamples written as gathers
     objects      of the file's own detections that were compared, on `pictures` pictures: all were found again
@@ -56,159 +66,145 @@ class Brought:
     contract: str
     opset: int
     activation: str
+    boxes: str
     pixels: Pixels
     queries: int
+    why: tuple[str, ...]
+    ap: float | None
+    half: bool
     folded: int
     gathered: int
     objects: int
     pictures: int
 
     def describe(self) -> str:
-        """What was found, in one sentence or two."""
-        how = {"raw": "gives logits and boxes", "decoded": "gives labels, boxes and scores, which were cut off",
-               "joined": "gives boxes and scores in one, which were taken apart"}[self.contract]
-        contract = self.bundle.manifest.input
-        return (f"opset {self.opset}, {contract.height} x {contract.width} px, {how}; {self.queries} queries, "
+        """What was found, in some sentences."""
+        how = {"raw": "gives logits and boxes of all queries",
+               "joined": "gives boxes and classes in one (they were taken apart)",
+               "decoded": "gives chosen objects (the choice was cut off)"}[self.contract]
+        size = f"{self.bundle.manifest.input.height} x {self.bundle.manifest.input.width} px"
+        what = (f"opset {self.opset}, {'float16, ' if self.half else ''}{size}, {how}; {self.queries} queries, "
                 f"{self.activation}, {len(self.bundle.manifest.classes)} classes; {self.folded} scales folded into "
-                f"convolutions, {self.gathered} GridSamples written as gathers\nchecked on {self.pictures} pictures: "
-                f"all of {self.objects} objects that the file finds are found again")
+                f"convolutions, {self.gathered} GridSamples written as gathers")
+        lines = [what, *(f"read: {reason}" for reason in self.why)]
+        if self.ap is not None:
+            lines.append(f"AP {self.ap:.1f} on labelled images" + (
+                "" if self.ap >= SPEAKS else ": it finds next to nothing there; check --classes, --columns, --scale, "
+                "--mean and --std"))
+        if self.contract == "decoded":
+            lines.append(f"checked on {self.pictures} images: {'nearly ' if self.half else ''}all of {self.objects} "
+                         "objects that the file itself chooses are found again")
+        else:
+            lines.append(f"checked on {self.pictures} images: the graph gives what the file gives, read the same way "
+                         f"({self.objects} objects); that says nothing of the reading")
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, object]:
         return {**asdict(replace(self, bundle=None)), "bundle": str(self.bundle.path)}  # type: ignore[arg-type]  # a path in JSON
 
 
 def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, classes: Path | None = None,
-          size: tuple[int, int] | None = None, pixels: Pixels | None = None,
-          activation: Literal["sigmoid", "softmax"] | None = None,
-          columns: Literal["index", "category-id"] = "index",
+          size: tuple[int, int] | None = None, pixels: Pixels | Mapping[str, Any] | None = None,
+          activation: Literal["sigmoid", "softmax"] | None = None, boxes: str | None = None,
+          outputs: Sequence[str] = (), columns: Literal["index", "category-id"] | None = None,
           sampling: Literal["gather", "grid_sample"] = "gather") -> Brought:
     """Import an ONNX file; nothing is left behind where it fails.
 
     data     the labelled pictures to calibrate and verify on; its classes become the bundle's
     classes  a text file that says what each class logit stands for, one a line, "-" for one that is not used;
-             None = the data set's classes in order
+             None = what config.json beside the file says, else the data set's classes in order
     size     height and width where the file leaves them open
-    pixels   the normalisation outside of the file
+    pixels   the normalisation outside of the file; fields that are not given are those of preprocessor_config.json
+             beside it, else what models with such outputs are published with
+    activation, boxes, outputs   what the outputs mean, where the file does not show it: see understanding.Asked
     sampling "gather" rewrites GridSample, which TensorRT 10.14 to 11.1 get wrong, into gathers of the same numbers
-    columns  where `classes` is None: a class stands at its index, or at the category id of the data set
+    columns  where nothing names the classes: a class stands at its index, or at the category id of the data set
     """
     path, out = Path(path), Path(out)
     one_of("activation", activation, (None, "sigmoid", "softmax"), UsageError)
-    one_of("columns", columns, ("index", "category-id"), UsageError)
+    one_of("boxes", boxes, (None, *OPTIONS), UsageError)
+    one_of("columns", columns, (None, "index", "category-id"), UsageError)
     one_of("sampling", sampling, ("gather", "grid_sample"), UsageError)
+    if columns is not None and (data is None or classes is not None):
+        raise UsageError(f"--columns {columns} says where the data set's classes stand among the logits; give --data "
+                         "with it, and no --classes, which says the same")
     if (out / "weights.safetensors").exists():
         raise UsageError(f"{out} holds a trained model; name another --out")
-    opened = open_onnx(path)
-    if opened.faults:
-        raise ExportError(f"{path}: {opened.faults[0]}; expected weights in the file, or in a plain file beside it; "
-                          "copy both into one folder (cp -L follows links)")
+    original = read_model(path)
+    beside = read_beside(path)
     names = read_names(classes) if classes is not None else None
-    original = _standard(opened.model, path)
     taken = foreign.inputs(original)
-    height, width = _size(original, taken.image, size)
-    model, view = _fixed(original, taken, height, width)
-    found = foreign.outputs(model, view)
-    pixels = pixels or usual(found)
+    height, width = size_of(original, taken.image, size, beside)
+    model, view, half = fixed(original, taken, height, width)
+    pixels = _pixels(pixels, beside, [item.name for item in model.graph.output])
     contract = InputContract(height, width, pixels.resize)
     record = _record(data)
     dataset = load(record.path, record.verify_split) if record is not None else None
     images = probes(dataset, contract)
-    oracle = Original(original, taken, found, pixels.factor, pixels.shift)
-    picked = pick(model, view, oracle, images)
+    oracle = Original(original, taken, pixels.factor, pixels.shift)
+    feeds = [oracle.feed(images[number:number + 1]) for number in range(len(images))]
+    found = understand(model, view, feeds, Asked(activation, boxes, tuple(outputs)), SIDE)
     known = dataset.classes if dataset is not None else None
-    kept = columns_of(picked.width, picked.activation or activation, names, known, columns)
-    output = OutputContract(kept.activation, oracle.top_k(images[:1]) or OutputContract().top_k)
-    result = surgery.dress(model, taken.image, picked.logits, picked.boxes, scale=pixels.factor, shift=pixels.shift,
-                           columns=kept.places, queries=picked.queries, width=picked.width)
+    source = "--classes"
+    if names is None and columns is None and beside.names is not None:
+        names, source = list(beside.names), "config.json"
+    counted = names is not None or known is not None
+
+    def kept_by(function: Literal["sigmoid", "softmax"]) -> Kept:
+        return columns_of(found.width, function, names, known, columns or "index", source)
+
+    noise = [found.logits.rows(value) for value in run(model, [found.logits.tensor], feeds[:NOISE])]
+    judge = Judge(dataset, oracle, contract) if dataset is not None and len(dataset) else None
+    choice = choose(found, kept_by, view, beside.model_type, noise, judge, counted)
+    found, kept = choice.found, choice.kept
+    output = OutputContract(kept.activation, found.top_k or OutputContract().top_k)
+    if taken.sizes:
+        model.graph.initializer.append(numpy_helper.from_array(np.full((1, 2), SIDE, dtype_of(model, taken.sizes)),
+                                                               taken.sizes))
+    result = surgery.dress(model, taken.image, found.logits, found.boxes, found.form, scale=pixels.factor,
+                           shift=pixels.shift, columns=kept.places, queries=found.queries, width=found.width)
+    drop_idle_casts(result)
     result = fold(result)
     folded = surgery.absorb_scales(result)
     surgery.name_nodes(result)
     gathered = gather_samples(result) if sampling == "gather" else 0
-    prefix_nodes(result, picked.queries)
+    prefix_nodes(result, found.queries)
     remove_unused(result)
     manifest = Manifest(MODEL, kept.classes, contract, output, data=record)
     opset = GraphView(original, infer=False).opset
     _finish(result, manifest, path, opset)
-    found_again = _compare(result, oracle, images, output, picked.width, kept)
+    found_again = _compare(result, oracle, images, output, found, kept, half)
     bundle = Bundle.create(out, manifest)
     with bundle.add("model.onnx", stage=STAGE) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
-    return Brought(bundle, found.kind, opset, kept.activation, pixels, picked.queries, folded, gathered,
-                   found_again, len(images))
+    return Brought(bundle, found.answer.kind, opset, kept.activation, found.given.option, pixels, found.queries,
+                   (*found.why, *beside.notes), choice.ap, half, folded, gathered, found_again, len(images))
 
 
-def _compare(result: ModelProto, oracle: Original, images: np.ndarray, output: OutputContract, width: int,
-             kept: Kept) -> int:
+def _compare(result: ModelProto, oracle: Original, images: np.ndarray, output: OutputContract, found: Understood,
+             kept: Kept, half: bool) -> int:
     """Objects of the file that the new graph finds too; ExportError unless it is all of them."""
-    runner = session(result)
+    runner = plain_session(result.SerializeToString(), optimise="basic", spin=False, error=ExportError,
+                           fix="report this, it is a defect")
     ours = {}
     for number in range(len(images)):
-        logits, boxes = runner.run(["logits", "boxes"], {"images": images[number:number + 1]})
-        if oracle.found.kind == "raw" and (np.abs(boxes).max() > 4 or boxes[..., 2:].min() < 0):
-            raise ExportError(f"boxes go from {boxes.min():.3g} to {boxes.max():.3g}; expected cx, cy, w, h as shares "
-                              "of the picture, 0..1; export the model without scaling its boxes")
-        ours[number] = decoded(RawOutputs(logits, boxes), images[number:number + 1], output, logits.shape[2])
-    theirs = renumbered(oracle.detect(images, output, width), kept.places[:len(kept.classes)])
-    found = agree(theirs, ours)
-    if not found.same:
-        raise ExportError(f"after the import the graph does not detect what the file did: {found.words}; expected the "
+        image = images[number:number + 1]
+        logits, boxes = runner.run(["logits", "boxes"], {"images": image})
+        ours[number] = decoded(RawOutputs(logits, boxes), image, output, logits.shape[2], found.rule)
+    theirs = renumbered(oracle.detect(images, found, output), kept.places[:len(kept.classes)])
+    again = agree(theirs, ours, half=half)
+    if not again.same:
+        raise ExportError(f"after the import the graph does not detect what the file did: {again.words}; expected the "
                           "same objects; export the model at opset 17 to 19 with a fixed size, and report this")
-    log.info("the imported graph finds what the file found: %s", found.words)
-    return found.objects
+    log.info("the imported graph finds what the file found: %s", again.words)
+    return again.objects
 
 
-def _standard(model: ModelProto, path: Path) -> ModelProto:
-    """The file's graph in operators of ONNX alone, checked."""
-    if model.functions:
-        model = inline_local_functions(model)
-    others = sorted({f"{node.op_type} ({node.domain})" for node in model.graph.node
-                     if node.domain not in ("", "ai.onnx")})
-    if others:
-        raise ExportError(f"{path}: operators that are not ONNX's own: {', '.join(others[:5])}; expected a float32 "
-                          "export without fused or custom operators (no plugins, no optimised model)")
-    quantised = [node.op_type for node in model.graph.node
-                 if node.op_type.endswith(("QuantizeLinear", "Integer")) or node.op_type.startswith("QLinear")]
-    if quantised:
-        raise ExportError(f"{path}: quantised already ({len(quantised)} nodes like {quantised[0]}); expected the "
-                          "float32 model, which edgedetr export --int8 quantises")
-    try:
-        onnx.checker.check_model(model)
-    except (onnx.checker.ValidationError, ValueError) as error:
-        raise ExportError(f"{path}: not valid ONNX ({str(error).splitlines()[0]}); export the model again") from error
-    return model
-
-
-def _size(model: ModelProto, image: str, asked: tuple[int, int] | None) -> tuple[int, int]:
-    fixed = foreign.size_of(model, image)
-    if asked is not None and any(one not in (None, two) for one, two in zip(fixed, asked)):
-        raise UsageError(f"--input is {asked[0]}x{asked[1]}; the file takes {fixed[0] or '?'}x{fixed[1] or '?'} alone; "
-                         "leave --input out, or export the model with an open size")
-    height, width = asked or fixed
-    if height is None or width is None:
-        raise UsageError("the file leaves height and width open; say which to use: --input 640x640 (height x width)")
-    return height, width
-
-
-def _fixed(original: ModelProto, taken: foreign.Inputs, height: int, width: int) -> tuple[ModelProto, GraphView]:
-    """The graph for one picture of one size, at our opset, folded."""
-    model = ModelProto()
-    model.CopyFrom(original)
-    sizes = {taken.image: [1, 3, height, width], **({taken.sizes: [1, 2]} if taken.sizes else {})}
-    masks = {taken.mask: np.ones((1, height, width), _dtype(original, taken.mask))} if taken.mask else {}
-    surgery.fix_inputs(model, sizes, masks)
-    widen(model)
-    model = settle(to_opset(model, OPSET))
-    surgery.name_nodes(model)
-    view = GraphView(model)
-    if view.fault:
-        raise ExportError(f"sizes cannot be inferred for a {height} x {width} picture ({view.fault}); expected a model "
-                          "that takes this size; say another with --input HxW")
-    return model, view
-
-
-def _dtype(model: ModelProto, name: str) -> np.dtype:
-    kind = next(item.type.tensor_type.elem_type for item in model.graph.input if item.name == name)
-    return onnx.helper.tensor_dtype_to_np_dtype(kind)
+def _pixels(said: Pixels | Mapping[str, Any] | None, beside: Beside, outputs: Sequence[str]) -> Pixels:
+    """How pixels go in: as the caller says, else as the processor beside the file does, else as is usual."""
+    if isinstance(said, Pixels):
+        return said
+    return replace(usual(outputs), **{**beside.pixels, **(said or {})})
 
 
 def _record(data: str | Path | None) -> DataRecord | None:
@@ -236,4 +232,8 @@ def _finish(model: ModelProto, manifest: Manifest, path: Path, opset: int) -> No
     told.update({"imported": json.dumps({"file": path.name, "sha256": digest(path), "opset": opset})})
     onnx.helper.set_model_props(model, {PREFIX + key: value for key, value in told.items()})
     check(model, OPSET)
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:      # C++ errors of several kinds
+        raise ExportError(f"{path}: what came of the import is not valid ONNX ({first_line(error)}); export the model "
+                          "at opset 17 to 19, and report this") from error

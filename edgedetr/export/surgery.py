@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from edgedetr.export.box_reading import BoxForm
+from edgedetr.export.control import rename
+from edgedetr.export.trace import Block
+from edgedetr.graph.part import Part
 from edgedetr.graph.view import GraphView
+
+OURS = ("images", "logits", "boxes")        # names of a bundle's inputs and outputs
 
 
 def fix_inputs(model: ModelProto, sizes: Mapping[str, Sequence[int]], constants: Mapping[str, np.ndarray]) -> None:
@@ -115,51 +121,79 @@ def _absorb(model: ModelProto, view: GraphView, item: _Scaling) -> None:
     model.graph.node.remove(item.node)
 
 
-def dress(model: ModelProto, image: str, logits: str, boxes: str, *, scale: np.ndarray, shift: np.ndarray,
-          columns: Sequence[int], queries: int, width: int) -> ModelProto:
+def dress(model: ModelProto, image: str, logits: Block, boxes: Block, form: BoxForm, *, scale: np.ndarray,
+          shift: np.ndarray, columns: Sequence[int], queries: int, width: int) -> ModelProto:
     """Our contract around the graph: `images` 0..255 -> normalisation -> the graph -> `logits`, `boxes`.
 
+    form           how the graph writes boxes; ours are cx, cy, w, h in shares of the image
     scale, shift   [3]   what the graph takes is images * scale + shift, per RGB channel
     columns              places, among the `width` class logits of each of the queries, to keep in this order
     """
     result = ModelProto()
     result.CopyFrom(model)
-    _rename(result, {name: f"{name}/inner" for name in ("images", "logits", "boxes")})
-    image, logits, boxes = (f"{name}/inner" if name in ("images", "logits", "boxes") else name
-                            for name in (image, logits, boxes))
+    _rename(result, {name: f"{name}/inner" for name in OURS})
+    image, logits, boxes = (_inner(image), replace(logits, tensor=_inner(logits.tensor)),
+                            replace(boxes, tensor=_inner(boxes.tensor)))
     graph = result.graph
     size = [dim.dim_value for item in graph.input if item.name == image for dim in item.type.tensor_type.shape.dim]
-    before, name = [], "images"
-    for kind, label, value in (("Mul", "scale", scale), ("Add", "shift", shift)):
+    before, name = Part("normalise"), "images"
+    for kind, value in (("Mul", scale), ("Add", shift)):
         if not np.all(value == (1 if kind == "Mul" else 0)):
-            graph.initializer.append(numpy_helper.from_array(value.astype(np.float32).reshape(3, 1, 1),
-                                                             f"normalise.{label}"))
-            before.append(helper.make_node(kind, [name, f"normalise.{label}"], [f"normalise.{label}_output"],
-                                           f"/normalise/{kind}"))
-            name = f"normalise.{label}_output"
+            name = before.add(kind, name, before.constant(value.reshape(3, 1, 1), np.float32))
     for node in graph.node:
-        for index, read in enumerate(node.input):
-            if read == image:
-                node.input[index] = name
-    after = [helper.make_node("Identity", [boxes], ["boxes"], "/boxes")]
+        rename(node, {image: name})
+    classes, places = Part("logits"), Part("boxes")
+    found = _rows(classes, logits, queries, width)
     if list(columns) == list(range(width)):
-        after.append(helper.make_node("Identity", [logits], ["logits"], "/logits"))
+        classes.add("Identity", found, output="logits")
     else:
-        graph.initializer.append(numpy_helper.from_array(np.array(columns, np.int64), "logits.columns"))
-        after.append(helper.make_node("Gather", [logits, "logits.columns"], ["logits"], "/logits", axis=2))
-    nodes = [NodeProto.FromString(node.SerializeToString()) for node in [*before, *graph.node, *after]]
+        classes.add("Gather", found, classes.constant(list(columns)), output="logits", axis=2)
+    places.add("Identity", _shares(places, _rows(places, boxes, queries, 4), form), output="boxes")
+    nodes = [NodeProto.FromString(node.SerializeToString())
+             for node in [*before.nodes, *graph.node, *classes.nodes, *places.nodes]]
     del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
     graph.node.extend(nodes)
+    graph.initializer.extend([*before.constants, *classes.constants, *places.constants])
     graph.input.append(helper.make_tensor_value_info("images", TensorProto.FLOAT, size))
     graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, queries, last])
                         for name, last in (("logits", len(columns)), ("boxes", 4)))
     return result
 
 
+def _inner(name: str) -> str:
+    return f"{name}/inner" if name in OURS else name
+
+
+def _rows(part: Part, block: Block, queries: int, width: int) -> str:
+    """[1, queries, width] of the block; what is there already costs a node that folding removes."""
+    name = block.tensor
+    if block.turned or block.columns:
+        name = part.add("Reshape", name, part.constant([1, -1, queries] if block.turned else [1, queries, -1]))
+    if block.turned:
+        name = part.add("Transpose", name, perm=[0, 2, 1])
+    if block.columns:
+        first, last = block.columns
+        return part.add("Slice", name, part.constant([first]), part.constant([last]), part.constant([2]))
+    return part.add("Reshape", name, part.constant([1, queries, width]))
+
+
+def _shares(part: Part, boxes: str, form: BoxForm) -> str:
+    """cx, cy, w, h in shares of the image, [1, N, 4].
+
+    Element by element: a product of matrices may be rounded to TF32.
+    """
+    if form.unit != (1.0, 1.0):
+        boxes = part.add("Mul", boxes, part.constant(1 / np.array(form.unit * 2), np.float32))
+    if form.layout == "cxcywh":
+        return boxes
+    first, second = part.add_many("Split", boxes, part.constant([2, 2]), outputs=("", ""), axis=2)
+    size = second if form.layout == "xywh" else part.add("Sub", second, first)
+    centre = part.add("Add", first, part.add("Mul", size, part.constant(0.5, np.float32)))
+    return part.add("Concat", centre, size, axis=2)
+
+
 def _rename(model: ModelProto, names: Mapping[str, str]) -> None:
     for node in model.graph.node:
-        for side in (node.input, node.output):
-            for index, name in enumerate(side):
-                side[index] = names.get(name, name)
+        rename(node, names)
     for item in [*model.graph.initializer, *model.graph.input, *model.graph.output]:
         item.name = names.get(item.name, item.name)

@@ -11,7 +11,6 @@ import numpy as np
 
 from edgedetr.bundle import ClassInfo
 from edgedetr.errors import UsageError
-from edgedetr.export.foreign import Outputs
 from edgedetr.options import one_of
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -57,11 +56,9 @@ class Kept:
     places: tuple[int, ...]
 
 
-def usual(found: Outputs) -> Pixels:
-    """The normalisation that models of this contract are published with."""
-    if found.kind == "raw" and set(found.given) == {"dets", "labels"}:      # RF-DETR
-        return Pixels(mean=IMAGENET[0], std=IMAGENET[1])
-    return Pixels()
+def usual(outputs: Sequence[str]) -> Pixels:
+    """The normalisation that models with outputs of these names are published with."""
+    return Pixels(mean=IMAGENET[0], std=IMAGENET[1]) if set(outputs) == {"dets", "labels"} else Pixels()     # RF-DETR
 
 
 def read_names(path: Path) -> list[str]:
@@ -79,32 +76,32 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
-def columns_of(width: int, activation: str | None, names: Sequence[str] | None, known: tuple[ClassInfo, ...] | None,
-             columns: str) -> Kept:
-    """What the `width` class logits of the file stand for, and which of them the bundle keeps."""
+def columns_of(width: int, activation: Literal["sigmoid", "softmax"], names: Sequence[str] | None,
+               known: tuple[ClassInfo, ...] | None, columns: str, source: str = "--classes") -> Kept:
+    """What the `width` class logits of the file stand for, and which of them the bundle keeps.
+
+    names    of the logits, in order, as `source` says; None = the data set's classes, `known`, as `columns` says
+    Errors: UsageError where they cannot stand for that under this activation.
+    """
+    usable = width - (activation == "softmax")
     if names is not None:
         given = {name: place for place, name in enumerate(names) if name != "-"}
         lost = [item.name for item in known or () if item.name not in given]
         if lost:
-            raise UsageError(f"--classes does not name {', '.join(lost[:5])}, which the data set has; expected one "
-                             "line for each class logit of the file, in order, `-` for one that is not used")
+            way = "" if source == "--classes" else "; or say --columns index where they stand in the data set's order"
+            raise UsageError(f"{source} does not name {', '.join(lost[:5])}, which the data set has; expected one "
+                             f"line of --classes for each class logit of the file, in order, `-` for one that is not "
+                             f"used{way}")
         known = known or tuple(ClassInfo(index, place, name) for index, (name, place) in enumerate(given.items()))
         places, count = [given[item.name] for item in known], len(names)
     else:
-        count = width if known is None else len(known)
-        known = known or tuple(ClassInfo(index, index, f"class {index}")
-                               for index in range(width - (activation == "softmax")))
-        places = [item.category_id if columns == "category-id" else item.index for item in known]
-    if activation is None and width == count + 1:
-        raise UsageError(f"the file has {width} class logits for {count} classes; say what they are: --activation "
-                         "softmax (DETR: the last one is 'no object') or --activation sigmoid (RF-DETR: the last one "
-                         "is not used)")
-    activation = activation or "sigmoid"
-    usable = width - (activation == "softmax")
-    if min(places) < 0 or max(places) >= usable:
-        raise UsageError(f"the file has {usable} class logits, and a class stands at place {max(places)}; expected one "
-                         "line of --classes for each logit of the file, or --columns index")
-    if width > count + 1 and names is None and columns == "index":
+        known = known or tuple(ClassInfo(index, index, f"class {index}") for index in range(usable))
+        places, count = [item.category_id if columns == "category-id" else item.index for item in known], len(known)
+    if not places or min(places) < 0 or max(places) >= usable:
+        raise UsageError(f"the file has {usable} class logits{' besides no object' if usable < width else ''}, and a "
+                         f"class stands at place {max(places, default=0)}; expected one line of --classes for each "
+                         "logit of the file, or --columns index")
+    if width > count + 1 and columns == "index":
         raise UsageError(f"the file has {width} class logits for {count} classes; say which is which: --classes FILE, "
                          "or --columns category-id where they stand at the category ids (COCO: 91 for 80)")
     return Kept(activation, known, tuple(places + ([width - 1] if activation == "softmax" else [])))

@@ -18,7 +18,7 @@ def widen(model: ModelProto) -> bool:
     found = _widen(model.graph)
     if found:
         del model.graph.value_info[:]
-        _drop_idle_casts(model)
+        drop_idle_casts(model)
     return found
 
 
@@ -50,7 +50,7 @@ def _widen_tensor(tensor: TensorProto) -> bool:
     return True
 
 
-def _drop_idle_casts(model: ModelProto) -> None:
+def drop_idle_casts(model: ModelProto) -> None:
     """Casts to the type that a tensor has already, as they stood between halves and floats."""
     types = GraphView(model).types
     outputs = {item.name for item in model.graph.output}
