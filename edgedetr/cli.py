@@ -142,8 +142,10 @@ def _require_text(arguments: list[str]) -> None:
         try:
             argument.encode()
         except UnicodeEncodeError:
-            raise EdgedetrError(f"{ascii(argument)[1:-1]}: the name is not valid UTF-8; rename it, for example by "
-                                "convmv -f latin1 -t utf8") from None
+            encoding = sys.getfilesystemencoding()
+            fix = ("rename it, for example by convmv -f latin1 -t utf8" if encoding == "utf-8" else
+                   f"this system's names are read as {encoding}: set PYTHONUTF8=1, or a locale such as C.UTF-8")
+            raise EdgedetrError(f"{ascii(argument)[1:-1]}: the name is not valid UTF-8; {fix}") from None
 
 
 def _missing(error: ImportError) -> str:
