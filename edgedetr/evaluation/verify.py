@@ -33,7 +33,7 @@ from edgedetr.evaluation.stages import (
 from edgedetr.evaluation.verdict import Judge, StageVerdict, Verdict, megabytes
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.detector import STAGES, Detector, load, load_engine
-from edgedetr.runtime.latency import measure
+from edgedetr.runtime.latency import measure, warn_if_unsteady
 
 __all__ = ["StageTiming", "StageVerdict", "Verdict", "VerifyConfig", "bench", "check_same", "evaluate_stage", "verify"]
 
@@ -95,6 +95,7 @@ def verify(
                       progress=progress, engines=chosen)
     judge = Judge(bundle, dataset, reference, torch, config)
     verdicts = [judge.torch()]
+    warn_if_unsteady({f"{run.stage} {run.backend}": run.seconds for run in runs if run.seconds and not run.fault})
     for number, run in enumerate(runs):
         judged = judge.stage(run)
         verdicts.append(judged if run.engine is None else device.judge_engine(run, run.engine, judged))

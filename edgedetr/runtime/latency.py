@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ import numpy as np
 
 from edgedetr.errors import UsageError
 
+log = logging.getLogger(__name__)
+
+UNSTEADY = 1.3  # a run's last third over its first: a board that throttles loses a third of its clock and more
+FEW_RUNS = 12   # below it a third is too short to tell
 WARM_UP = 5     # runs before the first that counts: memory is planned, caches and clocks settle
 
 
@@ -42,7 +47,28 @@ def measure(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 50,
             seconds[name].append(timed(candidates[name]))
         if progress:
             progress("bench", number + 1, rounds)
+    warn_if_unsteady(seconds)
     return {name: Latency.of(values) for name, values in seconds.items()}
+
+
+def drift(seconds: Sequence[float]) -> float:
+    """Median of the last third over the median of the first: 1 on a steady machine, above it where it slows down."""
+    third = max(1, len(seconds) // 3)
+    return float(np.median(seconds[-third:]) / np.median(seconds[:third]))
+
+
+def warn_if_unsteady(seconds: Mapping[str, Sequence[float]]) -> bool:
+    """Warn, and return True, where all candidates together became slower or faster while they were timed.
+
+    They take turns, so what changes for all of them is the machine: a clock that throttles, or other work.
+    """
+    drifts = [drift(values) for values in seconds.values() if len(values) >= FEW_RUNS]
+    if not drifts or 1 / UNSTEADY < (change := float(np.median(drifts))) < UNSTEADY:
+        return False
+    log.warning("the machine became %s while latencies were measured (the last third took %.1f times as long as the "
+                "first), so they are no figures to compare: look for other work and for throttling (heat, power mode), "
+                "then measure again", "slower" if change > 1 else "faster", change)
+    return True
 
 
 def rotated(names: Sequence[str], number: int) -> list[str]:

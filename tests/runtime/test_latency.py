@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgedetr.errors import UsageError
-from edgedetr.runtime.latency import Latency, measure, rotated
+from edgedetr.runtime.latency import Latency, measure, rotated, warn_if_unsteady
 
 
 def test_candidates_take_turns_and_each_leads_equally_often():
@@ -33,6 +33,21 @@ def test_slow_is_slower_and_in_milliseconds():
 def test_percentiles_are_of_the_runs():
     latency = Latency.of(np.arange(1, 102) / 1000)
     assert (latency.p50_ms, latency.p99_ms, latency.runs) == (pytest.approx(51), pytest.approx(100), 101)
+
+
+@pytest.mark.parametrize("change, said", [(1.0, ""), (1.2, ""), (1.6, "slower"), (0.5, "faster")])
+def test_a_machine_that_changes_its_pace_is_said(change, said, caplog, rng):
+    pace = np.linspace(1, change, 60)
+    seconds = {name: list(pace * base * rng.uniform(0.95, 1.05, 60)) for name, base in (("a", 0.01), ("b", 0.03))}
+    assert warn_if_unsteady(seconds) == bool(said)
+    assert (f"the machine became {said}" in caplog.text) if said else not caplog.text
+
+
+def test_one_candidate_alone_or_a_few_runs_say_nothing_of_the_machine(caplog):
+    assert not warn_if_unsteady({"a": [1.0] * 30 + [9.0] * 30, "b": [1.0] * 60, "c": [2.0] * 60})
+    assert not warn_if_unsteady({"a": [1.0, 9.0]})
+    assert not warn_if_unsteady({})
+    assert not caplog.text
 
 
 def test_no_rounds_is_a_usage_error():
