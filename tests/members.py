@@ -9,10 +9,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.nn.functional import interpolate
 
 from edgedetr.export.onnx_file import write
 from edgedetr.models import build
 from edgedetr.models.anchor_detr import AnchorDetrConfig
+from edgedetr.models.backbone import Block
 from edgedetr.models.conditional_detr import ConditionalDetrConfig
 from edgedetr.models.deformable_detr import DeformableDetrConfig
 from edgedetr.models.deploy import DeployGraph
@@ -60,8 +62,15 @@ SMALL: dict[str, object] = {
 # Members whose boxes may reach beyond the picture: R-CNN's deltas have no bound.
 BEYOND = ("dynamic_detr", "sparse_rcnn")
 
+NOISE = 1.0         # standard deviation that the added noise alone gives to what a layer makes of inputs of deviation 1
+
 # Members whose queries' positions follow from boxes that depend on the picture.
 MOVING = ("dn_detr", "deformable_detr", "efficient_detr")
+
+RESIDUAL = 0.3      # share of a ResNet block's branch
+
+# Members whose queries are the best of the image's cells.
+SELECTING = ("deformable_detr", "efficient_detr", "rt_detr")
 
 # Parameters without a gradient from predictions alone, per member, and why.
 _FIRST_SELF_ATTENTION = tuple(f"decoder.layers.0.self_attention.{part}" for part in
@@ -74,11 +83,9 @@ UNUSED: dict[str, tuple[str, ...]] = {
     # All queries begin with the same content, so that the first self-attention has equal values everywhere.
     "dn_detr": tuple(f"decoder.layers.0.self_attention.{part}.{kind}" for part in ("q", "q_position", "k", "k_position")
                      for kind in ("weight", "bias")),
-    # No box of these pictures is large enough for P5, and P7 is further from P4 than two layers carry. The mean of the
-    # second layer's maps is negative under these weights, which the ReLU of its scale cuts off.
+    # No box of these images is large enough for P5, and P7 is further from P4 than two layers carry.
     "sparse_rcnn": ("encoder.pyramid.smooth.3.weight", "encoder.pyramid.smooth.3.bias"),
-    "dynamic_detr": ("encoder.pyramid.coarser.1.weight", "encoder.pyramid.coarser.1.bias",
-                     "encoder.layers.1.scale.score.weight", "encoder.layers.1.scale.score.bias"),
+    "dynamic_detr": ("encoder.pyramid.coarser.1.weight", "encoder.pyramid.coarser.1.bias"),
     # The class embedding of noised queries is used by training's denoising alone.
     "rt_detr": ("selector.denoising_class_embed.weight",),
 }
@@ -86,11 +93,11 @@ UNUSED: dict[str, tuple[str, ...]] = {
 
 @torch.no_grad()
 def small(name: str) -> Detector:
-    """A little detector whose weights have real variance, so that the order of the best tokens is decided."""
+    """A little detector whose detections depend on the image, and whose best tokens have a decided order."""
     torch.manual_seed(0)
     detector = build(name, SMALL[name], CLASSES)
-    for parameter in detector.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.1)
+    for parameter in detector.parameters():     # as much as the scale of its inputs allows, so that no map grows
+        parameter.add_(torch.randn_like(parameter) * min(0.1, NOISE * max(parameter[0].numel(), 1) ** -0.5))
     for key, parameter in detector.named_parameters():
         if key.startswith("decoder.boxes.score") and key.endswith("bias"):
             parameter.clamp_(min=-2)    # heads start with every class rare; here detections are to be seen
@@ -98,16 +105,29 @@ def small(name: str) -> Detector:
         detector.selector.box.weight[::2, 2:] *= 3
         for head in detector.decoder.boxes.box:
             head.weight.mul_(0.2)
-    for module in detector.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.2)
-            module.running_var.uniform_(0.5, 1.5)
-    return detector.eval()
+    return _measured(detector.eval())
+
+
+def _measured(detector: Detector) -> Detector:
+    """BatchNorm's statistics as they are on images, where random ones would let maps grow or vanish."""
+    for block in detector.modules():
+        if isinstance(block, Block):        # as in trained networks, a block changes its input a little, so that what
+            block.body[-1].norm.weight.mul_(RESIDUAL)       # rounding changes does not grow from block to block
+    norms = [module for module in detector.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train().momentum = None        # the mean of all batches, of which there is one
+    detector(detector.normalise(pictures(4)))
+    for norm in norms:
+        norm.eval().momentum = 0.1
+    return detector
 
 
 def pictures(batch: int = 2) -> torch.Tensor:
-    """[batch, 3, HEIGHT, WIDTH], 0..255, noise."""
-    return torch.rand(batch, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3)) * 255
+    """[batch, 3, HEIGHT, WIDTH], 0..255: spots of colour as large as objects, and noise."""
+    generator = torch.Generator().manual_seed(3)
+    spots = torch.rand(batch, 3, HEIGHT // 16, WIDTH // 16, generator=generator)
+    noise = torch.rand(batch, 3, HEIGHT, WIDTH, generator=generator)
+    return (0.8 * interpolate(spots, size=(HEIGHT, WIDTH), mode="bilinear") + 0.2 * noise) * 255
 
 
 @cache

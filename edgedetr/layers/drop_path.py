@@ -40,14 +40,17 @@ def rate_at(depth: float, highest: float, schedule: Schedule) -> float:
     return highest * (depth if schedule == "linear" else math.expm1(depth) / math.expm1(1.0))
 
 
-def set_rates(root: nn.Module, highest: float, schedule: Schedule) -> int:
+def set_rates(root: nn.Module, highest: float, schedule: Schedule) -> tuple[float, ...]:
     """Give every block of `root` its rate, in the order in which the blocks were built: the last gets the highest.
 
-    A block is a module that owns a DropPath; the paths of one block share its rate. -> number of blocks
+    A block is a module that owns a DropPath; the paths of one block share its rate. A single block is the last.
+    -> the rates, block by block; none where there is no block
     """
     blocks = [[child for child in module.children() if isinstance(child, DropPath)] for module in root.modules()]
     blocks = [paths for paths in blocks if paths]
-    for number, paths in enumerate(blocks):
+    last = len(blocks) - 1
+    rates = tuple(rate_at(number / last if last else 1.0, highest, schedule) for number in range(len(blocks)))
+    for paths, rate in zip(blocks, rates):
         for path in paths:
-            path.rate = rate_at(number / max(len(blocks) - 1, 1), highest, schedule)
-    return len(blocks)
+            path.rate = rate
+    return rates

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgedetr.layers.deformable import DeformableAttention, Shapes
+from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.position import SinePosition
 from edgedetr.models.detector import Memory
@@ -29,14 +30,14 @@ class DeformableLayer(nn.Module):
         super().__init__()
         self.attention, self.feedforward = attention, feedforward
         self.attention_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.path = nn.Dropout(dropout), DropPath()
 
     def forward(self, memory: Memory, position: Tensor, centres: Tensor) -> Tensor:
         """position [1 or B, S, C] and centres [1 or B, S, 2] of the cells -> the new tokens [B, S, C]."""
         tokens = memory.tokens
         seen = self.attention(tokens + position, centres, tokens, memory.shapes, memory.padding, memory.valid)
-        tokens = self.attention_norm(tokens + self.dropout(seen))
-        return self.feedforward_norm(tokens + self.feedforward(tokens))
+        tokens = self.attention_norm(tokens + self.path(self.dropout(seen)))
+        return self.feedforward_norm(tokens + self.path(self.feedforward(tokens)))
 
 
 class CellPlaces(nn.Module):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.layers.deform_conv import MASKS, OFFSETS, TAPS, DeformRead, Source
+from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.dynamic import DynamicRelu, ScaleAttention
 from edgedetr.layers.linear import Linear
 
@@ -23,6 +24,7 @@ class DynamicPyramidLayer(nn.Module):
     One set of weights for all levels, so all levels are convolved in one call. The coarser neighbour is enlarged
     before its convolution, not after it: an offset belongs to a cell of this level, and there are four of those per
     coarse cell (Dynamic Head leaves it to its kernel to read only the offsets that it needs).
+    Stochastic depth leaves a layer out as a whole: the maps of such an image go through it unchanged.
     """
 
     def __init__(self, dim: int, dynamic_relu: bool = True, sampling: str = "auto") -> None:
@@ -33,6 +35,7 @@ class DynamicPyramidLayer(nn.Module):
         self.same_norm, self.finer_norm, self.coarser_norm = (nn.GroupNorm(GROUPS, dim) for _ in range(3))
         self.scale = ScaleAttention(dim)
         self.activation = DynamicRelu(dim) if dynamic_relu else None
+        self.path = DropPath()
         # Taps begin near the cells of a plain 3x3 convolution (Dynamic Head's code).
         nn.init.normal_(self.offset.weight, std=0.01)
         nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]  # it is there
@@ -69,6 +72,9 @@ class DynamicPyramidLayer(nn.Module):
             weighted = [part * next(weights) for part in several]
             out.append(sum(weighted[1:], weighted[0]) / len(several))
         out = [level.relu() for level in out] if self.activation is None else self.activation(out)
+        if self.training and self.path.rate:
+            before, after = torch.cat([level.flatten(2) for level in maps], dim=2), torch.cat(out, dim=2)
+            out = list((before + self.path(after - before)).split(cells, dim=2))    # one decision for all levels
         return [level.unflatten(2, shape) for level, shape in zip(out, shapes)]
 
     @staticmethod

@@ -97,7 +97,8 @@ class TrainConfig:
     gamma: float = 2.0                  # both
     class_loss: Literal["", "softmax_ce", "focal", "vfl", "mal"] = ""   # "" = the member's own; "mal" is DEIM's
     label_smoothing: float = 0.0        # 0.1 where labels are noisy (Szegedy et al. 2016)
-    drop_path: float = 0.0              # stochastic depth of the last block; earlier ones less (ViT: 0.1 to 0.3)
+    drop_path: float = 0.0              # stochastic depth of the decoder's last block; earlier ones less, down to 0
+                                        # in the first of the encoder, or of the ViT (0.1 to 0.3); ResNets have none
     drop_path_schedule: Literal["linear", "exponential"] = "linear"     # from the first block to the last
     layer_decay: float = 1.0            # of the rate from block to block of a ViT towards its input (ViTDet: 0.7-0.8)
     freeze: tuple[str, ...] = ()        # patterns of parameter names that do not learn, for example ["backbone.*"]

@@ -30,9 +30,12 @@ def detector(recipe: Recipe, classes: tuple[ClassInfo, ...], *, fresh: bool) -> 
         _start(model, recipe, config.start, [item.name for item in classes])
     elif fresh:
         pretrained.load_backbone(model, recipe.model.config)
-    if config.drop_path and not drop_path.set_rates(model, config.drop_path, config.drop_path_schedule):
-        raise ModelError(f"train.drop_path is {config.drop_path}, but {recipe.model.name} has no block to leave out; "
-                         "expected 0")
+    if config.drop_path:
+        rates = drop_path.set_rates(model, config.drop_path, config.drop_path_schedule)
+        if not max(rates, default=0.0):
+            raise ModelError(f"train.drop_path is {config.drop_path}, but {recipe.model.name} has no block to leave "
+                             "out; expected 0")
+        log.info("train.drop_path: %d blocks are left out at rates of %.3g to %.3g", len(rates), rates[0], rates[-1])
     if config.lora_rank:
         freeze(model, ("*",), but=config.lora_beside)
         lora.adapt(model, config.lora_on, config.lora_rank, config.lora_alpha)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,12 @@ from members import BEYOND, CLASSES, HEIGHT, SMALL, UNUSED, WIDTH, pictures, sma
 
 from edgedetr.errors import ModelError
 from edgedetr.layers.deformable import DeformableAttention
+from edgedetr.layers.drop_path import DropPath, set_rates
 from edgedetr.models import FAMILY, build
 from edgedetr.models.deploy import DeployGraph
+from edgedetr.models.detector import Detector
 from edgedetr.models.detr import DetrConfig
+from edgedetr.models.hybrid import HybridEncoder
 from edgedetr.models.rt_detr import RtDetrConfig
 
 STAR = {"sigmoid": CLASSES, "softmax": CLASSES + 1}     # K* by activation
@@ -42,6 +46,69 @@ def test_shapes_and_ranges(name: str) -> None:
         assert out.encoder[0].shape[0] == 2
         assert proposals >= queries
         assert out.encoder[1].shape == (2, proposals, 4)
+
+
+@member
+@torch.no_grad()
+def test_what_is_detected_depends_on_the_image(name: str) -> None:
+    """Else export, batch, deployment and INT8 of the member would be compared on constants."""
+    detector = small(name)
+    memory = detector.encode(detector.normalise(pictures()))
+    out = detector.decode(detector.select(memory), memory)
+    for level in memory.maps():         # a typical cell differs by a good share of what cells are
+        assert torch.isfinite(level).all()
+        assert level.abs().max() < 100
+        assert (level[0] - level[1]).abs().mean() > 0.2 * level.std()       # measured 0.4 to 1.1
+    for logits, boxes in zip(out.logits, out.boxes):
+        assert (logits[0] - logits[1]).abs().mean() > 0.1 * logits.std()
+        assert (boxes[0] - boxes[1]).abs().mean() > 1e-3
+
+
+@member
+@pytest.mark.parametrize("schedule", ["linear", "exponential"])
+def test_stochastic_depth_reaches_every_layer_at_the_asked_rate(name: str, schedule: str) -> None:
+    detector = build(name, SMALL[name], CLASSES)
+    layers = layers_of(detector)
+    config = SMALL[name]
+    assert len(layers) == getattr(config, "encoder_layers", 0) + config.decoder_layers
+    rates = set_rates(detector, 0.3, schedule)
+    depths = [number / (len(layers) - 1) for number in range(len(layers))]
+    expected = [0.3 * (d if schedule == "linear" else (math.e**d - 1) / (math.e - 1)) for d in depths]
+    assert rates == pytest.approx(expected)
+    for layer, rate in zip(layers, expected):
+        paths = [module for module in layer.modules() if isinstance(module, DropPath)]
+        assert paths
+        assert [path.rate for path in paths] == [pytest.approx(rate)] * len(paths)
+
+
+@member
+@torch.no_grad()
+def test_a_layer_that_is_left_out_passes_its_input_on(name: str) -> None:
+    """In training alone: then what the layer would compute makes no difference, but for its last norms."""
+    detector = small(name)
+    images = detector.normalise(pictures())
+    before = detector(images)
+    set_rates(detector, 0.3, "linear")
+    assert torch.equal(detector(images).logits, before.logits), "evaluation is unchanged"
+    for module in detector.modules():
+        if isinstance(module, DropPath):
+            module.rate = 1 - 1e-9
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        results.append(detector.train()(images))
+        for layer in layers_of(detector):
+            for key, parameter in layer.named_parameters():
+                if "norm" not in key or key.startswith("cross_attention"):
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    assert torch.equal(results[0].logits, results[1].logits)
+    assert not torch.equal(detector.eval()(images).logits, before.logits)
+
+
+def layers_of(detector: Detector) -> list[torch.nn.Module]:
+    """Layers of the encoder, whatever holds them, and of the decoder."""
+    encoder = detector.encoder.attention if isinstance(detector.encoder, HybridEncoder) else detector.encoder.layers
+    return [*encoder, *detector.decoder.layers]
 
 
 @member

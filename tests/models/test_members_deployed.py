@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from members import CLASSES, HEIGHT, MOVING, SMALL, WIDTH, deployed, exported, pictures
+from members import CLASSES, HEIGHT, MOVING, SELECTING, SMALL, WIDTH, deployed, exported, pictures
 from onnx import ModelProto
 
 from edgedetr.bundle import ClassInfo, InputContract, OutputContract
@@ -28,7 +28,7 @@ from edgedetr.runtime.openvino import OpenVinoRunner
 from edgedetr.runtime.ort import OrtRunner
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import Geometry
-from edgedetr.runtime.runner import RawOutputs
+from edgedetr.runtime.runner import RawOutputs, Runner
 
 member = pytest.mark.parametrize("name", FAMILY)
 CONTRACT = InputContract(HEIGHT, WIDTH)
@@ -126,12 +126,47 @@ def test_the_quantised_graph_runs(name: str, runner: type, folder: Path, tmp_pat
     assert any(node.op_type == "DequantizeLinear" for node in model.graph.node)
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
-    images = pictures(1).numpy()
-    raw = runner(path).run(images)
-    float_ = OrtRunner(exported(name, 1)).run(images)
+    images = pictures(4).numpy()
+    float_, raw = (run_all(OrtRunner(exported(name, 1)), images), run_all(runner(path), images))
+    # The backend's optimised kernels do what the graph says, which ONNX Runtime shows node by node.
+    plain = run_all(OrtRunner(path, optimise=False), images)
     assert raw.logits.shape == float_.logits.shape and raw.boxes.shape == float_.boxes.shape
     assert np.isfinite(raw.logits).all() and np.isfinite(raw.boxes).all()
-    # Same arithmetic as the graph says: the backend's optimised kernels against ONNX Runtime node by node.
-    plain = OrtRunner(path, optimise=False).run(images)
-    found = match(detections(name, plain), detections(name, raw), confidence=0.3, iou=0.5)
-    assert found.matched is None or found.matched >= 0.8     # rounding ties move a few queries; measured 1.0
+    if name in SELECTING:       # rounding ties exchange a few of the queries, so detections are compared as sets
+        found, meant = matched(name, plain, raw), matched(name, float_, plain)
+        other = max(matched(name, plain, shifted(raw)), matched(name, float_, shifted(plain)))
+        assert found > 0.6          # measured 0.83 to 1.0
+        assert meant > other + 0.1  # 0.3 (rt_detr, whose 40 random layers amplify what 8 bits lose) to 0.98
+        assert other < 0.15         # what two images have in common by chance; measured 0 to 0.06
+    else:                           # query by query, beside what distinguishes two images
+        assert distance(plain, raw) < 0.3 * distance(float_, shifted(float_))      # measured 0 to 0.11
+        assert alike(float_, plain) > 0.8       # measured 0.94 to 0.997, with weights of 7 or of 8 bits
+
+
+def run_all(runner: Runner, images: np.ndarray) -> RawOutputs:
+    """One image after the other."""
+    each = [runner.run(image[None]) for image in images]
+    return RawOutputs(np.concatenate([raw.logits for raw in each]), np.concatenate([raw.boxes for raw in each]))
+
+
+def shifted(raw: RawOutputs) -> RawOutputs:
+    """Every image has the outputs of the next one."""
+    return RawOutputs(np.roll(raw.logits, 1, axis=0), np.roll(raw.boxes, 1, axis=0))
+
+
+def matched(name: str, one: RawOutputs, other: RawOutputs) -> float:
+    """Share of one's detections that the other has as well."""
+    found = match(detections(name, one), detections(name, other), confidence=0.05, iou=0.5)
+    assert found.objects > 20
+    return found.matched
+
+
+def alike(one: RawOutputs, other: RawOutputs) -> float:
+    """Correlation, over queries, of what distinguishes an image's logits from those of the other images."""
+    a, b = (raw.logits - raw.logits.mean(0) for raw in (one, other))
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+
+
+def distance(one: RawOutputs, other: RawOutputs) -> float:
+    """Mean difference of the logits of a query."""
+    return float(np.abs(one.logits - other.logits).mean())
