@@ -5,11 +5,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 10_000    # characters of a message; what is longer quotes a damaged file, and only its ends help
+
 
 class EdgedetrError(Exception):
-    """Base of every expected failure; `exit_code` is what the command line returns."""
+    """Base of every expected failure; `exit_code` is what the command line returns.
+
+    A message of more than LONGEST characters loses its middle.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object = "", *others: object) -> None:
+        text = str(message)
+        if len(text) > LONGEST:
+            half = LONGEST // 2
+            message = f"{text[:half]} [{len(text) - 2 * half} characters] {text[-half:]}"
+        super().__init__(message, *others)
 
 
 class UsageError(EdgedetrError):

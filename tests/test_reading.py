@@ -57,3 +57,10 @@ def test_pipes_folders_missing_and_large_files_are_errors_at_once(tmp_path):
                        ("large", "expected at most"), ("a\0b", "cannot be read"), ("n" * 300, "File name too long")):
         with pytest.raises(DataError, match=said):
             read_bytes(tmp_path / name, DataError, limit=10)
+
+
+def test_a_message_that_quotes_a_whole_file_keeps_its_ends_alone():
+    error = DataError("start " + "x" * 1_000_000 + " end")
+    assert len(str(error)) < 11_000
+    assert str(error).startswith("start xxx") and str(error).endswith("xxx end") and "characters]" in str(error)
+    assert str(DataError("short")) == "short"
