@@ -166,7 +166,11 @@ def _look(path: Path) -> None:
                 names = _zip_names(path, size)
             else:
                 # The old format is four pickles: a magic number, its version, the system, and what was saved.
-                names = {name for _ in range(4) for name in _globals(stream)}
+                names = set()
+                for _ in range(4):
+                    names.update(_globals(stream))
+                    if stream.peek(1) == b"" or names - HARMLESS:
+                        break
     except ModelError:
         raise
     except Exception as error:  # a damaged zip or pickle raises whatever its bytes lead to
