@@ -81,7 +81,10 @@ def matched(found: DetectionSet, classes: Sequence[ClassInfo], whose: str) -> De
         return found
     here, there = ([unicodedata.normalize("NFC", info.name).strip() for info in part]
                    for part in (found.classes, classes))
+    if len(set(map(str.casefold, here))) == len(here) and len(set(map(str.casefold, there))) == len(there):
+        here, there = [name.casefold() for name in here], [name.casefold() for name in there]
     exact = {(name, info.category_id): info.index for name, info in zip(there, classes)}
+    names = [info.name for info in classes]
     used = {int(label) for sample in found.samples for label in np.unique(sample.labels)}
     index = np.full(len(found.classes), -1, np.int64)
     for name, info in zip(here, found.classes):
@@ -91,11 +94,11 @@ def matched(found: DetectionSet, classes: Sequence[ClassInfo], whose: str) -> De
             index[info.index] = classes[there.index(name)].index
         elif info.index in used:
             what = "is the name of several classes; expected names that differ, or the same ids on both sides" \
-                if name in there else f"is not among {', '.join(there[:20])}{did_you_mean(name, there)}"
+                if name in there else f"is not among {', '.join(names[:20])}{did_you_mean(info.name, names)}"
             raise DataError(f"{found.root} [{found.name}]: has objects of the class {info.name!r}, which in {whose} "
                             f"{what}; rename the class in the data set, or take another --data")
     samples = tuple(replace(sample, labels=index[sample.labels]) for sample in found.samples)
-    lacking = [name for name in there if name not in here]
+    lacking = [info.name for name, info in zip(there, classes) if name not in here]
     if lacking:
         log.warning("%s [%s]: does not name the class %s of %s; an object of it that is shown counts as false",
                     found.root, found.name, ", ".join(map(repr, lacking[:20])), whose)
@@ -105,6 +108,8 @@ def matched(found: DetectionSet, classes: Sequence[ClassInfo], whose: str) -> De
 def without_empty_classes(found: DetectionSet) -> DetectionSet:
     """The same set without the classes that have no object in it; indices move up, original ids stay."""
     present = sorted({int(label) for sample in found.samples for label in np.unique(sample.labels)})
+    if not present:
+        return found
     index = np.full(len(found.classes), -1, np.int64)
     index[present] = np.arange(len(present))
     classes = tuple(replace(found.classes[old], index=new) for new, old in enumerate(present))

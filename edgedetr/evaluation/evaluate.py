@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedetr.data.form import DetectionSet
+from edgedetr.data.form import DetectionSet, display_names
 from edgedetr.errors import DataError, MissingDependency
 from edgedetr.evaluation.doubled import doubled
 from edgedetr.evaluation.reference import GroundTruth
@@ -61,7 +61,7 @@ class Metrics:
     ap_medium: float | None
     ap_large: float | None
     ar100: float | None
-    per_class: dict[str, float | None]      # class name -> AP
+    per_class: dict[str, float | None]      # class name (with its id, where two are equal) -> AP
     doubled: float | None                   # per cent of the objects shown that are shown twice
     matches: Matches
 
@@ -143,7 +143,7 @@ def _metrics(truth: GroundTruth, judge: Any, twice: float | None) -> Metrics:
 
     full = precision[..., -1]       # 100 detections
     small, medium, large = (mean(full[..., n]) for n in (1, 2, 3)) if full.shape[3] == 4 else (None, None, None)
-    per_class = {c.name: mean(full[:, :, c.index, 0]) for c in truth.classes}
+    per_class = {name: mean(full[:, :, c.index, 0]) for name, c in zip(display_names(truth.classes), truth.classes)}
     return Metrics(
         ap=mean(full[..., 0]), ap50=mean(full[0, ..., 0]), ap75=mean(full[5, ..., 0]),
         ap_small=small, ap_medium=medium, ap_large=large,

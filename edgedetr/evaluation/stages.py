@@ -113,16 +113,15 @@ def exact_here(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def load_split(bundle: Bundle, data: str | Path | None = None, split: str | None = None) -> DetectionSet:
-    """The labelled pictures of `data`, or of what the bundle records; DataError where classes are not the model's."""
+    """The labelled pictures of `data`, or of what the bundle records, with the model's classes (matched by name).
+
+    Errors: DataError where they have objects of a class that the model does not know.
+    """
     record = bundle.manifest.data
     if data is None and record is None:
         raise UsageError(f"{bundle.path} records no data set; name one with --data DIR")
     dataset = layouts.load(data if data is not None else record.path,                   # type: ignore[union-attr]  # above
-                           split or (record.verify_split if record else "test"))
-    theirs, ours = [c.name for c in dataset.classes], [c.name for c in bundle.manifest.classes]
-    if theirs != ours:
-        raise DataError(f"{dataset.root}: classes {theirs} are not the model's {ours}; "
-                        f"expected the data set that {bundle.path} was trained on, or one with the same classes")
+                           split or (record.verify_split if record else "test"), classes=bundle.manifest.classes)
     if not len(dataset):
         raise DataError(f"{dataset.root}: split {dataset.name!r} has no usable picture; "
                         f"run: edgedetr data check {dataset.root}")

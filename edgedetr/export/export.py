@@ -77,7 +77,7 @@ def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None 
     weights = bundle.require("weights.safetensors")
     detector, graph = load_bundle_model(bundle)
     _require_finite(bundle, detector)
-    dataset = load(record.path, record.verify_split) if record is not None else None
+    dataset = None if record is None else load(record.path, record.verify_split, classes=bundle.manifest.classes)
     if record is None:
         log.warning("%s: no data recorded, so no reference.npz; verify will need --data", bundle.path)
     if not fresh_reference and dataset is not None:

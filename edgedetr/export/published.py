@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from edgedetr.bundle import MANIFEST, Bundle, ClassInfo, DataRecord, Manifest, OutputContract
 from edgedetr.data import layouts
 from edgedetr.data.coco_names import COCO, UNUSED, coco_classes
+from edgedetr.data.form import without_empty_classes
 from edgedetr.errors import DataError, ModelError
 from edgedetr.export.processor import Pixels, pixels
 from edgedetr.models import build, member, names, pretrained
@@ -75,6 +76,8 @@ def import_weights(source: str, model: str, out: str | Path, *, data: Path | Non
     if data is not None:
         place = recipe.data.resolve(layouts.splits(data))
         wanted = layouts.load(data, place.verify_split).classes
+        if place.drop_empty_classes:
+            wanted = without_empty_classes(layouts.load(data, place.train_split)).classes
         record = DataRecord(str(data.resolve()), place.verify_split, place.train_split)
     with torch.device("meta"):
         pretrained.compare(build(model, config, len(published)), weights, source)   # before it takes any memory

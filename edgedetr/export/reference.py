@@ -51,7 +51,7 @@ def reference_of_graph(bundle: Bundle, progress: Callable[[str, int, int], None]
     if bundle.has("reference.npz"):
         return
     log.warning("%s: the reference is model.onnx in ONNX Runtime: an imported graph has no PyTorch model", bundle.path)
-    dataset = load(record.path, record.verify_split)
+    dataset = load(record.path, record.verify_split, classes=bundle.manifest.classes)
     found = detect_by_graph(bundle, dataset, progress)
     with bundle.add("reference.npz", stage="export", made_from=["model.onnx"]) as temporary:
         Reference.of(dataset, found, model=bundle.manifest.files[path.name].sha256).save(temporary)

@@ -15,6 +15,7 @@ import numpy as np
 
 from edgedetr.boxes import clip
 from edgedetr.bundle import Bundle, atomic_write
+from edgedetr.data.form import display_names
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError, MissingDependency
 from edgedetr.packages import missing
@@ -94,7 +95,7 @@ def write_report(bundle: Bundle, *, data: Path | None = None) -> Path:
         truth=evidence.reference.truth,
         drops_figure=figures.drops(verdict["stages"], verdict["budget"]),
         latency_figure=figures.latency(verdict["stages"]),
-        class_figure=figures.class_drops([c.name for c in manifest.classes], _class_drops(evidence)),
+        class_figure=figures.class_drops(display_names(manifest.classes), _class_drops(evidence)),
         curves_figure=figures.precision_recall(
             {s.label: (precision_recall(s.metrics), precision_recall(s.metrics, 5)) for s in evidence.stages}, RECALL
         )

@@ -20,7 +20,7 @@ from lightning_fabric import Fabric
 
 from edgedetr.bundle import Bundle, OutputContract
 from edgedetr.data import layouts
-from edgedetr.data.form import DataConfig, DetectionSet
+from edgedetr.data.form import DataConfig, DetectionSet, without_empty_classes
 from edgedetr.evaluation.evaluate import Metrics
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.recipe import Recipe
@@ -63,7 +63,8 @@ def _train(recipe: Recipe, data: Path, out: Path, resume: bool, progress: Progre
     place = recipe.data.resolve(layouts.splits(data))
     place = replace(place, strict=strict or place.strict)
     samples = layouts.load(data, place.train_split, strict=place.strict)
-    chosen = layouts.load(data, place.select_split, strict=place.strict)
+    samples = without_empty_classes(samples) if place.drop_empty_classes else samples
+    chosen = layouts.load(data, place.select_split, strict=place.strict, classes=samples.classes, whose=samples.name)
     saved = out / FOLDER / CHECKPOINT
     prepare.require_place(out, saved, resume)
     prepare.check(samples, chosen)
