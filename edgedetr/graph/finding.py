@@ -56,11 +56,15 @@ class Fault:
 
 @dataclass(frozen=True)
 class Rule:
-    """A named check of a whole graph; `source` is where its claim can be read."""
+    """A named check of a whole graph; `source` is where its claim can be read.
+
+    by_target   whether what it says depends on the target; if not, it looks once for all of them
+    """
 
     id: str
     check: Callable[[GraphView, Target], Iterable[Fault]]
     source: str
+    by_target: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 
 from edgedetr.graph.file import open_onnx
+from edgedetr.graph.view import type_name
 
 QUANTISABLE = ("Conv", "MatMul", "Gemm")
 
@@ -84,6 +85,5 @@ def _signature(values: Iterable[onnx.ValueInfoProto]) -> list[str]:
     for value in values:
         tensor = value.type.tensor_type
         shape = ", ".join(dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim)
-        name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
-        lines.append(f"{value.name} {'float32' if name == 'float' else name} [{shape}]")
+        lines.append(f"{value.name} {type_name(tensor.elem_type)} [{shape}]")
     return lines

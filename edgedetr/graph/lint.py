@@ -15,7 +15,7 @@ from onnx import ModelProto
 
 from edgedetr.errors import UsageError, did_you_mean
 from edgedetr.graph.file import open_onnx
-from edgedetr.graph.finding import RTX, TARGETS, Finding, Target
+from edgedetr.graph.finding import RTX, TARGETS, Fault, Finding, Target
 from edgedetr.graph.rules import RULES
 from edgedetr.graph.view import GraphView
 
@@ -70,10 +70,15 @@ def lint(model: ModelProto, targets: Iterable[str] = tuple(TARGETS)) -> tuple[Fi
     """Every finding in a graph, in the order of the rules; one that concerns several targets is one finding."""
     view = GraphView(model)
     merged: dict[tuple[str, str, str], Finding] = {}
+    once: dict[str, tuple[Fault, ...]] = {}
     for name in targets:
         target = _target(name)
         for rule in RULES:
-            for fault in rule.check(view, target):
+            faults = once.get(rule.id)
+            if faults is None:
+                faults = tuple(rule.check(view, target))
+                once.update({} if rule.by_target else {rule.id: faults})
+            for fault in faults:
                 key = rule.id, fault.node, fault.reason
                 finding = merged.setdefault(key, Finding(rule.id, fault.node, fault.reason, fault.fix,
                                                          fault.source or rule.source))

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -175,6 +176,7 @@ def text(node: NodeProto, name: str, default: str) -> str:
     return next((item.s.decode(errors="replace") for item in node.attribute if item.name == name), default)
 
 
+@cache
 def onnx_name(kind: int) -> str:
     """float, double, float16, int64, ...: ONNX's own names of the element types."""
     known = kind in onnx.TensorProto.DataType.values()

@@ -89,6 +89,7 @@ def damaged_weights(view: GraphView, target: Target) -> Iterator[Fault]:
 def by_schema(view: GraphView, target: Target) -> Iterator[Fault]:
     """Attributes that an operator must have, and inputs of a kind that it cannot have: floats as indices and such."""
     versions = {item.domain: item.version for item in view.model.opset_import}
+    classes: dict[tuple[str, str, int], dict[str, set[str]]] = {}
     for node in view.nodes:
         schema = schema_of(node, versions)
         if schema is None:
@@ -97,7 +98,10 @@ def by_schema(view: GraphView, target: Target) -> Iterator[Fault]:
         for name, told in schema.attributes.items():
             if told.required and name not in written:
                 yield at(node, f"{node.op_type} has no {name}, which it must have", CHECK)
-        allowed = {item.type_param_str: _classes(item.allowed_type_strs) for item in schema.type_constraints}
+        key = schema.domain, schema.name, schema.since_version
+        if key not in classes:
+            classes[key] = {item.type_param_str: _classes(item.allowed_type_strs) for item in schema.type_constraints}
+        allowed = classes[key]
         for place, name in zip(schema.inputs, node.input):
             found = _classes([f"tensor({onnx_name(view.types.get(name, 0))})"])
             wanted = allowed.get(place.type_str) or _classes([place.type_str])
