@@ -80,7 +80,7 @@ def planted(*, softmax: bool = False, spare: bool = False, layout: str = "cxcywh
     value = written(every, layout) * (SIZE if pixels else 1)
     made = Planted([], {"l0": logits[None].astype(np.float32), "b0": value[None].astype(np.float32),
                         "tiny": np.float32(1e-5)}, width)
-    made.add("ReduceMean", "pixel_values", out="m", axes=[0, 1, 2, 3], keepdims=0)
+    made.add("ReduceMean", "pixel_values", out="m", keepdims=0)
     made.add("Mul", "m", "tiny", out="z")
     made.add("Add", "l0", "z", out="l")
     made.add("Add", "b0", "z", out="b")

@@ -21,7 +21,7 @@ from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputC
 from edgedetr.data.layouts import load, splits
 from edgedetr.errors import DataError, ExportError, UsageError
 from edgedetr.export import foreign, surgery
-from edgedetr.export.beside import Beside, read_beside
+from edgedetr.export.beside import PROCESSOR, Beside, read_beside
 from edgedetr.export.box_reading import OPTIONS
 from edgedetr.export.choice import SPEAKS, Judge, choose
 from edgedetr.export.control import first_line
@@ -38,7 +38,6 @@ from edgedetr.export.understanding import Asked, Understood, understand
 from edgedetr.export.widen import drop_idle_casts
 from edgedetr.graph.view import GraphView
 from edgedetr.options import one_of
-from edgedetr.runtime.ort import plain_session
 from edgedetr.runtime.runner import RawOutputs
 
 log = logging.getLogger(__name__)
@@ -178,19 +177,16 @@ def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, 
     with bundle.add("model.onnx", stage=STAGE) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
     return Brought(bundle, found.answer.kind, opset, kept.activation, found.given.option, pixels, found.queries,
-                   (*found.why, *beside.notes), choice.ap, half, folded, gathered, found_again, len(images))
+                   (*found.why, *beside.notes, *_sizes(beside, height, width)), choice.ap, half, folded, gathered,
+                   found_again, len(images))
 
 
 def _compare(result: ModelProto, oracle: Original, images: np.ndarray, output: OutputContract, found: Understood,
              kept: Kept, half: bool) -> int:
     """Objects of the file that the new graph finds too; ExportError unless it is all of them."""
-    runner = plain_session(result.SerializeToString(), optimise="basic", spin=False, error=ExportError,
-                           fix="report this, it is a defect")
-    ours = {}
-    for number in range(len(images)):
-        image = images[number:number + 1]
-        logits, boxes = runner.run(["logits", "boxes"], {"images": image})
-        ours[number] = decoded(RawOutputs(logits, boxes), image, output, logits.shape[2], found.rule)
+    given = run(result, ["logits", "boxes"], [{"images": images[number:number + 1]} for number in range(len(images))])
+    ours = {number: decoded(RawOutputs(one["logits"], one["boxes"]), images[number:number + 1], output,
+                            one["logits"].shape[2], found.rule) for number, one in enumerate(given)}
     theirs = renumbered(oracle.detect(images, found, output), kept.places[:len(kept.classes)])
     again = agree(theirs, ours, half=half)
     if not again.same:
@@ -198,6 +194,13 @@ def _compare(result: ModelProto, oracle: Original, images: np.ndarray, output: O
                           "same objects; export the model at opset 17 to 19 with a fixed size, and report this")
     log.info("the imported graph finds what the file found: %s", again.words)
     return again.objects
+
+
+def _sizes(beside: Beside, height: int, width: int) -> list[str]:
+    """What is to be said of the size where the processor names another."""
+    if beside.size in (None, (height, width)):
+        return []
+    return [f"{PROCESSOR} says {' x '.join(str(side) for side in beside.size or ())}; the input is {height} x {width}"]
 
 
 def _pixels(said: Pixels | Mapping[str, Any] | None, beside: Beside, outputs: Sequence[str]) -> Pixels:

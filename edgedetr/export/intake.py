@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, numpy_helper
 from onnx.inliner import inline_local_functions
 
 from edgedetr.errors import ExportError, UsageError
@@ -17,9 +17,10 @@ from edgedetr.export.onnx_file import OPSET
 from edgedetr.export.opset import to_opset
 from edgedetr.export.settle import settle
 from edgedetr.export.widen import widen
-from edgedetr.graph.file import open_onnx
+from edgedetr.graph.file import open_onnx, tensors
 from edgedetr.graph.view import GraphView, title
 
+LARGEST_SIDE = 8192             # pixels; images and tensors of a larger input would not fit into memory
 # What no TensorRT takes: control flow that the size does not decide, lists, text, and results of open length.
 _REFUSED = {
     **dict.fromkeys(("If", "Loop", "Scan", "SequenceMap"), "control flow that the input's size does not decide"),
@@ -55,6 +56,7 @@ def read_model(path: Path) -> ModelProto:
             kind.ClearField("shape")
     except Exception as error:      # C++ errors of several kinds, and protobuf's own
         raise ExportError(f"{path}: not valid ONNX ({first_line(error)}); export the model again") from error
+    _require_values(model, path)
     view = GraphView(model, infer=False)
     others = sorted({f"{node.op_type} ({node.domain})" for node in view.everywhere
                      if node.domain not in ("", "ai.onnx")})
@@ -69,6 +71,16 @@ def read_model(path: Path) -> ModelProto:
     return model
 
 
+def _require_values(model: ModelProto, path: Path) -> None:
+    """ExportError where a tensor's values are not those of its type and size; the checker does not look."""
+    for tensor in tensors(model):
+        try:
+            numpy_helper.to_array(tensor)
+        except Exception as error:      # ValueError, TypeError, KeyError, and protobuf's own
+            raise ExportError(f"{path}: tensor {tensor.name!r} is damaged ({first_line(error)}); export the model "
+                              "again") from error
+
+
 def size_of(model: ModelProto, image: str, asked: tuple[int, int] | None, beside: Beside) -> tuple[int, int]:
     """Height and width: the file's own, else as asked, else as the processor beside the file says."""
     fixed = foreign.size_of(model, image)
@@ -80,6 +92,9 @@ def size_of(model: ModelProto, image: str, asked: tuple[int, int] | None, beside
     if height is None or width is None:
         raise UsageError(f"the file leaves height and width open, and no {PROCESSOR} beside it says them; say which to "
                          "use: --input 640x640 (height x width)")
+    if max(height, width) > LARGEST_SIDE:
+        raise ExportError(f"the input is {height} x {width}; expected at most {LARGEST_SIDE} pixels a side; export the "
+                          "model for a smaller one")
     return height, width
 
 
