@@ -19,11 +19,14 @@ from edgedetr.bundle import atomic_write
 from edgedetr.errors import DataError, UsageError
 from edgedetr.printable import json_text
 from edgedetr.runtime import video
+from edgedetr.runtime.container import look
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.detector import Detector
 from edgedetr.runtime.draw import draw
 
 log = logging.getLogger(__name__)
+
+MOVING = frozenset({"mp4", "avi", "mkv", "flv", "wmv", "mpeg"})     # kinds of containers; a GIF is read as an image
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class Frame:
     """One picture: where it came from, its number in a video (from 0; None for a still), pixels [H, W, 3] uint8 RGB.
 
     rate   frames per second of the video
+    lost   frames of the video before this one that could not be decoded
     """
 
     source: Path | str
     index: int | None
     image: np.ndarray
     rate: float = video.USUAL_RATE
+    lost: int = 0
 
 
 def predict(detector: Detector, sources: Sequence[str | Path], *, out: str | Path | None = None,
@@ -44,6 +49,8 @@ def predict(detector: Detector, sources: Sequence[str | Path], *, out: str | Pat
     """JSON lines of the detections at or above `confidence`; `out` is a folder for annotated pictures and videos.
 
     drop_late   frames of videos and cameras that come while the detector is busy give way to newer ones
+
+    Errors: as `frames`, behind the last line.
     """
     with _Writer(Path(out) if out is not None else None) as writer:
         for frame in frames(sources, drop_late=drop_late):
@@ -55,6 +62,7 @@ def predict(detector: Detector, sources: Sequence[str | Path], *, out: str | Pat
 def json_line(frame: Frame, detections: Detections) -> str:
     """{"source", "frame", "height", "width", "detections": [{"xyxy", "confidence", "class_id", ...}]}.
 
+    Of a video also "frames_lost": how many before this one could not be decoded; their numbers are left out.
     xyxy are pixels of the picture; class_id is the model's index, category_id the data set's own.
     """
     rows = zip(detections.xyxy, detections.confidence, detections.class_id, detections.data["class_name"],
@@ -62,6 +70,7 @@ def json_line(frame: Frame, detections: Detections) -> str:
     return json_text({
         "source": video.shown(frame.source), "frame": frame.index,
         "height": frame.image.shape[0], "width": frame.image.shape[1],
+        **({} if frame.index is None else {"frames_lost": frame.lost}),
         "detections": [
             {"xyxy": [round(float(v), 2) for v in box], "confidence": round(float(score), 4), "class_id": int(class_id),
              "class_name": str(name), "category_id": int(number)} for box, score, class_id, name, number in rows],
@@ -74,30 +83,66 @@ def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterato
     A source may be an image, a folder, a glob, a video, a camera (/dev/video0), a stream (rtsp://...) or a GStreamer
     pipeline.
 
-    Errors: DataError for a source that is not there or cannot be read. An unreadable file that a folder or a glob
-    brought along is left out with a warning.
+    What cannot be read is left out with a warning and counted, and the others are given first.
+
+    Errors: DataError at the end, where a source that was named, a video, or everything could not be read, or not whole.
     """
+    if isinstance(sources, (str, Path)):
+        raise UsageError(f"sources is {str(sources)[:60]!r}; expected a list of them: frames([source])")
+    sources = list(sources)
+    faults = _Faults(alone=len(sources) == 1)
     for source in sources:
-        if video.is_live(source):
-            yield from _video(source, drop_late)
+        try:
+            found: list[Path | str] = [source] if video.is_live(source) else [*_files(Path(source))]
+        except DataError as error:
+            faults.add(error, counts=True)
             continue
-        path = Path(source)
-        named = os.path.isfile(path)
-        files = [path] if named else _files(path)
-        for file in files:
-            if file.suffix.lower() in video.VIDEOS:
-                yield from _video(file, drop_late)
-                continue
+        named = len(found) == 1 and str(found[0]) == str(Path(source))
+        for file in found:
+            moving = video.is_live(file) or _is_video(Path(file), named)
             try:
-                yield Frame(file, None, _decode(file))
+                if moving:
+                    yield from _video(file, drop_late)
+                else:
+                    yield Frame(file, None, _decode(Path(file)))
+                faults.whole += 1
             except DataError as error:
-                if named:
-                    raise
-                log.warning("left out: %s", error)
+                faults.add(error, counts=named or moving)
+    faults.say()
+
+
+class _Faults:
+    """What could not be read: said at once, counted, and an error at the end where it has to be one."""
+
+    def __init__(self, alone: bool) -> None:
+        self.alone, self.whole, self.left_out = alone, 0, 0
+        self.errors: list[DataError] = []
+
+    def add(self, error: DataError, *, counts: bool) -> None:
+        """counts   whether it makes an error of the whole call"""
+        self.left_out += 1
+        if counts:
+            self.errors.append(error)
+        if not (counts and self.alone and self.whole + self.left_out == 1):     # else it is what is said at the end
+            log.warning("left out: %s" if not isinstance(error, video.VideoDamaged) else "%s", error)
+
+    def say(self) -> None:
+        total = self.whole + self.left_out
+        if not self.left_out:
+            return
+        if total == 1 and self.errors:
+            raise self.errors[0]
+        text = f"{self.left_out} of {total} files could not be read, or not whole"
+        if self.errors or not self.whole:
+            first = f"; the first: {self.errors[0]}" if self.errors else ""
+            raise DataError(f"{text}, as said above{first}")
+        log.warning("%s, and were left out", text)
 
 
 def _files(path: Path) -> list[Path]:
-    """Images and videos of a folder or a glob, sorted; DataError where there are none."""
+    """The file itself, or images and videos of a folder or a glob, sorted; DataError where there are none."""
+    if os.path.isfile(path):
+        return [path]
     if os.path.isdir(path):
         # As training lists them: hidden files are left out, links are followed once.
         found, what = _listed(path), "a folder without images or videos"
@@ -129,10 +174,22 @@ def _is_image(path: Path) -> bool:
     return is_image(path)
 
 
+def _is_video(path: Path, named: bool) -> bool:
+    """By the name; of a file that was named by its content too, where the name says otherwise."""
+    if path.suffix.lower() in video.VIDEOS:
+        return True
+    if not named:
+        return False
+    try:
+        return look(path).kind in MOVING
+    except (OSError, ValueError):
+        return False            # what reads it says why
+
+
 def _video(source: str | Path, drop_late: bool) -> Iterator[Frame]:
     with closing(video.play(source, drop_late=drop_late)) as played:
         for frame in played:
-            yield Frame(source, frame.index, frame.image, frame.rate)
+            yield Frame(source, frame.index, frame.image, frame.rate, frame.lost)
 
 
 class _Writer:
@@ -144,6 +201,7 @@ class _Writer:
         self.video: Any = None
         self.last: int | None = None        # number of the last frame of the video that is being written
         self.playing: Path | str | None = None
+        self.size: tuple[int, ...] = ()     # height and width of its frames
 
     def __enter__(self) -> _Writer:
         return self
@@ -160,10 +218,11 @@ class _Writer:
             self._close()
             self._still(self._target(frame.source, ".jpg"), picture)
             return
-        if self.playing != frame.source or self.last is None or frame.index <= self.last:
+        other = self.playing != frame.source or self.last is None or frame.index <= self.last
+        if other or self.size != picture.shape[:2]:         # a video has one size: another one begins another file
             self._close()
             self._start(frame, self._target(frame.source, ".mp4"))
-        self.last = frame.index
+        self.last, self.size = frame.index, picture.shape[:2]
         self.video.write(np.ascontiguousarray(picture[..., ::-1]))
 
     def _still(self, target: Path, picture: np.ndarray) -> None:

@@ -2,11 +2,15 @@
 
 While one frame is detected the next ones are decoded. A full queue makes the reader wait, so that no frame of a file is
 lost; with `drop_late` the oldest waiting frame gives way instead, so that a slow detector always sees what is new.
+
+A frame that cannot be decoded is skipped and counted. A file whose end is missing, or of which more than a tenth cannot
+be decoded, gives what it has and ends with an error that has the numbers.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import re
 import threading
@@ -20,26 +24,48 @@ import numpy as np
 
 from edgedetr.errors import DataError, MissingDependency
 from edgedetr.packages import missing
+from edgedetr.runtime.container import Container, look
 
 log = logging.getLogger(__name__)
 
-VIDEOS = frozenset({".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"})
+VIDEOS = frozenset({".mp4", ".m4v", ".avi", ".mov", ".qt", ".mkv", ".webm", ".mpg", ".mpeg", ".m2v", ".vob", ".wmv",
+                    ".asf", ".3gp", ".3g2", ".ts", ".mts", ".m2ts", ".flv", ".f4v", ".ogv", ".mxf", ".mjpeg", ".mjpg"})
 WAITING = 4             # frames between reader and detector: hides a slow frame, and is 24 MB at 1080p
 USUAL_RATE = 25.0       # frames per second where a container does not say
 FASTEST = 240.0         # more is a container's mistake; it would only matter for pacing and for written videos
 STREAM = re.compile(r"^(rtsps?|rtmps?|https?|udp|tcp|srt)://", re.I)
 CAMERA = re.compile(r"^/dev/video(\d+)$")
+PATIENCE = 16           # failed reads in a row after which a file without a believable count is taken to be at its end
+MOST_FAILED = 5000      # failed reads in a row after which any file is: a count may be a lie of a thousand million
+HARMLESS = 0.1          # fraction of frames that may be lost before it is an error
+ESTIMATED = 0.1         # by which a number of frames, or a duration, is off that was not counted
+RETRIES, PAUSE = 5, 0.05        # of a live source, and seconds between them: a camera may miss a frame
 PIPELINE = re.compile(r"\s!\s")         # GStreamer's, as the cameras on a Jetson's CSI connector need it
 CREDENTIALS = re.compile(r"//[^/@\s]*@")
 
 
 @dataclass(frozen=True)
 class VideoFrame:
-    """index from 0, with gaps where frames were dropped; image [H, W, 3] uint8 RGB; rate in frames per second."""
+    """index from 0, with gaps where frames were dropped or lost; image [H, W, 3] uint8 RGB; rate in frames per second.
+
+    lost   frames before this one that could not be decoded
+    """
 
     index: int
     image: np.ndarray
     rate: float
+    lost: int = 0
+
+
+class VideoDamaged(DataError):
+    """A video file was played as far as it can be, and something is missing.
+
+    read, lost, claimed   frames that were decoded, that could not be, and that the file says it has (0: it does not)
+    """
+
+    def __init__(self, message: str, read: int, lost: int, claimed: int) -> None:
+        super().__init__(message)
+        self.read, self.lost, self.claimed = read, lost, claimed
 
 
 def is_live(source: str | Path) -> bool:
@@ -63,7 +89,10 @@ def opencv() -> Any:
 
 
 def play(source: str | Path, *, drop_late: bool = False) -> Generator[VideoFrame, None, None]:
-    """The frames of a source; DataError where none can be read.
+    """The frames of a source.
+
+    Errors: DataError where none can be read; VideoDamaged behind the last frame of a file whose end is missing, or of
+    which more than a tenth could not be decoded.
 
     drop_late   a frame that was not taken in time gives way to a newer one; a file then plays at its own rate
     """
@@ -72,23 +101,37 @@ def play(source: str | Path, *, drop_late: bool = False) -> Generator[VideoFrame
         yield from reader
     finally:            # also when the caller stops early: by an error, by closing the iterator, by Ctrl-C
         reader.stop()
+    if reader.note:
+        log.warning("%s", reader.note)
     if reader.dropped:
         log.warning("%s: %d of %d frames came while the detector was busy and were dropped", shown(source),
                     reader.dropped, reader.count)
 
 
 class _Reader:
-    """A thread that decodes ahead. `count` frames were read, `dropped` of them never shown."""
+    """A thread that decodes ahead.
+
+    count     frames up to now, decoded or lost
+    lost      those of them that could not be decoded
+    dropped   those of them that were decoded and never shown
+    note      what is to be said at the end
+    """
 
     def __init__(self, source: str | Path, drop_late: bool) -> None:
         self.source, self.drop_late, self.live = source, drop_late, is_live(source)
-        self.count = self.dropped = 0
+        self.count = self.lost = self.dropped = 0
+        self.note = ""
+        self.container = Container("") if self.live else _look(source)
         self.waiting: queue.Queue[VideoFrame | BaseException | None] = queue.Queue(WAITING)
         self.stopped = threading.Event()
         self.cv2 = opencv()
         self.capture = self._open()
         rate = self.capture.get(self.cv2.CAP_PROP_FPS)
         self.rate = rate if rate and 0 < rate <= FASTEST else USUAL_RATE
+        claimed = self.capture.get(self.cv2.CAP_PROP_FRAME_COUNT)
+        # Cameras say -1 or infinity, damaged headers anything; an estimate from an impossible rate is worth nothing.
+        believable = not self.live and 0 < claimed < 1 << 40 and (self.container.exact or self.rate == rate)
+        self.claimed = int(claimed) if believable else 0
         self.thread = threading.Thread(target=self._read, name=f"reader of {shown(source)}", daemon=True)
         self.thread.start()
 
@@ -98,7 +141,8 @@ class _Reader:
             capture = self.cv2.VideoCapture(text, self.cv2.CAP_GSTREAMER)
         else:
             camera = CAMERA.match(text)
-            capture = self.cv2.VideoCapture(int(camera[1]) if camera else text)
+            # A whole path: FFmpeg takes what stands before a colon for a protocol.
+            capture = self.cv2.VideoCapture(int(camera[1]) if camera else text if self.live else os.path.abspath(text))
         if self.live and not capture.isOpened():
             capture.release()
             raise DataError(f"{shown(self.source)}: OpenCV {self.cv2.__version__} cannot open it; expected a camera, "
@@ -126,23 +170,75 @@ class _Reader:
     def _read(self) -> None:
         last: BaseException | None = None
         try:
-            begun = time.monotonic()
+            begun, failed, seconds = time.monotonic(), 0, 0.0
             while not self.stopped.is_set():
                 there, bgr = self.capture.read()
                 if not there:
-                    break
+                    failed += 1
+                    if self._ends(failed):
+                        break
+                    continue
+                self.lost, self.count, failed = self.lost + failed, self.count + failed, 0
+                seconds = self.capture.get(self.cv2.CAP_PROP_POS_MSEC) / 1000
                 if self.drop_late and not self.live:
                     self.stopped.wait(max(0.0, begun + self.count / self.rate - time.monotonic()))
-                self._offer(VideoFrame(self.count, np.ascontiguousarray(bgr[..., ::-1]), self.rate))
+                self._offer(VideoFrame(self.count, _rgb(bgr), self.rate, self.lost))
                 self.count += 1
-            if not self.count and not self.stopped.is_set():
-                raise DataError(f"{shown(self.source)}: no frame could be read; expected a video that OpenCV "
-                                f"{self.cv2.__version__} decodes")
+            if not self.stopped.is_set():
+                self._judge(seconds)
         except Exception as error:  # noqa: BLE001  # it belongs to whoever takes the frames
             last = error
         finally:
             self.capture.release()
         self._put(last)
+
+    def _ends(self, failed: int) -> bool:
+        """Whether so many failed reads in a row are the end. A damaged frame is one failed read, and others follow."""
+        if self.live:
+            self.stopped.wait(PAUSE)
+            return failed > RETRIES
+        return failed > min(MOST_FAILED, max(PATIENCE, self.claimed - self.count))
+
+    def _judge(self, seconds: float) -> None:
+        """At the end: DataError where nothing was read, VideoDamaged where much is missing, a note where a little is.
+
+        seconds   time of the last frame
+        """
+        name, read = shown(self.source), self.count - self.lost
+        if self.live:
+            self.note = f"{name}: ended after {read} frames" if read else ""
+            if not read:
+                raise DataError(f"{name}: no frame could be read; expected a source that this OpenCV plays")
+            return
+        if not read:
+            raise DataError(f"{name}: no frame could be read ({self._why_nothing()}); expected a video that OpenCV "
+                            f"{self.cv2.__version__} decodes")
+        expected, cut = round(self.claimed * self.container.shown), self.container.cut
+        counted = self.container.exact and self.container.shown == 1.0
+        if counted and read >= expected > 0:
+            cut = ""            # what is missing holds no frame
+        missing = max(0, expected - read) if counted or cut else 0
+        # Frames that are shown for long make a count from a duration wrong, so only an early last frame is believed.
+        late = expected / self.rate - (1.5 / self.rate if counted else max(1.0, ESTIMATED * expected / self.rate))
+        if not cut and (missing > self.lost or not counted) and seconds < late:
+            cut = "the frames at its end are missing, or it says that it has more than were written"
+            missing = max(0, expected - read)
+        self.lost = lost = max(missing, self.lost)
+        numbers = f"{read} frames were read, {lost} lost"
+        numbers += f", of {expected} that the file says it has" if expected else ""
+        if cut or lost > HARMLESS * (read + lost):
+            why = f"; {cut}" if cut else ""
+            raise VideoDamaged(f"{name}: {'cut or ' if cut else ''}damaged: {numbers}{why}; expected a whole file; "
+                               "copy or record it again", read, lost, expected)
+        self.note = f"{name}: {numbers}; what cannot be decoded was skipped" if lost else ""
+
+    def _why_nothing(self) -> str:
+        kinds = {"empty": "the file is empty", "image": "it is an image", "text": "it is text, and names no video here"}
+        if self.container.kind in kinds:
+            return kinds[self.container.kind]
+        if self.container.cut:
+            return self.container.cut
+        return "there is no video in it, perhaps sound alone" if self.container.kind else "it is no known kind of video"
 
     def _offer(self, frame: VideoFrame) -> None:
         while self.drop_late and self.waiting.full():
@@ -160,3 +256,23 @@ class _Reader:
             except queue.Full:
                 continue
         return None
+
+
+def _look(source: str | Path) -> Container:
+    """What a file says of itself; DataError for what must not be given to OpenCV."""
+    try:
+        container = look(source)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{shown(source)}: cannot be read ({error}); expected a video file") from error
+    if container.kind == "text":
+        # A playlist: FFmpeg would open the files and addresses in it.
+        raise DataError(f"{shown(source)}: no frame could be read (it is text, no video; a playlist is not followed); "
+                        "expected a video file; name the videos themselves")
+    return container
+
+
+def _rgb(pixels: np.ndarray) -> np.ndarray:
+    """[H, W, 3] RGB of what OpenCV gives: BGR, or gray where a camera's driver does not convert."""
+    if pixels.ndim == 2:
+        return np.repeat(pixels[..., None], 3, axis=2)
+    return np.ascontiguousarray(pixels[..., 2::-1] if pixels.shape[2] > 1 else np.repeat(pixels, 3, axis=2))
