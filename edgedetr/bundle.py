@@ -29,6 +29,8 @@ MANIFEST = "bundle.json"
 LOCK, TRAINING = ".lock", ".training"       # of what changes the bundle, and of a whole training; hidden, gone after it
 WAIT = 60.0             # seconds; the lock is held for as long as bundle.json is read, merged and written
 LIMIT = 64 * MEBIBYTE   # bytes of bundle.json; the one of 0.1's demonstration has 6 kB
+# What may lie in the folder of a bundle before it has a bundle.json: of a training, of demo, and hidden.
+OWN = frozenset({"train", "data", "engines", "report", "results", LOCK, TRAINING, ".DS_Store"})
 OWN_FOLDERS = ("", "results", "report", "train")      # where temporary files of killed commands may lie
 
 # Which command makes which file, for the "run: ..." half of an error message.
@@ -64,9 +66,7 @@ class Bundle:
     def create(cls, path: str | Path, manifest: Manifest) -> Bundle:
         """Make the directory, or take an existing bundle and replace its description; its files stay listed."""
         path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise BundleError(f"{path} is a file; expected a directory to write the bundle to")
-        path.mkdir(parents=True, exist_ok=True)
+        _make_folder(path)
         bundle = cls(path, manifest)
         with bundle._turn():
             if os.path.lexists(path / MANIFEST):
@@ -89,9 +89,7 @@ class Bundle:
         Errors: TrainingError at once, with the other's process, where a training runs already.
         """
         path, there = Path(path), os.path.lexists(path)
-        if there and not path.is_dir():
-            raise BundleError(f"{path} is a file; expected a directory to write the bundle to")
-        path.mkdir(parents=True, exist_ok=True)
+        _make_folder(path)
         for name in ("train", "weights.safetensors"):
             inside(path, name)
 
@@ -221,6 +219,19 @@ class Bundle:
                               f"{error}") from error
         with atomic_write(self.inside(MANIFEST)) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def _make_folder(path: Path) -> None:
+    """The folder of a bundle, made if it is not there; nothing of anybody else's is in it, so nothing is replaced."""
+    if path.exists() and not path.is_dir():
+        raise BundleError(f"{path} is a file; expected a directory to write the bundle to")
+    path.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(path / MANIFEST):
+        return
+    strange = sorted(entry.name for entry in path.iterdir() if entry.name not in OWN and entry.suffix != ".tmp")
+    if strange:
+        raise BundleError(f"{path} holds {strange[0]!r} and is no bundle; expected a new or empty folder, or a bundle, "
+                          "so that no file of yours is replaced; name another --out")
 
 
 def _busy(path: Path) -> Callable[[str], EdgedetrError]:

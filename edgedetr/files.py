@@ -91,6 +91,17 @@ def put(temporary: Path, path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A fault of writing that names no file (a full disk is found by a number, not by a name) gets this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _write_fault(error: Exception, temporary: Path, path: Path) -> OSError | None:
     """The same fault with the name of the file that was to be written; None for any other error."""
     number, named = None, None

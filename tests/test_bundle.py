@@ -111,6 +111,25 @@ def test_creating_over_an_existing_bundle_keeps_its_files(bundle, manifest):
     assert Bundle.create(bundle.path, manifest).has("model.onnx")
 
 
+@pytest.mark.parametrize("name", ["recipe.toml", "weights.safetensors", "model.onnx", "thesis.txt", "images"])
+def test_a_folder_of_somebody_elses_is_not_made_a_bundle(tmp_path, manifest, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("years of work")
+    told = f"mine holds '{name}' and is no bundle; .* name another --out"
+    with pytest.raises(BundleError, match=told):
+        Bundle.create(tmp_path / "mine", manifest)
+    with pytest.raises(BundleError, match=told), Bundle.training(tmp_path / "mine"):
+        pass
+    assert [(path.name, path.read_text()) for path in (tmp_path / "mine").iterdir()] == [(name, "years of work")]
+
+
+def test_a_folder_in_which_a_training_began_becomes_a_bundle(tmp_path, manifest):
+    (tmp_path / "b.bundle" / "train").mkdir(parents=True)
+    with Bundle.training(tmp_path / "b.bundle"):
+        put(Bundle.create(tmp_path / "b.bundle", manifest), "recipe.toml", "x")
+    assert Bundle.open(tmp_path / "b.bundle").has("recipe.toml")
+
+
 WRITER = """
 import sys
 from pathlib import Path

@@ -113,6 +113,16 @@ def test_a_full_disk_is_recognised_whatever_library_writes(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_line_appended_to_the_record_of_a_training_names_its_file(tmp_path):
+    record = pytest.importorskip("edgedetr.train.record", exc_type=ImportError).Record(tmp_path, 0)
+    record._board = None
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        record.write("train", 1, {"loss": 1.0})
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+
+
 def test_a_full_standard_output_is_one_message(bundle):
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "edgedetr", "inspect", str(bundle.path), "--json"], stdout=full,

@@ -55,7 +55,7 @@ def open_bundle(path: Path | None) -> Bundle:
     """The bundle at `path`, or the newest one under runs/, which is said on standard error."""
     if path is not None:
         return Bundle.open(path)
-    found = sorted(RUNS.glob(f"*/{MANIFEST}"), key=lambda manifest: manifest.stat().st_mtime)
+    found = sorted(RUNS.glob(f"*/{MANIFEST}"), key=lambda manifest: manifest.lstat().st_mtime)
     if not found:
         raise UsageError(f"no bundle named, and none under {RUNS.resolve()}; run: edgedetr train --data DIR")
     say(f"bundle: {printable(found[-1].parent)} (the newest under {RUNS}/)")

@@ -32,7 +32,7 @@ LARGEST_CACHE = 256 << 20       # bytes of a timing cache; a real one has a few 
 
 def folders(bundle: Bundle) -> tuple[Path, Path]:
     """Where engines of a bundle may lie: in it, and in the user's cache. The names of engines tell graphs apart."""
-    return bundle.path / FOLDER, user_cache() / FOLDER
+    return bundle.inside(FOLDER), user_cache() / FOLDER
 
 
 def plans(bundle: Bundle) -> list[Path]:

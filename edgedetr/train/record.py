@@ -10,6 +10,7 @@ from typing import Any
 
 from edgedetr.bundle import atomic_write
 from edgedetr.errors import TrainingError
+from edgedetr.files import naming
 from edgedetr.packages import missing
 from edgedetr.reading import parse_json, read_bytes
 
@@ -28,7 +29,7 @@ class Record:
 
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         """One line {"kind": "train" or "eval", "step": ..., values...}."""
-        with open(self._path, "a", encoding="utf-8") as stream:
+        with naming(self._path), open(self._path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():
