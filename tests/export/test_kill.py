@@ -50,7 +50,7 @@ def check(path: Path) -> None:
     for name in bundle.manifest.files:
         bundle.require(name)
     listed = {*bundle.manifest.files, "bundle.json"}
-    present = {item.name for item in path.iterdir() if not item.name.endswith(".tmp")}
+    present = {item.name for item in path.iterdir() if not item.name.startswith(".")}       # locks, temporary files
     # A file that was renamed but not yet listed is made again; it is never taken for a good one.
     assert len(present - listed) <= 1
 
