@@ -44,6 +44,8 @@ def find(root: Path) -> dict[str, Path]:
     for file in _json_files(root):
         if canonical(file.stem.removeprefix("instances_")) in ("train", "val", "test"):
             _put(found, canonical(file.stem.removeprefix("instances_")), file)
+    if list(found) == ["default"]:      # CVAT's name for a set that has no splits
+        return {"train": found["default"]}
     if not found:
         fitting = [file for file in _json_files(root) if _is_coco(file)]
         if len(fitting) == 1:

@@ -65,6 +65,9 @@ def load(path: str | Path, split: str, *, strict: bool = False, layout: Layout |
 
 def _deeper(root: Path) -> str:
     """Where an unpacked archive hides the set one or two folders below (pets/pets, VOCdevkit/VOC2012), a word on it."""
+    if any("\\" in path.name for path in children(root)):
+        return ("; names of files hold backslashes, as an archive made on Windows and unpacked elsewhere leaves them: "
+                "unpack it with a program that makes folders of them")
     near = [folder for folder in children(root) if os.path.isdir(folder)][:FEW]
     for folder in [*near, *(inner for one in near for inner in children(one)[:FEW] if os.path.isdir(inner))]:
         try:

@@ -1,4 +1,5 @@
-"""Pascal VOC layout: Annotations/*.xml, JPEGImages/ (or images/), ImageSets/Main/<split>.txt; or <split>/*.xml.
+"""Pascal VOC layout: Annotations/*.xml, JPEGImages/ (or images/), ImageSets/Main/<split>.txt; or <split>/*.xml beside
+the images; FiftyOne's labels/*.xml and data/; or one folder with all of it.
 
 Corners are read as x = xmin, width = xmax - xmin, as the usual converters do. `difficult` objects become crowd: a
 detector may find them without gain or loss, as the VOC evaluation has it. Class names come from classes.txt, or sorted
@@ -26,6 +27,8 @@ from edgedetr.reading import read_text
 SPLITS = ("train", "val", "test", "trainval")
 FLAGGED = re.compile(r"(?P<name>.+?)\s+-?[01]")     # 000012 -1: the lists of one class say whether it is there
 ENDINGS = (".xml", ".jpg", ".jpeg", ".png", ".bmp", ".jfif", ".webp", ".tif", ".tiff")
+TEXTS = ("annotations", "labels", "xmls", "xml")
+PICTURES = ("jpegimages", "images", "data", "imgs", "img")
 NAMED = 8                                           # files that a finding about many of them names
 
 
@@ -42,9 +45,10 @@ def find(root: Path) -> dict[str, Source]:
     """Annotation files of each split; empty where this is no VOC layout."""
     found: dict[str, Source] = {}
     folders = {path.name.lower(): path for path in children(root) if os.path.isdir(path)}
-    texts, pictures = folders.get("annotations"), folders.get("jpegimages") or folders.get("images")
+    pictures = next((folders[name] for name in PICTURES if name in folders), None)
+    texts = next((folders[name] for name in TEXTS if name in folders and _xml(folders[name])), None)
     annotated = _xml(texts) if texts is not None and pictures is not None else ()
-    if texts is not None and pictures is not None and annotated:
+    if texts is not None and pictures is not None:
         sets = child(root, "ImageSets")
         main = child(sets, "Main") if sets is not None else None
         for file in children(main) if main is not None and os.path.isdir(main) else []:
@@ -54,9 +58,10 @@ def find(root: Path) -> dict[str, Source]:
                 found[split] = Source(_listed(texts, file, annotated), pictures, whole=False)
         return found or {"train": Source(annotated, pictures)}
     for folder in folders.values():
-        files = tuple(path for path in children(folder) if path.suffix.lower() == ".xml" and os.path.isfile(path))
-        if files:
+        if files := _own_xml(folder):
             found[canonical(folder.name)] = Source(files, folder)
+    if not found and (files := _own_xml(root)):
+        return {"train": Source(files, root)}
     return found
 
 
@@ -138,6 +143,10 @@ class _Pictures:
             return []
         return [Finding("unlisted-image", str(self.folder), f"{len(beside)} images have no XML file and are left out: "
                         f"{', '.join(path.name for path in beside[:NAMED])}{', ...' if len(beside) > NAMED else ''}")]
+
+
+def _own_xml(folder: Path) -> tuple[Path, ...]:
+    return tuple(path for path in children(folder) if path.suffix.lower() == ".xml" and os.path.isfile(path))
 
 
 def _xml(folder: Path) -> tuple[Path, ...]:

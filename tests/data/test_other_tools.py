@@ -351,6 +351,29 @@ def test_images_without_an_xml_file_are_counted(tmp_path):
     assert note.kind == "unlisted-image" and "c.jpg" in note.what
 
 
+@pytest.mark.parametrize("texts, pictures", [
+    ("labels", "data"), ("xmls", "images"), ("Annotations", "imgs"), (".", "."),
+])
+def test_xml_files_of_other_writers_are_found(tmp_path, texts, pictures):
+    picture(tmp_path / pictures / "a.jpg")
+    text(tmp_path / texts / "a.xml", xml("a.jpg"))
+    assert [len(sample.boxes) for sample in load(tmp_path).samples] == [1]
+
+
+def test_cvat_s_only_split_is_the_train_split(tmp_path):
+    text(tmp_path / "annotations" / "instances_default.json", json.dumps(tables()))
+    for number in range(2):
+        picture(tmp_path / "images" / "default" / f"{number}.jpg", number)
+    assert list(layouts.splits(tmp_path)) == ["train"]
+    assert kinds(load(tmp_path)) == []
+
+
+def test_an_archive_of_windows_without_folders_is_named(tmp_path):
+    picture(tmp_path / "images\\train\\a.jpg")
+    with pytest.raises(DataError, match="archive made on Windows"):
+        load(tmp_path)
+
+
 # encodings
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-32"])
