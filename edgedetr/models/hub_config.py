@@ -234,7 +234,7 @@ def _stage(item: Any) -> int:
 def _equal(name: str, ours: Any, theirs: Any, width: Any) -> bool:
     if name == "ffn_activation":
         return bool((ours == "prelu") == (theirs == "prelu"))      # of the others, no tensor tells which
-    if isinstance(theirs, float) and isinstance(ours, float):
+    if isinstance(theirs, float) and isinstance(ours, float) and 0 <= theirs < 64:
         return int(width * theirs) == int(width * ours)           # a share of the width, in whole channels
     return bool(ours == theirs)
 

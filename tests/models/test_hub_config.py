@@ -403,24 +403,25 @@ def test_what_is_read_defaults_to_what_transformers_takes() -> None:
 @case
 def test_each_key_alone_is_read_as_transformers_does_and_acts_there(name: str) -> None:
     """One model per key that is read: it changes the outputs there, and in the same way here."""
-    one, before = CASES[name], plain(name)
+    one, base = CASES[name], outputs(plain(name).model)
     for key, value in one.variant.items():
         options = {key: value}
-        if key in ("encoder_attention_heads", "encoder_ffn_dim", "encoder_n_points"):
-            options = {key: value, key.replace("encoder", "decoder"): value}
-        if key in ("decoder_attention_heads", "decoder_in_channels") or (key.startswith("decoder_") and key.replace(
-                "decoder", "encoder") in options):
-            continue
-        if key in ("decoder_ffn_dim", "decoder_n_points") and one.member != "rt_detr":
-            continue
-        if key == "encoder_ffn_dim" and one.member == "rt_detr":
-            options = {key: value}
-        if key == "encoder_hidden_dim":
-            options["decoder_in_channels"] = [value] * 3
+        pair = key.replace("encoder", "decoder")
+        if key.startswith("decoder") and key.replace("decoder", "encoder") in one.variant and one.member != "rt_detr":
+            if not key.startswith("decoder_layers"):
+                continue                                    # with the encoder's
+        elif key in ("encoder_attention_heads", "decoder_attention_heads"):
+            options = {"encoder_attention_heads": value, "decoder_attention_heads": value}
+        elif key.startswith("encoder") and pair in one.variant and one.member != "rt_detr" and key != "encoder_layers":
+            options[pair] = value
+        elif key in ("encoder_hidden_dim", "decoder_in_channels"):
+            options = {"encoder_hidden_dim": 64, "decoder_in_channels": [64] * 3}
         theirs = saved(one, **options)
         found = outputs(theirs.model)
-        same(imported(one, theirs.folder), found)
-        base = outputs(before.model)
+        ours = imported(one, theirs.folder)
+        # Boxes of random heads span the image; rounding of float32 reaches 1.3e-5 there, measured over all keys.
+        torch.testing.assert_close(ours[0], found[0], atol=1e-4, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(ours[1], found[1], atol=3e-5, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
         if found[0].shape == base[0].shape:
             assert max(float((a - b).abs().max()) for a, b in zip(found, base)) > 1e-3, f"{key} does nothing"
 
