@@ -1,7 +1,7 @@
 """A recipe: strict TOML laid over the defaults of each part, and `--set key=value` laid over that.
 
 Defaults live in the dataclass beside what they configure; a recipe says only what differs. A preset (recipes/presets)
-is a named set of values that takes the place of defaults.
+is a named set of values that is asked for by name, and lies over the recipe: defaults < recipe < preset < `--set`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Recipe:
     def load(cls, source: str | Path = DEFAULT, sets: Iterable[str] = (), *, preset: str = "") -> Recipe:
         """Read a recipe by file or by the name of a shipped one, then lay `section.key=value` strings over it.
 
-        preset   "parity" or "strong": what lies under the recipe in the place of the defaults; "" = the defaults
+        preset   "parity" or "strong": values that lie over the recipe, and under `sets`; "" = none
 
         Errors: RecipeError that names file, section, key and the nearest known key.
         """
@@ -108,16 +108,17 @@ class Recipe:
                 raise RecipeError(f"{where}: {name!r} stands outside any section; "
                                   f"expected [section] headers: {', '.join(known)}")
         sections = {name: dict(values) for name, values in sections.items()}
-        for assignment in sets:
-            section, key, value = _parse_set(assignment, known)
-            sections.setdefault(section, {})[key] = value
-        model = sections.pop("model", {})
-        name = model.pop("name", "rt_detr")
+        asked = [_parse_set(assignment, known) for assignment in sets]
+        name = next((value for section, key, value in asked[::-1] if (section, key) == ("model", "name")),
+                    sections.get("model", {}).get("name", "rt_detr"))
         if name not in FAMILY:
             raise RecipeError(f"{where} [model]: unknown model {name!r}{did_you_mean(str(name), FAMILY)}; "
                               f"known: {', '.join(FAMILY)}")
         for section, values in (read_preset(preset, name) if preset else {}).items():
-            sections[section] = {**values, **sections.get(section, {})}
+            sections.setdefault(section, {}).update(values)     # what was asked for by name lies over the recipe
+        for section, key, value in asked:
+            sections.setdefault(section, {})[key] = value
+        model = {key: value for key, value in sections.pop("model", {}).items() if key != "name"}
         parts: dict[str, Any] = {"model": ModelChoice(name, _build(FAMILY[name].config, model, f"{where} [model]"))}
         for part in fields(cls):
             if part.name != "model":

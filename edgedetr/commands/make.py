@@ -25,7 +25,7 @@ set_option = click.option(
 )
 @click.option("--recipe", "recipe_name", callback=expect("recipe"),
               help="A shipped recipe by name, or a TOML file.  [default: the edge default]")
-@click.option("--preset", default="", metavar="parity|strong", help="Values under the recipe: the originals' training, "
+@click.option("--preset", default="", metavar="parity|strong", help="Values over the recipe: the originals' training, "
               "or much regularisation.  [default: neither]")
 @click.option("--start", metavar="BUNDLE|FILE|HUB_ID", callback=expect("start"),
               help="Start from a whole detector's weights.  [default: the recipe's, else the backbone's]")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgedetr.errors import ModelError, did_you_mean
+from edgedetr.models import initial
 from edgedetr.models.anchor_detr import AnchorDetrConfig, anchor_detr
 from edgedetr.models.conditional_detr import ConditionalDetrConfig, conditional_detr
 from edgedetr.models.deformable_detr import DeformableDetrConfig, deformable_detr
@@ -58,4 +59,7 @@ def build(name: str, config: object, num_classes: int) -> Detector:
         raise ModelError(f"{name} takes a {chosen.config.__name__}; got {type(config).__name__}")
     if num_classes < 1:
         raise ModelError(f"{num_classes} classes; expected at least one")
-    return chosen.build(config, num_classes)
+    detector = chosen.build(config, num_classes)
+    if config.init == "original":  # type: ignore[attr-defined]  # every member's configuration has it
+        initial.original(detector, name)
+    return detector

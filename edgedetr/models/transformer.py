@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
 from edgedetr.errors import ModelError
 from edgedetr.models.backbone import BackboneConfig, ResNet, make_backbone
 from edgedetr.models.vit import VitPyramid
-from edgedetr.options import check
+from edgedetr.options import LATER, check
 
 # Of the members' numbers, by name; wide enough for any paper, and narrow enough that no typing error fills the memory.
 _LAYERS, _WIDTH, _QUERIES, _SHARE = (1, 100), (1, 32768), (1, 10000), (0, 0.99)
@@ -30,6 +31,8 @@ class TransformerConfig(BackboneConfig):
 
     hidden: int = 256                           # C, channels of every token
     heads: int = 8                              # of every attention: 32 channels each
+    # First weights: ours, or as the authors' code draws them (models/initial.py says which is better, as far as known).
+    init: Literal["default", "original"] = field(default="default", metadata=LATER, kw_only=True)
 
     def __post_init__(self) -> None:
         check(self, "model", RANGES)

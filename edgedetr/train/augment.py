@@ -22,6 +22,7 @@ from edgedetr.train.mixing import cutmix, draw_rectangle, mixup, mosaic
 from edgedetr.train.randaugment import MIN_PIXELS, Example, erase, rand_augment
 
 MIN_IOU = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)    # one is drawn per crop (Liu et al. 2016, "SSD", section 2.2)
+SHORTER, CROPPED = (400.0, 500.0, 600.0), (384.0, 600.0)    # pixels, of DETR's crop
 TRIALS = 20                                 # crops tried for it
 
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -127,7 +128,9 @@ def _window(picture: Picture, config: AugmentConfig, rng: np.random.Generator) -
     """The part of the frame that is looked at, x0, y0, x1, y1; larger than the frame for zoom-out."""
     frame = np.array([picture.frame_width, picture.frame_height])
     crop, zoom = rng.random(2) < (config.crop, config.zoom_out)
-    if crop:
+    if crop and config.crop_kind == "size":
+        low = _crop_by_size(frame, rng)
+    elif crop:
         low = _crop(picture, frame, config, rng)
     elif zoom:
         side = frame * rng.uniform(1, config.zoom_out_scale)
@@ -155,6 +158,14 @@ def _crop(picture: Picture, frame: np.ndarray, config: AugmentConfig, rng: np.ra
             return window
     # Boxes too small, or too few, for what was drawn: a crop of this size around one of them.
     corner = np.clip(centres[rng.integers(len(centres))] - rng.random(2) * side, 0, frame - side)
+    return np.concatenate([corner, corner + side])
+
+
+def _crop_by_size(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """DETR's crop (datasets/transforms.py): 384 to 600 px a side, as if the shorter side had 400, 500 or 600 px."""
+    sides = frame * rng.choice(SHORTER) / frame.min()
+    side = frame * rng.uniform(np.minimum(CROPPED[0], sides), np.minimum(CROPPED[1], sides)) / sides
+    corner = rng.random(2) * (frame - side)
     return np.concatenate([corner, corner + side])
 
 

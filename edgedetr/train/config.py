@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from edgedetr.errors import RecipeError
-from edgedetr.options import check
+from edgedetr.options import LATER, check
 
 INF, ALMOST_ONE = math.inf, math.nextafter(1, 0)
 TRAIN_RANGES = {
@@ -19,7 +19,8 @@ TRAIN_RANGES = {
     "lr": (1e-12, 10), "backbone_lr_factor": (0, 1000), "slow_lr_factor": (0, 1000), "weight_decay": (0, 10),
     **dict.fromkeys(("final_lr_factor", "no_object", "focal_alpha", "vfl_alpha", "label_noise"), (0, 1)),
     "betas": (0, ALMOST_ONE), "ema_decay": (0, ALMOST_ONE), "drop_path": (0, ALMOST_ONE), "layer_decay": (1e-6, 1),
-    "label_smoothing": (0, ALMOST_ONE), "step_epochs": (1, 10**9), "growth": (0.1, 1), "gamma": (0, 10),
+    "label_smoothing": (0, ALMOST_ONE), "step_epochs": (1, 10**9), "growth": (0.1, 1), "sizes": (0.1, 4),
+    "gamma": (0, 10),
     "denoising": (0, 10000), "denoising_groups": (0, 1000), "box_noise": (0, 10),
     "lora_rank": (0, 4096), "lora_alpha": (1e-6, 10**6),
 }
@@ -61,7 +62,9 @@ class TrainConfig:
     lr: float = 1e-4                    # RT-DETR and DETR
     backbone_lr_factor: float = 0.1     # both; 1.0 where the backbone starts from random weights
     slow_lr_factor: float = 0.1         # sampling offsets, reference points (Deformable DETR, A.4); other members: none
-    weight_decay: float = 1e-4          # both; not on norms and biases
+    weight_decay: float = 1e-4          # both; on what `decay` says
+    # What decays: weights of two and more dimensions, all but norms (RT-DETR-R18), or all (DETR and its heirs).
+    decay: Literal["matrices", "not_norms", "all"] = field(default="matrices", metadata=LATER)
     betas: tuple[float, float] = (0.9, 0.999)   # AdamW
     clip: float = 0.1                   # gradient norm, both; 0 = no clipping
     warmup: Literal["linear", "exponential"] = "linear"
@@ -71,6 +74,9 @@ class TrainConfig:
     final_lr_factor: float = 0.01       # "cosine" ends at this share of lr
     growth: tuple[float, ...] = ()      # sides in each equal part of the epochs, share of the input's; [0.6, 0.8, 1.0]
                                         # is twice as fast at first (Tan and Le 2021, "EfficientNetV2", section 4)
+    # Sides of a batch, share of the input's, in multiples of 32: one is drawn for each; () = always the input's own, as
+    # in the last epochs, of which augment.off_for_last says how many (RT-DETR-R50: 480 to 800 px of 640).
+    sizes: tuple[float, ...] = field(default=(), metadata=LATER)
     ema_decay: float = 0.9999           # RT-DETR; 0 = no moving average
     ema_warmup: int = 2000              # steps; decay grows as 1 - exp(-step / ema_warmup) (RT-DETR)
     eval_every: int = 1                 # epochs between evaluations on the select split; the last is always evaluated
@@ -132,6 +138,10 @@ class TrainConfig:
         """Share of the input's sides that an epoch (counted from 0) trains at."""
         return self.growth[min(epoch * len(self.growth) // self.epochs, len(self.growth) - 1)] if self.growth else 1.0
 
+    def shares_at(self, epoch: int) -> list[float]:
+        """The shares of the input's sides of which an epoch (counted from 0) draws one for every batch."""
+        return [self.growth_at(epoch) * share for share in self.sizes or (1.0,)]
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -141,7 +151,9 @@ class AugmentConfig:
 
     flip_horizontal: float = 0.5        # probability
     flip_vertical: float = 0.0          # probability; for pictures without an up (microscopes, from above)
-    crop: float = 0.5                   # probability of a random crop that keeps some box by at least an IoU
+    crop: float = 0.5                   # probability of a random crop; by `crop_kind`
+    # "iou": SSD's, by crop_scale and crop_aspect; "size": DETR's, 384 to 600 px of an image of 400, 500 or 600 px.
+    crop_kind: Literal["iou", "size"] = field(default="iou", metadata=LATER)
     crop_scale: tuple[float, float] = (0.3, 1.0)    # side of the crop, share of the picture's (SSD)
     crop_aspect: tuple[float, float] = (0.5, 2.0)   # width to height of the crop, relative to the picture's (SSD)
     min_visible: float = 0.4            # boxes of which less than this share of the area is left are dropped

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -136,9 +136,10 @@ def order(samples: int, batch: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 def batches(dataset: TrainingSet, plan: np.ndarray, epoch: int, *, plain: bool, workers: int,
-            contract: InputContract | None = None) -> Iterator[Batch]:
-    """Batches of one process by a plan [steps, batch of this process], at the set's own size or another."""
-    picks = [[Pick(epoch, int(index), plain, contract) for index in row] for row in plan]
+            contracts: Sequence[InputContract] | None = None) -> Iterator[Batch]:
+    """Batches of one process by a plan [steps, batch of this process], at the set's own size or one for each step."""
+    sizes = contracts or [dataset.contract] * len(plan)
+    picks = [[Pick(epoch, int(index), plain, size) for index in row] for row, size in zip(plan, sizes)]
     return iter(DataLoader(dataset, batch_sampler=picks, num_workers=workers, collate_fn=_collate,
                            pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None))
 
@@ -148,8 +149,13 @@ def _collate(items: list[tuple[Tensor, Target, int]]) -> Batch:
     return Batch(torch.stack(images), list(targets), list(indices))
 
 
+def drawn(shares: Sequence[float], steps: int, *, seed: int, epoch: int) -> list[float]:
+    """One of the shares for every step of an epoch; the same in every process."""
+    return [float(share) for share in np.random.default_rng((seed, epoch, len(shares))).choice(shares, steps)]
+
+
 def smaller(contract: InputContract, share: float) -> InputContract:
-    """The contract with its sides scaled to multiples of 32, the coarsest stride."""
+    """The contract with its sides scaled to multiples of 32, the coarsest stride; also larger."""
     if share == 1:
         return contract
     height, width = (max(round(side * share / 32), 1) * 32 for side in (contract.height, contract.width))

@@ -12,25 +12,30 @@ from edgedetr.errors import ModelError, RecipeError
 from edgedetr.train.config import TrainConfig
 
 BLOCK = re.compile(r"^backbone\.transformer\.blocks\.(\d+)\.")     # of a ViT
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 ENTRY = re.compile(r"^backbone\.transformer\.(patch|position|class_token)")
 
 
 def groups(detector: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
     """Trainable parameters by rate and by decay; every one stands in exactly one group.
 
-    The backbone learns more slowly, and so does what the detector names `slow`; norms and biases (all that has fewer
-    than two dimensions) do not decay. Within a ViT the rate falls from block to block towards its input.
+    The backbone learns more slowly, and so does what the detector names `slow`. What decays is `config.decay`'s to say:
+    by default not norms and biases (all that has fewer than two dimensions). Within a ViT the rate falls from block to
+    block towards its input.
     """
     if config.layer_decay < 1 and not any(BLOCK.match(name) for name, _ in detector.named_parameters()):
         raise ModelError(f"train.layer_decay is {config.layer_decay}, but the backbone is no ViT; expected 1")
     sorted_: dict[tuple[float, bool], list[nn.Parameter]] = {}
     slow: tuple[str, ...] = getattr(detector, "slow", ())
+    norms = {f"{owner}.{name}" for owner, module in detector.named_modules() if isinstance(module, NORMS)
+             for name, _ in module.named_parameters(recurse=False)}
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
+            decays = {"matrices": parameter.ndim >= 2, "not_norms": name not in norms, "all": True}[config.decay]
             factor = config.slow_lr_factor if any(part in name for part in slow) else 1.0
             if name.startswith("backbone."):
                 factor = config.backbone_lr_factor * config.layer_decay ** _steps_from_the_top(name, detector)
-            sorted_.setdefault((factor, parameter.ndim >= 2), []).append(parameter)
+            sorted_.setdefault((factor, decays), []).append(parameter)
     return [
         {"params": parameters, "base_lr": config.lr * factor, "weight_decay": config.weight_decay if decays else 0.0}
         for (factor, decays), parameters in sorted(sorted_.items())

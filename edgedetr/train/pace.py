@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,7 +37,7 @@ def epochs(run: Run, spent: float) -> int:
     Errors: TrainingError where there is no time for one epoch.
     """
     config, begun = run.config, time.monotonic()
-    shares = sorted(set(config.growth) or {1.0})
+    shares = sorted({part * size for part in config.growth or (1.0,) for size in config.sizes or (1.0,)} | {1.0})
     steps = {share: seconds(run, share) for share in shares}
     look = len(run.selection.samples) / config.batch * steps[1.0] * FORWARD
     left = (config.minutes * 60 - spent - (time.monotonic() - begun)) * USABLE
@@ -64,7 +64,8 @@ def duration(config: TrainConfig, per_epoch: int, steps: Mapping[float, float], 
     steps       seconds of a step, by the share of the input's sides
     look        seconds of one evaluation
     """
-    learning = sum(per_epoch * steps[config.growth_at(epoch)] for epoch in range(config.epochs))
+    learning = sum(per_epoch * mean(steps[share] for share in config.shares_at(epoch))
+                   for epoch in range(config.epochs))
     return learning + -(-config.epochs // config.eval_every) * look
 
 
@@ -81,7 +82,7 @@ def seconds(run: Run, share: float) -> float:
     took, before = [], time.monotonic()
     try:
         for batch in batches(run.pictures, plan, 0, plain=False, workers=config.workers,
-                             contract=smaller(run.pictures.contract, share)):
+                             contracts=[smaller(run.pictures.contract, share)] * len(plan)):
             run.step(batch)         # its losses come to the CPU, so that a GPU has finished
             took.append(time.monotonic() - before)
             before = time.monotonic()

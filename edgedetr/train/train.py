@@ -27,7 +27,7 @@ from edgedetr.recipe import Recipe
 from edgedetr.train import checkpoint, deliver, optimizer, pace, prepare, skipping
 from edgedetr.train.checkpoint import Position
 from edgedetr.train.criterion import Losses
-from edgedetr.train.dataset import Batch, TrainingSet, batches, order, smaller
+from edgedetr.train.dataset import Batch, TrainingSet, batches, drawn, order, smaller
 from edgedetr.train.devices import launch
 from edgedetr.train.ema import Ema
 from edgedetr.train.progress import Progress, Silent
@@ -174,8 +174,10 @@ class Run:
         plan = plan[position.step % self.per_epoch :, fabric.global_rank * mine : (fabric.global_rank + 1) * mine]
         plain = epoch >= config.epochs * (1 - self.recipe.augment.off_for_last)
         seen, begun = 0, time.monotonic()
-        contract = smaller(self.pictures.contract, config.growth_at(epoch))
-        for batch in batches(self.pictures, plan, epoch, plain=plain, workers=config.workers, contract=contract):
+        shares = [config.growth_at(epoch)] if plain else config.shares_at(epoch)
+        shares = drawn(shares, self.per_epoch, seed=config.seed, epoch=epoch)[-len(plan):]
+        contracts = [smaller(self.pictures.contract, share) for share in shares]
+        for batch in batches(self.pictures, plan, epoch, plain=plain, workers=config.workers, contracts=contracts):
             losses = self.step(batch).tolist()
             if not position.in_row:
                 position.sums = [a + b for a, b in zip(position.sums, losses)] if position.summed else losses

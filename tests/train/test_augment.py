@@ -147,3 +147,26 @@ def test_a_picture_that_cannot_be_decoded_is_replaced_by_the_next_and_named(rend
     _, target, index = training_set(rendered, 1)[Pick(0, 2, True)]
     assert index == 3 and len(target) == 1
     assert "2.png" in caplog.text
+
+
+def test_a_crop_by_size_is_detrs(rng):
+    """Sides of 384 to 600 px where the shorter side of the image has 400, 500 or 600 px, anywhere in the image."""
+    from edgedetr.train.augment import _crop_by_size
+    frame = np.array([640.0, 480.0])
+    windows = np.array([_crop_by_size(frame, rng) for _ in range(3000)])
+    assert (windows[:, :2] >= 0).all() and (windows[:, 2:] <= frame).all()
+    side = (windows[:, 2:] - windows[:, :2]) / frame
+    # Of 400, 500 or 600 px high and 4/3 of that wide: 384 px is 0.64 to 0.96 of the height, 0.48 to 0.72 of the width.
+    assert side[:, 1].min() == pytest.approx(384 / 600, abs=0.01) and side[:, 1].max() == pytest.approx(1, abs=0.01)
+    assert side[:, 0].min() == pytest.approx(384 / 800, abs=0.01) and side[:, 0].max() == pytest.approx(1, abs=0.01)
+    means = [np.mean([(min(600.0, s * f / 480) + 384) / 2 / (s * f / 480) for s in (400, 500, 600)]) for f in frame]
+    assert side.mean(0) == pytest.approx(means, abs=0.01)
+
+
+def test_a_crop_by_size_keeps_every_box_of_which_a_pixel_is_left(rng):
+    config = replace(STILL, crop=1.0, crop_kind="size", min_visible=0.0)
+    pixels, whole = torch.zeros(3, 480, 640, dtype=torch.uint8), np.array([[0.0, 0, 640, 480]])
+    picture = Picture(pixels, whole, np.array([1]), 480, 640)
+    for _ in range(20):
+        example = vary(picture, InputContract(64, 64), config, rng)
+        assert example.boxes.tolist() == [[0, 0, 64, 64]]       # it fills whatever is seen

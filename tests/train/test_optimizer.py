@@ -119,3 +119,17 @@ def test_rates_fall_from_block_to_block_of_a_vision_transformer_towards_its_inpu
     assert rates["decoder.layers.0.self_attention.q.weight"] == 1.0
     with pytest.raises(ModelError, match="train.layer_decay is 0.8, but the backbone is no ViT; expected 1"):
         groups(build("detr", MEMBERS["detr"], 3), config)
+
+
+@pytest.mark.parametrize("decay", ["matrices", "not_norms", "all"])
+def test_what_decays_is_what_the_setting_says(decay):
+    detector = build("rt_detr", MEMBERS["rt_detr"], 3)
+    norms = {id(p) for m in detector.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)}
+    expected = {"matrices": lambda p: p.ndim >= 2, "not_norms": lambda p: id(p) not in norms, "all": lambda p: True}
+    listed = groups(detector, TrainConfig(decay=decay, weight_decay=0.05))
+    seen = {id(p): group["weight_decay"] for group in listed for p in group["params"]}
+    trained = [p for p in detector.parameters() if p.requires_grad]
+    assert len(seen) == sum(len(group["params"]) for group in listed) == len(trained)
+    assert {seen[id(p)] for p in trained if expected[decay](p)} == {0.05}
+    assert {seen[id(p)] for p in trained if not expected[decay](p)} <= {0.0}
+    assert any(id(p) in norms for p in trained) and any(p.ndim < 2 and id(p) not in norms for p in trained)

@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from edgedetr.bundle import ClassInfo
-from edgedetr.errors import ModelError, RecipeError, TrainingError
+from edgedetr.errors import ModelError, TrainingError
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.lora import LoraLinear
 from edgedetr.models.deploy import load_bundle_model
-from edgedetr.recipe import Recipe
 from edgedetr.train import prepare
 from edgedetr.train.train import train
 
@@ -75,26 +74,3 @@ def test_stochastic_depth_reaches_every_block_and_the_last_gets_the_whole_rate()
     rates = [module.rate for module in detector.modules() if isinstance(module, DropPath)]
     assert rates == sorted(rates) and rates[0] == 0 and rates[-1] == pytest.approx(0.3)
     assert len(set(rates)) == 3         # one encoder layer and two decoder layers
-
-
-@pytest.mark.parametrize("name, checks", [
-    ("parity", {"epochs": 72, "label_smoothing": 0.0}), ("strong", {"weight_decay": 0.05, "label_smoothing": 0.1}),
-])
-def test_a_preset_takes_the_place_of_defaults_and_a_recipe_lies_over_it(name: str, checks: dict[str, float]) -> None:
-    recipe = Recipe.from_dict({"model": {"name": "rt_detr"}, "train": {"lr": 3e-4}}, where="here", preset=name)
-    assert recipe.train.lr == 3e-4
-    assert {key: getattr(recipe.train, key) for key in checks} == checks
-    over = Recipe.from_dict({"model": {"name": "rt_detr"}, "train": {"weight_decay": 0.01}}, where="here",
-                            sets=["train.label_smoothing=0.2"], preset=name)
-    assert over == replace(over, train=replace(over.train, weight_decay=0.01, label_smoothing=0.2))
-    assert Recipe.from_dict(__import__("tomllib").loads(recipe.to_toml()), where="again") == recipe
-
-
-def test_every_preset_fits_every_member() -> None:
-    from edgedetr.models import FAMILY
-
-    for preset in ("parity", "strong"):
-        for member in FAMILY:
-            Recipe.from_dict({"model": {"name": member}}, where=f"{preset} {member}", preset=preset)
-    with pytest.raises(RecipeError, match="no preset 'strang'; did you mean 'strong'"):
-        Recipe.from_dict({"model": {"name": "rt_detr"}}, where="x", preset="strang")

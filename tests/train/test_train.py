@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import micro
@@ -323,6 +324,40 @@ def test_a_set_without_objects_is_refused(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
     with pytest.raises(DataError, match="no objects"):
         train(micro.recipe(), data, tmp_path / "b")
+
+
+def test_a_size_is_drawn_for_every_batch_and_a_resume_draws_the_same(micro_data, tmp_path, monkeypatch):
+    seen, real = [], Trainee.forward
+
+    def watched(self, images, *rest):
+        seen.append(tuple(images.shape[2:]))
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        return real(self, images, *rest)
+
+    monkeypatch.setattr(Trainee, "forward", watched)
+    recipe, stop = micro.recipe(sizes=[0.5, 1.0, 1.5], epochs=4), 0
+    recipe = replace(recipe, augment=replace(recipe.augment, off_for_last=0.25))
+    train(recipe, micro_data, tmp_path / "a")
+    straight, stop = list(seen), 6
+    assert set(straight[:9]) == {(32, 32), (64, 64), (96, 96)} and set(straight[9:]) == {(64, 64)}
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, micro_data, tmp_path / "b")
+    stop = 0
+    train(recipe, micro_data, tmp_path / "b", resume=True)
+    assert seen[:5] + seen[6:] == straight
+    assert digest(tmp_path / "a" / "weights.safetensors") == digest(tmp_path / "b" / "weights.safetensors")
+
+
+def test_options_of_later_versions_leave_the_fingerprint_of_older_checkpoints(micro_data):
+    samples = layouts.load(micro_data, "train")
+    names = ("decay", "sizes", "init", "crop_kind")
+    assert not any(f"\n{name} = " in micro.recipe().to_toml(checkpoint.DECIDE, later=False) for name in names)
+    assert all(f"\n{name} = " in micro.recipe().to_toml() for name in names)
+    same = checkpoint.fingerprint(micro.recipe(decay="matrices"), samples)
+    assert same == checkpoint.fingerprint(micro.recipe(), samples)
+    assert same != checkpoint.fingerprint(micro.recipe(decay="all"), samples)
 
 
 def test_where_only_the_verify_split_is_there_nothing_is_chosen_by_it(tmp_path):
