@@ -86,6 +86,30 @@ def test_a_misspelt_word_in_a_recipe_is_answered_with_the_right_one():
         QuantConfig(observer="mean")
 
 
+# Options of version 0.1 of what decides weights, by name (models: of any member).
+FIRST = set("""
+accumulate backbone backbone_lr_factor backbone_norm backbone_weights backbone_width batch betas box_layers box_noise
+box_tower brightness cache_mb checkpoint_every class_loss class_tower clip colour compile contrast conv_activation
+coordinates cost_class cost_giou cost_l1 crop crop_aspect crop_scale cutmix decoder_activation decoder_ffn
+decoder_layers denoising denoising_groups denoising_mode devices dilate_last drop_path drop_path_schedule dropout
+dynamic_hidden dynamic_layers dynamic_relu ema_decay ema_warmup encoder_activation encoder_ffn encoder_layers epochs
+erase eval_every expansion ffn ffn_activation final_lr_factor first_queries flip_horizontal flip_vertical focal_alpha
+freeze frozen_stages fusion_blocks gamma growth heads height hidden hue l1 label_noise label_smoothing layer_decay
+learned_content levels lora_alpha lora_beside lora_on lora_rank lr magnitude mean method min_visible minutes mixup
+mixup_beta mosaic no_object nodes off_for_last patience patterns points position position_at position_on_value
+pre_norm precision queries rand_augment refine resize roi_px roi_samples sampling saturation scale_jitter schedule
+seed select_split skip_first_self_attention slow_lr_factor start std step_epochs strict threads train_split two_stage
+verify_split version vfl_alpha warmup warmup_steps weight_class weight_decay weight_giou weight_l1 width workers
+zoom_out zoom_out_scale
+""".split())
+
+
+@of([(kind, name) for kind, name in FIELDS if kind not in (QuantConfig, ExportConfig, VerifyConfig)])
+def test_an_option_that_came_after_0_1_is_marked_so_that_older_trainings_resume(kind, name):
+    marked = next(item for item in fields(kind) if item.name == name).metadata.get("later", False)
+    assert marked == (name not in FIRST), "declare it as field(default=what 0.1 did, metadata=options.LATER)"
+
+
 # ------------------------------------------------------------------------- functions that take one of a few words
 
 PACKAGE = Path(edgedetr.__file__).parent

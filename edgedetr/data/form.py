@@ -14,7 +14,7 @@ import numpy as np
 
 from edgedetr.bundle import ClassInfo
 from edgedetr.errors import DataError, did_you_mean
-from edgedetr.options import check
+from edgedetr.options import LATER, check
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,8 @@ class DataConfig:
     select_split: str = ""          # picks the best epoch while training; usual: val, else the verify split
     verify_split: str = ""          # the drop is measured here, and nothing is chosen by it; usual: test, else val
     strict: bool = False            # fail on the first unreadable or degenerate item instead of leaving it out
-    drop_empty_classes: bool = False    # classes without an object in the train split are none of the model's
+    # Classes without an object in the train split are none of the model's.
+    drop_empty_classes: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         check(self, "data")

@@ -6,7 +6,7 @@ Meng et al. 2021, "Conditional DETR for Fast Training Convergence".
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -21,6 +21,7 @@ from edgedetr.models.detector import Detector
 from edgedetr.models.encoder import DenseEncoder, EncoderLayer
 from edgedetr.models.points import ConditionalQueries
 from edgedetr.models.transformer import TransformerConfig, backbone_of, xavier
+from edgedetr.options import LATER
 
 PRIOR = 0.01            # class probability that the head starts from (RetinaNet, section 4.1)
 
@@ -39,7 +40,8 @@ class ConditionalDetrConfig(TransformerConfig):
     queries: int = 300                          # as published; DETR's 100 cost little less (table 3)
     dropout: float = 0.1
     ffn_activation: Literal["relu", "gelu", "silu"] = "relu"
-    norm_between: bool = False                  # decoder layers begin with normalised content (see models/decoder.py)
+    # Decoder layers begin with normalised content (see models/decoder.py).
+    norm_between: bool = field(default=False, metadata=LATER)
 
 
 def conditional_detr(config: ConditionalDetrConfig, num_classes: int) -> Detector:

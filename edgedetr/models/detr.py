@@ -6,7 +6,7 @@ Carion et al. 2020, "End-to-End Object Detection with Transformers".
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -21,6 +21,7 @@ from edgedetr.models.detector import Detector
 from edgedetr.models.encoder import DenseEncoder, EncoderLayer
 from edgedetr.models.queries import LearnedQueries
 from edgedetr.models.transformer import TransformerConfig, backbone_of, xavier
+from edgedetr.options import LATER
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class DetrConfig(TransformerConfig):
     pre_norm: bool = False                      # LayerNorm before each part (Table Transformer) instead of after
     dropout: float = 0.1
     ffn_activation: Literal["relu", "gelu", "silu"] = "relu"
-    norm_between: bool = False                  # decoder layers begin with normalised content (see models/decoder.py)
+    # Decoder layers begin with normalised content (see models/decoder.py).
+    norm_between: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,7 @@ Zhao et al. 2024, "DETRs Beat YOLOs on Real-time Object Detection"; version 2: L
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -21,6 +21,7 @@ from edgedetr.models.encoder import EncoderLayer
 from edgedetr.models.hybrid import HybridEncoder
 from edgedetr.models.queries import TopKQueries
 from edgedetr.models.transformer import TransformerConfig, backbone_of
+from edgedetr.options import LATER
 
 PRIOR = 0.01            # class probability that the heads start from (RetinaNet, section 4.1)
 
@@ -37,7 +38,8 @@ class RtDetrConfig(TransformerConfig):
     frozen_stages: int = 0                      # 1 = stem, 2 = stem and first stage, ...; R50 and larger use 1
     encoder_layers: int = 1                     # attention within C5; more cost time and gave nothing (table 3)
     encoder_ffn: int = 1024                     # 4 C
-    encoder_width: int = 0                      # channels of the hybrid encoder; 0: C. R101 has 384 and 256 after it
+    # Channels of the hybrid encoder; 0: C. R101 has 384, and 256 after it.
+    encoder_width: int = field(default=0, metadata=LATER)
     expansion: float = 0.5                      # width of the fusion blocks; R18 0.5, R34 0.5, R50 and larger 1.0
     fusion_blocks: int = 3                      # RepVGG blocks in each
     encoder_activation: Literal["gelu", "relu", "silu"] = "gelu"

@@ -17,7 +17,8 @@ from edgedetr.options import LATER, check
 _LAYERS, _WIDTH, _QUERIES, _SHARE = (1, 100), (1, 32768), (1, 10000), (0, 0.99)
 RANGES = {
     "backbone_width": (0.05, 8), "frozen_stages": (0, 5), "mean": (-1000, 1000), "std": (1e-6, 1000),
-    "hidden": (4, 8192), "heads": (1, 256), "dropout": _SHARE, "queries": _QUERIES, "first_queries": _QUERIES,
+    "hidden": (4, 8192), "encoder_width": (0, 8192), "heads": (1, 256),
+    "dropout": _SHARE, "queries": _QUERIES, "first_queries": _QUERIES,
     "encoder_layers": (0, 100), "decoder_layers": _LAYERS, "box_layers": _LAYERS, "fusion_blocks": (0, 100),
     "class_tower": (0, 100), "box_tower": (0, 100), "ffn": _WIDTH, "encoder_ffn": _WIDTH, "decoder_ffn": _WIDTH,
     "dynamic_hidden": _WIDTH, "patterns": (1, 1000), "levels": (1, 10), "points": (1, 100), "expansion": (0.05, 8),
