@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from edgedetr.data import images, layouts, near
-from edgedetr.data.clean import summary
+from edgedetr.data.clean import UnusableSplit, summary
 from edgedetr.data.form import DetectionSet, Finding, Sample, display_names, matched
 from edgedetr.errors import DataError
 
@@ -109,6 +109,8 @@ def check(path: str | Path, *, layout: layouts.Layout | None = None,
     for name in listed:
         try:
             sets.append(layouts.load(root, name, layout=layout))
+        except UnusableSplit as error:
+            findings += [Finding("unusable-split", name, str(error).split("\n")[0], True), *error.findings]
         except DataError as error:
             findings.append(Finding("unusable-split", name, str(error), True))
     done, total = 0, sum(len(found) for found in sets)

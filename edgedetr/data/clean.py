@@ -34,6 +34,14 @@ STICKS_OUT = 0.5    # pixels beyond the border that are cut without a word: writ
 SHOWN = 5           # findings spelled out in a message
 
 
+class UnusableSplit(DataError):
+    """Nothing of a split can be used; `findings` say why."""
+
+    def __init__(self, message: str, findings: Iterable[Finding]) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
+
+
 @dataclass(frozen=True)
 class RawObject:
     """One object as the layout gives it. xyxy in pixels, or in 0..1 where the image says `relative`."""
@@ -111,9 +119,9 @@ def finish(raw: RawSplit, *, name: str, root: Path, strict: bool) -> DetectionSe
                         f"run: edgedetr data check {root}\n" + _listed(fatal))
     if not samples:
         listed = raw.listed if raw.listed is not None else len(raw.images)
-        raise DataError(f"{root} [{name}]: no usable image ({listed} listed, "
-                        f"{summary(fatal) or 'none left out'}); expected at least one; "
-                        f"run: edgedetr data check {root}\n" + _listed(fatal))
+        raise UnusableSplit(f"{root} [{name}]: no usable image ({listed} listed, "
+                            f"{summary(fatal) or 'none left out'}); expected at least one; "
+                            f"run: edgedetr data check {root}\n" + _listed(fatal), findings)
     if fatal:
         log.warning("%s [%s]: left out %s; for the list, run: edgedetr data check %s", root, name, summary(fatal), root)
     return DetectionSet(name, root, tuple(samples), raw.classes, tuple(findings))

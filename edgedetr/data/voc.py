@@ -46,7 +46,8 @@ def find(root: Path) -> dict[str, Source]:
     found: dict[str, Source] = {}
     folders = {path.name.lower(): path for path in children(root) if os.path.isdir(path)}
     pictures = next((folders[name] for name in PICTURES if name in folders), None)
-    texts = next((folders[name] for name in TEXTS if name in folders and _xml(folders[name])), None)
+    texts = next((folders[name] for name in TEXTS if name in folders and (
+        _own_xml(folders[name]) or (name == "annotations" and _xml(folders[name])))), None)
     annotated = _xml(texts) if texts is not None and pictures is not None else ()
     if texts is not None and pictures is not None:
         sets = child(root, "ImageSets")

@@ -31,7 +31,7 @@ class Labels:
         self.beside: dict[Path, Path | None] = {}           # folder of images -> folder of labels
         self.listed: dict[Path, dict[str, Path]] = {}       # folder of labels -> label files by folded name
         self.lengths: Counter[int] = Counter()              # words of the lines that were read as polygons
-        self.poses = 0
+        self.poses = self.found = 0
 
     def fill(self, image: RawImage, findings: list[Finding]) -> None:
         """Read the image's label file into it."""
@@ -40,6 +40,7 @@ class Labels:
             findings.append(Finding("no-label-file", str(image.path), f"no {image.path.stem}.txt; taken as a picture "
                                     "without objects"))
             return
+        self.found += 1
         self.used.add(os.path.abspath(file))
         try:
             lines = read_text(file, DataError, limit=LIMIT).splitlines()
@@ -63,6 +64,10 @@ class Labels:
 
     def close(self, places: Sequence[Path], pictures: Sequence[Path], findings: list[Finding]) -> None:
         """What only shows when all images were read: label files without an image, shared ones, poses."""
+        if len(pictures) > 1 and not self.found:
+            there = self._labels_of(pictures[0].parent) or "labels/, which is not there"
+            findings.append(Finding("no-labels", str(places[0] if places else self.root), f"none of {len(pictures)} "
+                                    f"images has a label file; they were looked for in {there}"))
         stems: dict[Path, Counter[str]] = {}
         for path in pictures:
             stems.setdefault(path.parent, Counter())[fold(path.stem)] += 1

@@ -76,3 +76,14 @@ def test_splits_whose_classes_stand_in_another_order_are_matched_by_name(tmp_pat
     note, = check(tmp_path).findings
     assert (note.kind, note.fatal) == ("classes-differ", False)
     assert "matched by name" in note.what
+
+
+def test_objects_of_a_split_that_cannot_be_used_are_counted(tmp_path):
+    coco(tmp_path, pictures=3)
+    coco(tmp_path, split="val", pictures=2, seed=9)
+    for file in (tmp_path / "images" / "val").iterdir():
+        file.unlink()
+    report = check(tmp_path)
+    assert report.objects_left_out == 4
+    assert [split.name for split in report.splits] == ["train"]
+    assert sorted(finding.kind for finding in report.findings) == ["missing-image"] * 2 + ["unusable-split"]

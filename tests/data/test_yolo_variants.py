@@ -222,3 +222,9 @@ def test_a_label_file_of_a_million_lines_is_refused_at_once(tmp_path):
     begun = time.perf_counter()
     assert kinds(load(tmp_path)) == ["unreadable-annotation"]
     assert time.perf_counter() - begun < 1
+
+
+def test_a_split_without_any_label_file_says_where_they_were_looked_for(tmp_path):
+    yolo(tmp_path, labels="label/train")
+    said = [finding for finding in load(tmp_path).findings if finding.kind == "no-labels"]
+    assert len(said) == 1 and "none of 2 images" in said[0].what and "labels/" in said[0].what
