@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +18,22 @@ sys.path.insert(0, str(Path(__file__).parent))      # `import members`: the fami
 # child processes. tests/gpu takes it back.
 os.environ["LT_ACCELERATOR"] = "cpu"
 
+# Side by side (pytest -n), one thread each: more would only wait for each other on tiny networks.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder in which members.exported keeps its files, for all processes of this run."""
+    if not hasattr(config, "workerinput"):
+        os.environ["EDGEDETR_TEST_EXPORTS"] = tempfile.mkdtemp(prefix="members-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["EDGEDETR_TEST_EXPORTS"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

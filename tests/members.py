@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 from functools import cache
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import interpolate
 
+from edgedetr.bundle import atomic_write
 from edgedetr.export.onnx_file import write
 from edgedetr.models import build
 from edgedetr.models.anchor_detr import AnchorDetrConfig
@@ -144,12 +146,17 @@ def exported(name: str, batch: int | None = 1, sampling: str = "gather") -> Path
 @cache      # which tells f(x) from f(x, 1): hence behind a function that always gives all three
 def _exported(name: str, batch: int | None, sampling: str) -> Path:
     path = _folder() / f"{name}-{batch}-{sampling}.onnx"
-    write(deployed(name, sampling), path, batch=batch)
+    if not path.exists():       # another process of this run may have written it
+        with atomic_write(path) as temporary:
+            write(deployed(name, sampling), temporary, batch=batch)
     return path
 
 
 @cache
 def _folder() -> Path:
+    """The folder that all processes of a test run share (tests/conftest.py makes it), or one of our own."""
+    if "EDGEDETR_TEST_EXPORTS" in os.environ:
+        return Path(os.environ["EDGEDETR_TEST_EXPORTS"])
     folder = tempfile.mkdtemp(prefix="members-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
