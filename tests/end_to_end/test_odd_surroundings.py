@@ -82,6 +82,17 @@ def test_a_clock_that_jumps_back_and_far_ahead_changes_nothing(place, monkeypatc
     assert Bundle.open(bundle).require("results/note.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize("form", ["zip", "gztar"])
+def test_an_archive_is_named_and_nothing_is_unpacked(form, tmp_path, capsys):
+    packed = shutil.make_archive(str(tmp_path / "cells.bundle"), form, FIXTURES / "scenes-0.1")
+    before = sorted(tmp_path.rglob("*"))
+    for words in (["inspect", packed], ["verify", packed], ["predict", packed, "x.jpg"], ["data", "check", packed]):
+        assert cli.run(words) in (1, 2)
+        said = capsys.readouterr().err
+        assert "archive" in said and "unpack" in said and "Traceback" not in said, words
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root to mount a small file system")
 def test_without_a_free_inode_the_bundle_stays_as_it_was_and_the_error_names_the_file(tmp_path, capsys):
     disk = tmp_path / "disk"
