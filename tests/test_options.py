@@ -166,6 +166,10 @@ HANDED_ON = {
     "data/layouts.py:load(layout)": "_layout refuses it",
     **dict.fromkeys(("graph/finding.py:at(severity)", "graph/finding.py:Fault severity",
                      "graph/finding.py:Finding severity"), "made by the rules alone"),
+    **dict.fromkeys(("export/class_reading.py:Evidence activation", "export/told.py:columns_of(activation)",
+                     "export/box_reading.py:refuse(found)", "export/box_reading.py:BoxForm layout",
+                     "export/bring.py:kept_by(function)", "export/box_reading.py:Fitting layouts"),
+                    "made by the import's own reading, which one_of guards"),
     "models/backbone.py:BackboneConfig backbone_norm": "its members' configurations check all fields",
 }
 

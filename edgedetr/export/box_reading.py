@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from edgedetr.errors import ExportError
+from edgedetr.options import one_of
 
 Layout = Literal["cxcywh", "xyxy", "xywh"]
 LAYOUTS: tuple[Layout, ...] = ("cxcywh", "xyxy", "xywh")
@@ -66,6 +67,7 @@ class Fitting:
 
 def to_corners(boxes: np.ndarray, layout: str) -> np.ndarray:
     """xyxy [..., 4] of boxes in another layout, in the same unit."""
+    one_of("layout", layout, get_args(Layout))
     first, second = boxes[..., :2], boxes[..., 2:]
     if layout == "cxcywh":
         return np.concatenate([first - second / 2, first + second / 2], -1)
@@ -74,6 +76,7 @@ def to_corners(boxes: np.ndarray, layout: str) -> np.ndarray:
 
 def from_corners(boxes: np.ndarray, layout: str) -> np.ndarray:
     """Boxes [..., 4] in a layout, of xyxy in the same unit."""
+    one_of("layout", layout, get_args(Layout))
     first, second = boxes[..., :2], boxes[..., 2:]
     if layout == "cxcywh":
         return np.concatenate([(first + second) / 2, second - first], -1)
