@@ -12,6 +12,7 @@ from pathlib import Path
 
 from edgedetr.bundle import Bundle, atomic_write
 from edgedetr.errors import DeviceError, EngineError, MissingDependency
+from edgedetr.locks import locked
 from edgedetr.reading import read_json
 from edgedetr.runtime import cudart, guards, machine, nvidia, sidecar
 from edgedetr.runtime import engine_store as store
@@ -152,13 +153,18 @@ def why(engine: Engine) -> str:
 
 def record(folder: Path, found: Mapping[str, Measured]) -> None:
     """Keep what was measured beside the engines, by digest of the plan; on read-only storage it is only not kept."""
-    known = {**_measurements(folder), **found}
     try:
-        with atomic_write(folder / MEASURED) as temporary:
-            temporary.write_text(json.dumps({name: asdict(value) for name, value in known.items()}, indent=1) + "\n",
-                                 encoding="utf-8")
+        with locked(folder / f".{MEASURED}.lock", wait=60, busy=_busy):     # two verify side by side, of other engines
+            known = {**_measurements(folder), **found}
+            with atomic_write(folder / MEASURED) as temporary:
+                temporary.write_text(json.dumps({name: asdict(value) for name, value in known.items()}, indent=1)
+                                     + "\n", encoding="utf-8")
     except OSError as error:
         log.warning("%s: what was measured could not be recorded (%s)", folder / MEASURED, error)
+
+
+def _busy(owner: str) -> EngineError:
+    return EngineError(f"{owner} has been writing {MEASURED} for a minute; end it, then run: edgedetr verify BUNDLE")
 
 
 def _measurements(folder: Path) -> dict[str, Measured]:
