@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from functools import lru_cache
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -67,3 +70,21 @@ def tiles_bfloat16() -> bool:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def bounded(wanted: int | None, what: str = "threads") -> int:
+    """So many threads or processes, but no more than this process has cores; 0 for None: the library's own choice.
+
+    More are never faster, and thousands make a machine unusable. What was not done as asked is said, once.
+    """
+    most = cores()
+    if not wanted or wanted <= most:
+        return wanted or 0
+    _say_bound(min(wanted, 10**9), most, what)
+    return most
+
+
+@lru_cache(maxsize=64)
+def _say_bound(wanted: int, most: int, what: str) -> None:
+    log.warning("%s is %d, and this process has %d core%s: %d %s used", what, wanted, most, "s" * (most > 1), most,
+                "are" if most > 1 else "is")

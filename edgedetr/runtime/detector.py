@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -60,16 +62,23 @@ class Detector:
     def __repr__(self) -> str:
         return f"Detector({self.description}, {len(self.classes)} classes)"
 
-    def __call__(self, images: Sequence[np.ndarray]) -> list[Detections]:
-        """Detections of each picture; images are uint8 RGB [H, W, 3] of any sizes."""
+    def __call__(self, images: Iterable[np.ndarray]) -> list[Detections]:
+        """Detections of each picture; images are uint8 RGB [H, W, 3] of any sizes, [] of none.
+
+        Any iterable will do; all of its pictures are in memory at a time. edgedetr.data.images.decode reads files.
+        """
         if isinstance(images, np.ndarray) and images.ndim == 3:
             raise UsageError("one picture was given; expected a list of them: detector([picture])")
+        if isinstance(images, (str, bytes, Mapping)) or not isinstance(images, (Iterable, np.ndarray)):
+            raise UsageError(f"images is {_kind(images)}; expected a list of uint8 RGB arrays [H, W, 3] "
+                             "(edgedetr.data.images.decode reads files)")
+        images = list(images)
         for index, image in enumerate(images):
             check_image(image, f"images[{index}]")
         found: list[Detections] = []
         step = self.runner.batch or LARGEST_BATCH
         for start in range(0, len(images), step):
-            batch, geometries = preprocess.prepare(list(images[start:start + step]), self.contract)
+            batch, geometries = preprocess.prepare(images[start:start + step], self.contract)
             found += decode(self.run_raw(batch), geometries, self.classes, self.output)
         return found
 
@@ -81,6 +90,11 @@ class Detector:
         if self.backend == "tensorrt" and hasattr(batch, "__cuda_array_interface__"):
             return self.runner.run(batch)
         expected = (3, self.contract.height, self.contract.width)
+        if not isinstance(batch, np.ndarray):
+            raise UsageError(f"batch is {_kind(batch)}; expected a float32 array [B, 3, {expected[1]}, {expected[2]}], "
+                             "as runtime.preprocess.prepare gives it")
+        if not len(batch.shape) or not len(batch):
+            raise UsageError("batch has no pictures; expected at least one")
         if batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != expected:
             raise UsageError(f"batch is {batch.dtype} {list(batch.shape)}; expected float32 [B, 3, "
                              f"{expected[1]}, {expected[2]}], as runtime.preprocess.prepare gives it")
@@ -108,6 +122,33 @@ def check_image(image: object, what: str) -> None:
                         f"with at least one pixel")
 
 
+def open_bundle(bundle: str | Path | Bundle) -> Bundle:
+    """A bundle by its path, or one that is open already; UsageError for anything else."""
+    if isinstance(bundle, Bundle):
+        return bundle
+    if not isinstance(bundle, (str, os.PathLike)):
+        raise UsageError(f"bundle is {_kind(bundle)}; expected the path of a bundle, or an open Bundle")
+    return Bundle.open(Path(bundle))
+
+
+def check_count(number: object, what: str) -> None:
+    """UsageError unless it is None or a whole number of at least 1."""
+    if number is not None and (not isinstance(number, Integral) or isinstance(number, bool) or number < 1):
+        raise UsageError(f"{what} is {shown(number)}; expected a whole number of at least 1")
+
+
+def shown(value: object) -> str:
+    """The beginning of what Python writes for a value."""
+    try:
+        return repr(value)[:60]
+    except ValueError:          # whole numbers of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
 def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str | None = None,
          threads: int | None = None, batch: int | None = None, trust: bool = False) -> Detector:
     """Open a bundle and load its best stage for this machine, or the one that is asked for.
@@ -121,13 +162,15 @@ def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str 
 
     The detector's `description` says what was chosen and why, and why an engine was not used.
     """
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    bundle = open_bundle(bundle)
     for word, known, what in ((backend, BACKENDS, "backend"), (stage, STAGES, "stage")):
-        if word is not None and word not in known:
-            raise UsageError(f"{what} is {word!r}; expected one of {', '.join(known)}{did_you_mean(word, known)}")
+        if word is not None and (not isinstance(word, str) or word not in known):
+            near = did_you_mean(word, known) if isinstance(word, str) else ""
+            raise UsageError(f"{what} is {shown(word)}; expected one of {', '.join(known)}{near}")
     for number, what in ((threads, "threads"), (batch, "batch")):
-        if number is not None and number < 1:
-            raise UsageError(f"{what} is {number}; expected at least 1")
+        check_count(number, what)
+    if not isinstance(trust, bool):         # "no" and "false" are true
+        raise UsageError(f"trust is {shown(trust)}; expected True or False")
     refused: tuple[str, ...] = ()
     if backend == "tensorrt" or (backend is None and (stage is None or not any(map(find_spec, ON_FILES)))):
         detector, refused = _load_engine(bundle, stage, batch, trust)

@@ -17,7 +17,7 @@ from edgedetr.bundle import Bundle, ClassInfo
 from edgedetr.errors import BundleError, DataError, ModelError, UsageError, did_you_mean
 from edgedetr.runtime import engines
 from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.detector import check_image
+from edgedetr.runtime.detector import check_count, check_image, open_bundle, shown
 from edgedetr.runtime.ort import OrtFrameRunner
 from edgedetr.runtime.postprocess import named
 from edgedetr.runtime.trt import TrtFrameRunner
@@ -62,6 +62,10 @@ class FrameDetector:
                             f"{self.width}; run: edgedetr export BUNDLE --frame {height}x{width}")
         found = self.runner.run(np.ascontiguousarray(frame)[None])
         boxes, scores, labels = (found[name][0] for name in ("boxes", "scores", "labels"))
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or not scores.shape == labels.shape == boxes.shape[:1]:
+            raise BundleError(f"the graph gives boxes {list(boxes.shape)}, scores {list(scores.shape)} and labels "
+                              f"{list(labels.shape)}; expected [k, 4], [k] and [k]; "
+                              f"run: edgedetr export BUNDLE --frame {self.height}x{self.width}")
         if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
             raise ModelError("the model gave NaN or infinity; run: edgedetr verify BUNDLE to see which stage does")
         return named(boxes, scores, labels.astype(np.int64), self.classes)
@@ -82,7 +86,8 @@ def load_frames(bundle: str | Path | Bundle, *, size: tuple[int, int] | None = N
     """
     if size is not None:
         size = check_size(size)
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    check_count(threads, "threads")
+    bundle = open_bundle(bundle)
     there = {name: found for name in bundle.manifest.files if (found := NAME.fullmatch(name))}
     if not there:
         raise BundleError(f"{bundle.path}: no graph for whole frames; run: edgedetr export {bundle.path} --frame HxW, "
@@ -98,9 +103,9 @@ def load_frames(bundle: str | Path | Bundle, *, size: tuple[int, int] | None = N
     if not fitting:
         raise BundleError(f"{bundle.path}: graphs for frames of {listed}, none for {size[0]}x{size[1]}; "
                           f"run: edgedetr export {bundle.path} --frame {size[0]}x{size[1]}")
-    if precision is not None and precision not in fitting:
-        raise UsageError(f"precision is {precision!r}; for frames of {size[0]}x{size[1]} this bundle has "
-                         f"{', '.join(fitting)}{did_you_mean(precision, fitting)}")
+    if precision is not None and (not isinstance(precision, str) or precision not in fitting):
+        raise UsageError(f"precision is {shown(precision)}; for frames of {size[0]}x{size[1]} this bundle has "
+                         f"{', '.join(fitting)}{did_you_mean(str(precision)[:60], fitting)}")
     if make is None:
         wanted = {precision: fitting[precision]} if precision is not None else fitting
         engine = engines.pick(engines.survey(bundle, wanted).fitting)

@@ -12,6 +12,7 @@ import numpy as np
 
 from edgedetr.errors import BundleError, MissingDependency
 from edgedetr.packages import missing
+from edgedetr.runtime.cpu import bounded
 from edgedetr.runtime.onnx_reader import read, require_whole
 from edgedetr.runtime.runner import RawOutputs
 from edgedetr.telemetry import import_openvino
@@ -79,7 +80,7 @@ def _compile(model: bytes, threads: int | None, precision_hint: str, batch: int 
         raise MissingDependency(missing("openvino", error)) from error
     settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
-        settings["INFERENCE_NUM_THREADS"] = threads
+        settings["INFERENCE_NUM_THREADS"] = bounded(threads)
     core = _core()
     try:
         graph = core.read_model(model)

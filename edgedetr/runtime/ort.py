@@ -13,6 +13,7 @@ import numpy as np
 from edgedetr.errors import BundleError, DeviceError, EdgedetrError, MissingDependency
 from edgedetr.packages import missing
 from edgedetr.reading import parse_json
+from edgedetr.runtime.cpu import bounded
 from edgedetr.runtime.cudart import probe
 from edgedetr.runtime.onnx_reader import read, require_whole
 from edgedetr.runtime.runner import MADE_BY, RawOutputs
@@ -109,7 +110,7 @@ def plain_session(model: bytes, *, optimise: bool | str = False, threads: int | 
     levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4                  # what it cannot do is raised; its lines help nobody here
-    options.intra_op_num_threads = threads or 0     # 0 = one per core
+    options.intra_op_num_threads = bounded(threads)     # 0 = one per core
     options.inter_op_num_threads = 1
     options.graph_optimization_level = {True: levels.ORT_ENABLE_ALL, False: levels.ORT_DISABLE_ALL,
                                         "basic": levels.ORT_ENABLE_BASIC}[optimise]
@@ -141,7 +142,7 @@ def _session(model: bytes | str | Path, threads: int | None, optimise: bool, on_
     data = require_whole(model) if isinstance(model, bytes) else read(model)[0]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3                  # errors only: warnings about constant folding help nobody here
-    options.intra_op_num_threads = threads or 0     # 0 = one per core
+    options.intra_op_num_threads = bounded(threads)     # 0 = one per core
     options.inter_op_num_threads = 1
     # Threads that spin on after a run would take the cores from the backend that is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")

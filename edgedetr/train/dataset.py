@@ -22,6 +22,7 @@ from edgedetr.bundle import InputContract
 from edgedetr.data.form import DetectionSet, Sample
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError
+from edgedetr.runtime.cpu import bounded
 from edgedetr.runtime.preprocess import Geometry, averaged, resize
 from edgedetr.train.augment import Picture, compose, vary
 from edgedetr.train.config import AugmentConfig
@@ -140,6 +141,7 @@ def batches(dataset: TrainingSet, plan: np.ndarray, epoch: int, *, plain: bool, 
     """Batches of one process by a plan [steps, batch of this process], at the set's own size or one for each step."""
     sizes = contracts or [dataset.contract] * len(plan)
     picks = [[Pick(epoch, int(index), plain, size) for index in row] for row, size in zip(plan, sizes)]
+    workers = bounded(workers, "train.workers")
     return iter(DataLoader(dataset, batch_sampler=picks, num_workers=workers, collate_fn=_collate,
                            pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None))
 

@@ -6,6 +6,7 @@ import logging
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from edgedetr.bundle import MANIFEST, Bundle, ClassInfo
@@ -15,8 +16,15 @@ from edgedetr.layers import drop_path, lora
 from edgedetr.models import build, pretrained
 from edgedetr.models.detector import Detector
 from edgedetr.recipe import Recipe
+from edgedetr.runtime.cpu import bounded
 
 log = logging.getLogger(__name__)
+
+
+def use_threads(wanted: int) -> None:
+    """Threads of torch on the CPU, no more than this process has cores; 0: torch's own choice."""
+    if wanted:
+        torch.set_num_threads(bounded(wanted, "train.threads"))
 
 
 def detector(recipe: Recipe, classes: tuple[ClassInfo, ...], *, fresh: bool) -> Detector:

@@ -97,8 +97,7 @@ class Run:
         if config.patience and not self.chooses:
             log.warning("train.patience is ignored: only the verify split (%s) is there to look at, and nothing is "
                         "chosen by it", place.verify_split)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        prepare.use_threads(config.threads)
         seed_step(config.seed, 0, 0)                    # the same start weights in every process
         model_config = recipe.model.config
         self.detector = prepare.detector(recipe, samples.classes, fresh=not self.saved.exists())
