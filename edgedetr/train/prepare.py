@@ -34,8 +34,9 @@ def detector(recipe: Recipe, classes: tuple[ClassInfo, ...], *, fresh: bool) -> 
     """
     config = recipe.train
     model = build(recipe.model.name, recipe.model.config, len(classes))
+    anew: tuple[str, ...] = ()
     if fresh and config.start:
-        _start(model, recipe, config.start, [item.name for item in classes])
+        anew = _start(model, recipe, config.start, [item.name for item in classes])
     elif fresh:
         pretrained.load_backbone(model, recipe.model.config)
     if config.drop_path:
@@ -48,6 +49,10 @@ def detector(recipe: Recipe, classes: tuple[ClassInfo, ...], *, fresh: bool) -> 
         freeze(model, ("*",), but=config.lora_beside)
         lora.adapt(model, config.lora_on, config.lora_rank, config.lora_alpha)
     freeze(model, config.freeze)
+    still = [name for name, parameter in model.named_parameters() if name in anew and not parameter.requires_grad]
+    if still:
+        log.warning("started anew for these classes, and frozen: %s; to let them learn, %s", ", ".join(still),
+                    "add them to train.lora_beside" if config.lora_rank else "leave them out of train.freeze")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError(f"train.freeze {list(config.freeze)} leaves nothing to learn; name fewer patterns")
     return model.train()
@@ -65,8 +70,11 @@ def freeze(model: nn.Module, patterns: tuple[str, ...], but: tuple[str, ...] = (
             parameter.requires_grad_(False)
 
 
-def _start(model: Detector, recipe: Recipe, source: str, classes: list[str]) -> None:
-    """Weights of a whole detector: of a bundle (class rows by name), or of a file or a name on the hub."""
+def _start(model: Detector, recipe: Recipe, source: str, classes: list[str]) -> tuple[str, ...]:
+    """Weights of a whole detector: of a bundle (class rows by name), or of a file or a name on the hub.
+
+    return  the tensors that start anew, at least for some classes
+    """
     member = recipe.model.name
     if (Path(source) / MANIFEST).is_file():
         bundle = Bundle.open(source)
@@ -75,14 +83,14 @@ def _start(model: Detector, recipe: Recipe, source: str, classes: list[str]) -> 
         path = bundle.require("weights.safetensors")
         theirs = [item.name for item in bundle.manifest.classes]
         rows = pretrained.rows_by_name(theirs, classes)
-        pretrained.fit(model, pretrained.read(str(path)), str(path), None if theirs == classes else rows)
+        loaded = pretrained.fit(model, pretrained.read(str(path)), str(path), None if theirs == classes else rows)
         if theirs != classes:
             kept = [name for name, row in zip(classes, rows) if row is not None]
             fresh = [name for name, row in zip(classes, rows) if row is None]
             log.warning("%s: rows of the class heads kept by name: %s; started anew: %s", source,
                         ", ".join(kept) or "none", ", ".join(fresh) or "none")
-    else:
-        pretrained.load_detector(model, member, source, recipe.model.config)
+        return loaded.fresh if None in rows and theirs != classes else ()
+    return pretrained.load_detector(model, member, source, recipe.model.config).fresh
 
 
 def require_place(out: Path, saved: Path, resume: bool) -> None:

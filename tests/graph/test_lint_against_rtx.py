@@ -80,7 +80,7 @@ def test_lint_for_tensorrt_11_differs_only_where_rtx_is_documented_to():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_RTX, reason="needs TensorRT-RTX: pip install 'edgedetr[trt-check]' (x86-64)")
+@pytest.mark.skipif(not HAS_RTX, reason="needs TensorRT-RTX: pip install tensorrt-rtx (x86-64)")
 def test_rtx_still_answers_as_recorded(tmp_path):
     paths = []
     for number, model in enumerate(CASES.values()):

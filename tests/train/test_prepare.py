@@ -42,6 +42,22 @@ def test_other_classes_start_anew_and_the_rest_is_kept(trained: Path) -> None:
     assert not torch.equal(detector.selector.score.weight[0], weights["selector.score.weight"][0])
 
 
+@pytest.mark.parametrize("settings, advice", [
+    ({"lora_rank": 2, "lora_on": ["*.q"]}, "add them to train.lora_beside"),
+    ({"freeze": ["selector.*"]}, "leave them out of train.freeze"),
+    ({"lora_rank": 2, "lora_on": ["*.q"], "lora_beside": ["selector.*", "decoder.boxes.*"]}, None),
+])
+def test_what_starts_anew_and_does_not_learn_is_said(trained: Path, caplog, settings, advice) -> None:
+    three = (ClassInfo(0, 9, "huge"), *(replace(item, index=item.index + 1) for item in CLASSES))
+    for classes in (three, CLASSES):        # no word where the classes are the same
+        caplog.clear()
+        prepare.detector(micro.recipe(start=str(trained), **settings), classes, fresh=True)
+        said = [record.getMessage() for record in caplog.records if "started anew for these classes, and frozen" in
+                record.getMessage()]
+        assert bool(said) == (classes is three and advice is not None)
+        assert all("selector.denoising_class_embed.weight" in line and line.endswith(str(advice)) for line in said)
+
+
 def test_adapters_train_alone_with_heads_and_norms_and_are_merged_into_the_bundle(
         trained: Path, micro_data: Path, tmp_path: Path) -> None:
     recipe = micro.recipe(epochs=2, lora_rank=2, lora_on=["*.q", "*.v", "*feedforward.up"], start=str(trained))
