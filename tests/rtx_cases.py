@@ -399,6 +399,22 @@ add("math/dropout-mask", ROW, "y, m = Dropout(x)", outputs="y, m")
 add("math/clip-open", ROW, "y = Clip(x, , m)", weights="float m = {6}")
 add("math/clip-int", "int32[1,4] x", "y = Clip(x, m)", weights="int32 m = {6}")
 
+add("math/mod-float-as-integers", "float[4] x, float[4] z", "y = Mod(x, z)", outputs="float[4] y")
+add("math/dropout-training-input", "float[4] x, bool t", "y = Dropout(x, r, t)", weights="float r = {0.5}")
+add("math/range-float16", "float16[4] x", "r = Range(a, b, c); y = Add(r, x)", outputs="float16[4] y",
+    weights="float16 a = {0}, float16 b = {4}, float16 c = {1}")
+add("math/range-float", "float[4] x", "r = Range(a, b, c); y = Add(r, x)", weights="float a = {0}, float b = {4}, float c = {1}")
+add("pool/lp-3", IMAGE, "y = LpPool<kernel_shape=[2,2], p=3>(x)")
+add("pool/lp-1", IMAGE, "y = LpPool<kernel_shape=[2,2], p=1>(x)")
+add("resize/scales-as-input", "float[1,4,8,8] x, float[4] s", 'y = Resize<mode="linear">(x, , s)', outputs="float[a,b,c,d] y")
+add("attention/causal-and-mask", HALF + ", float16[1,1,64,64] m", "y = Attention<is_causal=1>(q, k, v, m)", opset=23)
+add("attention/other-value-size", HALF.replace("64,64] v", "64,32] v"), "y = Attention(q, k, v)", opset=23)
+add("attention/half-mask", HALF + ", float16[1,1,64,64] m", "y = Attention(q, k, v, m)", opset=23)
+CACHE = "float[1,2,8,4] x, float[1,2,1,4] u"
+for mode in ("linear", "circular"):
+    add(f"scatter/tensor-{mode}", CACHE, f'y = TensorScatter<mode="{mode}">(x, u, i)', weights="int64[1] i = {3}", opset=24,
+        outputs="float[1,2,8,4] y")
+
 # Control flow.
 BRANCHES = "then_branch = a () => (float[1,4] b) {{ b = {0}(x) }}, else_branch = e () => (float[1,4] d) {{ d = {1}(x) }}"
 add("control/if", "bool c, float[1,4] x", f"y = If<{BRANCHES.format('Relu', 'Neg')}>(c)")

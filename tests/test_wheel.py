@@ -60,7 +60,8 @@ def test_the_wheel_carries_recipes_policies_template_and_types(installed):
     names = set(zipfile.ZipFile(next((installed / "dist").glob("*.whl"))).namelist())
     for recipe in (ROOT / "recipes").glob("*.toml"):
         assert f"edgedetr/_recipes/{recipe.name}" in names
-    assert {"edgedetr/_policy/default.toml", "edgedetr/report/page.html", "edgedetr/py.typed"} <= names
+    assert {"edgedetr/_policy/default.toml", "edgedetr/report/page.html", "edgedetr/py.typed",
+            "edgedetr/graph/operators.json"} <= names
     assert not [name for name in names if name.startswith(("tests", "runs")) or name.endswith(".pyc")]
 
 

@@ -38,6 +38,7 @@ from planted import (
 
 from edgedetr import cli
 from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputContract
+from edgedetr.commands import bring
 from edgedetr.errors import UsageError
 from edgedetr.graph.finding import TARGETS
 from edgedetr.graph.lint import lint, lint_file
@@ -158,6 +159,8 @@ CASES = [
     Case("dimensions", one("Relu", shape=(1,) * 9), one("Relu", shape=(1,) * 8), ALL),
     Case("sizes", graph_of([node("Conv", "x w", "y")], {"x": (F32, (1, 4, 8, 8))},
                            {"w": np.ones((4, 3, 1, 1), np.float32)}), conv_then(), ALL),
+    Case("combination", graph_of([node("Mod", "x x", "y")], {"x": (F32, (4,))}),
+         graph_of([node("Mod", "x x", "y", fmod=1)], {"x": (F32, (4,))}), ALL),
     Case("unknown-operator", one("Det"), one("Relu"), ALL),
     Case("unknown-operator", custom("", "NotAnOperator"), one("Relu"), ALL),
     Case("operator-type", graph_of([node("MatMul", "x x", "y")], {"x": (TensorProto.INT32, (4, 4))}),
@@ -206,6 +209,26 @@ def test_a_finding_names_node_reason_fix_and_source():
     assert (found.rule, found.node) == ("topk-bound", "the_TopK")
     assert "4000" in found.reason
     assert "3840" in found.fix
+
+
+def test_the_command_offers_the_targets_that_lint_knows():
+    assert bring.TARGETS == tuple(TARGETS)
+    assert {name: TARGETS[name].tensorrt for name in TARGETS} == {
+        "jetpack-6": (10, 3), "jetpack-7.0": (10, 13), "jetpack-7.1": (10, 13), "jetpack-7.2": (10, 16),
+        "trt-11": (11, 0)}
+
+
+def test_the_table_follows_the_releases_and_names_its_source():
+    """Swish came with 11.0, Attention with 10.14; RMSNormalization with 10.15; Det has not come."""
+    reads = {name: [kind for kind in ("Relu", "Attention", "RMSNormalization", "Swish", "Det")
+                    if kind in target.table.operators] for name, target in TARGETS.items()}
+    assert reads == {"jetpack-6": ["Relu"], "jetpack-7.0": ["Relu"], "jetpack-7.1": ["Relu"],
+                     "jetpack-7.2": ["Relu", "Attention", "RMSNormalization"],
+                     "trt-11": ["Relu", "Attention", "RMSNormalization", "Swish"]}
+    assert [target.table.opsets for target in TARGETS.values()] == [(9, 20), (9, 22), (9, 22), (9, 24), (9, 24)]
+    assert all(operator.source for target in TARGETS.values() for operator in target.table.operators.values())
+    found = next(finding for finding in lint(one("MaxPool", kernel_shape=[2, 2], dilations=[2, 2])))
+    assert found.source.startswith("https://github.com/onnx/onnx-tensorrt/blob/release/10.1-GA/")
 
 
 def test_one_target_alone_is_asked():

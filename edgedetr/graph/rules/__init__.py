@@ -33,6 +33,7 @@ RULES: tuple[Rule, ...] = (
     Rule("operator-type", limits.operator_type, _PARSER, by_target=True),
     Rule("operator-limit", limits.operator_limit, _PARSER, by_target=True),
     Rule("operator-input", limits.operator_input, _PARSER, by_target=True),
+    Rule("combination", limits.combinations, "parser of TensorRT-RTX 1.7.1"),
     Rule("data-dependent", operators.data_dependent, f"{_DOCS}/inference-library/work-dynamic-shapes.html"),
     Rule("control-flow", operators.control_flow, f"{_DOCS}/performance/best-practices.html"),
     Rule("integer-operator", operators.integer_operators, _PARSER),

@@ -76,6 +76,22 @@ def operator_input(view: GraphView, target: Target) -> Iterator[Fault]:
                          "export for one fixed size, so that it is one", source=operator.source)
 
 
+def combinations(view: GraphView, target: Target) -> Iterator[Fault]:
+    """What each word of a node allows, and both together do not."""
+    for node in view.nodes:
+        kinds = [type_name(view.types.get(name, 0)) for name in node.input]
+        if node.op_type == "Mod" and not attribute(node, "fmod", 0) and any("float" in kind for kind in kinds):
+            yield at(node, f"Mod of {kinds[0]} with fmod 0, which is for integers", "set fmod to 1")
+        if node.op_type == "Attention" and len(node.input) > 2:
+            shapes = [view.shape(name) for name in node.input[1:3]]
+            if attribute(node, "is_causal", 0) and len(node.input) > 3 and node.input[3]:
+                yield at(node, "Attention with is_causal and a mask; the parser takes one of them",
+                         "put the causal mask into the mask")
+            if all(shapes) and None not in [*(shapes[0] or []), *(shapes[1] or [])] and shapes[0] != shapes[1]:
+                yield at(node, f"Attention of keys {shapes[0]} and values {shapes[1]}; the parser takes equal sizes",
+                         "write it as MatMul and Softmax")
+
+
 def dimensions(view: GraphView, target: Target) -> Iterator[Fault]:
     for name, shape in view.shapes.items():
         if len(shape) > MOST_DIMENSIONS:

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto
 
-from edgedetr.graph.evaluate import LARGEST, OPERATORS, evaluate
+from edgedetr.graph.evaluate import OPERATORS, evaluate
 from edgedetr.graph.finding import Fault, Target, at
 from edgedetr.graph.view import GraphView, attribute
 
 _NORMALISING = ("InstanceNormalization", "GroupNormalization")
-_BEFORE, _BEHIND = 24, 12       # nodes that are looked at on either side of a root
+_PASSING = ("Cast", "Identity", "Mul", "Pow", "Abs", "Sub", "Reshape")
+_MOST = 1 << 18                 # elements of one trial
+_BEFORE, _BEHIND = 24, 8        # nodes that are looked at on either side of a root
 _ROWS = 6                       # of random numbers at least: any two points lie on a straight line
 _CLOSE = 1e-3                   # of the spread of what is compared; epsilon of 1e-5 moves it by less
 
@@ -44,15 +46,21 @@ def _is_root(view: GraphView, node: NodeProto) -> bool:
 
 
 def _computes_layer_norm(view: GraphView, root: NodeProto) -> bool:
-    before = _cone(view, root)
-    if root.op_type not in _NORMALISING and not any(node.op_type.startswith("Reduce") for node in before):
-        return False
-    behind = _behind(view, root)
-    # The other normalizations are themselves one operator; only between two Reshapes are they this one.
-    own = root.input[0] if root.op_type in _NORMALISING and root.input else ""
-    names = dict.fromkeys(name for node in before[::-1] for name in node.input
-                          if name and name != own and view.folded(name) is None)
-    return any(_from(view, name, before, behind) for name in names)
+    before, behind = _cone(view, root), _behind(view, root)
+    return any(_from(view, name, before, behind) for name in _sources(view, root, before))
+
+
+def _sources(view: GraphView, root: NodeProto, before: list[NodeProto]) -> list[str]:
+    """Tensors that may be the one which is normalized: what is averaged, the nearest to the root first."""
+    if root.op_type in _NORMALISING:        # one operator by itself; between two Reshapes it is this one
+        return [name for node in before[::-1] if node is not root for name in node.input[:1]
+                if view.folded(name) is None]
+    averaged = [node.input[0] for node in before[::-1] if node.op_type.startswith("Reduce") and node.input]
+    for name in averaged:
+        maker = view.makers.get(name)
+        if maker is not None and maker.op_type in _PASSING and maker.input and maker.input[0] not in averaged:
+            averaged.append(maker.input[0])
+    return list(dict.fromkeys(averaged))
 
 
 def _from(view: GraphView, source: str, before: list[NodeProto], behind: list[NodeProto]) -> bool:
@@ -61,7 +69,19 @@ def _from(view: GraphView, source: str, before: list[NodeProto], behind: list[No
     if not shape or len(shape) < 2 or shape[-1] is None or shape[-1] < 2:
         return False
     sizes = [size or 2 for size in shape]
-    if np.prod(sizes, dtype=float) > LARGEST:
+    few = [*(min(size, 3) for size in sizes[:-1]), sizes[-1]]
+    # Of fewer rows it is the same, unless something in it is made for so many.
+    if few != sizes and _is_layer_norm(view, source, few, before, behind):
+        return True
+    rigid = any(node.op_type in ("Reshape", "Expand", *_NORMALISING) for node in (*before, *behind)) or any(
+        len(view.constants[name].dims) > 1 for node in (*before, *behind) for name in node.input
+        if name in view.constants)
+    return (few == sizes or rigid) and _is_layer_norm(view, source, sizes, before, behind)
+
+
+def _is_layer_norm(view: GraphView, source: str, sizes: list[int], before: list[NodeProto], behind: list[NodeProto],
+                   ) -> bool:
+    if np.prod(sizes, dtype=float) > _MOST:
         return False
     rows, rng = int(np.prod(sizes[:-1])), np.random.default_rng(0)
     tries = [_compute(view, source, _numbers(rng, sizes), before, behind) for _ in range(-(-_ROWS // rows))]
