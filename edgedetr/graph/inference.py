@@ -20,6 +20,7 @@ from edgedetr.graph.tensor import tensor_fault
 DEEPEST = 16                # graphs inside graphs; exporters write two or three
 MOST_CALLS = 100_000        # nodes of a local function with those of all that it calls
 _LONGEST = 2**31 - 1        # elements along one axis
+_MOST_AXES = 64             # of an input whose sizes are followed; TensorRT has 8
 _SMALL = 4096               # elements; larger weights take part by their type and shape alone
 # What onnx and protobuf raise for graphs that are not one, besides InferenceError.
 _FAULTS = shape_inference.InferenceError, RuntimeError, ValueError, IndexError, TypeError, OverflowError, KeyError
@@ -99,6 +100,7 @@ def infer_types(model: ModelProto, nodes: list[NodeProto]) -> Inferred:
     versions = {item.domain: item.version for item in model.opset_import}
     for node in nodes:
         _by_schema(found.types, node, versions)
+    _take(found, (item for item in model.graph.input if item.name not in found.shapes))
     # An output that follows from nothing: the file's word is all there is, and the parser takes it too.
     for item in model.graph.output:
         if item.name not in found.types and item.type.tensor_type.elem_type:
@@ -138,6 +140,8 @@ def _bare(model: ModelProto, nodes: list[NodeProto]) -> ModelProto:
     for item in light.graph.output:
         item.ClearField("type")
     for item in light.graph.input:
+        if len(item.type.tensor_type.shape.dim) > _MOST_AXES:
+            item.type.tensor_type.ClearField("shape")
         for size in item.type.tensor_type.shape.dim:
             if size.HasField("dim_value") and not 0 <= size.dim_value <= _LONGEST:      # onnx 1.23 crashes on some
                 size.ClearField("dim_value")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edgedetr.graph.finding import Rule
-from edgedetr.graph.rules import limits, normalisation, operators, quantised, shapes, structure, types
+from edgedetr.graph.rules import limits, normalisation, operators, quantised, shapes, sizes, structure, types
 
 _DOCS = "https://docs.nvidia.com/deeplearning/tensorrt/latest"
 _QUANTISED = f"{_DOCS}/inference-library/work-quantized-types.html"
@@ -21,7 +21,8 @@ RULES: tuple[Rule, ...] = (
     Rule("element-type", structure.element_types, _PARSER),
     Rule("inner-type", structure.inner_types, _PARSER),
     Rule("dimensions", limits.dimensions, f"{_DOCS}/reference/operators.html"),
-    Rule("sizes", limits.sizes, "https://onnx.ai/onnx/operators/"),
+    Rule("sizes", sizes.sizes, "https://onnx.ai/onnx/operators/"),
+    Rule("parameters", sizes.parameters, "https://onnx.ai/onnx/operators/"),
     Rule("opset", shapes.opset, _PARSER, by_target=True),
     Rule("quantised-opset", shapes.quantised_opset, "https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html"),
     Rule("open-input", shapes.open_input, f"{_ISSUES}/4813"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from onnx import AttributeProto, NodeProto
@@ -12,7 +11,6 @@ from edgedetr.graph.operator_table import Operator
 from edgedetr.graph.view import GraphView, attribute, type_name
 
 MOST_DIMENSIONS = 8
-AGAIN = "export the model again"
 _LISTS = {AttributeProto.INTS: "ints", AttributeProto.FLOATS: "floats", AttributeProto.STRINGS: "strings"}
 _SINGLE = {AttributeProto.INT: "i", AttributeProto.FLOAT: "f", AttributeProto.STRING: "s"}
 
@@ -97,32 +95,6 @@ def dimensions(view: GraphView, target: Target) -> Iterator[Fault]:
         if len(shape) > MOST_DIMENSIONS:
             yield Fault(name, f"a tensor of {len(shape)} dimensions; TensorRT has at most {MOST_DIMENSIONS}",
                         "reshape it to fewer")
-
-
-def sizes(view: GraphView, target: Target) -> Iterator[Fault]:
-    """Weights, targets and bounds that do not fit what they are used on, where ONNX's own inference does not look."""
-    for node in view.nodes:
-        shapes = [view.shape(name) if name else None for name in node.input]
-        data, other = [*shapes, None, None][:2]
-        if node.op_type in ("Conv", "ConvTranspose") and data and other and len(data) == len(other) > 2:
-            groups, turned = max(attribute(node, "group", 1), 1), node.op_type == "ConvTranspose"
-            wanted = other[0] if turned else None if other[1] is None else other[1] * groups
-            if None not in (data[1], wanted) and data[1] != wanted:
-                yield at(node, f"the weight of {node.op_type} is for {wanted} channels, and its data has {data[1]}",
-                         AGAIN)
-        folded = view.folded(node.input[1]) if len(node.input) > 1 and node.input[1] else None
-        if folded is None or data is None or folded.dtype.kind not in "iu":
-            continue
-        if node.op_type == "Reshape" and None not in data:
-            kept = [] if attribute(node, "allowzero", 0) else data       # a 0 stands for the size that is there
-            target_sizes = [kept[place] if size == 0 and place < len(kept) else int(size)
-                            for place, size in enumerate(folded.reshape(-1))]
-            have = math.prod(size or 0 for size in data)
-            want = math.prod(size or 0 for size in target_sizes if size != -1)
-            if (have % want if want else have) if -1 in target_sizes else have != want:
-                yield at(node, f"reshapes {data} to {target_sizes}, which has not as many elements", AGAIN)
-        if node.op_type == "Slice" and (len(node.input) < 4 or not node.input[3]) and folded.size != len(data):
-            yield at(node, f"slices {len(data)} dimensions with {folded.size} starts and names no axes", AGAIN)
 
 
 def _follows_from_sizes(view: GraphView, name: str) -> bool:

@@ -98,6 +98,8 @@ def topk_bound(view: GraphView, target: Target) -> Iterator[Fault]:
         if not found.size:
             yield at(node, "K is computed, so the size of everything behind it is open",
                      "export for one fixed size, so that K is a constant", "warning")
+        elif int(found[0]) < 0:
+            yield at(node, f"K is {int(found[0])}", "export the model again")
         elif int(found[0]) > TOPK_LIMIT:
             yield at(node, f"K is {int(found[0])}; the builder takes at most {TOPK_LIMIT}",
                      f"keep {TOPK_LIMIT} or fewer queries")
