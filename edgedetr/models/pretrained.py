@@ -95,7 +95,8 @@ def load_backbone(detector: Detector, config: Any) -> Loaded | None:
         source = SOURCES[config.backbone]
     origin = Origin(source)
     weights, backbone = names.backbone_of(origin.weights()), detector.backbone
-    path = origin.beside("config.json")
+    # What "auto" names is known to fit; a cache filled by an earlier version has no config.json of it.
+    path = None if config.backbone_weights == "auto" else origin.beside("config.json")
     if path is not None:
         look_at_backbone(config_json(path), str(path))
     if isinstance(backbone, VitPyramid) and not any(name.startswith("transformer.") for name in weights):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +24,7 @@ from edgedetr.models.hub_config import look, look_at_backbone
 from edgedetr.models.hub_keys import ALONE, BACKBONES, SOURCES, Key, NoEffect, Only, Read, Same, Special
 from edgedetr.models.infer import infer
 from edgedetr.models.origin import Origin
-from edgedetr.models.pretrained import fit
+from edgedetr.models.pretrained import fit, load_backbone, load_detector
 
 SMALL = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
          "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_queries": 6, "num_labels": 3}
@@ -424,6 +425,54 @@ def test_each_key_alone_is_read_as_transformers_does_and_acts_there(name: str) -
         torch.testing.assert_close(ours[1], found[1], atol=3e-5, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
         if found[0].shape == base[0].shape:
             assert max(float((a - b).abs().max()) for a, b in zip(found, base)) > 1e-3, f"{key} does nothing"
+
+
+def test_a_training_that_starts_from_another_configuration_says_which_key(caplog: pytest.LogCaptureFixture) -> None:
+    before = plain("rt")
+    config = architecture(Origin(str(before.folder)), "rt_detr").recipe.model.config
+    detector = build("rt_detr", config, 3)
+    assert load_detector(detector, "rt_detr", str(before.folder), config).fresh == ()
+    with pytest.raises(ModelError, match=r"its model has heads = 4, and this one 8; use --set model.heads=4"):
+        load_detector(detector, "rt_detr", str(before.folder), dataclasses.replace(config, heads=8))
+    with pytest.raises(ModelError, match=r"encoder_activation = 'gelu', and this one 'relu'; .*_activation=gelu"):
+        load_detector(detector, "rt_detr", str(before.folder), dataclasses.replace(config, encoder_activation="relu"))
+    # Of queries that are selected, a training may take fewer.
+    load_detector(detector, "rt_detr", str(before.folder), dataclasses.replace(config, queries=5))
+    assert "its model has 6 queries, and this one 5" in caplog.text
+
+
+def test_a_backbone_of_another_architecture_is_refused_where_a_training_names_it(tmp_path: Path) -> None:
+    before = plain("rt")
+    config = architecture(Origin(str(before.folder)), "rt_detr").recipe.model.config
+    detector = build("rt_detr", config, 3)
+    assert load_backbone(detector, dataclasses.replace(config, backbone_weights=str(before.folder))) is not None
+    shutil.copy(before.folder / "model.safetensors", tmp_path)
+    inner = {**before.raw["backbone_config"], "hidden_act": "gelu"}
+    (tmp_path / "config.json").write_text(json.dumps({**before.raw, "backbone_config": inner}), encoding="utf-8")
+    with pytest.raises(ModelError, match='backbone_config: hidden_act is "gelu"'):
+        load_backbone(detector, dataclasses.replace(config, backbone_weights=str(tmp_path)))
+
+
+ODD: list[Any] = [None, True, 0, -1, 2**70, 1e308, float("nan"), float("inf"), "", "relu", "\ud800", [], [None], [[]],
+                  {}, {"a": []}, {"model_type": "resnet"}, {"model_type": "timm_backbone", "backbone": []},
+                  {"model_type": "resnet", "out_features": [[]]}, list(range(5000))]
+
+
+@case
+def test_odd_values_of_every_key_are_read_or_one_error(name: str) -> None:
+    """Every key and every nested key, twenty values each."""
+    one, raw = CASES[name], plain(name).raw
+    found = {"hidden": 32, "ffn": 48, "encoder_layers": 2, "points": 4, "expansion": 0.5, "backbone": "resnet18"}
+    said: list[str] = []
+    for value in ODD:
+        changed = [{**raw, key: value} for key in SOURCES[one.kind].keys]
+        changed += [{**raw, "backbone_config": {**raw["backbone_config"], key: value}} for key in BACKBONES["resnet"]]
+        for content in changed:
+            try:
+                look(content, one.member, "config.json").agree(found)
+            except ModelError as error:
+                said.append(str(error))
+    assert len(said) > 1000 and max(map(len, said)) < 600
 
 
 def test_tables_say_why() -> None:
