@@ -97,7 +97,11 @@ def require(path: str | Path, expected: str) -> None:
     """
     accepted, wanted, error = EXPECTED[expected]
     path = Path(path)
+    if expected == "recipe" and path.is_dir():
+        return              # a folder may have the name of a shipped recipe
     kind = what_is(path)
+    if kind is PART and expected != "bundle" and path.name != "bundle.json":
+        return              # of no kind that is known, wherever it lies
     if expected == "bundle" and kind is not BUNDLE and path.exists() and _bundle_above(path) is not None:
         kind = PART
     if kind is not None and kind.name not in accepted:

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgedetr.errors import EdgedetrError
@@ -58,8 +58,9 @@ def _take(path: Path, wait: float, busy: Callable[[str], EdgedetrError]) -> int 
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_there(path, handle):         # else its last owner took it away between opening and locking
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"{os.getpid()} {host()}\n".encode(), 0)
+                with suppress(OSError):         # a full disk: then the lock holds without a name
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, f"{os.getpid()} {host()}\n".encode(), 0)
                 _open.add(handle)
                 return handle
             os.close(handle)

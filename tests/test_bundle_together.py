@@ -155,6 +155,16 @@ def test_a_file_system_without_locks_is_said_and_the_work_is_done(bundle, monkey
     assert {path.name for path in bundle.path.iterdir()} == {"bundle.json", "model.onnx"}
 
 
+def test_a_lock_holds_on_a_full_disk_too(bundle, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(locks.os, "pwrite", full)
+    with Bundle.training(bundle.path), pytest.raises(TrainingError, match="another process"), \
+            Bundle.training(bundle.path):
+        pass
+
+
 def test_a_training_that_is_refused_before_it_began_leaves_no_folder(tmp_path):
     with pytest.raises(ZeroDivisionError), Bundle.training(tmp_path / "new.bundle"):
         raise ZeroDivisionError

@@ -152,6 +152,14 @@ def test_what_is_meant_is_let_through():
     assert what_is(FIXTURES / "nowhere") is None
 
 
+def test_a_folder_with_the_name_of_a_shipped_recipe_does_not_hide_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "demo" / "annotations").mkdir(parents=True)
+    (tmp_path / "demo" / "annotations" / "train.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["train", "--data", "nowhere", "--recipe", "demo"]) == 1
+    assert "nowhere: no such directory" in capsys.readouterr().err
+
+
 def test_images_of_many_formats_are_images(tmp_path):
     for suffix in ("jpg", "png", "gif", "bmp", "tiff", "webp"):
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / f"a.{suffix}")

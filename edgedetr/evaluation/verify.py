@@ -73,6 +73,7 @@ def verify(
     On engines the verdict is a DeviceVerdict (see device.py).
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    bundle.inside(RESULT)       # where the verdict goes must not lead elsewhere; said before the work, not after it
     config = config or VerifyConfig(budget=bundle.manifest.budget)
     config = replace(config, budget=config.budget if max_drop is None else max_drop, threads=threads or config.threads)
     if not math.isfinite(config.budget):

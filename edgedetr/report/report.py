@@ -71,6 +71,7 @@ def write_report(bundle: Bundle, *, data: Path | None = None) -> Path:
         from edgedetr.report import figures
     except ImportError as error:
         raise MissingDependency(missing((error.name or "matplotlib").partition(".")[0], error)) from error
+    path = report_path(bundle)
     evidence = read(bundle)
     verdict, manifest = evidence.verdict, bundle.manifest
     root = data or (Path(manifest.data.path) if manifest.data else None)
@@ -108,7 +109,6 @@ def write_report(bundle: Bundle, *, data: Path | None = None) -> Path:
         overlap=OVERLAP,
         versions=_versions(),
     )
-    path = report_path(bundle)
     bundle.clean()
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

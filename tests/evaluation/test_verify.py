@@ -320,6 +320,15 @@ def test_read_only_storage_loses_the_record_and_not_the_verdict(good, monkeypatc
     assert verify(good, threads=1).passed
 
 
+def test_results_behind_a_link_are_refused_before_anything_is_measured(good, tmp_path, monkeypatch):
+    (tmp_path / "outside").mkdir()
+    (good.path / "results").symlink_to(tmp_path / "outside")
+    monkeypatch.setattr("edgedetr.evaluation.verify.run_stages", lambda *a, **k: pytest.fail("measured"))
+    with pytest.raises(BundleError, match="results: a link"):
+        verify(good)
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
 def test_one_stage_alone_is_measured_like_in_the_verdict(bad):
     result = verify(bad, threads=1)
     for stage in result.stages:
