@@ -29,7 +29,7 @@ from edgedetr.export.fold import fold, remove_unused
 from edgedetr.export.intake import dtype_of, fixed, read_model, size_of
 from edgedetr.export.onnx_file import OPSET, PREFIX, check, describe
 from edgedetr.export.opset import IR_VERSION
-from edgedetr.export.original import NOISE, SIDE, Original, agree, decoded, probes, renumbered
+from edgedetr.export.original import NOISE, SIDE, Agreement, Original, agree, decoded, probes, renumbered
 from edgedetr.export.roles import prefix_nodes
 from edgedetr.export.sampling import gather_samples
 from edgedetr.export.told import Kept, Pixels, columns_of, read_names, usual
@@ -38,6 +38,7 @@ from edgedetr.export.understanding import Asked, Understood, understand
 from edgedetr.export.widen import drop_idle_casts
 from edgedetr.graph.view import GraphView
 from edgedetr.options import one_of
+from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.runner import RawOutputs
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Brought:
                 "" if self.ap >= SPEAKS else ": it finds next to nothing there; check --classes, --columns, --scale, "
                 "--mean and --std"))
         if self.contract == "decoded":
-            lines.append(f"checked on {self.pictures} images: {'nearly ' if self.half else ''}all of {self.objects} "
+            lines.append(f"checked on {self.pictures} images: all of {self.objects} "
                          "objects that the file itself chooses are found again")
         else:
             lines.append(f"checked on {self.pictures} images: the graph gives what the file gives, read the same way "
@@ -172,28 +173,44 @@ def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, 
     manifest = Manifest(MODEL, kept.classes, contract, output, data=record)
     opset = GraphView(original, infer=False).opset
     _finish(result, manifest, path, opset)
-    found_again = _compare(result, oracle, images, output, found, kept, half)
+    notes = [*found.why, *beside.notes, *_sizes(beside, height, width)]
+    ours = _objects(result, images, output, found)
+    if half:            # rounding decides what the file chooses: the graph is compared with the same one in float32
+        wide = Original(model, replace(taken, mask=""), pixels.factor, pixels.shift)
+        found_again = _compare(ours, wide, images, output, found, kept).objects
+        notes.append(f"the file computes in float16, model.onnx in float32; against the file: "
+                     f"{_compare(ours, oracle, images, output, found, kept, half=True).words}")
+    else:
+        found_again = _compare(ours, oracle, images, output, found, kept).objects
     bundle = Bundle.create(out, manifest)
     with bundle.add("model.onnx", stage=STAGE) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
     return Brought(bundle, found.answer.kind, opset, kept.activation, found.given.option, pixels, found.queries,
-                   (*found.why, *beside.notes, *_sizes(beside, height, width)), choice.ap, half, folded, gathered,
+                   tuple(notes), choice.ap, half, folded, gathered,
                    found_again, len(images))
 
 
-def _compare(result: ModelProto, oracle: Original, images: np.ndarray, output: OutputContract, found: Understood,
-             kept: Kept, half: bool) -> int:
-    """Objects of the file that the new graph finds too; ExportError unless it is all of them."""
+def _objects(result: ModelProto, images: np.ndarray, output: OutputContract,
+             found: Understood) -> dict[int, Detections]:
+    """What the bundle's graph finds in each image, in pixels of the input."""
     given = run(result, ["logits", "boxes"], [{"images": images[number:number + 1]} for number in range(len(images))])
-    ours = {number: decoded(RawOutputs(one["logits"], one["boxes"]), images[number:number + 1], output,
+    return {number: decoded(RawOutputs(one["logits"], one["boxes"]), images[number:number + 1], output,
                             one["logits"].shape[2], found.rule) for number, one in enumerate(given)}
+
+
+def _compare(ours: dict[int, Detections], oracle: Original, images: np.ndarray, output: OutputContract,
+             found: Understood, kept: Kept, *, half: bool = False) -> Agreement:
+    """How the file's objects are found again by the new graph; ExportError unless it is all of them.
+
+    half  the oracle computes in float16
+    """
     theirs = renumbered(oracle.detect(images, found, output), kept.places[:len(kept.classes)])
     again = agree(theirs, ours, half=half)
     if not again.same:
         raise ExportError(f"after the import the graph does not detect what the file did: {again.words}; expected the "
                           "same objects; export the model at opset 17 to 19 with a fixed size, and report this")
     log.info("the imported graph finds what the file found: %s", again.words)
-    return again.objects
+    return again
 
 
 def _sizes(beside: Beside, height: int, width: int) -> list[str]:

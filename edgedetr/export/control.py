@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from heapq import heapify, heappop, heappush
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
@@ -16,6 +17,38 @@ def captured(node: NodeProto) -> set[str]:
             for other in inner.node:
                 found.update(other.input, captured(other))
     return found
+
+
+def sort_nodes(model: ModelProto) -> None:
+    """Put nodes behind what they read, in place and otherwise in their order: converters to float16 append casts.
+
+    Nodes that read in a circle, or what nobody makes, stay at the end; the checker names them.
+    """
+    makers = {name: index for index, node in enumerate(model.graph.node) for name in node.output if name}
+    nodes = list(model.graph.node)
+    reads = [{makers[name] for name in [*node.input, *captured(node)] if name in makers} - {index}
+             for index, node in enumerate(nodes)]
+    if all(index > max(before, default=-1) for index, before in enumerate(reads)):
+        return
+    readers: dict[int, list[int]] = {}
+    for index, before in enumerate(reads):
+        for one in before:
+            readers.setdefault(one, []).append(index)
+    open_reads = [len(before) for before in reads]
+    ready = [index for index, count in enumerate(open_reads) if not count]
+    heapify(ready)
+    order = []
+    while ready:
+        index = heappop(ready)
+        order.append(index)
+        for reader in readers.get(index, []):
+            open_reads[reader] -= 1
+            if not open_reads[reader]:
+                heappush(ready, reader)
+    order += sorted({*range(len(nodes))} - {*order})
+    copies = [NodeProto.FromString(nodes[index].SerializeToString()) for index in order]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
 
 
 def branch(model: ModelProto, node: NodeProto, condition: bool) -> list[NodeProto]:

@@ -12,7 +12,7 @@ from onnx.inliner import inline_local_functions
 from edgedetr.errors import ExportError, UsageError
 from edgedetr.export import foreign, surgery
 from edgedetr.export.beside import PROCESSOR, Beside
-from edgedetr.export.control import first_line
+from edgedetr.export.control import first_line, sort_nodes
 from edgedetr.export.onnx_file import OPSET
 from edgedetr.export.opset import to_opset
 from edgedetr.export.settle import settle
@@ -45,6 +45,7 @@ def read_model(path: Path) -> ModelProto:
         raise ExportError(f"{path}: {len(model.graph.sparse_initializer)} sparse weights; expected dense ones; export "
                           "the model without sparsity")
     try:
+        sort_nodes(model)
         if model.functions:
             model = inline_local_functions(model)
         open_outputs = [item.type.tensor_type for item in model.graph.output

@@ -135,7 +135,10 @@ def _boxes(output: Block, whole: np.ndarray, boxes: list[np.ndarray], inner: lis
     """What is known of boxes that are an output."""
     traced = conversion_of(boxes, inner, values, factors) or conversion_of(boxes, inner, values, factors[1:], same=True)
     if traced is not None:
-        return _traced(traced, np.concatenate([traced.block.rows(value) for value in values]), factors, asked)
+        it = _traced(traced, np.concatenate([traced.block.rows(value) for value in values]), factors, asked)
+        # Where the file gives our own form as a tensor of its own (D-FINE), that tensor is taken as it is.
+        ours = it.given == BoxForm() and output.columns is None
+        return replace(it, block=output, form=it.given, layouts=("cxcywh",)) if ours and not traced.same else it
     pixels = asked.boxes.endswith("-pixels") if asked.boxes else box_reading.in_pixels(whole)
     unit = factors[1] if pixels else (1.0, 1.0)
     fits = _layouts(whole / np.array(unit * 2), asked)
