@@ -63,7 +63,11 @@ def read_text(path: str | Path, error: type[EdgedetrError], *, limit: int = JSON
     raw = read_bytes(path, error, limit=limit, fix=fix)
     encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "utf-8")
     try:
-        return raw.decode(encoding)
+        text = raw.decode(encoding)
+        if "\0" in text:        # UTF-16 of plain letters, without its mark, is valid UTF-8 full of zeros
+            raise error(f"{path}: holds zero bytes, as a binary file or UTF-16 without its byte order mark does; "
+                        f"save it as UTF-8{f'; {fix}' if fix else ''}")
+        return text
     except UnicodeDecodeError as reason:
         shown = encoding.upper().removesuffix("-SIG")
         raise error(f"{path}: not {shown} text (byte {reason.start} is 0x{raw[reason.start]:02x}); "

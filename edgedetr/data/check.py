@@ -56,7 +56,7 @@ class CheckReport:
     @property
     def objects_left_out(self) -> int:
         """How many annotated objects were left out, alone or with their image."""
-        return sum(finding.objects for finding in self.findings)
+        return sum(finding.objects for finding in self.findings if finding.fatal)
 
     def to_json(self) -> dict[str, object]:
         """Plain types for json.dumps."""
@@ -81,7 +81,7 @@ class CheckReport:
             pictures = list(split.sizes.items())[:5]
             text.append("  pictures: " + ", ".join(f"{size} ({count})" for size, count in pictures))
         text.append(f"findings: {summary(self.findings) or 'none'}")
-        if self.fatal or self.objects_left_out:
+        if self.fatal:
             text.append(f"left out: {self.fatal} items, with them or alone {self.objects_left_out} objects")
         by_kind: dict[str, list[Finding]] = defaultdict(list)
         for finding in self.findings:

@@ -68,7 +68,7 @@ def test_an_alias_bomb_is_neither_expanded_nor_followed(tmp_path):
     ("names: [cat]\nnames: [dog]\n", "'names' stands twice"),
     ("[a, b]: c\n", "a list or mapping as a key"),
     ("names: [cat]\n" + " " * 40_000 + "x", "no YAML|no class|no folder"),
-    ("names: [\0cat]", "no YAML"),
+    ("names: [\x01cat]", "no YAML"), ("names: [\0cat]", "zero bytes"),
     ("x" * (1 << 20) + "x", "expected at most 1 MiB"),
     ("nc: " + "1" * 5000 + "\nnames: [cat]\ntrain: " + "n" * 5000, "no folder or list"),
     ("nc: ²\nnames: [cat]\ntrain: images/train\nkpt_shape: [²³, 3]", "kpt_shape"),
