@@ -116,7 +116,7 @@ def together(work: Path, rounds: int) -> Counter[str]:
     return seen
 
 
-def kill(work: Path, kills: int) -> Counter[str]:
+def kill(work: Path, kills: int, only: tuple[str, ...] = ()) -> Counter[str]:
     """kill -9 at random moments in train, export, verify and report; then the same command again."""
     seen: Counter[str] = Counter()
     base = fresh(work / "base.bundle", {"recipe.toml", "weights.safetensors"})
@@ -136,6 +136,8 @@ def kill(work: Path, kills: int) -> Counter[str]:
         "report": (done, ["report"], (0,)),
     }
     for name, (source, words, fine) in kinds.items():
+        if only and name not in only:
+            continue
         path, log = work / f"{name}.bundle", work / f"{name}.log"
         took = 0.0
         for number in range(kills + 1):
@@ -245,6 +247,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     parser.add_argument("--rounds", type=int, default=20, help="of commands side by side")
     parser.add_argument("--kills", type=int, default=20, help="of each command")
+    parser.add_argument("--commands", nargs="*", default=[], help="to kill; default: train export verify report")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="work in this folder, and leave everything there")
     chosen = parser.parse_args()
@@ -254,8 +257,8 @@ def main() -> int:
     work = Path(tempfile.mkdtemp()) if chosen.keep is None else chosen.keep
     work.mkdir(exist_ok=True)
     try:
-        found = {name: dict(PARTS[name](work, chosen.kills if name == "kill" else chosen.rounds))
-                 for name in chosen.parts or PARTS}
+        found = {name: dict(kill(work, chosen.kills, tuple(chosen.commands)) if name == "kill" else
+                            PARTS[name](work, chosen.rounds)) for name in chosen.parts or PARTS}
     finally:
         if chosen.keep is None:
             shutil.rmtree(work, ignore_errors=True)
