@@ -270,6 +270,20 @@ def test_changed_annotations_are_refused(good, colours):
         verify(good)
 
 
+def test_the_same_classes_under_other_ids_and_in_another_order_are_matched_by_name(good, colours, tmp_path):
+    before = evaluate_stage(good, stage="onnx")
+    other = shutil.copytree(colours, tmp_path / "other")
+    path = other / "annotations" / "test.json"
+    record = json.loads(path.read_text())
+    for row in record["annotations"]:
+        row["category_id"] = {1: 90, 2: 7}[row["category_id"]]      # red 1 -> 90, blue 2 -> 7: blue comes first
+    record["categories"] = [{"id": 90, "name": "red"}, {"id": 7, "name": "blue"}]
+    path.write_text(json.dumps(record))
+    assert evaluate_stage(good, stage="onnx", data=other).to_json() == before.to_json()
+    assert before.per_class == {"red": pytest.approx(100), "blue": pytest.approx(100)}
+    assert verify(good, data=other, stages=["onnx"], backends=["onnxruntime"]).passed
+
+
 def test_other_classes_are_refused(good, colours):
     path = colours / "annotations" / "test.json"
     path.write_text(path.read_text().replace('"red"', '"green"'))
