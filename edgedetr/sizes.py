@@ -23,6 +23,9 @@ def check_size(size: object, what: str = "size") -> tuple[int, int]:
     """Two whole numbers of pixels, (height, width), as they were given. Errors: UsageError."""
     if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(
             isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= LARGEST_SIDE for side in size)):
-        shown = f"{size[0]}x{size[1]}" if isinstance(size, tuple) and len(size) == 2 else repr(size)
+        try:
+            shown = f"{size[0]}x{size[1]}" if isinstance(size, tuple) and len(size) == 2 else repr(size)
+        except ValueError:          # whole numbers of more than 4300 digits
+            shown = "numbers of thousands of digits"
         raise UsageError(f"{what} is {shown[:60]!r}; {EXPECTED}")
     return size[0], size[1]

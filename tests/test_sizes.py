@@ -29,7 +29,7 @@ def test_other_texts_are_a_usage_error_of_a_line(text):
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, -1), (1.5, 2), ("1", "2"), (True, 5), (1, 2, 3), 640, None, "640x640",
-                                  (10**400, 1)])
+                                  (10**400, 1), pytest.param((10**5000, 1), id="huge")])
 def test_other_values_are_a_usage_error(size):
     with pytest.raises(UsageError, match="expected HEIGHTxWIDTH"):
         check_size(size)

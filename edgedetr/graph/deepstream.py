@@ -24,8 +24,10 @@ from edgedetr.graph import ends
 from edgedetr.graph.labels import write_labels
 from edgedetr.graph.part import Part, batch_of, join, output_shape, require_clean
 from edgedetr.printable import one_line
+from edgedetr.runtime.arguments import check_word
 from edgedetr.runtime.onnx_reader import load
 from edgedetr.runtime.preprocess import Geometry
+from edgedetr.sizes import check_size
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,8 @@ def write_deepstream(bundle: Bundle, folder: Path, source: str = "model.onnx",
     source   which of the bundle's graphs
     frame    height and width of what nvstreammux gives, for our own resize; None leaves the resize to nvinfer
     """
+    check_word(source, MODES, "source")
+    frame = None if frame is None else check_size(frame, "frame")
     manifest = bundle.manifest
     model = with_parser_outputs(load(bundle.require(source), ExportError), manifest, frame)
     require_clean(model, "the graph for DeepStream")

@@ -17,6 +17,7 @@ from edgedetr.errors import ExportError
 from edgedetr.graph import ends
 from edgedetr.graph.agree import agree
 from edgedetr.graph.part import Part, join, output_shape, require_clean
+from edgedetr.runtime.arguments import check_text
 from edgedetr.runtime.frames import file_name
 from edgedetr.runtime.onnx_reader import load
 from edgedetr.runtime.ort import tensors
@@ -54,7 +55,9 @@ def with_frames(model: ModelProto, manifest: Manifest, height: int, width: int) 
 def write_frames(bundle: Bundle, height: int, width: int, sources: Sequence[str] = ("model.onnx",)) -> list[str]:
     """One graph for frames of this size from each of the bundle's graphs; the names of the files that were added."""
     made = []
+    height, width = check_size((height, width), "frame")
     for source in sources:
+        check_text(source, "source", "the name of a graph of the bundle")
         name = file_name(source, height, width)
         made.append(name)
         if bundle.has(name):

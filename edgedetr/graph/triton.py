@@ -23,6 +23,7 @@ from edgedetr.bundle import Bundle, Manifest, atomic_write
 from edgedetr.errors import ExportError, UsageError
 from edgedetr.graph.agree import agree
 from edgedetr.graph.labels import label, write_labels
+from edgedetr.runtime.arguments import check_count, check_text, shown
 from edgedetr.runtime.engines import Engine
 from edgedetr.runtime.onnx_reader import load
 from edgedetr.runtime.ort import tensors
@@ -33,6 +34,7 @@ from edgedetr.runtime.runner import RawOutputs
 log = logging.getLogger(__name__)
 
 LARGEST_BATCH = 8               # requests joined at once where the batch is open, as runtime.detector has it
+LARGEST_COUNT = 1024            # instances; a typing error must not start thousands of sessions
 LONGEST = 200                   # characters of a name that is made from a folder's
 SCORE, PIXELS = 1e-3, 0.5       # by which objects of equal rows may differ; float32 kernels of two batch sizes: 1e-5
 TYPES: dict[int, str] = {
@@ -69,11 +71,11 @@ def write_repository(bundle: Bundle, root: Path, source: str, *, engine: Engine 
     engine      an engine built from it, which is then what is served
     instances   how many run at the same time, on each GPU or on the CPU
     """
-    name = name or model_name(bundle, source)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise UsageError(f"the model's name is {name!r}; expected letters, digits, '_', '-' and '.'")
-    if instances < 1:
-        raise UsageError(f"instances is {instances}; expected at least 1")
+    check_text(source, "source", "the name of a graph of the bundle")
+    name = model_name(bundle, source) if name is None else name
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,249}", name):
+        raise UsageError(f"the model's name is {shown(name)}; expected letters, digits, '_', '-' and '.', at most 250")
+    check_count(instances, "instances", LARGEST_COUNT)
     path = bundle.require(source)
     model = load(path, ExportError)
     inputs, outputs = signature(model.graph.input), signature(model.graph.output)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
-from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +17,10 @@ from edgedetr.errors import (
     EngineError,
     MissingDependency,
     UsageError,
-    did_you_mean,
 )
 from edgedetr.packages import missing
 from edgedetr.runtime import engines, preprocess
+from edgedetr.runtime.arguments import as_path, check_count, check_word, kind, shown
 from edgedetr.runtime.cpu import int8_dot_product, int8_saturates
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.openvino import OpenVinoRunner
@@ -70,7 +68,7 @@ class Detector:
         if isinstance(images, np.ndarray) and images.ndim == 3:
             raise UsageError("one picture was given; expected a list of them: detector([picture])")
         if isinstance(images, (str, bytes, Mapping)) or not isinstance(images, (Iterable, np.ndarray)):
-            raise UsageError(f"images is {_kind(images)}; expected a list of uint8 RGB arrays [H, W, 3] "
+            raise UsageError(f"images is {kind(images)}; expected a list of uint8 RGB arrays [H, W, 3] "
                              "(edgedetr.data.images.decode reads files)")
         images = list(images)
         for index, image in enumerate(images):
@@ -91,7 +89,7 @@ class Detector:
             return self.runner.run(batch)
         expected = (3, self.contract.height, self.contract.width)
         if not isinstance(batch, np.ndarray):
-            raise UsageError(f"batch is {_kind(batch)}; expected a float32 array [B, 3, {expected[1]}, {expected[2]}], "
+            raise UsageError(f"batch is {kind(batch)}; expected a float32 array [B, 3, {expected[1]}, {expected[2]}], "
                              "as runtime.preprocess.prepare gives it")
         if not len(batch.shape) or not len(batch):
             raise UsageError("batch has no pictures; expected at least one")
@@ -126,27 +124,7 @@ def open_bundle(bundle: str | Path | Bundle) -> Bundle:
     """A bundle by its path, or one that is open already; UsageError for anything else."""
     if isinstance(bundle, Bundle):
         return bundle
-    if not isinstance(bundle, (str, os.PathLike)):
-        raise UsageError(f"bundle is {_kind(bundle)}; expected the path of a bundle, or an open Bundle")
-    return Bundle.open(Path(bundle))
-
-
-def check_count(number: object, what: str) -> None:
-    """UsageError unless it is None or a whole number of at least 1."""
-    if number is not None and (not isinstance(number, Integral) or isinstance(number, bool) or number < 1):
-        raise UsageError(f"{what} is {shown(number)}; expected a whole number of at least 1")
-
-
-def shown(value: object) -> str:
-    """The beginning of what Python writes for a value."""
-    try:
-        return repr(value)[:60]
-    except ValueError:          # whole numbers of more than 4300 digits
-        return "a number of thousands of digits"
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else f"of type {type(value).__name__}"
+    return Bundle.open(as_path(bundle, "bundle", "the path of a bundle, or an open Bundle"))
 
 
 def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str | None = None,
@@ -164,9 +142,8 @@ def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str 
     """
     bundle = open_bundle(bundle)
     for word, known, what in ((backend, BACKENDS, "backend"), (stage, STAGES, "stage")):
-        if word is not None and (not isinstance(word, str) or word not in known):
-            near = did_you_mean(word, known) if isinstance(word, str) else ""
-            raise UsageError(f"{what} is {shown(word)}; expected one of {', '.join(known)}{near}")
+        if word is not None:
+            check_word(word, known, what)
     for number, what in ((threads, "threads"), (batch, "batch")):
         check_count(number, what)
     if not isinstance(trust, bool):         # "no" and "false" are true

@@ -7,13 +7,16 @@ import logging
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgedetr.bundle import Bundle
-from edgedetr.errors import BundleError, DeviceError, EngineError, MissingDependency, UsageError, did_you_mean
+from edgedetr.errors import BundleError, DeviceError, EngineError, MissingDependency, UsageError
 from edgedetr.runtime import cudart, guards, known_bad, layers, machine, onnx_reader, sidecar
 from edgedetr.runtime import engine_store as store
+from edgedetr.runtime.arguments import check_count, check_word, is_whole, shown
 from edgedetr.runtime.builder import Plan, Progress, build_plan
 from edgedetr.runtime.cudart import Device
+from edgedetr.runtime.detector import open_bundle
 from edgedetr.runtime.frames import NAME, file_name
 from edgedetr.runtime.nvidia import tensorrt
 from edgedetr.runtime.onnx_facts import OnnxFacts
@@ -69,7 +72,8 @@ def build(bundle: Bundle | str | Path, precision: str = "int8", *, batch: int | 
     sizes = _check_words(precision, batch, optimization_level, typing)
     if frame is not None:
         frame = check_size(frame, "frame")
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    check_count(workspace_mb, "workspace_mb")
+    bundle = open_bundle(bundle)
     trt = _here(bundle)
     device = cudart.probe()
     name = PRECISIONS[precision] if frame is None else file_name(PRECISIONS[precision], *frame)
@@ -166,15 +170,17 @@ def _here(bundle: Bundle):  # type: ignore[no-untyped-def]  # a module, or an er
 
 def _check_words(precision: str, batch: int | tuple[int, int, int], level: int, typing: str) -> tuple[int, int, int]:
     """Batch sizes as (least, usual, largest); UsageError for words that mean nothing."""
-    for word, known, what in ((precision, PRECISIONS, "precision"), (typing, TYPINGS, "typing")):
-        if word not in known:
-            raise UsageError(f"{what} is {word!r}; expected one of {', '.join(known)}{did_you_mean(word, known)}")
-    if level not in LEVELS:
-        raise UsageError(f"optimization_level is {level}; expected a whole number from 0 to {LEVELS[-1]}")
-    least, usual, largest = (batch, batch, batch) if isinstance(batch, int) else batch
+    check_word(precision, PRECISIONS, "precision")
+    check_word(typing, TYPINGS, "typing")
+    if not is_whole(level) or level not in LEVELS:
+        raise UsageError(f"optimization_level is {shown(level)}; expected a whole number from 0 to {LEVELS[-1]}")
+    sizes: list[Any] = [batch] * 3 if is_whole(batch) else list(batch) if isinstance(batch, (tuple, list)) else []
+    if len(sizes) != 3 or not all(map(is_whole, sizes)):
+        raise UsageError(f"batch is {shown(batch)}; expected a whole number, or three: least, usual, largest")
+    least, usual, largest = sizes
     if not 1 <= least <= usual <= largest <= LARGEST_BATCH:
-        raise UsageError(f"batch sizes are {least}, {usual}, {largest} (least, usual, largest); expected them in "
-                         f"ascending order, from 1 to {LARGEST_BATCH}")
+        raise UsageError(f"batch is {shown(batch)} (least, usual, largest); expected numbers in ascending order, from "
+                         f"1 to {LARGEST_BATCH}")
     return least, usual, largest
 
 

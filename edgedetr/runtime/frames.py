@@ -16,8 +16,9 @@ import numpy as np
 from edgedetr.bundle import Bundle, ClassInfo
 from edgedetr.errors import BundleError, DataError, ModelError, UsageError, did_you_mean
 from edgedetr.runtime import engines
+from edgedetr.runtime.arguments import check_count, shown
 from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.detector import check_count, check_image, open_bundle, shown
+from edgedetr.runtime.detector import check_image, open_bundle
 from edgedetr.runtime.ort import OrtFrameRunner
 from edgedetr.runtime.postprocess import named
 from edgedetr.runtime.trt import TrtFrameRunner

@@ -6,7 +6,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from edgedetr.bundle import atomic_write
 from edgedetr.errors import DataError, UsageError
 from edgedetr.printable import json_text
 from edgedetr.runtime import video
+from edgedetr.runtime.arguments import as_path, check_fraction, shown
 from edgedetr.runtime.container import look
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.detector import Detector
@@ -52,7 +53,8 @@ def predict(detector: Detector, sources: Sequence[str | Path], *, out: str | Pat
 
     Errors: as `frames`, behind the last line.
     """
-    with _Writer(Path(out) if out is not None else None) as writer:
+    check_fraction(confidence, "confidence")
+    with _Writer(None if out is None else as_path(out, "out")) as writer:
         for frame in frames(sources, drop_late=drop_late):
             found = detector([frame.image])[0].above(confidence)
             writer.write(frame, found)
@@ -87,9 +89,11 @@ def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterato
 
     Errors: DataError at the end, where a source that was named, a video, or everything could not be read, or not whole.
     """
-    if isinstance(sources, (str, Path)):
-        raise UsageError(f"sources is {str(sources)[:60]!r}; expected a list of them: frames([source])")
+    if isinstance(sources, (str, bytes, Path, Mapping)) or not isinstance(sources, Iterable):
+        raise UsageError(f"sources is {shown(sources)}; expected a list of them: [source]")
     sources = list(sources)
+    for index, source in enumerate(sources):
+        as_path(source, f"sources[{index}]", "a path, or the text of a camera, stream or pipeline")
     faults = _Faults(alone=len(sources) == 1)
     for source in sources:
         try:

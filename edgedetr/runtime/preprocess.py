@@ -23,8 +23,9 @@ from typing import Literal, get_args
 import numpy as np
 
 from edgedetr.bundle import InputContract
-from edgedetr.errors import DataError, MissingDependency
+from edgedetr.errors import DataError, MissingDependency, UsageError
 from edgedetr.options import one_of
+from edgedetr.runtime.arguments import kind
 
 PADDING = 114                       # gray of the letterbox border, as YOLO-family tools use it
 OPENCV_LIMIT = 32766                # pixels per side; OpenCV's fixed-point resize indexes with 16 bits
@@ -117,6 +118,8 @@ def prepare(images: list[np.ndarray], contract: InputContract, *,
     images   B arrays [H, W, 3]       uint8, RGB, EXIF-upright
     return   [B, 3, height, width]    float32, RGB, 0..255 in whole levels, and B geometries
     """
+    if not isinstance(images, (list, tuple, np.ndarray)):
+        raise UsageError(f"images is {kind(images)}; expected a list of uint8 RGB arrays [H, W, 3]")
     batch = np.empty((len(images), 3, contract.height, contract.width), dtype=np.float32)
     geometries = []
     for row, image in zip(batch, images):

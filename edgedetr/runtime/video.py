@@ -24,6 +24,7 @@ import numpy as np
 
 from edgedetr.errors import DataError, MissingDependency
 from edgedetr.packages import missing
+from edgedetr.runtime.arguments import as_path
 from edgedetr.runtime.container import Container, look
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class _Reader:
     """
 
     def __init__(self, source: str | Path, drop_late: bool) -> None:
+        as_path(source, "source", "the path of a video, or the text of a camera, stream or pipeline")
         self.source, self.drop_late, self.live = source, drop_late, is_live(source)
         self.count = self.lost = self.dropped = 0
         self.note = ""

@@ -14,9 +14,10 @@ from edgedetr.runtime import cpu, load
 from edgedetr.runtime.frames import FrameDetector, load_frames
 from edgedetr.runtime.postprocess import decode, named
 from edgedetr.runtime.predict import frames
-from edgedetr.runtime.preprocess import Geometry
+from edgedetr.runtime.preprocess import Geometry, prepare
 from edgedetr.runtime.runner import RawOutputs
 
+CONTRACT = InputContract(32, 32)
 CLASSES = (ClassInfo(0, 1, "a"), ClassInfo(1, 2, "b"))
 
 
@@ -83,10 +84,48 @@ def test_a_word_that_is_none_is_a_usage_error(make_bundle, option, value):
         load(make_bundle("model.onnx"), **{option: value})
 
 
-def test_sources_are_a_list(tmp_path):
-    for one in ("a.jpg", tmp_path):
-        with pytest.raises(UsageError, match="expected a list of them"):
-            list(frames(one))
+ODD = [None, -1, 2.5, True, b"x", {}, float("nan"), np.zeros(3), object(), [None], ("a", "b"), [],
+       pytest.param(10**5000, id="huge")]
+
+
+@pytest.mark.parametrize("value", ["a.jpg", Path("a.jpg"), None, 5, b"x", {}, [None], [5], (1, 2), np.zeros(2)])
+def test_sources_are_a_list_of_paths(value):
+    with pytest.raises(UsageError, match="sources.* is .*; expected a"):
+        list(frames(value))
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_options_of_every_entry_are_checked_before_anything_is_done(make_bundle, detector, tmp_path, value):
+    from edgedetr.graph.deepstream import write_deepstream
+    from edgedetr.graph.frame import write_frames
+    from edgedetr.graph.triton import write_repository
+    from edgedetr.runtime import engine
+    from edgedetr.runtime.predict import predict
+    from edgedetr.runtime.video import play
+
+    bundle = make_bundle("model.onnx")
+    entries = {
+        "precision": lambda: engine.build(bundle, value), "batch": lambda: engine.build(bundle, batch=value),
+        "typing": lambda: engine.build(bundle, typing=value), "bundle": lambda: engine.build(value),
+        "optimization_level": lambda: engine.build(bundle, optimization_level=value),
+        "frame": lambda: write_frames(bundle, value, 64), "source": lambda: list(play(value)),
+        "confidence": lambda: list(predict(detector, [], confidence=value)),
+        "triton": lambda: write_repository(bundle, tmp_path, value),
+        "name": lambda: write_repository(bundle, tmp_path, "model.onnx", name=value) if value is not None else None,
+        "instances": lambda: write_repository(bundle, tmp_path, "model.onnx", instances=value),
+        "deepstream": lambda: write_deepstream(bundle, tmp_path, value)}
+    entries |= {"frame source": lambda: write_frames(bundle, 64, 64, [value]),
+                "prepare": lambda: prepare(value, CONTRACT)}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        del entries["prepare"]          # lists, whose items are looked at
+    if value is None:
+        for taken in ("instances", "name"):
+            del entries[taken]
+    for name, call in entries.items():
+        with pytest.raises(UsageError, match=" is .*; expected "):
+            call()
+            pytest.fail(f"{name} took it")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.bundle"]
 
 
 @pytest.mark.parametrize("logits, boxes", [
