@@ -151,9 +151,11 @@ def _collate(items: list[tuple[Tensor, Target, int]]) -> Batch:
     return Batch(torch.stack(images), list(targets), list(indices))
 
 
-def drawn(shares: Sequence[float], steps: int, *, seed: int, epoch: int) -> list[float]:
-    """One of the shares for every step of an epoch; the same in every process."""
-    return [float(share) for share in np.random.default_rng((seed, epoch, len(shares))).choice(shares, steps)]
+def drawn(contract: InputContract, shares: Sequence[float], steps: int, *, seed: int,
+          epoch: int) -> list[InputContract]:
+    """The contract at one of the shares of its sides, for every step of an epoch; the same in every process."""
+    picked = np.random.default_rng((seed, epoch, len(shares))).choice(shares, steps)
+    return [smaller(contract, float(share)) for share in picked]
 
 
 def smaller(contract: InputContract, share: float) -> InputContract:

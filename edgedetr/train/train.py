@@ -24,10 +24,11 @@ from edgedetr.data.form import DataConfig, DetectionSet, without_empty_classes
 from edgedetr.evaluation.evaluate import Metrics
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.recipe import Recipe
-from edgedetr.train import checkpoint, deliver, optimizer, pace, prepare, skipping
+from edgedetr.train import checkpoint, optimizer, pace, prepare, skipping
 from edgedetr.train.checkpoint import Position
 from edgedetr.train.criterion import Losses
-from edgedetr.train.dataset import Batch, TrainingSet, batches, drawn, order, smaller
+from edgedetr.train.dataset import Batch, TrainingSet, batches, drawn, order
+from edgedetr.train.deliver import Delivery
 from edgedetr.train.devices import launch
 from edgedetr.train.ema import Ema
 from edgedetr.train.progress import Progress, Silent
@@ -59,20 +60,19 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, *, resume: bool = F
 
 
 def _train(recipe: Recipe, data: Path, out: Path, resume: bool, progress: Progress | None, strict: bool) -> Bundle:
-    begun = time.monotonic()
+    begun, saved = time.monotonic(), out / FOLDER / CHECKPOINT
+    prepare.require_place(out, saved, resume)
     place = recipe.data.resolve(layouts.splits(data))
     place = replace(place, strict=strict or place.strict)
     samples = layouts.load(data, place.train_split, strict=place.strict)
     samples = without_empty_classes(samples) if place.drop_empty_classes else samples
     chosen = layouts.load(data, place.select_split, strict=place.strict, classes=samples.classes, whose=samples.name)
-    saved = out / FOLDER / CHECKPOINT
-    prepare.require_place(out, saved, resume)
     prepare.check(samples, chosen)
     prepare.warn_of_crowds(samples, recipe)
     fabric = launch(recipe.train)
     teller = progress if progress and fabric.is_global_zero else Silent()
     run = Run(recipe, fabric, place, samples, chosen, data, out, teller)
-    if saved.exists():
+    if not run.fresh:
         run.load(saved)
     try:
         run.plan(time.monotonic() - begun)
@@ -92,6 +92,7 @@ class Run:
         self.recipe, self.config, self.fabric, self.place = recipe, config, fabric, place
         self.samples, self.data, self.out, self.progress = samples, data, out, progress
         self.saved = out / FOLDER / CHECKPOINT
+        self.fresh = not self.saved.exists()        # asked before any process can have written one
         # Where only the verify split is there to look at, nothing is chosen by it: the last weights are delivered.
         self.chooses = place.select_split != place.verify_split
         if config.patience and not self.chooses:
@@ -100,11 +101,12 @@ class Run:
         prepare.use_threads(config.threads)
         seed_step(config.seed, 0, 0)                    # the same start weights in every process
         model_config = recipe.model.config
-        self.detector = prepare.detector(recipe, samples.classes, fresh=not self.saved.exists())
+        self.detector = prepare.detector(recipe, samples.classes, fresh=self.fresh)
         self.detector.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
         trainee = Trainee(self.detector, config, model_config.class_loss, len(samples.classes))
         self.ema = Ema(self.detector, config.ema_decay, config.ema_warmup)
         self.statistics = Statistics(self.detector)
+        self.delivery = Delivery(out, recipe, place, data, samples.classes, self.ema.model)
         self.record: Record | None = None
         self.plain_optimizer = optimizer.adamw(self.detector, config)
         self.trainee, self.optimizer = fabric.setup(trainee, self.plain_optimizer)
@@ -142,10 +144,10 @@ class Run:
         if not self.position.done:
             self._rest(main)
         if main:
-            deliver.keep_recipe(self.out, self.recipe)
+            self.delivery.finish()
 
     def _rest(self, main: bool) -> None:
-        if not self.saved.exists():
+        if self.fresh:
             self._save()                # from here on a resume never has to start over
         self.record = Record(self.saved.parent, self.position.step) if main else None
         if self.record is not None and self.position.epochs and not self.position.step:
@@ -174,8 +176,7 @@ class Run:
         plain = epoch >= config.epochs * (1 - self.recipe.augment.off_for_last)
         seen, begun = 0, time.monotonic()
         shares = [config.growth_at(epoch)] if plain else config.shares_at(epoch)
-        shares = drawn(shares, self.per_epoch, seed=config.seed, epoch=epoch)[-len(plan):]
-        contracts = [smaller(self.pictures.contract, share) for share in shares]
+        contracts = drawn(self.pictures.contract, shares, self.per_epoch, seed=config.seed, epoch=epoch)[-len(plan):]
         for batch in batches(self.pictures, plan, epoch, plain=plain, workers=config.workers, contracts=contracts):
             losses = self.step(batch).tolist()
             if not position.in_row:
@@ -236,10 +237,9 @@ class Run:
         else:
             self.optimizer.step()
             position.in_row = 0
+            self.ema.update(position.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         position.step += 1
-        if not bad:
-            self.ema.update(position.step)
         return losses.float().cpu()
 
     def _skip(self, what: str, batch: Batch) -> None:
@@ -282,7 +282,7 @@ class Run:
         position.done = stop or epoch == self.config.epochs
         if fabric.is_global_zero:
             if best or not self.chooses or (position.done and position.best < 0):
-                deliver.write(self.out, self.recipe, self.place, self.data, self.samples.classes, self.ema.model)
+                self.delivery.write()
             if self.record is not None:
                 numbers = {name: value for name, value in metrics.to_json().items() if name != "per_class"}
                 self.record.write("eval", position.step, {"epoch": epoch, "split": self.place.select_split, **numbers})

@@ -166,16 +166,25 @@ def test_resume_never_starts_over_on_top_of_good_weights(trained, micro_data, tm
     assert digest(copy / "weights.safetensors") == before
 
 
+def test_a_finished_training_whose_weights_are_gone_writes_its_last_ones_and_says_so(
+        trained, micro_data, tmp_path, caplog):
+    import shutil
+    copy = Path(shutil.copytree(trained.path, tmp_path / "copy.bundle"))
+    (copy / "weights.safetensors").unlink()
+    bundle = train(micro.recipe(), micro_data, copy, resume=True)
+    assert load_file(bundle.require("weights.safetensors")) and "the last ones are written" in caplog.text
+
+
 def test_a_training_has_a_checkpoint_before_its_first_weights(micro_data, tmp_path, monkeypatch):
     """Killed between the first weights and the next checkpoint, it can still be resumed."""
-    from edgedetr.train import deliver
-    real = deliver.write
+    from edgedetr.train.deliver import Delivery
+    real = Delivery.write
 
-    def killed(out, *rest):
-        real(out, *rest)
+    def killed(self):
+        real(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(deliver, "write", killed)
+    monkeypatch.setattr(Delivery, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         train(micro.recipe(checkpoint_every=500), micro_data, tmp_path / "b")
     assert (tmp_path / "b" / "weights.safetensors").exists()
@@ -258,7 +267,7 @@ def test_more_objects_than_queries_is_said_with_both_numbers_before_training(tmp
 def test_an_undefined_ap_is_never_the_best(micro_data, tmp_path, monkeypatch):
     from dataclasses import replace as changed
 
-    from edgedetr.train import deliver
+    from edgedetr.train.deliver import Delivery
     from edgedetr.train.selection import Selection
     measured, delivered, real = [], [], Selection.measure
 
@@ -268,8 +277,8 @@ def test_an_undefined_ap_is_never_the_best(micro_data, tmp_path, monkeypatch):
         return changed(metrics, ap=None) if len(measured) != 2 else changed(metrics, ap=0.0)
 
     monkeypatch.setattr(Selection, "measure", measure)
-    monkeypatch.setattr(deliver, "write", lambda *rest, real=deliver.write: (delivered.append(len(measured)),
-                                                                             real(*rest)))
+    monkeypatch.setattr(Delivery, "write", lambda self, real=Delivery.write: (delivered.append(len(measured)),
+                                                                              real(self)))
     train(micro.recipe(), micro_data, tmp_path / "b")
     assert delivered == [2]
 
