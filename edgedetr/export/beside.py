@@ -42,15 +42,15 @@ class Beside:
 def read_beside(path: Path) -> Beside:
     """Of an ONNX file: in its folder, or in the one above where that is called onnx. ExportError for faulty files."""
     folders = [path.parent, *([path.parent.parent] if path.resolve().parent.name == "onnx" else [])]
-    config, processor = (next((folder / name for folder in folders if (folder / name).is_file()), None)
-                         for name in (CONFIG, PROCESSOR))
+    config, processor, whole = (next((folder / name for folder in folders if (folder / name).is_file()), None)
+                                for name in (CONFIG, PROCESSOR, "processor_config.json"))
     notes: list[str] = []
     told = _json(config)
     model_type = told.get("model_type")
     names = _names(told, config)
     if names is not None:
         notes.append(f"{len(names)} class names are those of {CONFIG}")
-    pixels, size = _pixels(_json(processor), notes)
+    pixels, size = _pixels(_json(processor) or _json(whole).get("image_processor") or {}, notes)
     return Beside(names, model_type if isinstance(model_type, str) else None, pixels, size, tuple(notes))
 
 
@@ -87,16 +87,18 @@ def _names(told: Mapping[str, Any], path: Path | None) -> tuple[str, ...] | None
     return tuple(names)
 
 
-def _pixels(told: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, Any], tuple[int, int] | None]:
+def _pixels(told: Any, notes: list[str]) -> tuple[dict[str, Any], tuple[int, int] | None]:
     """Normalisation and size that the processor makes; refused where it does what a bundle cannot."""
-    if not told:
+    if not isinstance(told, dict) or not told:
         return {}, None
     for key in ("do_center_crop", "do_flip_channel_order"):
         if told.get(key):
             raise ExportError(f"{PROCESSOR}: {key} is true, which a bundle cannot do; expected a whole image in RGB; "
                               "move the file away and say --scale, --mean, --std and --resize")
     found: dict[str, Any] = {"scale": _number(told, "rescale_factor", 1 / 255) if told.get("do_rescale", True) else 1.0}
-    if told.get("do_normalize", True) and "image_mean" in told and "image_std" in told:
+    kind = told.get("image_processor_type", told.get("feature_extractor_type"))
+    usual = not str(kind).startswith("RTDetr")          # where the file does not say it: RT-DETR's divides by 255 alone
+    if told.get("do_normalize", usual) and "image_mean" in told and "image_std" in told:
         found |= {"mean": _three(told, "image_mean"), "std": _three(told, "image_std")}
     elif told.get("do_normalize", False):
         raise ExportError(f"{PROCESSOR}: do_normalize is true without image_mean and image_std; add them, or say "

@@ -69,6 +69,15 @@ def upstream(view: GraphView, output: str) -> Iterator[str]:
                 yield name
 
 
+def ends_in_sigmoid(view: GraphView, output: str) -> bool:
+    """Whether an output is what a Sigmoid gives, moved or picked at most."""
+    node = view.makers.get(output)
+    moving = ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Gather", "Transpose")
+    while node is not None and node.op_type in moving:
+        node = view.makers.get(node.input[0])
+    return node is not None and node.op_type == "Sigmoid"
+
+
 def matrices(view: GraphView, output: str) -> list[str]:
     """Those of `upstream` that are two-dimensional but for axes of size 1, the nearest NEAREST."""
     found = []

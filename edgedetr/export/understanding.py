@@ -14,7 +14,7 @@ from edgedetr.export.answers import Chosen, Dense, Values, roles
 from edgedetr.export.box_reading import BoxForm, Fitting, Layout
 from edgedetr.export.class_reading import Activation, are_probabilities
 from edgedetr.export.decoding import boxes_of, selections
-from edgedetr.export.trace import Block, Conversion, conversion_of, logits_of, matrices, run
+from edgedetr.export.trace import Block, Conversion, conversion_of, ends_in_sigmoid, logits_of, matrices, run
 from edgedetr.graph.view import GraphView
 
 Feeds = Sequence[dict[str, np.ndarray]]
@@ -113,7 +113,7 @@ def _dense(model: ModelProto, view: GraphView, feeds: Feeds, found: Dense, facto
         probabilities = False
         why.append("class outputs are logits: " + (f"they go from {whole[0].min():.3g} to {whole[0].max():.3g}"
                                                    if asked.activation is None else "--activation says so"))
-    it = _boxes(found.boxes, whole[1], boxes, inner[1], values, factors, asked)
+    it = _boxes(view, found.boxes, whole[1], boxes, inner[1], values, factors, asked)
     return Understood(found, logits, it.block, len(boxes[0]), width, activation, it.form, it.layouts, it.decided,
                       it.given, probabilities, (*why, it.why))
 
@@ -130,7 +130,7 @@ class _Boxes:
     why: str
 
 
-def _boxes(output: Block, whole: np.ndarray, boxes: list[np.ndarray], inner: list[str], values: Values,
+def _boxes(view: GraphView, output: Block, whole: np.ndarray, boxes: list[np.ndarray], inner: list[str], values: Values,
            factors: list[Pair], asked: Asked) -> _Boxes:
     """What is known of boxes that are an output."""
     traced = conversion_of(boxes, inner, values, factors) or conversion_of(boxes, inner, values, factors[1:], same=True)
@@ -142,6 +142,8 @@ def _boxes(output: Block, whole: np.ndarray, boxes: list[np.ndarray], inner: lis
     pixels = asked.boxes.endswith("-pixels") if asked.boxes else box_reading.in_pixels(whole)
     unit = factors[1] if pixels else (1.0, 1.0)
     fits = _layouts(whole / np.array(unit * 2), asked)
+    if not fits.decided and ends_in_sigmoid(view, output.tensor):
+        fits = Fitting(("cxcywh",), True, "they come straight out of a Sigmoid, which keeps no two corners in order")
     form = BoxForm(fits.layouts[0], unit)
     return _Boxes(output, form, form, fits.layouts, fits.decided, f"{form.words()}: {fits.why}")
 

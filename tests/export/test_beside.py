@@ -109,6 +109,14 @@ def test_each_form_of_a_processor(tmp_path, processor, expected, resize):
     assert told.pixels["resize"] == resize
 
 
+def test_a_whole_processor_holds_that_of_images(tmp_path):
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {
+        "do_rescale": False, "image_processor_type": "RTDetrImageProcessorFast", "image_mean": [1, 1, 1],
+        "image_std": [2, 2, 2]}}))
+    assert read_beside(tmp_path / "m.onnx").pixels == {"scale": 1.0, "mean": (0, 0, 0), "std": (1, 1, 1),
+                                                        "resize": "stretch"}
+
+
 @pytest.mark.parametrize("files, message", [
     ({"processor": {"do_center_crop": True}}, "do_center_crop is true"),
     ({"processor": {"do_flip_channel_order": True}}, "do_flip_channel_order is true"),

@@ -85,6 +85,18 @@ def test_two_readings_of_boxes_are_refused_until_somebody_decides(tmp_path, tmp_
     assert any("cxcywh have AP" in reason for reason in result.why)
 
 
+def test_a_sigmoid_keeps_no_corners_in_order(tmp_path):
+    """DETR's own end: what the numbers leave open, the graph decides."""
+    made = planted(boxes=BIG)
+    made.constants["b0"][:] = made.constants["b0"][:, :1]
+    made.constants["b0"] = np.log(made.constants["b0"] / (1 - made.constants["b0"]))
+    made.add("Sigmoid", "b", out="sides")
+    made.add("Identity", "sides", out="boxes")
+    result = imported(made.model(["l", "boxes"]), tmp_path)
+    assert result.boxes == "cxcywh"
+    assert any("straight out of a Sigmoid" in reason for reason in result.why)
+
+
 @pytest.mark.parametrize("asked, message", [
     ("xyxy", "--boxes xyxy: .* % of the widths or heights would be negative"),
     ("cxcywh-pixels", None),
