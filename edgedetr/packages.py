@@ -17,6 +17,7 @@ PACKAGES: dict[str, tuple[str, str, str]] = {
     "openvino": ("openvino", "openvino", "running INT8 fast on Intel CPUs"),
     "cv2": ("opencv-python-headless", "video", "video files; faster resizing"),
     "pycocotools": ("pycocotools", "verify", "average precision"),
+    "yaml": ("pyyaml", "verify", "data sets in YOLO layout"),
     "torch": ("torch", "train", "training; export"),
     "scipy": ("scipy", "train", "matching of queries to objects"),
     "numba": ("numba", "fast", "deformable attention, faster to train on a CPU"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedetr.errors import DataError, MissingDependency
+from edgedetr.packages import missing
 from edgedetr.reading import read_text
 
 Value = str | list[Any] | dict[str, Any]
@@ -27,7 +28,7 @@ def read(file: Path) -> dict[str, Value]:
     try:
         import yaml
     except ImportError as error:
-        raise MissingDependency(f"{file}: PyYAML is needed to read it; run: pip install pyyaml") from error
+        raise MissingDependency(f"{file} cannot be read: {missing('yaml', error)}") from error
     text = read_text(file, DataError, limit=LIMIT)
     try:
         found = _Builder(file).build(yaml.parse(text, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader)))

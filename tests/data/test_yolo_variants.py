@@ -15,7 +15,7 @@ from sets import picture, text, yolo
 from edgedetr.data import data_yaml, layouts
 from edgedetr.data.check import check
 from edgedetr.data.form import DetectionSet
-from edgedetr.errors import DataError
+from edgedetr.errors import DataError, MissingDependency
 
 
 def load(root: Path, split: str = "train") -> DetectionSet:
@@ -228,3 +228,9 @@ def test_a_split_without_any_label_file_says_where_they_were_looked_for(tmp_path
     yolo(tmp_path, labels="label/train")
     said = [finding for finding in load(tmp_path).findings if finding.kind == "no-labels"]
     assert len(said) == 1 and "none of 2 images" in said[0].what and "labels/" in said[0].what
+
+
+def test_without_pyyaml_the_message_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(MissingDependency, match=r"data\.yaml cannot be read: pyyaml.*run: pip install pyyaml"):
+        load(yolo(tmp_path))
