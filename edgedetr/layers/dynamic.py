@@ -74,6 +74,19 @@ class ScaleAttention(nn.Module):
         return hard_sigmoid(F.relu(self.score(torch.stack([x.mean(2) for x in maps], dim=1))))
 
 
+class ChannelAttention(nn.Module):
+    """A weight in 0..1 for every channel of a map, from its mean (Hu et al. 2018, "Squeeze-and-Excitation")."""
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        narrow = max(channels // reduction, 4)
+        self.squeeze, self.excite = Linear(channels, narrow), Linear(narrow, channels)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """maps: P of [B, C, cells] -> their weights [B, P, C]."""
+        return self.excite(F.relu(self.squeeze(torch.stack([x.mean(2) for x in maps], dim=1)))).sigmoid()
+
+
 def hard_sigmoid(x: Tensor) -> Tensor:
     """clip(x + 3, 0, 6) / 6."""
     return (x + 3).clamp(0, 6) / 6

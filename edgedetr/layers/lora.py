@@ -47,13 +47,18 @@ class LoraLinear(nn.Linear):
         return plain
 
 
-def adapt(root: nn.Module, patterns: Sequence[str], rank: int, alpha: float) -> list[str]:
+def adapt(root: nn.Module, patterns: Sequence[str], rank: int, alpha: float,
+          but: Sequence[str] = ()) -> list[str]:
     """Put a LoraLinear in the place of every Linear whose dotted name fits one of `patterns`; -> their names.
 
-    What else learns is the caller's choice.
+    but   patterns of names that get none. What else learns is the caller's choice.
     """
     names = [name for name, module in root.named_modules()
-             if isinstance(module, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in patterns)]
+             if isinstance(module, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in patterns)
+             and not any(fnmatchcase(name, pattern) for pattern in but)]
+    if not names and but:
+        raise ModelError(f"train.lora_on {list(patterns)} fits no Linear that starts from trained weights; expected "
+                         "train.start, or patterns of a pretrained backbone")
     if not names:
         raise ModelError(f"train.lora_on {list(patterns)} fits no Linear of this model; expected patterns of names "
                          f"like {_some_linear(root)}")

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from edgedetr.errors import ModelError
+
 
 def sine(places: Tensor, width: int, temperature: float = 10000.0) -> Tensor:
     """Numbers as waves: sine and cosine interleaved, the wavelength growing from 1 to `temperature`.
@@ -81,7 +83,7 @@ class GridPosition(nn.Module):
 
 
 class LearnedPosition(nn.Module):
-    """One learned vector per column and per row, concatenated, x first (DETR's `learned`)."""
+    """One learned vector per column and per row, concatenated, x first (DETR's `learned`, which has 50 of each too)."""
 
     shape_only = True
 
@@ -95,6 +97,10 @@ class LearnedPosition(nn.Module):
     def forward(self, like: Tensor, shape: tuple[int, int], padding: Tensor | None = None) -> Tensor:
         """-> [1, H*W, C]; padding does not change it."""
         height, width = shape
+        if max(shape) > len(self.row.weight):
+            raise ModelError(f"model.position 'learned' has vectors for {len(self.row.weight)} rows and "
+                             f"columns, and the map has {height} x {width} cells; use a smaller input, or "
+                             "--set model.position=sine")
         x = self.column.weight[:width].repeat(height, 1)
         y = self.row.weight[:height].repeat_interleave(width, dim=0)
         return torch.cat([x, y], dim=1)[None]
@@ -112,7 +118,11 @@ class SequencePosition(nn.Module):
 
     def forward(self, like: Tensor, shape: tuple[int, int], padding: Tensor | None = None) -> Tensor:
         """-> [1, H*W, C]; padding does not change it."""
-        return self.table[:, : shape[0] * shape[1]]
+        tokens = shape[0] * shape[1]
+        if tokens > self.table.shape[1]:
+            raise ModelError(f"model.position 'sequence' has vectors for {self.table.shape[1]} cells, and the map has "
+                             f"{shape[0]} x {shape[1]}; use a smaller input, or --set model.position=sine")
+        return self.table[:, :tokens]
 
 
 class NoPosition(nn.Module):

@@ -6,7 +6,7 @@ He et al. 2015; He et al. 2018, "Bag of Tricks", figure 2 (C and D); the vd form
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from edgedetr.layers.conv import ConvNorm
 from edgedetr.layers.norm import FrozenBatchNorm2d
 from edgedetr.models import vit
 from edgedetr.models.vit import VitPyramid
+from edgedetr.options import LATER
 
 # blocks per stage, and whether a block is 1x1-3x3-1x1 with four times the channels at its end
 DEPTHS: dict[str, tuple[tuple[int, int, int, int], bool]] = {
@@ -39,6 +40,8 @@ class BackboneConfig:
     backbone_width: float = 1.0                 # 0.5 halves every channel count: for small data and CPUs
     backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
     backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
+    layer_scale: float = field(default=0.0, metadata=LATER)     # a ViT's LayerScale: start of its factors (CaiT:
+                                                # 1e-5); also for weights that have them (DINOv2); 0 = none
     frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -164,16 +167,19 @@ def resnet(name: str, levels: Sequence[int], *, width: float = 1.0, frozen_norm:
 
 
 def make_backbone(name: str, levels: Sequence[int], *, width: float = 1.0, frozen_norm: bool = True,
-                  frozen_stages: int = 0, dilate_last: bool = False) -> ResNet | VitPyramid:
+                  frozen_stages: int = 0, dilate_last: bool = False, layer_scale: float = 0.0) -> ResNet | VitPyramid:
     """A backbone by its name: a ResNet, or a vision transformer, "vit_tiny" .. "vit_base", each also as "..._window".
 
-    levels  stages to return, 2..5, which is strides 4..32;  frozen_norm, dilate_last  of a ResNet
+    levels  stages to return, 2..5, which is strides 4..32;  frozen_norm, dilate_last  of a ResNet;
+    layer_scale  of a vision transformer
     """
     if name not in NAMES:
         raise ModelError(f"model.backbone is {name!r}; expected one of {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
     if name not in vit.NAMES:
+        if layer_scale:
+            raise ModelError(f"model.layer_scale belongs to vision transformers, not to {name}; expected 0")
         return resnet(name, levels, width=width, frozen_norm=frozen_norm, frozen_stages=frozen_stages,
                       dilate_last=dilate_last)
     if dilate_last:
         raise ModelError(f"model.dilate_last needs a bottleneck ResNet, not {name}; use resnet50 or resnet101")
-    return vit.vit(name, levels, width=width, frozen_stages=frozen_stages)
+    return vit.vit(name, levels, width=width, frozen_stages=frozen_stages, layer_scale=layer_scale)

@@ -12,7 +12,7 @@ class Memory:
     """What the picture became: one token per cell, level after level.
 
     tokens    [B, S, C]
-    position  [B, S, C] or None   added to queries and keys, never to values
+    position  [1 or B, S, C] or None   added to queries and keys, never to values
     padding   [B, S] bool or None, True = padding
     shapes    [(H_l, W_l)] as Python ints, sum of H_l * W_l = S
     strides   input pixels per cell of each level

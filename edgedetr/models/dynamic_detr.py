@@ -7,7 +7,7 @@ R-CNN, RoIAlign on the level that fits a box's size, one set of encoder weights 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -24,6 +24,7 @@ from edgedetr.models.detector import Detector
 from edgedetr.models.dynamic_encoder import GROUPS, DynamicPyramidLayer
 from edgedetr.models.neck import FeaturePyramid, PyramidEncoder
 from edgedetr.models.transformer import TransformerConfig, backbone_of, xavier
+from edgedetr.options import LATER
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class DynamicDetrConfig(TransformerConfig):
     ffn: int = 2048                             # 8 C
     encoder_layers: int = 6
     dynamic_relu: bool = True                   # False: plain ReLU, which is cheaper and fuses into the convolution
+    # How much of each level goes into a sum: one number per map (the authors' Dynamic Head), or one per channel by
+    # squeeze-and-excitation, as this paper has it (section 3.2); recipe dynamic-detr-r50 takes the paper's.
+    scale_attention: Literal["scalar", "channel"] = field(default="scalar", metadata=LATER)
     sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
     decoder_layers: int = 6
     queries: int = 300
@@ -64,7 +68,7 @@ def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> Detector:
                             FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout), c.hidden, c.dropout)
 
     encoder = PyramidEncoder(FeaturePyramid(backbone.channels, backbone.strides, c.hidden, extra="conv"),
-                             [DynamicPyramidLayer(c.hidden, c.dynamic_relu, c.sampling)
+                             [DynamicPyramidLayer(c.hidden, c.dynamic_relu, c.sampling, c.scale_attention)
                               for _ in range(c.encoder_layers)])
     boxes = DeltaBoxes(c.hidden, num_classes, c.decoder_layers, class_tower=0, box_tower=0)
     decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)], boxes,

@@ -6,14 +6,17 @@ offsets of a level steer the deformable convolutions of all that flows into it.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.layers.deform_conv import MASKS, OFFSETS, TAPS, DeformRead, Source
 from edgedetr.layers.drop_path import DropPath
-from edgedetr.layers.dynamic import DynamicRelu, ScaleAttention
+from edgedetr.layers.dynamic import ChannelAttention, DynamicRelu, ScaleAttention
 from edgedetr.layers.linear import Linear
+from edgedetr.options import one_of
 
 GROUPS = 16         # of the normalisation after each convolution (Dynamic Head)
 
@@ -27,13 +30,18 @@ class DynamicPyramidLayer(nn.Module):
     Stochastic depth leaves a layer out as a whole: the maps of such an image go through it unchanged.
     """
 
-    def __init__(self, dim: int, dynamic_relu: bool = True, sampling: str = "auto") -> None:
+    def __init__(self, dim: int, dynamic_relu: bool = True, sampling: str = "auto",
+                 scale_attention: Literal["scalar", "channel"] = "scalar") -> None:
+        """scale_attention  how much of each map goes into the mean: one number (Dynamic Head), or one per channel by
+                         squeeze-and-excitation (Dynamic DETR)
+        """
         super().__init__()
+        one_of("model.scale_attention", scale_attention, ("scalar", "channel"))
         self.offset = nn.Conv2d(dim, OFFSETS + MASKS, 3, padding=1)
         self.read = DeformRead(sampling)
         self.same, self.finer, self.coarser = (Linear(TAPS * dim, dim) for _ in range(3))
         self.same_norm, self.finer_norm, self.coarser_norm = (nn.GroupNorm(GROUPS, dim) for _ in range(3))
-        self.scale = ScaleAttention(dim)
+        self.scale = ChannelAttention(dim) if scale_attention == "channel" else ScaleAttention(dim)
         self.activation = DynamicRelu(dim) if dynamic_relu else None
         self.path = DropPath()
         # Taps begin near the cells of a plain 3x3 convolution (Dynamic Head's code).
@@ -66,7 +74,10 @@ class DynamicPyramidLayer(nn.Module):
             parts[level + 1].append(part)
         for level, part in enumerate(self._normed(self.coarser, self.coarser_norm, read[2], cells[:-1])):
             parts[level].append(part)
-        weights = iter(self.scale([part for several in parts for part in several]).split(1, dim=1))
+        weight = self.scale([part for several in parts for part in several]).split(1, dim=1)
+        if isinstance(self.scale, ChannelAttention):
+            weight = [one.transpose(1, 2) for one in weight]                        # [B, C, 1]
+        weights = iter(weight)
         out = []
         for several in parts:
             weighted = [part * next(weights) for part in several]

@@ -113,6 +113,8 @@ READ: dict[str, Callable[[Weights], Any]] = {
     "encoder_width": _encoder_width,
     "fusion_blocks": _count(r"encoder\.top_down\.0\.blocks\.(\d+)\."),
     "denoising": _has("selector.denoising_class_embed.weight"),
+    "layer_scale": lambda weights: 1e-5 if "backbone.transformer.blocks.0.attention_scale.gamma" in weights else None,
+    "scale_attention": lambda weights: "channel" if "encoder.layers.0.scale.squeeze.weight" in weights else None,
     "learned_content": _has("selector.content.weight"),
     "ffn_activation": _activation,
 }

@@ -24,15 +24,15 @@ class FeaturePyramid(nn.Module):
     """
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], dim: int,
-                 extra: Literal["none", "pool", "conv"] = "none") -> None:
-        """extra  "pool": one level more, every second cell of the coarsest; "conv": two more by 3x3 convolutions"""
+                 extra: Literal["none", "conv"] = "none") -> None:
+        """extra  "conv": two levels more by 3x3 convolutions (P6 and P7)"""
         super().__init__()
-        one_of("extra", extra, ("none", "pool", "conv"))
+        one_of("extra", extra, ("none", "conv"))
         self.lateral = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in channels)
         self.smooth = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in channels)
         self.coarser = nn.ModuleList(nn.Conv2d(dim, dim, 3, 2, 1) for _ in range(2 if extra == "conv" else 0))
         self.extra, self.strides = extra, list(strides)
-        for _ in range({"none": 0, "pool": 1, "conv": 2}[extra]):
+        for _ in range({"none": 0, "conv": 2}[extra]):
             self.strides.append(2 * self.strides[-1])
         for conv in [*self.lateral, *self.smooth, *self.coarser]:
             nn.init.kaiming_uniform_(conv.weight, a=1)  # type: ignore[arg-type]  # a module's attributes are not known
@@ -44,8 +44,6 @@ class FeaturePyramid(nn.Module):
         for lateral, level in zip(self.lateral[-2::-1], maps[-2::-1]):
             sums.append(lateral(level) + F.interpolate(sums[-1], scale_factor=2.0, mode="nearest"))
         out = [smooth(level) for smooth, level in zip(self.smooth, sums[::-1])]
-        if self.extra == "pool":
-            out.append(F.max_pool2d(out[-1], 1, 2))
         for number, conv in enumerate(self.coarser):
             out.append(conv(out[-1] if number == 0 else F.relu(out[-1])))
         return out

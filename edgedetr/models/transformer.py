@@ -17,6 +17,7 @@ from edgedetr.options import LATER, check
 _LAYERS, _WIDTH, _QUERIES, _SHARE = (1, 100), (1, 32768), (1, 10000), (0, 0.99)
 RANGES = {
     "backbone_width": (0.05, 8), "frozen_stages": (0, 5), "mean": (-1000, 1000), "std": (1e-6, 1000),
+    "layer_scale": (0, 1),
     "hidden": (4, 8192), "encoder_width": (0, 8192), "heads": (1, 256),
     "dropout": _SHARE, "queries": _QUERIES, "first_queries": _QUERIES,
     "encoder_layers": (0, 100), "decoder_layers": _LAYERS, "box_layers": _LAYERS, "fusion_blocks": (0, 100),
@@ -45,7 +46,7 @@ def backbone_of(config: BackboneConfig, levels: Sequence[int], dilate_last: bool
     """The backbone that a configuration names, with random weights; see `make_backbone`."""
     return make_backbone(config.backbone, levels, width=config.backbone_width,
                          frozen_norm=config.backbone_norm == "frozen", frozen_stages=config.frozen_stages,
-                         dilate_last=dilate_last)
+                         dilate_last=dilate_last, layer_scale=config.layer_scale)
 
 
 def xavier(*parts: nn.Module) -> None:

@@ -7,7 +7,6 @@ Transformer Backbones for Object Detection" (ViTDet), section 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.patch import PatchPosition, from_windows, to_windows
-from edgedetr.options import one_of
 
 # channels, heads, blocks (the ViT paper's table 1; tiny and small: Touvron et al. 2021, "DeiT", table 1)
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -108,16 +106,6 @@ class VisionTransformer(nn.Module):
             tokens = block(tokens, shape)
         return self.norm(tokens)
 
-    def summary(self, images: Tensor, pool: Literal["class", "mean"] = "class") -> Tensor:
-        """One vector per picture [B, C] for a classifier: the class token's, or the mean of the patches'."""
-        one_of("pool", pool, ("class", "mean"))
-        tokens = self(images)
-        if pool == "class":
-            if self.class_token is None:
-                raise ModelError("a windowed vision transformer has no class token; use pool='mean'")
-            return tokens[:, 0]
-        return tokens[:, int(self.class_token is not None):].mean(1)
-
 
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of every cell of a map [B, C, H, W]."""
@@ -172,10 +160,15 @@ def _level(number: int, dim: int, channels: int) -> nn.Sequential:
                          nn.Conv2d(channels, channels, 3, padding=1, bias=False), ChannelNorm(channels, EPS))
 
 
-def vit(name: str, levels: Sequence[int], *, width: float = 1.0, frozen_stages: int = 0) -> VitPyramid:
-    """A vision transformer by its name, "vit_tiny" .. "vit_base", each also as "..._window"."""
+def vit(name: str, levels: Sequence[int], *, width: float = 1.0, frozen_stages: int = 0,
+        layer_scale: float = 0.0) -> VitPyramid:
+    """A vision transformer by its name, "vit_tiny" .. "vit_base", each also as "..._window".
+
+    layer_scale  start of the learned factors on its residual branches; 0 = none
+    """
     dim, heads, depth = SIZES[name.removesuffix(WINDOW)]
-    trunk = VisionTransformer(round(dim * width), heads, depth, windowed=name.endswith(WINDOW))
+    trunk = VisionTransformer(round(dim * width), heads, depth, windowed=name.endswith(WINDOW),
+                              layer_scale=layer_scale)
     net = VitPyramid(trunk, levels, round(PYRAMID * width))
     net.freeze(frozen_stages)
     return net

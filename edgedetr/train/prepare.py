@@ -20,6 +20,8 @@ from edgedetr.runtime.cpu import bounded
 
 log = logging.getLogger(__name__)
 
+PER_CLASS = ("selector.score.*", "selector.denoising_class_embed.*", "decoder.boxes.score.*")
+
 
 def use_threads(wanted: int) -> None:
     """Threads of torch on the CPU, no more than this process has cores; 0: torch's own choice."""
@@ -46,16 +48,30 @@ def detector(recipe: Recipe, classes: tuple[ClassInfo, ...], *, fresh: bool) -> 
                              "out; expected 0")
         log.info("train.drop_path: %d blocks are left out at rates of %.3g to %.3g", len(rates), rates[0], rates[-1])
     if config.lora_rank:
-        freeze(model, ("*",), but=config.lora_beside)
-        lora.adapt(model, config.lora_on, config.lora_rank, config.lora_alpha)
+        untrained = started_anew(recipe)
+        freeze(model, ("*",), but=(*config.lora_beside, *untrained))
+        lora.adapt(model, config.lora_on, config.lora_rank, config.lora_alpha, but=untrained)
     freeze(model, config.freeze)
     still = [name for name, parameter in model.named_parameters() if name in anew and not parameter.requires_grad]
     if still:
-        log.warning("started anew for these classes, and frozen: %s; to let them learn, %s", ", ".join(still),
-                    "add them to train.lora_beside" if config.lora_rank else "leave them out of train.freeze")
+        log.warning("started anew for these classes, and frozen: %s; to let them learn, leave them out of "
+                    "train.freeze", ", ".join(still))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError(f"train.freeze {list(config.freeze)} leaves nothing to learn; name fewer patterns")
     return model.train()
+
+
+def started_anew(recipe: Recipe) -> tuple[str, ...]:
+    """Patterns of names of all that no trained weights may have filled, and which therefore learns beside adapters.
+
+    They follow from the recipe alone, so that a training that goes on has the same: with train.start, what depends on
+    the classes; without, all but a pretrained backbone.
+    """
+    if recipe.train.start:
+        return PER_CLASS
+    if recipe.model.config.backbone_weights == pretrained.RANDOM:
+        return ("*",)
+    return ("encoder.*", "selector.*", "decoder.*", "backbone.levels.*")
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...], but: tuple[str, ...] = ()) -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from edgedetr.errors import ModelError
 from edgedetr.layers.position import GridPosition, LearnedPosition, NoPosition, SequencePosition, SinePosition
 
 LIKE = torch.zeros(1, 6, 16)
@@ -51,3 +52,10 @@ def test_learned_position_is_the_columns_vector_then_the_rows() -> None:
 def test_the_others_have_their_shapes() -> None:
     assert SequencePosition(16, 10)(LIKE, SHAPE).shape == (1, 6, 16)
     assert torch.equal(LIKE + NoPosition()(LIKE, SHAPE), LIKE)
+
+
+@pytest.mark.parametrize("position, shape", [(LearnedPosition(16, cells=4), (5, 2)), (LearnedPosition(16), (2, 51)),
+                                             (SequencePosition(16, 10), (3, 4))])
+def test_maps_beyond_the_learned_places_are_refused(position: torch.nn.Module, shape: tuple[int, int]) -> None:
+    with pytest.raises(ModelError, match=rf"the map has {shape[0]} x {shape[1]}.*model.position=sine"):
+        position(LIKE, shape)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from edgedetr.models.dynamic_detr import DynamicDetrConfig, dynamic_detr
 from edgedetr.models.dynamic_encoder import GROUPS, DynamicPyramidLayer
+from edgedetr.models.infer import infer
 
 DIM = GROUPS
 
@@ -35,11 +36,11 @@ def deformed(conv: torch.nn.Module, x: torch.Tensor, offset: torch.Tensor, mask:
     return out
 
 
-@pytest.mark.parametrize("dynamic_relu", [True, False])
+@pytest.mark.parametrize("dynamic_relu, scale_attention", [(True, "scalar"), (False, "scalar"), (True, "channel")])
 @torch.no_grad()
-def test_levels_flow_into_each_other_as_the_middle_one_asks(dynamic_relu: bool) -> None:
+def test_levels_flow_into_each_other_as_the_middle_one_asks(dynamic_relu: bool, scale_attention: str) -> None:
     torch.manual_seed(0)
-    layer = DynamicPyramidLayer(DIM, dynamic_relu).double()
+    layer = DynamicPyramidLayer(DIM, dynamic_relu, scale_attention=scale_attention).double()
     for parameter in layer.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.1)
     maps = [torch.randn(1, DIM, *shape, dtype=torch.float64) for shape in ((6, 8), (3, 4), (2, 2))]
@@ -57,14 +58,29 @@ def test_levels_flow_into_each_other_as_the_middle_one_asks(dynamic_relu: bool) 
         for conv, norm, source, stride in sources:
             part = deformed(conv, source, offset, mask, stride)
             part = F.group_norm(part[None], GROUPS, norm.weight, norm.bias)[0]
-            score = (layer.scale.score.weight.flatten() * part.mean((1, 2))).sum() + layer.scale.score.bias[0]
-            total += part * torch.clamp(F.relu(score) + 3, max=6) / 6
+            mean = part.mean((1, 2))
+            if scale_attention == "channel":
+                squeeze, excite = layer.scale.squeeze, layer.scale.excite
+                hidden = F.relu(squeeze.weight @ mean + squeeze.bias)
+                total += part * torch.sigmoid(excite.weight @ hidden + excite.bias)[:, None, None]
+            else:
+                score = layer.scale.score.weight.flatten() @ mean + layer.scale.score.bias[0]
+                total += part * torch.clamp(F.relu(score) + 3, max=6) / 6
         expected = total[None] / len(sources)
         if dynamic_relu:
             expected = layer.activation([expected.flatten(2)])[0].view_as(expected)
         else:
             expected = F.relu(expected)
         torch.testing.assert_close(actual[level], expected, atol=1e-10, rtol=0)      # float64
+
+
+def test_weights_say_which_attention_over_scales_they_have() -> None:
+    small = {"backbone": "resnet18", "backbone_width": 0.25, "hidden": 2 * GROUPS, "ffn": 32, "encoder_layers": 1,
+             "decoder_layers": 1, "queries": 5}
+    for form in ("scalar", "channel"):
+        config = DynamicDetrConfig(**small, scale_attention=form)
+        found = infer(DynamicDetrConfig, dynamic_detr(config, 3).state_dict())
+        assert DynamicDetrConfig(**{**small, **found}).scale_attention == form
 
 
 @pytest.mark.parametrize("layers, pairs", [(1, [(256, 256)]), (2, [(256, 64), (64, 256)])])

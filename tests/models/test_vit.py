@@ -45,8 +45,6 @@ def test_it_computes_what_transformers_vit_does(size: tuple[int, int]) -> None:
     images = torch.randn(2, 3, *size)
     expected = reference(images, interpolate_pos_encoding=True).last_hidden_state
     torch.testing.assert_close(ours(images), expected, atol=1e-4, rtol=0)       # float32; measured 0
-    torch.testing.assert_close(ours.summary(images), expected[:, 0], atol=1e-4, rtol=0)
-    torch.testing.assert_close(ours.summary(images, "mean"), expected[:, 1:].mean(1), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -189,6 +187,18 @@ def test_freezing_goes_from_the_patches_up(stages: int, blocks: int) -> None:
     assert trunk.norm.weight.requires_grad
 
 
+@torch.no_grad()
+def test_a_recipe_reaches_layer_scale_and_the_factors_scale_each_branch() -> None:
+    config = replace(SMALL["detr"], backbone="vit_tiny", backbone_width=0.125, layer_scale=1e-5)
+    block = build("detr", config, CLASSES).backbone.transformer.blocks[0]
+    tokens = torch.randn(2, 7, block.attention_norm.normalized_shape[0])
+    assert (block(tokens, (2, 3)) - tokens).abs().max() < 1e-3, "a fresh block changes next to nothing"
+    block.attention_scale.gamma.zero_()
+    block.feedforward_scale.gamma.fill_(2.0)
+    expected = tokens + 2 * block.feedforward(block.feedforward_norm(tokens))
+    torch.testing.assert_close(block(tokens, (2, 3)), expected)
+
+
 def test_every_block_can_be_left_out_at_random() -> None:
     trunk = VisionTransformer(DIM, HEADS, DEPTH, layer_scale=1e-5)
     assert set_rates(trunk, 0.3, "linear") == pytest.approx((0, 0.1, 0.2, 0.3))
@@ -218,9 +228,9 @@ def test_a_member_trains_and_deploys_on_it(name: str) -> None:
 
 @pytest.mark.parametrize("make, message", [
     (lambda: make_backbone("vit_tinny", (5,)), "did you mean 'vit_tiny'"),
+    (lambda: make_backbone("resnet18", (5,), layer_scale=1e-5), "belongs to vision transformers, not to resnet18"),
     (lambda: make_backbone("vit_tiny", (5,), dilate_last=True), "use resnet50 or resnet101"),
     (lambda: make_backbone("vit_tiny", (5,), width=0.26), "50 channels with 3 heads; .*model.backbone_width"),
-    (lambda: VisionTransformer(24, 3, 1, windowed=True).summary(torch.zeros(1, 3, 32, 32)), "use pool='mean'"),
 ])
 def test_what_cannot_be_built_says_why(make: object, message: str) -> None:
     with pytest.raises(ModelError, match=message):

@@ -43,7 +43,7 @@ def test_other_classes_start_anew_and_the_rest_is_kept(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("settings, advice", [
-    ({"lora_rank": 2, "lora_on": ["*.q"]}, "add them to train.lora_beside"),
+    ({"lora_rank": 2, "lora_on": ["*.q"]}, None),
     ({"freeze": ["selector.*"]}, "leave them out of train.freeze"),
     ({"lora_rank": 2, "lora_on": ["*.q"], "lora_beside": ["selector.*", "decoder.boxes.*"]}, None),
 ])
@@ -64,8 +64,8 @@ def test_adapters_train_alone_with_heads_and_norms_and_are_merged_into_the_bundl
     detector = prepare.detector(recipe, CLASSES, fresh=True)
     learning = {name for name, parameter in detector.named_parameters() if parameter.requires_grad}
     assert any(isinstance(module, LoraLinear) for module in detector.modules())
-    assert all("norm" in n or n.endswith((".down", ".up")) or n.startswith(("decoder.boxes.", "selector.score.",
-                                                                           "selector.box.")) for n in learning)
+    beside = ("decoder.boxes.", "selector.score.", "selector.box.", "selector.denoising_class_embed.")
+    assert all("norm" in n or n.endswith((".down", ".up")) or n.startswith(beside) for n in learning)
     bundle = train(recipe, micro_data, tmp_path / "lora.bundle")
     before, after = load_file(trained / "weights.safetensors"), load_file(bundle.require("weights.safetensors"))
     assert sorted(after) == sorted(before), "nothing is left of the adapters' own weights"
@@ -73,6 +73,31 @@ def test_adapters_train_alone_with_heads_and_norms_and_are_merged_into_the_bundl
     assert "decoder.layers.0.self_attention.q.weight" in changed
     assert "decoder.layers.0.self_attention.k.weight" not in changed
     load_bundle_model(bundle)
+
+
+def test_all_that_starts_anew_learns_beside_adapters(trained: Path) -> None:
+    """Classes of a denoised query have vectors of their own, and without train.start the decoder is random."""
+    three = (ClassInfo(0, 9, "huge"), *(replace(item, index=item.index + 1) for item in CLASSES))
+    recipe = micro.recipe(lora_rank=2, start=str(trained))
+    detector = prepare.detector(recipe, three, fresh=True)
+    weights = load_file(trained / "weights.safetensors")
+    parameters = dict(detector.named_parameters())
+    anew = {name for name, value in parameters.items() if name not in weights or value.shape != weights[name].shape}
+    assert "selector.denoising_class_embed.weight" in anew
+    assert all(parameters[name].requires_grad for name in anew)
+    assert not parameters["selector.project.weight"].requires_grad
+
+    with pytest.raises(ModelError, match="fits no Linear that starts from trained weights; expected train.start"):
+        prepare.detector(micro.recipe(lora_rank=2), CLASSES, fresh=True)
+    vit = replace(recipe.model, config=replace(recipe.model.config, backbone="vit_tiny", backbone_width=0.125,
+                                               backbone_weights="a file that a checkpoint stands for"))
+    recipe = replace(recipe, model=vit, train=replace(recipe.train, start=""))
+    detector = prepare.detector(recipe, CLASSES, fresh=False)
+    learns = {name: parameter.requires_grad for name, parameter in detector.named_parameters()}
+    assert all(learns[name] for name in learns if not name.startswith("backbone.transformer."))
+    blocks = {name for name in learns if "blocks.0.attention." in name and learns[name]}
+    assert blocks == {f"backbone.transformer.blocks.0.attention.{part}.{side}" for part in "qv"
+                      for side in ("down", "up")}
 
 
 def test_frozen_parameters_stay_and_a_pattern_that_fits_nothing_is_an_error() -> None:
