@@ -16,7 +16,7 @@ from PIL import Image
 from edgedetr import cli
 from edgedetr.bundle import Bundle
 from edgedetr.errors import BundleError
-from edgedetr.kinds import what_is
+from edgedetr.kinds import require, what_is
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -152,12 +152,13 @@ def test_what_is_meant_is_let_through():
     assert what_is(FIXTURES / "nowhere") is None
 
 
-def test_a_folder_with_the_name_of_a_shipped_recipe_does_not_hide_it(tmp_path, monkeypatch, capsys):
+def test_a_folder_with_the_name_of_a_shipped_recipe_does_not_hide_it(tmp_path, monkeypatch):
     (tmp_path / "demo" / "annotations").mkdir(parents=True)
     (tmp_path / "demo" / "annotations" / "train.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    assert cli.run(["train", "--data", "nowhere", "--recipe", "demo"]) == 1
-    assert "nowhere: no such directory" in capsys.readouterr().err
+    require("demo", "recipe")           # raises nothing
+    with pytest.raises(BundleError, match="demo: this is a data set"):
+        require("demo", "bundle")
 
 
 def test_images_of_many_formats_are_images(tmp_path):

@@ -214,7 +214,7 @@ def test_a_pipe_does_not_hang(tmp_path):
         Reference.load(tmp_path / "reference.npz")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damaged_bytes_are_one_error_or_the_same_set(reference, tmp_path, data):
     path = tmp_path / "reference.npz"
