@@ -76,7 +76,7 @@ def pixels(raw: Mapping[str, Any] | None, member: str, where: str, asked: tuple[
         size = {"height": SQUARE, "width": SQUARE} if stretched else {"shortest_edge": SHORT, "longest_edge": LONG}
         height, width, resize, note = _target(size, "")
         note = f"no preprocessor_config.json: {note}, as published"
-        return _asked(Pixels(height, width, resize, None, None, (note,)), asked)
+        return _asked(Pixels(height, width, resize, None, None, (note,)), asked, "that were published")
     for key, value in raw.items():
         entry = KEYS.get(key)
         if entry is None:
@@ -104,10 +104,10 @@ def pixels(raw: Mapping[str, Any] | None, member: str, where: str, asked: tuple[
     return _asked(Pixels(height, width, resize, mean, std, (note,) if resize == "letterbox" else ()), asked)
 
 
-def _asked(found: Pixels, asked: tuple[int, int] | None) -> Pixels:
+def _asked(found: Pixels, asked: tuple[int, int] | None, whose: str = "that it was trained with") -> Pixels:
     if asked is None:
         return found
-    note = f"input {asked[0]} x {asked[1]} instead of the {found.height} x {found.width} that it was trained with"
+    note = f"input {asked[0]} x {asked[1]} instead of the {found.height} x {found.width} {whose}"
     return Pixels(*asked, found.resize, found.mean, found.std, (*found.notes, note))
 
 

@@ -137,8 +137,6 @@ def architecture(origin: Origin, model: str, size: tuple[int, int] | None = None
                          "one in 32 groups and ours in pairs; expected at least 64")
     if told:
         told.agree(found)
-    if not told:
-        notes.append(_untold(chosen.config, found, values))
     image = _pixels(origin, model, size)
     notes += image.notes
     colours = {"mean": image.mean, "std": image.std} if image.mean and image.std else {}
@@ -147,6 +145,8 @@ def architecture(origin: Origin, model: str, size: tuple[int, int] | None = None
     sections = {"model": {"name": model, **inside, **colours},
                 "input": {"height": image.height, "width": image.width, "resize": image.resize}}
     recipe = Recipe.from_dict(sections, where=source, sets=sets)
+    if not told:
+        notes.append(_untold(recipe.model.config, found))
     weights = _first_layers(weights, getattr(recipe.model.config, "decoder_layers", len(weights)), notes)
     return Architecture(layout, recipe, weights, told, tuple(notes))
 
@@ -179,12 +179,10 @@ def _told(origin: Origin, model: str, layout: str, notes: list[str]) -> Told | N
     return None
 
 
-def _untold(config: type[Any], found: dict[str, Any], values: dict[str, Any]) -> str:
-    """The note about everything that no tensor tells."""
-    default = config()
-    taken = {name: values.get(name, getattr(default, name)) for name in UNTOLD
-             if name in config.__dataclass_fields__ and (name not in found or name == "ffn_activation")
-             and found.get(name) != "prelu"}
+def _untold(config: Any, found: dict[str, Any]) -> str:
+    """The note about everything that no tensor tells, and how it was taken."""
+    taken = {name: getattr(config, name) for name in UNTOLD if hasattr(config, name)
+             and (name not in found or (name == "ffn_activation" and found[name] != "prelu"))}
     listed = ", ".join(f"{name}={value}".lower() for name, value in taken.items())
     said = "whether C5 is dilated (DC5), " if "dilate_last" in taken else ""
     said += "whether sampling is discrete, which decoder layer is the last one used (eval_idx), " if "method" in taken \

@@ -106,6 +106,7 @@ def test_what_a_file_of_tensors_cannot_say_is_said(detr_file: Path, tmp_path: Pa
     notes = import_weights(str(path), "rt_detr", tmp_path / "b", size=(64, 64), sets=sets).notes
     untold = next(note for note in notes if "no tensor says" in note)
     assert "whether sampling is discrete" in untold and "eval_idx" in untold and "method=default" in untold
+    assert "queries=7" in untold, "as set"
     fewer = import_weights(str(path), "rt_detr", tmp_path / "c", size=(64, 64), sets=(*sets, "model.decoder_layers=2"))
     assert fewer.bundle.manifest.config["decoder_layers"] == 2
     assert any("decoder layers from 2 on are left out" in note for note in fewer.notes)
