@@ -471,7 +471,7 @@ ODD: list[Any] = [None, True, 0, -1, 2**70, 1e308, float("nan"), float("inf"), "
                   {"model_type": "resnet", "out_features": [[]]}, list(range(1000))]
 
 
-@case
+@pytest.mark.parametrize("name", ["detr", "deformable", "rt v2"])
 def test_odd_values_of_every_key_are_read_or_one_error(name: str) -> None:
     """Every key and every nested key, twenty values each."""
     one, raw = CASES[name], plain(name).raw
