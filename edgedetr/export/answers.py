@@ -166,7 +166,9 @@ def _taken_apart(view: GraphView, name: str, values: Values) -> Dense | Chosen |
         wide = np.concatenate([row.T if turned else row for row in rows])
         count = wide.shape[1]
         for first in (0, count - 4):
-            if (traced is None and _plausible(wide[:, first:first + 4])) or traced == (turned, first):
+            told = traced is not None and len(traced) == 1
+            allowed = traced is None or (turned, first) in traced
+            if allowed and (told or _plausible(wide[:, first:first + 4])):
                 others = (4, count) if first == 0 else (0, count - 4)
                 found_blocks.append(Dense("joined", Block(name, turned, others),
                                           Block(name, turned, (first, first + 4))))
@@ -179,7 +181,8 @@ def _taken_apart(view: GraphView, name: str, values: Values) -> Dense | Chosen |
 
 def _plausible(boxes: np.ndarray) -> bool:
     """Whether columns may be boxes: most centres or corners are well inside; class scores are mostly near 0."""
-    return bool((boxes[:, 2:] >= -1e-4).mean() > 0.98 and np.median(boxes[:, :2], axis=0).min() > 0.03)
+    inside = (boxes[:, 2:] >= -1e-4).mean() > 0.98 and np.median(boxes[:, :2], axis=0).min() > 0.03
+    return bool(inside) and not bool(np.abs(boxes.sum(1) - 1).max() < 1e-3)      # shares of one whole: softmax
 
 
 def _six(name: str, rows: Sequence[np.ndarray]) -> Chosen | None:
@@ -196,8 +199,8 @@ def _six(name: str, rows: Sequence[np.ndarray]) -> Chosen | None:
     return None
 
 
-def _concat(view: GraphView, name: str) -> tuple[bool, int] | None:
-    """How the Concat behind an output joins: along the rows, [4 + K, N], or not; where the 4 begin. None: unknown."""
+def _concat(view: GraphView, name: str) -> list[tuple[bool, int]] | None:
+    """How the Concat behind an output joins: along the rows, [4 + K, N], or not; where 4 begin. None: unknown."""
     turned = False
     while (node := view.makers.get(name)) is not None:
         if node.op_type == "Concat":
@@ -205,9 +208,10 @@ def _concat(view: GraphView, name: str) -> tuple[bool, int] | None:
             rank = len(shapes[0])
             axis = next((item.i for item in node.attribute if item.name == "axis"), 0) % max(rank, 1)
             sizes = [shape[axis] for shape in shapes if len(shape) == rank]
-            if rank < 2 or sizes.count(4) != 1 or None in sizes or axis < rank - 2:
+            if rank < 2 or 4 not in sizes or None in sizes or axis < rank - 2:
                 return None
-            return (axis == rank - 2) != turned, sum(size or 0 for size in sizes[:sizes.index(4)])
+            return [((axis == rank - 2) != turned, sum(one or 0 for one in sizes[:place]))
+                    for place, size in enumerate(sizes) if size == 4]
         if node.op_type == "Transpose":
             perm = next((list(item.ints) for item in node.attribute if item.name == "perm"), [])
             turned ^= perm[-2:] == [len(perm) - 1, len(perm) - 2]

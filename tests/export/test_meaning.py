@@ -237,6 +237,17 @@ def test_boxes_and_classes_in_one_are_taken_apart(tmp_path, turned, logits, firs
     assert_finds_what_was_planted(result, boxes)
 
 
+@pytest.mark.parametrize("first", ["boxes", "classes"])
+@pytest.mark.parametrize("softmax", [False, True])
+def test_four_classes_beside_four_sides_are_told_apart(tmp_path, softmax, first):
+    made = planted(softmax=softmax, spare=not softmax)
+    scores = made.add("Softmax" if softmax else "Sigmoid", "l", out="p")
+    made.add("Concat", *(("b", scores) if first == "boxes" else (scores, "b")), out="output0", axis=2)
+    result = imported(made.model(["output0"]), tmp_path)
+    assert (result.activation, len(result.bundle.manifest.classes)) == (("softmax", 3) if softmax else ("sigmoid", 4))
+    assert_finds_what_was_planted(result, scores=None)
+
+
 def chosen(made, *, count: int = 10, layout: str = "xyxy", labels=TensorProto.INT64, add: int = 0, per_query=False):
     """RT-DETR's decoding: names of labels [1, n], boxes [1, n, 4], scores [1, n] in pixels."""
     boxes = "b" if layout == "cxcywh" else convert(made, layout, pixels=True)

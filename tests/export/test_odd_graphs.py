@@ -228,3 +228,17 @@ def test_damaged_files_end_in_one_error_of_ours(tmp_path):
 @pytest.mark.slow
 def test_many_damaged_files_end_in_one_error_of_ours(tmp_path):
     assert fuzz(tmp_path, 5000, seed=2) < 5000
+
+
+def test_nodes_may_stand_in_any_order_but_not_in_a_circle(tmp_path):
+    """Converters to float16 append their casts behind the nodes that read them; ONNX Runtime takes that."""
+    made = planted()
+    made.add("Sigmoid", "l", out="p")
+    model = made.model(["p", "b"])
+    backwards = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(model.graph.node)]
+    del model.graph.node[:]
+    model.graph.node.extend(backwards)
+    onnx.save(model, tmp_path / "m.onnx")
+    assert bring(tmp_path / "m.onnx", tmp_path / "good").activation == "sigmoid"
+    next(node for node in model.graph.node if node.op_type == "Mul").input[0] = "p"
+    refused(model, tmp_path, "not valid ONNX .*topologically")
