@@ -182,7 +182,7 @@ def alone(data: str, out: str, settings: dict) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     module.RECORD_EVERY = 1
     # What a process computes by itself must be the same in halves: no BatchNorm, no random parts, no weighted mean.
-    model = {"name": "detr", "backbone": "resnet18", "backbone_width": 0.125, "backbone_weights": "random",
+    model = {"name": "conditional_detr", "backbone": "resnet18", "backbone_width": 0.125, "backbone_weights": "random",
              "frozen_stages": 0, "hidden": 16, "heads": 2, "ffn": 16, "encoder_layers": 1, "decoder_layers": 2,
              "queries": 10, "dropout": 0.0}
     sections = {**micro.TOML, "model": model, "train": {**micro.TOML["train"], **settings}}
@@ -190,7 +190,7 @@ def alone(data: str, out: str, settings: dict) -> None:
 
 
 def test_two_processes_lose_like_one_with_the_same_batches(processes, micro_data, tmp_path):
-    settings = {"epochs": 1, "class_loss": "focal", "lr": 1e-5, "denoising": 0}
+    settings = {"epochs": 1, "lr": 1e-5, "denoising": 0}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
