@@ -11,9 +11,11 @@ from collections.abc import Mapping
 import numpy as np
 
 # An image stands out in a tensor where its largest magnitude is FACTOR times that of the others, and is reported where
-# it stands out in SHARE of the tensors. Measured with rt_detr on BCCD and on cards (128 images each): see `standouts`.
+# it stands out in SHARE of the tensors. Measured with an rt_detr trained on BCCD (110 tensors, 128 images): of BCCD's
+# own images the most extreme stands out in 3 % of the tensors, of 128 cards in 16 %, and a frame of noise, of black and
+# white dots, all black, or a card among BCCD's in 46 to 61 %. A white frame stands out in 1 %: it moves no range.
 FACTOR = 1.25
-SHARE = 0.2
+SHARE = 0.25
 FEW = 0.05          # of the images: at most so many can stand out; more are another kind of image, not a few bad ones
 MOVED = 1.2         # a range that changes by this factor or more has moved
 
