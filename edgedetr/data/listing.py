@@ -13,6 +13,7 @@ from pathlib import Path
 from edgedetr.data import images
 from edgedetr.errors import DataError
 
+LINK = 200      # bytes of a link that became a text
 # Folders that systems make beside people's files: a Mac's zip, a Synology disk, a Windows disk.
 SYSTEM = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"})
 
@@ -47,6 +48,19 @@ def files(folder: Path) -> list[Path]:
             _walk(start, found, met, links)
         waiting = links
     return sorted(found)
+
+
+def links_as_text(folder: Path) -> list[Path]:
+    """Small files whose text is the path of a folder: links, as git on Windows and some archives unpack them."""
+    found = []
+    for path in files(folder):
+        try:
+            if not path.suffix and 0 < os.path.getsize(path) <= LINK and os.path.isdir(
+                    path.parent / path.read_text(encoding="utf-8").strip()):
+                found.append(path)
+        except (OSError, ValueError):       # no text, or no path
+            continue
+    return found
 
 
 def images_in(folder: Path, also: Iterable[str] = ()) -> list[Path]:

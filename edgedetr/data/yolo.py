@@ -18,7 +18,7 @@ from edgedetr.data import data_yaml
 from edgedetr.data.clean import RawImage, RawSplit, class_infos, read_names
 from edgedetr.data.form import Finding
 from edgedetr.data.images import is_image
-from edgedetr.data.listing import child, children, images_in
+from edgedetr.data.listing import child, children, images_in, links_as_text
 from edgedetr.data.names import canonical
 from edgedetr.data.places import Places
 from edgedetr.data.yolo_labels import Labels
@@ -83,6 +83,10 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
         image = RawImage(position, picture, relative=True)
         labels.fill(image, findings)
         found.append(image)
+    for link in (path for place in source.places if os.path.isdir(place) for path in links_as_text(place)):
+        findings.append(Finding("link-as-text", str(link), "a text that names a folder, as a link becomes where links "
+                                "cannot be made; what lies there is left out; put the link or the folder in its place",
+                                True))
     labels.close([place for place in source.places if os.path.isdir(place)], pictures, findings)
     return RawSplit(class_infos(names), found, findings)
 

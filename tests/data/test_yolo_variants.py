@@ -234,3 +234,12 @@ def test_without_pyyaml_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(MissingDependency, match=r"data\.yaml cannot be read: pyyaml.*run: pip install pyyaml"):
         load(yolo(tmp_path))
+
+
+def test_a_link_that_was_unpacked_as_text_is_named(tmp_path):
+    yolo(tmp_path, names=("a",))
+    picture(tmp_path / "pool" / "x.jpg", 5)
+    link = text(tmp_path / "images" / "train" / "more", "../../pool")
+    text(tmp_path / "images" / "train" / "LICENSE", "free")
+    named, = load(tmp_path).findings
+    assert (named.kind, named.where, named.fatal) == ("link-as-text", str(link), True)
