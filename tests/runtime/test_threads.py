@@ -44,12 +44,12 @@ def slow_graph(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def detectors(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Detector]:
+def detectors(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Detector]:
     bundle = Bundle.create(tmp_path_factory.mktemp("threads") / "b.bundle", Manifest(
         "t", (ClassInfo(0, 1, "a"), ClassInfo(1, 2, "b")), InputContract(SIDE, SIDE, "letterbox"), OutputContract()))
     with bundle.add("model.onnx", stage="export") as path:
         slow_graph(path)
-    return lambda backend: load(bundle, backend=backend, stage="onnx", threads=1)
+    return lambda backend, opened=True: load(bundle, backend=backend, stage="onnx", threads=1) if opened else bundle
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,22 @@ def test_eight_threads_share_an_engine(plan, cuda, latest):
 
         assert wrong(call) == 0
     assert not any(cuda.live().values())
+
+
+def test_eight_threads_share_a_detector_of_whole_frames(detectors):
+    from edgedetr.graph.frame import write_frames
+    from edgedetr.runtime.frames import load_frames
+
+    bundle = detectors("onnxruntime", opened=False)
+    write_frames(bundle, 40, 60)
+    detector = load_frames(bundle, threads=1)
+    frames = np.random.default_rng(3).integers(0, 200, (IMAGES, 1, 1, 3)) + np.zeros((1, 40, 60, 1), int)
+
+    def call(i: int) -> tuple[np.ndarray, ...]:
+        found = detector(frames[i].astype(np.uint8))
+        return found.xyxy, found.confidence, found.class_id
+
+    assert wrong(call) == 0
 
 
 def test_eight_threads_prepare_images(pictures):
