@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import pytest
@@ -85,6 +85,7 @@ CASES = {
 # Other names of keys, and what no file can vary with transformers 5.23: its model of learned queries does not run.
 UNVARIED = {"num_attention_heads", "num_hidden_layers", "hidden_size", "learn_initial_query"}
 case = pytest.mark.parametrize("name", CASES)
+FILES = TemporaryDirectory(prefix="edgedetr-hub-")      # models are shared by tests; gone when the process ends
 
 
 def backbone(member: str, levels: tuple[int, ...], **options: Any) -> Any:
@@ -144,7 +145,7 @@ class Saved:
 
 def saved(one: Case, **options: Any) -> Saved:
     model = lively(getattr(transformers, f"{one.name}ForObjectDetection")(one.config(**options)))
-    folder = Path(mkdtemp(prefix="edgedetr-hub-"))
+    folder = Path(mkdtemp(dir=FILES.name))
     model.save_pretrained(folder)
     return Saved(model, folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
