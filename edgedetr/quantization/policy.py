@@ -134,6 +134,27 @@ def _checked(raw: dict[str, object], kind: type, path: Path, defaults: dict[str,
     return values
 
 
+def check_patterns(model: ModelProto, policy: Policy) -> None:
+    """Errors: ExportError where a pattern fits no node of this graph, with the nearest part of a name.
+
+    Patterns of the shipped default are passed over, since they are for all members, and every one fits some.
+    """
+    shipped = set(_patterns(load("default")))
+    names = [node.name for node in model.graph.node]
+    parts = {part for name in names for part in name.split("/") if part}
+    for pattern in _patterns(policy):
+        if pattern not in shipped and not any(fnmatchcase(name, pattern) for name in names):
+            strange = [part for part in pattern.split("/") if part.strip("*") and part not in parts]
+            near = did_you_mean(strange[0].strip("*"), parts) if strange else ""
+            some = next((name for name in names if name), "(none has a name)")
+            raise ExportError(f"policy {policy.name!r}: no node of this graph fits {pattern!r}{near}; expected "
+                              f"patterns of names like {some}")
+
+
+def _patterns(policy: Policy) -> list[str]:
+    return [pattern for rule in (*policy.rules, *policy.float32) for pattern in (*rule.match, *rule.unless)]
+
+
 def plan(model: ModelProto, policy: Policy) -> Plan:
     """Apply a policy to a float graph."""
     wiring = Wiring(model)

@@ -22,7 +22,7 @@ from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, tensors, tied, weight_bits
 from edgedetr.quantization.half import halve, islands
 from edgedetr.quantization.peaks import peaks
-from edgedetr.quantization.policy import Plan, Policy, load, plan
+from edgedetr.quantization.policy import Plan, Policy, check_patterns, load, plan
 from edgedetr.quantization.qdq import insert
 from edgedetr.quantization.ranges import Ranges
 from edgedetr.quantization.rewrite import split_concats
@@ -51,6 +51,7 @@ def quantize(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path |
     config = config or QuantConfig()
     model = split_concats(read(bundle.require("model.onnx")))
     policy = load(config.policy)
+    check_patterns(model, policy)
     chosen = plan(model, policy)
     ranges = _ranges(bundle, model, chosen, policy, config, calib, progress)
     for dialect in (TENSORRT, replace(CPU, weight_bits=weight_bits(config.cpu_weights))):
@@ -71,6 +72,7 @@ def to_half(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path | 
     if bundle.has(FP16) and _property(read(bundle.require(FP16)), MADE_BY) == made_by:
         return
     model = read(bundle.require("model.onnx"))
+    check_patterns(model, policy)
     result, stayed = _halved(bundle, model, model, policy, calib, progress)
     onnx.helper.set_model_props(result, {**{item.key: item.value for item in model.metadata_props},
                                          MADE_BY: made_by, FLOAT32: stayed})

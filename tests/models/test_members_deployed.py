@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -141,6 +145,30 @@ def test_the_quantised_graph_runs(name: str, runner: type, folder: Path, tmp_pat
     else:                           # query by query, beside what distinguishes two images
         assert distance(plain, raw) < 0.3 * distance(float_, shifted(float_))      # measured 0 to 0.11
         assert alike(float_, plain) > 0.8       # measured 0.94 to 0.997, with weights of 7 or of 8 bits
+
+
+GOLDEN = Path(__file__).parents[1] / "quantization" / "golden_layers.json"
+
+
+@member
+def test_the_layers_that_become_int8_are_the_listed_ones(name: str) -> None:
+    """Written anew, for reading its diff, by EDGEDETR_WRITE_GOLDEN=1 pytest -k listed_ones on this file."""
+    chosen = plan(split_concats(onnx.load(exported(name, 1))), load("default"))
+    found: dict[str, list[str]] = {"int8": [layer.node for layer in chosen.layers]}
+    for node, reason in chosen.islands.items():
+        found.setdefault(f"float: {reason.split(':')[0]}", []).append(node)
+    found = {kind: sorted({re.sub(r"\d+", "#", node) for node in nodes}) for kind, nodes in found.items()}
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
+    if os.environ.get("EDGEDETR_WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps({**golden, name: found}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    else:
+        assert found == golden[name]
+
+
+def test_every_pattern_of_the_default_policy_fits_some_member() -> None:
+    names = [node.name for name in FAMILY for node in split_concats(onnx.load(exported(name, 1))).graph.node]
+    patterns = [pattern for rule in load("default").rules for pattern in (*rule.match, *rule.unless)]
+    assert [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)] == []
 
 
 def run_all(runner: Runner, images: np.ndarray) -> RawOutputs:

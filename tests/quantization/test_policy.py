@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.quantization.policy import Policy, Rule, load, plan
+from edgedetr.quantization.policy import Policy, Rule, check_patterns, load, plan
 
 
 def graph_of(nodes, shapes, **constants):
@@ -107,3 +107,14 @@ def test_gemm_scales_run_along_its_outputs(transposed):
     node = helper.make_node("Gemm", ["x", "w"], ["y"], "fc", transB=transposed)
     found = plan(graph_of([node], {"x": [4, 32]}, w=np.ones((20, 32) if transposed else (32, 20))), Policy("p"))
     assert found.layers[0].axis == (0 if transposed else 1)
+
+
+def test_a_pattern_that_fits_nothing_is_an_error_that_names_the_nearest_part():
+    model = graph_of([helper.make_node("MatMul", ["x", "a"], ["y"], "/detector/selector/project/MatMul")],
+                     {"x": [1, 4, 32]}, a=W)
+    check_patterns(model, load("default"))      # patterns for parts of other members are no fault
+    check_patterns(model, Policy("mine", rules=(Rule("r", match=("*/selector/*", "*/decoder/*")),)))
+    for rule in (Rule("r", match=("*/selecter/*",)), Rule("r", unless=("*/selecter/project/*",))):
+        for policy in (Policy("mine", rules=(rule,)), Policy("mine", float32=(rule,))):
+            with pytest.raises(ExportError, match=r"policy 'mine': .*'\*/selecter/.*; did you mean 'selector'"):
+                check_patterns(model, policy)
