@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,14 +106,31 @@ def load_bundle_model(bundle: Bundle, sampling: str = "gather") -> tuple[Detecto
     except TypeError as error:
         raise ModelError(f"{bundle.path}: bundle.json does not describe a {manifest.model} of this version ({error}); "
                          "expected the keys of its configuration; train it again with this version") from error
-    detector = build(manifest.model, config, len(manifest.classes))
     path = bundle.require("weights.safetensors")
+    with torch.device("meta"):                          # shapes alone: numbers in bundle.json take no memory yet
+        described = build(manifest.model, config, len(manifest.classes))
     try:
+        _same_shapes(described, path)
+        del described
+        detector = build(manifest.model, config, len(manifest.classes))
         detector.load_state_dict(load_file(path))
     except Exception as error:  # safetensors raises its own kinds of error without a common base
         raise ModelError(f"{path}: the weights do not fit the {manifest.model} that bundle.json describes ({error}); "
                          "run: edgedetr train --data DIR") from error
     return detector.eval(), DeployGraph(detector, manifest.input.height, manifest.input.width, sampling)
+
+
+def _same_shapes(detector: nn.Module, path: Path) -> None:
+    """Compare a model, on the meta device as well, with the header of a weight file. Errors: ValueError."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    for name, tensor in detector.state_dict().items():
+        if there.pop(name, None) != tuple(tensor.shape):
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)} is missing or of another size")
+    if there:
+        raise ValueError(f"{min(there)} is left over")
 
 
 def _outermost(root: nn.Module, attribute: str, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
