@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # More words for the installation of PyTorch, for example the index that has its CPU builds: `make demo TORCH_ARGS="..."`.
 TORCH_ARGS ?=
 
+# Tests run in so many processes side by side, each with one thread.
+TEST_PROCESSES ?= 2
+
 .PHONY: demo test lint types pytest install wheel browser clean distclean
 
 demo: $(VENV)/.installed
@@ -21,7 +24,7 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 pytest: $(VENV)/.installed-dev browser
-	$(BIN)/python -m pytest -m "not slow" --durations=15
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
 
 install: $(VENV)/.installed
 

@@ -163,12 +163,18 @@ WRITING = """
 """
 
 
+def in_the_foreground() -> None:
+    """What runs in the background, or under nohup, ignores these, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_a_command_cleanly_and_with_its_own_code(bundle, number, code):
-    # As in the foreground: what runs in the background may have been told to ignore Ctrl-C.
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(WRITING), str(bundle.path), ""], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+                               preexec_fn=in_the_foreground)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     _, told = process.communicate(timeout=30)

@@ -202,6 +202,7 @@ def test_the_command_line_bounds_them_too(make_bundle, tmp_path, capsys, red):
 
 @pytest.mark.usefixtures("two_cores")
 def test_workers_of_a_training_are_bounded(caplog):
+    pytest.importorskip("torch")
     from edgedetr.train.dataset import batches
 
     contract = InputContract(32, 32)

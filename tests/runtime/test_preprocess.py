@@ -7,11 +7,9 @@ import math
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from torch.nn import functional
 
 from edgedetr.bundle import InputContract
 from edgedetr.data.images import decode
@@ -20,6 +18,9 @@ from edgedetr.graph.ends import planes_of_frames
 from edgedetr.graph.ends import resize as resize_nodes
 from edgedetr.graph.part import Part
 from edgedetr.runtime.preprocess import PADDING, Geometry, prepare, resize
+
+torch = pytest.importorskip("torch", reason="resizing is compared with PyTorch's")
+functional = torch.nn.functional
 
 CONTRACTS = [
     InputContract(64, 64),
