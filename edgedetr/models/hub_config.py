@@ -12,12 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgedetr.errors import ModelError, did_you_mean
+from edgedetr.models.backbone import DEPTHS
 from edgedetr.models.hub_keys import ALONE, BACKBONES, SOURCES, VIT_HEAD, Key, Only, Read, Same, Source
 
 STAGES = 5                      # stem and four stages, which out_indices count from 0, or from the end below 0
 LEVELS = {"rt_detr": [2, 3, 4], "deformable_detr": [2, 3, 4]}    # of the backbone, where more than the last are taken
 TIMM = re.compile(r"(resnet(?:18|34|50|101))(d?)(?:\.\w+)?$")
 HUB = re.compile(r"microsoft/(resnet-(?:18|34|50|101))$")
+STAGED = ("resnet", "rt_detr_resnet")
+# What transformers takes where a ResNet's configuration says nothing: ResNet-50.
+STAGED_DEFAULTS: dict[str, Any] = {"depths": [3, 4, 6, 3], "layer_type": "bottleneck", "embedding_size": 64,
+                                   "hidden_sizes": [256, 512, 1024, 2048]}
 FIX = "import an ONNX export of it: edgedetr import FILE.onnx"
 
 
@@ -39,19 +44,37 @@ class Told:
         """Compare with what the tensors say. Errors: ModelError that names the key and both values."""
         width = found.get("encoder_width") or found.get("hidden")
         for key, entry in self.source.keys.items():
-            if key not in self.raw or not isinstance(entry, (Read, Same)):
+            if not isinstance(entry, (Read, Same)) or (key not in self.raw and not _has_default(entry)):
                 continue
             ours = width if entry.field == "encoder_width" else found.get(entry.field)
-            theirs = self.values.get(entry.field) if isinstance(entry, Read) else entry.of(self.raw[key])
-            if (ours is None and isinstance(entry, Read)) or _equal(entry.field, ours, theirs, width):
+            said = self.raw.get(key, entry.default)
+            theirs = self.values.get(entry.field) if isinstance(entry, Read) else entry.of(said)
+            unknown = ours is None and (isinstance(entry, Read) or key not in self.raw)
+            if unknown or _equal(entry.field, ours, theirs, width):
                 continue
-            raise ModelError(f"{self.where}: {key} is {_shown(self.raw[key])}, but the tensors say "
+            raise ModelError(f"{self.where}: {key} is {_shown(said)}, but the tensors say "
                              f"{'none' if ours is None else _shown(ours)}{_reason(entry)}; expected the config.json "
                              "that belongs to the weights")
         if self.backbone and (found.get("backbone"), found.get("backbone_width")) != (self.backbone, 1):
             raise ModelError(f"{self.where}: backbone is {self.backbone}, but the tensors are those of "
                              f"{found.get('backbone')} at width {found.get('backbone_width')}; expected the "
                              "config.json that belongs to the weights")
+        self._agree_on_stages(found)
+
+    def _agree_on_stages(self, found: Mapping[str, Any]) -> None:
+        """Sizes of a nested ResNet, with transformers' own where it names none; the tensors built ours."""
+        nested = self.raw.get("backbone_config")
+        name = str(found.get("backbone")).removesuffix("vd")
+        if not isinstance(nested, dict) or nested.get("model_type") not in STAGED or name not in DEPTHS:
+            return
+        (depths, bottleneck), stem = DEPTHS[name], round(64 * found.get("backbone_width", 1))
+        ours = {"depths": list(depths), "layer_type": "bottleneck" if bottleneck else "basic", "embedding_size": stem,
+                "hidden_sizes": [stem * 2**stage * (4 if bottleneck else 1) for stage in range(4)]}
+        for key, value in ours.items():
+            said = nested.get(key, STAGED_DEFAULTS[key])
+            if said != value:
+                raise ModelError(f"{self.where}: backbone_config: {key} is {_shown(said)}, but the tensors say "
+                                 f"{_shown(value)}; expected the config.json that belongs to the weights")
 
 
 def look(raw: Mapping[str, Any], member: str, where: str) -> Told:
@@ -209,15 +232,13 @@ def _levels(told: Mapping[str, Any], raw: Mapping[str, Any], source: Source, whe
     wanted = LEVELS.get(source.member, [4])
     if source.member == "deformable_detr" and raw.get("num_feature_levels", 4) == 1:
         wanted = [4]
-    for key, given in (("out_indices", told.get("out_indices")), ("out_features", told.get("out_features"))):
-        if given is None:
-            continue
+    listed = {key: told[key] for key in ("out_indices", "out_features") if told.get(key) is not None}
+    for key, given in listed.items():
         stages = [_stage(item) for item in given] if isinstance(given, list) else [-1]
         if -1 in stages or (stages != wanted if len(wanted) > 1 else stages[-1:] != wanted):
             raise ModelError(f"{where}: {key} is {_shown(given)}; expected the stages {wanted} of {STAGES - 1}, which "
                              f"{source.member} takes; {FIX}")
-        return
-    if absent is not None and absent != wanted:
+    if not listed and absent is not None and absent != wanted:
         raise ModelError(f"{where}: out_features names no stages, which gives the last alone; expected {wanted}")
 
 
@@ -229,6 +250,10 @@ def _stage(item: Any) -> int:
     if isinstance(item, int) and not isinstance(item, bool) and -STAGES <= item < STAGES:
         return item % STAGES
     return -1
+
+
+def _has_default(entry: Key) -> bool:
+    return isinstance(entry, Same) and entry.default is not None
 
 
 def _equal(name: str, ours: Any, theirs: Any, width: Any) -> bool:

@@ -44,10 +44,14 @@ class Read(Key):
 
 @dataclass(frozen=True)
 class Same(Key):
-    """The tensors decide this field of ours; the key must say the same, through `of` where it counts otherwise."""
+    """The tensors decide this field of ours; the key must say the same, through `of` where it counts otherwise.
+
+    default  what transformers takes where config.json does not have the key; None where a wrong one fails there too
+    """
 
     field: str = ""
     of: Callable[[Any], Any] = _itself
+    default: Any = None
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,9 @@ _TRAINING: dict[str, Key] = {
 _BACKBONE = _all(Special("together they say which backbone, of which levels, dilated or not"),
                  "backbone_config", "backbone", "use_timm_backbone", "backbone_kwargs", "dilation")
 _LAYERS: dict[str, Key] = {
-    "encoder_layers": Same("", "encoder_layers"),
+    "encoder_layers": Same("", "encoder_layers", default=6),
     "num_hidden_layers": Same("another name of encoder_layers", "encoder_layers"),
-    "decoder_layers": Same("", "decoder_layers"),
+    "decoder_layers": Same("", "decoder_layers", default=6),
     "hidden_size": Same("channels of every token", "hidden"),
     "d_model": Same("channels of every token", "hidden"),
 }
@@ -160,9 +164,9 @@ DEFORMABLE: dict[str, Key] = {
     **_DENSE,
     "num_queries": Special("or two_stage_num_proposals, by two_stage"),
     "two_stage_num_proposals": Special("or num_queries, by two_stage"),
-    "two_stage": Same("", "two_stage"),
-    "with_box_refine": Same("", "refine"),
-    "num_feature_levels": Same("", "levels"),
+    "two_stage": Same("", "two_stage", default=False),
+    "with_box_refine": Same("", "refine", default=False),
+    "num_feature_levels": Same("", "levels", default=4),
     "encoder_n_points": Same("as many in the encoder as in the decoder", "points"),
     "decoder_n_points": Same("as many in the encoder as in the decoder", "points"),
     "return_intermediate": NoEffect("what else is given back beside logits and boxes"),
@@ -179,6 +183,7 @@ RT_DETR: dict[str, Key] = {
            "box_noise_scale"),
     **_all(Only("as published", (1e-5,)), "layer_norm_eps", "batch_norm_eps"),
     "freeze_backbone_batch_norms": NoEffect("at inference BatchNorm is frozen in any case"),
+    "encoder_layers": Same("", "encoder_layers", default=1),
     "encoder_hidden_dim": Same("channels of the hybrid encoder", "encoder_width"),
     "encoder_in_channels": Only("one for each of C3, C4, C5; the widths are the backbone's own", (3,), _length),
     "decoder_in_channels": Only("one for each of C3, C4, C5; the tensors tell the widths", (3,), _length),
@@ -196,7 +201,7 @@ RT_DETR: dict[str, Key] = {
     "num_queries": Read("", "queries", 300),
     "num_feature_levels": Only("C3, C4, C5", (3,)),
     "decoder_n_points": Same("", "points", lambda value: (value,) * 3),
-    "learn_initial_query": Same("", "learned_content"),
+    "learn_initial_query": Same("", "learned_content", default=False),
     "anchor_image_size": NoEffect("anchors are those of the input's size; transformers runs no other than this one"),
     "with_box_refine": Only("every layer moves the box of the layer before", (True,)),
 }
@@ -207,11 +212,11 @@ RT_DETR_V2: dict[str, Key] = {
     "decoder_method": Read("", "method", "default", {"default": "default", "discrete": "discrete"}),
 }
 
-# Of a nested backbone_config. Sizes of a ResNet are those of its tensors, which `fit` compares.
+# Of a nested backbone_config. Sizes of a ResNet must be those of its tensors, as `Told.agree` compares.
 _RESNET: dict[str, Key] = {
     **GENERIC,
     "num_channels": Only("images have three channels", (3,)),
-    **_all(Special("the tensors tell them"), "embedding_size", "hidden_sizes", "depths", "layer_type"),
+    **_all(Special("the tensors must say the same"), "embedding_size", "hidden_sizes", "depths", "layer_type"),
     "hidden_act": Only("as published", ("relu",)),
     "downsample_in_first_stage": Only("as published", (False,)),
     "downsample_in_bottleneck": Only("the 3x3 convolution has the stride", (False,)),

@@ -34,6 +34,8 @@ SOURCES = {
 RANDOM = SCRATCH
 JSON_LIMIT = 4 << 20            # bytes of a config.json; one of a thousand classes has 60 kB
 
+STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 # The only weights whose size depends on the number of classes.
 PER_CLASS = re.compile(r"^selector\.(score|denoising_class_embed)\.|^decoder\.boxes\.score\.")
 
@@ -147,7 +149,20 @@ def _compared(module: nn.Module, weights: Mapping[str, Tensor], source: str,
     if lacking or extra or shapes:
         raise ModelError(f"{source} does not fit this model: {_list('missing', lacking)}{_list('left over', extra)}"
                          f"{_list('of another size', shapes)}expected the same architecture; check the [model] section")
+    _look_at_values(weights, source)
     return own, weights, fresh
+
+
+def _look_at_values(weights: Mapping[str, Tensor], source: str) -> None:
+    """Errors: ModelError for whole numbers, which are weights without their scales, and for NaN and infinity."""
+    for name, tensor in weights.items():
+        if tensor.dtype not in STORED:
+            raise ModelError(f"{source}: {name} is stored as {tensor.dtype}; expected "
+                             f"{', '.join(str(dtype).removeprefix('torch.') for dtype in STORED)}: export the model "
+                             "before it is quantized")
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{source}: {name} holds NaN or infinity, so the model finds nothing; expected weights of "
+                             "a training that did not diverge, or of an earlier epoch")
 
 
 def rows_by_name(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:

@@ -275,6 +275,10 @@ def test_a_key_that_contradicts_the_tensors_is_refused_by_name(name: str) -> Non
     for key, entry in SOURCES[one.kind].keys.items():
         if not isinstance(entry, Same) or key not in before.raw:
             continue
+        if entry.default not in (None, before.raw[key]):
+            lacking = look({k: v for k, v in before.raw.items() if k != key}, one.member, "config.json")
+            with pytest.raises(ModelError, match=f"{key} is {json.dumps(entry.default)}, but the tensors say"):
+                lacking.agree(infer(member(one.member).config, weights, 4))
         raw = {**before.raw, key: other(key, before.raw[key])}
         told = look(raw, one.member, "config.json")
         with pytest.raises(ModelError, match=f"{key} is {json.dumps(raw[key])}, but the tensors say"):
@@ -323,6 +327,31 @@ def test_a_nested_backbone_is_read_as_strictly(name: str, key: str, value: Any) 
         inner.pop("out_indices", None)
     with pytest.raises(ModelError, match=f"backbone_config.*{key}"):
         look({**raw, "backbone_config": inner}, CASES[name].member, "config.json")
+
+
+@pytest.mark.parametrize("name", ["rt", "detr"])
+@pytest.mark.parametrize("key, value", [
+    ("depths", [1, 1, 1, 1]), ("depths", None), ("hidden_sizes", [16, 32, 64, 256]), ("embedding_size", 32),
+    ("layer_type", "bottleneck"),
+])
+def test_sizes_of_a_nested_backbone_are_those_of_the_tensors(name: str, key: str, value: Any) -> None:
+    """Transformers builds what they say, and leaves out or draws the tensors that do not fit."""
+    one, before = CASES[name], plain(name)
+    found = infer(member(one.member).config, names.translate(one.member, Origin(str(before.folder)).weights()), 4)
+    look(before.raw, one.member, "c").agree(found)
+    inner = {**before.raw["backbone_config"], key: value}
+    with pytest.raises(ModelError, match=f"backbone_config: {key} is .*, but the tensors say"):
+        look({**before.raw, "backbone_config": inner}, one.member, "c").agree(found)
+    del inner[key]
+    with pytest.raises(ModelError, match=f"backbone_config: {key} is .*, but the tensors say"):
+        look({**before.raw, "backbone_config": inner}, one.member, "c").agree(found)
+
+
+def test_levels_that_contradict_each_other_are_refused() -> None:
+    raw = plain("detr").raw
+    inner = {**raw["backbone_config"], "out_indices": [4], "out_features": ["stage3"]}
+    with pytest.raises(ModelError, match="out_features is .*stage3"):
+        look({**raw, "backbone_config": inner}, "detr", "c")
 
 
 @pytest.mark.parametrize("outs", [{"out_indices": [1, 2, 3, 4]}, {"out_indices": [4]}, {"out_indices": [-1]},
@@ -394,7 +423,7 @@ def test_what_is_read_defaults_to_what_transformers_takes() -> None:
     for one in CASES.values():
         default = getattr(transformers, f"{one.name}Config")()
         for key, entry in SOURCES[one.kind].keys.items():
-            if isinstance(entry, Read) and entry.default is not None:
+            if isinstance(entry, (Read, Same)) and entry.default is not None:
                 assert entry.default == getattr(default, key), f"{one.kind} {key}"
             if isinstance(entry, Only) and hasattr(default, key) and key in keys_of(default):
                 value = json.loads(json.dumps(getattr(default, key)))

@@ -20,7 +20,7 @@ from edgedetr.export.published import import_weights
 from edgedetr.models import build, names
 from edgedetr.models.detr import DetrConfig
 from edgedetr.models.origin import Origin
-from edgedetr.models.pretrained import read
+from edgedetr.models.pretrained import fit, read
 
 CONFIG = DetrConfig(
     backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48, encoder_layers=1, decoder_layers=1, queries=6
@@ -331,3 +331,16 @@ def test_damaged_files_are_one_error(form: str, tmp_path: Path) -> None:
         except ModelError as error:
             said.append(str(error))
     assert len(said) > 50 and not any("\n" in message for message in said)
+
+
+@pytest.mark.parametrize("form, said", [
+    ("torch.int8", "stored as torch.int8; expected float32, float16"), ("torch.complex64", "torch.complex64"),
+    ("torch.float8_e4m3fn", "torch.float8"), ("nan", "NaN or infinity"), ("half that overflows", "NaN or infinity"),
+])
+def test_weights_that_are_no_numbers_to_compute_with_are_refused_by_name(form: str, said: str, ours: Weights) -> None:
+    name = "decoder.layers.0.feedforward.up.weight"
+    changed = {"nan": ours[name] * float("nan"), "half that overflows": (ours[name] * 1e6).half()}
+    tensor = changed[form] if form in changed else ours[name].to(getattr(torch, form.removeprefix("torch.")))
+    with pytest.raises(ModelError, match=f"w.pth: {name} .*{said}"):
+        fit(build("detr", CONFIG, 3), {**ours, name: tensor}, "w.pth")
+    fit(build("detr", CONFIG, 3), {name: tensor.bfloat16() for name, tensor in ours.items()}, "w.pth")
