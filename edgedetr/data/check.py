@@ -14,6 +14,7 @@ import numpy as np
 from edgedetr.data import images, layouts, near
 from edgedetr.data.clean import UnusableSplit, summary
 from edgedetr.data.form import DetectionSet, Finding, Sample, display_names, matched
+from edgedetr.data.leftovers import leftovers
 from edgedetr.errors import DataError
 
 SMALL, MEDIUM = 32.0**2, 96.0**2    # COCO's borders between small, medium and large, pixels^2 of the source picture
@@ -105,13 +106,14 @@ def check(path: str | Path, *, layout: layouts.Layout | None = None,
     kind = layout or layouts.detect(root)
     listed = layouts.splits(root, layout=layout)
     findings: list[Finding] = []
-    sets = []
+    sets, known = [], True
     for name in listed:
         try:
             sets.append(layouts.load(root, name, layout=layout))
         except UnusableSplit as error:
             findings += [Finding("unusable-split", name, str(error).split("\n")[0], True), *error.findings]
         except DataError as error:
+            known = False                       # which images are this split's is not known
             findings.append(Finding("unusable-split", name, str(error), True))
     done, total = 0, sum(len(found) for found in sets)
     digests: dict[str, list[tuple[str, Path]]] = defaultdict(list)
@@ -136,6 +138,9 @@ def check(path: str | Path, *, layout: layouts.Layout | None = None,
             reports.append(_report(replace(found, samples=whole), listed[found.name]))
         else:
             findings.append(Finding("unusable-split", found.name, "no image of it can be decoded", True))
+    if known:
+        listing = [sample.path for found in sets for sample in found.samples]
+        findings += leftovers(root, kind, listing, findings)
     findings += _duplicates(digests)
     same = {frozenset(path for _, path in places) for places in digests.values() if len(places) > 1}
     findings += _near_copies(hashes, same)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from edgedetr.reading import read_text
 log = logging.getLogger(__name__)
 
 STICKS_OUT = 0.5    # pixels beyond the border that are cut without a word: writers round (YOLO has six decimals)
+NUMBER = re.compile(r"[+-]?([0-9]{1,20}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][+-]?[0-9]{1,3})?")
 SHOWN = 5           # findings spelled out in a message
 
 
@@ -87,6 +89,13 @@ def numbers(values: object, count: int) -> tuple[float, ...] | None:
     return found if all(math.isfinite(value) for value in found) else None
 
 
+def as_number(value: object) -> object:
+    """The number that a short text writes ("12.5", "1e1"), anything else as it is: some writers quote every value."""
+    if not isinstance(value, str) or not NUMBER.fullmatch(text := value.strip()):
+        return value
+    return float(text)
+
+
 def read_names(file: Path) -> list[str]:
     """Class names, one a line. Errors: DataError where there is none."""
     names = [line.strip() for line in read_text(file, DataError).splitlines() if line.strip()]
@@ -140,10 +149,13 @@ def summary(findings: Iterable[Finding]) -> str:
 
 
 def equal_names(classes: Sequence[ClassInfo]) -> list[Finding]:
-    """A note for each name that several classes have."""
+    """A note for each name that several classes have, and for each class without one."""
     counts = Counter(info.name for info in classes)
     ids = {name: [info.category_id for info in classes if info.name == name] for name in counts if counts[name] > 1}
-    return [Finding("equal-class-names", name, f"the classes with the ids {', '.join(map(str, of))} are all called "
+    empty = [info.category_id for info in classes if not info.name.strip()]
+    return [Finding("empty-class-name", str(number), f"the class with the id {number} has an empty name; give it one")
+            for number in empty] + [
+            Finding("equal-class-names", name, f"the classes with the ids {', '.join(map(str, of))} are all called "
                     f"{name!r}; they are kept apart by their ids") for name, of in ids.items()]
 
 

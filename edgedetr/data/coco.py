@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edgedetr.bundle import ClassInfo
 from edgedetr.data import coco_boxes
-from edgedetr.data.clean import RawImage, RawObject, RawSplit, numbers
+from edgedetr.data.clean import RawImage, RawObject, RawSplit, as_number, numbers
 from edgedetr.data.form import Finding
 from edgedetr.data.images import is_image
 from edgedetr.data.listing import child, children, files
@@ -96,6 +96,7 @@ def read(root: Path, split: str, source: Path) -> RawSplit:
     if without:
         findings.append(Finding("box-from-segmentation", str(source), f"{without} annotations have no usable bbox; the "
                                 "box around their polygon or mask was taken"))
+    coco_boxes.drop_corners(list(images.values()), findings)
     findings += _unlisted(own, listed)
     findings += _empty_parents(tables["categories"], classes, images, source)
     return RawSplit(classes, list(images.values()), findings, listed=len(tables["images"]))
@@ -112,6 +113,10 @@ def identity(value: object) -> Identity | None:
     if isinstance(value, str) and 0 < len(text := value.strip()) <= 200:
         return int(text) if WHOLE.fullmatch(text) else text
     return None
+
+
+def _numbers(values: object, count: int) -> tuple[float, ...] | None:
+    return numbers([as_number(value) for value in values] if isinstance(values, list) else values, count)
 
 
 def _in_64_bits(keys: Sequence[Identity]) -> bool:
@@ -191,7 +196,7 @@ def _images(rows: Sequence[object], places: Places, source: Path, objects: Count
             left_out.add(key)
             continue
         listed.add(os.path.abspath(path))
-        size = numbers((row.get("height"), row.get("width")), 2)
+        size = _numbers([row.get("height"), row.get("width")], 2)
         stated = (int(size[0]), int(size[1])) if size is not None and min(size) > 0 else None
         if stated is None:
             findings.append(Finding("no-size", str(path),
@@ -236,14 +241,14 @@ def _annotate(row: object, images: dict[Identity, RawImage], index: dict[Identit
         return 0
     where = str(image.path)
     label = index.get(category) if category is not None else None
-    corner = numbers(row.get("bbox"), 4)
+    corner = _numbers(row.get("bbox"), 4)
     if label is None:
         findings.append(Finding("unknown-class", where, f"annotation {shown} has category_id "
                                 f"{str(row.get('category_id'))[:80]!r}; known are {[str(k)[:40] for k in index][:20]}",
                                 True, 1))
         return 0
     around = coco_boxes.around(row.get("segmentation")) if coco_boxes.is_empty(corner) else None
-    area = numbers((row.get("area"),), 1)
+    area = _numbers([row.get("area")], 1)
     size = area[0] if area is not None and area[0] > 0 else None
     crowd = identity(row.get("iscrowd")) == 1 or row.get("iscrowd") is True
     if around is not None:

@@ -1,4 +1,4 @@
-"""Boxes of COCO's segmentations: polygons, and masks in run-length encoding (plain or compressed)."""
+"""Boxes of COCO: those of segmentations (polygons, and masks in run-length encoding), and corners taken for sizes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from itertools import chain
 
 import numpy as np
 
-from edgedetr.data.clean import numbers
+from edgedetr.data.clean import RawImage, numbers
+from edgedetr.data.form import Finding
 
 Corners = tuple[float, float, float, float]
 
 MAX_RUNS = 1_000_000        # of one mask
+FEWEST = 4                  # boxes that tell corners from sizes
 
 
 def around(segmentation: object) -> Corners | None:
@@ -84,3 +86,26 @@ def _decompressed(text: str) -> np.ndarray | None:
 def is_empty(corner: tuple[float, ...] | None) -> bool:
     """Whether a bbox (x, y, width, height) says nothing: missing, or without area."""
     return corner is None or corner[2] <= 0 or corner[3] <= 0
+
+
+def drop_corners(images: list[RawImage], findings: list[Finding]) -> None:
+    """Leave out every box of a file whose bbox are two corners instead of a corner and a size.
+
+    Boxes of both kinds look alike one by one. Together they do not: as corners all of them have an area and end inside
+    their images, and as sizes many stick out.
+    """
+    sized = [(image.size, thing.xyxy) for image in images if image.size is not None for thing in image.objects]
+    out = 0
+    for (height, width), (x0, y0, x1, y1) in sized:
+        if not (x0 < x1 - x0 <= width + 1 and y0 < y1 - y0 <= height + 1):
+            return
+        out += x1 > width + 1 or y1 > height + 1
+    if len(sized) < FEWEST or out * 4 < len(sized):
+        return
+    for image in images:
+        if image.objects:
+            x0, y0, x1, y1 = image.objects[0].xyxy
+            findings.append(Finding("box-in-corners", str(image.path), "the bbox of all annotations fit as x0, y0, x1, "
+                                    f"y1 and stick out as x, y, width, height, as {[x0, y0, x1 - x0, y1 - y0]} here; "
+                                    "COCO means the latter; write width and height", True, len(image.objects)))
+            image.objects = []

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from edgedetr.errors import DataError, EdgedetrError
 
@@ -42,6 +42,9 @@ NOT_IMAGES = frozenset({".bw", ".rgb", ".rgba"})    # SGI's by right, raw pixels
 PLUGINS = {"HEIC": ("pillow_heif", "register_heif_opener", "pillow-heif", ("HEIF",)),
            "JPEG XL": ("pillow_jxl", "", "pillow-jxl-plugin", ("JXL",)),
            "AVIF": ("pillow_avif", "", "'pillow>=11.3'", ("AVIF",))}
+# What a box "ftyp" says in HEIF (ISO/IEC 23008-12, annex B and C); with other words it opens a video.
+HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2",
+                         b"msf1", b"miaf", b"heif"})
 PLUGIN_SUFFIXES = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC", ".jxl": "JPEG XL", ".avif": "AVIF"}
 
 
@@ -127,7 +130,7 @@ def open_plain(path: str | Path) -> IO[bytes]:
             stream.close()
         kind = "a directory" if stat.S_ISDIR(state.st_mode) else "not a plain file"
     except FileNotFoundError:
-        kind = "missing"
+        kind = "a link to a file that is not there" if os.path.islink(path) else "missing"
     except (OSError, ValueError) as error:      # ValueError: a NUL byte in the name
         kind = f"cannot be read ({getattr(error, 'strerror', None) or error})"
     raise ImageMissing(f"{path}: {kind}; expected an image file")
@@ -194,13 +197,15 @@ def _plugin(head: bytes) -> str | None:
         return "JPEG XL"
     if head[4:8] != b"ftyp":
         return None
-    return "AVIF" if head[8:12] in (b"avif", b"avis") else "HEIC"
+    return "AVIF" if head[8:12] in (b"avif", b"avis") else "HEIC" if head[8:12] in HEIF_BRANDS else None
 
 
 def _expected(head: bytes) -> str:
     plugin = _plugin(head)
     if plugin is not None:
         return f"this is {plugin}, which needs a package; run: pip install {PLUGINS[plugin][2]} (or save it as JPEG)"
+    if head[4:8] == b"ftyp":
+        return "this is a video (MP4 or MOV); name it .mp4, and give it to edgedetr predict"
     if head.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6", b"%PDF")):
         return "this is PostScript or PDF, which is never run; save it as PNG"
     return "expected JPEG, PNG, WebP, BMP, TIFF or another of " + ", ".join(FORMATS)
@@ -212,7 +217,9 @@ def _fault(error: Exception, name: str, shape: tuple[int, int], what: str, expec
     if out and not _room(8 * shape[0] * shape[1] + (64 << 20)):
         return OutOfMemory(f"{name}: no memory left to decode {shape[0]} x {shape[1]} pixels; "
                            "expected some 8 bytes a pixel; end other programs or lower train.workers")
-    reason = f"{type(error).__name__}: {str(error)[:120]}"
+    # Pillow's own text for this one shows a Python object, and nothing that helps.
+    reason = "its content is of no known format" if isinstance(error, UnidentifiedImageError) \
+        else f"{type(error).__name__}: {str(error)[:120]}"
     return ImageUnreadable(f"{name}: {what} ({reason}); {expected}")
 
 

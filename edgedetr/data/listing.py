@@ -31,8 +31,10 @@ def children(folder: Path) -> list[Path]:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); expected a folder") from error
 
 
-def files(folder: Path) -> list[Path]:
+def files(folder: Path, broken: list[Path] | None = None) -> list[Path]:
     """Every visible plain file below `folder`, sorted by path.
+
+    broken   takes the links that lead nowhere, or to themselves
 
     A linked folder is followed where its content was not met before: real folders come first, so a link to a folder
     that is listed anyway adds nothing, and a loop ends.
@@ -45,7 +47,7 @@ def files(folder: Path) -> list[Path]:
     while waiting:
         links: list[Path] = []
         for start in waiting:
-            _walk(start, found, met, links)
+            _walk(start, found, met, links, [] if broken is None else broken)
         waiting = links
     return sorted(found)
 
@@ -63,17 +65,23 @@ def links_as_text(folder: Path) -> list[Path]:
     return found
 
 
-def images_in(folder: Path, also: Iterable[str] = ()) -> list[Path]:
+def images_in(folder: Path, also: Iterable[str] = (), broken: list[Path] | None = None) -> list[Path]:
     """Every visible image below `folder`, by name, sorted.
 
-    also   further endings that count, in lower case (".mp4")
+    also     further endings that count, in lower case (".mp4")
+    broken   as of `files`
     """
     wanted = images.suffixes() | frozenset(also)
-    return [path for path in files(folder) if path.suffix.lower() in wanted]
+    return [path for path in files(folder, broken) if path.suffix.lower() in wanted]
 
 
-def _walk(start: Path, found: list[Path], met: set[tuple[int, int]], links: list[Path]) -> None:
-    """Add the files below `start` to `found`, and the linked folders to `links`."""
+def leads_nowhere(path: Path) -> bool:
+    """Whether it is a link whose target is not there."""
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def _walk(start: Path, found: list[Path], met: set[tuple[int, int]], links: list[Path], broken: list[Path]) -> None:
+    """Add the files below `start` to `found`, the linked folders to `links`, and links to nothing to `broken`."""
     todo = [start]
     while todo:
         folder = todo.pop()
@@ -88,12 +96,14 @@ def _walk(start: Path, found: list[Path], met: set[tuple[int, int]], links: list
             raise DataError(f"{folder}: cannot be read ({error.strerror}); expected a folder") from error
         for entry in listed:
             path = folder / entry.name
-            if entry.is_symlink() and os.path.isdir(path):
-                links.append(path)
-            elif entry.is_dir():
+            if entry.is_dir(follow_symlinks=False):
                 todo.append(path)
+            elif os.path.isdir(path):
+                links.append(path)
             elif os.path.isfile(path):
                 found.append(path)
+            elif leads_nowhere(path):
+                broken.append(path)
     links.sort()
 
 

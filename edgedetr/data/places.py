@@ -67,6 +67,9 @@ class Places:
     def _without_leading(self, text: str) -> Iterator[tuple[Path, bool]]:
         """The same without leading folders that are not here, as in CVAT's data/obj_train_data/1.jpg."""
         parts = [part for part in PurePosixPath(text).parts if part != "."]
+        # Label Studio writes ../../label-studio/data/media/upload/1/a.jpg for the images/a.jpg beside its file.
+        while len(parts) > 1 and parts[0] == "..":
+            parts = parts[1:]
         if not parts or ".." in parts or any(os.path.exists(base / parts[0]) for base in self.folders):
             return
         for start in range(1, len(parts)):

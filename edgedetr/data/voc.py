@@ -34,11 +34,15 @@ NAMED = 8                                           # files that a finding about
 
 @dataclass(frozen=True)
 class Source:
-    """A split: its annotation files, the folder of its images, and whether every image there is to have a file."""
+    """A split: its annotation files, the folder of its images, and whether every image there is to have a file.
+
+    ignored   lists of ImageSets/Main that are of no known split
+    """
 
     files: tuple[Path, ...]
     pictures: Path
     whole: bool = True
+    ignored: tuple[Path, ...] = ()
 
 
 def find(root: Path) -> dict[str, Source]:
@@ -52,17 +56,33 @@ def find(root: Path) -> dict[str, Source]:
     if texts is not None and pictures is not None:
         sets = child(root, "ImageSets")
         main = child(sets, "Main") if sets is not None else None
-        for file in children(main) if main is not None and os.path.isdir(main) else []:
+        lists = [file for file in (children(main) if main is not None and os.path.isdir(main) else [])
+                 if file.suffix.lower() == ".txt" and os.path.isfile(file)]
+        for file in lists:
             split = canonical(file.stem)
             # Others are one class's (aeroplane_train.txt).
-            if file.suffix.lower() == ".txt" and split in SPLITS and os.path.isfile(file):
+            if split in SPLITS:
                 found[split] = Source(_listed(texts, file, annotated), pictures, whole=False)
-        return found or {"train": Source(annotated, pictures)}
+        ignored = tuple(file for file in lists if file.stem.lower() != "default")       # CVAT's, of all images
+        return found or _split_folders(texts, pictures) or {"train": Source(annotated, pictures, ignored=ignored)}
     for folder in folders.values():
         if files := _own_xml(folder):
             found[canonical(folder.name)] = Source(files, folder)
     if not found and (files := _own_xml(root)):
         return {"train": Source(files, root)}
+    return found
+
+
+def _split_folders(texts: Path, pictures: Path) -> dict[str, Source]:
+    """Splits that are folders of the annotations: Annotations/train/*.xml, with JPEGImages/train/ or JPEGImages/."""
+    within = {path: files for path in children(texts) if os.path.isdir(path) and (files := _xml(path))}
+    if _own_xml(texts) or not any(canonical(path.name) in SPLITS for path in within):
+        return {}
+    found = {}
+    for path, files in within.items():
+        there = {canonical(inner.name): inner for inner in children(pictures) if os.path.isdir(inner)}
+        own = there.get(canonical(path.name))
+        found[canonical(path.name)] = Source(files, own or pictures, whole=own is not None)
     return found
 
 
@@ -99,6 +119,10 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
     twice = [path for path, times in Counter(image.path for image in found).items() if times > 1]
     findings += [Finding("image-listed-twice", str(path), "several XML files are about this image, each with objects "
                          "of its own; expected one") for path in twice]
+    if source.ignored:
+        findings.append(Finding("unused-list", str(source.ignored[0].parent), f"{len(source.ignored)} lists are of no "
+                                f"known split and were not used: {', '.join(p.name for p in source.ignored[:NAMED])}; "
+                                f"every XML file was taken for train; call them {', '.join(SPLITS[:3])}"))
     if source.whole:
         findings += pictures.without({image.path for image in found})
     return RawSplit(class_infos(names), found, findings, listed=len(source.files))
@@ -122,6 +146,8 @@ class _Pictures:
     def of(self, file: Path, said: str, findings: list[Finding]) -> Path:
         """The image that an annotation file is about."""
         own = self._nearest(self.by_stem.get(fold(file.stem), []), file, file.stem)
+        beside = [path for path in own if path.parent.name == file.parent.name]
+        own = beside or own                         # Annotations/a/1.xml is about JPEGImages/a/1.jpg, not b/1.jpg
         name = PurePosixPath(said.replace("\\", "/")).name
         named = self.by_name.get(fold(name), []) or self.by_stem.get(fold(name), [])
         if named and (self.wanted[fold(name)] == 1 or not own):
@@ -216,8 +242,9 @@ def _annotate(thing: ElementTree.Element, image: RawImage, index: dict[str, int]
     name = _text(thing, "name")
     corners = numbers([_number(_text(thing, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")], 4)
     if name not in index:
-        findings.append(Finding("unknown-class", str(file),
-                                f"object {name[:80]!r} is not in classes.txt{did_you_mean(name[:80], index)}", True, 1))
+        what = f"object {name[:80]!r} is not in classes.txt{did_you_mean(name[:80], index)}" if name \
+            else "an object has no name"
+        findings.append(Finding("unknown-class", str(file), what, True, 1))
     elif corners is None:
         findings.append(Finding("bad-box", str(file), f"an object {name!r} has no bndbox of four finite numbers", True,
                                 1))

@@ -51,9 +51,14 @@ def parse(file: Path) -> ElementTree.Element:
     parser.CharacterDataHandler = builder.data
     try:
         parser.Parse(content.encode("utf-8", "strict"), True)
-        return builder.close()
+        root = builder.close()
     except (expat.ExpatError, ValueError, AssertionError) as error:     # ValueError: lone surrogates
         raise DataError(f"{file}: no whole XML ({error}); expected a VOC annotation") from error
+    if root.tag.rpartition(":")[2].lower() != "annotation":
+        cvat = root.tag == "annotations"
+        other = "; this is CVAT's own format: export the task as COCO 1.0 or PASCAL VOC" if cvat else ""
+        raise DataError(f"{file}: begins with <{root.tag[:40]}>; expected <annotation>, as VOC files do{other}")
+    return root
 
 
 def _text(file: Path, raw: bytes) -> str:

@@ -27,6 +27,7 @@ from edgedetr.reading import read_text
 
 SPLITS = ("train", "val", "test")
 NAMES = ("classes.txt", "obj.names", "_darknet.labels")
+NOTHING = ("null", "Null", "NULL", "~", "None")     # YAML's for no value, and Python's
 CONFIGURATIONS = (".yaml", ".yml")
 
 
@@ -75,6 +76,9 @@ def count(root: Path, split: str, source: Source) -> int:
 def read(root: Path, split: str, source: Source) -> RawSplit:
     """Read the label files of one split; image ids count from 1 in the order of the paths."""
     findings: list[Finding] = []
+    description = _description(root)
+    if description is not None:
+        _named_splits(root, description, findings)
     names, points = _class_names(root)
     pictures = _pictures(root, source, findings)
     labels = Labels(root, len(names), points)
@@ -83,6 +87,12 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
         image = RawImage(position, picture, relative=True)
         labels.fill(image, findings)
         found.append(image)
+    nowhere: list[Path] = []
+    for place in source.places:
+        if os.path.isdir(place):
+            images_in(place, broken=nowhere)
+    findings += [Finding("broken-link", str(path), "a link to what is not there; copy the file, or make the link anew",
+                         True) for path in nowhere]
     for link in (path for place in source.places if os.path.isdir(place) for path in links_as_text(place)):
         findings.append(Finding("link-as-text", str(link), "a text that names a folder, as a link becomes where links "
                                 "cannot be made; what lies there is left out; put the link or the folder in its place",
@@ -126,7 +136,11 @@ def _describes(file: Path) -> bool:
     return "names" in found and any(key in found for key in ("train", "val", "valid"))
 
 
-def _named_splits(root: Path, description: Path) -> dict[str, Source]:
+def _named_splits(root: Path, description: Path, absent: list[Finding] | None = None) -> dict[str, Source]:
+    """The splits of a data.yaml; `absent` takes a word on a test split that it names and that is not there.
+
+    Roboflow names ../test/images whether or not the project has one, so that a set without it is no mistake.
+    """
     described = data_yaml.read(description)
     base = root
     if isinstance(described.get("path"), str):
@@ -134,11 +148,19 @@ def _named_splits(root: Path, description: Path) -> dict[str, Source]:
         candidate = Places(root, [root]).find(described["path"], folder=True)
         base = candidate if candidate is not None and os.path.isdir(candidate) else root
     places = Places(root, list(dict.fromkeys([base, root])))
-    found = {}
-    for key in (*SPLITS, "valid", "validation"):
+    found: dict[str, Source] = {}
+    for key in ("train", "val", "valid", "validation", "test"):
         value = described.get(key)
         texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        there = tuple(_place(places, text, key, description) for text in texts if text)
+        texts = [text for text in texts if text not in NOTHING]
+        try:
+            there = tuple(_place(places, text, key, description) for text in texts if text)
+        except DataError as error:
+            if key != "test" or not found:
+                raise
+            if absent is not None:
+                absent.append(Finding("missing-split", str(description), f"{error}; there is no test split now", True))
+            continue
         if there and canonical(key) not in found:
             found[canonical(key)] = Source(there)
     return found
@@ -201,6 +223,10 @@ def _class_names(root: Path) -> tuple[list[str], tuple[int, int] | None]:
     named = _names_file(root)
     if named is not None:
         return read_names(named), None
+    several = [path.name for path in children(root) if path.suffix.lower() in CONFIGURATIONS and _describes(path)]
+    if description is None and len(several) > 1:
+        raise DataError(f"{root}: {', '.join(several[:8])} describe a set each; expected one; call the right one "
+                        "data.yaml")
     raise DataError(f"{root}: no class names; expected 'names: [first, second]' in data.yaml, "
                     "or classes.txt with one a line")
 

@@ -35,7 +35,7 @@ class Labels:
 
     def fill(self, image: RawImage, findings: list[Finding]) -> None:
         """Read the image's label file into it."""
-        file = self._file(image.path)
+        file = self.file_of(image.path)
         if file is None:
             findings.append(Finding("no-label-file", str(image.path), f"no {image.path.stem}.txt; taken as a picture "
                                     "without objects"))
@@ -46,7 +46,7 @@ class Labels:
             lines = read_text(file, DataError, limit=LIMIT).splitlines()
         except DataError as error:
             findings.append(Finding("unreadable-annotation", str(file), f"{error}; its objects are left out", True,
-                                    _lines(file)))
+                                    object_lines(file)))
             return
         bad = []
         for number, line in enumerate(lines, start=1):
@@ -65,7 +65,7 @@ class Labels:
     def close(self, places: Sequence[Path], pictures: Sequence[Path], findings: list[Finding]) -> None:
         """What only shows when all images were read: label files without an image, shared ones, poses."""
         if len(pictures) > 1 and not self.found:
-            there = self._labels_of(pictures[0].parent) or "labels/, which is not there"
+            there = self._labels_of(pictures[0].parent) or f"{self._expected(pictures[0].parent)}, which is not there"
             findings.append(Finding("no-labels", str(places[0] if places else self.root), f"none of {len(pictures)} "
                                     f"images has a label file; they were looked for in {there}"))
         stems: dict[Path, Counter[str]] = {}
@@ -101,12 +101,12 @@ class Labels:
             name = fold(str(file.relative_to(labels).with_suffix("")))
             if name in images or file.stem.lower() in NOTES or file.stem.lower().startswith("readme"):
                 continue
-            count = _lines(file)
+            count = object_lines(file)
             if count or labels != folder:       # beside images, a text without objects may be anything
                 findings.append(Finding("label-without-image", str(file), f"no image {file.stem} lies in {folder}; its "
                                         f"{count} objects are left out", count > 0, count))
 
-    def _file(self, picture: Path) -> Path | None:
+    def file_of(self, picture: Path) -> Path | None:
         """The label file of an image: in the folder of labels, else beside the image."""
         labels = self._labels_of(picture.parent)
         for folder in dict.fromkeys(place for place in (labels, picture.parent) if place is not None):
@@ -136,6 +136,12 @@ class Labels:
         for part in parts[at[-1] + 1:]:
             labels = child(labels, part) if labels is not None else None
         return labels
+
+    def _expected(self, folder: Path) -> Path:
+        """Where the labels of a folder's images belong, be there one or not."""
+        parts = list(folder.relative_to(self.root).parts)
+        at = max(place for place, part in enumerate(parts) if part.lower() == "images")
+        return self.root.joinpath(*parts[:at], "labels", *parts[at + 1:])
 
     def _parse(self, words: list[str]) -> RawObject | tuple[str, str]:
         """The object of a line, or the kind and sentence of what is wrong with it."""
@@ -168,7 +174,7 @@ class Labels:
         return seen <= {0.0, 1.0, 2.0} and (len(words) % 2 == 0 or 2.0 in seen)
 
 
-def _lines(file: Path) -> int:
+def object_lines(file: Path) -> int:
     """How many lines of a file look like an object."""
     try:
         lines = [line.split() for line in read_text(file, DataError, limit=LIMIT).splitlines() if line.strip()]

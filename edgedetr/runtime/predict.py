@@ -94,6 +94,8 @@ def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterato
     sources = list(sources)
     for index, source in enumerate(sources):
         as_path(source, f"sources[{index}]", "a path, or the text of a camera, stream or pipeline")
+        if not str(source).strip():         # a variable of the shell that is not set; Path would make it this folder
+            raise UsageError(f"sources[{index}] is an empty text; expected a path, or . for this folder")
     faults = _Faults(alone=len(sources) == 1)
     for source in sources:
         try:
@@ -153,7 +155,8 @@ def _files(path: Path) -> list[Path]:
     else:
         inside, what = (Path(name) for name in glob.glob(str(path), recursive=True)), "no such file, folder or match"
         usable = (file for file in inside if _is_image(file) or file.suffix.lower() in video.VIDEOS)
-        found = sorted(file for file in usable if os.path.isfile(file))
+        # A link to nothing is kept: what decodes it says so.
+        found = sorted(file for file in usable if os.path.isfile(file) or os.path.islink(file))
     if not found:
         raise DataError(f"{path}: {what}; expected images, a folder of them, a pattern in quotes or a video")
     return found
@@ -169,7 +172,8 @@ def _decode(path: Path) -> np.ndarray:
 def _listed(folder: Path) -> list[Path]:
     from edgedetr.data.listing import images_in
 
-    return images_in(folder, also=video.VIDEOS)
+    broken: list[Path] = []
+    return sorted(images_in(folder, also=video.VIDEOS, broken=broken) + broken)
 
 
 def _is_image(path: Path) -> bool:

@@ -1,0 +1,175 @@
+"""What a set's folder holds and no split does, and writings of other tools that were read as something else."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from data.sets import coco, picture, tables, text, voc, xml, yolo
+
+from edgedetr.data import images, layouts
+from edgedetr.data.check import check
+from edgedetr.errors import DataError, UsageError
+from edgedetr.runtime.predict import frames
+
+LINE = "0 0.5 0.5 0.25 0.2\n"
+
+
+def found(root, kind):
+    return [(Path(one.where).relative_to(root).as_posix(), one.objects, one.fatal) for one in check(root).findings
+            if one.kind == kind]
+
+
+def test_images_beside_the_splits_are_named_with_their_objects(tmp_path):
+    yolo(tmp_path)
+    picture(tmp_path / "images" / "loose.jpg", 7)
+    text(tmp_path / "labels" / "loose.txt", LINE * 3)
+    picture(tmp_path / "images" / "test" / "t.jpg", 8)
+    assert found(tmp_path, "unlisted-image") == [("images", 3, False), ("images/test", 0, False)]
+
+
+def test_labels_of_a_split_whose_images_are_gone_are_counted_in_objects(tmp_path):
+    yolo(tmp_path)
+    text(tmp_path / "labels" / "test" / "t.txt", LINE * 3)
+    assert found(tmp_path, "label-without-image") == [("labels/test", 3, True)]
+    assert check(tmp_path).objects_left_out == 3
+
+
+def test_label_files_beside_the_folder_where_they_belong_are_counted(tmp_path):
+    yolo(tmp_path, labels="labels")
+    assert found(tmp_path, "label-without-image") == [("labels", 2, True)]
+    said, = (one.what for one in check(tmp_path).findings if one.kind == "no-labels")
+    assert str(tmp_path / "labels" / "train") in said
+
+
+def test_images_that_cvat_s_only_file_does_not_list_are_named(tmp_path):
+    text(tmp_path / "annotations" / "instances_default.json", json.dumps(tables()))
+    for number in range(4):
+        picture(tmp_path / "images" / f"{number}.jpg", number)
+    assert found(tmp_path, "unlisted-image") == [("images", 0, False)]
+
+
+def test_what_lies_in_a_split_under_a_link_is_not_said_to_be_left_over(tmp_path):
+    yolo(tmp_path / "set", images="raw/images", labels="raw/labels")
+    (tmp_path / "set" / "images").mkdir()
+    (tmp_path / "set" / "images" / "train").symlink_to("../raw/images")
+    (tmp_path / "set" / "labels").mkdir()
+    (tmp_path / "set" / "labels" / "train").symlink_to("../raw/labels")
+    assert {one.kind for one in check(tmp_path / "set").findings} == {"class-without-objects"}
+
+
+@pytest.mark.parametrize("name, target", [("c.jpg", "/nowhere/c.jpg"), ("camera", "/nowhere"), ("me.jpg", "me.jpg")])
+def test_links_to_nothing_are_named_and_not_passed_over(tmp_path, caplog, name, target):
+    yolo(tmp_path)
+    os.symlink(target, tmp_path / "images" / "train" / name)
+    assert found(tmp_path, "broken-link") == [(f"images/train/{name}", 0, True)]
+    with pytest.raises(DataError, match="broken-link"):
+        layouts.load(tmp_path, "train", strict=True)
+    assert len(list(frames([tmp_path / "images"]))) == 2
+    assert name in caplog.text and "1 of 3 files could not be read" in caplog.text
+
+
+def test_an_empty_text_is_not_the_whole_folder():
+    with pytest.raises(UsageError, match="empty text"):
+        list(frames([""]))
+
+
+def test_folders_of_annotations_are_splits(tmp_path):
+    for seed, split in enumerate(("train", "val")):
+        picture(tmp_path / "images" / split / "0.jpg", seed)
+        text(tmp_path / "annotations" / split / "0.xml", xml("0.jpg"))
+    assert layouts.splits(tmp_path) == {"train": 1, "val": 1}
+    sample, = layouts.load(tmp_path, "val").samples
+    assert sample.path == tmp_path / "images" / "val" / "0.jpg"
+    assert check(tmp_path).findings == ()
+
+
+def test_an_image_of_the_same_sub_folder_is_the_one_that_an_xml_is_about(tmp_path):
+    for seed, folder in enumerate("ab"):
+        picture(tmp_path / "JPEGImages" / folder / "0.jpg", seed)
+        text(tmp_path / "Annotations" / folder / "0.xml", xml("0.jpg"))
+    loaded = layouts.load(tmp_path, "train")
+    assert [sample.path.parent.name for sample in loaded.samples] == ["a", "b"] and loaded.findings == ()
+
+
+def test_lists_of_other_names_are_said_to_be_unused(tmp_path):
+    voc(tmp_path)
+    text(tmp_path / "ImageSets" / "Main" / "mine_a.txt", "a\n")
+    assert [where for where, _, _ in found(tmp_path, "unused-list")] == ["ImageSets/Main"]
+
+
+@pytest.mark.parametrize("root, said", [("html", "<html>"), ("annotations", "CVAT")])
+def test_xml_of_something_else_is_no_image_without_objects(tmp_path, root, said):
+    voc(tmp_path)
+    text(tmp_path / "Annotations" / "a.xml", f"<{root}><object/></{root}>")
+    fatal, = (one for one in layouts.load(tmp_path, "train").findings if one.fatal)
+    assert fatal.kind == "unreadable-annotation" and said in fatal.what
+
+
+def test_numbers_of_coco_may_be_quoted(tmp_path):
+    content = tables()
+    content["annotations"][0].update(bbox=["4", "5.0", "1e1", " 12 "], area="100")
+    content["images"][0].update(width="40", height="30")
+    content["images"][1].update(width="80", height="60")
+    loaded = layouts.load(coco(tmp_path, content=content), "train")
+    assert loaded.samples[0].boxes[0].tolist() == [4, 5, 14, 17] and loaded.samples[0].areas[0] == 100
+    assert [(one.kind, one.objects) for one in loaded.findings] == [("size-mismatch", 2)]
+
+
+def test_boxes_of_two_corners_are_named_and_left_out(tmp_path):
+    content = tables(3)
+    for row in content["annotations"]:
+        x, y, w, h = row["bbox"]
+        row["bbox"] = [x, y, x + w, y + h]
+    loaded = layouts.load(coco(tmp_path, content=content, pictures=3), "train")
+    assert [(one.kind, one.objects) for one in loaded.findings] == [("box-in-corners", 2)] * 3
+    content["annotations"][0]["bbox"] = [20, 6, 8, 9]       # one box that has no area as corners
+    assert "box-in-corners" not in [one.kind for one in layouts.load(
+        coco(tmp_path / "b", content=content, pictures=3), "train").findings]
+
+
+@pytest.mark.parametrize("nothing", ["", "null", "~", "None", "[]"])
+def test_a_split_of_no_value_is_no_split(tmp_path, nothing):
+    yolo(tmp_path, f"names: [cat, dog]\ntrain: images/train\ntest: {nothing}\n")
+    assert list(layouts.splits(tmp_path)) == ["train"] and layouts.load(tmp_path, "train").findings == ()
+
+
+def test_roboflow_s_test_split_that_was_not_exported_stops_no_other(tmp_path):
+    yolo(tmp_path, "names: [cat, dog]\ntrain: ../train/images\ntest: ../test/images\n", images="train/images",
+         labels="train/labels")
+    assert list(layouts.splits(tmp_path)) == ["train"]
+    assert found(tmp_path, "missing-split") == [("data.yaml", 0, True)]
+
+
+def test_two_descriptions_are_named(tmp_path):
+    yolo(tmp_path).joinpath("data.yaml").rename(tmp_path / "a.yaml")
+    text(tmp_path / "b.yaml", (tmp_path / "a.yaml").read_text())
+    with pytest.raises(DataError, match=r"a\.yaml, b\.yaml describe"):
+        layouts.load(tmp_path, "train")
+
+
+def test_a_class_without_a_name_is_a_finding(tmp_path):
+    yolo(tmp_path, "names: [cat, '']\ntrain: images/train\n")
+    assert [one.kind for one in check(tmp_path).findings].count("empty-class-name") == 1
+
+
+def test_label_studio_s_own_folders_are_left_off(tmp_path):
+    content = tables(1)
+    content["images"][0]["file_name"] = "../../label-studio/data/media/upload/3/0.jpg"
+    text(tmp_path / "result.json", json.dumps(content))
+    picture(tmp_path / "images" / "0.jpg")
+    assert len(layouts.load(tmp_path, "train").samples[0].boxes) == 2
+
+
+@pytest.mark.parametrize("brand", [b"isom", b"mp42", b"qt  "])
+def test_a_video_named_as_an_image_is_not_called_heic(tmp_path, brand):
+    with pytest.raises(images.ImageUnreadable, match="this is a video"):
+        images.decode(text(tmp_path / "a.jpg", b"\0\0\0\x20ftyp" + brand + bytes(40)))
+
+
+def test_what_is_no_image_is_said_without_python_s_words(tmp_path):
+    with pytest.raises(images.ImageUnreadable) as error:
+        images.decode(text(tmp_path / "a.jpg", "<html>404</html>"))
+    assert "no known format" in str(error.value) and "BufferedReader" not in str(error.value)
