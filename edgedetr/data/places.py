@@ -14,6 +14,9 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from edgedetr.data.listing import files, fold
+from edgedetr.data.names import canonical
+
+SPLITS = ("train", "val", "test")
 
 
 class Places:
@@ -31,7 +34,7 @@ class Places:
         if not isinstance(text, str) or not text.strip() or "\0" in text or len(text) > 4096:
             return None
         there = os.path.exists if folder else os.path.isfile
-        exact = list(self._candidates(text.strip().replace("\\", "/")))
+        exact = list(self._candidates(text.strip().replace("\\", "/"), folder))
         for path, _ in exact:
             if there(path):
                 return path
@@ -41,7 +44,7 @@ class Places:
                 return other
         return next((path for path, stands in exact if stands), None)
 
-    def _candidates(self, text: str) -> Iterator[tuple[Path, bool]]:
+    def _candidates(self, text: str, folder: bool) -> Iterator[tuple[Path, bool]]:
         """Paths inside the root, and whether each is what the text says (and not a guess that must exist)."""
         drive = len(text) > 1 and text[1] == ":" and text[0].isalpha()
         if not text.startswith("/") and not drive:
@@ -52,7 +55,7 @@ class Places:
             # Roboflow writes ../train/images for a folder that lies beside data.yaml.
             if text.startswith("../") and (inner := self._inside(self.root, text[3:])) is not None:
                 yield inner, False
-            yield from self._without_leading(text)
+            yield from self._without_leading(text, folder)
             return
         for base in (self._own, self._own.resolve()):
             normal = PurePosixPath(os.path.normpath(text))
@@ -64,7 +67,7 @@ class Places:
             if inner := self._inside(self.root, "/".join(parts[place + 1:])):
                 yield inner, False
 
-    def _without_leading(self, text: str) -> Iterator[tuple[Path, bool]]:
+    def _without_leading(self, text: str, folder: bool) -> Iterator[tuple[Path, bool]]:
         """The same without leading folders that are not here, as in CVAT's data/obj_train_data/1.jpg."""
         parts = [part for part in PurePosixPath(text).parts if part != "."]
         # Label Studio writes ../../label-studio/data/media/upload/1/a.jpg for the images/a.jpg beside its file.
@@ -73,6 +76,9 @@ class Places:
         if not parts or ".." in parts or any(os.path.exists(base / parts[0]) for base in self.folders):
             return
         for start in range(1, len(parts)):
+            # Without its split's name a folder is another: test/images would be the images of all splits.
+            if folder and canonical(parts[start - 1]) in SPLITS:
+                return
             for base in self.folders:
                 yield base.joinpath(*parts[start:]), False
 

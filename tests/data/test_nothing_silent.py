@@ -143,6 +143,13 @@ def test_roboflow_s_test_split_that_was_not_exported_stops_no_other(tmp_path):
     assert found(tmp_path, "missing-split") == [("data.yaml", 0, True)]
 
 
+@pytest.mark.parametrize("written", ["test/images", "../test/images", "../../zoo/valid/images", "data/Test2017/images"])
+def test_a_split_that_is_not_there_is_never_the_folder_of_all_images(tmp_path, written):
+    yolo(tmp_path, f"names: [cat, dog]\ntrain: images/train\ntest: {written}\n")
+    assert list(layouts.splits(tmp_path)) == ["train"]
+    assert len(found(tmp_path, "missing-split")) == 1
+
+
 def test_two_descriptions_are_named(tmp_path):
     yolo(tmp_path).joinpath("data.yaml").rename(tmp_path / "a.yaml")
     text(tmp_path / "b.yaml", (tmp_path / "a.yaml").read_text())
