@@ -84,6 +84,8 @@ class Original:
         """logits [1, N, width] and boxes [1, N, 4] cx, cy, w, h in shares, from what the file gives for all queries."""
         scores = found.answer.scores.rows(values).astype(np.float64)            # type: ignore[union-attr]  # Dense
         boxes = found.given.corners(found.answer.boxes.rows(values).astype(np.float64))     # type: ignore[union-attr]
+        if found.logarithms:
+            scores = np.exp(scores)
         if found.probabilities:
             scores = _logits(scores, found)
         return RawOutputs(scores[None].astype(np.float32), from_corners(boxes, "cxcywh")[None].astype(np.float32))

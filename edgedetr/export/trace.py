@@ -22,6 +22,10 @@ from edgedetr.runtime.ort import plain_session
 # Of these operators only the first input carries the values that are decoded; the others are places and sizes.
 _BY_PLACE = {"Gather", "GatherElements", "GatherND", "TopK", "Reshape", "Expand", "Tile", "Slice", "Squeeze",
              "Unsqueeze", "Split", "ReduceMax", "ReduceSum", "Pad", "Resize", "Clip"}
+_MOVING = ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Gather", "Transpose")
+# Behind class outputs these leave no logits, whichever range the numbers have.
+_BENDING = {"Exp", "HardSigmoid", "Log", "LogSoftmax", "Pow", "Reciprocal", "Sigmoid", "Softmax", "Softplus",
+            "Softsign", "Sqrt", "Tanh"}
 NEAREST = 40            # tensors that are looked at, from an output backwards
 CLOSE = 2e-5            # of probabilities; of boxes, per unit
 
@@ -71,11 +75,22 @@ def upstream(view: GraphView, output: str) -> Iterator[str]:
 
 def ends_in_sigmoid(view: GraphView, output: str) -> bool:
     """Whether an output is what a Sigmoid gives, moved or picked at most."""
-    node = view.makers.get(output)
-    moving = ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Gather", "Transpose")
-    while node is not None and node.op_type in moving:
-        node = view.makers.get(node.input[0])
+    node = _maker(view, output, _MOVING)
     return node is not None and node.op_type == "Sigmoid"
+
+
+def bent_by(view: GraphView, output: str) -> str | None:
+    """The operator that makes an output's values other than logits, by more than a factor and an offset; or None."""
+    node = _maker(view, output, (*_MOVING, "Neg", "Mul", "Add", "Sub", "Div", "Concat"))
+    return node.op_type if node is not None and node.op_type in _BENDING else None
+
+
+def _maker(view: GraphView, output: str, passed: Sequence[str]) -> NodeProto | None:
+    """The first node behind an output that is none of the passed kinds; of several inputs, the first computed one."""
+    node = view.makers.get(output)
+    while node is not None and node.op_type in passed:
+        node = next((view.makers[name] for name in node.input if name in view.makers), None)
+    return node
 
 
 def matrices(view: GraphView, output: str) -> list[str]:

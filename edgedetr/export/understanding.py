@@ -14,7 +14,7 @@ from edgedetr.export.answers import Chosen, Dense, Values, roles
 from edgedetr.export.box_reading import BoxForm, Fitting, Layout
 from edgedetr.export.class_reading import Activation, are_probabilities
 from edgedetr.export.decoding import boxes_of, selections
-from edgedetr.export.trace import Block, Conversion, conversion_of, ends_in_sigmoid, logits_of, matrices, run
+from edgedetr.export.trace import Block, Conversion, bent_by, conversion_of, ends_in_sigmoid, logits_of, matrices, run
 from edgedetr.graph.view import GraphView
 
 Feeds = Sequence[dict[str, np.ndarray]]
@@ -44,6 +44,7 @@ class Understood:
     labels       where the file chooses: its label for each class
     rule         "all", or "query" where it keeps one class of each query
     top_k        how many objects it chooses; None where it gives all queries
+    logarithms   whether its scores are the logarithms of probabilities
     why          a sentence for each thing that was found
     """
 
@@ -62,6 +63,7 @@ class Understood:
     labels: dict[int, int] | None = None
     rule: str = "all"
     top_k: int | None = None
+    logarithms: bool = False
 
     def read_as(self, layout: Layout) -> Understood:
         """With one of the layouts that fit."""
@@ -100,11 +102,20 @@ def _dense(model: ModelProto, view: GraphView, feeds: Feeds, found: Dense, facto
     why: list[str] = []
     logits, width, activation = found.scores, scores[0].shape[1], asked.activation
     probabilities = are_probabilities(whole[0])
-    traced = logits_of(scores, inner[0], values) if probabilities else None
+    logarithms = bool(whole[0].max() <= 0)
+    powers = [np.exp(one.astype(np.float64)) for one in scores] if logarithms else scores
+    traced = logits_of(powers, inner[0], values) if probabilities or logarithms else None
+    bent = None if traced is not None or asked.activation else bent_by(view, found.scores.tensor)
     if traced is not None:
         logits, activation, width = traced
         _agreed(asked.activation, activation)
-        why.append(f"class outputs are the {activation} of tensor {logits.tensor!r}, which is taken as the logits")
+        probabilities = True
+        why.append(f"class outputs are {'the logarithm of ' if logarithms else ''}the {activation} of tensor "
+                   f"{logits.tensor!r}, which is taken as the logits")
+    elif bent is not None and not probabilities:
+        raise ExportError(f"the class outputs {found.scores.tensor!r} are what {bent} gives, and no logits were found "
+                          "on the way to them; expected class logits: export the model without its post-processing; or "
+                          "say that they are logits: --activation sigmoid or --activation softmax")
     elif probabilities and asked.activation is None:
         raise ExportError(f"the class outputs {found.scores.tensor!r} lie in 0..1, and no Sigmoid or Softmax was found "
                           "on the way to them; expected class logits: export the model without its post-processing; or "
@@ -115,7 +126,7 @@ def _dense(model: ModelProto, view: GraphView, feeds: Feeds, found: Dense, facto
                                                    if asked.activation is None else "--activation says so"))
     it = _boxes(view, found.boxes, whole[1], boxes, inner[1], values, factors, asked)
     return Understood(found, logits, it.block, len(boxes[0]), width, activation, it.form, it.layouts, it.decided,
-                      it.given, probabilities, (*why, it.why))
+                      it.given, probabilities, (*why, it.why), logarithms=logarithms and traced is not None)
 
 
 @dataclass(frozen=True)
@@ -139,6 +150,15 @@ def _boxes(view: GraphView, output: Block, whole: np.ndarray, boxes: list[np.nda
         # Where the file gives our own form as a tensor of its own (D-FINE), that tensor is taken as it is.
         ours = it.given == BoxForm() and output.columns is None
         return replace(it, block=output, form=it.given, layouts=("cxcywh",)) if ours and not traced.same else it
+    swapped = [rows[:, [1, 0, 3, 2]] for rows in boxes]
+    same = np.allclose(np.concatenate(swapped), np.concatenate(boxes), atol=1e-3)     # x = y everywhere
+    turned = None if asked.boxes or same else (conversion_of(swapped, inner, values, factors)
+                                               or conversion_of(swapped, inner, values, factors, same=True))
+    if turned is not None:
+        raise ExportError(f"the boxes {output.tensor!r} are those of tensor {turned.block.tensor!r} with x and y "
+                          "swapped, so either may be (y, x); expected x first: export the model with boxes as cx, cy, "
+                          "w, h; or say that x is first here: --boxes cxcywh, or another of "
+                          f"{', '.join(box_reading.OPTIONS)}")
     pixels = asked.boxes.endswith("-pixels") if asked.boxes else box_reading.in_pixels(whole)
     unit = factors[1] if pixels else (1.0, 1.0)
     fits = _layouts(whole / np.array(unit * 2), asked)

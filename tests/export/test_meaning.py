@@ -117,6 +117,15 @@ def test_the_graph_is_believed_more_than_the_caller(tmp_path):
         imported(model, tmp_path, boxes="cxcywh")
 
 
+@pytest.mark.parametrize("layout", ["cxcywh", "xyxy"])
+def test_boxes_that_the_graph_writes_with_y_first_are_refused(tmp_path, layout):
+    made = planted()
+    boxes = "b" if layout == "cxcywh" else convert(made, "xyxy")
+    made.add("Gather", boxes, made.const("order", [1, 0, 3, 2]), out="turned_round", axis=2)
+    with pytest.raises(ExportError, match="'turned_round' are those of tensor 'b' with x and y swapped"):
+        imported(made.model(["l", "turned_round"]), tmp_path)
+
+
 # ---- classes
 
 
@@ -138,6 +147,33 @@ def test_a_sigmoid_that_is_written_out_is_seen_by_its_numbers(tmp_path):
     result = imported(made.model(["b", "probability"]), tmp_path)
     assert result.activation == "sigmoid"
     assert_finds_what_was_planted(result)
+
+
+@pytest.mark.parametrize("form", ["log of sigmoid", "softplus", "log_softmax"])
+def test_logarithms_of_probabilities_are_no_logits(tmp_path, form):
+    """All are below 0, as the logits of a trained sigmoid are; a second sigmoid would give 0.49 for 0.95."""
+    made = planted(softmax=form == "log_softmax")
+    if form == "log_softmax":
+        made.add("LogSoftmax", "l", out="p", axis=-1)
+    elif form == "softplus":                    # torch's logsigmoid
+        made.add("Neg", "l", out="n")
+        made.add("Softplus", "n", out="s")
+        made.add("Neg", "s", out="p")
+    else:
+        made.add("Sigmoid", "l", out="s")
+        made.add("Log", "s", out="p")
+    result = imported(made.model(["p", "b"]), tmp_path)
+    assert any("the logarithm of the s" in reason for reason in result.why)
+    assert_finds_what_was_planted(result, scores=None if form == "log_softmax" else SCORES)
+
+
+@pytest.mark.parametrize("op", ["Tanh", "Softplus", "Exp"])
+def test_what_bends_the_logits_is_refused_whatever_its_range(tmp_path, op):
+    made = planted()
+    made.add(op, "l", out="p")
+    made.add("Mul", "p", made.const("ten", np.float32(10)), out="q")
+    with pytest.raises(ExportError, match=f"'q' are what {op} gives, and no logits were found"):
+        imported(made.model(["q", "b"]), tmp_path)
 
 
 @pytest.mark.parametrize("cut", [False, True])
