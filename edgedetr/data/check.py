@@ -140,7 +140,10 @@ def check(path: str | Path, *, layout: layouts.Layout | None = None,
             findings.append(Finding("unusable-split", found.name, "no image of it can be decoded", True))
     if known:
         listing = [sample.path for found in sets for sample in found.samples]
-        findings += leftovers(root, kind, listing, findings)
+        try:
+            findings += leftovers(root, kind, listing, findings)
+        except DataError as error:              # a folder of somebody else's in the root
+            findings.append(Finding("unreadable-folder", str(root), f"{error}; what lies there was not looked at"))
     findings += _duplicates(digests)
     same = {frozenset(path for _, path in places) for places in digests.values() if len(places) > 1}
     findings += _near_copies(hashes, same)

@@ -40,14 +40,14 @@ def leftovers(root: Path, layout: str, listed: Iterable[Path], said: Iterable[Fi
                              f"{f', with {objects} objects' if objects else ''}: {_names(paths)}", False, objects))
     if labels is not None:
         used = {os.path.realpath(file) for path in there if (file := labels.file_of(path)) is not None}
-        texts = [path for path in files(root) if path.suffix.lower() == ".txt"
-                 and any(part.lower() == "labels" for part in path.relative_to(root).parts[:-1])]
+        texts = [path for path in files(root) if path.suffix.lower() == ".txt" and path.parent != root]
         alone = [path for path in texts if (real := os.path.realpath(path)) not in used and real not in known]
         for folder, paths in _by_folder(alone).items():
             objects = sum(map(object_lines, paths))
             if objects:
                 found.append(Finding("label-without-image", str(folder), f"{len(paths)} label files with {objects} "
-                                     f"objects are of no image that is there: {_names(paths)}", True, objects))
+                                     f"objects are read for no image: {_names(paths)}; expected them beside their "
+                                     "images, or in labels/ where those are in images/", True, objects))
     told_links = {os.path.abspath(finding.where) for finding in told}
     found += [Finding("broken-link", str(path), "a link to what is not there; copy the file, or make the link anew",
                       True) for path in broken if os.path.abspath(path) not in told_links]

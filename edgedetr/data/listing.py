@@ -14,8 +14,9 @@ from edgedetr.data import images
 from edgedetr.errors import DataError
 
 LINK = 200      # bytes of a link that became a text
-# Folders that systems make beside people's files: a Mac's zip, a Synology disk, a Windows disk.
-SYSTEM = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"})
+# Folders that systems make beside people's files: a Mac's zip, a Synology disk, a Windows disk, a Linux disk.
+SYSTEM = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information",
+                    "lost+found"})
 
 
 def hidden(name: str) -> bool:

@@ -76,13 +76,16 @@ def find(root: Path) -> dict[str, Source]:
 def _split_folders(texts: Path, pictures: Path) -> dict[str, Source]:
     """Splits that are folders of the annotations: Annotations/train/*.xml, with JPEGImages/train/ or JPEGImages/."""
     within = {path: files for path in children(texts) if os.path.isdir(path) and (files := _xml(path))}
-    if _own_xml(texts) or not any(canonical(path.name) in SPLITS for path in within):
+    if not any(canonical(path.name) in SPLITS for path in within):
         return {}
-    found = {}
+    found: dict[str, Source] = {}
     for path, files in within.items():
         there = {canonical(inner.name): inner for inner in children(pictures) if os.path.isdir(inner)}
         own = there.get(canonical(path.name))
         found[canonical(path.name)] = Source(files, own or pictures, whole=own is not None)
+    if loose := _own_xml(texts):                    # beside the folders: for training, as without any folder
+        more = found["train"].files if "train" in found else ()
+        found["train"] = Source((*loose, *more), pictures, whole=False)
     return found
 
 

@@ -170,7 +170,7 @@ def _place(places: Places, text: Any, key: str, description: Path) -> Path:
     place = places.find(text, folder=True)
     if place is not None and not os.path.exists(place):
         place = _any_case(places, text)
-    if place is None or not (os.path.isdir(place) or os.path.isfile(place)):
+    if place is None or not (os.path.isdir(place) or (os.path.isfile(place) and not is_image(place))):
         raise DataError(f"{description}: {key}: {str(text)[:200]!r} is no folder or list inside {places.root}; "
                         "expected one, as in 'train: images/train'; correct the line or take it out")
     return place

@@ -68,14 +68,14 @@ class Labels:
             there = self._labels_of(pictures[0].parent) or f"{self._expected(pictures[0].parent)}, which is not there"
             findings.append(Finding("no-labels", str(places[0] if places else self.root), f"none of {len(pictures)} "
                                     f"images has a label file; they were looked for in {there}"))
-        stems: dict[Path, Counter[str]] = {}
+        owners: dict[Path, list[Path]] = {}
         for path in pictures:
-            stems.setdefault(path.parent, Counter())[fold(path.stem)] += 1
-        for folder, names in stems.items():
-            twice = [name for name, times in names.items() if times > 1 and self._labels_of(folder) is not None]
-            findings += [Finding("same-name", str(folder / name), "several images of this name but for the ending "
-                                 "share one label file; nothing says whose its objects are") for name in twice]
-        for folder in dict.fromkeys([*places, *stems]):
+            if (file := self.file_of(path)) is not None:
+                owners.setdefault(file, []).append(path)
+        findings += [Finding("same-name", str(of[0].parent / of[0].stem), "several images of this name but for the "
+                             "ending share one label file; nothing says whose its objects are")
+                     for of in owners.values() if len(of) > 1]
+        for folder in dict.fromkeys([*places, *(path.parent for path in pictures)]):
             self._orphans(folder, findings)
         if self.poses:
             findings.append(Finding("pose-labels", str(self.root), f"{self.poses} lines hold the points of a pose; "

@@ -125,6 +125,9 @@ def load_split(bundle: Bundle, data: str | Path | None = None, split: str | None
     if not len(dataset):
         raise DataError(f"{dataset.root}: split {dataset.name!r} has no usable picture; "
                         f"run: edgedetr data check {dataset.root}")
+    if not any((~sample.crowd).any() for sample in dataset.samples):
+        raise DataError(f"{dataset.root}: split {dataset.name!r} has no object to measure AP on; "
+                        f"run: edgedetr data check {dataset.root}")
     return dataset
 
 

@@ -95,6 +95,13 @@ def test_a_set_with_other_ids_and_order_is_measured_in_the_model_s_classes(bundl
     assert evaluate(found, perfect(found)).ap == pytest.approx(100)
 
 
+@pytest.mark.parametrize("line", ["", "9 0.5 0.5 0.25 0.2\n", "nonsense\n"])
+def test_a_split_without_objects_is_no_measure(bundle, tmp_path, line):
+    root = yolo(tmp_path / "other", "names: [cat, dog]\ntest: images/train\n", line=line)
+    with pytest.raises(DataError, match="no object to measure AP on; run: edgedetr data check"):
+        load_split(bundle, root)
+
+
 def test_the_bundle_s_own_set_is_as_it_was(bundle):
     found = load_split(bundle)
     assert found.classes == bundle.manifest.classes

@@ -44,6 +44,37 @@ def test_label_files_beside_the_folder_where_they_belong_are_counted(tmp_path):
     assert str(tmp_path / "labels" / "train") in said
 
 
+@pytest.mark.parametrize("images, labels", [("images/train", "label/train"), ("train/img", "train/labels")])
+def test_labels_in_a_folder_of_another_name_are_counted(tmp_path, images, labels):
+    yolo(tmp_path, f"names: [cat, dog]\ntrain: {images}\n", images=images, labels=labels)
+    assert found(tmp_path, "label-without-image") == [(labels, 2, True)]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every folder")
+def test_a_locked_folder_that_is_no_split_stops_nothing(tmp_path):
+    coco(tmp_path)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "locked").mkdir(mode=0)
+    assert [one.kind for one in check(tmp_path).findings] == ["unreadable-folder"]
+
+
+def test_what_a_disk_keeps_for_itself_is_no_folder_of_the_set(tmp_path):
+    coco(tmp_path)
+    picture(tmp_path / "lost+found" / "a.jpg", 5)
+    assert check(tmp_path).findings == ()
+
+
+def test_names_that_differ_in_case_and_have_a_label_file_each_are_not_shared(tmp_path):
+    yolo(tmp_path, names=("a", "A"))
+    if len(os.listdir(tmp_path / "images" / "train")) == 2:     # a disk that knows case
+        assert found(tmp_path, "same-name") == []
+
+
+def test_an_image_in_place_of_a_list_of_images_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"a\.jpg' is no folder or list"):
+        layouts.load(yolo(tmp_path, "names: [cat, dog]\ntrain: images/train/a.jpg\n"), "train")
+
+
 def test_images_that_cvat_s_only_file_does_not_list_are_named(tmp_path):
     text(tmp_path / "annotations" / "instances_default.json", json.dumps(tables()))
     for number in range(4):
@@ -84,6 +115,13 @@ def test_folders_of_annotations_are_splits(tmp_path):
     sample, = layouts.load(tmp_path, "val").samples
     assert sample.path == tmp_path / "images" / "val" / "0.jpg"
     assert check(tmp_path).findings == ()
+
+
+def test_annotations_beside_a_folder_of_val_are_train(tmp_path):
+    voc(tmp_path)
+    picture(tmp_path / "JPEGImages" / "val" / "c.jpg", 4)
+    text(tmp_path / "Annotations" / "val" / "c.xml", xml("c.jpg"))
+    assert layouts.splits(tmp_path) == {"train": 2, "val": 1}
 
 
 def test_an_image_of_the_same_sub_folder_is_the_one_that_an_xml_is_about(tmp_path):
