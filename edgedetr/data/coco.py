@@ -22,6 +22,8 @@ from edgedetr.errors import DataError
 from edgedetr.reading import read_json
 
 ROBOFLOW = "_annotations.coco.json"
+IN_SPLIT = ("labels.json", "annotations.json")      # FiftyOne's train/labels.json with train/data/
+SPLITS = ("train", "val", "test")
 OTHER_TASKS = ("captions_", "person_keypoints_", "image_info_", "stuff_", "panoptic_")
 TABLES = ("images", "annotations", "categories")
 LIMIT = 4 << 30                 # bytes of one annotation file; COCO's own has 470 MB
@@ -42,12 +44,15 @@ def find(root: Path) -> dict[str, Path]:
         if os.path.isfile(folder / ROBOFLOW):
             _put(found, canonical(folder.name), folder / ROBOFLOW)
     for file in _json_files(root):
-        if canonical(file.stem.removeprefix("instances_")) in ("train", "val", "test"):
+        if canonical(file.stem.removeprefix("instances_")) in SPLITS:
             _put(found, canonical(file.stem.removeprefix("instances_")), file)
     if list(found) == ["default"]:      # CVAT's name for a set that has no splits
         return {"train": found["default"]}
     if not found:
-        fitting = [file for file in _json_files(root) if _is_coco(file)]
+        found = {canonical(folder.name): file for folder in entries if canonical(folder.name) in SPLITS
+                 for name in IN_SPLIT if os.path.isfile(file := folder / name) and is_coco(file)}
+    if not found:
+        fitting = [file for file in _json_files(root) if is_coco(file)]
         if len(fitting) == 1:
             return {"train": fitting[0]}
     return found
@@ -59,7 +64,7 @@ def _json_files(folder: Path | None) -> list[Path]:
     return [path for path in children(folder) if path.suffix.lower() == ".json" and os.path.isfile(path)]
 
 
-def _is_coco(file: Path) -> bool:
+def is_coco(file: Path) -> bool:
     try:
         _tables(file)
     except DataError:
@@ -159,8 +164,9 @@ def _classes(rows: Sequence[object], source: Path,
 
 def _places(root: Path, split: str, source: Path) -> tuple[list[Path], Places]:
     """Folders that are this split's alone, and everywhere that its images may lie."""
-    if source.name == ROBOFLOW and source.parent != root:
-        return [source.parent], Places(root, [source.parent])
+    if source.name in (ROBOFLOW, *IN_SPLIT) and source.parent != root:
+        inner = [path for name in ("data", "images") if (path := child(source.parent, name)) is not None]
+        return [source.parent], Places(root, [*inner, source.parent])
     raw = source.stem.removeprefix("instances_")
     names = [raw, split] + (["valid", "validation"] if split == "val" else [])
     found = []
@@ -192,7 +198,7 @@ def _images(rows: Sequence[object], places: Places, source: Path, objects: Count
         path = places.find(row["file_name"])
         if path is None:
             findings.append(Finding("path-outside", str(source), f"file_name {row['file_name'][:200]!r} leaves the data"
-                                    " directory", True, objects[key]))
+                                    " directory; write it as it stands there, as in train/a.jpg", True, objects[key]))
             left_out.add(key)
             continue
         listed.add(os.path.abspath(path))

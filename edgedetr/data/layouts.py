@@ -11,6 +11,7 @@ from edgedetr.bundle import ClassInfo
 from edgedetr.data import coco, voc, yolo
 from edgedetr.data.clean import finish
 from edgedetr.data.form import DetectionSet, matched
+from edgedetr.data.images import is_image
 from edgedetr.data.listing import children
 from edgedetr.errors import DataError, did_you_mean
 
@@ -68,6 +69,12 @@ def _deeper(root: Path) -> str:
     if any("\\" in path.name for path in children(root)):
         return ("; names of files hold backslashes, as an archive made on Windows and unpacked elsewhere leaves them: "
                 "unpack it with a program that makes folders of them")
+    several = [path.name for path in children(root) if path.suffix.lower() == ".json" and coco.is_coco(path)]
+    if len(several) > 1:
+        return f"; {', '.join(several[:8])} are COCO files: call them train.json, val.json and test.json"
+    stems = {path.stem for path in children(root) if is_image(path)}
+    if any(path.suffix.lower() == ".txt" and path.stem in stems for path in children(root)):
+        return "; label files lie beside the images: put classes.txt beside them, with the name of a class on each line"
     near = [folder for folder in children(root) if os.path.isdir(folder)][:FEW]
     for folder in [*near, *(inner for one in near for inner in children(one)[:FEW] if os.path.isdir(inner))]:
         try:

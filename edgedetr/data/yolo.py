@@ -199,7 +199,8 @@ def _pictures(root: Path, source: Source, findings: list[Finding]) -> list[Path]
             if path is not None:
                 found.append(path)
             else:
-                findings.append(Finding("path-outside", str(place), f"{line[:200]!r} leaves the data directory", True))
+                findings.append(Finding("path-outside", str(place), f"{line[:200]!r} leaves the data directory; "
+                                        f"write it as it stands below {root}, as in images/train/a.jpg", True))
     return list(dict.fromkeys(found))
 
 

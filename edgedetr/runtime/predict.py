@@ -204,6 +204,8 @@ class _Writer:
     """Writes annotated stills as JPEG and videos as MP4 into a folder; without a folder, nothing."""
 
     def __init__(self, folder: Path | None) -> None:
+        if folder is not None and os.path.exists(folder) and not os.path.isdir(folder):
+            raise UsageError(f"{folder} is a file; expected a folder; name another with --out")
         self.folder = folder
         self.taken: set[Path] = set()
         self.video: Any = None

@@ -12,7 +12,7 @@ from data.sets import coco, picture, tables, text, voc, xml, yolo
 from edgedetr.data import images, layouts
 from edgedetr.data.check import check
 from edgedetr.errors import DataError, UsageError
-from edgedetr.runtime.predict import frames
+from edgedetr.runtime.predict import frames, predict
 
 LINE = "0 0.5 0.5 0.25 0.2\n"
 
@@ -107,6 +107,11 @@ def test_an_empty_text_is_not_the_whole_folder():
         list(frames([""]))
 
 
+def test_a_file_as_the_folder_of_results_is_an_error_at_once(tmp_path):
+    with pytest.raises(UsageError, match="is a file; expected a folder"):
+        list(predict(None, [tmp_path], out=picture(tmp_path / "a.jpg")))
+
+
 def test_folders_of_annotations_are_splits(tmp_path):
     for seed, split in enumerate(("train", "val")):
         picture(tmp_path / "images" / split / "0.jpg", seed)
@@ -198,6 +203,26 @@ def test_two_descriptions_are_named(tmp_path):
 def test_a_class_without_a_name_is_a_finding(tmp_path):
     yolo(tmp_path, "names: [cat, '']\ntrain: images/train\n")
     assert [one.kind for one in check(tmp_path).findings].count("empty-class-name") == 1
+
+
+def test_fiftyone_s_folder_of_each_split_is_found(tmp_path):
+    for seed, split in enumerate(("train", "validation")):
+        text(tmp_path / split / "labels.json", json.dumps(tables(1)))
+        picture(tmp_path / split / "data" / "0.jpg", seed)
+    assert layouts.splits(tmp_path) == {"train": 1, "val": 1}
+    assert layouts.load(tmp_path, "val").samples[0].path == tmp_path / "validation" / "data" / "0.jpg"
+    assert check(tmp_path).findings == ()
+
+
+def test_what_is_missing_for_a_layout_is_said(tmp_path):
+    picture(tmp_path / "a" / "0.jpg")
+    text(tmp_path / "a" / "0.txt", LINE)
+    with pytest.raises(DataError, match=r"put classes\.txt beside them"):
+        layouts.detect(tmp_path / "a")
+    for name in ("x.json", "y.json"):
+        text(tmp_path / "b" / name, json.dumps(tables(1)))
+    with pytest.raises(DataError, match=r"x\.json, y\.json are COCO files"):
+        layouts.detect(tmp_path / "b")
 
 
 def test_label_studio_s_own_folders_are_left_off(tmp_path):
