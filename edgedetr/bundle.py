@@ -76,7 +76,10 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
-        """Read and check bundle.json."""
+        """Read and check bundle.json. Errors: BundleError."""
+        if not isinstance(path, (str, os.PathLike)):
+            raise BundleError(f"bundle is {'None' if path is None else f'of type {type(path).__name__}'}; expected the "
+                              "path of a bundle")
         path = Path(path)
         return cls(path, _read(path))
 

@@ -38,8 +38,10 @@ from edgedetr.export.understanding import Asked, Understood, understand
 from edgedetr.export.widen import drop_idle_casts
 from edgedetr.graph.view import GraphView
 from edgedetr.options import one_of
+from edgedetr.runtime.arguments import as_path, check_texts, shown
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.runner import RawOutputs
+from edgedetr.sizes import check_size
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +122,13 @@ def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, 
     sampling "gather" rewrites GridSample, which TensorRT 10.14 to 11.1 get wrong, into gathers of the same numbers
     columns  where nothing names the classes: a class stands at its index, or at the category id of the data set
     """
-    path, out = Path(path), Path(out)
+    path, out = as_path(path, "path", "that of an ONNX file"), as_path(out, "out")
+    data, classes = (None if data is None else as_path(data, "data"),
+                     None if classes is None else as_path(classes, "classes"))
+    check_texts(outputs, "outputs", "a list of names")
+    size = None if size is None else check_size(size)
+    if not isinstance(pixels, (Pixels, Mapping, type(None))):
+        raise UsageError(f"pixels is {shown(pixels)}; expected a Pixels, or a mapping of its fields")
     one_of("activation", activation, (None, "sigmoid", "softmax"), UsageError)
     one_of("boxes", boxes, (None, *OPTIONS), UsageError)
     one_of("columns", columns, (None, "index", "category-id"), UsageError)

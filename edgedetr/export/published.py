@@ -6,6 +6,7 @@ Nothing in the file is executed, and nothing in it is skipped without a word: a 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +30,8 @@ from edgedetr.models.infer import infer
 from edgedetr.models.origin import Origin
 from edgedetr.reading import read_text
 from edgedetr.recipe import Recipe
+from edgedetr.runtime.arguments import as_path, check_texts
+from edgedetr.sizes import check_size
 
 IMPORTED = "results/import.json"    # of a bundle: where its weights came from, and what was said
 # What changes detections and no tensor tells; said where no config.json does, and how the published files have it.
@@ -64,7 +67,13 @@ def import_weights(source: str, model: str, out: str | Path, *, data: Path | Non
     sets      `section.key=value`, laid over what was inferred
     Errors: ModelError (layout, tensors, configuration, classes), DataError, BundleError.
     """
-    out = Path(out)
+    as_path(source, "source", "a path, or a name on the Hugging Face hub")
+    source, out = os.fspath(source), as_path(out, "out")
+    member(model)
+    data, classes = (None if value is None else as_path(value, what)
+                     for value, what in ((data, "data"), (classes, "classes")))
+    check_texts(sets, "sets", "a list of section.key=value")
+    size = None if size is None else check_size(size)
     if (out / MANIFEST).exists():
         raise ModelError(f"{out} is a bundle already; name another --out")
     origin = Origin(source)

@@ -44,8 +44,9 @@ FAMILY: dict[str, Member] = {
 
 def member(name: str) -> Member:
     """A member by its name; ModelError that names the known ones otherwise."""
-    if name not in FAMILY:
-        raise ModelError(f"model.name is {name!r}; expected one of {', '.join(FAMILY)}{did_you_mean(name, FAMILY)}")
+    if not isinstance(name, str) or name not in FAMILY:
+        near = did_you_mean(name, FAMILY) if isinstance(name, str) else ""
+        raise ModelError(f"model.name is {name!r:.200}; expected one of {', '.join(FAMILY)}{near}")
     return FAMILY[name]
 
 

@@ -46,6 +46,12 @@ def as_path(value: object, what: str, expected: str = "a path") -> Path:
     return Path(value)
 
 
+def check_texts(texts: object, what: str, expected: str) -> None:
+    """UsageError unless it is a list or tuple of texts."""
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"{what} is {shown(texts)}; expected {expected}")
+
+
 def is_whole(number: object) -> bool:
     """Whether it is a whole number; True and False are none."""
     return isinstance(number, Integral) and not isinstance(number, bool)
