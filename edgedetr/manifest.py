@@ -17,6 +17,7 @@ from edgedetr.reading import shown
 SCHEMA = 2              # 1 is the same without `digest`
 DIGEST = "digest"
 LARGEST_SIDE = 16_384   # pixels of the input; 8k video is 7,680 wide
+LARGEST_AREA = 1 << 25  # pixels of the input: a frame of 8k video; the maps of a larger one would not fit into memory
 LARGEST_TOP_K = 100_000
 MOST_CLASSES = 100_000
 LONGEST = 4096          # characters of a path; other texts are shorter
@@ -155,6 +156,8 @@ def _classes(raw: Any) -> tuple[ClassInfo, ...]:
 def _input(raw: Any) -> InputContract:
     _keys(_mapping(raw, "input"), InputContract, "input")
     height, width = (_integer(raw.get(key), f"input.{key}", 1, LARGEST_SIDE) for key in ("height", "width"))
+    if height * width > LARGEST_AREA:
+        raise ValueError(f"input is {height} x {width}; expected at most {LARGEST_AREA:,} pixels")
     return InputContract(height, width, _text(raw.get("resize", "stretch"), "input.resize", 200))
 
 

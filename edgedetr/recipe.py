@@ -22,6 +22,7 @@ from edgedetr.data.form import DataConfig
 from edgedetr.errors import RecipeError, did_you_mean
 from edgedetr.evaluation.verify import VerifyConfig
 from edgedetr.export.config import ExportConfig
+from edgedetr.manifest import LARGEST_AREA, LARGEST_SIDE
 from edgedetr.models import FAMILY
 from edgedetr.options import check
 from edgedetr.quantization.config import QuantConfig
@@ -48,7 +49,9 @@ class InputSize:
     resize: Literal["stretch", "letterbox"] = "stretch"     # what RT-DETR trains with; "letterbox" keeps the aspect
 
     def __post_init__(self) -> None:
-        check(self, "input", {"height": (1, 16384), "width": (1, 16384)})
+        check(self, "input", {"height": (1, LARGEST_SIDE), "width": (1, LARGEST_SIDE)})
+        if self.height * self.width > LARGEST_AREA:
+            raise RecipeError(f"input is {self.height} x {self.width}; expected at most {LARGEST_AREA:,} pixels")
 
     def contract(self) -> InputContract:
         return InputContract(self.height, self.width, self.resize)

@@ -125,6 +125,7 @@ def test_any_value_in_any_place_is_read_as_it_is_or_is_one_error(place, value):
 @pytest.mark.parametrize("change, words", [
     ({"budget": float("nan")}, "budget is nan; expected points of AP from 0 to 100"),
     ({"budget": True}, "budget is True"),
+    ({"input": {"height": 16000, "width": 16000}}, "input is 16000 x 16000; expected at most 33,554,432 pixels"),
     ({"synthetic": 1}, "synthetic is 1; expected true or false"),
     ({"output": {"activation": "relu"}}, "output.activation is 'relu'"),
     ({"output": {"top_k": "100"}}, "output.top_k is '100'"),

@@ -103,3 +103,9 @@ def test_a_pipe_is_no_recipe(tmp_path):
     os.mkfifo(tmp_path / "x.toml")
     with pytest.raises(RecipeError, match="x.toml"):
         Recipe.load(tmp_path / "x.toml")
+
+
+def test_an_input_larger_than_a_frame_of_8k_video_is_refused():
+    with pytest.raises(RecipeError, match="input is 16000 x 16000; expected at most"):
+        Recipe.load("demo", ["input.height=16000", "input.width=16000"])
+    assert Recipe.load("demo", ["input.height=4320", "input.width=7680"]).input.width == 7680
