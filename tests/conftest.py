@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +22,14 @@ os.environ["LT_ACCELERATOR"] = "cpu"
 # Side by side (pytest -n), one thread each: more would only wait for each other on tiny networks.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+with suppress(ModuleNotFoundError):
+    from hypothesis import settings
+
+    # The same examples in every run, so that a run says what the change did; HYPOTHESIS_PROFILE=random tries new ones.
+    settings.register_profile("repeatable", derandomize=True, deadline=None)
+    settings.register_profile("random", deadline=None)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
