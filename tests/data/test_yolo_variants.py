@@ -53,10 +53,10 @@ def test_an_alias_bomb_is_neither_expanded_nor_followed(tmp_path):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
     root = yolo(tmp_path, "\n".join([*lines, "names: *a29", "train: images/train"]))
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(DataError, match="repeats a list of lists"):
         load(root)
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 @pytest.mark.parametrize("yaml, said", [
@@ -76,10 +76,10 @@ def test_an_alias_bomb_is_neither_expanded_nor_followed(tmp_path):
 ])
 def test_bad_yaml_is_one_error_at_once(tmp_path, yaml, said):
     root = yolo(tmp_path, yaml)
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(DataError, match=said):
         load(root)
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def test_an_empty_yaml_is_no_description(tmp_path):
@@ -217,11 +217,11 @@ def test_linked_folders_of_images_and_labels_are_followed(tmp_path):
     assert kinds(found) == []
 
 
-def test_a_label_file_of_a_million_lines_is_refused_at_once(tmp_path):
+def test_a_label_file_of_200_000_lines_is_refused_at_once(tmp_path):
     text(yolo(tmp_path) / "labels" / "train" / "a.txt", "0 0.5 0.5 0.1 0.1\n" * 200_000)
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert kinds(load(tmp_path)) == ["unreadable-annotation"]
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def test_a_split_without_any_label_file_says_where_they_were_looked_for(tmp_path):
