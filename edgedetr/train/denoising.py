@@ -68,25 +68,18 @@ def noise(padded: Padded, classes: int, config: TrainConfig) -> Noised | None:
 def _contrasted(boxes: Tensor, most: int, amount: float) -> Tensor:
     """Every side moved: in turns `most` boxes by 0 to 1, and `most` boxes by 1 to 2, half sizes times `amount`.
 
-    The directions are drawn, as in DINO (its models/dino/dn_components.py). There 44 % of the negative copies end with
-    the left side right of the right one, or the top below the bottom: boxes of negative size, which divide by nothing.
-    Here one of two sides that would cross, which one is drawn, goes outwards instead, and both where that is not
-    enough; so every copy is a box, and a negative one still has every side at least half a size from the object's.
+    As in DINO (its models/dino/dn_components.py), where 44 % of the negative copies end inside out: the left side right
+    of the right one, or the top below the bottom. Their sides change places, as in RT-DETR version 2 and D-FINE (their
+    denoising.py), so that every copy is a box.
     """
     negative = torch.arange(boxes.shape[1], device=boxes.device) // most % 2
-    half = boxes[..., 2:] / 2
+    corners = torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
+    sign = torch.randint(2, corners.shape, device=boxes.device) * 2.0 - 1
     # Positive: 0 to 1, negative: 1 to 2 half sizes, so that a good box is always nearer than its contrast.
-    low, high = ((torch.rand(half.shape, device=boxes.device) + negative[:, None]) * amount * half for _ in range(2))
-    low_sign, high_sign = torch.randint(2, (2, *half.shape), device=boxes.device) * 2.0 - 1
-    crossed = 2 * half + high * high_sign - low * low_sign <= 0
-    first = torch.rand(half.shape, device=boxes.device) < 0.5
-    low_sign = torch.where(crossed & first, -1.0, low_sign)
-    high_sign = torch.where(crossed & ~first, 1.0, high_sign)
-    crossed = 2 * half + high * high_sign - low * low_sign <= 0     # with an amount above 2
-    low_sign, high_sign = torch.where(crossed, -1.0, low_sign), torch.where(crossed, 1.0, high_sign)
-    low = (boxes[..., :2] - half + low * low_sign).clamp(0, 1)
-    high = (boxes[..., :2] + half + high * high_sign).clamp(0, 1)
-    return torch.cat([(low + high) / 2, high - low], -1)
+    shift = (torch.rand(corners.shape, device=boxes.device) + negative[:, None]) * sign * amount
+    corners = (corners + shift * (boxes[..., 2:] / 2).repeat(1, 1, 2)).clamp(0, 1)
+    low, high = corners[..., :2], corners[..., 2:]
+    return torch.cat([(low + high) / 2, (high - low).abs()], -1)
 
 
 def _shaken(boxes: Tensor, amount: float) -> Tensor:

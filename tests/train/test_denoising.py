@@ -42,24 +42,35 @@ def prepended(detector, queries, noised):
     return denoising.prepend(queries, detector.selector.noised(noised.labels, noised.boxes), noised)
 
 
+def moved(found, truth):
+    """How far both sides of each axis lie from the object's, and from the object's other side: [..., 2, 2] each.
+
+    A pair of sides that changed places was drawn as the second says.
+    """
+    low, high = found.unflatten(-1, (2, 2)).unbind(-2)
+    first, last = truth.unflatten(-1, (2, 2)).unbind(-2)
+    return (torch.stack([low - first, high - last], -2).abs(), torch.stack([high - first, low - last], -2).abs())
+
+
 def test_groups_fill_the_wish_and_positive_copies_stay_nearer_than_negative_ones():
     padded = targets(4, 2)
     noised = noise(padded, denoising=10, label_noise=0.0)
     assert (noised.groups, noised.per_group, len(noised)) == (2, 4, 16)
     truth, found = cxcywh_to_xyxy(padded.boxes), cxcywh_to_xyxy(noised.boxes)
-    shift = (found.reshape(2, 2, 2, 4, 4) - truth[:, None, None]).abs()     # [picture, group, sign, object, side]
-    half = padded.boxes[..., 2:].repeat(1, 1, 2)[:, None] / 2
+    straight, swapped = moved(found.reshape(2, 2, 2, 4, 4), truth[:, None, None].expand(2, 2, 2, 4, 4))
+    half = padded.boxes[:, None, :, None, 2:] / 2       # [image, group, object, side, axis]
     for row, count in enumerate((4, 2)):
-        near, far, limit = shift[row, :, 0, :count], shift[row, :, 1, :count], half[row, :, :count]
-        rounding = 1e-6     # float32 of a coordinate in 0..1
-        assert (near <= limit + rounding).all()
-        assert (far >= limit - rounding).all() and (far <= 2 * limit + rounding).all()
+        limit, rounding = half[row, :, :count], 1e-6    # float32 of a coordinate in 0..1
+        assert (straight[row, :, 0, :count] <= limit + rounding).all()
+        negative = [far[row, :, 1, :count] for far in (straight, swapped)]
+        drawn = [((far >= limit - rounding) & (far <= 2 * limit + rounding)).all(-2) for far in negative]
+        assert (drawn[0] | drawn[1]).all() and drawn[0].any()
     assert noised.labels[1].reshape(4, 4)[:, 2:].eq(CLASSES).all()          # the emptier picture's filling
 
 
 @pytest.mark.parametrize("amount", [0.4, 1.0, 2.0, 5.0])
-def test_no_copy_has_a_negative_side_and_every_negative_one_stays_apart(amount):
-    """Over 200 seeds; a side of a negative copy is at least `amount` half sizes away, where the image has room."""
+def test_no_copy_has_a_negative_side_and_every_side_of_a_negative_one_was_moved_far(amount):
+    """Over 200 seeds; a side of a negative copy moves at least `amount` half sizes, where the image has room."""
     middle = pad([Target(torch.tensor([0, 1]), torch.tensor([[0.5, 0.5, 0.1, 0.16], [0.45, 0.6, 0.02, 0.01]]))])
     edge = pad([Target(torch.tensor([0, 1, 2]), torch.tensor([[0.05, 0.98, 0.1, 0.04], [0.999, 0.001, 0.002, 0.002],
                                                               [0.5, 0.5, 1.0, 1.0]]))])
@@ -71,22 +82,24 @@ def test_no_copy_has_a_negative_side_and_every_negative_one_stays_apart(amount):
             assert (noised.boxes[..., 2:] >= 0).all(), seed
             assert (found >= -1e-6).all() and (found <= 1 + 1e-6).all(), seed       # float32
             if padded is middle:
-                shift = (found.view(1, 3, 2, most, 4) - cxcywh_to_xyxy(padded.boxes)[:, None, None]).abs()
-                half = padded.boxes[..., 2:].repeat(1, 1, 2)[:, None] / 2
-                assert (shift[:, :, 1] >= amount * half - 1e-6).all(), seed
-                assert amount > 2 or (noised.boxes[..., 2:] > 0).all(), seed     # above, it leaves the image
+                truth = cxcywh_to_xyxy(padded.boxes)[:, None].expand(1, 3, most, 4)
+                far = [(side >= amount * padded.boxes[:, None, :, None, 2:] / 2 - 1e-6).all(-2)
+                       for side in moved(found.view(1, 3, 2, most, 4)[:, :, 1], truth)]
+                assert (far[0] | far[1]).all(), seed
 
 
-def test_directions_of_negative_copies_are_dinos_where_its_box_is_one():
-    """DINO draws both directions of a side pair evenly; of the four, only "both inwards" crosses and is redrawn."""
+def test_directions_of_negative_copies_are_dinos_and_sides_that_cross_change_places():
+    """DINO draws both directions of a pair of sides evenly: a quarter moves inwards, and crosses."""
     torch.manual_seed(0)
     padded = pad([Target(torch.zeros(5, dtype=torch.int64), torch.tensor([[0.5, 0.5, 0.1, 0.1]] * 5))])
     boxes = cxcywh_to_xyxy(noise(padded, denoising_groups=1000).boxes)[0].view(1000, 2, 5, 4)[:, 1].flatten(0, 1)
-    low, high = (boxes[:, [0, 1]] < 0.45).flatten(), (boxes[:, [2, 3]] > 0.55).flatten()
-    shares = [float((low & high).float().mean()), float((low & ~high).float().mean()),
-              float((~low & high).float().mean()), float((~low & ~high).float().mean())]
-    # 10,000 pairs have a standard deviation of 0.005.
-    assert shares == pytest.approx([0.25, 0.375, 0.375, 0.0], abs=0.02)
+    low, high = boxes[:, :2], boxes[:, 2:]
+    outwards = (low <= 0.4 + 1e-6) & (high >= 0.6 - 1e-6)
+    crossed = (low >= 0.45 - 1e-6) & (low <= 0.5) & (high >= 0.5) & (high <= 0.55 + 1e-6)
+    # 10,000 pairs have a standard deviation of 0.004.
+    assert float(outwards.float().mean()) == pytest.approx(0.25, abs=0.02)
+    assert float(crossed.float().mean()) == pytest.approx(0.25, abs=0.02)
+    assert float(crossed.any(1).float().mean()) == pytest.approx(1 - 0.75**2, abs=0.02)     # the 44 %
 
 
 @pytest.mark.parametrize("name", NOISED)
