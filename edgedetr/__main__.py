@@ -1,5 +1,5 @@
 """`python -m edgedetr`: the command line where its script is not on the path."""
 
-from edgedetr.cli import main
+from edgedetr.cli.app import main
 
 main()

@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgedetr import kinds
-from edgedetr import manifest as form
 from edgedetr.errors import BundleError, EdgedetrError, TrainingError
-from edgedetr.files import atomic_write, digest, flush, inside, put, remove_leftovers, temporary_beside
-from edgedetr.locks import locked
-from edgedetr.manifest import SCHEMA, ClassInfo, DataRecord, FileEntry, InputContract, Manifest, OutputContract
-from edgedetr.reading import MEBIBYTE, read_json
+from edgedetr.storage import file_kinds
+from edgedetr.storage import manifest as form
+from edgedetr.storage.atomic import atomic_write, digest, flush, inside, put, remove_leftovers, temporary_beside
+from edgedetr.storage.locks import locked
+from edgedetr.storage.manifest import SCHEMA, ClassInfo, DataRecord, FileEntry, InputContract, Manifest, OutputContract
+from edgedetr.storage.reading import MEBIBYTE, read_json
 
 __all__ = ["MANIFEST", "SCHEMA", "Bundle", "ClassInfo", "DataRecord", "FileEntry", "InputContract", "Manifest",
            "OutputContract", "atomic_write", "digest"]
@@ -250,7 +250,7 @@ def _read(path: Path) -> Manifest:
         raise BundleError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); expected the folder "
                           "of a bundle") from error
     if not there:
-        kinds.require(path, "bundle")
+        file_kinds.require(path, "bundle")
         raise BundleError(f"{path}: no {MANIFEST} here, so this is no bundle; run: edgedetr train --data DIR")
     where = inside(path, MANIFEST)
     fix = "restore it from a copy or run the training again"

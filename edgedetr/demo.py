@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from edgedetr.bundle import MANIFEST, Bundle
-from edgedetr.data.scenes import render
+from edgedetr.data.synthetic import render
 from edgedetr.errors import UsageError
 from edgedetr.evaluation.verify import verify
-from edgedetr.export.export import export
+from edgedetr.exporting.export import export
 from edgedetr.recipe import Recipe
-from edgedetr.report.report import write_report
-from edgedetr.train.progress import Progress as TrainingProgress
-from edgedetr.train.train import train
+from edgedetr.reporting.report import write_report
+from edgedetr.training.progress_bar import Progress as TrainingProgress
+from edgedetr.training.train import train
 
 log = logging.getLogger(__name__)
 

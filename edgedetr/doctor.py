@@ -11,9 +11,10 @@ from pathlib import Path
 
 from edgedetr.errors import DeviceError, MissingDependency
 from edgedetr.packages import PACKAGES, install
-from edgedetr.runtime import board, cudart, nvidia
-from edgedetr.runtime.board import Board
-from edgedetr.runtime.cudart import Device
+from edgedetr.runtime import jetson as board
+from edgedetr.runtime.jetson import Board
+from edgedetr.runtime.tensorrt import cudart, library
+from edgedetr.runtime.tensorrt.cudart import Device
 
 ON_DEVICE = ("runtime", "verify")       # the extras of a board, which neither trains nor exports
 OPTIONAL = ("cv2", "numba", "openvino", "tensorrt", "tensorboard")
@@ -187,7 +188,7 @@ def _gpu() -> Gpu:
     except DeviceError as reason:
         no_device = str(reason).removesuffix(f"; {cudart.DOCTOR}")
     try:
-        tensorrt = str(nvidia.tensorrt().__version__)
+        tensorrt = str(library.tensorrt().__version__)
     except MissingDependency as reason:
         no_tensorrt = str(reason)
     return Gpu(device, no_device, tensorrt, no_tensorrt)

@@ -18,17 +18,17 @@ from typing import Any, ClassVar, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from edgedetr.bundle import Bundle, InputContract
-from edgedetr.data.form import DataConfig
+from edgedetr.data.detection_set import DataConfig
 from edgedetr.errors import RecipeError, did_you_mean
 from edgedetr.evaluation.verify import VerifyConfig
-from edgedetr.export.config import ExportConfig
-from edgedetr.manifest import LARGEST_AREA, LARGEST_SIDE
+from edgedetr.exporting.config import ExportConfig
 from edgedetr.models import FAMILY
 from edgedetr.options import check
+from edgedetr.package_data import recipes_directory
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.reading import read_toml
-from edgedetr.shipped import recipes_directory
-from edgedetr.train.config import AugmentConfig, TrainConfig, require_loss_of
+from edgedetr.storage.manifest import LARGEST_AREA, LARGEST_SIDE
+from edgedetr.storage.reading import read_toml
+from edgedetr.training.config import AugmentConfig, TrainConfig, require_loss_of
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 from tensorrt_spec.fake import FakeTensorRT
 
-from edgedetr.runtime import cudart
-from edgedetr.runtime.cudart import Device
+from edgedetr.runtime.tensorrt import cudart
+from edgedetr.runtime.tensorrt.cudart import Device
 
 ORIN = Device("Orin", 87, 8 << 30, True, "12.6", "12.6")
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,9 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))      # `import members`: the family at micro size
+
+if find_spec("torch"):
+    pytest_plugins = ["bundle_fixtures"]
 
 # Trainings in tests run on the CPU, where the same seed gives the same bytes; lightning-fabric reads this, and so do
 # child processes. tests/gpu takes it back.

@@ -1,4 +1,4 @@
-"""A CUDA without a GPU: fake_cuda.c, compiled once per session and put where edgedetr.runtime.cudart looks."""
+"""A CUDA without a GPU: fake_cuda.c, compiled once per session and put where edgedetr.runtime.tensorrt.cudart looks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgedetr.runtime import cudart
+from edgedetr.runtime.tensorrt import cudart
 
 LIVE = ("device", "host", "streams", "graphs", "events")
 WORK = ctypes.CFUNCTYPE(None)

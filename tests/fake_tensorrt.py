@@ -19,10 +19,11 @@ import fake_cuda
 import numpy as np
 import onnxruntime
 
-from edgedetr.runtime import machine, nvidia, sidecar
-from edgedetr.runtime.cudart import probe
-from edgedetr.runtime.layers import LayerSummary
-from edgedetr.runtime.sidecar import BuildArguments, Sidecar
+from edgedetr.runtime import machine
+from edgedetr.runtime.tensorrt import engine_metadata, library
+from edgedetr.runtime.tensorrt.cudart import probe
+from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, Sidecar
+from edgedetr.runtime.tensorrt.inspector import LayerSummary
 
 NUMPY = {"tensor(float)": ("FLOAT", np.float32), "tensor(float16)": ("HALF", np.float16),
          "tensor(uint8)": ("UINT8", np.uint8), "tensor(int64)": ("INT64", np.int64),
@@ -212,10 +213,10 @@ def write_plan(graph: Path, target: Path | None = None, *, precision: str = "fp3
     digest = hashlib.sha256(target.read_bytes()).hexdigest()
     sizes = batch if isinstance(batch, tuple) else (batch,) * 3
     layers = layers or LayerSummary({precision: 3}, {precision: 1}, 0)
-    told = Sidecar(target.name, digest, target.stat().st_size, graph.name, digest, nvidia.tensorrt().__version__,
+    told = Sidecar(target.name, digest, target.stat().st_size, graph.name, digest, library.tensorrt().__version__,
                    device.runtime, device.driver, "", device.name, device.sm, machine.host(make=True),
                    BuildArguments(precision, sizes, 1024, 3, "strong"), "strong", 1.0, layers)
-    sidecar.beside(target).write_bytes(sidecar.to_bytes(replace(told, **changes)))
+    engine_metadata.beside(target).write_bytes(engine_metadata.to_bytes(replace(told, **changes)))
     return target
 
 

@@ -13,20 +13,20 @@ import torch
 from torch.nn.functional import interpolate
 
 from edgedetr.bundle import atomic_write
-from edgedetr.export.onnx_file import write
+from edgedetr.exporting.to_onnx import write
 from edgedetr.models import build
-from edgedetr.models.anchor_detr import AnchorDetrConfig
-from edgedetr.models.backbone import Block
-from edgedetr.models.conditional_detr import ConditionalDetrConfig
-from edgedetr.models.deformable_detr import DeformableDetrConfig
+from edgedetr.models.backbones.resnet import Block
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.models.detector import Detector
-from edgedetr.models.detr import DetrConfig
-from edgedetr.models.dn_detr import DnDetrConfig
-from edgedetr.models.dynamic_detr import DynamicDetrConfig
-from edgedetr.models.efficient_detr import EfficientDetrConfig
-from edgedetr.models.rt_detr import RtDetrConfig
-from edgedetr.models.sparse_rcnn import SparseRcnnConfig
+from edgedetr.models.members.anchor_detr import AnchorDetrConfig
+from edgedetr.models.members.conditional_detr import ConditionalDetrConfig
+from edgedetr.models.members.deformable_detr import DeformableDetrConfig
+from edgedetr.models.members.detr import DetrConfig
+from edgedetr.models.members.dn_detr import DnDetrConfig
+from edgedetr.models.members.dynamic_detr import DynamicDetrConfig
+from edgedetr.models.members.efficient_detr import EfficientDetrConfig
+from edgedetr.models.members.rt_detr import RtDetrConfig
+from edgedetr.models.members.sparse_rcnn import SparseRcnnConfig
 
 CLASSES = 3
 HEIGHT, WIDTH = 96, 128         # rectangular, so that a swap of x and y shows

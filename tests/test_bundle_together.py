@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from edgedetr import files, locks
 from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputContract
 from edgedetr.errors import BundleError, TrainingError
+from edgedetr.storage import atomic, locks
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_temporary_files_of_other_machines_and_of_older_versions_go_when_they_ar
             os.utime(path, (time.time() - age,) * 2)
             expected[path] = name
     (tmp_path / ".mine.tmp").write_text("a user's own")
-    (tmp_path / f".x.{files._host()}-1.link.tmp").symlink_to(tmp_path / ".mine.tmp")
-    files.remove_leftovers(tmp_path)
+    (tmp_path / f".x.{atomic._host()}-1.link.tmp").symlink_to(tmp_path / ".mine.tmp")
+    atomic.remove_leftovers(tmp_path)
     assert all(path.exists() for path in kept) and not any(path.exists() for path in gone)
     assert (tmp_path / ".mine.tmp").exists()

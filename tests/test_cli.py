@@ -14,9 +14,8 @@ import click
 import numpy as np
 import pytest
 
-from edgedetr import cli
 from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputContract
-from edgedetr.commands import choose, show
+from edgedetr.cli import _options, _output, app
 from edgedetr.errors import EdgedetrError, PreparedNotFinished
 
 COMMANDS = [
@@ -58,17 +57,17 @@ def test_help_answers_at_once():
         assert f"\n  {command} " in done.stdout
     # 0.3 s is the promise. Processor time, which other work on the machine hardly changes: 0.09 s were measured.
     assert took < 0.9
-    asked = "import sys, edgedetr.cli; print(sorted({'numpy', 'torch', 'onnx', 'pydantic'} & set(sys.modules)))"
+    asked = "import sys, edgedetr.cli.app; print(sorted({'numpy', 'torch', 'onnx', 'pydantic'} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, env=environment, check=True)
     assert loaded.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "val", "data check"])
 def test_every_command_explains_itself_and_its_options(command, capsys):
-    assert cli.run([*command.split(), "--help"]) == 0
+    assert app.run([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert "Usage: edgedetr" in text
-    found = cli.cli.get_command(click.Context(cli.cli), command.split()[0])
+    found = app.cli.get_command(click.Context(app.cli), command.split()[0])
     assert found.help
     for option in found.params:
         if isinstance(option, click.Option):
@@ -80,12 +79,12 @@ def test_every_command_explains_itself_and_its_options(command, capsys):
     [(["verfy"], "verify"), (["exprot"], "export"), (["trian", "--data", "x"], "train"), (["demmo"], "demo")],
 )
 def test_an_unknown_command_names_the_nearest(words, near, capsys):
-    assert cli.run(words) == 2
+    assert app.run(words) == 2
     assert f"did you mean '{near}'?" in capsys.readouterr().err
 
 
 def test_an_unknown_option_names_the_nearest(capsys):
-    assert cli.run(["train", "--dta", "x"]) == 2
+    assert app.run(["train", "--dta", "x"]) == 2
     assert "--data" in capsys.readouterr().err
 
 
@@ -106,7 +105,7 @@ def test_an_unknown_option_names_the_nearest(capsys):
     ],
 )
 def test_wrong_words_exit_with_2(words, here, capsys):
-    assert cli.run(words) == 2
+    assert app.run(words) == 2
     captured = capsys.readouterr()
     assert captured.err
     assert captured.out == ""
@@ -114,7 +113,7 @@ def test_wrong_words_exit_with_2(words, here, capsys):
 
 @pytest.mark.parametrize("words", [["export"], ["verify"], ["eval"], ["bench"], ["report"], ["inspect"]])
 def test_without_a_bundle_the_command_that_makes_one_is_named(words, here, capsys):
-    assert cli.run(words) == 2
+    assert app.run(words) == 2
     assert "run: edgedetr train --data DIR" in capsys.readouterr().err
 
 
@@ -130,7 +129,7 @@ def test_without_a_bundle_the_command_that_makes_one_is_named(words, here, capsy
 )
 def test_a_bundle_that_lacks_a_step_names_the_command(command, tells, here, capsys):
     bundle = empty_bundle(here / "runs" / "cells.bundle")
-    assert cli.run([command, str(bundle.path)]) in (1, 2)
+    assert app.run([command, str(bundle.path)]) in (1, 2)
     error = capsys.readouterr().err
     assert tells in error
     assert "Traceback" not in error
@@ -149,20 +148,20 @@ def test_a_bundle_that_lacks_a_step_names_the_command(command, tells, here, caps
     ],
 )
 def test_a_path_that_is_not_there_is_one_clear_error(words, here, capsys):
-    assert cli.run(words) == 1
+    assert app.run(words) == 1
     error = capsys.readouterr().err
     assert "nowhere" in error
     assert "Traceback" not in error
 
 
 def test_an_unknown_recipe_names_the_shipped_ones(here, capsys):
-    assert cli.run(["train", "--data", "x", "--recipe", "dmeo"]) == 2
+    assert app.run(["train", "--data", "x", "--recipe", "dmeo"]) == 2
     error = capsys.readouterr().err
     assert "did you mean 'demo'?" in error
 
 
 def test_a_set_with_a_typo_names_the_nearest_key(here, capsys):
-    assert cli.run(["train", "--data", "x", "--recipe", "demo", "--set", "train.epohcs=3"]) == 2
+    assert app.run(["train", "--data", "x", "--recipe", "demo", "--set", "train.epohcs=3"]) == 2
     assert "did you mean 'epochs'?" in capsys.readouterr().err
 
 
@@ -171,7 +170,7 @@ def test_the_newest_bundle_is_taken_and_named(here, capsys):
         bundle = empty_bundle(here / "runs" / f"{name}.bundle")
         then = time.time() - age
         os.utime(bundle.path / "bundle.json", (then, then))
-    assert choose.open_bundle(None).path.name == "new.bundle"
+    assert _options.open_bundle(None).path.name == "new.bundle"
     assert "new.bundle (the newest under runs/)" in capsys.readouterr().err
 
 
@@ -180,7 +179,7 @@ def test_inspect_prints_json_on_standard_output_and_text_on_standard_error(here,
     with bundle.add("model.onnx", stage="export") as path:
         path.write_bytes(b"x")
     (bundle.path / "model.onnx").write_bytes(b"y")
-    assert cli.run(["inspect", "--json"]) == 0
+    assert app.run(["inspect", "--json"]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert found["model"] == "rt_detr"
@@ -204,7 +203,7 @@ def test_inspect_counts_the_operators_of_an_onnx_file(here, capsys):
                       for name in ("images", "logits"))
     graph = helper.make_graph(nodes, "g", [images], [logits], weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)]), str(here / "m.onnx"))
-    assert cli.run(["inspect", "m.onnx", "--json"]) == 0
+    assert app.run(["inspect", "m.onnx", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["opset"] == 19
     assert found["operators"] == {"QuantizeLinear": 1, "DequantizeLinear": 2, "Conv": 2}
@@ -215,12 +214,12 @@ def test_inspect_counts_the_operators_of_an_onnx_file(here, capsys):
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x08"])
 def test_inspect_refuses_what_is_no_onnx(content, here, capsys):
     (here / "m.onnx").write_bytes(content)
-    assert cli.run(["inspect", "m.onnx"]) == 1
+    assert app.run(["inspect", "m.onnx"]) == 1
     assert "expected what an exporter wrote, whole" in capsys.readouterr().err
 
 
 def test_doctor_knows_this_machine(capsys):
-    assert cli.run(["doctor", "--json"]) == 0
+    assert app.run(["doctor", "--json"]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     versions = {package["name"]: package["version"] for package in found["packages"]}
@@ -235,7 +234,7 @@ def test_doctor_knows_this_machine(capsys):
 def test_models_counts_parameters_as_the_built_models_have(capsys):
     from edgedetr.models import FAMILY, build
 
-    assert cli.run(["models", "--json"]) == 0
+    assert app.run(["models", "--json"]) == 0
     found = {member["name"]: member for member in json.loads(capsys.readouterr().out)}
     assert set(found) == set(FAMILY)
     name = "rt_detr"
@@ -257,8 +256,8 @@ def test_an_expected_error_is_a_message_and_an_exit_code(error, code, monkeypatc
     def fails() -> None:
         raise error
 
-    monkeypatch.setitem(cli.cli.commands, "fails", fails)
-    assert cli.run(["fails"]) == code
+    monkeypatch.setitem(app.cli.commands, "fails", fails)
+    assert app.run(["fails"]) == code
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
     assert str(error) in printed
@@ -269,9 +268,9 @@ def test_debug_shows_the_traceback(monkeypatch):
     def fails() -> None:
         raise EdgedetrError("it broke")
 
-    monkeypatch.setitem(cli.cli.commands, "fails", fails)
+    monkeypatch.setitem(app.cli.commands, "fails", fails)
     with pytest.raises(EdgedetrError, match="it broke"):
-        cli.run(["--debug", "fails"])
+        app.run(["--debug", "fails"])
 
 
 def test_a_missing_package_names_the_extra(monkeypatch, capsys):
@@ -279,18 +278,18 @@ def test_a_missing_package_names_the_extra(monkeypatch, capsys):
     def fails() -> None:
         raise ModuleNotFoundError("No module named 'openvino'", name="openvino")
 
-    monkeypatch.setitem(cli.cli.commands, "fails", fails)
-    assert cli.run(["fails"]) == 1
+    monkeypatch.setitem(app.cli.commands, "fails", fails)
+    assert app.run(["fails"]) == 1
     assert "pip install openvino" in capsys.readouterr().err
 
 
 def test_json_has_no_nan(capsys):
-    show.as_json({"a": float("nan"), "b": [1.5, float("inf")], "c": ("x",)})
+    _output.as_json({"a": float("nan"), "b": [1.5, float("inf")], "c": ("x",)})
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": None, "b": [1.5, None], "c": ["x"]}
 
 
 def test_table_aligns_numbers_to_the_right(capsys):
-    show.table(["name", "n"], [["a", 5], ["bcd", None], ["e", "12.5"]])
+    _output.table(["name", "n"], [["a", 5], ["bcd", None], ["e", "12.5"]])
     assert click.unstyle(capsys.readouterr().err).splitlines() == [
         "name     n",
         "a        5",

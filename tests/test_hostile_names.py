@@ -18,7 +18,7 @@ from PIL import Image
 
 from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputContract
 from edgedetr.cli import run
-from edgedetr.commands.show import say, table
+from edgedetr.cli._output import say, table
 from edgedetr.printable import json_text, one_line, printable
 
 HOSTILE = ["two\nlines", "a;b", "\x1b[2J\x1b]0;title\x07gone", "\u202egnp.exe", "../../etc/passwd", 'q"u\'o\\te',
@@ -78,7 +78,7 @@ def test_the_json_lines_bring_the_names_back_as_they_were(hostile, tmp_path, cap
 
 
 def test_deepstream_reads_its_own_keys_alone_and_a_label_for_each_class(hostile, tmp_path):
-    from edgedetr.graph.deepstream import write_deepstream
+    from edgedetr.serving.deepstream import write_deepstream
 
     files = write_deepstream(Bundle.open(hostile), tmp_path / "ds")
     text = files.config.read_text(encoding="utf-8")
@@ -93,7 +93,7 @@ def test_deepstream_reads_its_own_keys_alone_and_a_label_for_each_class(hostile,
 
 
 def test_the_page_of_the_report_holds_no_markup_or_mark_of_theirs(tmp_path):
-    from edgedetr.report.report import write_report
+    from edgedetr.reporting.report import write_report
 
     shutil.copytree(FIXTURES / "bundle-0.1", tmp_path / "b.bundle")
     bundle = Bundle.open(tmp_path / "b.bundle")
@@ -105,7 +105,7 @@ def test_the_page_of_the_report_holds_no_markup_or_mark_of_theirs(tmp_path):
 
 
 def test_triton_reads_one_configuration(hostile, tmp_path):
-    from edgedetr.graph.triton import write_repository
+    from edgedetr.serving.triton import write_repository
 
     made = write_repository(Bundle.open(hostile), tmp_path, "model.onnx")
     assert made.folder.parent == tmp_path and made.name.isascii() and "/" not in made.name

@@ -11,15 +11,15 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 
 import edgedetr
-from edgedetr.data.form import DataConfig
+from edgedetr.data.detection_set import DataConfig
 from edgedetr.errors import EdgedetrError, RecipeError
 from edgedetr.evaluation.config import VerifyConfig
-from edgedetr.export.config import ExportConfig
+from edgedetr.exporting.config import ExportConfig
 from edgedetr.models import FAMILY
-from edgedetr.models.transformer import RANGES
+from edgedetr.models.member_config import RANGES
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.recipe import InputSize, Recipe
-from edgedetr.train.config import AUGMENT_RANGES, TRAIN_RANGES, AugmentConfig, TrainConfig
+from edgedetr.training.config import AUGMENT_RANGES, TRAIN_RANGES, AugmentConfig, TrainConfig
 
 CONFIGS = [TrainConfig, AugmentConfig, QuantConfig, ExportConfig, VerifyConfig, DataConfig, InputSize,
            *(member.config for member in FAMILY.values())]
@@ -114,7 +114,7 @@ def test_an_option_that_came_after_0_1_is_marked_so_that_older_trainings_resume(
 
 PACKAGE = Path(edgedetr.__file__).parent
 DOORS = {"one_of", "check"}
-CLICK_CHECKS = "commands"       # click.Choice refuses other words before a command's function is called
+CLICK_CHECKS = "cli"       # click.Choice refuses other words before a command's function is called
 
 
 def choices(tree: ast.Module) -> set[str]:
@@ -160,17 +160,17 @@ def undoored() -> list[str]:
 # Who hands the word on unchanged to a function that checks it, or is made by this package alone.
 HANDED_ON = {
     "runtime/preprocess.py:prepare(backend)": "resize",
-    "export/export.py:export(sampling)": "ExportConfig",
+    "exporting/export.py:export(sampling)": "ExportConfig",
     "layers/drop_path.py:set_rates(schedule)": "rate_at",
     "data/layouts.py:splits(layout)": "_layout refuses it",
     "data/layouts.py:load(layout)": "_layout refuses it",
-    **dict.fromkeys(("graph/finding.py:at(severity)", "graph/finding.py:Fault severity",
-                     "graph/finding.py:Finding severity"), "made by the rules alone"),
-    **dict.fromkeys(("export/class_reading.py:Evidence activation", "export/told.py:columns_of(activation)",
-                     "export/box_reading.py:refuse(found)", "export/box_reading.py:BoxForm layout",
-                     "export/bring.py:kept_by(function)", "export/box_reading.py:Fitting layouts"),
+    **dict.fromkeys(("lint/lint_issue.py:at(severity)", "lint/lint_issue.py:Fault severity",
+                     "lint/lint_issue.py:Finding severity"), "made by the rules alone"),
+    **dict.fromkeys(("importing/class_format.py:Evidence activation", "importing/import_options.py:columns_of(activation)",
+                     "importing/box_format.py:refuse(found)", "importing/box_format.py:BoxForm layout",
+                     "importing/onnx_model.py:kept_by(function)", "importing/box_format.py:Fitting layouts"),
                     "made by the import's own reading, which one_of guards"),
-    "models/backbone.py:BackboneConfig backbone_norm": "its members' configurations check all fields",
+    "models/backbones/resnet.py:BackboneConfig backbone_norm": "its members' configurations check all fields",
 }
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from edgedetr.errors import RecipeError
 from edgedetr.models import FAMILY
+from edgedetr.package_data import recipes_directory
 from edgedetr.recipe import Recipe, read_preset
-from edgedetr.shipped import recipes_directory
 
 RECIPES = sorted(path.stem for path in recipes_directory().glob("*.toml"))
 PRESETS = sorted(path.stem for path in (recipes_directory() / "presets").glob("*.toml"))
@@ -76,7 +76,7 @@ HEIR = {    # of main.py and datasets/coco.py, which DETR's heirs share but for 
     "augment.scale_jitter": (0.0, "datasets/coco.py: none"), "augment.colour": (0.0, "datasets/coco.py: none"),
     "augment.zoom_out": (0.0, "datasets/coco.py: none"), "augment.off_for_last": (0.0, "datasets/coco.py: none"),
     "model.init": ("original", "models: see tests/models/test_initial.py"),
-    "model.backbone_norm": ("frozen", "models/backbone.py FrozenBatchNorm2d"),
+    "model.backbone_norm": ("frozen", "models/backbones/resnet.py FrozenBatchNorm2d"),
 }
 FIFTY = {"train.epochs": (50, "main.py --epochs"), "train.step_epochs": ((40,), "main.py --lr_drop")}
 PARITY = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from edgedetr.errors import RecipeError
+from edgedetr.package_data import recipes_directory
 from edgedetr.recipe import Recipe
-from edgedetr.shipped import recipes_directory
 
 
 def load(tmp_path, text, sets=()):

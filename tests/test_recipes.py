@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from edgedetr.models import FAMILY, build
+from edgedetr.package_data import policies_directory, recipes_directory
 from edgedetr.recipe import DEFAULT, Recipe
-from edgedetr.shipped import policies_directory, recipes_directory
 
 RECIPES = sorted(recipes_directory().glob("*.toml"))
 

@@ -60,8 +60,8 @@ def test_the_wheel_carries_recipes_policies_template_and_types(installed):
     names = set(zipfile.ZipFile(next((installed / "dist").glob("*.whl"))).namelist())
     for recipe in (ROOT / "recipes").glob("*.toml"):
         assert f"edgedetr/_recipes/{recipe.name}" in names
-    assert {"edgedetr/_policy/default.toml", "edgedetr/report/page.html", "edgedetr/py.typed",
-            "edgedetr/graph/operators.json"} <= names
+    assert {"edgedetr/_policy/default.toml", "edgedetr/reporting/page.html", "edgedetr/py.typed",
+            "edgedetr/lint/operators.json"} <= names
     assert not [name for name in names if name.startswith(("tests", "runs")) or name.endswith(".pyc")]
 
 
@@ -78,7 +78,7 @@ def test_the_installed_command_answers(installed):
 
 def test_the_installed_package_finds_its_recipes_and_policies(installed):
     code = (
-        "from edgedetr.recipe import Recipe; from edgedetr.shipped import policies_directory, recipes_directory; "
+        "from edgedetr.recipe import Recipe; from edgedetr.package_data import policies_directory, recipes_directory; "
         "print(Recipe.load('demo').model.name, recipes_directory(), (policies_directory() / 'default.toml').is_file())"
     )
     assert run(installed, code=code).split() == ["rt_detr", str(installed / "site" / "edgedetr" / "_recipes"), "True"]

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from edgedetr.quantization.dialect import TENSORRT
+from edgedetr.quantization.targets import TENSORRT
 
 CHANNELS = 16
 SIGNED = replace(TENSORRT, half=False)      # the same places and integers, with float32 steps

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgedetr.data import images, layouts, near
-from edgedetr.data.clean import UnusableSplit, summary
-from edgedetr.data.form import DetectionSet, Finding, Sample, display_names, matched
-from edgedetr.data.leftovers import leftovers
+from edgedetr.data import images, layouts, near_duplicates
+from edgedetr.data.cleaning import UnusableSplit, summary
+from edgedetr.data.detection_set import DetectionSet, Finding, Sample, display_names, matched
+from edgedetr.data.unlisted_files import leftovers
 from edgedetr.errors import DataError
 
 SMALL, MEDIUM = 32.0**2, 96.0**2    # COCO's borders between small, medium and large, pixels^2 of the source picture
@@ -126,7 +126,7 @@ def check(path: str | Path, *, layout: layouts.Layout | None = None,
             try:
                 with images.open_plain(sample.path) as stream:
                     content = stream.read()
-                hashes[found.name].append((sample, near.fingerprint(images.decode(sample.path))))
+                hashes[found.name].append((sample, near_duplicates.fingerprint(images.decode(sample.path))))
                 digests[hashlib.sha256(content).hexdigest()].append((found.name, sample.path))
             except (DataError, OSError) as error:
                 findings.append(Finding("unreadable-image", str(sample.path), str(error), True, len(sample.boxes)))
@@ -174,11 +174,11 @@ def _near_copies(hashes: dict[str, list[tuple[Sample, np.ndarray | None]]],
     findings = []
     for first, second in combinations([name for name in hashes if name != "trainval"], 2):
         (one, ours), (other, theirs) = (([s for s, _ in hashes[n]], [h for _, h in hashes[n]]) for n in (first, second))
-        for a, b, bits in near.nearest(ours, theirs):
+        for a, b, bits in near_duplicates.nearest(ours, theirs):
             pair = {one[a].path, other[b].path}
             if not any(pair <= known for known in same):
                 findings.append(Finding("near-copy-across-splits", str(other[b].path), f"shows nearly the same as "
-                                        f"{one[a].path} of {first} ({bits} of {near.BITS} bits differ); a score on "
+                                        f"{one[a].path} of {first} ({bits} of {near_duplicates.BITS} bits differ); a score on "
                                         f"{second} counts a picture that was all but seen before"))
     return findings
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from edgedetr.bundle import ClassInfo
 from edgedetr.data import coco_boxes
-from edgedetr.data.clean import RawImage, RawObject, RawSplit, as_number, numbers
-from edgedetr.data.form import Finding
+from edgedetr.data.cleaning import RawImage, RawObject, RawSplit, as_number, numbers
+from edgedetr.data.detection_set import Finding
+from edgedetr.data.image_paths import Places
 from edgedetr.data.images import is_image
 from edgedetr.data.listing import child, children, files
-from edgedetr.data.names import canonical
-from edgedetr.data.places import Places
+from edgedetr.data.split_names import canonical
 from edgedetr.errors import DataError
-from edgedetr.reading import read_json
+from edgedetr.storage.reading import read_json
 
 ROBOFLOW = "_annotations.coco.json"
 IN_SPLIT = ("labels.json", "annotations.json")      # FiftyOne's train/labels.json with train/data/

@@ -6,8 +6,8 @@ from itertools import chain
 
 import numpy as np
 
-from edgedetr.data.clean import RawImage, numbers
-from edgedetr.data.form import Finding
+from edgedetr.data.cleaning import RawImage, numbers
+from edgedetr.data.detection_set import Finding
 
 Corners = tuple[float, float, float, float]
 

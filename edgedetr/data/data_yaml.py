@@ -11,7 +11,7 @@ from typing import Any
 
 from edgedetr.errors import DataError, MissingDependency
 from edgedetr.packages import missing
-from edgedetr.reading import read_text
+from edgedetr.storage.reading import read_text
 
 Value = str | list[Any] | dict[str, Any]
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from edgedetr.bundle import ClassInfo
 from edgedetr.data import coco, voc, yolo
-from edgedetr.data.clean import finish
-from edgedetr.data.form import DetectionSet, matched
+from edgedetr.data.cleaning import finish
+from edgedetr.data.detection_set import DetectionSet, matched
 from edgedetr.data.images import is_image
 from edgedetr.data.listing import children
 from edgedetr.errors import DataError, did_you_mean

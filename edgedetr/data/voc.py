@@ -16,13 +16,13 @@ from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
 from edgedetr.data import listing
-from edgedetr.data.clean import RawImage, RawObject, RawSplit, class_infos, numbers, read_names
-from edgedetr.data.form import Finding
+from edgedetr.data.cleaning import RawImage, RawObject, RawSplit, class_infos, numbers, read_names
+from edgedetr.data.detection_set import Finding
 from edgedetr.data.listing import child, children, fold
-from edgedetr.data.names import canonical
+from edgedetr.data.split_names import canonical
 from edgedetr.data.voc_xml import parse
 from edgedetr.errors import DataError, did_you_mean
-from edgedetr.reading import read_text
+from edgedetr.storage.reading import read_text
 
 SPLITS = ("train", "val", "test", "trainval")
 FLAGGED = re.compile(r"(?P<name>.+?)\s+-?[01]")     # 000012 -1: the lists of one class say whether it is there

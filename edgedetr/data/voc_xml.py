@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 from edgedetr.errors import DataError
-from edgedetr.reading import MARKS, read_bytes
+from edgedetr.storage.reading import MARKS, read_bytes
 
 MAX_XML_BYTES = 4 << 20         # a VOC file is a few kilobytes
 MAX_DEPTH = 32

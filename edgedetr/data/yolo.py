@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from edgedetr.data import data_yaml
-from edgedetr.data.clean import RawImage, RawSplit, class_infos, read_names
-from edgedetr.data.form import Finding
+from edgedetr.data.cleaning import RawImage, RawSplit, class_infos, read_names
+from edgedetr.data.detection_set import Finding
+from edgedetr.data.image_paths import Places
 from edgedetr.data.images import is_image
 from edgedetr.data.listing import child, children, images_in, links_as_text
-from edgedetr.data.names import canonical
-from edgedetr.data.places import Places
+from edgedetr.data.split_names import canonical
 from edgedetr.data.yolo_labels import Labels
 from edgedetr.errors import DataError
-from edgedetr.reading import read_text
+from edgedetr.storage.reading import read_text
 
 SPLITS = ("train", "val", "test")
 NAMES = ("classes.txt", "obj.names", "_darknet.labels")

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from edgedetr.data.clean import RawImage, RawObject, numbers
-from edgedetr.data.form import Finding
+from edgedetr.data.cleaning import RawImage, RawObject, numbers
+from edgedetr.data.detection_set import Finding
 from edgedetr.data.images import is_image
 from edgedetr.data.listing import child, children, files, fold
 from edgedetr.errors import DataError
-from edgedetr.reading import read_text
+from edgedetr.storage.reading import read_text
 
 LIMIT = 2 << 20             # bytes; 20,000 boxes
 SPELLED = 20                # bad lines of one file that are findings of their own

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgedetr.evaluation.evaluate import ClassMatches, Matches
+from edgedetr.evaluation.coco_metrics import ClassMatches, Matches
 
 RECALLS = np.linspace(0.0, 1.00, 101)       # pycocotools' recThrs
 TINY = np.spacing(1)                        # pycocotools adds it to the denominator of precision

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from edgedetr.bundle import ClassInfo, digest
-from edgedetr.data.form import DetectionSet
+from edgedetr.data.detection_set import DetectionSet
 from edgedetr.errors import BundleError
-from edgedetr.evaluation import arrays as npz
-from edgedetr.evaluation.arrays import Column
+from edgedetr.evaluation import npz_reading as npz
+from edgedetr.evaluation.npz_reading import Column
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.postprocess import named
 

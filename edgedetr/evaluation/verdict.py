@@ -9,17 +9,17 @@ import numpy as np
 
 from edgedetr.bundle import Bundle
 from edgedetr.data import images
-from edgedetr.data.form import DetectionSet
+from edgedetr.data.detection_set import DetectionSet
 from edgedetr.errors import EdgedetrError
 from edgedetr.evaluation import bootstrap
+from edgedetr.evaluation.agreement import Parity, match
+from edgedetr.evaluation.artifacts_run import StageRun
+from edgedetr.evaluation.coco_metrics import Metrics, evaluate
 from edgedetr.evaluation.config import VerifyConfig
-from edgedetr.evaluation.departure import first_departure
-from edgedetr.evaluation.evaluate import Metrics, evaluate
-from edgedetr.evaluation.parity import Parity, match
+from edgedetr.evaluation.first_divergence import first_departure
 from edgedetr.evaluation.reference import Reference
-from edgedetr.evaluation.stages import StageRun
 from edgedetr.runtime import preprocess
-from edgedetr.runtime.detector import STAGES
+from edgedetr.runtime.bundle_detector import STAGES
 from edgedetr.runtime.latency import Latency
 
 log = logging.getLogger(__name__)

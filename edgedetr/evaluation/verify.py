@@ -13,13 +13,10 @@ import numpy as np
 
 from edgedetr.bundle import Bundle
 from edgedetr.data import images
-from edgedetr.data.form import DetectionSet
+from edgedetr.data.detection_set import DetectionSet
 from edgedetr.errors import BundleError, DataError, UsageError
-from edgedetr.evaluation import device
-from edgedetr.evaluation.config import VerifyConfig
-from edgedetr.evaluation.evaluate import Metrics, evaluate
-from edgedetr.evaluation.reference import GroundTruth, Reference, save_detections
-from edgedetr.evaluation.stages import (
+from edgedetr.evaluation import engine_verdict
+from edgedetr.evaluation.artifacts_run import (
     BENCHED,
     VERIFIED,
     Progress,
@@ -30,9 +27,12 @@ from edgedetr.evaluation.stages import (
     open_stage,
     run_stages,
 )
+from edgedetr.evaluation.coco_metrics import Metrics, evaluate
+from edgedetr.evaluation.config import VerifyConfig
+from edgedetr.evaluation.reference import GroundTruth, Reference, save_detections
 from edgedetr.evaluation.verdict import Judge, StageVerdict, Verdict, megabytes
 from edgedetr.runtime import preprocess
-from edgedetr.runtime.detector import STAGES, Detector, load, load_engine
+from edgedetr.runtime.bundle_detector import STAGES, Detector, load, load_engine
 from edgedetr.runtime.latency import measure, warn_if_unsteady
 
 __all__ = ["StageTiming", "StageVerdict", "Verdict", "VerifyConfig", "bench", "check_same", "evaluate_stage", "verify"]
@@ -78,7 +78,7 @@ def verify(
     config = replace(config, budget=config.budget if max_drop is None else max_drop, threads=threads or config.threads)
     if not math.isfinite(config.budget):
         raise UsageError(f"the budget is {config.budget}; expected points of AP from 0 to 100")
-    chosen = device.fitting(bundle, stages, backends)
+    chosen = engine_verdict.fitting(bundle, stages, backends)
     on_cpu = [name for name in backends or () if name != "tensorrt"]
     pairs = candidates(bundle, VERIFIED, stages, on_cpu or None) if on_cpu or not chosen else []
     pairs = pairs if backends else exact_here(pairs)
@@ -99,13 +99,13 @@ def verify(
     warn_if_unsteady({f"{run.stage} {run.backend}": run.seconds for run in runs if run.seconds and not run.fault})
     for number, run in enumerate(runs):
         judged = judge.stage(run)
-        verdicts.append(judged if run.engine is None else device.judge_engine(run, run.engine, judged))
+        verdicts.append(judged if run.engine is None else engine_verdict.judge_engine(run, run.engine, judged))
         if progress:
             progress("bootstrap", number + 1, len(runs))
     if chosen:
-        on_device = device.conclude(bundle, config, verdicts, runs)
+        on_device = engine_verdict.conclude(bundle, config, verdicts, runs)
         if stages is None and not on_cpu:
-            device.record(bundle, on_device, runs)
+            engine_verdict.record(bundle, on_device, runs)
         return on_device
     verdict = Verdict(all(v.passed for v in verdicts), config.budget, max(v.drop_upper95 for v in verdicts),
                       tuple(verdicts))
@@ -144,7 +144,7 @@ def bench(
     backends   None = the engines that fit this device, and without any the libraries of the CPU
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    chosen = device.fitting(bundle, stages, backends)
+    chosen = engine_verdict.fitting(bundle, stages, backends)
     on_cpu = [name for name in backends or () if name != "tensorrt"]
     pairs = candidates(bundle, BENCHED, stages, on_cpu or None) if on_cpu or not chosen else []
     named = {pair: load(bundle, stage=pair[0], backend=pair[1], threads=threads) for pair in pairs}

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgedetr.layers.cpu import mixed
+from edgedetr.layers.cpu_kernels.cpu_features import mixed
 from edgedetr.layers.linear import Linear
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from edgedetr.layers.conv import ACTIVATIONS
-from edgedetr.layers.cpu import eager, mixed, onednn
+from edgedetr.layers.convolution import ACTIVATIONS
+from edgedetr.layers.cpu_kernels.cpu_features import eager, mixed, onednn
 from edgedetr.layers.linear import Linear, gradients, pointwise, rows_of
 from edgedetr.options import one_of
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from edgedetr.layers.cpu import mixed, onednn, quick
+from edgedetr.layers.cpu_kernels.cpu_features import mixed, onednn, quick
 from edgedetr.runtime.cpu import mkl_is_narrow
 
 SMALL = 1 << 21         # multiplications under which calling from Python costs more than the product saves

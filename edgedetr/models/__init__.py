@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgedetr.errors import ModelError, did_you_mean
-from edgedetr.models import initial
-from edgedetr.models.anchor_detr import AnchorDetrConfig, anchor_detr
-from edgedetr.models.conditional_detr import ConditionalDetrConfig, conditional_detr
-from edgedetr.models.deformable_detr import DeformableDetrConfig, deformable_detr
+from edgedetr.models import original_init
 from edgedetr.models.detector import Detector
-from edgedetr.models.detr import DetrConfig, detr
-from edgedetr.models.dn_detr import DnDetrConfig, dn_detr
-from edgedetr.models.dynamic_detr import DynamicDetrConfig, dynamic_detr
-from edgedetr.models.efficient_detr import EfficientDetrConfig, efficient_detr
-from edgedetr.models.rt_detr import RtDetrConfig, rt_detr
-from edgedetr.models.sparse_rcnn import SparseRcnnConfig, sparse_rcnn
+from edgedetr.models.members.anchor_detr import AnchorDetrConfig, anchor_detr
+from edgedetr.models.members.conditional_detr import ConditionalDetrConfig, conditional_detr
+from edgedetr.models.members.deformable_detr import DeformableDetrConfig, deformable_detr
+from edgedetr.models.members.detr import DetrConfig, detr
+from edgedetr.models.members.dn_detr import DnDetrConfig, dn_detr
+from edgedetr.models.members.dynamic_detr import DynamicDetrConfig, dynamic_detr
+from edgedetr.models.members.efficient_detr import EfficientDetrConfig, efficient_detr
+from edgedetr.models.members.rt_detr import RtDetrConfig, rt_detr
+from edgedetr.models.members.sparse_rcnn import SparseRcnnConfig, sparse_rcnn
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def member(name: str) -> Member:
 
 
 def build(name: str, config: object, num_classes: int) -> Detector:
-    """A detector with random weights; `edgedetr.models.pretrained` fills in published ones.
+    """A detector with random weights; `edgedetr.models.checkpoints.pretrained` fills in published ones.
 
     config  an instance of `member(name).config`
     """
@@ -62,5 +62,5 @@ def build(name: str, config: object, num_classes: int) -> Detector:
         raise ModelError(f"{num_classes} classes; expected at least one")
     detector = chosen.build(config, num_classes)
     if config.init == "original":  # type: ignore[attr-defined]  # every member's configuration has it
-        initial.original(detector, name)
+        original_init.original(detector, name)
     return detector

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
-from edgedetr.layers.dynamic import DynamicInteraction
-from edgedetr.layers.exact import exactly
+from edgedetr.layers.cpu_kernels.exact_arithmetic import exactly
+from edgedetr.layers.dynamic_convolution import DynamicInteraction
 from edgedetr.layers.linear import Linear
-from edgedetr.layers.roi import RoiAlign
+from edgedetr.layers.roi_align import RoiAlign
 from edgedetr.models.detector import Memory, Queries
-from edgedetr.models.queries import label_content
+from edgedetr.models.queries.selection import label_content
 
 DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)        # what the head says of x, y, w, h is divided by these (Sparse R-CNN)
 LARGEST_GROWTH = math.log(100000 / 16)      # a side grows at most 6250 times, so that exp stays finite (Detectron)

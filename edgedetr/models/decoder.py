@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
-from edgedetr.layers.boxes import inverse_sigmoid
-from edgedetr.layers.conditional import ConditionalAttention, ConditionalSelfAttention
-from edgedetr.layers.deformable import DeformableAttention
+from edgedetr.layers.box_ops import inverse_sigmoid
+from edgedetr.layers.conditional_attention import ConditionalAttention, ConditionalSelfAttention
+from edgedetr.layers.cpu_kernels.exact_arithmetic import exactly
+from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.drop_path import DropPath
-from edgedetr.layers.exact import exactly
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.linear import Linear
-from edgedetr.layers.row_column import RowColumnAttention
+from edgedetr.layers.row_column_attention import RowColumnAttention
 from edgedetr.models.detector import Memory, Outputs, Queries
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from edgedetr.bundle import Bundle
 from edgedetr.errors import ModelError
-from edgedetr.layers.deform_conv import DeformRead
-from edgedetr.layers.deformable import SAMPLINGS, DeformableAttention
+from edgedetr.layers.deformable_attention import SAMPLINGS, DeformableAttention
+from edgedetr.layers.deformable_convolution import DeformRead
 from edgedetr.models.detector import Detector
 from edgedetr.options import one_of
 

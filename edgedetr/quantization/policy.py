@@ -12,9 +12,9 @@ from pathlib import Path
 from onnx import ModelProto, NodeProto
 
 from edgedetr.errors import ExportError, did_you_mean
-from edgedetr.quantization.wiring import Wiring, attribute
-from edgedetr.reading import read_toml, shown
-from edgedetr.shipped import policies_directory
+from edgedetr.onnx_graph.wiring import Wiring, attribute
+from edgedetr.package_data import policies_directory
+from edgedetr.storage.reading import read_toml, shown
 
 # TensorRT is slower, not faster, on integer products with fewer inputs or outputs than this.
 SMALLEST = 16

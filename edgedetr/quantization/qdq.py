@@ -9,10 +9,10 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.quantization.bias import bias_of
-from edgedetr.quantization.dialect import SMALLEST_SCALE, Cut, Dialect, Grid, cuts, half_steps, step
+from edgedetr.onnx_graph.wiring import Wiring
+from edgedetr.quantization.bias_correction import bias_of
 from edgedetr.quantization.policy import Layer, Plan
-from edgedetr.quantization.wiring import Wiring
+from edgedetr.quantization.targets import SMALLEST_SCALE, Cut, Dialect, Grid, cuts, half_steps, step
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,19 @@ from onnx import ModelProto
 from edgedetr.bundle import Bundle
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError, ExportError
-from edgedetr.quantization.bias import PARTS, PICTURES, shifts
-from edgedetr.quantization.calibrate import Progress, calibrate, choose, enough, near_verify
+from edgedetr.onnx_graph.activation_absmax import peaks
+from edgedetr.onnx_graph.fp16 import halve, islands
+from edgedetr.quantization.bias_correction import PARTS, PICTURES, shifts
+from edgedetr.quantization.calibration import Progress, calibrate, choose, enough, near_verify
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, tensors, tied, weight_bits
-from edgedetr.quantization.half import halve, islands
-from edgedetr.quantization.peaks import peaks
 from edgedetr.quantization.policy import Plan, Policy, check_patterns, load, plan
 from edgedetr.quantization.qdq import insert
 from edgedetr.quantization.ranges import Ranges
 from edgedetr.quantization.rewrite import split_concats
-from edgedetr.runtime import onnx_reader
+from edgedetr.quantization.targets import CPU, TENSORRT, Dialect, tensors, tied, weight_bits
+from edgedetr.runtime.backends import onnx_bytes
+from edgedetr.runtime.backends.base import MADE_BY
 from edgedetr.runtime.preprocess import prepare
-from edgedetr.runtime.runner import MADE_BY
 
 Check = Callable[[ModelProto, str], None]
 
@@ -108,7 +108,7 @@ def _batches(bundle: Bundle, calib: Path | None, progress: Progress | None) -> I
 
 def read(path: Path) -> ModelProto:
     """An ONNX file; ExportError when it is none."""
-    model: ModelProto = onnx_reader.load(path, ExportError)
+    model: ModelProto = onnx_bytes.load(path, ExportError)
     try:
         onnx.checker.check_model(model)     # what follows relies on each node having its inputs and attributes
     except (onnx.checker.ValidationError, ValueError) as error:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgedetr.errors import ExportError
-from edgedetr.reading import MEBIBYTE, read_json, shown
+from edgedetr.storage.reading import MEBIBYTE, read_json, shown
 
 SCHEMA = 1
 LIMIT = 64 * MEBIBYTE   # bytes; 1,000 images and 300 tensors take about 150 kB

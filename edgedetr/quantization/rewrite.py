@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from edgedetr.quantization.wiring import Wiring, attribute
+from edgedetr.onnx_graph.wiring import Wiring, attribute
 
 
 def split_concats(model: ModelProto) -> ModelProto:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from edgedetr.runtime.bundle_detector import Detector, load
 from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.detector import Detector, load
 
 __all__ = ["Detections", "Detector", "load"]

@@ -9,9 +9,9 @@ import numpy as np
 from edgedetr import boxes as box
 from edgedetr.bundle import ClassInfo, OutputContract
 from edgedetr.errors import BundleError, ModelError
+from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.preprocess import Geometry
-from edgedetr.runtime.runner import RawOutputs
 
 
 def decode(raw: RawOutputs, geometries: Sequence[Geometry], classes: Sequence[ClassInfo],

@@ -20,10 +20,10 @@ from edgedetr.errors import DataError, UsageError
 from edgedetr.printable import json_text
 from edgedetr.runtime import video
 from edgedetr.runtime.arguments import as_path, check_fraction, shown
-from edgedetr.runtime.container import look
+from edgedetr.runtime.bundle_detector import Detector
 from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.detector import Detector
 from edgedetr.runtime.draw import draw
+from edgedetr.runtime.video_container import look
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """The one resize: how a picture becomes the input of a model, and how boxes go back.
 
-Evaluation, calibration, verification and the device all call this file; `edgedetr.graph.ends` is its twin in
+Evaluation, calibration, verification and the device all call this file; `edgedetr.serving.pre_post_graph` is its twin in
 ONNX. The definition, for each axis by itself, with S source pixels and T target pixels:
 
 1. if S / T > 2, the axis is cut to a multiple of k = floor(S / T) (fewer than k pixels fall off at the right or bottom)

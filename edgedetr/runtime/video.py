@@ -25,7 +25,7 @@ import numpy as np
 from edgedetr.errors import DataError, MissingDependency
 from edgedetr.packages import missing
 from edgedetr.runtime.arguments import as_path
-from edgedetr.runtime.container import Container, look
+from edgedetr.runtime.video_container import Container, look
 
 log = logging.getLogger(__name__)
 

@@ -21,12 +21,12 @@ import torch
 from edgedetr.bundle import Bundle
 from edgedetr.errors import EdgedetrError
 from edgedetr.models.deploy import load_bundle_model
-from edgedetr.runtime import builder, cudart
-from edgedetr.runtime.engine import PRECISIONS
+from edgedetr.runtime.backends.onnxruntime import OrtCudaRunner
 from edgedetr.runtime.latency import rotated, timed
-from edgedetr.runtime.ort import OrtCudaRunner
-from edgedetr.runtime.sidecar import BuildArguments
-from edgedetr.runtime.trt import Session
+from edgedetr.runtime.tensorrt import builder, cudart
+from edgedetr.runtime.tensorrt.build import PRECISIONS
+from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
+from edgedetr.runtime.tensorrt.trt_runner import Session
 
 Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 WARM = 20

@@ -23,14 +23,14 @@ from safetensors.torch import save_file
 
 from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract
 from edgedetr.data.layouts import load
-from edgedetr.export.config import ExportConfig
-from edgedetr.export.onnx_file import write
+from edgedetr.exporting.config import ExportConfig
+from edgedetr.exporting.to_onnx import write
 from edgedetr.models import FAMILY, build
 from edgedetr.models.deploy import load_bundle_model
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.quantize import quantize
-from edgedetr.runtime.openvino import OpenVinoRunner
-from edgedetr.runtime.ort import OrtRunner
+from edgedetr.runtime.backends.onnxruntime import OrtRunner
+from edgedetr.runtime.backends.openvino import OpenVinoRunner
 
 CONFIGS = {"rt_detr": {}, "detr": {"encoder_layers": 3, "decoder_layers": 3}}
 # The acceptance of the project: int8 / float32 on the same backend.

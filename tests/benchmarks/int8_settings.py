@@ -25,25 +25,25 @@ from onnx import ModelProto
 
 from edgedetr.bundle import Bundle
 from edgedetr.data import images
-from edgedetr.data.form import DetectionSet
+from edgedetr.data.detection_set import DetectionSet
 from edgedetr.data.layouts import load as load_split
-from edgedetr.evaluation.evaluate import evaluate
-from edgedetr.evaluation.parity import match
-from edgedetr.evaluation.twin import twin
-from edgedetr.export.settings import settings
-from edgedetr.quantization.bias import PICTURES, shifts
-from edgedetr.quantization.calibrate import choose, observe
-from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, tensors, tied, weight_bits
-from edgedetr.quantization.half import halve
-from edgedetr.quantization.peaks import peaks
+from edgedetr.evaluation.agreement import match
+from edgedetr.evaluation.coco_metrics import evaluate
+from edgedetr.exporting.settings import settings
+from edgedetr.onnx_graph.activation_absmax import peaks
+from edgedetr.onnx_graph.fp16 import halve
+from edgedetr.onnx_graph.fp16_simulation import twin
+from edgedetr.quantization.bias_correction import PICTURES, shifts
+from edgedetr.quantization.calibration import choose, observe
 from edgedetr.quantization.policy import Plan, load, plan
 from edgedetr.quantization.qdq import insert
 from edgedetr.quantization.quantize import PEAK_PICTURES, read
 from edgedetr.quantization.rewrite import split_concats
+from edgedetr.quantization.targets import CPU, TENSORRT, Dialect, tensors, tied, weight_bits
+from edgedetr.runtime.backends.onnxruntime import OrtRunner
+from edgedetr.runtime.backends.openvino import OpenVinoRunner
 from edgedetr.runtime.cpu import int8_saturates
 from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.openvino import OpenVinoRunner
-from edgedetr.runtime.ort import OrtRunner
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import prepare
 

@@ -25,11 +25,11 @@ from multiprocessing.connection import Connection
 import torch
 
 from edgedetr.models import FAMILY, build
-from edgedetr.train.config import TrainConfig
-from edgedetr.train.memory import keep_freed
-from edgedetr.train.optimizer import adamw
-from edgedetr.train.step import Trainee
-from edgedetr.train.targets import Target, pad
+from edgedetr.training.config import TrainConfig
+from edgedetr.training.ground_truth import Target, pad
+from edgedetr.training.memory import keep_freed
+from edgedetr.training.optimizer import adamw
+from edgedetr.training.step import Trainee
 
 CLASSES, OBJECTS = 3, 14
 LIMITS = {"detr": 1.5, "conditional_detr": 1.5, "deformable_detr": 4.0, "rt_detr": 1.5}     # times as fast as HF

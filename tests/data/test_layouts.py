@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from edgedetr.data import layouts
-from edgedetr.data.names import canonical
+from edgedetr.data.split_names import canonical
 from edgedetr.errors import DataError
 
 

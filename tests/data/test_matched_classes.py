@@ -15,11 +15,11 @@ from sets import coco, tables, text, yolo
 
 from edgedetr.bundle import Bundle, ClassInfo, DataRecord, InputContract, Manifest, OutputContract
 from edgedetr.data import layouts
-from edgedetr.data.form import DetectionSet, matched, without_empty_classes
+from edgedetr.data.detection_set import DetectionSet, matched, without_empty_classes
 from edgedetr.errors import DataError
-from edgedetr.evaluation.evaluate import evaluate
+from edgedetr.evaluation.artifacts_run import load_split
+from edgedetr.evaluation.coco_metrics import evaluate
 from edgedetr.evaluation.reference import Reference
-from edgedetr.evaluation.stages import load_split
 from edgedetr.runtime.postprocess import named
 
 

@@ -19,7 +19,7 @@ from sets import coco, picture, tables, text, voc, xml, yolo
 
 from edgedetr.data import coco_boxes, layouts
 from edgedetr.data.check import check
-from edgedetr.data.form import DetectionSet, display_names
+from edgedetr.data.detection_set import DetectionSet, display_names
 from edgedetr.errors import DataError
 
 

@@ -14,7 +14,7 @@ from sets import picture, text, yolo
 
 from edgedetr.data import data_yaml, layouts
 from edgedetr.data.check import check
-from edgedetr.data.form import DetectionSet
+from edgedetr.data.detection_set import DetectionSet
 from edgedetr.errors import DataError, MissingDependency
 
 

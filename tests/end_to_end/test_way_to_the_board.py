@@ -21,7 +21,7 @@ from tensorrt_spec.fake import LAYERS_10, FakeTensorRT
 
 from edgedetr import cli
 from edgedetr.bundle import Bundle
-from edgedetr.data.scenes import render
+from edgedetr.data.synthetic import render
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = Path(__file__).with_name("micro.toml")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from edgedetr import cli
 from edgedetr.bundle import Bundle
-from edgedetr.data.scenes import render
+from edgedetr.data.synthetic import render
 
 pytest.importorskip("torch")
 RECIPE = Path(__file__).with_name("micro.toml")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from edgedetr.bundle import Bundle, ClassInfo, DataRecord, InputContract, Manifest, OutputContract
-from edgedetr.evaluation import stages
+from edgedetr.evaluation import artifacts_run
 from edgedetr.evaluation.reference import GroundTruth
 from edgedetr.runtime.detections import Detections
 
@@ -132,7 +132,7 @@ def colours(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def exact_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs here hold floats, so every library is exact on every CPU; a CPU that saturates is played apart."""
-    monkeypatch.setattr(stages, "int8_saturates", lambda: False)
+    monkeypatch.setattr(artifacts_run, "int8_saturates", lambda: False)
 
 
 @pytest.fixture

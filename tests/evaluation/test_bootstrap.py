@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgedetr.evaluation import bootstrap
-from edgedetr.evaluation.evaluate import ClassMatches, Matches, evaluate
+from edgedetr.evaluation.coco_metrics import ClassMatches, Matches, evaluate
 from edgedetr.evaluation.reference import GroundTruth
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from edgedetr.data import layouts
 from edgedetr.errors import BundleError
-from edgedetr.evaluation.evaluate import evaluate
+from edgedetr.evaluation.coco_metrics import evaluate
 from edgedetr.evaluation.reference import GroundTruth, Reference, load_detections, save_detections
 from edgedetr.runtime.detections import Detections
 

@@ -15,13 +15,14 @@ from edgedetr import cli
 from edgedetr.bundle import Bundle
 from edgedetr.data import images, layouts
 from edgedetr.errors import BundleError, DataError, MissingDependency, RecipeError, UsageError
-from edgedetr.evaluation import stages, verdict
-from edgedetr.evaluation.evaluate import evaluate
+from edgedetr.evaluation import artifacts_run, verdict
+from edgedetr.evaluation.coco_metrics import evaluate
 from edgedetr.evaluation.reference import Reference, load_detections
 from edgedetr.evaluation.verify import VerifyConfig, bench, evaluate_stage, verify
-from edgedetr.runtime import detector, load
-from edgedetr.runtime.openvino import OpenVinoRunner
-from edgedetr.runtime.runner import RawOutputs
+from edgedetr.runtime import bundle_detector as detector
+from edgedetr.runtime import load
+from edgedetr.runtime.backends.base import RawOutputs
+from edgedetr.runtime.backends.openvino import OpenVinoRunner
 
 KEYS = {"name", "backend", "passed", "ap", "ap50", "drop", "drop_upper95", "p50_ms", "p99_ms", "size_mb"}
 GOOD, SLIGHTLY, BAD = (6.0, 6.0), (5.9, 6.0), (0.2, 6.0)     # how much query 0 likes red and blue
@@ -87,7 +88,7 @@ def test_the_command_exits_with_0_where_all_pass_and_with_3_where_one_does_not(g
 
 
 def test_a_cpu_that_saturates_int8_judges_no_file_by_openvino_unless_asked(good, monkeypatch, caplog):
-    monkeypatch.setattr(stages, "int8_saturates", lambda: True)
+    monkeypatch.setattr(artifacts_run, "int8_saturates", lambda: True)
     usual = [(s.name, s.backend) for s in verify(good, threads=1).stages]
     assert usual == [("torch", "pytorch"), ("onnx", "onnxruntime"), ("int8", "onnxruntime"),
                      ("int8-cpu", "onnxruntime")]
@@ -186,7 +187,7 @@ class LossyOpenVino(OpenVinoRunner):
 
 
 def test_a_backend_that_departs_from_the_oracle_is_named_with_how_much(good, monkeypatch):
-    monkeypatch.setitem(stages.BACKENDS, "openvino", LossyOpenVino)
+    monkeypatch.setitem(artifacts_run.BACKENDS, "openvino", LossyOpenVino)
     result = verify(good, threads=1)
     by_backend = {(s.name, s.backend): s for s in result.stages}
     broken = by_backend["int8", "openvino"]
@@ -200,7 +201,7 @@ def test_a_backend_that_departs_from_the_oracle_is_named_with_how_much(good, mon
 
 
 def test_the_node_where_it_departs_is_in_the_note(good, monkeypatch):
-    monkeypatch.setitem(stages.BACKENDS, "openvino", LossyOpenVino)
+    monkeypatch.setitem(artifacts_run.BACKENDS, "openvino", LossyOpenVino)
     monkeypatch.setattr(verdict, "first_departure", lambda *a, **k: "Conv 'fpn': 1.0 dB")
     assert verify(good, threads=1).stages[3].note.endswith("first at Conv 'fpn': 1.0 dB")
 
@@ -216,7 +217,7 @@ def test_a_backend_that_gives_nothing_fails_alone_and_says_why(good, monkeypatch
     def refuse(*arguments, **options):
         raise BundleError("OpenVINO cannot compile it")
 
-    monkeypatch.setitem(stages.BACKENDS, "openvino", runner or refuse)
+    monkeypatch.setitem(artifacts_run.BACKENDS, "openvino", runner or refuse)
     result = verify(good, threads=1)
     broken = result.stages[3]
     assert (broken.passed, broken.ap, broken.p50_ms) == (False, 0.0, None)
@@ -358,4 +359,4 @@ def test_bench_times_every_stage_in_turns(good):
         ("onnx", "onnxruntime"), ("onnx", "openvino"), ("int8", "openvino"), ("int8-cpu", "onnxruntime")}
     for timing in timings:
         assert 0 < timing.p50_ms <= timing.p99_ms
-        assert timing.size_mb == pytest.approx((good.path / stages.STAGES[timing.name]).stat().st_size / 1e6)
+        assert timing.size_mb == pytest.approx((good.path / artifacts_run.STAGES[timing.name]).stat().st_size / 1e6)

@@ -46,7 +46,7 @@ def _bundle_folder(folder: Path) -> None:
 
 def _open_bundle(folder: Path) -> None:
     from edgedetr.bundle import Bundle
-    from edgedetr.report.contents import inspect_bundle
+    from edgedetr.reporting.contents import inspect_bundle
 
     inspect_bundle(Bundle.open(folder))
 
@@ -89,8 +89,8 @@ def _detections(folder: Path) -> None:
 
 
 def _verdict(folder: Path) -> None:
-    from edgedetr.report.evidence import read_verdict
-    from edgedetr.report.tables import stage_rows, verdict_sentence
+    from edgedetr.reporting.evidence import read_verdict
+    from edgedetr.reporting.tables import stage_rows, verdict_sentence
 
     found = read_verdict(folder / "verify.json", folder)
     stage_rows(found)
@@ -98,17 +98,17 @@ def _verdict(folder: Path) -> None:
 
 
 def _engine(folder: Path) -> None:
-    from edgedetr.runtime import sidecar
+    from edgedetr.runtime.tensorrt import engine_metadata
 
     (folder / "e.plan").touch()
-    sidecar.read(folder / "e.plan")
+    engine_metadata.read(folder / "e.plan")
 
 
 def _engine_seeds() -> list[bytes]:
     from dataclasses import asdict
 
-    from edgedetr.runtime.layers import LayerSummary
-    from edgedetr.runtime.sidecar import BuildArguments, Sidecar
+    from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, Sidecar
+    from edgedetr.runtime.tensorrt.inspector import LayerSummary
 
     made = Sidecar("e.plan", "0" * 64, 10, "model.onnx", "1" * 64, "10.3.0", "12.6", "12.6", "", "Orin", 87, "host",
                    BuildArguments("int8", (1, 1, 1), 1024, 3, "strong"), "strong", 1.0,
@@ -117,7 +117,7 @@ def _engine_seeds() -> list[bytes]:
 
 
 def _layers(folder: Path) -> None:
-    from edgedetr.runtime.layers import summarise
+    from edgedetr.runtime.tensorrt.inspector import summarise
 
     summarise((folder / "layers.json").read_bytes().decode("utf-8", "replace"))
 
@@ -208,9 +208,9 @@ def _image_seeds() -> list[bytes]:
 
 
 def _onnx(folder: Path) -> None:
-    from edgedetr.graph.file import open_onnx
-    from edgedetr.graph.inspect import inspect_onnx
-    from edgedetr.graph.lint import lint_file
+    from edgedetr.lint.lint import lint_file
+    from edgedetr.onnx_graph.io import open_onnx
+    from edgedetr.onnx_graph.summary import inspect_onnx
 
     opened = open_onnx(folder / "model.onnx")
     if not opened.faults:
@@ -254,7 +254,7 @@ def _onnx_seeds() -> list[bytes]:
 
 
 def _weights(folder: Path) -> None:
-    from edgedetr.models.pretrained import read
+    from edgedetr.models.checkpoints.pretrained import read
 
     read(str(folder / next(iter(sorted(p.name for p in folder.iterdir())))))
 
@@ -280,13 +280,13 @@ def _safetensors_seeds() -> list[bytes]:
 
 
 def _metrics(folder: Path) -> None:
-    from edgedetr.train.record import _lines
+    from edgedetr.training.metrics_log import _lines
 
     _lines(folder / "metrics.jsonl")
 
 
 def _size(folder: Path) -> None:
-    from edgedetr.sizes import parse_size
+    from edgedetr.image_size import parse_size
 
     parse_size((folder / "word").read_bytes().decode("utf-8", "surrogateescape"))
 

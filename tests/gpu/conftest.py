@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from edgedetr.errors import DeviceError, MissingDependency
-from edgedetr.runtime import cudart, nvidia
-from edgedetr.runtime.cudart import Device
+from edgedetr.runtime.tensorrt import cudart, library
+from edgedetr.runtime.tensorrt.cudart import Device
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,7 +38,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 def trt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """TensorRT; where it is not installed TensorRT-RTX in its place, which has the interface of TensorRT 11."""
     try:
-        return nvidia.tensorrt()
+        return library.tensorrt()
     except MissingDependency as reason:
         rtx = pytest.importorskip("tensorrt_rtx_bindings", reason=f"needs TensorRT or TensorRT-RTX: {reason}")
         monkeypatch.setitem(sys.modules, "tensorrt", rtx)

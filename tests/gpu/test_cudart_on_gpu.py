@@ -1,4 +1,4 @@
-"""runtime/cudart.py and the buffers of runtime/lane.py against the driver: what goes in comes back, errors speak."""
+"""runtime/tensorrt/cudart.py and the buffers of runtime/tensorrt/execution_context.py against the driver: what goes in comes back, errors speak."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from edgedetr.errors import DeviceError
-from edgedetr.runtime.cudart import CaptureError, Cuda
-from edgedetr.runtime.lane import Buffer
+from edgedetr.runtime.tensorrt.cudart import CaptureError, Cuda
+from edgedetr.runtime.tensorrt.execution_context import Buffer
 
 
 @pytest.fixture

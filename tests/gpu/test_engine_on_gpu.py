@@ -15,12 +15,12 @@ from members import exported, pictures
 
 from edgedetr.errors import EngineError
 from edgedetr.models import FAMILY
-from edgedetr.runtime import builder, selftest
-from edgedetr.runtime.cudart import Cuda
-from edgedetr.runtime.ort import OrtRunner
-from edgedetr.runtime.runner import RawOutputs
-from edgedetr.runtime.sidecar import BuildArguments
-from edgedetr.runtime.trt import Session
+from edgedetr.runtime.backends.base import RawOutputs
+from edgedetr.runtime.backends.onnxruntime import OrtRunner
+from edgedetr.runtime.tensorrt import builder, selftest
+from edgedetr.runtime.tensorrt.cudart import Cuda
+from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
+from edgedetr.runtime.tensorrt.trt_runner import Session
 
 
 @pytest.fixture

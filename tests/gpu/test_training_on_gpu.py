@@ -11,17 +11,17 @@ import torch
 from members import SMALL
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))      # `import micro`
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))      # `import micro`
 import micro
 
 from edgedetr.models import FAMILY, build
 from edgedetr.models.deploy import load_bundle_model
-from edgedetr.train.config import TrainConfig
-from edgedetr.train.devices import launch
-from edgedetr.train.optimizer import adamw
-from edgedetr.train.step import Trainee
-from edgedetr.train.targets import Target, pad
-from edgedetr.train.train import train
+from edgedetr.training.config import TrainConfig
+from edgedetr.training.distributed import launch
+from edgedetr.training.ground_truth import Target, pad
+from edgedetr.training.optimizer import adamw
+from edgedetr.training.step import Trainee
+from edgedetr.training.train import train
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from members import HEIGHT, WIDTH, pictures, small
 from torch import nn
 
 from edgedetr.errors import ModelError
-from edgedetr.export.onnx_file import write
+from edgedetr.exporting.to_onnx import write
 from edgedetr.layers.lora import LoraLinear, adapt, merged
 from edgedetr.models.deploy import DeployGraph
 

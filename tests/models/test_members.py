@@ -10,14 +10,14 @@ import torch
 from members import BEYOND, CLASSES, HEIGHT, SMALL, UNUSED, WIDTH, pictures, small
 
 from edgedetr.errors import ModelError
-from edgedetr.layers.deformable import DeformableAttention
+from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.drop_path import DropPath, set_rates
 from edgedetr.models import FAMILY, build
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.models.detector import Detector
-from edgedetr.models.detr import DetrConfig
-from edgedetr.models.hybrid import HybridEncoder
-from edgedetr.models.rt_detr import RtDetrConfig
+from edgedetr.models.encoders.hybrid import HybridEncoder
+from edgedetr.models.members.detr import DetrConfig
+from edgedetr.models.members.rt_detr import RtDetrConfig
 
 STAR = {"sigmoid": CLASSES, "softmax": CLASSES + 1}     # K* by activation
 

@@ -19,20 +19,20 @@ from members import CLASSES, HEIGHT, MOVING, SELECTING, SMALL, WIDTH, deployed, 
 from onnx import ModelProto
 
 from edgedetr.bundle import ClassInfo, InputContract, OutputContract
-from edgedetr.evaluation.parity import match
+from edgedetr.evaluation.agreement import match
 from edgedetr.models import FAMILY
-from edgedetr.quantization.calibrate import calibrate
+from edgedetr.quantization.calibration import calibrate
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.dialect import CPU, TENSORRT, tensors, tied, weight_bits
 from edgedetr.quantization.policy import load, plan
 from edgedetr.quantization.qdq import insert
 from edgedetr.quantization.rewrite import split_concats
+from edgedetr.quantization.targets import CPU, TENSORRT, tensors, tied, weight_bits
+from edgedetr.runtime.backends.base import RawOutputs, Runner
+from edgedetr.runtime.backends.onnxruntime import OrtRunner
+from edgedetr.runtime.backends.openvino import OpenVinoRunner
 from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.openvino import OpenVinoRunner
-from edgedetr.runtime.ort import OrtRunner
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import Geometry
-from edgedetr.runtime.runner import RawOutputs, Runner
 
 member = pytest.mark.parametrize("name", FAMILY)
 CONTRACT = InputContract(HEIGHT, WIDTH)

@@ -11,11 +11,11 @@ from members import CLASSES, HEIGHT, SMALL, WIDTH, pictures, small
 
 from edgedetr.models import FAMILY, build
 from edgedetr.models.detector import Detector
-from edgedetr.train.config import TrainConfig
-from edgedetr.train.criterion import Criterion, Losses
-from edgedetr.train.optimizer import adamw, set_rate
-from edgedetr.train.step import Trainee, seed_step
-from edgedetr.train.targets import Target, pad
+from edgedetr.training.config import TrainConfig
+from edgedetr.training.criterion import Criterion, Losses
+from edgedetr.training.ground_truth import Target, pad
+from edgedetr.training.optimizer import adamw, set_rate
+from edgedetr.training.step import Trainee, seed_step
 
 member = pytest.mark.parametrize("name", FAMILY)
 

@@ -15,7 +15,7 @@ import torch
 
 from edgedetr.models import FAMILY
 from edgedetr.recipe import Recipe
-from edgedetr.train.train import train
+from edgedetr.training.train import train
 
 PICTURES = 8
 SIDE = 256              # pixels: platelets are 15 to 20 of them wide

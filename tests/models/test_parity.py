@@ -7,10 +7,10 @@ import torch
 from references import reference_resnet, with_spread
 
 from edgedetr.models import build
-from edgedetr.models.detr import DetrConfig
-from edgedetr.models.names import translate
-from edgedetr.models.pretrained import fit
-from edgedetr.models.rt_detr import RtDetrConfig
+from edgedetr.models.checkpoints.conversion import translate
+from edgedetr.models.checkpoints.pretrained import fit
+from edgedetr.models.members.detr import DetrConfig
+from edgedetr.models.members.rt_detr import RtDetrConfig
 
 transformers = pytest.importorskip("transformers", reason="the reference implementation of these tests")
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from edgedetr.bundle import InputContract
 from edgedetr.errors import ExportError
-from edgedetr.quantization.calibrate import Pictures, calibrate, enough
+from edgedetr.quantization.calibration import Pictures, calibrate, enough
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.outliers import moved, standouts
 

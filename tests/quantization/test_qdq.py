@@ -12,10 +12,10 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from tiny_network import CHANNELS, SIGNED, STEPS, convolve, fake, fake_weight, half_step, network, run
 
 from edgedetr.errors import ExportError
-from edgedetr.graph.lint import lint
-from edgedetr.quantization.dialect import CPU, TENSORRT, Dialect, half_steps, tensors, tied, weight_bits
+from edgedetr.lint.lint import lint
 from edgedetr.quantization.policy import Plan, Policy, plan
 from edgedetr.quantization.qdq import insert, quantise_weight
+from edgedetr.quantization.targets import CPU, TENSORRT, Dialect, half_steps, tensors, tied, weight_bits
 
 
 @pytest.fixture(params=[False, True], ids=["chain", "residual"])

@@ -11,11 +11,11 @@ from edgedetr.bundle import ClassInfo, InputContract, OutputContract
 from edgedetr.cli import run
 from edgedetr.errors import BundleError, DataError, UsageError
 from edgedetr.runtime import cpu, load
-from edgedetr.runtime.frames import FrameDetector, load_frames
+from edgedetr.runtime.backends.base import RawOutputs
+from edgedetr.runtime.frame_detector import FrameDetector, load_frames
 from edgedetr.runtime.postprocess import decode, named
 from edgedetr.runtime.predict import frames
 from edgedetr.runtime.preprocess import Geometry, prepare
-from edgedetr.runtime.runner import RawOutputs
 
 CONTRACT = InputContract(32, 32)
 CLASSES = (ClassInfo(0, 1, "a"), ClassInfo(1, 2, "b"))
@@ -96,18 +96,18 @@ def test_sources_are_a_list_of_paths(value):
 
 @pytest.mark.parametrize("value", ODD)
 def test_options_of_every_entry_are_checked_before_anything_is_done(make_bundle, detector, tmp_path, value):
-    from edgedetr.graph.deepstream import write_deepstream
-    from edgedetr.graph.frame import write_frames
-    from edgedetr.graph.triton import write_repository
-    from edgedetr.runtime import engine
     from edgedetr.runtime.predict import predict
+    from edgedetr.runtime.tensorrt import build
     from edgedetr.runtime.video import play
+    from edgedetr.serving.deepstream import write_deepstream
+    from edgedetr.serving.frame_graph import write_frames
+    from edgedetr.serving.triton import write_repository
 
     bundle = make_bundle("model.onnx")
     entries = {
-        "precision": lambda: engine.build(bundle, value), "batch": lambda: engine.build(bundle, batch=value),
-        "typing": lambda: engine.build(bundle, typing=value), "bundle": lambda: engine.build(value),
-        "optimization_level": lambda: engine.build(bundle, optimization_level=value),
+        "precision": lambda: build.build(bundle, value), "batch": lambda: build.build(bundle, batch=value),
+        "typing": lambda: build.build(bundle, typing=value), "bundle": lambda: build.build(value),
+        "optimization_level": lambda: build.build(bundle, optimization_level=value),
         "frame": lambda: write_frames(bundle, value, 64), "source": lambda: list(play(value)),
         "confidence": lambda: list(predict(detector, [], confidence=value)),
         "triton": lambda: write_repository(bundle, tmp_path, value),
@@ -203,7 +203,7 @@ def test_the_command_line_bounds_them_too(make_bundle, tmp_path, capsys, red):
 @pytest.mark.usefixtures("two_cores")
 def test_workers_of_a_training_are_bounded(caplog):
     pytest.importorskip("torch")
-    from edgedetr.train.dataset import batches
+    from edgedetr.training.data.dataset import batches
 
     contract = InputContract(32, 32)
     loader = batches([0] * 4, np.zeros((0, 1), int), 0, plain=True, workers=512, contracts=[contract])

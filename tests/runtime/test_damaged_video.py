@@ -13,9 +13,9 @@ from PIL import Image
 from edgedetr import cli
 from edgedetr.errors import DataError
 from edgedetr.runtime import video
-from edgedetr.runtime.container import look
 from edgedetr.runtime.predict import frames
 from edgedetr.runtime.video import VideoDamaged, play
+from edgedetr.runtime.video_container import look
 
 cv2 = pytest.importorskip("cv2", reason="needs OpenCV, as reading videos does")
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from edgedetr.errors import EngineError
-from edgedetr.runtime import onnx_facts, onnx_reader
+from edgedetr.runtime import onnx_facts
+from edgedetr.runtime.backends import onnx_bytes
 
 value = helper.make_tensor_value_info
 
@@ -72,7 +73,7 @@ def test_weights_in_another_file_are_found_wherever_they_hide(tmp_path, place, l
     path = tmp_path / "m.onnx"
     path.write_bytes(made.SerializeToString())
     with pytest.raises(EngineError, match=f"keeps weights in another file .'{location}'"):
-        onnx_reader.read(path, EngineError)
+        onnx_bytes.read(path, EngineError)
 
 
 def test_external_data_without_the_flag_is_external_too():
@@ -91,15 +92,15 @@ def test_links_and_other_files_are_refused(tmp_path, harm, words):
     other.write_bytes(model().SerializeToString())
     harm(path, other)
     with pytest.raises(EngineError, match=words):
-        onnx_reader.read(path, EngineError)
+        onnx_bytes.read(path, EngineError)
 
 
 def test_an_oversized_file_is_not_read(tmp_path):
     path = tmp_path / "m.onnx"
     with open(path, "wb") as stream:
-        stream.truncate(onnx_reader.LARGEST + 1)     # sparse: it takes no space
+        stream.truncate(onnx_bytes.LARGEST + 1)     # sparse: it takes no space
     with pytest.raises(EngineError, match="more than the 2147483647"):
-        onnx_reader.read(path, EngineError)
+        onnx_bytes.read(path, EngineError)
 
 
 @pytest.mark.parametrize("data", [b"", b"\0", b"not onnx at all", b"\x89PNG\r\n\x1a\n" * 9, b"\x08\x09",
@@ -147,7 +148,7 @@ def test_damage_gives_facts_or_one_error(cut, flips):
 def test_the_graph_of_a_bundle_reads_like_the_onnx_package(make_bundle, seed):
     batch: int | str = [1, 4, "B"][seed]
     path = make_bundle("model.onnx", batch=batch).path / "model.onnx"
-    data, found = onnx_reader.read(path, EngineError)
+    data, found = onnx_bytes.read(path, EngineError)
     loaded = onnx.load(Path(path))
     assert found.operators == {node.op_type for node in loaded.graph.node} and data == path.read_bytes()
     assert found.inputs == {"images": (batch, 3, 32, 48)}

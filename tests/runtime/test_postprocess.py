@@ -7,9 +7,9 @@ import pytest
 
 from edgedetr.bundle import ClassInfo, InputContract, OutputContract
 from edgedetr.errors import BundleError, ModelError
+from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import Geometry
-from edgedetr.runtime.runner import RawOutputs
 
 CONTRACT = InputContract(100, 200)
 

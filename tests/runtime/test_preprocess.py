@@ -14,10 +14,10 @@ from onnx import TensorProto, helper
 from edgedetr.bundle import InputContract
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError
-from edgedetr.graph.ends import planes_of_frames
-from edgedetr.graph.ends import resize as resize_nodes
-from edgedetr.graph.part import Part
+from edgedetr.onnx_graph.graph_builder import Part
 from edgedetr.runtime.preprocess import PADDING, Geometry, prepare, resize
+from edgedetr.serving.pre_post_graph import planes_of_frames
+from edgedetr.serving.pre_post_graph import resize as resize_nodes
 
 torch = pytest.importorskip("torch", reason="resizing is compared with PyTorch's")
 functional = torch.nn.functional

@@ -75,7 +75,7 @@ socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect_ex(("192.0.2.1", 443))
 
 def test_the_variable_lets_the_libraries_report(watcher, tmp_path):
     pytest.importorskip("openvino_telemetry")
-    network, kept = watched(watcher, tmp_path, "-c", "from edgedetr.runtime import openvino; openvino._core()",
+    network, kept = watched(watcher, tmp_path, "-c", "from edgedetr.runtime.backends import openvino; openvino._core()",
                             **{telemetry.VARIABLE: "1"})
     assert "look-up" in network and kept
 

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputContract
 from edgedetr.runtime import Detector, load
-from edgedetr.runtime.openvino import OpenVinoRunner
-from edgedetr.runtime.ort import OrtRunner
+from edgedetr.runtime.backends.onnxruntime import OrtRunner
+from edgedetr.runtime.backends.openvino import OpenVinoRunner
 from edgedetr.runtime.preprocess import prepare
-from edgedetr.runtime.trt import TrtRunner
+from edgedetr.runtime.tensorrt.trt_runner import TrtRunner
 
 THREADS, IMAGES, SIDE = 8, 80, 64
 
@@ -99,8 +99,8 @@ def test_eight_threads_share_an_engine(plan, cuda, latest):
 
 
 def test_eight_threads_share_a_detector_of_whole_frames(detectors):
-    from edgedetr.graph.frame import write_frames
-    from edgedetr.runtime.frames import load_frames
+    from edgedetr.runtime.frame_detector import load_frames
+    from edgedetr.serving.frame_graph import write_frames
 
     bundle = detectors("onnxruntime", opened=False)
     write_frames(bundle, 40, 60)

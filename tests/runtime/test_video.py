@@ -13,8 +13,8 @@ import pytest
 from edgedetr import cli
 from edgedetr.errors import DataError
 from edgedetr.runtime import video
+from edgedetr.runtime.bundle_detector import Detector
 from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.detector import Detector
 from edgedetr.runtime.predict import frames, predict
 from edgedetr.runtime.video import WAITING, is_live, play, shown
 

@@ -37,8 +37,8 @@ from edgedetr.bundle import Bundle, DataRecord  # noqa: E402
 from edgedetr.errors import BundleError  # noqa: E402
 
 # What the commands import, once: each of them then runs in a fork of this process.
-IMPORTED = ("edgedetr.train.train", "edgedetr.export.export", "edgedetr.export.settings", "edgedetr.evaluation.verify",
-            "edgedetr.report.figures")
+IMPORTED = ("edgedetr.training.train", "edgedetr.exporting.export", "edgedetr.exporting.settings", "edgedetr.evaluation.verify",
+            "edgedetr.reporting.figures")
 INT8 = ["--int8", "--set", "quant.images=8"]
 MADE = {"model.onnx", "reference.npz", "ranges.json", "model.int8.onnx", "model.int8-cpu.onnx", "model.fp16.onnx"}
 VERIFIED = {"results/verify.json", "results/detections-onnx-onnxruntime.npz"}

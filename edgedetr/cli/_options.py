@@ -1,0 +1,62 @@
+"""Which bundle a command means: the one that was named, or the newest under runs/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgedetr.bundle import MANIFEST, Bundle
+from edgedetr.cli._output import say
+from edgedetr.errors import UsageError
+from edgedetr.printable import printable
+
+RUNS = Path("runs")
+BACKENDS = ("onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt")     # runtime.detector's, without importing it
+
+
+def expect(what: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Callback of arguments that take a path: what is known to be something else is refused, by its own name.
+
+    what    a key of edgedetr.storage.file_kinds.EXPECTED
+    """
+
+    def check(_: click.Context, __: click.Parameter, given: Any) -> Any:
+        from edgedetr.storage.file_kinds import require
+
+        for path in given if isinstance(given, tuple) else () if given is None else (given,):
+            require(path, what)
+        return given
+
+    return check
+
+
+bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
+json_option = click.option("--json", "as_json_", is_flag=True, help="Print the result as JSON on standard output.")
+data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    callback=expect("data"),
+    help="Data directory (COCO, YOLO or VOC); default: the one recorded in the bundle.",
+)
+threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads of the inference libraries.")
+
+
+def read_size(_: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """Callback of options that take HEIGHTxWIDTH: `1080x1920` -> (1080, 1920)."""
+    from edgedetr.image_size import parse_size
+
+    return None if text is None else parse_size(text, parameter.opts[0])
+
+
+def open_bundle(path: Path | None) -> Bundle:
+    """The bundle at `path`, or the newest one under runs/, which is said on standard error."""
+    if path is not None:
+        return Bundle.open(path)
+    found = sorted(RUNS.glob(f"*/{MANIFEST}"), key=lambda manifest: manifest.lstat().st_mtime)
+    if not found:
+        raise UsageError(f"no bundle named, and none under {RUNS.resolve()}; run: edgedetr train --data DIR")
+    say(f"bundle: {printable(found[-1].parent)} (the newest under {RUNS}/)")
+    return Bundle.open(found[-1].parent)

@@ -1,0 +1,56 @@
+"""edgedetr eval: AP of one file of a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgedetr.cli._options import BACKENDS, bundle_argument, data_option, json_option, open_bundle, threads_option
+from edgedetr.cli._output import as_json, progress_bars, table
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.command("eval")
+@bundle_argument
+@data_option
+@click.option("--split", help="The split to evaluate.  [default: the bundle's verify split]")
+@click.option("--stage", default="onnx", show_default=True, help="torch, onnx, fp16, int8 or int8-cpu.")
+@click.option(
+    "--backend", type=click.Choice(BACKENDS), help="Inference library.  [default: the stage's own]"
+)
+@threads_option
+@json_option
+def evaluate(
+    bundle: Path | None,
+    data: Path | None,
+    split: str | None,
+    stage: str,
+    backend: str | None,
+    threads: int | None,
+    as_json_: bool,
+) -> None:
+    """Measure one stage on labelled images; alias: val."""
+    opened = open_bundle(bundle)
+    from edgedetr.evaluation.verify import evaluate_stage
+
+    with progress_bars() as progress:
+        metrics = evaluate_stage(
+            opened, stage=stage, backend=backend, data=data, split=split, threads=threads, progress=progress
+        )
+    rows = [
+        ["AP", metrics.ap],
+        ["AP50", metrics.ap50],
+        ["AP75", metrics.ap75],
+        ["AP small", metrics.ap_small],
+        ["AP medium", metrics.ap_medium],
+        ["AP large", metrics.ap_large],
+    ]
+    rows += [[f"AP {name}", value] for name, value in metrics.per_class.items()]
+    rows += [["doubled boxes, per cent", metrics.doubled]]
+    table(["metric", "points"], [[name, None if value is None else f"{value:.2f}"] for name, value in rows])
+    if as_json_:
+        as_json(metrics.to_json())

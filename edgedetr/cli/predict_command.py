@@ -1,0 +1,58 @@
+"""edgedetr predict: detections in images, videos and cameras."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import click
+
+from edgedetr.cli._options import BACKENDS, expect, threads_option
+from edgedetr.cli._output import say, write_out
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", callback=expect("source"))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for pictures with the boxes drawn in.")
+@click.option("--conf", default=0.25, show_default=True, type=click.FloatRange(0, 1), help="Least confidence.")
+@click.option("--stage", help="onnx, fp16, int8 or int8-cpu.  [default: the fastest that is safe on this machine]")
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    help="Inference library.  [default: an engine that fits this device, else ONNX Runtime, on a GPU where it can]",
+)
+@click.option("--trust", is_flag=True, help="Take an engine that was built on another machine: it is code from there.")
+@click.option("--drop-late", is_flag=True, help="Leave out frames that come while the detector is busy.")
+@threads_option
+def predict(
+    bundle: Path,
+    sources: tuple[str, ...],
+    out: Path | None,
+    conf: float,
+    stage: str | None,
+    backend: str | None,
+    trust: bool,
+    drop_late: bool,
+    threads: int | None,
+) -> int:
+    """Detect objects in images, folders, videos, cameras and streams.
+
+    One JSON line for each picture on standard output. Ctrl-C (or SIGTERM) ends a camera or a stream."""
+    from edgedetr.runtime import load
+    from edgedetr.runtime.predict import predict as run
+    from edgedetr.runtime.video import is_live
+
+    detector = load(bundle, backend=backend, stage=stage, threads=threads, trust=trust)
+    say(detector.description)
+    count = 0
+    try:
+        with closing(run(detector, sources, out=out, confidence=conf, drop_late=drop_late)) as lines:
+            for line in lines:
+                write_out(line)
+                count += 1
+    except KeyboardInterrupt:
+        say(f"stopped after {count} pictures")
+        if not any(map(is_live, sources)):
+            raise
+    return 0

@@ -1,0 +1,31 @@
+"""edgedetr report: one HTML page of a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgedetr.cli._options import bundle_argument, data_option, open_bundle
+from edgedetr.cli._output import say
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.command()
+@bundle_argument
+@data_option
+@click.option("--open", "open_it", is_flag=True, help="Open the page in the browser.")
+def report(bundle: Path | None, data: Path | None, open_it: bool) -> None:
+    """Write one HTML page about the bundle.
+
+    It measures nothing: run `edgedetr verify` first."""
+    opened = open_bundle(bundle)
+    from edgedetr.reporting.report import write_report
+
+    page = write_report(opened, data=data)
+    say(f"report: {page}")
+    if open_it:
+        click.launch(str(page))

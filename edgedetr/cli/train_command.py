@@ -1,0 +1,51 @@
+"""edgedetr train: from labelled images to a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from edgedetr.cli._options import expect
+from edgedetr.cli._output import say
+
+set_option = click.option(
+    "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one value of the recipe; repeatable."
+)
+
+
+@click.command()
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path), callback=expect("data"),
+    help="Data directory: COCO, YOLO or VOC layout."
+)
+@click.option("--recipe", "recipe_name", callback=expect("recipe"),
+              help="A shipped recipe by name, or a TOML file.  [default: the edge default]")
+@click.option("--preset", default="", metavar="parity|strong", help="Values over the recipe: the originals' training, "
+              "or much regularisation.  [default: neither]")
+@click.option("--start", metavar="BUNDLE|FILE|HUB_ID", callback=expect("start"),
+              help="Start from a whole detector's weights.  [default: the recipe's, else the backbone's]")
+@set_option
+@click.option("--out", type=click.Path(path_type=Path), help="The bundle to write.  [default: runs/DATA.bundle]")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the bundle, also after a crash.")
+@click.option("--strict", is_flag=True, help="Fail on an unreadable image or annotation instead of leaving it out.")
+def train(
+    data: Path, recipe_name: str | None, preset: str, start: str | None, sets: tuple[str, ...], out: Path | None,
+    resume: bool, strict: bool
+) -> None:
+    """Train a detector on labelled images.
+
+    Writes a bundle: one directory that the other commands add to."""
+    from edgedetr.recipe import DEFAULT, Recipe
+    from edgedetr.training.progress_bar import RichProgress
+    from edgedetr.training.train import train as run
+
+    if recipe_name is None:
+        say(f"recipe: {DEFAULT} (the default; --recipe chooses another)")
+    starts = () if start is None else (f"train.start={json.dumps(start)}",)
+    recipe = Recipe.load(recipe_name or DEFAULT, sets=(*sets, *starts), preset=preset)
+    out = out or Path("runs") / f"{data.resolve().name}.bundle"
+    say(f"bundle: {out}")
+    bundle = run(recipe, data, out, resume=resume, strict=strict, progress=RichProgress())
+    say(f"trained: {bundle.path}\nnext: edgedetr export {bundle.path}")

@@ -1,0 +1,162 @@
+"""Where a backend leaves the arithmetic of a graph: the first node whose values differ from the oracle's.
+
+The oracle is ONNX Runtime without optimisations, which runs every node as it is written. Tensors are exposed as extra
+outputs, a group at a time, because each exposed tensor also keeps the backend from fusing across it; from the first bad
+one the search goes to its ancestors until all that a node reads is right and what it gives is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedetr.errors import MissingDependency, UsageError
+from edgedetr.onnx_graph.fp16_simulation import twin
+from edgedetr.packages import missing
+from edgedetr.runtime.backends import onnxruntime, openvino
+
+GROUP = 12              # tensors exposed at a time
+SQNR_FLOOR = 20.0       # dB; rounding flips leave 25 and more, broken kernels were seen at 1 to 6
+
+Tensors = Callable[[bytes, np.ndarray, Sequence[str]], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Departure:
+    """A node that reads what the oracle reads and gives something else; `inputs_db` is the worst of what it reads."""
+
+    node: str
+    operator: str
+    tensor: str
+    sqnr_db: float
+    inputs_db: float
+
+    def __str__(self) -> str:
+        return (f"{self.operator} {self.node!r}: {self.sqnr_db:.1f} dB against the oracle, "
+                f"its inputs {self.inputs_db:.1f} dB or better")
+
+
+def first_departure(model: str | Path, backend: str, images: np.ndarray, *, floor: float = SQNR_FLOOR,
+                    threads: int | None = None) -> Departure | None:
+    """The first node at which `backend` leaves the oracle, or None where logits and boxes agree.
+
+    model    an ONNX file
+    backend  "openvino", or "onnxruntime" and "onnxruntime-cuda" for their optimised kernels
+    images   [B, 3, H, W] float32, a few pictures as the graph takes them
+    """
+    known: dict[str, Tensors] = {
+        "openvino": lambda m, x, n: openvino.tensors(m, x, n, threads=threads),
+        "onnxruntime": lambda m, x, n: onnxruntime.tensors(m, x, n, optimise=True, threads=threads),
+        "onnxruntime-cuda": lambda m, x, n: onnxruntime.tensors(m, x, n, optimise=True, threads=threads, on_gpu=True),
+    }
+    if backend not in known:
+        raise UsageError(f"backend is {backend!r}; expected one of {', '.join(known)}")
+    return search(Path(model), known[backend], images, floor=floor, threads=threads)
+
+
+def search(model: Path, run: Tensors, images: np.ndarray, *, floor: float = SQNR_FLOOR,
+           threads: int | None = None) -> Departure | None:
+    """As first_departure, for any function that runs a serialised model and returns named tensors."""
+    graph = _Graph(model, run, images, threads)
+    graph.measure(graph.outputs)
+    bad = next((name for name in graph.outputs if graph.sqnr[name] < floor), None)
+    if bad is None:
+        return None
+    while True:
+        unknown = [name for name in graph.ancestors(bad) if name not in graph.sqnr]
+        parents = graph.parents(bad)
+        worse = next((p for p in parents if graph.sqnr.get(p, np.inf) < floor), None)
+        if worse is not None:
+            bad = worse
+            continue
+        if not [p for p in parents if p not in graph.sqnr]:
+            return graph.departure(bad, parents)
+        # The parents, and a spread over everything before them: long graphs shrink by a factor of GROUP each time.
+        first = [p for p in parents if p not in graph.sqnr][:GROUP // 2]
+        spread = [unknown[int(i)] for i in np.linspace(0, len(unknown) - 1, GROUP - len(first))]
+        group = sorted({*first, *spread}, key=graph.order.__getitem__)
+        graph.measure(group)
+        bad = next((name for name in group if graph.sqnr[name] < floor), bad)
+
+
+def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
+    """10 log10 of the reference's power over the difference's; infinite where they are equal."""
+    reference, other = reference.astype(np.float64), other.astype(np.float64)
+    noise, signal = float(((reference - other) ** 2).mean()), float((reference ** 2).mean())
+    if noise == 0:
+        return float("inf")
+    return float(10 * np.log10(signal / noise)) if signal > 0 and np.isfinite(noise) else float("-inf")
+
+
+class _Graph:
+    """The model with what is known so far: `sqnr` of measured tensors, `order` and producers of all float tensors."""
+
+    def __init__(self, model: Path, run: Tensors, images: np.ndarray, threads: int | None) -> None:
+        try:
+            import onnx
+        except ImportError as error:
+            raise MissingDependency(missing("onnx", error)) from error
+        self.onnx, self.run, self.images, self.threads = onnx, run, images, threads
+        # In float32, so that all tensors can be compared; what FP16 rounds is far below the floor.
+        self.model = onnx.load_from_string(twin(model, rounded=False))
+        graph = self.model.graph
+        self.outputs = [output.name for output in graph.output]
+        self.producer = {name: node for node in graph.node for name in node.output}
+        self.types = self._types()
+        nodes = [node for node in graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear", "Constant")]
+        floats = [name for node in nodes for name in node.output if self.types.get(name) == onnx.TensorProto.FLOAT]
+        self.order = {name: place for place, name in enumerate(floats)}
+        self.sqnr: dict[str, float] = {}
+
+    def _types(self) -> dict[str, int]:
+        inferred = self.onnx.shape_inference.infer_shapes(self.model).graph
+        return {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.output)}
+
+    def parents(self, name: str) -> list[str]:
+        """The nearest float tensors that the producer of `name` reads, through Q, DQ and constants."""
+        found: dict[str, None] = {}
+        waiting, seen = list(self.producer[name].input), set()
+        while waiting:
+            current = waiting.pop()
+            if current in seen or current not in self.producer:
+                continue
+            seen.add(current)
+            if current in self.order:
+                found[current] = None
+            else:
+                waiting.extend(self.producer[current].input)
+        return list(found)
+
+    def ancestors(self, name: str) -> list[str]:
+        """All float tensors that `name` depends on, in the order of the graph."""
+        seen: set[str] = set()
+        waiting = [name]
+        while waiting:
+            for parent in self.parents(waiting.pop()):
+                if parent not in seen:
+                    seen.add(parent)
+                    waiting.append(parent)
+        return sorted(seen, key=self.order.__getitem__)
+
+    def measure(self, names: Sequence[str]) -> None:
+        """Fill in `sqnr` of these tensors."""
+        model: Any = self.onnx.ModelProto()
+        model.CopyFrom(self.model)
+        present = set(self.outputs)
+        for name in names:
+            if name not in present:
+                kind = self.onnx.TensorProto.FLOAT
+                model.graph.output.append(self.onnx.helper.make_tensor_value_info(name, kind, None))
+        data = model.SerializeToString()
+        oracle = onnxruntime.tensors(data, self.images, names, optimise=False, threads=self.threads)
+        other = self.run(data, self.images, names)
+        self.sqnr.update({name: sqnr_db(oracle[name], other[name]) for name in names})
+
+    def departure(self, tensor: str, parents: Sequence[str]) -> Departure:
+        node = self.producer[tensor]
+        return Departure(node.name or tensor, node.op_type, tensor, self.sqnr[tensor],
+                         min((self.sqnr[p] for p in parents), default=float("inf")))

@@ -1,0 +1,131 @@
+"""Export: from weights to reference.npz and model.onnx, and on to INT8. Like make: what is up to date is kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from edgedetr.bundle import Bundle, Manifest
+from edgedetr.data.detection_set import DetectionSet
+from edgedetr.data.images import decode
+from edgedetr.data.layouts import load
+from edgedetr.errors import ExportError, UsageError
+from edgedetr.exporting.config import ExportConfig
+from edgedetr.exporting.reference_run import imported, reference, reference_of_graph
+from edgedetr.exporting.to_onnx import PREFIX, describe, parity, write
+from edgedetr.lint.gate import refuse_errors
+from edgedetr.models.deploy import DeployGraph, load_bundle_model
+from edgedetr.models.detector import Detector
+from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.quantize import quantize, read, to_half
+from edgedetr.runtime.preprocess import prepare
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+PICTURES = 2        # of the verify split, on which the ONNX file is compared with PyTorch
+
+
+def export(bundle: Bundle | str | Path, *, int8: bool = False, fp16: bool = False, calib: Path | None = None,
+           sampling: Literal["gather", "grid_sample"] | None = None, dynamic_batch: bool = False,
+           config: ExportConfig | None = None, quant: QuantConfig | None = None,
+           progress: Progress | None = None) -> Bundle:
+    """Write reference.npz and model.onnx, with `fp16` model.fp16.onnx, with `int8` ranges.json and the two INT8 graphs.
+
+    calib      calibration pictures; None = the calibration split of the bundle's data
+    sampling   overrides the recipe's way of deformable sampling
+    dynamic_batch   leave the batch size open, whatever the recipe says
+    config, quant   settings; None = those of the recipe in the bundle
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if config is None or quant is None:
+        recorded = _recipe(bundle)
+        config, quant = config or recorded[0], quant or recorded[1]
+    if (sampling == "grid_sample" or dynamic_batch) and imported(bundle):
+        raise UsageError(f"{bundle.path} holds an imported graph: sampling and batch size are settled; leave "
+                         "--sampling and --dynamic-batch out, or import it again: edgedetr import --sampling "
+                         "grid_sample")
+    if sampling is not None:
+        config = replace(config, sampling=sampling)
+    if dynamic_batch:
+        config = replace(config, dynamic_batch=True)
+    export_onnx(bundle, config, progress)
+    if fp16:
+        to_half(bundle, config=quant, calib=calib, check=refuse_errors, progress=progress)
+    if int8:
+        quantize(bundle, config=quant, calib=calib, check=refuse_errors, progress=progress)
+    return bundle
+
+
+def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None = None) -> None:
+    """reference.npz and model.onnx; the ONNX file is compared with PyTorch before it enters the bundle."""
+    if imported(bundle):
+        reference_of_graph(bundle, progress)
+        return
+    made_by = json.dumps(asdict(config))
+    record = bundle.manifest.data
+    fresh_reference = record is None or bundle.has("reference.npz")
+    fresh_model = bundle.has("model.onnx") and _made_by(bundle) == made_by
+    if fresh_reference and fresh_model:
+        return
+    weights = bundle.require("weights.safetensors")
+    detector, graph = load_bundle_model(bundle)
+    _require_finite(bundle, detector)
+    dataset = None if record is None else load(record.path, record.verify_split, classes=bundle.manifest.classes)
+    if record is None:
+        log.warning("%s: no data recorded, so no reference.npz; verify will need --data", bundle.path)
+    if not fresh_reference and dataset is not None:
+        reference(bundle, graph, dataset, progress)
+    if fresh_model:
+        return
+    manifest = bundle.manifest
+    if config.sampling != "gather" or config.decoder_layers:
+        # The reference stays the whole model, so that the verdict counts what fewer layers cost.
+        graph = DeployGraph(detector, manifest.input.height, manifest.input.width, config.sampling,
+                            config.decoder_layers)
+    if progress:
+        progress("onnx", 0, 1)
+    told = {**describe(manifest, manifest.files[weights.name].sha256), "export": made_by}
+    with bundle.add("model.onnx", stage="export", made_from=["weights.safetensors"]) as temporary:
+        write(graph, temporary, batch=None if config.dynamic_batch else 1, opset=config.opset, metadata=told)
+        parity(graph, temporary, _probes(manifest, dataset), manifest)
+    if progress:
+        progress("onnx", 1, 1)
+
+
+def _require_finite(bundle: Bundle, detector: Detector) -> None:
+    for name, value in detector.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ExportError(f"{bundle.path}: weight {name} holds NaN or infinity; expected finite weights; "
+                              "train again from the last good checkpoint: edgedetr train --data DIR --resume")
+
+
+def _made_by(bundle: Bundle) -> str:
+    properties = read(bundle.require("model.onnx")).metadata_props
+    return next((item.value for item in properties if item.key == f"{PREFIX}export"), "")
+
+
+def _probes(manifest: Manifest, dataset: DetectionSet | None) -> np.ndarray:
+    """Pictures [B, 3, H, W] to compare on: noise, and some of the verify split."""
+    height, width = manifest.input.height, manifest.input.width
+    noise = np.random.default_rng(0).integers(0, 256, (1, 3, height, width)).astype(np.float32)
+    if dataset is None or not len(dataset):
+        return noise
+    chosen = [dataset.samples[i] for i in np.linspace(0, len(dataset) - 1, min(PICTURES, len(dataset))).astype(int)]
+    return np.concatenate([noise, prepare([decode(sample.path) for sample in chosen], manifest.input)[0]])
+
+
+def _recipe(bundle: Bundle) -> tuple[ExportConfig, QuantConfig]:
+    """Export and quantisation settings of the bundle's recipe; the defaults where it has none."""
+    if "recipe.toml" not in bundle.manifest.files:
+        return ExportConfig(), QuantConfig()
+    from edgedetr.recipe import Recipe
+
+    recipe = Recipe.load(bundle.require("recipe.toml"))
+    return recipe.export, recipe.quant

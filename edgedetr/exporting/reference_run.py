@@ -1,0 +1,89 @@
+"""reference.npz: what the PyTorch model detects on the verify split, so that verifying needs no torch.
+
+An imported graph has no PyTorch model: there the reference is its float32 ONNX file in ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from edgedetr.bundle import Bundle, Manifest
+from edgedetr.data.detection_set import DetectionSet
+from edgedetr.data.images import decode as decode_image
+from edgedetr.data.layouts import load
+from edgedetr.evaluation.reference import Reference
+from edgedetr.models.deploy import DeployGraph
+from edgedetr.runtime.backends.base import RawOutputs
+from edgedetr.runtime.bundle_detector import load as load_detector
+from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.preprocess import prepare
+
+log = logging.getLogger(__name__)
+
+BATCH = 4           # pictures at a time; on a CPU larger batches are no faster
+
+
+def reference(bundle: Bundle, graph: DeployGraph, dataset: DetectionSet,
+              progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Run the graph over the split and add reference.npz to the bundle."""
+    found = detect(bundle.manifest, graph, dataset, progress)
+    weights = bundle.manifest.files["weights.safetensors"].sha256
+    with bundle.add("reference.npz", stage="export", made_from=["weights.safetensors"]) as temporary:
+        Reference.of(dataset, found, model=weights).save(temporary)
+
+
+def imported(bundle: Bundle) -> bool:
+    """Whether the bundle's model is known by its ONNX file alone."""
+    files = bundle.manifest.files
+    return "model.onnx" in files and files["model.onnx"].stage == "import"
+
+
+def reference_of_graph(bundle: Bundle, progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Add reference.npz of an imported graph, unless it is there and up to date."""
+    path, record = bundle.require("model.onnx"), bundle.manifest.data
+    if record is None:
+        log.warning("%s: no data recorded, so no reference.npz; import it again with --data DIR", bundle.path)
+        return
+    if bundle.has("reference.npz"):
+        return
+    log.warning("%s: the reference is model.onnx in ONNX Runtime: an imported graph has no PyTorch model", bundle.path)
+    dataset = load(record.path, record.verify_split, classes=bundle.manifest.classes)
+    found = detect_by_graph(bundle, dataset, progress)
+    with bundle.add("reference.npz", stage="export", made_from=["model.onnx"]) as temporary:
+        Reference.of(dataset, found, model=bundle.manifest.files[path.name].sha256).save(temporary)
+
+
+def detect_by_graph(bundle: Bundle, dataset: DetectionSet,
+                    progress: Callable[[str, int, int], None] | None = None) -> dict[int, Detections]:
+    """What model.onnx finds in every picture of the split, by image id."""
+    detector = load_detector(bundle, backend="onnxruntime", stage="onnx")
+    found: dict[int, Detections] = {}
+    for number, sample in enumerate(dataset.samples):
+        found[sample.image_id] = detector([decode_image(sample.path)])[0]
+        if progress:
+            progress("reference", number + 1, len(dataset))
+    return found
+
+
+def detect(manifest: Manifest, graph: DeployGraph, dataset: DetectionSet,
+           progress: Callable[[str, int, int], None] | None = None) -> dict[int, Detections]:
+    """What the PyTorch graph finds in every picture of the split, by image id."""
+    device = next(graph.parameters()).device
+    found: dict[int, Detections] = {}
+    with torch.no_grad():
+        for start in range(0, len(dataset), BATCH):
+            if progress:
+                progress("reference", start, len(dataset))
+            samples = dataset.samples[start:start + BATCH]
+            batch, geometries = prepare([decode_image(sample.path) for sample in samples], manifest.input)
+            logits, boxes = graph(torch.from_numpy(batch).to(device))
+            raw = RawOutputs(logits.float().cpu().numpy(), boxes.float().cpu().numpy())
+            detections = decode(raw, geometries, manifest.classes, manifest.output)
+            found.update((sample.image_id, item) for sample, item in zip(samples, detections))
+    if progress:
+        progress("reference", len(dataset), len(dataset))
+    return found

@@ -1,0 +1,45 @@
+"""Settings given at an export: checked before it, and written into the bundle's recipe after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+from edgedetr.bundle import Bundle
+from edgedetr.errors import UsageError
+from edgedetr.exporting.reference_run import imported
+from edgedetr.recipe import Recipe
+
+SECTIONS = ("quant", "export")      # what an export can change; the rest is in the weights, or verify's
+RECIPE = "recipe.toml"
+
+
+def settings(bundle: Bundle, sets: Sequence[str]) -> Recipe:
+    """The bundle's recipe with `section.key=value` strings laid over it; the defaults where the bundle has none.
+
+    Errors: UsageError for a section that no export changes, RecipeError for unknown sections, keys and values.
+    """
+    for assignment in sets:
+        section = assignment.partition("=")[0].partition(".")[0].strip()
+        if section == "export" and imported(bundle):
+            raise UsageError(f"--set {assignment!r}: {bundle.path} holds an imported graph, whose form is settled; "
+                             "expected keys of quant; or import it again: edgedetr import")
+        if section not in SECTIONS and section in [part.name for part in fields(Recipe)]:
+            way = (f"give verify its own: edgedetr verify {bundle.path} --max-drop AP" if section == "verify" else
+                   f"train again: edgedetr train --data DIR --recipe {bundle.path / RECIPE} --set {assignment} --out B")
+            raise UsageError(f"--set {assignment!r}: an export cannot change [{section}]; expected keys of "
+                             f"{' and '.join(SECTIONS)}; {way}")
+    if RECIPE in bundle.manifest.files:
+        return Recipe.from_bundle(bundle, sets)
+    return Recipe.from_dict({}, where=str(bundle.path), sets=sets)
+
+
+def record(bundle: Bundle, recipe: Recipe) -> None:
+    """Write these settings into the bundle's recipe, so that later commands use them; an equal recipe is left alone.
+
+    The weights do not depend on them and stay fresh. A bundle without a recipe, which is an imported graph, gets one
+    of these sections alone.
+    """
+    entry = bundle.manifest.files.get(RECIPE)
+    whole = entry is not None and entry.stage != "export"
+    recipe.to_bundle(bundle, stage=entry.stage if entry else "export", sections=None if whole else SECTIONS)

@@ -1,0 +1,199 @@
+"""model.onnx: the deployed graph as one float32 ONNX file, and the proof that it computes the same.
+
+The TorchScript exporter is used, for one batch size and for an open one: it names nodes by their module path, which
+policies and profiles refer to, and takes a tenth of the time of torch.export's. Opset 19 exactly; see ExportConfig.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto
+from torch.overrides import TorchFunctionMode
+
+import edgedetr
+from edgedetr.bundle import Manifest
+from edgedetr.errors import ExportError
+from edgedetr.evaluation.agreement import match
+from edgedetr.models.deploy import DeployGraph
+from edgedetr.onnx_graph.fold import fold
+from edgedetr.runtime.backends.base import RawOutputs
+from edgedetr.runtime.backends.onnx_bytes import load
+from edgedetr.runtime.backends.onnxruntime import OrtRunner
+from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.preprocess import Geometry
+
+log = logging.getLogger(__name__)
+
+OPSET = 19
+PREFIX = "edgedetr."            # of our keys in the file's metadata
+
+# float32 through some 100 layers in another order of summation; measured on trained models: see tests/export.
+LOGITS = 2e-3                   # largest accepted difference of a logit
+BOXES = 2e-4                    # of a box side, share of the picture (0.13 px at 640)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest differences between PyTorch and ONNX Runtime over some pictures, query for query.
+
+    reordered   share of the queries that stand at another place of the list (ties in top-k), 0..1
+    as_objects  pictures that agree only as detections: a tie at the edge of top-k let another query in
+    """
+
+    logits: float
+    boxes: float
+    reordered: float
+    as_objects: int
+
+
+def write(graph: DeployGraph, path: Path, *, batch: int | None = 1, opset: int = OPSET,
+          metadata: Mapping[str, str] | None = None) -> None:
+    """Write the graph with input `images` and outputs `logits`, `boxes`.
+
+    batch      the one batch size the file takes; None leaves it open
+    metadata   goes into the file as key-value text, under `edgedetr.`
+    """
+    example = torch.zeros(batch or 2, 3, graph.height, graph.width, device=next(graph.parameters()).device)
+    inputs, outputs = ["images"], ["logits", "boxes"]
+    open_axes = {name: {0: "batch"} for name in [*inputs, *outputs]} if batch is None else None
+    graph = graph.eval()
+    with warnings.catch_warnings(), torch.no_grad(), _Reshapes() if batch is None else nullcontext():
+        # The tracer warns of Python numbers made from shapes: the size is fixed on purpose. The exporter of its age.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(graph, (example,), str(path), input_names=inputs, output_names=outputs,
+                          opset_version=opset, dynamo=False, dynamic_axes=open_axes)
+    model = load(path, ExportError)
+    model = fold(model)
+    model.producer_name, model.producer_version = "edgedetr", edgedetr.__version__
+    model.graph.name = "edgedetr"
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {PREFIX + key: value for key, value in (metadata or {}).items()})
+    check(model, opset)
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+class _Reshapes(TorchFunctionMode):
+    """Tensor.unflatten and Tensor.squeeze as a reshape to sizes read from the tensor.
+
+    What the exporter writes for unflatten has its example's batch size, and so has all that is computed behind; for
+    squeeze, where it does not know the sizes, it writes an If, which TensorRT takes for control flow.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.unflatten:
+            tensor, dim, sizes = args
+        elif func is torch.Tensor.squeeze and len(args) == 2 and args[0].shape[args[1]] == 1:
+            tensor, dim, sizes = *args, ()
+        else:
+            return func(*args, **(kwargs or {}))
+        shape = tensor.shape
+        dim %= len(shape)
+        return tensor.reshape(*shape[:dim], *sizes, *shape[dim + 1:])
+
+
+def check(model: ModelProto, opset: int = OPSET) -> None:
+    """What every edgedetr graph must be; ExportError otherwise."""
+    found = {item.domain: item.version for item in model.opset_import}
+    if found != {"": opset}:
+        raise ExportError(f"the exporter wrote opsets {found}; expected {opset} of the standard domain and no other")
+    names = [item.name for item in model.graph.input], [item.name for item in model.graph.output]
+    if names != (["images"], ["logits", "boxes"]):
+        raise ExportError(f"the graph has inputs {names[0]} and outputs {names[1]}; expected images -> logits, boxes")
+    for node in model.graph.node:
+        if node.op_type == "GridSample":
+            mode = next((item.s for item in node.attribute if item.name == "mode"), b"bilinear")
+            if mode != b"bilinear":
+                raise ExportError(f"GridSample {node.name} has mode {mode.decode()!r}; expected 'bilinear', the one "
+                                  "name that all versions of TensorRT read alike")
+
+
+def describe(manifest: Manifest, weights: str) -> dict[str, str]:
+    """What a file says about itself: classes, contracts and the digest of the weights it was made from."""
+    return {
+        "model": manifest.model,
+        "classes": json.dumps([asdict(item) for item in manifest.classes], ensure_ascii=False),
+        "input": json.dumps(asdict(manifest.input)),
+        "output": json.dumps(asdict(manifest.output)),
+        "weights_sha256": weights,
+    }
+
+
+def parity(graph: DeployGraph, path: Path, images: np.ndarray, manifest: Manifest) -> Parity:
+    """Compare the file in ONNX Runtime with PyTorch; ExportError when it is not the same detector.
+
+    Most pictures must agree as tensors, within LOGITS and BOXES; all of them as matched detections. A file of an open
+    batch size must do so one by one and three at a time, neither of which it was traced with.
+    images   [B, 3, H, W] float32, RGB 0..255
+    """
+    device = next(graph.parameters()).device
+    runner = OrtRunner(path)
+    expected, actual = [], []
+    size = runner.batch or 1
+    batches = [images[start:start + size] for start in range(0, len(images), size)]
+    if runner.batch is None:
+        batches.append(np.resize(images, (3, *images.shape[1:])))       # repeats where there are fewer
+    with torch.no_grad():
+        for batch in batches:
+            found = runner.run(batch)
+            if len(found.logits) != len(batch) or len(found.boxes) != len(batch):
+                raise ExportError(f"model.onnx gives {len(found.logits)} results for {len(batch)} pictures; expected "
+                                  "one each; export with one batch size and report this, it is a defect")
+            logits, boxes = (out.cpu().numpy() for out in graph(torch.from_numpy(batch).to(device)))
+            expected += [RawOutputs(logits[i:i + 1], boxes[i:i + 1]) for i in range(len(batch))]
+            actual += [RawOutputs(found.logits[i:i + 1], found.boxes[i:i + 1]) for i in range(len(batch))]
+    worst, moved, loose = [], [], []
+    for one, other in zip(expected, actual):
+        order = _match(one, other)
+        differences = _worst(one.logits[0], other.logits[0][order]), _worst(one.boxes[0], other.boxes[0][order])
+        worst.append(differences)
+        moved.append(float((order != np.arange(len(order))).mean()))
+        if not (differences[0] <= LOGITS and differences[1] <= BOXES):      # NaN fails too
+            loose.append((one, other))
+    largest = np.array(worst).max(axis=0)
+    if 2 * len(loose) > len(expected) or not all(_same_objects(one, other, manifest) for one, other in loose):
+        raise ExportError(f"model.onnx differs from PyTorch by up to {largest[0]:.2g} in a logit and {largest[1]:.2g} "
+                          f"in a box side; expected at most {LOGITS:g} and {BOXES:g}; export with the other sampling "
+                          "(--sampling gather or grid_sample) and report this, it is a defect")
+    log.info("model.onnx equals PyTorch to %.1e in logits and %.1e in boxes", *largest)
+    return Parity(float(largest[0]), float(largest[1]), float(np.mean(moved)), len(loose))
+
+
+def _same_objects(one: RawOutputs, other: RawOutputs, manifest: Manifest) -> bool:
+    """Whether every confident detection of one is in the other at almost the same place, and none is added."""
+    whole = [Geometry.of(manifest.input.height, manifest.input.width, manifest.input)]
+    first, second = ({0: decode(raw, whole, manifest.classes, manifest.output)[0]} for raw in (one, other))
+    found = match(first, second, iou=0.9)
+    return found.matched in (None, 1.0) and found.spurious in (None, 0.0)
+
+
+def _worst(expected: np.ndarray, actual: np.ndarray) -> float:
+    return float(np.abs(expected - actual).max())
+
+
+def _match(one: RawOutputs, other: RawOutputs) -> np.ndarray:
+    """For each query [N] the place of its counterpart: its own where that agrees, otherwise the nearest free one.
+
+    Equal scores of two-stage members may be ordered either way, so a query can stand elsewhere without being wrong.
+    """
+    logits, boxes, other_logits, other_boxes = one.logits[0], one.boxes[0], other.logits[0], other.boxes[0]
+    order = np.arange(len(logits))
+    distance = np.maximum(np.abs(logits - other_logits).max(-1) / LOGITS, np.abs(boxes - other_boxes).max(-1) / BOXES)
+    loose = np.flatnonzero(~(distance <= 1))
+    free = list(loose)
+    for query in loose:
+        far = np.abs(logits[query] - other_logits[free]).max(-1) / LOGITS
+        apart = np.abs(boxes[query] - other_boxes[free]).max(-1) / BOXES
+        order[query] = free.pop(int(np.argmin(np.maximum(far, apart))))
+    return order

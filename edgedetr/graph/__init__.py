@@ -1,1 +1,0 @@
-"""ONNX graphs as text to be checked and as configurations for servers."""

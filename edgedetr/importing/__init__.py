@@ -1,0 +1,1 @@
+"""Detectors made elsewhere become bundles: ONNX files, and pretrained weights."""

@@ -1,0 +1,267 @@
+"""Bring your own: a DETR-family ONNX file made elsewhere becomes a bundle that quantises, lints, builds and verifies.
+
+The file's own detections are the oracle: what comes out of the surgery must find the same objects in ONNX Runtime, on
+pictures, or nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from onnx import ModelProto, numpy_helper
+
+from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract, digest
+from edgedetr.data.layouts import load, splits
+from edgedetr.errors import DataError, ExportError, UsageError
+from edgedetr.exporting.to_onnx import OPSET, PREFIX, check, describe
+from edgedetr.image_size import check_size
+from edgedetr.importing import io_contract, surgery
+from edgedetr.importing.box_format import OPTIONS
+from edgedetr.importing.choice import SPEAKS, Judge, choose
+from edgedetr.importing.import_options import Kept, Pixels, columns_of, read_names, usual
+from edgedetr.importing.node_annotations import prefix_nodes
+from edgedetr.importing.normalize_graph import dtype_of, fixed, read_model, size_of
+from edgedetr.importing.onnx_sidecars import PROCESSOR, Beside, read_beside
+from edgedetr.importing.original_model import NOISE, SIDE, Agreement, Original, agree, decoded, probes, renumbered
+from edgedetr.importing.output_meaning import Asked, Understood, understand
+from edgedetr.importing.trace_outputs import run
+from edgedetr.onnx_graph.control_flow import first_line
+from edgedetr.onnx_graph.fold import fold, remove_unused
+from edgedetr.onnx_graph.gather_sampling import gather_samples
+from edgedetr.onnx_graph.index import GraphView
+from edgedetr.onnx_graph.opset import IR_VERSION
+from edgedetr.onnx_graph.widen import drop_idle_casts
+from edgedetr.options import one_of
+from edgedetr.runtime.arguments import as_path, check_texts, shown
+from edgedetr.runtime.backends.base import RawOutputs
+from edgedetr.runtime.detections import Detections
+
+log = logging.getLogger(__name__)
+
+MODEL = "imported"              # what bundle.json calls a model that only its ONNX file knows
+STAGE = "import"
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What was found in the file, and how well the bundle's graph agrees with it.
+
+    contract     "raw", "joined" or "decoded", see answers.py
+    opset        of the file
+    boxes        how the file writes boxes, as --boxes says it
+    why          how its outputs were read, and what speaks for that
+    ap           on some of the labelled images; None without
+    half         whether the file computes in float16
+    folded       scales and BatchNormalizations folded into convolutions
+    gathered     GridSamples written as gathers
+    objects      of the file's own detections that were compared, on `pictures` pictures: all were found again
+    """
+
+    bundle: Bundle
+    contract: str
+    opset: int
+    activation: str
+    boxes: str
+    pixels: Pixels
+    queries: int
+    why: tuple[str, ...]
+    ap: float | None
+    half: bool
+    folded: int
+    gathered: int
+    objects: int
+    pictures: int
+
+    def describe(self) -> str:
+        """What was found, in some sentences."""
+        how = {"raw": "gives logits and boxes of all queries",
+               "joined": "gives boxes and classes in one (they were taken apart)",
+               "decoded": "gives chosen objects (the choice was cut off)"}[self.contract]
+        size = f"{self.bundle.manifest.input.height} x {self.bundle.manifest.input.width} px"
+        what = (f"opset {self.opset}, {'float16, ' if self.half else ''}{size}, {how}; {self.queries} queries, "
+                f"{self.activation}, {len(self.bundle.manifest.classes)} classes; {self.folded} scales folded into "
+                f"convolutions, {self.gathered} GridSamples written as gathers")
+        lines = [what, *(f"read: {reason}" for reason in self.why)]
+        if self.ap is not None:
+            lines.append(f"AP {self.ap:.1f} on labelled images" + (
+                "" if self.ap >= SPEAKS else ": it finds next to nothing there; check --classes, --columns, --scale, "
+                "--mean and --std"))
+        if self.contract == "decoded":
+            lines.append(f"checked on {self.pictures} images: all of {self.objects} "
+                         "objects that the file itself chooses are found again")
+        else:
+            lines.append(f"checked on {self.pictures} images: the graph gives what the file gives, read the same way "
+                         f"({self.objects} objects); that says nothing of the reading")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(replace(self, bundle=None)), "bundle": str(self.bundle.path)}  # type: ignore[arg-type]  # a path in JSON
+
+
+def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, classes: Path | None = None,
+          size: tuple[int, int] | None = None, pixels: Pixels | Mapping[str, Any] | None = None,
+          activation: Literal["sigmoid", "softmax"] | None = None, boxes: str | None = None,
+          outputs: Sequence[str] = (), columns: Literal["index", "category-id"] | None = None,
+          sampling: Literal["gather", "grid_sample"] = "gather") -> Brought:
+    """Import an ONNX file; nothing is left behind where it fails.
+
+    data     the labelled pictures to calibrate and verify on; its classes become the bundle's
+    classes  a text file that says what each class logit stands for, one a line, "-" for one that is not used;
+             None = what config.json beside the file says, else the data set's classes in order
+    size     height and width where the file leaves them open
+    pixels   the normalisation outside of the file; fields that are not given are those of preprocessor_config.json
+             beside it, else what models with such outputs are published with
+    activation, boxes, outputs   what the outputs mean, where the file does not show it: see understanding.Asked
+    sampling "gather" rewrites GridSample, which TensorRT 10.14 to 11.1 get wrong, into gathers of the same numbers
+    columns  where nothing names the classes: a class stands at its index, or at the category id of the data set
+    """
+    path, out = as_path(path, "path", "that of an ONNX file"), as_path(out, "out")
+    data, classes = (None if data is None else as_path(data, "data"),
+                     None if classes is None else as_path(classes, "classes"))
+    check_texts(outputs, "outputs", "a list of names")
+    size = None if size is None else check_size(size)
+    if not isinstance(pixels, (Pixels, Mapping, type(None))):
+        raise UsageError(f"pixels is {shown(pixels)}; expected a Pixels, or a mapping of its fields")
+    one_of("activation", activation, (None, "sigmoid", "softmax"), UsageError)
+    one_of("boxes", boxes, (None, *OPTIONS), UsageError)
+    one_of("columns", columns, (None, "index", "category-id"), UsageError)
+    one_of("sampling", sampling, ("gather", "grid_sample"), UsageError)
+    if columns is not None and (data is None or classes is not None):
+        raise UsageError(f"--columns {columns} says where the data set's classes stand among the logits; give --data "
+                         "with it, and no --classes, which says the same")
+    if (out / "weights.safetensors").exists():
+        raise UsageError(f"{out} holds a trained model; name another --out")
+    original = read_model(path)
+    beside = read_beside(path)
+    names = read_names(classes) if classes is not None else None
+    taken = io_contract.inputs(original)
+    height, width = size_of(original, taken.image, size, beside)
+    model, view, half = fixed(original, taken, height, width)
+    pixels = _pixels(pixels, beside, [item.name for item in model.graph.output])
+    contract = InputContract(height, width, pixels.resize)
+    record = _record(data)
+    dataset = load(record.path, record.verify_split) if record is not None else None
+    images = probes(dataset, contract)
+    oracle = Original(original, taken, pixels.factor, pixels.shift)
+    feeds = [oracle.feed(images[number:number + 1]) for number in range(len(images))]
+    found = understand(model, view, feeds, Asked(activation, boxes, tuple(outputs)), SIDE)
+    known = dataset.classes if dataset is not None else None
+    source = "--classes"
+    if names is None and columns is None and beside.names is not None:
+        names, source = list(beside.names), "config.json"
+    counted = names is not None or known is not None
+
+    def kept_by(function: Literal["sigmoid", "softmax"]) -> Kept:
+        return columns_of(found.width, function, names, known, columns or "index", source)
+
+    noise = [found.logits.rows(value) for value in run(model, [found.logits.tensor], feeds[:NOISE])]
+    judge = Judge(dataset, oracle, contract) if dataset is not None and len(dataset) else None
+    choice = choose(found, kept_by, view, beside.model_type, noise, judge, counted)
+    found, kept = choice.found, choice.kept
+    output = OutputContract(kept.activation, found.top_k or OutputContract().top_k)
+    if taken.sizes:
+        model.graph.initializer.append(numpy_helper.from_array(np.full((1, 2), SIDE, dtype_of(model, taken.sizes)),
+                                                               taken.sizes))
+    result = surgery.dress(model, taken.image, found.logits, found.boxes, found.form, scale=pixels.factor,
+                           shift=pixels.shift, columns=kept.places, queries=found.queries, width=found.width)
+    drop_idle_casts(result)
+    result = fold(result)
+    folded = surgery.absorb_scales(result)
+    surgery.name_nodes(result)
+    gathered = gather_samples(result) if sampling == "gather" else 0
+    prefix_nodes(result, found.queries)
+    remove_unused(result)
+    manifest = Manifest(MODEL, kept.classes, contract, output, data=record)
+    opset = GraphView(original, infer=False).opset
+    _finish(result, manifest, path, opset)
+    notes = [*found.why, *beside.notes, *_sizes(beside, height, width)]
+    ours = _objects(result, images, output, found)
+    if half:            # rounding decides what the file chooses: the graph is compared with the same one in float32
+        wide = Original(model, replace(taken, mask=""), pixels.factor, pixels.shift)
+        found_again = _compare(ours, wide, images, output, found, kept).objects
+        notes.append(f"the file computes in float16, model.onnx in float32; against the file: "
+                     f"{_compare(ours, oracle, images, output, found, kept, half=True).words}")
+    else:
+        found_again = _compare(ours, oracle, images, output, found, kept).objects
+    bundle = Bundle.create(out, manifest)
+    with bundle.add("model.onnx", stage=STAGE) as temporary:
+        temporary.write_bytes(result.SerializeToString(deterministic=True))
+    return Brought(bundle, found.answer.kind, opset, kept.activation, found.given.option, pixels, found.queries,
+                   tuple(notes), choice.ap, half, folded, gathered,
+                   found_again, len(images))
+
+
+def _objects(result: ModelProto, images: np.ndarray, output: OutputContract,
+             found: Understood) -> dict[int, Detections]:
+    """What the bundle's graph finds in each image, in pixels of the input."""
+    given = run(result, ["logits", "boxes"], [{"images": images[number:number + 1]} for number in range(len(images))])
+    return {number: decoded(RawOutputs(one["logits"], one["boxes"]), images[number:number + 1], output,
+                            one["logits"].shape[2], found.rule) for number, one in enumerate(given)}
+
+
+def _compare(ours: dict[int, Detections], oracle: Original, images: np.ndarray, output: OutputContract,
+             found: Understood, kept: Kept, *, half: bool = False) -> Agreement:
+    """How the file's objects are found again by the new graph; ExportError unless it is all of them.
+
+    half  the oracle computes in float16
+    """
+    theirs = renumbered(oracle.detect(images, found, output), kept.places[:len(kept.classes)])
+    again = agree(theirs, ours, half=half)
+    if not again.same:
+        raise ExportError(f"after the import the graph does not detect what the file did: {again.words}; expected the "
+                          "same objects; export the model at opset 17 to 19 with a fixed size, and report this")
+    log.info("the imported graph finds what the file found: %s", again.words)
+    return again
+
+
+def _sizes(beside: Beside, height: int, width: int) -> list[str]:
+    """What is to be said of the size where the processor names another."""
+    if beside.size in (None, (height, width)):
+        return []
+    return [f"{PROCESSOR} says {' x '.join(str(side) for side in beside.size or ())}; the input is {height} x {width}"]
+
+
+def _pixels(said: Pixels | Mapping[str, Any] | None, beside: Beside, outputs: Sequence[str]) -> Pixels:
+    """How pixels go in: as the caller says, else as the processor beside the file does, else as is usual."""
+    if isinstance(said, Pixels):
+        return said
+    return replace(usual(outputs), **{**beside.pixels, **(said or {})})
+
+
+def _record(data: str | Path | None) -> DataRecord | None:
+    """Which splits of a data set verify and calibrate, as training chooses them."""
+    if data is None:
+        return None
+    there = splits(data)
+    verify = next((name for name in ("test", "val") if there.get(name)), None)
+    calib = "train" if there.get("train") else None
+    if verify is None or calib is None:
+        raise DataError(f"{data}: splits {', '.join(there) or 'none'}; expected train to calibrate on, and test or val "
+                        "to verify on")
+    return DataRecord(str(Path(data).resolve()), verify, calib)
+
+
+def _finish(model: ModelProto, manifest: Manifest, path: Path, opset: int) -> None:
+    """Name the file's origin in it, and check that it is one of ours."""
+    model.producer_name, model.graph.name = "edgedetr", "edgedetr"
+    model.ir_version = IR_VERSION
+    del model.metadata_props[:]
+    for item in list(model.opset_import):
+        if item.domain:
+            model.opset_import.remove(item)
+    told = describe(manifest, "")
+    told.update({"imported": json.dumps({"file": path.name, "sha256": digest(path), "opset": opset})})
+    onnx.helper.set_model_props(model, {PREFIX + key: value for key, value in told.items()})
+    check(model, OPSET)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:      # C++ errors of several kinds
+        raise ExportError(f"{path}: what came of the import is not valid ONNX ({first_line(error)}); export the model "
+                          "at opset 17 to 19, and report this") from error

@@ -1,0 +1,259 @@
+"""Published weights of a detector to a bundle: architecture from the tensors, classes and resize from what lies beside.
+
+Nothing in the file is executed, and nothing in it is skipped without a word: a tensor that has no place is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from edgedetr.bundle import MANIFEST, Bundle, ClassInfo, DataRecord, Manifest, OutputContract
+from edgedetr.data import layouts
+from edgedetr.data.coco_classes import COCO, UNUSED, coco_classes
+from edgedetr.data.detection_set import without_empty_classes
+from edgedetr.errors import DataError, ModelError
+from edgedetr.image_size import check_size
+from edgedetr.importing.image_processor import Pixels, pixels
+from edgedetr.models import build, member
+from edgedetr.models.checkpoints import conversion, pretrained
+from edgedetr.models.checkpoints.config_from_state_dict import classes as count_classes
+from edgedetr.models.checkpoints.config_from_state_dict import infer
+from edgedetr.models.checkpoints.transformers_config import Told
+from edgedetr.models.checkpoints.weight_source import Origin
+from edgedetr.models.deploy import DeployGraph
+from edgedetr.recipe import Recipe
+from edgedetr.runtime.arguments import as_path, check_texts
+from edgedetr.storage.reading import read_text
+
+IMPORTED = "results/import.json"    # of a bundle: where its weights came from, and what was said
+# What changes detections and no tensor tells; said where no config.json does, and how the published files have it.
+UNTOLD = ("heads", "queries", "dilate_last", "ffn_activation", "encoder_activation", "conv_activation",
+          "decoder_activation", "position", "method")
+LAYER = re.compile(r"decoder\.(?:layers|boxes\.(?:score|box|class_tower|box_tower))\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What came of an import.
+
+    layout      whose names the file uses
+    tensors     taken over;  kept, fresh: classes whose rows were found by name, and those that start anew
+    notes       what the reader should know: where classes and resize come from, what could not be told
+    """
+
+    bundle: Bundle
+    layout: str
+    tensors: int
+    kept: tuple[str, ...]
+    fresh: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def import_weights(source: str, model: str, out: str | Path, *, data: Path | None = None, classes: Path | None = None,
+                   size: tuple[int, int] | None = None, sets: Sequence[str] = ()) -> Imported:
+    """Write a bundle from a .pth or .safetensors file, a folder of transformers, or a name on the hub.
+
+    data      its classes replace the file's: rows of the class heads are kept by name; recorded for export and verify
+    classes   a text file with one name per line, in the order of the file's class head; "-" is a row without a class
+    size      height, width of the input; default: what the model was trained with
+    sets      `section.key=value`, laid over what was inferred
+    Errors: ModelError (layout, tensors, configuration, classes), DataError, BundleError.
+    """
+    as_path(source, "source", "a path, or a name on the Hugging Face hub")
+    source, out = os.fspath(source), as_path(out, "out")
+    member(model)
+    data, classes = (None if value is None else as_path(value, what)
+                     for value, what in ((data, "data"), (classes, "classes")))
+    check_texts(sets, "sets", "a list of section.key=value")
+    size = None if size is None else check_size(size)
+    if (out / MANIFEST).exists():
+        raise ModelError(f"{out} is a bundle already; name another --out")
+    origin = Origin(source)
+    read = architecture(origin, model, size, sets)
+    recipe, weights, notes = read.recipe, read.weights, list(read.notes)
+    config = recipe.model.config
+    published = _classes(count_classes(weights, config.activation), read.told, classes, source, notes)
+    record, wanted = None, published
+    if data is not None:
+        place = recipe.data.resolve(layouts.splits(data))
+        wanted = layouts.load(data, place.verify_split).classes
+        if place.drop_empty_classes:
+            wanted = without_empty_classes(layouts.load(data, place.train_split)).classes
+        record = DataRecord(str(data.resolve()), place.verify_split, place.train_split)
+    with torch.device("meta"):
+        pretrained.compare(build(model, config, len(published)), weights, source)   # before it takes any memory
+    detector = build(model, config, len(wanted))
+    rows = pretrained.rows_by_name([c.name for c in published], [c.name for c in wanted])
+    loaded = pretrained.fit(detector, weights, source, None if wanted == published else rows)
+    contract = recipe.input.contract()
+    DeployGraph(detector, contract.height, contract.width)      # what cannot be deployed fails before it is written
+    kept = tuple(c.name for c, row in zip(wanted, rows) if row is not None)
+    fresh = tuple(c.name for c, row in zip(wanted, rows) if row is None)
+    if fresh:
+        notes.append(f"rows of the class heads kept by name: {', '.join(kept) or 'none'}; started anew: "
+                     f"{', '.join(fresh)}; train before use: edgedetr train --data DIR --recipe {out}/recipe.toml "
+                     f"--set train.start={out}")
+    bundle = Bundle.create(out, Manifest(model, wanted, contract, OutputContract(config.activation),
+                                         config=asdict(config), data=record, budget=recipe.verify.budget))
+    with bundle.add("recipe.toml", stage="import") as path:
+        path.write_text(recipe.to_toml(), encoding="utf-8")
+    with bundle.add("weights.safetensors", stage="import", made_from=["recipe.toml"]) as path:
+        save_file({name: value.contiguous() for name, value in detector.state_dict().items()}, path)
+    with bundle.add(IMPORTED, stage="import") as path:
+        about: dict[str, Any] = {**origin.record(), "layout": read.layout, "notes": notes}
+        path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return Imported(bundle, read.layout, loaded.tensors, kept, fresh, tuple(notes))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model as its files describe it: recipe and weights under our names; `told` of its config.json, or None."""
+
+    layout: str
+    recipe: Recipe
+    weights: conversion.Weights
+    told: Told | None
+    notes: tuple[str, ...]
+
+
+def architecture(origin: Origin, model: str, size: tuple[int, int] | None = None,
+                 sets: Sequence[str] = ()) -> Architecture:
+    """What a source's tensors, config.json and preprocessor_config.json say together.
+
+    Errors: ModelError where they disagree, and for whatever our networks would not compute; it names the key.
+    """
+    source, chosen = origin.source, member(model)
+    raw = origin.weights()
+    layout, notes = conversion.layout_of(model, raw, source), list(origin.notes)
+    told = _told(origin, model, layout, notes)
+    weights = conversion.translate(model, raw, source)
+    values = dict(told.values) if told else {}
+    for assignment in sets:                         # samples per head follow from it, so it is needed at once
+        if assignment.replace(" ", "").startswith("model.heads="):
+            values["heads"] = _whole(assignment)
+    values.setdefault("heads", 8)
+    found = infer(chosen.config, weights, values["heads"])
+    if model == "deformable_detr" and layout != "edgedetr" and found.get("hidden", 64) < 64:
+        raise ModelError(f"{source}: {found['hidden']} channels per token (d_model), which theirs normalises one by "
+                         "one in 32 groups and ours in pairs; expected at least 64")
+    if told:
+        told.agree(found)
+    image = _pixels(origin, model, size)
+    notes += image.notes
+    colours = {"mean": image.mean, "std": image.std} if image.mean and image.std else {}
+    known = chosen.config.__dataclass_fields__
+    inside = {name: value for name, value in {**found, **values}.items() if name in known}
+    sections = {"model": {"name": model, **inside, **colours},
+                "input": {"height": image.height, "width": image.width, "resize": image.resize}}
+    recipe = Recipe.from_dict(sections, where=source, sets=sets)
+    if not told:
+        notes.append(_untold(recipe.model.config, found))
+    weights = _first_layers(weights, getattr(recipe.model.config, "decoder_layers", len(weights)), notes)
+    return Architecture(layout, recipe, weights, told, tuple(notes))
+
+
+def _first_layers(weights: conversion.Weights, count: int, notes: list[str]) -> conversion.Weights:
+    """Without the decoder layers from `count` on, which a file may hold and its model not use (eval_idx)."""
+    later = {name for name in weights if (found := LAYER.match(name)) and int(found[1]) >= count}
+    if later:
+        notes.append(f"decoder layers from {count} on are left out, as model.decoder_layers says: {len(later)} tensors")
+    return {name: tensor for name, tensor in weights.items() if name not in later}
+
+
+def _whole(assignment: str) -> int:
+    value = assignment.partition("=")[2].strip()
+    if not value.isdecimal() or not 0 < int(value[:9]) < 1 << 16:
+        raise ModelError(f"--set {assignment}: expected a whole number from 1")
+    return int(value)
+
+
+def _told(origin: Origin, model: str, layout: str, notes: list[str]) -> Told | None:
+    """config.json beside the weights: of transformers' files always, of others only where it speaks of this model."""
+    if layout.startswith("transformers"):
+        told = pretrained.told_by(origin, model)
+        if told is None:
+            notes.append("no config.json beside the weights")
+        return told
+    path = origin.beside("config.json")
+    if path is not None:
+        notes.append(f"{path} was not read: the weights are not transformers', but those of {layout}")
+    return None
+
+
+def _untold(config: Any, found: dict[str, Any]) -> str:
+    """The note about everything that no tensor tells, and how it was taken."""
+    taken = {name: getattr(config, name) for name in UNTOLD if hasattr(config, name)
+             and (name not in found or (name == "ffn_activation" and found[name] != "prelu"))}
+    listed = ", ".join(f"{name}={value}".lower() for name, value in taken.items())
+    said = "whether C5 is dilated (DC5), " if "dilate_last" in taken else ""
+    said += "whether sampling is discrete, which decoder layer is the last one used (eval_idx), " if "method" in taken \
+        else ""
+    return (f"no tensor says {said}and no file beside it does; taken as usual: {listed}; change by --set "
+            f"model.{next(iter(taken), 'heads')}=VALUE, and so on")
+
+
+def _pixels(origin: Origin, model: str, size: tuple[int, int] | None) -> Pixels:
+    """What the image processor beside the weights does; its newer file goes first, as in transformers."""
+    for name, inner in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        path = origin.beside(name)
+        if path is None:
+            continue
+        content = pretrained.config_json(path)
+        nested = content if inner is None else content.get(inner)
+        if isinstance(nested, dict):
+            return pixels(nested, model, str(path), size)
+    return pixels(None, model, origin.source, size)
+
+
+def _classes(count: int, told: Told | None, file: Path | None, source: str,
+             notes: list[str]) -> tuple[ClassInfo, ...]:
+    """The classes of the file's head: named by `file`, by config.json, by COCO where the count fits, or by number."""
+    labels = _labels(told, count) if told and file is None else None
+    if file is not None:
+        text = read_text(file, DataError, fix="expected a class name per line")
+        listed = [UNUSED if line == "-" else line for line in (line.strip() for line in text.splitlines()) if line]
+        if len(listed) != count:
+            raise DataError(f"{file} names {len(listed)} classes, but the class head of {source} has {count}; "
+                            "expected one name per line, in the head's order; for other classes use --data")
+    elif labels is not None:
+        listed = labels
+        notes.append("classes from config.json")
+    else:
+        coco = coco_classes(count)
+        if coco is not None:
+            notes.append(f"the head has {count} classes: taken for COCO's; name others by --classes FILE")
+            return tuple(ClassInfo(index, number, name) for index, (number, name) in enumerate(coco))
+        notes.append(f"nothing names the {count} classes; they are numbered; name them by --classes FILE")
+        listed = [f"class {index}" for index in range(count)]
+    by_name = {name: number for number, name in COCO.items()}
+    numbers = [by_name.get(name, -1) for name in listed]
+    if len(set(numbers)) < count or -1 in numbers:
+        numbers = list(range(count))
+    return tuple(ClassInfo(index, numbers[index], name) for index, name in enumerate(listed))
+
+
+def _labels(told: Told, count: int) -> list[str] | None:
+    """Names in config.json, as many as the class head has rows; None where it has none."""
+    number, labels = told.raw.get("num_labels"), told.raw.get("id2label")
+    if number is not None and (isinstance(number, bool) or number != count):
+        raise ModelError(f"{told.where}: num_labels is {number!r:.60}, but the class head has {count} rows")
+    if labels is None:
+        return None
+    if not isinstance(labels, dict) or set(labels) != {str(index) for index in range(count)}:
+        there = f"has {len(labels)} entries" if isinstance(labels, dict) else f"is a {type(labels).__name__}"
+        raise ModelError(f"{told.where}: id2label {there}; expected one for each of the class head's {count} rows, 0 "
+                         f"to {count - 1}; or name the classes by --classes FILE")
+    listed = [labels[str(index)] for index in range(count)]
+    odd = next((name for name in listed if not isinstance(name, (str, int, float)) or isinstance(name, bool)), None)
+    if odd is not None or None in listed:
+        raise ModelError(f"{told.where}: id2label holds a {type(odd).__name__}; expected names")
+    return [str(name) for name in listed]

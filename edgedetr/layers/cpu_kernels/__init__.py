@@ -1,0 +1,1 @@
+"""Faster ways on a CPU to compute what PyTorch's public operators compute."""

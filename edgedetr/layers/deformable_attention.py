@@ -1,0 +1,160 @@
+"""Multi-scale deformable attention: each query samples a few points around its reference in every level.
+
+Zhu et al. 2021, "Deformable DETR", section 4.1, eq. 3; the discrete form is RT-DETRv2's (Lv et al. 2024, section 3.2).
+Two ways to read the bilinear samples give the same numbers: `gather` (row gathers: what exported graphs hold; on a CPU
+in float32 they are sums that never copy a row, and faster) and `grid_sample` (torch's own); `auto` is the faster one.
+Where many are read on a CPU, loops that numba compiles take the place of `gather`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgedetr.layers.batched_gather import around
+from edgedetr.layers.bilinear_sampling import Sheet, bilinear_sum, compiled_here
+from edgedetr.layers.cpu_kernels.cpu_features import eager, mixed, quick
+from edgedetr.layers.cpu_kernels.weighted_rows import weighted_rows
+from edgedetr.layers.linear import Linear
+from edgedetr.options import one_of
+
+Shapes = Sequence[tuple[int, int]]
+
+SAMPLINGS = ("auto", "gather", "grid_sample")
+METHODS = ("default", "discrete")
+WORTH = 1 << 19         # channels of all samples from which loops are compiled, which takes seconds, but once
+
+
+class DeformableAttention(nn.Module):
+    """Offsets and weights from the query, values from the memory; one sum over all points of all levels."""
+
+    def __init__(
+        self, dim: int, heads: int, points: Sequence[int], sampling: str = "gather", method: str = "default",
+        offset_scale: float = 0.5,
+    ) -> None:
+        """points  per level; offset_scale: share of the box side that an offset of `points` covers"""
+        super().__init__()
+        one_of("model.sampling", sampling, SAMPLINGS)
+        one_of("model.method", method, METHODS)
+        if dim % heads:
+            raise ValueError(f"{dim} channels cannot be split over {heads} heads; expected a multiple")
+        self.heads, self.points, self.sampling, self.method = heads, list(points), sampling, method
+        self.offset_scale, self.total = offset_scale, sum(points)
+        self.offsets = Linear(dim, heads * self.total * 2)
+        self.weights = Linear(dim, heads * self.total)
+        self.value, self.out = Linear(dim, dim), Linear(dim, dim)
+        share = torch.tensor([1 / count for count in points for _ in range(count)])
+        self.register_buffer("share", share[:, None], persistent=False)
+        self._initialise()
+
+    share: Tensor                                               # [P, 1] 1 / points of that level
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Head m looks along angle 2 pi m / M, its points on squares of radius 1, 2, ... around the reference."""
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)              # [M, 2] on the unit square
+        radius = torch.tensor([float(p + 1) for count in self.points for p in range(count)])
+        self.offsets.bias.copy_((direction[:, None] * radius[:, None]).flatten())
+        for zero in (self.offsets.weight, self.weights.weight, self.weights.bias, self.value.bias, self.out.bias):
+            nn.init.zeros_(zero)
+        nn.init.xavier_uniform_(self.value.weight)
+        nn.init.xavier_uniform_(self.out.weight)
+
+    def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, shapes: Shapes,
+                padding: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        """One sum of sampled values per query.
+
+        query      [B, N, C]     content + position
+        reference  [1 or B, N, 2|4]  cx, cy(, w, h) in 0..1 of the picture
+        tokens     [B, S, C]     memory, level after level, row by row; shapes [(H_l, W_l)]
+        padding    [B, S] bool   True = read as zero
+        valid      [B, L, 2]     share of each level's width and height that is picture; None: all of it
+        return     [B, N, C]
+        """
+        kind = mixed(query)
+        if kind is not None:
+            query = query.to(kind)      # once for both of its Linears
+        value = self.value(tokens)
+        if padding is not None:
+            value = value.masked_fill(padding[..., None], 0.0)
+        offset = self.offsets(query).unflatten(-1, (self.heads, self.total, 2))     # [B, N, M, P, 2]
+        weight = self.weights(query).unflatten(-1, (self.heads, self.total)).softmax(-1)
+        if kind is not None:            # sums without copies exist in float32 alone
+            offset, weight = offset.float(), weight.float()
+        reference = reference[:, :, None, None]                                     # [B, N, 1, 1, 2|4]
+        if valid is not None:
+            parts = [valid[:, level : level + 1].expand(-1, count, -1) for level, count in enumerate(self.points)]
+            share = torch.cat(parts, dim=1)[:, None, None]                          # [B, 1, 1, P, 2]
+            reference = reference * torch.cat([share] * (reference.shape[-1] // 2), dim=-1)
+        if reference.shape[-1] == 4:
+            reach = reference[..., 2:] * (self.share * self.offset_scale)
+        else:
+            reach = self._per_point([(1 / w, 1 / h) for h, w in shapes], offset)
+        on_cpu = self.method == "default" and self.sampling != "grid_sample" and eager(value) and quick(weight)
+        if on_cpu and compiled_here() and weight.numel() * value.shape[-1] >= WORTH * self.heads:
+            summed = self._sum(value, reference[..., :2], offset, reach, weight, shapes)
+            return self.out(summed.to(kind or summed.dtype).flatten(2))
+        location = reference[..., :2] + offset * reach                              # 0..1 of the map, x then y
+        if self.method == "default" and self.sampling != "gather" and not on_cpu:
+            sampled = self._grid_sample(value, location, weight, shapes)
+        else:
+            sampled = self._gather(value, location, weight, shapes)
+        return self.out(sampled)
+
+    def _per_point(self, per_level: Sequence[tuple[float, float]], like: Tensor) -> Tensor:
+        """One pair per level -> [P, 2], repeated for the points of that level."""
+        pairs = [pair for pair, count in zip(per_level, self.points) for _ in range(count)]
+        return torch.tensor(pairs, device=like.device, dtype=like.dtype)
+
+    def _sum(self, value: Tensor, reference: Tensor, offset: Tensor, reach: Tensor, weight: Tensor,
+             shapes: Shapes) -> Tensor:
+        """As `_gather` in float32 on a CPU, without a sample in memory: [B, N, M, D]."""
+        sheet = Sheet.of(shapes, self.points, offset)
+        size = self._per_point([(w, h) for h, w in shapes], offset)
+        base, scale = reference * size + (sheet.corner - 0.5), reach * size         # in cells, [1 or B, N, 1, P, 2]
+        moved = zip(base.unbind(-1), offset.unbind(-1), scale.unbind(-1))
+        x, y = (torch.addcmul(place, by, cells) for place, by, cells in moved)
+        return bilinear_sum(value, x, y, weight, sheet)
+
+    def _grid_sample(self, value: Tensor, location: Tensor, weight: Tensor, shapes: Shapes) -> Tensor:
+        batch, queries = location.shape[:2]
+        levels = value.split([h * w for h, w in shapes], dim=1)
+        grids = (2 * location - 1).transpose(1, 2).flatten(0, 1).split(self.points, dim=2)  # [B*M, N, P_l, 2]
+        samples = []
+        for level, grid, (height, width) in zip(levels, grids, shapes):
+            maps = level.transpose(1, 2).reshape(batch * self.heads, -1, height, width)
+            samples.append(F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+        weight = weight.transpose(1, 2).flatten(0, 1)[:, None]                      # [B*M, 1, N, P]
+        summed = (torch.cat(samples, dim=-1) * weight).sum(-1)                      # [B*M, D, N]
+        return summed.reshape(batch, -1, queries).transpose(1, 2)
+
+    def _gather(self, value: Tensor, location: Tensor, weight: Tensor, shapes: Shapes) -> Tensor:
+        """The rows of `value` that the points touch, times their weights, summed."""
+        batch, queries = location.shape[:2]
+        tokens = value.shape[1]
+        size = self._per_point([(float(w), float(h)) for h, w in shapes], location)  # [P, 2]
+        starts = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
+        start, row = self._per_point([(float(s), float(w)) for s, (_, w) in zip(starts, shapes)], location).unbind(-1)
+        last = size - 1
+        if self.method == "discrete":
+            # RT-DETRv2 rounds location * size, half a cell right of and below the centres; its weights know that.
+            cell = torch.minimum((location * size + 0.5).floor().clamp(min=0), last).detach()
+            rows, weights = [start + cell[..., 1] * row + cell[..., 0]], [weight]
+        else:
+            low, high, weight_low, weight_high = around(location * size - 0.5, size)
+            (x0, y0), (x1, y1) = low.unbind(-1), high.unbind(-1)
+            (wx0, wy0), (wx1, wy1) = weight_low.unbind(-1), weight_high.unbind(-1)
+            rows = [start + y * row + x for y in (y0, y1) for x in (x0, x1)]
+            weights = [weight * (wy * wx) for wy in (wy0, wy1) for wx in (wx0, wx1)]
+        head = torch.arange(self.heads, device=value.device)[:, None]
+        first = torch.arange(batch, device=value.device)[:, None, None, None] * tokens
+        index = (torch.cat(rows, dim=-1).long() + first) * self.heads + head        # [B, N, M, 4P]
+        table = value.reshape(batch * tokens * self.heads, -1)                      # one row per token and head
+        weight = torch.cat(weights, dim=-1)                                         # [B, N, M, 4P]
+        return weighted_rows(table, index, weight).reshape(batch, queries, -1)

@@ -1,0 +1,102 @@
+"""The reading half of a deformable 3x3 convolution: nine taps that look where they are told to, each with a weight.
+
+Zhu et al. 2019, "Deformable ConvNets v2", section 3.1. A Linear over the nine taps' channels is the other half, so that
+it can be quantised and no operator is needed that runtimes lack. Several maps are read in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgedetr.layers.batched_gather import around
+from edgedetr.layers.cpu_kernels.cpu_features import mixed, quick
+from edgedetr.layers.cpu_kernels.weighted_rows import weighted_rows
+from edgedetr.layers.deformable_attention import SAMPLINGS
+from edgedetr.options import one_of
+
+TAPS = 9
+OFFSETS, MASKS = 2 * TAPS, TAPS     # what tells the taps, per cell: y, x of each tap; the weight of each tap
+
+
+@dataclass(frozen=True)
+class Source:
+    """A map within a table of tokens, and the grid of cells that look at it.
+
+    shape   (H, W) of the map; start: its first row in the table
+    out     (h, w) of the grid; cell (i, j) looks about cell (stride i, stride j) of the map
+    """
+
+    shape: tuple[int, int]
+    start: int
+    out: tuple[int, int]
+    stride: int = 1
+
+
+class TapPlaces(nn.Module):
+    """Where taps look before they are moved, which depends on the shapes alone."""
+
+    shape_only = True
+
+    def forward(self, sources: Sequence[Source], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """-> row and column [Q, 9] of every tap in cells of its map; height, width and start [Q, 1] of that map."""
+        kind = torch.promote_types(like.dtype, torch.float32)       # half precision cannot count cells
+        tap = torch.arange(3, device=like.device, dtype=kind) - 1
+        rows, columns, maps = [], [], []
+        for source in sources:
+            (height, width), (h, w) = source.shape, source.out
+            row = torch.arange(h, device=like.device, dtype=kind).repeat_interleave(w) * source.stride
+            column = torch.arange(w, device=like.device, dtype=kind).repeat(h) * source.stride
+            rows.append(row[:, None] + tap.repeat_interleave(3))
+            columns.append(column[:, None] + tap.repeat(3))
+            numbers = torch.tensor([[height, width, source.start]], device=like.device, dtype=kind)
+            maps.append(numbers.expand(h * w, -1))
+        size = torch.cat(maps)
+        return torch.cat(rows), torch.cat(columns), size[:, :1], size[:, 1:2], size[:, 2:]
+
+
+class DeformRead(nn.Module):
+    """`sampling`: "grid_sample" (torch's own), "gather" (row gathers), or "auto", the faster one here; one result."""
+
+    def __init__(self, sampling: str = "auto") -> None:
+        super().__init__()
+        one_of("model.sampling", sampling, SAMPLINGS)
+        self.sampling, self.places = sampling, TapPlaces()
+
+    def forward(self, table: Tensor, sources: Sequence[Source], offset: Tensor, mask: Tensor) -> Tensor:
+        """What the taps of every cell read; outside a map is zero.
+
+        table    [B, S, C]   maps, one after the other, row by row
+        offset   [B, Q, 18]  y, x of every tap in cells of its map, grid after grid in the order of `sources`
+        mask     [B, Q, 9]   weight of every tap, 0..1
+        return   [B, Q, 9 C]  tap after tap, row by row
+        """
+        if mixed(table):        # sums without copies exist in float32 alone
+            table = table.float()
+        row, column, height, width, start = self.places(sources, offset)
+        move = offset.to(row.dtype).unflatten(-1, (TAPS, 2))
+        row, column = row + move[..., 0], column + move[..., 1]                     # [B, Q, 9]
+        if self.sampling == "grid_sample" or (self.sampling == "auto" and not quick(table)):
+            read = self._grid_sample(table, sources, (2 * column + 1) / width - 1, (2 * row + 1) / height - 1)
+            return (read * mask.to(table.dtype)[..., None]).flatten(2)
+        batch, rows = table.shape[:2]
+        y0, y1, wy0, wy1 = around(row, height)
+        x0, x1, wx0, wx1 = around(column, width)
+        first = torch.arange(batch, device=table.device)[:, None, None, None] * rows
+        cell = torch.stack([start + y * width + x for y in (y0, y1) for x in (x0, x1)], dim=-1).long() + first
+        weight = torch.stack([wy * wx * mask for wy in (wy0, wy1) for wx in (wx0, wx1)], dim=-1).to(table.dtype)
+        return weighted_rows(table.flatten(0, 1), cell, weight).flatten(2)
+
+    def _grid_sample(self, table: Tensor, sources: Sequence[Source], x: Tensor, y: Tensor) -> Tensor:
+        """x, y [B, Q, 9] in -1..1 of each map -> [B, Q, 9, C]."""
+        read, grids = [], torch.stack([x, y], dim=-1).to(table.dtype)
+        for source, grid in zip(sources, grids.split([item.out[0] * item.out[1] for item in sources], dim=1)):
+            height, width = source.shape
+            level = table[:, source.start:source.start + height * width].transpose(1, 2).unflatten(2, source.shape)
+            sample = F.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+            read.append(sample.permute(0, 2, 3, 1))                                 # [B, h w, 9, C]
+        return torch.cat(read, dim=1)

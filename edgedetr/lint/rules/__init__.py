@@ -1,0 +1,64 @@
+"""The rules of lint: each a small function of the graph and the target, with the place where its claim can be read."""
+
+from __future__ import annotations
+
+from edgedetr.lint.lint_issue import Rule
+from edgedetr.lint.rules import limits, normalization, operators, quantized, shapes, structure, tensor_sizes, types
+
+_DOCS = "https://docs.nvidia.com/deeplearning/tensorrt/latest"
+_QUANTISED = f"{_DOCS}/inference-library/work-quantized-types.html"
+_PARSER = "https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md"
+_MODELOPT = "https://github.com/NVIDIA/Model-Optimizer (modelopt.onnx.quantization)"
+_ONNX = "https://onnx.ai/onnx/repo-docs/IR.html"
+_ISSUES = "https://github.com/NVIDIA/TensorRT/issues"
+
+RULES: tuple[Rule, ...] = (
+    Rule("inference", types.uninferable, "https://onnx.ai/onnx/api/shape_inference.html"),
+    Rule("external-data", shapes.external_data, "https://onnx.ai/onnx/repo-docs/ExternalData.html"),
+    Rule("names", structure.names, _ONNX),
+    Rule("damaged-weights", structure.damaged_weights, _ONNX),
+    Rule("schema", structure.by_schema, "https://onnx.ai/onnx/operators/"),
+    Rule("element-type", structure.element_types, _PARSER),
+    Rule("inner-type", structure.inner_types, _PARSER),
+    Rule("dimensions", limits.dimensions, f"{_DOCS}/reference/operators.html"),
+    Rule("sizes", tensor_sizes.sizes, "https://onnx.ai/onnx/operators/"),
+    Rule("parameters", tensor_sizes.parameters, "https://onnx.ai/onnx/operators/"),
+    Rule("opset", shapes.opset, _PARSER, by_target=True),
+    Rule("quantised-opset", shapes.quantised_opset, "https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html"),
+    Rule("open-input", shapes.open_input, f"{_ISSUES}/4813"),
+    Rule("untyped-output", shapes.untyped_output, "parser of TensorRT-RTX 1.7.1: Failed to convert ONNX date type"),
+    Rule("open-channels", shapes.open_channels, _QUANTISED),
+    Rule("shape-arithmetic", shapes.shape_arithmetic, f"{_DOCS}/performance/best-practices.html"),
+    Rule("foreign-domain", operators.foreign_domain, _PARSER, by_target=True),
+    Rule("unknown-operator", operators.unknown_operator, _PARSER, by_target=True),
+    Rule("operator-type", limits.operator_type, _PARSER, by_target=True),
+    Rule("operator-limit", limits.operator_limit, _PARSER, by_target=True),
+    Rule("operator-input", limits.operator_input, _PARSER, by_target=True),
+    Rule("combination", limits.combinations, "parser of TensorRT-RTX 1.7.1"),
+    Rule("data-dependent", operators.data_dependent, f"{_DOCS}/inference-library/work-dynamic-shapes.html"),
+    Rule("control-flow", operators.control_flow, f"{_DOCS}/performance/best-practices.html"),
+    Rule("integer-operator", operators.integer_operators, _PARSER),
+    Rule("too-new", operators.too_new, _PARSER, by_target=True),
+    Rule("topk-bound", operators.topk_bound, "builder of TensorRT-RTX 1.7.1: K exceeds the maximum value (3840)"),
+    Rule("grid-sample-mode", operators.grid_sample_mode, f"{_ISSUES}/4646", by_target=True),
+    Rule("grid-sample-rank", operators.grid_sample_rank, _PARSER, by_target=True),
+    Rule("grid-sample-wrong", operators.grid_sample_wrong, f"{_ISSUES}/4813", by_target=True),
+    Rule("batch-norm", operators.batch_norm, _QUANTISED),
+    Rule("layer-norm", normalization.written_out_layer_norm,
+         "https://github.com/marcoslucianops/DeepStream-Yolo/pull/647"),
+    Rule("zero-point", quantized.zero_point, _QUANTISED),
+    Rule("scale-value", quantized.scale_value, _QUANTISED, by_target=True),
+    Rule("scale-type", quantized.scale_type, "NvInfer.h of TensorRT 10.3 and 11.1, IQuantizeLayer", by_target=True),
+    Rule("scale-axis", quantized.scale_axis, _QUANTISED),
+    Rule("per-channel-activation", quantized.per_channel_activation, _QUANTISED),
+    Rule("weight-axis", quantized.weight_axis, _MODELOPT, by_target=True),
+    Rule("one-side-quantised", quantized.one_side_quantised, _QUANTISED),
+    Rule("small-product", quantized.small_product, _MODELOPT),
+    Rule("before-relu", quantized.before_relu, _QUANTISED),
+    Rule("concat-scales", quantized.concat_scales, _QUANTISED),
+    Rule("transposed-convolution", quantized.transposed_convolution, _MODELOPT),
+    Rule("equal-types", types.equal_types, f"{_DOCS}/inference-library/advanced.html#strongly-typed-networks",
+         by_target=True),
+    Rule("float64", types.double, _PARSER),
+    Rule("not-a-number", types.not_a_number, _PARSER),
+)

@@ -1,0 +1,163 @@
+"""LayerNormalization written out, known by what it computes and not by the nodes that it is written with.
+
+Wherever a root is taken of something that was averaged, the piece of graph around it is computed for random numbers
+and compared with LayerNormalization over the last axes, times and plus any constant per element of these axes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+from onnx import NodeProto
+
+from edgedetr.lint.lint_issue import Fault, Target, at
+from edgedetr.onnx_graph.evaluate_node import OPERATORS, evaluate
+from edgedetr.onnx_graph.index import GraphView, attribute
+
+_NORMALISING = ("InstanceNormalization", "GroupNormalization")
+_PASSING = ("Cast", "Identity", "Mul", "Pow", "Abs", "Sub", "Reshape")
+_MOST = 1 << 18                 # elements of one trial
+_BEFORE, _BEHIND = 24, 8        # nodes that are looked at on either side of a root
+_ROWS = 6                       # of random numbers at least: any two points lie on a straight line
+_CLOSE = 1e-3                   # of the spread of what is compared; epsilon of 1e-5 moves it by less
+
+
+def written_out_layer_norm(view: GraphView, target: Target) -> Iterator[Fault]:
+    for node in view.once("layer norms", lambda: find_layer_norms(view)):
+        yield at(node, "LayerNormalization is written out; in FP16 its square has overflowed to no detections",
+                 "export at opset 17 or later, where it is one operator that keeps its sums in float32", "warning")
+
+
+def find_layer_norms(view: GraphView) -> list[NodeProto]:
+    """The root, or the other normalization, of every LayerNormalization that is written out."""
+    return [node for node in view.nodes if _is_root(view, node) and _computes_layer_norm(view, node)]
+
+
+def _is_root(view: GraphView, node: NodeProto) -> bool:
+    if node.op_type == "Pow" and len(node.input) == 2:
+        power = view.folded(node.input[1])
+        return power is not None and power.size == 1 and abs(float(power.reshape(-1)[0])) == 0.5
+    if node.op_type in _NORMALISING:        # of several channels or groups they compute something else
+        shape = view.shape(node.input[0]) if node.input else None
+        return attribute(node, "num_groups", 0) == 1 or bool(shape and len(shape) > 1 and shape[1] == 1)
+    return node.op_type == "Sqrt"
+
+
+def _computes_layer_norm(view: GraphView, root: NodeProto) -> bool:
+    before, behind = _cone(view, root), _behind(view, root)
+    return any(_from(view, name, before, behind) for name in _sources(view, root, before))
+
+
+def _sources(view: GraphView, root: NodeProto, before: list[NodeProto]) -> list[str]:
+    """Tensors that may be the one which is normalized: what is averaged, the nearest to the root first."""
+    if root.op_type in _NORMALISING:        # one operator by itself; between two Reshapes it is this one
+        return [name for node in before[::-1] if node is not root for name in node.input[:1]
+                if view.folded(name) is None]
+    averaged = [node.input[0] for node in before[::-1] if node.op_type.startswith("Reduce") and node.input]
+    for name in averaged:
+        maker = view.makers.get(name)
+        if maker is not None and maker.op_type in _PASSING and maker.input and maker.input[0] not in averaged:
+            averaged.append(maker.input[0])
+    return list(dict.fromkeys(averaged))
+
+
+def _from(view: GraphView, source: str, before: list[NodeProto], behind: list[NodeProto]) -> bool:
+    """Whether something behind the root is the LayerNormalization of the tensor `source`."""
+    shape = view.shape(source)
+    if not shape or len(shape) < 2 or shape[-1] is None or shape[-1] < 2:
+        return False
+    sizes = [size or 2 for size in shape]
+    few = [*(min(size, 3) for size in sizes[:-1]), sizes[-1]]
+    # Of fewer rows it is the same, unless something in it is made for so many.
+    if few != sizes and _is_layer_norm(view, source, few, before, behind):
+        return True
+    rigid = any(node.op_type in ("Reshape", "Expand", *_NORMALISING) for node in (*before, *behind)) or any(
+        len(view.constants[name].dims) > 1 for node in (*before, *behind) for name in node.input
+        if name in view.constants)
+    return (few == sizes or rigid) and _is_layer_norm(view, source, sizes, before, behind)
+
+
+def _is_layer_norm(view: GraphView, source: str, sizes: list[int], before: list[NodeProto], behind: list[NodeProto],
+                   ) -> bool:
+    if np.prod(sizes, dtype=float) > _MOST:
+        return False
+    rows, rng = int(np.prod(sizes[:-1])), np.random.default_rng(0)
+    tries = [_compute(view, source, _numbers(rng, sizes), before, behind) for _ in range(-(-_ROWS // rows))]
+    made = [name for name in tries[0] if name != source and all(name in values for values in tries)]
+    for last in range(1, len(sizes)):
+        normal = np.stack([_layer_norm(values[source], last) for values in tries])
+        if any(_same(np.stack([values[name] for values in tries]), normal, last) for name in made):
+            return True
+    return False
+
+
+def _numbers(rng: np.random.Generator, sizes: list[int]) -> np.ndarray:
+    """Random, with a mean and a spread that differ from row to row, so that neither is there by chance."""
+    rows = (*sizes[:-1], 1)
+    return rng.normal(size=sizes) * rng.uniform(0.5, 2, rows) + rng.normal(size=rows) * 2
+
+
+def _compute(view: GraphView, source: str, x: np.ndarray, before: list[NodeProto], behind: list[NodeProto],
+             ) -> dict[str, np.ndarray]:
+    """Every tensor of as many numbers as `x` that follows from it and from constants."""
+    values: dict[str, np.ndarray] = {source: x}
+    for node in [*before, *behind]:
+        if node.output and node.output[0] not in values:
+            read = [values.get(name, view.folded(name)) if name else None for name in node.input]
+            if any(name and value is None for name, value in zip(node.input, read)):
+                continue
+            wide = [value.astype(float) if value is not None and value.dtype.kind == "f" else value for value in read]
+            result = evaluate(node, wide, rounded=False)
+            if result is not None:
+                values[node.output[0]] = result
+    return {name: value for name, value in values.items() if value.size == x.size and value.dtype.kind == "f"}
+
+
+def _layer_norm(x: np.ndarray, last: int) -> np.ndarray:
+    axes = tuple(range(x.ndim - last, x.ndim))
+    return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+
+
+def _same(made: np.ndarray, normal: np.ndarray, last: int) -> bool:
+    """Whether `made` is a line of `normal`, one line for each element of the last axes."""
+    columns = int(np.prod(normal.shape[-last:]))
+    y, n = made.reshape(-1, columns), normal.reshape(-1, columns)
+    if not np.isfinite(y).all():
+        return False
+    n0, y0 = n - n.mean(0), y - y.mean(0)
+    slope = (n0 * y0).sum(0) / np.maximum((n0 * n0).sum(0), 1e-12)
+    left, spread = np.abs(y0 - slope * n0).max(), np.abs(y0).max()
+    if len(n) < 3:              # two rows lie on a line whatever they are: then every column must have the same
+        return bool(np.allclose(y, n, atol=_CLOSE))
+    return bool(left <= _CLOSE * spread and spread > 0)
+
+
+def _cone(view: GraphView, root: NodeProto) -> list[NodeProto]:
+    """The root and the nodes before it that can be computed, each behind those that it reads."""
+    found: dict[str, NodeProto] = {}
+    waiting = deque([root])
+    while waiting and len(found) < _BEFORE:
+        node = waiting.popleft()
+        if node.op_type in OPERATORS and node.output and node.output[0] not in found:
+            found[node.output[0]] = node
+            waiting.extend(view.makers[name] for name in node.input if name in view.makers)
+    return sorted(found.values(), key=lambda node: view.order[node.output[0]])
+
+
+def _behind(view: GraphView, root: NodeProto) -> list[NodeProto]:
+    """The root and the nodes behind it that can be computed, and what else these read, in the order of the graph."""
+    found: dict[str, NodeProto] = {}
+    waiting = deque([root])
+    while waiting and len(found) < _BEHIND:
+        node = waiting.popleft()
+        if node.op_type in OPERATORS and node.output and node.output[0] not in found:
+            found[node.output[0]] = node
+            waiting.extend(reader.node for reader in view.readers[node.output[0]])
+    for node in list(found.values()):
+        for name in node.input:
+            maker = view.makers.get(name)
+            if maker is not None and maker.op_type in OPERATORS and len(found) < 2 * _BEHIND:
+                found.setdefault(maker.output[0], maker)
+    return sorted(found.values(), key=lambda node: view.order[node.output[0]])

@@ -1,0 +1,165 @@
+"""Operators that TensorRT does not have, reads otherwise than ONNX means them, or is slow or wrong at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from onnx import NodeProto
+
+from edgedetr.lint.lint_issue import Fault, Target, at
+from edgedetr.lint.operator_table import read_since
+from edgedetr.onnx_graph.index import GraphView, attribute, text
+from edgedetr.onnx_graph.infer import inner_graphs
+
+TOPK_LIMIT = 3840               # K; the builder refuses more
+DATA_DEPENDENT = {"NonMaxSuppression", "NonZero", "Unique", "Compress"}
+CONTROL_FLOW = {"If", "Loop", "Scan"}
+INTEGER = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
+MEANT = {"linear": "bilinear", "cubic": "bicubic"}      # names of opset 20 -> names of opset 16
+OWN = ("", "ai.onnx")
+
+
+def foreign_domain(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Operators that are not ONNX's own."""
+    for node in view.everywhere:
+        if node.domain in OWN or (node.domain, node.op_type) in _functions(view):
+            continue
+        if node.op_type.endswith("_TRT") or node.domain == "trt.plugins":
+            yield at(node, f"{node.op_type} is a TensorRT plugin: the engine builds and runs only where it is loaded, "
+                     "which edgedetr does not do, and no CPU can check it", "export the model without plugins")
+        elif node.op_type in target.table.operators:
+            yield at(node, f"{node.op_type} of domain {node.domain!r}: the parser goes by the name alone and takes it "
+                     "for ONNX's own", "export the model with operators of ONNX alone", "warning")
+        else:
+            yield at(node, f"{node.op_type} of domain {node.domain!r} is unknown to TensorRT",
+                     "export the model with operators of ONNX alone")
+
+
+def unknown_operator(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Operators that no known parser reads, and names that ONNX does not have."""
+    for node in view.everywhere:
+        elsewhere = node.op_type in INTEGER or node.op_type in DATA_DEPENDENT
+        if node.domain in OWN and not elsewhere and node.op_type not in target.table.operators \
+                and (node.domain, node.op_type) not in _functions(view) and not _later(node, target):
+            yield at(node, f"{node.op_type} is not among the operators that the parser reads",
+                     "export the model without it, written as operators that are", source=target.table.source)
+
+
+def data_dependent(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Outputs whose size depends on values."""
+    for node in view.everywhere:
+        if node.op_type in DATA_DEPENDENT:
+            yield at(node, f"{node.op_type} gives as many rows as the values ask for, so buffers and CUDA graphs "
+                     "cannot be fixed", "cut the graph before it (edgedetr import does), or use a fixed TopK")
+
+
+def control_flow(view: GraphView, target: Target) -> Iterator[Fault]:
+    for node in view.everywhere:
+        if node.op_type not in CONTROL_FLOW:
+            continue
+        yield at(node, f"{node.op_type} decides at run time, so no CUDA graph can be captured",
+                 "export for one fixed size, so that the decision falls at export (edgedetr import folds it)",
+                 "warning")
+        branches = inner_graphs(node) if node.op_type == "If" else []
+        for outputs in zip(*(graph.output for graph in branches)):
+            kinds = [item.type.tensor_type for item in outputs]
+            ranks = {len(kind.shape.dim) for kind in kinds if kind.HasField("shape")}
+            if len(ranks) > 1 or len({kind.elem_type for kind in kinds if kind.elem_type}) > 1:
+                yield at(node, "its branches give tensors of different ranks or types",
+                         "export for one fixed size, so that the decision falls at export")
+
+
+def integer_operators(view: GraphView, target: Target) -> Iterator[Fault]:
+    for node in view.everywhere:
+        if node.op_type in INTEGER:
+            yield at(node, f"{node.op_type} is ONNX Runtime's way to write INT8, which TensorRT does not read",
+                     "quantise the float model with Q/DQ pairs: edgedetr export B --int8")
+
+
+def too_new(view: GraphView, target: Target) -> Iterator[Fault]:
+    for node in view.everywhere:
+        later = _later(node, target)
+        if later:
+            yield at(node, f"{node.op_type} is read from TensorRT {later} on",
+                     "export at opset 19, where it is written as other operators")
+
+
+def topk_bound(view: GraphView, target: Target) -> Iterator[Fault]:
+    """K as it is written, or as it follows from sizes that are fixed: sorting a whole axis is a TopK of its length."""
+    for node in view.nodes:
+        if node.op_type != "TopK":
+            continue
+        if len(node.input) < 2:             # opset 9 has it as an attribute
+            found = np.array([attribute(node, "k", 0)])
+        else:
+            folded = view.folded(node.input[1])
+            found = np.array([]) if folded is None or folded.dtype.kind not in "iu" else folded.reshape(-1)
+        if not found.size:
+            yield at(node, "K is computed, so the size of everything behind it is open",
+                     "export for one fixed size, so that K is a constant", "warning")
+        elif int(found[0]) < 0:
+            yield at(node, f"K is {int(found[0])}", "export the model again")
+        elif int(found[0]) > TOPK_LIMIT:
+            yield at(node, f"K is {int(found[0])}; the builder takes at most {TOPK_LIMIT}",
+                     f"keep {TOPK_LIMIT} or fewer queries")
+
+
+def grid_sample_mode(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Opset 20 renamed the modes; parsers before TensorRT 11 take a name they do not know for "nearest"."""
+    for node in _grid_samples(view):
+        mode = text(node, "mode", "linear" if view.opset >= 20 else "bilinear")
+        if mode in MEANT:
+            yield at(node, f"mode {mode!r}, the name of opset 20, which TensorRT 10 silently takes for 'nearest'",
+                     f"export at opset 19, where it is called {MEANT[mode]!r} (edgedetr import renames it)",
+                     "error" if target.tensorrt < (11, 0) else "warning")
+
+
+def grid_sample_rank(view: GraphView, target: Target) -> Iterator[Fault]:
+    for node in _grid_samples(view):
+        shape = view.shape(node.input[0]) if node.input else None
+        if shape is not None and len(shape) != 4:
+            yield at(node, f"samples a tensor of {len(shape)} dimensions; before TensorRT 11.2 only 4 can be",
+                     "fold the further dimensions into the batch",
+                     "error" if target.tensorrt < (11, 0) else "warning")
+
+
+def grid_sample_wrong(view: GraphView, target: Target) -> Iterator[Fault]:
+    for node in _grid_samples(view):
+        if target.tensorrt >= (10, 14):
+            yield at(node, "engines of TensorRT 10.14 to 11.1 with GridSample have given wrong detections in silence",
+                     "export with --sampling gather, or compare the engine with the graph: edgedetr verify", "warning")
+
+
+def batch_norm(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Normalisation that is not part of the convolution's weights, so that these are quantised without it."""
+    for node in view.nodes:
+        maker = view.makers.get(node.input[0]) if node.input else None
+        after = maker is not None and maker.op_type == "Conv"
+        if node.op_type == "BatchNormalization":
+            yield at(node, "BatchNormalization is left" + (" behind a Conv" if after else ""),
+                     "export in evaluation mode with constant folding, before quantising (edgedetr import folds it)",
+                     "warning")
+        elif node.op_type == "Mul" and len(node.input) > 1 and after and _per_channel(view, node):
+            yield at(node, "a Conv is scaled by a constant per channel: a frozen BatchNorm that was not folded",
+                     "fold it into the weights before quantising (edgedetr import does)", "warning")
+
+
+def _grid_samples(view: GraphView) -> Iterator[NodeProto]:
+    return (node for node in view.nodes if node.op_type == "GridSample")
+
+
+def _per_channel(view: GraphView, node: NodeProto) -> bool:
+    """Whether the other factor of a Mul is a constant [1, C, 1, 1] or [C, 1, 1], C > 1."""
+    shape = view.constants[node.input[1]].dims if node.input[1] in view.constants else []
+    return len(shape) in (3, 4) and list(shape[-2:]) == [1, 1] and shape[-3] > 1 and (len(shape) == 3 or shape[0] == 1)
+
+
+def _functions(view: GraphView) -> set[tuple[str, str]]:
+    return view.once("functions", lambda: {(item.domain, item.name) for item in view.model.functions})
+
+
+def _later(node: NodeProto, target: Target) -> str:
+    """The release that reads an operator which this one does not, or an empty string."""
+    unread = node.domain in OWN and node.op_type not in target.table.operators and not target.rtx
+    return read_since(node.op_type) if unread else ""

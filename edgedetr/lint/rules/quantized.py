@@ -1,0 +1,210 @@
+"""Q/DQ pairs: what TensorRT's explicit quantisation accepts, and what it accepts and runs slower than without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from edgedetr.lint.lint_issue import Fault, Target, at
+from edgedetr.onnx_graph.index import FLOATS, GraphView, attribute, integers, type_name
+
+PAIR = ("QuantizeLinear", "DequantizeLinear")
+# Types that a quantized tensor may have.
+SIGNED = {TensorProto.INT8, TensorProto.FLOAT8E4M3FN, TensorProto.INT4,
+          getattr(TensorProto, "FLOAT4E2M1", TensorProto.INT8)}
+WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)     # 6.1e-5; below it a scale loses its digits
+SMALLEST_SIDE = 16              # inputs or outputs of a product
+AGAIN = "quantise the float model again: edgedetr export B --int8"
+
+
+def zero_point(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Of a signed type, all zeros, a constant, as many as there are scales; not needed where the type is known."""
+    for node in _pairs(view):
+        if node.op_type == "QuantizeLinear":
+            made = _quantised_type(view, node)
+            if made not in SIGNED:
+                how = "no zero point and no output_dtype, which ONNX reads as uint8 0" if len(node.input) < 3 and not (
+                    attribute(node, "output_dtype", 0)) else f"quantized to {type_name(made)}"
+                yield at(node, f"{how}; TensorRT has signed types alone (it takes uint8 0 for int8 in silence)",
+                         f"write an int8 zero point of 0; {AGAIN}")
+        name = node.input[2] if len(node.input) > 2 else ""
+        zero, scale = view.folded(name) if name else None, view.folded(node.input[1])
+        if name and zero is None:
+            # One that cannot be read is said by another rule; that of FP8 is not looked at.
+            if name not in view.constants and view.types.get(name) != TensorProto.FLOAT8E4M3FN:
+                yield at(node, "the zero point is computed; expected a constant", AGAIN)
+        elif zero is not None and np.asarray(zero, np.float32).any():
+            largest = zero.reshape(-1)[np.abs(zero.astype(np.float32)).argmax()]
+            yield at(node, f"the zero point is {largest}; expected 0 (symmetric)", AGAIN)
+        elif zero is not None and scale is not None and zero.size != scale.size:
+            yield at(node, f"{zero.size} zero points for {scale.size} scales", AGAIN)
+
+
+def _quantised_type(view: GraphView, node: NodeProto) -> int:
+    """The type that a QuantizeLinear gives; uint8 where nothing says another."""
+    told = attribute(node, "output_dtype", 0)
+    if len(node.input) > 2 and node.input[2]:
+        told = view.types.get(node.input[2], told or TensorProto.INT8)
+    return told or TensorProto.UINT8
+
+
+def scale_value(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Constant, finite, positive; as FP16 not below its smallest normal number."""
+    for node in _pairs(view):
+        scale = view.folded(node.input[1])
+        if scale is None:
+            # TensorRT 11 takes scales that are computed.
+            if target.tensorrt < (11, 0) and node.input[1] not in view.constants:
+                yield at(node, "the scale is computed; expected a constant", AGAIN)
+        elif not np.isfinite(scale).all() or (scale <= 0).any():
+            yield at(node, f"the scale is {scale.min() if np.isfinite(scale).all() else 'not finite'}; "
+                     "expected positive numbers", f"calibrate again on real images; {AGAIN}")
+        elif scale.dtype == np.float16 and float(scale.min()) < SMALLEST_HALF:
+            yield at(node, f"the smallest scale is {float(scale.min()):.1e} in FP16, below its smallest normal number, "
+                     f"{SMALLEST_HALF:.1e}", f"raise it to {SMALLEST_HALF:.1e} before it is cast; {AGAIN}")
+        elif scale.dtype == np.float64:
+            yield at(node, "the scale is float64; expected the type of the tensor", AGAIN, "warning")
+        elif view.types.get(node.input[1]) not in FLOATS:
+            yield at(node, f"the scale is {scale.dtype}; expected float32 or float16", AGAIN)
+
+
+def scale_type(view: GraphView, target: Target) -> Iterator[Fault]:
+    """The type of the tensor that is quantised; TensorRT 11 allows others."""
+    for node in _pairs(view):
+        if node.op_type != "QuantizeLinear":
+            continue
+        tensor, scale = view.types.get(node.input[0]), view.types.get(node.input[1])
+        if tensor is None or scale is None or tensor == scale or TensorProto.DOUBLE in (tensor, scale):
+            continue
+        yield at(node, f"a {type_name(tensor)} tensor has a {type_name(scale)} scale",
+                 "write the scale in the tensor's own type", "warning" if target.tensorrt >= (11, 0) else "error")
+
+
+def scale_axis(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Scales run along an axis that is there, and are as many as it is long."""
+    for node in _pairs(view):
+        scale, shape = view.folded(node.input[1]), view.shape(node.input[0])
+        if scale is None or scale.size <= 1 or shape is None or attribute(node, "block_size", 0):
+            continue
+        axis = attribute(node, "axis", 1)
+        if not -len(shape) <= axis < len(shape):
+            yield at(node, f"scales along axis {axis} of a tensor of {len(shape)} dimensions", AGAIN)
+        elif shape[axis] not in (None, scale.size):
+            yield at(node, f"{scale.size} scales along axis {axis}, which is {shape[axis]} long", AGAIN)
+
+
+def per_channel_activation(view: GraphView, target: Target) -> Iterator[Fault]:
+    for node in _pairs(view):
+        scale, source = view.folded(node.input[1]), node.input[0]
+        if scale is None or scale.size <= 1 or source in view.constants or view.folded(source) is not None:
+            continue
+        if attribute(node, "block_size", 0):
+            continue
+        if node.op_type == "DequantizeLinear" and source in view.makers:
+            continue            # its QuantizeLinear is told
+        yield at(node, f"an activation has {scale.size} scales; expected one in all", AGAIN)
+
+
+def weight_axis(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Scales of a weight run along its output channels; TensorRT 11 restores others too, and multiplies in float."""
+    for node in view.nodes:
+        restore = view.dequantised(node, 1) if node.op_type in WEIGHTED else None
+        scale = view.folded(restore.input[1]) if restore is not None else None
+        if restore is None or scale is None or scale.size <= 1:
+            continue
+        shape = view.shape(restore.output[0]) or view.shape(restore.input[0])
+        if not shape:
+            continue
+        if attribute(restore, "block_size", 0):
+            if node.op_type in ("Conv", "ConvTranspose"):
+                yield at(restore, f"scales per block in the weight of a {node.op_type}",
+                         f"one scale per output channel; {AGAIN}")
+            continue
+        found, wanted = attribute(restore, "axis", 1) % len(shape), _output_axis(view, node, restore, len(shape))
+        if found != wanted:
+            yield at(restore, f"scales along axis {found} of the weight of {node.op_type} {node.name}; its output "
+                     f"channels are axis {wanted}", AGAIN, "warning" if target.tensorrt >= (11, 0) else "error")
+
+
+def one_side_quantised(view: GraphView, target: Target) -> Iterator[Fault]:
+    """A product runs on integers when its data and its weight both come through Q/DQ."""
+    for node in view.nodes:
+        if node.op_type not in WEIGHTED:
+            continue
+        sides = [view.dequantised(node, index) is not None for index in (0, 1)]
+        if any(sides) and not all(sides):
+            yield at(node, f"only the {'data' if sides[0] else 'weight'} of this {node.op_type} is quantised, so it "
+                     "runs in float with a conversion more", f"quantise both or neither; {AGAIN}", "warning")
+
+
+def small_product(view: GraphView, target: Target) -> Iterator[Fault]:
+    for node in view.nodes:
+        if node.op_type not in ("MatMul", "Gemm") or not (view.dequantised(node, 0) and view.dequantised(node, 1)):
+            continue
+        shape = view.shape(node.input[1])
+        sides = [size for size in (shape or [])[-2:] if size is not None]
+        if len(shape or []) >= 2 and sides and min(sides) < SMALLEST_SIDE:
+            yield at(node, f"an INT8 product of {' x '.join(str(size) for size in sides)}; below {SMALLEST_SIDE} "
+                     "inputs or outputs it is slower than FP16", "leave it float (a policy's [[float]] rule)",
+                     "warning")
+
+
+def before_relu(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Conv and Relu are one kernel only when nothing stands between them."""
+    for node in view.nodes:
+        maker = view.makers.get(node.input[0]) if node.op_type == "QuantizeLinear" and node.input else None
+        if maker is None or maker.op_type not in ("Conv", "ConvTranspose"):
+            continue
+        restored = [name for made in node.output for reader in view.readers[made] for name in reader.node.output]
+        # A Relu that reads the Conv itself, beside the pair, is another branch: both values are needed.
+        if any(reader.node.op_type in ("Relu", "Clip") for name in restored for reader in view.readers[name]):
+            yield at(node, f"stands between {maker.op_type} {maker.name} and its Relu, so that they are two kernels",
+                     f"quantise behind the Relu; {AGAIN}", "warning")
+
+
+def concat_scales(view: GraphView, target: Target) -> Iterator[Fault]:
+    """A Concat whose output is quantised runs on integers when its inputs share one scale."""
+    for node in view.nodes:
+        if node.op_type != "Concat":
+            continue
+        makers = [view.makers.get(name) for name in node.input]
+        scales = [view.folded(maker.input[1]) for maker in makers
+                  if maker is not None and maker.op_type == "DequantizeLinear" and len(maker.input) > 1]
+        known = {float(scale.reshape(-1)[0]) for scale in scales if scale is not None and scale.size == 1}
+        requantised = any(reader.node.op_type == "QuantizeLinear"
+                          for name in node.output for reader in view.readers[name])
+        if len(scales) == len(makers) and len(known) > 1 and requantised:
+            yield at(node, f"its {len(makers)} inputs have {len(known)} scales, so each is converted once more",
+                     "give them one scale, the largest", "warning")
+
+
+def transposed_convolution(view: GraphView, target: Target) -> Iterator[Fault]:
+    for node in view.nodes:
+        restore = view.dequantised(node, 1) if node.op_type == "ConvTranspose" else None
+        scale = view.folded(restore.input[1]) if restore is not None else None
+        if scale is not None and scale.size > 1:
+            yield at(node, "an INT8 ConvTranspose with a scale per channel has been without any kernel",
+                     "one scale for its weight, or leave it float", "warning")
+
+
+def _pairs(view: GraphView) -> Iterator[NodeProto]:
+    """Those with what such a node must have; of others the shape inference says what is missing."""
+    return (node for node in view.nodes if node.op_type in PAIR and len(node.input) > 1 and node.output)
+
+
+def _output_axis(view: GraphView, node: NodeProto, restore: NodeProto, rank: int) -> int:
+    """Axis of the output channels in the weight as it is stored."""
+    if node.op_type == "Conv":
+        axis = 0
+    elif node.op_type == "Gemm":
+        axis = 0 if attribute(node, "transB", 0) else 1
+    else:
+        axis = 1 if node.op_type == "ConvTranspose" else rank - 1
+    between = view.makers[node.input[1]]
+    if between is restore:
+        return axis
+    order = integers(between, "perm")
+    return order[axis] if sorted(order) == list(range(rank)) else rank - 1 - axis

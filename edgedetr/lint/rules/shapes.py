@@ -1,0 +1,95 @@
+"""The file as a whole: its opset, its inputs, sizes that are left open, weights that lie elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onnx import TensorProto
+
+from edgedetr.lint.lint_issue import Fault, Target, at
+from edgedetr.onnx_graph.index import GraphView
+
+OPSET = 19
+
+
+def opset(view: GraphView, target: Target) -> Iterator[Fault]:
+    """The parser reads on beyond what is documented, and takes each operator as it knows it."""
+    oldest, newest = target.table.opsets
+    if not oldest <= view.opset <= newest:
+        yield Fault("the graph", f"opset {view.opset}; this parser is documented to read {oldest} to {newest}",
+                    f"export at opset {OPSET}", "warning")
+    elif view.opset != OPSET:
+        yield Fault("the graph", f"opset {view.opset}; {OPSET} is the one that fits everything (FP16 Q/DQ need 19, "
+                    "LayerNormalization 17, and 20 renames the modes of GridSample)", f"export at opset {OPSET}",
+                    "warning")
+
+
+def quantised_opset(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Scales per channel exist from opset 13, FP16 scales from 19; the parser takes both in older files too."""
+    for node in view.nodes:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 2:
+            continue
+        half = view.types.get(node.input[1]) == TensorProto.FLOAT16
+        axis = any(item.name == "axis" for item in node.attribute)
+        if (half and view.opset < 19) or (axis and view.opset < 13):
+            what = "an FP16 scale" if half else "a scale per channel"
+            yield at(node, f"{what} at opset {view.opset}; it exists from opset {19 if half else 13}, and ONNX Runtime "
+                     "refuses the file", f"export at opset {OPSET}", "warning")
+
+
+def open_input(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Sizes of the inputs: an open batch needs a profile, an open height or width is not supported here."""
+    weights = set(view.constants)
+    for item in view.graph.input:
+        if item.name in weights:
+            continue
+        shape = item.type.tensor_type.shape.dim if item.type.tensor_type.HasField("shape") else None
+        if shape is None:
+            yield Fault(item.name, "an input of unknown rank", "export with fixed sizes", "warning")
+            continue
+        free = [index for index, size in enumerate(shape) if not size.HasField("dim_value") or size.dim_value < 1]
+        if any(index > 0 for index in free):
+            yield Fault(item.name, "height, width or channels are open: INT8 and the positions want fixed sizes",
+                        "export for one size (edgedetr import --input HxW fixes it)", "warning")
+        elif free:
+            yield Fault(item.name, "the batch size is open: engines over a range of batches are slower, and have been "
+                        "wrong in silence at the sizes between", "one engine for each batch size; compare it at full "
+                        "batch: edgedetr verify", "warning")
+
+
+def untyped_output(view: GraphView, target: Target) -> Iterator[Fault]:
+    """The parser reads the types of the outputs from the file; what could be inferred does not help it."""
+    for item in view.graph.output:
+        if not item.type.tensor_type.elem_type:
+            yield Fault(item.name, "an output without a type, at which the parser stops",
+                        "write the types into the file: onnx.shape_inference.infer_shapes")
+
+
+def shape_arithmetic(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Sizes computed at run time although the input is fixed; one finding for the whole graph."""
+    left = [node for node in view.nodes if node.op_type == "Shape"]
+    free = any(not size.HasField("dim_value") for item in view.graph.input for size in item.type.tensor_type.shape.dim)
+    if left and not free:
+        yield at(left[0], f"{len(left)} Shape nodes are left in a graph of fixed size, each a small kernel",
+                 "fold constants (edgedetr export and import do)", "warning")
+
+
+def open_channels(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Channels of convolutions must be known when the engine is built."""
+    inputs = {item.name for item in view.graph.input}
+    for node in view.nodes:
+        if node.op_type != "Conv" or not node.input:
+            continue
+        integer, shape = view.dequantised(node, 0) is not None, view.shape(node.input[0])
+        # Of a float tensor inside, the parser may know more than is known here.
+        if shape is not None and len(shape) == 4 and shape[1] is None and (integer or node.input[0] in inputs):
+            yield at(node, f"{'an INT8' if integer else 'a'} convolution reads a tensor whose channels are open",
+                     "export for one fixed size")
+
+
+def external_data(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Weights beside the file that were not read: lint_file says why; here those that a model in memory still names."""
+    left = [tensor.name for tensor in view.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
+    if left:
+        yield Fault(left[0], f"{len(left)} weights lie outside the file and could not be read",
+                    "put the data file beside the model, as a plain file, and name it without a path")

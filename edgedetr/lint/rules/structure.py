@@ -1,0 +1,115 @@
+"""The graph as ONNX defines it: every name made once and before it is read, every tensor of a type and a size."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from onnx import NodeProto, TensorProto, ValueInfoProto
+
+from edgedetr.lint.lint_issue import Fault, Target, at
+from edgedetr.onnx_graph.index import GraphView, onnx_name, type_name
+from edgedetr.onnx_graph.infer import schema_of
+from edgedetr.onnx_graph.io import tensors
+from edgedetr.onnx_graph.tensor_checks import tensor_fault
+
+CHECK = "check the file: python -m onnx.checker FILE"
+AGAIN = "export the model again"
+# Element types that a tensor in TensorRT can have; float64 becomes float32.
+TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.INT64,
+         TensorProto.INT32, TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.BOOL,
+         TensorProto.FLOAT8E4M3FN, getattr(TensorProto, "FLOAT4E2M1", TensorProto.FLOAT8E4M3FN)}
+PACKED = {TensorProto.FLOAT8E4M3FN, TensorProto.INT4, getattr(TensorProto, "FLOAT4E2M1", TensorProto.INT4)}
+# Makers of uint8 of which something else is said, or which only pass on the bytes that came in.
+BYTES = {"QuantizeLinear", "Identity", "Flatten", "Constant"}
+CLASSES = {"bool": "bool", "string": "string", **dict.fromkeys(("float", "float16", "bfloat16", "double"), "float"),
+           **dict.fromkeys(("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"), "integer")}
+
+
+def names(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Names that are made twice, never, or in a circle; one fault for each."""
+    made = Counter(name for node in view.nodes for name in node.output if name)
+    given = {item.name for item in view.graph.input} | {tensor.name for tensor in view.graph.initializer} \
+        | {tensor.values.name for tensor in view.graph.sparse_initializer}
+    for name in [name for name, count in made.items() if count > 1 or name in given]:
+        yield Fault(name, "a tensor that is made twice", AGAIN)
+    for node in view.nodes:
+        for name in dict.fromkeys(node.input):
+            if name and name not in made and name not in given:
+                yield at(node, f"reads {name!r}, which nothing makes", AGAIN)
+    for item in view.graph.output:
+        if item.name not in made and item.name not in given:
+            yield Fault(item.name, "an output that nothing makes", AGAIN)
+    for node in _circle(view):
+        yield at(node, "reads what follows from itself", AGAIN)
+        break
+
+
+def _circle(view: GraphView) -> Iterator[NodeProto]:
+    """Nodes that stand before one that they read, in the best order there is."""
+    for place, node in enumerate(view.sorted):
+        if any(view.order.get(name, -1) >= place for name in node.input):
+            yield node
+
+
+def element_types(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Types that TensorRT does not have, in inputs, weights, attributes and what is computed."""
+    for name, kind in view.types.items():
+        if kind not in TYPES:
+            yield Fault(name, f"a tensor of {type_name(kind)}, a type that TensorRT does not have",
+                        "cast it at export, or export without it")
+    for item in _not_tensors([*view.graph.input, *view.graph.output]):
+        yield Fault(item.name, f"a {item.type.WhichOneof('value')[:-5].replace('_', ' ')}; TensorRT has tensors alone",
+                    "export the model with tensors alone")
+
+
+def _not_tensors(items: Iterable[ValueInfoProto]) -> Iterator[ValueInfoProto]:
+    return (item for item in items if item.type.WhichOneof("value") not in (None, "tensor_type"))
+
+
+def inner_types(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Bytes may come in and go out, and between there are none; FP8 and INT4 are made by QuantizeLinear alone."""
+    for node in view.nodes:
+        for name in node.output:
+            kind = view.types.get(name, 0)
+            if kind == TensorProto.UINT8 and name not in view.outputs and node.op_type not in BYTES:
+                yield at(node, "makes a uint8 tensor inside the graph; TensorRT has these only as inputs and outputs",
+                         "cast to float32 or int32 where the bytes come in")
+            elif kind in PACKED and node.op_type in ("Cast", "CastLike"):
+                yield at(node, f"casts to {type_name(kind)}, which only QuantizeLinear can", "write a QuantizeLinear")
+
+
+def damaged_weights(view: GraphView, target: Target) -> Iterator[Fault]:
+    for tensor in tensors(view.model):
+        fault = "" if tensor.data_location == TensorProto.EXTERNAL else tensor_fault(tensor)
+        if fault:
+            yield Fault(tensor.name or "(a constant without a name)", f"a weight that cannot be read: {fault}", AGAIN)
+
+
+def by_schema(view: GraphView, target: Target) -> Iterator[Fault]:
+    """Attributes that an operator must have, and inputs of a kind that it cannot have: floats as indices and such."""
+    versions = {item.domain: item.version for item in view.model.opset_import}
+    classes: dict[tuple[str, str, int], dict[str, set[str]]] = {}
+    for node in view.nodes:
+        schema = schema_of(node, versions)
+        if schema is None:
+            continue
+        written = {item.name for item in node.attribute}
+        for name, told in schema.attributes.items():
+            if told.required and name not in written:
+                yield at(node, f"{node.op_type} has no {name}, which it must have", CHECK)
+        key = schema.domain, schema.name, schema.since_version
+        if key not in classes:
+            classes[key] = {item.type_param_str: _classes(item.allowed_type_strs) for item in schema.type_constraints}
+        allowed = classes[key]
+        for place, name in zip(schema.inputs, node.input):
+            found = _classes([f"tensor({onnx_name(view.types.get(name, 0))})"])
+            wanted = allowed.get(place.type_str) or _classes([place.type_str])
+            if found and wanted and not found & wanted:
+                yield at(node, f"{place.name} of {node.op_type} is {type_name(view.types[name])}; ONNX allows "
+                         f"{', '.join(sorted(wanted))}", CHECK)
+
+
+def _classes(texts: Iterable[str]) -> set[str]:
+    """float, integer, bool, string of texts such as `tensor(float16)`; nothing of others."""
+    return {CLASSES[text[7:-1]] for text in texts if text[7:-1] in CLASSES}

@@ -1,0 +1,65 @@
+"""Element types: a strongly typed network takes the graph at its word, so operands must have one type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from onnx import TensorProto
+
+from edgedetr.lint.lint_issue import Fault, Target, at
+from edgedetr.onnx_graph.index import FLOATS, GraphView, type_name
+
+# Operator -> the inputs that must have one type; None = all of them.
+EQUAL: dict[str, tuple[int, ...] | None] = {
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max", "Sum", "Mean", "PRelu", "Equal", "Greater",
+                     "GreaterOrEqual", "Less", "LessOrEqual", "Concat", "MatMul", "Gemm", "Conv", "ConvTranspose",
+                     "LayerNormalization", "InstanceNormalization", "GridSample")),
+    "Where": (1, 2), "ScatterND": (0, 2), "ScatterElements": (0, 2), "Attention": (0, 1, 2),
+}
+# Mixed only from this release on.
+MIXED_FROM: dict[str, tuple[int, int]] = {"Pow": (10, 8), "BatchNormalization": (10, 7)}
+
+
+def equal_types(view: GraphView, target: Target) -> Iterator[Fault]:
+    for node in view.nodes:
+        if node.op_type not in EQUAL and target.tensorrt >= MIXED_FROM.get(node.op_type, (0, 0)):
+            continue
+        places = EQUAL.get(node.op_type)
+        names = [node.input[i] for i in (range(len(node.input)) if places is None else places) if i < len(node.input)]
+        kinds = [_computed_as(view.types[name]) for name in names if name and name in view.types]
+        if len(set(kinds)) > 1:
+            told = " and ".join(type_name(kind) for kind in dict.fromkeys(kinds))
+            yield at(node, f"{node.op_type} of {told}; a strongly typed network takes operands of one type",
+                     "put a Cast where the types part")
+
+
+def _computed_as(kind: int) -> int:
+    return TensorProto.FLOAT if kind == TensorProto.DOUBLE else kind
+
+
+def double(view: GraphView, target: Target) -> Iterator[Fault]:
+    for node in view.nodes:
+        if any(view.types.get(name) == TensorProto.DOUBLE for name in node.output) and node.op_type != "Constant":
+            yield at(node, "float64, which TensorRT computes as float32", "cast to float32 at export", "warning")
+
+
+def not_a_number(view: GraphView, target: Target) -> Iterator[Fault]:
+    """NaN in a constant; and infinity in FP16, which is what a number above 65504 became."""
+    for name, tensor in view.constants.items():
+        if tensor.data_type not in FLOATS - {TensorProto.BFLOAT16}:
+            continue
+        value = view.value(name)
+        if value is None:
+            continue
+        if np.isnan(value).any():
+            yield Fault(name, "a constant holds NaN", "train again from the last good checkpoint, and export again")
+        elif value.dtype == np.float16 and np.isposinf(value).any():
+            yield Fault(name, "an FP16 constant is infinite: the number was above 65504",
+                        "keep it and what reads it float32", "warning")
+
+
+def uninferable(view: GraphView, target: Target) -> Iterator[Fault]:
+    if view.fault:
+        yield Fault("the graph", f"its types and shapes cannot be inferred ({view.fault}), so some rules saw nothing",
+                    "check the file: python -m onnx.checker FILE")

@@ -1,0 +1,1 @@
+"""Pretrained weights: found, read within limits, their configuration inferred, their names converted."""

@@ -1,0 +1,292 @@
+"""What config.json of transformers says of a model: every key is read, compared with the tensors, or refused by name.
+
+The tables are in `hub_keys`. Nothing of it is executed, and no value is trusted to be of the type it should be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgedetr.errors import ModelError, did_you_mean
+from edgedetr.models.backbones.resnet import DEPTHS
+from edgedetr.models.checkpoints.transformers_keys import (
+    ALONE,
+    BACKBONES,
+    SOURCES,
+    VIT_HEAD,
+    Key,
+    Only,
+    Read,
+    Same,
+    Source,
+)
+
+STAGES = 5                      # stem and four stages, which out_indices count from 0, or from the end below 0
+LEVELS = {"rt_detr": [2, 3, 4], "deformable_detr": [2, 3, 4]}    # of the backbone, where more than the last are taken
+TIMM = re.compile(r"(resnet(?:18|34|50|101))(d?)(?:\.\w+)?$")
+HUB = re.compile(r"microsoft/(resnet-(?:18|34|50|101))$")
+STAGED = ("resnet", "rt_detr_resnet")
+# What transformers takes where a ResNet's configuration says nothing: ResNet-50.
+STAGED_DEFAULTS: dict[str, Any] = {"depths": [3, 4, 6, 3], "layer_type": "bottleneck", "embedding_size": 64,
+                                   "hidden_sizes": [256, 512, 1024, 2048]}
+FIX = "import an ONNX export of it: edgedetr import FILE.onnx"
+
+
+@dataclass(frozen=True)
+class Told:
+    """config.json of a model, looked through once.
+
+    values    fields of the member's configuration, and what they are
+    backbone  name of the backbone where config.json says one of timm's or of the hub, else ""
+    """
+
+    where: str
+    raw: Mapping[str, Any]
+    source: Source
+    values: dict[str, Any] = field(default_factory=dict)
+    backbone: str = ""
+
+    def agree(self, found: Mapping[str, Any]) -> None:
+        """Compare with what the tensors say. Errors: ModelError that names the key and both values."""
+        width = found.get("encoder_width") or found.get("hidden")
+        for key, entry in self.source.keys.items():
+            if not isinstance(entry, (Read, Same)) or (key not in self.raw and not _has_default(entry)):
+                continue
+            ours = width if entry.field == "encoder_width" else found.get(entry.field)
+            said = self.raw.get(key, entry.default)
+            theirs = self.values.get(entry.field) if isinstance(entry, Read) else entry.of(said)
+            unknown = ours is None and (isinstance(entry, Read) or key not in self.raw)
+            if unknown or _equal(entry.field, ours, theirs, width):
+                continue
+            raise ModelError(f"{self.where}: {key} is {_shown(said)}, but the tensors say "
+                             f"{'none' if ours is None else _shown(ours)}{_reason(entry)}; expected the config.json "
+                             "that belongs to the weights")
+        if self.backbone and (found.get("backbone"), found.get("backbone_width")) != (self.backbone, 1):
+            raise ModelError(f"{self.where}: backbone is {self.backbone}, but the tensors are those of "
+                             f"{found.get('backbone')} at width {found.get('backbone_width')}; expected the "
+                             "config.json that belongs to the weights")
+        self._agree_on_stages(found)
+
+    def _agree_on_stages(self, found: Mapping[str, Any]) -> None:
+        """Sizes of a nested ResNet, with transformers' own where it names none; the tensors built ours."""
+        nested = self.raw.get("backbone_config")
+        name = str(found.get("backbone")).removesuffix("vd")
+        if not isinstance(nested, dict) or nested.get("model_type") not in STAGED or name not in DEPTHS:
+            return
+        (depths, bottleneck), stem = DEPTHS[name], round(64 * found.get("backbone_width", 1))
+        ours = {"depths": list(depths), "layer_type": "bottleneck" if bottleneck else "basic", "embedding_size": stem,
+                "hidden_sizes": [stem * 2**stage * (4 if bottleneck else 1) for stage in range(4)]}
+        for key, value in ours.items():
+            said = nested.get(key, STAGED_DEFAULTS[key])
+            if said != value:
+                raise ModelError(f"{self.where}: backbone_config: {key} is {_shown(said)}, but the tensors say "
+                                 f"{_shown(value)}; expected the config.json that belongs to the weights")
+
+
+def look(raw: Mapping[str, Any], member: str, where: str) -> Told:
+    """Go through every key of config.json for `member`.
+
+    Errors: ModelError that names the key, its value and what is read, for whatever our networks would not compute.
+    """
+    source = _source(raw, member, where)
+    values: dict[str, Any] = {}
+    said: dict[str, str] = {}
+    _walk(raw, source.keys, where)
+    for key, entry in source.keys.items():
+        if not isinstance(entry, Read):
+            continue
+        value = _read(raw[key], entry, f"{where}: {key}") if key in raw else entry.default
+        if value is None:
+            continue
+        if entry.field in values and values[entry.field] != value:
+            raise ModelError(f"{where}: {said[entry.field]} and {key} = {_shown(value)} differ; this package builds "
+                             f"{entry.why or 'one for both'}; {FIX}")
+        values[entry.field], said[entry.field] = value, f"{key} = {_shown(value)}"
+    if member == "deformable_detr":
+        name = "two_stage_num_proposals" if raw.get("two_stage") is True else "num_queries"
+        values["queries"] = _read(raw.get(name, 300), Read("", "queries", 300), f"{where}: {name}")
+    backbone, dilated = _backbone(raw, source, where)
+    if dilated:
+        values["dilate_last"] = True
+    return Told(where, raw, source, values, backbone)
+
+
+def look_at_backbone(raw: Mapping[str, Any], where: str) -> None:
+    """Go through the config.json beside weights of which the backbone alone is taken.
+
+    Files of other libraries (timm's have no model_type) say nothing that the tensors do not.
+
+    Errors: ModelError that names the key, as in `look`.
+    """
+    kind = raw.get("model_type")
+    if kind is None:
+        return
+    if isinstance(kind, str) and kind in ALONE:
+        _walk(raw, ALONE[kind], where)
+        heads = raw.get("num_attention_heads")
+        if kind == "vit" and not (isinstance(heads, int) and raw.get("hidden_size") == VIT_HEAD * heads):
+            raise ModelError(f"{where}: num_attention_heads is {_shown(heads)} for hidden_size "
+                             f"{_shown(raw.get('hidden_size'))}; expected heads of {VIT_HEAD} channels")
+        return
+    if not isinstance(kind, str) or kind not in SOURCES:
+        raise ModelError(f"{where}: model_type is {_shown(kind)}; a backbone is read from "
+                         f"{', '.join([*ALONE, *SOURCES])}")
+    _backbone(raw, SOURCES[kind], where)
+
+
+def _source(raw: Mapping[str, Any], member: str, where: str) -> Source:
+    """The class of transformers that a config.json belongs to. Errors: ModelError where it is none of the member's."""
+    known = [name for name, source in SOURCES.items() if source.member == member]
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in known:
+        other = SOURCES[kind].member if isinstance(kind, str) and kind in SOURCES else ""
+        advice = f"use --model {other}" if other else FIX
+        raise ModelError(f"{where}: model_type is {_shown(kind)}; {member} is read from "
+                         f"{' or '.join(known) or 'no class of transformers'}; {advice}")
+    classes = raw.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and any(name in SOURCES[kind].architectures
+                                                                     for name in classes)):
+        raise ModelError(f"{where}: architectures is {_shown(classes)}; expected "
+                         f"{' or '.join(SOURCES[kind].architectures)}; {FIX}")
+    return SOURCES[kind]
+
+
+def _walk(raw: Mapping[str, Any], keys: Mapping[str, Key], where: str) -> None:
+    """Every key is in the table, and those of one value have it."""
+    for key, value in raw.items():
+        entry = keys.get(key)
+        if entry is None:
+            raise ModelError(f"{where}: unknown key {key!r} = {_shown(value)}{did_you_mean(key, keys)}; detections may "
+                             "depend on it; if they do not, remove it from a copy of the file")
+        if isinstance(entry, Only) and not any(_same(entry.of(value), one) for one in entry.values):
+            wanted = "" if entry.of(value) != value else f"; expected {' or '.join(map(_shown, entry.values))}"
+            raise ModelError(f"{where}: {key} is {_shown(value)}, which this package does not compute{_reason(entry)}"
+                             f"{wanted}; {FIX}")
+
+
+def _read(value: Any, entry: Read, where: str) -> Any:
+    """A value in our words. Errors: ModelError for one of another type or without a word of ours."""
+    if entry.words is not None:
+        if isinstance(value, str) and value in entry.words:
+            return entry.words[value]
+        raise ModelError(f"{where} is {_shown(value)}, which this package does not compute{_reason(entry)}; expected "
+                         f"{' or '.join(entry.words)}; {FIX}")
+    if isinstance(entry.default, bool):
+        if isinstance(value, bool):
+            return value
+        raise ModelError(f"{where} is {_shown(value)}; expected true or false")
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31:
+        return value
+    raise ModelError(f"{where} is {_shown(value)}; expected a whole number from 1")
+
+
+def _backbone(raw: Mapping[str, Any], source: Source, where: str) -> tuple[str, bool]:
+    """Name of a backbone of timm or of the hub ("" = the tensors tell), and whether C5 is dilated."""
+    nested = raw.get("backbone_config")
+    if nested is not None:
+        if not isinstance(nested, dict):
+            raise ModelError(f"{where}: backbone_config is {_shown(nested)}; expected an object")
+        where = f"{where}: backbone_config"
+        kind = nested.get("model_type")
+        if not isinstance(kind, str) or kind not in BACKBONES:
+            raise ModelError(f"{where}: model_type is {_shown(kind)}; expected {', '.join(BACKBONES)}; {FIX}")
+        _walk(nested, BACKBONES[kind], where)
+        _levels(nested, raw, source, where, [STAGES - 1])
+        if kind == "timm_backbone":
+            return _timm(nested.get("backbone"), where), _dilated(nested.get("output_stride"), where)
+        return "", False            # transformers' own ResNets have no dilation, whatever `dilation` says
+    name = raw.get("backbone")
+    if raw.get("use_timm_backbone", source.timm) is True:
+        options = raw.get("backbone_kwargs") or {}
+        if not isinstance(options, dict) or set(options) - {"out_indices", "num_channels", "output_stride"}:
+            raise ModelError(f"{where}: backbone_kwargs is {_shown(options)}; expected out_indices, num_channels and "
+                             f"output_stride alone; {FIX}")
+        where = f"{where}: backbone_kwargs" if options else where
+        if options.get("num_channels", 3) != 3:
+            raise ModelError(f"{where}: num_channels is {_shown(options['num_channels'])}; expected 3")
+        _levels(options, raw, source, where, None)
+        dilation = raw.get("dilation", False)
+        if not isinstance(dilation, bool):
+            raise ModelError(f"{where}: dilation is {_shown(dilation)}; expected true or false")
+        return _timm(name or "resnet50", where), _dilated(options.get("output_stride", 16 if dilation else None), where)
+    if name is not None and not (isinstance(name, str) and HUB.match(name)):
+        raise ModelError(f"{where}: backbone is {_shown(name)}; expected microsoft/resnet-50 or another ResNet; {FIX}")
+    return (name.partition("/")[2].replace("-", "") if name else ""), False
+
+
+def _timm(name: Any, where: str) -> str:
+    """timm's name of a ResNet, as ours."""
+    found = TIMM.match(name) if isinstance(name, str) else None
+    if not found:
+        raise ModelError(f"{where}: backbone is {_shown(name)}; expected resnet18, 34, 50 or 101, or one with a d; "
+                         f"{FIX}")
+    return found[1] + ("vd" if found[2] else "")
+
+
+def _dilated(stride: Any, where: str) -> bool:
+    if stride not in (None, 16, 32) or isinstance(stride, bool):
+        raise ModelError(f"{where}: output_stride is {_shown(stride)}; expected 32, or 16 for a dilated C5; {FIX}")
+    return stride == 16
+
+
+def _levels(told: Mapping[str, Any], raw: Mapping[str, Any], source: Source, where: str,
+            absent: list[int] | None) -> None:
+    """Feature levels that the backbone gives: all that the model takes, and nothing after them.
+
+    absent   what is given where none are named; None: what the model takes
+    """
+    wanted = LEVELS.get(source.member, [4])
+    if source.member == "deformable_detr" and raw.get("num_feature_levels", 4) == 1:
+        wanted = [4]
+    listed = {key: told[key] for key in ("out_indices", "out_features") if told.get(key) is not None}
+    for key, given in listed.items():
+        stages = [_stage(item) for item in given] if isinstance(given, list) else [-1]
+        if -1 in stages or (stages != wanted if len(wanted) > 1 else stages[-1:] != wanted):
+            raise ModelError(f"{where}: {key} is {_shown(given)}; expected the stages {wanted} of {STAGES - 1}, which "
+                             f"{source.member} takes; {FIX}")
+    if not listed and absent is not None and absent != wanted:
+        raise ModelError(f"{where}: out_features names no stages, which gives the last alone; expected {wanted}")
+
+
+def _stage(item: Any) -> int:
+    """Number of a stage, 0..4, by number, "stage3" or "layer3"; -1 for what is none."""
+    if isinstance(item, str):
+        found = re.fullmatch(r"(?:stage|layer)([1-4])", item)
+        return int(found[1]) if found else -1
+    if isinstance(item, int) and not isinstance(item, bool) and -STAGES <= item < STAGES:
+        return item % STAGES
+    return -1
+
+
+def _has_default(entry: Key) -> bool:
+    return isinstance(entry, Same) and entry.default is not None
+
+
+def _equal(name: str, ours: Any, theirs: Any, width: Any) -> bool:
+    if name == "ffn_activation":
+        return bool((ours == "prelu") == (theirs == "prelu"))      # of the others, no tensor tells which
+    if isinstance(theirs, float) and isinstance(ours, float) and 0 <= theirs < 64:
+        return int(width * theirs) == int(width * ours)           # a share of the width, in whole channels
+    return bool(ours == theirs)
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    return isinstance(value, bool) == isinstance(wanted, bool) and bool(value == wanted)
+
+
+def _reason(entry: Key) -> str:
+    return f" ({entry.why})" if entry.why else ""
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON, cut to a length that a message can hold."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = type(value).__name__
+    return text if len(text) <= 60 else f"{text[:57]}..."
+

@@ -1,0 +1,1 @@
+"""What stands between backbone and queries: necks and encoders."""

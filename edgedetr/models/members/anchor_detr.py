@@ -1,0 +1,72 @@
+"""Anchor DETR: queries are patterns at anchor points, and attention goes by rows and columns.
+
+Wang et al. 2021, "Anchor DETR: Query Design for Transformer-Based Object Detection".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from edgedetr.errors import ModelError
+from edgedetr.layers.attention import MultiHeadAttention
+from edgedetr.layers.feedforward import FeedForward
+from edgedetr.layers.norm import Normalise
+from edgedetr.layers.row_column_attention import AxisPosition, RowColumnAttention, RowColumnLayer
+from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, RowColumnCrossAttention
+from edgedetr.models.detector import Detector
+from edgedetr.models.encoders.dense import RowColumnEncoder
+from edgedetr.models.member_config import TransformerConfig, backbone_of
+from edgedetr.models.members.conditional_detr import rare_and_unmoved
+from edgedetr.models.queries.anchors import AnchorPoints, AnchorQueries
+
+SIZE_LOGIT = -2.0       # width and height that every box starts from: 0.12 of the picture
+
+
+@dataclass(frozen=True)
+class AnchorDetrConfig(TransformerConfig):
+    """Anchor DETR-DC5-R50 as published (section 4.1)."""
+
+    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    class_loss: ClassVar[str] = "focal"
+
+    dilate_last: bool = True                    # C5 at stride 16 (DC5): 2.2 AP more than stride 32
+    ffn: int = 1024                             # 4 C
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    queries: int = 900                          # 300 anchor points x 3 patterns; 300 and 1 pattern for the edge
+    patterns: int = 3                           # objects that one point can answer for (table 3)
+    points: Literal["learned", "grid"] = "learned"
+    dropout: float = 0.0                        # none, as published
+    denoising: bool = False                     # vectors for noised labels, which stand at points; not in the paper
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patterns < 1 or self.queries % self.patterns:
+            raise ModelError(f"model.queries is {self.queries}; expected a multiple of model.patterns, {self.patterns}")
+
+
+def anchor_detr(config: AnchorDetrConfig, num_classes: int) -> Detector:
+    """The network of the paper's figure 3, with random weights."""
+    c = config
+    backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
+
+    def feedforward() -> FeedForward:
+        return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)
+
+    axis = AxisPosition(c.hidden)
+    encoder = RowColumnEncoder(backbone.channels[-1], backbone.strides[-1], c.hidden, axis,
+                               [RowColumnLayer(RowColumnAttention(c.hidden, c.heads, c.dropout), feedforward(),
+                                               c.hidden, c.dropout) for _ in range(c.encoder_layers)])
+    selector = AnchorQueries(AnchorPoints(c.queries // c.patterns, c.hidden, c.points, axis), c.patterns, c.hidden,
+                             num_classes, c.denoising)
+    heads = AbsoluteBoxes(c.hidden, num_classes)
+    decoder = Decoder([DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
+                                    RowColumnCrossAttention(c.hidden, c.heads, c.dropout), feedforward(), c.hidden,
+                                    c.dropout) for _ in range(c.decoder_layers)], heads)
+    detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
+    rare_and_unmoved(heads)
+    nn.init.constant_(heads.box.layers[-1].bias[2:], SIZE_LOGIT)  # type: ignore[index, arg-type]  # not known to mypy
+    return detector

@@ -1,0 +1,106 @@
+"""Deformable DETR: attention that samples a few points, so that several levels of a ResNet can be attended.
+
+Zhu et al. 2021, "Deformable DETR: Deformable Transformers for End-to-End Object Detection".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from edgedetr.errors import ModelError
+from edgedetr.layers.attention import MultiHeadAttention
+from edgedetr.layers.deformable_attention import DeformableAttention
+from edgedetr.layers.feedforward import FeedForward
+from edgedetr.layers.norm import Normalise
+from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
+from edgedetr.models.detector import Detector
+from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
+from edgedetr.models.member_config import TransformerConfig, backbone_of
+from edgedetr.models.queries.proposals import PointQueries, TwoStageQueries
+
+PRIOR = 0.01            # class probability that the heads start from (RetinaNet, section 4.1)
+SIZE_LOGIT = -2.0       # width and height that every box starts from: 0.12 of the picture
+SLOW = (".offsets.", "selector.reference.")     # names of what learns at a tenth of the rate (section A.4)
+
+
+@dataclass(frozen=True)
+class DeformableDetrConfig(TransformerConfig):
+    """Deformable DETR-R50 as published, multi-scale; `refine` and `two_stage` are its stronger forms (table 1)."""
+
+    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    class_loss: ClassVar[str] = "focal"
+
+    dilate_last: bool = False                   # C5 at stride 16 (DC5), for a single level
+    levels: int = 4                             # C3, C4, C5 and a stride-2 convolution of C5; 1: C5 alone
+    points: int = 4                             # samples per head and level
+    ffn: int = 1024                             # 4 C
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    queries: int = 300                          # as many boxes as come out
+    refine: bool = False                        # every layer moves the box of the layer before, with heads of its own
+    two_stage: bool = False                     # queries start at the best boxes of a head on the memory
+    sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
+    dropout: float = 0.1
+    denoising: bool = False                     # vectors for noised labels, for two_stage; not in the paper
+    ffn_activation: Literal["relu", "gelu", "silu"] = "relu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.two_stage and not self.refine:
+            raise ModelError("model.two_stage refines the boxes it starts from; add --set model.refine=true")
+        if self.denoising and not self.two_stage:
+            raise ModelError("model.denoising needs queries that start from boxes; add --set model.two_stage=true")
+        if self.levels not in (1, 3, 4, 5) or self.points < 1:
+            raise ModelError(f"model.levels is {self.levels}, model.points {self.points}; expected "
+                             "1 (C5), 3 (C3 to C5), 4 or 5 levels, and at least 1 point")
+
+
+def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> Detector:
+    """The network of the paper's figure 1, with random weights."""
+    c = config
+    backbone = backbone_of(c, levels=(5,) if c.levels == 1 else (3, 4, 5), dilate_last=c.dilate_last)
+    points = (c.points,) * c.levels
+
+    def feedforward() -> FeedForward:
+        return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)
+
+    def encoder_layer() -> nn.Module:
+        return DeformableLayer(DeformableAttention(c.hidden, c.heads, points, c.sampling), feedforward(), c.hidden,
+                               c.dropout)
+
+    def decoder_layer() -> nn.Module:
+        return DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
+                            DeformableCrossAttention(c.hidden, c.heads, points, c.sampling),
+                            feedforward(), c.hidden, c.dropout)
+
+    encoder = DeformableEncoder(backbone.channels, backbone.strides, c.hidden, c.levels,
+                                [encoder_layer() for _ in range(c.encoder_layers)])
+    selector = (TwoStageQueries(c.hidden, num_classes, c.queries, c.denoising) if c.two_stage
+                else PointQueries(c.queries, c.hidden))
+    heads = (IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False) if c.refine
+             else AbsoluteBoxes(c.hidden, num_classes))
+    decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)], heads)
+    detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std), slow=SLOW)
+    reset_heads(detector, 0.0 if c.two_stage else SIZE_LOGIT)
+    return detector
+
+
+def reset_heads(detector: Detector, size: float) -> None:
+    """Fresh class and box heads: every class rare, every box unmoved; `size` is where the first one's width begins."""
+    for owner in (detector.selector, detector.decoder.boxes):
+        for score in _all(getattr(owner, "score", None)):
+            nn.init.constant_(score.bias, -math.log((1 - PRIOR) / PRIOR))
+        for box in _all(getattr(owner, "box", None)):
+            nn.init.zeros_(box.layers[-1].weight)
+            nn.init.zeros_(box.layers[-1].bias)
+    first = _all(detector.decoder.boxes.box)[0]  # type: ignore[union-attr]  # not known to mypy
+    nn.init.constant_(first.layers[-1].bias[2:], size)
+
+
+def _all(heads: object) -> list[Any]:
+    """One head per layer, one for all, or none, as a list."""
+    return list(heads) if isinstance(heads, nn.ModuleList) else [heads] if isinstance(heads, nn.Module) else []

@@ -1,0 +1,81 @@
+"""Dynamic DETR: a pyramid whose levels exchange features as they ask for, and a decoder that reads boxes.
+
+Dai et al. 2021, "Dynamic DETR: End-to-End Object Detection with Dynamic Attention". There is no published code. Where
+the paper leaves it open, this follows the authors' Dynamic Head (encoder) and Sparse R-CNN (decoder): box deltas as in
+R-CNN, RoIAlign on the level that fits a box's size, one set of encoder weights for all levels of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from edgedetr.errors import ModelError
+from edgedetr.layers.attention import MultiHeadAttention
+from edgedetr.layers.dynamic_convolution import DynamicInteraction
+from edgedetr.layers.feedforward import FeedForward, Mlp
+from edgedetr.layers.norm import Normalise
+from edgedetr.layers.roi_align import RoiAlign
+from edgedetr.models.cascade import DeltaBoxes, LearnedProposals, RoiCrossAttention
+from edgedetr.models.decoder import Decoder, DecoderLayer
+from edgedetr.models.detector import Detector
+from edgedetr.models.encoders.dynamic import GROUPS, DynamicPyramidLayer
+from edgedetr.models.encoders.fpn import FeaturePyramid, PyramidEncoder
+from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
+from edgedetr.options import LATER
+
+
+@dataclass(frozen=True)
+class DynamicDetrConfig(TransformerConfig):
+    """Dynamic DETR R50 as the paper describes it (section 4.1)."""
+
+    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    class_loss: ClassVar[str] = "focal"
+
+    ffn: int = 2048                             # 8 C
+    encoder_layers: int = 6
+    dynamic_relu: bool = True                   # False: plain ReLU, which is cheaper and fuses into the convolution
+    # How much of each level goes into a sum: one number per map (the authors' Dynamic Head), or one per channel by
+    # squeeze-and-excitation, as this paper has it (section 3.2); recipe dynamic-detr-r50 takes the paper's.
+    scale_attention: Literal["scalar", "channel"] = field(default="scalar", metadata=LATER)
+    sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
+    decoder_layers: int = 6
+    queries: int = 300
+    dynamic_layers: Literal[1, 2] = 2           # 1: the full C x C product of figure 4; 2: through dynamic_hidden
+    dynamic_hidden: int = 64                    # as Sparse R-CNN
+    roi_px: int = 7                             # bins per side (section 3.3)
+    roi_samples: int = 2                        # bilinear points per side of a bin
+    dropout: float = 0.0                        # none, as in Sparse R-CNN
+    denoising: bool = False                     # vectors for noised labels; not in the paper
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden % GROUPS:
+            raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of {GROUPS}")
+
+
+def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> Detector:
+    """The network of the paper's figure 2, with random weights."""
+    c = config
+    backbone = backbone_of(c, levels=(3, 4, 5))
+
+    def decoder_layer() -> nn.Module:
+        read = RoiCrossAttention(RoiAlign(c.roi_px, c.roi_samples),
+                                 DynamicInteraction(c.hidden, c.roi_px**2, c.dynamic_hidden, c.dynamic_layers))
+        return DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout), read,
+                            FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout), c.hidden, c.dropout)
+
+    encoder = PyramidEncoder(FeaturePyramid(backbone.channels, backbone.strides, c.hidden, extra="conv"),
+                             [DynamicPyramidLayer(c.hidden, c.dynamic_relu, c.sampling, c.scale_attention)
+                              for _ in range(c.encoder_layers)])
+    boxes = DeltaBoxes(c.hidden, num_classes, c.decoder_layers, class_tower=0, box_tower=0)
+    decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)], boxes,
+                      query_position=Mlp(4, 2 * c.hidden, c.hidden, 2))
+    xavier(decoder)
+    boxes.rare()
+    # With xavier's weights and no towers before them, most boxes leave the picture, where there is nothing to read.
+    boxes.unmoved()
+    selector = LearnedProposals(c.queries, c.hidden, num_classes, c.denoising)
+    return Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))

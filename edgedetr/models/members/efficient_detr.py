@@ -1,0 +1,75 @@
+"""Efficient DETR: a dense head proposes boxes, and one decoder layer is enough to tell them apart.
+
+Yao et al. 2021, "Efficient DETR: Improving End-to-End Object Detector with Dense Prior". There is no code by its
+authors; where the paper leaves a choice, the comment at the number says what was chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from edgedetr.errors import ModelError
+from edgedetr.layers.attention import MultiHeadAttention
+from edgedetr.layers.deformable_attention import DeformableAttention
+from edgedetr.layers.feedforward import FeedForward
+from edgedetr.layers.norm import Normalise
+from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
+from edgedetr.models.detector import Detector
+from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
+from edgedetr.models.member_config import TransformerConfig, backbone_of
+from edgedetr.models.members.deformable_detr import SLOW, reset_heads
+from edgedetr.models.queries.proposals import DenseQueries
+
+
+@dataclass(frozen=True)
+class EfficientDetrConfig(TransformerConfig):
+    """Efficient DETR-R50 as the paper describes it (section 4)."""
+
+    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    class_loss: ClassVar[str] = "focal"         # in the dense and in the sparse part, both matched one to one
+
+    levels: int = 4                             # C3, C4, C5 and a stride-2 convolution of C5
+    points: int = 4                             # samples per head and level (Deformable DETR)
+    ffn: int = 1024                             # 4 C
+    encoder_layers: int = 3                     # half of Deformable DETR's
+    decoder_layers: int = 1                     # with dense proposals more give little (figure 2)
+    queries: int = 100                          # proposals that are kept at the end of training and deployed
+    first_queries: int = 300                    # at its beginning; they fall linearly (section 4.3)
+    coordinates: Literal[2, 4] = 4              # the decoder starts from the proposed box, or from its centre
+    sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
+    dropout: float = 0.1
+    denoising: bool = False                     # vectors for noised labels; not in the paper
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.first_queries < self.queries:
+            raise ModelError(f"model.first_queries is {self.first_queries}, less than model.queries, {self.queries}; "
+                             "expected at least as many at the beginning of training")
+        if not 3 <= self.levels <= 5 or self.points < 1:
+            raise ModelError(f"model.levels is {self.levels}, model.points {self.points}; "
+                             "expected 3 to 5 levels, and at least 1 point")
+
+
+def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> Detector:
+    """The network of the paper's figure 4, with random weights."""
+    c = config
+    backbone = backbone_of(c, levels=(3, 4, 5))
+    points = (c.points,) * c.levels
+
+    def feedforward() -> FeedForward:
+        return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)
+
+    encoder = DeformableEncoder(
+        backbone.channels, backbone.strides, c.hidden, c.levels,
+        [DeformableLayer(DeformableAttention(c.hidden, c.heads, points, c.sampling), feedforward(), c.hidden, c.dropout)
+         for _ in range(c.encoder_layers)])
+    decoder = Decoder(
+        [DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
+                      DeformableCrossAttention(c.hidden, c.heads, points, c.sampling),
+                      feedforward(), c.hidden, c.dropout) for _ in range(c.decoder_layers)],
+        IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False))
+    selector = DenseQueries(c.hidden, num_classes, c.queries, c.first_queries, c.coordinates, c.denoising)
+    detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std), slow=SLOW)
+    reset_heads(detector, 0.0)
+    return detector

@@ -1,0 +1,1 @@
+"""Where queries start, and how they are selected."""

@@ -1,0 +1,1 @@
+"""ONNX graphs: read, indexed, inferred, rewritten and written."""

@@ -1,0 +1,286 @@
+"""A float graph in FP16 as strong typing wants it: each node computes in one type, and Casts stand between the types.
+
+FP16 has 11 bits and ends at 65504, so some nodes stay float32: what indices, boxes and ranks are computed from, what
+was observed to come near the end, and what the policy names. Inputs and outputs of the graph are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+
+from edgedetr.errors import ExportError
+from edgedetr.onnx_graph.wiring import Wiring
+from edgedetr.quantization.policy import Rule
+
+LARGEST = 3e4           # a tensor that was seen larger stays float32: half of 65504, since other pictures exceed it
+SMALLEST = 2.0**-14     # 6.1e-5, the smallest normal FP16 number; GPUs may flush what is smaller to 0
+FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+
+# Where features begin or end: a chain of coordinates is not followed through these.
+_FEATURES = {"Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "LayerNormalization", "GroupNormalization",
+             "InstanceNormalization", "BatchNormalization", "Softmax", "MaxPool", "AveragePool", "GlobalAveragePool",
+             "Resize", "QuantizeLinear", "DequantizeLinear"}
+# Small differences of the argument matter, or the result is larger than the argument by orders of magnitude.
+_STEEP = {"Exp", "Log", "Pow", "Reciprocal", "Sqrt", "Sin", "Cos", "Floor", "Ceil", "Round", "Mod", "CumSum", "Range"}
+_NORMS = {"LayerNormalization", "GroupNormalization", "InstanceNormalization"}
+_ALWAYS_FLOAT = {("Resize", 1), ("Resize", 2)}      # inputs whose type ONNX fixes
+_SMALL = 4096           # elements; larger initialisers take no part in type inference
+
+
+def halve(model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ...] = ()) -> ModelProto:
+    """The same graph with FP16 inside; float32 inputs and outputs, names of nodes and tensors stay.
+
+    peaks   largest magnitude seen of each float tensor; Q/DQ pairs need none of their own
+    rules   the policy's: nodes that stay float32
+    """
+    return _Halver(model, peaks, rules).write()
+
+
+def islands(model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ...] = ()) -> dict[str, str]:
+    """{name of a node that stays float32: reason}."""
+    halver = _Halver(model, peaks, rules)
+    return {halver.nodes[index].name: reason for index, reason in halver.islands.items()}
+
+
+def float_tensors(model: ModelProto) -> set[str]:
+    """Names of all float32 tensors that are no initialisers."""
+    return {name for name, kind in _types(model).items() if kind == FLOAT} - {t.name for t in model.graph.initializer}
+
+
+class _Halver:
+    """Decides for every node, then writes the graph."""
+
+    def __init__(self, model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ...]) -> None:
+        self.model = _plain(model)
+        self.nodes = list(self.model.graph.node)
+        self.peaks, self.rules = peaks, rules
+        self.wiring = Wiring(self.model)
+        self.floats = {name for name, kind in _types(self.model).items() if kind == FLOAT}
+        self.index = {name: number for number, node in enumerate(self.nodes) for name in node.output}
+        self.coordinates = self._coordinates()
+        self.islands = self._islands()
+
+    # Decide.
+
+    def _reads(self, node: NodeProto) -> list[str]:
+        """Float tensors and constants that a node computes with."""
+        return [name for i, name in enumerate(node.input)
+                if name in self.floats and (node.op_type, i) not in _ALWAYS_FLOAT]
+
+    def _feature(self, node: NodeProto) -> bool:
+        """Whether chains of coordinates end at this node: it is a layer, or the bias of one."""
+        if node.op_type in _FEATURES:
+            return True
+        if node.op_type != "Add":
+            return False
+        makers = [self.wiring.makers.get(name) for name in node.input]
+        return any(maker is not None and maker.op_type == "MatMul" and other in self.wiring.constants
+                   for maker, other in zip(makers, reversed(node.input)))
+
+    def _coordinates(self) -> dict[int, str]:
+        """Nodes before an index, a rank or a box, and nodes that compute with nothing but such values."""
+        found: dict[int, str] = {}
+        waiting: list[tuple[str, str]] = [("boxes", "boxes are computed here")]
+        for number, node in enumerate(self.nodes):
+            floats = [name for name in node.input if name in self.floats]
+            gives_float = any(name in self.floats for name in node.output)
+            if node.op_type == "TopK":
+                found[number] = "ranks decide which queries there are"
+                waiting.append((node.input[0], found[number]))
+            elif node.op_type == "GridSample":
+                found[number] = "sampling locations"
+                waiting.append((node.input[1], found[number]))
+            elif node.op_type in ("Cast", "ArgMax", "ArgMin", "NonZero") and floats and not gives_float:
+                found[number] = "an index is computed here"
+                waiting.append((floats[0], found[number]))
+        while waiting:
+            tensor, reason = waiting.pop()
+            number = self.index.get(tensor, -1)
+            if number < 0 or number in found or tensor not in self.floats or self._feature(self.nodes[number]):
+                continue
+            found[number] = reason
+            waiting += [(name, reason) for name in self._reads(self.nodes[number])]
+        inputs = {item.name for item in self.model.graph.input}
+        for number, node in enumerate(self.nodes):          # in the order of the graph: makers come first
+            if number in found or self._feature(node) or not any(name in self.floats for name in node.output):
+                continue
+            read = [name for name in self._reads(node) if name not in self.wiring.constants]
+            exact = [name in inputs or self.index.get(name, -1) in found for name in read]
+            if node.op_type in _STEEP:
+                found[number] = f"{node.op_type} is steep or unbounded"
+            elif read and all(exact):
+                found[number] = "computed from float32 values alone"
+            elif node.op_type == "Div" and read[-1] == node.input[1] and exact[-1]:
+                found[number] = "the divisor is a coordinate, which may be small"
+        return found
+
+    def _islands(self) -> dict[int, str]:
+        found: dict[int, str] = {}
+        for number, node in enumerate(self.nodes):
+            reason = self.coordinates.get(number) or self._too_large(node) or self._by_policy(node)
+            if reason and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+                found[number] = reason
+        for number in range(len(self.nodes) - 1, -1, -1):   # a pair has the type of the layer that reads it
+            node = self.nodes[number]
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                readers = [self.index[reader.node.output[0]] for reader in self.wiring.readers[node.output[0]]]
+                if any(r in found and self.nodes[r].op_type in ("Conv", "MatMul", "Gemm", "DequantizeLinear")
+                       for r in readers):
+                    found[number] = "its layer is float32"
+        return found
+
+    def _too_large(self, node: NodeProto) -> str:
+        for name in [*self._reads(node), *node.output]:
+            if name in self.wiring.constants:
+                values = self.wiring.constant(name)
+                peak = float(np.abs(values).max()) if values.size else 0.0
+                bias = name in node.input[2:] if node.op_type in _FEATURES else self._feature(node)
+                if 0 < peak < SMALLEST and not bias:
+                    return f"the constant {name} is {peak:.2g}, below the smallest normal FP16 number"
+            else:
+                peak = self._peak(name)
+            if not peak <= LARGEST:
+                return f"{name} reaches {peak:.3g}, FP16 ends at 65504"
+        if node.op_type in _NORMS and self._peak(node.input[0]) ** 2 > LARGEST:
+            return f"{node.input[0]} reaches {self._peak(node.input[0]):.3g}, and its square would leave FP16"
+        return ""
+
+    def _peak(self, name: str) -> float:
+        """Largest magnitude seen; behind a pair, that of the tensor in front of it."""
+        for _ in range(2):
+            maker = self.wiring.makers.get(name)
+            if name not in self.peaks and maker and maker.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                name = maker.input[0]
+        return self.peaks.get(name, 0.0)
+
+    def _by_policy(self, node: NodeProto) -> str:
+        return next((rule.reason for rule in self.rules if rule.fits(node, self.wiring)), "")
+
+    # Write.
+
+    def write(self) -> ModelProto:
+        self.made: list[NodeProto] = []
+        self.constants: dict[str, TensorProto] = {}
+        self.types = {item.name: FLOAT for item in self.model.graph.input if item.name in self.floats}
+        self.casts: set[str] = set()
+        outputs = {item.name for item in self.model.graph.output}
+        for number, source in enumerate(self.nodes):
+            kind = FLOAT if number in self.islands else HALF
+            node = NodeProto.FromString(source.SerializeToString())
+            for i, name in enumerate(source.input):
+                if name in self.floats:
+                    node.input[i] = self._typed(name, FLOAT if (node.op_type, i) in _ALWAYS_FLOAT else kind, node)
+                elif name in self.wiring.constants:
+                    self.constants[name] = self.wiring.constants[name]
+            self._retype(node, kind)
+            self.made.append(node)
+            for i, name in enumerate(source.output):
+                if name not in self.floats:
+                    continue
+                self.types[name] = kind
+                if name in outputs and kind == HALF:
+                    node.output[i] = f"{name}_half"
+                    self.made.append(_cast(node.output[i], name, FLOAT))
+                    self.types[name] = FLOAT
+        result = ModelProto()
+        result.CopyFrom(self.model)
+        graph = result.graph
+        del graph.node[:], graph.initializer[:], graph.value_info[:]
+        graph.node.extend(self.made)
+        graph.initializer.extend(self.constants.values())
+        return result
+
+    def _typed(self, name: str, kind: int, node: NodeProto) -> str:
+        """Name under which a float tensor can be read in a type."""
+        if name in self.wiring.constants:
+            if kind == FLOAT:
+                self.constants[name] = self.wiring.constants[name]
+                return name
+            other = f"{name}_half"
+            if other not in self.constants:
+                values = self.wiring.constant(name)
+                rounded = values.astype(np.float16)
+                scale = node.op_type in ("QuantizeLinear", "DequantizeLinear")
+                if scale and not (np.array_equal(rounded, values) and (values >= SMALLEST).all()):
+                    raise ExportError(f"{name}: a scale is no normal FP16 number; expected scales of the TensorRT "
+                                      "dialect; quantise again: edgedetr export BUNDLE --int8")
+                self.constants[other] = numpy_helper.from_array(rounded, other)
+            return other
+        if self.types[name] == kind:
+            return name
+        other = f"{name}_{'half' if kind == HALF else 'float'}"
+        if other not in self.casts:
+            self.casts.add(other)
+            self.made.append(_cast(name, other, kind))
+        return other
+
+    @staticmethod
+    def _retype(node: NodeProto, kind: int) -> None:
+        """Types that stand in attributes."""
+        for item in node.attribute:
+            if node.op_type == "Cast" and item.name == "to" and item.i == FLOAT:
+                item.i = kind
+            if node.op_type == "ConstantOfShape" and item.name == "value" and item.t.data_type == FLOAT:
+                values = numpy_helper.to_array(item.t)
+                item.t.CopyFrom(numpy_helper.from_array(values.astype(np.float16) if kind == HALF else values))
+
+
+def _cast(source: str, target: str, kind: int) -> NodeProto:
+    return helper.make_node("Cast", [source], [target], f"{target}_Cast", to=kind)
+
+
+def _plain(model: ModelProto) -> ModelProto:
+    """A copy without Constant nodes and without Casts of float32 to float32."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    types = _types(result)
+    outputs = {item.name for item in result.graph.output}
+    alias: dict[str, str] = {}
+    kept: list[NodeProto] = []
+    for node in result.graph.node:
+        if any(item.HasField("g") for item in node.attribute):
+            raise ExportError(f"{node.name}: {node.op_type} holds a graph of its own; expected a graph without "
+                              "branches and loops; export it at a fixed size")
+        for i, name in enumerate(node.input):
+            node.input[i] = alias.get(name, name)
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            tensor = result.graph.initializer.add()
+            tensor.CopyFrom(node.attribute[0].t)
+            tensor.name = node.output[0]
+        elif node.op_type == "Cast" and types.get(node.input[0]) == types.get(node.output[0]) == FLOAT and (
+                node.output[0] not in outputs):
+            alias[node.output[0]] = node.input[0]
+        else:
+            kept.append(NodeProto.FromString(node.SerializeToString()))
+    del result.graph.node[:]
+    result.graph.node.extend(kept)
+    return result
+
+
+def _types(model: ModelProto) -> dict[str, int]:
+    """Element type of every tensor; large initialisers enter as inputs, so that it is fast."""
+    light = ModelProto()
+    light.ir_version = model.ir_version
+    light.opset_import.extend(model.opset_import)
+    graph = light.graph
+    graph.name = "types"
+    graph.node.extend(model.graph.node)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for tensor in model.graph.initializer:
+        if int(np.prod(tensor.dims)) <= _SMALL:
+            graph.initializer.append(tensor)
+        else:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    inferred = shape_inference.infer_shapes(light).graph
+    types.update({item.name: item.type.tensor_type.elem_type
+                  for item in (*inferred.value_info, *inferred.input, *inferred.output)})
+    unknown = [name for node in model.graph.node for name in node.output if name and not types.get(name)]
+    if unknown:
+        raise ExportError(f"the type of tensor {unknown[0]!r} cannot be inferred; expected operators of the standard "
+                          "domain; lint the file: edgedetr lint FILE")
+    return types

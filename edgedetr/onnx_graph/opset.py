@@ -1,0 +1,225 @@
+"""The same graph at another opset: operators of opset 20 to 24 are written out in those of opset 19."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, defs, helper, version_converter
+
+from edgedetr.errors import ExportError
+from edgedetr.onnx_graph.graph_builder import Part
+from edgedetr.onnx_graph.index import GraphView, attribute, text
+
+IR_VERSION = 9                  # the file format that came with opset 19
+_MODES = {b"linear": b"bilinear", b"cubic": b"bicubic"}     # GridSample's modes were renamed at opset 20
+
+
+def to_opset(model: ModelProto, wanted: int) -> ModelProto:
+    """The same function at another opset; ExportError that names the operator which cannot be written there."""
+    present = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
+    if present == wanted:
+        return model
+    if present < wanted:
+        try:
+            return version_converter.convert_version(model, wanted)
+        except Exception as error:  # a C++ library's RuntimeError, or protobuf's own kinds
+            raise ExportError(f"opset {present} cannot be converted to {wanted} ({_line(error)}); "
+                              f"export the model at opset {wanted}") from error
+    result = ModelProto()
+    result.CopyFrom(model)
+    view = GraphView(model)
+    nodes: list[NodeProto] = []
+    for number, node in enumerate(result.graph.node):
+        written = _written(result, view, node, number, present)
+        for one in [node] if written is None else written:
+            fault = _older(one, wanted)
+            if fault:
+                raise ExportError(f"{one.op_type} {one.name} of opset {present} {fault} opset {wanted}; "
+                                  f"export the model at opset {wanted}")
+        nodes += [node] if written is None else written
+    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del result.graph.node[:], result.opset_import[:], result.graph.value_info[:]
+    result.graph.node.extend(copies)
+    result.opset_import.append(helper.make_opsetid("", wanted))
+    result.ir_version = min(result.ir_version, IR_VERSION)
+    return result
+
+
+def _written(model: ModelProto, view: GraphView, node: NodeProto, number: int, present: int) -> list[NodeProto] | None:
+    """A newer operator in older ones, or None where the node stays. Constants go into the model."""
+    write = _WRITERS.get(node.op_type)
+    if write is None or (node.op_type == "GroupNormalization" and present < 21):    # its parameters: per group, then
+        return None
+    part = Part(f"{node.name.lstrip('/') or node.op_type}_{number}")
+    write(_Rewrite(part, view, node))
+    model.graph.initializer.extend(part.constants)
+    return part.nodes
+
+
+def _older(node: NodeProto, wanted: int) -> str:
+    """Rewrite a node of a newer opset in place; what hinders it, or an empty string."""
+    try:
+        schema = defs.get_schema(node.op_type, wanted, "")
+    except defs.SchemaError:
+        return "does not exist at"
+    for item in list(node.attribute):
+        if node.op_type == "GridSample" and item.name == "mode":
+            item.s = _MODES.get(item.s, item.s)
+        if item.name not in schema.attributes:
+            return f"has an attribute {item.name!r} that is unknown at"
+    return "has more inputs than at" if len(node.input) > schema.max_input else ""
+
+
+class _Rewrite:
+    """A node that is written out: its inputs, attributes and types, and the part that takes its place."""
+
+    def __init__(self, part: Part, view: GraphView, node: NodeProto) -> None:
+        self.part, self.view, self.node = part, view, node
+        self.add = part.add
+        half = view.types.get(node.input[0]) == TensorProto.FLOAT16
+        self.dtype: type = np.float16 if half else np.float32
+
+    def input(self, index: int) -> str:
+        """Name of an input, "" where it is left out."""
+        return self.node.input[index] if index < len(self.node.input) else ""
+
+    def number(self, value: float | np.ndarray) -> str:
+        """A constant of the node's own type."""
+        return self.part.constant(value, self.dtype)
+
+    def real(self, name: str, default: float) -> float:
+        return next((item.f for item in self.node.attribute if item.name == name), default)
+
+    def shape(self, index: int) -> list[int | None]:
+        """Sizes of an input; refused where not even the rank is known."""
+        shape = self.view.shape(self.input(index))
+        if shape is None:
+            self.refuse(f"has an input {self.input(index)!r} of unknown rank")
+        return shape or []
+
+    def size(self, index: int, axis: int) -> int:
+        size = self.shape(index)[axis]
+        if size is None:
+            self.refuse(f"has an input {self.input(index)!r} of open size")
+        return size or 0
+
+    def refuse(self, why: str) -> None:
+        raise ExportError(f"{self.node.op_type} {self.node.name} {why}, and cannot be written out for opset 19; "
+                          "export the model at opset 17 to 19")
+
+    def without(self, *, inputs: int, outputs: int = 1, attributes: tuple[str, ...] = ()) -> None:
+        """Refuse what is not written out: inputs and outputs from a place on, and attributes."""
+        more = [name for name in [*self.node.input[inputs:], *self.node.output[outputs:]] if name]
+        more += [item.name for item in self.node.attribute if item.name in attributes and (item.i or item.f)]
+        if more:
+            self.refuse(f"uses {more[0]!r}")
+
+
+def _gelu(it: _Rewrite) -> None:
+    x = it.input(0)
+    if text(it.node, "approximate", "none") == "tanh":
+        cube = it.add("Mul", it.add("Mul", it.add("Mul", x, x), x), it.number(0.044715))
+        inner = it.add("Tanh", it.add("Mul", it.add("Add", x, cube), it.number(math.sqrt(2 / math.pi))))
+    else:
+        inner = it.add("Erf", it.add("Div", x, it.number(math.sqrt(2))))
+    twice = it.add("Mul", x, it.add("Add", inner, it.number(1)))
+    it.add("Mul", twice, it.number(0.5), output=it.node.output[0])
+
+
+def _swish(it: _Rewrite) -> None:
+    alpha = it.real("alpha", 1.0)
+    inner = it.input(0) if alpha == 1 else it.add("Mul", it.input(0), it.number(alpha))
+    it.add("Mul", it.input(0), it.add("Sigmoid", inner), output=it.node.output[0])
+
+
+def _rms_norm(it: _Rewrite) -> None:
+    rank = len(it.shape(0))
+    axes = list(range(attribute(it.node, "axis", -1) % rank, rank))
+    mean = it.add("ReduceMean", it.add("Mul", it.input(0), it.input(0)), it.part.constant(axes), keepdims=1)
+    root = it.add("Sqrt", it.add("Add", mean, it.number(it.real("epsilon", 1e-5))))
+    it.add("Mul", it.add("Div", it.input(0), root), it.input(1), output=it.node.output[0])
+
+
+def _group_norm(it: _Rewrite) -> None:
+    """Opset 21: scale and bias per channel; the groups are normalised as rows."""
+    groups, rank = attribute(it.node, "num_groups", 1), len(it.shape(0))
+    rows = it.add("Reshape", it.input(0), it.part.constant([0, groups, -1]))
+    ones, zeros = it.number(np.ones(groups)), it.number(np.zeros(groups))
+    plain = it.add("InstanceNormalization", rows, ones, zeros, epsilon=it.real("epsilon", 1e-5))
+    whole = it.add("Reshape", plain, it.add("Shape", it.input(0)))
+    scale, bias = (it.add("Reshape", it.input(index), it.part.constant([-1] + [1] * (rank - 2))) for index in (1, 2))
+    it.add("Add", it.add("Mul", whole, scale), bias, output=it.node.output[0])
+
+
+def _attention(it: _Rewrite) -> None:
+    """softmax(Q K^T * scale + mask) V, of [B, heads, S, D] or of [B, S, heads * D]."""
+    it.without(inputs=4, attributes=("is_causal", "softcap", "qk_matmul_output_mode"))
+    joined = len(it.shape(0)) == 3
+    heads = [attribute(it.node, name, 1) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
+    if not joined:
+        heads = [it.size(index, 1) for index in range(3)]
+    if heads[0] != heads[1]:
+        it.refuse(f"has {heads[0]} heads of queries for {heads[1]} of keys")
+    width = it.size(0, -1) // (heads[0] if joined else 1)
+    q, k, v = (it.input(index) for index in range(3))
+    if joined:
+        q, k, v = (it.add("Transpose", it.add("Reshape", name, it.part.constant([0, 0, count, -1])), perm=[0, 2, 1, 3])
+                   for name, count in zip((q, k, v), heads))
+    scale = it.real("scale", 0.0) or 1 / math.sqrt(width)
+    scores = it.add("MatMul", it.add("Mul", q, it.number(scale)), it.add("Transpose", k, perm=[0, 1, 3, 2]))
+    mask = it.input(3)
+    if mask and it.view.types.get(mask) == TensorProto.BOOL:
+        mask = it.add("Where", mask, it.number(0.0), it.number(-np.inf))
+    if mask:
+        scores = it.add("Add", scores, mask)
+    result = it.add("MatMul", it.add("Softmax", scores, axis=-1), v, output="" if joined else it.node.output[0])
+    if joined:
+        turned = it.add("Transpose", result, perm=[0, 2, 1, 3])
+        it.add("Reshape", turned, it.part.constant([0, 0, -1]), output=it.node.output[0])
+
+
+def _rotary(it: _Rewrite) -> None:
+    """Su et al. 2021: pairs of values turned by an angle, of [B, heads, S, D] or of [B, S, heads * D]."""
+    x, joined, node = it.input(0), len(it.shape(0)) == 3, it.node
+    if joined:
+        heads = attribute(node, "num_heads", 0)
+        if not heads:
+            it.refuse("does not say its num_heads")
+        x = it.add("Transpose", it.add("Reshape", x, it.part.constant([0, 0, heads, -1])), perm=[0, 2, 1, 3])
+        width = it.size(0, 2) // heads
+    else:
+        width = it.size(0, 3)
+    turned = attribute(node, "rotary_embedding_dim", 0) or width
+    cos, sin = it.input(1), it.input(2)
+    if it.input(3):
+        cos, sin = (it.add("Gather", name, it.input(3), axis=0) for name in (cos, sin))
+    cos, sin = (it.add("Unsqueeze", name, it.part.constant([1])) for name in (cos, sin))
+    every = attribute(node, "interleaved", 0)
+    half = turned // 2
+    first, second = (it.add("Slice", x, *(it.part.constant([value]) for value in bounds)) for bounds in (
+        ((0, turned, 3, 2), (1, turned, 3, 2)) if every else ((0, half, 3, 1), (half, turned, 3, 1))))
+    parts = [it.add("Sub", it.add("Mul", cos, first), it.add("Mul", sin, second)),
+             it.add("Add", it.add("Mul", sin, first), it.add("Mul", cos, second))]
+    if every:
+        parts = [it.add("Unsqueeze", name, it.part.constant([4])) for name in parts]
+        flat = it.add("Concat", *parts, axis=4)
+        parts = [it.add("Reshape", flat, it.part.constant([0, 0, 0, turned]))]
+    if turned < width:
+        parts.append(it.add("Slice", x, *(it.part.constant([value]) for value in (turned, width, 3, 1))))
+    result = it.add("Concat", *parts, axis=3, output="" if joined else node.output[0])
+    if joined:
+        back = it.add("Transpose", result, perm=[0, 2, 1, 3])
+        it.add("Reshape", back, it.part.constant([0, 0, -1]), output=node.output[0])
+
+
+_WRITERS: dict[str, Callable[[_Rewrite], Any]] = {
+    "Gelu": _gelu, "Swish": _swish, "RMSNormalization": _rms_norm, "GroupNormalization": _group_norm,
+    "Attention": _attention, "RotaryEmbedding": _rotary,
+}
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0]

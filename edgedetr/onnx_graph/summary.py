@@ -1,0 +1,89 @@
+"""What is in an ONNX file: opset, inputs and outputs, operators, and how much of it is quantised."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+
+from edgedetr.onnx_graph.index import type_name
+from edgedetr.onnx_graph.io import open_onnx
+
+QUANTISABLE = ("Conv", "MatMul", "Gemm")
+
+
+@dataclass(frozen=True)
+class GraphContents:
+    """One ONNX file.
+
+    quantised   how many multiplying nodes take data and weight through Q/DQ
+    external    files beside it that hold weights
+    faults      why those must not be read
+    """
+
+    path: str
+    size: int
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    operators: dict[str, int]
+    quantised: int
+    quantisable: int
+    metadata: dict[str, str]
+    external: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    def rows(self) -> list[list[object]]:
+        pairs = [self.operators.get(name, 0) for name in ("QuantizeLinear", "DequantizeLinear")]
+        lines: list[list[object]] = [
+            ["file", self.path], ["size", f"{self.size / 1e6:.2f} MB"], ["opset", self.opset],
+        ]
+        lines += [["weights in", name] for name in self.external]
+        lines += [["refused", fault] for fault in self.faults]
+        lines += [["input", text] for text in self.inputs]
+        lines += [["output", text] for text in self.outputs]
+        lines += [
+            ["nodes", sum(self.operators.values())], ["Q / DQ", f"{pairs[0]} / {pairs[1]}"],
+            ["quantised Conv, MatMul, Gemm", f"{self.quantised} of {self.quantisable}"],
+        ]
+        short = {key: value if len(value) < 80 else value[:77] + "..." for key, value in self.metadata.items()}
+        lines += [[f"metadata {key}", value] for key, value in short.items()]
+        return lines
+
+
+def inspect_onnx(path: Path) -> GraphContents:
+    """Read an ONNX file; ExportError when it is none."""
+    opened = open_onnx(path, weights=False)
+    model, graph = opened.model, opened.model.graph
+    producer = {output: node.op_type for node in graph.node for output in node.output}
+    weighty = [node for node in graph.node if node.op_type in QUANTISABLE]
+    both = [node for node in weighty if all(producer.get(name) == "DequantizeLinear" for name in node.input[:2])]
+    return GraphContents(
+        path=str(path),
+        size=path.stat().st_size,
+        opset=next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0),
+        inputs=tuple(_signature(graph.input)),
+        outputs=tuple(_signature(graph.output)),
+        operators=dict(Counter(node.op_type for node in graph.node)),
+        quantised=len(both),
+        quantisable=len(weighty),
+        metadata={entry.key: entry.value for entry in model.metadata_props},
+        external=opened.external,
+        faults=opened.faults,
+    )
+
+
+def _signature(values: Iterable[onnx.ValueInfoProto]) -> list[str]:
+    """`images float32 [1, 3, 640, 640]` of each input or output."""
+    lines = []
+    for value in values:
+        tensor = value.type.tensor_type
+        shape = ", ".join(dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim)
+        lines.append(f"{value.name} {type_name(tensor.elem_type)} [{shape}]")
+    return lines

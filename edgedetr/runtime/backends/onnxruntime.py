@@ -1,0 +1,179 @@
+"""ONNX Runtime: on the CPU, where it runs everywhere and without optimisations is the oracle, and on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedetr.errors import BundleError, DeviceError, EdgedetrError, MissingDependency
+from edgedetr.packages import missing
+from edgedetr.runtime.backends.base import MADE_BY, RawOutputs
+from edgedetr.runtime.backends.onnx_bytes import read, require_whole
+from edgedetr.runtime.cpu import bounded
+from edgedetr.runtime.tensorrt.cudart import probe
+from edgedetr.storage.reading import parse_json
+from edgedetr.telemetry import import_onnxruntime
+
+CUDA = "CUDAExecutionProvider"
+WRITE_AGAIN = "write it again with: edgedetr export"
+
+
+class OrtRunner:
+    """An ONNX file in an ONNX Runtime session.
+
+    path       the file, or a serialised graph
+    threads    threads of one operator; None = all cores
+    optimise   False: every node runs as written, Q/DQ in float arithmetic: what the graph means
+    """
+
+    name = "onnxruntime"
+    on_gpu = False
+
+    def __init__(self, path: str | Path | bytes, *, threads: int | None = None, optimise: bool = True) -> None:
+        self.session = _session(path, threads, optimise, self.on_gpu)
+        _check("the graph" if isinstance(path, bytes) else path, self.session)
+        shape = self.session.get_inputs()[0].shape
+        self.batch: int | None = shape[0] if isinstance(shape[0], int) else None
+        self.height, self.width = int(shape[2]), int(shape[3])
+        self.weight_bits = _weight_bits(self.session)       # None where the graph was not quantised by us
+
+    def run(self, images: np.ndarray) -> RawOutputs:
+        logits, boxes = self.session.run(["logits", "boxes"], {"images": images})
+        return RawOutputs(logits, boxes)
+
+
+class OrtCudaRunner(OrtRunner):
+    """The same on an NVIDIA GPU by ONNX Runtime's CUDA provider: FP16 is FP16 there, and float32 is never TF32.
+
+    Operators without a CUDA kernel run on the CPU, with `threads`; where the whole graph would, it is a DeviceError.
+    """
+
+    name = "onnxruntime-cuda"
+    on_gpu = True
+
+
+class OrtFrameRunner:
+    """A graph for whole camera frames in an ONNX Runtime session (see runtime/frame_detector.py)."""
+
+    name = "onnxruntime"
+    outputs = ("boxes", "scores", "labels")
+
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+        self.session = _session(path, threads, True)
+        inputs, outputs = self.session.get_inputs(), {output.name for output in self.session.get_outputs()}
+        shape = inputs[0].shape
+        if [i.name for i in inputs] != ["frames"] or not set(self.outputs) <= outputs or len(shape) != 4:
+            raise BundleError(f"{path}: inputs {[i.name for i in inputs]} and outputs {sorted(outputs)}; expected "
+                              "frames [1, H, W, 3] -> boxes, scores, labels, as edgedetr export --frame writes them")
+        self.height, self.width = int(shape[1]), int(shape[2])
+
+    def run(self, frame: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(self.outputs, self.session.run(list(self.outputs), {"frames": frame})))
+
+
+def tensors(model: bytes, images: np.ndarray, names: Sequence[str], *, optimise: bool,
+            threads: int | None = None, feed: str = "images", on_gpu: bool = False) -> dict[str, np.ndarray]:
+    """Values of named graph outputs of a serialised model, for one batch given to the input `feed`."""
+    session = _session(model, threads, optimise, on_gpu)
+    return dict(zip(names, session.run(list(names), {feed: images})))
+
+
+def no_gpu() -> str:
+    """Why ONNX Runtime cannot use a GPU here, with the command that helps; empty where it can."""
+    try:
+        onnxruntime = import_onnxruntime()
+        probe()
+    except ImportError:
+        return "onnxruntime is not installed; run: pip install onnxruntime-gpu"
+    except DeviceError as reason:
+        return str(reason)
+    if CUDA not in onnxruntime.get_available_providers():
+        return (f"ONNX Runtime {onnxruntime.__version__} here has no {CUDA}; run: pip uninstall -y onnxruntime && "
+                "pip install onnxruntime-gpu")
+    return ""
+
+
+def plain_session(model: bytes, *, optimise: bool | str = False, threads: int | None = None, spin: bool = True,
+                  error: type[EdgedetrError] = BundleError, fix: str = WRITE_AGAIN) -> Any:
+    """A session of a serialised graph on the CPU, for any inputs and outputs.
+
+    optimise   True: all that ONNX Runtime knows; "basic": what is quick to do; False: every node runs as written
+    spin       whether threads wait hot for the next run
+    error      raised where the graph keeps weights in a file, or ONNX Runtime does not take it, with `fix` at the end
+    """
+    onnxruntime = _library()
+    levels = onnxruntime.GraphOptimizationLevel
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4                  # what it cannot do is raised; its lines help nobody here
+    options.intra_op_num_threads = bounded(threads)     # 0 = one per core
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = {True: levels.ORT_ENABLE_ALL, False: levels.ORT_DISABLE_ALL,
+                                        "basic": levels.ORT_ENABLE_BASIC}[optimise]
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    data = require_whole(model, error=error)
+    return _open(onnxruntime, data, options, ["CPUExecutionProvider"], "the graph", error, fix)
+
+
+def _library() -> Any:
+    try:
+        return import_onnxruntime()
+    except ImportError as error:
+        raise MissingDependency(missing("onnxruntime", error)) from error
+
+
+def _open(onnxruntime: Any, model: bytes, options: Any, providers: list[Any], what: str,
+          error: type[EdgedetrError] = BundleError, fix: str = WRITE_AGAIN) -> Any:
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=providers)
+    except Exception as reason:     # the library's exceptions share no public base class
+        raise error(f"{what}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason}); "
+                    f"{fix}") from reason
+
+
+def _session(model: bytes | str | Path, threads: int | None, optimise: bool, on_gpu: bool = False) -> Any:
+    onnxruntime = _library()
+    what = "the graph" if isinstance(model, bytes) else str(model)
+    data = require_whole(model) if isinstance(model, bytes) else read(model)[0]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3                  # errors only: warnings about constant folding help nobody here
+    options.intra_op_num_threads = bounded(threads)     # 0 = one per core
+    options.inter_op_num_threads = 1
+    # Threads that spin on after a run would take the cores from the backend that is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if on_gpu and (reason := no_gpu()):
+        raise DeviceError(reason)
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if on_gpu:
+        if hasattr(onnxruntime, "preload_dlls"):    # since 1.21: finds CUDA and cuDNN in NVIDIA's wheels
+            with redirect_stdout(sys.stderr):       # where it prints what it does not find
+                onnxruntime.preload_dlls()
+        providers.insert(0, (CUDA, {"use_tf32": "0"}))
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+    session = _open(onnxruntime, data, options, providers, what)
+    if on_gpu and CUDA not in session.get_providers():      # it says so on standard error alone, and goes on
+        raise DeviceError(f"ONNX Runtime {onnxruntime.__version__} cannot load its {CUDA} and would run on the CPU; "
+                          "expected the CUDA and cuDNN that it was built for; run: "
+                          "pip install 'onnxruntime-gpu[cuda,cudnn]'")
+    return session
+
+
+def _weight_bits(session: Any) -> int | None:
+    try:
+        bits = parse_json(session.get_modelmeta().custom_metadata_map[MADE_BY], MADE_BY, BundleError)["weight_bits"]
+    except (BundleError, KeyError, TypeError):
+        return None
+    return bits if isinstance(bits, int) else None
+
+
+def _check(path: str | Path, session: Any) -> None:
+    inputs, outputs = session.get_inputs(), [output.name for output in session.get_outputs()]
+    if [i.name for i in inputs] != ["images"] or not {"logits", "boxes"} <= set(outputs) or len(inputs[0].shape) != 4:
+        raise BundleError(f"{path}: inputs {[i.name for i in inputs]} and outputs {outputs}; "
+                          f"expected images [B, 3, H, W] -> logits, boxes, as edgedetr export writes them")

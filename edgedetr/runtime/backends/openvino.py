@@ -1,0 +1,93 @@
+"""OpenVINO on the CPU: the fastest INT8 of an x86 machine, to be checked against the oracle before it is trusted."""
+
+from __future__ import annotations
+
+import functools
+import queue
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedetr.errors import BundleError, MissingDependency
+from edgedetr.packages import missing
+from edgedetr.runtime.backends.base import RawOutputs
+from edgedetr.runtime.backends.onnx_bytes import read, require_whole
+from edgedetr.runtime.cpu import bounded
+from edgedetr.telemetry import import_openvino
+
+
+class OpenVinoRunner:
+    """An ONNX file compiled for the CPU, one picture at a time where the graph leaves the batch open.
+
+    threads          threads of one inference; None = all cores
+    precision_hint   "f32", or "bf16" on CPUs that have it (OpenVINO's own default there, which costs accuracy)
+    """
+
+    name = "openvino"
+
+    def __init__(self, path: str | Path, *, threads: int | None = None, precision_hint: str = "f32") -> None:
+        compiled = _compile(read(path)[0], threads, precision_hint, what=str(path))
+        names = [port.get_any_name() for port in compiled.inputs], {n for port in compiled.outputs for n in port.names}
+        if names[0] != ["images"] or not {"logits", "boxes"} <= names[1] or len(compiled.inputs[0].shape) != 4:
+            raise BundleError(f"{path}: inputs {names[0]} and outputs {sorted(names[1])}; expected "
+                              f"images [B, 3, H, W] -> logits, boxes, as edgedetr export writes them")
+        shape = compiled.inputs[0].shape
+        self.batch: int | None = int(shape[0])
+        self.height, self.width = int(shape[2]), int(shape[3])
+        self._compiled = compiled
+        # Requests that no thread is using: each has buffers of its own, and two threads must not share one.
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run(self, images: np.ndarray) -> RawOutputs:
+        try:
+            request = self._idle.get_nowait()
+        except queue.Empty:
+            request = self._compiled.create_infer_request()
+        try:
+            request.infer({"images": images})
+            # The request owns its buffers and writes over them in the next run, hence the copies.
+            logits, boxes = (np.array(request.get_tensor(name).data) for name in ("logits", "boxes"))
+        finally:
+            self._idle.put(request)
+        return RawOutputs(logits, boxes)
+
+
+def tensors(model: bytes, images: np.ndarray, names: Sequence[str], *,
+            threads: int | None = None) -> dict[str, np.ndarray]:
+    """Values of named graph outputs of a serialised model, for one batch."""
+    request = _compile(require_whole(model), threads, "f32", batch=len(images)).create_infer_request()
+    request.infer({"images": images})
+    return {name: np.array(request.get_tensor(name).data) for name in names}
+
+
+@functools.cache
+def _core() -> Any:
+    """The one Core of this process, never given back.
+
+    The CPU plugin of each Core gives the thread a stack for signal handlers, and puts back what it found when it goes.
+    Of two that go in the order they came, the second puts back the first one's, whose memory is gone (OpenVINO 2026.4):
+    the next signal that Python handles, Ctrl-C or the end of a child, then kills the process without a word.
+    """
+    return import_openvino().Core()
+
+
+def _compile(model: bytes, threads: int | None, precision_hint: str, batch: int = 1, what: str = "the graph") -> Any:
+    try:
+        openvino = import_openvino()
+    except ImportError as error:
+        raise MissingDependency(missing("openvino", error)) from error
+    settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = bounded(threads)
+    core = _core()
+    try:
+        graph = core.read_model(model)
+        shape = graph.inputs[0].partial_shape
+        if shape.rank.is_static and len(shape) == 4 and shape[0].is_dynamic:
+            graph.reshape({graph.inputs[0].get_any_name(): openvino.PartialShape([batch, *list(shape)[1:]])})
+        return core.compile_model(graph, "CPU", settings)
+    except RuntimeError as error:
+        raise BundleError(f"{what}: OpenVINO {openvino.__version__} cannot compile it ({str(error).strip()[-300:]}); "
+                          f"use another backend, or write it again with: edgedetr export") from error

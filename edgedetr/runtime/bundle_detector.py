@@ -1,0 +1,250 @@
+"""Load a bundle and detect: `detector = load("cells.bundle"); detector([picture])`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from edgedetr.bundle import Bundle, ClassInfo, InputContract, OutputContract
+from edgedetr.errors import (
+    BundleError,
+    DataError,
+    DeviceError,
+    EngineError,
+    MissingDependency,
+    UsageError,
+)
+from edgedetr.packages import missing
+from edgedetr.runtime import preprocess
+from edgedetr.runtime.arguments import as_path, check_count, check_word, kind, shown
+from edgedetr.runtime.backends.base import RawOutputs, Runner
+from edgedetr.runtime.backends.onnxruntime import OrtCudaRunner, OrtRunner, no_gpu
+from edgedetr.runtime.backends.openvino import OpenVinoRunner
+from edgedetr.runtime.cpu import int8_dot_product, int8_saturates
+from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.tensorrt import select
+from edgedetr.runtime.tensorrt.trt_runner import TrtRunner
+
+log = logging.getLogger(__name__)
+
+# Stage -> its file. TensorRT engines are built from the int8 and fp16 files on the device.
+STAGES = {"onnx": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx", "int8-cpu": "model.int8-cpu.onnx"}
+BACKENDS: dict[str, Callable[..., Runner]] = {"onnxruntime": OrtRunner, "openvino": OpenVinoRunner,
+                                              "onnxruntime-cuda": OrtCudaRunner, "tensorrt": TrtRunner}
+ON_GPU = ("onnx", "fp16")           # stages that ONNX Runtime's CUDA provider computes as they are meant
+ON_FILES = ("onnxruntime", "openvino")      # backends that run the bundle's ONNX files themselves, by preference
+LARGEST_BATCH = 8       # pictures per run where the graph's batch is open: more gains nothing on a CPU
+
+
+class Detector:
+    """Pictures in, detections out.
+
+    stage, backend   what runs, e.g. "int8-cpu", "onnxruntime"
+    description      the same in words, with the reason of the choice
+    class_names      names in the order of class_id
+    """
+
+    def __init__(self, runner: Runner, classes: Sequence[ClassInfo], contract: InputContract, output: OutputContract,
+                 *, stage: str = "onnx", description: str = "") -> None:
+        self.runner, self.classes, self.contract, self.output = runner, tuple(classes), contract, output
+        self.stage, self.backend, self.description = stage, runner.name, description or f"{stage} on {runner.name}"
+        self.class_names = [c.name for c in classes]
+        if (runner.height, runner.width) != (contract.height, contract.width):
+            raise BundleError(f"the graph takes {runner.height} x {runner.width} pixels, bundle.json says "
+                              f"{contract.height} x {contract.width}; run: edgedetr export BUNDLE")
+
+    def __repr__(self) -> str:
+        return f"Detector({self.description}, {len(self.classes)} classes)"
+
+    def __call__(self, images: Iterable[np.ndarray]) -> list[Detections]:
+        """Detections of each picture; images are uint8 RGB [H, W, 3] of any sizes, [] of none.
+
+        Any iterable will do; all of its pictures are in memory at a time. edgedetr.data.images.decode reads files.
+        """
+        if isinstance(images, np.ndarray) and images.ndim == 3:
+            raise UsageError("one picture was given; expected a list of them: detector([picture])")
+        if isinstance(images, (str, bytes, Mapping)) or not isinstance(images, (Iterable, np.ndarray)):
+            raise UsageError(f"images is {kind(images)}; expected a list of uint8 RGB arrays [H, W, 3] "
+                             "(edgedetr.data.images.decode reads files)")
+        images = list(images)
+        for index, image in enumerate(images):
+            check_image(image, f"images[{index}]")
+        found: list[Detections] = []
+        step = self.runner.batch or LARGEST_BATCH
+        for start in range(0, len(images), step):
+            batch, geometries = preprocess.prepare(images[start:start + step], self.contract)
+            found += decode(self.run_raw(batch), geometries, self.classes, self.output)
+        return found
+
+    def run_raw(self, batch: np.ndarray) -> RawOutputs:
+        """batch [B, 3, height, width] float32 RGB 0..255, as `preprocess.prepare` gives it -> RawOutputs.
+
+        On TensorRT it may lie on the device already: anything with __cuda_array_interface__.
+        """
+        if self.backend == "tensorrt" and hasattr(batch, "__cuda_array_interface__"):
+            return self.runner.run(batch)
+        expected = (3, self.contract.height, self.contract.width)
+        if not isinstance(batch, np.ndarray):
+            raise UsageError(f"batch is {kind(batch)}; expected a float32 array [B, 3, {expected[1]}, {expected[2]}], "
+                             "as runtime.preprocess.prepare gives it")
+        if not len(batch.shape) or not len(batch):
+            raise UsageError("batch has no pictures; expected at least one")
+        if batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != expected:
+            raise UsageError(f"batch is {batch.dtype} {list(batch.shape)}; expected float32 [B, 3, "
+                             f"{expected[1]}, {expected[2]}], as runtime.preprocess.prepare gives it")
+        fixed = self.runner.batch
+        if fixed is None or len(batch) == fixed:
+            return self.runner.run(np.ascontiguousarray(batch))
+        parts = [self._run_padded(batch[start:start + fixed], fixed) for start in range(0, len(batch), fixed)]
+        return RawOutputs(np.concatenate([p.logits for p in parts]), np.concatenate([p.boxes for p in parts]))
+
+    def _run_padded(self, batch: np.ndarray, size: int) -> RawOutputs:
+        n = len(batch)
+        if n < size:        # the last picture again: its results are cut off
+            batch = np.concatenate([batch, np.repeat(batch[-1:], size - n, axis=0)])
+        raw = self.runner.run(np.ascontiguousarray(batch))
+        return RawOutputs(raw.logits[:n], raw.boxes[:n])
+
+
+def check_image(image: object, what: str) -> None:
+    """UsageError unless `image` is a uint8 array [H, W, 3] with pixels in it."""
+    if not isinstance(image, np.ndarray):
+        raise UsageError(f"{what} is {type(image).__name__}; expected a uint8 RGB array [H, W, 3] "
+                         f"(edgedetr.data.images.decode reads files)")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise DataError(f"{what} is {image.dtype} {list(image.shape)}; expected uint8 RGB [H, W, 3] "
+                        f"with at least one pixel")
+
+
+def open_bundle(bundle: str | Path | Bundle) -> Bundle:
+    """A bundle by its path, or one that is open already; UsageError for anything else."""
+    if isinstance(bundle, Bundle):
+        return bundle
+    return Bundle.open(as_path(bundle, "bundle", "the path of a bundle, or an open Bundle"))
+
+
+def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str | None = None,
+         threads: int | None = None, batch: int | None = None, trust: bool = False) -> Detector:
+    """Open a bundle and load its best stage for this machine, or the one that is asked for.
+
+    backend   "onnxruntime", "openvino", "onnxruntime-cuda" or "tensorrt"; None = an engine that fits this device, else
+              ONNX Runtime, on a GPU where it can
+    stage     "onnx" (float32), "fp16", "int8" or "int8-cpu"
+    threads   threads of one inference on the CPU; None = all cores
+    batch     the engine for so many pictures at a time; None = the one for single pictures
+    trust     take an engine that was built on another machine; an engine is code, so know who built it
+
+    The detector's `description` says what was chosen and why, and why an engine was not used.
+    """
+    bundle = open_bundle(bundle)
+    for word, known, what in ((backend, BACKENDS, "backend"), (stage, STAGES, "stage")):
+        if word is not None:
+            check_word(word, known, what)
+    for number, what in ((threads, "threads"), (batch, "batch")):
+        check_count(number, what)
+    if not isinstance(trust, bool):         # "no" and "false" are true
+        raise UsageError(f"trust is {shown(trust)}; expected True or False")
+    refused: tuple[str, ...] = ()
+    if backend == "tensorrt" or (backend is None and (stage is None or not any(map(find_spec, ON_FILES)))):
+        detector, refused = _load_engine(bundle, stage, batch, trust)
+        if detector is not None:
+            return detector
+        if backend == "tensorrt":
+            raise EngineError(f"{bundle.path}: no engine for {stage or 'any stage'} that fits here"
+                              f"{''.join(f'; {reason}' for reason in refused)}; run: edgedetr build {bundle.path}")
+    if backend is None and (stage or "onnx") in ON_GPU and not no_gpu():
+        try:
+            return _on_file(bundle, "onnxruntime-cuda", stage or "onnx", threads,
+                            ["as asked" if stage else "float32: this ONNX Runtime can use the GPU", *refused])
+        except DeviceError as error:        # the CPU can do it too
+            log.warning("%s", error)
+            refused = (*refused, f"the GPU not used: {error}")
+    backend, stage, reason = _choose(bundle, backend, stage)
+    return _on_file(bundle, backend, stage, threads, [reason, *refused])
+
+
+def _on_file(bundle: Bundle, backend: str, stage: str, threads: int | None, reasons: Sequence[str]) -> Detector:
+    """The detector on one of the bundle's ONNX files."""
+    path = bundle.require(STAGES[stage])
+    description = f"{stage} on {backend} ({'; '.join(reasons)})"
+    log.info("%s: %s", bundle.path, description)
+    runner = BACKENDS[backend](path, threads=threads)
+    if backend == "onnxruntime-cuda" and stage not in ON_GPU:
+        log.warning("%s: %s on %s, which computes quantised graphs otherwise than they say (AP 3.0 instead of 59.2 "
+                    "was seen, ONNX Runtime 1.31.1); take stage onnx or fp16, or build an engine: edgedetr build %s",
+                    bundle.path, stage, backend, bundle.path)
+    if int8_saturates() and (how := _saturated(runner, stage, bundle)):
+        log.warning("%s: this CPU has no 8-bit dot product, %s", bundle.path, how)
+    return _detector(bundle, runner, stage, description)
+
+
+def absent(backend: str) -> str:
+    """Why a backend cannot run ONNX files here, with the command that helps; empty where it can."""
+    if backend == "onnxruntime-cuda":
+        return no_gpu()
+    return "" if find_spec(backend) else missing(backend)
+
+
+def _saturated(runner: Runner, stage: str, bundle: Bundle) -> str | None:
+    """What is wrong with an INT8 file on a CPU whose 8-bit products saturate, and what to do; None = nothing."""
+    if (stage, runner.name) == ("int8", "openvino"):
+        return ("and OpenVINO's INT8 saturates on it: what it finds may be far from what the graph says; take stage "
+                "onnx, or int8-cpu in ONNX Runtime")
+    if stage == "int8-cpu" and getattr(runner, "weight_bits", None) == 8:
+        return (f"and sums of 8-bit weights saturate on it: detections are lost; run: edgedetr export {bundle.path} "
+                "--int8 --set quant.cpu_weights=7bit")
+    return None
+
+
+def load_engine(bundle: Bundle, engine: select.Engine, *, trust: bool = False) -> Detector:
+    """The detector on one engine of the bundle; EngineError where the plan must not or cannot be loaded."""
+    runner = TrtRunner(engine.path, onnx_sha256=engine.told.onnx_sha256, trust=trust)
+    told = engine.told
+    description = (f"{engine.stage} on tensorrt ({engine.path.name} {select.why(engine)}: {told.device}, "
+                   f"TensorRT {told.tensorrt})")
+    log.info("%s: %s", bundle.path, description)
+    return _detector(bundle, runner, engine.stage, description)
+
+
+def _load_engine(bundle: Bundle, stage: str | None, batch: int | None,
+                 trust: bool) -> tuple[Detector | None, tuple[str, ...]]:
+    """The best engine that can be opened, or why there is none."""
+    found = select.survey(bundle, trust=trust)
+    fitting, refused = list(found.fitting), list(found.refused)
+    while (engine := select.pick(fitting, stage=stage, batch=batch)) is not None:
+        try:
+            return load_engine(bundle, engine, trust=trust), ()
+        except (EngineError, DeviceError) as error:
+            log.warning("%s", error)
+            refused.append(f"{engine.path.name} not used: {error}")
+            fitting.remove(engine)
+    return None, tuple(refused)
+
+
+def _detector(bundle: Bundle, runner: Runner, stage: str, description: str) -> Detector:
+    manifest = bundle.manifest
+    return Detector(runner, manifest.classes, manifest.input, manifest.output, stage=stage, description=description)
+
+
+def _choose(bundle: Bundle, backend: str | None, stage: str | None) -> tuple[str, str, str]:
+    """(backend, stage, why) among the backends that run ONNX files."""
+    if backend is None:
+        backend = next((name for name in ON_FILES if find_spec(name)), None)
+        if backend is None:
+            raise MissingDependency("neither onnxruntime nor openvino is installed, and no engine fits; "
+                                    "run: pip install onnxruntime")
+    if stage is not None:
+        return backend, stage, "as asked"
+    if backend != "onnxruntime":
+        return backend, "onnx", "float32, the default of this backend"
+    instruction = int8_dot_product()
+    if not instruction:
+        return backend, "onnx", "float32: this CPU has no 8-bit dot product, so INT8 would not be faster"
+    if STAGES["int8-cpu"] not in bundle.manifest.files:
+        return backend, "onnx", "float32: no INT8 in this bundle yet"
+    return backend, "int8-cpu", f"INT8: this CPU has {instruction}"

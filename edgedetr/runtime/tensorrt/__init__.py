@@ -1,0 +1,1 @@
+"""TensorRT engines on the device: built, checked, chosen and run."""

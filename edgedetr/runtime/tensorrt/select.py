@@ -1,0 +1,190 @@
+"""Which engines a bundle has for this device, which of them is the best, and why the others are not used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from edgedetr.bundle import Bundle, atomic_write
+from edgedetr.errors import DeviceError, EngineError, MissingDependency
+from edgedetr.runtime import machine
+from edgedetr.runtime.tensorrt import cache as store
+from edgedetr.runtime.tensorrt import cudart, engine_metadata, engine_validation, library
+from edgedetr.runtime.tensorrt.cudart import Device
+from edgedetr.runtime.tensorrt.engine_metadata import PRECISIONS, Sidecar
+from edgedetr.storage.locks import locked
+from edgedetr.storage.reading import read_json
+
+log = logging.getLogger(__name__)
+
+# Stage of the bundle -> the graph that engines for batches of pictures are built from.
+FILES = {"int8": "model.int8.onnx", "fp16": "model.fp16.onnx", "onnx": "model.onnx"}
+MEASURED = "verified.json"      # beside the engines: what edgedetr verify found on this device
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `edgedetr verify` found of one engine: whether it passed, and its milliseconds (median of one run).
+
+    under   driver and release of Jetson Linux at that time (see `surroundings`); empty in records of before
+    """
+
+    passed: bool
+    p50_ms: float | None
+    under: str = ""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that fits.
+
+    batch      the only size it takes, or None
+    measured   None until `edgedetr verify` has run with the driver that is here
+    drift      what has changed since it was built, and does not keep it from loading
+    """
+
+    path: Path
+    told: Sidecar
+    stage: str
+    batch: int | None
+    measured: Measured | None
+    drift: str = ""
+
+    @property
+    def stage_name(self) -> str:
+        """The stage, with the batch where it is not single pictures: "int8", "int8 batch 4"."""
+        return self.stage if self.batch == 1 else f"{self.stage} batch {self.told.arguments.batch_name}"
+
+    @property
+    def rank(self) -> tuple[int, float, int, int]:
+        """Smaller is better: verified, then fast, then INT8 before FP16 before float32; single pictures first."""
+        trusted = 1 if self.measured is None else 0 if self.measured.passed else 2
+        speed = self.measured.p50_ms if self.measured and self.measured.p50_ms else 0.0
+        guess = PRECISIONS.index(self.told.arguments.precision)
+        return trusted, speed / (self.batch or 1), guess, self.batch or 1 << 30
+
+
+@dataclass(frozen=True)
+class Survey:
+    """`fitting` engines, the best first; `refused`: a sentence about each other one, or about all of them."""
+
+    fitting: tuple[Engine, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+def survey(bundle: Bundle, files: Mapping[str, str] = FILES, *, trust: bool = False) -> Survey:
+    """Look at every plan that may be this bundle's; opens none. Costs nothing where there are none.
+
+    files   stage -> name of the graph: engines of other graphs are passed over in silence
+    trust   take engines that were built on another machine of the same kind
+    """
+    plans = store.plans(bundle)
+    if not plans:
+        return Survey()
+    try:
+        device = cudart.probe()
+        version = library.tensorrt().__version__
+    except (DeviceError, MissingDependency) as reason:
+        ours = sum(plan.is_relative_to(bundle.path) for plan in plans)      # the user's cache holds other bundles' too
+        return Survey(refused=(f"{ours} engine{'s' * (ours > 1)} not used: {reason}",) if ours else ())
+    fitting, refused = [], []
+    for plan in plans:
+        found = _look(bundle, plan, files, device, version, trust)
+        if isinstance(found, Engine):
+            fitting.append(found)
+        elif found:
+            refused.append(f"{plan.name} not used: {found}")
+    return Survey(tuple(sorted(fitting, key=lambda engine: engine.rank)), tuple(refused))
+
+
+def _look(bundle: Bundle, plan: Path, files: Mapping[str, str], device: Device, version: str,
+          trust: bool) -> Engine | str:
+    """The engine, or why it is not one for this place; an empty reason for engines of other graphs or bundles."""
+    try:
+        told = engine_metadata.read(plan)
+    except EngineError as error:
+        return str(error)
+    if told is None:
+        return f"no {engine_metadata.beside(plan).name} beside it; run: edgedetr build {bundle.path}"
+    stage = next((stage for stage, name in files.items() if name == told.onnx), None)
+    entry = bundle.manifest.files.get(told.onnx)
+    ours = plan.is_relative_to(bundle.path)
+    if entry is None:
+        return f"built from {told.onnx}, which is not in this bundle" if ours else ""
+    if stage is None:
+        return ""               # of another kind: for whole camera frames, or for batches of pictures
+    if entry.sha256 != told.onnx_sha256 and not ours:
+        return ""               # the user's cache holds the engines of all read-only bundles
+    reason = ("" if trust else engine_validation.foreign(told)) or engine_validation.mismatch(told, device, version, entry.sha256)
+    if reason:
+        return reason
+    batch = told.arguments.batch
+    drift = engine_validation.drift(told, device)
+    measured = _measurements(plan.parent).get(told.plan_sha256)
+    if measured is not None and (drift if not measured.under else measured.under != surroundings(device)):
+        measured = None         # of another driver: it may be faster, slower or wrong now
+    return Engine(plan, told, stage, batch[0] if len(set(batch)) == 1 else None, measured, drift)
+
+
+def surroundings(device: Device) -> str:
+    """What a measurement depends on besides the engine: "driver 12.6, R36.4.3"."""
+    return ", ".join(filter(None, [f"driver {device.driver}", machine.jetpack()]))
+
+
+def pick(engines: Sequence[Engine], *, stage: str | None = None, batch: int | None = None) -> Engine | None:
+    """The best of them for a stage and a batch size; without a size, one for single pictures if there is one."""
+    fitting = [e for e in engines if stage in (None, e.stage) and (batch is None or e.batch in (None, batch))]
+    singles = [e for e in fitting if e.batch in (None, 1)] if batch is None else fitting
+    return next(iter(singles or fitting), None)
+
+
+def why(engine: Engine) -> str:
+    """Why this one, in words."""
+    if engine.measured is None:
+        changed = f"; {engine.drift}: verify it, or build it again with --force" if engine.drift else ""
+        return f"fits this device; not verified here yet{changed}"
+    speed = f", {engine.measured.p50_ms:.2f} ms" if engine.measured.p50_ms else ""
+    return ("verified on this device" if engine.measured.passed else "did not pass edgedetr verify here") + speed
+
+
+def record(folder: Path, found: Mapping[str, Measured]) -> None:
+    """Keep what was measured beside the engines, by digest of the plan; on read-only storage it is only not kept."""
+    try:
+        with locked(folder / f".{MEASURED}.lock", wait=60, busy=_busy):     # two verify side by side, of other engines
+            known = {**_measurements(folder), **found}
+            with atomic_write(folder / MEASURED) as temporary:
+                temporary.write_text(json.dumps({name: asdict(value) for name, value in known.items()}, indent=1)
+                                     + "\n", encoding="utf-8")
+    except OSError as error:
+        log.warning("%s: what was measured could not be recorded (%s)", folder / MEASURED, error)
+
+
+def _busy(owner: str) -> EngineError:
+    return EngineError(f"{owner} has been writing {MEASURED} for a minute; end it, then run: edgedetr verify BUNDLE")
+
+
+def _measurements(folder: Path) -> dict[str, Measured]:
+    """By digest of the plan; a damaged record counts as none, for the next verify writes it again."""
+    if not os.path.lexists(folder / MEASURED):
+        return {}
+    try:
+        raw = read_json(folder / MEASURED, EngineError, limit=engine_metadata.LARGEST)
+        return {str(name): _measured(value) for name, value in raw.items()}
+    except (EngineError, ValueError, TypeError, KeyError, AttributeError) as error:
+        log.warning("%s: damaged (%s); run: edgedetr verify BUNDLE", folder / MEASURED, error)
+        return {}
+
+
+def _measured(value: dict[str, object]) -> Measured:
+    passed, speed, under = value["passed"], value["p50_ms"], value.get("under", "")
+    if not isinstance(passed, bool) or not isinstance(under, str):
+        raise TypeError("passed is no truth value, or under no text")
+    if speed is not None and (isinstance(speed, bool) or not isinstance(speed, (int, float))
+                              or not math.isfinite(speed) or speed < 0):
+        raise TypeError("p50_ms is no number of milliseconds")
+    return Measured(passed, None if speed is None else float(speed), under)

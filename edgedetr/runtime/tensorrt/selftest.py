@@ -1,0 +1,143 @@
+"""Does the TensorRT that is installed here compute what it should? Three small graphs, built, run and compared.
+
+Each is of a kind that some version got wrong (see onnx_graph/selftest_models.py). Inputs and expected outputs, by ONNX Runtime
+without optimisations, are stored beside the graphs, so that nothing but numpy and TensorRT is needed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgedetr.errors import DeviceError, EngineError
+from edgedetr.runtime.tensorrt import builder, inspector
+from edgedetr.runtime.tensorrt.cudart import Cuda, Device, probe
+from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
+from edgedetr.runtime.tensorrt.library import tensorrt
+from edgedetr.runtime.tensorrt.trt_runner import Session
+
+FOLDER = Path(__file__).parent / "selftest_models"
+WORKSPACE_MB = 256
+RUNS = 3                # the first is queued plainly, the others run as a CUDA graph
+EQUAL_ROWS_DB = 80.0    # of equal rows in one batch: different kernels for them would leave about 100 dB in float32
+
+
+@dataclass(frozen=True)
+class Canary:
+    """floor_db: least signal-to-noise ratio of an honest computation, decibels."""
+
+    name: str
+    precision: str
+    floor_db: float
+    about: str
+
+
+CANARIES = (
+    # float32 sums in another order leave above 110 dB, FP16 would leave 60; issue 4813 left about 10
+    Canary("grid_sample", "fp32", 80.0, "GridSample in deformable attention, equal rows"),
+    # FP16 rounding leaves about 65 dB; sums of squares in FP16 overflow and leave none
+    Canary("layer_norm", "fp16", 50.0, "LayerNormalization in FP16 of large values"),
+    # a value that rounds to the neighbouring level leaves about 40 dB; a wrong scale leaves less than 10
+    Canary("concat", "int8", 25.0, "INT8 convolutions joined by Concat"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one canary did. sqnr_db: worst of all runs, None where it gave nothing; note: what is wrong, or empty.
+
+    share   of the layers with weights that run in the canary's precision, 0..1
+    """
+
+    name: str
+    about: str
+    precision: str
+    passed: bool
+    sqnr_db: float | None
+    floor_db: float
+    share: float | None
+    graph: bool
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Selftest:
+    """All canaries on one device."""
+
+    tensorrt: str
+    device: Device
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(outcome.passed for outcome in self.outcomes)
+
+    def to_json(self) -> dict[str, object]:
+        return {"passed": self.passed, **asdict(self)}
+
+
+def selftest(progress: Callable[[str, int, int], None] | None = None) -> Selftest:
+    """Build and run every canary; an error only where there is no TensorRT or no device."""
+    device, trt = probe(), tensorrt()
+    outcomes = []
+    for number, canary in enumerate(CANARIES):
+        outcomes.append(_try(canary, device))
+        if progress:
+            progress("selftest", number + 1, len(CANARIES))
+    return Selftest(trt.__version__, device, tuple(outcomes))
+
+
+def stored(name: str) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """(ONNX file, input, expected output)."""
+    with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as arrays:
+        return (FOLDER / f"{name}.onnx").read_bytes(), arrays["x"], arrays["y"]
+
+
+def _try(canary: Canary, device: Device) -> Outcome:
+    model, x, expected = stored(canary.name)
+    begun = time.perf_counter()
+
+    def outcome(passed: bool, note: str, sqnr: float | None = None, share: float | None = None,
+                graph: bool = False) -> Outcome:
+        return Outcome(canary.name, canary.about, canary.precision, passed, sqnr, canary.floor_db, share, graph,
+                       time.perf_counter() - begun, note)
+
+    batch = (len(x),) * 3
+    try:
+        plan = builder.build_plan(model, BuildArguments(canary.precision, batch, WORKSPACE_MB, 3, "auto"), device,
+                                  what=f"canary {canary.name}")
+        with Session(plan.data, cuda=Cuda(device), what=f"canary {canary.name}") as session:
+            found = [session.run({"x": x})["y"] for _ in range(RUNS)]
+            graph = session.graphs > 0
+    except (DeviceError, EngineError) as error:         # this one cannot be built or run; the others still can
+        return outcome(False, str(error))
+    share = inspector.summarise(plan.layers).share(canary.precision)
+    ratios = [sqnr_db(expected, y) for y in found]
+    problems = []
+    if min(ratios) < canary.floor_db:
+        first = next(run for run, ratio in enumerate(ratios) if ratio < canary.floor_db)
+        how = "" if first == 0 else " as a CUDA graph only"
+        problems.append(f"wrong{how}: {ratios[first]:.0f} dB, expected at least {canary.floor_db:.0f}")
+    if _equal_rows(x) and min(sqnr_db(y[0], y[-1]) for y in found) < EQUAL_ROWS_DB:
+        problems.append("equal rows of one batch give different results (TensorRT issue 4813)")
+    if problems and canary.name == "grid_sample":
+        problems.append("engines must not use GridSample here: edgedetr export writes gathers for engines")
+    return outcome(not problems, "; ".join(problems), min(ratios), share, graph)
+
+
+def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
+    """10 log10 of the reference's power over the difference's; 300 where they are equal, -300 for NaN or infinity."""
+    noise = float(((reference.astype(np.float64) - other) ** 2).mean())
+    signal = float((reference.astype(np.float64) ** 2).mean())
+    if not np.isfinite(noise):
+        return -300.0
+    return float(np.clip(10 * np.log10(max(signal, 1e-30) / max(noise, 1e-60)), -300, 300))
+
+
+def _equal_rows(x: np.ndarray) -> bool:
+    return len(x) > 1 and bool((x == x[:1]).all())

@@ -1,0 +1,1 @@
+"""Graphs and configurations for servers: whole camera frames, Triton, DeepStream."""

@@ -1,0 +1,152 @@
+"""Files for DeepStream's nvinfer: a graph that a parser shipped with DeepStream reads, a configuration, the labels.
+
+The parser is NvDsInferParseCustomTfSSD of libnvds_infercustomparser.so (source: sources/libs/nvdsinfer_customparser/
+nvdsinfer_custombboxparser.cpp of the SDK; the same function in DeepStream 5 and in 9). It finds its tensors by name,
+all float32 and without the batch axis: `num_detections` [1], `detection_boxes` [k, 4] (y0, x0, y1, x1 in 0..1 of the
+network's input), `detection_scores` [k] and `detection_classes` [k]. Others of that library take outputs by position
+(EfficientDetTAO, BatchedNMSTLT), or are written for four classes of which the first is dropped (DDETRTAO).
+
+nvinfer hands over y = net-scale-factor * (x - offset) of RGB planes; ours is the identity, since the graph normalises.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto, TensorProto, helper
+
+from edgedetr.bundle import Bundle, InputContract, Manifest, atomic_write
+from edgedetr.errors import ExportError
+from edgedetr.image_size import check_size
+from edgedetr.onnx_graph.graph_builder import Part, batch_of, join, output_shape, require_clean
+from edgedetr.printable import one_line
+from edgedetr.runtime.arguments import check_word
+from edgedetr.runtime.backends.onnx_bytes import load
+from edgedetr.runtime.preprocess import Geometry
+from edgedetr.serving import pre_post_graph
+from edgedetr.serving.labels import write_labels
+
+log = logging.getLogger(__name__)
+
+PARSER = "NvDsInferParseCustomTfSSD"
+LIBRARY = "/opt/nvidia/deepstream/deepstream/lib/libnvds_infercustomparser.so"
+OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
+MODES = {"model.onnx": 0, "model.fp16.onnx": 2, "model.int8.onnx": 1}      # nvinfer's network-mode
+CONFIDENCE = 0.25               # least score that is passed on, as edgedetr predict has it
+
+
+@dataclass(frozen=True)
+class DeepStreamFiles:
+    """What was written: the configuration of nvinfer, the graph, the labels."""
+
+    config: Path
+    model: Path
+    labels: Path
+
+
+def with_parser_outputs(model: ModelProto, manifest: Manifest, frame: tuple[int, int] | None = None) -> ModelProto:
+    """The graph `images` -> `logits`, `boxes` of a bundle, with the outputs of the parser.
+
+    frame   height and width: the input is then a whole frame (float32 planes), and our own resize is inside
+    """
+    contract, batch = manifest.input, batch_of(model)
+    height, width = frame or (contract.height, contract.width)
+    queries, classes = output_shape(model, "logits")
+    front, back = Part("frame"), Part("objects")
+    factors = (1.0, 1.0)
+    if frame is not None:
+        batch = 1
+        geometry = Geometry.of(height, width, contract)
+        pre_post_graph.resize(front, "frame", geometry, output="images")
+        factors = (geometry.width * geometry.used_width / geometry.content_width / width,
+                   geometry.height * geometry.used_height / geometry.content_height / height)
+    chosen = pre_post_graph.choose(back, "logits", "boxes", queries, classes, manifest.output)
+    boxes = pre_post_graph.corners(back, chosen.boxes, factors, (1.0, 1.0), order=(1, 0, 3, 2))
+    labels = back.add("Cast", chosen.labels, to=TensorProto.FLOAT)
+    # The parser takes the first so many. A score of zero is no object: FP16 may round far ones to it.
+    some = back.add("Greater", chosen.scores, back.constant([[0.0]], np.float32))
+    count = back.add("ReduceSum", back.add("Cast", some, to=TensorProto.FLOAT), back.constant([1]), keepdims=1)
+    for made, name in zip((count, boxes, chosen.scores, labels), OUTPUTS):
+        back.add("Identity", made, output=name)
+    shapes = ([batch, 1], [batch, chosen.count, 4], [batch, chosen.count], [batch, chosen.count])
+    value = helper.make_tensor_value_info
+    return join(
+        model, front, back,
+        [value("frame" if frame else "images", TensorProto.FLOAT, [batch, 3, height, width])],
+        [value(name, TensorProto.FLOAT, shape) for name, shape in zip(OUTPUTS, shapes)], renamed={}, metadata={})
+
+
+def write_deepstream(bundle: Bundle, folder: Path, source: str = "model.onnx",
+                     frame: tuple[int, int] | None = None) -> DeepStreamFiles:
+    """model.onnx, labels.txt and config_infer_primary.txt for `nvinfer config-file-path=...`.
+
+    source   which of the bundle's graphs
+    frame    height and width of what nvstreammux gives, for our own resize; None leaves the resize to nvinfer
+    """
+    check_word(source, MODES, "source")
+    frame = None if frame is None else check_size(frame, "frame")
+    manifest = bundle.manifest
+    model = with_parser_outputs(load(bundle.require(source), ExportError), manifest, frame)
+    require_clean(model, "the graph for DeepStream")
+    if frame is None and manifest.input.resize == "letterbox":
+        log.warning("nvinfer pads with black where training padded with gray; "
+                    "--frame HxW puts the resize into the graph")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = DeepStreamFiles(folder / "config_infer_primary.txt", folder / "model.onnx", folder / "labels.txt")
+    with atomic_write(files.model) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+    write_labels(files.labels, manifest.classes)
+    with atomic_write(files.config) as temporary:
+        temporary.write_text(config(manifest, source, frame, batch_of(model)), encoding="utf-8")
+    return files
+
+
+def config(manifest: Manifest, source: str, frame: tuple[int, int] | None, batch: int | str) -> str:
+    """The text of config_infer_primary.txt; paths in it are relative to it."""
+    contract: InputContract = manifest.input
+    height, width = frame or (contract.height, contract.width)
+    letterbox = int(frame is None and contract.resize == "letterbox")
+    size = batch if isinstance(batch, int) else 1
+    model = one_line(manifest.model)[:80]
+    return f"""# nvinfer configuration of a {model} with {len(manifest.classes)} classes, written by edgedetr.
+#
+# Build the engine first, on the device that runs it. The graph says itself which parts are FP16 and INT8, and nvinfer's
+# own builder does not keep to that (without a calibration table it turns INT8 into FP16):
+#   /usr/src/tensorrt/bin/trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped
+# (TensorRT 11 always is, and needs no --stronglyTyped.) An engine is executable code: run none that you did not build.
+
+[property]
+gpu-id=0
+gie-unique-id=1
+process-mode=1
+# 0: detector
+network-type=0
+onnx-file=model.onnx
+model-engine-file=model.engine
+labelfile-path=labels.txt
+batch-size={size}
+# 0: float32, 1: INT8, 2: FP16; read only when nvinfer builds the engine itself
+network-mode={MODES[source]}
+infer-dims=3;{height};{width}
+# RGB, 0..255 as it is: the normalisation is inside the graph
+model-color-format=0
+net-scale-factor=1.0
+offsets=0;0;0
+maintain-aspect-ratio={letterbox}
+symmetric-padding=0
+# 1: bilinear
+scaling-filter=1
+interval=0
+num-detected-classes={len(manifest.classes)}
+output-blob-names={';'.join(OUTPUTS)}
+parse-bbox-func-name={PARSER}
+custom-lib-path={LIBRARY}
+# 4: no clustering; each object is found once
+cluster-mode=4
+
+[class-attrs-all]
+pre-cluster-threshold={CONFIDENCE}
+"""

@@ -1,0 +1,96 @@
+"""Camera frames in, objects out: resize, model and choice of objects as one graph, for one size of frame.
+
+`frames` [1, H, W, 3] uint8 RGB -> `boxes` [1, k, 4] float32 (x0, y0, x1, y1 in pixels of the frame), `scores` [1, k]
+float32, `labels` [1, k] int32, most confident first. Nothing is left to do on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from onnx import ModelProto, TensorProto, helper
+
+from edgedetr.bundle import Bundle, Manifest
+from edgedetr.errors import ExportError
+from edgedetr.evaluation.detections_allclose import agree
+from edgedetr.image_size import check_size
+from edgedetr.onnx_graph.graph_builder import Part, join, output_shape, require_clean
+from edgedetr.runtime.arguments import check_text
+from edgedetr.runtime.backends.base import RawOutputs
+from edgedetr.runtime.backends.onnx_bytes import load
+from edgedetr.runtime.backends.onnxruntime import tensors
+from edgedetr.runtime.frame_detector import file_name
+from edgedetr.runtime.postprocess import decode, named
+from edgedetr.runtime.preprocess import Geometry, prepare
+from edgedetr.serving import pre_post_graph
+
+LEVELS = 1                      # largest accepted difference to the CPU's resize, of 255: both round, at ties apart
+PIXELS = 0.02                   # largest accepted difference of a box side; float32 against float64 at 4000 px: 5e-4
+SCORES = 1e-5                   # of a score; float32 sigmoid or softmax: 1e-7
+
+
+def with_frames(model: ModelProto, manifest: Manifest, height: int, width: int) -> ModelProto:
+    """The graph `images` -> `logits`, `boxes` of a bundle, for frames of height x width pixels."""
+    geometry = Geometry.of(*check_size((height, width), "frame"), manifest.input)
+    queries, classes = output_shape(model, "logits")
+    front, back = Part("frame"), Part("objects")
+    pre_post_graph.resize(front, pre_post_graph.planes_of_frames(front, "frames"), geometry, output="images")
+    chosen = pre_post_graph.choose(back, "logits", "boxes_of_input", queries, classes, manifest.output)
+    factors = (geometry.width * geometry.used_width / geometry.content_width,
+               geometry.height * geometry.used_height / geometry.content_height)
+    boxes = pre_post_graph.corners(back, chosen.boxes, factors, (width, height))
+    for made, name in ((boxes, "boxes"), (chosen.scores, "scores"), (chosen.labels, "labels")):
+        back.add("Identity", made, output=name)
+    value = helper.make_tensor_value_info
+    told = {"frame": json.dumps({"height": height, "width": width})}
+    return join(
+        model, front, back, [value("frames", TensorProto.UINT8, [1, height, width, 3])],
+        [value("boxes", TensorProto.FLOAT, [1, chosen.count, 4]), value("scores", TensorProto.FLOAT, [1, chosen.count]),
+         value("labels", TensorProto.INT32, [1, chosen.count])],
+        renamed={"boxes": "boxes_of_input"}, metadata={f"edgedetr.{key}": text for key, text in told.items()})
+
+
+def write_frames(bundle: Bundle, height: int, width: int, sources: Sequence[str] = ("model.onnx",)) -> list[str]:
+    """One graph for frames of this size from each of the bundle's graphs; the names of the files that were added."""
+    made = []
+    height, width = check_size((height, width), "frame")
+    for source in sources:
+        check_text(source, "source", "the name of a graph of the bundle")
+        name = file_name(source, height, width)
+        made.append(name)
+        if bundle.has(name):
+            continue
+        model = load(bundle.require(source), ExportError)
+        joined = with_frames(model, bundle.manifest, height, width)
+        require_clean(joined, name)
+        check(joined, bundle.manifest, height, width)
+        with bundle.add(name, stage="export --frame", made_from=[source]) as temporary:
+            temporary.write_bytes(joined.SerializeToString(deterministic=True))
+    return made
+
+
+def check(model: ModelProto, manifest: Manifest, height: int, width: int) -> None:
+    """ExportError unless both ends of the graph do what the CPU does, on a frame of noise, in ONNX Runtime.
+
+    What lies between is the bundle's own graph, node by node.
+    """
+    inner = ("images", "logits", "boxes_of_input")
+    shown = ModelProto()
+    shown.CopyFrom(model)
+    shown.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inner)
+    frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    found = tensors(shown.SerializeToString(), frame[None], (*inner, "boxes", "scores", "labels"), optimise=True,
+                    feed="frames")
+    images, geometries = prepare([frame], manifest.input, backend="numpy")
+    levels = float(np.abs(found["images"] - images).max())
+    if not levels <= LEVELS:
+        raise ExportError(f"the resize inside the graph differs from the CPU's by {levels:g} of 255; expected at most "
+                          f"{LEVELS}; report this, it is a defect")
+    raw = RawOutputs(found["logits"], found["boxes_of_input"])
+    expected = decode(raw, geometries, manifest.classes, manifest.output)[0]
+    ours = named(found["boxes"][0], found["scores"][0], found["labels"][0].astype(np.int64), manifest.classes)
+    if not agree(ours, expected, pixels=PIXELS, score=SCORES):
+        raise ExportError("the objects that the graph chooses are not those that the CPU chooses; report this, it is a "
+                          "defect")

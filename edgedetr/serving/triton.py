@@ -1,0 +1,172 @@
+"""A model repository for Triton Inference Server: NAME/config.pbtxt, NAME/labels.txt, NAME/1/model.onnx or model.plan.
+
+The fields of config.pbtxt are those of triton-inference-server/common, protobuf/model_config.proto. Where the batch is
+fixed, max_batch_size is 0 and the dimensions say the whole shape. Where it is open, the server may join requests, but
+only after a gate: equal pictures in one batch must give equal answers, and the same ones as alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto
+
+from edgedetr.bundle import Bundle, Manifest, atomic_write
+from edgedetr.errors import ExportError, UsageError
+from edgedetr.evaluation.detections_allclose import agree
+from edgedetr.runtime.arguments import check_count, check_text, shown
+from edgedetr.runtime.backends.base import RawOutputs
+from edgedetr.runtime.backends.onnx_bytes import load
+from edgedetr.runtime.backends.onnxruntime import tensors
+from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.preprocess import Geometry
+from edgedetr.runtime.tensorrt.select import Engine
+from edgedetr.serving.labels import label, write_labels
+
+log = logging.getLogger(__name__)
+
+LARGEST_BATCH = 8               # requests joined at once where the batch is open, as runtime.detector has it
+LARGEST_COUNT = 1024            # instances; a typing error must not start thousands of sessions
+LONGEST = 200                   # characters of a name that is made from a folder's
+SCORE, PIXELS = 1e-3, 0.5       # by which objects of equal rows may differ; float32 kernels of two batch sizes: 1e-5
+TYPES: dict[int, str] = {
+    TensorProto.FLOAT: "TYPE_FP32", TensorProto.UINT8: "TYPE_UINT8", TensorProto.INT32: "TYPE_INT32",
+}
+# Where ONNX Runtime serves a graph: the float graph wherever the server is, INT8 in the form of CPUs.
+KINDS = {"model.int8-cpu.onnx": "KIND_CPU"}
+
+
+@dataclass(frozen=True)
+class Repository:
+    """What was written: the model's folder, its name, the platform, and the largest batch (0: no batching)."""
+
+    folder: Path
+    name: str
+    platform: str
+    max_batch_size: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output: name, Triton's type, dimensions with the batch first (-1 where it is open)."""
+
+    name: str
+    data_type: str
+    dims: tuple[int, ...]
+
+
+def write_repository(bundle: Bundle, root: Path, source: str, *, engine: Engine | None = None, name: str | None = None,
+                     instances: int = 1) -> Repository:
+    """Add the model to the repository `root`.
+
+    source      which of the bundle's graphs
+    engine      an engine built from it, which is then what is served
+    instances   how many run at the same time, on each GPU or on the CPU
+    """
+    check_text(source, "source", "the name of a graph of the bundle")
+    name = model_name(bundle, source) if name is None else name
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,249}", name):
+        raise UsageError(f"the model's name is {shown(name)}; expected letters, digits, '_', '-' and '.', at most 250")
+    check_count(instances, "instances", LARGEST_COUNT)
+    path = bundle.require(source)
+    model = load(path, ExportError)
+    inputs, outputs = signature(model.graph.input), signature(model.graph.output)
+    if engine is None:
+        platform, kind, target = "onnxruntime_onnx", KINDS.get(source, "KIND_AUTO"), "model.onnx"
+        largest = LARGEST_BATCH if inputs[0].dims[0] == -1 and rows_agree(model, bundle.manifest) else 0
+    else:
+        platform, kind, target, path = "tensorrt_plan", "KIND_GPU", "model.plan", engine.path
+        least, _, most = engine.told.arguments.batch
+        # Only edgedetr verify, which runs equal pictures through the engine, opens the gate.
+        gate = engine.measured is not None and engine.measured.passed
+        largest = most if least == 1 < most and gate else 0
+        first = least if least == most else -1
+        inputs, outputs = ([Tensor(t.name, t.data_type, (first, *t.dims[1:])) for t in side]
+                           for side in (inputs, outputs))
+    folder = root / name
+    with atomic_write(folder / "1" / target) as temporary:
+        shutil.copyfile(path, temporary)
+    write_labels(folder / "labels.txt", bundle.manifest.classes)
+    with atomic_write(folder / "config.pbtxt") as temporary:
+        temporary.write_text(config(name, platform, largest, inputs, outputs, kind, instances, bundle.manifest),
+                             encoding="utf-8")
+    return Repository(folder, name, platform, largest)
+
+
+def model_name(bundle: Bundle, source: str) -> str:
+    """cells.bundle, model.int8.onnx -> cells-int8."""
+    folder = bundle.path.resolve().name.removesuffix(".bundle")
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", folder).strip("-_")[:LONGEST] or "model"
+    kind = source.removeprefix("model").removesuffix(".onnx").strip(".").replace(".", "-")
+    return f"{stem}-{kind}" if kind else stem
+
+
+def signature(values: Sequence[onnx.ValueInfoProto]) -> list[Tensor]:
+    """Inputs or outputs as Triton names them; ExportError for what it could not serve."""
+    found = []
+    for value in values:
+        kind, dims = value.type.tensor_type.elem_type, value.type.tensor_type.shape.dim
+        if kind not in TYPES or not dims:
+            raise ExportError(f"{value.name} has type {TensorProto.DataType.Name(kind)} and {len(dims)} dimensions; "
+                              "expected float32, uint8 or int32 with a shape")
+        sizes = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims)
+        found.append(Tensor(value.name, TYPES[kind], sizes))
+    return found
+
+
+def rows_agree(model: ModelProto, manifest: Manifest) -> bool:
+    """Whether a picture gives the same objects in every row of a batch as alone, in ONNX Runtime."""
+    contract = manifest.input
+    one = np.random.default_rng(0).integers(0, 256, (1, 3, contract.height, contract.width)).astype(np.float32)
+    whole = Geometry.of(contract.height, contract.width, contract)
+    found = []
+    for batch in (1, LARGEST_BATCH):
+        raw = tensors(model.SerializeToString(), np.repeat(one, batch, axis=0), ("logits", "boxes"), optimise=True)
+        found += decode(RawOutputs(raw["logits"], raw["boxes"]), [whole] * batch, manifest.classes, manifest.output)
+    apart = [row for row in found[1:] if not agree(row, found[0], pixels=PIXELS, score=SCORE)]
+    if apart:
+        log.warning("%d of %d rows with the same picture give other objects than the picture alone; "
+                    "Triton will not join requests (max_batch_size 0)", len(apart), LARGEST_BATCH)
+    return not apart
+
+
+def config(name: str, platform: str, largest: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor], kind: str,
+           instances: int, manifest: Manifest) -> str:
+    """The text of config.pbtxt."""
+    told = {
+        "labels": "\n".join(label(item.name) for item in manifest.classes),
+        "input": json.dumps({"height": manifest.input.height, "width": manifest.input.width,
+                             "resize": manifest.input.resize, "colour": "RGB", "range": [0, 255]}),
+        "output": json.dumps({"activation": manifest.output.activation, "top_k": manifest.output.top_k}),
+    }
+    lines = [f"name: {_text(name)}", f"platform: {_text(platform)}", f"max_batch_size: {largest}"]
+    lines += [_tensors("input", inputs, bool(largest)), _tensors("output", outputs, bool(largest))]
+    lines.append(f"instance_group [\n  {{\n    count: {instances}\n    kind: {kind}\n  }}\n]")
+    if largest:
+        lines.append("dynamic_batching {\n}")
+    lines += [f"parameters {{\n  key: {_text(key)}\n  value {{\n    string_value: {_text(value)}\n  }}\n}}"
+              for key, value in told.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _tensors(what: str, found: Sequence[Tensor], batched: bool) -> str:
+    blocks = []
+    for tensor in found:
+        dims = ", ".join(map(str, tensor.dims[1:] if batched else tensor.dims))
+        blocks.append(f"  {{\n    name: {_text(tensor.name)}\n    data_type: {tensor.data_type}\n"
+                      f"    dims: [ {dims} ]\n  }}")
+    return f"{what} [\n" + ",\n".join(blocks) + "\n]"
+
+
+def _text(value: str) -> str:
+    """A string of protobuf's text format: bytes outside printable ASCII as octal escapes."""
+    return '"' + "".join(chr(b) if 32 <= b < 127 and chr(b) not in '"\\' else f"\\{b:03o}"
+                         for b in value.encode("utf-8", "backslashreplace")) + '"'

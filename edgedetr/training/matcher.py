@@ -1,0 +1,108 @@
+"""Which query answers for which object: the cheapest one-to-one assignment, for every layer and picture at once.
+
+Carion et al. 2020, "End-to-End Object Detection with Transformers", section 3.1, eq. 1 and 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from edgedetr.layers.box_ops import cxcywh_to_xyxy, paired_giou
+from edgedetr.options import check
+from edgedetr.training.ground_truth import Padded
+
+UNUSABLE = 1e8      # cost of a NaN or infinite pair: taken only where nothing else is left (scipy refuses NaN)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Weights of the three costs, and which probability the class cost takes."""
+
+    form: Literal["softmax", "focal"]
+    class_: float
+    l1: float
+    giou: float
+    alpha: float = 0.25     # Deformable DETR's focal cost
+    gamma: float = 2.0
+    corners: bool = False   # L1 of x0, y0, x1, y1 instead of cx, cy, w, h
+
+    def __post_init__(self) -> None:
+        check(self, "costs", dict.fromkeys(("class_", "l1", "giou", "alpha", "gamma"), (0, math.inf)))
+
+
+@dataclass(frozen=True)
+class Matches:
+    """P pairs in each of G layers, ordered by picture; every layer has the same number of pairs in a picture.
+
+    image   [P] int64       picture of the pair
+    query   [G, P] int64    query within the picture
+    target  [G, P] int64    object within the picture
+    """
+
+    image: Tensor
+    query: Tensor
+    target: Tensor
+
+    def take(self, values: Tensor) -> Tensor:
+        """values [G, B, N, ...] -> [G, P, ...], those of the matched queries."""
+        layer = torch.arange(len(self.query), device=values.device)[:, None]
+        return values[layer, self.image[None], self.query]
+
+
+def match(predictions: Sequence[tuple[Tensor, Tensor]], padded: Padded, costs: Costs) -> list[Matches]:
+    """Assign objects to queries in every group of layers; one copy from the device for all of them.
+
+    predictions  groups of layers with equally many queries: logits [G, B, N, K*], boxes [G, B, N, 4] cx, cy, w, h
+    """
+    with torch.no_grad():
+        tables = [cost_table(logits, boxes, padded, costs) for logits, boxes in predictions]
+        flat = torch.cat([table.flatten() for table in tables]).cpu().numpy()
+    results, start = [], 0
+    for table in tables:
+        part = flat[start : start + table.numel()].reshape(table.shape)
+        start += table.numel()
+        results.append(_assign(part, padded))
+    return results
+
+
+def cost_table(logits: Tensor, boxes: Tensor, padded: Padded, costs: Costs) -> Tensor:
+    """Cost of every query for every object: [G, B, N, T] float32."""
+    logits, boxes = logits.float(), boxes.float()
+    layers, _, queries, _ = logits.shape
+    labels = padded.labels[None, :, None].expand(layers, -1, queries, -1)
+    if costs.form == "softmax":
+        # Probability, not log-probability, so that class and box costs share one scale (DETR, section 3.1).
+        class_cost = -logits.softmax(-1).gather(-1, labels)
+    else:
+        prob = logits.sigmoid()
+        positive = costs.alpha * (1 - prob) ** costs.gamma * -(prob + 1e-8).log()
+        negative = (1 - costs.alpha) * prob**costs.gamma * -(1 - prob + 1e-8).log()
+        class_cost = (positive - negative).gather(-1, labels)
+    corners, wanted = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(padded.boxes)
+    one, other = (corners, wanted) if costs.corners else (boxes, padded.boxes)
+    l1 = torch.cdist(one, other[None].expand(layers, -1, -1, -1), p=1)
+    overlap = paired_giou(corners[:, :, :, None], wanted[None, :, None])
+    table = costs.class_ * class_cost + costs.l1 * l1 - costs.giou * overlap
+    return table.nan_to_num(nan=UNUSABLE, posinf=UNUSABLE, neginf=UNUSABLE)
+
+
+def _assign(table, padded: Padded) -> Matches:  # type: ignore[no-untyped-def]  # numpy array [G, B, N, T]
+    image: list[int] = []
+    query: list[list[int]] = [[] for _ in table]
+    target: list[list[int]] = [[] for _ in table]
+    for row, count in enumerate(padded.counts):
+        for layer, costs in enumerate(table):
+            rows, columns = linear_sum_assignment(costs[row, :, :count])
+            query[layer] += rows.tolist()
+            target[layer] += columns.tolist()
+        image += [row] * len(rows)
+    device, layers = padded.labels.device, len(table)
+    packed = torch.tensor([image, *query, *target], dtype=torch.int64).to(device, non_blocking=True)
+    return Matches(packed[0], packed[1 : 1 + layers], packed[1 + layers :])

@@ -1,0 +1,59 @@
+"""How good the weights are now: the deployed graph on the select split, judged by pycocotools."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgedetr.bundle import InputContract, OutputContract
+from edgedetr.data.detection_set import DetectionSet, Sample
+from edgedetr.data.images import decode
+from edgedetr.evaluation.coco_metrics import Metrics, evaluate
+from edgedetr.models.deploy import DeployGraph
+from edgedetr.models.detector import Detector
+from edgedetr.runtime import postprocess
+from edgedetr.runtime.backends.base import RawOutputs
+from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.preprocess import Geometry, resize
+
+
+class Selection:
+    """The select split, resized once and kept within the room it is given."""
+
+    def __init__(self, samples: DetectionSet, contract: InputContract, output: OutputContract, *, batch: int,
+                 cache_mb: int) -> None:
+        self.samples, self.contract, self.output, self.batch = samples, contract, output, batch
+        self._room = cache_mb * 2**20
+        self._cache: dict[int, tuple[Tensor, Geometry]] = {}
+
+    def detect(self, detector: Detector, *, rank: int = 0, world: int = 1) -> dict[int, Detections]:
+        """Detections of this process's share of the pictures, by image id."""
+        device = next(detector.parameters()).device
+        graph = DeployGraph(detector, self.contract.height, self.contract.width, sampling="auto")
+        found: dict[int, Detections] = {}
+        mine = self.samples.samples[rank::world]
+        with torch.inference_mode():
+            for start in range(0, len(mine), self.batch):
+                part = mine[start : start + self.batch]
+                pictures = [self._picture(sample) for sample in part]
+                images = torch.stack([pixels for pixels, _ in pictures]).to(device).float()
+                logits, boxes = graph(images)
+                raw = RawOutputs(logits.float().cpu().numpy(), boxes.float().cpu().numpy())
+                geometries = [geometry for _, geometry in pictures]
+                decoded = postprocess.decode(raw, geometries, self.samples.classes, self.output)
+                found |= {sample.image_id: detections for sample, detections in zip(part, decoded)}
+        return found
+
+    def measure(self, detections: dict[int, Detections]) -> Metrics:
+        return evaluate(self.samples, detections)
+
+    def _picture(self, sample: Sample) -> tuple[Tensor, Geometry]:
+        if sample.image_id in self._cache:
+            return self._cache[sample.image_id]
+        pixels, geometry = resize(decode(sample.path), self.contract)
+        entry = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), geometry
+        if pixels.nbytes <= self._room:
+            self._room -= pixels.nbytes
+            self._cache[sample.image_id] = entry
+        return entry

@@ -1,0 +1,225 @@
+"""Image processors of transformers: every key is read as they do, refused by its name, or without effect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from references import transformers
+
+from edgedetr.bundle import InputContract
+from edgedetr.errors import ModelError
+from edgedetr.importing.image_processor import KEYS, Pixels, pixels
+from edgedetr.importing.weights import _pixels
+from edgedetr.models.checkpoints.transformers_keys import NoEffect, Only
+from edgedetr.models.checkpoints.weight_source import Origin
+from edgedetr.runtime.preprocess import resize
+
+MEMBERS = {
+    "DetrImageProcessor": "detr",
+    "ConditionalDetrImageProcessor": "conditional_detr",
+    "DeformableDetrImageProcessor": "deformable_detr",
+    "RTDetrImageProcessor": "rt_detr",
+}
+kinds = pytest.mark.parametrize("kind", MEMBERS)
+# A photograph has no steps: then resampling differs by a level or two, and a wrong scale or mean by many.
+IMAGE = np.stack(
+    [np.add.outer(np.linspace(20, 90, 64), np.linspace(0, 140, 96)) + 10 * channel for channel in range(3)], axis=-1
+).astype(np.uint8)
+
+
+def written(kind: str, **options: Any) -> dict[str, Any]:
+    """preprocessor_config.json as the processor itself writes it, without torchvision: its Pillow form."""
+    made = getattr(transformers, f"{kind}Pil")(**options)
+    return json.loads(made.to_json_string())
+
+
+def theirs(kind: str, **options: Any) -> np.ndarray:
+    made = getattr(transformers, f"{kind}Pil")(**options)
+    return made(images=Image.fromarray(IMAGE), return_tensors="np")["pixel_values"][0]
+
+
+def ours(kind: str, raw: dict[str, Any]) -> np.ndarray:
+    """What reaches the network of the bundle."""
+    found = pixels(raw, MEMBERS[kind], "p.json", None)
+    assert found.mean is not None and found.std is not None
+    sized, _ = resize(IMAGE, InputContract(found.height, found.width, found.resize), backend="numpy")
+    return ((sized / 255 - np.array(found.mean)) / np.array(found.std)).transpose(2, 0, 1)
+
+
+@kinds
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"size": {"height": 32, "width": 64}},
+        {"size": [64, 32]},
+        {"size": {"max_height": 64, "max_width": 96}},
+        {"size": {"max_height": 64, "max_width": 96}, "do_pad": True, "pad_size": {"height": 64, "width": 96}},
+        {"size": {"shortest_edge": 64, "longest_edge": 96}},
+        {"size": {"shortest_edge": 96, "longest_edge": 96}},
+        {"size": {"height": 64, "width": 96}, "do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": 0.25},
+        {"size": {"height": 64, "width": 96}, "do_normalize": True, "image_mean": 0.5},
+        {"size": {"height": 64, "width": 96}, "do_normalize": False},
+        {"size": {"height": 64, "width": 96}, "do_rescale": False, "do_normalize": False},
+        {
+            "size": {"height": 64, "width": 96},
+            "do_rescale": False,
+            "do_normalize": True,
+            "image_mean": [120.0, 110.0, 100.0],
+            "image_std": [60.0, 61.0, 62.0],
+        },
+        {
+            "size": {"height": 64, "width": 96},
+            "rescale_factor": 1 / 127.5,
+            "do_normalize": True,
+            "image_mean": [1.0] * 3,
+            "image_std": [1.0] * 3,
+        },
+        {"size": {"height": 64, "width": 96}, "rescale_factor": 2 / 255, "do_normalize": False},
+    ],
+    ids=str,
+)
+def test_the_pixels_that_reach_the_network_are_those_of_the_processor(kind: str, options: dict[str, Any]) -> None:
+    expected, found = theirs(kind, **options), ours(kind, written(kind, **options))
+    if expected.shape != found.shape:  # theirs keeps the aspect and pads later; ours pads at once
+        found = found[:, : expected.shape[1], : expected.shape[2]]
+    # Two levels of 255 in the scale of these pixels: Pillow's bilinear filter is wider than ours where it shrinks.
+    level = (expected.max() - expected.min()) / (int(IMAGE.max()) - int(IMAGE.min()))
+    assert np.abs(found - expected).max() < 2.5 * level
+
+
+@pytest.mark.parametrize(
+    "raw, short, long", [({"size": 800, "max_size": 1000}, 800, 1000), ({"size": 600}, 600, 1333), ({}, 800, 1333)]
+)
+@pytest.mark.parametrize("kind", [kind for kind in MEMBERS if kind != "RTDetrImageProcessor"])
+def test_one_number_is_the_shorter_side_and_max_size_the_longer(
+    kind: str, raw: dict[str, Any], short: int, long: int
+) -> None:
+    made = getattr(transformers, f"{kind}Pil")(**raw)
+    assert (made.size["shortest_edge"], made.size["longest_edge"]) == (short, long), "the processor's own reading"
+    found = pixels(raw, MEMBERS[kind], "p.json", None)
+    assert (found.height, found.width) == (-(-short // 32) * 32, -(-long // 32) * 32)
+    assert f"shorter side at {short} px and the longer at most {long}" in found.notes[0]
+
+
+@kinds
+def test_no_sentence_about_edges_where_a_file_says_something_else(kind: str) -> None:
+    for size in ({"height": 320, "width": 320}, {"max_height": 480, "max_width": 640}):
+        found = pixels(written(kind, size=size), MEMBERS[kind], "p.json", None)
+        assert not any("1333" in note or "800" in note for note in found.notes), found.notes
+
+
+def test_without_a_file_the_published_resize_is_taken_and_said() -> None:
+    assert "no preprocessor_config.json" in pixels(None, "rt_detr", "x", None).notes[0]
+    assert pixels(None, "rt_detr", "x", None) == Pixels(
+        640, 640, "stretch", None, None, ("no preprocessor_config.json: stretched to 640 x 640, as published",)
+    )
+    assert pixels(None, "detr", "x", (320, 320)).notes[1].startswith("input 320 x 320 instead of the 800 x 1344")
+
+
+@kinds
+def test_every_key_of_the_processor_is_in_the_table(kind: str) -> None:
+    made = getattr(transformers, f"{kind}Pil")
+    unknown = (set(made.valid_kwargs.__annotations__) | set(written(kind))) - set(KEYS)
+    assert not unknown, f"transformers {transformers.__version__}: {sorted(unknown)}"
+
+
+@kinds
+def test_keys_without_effect_change_no_pixel_there_and_nothing_here(kind: str) -> None:
+    other = {
+        "default_to_square": True,
+        "do_convert_rgb": True,
+        "do_convert_annotations": False,
+        "format": "coco_panoptic",
+        "crop_size": {"height": 8, "width": 8},
+        "disable_grouping": True,
+        "image_seq_length": 5,
+    }
+    size = {"size": {"height": 64, "width": 96}}
+    np.testing.assert_array_equal(theirs(kind, **size, **other), theirs(kind, **size))
+    raw = written(kind, **size)
+    named = {key: other.get(key, "anything") for key, entry in KEYS.items() if isinstance(entry, NoEffect)}
+    assert pixels({**raw, **named}, MEMBERS[kind], "p", None) == pixels(raw, MEMBERS[kind], "p", None)
+
+
+@kinds
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"resample": 3}, "resample is 3"),
+        ({"resample": 0}, "resample is 0"),
+        ({"resample": "bicubic"}, "resample is"),
+        ({"do_center_crop": True}, "do_center_crop is true"),
+        ({"auto_map": {"AutoImageProcessor": "x"}}, "auto_map is"),
+        ({"do_resize": False}, "do_resize is false.*--input HxW"),
+        ({"do_resize": "no"}, 'do_resize is "no"; expected true'),
+        ({"image_processor_type": "ViTImageProcessor"}, 'image_processor_type is "ViTImageProcessor"'),
+        ({"size": {"shortest_edge": 800}}, "size is .*shortest_edge.*expected"),
+        ({"size": {"longest_edge": 800}}, "size is .*longest_edge.*expected"),
+        ({"size": {"height": 640, "width": 640, "shortest_edge": 3}}, "size is "),
+        ({"size": "big"}, 'size is "big"'),
+        ({"size": {"min_pixels": 1, "max_pixels": 2}}, "size is "),
+        ({"size": {"height": -1, "width": 2}}, "size: height is -1"),
+        ({"size": {"height": 10**9, "width": 2}}, "size: height"),
+        ({"size": {"height": True, "width": 2}}, "size: height is true"),
+        ({"size": {"shortest_edge": 900, "longest_edge": 800}}, "size has longest_edge 800 below shortest_edge 900"),
+        ({"do_pad": True, "pad_size": {"height": 5, "width": 5}}, "pad_size is "),
+        ({"rescale_factor": "x"}, "rescale_factor is"),
+        ({"rescale_factor": 0}, "rescale_factor is 0"),
+        ({"rescale_factor": float("nan")}, "rescale_factor is NaN"),
+        ({"do_normalize": True, "image_std": [1, 0, 1]}, "image_std is 0"),
+        ({"do_normalize": 1}, "do_normalize is 1"),
+        ({"do_normalize": True, "image_mean": [1, 2]}, "image_mean is .*expected three"),
+        ({"do_normalize": True, "image_mean": {"r": 1}}, "image_mean is"),
+        ({"do_colour": 1}, "unknown key 'do_colour' = 1"),
+    ],
+)
+def test_what_a_bundle_cannot_do_is_refused_by_name(kind: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=f"p.json: {said}"):
+        pixels({**written(kind), **changes}, MEMBERS[kind], "p.json", None)
+
+
+def test_a_processor_that_does_not_resize_needs_a_size_and_gets_it() -> None:
+    found = pixels({"do_resize": False}, "detr", "p.json", (96, 128))
+    assert (found.height, found.width, found.resize) == (96, 128, "stretch")
+    assert "keeps every image's size" in found.notes[0]
+
+
+def test_one_number_is_no_size_to_rt_detr() -> None:
+    with pytest.raises(ModelError, match="size is 640"):
+        pixels({"size": 640}, "rt_detr", "p.json", None)
+    found = pixels({"size": 640, "image_processor_type": "DetrImageProcessor"}, "rt_detr", "p", None)
+    assert found.resize == "letterbox"
+
+
+@kinds
+def test_every_suffix_of_a_class_is_known(kind: str) -> None:
+    for name in (kind, f"{kind}Fast", f"{kind}Pil", kind.replace("ImageProcessor", "FeatureExtractor")):
+        pixels({"image_processor_type": name}, MEMBERS[kind], "p.json", None)
+
+
+def test_the_newer_file_goes_first_and_the_older_is_taken_where_it_nests_nothing(tmp_path: Path) -> None:
+    """As transformers 5.23 does; its own saving shows that the nested form is read."""
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 64, "width": 64}}))
+    origin = Origin(str(tmp_path))
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "X"}))
+    assert _pixels(origin, "detr", None).height == 64
+    nested = {"image_processor": {"size": {"height": 32, "width": 32}}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    assert _pixels(origin, "detr", None).height == 32
+    (tmp_path / "processor_config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match="processor_config.json: nested too deep"):
+        _pixels(origin, "detr", None)
+    (tmp_path / "processor_config.json").write_text("[]")
+    with pytest.raises(ModelError, match="processor_config.json: list; expected an object"):
+        _pixels(origin, "detr", None)
+
+
+def test_tables_say_why() -> None:
+    assert all(entry.why for entry in KEYS.values())
+    assert {key for key, entry in KEYS.items() if isinstance(entry, Only)} == {"resample", "do_center_crop", "auto_map"}

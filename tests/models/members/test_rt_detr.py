@@ -1,0 +1,57 @@
+"""RT-DETR's queries: chosen by score, and starting from their tokens or from learned vectors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from members import CLASSES, HEIGHT, SMALL, WIDTH, pictures
+
+from edgedetr.exporting.to_onnx import write
+from edgedetr.models import build
+from edgedetr.models.deploy import DeployGraph
+from edgedetr.models.detector import Detector, Memory
+
+CONFIG = replace(SMALL["rt_detr"], learned_content=True)
+
+
+def detector() -> Detector:
+    torch.manual_seed(0)
+    return build("rt_detr", CONFIG, CLASSES).eval()
+
+
+def memory(detector: Detector) -> Memory:
+    return detector.encode(detector.normalise(pictures()))
+
+
+def test_learned_content_goes_by_rank_and_the_boxes_by_token() -> None:
+    learned = detector()
+    plain = build("rt_detr", SMALL["rt_detr"], CLASSES).eval()
+    plain.load_state_dict({name: tensor for name, tensor in learned.state_dict().items()
+                           if name != "selector.content.weight"})
+    seen = memory(learned)
+    got, token = learned.select(seen), plain.select(seen)
+    assert torch.equal(got.content, learned.selector.content.weight.expand(2, -1, -1))
+    assert torch.equal(got.reference, token.reference)
+    scores = got.encoder[0].amax(-1)
+    assert torch.equal(scores, scores.sort(dim=1, descending=True).values), "the first vector is the best token's"
+
+
+def test_learned_content_learns() -> None:
+    learned = detector().train()
+    learned(pictures() / 255).logits.square().sum().backward()
+    assert (learned.selector.content.weight.grad.abs().sum(-1) > 0).all()
+
+
+def test_learned_content_is_deployed(tmp_path: Path) -> None:
+    graph = DeployGraph(detector(), HEIGHT, WIDTH)
+    write(graph, tmp_path / "model.onnx", batch=None)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    images = pictures(3)
+    with torch.no_grad():
+        wanted = graph(images)
+    for got, expected in zip(session.run(["logits", "boxes"], {"images": images.numpy()}), wanted):
+        np.testing.assert_allclose(got, expected.numpy(), atol=1e-4)

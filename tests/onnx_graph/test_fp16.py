@@ -1,0 +1,245 @@
+"""FP16 graphs: one type per node, float32 where FP16 is too small, and the same detections."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import members
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+
+from edgedetr.errors import ExportError
+from edgedetr.models import FAMILY
+from edgedetr.onnx_graph.activation_absmax import peaks
+from edgedetr.onnx_graph.fp16 import LARGEST, halve, islands
+from edgedetr.onnx_graph.fp16_simulation import twin
+from edgedetr.quantization.policy import Policy, Rule, load, plan
+from edgedetr.quantization.qdq import insert
+from edgedetr.quantization.targets import TENSORRT
+
+FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+SIZE = (1, 16, 8, 8)
+
+
+def graph(nodes: list[NodeProto], outputs: dict[str, list[int]] | None = None, **constants: np.ndarray) -> ModelProto:
+    """images [1, 16, 8, 8] -> logits, or the outputs given by name and shape."""
+    outputs = outputs or {"logits": list(SIZE)}
+    made = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("images", FLOAT, SIZE)],
+        [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in outputs.items()],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    onnx.checker.check_model(model)
+    return model
+
+
+def conv(read: str, given: str, name: str) -> NodeProto:
+    return helper.make_node("Conv", [read, "w"], [given], name)
+
+
+W = np.eye(16, dtype=np.float32).reshape(16, 16, 1, 1)
+
+
+def run(model: ModelProto | bytes, images: np.ndarray) -> dict[str, np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"images": images})))
+
+
+def types(model: ModelProto) -> dict[str, int]:
+    inferred = shape_inference.infer_shapes(model).graph
+    found = {item.name: item.type.tensor_type.elem_type
+             for item in (*inferred.value_info, *inferred.input, *inferred.output)}
+    return {**found, **{item.name: item.data_type for item in model.graph.initializer}}
+
+
+def kind_of(model: ModelProto, name: str) -> int:
+    """Type in which a node computes."""
+    node = next(node for node in model.graph.node if node.name == name)
+    return types(model)[node.output[0]]
+
+
+@pytest.fixture(scope="module", params=FAMILY)
+def member(request) -> tuple[str, ModelProto, ModelProto, np.ndarray]:
+    """(name, float graph, its FP16 form, a picture)."""
+    model = onnx.load(str(members.exported(request.param)))
+    images = members.pictures(1).numpy()
+    return request.param, model, halve(model, peaks(model, [images]), load("default").float32), images
+
+
+def test_every_node_of_every_member_reads_and_gives_one_float_type(member):
+    _, model, half, images = member
+    onnx.checker.check_model(half)
+    found = types(half)
+    for node in half.graph.node:
+        if node.op_type == "Cast":
+            assert found[node.input[0]] != found[node.output[0]], f"{node.name} casts to what it reads"
+            continue
+        fixed = {1, 2} if node.op_type == "Resize" else set()
+        used = {found[name] for i, name in enumerate(node.input) if name and i not in fixed}
+        assert len((used | {found[name] for name in node.output if name}) & {FLOAT, HALF}) <= 1, node.name
+    assert [found[item.name] for item in (*half.graph.input, *half.graph.output)] == [FLOAT] * 3
+    run(half, images)       # ONNX Runtime refuses a graph in which types do not fit
+    assert {node.name for node in model.graph.node if node.op_type != "Cast"} <= {node.name for node in half.graph.node}
+
+
+def test_layers_are_fp16_and_indices_boxes_and_ranks_are_not(member):
+    _, model, _, _ = member
+    half = halve(model, {})         # without the ranges of random weights, which do leave FP16
+    kinds: dict[str, Counter[int]] = {}
+    found = types(half)
+    for node in half.graph.node:
+        kinds.setdefault(node.op_type, Counter())[found[node.output[0]]] += 1
+    for layer in ("Conv", "MatMul", "Gemm", "LayerNormalization", "Softmax"):
+        assert kinds.get(layer, Counter())[FLOAT] == 0, layer
+    for exact in ("TopK", "Floor", "Log", "Exp", "Sin", "Cos", "GridSample"):
+        assert kinds.get(exact, Counter())[HALF] == 0, exact
+    for node in half.graph.node:
+        if node.op_type == "Cast" and found[node.output[0]] in (TensorProto.INT64, TensorProto.INT32):
+            assert found[node.input[0]] != HALF, f"{node.name}: an index from FP16, which has no odd integer above 2048"
+    assert len(half.SerializeToString()) < 0.75 * len(model.SerializeToString())
+
+
+def test_the_twin_of_every_member_stays_near_the_float_graph(member):
+    _, model, half, images = member
+    exact = run(model, images)
+    rounded = run(_twin(half.SerializeToString()), images)
+    assert all(np.isfinite(value).all() for value in rounded.values())
+    # Queries of two-stage members may come in another order: compare what is found, sorted by class logit.
+    for key, limit in (("logits", 0.06), ("boxes", 0.03)):
+        one, other = (np.sort(found[key].reshape(-1)) for found in (exact, rounded))
+        assert np.abs(one - other).mean() <= limit * max(1.0, np.abs(one).max()), key
+
+
+def _twin(data: bytes) -> bytes:
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(data)
+        return twin(path)
+
+
+def test_a_tensor_that_was_seen_too_large_stays_float32_with_all_that_reads_it():
+    model = graph([conv("images", "a", "one"), helper.make_node("Relu", ["a"], ["r"], "relu"),
+                   conv("r", "b", "two"), conv("b", "logits", "three")], w=W)
+    fine = {"images": 1.0, "a": 10.0, "r": 10.0, "b": 10.0, "logits": 10.0}
+    assert islands(model, fine) == {}
+    found = islands(model, {**fine, "r": 2 * LARGEST})
+    assert set(found) == {"relu", "two"}
+    assert "r reaches 6e+04, FP16 ends at 65504" in found["two"]
+    half = halve(model, {**fine, "r": 2 * LARGEST})
+    assert [kind_of(half, name) for name in ("one", "relu", "two", "three")] == [HALF, FLOAT, FLOAT, HALF]
+
+
+def test_the_island_keeps_an_overflow_away(rng):
+    """300 * 300 * 1e-3 with nothing to say that it is large is infinite; with the peak seen it is 90."""
+    model = graph([conv("images", "a", "one"), helper.make_node("Mul", ["a", "a"], ["square"], "square"),
+                   helper.make_node("Mul", ["square", "small"], ["s"], "scaled"), conv("s", "logits", "two")],
+                  w=W, small=np.array(1e-3, np.float32))
+    images = np.full(SIZE, 300, np.float32)
+    # The last layer multiplies the infinity by its zeros as well.
+    assert not np.isfinite(run(_twin(halve(model, {}).SerializeToString()), images)["logits"]).any()
+    seen = peaks(model, [images])
+    assert seen["square"] == pytest.approx(90000)
+    kept = run(_twin(halve(model, seen).SerializeToString()), images)["logits"]
+    np.testing.assert_allclose(kept, 90, rtol=1e-3)
+
+
+def test_a_norm_whose_squares_leave_fp16_stays_float32():
+    model = graph([conv("images", "a", "one"),
+                   helper.make_node("LayerNormalization", ["a", "scale"], ["n"], "norm"), conv("n", "logits", "two")],
+                  w=W, scale=np.ones(8, np.float32))
+    assert islands(model, {"a": 100.0}) == {}
+    assert "its square would leave FP16" in islands(model, {"a": 200.0})["norm"]
+
+
+@pytest.mark.parametrize("value, stays", [(1e-5, True), (7e4, True), (1e-3, False), (0.0, False), (6.2e-5, False)])
+def test_constants_that_fp16_cannot_hold_keep_their_node_in_float32(value, stays):
+    model = graph([conv("images", "a", "one"), helper.make_node("Add", ["a", "c"], ["s"], "sum"),
+                   conv("s", "logits", "two")], w=W, c=np.array(value, np.float32))
+    assert ("sum" in islands(model, {})) == stays
+    half = halve(model, {})
+    constant = next(item for item in half.graph.initializer if item.name in ("c", "c_half"))
+    assert (constant.data_type == FLOAT) == stays
+
+
+def test_what_the_policy_names_stays_float32_and_gets_casts_around_it():
+    model = graph([conv("images", "a", "body/one"), conv("a", "b", "head/two"), conv("b", "logits", "tail/three")], w=W)
+    rule = Rule("a reason", match=("head/*",))
+    assert islands(model, {}, (rule,)) == {"head/two": "a reason"}
+    half = halve(model, {}, (rule,))
+    assert [kind_of(half, name) for name in ("body/one", "head/two")] == [HALF, FLOAT]
+    weights = {item.name: item.data_type for item in half.graph.initializer}
+    assert weights == {"w": FLOAT, "w_half": HALF}
+
+
+def test_pixels_are_normalised_before_they_are_rounded():
+    model = graph([helper.make_node("Mul", ["images", "scale"], ["x"], "normalise"), conv("x", "logits", "one")],
+                  w=W, scale=np.array(1 / 255, np.float32))
+    assert islands(model, {}) == {"normalise": "computed from float32 values alone"}
+
+
+def test_a_pair_of_int8_has_fp16_scales_and_the_type_of_its_layer(rng):
+    nodes = [conv("images", "a", "one"), conv("a", "b", "two"), conv("b", "logits", "three")]
+    model = graph(nodes, w=rng.normal(0, 0.2, (16, 16, 1, 1)).astype(np.float32))
+    seen = peaks(model, [rng.normal(0, 2, SIZE).astype(np.float32)])
+    quantised = insert(model, plan(model, Policy("all")), seen, TENSORRT)
+    for peak, kind in ((seen["a"], HALF), (2 * LARGEST, FLOAT)):
+        half = halve(quantised, {**seen, "a": peak})
+        scales = {item.name: numpy_helper.to_array(item) for item in half.graph.initializer if "_scale" in item.name}
+        # Both nodes of a pair have one type; a layer in float32 has its pairs in float32.
+        assert kind_of(half, "two") == kind_of(half, "a_DequantizeLinear") == kind
+        assert kind_of(half, "three") == kind_of(half, "b_DequantizeLinear") == HALF
+        assert all((scale >= 2.0**-14).all() for scale in scales.values())
+        before = {item.name: numpy_helper.to_array(item) for item in quantised.graph.initializer}
+        for name, scale in scales.items():      # no scale has changed by its type
+            np.testing.assert_array_equal(scale.astype(np.float32), before[name.removesuffix("_half")])
+        run(half, np.zeros(SIZE, np.float32))
+
+
+def test_a_scale_that_is_no_fp16_number_is_a_defect_that_is_told(rng):
+    from dataclasses import replace
+
+    model = graph([conv("images", "a", "one"), conv("a", "logits", "two")], w=W)
+    quantised = insert(model, plan(model, Policy("all")), {"images": 1.0, "a": 1.0}, replace(TENSORRT, half=False))
+    with pytest.raises(ExportError, match="a scale is no normal FP16 number.*quantise again"):
+        halve(quantised, {})
+
+
+def test_branches_and_unknown_operators_are_refused():
+    inner = helper.make_graph([helper.make_node("Relu", ["images"], ["y"])], "inner", [],
+                              [helper.make_tensor_value_info("y", FLOAT, SIZE)])
+    branch = helper.make_node("If", ["flag"], ["logits"], "choice", then_branch=inner, else_branch=inner)
+    with pytest.raises(ExportError, match="choice: If holds a graph of its own"):
+        halve(graph([branch], flag=np.array(True)), {})
+    model = graph([conv("images", "unknown", "one"), helper.make_node("Relu", ["unknown"], ["logits"], "relu")], w=W)
+    model.graph.node[0].CopyFrom(helper.make_node("Mystery", ["images"], ["unknown"], "x", domain="elsewhere"))
+    model.opset_import.append(helper.make_opsetid("elsewhere", 1))
+    with pytest.raises(ExportError, match="the type of tensor 'unknown' cannot be inferred"):
+        halve(model, {})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_tensor_that_is_not_finite_is_named(bad):
+    model = graph([conv("images", "a", "one"), helper.make_node("Relu", ["a"], ["logits"], "relu")], w=W)
+    images = np.zeros(SIZE, np.float32)
+    images[0, 3, 2, 2] = bad
+    with pytest.raises(ExportError, match="tensor '(images|a)' is (nan|inf)"):
+        peaks(model, [images])
+
+
+def test_peaks_are_the_largest_magnitudes_over_all_pictures(rng):
+    model = graph([conv("images", "a", "one"), helper.make_node("Relu", ["a"], ["logits"], "relu")], w=-W)
+    batches = [rng.normal(0, 1, SIZE).astype(np.float32), rng.normal(0, 3, SIZE).astype(np.float32)]
+    found = peaks(model, batches)
+    assert found["images"] == found["a"] == max(float(np.abs(batch).max()) for batch in batches)
+    assert found["logits"] == max(float((-batch).max()) for batch in batches)

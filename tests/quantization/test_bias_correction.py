@@ -1,0 +1,196 @@
+"""Bias correction against numpy loops, and the property it is for: channel means of INT8 layers are those of float."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from tiny_network import CHANNELS, SIGNED, convolve, fake, fake_weight, network, run
+
+from edgedetr.lint.lint import lint
+from edgedetr.quantization.bias_correction import shifts
+from edgedetr.quantization.policy import Plan, Policy, plan
+from edgedetr.quantization.qdq import insert
+from edgedetr.quantization.targets import CPU, TENSORRT, Dialect, tensors, tied
+
+DIALECTS = pytest.mark.parametrize("dialect", [TENSORRT, SIGNED, CPU, replace(CPU, weight_bits=7)],
+                                   ids=["tensorrt", "signed", "cpu", "cpu-7-bit"])
+LAYERS = {"body/conv0": "c0", "body/conv1": "c1", "head/conv2": "logits", "head/matmul": "boxes"}
+
+
+def pictures(rng: np.random.Generator, count: int) -> list[np.ndarray]:
+    """Darker and lighter ones, so that each has another shift."""
+    return [rng.uniform(0, 255 * (i + 1) / count, (1, 3, 8, 8)).astype(np.float32) for i in range(count)]
+
+
+def ranges(model: ModelProto, chosen: Plan, images: list[np.ndarray]) -> dict[str, float]:
+    """Ranges that clip a tenth of the largest picture's reach."""
+    names = tensors(model, chosen)
+    values = [run(model, image, names) for image in images]
+    return tied(model, {name: 0.9 * max(float(np.abs(v[i]).max()) for v in values) for i, name in enumerate(names)})
+
+
+def channel_means(values: np.ndarray) -> np.ndarray:
+    """[O] by loops: channels are axis 1 of a picture's maps, the last axis of tokens."""
+    maps = values[0] if values.ndim == 4 else values[0].T
+    found = np.zeros(len(maps))
+    for channel, values_of_one in enumerate(maps):
+        total, count = 0.0, 0
+        for value in values_of_one.ravel().tolist():
+            total, count = total + value, count + 1
+        found[channel] = total / count
+    return found
+
+
+def mean_errors(model: ModelProto, graph: ModelProto, images: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """{layer: [O] mean over the pictures of float - INT8}, behind the layer's bias."""
+    tensors_ = list(LAYERS.values())
+    pairs = [(run(model, image, tensors_), run(graph, image, tensors_)) for image in images]
+    return {layer: np.mean([channel_means(a[i].astype(np.float64) - b[i]) for a, b in pairs], axis=0)
+            for i, layer in enumerate(LAYERS)}
+
+
+@pytest.fixture(params=[False, True], ids=["chain", "residual"])
+def case(request, rng):
+    model = network(rng, request.param)
+    images = pictures(rng, 4)
+    chosen = plan(model, Policy("all"))
+    return model, images, chosen, ranges(model, chosen, images)
+
+
+def test_shifts_equal_loops_over_pictures_layers_and_channels(rng):
+    model = network(rng, residual=False)
+    images = pictures(rng, 3)
+    chosen = plan(model, Policy("all"))
+    amax = ranges(model, chosen, images)
+    w = {item.name: numpy_helper.to_array(item).astype(np.float64) for item in model.graph.initializer}
+    expected = {layer: np.zeros(20 if layer == "head/matmul" else CHANNELS) for layer in LAYERS}
+
+    def right(layer: str, exact: np.ndarray, rounded: np.ndarray) -> np.ndarray:
+        """What the layers behind read: [C, H, W] with the means of the exact one."""
+        for channel in range(len(exact)):
+            error = float((exact[channel] - rounded[channel]).mean())
+            expected[layer][channel] += error / len(images)
+            rounded[channel] += error
+        return rounded
+
+    for image in images:
+        exact = convolve(image[0], w["w0"], w["b0"], 1)
+        rounded = right("body/conv0", exact, convolve(fake(image[0], amax["images"]), fake_weight(w["w0"]), w["b0"], 1))
+        exact, rounded = np.maximum(exact, 0), np.maximum(rounded, 0)
+        exact = convolve(exact, w["w1"], w["b1"], 1)
+        rounded = right("body/conv1", exact, convolve(fake(rounded, amax["r0"]), fake_weight(w["w1"]), w["b1"], 1))
+        exact, rounded = np.maximum(exact, 0), np.maximum(rounded, 0)
+        right("head/conv2", convolve(exact, w["w2"], w["b2"], 0),
+              convolve(fake(rounded, amax["r1"]), fake_weight(w["w2"]), w["b2"], 0))
+        matrix = fake_weight(w["m"].T[:, :, None, None])[:, :, 0, 0]
+        product = matrix @ fake(rounded.reshape(64, CHANNELS), amax["tokens"]).T       # [O, 64]: channels first
+        right("head/matmul", w["m"].T @ exact.reshape(64, CHANNELS).T, product)
+    found = shifts(model, insert(model, chosen, amax, TENSORRT), chosen, lambda: images, parts=1)
+    assert found.keys() == expected.keys()
+    for layer, shift in found.items():
+        # Float32 sums of products of up to 300, and single values that fall to the other side of a tie.
+        np.testing.assert_allclose(shift, expected[layer], atol=5e-3 * np.abs(expected[layer]).max() + 1e-4)
+        assert np.abs(expected[layer]).max() > 0.02
+
+
+@DIALECTS
+def test_on_one_picture_the_mean_of_every_channel_of_every_layer_is_that_of_float(case, dialect: Dialect):
+    model, images, chosen, amax = case
+    quantised = insert(model, chosen, amax, dialect)
+    found = shifts(model, quantised, chosen, lambda: images[-1:])
+    before = mean_errors(model, quantised, images[-1:])
+    after = mean_errors(model, insert(model, chosen, amax, dialect, found), images[-1:])
+    for layer in LAYERS:
+        largest = np.abs(before[layer]).max()
+        # int32 biases are rounded to steps of input times weight, and a tie may fall to the other side behind them.
+        assert np.abs(after[layer]).max() < (0.05 if dialect.integer_bias else 1e-3) * largest, layer
+
+
+@DIALECTS
+def test_over_all_pictures_the_means_are_those_of_float_where_every_layer_is_a_part_of_its_own(case, dialect: Dialect):
+    model, images, chosen, amax = case
+    quantised = insert(model, chosen, amax, dialect)
+    found = shifts(model, quantised, chosen, lambda: images, parts=len(LAYERS))
+    before = mean_errors(model, quantised, images)
+    after = mean_errors(model, insert(model, chosen, amax, dialect, found), images)
+    for layer in LAYERS:
+        # int32 biases are rounded to steps of input times weight, and a tie may fall to the other side behind them.
+        limit = 0.05 if dialect.integer_bias else 1e-3
+        assert np.abs(after[layer]).max() < limit * np.abs(before[layer]).max(), layer
+
+
+@DIALECTS
+def test_in_one_part_half_the_error_of_the_means_goes_although_pictures_differ_fourfold(case, dialect: Dialect):
+    model, images, chosen, amax = case
+    quantised = insert(model, chosen, amax, dialect)
+    found = shifts(model, quantised, chosen, lambda: images, parts=1)
+    before = mean_errors(model, quantised, images)
+    after = mean_errors(model, insert(model, chosen, amax, dialect, found), images)
+    for layer in LAYERS:
+        assert np.abs(after[layer]).mean() < 0.5 * np.abs(before[layer]).mean(), layer
+
+
+@DIALECTS
+def test_only_values_of_biases_change(case, dialect: Dialect):
+    model, images, chosen, amax = case
+    before = insert(model, chosen, amax, dialect)
+    after = insert(model, chosen, amax, dialect, shifts(model, before, chosen, lambda: images))
+    assert [(n.name, n.op_type, list(n.output)) for n in after.graph.node] == [
+        (n.name, n.op_type, list(n.output)) for n in before.graph.node]
+    old, new = ({item.name: item for item in graph.graph.initializer} for graph in (before, after))
+    differ = {name for name in new if name not in old or old[name] != new[name]}
+    ends = (".bias_quantized", ".bias") if dialect.integer_bias else (".bias",)
+    assert differ and all(name.endswith(ends) for name in differ), differ
+    assert {name.removesuffix("_quantized").removesuffix(".bias") for name in differ} == {
+        "body/conv0", "body/conv1", "head/conv2", "head/add"}
+    assert dialect.unsigned or lint(after) == lint(before) == ()
+
+
+def test_without_shifts_the_bytes_are_those_of_before_and_with_them_always_the_same(case):
+    model, images, chosen, amax = case
+    for dialect in (TENSORRT, CPU):
+        plain = insert(model, chosen, amax, dialect)
+        assert insert(model, chosen, amax, dialect, {}).SerializeToString() == plain.SerializeToString()
+        one, two = (insert(model, chosen, amax, dialect, shifts(model, plain, chosen, lambda: images))
+                    for _ in range(2))
+        assert one.SerializeToString() == two.SerializeToString() != plain.SerializeToString()
+
+
+def bare(rng: np.random.Generator) -> ModelProto:
+    """images -> Conv without bias, Relu -> Gemm with and without bias, and a product that nothing is added to."""
+    constants = {"w0": rng.normal(0, 0.3, (CHANNELS, 3, 3, 3)), "m": rng.normal(0, 0.2, (CHANNELS, 20)),
+                 "g": rng.normal(0, 0.2, (20, CHANNELS)), "gb": rng.normal(0, 0.2, 20)}
+    nodes = [helper.make_node("Conv", ["images", "w0"], ["c0"], "conv", pads=[1] * 4),
+             helper.make_node("Relu", ["c0"], ["r0"], "relu"),
+             helper.make_node("Reshape", ["r0", "shape"], ["rows"], "reshape"),
+             helper.make_node("MatMul", ["rows", "m"], ["product"], "matmul"),
+             helper.make_node("Gemm", ["rows", "g", "gb"], ["logits"], "gemm", transB=1),
+             helper.make_node("Gemm", ["rows", "g"], ["boxes"], "gemm without bias", transB=1)]
+    graph = helper.make_graph(
+        nodes, "bare", [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [64, 20]) for name in ("product", "logits", "boxes")],
+        [*(numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()),
+         numpy_helper.from_array(np.array([64, CHANNELS]), "shape")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+
+
+@pytest.mark.parametrize("dialect", [TENSORRT, CPU], ids=lambda d: d.name)
+def test_a_convolution_or_gemm_without_a_bias_gets_one_and_a_bare_product_is_left_alone(rng, dialect: Dialect):
+    model, images = bare(rng), pictures(rng, 1)
+    chosen = plan(model, Policy("all"))
+    amax = ranges(model, chosen, images)
+    before = insert(model, chosen, amax, dialect)
+    found = shifts(model, before, chosen, lambda: images)
+    assert found.keys() == {"conv", "gemm", "gemm without bias"}
+    after = insert(model, chosen, amax, dialect, found)
+    added = {node.name for node in after.graph.node} - {node.name for node in before.graph.node}
+    assert added == ({"conv.bias_DequantizeLinear"} if dialect.integer_bias else set())
+    names = ["c0", "logits", "boxes"]
+    exact, old, new = (run(graph, images[0], names) for graph in (model, before, after))
+    for a, b, c in zip(exact, old, new):
+        axes = (0, 2, 3) if a.ndim == 4 else 0
+        shift = np.abs((a - b).mean(axis=axes)).max()
+        assert np.abs((a - c).mean(axis=axes)).max() < 0.03 * shift

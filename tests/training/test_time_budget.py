@@ -1,0 +1,87 @@
+"""train.minutes: the epochs there is time for, and nothing else of a training is another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import micro
+import pytest
+from safetensors.torch import load_file
+
+from edgedetr.bundle import digest
+from edgedetr.errors import RecipeError, TrainingError
+from edgedetr.training import time_budget
+from edgedetr.training.config import TrainConfig
+from edgedetr.training.progress_bar import Silent
+from edgedetr.training.train import train
+
+
+class Interrupted(Silent):
+    """Stops after so many steps, as Ctrl-C does."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def step(self, step: int, losses: Mapping[str, float], rate: float) -> None:
+        if step == self.after:
+            raise KeyboardInterrupt
+
+
+def weights(bundle: Path) -> str:
+    return digest(bundle / "weights.safetensors")
+
+
+def lines(bundle: Path) -> list[dict]:
+    return [json.loads(line) for line in (bundle / "train" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("left, expected", [
+    (15.9, 0), (16, 1), (55, 1), (56, 2), (71, 2), (72, 3), (111, 3), (112, 4), (9e9, 4)])
+def test_the_most_epochs_that_fit(left: float, expected: int) -> None:
+    """Half of the epochs take 10 s, half 40 s (rounded towards the short ones), and every second one 6 s more:
+
+    16, 56, 72 and 112 s for one to four.
+    """
+    config = TrainConfig(epochs=4, growth=(0.5, 1.0), eval_every=2)
+    assert time_budget.fitting(config, 10, {0.5: 1.0, 1.0: 4.0}, 6.0, left) == expected
+
+
+def test_steps_that_were_timed_leave_no_trace(micro_data: Path, tmp_path: Path) -> None:
+    settings = {"growth": [0.5, 1.0], "epochs": 2}
+    asked = train(micro.recipe(**settings), micro_data, tmp_path / "asked")
+    found = train(micro.recipe(**settings, minutes=60), micro_data, tmp_path / "found")
+    assert weights(found.path) == weights(asked.path)
+    ours, theirs = (load_file(bundle.path / "train" / "last.safetensors") for bundle in (found, asked))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    plan, *rest = lines(found.path)
+    assert plan == {"kind": "plan", "step": 0, "epochs": 2, "minutes": 60.0} and rest == lines(asked.path)
+
+
+def test_a_shorter_time_is_a_shorter_training_and_a_resume_keeps_to_it(
+        micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_budget, "seconds", lambda run, share: 60.0)     # 3 steps an epoch; 20 s for 4 pictures
+    limited = micro.recipe(minutes=9)                                 # 8.5 min are usable; three epochs take 10
+    with pytest.raises(KeyboardInterrupt):
+        train(limited, micro_data, tmp_path / "limited", progress=Interrupted(after=4))
+    monkeypatch.setattr(time_budget, "seconds", lambda run, share: pytest.fail("measured anew"))
+    train(limited, micro_data, tmp_path / "limited", resume=True)
+    train(micro.recipe(epochs=2), micro_data, tmp_path / "two")
+    assert weights(tmp_path / "limited") == weights(tmp_path / "two")
+    assert lines(tmp_path / "limited")[1:] == lines(tmp_path / "two")
+
+
+def test_no_time_for_one_epoch_says_how_long_one_takes(micro_data: Path, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_budget, "seconds", lambda run, share: 60.0)
+    with pytest.raises(TrainingError, match=r"train\.minutes is 2, and one epoch takes about 3\.3 minutes here"):
+        train(micro.recipe(minutes=2), micro_data, tmp_path / "none")
+    assert not list((tmp_path / "none").rglob("*.safetensors"))
+
+
+def test_settings_that_cannot_be_kept_are_refused() -> None:
+    with pytest.raises(RecipeError, match="step_epochs"):
+        TrainConfig(minutes=5, schedule="step", step_epochs=(2,))
+    with pytest.raises(RecipeError, match="minutes"):
+        TrainConfig(minutes=-1)
