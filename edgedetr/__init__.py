@@ -4,4 +4,4 @@ from edgedetr import telemetry
 
 __version__ = "0.2.0"
 
-telemetry.switch_off()          # before anything of this package can import a library that reports
+telemetry.switch_off()  # before anything of this package can import a library that reports

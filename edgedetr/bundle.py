@@ -22,16 +22,27 @@ from edgedetr.storage.locks import locked
 from edgedetr.storage.manifest import SCHEMA, ClassInfo, DataRecord, FileEntry, InputContract, Manifest, OutputContract
 from edgedetr.storage.reading import MEBIBYTE, read_json
 
-__all__ = ["MANIFEST", "SCHEMA", "Bundle", "ClassInfo", "DataRecord", "FileEntry", "InputContract", "Manifest",
-           "OutputContract", "atomic_write", "digest"]
+__all__ = [
+    "MANIFEST",
+    "SCHEMA",
+    "Bundle",
+    "ClassInfo",
+    "DataRecord",
+    "FileEntry",
+    "InputContract",
+    "Manifest",
+    "OutputContract",
+    "atomic_write",
+    "digest",
+]
 
 MANIFEST = "bundle.json"
-LOCK, TRAINING = ".lock", ".training"       # of what changes the bundle, and of a whole training; hidden, gone after it
-WAIT = 60.0             # seconds; the lock is held for as long as bundle.json is read, merged and written
-LIMIT = 64 * MEBIBYTE   # bytes of bundle.json; the one of 0.1's demonstration has 6 kB
+LOCK, TRAINING = ".lock", ".training"  # of what changes the bundle, and of a whole training; hidden, gone after it
+WAIT = 60.0  # seconds; the lock is held for as long as bundle.json is read, merged and written
+LIMIT = 64 * MEBIBYTE  # bytes of bundle.json; the one of 0.1's demonstration has 6 kB
 # What may lie in the folder of a bundle before it has a bundle.json: of a training, of demo, and hidden.
 OWN = frozenset({"train", "data", "engines", "report", "results", LOCK, TRAINING, ".DS_Store"})
-OWN_FOLDERS = ("", "results", "report", "train")      # where temporary files of killed commands may lie
+OWN_FOLDERS = ("", "results", "report", "train")  # where temporary files of killed commands may lie
 
 # Which command makes which file, for the "run: ..." half of an error message.
 COMMANDS = {
@@ -56,7 +67,7 @@ class Bundle:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
-        self._seen: dict[str, str] = {}     # digests of the files that this object gave out or made
+        self._seen: dict[str, str] = {}  # digests of the files that this object gave out or made
         self._clean = False
 
     def __repr__(self) -> str:
@@ -78,8 +89,10 @@ class Bundle:
     def open(cls, path: str | Path) -> Bundle:
         """Read and check bundle.json. Errors: BundleError."""
         if not isinstance(path, (str, os.PathLike)):
-            raise BundleError(f"bundle is {'None' if path is None else f'of type {type(path).__name__}'}; expected the "
-                              "path of a bundle")
+            raise BundleError(
+                f"bundle is {'None' if path is None else f'of type {type(path).__name__}'}; expected the "
+                "path of a bundle"
+            )
         path = Path(path)
         return cls(path, _read(path))
 
@@ -97,8 +110,9 @@ class Bundle:
             inside(path, name)
 
         def busy(owner: str) -> EdgedetrError:
-            return TrainingError(f"{path}: another training writes here ({owner}); let it finish or end it, or name "
-                                 "another --out")
+            return TrainingError(
+                f"{path}: another training writes here ({owner}); let it finish or end it, or name another --out"
+            )
 
         try:
             with locked(path / TRAINING, wait=0, busy=busy):
@@ -107,7 +121,7 @@ class Bundle:
                 yield
         finally:
             if not there:
-                with suppress(OSError):     # not empty: it was trained
+                with suppress(OSError):  # not empty: it was trained
                     path.rmdir()
 
     def refresh(self) -> None:
@@ -121,8 +135,9 @@ class Bundle:
             self._write()
 
     @contextmanager
-    def add(self, name: str, *, stage: str, made_from: Sequence[str] = (), still_good: Sequence[str] = ()) \
-            -> Iterator[Path]:
+    def add(
+        self, name: str, *, stage: str, made_from: Sequence[str] = (), still_good: Sequence[str] = ()
+    ) -> Iterator[Path]:
         """Yield a temporary path to write `name` to; on success it appears, listed with its digest.
 
         made_from   names of files in this bundle; the digests with which `require` last gave them out are recorded (the
@@ -163,7 +178,7 @@ class Bundle:
             return self._require(name)
         except BundleError:
             before = self.manifest
-            self.refresh()          # another command may have made it, or made it anew
+            self.refresh()  # another command may have made it, or made it anew
             if self.manifest == before:
                 raise
             return self._require(name)
@@ -173,13 +188,15 @@ class Bundle:
         if not path.is_file():
             raise BundleError(f"{self.path}: {name} is listed but missing; {self._run(name)}")
         if path.stat().st_size != entry.size or digest(path) != entry.sha256:
-            raise BundleError(f"{path}: damaged or edited (its sha256 is not the recorded {entry.sha256:.8}); "
-                              f"{self._run(name)}")
+            raise BundleError(
+                f"{path}: damaged or edited (its sha256 is not the recorded {entry.sha256:.8}); {self._run(name)}"
+            )
         for source, old in entry.made_from.items():
             new = self.manifest.files[source].sha256 if source in self.manifest.files else "missing"
             if new != old:
-                raise BundleError(f"{self.path}: {name} was made from {source} {old:.8}, which is now {new:.8}; "
-                                  f"{self._run(name)}")
+                raise BundleError(
+                    f"{self.path}: {name} was made from {source} {old:.8}, which is now {new:.8}; {self._run(name)}"
+                )
         self._seen[name] = entry.sha256
         return path
 
@@ -204,7 +221,7 @@ class Bundle:
             return f"run: edgedetr import FILE.onnx --out {self.path}"
         if name.startswith("results/"):
             return f"run: edgedetr verify {self.path}"
-        source, _, frame = name.removesuffix(".onnx").partition(".frame-")      # model.int8.frame-1080x1920.onnx
+        source, _, frame = name.removesuffix(".onnx").partition(".frame-")  # model.int8.frame-1080x1920.onnx
         command = COMMANDS.get(f"{source}.onnx" if frame else name, "edgedetr export {path}").format(path=self.path)
         return f"run: {command} --frame {frame}" if frame else f"run: {command}"
 
@@ -218,8 +235,9 @@ class Bundle:
         try:
             text = form.to_text(self.manifest)
         except (ValueError, BundleError) as error:
-            raise BundleError(f"{self.path}: what was to be written to {MANIFEST} could not be read again: "
-                              f"{error}") from error
+            raise BundleError(
+                f"{self.path}: what was to be written to {MANIFEST} could not be read again: {error}"
+            ) from error
         with atomic_write(self.inside(MANIFEST)) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
@@ -233,13 +251,17 @@ def _make_folder(path: Path) -> None:
         return
     strange = sorted(entry.name for entry in path.iterdir() if entry.name not in OWN and entry.suffix != ".tmp")
     if strange:
-        raise BundleError(f"{path} holds {strange[0]!r} and is no bundle; expected a new or empty folder, or a bundle, "
-                          "so that no file of yours is replaced; name another --out")
+        raise BundleError(
+            f"{path} holds {strange[0]!r} and is no bundle; expected a new or empty folder, or a bundle, "
+            "so that no file of yours is replaced; name another --out"
+        )
 
 
 def _busy(path: Path) -> Callable[[str], EdgedetrError]:
-    return lambda owner: BundleError(f"{path}: {owner} has been changing this bundle for {WAIT:.0f} s; wait for it or "
-                                     "end it, then run the same command again")
+    return lambda owner: BundleError(
+        f"{path}: {owner} has been changing this bundle for {WAIT:.0f} s; wait for it or "
+        "end it, then run the same command again"
+    )
 
 
 def _read(path: Path) -> Manifest:
@@ -247,8 +269,9 @@ def _read(path: Path) -> Manifest:
     try:
         there = path.is_dir() and os.path.lexists(path / MANIFEST)
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); expected the folder "
-                          "of a bundle") from error
+        raise BundleError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); expected the folder of a bundle"
+        ) from error
     if not there:
         file_kinds.require(path, "bundle")
         raise BundleError(f"{path}: no {MANIFEST} here, so this is no bundle; run: edgedetr train --data DIR")
@@ -258,5 +281,7 @@ def _read(path: Path) -> Manifest:
     try:
         return form.from_json(raw)
     except (ValueError, RecursionError, BundleError) as error:
-        raise BundleError(f"{where}: damaged or of another kind ({error}); expected the JSON object that edgedetr "
-                          f"writes ({SCHEMA=}); {fix}") from error
+        raise BundleError(
+            f"{where}: damaged or of another kind ({error}); expected the JSON object that edgedetr "
+            f"writes ({SCHEMA=}); {fix}"
+        ) from error

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgedetr.models import FAMILY, build
 
-DIALECTS = ("onnx", "fp16", "int8", "int8-cpu")     # every member exports to each; tests keep it so
+DIALECTS = ("onnx", "fp16", "int8", "int8-cpu")  # every member exports to each; tests keep it so
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,20 @@ def describe(name: str, classes: int = 80, pixels: int = 640) -> Entry:
     config = member.config()
     if hasattr(config, "backbone_weights"):
         config = replace(config, backbone_weights="random")
-    with torch.device("meta"):      # shapes only: nothing is allocated, initialised or computed
+    with torch.device("meta"):  # shapes only: nothing is allocated, initialised or computed
         model = build(name, config, classes).eval().requires_grad_(False)
         images = torch.empty(1, 3, pixels, pixels)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             memory = model.encode(images)
             model.decode(model.select(memory), memory, last_only=True)
     levels = tuple((h, w, stride) for (h, w), stride in zip(memory.shapes, memory.strides))
-    return Entry(name, member.paper, sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2e9,
-                 pixels, levels, config.queries, config.activation)
+    return Entry(
+        name,
+        member.paper,
+        sum(p.numel() for p in model.parameters()),
+        counter.get_total_flops() / 2e9,
+        pixels,
+        levels,
+        config.queries,
+        config.activation,
+    )

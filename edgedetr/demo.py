@@ -24,7 +24,7 @@ from edgedetr.training.train import train
 log = logging.getLogger(__name__)
 
 RECIPE = "demo"
-DATA = "data"               # inside the bundle, so that the demonstration is one folder
+DATA = "data"  # inside the bundle, so that the demonstration is one folder
 
 Progress = Callable[[str, int, int], None]
 
@@ -33,11 +33,11 @@ Progress = Callable[[str, int, int], None]
 class Scenes:
     """How many pictures are rendered, of how many pixels a side."""
 
-    train: int = 1600       # enough for AP above 50 after some minutes on two cores
-    val: int = 100          # the best epoch is chosen on these
-    verify: int = 800       # so many that a drop within one point can be certified
-    size: int = 160         # a little more than the network's input
-    classes: tuple[str, ...] = ("circle", "ring", "star")     # what a very small network tells apart in minutes
+    train: int = 1600  # enough for AP above 50 after some minutes on two cores
+    val: int = 100  # the best epoch is chosen on these
+    verify: int = 800  # so many that a drop within one point can be certified
+    size: int = 160  # a little more than the network's input
+    classes: tuple[str, ...] = ("circle", "ring", "star")  # what a very small network tells apart in minutes
     seed: int = 0
 
 
@@ -71,8 +71,14 @@ def run(
     seconds: dict[str, float] = {}
     with _timed(seconds, "render"), bars() as progress:
         data = render(
-            out / DATA, train=scenes.train, val=scenes.val, verify=scenes.verify, classes=scenes.classes,
-            size=scenes.size, seed=scenes.seed, progress=lambda done, total: progress("render", done, total),
+            out / DATA,
+            train=scenes.train,
+            val=scenes.val,
+            verify=scenes.verify,
+            classes=scenes.classes,
+            size=scenes.size,
+            seed=scenes.seed,
+            progress=lambda done, total: progress("render", done, total),
         )
     with _timed(seconds, "train"):
         bundle = train(recipe, data, out, resume=True, progress=training)

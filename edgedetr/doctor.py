@@ -16,7 +16,7 @@ from edgedetr.runtime.jetson import Board
 from edgedetr.runtime.tensorrt import cudart, library
 from edgedetr.runtime.tensorrt.cudart import Device
 
-ON_DEVICE = ("runtime", "verify")       # the extras of a board, which neither trains nor exports
+ON_DEVICE = ("runtime", "verify")  # the extras of a board, which neither trains nor exports
 OPTIONAL = ("cv2", "numba", "openvino", "tensorrt", "tensorboard")
 
 
@@ -48,8 +48,10 @@ class Gpu:
         rows: list[list[object]] = [["gpu", f"none: {self.no_device}"]]
         if found is not None:
             shared = " shared with the CPU" if found.integrated else ""
-            rows = [["gpu", f"{found.name} (sm_{found.sm}), {found.total_bytes / 2**30:.1f} GiB{shared}"],
-                    ["cuda", f"{found.runtime}; the driver runs up to {found.driver}"]]
+            rows = [
+                ["gpu", f"{found.name} (sm_{found.sm}), {found.total_bytes / 2**30:.1f} GiB{shared}"],
+                ["cuda", f"{found.runtime}; the driver runs up to {found.driver}"],
+            ]
         return [*rows, ["tensorrt", self.tensorrt or f"none: {self.no_tensorrt.partition(';')[0]}"]]
 
     def advice(self, on_jetson: bool) -> list[str]:
@@ -103,15 +105,17 @@ class Examination:
         ]
 
     def package_rows(self) -> list[list[object]]:
-        return [
-            [p.name, p.version, p.purpose, _state(p)]
-            for p in self.packages
-        ]
+        return [[p.name, p.version, p.purpose, _state(p)] for p in self.packages]
 
     def advice(self) -> list[str]:
         """What to do next, one sentence each."""
-        missing = [p for p in self.packages if p.version is None and _import_name(p.name) not in OPTIONAL
-                   and (p.extra in ON_DEVICE or not self.board.is_jetson)]
+        missing = [
+            p
+            for p in self.packages
+            if p.version is None
+            and _import_name(p.name) not in OPTIONAL
+            and (p.extra in ON_DEVICE or not self.board.is_jetson)
+        ]
         lines = []
         if missing:
             lines.append(f"missing: {', '.join(p.name for p in missing)}; run: {install(p.name for p in missing)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-LONGEST = 10_000    # characters of a message; what is longer quotes a damaged file, and only its ends help
+LONGEST = 10_000  # characters of a message; what is longer quotes a damaged file, and only its ends help
 
 
 class EdgedetrError(Exception):

@@ -19,7 +19,7 @@ from edgedetr.errors import EdgedetrError, RecipeError, did_you_mean
 # Metadata of a field that came after 0.1, whose default is what 0.1 did: `field(default=..., metadata=LATER)`. At that
 # default it is left out of a training's fingerprint, so that checkpoints made before it can still be resumed.
 LATER = {"later": True}
-Range = tuple[float, float]     # smallest and largest value; math.inf for "no limit", and never NaN or infinity itself
+Range = tuple[float, float]  # smallest and largest value; math.inf for "no limit", and never NaN or infinity itself
 
 
 def check(config: Any, section: str, ranges: Mapping[str, Range] | None = None) -> None:
@@ -87,5 +87,8 @@ def _typed(name: str, value: object, hint: Any) -> None:
 
 
 KINDS: dict[Any, tuple[Any, str]] = {
-    bool: (bool, "True or False"), int: (Integral, "a whole number"), float: (Real, "a number"), str: (str, "a text"),
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a text"),
 }

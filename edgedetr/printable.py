@@ -13,7 +13,7 @@ from typing import Any
 
 # Categories of Unicode: controls, invisible formats, surrogates, private use, separators of lines and paragraphs.
 UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-JOINERS = "\u200c\u200d"        # needed to write Persian, Hindi and others; they move nothing
+JOINERS = "\u200c\u200d"  # needed to write Persian, Hindi and others; they move nothing
 SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 
@@ -36,7 +36,7 @@ def one_line(name: object) -> str:
 def json_text(value: Any, *, indent: int | None = None) -> str:
     """JSON that may go to a terminal: letters of all scripts as they are, unsafe characters as JSON's own escapes."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
-    if text.isascii() and "\x7f" not in text:       # all else below a space is escaped by now
+    if text.isascii() and "\x7f" not in text:  # all else below a space is escaped by now
         return text
     # A raw line feed stands between values alone: in a string it is escaped.
     return "".join(json.dumps(c)[1:-1] if _unsafe(c) and c != "\n" else c for c in text).replace("\x7f", "\\u007f")

@@ -44,9 +44,9 @@ class InputSize:
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
-    height: int = 640           # RT-DETR, section 4.1
+    height: int = 640  # RT-DETR, section 4.1
     width: int = 640
-    resize: Literal["stretch", "letterbox"] = "stretch"     # what RT-DETR trains with; "letterbox" keeps the aspect
+    resize: Literal["stretch", "letterbox"] = "stretch"  # what RT-DETR trains with; "letterbox" keeps the aspect
 
     def __post_init__(self) -> None:
         check(self, "input", {"height": (1, LARGEST_SIDE), "width": (1, LARGEST_SIDE)})
@@ -62,7 +62,7 @@ class ModelChoice:
     """A member of the family and its own configuration."""
 
     name: str
-    config: Any     # the member's Config dataclass; each member has its own
+    config: Any  # the member's Config dataclass; each member has its own
 
 
 @dataclass(frozen=True)
@@ -105,20 +105,25 @@ class Recipe:
         known = [f.name for f in fields(cls)]
         for name, values in sections.items():
             if name not in known:
-                raise RecipeError(f"{where}: unknown section [{name}]{did_you_mean(name, known)}; "
-                                  f"known: {', '.join(known)}")
+                raise RecipeError(
+                    f"{where}: unknown section [{name}]{did_you_mean(name, known)}; known: {', '.join(known)}"
+                )
             if not isinstance(values, Mapping):
-                raise RecipeError(f"{where}: {name!r} stands outside any section; "
-                                  f"expected [section] headers: {', '.join(known)}")
+                raise RecipeError(
+                    f"{where}: {name!r} stands outside any section; expected [section] headers: {', '.join(known)}"
+                )
         sections = {name: dict(values) for name, values in sections.items()}
         asked = [_parse_set(assignment, known) for assignment in sets]
-        name = next((value for section, key, value in asked[::-1] if (section, key) == ("model", "name")),
-                    sections.get("model", {}).get("name", "rt_detr"))
+        name = next(
+            (value for section, key, value in asked[::-1] if (section, key) == ("model", "name")),
+            sections.get("model", {}).get("name", "rt_detr"),
+        )
         if name not in FAMILY:
-            raise RecipeError(f"{where} [model]: unknown model {name!r}{did_you_mean(str(name), FAMILY)}; "
-                              f"known: {', '.join(FAMILY)}")
+            raise RecipeError(
+                f"{where} [model]: unknown model {name!r}{did_you_mean(str(name), FAMILY)}; known: {', '.join(FAMILY)}"
+            )
         for section, values in (read_preset(preset, name) if preset else {}).items():
-            sections.setdefault(section, {}).update(values)     # what was asked for by name lies over the recipe
+            sections.setdefault(section, {}).update(values)  # what was asked for by name lies over the recipe
         for section, key, value in asked:
             sections.setdefault(section, {})[key] = value
         model = {key: value for key, value in sections.pop("model", {}).items() if key != "name"}
@@ -155,8 +160,15 @@ class Recipe:
                 continue
             value = getattr(self, part.name)
             config = value.config if part.name == "model" else value
-            hidden = () if later else [item.name for item in fields(config) if item.metadata.get("later")
-                                       and getattr(config, item.name) == item.default]
+            hidden = (
+                ()
+                if later
+                else [
+                    item.name
+                    for item in fields(config)
+                    if item.metadata.get("later") and getattr(config, item.name) == item.default
+                ]
+            )
             values = {"name": value.name} if part.name == "model" else {}
             values |= {key: item for key, item in asdict(config).items() if key not in hidden}
             lines.append(f"[{part.name}]")
@@ -187,8 +199,9 @@ def find(source: str | Path) -> Path:
     if str(source) in shipped:
         return shipped[str(source)]
     near = did_you_mean(str(source), shipped)
-    raise RecipeError(f"no recipe {str(source)!r}: neither a file nor a shipped recipe{near}; "
-                      f"shipped: {', '.join(shipped)}")
+    raise RecipeError(
+        f"no recipe {str(source)!r}: neither a file nor a shipped recipe{near}; shipped: {', '.join(shipped)}"
+    )
 
 
 def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
@@ -207,7 +220,7 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "literal_error" and type(first["input"]) is int and key in values:
-            return _build(kind, {**values, key: str(first["input"])}, where)    # --set train.precision=16
+            return _build(kind, {**values, key: str(first["input"])}, where)  # --set train.precision=16
         words = re.findall("'([^']+)'", str(first.get("ctx", {}).get("expected", "")))
         near = did_you_mean(str(first.get("input")), words)
         raise RecipeError(f"{where}: {key} = {_short(first.get('input'))}: {first['msg']}{near}") from error
@@ -222,17 +235,20 @@ def _parse_set(assignment: str, sections: list[str]) -> tuple[str, str, Any]:
     if not equals or not dot or not key:
         raise RecipeError(f"--set {_short(assignment)}: expected section.key=value, for example train.lr=2e-4")
     if section not in sections:
-        raise RecipeError(f"--set {_short(assignment)}: unknown section {section!r}{did_you_mean(section, sections)}; "
-                          f"known: {', '.join(sections)}")
+        raise RecipeError(
+            f"--set {_short(assignment)}: unknown section {section!r}{did_you_mean(section, sections)}; "
+            f"known: {', '.join(sections)}"
+        )
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         parsed = {"value": text.strip()}
-    except (ValueError, RecursionError) as error:   # whole numbers of more than 4300 digits, endless brackets
+    except (ValueError, RecursionError) as error:  # whole numbers of more than 4300 digits, endless brackets
         raise RecipeError(f"--set {_short(assignment)}: not readable as a value ({error})") from error
     if len(parsed) > 1:
-        raise RecipeError(f"--set {_short(assignment)}: more than one value; expected section.key=value, one --set for "
-                          "each")
+        raise RecipeError(
+            f"--set {_short(assignment)}: more than one value; expected section.key=value, one --set for each"
+        )
     return section, key.strip(), parsed["value"]
 
 

@@ -16,7 +16,7 @@ from types import ModuleType
 VARIABLE = "EDGEDETR_TELEMETRY"
 # What is set where the user has not set it; Hugging Face's hub reads the second.
 SWITCHES = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-OPENVINO_REPORTS = "openvino_telemetry"     # an optional package; without it, OpenVINO has a stub that does nothing
+OPENVINO_REPORTS = "openvino_telemetry"  # an optional package; without it, OpenVINO has a stub that does nothing
 
 _lock = threading.Lock()
 
@@ -40,13 +40,13 @@ def import_openvino() -> ModuleType:
             return importlib.import_module("openvino")
         missing = object()
         before = sys.modules.get(OPENVINO_REPORTS, missing)
-        sys.modules[OPENVINO_REPORTS] = None    # type: ignore[assignment]  # documented: its import raises ImportError
+        sys.modules[OPENVINO_REPORTS] = None  # type: ignore[assignment]  # documented: its import raises ImportError
         try:
             return importlib.import_module("openvino")
         finally:
             del sys.modules[OPENVINO_REPORTS]
             if before is not missing:
-                sys.modules[OPENVINO_REPORTS] = before      # type: ignore[assignment]  # a module, as it was found
+                sys.modules[OPENVINO_REPORTS] = before  # type: ignore[assignment]  # a module, as it was found
 
 
 def import_onnxruntime() -> ModuleType:

@@ -18,10 +18,26 @@ from edgedetr.models import FAMILY, build
 
 PIXELS = 64
 SMALL = {
-    "rt_detr": {"backbone_width": 0.25, "hidden": 32, "heads": 4, "encoder_ffn": 64, "decoder_ffn": 64,
-                "decoder_layers": 2, "queries": 20, "fusion_blocks": 1},
-    "detr": {"backbone": "resnet18", "backbone_width": 0.25, "hidden": 32, "heads": 4, "ffn": 64, "queries": 10,
-             "encoder_layers": 1, "decoder_layers": 2},
+    "rt_detr": {
+        "backbone_width": 0.25,
+        "hidden": 32,
+        "heads": 4,
+        "encoder_ffn": 64,
+        "decoder_ffn": 64,
+        "decoder_layers": 2,
+        "queries": 20,
+        "fusion_blocks": 1,
+    },
+    "detr": {
+        "backbone": "resnet18",
+        "backbone_width": 0.25,
+        "hidden": 32,
+        "heads": 4,
+        "ffn": 64,
+        "queries": 10,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+    },
 }
 CLASSES = (ClassInfo(0, 7, "cat"), ClassInfo(1, 3, "dog"))
 
@@ -36,8 +52,16 @@ def write_pictures(root: Path) -> Path:
             name = f"{split}{number}.png"
             Image.fromarray(rng.integers(0, 256, (50, 80, 3), dtype=np.uint8)).save(root / "images" / split / name)
             images.append({"id": number, "file_name": name, "height": 50, "width": 80})
-            boxes.append({"id": number, "image_id": number, "category_id": (7, 3)[number % 2], "bbox": [5, 6, 20, 30],
-                          "area": 600, "iscrowd": 0})
+            boxes.append(
+                {
+                    "id": number,
+                    "image_id": number,
+                    "category_id": (7, 3)[number % 2],
+                    "bbox": [5, 6, 20, 30],
+                    "area": 600,
+                    "iscrowd": 0,
+                }
+            )
         (root / "annotations").mkdir(exist_ok=True)
         categories = [{"id": item.category_id, "name": item.name} for item in CLASSES]
         content = {"images": images, "annotations": boxes, "categories": categories}
@@ -54,9 +78,17 @@ def write_bundle(path: Path, member: str, data: Path | None) -> Bundle:
         for parameter in detector.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     record = DataRecord(str(data), "val", "train") if data else None
-    bundle = Bundle.create(path, Manifest(
-        model=member, classes=CLASSES, input=InputContract(PIXELS, PIXELS), output=OutputContract(config.activation),
-        config=asdict(config), data=record))
+    bundle = Bundle.create(
+        path,
+        Manifest(
+            model=member,
+            classes=CLASSES,
+            input=InputContract(PIXELS, PIXELS),
+            output=OutputContract(config.activation),
+            config=asdict(config),
+            data=record,
+        ),
+    )
     with bundle.add("weights.safetensors", stage="train") as temporary:
         save_file(detector.state_dict(), temporary)
     return bundle

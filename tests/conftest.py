@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))      # `import members`: the family at micro size
+sys.path.insert(0, str(Path(__file__).parent))  # `import members`: the family at micro size
 
 if find_spec("torch"):
     pytest_plugins = ["bundle_fixtures"]

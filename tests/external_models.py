@@ -12,7 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 torch = pytest.importorskip("torch")
 HEIGHT, WIDTH = 96, 128
-CLASSES = 6                     # of the rendered set
+CLASSES = 6  # of the rendered set
 QUERIES = 20
 
 
@@ -34,8 +34,16 @@ def export(module, path: Path, *, names, results, opset=17, open_size=True, extr
         axes[names[0]] |= {2: "height", 3: "width"}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.onnx.export(module, example, str(path), input_names=list(names), output_names=list(results),
-                          opset_version=opset, dynamo=False, dynamic_axes=axes)
+        torch.onnx.export(
+            module,
+            example,
+            str(path),
+            input_names=list(names),
+            output_names=list(results),
+            opset_version=opset,
+            dynamo=False,
+            dynamic_axes=axes,
+        )
     return path
 
 
@@ -43,25 +51,58 @@ def hugging_face_rt_detr():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     backbone = transformers.RTDetrResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32, 64, 64], depths=[1, 1, 1, 1], layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"])
+        embedding_size=16,
+        hidden_sizes=[16, 32, 64, 64],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
     config = transformers.RTDetrConfig(
-        backbone_config=backbone, encoder_in_channels=[32, 64, 64], d_model=32, encoder_hidden_dim=32,
-        encoder_ffn_dim=48, encoder_attention_heads=4, decoder_in_channels=[32, 32, 32], decoder_ffn_dim=48,
-        decoder_attention_heads=4, num_queries=QUERIES, decoder_layers=2, decoder_n_points=2, num_denoising=0,
-        num_labels=CLASSES, use_pretrained_backbone=False, anchor_image_size=None)
+        backbone_config=backbone,
+        encoder_in_channels=[32, 64, 64],
+        d_model=32,
+        encoder_hidden_dim=32,
+        encoder_ffn_dim=48,
+        encoder_attention_heads=4,
+        decoder_in_channels=[32, 32, 32],
+        decoder_ffn_dim=48,
+        decoder_attention_heads=4,
+        num_queries=QUERIES,
+        decoder_layers=2,
+        decoder_n_points=2,
+        num_denoising=0,
+        num_labels=CLASSES,
+        use_pretrained_backbone=False,
+        anchor_image_size=None,
+    )
     return spread(transformers.RTDetrForObjectDetection(config))
 
 
 def hugging_face_detr():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    backbone = transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 32, 48], depths=[1, 1, 1, 1],
-                                         layer_type="basic", out_features=["stage4"])
+    backbone = transformers.ResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[16, 32, 32, 48],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage4"],
+    )
     config = transformers.DetrConfig(
-        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=32,
-        num_queries=QUERIES, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=48, decoder_ffn_dim=48, num_labels=CLASSES)
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=backbone,
+        d_model=32,
+        num_queries=QUERIES,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_labels=CLASSES,
+    )
     return spread(transformers.DetrForObjectDetection(config))
 
 
@@ -69,16 +110,42 @@ def hugging_face_d_fine():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     backbone = transformers.HGNetV2Config(
-        stem_channels=[3, 16, 16], stage_in_channels=[16, 16, 32, 32], stage_mid_channels=[16] * 4,
-        stage_out_channels=[16, 32, 32, 32], stage_num_blocks=[1] * 4, stage_numb_of_layers=[2] * 4,
-        stage_light_block=[False, False, True, True], stage_downsample=[False, True, True, True],
-        stage_kernel_size=[3, 3, 5, 5], use_learnable_affine_block=True, hidden_sizes=[16, 32, 32, 32], depths=[1] * 4,
-        embedding_size=16, out_features=["stage2", "stage3", "stage4"])
+        stem_channels=[3, 16, 16],
+        stage_in_channels=[16, 16, 32, 32],
+        stage_mid_channels=[16] * 4,
+        stage_out_channels=[16, 32, 32, 32],
+        stage_num_blocks=[1] * 4,
+        stage_numb_of_layers=[2] * 4,
+        stage_light_block=[False, False, True, True],
+        stage_downsample=[False, True, True, True],
+        stage_kernel_size=[3, 3, 5, 5],
+        use_learnable_affine_block=True,
+        hidden_sizes=[16, 32, 32, 32],
+        depths=[1] * 4,
+        embedding_size=16,
+        out_features=["stage2", "stage3", "stage4"],
+    )
     config = transformers.DFineConfig(
-        backbone_config=backbone, encoder_in_channels=[32] * 3, d_model=32, encoder_hidden_dim=32, encoder_ffn_dim=48,
-        encoder_attention_heads=4, decoder_in_channels=[32] * 3, decoder_ffn_dim=48, decoder_attention_heads=4,
-        num_queries=QUERIES, decoder_layers=2, decoder_n_points=2, num_denoising=0, num_labels=CLASSES, max_num_bins=8,
-        feat_strides=[8, 16, 32], num_feature_levels=3, anchor_image_size=None, use_pretrained_backbone=False)
+        backbone_config=backbone,
+        encoder_in_channels=[32] * 3,
+        d_model=32,
+        encoder_hidden_dim=32,
+        encoder_ffn_dim=48,
+        encoder_attention_heads=4,
+        decoder_in_channels=[32] * 3,
+        decoder_ffn_dim=48,
+        decoder_attention_heads=4,
+        num_queries=QUERIES,
+        decoder_layers=2,
+        decoder_n_points=2,
+        num_denoising=0,
+        num_labels=CLASSES,
+        max_num_bins=8,
+        feat_strides=[8, 16, 32],
+        num_feature_levels=3,
+        anchor_image_size=None,
+        use_pretrained_backbone=False,
+    )
     return spread(transformers.DFineForObjectDetection(config))
 
 
@@ -139,12 +206,16 @@ def rf_detr(raw: Path, out: Path) -> Path:
 def joined(raw: Path, out: Path) -> Path:
     """A raw graph that gives boxes and scores in one tensor [B, N, 4 + K]."""
     model = renamed(raw, pixel_values="images")
-    model.graph.node.extend([
-        helper.make_node("Sigmoid", ["logits"], ["scores"], "scores"),
-        helper.make_node("Concat", ["pred_boxes", "scores"], ["output0"], "joined", axis=-1)])
+    model.graph.node.extend(
+        [
+            helper.make_node("Sigmoid", ["logits"], ["scores"], "scores"),
+            helper.make_node("Concat", ["pred_boxes", "scores"], ["output0"], "joined", axis=-1),
+        ]
+    )
     del model.graph.output[:]
-    model.graph.output.append(helper.make_tensor_value_info("output0", TensorProto.FLOAT,
-                                                            ["batch", QUERIES, 4 + CLASSES]))
+    model.graph.output.append(
+        helper.make_tensor_value_info("output0", TensorProto.FLOAT, ["batch", QUERIES, 4 + CLASSES])
+    )
     onnx.save(model, out)
     return out
 
@@ -160,18 +231,32 @@ def pictures(count: int) -> np.ndarray:
     return np.random.default_rng(7).integers(0, 256, (count, 3, HEIGHT, WIDTH)).astype(np.float32)
 
 
-def detector_of(*, boxes: float = 1.0, image=(1, 3, 32, 32), kind=TensorProto.FLOAT, extra: tuple = (),
-                outputs=("logits", "pred_boxes")) -> ModelProto:
+def detector_of(
+    *,
+    boxes: float = 1.0,
+    image=(1, 3, 32, 32),
+    kind=TensorProto.FLOAT,
+    extra: tuple = (),
+    outputs=("logits", "pred_boxes"),
+) -> ModelProto:
     """A graph that keeps the raw contract: a picture's mean moves fixed logits and boxes."""
     rng = np.random.default_rng(0)
-    constants = {"l": rng.normal(size=(1, 12, 3)).astype(np.float32), "zero": np.float32(1e-3),
-                 "b": (rng.uniform(0.2, 0.8, (1, 12, 4)) * boxes).astype(np.float32)}
-    nodes = [helper.make_node("ReduceMean", ["x"], ["m"], axes=[0, 1, 2, 3], keepdims=0),
-             helper.make_node("Mul", ["m", "zero"], ["z"]),
-             helper.make_node("Add", ["l", "z"], [outputs[0]]), helper.make_node("Add", ["b", "z"], [outputs[1]])]
+    constants = {
+        "l": rng.normal(size=(1, 12, 3)).astype(np.float32),
+        "zero": np.float32(1e-3),
+        "b": (rng.uniform(0.2, 0.8, (1, 12, 4)) * boxes).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["m"], axes=[0, 1, 2, 3], keepdims=0),
+        helper.make_node("Mul", ["m", "zero"], ["z"]),
+        helper.make_node("Add", ["l", "z"], [outputs[0]]),
+        helper.make_node("Add", ["b", "z"], [outputs[1]]),
+    ]
     values = [helper.make_tensor_value_info("x", kind, image), *extra]
-    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 12, last])
-               for name, last in zip(outputs, (3, 4))]
-    graph = helper.make_graph(nodes, "g", values, results,
-                              [numpy_helper.from_array(value, name) for name, value in constants.items()])
+    results = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 12, last]) for name, last in zip(outputs, (3, 4))
+    ]
+    graph = helper.make_graph(
+        nodes, "g", values, results, [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

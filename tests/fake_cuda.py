@@ -32,7 +32,7 @@ class FakeCuda:
         self.library.fake_enqueue.argtypes = [ctypes.c_void_p, WORK]
         self.library.fake_capturing.argtypes = [ctypes.c_void_p]
         self.library.fake_reset()
-        self.kept: list[object] = []        # what C holds a pointer to must not be collected
+        self.kept: list[object] = []  # what C holds a pointer to must not be collected
 
     @property
     def log(self) -> list[str]:
@@ -66,8 +66,21 @@ def built(version: int) -> Path:
         pytest.skip("needs a C compiler for the fake CUDA")
     path = Path(tempfile.mkdtemp(prefix="fake-cuda-")) / f"libfakecuda{version}.so"
     atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", f"-DFAKE_VERSION={version}", "-o", str(path),
-                    str(Path(__file__).with_name("fake_cuda.c"))], check=True, timeout=60)
+    subprocess.run(
+        [
+            compiler,
+            "-shared",
+            "-fPIC",
+            "-O1",
+            "-w",
+            f"-DFAKE_VERSION={version}",
+            "-o",
+            str(path),
+            str(Path(__file__).with_name("fake_cuda.c")),
+        ],
+        check=True,
+        timeout=60,
+    )
     return path
 
 

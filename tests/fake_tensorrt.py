@@ -25,9 +25,13 @@ from edgedetr.runtime.tensorrt.cudart import probe
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, Sidecar
 from edgedetr.runtime.tensorrt.inspector import LayerSummary
 
-NUMPY = {"tensor(float)": ("FLOAT", np.float32), "tensor(float16)": ("HALF", np.float16),
-         "tensor(uint8)": ("UINT8", np.uint8), "tensor(int64)": ("INT64", np.int64),
-         "tensor(int32)": ("INT32", np.int32)}
+NUMPY = {
+    "tensor(float)": ("FLOAT", np.float32),
+    "tensor(float16)": ("HALF", np.float16),
+    "tensor(uint8)": ("UINT8", np.uint8),
+    "tensor(int64)": ("INT64", np.int64),
+    "tensor(int32)": ("INT32", np.int32),
+}
 
 
 class Spec:
@@ -83,7 +87,7 @@ class Behaviour:
         self.executed = 0
         self.location, self.layout = "DEVICE", "LINEAR"
         self.open_output = False
-        self.kinds: dict[str, str] = {}     # tensor -> name of its DataType, where it shall not be the graph's
+        self.kinds: dict[str, str] = {}  # tensor -> name of its DataType, where it shall not be the graph's
 
 
 def install(monkeypatch: Any, names: ModuleType, fake: fake_cuda.FakeCuda) -> Behaviour:
@@ -112,8 +116,10 @@ class _Runtime:
 class _Engine:
     def __init__(self, runtime: _Runtime, session: onnxruntime.InferenceSession) -> None:
         self.trt, self.behaviour, self.session, self.error_recorder = runtime.trt, runtime.behaviour, session, None
-        self.tensors = {v.name: (v, place < len(session.get_inputs()))
-                        for place, v in enumerate([*session.get_inputs(), *session.get_outputs()])}
+        self.tensors = {
+            v.name: (v, place < len(session.get_inputs()))
+            for place, v in enumerate([*session.get_inputs(), *session.get_outputs()])
+        }
         self.num_io_tensors = len(self.tensors)
 
     def get_tensor_name(self, index: int) -> str:
@@ -190,8 +196,10 @@ class _Context:
 
         def work() -> None:
             behaviour.executed += 1
-            arrays = {name: fake_cuda.at(addresses[name], shapes[name], NUMPY[tensor.type][1])
-                      for name, (tensor, _) in tensors.items()}
+            arrays = {
+                name: fake_cuda.at(addresses[name], shapes[name], NUMPY[tensor.type][1])
+                for name, (tensor, _) in tensors.items()
+            }
             found = session.run(None, {name: np.array(arrays[name]) for name, (_, is_in) in tensors.items() if is_in})
             for output, value in zip(session.get_outputs(), found):
                 rows = np.arange(len(value)).reshape(-1, *[1] * (value.ndim - 1))
@@ -204,8 +212,15 @@ class _Context:
         self.behaviour.gone.append("context")
 
 
-def write_plan(graph: Path, target: Path | None = None, *, precision: str = "fp32", batch: Any = 1, layers: Any = None,
-               **changes: Any) -> Path:
+def write_plan(
+    graph: Path,
+    target: Path | None = None,
+    *,
+    precision: str = "fp32",
+    batch: Any = 1,
+    layers: Any = None,
+    **changes: Any,
+) -> Path:
     """What `edgedetr build` leaves for a graph on the fake device: a plan and its sidecar, changed where asked."""
     device, target = probe(), target or graph.with_suffix(".plan")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -213,9 +228,24 @@ def write_plan(graph: Path, target: Path | None = None, *, precision: str = "fp3
     digest = hashlib.sha256(target.read_bytes()).hexdigest()
     sizes = batch if isinstance(batch, tuple) else (batch,) * 3
     layers = layers or LayerSummary({precision: 3}, {precision: 1}, 0)
-    told = Sidecar(target.name, digest, target.stat().st_size, graph.name, digest, library.tensorrt().__version__,
-                   device.runtime, device.driver, "", device.name, device.sm, machine.host(make=True),
-                   BuildArguments(precision, sizes, 1024, 3, "strong"), "strong", 1.0, layers)
+    told = Sidecar(
+        target.name,
+        digest,
+        target.stat().st_size,
+        graph.name,
+        digest,
+        library.tensorrt().__version__,
+        device.runtime,
+        device.driver,
+        "",
+        device.name,
+        device.sm,
+        machine.host(make=True),
+        BuildArguments(precision, sizes, 1024, 3, "strong"),
+        "strong",
+        1.0,
+        layers,
+    )
     engine_metadata.beside(target).write_bytes(engine_metadata.to_bytes(replace(told, **changes)))
     return target
 

@@ -123,8 +123,13 @@ def main() -> int:
     failed = []
     for fault, tests in MATRIX.items():
         words = [str(HERE / test) for test in tests]
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-p", "no:cacheprovider",
-                               *words], capture_output=True, text=True, check=False, cwd=HERE.parent)
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-p", "no:cacheprovider", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=HERE.parent,
+        )
         print(f"{'held  ' if done.returncode == 0 else 'FAILED'} {fault}", flush=True)
         if done.returncode:
             failed.append(fault)

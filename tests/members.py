@@ -29,62 +29,156 @@ from edgedetr.models.members.rt_detr import RtDetrConfig
 from edgedetr.models.members.sparse_rcnn import SparseRcnnConfig
 
 CLASSES = 3
-HEIGHT, WIDTH = 96, 128         # rectangular, so that a swap of x and y shows
+HEIGHT, WIDTH = 96, 128  # rectangular, so that a swap of x and y shows
 
 # One entry per member: as small as it goes while every part of the member is there, at least two decoder layers where
 # the member has several. Weights are random, so norms train.
 SMALL: dict[str, object] = {
-    "detr": DetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48, encoder_layers=2,
-                       decoder_layers=2, queries=12, backbone_norm="trainable", frozen_stages=0),
-    "dynamic_detr": DynamicDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48,
-                                      encoder_layers=2, decoder_layers=2, queries=12, dynamic_hidden=8,
-                                      backbone_norm="trainable", frozen_stages=0),
-    "sparse_rcnn": SparseRcnnConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48,
-                                    decoder_layers=2, queries=12, dynamic_hidden=8, backbone_norm="trainable",
-                                    frozen_stages=0),
-    "deformable_detr": DeformableDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48,
-                                            encoder_layers=2, decoder_layers=2, queries=12, refine=True, two_stage=True,
-                                            backbone_norm="trainable", frozen_stages=0),
-    "efficient_detr": EfficientDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48,
-                                          encoder_layers=1, queries=12, first_queries=20, backbone_norm="trainable",
-                                          frozen_stages=0),
-    "conditional_detr": ConditionalDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48,
-                                              encoder_layers=2, decoder_layers=2, queries=12,
-                                              backbone_norm="trainable", frozen_stages=0),
-    "anchor_detr": AnchorDetrConfig(backbone="resnet18", backbone_width=0.25, dilate_last=False, hidden=32, heads=4,
-                                    ffn=48, encoder_layers=2, decoder_layers=2, queries=12, patterns=3,
-                                    backbone_norm="trainable", frozen_stages=0),
+    "detr": DetrConfig(
+        backbone="resnet18",
+        backbone_width=0.25,
+        hidden=32,
+        heads=4,
+        ffn=48,
+        encoder_layers=2,
+        decoder_layers=2,
+        queries=12,
+        backbone_norm="trainable",
+        frozen_stages=0,
+    ),
+    "dynamic_detr": DynamicDetrConfig(
+        backbone="resnet18",
+        backbone_width=0.25,
+        hidden=32,
+        heads=4,
+        ffn=48,
+        encoder_layers=2,
+        decoder_layers=2,
+        queries=12,
+        dynamic_hidden=8,
+        backbone_norm="trainable",
+        frozen_stages=0,
+    ),
+    "sparse_rcnn": SparseRcnnConfig(
+        backbone="resnet18",
+        backbone_width=0.25,
+        hidden=32,
+        heads=4,
+        ffn=48,
+        decoder_layers=2,
+        queries=12,
+        dynamic_hidden=8,
+        backbone_norm="trainable",
+        frozen_stages=0,
+    ),
+    "deformable_detr": DeformableDetrConfig(
+        backbone="resnet18",
+        backbone_width=0.25,
+        hidden=32,
+        heads=4,
+        ffn=48,
+        encoder_layers=2,
+        decoder_layers=2,
+        queries=12,
+        refine=True,
+        two_stage=True,
+        backbone_norm="trainable",
+        frozen_stages=0,
+    ),
+    "efficient_detr": EfficientDetrConfig(
+        backbone="resnet18",
+        backbone_width=0.25,
+        hidden=32,
+        heads=4,
+        ffn=48,
+        encoder_layers=1,
+        queries=12,
+        first_queries=20,
+        backbone_norm="trainable",
+        frozen_stages=0,
+    ),
+    "conditional_detr": ConditionalDetrConfig(
+        backbone="resnet18",
+        backbone_width=0.25,
+        hidden=32,
+        heads=4,
+        ffn=48,
+        encoder_layers=2,
+        decoder_layers=2,
+        queries=12,
+        backbone_norm="trainable",
+        frozen_stages=0,
+    ),
+    "anchor_detr": AnchorDetrConfig(
+        backbone="resnet18",
+        backbone_width=0.25,
+        dilate_last=False,
+        hidden=32,
+        heads=4,
+        ffn=48,
+        encoder_layers=2,
+        decoder_layers=2,
+        queries=12,
+        patterns=3,
+        backbone_norm="trainable",
+        frozen_stages=0,
+    ),
     # Wider than the others: it learns by heart more slowly (a fifth of the loss after 65 steps at 32, before 40 at 64).
-    "dn_detr": DnDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=64, heads=4, ffn=48, encoder_layers=2,
-                            decoder_layers=2, queries=12, backbone_norm="trainable", frozen_stages=0),
-    "rt_detr": RtDetrConfig(backbone_width=0.25, hidden=32, heads=4, encoder_ffn=48, decoder_ffn=48, decoder_layers=2,
-                            queries=12, backbone_norm="trainable", points=(4, 2, 3)),
+    "dn_detr": DnDetrConfig(
+        backbone="resnet18",
+        backbone_width=0.25,
+        hidden=64,
+        heads=4,
+        ffn=48,
+        encoder_layers=2,
+        decoder_layers=2,
+        queries=12,
+        backbone_norm="trainable",
+        frozen_stages=0,
+    ),
+    "rt_detr": RtDetrConfig(
+        backbone_width=0.25,
+        hidden=32,
+        heads=4,
+        encoder_ffn=48,
+        decoder_ffn=48,
+        decoder_layers=2,
+        queries=12,
+        backbone_norm="trainable",
+        points=(4, 2, 3),
+    ),
 }
 
 # Members whose boxes may reach beyond the picture: R-CNN's deltas have no bound.
 BEYOND = ("dynamic_detr", "sparse_rcnn")
 
-NOISE = 1.0         # standard deviation that the added noise alone gives to what a layer makes of inputs of deviation 1
+NOISE = 1.0  # standard deviation that the added noise alone gives to what a layer makes of inputs of deviation 1
 
 # Members whose queries' positions follow from boxes that depend on the picture.
 MOVING = ("dn_detr", "deformable_detr", "efficient_detr")
 
-RESIDUAL = 0.3      # share of a ResNet block's branch
+RESIDUAL = 0.3  # share of a ResNet block's branch
 
 # Members whose queries are the best of the image's cells.
 SELECTING = ("deformable_detr", "efficient_detr", "rt_detr")
 
 # Parameters without a gradient from predictions alone, per member, and why.
-_FIRST_SELF_ATTENTION = tuple(f"decoder.layers.0.self_attention.{part}" for part in
-                              ("q.weight", "q.bias", "k.weight", "k.bias", "v.weight"))
+_FIRST_SELF_ATTENTION = tuple(
+    f"decoder.layers.0.self_attention.{part}" for part in ("q.weight", "q.bias", "k.weight", "k.bias", "v.weight")
+)
 UNUSED: dict[str, tuple[str, ...]] = {
     # The first self-attention among queries of zero content has equal values everywhere: weights do not matter.
     "detr": _FIRST_SELF_ATTENTION,
-    "conditional_detr": (*_FIRST_SELF_ATTENTION, *(f"decoder.layers.0.self_attention.{part}_position.{kind}"
-                                                   for part in "qk" for kind in ("weight", "bias"))),
+    "conditional_detr": (
+        *_FIRST_SELF_ATTENTION,
+        *(f"decoder.layers.0.self_attention.{part}_position.{kind}" for part in "qk" for kind in ("weight", "bias")),
+    ),
     # All queries begin with the same content, so that the first self-attention has equal values everywhere.
-    "dn_detr": tuple(f"decoder.layers.0.self_attention.{part}.{kind}" for part in ("q", "q_position", "k", "k_position")
-                     for kind in ("weight", "bias")),
+    "dn_detr": tuple(
+        f"decoder.layers.0.self_attention.{part}.{kind}"
+        for part in ("q", "q_position", "k", "k_position")
+        for kind in ("weight", "bias")
+    ),
     # No box of these images is large enough for P5, and P7 is further from P4 than two layers carry.
     "sparse_rcnn": ("encoder.pyramid.smooth.3.weight", "encoder.pyramid.smooth.3.bias"),
     "dynamic_detr": ("encoder.pyramid.coarser.1.weight", "encoder.pyramid.coarser.1.bias"),
@@ -98,12 +192,12 @@ def small(name: str) -> Detector:
     """A little detector whose detections depend on the image, and whose best tokens have a decided order."""
     torch.manual_seed(0)
     detector = build(name, SMALL[name], CLASSES)
-    for parameter in detector.parameters():     # as much as the scale of its inputs allows, so that no map grows
+    for parameter in detector.parameters():  # as much as the scale of its inputs allows, so that no map grows
         parameter.add_(torch.randn_like(parameter) * min(0.1, NOISE * max(parameter[0].numel(), 1) ** -0.5))
     for key, parameter in detector.named_parameters():
         if key.startswith("decoder.boxes.score") and key.endswith("bias"):
-            parameter.clamp_(min=-2)    # heads start with every class rare; here detections are to be seen
-    if name in BEYOND:      # every other box spans three pictures, to be read from another level; all move a little
+            parameter.clamp_(min=-2)  # heads start with every class rare; here detections are to be seen
+    if name in BEYOND:  # every other box spans three pictures, to be read from another level; all move a little
         detector.selector.box.weight[::2, 2:] *= 3
         for head in detector.decoder.boxes.box:
             head.weight.mul_(0.2)
@@ -113,11 +207,11 @@ def small(name: str) -> Detector:
 def _measured(detector: Detector) -> Detector:
     """BatchNorm's statistics as they are on images, where random ones would let maps grow or vanish."""
     for block in detector.modules():
-        if isinstance(block, Block):        # as in trained networks, a block changes its input a little, so that what
-            block.body[-1].norm.weight.mul_(RESIDUAL)       # rounding changes does not grow from block to block
+        if isinstance(block, Block):  # as in trained networks, a block changes its input a little, so that what
+            block.body[-1].norm.weight.mul_(RESIDUAL)  # rounding changes does not grow from block to block
     norms = [module for module in detector.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
-        norm.train().momentum = None        # the mean of all batches, of which there is one
+        norm.train().momentum = None  # the mean of all batches, of which there is one
     detector(detector.normalise(pictures(4)))
     for norm in norms:
         norm.eval().momentum = 0.1
@@ -143,10 +237,10 @@ def exported(name: str, batch: int | None = 1, sampling: str = "gather") -> Path
     return _exported(name, batch, sampling)
 
 
-@cache      # which tells f(x) from f(x, 1): hence behind a function that always gives all three
+@cache  # which tells f(x) from f(x, 1): hence behind a function that always gives all three
 def _exported(name: str, batch: int | None, sampling: str) -> Path:
     path = _folder() / f"{name}-{batch}-{sampling}.onnx"
-    if not path.exists():       # another process of this run may have written it
+    if not path.exists():  # another process of this run may have written it
         with atomic_write(path) as temporary:
             write(deployed(name, sampling), temporary, batch=batch)
     return path

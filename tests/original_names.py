@@ -33,8 +33,10 @@ def both(theirs: str, mine: str, ours: Weights) -> Weights:
 
 def packed(theirs: str, mine: str, ours: Weights) -> Weights:
     """torch.nn.MultiheadAttention: q, k and v in one tensor."""
-    joined = {f"{theirs}.in_proj_{kind}": cat([ours[f"{mine}.{part}.{kind}"] for part in "qkv"])
-              for kind in ("weight", "bias")}
+    joined = {
+        f"{theirs}.in_proj_{kind}": cat([ours[f"{mine}.{part}.{kind}"] for part in "qkv"])
+        for kind in ("weight", "bias")
+    }
     return {**joined, **both(f"{theirs}.out_proj", f"{mine}.out", ours)}
 
 
@@ -45,45 +47,62 @@ def sampled(theirs: str, mine: str, ours: Weights) -> Weights:
 
 
 def mlp(theirs: str, mine: str, ours: Weights, layers: int = 3) -> Weights:
-    return {key: tensor for index in range(layers)
-            for key, tensor in both(f"{theirs}.layers.{index}", f"{mine}.layers.{index}", ours).items()}
+    return {
+        key: tensor
+        for index in range(layers)
+        for key, tensor in both(f"{theirs}.layers.{index}", f"{mine}.layers.{index}", ours).items()
+    }
 
 
 Attention = Callable[[str, str, Weights], Weights]
 
 
 def encoder_layer(theirs: str, mine: str, ours: Weights, attention: Attention) -> Weights:
-    return {**attention(f"{theirs}.self_attn", f"{mine}.attention", ours),
-            **both(f"{theirs}.linear1", f"{mine}.feedforward.up", ours),
-            **both(f"{theirs}.linear2", f"{mine}.feedforward.down", ours),
-            **both(f"{theirs}.norm1", f"{mine}.attention_norm", ours),
-            **both(f"{theirs}.norm2", f"{mine}.feedforward_norm", ours)}
+    return {
+        **attention(f"{theirs}.self_attn", f"{mine}.attention", ours),
+        **both(f"{theirs}.linear1", f"{mine}.feedforward.up", ours),
+        **both(f"{theirs}.linear2", f"{mine}.feedforward.down", ours),
+        **both(f"{theirs}.norm1", f"{mine}.attention_norm", ours),
+        **both(f"{theirs}.norm2", f"{mine}.feedforward_norm", ours),
+    }
 
 
 def decoder_layer(theirs: str, mine: str, ours: Weights, cross: str, attention: Attention, norms: str) -> Weights:
     """norms  whose norm is the first and whose the second: "self cross", or Deformable DETR's "cross self" """
     first, second = norms.split()
-    return {**packed(f"{theirs}.self_attn", f"{mine}.self_attention", ours),
-            **attention(f"{theirs}.{cross}", f"{mine}.cross_attention", ours),
-            **both(f"{theirs}.linear1", f"{mine}.feedforward.up", ours),
-            **both(f"{theirs}.linear2", f"{mine}.feedforward.down", ours),
-            **both(f"{theirs}.norm1", f"{mine}.{first}_norm", ours),
-            **both(f"{theirs}.norm2", f"{mine}.{second}_norm", ours),
-            **both(f"{theirs}.norm3", f"{mine}.feedforward_norm", ours)}
+    return {
+        **packed(f"{theirs}.self_attn", f"{mine}.self_attention", ours),
+        **attention(f"{theirs}.{cross}", f"{mine}.cross_attention", ours),
+        **both(f"{theirs}.linear1", f"{mine}.feedforward.up", ours),
+        **both(f"{theirs}.linear2", f"{mine}.feedforward.down", ours),
+        **both(f"{theirs}.norm1", f"{mine}.{first}_norm", ours),
+        **both(f"{theirs}.norm2", f"{mine}.{second}_norm", ours),
+        **both(f"{theirs}.norm3", f"{mine}.feedforward_norm", ours),
+    }
 
 
 def detr(ours: Weights, layers: int) -> Weights:
     """facebookresearch/detr."""
-    names = {**torchvision_resnet(ours, "backbone.0.body."), **both("input_proj", "encoder.project", ours),
-             **both("class_embed", "decoder.boxes.score", ours), **mlp("bbox_embed", "decoder.boxes.box", ours),
-             **both("transformer.decoder.norm", "decoder.norm", ours),
-             "query_embed.weight": ours["selector.position.weight"]}
+    names = {
+        **torchvision_resnet(ours, "backbone.0.body."),
+        **both("input_proj", "encoder.project", ours),
+        **both("class_embed", "decoder.boxes.score", ours),
+        **mlp("bbox_embed", "decoder.boxes.box", ours),
+        **both("transformer.decoder.norm", "decoder.norm", ours),
+        "query_embed.weight": ours["selector.position.weight"],
+    }
     if "encoder.norm.weight" in ours:
         names |= both("transformer.encoder.norm", "encoder.norm", ours)
     for index in range(layers):
         names |= encoder_layer(f"transformer.encoder.layers.{index}", f"encoder.layers.{index}", ours, packed)
-        names |= decoder_layer(f"transformer.decoder.layers.{index}", f"decoder.layers.{index}", ours,
-                               "multihead_attn", packed, "self cross")
+        names |= decoder_layer(
+            f"transformer.decoder.layers.{index}",
+            f"decoder.layers.{index}",
+            ours,
+            "multihead_attn",
+            packed,
+            "self cross",
+        )
     return names
 
 
@@ -97,12 +116,17 @@ def deformable_detr(ours: Weights, layers: int) -> Weights:
         level += 1
     for index in range(layers):
         names |= encoder_layer(f"transformer.encoder.layers.{index}", f"encoder.layers.{index}", ours, sampled)
-        names |= decoder_layer(f"transformer.decoder.layers.{index}", f"decoder.layers.{index}", ours, "cross_attn",
-                               sampled, "cross self")
+        names |= decoder_layer(
+            f"transformer.decoder.layers.{index}", f"decoder.layers.{index}", ours, "cross_attn", sampled, "cross self"
+        )
     refined, two_stage = "decoder.boxes.score.0.weight" in ours, "selector.place.weight" in ours
     if two_stage:
-        for theirs, mine in {"enc_output": "project", "enc_output_norm": "norm", "pos_trans": "place",
-                             "pos_trans_norm": "place_norm"}.items():
+        for theirs, mine in {
+            "enc_output": "project",
+            "enc_output_norm": "norm",
+            "pos_trans": "place",
+            "pos_trans_norm": "place_norm",
+        }.items():
             names |= both(f"transformer.{theirs}", f"selector.{mine}", ours)
     else:
         names["query_embed.weight"] = ours["selector.embed.weight"]
@@ -121,17 +145,24 @@ def deformable_detr(ours: Weights, layers: int) -> Weights:
 def rt_detr(ours: Weights, version: int) -> Weights:
     """lyuwenyu/RT-DETR; version 1 numbers the parts of its projections, version 2 names them."""
     conv, norm = ("0", "1") if version == 1 else ("conv", "norm")
-    renamed: Weights = {"decoder.anchors": ours["selector.norm.weight"][None], "decoder.valid_mask":
-                        ours["selector.norm.weight"][None]}     # constants of a fixed size, which are of no use
+    renamed: Weights = {
+        "decoder.anchors": ours["selector.norm.weight"][None],
+        "decoder.valid_mask": ours["selector.norm.weight"][None],
+    }  # constants of a fixed size, which are of no use
     fusion = {"deep": "conv1", "flat": "conv2", "merge": "conv3", "wide": "conv1", "narrow": "conv2"}
-    plain = {"decoder.query_position.": "decoder.query_pos_head.", "decoder.boxes.score.": "decoder.dec_score_head.",
-             "decoder.boxes.box.": "decoder.dec_bbox_head.", "selector.score.": "decoder.enc_score_head.",
-             "selector.box.": "decoder.enc_bbox_head.", "encoder.lateral.": "encoder.lateral_convs.",
-             "encoder.downsample.": "encoder.downsample_convs.",
-             "selector.denoising_class_embed.": "decoder.denoising_class_embed.",
-             "selector.content.": "decoder.tgt_embed.",
-             "selector.project.": f"decoder.enc_output.{'0' if version == 1 else 'proj'}.",
-             "selector.norm.": f"decoder.enc_output.{'1' if version == 1 else 'norm'}."}
+    plain = {
+        "decoder.query_position.": "decoder.query_pos_head.",
+        "decoder.boxes.score.": "decoder.dec_score_head.",
+        "decoder.boxes.box.": "decoder.dec_bbox_head.",
+        "selector.score.": "decoder.enc_score_head.",
+        "selector.box.": "decoder.enc_bbox_head.",
+        "encoder.lateral.": "encoder.lateral_convs.",
+        "encoder.downsample.": "encoder.downsample_convs.",
+        "selector.denoising_class_embed.": "decoder.denoising_class_embed.",
+        "selector.content.": "decoder.tgt_embed.",
+        "selector.project.": f"decoder.enc_output.{'0' if version == 1 else 'proj'}.",
+        "selector.norm.": f"decoder.enc_output.{'1' if version == 1 else 'norm'}.",
+    }
     for name, tensor in ours.items():
         part = name.split(".")
         prefix = next((old for old in plain if name.startswith(old)), "")
@@ -158,8 +189,9 @@ def rt_detr(ours: Weights, version: int) -> Weights:
             renamed[".".join(["encoder", new, part[2], *rest])] = tensor
     renamed |= encoder_layer("encoder.encoder.0.layers.0", "encoder.attention.0", ours, packed)
     for index in {name.split(".")[2] for name in ours if name.startswith("decoder.layers.")}:
-        renamed |= decoder_layer(f"decoder.decoder.layers.{index}", f"decoder.layers.{index}", ours, "cross_attn",
-                                 sampled, "self cross")
+        renamed |= decoder_layer(
+            f"decoder.decoder.layers.{index}", f"decoder.layers.{index}", ours, "cross_attn", sampled, "self cross"
+        )
         if version == 2:
             renamed[f"decoder.decoder.layers.{index}.cross_attn.num_points_scale"] = ours["selector.norm.weight"]
     return renamed

@@ -9,7 +9,7 @@ from onnx import TensorProto, checker, helper, numpy_helper, save
 
 from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputContract
 
-CELLS = 4                       # per side, each with one query
+CELLS = 4  # per side, each with one query
 
 
 def write(path: Path, contract: InputContract, width: int, batch: int | str = 1, seed: int = 0) -> None:
@@ -21,8 +21,10 @@ def write(path: Path, contract: InputContract, width: int, batch: int | str = 1,
     colours = np.repeat(rng.normal(size=(width + 4, 3, 1, 1)) * 4 / area * 3 / 255, cell[0], axis=2)
     weight = np.repeat(colours, cell[1], axis=3).astype(np.float32)
     constants = {
-        "weight": weight, "bias": rng.normal(size=width + 4).astype(np.float32),
-        "shape": np.array([0, width + 4, CELLS * CELLS]), "parts": np.array([width, 4]),
+        "weight": weight,
+        "bias": rng.normal(size=width + 4).astype(np.float32),
+        "shape": np.array([0, width + 4, CELLS * CELLS]),
+        "parts": np.array([width, 4]),
         "spread": rng.normal(size=(1, CELLS * CELLS, width + 4)).astype(np.float32),
     }
     nodes = [
@@ -35,17 +37,31 @@ def write(path: Path, contract: InputContract, width: int, batch: int | str = 1,
     ]
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
-        nodes, "patches", [value("images", TensorProto.FLOAT, [batch, 3, contract.height, contract.width])],
-        [value("logits", TensorProto.FLOAT, [batch, CELLS * CELLS, width]),
-         value("boxes", TensorProto.FLOAT, [batch, CELLS * CELLS, 4])],
-        [numpy_helper.from_array(v, name) for name, v in constants.items()])
+        nodes,
+        "patches",
+        [value("images", TensorProto.FLOAT, [batch, 3, contract.height, contract.width])],
+        [
+            value("logits", TensorProto.FLOAT, [batch, CELLS * CELLS, width]),
+            value("boxes", TensorProto.FLOAT, [batch, CELLS * CELLS, 4]),
+        ],
+        [numpy_helper.from_array(v, name) for name, v in constants.items()],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     checker.check_model(model)
     save(model, str(path))
 
 
-def bundle(folder: Path, *, contract: InputContract | None = None, activation: str = "sigmoid", top_k: int = 20,
-           classes: int = 3, batch: int | str = 1, files: tuple[str, ...] = ("model.onnx",), seed: int = 0) -> Bundle:
+def bundle(
+    folder: Path,
+    *,
+    contract: InputContract | None = None,
+    activation: str = "sigmoid",
+    top_k: int = 20,
+    classes: int = 3,
+    batch: int | str = 1,
+    files: tuple[str, ...] = ("model.onnx",),
+    seed: int = 0,
+) -> Bundle:
     """A bundle with that graph under the named files; ids and names are unlike the indices."""
     contract = contract or InputContract(64, 96)
     known = tuple(ClassInfo(index, 10 - index, f"class; {index}") for index in range(classes))

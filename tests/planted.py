@@ -13,9 +13,14 @@ ZERO, STEP = np.int8(0), np.float32(0.1)
 RNG = np.random.default_rng(0)
 
 
-
-def graph_of(nodes: Sequence[NodeProto], inputs: dict[str, tuple], constants: dict[str, np.ndarray] | None = None, *,
-             opset: int = 19, domains: Sequence[str] = ()) -> ModelProto:
+def graph_of(
+    nodes: Sequence[NodeProto],
+    inputs: dict[str, tuple],
+    constants: dict[str, np.ndarray] | None = None,
+    *,
+    opset: int = 19,
+    domains: Sequence[str] = (),
+) -> ModelProto:
     """inputs {name: (element type, shape)}; the last node's first output is the graph's."""
     values = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()]
     stored = [numpy_helper.from_array(np.asarray(value), name) for name, value in (constants or {}).items()]
@@ -24,7 +29,7 @@ def graph_of(nodes: Sequence[NodeProto], inputs: dict[str, tuple], constants: di
     opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(name, 1) for name in domains)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     try:
-        return onnx.shape_inference.infer_shapes(model)         # the outputs get their types, as in an exporter's file
+        return onnx.shape_inference.infer_shapes(model)  # the outputs get their types, as in an exporter's file
     except onnx.shape_inference.InferenceError:
         return model
 
@@ -38,20 +43,39 @@ def one(kind: str, *, shape=(1, 4, 8, 8), opset: int = 19, **attributes) -> Mode
     return graph_of([node(kind, "x", "y", **attributes)], {"x": (F32, shape)}, opset=opset)
 
 
-def quantised_conv(*, zero=ZERO, scale=STEP, axis=0, channels=32, out=32, weight_scale=None,
-                   kind=np.float32, data=True, weight=True, relu_between=False, opset: int = 19,
-                   missing_zero: bool = False) -> ModelProto:
+def quantised_conv(
+    *,
+    zero=ZERO,
+    scale=STEP,
+    axis=0,
+    channels=32,
+    out=32,
+    weight_scale=None,
+    kind=np.float32,
+    data=True,
+    weight=True,
+    relu_between=False,
+    opset: int = 19,
+    missing_zero: bool = False,
+) -> ModelProto:
     """x -> Q -> DQ -> Conv <- DQ <- integer weight; each part as asked for."""
     element = F16 if kind is np.float16 else F32
     scale = np.asarray(scale)
-    constants = {"s": scale, "z": np.asarray(zero), "w": RNG.integers(-9, 9, (out, channels, 1, 1), dtype=np.int8),
-                 "ws": np.full((out, channels)[axis], 0.1, kind) if weight_scale is None else weight_scale}
+    constants = {
+        "s": scale,
+        "z": np.asarray(zero),
+        "w": RNG.integers(-9, 9, (out, channels, 1, 1), dtype=np.int8),
+        "ws": np.full((out, channels)[axis], 0.1, kind) if weight_scale is None else weight_scale,
+    }
     constants["wz"] = np.zeros(constants["ws"].shape, np.int8)
     constants["f"] = np.ones((out, channels, 1, 1), kind)
     third = "" if missing_zero else " z"
-    nodes = [node("QuantizeLinear", f"x s{third}", "q"), node("DequantizeLinear", f"q s{third}", "d"),
-             node("DequantizeLinear", "w ws wz", "wd", axis=axis),
-             node("Conv", f"{'d' if data else 'x'} {'wd' if weight else 'f'}", "c")]
+    nodes = [
+        node("QuantizeLinear", f"x s{third}", "q"),
+        node("DequantizeLinear", f"q s{third}", "d"),
+        node("DequantizeLinear", "w ws wz", "wd", axis=axis),
+        node("Conv", f"{'d' if data else 'x'} {'wd' if weight else 'f'}", "c"),
+    ]
     if relu_between:
         constants.update({"cs": np.asarray(0.2, kind), "cz": np.int8(0)})
         nodes += [node("QuantizeLinear", "c cs cz", "cq"), node("DequantizeLinear", "cq cs cz", "cd")]
@@ -61,19 +85,38 @@ def quantised_conv(*, zero=ZERO, scale=STEP, axis=0, channels=32, out=32, weight
     if not weight:
         nodes = [item for item in nodes if item.output[0] != "wd"]
     used = {name for item in nodes for name in item.input}
-    return graph_of(nodes, {"x": (element, (1, channels, 8, 8))},
-                    {name: value for name, value in constants.items() if name in used}, opset=opset)
+    return graph_of(
+        nodes,
+        {"x": (element, (1, channels, 8, 8))},
+        {name: value for name, value in constants.items() if name in used},
+        opset=opset,
+    )
 
 
-def quantised_product(inputs: int, outputs: int, *, kind: str = "MatMul", axis: int | None = None,
-                      transposed: bool = False, through: bool = False) -> ModelProto:
+def quantised_product(
+    inputs: int,
+    outputs: int,
+    *,
+    kind: str = "MatMul",
+    axis: int | None = None,
+    transposed: bool = False,
+    through: bool = False,
+) -> ModelProto:
     """x [1, 40, inputs] (or [40, inputs]) times an integer weight, both through Q/DQ."""
     shape = (outputs, inputs) if transposed else (inputs, outputs)
     axis = (0 if transposed else 1) if axis is None else axis
-    constants = {"s": np.float32(0.1), "z": np.int8(0), "w": np.ones(shape, np.int8),
-                 "ws": np.full(shape[axis], 0.1, np.float32), "wz": np.zeros(shape[axis], np.int8)}
-    nodes = [node("QuantizeLinear", "x s z", "q"), node("DequantizeLinear", "q s z", "d"),
-             node("DequantizeLinear", "w ws wz", "wd", axis=axis)]
+    constants = {
+        "s": np.float32(0.1),
+        "z": np.int8(0),
+        "w": np.ones(shape, np.int8),
+        "ws": np.full(shape[axis], 0.1, np.float32),
+        "wz": np.zeros(shape[axis], np.int8),
+    }
+    nodes = [
+        node("QuantizeLinear", "x s z", "q"),
+        node("DequantizeLinear", "q s z", "d"),
+        node("DequantizeLinear", "w ws wz", "wd", axis=axis),
+    ]
     if through:
         nodes.append(node("Transpose", "wd", "wt", perm=[1, 0]))
     attributes = {"transB": 1} if kind == "Gemm" and transposed else {}
@@ -82,27 +125,43 @@ def quantised_product(inputs: int, outputs: int, *, kind: str = "MatMul", axis: 
 
 
 def activation(scale, zero) -> ModelProto:
-    return graph_of([node("QuantizeLinear", "x s z", "q", axis=1), node("DequantizeLinear", "q s z", "y", axis=1)],
-                    {"x": (F32, (1, 32, 8, 8))}, {"s": scale, "z": zero})
+    return graph_of(
+        [node("QuantizeLinear", "x s z", "q", axis=1), node("DequantizeLinear", "q s z", "y", axis=1)],
+        {"x": (F32, (1, 32, 8, 8))},
+        {"s": scale, "z": zero},
+    )
 
 
 def concat(first: float, second: float) -> ModelProto:
     zero = {"z": np.int8(0), "a": np.float32(first), "b": np.float32(second)}
     nodes = []
     for name, scale in (("x", "a"), ("x2", "b")):
-        nodes += [node("QuantizeLinear", f"{name} {scale} z", f"{name}q"),
-                  node("DequantizeLinear", f"{name}q {scale} z", f"{name}d")]
-    nodes += [node("Concat", "xd x2d", "c", axis=1), node("QuantizeLinear", "c a z", "q"),
-              node("DequantizeLinear", "q a z", "y")]
+        nodes += [
+            node("QuantizeLinear", f"{name} {scale} z", f"{name}q"),
+            node("DequantizeLinear", f"{name}q {scale} z", f"{name}d"),
+        ]
+    nodes += [
+        node("Concat", "xd x2d", "c", axis=1),
+        node("QuantizeLinear", "c a z", "q"),
+        node("DequantizeLinear", "q a z", "y"),
+    ]
     return graph_of(nodes, {"x": (F32, (1, 32, 8, 8)), "x2": (F32, (1, 32, 8, 8))}, zero)
 
 
 def transposed_conv(scales: int) -> ModelProto:
-    constants = {"s": np.float32(0.1), "z": np.int8(0), "w": np.ones((32, 16, 2, 2), np.int8),
-                 "ws": np.full(scales, 0.1, np.float32) if scales > 1 else np.float32(0.1),
-                 "wz": np.zeros(scales, np.int8) if scales > 1 else np.int8(0)}
-    nodes = [node("QuantizeLinear", "x s z", "q"), node("DequantizeLinear", "q s z", "d"),
-             node("DequantizeLinear", "w ws wz", "wd", axis=1), node("ConvTranspose", "d wd", "y")]
+    constants = {
+        "s": np.float32(0.1),
+        "z": np.int8(0),
+        "w": np.ones((32, 16, 2, 2), np.int8),
+        "ws": np.full(scales, 0.1, np.float32) if scales > 1 else np.float32(0.1),
+        "wz": np.zeros(scales, np.int8) if scales > 1 else np.int8(0),
+    }
+    nodes = [
+        node("QuantizeLinear", "x s z", "q"),
+        node("DequantizeLinear", "q s z", "d"),
+        node("DequantizeLinear", "w ws wz", "wd", axis=1),
+        node("ConvTranspose", "d wd", "y"),
+    ]
     return graph_of(nodes, {"x": (F32, (1, 32, 8, 8))}, constants)
 
 
@@ -116,8 +175,11 @@ def top_k(k: int | None) -> ModelProto:
 
 def grid_sample(*, mode: str, rank: int = 4, opset: int = 19) -> ModelProto:
     space = (8,) * (rank - 2)
-    return graph_of([node("GridSample", "x g", "y", mode=mode)],
-                    {"x": (F32, (1, 4, *space)), "g": (F32, (1, *space, rank - 2))}, opset=opset)
+    return graph_of(
+        [node("GridSample", "x g", "y", mode=mode)],
+        {"x": (F32, (1, 4, *space)), "g": (F32, (1, *space, rank - 2))},
+        opset=opset,
+    )
 
 
 def untyped() -> ModelProto:
@@ -128,16 +190,27 @@ def untyped() -> ModelProto:
 
 def control_flow(other: str = "NonZero") -> ModelProto:
     """An If with Relu on one side and `other` on the other."""
+
     def branch(kind: str) -> onnx.GraphProto:
-        return helper.make_graph([helper.make_node(kind, ["x"], ["b"], f"inner_{kind}")], kind, [],
-                                 [helper.make_empty_tensor_value_info("b")])
-    return graph_of([node("If", "c", "y", then_branch=branch("Relu"), else_branch=branch(other))],
-                    {"x": (F32, (1, 4)), "c": (TensorProto.BOOL, ())})
+        return helper.make_graph(
+            [helper.make_node(kind, ["x"], ["b"], f"inner_{kind}")],
+            kind,
+            [],
+            [helper.make_empty_tensor_value_info("b")],
+        )
+
+    return graph_of(
+        [node("If", "c", "y", then_branch=branch("Relu"), else_branch=branch(other))],
+        {"x": (F32, (1, 4)), "c": (TensorProto.BOOL, ())},
+    )
 
 
 def scatter(reduction: str = "") -> ModelProto:
-    return graph_of([node("ScatterND", "x i u", "y", **({"reduction": reduction} if reduction else {}))],
-                    {"x": (F32, (4, 4)), "u": (F32, (1, 4))}, {"i": np.array([[1]], np.int64)})
+    return graph_of(
+        [node("ScatterND", "x i u", "y", **({"reduction": reduction} if reduction else {}))],
+        {"x": (F32, (4, 4)), "u": (F32, (1, 4))},
+        {"i": np.array([[1]], np.int64)},
+    )
 
 
 def conv_then(*, batch_norm: bool = False, scaled: tuple[int, ...] | None = None) -> ModelProto:
@@ -161,11 +234,18 @@ def damaged() -> ModelProto:
 
 def layer_norm(native: bool) -> ModelProto:
     if native:
-        return graph_of([node("LayerNormalization", "x g", "y")], {"x": (F32, (1, 4, 8))},
-                        {"g": np.ones(8, np.float32)})
-    nodes = [node("ReduceMean", "x", "m", axes=[-1]), node("Sub", "x m", "d"), node("Mul", "d d", "s"),
-             node("ReduceMean", "s", "v", axes=[-1]), node("Add", "v e", "p"), node("Sqrt", "p", "r"),
-             node("Div", "d r", "y")]
+        return graph_of(
+            [node("LayerNormalization", "x g", "y")], {"x": (F32, (1, 4, 8))}, {"g": np.ones(8, np.float32)}
+        )
+    nodes = [
+        node("ReduceMean", "x", "m", axes=[-1]),
+        node("Sub", "x m", "d"),
+        node("Mul", "d d", "s"),
+        node("ReduceMean", "s", "v", axes=[-1]),
+        node("Add", "v e", "p"),
+        node("Sqrt", "p", "r"),
+        node("Div", "d r", "y"),
+    ]
     return graph_of(nodes, {"x": (F32, (1, 4, 8))}, {"e": np.float32(1e-5)}, opset=17)
 
 
@@ -176,8 +256,9 @@ def binary(kind: str, second: int, constant=None) -> ModelProto:
 
 
 def where(third: int) -> ModelProto:
-    return graph_of([node("Where", "c x x2", "y")],
-                    {"c": (TensorProto.BOOL, (1, 4)), "x": (F32, (1, 4)), "x2": (third, (1, 4))})
+    return graph_of(
+        [node("Where", "c x x2", "y")], {"c": (TensorProto.BOOL, (1, 4)), "x": (F32, (1, 4)), "x2": (third, (1, 4))}
+    )
 
 
 def named_size(first: int | str, height: int | str) -> ModelProto:
@@ -185,8 +266,7 @@ def named_size(first: int | str, height: int | str) -> ModelProto:
 
 
 def shapes_left(fixed: bool) -> ModelProto:
-    return graph_of([node("Shape", "x", "s"), node("Reshape", "x s", "y")],
-                    {"x": (F32, (1 if fixed else "batch", 4))})
+    return graph_of([node("Shape", "x", "s"), node("Reshape", "x s", "y")], {"x": (F32, (1 if fixed else "batch", 4))})
 
 
 def custom(domain: str, kind: str) -> ModelProto:

@@ -10,13 +10,21 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
-HEIGHT, WIDTH = 64, 96          # of the input: a swapped x and y would show
+HEIGHT, WIDTH = 64, 96  # of the input: a swapped x and y would show
 QUERIES = 30
 # cx, cy, w, h in shares: small ones and some at the borders, so that no other reading of the numbers is possible.
-BOXES = np.array([[.10, .12, .20, .24], [.85, .20, .30, .16], [.50, .55, .10, .12], [.30, .80, .24, .40],
-                  [.90, .90, .16, .14], [.62, .30, .06, .08]])
+BOXES = np.array(
+    [
+        [0.10, 0.12, 0.20, 0.24],
+        [0.85, 0.20, 0.30, 0.16],
+        [0.50, 0.55, 0.10, 0.12],
+        [0.30, 0.80, 0.24, 0.40],
+        [0.90, 0.90, 0.16, 0.14],
+        [0.62, 0.30, 0.06, 0.08],
+    ]
+)
 LABELS = np.array([0, 2, 1, 2, 0, 1])
-SCORES = np.array([.95, .9, .85, .8, .75, .7])
+SCORES = np.array([0.95, 0.9, 0.85, 0.8, 0.75, 0.7])
 SIZE = np.array([WIDTH, HEIGHT, WIDTH, HEIGHT])
 
 
@@ -50,36 +58,53 @@ class Planted:
 
     def model(self, outputs, *, opset: int = 17, ir: int = 8, kind=TensorProto.FLOAT, extra=()) -> ModelProto:
         values = [helper.make_tensor_value_info("pixel_values", kind, [1, 3, HEIGHT, WIDTH]), *extra]
-        results = [helper.make_tensor_value_info(name, of, None) for name, of in
-                   (item if isinstance(item, tuple) else (item, TensorProto.FLOAT) for item in outputs)]
-        graph = helper.make_graph(self.nodes, "g", values, results,
-                                  [numpy_helper.from_array(value, name) for name, value in self.constants.items()])
+        results = [
+            helper.make_tensor_value_info(name, of, None)
+            for name, of in (item if isinstance(item, tuple) else (item, TensorProto.FLOAT) for item in outputs)
+        ]
+        graph = helper.make_graph(
+            self.nodes,
+            "g",
+            values,
+            results,
+            [numpy_helper.from_array(value, name) for name, value in self.constants.items()],
+        )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir)
 
 
-def planted(*, softmax: bool = False, spare: bool = False, layout: str = "cxcywh", pixels: bool = False,
-            boxes: np.ndarray = BOXES, quiet: float = -6.0) -> Planted:
+def planted(
+    *,
+    softmax: bool = False,
+    spare: bool = False,
+    layout: str = "cxcywh",
+    pixels: bool = False,
+    boxes: np.ndarray = BOXES,
+    quiet: float = -6.0,
+) -> Planted:
     """Tensors "l" (class logits) and "b" (boxes, written as the arguments say, without a conversion in the graph).
 
     spare   one logit more than classes, which is never used
     quiet   the logit of what is no object, under sigmoid
     """
     rng = np.random.default_rng(3)
-    every = np.concatenate([rng.uniform(.3, .7, (QUERIES, 2)), rng.uniform(.02, .3, (QUERIES, 2))], 1)
-    places = np.arange(0, QUERIES, QUERIES // len(boxes))[:len(boxes)]
+    every = np.concatenate([rng.uniform(0.3, 0.7, (QUERIES, 2)), rng.uniform(0.02, 0.3, (QUERIES, 2))], 1)
+    places = np.arange(0, QUERIES, QUERIES // len(boxes))[: len(boxes)]
     every[places] = boxes
     width = 3 + (softmax or spare)
-    logits = rng.normal(quiet, .3, (QUERIES, width))
+    logits = rng.normal(quiet, 0.3, (QUERIES, width))
     if softmax:
-        logits = rng.normal(0, .3, (QUERIES, width))
+        logits = rng.normal(0, 0.3, (QUERIES, width))
         logits[:, -1] = 6
         logits[places] = 0
-        logits[places, LABELS[:len(boxes)]] = 4 + SCORES[:len(boxes)] * 3
+        logits[places, LABELS[: len(boxes)]] = 4 + SCORES[: len(boxes)] * 3
     else:
-        logits[places, LABELS[:len(boxes)]] = np.log(SCORES / (1 - SCORES))[:len(boxes)]
+        logits[places, LABELS[: len(boxes)]] = np.log(SCORES / (1 - SCORES))[: len(boxes)]
     value = written(every, layout) * (SIZE if pixels else 1)
-    made = Planted([], {"l0": logits[None].astype(np.float32), "b0": value[None].astype(np.float32),
-                        "tiny": np.float32(1e-5)}, width)
+    made = Planted(
+        [],
+        {"l0": logits[None].astype(np.float32), "b0": value[None].astype(np.float32), "tiny": np.float32(1e-5)},
+        width,
+    )
     made.add("ReduceMean", "pixel_values", out="m", keepdims=0)
     made.add("Mul", "m", "tiny", out="z")
     made.add("Add", "l0", "z", out="l")
@@ -90,7 +115,7 @@ def planted(*, softmax: bool = False, spare: bool = False, layout: str = "cxcywh
 def convert(made: Planted, layout: str, *, pixels: bool = False) -> str:
     """Nodes from "b", cx, cy, w, h in shares, to another layout."""
     made.const("two_two", np.array([2, 2]))
-    made.const("half", np.float32(.5))
+    made.const("half", np.float32(0.5))
     made.nodes.append(helper.make_node("Split", ["b", "two_two"], ["c", "s"], "split", axis=2))
     made.add("Mul", "s", "half", out="h")
     made.add("Sub", "c", "h", out="low")
@@ -112,10 +137,24 @@ def labelled(root: Path, boxes: np.ndarray = BOXES) -> Path:
             Image.fromarray(pixels).save(root / "images" / split / f"{split}{number}.png")
             images.append({"id": number, "file_name": f"{split}{number}.png", "height": HEIGHT, "width": WIDTH})
             for box, label in zip(written(boxes, "xywh") * SIZE, LABELS):
-                objects.append({"id": len(objects) + 1, "image_id": number, "category_id": int(label),
-                                "bbox": box.tolist(), "area": float(box[2] * box[3]), "iscrowd": 0})
+                objects.append(
+                    {
+                        "id": len(objects) + 1,
+                        "image_id": number,
+                        "category_id": int(label),
+                        "bbox": box.tolist(),
+                        "area": float(box[2] * box[3]),
+                        "iscrowd": 0,
+                    }
+                )
         (root / "annotations").mkdir(exist_ok=True)
-        (root / "annotations" / f"{split}.json").write_text(json.dumps({
-            "images": images, "annotations": objects,
-            "categories": [{"id": index, "name": name} for index, name in enumerate(("red", "green", "blue"))]}))
+        (root / "annotations" / f"{split}.json").write_text(
+            json.dumps(
+                {
+                    "images": images,
+                    "annotations": objects,
+                    "categories": [{"id": index, "name": name} for index, name in enumerate(("red", "green", "blue"))],
+                }
+            )
+        )
     return root

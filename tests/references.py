@@ -28,5 +28,10 @@ def reference_resnet(depth: int, stages: tuple[int, ...] = (4,), width: float = 
     kind, depths = ("basic", [2, 2, 2, 2]) if depth == 18 else ("bottleneck", [3, 4, 6, 3])
     base = int(64 * width)
     sizes = [base * 2**stage * (1 if depth == 18 else 4) for stage in range(4)]
-    return transformers.ResNetConfig(embedding_size=base, hidden_sizes=sizes, depths=depths, layer_type=kind,
-                                     out_features=[f"stage{stage}" for stage in stages])
+    return transformers.ResNetConfig(
+        embedding_size=base,
+        hidden_sizes=sizes,
+        depths=depths,
+        layer_type=kind,
+        out_features=[f"stage{stage}" for stage in stages],
+    )

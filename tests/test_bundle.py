@@ -17,8 +17,13 @@ from edgedetr.errors import BundleError
 
 @pytest.fixture
 def manifest():
-    return Manifest(model="rt_detr", classes=(ClassInfo(0, 1, "cell"), ClassInfo(1, 7, "größer")),
-                    input=InputContract(320, 256), output=OutputContract("sigmoid", 100), budget=0.5)
+    return Manifest(
+        model="rt_detr",
+        classes=(ClassInfo(0, 1, "cell"), ClassInfo(1, 7, "größer")),
+        input=InputContract(320, 256),
+        output=OutputContract("sigmoid", 100),
+        budget=0.5,
+    )
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def test_a_missing_file_names_the_command_that_makes_it(bundle):
 
 def test_an_edited_file_is_refused(bundle):
     put(bundle, "model.onnx", "graph")
-    (bundle.path / "model.onnx").write_text("Graph")    # same length: only the digest can tell
+    (bundle.path / "model.onnx").write_text("Graph")  # same length: only the digest can tell
     with pytest.raises(BundleError, match="damaged or edited"):
         bundle.require("model.onnx")
 
@@ -75,16 +80,19 @@ def test_names_that_leave_the_bundle_are_refused(bundle, name):
         pass
 
 
-@pytest.mark.parametrize("damage", [
-    lambda raw: raw | {"schema": 99},
-    lambda raw: raw | {"colour": 1},
-    lambda raw: raw | {"classes": [{"index": 1, "category_id": 1, "name": "x"}]},
-    lambda raw: raw | {"input": {"height": -1, "width": 5}},
-    lambda raw: raw | {"input": {"height": 5, "width": 5, "resize": "crop"}},
-    lambda raw: raw | {"files": {"../../etc/passwd": {"sha256": "0", "size": 1, "stage": "x"}}},
-    lambda raw: {k: v for k, v in raw.items() if k != "model"},
-    lambda raw: [raw],
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw | {"schema": 99},
+        lambda raw: raw | {"colour": 1},
+        lambda raw: raw | {"classes": [{"index": 1, "category_id": 1, "name": "x"}]},
+        lambda raw: raw | {"input": {"height": -1, "width": 5}},
+        lambda raw: raw | {"input": {"height": 5, "width": 5, "resize": "crop"}},
+        lambda raw: raw | {"files": {"../../etc/passwd": {"sha256": "0", "size": 1, "stage": "x"}}},
+        lambda raw: {k: v for k, v in raw.items() if k != "model"},
+        lambda raw: [raw],
+    ],
+)
 def test_a_damaged_manifest_is_one_clear_error(bundle, damage):
     where = bundle.path / "bundle.json"
     where.write_text(json.dumps(damage(json.loads(where.read_text()))))

@@ -19,8 +19,9 @@ from edgedetr.storage import atomic, locks
 
 @pytest.fixture
 def bundle(tmp_path) -> Bundle:
-    return Bundle.create(tmp_path / "b.bundle", Manifest("rt_detr", (ClassInfo(0, 1, "cell"),), InputContract(32, 32),
-                                                        OutputContract()))
+    return Bundle.create(
+        tmp_path / "b.bundle", Manifest("rt_detr", (ClassInfo(0, 1, "cell"),), InputContract(32, 32), OutputContract())
+    )
 
 
 def put(bundle, name, text, made_from=()):
@@ -30,8 +31,13 @@ def put(bundle, name, text, made_from=()):
 
 def start(script: str, *arguments: object) -> subprocess.Popen:
     """A Python process that has printed "ready"."""
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)], text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout.readline().strip() == "ready", process.stderr.read()
     return process
 
@@ -51,16 +57,19 @@ ADD = """
 
 def test_commands_side_by_side_lose_no_entry_and_no_change(bundle):
     put(bundle, "model.onnx", "graph")
-    running = [start(ADD, bundle.path, name, field) for name, field in
-               (("export", "budget"), ("trt", "synthetic"), ("verify", "budget"))]
+    running = [
+        start(ADD, bundle.path, name, field)
+        for name, field in (("export", "budget"), ("trt", "synthetic"), ("verify", "budget"))
+    ]
     for process in running:
         process.stdin.write("go\n")
         process.stdin.flush()
     for process in running:
         assert process.wait(60) == 0, process.stderr.read()
     opened = Bundle.open(bundle.path)
-    assert set(opened.manifest.files) == {"model.onnx"} | {f"{name}-{n}" for name in ("export", "trt", "verify")
-                                                           for n in range(10)}
+    assert set(opened.manifest.files) == {"model.onnx"} | {
+        f"{name}-{n}" for name in ("export", "trt", "verify") for n in range(10)
+    }
     assert all(opened.has(name) for name in opened.manifest.files)
     assert (opened.manifest.budget, opened.manifest.synthetic) == (0.25, True)
     assert {path.name for path in bundle.path.iterdir()} == {"bundle.json", *opened.manifest.files}
@@ -76,9 +85,9 @@ def test_what_another_command_made_is_seen_without_opening_again(bundle):
 
 def test_a_file_made_from_what_was_replaced_meanwhile_is_stale_and_not_taken_for_new(bundle):
     put(bundle, "weights.safetensors", "old")
-    bundle.require("weights.safetensors")           # this command reads the old ones
+    bundle.require("weights.safetensors")  # this command reads the old ones
     put(Bundle.open(bundle.path), "weights.safetensors", "new")
-    put(bundle, "ranges.json", "unrelated")         # so that this object's manifest knows of the new ones
+    put(bundle, "ranges.json", "unrelated")  # so that this object's manifest knows of the new ones
     put(bundle, "model.onnx", "of the old", made_from=["weights.safetensors"])
     with pytest.raises(BundleError, match=r"model\.onnx was made from weights\.safetensors"):
         Bundle.open(bundle.path).require("model.onnx")
@@ -100,11 +109,13 @@ HOLD = """
 def test_a_second_training_is_refused_at_once_with_the_first_ones_process(bundle):
     process = start(HOLD, bundle.path, "train", "")
     begun = time.monotonic()
-    with pytest.raises(TrainingError, match=rf"another training writes here \(process {process.pid}\)"), \
-            Bundle.training(bundle.path):
+    with (
+        pytest.raises(TrainingError, match=rf"another training writes here \(process {process.pid}\)"),
+        Bundle.training(bundle.path),
+    ):
         pass
     assert time.monotonic() - begun < 2
-    put(bundle, "model.onnx", "graph")          # whoever exports meanwhile is not held up
+    put(bundle, "model.onnx", "graph")  # whoever exports meanwhile is not held up
     process.kill()
     process.communicate()
 
@@ -121,8 +132,9 @@ def test_a_killed_owner_blocks_nobody(bundle, kind):
 
 def test_a_forked_worker_that_outlives_its_parent_keeps_no_lock(bundle):
     process = start(HOLD, bundle.path, "train", "fork")
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True,
-                              check=True).stdout.split()
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
     process.kill()
     process.wait()
     try:
@@ -160,8 +172,11 @@ def test_a_lock_holds_on_a_full_disk_too(bundle, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(locks.os, "pwrite", full)
-    with Bundle.training(bundle.path), pytest.raises(TrainingError, match="another process"), \
-            Bundle.training(bundle.path):
+    with (
+        Bundle.training(bundle.path),
+        pytest.raises(TrainingError, match="another process"),
+        Bundle.training(bundle.path),
+    ):
         pass
 
 
@@ -187,10 +202,10 @@ def test_what_a_killed_command_left_half_written_is_gone_after_the_next_one(bund
         process.kill()
         process.communicate()
     assert len(list(bundle.path.rglob(".*.tmp"))) == 2
-    writing = start(WRITE, bundle.path, "model.fp16.onnx")          # this one lives, and must lose nothing
+    writing = start(WRITE, bundle.path, "model.fp16.onnx")  # this one lives, and must lose nothing
     with bundle.add("ranges.json", stage="test") as path:
         path.write_text("mine")
-        Bundle.open(bundle.path).clean()                            # nor this one, of the same process
+        Bundle.open(bundle.path).clean()  # nor this one, of the same process
     left = [path.name for path in bundle.path.rglob(".*.tmp")]
     assert len(left) == 1 and left[0].startswith(".model.fp16.onnx.")
     assert bundle.require("ranges.json").read_text() == "mine"

@@ -49,8 +49,9 @@ def empty_bundle(path: Path) -> Bundle:
 def test_help_answers_at_once():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", "edgedetr", "--help"], capture_output=True, text=True,
-                          env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "edgedetr", "--help"], capture_output=True, text=True, env=environment, check=True
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     for command in COMMANDS:
@@ -192,15 +193,22 @@ def test_inspect_counts_the_operators_of_an_onnx_file(here, capsys):
     onnx = pytest.importorskip("onnx")
     from onnx import TensorProto, helper, numpy_helper
 
-    nodes = [helper.make_node(kind, inputs, [output]) for kind, inputs, output in (
-        ("QuantizeLinear", ["images", "scale", "zero"], "q"), ("DequantizeLinear", ["q", "scale", "zero"], "d"),
-        ("DequantizeLinear", ["w8", "scale", "zero"], "w"), ("Conv", ["d", "w"], "a"),
-        ("Conv", ["a", "float"], "logits"))]
+    nodes = [
+        helper.make_node(kind, inputs, [output])
+        for kind, inputs, output in (
+            ("QuantizeLinear", ["images", "scale", "zero"], "q"),
+            ("DequantizeLinear", ["q", "scale", "zero"], "d"),
+            ("DequantizeLinear", ["w8", "scale", "zero"], "w"),
+            ("Conv", ["d", "w"], "a"),
+            ("Conv", ["a", "float"], "logits"),
+        )
+    ]
     ones = np.ones((3, 3, 1, 1), np.int8)
     constants = {"scale": np.float32(0.1), "zero": np.int8(0), "w8": ones, "float": ones.astype(np.float32)}
     weights = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    images, logits = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 3, 8, 8])
-                      for name in ("images", "logits"))
+    images, logits = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 3, 8, 8]) for name in ("images", "logits")
+    )
     graph = helper.make_graph(nodes, "g", [images], [logits], weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)]), str(here / "m.onnx"))
     assert app.run(["inspect", "m.onnx", "--json"]) == 0

@@ -124,20 +124,31 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("line, wrong", [
-    ('pip install "edgedetr[all]"', True), ("run: pip install 'edgedetr[x]'", True), ("pip install -U edgedetr", True),
-    ("pip install edgedetr==0.1", True), ('pip install "./edgedetr-0.1.0-py3-none-any.whl[runtime]"', False),
-    ('pip install -e ".[all]"', False), ("pip install ./edgedetr-*.whl", False),
-    ("~/edgedetr/bin/pip install numpy", False),
-])
+@pytest.mark.parametrize(
+    "line, wrong",
+    [
+        ('pip install "edgedetr[all]"', True),
+        ("run: pip install 'edgedetr[x]'", True),
+        ("pip install -U edgedetr", True),
+        ("pip install edgedetr==0.1", True),
+        ('pip install "./edgedetr-0.1.0-py3-none-any.whl[runtime]"', False),
+        ('pip install -e ".[all]"', False),
+        ("pip install ./edgedetr-*.whl", False),
+        ("~/edgedetr/bin/pip install numpy", False),
+    ],
+)
 def test_an_installation_by_our_name_is_recognised(line, wrong):
     assert bool(FROM_INDEX.search(line)) == wrong
 
 
 def test_no_text_installs_our_name_from_an_index_that_does_not_have_it():
     texts = [*TEXTS, *ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "pyproject.toml"]
-    found = [f"{p.relative_to(ROOT)}: {match[0]}" for p in texts if p != Path(__file__)
-             for match in FROM_INDEX.finditer(p.read_text(encoding="utf-8"))]
+    found = [
+        f"{p.relative_to(ROOT)}: {match[0]}"
+        for p in texts
+        if p != Path(__file__)
+        for match in FROM_INDEX.finditer(p.read_text(encoding="utf-8"))
+    ]
     assert not found
 
 

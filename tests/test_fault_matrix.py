@@ -12,8 +12,11 @@ from fault_matrix import HERE, MATRIX
 
 @cache
 def functions(path: Path) -> frozenset[str]:
-    return frozenset(node.name for node in ast.parse(path.read_text(encoding="utf-8")).body
-                     if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"))
+    return frozenset(
+        node.name
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    )
 
 
 @pytest.mark.parametrize("fault", MATRIX)

@@ -20,8 +20,10 @@ from edgedetr.errors import EdgedetrError
 
 @pytest.fixture
 def bundle(tmp_path) -> Bundle:
-    return Bundle.create(tmp_path / "b.bundle", Manifest("rt_detr", (ClassInfo(0, 1, "größer"),), InputContract(32, 32),
-                                                        OutputContract()))
+    return Bundle.create(
+        tmp_path / "b.bundle",
+        Manifest("rt_detr", (ClassInfo(0, 1, "größer"),), InputContract(32, 32), OutputContract()),
+    )
 
 
 def fails_with(error: BaseException, monkeypatch) -> int:
@@ -37,27 +39,41 @@ def system(number: int, path: str | None = "/data/cells.bundle/model.onnx") -> O
     return OSError(number, os.strerror(number), path)
 
 
-@pytest.mark.parametrize("error, words", [
-    (system(errno.ENOSPC), ["/data/cells.bundle/model.onnx: the disk is full (", "bytes are free"]),
-    (system(errno.EDQUOT), ["/data/cells.bundle/model.onnx: the disk is full"]),
-    (system(errno.EROFS), ["model.onnx: Read-only file system; expected a place that this user may read and write"]),
-    (system(errno.EACCES), ["model.onnx: Permission denied"]),
-    (system(errno.EIO), ["/data/cells.bundle/model.onnx: Input/output error"]),
-    (system(errno.ENAMETOOLONG, "a" * 300), ["aaa", "File name too long; expected names of at most 255 bytes"]),
-    (system(errno.ENOTDIR), ["model.onnx: Not a directory"]),
-    (system(errno.EFBIG), ["model.onnx: File too large", "ulimit -f"]),
-    (system(errno.EIO, None), ["a file: Input/output error"]),
-    (system(errno.ENOMEM), ["not enough memory", "MiB are available"]),
-    (MemoryError(), ["not enough memory", "close other programs"]),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), ["not enough memory"]),
-    (ImportError("libx.so: failed to map segment from shared object", name="onnx"), ["not enough memory to load onnx"]),
-    (ImportError("libx.so.1: cannot open shared object file", name="cv2"),
-     ["opencv-python-headless is installed but cannot be loaded"]),
-    (ModuleNotFoundError("No module named 'cv2'", name="cv2"), ["opencv-python-headless is not installed"]),
-    (RecursionError("maximum recursion depth exceeded"), ["nested too deep"]),
-    (UnicodeEncodeError("ascii", "ö", 0, 1, "ordinal not in range(128)"), ["expected UTF-8: set LC_ALL=C.UTF-8"]),
-    (EOFError("end of archive"), ["a file ends before it should (end of archive)"]),
-])
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (system(errno.ENOSPC), ["/data/cells.bundle/model.onnx: the disk is full (", "bytes are free"]),
+        (system(errno.EDQUOT), ["/data/cells.bundle/model.onnx: the disk is full"]),
+        (
+            system(errno.EROFS),
+            ["model.onnx: Read-only file system; expected a place that this user may read and write"],
+        ),
+        (system(errno.EACCES), ["model.onnx: Permission denied"]),
+        (system(errno.EIO), ["/data/cells.bundle/model.onnx: Input/output error"]),
+        (system(errno.ENAMETOOLONG, "a" * 300), ["aaa", "File name too long; expected names of at most 255 bytes"]),
+        (system(errno.ENOTDIR), ["model.onnx: Not a directory"]),
+        (system(errno.EFBIG), ["model.onnx: File too large", "ulimit -f"]),
+        (system(errno.EIO, None), ["a file: Input/output error"]),
+        (system(errno.ENOMEM), ["not enough memory", "MiB are available"]),
+        (MemoryError(), ["not enough memory", "close other programs"]),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            ["not enough memory"],
+        ),
+        (
+            ImportError("libx.so: failed to map segment from shared object", name="onnx"),
+            ["not enough memory to load onnx"],
+        ),
+        (
+            ImportError("libx.so.1: cannot open shared object file", name="cv2"),
+            ["opencv-python-headless is installed but cannot be loaded"],
+        ),
+        (ModuleNotFoundError("No module named 'cv2'", name="cv2"), ["opencv-python-headless is not installed"]),
+        (RecursionError("maximum recursion depth exceeded"), ["nested too deep"]),
+        (UnicodeEncodeError("ascii", "ö", 0, 1, "ordinal not in range(128)"), ["expected UTF-8: set LC_ALL=C.UTF-8"]),
+        (EOFError("end of archive"), ["a file ends before it should (end of archive)"]),
+    ],
+)
 def test_a_fault_of_the_system_is_one_message(error, words, monkeypatch, capsys):
     assert fails_with(error, monkeypatch) == 1
     told = capsys.readouterr().err.strip()
@@ -101,10 +117,13 @@ def test_a_write_that_fails_names_the_file_and_keeps_the_old_one(bundle):
     assert {path.name for path in bundle.path.iterdir()} == {"bundle.json", "model.onnx"}
 
 
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device"),
-    RuntimeError('Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "No space" }'),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError('Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "No space" }'),
+    ],
+)
 def test_a_full_disk_is_recognised_whatever_library_writes(tmp_path, error):
     with pytest.raises(OSError) as caught, atomic_write(tmp_path / "weights.safetensors") as path:
         path.write_bytes(b"12345")
@@ -125,16 +144,26 @@ def test_a_line_appended_to_the_record_of_a_training_names_its_file(tmp_path):
 
 def test_a_full_standard_output_is_one_message(bundle):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "edgedetr", "inspect", str(bundle.path), "--json"], stdout=full,
-                              stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "edgedetr", "inspect", str(bundle.path), "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "edgedetr: standard output: No space left on device"
     assert "Traceback" not in done.stderr
 
 
 def test_output_that_cannot_show_a_letter_escapes_it(bundle):
-    done = subprocess.run([sys.executable, "-m", "edgedetr", "inspect", str(bundle.path), "--json"], text=True,
-                          capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    done = subprocess.run(
+        [sys.executable, "-m", "edgedetr", "inspect", str(bundle.path), "--json"],
+        text=True,
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
     assert done.returncode == 0 and '"gr\\u00f6\\u00dfer"' in done.stdout
 
 
@@ -172,9 +201,13 @@ def in_the_foreground() -> None:
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_a_command_cleanly_and_with_its_own_code(bundle, number, code):
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(WRITING), str(bundle.path), ""], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               preexec_fn=in_the_foreground)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WRITING), str(bundle.path), ""],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=in_the_foreground,
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     _, told = process.communicate(timeout=30)
@@ -184,8 +217,12 @@ def test_a_signal_ends_a_command_cleanly_and_with_its_own_code(bundle, number, c
 
 
 def test_nohup_stays_nohup(bundle):
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(WRITING), str(bundle.path), "nohup"], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WRITING), str(bundle.path), "nohup"],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGHUP)
     with pytest.raises(subprocess.TimeoutExpired):

@@ -21,10 +21,26 @@ from edgedetr.cli import run
 from edgedetr.cli._output import say, table
 from edgedetr.printable import json_text, one_line, printable
 
-HOSTILE = ["two\nlines", "a;b", "\x1b[2J\x1b]0;title\x07gone", "\u202egnp.exe", "../../etc/passwd", 'q"u\'o\\te',
-           "\r\noverwritten", "[property]\nonnx-file=/etc/passwd", "\x9b31m", "\u2028separated", "$\\frac{$", " ",
-           "<script>alert(1)</script>", "\U000e0041tag", "\ufeff", "\u0645\u06cc\u200c\u062e", "z" * 900]
-REFUSED = ["nul\0byte", "\ud800half", "z" * 5000, ""]       # bundle.json does not have them; other files may
+HOSTILE = [
+    "two\nlines",
+    "a;b",
+    "\x1b[2J\x1b]0;title\x07gone",
+    "\u202egnp.exe",
+    "../../etc/passwd",
+    "q\"u'o\\te",
+    "\r\noverwritten",
+    "[property]\nonnx-file=/etc/passwd",
+    "\x9b31m",
+    "\u2028separated",
+    "$\\frac{$",
+    " ",
+    "<script>alert(1)</script>",
+    "\U000e0041tag",
+    "\ufeff",
+    "\u0645\u06cc\u200c\u062e",
+    "z" * 900,
+]
+REFUSED = ["nul\0byte", "\ud800half", "z" * 5000, ""]  # bundle.json does not have them; other files may
 FIXTURES = Path(__file__).parent / "fixtures"
 STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
@@ -40,17 +56,30 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile") / "b\x1b[31m\nundle"
     count = len(HOSTILE)
     classes = tuple(ClassInfo(i, i, name) for i, name in enumerate(HOSTILE))
-    bundle = Bundle.create(folder, Manifest("m\n[property]\nonnx-file=/etc/passwd\n\x1b[2J", classes,
-                                            InputContract(32, 32), OutputContract()))
-    constants = {"one": np.zeros(1, np.float32), "l": np.full((1, 1, count), 3, np.float32),
-                 "b": np.array([[[0.5, 0.5, 0.5, 0.5]]], np.float32), "axes": np.array([1, 2, 3])}
-    nodes = [helper.make_node("ReduceMean", ["images", "axes"], ["m"], keepdims=0),
-             helper.make_node("Mul", ["m", "one"], ["z"]), helper.make_node("Add", ["l", "z"], ["logits"]),
-             helper.make_node("Add", ["b", "z"], ["boxes"])]
+    bundle = Bundle.create(
+        folder,
+        Manifest("m\n[property]\nonnx-file=/etc/passwd\n\x1b[2J", classes, InputContract(32, 32), OutputContract()),
+    )
+    constants = {
+        "one": np.zeros(1, np.float32),
+        "l": np.full((1, 1, count), 3, np.float32),
+        "b": np.array([[[0.5, 0.5, 0.5, 0.5]]], np.float32),
+        "axes": np.array([1, 2, 3]),
+    }
+    nodes = [
+        helper.make_node("ReduceMean", ["images", "axes"], ["m"], keepdims=0),
+        helper.make_node("Mul", ["m", "one"], ["z"]),
+        helper.make_node("Add", ["l", "z"], ["logits"]),
+        helper.make_node("Add", ["b", "z"], ["boxes"]),
+    ]
     value = helper.make_tensor_value_info
-    graph = helper.make_graph(nodes, "g", [value("images", TensorProto.FLOAT, [1, 3, 32, 32])], [
-        value("logits", TensorProto.FLOAT, [1, 1, count]), value("boxes", TensorProto.FLOAT, [1, 1, 4])],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()])
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [value("images", TensorProto.FLOAT, [1, 3, 32, 32])],
+        [value("logits", TensorProto.FLOAT, [1, 1, count]), value("boxes", TensorProto.FLOAT, [1, 1, 4])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
     with bundle.add("model.onnx", stage="export\x1b[2J") as path:
         save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(path))
     return folder
@@ -83,7 +112,7 @@ def test_deepstream_reads_its_own_keys_alone_and_a_label_for_each_class(hostile,
     files = write_deepstream(Bundle.open(hostile), tmp_path / "ds")
     text = files.config.read_text(encoding="utf-8")
     assert steers(text) == []
-    parser = configparser.ConfigParser(strict=True)        # a key or a section that comes twice is an error
+    parser = configparser.ConfigParser(strict=True)  # a key or a section that comes twice is an error
     parser.read_string(text)
     assert parser["property"]["onnx-file"] == "model.onnx"
     assert {section: len(parser[section]) for section in parser.sections()} == {"property": 22, "class-attrs-all": 1}

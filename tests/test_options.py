@@ -21,8 +21,16 @@ from edgedetr.quantization.config import QuantConfig
 from edgedetr.recipe import InputSize, Recipe
 from edgedetr.training.config import AUGMENT_RANGES, TRAIN_RANGES, AugmentConfig, TrainConfig
 
-CONFIGS = [TrainConfig, AugmentConfig, QuantConfig, ExportConfig, VerifyConfig, DataConfig, InputSize,
-           *(member.config for member in FAMILY.values())]
+CONFIGS = [
+    TrainConfig,
+    AugmentConfig,
+    QuantConfig,
+    ExportConfig,
+    VerifyConfig,
+    DataConfig,
+    InputSize,
+    *(member.config for member in FAMILY.values()),
+]
 FIELDS = [(kind, item.name) for kind in CONFIGS for item in fields(kind)]
 WORDS = [(kind, name) for kind, name in FIELDS if get_origin(get_type_hints(kind)[name]) is Literal]
 
@@ -65,8 +73,13 @@ def test_every_field_refuses_another_type_and_no_number(kind, name):
             kind(**{name: (*default[:-1], math.nan)})
 
 
-@of([(kind, name) for kind, name in FIELDS if type(getattr(kind(), name)) in (int, float)
-     and get_origin(get_type_hints(kind)[name]) is not Literal])
+@of(
+    [
+        (kind, name)
+        for kind, name in FIELDS
+        if type(getattr(kind(), name)) in (int, float) and get_origin(get_type_hints(kind)[name]) is not Literal
+    ]
+)
 def test_every_number_has_limits(kind, name):
     for wrong in (-5, 10**30):
         if wrong < 0 or name not in ("clip", "cost_l1", "cost_giou", "weight_l1", "weight_giou"):
@@ -87,7 +100,8 @@ def test_a_misspelt_word_in_a_recipe_is_answered_with_the_right_one():
 
 
 # Options of version 0.1 of what decides weights, by name (models: of any member).
-FIRST = set("""
+FIRST = set(
+    """
 accumulate backbone backbone_lr_factor backbone_norm backbone_weights backbone_width batch betas box_layers box_noise
 box_tower brightness cache_mb checkpoint_every class_loss class_tower clip colour compile contrast conv_activation
 coordinates cost_class cost_giou cost_l1 crop crop_aspect crop_scale cutmix decoder_activation decoder_ffn
@@ -101,7 +115,8 @@ pre_norm precision queries rand_augment refine resize roi_px roi_samples samplin
 seed select_split skip_first_self_attention slow_lr_factor start std step_epochs strict threads train_split two_stage
 verify_split version vfl_alpha warmup warmup_steps weight_class weight_decay weight_giou weight_l1 width workers
 zoom_out zoom_out_scale
-""".split())
+""".split()
+)
 
 
 @of([(kind, name) for kind, name in FIELDS if kind not in (QuantConfig, ExportConfig, VerifyConfig)])
@@ -114,18 +129,24 @@ def test_an_option_that_came_after_0_1_is_marked_so_that_older_trainings_resume(
 
 PACKAGE = Path(edgedetr.__file__).parent
 DOORS = {"one_of", "check"}
-CLICK_CHECKS = "cli"       # click.Choice refuses other words before a command's function is called
+CLICK_CHECKS = "cli"  # click.Choice refuses other words before a command's function is called
 
 
 def choices(tree: ast.Module) -> set[str]:
     """Names of this module that stand for a Literal: Observer = Literal[...]."""
-    return {node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)
-            and ast.unparse(node.value).startswith("Literal[") and isinstance(node.targets[0], ast.Name)}
+    return {
+        node.targets[0].id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and ast.unparse(node.value).startswith("Literal[")
+        and isinstance(node.targets[0], ast.Name)
+    }
 
 
 def takes_words(annotation: ast.expr | None, named: set[str]) -> bool:
     return annotation is not None and any(
-        isinstance(node, ast.Name) and node.id in {"Literal", *named} for node in ast.walk(annotation))
+        isinstance(node, ast.Name) and node.id in {"Literal", *named} for node in ast.walk(annotation)
+    )
 
 
 def calls(body: ast.AST) -> set[str]:
@@ -147,10 +168,16 @@ def undoored() -> list[str]:
                 if words and not DOORS & calls(node):
                     found.append(f"{inside}:{node.name}({', '.join(words)})")
             if isinstance(node, ast.ClassDef):
-                words = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)
-                         and isinstance(item.target, ast.Name) and takes_words(item.annotation, named)]
-                posts = [item for item in node.body if isinstance(item, ast.FunctionDef)
-                         and item.name == "__post_init__"]
+                words = [
+                    item.target.id
+                    for item in node.body
+                    if isinstance(item, ast.AnnAssign)
+                    and isinstance(item.target, ast.Name)
+                    and takes_words(item.annotation, named)
+                ]
+                posts = [
+                    item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__post_init__"
+                ]
                 inherits = any(ast.unparse(base) in ("TransformerConfig", "BackboneConfig") for base in node.bases)
                 if words and not inherits and not (posts and DOORS & calls(posts[0])):
                     found.append(f"{inside}:{node.name} {', '.join(words)}")
@@ -164,12 +191,21 @@ HANDED_ON = {
     "layers/drop_path.py:set_rates(schedule)": "rate_at",
     "data/layouts.py:splits(layout)": "_layout refuses it",
     "data/layouts.py:load(layout)": "_layout refuses it",
-    **dict.fromkeys(("lint/lint_issue.py:at(severity)", "lint/lint_issue.py:Fault severity",
-                     "lint/lint_issue.py:Finding severity"), "made by the rules alone"),
-    **dict.fromkeys(("importing/class_format.py:Evidence activation", "importing/import_options.py:columns_of(activation)",
-                     "importing/box_format.py:refuse(found)", "importing/box_format.py:BoxForm layout",
-                     "importing/onnx_model.py:kept_by(function)", "importing/box_format.py:Fitting layouts"),
-                    "made by the import's own reading, which one_of guards"),
+    **dict.fromkeys(
+        ("lint/lint_issue.py:at(severity)", "lint/lint_issue.py:Fault severity", "lint/lint_issue.py:Finding severity"),
+        "made by the rules alone",
+    ),
+    **dict.fromkeys(
+        (
+            "importing/class_format.py:Evidence activation",
+            "importing/import_options.py:columns_of(activation)",
+            "importing/box_format.py:refuse(found)",
+            "importing/box_format.py:BoxForm layout",
+            "importing/onnx_model.py:kept_by(function)",
+            "importing/box_format.py:Fitting layouts",
+        ),
+        "made by the import's own reading, which one_of guards",
+    ),
     "models/backbones/resnet.py:BackboneConfig backbone_norm": "its members' configurations check all fields",
 }
 

@@ -29,10 +29,10 @@ def test_no_recipe_empties_a_preset(name, preset):
 
 def test_a_set_lies_over_a_preset_and_a_preset_over_a_recipe():
     recipe = Recipe.load("dn-detr-r50", sets=["train.warmup_steps=7", "augment.mosaic=0"], preset="strong")
-    assert (recipe.train.schedule, recipe.train.ema_decay) == ("cosine", 0.9998)        # the preset's, not the recipe's
-    assert (recipe.train.warmup_steps, recipe.augment.mosaic) == (7, 0)                 # as set
-    assert (recipe.train.epochs, recipe.train.denoising_mode) == (50, "dn")             # the recipe's
-    other = Recipe.load("rtdetr-r18", sets=["model.name=detr"], preset="parity")        # the member that is trained
+    assert (recipe.train.schedule, recipe.train.ema_decay) == ("cosine", 0.9998)  # the preset's, not the recipe's
+    assert (recipe.train.warmup_steps, recipe.augment.mosaic) == (7, 0)  # as set
+    assert (recipe.train.epochs, recipe.train.denoising_mode) == (50, "dn")  # the recipe's
+    other = Recipe.load("rtdetr-r18", sets=["model.name=detr"], preset="parity")  # the member that is trained
     assert other.model.name == "detr" and other.train.epochs == 300
 
 
@@ -44,8 +44,11 @@ def test_every_preset_fits_every_member():
         Recipe.from_dict({"model": {"name": "rt_detr"}}, where="x", preset="strang")
 
 
-@pytest.mark.parametrize("path", [*recipes_directory().glob("*.toml"), *recipes_directory().glob("presets/*.toml")],
-                         ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [*recipes_directory().glob("*.toml"), *recipes_directory().glob("presets/*.toml")],
+    ids=lambda path: path.stem,
+)
 def test_the_command_in_a_head_names_a_recipe_and_a_preset_that_are_there(path):
     for command in re.findall(r"edgedetr train (.*)", path.read_text(encoding="utf-8")):
         for option, known in (("--recipe", {*RECIPES, "NAME"}), ("--preset", PRESETS)):
@@ -55,8 +58,8 @@ def test_the_command_in_a_head_names_a_recipe_and_a_preset_that_are_there(path):
 
 # ------------------------------------------------------------------- the authors' values, each with where it stands
 
-SIZES = (0.6, 0.64, 0.68, 0.72, 0.76, 0.8, 0.84, 0.88, 0.92, 0.96, 1.0)        # [480, 512 .. 800] / 800
-HEIR = {    # of main.py and datasets/coco.py, which DETR's heirs share but for what stands below
+SIZES = (0.6, 0.64, 0.68, 0.72, 0.76, 0.8, 0.84, 0.88, 0.92, 0.96, 1.0)  # [480, 512 .. 800] / 800
+HEIR = {  # of main.py and datasets/coco.py, which DETR's heirs share but for what stands below
     "train.weight_decay": (1e-4, "main.py --weight_decay"),
     "train.decay": ("all", "main.py param_dicts: every parameter by name, one weight_decay"),
     "train.clip": (0.1, "main.py --clip_max_norm"),
@@ -67,77 +70,122 @@ HEIR = {    # of main.py and datasets/coco.py, which DETR's heirs share but for 
     "train.sizes": (SIZES, "datasets/coco.py scales"),
     "train.label_smoothing": (0.0, "models: none"),
     "train.drop_path": (0.0, "models: none"),
-    "train.cost_l1": (5.0, "main.py --set_cost_bbox"), "train.cost_giou": (2.0, "main.py --set_cost_giou"),
-    "train.weight_l1": (5.0, "main.py --bbox_loss_coef"), "train.weight_giou": (2.0, "main.py --giou_loss_coef"),
+    "train.cost_l1": (5.0, "main.py --set_cost_bbox"),
+    "train.cost_giou": (2.0, "main.py --set_cost_giou"),
+    "train.weight_l1": (5.0, "main.py --bbox_loss_coef"),
+    "train.weight_giou": (2.0, "main.py --giou_loss_coef"),
     "augment.flip_horizontal": (0.5, "datasets/transforms.py RandomHorizontalFlip"),
     "augment.crop": (0.5, "datasets/transforms.py RandomSelect"),
     "augment.crop_kind": ("size", "datasets/coco.py RandomSizeCrop(384, 600)"),
     "augment.min_visible": (0.0, "datasets/transforms.py crop: boxes with any area stay"),
-    "augment.scale_jitter": (0.0, "datasets/coco.py: none"), "augment.colour": (0.0, "datasets/coco.py: none"),
-    "augment.zoom_out": (0.0, "datasets/coco.py: none"), "augment.off_for_last": (0.0, "datasets/coco.py: none"),
+    "augment.scale_jitter": (0.0, "datasets/coco.py: none"),
+    "augment.colour": (0.0, "datasets/coco.py: none"),
+    "augment.zoom_out": (0.0, "datasets/coco.py: none"),
+    "augment.off_for_last": (0.0, "datasets/coco.py: none"),
     "model.init": ("original", "models: see tests/models/test_initial.py"),
     "model.backbone_norm": ("frozen", "models/backbones/resnet.py FrozenBatchNorm2d"),
 }
 FIFTY = {"train.epochs": (50, "main.py --epochs"), "train.step_epochs": ((40,), "main.py --lr_drop")}
 PARITY = {
-    "detr": HEIR | {
-        "train.epochs": (300, "main.py --epochs"), "train.step_epochs": ((200,), "main.py --lr_drop"),
-        "train.lr": (1e-4, "main.py --lr"), "train.batch": (16, "README: 8 GPUs, main.py --batch_size 2"),
-        "train.no_object": (0.1, "main.py --eos_coef"), "train.denoising": (0, "none"),
-    },
-    "conditional_detr": HEIR | FIFTY | {
-        "train.lr": (1e-4, "main.py --lr"), "train.batch": (16, "README: 8 GPUs, main.py --batch_size 2"),
-        "train.focal_alpha": (0.25, "main.py --focal_alpha"), "train.denoising": (0, "none"),
-    },
-    "deformable_detr": HEIR | FIFTY | {
-        "train.lr": (2e-4, "main.py --lr"), "train.batch": (32, "README: total batch size of 32"),
-        "train.slow_lr_factor": (0.1, "main.py --lr_linear_proj_mult"), "train.denoising": (0, "none"),
-    },
-    "anchor_detr": HEIR | FIFTY | {
-        "train.lr": (1e-4, "main.py --lr"), "train.batch": (8, "README: 8 GPUs, main.py --batch_size 1"),
+    "detr": HEIR
+    | {
+        "train.epochs": (300, "main.py --epochs"),
+        "train.step_epochs": ((200,), "main.py --lr_drop"),
+        "train.lr": (1e-4, "main.py --lr"),
+        "train.batch": (16, "README: 8 GPUs, main.py --batch_size 2"),
+        "train.no_object": (0.1, "main.py --eos_coef"),
         "train.denoising": (0, "none"),
     },
-    "dn_detr": HEIR | FIFTY | {
-        "train.lr": (1e-4, "main.py --lr"), "train.batch": (16, "README: --ngpus 8 --batch_size 2"),
-        "train.weight_class": (1.0, "main.py --cls_loss_coef"), "train.denoising_mode": ("dn", "no --contrastive"),
-        "train.denoising_groups": (5, "main.py --scalar"), "train.label_noise": (0.2, "main.py --label_noise_scale"),
+    "conditional_detr": HEIR
+    | FIFTY
+    | {
+        "train.lr": (1e-4, "main.py --lr"),
+        "train.batch": (16, "README: 8 GPUs, main.py --batch_size 2"),
+        "train.focal_alpha": (0.25, "main.py --focal_alpha"),
+        "train.denoising": (0, "none"),
+    },
+    "deformable_detr": HEIR
+    | FIFTY
+    | {
+        "train.lr": (2e-4, "main.py --lr"),
+        "train.batch": (32, "README: total batch size of 32"),
+        "train.slow_lr_factor": (0.1, "main.py --lr_linear_proj_mult"),
+        "train.denoising": (0, "none"),
+    },
+    "anchor_detr": HEIR
+    | FIFTY
+    | {
+        "train.lr": (1e-4, "main.py --lr"),
+        "train.batch": (8, "README: 8 GPUs, main.py --batch_size 1"),
+        "train.denoising": (0, "none"),
+    },
+    "dn_detr": HEIR
+    | FIFTY
+    | {
+        "train.lr": (1e-4, "main.py --lr"),
+        "train.batch": (16, "README: --ngpus 8 --batch_size 2"),
+        "train.weight_class": (1.0, "main.py --cls_loss_coef"),
+        "train.denoising_mode": ("dn", "no --contrastive"),
+        "train.denoising_groups": (5, "main.py --scalar"),
+        "train.label_noise": (0.2, "main.py --label_noise_scale"),
         "train.box_noise": (0.4, "main.py --box_noise_scale"),
     },
-    "sparse_rcnn": {    # projects/SparseRCNN
+    "sparse_rcnn": {  # projects/SparseRCNN
         "train.epochs": (round(270_000 * 16 / 117_266), "Base-SparseRCNN.yaml MAX_ITER, of COCO's images with objects"),
         "train.step_epochs": (tuple(round(step * 16 / 117_266) for step in (210_000, 250_000)), "the same, STEPS"),
-        "train.batch": (16, "the same, IMS_PER_BATCH"), "train.lr": (2.5e-5, "the same, BASE_LR"),
+        "train.batch": (16, "the same, IMS_PER_BATCH"),
+        "train.lr": (2.5e-5, "the same, BASE_LR"),
         "train.backbone_lr_factor": (1.0, "the same, BACKBONE_MULTIPLIER"),
-        "train.weight_decay": (1e-4, "the same, WEIGHT_DECAY"), "train.decay": ("all", "train_net.py: one for all"),
-        "train.clip": (1.0, "the same, CLIP_VALUE, full_model"), "train.warmup_steps": (1000, "the same, WARMUP_ITERS"),
-        "train.schedule": ("step", "the same"), "train.ema_decay": (0.0, "train_net.py: none"),
-        "train.l1": ("xyxy", "sparsercnn/loss.py loss_boxes"), "train.sizes": (SIZES, "the same, MIN_SIZE_TRAIN"),
+        "train.weight_decay": (1e-4, "the same, WEIGHT_DECAY"),
+        "train.decay": ("all", "train_net.py: one for all"),
+        "train.clip": (1.0, "the same, CLIP_VALUE, full_model"),
+        "train.warmup_steps": (1000, "the same, WARMUP_ITERS"),
+        "train.schedule": ("step", "the same"),
+        "train.ema_decay": (0.0, "train_net.py: none"),
+        "train.l1": ("xyxy", "sparsercnn/loss.py loss_boxes"),
+        "train.sizes": (SIZES, "the same, MIN_SIZE_TRAIN"),
         "augment.crop": (0.0, "sparsercnn.res50.100pro.3x.yaml CROP.ENABLED"),
-        "augment.colour": (0.0, "dataset_mapper.py: none"), "augment.zoom_out": (0.0, "dataset_mapper.py: none"),
-        "model.init": ("original", "sparsercnn/head.py"), "model.queries": (100, "NUM_PROPOSALS"),
+        "augment.colour": (0.0, "dataset_mapper.py: none"),
+        "augment.zoom_out": (0.0, "dataset_mapper.py: none"),
+        "model.init": ("original", "sparsercnn/head.py"),
+        "model.queries": (100, "NUM_PROPOSALS"),
     },
-    "rt_detr": {        # rtdetrv2_pytorch/configs/rtdetrv2
+    "rt_detr": {  # rtdetrv2_pytorch/configs/rtdetrv2
         "train.epochs": (120, "rtdetrv2_r18vd_120e_coco.yml epoches"),
-        "train.batch": (16, "include/dataloader.yml total_batch_size"), "train.lr": (1e-4, "include/optimizer.yml lr"),
+        "train.batch": (16, "include/dataloader.yml total_batch_size"),
+        "train.lr": (1e-4, "include/optimizer.yml lr"),
         "train.backbone_lr_factor": (1.0, "r18vd_120e: its parameter groups replace those with lr: 0.00001"),
-        "train.weight_decay": (1e-4, "include/optimizer.yml"), "train.decay": ("not_norms", "r18vd_120e: norm|bn"),
-        "train.clip": (0.1, "include/optimizer.yml clip_max_norm"), "train.betas": ((0.9, 0.999), "the same"),
-        "train.warmup": ("linear", "the same, LinearWarmup"), "train.warmup_steps": (2000, "the same"),
+        "train.weight_decay": (1e-4, "include/optimizer.yml"),
+        "train.decay": ("not_norms", "r18vd_120e: norm|bn"),
+        "train.clip": (0.1, "include/optimizer.yml clip_max_norm"),
+        "train.betas": ((0.9, 0.999), "the same"),
+        "train.warmup": ("linear", "the same, LinearWarmup"),
+        "train.warmup_steps": (2000, "the same"),
         "train.schedule": ("constant", "the same, milestones: [1000] of 120 epochs"),
-        "train.ema_decay": (0.9999, "the same, ema"), "train.ema_warmup": (2000, "the same, ema"),
-        "train.sizes": ((), "r18vd_120e: scales: ~"), "train.denoising": (100, "include/rtdetrv2_r50vd.yml"),
-        "train.label_noise": (0.5, "the same, label_noise_ratio"), "train.box_noise": (1.0, "the same"),
-        "train.vfl_alpha": (0.75, "the same, alpha"), "train.gamma": (2.0, "the same, gamma"),
-        "train.cost_l1": (5.0, "the same, cost_bbox"), "train.cost_giou": (2.0, "the same, cost_giou"),
+        "train.ema_decay": (0.9999, "the same, ema"),
+        "train.ema_warmup": (2000, "the same, ema"),
+        "train.sizes": ((), "r18vd_120e: scales: ~"),
+        "train.denoising": (100, "include/rtdetrv2_r50vd.yml"),
+        "train.label_noise": (0.5, "the same, label_noise_ratio"),
+        "train.box_noise": (1.0, "the same"),
+        "train.vfl_alpha": (0.75, "the same, alpha"),
+        "train.gamma": (2.0, "the same, gamma"),
+        "train.cost_l1": (5.0, "the same, cost_bbox"),
+        "train.cost_giou": (2.0, "the same, cost_giou"),
         "augment.crop": (0.8, "include/dataloader.yml RandomIoUCrop p"),
-        "augment.zoom_out": (0.5, "torchvision RandomZoomOut p"), "augment.zoom_out_scale": (4.0, "the same"),
+        "augment.zoom_out": (0.5, "torchvision RandomZoomOut p"),
+        "augment.zoom_out_scale": (4.0, "the same"),
         "augment.colour": (0.5, "include/dataloader.yml RandomPhotometricDistort p"),
-        "augment.brightness": (0.125, "torchvision"), "augment.contrast": (0.5, "torchvision"),
-        "augment.saturation": (0.5, "torchvision"), "augment.hue": (0.05, "torchvision"),
+        "augment.brightness": (0.125, "torchvision"),
+        "augment.contrast": (0.5, "torchvision"),
+        "augment.saturation": (0.5, "torchvision"),
+        "augment.hue": (0.05, "torchvision"),
         "augment.off_for_last": ((120 - 117) / 120, "r18vd_120e policy epoch: 117"),
         "model.backbone_norm": ("trainable", "r18vd_120e freeze_norm: False"),
-        "model.frozen_stages": (0, "r18vd_120e freeze_at: -1"), "model.expansion": (0.5, "r18vd_120e"),
-        "model.decoder_layers": (3, "r18vd_120e num_layers"), "model.init": ("original", "rtdetrv2_decoder.py"),
+        "model.frozen_stages": (0, "r18vd_120e freeze_at: -1"),
+        "model.expansion": (0.5, "r18vd_120e"),
+        "model.decoder_layers": (3, "r18vd_120e num_layers"),
+        "model.init": ("original", "rtdetrv2_decoder.py"),
     },
 }
 
@@ -145,8 +193,11 @@ PARITY = {
 @pytest.mark.parametrize("name", PARITY)
 def test_parity_is_the_authors_configuration_with_and_without_the_members_recipe(name):
     bare = Recipe.from_dict({"model": {"name": name}}, where=name, preset="parity")
-    shipped = [Recipe.load(recipe, preset="parity") for recipe in RECIPES
-               if recipe.endswith(("r50", "r18")) and Recipe.load(recipe).model.name == name]
+    shipped = [
+        Recipe.load(recipe, preset="parity")
+        for recipe in RECIPES
+        if recipe.endswith(("r50", "r18")) and Recipe.load(recipe).model.name == name
+    ]
     assert shipped
     for recipe in [bare, *shipped]:
         for place, (value, source) in PARITY[name].items():

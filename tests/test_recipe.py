@@ -27,7 +27,7 @@ def test_a_recipe_says_only_what_differs(tmp_path):
 
 def test_a_number_among_words_is_that_word():
     assert Recipe.load(sets=["train.precision=16"]).train.precision == "16"
-    assert Recipe.load(sets=["train.precision=\"32\""]).train.precision == "32"
+    assert Recipe.load(sets=['train.precision="32"']).train.precision == "32"
     with pytest.raises(RecipeError, match="precision = '64': Input should be '32', 'bf16' or '16'"):
         Recipe.load(sets=["train.precision=64"])
 
@@ -37,21 +37,24 @@ def test_set_lies_over_the_recipe_and_keeps_its_types(tmp_path):
     assert (recipe.train.lr, recipe.train.epochs, recipe.input.resize) == (2e-4, 3, "letterbox")
 
 
-@pytest.mark.parametrize("text, message", [
-    ("[quant]\nimges = 3", r"x\.toml \[quant\]: unknown key 'imges'; did you mean 'images'\?"),
-    ("[trian]\nlr = 1", r"unknown section \[trian\]; did you mean 'train'\?"),
-    ("lr = 1", "unknown section"),
-    ("train = 1", "outside any section"),
-    ("[model]\nname = 'rtdetr'", "unknown model 'rtdetr'; did you mean 'rt_detr'"),
-    ("[train]\nlr = '1e-4'", r"\[train\]: lr = '1e-4'"),
-    ("[train]\nlr = nan", "finite"),
-    ("[train]\nepochs = 1.5", "epochs"),
-    ("[train]\nlr = -1.0", "lr"),
-    ("[train]\nepochs = 0", "epochs"),
-    ("[input]\nheight = -320", "input.height is -320"),
-    ("[input]\nresize = 'crop'", "resize"),
-    ("[train\nlr = 1", "not readable as TOML"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[quant]\nimges = 3", r"x\.toml \[quant\]: unknown key 'imges'; did you mean 'images'\?"),
+        ("[trian]\nlr = 1", r"unknown section \[trian\]; did you mean 'train'\?"),
+        ("lr = 1", "unknown section"),
+        ("train = 1", "outside any section"),
+        ("[model]\nname = 'rtdetr'", "unknown model 'rtdetr'; did you mean 'rt_detr'"),
+        ("[train]\nlr = '1e-4'", r"\[train\]: lr = '1e-4'"),
+        ("[train]\nlr = nan", "finite"),
+        ("[train]\nepochs = 1.5", "epochs"),
+        ("[train]\nlr = -1.0", "lr"),
+        ("[train]\nepochs = 0", "epochs"),
+        ("[input]\nheight = -320", "input.height is -320"),
+        ("[input]\nresize = 'crop'", "resize"),
+        ("[train\nlr = 1", "not readable as TOML"),
+    ],
+)
 def test_what_cannot_be_meant_is_refused(tmp_path, text, message):
     with pytest.raises((RecipeError, Exception), match=message) as caught:
         load(tmp_path, text)
@@ -81,18 +84,28 @@ def test_every_shipped_recipe_loads_and_reads_back_equal(tmp_path, name):
     assert load(tmp_path, recipe.to_toml()) == recipe
 
 
-@pytest.mark.parametrize("assignment", [
-    "train.lr=" + "9" * 5000, "train.step_epochs=" + "[" * 20_000, "train.step_epochs=" + "[" * 400 + "]" * 400,
-    "train.lr=1\nepochs = 2", "train.lr=" + "x" * 5000, "train.lr=2026-11-28", "train.epochs=" + "9" * 4000,
-])
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "train.lr=" + "9" * 5000,
+        "train.step_epochs=" + "[" * 20_000,
+        "train.step_epochs=" + "[" * 400 + "]" * 400,
+        "train.lr=1\nepochs = 2",
+        "train.lr=" + "x" * 5000,
+        "train.lr=2026-11-28",
+        "train.epochs=" + "9" * 4000,
+    ],
+)
 def test_a_set_of_endless_digits_or_brackets_is_one_short_error(tmp_path, assignment):
     with pytest.raises(RecipeError) as caught:
         load(tmp_path, "", [assignment])
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("text", ["[train]\nlr = " + "9" * 5000, "[train]\nlr = " + "[" * 20_000,
-                                  "[train]\nstep_epochs = " + "[" * 400 + "]" * 400])
+@pytest.mark.parametrize(
+    "text",
+    ["[train]\nlr = " + "9" * 5000, "[train]\nlr = " + "[" * 20_000, "[train]\nstep_epochs = " + "[" * 400 + "]" * 400],
+)
 def test_a_recipe_of_endless_digits_or_brackets_is_one_error_with_its_path(tmp_path, text):
     with pytest.raises(RecipeError, match=r"x\.toml"):
         load(tmp_path, text)
@@ -100,6 +113,7 @@ def test_a_recipe_of_endless_digits_or_brackets_is_one_error_with_its_path(tmp_p
 
 def test_a_pipe_is_no_recipe(tmp_path):
     import os
+
     os.mkfifo(tmp_path / "x.toml")
     with pytest.raises(RecipeError, match="x.toml"):
         Recipe.load(tmp_path / "x.toml")

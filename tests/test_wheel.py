@@ -60,8 +60,12 @@ def test_the_wheel_carries_recipes_policies_template_and_types(installed):
     names = set(zipfile.ZipFile(next((installed / "dist").glob("*.whl"))).namelist())
     for recipe in (ROOT / "recipes").glob("*.toml"):
         assert f"edgedetr/_recipes/{recipe.name}" in names
-    assert {"edgedetr/_policy/default.toml", "edgedetr/reporting/page.html", "edgedetr/py.typed",
-            "edgedetr/lint/operators.json"} <= names
+    assert {
+        "edgedetr/_policy/default.toml",
+        "edgedetr/reporting/page.html",
+        "edgedetr/py.typed",
+        "edgedetr/lint/operators.json",
+    } <= names
     assert not [name for name in names if name.startswith(("tests", "runs")) or name.endswith(".pyc")]
 
 

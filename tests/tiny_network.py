@@ -12,7 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from edgedetr.quantization.targets import TENSORRT
 
 CHANNELS = 16
-SIGNED = replace(TENSORRT, half=False)      # the same places and integers, with float32 steps
+SIGNED = replace(TENSORRT, half=False)  # the same places and integers, with float32 steps
 # Every normal FP16 number above zero, in order: what a step may be.
 STEPS = np.arange(1 << 10, 31 << 10, dtype=np.uint16).view(np.float16).astype(np.float64)
 
@@ -20,10 +20,14 @@ STEPS = np.arange(1 << 10, 31 << 10, dtype=np.uint16).view(np.float16).astype(np
 def network(rng: np.random.Generator, residual: bool) -> ModelProto:
     """images -> Conv, Relu -> Conv (+ skip), Relu -> Conv -> logits; the same as tokens @ matrix + bias -> boxes."""
     constants = {
-        "w0": rng.normal(0, 0.3, (CHANNELS, 3, 3, 3)), "b0": rng.normal(0, 0.2, CHANNELS),
-        "w1": rng.normal(0, 0.1, (CHANNELS, CHANNELS, 3, 3)), "b1": rng.normal(0, 0.2, CHANNELS),
-        "w2": rng.normal(0, 0.2, (CHANNELS, CHANNELS, 1, 1)), "b2": rng.normal(0, 0.2, CHANNELS),
-        "m": rng.normal(0, 0.2, (CHANNELS, 20)), "mb": rng.normal(0, 0.2, 20),
+        "w0": rng.normal(0, 0.3, (CHANNELS, 3, 3, 3)),
+        "b0": rng.normal(0, 0.2, CHANNELS),
+        "w1": rng.normal(0, 0.1, (CHANNELS, CHANNELS, 3, 3)),
+        "b1": rng.normal(0, 0.2, CHANNELS),
+        "w2": rng.normal(0, 0.2, (CHANNELS, CHANNELS, 1, 1)),
+        "b2": rng.normal(0, 0.2, CHANNELS),
+        "m": rng.normal(0, 0.2, (CHANNELS, 20)),
+        "mb": rng.normal(0, 0.2, 20),
     }
     initialisers = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()]
     initialisers += [numpy_helper.from_array(np.array([1, 64, CHANNELS]), "shape")]
@@ -40,16 +44,23 @@ def network(rng: np.random.Generator, residual: bool) -> ModelProto:
         helper.make_node("Add", ["product", "mb"], ["boxes"], "head/add"),
     ]
     graph = helper.make_graph(
-        nodes, "tiny", [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, CHANNELS, 8, 8]),
-         helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, 64, 20])], initialisers)
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, CHANNELS, 8, 8]),
+            helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, 64, 20]),
+        ],
+        initialisers,
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     onnx.checker.check_model(model)
     return model
 
 
-def run(model: ModelProto, images: np.ndarray, names: list[str] | None = None,
-        optimise: bool = False) -> list[np.ndarray]:
+def run(
+    model: ModelProto, images: np.ndarray, names: list[str] | None = None, optimise: bool = False
+) -> list[np.ndarray]:
     exposed = ModelProto()
     exposed.CopyFrom(model)
     present = [item.name for item in exposed.graph.output]
@@ -70,7 +81,7 @@ def convolve(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, pad: int) -> n
     out = np.zeros((len(weight), height, width)) + bias[:, None, None]
     for i in range(weight.shape[2]):
         for j in range(weight.shape[3]):
-            out += np.einsum("oc,chw->ohw", weight[:, :, i, j], x[:, i:i + height, j:j + width])
+            out += np.einsum("oc,chw->ohw", weight[:, :, i, j], x[:, i : i + height, j : j + width])
     return out
 
 

@@ -16,8 +16,15 @@ from types import FrameType
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 # How libraries say that there is no memory, in errors of their own.
-NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "bad allocation",
-             "unable to allocate", "failed to map segment")
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "bad allocation",
+    "unable to allocate",
+    "failed to map segment",
+)
 OUTPUT = "standard output"
 ENDING = ("SIGTERM", "SIGHUP")
 
@@ -50,7 +57,7 @@ def ending_like_ctrl_c() -> Iterator[None]:
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)       # once is enough; the cleaning up is not to be interrupted
+    signal.signal(number, signal.SIG_IGN)  # once is enough; the cleaning up is not to be interrupted
     raise Stopped(number)
 
 
@@ -70,13 +77,17 @@ def explain(error: BaseException) -> str | None:
     """The one message for a fault that is nobody's mistake in this code; None for what may be one."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or _names_memory(error):
         words = "" if isinstance(error, (MemoryError, OSError)) else f": {(str(error).splitlines() or [''])[0][:200]}"
-        return (f"not enough memory{_available()}{words}; close other programs, or ask for less at a time (--set "
-                "train.batch=..., a smaller --input, fewer --threads)")
+        return (
+            f"not enough memory{_available()}{words}; close other programs, or ask for less at a time (--set "
+            "train.batch=..., a smaller --input, fewer --threads)"
+        )
     if isinstance(error, RecursionError):
         return "a file, or a name in one, is nested too deep to be read; run again with --debug to see which"
     if isinstance(error, UnicodeError):
-        return (f"text that cannot be written or read here ({error}); expected UTF-8: set LC_ALL=C.UTF-8, or rename "
-                "what has other letters")
+        return (
+            f"text that cannot be written or read here ({error}); expected UTF-8: set LC_ALL=C.UTF-8, or rename "
+            "what has other letters"
+        )
     return _of_system(error) if isinstance(error, OSError) else None
 
 
@@ -86,15 +97,19 @@ def _of_system(error: OSError) -> str | None:
         return f"{path}: {error.strerror}"
     if error.errno in FULL:
         folder = Path(path).parent if path else Path()
-        return (f"{path or 'a file'}: the disk is full ({_written(error)}{_free(folder)} free); what was there before "
-                "is kept; free some space, then run the same command again")
+        return (
+            f"{path or 'a file'}: the disk is full ({_written(error)}{_free(folder)} free); what was there before "
+            "is kept; free some space, then run the same command again"
+        )
     if error.errno is None and not path:
-        return None         # not the system's, but a library's word
+        return None  # not the system's, but a library's word
     why = error.strerror or str(error)
     where = path or "a file"
     if error.errno in REFUSED:
-        return (f"{where}: {why}; expected a place that this user may read and write: change its permissions, or name "
-                "another by --out")
+        return (
+            f"{where}: {why}; expected a place that this user may read and write: change its permissions, or name "
+            "another by --out"
+        )
     if error.errno == errno.ENAMETOOLONG:
         return f"{path[:120]}...: {why}; expected names of at most 255 bytes"
     if error.errno == errno.EFBIG:
@@ -157,5 +172,5 @@ def quiet() -> None:
     """Nothing more goes to standard output, at exit neither."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):       # no real file, as in tests
+    except (OSError, ValueError):  # no real file, as in tests
         return

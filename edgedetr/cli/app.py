@@ -93,8 +93,24 @@ def cli(debug: bool) -> None:
             logging.getLogger(noisy).setLevel(logging.INFO)
 
 
-for command in (train, export, verify, evaluate, bench, report, predict, inspect, import_, lint, build, selftest, data, demo,
-                doctor, models):     # in the order of the work
+for command in (
+    train,
+    export,
+    verify,
+    evaluate,
+    bench,
+    report,
+    predict,
+    inspect,
+    import_,
+    lint,
+    build,
+    selftest,
+    data,
+    demo,
+    doctor,
+    models,
+):  # in the order of the work
     cli.add_command(command)
 
 
@@ -116,7 +132,7 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as leave:
         return leave.exit_code
     except (click.Abort, KeyboardInterrupt) as stop:
-        if isinstance(stop.__cause__, EOFError):        # click takes it for the end of an answer; nothing is asked here
+        if isinstance(stop.__cause__, EOFError):  # click takes it for the end of an answer; nothing is asked here
             if debug:
                 raise
             click.echo(f"edgedetr: a file ends before it should ({stop.__cause__})", err=True)
@@ -134,7 +150,7 @@ def run(arguments: list[str]) -> int:
         say(f"edgedetr: {error}")
         return error.exit_code
     except BrokenPipeError:
-        _failures.quiet()      # the reader (head, less) has gone: nothing to say, and nothing may be flushed at exit
+        _failures.quiet()  # the reader (head, less) has gone: nothing to say, and nothing may be flushed at exit
         return 1
     except Exception as error:
         if debug:
@@ -159,8 +175,11 @@ def _require_text(arguments: list[str]) -> None:
             argument.encode()
         except UnicodeEncodeError:
             encoding = sys.getfilesystemencoding()
-            fix = ("rename it, for example by convmv -f latin1 -t utf8" if encoding == "utf-8" else
-                   f"this system's names are read as {encoding}: set PYTHONUTF8=1, or a locale such as C.UTF-8")
+            fix = (
+                "rename it, for example by convmv -f latin1 -t utf8"
+                if encoding == "utf-8"
+                else f"this system's names are read as {encoding}: set PYTHONUTF8=1, or a locale such as C.UTF-8"
+            )
             raise EdgedetrError(f"{ascii(argument)[1:-1]}: the name is not valid UTF-8; {fix}") from None
 
 

@@ -92,8 +92,17 @@ def build(
     for made in built:
         told, share = made.sidecar, made.sidecar.layers.share(made.sidecar.arguments.precision)
         kept = f"{told.seconds:.0f} s" if made.made else "kept"
-        rows.append([made.path.name, f"{told.plan_bytes / 1e6:.1f}", kept, told.typing, told.layers.layers,
-                     None if share is None else f"{100 * share:.0f} %", told.layers.reformats])
+        rows.append(
+            [
+                made.path.name,
+                f"{told.plan_bytes / 1e6:.1f}",
+                kept,
+                told.typing,
+                told.layers.layers,
+                None if share is None else f"{100 * share:.0f} %",
+                told.layers.reformats,
+            ]
+        )
     table(["engine", "MB", "built in", "typing", "layers", "in its precision", "reformats"], rows)
     for made in built:
         for warning in made.sidecar.warnings:
@@ -101,8 +110,10 @@ def build(
     old = engine.outdated(opened)
     if old:
         megabytes = sum(path.stat().st_size for path in old) / 1e6
-        say(f"engines of graphs that are gone, which may be deleted ({megabytes:.0f} MB; each has a .plan, a .json "
-            f"and a .layers.json): {', '.join(path.stem for path in old)}")
+        say(
+            f"engines of graphs that are gone, which may be deleted ({megabytes:.0f} MB; each has a .plan, a .json "
+            f"and a .layers.json): {', '.join(path.stem for path in old)}"
+        )
     say(f"engines: {built[0].path.parent}\nnext: edgedetr verify {opened.path}")
     if as_json_:
         as_json([{"path": str(made.path), "made": made.made, **asdict(made.sidecar)} for made in built])

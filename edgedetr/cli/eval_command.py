@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 @data_option
 @click.option("--split", help="The split to evaluate.  [default: the bundle's verify split]")
 @click.option("--stage", default="onnx", show_default=True, help="torch, onnx, fp16, int8 or int8-cpu.")
-@click.option(
-    "--backend", type=click.Choice(BACKENDS), help="Inference library.  [default: the stage's own]"
-)
+@click.option("--backend", type=click.Choice(BACKENDS), help="Inference library.  [default: the stage's own]")
 @threads_option
 @json_option
 def evaluate(

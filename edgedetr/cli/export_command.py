@@ -28,8 +28,13 @@ from edgedetr.errors import PreparedNotFinished, UsageError
     type=click.Choice(["gather", "grid_sample"]),
     help="How deformable attention samples.  [default: the recipe's]",
 )
-@click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one value of quant or export, "
-              "also in the bundle's recipe; repeatable.")
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Change one value of quant or export, also in the bundle's recipe; repeatable.",
+)
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open: for engines of several pictures.")
 @click.option(
     "--frame",
@@ -58,11 +63,11 @@ def export(
     if calib is not None and not (int8 or trt):
         raise UsageError("--calib is for quantising; add --int8 or --trt")
     if trt and sampling is None and not any(text.startswith("export.sampling=") for text in sets):
-        sampling = "gather"     # some versions of TensorRT miscompile GridSample
+        sampling = "gather"  # some versions of TensorRT miscompile GridSample
     from edgedetr.exporting.export import export as run
     from edgedetr.exporting.settings import record, settings
 
-    chosen = settings(opened, sets) if sets else None       # a mistyped value is said before anything is made
+    chosen = settings(opened, sets) if sets else None  # a mistyped value is said before anything is made
 
     with progress_bars() as progress:
         run(

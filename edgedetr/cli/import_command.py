@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from edgedetr.cli._options import expect, json_option, read_size
-from edgedetr.cli._output import count, as_json, say
+from edgedetr.cli._output import as_json, say
 from edgedetr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,8 +23,10 @@ BOXES = ("cxcywh", "xyxy", "xywh", "cxcywh-pixels", "xyxy-pixels", "xywh-pixels"
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle to write.")
 @click.option("--model", help="Member of the family that the weights belong to; not for an ONNX file.")
 @click.option(
-    "--data", type=click.Path(path_type=Path), callback=expect("data"),
-    help="Data directory: its classes, and what to calibrate and verify on."
+    "--data",
+    type=click.Path(path_type=Path),
+    callback=expect("data"),
+    help="Data directory: its classes, and what to calibrate and verify on.",
 )
 @click.option(
     "--classes",
@@ -80,17 +82,42 @@ def import_(
 
     SOURCE is an ONNX file of a DETR-like detector (RT-DETR, D-FINE, RF-DETR), or weights for one of the family: a
     .safetensors or .pth file, a folder of transformers, or a name on the Hugging Face hub, with --model."""
-    foreign = {"--scale": scale, "--mean": mean, "--std": std, "--resize": resize, "--activation": activation,
-               "--boxes": boxes, "--outputs": outputs, "--columns": columns, "--sampling": sampling}
+    foreign = {
+        "--scale": scale,
+        "--mean": mean,
+        "--std": std,
+        "--resize": resize,
+        "--activation": activation,
+        "--boxes": boxes,
+        "--outputs": outputs,
+        "--columns": columns,
+        "--sampling": sampling,
+    }
     weights = {"--model": model, "--set": sets or None}
     graph = source.endswith(".onnx")
     wrong = [name for name, value in (weights if graph else foreign).items() if value is not None]
     if wrong:
-        raise UsageError(f"{wrong[0]} is for {'weights' if graph else 'an ONNX file'}, and {source} is "
-                         f"{'an ONNX file' if graph else 'none'}; leave it out")
+        raise UsageError(
+            f"{wrong[0]} is for {'weights' if graph else 'an ONNX file'}, and {source} is "
+            f"{'an ONNX file' if graph else 'none'}; leave it out"
+        )
     if graph:
-        result = _import_graph(Path(source), out, data, classes, size, scale, mean, std, resize, activation, boxes,
-                               outputs, columns, sampling)
+        result = _import_graph(
+            Path(source),
+            out,
+            data,
+            classes,
+            size,
+            scale,
+            mean,
+            std,
+            resize,
+            activation,
+            boxes,
+            outputs,
+            columns,
+            sampling,
+        )
     elif model is None:
         from edgedetr.models import FAMILY
 
@@ -102,8 +129,14 @@ def import_(
         say(f"{source}: {imported.layout} layout, {imported.tensors} tensors")
         for note in imported.notes:
             say(note)
-        result = {"bundle": str(imported.bundle.path), "layout": imported.layout, "tensors": imported.tensors,
-                  "kept": imported.kept, "fresh": imported.fresh, "notes": imported.notes}
+        result = {
+            "bundle": str(imported.bundle.path),
+            "layout": imported.layout,
+            "tensors": imported.tensors,
+            "kept": imported.kept,
+            "fresh": imported.fresh,
+            "notes": imported.notes,
+        }
     say(f"imported: {out}\nnext: edgedetr export {out}{' --int8' if graph else ''}")
     if as_json_:
         as_json(result)
@@ -131,11 +164,24 @@ def _import_graph(
     given = {"scale": scale, "mean": mean, "std": std, "resize": resize}
     said = {name: value for name, value in given.items() if value is not None}
     named = tuple(name.strip() for name in outputs.split(",")) if outputs is not None else ()
-    brought = bring(source, out, data=data, classes=classes, size=size, pixels=said, activation=activation, boxes=boxes,
-                    outputs=named, columns=columns, sampling=sampling or "gather")
+    brought = bring(
+        source,
+        out,
+        data=data,
+        classes=classes,
+        size=size,
+        pixels=said,
+        activation=activation,
+        boxes=boxes,
+        outputs=named,
+        columns=columns,
+        sampling=sampling or "gather",
+    )
     say(brought.describe())
     if not said:
-        say(f"normalisation taken: {brought.pixels.words()}; the file itself does not say it, so check it, and change "
-            "it by --scale, --mean, --std and --resize")
+        say(
+            f"normalisation taken: {brought.pixels.words()}; the file itself does not say it, so check it, and change "
+            "it by --scale, --mean, --std and --resize"
+        )
     say("the reference of this bundle is the ONNX file itself: there is no PyTorch model")
     return brought.to_json()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgedetr.cli._options import json_option, open_bundle
-from edgedetr.cli._output import count, as_json, say, table
+from edgedetr.cli._output import as_json, count, say, table
 from edgedetr.errors import NotWithinTolerance
 
 if TYPE_CHECKING:
@@ -44,8 +44,10 @@ def lint(target: Path | None, targets: tuple[str, ...], parse: bool, as_json_: b
     reports = [lint_file(path, chosen) for path in files]
     for report in reports:
         warnings = len(report.findings) - report.errors
-        say(f"{report.path}: {report.nodes} nodes, {count(report.errors, 'error')}, {count(warnings, 'warning')} "
-            f"for {', '.join(chosen)}")
+        say(
+            f"{report.path}: {report.nodes} nodes, {count(report.errors, 'error')}, {count(warnings, 'warning')} "
+            f"for {', '.join(chosen)}"
+        )
         if report.findings:
             table(["severity", "rule", "for", "node", "what"], report.rows())
             for rule, fix in report.fixes().items():

@@ -9,8 +9,13 @@ from edgedetr.cli._output import as_json, table
 
 
 @click.command()
-@click.option("--pixels", default=640, show_default=True, type=click.IntRange(64, 4096),
-              help="Side of the picture that the multiply-accumulates are counted for; a multiple of 64.")
+@click.option(
+    "--pixels",
+    default=640,
+    show_default=True,
+    type=click.IntRange(64, 4096),
+    help="Side of the picture that the multiply-accumulates are counted for; a multiple of 64.",
+)
 @json_option
 def models(pixels: int, as_json_: bool) -> None:
     """List the family: papers, sizes, cost, feature levels, queries, dialects."""
@@ -20,8 +25,18 @@ def models(pixels: int, as_json_: bool) -> None:
     members = [describe(name, pixels=pixels) for name in FAMILY]
     table(
         ["name", "M parameters", f"GMACs at {pixels}", "levels (strides)", "queries", "exports to", "paper"],
-        [[m.name, f"{m.parameters / 1e6:.1f}", f"{m.gmacs:.1f}", " ".join(str(stride) for *_, stride in m.levels),
-          m.queries, " ".join(m.dialects), m.paper] for m in members],
+        [
+            [
+                m.name,
+                f"{m.parameters / 1e6:.1f}",
+                f"{m.gmacs:.1f}",
+                " ".join(str(stride) for *_, stride in m.levels),
+                m.queries,
+                " ".join(m.dialects),
+                m.paper,
+            ]
+            for m in members
+        ],
     )
     if as_json_:
         as_json([m.to_json() for m in members])

@@ -17,22 +17,43 @@ set_option = click.option(
 
 @click.command()
 @click.option(
-    "--data", required=True, type=click.Path(path_type=Path), callback=expect("data"),
-    help="Data directory: COCO, YOLO or VOC layout."
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    callback=expect("data"),
+    help="Data directory: COCO, YOLO or VOC layout.",
 )
-@click.option("--recipe", "recipe_name", callback=expect("recipe"),
-              help="A shipped recipe by name, or a TOML file.  [default: the edge default]")
-@click.option("--preset", default="", metavar="parity|strong", help="Values over the recipe: the originals' training, "
-              "or much regularisation.  [default: neither]")
-@click.option("--start", metavar="BUNDLE|FILE|HUB_ID", callback=expect("start"),
-              help="Start from a whole detector's weights.  [default: the recipe's, else the backbone's]")
+@click.option(
+    "--recipe",
+    "recipe_name",
+    callback=expect("recipe"),
+    help="A shipped recipe by name, or a TOML file.  [default: the edge default]",
+)
+@click.option(
+    "--preset",
+    default="",
+    metavar="parity|strong",
+    help="Values over the recipe: the originals' training, or much regularisation.  [default: neither]",
+)
+@click.option(
+    "--start",
+    metavar="BUNDLE|FILE|HUB_ID",
+    callback=expect("start"),
+    help="Start from a whole detector's weights.  [default: the recipe's, else the backbone's]",
+)
 @set_option
 @click.option("--out", type=click.Path(path_type=Path), help="The bundle to write.  [default: runs/DATA.bundle]")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the bundle, also after a crash.")
 @click.option("--strict", is_flag=True, help="Fail on an unreadable image or annotation instead of leaving it out.")
 def train(
-    data: Path, recipe_name: str | None, preset: str, start: str | None, sets: tuple[str, ...], out: Path | None,
-    resume: bool, strict: bool
+    data: Path,
+    recipe_name: str | None,
+    preset: str,
+    start: str | None,
+    sets: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    strict: bool,
 ) -> None:
     """Train a detector on labelled images.
 

@@ -17,9 +17,9 @@ from edgedetr.data.detection_set import DetectionSet, Finding, Sample, display_n
 from edgedetr.data.unlisted_files import leftovers
 from edgedetr.errors import DataError
 
-SMALL, MEDIUM = 32.0**2, 96.0**2    # COCO's borders between small, medium and large, pixels^2 of the source picture
-IMBALANCE = 10.0                    # times more objects of the most frequent class than of the rarest: worth a word
-SHOWN = 20                          # findings of one kind that `lines` spells out; JSON has them all
+SMALL, MEDIUM = 32.0**2, 96.0**2  # COCO's borders between small, medium and large, pixels^2 of the source picture
+IMBALANCE = 10.0  # times more objects of the most frequent class than of the rarest: worth a word
+SHOWN = 20  # findings of one kind that `lines` spells out; JSON has them all
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class SplitReport:
     """One split after the unusable was left out."""
 
     name: str
-    listed: int                     # images in the annotations
-    images: int                     # of them usable
+    listed: int  # images in the annotations
+    images: int  # of them usable
     without_objects: int
     objects: int
     crowd: int
     per_class: dict[str, int]
-    small: int                      # objects by COCO's area classes
+    small: int  # objects by COCO's area classes
     medium: int
     large: int
-    objects_per_image: tuple[int, float, int]   # least, median, most
-    sizes: dict[str, int]           # pictures of each "width x height", the ten most frequent
+    objects_per_image: tuple[int, float, int]  # least, median, most
+    sizes: dict[str, int]  # pictures of each "width x height", the ten most frequent
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,11 @@ class CheckReport:
     def to_json(self) -> dict[str, object]:
         """Plain types for json.dumps."""
         return {
-            "root": str(self.root), "layout": self.layout, "splits": [asdict(split) for split in self.splits],
-            "left_out": self.fatal, "objects_left_out": self.objects_left_out,
+            "root": str(self.root),
+            "layout": self.layout,
+            "splits": [asdict(split) for split in self.splits],
+            "left_out": self.fatal,
+            "objects_left_out": self.objects_left_out,
             "counts": dict(Counter(finding.kind for finding in self.findings)),
             "findings": [asdict(finding) for finding in self.findings],
         }
@@ -73,11 +76,15 @@ class CheckReport:
         text = [f"{self.root}: {self.layout.upper()} layout"]
         for split in self.splits:
             least, median, most = split.objects_per_image
-            text.append(f"{split.name}: {split.images} images ({split.without_objects} without objects), "
-                        f"{split.objects} objects, {least} / {median:g} / {most} an image (least / median / most)")
+            text.append(
+                f"{split.name}: {split.images} images ({split.without_objects} without objects), "
+                f"{split.objects} objects, {least} / {median:g} / {most} an image (least / median / most)"
+            )
             share = 100 / max(split.objects, 1)
-            text.append(f"  sizes: {split.small * share:.0f} % small, {split.medium * share:.0f} % medium, "
-                        f"{split.large * share:.0f} % large (below 32, below 96 px, above; COCO)")
+            text.append(
+                f"  sizes: {split.small * share:.0f} % small, {split.medium * share:.0f} % medium, "
+                f"{split.large * share:.0f} % large (below 32, below 96 px, above; COCO)"
+            )
             text.append("  classes: " + ", ".join(f"{name} {count}" for name, count in split.per_class.items()))
             pictures = list(split.sizes.items())[:5]
             text.append("  pictures: " + ", ".join(f"{size} ({count})" for size, count in pictures))
@@ -95,8 +102,9 @@ class CheckReport:
         return text
 
 
-def check(path: str | Path, *, layout: layouts.Layout | None = None,
-          progress: Callable[[int, int], None] | None = None) -> CheckReport:
+def check(
+    path: str | Path, *, layout: layouts.Layout | None = None, progress: Callable[[int, int], None] | None = None
+) -> CheckReport:
     """Read every split and decode every picture.
 
     progress   called with (pictures looked at, pictures in all)
@@ -113,7 +121,7 @@ def check(path: str | Path, *, layout: layouts.Layout | None = None,
         except UnusableSplit as error:
             findings += [Finding("unusable-split", name, str(error).split("\n")[0], True), *error.findings]
         except DataError as error:
-            known = False                       # which images are this split's is not known
+            known = False  # which images are this split's is not known
             findings.append(Finding("unusable-split", name, str(error), True))
     done, total = 0, sum(len(found) for found in sets)
     digests: dict[str, list[tuple[str, Path]]] = defaultdict(list)
@@ -142,7 +150,7 @@ def check(path: str | Path, *, layout: layouts.Layout | None = None,
         listing = [sample.path for found in sets for sample in found.samples]
         try:
             findings += leftovers(root, kind, listing, findings)
-        except DataError as error:              # a folder of somebody else's in the root
+        except DataError as error:  # a folder of somebody else's in the root
             findings.append(Finding("unreadable-folder", str(root), f"{error}; what lies there was not looked at"))
     findings += _duplicates(digests)
     same = {frozenset(path for _, path in places) for places in digests.values() if len(places) > 1}
@@ -158,18 +166,24 @@ def _report(found: DetectionSet, listed: int) -> SplitReport:
     per_class = np.bincount(labels, minlength=len(found.classes))
     sizes = Counter(f"{sample.width} x {sample.height}" for sample in found.samples)
     return SplitReport(
-        name=found.name, listed=listed, images=len(found), without_objects=counts.count(0), objects=len(labels),
+        name=found.name,
+        listed=listed,
+        images=len(found),
+        without_objects=counts.count(0),
+        objects=len(labels),
         crowd=int(sum(sample.crowd.sum() for sample in found.samples)),
         per_class={name: int(count) for name, count in zip(display_names(found.classes), per_class)},
-        small=int((areas < SMALL).sum()), medium=int(((areas >= SMALL) & (areas < MEDIUM)).sum()),
+        small=int((areas < SMALL).sum()),
+        medium=int(((areas >= SMALL) & (areas < MEDIUM)).sum()),
         large=int((areas >= MEDIUM).sum()),
         objects_per_image=(min(counts), float(np.median(counts)), max(counts)) if counts else (0, 0.0, 0),
         sizes=dict(sizes.most_common(10)),
     )
 
 
-def _near_copies(hashes: dict[str, list[tuple[Sample, np.ndarray | None]]],
-                 same: set[frozenset[Path]]) -> list[Finding]:
+def _near_copies(
+    hashes: dict[str, list[tuple[Sample, np.ndarray | None]]], same: set[frozenset[Path]]
+) -> list[Finding]:
     """Notes on images of a later split that nearly copy one of an earlier; `same` holds files of equal bytes."""
     findings = []
     for first, second in combinations([name for name in hashes if name != "trainval"], 2):
@@ -177,9 +191,15 @@ def _near_copies(hashes: dict[str, list[tuple[Sample, np.ndarray | None]]],
         for a, b, bits in near_duplicates.nearest(ours, theirs):
             pair = {one[a].path, other[b].path}
             if not any(pair <= known for known in same):
-                findings.append(Finding("near-copy-across-splits", str(other[b].path), f"shows nearly the same as "
-                                        f"{one[a].path} of {first} ({bits} of {near_duplicates.BITS} bits differ); a score on "
-                                        f"{second} counts a picture that was all but seen before"))
+                findings.append(
+                    Finding(
+                        "near-copy-across-splits",
+                        str(other[b].path),
+                        f"shows nearly the same as "
+                        f"{one[a].path} of {first} ({bits} of {near_duplicates.BITS} bits differ); a score on "
+                        f"{second} counts a picture that was all but seen before",
+                    )
+                )
     return findings
 
 
@@ -193,9 +213,14 @@ def _duplicates(digests: dict[str, list[tuple[str, Path]]]) -> list[Finding]:
         (first_split, first), *others = apart
         for split, path in others:
             if split != first_split:
-                findings.append(Finding("duplicate-across-splits", str(path),
-                                        f"the same bytes as {first} of {first_split}; a score "
-                                        f"on {split} counts a picture that was seen before"))
+                findings.append(
+                    Finding(
+                        "duplicate-across-splits",
+                        str(path),
+                        f"the same bytes as {first} of {first_split}; a score "
+                        f"on {split} counts a picture that was seen before",
+                    )
+                )
             else:
                 findings.append(Finding("duplicate-image", str(path), f"the same bytes as {first}, both in {split}"))
     return findings
@@ -206,8 +231,10 @@ def _classes(sets: Sequence[DetectionSet], reports: Sequence[SplitReport]) -> li
     for found in sets[1:]:
         if found.classes == sets[0].classes:
             continue
-        what = (f"classes {[info.name for info in found.classes][:20]}, but {sets[0].name} has "
-                f"{[info.name for info in sets[0].classes][:20]} (names, ids or order)")
+        what = (
+            f"classes {[info.name for info in found.classes][:20]}, but {sets[0].name} has "
+            f"{[info.name for info in sets[0].classes][:20]} (names, ids or order)"
+        )
         try:
             matched(found, sets[0].classes, sets[0].name)
             findings.append(Finding("classes-differ", found.name, f"{what}; they are matched by name"))
@@ -220,6 +247,7 @@ def _classes(sets: Sequence[DetectionSet], reports: Sequence[SplitReport]) -> li
         present = {name: count for name, count in report.per_class.items() if count}
         if present and max(present.values()) > IMBALANCE * min(present.values()):
             most, least = max(present, key=present.__getitem__), min(present, key=present.__getitem__)
-            findings.append(Finding("imbalance", report.name,
-                                    f"{present[most]} objects of {most}, {present[least]} of {least}"))
+            findings.append(
+                Finding("imbalance", report.name, f"{present[most]} objects of {most}, {present[least]} of {least}")
+            )
     return findings

@@ -31,9 +31,9 @@ from edgedetr.storage.reading import read_text
 
 log = logging.getLogger(__name__)
 
-STICKS_OUT = 0.5    # pixels beyond the border that are cut without a word: writers round (YOLO has six decimals)
+STICKS_OUT = 0.5  # pixels beyond the border that are cut without a word: writers round (YOLO has six decimals)
 NUMBER = re.compile(r"[+-]?([0-9]{1,20}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][+-]?[0-9]{1,3})?")
-SHOWN = 5           # findings spelled out in a message
+SHOWN = 5  # findings spelled out in a message
 
 
 class UnusableSplit(DataError):
@@ -73,7 +73,7 @@ class RawSplit:
     classes: tuple[ClassInfo, ...]
     images: list[RawImage]
     findings: list[Finding]
-    listed: int | None = None       # images in the annotations, where some are not among `images`
+    listed: int | None = None  # images in the annotations, where some are not among `images`
 
 
 def numbers(values: object, count: int) -> tuple[float, ...] | None:
@@ -84,7 +84,7 @@ def numbers(values: object, count: int) -> tuple[float, ...] | None:
         return None
     try:
         found = tuple(float(value) for value in values)
-    except OverflowError:           # an int of a thousand digits
+    except OverflowError:  # an int of a thousand digits
         return None
     return found if all(math.isfinite(value) for value in found) else None
 
@@ -124,13 +124,18 @@ def finish(raw: RawSplit, *, name: str, root: Path, strict: bool) -> DetectionSe
             samples.append(sample)
     fatal = [finding for finding in findings if finding.fatal]
     if strict and fatal:
-        raise DataError(f"{root} [{name}]: {summary(fatal)}; strict reading accepts none; "
-                        f"run: edgedetr data check {root}\n" + _listed(fatal))
+        raise DataError(
+            f"{root} [{name}]: {summary(fatal)}; strict reading accepts none; "
+            f"run: edgedetr data check {root}\n" + _listed(fatal)
+        )
     if not samples:
         listed = raw.listed if raw.listed is not None else len(raw.images)
-        raise UnusableSplit(f"{root} [{name}]: no usable image ({listed} listed, "
-                            f"{summary(fatal) or 'none left out'}); expected at least one; "
-                            f"run: edgedetr data check {root}\n" + _listed(fatal), findings)
+        raise UnusableSplit(
+            f"{root} [{name}]: no usable image ({listed} listed, "
+            f"{summary(fatal) or 'none left out'}); expected at least one; "
+            f"run: edgedetr data check {root}\n" + _listed(fatal),
+            findings,
+        )
     if fatal:
         log.warning("%s [%s]: left out %s; for the list, run: edgedetr data check %s", root, name, summary(fatal), root)
     return DetectionSet(name, root, tuple(samples), raw.classes, tuple(findings))
@@ -144,8 +149,10 @@ def summary(findings: Iterable[Finding]) -> str:
         counts[finding.kind] += 1
         # A finding about one box is that object, and needs no second number.
         objects[finding.kind] += finding.objects
-    return ", ".join(f"{count} {kind}" + (f" with {objects[kind]} objects" if objects[kind] not in (0, count) else "")
-                     for kind, count in counts.most_common())
+    return ", ".join(
+        f"{count} {kind}" + (f" with {objects[kind]} objects" if objects[kind] not in (0, count) else "")
+        for kind, count in counts.most_common()
+    )
 
 
 def equal_names(classes: Sequence[ClassInfo]) -> list[Finding]:
@@ -153,10 +160,18 @@ def equal_names(classes: Sequence[ClassInfo]) -> list[Finding]:
     counts = Counter(info.name for info in classes)
     ids = {name: [info.category_id for info in classes if info.name == name] for name in counts if counts[name] > 1}
     empty = [info.category_id for info in classes if not info.name.strip()]
-    return [Finding("empty-class-name", str(number), f"the class with the id {number} has an empty name; give it one")
-            for number in empty] + [
-            Finding("equal-class-names", name, f"the classes with the ids {', '.join(map(str, of))} are all called "
-                    f"{name!r}; they are kept apart by their ids") for name, of in ids.items()]
+    return [
+        Finding("empty-class-name", str(number), f"the class with the id {number} has an empty name; give it one")
+        for number in empty
+    ] + [
+        Finding(
+            "equal-class-names",
+            name,
+            f"the classes with the ids {', '.join(map(str, of))} are all called "
+            f"{name!r}; they are kept apart by their ids",
+        )
+        for name, of in ids.items()
+    ]
 
 
 def _fractions(found: Iterable[RawImage]) -> bool:
@@ -184,19 +199,31 @@ def _sample(image: RawImage, findings: list[Finding], fractions: bool) -> Sample
         findings.append(Finding("unreadable-image", where, str(error), True, count))
         return None
     if image.size is not None and image.size != (height, width):
-        what = (f"annotated as {image.size[1]} x {image.size[0]}, "
-                f"the upright file is {width} x {height} (width x height)")
+        what = (
+            f"annotated as {image.size[1]} x {image.size[0]}, the upright file is {width} x {height} (width x height)"
+        )
         if max(abs(image.size[0] - height), abs(image.size[1] - width)) > 1:
-            why = "the boxes may belong to the picture before or after its EXIF rotation" \
-                if image.size == (width, height) else "the boxes belong to another picture"
+            why = (
+                "the boxes may belong to the picture before or after its EXIF rotation"
+                if image.size == (width, height)
+                else "the boxes belong to another picture"
+            )
             findings.append(Finding("size-mismatch", where, f"{what}; {why}", True, count))
             return None
         findings.append(Finding("size-mismatch", where, what + "; one pixel, boxes taken as they are"))
     things = image.objects
     if fractions and things and max(height, width) > 2:
-        findings.append(Finding("box-in-fractions", where, "all boxes of this split lie within 0..1, as "
-                                f"{_shown(things[0].xyxy)} does; expected pixels of {width} x {height}; "
-                                "multiply them by the size", True, count))
+        findings.append(
+            Finding(
+                "box-in-fractions",
+                where,
+                "all boxes of this split lie within 0..1, as "
+                f"{_shown(things[0].xyxy)} does; expected pixels of {width} x {height}; "
+                "multiply them by the size",
+                True,
+                count,
+            )
+        )
         things = []
     return _cleaned(image, things, height, width, findings)
 
@@ -223,15 +250,34 @@ def _cleaned(image: RawImage, things: list[RawObject], height: int, width: int, 
         full = float(box.area(found))
         areas.append(min(thing.area, full) if thing.area is not None else full)
     if repeated:
-        findings.append(Finding("duplicate-box", where, f"{repeated} of {repeated + len(rows)} objects repeat another's"
-                                " box and class; one of each was kept", False, repeated))
+        findings.append(
+            Finding(
+                "duplicate-box",
+                where,
+                f"{repeated} of {repeated + len(rows)} objects repeat another's box and class; one of each was kept",
+                False,
+                repeated,
+            )
+        )
     if below:
-        findings.append(Finding("box-below-a-pixel", where, f"{below} of {len(rows)} boxes are less than a pixel wide "
-                                "or high; no detector finds them, and they count in AP"))
+        findings.append(
+            Finding(
+                "box-below-a-pixel",
+                where,
+                f"{below} of {len(rows)} boxes are less than a pixel wide "
+                "or high; no detector finds them, and they count in AP",
+            )
+        )
     return Sample(
-        image.image_id, image.path, height, width,
-        boxes=np.array(rows, dtype=np.float64).reshape(-1, 4), labels=np.array(labels, dtype=np.int64),
-        crowd=np.array(crowd, dtype=bool), areas=np.array(areas, dtype=np.float64), original_id=image.original_id,
+        image.image_id,
+        image.path,
+        height,
+        width,
+        boxes=np.array(rows, dtype=np.float64).reshape(-1, 4),
+        labels=np.array(labels, dtype=np.int64),
+        crowd=np.array(crowd, dtype=bool),
+        areas=np.array(areas, dtype=np.float64),
+        original_id=image.original_id,
     )
 
 
@@ -239,8 +285,9 @@ def _shown(corners: Iterable[float]) -> list[float]:
     return [round(float(value), 2) for value in corners]
 
 
-def _clipped(thing: RawObject, relative: bool, height: int, width: int, where: str,
-             findings: list[Finding]) -> np.ndarray | None:
+def _clipped(
+    thing: RawObject, relative: bool, height: int, width: int, where: str, findings: list[Finding]
+) -> np.ndarray | None:
     corners = np.array(thing.xyxy, dtype=np.float64)
     if relative:
         corners *= [width, height, width, height]
@@ -250,10 +297,12 @@ def _clipped(thing: RawObject, relative: bool, height: int, width: int, where: s
         return None
     cut = box.clip(corners, height, width)
     if cut[2] <= cut[0] or cut[3] <= cut[1]:
-        findings.append(Finding("box-outside", where, f"box {shown} lies outside the {width} x {height} picture", True,
-                                1))
+        findings.append(
+            Finding("box-outside", where, f"box {shown} lies outside the {width} x {height} picture", True, 1)
+        )
         return None
     if np.abs(cut - corners).max() > STICKS_OUT:
-        findings.append(Finding("box-cut", where,
-                                f"box {shown} sticks out of the {width} x {height} picture and was cut to it"))
+        findings.append(
+            Finding("box-cut", where, f"box {shown} sticks out of the {width} x {height} picture and was cut to it")
+        )
     return cut

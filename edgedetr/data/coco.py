@@ -22,15 +22,15 @@ from edgedetr.errors import DataError
 from edgedetr.storage.reading import read_json
 
 ROBOFLOW = "_annotations.coco.json"
-IN_SPLIT = ("labels.json", "annotations.json")      # FiftyOne's train/labels.json with train/data/
+IN_SPLIT = ("labels.json", "annotations.json")  # FiftyOne's train/labels.json with train/data/
 SPLITS = ("train", "val", "test")
 OTHER_TASKS = ("captions_", "person_keypoints_", "image_info_", "stuff_", "panoptic_")
 TABLES = ("images", "annotations", "categories")
-LIMIT = 4 << 30                 # bytes of one annotation file; COCO's own has 470 MB
+LIMIT = 4 << 30  # bytes of one annotation file; COCO's own has 470 MB
 WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,38})")
-NAMED = 8                       # files that a finding about many of them names
+NAMED = 8  # files that a finding about many of them names
 
-Identity = int | str            # of an image or a category
+Identity = int | str  # of an image or a category
 
 
 def find(root: Path) -> dict[str, Path]:
@@ -46,11 +46,16 @@ def find(root: Path) -> dict[str, Path]:
     for file in _json_files(root):
         if canonical(file.stem.removeprefix("instances_")) in SPLITS:
             _put(found, canonical(file.stem.removeprefix("instances_")), file)
-    if list(found) == ["default"]:      # CVAT's name for a set that has no splits
+    if list(found) == ["default"]:  # CVAT's name for a set that has no splits
         return {"train": found["default"]}
     if not found:
-        found = {canonical(folder.name): file for folder in entries if canonical(folder.name) in SPLITS
-                 for name in IN_SPLIT if os.path.isfile(file := folder / name) and is_coco(file)}
+        found = {
+            canonical(folder.name): file
+            for folder in entries
+            if canonical(folder.name) in SPLITS
+            for name in IN_SPLIT
+            if os.path.isfile(file := folder / name) and is_coco(file)
+        }
     if not found:
         fitting = [file for file in _json_files(root) if is_coco(file)]
         if len(fitting) == 1:
@@ -74,8 +79,9 @@ def is_coco(file: Path) -> bool:
 
 def _put(found: dict[str, Path], split: str, file: Path) -> None:
     if split in found:
-        raise DataError(f"both {found[split]} and {file} describe the split {split!r}; expected one; "
-                        "move the other away")
+        raise DataError(
+            f"both {found[split]} and {file} describe the split {split!r}; expected one; move the other away"
+        )
     found[split] = file
 
 
@@ -99,8 +105,13 @@ def read(root: Path, split: str, source: Path) -> RawSplit:
     for row in tables["annotations"]:
         without += _annotate(row, images, index, left_out, source, findings)
     if without:
-        findings.append(Finding("box-from-segmentation", str(source), f"{without} annotations have no usable bbox; the "
-                                "box around their polygon or mask was taken"))
+        findings.append(
+            Finding(
+                "box-from-segmentation",
+                str(source),
+                f"{without} annotations have no usable bbox; the box around their polygon or mask was taken",
+            )
+        )
     coco_boxes.drop_corners(list(images.values()), findings)
     findings += _unlisted(own, listed)
     findings += _empty_parents(tables["categories"], classes, images, source)
@@ -125,7 +136,7 @@ def _numbers(values: object, count: int) -> tuple[float, ...] | None:
 
 
 def _in_64_bits(keys: Sequence[Identity]) -> bool:
-    return all(isinstance(key, int) and -2**63 <= key < 2**63 for key in keys)
+    return all(isinstance(key, int) and -(2**63) <= key < 2**63 for key in keys)
 
 
 def _tables(source: Path) -> dict[str, list]:  # type: ignore[type-arg]  # rows are checked one by one below
@@ -138,8 +149,9 @@ def _tables(source: Path) -> dict[str, list]:  # type: ignore[type-arg]  # rows 
     return {key: raw[key] for key in TABLES}
 
 
-def _classes(rows: Sequence[object], source: Path,
-             findings: list[Finding]) -> tuple[tuple[ClassInfo, ...], dict[Identity, int]]:
+def _classes(
+    rows: Sequence[object], source: Path, findings: list[Finding]
+) -> tuple[tuple[ClassInfo, ...], dict[Identity, int]]:
     """The classes, and the index of each by its id in the file."""
     pairs: dict[Identity, str] = {}
     for row in rows:
@@ -147,18 +159,25 @@ def _classes(rows: Sequence[object], source: Path,
         if key is None or not isinstance(row, dict) or not isinstance(row.get("name"), str):
             raise DataError(f"{source}: category {str(row)[:80]}; expected a whole number 'id' and a text 'name'")
         if pairs.setdefault(key, row["name"]) != row["name"]:
-            raise DataError(f"{source}: category ids {[str(k)[:40] for k in pairs][:20]}, of which {str(key)[:40]} is "
-                            "of two names; expected each once")
+            raise DataError(
+                f"{source}: category ids {[str(k)[:40] for k in pairs][:20]}, of which {str(key)[:40]} is "
+                "of two names; expected each once"
+            )
     if not pairs:
         raise DataError(f"{source}: category ids []; expected at least one, each once")
     if _in_64_bits(list(pairs)):
-        order = sorted(pairs.items(), key=lambda pair: pair[0])     # type: ignore[arg-type,return-value]  # all are int
+        order = sorted(pairs.items(), key=lambda pair: pair[0])  # type: ignore[arg-type,return-value]  # all are int
         classes = tuple(ClassInfo(n, int(key), name) for n, (key, name) in enumerate(order))
     else:
         order = list(pairs.items())
         classes = tuple(ClassInfo(n, n + 1, name) for n, (_, name) in enumerate(order))
-        findings.append(Finding("renumbered-class-ids", str(source), "category ids like "
-                                f"{str(order[0][0])[:40]!r} are no whole numbers of 64 bits; they count from 1 here"))
+        findings.append(
+            Finding(
+                "renumbered-class-ids",
+                str(source),
+                f"category ids like {str(order[0][0])[:40]!r} are no whole numbers of 64 bits; they count from 1 here",
+            )
+        )
     return classes, {key: n for n, (key, _) in enumerate(order)}
 
 
@@ -179,8 +198,9 @@ def _places(root: Path, split: str, source: Path) -> tuple[list[Path], Places]:
     return own, Places(root, list(dict.fromkeys([*own, *shared, *loose])))
 
 
-def _images(rows: Sequence[object], places: Places, source: Path, objects: Counter[Identity | None],
-            findings: list[Finding]) -> tuple[dict[Identity, RawImage], set[Identity | None], set[str]]:
+def _images(
+    rows: Sequence[object], places: Places, source: Path, objects: Counter[Identity | None], findings: list[Finding]
+) -> tuple[dict[Identity, RawImage], set[Identity | None], set[str]]:
     """Images by their id in the file, the ids of those that are left out, and every path that is named."""
     listed: set[str] = set()
     found: dict[Identity, RawImage] = {}
@@ -189,24 +209,39 @@ def _images(rows: Sequence[object], places: Places, source: Path, objects: Count
     for row in rows:
         key = identity(row.get("id")) if isinstance(row, dict) else None
         if key is None or not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            findings.append(Finding("bad-image-entry", str(source),
-                                    f"image {str(row)[:80]}; expected a whole 'id' and a 'file_name'", True,
-                                    objects[key] if key is not None and key not in names else 0))
+            findings.append(
+                Finding(
+                    "bad-image-entry",
+                    str(source),
+                    f"image {str(row)[:80]}; expected a whole 'id' and a 'file_name'",
+                    True,
+                    objects[key] if key is not None and key not in names else 0,
+                )
+            )
             left_out.add(key)
             continue
         names.setdefault(key, []).append(row["file_name"])
         path = places.find(row["file_name"])
         if path is None:
-            findings.append(Finding("path-outside", str(source), f"file_name {row['file_name'][:200]!r} leaves the data"
-                                    " directory; write it as it stands there, as in train/a.jpg", True, objects[key]))
+            findings.append(
+                Finding(
+                    "path-outside",
+                    str(source),
+                    f"file_name {row['file_name'][:200]!r} leaves the data"
+                    " directory; write it as it stands there, as in train/a.jpg",
+                    True,
+                    objects[key],
+                )
+            )
             left_out.add(key)
             continue
         listed.add(os.path.abspath(path))
         size = _numbers([row.get("height"), row.get("width")], 2)
         stated = (int(size[0]), int(size[1])) if size is not None and min(size) > 0 else None
         if stated is None:
-            findings.append(Finding("no-size", str(path),
-                                    "no usable width and height in the annotations; the file's are taken"))
+            findings.append(
+                Finding("no-size", str(path), "no usable width and height in the annotations; the file's are taken")
+            )
         found[key] = RawImage(0, path, stated)
     for key, of in names.items():
         if len(set(of)) == 1:
@@ -214,13 +249,27 @@ def _images(rows: Sequence[object], places: Places, source: Path, objects: Count
         found.pop(key, None)
         left_out.add(key)
         for number, name in enumerate(dict.fromkeys(of)):
-            findings.append(Finding("duplicate-image-id", name[:200], f"image id {str(key)[:40]} is that of "
-                                    f"{len(set(of))} images, and nothing says whose its {objects[key]} objects are; "
-                                    "give every image an id of its own", True, objects[key] if number == 0 else 0))
+            findings.append(
+                Finding(
+                    "duplicate-image-id",
+                    name[:200],
+                    f"image id {str(key)[:40]} is that of "
+                    f"{len(set(of))} images, and nothing says whose its {objects[key]} objects are; "
+                    "give every image an id of its own",
+                    True,
+                    objects[key] if number == 0 else 0,
+                )
+            )
     _number(found)
     twice = [path for path, times in Counter(image.path for image in found.values()).items() if times > 1]
-    findings += [Finding("image-listed-twice", str(path), "listed under several ids, each with objects of its own; "
-                         "expected one entry with all of them") for path in twice]
+    findings += [
+        Finding(
+            "image-listed-twice",
+            str(path),
+            "listed under several ids, each with objects of its own; expected one entry with all of them",
+        )
+        for path in twice
+    ]
     return found, left_out, listed
 
 
@@ -231,8 +280,14 @@ def _number(found: dict[Identity, RawImage]) -> None:
         image.original_id = None if keep else key
 
 
-def _annotate(row: object, images: dict[Identity, RawImage], index: dict[Identity, int],
-              left_out: set[Identity | None], source: Path, findings: list[Finding]) -> int:
+def _annotate(
+    row: object,
+    images: dict[Identity, RawImage],
+    index: dict[Identity, int],
+    left_out: set[Identity | None],
+    source: Path,
+    findings: list[Finding],
+) -> int:
     """Add one object; 1 where its box had to be taken from its segmentation."""
     if not isinstance(row, dict):
         findings.append(Finding("bad-box", str(source), f"annotation {str(row)[:80]}; expected an object", True, 1))
@@ -242,16 +297,30 @@ def _annotate(row: object, images: dict[Identity, RawImage], index: dict[Identit
     shown = str(row.get("id"))[:40]
     if image is None:
         if key is None or key not in left_out:
-            findings.append(Finding("unknown-image", str(source), f"annotation {shown} is of image "
-                                    f"{str(row.get('image_id'))[:80]!r}, which is not listed", True, 1))
+            findings.append(
+                Finding(
+                    "unknown-image",
+                    str(source),
+                    f"annotation {shown} is of image {str(row.get('image_id'))[:80]!r}, which is not listed",
+                    True,
+                    1,
+                )
+            )
         return 0
     where = str(image.path)
     label = index.get(category) if category is not None else None
     corner = _numbers(row.get("bbox"), 4)
     if label is None:
-        findings.append(Finding("unknown-class", where, f"annotation {shown} has category_id "
-                                f"{str(row.get('category_id'))[:80]!r}; known are {[str(k)[:40] for k in index][:20]}",
-                                True, 1))
+        findings.append(
+            Finding(
+                "unknown-class",
+                where,
+                f"annotation {shown} has category_id "
+                f"{str(row.get('category_id'))[:80]!r}; known are {[str(k)[:40] for k in index][:20]}",
+                True,
+                1,
+            )
+        )
         return 0
     around = coco_boxes.around(row.get("segmentation")) if coco_boxes.is_empty(corner) else None
     area = _numbers([row.get("area")], 1)
@@ -261,8 +330,16 @@ def _annotate(row: object, images: dict[Identity, RawImage], index: dict[Identit
         image.objects.append(RawObject(label, around, crowd=crowd, area=size))
         return 1
     if corner is None:
-        findings.append(Finding("bad-box", where, f"annotation {shown} has bbox {str(row.get('bbox'))[:80]}; expected "
-                                "four finite numbers x, y, width, height", True, 1))
+        findings.append(
+            Finding(
+                "bad-box",
+                where,
+                f"annotation {shown} has bbox {str(row.get('bbox'))[:80]}; expected "
+                "four finite numbers x, y, width, height",
+                True,
+                1,
+            )
+        )
         return 0
     x, y, w, h = corner
     image.objects.append(RawObject(label, (x, y, x + w, y + h), crowd=crowd, area=size))
@@ -275,20 +352,39 @@ def _unlisted(own: list[Path], listed: set[str]) -> list[Finding]:
     for folder in own:
         beside = [path for path in files(folder) if is_image(path) and os.path.abspath(path) not in listed]
         if beside:
-            notes.append(Finding("unlisted-image", str(folder), f"{len(beside)} images are not in the annotations: "
-                                 f"{', '.join(path.name for path in beside[:NAMED])}"
-                                 f"{', ...' if len(beside) > NAMED else ''}"))
+            notes.append(
+                Finding(
+                    "unlisted-image",
+                    str(folder),
+                    f"{len(beside)} images are not in the annotations: "
+                    f"{', '.join(path.name for path in beside[:NAMED])}"
+                    f"{', ...' if len(beside) > NAMED else ''}",
+                )
+            )
     return notes
 
 
-def _empty_parents(rows: Sequence[object], classes: tuple[ClassInfo, ...], images: dict[Identity, RawImage],
-                   source: Path) -> list[Finding]:
+def _empty_parents(
+    rows: Sequence[object], classes: tuple[ClassInfo, ...], images: dict[Identity, RawImage], source: Path
+) -> list[Finding]:
     """Roboflow writes the project's name as a class that others have as their supercategory and no object has."""
     used = {thing.label for image in images.values() for thing in image.objects}
-    parents = {row.get("supercategory") for row in rows if isinstance(row, dict) and
-               isinstance(row.get("supercategory"), str) and row.get("supercategory") != row.get("name")}
+    parents = {
+        row.get("supercategory")
+        for row in rows
+        if isinstance(row, dict)
+        and isinstance(row.get("supercategory"), str)
+        and row.get("supercategory") != row.get("name")
+    }
     counts = Counter(info.name for info in classes)
-    return [Finding("empty-parent-class", str(source), f"the class {info.name!r} (id {info.category_id}) has no object "
-                    "and is the parent or the namesake of another; the model would learn to detect it: leave it out "
-                    "with --set data.drop_empty_classes=true")
-            for info in classes if info.index not in used and (info.name in parents or counts[info.name] > 1)]
+    return [
+        Finding(
+            "empty-parent-class",
+            str(source),
+            f"the class {info.name!r} (id {info.category_id}) has no object "
+            "and is the parent or the namesake of another; the model would learn to detect it: leave it out "
+            "with --set data.drop_empty_classes=true",
+        )
+        for info in classes
+        if info.index not in used and (info.name in parents or counts[info.name] > 1)
+    ]

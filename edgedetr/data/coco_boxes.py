@@ -11,8 +11,8 @@ from edgedetr.data.detection_set import Finding
 
 Corners = tuple[float, float, float, float]
 
-MAX_RUNS = 1_000_000        # of one mask
-FEWEST = 4                  # boxes that tell corners from sizes
+MAX_RUNS = 1_000_000  # of one mask
+FEWEST = 4  # boxes that tell corners from sizes
 
 
 def around(segmentation: object) -> Corners | None:
@@ -36,7 +36,7 @@ def around(segmentation: object) -> Corners | None:
 def _points(part: object) -> tuple[float, ...] | None:
     if not isinstance(part, list):
         return None
-    if part and isinstance(part[0], list):      # [[x, y], [x, y]] of some writers
+    if part and isinstance(part[0], list):  # [[x, y], [x, y]] of some writers
         part = list(chain.from_iterable(point if isinstance(point, list) else [None] for point in part))
     return numbers(part, len(part)) if len(part) >= 4 and len(part) % 2 == 0 else None
 
@@ -54,7 +54,7 @@ def _mask(mask: dict[str, object]) -> Corners | None:
     if runs is None or (runs < 0).any() or int(runs.sum()) > height * width:
         return None
     ends = np.cumsum(runs)
-    first, last = ends[0:-1:2], ends[1::2] - 1          # runs count down the columns, beginning with background
+    first, last = ends[0:-1:2], ends[1::2] - 1  # runs count down the columns, beginning with background
     first, last = first[last >= first], last[last >= first]
     if not len(first):
         return None
@@ -105,7 +105,15 @@ def drop_corners(images: list[RawImage], findings: list[Finding]) -> None:
     for image in images:
         if image.objects:
             x0, y0, x1, y1 = image.objects[0].xyxy
-            findings.append(Finding("box-in-corners", str(image.path), "the bbox of all annotations fit as x0, y0, x1, "
-                                    f"y1 and stick out as x, y, width, height, as {[x0, y0, x1 - x0, y1 - y0]} here; "
-                                    "COCO means the latter; write width and height", True, len(image.objects)))
+            findings.append(
+                Finding(
+                    "box-in-corners",
+                    str(image.path),
+                    "the bbox of all annotations fit as x0, y0, x1, "
+                    f"y1 and stick out as x, y, width, height, as {[x0, y0, x1 - x0, y1 - y0]} here; "
+                    "COCO means the latter; write width and height",
+                    True,
+                    len(image.objects),
+                )
+            )
             image.objects = []

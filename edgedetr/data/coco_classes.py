@@ -16,7 +16,7 @@ _BY_ID = """
 COCO: dict[int, str] = {
     int(number): name for number, _, name in (entry.strip().partition(" ") for entry in _BY_ID.split(","))
 }
-UNUSED = "N/A"      # a row that no category has, under the name that published files give it
+UNUSED = "N/A"  # a row that no category has, under the name that published files give it
 
 
 def coco_classes(count: int) -> list[tuple[int, str]] | None:

@@ -15,8 +15,8 @@ from edgedetr.storage.reading import read_text
 
 Value = str | list[Any] | dict[str, Any]
 
-LIMIT = 1 << 20         # bytes; 20,000 class names are some 400 kB
-DEPTH = 20              # levels of lists and mappings
+LIMIT = 1 << 20  # bytes; 20,000 class names are some 400 kB
+DEPTH = 20  # levels of lists and mappings
 EXPECTED = "expected YAML like 'names: [cat, dog]' and 'train: images/train'"
 
 
@@ -32,7 +32,7 @@ def read(file: Path) -> dict[str, Value]:
     text = read_text(file, DataError, limit=LIMIT)
     try:
         found = _Builder(file).build(yaml.parse(text, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader)))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:   # ValueError: \U00110000
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: \U00110000
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
         what = getattr(error, "problem", None) or str(error).split("\n")[0]
@@ -47,8 +47,8 @@ class _Builder:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.open: list[Any] = []           # lists and mappings that are not closed yet
-        self.keys: list[str | None] = []    # of each open mapping the key whose value is next
+        self.open: list[Any] = []  # lists and mappings that are not closed yet
+        self.keys: list[str | None] = []  # of each open mapping the key whose value is next
         self.anchors: dict[str, Value] = {}
         self.root: Value | None = None
 
@@ -66,8 +66,9 @@ class _Builder:
                     raise DataError(f"{self.file}, line {line}: nothing is named &{event.anchor}; {EXPECTED}")
                 again = self.anchors[event.anchor]
                 # Lists of lists by alias are how a kilobyte becomes a gigabyte when somebody prints it.
-                if not isinstance(again, str) and not all(isinstance(item, str) for item in
-                                                          (again.values() if isinstance(again, dict) else again)):
+                if not isinstance(again, str) and not all(
+                    isinstance(item, str) for item in (again.values() if isinstance(again, dict) else again)
+                ):
                     raise DataError(f"{self.file}, line {line}: *{event.anchor} repeats a list of lists; {EXPECTED}")
                 self._put(again, line)
             elif kind in ("ScalarEvent", "SequenceStartEvent", "MappingStartEvent"):

@@ -37,7 +37,7 @@ class Sample:
     labels: np.ndarray
     crowd: np.ndarray
     areas: np.ndarray
-    original_id: int | str | None = None    # the set's own id, where it is no whole number of 64 bits; else None
+    original_id: int | str | None = None  # the set's own id, where it is no whole number of 64 bits; else None
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Finding:
     kind: str
     where: str
     what: str
-    fatal: bool = False     # the item was left out (and --strict fails)
-    objects: int = 0        # how many annotated objects were left out with it
+    fatal: bool = False  # the item was left out (and --strict fails)
+    objects: int = 0  # how many annotated objects were left out with it
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ def matched(found: DetectionSet, classes: Sequence[ClassInfo], whose: str) -> De
     """
     if found.classes == tuple(classes):
         return found
-    here, there = ([unicodedata.normalize("NFC", info.name).strip() for info in part]
-                   for part in (found.classes, classes))
+    here, there = (
+        [unicodedata.normalize("NFC", info.name).strip() for info in part] for part in (found.classes, classes)
+    )
     if len(set(map(str.casefold, here))) == len(here) and len(set(map(str.casefold, there))) == len(there):
         here, there = [name.casefold() for name in here], [name.casefold() for name in there]
     exact = {(name, info.category_id): info.index for name, info in zip(there, classes)}
@@ -93,15 +94,25 @@ def matched(found: DetectionSet, classes: Sequence[ClassInfo], whose: str) -> De
         elif there.count(name) == 1 and here.count(name) == 1:
             index[info.index] = classes[there.index(name)].index
         elif info.index in used:
-            what = "is the name of several classes; expected names that differ, or the same ids on both sides" \
-                if name in there else f"is not among {', '.join(names[:20])}{did_you_mean(info.name, names)}"
-            raise DataError(f"{found.root} [{found.name}]: has objects of the class {info.name!r}, which in {whose} "
-                            f"{what}; rename the class in the data set, or take another --data")
+            what = (
+                "is the name of several classes; expected names that differ, or the same ids on both sides"
+                if name in there
+                else f"is not among {', '.join(names[:20])}{did_you_mean(info.name, names)}"
+            )
+            raise DataError(
+                f"{found.root} [{found.name}]: has objects of the class {info.name!r}, which in {whose} "
+                f"{what}; rename the class in the data set, or take another --data"
+            )
     samples = tuple(replace(sample, labels=index[sample.labels]) for sample in found.samples)
     lacking = [info.name for name, info in zip(there, classes) if name not in here]
     if lacking:
-        log.warning("%s [%s]: does not name the class %s of %s; an object of it that is shown counts as false",
-                    found.root, found.name, ", ".join(map(repr, lacking[:20])), whose)
+        log.warning(
+            "%s [%s]: does not name the class %s of %s; an object of it that is shown counts as false",
+            found.root,
+            found.name,
+            ", ".join(map(repr, lacking[:20])),
+            whose,
+        )
     return replace(found, samples=samples, classes=tuple(classes))
 
 
@@ -124,9 +135,9 @@ class DataConfig:
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
     train_split: str = "train"
-    select_split: str = ""          # picks the best epoch while training; usual: val, else the verify split
-    verify_split: str = ""          # the drop is measured here, and nothing is chosen by it; usual: test, else val
-    strict: bool = False            # fail on the first unreadable or degenerate item instead of leaving it out
+    select_split: str = ""  # picks the best epoch while training; usual: val, else the verify split
+    verify_split: str = ""  # the drop is measured here, and nothing is chosen by it; usual: test, else val
+    strict: bool = False  # fail on the first unreadable or degenerate item instead of leaving it out
     # Classes without an object in the train split are none of the model's.
     drop_empty_classes: bool = field(default=False, metadata=LATER)
 
@@ -143,7 +154,9 @@ class DataConfig:
         select = self.select_split or ("val" if "val" in names else verify)
         for purpose, name in (("train", self.train_split), ("select", select), ("verify", verify)):
             if name not in names:
-                raise DataError(f"the {purpose} split {name or 'test or val'!r} is not in this set (there: "
-                                f"{', '.join(sorted(names)) or 'none'}); "
-                                f"name another with --set data.{purpose}_split=NAME")
+                raise DataError(
+                    f"the {purpose} split {name or 'test or val'!r} is not in this set (there: "
+                    f"{', '.join(sorted(names)) or 'none'}); "
+                    f"name another with --set data.{purpose}_split=NAME"
+                )
         return replace(self, select_split=select, verify_split=verify)

@@ -64,7 +64,7 @@ class Places:
         # Another machine's copy of this very folder: /home/me/pets/images/1.jpg, where this folder is called pets.
         parts = PurePosixPath(text).parts
         for place in (n for n, part in enumerate(parts) if part == self._own.name):
-            if inner := self._inside(self.root, "/".join(parts[place + 1:])):
+            if inner := self._inside(self.root, "/".join(parts[place + 1 :])):
                 yield inner, False
 
     def _without_leading(self, text: str, folder: bool) -> Iterator[tuple[Path, bool]]:

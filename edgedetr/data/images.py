@@ -27,24 +27,56 @@ from PIL import Image, UnidentifiedImageError
 
 from edgedetr.errors import DataError, EdgedetrError
 
-MAX_PIXELS = 64_000_000             # 8000 x 8000; 192 MB as RGB. Pillow itself refuses above 179 million
+MAX_PIXELS = 64_000_000  # 8000 x 8000; 192 MB as RGB. Pillow itself refuses above 179 million
 ORIENTATION = 0x0112
-TAIL = 4096                         # bytes looked at for an end marker; some cameras append a few of their own
-BAND = 256                          # rows that are converted at a time, so that no second whole image is in memory
+TAIL = 4096  # bytes looked at for an end marker; some cameras append a few of their own
+BAND = 256  # rows that are converted at a time, so that no second whole image is in memory
 
 # None of these starts another program. EPS (Ghostscript), WMF (Windows' own renderer) and the stubs of HDF5, GRIB and
 # BUFR, which other packages fill, are left out on purpose.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "PCX", "SGI",
-           "SUN")
-NAMED_FORMATS = {".tga": "TGA", ".icb": "TGA", ".vda": "TGA", ".vst": "TGA"}    # TGA has no mark: the name must say it
-NOT_IMAGES = frozenset({".bw", ".rgb", ".rgba"})    # SGI's by right, raw pixels or masks of other programs in practice
+FORMATS = (
+    "JPEG",
+    "MPO",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "DIB",
+    "GIF",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+    "QOI",
+    "PCX",
+    "SGI",
+    "SUN",
+)
+NAMED_FORMATS = {".tga": "TGA", ".icb": "TGA", ".vda": "TGA", ".vst": "TGA"}  # TGA has no mark: the name must say it
+NOT_IMAGES = frozenset({".bw", ".rgb", ".rgba"})  # SGI's by right, raw pixels or masks of other programs in practice
 # Formats that Pillow reads with a package of its own: where that is missing, the message says what to install.
-PLUGINS = {"HEIC": ("pillow_heif", "register_heif_opener", "pillow-heif", ("HEIF",)),
-           "JPEG XL": ("pillow_jxl", "", "pillow-jxl-plugin", ("JXL",)),
-           "AVIF": ("pillow_avif", "", "'pillow>=11.3'", ("AVIF",))}
+PLUGINS = {
+    "HEIC": ("pillow_heif", "register_heif_opener", "pillow-heif", ("HEIF",)),
+    "JPEG XL": ("pillow_jxl", "", "pillow-jxl-plugin", ("JXL",)),
+    "AVIF": ("pillow_avif", "", "'pillow>=11.3'", ("AVIF",)),
+}
 # What a box "ftyp" says in HEIF (ISO/IEC 23008-12, annex B and C); with other words it opens a video.
-HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2",
-                         b"msf1", b"miaf", b"heif"})
+HEIF_BRANDS = frozenset(
+    {
+        b"heic",
+        b"heix",
+        b"heim",
+        b"heis",
+        b"hevc",
+        b"hevx",
+        b"hevm",
+        b"hevs",
+        b"mif1",
+        b"mif2",
+        b"msf1",
+        b"miaf",
+        b"heif",
+    }
+)
 PLUGIN_SUFFIXES = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC", ".jxl": "JPEG XL", ".avif": "AVIF"}
 
 
@@ -92,8 +124,13 @@ def decode(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> np.nd
         except DataError:
             raise
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... for bad bytes
-            raise _fault(error, name, image.size, "cannot be decoded", "expected a whole image file; "
-                         "replace the file or take it out of the data set") from error
+            raise _fault(
+                error,
+                name,
+                image.size,
+                "cannot be decoded",
+                "expected a whole image file; replace the file or take it out of the data set",
+            ) from error
 
 
 def size(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -122,8 +159,10 @@ def open_plain(path: str | Path) -> IO[bytes]:
     try:
         state = os.stat(path)
         if stat.S_ISREG(state.st_mode):
-            handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-                             | getattr(os, "O_BINARY", 0))
+            handle = os.open(
+                path,
+                os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0),
+            )
             stream = os.fdopen(handle, "rb")
             if stat.S_ISREG(os.fstat(handle).st_mode):
                 return stream
@@ -131,7 +170,7 @@ def open_plain(path: str | Path) -> IO[bytes]:
         kind = "a directory" if stat.S_ISDIR(state.st_mode) else "not a plain file"
     except FileNotFoundError:
         kind = "a link to a file that is not there" if os.path.islink(path) else "missing"
-    except (OSError, ValueError) as error:      # ValueError: a NUL byte in the name
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         kind = f"cannot be read ({getattr(error, 'strerror', None) or error})"
     raise ImageMissing(f"{path}: {kind}; expected an image file")
 
@@ -154,15 +193,18 @@ def _open(source: str | Path | bytes, max_pixels: int) -> Iterator[Image.Image]:
         try:
             image = Image.open(stream, formats=_formats(suffix, head))
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ImageTooLarge(f"{name}: refused before decoding ({error}); "
-                                f"expected at most {max_pixels} pixels") from error
-        except Exception as error:      # header parsers raise many types
+            raise ImageTooLarge(
+                f"{name}: refused before decoding ({error}); expected at most {max_pixels} pixels"
+            ) from error
+        except Exception as error:  # header parsers raise many types
             raise _fault(error, name, (1, 1), "not a readable image", _expected(head)) from error
         with image:
             width, height = image.size
             if width * height > max_pixels:
-                raise ImageTooLarge(f"{name}: {width} x {height} pixels (width x height), refused before decoding; "
-                                    f"expected at most {max_pixels}; tile the image or make it smaller")
+                raise ImageTooLarge(
+                    f"{name}: {width} x {height} pixels (width x height), refused before decoding; "
+                    f"expected at most {max_pixels}; tile the image or make it smaller"
+                )
             if width < 1 or height < 1:
                 raise ImageUnreadable(f"{name}: {width} x {height} pixels; expected at least 1 x 1")
             yield image
@@ -215,11 +257,16 @@ def _fault(error: Exception, name: str, shape: tuple[int, int], what: str, expec
     """The error to raise; a lack of memory is the machine's only where the pixels' room cannot be had indeed."""
     out = isinstance(error, MemoryError) or "out of memory" in str(error)
     if out and not _room(8 * shape[0] * shape[1] + (64 << 20)):
-        return OutOfMemory(f"{name}: no memory left to decode {shape[0]} x {shape[1]} pixels; "
-                           "expected some 8 bytes a pixel; end other programs or lower train.workers")
+        return OutOfMemory(
+            f"{name}: no memory left to decode {shape[0]} x {shape[1]} pixels; "
+            "expected some 8 bytes a pixel; end other programs or lower train.workers"
+        )
     # Pillow's own text for this one shows a Python object, and nothing that helps.
-    reason = "its content is of no known format" if isinstance(error, UnidentifiedImageError) \
+    reason = (
+        "its content is of no known format"
+        if isinstance(error, UnidentifiedImageError)
         else f"{type(error).__name__}: {str(error)[:120]}"
+    )
     return ImageUnreadable(f"{name}: {what} ({reason}); {expected}")
 
 
@@ -257,24 +304,26 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def _rgb(image: Image.Image, name: str) -> np.ndarray:
     """The stored pixels as [H, W, 3] uint8, converted a band of rows at a time."""
     if image.mode == "F":
-        raise ImageUnreadable(f"{name}: float pixels have no defined white; expected 8 or 16 bits per channel; "
-                              "convert the file")
+        raise ImageUnreadable(
+            f"{name}: float pixels have no defined white; expected 8 or 16 bits per channel; convert the file"
+        )
     width, height = image.size
     found = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, BAND):
         band = image.crop((0, top, width, min(top + BAND, height)))
         if band.mode.startswith("I"):
-            found[top:top + BAND] = _eight_bit(band, name)[..., None]
+            found[top : top + BAND] = _eight_bit(band, name)[..., None]
             continue
         if band.mode in ("La", "RGBa"):
             band = band.convert("LA" if band.mode == "La" else "RGBA")
-        found[top:top + BAND] = np.asarray(band.convert("RGB"))
+        found[top : top + BAND] = np.asarray(band.convert("RGB"))
     return found
 
 
 def _eight_bit(band: Image.Image, name: str) -> np.ndarray:
     values = np.asarray(band).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ImageUnreadable(f"{name}: gray values {values.min()}..{values.max()}; expected 8 or 16 bits per channel; "
-                              "convert the file")
+        raise ImageUnreadable(
+            f"{name}: gray values {values.min()}..{values.max()}; expected 8 or 16 bits per channel; convert the file"
+        )
     return ((values + 128) // 257).astype(np.uint8)

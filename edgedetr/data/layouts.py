@@ -19,18 +19,23 @@ Layout = Literal["coco", "yolo", "voc"]
 # Each reader: find(root) -> {split: source}, count(root, split, source) -> int, read(root, split, source) -> RawSplit.
 READERS: dict[str, Any] = {"coco": coco, "yolo": yolo, "voc": voc}
 
-FEW = 20        # folders that are looked into for a set
-EXPECTED = ("expected one of: COCO (annotations/train.json and images/train/), YOLO (data.yaml, or images/train/ and "
-            "labels/train/), VOC (Annotations/ and JPEGImages/)")
+FEW = 20  # folders that are looked into for a set
+EXPECTED = (
+    "expected one of: COCO (annotations/train.json and images/train/), YOLO (data.yaml, or images/train/ and "
+    "labels/train/), VOC (Annotations/ and JPEGImages/)"
+)
 
 
 def detect(path: str | Path) -> str:
-    """"coco", "yolo" or "voc"; DataError where none or several fit."""
+    """ "coco", "yolo" or "voc"; DataError where none or several fit."""
     root = _root(path)
     fitting = [name for name, reader in READERS.items() if reader.find(root)]
     if len(fitting) != 1:
-        what = f"looks like {' and '.join(fitting)} at once; expected one layout; move the other's annotations away" \
-            if fitting else f"no annotations of a known layout; {EXPECTED}{_deeper(root)}"
+        what = (
+            f"looks like {' and '.join(fitting)} at once; expected one layout; move the other's annotations away"
+            if fitting
+            else f"no annotations of a known layout; {EXPECTED}{_deeper(root)}"
+        )
         raise DataError(f"{root}: {what}")
     return fitting[0]
 
@@ -45,8 +50,15 @@ def splits(path: str | Path, *, layout: Layout | None = None) -> dict[str, int]:
     return {name: reader.count(root, name, found[name]) for name in order}
 
 
-def load(path: str | Path, split: str, *, strict: bool = False, layout: Layout | None = None,
-         classes: Sequence[ClassInfo] | None = None, whose: str = "the model") -> DetectionSet:
+def load(
+    path: str | Path,
+    split: str,
+    *,
+    strict: bool = False,
+    layout: Layout | None = None,
+    classes: Sequence[ClassInfo] | None = None,
+    whose: str = "the model",
+) -> DetectionSet:
     """One split of the set in `path`.
 
     split    "train", "val", "test", or another name that the set itself uses
@@ -58,8 +70,9 @@ def load(path: str | Path, split: str, *, strict: bool = False, layout: Layout |
     reader = READERS[_layout(root, layout)]
     found = reader.find(root)
     if split not in found:
-        raise DataError(f"{root}: no split {split!r}; this set has {', '.join(sorted(found)) or 'none'}"
-                        f"{did_you_mean(split, found)}")
+        raise DataError(
+            f"{root}: no split {split!r}; this set has {', '.join(sorted(found)) or 'none'}{did_you_mean(split, found)}"
+        )
     loaded = finish(reader.read(root, split, found[split]), name=split, root=root, strict=strict)
     return loaded if classes is None else matched(loaded, classes, whose)
 
@@ -67,8 +80,10 @@ def load(path: str | Path, split: str, *, strict: bool = False, layout: Layout |
 def _deeper(root: Path) -> str:
     """Where an unpacked archive hides the set one or two folders below (pets/pets, VOCdevkit/VOC2012), a word on it."""
     if any("\\" in path.name for path in children(root)):
-        return ("; names of files hold backslashes, as an archive made on Windows and unpacked elsewhere leaves them: "
-                "unpack it with a program that makes folders of them")
+        return (
+            "; names of files hold backslashes, as an archive made on Windows and unpacked elsewhere leaves them: "
+            "unpack it with a program that makes folders of them"
+        )
     several = [path.name for path in children(root) if path.suffix.lower() == ".json" and coco.is_coco(path)]
     if len(several) > 1:
         return f"; {', '.join(several[:8])} are COCO files: call them train.json, val.json and test.json"

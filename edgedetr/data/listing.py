@@ -13,10 +13,9 @@ from pathlib import Path
 from edgedetr.data import images
 from edgedetr.errors import DataError
 
-LINK = 200      # bytes of a link that became a text
+LINK = 200  # bytes of a link that became a text
 # Folders that systems make beside people's files: a Mac's zip, a Synology disk, a Windows disk, a Linux disk.
-SYSTEM = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information",
-                    "lost+found"})
+SYSTEM = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"})
 
 
 def hidden(name: str) -> bool:
@@ -58,10 +57,13 @@ def links_as_text(folder: Path) -> list[Path]:
     found = []
     for path in files(folder):
         try:
-            if not path.suffix and 0 < os.path.getsize(path) <= LINK and os.path.isdir(
-                    path.parent / path.read_text(encoding="utf-8").strip()):
+            if (
+                not path.suffix
+                and 0 < os.path.getsize(path) <= LINK
+                and os.path.isdir(path.parent / path.read_text(encoding="utf-8").strip())
+            ):
                 found.append(path)
-        except (OSError, ValueError):       # no text, or no path
+        except (OSError, ValueError):  # no text, or no path
             continue
     return found
 

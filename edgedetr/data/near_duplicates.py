@@ -28,12 +28,12 @@ from PIL import Image
 from edgedetr.data import images
 from edgedetr.errors import DataError
 
-SIDE = 16               # cells; SIDE^2 bits for each of the two directions
+SIDE = 16  # cells; SIDE^2 bits for each of the two directions
 BITS = 2 * SIDE**2
-LIMIT = 64              # bits that near-copies may differ in: between 45 of copies and 113 of different scenes
-CONTRAST = 4.0          # standard deviation of the cells, levels of 255; the least in the two sets was 8
-ENOUGH = 256            # pixels of the shorter side that are looked at; more do not change a mean over 17 cells
-ROWS = 1024             # hashes compared at a time: 4 bytes x ROWS x the other set's size
+LIMIT = 64  # bits that near-copies may differ in: between 45 of copies and 113 of different scenes
+CONTRAST = 4.0  # standard deviation of the cells, levels of 255; the least in the two sets was 8
+ENOUGH = 256  # pixels of the shorter side that are looked at; more do not change a mean over 17 cells
+ROWS = 1024  # hashes compared at a time: 4 bytes x ROWS x the other set's size
 
 
 @dataclass(frozen=True)
@@ -56,23 +56,27 @@ def fingerprint(pixels: np.ndarray) -> np.ndarray | None:
     cells = np.asarray(luma.resize((SIDE + 1, SIDE + 1), Image.Resampling.BOX)).astype(np.int16)
     if cells.std() < CONTRAST:
         return None
-    return np.concatenate([(cells[:SIDE, 1:] > cells[:SIDE, :-1]).ravel(),
-                           (cells[1:, :SIDE] > cells[:-1, :SIDE]).ravel()])
+    return np.concatenate(
+        [(cells[:SIDE, 1:] > cells[:SIDE, :-1]).ravel(), (cells[1:, :SIDE] > cells[:-1, :SIDE]).ravel()]
+    )
 
 
-def nearest(first: Sequence[np.ndarray | None], second: Sequence[np.ndarray | None],
-            limit: int = LIMIT) -> list[tuple[int, int, int]]:
+def nearest(
+    first: Sequence[np.ndarray | None], second: Sequence[np.ndarray | None], limit: int = LIMIT
+) -> list[tuple[int, int, int]]:
     """For every hash of `second` the nearest of `first` within `limit`: (index there, index here, bits)."""
     there = [index for index, bits in enumerate(first) if bits is not None]
     here = [index for index, bits in enumerate(second) if bits is not None]
     if not there or not here:
         return []
     # With bits as -1 and 1, the inner product is BITS - 2 x distance: one matrix product compares all pairs.
-    one, other = (np.array([hashes[i] for i in indices], np.float32) * 2 - 1
-                  for hashes, indices in ((first, there), (second, here)))
+    one, other = (
+        np.array([hashes[i] for i in indices], np.float32) * 2 - 1
+        for hashes, indices in ((first, there), (second, here))
+    )
     found = []
     for start in range(0, len(here), ROWS):
-        products = other[start:start + ROWS] @ one.T
+        products = other[start : start + ROWS] @ one.T
         best = products.argmax(axis=1)
         for row, column in enumerate(best):
             distance = round((BITS - float(products[row, column])) / 2)

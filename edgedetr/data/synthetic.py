@@ -21,11 +21,11 @@ from PIL import Image, ImageDraw
 
 from edgedetr.errors import DataError, did_you_mean
 
-VERSION = 1                 # of the drawing: part of the digest, so that an older set is drawn again
+VERSION = 1  # of the drawing: part of the digest, so that an older set is drawn again
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-OVERSAMPLE = 2              # masks are drawn this much larger and averaged: smooth edges
-SEEN = 0.3                  # least share of a shape that must be seen for it to be annotated
-QUALITY = 92                # JPEG
+OVERSAMPLE = 2  # masks are drawn this much larger and averaged: smooth edges
+SEEN = 0.3  # least share of a shape that must be seen for it to be annotated
+QUALITY = 92  # JPEG
 
 Point = tuple[float, float]
 
@@ -34,11 +34,11 @@ Point = tuple[float, float]
 class SceneParams:
     """What a rendered set was drawn from; written beside it as params.json."""
 
-    train: int                      # images to train on
-    val: int                        # images to choose the best epoch by
-    verify: int                     # images of the split "test"
+    train: int  # images to train on
+    val: int  # images to choose the best epoch by
+    verify: int  # images of the split "test"
     classes: tuple[str, ...]
-    size: int                       # pixels per side
+    size: int  # pixels per side
     seed: int
     version: int = VERSION
     synthetic: bool = True
@@ -61,8 +61,17 @@ class Drawn:
     labels: np.ndarray
 
 
-def render(root: str | Path, *, train: int = 1600, verify: int = 800, val: int = 100, classes: tuple[str, ...] = SHAPES,
-           size: int = 192, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> Path:
+def render(
+    root: str | Path,
+    *,
+    train: int = 1600,
+    verify: int = 800,
+    val: int = 100,
+    classes: tuple[str, ...] = SHAPES,
+    size: int = 192,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
     """Write the set to `root` in COCO layout (splits train, val and test) and return the path.
 
     A set that is already there with the same parameters is left as it is. A new one is drawn in a folder beside it and
@@ -95,7 +104,7 @@ def render(root: str | Path, *, train: int = 1600, verify: int = 800, val: int =
         (work / "params.json").write_text(json.dumps({**asdict(params), "digest": params.digest()}, indent=1) + "\n")
         work.chmod(0o755)
         if root.exists():
-            shutil.rmtree(root)     # an older rendered set, or an empty folder
+            shutil.rmtree(root)  # an older rendered set, or an empty folder
         work.rename(root)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -120,7 +129,7 @@ def draw(rng: np.random.Generator, classes: tuple[str, ...], size: int) -> Drawn
         whole.append(int(solid.sum()))
     seen = np.bincount(owner[owner >= 0], minlength=count) / np.maximum(whole, 1)
     keep = (seen >= SEEN) & (np.array(whole) > 0)
-    noise = np.float32(rng.uniform(2, 9))                           # of the sensor, levels
+    noise = np.float32(rng.uniform(2, 9))  # of the sensor, levels
     canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * noise
     pixels = np.clip(np.rint(canvas, out=canvas), 0, 255, out=canvas).astype(np.uint8)
     return Drawn(pixels, np.array(boxes, dtype=np.float64).reshape(-1, 4)[keep], labels[keep].astype(np.int64))
@@ -128,8 +137,10 @@ def draw(rng: np.random.Generator, classes: tuple[str, ...], size: int) -> Drawn
 
 def _check(params: SceneParams) -> None:
     if min(params.train, params.val, params.verify) < 1 or not 32 <= params.size <= 2048:
-        raise DataError(f"a rendered set of {params.train} + {params.val} + {params.verify} images of {params.size} "
-                        "px; expected at least one image in each split, of 32 to 2048 px")
+        raise DataError(
+            f"a rendered set of {params.train} + {params.val} + {params.verify} images of {params.size} "
+            "px; expected at least one image in each split, of 32 to 2048 px"
+        )
     for name in params.classes:
         if name not in SHAPES:
             raise DataError(f"cannot draw {name!r}; expected some of {', '.join(SHAPES)}{did_you_mean(name, SHAPES)}")
@@ -153,12 +164,22 @@ def _write_coco(file: Path, drawn: list[tuple[np.ndarray, np.ndarray]], params: 
     annotations: list[dict[str, object]] = []
     for image, (boxes, labels) in enumerate(drawn, start=1):
         for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist()):
-            annotations.append({"id": len(annotations) + 1, "image_id": image, "category_id": label + 1, "iscrowd": 0,
-                                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)})
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image,
+                    "category_id": label + 1,
+                    "iscrowd": 0,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                }
+            )
     tables = {
         "info": {"description": "rendered shapes", "synthetic": True, "digest": params.digest()},
-        "images": [{"id": image, "file_name": _file_name(image - 1), "height": params.size, "width": params.size}
-                   for image in range(1, len(drawn) + 1)],
+        "images": [
+            {"id": image, "file_name": _file_name(image - 1), "height": params.size, "width": params.size}
+            for image in range(1, len(drawn) + 1)
+        ],
         "annotations": annotations,
         "categories": [{"id": index + 1, "name": name} for index, name in enumerate(params.classes)],
     }
@@ -189,8 +210,13 @@ def _distract(rng: np.random.Generator, canvas: np.ndarray, size: int) -> None:
         pen.line([(x, y), end], fill=255, width=int(rng.integers(1, 5)))
     elif kind == 1:
         reach = length / 2
-        pen.arc([x - reach, y - reach, x + reach, y + reach], math.degrees(angle), math.degrees(angle) + 100, fill=255,
-                width=int(rng.integers(1, 4)))
+        pen.arc(
+            [x - reach, y - reach, x + reach, y + reach],
+            math.degrees(angle),
+            math.degrees(angle) + 100,
+            fill=255,
+            width=int(rng.integers(1, 4)),
+        )
     else:
         around = np.sort(rng.uniform(0, 2 * math.pi, 7))
         reaches = rng.uniform(0.02, 0.07, 7) * size
@@ -211,7 +237,7 @@ def _shape(rng: np.random.Generator, name: str, size: int) -> tuple[tuple[slice,
     outlines = [_placed(outline, centre, radius, squeeze, turn) for outline in _OUTLINES[name]()]
     layer = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE))
     pen = ImageDraw.Draw(layer)
-    for fill, outline in zip((255, 0), outlines):      # a second outline is a hole
+    for fill, outline in zip((255, 0), outlines):  # a second outline is a hole
         pen.polygon([(x * OVERSAMPLE, y * OVERSAMPLE) for x, y in outline.tolist()], fill=fill)
     coverage = np.asarray(layer.reduce(OVERSAMPLE), dtype=np.float32) / 255
     low, high = np.clip(outlines[0].min(axis=0), 0, size), np.clip(outlines[0].max(axis=0), 0, size)
@@ -247,7 +273,7 @@ def _star() -> list[Point]:
 
 
 def _cross() -> list[Point]:
-    a, b = 0.94, 0.3        # half length and half width of the arms
+    a, b = 0.94, 0.3  # half length and half width of the arms
     return [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]
 
 

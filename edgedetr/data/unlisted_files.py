@@ -15,7 +15,7 @@ from edgedetr.data.detection_set import Finding
 from edgedetr.data.listing import files, images_in
 from edgedetr.data.yolo_labels import Labels, object_lines
 
-NAMED = 8       # files that a finding about many of them names
+NAMED = 8  # files that a finding about many of them names
 
 
 def leftovers(root: Path, layout: str, listed: Iterable[Path], said: Iterable[Finding]) -> list[Finding]:
@@ -29,15 +29,26 @@ def leftovers(root: Path, layout: str, listed: Iterable[Path], said: Iterable[Fi
     told = list(said)
     known = {os.path.realpath(path) for path in listed} | {os.path.realpath(finding.where) for finding in told}
     counted = {os.path.abspath(finding.where) for finding in told if finding.kind == "unlisted-image"}
-    loose = [path for path in there if os.path.realpath(path) not in known
-             and not any(os.path.abspath(parent) in counted for parent in path.parents)]
+    loose = [
+        path
+        for path in there
+        if os.path.realpath(path) not in known
+        and not any(os.path.abspath(parent) in counted for parent in path.parents)
+    ]
     labels = Labels(root, 0, None) if layout == "yolo" else None
     found = []
     for folder, paths in _by_folder(loose).items():
         texts = [file for path in paths if labels is not None and (file := labels.file_of(path)) is not None]
         objects = sum(map(object_lines, texts))
-        found.append(Finding("unlisted-image", str(folder), f"{len(paths)} images are in no split"
-                             f"{f', with {objects} objects' if objects else ''}: {_names(paths)}", False, objects))
+        found.append(
+            Finding(
+                "unlisted-image",
+                str(folder),
+                f"{len(paths)} images are in no split{f', with {objects} objects' if objects else ''}: {_names(paths)}",
+                False,
+                objects,
+            )
+        )
     if labels is not None:
         used = {os.path.realpath(file) for path in there if (file := labels.file_of(path)) is not None}
         texts = [path for path in files(root) if path.suffix.lower() == ".txt" and path.parent != root]
@@ -45,12 +56,23 @@ def leftovers(root: Path, layout: str, listed: Iterable[Path], said: Iterable[Fi
         for folder, paths in _by_folder(alone).items():
             objects = sum(map(object_lines, paths))
             if objects:
-                found.append(Finding("label-without-image", str(folder), f"{len(paths)} label files with {objects} "
-                                     f"objects are read for no image: {_names(paths)}; expected them beside their "
-                                     "images, or in labels/ where those are in images/", True, objects))
+                found.append(
+                    Finding(
+                        "label-without-image",
+                        str(folder),
+                        f"{len(paths)} label files with {objects} "
+                        f"objects are read for no image: {_names(paths)}; expected them beside their "
+                        "images, or in labels/ where those are in images/",
+                        True,
+                        objects,
+                    )
+                )
     told_links = {os.path.abspath(finding.where) for finding in told}
-    found += [Finding("broken-link", str(path), "a link to what is not there; copy the file, or make the link anew",
-                      True) for path in broken if os.path.abspath(path) not in told_links]
+    found += [
+        Finding("broken-link", str(path), "a link to what is not there; copy the file, or make the link anew", True)
+        for path in broken
+        if os.path.abspath(path) not in told_links
+    ]
     return found
 
 

@@ -25,11 +25,11 @@ from edgedetr.errors import DataError, did_you_mean
 from edgedetr.storage.reading import read_text
 
 SPLITS = ("train", "val", "test", "trainval")
-FLAGGED = re.compile(r"(?P<name>.+?)\s+-?[01]")     # 000012 -1: the lists of one class say whether it is there
+FLAGGED = re.compile(r"(?P<name>.+?)\s+-?[01]")  # 000012 -1: the lists of one class say whether it is there
 ENDINGS = (".xml", ".jpg", ".jpeg", ".png", ".bmp", ".jfif", ".webp", ".tif", ".tiff")
 TEXTS = ("annotations", "labels", "xmls", "xml")
 PICTURES = ("jpegimages", "images", "data", "imgs", "img")
-NAMED = 8                                           # files that a finding about many of them names
+NAMED = 8  # files that a finding about many of them names
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,29 @@ def find(root: Path) -> dict[str, Source]:
     found: dict[str, Source] = {}
     folders = {path.name.lower(): path for path in children(root) if os.path.isdir(path)}
     pictures = next((folders[name] for name in PICTURES if name in folders), None)
-    texts = next((folders[name] for name in TEXTS if name in folders and (
-        _own_xml(folders[name]) or (name == "annotations" and _xml(folders[name])))), None)
+    texts = next(
+        (
+            folders[name]
+            for name in TEXTS
+            if name in folders and (_own_xml(folders[name]) or (name == "annotations" and _xml(folders[name])))
+        ),
+        None,
+    )
     annotated = _xml(texts) if texts is not None and pictures is not None else ()
     if texts is not None and pictures is not None:
         sets = child(root, "ImageSets")
         main = child(sets, "Main") if sets is not None else None
-        lists = [file for file in (children(main) if main is not None and os.path.isdir(main) else [])
-                 if file.suffix.lower() == ".txt" and os.path.isfile(file)]
+        lists = [
+            file
+            for file in (children(main) if main is not None and os.path.isdir(main) else [])
+            if file.suffix.lower() == ".txt" and os.path.isfile(file)
+        ]
         for file in lists:
             split = canonical(file.stem)
             # Others are one class's (aeroplane_train.txt).
             if split in SPLITS:
                 found[split] = Source(_listed(texts, file, annotated), pictures, whole=False)
-        ignored = tuple(file for file in lists if file.stem.lower() != "default")       # CVAT's, of all images
+        ignored = tuple(file for file in lists if file.stem.lower() != "default")  # CVAT's, of all images
         return found or _split_folders(texts, pictures) or {"train": Source(annotated, pictures, ignored=ignored)}
     for folder in folders.values():
         if files := _own_xml(folder):
@@ -83,7 +92,7 @@ def _split_folders(texts: Path, pictures: Path) -> dict[str, Source]:
         there = {canonical(inner.name): inner for inner in children(pictures) if os.path.isdir(inner)}
         own = there.get(canonical(path.name))
         found[canonical(path.name)] = Source(files, own or pictures, whole=own is not None)
-    if loose := _own_xml(texts):                    # beside the folders: for training, as without any folder
+    if loose := _own_xml(texts):  # beside the folders: for training, as without any folder
         more = found["train"].files if "train" in found else ()
         found["train"] = Source((*loose, *more), pictures, whole=False)
     return found
@@ -102,8 +111,9 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
     trees: dict[Path, ElementTree.Element] = {}
     for file in source.files:
         if not os.path.isfile(file):
-            findings.append(Finding("missing-annotation", str(file), "listed in the split, but there is no such file",
-                                    True))
+            findings.append(
+                Finding("missing-annotation", str(file), "listed in the split, but there is no such file", True)
+            )
             continue
         try:
             trees[file] = parse(file)
@@ -114,18 +124,31 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
     for position, file in enumerate(source.files, start=1):
         if file not in trees:
             continue
-        image = RawImage(position, pictures.of(file, _text(trees[file], "filename"), findings),
-                         _stated_size(trees[file]))
+        image = RawImage(
+            position, pictures.of(file, _text(trees[file], "filename"), findings), _stated_size(trees[file])
+        )
         for thing in trees[file].findall("object"):
             _annotate(thing, image, index, file, findings)
         found.append(image)
     twice = [path for path, times in Counter(image.path for image in found).items() if times > 1]
-    findings += [Finding("image-listed-twice", str(path), "several XML files are about this image, each with objects "
-                         "of its own; expected one") for path in twice]
+    findings += [
+        Finding(
+            "image-listed-twice",
+            str(path),
+            "several XML files are about this image, each with objects of its own; expected one",
+        )
+        for path in twice
+    ]
     if source.ignored:
-        findings.append(Finding("unused-list", str(source.ignored[0].parent), f"{len(source.ignored)} lists are of no "
-                                f"known split and were not used: {', '.join(p.name for p in source.ignored[:NAMED])}; "
-                                f"every XML file was taken for train; call them {', '.join(SPLITS[:3])}"))
+        findings.append(
+            Finding(
+                "unused-list",
+                str(source.ignored[0].parent),
+                f"{len(source.ignored)} lists are of no "
+                f"known split and were not used: {', '.join(p.name for p in source.ignored[:NAMED])}; "
+                f"every XML file was taken for train; call them {', '.join(SPLITS[:3])}",
+            )
+        )
     if source.whole:
         findings += pictures.without({image.path for image in found})
     return RawSplit(class_infos(names), found, findings, listed=len(source.files))
@@ -150,17 +173,29 @@ class _Pictures:
         """The image that an annotation file is about."""
         own = self._nearest(self.by_stem.get(fold(file.stem), []), file, file.stem)
         beside = [path for path in own if path.parent.name == file.parent.name]
-        own = beside or own                         # Annotations/a/1.xml is about JPEGImages/a/1.jpg, not b/1.jpg
+        own = beside or own  # Annotations/a/1.xml is about JPEGImages/a/1.jpg, not b/1.jpg
         name = PurePosixPath(said.replace("\\", "/")).name
         named = self.by_name.get(fold(name), []) or self.by_stem.get(fold(name), [])
         if named and (self.wanted[fold(name)] == 1 or not own):
             return self._nearest(named, file, name)[0]
         if named and own and self.wanted[fold(name)] > 1 and own[0] != self._nearest(named, file, name)[0]:
-            findings.append(Finding("filename-repeated", str(file), f"<filename> is {name!r} in "
-                                    f"{self.wanted[fold(name)]} files; {own[0].name}, of this file's name, was taken"))
+            findings.append(
+                Finding(
+                    "filename-repeated",
+                    str(file),
+                    f"<filename> is {name!r} in "
+                    f"{self.wanted[fold(name)]} files; {own[0].name}, of this file's name, was taken",
+                )
+            )
         if len(own) > 1:
-            findings.append(Finding("same-name", str(file), f"{', '.join(path.name for path in own)}: nothing says "
-                                    f"which of them it is about; {own[0].name} was taken"))
+            findings.append(
+                Finding(
+                    "same-name",
+                    str(file),
+                    f"{', '.join(path.name for path in own)}: nothing says "
+                    f"which of them it is about; {own[0].name} was taken",
+                )
+            )
         return own[0] if own else self.folder / (name or f"{file.stem}.jpg")
 
     def _nearest(self, found: list[Path], file: Path, name: str) -> list[Path]:
@@ -171,8 +206,14 @@ class _Pictures:
         beside = sorted(path for paths in self.by_name.values() for path in paths if path not in used)
         if not beside:
             return []
-        return [Finding("unlisted-image", str(self.folder), f"{len(beside)} images have no XML file and are left out: "
-                        f"{', '.join(path.name for path in beside[:NAMED])}{', ...' if len(beside) > NAMED else ''}")]
+        return [
+            Finding(
+                "unlisted-image",
+                str(self.folder),
+                f"{len(beside)} images have no XML file and are left out: "
+                f"{', '.join(path.name for path in beside[:NAMED])}{', ...' if len(beside) > NAMED else ''}",
+            )
+        ]
 
 
 def _own_xml(folder: Path) -> tuple[Path, ...]:
@@ -215,7 +256,7 @@ def _class_names(root: Path) -> list[str]:
         try:
             found.update(_text(thing, "name") for thing in parse(path).findall("object"))
         except DataError as error:
-            faults.append(error)            # `read` names this file
+            faults.append(error)  # `read` names this file
     found.discard("")
     if not found and faults:
         raise DataError(f"{faults[0]}" + (f" ({len(faults)} XML files cannot be read)" if len(faults) > 1 else ""))
@@ -240,17 +281,27 @@ def _stated_size(tree: ElementTree.Element) -> tuple[int, int] | None:
     return (int(size[0]), int(size[1])) if size is not None and min(size) >= 1 else None
 
 
-def _annotate(thing: ElementTree.Element, image: RawImage, index: dict[str, int], file: Path,
-              findings: list[Finding]) -> None:
+def _annotate(
+    thing: ElementTree.Element, image: RawImage, index: dict[str, int], file: Path, findings: list[Finding]
+) -> None:
     name = _text(thing, "name")
     corners = numbers([_number(_text(thing, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")], 4)
     if name not in index:
-        what = f"object {name[:80]!r} is not in classes.txt{did_you_mean(name[:80], index)}" if name \
+        what = (
+            f"object {name[:80]!r} is not in classes.txt{did_you_mean(name[:80], index)}"
+            if name
             else "an object has no name"
+        )
         findings.append(Finding("unknown-class", str(file), what, True, 1))
     elif corners is None:
-        findings.append(Finding("bad-box", str(file), f"an object {name!r} has no bndbox of four finite numbers", True,
-                                1))
+        findings.append(
+            Finding("bad-box", str(file), f"an object {name!r} has no bndbox of four finite numbers", True, 1)
+        )
     else:
-        image.objects.append(RawObject(index[name], (corners[0], corners[1], corners[2], corners[3]),
-                                       crowd=_text(thing, "difficult").lower() in ("1", "true")))
+        image.objects.append(
+            RawObject(
+                index[name],
+                (corners[0], corners[1], corners[2], corners[3]),
+                crowd=_text(thing, "difficult").lower() in ("1", "true"),
+            )
+        )

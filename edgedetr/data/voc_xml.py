@@ -11,9 +11,9 @@ from xml.parsers import expat
 from edgedetr.errors import DataError
 from edgedetr.storage.reading import MARKS, read_bytes
 
-MAX_XML_BYTES = 4 << 20         # a VOC file is a few kilobytes
+MAX_XML_BYTES = 4 << 20  # a VOC file is a few kilobytes
 MAX_DEPTH = 32
-MAX_ELEMENTS = 200_000          # some 13 an object
+MAX_ELEMENTS = 200_000  # some 13 an object
 DECLARED = re.compile(rb"""^\s*<\?xml[^>]{0,200}?encoding\s*=\s*["']([A-Za-z0-9._:-]{1,40})["']""")
 # Encodings of text that people's tools declare; Python knows others that are no text, or that run away.
 TEXT = ("ascii", "utf", "iso8859", "cp", "gb", "big5", "shift", "euc", "koi8", "johab", "mac")
@@ -26,7 +26,7 @@ def parse(file: Path) -> ElementTree.Element:
     """
     content = _text(file, read_bytes(file, DataError, limit=MAX_XML_BYTES, fix="expected a VOC file"))
     builder = ElementTree.TreeBuilder()
-    parser = expat.ParserCreate("utf-8")        # whatever the file declares: it was decoded above
+    parser = expat.ParserCreate("utf-8")  # whatever the file declares: it was decoded above
     depth = elements = 0
 
     def refuse(*_: object) -> None:
@@ -52,7 +52,7 @@ def parse(file: Path) -> ElementTree.Element:
     try:
         parser.Parse(content.encode("utf-8", "strict"), True)
         root = builder.close()
-    except (expat.ExpatError, ValueError, AssertionError) as error:     # ValueError: lone surrogates
+    except (expat.ExpatError, ValueError, AssertionError) as error:  # ValueError: lone surrogates
         raise DataError(f"{file}: no whole XML ({error}); expected a VOC annotation") from error
     if root.tag.rpartition(":")[2].lower() != "annotation":
         cvat = root.tag == "annotations"
@@ -74,9 +74,12 @@ def _text(file: Path, raw: bytes) -> str:
             raise LookupError(f"{encoding} is no encoding of text")
         return raw.decode(encoding)
     except LookupError as error:
-        raise DataError(f"{file}: no whole XML (its declared encoding is {encoding[:40]!r}, which is not known); save "
-                        "it as UTF-8") from error
+        raise DataError(
+            f"{file}: no whole XML (its declared encoding is {encoding[:40]!r}, which is not known); save it as UTF-8"
+        ) from error
     except UnicodeError as error:
         at = getattr(error, "start", 0)
-        raise DataError(f"{file}: no whole XML (not {encoding} text: byte {at} is 0x{raw[at:at + 1].hex() or '??'}); "
-                        "save it as UTF-8") from error
+        raise DataError(
+            f"{file}: no whole XML (not {encoding} text: byte {at} is 0x{raw[at : at + 1].hex() or '??'}); "
+            "save it as UTF-8"
+        ) from error

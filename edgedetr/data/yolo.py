@@ -27,7 +27,7 @@ from edgedetr.storage.reading import read_text
 
 SPLITS = ("train", "val", "test")
 NAMES = ("classes.txt", "obj.names", "_darknet.labels")
-NOTHING = ("null", "Null", "NULL", "~", "None")     # YAML's for no value, and Python's
+NOTHING = ("null", "Null", "NULL", "~", "None")  # YAML's for no value, and Python's
 CONFIGURATIONS = (".yaml", ".yml")
 
 
@@ -58,8 +58,11 @@ def find(root: Path) -> dict[str, Source]:
             found[canonical(folder.name)] = Source((inner,))
     if found or _names_file(root) is None:
         return found
-    lists = {canonical(path.stem): Source((path,)) for path in children(root)
-             if path.suffix.lower() == ".txt" and canonical(path.stem) in SPLITS}
+    lists = {
+        canonical(path.stem): Source((path,))
+        for path in children(root)
+        if path.suffix.lower() == ".txt" and canonical(path.stem) in SPLITS
+    }
     if lists:
         return lists
     for folder in [root, *folders]:
@@ -91,12 +94,20 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
     for place in source.places:
         if os.path.isdir(place):
             images_in(place, broken=nowhere)
-    findings += [Finding("broken-link", str(path), "a link to what is not there; copy the file, or make the link anew",
-                         True) for path in nowhere]
+    findings += [
+        Finding("broken-link", str(path), "a link to what is not there; copy the file, or make the link anew", True)
+        for path in nowhere
+    ]
     for link in (path for place in source.places if os.path.isdir(place) for path in links_as_text(place)):
-        findings.append(Finding("link-as-text", str(link), "a text that names a folder, as a link becomes where links "
-                                "cannot be made; what lies there is left out; put the link or the folder in its place",
-                                True))
+        findings.append(
+            Finding(
+                "link-as-text",
+                str(link),
+                "a text that names a folder, as a link becomes where links "
+                "cannot be made; what lies there is left out; put the link or the folder in its place",
+                True,
+            )
+        )
     labels.close([place for place in source.places if os.path.isdir(place)], pictures, findings)
     return RawSplit(class_infos(names), found, findings)
 
@@ -171,8 +182,10 @@ def _place(places: Places, text: Any, key: str, description: Path) -> Path:
     if place is not None and not os.path.exists(place):
         place = _any_case(places, text)
     if place is None or not (os.path.isdir(place) or (os.path.isfile(place) and not is_image(place))):
-        raise DataError(f"{description}: {key}: {str(text)[:200]!r} is no folder or list inside {places.root}; "
-                        "expected one, as in 'train: images/train'; correct the line or take it out")
+        raise DataError(
+            f"{description}: {key}: {str(text)[:200]!r} is no folder or list inside {places.root}; "
+            "expected one, as in 'train: images/train'; correct the line or take it out"
+        )
     return place
 
 
@@ -199,8 +212,15 @@ def _pictures(root: Path, source: Source, findings: list[Finding]) -> list[Path]
             if path is not None:
                 found.append(path)
             else:
-                findings.append(Finding("path-outside", str(place), f"{line[:200]!r} leaves the data directory; "
-                                        f"write it as it stands below {root}, as in images/train/a.jpg", True))
+                findings.append(
+                    Finding(
+                        "path-outside",
+                        str(place),
+                        f"{line[:200]!r} leaves the data directory; "
+                        f"write it as it stands below {root}, as in images/train/a.jpg",
+                        True,
+                    )
+                )
     return list(dict.fromkeys(found))
 
 
@@ -226,10 +246,12 @@ def _class_names(root: Path) -> tuple[list[str], tuple[int, int] | None]:
         return read_names(named), None
     several = [path.name for path in children(root) if path.suffix.lower() in CONFIGURATIONS and _describes(path)]
     if description is None and len(several) > 1:
-        raise DataError(f"{root}: {', '.join(several[:8])} describe a set each; expected one; call the right one "
-                        "data.yaml")
-    raise DataError(f"{root}: no class names; expected 'names: [first, second]' in data.yaml, "
-                    "or classes.txt with one a line")
+        raise DataError(
+            f"{root}: {', '.join(several[:8])} describe a set each; expected one; call the right one data.yaml"
+        )
+    raise DataError(
+        f"{root}: no class names; expected 'names: [first, second]' in data.yaml, or classes.txt with one a line"
+    )
 
 
 def _in_order(names: dict[str, Any], description: Path) -> list[Any]:
@@ -241,8 +263,14 @@ def _in_order(names: dict[str, Any], description: Path) -> list[Any]:
 def _points(shape: Any, description: Path) -> tuple[int, int] | None:
     if shape is None or shape == "":
         return None
-    if isinstance(shape, list) and len(shape) == 2 and all(
-            isinstance(part, str) and re.fullmatch("[0-9]{1,4}", part) for part in shape) and shape[1] in ("2", "3"):
+    if (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(isinstance(part, str) and re.fullmatch("[0-9]{1,4}", part) for part in shape)
+        and shape[1] in ("2", "3")
+    ):
         return int(shape[0]), int(shape[1])
-    raise DataError(f"{description}: kpt_shape is {str(shape)[:60]}; expected the number of points and of numbers each,"
-                    " as in 'kpt_shape: [17, 3]'")
+    raise DataError(
+        f"{description}: kpt_shape is {str(shape)[:60]}; expected the number of points and of numbers each,"
+        " as in 'kpt_shape: [17, 3]'"
+    )

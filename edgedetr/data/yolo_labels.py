@@ -14,8 +14,8 @@ from edgedetr.data.listing import child, children, files, fold
 from edgedetr.errors import DataError
 from edgedetr.storage.reading import read_text
 
-LIMIT = 2 << 20             # bytes; 20,000 boxes
-SPELLED = 20                # bad lines of one file that are findings of their own
+LIMIT = 2 << 20  # bytes; 20,000 boxes
+SPELLED = 20  # bad lines of one file that are findings of their own
 NOTES = frozenset({"classes", "notes", "labels", "predefined_classes", "train", "val", "valid", "test", "obj"})
 
 
@@ -28,25 +28,31 @@ class Labels:
     def __init__(self, root: Path, classes: int, points: tuple[int, int] | None) -> None:
         self.root, self.classes, self.points = root, classes, points
         self.used: set[str] = set()
-        self.beside: dict[Path, Path | None] = {}           # folder of images -> folder of labels
-        self.listed: dict[Path, dict[str, Path]] = {}       # folder of labels -> label files by folded name
-        self.lengths: Counter[int] = Counter()              # words of the lines that were read as polygons
+        self.beside: dict[Path, Path | None] = {}  # folder of images -> folder of labels
+        self.listed: dict[Path, dict[str, Path]] = {}  # folder of labels -> label files by folded name
+        self.lengths: Counter[int] = Counter()  # words of the lines that were read as polygons
         self.poses = self.found = 0
 
     def fill(self, image: RawImage, findings: list[Finding]) -> None:
         """Read the image's label file into it."""
         file = self.file_of(image.path)
         if file is None:
-            findings.append(Finding("no-label-file", str(image.path), f"no {image.path.stem}.txt; taken as a picture "
-                                    "without objects"))
+            findings.append(
+                Finding(
+                    "no-label-file", str(image.path), f"no {image.path.stem}.txt; taken as a picture without objects"
+                )
+            )
             return
         self.found += 1
         self.used.add(os.path.abspath(file))
         try:
             lines = read_text(file, DataError, limit=LIMIT).splitlines()
         except DataError as error:
-            findings.append(Finding("unreadable-annotation", str(file), f"{error}; its objects are left out", True,
-                                    object_lines(file)))
+            findings.append(
+                Finding(
+                    "unreadable-annotation", str(file), f"{error}; its objects are left out", True, object_lines(file)
+                )
+            )
             return
         bad = []
         for number, line in enumerate(lines, start=1):
@@ -59,33 +65,59 @@ class Labels:
                 bad.append(Finding(what[0], f"{file}:{number}", f"{line.strip()[:60]!r}: {what[1]}", True, 1))
         findings += bad[:SPELLED]
         if len(bad) > SPELLED:
-            findings.append(Finding(bad[SPELLED].kind, str(file), f"and {len(bad) - SPELLED} more such lines", True,
-                                    len(bad) - SPELLED))
+            findings.append(
+                Finding(
+                    bad[SPELLED].kind, str(file), f"and {len(bad) - SPELLED} more such lines", True, len(bad) - SPELLED
+                )
+            )
 
     def close(self, places: Sequence[Path], pictures: Sequence[Path], findings: list[Finding]) -> None:
         """What only shows when all images were read: label files without an image, shared ones, poses."""
         if len(pictures) > 1 and not self.found:
             there = self._labels_of(pictures[0].parent) or f"{self._expected(pictures[0].parent)}, which is not there"
-            findings.append(Finding("no-labels", str(places[0] if places else self.root), f"none of {len(pictures)} "
-                                    f"images has a label file; they were looked for in {there}"))
+            findings.append(
+                Finding(
+                    "no-labels",
+                    str(places[0] if places else self.root),
+                    f"none of {len(pictures)} images has a label file; they were looked for in {there}",
+                )
+            )
         owners: dict[Path, list[Path]] = {}
         for path in pictures:
             if (file := self.file_of(path)) is not None:
                 owners.setdefault(file, []).append(path)
-        findings += [Finding("same-name", str(of[0].parent / of[0].stem), "several images of this name but for the "
-                             "ending share one label file; nothing says whose its objects are")
-                     for of in owners.values() if len(of) > 1]
+        findings += [
+            Finding(
+                "same-name",
+                str(of[0].parent / of[0].stem),
+                "several images of this name but for the "
+                "ending share one label file; nothing says whose its objects are",
+            )
+            for of in owners.values()
+            if len(of) > 1
+        ]
         for folder in dict.fromkeys([*places, *(path.parent for path in pictures)]):
             self._orphans(folder, findings)
         if self.poses:
-            findings.append(Finding("pose-labels", str(self.root), f"{self.poses} lines hold the points of a pose; "
-                                    "their boxes are read and the points are not"))
+            findings.append(
+                Finding(
+                    "pose-labels",
+                    str(self.root),
+                    f"{self.poses} lines hold the points of a pose; their boxes are read and the points are not",
+                )
+            )
         elif len(self.lengths) == 1 and sum(self.lengths.values()) > 3:
-            length, = self.lengths
+            (length,) = self.lengths
             # Corners of turned boxes (9 words) are always four; polygons drawn by people differ in their corners.
             if length != 9:
-                findings.append(Finding("perhaps-pose-labels", str(self.root), f"every line has {length} words and was "
-                                        "read as a polygon; if these are poses, data.yaml needs kpt_shape"))
+                findings.append(
+                    Finding(
+                        "perhaps-pose-labels",
+                        str(self.root),
+                        f"every line has {length} words and was "
+                        "read as a polygon; if these are poses, data.yaml needs kpt_shape",
+                    )
+                )
 
     def _orphans(self, folder: Path, findings: list[Finding]) -> None:
         labels = self._labels_of(folder)
@@ -97,14 +129,21 @@ class Labels:
             absolute = os.path.abspath(file)
             if file.suffix.lower() != ".txt" or absolute in self.used or not os.path.isfile(file):
                 continue
-            self.used.add(absolute)         # folders may lie in one another
+            self.used.add(absolute)  # folders may lie in one another
             name = fold(str(file.relative_to(labels).with_suffix("")))
             if name in images or file.stem.lower() in NOTES or file.stem.lower().startswith("readme"):
                 continue
             count = object_lines(file)
-            if count or labels != folder:       # beside images, a text without objects may be anything
-                findings.append(Finding("label-without-image", str(file), f"no image {file.stem} lies in {folder}; its "
-                                        f"{count} objects are left out", count > 0, count))
+            if count or labels != folder:  # beside images, a text without objects may be anything
+                findings.append(
+                    Finding(
+                        "label-without-image",
+                        str(file),
+                        f"no image {file.stem} lies in {folder}; its {count} objects are left out",
+                        count > 0,
+                        count,
+                    )
+                )
 
     def file_of(self, picture: Path) -> Path | None:
         """The label file of an image: in the folder of labels, else beside the image."""
@@ -114,8 +153,9 @@ class Labels:
             if os.path.isfile(exact):
                 return exact
             if folder not in self.listed:
-                self.listed[folder] = {fold(path.name): path for path in children(folder)} \
-                    if os.path.isdir(folder) else {}
+                self.listed[folder] = (
+                    {fold(path.name): path for path in children(folder)} if os.path.isdir(folder) else {}
+                )
             other = self.listed[folder].get(fold(f"{picture.stem}.txt"))
             if other is not None and os.path.isfile(other):
                 return other
@@ -132,8 +172,8 @@ class Labels:
         at = [place for place, part in enumerate(parts) if part.lower() == "images"]
         if not at:
             return folder
-        labels = child(self.root.joinpath(*parts[:at[-1]]), "labels")
-        for part in parts[at[-1] + 1:]:
+        labels = child(self.root.joinpath(*parts[: at[-1]]), "labels")
+        for part in parts[at[-1] + 1 :]:
             labels = child(labels, part) if labels is not None else None
         return labels
 
@@ -141,7 +181,7 @@ class Labels:
         """Where the labels of a folder's images belong, be there one or not."""
         parts = list(folder.relative_to(self.root).parts)
         at = max(place for place, part in enumerate(parts) if part.lower() == "images")
-        return self.root.joinpath(*parts[:at], "labels", *parts[at + 1:])
+        return self.root.joinpath(*parts[:at], "labels", *parts[at + 1 :])
 
     def _parse(self, words: list[str]) -> RawObject | tuple[str, str]:
         """The object of a line, or the kind and sentence of what is wrong with it."""
@@ -149,8 +189,10 @@ class Labels:
         pose = self._is_pose(words, values)
         polygon = not pose and len(words) >= 7 and len(words) % 2 == 1
         if values is None or not (pose or polygon or len(words) == 5):
-            return "bad-box", (f"{len(words)} words; expected a class and cx cy w h, or a class and at least three "
-                               "corners, all finite numbers")
+            return "bad-box", (
+                f"{len(words)} words; expected a class and cx cy w h, or a class and at least three "
+                "corners, all finite numbers"
+            )
         if values[0] != int(values[0]) or not 0 <= values[0] < self.classes:
             return "unknown-class", f"class {words[0][:40]}; known are 0..{self.classes - 1}"
         if max(abs(value) for value in (values[1:] if polygon else values[1:5])) > 2:

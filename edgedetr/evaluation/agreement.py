@@ -34,8 +34,9 @@ class Parity:
         return asdict(self)
 
 
-def match(reference: Mapping[int, Detections], other: Mapping[int, Detections], *, confidence: float = 0.3,
-          iou: float = 0.5) -> Parity:
+def match(
+    reference: Mapping[int, Detections], other: Mapping[int, Detections], *, confidence: float = 0.3, iou: float = 0.5
+) -> Parity:
     """Compare one to one, same class, overlap at least `iou`, the largest overlap first.
 
     A partner needs only half the confidence: an object at 0.31 against 0.29 is the same object with another score.
@@ -58,8 +59,13 @@ def match(reference: Mapping[int, Detections], other: Mapping[int, Detections], 
     score = np.concatenate([np.zeros(0), *scores])
     corner = np.concatenate([np.zeros(0), *corners])
     return Parity(
-        objects, matched / objects if objects else None, spurious / shown if shown else None,
-        _mean(score), _p99(score), _mean(corner), _p99(corner),
+        objects,
+        matched / objects if objects else None,
+        spurious / shown if shown else None,
+        _mean(score),
+        _p99(score),
+        _mean(corner),
+        _p99(corner),
     )
 
 

@@ -41,15 +41,28 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 
 # What is delivered and therefore verified. OpenVINO gets the signed graph: it refuses some of ONNX Runtime's dialect.
-VERIFIED = (("onnx", "onnxruntime"), ("fp16", "onnxruntime"), ("int8", "onnxruntime"), ("int8", "openvino"),
-            ("int8-cpu", "onnxruntime"), ("onnx", "onnxruntime-cuda"), ("fp16", "onnxruntime-cuda"))
+VERIFIED = (
+    ("onnx", "onnxruntime"),
+    ("fp16", "onnxruntime"),
+    ("int8", "onnxruntime"),
+    ("int8", "openvino"),
+    ("int8-cpu", "onnxruntime"),
+    ("onnx", "onnxruntime-cuda"),
+    ("fp16", "onnxruntime-cuda"),
+)
 # Made for TensorRT, with FP16 in it, which CPU libraries round late or never: on a CPU ONNX Runtime scores the twin
 # (twin.py), and its time says nothing. OpenVINO leaves the twin's pairs out, so it never scores FP16.
 TWINS = ("fp16", "int8")
 # The float32 of each library is what its INT8 is compared with; never more than three OpenVINO models at a time,
 # because more of them slow each other down through their threads.
-BENCHED = (("onnx", "onnxruntime"), ("int8-cpu", "onnxruntime"), ("int8", "openvino"), ("onnx", "openvino"),
-           ("onnx", "onnxruntime-cuda"), ("fp16", "onnxruntime-cuda"))
+BENCHED = (
+    ("onnx", "onnxruntime"),
+    ("int8-cpu", "onnxruntime"),
+    ("int8", "openvino"),
+    ("onnx", "openvino"),
+    ("onnx", "onnxruntime-cuda"),
+    ("fp16", "onnxruntime-cuda"),
+)
 
 
 @dataclass
@@ -76,8 +89,12 @@ class StageRun:
     rows: dict[int, list[Detections]] = field(default_factory=dict)
 
 
-def candidates(bundle: Bundle, pairs: Sequence[tuple[str, str]], stages: Collection[str] | None = None,
-               backends: Collection[str] | None = None) -> list[tuple[str, str]]:
+def candidates(
+    bundle: Bundle,
+    pairs: Sequence[tuple[str, str]],
+    stages: Collection[str] | None = None,
+    backends: Collection[str] | None = None,
+) -> list[tuple[str, str]]:
     """Those (stage, backend) of `pairs` that are asked for, have been exported and can run here."""
     for words, known, what in ((stages, STAGES, "stage"), (backends, BACKENDS, "backend")):
         for word in words or ():
@@ -88,7 +105,7 @@ def candidates(bundle: Bundle, pairs: Sequence[tuple[str, str]], stages: Collect
         if (stages and stage not in stages) or (backends and backend not in backends):
             continue
         if not stages and STAGES[stage] not in bundle.manifest.files:
-            continue            # not exported yet, and not asked for
+            continue  # not exported yet, and not asked for
         bundle.require(STAGES[stage])
         if backend == "onnxruntime" and stage in TWINS and not find_spec("onnx"):
             log.warning("%s is not scored: %s", stage, missing("onnx"))
@@ -97,8 +114,10 @@ def candidates(bundle: Bundle, pairs: Sequence[tuple[str, str]], stages: Collect
         elif backends:
             raise MissingDependency(reason)
     if not chosen:
-        raise BundleError(f"{bundle.path}: nothing to run for stages {sorted(stages or STAGES)} on "
-                          f"{sorted(backends or BACKENDS)}; run: edgedetr export {bundle.path}")
+        raise BundleError(
+            f"{bundle.path}: nothing to run for stages {sorted(stages or STAGES)} on "
+            f"{sorted(backends or BACKENDS)}; run: edgedetr export {bundle.path}"
+        )
     return chosen
 
 
@@ -107,8 +126,10 @@ def exact_here(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     cut = ("int8", "openvino")
     if cut not in pairs or not int8_saturates():
         return list(pairs)
-    log.warning("int8 is not run in OpenVINO: this CPU has no 8-bit dot product, and OpenVINO's 16-bit sums saturate "
-                "on it, which says nothing about the file; ask for it with: --backend openvino")
+    log.warning(
+        "int8 is not run in OpenVINO: this CPU has no 8-bit dot product, and OpenVINO's 16-bit sums saturate "
+        "on it, which says nothing about the file; ask for it with: --backend openvino"
+    )
     return [pair for pair in pairs if pair != cut]
 
 
@@ -120,20 +141,33 @@ def load_split(bundle: Bundle, data: str | Path | None = None, split: str | None
     record = bundle.manifest.data
     if data is None and record is None:
         raise UsageError(f"{bundle.path} records no data set; name one with --data DIR")
-    dataset = layouts.load(data if data is not None else record.path,                   # type: ignore[union-attr]  # above
-                           split or (record.verify_split if record else "test"), classes=bundle.manifest.classes)
+    dataset = layouts.load(
+        data if data is not None else record.path,  # type: ignore[union-attr]  # above
+        split or (record.verify_split if record else "test"),
+        classes=bundle.manifest.classes,
+    )
     if not len(dataset):
-        raise DataError(f"{dataset.root}: split {dataset.name!r} has no usable picture; "
-                        f"run: edgedetr data check {dataset.root}")
+        raise DataError(
+            f"{dataset.root}: split {dataset.name!r} has no usable picture; run: edgedetr data check {dataset.root}"
+        )
     if not any((~sample.crowd).any() for sample in dataset.samples):
-        raise DataError(f"{dataset.root}: split {dataset.name!r} has no object to measure AP on; "
-                        f"run: edgedetr data check {dataset.root}")
+        raise DataError(
+            f"{dataset.root}: split {dataset.name!r} has no object to measure AP on; "
+            f"run: edgedetr data check {dataset.root}"
+        )
     return dataset
 
 
-def run_stages(bundle: Bundle, dataset: DetectionSet, pairs: Sequence[tuple[str, str]], *, threads: int | None = None,
-               oracle_images: int = 0, progress: Progress | None = None,
-               engines: Sequence[Engine] = ()) -> list[StageRun]:
+def run_stages(
+    bundle: Bundle,
+    dataset: DetectionSet,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    threads: int | None = None,
+    oracle_images: int = 0,
+    progress: Progress | None = None,
+    engines: Sequence[Engine] = (),
+) -> list[StageRun]:
     """Every picture is read once and goes through every stage, one stage after the other in changing order.
 
     engines   are run after `pairs`, in the same turns
@@ -184,7 +218,7 @@ def _twin(bundle: Bundle, stage: str, threads: int | None) -> Detector:
 
 
 def _load(bundle: Bundle, run: StageRun, threads: int | None) -> Detector | None:
-    bundle.require(STAGES[run.stage])       # a missing or stale file is the caller's error, not the backend's fault
+    bundle.require(STAGES[run.stage])  # a missing or stale file is the caller's error, not the backend's fault
     try:
         if run.engine is not None:
             return load_engine(bundle, run.engine)
@@ -196,7 +230,7 @@ def _load(bundle: Bundle, run: StageRun, threads: int | None) -> Detector | None
 
 
 def _oracles(bundle: Bundle, runs: Sequence[StageRun], threads: int | None) -> dict[str, Detector]:
-    runs = [run for run in runs if run.engine is None]      # a board's CPU would take hours for what was done elsewhere
+    runs = [run for run in runs if run.engine is None]  # a board's CPU would take hours for what was done elsewhere
     if not runs:
         return {}
     if not find_spec("onnxruntime"):
@@ -207,8 +241,9 @@ def _oracles(bundle: Bundle, runs: Sequence[StageRun], threads: int | None) -> d
     return {stage: _twin(bundle, stage, threads) for stage in judged}
 
 
-def _one(run: StageRun, detector: Detector, batch: np.ndarray, geometry: list[preprocess.Geometry],
-         image_id: int) -> None:
+def _one(
+    run: StageRun, detector: Detector, batch: np.ndarray, geometry: list[preprocess.Geometry], image_id: int
+) -> None:
     raw = []
     try:
         seconds = timed(lambda: raw.append(detector.run_raw(batch)))
@@ -219,8 +254,9 @@ def _one(run: StageRun, detector: Detector, batch: np.ndarray, geometry: list[pr
         _fail(run, f"image id {image_id}: {error}")
 
 
-def _full_batch(run: StageRun, detector: Detector, batch: np.ndarray, geometry: list[preprocess.Geometry],
-                image_id: int) -> None:
+def _full_batch(
+    run: StageRun, detector: Detector, batch: np.ndarray, geometry: list[preprocess.Geometry], image_id: int
+) -> None:
     """One picture in every row of the largest batch: TensorRT 10.14 and 11.1 gave other results in other rows."""
     run.full_batch = detector.runner.batch or int(getattr(detector.runner, "largest_batch", 1))
     if run.full_batch == 1:
@@ -232,8 +268,9 @@ def _full_batch(run: StageRun, detector: Detector, batch: np.ndarray, geometry: 
         _fail(run, f"image id {image_id}, batch of {run.full_batch}: {error}")
 
 
-def _warm_up(runs: Sequence[StageRun], loaded: dict[int, Detector], oracles: dict[str, Detector],
-             batch: np.ndarray) -> None:
+def _warm_up(
+    runs: Sequence[StageRun], loaded: dict[int, Detector], oracles: dict[str, Detector], batch: np.ndarray
+) -> None:
     """The first run of each, which is not timed; who cannot run at all is recorded with its fault."""
     for run in runs:
         if id(run) in loaded:
@@ -249,8 +286,13 @@ def _warm_up(runs: Sequence[StageRun], loaded: dict[int, Detector], oracles: dic
             del oracles[stage]
 
 
-def _seen(runs: Sequence[StageRun], oracles: dict[str, Detector], batch: np.ndarray,
-          geometry: list[preprocess.Geometry], image_id: int) -> dict[str, Detections]:
+def _seen(
+    runs: Sequence[StageRun],
+    oracles: dict[str, Detector],
+    batch: np.ndarray,
+    geometry: list[preprocess.Geometry],
+    image_id: int,
+) -> dict[str, Detections]:
     """What each oracle finds; where that is NaN, the graph itself is bad, whoever runs it."""
     seen = {}
     for stage, oracle in list(oracles.items()):
@@ -266,8 +308,10 @@ def _seen(runs: Sequence[StageRun], oracles: dict[str, Detector], batch: np.ndar
 
 def _decoded(raw: RawOutputs, geometry: list[preprocess.Geometry], detector: Detector) -> list[Detections]:
     if not (np.isfinite(raw.logits).all() and np.isfinite(raw.boxes).all()):
-        raise ModelError(f"{detector.stage} gives NaN or infinity: its file, or the weights that it was made from, are "
-                         "no use; run: edgedetr export BUNDLE, and where that changes nothing train again")
+        raise ModelError(
+            f"{detector.stage} gives NaN or infinity: its file, or the weights that it was made from, are "
+            "no use; run: edgedetr export BUNDLE, and where that changes nothing train again"
+        )
     return decode(raw, geometry, detector.classes, detector.output)
 
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from edgedetr.evaluation.coco_metrics import ClassMatches, Matches
 
-RECALLS = np.linspace(0.0, 1.00, 101)       # pycocotools' recThrs
-TINY = np.spacing(1)                        # pycocotools adds it to the denominator of precision
-CELLS = 4_000_000                           # resamples x detections held at a time: 32 MB per array
+RECALLS = np.linspace(0.0, 1.00, 101)  # pycocotools' recThrs
+TINY = np.spacing(1)  # pycocotools adds it to the denominator of precision
+CELLS = 4_000_000  # resamples x detections held at a time: 32 MB per array
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def compare(reference_ap: np.ndarray, other_ap: np.ndarray) -> PairedDrop:
     drops = reference_ap - other_ap
     drop, resampled = float(drops[0]), drops[1:][np.isfinite(drops[1:])]
     if not resampled.size:
-        return PairedDrop(drop, -100.0, 100.0, float("nan"), 100.0, 0)      # nothing was learned: the widest bounds
+        return PairedDrop(drop, -100.0, 100.0, float("nan"), 100.0, 0)  # nothing was learned: the widest bounds
     lower, upper = (float(v) for v in np.percentile(resampled, [5, 95]))
     return PairedDrop(drop, lower, upper, float(resampled.std()), max(0.0, upper - drop), len(resampled))
 
@@ -90,19 +90,19 @@ def _class_ap(matched: ClassMatches, counts: np.ndarray, objects: np.ndarray) ->
     Precision rises only at a hit, so the envelope at the hits decides. A hit that lifts the number of hits from m to n
     brings the recall thresholds in (m / objects, n / objects] its envelope; the first hit also brings threshold 0.
     """
-    weight = counts.astype(np.int32)[:, matched.image]          # [R, D]
-    seen = np.cumsum(weight, axis=1, dtype=np.int32)            # detections so far, with multiplicity
+    weight = counts.astype(np.int32)[:, matched.image]  # [R, D]
+    seen = np.cumsum(weight, axis=1, dtype=np.int32)  # detections so far, with multiplicity
     result = np.zeros(len(counts))
     for hit, ignored in zip(matched.hit, matched.ignored):
         at = np.flatnonzero(hit)
         if not at.size:
             continue
-        hits = np.cumsum(weight[:, at], axis=1)         # [R, P]
+        hits = np.cumsum(weight[:, at], axis=1)  # [R, P]
         judged = seen[:, at] - np.cumsum(weight * ignored, axis=1)[:, at] if ignored.any() else seen[:, at]
         precision = hits / (judged + TINY)
         envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         reached = np.searchsorted(RECALLS, hits / np.maximum(objects, 1)[:, None], side="right")
-        reached[hits == 0] = 0                          # threshold 0 belongs to the first hit
+        reached[hits == 0] = 0  # threshold 0 belongs to the first hit
         gained = np.diff(reached, axis=1, prepend=0)
         result += (envelope * gained).sum(axis=1) / len(RECALLS)
     return result / len(matched.hit)

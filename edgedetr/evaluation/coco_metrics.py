@@ -20,7 +20,7 @@ from edgedetr.evaluation.reference import GroundTruth
 from edgedetr.packages import missing
 from edgedetr.runtime.detections import Detections
 
-MAX_DETECTIONS = 100    # per picture and class, pycocotools' own
+MAX_DETECTIONS = 100  # per picture and class, pycocotools' own
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Metrics:
     ap_medium: float | None
     ap_large: float | None
     ar100: float | None
-    per_class: dict[str, float | None]      # class name (with its id, where two are equal) -> AP
-    doubled: float | None                   # per cent of the objects shown that are shown twice
+    per_class: dict[str, float | None]  # class name (with its id, where two are equal) -> AP
+    doubled: float | None  # per cent of the objects shown that are shown twice
     matches: Matches
 
     def to_json(self) -> dict[str, object]:
@@ -70,8 +70,9 @@ class Metrics:
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "matches"}
 
 
-def evaluate(truth: DetectionSet | GroundTruth, detections: Mapping[int, Detections], *,
-             by_size: bool = True) -> Metrics:
+def evaluate(
+    truth: DetectionSet | GroundTruth, detections: Mapping[int, Detections], *, by_size: bool = True
+) -> Metrics:
     """Metrics of detections (by image id; a picture without an entry has none) against the ground truth.
 
     by_size   False leaves AP of small, medium and large objects out (None), in well under half the time
@@ -79,8 +80,10 @@ def evaluate(truth: DetectionSet | GroundTruth, detections: Mapping[int, Detecti
     truth = truth if isinstance(truth, GroundTruth) else GroundTruth.of(truth)
     unknown = set(detections) - set(truth.image_ids.tolist())
     if unknown:
-        raise DataError(f"detections for image id {min(unknown)}, which the ground truth does not have "
-                        f"({len(unknown)} such); expected detections of the same split")
+        raise DataError(
+            f"detections for image id {min(unknown)}, which the ground truth does not have "
+            f"({len(unknown)} such); expected detections of the same split"
+        )
     if not len(truth):
         raise DataError("the ground truth has no pictures; expected at least one; run: edgedetr data check DIR")
     judge = _run(truth, detections, by_size)
@@ -95,8 +98,13 @@ def _run(truth: GroundTruth, detections: Mapping[int, Detections], by_size: bool
         raise MissingDependency(missing("pycocotools", error)) from error
     images = [{"id": int(i), "height": int(h), "width": int(w)} for i, (h, w) in zip(truth.image_ids, truth.sizes)]
     categories = [{"id": c.index, "name": c.name} for c in truth.classes]
-    objects_of = zip(truth.image_ids[truth.image].tolist(), truth.labels.tolist(), _xywh(truth.boxes),
-                     truth.areas.tolist(), truth.crowd.tolist())
+    objects_of = zip(
+        truth.image_ids[truth.image].tolist(),
+        truth.labels.tolist(),
+        _xywh(truth.boxes),
+        truth.areas.tolist(),
+        truth.crowd.tolist(),
+    )
     # pycocotools marks "matched" by the annotation's id, so no id may be 0.
     annotations = [
         {"id": n, "image_id": i, "category_id": label, "bbox": box, "area": area, "iscrowd": int(crowd)}
@@ -108,12 +116,20 @@ def _run(truth: GroundTruth, detections: Mapping[int, Detections], by_size: bool
         if found is None:
             continue
         results += [
-            {"id": n, "image_id": i, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0,
-             "score": score}
+            {
+                "id": n,
+                "image_id": i,
+                "category_id": label,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+                "score": score,
+            }
             for n, (box, score, label) in enumerate(
-                zip(_xywh(found.xyxy), found.confidence.tolist(), found.class_id.tolist()), start=len(results) + 1)
+                zip(_xywh(found.xyxy), found.confidence.tolist(), found.class_id.tolist()), start=len(results) + 1
+            )
         ]
-    with contextlib.redirect_stdout(io.StringIO()):     # pycocotools prints its progress
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         objects, found_set = COCO(), COCO()
         objects.dataset = {"images": images, "categories": categories, "annotations": annotations}
         found_set.dataset = {"images": images, "categories": categories, "annotations": results}
@@ -135,37 +151,45 @@ def _xywh(boxes: np.ndarray) -> list[list[float]]:
 
 
 def _metrics(truth: GroundTruth, judge: Any, twice: float | None) -> Metrics:
-    precision, recall = judge.eval["precision"], judge.eval["recall"]     # [10, 101, K, 4, 3], [10, K, 4, 3]
+    precision, recall = judge.eval["precision"], judge.eval["recall"]  # [10, 101, K, 4, 3], [10, K, 4, 3]
 
     def mean(values: np.ndarray) -> float | None:
         values = values[values > -1]
         return float(values.mean() * 100) if values.size else None
 
-    full = precision[..., -1]       # 100 detections
+    full = precision[..., -1]  # 100 detections
     small, medium, large = (mean(full[..., n]) for n in (1, 2, 3)) if full.shape[3] == 4 else (None, None, None)
     per_class = {name: mean(full[:, :, c.index, 0]) for name, c in zip(display_names(truth.classes), truth.classes)}
     return Metrics(
-        ap=mean(full[..., 0]), ap50=mean(full[0, ..., 0]), ap75=mean(full[5, ..., 0]),
-        ap_small=small, ap_medium=medium, ap_large=large,
-        ar100=mean(recall[:, :, 0, -1]), per_class=per_class, doubled=twice,
+        ap=mean(full[..., 0]),
+        ap50=mean(full[0, ..., 0]),
+        ap75=mean(full[5, ..., 0]),
+        ap_small=small,
+        ap_medium=medium,
+        ap_large=large,
+        ar100=mean(recall[:, :, 0, -1]),
+        per_class=per_class,
+        doubled=twice,
         matches=_matches(truth, judge),
     )
 
 
 def _matches(truth: GroundTruth, judge: Any) -> Matches:
     """Collect pycocotools' per-image matches of area range "all", sorted as its accumulate() sorts them."""
-    order = [int(i) for i in judge.params.imgIds]       # sorted by pycocotools
+    order = [int(i) for i in judge.params.imgIds]  # sorted by pycocotools
     place = {int(i): n for n, i in enumerate(truth.image_ids)}
     position = np.array([place[i] for i in order], np.int64)
     areas, images = len(judge.params.areaRng), len(order)
     classes = []
     for k in range(len(truth.classes)):
         start = k * areas * images
-        kept = [(n, e) for n, e in enumerate(judge.evalImgs[start:start + images]) if e is not None]
+        kept = [(n, e) for n, e in enumerate(judge.evalImgs[start : start + images]) if e is not None]
         thresholds = len(judge.params.iouThrs)
         scores = np.concatenate([np.zeros(0), *(e["dtScores"][:MAX_DETECTIONS] for _, e in kept)])
-        image = np.repeat([position[n] for n, _ in kept] or np.zeros(0, np.int64),
-                          [len(e["dtScores"][:MAX_DETECTIONS]) for _, e in kept] or np.zeros(0, np.int64))
+        image = np.repeat(
+            [position[n] for n, _ in kept] or np.zeros(0, np.int64),
+            [len(e["dtScores"][:MAX_DETECTIONS]) for _, e in kept] or np.zeros(0, np.int64),
+        )
         none = np.zeros((thresholds, 0))
         matched = np.concatenate([none, *(e["dtMatches"][:, :MAX_DETECTIONS] for _, e in kept)], axis=1) != 0
         ignored = np.concatenate([none, *(e["dtIgnore"][:, :MAX_DETECTIONS] for _, e in kept)], axis=1) != 0
@@ -173,6 +197,9 @@ def _matches(truth: GroundTruth, judge: Any) -> Matches:
         for n, e in kept:
             objects[position[n]] = int(np.count_nonzero(np.asarray(e["gtIgnore"]) == 0))
         falling = np.argsort(-scores, kind="mergesort")
-        classes.append(ClassMatches(image[falling].astype(np.int64), (matched & ~ignored)[:, falling],
-                                    ignored[:, falling], objects))
+        classes.append(
+            ClassMatches(
+                image[falling].astype(np.int64), (matched & ~ignored)[:, falling], ignored[:, falling], objects
+            )
+        )
     return Matches(tuple(classes), images)

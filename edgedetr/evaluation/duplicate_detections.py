@@ -12,8 +12,8 @@ import numpy as np
 from edgedetr import boxes as box
 from edgedetr.runtime.detections import Detections
 
-CONFIDENCE = 0.3        # what a viewer would be shown
-OVERLAP = 0.7           # IoU of two boxes that mean one object
+CONFIDENCE = 0.3  # what a viewer would be shown
+OVERLAP = 0.7  # IoU of two boxes that mean one object
 
 
 def doubled(detections: Mapping[int, Detections]) -> float | None:

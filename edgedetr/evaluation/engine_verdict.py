@@ -66,8 +66,7 @@ class DeviceVerdict(Verdict):
     recommended: str = ""
 
 
-def fitting(bundle: Bundle, stages: Collection[str] | None,
-            backends: Collection[str] | None) -> tuple[Engine, ...]:
+def fitting(bundle: Bundle, stages: Collection[str] | None, backends: Collection[str] | None) -> tuple[Engine, ...]:
     """The engines to verify: those that fit here, unless other backends are asked for."""
     if backends and "tensorrt" not in backends:
         return ()
@@ -76,8 +75,10 @@ def fitting(bundle: Bundle, stages: Collection[str] | None,
         log.warning("%s", reason)
     chosen = tuple(engine for engine in found.fitting if not stages or engine.stage in stages)
     if backends and not chosen:
-        raise EngineError(f"{bundle.path}: no engine that fits here{''.join(f'; {why}' for why in found.refused)}; "
-                          f"run: edgedetr build {bundle.path}")
+        raise EngineError(
+            f"{bundle.path}: no engine that fits here{''.join(f'; {why}' for why in found.refused)}; "
+            f"run: edgedetr build {bundle.path}"
+        )
     return chosen
 
 
@@ -89,21 +90,34 @@ def judge_engine(run: StageRun, engine: Engine, verdict: StageVerdict) -> Engine
     if share is None:
         notes.append("the inspector names no layer with weights, so its precision cannot be told")
     elif share < LEAST_SHARE.get(told.arguments.precision, 0):
-        problems.append(f"{told.arguments.precision.upper()} in name only: {100 * share:.0f} % of the layers with "
-                        f"weights run in it, the others in {_others(engine)}")
+        problems.append(
+            f"{told.arguments.precision.upper()} in name only: {100 * share:.0f} % of the layers with "
+            f"weights run in it, the others in {_others(engine)}"
+        )
     if rows is not None and rows < ROWS_MATCHED:
-        problems.append(f"equal pictures in a batch of {run.full_batch} give different objects: {100 * rows:.0f} % in "
-                        f"common (TensorRT issue 4813); use batch 1, or export with --sampling gather and build again")
+        problems.append(
+            f"equal pictures in a batch of {run.full_batch} give different objects: {100 * rows:.0f} % in "
+            f"common (TensorRT issue 4813); use batch 1, or export with --sampling gather and build again"
+        )
     return EngineVerdict(
         **{name: getattr(verdict, name) for name in StageVerdict.__dataclass_fields__}
-        | {"passed": verdict.passed and not problems, "size_mb": told.plan_bytes / 1e6,
-           "note": "; ".join([*problems, *notes]),
-           "name": engine.stage_name},
-        engine=engine.path.name, batch=engine.batch or 1, share=share, reformats=told.layers.reformats, rows=rows)
+        | {
+            "passed": verdict.passed and not problems,
+            "size_mb": told.plan_bytes / 1e6,
+            "note": "; ".join([*problems, *notes]),
+            "name": engine.stage_name,
+        },
+        engine=engine.path.name,
+        batch=engine.batch or 1,
+        share=share,
+        reformats=told.layers.reformats,
+        rows=rows,
+    )
 
 
-def conclude(bundle: Bundle, config: VerifyConfig, verdicts: Sequence[StageVerdict],
-             runs: Sequence[StageRun]) -> DeviceVerdict:
+def conclude(
+    bundle: Bundle, config: VerifyConfig, verdicts: Sequence[StageVerdict], runs: Sequence[StageRun]
+) -> DeviceVerdict:
     """INT8 beside FP16, and which engine to use; `verdicts` begin with torch's."""
     judged = _beside_fp16(bundle, verdicts)
     used = [run.engine for run in runs if run.engine is not None]
@@ -111,8 +125,15 @@ def conclude(bundle: Bundle, config: VerifyConfig, verdicts: Sequence[StageVerdi
     best = min(passed, key=lambda v: (v.p50_ms or 0.0) / v.batch, default=None)
     told = used[0].told
     return DeviceVerdict(
-        all(v.passed for v in judged), config.budget, max(v.drop_upper95 for v in judged), tuple(judged),
-        f"{told.device} (sm_{told.sm})", told.tensorrt, jetson.read().conditions(), best.engine if best else "")
+        all(v.passed for v in judged),
+        config.budget,
+        max(v.drop_upper95 for v in judged),
+        tuple(judged),
+        f"{told.device} (sm_{told.sm})",
+        told.tensorrt,
+        jetson.read().conditions(),
+        best.engine if best else "",
+    )
 
 
 def _beside_fp16(bundle: Bundle, verdicts: Sequence[StageVerdict]) -> list[StageVerdict]:
@@ -124,11 +145,13 @@ def _beside_fp16(bundle: Bundle, verdicts: Sequence[StageVerdict]) -> list[Stage
         if isinstance(verdict, EngineVerdict) and verdict.name.startswith("int8"):
             half = halves.get(verdict.batch)
             if half is None:
-                word = ("no FP16 engine of this batch to compare with; "
-                        f"run: edgedetr build {bundle.path} --precision fp16")
+                word = (
+                    f"no FP16 engine of this batch to compare with; run: edgedetr build {bundle.path} --precision fp16"
+                )
             elif verdict.p50_ms is not None and half.p50_ms is not None and verdict.p50_ms >= half.p50_ms:
-                word = (f"not faster than FP16 on this device ({verdict.p50_ms:.2f} against {half.p50_ms:.2f} ms)"
-                        + ("; FP16 is recommended" if half.passed else ""))
+                word = f"not faster than FP16 on this device ({verdict.p50_ms:.2f} against {half.p50_ms:.2f} ms)" + (
+                    "; FP16 is recommended" if half.passed else ""
+                )
         judged.append(replace(verdict, note="; ".join(filter(None, [verdict.note, word]))))
     return judged
 
@@ -143,7 +166,8 @@ def record(bundle: Bundle, verdict: DeviceVerdict, runs: Sequence[StageRun]) -> 
         if run.engine is not None:
             found = by_name[run.engine.path.name]
             folders.setdefault(run.engine.path.parent, {})[run.engine.told.plan_sha256] = Measured(
-                found.passed, found.p50_ms, here)
+                found.passed, found.p50_ms, here
+            )
             sources.append(run.engine.told.onnx)
     for folder, measured in folders.items():
         select.record(folder, measured)
@@ -160,8 +184,9 @@ def _rows(run: StageRun) -> float | None:
     worst = None
     for number in range(1, run.full_batch):
         for a, b in ((0, number), (number, 0)):
-            matched = match({i: rows[a] for i, rows in run.rows.items()},
-                            {i: rows[b] for i, rows in run.rows.items()}).matched
+            matched = match(
+                {i: rows[a] for i, rows in run.rows.items()}, {i: rows[b] for i, rows in run.rows.items()}
+            ).matched
             if matched is not None:
                 worst = matched if worst is None else min(worst, matched)
     return worst

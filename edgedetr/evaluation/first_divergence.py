@@ -19,8 +19,8 @@ from edgedetr.onnx_graph.fp16_simulation import twin
 from edgedetr.packages import missing
 from edgedetr.runtime.backends import onnxruntime, openvino
 
-GROUP = 12              # tensors exposed at a time
-SQNR_FLOOR = 20.0       # dB; rounding flips leave 25 and more, broken kernels were seen at 1 to 6
+GROUP = 12  # tensors exposed at a time
+SQNR_FLOOR = 20.0  # dB; rounding flips leave 25 and more, broken kernels were seen at 1 to 6
 
 Tensors = Callable[[bytes, np.ndarray, Sequence[str]], dict[str, np.ndarray]]
 
@@ -36,12 +36,15 @@ class Departure:
     inputs_db: float
 
     def __str__(self) -> str:
-        return (f"{self.operator} {self.node!r}: {self.sqnr_db:.1f} dB against the oracle, "
-                f"its inputs {self.inputs_db:.1f} dB or better")
+        return (
+            f"{self.operator} {self.node!r}: {self.sqnr_db:.1f} dB against the oracle, "
+            f"its inputs {self.inputs_db:.1f} dB or better"
+        )
 
 
-def first_departure(model: str | Path, backend: str, images: np.ndarray, *, floor: float = SQNR_FLOOR,
-                    threads: int | None = None) -> Departure | None:
+def first_departure(
+    model: str | Path, backend: str, images: np.ndarray, *, floor: float = SQNR_FLOOR, threads: int | None = None
+) -> Departure | None:
     """The first node at which `backend` leaves the oracle, or None where logits and boxes agree.
 
     model    an ONNX file
@@ -58,8 +61,9 @@ def first_departure(model: str | Path, backend: str, images: np.ndarray, *, floo
     return search(Path(model), known[backend], images, floor=floor, threads=threads)
 
 
-def search(model: Path, run: Tensors, images: np.ndarray, *, floor: float = SQNR_FLOOR,
-           threads: int | None = None) -> Departure | None:
+def search(
+    model: Path, run: Tensors, images: np.ndarray, *, floor: float = SQNR_FLOOR, threads: int | None = None
+) -> Departure | None:
     """As first_departure, for any function that runs a serialised model and returns named tensors."""
     graph = _Graph(model, run, images, threads)
     graph.measure(graph.outputs)
@@ -76,7 +80,7 @@ def search(model: Path, run: Tensors, images: np.ndarray, *, floor: float = SQNR
         if not [p for p in parents if p not in graph.sqnr]:
             return graph.departure(bad, parents)
         # The parents, and a spread over everything before them: long graphs shrink by a factor of GROUP each time.
-        first = [p for p in parents if p not in graph.sqnr][:GROUP // 2]
+        first = [p for p in parents if p not in graph.sqnr][: GROUP // 2]
         spread = [unknown[int(i)] for i in np.linspace(0, len(unknown) - 1, GROUP - len(first))]
         group = sorted({*first, *spread}, key=graph.order.__getitem__)
         graph.measure(group)
@@ -86,7 +90,7 @@ def search(model: Path, run: Tensors, images: np.ndarray, *, floor: float = SQNR
 def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
     """10 log10 of the reference's power over the difference's; infinite where they are equal."""
     reference, other = reference.astype(np.float64), other.astype(np.float64)
-    noise, signal = float(((reference - other) ** 2).mean()), float((reference ** 2).mean())
+    noise, signal = float(((reference - other) ** 2).mean()), float((reference**2).mean())
     if noise == 0:
         return float("inf")
     return float(10 * np.log10(signal / noise)) if signal > 0 and np.isfinite(noise) else float("-inf")
@@ -158,5 +162,10 @@ class _Graph:
 
     def departure(self, tensor: str, parents: Sequence[str]) -> Departure:
         node = self.producer[tensor]
-        return Departure(node.name or tensor, node.op_type, tensor, self.sqnr[tensor],
-                         min((self.sqnr[p] for p in parents), default=float("inf")))
+        return Departure(
+            node.name or tensor,
+            node.op_type,
+            tensor,
+            self.sqnr[tensor],
+            min((self.sqnr[p] for p in parents), default=float("inf")),
+        )

@@ -19,15 +19,26 @@ from edgedetr.errors import BundleError
 
 MEBIBYTE = 1 << 20
 LARGEST_FILE = 512 * MEBIBYTE
-LARGEST = 1024 * MEBIBYTE       # of all arrays together
-FREE, RATIO = 64 * MEBIBYTE, 32     # and no more than this and so many times the file: real sets compress 5 to 15 times
-DIRECTORY = 64 << 10            # bytes of the list of a zip file's members; ours has about 1 kB
-LONGEST_TEXT = 4096             # characters of a name or a path
+LARGEST = 1024 * MEBIBYTE  # of all arrays together
+FREE, RATIO = 64 * MEBIBYTE, 32  # and no more than this and so many times the file: real sets compress 5 to 15 times
+DIRECTORY = 64 << 10  # bytes of the list of a zip file's members; ours has about 1 kB
+LONGEST_TEXT = 4096  # characters of a name or a path
 # What numpy writes before the numbers, format 1.0; the one form that is read.
-HEADER = re.compile(rb"\{'descr': '([<>|=])([a-zA-Z])([0-9]{0,6})', 'fortran_order': (True|False), "
-                    rb"'shape': \(((?:[0-9]{1,15}, ?)*(?:[0-9]{1,15})?)\), \} *\n")
-FAULTS = (ValueError, KeyError, OSError, EOFError, RuntimeError, OverflowError, struct.error, zlib.error,
-          zipfile.BadZipFile)
+HEADER = re.compile(
+    rb"\{'descr': '([<>|=])([a-zA-Z])([0-9]{0,6})', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:[0-9]{1,15}, ?)*(?:[0-9]{1,15})?)\), \} *\n"
+)
+FAULTS = (
+    ValueError,
+    KeyError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +69,9 @@ def read(path: str | Path, columns: Mapping[str, Column], *, fix: str) -> dict[s
         with os.fdopen(handle, "rb") as stream:
             return _read(stream, columns)
     except FAULTS as error:
-        raise BundleError(f"{path}: damaged or of another kind ({error}); expected arrays written by edgedetr; "
-                          f"run: {fix}") from error
+        raise BundleError(
+            f"{path}: damaged or of another kind ({error}); expected arrays written by edgedetr; run: {fix}"
+        ) from error
 
 
 def _read(stream: BinaryIO, columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
@@ -73,8 +85,10 @@ def _read(stream: BinaryIO, columns: Mapping[str, Column]) -> dict[str, np.ndarr
         members = {name: _member(archive, name) for name in columns}
         total, most = sum(member.file_size for member in members.values()), min(LARGEST, FREE + RATIO * about.st_size)
         if total > most:
-            raise ValueError(f"its arrays would take {total / MEBIBYTE:.0f} MiB, more than the "
-                             f"{most / MEBIBYTE:.0f} that a file of this size may hold")
+            raise ValueError(
+                f"its arrays would take {total / MEBIBYTE:.0f} MiB, more than the "
+                f"{most / MEBIBYTE:.0f} that a file of this size may hold"
+            )
         return {name: _array(archive, member, name, columns[name]) for name, member in members.items()}
 
 
@@ -86,7 +100,7 @@ def _check_directory(stream: BinaryIO, size: int) -> None:
     if end < 0 or len(tail) < end + 22:
         raise ValueError("no end of a zip file")
     length = struct.unpack_from("<I", tail, end + 12)[0]
-    if length > DIRECTORY or tail[max(0, end - 20):end].startswith(b"PK\x06\x07"):
+    if length > DIRECTORY or tail[max(0, end - 20) : end].startswith(b"PK\x06\x07"):
         raise ValueError(f"a list of {length} bytes of members; at most {DIRECTORY} are read")
     stream.seek(0)
 
@@ -117,8 +131,10 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, column:
         dtype = np.dtype(f"{order}{kind}{width}")
         wanted = len(dims) == len(column.shape) and all(w in (-1, d) for d, w in zip(dims, column.shape))
         if not wanted or dtype.kind != column.kind:
-            raise ValueError(f"{name} is {dtype} {list(dims)}, expected kind {column.kind!r} "
-                             f"{[dim if dim >= 0 else '?' for dim in column.shape]}")
+            raise ValueError(
+                f"{name} is {dtype} {list(dims)}, expected kind {column.kind!r} "
+                f"{[dim if dim >= 0 else '?' for dim in column.shape]}"
+            )
         if dtype.kind == "U" and dtype.itemsize > 4 * LONGEST_TEXT:
             raise ValueError(f"{name} holds text of {dtype.itemsize // 4} characters, at most {LONGEST_TEXT} are read")
         count = dtype.itemsize
@@ -127,7 +143,7 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, column:
         if member.file_size != 10 + length + count:
             raise ValueError(f"{name} has {member.file_size} bytes, expected {10 + length + count}")
         data = bytearray(count)
-        if stream.readinto(data) != count or stream.read(1):     # type: ignore[attr-defined]  # missing in the stub
+        if stream.readinto(data) != count or stream.read(1):  # type: ignore[attr-defined]  # missing in the stub
             raise ValueError(f"{name} is cut short")
     values = np.frombuffer(data, dtype) if count else np.zeros(dims, dtype)
     return values.reshape(dims, order="F" if fortran == "True" else "C")

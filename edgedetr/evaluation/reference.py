@@ -17,15 +17,28 @@ from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.postprocess import named
 
 SCHEMA = 1
-MOST_NAMES = 1 << 30        # bytes of the class names of all detections, one each
-FOUND = {"found_image": Column("i", (-1,)), "found_boxes": Column("f", (-1, 4)), "found_confidence": Column("f", (-1,)),
-         "found_class": Column("i", (-1,))}
+MOST_NAMES = 1 << 30  # bytes of the class names of all detections, one each
+FOUND = {
+    "found_image": Column("i", (-1,)),
+    "found_boxes": Column("f", (-1, 4)),
+    "found_confidence": Column("f", (-1,)),
+    "found_class": Column("i", (-1,)),
+}
 DETECTIONS = {"schema": Column("i", ()), "image_id": Column("i", (-1,)), **FOUND}
 REFERENCE = {
-    **DETECTIONS, "split": Column("U", ()), "model": Column("U", ()), "class_category_id": Column("i", (-1,)),
-    "class_name": Column("U", (-1,)), "image_name": Column("U", (-1,)), "image_sha256": Column("U", (-1,)),
-    "image_size": Column("i", (-1, 2)), "truth_image": Column("i", (-1,)), "truth_boxes": Column("f", (-1, 4)),
-    "truth_labels": Column("i", (-1,)), "truth_crowd": Column("b", (-1,)), "truth_areas": Column("f", (-1,)),
+    **DETECTIONS,
+    "split": Column("U", ()),
+    "model": Column("U", ()),
+    "class_category_id": Column("i", (-1,)),
+    "class_name": Column("U", (-1,)),
+    "image_name": Column("U", (-1,)),
+    "image_sha256": Column("U", (-1,)),
+    "image_size": Column("i", (-1, 2)),
+    "truth_image": Column("i", (-1,)),
+    "truth_boxes": Column("f", (-1, 4)),
+    "truth_labels": Column("i", (-1,)),
+    "truth_crowd": Column("b", (-1,)),
+    "truth_areas": Column("f", (-1,)),
 }
 
 
@@ -72,8 +85,10 @@ class GroundTruth:
             digests=np.array([digest(s.path) if digests else "" for s in samples], dtype=str),
             sizes=np.array([(s.height, s.width) for s in samples], np.int64).reshape(-1, 2),
             image=np.repeat(np.arange(len(samples), dtype=np.int64), [len(s.labels) for s in samples]),
-            boxes=column("boxes", (4,), np.float64), labels=column("labels", (), np.int64),
-            crowd=column("crowd", (), np.bool_), areas=column("areas", (), np.float64),
+            boxes=column("boxes", (4,), np.float64),
+            labels=column("labels", (), np.int64),
+            crowd=column("crowd", (), np.bool_),
+            areas=column("areas", (), np.float64),
         )
 
     def __len__(self) -> int:
@@ -85,9 +100,16 @@ class GroundTruth:
         objects = keep[self.image]
         place = np.cumsum(keep) - 1
         return replace(
-            self, image_ids=self.image_ids[keep], names=self.names[keep], digests=self.digests[keep],
-            sizes=self.sizes[keep], image=place[self.image[objects]].astype(np.int64), boxes=self.boxes[objects],
-            labels=self.labels[objects], crowd=self.crowd[objects], areas=self.areas[objects],
+            self,
+            image_ids=self.image_ids[keep],
+            names=self.names[keep],
+            digests=self.digests[keep],
+            sizes=self.sizes[keep],
+            image=place[self.image[objects]].astype(np.int64),
+            boxes=self.boxes[objects],
+            labels=self.labels[objects],
+            crowd=self.crowd[objects],
+            areas=self.areas[objects],
         )
 
 
@@ -96,9 +118,9 @@ class Reference:
     """reference.npz: what the PyTorch model detects on the verify split, so that verifying needs no torch."""
 
     truth: GroundTruth
-    detections: Mapping[int, Detections]    # by image id
+    detections: Mapping[int, Detections]  # by image id
     split: str
-    model: str = ""                         # sha256 of the weights that made it
+    model: str = ""  # sha256 of the weights that made it
 
     @classmethod
     def of(cls, dataset: DetectionSet, detections: Mapping[int, Detections], *, model: str = "") -> Reference:
@@ -106,23 +128,34 @@ class Reference:
         truth = GroundTruth.of(dataset, digests=True)
         missing = [int(i) for i in truth.image_ids if int(i) not in detections]
         if missing:
-            raise BundleError(f"{dataset.root}: no detections for image id {missing[0]} ({len(missing)} of "
-                              f"{len(truth)} missing); expected an entry for every picture of {dataset.name}")
+            raise BundleError(
+                f"{dataset.root}: no detections for image id {missing[0]} ({len(missing)} of "
+                f"{len(truth)} missing); expected an entry for every picture of {dataset.name}"
+            )
         return cls(truth, detections, dataset.name, model)
 
     def save(self, path: str | Path) -> None:
         """Write plain arrays (no pickles); the same content gives the same bytes."""
         t = self.truth
         arrays = {
-            "schema": np.array(SCHEMA), "split": np.array(self.split), "model": np.array(self.model),
+            "schema": np.array(SCHEMA),
+            "split": np.array(self.split),
+            "model": np.array(self.model),
             "class_category_id": np.array([c.category_id for c in t.classes], np.int64),
             "class_name": np.array([c.name for c in t.classes], dtype=str),
-            "image_id": t.image_ids, "image_name": t.names, "image_sha256": t.digests, "image_size": t.sizes,
-            "truth_image": t.image, "truth_boxes": t.boxes, "truth_labels": t.labels, "truth_crowd": t.crowd,
-            "truth_areas": t.areas, **_columns(self.detections, t.image_ids),
+            "image_id": t.image_ids,
+            "image_name": t.names,
+            "image_sha256": t.digests,
+            "image_size": t.sizes,
+            "truth_image": t.image,
+            "truth_boxes": t.boxes,
+            "truth_labels": t.labels,
+            "truth_crowd": t.crowd,
+            "truth_areas": t.areas,
+            **_columns(self.detections, t.image_ids),
         }
         with open(path, "wb") as stream:
-            np.savez_compressed(stream, **arrays)   # type: ignore[arg-type]  # stub
+            np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]  # stub
 
     @classmethod
     def load(cls, path: str | Path) -> Reference:
@@ -137,8 +170,10 @@ class Reference:
     @classmethod
     def _of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Reference:
         _require_schema(arrays)
-        classes = tuple(ClassInfo(index, int(number), str(name)) for index, (number, name) in
-                        enumerate(zip(arrays["class_category_id"], arrays["class_name"], strict=True)))
+        classes = tuple(
+            ClassInfo(index, int(number), str(name))
+            for index, (number, name) in enumerate(zip(arrays["class_category_id"], arrays["class_name"], strict=True))
+        )
         images, objects = len(arrays["image_id"]), len(arrays["truth_image"])
         truth = GroundTruth(
             classes=classes,
@@ -165,7 +200,7 @@ def save_detections(path: str | Path, detections: Mapping[int, Detections]) -> N
     ids = np.array(sorted(detections), np.int64)
     with open(path, "wb") as stream:
         arrays = {"schema": np.array(SCHEMA), "image_id": ids, **_columns(detections, ids)}
-        np.savez_compressed(stream, **arrays)   # type: ignore[arg-type]  # stub
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]  # stub
 
 
 def load_detections(path: str | Path, classes: Sequence[ClassInfo]) -> dict[int, Detections]:
@@ -198,8 +233,9 @@ def _columns(detections: Mapping[int, Detections], ids: np.ndarray) -> dict[str,
     }
 
 
-def _detections(arrays: Mapping[str, np.ndarray], ids: np.ndarray,
-                classes: Sequence[ClassInfo]) -> dict[int, Detections]:
+def _detections(
+    arrays: Mapping[str, np.ndarray], ids: np.ndarray, classes: Sequence[ClassInfo]
+) -> dict[int, Detections]:
     n = len(arrays["found_image"])
     image = _array(arrays, "found_image", (n,), below=len(ids))
     boxes, confidence = _array(arrays, "found_boxes", (n, 4)), _array(arrays, "found_confidence", (n,))
@@ -212,8 +248,7 @@ def _detections(arrays: Mapping[str, np.ndarray], ids: np.ndarray,
     return {int(i): named(boxes[a:b], confidence[a:b], class_id[a:b], classes) for i, a, b in zip(ids, ends, ends[1:])}
 
 
-def _array(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...],
-           below: int | None = None) -> np.ndarray:
+def _array(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], below: int | None = None) -> np.ndarray:
     """The array `name`, checked: shape, finite, and 0 <= values < below; its kind is right already."""
     value = arrays[name]
     if value.shape != shape:

@@ -88,8 +88,9 @@ class Verdict:
 class Judge:
     """Judges runs against one reference; the reference's resamples are computed once."""
 
-    def __init__(self, bundle: Bundle, dataset: DetectionSet, reference: Reference, torch: Metrics,
-                 config: VerifyConfig) -> None:
+    def __init__(
+        self, bundle: Bundle, dataset: DetectionSet, reference: Reference, torch: Metrics, config: VerifyConfig
+    ) -> None:
         self.bundle, self.dataset, self.reference, self.metrics, self.config = bundle, dataset, reference, torch, config
         ap = torch.ap or 0.0
         self.something_to_lose = ap > config.budget and ap >= USELESS
@@ -99,19 +100,37 @@ class Judge:
 
     def torch(self) -> StageVerdict:
         weights, ap = self.bundle.manifest.files.get("weights.safetensors"), self.metrics.ap or 0.0
-        note = "" if self.something_to_lose else (
-            f"the reference itself reaches AP {ap:.2f}, "
-            + (f"less than {USELESS:g}" if ap < USELESS else f"no more than the budget of {self.config.budget:g}")
-            + ": there is nothing to lose, so that no stage can pass")
+        note = (
+            ""
+            if self.something_to_lose
+            else (
+                f"the reference itself reaches AP {ap:.2f}, "
+                + (f"less than {USELESS:g}" if ap < USELESS else f"no more than the budget of {self.config.budget:g}")
+                + ": there is nothing to lose, so that no stage can pass"
+            )
+        )
         name, backend = "torch", "pytorch"
         graph = self.bundle.manifest.files.get("model.onnx")
         if weights is None and graph is not None and graph.stage == "import":
             name, backend, weights = "reference", "onnxruntime", graph
             told = "an imported graph has no PyTorch model: the reference is model.onnx in ONNX Runtime"
             note = f"{told}; {note}" if note else told
-        return StageVerdict(name, backend, self.something_to_lose, ap, self.metrics.ap50 or 0.0, 0.0, 0.0, None,
-                            None, weights.size / 1e6 if weights else None, ap75=self.metrics.ap75,
-                            per_class=self.metrics.per_class, images=len(self.reference.truth), note=note)
+        return StageVerdict(
+            name,
+            backend,
+            self.something_to_lose,
+            ap,
+            self.metrics.ap50 or 0.0,
+            0.0,
+            0.0,
+            None,
+            None,
+            weights.size / 1e6 if weights else None,
+            ap75=self.metrics.ap75,
+            per_class=self.metrics.per_class,
+            images=len(self.reference.truth),
+            note=note,
+        )
 
     def stage(self, run: StageRun) -> StageVerdict:
         metrics = evaluate(self.reference.truth, run.detections, by_size=False)
@@ -119,12 +138,26 @@ class Judge:
         latency = Latency.of(run.seconds) if run.seconds and not run.fault else None
         oracle, oracle_drop, note = self._against_oracle(run)
         return StageVerdict(
-            run.stage, run.backend, self.something_to_lose and bound.upper <= self.config.budget and not run.fault,
-            metrics.ap or 0.0, metrics.ap50 or 0.0, bound.drop, bound.upper, latency.p50_ms if latency else None,
-            latency.p99_ms if latency else None, megabytes(self.bundle, STAGES[run.stage]), drop_lower95=bound.lower,
-            se=bound.se, margin=bound.margin, ap75=metrics.ap75, per_class=metrics.per_class,
-            images=len(self.reference.truth), parity=match(self.reference.detections, run.detections), oracle=oracle,
-            oracle_drop=oracle_drop, note=note,
+            run.stage,
+            run.backend,
+            self.something_to_lose and bound.upper <= self.config.budget and not run.fault,
+            metrics.ap or 0.0,
+            metrics.ap50 or 0.0,
+            bound.drop,
+            bound.upper,
+            latency.p50_ms if latency else None,
+            latency.p99_ms if latency else None,
+            megabytes(self.bundle, STAGES[run.stage]),
+            drop_lower95=bound.lower,
+            se=bound.se,
+            margin=bound.margin,
+            ap75=metrics.ap75,
+            per_class=metrics.per_class,
+            images=len(self.reference.truth),
+            parity=match(self.reference.detections, run.detections),
+            oracle=oracle,
+            oracle_drop=oracle_drop,
+            note=note,
         )
 
     def _against_oracle(self, run: StageRun) -> tuple[Parity | None, float | None, str]:
@@ -133,8 +166,9 @@ class Judge:
             return None, None, run.fault
         parity = match(run.oracle, run.detections)
         truth = self.reference.truth.subset(run.oracle)
-        theirs, ours = (evaluate(truth, {i: found[i] for i in run.oracle}, by_size=False)
-                        for found in (run.oracle, run.detections))
+        theirs, ours = (
+            evaluate(truth, {i: found[i] for i in run.oracle}, by_size=False) for found in (run.oracle, run.detections)
+        )
         bound = bootstrap.paired(theirs.matches, ours.matches, resamples=self.config.bootstrap, seed=self.config.seed)
         drop = bound.drop if np.isfinite(bound.drop) else None
         # More than the budget and more than chance, or objects that are simply not there any more.
@@ -142,8 +176,10 @@ class Judge:
         if not real and (parity.matched is None or parity.matched >= MATCHED):
             return parity, drop, ""
         matched = "" if parity.matched is None else f", {100 * parity.matched:.0f} % of its objects matched"
-        note = (f"{run.backend} departs from the arithmetic of {STAGES[run.stage]} (ONNX Runtime without "
-                f"optimisations): AP {-bound.drop:+.1f}{matched}, on {len(truth)} pictures")
+        note = (
+            f"{run.backend} departs from the arithmetic of {STAGES[run.stage]} (ONNX Runtime without "
+            f"optimisations): AP {-bound.drop:+.1f}{matched}, on {len(truth)} pictures"
+        )
         where = self._where(run)
         log.warning("%s%s", note, where)
         return parity, drop, note + where

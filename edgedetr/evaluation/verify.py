@@ -57,9 +57,15 @@ class StageTiming:
 
 
 def verify(
-    bundle: str | Path | Bundle, *, data: str | Path | None = None, max_drop: float | None = None,
-    live: Callable[[Bundle, DetectionSet], Reference] | None = None, stages: Collection[str] | None = None,
-    backends: Collection[str] | None = None, threads: int | None = None, config: VerifyConfig | None = None,
+    bundle: str | Path | Bundle,
+    *,
+    data: str | Path | None = None,
+    max_drop: float | None = None,
+    live: Callable[[Bundle, DetectionSet], Reference] | None = None,
+    stages: Collection[str] | None = None,
+    backends: Collection[str] | None = None,
+    threads: int | None = None,
+    config: VerifyConfig | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
     """Measure every delivered stage against torch and judge it; a complete verdict is recorded in the bundle.
@@ -73,7 +79,7 @@ def verify(
     On engines the verdict is a DeviceVerdict (see device.py).
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    bundle.inside(RESULT)       # where the verdict goes must not lead elsewhere; said before the work, not after it
+    bundle.inside(RESULT)  # where the verdict goes must not lead elsewhere; said before the work, not after it
     config = config or VerifyConfig(budget=bundle.manifest.budget)
     config = replace(config, budget=config.budget if max_drop is None else max_drop, threads=threads or config.threads)
     if not math.isfinite(config.budget):
@@ -90,10 +96,19 @@ def verify(
         check_same(reference, GroundTruth.of(dataset, digests=True), bundle)
     torch = evaluate(reference.truth, reference.detections, by_size=False)
     if torch.ap is None:
-        raise DataError(f"{dataset.root}: split {dataset.name!r} has no object to measure AP on; "
-                        f"run: edgedetr data check {dataset.root}")
-    runs = run_stages(bundle, dataset, pairs, threads=config.threads, oracle_images=config.parity_images,
-                      progress=progress, engines=chosen)
+        raise DataError(
+            f"{dataset.root}: split {dataset.name!r} has no object to measure AP on; "
+            f"run: edgedetr data check {dataset.root}"
+        )
+    runs = run_stages(
+        bundle,
+        dataset,
+        pairs,
+        threads=config.threads,
+        oracle_images=config.parity_images,
+        progress=progress,
+        engines=chosen,
+    )
     judge = Judge(bundle, dataset, reference, torch, config)
     verdicts = [judge.torch()]
     warn_if_unsteady({f"{run.stage} {run.backend}": run.seconds for run in runs if run.seconds and not run.fault})
@@ -107,16 +122,23 @@ def verify(
         if stages is None and not on_cpu:
             engine_verdict.record(bundle, on_device, runs)
         return on_device
-    verdict = Verdict(all(v.passed for v in verdicts), config.budget, max(v.drop_upper95 for v in verdicts),
-                      tuple(verdicts))
+    verdict = Verdict(
+        all(v.passed for v in verdicts), config.budget, max(v.drop_upper95 for v in verdicts), tuple(verdicts)
+    )
     if stages is None and backends is None:
         _record(bundle, verdict, runs)
     return verdict
 
 
 def evaluate_stage(
-    bundle: str | Path | Bundle, *, stage: str = "onnx", backend: str | None = None, data: str | Path | None = None,
-    split: str | None = None, threads: int | None = None, progress: Progress | None = None,
+    bundle: str | Path | Bundle,
+    *,
+    stage: str = "onnx",
+    backend: str | None = None,
+    data: str | Path | None = None,
+    split: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> Metrics:
     """Metrics of one stage on a labelled split; "torch" ("reference" of an import) is read from reference.npz."""
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -136,8 +158,13 @@ def evaluate_stage(
 
 
 def bench(
-    bundle: str | Path | Bundle, *, stages: Collection[str] | None = None, backends: Collection[str] | None = None,
-    rounds: int = 50, threads: int | None = None, progress: Progress | None = None,
+    bundle: str | Path | Bundle,
+    *,
+    stages: Collection[str] | None = None,
+    backends: Collection[str] | None = None,
+    rounds: int = 50,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> list[StageTiming]:
     """Time the stages in turns in one process; float32 of OpenVINO with float32 arithmetic.
 
@@ -158,10 +185,13 @@ def bench(
     def once(detector: Detector) -> Callable[[], object]:
         return lambda: detector.run_raw(batch)
 
-    timings = measure({" ".join(pair): once(detector) for pair, detector in named.items()},
-                      rounds=rounds, progress=progress)
-    return [StageTiming(*pair, timings[" ".join(pair)].p50_ms, timings[" ".join(pair)].p99_ms, sizes[pair])
-            for pair in named]
+    timings = measure(
+        {" ".join(pair): once(detector) for pair, detector in named.items()}, rounds=rounds, progress=progress
+    )
+    return [
+        StageTiming(*pair, timings[" ".join(pair)].p50_ms, timings[" ".join(pair)].p99_ms, sizes[pair])
+        for pair in named
+    ]
 
 
 def check_same(reference: Reference, truth: GroundTruth, bundle: Bundle) -> None:
@@ -171,12 +201,16 @@ def check_same(reference: Reference, truth: GroundTruth, bundle: Bundle) -> None
     here = dict(zip(truth.image_ids.tolist(), truth.digests.tolist()))
     names = dict(zip(truth.image_ids.tolist(), truth.names.tolist()))
     if known.keys() != here.keys():
-        raise BundleError(f"{bundle.path}: reference.npz has {len(known)} pictures, the data set {len(here)}, and "
-                          f"{len(known.keys() ^ here.keys())} are not in both; {hint}")
+        raise BundleError(
+            f"{bundle.path}: reference.npz has {len(known)} pictures, the data set {len(here)}, and "
+            f"{len(known.keys() ^ here.keys())} are not in both; {hint}"
+        )
     changed = [image_id for image_id in known if known[image_id] != here[image_id]]
     if changed:
-        raise BundleError(f"{bundle.path}: {names[changed[0]]} is not the picture that reference.npz was made from "
-                          f"({len(changed)} of {len(known)} differ); {hint}")
+        raise BundleError(
+            f"{bundle.path}: {names[changed[0]]} is not the picture that reference.npz was made from "
+            f"({len(changed)} of {len(known)} differ); {hint}"
+        )
     old = reference.truth
     columns = ("image", "boxes", "labels", "crowd", "areas")
     if not all(np.array_equal(getattr(old, name), getattr(truth, name)) for name in columns):

@@ -14,10 +14,10 @@ class ExportConfig:
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
-    sampling: Literal["gather", "grid_sample"] = "gather"   # GridSample is miscompiled by TensorRT 10.14 and 11.1
-    opset: Literal[19] = 19         # FP16 Q/DQ need >= 19; TensorRT <= 10.x reads GridSample of opset 20 as "nearest"
-    dynamic_batch: bool = False     # a fixed batch of 1 is what edge runtimes optimise best
-    decoder_layers: int = 0         # run only this many of them, faster and less exact (RT-DETR does so); 0 = all
+    sampling: Literal["gather", "grid_sample"] = "gather"  # GridSample is miscompiled by TensorRT 10.14 and 11.1
+    opset: Literal[19] = 19  # FP16 Q/DQ need >= 19; TensorRT <= 10.x reads GridSample of opset 20 as "nearest"
+    dynamic_batch: bool = False  # a fixed batch of 1 is what edge runtimes optimise best
+    decoder_layers: int = 0  # run only this many of them, faster and less exact (RT-DETR does so); 0 = all
 
     def __post_init__(self) -> None:
-        check(self, "export", {"decoder_layers": (0, 1000)})     # 0: all of them
+        check(self, "export", {"decoder_layers": (0, 1000)})  # 0: all of them

@@ -29,13 +29,21 @@ from edgedetr.runtime.preprocess import prepare
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-PICTURES = 2        # of the verify split, on which the ONNX file is compared with PyTorch
+PICTURES = 2  # of the verify split, on which the ONNX file is compared with PyTorch
 
 
-def export(bundle: Bundle | str | Path, *, int8: bool = False, fp16: bool = False, calib: Path | None = None,
-           sampling: Literal["gather", "grid_sample"] | None = None, dynamic_batch: bool = False,
-           config: ExportConfig | None = None, quant: QuantConfig | None = None,
-           progress: Progress | None = None) -> Bundle:
+def export(
+    bundle: Bundle | str | Path,
+    *,
+    int8: bool = False,
+    fp16: bool = False,
+    calib: Path | None = None,
+    sampling: Literal["gather", "grid_sample"] | None = None,
+    dynamic_batch: bool = False,
+    config: ExportConfig | None = None,
+    quant: QuantConfig | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
     """Write reference.npz and model.onnx, with `fp16` model.fp16.onnx, with `int8` ranges.json and the two INT8 graphs.
 
     calib      calibration pictures; None = the calibration split of the bundle's data
@@ -48,9 +56,11 @@ def export(bundle: Bundle | str | Path, *, int8: bool = False, fp16: bool = Fals
         recorded = _recipe(bundle)
         config, quant = config or recorded[0], quant or recorded[1]
     if (sampling == "grid_sample" or dynamic_batch) and imported(bundle):
-        raise UsageError(f"{bundle.path} holds an imported graph: sampling and batch size are settled; leave "
-                         "--sampling and --dynamic-batch out, or import it again: edgedetr import --sampling "
-                         "grid_sample")
+        raise UsageError(
+            f"{bundle.path} holds an imported graph: sampling and batch size are settled; leave "
+            "--sampling and --dynamic-batch out, or import it again: edgedetr import --sampling "
+            "grid_sample"
+        )
     if sampling is not None:
         config = replace(config, sampling=sampling)
     if dynamic_batch:
@@ -87,8 +97,9 @@ def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None 
     manifest = bundle.manifest
     if config.sampling != "gather" or config.decoder_layers:
         # The reference stays the whole model, so that the verdict counts what fewer layers cost.
-        graph = DeployGraph(detector, manifest.input.height, manifest.input.width, config.sampling,
-                            config.decoder_layers)
+        graph = DeployGraph(
+            detector, manifest.input.height, manifest.input.width, config.sampling, config.decoder_layers
+        )
     if progress:
         progress("onnx", 0, 1)
     told = {**describe(manifest, manifest.files[weights.name].sha256), "export": made_by}
@@ -102,8 +113,10 @@ def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None 
 def _require_finite(bundle: Bundle, detector: Detector) -> None:
     for name, value in detector.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise ExportError(f"{bundle.path}: weight {name} holds NaN or infinity; expected finite weights; "
-                              "train again from the last good checkpoint: edgedetr train --data DIR --resume")
+            raise ExportError(
+                f"{bundle.path}: weight {name} holds NaN or infinity; expected finite weights; "
+                "train again from the last good checkpoint: edgedetr train --data DIR --resume"
+            )
 
 
 def _made_by(bundle: Bundle) -> str:

@@ -24,11 +24,12 @@ from edgedetr.runtime.preprocess import prepare
 
 log = logging.getLogger(__name__)
 
-BATCH = 4           # pictures at a time; on a CPU larger batches are no faster
+BATCH = 4  # pictures at a time; on a CPU larger batches are no faster
 
 
-def reference(bundle: Bundle, graph: DeployGraph, dataset: DetectionSet,
-              progress: Callable[[str, int, int], None] | None = None) -> None:
+def reference(
+    bundle: Bundle, graph: DeployGraph, dataset: DetectionSet, progress: Callable[[str, int, int], None] | None = None
+) -> None:
     """Run the graph over the split and add reference.npz to the bundle."""
     found = detect(bundle.manifest, graph, dataset, progress)
     weights = bundle.manifest.files["weights.safetensors"].sha256
@@ -57,8 +58,9 @@ def reference_of_graph(bundle: Bundle, progress: Callable[[str, int, int], None]
         Reference.of(dataset, found, model=bundle.manifest.files[path.name].sha256).save(temporary)
 
 
-def detect_by_graph(bundle: Bundle, dataset: DetectionSet,
-                    progress: Callable[[str, int, int], None] | None = None) -> dict[int, Detections]:
+def detect_by_graph(
+    bundle: Bundle, dataset: DetectionSet, progress: Callable[[str, int, int], None] | None = None
+) -> dict[int, Detections]:
     """What model.onnx finds in every picture of the split, by image id."""
     detector = load_detector(bundle, backend="onnxruntime", stage="onnx")
     found: dict[int, Detections] = {}
@@ -69,8 +71,12 @@ def detect_by_graph(bundle: Bundle, dataset: DetectionSet,
     return found
 
 
-def detect(manifest: Manifest, graph: DeployGraph, dataset: DetectionSet,
-           progress: Callable[[str, int, int], None] | None = None) -> dict[int, Detections]:
+def detect(
+    manifest: Manifest,
+    graph: DeployGraph,
+    dataset: DetectionSet,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[int, Detections]:
     """What the PyTorch graph finds in every picture of the split, by image id."""
     device = next(graph.parameters()).device
     found: dict[int, Detections] = {}
@@ -78,7 +84,7 @@ def detect(manifest: Manifest, graph: DeployGraph, dataset: DetectionSet,
         for start in range(0, len(dataset), BATCH):
             if progress:
                 progress("reference", start, len(dataset))
-            samples = dataset.samples[start:start + BATCH]
+            samples = dataset.samples[start : start + BATCH]
             batch, geometries = prepare([decode_image(sample.path) for sample in samples], manifest.input)
             logits, boxes = graph(torch.from_numpy(batch).to(device))
             raw = RawOutputs(logits.float().cpu().numpy(), boxes.float().cpu().numpy())

@@ -15,8 +15,15 @@ FLOAT, FP16, INT8, INT8_CPU = "model.onnx", "model.fp16.onnx", "model.int8.onnx"
 STAGES = {FLOAT: "onnx", FP16: "fp16", INT8: "int8"}
 
 
-def serve(bundle: Bundle, *, fp16: bool = False, int8: bool = False, frame: tuple[int, int] | None = None,
-          triton: Path | None = None, deepstream: Path | None = None) -> list[str]:
+def serve(
+    bundle: Bundle,
+    *,
+    fp16: bool = False,
+    int8: bool = False,
+    frame: tuple[int, int] | None = None,
+    triton: Path | None = None,
+    deepstream: Path | None = None,
+) -> list[str]:
     """Write what was asked for; one sentence about each thing.
 
     fp16, int8   which of the bundle's graphs: INT8, else FP16, else float32; frames get one of each
@@ -43,5 +50,5 @@ def _repository(bundle: Bundle, root: Path, stage: str, source: str) -> Reposito
     """An engine that fits this machine where there is one, else the graph, in ONNX Runtime."""
     engine = select.pick(select.survey(bundle, {stage: source}).fitting)
     if engine is None and source == INT8:
-        source = INT8_CPU       # the form that ONNX Runtime runs fast, and that edgedetr verify has judged there
+        source = INT8_CPU  # the form that ONNX Runtime runs fast, and that edgedetr verify has judged there
     return write_repository(bundle, root, source, engine=engine)

@@ -10,7 +10,7 @@ from edgedetr.errors import UsageError
 from edgedetr.exporting.reference_run import imported
 from edgedetr.recipe import Recipe
 
-SECTIONS = ("quant", "export")      # what an export can change; the rest is in the weights, or verify's
+SECTIONS = ("quant", "export")  # what an export can change; the rest is in the weights, or verify's
 RECIPE = "recipe.toml"
 
 
@@ -22,13 +22,21 @@ def settings(bundle: Bundle, sets: Sequence[str]) -> Recipe:
     for assignment in sets:
         section = assignment.partition("=")[0].partition(".")[0].strip()
         if section == "export" and imported(bundle):
-            raise UsageError(f"--set {assignment!r}: {bundle.path} holds an imported graph, whose form is settled; "
-                             "expected keys of quant; or import it again: edgedetr import")
+            raise UsageError(
+                f"--set {assignment!r}: {bundle.path} holds an imported graph, whose form is settled; "
+                "expected keys of quant; or import it again: edgedetr import"
+            )
         if section not in SECTIONS and section in [part.name for part in fields(Recipe)]:
-            way = (f"give verify its own: edgedetr verify {bundle.path} --max-drop AP" if section == "verify" else
-                   f"train again: edgedetr train --data DIR --recipe {bundle.path / RECIPE} --set {assignment} --out B")
-            raise UsageError(f"--set {assignment!r}: an export cannot change [{section}]; expected keys of "
-                             f"{' and '.join(SECTIONS)}; {way}")
+            way = (
+                f"give verify its own: edgedetr verify {bundle.path} --max-drop AP"
+                if section == "verify"
+                else f"train again: edgedetr train --data DIR --recipe {bundle.path / RECIPE} "
+                f"--set {assignment} --out B"
+            )
+            raise UsageError(
+                f"--set {assignment!r}: an export cannot change [{section}]; expected keys of "
+                f"{' and '.join(SECTIONS)}; {way}"
+            )
     if RECIPE in bundle.manifest.files:
         return Recipe.from_bundle(bundle, sets)
     return Recipe.from_dict({}, where=str(bundle.path), sets=sets)

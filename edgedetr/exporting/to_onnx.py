@@ -36,11 +36,11 @@ from edgedetr.runtime.preprocess import Geometry
 log = logging.getLogger(__name__)
 
 OPSET = 19
-PREFIX = "edgedetr."            # of our keys in the file's metadata
+PREFIX = "edgedetr."  # of our keys in the file's metadata
 
 # float32 through some 100 layers in another order of summation; measured on trained models: see tests/export.
-LOGITS = 2e-3                   # largest accepted difference of a logit
-BOXES = 2e-4                    # of a box side, share of the picture (0.13 px at 640)
+LOGITS = 2e-3  # largest accepted difference of a logit
+BOXES = 2e-4  # of a box side, share of the picture (0.13 px at 640)
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,14 @@ class Parity:
     as_objects: int
 
 
-def write(graph: DeployGraph, path: Path, *, batch: int | None = 1, opset: int = OPSET,
-          metadata: Mapping[str, str] | None = None) -> None:
+def write(
+    graph: DeployGraph,
+    path: Path,
+    *,
+    batch: int | None = 1,
+    opset: int = OPSET,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write the graph with input `images` and outputs `logits`, `boxes`.
 
     batch      the one batch size the file takes; None leaves it open
@@ -71,8 +77,16 @@ def write(graph: DeployGraph, path: Path, *, batch: int | None = 1, opset: int =
     with warnings.catch_warnings(), torch.no_grad(), _Reshapes() if batch is None else nullcontext():
         # The tracer warns of Python numbers made from shapes: the size is fixed on purpose. The exporter of its age.
         warnings.simplefilter("ignore")
-        torch.onnx.export(graph, (example,), str(path), input_names=inputs, output_names=outputs,
-                          opset_version=opset, dynamo=False, dynamic_axes=open_axes)
+        torch.onnx.export(
+            graph,
+            (example,),
+            str(path),
+            input_names=inputs,
+            output_names=outputs,
+            opset_version=opset,
+            dynamo=False,
+            dynamic_axes=open_axes,
+        )
     model = load(path, ExportError)
     model = fold(model)
     model.producer_name, model.producer_version = "edgedetr", edgedetr.__version__
@@ -100,7 +114,7 @@ class _Reshapes(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         shape = tensor.shape
         dim %= len(shape)
-        return tensor.reshape(*shape[:dim], *sizes, *shape[dim + 1:])
+        return tensor.reshape(*shape[:dim], *sizes, *shape[dim + 1 :])
 
 
 def check(model: ModelProto, opset: int = OPSET) -> None:
@@ -115,8 +129,10 @@ def check(model: ModelProto, opset: int = OPSET) -> None:
         if node.op_type == "GridSample":
             mode = next((item.s for item in node.attribute if item.name == "mode"), b"bilinear")
             if mode != b"bilinear":
-                raise ExportError(f"GridSample {node.name} has mode {mode.decode()!r}; expected 'bilinear', the one "
-                                  "name that all versions of TensorRT read alike")
+                raise ExportError(
+                    f"GridSample {node.name} has mode {mode.decode()!r}; expected 'bilinear', the one "
+                    "name that all versions of TensorRT read alike"
+                )
 
 
 def describe(manifest: Manifest, weights: str) -> dict[str, str]:
@@ -141,31 +157,35 @@ def parity(graph: DeployGraph, path: Path, images: np.ndarray, manifest: Manifes
     runner = OrtRunner(path)
     expected, actual = [], []
     size = runner.batch or 1
-    batches = [images[start:start + size] for start in range(0, len(images), size)]
+    batches = [images[start : start + size] for start in range(0, len(images), size)]
     if runner.batch is None:
-        batches.append(np.resize(images, (3, *images.shape[1:])))       # repeats where there are fewer
+        batches.append(np.resize(images, (3, *images.shape[1:])))  # repeats where there are fewer
     with torch.no_grad():
         for batch in batches:
             found = runner.run(batch)
             if len(found.logits) != len(batch) or len(found.boxes) != len(batch):
-                raise ExportError(f"model.onnx gives {len(found.logits)} results for {len(batch)} pictures; expected "
-                                  "one each; export with one batch size and report this, it is a defect")
+                raise ExportError(
+                    f"model.onnx gives {len(found.logits)} results for {len(batch)} pictures; expected "
+                    "one each; export with one batch size and report this, it is a defect"
+                )
             logits, boxes = (out.cpu().numpy() for out in graph(torch.from_numpy(batch).to(device)))
-            expected += [RawOutputs(logits[i:i + 1], boxes[i:i + 1]) for i in range(len(batch))]
-            actual += [RawOutputs(found.logits[i:i + 1], found.boxes[i:i + 1]) for i in range(len(batch))]
+            expected += [RawOutputs(logits[i : i + 1], boxes[i : i + 1]) for i in range(len(batch))]
+            actual += [RawOutputs(found.logits[i : i + 1], found.boxes[i : i + 1]) for i in range(len(batch))]
     worst, moved, loose = [], [], []
     for one, other in zip(expected, actual):
         order = _match(one, other)
         differences = _worst(one.logits[0], other.logits[0][order]), _worst(one.boxes[0], other.boxes[0][order])
         worst.append(differences)
         moved.append(float((order != np.arange(len(order))).mean()))
-        if not (differences[0] <= LOGITS and differences[1] <= BOXES):      # NaN fails too
+        if not (differences[0] <= LOGITS and differences[1] <= BOXES):  # NaN fails too
             loose.append((one, other))
     largest = np.array(worst).max(axis=0)
     if 2 * len(loose) > len(expected) or not all(_same_objects(one, other, manifest) for one, other in loose):
-        raise ExportError(f"model.onnx differs from PyTorch by up to {largest[0]:.2g} in a logit and {largest[1]:.2g} "
-                          f"in a box side; expected at most {LOGITS:g} and {BOXES:g}; export with the other sampling "
-                          "(--sampling gather or grid_sample) and report this, it is a defect")
+        raise ExportError(
+            f"model.onnx differs from PyTorch by up to {largest[0]:.2g} in a logit and {largest[1]:.2g} "
+            f"in a box side; expected at most {LOGITS:g} and {BOXES:g}; export with the other sampling "
+            "(--sampling gather or grid_sample) and report this, it is a defect"
+        )
     log.info("model.onnx equals PyTorch to %.1e in logits and %.1e in boxes", *largest)
     return Parity(float(largest[0]), float(largest[1]), float(np.mean(moved)), len(loose))
 

@@ -20,9 +20,9 @@ WORDS = {"cxcywh": "centre and size", "xyxy": "two corners", "xywh": "top-left c
 # What --boxes takes.
 OPTIONS = (*LAYOUTS, *(f"{name}-pixels" for name in LAYOUTS))
 
-SHARES, PIXELS = 2.5, 8.0       # largest number of a box up to which it is a share, and from which it is in pixels
-VALID = 0.99                    # part of the boxes whose width and height must not be negative
-_EDGE = 0.02                    # share of the image by which a box may stand out and still count as within
+SHARES, PIXELS = 2.5, 8.0  # largest number of a box up to which it is a share, and from which it is in pixels
+VALID = 0.99  # part of the boxes whose width and height must not be negative
+_EDGE = 0.02  # share of the image by which a box may stand out and still count as within
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,10 @@ def in_pixels(boxes: np.ndarray) -> bool:
     """Whether boxes [..., 4] are in pixels; ExportError where they may be either."""
     largest = float(np.abs(boxes).max(initial=0))
     if SHARES < largest < PIXELS:
-        raise ExportError(f"boxes go from {boxes.min():.3g} to {boxes.max():.3g}; expected shares of the image (0..1) "
-                          f"or pixels; say which: --boxes with one of {', '.join(OPTIONS)}")
+        raise ExportError(
+            f"boxes go from {boxes.min():.3g} to {boxes.max():.3g}; expected shares of the image (0..1) "
+            f"or pixels; say which: --boxes with one of {', '.join(OPTIONS)}"
+        )
     return largest >= PIXELS
 
 
@@ -102,20 +104,31 @@ def fitting(boxes: np.ndarray) -> Fitting:
         outside[layout] = float(((corners < -_EDGE) | (corners > 1 + _EDGE)).any(1).mean())
     allowed = sorted((name for name in LAYOUTS if valid[name] >= VALID), key=lambda name: outside[name])
     if not allowed:
-        raise ExportError(f"boxes go from {boxes.min():.3g} to {boxes.max():.3g} (shares of the image), and are "
-                          "neither cx, cy, w, h nor corners: widths would be negative in every reading; expected boxes "
-                          "[N, 4]; export the model without its post-processing")
+        raise ExportError(
+            f"boxes go from {boxes.min():.3g} to {boxes.max():.3g} (shares of the image), and are "
+            "neither cx, cy, w, h nor corners: widths would be negative in every reading; expected boxes "
+            "[N, 4]; export the model without its post-processing"
+        )
     best = allowed[0]
     if _far(to_corners(boxes, best)) > 0.5:
-        raise ExportError(f"boxes go from {boxes.min():.3g} to {boxes.max():.3g} shares of the image, and most would "
-                          "lie far outside of it in every reading; expected cx, cy, w, h as shares of the image, or "
-                          "pixels of the input; export the model without scaling its boxes")
-    refuted = [f"{name} is none: {100 * (1 - valid[name]):.0f} % of the widths or heights would be negative"
-               for name in LAYOUTS if valid[name] < VALID]
+        raise ExportError(
+            f"boxes go from {boxes.min():.3g} to {boxes.max():.3g} shares of the image, and most would "
+            "lie far outside of it in every reading; expected cx, cy, w, h as shares of the image, or "
+            "pixels of the input; export the model without scaling its boxes"
+        )
+    refuted = [
+        f"{name} is none: {100 * (1 - valid[name]):.0f} % of the widths or heights would be negative"
+        for name in LAYOUTS
+        if valid[name] < VALID
+    ]
     near = [name for name in allowed if outside[name] <= max(2 * outside[best], outside[best] + 0.05)]
-    refuted += [f"as {name} {100 * outside[name]:.0f} % of the boxes would leave the image, as {best} "
-                f"{100 * outside[best]:.0f} %" for name in allowed if name not in near]
-    if set(near) == {"cxcywh", "xywh"}:     # no DETR gives a corner and a size: the tie is none
+    refuted += [
+        f"as {name} {100 * outside[name]:.0f} % of the boxes would leave the image, as {best} "
+        f"{100 * outside[best]:.0f} %"
+        for name in allowed
+        if name not in near
+    ]
+    if set(near) == {"cxcywh", "xywh"}:  # no DETR gives a corner and a size: the tie is none
         best, near = "cxcywh", ["cxcywh"]
         refuted.append("xywh fits as well, which no DETR gives; --boxes xywh if this one does")
     return Fitting((best, *(name for name in allowed if name != best)), len(near) == 1, "; ".join(refuted))
@@ -131,12 +144,16 @@ def require(boxes: np.ndarray, layout: str) -> None:
     corners = to_corners(boxes.reshape(-1, 4), layout)
     valid = float((corners[:, 2:] - corners[:, :2] >= -1e-4).all(1).mean())
     if valid < VALID:
-        raise ExportError(f"--boxes {layout}: {100 * (1 - valid):.0f} % of the widths or heights would be negative; "
-                          f"expected another of {', '.join(OPTIONS)}, or leave --boxes out")
+        raise ExportError(
+            f"--boxes {layout}: {100 * (1 - valid):.0f} % of the widths or heights would be negative; "
+            f"expected another of {', '.join(OPTIONS)}, or leave --boxes out"
+        )
 
 
 def refuse(found: Sequence[Layout]) -> ExportError:
     """The error where two layouts fit equally."""
     listed = " or ".join(f"{name} ({WORDS[name]})" for name in found)
-    return ExportError(f"boxes may be {listed}: the numbers fit these readings equally; say which: --boxes "
-                       f"{' or --boxes '.join(found)}; or give labelled images, which may decide: --data DIR")
+    return ExportError(
+        f"boxes may be {listed}: the numbers fit these readings equally; say which: --boxes "
+        f"{' or --boxes '.join(found)}; or give labelled images, which may decide: --data DIR"
+    )

@@ -28,8 +28,8 @@ from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import prepare
 
-JUDGED = 16             # images of the verify split that readings are compared on
-SPEAKS = 1.0            # AP in points from which labels decide; the next reading must have at most half of it
+JUDGED = 16  # images of the verify split that readings are compared on
+SPEAKS = 1.0  # AP in points from which labels decide; the next reading must have at most half of it
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,15 @@ class _Judged:
     ap: float
 
 
-def choose(found: Understood, columns: Callable[[Activation], Kept], view: GraphView, model_type: str | None,
-           noise: Sequence[np.ndarray], judge: Judge | None, counted: bool) -> Choice:
+def choose(
+    found: Understood,
+    columns: Callable[[Activation], Kept],
+    view: GraphView,
+    model_type: str | None,
+    noise: Sequence[np.ndarray],
+    judge: Judge | None,
+    counted: bool,
+) -> Choice:
     """One reading of those that fit.
 
     columns   what the class logits stand for under an activation; UsageError where they cannot
@@ -67,8 +74,11 @@ def choose(found: Understood, columns: Callable[[Activation], Kept], view: Graph
             raise faults["sigmoid"]
         if evidence is None and len(possible) == 1 and counted:
             only = next(iter(possible))
-            evidence = Evidence(only, f"{found.width} class logits for {len(possible[only].classes)} classes: "
-                                + ("sigmoid, no 'no object'" if only == "sigmoid" else "softmax"))
+            evidence = Evidence(
+                only,
+                f"{found.width} class logits for {len(possible[only].classes)} classes: "
+                + ("sigmoid, no 'no object'" if only == "sigmoid" else "softmax"),
+            )
     elif not possible:
         raise faults[found.activation]
     tried = [evidence.activation] if evidence else list(possible)
@@ -78,8 +88,10 @@ def choose(found: Understood, columns: Callable[[Activation], Kept], view: Graph
     layouts, decided = found.layouts, found.decided
     if judged and decisive and len(judged) > 1:
         best, second = judged[:2]
-        why.append(f"{best.activation} and {best.layout} have AP {best.ap:.1f} on {judge.count if judge else 0} "
-                   f"labelled images, {second.activation} and {second.layout} {second.ap:.1f}")
+        why.append(
+            f"{best.activation} and {best.layout} have AP {best.ap:.1f} on {judge.count if judge else 0} "
+            f"labelled images, {second.activation} and {second.layout} {second.ap:.1f}"
+        )
         evidence = evidence or Evidence(best.activation, "the labels decide")
         layouts, decided = (best.layout,), True
     if found.activation is None and evidence is None:
@@ -96,8 +108,9 @@ def choose(found: Understood, columns: Callable[[Activation], Kept], view: Graph
     return Choice(replace(chosen, activation=activation, why=(*found.why, *why)), possible[activation], ap)
 
 
-def _possible(found: Understood,
-              columns: Callable[[Activation], Kept]) -> tuple[dict[Activation, Kept], dict[Activation, UsageError]]:
+def _possible(
+    found: Understood, columns: Callable[[Activation], Kept]
+) -> tuple[dict[Activation, Kept], dict[Activation, UsageError]]:
     possible: dict[Activation, Kept] = {}
     faults: dict[Activation, UsageError] = {}
     for activation in BOTH if found.activation is None else (found.activation,):
@@ -113,9 +126,11 @@ def _open(found: Understood, possible: dict[Activation, Kept]) -> UsageError:
     classes = len(next(iter(possible.values())).classes)
     counts = {len(one.classes) for one in possible.values()}
     what = f" for {classes} classes" if len(possible) > 1 and len(counts) == 1 else ""
-    return UsageError(f"the file has {found.width} class logits{what}; say what they are: --activation softmax (DETR: "
-                      "the last one is 'no object') or --activation sigmoid (RT-DETR, RF-DETR: each stands for itself, "
-                      "or the last one is not used); labelled images may decide: --data DIR")
+    return UsageError(
+        f"the file has {found.width} class logits{what}; say what they are: --activation softmax (DETR: "
+        "the last one is 'no object') or --activation sigmoid (RT-DETR, RF-DETR: each stands for itself, "
+        "or the last one is not used); labelled images may decide: --data DIR"
+    )
 
 
 def _selects_by_all(view: GraphView, found: Understood) -> Evidence | None:
@@ -128,8 +143,11 @@ def _selects_by_all(view: GraphView, found: Understood) -> Evidence | None:
             maker = view.makers.get(maker.input[0])
         shape = view.shape(maker.input[0]) if maker is not None and maker.op_type == "ReduceMax" else None
         if shape and shape[-1] == found.width and len(shape) == 3:
-            return Evidence("sigmoid", f"the graph chooses its queries by the best of all {found.width} class scores, "
-                                       "which 'no object' would win")
+            return Evidence(
+                "sigmoid",
+                f"the graph chooses its queries by the best of all {found.width} class scores, "
+                "which 'no object' would win",
+            )
     return None
 
 
@@ -156,13 +174,15 @@ class Judge:
                 logits = raw.logits[..., list(kept[activation].places)]
                 output = OutputContract(activation)
                 detections[activation, layout][sample.image_id] = decode(
-                    RawOutputs(logits, raw.boxes), geometries, kept[activation].classes, output)[0]
+                    RawOutputs(logits, raw.boxes), geometries, kept[activation].classes, output
+                )[0]
         try:
-            judged = [_Judged(*reading, evaluate(self.dataset, one, by_size=False).ap or 0.0)   # type: ignore[arg-type]
-                      for reading, one in detections.items()]
+            judged = [
+                _Judged(*reading, evaluate(self.dataset, one, by_size=False).ap or 0.0)  # type: ignore[arg-type]
+                for reading, one in detections.items()
+            ]
         except MissingDependency:
             if len(readings) > 1:
                 raise
             return []
         return sorted(judged, key=lambda one: -one.ap)
-

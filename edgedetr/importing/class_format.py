@@ -12,9 +12,21 @@ BOTH: tuple[Activation, ...] = ("sigmoid", "softmax")
 # Classes by softmax, the last logit for "no object", in transformers; every other detector there is trained with
 # sigmoid (its post_process_object_detection).
 SOFTMAX_MODELS = ("detr", "table-transformer", "yolos", "maskformer")
-SIGMOID_MODELS = ("conditional_detr", "deformable_detr", "dab-detr", "dab_detr", "rt_detr", "rt_detr_v2", "d_fine",
-                  "rf_detr", "lw_detr", "deta", "grounding-dino", "pp_doclayout_v3")
-_QUERIES = 0.8                  # part of the queries that must speak for a reading
+SIGMOID_MODELS = (
+    "conditional_detr",
+    "deformable_detr",
+    "dab-detr",
+    "dab_detr",
+    "rt_detr",
+    "rt_detr_v2",
+    "d_fine",
+    "rf_detr",
+    "lw_detr",
+    "deta",
+    "grounding-dino",
+    "pp_doclayout_v3",
+)
+_QUERIES = 0.8  # part of the queries that must speak for a reading
 
 
 @dataclass(frozen=True)
@@ -51,11 +63,15 @@ def by_numbers(logits: np.ndarray) -> Evidence | None:
     rest = logits[:, :-1].max(1)
     nothing = float((logits[:, -1] > np.maximum(rest + 1, 0)).mean())
     if low >= _QUERIES:
-        return Evidence("sigmoid", f"on noise {100 * low:.0f} % of the queries have no class logit above -1, as "
-                                   "detectors trained by sigmoid")
+        return Evidence(
+            "sigmoid",
+            f"on noise {100 * low:.0f} % of the queries have no class logit above -1, as detectors trained by sigmoid",
+        )
     if nothing >= _QUERIES:
-        return Evidence("softmax", f"on noise {100 * nothing:.0f} % of the queries prefer the last class logit, as one "
-                                   "for 'no object'")
+        return Evidence(
+            "softmax",
+            f"on noise {100 * nothing:.0f} % of the queries prefer the last class logit, as one for 'no object'",
+        )
     return None
 
 

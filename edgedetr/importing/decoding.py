@@ -11,7 +11,7 @@ from edgedetr.importing.class_format import BOTH, Activation, apply
 from edgedetr.importing.output_roles import Rows
 from edgedetr.importing.trace_outputs import CLOSE, Block, Conversion, converts, plain
 
-GAP = 1e-6              # between scores, below which objects may stand in either order
+GAP = 1e-6  # between scores, below which objects may stand in either order
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Selection:
     clear: tuple[np.ndarray, ...]
 
 
-def selections(answers: Sequence[Rows], names: Sequence[str],
-               values: Sequence[dict[str, np.ndarray]]) -> Iterator[Selection]:
+def selections(
+    answers: Sequence[Rows], names: Sequence[str], values: Sequence[dict[str, np.ndarray]]
+) -> Iterator[Selection]:
     """Every tensor and rule whose choice has the file's own scores and labels, nearest to the output first."""
     for name in names:
         shape = plain(values[0][name]).shape
@@ -48,8 +49,9 @@ def selections(answers: Sequence[Rows], names: Sequence[str],
                         yield found
 
 
-def _selection(answers: Sequence[Rows], block: Block, logits: Sequence[np.ndarray], activation: Activation,
-               rule: str) -> Selection | None:
+def _selection(
+    answers: Sequence[Rows], block: Block, logits: Sequence[np.ndarray], activation: Activation, rule: str
+) -> Selection | None:
     labels: dict[int, int] = {}
     queries, clear = [], []
     for answer, one in zip(answers, logits):
@@ -58,14 +60,15 @@ def _selection(answers: Sequence[Rows], block: Block, logits: Sequence[np.ndarra
         count = len(answer.scores)
         if not scores.shape[1] or (scores.size if rule == "all" else len(scores)) < count:
             return None
-        chosen = scores if rule == "all" else np.where(
-            np.arange(scores.shape[1]) == scores.argmax(1)[:, None], scores, -1)
-        order = np.argsort(-chosen, axis=None, kind="stable")[:count + 1]
+        chosen = (
+            scores if rule == "all" else np.where(np.arange(scores.shape[1]) == scores.argmax(1)[:, None], scores, -1)
+        )
+        order = np.argsort(-chosen, axis=None, kind="stable")[: count + 1]
         falling = chosen.reshape(-1)[order]
         if np.abs(falling[:count] - answer.scores).max(initial=0) > CLOSE:
             return None
         gaps = np.concatenate([[np.inf], -np.diff(falling), [np.inf]])
-        told = (gaps[:count] > GAP) & (gaps[1:count + 1] > GAP)
+        told = (gaps[:count] > GAP) & (gaps[1 : count + 1] > GAP)
         query, place = np.unravel_index(order[:count], scores.shape)
         for ours, theirs in zip(place[told].tolist(), answer.labels[told].tolist()):
             if labels.setdefault(ours, theirs) != theirs:
@@ -77,8 +80,13 @@ def _selection(answers: Sequence[Rows], block: Block, logits: Sequence[np.ndarra
     return Selection(block, activation, logits[0].shape[1], rule, labels, tuple(queries), tuple(clear))
 
 
-def boxes_of(found: Selection, answers: Sequence[Rows], names: Sequence[str], values: Sequence[dict[str, np.ndarray]],
-             factors: Sequence[tuple[float, float]]) -> Conversion | None:
+def boxes_of(
+    found: Selection,
+    answers: Sequence[Rows],
+    names: Sequence[str],
+    values: Sequence[dict[str, np.ndarray]],
+    factors: Sequence[tuple[float, float]],
+) -> Conversion | None:
     """The tensor whose rows, at the chosen queries, become the file's boxes; None where no tensor fits."""
     rows = len(found.logits.rows(values[0]))
     given = np.concatenate([answer.boxes[told] for answer, told in zip(answers, found.clear)]).astype(np.float64)
@@ -89,8 +97,9 @@ def boxes_of(found: Selection, answers: Sequence[Rows], names: Sequence[str], va
             if len(shape) != 2 or (shape[::-1] if turned else shape) != (rows, 4):
                 continue
             block = Block(name, turned)
-            inner = np.concatenate([block.rows(value)[query][told]
-                                    for value, query, told in zip(values, found.queries, found.clear)])
+            inner = np.concatenate(
+                [block.rows(value)[query][told] for value, query, told in zip(values, found.queries, found.clear)]
+            )
             traced = converts(inner, given, factors)
             if traced is not None:
                 return Conversion(block, *traced)

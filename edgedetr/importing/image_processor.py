@@ -16,8 +16,8 @@ from typing import Any
 from edgedetr.errors import ModelError, did_you_mean
 from edgedetr.models.checkpoints.transformers_keys import Key, NoEffect, Only, Special
 
-STEP = 32                       # input sides are multiples of the coarsest stride
-SIDE = 1 << 14                  # pixels; longer sides are a mistake
+STEP = 32  # input sides are multiples of the coarsest stride
+SIDE = 1 << 14  # pixels; longer sides are a mistake
 # What is done where no file says it: RT-DETR stretches to a square, the others make the shorter side 800 px and the
 # longer at most 1333.
 STRETCHED = ("rt_detr",)
@@ -39,10 +39,23 @@ KEYS: dict[str, Key] = {
     "default_to_square": NoEffect("these processors make no square of a single number"),
     "do_convert_rgb": NoEffect("images come as RGB in any case"),
     **dict.fromkeys(("format", "do_convert_annotations"), _ANNOTATIONS),
-    **dict.fromkeys(("data_format", "input_data_format", "return_tensors", "device", "disable_grouping",
-                     "image_seq_length", "_valid_processor_keys", "model_input_names"), _FORM),
-    **dict.fromkeys(("processor_class", "_processor_class", "transformers_version", "backend"),
-                    NoEffect("which class wrote the file, and which library runs it")),
+    **dict.fromkeys(
+        (
+            "data_format",
+            "input_data_format",
+            "return_tensors",
+            "device",
+            "disable_grouping",
+            "image_seq_length",
+            "_valid_processor_keys",
+            "model_input_names",
+        ),
+        _FORM,
+    ),
+    **dict.fromkeys(
+        ("processor_class", "_processor_class", "transformers_version", "backend"),
+        NoEffect("which class wrote the file, and which library runs it"),
+    ),
     "auto_map": Only("code that comes with a model is not executed", (None,)),
 }
 
@@ -80,23 +93,28 @@ def pixels(raw: Mapping[str, Any] | None, member: str, where: str, asked: tuple[
     for key, value in raw.items():
         entry = KEYS.get(key)
         if entry is None:
-            raise ModelError(f"{where}: unknown key {key!r} = {_shown(value)}{did_you_mean(key, KEYS)}; the pixels may "
-                             "depend on it; if they do not, remove it from a copy of the file")
+            raise ModelError(
+                f"{where}: unknown key {key!r} = {_shown(value)}{did_you_mean(key, KEYS)}; the pixels may "
+                "depend on it; if they do not, remove it from a copy of the file"
+            )
         if isinstance(entry, Only) and (value not in entry.values or (isinstance(value, bool) and value)):
             raise ModelError(f"{where}: {key} is {_shown(value)}; expected {_shown(entry.values[0])} ({entry.why})")
     kind = raw.get("image_processor_type", raw.get("feature_extractor_type"))
     if kind is not None:
         found = TYPE.match(kind) if isinstance(kind, str) else None
         if not found:
-            raise ModelError(f"{where}: image_processor_type is {_shown(kind)}; expected that of DETR, Conditional "
-                             "DETR, Deformable DETR or RT-DETR")
+            raise ModelError(
+                f"{where}: image_processor_type is {_shown(kind)}; expected that of DETR, Conditional "
+                "DETR, Deformable DETR or RT-DETR"
+            )
         stretched = found[1] == "RTDetr"
     mean, std = _colours(raw, where, normalise=not stretched)
     size = _size(raw, where, stretched)
     if not _flag(raw, "do_resize", True, where):
         if asked is None:
-            raise ModelError(f"{where}: do_resize is false, so images keep their sizes, and a bundle has one; "
-                             "name it by --input HxW")
+            raise ModelError(
+                f"{where}: do_resize is false, so images keep their sizes, and a bundle has one; name it by --input HxW"
+            )
         note = "the processor keeps every image's size; images of other sizes are stretched to the input"
         return Pixels(*asked, "stretch", mean, std, (note,))
     height, width, resize, note = _target(size, where)
@@ -124,8 +142,10 @@ def _colours(raw: Mapping[str, Any], where: str, normalise: bool) -> tuple[list[
         std = _three(raw.get("image_std"), IMAGENET[1], f"{where}: image_std", positive=True)
     # (x f - m) / s with x in 0..255 is (x / 255 - m / 255 f) / (s / 255 f).
     levels = 255 * factor
-    return ([value if factor == 1 / 255 else value / levels for value in mean],
-            [value if factor == 1 / 255 else value / levels for value in std])
+    return (
+        [value if factor == 1 / 255 else value / levels for value in mean],
+        [value if factor == 1 / 255 else value / levels for value in std],
+    )
 
 
 def _size(raw: Mapping[str, Any], where: str, stretched: bool) -> dict[str, int]:
@@ -143,8 +163,10 @@ def _size(raw: Mapping[str, Any], where: str, stretched: bool) -> dict[str, int]
         for pair in (("shortest_edge", "longest_edge"), ("max_height", "max_width"), ("height", "width")):
             if set(named) == set(pair):
                 return {name: _side(named[name], f"{where}: size: {name}") for name in pair}
-    raise ModelError(f"{where}: size is {_shown(raw.get('size'))}; expected shortest_edge and longest_edge, max_height "
-                     f"and max_width, or height and width{'' if stretched else ', or one number and max_size'}")
+    raise ModelError(
+        f"{where}: size is {_shown(raw.get('size'))}; expected shortest_edge and longest_edge, max_height "
+        f"and max_width, or height and width{'' if stretched else ', or one number and max_size'}"
+    )
 
 
 def _target(size: Mapping[str, int], where: str) -> tuple[int, int, str, str]:
@@ -153,16 +175,31 @@ def _target(size: Mapping[str, int], where: str) -> tuple[int, int, str, str]:
         return size["height"], size["width"], "stretch", f"stretched to {size['height']} x {size['width']}"
     if "max_height" in size:
         height, width = _up(size["max_height"]), _up(size["max_width"])
-        return height, width, "letterbox", (f"trained at up to {size['max_height']} x {size['max_width']} px, the "
-                                            f"aspect kept: letterbox to {height} x {width}")
+        return (
+            height,
+            width,
+            "letterbox",
+            (
+                f"trained at up to {size['max_height']} x {size['max_width']} px, the "
+                f"aspect kept: letterbox to {height} x {width}"
+            ),
+        )
     short, long = size["shortest_edge"], size["longest_edge"]
     if long < short:
-        raise ModelError(f"{where}: size has longest_edge {long} below shortest_edge {short}; expected at least "
-                         "as much")
+        raise ModelError(
+            f"{where}: size has longest_edge {long} below shortest_edge {short}; expected at least as much"
+        )
     height, width = _up(short), _up(long)
-    return height, width, "letterbox", (f"trained with the shorter side at {short} px and the longer at most {long}: "
-                                        f"letterbox to {height} x {width} keeps that for wide images; for upright ones "
-                                        f"use --input {width}x{height}")
+    return (
+        height,
+        width,
+        "letterbox",
+        (
+            f"trained with the shorter side at {short} px and the longer at most {long}: "
+            f"letterbox to {height} x {width} keeps that for wide images; for upright ones "
+            f"use --input {width}x{height}"
+        ),
+    )
 
 
 def _padding(raw: Mapping[str, Any], size: Mapping[str, int], where: str) -> None:
@@ -174,8 +211,10 @@ def _padding(raw: Mapping[str, Any], size: Mapping[str, int], where: str) -> Non
     sides = tuple(size.values()) if "shortest_edge" not in size else ()
     given = (padded.get("height"), padded.get("width")) if isinstance(padded, dict) else ()
     if given != sides or not sides:
-        raise ModelError(f"{where}: pad_size is {_shown(padded)}; expected that of size, {_shown(dict(size))}: a "
-                         "bundle pads to what it resizes to")
+        raise ModelError(
+            f"{where}: pad_size is {_shown(padded)}; expected that of size, {_shown(dict(size))}: a "
+            "bundle pads to what it resizes to"
+        )
 
 
 def _up(pixels: int) -> int:

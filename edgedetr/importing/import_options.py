@@ -20,7 +20,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 class Pixels:
     """What the foreign graph takes: (pixel * scale - mean) / std, per RGB channel, of a picture that was resized so."""
 
-    scale: float = 1 / 255                                          # RT-DETR, D-FINE: 0..1, no mean
+    scale: float = 1 / 255  # RT-DETR, D-FINE: 0..1, no mean
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     resize: Literal["stretch", "letterbox"] = "stretch"
@@ -28,8 +28,9 @@ class Pixels:
     def __post_init__(self) -> None:
         one_of("resize", self.resize, ("stretch", "letterbox"), UsageError)
         if not (np.isfinite([self.scale, *self.mean, *self.std]).all() and self.scale > 0 and min(self.std) > 0):
-            raise UsageError(f"scale {self.scale}, mean {self.mean}, std {self.std}; expected finite numbers, scale "
-                             "and std above 0")
+            raise UsageError(
+                f"scale {self.scale}, mean {self.mean}, std {self.std}; expected finite numbers, scale and std above 0"
+            )
 
     def words(self) -> str:
         """(pixel * 0.00392157 - mean) / std in numbers."""
@@ -58,7 +59,7 @@ class Kept:
 
 def usual(outputs: Sequence[str]) -> Pixels:
     """The normalisation that models with outputs of these names are published with."""
-    return Pixels(mean=IMAGENET[0], std=IMAGENET[1]) if set(outputs) == {"dets", "labels"} else Pixels()     # RF-DETR
+    return Pixels(mean=IMAGENET[0], std=IMAGENET[1]) if set(outputs) == {"dets", "labels"} else Pixels()  # RF-DETR
 
 
 def read_names(path: Path) -> list[str]:
@@ -66,18 +67,27 @@ def read_names(path: Path) -> list[str]:
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); expected a text file with one class name per "
-                         "line") from error
-    names = names[:len(names) - next((i for i, name in enumerate(reversed(names)) if name), len(names))]
+        raise UsageError(
+            f"{path}: cannot be read ({error}); expected a text file with one class name per line"
+        ) from error
+    names = names[: len(names) - next((i for i, name in enumerate(reversed(names)) if name), len(names))]
     used = [name for name in names if name != "-"]
     if not used or "" in names or len(set(used)) < len(used):
-        raise UsageError(f"{path}: {len(used)} names, of which some are empty or twice there; expected one line for "
-                         "each class logit of the file, in order, `-` for one that is not used")
+        raise UsageError(
+            f"{path}: {len(used)} names, of which some are empty or twice there; expected one line for "
+            "each class logit of the file, in order, `-` for one that is not used"
+        )
     return names
 
 
-def columns_of(width: int, activation: Literal["sigmoid", "softmax"], names: Sequence[str] | None,
-               known: tuple[ClassInfo, ...] | None, columns: str, source: str = "--classes") -> Kept:
+def columns_of(
+    width: int,
+    activation: Literal["sigmoid", "softmax"],
+    names: Sequence[str] | None,
+    known: tuple[ClassInfo, ...] | None,
+    columns: str,
+    source: str = "--classes",
+) -> Kept:
     """What the `width` class logits of the file stand for, and which of them the bundle keeps.
 
     names    of the logits, in order, as `source` says; None = the data set's classes, `known`, as `columns` says
@@ -89,19 +99,25 @@ def columns_of(width: int, activation: Literal["sigmoid", "softmax"], names: Seq
         lost = [item.name for item in known or () if item.name not in given]
         if lost:
             way = "" if source == "--classes" else "; or say --columns index where they stand in the data set's order"
-            raise UsageError(f"{source} does not name {', '.join(lost[:5])}, which the data set has; expected one "
-                             f"line of --classes for each class logit of the file, in order, `-` for one that is not "
-                             f"used{way}")
+            raise UsageError(
+                f"{source} does not name {', '.join(lost[:5])}, which the data set has; expected one "
+                f"line of --classes for each class logit of the file, in order, `-` for one that is not "
+                f"used{way}"
+            )
         known = known or tuple(ClassInfo(index, place, name) for index, (name, place) in enumerate(given.items()))
         places, count = [given[item.name] for item in known], len(names)
     else:
         known = known or tuple(ClassInfo(index, index, f"class {index}") for index in range(usable))
         places, count = [item.category_id if columns == "category-id" else item.index for item in known], len(known)
     if not places or min(places) < 0 or max(places) >= usable:
-        raise UsageError(f"the file has {usable} class logits{' besides no object' if usable < width else ''}, and a "
-                         f"class stands at place {max(places, default=0)}; expected one line of --classes for each "
-                         "logit of the file, or --columns index")
+        raise UsageError(
+            f"the file has {usable} class logits{' besides no object' if usable < width else ''}, and a "
+            f"class stands at place {max(places, default=0)}; expected one line of --classes for each "
+            "logit of the file, or --columns index"
+        )
     if width > count + 1 and columns == "index":
-        raise UsageError(f"the file has {width} class logits for {count} classes; say which is which: --classes FILE, "
-                         "or --columns category-id where they stand at the category ids (COCO: 91 for 80)")
+        raise UsageError(
+            f"the file has {width} class logits for {count} classes; say which is which: --classes FILE, "
+            "or --columns category-id where they stand at the category ids (COCO: 91 for 80)"
+        )
     return Kept(activation, known, tuple(places + ([width - 1] if activation == "softmax" else [])))

@@ -33,8 +33,10 @@ def inputs(model: ModelProto) -> Inputs:
         if rank == 4:
             found["image"].append(item.name)
             if kind != TensorProto.FLOAT:
-                raise ExportError(f"input {item.name!r} is {type_name(kind)}; expected float32 pictures: export the "
-                                  "float32 model, normalised outside the graph")
+                raise ExportError(
+                    f"input {item.name!r} is {type_name(kind)}; expected float32 pictures: export the "
+                    "float32 model, normalised outside the graph"
+                )
         elif rank == 2 and (item.type.tensor_type.shape.dim[1].dim_value in (0, 2)):
             found["sizes"].append(item.name)
         elif rank == 3 and "mask" in item.name:
@@ -50,14 +52,20 @@ def inputs(model: ModelProto) -> Inputs:
 def size_of(model: ModelProto, image: str) -> tuple[int | None, int | None]:
     """Height and width that the file is fixed to; None where open. ExportError when it is no batch of RGB pictures."""
     item = next(item for item in model.graph.input if item.name == image)
-    batch, channels, height, width = (size.dim_value if size.HasField("dim_value") and size.dim_value > 0 else None
-                                      for size in item.type.tensor_type.shape.dim)
+    batch, channels, height, width = (
+        size.dim_value if size.HasField("dim_value") and size.dim_value > 0 else None
+        for size in item.type.tensor_type.shape.dim
+    )
     if channels not in (None, 3):
-        raise ExportError(f"input {_signature(item)} has {channels} channels at its second place; expected RGB "
-                          "pictures [B, 3, H, W]; export the model with channels first")
+        raise ExportError(
+            f"input {_signature(item)} has {channels} channels at its second place; expected RGB "
+            "pictures [B, 3, H, W]; export the model with channels first"
+        )
     if batch not in (None, 1):
-        raise ExportError(f"input {_signature(item)} takes {batch} pictures at a time; expected 1 or an open batch: "
-                          "export the model with batch size 1")
+        raise ExportError(
+            f"input {_signature(item)} takes {batch} pictures at a time; expected 1 or an open batch: "
+            "export the model with batch size 1"
+        )
     return height, width
 
 
@@ -66,5 +74,7 @@ def _signature(item: ValueInfoProto) -> str:
     return f"{item.name} {type_name(item.type.tensor_type.elem_type)} [{shape}]"
 
 
-_EXPECTED_INPUTS = ("expected pictures float32 [B, 3, H, W], and besides them at most orig_target_sizes [B, 2] and "
-                    "pixel_mask [B, H, W]; export the detector with these inputs alone")
+_EXPECTED_INPUTS = (
+    "expected pictures float32 [B, 3, H, W], and besides them at most orig_target_sizes [B, 2] and "
+    "pixel_mask [B, H, W]; export the detector with these inputs alone"
+)

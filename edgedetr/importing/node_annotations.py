@@ -48,7 +48,7 @@ def _choosing(view: GraphView) -> set[str]:
         elif node.op_type in _BY_INDEX and len(node.input) > 1 and node.input[1] in places:
             chosen.add(node.name)
         elif any(name in places for name in node.input):
-            places.update(node.output)      # arithmetic on places: repeated, divided, with the batch before it
+            places.update(node.output)  # arithmetic on places: repeated, divided, with the batch before it
     return chosen
 
 

@@ -20,15 +20,29 @@ from edgedetr.onnx_graph.opset import to_opset
 from edgedetr.onnx_graph.settle_sizes import settle
 from edgedetr.onnx_graph.widen import widen
 
-LARGEST_SIDE = 8192             # pixels; images and tensors of a larger input would not fit into memory
+LARGEST_SIDE = 8192  # pixels; images and tensors of a larger input would not fit into memory
 # What no TensorRT takes: control flow that the size does not decide, lists, text, and results of open length.
 _REFUSED = {
     **dict.fromkeys(("If", "Loop", "Scan", "SequenceMap"), "control flow that the input's size does not decide"),
-    **dict.fromkeys(("SequenceConstruct", "SequenceAt", "SequenceInsert", "SequenceErase", "SequenceEmpty",
-                     "SequenceLength", "SplitToSequence", "ConcatFromSequence", "Optional", "OptionalGetElement",
-                     "OptionalHasElement"), "lists of tensors"),
-    **dict.fromkeys(("StringNormalizer", "StringSplit", "StringConcat", "RegexFullMatch", "TfIdfVectorizer",
-                     "LabelEncoder"), "text"),
+    **dict.fromkeys(
+        (
+            "SequenceConstruct",
+            "SequenceAt",
+            "SequenceInsert",
+            "SequenceErase",
+            "SequenceEmpty",
+            "SequenceLength",
+            "SplitToSequence",
+            "ConcatFromSequence",
+            "Optional",
+            "OptionalGetElement",
+            "OptionalHasElement",
+        ),
+        "lists of tensors",
+    ),
+    **dict.fromkeys(
+        ("StringNormalizer", "StringSplit", "StringConcat", "RegexFullMatch", "TfIdfVectorizer", "LabelEncoder"), "text"
+    ),
 }
 
 
@@ -36,39 +50,54 @@ def read_model(path: Path) -> ModelProto:
     """The file's graph in operators of ONNX alone, checked. Weights in plain files beside it are read."""
     opened = open_onnx(path)
     if opened.faults:
-        raise ExportError(f"{path}: {opened.faults[0]}; expected weights in the file, or in a plain file beside it; "
-                          "copy both into one folder (cp -L follows links)")
+        raise ExportError(
+            f"{path}: {opened.faults[0]}; expected weights in the file, or in a plain file beside it; "
+            "copy both into one folder (cp -L follows links)"
+        )
     model = opened.model
     if not model.graph.output:
         raise ExportError(f"{path}: the graph has no outputs; expected those of a detector; export the model again")
     if model.graph.sparse_initializer:
-        raise ExportError(f"{path}: {len(model.graph.sparse_initializer)} sparse weights; expected dense ones; export "
-                          "the model without sparsity")
+        raise ExportError(
+            f"{path}: {len(model.graph.sparse_initializer)} sparse weights; expected dense ones; export "
+            "the model without sparsity"
+        )
     try:
         sort_nodes(model)
         if model.functions:
             model = inline_local_functions(model)
-        open_outputs = [item.type.tensor_type for item in model.graph.output
-                        if item.type.HasField("tensor_type") and not item.type.tensor_type.HasField("shape")]
-        for kind in open_outputs:       # the checker wants a shape, which says nothing here
+        open_outputs = [
+            item.type.tensor_type
+            for item in model.graph.output
+            if item.type.HasField("tensor_type") and not item.type.tensor_type.HasField("shape")
+        ]
+        for kind in open_outputs:  # the checker wants a shape, which says nothing here
             kind.shape.SetInParent()
         onnx.checker.check_model(model)
         for kind in open_outputs:
             kind.ClearField("shape")
-    except Exception as error:      # C++ errors of several kinds, and protobuf's own
+    except Exception as error:  # C++ errors of several kinds, and protobuf's own
         raise ExportError(f"{path}: not valid ONNX ({first_line(error)}); export the model again") from error
     _require_values(model, path)
     view = GraphView(model, infer=False)
-    others = sorted({f"{node.op_type} ({node.domain})" for node in view.everywhere
-                     if node.domain not in ("", "ai.onnx")})
+    others = sorted(
+        {f"{node.op_type} ({node.domain})" for node in view.everywhere if node.domain not in ("", "ai.onnx")}
+    )
     if others:
-        raise ExportError(f"{path}: operators that are not ONNX's own: {', '.join(others[:5])}; expected a float32 "
-                          "export without fused or custom operators (no plugins, no optimised model)")
-    quantised = [node.op_type for node in view.everywhere
-                 if node.op_type.endswith(("QuantizeLinear", "Integer")) or node.op_type.startswith("QLinear")]
+        raise ExportError(
+            f"{path}: operators that are not ONNX's own: {', '.join(others[:5])}; expected a float32 "
+            "export without fused or custom operators (no plugins, no optimised model)"
+        )
+    quantised = [
+        node.op_type
+        for node in view.everywhere
+        if node.op_type.endswith(("QuantizeLinear", "Integer")) or node.op_type.startswith("QLinear")
+    ]
     if quantised:
-        raise ExportError(f"{path}: quantised already ({len(quantised)} nodes like {quantised[0]}); expected the "
-                          "float32 model, which edgedetr export --int8 quantises")
+        raise ExportError(
+            f"{path}: quantised already ({len(quantised)} nodes like {quantised[0]}); expected the "
+            "float32 model, which edgedetr export --int8 quantises"
+        )
     return model
 
 
@@ -77,29 +106,38 @@ def _require_values(model: ModelProto, path: Path) -> None:
     for tensor in tensors(model):
         try:
             numpy_helper.to_array(tensor)
-        except Exception as error:      # ValueError, TypeError, KeyError, and protobuf's own
-            raise ExportError(f"{path}: tensor {tensor.name!r} is damaged ({first_line(error)}); export the model "
-                              "again") from error
+        except Exception as error:  # ValueError, TypeError, KeyError, and protobuf's own
+            raise ExportError(
+                f"{path}: tensor {tensor.name!r} is damaged ({first_line(error)}); export the model again"
+            ) from error
 
 
 def size_of(model: ModelProto, image: str, asked: tuple[int, int] | None, beside: Beside) -> tuple[int, int]:
     """Height and width: the file's own, else as asked, else as the processor beside the file says."""
     fixed = io_contract.size_of(model, image)
     if asked is not None and any(one not in (None, two) for one, two in zip(fixed, asked)):
-        raise UsageError(f"--input is {asked[0]}x{asked[1]}; the file takes {fixed[0] or '?'}x{fixed[1] or '?'} alone; "
-                         "leave --input out, or export the model with an open size")
+        raise UsageError(
+            f"--input is {asked[0]}x{asked[1]}; the file takes {fixed[0] or '?'}x{fixed[1] or '?'} alone; "
+            "leave --input out, or export the model with an open size"
+        )
     told = beside.size if beside.size and all(one in (None, two) for one, two in zip(fixed, beside.size)) else None
     height, width = asked or told or fixed
     if height is None or width is None:
-        raise UsageError(f"the file leaves height and width open, and no {PROCESSOR} beside it says them; say which to "
-                         "use: --input 640x640 (height x width)")
+        raise UsageError(
+            f"the file leaves height and width open, and no {PROCESSOR} beside it says them; say which to "
+            "use: --input 640x640 (height x width)"
+        )
     if max(height, width) > LARGEST_SIDE:
-        raise ExportError(f"the input is {height} x {width}; expected at most {LARGEST_SIDE} pixels a side; export the "
-                          "model for a smaller one")
+        raise ExportError(
+            f"the input is {height} x {width}; expected at most {LARGEST_SIDE} pixels a side; export the "
+            "model for a smaller one"
+        )
     return height, width
 
 
-def fixed(original: ModelProto, taken: io_contract.Inputs, height: int, width: int) -> tuple[ModelProto, GraphView, bool]:
+def fixed(
+    original: ModelProto, taken: io_contract.Inputs, height: int, width: int
+) -> tuple[ModelProto, GraphView, bool]:
     """The graph for one image of one size, an index of it, and whether the file computes in halves of float32."""
     model = ModelProto()
     model.CopyFrom(original)
@@ -111,16 +149,21 @@ def fixed(original: ModelProto, taken: io_contract.Inputs, height: int, width: i
     surgery.name_nodes(model)
     for node in model.graph.node:
         if node.op_type in _REFUSED:
-            raise ExportError(f"{title(node)} is {node.op_type}: {_REFUSED[node.op_type]}, which TensorRT does not "
-                              "run; export the model with a fixed size and without its post-processing")
+            raise ExportError(
+                f"{title(node)} is {node.op_type}: {_REFUSED[node.op_type]}, which TensorRT does not "
+                "run; export the model with a fixed size and without its post-processing"
+            )
     view = GraphView(model)
     if view.fault:
-        raise ExportError(f"sizes cannot be inferred for a {height} x {width} image ({view.fault}); expected a model "
-                          "that takes this size; say another with --input HxW")
+        raise ExportError(
+            f"sizes cannot be inferred for a {height} x {width} image ({view.fault}); expected a model "
+            "that takes this size; say another with --input HxW"
+        )
     text = next((name for name, kind in view.types.items() if kind == TensorProto.STRING), None)
     if text is not None:
-        raise ExportError(f"tensor {text!r} holds text, which TensorRT does not run; export the model without its "
-                          "post-processing")
+        raise ExportError(
+            f"tensor {text!r} holds text, which TensorRT does not run; export the model without its post-processing"
+        )
     return model, view, half
 
 

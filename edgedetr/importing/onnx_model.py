@@ -45,7 +45,7 @@ from edgedetr.runtime.detections import Detections
 
 log = logging.getLogger(__name__)
 
-MODEL = "imported"              # what bundle.json calls a model that only its ONNX file knows
+MODEL = "imported"  # what bundle.json calls a model that only its ONNX file knows
 STAGE = "import"
 
 
@@ -81,35 +81,57 @@ class Brought:
 
     def describe(self) -> str:
         """What was found, in some sentences."""
-        how = {"raw": "gives logits and boxes of all queries",
-               "joined": "gives boxes and classes in one (they were taken apart)",
-               "decoded": "gives chosen objects (the choice was cut off)"}[self.contract]
+        how = {
+            "raw": "gives logits and boxes of all queries",
+            "joined": "gives boxes and classes in one (they were taken apart)",
+            "decoded": "gives chosen objects (the choice was cut off)",
+        }[self.contract]
         size = f"{self.bundle.manifest.input.height} x {self.bundle.manifest.input.width} px"
-        what = (f"opset {self.opset}, {'float16, ' if self.half else ''}{size}, {how}; {self.queries} queries, "
-                f"{self.activation}, {len(self.bundle.manifest.classes)} classes; {self.folded} scales folded into "
-                f"convolutions, {self.gathered} GridSamples written as gathers")
+        what = (
+            f"opset {self.opset}, {'float16, ' if self.half else ''}{size}, {how}; {self.queries} queries, "
+            f"{self.activation}, {len(self.bundle.manifest.classes)} classes; {self.folded} scales folded into "
+            f"convolutions, {self.gathered} GridSamples written as gathers"
+        )
         lines = [what, *(f"read: {reason}" for reason in self.why)]
         if self.ap is not None:
-            lines.append(f"AP {self.ap:.1f} on labelled images" + (
-                "" if self.ap >= SPEAKS else ": it finds next to nothing there; check --classes, --columns, --scale, "
-                "--mean and --std"))
+            lines.append(
+                f"AP {self.ap:.1f} on labelled images"
+                + (
+                    ""
+                    if self.ap >= SPEAKS
+                    else ": it finds next to nothing there; check --classes, --columns, --scale, --mean and --std"
+                )
+            )
         if self.contract == "decoded":
-            lines.append(f"checked on {self.pictures} images: all of {self.objects} "
-                         "objects that the file itself chooses are found again")
+            lines.append(
+                f"checked on {self.pictures} images: all of {self.objects} "
+                "objects that the file itself chooses are found again"
+            )
         else:
-            lines.append(f"checked on {self.pictures} images: the graph gives what the file gives, read the same way "
-                         f"({self.objects} objects); that says nothing of the reading")
+            lines.append(
+                f"checked on {self.pictures} images: the graph gives what the file gives, read the same way "
+                f"({self.objects} objects); that says nothing of the reading"
+            )
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, object]:
         return {**asdict(replace(self, bundle=None)), "bundle": str(self.bundle.path)}  # type: ignore[arg-type]  # a path in JSON
 
 
-def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, classes: Path | None = None,
-          size: tuple[int, int] | None = None, pixels: Pixels | Mapping[str, Any] | None = None,
-          activation: Literal["sigmoid", "softmax"] | None = None, boxes: str | None = None,
-          outputs: Sequence[str] = (), columns: Literal["index", "category-id"] | None = None,
-          sampling: Literal["gather", "grid_sample"] = "gather") -> Brought:
+def bring(
+    path: str | Path,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    classes: Path | None = None,
+    size: tuple[int, int] | None = None,
+    pixels: Pixels | Mapping[str, Any] | None = None,
+    activation: Literal["sigmoid", "softmax"] | None = None,
+    boxes: str | None = None,
+    outputs: Sequence[str] = (),
+    columns: Literal["index", "category-id"] | None = None,
+    sampling: Literal["gather", "grid_sample"] = "gather",
+) -> Brought:
     """Import an ONNX file; nothing is left behind where it fails.
 
     data     the labelled pictures to calibrate and verify on; its classes become the bundle's
@@ -123,8 +145,10 @@ def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, 
     columns  where nothing names the classes: a class stands at its index, or at the category id of the data set
     """
     path, out = as_path(path, "path", "that of an ONNX file"), as_path(out, "out")
-    data, classes = (None if data is None else as_path(data, "data"),
-                     None if classes is None else as_path(classes, "classes"))
+    data, classes = (
+        None if data is None else as_path(data, "data"),
+        None if classes is None else as_path(classes, "classes"),
+    )
     check_texts(outputs, "outputs", "a list of names")
     size = None if size is None else check_size(size)
     if not isinstance(pixels, (Pixels, Mapping, type(None))):
@@ -134,8 +158,10 @@ def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, 
     one_of("columns", columns, (None, "index", "category-id"), UsageError)
     one_of("sampling", sampling, ("gather", "grid_sample"), UsageError)
     if columns is not None and (data is None or classes is not None):
-        raise UsageError(f"--columns {columns} says where the data set's classes stand among the logits; give --data "
-                         "with it, and no --classes, which says the same")
+        raise UsageError(
+            f"--columns {columns} says where the data set's classes stand among the logits; give --data "
+            "with it, and no --classes, which says the same"
+        )
     if (out / "weights.safetensors").exists():
         raise UsageError(f"{out} holds a trained model; name another --out")
     original = read_model(path)
@@ -150,7 +176,7 @@ def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, 
     dataset = load(record.path, record.verify_split) if record is not None else None
     images = probes(dataset, contract)
     oracle = Original(original, taken, pixels.factor, pixels.shift)
-    feeds = [oracle.feed(images[number:number + 1]) for number in range(len(images))]
+    feeds = [oracle.feed(images[number : number + 1]) for number in range(len(images))]
     found = understand(model, view, feeds, Asked(activation, boxes, tuple(outputs)), SIDE)
     known = dataset.classes if dataset is not None else None
     source = "--classes"
@@ -167,10 +193,21 @@ def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, 
     found, kept = choice.found, choice.kept
     output = OutputContract(kept.activation, found.top_k or OutputContract().top_k)
     if taken.sizes:
-        model.graph.initializer.append(numpy_helper.from_array(np.full((1, 2), SIDE, dtype_of(model, taken.sizes)),
-                                                               taken.sizes))
-    result = surgery.dress(model, taken.image, found.logits, found.boxes, found.form, scale=pixels.factor,
-                           shift=pixels.shift, columns=kept.places, queries=found.queries, width=found.width)
+        model.graph.initializer.append(
+            numpy_helper.from_array(np.full((1, 2), SIDE, dtype_of(model, taken.sizes)), taken.sizes)
+        )
+    result = surgery.dress(
+        model,
+        taken.image,
+        found.logits,
+        found.boxes,
+        found.form,
+        scale=pixels.factor,
+        shift=pixels.shift,
+        columns=kept.places,
+        queries=found.queries,
+        width=found.width,
+    )
     drop_idle_casts(result)
     result = fold(result)
     folded = surgery.absorb_scales(result)
@@ -183,40 +220,74 @@ def bring(path: str | Path, out: str | Path, *, data: str | Path | None = None, 
     _finish(result, manifest, path, opset)
     notes = [*found.why, *beside.notes, *_sizes(beside, height, width)]
     ours = _objects(result, images, output, found)
-    if half:            # rounding decides what the file chooses: the graph is compared with the same one in float32
+    if half:  # rounding decides what the file chooses: the graph is compared with the same one in float32
         wide = Original(model, replace(taken, mask=""), pixels.factor, pixels.shift)
         found_again = _compare(ours, wide, images, output, found, kept).objects
-        notes.append(f"the file computes in float16, model.onnx in float32; against the file: "
-                     f"{_compare(ours, oracle, images, output, found, kept, half=True).words}")
+        notes.append(
+            f"the file computes in float16, model.onnx in float32; against the file: "
+            f"{_compare(ours, oracle, images, output, found, kept, half=True).words}"
+        )
     else:
         found_again = _compare(ours, oracle, images, output, found, kept).objects
     bundle = Bundle.create(out, manifest)
     with bundle.add("model.onnx", stage=STAGE) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
-    return Brought(bundle, found.answer.kind, opset, kept.activation, found.given.option, pixels, found.queries,
-                   tuple(notes), choice.ap, half, folded, gathered,
-                   found_again, len(images))
+    return Brought(
+        bundle,
+        found.answer.kind,
+        opset,
+        kept.activation,
+        found.given.option,
+        pixels,
+        found.queries,
+        tuple(notes),
+        choice.ap,
+        half,
+        folded,
+        gathered,
+        found_again,
+        len(images),
+    )
 
 
-def _objects(result: ModelProto, images: np.ndarray, output: OutputContract,
-             found: Understood) -> dict[int, Detections]:
+def _objects(
+    result: ModelProto, images: np.ndarray, output: OutputContract, found: Understood
+) -> dict[int, Detections]:
     """What the bundle's graph finds in each image, in pixels of the input."""
-    given = run(result, ["logits", "boxes"], [{"images": images[number:number + 1]} for number in range(len(images))])
-    return {number: decoded(RawOutputs(one["logits"], one["boxes"]), images[number:number + 1], output,
-                            one["logits"].shape[2], found.rule) for number, one in enumerate(given)}
+    given = run(result, ["logits", "boxes"], [{"images": images[number : number + 1]} for number in range(len(images))])
+    return {
+        number: decoded(
+            RawOutputs(one["logits"], one["boxes"]),
+            images[number : number + 1],
+            output,
+            one["logits"].shape[2],
+            found.rule,
+        )
+        for number, one in enumerate(given)
+    }
 
 
-def _compare(ours: dict[int, Detections], oracle: Original, images: np.ndarray, output: OutputContract,
-             found: Understood, kept: Kept, *, half: bool = False) -> Agreement:
+def _compare(
+    ours: dict[int, Detections],
+    oracle: Original,
+    images: np.ndarray,
+    output: OutputContract,
+    found: Understood,
+    kept: Kept,
+    *,
+    half: bool = False,
+) -> Agreement:
     """How the file's objects are found again by the new graph; ExportError unless it is all of them.
 
     half  the oracle computes in float16
     """
-    theirs = renumbered(oracle.detect(images, found, output), kept.places[:len(kept.classes)])
+    theirs = renumbered(oracle.detect(images, found, output), kept.places[: len(kept.classes)])
     again = agree(theirs, ours, half=half)
     if not again.same:
-        raise ExportError(f"after the import the graph does not detect what the file did: {again.words}; expected the "
-                          "same objects; export the model at opset 17 to 19 with a fixed size, and report this")
+        raise ExportError(
+            f"after the import the graph does not detect what the file did: {again.words}; expected the "
+            "same objects; export the model at opset 17 to 19 with a fixed size, and report this"
+        )
     log.info("the imported graph finds what the file found: %s", again.words)
     return again
 
@@ -243,8 +314,9 @@ def _record(data: str | Path | None) -> DataRecord | None:
     verify = next((name for name in ("test", "val") if there.get(name)), None)
     calib = "train" if there.get("train") else None
     if verify is None or calib is None:
-        raise DataError(f"{data}: splits {', '.join(there) or 'none'}; expected train to calibrate on, and test or val "
-                        "to verify on")
+        raise DataError(
+            f"{data}: splits {', '.join(there) or 'none'}; expected train to calibrate on, and test or val to verify on"
+        )
     return DataRecord(str(Path(data).resolve()), verify, calib)
 
 
@@ -262,6 +334,8 @@ def _finish(model: ModelProto, manifest: Manifest, path: Path, opset: int) -> No
     check(model, OPSET)
     try:
         onnx.checker.check_model(model, full_check=True)
-    except Exception as error:      # C++ errors of several kinds
-        raise ExportError(f"{path}: what came of the import is not valid ONNX ({first_line(error)}); export the model "
-                          "at opset 17 to 19, and report this") from error
+    except Exception as error:  # C++ errors of several kinds
+        raise ExportError(
+            f"{path}: what came of the import is not valid ONNX ({first_line(error)}); export the model "
+            "at opset 17 to 19, and report this"
+        ) from error

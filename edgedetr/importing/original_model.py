@@ -24,10 +24,10 @@ from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import Geometry, prepare
 
-PICTURES = 2            # of the verify split, besides NOISE
+PICTURES = 2  # of the verify split, besides NOISE
 NOISE = 2
-BEST = 10               # objects of each picture that must be found again at least
-SIDE = 1000             # what is said to be the height and width of the original picture: a square has no order
+BEST = 10  # objects of each picture that must be found again at least
+SIDE = 1000  # what is said to be the height and width of the original picture: a square has no order
 # Smallest overlap of a box that counts as the same; largest differences of matched objects (99th percentile): rounding
 # gives 1e-4 of either. A file that computes in float16 rounds to 1e-3 of a logit of 10, layer after layer.
 OVERLAP, SCORE, PIXELS = 0.9, 1e-2, 0.5
@@ -54,12 +54,18 @@ class Original:
         """factor, shift  [3]  the normalisation that the file expects outside: pixels * factor + shift"""
         self.taken = taken
         self.factor, self.shift = (value.astype(np.float32).reshape(3, 1, 1) for value in (factor, shift))
-        self.types = {item.name: helper.tensor_dtype_to_np_dtype(item.type.tensor_type.elem_type)
-                      for item in model.graph.input}
+        self.types = {
+            item.name: helper.tensor_dtype_to_np_dtype(item.type.tensor_type.elem_type) for item in model.graph.input
+        }
         self.names = [item.name for item in model.graph.output]
         # A few runs: threads need not wait hot, and finding the fastest form would take longer than running.
-        self.session = plain_session(model.SerializeToString(), optimise="basic", spin=False, error=ExportError,
-                                     fix="export the model again, as float32 and with operators of ONNX alone")
+        self.session = plain_session(
+            model.SerializeToString(),
+            optimise="basic",
+            spin=False,
+            error=ExportError,
+            fix="export the model again, as float32 and with operators of ONNX alone",
+        )
 
     def feed(self, image: np.ndarray, *, mask: bool = False) -> dict[str, np.ndarray]:
         """Inputs for one picture [1, 3, H, W], RGB 0..255."""
@@ -74,16 +80,20 @@ class Original:
         """All outputs for one picture."""
         try:
             found = self.session.run(self.names, self.feed(image, mask=True))
-        except Exception as error:      # the library's exceptions share no public base class
-            raise ExportError(f"the file does not run on a picture of {image.shape[2]} x {image.shape[3]} in ONNX "
-                              f"Runtime ({first_line(error)}); say its size with --input HxW") from error
-        return {name: np.asarray(value, np.float32 if np.asarray(value).dtype == np.float16 else None)
-                for name, value in zip(self.names, found)}
+        except Exception as error:  # the library's exceptions share no public base class
+            raise ExportError(
+                f"the file does not run on a picture of {image.shape[2]} x {image.shape[3]} in ONNX "
+                f"Runtime ({first_line(error)}); say its size with --input HxW"
+            ) from error
+        return {
+            name: np.asarray(value, np.float32 if np.asarray(value).dtype == np.float16 else None)
+            for name, value in zip(self.names, found)
+        }
 
     def raw(self, found: Understood, values: dict[str, np.ndarray]) -> RawOutputs:
         """logits [1, N, width] and boxes [1, N, 4] cx, cy, w, h in shares, from what the file gives for all queries."""
-        scores = found.answer.scores.rows(values).astype(np.float64)            # type: ignore[union-attr]  # Dense
-        boxes = found.given.corners(found.answer.boxes.rows(values).astype(np.float64))     # type: ignore[union-attr]
+        scores = found.answer.scores.rows(values).astype(np.float64)  # type: ignore[union-attr]  # Dense
+        boxes = found.given.corners(found.answer.boxes.rows(values).astype(np.float64))  # type: ignore[union-attr]
         if found.logarithms:
             scores = np.exp(scores)
         if found.probabilities:
@@ -94,7 +104,7 @@ class Original:
         """What the file detects in each picture, in pixels of the input; classes are places among its logits."""
         result = {}
         for number in range(len(images)):
-            image = images[number:number + 1]
+            image = images[number : number + 1]
             if isinstance(found.answer, Chosen):
                 result[number] = self._own(found, image)
             else:
@@ -103,7 +113,7 @@ class Original:
 
     def _own(self, found: Understood, image: np.ndarray) -> Detections:
         """The file's own choice as Detections."""
-        rows = found.answer.rows(self.outputs(image))       # type: ignore[union-attr]  # Chosen
+        rows = found.answer.rows(self.outputs(image))  # type: ignore[union-attr]  # Chosen
         size = np.array([image.shape[3], image.shape[2]] * 2)
         places = {theirs: ours for ours, theirs in (found.labels or {}).items()}
         labels = np.array([places.get(int(label), -1) for label in rows.labels], np.int64)
@@ -136,8 +146,10 @@ def decoded(raw: RawOutputs, image: np.ndarray, output: OutputContract, width: i
     try:
         return decode(raw, whole, classes, output)[0]
     except ModelError as error:
-        raise ExportError("the model gives NaN or infinity on a picture; expected finite numbers: check --scale, "
-                          "--mean and --std, and the file itself") from error
+        raise ExportError(
+            "the model gives NaN or infinity on a picture; expected finite numbers: check --scale, "
+            "--mean and --std, and the file itself"
+        ) from error
 
 
 def agree(theirs: dict[int, Detections], ours: dict[int, Detections], *, half: bool = False) -> Agreement:
@@ -152,9 +164,11 @@ def agree(theirs: dict[int, Detections], ours: dict[int, Detections], *, half: b
     found = match(theirs, ours, confidence=float(min(shown)), iou=overlap)
     same = (found.matched or 0) >= (HALF_FOUND if half else 1.0) and (half or not found.spurious)
     close = (found.score_p99 or 0) <= score and (found.box_p99 or 0) <= pixels
-    words = (f"{100 * (found.matched or 0):.1f} % of {found.objects} objects found again, "
-             f"{100 * (found.spurious or 0):.1f} % added, scores within {found.score_p99 or 0:.2g}, "
-             f"boxes within {found.box_p99 or 0:.2g} px")
+    words = (
+        f"{100 * (found.matched or 0):.1f} % of {found.objects} objects found again, "
+        f"{100 * (found.spurious or 0):.1f} % added, scores within {found.score_p99 or 0:.2g}, "
+        f"boxes within {found.box_p99 or 0:.2g} px"
+    )
     return Agreement(found.objects, same and close, words)
 
 
@@ -174,7 +188,7 @@ def probes(dataset: DetectionSet | None, contract: InputContract) -> np.ndarray:
     rng = np.random.default_rng(0)
     shape = (contract.height, contract.width, 3)
     coarse = rng.integers(0, 256, (contract.height // 16 + 1, contract.width // 16 + 1, 3), dtype=np.uint8)
-    pictures = [rng.integers(0, 256, shape, dtype=np.uint8), coarse.repeat(16, 0).repeat(16, 1)[:shape[0], :shape[1]]]
+    pictures = [rng.integers(0, 256, shape, dtype=np.uint8), coarse.repeat(16, 0).repeat(16, 1)[: shape[0], : shape[1]]]
     if dataset is not None and len(dataset):
         chosen = np.linspace(0, len(dataset) - 1, min(PICTURES, len(dataset))).astype(int)
         pictures += [decode_image(dataset.samples[number].path) for number in chosen]

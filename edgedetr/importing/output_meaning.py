@@ -35,7 +35,7 @@ class Asked:
     """What the caller says of the outputs; None and () leave it to the file."""
 
     activation: Activation | None = None
-    boxes: str | None = None                # one of box_reading.OPTIONS
+    boxes: str | None = None  # one of box_reading.OPTIONS
     outputs: tuple[str, ...] = ()
 
 
@@ -76,9 +76,14 @@ class Understood:
 
     def read_as(self, layout: Layout) -> Understood:
         """With one of the layouts that fit."""
-        kept = self.given.layout == self.form.layout        # the graph converts nothing
-        return replace(self, form=replace(self.form, layout=layout), layouts=(layout,), decided=True,
-                       given=replace(self.given, layout=layout) if kept else self.given)
+        kept = self.given.layout == self.form.layout  # the graph converts nothing
+        return replace(
+            self,
+            form=replace(self.form, layout=layout),
+            layouts=(layout,),
+            decided=True,
+            given=replace(self.given, layout=layout) if kept else self.given,
+        )
 
 
 def understand(model: ModelProto, view: GraphView, feeds: Feeds, asked: Asked, side: int) -> Understood:
@@ -91,8 +96,10 @@ def understand(model: ModelProto, view: GraphView, feeds: Feeds, asked: Asked, s
     values = run(model, names, feeds)
     faults = [name for name in names for value in values if not np.isfinite(value[name]).all()]
     if faults:
-        raise ExportError(f"output {faults[0]} has NaN or infinity on an image; expected finite numbers: check "
-                          "--scale, --mean and --std, and the file itself")
+        raise ExportError(
+            f"output {faults[0]} has NaN or infinity on an image; expected finite numbers: check "
+            "--scale, --mean and --std, and the file itself"
+        )
     found = roles(view, names, values, asked.outputs)
     image = next(value for value in feeds[0].values() if value.ndim == 4)
     sides = float(image.shape[3]), float(image.shape[2])
@@ -102,8 +109,9 @@ def understand(model: ModelProto, view: GraphView, feeds: Feeds, asked: Asked, s
     return _dense(model, view, feeds, found, factors, asked)
 
 
-def _dense(model: ModelProto, view: GraphView, feeds: Feeds, found: Dense, factors: list[Pair],
-           asked: Asked) -> Understood:
+def _dense(
+    model: ModelProto, view: GraphView, feeds: Feeds, found: Dense, factors: list[Pair], asked: Asked
+) -> Understood:
     inner = [matrices(view, block.tensor) for block in (found.scores, found.boxes)]
     values = run(model, list(dict.fromkeys([*inner[0], *inner[1], found.scores.tensor, found.boxes.tensor])), feeds)
     scores, boxes = ([block.rows(value) for value in values] for block in (found.scores, found.boxes))
@@ -119,23 +127,48 @@ def _dense(model: ModelProto, view: GraphView, feeds: Feeds, found: Dense, facto
         logits, activation, width = traced
         _agreed(asked.activation, activation)
         probabilities = True
-        why.append(f"class outputs are {'the logarithm of ' if logarithms else ''}the {activation} of tensor "
-                   f"{logits.tensor!r}, which is taken as the logits")
+        why.append(
+            f"class outputs are {'the logarithm of ' if logarithms else ''}the {activation} of tensor "
+            f"{logits.tensor!r}, which is taken as the logits"
+        )
     elif bent is not None and not probabilities:
-        raise ExportError(f"the class outputs {found.scores.tensor!r} are what {bent} gives, and no logits were found "
-                          "on the way to them; expected class logits: export the model without its post-processing; or "
-                          "say that they are logits: --activation sigmoid or --activation softmax")
+        raise ExportError(
+            f"the class outputs {found.scores.tensor!r} are what {bent} gives, and no logits were found "
+            "on the way to them; expected class logits: export the model without its post-processing; or "
+            "say that they are logits: --activation sigmoid or --activation softmax"
+        )
     elif probabilities and asked.activation is None:
-        raise ExportError(f"the class outputs {found.scores.tensor!r} lie in 0..1, and no Sigmoid or Softmax was found "
-                          "on the way to them; expected class logits: export the model without its post-processing; or "
-                          "say that they are logits: --activation sigmoid or --activation softmax")
+        raise ExportError(
+            f"the class outputs {found.scores.tensor!r} lie in 0..1, and no Sigmoid or Softmax was found "
+            "on the way to them; expected class logits: export the model without its post-processing; or "
+            "say that they are logits: --activation sigmoid or --activation softmax"
+        )
     else:
         probabilities = False
-        why.append("class outputs are logits: " + (f"they go from {whole[0].min():.3g} to {whole[0].max():.3g}"
-                                                   if asked.activation is None else "--activation says so"))
+        why.append(
+            "class outputs are logits: "
+            + (
+                f"they go from {whole[0].min():.3g} to {whole[0].max():.3g}"
+                if asked.activation is None
+                else "--activation says so"
+            )
+        )
     it = _boxes(view, found.boxes, whole[1], boxes, inner[1], values, factors, asked)
-    return Understood(found, logits, it.block, len(boxes[0]), width, activation, it.form, it.layouts, it.decided,
-                      it.given, probabilities, (*why, it.why), logarithms=logarithms and traced is not None)
+    return Understood(
+        found,
+        logits,
+        it.block,
+        len(boxes[0]),
+        width,
+        activation,
+        it.form,
+        it.layouts,
+        it.decided,
+        it.given,
+        probabilities,
+        (*why, it.why),
+        logarithms=logarithms and traced is not None,
+    )
 
 
 @dataclass(frozen=True)
@@ -150,8 +183,16 @@ class _Boxes:
     why: str
 
 
-def _boxes(view: GraphView, output: Block, whole: np.ndarray, boxes: list[np.ndarray], inner: list[str], values: Values,
-           factors: list[Pair], asked: Asked) -> _Boxes:
+def _boxes(
+    view: GraphView,
+    output: Block,
+    whole: np.ndarray,
+    boxes: list[np.ndarray],
+    inner: list[str],
+    values: Values,
+    factors: list[Pair],
+    asked: Asked,
+) -> _Boxes:
     """What is known of boxes that are an output."""
     traced = conversion_of(boxes, inner, values, factors) or conversion_of(boxes, inner, values, factors[1:], same=True)
     if traced is not None:
@@ -160,14 +201,21 @@ def _boxes(view: GraphView, output: Block, whole: np.ndarray, boxes: list[np.nda
         ours = it.given == BoxForm() and output.columns is None
         return replace(it, block=output, form=it.given, layouts=("cxcywh",)) if ours and not traced.same else it
     swapped = [rows[:, [1, 0, 3, 2]] for rows in boxes]
-    same = np.allclose(np.concatenate(swapped), np.concatenate(boxes), atol=1e-3)     # x = y everywhere
-    turned = None if asked.boxes or same else (conversion_of(swapped, inner, values, factors)
-                                               or conversion_of(swapped, inner, values, factors, same=True))
+    same = np.allclose(np.concatenate(swapped), np.concatenate(boxes), atol=1e-3)  # x = y everywhere
+    turned = (
+        None
+        if asked.boxes or same
+        else (
+            conversion_of(swapped, inner, values, factors) or conversion_of(swapped, inner, values, factors, same=True)
+        )
+    )
     if turned is not None:
-        raise ExportError(f"the boxes {output.tensor!r} are those of tensor {turned.block.tensor!r} with x and y "
-                          "swapped, so either may be (y, x); expected x first: export the model with boxes as cx, cy, "
-                          "w, h; or say that x is first here: --boxes cxcywh, or another of "
-                          f"{', '.join(box_format.OPTIONS)}")
+        raise ExportError(
+            f"the boxes {output.tensor!r} are those of tensor {turned.block.tensor!r} with x and y "
+            "swapped, so either may be (y, x); expected x first: export the model with boxes as cx, cy, "
+            "w, h; or say that x is first here: --boxes cxcywh, or another of "
+            f"{', '.join(box_format.OPTIONS)}"
+        )
     pixels = asked.boxes.endswith("-pixels") if asked.boxes else box_format.in_pixels(whole)
     unit = factors[1] if pixels else (1.0, 1.0)
     fits = _layouts(whole / np.array(unit * 2), asked)
@@ -177,8 +225,7 @@ def _boxes(view: GraphView, output: Block, whole: np.ndarray, boxes: list[np.nda
     return _Boxes(output, form, form, fits.layouts, fits.decided, f"{form.words()}: {fits.why}")
 
 
-def _traced(found: Conversion, rows: np.ndarray, factors: list[Pair],
-            asked: Asked) -> _Boxes:
+def _traced(found: Conversion, rows: np.ndarray, factors: list[Pair], asked: Asked) -> _Boxes:
     """The same of boxes that the graph makes from a tensor with these rows."""
     unit = factors[1] if box_format.in_pixels(rows) else (1.0, 1.0)
     outer = unit[0] * found.factor[0], unit[1] * found.factor[1]
@@ -189,9 +236,17 @@ def _traced(found: Conversion, rows: np.ndarray, factors: list[Pair],
     form, given = BoxForm(found.source, unit), BoxForm(found.target, outer)
     if asked.boxes not in (None, given.option):
         raise UsageError(f"--boxes {asked.boxes}: the graph makes boxes as {given.option}; leave --boxes out")
-    return _Boxes(found.block, form, given, (form.layout,), True, (
-        f"{given.words()}: the graph makes them from tensor {found.block.tensor!r}, which holds "
-        f"{box_format.WORDS[form.layout]}"))
+    return _Boxes(
+        found.block,
+        form,
+        given,
+        (form.layout,),
+        True,
+        (
+            f"{given.words()}: the graph makes them from tensor {found.block.tensor!r}, which holds "
+            f"{box_format.WORDS[form.layout]}"
+        ),
+    )
 
 
 def _layouts(shares: np.ndarray, asked: Asked) -> Fitting:
@@ -202,8 +257,9 @@ def _layouts(shares: np.ndarray, asked: Asked) -> Fitting:
     return box_format.fitting(shares)
 
 
-def _chosen(model: ModelProto, view: GraphView, feeds: Feeds, found: Chosen, factors: list[Pair],
-            asked: Asked) -> Understood:
+def _chosen(
+    model: ModelProto, view: GraphView, feeds: Feeds, found: Chosen, factors: list[Pair], asked: Asked
+) -> Understood:
     inner = [matrices(view, name) for name in (found.scores[0], found.boxes[0])]
     outputs = [found.labels[0], found.scores[0], found.boxes[0]]
     values = run(model, list(dict.fromkeys([*inner[0], *inner[1], *outputs])), feeds)
@@ -217,35 +273,59 @@ def _chosen(model: ModelProto, view: GraphView, feeds: Feeds, found: Chosen, fac
         _agreed(asked.activation, selection.activation)
         rows = _finite([match.block.rows(value) for value in values], "boxes")
         it = _traced(match, rows, factors, asked)
-        reasons = [f"scores are the {selection.activation} of tensor {selection.logits.tensor!r}, "
-                   + ("the best of all" if selection.rule == "all" else "the best class of each query"), it.why]
+        reasons = [
+            f"scores are the {selection.activation} of tensor {selection.logits.tensor!r}, "
+            + ("the best of all" if selection.rule == "all" else "the best class of each query"),
+            it.why,
+        ]
         moved = {ours: theirs for ours, theirs in selection.labels.items() if ours != theirs}
         if moved:
             listed = ", ".join(f"{ours} as {theirs}" for ours, theirs in list(moved.items())[:3])
-            reasons.append(f"the file numbers its labels otherwise ({listed}): classes stand here in the order of the "
-                           "logits")
+            reasons.append(
+                f"the file numbers its labels otherwise ({listed}): classes stand here in the order of the logits"
+            )
         if selection.rule == "query" and selection.activation == "sigmoid":
-            reasons.append("the file keeps one class of each query, the bundle the best of all: an object may get a "
-                           "second class, of a lower score")
+            reasons.append(
+                "the file keeps one class of each query, the bundle the best of all: an object may get a "
+                "second class, of a lower score"
+            )
         counts = {len(answer.scores) for answer in answers}
         top_k = counts.pop() if counts != {0} and len(counts) == 1 else None
-        return Understood(found, selection.logits, it.block, len(rows) // len(values), selection.width,
-                          selection.activation, it.form, it.layouts, it.decided, it.given, True, tuple(reasons),
-                          selection.labels, selection.rule, top_k)
+        return Understood(
+            found,
+            selection.logits,
+            it.block,
+            len(rows) // len(values),
+            selection.width,
+            selection.activation,
+            it.form,
+            it.layouts,
+            it.decided,
+            it.given,
+            True,
+            tuple(reasons),
+            selection.labels,
+            selection.rule,
+            top_k,
+        )
     if not tried:
         what = "no tensor was found whose sigmoid or softmax gives the file's own scores and labels"
     else:
         what = "no tensor that may be the boxes gives the file's own"
-    raise ExportError(f"the file's decoding is not understood: {what}; expected the decoding of RT-DETR or D-FINE (the "
-                      "best scores, boxes as corners); export the model without its post-processing, so that logits "
-                      "and boxes are its outputs")
+    raise ExportError(
+        f"the file's decoding is not understood: {what}; expected the decoding of RT-DETR or D-FINE (the "
+        "best scores, boxes as corners); export the model without its post-processing, so that logits "
+        "and boxes are its outputs"
+    )
 
 
 def _finite(rows: Sequence[np.ndarray], what: str) -> np.ndarray:
     every = np.concatenate(rows)
     if not np.isfinite(every).all():
-        raise ExportError(f"the {what} have NaN or infinity on an image; expected finite numbers: check --scale, "
-                          "--mean and --std, and the file itself")
+        raise ExportError(
+            f"the {what} have NaN or infinity on an image; expected finite numbers: check --scale, "
+            "--mean and --std, and the file itself"
+        )
     return every
 
 

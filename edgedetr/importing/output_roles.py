@@ -1,8 +1,8 @@
 """Which outputs of a file are what, by their shapes and numbers on images: names count only where several fit.
 
-  raw       numbers per class [B, N, K] and boxes [B, N, 4] of every query (transformers, RF-DETR)
-  joined    both in one tensor: [B, N, 4 + K] or [B, 4 + K, N] (ultralytics)
-  decoded   the chosen objects: labels, boxes, scores [B, n], or one tensor [B, n, 6] that holds these
+raw       numbers per class [B, N, K] and boxes [B, N, 4] of every query (transformers, RF-DETR)
+joined    both in one tensor: [B, N, 4 + K] or [B, 4 + K, N] (ultralytics)
+decoded   the chosen objects: labels, boxes, scores [B, n], or one tensor [B, n, 6] that holds these
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ from edgedetr.importing.trace_outputs import Block, plain
 from edgedetr.onnx_graph.index import GraphView
 
 # As the libraries name them: classes, boxes. Only where shapes leave several.
-PAIRS = (("logits", "pred_boxes"), ("pred_logits", "pred_boxes"), ("labels", "dets"), ("scores", "boxes"),
-         ("pred_logits", "boxes"), ("logits", "boxes"))
-Values = Sequence[dict[str, np.ndarray]]        # of every output, for each image
-Column = tuple[str, "int | None"]               # a tensor, and which of its columns
+PAIRS = (
+    ("logits", "pred_boxes"),
+    ("pred_logits", "pred_boxes"),
+    ("labels", "dets"),
+    ("scores", "boxes"),
+    ("pred_logits", "boxes"),
+    ("logits", "boxes"),
+)
+Values = Sequence[dict[str, np.ndarray]]  # of every output, for each image
+Column = tuple[str, "int | None"]  # a tensor, and which of its columns
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Chosen:
         name, first = self.boxes
         scores, labels = (_column(values, ref) for ref in (self.scores, self.labels))
         order = np.argsort(-scores, kind="stable")
-        return Rows(labels[order].astype(np.int64), plain(values[name])[order, first:first + 4], scores[order])
+        return Rows(labels[order].astype(np.int64), plain(values[name])[order, first : first + 4], scores[order])
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,9 @@ def roles(view: GraphView, names: Sequence[str], values: Values, asked: Sequence
     """
     lost = [name for name in asked if name not in names]
     if lost:
-        raise UsageError(f"--outputs {','.join(asked)}: the file has no output {lost[0]!r}; expected some of "
-                         f"{', '.join(names)}")
+        raise UsageError(
+            f"--outputs {','.join(asked)}: the file has no output {lost[0]!r}; expected some of {', '.join(names)}"
+        )
     used = list(asked) or list(names)
     shapes = {name: plain(values[0][name]).shape for name in used}
     if len(asked) == 2:
@@ -90,9 +97,11 @@ def roles(view: GraphView, names: Sequence[str], values: Values, asked: Sequence
         if found is not None:
             return found
     listed = ", ".join(f"{name} {list(values[0][name].shape)}" for name in names)
-    raise ExportError(f"the graph gives {listed}; expected one of: logits [B, N, K] and boxes [B, N, 4]; labels, "
-                      "boxes, scores [B, n]; or one [B, N, 4 + K], [B, 4 + K, N] or [B, n, 6]; export the detector "
-                      "without other outputs, or name those that count: --outputs CLASSES,BOXES")
+    raise ExportError(
+        f"the graph gives {listed}; expected one of: logits [B, N, K] and boxes [B, N, 4]; labels, "
+        "boxes, scores [B, n]; or one [B, N, 4 + K], [B, 4 + K, N] or [B, n, 6]; export the detector "
+        "without other outputs, or name those that count: --outputs CLASSES,BOXES"
+    )
 
 
 def _column(values: dict[str, np.ndarray], ref: Column) -> np.ndarray:
@@ -168,21 +177,24 @@ def _taken_apart(view: GraphView, name: str, values: Values) -> Dense | Chosen |
         for first in (0, count - 4):
             told = traced is not None and len(traced) == 1
             allowed = traced is None or (turned, first) in traced
-            if allowed and (told or _plausible(wide[:, first:first + 4])):
+            if allowed and (told or _plausible(wide[:, first : first + 4])):
                 others = (4, count) if first == 0 else (0, count - 4)
-                found_blocks.append(Dense("joined", Block(name, turned, others),
-                                          Block(name, turned, (first, first + 4))))
+                found_blocks.append(
+                    Dense("joined", Block(name, turned, others), Block(name, turned, (first, first + 4)))
+                )
     if len(found_blocks) > 1:
-        raise ExportError(f"output {name} {list(values[0][name].shape)} may hold boxes in {len(found_blocks)} places; "
-                          "expected [B, N, 4 + K] or [B, 4 + K, N]; export the model with two outputs, boxes and "
-                          "classes")
+        raise ExportError(
+            f"output {name} {list(values[0][name].shape)} may hold boxes in {len(found_blocks)} places; "
+            "expected [B, N, 4 + K] or [B, 4 + K, N]; export the model with two outputs, boxes and "
+            "classes"
+        )
     return found_blocks[0] if found_blocks else None
 
 
 def _plausible(boxes: np.ndarray) -> bool:
     """Whether columns may be boxes: most centres or corners are well inside; class scores are mostly near 0."""
     inside = (boxes[:, 2:] >= -1e-4).mean() > 0.98 and np.median(boxes[:, :2], axis=0).min() > 0.03
-    return bool(inside) and not bool(np.abs(boxes.sum(1) - 1).max() < 1e-3)      # shares of one whole: softmax
+    return bool(inside) and not bool(np.abs(boxes.sum(1) - 1).max() < 1e-3)  # shares of one whole: softmax
 
 
 def _six(name: str, rows: Sequence[np.ndarray]) -> Chosen | None:
@@ -210,8 +222,11 @@ def _concat(view: GraphView, name: str) -> list[tuple[bool, int]] | None:
             sizes = [shape[axis] for shape in shapes if len(shape) == rank]
             if rank < 2 or 4 not in sizes or None in sizes or axis < rank - 2:
                 return None
-            return [((axis == rank - 2) != turned, sum(one or 0 for one in sizes[:place]))
-                    for place, size in enumerate(sizes) if size == 4]
+            return [
+                ((axis == rank - 2) != turned, sum(one or 0 for one in sizes[:place]))
+                for place, size in enumerate(sizes)
+                if size == 4
+            ]
         if node.op_type == "Transpose":
             perm = next((list(item.ints) for item in node.attribute if item.name == "perm"), [])
             turned ^= perm[-2:] == [len(perm) - 1, len(perm) - 2]

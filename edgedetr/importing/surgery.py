@@ -15,7 +15,7 @@ from edgedetr.onnx_graph.control_flow import rename
 from edgedetr.onnx_graph.graph_builder import Part
 from edgedetr.onnx_graph.index import GraphView
 
-OURS = ("images", "logits", "boxes")        # names of a bundle's inputs and outputs
+OURS = ("images", "logits", "boxes")  # names of a bundle's inputs and outputs
 
 
 def fix_inputs(model: ModelProto, sizes: Mapping[str, Sequence[int]], constants: Mapping[str, np.ndarray]) -> None:
@@ -31,7 +31,7 @@ def fix_inputs(model: ModelProto, sizes: Mapping[str, Sequence[int]], constants:
     del graph.input[:], graph.value_info[:]
     graph.input.extend(copies)
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
-    for item in graph.output:       # their sizes follow from the inputs'
+    for item in graph.output:  # their sizes follow from the inputs'
         item.type.tensor_type.ClearField("shape")
 
 
@@ -78,7 +78,7 @@ def _scaling(view: GraphView, node: NodeProto) -> _Scaling | None:
         conv = view.makers.get(node.input[index])
         if conv is None or conv.op_type != "Conv" or conv.output[0] in view.outputs:
             continue
-        rest = [*conv.input[1:], *node.input[:index], *node.input[index + 1:]]
+        rest = [*conv.input[1:], *node.input[:index], *node.input[index + 1 :]]
         if not all(name in view.constants for name in rest if name) or len(view.readers[conv.output[0]]) > 1:
             continue
         channels = view.constants[conv.input[1]].dims[0]
@@ -90,8 +90,9 @@ def _scaling(view: GraphView, node: NodeProto) -> _Scaling | None:
         value = _spread(view.constant(node.input[1 - index]).astype(np.float64), channels)
         if value is not None:
             multiplies = node.op_type == "Mul"
-            return _Scaling(conv, node, value if multiplies else np.ones(channels),
-                            np.zeros(channels) if multiplies else value)
+            return _Scaling(
+                conv, node, value if multiplies else np.ones(channels), np.zeros(channels) if multiplies else value
+            )
     return None
 
 
@@ -108,12 +109,15 @@ def _absorb(model: ModelProto, view: GraphView, item: _Scaling) -> None:
     biased = len(conv.input) > 2 and bool(conv.input[2])
     bias = view.constant(conv.input[2]).astype(np.float64) if biased else np.zeros(len(weight))
     # In float64: the fold is done once, and its rounding would stay in the weights.
-    folded = {f"{conv.name}.weight": weight * item.factor[:, None, None, None],
-              f"{conv.name}.bias": bias * item.factor + item.summand}
+    folded = {
+        f"{conv.name}.weight": weight * item.factor[:, None, None, None],
+        f"{conv.name}.bias": bias * item.factor + item.summand,
+    }
     for old in [tensor for tensor in model.graph.initializer if tensor.name in folded]:
         model.graph.initializer.remove(old)
-    model.graph.initializer.extend(numpy_helper.from_array(value.astype(np.float32), name)
-                                   for name, value in folded.items())
+    model.graph.initializer.extend(
+        numpy_helper.from_array(value.astype(np.float32), name) for name, value in folded.items()
+    )
     data = conv.input[0]
     del conv.input[:]
     conv.input.extend([data, *folded])
@@ -121,8 +125,19 @@ def _absorb(model: ModelProto, view: GraphView, item: _Scaling) -> None:
     model.graph.node.remove(item.node)
 
 
-def dress(model: ModelProto, image: str, logits: Block, boxes: Block, form: BoxForm, *, scale: np.ndarray,
-          shift: np.ndarray, columns: Sequence[int], queries: int, width: int) -> ModelProto:
+def dress(
+    model: ModelProto,
+    image: str,
+    logits: Block,
+    boxes: Block,
+    form: BoxForm,
+    *,
+    scale: np.ndarray,
+    shift: np.ndarray,
+    columns: Sequence[int],
+    queries: int,
+    width: int,
+) -> ModelProto:
     """Our contract around the graph: `images` 0..255 -> normalisation -> the graph -> `logits`, `boxes`.
 
     form           how the graph writes boxes; ours are cx, cy, w, h in shares of the image
@@ -132,8 +147,11 @@ def dress(model: ModelProto, image: str, logits: Block, boxes: Block, form: BoxF
     result = ModelProto()
     result.CopyFrom(model)
     _rename(result, {name: f"{name}/inner" for name in OURS})
-    image, logits, boxes = (_inner(image), replace(logits, tensor=_inner(logits.tensor)),
-                            replace(boxes, tensor=_inner(boxes.tensor)))
+    image, logits, boxes = (
+        _inner(image),
+        replace(logits, tensor=_inner(logits.tensor)),
+        replace(boxes, tensor=_inner(boxes.tensor)),
+    )
     graph = result.graph
     size = [dim.dim_value for item in graph.input if item.name == image for dim in item.type.tensor_type.shape.dim]
     before, name = Part("normalise"), "images"
@@ -149,14 +167,18 @@ def dress(model: ModelProto, image: str, logits: Block, boxes: Block, form: BoxF
     else:
         classes.add("Gather", found, classes.constant(list(columns)), output="logits", axis=2)
     places.add("Identity", _shares(places, _rows(places, boxes, queries, 4), form), output="boxes")
-    nodes = [NodeProto.FromString(node.SerializeToString())
-             for node in [*before.nodes, *graph.node, *classes.nodes, *places.nodes]]
+    nodes = [
+        NodeProto.FromString(node.SerializeToString())
+        for node in [*before.nodes, *graph.node, *classes.nodes, *places.nodes]
+    ]
     del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
     graph.node.extend(nodes)
     graph.initializer.extend([*before.constants, *classes.constants, *places.constants])
     graph.input.append(helper.make_tensor_value_info("images", TensorProto.FLOAT, size))
-    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, queries, last])
-                        for name, last in (("logits", len(columns)), ("boxes", 4)))
+    graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, queries, last])
+        for name, last in (("logits", len(columns)), ("boxes", 4))
+    )
     return result
 
 

@@ -20,14 +20,42 @@ from edgedetr.onnx_graph.index import FLOATS, GraphView
 from edgedetr.runtime.backends.onnxruntime import plain_session
 
 # Of these operators only the first input carries the values that are decoded; the others are places and sizes.
-_BY_PLACE = {"Gather", "GatherElements", "GatherND", "TopK", "Reshape", "Expand", "Tile", "Slice", "Squeeze",
-             "Unsqueeze", "Split", "ReduceMax", "ReduceSum", "Pad", "Resize", "Clip"}
+_BY_PLACE = {
+    "Gather",
+    "GatherElements",
+    "GatherND",
+    "TopK",
+    "Reshape",
+    "Expand",
+    "Tile",
+    "Slice",
+    "Squeeze",
+    "Unsqueeze",
+    "Split",
+    "ReduceMax",
+    "ReduceSum",
+    "Pad",
+    "Resize",
+    "Clip",
+}
 _MOVING = ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Gather", "Transpose")
 # Behind class outputs these leave no logits, whichever range the numbers have.
-_BENDING = {"Exp", "HardSigmoid", "Log", "LogSoftmax", "Pow", "Reciprocal", "Sigmoid", "Softmax", "Softplus",
-            "Softsign", "Sqrt", "Tanh"}
-NEAREST = 40            # tensors that are looked at, from an output backwards
-CLOSE = 2e-5            # of probabilities; of boxes, per unit
+_BENDING = {
+    "Exp",
+    "HardSigmoid",
+    "Log",
+    "LogSoftmax",
+    "Pow",
+    "Reciprocal",
+    "Sigmoid",
+    "Softmax",
+    "Softplus",
+    "Softsign",
+    "Sqrt",
+    "Tanh",
+}
+NEAREST = 40  # tensors that are looked at, from an output backwards
+CLOSE = 2e-5  # of probabilities; of boxes, per unit
 
 
 @dataclass(frozen=True)
@@ -109,13 +137,20 @@ def run(model: ModelProto, names: Sequence[str], feeds: Sequence[dict[str, np.nd
     probe.CopyFrom(model)
     del probe.graph.output[:]
     probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
-    session = plain_session(probe.SerializeToString(), optimise="basic", spin=False, error=ExportError,
-                            fix="export the model again, as float32 and with operators of ONNX alone")
+    session = plain_session(
+        probe.SerializeToString(),
+        optimise="basic",
+        spin=False,
+        error=ExportError,
+        fix="export the model again, as float32 and with operators of ONNX alone",
+    )
     try:
         return [dict(zip(names, session.run(list(names), feed))) for feed in feeds]
-    except Exception as error:      # the library's exceptions share no public base class
-        raise ExportError(f"the graph does not run on an image in ONNX Runtime ({first_line(error)}); say its size "
-                          "with --input HxW, or export the model again") from error
+    except Exception as error:  # the library's exceptions share no public base class
+        raise ExportError(
+            f"the graph does not run on an image in ONNX Runtime ({first_line(error)}); say its size "
+            "with --input HxW, or export the model again"
+        ) from error
 
 
 def blocks_of(name: str, value: np.ndarray, rows: int, widths: Sequence[int]) -> list[Block]:
@@ -127,8 +162,9 @@ def blocks_of(name: str, value: np.ndarray, rows: int, widths: Sequence[int]) ->
     return found + ([Block(name, turned=True)] if shape[1] == rows and shape[0] in widths else [])
 
 
-def logits_of(scores: Sequence[np.ndarray], names: Sequence[str],
-              values: Sequence[dict[str, np.ndarray]]) -> tuple[Block, Activation, int] | None:
+def logits_of(
+    scores: Sequence[np.ndarray], names: Sequence[str], values: Sequence[dict[str, np.ndarray]]
+) -> tuple[Block, Activation, int] | None:
     """The tensor whose activation the scores [N, K] of some images are, and its columns; None where none is."""
     count, width = scores[0].shape
     for name in names:
@@ -137,8 +173,10 @@ def logits_of(scores: Sequence[np.ndarray], names: Sequence[str],
             for activation in BOTH:
                 if activation == "sigmoid" and logits[0].shape[1] != width:
                     continue
-                if all(np.abs(apply(one, activation)[:, :width] - other).max() <= CLOSE
-                       for one, other in zip(logits, scores)):
+                if all(
+                    np.abs(apply(one, activation)[:, :width] - other).max() <= CLOSE
+                    for one, other in zip(logits, scores)
+                ):
                     return block, activation, logits[0].shape[1]
     return None
 
@@ -160,8 +198,13 @@ class Conversion:
         return self.source == self.target
 
 
-def conversion_of(boxes: Sequence[np.ndarray], names: Sequence[str], values: Sequence[dict[str, np.ndarray]],
-                  factors: Sequence[tuple[float, float]], same: bool = False) -> Conversion | None:
+def conversion_of(
+    boxes: Sequence[np.ndarray],
+    names: Sequence[str],
+    values: Sequence[dict[str, np.ndarray]],
+    factors: Sequence[tuple[float, float]],
+    same: bool = False,
+) -> Conversion | None:
     """The tensor that the boxes [N, 4] of some images are another layout of; None where the graph converts nothing.
 
     factors   (x, y) that the conversion may multiply by
@@ -171,15 +214,15 @@ def conversion_of(boxes: Sequence[np.ndarray], names: Sequence[str], values: Seq
     given = np.concatenate(boxes).astype(np.float64)
     for name in names:
         for block in blocks_of(name, values[0][name], count, (4,)):
-            found = converts(np.concatenate([block.rows(value) for value in values]), given, factors,
-                             same)
+            found = converts(np.concatenate([block.rows(value) for value in values]), given, factors, same)
             if found is not None:
                 return Conversion(block, *found)
     return None
 
 
-def converts(inner: np.ndarray, given: np.ndarray, factors: Sequence[tuple[float, float]],
-             same: bool = False) -> tuple[Layout, Layout, tuple[float, float]] | None:
+def converts(
+    inner: np.ndarray, given: np.ndarray, factors: Sequence[tuple[float, float]], same: bool = False
+) -> tuple[Layout, Layout, tuple[float, float]] | None:
     """From which layout to which, and times what, boxes [n, 4] become those given; None where they do not.
 
     same   also where the layout stays

@@ -34,10 +34,19 @@ from edgedetr.recipe import Recipe
 from edgedetr.runtime.arguments import as_path, check_texts
 from edgedetr.storage.reading import read_text
 
-IMPORTED = "results/import.json"    # of a bundle: where its weights came from, and what was said
+IMPORTED = "results/import.json"  # of a bundle: where its weights came from, and what was said
 # What changes detections and no tensor tells; said where no config.json does, and how the published files have it.
-UNTOLD = ("heads", "queries", "dilate_last", "ffn_activation", "encoder_activation", "conv_activation",
-          "decoder_activation", "position", "method")
+UNTOLD = (
+    "heads",
+    "queries",
+    "dilate_last",
+    "ffn_activation",
+    "encoder_activation",
+    "conv_activation",
+    "decoder_activation",
+    "position",
+    "method",
+)
 LAYER = re.compile(r"decoder\.(?:layers|boxes\.(?:score|box|class_tower|box_tower))\.(\d+)\.")
 
 
@@ -58,8 +67,16 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def import_weights(source: str, model: str, out: str | Path, *, data: Path | None = None, classes: Path | None = None,
-                   size: tuple[int, int] | None = None, sets: Sequence[str] = ()) -> Imported:
+def import_weights(
+    source: str,
+    model: str,
+    out: str | Path,
+    *,
+    data: Path | None = None,
+    classes: Path | None = None,
+    size: tuple[int, int] | None = None,
+    sets: Sequence[str] = (),
+) -> Imported:
     """Write a bundle from a .pth or .safetensors file, a folder of transformers, or a name on the hub.
 
     data      its classes replace the file's: rows of the class heads are kept by name; recorded for export and verify
@@ -71,8 +88,9 @@ def import_weights(source: str, model: str, out: str | Path, *, data: Path | Non
     as_path(source, "source", "a path, or a name on the Hugging Face hub")
     source, out = os.fspath(source), as_path(out, "out")
     member(model)
-    data, classes = (None if value is None else as_path(value, what)
-                     for value, what in ((data, "data"), (classes, "classes")))
+    data, classes = (
+        None if value is None else as_path(value, what) for value, what in ((data, "data"), (classes, "classes"))
+    )
     check_texts(sets, "sets", "a list of section.key=value")
     size = None if size is None else check_size(size)
     if (out / MANIFEST).exists():
@@ -90,20 +108,32 @@ def import_weights(source: str, model: str, out: str | Path, *, data: Path | Non
             wanted = without_empty_classes(layouts.load(data, place.train_split)).classes
         record = DataRecord(str(data.resolve()), place.verify_split, place.train_split)
     with torch.device("meta"):
-        pretrained.compare(build(model, config, len(published)), weights, source)   # before it takes any memory
+        pretrained.compare(build(model, config, len(published)), weights, source)  # before it takes any memory
     detector = build(model, config, len(wanted))
     rows = pretrained.rows_by_name([c.name for c in published], [c.name for c in wanted])
     loaded = pretrained.fit(detector, weights, source, None if wanted == published else rows)
     contract = recipe.input.contract()
-    DeployGraph(detector, contract.height, contract.width)      # what cannot be deployed fails before it is written
+    DeployGraph(detector, contract.height, contract.width)  # what cannot be deployed fails before it is written
     kept = tuple(c.name for c, row in zip(wanted, rows) if row is not None)
     fresh = tuple(c.name for c, row in zip(wanted, rows) if row is None)
     if fresh:
-        notes.append(f"rows of the class heads kept by name: {', '.join(kept) or 'none'}; started anew: "
-                     f"{', '.join(fresh)}; train before use: edgedetr train --data DIR --recipe {out}/recipe.toml "
-                     f"--set train.start={out}")
-    bundle = Bundle.create(out, Manifest(model, wanted, contract, OutputContract(config.activation),
-                                         config=asdict(config), data=record, budget=recipe.verify.budget))
+        notes.append(
+            f"rows of the class heads kept by name: {', '.join(kept) or 'none'}; started anew: "
+            f"{', '.join(fresh)}; train before use: edgedetr train --data DIR --recipe {out}/recipe.toml "
+            f"--set train.start={out}"
+        )
+    bundle = Bundle.create(
+        out,
+        Manifest(
+            model,
+            wanted,
+            contract,
+            OutputContract(config.activation),
+            config=asdict(config),
+            data=record,
+            budget=recipe.verify.budget,
+        ),
+    )
     with bundle.add("recipe.toml", stage="import") as path:
         path.write_text(recipe.to_toml(), encoding="utf-8")
     with bundle.add("weights.safetensors", stage="import", made_from=["recipe.toml"]) as path:
@@ -125,8 +155,9 @@ class Architecture:
     notes: tuple[str, ...]
 
 
-def architecture(origin: Origin, model: str, size: tuple[int, int] | None = None,
-                 sets: Sequence[str] = ()) -> Architecture:
+def architecture(
+    origin: Origin, model: str, size: tuple[int, int] | None = None, sets: Sequence[str] = ()
+) -> Architecture:
     """What a source's tensors, config.json and preprocessor_config.json say together.
 
     Errors: ModelError where they disagree, and for whatever our networks would not compute; it names the key.
@@ -137,14 +168,16 @@ def architecture(origin: Origin, model: str, size: tuple[int, int] | None = None
     told = _told(origin, model, layout, notes)
     weights = conversion.translate(model, raw, source)
     values = dict(told.values) if told else {}
-    for assignment in sets:                         # samples per head follow from it, so it is needed at once
+    for assignment in sets:  # samples per head follow from it, so it is needed at once
         if assignment.replace(" ", "").startswith("model.heads="):
             values["heads"] = _whole(assignment)
     values.setdefault("heads", 8)
     found = infer(chosen.config, weights, values["heads"])
     if model == "deformable_detr" and layout != "edgedetr" and found.get("hidden", 64) < 64:
-        raise ModelError(f"{source}: {found['hidden']} channels per token (d_model), which theirs normalises one by "
-                         "one in 32 groups and ours in pairs; expected at least 64")
+        raise ModelError(
+            f"{source}: {found['hidden']} channels per token (d_model), which theirs normalises one by "
+            "one in 32 groups and ours in pairs; expected at least 64"
+        )
     if told:
         told.agree(found)
     image = _pixels(origin, model, size)
@@ -152,8 +185,10 @@ def architecture(origin: Origin, model: str, size: tuple[int, int] | None = None
     colours = {"mean": image.mean, "std": image.std} if image.mean and image.std else {}
     known = chosen.config.__dataclass_fields__
     inside = {name: value for name, value in {**found, **values}.items() if name in known}
-    sections = {"model": {"name": model, **inside, **colours},
-                "input": {"height": image.height, "width": image.width, "resize": image.resize}}
+    sections = {
+        "model": {"name": model, **inside, **colours},
+        "input": {"height": image.height, "width": image.width, "resize": image.resize},
+    }
     recipe = Recipe.from_dict(sections, where=source, sets=sets)
     if not told:
         notes.append(_untold(recipe.model.config, found))
@@ -191,14 +226,22 @@ def _told(origin: Origin, model: str, layout: str, notes: list[str]) -> Told | N
 
 def _untold(config: Any, found: dict[str, Any]) -> str:
     """The note about everything that no tensor tells, and how it was taken."""
-    taken = {name: getattr(config, name) for name in UNTOLD if hasattr(config, name)
-             and (name not in found or (name == "ffn_activation" and found[name] != "prelu"))}
+    taken = {
+        name: getattr(config, name)
+        for name in UNTOLD
+        if hasattr(config, name) and (name not in found or (name == "ffn_activation" and found[name] != "prelu"))
+    }
     listed = ", ".join(f"{name}={value}".lower() for name, value in taken.items())
     said = "whether C5 is dilated (DC5), " if "dilate_last" in taken else ""
-    said += "whether sampling is discrete, which decoder layer is the last one used (eval_idx), " if "method" in taken \
+    said += (
+        "whether sampling is discrete, which decoder layer is the last one used (eval_idx), "
+        if "method" in taken
         else ""
-    return (f"no tensor says {said}and no file beside it does; taken as usual: {listed}; change by --set "
-            f"model.{next(iter(taken), 'heads')}=VALUE, and so on")
+    )
+    return (
+        f"no tensor says {said}and no file beside it does; taken as usual: {listed}; change by --set "
+        f"model.{next(iter(taken), 'heads')}=VALUE, and so on"
+    )
 
 
 def _pixels(origin: Origin, model: str, size: tuple[int, int] | None) -> Pixels:
@@ -214,16 +257,17 @@ def _pixels(origin: Origin, model: str, size: tuple[int, int] | None) -> Pixels:
     return pixels(None, model, origin.source, size)
 
 
-def _classes(count: int, told: Told | None, file: Path | None, source: str,
-             notes: list[str]) -> tuple[ClassInfo, ...]:
+def _classes(count: int, told: Told | None, file: Path | None, source: str, notes: list[str]) -> tuple[ClassInfo, ...]:
     """The classes of the file's head: named by `file`, by config.json, by COCO where the count fits, or by number."""
     labels = _labels(told, count) if told and file is None else None
     if file is not None:
         text = read_text(file, DataError, fix="expected a class name per line")
         listed = [UNUSED if line == "-" else line for line in (line.strip() for line in text.splitlines()) if line]
         if len(listed) != count:
-            raise DataError(f"{file} names {len(listed)} classes, but the class head of {source} has {count}; "
-                            "expected one name per line, in the head's order; for other classes use --data")
+            raise DataError(
+                f"{file} names {len(listed)} classes, but the class head of {source} has {count}; "
+                "expected one name per line, in the head's order; for other classes use --data"
+            )
     elif labels is not None:
         listed = labels
         notes.append("classes from config.json")
@@ -250,8 +294,10 @@ def _labels(told: Told, count: int) -> list[str] | None:
         return None
     if not isinstance(labels, dict) or set(labels) != {str(index) for index in range(count)}:
         there = f"has {len(labels)} entries" if isinstance(labels, dict) else f"is a {type(labels).__name__}"
-        raise ModelError(f"{told.where}: id2label {there}; expected one for each of the class head's {count} rows, 0 "
-                         f"to {count - 1}; or name the classes by --classes FILE")
+        raise ModelError(
+            f"{told.where}: id2label {there}; expected one for each of the class head's {count} rows, 0 "
+            f"to {count - 1}; or name the classes by --classes FILE"
+        )
     listed = [labels[str(index)] for index in range(count)]
     odd = next((name for name in listed if not isinstance(name, (str, int, float)) or isinstance(name, bool)), None)
     if odd is not None or None in listed:

@@ -19,7 +19,7 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"{dim} channels cannot be split over {heads} heads; expected a multiple")
         self.heads, self.scale = heads, (dim // heads) ** -0.5
         self.q, self.k, self.v, self.out = (Linear(dim, dim) for _ in range(4))
-        self.dropout = dropout      # of the weights, while training
+        self.dropout = dropout  # of the weights, while training
         for projection in (self.q, self.k, self.v, self.out):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
@@ -29,7 +29,7 @@ class MultiHeadAttention(nn.Module):
 
         mask  bool, broadcasts to [B, M, N, S]; True = this query must not see that key
         """
-        q = self._split(self.q(query))                              # [B, M, N, D]
+        q = self._split(self.q(query))  # [B, M, N, D]
         k, v = self._split(self.k(key)), self._split(self.v(value))  # [B, M, S, D]
         mixed = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
         return self.out(mixed.transpose(1, 2).flatten(2))
@@ -45,12 +45,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
     mask  bool, broadcasts to [B, M, N, S]; True = this query must not see that key
     """
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        scores = (q * scale) @ k.transpose(-1, -2)                  # [B, M, N, S]
+        scores = (q * scale) @ k.transpose(-1, -2)  # [B, M, N, S]
         if mask is not None:
             # The lowest finite number, not -inf: a row that is masked everywhere stays finite.
             scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)
         return scores.softmax(-1) @ v
-    if mixed(q):        # torch's kernel for a CPU: its gradients in bfloat16 take three times as long as in float32
+    if mixed(q):  # torch's kernel for a CPU: its gradients in bfloat16 take three times as long as in float32
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, scale, dropout)
     # The same in one kernel; exported graphs hold the plain products, which every runtime knows.
@@ -58,6 +58,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
     if mask is not None:
         share = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, torch.finfo(q.dtype).min)
     width, wanted = v.shape[-1], q.shape[-1]
-    if width < wanted:      # the kernel takes one width; what is filled up is cut off again
+    if width < wanted:  # the kernel takes one width; what is filled up is cut off again
         v = F.pad(v, (0, wanted - width))
     return F.scaled_dot_product_attention(q, k, v, share, dropout, scale=scale)[..., :width]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BORDER = 2      # cells of zeros: a place far outside moves to where both cells of an axis are zeros, and the slope too
+BORDER = 2  # cells of zeros: a place far outside moves to where both cells of an axis are zeros, and the slope too
 
 
 @lru_cache
@@ -101,8 +101,14 @@ class _BilinearSum(torch.autograd.Function):
     """Head by head, not query by query: what a head sees of a picture is small enough for a processor's cache."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, x: Tensor, y: Tensor, weight: Tensor,  # type: ignore[override]
-                sheet: Sheet) -> Tensor:
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,  # type: ignore[override]
+        sheet: Sheet,
+    ) -> Tensor:
         from edgedetr.layers.cpu_kernels.compiled import spread, sums
 
         laid = sheet.laid(value, weight.shape[2])
@@ -120,8 +126,14 @@ class _BilinearSum(torch.autograd.Function):
 
         laid, *places = ctx.saved_tensors
         of_table, of_places = torch.zeros_like(laid), [torch.empty_like(tensor) for tensor in places]
-        spread(gradients, len(laid) * laid.shape[1], *_arrays(laid, places, ctx.sheet), gradient.contiguous().numpy(),
-               of_table.flatten(0, 1).flatten(1, 2).numpy(), *(tensor.numpy() for tensor in of_places))
+        spread(
+            gradients,
+            len(laid) * laid.shape[1],
+            *_arrays(laid, places, ctx.sheet),
+            gradient.contiguous().numpy(),
+            of_table.flatten(0, 1).flatten(1, 2).numpy(),
+            *(tensor.numpy() for tensor in of_places),
+        )
         return ctx.sheet.taken(of_table) if ctx.needs_input_grad[0] else None, *of_places, None
 
 

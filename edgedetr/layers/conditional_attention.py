@@ -26,7 +26,7 @@ class ConditionalSelfAttention(nn.Module):
         super().__init__()
         self.heads, self.scale = heads, (dim // heads) ** -0.5
         self.q, self.q_position, self.k, self.k_position, self.v, self.out = _linears(dim, heads, 6)
-        self.dropout = dropout      # of the weights, while training
+        self.dropout = dropout  # of the weights, while training
 
     def forward(self, content: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:
         """content [B, N, C], position [1 or B, N, C] -> [B, N, C].
@@ -51,10 +51,17 @@ class ConditionalAttention(nn.Module):
         self.heads, self.scale = heads, (2 * dim // heads) ** -0.5
         self.q, self.q_spatial, self.k, self.k_position, self.v, self.out = _linears(dim, heads, 6)
         self.q_position = _linears(dim, heads, 1)[0] if first else None
-        self.dropout = dropout      # of the weights, while training
+        self.dropout = dropout  # of the weights, while training
 
-    def forward(self, content: Tensor, position: Tensor | None, spatial: Tensor, tokens: Tensor, place: Tensor,
-                padding: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        content: Tensor,
+        position: Tensor | None,
+        spatial: Tensor,
+        tokens: Tensor,
+        place: Tensor,
+        padding: Tensor | None = None,
+    ) -> Tensor:
         """One sum of values per query.
 
         content   [B, N, C];  position [1 or B, N, C], used by the first layer only
@@ -70,8 +77,8 @@ class ConditionalAttention(nn.Module):
         # One place for all pictures is repeated; a batch that a graph leaves open is no int, and never compared with 1.
         if type(shared) is not type(batch) or shared != batch:
             looked = looked.expand(batch, -1, -1)
-        q = torch.cat([_split(q, self.heads), _split(looked, self.heads)], dim=-1)                      # [B, M, N, 2D]
-        k = torch.cat([_split(k, self.heads), _split(where, self.heads)], dim=-1)                       # [B, M, S, 2D]
+        q = torch.cat([_split(q, self.heads), _split(looked, self.heads)], dim=-1)  # [B, M, N, 2D]
+        k = torch.cat([_split(k, self.heads), _split(where, self.heads)], dim=-1)  # [B, M, S, 2D]
         mask = None if padding is None else padding[:, None, None]
         v = _split(self.v(tokens), self.heads)
         mixed = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
@@ -101,9 +108,9 @@ class SpatialQuery(nn.Module):
             place = place * self.scale(content)
         if self.size is None:
             return place
-        wanted = self.size(content).sigmoid()                                       # w, h
+        wanted = self.size(content).sigmoid()  # w, h
         ratio = wanted / reference[..., 2:].clamp(min=SMALLEST)
-        ratio = torch.stack([ratio[..., 1], ratio[..., 0]], dim=-1)                 # y first, as the sine
+        ratio = torch.stack([ratio[..., 1], ratio[..., 0]], dim=-1)  # y first, as the sine
         return (place.unflatten(-1, (2, self.per_axis)) * ratio[..., None]).flatten(-2)
 
 
@@ -118,4 +125,4 @@ def _linears(dim: int, heads: int, count: int) -> list[Linear]:
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)                             # [B, M, N, D]
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, M, N, D]

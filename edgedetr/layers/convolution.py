@@ -13,8 +13,11 @@ from edgedetr.layers.norm import FrozenBatchNorm2d, fold_batch_norm
 from edgedetr.options import one_of
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": lambda: nn.ReLU(inplace=True), "silu": lambda: nn.SiLU(inplace=True), "gelu": nn.GELU, "none": nn.Identity,
-    "prelu": nn.PReLU,      # one learned slope for all channels, starting at 0.25 (DAB-DETR)
+    "relu": lambda: nn.ReLU(inplace=True),
+    "silu": lambda: nn.SiLU(inplace=True),
+    "gelu": nn.GELU,
+    "none": nn.Identity,
+    "prelu": nn.PReLU,  # one learned slope for all channels, starting at 0.25 (DAB-DETR)
 }
 
 
@@ -22,8 +25,14 @@ class ConvNorm(nn.Module):
     """Convolution without bias -> normalisation -> activation; "same" padding."""
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, dilation: int = 1,
-        activation: str = "none", norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int = 1,
+        stride: int = 1,
+        dilation: int = 1,
+        activation: str = "none",
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, dilation * (kernel // 2), dilation, bias=False)

@@ -26,14 +26,19 @@ Shapes = Sequence[tuple[int, int]]
 
 SAMPLINGS = ("auto", "gather", "grid_sample")
 METHODS = ("default", "discrete")
-WORTH = 1 << 19         # channels of all samples from which loops are compiled, which takes seconds, but once
+WORTH = 1 << 19  # channels of all samples from which loops are compiled, which takes seconds, but once
 
 
 class DeformableAttention(nn.Module):
     """Offsets and weights from the query, values from the memory; one sum over all points of all levels."""
 
     def __init__(
-        self, dim: int, heads: int, points: Sequence[int], sampling: str = "gather", method: str = "default",
+        self,
+        dim: int,
+        heads: int,
+        points: Sequence[int],
+        sampling: str = "gather",
+        method: str = "default",
         offset_scale: float = 0.5,
     ) -> None:
         """points  per level; offset_scale: share of the box side that an offset of `points` covers"""
@@ -51,14 +56,14 @@ class DeformableAttention(nn.Module):
         self.register_buffer("share", share[:, None], persistent=False)
         self._initialise()
 
-    share: Tensor                                               # [P, 1] 1 / points of that level
+    share: Tensor  # [P, 1] 1 / points of that level
 
     @torch.no_grad()
     def _initialise(self) -> None:
         """Head m looks along angle 2 pi m / M, its points on squares of radius 1, 2, ... around the reference."""
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)              # [M, 2] on the unit square
+        direction = direction / direction.abs().amax(-1, keepdim=True)  # [M, 2] on the unit square
         radius = torch.tensor([float(p + 1) for count in self.points for p in range(count)])
         self.offsets.bias.copy_((direction[:, None] * radius[:, None]).flatten())
         for zero in (self.offsets.weight, self.weights.weight, self.weights.bias, self.value.bias, self.out.bias):
@@ -66,8 +71,15 @@ class DeformableAttention(nn.Module):
         nn.init.xavier_uniform_(self.value.weight)
         nn.init.xavier_uniform_(self.out.weight)
 
-    def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, shapes: Shapes,
-                padding: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        tokens: Tensor,
+        shapes: Shapes,
+        padding: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
         """One sum of sampled values per query.
 
         query      [B, N, C]     content + position
@@ -79,18 +91,18 @@ class DeformableAttention(nn.Module):
         """
         kind = mixed(query)
         if kind is not None:
-            query = query.to(kind)      # once for both of its Linears
+            query = query.to(kind)  # once for both of its Linears
         value = self.value(tokens)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
-        offset = self.offsets(query).unflatten(-1, (self.heads, self.total, 2))     # [B, N, M, P, 2]
+        offset = self.offsets(query).unflatten(-1, (self.heads, self.total, 2))  # [B, N, M, P, 2]
         weight = self.weights(query).unflatten(-1, (self.heads, self.total)).softmax(-1)
-        if kind is not None:            # sums without copies exist in float32 alone
+        if kind is not None:  # sums without copies exist in float32 alone
             offset, weight = offset.float(), weight.float()
-        reference = reference[:, :, None, None]                                     # [B, N, 1, 1, 2|4]
+        reference = reference[:, :, None, None]  # [B, N, 1, 1, 2|4]
         if valid is not None:
             parts = [valid[:, level : level + 1].expand(-1, count, -1) for level, count in enumerate(self.points)]
-            share = torch.cat(parts, dim=1)[:, None, None]                          # [B, 1, 1, P, 2]
+            share = torch.cat(parts, dim=1)[:, None, None]  # [B, 1, 1, P, 2]
             reference = reference * torch.cat([share] * (reference.shape[-1] // 2), dim=-1)
         if reference.shape[-1] == 4:
             reach = reference[..., 2:] * (self.share * self.offset_scale)
@@ -100,7 +112,7 @@ class DeformableAttention(nn.Module):
         if on_cpu and compiled_here() and weight.numel() * value.shape[-1] >= WORTH * self.heads:
             summed = self._sum(value, reference[..., :2], offset, reach, weight, shapes)
             return self.out(summed.to(kind or summed.dtype).flatten(2))
-        location = reference[..., :2] + offset * reach                              # 0..1 of the map, x then y
+        location = reference[..., :2] + offset * reach  # 0..1 of the map, x then y
         if self.method == "default" and self.sampling != "gather" and not on_cpu:
             sampled = self._grid_sample(value, location, weight, shapes)
         else:
@@ -112,12 +124,13 @@ class DeformableAttention(nn.Module):
         pairs = [pair for pair, count in zip(per_level, self.points) for _ in range(count)]
         return torch.tensor(pairs, device=like.device, dtype=like.dtype)
 
-    def _sum(self, value: Tensor, reference: Tensor, offset: Tensor, reach: Tensor, weight: Tensor,
-             shapes: Shapes) -> Tensor:
+    def _sum(
+        self, value: Tensor, reference: Tensor, offset: Tensor, reach: Tensor, weight: Tensor, shapes: Shapes
+    ) -> Tensor:
         """As `_gather` in float32 on a CPU, without a sample in memory: [B, N, M, D]."""
         sheet = Sheet.of(shapes, self.points, offset)
         size = self._per_point([(w, h) for h, w in shapes], offset)
-        base, scale = reference * size + (sheet.corner - 0.5), reach * size         # in cells, [1 or B, N, 1, P, 2]
+        base, scale = reference * size + (sheet.corner - 0.5), reach * size  # in cells, [1 or B, N, 1, P, 2]
         moved = zip(base.unbind(-1), offset.unbind(-1), scale.unbind(-1))
         x, y = (torch.addcmul(place, by, cells) for place, by, cells in moved)
         return bilinear_sum(value, x, y, weight, sheet)
@@ -130,8 +143,8 @@ class DeformableAttention(nn.Module):
         for level, grid, (height, width) in zip(levels, grids, shapes):
             maps = level.transpose(1, 2).reshape(batch * self.heads, -1, height, width)
             samples.append(F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-        weight = weight.transpose(1, 2).flatten(0, 1)[:, None]                      # [B*M, 1, N, P]
-        summed = (torch.cat(samples, dim=-1) * weight).sum(-1)                      # [B*M, D, N]
+        weight = weight.transpose(1, 2).flatten(0, 1)[:, None]  # [B*M, 1, N, P]
+        summed = (torch.cat(samples, dim=-1) * weight).sum(-1)  # [B*M, D, N]
         return summed.reshape(batch, -1, queries).transpose(1, 2)
 
     def _gather(self, value: Tensor, location: Tensor, weight: Tensor, shapes: Shapes) -> Tensor:
@@ -154,7 +167,7 @@ class DeformableAttention(nn.Module):
             weights = [weight * (wy * wx) for wy in (wy0, wy1) for wx in (wx0, wx1)]
         head = torch.arange(self.heads, device=value.device)[:, None]
         first = torch.arange(batch, device=value.device)[:, None, None, None] * tokens
-        index = (torch.cat(rows, dim=-1).long() + first) * self.heads + head        # [B, N, M, 4P]
-        table = value.reshape(batch * tokens * self.heads, -1)                      # one row per token and head
-        weight = torch.cat(weights, dim=-1)                                         # [B, N, M, 4P]
+        index = (torch.cat(rows, dim=-1).long() + first) * self.heads + head  # [B, N, M, 4P]
+        table = value.reshape(batch * tokens * self.heads, -1)  # one row per token and head
+        weight = torch.cat(weights, dim=-1)  # [B, N, M, 4P]
         return weighted_rows(table, index, weight).reshape(batch, queries, -1)

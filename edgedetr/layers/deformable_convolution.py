@@ -20,7 +20,7 @@ from edgedetr.layers.deformable_attention import SAMPLINGS
 from edgedetr.options import one_of
 
 TAPS = 9
-OFFSETS, MASKS = 2 * TAPS, TAPS     # what tells the taps, per cell: y, x of each tap; the weight of each tap
+OFFSETS, MASKS = 2 * TAPS, TAPS  # what tells the taps, per cell: y, x of each tap; the weight of each tap
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TapPlaces(nn.Module):
 
     def forward(self, sources: Sequence[Source], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """-> row and column [Q, 9] of every tap in cells of its map; height, width and start [Q, 1] of that map."""
-        kind = torch.promote_types(like.dtype, torch.float32)       # half precision cannot count cells
+        kind = torch.promote_types(like.dtype, torch.float32)  # half precision cannot count cells
         tap = torch.arange(3, device=like.device, dtype=kind) - 1
         rows, columns, maps = [], [], []
         for source in sources:
@@ -75,11 +75,11 @@ class DeformRead(nn.Module):
         mask     [B, Q, 9]   weight of every tap, 0..1
         return   [B, Q, 9 C]  tap after tap, row by row
         """
-        if mixed(table):        # sums without copies exist in float32 alone
+        if mixed(table):  # sums without copies exist in float32 alone
             table = table.float()
         row, column, height, width, start = self.places(sources, offset)
         move = offset.to(row.dtype).unflatten(-1, (TAPS, 2))
-        row, column = row + move[..., 0], column + move[..., 1]                     # [B, Q, 9]
+        row, column = row + move[..., 0], column + move[..., 1]  # [B, Q, 9]
         if self.sampling == "grid_sample" or (self.sampling == "auto" and not quick(table)):
             read = self._grid_sample(table, sources, (2 * column + 1) / width - 1, (2 * row + 1) / height - 1)
             return (read * mask.to(table.dtype)[..., None]).flatten(2)
@@ -96,7 +96,7 @@ class DeformRead(nn.Module):
         read, grids = [], torch.stack([x, y], dim=-1).to(table.dtype)
         for source, grid in zip(sources, grids.split([item.out[0] * item.out[1] for item in sources], dim=1)):
             height, width = source.shape
-            level = table[:, source.start:source.start + height * width].transpose(1, 2).unflatten(2, source.shape)
+            level = table[:, source.start : source.start + height * width].transpose(1, 2).unflatten(2, source.shape)
             sample = F.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-            read.append(sample.permute(0, 2, 3, 1))                                 # [B, h w, 9, C]
+            read.append(sample.permute(0, 2, 3, 1))  # [B, h w, 9, C]
         return torch.cat(read, dim=1)

@@ -51,11 +51,11 @@ class DynamicRelu(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """maps: P of [B, C, cells] -> the same shapes."""
-        mean = torch.stack([x.mean(2) for x in maps], dim=1)                            # [B, P, C]
-        share = hard_sigmoid(self.excite(F.relu(self.squeeze(mean)))) - 0.5             # [B, P, 4 C] in -0.5..0.5
+        mean = torch.stack([x.mean(2) for x in maps], dim=1)  # [B, P, C]
+        share = hard_sigmoid(self.excite(F.relu(self.squeeze(mean)))) - 0.5  # [B, P, 4 C] in -0.5..0.5
         out = []
         for x, told in zip(maps, share[..., None].unbind(1)):
-            a1, b1, a2, b2 = told.chunk(4, dim=1)                                       # [B, C, 1]
+            a1, b1, a2, b2 = told.chunk(4, dim=1)  # [B, C, 1]
             out.append(torch.maximum(x * (2 * a1 + 1) + b1, x * (2 * a2) + b2))
         return out
 

@@ -15,14 +15,15 @@ from edgedetr.layers.cpu_kernels.cpu_features import eager, mixed, onednn
 from edgedetr.layers.linear import Linear, gradients, pointwise, rows_of
 from edgedetr.options import one_of
 
-SMALL = 1 << 18         # numbers between the two Linears under which a pass over them is not worth saving
+SMALL = 1 << 18  # numbers between the two Linears under which a pass over them is not worth saving
 
 
 class FeedForward(nn.Module):
     """Linear(C, hidden) -> activation -> Linear(hidden, C), with dropout after each."""
 
-    def __init__(self, dim: int, hidden: int, activation: str = "relu", dropout: float = 0.0,
-                 activation_dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, hidden: int, activation: str = "relu", dropout: float = 0.0, activation_dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.up, self.down = Linear(dim, hidden), Linear(hidden, dim)
         one_of("activation", activation, ACTIVATIONS)
@@ -45,10 +46,16 @@ class FeedForward(nn.Module):
         """Whether what lies between the Linears is passed over fewer times: plain ones that learn, on a CPU, ReLU."""
         plain = type(self.up) is Linear and type(self.down) is Linear and isinstance(self.activation, nn.ReLU)
         kind = mixed(x) or torch.float32
-        return (plain and torch.is_grad_enabled() and eager(x) and x.dtype in (torch.float32, kind)
-                and self.up.weight.dtype == torch.float32 and x.numel() // x.shape[-1] * len(self.up.weight) >= SMALL
-                and not (self.activation_dropout.training and self.activation_dropout.p)
-                and onednn("_linear_pointwise", kind))
+        return (
+            plain
+            and torch.is_grad_enabled()
+            and eager(x)
+            and x.dtype in (torch.float32, kind)
+            and self.up.weight.dtype == torch.float32
+            and x.numel() // x.shape[-1] * len(self.up.weight) >= SMALL
+            and not (self.activation_dropout.training and self.activation_dropout.p)
+            and onednn("_linear_pointwise", kind)
+        )
 
 
 class Mlp(nn.Module):
@@ -70,9 +77,15 @@ class _FeedForward(torch.autograd.Function):
     """down(relu(up(x))): ReLU in one pass with its product, its gradient in place; x [..., C], weights and biases."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor,  # type: ignore[override]
-                down_bias: Tensor) -> Tensor:
-        hidden = pointwise(rows_of(x), up, up_bias, "relu")                         # [N, hidden]
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        up: Tensor,
+        up_bias: Tensor,
+        down: Tensor,  # type: ignore[override]
+        down_bias: Tensor,
+    ) -> Tensor:
+        hidden = pointwise(rows_of(x), up, up_bias, "relu")  # [N, hidden]
         ctx.save_for_backward(x, hidden, up, down)
         return pointwise(hidden, down, down_bias).view(*x.shape[:-1], len(down))
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from edgedetr.layers.cpu_kernels.cpu_features import mixed, onednn, quick
 from edgedetr.runtime.cpu import mkl_is_narrow
 
-SMALL = 1 << 21         # multiplications under which calling from Python costs more than the product saves
+SMALL = 1 << 21  # multiplications under which calling from Python costs more than the product saves
 
 
 class Linear(nn.Linear):
@@ -36,12 +36,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN makes this product: large, in float32, on such a CPU, and with gradients to come."""
-    return (mkl_is_narrow() and torch.is_grad_enabled() and quick(x) and quick(weight)
-            and x.numel() * len(weight) >= SMALL and mixed(x) is None and onednn("_linear_pointwise"))
+    return (
+        mkl_is_narrow()
+        and torch.is_grad_enabled()
+        and quick(x)
+        and quick(weight)
+        and x.numel() * len(weight) >= SMALL
+        and mixed(x) is None
+        and onednn("_linear_pointwise")
+    )
 
 
 class _Linear(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)

@@ -39,29 +39,41 @@ class LoraLinear(nn.Linear):
     @torch.no_grad()
     def fused(self) -> nn.Linear:
         """One Linear of the same function."""
-        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.weight.device,
-                          dtype=self.weight.dtype)
+        plain = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
         plain.weight.copy_(self.weight + self.share * (self.up @ self.down))
         if self.bias is not None:
             plain.bias.copy_(self.bias)
         return plain
 
 
-def adapt(root: nn.Module, patterns: Sequence[str], rank: int, alpha: float,
-          but: Sequence[str] = ()) -> list[str]:
+def adapt(root: nn.Module, patterns: Sequence[str], rank: int, alpha: float, but: Sequence[str] = ()) -> list[str]:
     """Put a LoraLinear in the place of every Linear whose dotted name fits one of `patterns`; -> their names.
 
     but   patterns of names that get none. What else learns is the caller's choice.
     """
-    names = [name for name, module in root.named_modules()
-             if isinstance(module, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in patterns)
-             and not any(fnmatchcase(name, pattern) for pattern in but)]
+    names = [
+        name
+        for name, module in root.named_modules()
+        if isinstance(module, nn.Linear)
+        and any(fnmatchcase(name, pattern) for pattern in patterns)
+        and not any(fnmatchcase(name, pattern) for pattern in but)
+    ]
     if not names and but:
-        raise ModelError(f"train.lora_on {list(patterns)} fits no Linear that starts from trained weights; expected "
-                         "train.start, or patterns of a pretrained backbone")
+        raise ModelError(
+            f"train.lora_on {list(patterns)} fits no Linear that starts from trained weights; expected "
+            "train.start, or patterns of a pretrained backbone"
+        )
     if not names:
-        raise ModelError(f"train.lora_on {list(patterns)} fits no Linear of this model; expected patterns of names "
-                         f"like {_some_linear(root)}")
+        raise ModelError(
+            f"train.lora_on {list(patterns)} fits no Linear of this model; expected patterns of names "
+            f"like {_some_linear(root)}"
+        )
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(root.get_submodule(parent), child, LoraLinear(root.get_submodule(name), rank, alpha))  # type: ignore[arg-type]  # a Linear, see above

@@ -64,8 +64,16 @@ def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d) -
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     bias = 0.0 if conv.bias is None else conv.bias.double()
     folded = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
-        conv.dilation, conv.groups, bias=True, device=conv.weight.device, dtype=conv.weight.dtype,  # type: ignore[arg-type]
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,
+        conv.groups,
+        bias=True,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,  # type: ignore[arg-type]
     )
     folded.weight.copy_(conv.weight.double() * scale[:, None, None, None])
     folded.bias.copy_((bias - norm.running_mean.double()) * scale + norm.bias.double())  # type: ignore[union-attr]

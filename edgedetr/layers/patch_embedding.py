@@ -47,7 +47,7 @@ def to_windows(tokens: Tensor, shape: tuple[int, int], side: int) -> Tensor:
     x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
     columns = -(-width // side)
     # At most four dimensions: a row of a window, with its channels, moves as one.
-    x = x.reshape(-1, side, columns, side * tokens.shape[2]).transpose(1, 2)        # [B rows, columns, side, side C]
+    x = x.reshape(-1, side, columns, side * tokens.shape[2]).transpose(1, 2)  # [B rows, columns, side, side C]
     return x.reshape(-1, side * side, tokens.shape[2])
 
 
@@ -56,6 +56,6 @@ def from_windows(windows: Tensor, shape: tuple[int, int], side: int) -> Tensor:
     height, width = shape
     rows, columns = -(-height // side), -(-width // side)
     channels = windows.shape[2]
-    x = windows.reshape(-1, columns, side, side * channels).transpose(1, 2)         # [B rows, side, columns, side C]
+    x = windows.reshape(-1, columns, side, side * channels).transpose(1, 2)  # [B rows, side, columns, side C]
     x = x.reshape(-1, rows * side, columns * side, channels)
     return x[:, :height, :width].flatten(1, 2)

@@ -51,14 +51,14 @@ class SinePosition(nn.Module):
         """like: any tensor with the device and type wanted; padding [B, H, W] bool -> [1 or B, H*W, C]."""
         seen = torch.ones(1, *shape, device=like.device) if padding is None else (~padding).float()
         y, x = seen.cumsum(1), seen.cumsum(2)
-        eps = 1e-6                                              # a row or column that is all padding
+        eps = 1e-6  # a row or column that is all padding
         y = (y - self.offset) / (y[:, -1:, :] + eps) * 2 * math.pi
         x = (x - self.offset) / (x[:, :, -1:] + eps) * 2 * math.pi
         power = torch.arange(self.per_axis, device=like.device) // 2 * 2 / self.per_axis
-        wave = self.temperature**power                          # [C/2]
+        wave = self.temperature**power  # [C/2]
         parts = []
         for place in (y, x):
-            angle = place[..., None] / wave                     # [B, H, W, C/2]
+            angle = place[..., None] / wave  # [B, H, W, C/2]
             parts.append(torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2))
         return torch.cat(parts, dim=-1).flatten(1, 2).to(like.dtype)
 
@@ -98,9 +98,11 @@ class LearnedPosition(nn.Module):
         """-> [1, H*W, C]; padding does not change it."""
         height, width = shape
         if max(shape) > len(self.row.weight):
-            raise ModelError(f"model.position 'learned' has vectors for {len(self.row.weight)} rows and "
-                             f"columns, and the map has {height} x {width} cells; use a smaller input, or "
-                             "--set model.position=sine")
+            raise ModelError(
+                f"model.position 'learned' has vectors for {len(self.row.weight)} rows and "
+                f"columns, and the map has {height} x {width} cells; use a smaller input, or "
+                "--set model.position=sine"
+            )
         x = self.column.weight[:width].repeat(height, 1)
         y = self.row.weight[:height].repeat_interleave(width, dim=0)
         return torch.cat([x, y], dim=1)[None]
@@ -120,8 +122,10 @@ class SequencePosition(nn.Module):
         """-> [1, H*W, C]; padding does not change it."""
         tokens = shape[0] * shape[1]
         if tokens > self.table.shape[1]:
-            raise ModelError(f"model.position 'sequence' has vectors for {self.table.shape[1]} cells, and the map has "
-                             f"{shape[0]} x {shape[1]}; use a smaller input, or --set model.position=sine")
+            raise ModelError(
+                f"model.position 'sequence' has vectors for {self.table.shape[1]} cells, and the map has "
+                f"{shape[0]} x {shape[1]}; use a smaller input, or --set model.position=sine"
+            )
         return self.table[:, :tokens]
 
 

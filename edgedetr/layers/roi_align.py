@@ -41,16 +41,17 @@ class RoiAlign(nn.Module):
         batch, rows = tokens.shape[:2]
         boxes = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
         pixels = boxes.new_tensor([shapes[0][1] * strides[0], shapes[0][0] * strides[0]]).repeat(2)
-        boxes = boxes * pixels                                              # cx, cy, w, h in pixels
+        boxes = boxes * pixels  # cx, cy, w, h in pixels
         starts = [sum(h * w for h, w in shapes[:index]) for index in range(len(shapes))]
-        table = boxes.new_tensor([[float(w), float(h), 1.0 / stride, float(start)]
-                                  for (h, w), stride, start in zip(shapes, strides, starts)])
+        table = boxes.new_tensor(
+            [[float(w), float(h), 1.0 / stride, float(start)] for (h, w), stride, start in zip(shapes, strides, starts)]
+        )
         cells, scale, start = F.embedding(level_of(boxes, strides), table).split([2, 1, 1], dim=-1)
-        centre, extent = (boxes * scale).split(2, dim=-1)                   # [B, N, 2] in cells of the box's level
-        cell, weight = self._along(centre, extent, cells)                   # [B, N, 2, 2 samples * size]
+        centre, extent = (boxes * scale).split(2, dim=-1)  # [B, N, 2] in cells of the box's level
+        cell, weight = self._along(centre, extent, cells)  # [B, N, 2, 2 samples * size]
         column, row = cell.split(1, dim=2)
         first = torch.arange(batch, device=tokens.device, dtype=boxes.dtype)[:, None, None] * rows
-        row = row.squeeze(2) * cells[..., :1] + (start + first)             # first token of the row, in the whole batch
+        row = row.squeeze(2) * cells[..., :1] + (start + first)  # first token of the row, in the whole batch
         # Every bin reads the cells of its rows times those of its columns; at most five dimensions, for TensorRT.
         bins, reads = self.size, 2 * self.samples
         index = row.reshape(-1, bins, 1, reads, 1) + column.reshape(-1, 1, bins, 1, reads)
@@ -67,7 +68,7 @@ class RoiAlign(nn.Module):
         """
         count = self.size * self.samples
         step = (torch.arange(count, device=centre.device, dtype=centre.dtype) + 0.5) / count - 0.5
-        place = centre[..., None] + (extent[..., None] * step - 0.5)        # cell centres are whole numbers
+        place = centre[..., None] + (extent[..., None] * step - 0.5)  # cell centres are whole numbers
         cells = cells[..., None]
         last = cells - 1
         inside = ((place >= -1) & (place <= cells)).to(place.dtype) / self.samples

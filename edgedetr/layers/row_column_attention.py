@@ -14,9 +14,9 @@ from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.linear import Linear
 from edgedetr.layers.position import sine
 
-Axes = tuple[Tensor, Tensor]    # position of each column [1 or B, W, C], and of each row [1 or B, H, C]
+Axes = tuple[Tensor, Tensor]  # position of each column [1 or B, W, C], and of each row [1 or B, H, C]
 
-LARGEST = 2**25         # numbers that the inner product of one picture may take at once (128 MiB); more go in parts
+LARGEST = 2**25  # numbers that the inner product of one picture may take at once (128 MiB); more go in parts
 
 
 class AxisPosition(nn.Module):
@@ -37,7 +37,7 @@ class AxisPosition(nn.Module):
 
         padding  [B, H, W] bool; each picture lies in the upper left corner
         """
-        kind = torch.promote_types(like.dtype, torch.float32)       # a bfloat16 cell centre is 1/256 off
+        kind = torch.promote_types(like.dtype, torch.float32)  # a bfloat16 cell centre is 1/256 off
         if padding is None:
             height, width = (torch.ones(1, n, device=like.device, dtype=kind) for n in shape)
         else:
@@ -60,8 +60,15 @@ class RowColumnAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    def forward(self, along_x: Tensor, along_y: Tensor, tokens: Tensor, axes: Axes, shape: tuple[int, int],
-                padding: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        along_x: Tensor,
+        along_y: Tensor,
+        tokens: Tensor,
+        axes: Axes,
+        shape: tuple[int, int],
+        padding: Tensor | None = None,
+    ) -> Tensor:
         """One sum of values per query.
 
         along_x, along_y  [B, N, C]   content + position along x (compared with columns), and along y (with rows)
@@ -70,7 +77,7 @@ class RowColumnAttention(nn.Module):
         return            [B, N, C]
         """
         height, width = shape
-        maps = tokens.unflatten(1, shape)                                           # [B, H, W, C]
+        maps = tokens.unflatten(1, shape)  # [B, H, W, C]
         hidden_x = hidden_y = None
         if padding is None:
             columns, rows = maps.mean(1), maps.mean(2)
@@ -82,13 +89,13 @@ class RowColumnAttention(nn.Module):
             columns = maps.sum(1) / seen.sum(1)[..., None].clamp(min=1)
             rows = maps.sum(2) / seen.sum(2)[..., None].clamp(min=1)
         # Projected after the mean: the same numbers as before it, from fewer vectors.
-        a_x = self._weights(self.q_x(along_x), self.k_x(columns + axes[0]), hidden_x)                # [B, M, N, W]
-        a_y = self._weights(self.q_y(along_y), self.k_y(rows + axes[1]), hidden_y)                   # [B, M, N, H]
+        a_x = self._weights(self.q_x(along_x), self.k_x(columns + axes[0]), hidden_x)  # [B, M, N, W]
+        a_y = self._weights(self.q_y(along_y), self.k_y(rows + axes[1]), hidden_y)  # [B, M, N, H]
         value = self.v(tokens).unflatten(1, shape).unflatten(-1, (self.heads, -1))  # [B, H, W, M, D]
-        if width > height:      # the longer axis first: what is left between is shorter
-            first, second, value = a_x, a_y, value.permute(0, 3, 2, 1, 4)           # [B, M, W, H, D]
+        if width > height:  # the longer axis first: what is left between is shorter
+            first, second, value = a_x, a_y, value.permute(0, 3, 2, 1, 4)  # [B, M, W, H, D]
         else:
-            first, second, value = a_y, a_x, value.permute(0, 3, 1, 2, 4)           # [B, M, H, W, D]
+            first, second, value = a_y, a_x, value.permute(0, 3, 1, 2, 4)  # [B, M, H, W, D]
         return self.out(_contract(first, second, value).transpose(1, 2).flatten(2))
 
     def _weights(self, query: Tensor, key: Tensor, hidden: Tensor | None) -> Tensor:
@@ -104,7 +111,7 @@ def _contract(first: Tensor, second: Tensor, value: Tensor) -> Tensor:
     """first [B, M, N, P], second [B, M, N, R], value [B, M, P, R, D] -> [B, M, N, D], in parts of the queries."""
     heads, queries = first.shape[1:3]
     short, width = value.shape[3:]
-    rows = value.flatten(3)                                                         # [B, M, P, R D]
+    rows = value.flatten(3)  # [B, M, P, R D]
     at_once = max(LARGEST // (heads * short * width), 1)
     if queries <= at_once:
         return _part(first, second, rows, short)
@@ -113,7 +120,7 @@ def _contract(first: Tensor, second: Tensor, value: Tensor) -> Tensor:
 
 
 def _part(first: Tensor, second: Tensor, rows: Tensor, short: int) -> Tensor:
-    between = (first @ rows).unflatten(-1, (short, -1))                             # [B, M, N, R, D]
+    between = (first @ rows).unflatten(-1, (short, -1))  # [B, M, N, R, D]
     return (second.unsqueeze(-2) @ between).squeeze(-2)
 
 

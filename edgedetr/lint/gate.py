@@ -13,5 +13,7 @@ def refuse_errors(model: ModelProto, name: str) -> None:
     errors = [finding for finding in lint(model) if finding.worst == "error"]
     if errors:
         told = "; ".join(str(finding) for finding in errors[:3])
-        raise ExportError(f"{name} has {len(errors)} faults for TensorRT: {told}. It was not written; edgedetr lint "
-                          "says more about model.onnx, and a policy with fewer INT8 or FP16 nodes may pass")
+        raise ExportError(
+            f"{name} has {len(errors)} faults for TensorRT: {told}. It was not written; edgedetr lint "
+            "says more about model.onnx, and a policy with fewer INT8 or FP16 nodes may pass"
+        )

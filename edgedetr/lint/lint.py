@@ -19,7 +19,7 @@ from edgedetr.lint.rules import RULES
 from edgedetr.onnx_graph.index import GraphView
 from edgedetr.onnx_graph.io import open_onnx
 
-SHOWN = 3           # reasons of one rule that the table names; the others are counted
+SHOWN = 3  # reasons of one rule that the table names; the others are counted
 # Graphs of a bundle that are not made for TensorRT.
 _FOR_CPU = "-cpu.onnx", "-openvino.onnx"
 
@@ -80,8 +80,9 @@ def lint(model: ModelProto, targets: Iterable[str] = tuple(TARGETS)) -> tuple[Fi
                 once.update({} if rule.by_target else {rule.id: faults})
             for fault in faults:
                 key = rule.id, fault.node, fault.reason
-                finding = merged.setdefault(key, Finding(rule.id, fault.node, fault.reason, fault.fix,
-                                                         fault.source or rule.source))
+                finding = merged.setdefault(
+                    key, Finding(rule.id, fault.node, fault.reason, fault.fix, fault.source or rule.source)
+                )
                 finding.severity[name] = fault.severity
     order = {rule.id: number for number, rule in enumerate(RULES)}
     return tuple(sorted(merged.values(), key=lambda finding: order[finding.rule]))
@@ -90,12 +91,21 @@ def lint(model: ModelProto, targets: Iterable[str] = tuple(TARGETS)) -> tuple[Fi
 def lint_file(path: str | Path, targets: Sequence[str] = tuple(TARGETS)) -> Report:
     """Lint one file; ExportError when it is no ONNX file."""
     opened = open_onnx(path)
-    findings = [finding for finding in lint(opened.model, targets)
-                if finding.rule != "external-data" or not opened.faults]
+    findings = [
+        finding for finding in lint(opened.model, targets) if finding.rule != "external-data" or not opened.faults
+    ]
     source = next(rule.source for rule in RULES if rule.id == "external-data")
-    findings[:0] = [Finding("external-data", opened.path.name, fault, "put the data file beside the model, as a plain "
-                            "file, and name it without a path", source, dict.fromkeys(targets, "error"))
-                    for fault in opened.faults]
+    findings[:0] = [
+        Finding(
+            "external-data",
+            opened.path.name,
+            fault,
+            "put the data file beside the model, as a plain file, and name it without a path",
+            source,
+            dict.fromkeys(targets, "error"),
+        )
+        for fault in opened.faults
+    ]
     return Report(str(path), tuple(targets), len(opened.model.graph.node), tuple(findings))
 
 

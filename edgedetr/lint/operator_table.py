@@ -85,8 +85,9 @@ def _raw() -> dict[str, Any]:
     return raw
 
 
-def _take(found: dict[str, Operator | None], entries: dict[str, Any], source: str,
-          groups: dict[str, list[str]]) -> None:
+def _take(
+    found: dict[str, Operator | None], entries: dict[str, Any], source: str, groups: dict[str, list[str]]
+) -> None:
     for name, entry in entries.items():
         found[name] = None if entry is None else _operator(entry, source, groups)
 

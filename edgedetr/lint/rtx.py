@@ -21,7 +21,7 @@ from edgedetr.packages import TENSORRT_RTX
 
 LIMIT = "this says nothing about speed or numerics on a Jetson"
 PROCESS = Path(__file__).with_name("rtx_worker.py")
-SECONDS = 600           # of one file; RT-DETR-R18 at 640 px takes 8, R101 some 30
+SECONDS = 600  # of one file; RT-DETR-R18 at 640 px takes 8, R101 some 30
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,11 @@ class RtxResult:
         return self.parsed and self.built is not False
 
     def __str__(self) -> str:
-        did = "does not parse" if not self.parsed else {None: "parses", True: "parses and builds"}.get(
-            self.built, "parses, but does not build")
+        did = (
+            "does not parse"
+            if not self.parsed
+            else {None: "parses", True: "parses and builds"}.get(self.built, "parses, but does not build")
+        )
         lines = [f"{self.path} {did} in TensorRT-RTX {self.version or '(unknown)'}; {LIMIT}", *self.errors]
         return "\n  ".join(lines)
 
@@ -66,8 +69,9 @@ def check(onnx_path: str | Path, build: bool = True, *, packages: str | Path | N
     return check_all([onnx_path], build, packages=packages)[0]
 
 
-def check_all(onnx_paths: Sequence[str | Path], build: bool = True, *,
-              packages: str | Path | None = None) -> list[RtxResult]:
+def check_all(
+    onnx_paths: Sequence[str | Path], build: bool = True, *, packages: str | Path | None = None
+) -> list[RtxResult]:
     """As `check`, for several files in one process; a file at which the library crashes is told as such."""
     files = [str(path) for path in onnx_paths]
     for path in files:
@@ -78,10 +82,12 @@ def check_all(onnx_paths: Sequence[str | Path], build: bool = True, *,
     sound = [path for path in files if path not in refused]
     results: list[RtxResult] = []
     while len(results) < len(sound):
-        results += _run(sound[len(results):], build, packages)
+        results += _run(sound[len(results) :], build, packages)
     said = iter(results)
-    return [RtxResult(path, "", False, None, 0, 0.0, None, None, refused[path]) if path in refused else next(said)
-            for path in files]
+    return [
+        RtxResult(path, "", False, None, 0, 0.0, None, None, refused[path]) if path in refused else next(said)
+        for path in files
+    ]
 
 
 def _faults(path: str) -> tuple[str, ...]:
@@ -97,23 +103,41 @@ def _run(files: list[str], build: bool, packages: str | Path | None) -> list[Rtx
     order = json.dumps({"files": files, "build": build})
     surroundings = {**os.environ, **({"PYTHONPATH": str(packages)} if packages else {})}
     try:
-        done = subprocess.run([sys.executable, str(PROCESS), order], capture_output=True, text=True, check=False,
-                              timeout=SECONDS * len(files), env=surroundings)
+        done = subprocess.run(
+            [sys.executable, str(PROCESS), order],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=SECONDS * len(files),
+            env=surroundings,
+        )
         code, out, told = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
         code, out, told = None, _text(late.stdout), f"no answer after {SECONDS * len(files)} s"
     if code == 3:
-        raise MissingDependency("TensorRT-RTX is not installed (it exists for x86-64 Linux and Windows); "
-                                f"run: pip install {TENSORRT_RTX}")
+        raise MissingDependency(
+            f"TensorRT-RTX is not installed (it exists for x86-64 Linux and Windows); run: pip install {TENSORRT_RTX}"
+        )
     results = []
     for line in out.splitlines():
-        if line.startswith("{"):        # the library itself writes to standard output too
+        if line.startswith("{"):  # the library itself writes to standard output too
             raw = json.loads(line)
             results.append(RtxResult(**{**raw, "errors": tuple(raw["errors"])}))
     if len(results) < len(files):
         how = told if code is None else f"TensorRT-RTX ended with {f'signal {-code}' if code < 0 else f'code {code}'}"
-        results.append(RtxResult(files[len(results)], results[-1].version if results else "", False, None, 0, 0.0, None,
-                                 None, (f"{how}: {told.strip()[-500:]}",)))
+        results.append(
+            RtxResult(
+                files[len(results)],
+                results[-1].version if results else "",
+                False,
+                None,
+                0,
+                0.0,
+                None,
+                None,
+                (f"{how}: {told.strip()[-500:]}",),
+            )
+        )
     return results
 
 

@@ -13,8 +13,8 @@ import sys
 import time
 from typing import Any
 
-OPEN = 64           # pixels for an open size; an open batch is built for 1
-MODULES = ("tensorrt_rtx", "tensorrt_rtx_bindings")     # the name differs between distributions
+OPEN = 64  # pixels for an open size; an open batch is built for 1
+MODULES = ("tensorrt_rtx", "tensorrt_rtx_bindings")  # the name differs between distributions
 
 
 def bindings() -> Any:
@@ -30,7 +30,7 @@ def examine(trt: Any, path: str, build: bool) -> dict[str, Any]:
     """What the parser and the builder say of one file."""
     said: list[str] = []
 
-    class Logger(trt.ILogger):      # type: ignore[misc]  # the base is only known at run time
+    class Logger(trt.ILogger):  # type: ignore[misc]  # the base is only known at run time
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -46,10 +46,21 @@ def examine(trt: Any, path: str, build: bool) -> dict[str, Any]:
     errors = []
     for number in range(parser.num_errors):
         error = parser.get_error(number)
-        errors.append(f"node {error.node_name() or '(no name)'} ({error.node_operator() or 'no operator'}): "
-                      f"{error.desc().strip()}")
-    result = {"path": path, "version": trt.__version__, "parsed": parsed, "built": None, "layers": network.num_layers,
-              "parse_seconds": time.perf_counter() - begun, "build_seconds": None, "plan_bytes": None, "errors": errors}
+        errors.append(
+            f"node {error.node_name() or '(no name)'} ({error.node_operator() or 'no operator'}): "
+            f"{error.desc().strip()}"
+        )
+    result = {
+        "path": path,
+        "version": trt.__version__,
+        "parsed": parsed,
+        "built": None,
+        "layers": network.num_layers,
+        "parse_seconds": time.perf_counter() - begun,
+        "build_seconds": None,
+        "plan_bytes": None,
+        "errors": errors,
+    }
     if parsed and build:
         begun = time.perf_counter()
         config = builder.create_builder_config()
@@ -65,8 +76,11 @@ def examine(trt: Any, path: str, build: bool) -> dict[str, Any]:
                     profile.set_shape(item.name, shape, shape, shape)
             config.add_optimization_profile(profile)
         plan = builder.build_serialized_network(network, config)
-        result |= {"built": plan is not None, "build_seconds": time.perf_counter() - begun,
-                   "plan_bytes": None if plan is None else plan.nbytes}
+        result |= {
+            "built": plan is not None,
+            "build_seconds": time.perf_counter() - begun,
+            "plan_bytes": None if plan is None else plan.nbytes,
+        }
         if plan is None:
             errors += list(dict.fromkeys(said)) or ["the builder gave nothing and did not say why"]
     return result

@@ -24,7 +24,7 @@ from edgedetr.models.members.sparse_rcnn import SparseRcnnConfig, sparse_rcnn
 class Member:
     """One detector of the family: its configuration, its builder (config, number of classes), its paper."""
 
-    config: type[Any]               # a frozen dataclass; every member has its own
+    config: type[Any]  # a frozen dataclass; every member has its own
     build: Callable[..., Detector]
     paper: str
 
@@ -35,7 +35,7 @@ FAMILY: dict[str, Member] = {
     "conditional_detr": Member(ConditionalDetrConfig, conditional_detr, "Meng et al. 2021, arXiv:2108.06152"),
     "efficient_detr": Member(EfficientDetrConfig, efficient_detr, "Yao et al. 2021, arXiv:2104.01318"),
     "anchor_detr": Member(AnchorDetrConfig, anchor_detr, "Wang et al. 2021, arXiv:2109.07107"),
-    "dynamic_detr": Member(DynamicDetrConfig, dynamic_detr, "Dai et al. 2021, ICCV, \"Dynamic DETR\""),
+    "dynamic_detr": Member(DynamicDetrConfig, dynamic_detr, 'Dai et al. 2021, ICCV, "Dynamic DETR"'),
     "sparse_rcnn": Member(SparseRcnnConfig, sparse_rcnn, "Sun et al. 2021, arXiv:2011.12450"),
     "dn_detr": Member(DnDetrConfig, dn_detr, "Li et al. 2022, arXiv:2203.01305; Liu et al. 2022, arXiv:2201.12329"),
     "rt_detr": Member(RtDetrConfig, rt_detr, "Zhao et al. 2024, arXiv:2304.08069; Lv et al. 2024, arXiv:2407.17140"),

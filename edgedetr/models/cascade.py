@@ -18,9 +18,9 @@ from edgedetr.layers.roi_align import RoiAlign
 from edgedetr.models.detector import Memory, Queries
 from edgedetr.models.queries.selection import label_content
 
-DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)        # what the head says of x, y, w, h is divided by these (Sparse R-CNN)
-LARGEST_GROWTH = math.log(100000 / 16)      # a side grows at most 6250 times, so that exp stays finite (Detectron)
-PRIOR = 0.01                                # class probability that the heads start from (RetinaNet, section 4.1)
+DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)  # what the head says of x, y, w, h is divided by these (Sparse R-CNN)
+LARGEST_GROWTH = math.log(100000 / 16)  # a side grows at most 6250 times, so that exp stays finite (Detectron)
+PRIOR = 0.01  # class probability that the heads start from (RetinaNet, section 4.1)
 
 
 class LearnedProposals(nn.Module):
@@ -104,5 +104,6 @@ class DeltaBoxes(nn.Module):
 
 
 def _tower(dim: int, blocks: int) -> nn.Sequential:
-    return nn.Sequential(*[module for _ in range(blocks)
-                           for module in (Linear(dim, dim, bias=False), nn.LayerNorm(dim), nn.ReLU())])
+    return nn.Sequential(
+        *[module for _ in range(blocks) for module in (Linear(dim, dim, bias=False), nn.LayerNorm(dim), nn.ReLU())]
+    )

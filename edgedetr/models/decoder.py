@@ -62,8 +62,9 @@ class ConditionalCrossAttention(ConditionalAttention):
     def forward(self, queries: Queries, memory: Memory) -> Tensor:  # type: ignore[override]  # the protocol's arguments
         if queries.spatial is None or memory.position is None:
             raise ModelError("conditional attention compares places; this decoder or encoder gives none")
-        return super().forward(queries.content, queries.position, queries.spatial, memory.tokens, memory.position,
-                               memory.padding)
+        return super().forward(
+            queries.content, queries.position, queries.spatial, memory.tokens, memory.position, memory.padding
+        )
 
 
 class RowColumnCrossAttention(RowColumnAttention):
@@ -73,15 +74,23 @@ class RowColumnCrossAttention(RowColumnAttention):
         if queries.spatial is None or memory.axes is None:
             raise ModelError("row-column attention needs positions along each axis; selector or encoder gives none")
         x, y = queries.spatial.chunk(2, dim=-1)
-        return super().forward(queries.content + x, queries.content + y, memory.tokens, memory.axes, memory.shapes[0],
-                               memory.padding)
+        return super().forward(
+            queries.content + x, queries.content + y, memory.tokens, memory.axes, memory.shapes[0], memory.padding
+        )
 
 
 class DecoderLayer(nn.Module):
     """Self-attention, cross-attention, feed-forward; LayerNorm after (post) or before (pre) each."""
 
-    def __init__(self, self_attention: MultiHeadAttention | ConditionalSelfAttention | None, cross_attention: nn.Module,
-                 feedforward: FeedForward, dim: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
+    def __init__(
+        self,
+        self_attention: MultiHeadAttention | ConditionalSelfAttention | None,
+        cross_attention: nn.Module,
+        feedforward: FeedForward,
+        dim: int,
+        dropout: float = 0.0,
+        pre_norm: bool = False,
+    ) -> None:
         """self_attention  None: queries go straight to the memory, as may be in a first layer that has no content"""
         super().__init__()
         self.self_attention, self.cross_attention, self.feedforward = self_attention, cross_attention, feedforward
@@ -180,7 +189,7 @@ def move(delta: Tensor, reference: Tensor | None) -> Tensor:
 
     A reference point moves the centre alone.
     """
-    delta = delta.to(torch.promote_types(delta.dtype, torch.float32))     # half precision steps by 1/256 of the picture
+    delta = delta.to(torch.promote_types(delta.dtype, torch.float32))  # half precision steps by 1/256 of the picture
     if reference is None:
         return delta.sigmoid()
     start, known = inverse_sigmoid(reference), reference.shape[-1]
@@ -200,9 +209,15 @@ class Decoder(nn.Module):
                     layer; None: Queries.spatial stays
     """
 
-    def __init__(self, layers: list[nn.Module], boxes: BoxUpdate,
-                 query_position: nn.Module | None = None, norm: nn.Module | None = None,
-                 spatial: nn.Module | None = None, norm_between: bool = False) -> None:
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        boxes: BoxUpdate,
+        query_position: nn.Module | None = None,
+        norm: nn.Module | None = None,
+        spatial: nn.Module | None = None,
+        norm_between: bool = False,
+    ) -> None:
         super().__init__()
         self.norm_between = norm_between and norm is not None
         self.layers, self.boxes = nn.ModuleList(layers), boxes

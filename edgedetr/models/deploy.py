@@ -41,8 +41,9 @@ class DeployGraph(nn.Module):
     return  logits [B, N, K*], boxes [B, N, 4] (cx, cy, w, h in 0..1 of the input)
     """
 
-    def __init__(self, detector: Detector, height: int, width: int, sampling: str = "gather",
-                 decoder_layers: int = 0) -> None:
+    def __init__(
+        self, detector: Detector, height: int, width: int, sampling: str = "gather", decoder_layers: int = 0
+    ) -> None:
         """sampling        how deformable attention reads its points: "gather" or "grid_sample", the same numbers;
                         "auto": whichever is faster here
         decoder_layers  run only the first ones; 0 = all
@@ -54,15 +55,17 @@ class DeployGraph(nn.Module):
             raise ModelError(f"input is {height} x {width} pixels; expected multiples of {coarsest}")
         self.height, self.width = height, width
         self.detector = copy.deepcopy(detector).eval().requires_grad_(False)
-        self.detector.progress(1.0)                     # as many queries as at the end of training
+        self.detector.progress(1.0)  # as many queries as at the end of training
         for module in self.detector.modules():
             if isinstance(module, (DeformableAttention, DeformRead)):
                 module.sampling = sampling
         if decoder_layers:
             layers: nn.ModuleList = self.detector.decoder.layers  # type: ignore[assignment]  # every decoder has them
             if decoder_layers > len(layers):
-                raise ModelError(f"{decoder_layers} decoder layers asked for, the model has {len(layers)}; expected "
-                                 f"--set export.decoder_layers={len(layers)} at most, or 0 for all")
+                raise ModelError(
+                    f"{decoder_layers} decoder layers asked for, the model has {len(layers)}; expected "
+                    f"--set export.decoder_layers={len(layers)} at most, or 0 for all"
+                )
             self.detector.decoder.layers = layers[:decoder_layers]
         # (mypy takes what it does not know of a module for tensors)
         fused = {name: module.fused() for name, module in _outermost(self.detector, "fused")}  # type: ignore[operator]
@@ -80,10 +83,12 @@ class DeployGraph(nn.Module):
         baked: dict[str, nn.Module] = {}
         hooks = []
         for name, module in _outermost(self.detector, "shape_only"):
+
             def keep(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
                 if name in baked:
                     raise ModelError(f"{name} is called for more than one shape, so it cannot be made a constant")
                 baked[name] = Baked(output)
+
             hooks.append(module.register_forward_hook(keep))
         device = next(self.detector.parameters()).device
         self(torch.zeros(1, 3, self.height, self.width, device=device))
@@ -104,10 +109,12 @@ def load_bundle_model(bundle: Bundle, sampling: str = "gather") -> tuple[Detecto
         # Lists of JSON back to the tuples that they were.
         config = chosen.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in manifest.config.items()})
     except TypeError as error:
-        raise ModelError(f"{bundle.path}: bundle.json does not describe a {manifest.model} of this version ({error}); "
-                         "expected the keys of its configuration; train it again with this version") from error
+        raise ModelError(
+            f"{bundle.path}: bundle.json does not describe a {manifest.model} of this version ({error}); "
+            "expected the keys of its configuration; train it again with this version"
+        ) from error
     path = bundle.require("weights.safetensors")
-    with torch.device("meta"):                          # shapes alone: numbers in bundle.json take no memory yet
+    with torch.device("meta"):  # shapes alone: numbers in bundle.json take no memory yet
         described = build(manifest.model, config, len(manifest.classes))
     try:
         _same_shapes(described, path)
@@ -115,8 +122,10 @@ def load_bundle_model(bundle: Bundle, sampling: str = "gather") -> tuple[Detecto
         detector = build(manifest.model, config, len(manifest.classes))
         detector.load_state_dict(load_file(path))
     except Exception as error:  # safetensors raises its own kinds of error without a common base
-        raise ModelError(f"{path}: the weights do not fit the {manifest.model} that bundle.json describes ({error}); "
-                         "run: edgedetr train --data DIR") from error
+        raise ModelError(
+            f"{path}: the weights do not fit the {manifest.model} that bundle.json describes ({error}); "
+            "run: edgedetr train --data DIR"
+        ) from error
     return detector.eval(), DeployGraph(detector, manifest.input.height, manifest.input.width, sampling)
 
 

@@ -79,8 +79,15 @@ class Detector(nn.Module):
     slow      parts of parameter names that learn at a tenth of the rate
     """
 
-    def __init__(self, backbone: nn.Module, encoder: nn.Module, selector: nn.Module, decoder: nn.Module,
-                 normalise: nn.Module, slow: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        encoder: nn.Module,
+        selector: nn.Module,
+        decoder: nn.Module,
+        normalise: nn.Module,
+        slow: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
         self.slow = slow
         self.backbone, self.encoder, self.selector, self.decoder = backbone, encoder, selector, decoder

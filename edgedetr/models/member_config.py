@@ -16,14 +16,33 @@ from edgedetr.options import LATER, check
 # Of the members' numbers, by name; wide enough for any paper, and narrow enough that no typing error fills the memory.
 _LAYERS, _WIDTH, _QUERIES, _SHARE = (1, 100), (1, 32768), (1, 10000), (0, 0.99)
 RANGES = {
-    "backbone_width": (0.05, 8), "frozen_stages": (0, 5), "mean": (-1000, 1000), "std": (1e-6, 1000),
+    "backbone_width": (0.05, 8),
+    "frozen_stages": (0, 5),
+    "mean": (-1000, 1000),
+    "std": (1e-6, 1000),
     "layer_scale": (0, 1),
-    "hidden": (4, 8192), "encoder_width": (0, 8192), "heads": (1, 256),
-    "dropout": _SHARE, "queries": _QUERIES, "first_queries": _QUERIES,
-    "encoder_layers": (0, 100), "decoder_layers": _LAYERS, "box_layers": _LAYERS, "fusion_blocks": (0, 100),
-    "class_tower": (0, 100), "box_tower": (0, 100), "ffn": _WIDTH, "encoder_ffn": _WIDTH, "decoder_ffn": _WIDTH,
-    "dynamic_hidden": _WIDTH, "patterns": (1, 1000), "levels": (1, 10), "points": (1, 100), "expansion": (0.05, 8),
-    "roi_px": (1, 64), "roi_samples": (1, 16),
+    "hidden": (4, 8192),
+    "encoder_width": (0, 8192),
+    "heads": (1, 256),
+    "dropout": _SHARE,
+    "queries": _QUERIES,
+    "first_queries": _QUERIES,
+    "encoder_layers": (0, 100),
+    "decoder_layers": _LAYERS,
+    "box_layers": _LAYERS,
+    "fusion_blocks": (0, 100),
+    "class_tower": (0, 100),
+    "box_tower": (0, 100),
+    "ffn": _WIDTH,
+    "encoder_ffn": _WIDTH,
+    "decoder_ffn": _WIDTH,
+    "dynamic_hidden": _WIDTH,
+    "patterns": (1, 1000),
+    "levels": (1, 10),
+    "points": (1, 100),
+    "expansion": (0.05, 8),
+    "roi_px": (1, 64),
+    "roi_samples": (1, 16),
 }
 
 
@@ -31,22 +50,28 @@ RANGES = {
 class TransformerConfig(BackboneConfig):
     """A backbone and the width of the tokens after it; a member's own configuration goes on from here."""
 
-    hidden: int = 256                           # C, channels of every token
-    heads: int = 8                              # of every attention: 32 channels each
-    # First weights: ours, or as the authors' code draws them (models/original_init.py says which is better, as far as known).
+    hidden: int = 256  # C, channels of every token
+    heads: int = 8  # of every attention: 32 channels each
+    # First weights: ours, or as the authors' code draws them (models/original_init.py says which is better).
     init: Literal["default", "original"] = field(default="default", metadata=LATER, kw_only=True)
 
     def __post_init__(self) -> None:
         check(self, "model", RANGES)
-        if self.hidden % self.heads or self.hidden % 4:     # a quarter each for sine and cosine of x and y
+        if self.hidden % self.heads or self.hidden % 4:  # a quarter each for sine and cosine of x and y
             raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
 
 
 def backbone_of(config: BackboneConfig, levels: Sequence[int], dilate_last: bool = False) -> ResNet | VitPyramid:
     """The backbone that a configuration names, with random weights; see `make_backbone`."""
-    return make_backbone(config.backbone, levels, width=config.backbone_width,
-                         frozen_norm=config.backbone_norm == "frozen", frozen_stages=config.frozen_stages,
-                         dilate_last=dilate_last, layer_scale=config.layer_scale)
+    return make_backbone(
+        config.backbone,
+        levels,
+        width=config.backbone_width,
+        frozen_norm=config.backbone_norm == "frozen",
+        frozen_stages=config.frozen_stages,
+        dilate_last=dilate_last,
+        layer_scale=config.layer_scale,
+    )
 
 
 def xavier(*parts: nn.Module) -> None:

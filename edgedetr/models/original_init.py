@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
 
-Rule = Callable[[Tensor, int], None]        # a parameter, and how many numbers go into each of its module's outputs
+Rule = Callable[[Tensor, int], None]  # a parameter, and how many numbers go into each of its module's outputs
 
 
 def _xavier(parameter: Tensor, inputs: int) -> None:
@@ -35,9 +35,11 @@ def _default(parameter: Tensor, inputs: int) -> None:
 
 def _part_of(count: int) -> Rule:
     """Xavier's rule on a matrix of `count` such parts, one below the other."""
+
     def rule(parameter: Tensor, inputs: int) -> None:
         bound = math.sqrt(6 / (inputs + count * parameter.shape[0]))
         nn.init.uniform_(parameter, -bound, bound)
+
     return rule
 
 
@@ -53,21 +55,35 @@ CONDITIONAL: dict[str, Rule] = {
 # member -> pattern of parameter names -> rule; what no pattern fits is drawn alike by both
 ORIGINAL: dict[str, dict[str, Rule]] = {
     "detr": QKV | PROJECT,
-    "conditional_detr": ENCODER_QKV | PROJECT | CONDITIONAL | {
-        "selector.point.head.layers.*.weight": _xavier, "decoder.spatial.*.weight": _xavier},
-    "dn_detr": ENCODER_QKV | PROJECT | CONDITIONAL | {
-        "encoder.position_scale.*.weight": _xavier, "decoder.query_position.*.weight": _xavier,
-        "decoder.spatial.*.weight": _xavier},
-    "anchor_detr": SELF_QKV | {"*attention.out.weight": _default} | {
-        f"*attention.{name}.weight": _part_of(5) for name in ("q_x", "q_y", "k_x", "k_y")} | {
-        "encoder.layers.*.attention.v.weight": _part_of(5), "decoder.layers.*.cross_attention.v.weight": _part_of(5)},
+    "conditional_detr": ENCODER_QKV
+    | PROJECT
+    | CONDITIONAL
+    | {"selector.point.head.layers.*.weight": _xavier, "decoder.spatial.*.weight": _xavier},
+    "dn_detr": ENCODER_QKV
+    | PROJECT
+    | CONDITIONAL
+    | {
+        "encoder.position_scale.*.weight": _xavier,
+        "decoder.query_position.*.weight": _xavier,
+        "decoder.spatial.*.weight": _xavier,
+    },
+    "anchor_detr": SELF_QKV
+    | {"*attention.out.weight": _default}
+    | {f"*attention.{name}.weight": _part_of(5) for name in ("q_x", "q_y", "k_x", "k_y")}
+    | {"encoder.layers.*.attention.v.weight": _part_of(5), "decoder.layers.*.cross_attention.v.weight": _part_of(5)},
     "deformable_detr": SELF_QKV | {"*.feedforward.*.weight": _xavier},
     "sparse_rcnn": SELF_QKV,
-    "rt_detr": SELF_QKV | {f"encoder.attention.*.attention.{name}.weight": _part_of(3) for name in "qkv"} | {
-        "encoder.attention.*.attention.out.weight": _default, "decoder.layers.*.self_attention.out.weight": _default,
-        "decoder.layers.*.feedforward.*.weight": _xavier, "selector.score.weight": _default,
-        "decoder.boxes.score.*.weight": _default, "decoder.query_position.*.weight": _xavier,
-        "encoder.memory_project.*.conv.weight": _xavier},
+    "rt_detr": SELF_QKV
+    | {f"encoder.attention.*.attention.{name}.weight": _part_of(3) for name in "qkv"}
+    | {
+        "encoder.attention.*.attention.out.weight": _default,
+        "decoder.layers.*.self_attention.out.weight": _default,
+        "decoder.layers.*.feedforward.*.weight": _xavier,
+        "selector.score.weight": _default,
+        "decoder.boxes.score.*.weight": _default,
+        "decoder.query_position.*.weight": _xavier,
+        "encoder.memory_project.*.conv.weight": _xavier,
+    },
 }
 
 

@@ -24,8 +24,11 @@ def peaks(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[str, float]:
     del probe.graph.output[:]
     for number, name in enumerate(names):
         # A maximum passes over NaN, a sum does not.
-        for kind, read, given in (("Abs", name, "magnitude"), ("ReduceMax", f"{name}_magnitude", "largest"),
-                                  ("ReduceSum", f"{name}_magnitude", "sum")):
+        for kind, read, given in (
+            ("Abs", name, "magnitude"),
+            ("ReduceMax", f"{name}_magnitude", "largest"),
+            ("ReduceSum", f"{name}_magnitude", "sum"),
+        ):
             node = helper.make_node(kind, [read], [f"{name}_{given}"], f"{given}_{number}")
             if kind.startswith("Reduce"):
                 node.attribute.append(helper.make_attribute("keepdims", 0))
@@ -37,10 +40,12 @@ def peaks(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[str, float]:
     found = dict.fromkeys(names, 0.0)
     for batch in batches:
         values = session.run(wanted, {"images": batch})
-        for name, largest, total in zip(names, values[:len(names)], values[len(names):]):
+        for name, largest, total in zip(names, values[: len(names)], values[len(names) :]):
             if not np.isfinite(total):
-                raise ExportError(f"tensor {name!r} is {float(total)} on a picture; expected finite activations; "
-                                  "train again from the last good checkpoint: edgedetr train --data DIR --resume")
-            if largest > -np.inf:           # which is the maximum of nothing: an empty tensor
+                raise ExportError(
+                    f"tensor {name!r} is {float(total)} on a picture; expected finite activations; "
+                    "train again from the last good checkpoint: edgedetr train --data DIR --resume"
+                )
+            if largest > -np.inf:  # which is the maximum of nothing: an empty tensor
                 found[name] = max(found[name], float(largest))
     return found

@@ -26,8 +26,10 @@ def sort_nodes(model: ModelProto) -> None:
     """
     makers = {name: index for index, node in enumerate(model.graph.node) for name in node.output if name}
     nodes = list(model.graph.node)
-    reads = [{makers[name] for name in [*node.input, *captured(node)] if name in makers} - {index}
-             for index, node in enumerate(nodes)]
+    reads = [
+        {makers[name] for name in [*node.input, *captured(node)] if name in makers} - {index}
+        for index, node in enumerate(nodes)
+    ]
     if all(index > max(before, default=-1) for index, before in enumerate(reads)):
         return
     readers: dict[int, list[int]] = {}
@@ -65,8 +67,10 @@ def branch(model: ModelProto, node: NodeProto, condition: bool) -> list[NodeProt
     for one in nodes:
         one.name = f"{node.name}/{one.name}" if one.name else ""
         rename(one, inside)
-    return nodes + [helper.make_node("Identity", [inside.get(item.name, item.name)], [name])
-                    for item, name in zip(graph.output, node.output)]
+    return nodes + [
+        helper.make_node("Identity", [inside.get(item.name, item.name)], [name])
+        for item, name in zip(graph.output, node.output)
+    ]
 
 
 def rename(node: NodeProto, names: Mapping[str, str]) -> None:

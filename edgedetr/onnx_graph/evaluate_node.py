@@ -11,23 +11,58 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-LARGEST = 1 << 20           # elements of a result
+LARGEST = 1 << 20  # elements of a result
 Array = np.ndarray
 _BINARY: dict[str, Callable[[Array, Array], Array]] = {
-    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Max": np.maximum, "Min": np.minimum,
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Max": np.maximum,
+    "Min": np.minimum,
 }
 _UNARY: dict[str, Callable[[Array], Array]] = {
-    "Sqrt": np.sqrt, "Neg": np.negative, "Abs": np.abs, "Exp": np.exp, "Floor": np.floor, "Ceil": np.ceil,
-    "Identity": lambda x: x, "Reciprocal": lambda x: 1 / x, "Relu": lambda x: np.maximum(x, 0), "Not": np.logical_not,
+    "Sqrt": np.sqrt,
+    "Neg": np.negative,
+    "Abs": np.abs,
+    "Exp": np.exp,
+    "Floor": np.floor,
+    "Ceil": np.ceil,
+    "Identity": lambda x: x,
+    "Reciprocal": lambda x: 1 / x,
+    "Relu": lambda x: np.maximum(x, 0),
+    "Not": np.logical_not,
 }
 _REDUCE: dict[str, Callable[..., Array]] = {
-    "ReduceMean": np.mean, "ReduceSum": np.sum, "ReduceMax": np.max, "ReduceMin": np.min, "ReduceProd": np.prod,
+    "ReduceMean": np.mean,
+    "ReduceSum": np.sum,
+    "ReduceMax": np.max,
+    "ReduceMin": np.min,
+    "ReduceProd": np.prod,
     "ReduceL2": lambda x, axis, keepdims: np.sqrt(np.sum(x * x, axis=axis, keepdims=keepdims)),
     "ReduceSumSquare": lambda x, axis, keepdims: np.sum(x * x, axis=axis, keepdims=keepdims),
 }
-OPERATORS = {*_BINARY, *_UNARY, *_REDUCE, "Div", "Pow", "Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten",
-             "Transpose", "Expand", "Concat", "Gather", "Slice", "Shape", "Size", "Clip", "InstanceNormalization",
-             "GroupNormalization"}
+OPERATORS = {
+    *_BINARY,
+    *_UNARY,
+    *_REDUCE,
+    "Div",
+    "Pow",
+    "Cast",
+    "Reshape",
+    "Unsqueeze",
+    "Squeeze",
+    "Flatten",
+    "Transpose",
+    "Expand",
+    "Concat",
+    "Gather",
+    "Slice",
+    "Shape",
+    "Size",
+    "Clip",
+    "InstanceNormalization",
+    "GroupNormalization",
+}
 # What numpy raises for values that do not fit; an attribute of another type raises TypeError.
 FAULTS = ValueError, TypeError, IndexError, KeyError, OverflowError, ZeroDivisionError, AttributeError, MemoryError
 
@@ -62,12 +97,15 @@ def _evaluate(node: NodeProto, values: list[Array | None], rounded: bool) -> Arr
     if kind == "Cast":
         return _cast(first, told["to"], rounded)
     if kind in ("Shape", "Size"):
-        sizes = first.shape[told.get("start", 0):told.get("end")]
+        sizes = first.shape[told.get("start", 0) : told.get("end")]
         return np.asarray(sizes if kind == "Shape" else first.size, np.int64)
     if kind in ("Transpose", "Flatten"):
         axis = told.get("axis", 1) % (first.ndim + 1)
-        return first.transpose(told.get("perm")) if kind == "Transpose" else first.reshape(
-            int(np.prod(first.shape[:axis])), -1)
+        return (
+            first.transpose(told.get("perm"))
+            if kind == "Transpose"
+            else first.reshape(int(np.prod(first.shape[:axis])), -1)
+        )
     if kind == "Squeeze":
         gone = told.get("axes") if second is None else [int(axis) for axis in second.reshape(-1)]
         return np.squeeze(first, tuple(gone) if gone else None)
@@ -109,7 +147,7 @@ def _of_two(kind: str, told: dict[str, Any], first: Array, second: Array, rest: 
         whole = first.dtype.kind in "iu"
         return np.trunc(first / second).astype(first.dtype) if whole else first / second
     result: Array | None = _BINARY[kind](first, second)
-    for value in rest:          # Max and Min take any number
+    for value in rest:  # Max and Min take any number
         result = None if value is None or result is None else _BINARY[kind](result, value)
     return result
 

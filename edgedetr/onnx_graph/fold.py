@@ -14,10 +14,10 @@ from edgedetr.onnx_graph.control_flow import branch, captured, first_line
 from edgedetr.runtime.backends.onnxruntime import plain_session
 
 # With a larger result nothing is folded: it must not inflate the file (the largest wanted are positions, S x C).
-LARGEST = 1 << 23           # elements
-PASSES = 12                 # each pass resolves the shapes one dependency further; 3 to 5 are used in practice
-_SMALL = 4096               # elements; larger weights do not take part in shape inference
-_TRIED = 97, 101         # batch sizes that no other size of a graph is a multiple of by chance
+LARGEST = 1 << 23  # elements
+PASSES = 12  # each pass resolves the shapes one dependency further; 3 to 5 are used in practice
+_SMALL = 4096  # elements; larger weights do not take part in shape inference
+_TRIED = 97, 101  # batch sizes that no other size of a graph is a multiple of by chance
 _NEVER = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "If", "Loop", "Scan"}
 
 
@@ -105,17 +105,20 @@ def _fold_constants(model: ModelProto) -> None:
     _replace_nodes(model, kept)
 
 
-def _evaluate(model: ModelProto, nodes: list[NodeProto], constants: list[TensorProto],
-              wanted: list[str]) -> dict[str, np.ndarray]:
+def _evaluate(
+    model: ModelProto, nodes: list[NodeProto], constants: list[TensorProto], wanted: list[str]
+) -> dict[str, np.ndarray]:
     outputs = [helper.make_empty_tensor_value_info(name) for name in wanted]
     graph = helper.make_graph(nodes, "constants", [], outputs, constants)
     part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     session = plain_session(part.SerializeToString(), threads=1, error=ExportError, fix="export the model again")
     try:
         return dict(zip(wanted, session.run(wanted, {}))) if wanted else {}
-    except Exception as error:      # the library's exceptions share no public base class
-        raise ExportError(f"what the graph computes from constants alone does not run in ONNX Runtime "
-                          f"({first_line(error)}); expected a valid graph; export the model again") from error
+    except Exception as error:  # the library's exceptions share no public base class
+        raise ExportError(
+            f"what the graph computes from constants alone does not run in ONNX Runtime "
+            f"({first_line(error)}); expected a valid graph; export the model again"
+        ) from error
 
 
 def _fold_shapes(model: ModelProto) -> bool:
@@ -169,25 +172,28 @@ def part_of(node: NodeProto, rank: int) -> slice:
     return slice(*slice(told.get("start", 0), told.get("end", rank)).indices(rank))
 
 
-def _settle_expand(model: ModelProto, node: NodeProto, makers: dict[str, NodeProto],
-                   constants: dict[str, TensorProto]) -> bool:
+def _settle_expand(
+    model: ModelProto, node: NodeProto, makers: dict[str, NodeProto], constants: dict[str, TensorProto]
+) -> bool:
     """Where(sizes == -1, 1, sizes), which the exporter puts before an Expand, as the sizes with 1 in place of -1."""
     equal, concat = (makers.get(node.input[index]) for index in (0, 2))
     sizes = node.input[2]
-    if concat is not None and concat.op_type == "Reshape":          # to one row, which they are already
+    if concat is not None and concat.op_type == "Reshape":  # to one row, which they are already
         concat = makers.get(concat.input[0])
     if equal is None or equal.op_type != "Equal" or concat is None or concat.op_type != "Concat":
         return False
     compared = [constants.get(name) for name in (equal.input[1], node.input[1])]
-    if equal.input[0] != sizes or any(tensor is None or not np.all(numpy_helper.to_array(tensor) == wanted)
-                                      for tensor, wanted in zip(compared, (-1, 1))):
+    if equal.input[0] != sizes or any(
+        tensor is None or not np.all(numpy_helper.to_array(tensor) == wanted)
+        for tensor, wanted in zip(compared, (-1, 1))
+    ):
         return False
     parts = []
     for number, name in enumerate(concat.input):
         if name in constants:
             value = numpy_helper.to_array(constants[name])
             parts.append(_constant(model, f"{node.output[0]}/part{number}", np.where(value == -1, 1, value)))
-        elif name in makers and makers[name].op_type in ("Unsqueeze", "Slice"):    # of a shape: never -1
+        elif name in makers and makers[name].op_type in ("Unsqueeze", "Slice"):  # of a shape: never -1
             parts.append(name)
         else:
             return False
@@ -209,8 +215,11 @@ def _known_dims(model: ModelProto) -> dict[str, list[int | None]]:
     if not _open_batch(model):
         return _inferred(model, 1)
     one, other = (_inferred(model, size) for size in _TRIED)
-    return {name: [size if size == second else None for size, second in zip(one[name], other[name])]
-            for name in one.keys() & other.keys() if len(one[name]) == len(other[name])}
+    return {
+        name: [size if size == second else None for size, second in zip(one[name], other[name])]
+        for name in one.keys() & other.keys()
+        if len(one[name]) == len(other[name])
+    }
 
 
 def _open_batch(model: ModelProto) -> bool:
@@ -237,9 +246,11 @@ def _inferred(model: ModelProto, batch: int) -> dict[str, list[int | None]]:
             light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     try:
         inferred = shape_inference.infer_shapes(light, data_prop=True)
-    except Exception as error:      # RuntimeError and kinds of its own, which differ between versions
-        raise ExportError(f"the sizes of the graph's tensors do not fit each other ({first_line(error)}); expected a "
-                          "valid graph; export the model again") from error
+    except Exception as error:  # RuntimeError and kinds of its own, which differ between versions
+        raise ExportError(
+            f"the sizes of the graph's tensors do not fit each other ({first_line(error)}); expected a "
+            "valid graph; export the model again"
+        ) from error
     return {
         item.name: [dim.dim_value if dim.HasField("dim_value") else None for dim in item.type.tensor_type.shape.dim]
         for item in [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]

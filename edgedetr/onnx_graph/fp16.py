@@ -15,19 +15,34 @@ from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.wiring import Wiring
 from edgedetr.quantization.policy import Rule
 
-LARGEST = 3e4           # a tensor that was seen larger stays float32: half of 65504, since other pictures exceed it
-SMALLEST = 2.0**-14     # 6.1e-5, the smallest normal FP16 number; GPUs may flush what is smaller to 0
+LARGEST = 3e4  # a tensor that was seen larger stays float32: half of 65504, since other pictures exceed it
+SMALLEST = 2.0**-14  # 6.1e-5, the smallest normal FP16 number; GPUs may flush what is smaller to 0
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
 # Where features begin or end: a chain of coordinates is not followed through these.
-_FEATURES = {"Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "LayerNormalization", "GroupNormalization",
-             "InstanceNormalization", "BatchNormalization", "Softmax", "MaxPool", "AveragePool", "GlobalAveragePool",
-             "Resize", "QuantizeLinear", "DequantizeLinear"}
+_FEATURES = {
+    "Conv",
+    "ConvTranspose",
+    "MatMul",
+    "Gemm",
+    "Einsum",
+    "LayerNormalization",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "BatchNormalization",
+    "Softmax",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Resize",
+    "QuantizeLinear",
+    "DequantizeLinear",
+}
 # Small differences of the argument matter, or the result is larger than the argument by orders of magnitude.
 _STEEP = {"Exp", "Log", "Pow", "Reciprocal", "Sqrt", "Sin", "Cos", "Floor", "Ceil", "Round", "Mod", "CumSum", "Range"}
 _NORMS = {"LayerNormalization", "GroupNormalization", "InstanceNormalization"}
-_ALWAYS_FLOAT = {("Resize", 1), ("Resize", 2)}      # inputs whose type ONNX fixes
-_SMALL = 4096           # elements; larger initialisers take no part in type inference
+_ALWAYS_FLOAT = {("Resize", 1), ("Resize", 2)}  # inputs whose type ONNX fixes
+_SMALL = 4096  # elements; larger initialisers take no part in type inference
 
 
 def halve(model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ...] = ()) -> ModelProto:
@@ -67,8 +82,9 @@ class _Halver:
 
     def _reads(self, node: NodeProto) -> list[str]:
         """Float tensors and constants that a node computes with."""
-        return [name for i, name in enumerate(node.input)
-                if name in self.floats and (node.op_type, i) not in _ALWAYS_FLOAT]
+        return [
+            name for i, name in enumerate(node.input) if name in self.floats and (node.op_type, i) not in _ALWAYS_FLOAT
+        ]
 
     def _feature(self, node: NodeProto) -> bool:
         """Whether chains of coordinates end at this node: it is a layer, or the bias of one."""
@@ -77,8 +93,10 @@ class _Halver:
         if node.op_type != "Add":
             return False
         makers = [self.wiring.makers.get(name) for name in node.input]
-        return any(maker is not None and maker.op_type == "MatMul" and other in self.wiring.constants
-                   for maker, other in zip(makers, reversed(node.input)))
+        return any(
+            maker is not None and maker.op_type == "MatMul" and other in self.wiring.constants
+            for maker, other in zip(makers, reversed(node.input))
+        )
 
     def _coordinates(self) -> dict[int, str]:
         """Nodes before an index, a rank or a box, and nodes that compute with nothing but such values."""
@@ -104,7 +122,7 @@ class _Halver:
             found[number] = reason
             waiting += [(name, reason) for name in self._reads(self.nodes[number])]
         inputs = {item.name for item in self.model.graph.input}
-        for number, node in enumerate(self.nodes):          # in the order of the graph: makers come first
+        for number, node in enumerate(self.nodes):  # in the order of the graph: makers come first
             if number in found or self._feature(node) or not any(name in self.floats for name in node.output):
                 continue
             read = [name for name in self._reads(node) if name not in self.wiring.constants]
@@ -123,12 +141,14 @@ class _Halver:
             reason = self.coordinates.get(number) or self._too_large(node) or self._by_policy(node)
             if reason and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
                 found[number] = reason
-        for number in range(len(self.nodes) - 1, -1, -1):   # a pair has the type of the layer that reads it
+        for number in range(len(self.nodes) - 1, -1, -1):  # a pair has the type of the layer that reads it
             node = self.nodes[number]
             if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
                 readers = [self.index[reader.node.output[0]] for reader in self.wiring.readers[node.output[0]]]
-                if any(r in found and self.nodes[r].op_type in ("Conv", "MatMul", "Gemm", "DequantizeLinear")
-                       for r in readers):
+                if any(
+                    r in found and self.nodes[r].op_type in ("Conv", "MatMul", "Gemm", "DequantizeLinear")
+                    for r in readers
+                ):
                     found[number] = "its layer is float32"
         return found
 
@@ -205,8 +225,10 @@ class _Halver:
                 rounded = values.astype(np.float16)
                 scale = node.op_type in ("QuantizeLinear", "DequantizeLinear")
                 if scale and not (np.array_equal(rounded, values) and (values >= SMALLEST).all()):
-                    raise ExportError(f"{name}: a scale is no normal FP16 number; expected scales of the TensorRT "
-                                      "dialect; quantise again: edgedetr export BUNDLE --int8")
+                    raise ExportError(
+                        f"{name}: a scale is no normal FP16 number; expected scales of the TensorRT "
+                        "dialect; quantise again: edgedetr export BUNDLE --int8"
+                    )
                 self.constants[other] = numpy_helper.from_array(rounded, other)
             return other
         if self.types[name] == kind:
@@ -242,16 +264,21 @@ def _plain(model: ModelProto) -> ModelProto:
     kept: list[NodeProto] = []
     for node in result.graph.node:
         if any(item.HasField("g") for item in node.attribute):
-            raise ExportError(f"{node.name}: {node.op_type} holds a graph of its own; expected a graph without "
-                              "branches and loops; export it at a fixed size")
+            raise ExportError(
+                f"{node.name}: {node.op_type} holds a graph of its own; expected a graph without "
+                "branches and loops; export it at a fixed size"
+            )
         for i, name in enumerate(node.input):
             node.input[i] = alias.get(name, name)
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             tensor = result.graph.initializer.add()
             tensor.CopyFrom(node.attribute[0].t)
             tensor.name = node.output[0]
-        elif node.op_type == "Cast" and types.get(node.input[0]) == types.get(node.output[0]) == FLOAT and (
-                node.output[0] not in outputs):
+        elif (
+            node.op_type == "Cast"
+            and types.get(node.input[0]) == types.get(node.output[0]) == FLOAT
+            and (node.output[0] not in outputs)
+        ):
             alias[node.output[0]] = node.input[0]
         else:
             kept.append(NodeProto.FromString(node.SerializeToString()))
@@ -277,10 +304,16 @@ def _types(model: ModelProto) -> dict[str, int]:
         else:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     inferred = shape_inference.infer_shapes(light).graph
-    types.update({item.name: item.type.tensor_type.elem_type
-                  for item in (*inferred.value_info, *inferred.input, *inferred.output)})
+    types.update(
+        {
+            item.name: item.type.tensor_type.elem_type
+            for item in (*inferred.value_info, *inferred.input, *inferred.output)
+        }
+    )
     unknown = [name for node in model.graph.node for name in node.output if name and not types.get(name)]
     if unknown:
-        raise ExportError(f"the type of tensor {unknown[0]!r} cannot be inferred; expected operators of the standard "
-                          "domain; lint the file: edgedetr lint FILE")
+        raise ExportError(
+            f"the type of tensor {unknown[0]!r} cannot be inferred; expected operators of the standard "
+            "domain; lint the file: edgedetr lint FILE"
+        )
     return types

@@ -15,9 +15,36 @@ from edgedetr.packages import missing
 from edgedetr.runtime.backends.onnx_bytes import load
 
 # They give values that they read, so what they give is FP16 already.
-MOVES = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Gather", "GatherND",
-         "GatherElements", "Expand", "Tile", "Identity", "Relu", "MaxPool", "Pad", "Neg", "Abs", "Where", "Max", "Min",
-         "Clip", "TopK", "ReduceMax", "ReduceMin", "DepthToSpace", "SpaceToDepth"}
+MOVES = {
+    "Reshape",
+    "Transpose",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "Concat",
+    "Split",
+    "Slice",
+    "Gather",
+    "GatherND",
+    "GatherElements",
+    "Expand",
+    "Tile",
+    "Identity",
+    "Relu",
+    "MaxPool",
+    "Pad",
+    "Neg",
+    "Abs",
+    "Where",
+    "Max",
+    "Min",
+    "Clip",
+    "TopK",
+    "ReduceMax",
+    "ReduceMin",
+    "DepthToSpace",
+    "SpaceToDepth",
+}
 
 
 def has_half(path: Path) -> bool:
@@ -47,9 +74,11 @@ def _onnx() -> Any:
 
 def _half(onnx: Any, model: Any) -> bool:
     graph, half = model.graph, onnx.TensorProto.FLOAT16
-    return (any(item.data_type == half for item in graph.initializer)
-            or any(item.type.tensor_type.elem_type == half for item in graph.input)
-            or any(item.name == "to" and item.i == half for node in graph.node for item in node.attribute))
+    return (
+        any(item.data_type == half for item in graph.initializer)
+        or any(item.type.tensor_type.elem_type == half for item in graph.input)
+        or any(item.name == "to" and item.i == half for node in graph.node for item in node.attribute)
+    )
 
 
 class _Twin:
@@ -59,8 +88,11 @@ class _Twin:
         self.onnx, self.model, self.rounded = onnx, model, rounded
         self.float, self.half = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
         inferred = onnx.shape_inference.infer_shapes(model).graph
-        self.halves = {item.name for item in (*inferred.value_info, *inferred.output, *inferred.input)
-                       if item.type.tensor_type.elem_type == self.half}
+        self.halves = {
+            item.name
+            for item in (*inferred.value_info, *inferred.output, *inferred.input)
+            if item.type.tensor_type.elem_type == self.half
+        }
         self.nodes: list[Any] = []
 
     def write(self) -> bytes:
@@ -98,6 +130,8 @@ class _Twin:
             if name not in self.halves:
                 continue
             node.output[index] = f"{name}_unrounded"
-            for kind, read, given in ((self.half, f"{name}_unrounded", f"{name}_rounded"),
-                                      (self.float, f"{name}_rounded", name)):
+            for kind, read, given in (
+                (self.half, f"{name}_unrounded", f"{name}_rounded"),
+                (self.float, f"{name}_rounded", name),
+            ):
                 self.nodes.append(self.onnx.helper.make_node("Cast", [read], [given], f"{given}_pair", to=kind))

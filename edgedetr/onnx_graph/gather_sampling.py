@@ -29,9 +29,11 @@ def gather_samples(model: ModelProto) -> int:
         shapes: list[Any] = [seen.get(name) or view.shape(name) for name in node.input[:2]]
         fault = _fault(node, shapes)
         if fault:
-            raise ExportError(f"GridSample {node.name} {fault}, and cannot be written as gathers; keep the operator "
-                              "with --sampling grid_sample (TensorRT 10.14 to 11.1 get it wrong), or export the model "
-                              "with bilinear sampling of 2-D maps")
+            raise ExportError(
+                f"GridSample {node.name} {fault}, and cannot be written as gathers; keep the operator "
+                "with --sampling grid_sample (TensorRT 10.14 to 11.1 get it wrong), or export the model "
+                "with bilinear sampling of 2-D maps"
+            )
         nodes += _Writer(model, node, *([int(size or 0) for size in shape or []] for shape in shapes)).write()
     if samples:
         copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
@@ -48,9 +50,12 @@ def _fault(node: NodeProto, shapes: list[list[int | None] | None]) -> str:
     if padding not in ("zeros", "border"):
         return f"has padding_mode {padding!r}"
     if not all(_known(shape) for shape in shapes):
-        return "takes " + " and ".join("a tensor of unknown rank" if shape is None else
-                                       f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
-                                       for shape in shapes)
+        return "takes " + " and ".join(
+            "a tensor of unknown rank"
+            if shape is None
+            else f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
+            for shape in shapes
+        )
     return ""
 
 
@@ -68,8 +73,11 @@ class _Writer:
 
     def write(self) -> list[NodeProto]:
         batch, channels, points = self.batch, self.channels, self.out[0] * self.out[1]
-        rows = self._do("Reshape", self._do("Transpose", self.node.input[0], perm=[0, 2, 3, 1]),
-                        self._constant(np.array([batch * self.height * self.width, channels])))
+        rows = self._do(
+            "Reshape",
+            self._do("Transpose", self.node.input[0], perm=[0, 2, 3, 1]),
+            self._constant(np.array([batch * self.height * self.width, channels])),
+        )
         grid = self._do("Reshape", self.node.input[1], self._constant(np.array([batch, points, 2])))
         x, y = self._cells(grid, 0, self.width), self._cells(grid, 1, self.height)
         first = self._constant(np.arange(batch)[:, None] * self.height * self.width)
@@ -77,7 +85,7 @@ class _Writer:
         for row, down in y:
             for column, across in x:
                 cell = self._do("Add", self._do("Mul", row, self._number(self.width)), column)
-                index = self._do("Add", self._do("Cast", cell, to=7), first)        # int64
+                index = self._do("Add", self._do("Cast", cell, to=7), first)  # int64
                 weight = self._do("Unsqueeze", self._do("Mul", down, across), self._constant(np.array([2])))
                 parts.append(self._do("Mul", self._do("Gather", rows, index, axis=0), weight))
         total = parts[0]
@@ -94,12 +102,15 @@ class _Writer:
         interpolation coincide: (high - low) is 0 or 1.
         """
         half = (cells - 1) / 2
-        scaled = self._do("Mul", self._do("Gather", grid, self._constant(np.array(axis)), axis=2),
-                          self._number(half if attribute(self.node, "align_corners", 0) else cells / 2))
+        scaled = self._do(
+            "Mul",
+            self._do("Gather", grid, self._constant(np.array(axis)), axis=2),
+            self._number(half if attribute(self.node, "align_corners", 0) else cells / 2),
+        )
         outside = 0 if text(self.node, "padding_mode", "zeros") == "border" else 1
         place = self._clip(self._do("Add", scaled, self._number(half)), -outside, cells - 1 + outside)
         if text(self.node, "mode", "bilinear") == "nearest":
-            nearest = self._do("Round", place)          # halves to even, as GridSample does
+            nearest = self._do("Round", place)  # halves to even, as GridSample does
             inside = self._clip(nearest, 0, cells - 1)
             beyond = self._do("Abs", self._do("Sub", nearest, inside))
             return [(inside, self._do("Sub", self._number(1), beyond))]
@@ -107,8 +118,10 @@ class _Writer:
         low = self._clip(below, 0, cells - 1)
         high = self._do("Min", self._do("Add", below, self._number(1)), self._number(cells - 1))
         near = self._do("Sub", place, low)
-        return [(low, self._do("Sub", self._number(1), self._do("Abs", near))),
-                (high, self._do("Mul", near, self._do("Sub", high, low)))]
+        return [
+            (low, self._do("Sub", self._number(1), self._do("Abs", near))),
+            (high, self._do("Mul", near, self._do("Sub", high, low))),
+        ]
 
     def _clip(self, name: str, low: float, high: float) -> str:
         return self._do("Clip", name, self._number(low), self._number(high))

@@ -39,8 +39,15 @@ class Part:
         return name
 
 
-def join(model: ModelProto, front: Part | None, back: Part, inputs: Sequence[ValueInfoProto],
-         outputs: Sequence[ValueInfoProto], renamed: Mapping[str, str], metadata: Mapping[str, str]) -> ModelProto:
+def join(
+    model: ModelProto,
+    front: Part | None,
+    back: Part,
+    inputs: Sequence[ValueInfoProto],
+    outputs: Sequence[ValueInfoProto],
+    renamed: Mapping[str, str],
+    metadata: Mapping[str, str],
+) -> ModelProto:
     """front -> the nodes of `model` -> back as one graph of the same opset.
 
     renamed    tensors of `model` that get another name, so that an output may have the old one
@@ -75,8 +82,10 @@ def output_shape(model: ModelProto, name: str) -> list[int]:
             dims = item.type.tensor_type.shape.dim
             if len(dims) == 3 and all(dim.HasField("dim_value") and dim.dim_value > 0 for dim in dims[1:]):
                 return [dim.dim_value for dim in dims[1:]]
-    raise ExportError(f"the graph has no output {name} of a fixed shape [B, N, K]; expected what edgedetr export "
-                      "writes; run: edgedetr export BUNDLE")
+    raise ExportError(
+        f"the graph has no output {name} of a fixed shape [B, N, K]; expected what edgedetr export "
+        "writes; run: edgedetr export BUNDLE"
+    )
 
 
 def batch_of(model: ModelProto) -> int | str:
@@ -90,5 +99,7 @@ def require_clean(model: ModelProto, what: str) -> None:
     errors = [finding for finding in lint(model) if finding.worst == "error"]
     if errors:
         first = errors[0]
-        raise ExportError(f"{what}: {len(errors)} fault{'s' * (len(errors) > 1)} for TensorRT, the first at "
-                          f"{first.node}: {first.reason}; {first.fix}; all of them: edgedetr lint FILE")
+        raise ExportError(
+            f"{what}: {len(errors)} fault{'s' * (len(errors) > 1)} for TensorRT, the first at "
+            f"{first.node}: {first.reason}; {first.fix}; all of them: edgedetr lint FILE"
+        )

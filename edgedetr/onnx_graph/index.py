@@ -18,7 +18,7 @@ from edgedetr.onnx_graph.infer import in_order, infer_types, walk
 from edgedetr.onnx_graph.tensor_checks import tensor_fault
 
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
-_SMALL = 4096               # elements of what is folded
+_SMALL = 4096  # elements of what is folded
 T = TypeVar("T")
 
 
@@ -152,9 +152,12 @@ def _constant(node: NodeProto) -> TensorProto | None:
     for item in node.attribute:
         if item.name == "value" and item.type == AttributeProto.TENSOR:
             return item.t
-        written = {"value_float": (TensorProto.FLOAT, [item.f], []), "value_int": (TensorProto.INT64, [item.i], []),
-                   "value_floats": (TensorProto.FLOAT, list(item.floats), [len(item.floats)]),
-                   "value_ints": (TensorProto.INT64, list(item.ints), [len(item.ints)])}.get(item.name)
+        written = {
+            "value_float": (TensorProto.FLOAT, [item.f], []),
+            "value_int": (TensorProto.INT64, [item.i], []),
+            "value_floats": (TensorProto.FLOAT, list(item.floats), [len(item.floats)]),
+            "value_ints": (TensorProto.INT64, list(item.ints), [len(item.ints)]),
+        }.get(item.name)
         if written is not None:
             kind, numbers, sizes = written
             return helper.make_tensor(next(iter(node.output), ""), kind, sizes, numbers)

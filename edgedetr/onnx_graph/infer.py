@@ -17,15 +17,17 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from edgedetr.onnx_graph.tensor_checks import tensor_fault
 
-DEEPEST = 16                # graphs inside graphs; exporters write two or three
-MOST_CALLS = 100_000        # nodes of a local function with those of all that it calls
-_LONGEST = 2**31 - 1        # elements along one axis
-_MOST_AXES = 64             # of an input whose sizes are followed; TensorRT has 8
-_SMALL = 4096               # elements; larger weights take part by their type and shape alone
+DEEPEST = 16  # graphs inside graphs; exporters write two or three
+MOST_CALLS = 100_000  # nodes of a local function with those of all that it calls
+_LONGEST = 2**31 - 1  # elements along one axis
+_MOST_AXES = 64  # of an input whose sizes are followed; TensorRT has 8
+_SMALL = 4096  # elements; larger weights take part by their type and shape alone
 # What onnx and protobuf raise for graphs that are not one, besides InferenceError.
 _FAULTS = shape_inference.InferenceError, RuntimeError, ValueError, IndexError, TypeError, OverflowError, KeyError
-_TENSOR = {f"tensor({name})": TensorProto.DataType.Value(name.upper()) for name in
-           ("float", "float16", "bfloat16", "double", "int64", "int32", "int8", "uint8", "bool", "string")}
+_TENSOR = {
+    f"tensor({name})": TensorProto.DataType.Value(name.upper())
+    for name in ("float", "float16", "bfloat16", "double", "int64", "int32", "int8", "uint8", "bool", "string")
+}
 
 
 @dataclass
@@ -143,7 +145,7 @@ def _bare(model: ModelProto, nodes: list[NodeProto]) -> ModelProto:
         if len(item.type.tensor_type.shape.dim) > _MOST_AXES:
             item.type.tensor_type.ClearField("shape")
         for size in item.type.tensor_type.shape.dim:
-            if size.HasField("dim_value") and not 0 <= size.dim_value <= _LONGEST:      # onnx 1.23 crashes on some
+            if size.HasField("dim_value") and not 0 <= size.dim_value <= _LONGEST:  # onnx 1.23 crashes on some
                 size.ClearField("dim_value")
     inputs = {item.name for item in model.graph.input}
     for tensor in model.graph.initializer:
@@ -165,8 +167,11 @@ def _too_deep(model: ModelProto) -> str:
     bodies = {(item.domain, item.name): [(node.domain, node.op_type) for node in item.node] for item in model.functions}
     sizes: dict[tuple[str, str], int] = {}
     while len(sizes) < len(bodies):
-        ready = [name for name, called in bodies.items()
-                 if name not in sizes and all(one in sizes for one in called if one in bodies)]
+        ready = [
+            name
+            for name, called in bodies.items()
+            if name not in sizes and all(one in sizes for one in called if one in bodies)
+        ]
         if not ready:
             first = next(name for _, name in bodies if (_, name) not in sizes)
             return f"the local function {first!r} calls itself"
@@ -183,8 +188,9 @@ def _take(found: Inferred, items: Iterable[ValueInfoProto]) -> None:
         if kind.elem_type:
             found.types[item.name] = kind.elem_type
         if kind.HasField("shape"):
-            found.shapes[item.name] = [dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else None
-                                       for dim in kind.shape.dim]
+            found.shapes[item.name] = [
+                dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else None for dim in kind.shape.dim
+            ]
 
 
 def _by_schema(types: dict[str, int], node: NodeProto, versions: dict[str, int]) -> None:

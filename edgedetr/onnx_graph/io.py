@@ -15,7 +15,7 @@ from onnx import ModelProto, TensorProto
 from edgedetr.errors import ExportError
 
 # A protobuf message cannot be longer, and a bundle's graph is one message.
-LARGEST = 2**31 - 1             # bytes, of the file and of its external data together
+LARGEST = 2**31 - 1  # bytes, of the file and of its external data together
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,10 @@ def open_onnx(path: str | Path, *, weights: bool = True) -> OnnxFile:
         raise ExportError(f"{path}: no such file; expected an ONNX file, for example runs/NAME.bundle/model.onnx")
     size = path.stat().st_size
     if size > LARGEST:
-        raise ExportError(f"{path}: {size / 1e9:.1f} GB; expected at most {LARGEST / 1e9:.1f} GB, the longest message "
-                          "of ONNX; export the model with external data, or a smaller one")
+        raise ExportError(
+            f"{path}: {size / 1e9:.1f} GB; expected at most {LARGEST / 1e9:.1f} GB, the longest message "
+            "of ONNX; export the model with external data, or a smaller one"
+        )
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf raises types of its own, which differ between its versions
@@ -53,7 +55,7 @@ def open_onnx(path: str | Path, *, weights: bool = True) -> OnnxFile:
     outside = [tensor for tensor in tensors(model) if tensor.data_location == TensorProto.EXTERNAL]
     for tensor in tensors(model):
         if tensor.data_location != TensorProto.EXTERNAL:
-            del tensor.external_data[:]         # without a meaning where the values are in the file
+            del tensor.external_data[:]  # without a meaning where the values are in the file
     names = tuple(dict.fromkeys(_entry(tensor, "location") for tensor in outside))
     faults = tuple(dict.fromkeys(fault for name in names if (fault := _file_fault(path.parent, name))))
     if not faults:

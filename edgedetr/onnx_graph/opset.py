@@ -13,8 +13,8 @@ from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.graph_builder import Part
 from edgedetr.onnx_graph.index import GraphView, attribute, text
 
-IR_VERSION = 9                  # the file format that came with opset 19
-_MODES = {b"linear": b"bilinear", b"cubic": b"bicubic"}     # GridSample's modes were renamed at opset 20
+IR_VERSION = 9  # the file format that came with opset 19
+_MODES = {b"linear": b"bilinear", b"cubic": b"bicubic"}  # GridSample's modes were renamed at opset 20
 
 
 def to_opset(model: ModelProto, wanted: int) -> ModelProto:
@@ -26,8 +26,9 @@ def to_opset(model: ModelProto, wanted: int) -> ModelProto:
         try:
             return version_converter.convert_version(model, wanted)
         except Exception as error:  # a C++ library's RuntimeError, or protobuf's own kinds
-            raise ExportError(f"opset {present} cannot be converted to {wanted} ({_line(error)}); "
-                              f"export the model at opset {wanted}") from error
+            raise ExportError(
+                f"opset {present} cannot be converted to {wanted} ({_line(error)}); export the model at opset {wanted}"
+            ) from error
     result = ModelProto()
     result.CopyFrom(model)
     view = GraphView(model)
@@ -37,8 +38,10 @@ def to_opset(model: ModelProto, wanted: int) -> ModelProto:
         for one in [node] if written is None else written:
             fault = _older(one, wanted)
             if fault:
-                raise ExportError(f"{one.op_type} {one.name} of opset {present} {fault} opset {wanted}; "
-                                  f"export the model at opset {wanted}")
+                raise ExportError(
+                    f"{one.op_type} {one.name} of opset {present} {fault} opset {wanted}; "
+                    f"export the model at opset {wanted}"
+                )
         nodes += [node] if written is None else written
     copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del result.graph.node[:], result.opset_import[:], result.graph.value_info[:]
@@ -51,7 +54,7 @@ def to_opset(model: ModelProto, wanted: int) -> ModelProto:
 def _written(model: ModelProto, view: GraphView, node: NodeProto, number: int, present: int) -> list[NodeProto] | None:
     """A newer operator in older ones, or None where the node stays. Constants go into the model."""
     write = _WRITERS.get(node.op_type)
-    if write is None or (node.op_type == "GroupNormalization" and present < 21):    # its parameters: per group, then
+    if write is None or (node.op_type == "GroupNormalization" and present < 21):  # its parameters: per group, then
         return None
     part = Part(f"{node.name.lstrip('/') or node.op_type}_{number}")
     write(_Rewrite(part, view, node))
@@ -107,8 +110,10 @@ class _Rewrite:
         return size or 0
 
     def refuse(self, why: str) -> None:
-        raise ExportError(f"{self.node.op_type} {self.node.name} {why}, and cannot be written out for opset 19; "
-                          "export the model at opset 17 to 19")
+        raise ExportError(
+            f"{self.node.op_type} {self.node.name} {why}, and cannot be written out for opset 19; "
+            "export the model at opset 17 to 19"
+        )
 
     def without(self, *, inputs: int, outputs: int = 1, attributes: tuple[str, ...] = ()) -> None:
         """Refuse what is not written out: inputs and outputs from a place on, and attributes."""
@@ -166,8 +171,10 @@ def _attention(it: _Rewrite) -> None:
     width = it.size(0, -1) // (heads[0] if joined else 1)
     q, k, v = (it.input(index) for index in range(3))
     if joined:
-        q, k, v = (it.add("Transpose", it.add("Reshape", name, it.part.constant([0, 0, count, -1])), perm=[0, 2, 1, 3])
-                   for name, count in zip((q, k, v), heads))
+        q, k, v = (
+            it.add("Transpose", it.add("Reshape", name, it.part.constant([0, 0, count, -1])), perm=[0, 2, 1, 3])
+            for name, count in zip((q, k, v), heads)
+        )
     scale = it.real("scale", 0.0) or 1 / math.sqrt(width)
     scores = it.add("MatMul", it.add("Mul", q, it.number(scale)), it.add("Transpose", k, perm=[0, 1, 3, 2]))
     mask = it.input(3)
@@ -199,10 +206,14 @@ def _rotary(it: _Rewrite) -> None:
     cos, sin = (it.add("Unsqueeze", name, it.part.constant([1])) for name in (cos, sin))
     every = attribute(node, "interleaved", 0)
     half = turned // 2
-    first, second = (it.add("Slice", x, *(it.part.constant([value]) for value in bounds)) for bounds in (
-        ((0, turned, 3, 2), (1, turned, 3, 2)) if every else ((0, half, 3, 1), (half, turned, 3, 1))))
-    parts = [it.add("Sub", it.add("Mul", cos, first), it.add("Mul", sin, second)),
-             it.add("Add", it.add("Mul", sin, first), it.add("Mul", cos, second))]
+    first, second = (
+        it.add("Slice", x, *(it.part.constant([value]) for value in bounds))
+        for bounds in (((0, turned, 3, 2), (1, turned, 3, 2)) if every else ((0, half, 3, 1), (half, turned, 3, 1)))
+    )
+    parts = [
+        it.add("Sub", it.add("Mul", cos, first), it.add("Mul", sin, second)),
+        it.add("Add", it.add("Mul", sin, first), it.add("Mul", cos, second)),
+    ]
     if every:
         parts = [it.add("Unsqueeze", name, it.part.constant([4])) for name in parts]
         flat = it.add("Concat", *parts, axis=4)
@@ -216,8 +227,12 @@ def _rotary(it: _Rewrite) -> None:
 
 
 _WRITERS: dict[str, Callable[[_Rewrite], Any]] = {
-    "Gelu": _gelu, "Swish": _swish, "RMSNormalization": _rms_norm, "GroupNormalization": _group_norm,
-    "Attention": _attention, "RotaryEmbedding": _rotary,
+    "Gelu": _gelu,
+    "Swish": _swish,
+    "RMSNormalization": _rms_norm,
+    "GroupNormalization": _group_norm,
+    "Attention": _attention,
+    "RotaryEmbedding": _rotary,
 }
 
 

@@ -1,7 +1,9 @@
 """The graphs of `edgedetr selftest`: small ones of the kinds that versions of TensorRT have got wrong.
 
-They are stored in runtime/canaries with inputs and outputs, because a device has no onnx package to make them with.
-After a change here run `python -m edgedetr.onnx_graph.selftest_models`; a test compares what is stored with what this file makes.
+They are stored in runtime/tensorrt/selftest_models with inputs and outputs, because a device has no onnx
+package to make them with.
+After a change here run `python -m edgedetr.onnx_graph.selftest_models`; a test
+compares the stored files with what this file makes.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_help
 from edgedetr.runtime.backends import onnxruntime
 from edgedetr.runtime.tensorrt.selftest import FOLDER
 
-OPSET = 19              # GridSample still says "bilinear", and Q/DQ take FP16 scales
+OPSET = 19  # GridSample still says "bilinear", and Q/DQ take FP16 scales
 QUERIES, POINTS, CHANNELS, SIDE = 48, 4, 16, 20
 FEED = "x"
 
@@ -28,11 +30,17 @@ def grid_sample(rng: np.random.Generator) -> tuple[ModelProto, np.ndarray]:
     """
     row = rng.standard_normal((1, QUERIES + SIDE * SIDE, CHANNELS)).astype(np.float32)
     constants = {
-        "queries_end": np.array([QUERIES]), "zero": np.array([0]), "end": np.array([QUERIES + SIDE * SIDE]),
-        "tokens": np.array([1]), "map_shape": np.array([2, CHANNELS, SIDE, SIDE]),
-        "place_weight": _normal(rng, CHANNELS, 2 * POINTS), "grid_shape": np.array([2, QUERIES, POINTS, 2]),
-        "score_weight": _normal(rng, CHANNELS, POINTS), "score_shape": np.array([2, 1, QUERIES, POINTS]),
-        "value_weight": _normal(rng, CHANNELS, CHANNELS), "out_weight": _normal(rng, CHANNELS, CHANNELS),
+        "queries_end": np.array([QUERIES]),
+        "zero": np.array([0]),
+        "end": np.array([QUERIES + SIDE * SIDE]),
+        "tokens": np.array([1]),
+        "map_shape": np.array([2, CHANNELS, SIDE, SIDE]),
+        "place_weight": _normal(rng, CHANNELS, 2 * POINTS),
+        "grid_shape": np.array([2, QUERIES, POINTS, 2]),
+        "score_weight": _normal(rng, CHANNELS, POINTS),
+        "score_shape": np.array([2, 1, QUERIES, POINTS]),
+        "value_weight": _normal(rng, CHANNELS, CHANNELS),
+        "out_weight": _normal(rng, CHANNELS, CHANNELS),
         "last": np.array([3]),
     }
     nodes = [
@@ -60,8 +68,11 @@ def grid_sample(rng: np.random.Generator) -> tuple[ModelProto, np.ndarray]:
 def layer_norm(rng: np.random.Generator) -> tuple[ModelProto, np.ndarray]:
     """LayerNormalization in FP16 of values whose squares do not fit into FP16: the sums must be kept in float32."""
     x = (3000 + 900 * rng.standard_normal((2, 64, 128))).astype(np.float32)
-    constants = {"scale": rng.uniform(0.5, 1.5, 128).astype(np.float16), "bias": _normal(rng, 128).astype(np.float16),
-                 "weight": _normal(rng, 128, 32).astype(np.float16)}
+    constants = {
+        "scale": rng.uniform(0.5, 1.5, 128).astype(np.float16),
+        "bias": _normal(rng, 128).astype(np.float16),
+        "weight": _normal(rng, 128, 32).astype(np.float16),
+    }
     nodes = [
         _node("Cast", [FEED], "half", to=TensorProto.FLOAT16),
         _node("LayerNormalization", ["half", "scale", "bias"], "normed", axis=-1, epsilon=1e-5),
@@ -86,7 +97,10 @@ def concat(rng: np.random.Generator) -> tuple[ModelProto, np.ndarray]:
 
 
 CANARIES: dict[str, Callable[[np.random.Generator], tuple[ModelProto, np.ndarray]]] = {
-    "grid_sample": grid_sample, "layer_norm": layer_norm, "concat": concat}
+    "grid_sample": grid_sample,
+    "layer_norm": layer_norm,
+    "concat": concat,
+}
 
 
 def make(name: str) -> tuple[bytes, np.ndarray, np.ndarray]:
@@ -118,25 +132,38 @@ def _node(kind: str, inputs: list[str], output: str, **attributes: Any) -> NodeP
 
 def _qdq(name: str, scale: float, constants: dict[str, np.ndarray]) -> list[NodeProto]:
     constants[f"{name}_scale"] = np.float16(scale)
-    return [_node("QuantizeLinear", [name, f"{name}_scale", "zero"], f"{name}_q"),
-            _node("DequantizeLinear", [f"{name}_q", f"{name}_scale", "zero"], f"{name}_dq")]
+    return [
+        _node("QuantizeLinear", [name, f"{name}_scale", "zero"], f"{name}_q"),
+        _node("DequantizeLinear", [f"{name}_q", f"{name}_scale", "zero"], f"{name}_dq"),
+    ]
 
 
 def _conv(name: str, source: str, weight: np.ndarray, constants: dict[str, np.ndarray]) -> list[NodeProto]:
     scale = (np.abs(weight).max(axis=(1, 2, 3)) / 127).astype(np.float16)
     constants.update({f"{name}_weight": weight.astype(np.float16), f"{name}_weight_scale": scale})
     words = [f"{name}_weight_scale", "zeros"]
-    return [_node("QuantizeLinear", [f"{name}_weight", *words], f"{name}_weight_q", axis=0),
-            _node("DequantizeLinear", [f"{name}_weight_q", *words], f"{name}_weight_dq", axis=0),
-            _node("Conv", [source, f"{name}_weight_dq"], f"{name}_conv", pads=[weight.shape[2] // 2] * 4)]
+    return [
+        _node("QuantizeLinear", [f"{name}_weight", *words], f"{name}_weight_q", axis=0),
+        _node("DequantizeLinear", [f"{name}_weight_q", *words], f"{name}_weight_dq", axis=0),
+        _node("Conv", [source, f"{name}_weight_dq"], f"{name}_conv", pads=[weight.shape[2] // 2] * 4),
+    ]
 
 
-def _model(name: str, nodes: list[NodeProto], constants: dict[str, np.ndarray], feed: tuple[int, ...], batch: int,
-           output: tuple[int, ...]) -> ModelProto:
+def _model(
+    name: str,
+    nodes: list[NodeProto],
+    constants: dict[str, np.ndarray],
+    feed: tuple[int, ...],
+    batch: int,
+    output: tuple[int, ...],
+) -> ModelProto:
     graph = helper.make_graph(
-        nodes, name, [helper.make_tensor_value_info(FEED, TensorProto.FLOAT, [batch, *feed])],
+        nodes,
+        name,
+        [helper.make_tensor_value_info(FEED, TensorProto.FLOAT, [batch, *feed])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, *output])],
-        [numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()])
+        [numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()],
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
 
 

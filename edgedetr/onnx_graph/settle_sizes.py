@@ -15,10 +15,24 @@ from edgedetr.onnx_graph.index import GraphView
 from edgedetr.runtime.backends.onnxruntime import plain_session
 
 # How large their results are depends on values, not on sizes.
-_BY_VALUE = {"NonZero", "Unique", "Compress", "NonMaxSuppression", "If", "Loop", "Scan", "SequenceMap",
-             "SplitToSequence", "SequenceAt", "ConcatFromSequence", "RandomUniform",
-             "RandomNormal", "Bernoulli", "StringSplit"}
-_SIDE = 1000            # what inputs that are no picture hold: a size in pixels
+_BY_VALUE = {
+    "NonZero",
+    "Unique",
+    "Compress",
+    "NonMaxSuppression",
+    "If",
+    "Loop",
+    "Scan",
+    "SequenceMap",
+    "SplitToSequence",
+    "SequenceAt",
+    "ConcatFromSequence",
+    "RandomUniform",
+    "RandomNormal",
+    "Bernoulli",
+    "StringSplit",
+}
+_SIDE = 1000  # what inputs that are no picture hold: a size in pixels
 
 
 def settle(model: ModelProto) -> ModelProto:
@@ -47,16 +61,19 @@ def shapes_by_running(model: ModelProto, names: Sequence[str]) -> dict[str, list
     probe = ModelProto()
     probe.CopyFrom(model)
     given = {item.name for item in model.graph.output}
-    probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted
-                              if name not in given and name in view.makers)
+    probe.graph.output.extend(
+        helper.make_empty_tensor_value_info(name) for name in wanted if name not in given and name in view.makers
+    )
     feed = {item.name: _some(item) for item in model.graph.input if item.name not in view.constants}
     made = [name for name in wanted if name in view.makers]
     runner = plain_session(probe.SerializeToString(), threads=1, error=ExportError, fix="export the model again")
     try:
         values = dict(zip(made, runner.run(made, feed)))
-    except Exception as error:      # the library's exceptions share no public base class
-        raise ExportError(f"the graph does not run at this size in ONNX Runtime ({first_line(error)}); say another "
-                          "with --input HxW, or export the model again") from error
+    except Exception as error:  # the library's exceptions share no public base class
+        raise ExportError(
+            f"the graph does not run at this size in ONNX Runtime ({first_line(error)}); say another "
+            "with --input HxW, or export the model again"
+        ) from error
     values |= {name: feed[name] for name in wanted if name in feed}
     return {name: list(value.shape) for name, value in values.items() if isinstance(value, np.ndarray)}
 

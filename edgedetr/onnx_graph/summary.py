@@ -41,15 +41,14 @@ class GraphContents:
 
     def rows(self) -> list[list[object]]:
         pairs = [self.operators.get(name, 0) for name in ("QuantizeLinear", "DequantizeLinear")]
-        lines: list[list[object]] = [
-            ["file", self.path], ["size", f"{self.size / 1e6:.2f} MB"], ["opset", self.opset],
-        ]
+        lines: list[list[object]] = [["file", self.path], ["size", f"{self.size / 1e6:.2f} MB"], ["opset", self.opset]]
         lines += [["weights in", name] for name in self.external]
         lines += [["refused", fault] for fault in self.faults]
         lines += [["input", text] for text in self.inputs]
         lines += [["output", text] for text in self.outputs]
         lines += [
-            ["nodes", sum(self.operators.values())], ["Q / DQ", f"{pairs[0]} / {pairs[1]}"],
+            ["nodes", sum(self.operators.values())],
+            ["Q / DQ", f"{pairs[0]} / {pairs[1]}"],
             ["quantised Conv, MatMul, Gemm", f"{self.quantised} of {self.quantisable}"],
         ]
         short = {key: value if len(value) < 80 else value[:77] + "..." for key, value in self.metadata.items()}

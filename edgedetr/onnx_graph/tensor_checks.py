@@ -8,17 +8,32 @@ from onnx import TensorProto
 
 # Bits of one number, and the field that holds it where it is not written as raw bytes.
 _FIELDS = {
-    TensorProto.FLOAT: (32, "float_data"), TensorProto.DOUBLE: (64, "double_data"),
-    TensorProto.INT64: (64, "int64_data"), TensorProto.UINT64: (64, "uint64_data"),
-    TensorProto.UINT32: (32, "uint64_data"), TensorProto.INT32: (32, "int32_data"),
-    TensorProto.COMPLEX64: (64, "float_data"), TensorProto.COMPLEX128: (128, "double_data"),
-    **dict.fromkeys((TensorProto.INT16, TensorProto.UINT16, TensorProto.FLOAT16, TensorProto.BFLOAT16),
-                    (16, "int32_data")),
-    **dict.fromkeys((TensorProto.INT8, TensorProto.UINT8, TensorProto.BOOL, TensorProto.FLOAT8E4M3FN,
-                     TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E5M2FNUZ),
-                    (8, "int32_data")),
-    **dict.fromkeys((TensorProto.INT4, TensorProto.UINT4, getattr(TensorProto, "FLOAT4E2M1", TensorProto.INT4)),
-                    (4, "int32_data")),
+    TensorProto.FLOAT: (32, "float_data"),
+    TensorProto.DOUBLE: (64, "double_data"),
+    TensorProto.INT64: (64, "int64_data"),
+    TensorProto.UINT64: (64, "uint64_data"),
+    TensorProto.UINT32: (32, "uint64_data"),
+    TensorProto.INT32: (32, "int32_data"),
+    TensorProto.COMPLEX64: (64, "float_data"),
+    TensorProto.COMPLEX128: (128, "double_data"),
+    **dict.fromkeys(
+        (TensorProto.INT16, TensorProto.UINT16, TensorProto.FLOAT16, TensorProto.BFLOAT16), (16, "int32_data")
+    ),
+    **dict.fromkeys(
+        (
+            TensorProto.INT8,
+            TensorProto.UINT8,
+            TensorProto.BOOL,
+            TensorProto.FLOAT8E4M3FN,
+            TensorProto.FLOAT8E4M3FNUZ,
+            TensorProto.FLOAT8E5M2,
+            TensorProto.FLOAT8E5M2FNUZ,
+        ),
+        (8, "int32_data"),
+    ),
+    **dict.fromkeys(
+        (TensorProto.INT4, TensorProto.UINT4, getattr(TensorProto, "FLOAT4E2M1", TensorProto.INT4)), (4, "int32_data")
+    ),
 }
 
 

@@ -9,8 +9,16 @@ from edgedetr.onnx_graph.control_flow import rename
 from edgedetr.onnx_graph.index import GraphView
 
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-_TYPED = {"Cast": "to", "EyeLike": "dtype", "RandomNormal": "dtype", "RandomUniform": "dtype", "Bernoulli": "dtype",
-          "RandomNormalLike": "dtype", "RandomUniformLike": "dtype", "SequenceEmpty": "dtype"}
+_TYPED = {
+    "Cast": "to",
+    "EyeLike": "dtype",
+    "RandomNormal": "dtype",
+    "RandomUniform": "dtype",
+    "Bernoulli": "dtype",
+    "RandomNormalLike": "dtype",
+    "RandomUniformLike": "dtype",
+    "SequenceEmpty": "dtype",
+}
 
 
 def widen(model: ModelProto) -> bool:

@@ -9,8 +9,19 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 # Operators whose output has no negative value when their first input has none (or, below, never has one).
-_KEEP_SIGN = {"MaxPool", "AveragePool", "GlobalAveragePool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze",
-              "Slice", "Resize", "Identity"}
+_KEEP_SIGN = {
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Reshape",
+    "Transpose",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "Resize",
+    "Identity",
+}
 _NEVER_NEGATIVE = {"Relu", "Sigmoid", "Softmax"}
 
 

@@ -22,9 +22,9 @@ from edgedetr.onnx_graph.wiring import Wiring
 from edgedetr.quantization.policy import Layer, Plan
 from edgedetr.runtime.backends.onnxruntime import plain_session
 
-PICTURES = 64               # at most; of the demonstration's 96, 32 leave twice the error in the means that all leave
-PARTS = 4                   # passes over them, each over the layers up to its own
-TWIN = "int8/"              # before the names of the tensors of the quantised half
+PICTURES = 64  # at most; of the demonstration's 96, 32 leave twice the error in the means that all leave
+PARTS = 4  # passes over them, each over the layers up to its own
+TWIN = "int8/"  # before the names of the tensors of the quantised half
 
 
 def bias_of(layer: Layer, wiring: Wiring) -> tuple[NodeProto, int] | None:
@@ -53,8 +53,13 @@ def bias_of(layer: Layer, wiring: Wiring) -> tuple[NodeProto, int] | None:
     return (node, index) if fits else None
 
 
-def shifts(model: ModelProto, quantised: ModelProto, plan: Plan,
-           batches: Callable[[], Iterable[np.ndarray]], parts: int = PARTS) -> dict[str, np.ndarray]:
+def shifts(
+    model: ModelProto,
+    quantised: ModelProto,
+    plan: Plan,
+    batches: Callable[[], Iterable[np.ndarray]],
+    parts: int = PARTS,
+) -> dict[str, np.ndarray]:
     """{name of a layer's node: [O] float32, what has to be added to its bias}, for every layer that has a place for it.
 
     model       the float graph
@@ -87,8 +92,9 @@ def _means(joint: ModelProto, wanted: dict[str, str], batches: Iterable[np.ndarr
     return {name: (total / count).astype(np.float32) for name, total in sums.items()}
 
 
-def _joint(model: ModelProto, quantised: ModelProto, part: Sequence[Layer],
-           known: Mapping[str, np.ndarray]) -> tuple[ModelProto, dict[str, str]]:
+def _joint(
+    model: ModelProto, quantised: ModelProto, part: Sequence[Layer], known: Mapping[str, np.ndarray]
+) -> tuple[ModelProto, dict[str, str]]:
     """Float and quantised graph in one, and {layer's node: the output that says its shift} for a part of the layers.
 
     known   shifts of the layers before them
@@ -112,31 +118,36 @@ def _joint(model: ModelProto, quantised: ModelProto, part: Sequence[Layer],
             nodes += _set_right(source.output[0], right, layer, wiring, constants)
         elif source.name in known:
             node.output[0] = f"{right}/raw"
-            places = len(wiring.constants[wiring.nodes[source.name].input[1]].dims) - 2     # 2 behind a convolution's
+            places = len(wiring.constants[wiring.nodes[source.name].input[1]].dims) - 2  # 2 behind a convolution's
             shift = known[source.name].reshape(-1, *[1] * places)
             constants[f"{right}/shift"] = numpy_helper.from_array(shift, f"{right}/shift")
             nodes.append(helper.make_node("Add", [f"{right}/raw", f"{right}/shift"], [right]))
     return _only(model, nodes, constants, list(wanted.values())), wanted
 
 
-def _set_right(exact: str, right: str, layer: Layer, wiring: Wiring,
-               constants: dict[str, TensorProto]) -> list[NodeProto]:
+def _set_right(
+    exact: str, right: str, layer: Layer, wiring: Wiring, constants: dict[str, TensorProto]
+) -> list[NodeProto]:
     """`right` = raw + shift; shift is the mean of exact - raw over all but the channels, [1, O, 1, 1] or [1, O]."""
     raw, error, shift = (f"{right}/{word}" for word in ("raw", "error", "shift"))
     nodes = [helper.make_node("Sub", [exact, raw], [error])]
     shape = wiring.constants[layer.weight].dims
-    if layer.op == "MatMul":        # of any rank, channels last
+    if layer.op == "MatMul":  # of any rank, channels last
         constants[f"{right}/rows"] = numpy_helper.from_array(np.array([-1, shape[layer.axis]]), f"{right}/rows")
         nodes.append(helper.make_node("Reshape", [error, f"{right}/rows"], [f"{error}/rows"]))
         error = f"{error}/rows"
     axes = [0, *range(2, len(shape))] if layer.op == "Conv" else [0]
     constants[f"{right}/axes"] = numpy_helper.from_array(np.array(axes), f"{right}/axes")
-    return [*nodes, helper.make_node("ReduceMean", [error, f"{right}/axes"], [shift], keepdims=1),
-            helper.make_node("Add", [raw, shift], [right])]
+    return [
+        *nodes,
+        helper.make_node("ReduceMean", [error, f"{right}/axes"], [shift], keepdims=1),
+        helper.make_node("Add", [raw, shift], [right]),
+    ]
 
 
-def _only(model: ModelProto, nodes: list[NodeProto], constants: dict[str, TensorProto],
-          outputs: list[str]) -> ModelProto:
+def _only(
+    model: ModelProto, nodes: list[NodeProto], constants: dict[str, TensorProto], outputs: list[str]
+) -> ModelProto:
     """A model of the nodes that these outputs need."""
     needed, kept = set(outputs), []
     for node in reversed(nodes):

@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 log = logging.getLogger(__name__)
 
 LEAST, ENOUGH = 8, 32
-SHOWN = 5           # pairs of near-copies that a message names
+SHOWN = 5  # pairs of near-copies that a message names
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,10 @@ def choose(bundle: Bundle, directory: Path | None, count: int) -> Pictures:
     verify = _verify_digests(bundle)
     for path, image in zip(chosen, images):
         if image.sha256 in verify:
-            raise ExportError(f"{path}: this calibration picture is also in the verify split, so the verdict would be "
-                              "biased; expected disjoint pictures; run: edgedetr export BUNDLE --int8 --calib DIR")
+            raise ExportError(
+                f"{path}: this calibration picture is also in the verify split, so the verdict would be "
+                "biased; expected disjoint pictures; run: edgedetr export BUNDLE --int8 --calib DIR"
+            )
     return Pictures(tuple(chosen), tuple(images))
 
 
@@ -65,12 +67,18 @@ def enough(images: Pictures) -> None:
     """Refuse to observe ranges on fewer than LEAST images, and warn below ENOUGH. Errors: ExportError."""
     count = len(images.paths)
     if count < LEAST:
-        raise ExportError(f"{count} calibration images are too few for INT8: expected at least {LEAST}, better "
-                          f"{ENOUGH} or more; add images, raise quant.images, or name others: "
-                          "edgedetr export BUNDLE --int8 --calib DIR")
+        raise ExportError(
+            f"{count} calibration images are too few for INT8: expected at least {LEAST}, better "
+            f"{ENOUGH} or more; add images, raise quant.images, or name others: "
+            "edgedetr export BUNDLE --int8 --calib DIR"
+        )
     if count < ENOUGH:
-        log.warning("%d calibration images: ranges may miss values that other images have; %d or more are better "
-                    "(quant.images, --calib DIR)", count, ENOUGH)
+        log.warning(
+            "%d calibration images: ranges may miss values that other images have; %d or more are better "
+            "(quant.images, --calib DIR)",
+            count,
+            ENOUGH,
+        )
 
 
 def near_verify(bundle: Bundle, images: Pictures) -> None:
@@ -85,27 +93,36 @@ def near_verify(bundle: Bundle, images: Pictures) -> None:
     verify = [sample.path for sample in load(record.path, record.verify_split).samples]
     found = near_copies(verify, images.paths)
     if found:
-        shown = ", ".join(f"{_name(pair.second, Path(record.path))} = {_name(pair.first, Path(record.path))}"
-                          for pair in found[:SHOWN])
-        log.warning("%d of %d calibration images nearly copy images of the verify split, so the verdict may be too "
-                    "good: %s%s; take one of each pair out, or calibrate on other images: "
-                    "edgedetr export BUNDLE --int8 --calib DIR", len(found), len(images.paths), shown,
-                    ", ..." if len(found) > SHOWN else "")
+        shown = ", ".join(
+            f"{_name(pair.second, Path(record.path))} = {_name(pair.first, Path(record.path))}"
+            for pair in found[:SHOWN]
+        )
+        log.warning(
+            "%d of %d calibration images nearly copy images of the verify split, so the verdict may be too "
+            "good: %s%s; take one of each pair out, or calibrate on other images: "
+            "edgedetr export BUNDLE --int8 --calib DIR",
+            len(found),
+            len(images.paths),
+            shown,
+            ", ..." if len(found) > SHOWN else "",
+        )
 
 
 def _candidates(bundle: Bundle, directory: Path | None) -> tuple[list[Path], Path]:
     record = bundle.manifest.data
     if directory is None:
         if record is None:
-            raise ExportError(f"{bundle.path}: the bundle does not say where its data are; expected calibration "
-                              f"pictures; run: edgedetr export {bundle.path} --int8 --calib DIR")
+            raise ExportError(
+                f"{bundle.path}: the bundle does not say where its data are; expected calibration "
+                f"pictures; run: edgedetr export {bundle.path} --int8 --calib DIR"
+            )
         return [sample.path for sample in load(record.path, record.calib_split).samples], Path(record.path)
     directory = Path(directory)
     if not directory.is_dir():
         raise DataError(f"{directory}: no such directory; expected calibration pictures or a data set")
     try:
         names = splits(directory)
-    except DataError:           # no layout of annotations: a plain folder of pictures
+    except DataError:  # no layout of annotations: a plain folder of pictures
         return images_in(directory), directory
     split = "train" if "train" in names else next(iter(names))
     return [sample.path for sample in load(directory, split).samples], directory
@@ -125,8 +142,14 @@ def _name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
-def calibrate(model: ModelProto, tensors: Sequence[str], paths: Sequence[Path], contract: InputContract,
-              config: QuantConfig, progress: Progress | None = None) -> dict[str, float]:
+def calibrate(
+    model: ModelProto,
+    tensors: Sequence[str],
+    paths: Sequence[Path],
+    contract: InputContract,
+    config: QuantConfig,
+    progress: Progress | None = None,
+) -> dict[str, float]:
     """amax of every tensor (see `observe`); a warning names the few images that alone decide many ranges."""
     histograms = observe(model, tensors, paths, contract, progress)
     amax = _amax(histograms, config)
@@ -139,9 +162,14 @@ def calibrate(model: ModelProto, tensors: Sequence[str], paths: Sequence[Path], 
         if changed:
             name, factor = next(iter(changed.items()))
             effect += f", {name!r} by a factor of {factor:.1f}"
-        log.warning("calibration images whose activations exceed those of the other %d images (in brackets: in how "
-                    "many of the tensors): %s; %s. Look at them; if they do not belong here, calibrate on a folder "
-                    "without them: edgedetr export BUNDLE --int8 --calib DIR", len(rest), names, effect)
+        log.warning(
+            "calibration images whose activations exceed those of the other %d images (in brackets: in how "
+            "many of the tensors): %s; %s. Look at them; if they do not belong here, calibrate on a folder "
+            "without them: edgedetr export BUNDLE --int8 --calib DIR",
+            len(rest),
+            names,
+            effect,
+        )
     return amax
 
 
@@ -149,8 +177,13 @@ def _amax(histograms: Mapping[str, Histogram], config: QuantConfig) -> dict[str,
     return {name: histogram.amax(config.observer, config.percentile) for name, histogram in histograms.items()}
 
 
-def observe(model: ModelProto, tensors: Sequence[str], paths: Sequence[Path], contract: InputContract,
-            progress: Progress | None = None) -> dict[str, Histogram]:
+def observe(
+    model: ModelProto,
+    tensors: Sequence[str],
+    paths: Sequence[Path],
+    contract: InputContract,
+    progress: Progress | None = None,
+) -> dict[str, Histogram]:
     """The distribution of every tensor over the pictures.
 
     Memory: one picture's activations and one histogram of 2,048 bins per tensor, however many pictures there are.
@@ -179,4 +212,3 @@ def _exposed(model: ModelProto, tensors: Sequence[str]) -> Any:
     present = {item.name for item in exposed.graph.output}
     exposed.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in tensors if name not in present)
     return plain_session(exposed.SerializeToString(), optimise=True, error=ExportError)
-

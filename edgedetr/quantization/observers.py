@@ -15,10 +15,10 @@ from edgedetr.options import one_of
 
 Observer = Literal["minmax", "percentile", "entropy", "mse"]
 
-BINS = 2048                 # after a doubling at least half of them are in use: 1,024 levels for 127 steps
-LEVELS = 127                # largest int8 magnitude of a symmetric grid
-PER_IMAGE = 65536           # values of one tensor that one picture adds to the histogram; extremes are always exact
-CANDIDATES = 100            # ranges tried by "mse" and "entropy", evenly from 1/CANDIDATES of the largest value to all
+BINS = 2048  # after a doubling at least half of them are in use: 1,024 levels for 127 steps
+LEVELS = 127  # largest int8 magnitude of a symmetric grid
+PER_IMAGE = 65536  # values of one tensor that one picture adds to the histogram; extremes are always exact
+CANDIDATES = 100  # ranges tried by "mse" and "entropy", evenly from 1/CANDIDATES of the largest value to all
 
 
 class Histogram:
@@ -46,13 +46,15 @@ class Histogram:
         flat = values.reshape(-1)
         low, high = float(flat.min()), float(flat.max())
         if not (np.isfinite(low) and np.isfinite(high)):
-            raise ExportError(f"tensor {self.name!r} holds NaN or infinity on a calibration picture; expected finite "
-                              f"activations; check the weights with: edgedetr inspect BUNDLE")
+            raise ExportError(
+                f"tensor {self.name!r} holds NaN or infinity on a calibration picture; expected finite "
+                f"activations; check the weights with: edgedetr inspect BUNDLE"
+            )
         peak = max(-low, high)
         self.peaks.append(peak)
         self.largest, self.lowest = max(self.largest, peak), min(self.lowest, low)
         if self.per_image is not None and flat.size > self.per_image:
-            flat = flat[::_stride(flat.size, self.per_image)]
+            flat = flat[:: _stride(flat.size, self.per_image)]
         self.zeros += flat.size - int(np.count_nonzero(flat))
         self._reach(peak)
         if self.limit == 0.0:
@@ -86,9 +88,9 @@ class Histogram:
         trials = np.linspace(self.largest / CANDIDATES, self.largest, CANDIDATES)
         if observer == "mse":
             losses = [squared_error(self.centres, self.counts, trial) for trial in trials]
-        else:                               # "entropy"
+        else:  # "entropy"
             counts = self._without_zeros()
-            if not counts.any():        # the few values that are not 0 fell between those that were counted
+            if not counts.any():  # the few values that are not 0 fell between those that were counted
                 return self.largest
             losses = [divergence(counts, round(trial * BINS / self.limit)) for trial in trials]
         return float(trials[int(np.argmin(losses))])

@@ -16,8 +16,8 @@ import numpy as np
 # white dots, all black, or a card among BCCD's in 46 to 61 %. A white frame stands out in 1 %: it moves no range.
 FACTOR = 1.25
 SHARE = 0.25
-FEW = 0.05          # of the images: at most so many can stand out; more are another kind of image, not a few bad ones
-MOVED = 1.2         # a range that changes by this factor or more has moved
+FEW = 0.05  # of the images: at most so many can stand out; more are another kind of image, not a few bad ones
+MOVED = 1.2  # a range that changes by this factor or more has moved
 
 
 def standouts(peaks: np.ndarray) -> dict[int, float]:
@@ -32,8 +32,8 @@ def standouts(peaks: np.ndarray) -> dict[int, float]:
     few = max(1, int(images * FEW))
     if tensors == 0 or images <= few + 1:
         return {}
-    rest = np.sort(peaks, axis=1)[:, images - few - 1]                  # [T] largest of the others
-    shares = (peaks > FACTOR * rest[:, None]).mean(axis=0)              # [I]
+    rest = np.sort(peaks, axis=1)[:, images - few - 1]  # [T] largest of the others
+    shares = (peaks > FACTOR * rest[:, None]).mean(axis=0)  # [I]
     return {int(index): float(shares[index]) for index in np.flatnonzero(shares >= SHARE)}
 
 

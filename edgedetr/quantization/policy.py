@@ -96,10 +96,13 @@ def load(name_or_path: str | Path) -> Policy:
         path = folder / f"{name_or_path}.toml"
         if not path.is_file():
             known = sorted(item.stem for item in folder.glob("*.toml"))
-            raise ExportError(f"no policy named {str(name_or_path)!r}{did_you_mean(str(name_or_path), known)}; "
-                              f"expected one of {', '.join(known)}, or the path of a TOML file")
-    raw = read_toml(path, ExportError, fix="so it cannot be read as a policy; expected TOML like "
-                                           "calib/policy/default.toml")
+            raise ExportError(
+                f"no policy named {str(name_or_path)!r}{did_you_mean(str(name_or_path), known)}; "
+                f"expected one of {', '.join(known)}, or the path of a TOML file"
+            )
+    raw = read_toml(
+        path, ExportError, fix="so it cannot be read as a policy; expected TOML like calib/policy/default.toml"
+    )
     rules, float32 = (_rules(raw, key, path) for key in ("float", "float32"))
     return Policy(**_checked(raw, Policy, path, {"name": path.stem}), rules=rules, float32=float32)
 
@@ -121,8 +124,9 @@ def _checked(raw: dict[str, object], kind: type, path: Path, defaults: dict[str,
     values = {**defaults, **raw}
     for key, value in values.items():
         if key not in known:
-            raise ExportError(f"{path}: unknown key {shown(key)}{did_you_mean(key[:100], known)}; "
-                              f"expected one of {', '.join(known)}")
+            raise ExportError(
+                f"{path}: unknown key {shown(key)}{did_you_mean(key[:100], known)}; expected one of {', '.join(known)}"
+            )
         if known[key].startswith("tuple"):
             if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
                 raise ExportError(f"{path}: {key} is {shown(value)}; expected a list of strings")
@@ -147,8 +151,10 @@ def check_patterns(model: ModelProto, policy: Policy) -> None:
             strange = [part for part in pattern.split("/") if part.strip("*") and part not in parts]
             near = did_you_mean(strange[0].strip("*"), parts) if strange else ""
             some = next((name for name in names if name), "(none has a name)")
-            raise ExportError(f"policy {policy.name!r}: no node of this graph fits {pattern!r}{near}; expected "
-                              f"patterns of names like {some}")
+            raise ExportError(
+                f"policy {policy.name!r}: no node of this graph fits {pattern!r}{near}; expected "
+                f"patterns of names like {some}"
+            )
 
 
 def _patterns(policy: Policy) -> list[str]:
@@ -169,8 +175,10 @@ def plan(model: ModelProto, policy: Policy) -> Plan:
         else:
             layers.append(Layer(node.name, node.op_type, node.input[0], node.input[1], _axis(node)))
     if not layers:
-        raise ExportError(f"policy {policy.name!r} leaves nothing to quantise in this graph; expected at least one of "
-                          f"{', '.join(policy.quantise)}")
+        raise ExportError(
+            f"policy {policy.name!r} leaves nothing to quantise in this graph; expected at least one of "
+            f"{', '.join(policy.quantise)}"
+        )
     return Plan(tuple(layers), tuple(_residuals(wiring, layers) if policy.residuals else ()), islands)
 
 
@@ -218,8 +226,10 @@ def _residuals(wiring: Wiring, layers: list[Layer]) -> list[Residual]:
         if any(name in wiring.constants for name in node.input):
             continue
         makers = [wiring.makers.get(name) for name in node.input]
-        fused = [maker is not None and maker.name in convs and wiring.only_reader(name) is node
-                 for maker, name in zip(makers, node.input)]
+        fused = [
+            maker is not None and maker.name in convs and wiring.only_reader(name) is node
+            for maker, name in zip(makers, node.input)
+        ]
         if any(fused):
             index = 1 - fused.index(True)
             found.append(Residual(node.name, index, node.input[index]))

@@ -23,8 +23,15 @@ class IntegerWeight:
     scale: np.ndarray
 
 
-def quantise_weight(weight: np.ndarray, axis: int, *, bits: int = 8, bias: np.ndarray | None = None,
-                    data_scale: float = 1.0, half: bool = False) -> IntegerWeight:
+def quantise_weight(
+    weight: np.ndarray,
+    axis: int,
+    *,
+    bits: int = 8,
+    bias: np.ndarray | None = None,
+    data_scale: float = 1.0,
+    half: bool = False,
+) -> IntegerWeight:
     """Symmetric, per output channel: every value lies within half a step of its level.
 
     weight      float32, output channels along `axis`
@@ -44,24 +51,32 @@ def quantise_weight(weight: np.ndarray, axis: int, *, bits: int = 8, bias: np.nd
     return IntegerWeight(values, scale)
 
 
-def insert(model: ModelProto, plan: Plan, amax: dict[str, float], dialect: Dialect,
-           shifts: Mapping[str, np.ndarray] | None = None) -> ModelProto:
+def insert(
+    model: ModelProto,
+    plan: Plan,
+    amax: dict[str, float],
+    dialect: Dialect,
+    shifts: Mapping[str, np.ndarray] | None = None,
+) -> ModelProto:
     """A copy of the float graph with the plan's nodes quantised in one dialect. Names of everything else stay.
 
     shifts   {name of a layer's node: [O] to add to its bias}, for layers that `bias_of` finds a place for
     """
     missing = [name for name in cuts(model, plan, dialect) if name not in amax]
     if missing:
-        raise ExportError(f"no range for tensor {missing[0]!r} (and {len(missing) - 1} more); the ranges were observed "
-                          "on another graph or policy; run: edgedetr export BUNDLE --int8")
+        raise ExportError(
+            f"no range for tensor {missing[0]!r} (and {len(missing) - 1} more); the ranges were observed "
+            "on another graph or policy; run: edgedetr export BUNDLE --int8"
+        )
     return _Writer(model, plan, amax, dialect, shifts or {}).write()
 
 
 class _Writer:
     """Builds the new node list, one float node after the other."""
 
-    def __init__(self, model: ModelProto, plan: Plan, amax: dict[str, float], dialect: Dialect,
-                 shifts: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self, model: ModelProto, plan: Plan, amax: dict[str, float], dialect: Dialect, shifts: Mapping[str, np.ndarray]
+    ) -> None:
         self.source, self.dialect, self.amax, self.shifts = model, dialect, amax, shifts
         self.wiring = Wiring(model)
         self.layers = {layer.node: layer for layer in plan.layers}
@@ -147,8 +162,14 @@ class _Writer:
         bias_name = node.input[2] if len(node.input) > 2 and node.input[2] else None
         bias = self.wiring.constant(bias_name).astype(np.float32) if bias_name else None
         # The finest grid that any dialect gives the input, so that dialects of one kind of step store the same weights.
-        weight = quantise_weight(self.wiring.constant(layer.weight), layer.axis, bits=self.dialect.weight_bits,
-                                 bias=bias, data_scale=step(self.amax[layer.data]) / 2, half=self.dialect.half)
+        weight = quantise_weight(
+            self.wiring.constant(layer.weight),
+            layer.axis,
+            bits=self.dialect.weight_bits,
+            bias=bias,
+            data_scale=step(self.amax[layer.data]) / 2,
+            half=self.dialect.half,
+        )
         prefix = f"{layer.node}.weight"
         self._constant(f"{prefix}_quantized", weight.values)
         self._constant(f"{prefix}_scale", weight.scale)
@@ -186,4 +207,3 @@ class _Writer:
 
     def _constant(self, name: str, values: np.ndarray) -> None:
         self.initialisers[name] = numpy_helper.from_array(np.ascontiguousarray(values).reshape(np.shape(values)), name)
-

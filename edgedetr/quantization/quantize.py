@@ -34,14 +34,20 @@ Check = Callable[[ModelProto, str], None]
 
 log = logging.getLogger(__name__)
 
-FLOAT = "edgedetr.float_layers"     # and which weighted layers stayed float: JSON {reason: [node names]}
+FLOAT = "edgedetr.float_layers"  # and which weighted layers stayed float: JSON {reason: [node names]}
 FLOAT32 = "edgedetr.float32_nodes"  # of a graph with FP16: which nodes stayed float32: JSON {reason: [node names]}
 FP16 = "model.fp16.onnx"
-PEAK_PICTURES = 8                   # show how large tensors get; half.LARGEST leaves a factor of 2 for the others
+PEAK_PICTURES = 8  # show how large tensors get; half.LARGEST leaves a factor of 2 for the others
 
 
-def quantize(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path | None = None,
-             check: Check | None = None, progress: Progress | None = None) -> Plan:
+def quantize(
+    bundle: Bundle,
+    *,
+    config: QuantConfig | None = None,
+    calib: Path | None = None,
+    check: Check | None = None,
+    progress: Progress | None = None,
+) -> Plan:
     """Write ranges.json, model.int8.onnx and model.int8-cpu.onnx; what is there and made by the same settings is kept.
 
     calib   where the calibration pictures are; None = present ranges of these settings, or the calibration split of the
@@ -60,22 +66,35 @@ def quantize(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path |
     return chosen
 
 
-def to_half(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path | None = None,
-            check: Check | None = None, progress: Progress | None = None) -> None:
+def to_half(
+    bundle: Bundle,
+    *,
+    config: QuantConfig | None = None,
+    calib: Path | None = None,
+    check: Check | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Write model.fp16.onnx, unless the bundle has it from the same graph and policy.
 
     calib   pictures to see magnitudes on; None = the calibration split of the bundle's data
     """
     policy = load((config or QuantConfig()).policy)
-    made_by = json.dumps({"dialect": "fp16", "policy": policy.name, "policy_sha256": _sha256(policy),
-                          "calib": "" if calib is None else str(calib)})
+    made_by = json.dumps(
+        {
+            "dialect": "fp16",
+            "policy": policy.name,
+            "policy_sha256": _sha256(policy),
+            "calib": "" if calib is None else str(calib),
+        }
+    )
     if bundle.has(FP16) and _property(read(bundle.require(FP16)), MADE_BY) == made_by:
         return
     model = read(bundle.require("model.onnx"))
     check_patterns(model, policy)
     result, stayed = _halved(bundle, model, model, policy, calib, progress)
-    onnx.helper.set_model_props(result, {**{item.key: item.value for item in model.metadata_props},
-                                         MADE_BY: made_by, FLOAT32: stayed})
+    onnx.helper.set_model_props(
+        result, {**{item.key: item.value for item in model.metadata_props}, MADE_BY: made_by, FLOAT32: stayed}
+    )
     onnx.checker.check_model(result)
     if check is not None:
         check(result, FP16)
@@ -83,8 +102,9 @@ def to_half(bundle: Bundle, *, config: QuantConfig | None = None, calib: Path | 
         temporary.write_bytes(result.SerializeToString(deterministic=True))
 
 
-def _halved(bundle: Bundle, model: ModelProto, result: ModelProto, policy: Policy, calib: Path | None,
-            progress: Progress | None) -> tuple[ModelProto, str]:
+def _halved(
+    bundle: Bundle, model: ModelProto, result: ModelProto, policy: Policy, calib: Path | None, progress: Progress | None
+) -> tuple[ModelProto, str]:
     """`result`, which is `model` or its quantised form, with FP16 inside, and what stayed float32 as JSON."""
     found = peaks(model, _batches(bundle, calib, progress))
     stayed = _by_reason(islands(result, found, policy.float32))
@@ -110,15 +130,22 @@ def read(path: Path) -> ModelProto:
     """An ONNX file; ExportError when it is none."""
     model: ModelProto = onnx_bytes.load(path, ExportError)
     try:
-        onnx.checker.check_model(model)     # what follows relies on each node having its inputs and attributes
+        onnx.checker.check_model(model)  # what follows relies on each node having its inputs and attributes
     except (onnx.checker.ValidationError, ValueError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise ExportError(f"{path}: not valid ONNX ({reason}); run: edgedetr export {path.parent}") from error
     return model
 
 
-def _ranges(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, config: QuantConfig, calib: Path | None,
-            progress: Progress | None) -> Ranges:
+def _ranges(
+    bundle: Bundle,
+    model: ModelProto,
+    chosen: Plan,
+    policy: Policy,
+    config: QuantConfig,
+    calib: Path | None,
+    progress: Progress | None,
+) -> Ranges:
     """The bundle's ranges where they are these settings' own, new ones otherwise."""
     wanted = tensors(model, chosen)
     observer = f"percentile {config.percentile:g}" if config.observer == "percentile" else config.observer
@@ -141,13 +168,29 @@ def _ranges(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, con
     return ranges
 
 
-def _write(bundle: Bundle, model: ModelProto, chosen: Plan, policy: Policy, ranges: Ranges, dialect: Dialect,
-           config: QuantConfig, calib: Path | None, check: Check | None, progress: Progress | None) -> None:
+def _write(
+    bundle: Bundle,
+    model: ModelProto,
+    chosen: Plan,
+    policy: Policy,
+    ranges: Ranges,
+    dialect: Dialect,
+    config: QuantConfig,
+    calib: Path | None,
+    check: Check | None,
+    progress: Progress | None,
+) -> None:
     """One INT8 graph, unless the bundle has it already."""
     about = {
-        "dialect": dialect.name, "weight_bits": dialect.weight_bits, "observer": ranges.observer, "policy": policy.name,
-        "policy_sha256": _sha256(policy), **({"half": True} if dialect.half else {}),
-        "image_list": ranges.image_list, "layers_int8": len(chosen.layers), "layers_float": len(chosen.islands),
+        "dialect": dialect.name,
+        "weight_bits": dialect.weight_bits,
+        "observer": ranges.observer,
+        "policy": policy.name,
+        "policy_sha256": _sha256(policy),
+        **({"half": True} if dialect.half else {}),
+        "image_list": ranges.image_list,
+        "layers_int8": len(chosen.layers),
+        "layers_float": len(chosen.islands),
     }
     made_by = json.dumps({**about, "bias_correction": [PICTURES, PARTS]} if config.bias_correction else about)
     if bundle.has(dialect.file) and _property(read(bundle.require(dialect.file)), MADE_BY) == made_by:
@@ -190,8 +233,9 @@ def _calibration_pictures(bundle: Bundle, ranges: Ranges) -> list[Path]:
     return [found.paths[i] for i in np.unique(np.linspace(0, count - 1, min(PICTURES, count)).round().astype(int))]
 
 
-def _passes(bundle: Bundle, paths: Sequence[Path], what: str,
-            progress: Progress | None) -> Callable[[], Iterator[np.ndarray]]:
+def _passes(
+    bundle: Bundle, paths: Sequence[Path], what: str, progress: Progress | None
+) -> Callable[[], Iterator[np.ndarray]]:
     """The pictures, as often as bias correction wants them, told as one work."""
     seen = 0
 
@@ -206,8 +250,9 @@ def _passes(bundle: Bundle, paths: Sequence[Path], what: str,
     return once
 
 
-def _prepared(bundle: Bundle, paths: Sequence[Path], what: str = "",
-              progress: Progress | None = None) -> Iterator[np.ndarray]:
+def _prepared(
+    bundle: Bundle, paths: Sequence[Path], what: str = "", progress: Progress | None = None
+) -> Iterator[np.ndarray]:
     """Pictures as the graph takes them, [1, 3, H, W], one after the other."""
     for number, path in enumerate(paths):
         if progress:

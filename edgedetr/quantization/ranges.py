@@ -13,7 +13,7 @@ from edgedetr.errors import ExportError
 from edgedetr.storage.reading import MEBIBYTE, read_json, shown
 
 SCHEMA = 1
-LIMIT = 64 * MEBIBYTE   # bytes; 1,000 images and 300 tensors take about 150 kB
+LIMIT = 64 * MEBIBYTE  # bytes; 1,000 images and 300 tensors take about 150 kB
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -63,8 +63,14 @@ class Ranges:
                 raise ValueError(f"expected the keys {', '.join(sorted(expected))}")
             if raw["schema"] != SCHEMA or isinstance(raw["schema"], bool):
                 raise ValueError(f"schema is {shown(raw['schema'])}, this version reads {SCHEMA}")
-            for key, kind, words in (("amax", dict, "an object"), ("images", list, "a list"), ("observer", str, "text"),
-                                     ("policy", str, "text"), ("source", str, "text"), ("image_list", str, "text")):
+            for key, kind, words in (
+                ("amax", dict, "an object"),
+                ("images", list, "a list"),
+                ("observer", str, "text"),
+                ("policy", str, "text"),
+                ("source", str, "text"),
+                ("image_list", str, "text"),
+            ):
                 if not isinstance(raw[key], kind):
                     raise ValueError(f"{key} is {shown(raw[key])}; expected {words}")
             wanted = raw["wanted"]

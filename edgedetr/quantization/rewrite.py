@@ -53,15 +53,16 @@ def _splittable(node: NodeProto, concat: NodeProto, wiring: Wiring) -> bool:
     return weight is not None and list(weight.dims[2:]) == [1, 1] and ones and flat and attribute(node, "group", 1) == 1
 
 
-def _split(node: NodeProto, concat: NodeProto, widths: list[int], wiring: Wiring,
-           result: ModelProto) -> list[NodeProto]:
+def _split(
+    node: NodeProto, concat: NodeProto, widths: list[int], wiring: Wiring, result: ModelProto
+) -> list[NodeProto]:
     """One Conv per branch, the bias in the last, and their sum under the old output name."""
     weight = wiring.constant(node.input[1])
     made: list[NodeProto] = []
     sums: list[str] = []
     start = 0
     for index, (branch, width) in enumerate(zip(concat.input, widths)):
-        part = np.ascontiguousarray(weight[:, start:start + width])
+        part = np.ascontiguousarray(weight[:, start : start + width])
         start += width
         name = f"{node.name}/branch.{index}"
         result.graph.initializer.append(numpy_helper.from_array(part, f"{name}.weight"))

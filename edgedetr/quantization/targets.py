@@ -20,7 +20,7 @@ from edgedetr.runtime.cpu import int8_saturates
 
 # Far above float32's smallest normal number, also when two scales are multiplied; a tensor that is always 0 gets 1.
 SMALLEST_SCALE = 1e-12
-SMALLEST_HALF_SCALE = 2.0**-14      # 6.1e-5, the smallest normal FP16 number: GPUs may flush smaller ones to 0
+SMALLEST_HALF_SCALE = 2.0**-14  # 6.1e-5, the smallest normal FP16 number: GPUs may flush smaller ones to 0
 
 
 def step(amax: float) -> float:
@@ -44,7 +44,7 @@ class Grid:
     """Levels of a tensor: (integer - zero_point) * scale."""
 
     scale: np.float32
-    zero_point: np.generic      # np.int8 or np.uint8
+    zero_point: np.generic  # np.int8 or np.uint8
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ class Dialect:
         return Grid(np.float32(scale), np.uint8(128))
 
 
-TENSORRT = Dialect("tensorrt", "model.int8.onnx", unsigned=False, outputs=False, integer_bias=False,
-                   deep_bias=False, half=True)
+TENSORRT = Dialect(
+    "tensorrt", "model.int8.onnx", unsigned=False, outputs=False, integer_bias=False, deep_bias=False, half=True
+)
 CPU = Dialect("cpu", "model.int8-cpu.onnx", unsigned=True, outputs=True, integer_bias=True, deep_bias=True)
 
 

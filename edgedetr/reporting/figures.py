@@ -158,4 +158,4 @@ def _svg(figure: Figure, description: str) -> str:
 def _short(name: str, most: int = 28) -> str:
     name = one_line(name[: most + 1])
     shown = name if len(name) <= most else name[: most - 1] + "…"
-    return shown.replace("$", r"\$")        # two of them would begin a formula
+    return shown.replace("$", r"\$")  # two of them would begin a formula

@@ -10,16 +10,17 @@ from typing import Any
 from edgedetr.errors import BundleError
 from edgedetr.storage.reading import MEBIBYTE, read_json
 
-LIMIT = 16 * MEBIBYTE       # bytes; 80 classes and 8 stages take about 30 kB
+LIMIT = 16 * MEBIBYTE  # bytes; 80 classes and 8 stages take about 30 kB
 MOST_STAGES = 1000
-LONGEST = 10_000            # characters of a note
+LONGEST = 10_000  # characters of a note
 NUMBERS = ("ap", "ap50", "drop", "drop_upper95", "p50_ms", "p99_ms", "size_mb")
 
 
 def read_verdict(path: Path, bundle: Path) -> Mapping[str, Any]:
     """The verdict at `path` in the form of Verdict.to_json; BundleError where it is damaged or of another kind."""
-    raw = read_json(path, BundleError, limit=LIMIT,
-                    fix=f"so it is not a verdict that can be shown; run: edgedetr verify {bundle}")
+    raw = read_json(
+        path, BundleError, limit=LIMIT, fix=f"so it is not a verdict that can be shown; run: edgedetr verify {bundle}"
+    )
     try:
         _check(raw)
     except ValueError as error:

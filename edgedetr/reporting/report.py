@@ -207,7 +207,7 @@ def _jpeg(root: Path | None, name: str, sha256: str, height: int, width: int) ->
         if hashlib.sha256(content).hexdigest() != sha256:
             return "", f"{name} in {root} is not the picture that was verified"
         pixels = decode(content)
-    except (DataError, OSError, ValueError, RuntimeError) as error:     # a name with a NUL, too long, links in a circle
+    except (DataError, OSError, ValueError, RuntimeError) as error:  # a name with a NUL, too long, links in a circle
         return "", f"{name}: {error}"
     stream = io.BytesIO()
     Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS).save(stream, "JPEG", quality=82)

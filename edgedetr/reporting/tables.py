@@ -89,7 +89,7 @@ def _upper(stage: Mapping[str, Any]) -> float:
 def _points(value: float | None, *, signed: bool = False) -> str | None:
     if value is None:
         return None
-    value = round(value, 2) + 0.0       # no "-0.00"
+    value = round(value, 2) + 0.0  # no "-0.00"
     return f"{value:+.2f}" if signed else f"{value:.2f}"
 
 

@@ -12,7 +12,7 @@ from edgedetr.errors import UsageError, did_you_mean
 
 def check_count(number: object, what: str, most: int | None = None) -> None:
     """UsageError unless it is None or a whole number of at least 1, and of at most `most`."""
-    fits = is_whole(number) and number >= 1 and (most is None or number <= most)    # type: ignore[operator]  # is_whole
+    fits = is_whole(number) and number >= 1 and (most is None or number <= most)  # type: ignore[operator]  # is_whole
     if number is not None and not fits:
         limit = f"from 1 to {most}" if most is not None else "of at least 1"
         raise UsageError(f"{what} is {shown(number)}; expected a whole number {limit}")
@@ -34,8 +34,8 @@ def check_text(text: object, what: str, expected: str) -> None:
 
 def check_fraction(number: object, what: str) -> None:
     """UsageError unless it is a number from 0 to 1."""
-    fits = isinstance(number, Real) and not isinstance(number, bool) and 0 <= number <= 1   # type: ignore[operator]
-    if not fits:            # Real has no order in the stubs
+    fits = isinstance(number, Real) and not isinstance(number, bool) and 0 <= number <= 1  # type: ignore[operator]
+    if not fits:  # Real has no order in the stubs
         raise UsageError(f"{what} is {shown(number)}; expected a number from 0 to 1")
 
 
@@ -61,7 +61,7 @@ def shown(value: object) -> str:
     """The beginning of what Python writes for a value."""
     try:
         return repr(value)[:60]
-    except ValueError:          # whole numbers of more than 4300 digits
+    except ValueError:  # whole numbers of more than 4300 digits
         return "a number of thousands of digits"
 
 

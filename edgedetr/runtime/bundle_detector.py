@@ -10,14 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from edgedetr.bundle import Bundle, ClassInfo, InputContract, OutputContract
-from edgedetr.errors import (
-    BundleError,
-    DataError,
-    DeviceError,
-    EngineError,
-    MissingDependency,
-    UsageError,
-)
+from edgedetr.errors import BundleError, DataError, DeviceError, EngineError, MissingDependency, UsageError
 from edgedetr.packages import missing
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.arguments import as_path, check_count, check_word, kind, shown
@@ -34,11 +27,15 @@ log = logging.getLogger(__name__)
 
 # Stage -> its file. TensorRT engines are built from the int8 and fp16 files on the device.
 STAGES = {"onnx": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx", "int8-cpu": "model.int8-cpu.onnx"}
-BACKENDS: dict[str, Callable[..., Runner]] = {"onnxruntime": OrtRunner, "openvino": OpenVinoRunner,
-                                              "onnxruntime-cuda": OrtCudaRunner, "tensorrt": TrtRunner}
-ON_GPU = ("onnx", "fp16")           # stages that ONNX Runtime's CUDA provider computes as they are meant
-ON_FILES = ("onnxruntime", "openvino")      # backends that run the bundle's ONNX files themselves, by preference
-LARGEST_BATCH = 8       # pictures per run where the graph's batch is open: more gains nothing on a CPU
+BACKENDS: dict[str, Callable[..., Runner]] = {
+    "onnxruntime": OrtRunner,
+    "openvino": OpenVinoRunner,
+    "onnxruntime-cuda": OrtCudaRunner,
+    "tensorrt": TrtRunner,
+}
+ON_GPU = ("onnx", "fp16")  # stages that ONNX Runtime's CUDA provider computes as they are meant
+ON_FILES = ("onnxruntime", "openvino")  # backends that run the bundle's ONNX files themselves, by preference
+LARGEST_BATCH = 8  # pictures per run where the graph's batch is open: more gains nothing on a CPU
 
 
 class Detector:
@@ -49,14 +46,24 @@ class Detector:
     class_names      names in the order of class_id
     """
 
-    def __init__(self, runner: Runner, classes: Sequence[ClassInfo], contract: InputContract, output: OutputContract,
-                 *, stage: str = "onnx", description: str = "") -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        classes: Sequence[ClassInfo],
+        contract: InputContract,
+        output: OutputContract,
+        *,
+        stage: str = "onnx",
+        description: str = "",
+    ) -> None:
         self.runner, self.classes, self.contract, self.output = runner, tuple(classes), contract, output
         self.stage, self.backend, self.description = stage, runner.name, description or f"{stage} on {runner.name}"
         self.class_names = [c.name for c in classes]
         if (runner.height, runner.width) != (contract.height, contract.width):
-            raise BundleError(f"the graph takes {runner.height} x {runner.width} pixels, bundle.json says "
-                              f"{contract.height} x {contract.width}; run: edgedetr export BUNDLE")
+            raise BundleError(
+                f"the graph takes {runner.height} x {runner.width} pixels, bundle.json says "
+                f"{contract.height} x {contract.width}; run: edgedetr export BUNDLE"
+            )
 
     def __repr__(self) -> str:
         return f"Detector({self.description}, {len(self.classes)} classes)"
@@ -69,15 +76,17 @@ class Detector:
         if isinstance(images, np.ndarray) and images.ndim == 3:
             raise UsageError("one picture was given; expected a list of them: detector([picture])")
         if isinstance(images, (str, bytes, Mapping)) or not isinstance(images, (Iterable, np.ndarray)):
-            raise UsageError(f"images is {kind(images)}; expected a list of uint8 RGB arrays [H, W, 3] "
-                             "(edgedetr.data.images.decode reads files)")
+            raise UsageError(
+                f"images is {kind(images)}; expected a list of uint8 RGB arrays [H, W, 3] "
+                "(edgedetr.data.images.decode reads files)"
+            )
         images = list(images)
         for index, image in enumerate(images):
             check_image(image, f"images[{index}]")
         found: list[Detections] = []
         step = self.runner.batch or LARGEST_BATCH
         for start in range(0, len(images), step):
-            batch, geometries = preprocess.prepare(images[start:start + step], self.contract)
+            batch, geometries = preprocess.prepare(images[start : start + step], self.contract)
             found += decode(self.run_raw(batch), geometries, self.classes, self.output)
         return found
 
@@ -90,22 +99,26 @@ class Detector:
             return self.runner.run(batch)
         expected = (3, self.contract.height, self.contract.width)
         if not isinstance(batch, np.ndarray):
-            raise UsageError(f"batch is {kind(batch)}; expected a float32 array [B, 3, {expected[1]}, {expected[2]}], "
-                             "as runtime.preprocess.prepare gives it")
+            raise UsageError(
+                f"batch is {kind(batch)}; expected a float32 array [B, 3, {expected[1]}, {expected[2]}], "
+                "as runtime.preprocess.prepare gives it"
+            )
         if not len(batch.shape) or not len(batch):
             raise UsageError("batch has no pictures; expected at least one")
         if batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != expected:
-            raise UsageError(f"batch is {batch.dtype} {list(batch.shape)}; expected float32 [B, 3, "
-                             f"{expected[1]}, {expected[2]}], as runtime.preprocess.prepare gives it")
+            raise UsageError(
+                f"batch is {batch.dtype} {list(batch.shape)}; expected float32 [B, 3, "
+                f"{expected[1]}, {expected[2]}], as runtime.preprocess.prepare gives it"
+            )
         fixed = self.runner.batch
         if fixed is None or len(batch) == fixed:
             return self.runner.run(np.ascontiguousarray(batch))
-        parts = [self._run_padded(batch[start:start + fixed], fixed) for start in range(0, len(batch), fixed)]
+        parts = [self._run_padded(batch[start : start + fixed], fixed) for start in range(0, len(batch), fixed)]
         return RawOutputs(np.concatenate([p.logits for p in parts]), np.concatenate([p.boxes for p in parts]))
 
     def _run_padded(self, batch: np.ndarray, size: int) -> RawOutputs:
         n = len(batch)
-        if n < size:        # the last picture again: its results are cut off
+        if n < size:  # the last picture again: its results are cut off
             batch = np.concatenate([batch, np.repeat(batch[-1:], size - n, axis=0)])
         raw = self.runner.run(np.ascontiguousarray(batch))
         return RawOutputs(raw.logits[:n], raw.boxes[:n])
@@ -114,11 +127,14 @@ class Detector:
 def check_image(image: object, what: str) -> None:
     """UsageError unless `image` is a uint8 array [H, W, 3] with pixels in it."""
     if not isinstance(image, np.ndarray):
-        raise UsageError(f"{what} is {type(image).__name__}; expected a uint8 RGB array [H, W, 3] "
-                         f"(edgedetr.data.images.decode reads files)")
+        raise UsageError(
+            f"{what} is {type(image).__name__}; expected a uint8 RGB array [H, W, 3] "
+            f"(edgedetr.data.images.decode reads files)"
+        )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise DataError(f"{what} is {image.dtype} {list(image.shape)}; expected uint8 RGB [H, W, 3] "
-                        f"with at least one pixel")
+        raise DataError(
+            f"{what} is {image.dtype} {list(image.shape)}; expected uint8 RGB [H, W, 3] with at least one pixel"
+        )
 
 
 def open_bundle(bundle: str | Path | Bundle) -> Bundle:
@@ -128,8 +144,15 @@ def open_bundle(bundle: str | Path | Bundle) -> Bundle:
     return Bundle.open(as_path(bundle, "bundle", "the path of a bundle, or an open Bundle"))
 
 
-def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str | None = None,
-         threads: int | None = None, batch: int | None = None, trust: bool = False) -> Detector:
+def load(
+    bundle: str | Path | Bundle,
+    *,
+    backend: str | None = None,
+    stage: str | None = None,
+    threads: int | None = None,
+    batch: int | None = None,
+    trust: bool = False,
+) -> Detector:
     """Open a bundle and load its best stage for this machine, or the one that is asked for.
 
     backend   "onnxruntime", "openvino", "onnxruntime-cuda" or "tensorrt"; None = an engine that fits this device, else
@@ -147,7 +170,7 @@ def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str 
             check_word(word, known, what)
     for number, what in ((threads, "threads"), (batch, "batch")):
         check_count(number, what)
-    if not isinstance(trust, bool):         # "no" and "false" are true
+    if not isinstance(trust, bool):  # "no" and "false" are true
         raise UsageError(f"trust is {shown(trust)}; expected True or False")
     refused: tuple[str, ...] = ()
     if backend == "tensorrt" or (backend is None and (stage is None or not any(map(find_spec, ON_FILES)))):
@@ -155,13 +178,20 @@ def load(bundle: str | Path | Bundle, *, backend: str | None = None, stage: str 
         if detector is not None:
             return detector
         if backend == "tensorrt":
-            raise EngineError(f"{bundle.path}: no engine for {stage or 'any stage'} that fits here"
-                              f"{''.join(f'; {reason}' for reason in refused)}; run: edgedetr build {bundle.path}")
+            raise EngineError(
+                f"{bundle.path}: no engine for {stage or 'any stage'} that fits here"
+                f"{''.join(f'; {reason}' for reason in refused)}; run: edgedetr build {bundle.path}"
+            )
     if backend is None and (stage or "onnx") in ON_GPU and not no_gpu():
         try:
-            return _on_file(bundle, "onnxruntime-cuda", stage or "onnx", threads,
-                            ["as asked" if stage else "float32: this ONNX Runtime can use the GPU", *refused])
-        except DeviceError as error:        # the CPU can do it too
+            return _on_file(
+                bundle,
+                "onnxruntime-cuda",
+                stage or "onnx",
+                threads,
+                ["as asked" if stage else "float32: this ONNX Runtime can use the GPU", *refused],
+            )
+        except DeviceError as error:  # the CPU can do it too
             log.warning("%s", error)
             refused = (*refused, f"the GPU not used: {error}")
     backend, stage, reason = _choose(bundle, backend, stage)
@@ -175,9 +205,14 @@ def _on_file(bundle: Bundle, backend: str, stage: str, threads: int | None, reas
     log.info("%s: %s", bundle.path, description)
     runner = BACKENDS[backend](path, threads=threads)
     if backend == "onnxruntime-cuda" and stage not in ON_GPU:
-        log.warning("%s: %s on %s, which computes quantised graphs otherwise than they say (AP 3.0 instead of 59.2 "
-                    "was seen, ONNX Runtime 1.31.1); take stage onnx or fp16, or build an engine: edgedetr build %s",
-                    bundle.path, stage, backend, bundle.path)
+        log.warning(
+            "%s: %s on %s, which computes quantised graphs otherwise than they say (AP 3.0 instead of 59.2 "
+            "was seen, ONNX Runtime 1.31.1); take stage onnx or fp16, or build an engine: edgedetr build %s",
+            bundle.path,
+            stage,
+            backend,
+            bundle.path,
+        )
     if int8_saturates() and (how := _saturated(runner, stage, bundle)):
         log.warning("%s: this CPU has no 8-bit dot product, %s", bundle.path, how)
     return _detector(bundle, runner, stage, description)
@@ -193,11 +228,15 @@ def absent(backend: str) -> str:
 def _saturated(runner: Runner, stage: str, bundle: Bundle) -> str | None:
     """What is wrong with an INT8 file on a CPU whose 8-bit products saturate, and what to do; None = nothing."""
     if (stage, runner.name) == ("int8", "openvino"):
-        return ("and OpenVINO's INT8 saturates on it: what it finds may be far from what the graph says; take stage "
-                "onnx, or int8-cpu in ONNX Runtime")
+        return (
+            "and OpenVINO's INT8 saturates on it: what it finds may be far from what the graph says; take stage "
+            "onnx, or int8-cpu in ONNX Runtime"
+        )
     if stage == "int8-cpu" and getattr(runner, "weight_bits", None) == 8:
-        return (f"and sums of 8-bit weights saturate on it: detections are lost; run: edgedetr export {bundle.path} "
-                "--int8 --set quant.cpu_weights=7bit")
+        return (
+            f"and sums of 8-bit weights saturate on it: detections are lost; run: edgedetr export {bundle.path} "
+            "--int8 --set quant.cpu_weights=7bit"
+        )
     return None
 
 
@@ -205,14 +244,16 @@ def load_engine(bundle: Bundle, engine: select.Engine, *, trust: bool = False) -
     """The detector on one engine of the bundle; EngineError where the plan must not or cannot be loaded."""
     runner = TrtRunner(engine.path, onnx_sha256=engine.told.onnx_sha256, trust=trust)
     told = engine.told
-    description = (f"{engine.stage} on tensorrt ({engine.path.name} {select.why(engine)}: {told.device}, "
-                   f"TensorRT {told.tensorrt})")
+    description = (
+        f"{engine.stage} on tensorrt ({engine.path.name} {select.why(engine)}: {told.device}, TensorRT {told.tensorrt})"
+    )
     log.info("%s: %s", bundle.path, description)
     return _detector(bundle, runner, engine.stage, description)
 
 
-def _load_engine(bundle: Bundle, stage: str | None, batch: int | None,
-                 trust: bool) -> tuple[Detector | None, tuple[str, ...]]:
+def _load_engine(
+    bundle: Bundle, stage: str | None, batch: int | None, trust: bool
+) -> tuple[Detector | None, tuple[str, ...]]:
     """The best engine that can be opened, or why there is none."""
     found = select.survey(bundle, trust=trust)
     fitting, refused = list(found.fitting), list(found.refused)
@@ -236,8 +277,9 @@ def _choose(bundle: Bundle, backend: str | None, stage: str | None) -> tuple[str
     if backend is None:
         backend = next((name for name in ON_FILES if find_spec(name)), None)
         if backend is None:
-            raise MissingDependency("neither onnxruntime nor openvino is installed, and no engine fits; "
-                                    "run: pip install onnxruntime")
+            raise MissingDependency(
+                "neither onnxruntime nor openvino is installed, and no engine fits; run: pip install onnxruntime"
+            )
     if stage is not None:
         return backend, stage, "as asked"
     if backend != "onnxruntime":

@@ -24,7 +24,7 @@ def int8_dot_product() -> str | None:
     """
     try:
         words = set(CPUINFO.read_text(encoding="ascii", errors="ignore").split())
-    except OSError:         # no Linux: Apple silicon always has the instruction, elsewhere nothing is known
+    except OSError:  # no Linux: Apple silicon always has the instruction, elsewhere nothing is known
         return "asimddp" if platform.machine() == "arm64" else None
     return next((flag for flag in DOT_PRODUCTS if flag in words), None)
 
@@ -50,8 +50,12 @@ def mkl_is_narrow() -> bool:
         return False
     first = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
     family = first.get("cpu family", "")
-    return (first.get("vendor_id") == "AuthenticAMD" and family.isdigit() and int(family) >= 26
-            and "avx512f" in first.get("flags", "").split())
+    return (
+        first.get("vendor_id") == "AuthenticAMD"
+        and family.isdigit()
+        and int(family) >= 26
+        and "avx512f" in first.get("flags", "").split()
+    )
 
 
 @lru_cache(maxsize=1)
@@ -86,5 +90,12 @@ def bounded(wanted: int | None, what: str = "threads") -> int:
 
 @lru_cache(maxsize=64)
 def _say_bound(wanted: int, most: int, what: str) -> None:
-    log.warning("%s is %d, and this process has %d core%s: %d %s used", what, wanted, most, "s" * (most > 1), most,
-                "are" if most > 1 else "is")
+    log.warning(
+        "%s is %d, and this process has %d core%s: %d %s used",
+        what,
+        wanted,
+        most,
+        "s" * (most > 1),
+        most,
+        "are" if most > 1 else "is",
+    )

@@ -30,5 +30,9 @@ class Detections:
     def above(self, confidence: float) -> Detections:
         """Those with at least this confidence."""
         keep = self.confidence >= confidence
-        return Detections(self.xyxy[keep], self.confidence[keep], self.class_id[keep],
-                          {name: values[keep] for name, values in self.data.items()})
+        return Detections(
+            self.xyxy[keep],
+            self.confidence[keep],
+            self.class_id[keep],
+            {name: values[keep] for name, values in self.data.items()},
+        )

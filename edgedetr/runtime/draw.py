@@ -18,10 +18,18 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 
 # Distinct on photographs and for colour-blind readers, after Okabe and Ito 2008; further classes get other hues.
-PALETTE = ((230, 80, 30), (30, 130, 230), (0, 170, 120), (240, 190, 20), (200, 80, 180), (90, 200, 240), (140, 90, 60),
-           (150, 200, 40))
+PALETTE = (
+    (230, 80, 30),
+    (30, 130, 230),
+    (0, 170, 120),
+    (240, 190, 20),
+    (200, 80, 180),
+    (90, 200, 240),
+    (140, 90, 60),
+    (150, 200, 40),
+)
 GOLDEN = 0.618034
-LONGEST_NAME = 24       # characters of a class name in a tag
+LONGEST_NAME = 24  # characters of a class name in a tag
 
 
 def colour_of(class_id: int) -> tuple[int, int, int]:
@@ -53,8 +61,17 @@ def draw(image: np.ndarray, detections: Detections, *, confidence: float = 0.0) 
         pen.rectangle(_inside(shown.xyxy[n], width, height), outline=colour_of(int(shown.class_id[n])), width=line)
     tags: list[Box] = []
     for n in range(len(shown)):
-        tags.append(_tag(pen, font, _label(shown, n), _inside(shown.xyxy[n], width, height),
-                         colour_of(int(shown.class_id[n])), tags, (width, height)))
+        tags.append(
+            _tag(
+                pen,
+                font,
+                _label(shown, n),
+                _inside(shown.xyxy[n], width, height),
+                colour_of(int(shown.class_id[n])),
+                tags,
+                (width, height),
+            )
+        )
     return np.asarray(picture)
 
 
@@ -68,13 +85,20 @@ def _inside(box: np.ndarray, width: int, height: int) -> Box:
 def _label(detections: Detections, n: int) -> str:
     names = detections.data.get("class_name")
     name = str(names[n]) if names is not None else f"class {detections.class_id[n]}"
-    name = one_line(name[:LONGEST_NAME + 1])
-    name = name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME - 1] + "\u2026"
+    name = one_line(name[: LONGEST_NAME + 1])
+    name = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "\u2026"
     return f"{name} {detections.confidence[n]:.2f}"
 
 
-def _tag(pen: ImageDraw.ImageDraw, font: Any, text: str, box: Box, colour: tuple[int, int, int], taken: list[Box],
-         size: tuple[int, int]) -> Box:
+def _tag(
+    pen: ImageDraw.ImageDraw,
+    font: Any,
+    text: str,
+    box: Box,
+    colour: tuple[int, int, int],
+    taken: list[Box],
+    size: tuple[int, int],
+) -> Box:
     """Draw the tag above, inside or below the box: the first place in the picture that no other tag has."""
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     pad = max(1, round((bottom - top) / 5))
@@ -99,5 +123,5 @@ def _font(size: int) -> Any:
 
     try:
         return ImageFont.load_default(size=size)
-    except TypeError:       # Pillow before 10.1 has one small bitmap font
+    except TypeError:  # Pillow before 10.1 has one small bitmap font
         return ImageFont.load_default()

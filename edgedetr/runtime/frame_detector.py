@@ -59,14 +59,18 @@ class FrameDetector:
         check_image(frame, "the frame")
         if frame.shape[:2] != (self.height, self.width):
             height, width = frame.shape[:2]
-            raise DataError(f"the frame is {height} x {width} pixels (height x width); expected {self.height} x "
-                            f"{self.width}; run: edgedetr export BUNDLE --frame {height}x{width}")
+            raise DataError(
+                f"the frame is {height} x {width} pixels (height x width); expected {self.height} x "
+                f"{self.width}; run: edgedetr export BUNDLE --frame {height}x{width}"
+            )
         found = self.runner.run(np.ascontiguousarray(frame)[None])
         boxes, scores, labels = (found[name][0] for name in ("boxes", "scores", "labels"))
         if boxes.ndim != 2 or boxes.shape[1] != 4 or not scores.shape == labels.shape == boxes.shape[:1]:
-            raise BundleError(f"the graph gives boxes {list(boxes.shape)}, scores {list(scores.shape)} and labels "
-                              f"{list(labels.shape)}; expected [k, 4], [k] and [k]; "
-                              f"run: edgedetr export BUNDLE --frame {self.height}x{self.width}")
+            raise BundleError(
+                f"the graph gives boxes {list(boxes.shape)}, scores {list(scores.shape)} and labels "
+                f"{list(labels.shape)}; expected [k, 4], [k] and [k]; "
+                f"run: edgedetr export BUNDLE --frame {self.height}x{self.width}"
+            )
         if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
             raise ModelError("the model gave NaN or infinity; run: edgedetr verify BUNDLE to see which stage does")
         return named(boxes, scores, labels.astype(np.int64), self.classes)
@@ -77,8 +81,14 @@ def file_name(source: str, height: int, width: int) -> str:
     return f"{source.removesuffix('.onnx')}.frame-{height}x{width}.onnx"
 
 
-def load_frames(bundle: str | Path | Bundle, *, size: tuple[int, int] | None = None, precision: str | None = None,
-                threads: int | None = None, make: Callable[..., FrameRunner] | None = None) -> FrameDetector:
+def load_frames(
+    bundle: str | Path | Bundle,
+    *,
+    size: tuple[int, int] | None = None,
+    precision: str | None = None,
+    threads: int | None = None,
+    make: Callable[..., FrameRunner] | None = None,
+) -> FrameDetector:
     """The detector for whole frames of a bundle: an engine that fits this device, else the graph in ONNX Runtime.
 
     size        height and width of the frames; may be left out where the bundle has graphs for one size alone
@@ -91,32 +101,44 @@ def load_frames(bundle: str | Path | Bundle, *, size: tuple[int, int] | None = N
     bundle = open_bundle(bundle)
     there = {name: found for name in bundle.manifest.files if (found := NAME.fullmatch(name))}
     if not there:
-        raise BundleError(f"{bundle.path}: no graph for whole frames; run: edgedetr export {bundle.path} --frame HxW, "
-                          "with the height and width of the camera's frames")
+        raise BundleError(
+            f"{bundle.path}: no graph for whole frames; run: edgedetr export {bundle.path} --frame HxW, "
+            "with the height and width of the camera's frames"
+        )
     sizes = sorted({(int(m["height"]), int(m["width"])) for m in there.values()})
     listed = ", ".join(f"{height}x{width}" for height, width in sizes)
     if size is None:
         if len(sizes) > 1:
             raise UsageError(f"{bundle.path} has graphs for frames of {listed}; say which: size=(height, width)")
         size = sizes[0]
-    fitting = {m["precision"] or "float32": name for name, m in there.items()
-               if (int(m["height"]), int(m["width"])) == tuple(size)}
+    fitting = {
+        m["precision"] or "float32": name
+        for name, m in there.items()
+        if (int(m["height"]), int(m["width"])) == tuple(size)
+    }
     if not fitting:
-        raise BundleError(f"{bundle.path}: graphs for frames of {listed}, none for {size[0]}x{size[1]}; "
-                          f"run: edgedetr export {bundle.path} --frame {size[0]}x{size[1]}")
+        raise BundleError(
+            f"{bundle.path}: graphs for frames of {listed}, none for {size[0]}x{size[1]}; "
+            f"run: edgedetr export {bundle.path} --frame {size[0]}x{size[1]}"
+        )
     if precision is not None and (not isinstance(precision, str) or precision not in fitting):
-        raise UsageError(f"precision is {shown(precision)}; for frames of {size[0]}x{size[1]} this bundle has "
-                         f"{', '.join(fitting)}{did_you_mean(str(precision)[:60], fitting)}")
+        raise UsageError(
+            f"precision is {shown(precision)}; for frames of {size[0]}x{size[1]} this bundle has "
+            f"{', '.join(fitting)}{did_you_mean(str(precision)[:60], fitting)}"
+        )
     if make is None:
         wanted = {precision: fitting[precision]} if precision is not None else fitting
         engine = select.pick(select.survey(bundle, wanted).fitting)
         if engine is not None:
-            return FrameDetector(TrtFrameRunner(engine.path, onnx_sha256=engine.told.onnx_sha256),
-                                 bundle.manifest.classes,
-                                 description=f"{engine.stage} for frames of {size[0]} x {size[1]} on tensorrt "
-                                             f"({engine.path.name} {select.why(engine)})")
+            return FrameDetector(
+                TrtFrameRunner(engine.path, onnx_sha256=engine.told.onnx_sha256),
+                bundle.manifest.classes,
+                description=f"{engine.stage} for frames of {size[0]} x {size[1]} on tensorrt "
+                f"({engine.path.name} {select.why(engine)})",
+            )
         make = OrtFrameRunner
     precision = precision or ("float32" if "float32" in fitting else next(iter(fitting)))
     runner = make(bundle.require(fitting[precision]), threads=threads)
-    return FrameDetector(runner, bundle.manifest.classes,
-                         description=f"{precision} for frames of {size[0]} x {size[1]} on {runner.name}")
+    return FrameDetector(
+        runner, bundle.manifest.classes, description=f"{precision} for frames of {size[0]} x {size[1]} on {runner.name}"
+    )

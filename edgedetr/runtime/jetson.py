@@ -11,11 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Jetson Linux -> JetPack, longest match first; 36.4 was shipped with both.
-JETPACKS = {"35.": "5", "36.2": "6.0 preview", "36.3": "6.0", "36.4": "6.1 or 6.2", "36.5": "6.2", "38.2": "7.0",
-            "38.4": "7.1", "39.2": "7.2"}
+JETPACKS = {
+    "35.": "5",
+    "36.2": "6.0 preview",
+    "36.3": "6.0",
+    "36.4": "6.1 or 6.2",
+    "36.5": "6.2",
+    "38.2": "7.0",
+    "38.4": "7.1",
+    "39.2": "7.2",
+}
 GPU_NAMES = re.compile(r"gpu|gv11b|gp10b|ga10b|gb10b", re.I)
-COMFORT = 1 << 30           # bytes of free memory: below it, building an engine on a board is likely to fail
-HOT = 85.0                  # degrees Celsius: boards begin to throttle some ten degrees above
+COMFORT = 1 << 30  # bytes of free memory: below it, building an engine on a board is likely to fail
+HOT = 85.0  # degrees Celsius: boards begin to throttle some ten degrees above
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,15 @@ class Board:
         if self.clocks_fixed is False:
             lines.append("clocks follow the load, so latencies vary; before measuring run: sudo jetson_clocks")
         if self.power_mode and "maxn" not in self.power_mode.lower():
-            lines.append(f"power mode {self.power_mode} holds the clocks down; see what there is: "
-                         "grep POWER_MODEL /etc/nvpmodel.conf, choose with: sudo nvpmodel -m ID")
+            lines.append(
+                f"power mode {self.power_mode} holds the clocks down; see what there is: "
+                "grep POWER_MODEL /etc/nvpmodel.conf, choose with: sudo nvpmodel -m ID"
+            )
         if self.memory is not None and self.memory[1] < COMFORT:
-            lines.append(f"only {self.memory[1] / 1e9:.1f} GB of memory are free; before building engines close the "
-                         "desktop (sudo systemctl isolate multi-user.target) and add swap")
+            lines.append(
+                f"only {self.memory[1] / 1e9:.1f} GB of memory are free; before building engines close the "
+                "desktop (sudo systemctl isolate multi-user.target) and add swap"
+            )
         if self.celsius is not None and self.celsius >= HOT:
             lines.append(f"{self.celsius:.0f} C: the board throttles soon; look after its fan")
         return lines
@@ -115,14 +127,20 @@ def read(root: Path = Path("/")) -> Board:
     """Look; `root` is where the file system begins."""
     told = re.search(r"R(\d+)[^,]*,\s*REVISION:\s*([\d.]+)", _text(root / "etc/nv_tegra_release"))
     return Board(
-        model=_text(root / "proc/device-tree/model").rstrip("\0\n"), release=f"{told[1]}.{told[2]}" if told else "",
-        power_mode=_power_mode(root), gpu=_gpu(root), cpu=_cpu(root), memory=_memory(root), celsius=_celsius(root))
+        model=_text(root / "proc/device-tree/model").rstrip("\0\n"),
+        release=f"{told[1]}.{told[2]}" if told else "",
+        power_mode=_power_mode(root),
+        gpu=_gpu(root),
+        cpu=_cpu(root),
+        memory=_memory(root),
+        celsius=_celsius(root),
+    )
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:         # not there, or only root may read it
+    except OSError:  # not there, or only root may read it
         return ""
 
 
@@ -150,15 +168,22 @@ def _gpu(root: Path) -> Clock | None:
         devices = sorted(path for path in folder.iterdir() if GPU_NAMES.search(path.name))
     except OSError:
         return None
-    return next((clock for path in devices if (clock := _clock(
-        *(path / name for name in ("cur_freq", "min_freq", "max_freq")), hertz=1)) is not None), None)
+    return next(
+        (
+            clock
+            for path in devices
+            if (clock := _clock(*(path / name for name in ("cur_freq", "min_freq", "max_freq")), hertz=1)) is not None
+        ),
+        None,
+    )
 
 
 def _cpu(root: Path) -> Clock | None:
     """Of the fastest core that is online."""
     policies = sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*"))
-    clocks = [_clock(*(path / f"scaling_{name}_freq" for name in ("cur", "min", "max")), hertz=1000)
-              for path in policies]
+    clocks = [
+        _clock(*(path / f"scaling_{name}_freq" for name in ("cur", "min", "max")), hertz=1000) for path in policies
+    ]
     return max((clock for clock in clocks if clock is not None), key=lambda clock: clock.most, default=None)
 
 
@@ -174,7 +199,7 @@ def _clock(*paths: Path, hertz: int) -> Clock | None:
 def _memory(root: Path) -> tuple[int, int] | None:
     text = _text(root / "proc/meminfo")
     found = [re.search(rf"^{name}:\s+(\d+) kB", text, re.M) for name in ("MemTotal", "MemAvailable")]
-    return None if None in found else (int(found[0][1]) * 1024, int(found[1][1]) * 1024)   # type: ignore[index]  # above
+    return None if None in found else (int(found[0][1]) * 1024, int(found[1][1]) * 1024)  # type: ignore[index]  # above
 
 
 def _celsius(root: Path) -> float | None:

@@ -14,8 +14,8 @@ from edgedetr.errors import UsageError
 log = logging.getLogger(__name__)
 
 UNSTEADY = 1.3  # a run's last third over its first: a board that throttles loses a third of its clock and more
-FEW_RUNS = 12   # below it a third is too short to tell
-WARM_UP = 5     # runs before the first that counts: memory is planned, caches and clocks settle
+FEW_RUNS = 12  # below it a third is too short to tell
+WARM_UP = 5  # runs before the first that counts: memory is planned, caches and clocks settle
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,13 @@ class Latency:
         return cls(float(p50), float(p99), len(seconds))
 
 
-def measure(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 50, warm_up: int = WARM_UP,
-            progress: Callable[[str, int, int], None] | None = None) -> dict[str, Latency]:
+def measure(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 50,
+    warm_up: int = WARM_UP,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Latency]:
     """Latency of each candidate; in every round each runs once, in an order that moves on by one."""
     if rounds < 1:
         raise UsageError(f"rounds is {rounds}; expected at least 1")
@@ -65,9 +70,13 @@ def warn_if_unsteady(seconds: Mapping[str, Sequence[float]]) -> bool:
     drifts = [drift(values) for values in seconds.values() if len(values) >= FEW_RUNS]
     if not drifts or 1 / UNSTEADY < (change := float(np.median(drifts))) < UNSTEADY:
         return False
-    log.warning("the machine became %s while latencies were measured (the last third took %.1f times as long as the "
-                "first), so they are no figures to compare: look for other work and for throttling (heat, power mode), "
-                "then measure again", "slower" if change > 1 else "faster", change)
+    log.warning(
+        "the machine became %s while latencies were measured (the last third took %.1f times as long as the "
+        "first), so they are no figures to compare: look for other work and for throttling (heat, power mode), "
+        "then measure again",
+        "slower" if change > 1 else "faster",
+        change,
+    )
     return True
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 MACHINE_ID = Path("/etc/machine-id")
 L4T_RELEASE = Path("/etc/nv_tegra_release")
-OWN_ID = "machine-id"           # in the user's cache, where the system has none: in most containers
+OWN_ID = "machine-id"  # in the user's cache, where the system has none: in most containers
 FORM = re.compile(r"[0-9a-f]{32}")
 
 
@@ -66,6 +66,6 @@ def _own_id(make: bool) -> str:
             if not stat.S_ISREG(about.st_mode) or about.st_mode & 0o022 or about.st_uid not in (0, os.geteuid()):
                 return ""
             text = stream.read(64).decode("ascii").strip()
-    except (OSError, ValueError, RuntimeError):     # RuntimeError: no home directory can be found
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory can be found
         return ""
     return text if FORM.fullmatch(text) else ""

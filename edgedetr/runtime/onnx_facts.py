@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from edgedetr.errors import EdgedetrError, EngineError
 
-DEEPEST = 32                    # subgraphs in subgraphs
+DEEPEST = 32  # subgraphs in subgraphs
 EXPECTED = "expected an ONNX graph written by edgedetr export or edgedetr import"
 
 # Field numbers. ModelProto: graph, opset_import. GraphProto: node, initializer, sparse_initializer, input, output.
 MODEL_GRAPH, MODEL_OPSET, MODEL_TRAINING, MODEL_FUNCTIONS = 7, 8, 20, 25
 NODE, INITIALIZER, SPARSE_INITIALIZER, INPUT, OUTPUT = 1, 5, 15, 11, 12
 NODE_OP, NODE_ATTRIBUTE, FUNCTION_NODE, FUNCTION_ATTRIBUTE = 4, 5, 7, 11
-TRAINING_GRAPHS = 1, 2          # of TrainingInfoProto: initialization, algorithm
+TRAINING_GRAPHS = 1, 2  # of TrainingInfoProto: initialization, algorithm
 ATTRIBUTE_TENSOR, ATTRIBUTE_GRAPH, ATTRIBUTE_TENSORS, ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 ATTRIBUTE_SPARSE, ATTRIBUTE_SPARSES = 22, 23
 TENSOR_NAME, TENSOR_EXTERNAL, TENSOR_LOCATION, EXTERNAL = 8, 13, 14, 1
@@ -64,8 +64,9 @@ def parse(data: bytes, what: str = "the graph", error: type[EdgedetrError] = Eng
                     opset = _int(told.get(2, 0))
         if len(graphs) != 1:
             raise ValueError(f"{len(graphs)} graphs")
-        inputs, outputs = (dict(_value(_bytes(v)) for n, v in _fields(graphs[0]) if n == field)
-                           for field in (INPUT, OUTPUT))
+        inputs, outputs = (
+            dict(_value(_bytes(v)) for n, v in _fields(graphs[0]) if n == field) for field in (INPUT, OUTPUT)
+        )
         operators: set[str] = set()
         external: list[str] = []
         for graph in (graphs[0], *training):
@@ -75,7 +76,7 @@ def parse(data: bytes, what: str = "the graph", error: type[EdgedetrError] = Eng
             for number, value in _fields(function):
                 if number == FUNCTION_ATTRIBUTE:
                     _attribute(_bytes(value), operators, external, 0)
-    except (ValueError, IndexError) as reason:      # also UnicodeDecodeError
+    except (ValueError, IndexError) as reason:  # also UnicodeDecodeError
         raise error(f"{what}: not an ONNX file, or cut off ({reason}); {EXPECTED}") from reason
     return OnnxFacts(opset, inputs, outputs, frozenset(operators), tuple(external))
 
@@ -168,7 +169,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
             raise ValueError(f"wire type {kind}")
         if at + length > end:
             raise ValueError(f"a field of {length} bytes where {end - at} are left")
-        yield number, message[at:at + length]
+        yield number, message[at : at + length]
         at += length
 
 

@@ -14,8 +14,9 @@ from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.preprocess import Geometry
 
 
-def decode(raw: RawOutputs, geometries: Sequence[Geometry], classes: Sequence[ClassInfo],
-           output: OutputContract) -> list[Detections]:
+def decode(
+    raw: RawOutputs, geometries: Sequence[Geometry], classes: Sequence[ClassInfo], output: OutputContract
+) -> list[Detections]:
     """Detections of each picture of a batch, most confident first, boxes clipped to the picture.
 
     raw          logits [B, N, K] for sigmoid or [B, N, K+1] for softmax (last = no object), boxes [B, N, 4]
@@ -23,14 +24,22 @@ def decode(raw: RawOutputs, geometries: Sequence[Geometry], classes: Sequence[Cl
     """
     width = len(classes) + (output.activation == "softmax")
     if raw.logits.ndim and raw.logits.shape[-1] != width:
-        raise BundleError(f"the graph gives {raw.logits.shape[-1]} logits per query, expected {width} for "
-                          f"{len(classes)} classes and {output.activation}; run: edgedetr export BUNDLE")
+        raise BundleError(
+            f"the graph gives {raw.logits.shape[-1]} logits per query, expected {width} for "
+            f"{len(classes)} classes and {output.activation}; run: edgedetr export BUNDLE"
+        )
     numbers = raw.logits.dtype.kind in "fiu" and raw.boxes.dtype.kind in "fiu"
-    if raw.logits.ndim != 3 or raw.boxes.shape != (*raw.logits.shape[:2], 4) or not numbers \
-            or len(geometries) != len(raw.logits):
-        raise BundleError(f"the graph gives logits {raw.logits.dtype} {list(raw.logits.shape)} and boxes "
-                          f"{raw.boxes.dtype} {list(raw.boxes.shape)} for {len(geometries)} pictures; expected numbers "
-                          f"[B, N, {width}] and [B, N, 4]; run: edgedetr export BUNDLE")
+    if (
+        raw.logits.ndim != 3
+        or raw.boxes.shape != (*raw.logits.shape[:2], 4)
+        or not numbers
+        or len(geometries) != len(raw.logits)
+    ):
+        raise BundleError(
+            f"the graph gives logits {raw.logits.dtype} {list(raw.logits.shape)} and boxes "
+            f"{raw.boxes.dtype} {list(raw.boxes.shape)} for {len(geometries)} pictures; expected numbers "
+            f"[B, N, {width}] and [B, N, 4]; run: edgedetr export BUNDLE"
+        )
     if not (np.isfinite(raw.logits).all() and np.isfinite(raw.boxes).all()):
         raise ModelError("the model gave NaN or infinity; run: edgedetr verify BUNDLE to see which stage does")
     select = {"sigmoid": _best_of_all, "softmax": _best_class_per_query}[output.activation]
@@ -50,8 +59,10 @@ def named(xyxy: np.ndarray, confidence: np.ndarray, class_id: np.ndarray, classe
     Errors: BundleError for a class that is not there.
     """
     if class_id.size and not 0 <= int(class_id.min()) <= int(class_id.max()) < len(classes):
-        raise BundleError(f"the graph gives classes {int(class_id.min())} to {int(class_id.max())}, and the bundle has "
-                          f"{len(classes)}; run: edgedetr export BUNDLE")
+        raise BundleError(
+            f"the graph gives classes {int(class_id.min())} to {int(class_id.max())}, and the bundle has "
+            f"{len(classes)}; run: edgedetr export BUNDLE"
+        )
     names = np.array([c.name for c in classes], dtype=str)
     ids = np.array([c.category_id for c in classes], dtype=np.int64)
     return Detections(xyxy, confidence, class_id, {"class_name": names[class_id], "category_id": ids[class_id]})

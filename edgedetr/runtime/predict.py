@@ -27,7 +27,7 @@ from edgedetr.runtime.video_container import look
 
 log = logging.getLogger(__name__)
 
-MOVING = frozenset({"mp4", "avi", "mkv", "flv", "wmv", "mpeg"})     # kinds of containers; a GIF is read as an image
+MOVING = frozenset({"mp4", "avi", "mkv", "flv", "wmv", "mpeg"})  # kinds of containers; a GIF is read as an image
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,14 @@ class Frame:
     lost: int = 0
 
 
-def predict(detector: Detector, sources: Sequence[str | Path], *, out: str | Path | None = None,
-            confidence: float = 0.25, drop_late: bool = False) -> Generator[str, None, None]:
+def predict(
+    detector: Detector,
+    sources: Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    confidence: float = 0.25,
+    drop_late: bool = False,
+) -> Generator[str, None, None]:
     """JSON lines of the detections at or above `confidence`; `out` is a folder for annotated pictures and videos.
 
     drop_late   frames of videos and cameras that come while the detector is busy give way to newer ones
@@ -67,16 +73,32 @@ def json_line(frame: Frame, detections: Detections) -> str:
     Of a video also "frames_lost": how many before this one could not be decoded; their numbers are left out.
     xyxy are pixels of the picture; class_id is the model's index, category_id the data set's own.
     """
-    rows = zip(detections.xyxy, detections.confidence, detections.class_id, detections.data["class_name"],
-               detections.data["category_id"])
-    return json_text({
-        "source": video.shown(frame.source), "frame": frame.index,
-        "height": frame.image.shape[0], "width": frame.image.shape[1],
-        **({} if frame.index is None else {"frames_lost": frame.lost}),
-        "detections": [
-            {"xyxy": [round(float(v), 2) for v in box], "confidence": round(float(score), 4), "class_id": int(class_id),
-             "class_name": str(name), "category_id": int(number)} for box, score, class_id, name, number in rows],
-    })
+    rows = zip(
+        detections.xyxy,
+        detections.confidence,
+        detections.class_id,
+        detections.data["class_name"],
+        detections.data["category_id"],
+    )
+    return json_text(
+        {
+            "source": video.shown(frame.source),
+            "frame": frame.index,
+            "height": frame.image.shape[0],
+            "width": frame.image.shape[1],
+            **({} if frame.index is None else {"frames_lost": frame.lost}),
+            "detections": [
+                {
+                    "xyxy": [round(float(v), 2) for v in box],
+                    "confidence": round(float(score), 4),
+                    "class_id": int(class_id),
+                    "class_name": str(name),
+                    "category_id": int(number),
+                }
+                for box, score, class_id, name, number in rows
+            ],
+        }
+    )
 
 
 def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterator[Frame]:
@@ -94,7 +116,7 @@ def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterato
     sources = list(sources)
     for index, source in enumerate(sources):
         as_path(source, f"sources[{index}]", "a path, or the text of a camera, stream or pipeline")
-        if not str(source).strip():         # a variable of the shell that is not set; Path would make it this folder
+        if not str(source).strip():  # a variable of the shell that is not set; Path would make it this folder
             raise UsageError(f"sources[{index}] is an empty text; expected a path, or . for this folder")
     faults = _Faults(alone=len(sources) == 1)
     for source in sources:
@@ -129,7 +151,7 @@ class _Faults:
         self.left_out += 1
         if counts:
             self.errors.append(error)
-        if not (counts and self.alone and self.whole + self.left_out == 1):     # else it is what is said at the end
+        if not (counts and self.alone and self.whole + self.left_out == 1):  # else it is what is said at the end
             log.warning("left out: %s" if not isinstance(error, video.VideoDamaged) else "%s", error)
 
     def say(self) -> None:
@@ -191,7 +213,7 @@ def _is_video(path: Path, named: bool) -> bool:
     try:
         return look(path).kind in MOVING
     except (OSError, ValueError):
-        return False            # what reads it says why
+        return False  # what reads it says why
 
 
 def _video(source: str | Path, drop_late: bool) -> Iterator[Frame]:
@@ -209,15 +231,16 @@ class _Writer:
         self.folder = folder
         self.taken: set[Path] = set()
         self.video: Any = None
-        self.last: int | None = None        # number of the last frame of the video that is being written
+        self.last: int | None = None  # number of the last frame of the video that is being written
         self.playing: Path | str | None = None
-        self.size: tuple[int, ...] = ()     # height and width of its frames
+        self.size: tuple[int, ...] = ()  # height and width of its frames
 
     def __enter__(self) -> _Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._close()
 
     def write(self, frame: Frame, detections: Detections) -> None:
@@ -229,7 +252,7 @@ class _Writer:
             self._still(self._target(frame.source, ".jpg"), picture)
             return
         other = self.playing != frame.source or self.last is None or frame.index <= self.last
-        if other or self.size != picture.shape[:2]:         # a video has one size: another one begins another file
+        if other or self.size != picture.shape[:2]:  # a video has one size: another one begins another file
             self._close()
             self._start(frame, self._target(frame.source, ".mp4"))
         self.last, self.size = frame.index, picture.shape[:2]
@@ -247,8 +270,9 @@ class _Writer:
         height, width = frame.image.shape[:2]
         self.video = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*"mp4v"), frame.rate, (width, height))
         if not self.video.isOpened():
-            raise DataError(f"{target}: OpenCV {cv2.__version__} cannot write MP4 video here; "
-                            f"leave --out away for videos")
+            raise DataError(
+                f"{target}: OpenCV {cv2.__version__} cannot write MP4 video here; leave --out away for videos"
+            )
         self.playing = frame.source
 
     def _target(self, named: Path | str, suffix: str) -> Path:
@@ -256,8 +280,10 @@ class _Writer:
         folder = self.folder if self.folder is not None else Path()
         source = Path(re.sub(r"[^A-Za-z0-9.]+", "-", video.shown(named))[:80]) if video.is_live(named) else Path(named)
         if not video.is_live(named) and folder.resolve() == source.parent.resolve():
-            raise UsageError(f"{folder} holds the source {source.name}, which must not be written over; "
-                             f"name another folder with --out")
+            raise UsageError(
+                f"{folder} holds the source {source.name}, which must not be written over; "
+                f"name another folder with --out"
+            )
         number, target = 1, folder / f"{source.stem}{suffix}"
         while target in self.taken:
             number += 1

@@ -1,7 +1,7 @@
 """The one resize: how a picture becomes the input of a model, and how boxes go back.
 
-Evaluation, calibration, verification and the device all call this file; `edgedetr.serving.pre_post_graph` is its twin in
-ONNX. The definition, for each axis by itself, with S source pixels and T target pixels:
+Evaluation, calibration, verification and the device all call this file; `edgedetr.serving.pre_post_graph` is the same
+in ONNX. The definition, for each axis by itself, with S source pixels and T target pixels:
 
 1. if S / T > 2, the axis is cut to a multiple of k = floor(S / T) (fewer than k pixels fall off at the right or bottom)
    and every k pixels are averaged, so that nothing aliases;
@@ -27,8 +27,8 @@ from edgedetr.errors import DataError, MissingDependency, UsageError
 from edgedetr.options import one_of
 from edgedetr.runtime.arguments import kind
 
-PADDING = 114                       # gray of the letterbox border, as YOLO-family tools use it
-OPENCV_LIMIT = 32766                # pixels per side; OpenCV's fixed-point resize indexes with 16 bits
+PADDING = 114  # gray of the letterbox border, as YOLO-family tools use it
+OPENCV_LIMIT = 32766  # pixels per side; OpenCV's fixed-point resize indexes with 16 bits
 Backend = Literal["auto", "numpy", "opencv"]
 
 
@@ -55,16 +55,25 @@ class Geometry:
     def of(cls, source_height: int, source_width: int, contract: InputContract) -> Geometry:
         """The geometry of a picture of this size under this contract; no pixels needed."""
         if source_height < 1 or source_width < 1:
-            raise DataError(f"a picture of {source_height} x {source_width} pixels (height x width); "
-                            "expected at least 1 x 1")
+            raise DataError(
+                f"a picture of {source_height} x {source_width} pixels (height x width); expected at least 1 x 1"
+            )
         content_height, content_width = contract.height, contract.width
         if contract.resize == "letterbox":
             scale = min(contract.height / source_height, contract.width / source_width)
             content_height = min(contract.height, max(1, math.floor(source_height * scale + 0.5)))
             content_width = min(contract.width, max(1, math.floor(source_width * scale + 0.5)))
         rows, columns = averaged(source_height, content_height), averaged(source_width, content_width)
-        return cls(source_height, source_width, source_height // rows * rows, source_width // columns * columns,
-                   content_height, content_width, contract.height, contract.width)
+        return cls(
+            source_height,
+            source_width,
+            source_height // rows * rows,
+            source_width // columns * columns,
+            content_height,
+            content_width,
+            contract.height,
+            contract.width,
+        )
 
     def to_source(self, boxes: np.ndarray) -> np.ndarray:
         """xyxy boxes [..., 4] from pixels of the input to pixels of the source picture (not clipped to it)."""
@@ -111,8 +120,9 @@ def resize(image: np.ndarray, contract: InputContract, *, backend: Backend = "au
     return padded, geometry
 
 
-def prepare(images: list[np.ndarray], contract: InputContract, *,
-            backend: Backend = "auto") -> tuple[np.ndarray, list[Geometry]]:
+def prepare(
+    images: list[np.ndarray], contract: InputContract, *, backend: Backend = "auto"
+) -> tuple[np.ndarray, list[Geometry]]:
     """Pictures of any sizes as one batch.
 
     images   B arrays [H, W, 3]       uint8, RGB, EXIF-upright
@@ -133,8 +143,10 @@ def _require_picture(image: np.ndarray) -> None:
     picture = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
     if not picture or image.size == 0:
         found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise DataError(f"a picture came as {found}; expected a uint8 array [H, W, 3] in RGB order, "
-                        "as edgedetr.data.images.decode(path) gives it")
+        raise DataError(
+            f"a picture came as {found}; expected a uint8 array [H, W, 3] in RGB order, "
+            "as edgedetr.data.images.decode(path) gives it"
+        )
 
 
 def _resize_numpy(used: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -163,7 +175,7 @@ def _sum_strided(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 def _mix(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    high -= low                     # both are fresh copies made by the gather
+    high -= low  # both are fresh copies made by the gather
     high *= weight
     low += high
     return low
@@ -179,7 +191,7 @@ def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def _resize_opencv(cv2: ModuleType, used: np.ndarray, height: int, width: int) -> np.ndarray:
     rows, columns = averaged(used.shape[0], height), averaged(used.shape[1], width)
-    if rows * columns > 1:          # whole factors: INTER_AREA is the plain mean, rounded
+    if rows * columns > 1:  # whole factors: INTER_AREA is the plain mean, rounded
         used = cv2.resize(used, (used.shape[1] // columns, used.shape[0] // rows), interpolation=cv2.INTER_AREA)
     if used.shape[:2] != (height, width):
         used = cv2.resize(used, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -190,9 +202,10 @@ def _resize_opencv(cv2: ModuleType, used: np.ndarray, height: int, width: int) -
 def _opencv(required: bool) -> ModuleType | None:
     try:
         import cv2
-    except ImportError as error:    # also a broken install, which must not stop the numpy path
+    except ImportError as error:  # also a broken install, which must not stop the numpy path
         if required:
-            raise MissingDependency("OpenCV was asked for and is not installed; "
-                                    "run: pip install opencv-python-headless") from error
+            raise MissingDependency(
+                "OpenCV was asked for and is not installed; run: pip install opencv-python-headless"
+            ) from error
         return None
     return cv2

@@ -29,19 +29,45 @@ from edgedetr.runtime.video_container import Container, look
 
 log = logging.getLogger(__name__)
 
-VIDEOS = frozenset({".mp4", ".m4v", ".avi", ".mov", ".qt", ".mkv", ".webm", ".mpg", ".mpeg", ".m2v", ".vob", ".wmv",
-                    ".asf", ".3gp", ".3g2", ".ts", ".mts", ".m2ts", ".flv", ".f4v", ".ogv", ".mxf", ".mjpeg", ".mjpg"})
-WAITING = 4             # frames between reader and detector: hides a slow frame, and is 24 MB at 1080p
-USUAL_RATE = 25.0       # frames per second where a container does not say
-FASTEST = 240.0         # more is a container's mistake; it would only matter for pacing and for written videos
+VIDEOS = frozenset(
+    {
+        ".mp4",
+        ".m4v",
+        ".avi",
+        ".mov",
+        ".qt",
+        ".mkv",
+        ".webm",
+        ".mpg",
+        ".mpeg",
+        ".m2v",
+        ".vob",
+        ".wmv",
+        ".asf",
+        ".3gp",
+        ".3g2",
+        ".ts",
+        ".mts",
+        ".m2ts",
+        ".flv",
+        ".f4v",
+        ".ogv",
+        ".mxf",
+        ".mjpeg",
+        ".mjpg",
+    }
+)
+WAITING = 4  # frames between reader and detector: hides a slow frame, and is 24 MB at 1080p
+USUAL_RATE = 25.0  # frames per second where a container does not say
+FASTEST = 240.0  # more is a container's mistake; it would only matter for pacing and for written videos
 STREAM = re.compile(r"^(rtsps?|rtmps?|https?|udp|tcp|srt)://", re.I)
 CAMERA = re.compile(r"^/dev/video(\d+)$")
-PATIENCE = 16           # failed reads in a row after which a file without a believable count is taken to be at its end
-MOST_FAILED = 5000      # failed reads in a row after which any file is: a count may be a lie of a thousand million
-HARMLESS = 0.1          # fraction of frames that may be lost before it is an error
-ESTIMATED = 0.1         # by which a number of frames, or a duration, is off that was not counted
-RETRIES, PAUSE = 5, 0.05        # of a live source, and seconds between them: a camera may miss a frame
-PIPELINE = re.compile(r"\s!\s")         # GStreamer's, as the cameras on a Jetson's CSI connector need it
+PATIENCE = 16  # failed reads in a row after which a file without a believable count is taken to be at its end
+MOST_FAILED = 5000  # failed reads in a row after which any file is: a count may be a lie of a thousand million
+HARMLESS = 0.1  # fraction of frames that may be lost before it is an error
+ESTIMATED = 0.1  # by which a number of frames, or a duration, is off that was not counted
+RETRIES, PAUSE = 5, 0.05  # of a live source, and seconds between them: a camera may miss a frame
+PIPELINE = re.compile(r"\s!\s")  # GStreamer's, as the cameras on a Jetson's CSI connector need it
 CREDENTIALS = re.compile(r"//[^/@\s]*@")
 
 
@@ -100,13 +126,17 @@ def play(source: str | Path, *, drop_late: bool = False) -> Generator[VideoFrame
     reader = _Reader(source, drop_late)
     try:
         yield from reader
-    finally:            # also when the caller stops early: by an error, by closing the iterator, by Ctrl-C
+    finally:  # also when the caller stops early: by an error, by closing the iterator, by Ctrl-C
         reader.stop()
     if reader.note:
         log.warning("%s", reader.note)
     if reader.dropped:
-        log.warning("%s: %d of %d frames came while the detector was busy and were dropped", shown(source),
-                    reader.dropped, reader.count)
+        log.warning(
+            "%s: %d of %d frames came while the detector was busy and were dropped",
+            shown(source),
+            reader.dropped,
+            reader.count,
+        )
 
 
 class _Reader:
@@ -147,11 +177,13 @@ class _Reader:
             capture = self.cv2.VideoCapture(int(camera[1]) if camera else text if self.live else os.path.abspath(text))
         if self.live and not capture.isOpened():
             capture.release()
-            raise DataError(f"{shown(self.source)}: OpenCV {self.cv2.__version__} cannot open it; expected a camera, "
-                            "an address or a GStreamer pipeline that this OpenCV plays; is it there? look with: "
-                            "ls /dev/video*, or ffplay ADDRESS")
+            raise DataError(
+                f"{shown(self.source)}: OpenCV {self.cv2.__version__} cannot open it; expected a camera, "
+                "an address or a GStreamer pipeline that this OpenCV plays; is it there? look with: "
+                "ls /dev/video*, or ffplay ADDRESS"
+            )
         if self.live and self.drop_late:
-            capture.set(self.cv2.CAP_PROP_BUFFERSIZE, 1)    # old frames must not wait in the driver either
+            capture.set(self.cv2.CAP_PROP_BUFFERSIZE, 1)  # old frames must not wait in the driver either
         return capture
 
     def __iter__(self) -> Iterator[VideoFrame]:
@@ -165,7 +197,7 @@ class _Reader:
         self.stopped.set()
         while self.thread.is_alive():
             try:
-                self.waiting.get_nowait()       # room, in case it waits for some
+                self.waiting.get_nowait()  # room, in case it waits for some
             except queue.Empty:
                 self.thread.join(0.05)
 
@@ -213,12 +245,14 @@ class _Reader:
                 raise DataError(f"{name}: no frame could be read; expected a source that this OpenCV plays")
             return
         if not read:
-            raise DataError(f"{name}: no frame could be read ({self._why_nothing()}); expected a video that OpenCV "
-                            f"{self.cv2.__version__} decodes")
+            raise DataError(
+                f"{name}: no frame could be read ({self._why_nothing()}); expected a video that OpenCV "
+                f"{self.cv2.__version__} decodes"
+            )
         expected, cut = round(self.claimed * self.container.shown), self.container.cut
         counted = self.container.exact and self.container.shown == 1.0
         if counted and read >= expected > 0:
-            cut = ""            # what is missing holds no frame
+            cut = ""  # what is missing holds no frame
         missing = max(0, expected - read) if counted or cut else 0
         # Frames that are shown for long make a count from a duration wrong, so only an early last frame is believed.
         late = expected / self.rate - (1.5 / self.rate if counted else max(1.0, ESTIMATED * expected / self.rate))
@@ -230,8 +264,13 @@ class _Reader:
         numbers += f", of {expected} that the file says it has" if expected else ""
         if cut or lost > HARMLESS * (read + lost):
             why = f"; {cut}" if cut else ""
-            raise VideoDamaged(f"{name}: {'cut or ' if cut else ''}damaged: {numbers}{why}; expected a whole file; "
-                               "copy or record it again", read, lost, expected)
+            raise VideoDamaged(
+                f"{name}: {'cut or ' if cut else ''}damaged: {numbers}{why}; expected a whole file; "
+                "copy or record it again",
+                read,
+                lost,
+                expected,
+            )
         self.note = f"{name}: {numbers}; what cannot be decoded was skipped" if lost else ""
 
     def _why_nothing(self) -> str:
@@ -247,7 +286,7 @@ class _Reader:
             try:
                 self.waiting.get_nowait()
                 self.dropped += 1
-            except queue.Empty:     # it was taken at this very moment
+            except queue.Empty:  # it was taken at this very moment
                 break
         self._put(frame)
 
@@ -268,8 +307,10 @@ def _look(source: str | Path) -> Container:
         raise DataError(f"{shown(source)}: cannot be read ({error}); expected a video file") from error
     if container.kind == "text":
         # A playlist: FFmpeg would open the files and addresses in it.
-        raise DataError(f"{shown(source)}: no frame could be read (it is text, no video; a playlist is not followed); "
-                        "expected a video file; name the videos themselves")
+        raise DataError(
+            f"{shown(source)}: no frame could be read (it is text, no video; a playlist is not followed); "
+            "expected a video file; name the videos themselves"
+        )
     return container
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-MOST_BOXES = 100_000            # of one level; real files have some ten, fragmented ones two for each second
+MOST_BOXES = 100_000  # of one level; real files have some ten, fragmented ones two for each second
 DEEPEST = 8
-LARGEST_BOX = 1 << 20           # bytes of a box that is read whole
+LARGEST_BOX = 1 << 20  # bytes of a box that is read whole
 NEST = (b"moov", b"trak", b"mdia", b"edts")
 ISO = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof")
 # `ftyp` of still images, which Pillow and its plugins read.
@@ -67,8 +67,15 @@ def kind_of(head: bytes) -> str:
         return "image" if head[4:8] == b"ftyp" and head[8:12] in STILL_BRANDS else "mp4"
     if head[:4] == b"RIFF":
         return "avi" if head[8:12] == b"AVI " else "image" if head[8:12] == b"WEBP" else ""
-    for kind, start in (("mkv", struct.pack(">I", EBML)), ("flv", b"FLV"), ("ogg", b"OggS"), ("gif", b"GIF8"),
-                        ("wmv", b"\x30\x26\xb2\x75"), ("mpeg", b"\x00\x00\x01"), ("mpeg", b"\x00\x00\x00\x01")):
+    for kind, start in (
+        ("mkv", struct.pack(">I", EBML)),
+        ("flv", b"FLV"),
+        ("ogg", b"OggS"),
+        ("gif", b"GIF8"),
+        ("wmv", b"\x30\x26\xb2\x75"),
+        ("mpeg", b"\x00\x00\x01"),
+        ("mpeg", b"\x00\x00\x00\x01"),
+    ):
         if head.startswith(start):
             return kind
     if len(head) > 376 and any(head[at] == head[at + step] == 0x47 for at, step in ((0, 188), (4, 192))):
@@ -104,7 +111,7 @@ def _boxes(stream: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, int, in
         length, name, header = int.from_bytes(head[:4], "big"), head[4:8], 8
         if length == 1 and len(head) == 16:
             length, header = int.from_bytes(head[8:], "big"), 16
-        elif length == 0:           # to the end of the file
+        elif length == 0:  # to the end of the file
             length = end - at
         if length < header or not name.isascii():
             return
@@ -128,8 +135,8 @@ def _shown(stream: BinaryIO, size: int) -> float:
         if name == b"hdlr":
             tracks[-1]["video"] = data[8:12] == b"vide"
         elif name == b"elst":
-            count, = struct.unpack_from(">I", data, 4)
-            rows = struct.iter_unpack(">QqI" if wide else ">IiI", data[8:8 + min(count, 1000) * (20 if wide else 12)])
+            (count,) = struct.unpack_from(">I", data, 4)
+            rows = struct.iter_unpack(">QqI" if wide else ">IiI", data[8 : 8 + min(count, 1000) * (20 if wide else 12)])
             tracks[-1]["edit"] = sum(length for length, first, _ in rows if first >= 0)
         else:
             unit, length = struct.unpack_from(">IQ" if wide else ">II", data, 20 if wide else 12)
@@ -152,7 +159,7 @@ def _inside(stream: BinaryIO, at: int, end: int, depth: int) -> Iterator[tuple[b
 
 def _riff(stream: BinaryIO, size: int) -> Container:
     at = 0
-    for _ in range(MOST_BOXES):         # files beyond 1 GB are several RIFF chunks
+    for _ in range(MOST_BOXES):  # files beyond 1 GB are several RIFF chunks
         stream.seek(at)
         head = stream.read(12)
         if len(head) < 12 or head[:4] != b"RIFF":
@@ -168,19 +175,20 @@ def _riff(stream: BinaryIO, size: int) -> Container:
 
 def _matroska(stream: BinaryIO, size: int) -> Container:
     at = 0
-    for _ in range(4):                  # the header, perhaps something void, the segment
+    for _ in range(4):  # the header, perhaps something void, the segment
         stream.seek(at)
         head = stream.read(16)
         identity, length = _vint(head, 0, keep=True)
         told, more = _vint(head, length)
         if not length or not more:
             return Container("mkv")
-        unknown = told == (1 << 7 * more) - 1           # as live recordings are written
+        unknown = told == (1 << 7 * more) - 1  # as live recordings are written
         at += length + more + (0 if unknown else told)
         if identity == SEGMENT:
             missing = 0 if unknown else at - size
-            return Container("mkv", f"its segment ends {missing} bytes behind the end of the file" if missing > 0
-                             else "")
+            return Container(
+                "mkv", f"its segment ends {missing} bytes behind the end of the file" if missing > 0 else ""
+            )
         if unknown:
             break
     return Container("mkv")
@@ -193,5 +201,5 @@ def _vint(data: bytes, at: int, keep: bool = False) -> tuple[int, int]:
     length = 9 - data[at].bit_length()
     if at + length > len(data):
         return 0, 0
-    value = int.from_bytes(data[at:at + length], "big")
+    value = int.from_bytes(data[at : at + length], "big")
     return value if keep else value & ((1 << 7 * length) - 1), length

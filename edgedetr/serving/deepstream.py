@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 PARSER = "NvDsInferParseCustomTfSSD"
 LIBRARY = "/opt/nvidia/deepstream/deepstream/lib/libnvds_infercustomparser.so"
 OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
-MODES = {"model.onnx": 0, "model.fp16.onnx": 2, "model.int8.onnx": 1}      # nvinfer's network-mode
-CONFIDENCE = 0.25               # least score that is passed on, as edgedetr predict has it
+MODES = {"model.onnx": 0, "model.fp16.onnx": 2, "model.int8.onnx": 1}  # nvinfer's network-mode
+CONFIDENCE = 0.25  # least score that is passed on, as edgedetr predict has it
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ def with_parser_outputs(model: ModelProto, manifest: Manifest, frame: tuple[int,
         batch = 1
         geometry = Geometry.of(height, width, contract)
         pre_post_graph.resize(front, "frame", geometry, output="images")
-        factors = (geometry.width * geometry.used_width / geometry.content_width / width,
-                   geometry.height * geometry.used_height / geometry.content_height / height)
+        factors = (
+            geometry.width * geometry.used_width / geometry.content_width / width,
+            geometry.height * geometry.used_height / geometry.content_height / height,
+        )
     chosen = pre_post_graph.choose(back, "logits", "boxes", queries, classes, manifest.output)
     boxes = pre_post_graph.corners(back, chosen.boxes, factors, (1.0, 1.0), order=(1, 0, 3, 2))
     labels = back.add("Cast", chosen.labels, to=TensorProto.FLOAT)
@@ -74,13 +76,19 @@ def with_parser_outputs(model: ModelProto, manifest: Manifest, frame: tuple[int,
     shapes = ([batch, 1], [batch, chosen.count, 4], [batch, chosen.count], [batch, chosen.count])
     value = helper.make_tensor_value_info
     return join(
-        model, front, back,
+        model,
+        front,
+        back,
         [value("frame" if frame else "images", TensorProto.FLOAT, [batch, 3, height, width])],
-        [value(name, TensorProto.FLOAT, shape) for name, shape in zip(OUTPUTS, shapes)], renamed={}, metadata={})
+        [value(name, TensorProto.FLOAT, shape) for name, shape in zip(OUTPUTS, shapes)],
+        renamed={},
+        metadata={},
+    )
 
 
-def write_deepstream(bundle: Bundle, folder: Path, source: str = "model.onnx",
-                     frame: tuple[int, int] | None = None) -> DeepStreamFiles:
+def write_deepstream(
+    bundle: Bundle, folder: Path, source: str = "model.onnx", frame: tuple[int, int] | None = None
+) -> DeepStreamFiles:
     """model.onnx, labels.txt and config_infer_primary.txt for `nvinfer config-file-path=...`.
 
     source   which of the bundle's graphs
@@ -92,8 +100,9 @@ def write_deepstream(bundle: Bundle, folder: Path, source: str = "model.onnx",
     model = with_parser_outputs(load(bundle.require(source), ExportError), manifest, frame)
     require_clean(model, "the graph for DeepStream")
     if frame is None and manifest.input.resize == "letterbox":
-        log.warning("nvinfer pads with black where training padded with gray; "
-                    "--frame HxW puts the resize into the graph")
+        log.warning(
+            "nvinfer pads with black where training padded with gray; --frame HxW puts the resize into the graph"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     files = DeepStreamFiles(folder / "config_infer_primary.txt", folder / "model.onnx", folder / "labels.txt")
     with atomic_write(files.model) as temporary:
@@ -141,7 +150,7 @@ symmetric-padding=0
 scaling-filter=1
 interval=0
 num-detected-classes={len(manifest.classes)}
-output-blob-names={';'.join(OUTPUTS)}
+output-blob-names={";".join(OUTPUTS)}
 parse-bbox-func-name={PARSER}
 custom-lib-path={LIBRARY}
 # 4: no clustering; each object is found once

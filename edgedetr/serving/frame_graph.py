@@ -26,9 +26,9 @@ from edgedetr.runtime.postprocess import decode, named
 from edgedetr.runtime.preprocess import Geometry, prepare
 from edgedetr.serving import pre_post_graph
 
-LEVELS = 1                      # largest accepted difference to the CPU's resize, of 255: both round, at ties apart
-PIXELS = 0.02                   # largest accepted difference of a box side; float32 against float64 at 4000 px: 5e-4
-SCORES = 1e-5                   # of a score; float32 sigmoid or softmax: 1e-7
+LEVELS = 1  # largest accepted difference to the CPU's resize, of 255: both round, at ties apart
+PIXELS = 0.02  # largest accepted difference of a box side; float32 against float64 at 4000 px: 5e-4
+SCORES = 1e-5  # of a score; float32 sigmoid or softmax: 1e-7
 
 
 def with_frames(model: ModelProto, manifest: Manifest, height: int, width: int) -> ModelProto:
@@ -38,18 +38,28 @@ def with_frames(model: ModelProto, manifest: Manifest, height: int, width: int) 
     front, back = Part("frame"), Part("objects")
     pre_post_graph.resize(front, pre_post_graph.planes_of_frames(front, "frames"), geometry, output="images")
     chosen = pre_post_graph.choose(back, "logits", "boxes_of_input", queries, classes, manifest.output)
-    factors = (geometry.width * geometry.used_width / geometry.content_width,
-               geometry.height * geometry.used_height / geometry.content_height)
+    factors = (
+        geometry.width * geometry.used_width / geometry.content_width,
+        geometry.height * geometry.used_height / geometry.content_height,
+    )
     boxes = pre_post_graph.corners(back, chosen.boxes, factors, (width, height))
     for made, name in ((boxes, "boxes"), (chosen.scores, "scores"), (chosen.labels, "labels")):
         back.add("Identity", made, output=name)
     value = helper.make_tensor_value_info
     told = {"frame": json.dumps({"height": height, "width": width})}
     return join(
-        model, front, back, [value("frames", TensorProto.UINT8, [1, height, width, 3])],
-        [value("boxes", TensorProto.FLOAT, [1, chosen.count, 4]), value("scores", TensorProto.FLOAT, [1, chosen.count]),
-         value("labels", TensorProto.INT32, [1, chosen.count])],
-        renamed={"boxes": "boxes_of_input"}, metadata={f"edgedetr.{key}": text for key, text in told.items()})
+        model,
+        front,
+        back,
+        [value("frames", TensorProto.UINT8, [1, height, width, 3])],
+        [
+            value("boxes", TensorProto.FLOAT, [1, chosen.count, 4]),
+            value("scores", TensorProto.FLOAT, [1, chosen.count]),
+            value("labels", TensorProto.INT32, [1, chosen.count]),
+        ],
+        renamed={"boxes": "boxes_of_input"},
+        metadata={f"edgedetr.{key}": text for key, text in told.items()},
+    )
 
 
 def write_frames(bundle: Bundle, height: int, width: int, sources: Sequence[str] = ("model.onnx",)) -> list[str]:
@@ -81,16 +91,20 @@ def check(model: ModelProto, manifest: Manifest, height: int, width: int) -> Non
     shown.CopyFrom(model)
     shown.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inner)
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    found = tensors(shown.SerializeToString(), frame[None], (*inner, "boxes", "scores", "labels"), optimise=True,
-                    feed="frames")
+    found = tensors(
+        shown.SerializeToString(), frame[None], (*inner, "boxes", "scores", "labels"), optimise=True, feed="frames"
+    )
     images, geometries = prepare([frame], manifest.input, backend="numpy")
     levels = float(np.abs(found["images"] - images).max())
     if not levels <= LEVELS:
-        raise ExportError(f"the resize inside the graph differs from the CPU's by {levels:g} of 255; expected at most "
-                          f"{LEVELS}; report this, it is a defect")
+        raise ExportError(
+            f"the resize inside the graph differs from the CPU's by {levels:g} of 255; expected at most "
+            f"{LEVELS}; report this, it is a defect"
+        )
     raw = RawOutputs(found["logits"], found["boxes_of_input"])
     expected = decode(raw, geometries, manifest.classes, manifest.output)[0]
     ours = named(found["boxes"][0], found["scores"][0], found["labels"][0].astype(np.int64), manifest.classes)
     if not agree(ours, expected, pixels=PIXELS, score=SCORES):
-        raise ExportError("the objects that the graph chooses are not those that the CPU chooses; report this, it is a "
-                          "defect")
+        raise ExportError(
+            "the objects that the graph chooses are not those that the CPU chooses; report this, it is a defect"
+        )

@@ -20,7 +20,7 @@ from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.graph_builder import Part
 from edgedetr.runtime.preprocess import PADDING, Geometry, averaged
 
-LARGEST_TOP_K = 3840            # TensorRT's builder: "K exceeds the maximum value allowed (3840)"
+LARGEST_TOP_K = 3840  # TensorRT's builder: "K exceeds the maximum value allowed (3840)"
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,18 @@ def resize(part: Part, planes: str, geometry: Geometry, output: str, batch: int 
     kernel = [averaged(g.source_height, g.content_height), averaged(g.source_width, g.content_width)]
     size = [g.content_height, g.content_width]
     padding = [0, 0, 0, 0, 0, 0, g.height - size[0], g.width - size[1]]
-    if kernel != [1, 1]:        # a pool without ceil_mode drops the same pixels at the right and bottom
+    if kernel != [1, 1]:  # a pool without ceil_mode drops the same pixels at the right and bottom
         planes = part.add("AveragePool", planes, kernel_shape=kernel, strides=kernel)
     if [g.used_height // kernel[0], g.used_width // kernel[1]] != size:
-        planes = part.add("Resize", planes, "", "", part.constant([batch, 3, *size]), mode="linear",
-                          coordinate_transformation_mode="half_pixel")
+        planes = part.add(
+            "Resize",
+            planes,
+            "",
+            "",
+            part.constant([batch, 3, *size]),
+            mode="linear",
+            coordinate_transformation_mode="half_pixel",
+        )
     last = output if not any(padding) else ""
     planes = part.add("Round", planes, output=last)
     if any(padding):
@@ -64,8 +71,10 @@ def choose(part: Part, logits: str, boxes: str, queries: int, width: int, output
     logits [B, N, K*], boxes [B, N, 4]; queries N, width K*
     """
     if output.top_k > LARGEST_TOP_K:
-        raise ExportError(f"the bundle keeps {output.top_k} objects of a picture; TensorRT's TopK gives at most "
-                          f"{LARGEST_TOP_K}; train with fewer")
+        raise ExportError(
+            f"the bundle keeps {output.top_k} objects of a picture; TensorRT's TopK gives at most "
+            f"{LARGEST_TOP_K}; train with fewer"
+        )
     best = {"sigmoid": _best_of_all, "softmax": _best_class_per_query}[output.activation]
     query, scores, labels, count = best(part, logits, queries, width, output.top_k)
     column = part.add("Unsqueeze", query, part.constant([2]))
@@ -92,15 +101,21 @@ def _best_class_per_query(part: Part, logits: str, queries: int, width: int, top
     objects = part.add("Slice", probability, part.constant([0]), part.constant([width - 1]), part.constant([2]))
     score, label = part.add_many("TopK", objects, part.constant([1]), outputs=("", ""), axis=2)
     shape = part.constant([0, queries])
-    best, query = part.add_many("TopK", part.add("Reshape", score, shape), part.constant([count]),
-                                outputs=("", ""), axis=1)
+    best, query = part.add_many(
+        "TopK", part.add("Reshape", score, shape), part.constant([count]), outputs=("", ""), axis=1
+    )
     query = part.add("Cast", query, to=TensorProto.INT32)
     label = part.add("Cast", part.add("Reshape", label, shape), to=TensorProto.INT32)
     return query, best, part.add("GatherElements", label, query, axis=1), count
 
 
-def corners(part: Part, boxes: str, factors: tuple[float, float], limits: tuple[float, float],
-            order: tuple[int, int, int, int] = (0, 1, 2, 3)) -> str:
+def corners(
+    part: Part,
+    boxes: str,
+    factors: tuple[float, float],
+    limits: tuple[float, float],
+    order: tuple[int, int, int, int] = (0, 1, 2, 3),
+) -> str:
     """cx, cy, w, h in 0..1 of the input -> corners times `factors` (x, y), clipped to 0..limits (x, y).
 
     Differences and products element by element: a product of matrices would be rounded to TF32, a pixel in a thousand.

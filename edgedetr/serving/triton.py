@@ -33,12 +33,14 @@ from edgedetr.serving.labels import label, write_labels
 
 log = logging.getLogger(__name__)
 
-LARGEST_BATCH = 8               # requests joined at once where the batch is open, as runtime.detector has it
-LARGEST_COUNT = 1024            # instances; a typing error must not start thousands of sessions
-LONGEST = 200                   # characters of a name that is made from a folder's
-SCORE, PIXELS = 1e-3, 0.5       # by which objects of equal rows may differ; float32 kernels of two batch sizes: 1e-5
+LARGEST_BATCH = 8  # requests joined at once where the batch is open, as runtime.detector has it
+LARGEST_COUNT = 1024  # instances; a typing error must not start thousands of sessions
+LONGEST = 200  # characters of a name that is made from a folder's
+SCORE, PIXELS = 1e-3, 0.5  # by which objects of equal rows may differ; float32 kernels of two batch sizes: 1e-5
 TYPES: dict[int, str] = {
-    TensorProto.FLOAT: "TYPE_FP32", TensorProto.UINT8: "TYPE_UINT8", TensorProto.INT32: "TYPE_INT32",
+    TensorProto.FLOAT: "TYPE_FP32",
+    TensorProto.UINT8: "TYPE_UINT8",
+    TensorProto.INT32: "TYPE_INT32",
 }
 # Where ONNX Runtime serves a graph: the float graph wherever the server is, INT8 in the form of CPUs.
 KINDS = {"model.int8-cpu.onnx": "KIND_CPU"}
@@ -63,8 +65,15 @@ class Tensor:
     dims: tuple[int, ...]
 
 
-def write_repository(bundle: Bundle, root: Path, source: str, *, engine: Engine | None = None, name: str | None = None,
-                     instances: int = 1) -> Repository:
+def write_repository(
+    bundle: Bundle,
+    root: Path,
+    source: str,
+    *,
+    engine: Engine | None = None,
+    name: str | None = None,
+    instances: int = 1,
+) -> Repository:
     """Add the model to the repository `root`.
 
     source      which of the bundle's graphs
@@ -89,15 +98,17 @@ def write_repository(bundle: Bundle, root: Path, source: str, *, engine: Engine 
         gate = engine.measured is not None and engine.measured.passed
         largest = most if least == 1 < most and gate else 0
         first = least if least == most else -1
-        inputs, outputs = ([Tensor(t.name, t.data_type, (first, *t.dims[1:])) for t in side]
-                           for side in (inputs, outputs))
+        inputs, outputs = (
+            [Tensor(t.name, t.data_type, (first, *t.dims[1:])) for t in side] for side in (inputs, outputs)
+        )
     folder = root / name
     with atomic_write(folder / "1" / target) as temporary:
         shutil.copyfile(path, temporary)
     write_labels(folder / "labels.txt", bundle.manifest.classes)
     with atomic_write(folder / "config.pbtxt") as temporary:
-        temporary.write_text(config(name, platform, largest, inputs, outputs, kind, instances, bundle.manifest),
-                             encoding="utf-8")
+        temporary.write_text(
+            config(name, platform, largest, inputs, outputs, kind, instances, bundle.manifest), encoding="utf-8"
+        )
     return Repository(folder, name, platform, largest)
 
 
@@ -115,8 +126,10 @@ def signature(values: Sequence[onnx.ValueInfoProto]) -> list[Tensor]:
     for value in values:
         kind, dims = value.type.tensor_type.elem_type, value.type.tensor_type.shape.dim
         if kind not in TYPES or not dims:
-            raise ExportError(f"{value.name} has type {TensorProto.DataType.Name(kind)} and {len(dims)} dimensions; "
-                              "expected float32, uint8 or int32 with a shape")
+            raise ExportError(
+                f"{value.name} has type {TensorProto.DataType.Name(kind)} and {len(dims)} dimensions; "
+                "expected float32, uint8 or int32 with a shape"
+            )
         sizes = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims)
         found.append(Tensor(value.name, TYPES[kind], sizes))
     return found
@@ -133,18 +146,37 @@ def rows_agree(model: ModelProto, manifest: Manifest) -> bool:
         found += decode(RawOutputs(raw["logits"], raw["boxes"]), [whole] * batch, manifest.classes, manifest.output)
     apart = [row for row in found[1:] if not agree(row, found[0], pixels=PIXELS, score=SCORE)]
     if apart:
-        log.warning("%d of %d rows with the same picture give other objects than the picture alone; "
-                    "Triton will not join requests (max_batch_size 0)", len(apart), LARGEST_BATCH)
+        log.warning(
+            "%d of %d rows with the same picture give other objects than the picture alone; "
+            "Triton will not join requests (max_batch_size 0)",
+            len(apart),
+            LARGEST_BATCH,
+        )
     return not apart
 
 
-def config(name: str, platform: str, largest: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor], kind: str,
-           instances: int, manifest: Manifest) -> str:
+def config(
+    name: str,
+    platform: str,
+    largest: int,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    kind: str,
+    instances: int,
+    manifest: Manifest,
+) -> str:
     """The text of config.pbtxt."""
     told = {
         "labels": "\n".join(label(item.name) for item in manifest.classes),
-        "input": json.dumps({"height": manifest.input.height, "width": manifest.input.width,
-                             "resize": manifest.input.resize, "colour": "RGB", "range": [0, 255]}),
+        "input": json.dumps(
+            {
+                "height": manifest.input.height,
+                "width": manifest.input.width,
+                "resize": manifest.input.resize,
+                "colour": "RGB",
+                "range": [0, 255],
+            }
+        ),
         "output": json.dumps({"activation": manifest.output.activation, "top_k": manifest.output.top_k}),
     }
     lines = [f"name: {_text(name)}", f"platform: {_text(platform)}", f"max_batch_size: {largest}"]
@@ -152,8 +184,10 @@ def config(name: str, platform: str, largest: int, inputs: Sequence[Tensor], out
     lines.append(f"instance_group [\n  {{\n    count: {instances}\n    kind: {kind}\n  }}\n]")
     if largest:
         lines.append("dynamic_batching {\n}")
-    lines += [f"parameters {{\n  key: {_text(key)}\n  value {{\n    string_value: {_text(value)}\n  }}\n}}"
-              for key, value in told.items()]
+    lines += [
+        f"parameters {{\n  key: {_text(key)}\n  value {{\n    string_value: {_text(value)}\n  }}\n}}"
+        for key, value in told.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -161,12 +195,19 @@ def _tensors(what: str, found: Sequence[Tensor], batched: bool) -> str:
     blocks = []
     for tensor in found:
         dims = ", ".join(map(str, tensor.dims[1:] if batched else tensor.dims))
-        blocks.append(f"  {{\n    name: {_text(tensor.name)}\n    data_type: {tensor.data_type}\n"
-                      f"    dims: [ {dims} ]\n  }}")
+        blocks.append(
+            f"  {{\n    name: {_text(tensor.name)}\n    data_type: {tensor.data_type}\n    dims: [ {dims} ]\n  }}"
+        )
     return f"{what} [\n" + ",\n".join(blocks) + "\n]"
 
 
 def _text(value: str) -> str:
     """A string of protobuf's text format: bytes outside printable ASCII as octal escapes."""
-    return '"' + "".join(chr(b) if 32 <= b < 127 and chr(b) not in '"\\' else f"\\{b:03o}"
-                         for b in value.encode("utf-8", "backslashreplace")) + '"'
+    return (
+        '"'
+        + "".join(
+            chr(b) if 32 <= b < 127 and chr(b) not in '"\\' else f"\\{b:03o}"
+            for b in value.encode("utf-8", "backslashreplace")
+        )
+        + '"'
+    )

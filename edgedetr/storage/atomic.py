@@ -18,10 +18,10 @@ from edgedetr.storage.locks import host
 
 # Hidden, and with its owner in the name, so that the next command can tell what a killed one left: .NAME.HOST-PID.x.tmp
 TEMPORARY = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]{1,18})\.[^.]+\.tmp", re.DOTALL)
-OLD_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp", re.DOTALL)       # of version 0.1, which named no owner
-FORGOTTEN = 24 * 3600       # seconds after which no command can still be writing
-NAME_BYTES = 255            # of one name, in every usual file system
-_mine: set[str] = set()     # temporary files of this process
+OLD_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp", re.DOTALL)  # of version 0.1, which named no owner
+FORGOTTEN = 24 * 3600  # seconds after which no command can still be writing
+NAME_BYTES = 255  # of one name, in every usual file system
+_mine: set[str] = set()  # temporary files of this process
 
 
 def digest(path: Path) -> str:
@@ -107,14 +107,16 @@ def _write_fault(error: Exception, temporary: Path, path: Path) -> OSError | Non
     number, named = None, None
     if isinstance(error, OSError):
         number, named = error.errno, error.filename
-    elif found := re.search(r"Os \{ code: ([0-9]+)", str(error)):       # of libraries in Rust, like safetensors
+    elif found := re.search(r"Os \{ code: ([0-9]+)", str(error)):  # of libraries in Rust, like safetensors
         number = int(found[1])
-    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS) \
-            or named not in (None, str(temporary)):
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS) or named not in (
+        None,
+        str(temporary),
+    ):
         return None
     fault = OSError(number, os.strerror(number), str(path))
     try:
-        fault.written = temporary.stat().st_size     # type: ignore[attr-defined]  # bytes, for the message
+        fault.written = temporary.stat().st_size  # type: ignore[attr-defined]  # bytes, for the message
     except OSError:
         return fault
     return fault
@@ -130,7 +132,7 @@ def remove_leftovers(folder: Path) -> None:
         try:
             if _is_leftover(entry):
                 os.unlink(entry.path)
-        except OSError:         # gone by now, or not ours to remove
+        except OSError:  # gone by now, or not ours to remove
             continue
 
 
@@ -151,7 +153,7 @@ def _runs(pid: int) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:             # another user's
+    except OSError:  # another user's
         return True
     return pid > 0
 
@@ -187,8 +189,10 @@ def inside(root: Path, name: str) -> Path:
         try:
             is_link = stat.S_ISLNK(os.lstat(path).st_mode)
         except (FileNotFoundError, NotADirectoryError):
-            break               # nothing further down can be a link
+            break  # nothing further down can be a link
         if is_link:
-            raise BundleError(f"{path}: a link; expected plain files and folders in a bundle, for what is behind a "
-                              "link is not the bundle's to read or to replace; put a copy in its place")
+            raise BundleError(
+                f"{path}: a link; expected plain files and folders in a bundle, for what is behind a "
+                "link is not the bundle's to read or to replace; put a copy in its place"
+            )
     return root / name

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from edgedetr.errors import BundleError, DataError, EdgedetrError, ModelError, RecipeError
 
-HEAD = 64 << 10         # bytes that are looked at
-MOST = 2000             # names of a folder that are looked at
+HEAD = 64 << 10  # bytes that are looked at
+MOST = 2000  # names of a folder that are looked at
 IMPORT = "edgedetr import FILE.onnx --out NEW.bundle"
 
 
@@ -38,20 +38,32 @@ IMAGE = Kind("image", "an image", "run: edgedetr predict BUNDLE {path}")
 VIDEO = Kind("video", "a video", "run: edgedetr predict BUNDLE {path}")
 RECIPE = Kind("recipe", "a recipe", "run: edgedetr train --data DIR --recipe {path}")
 ONNX = Kind("onnx", "an ONNX model", "run: edgedetr import {path} --out NEW.bundle")
-ENGINE = Kind("engine", "a TensorRT engine, built elsewhere",
-              "an engine is code, and is loaded from the bundle it was built for alone: name that bundle, or build it "
-              "on its device: edgedetr build BUNDLE")
+ENGINE = Kind(
+    "engine",
+    "a TensorRT engine, built elsewhere",
+    "an engine is code, and is loaded from the bundle it was built for alone: name that bundle, or build it "
+    "on its device: edgedetr build BUNDLE",
+)
 WEIGHTS = Kind("weights", "a file of weights", "run: edgedetr import {path} --model MEMBER --out NEW.bundle")
-CHECKPOINT = Kind("weights", "a PyTorch checkpoint",
-                  "weights of the family: edgedetr import {path} --model MEMBER --out NEW.bundle; another model: "
-                  f"export it to ONNX with the tool that trained it, then {IMPORT}")
-MODEL_FOLDER = Kind("weights", "a model folder of transformers",
-                    "run: edgedetr import {path} --model MEMBER --out NEW.bundle")
-TRAINING = Kind("training", "the output folder of a training",
-                f"export its best weights to ONNX with the tool that trained them, then {IMPORT}")
-OUR_TRAINING = Kind("training", "the checkpoint folder of a training",
-                    "its bundle is the folder that it lay in; go on training with: edgedetr train --data DIR --resume "
-                    "--out BUNDLE")
+CHECKPOINT = Kind(
+    "weights",
+    "a PyTorch checkpoint",
+    "weights of the family: edgedetr import {path} --model MEMBER --out NEW.bundle; another model: "
+    f"export it to ONNX with the tool that trained it, then {IMPORT}",
+)
+MODEL_FOLDER = Kind(
+    "weights", "a model folder of transformers", "run: edgedetr import {path} --model MEMBER --out NEW.bundle"
+)
+TRAINING = Kind(
+    "training",
+    "the output folder of a training",
+    f"export its best weights to ONNX with the tool that trained them, then {IMPORT}",
+)
+OUR_TRAINING = Kind(
+    "training",
+    "the checkpoint folder of a training",
+    "its bundle is the folder that it lay in; go on training with: edgedetr train --data DIR --resume --out BUNDLE",
+)
 ARRAYS = Kind("arrays", "a file of numpy arrays", "in a bundle, reference.npz is made by: edgedetr export BUNDLE")
 ARCHIVE = Kind("archive", "an archive", "unpack it, and name the folder that comes out")
 
@@ -63,20 +75,54 @@ def other(words: str) -> Kind:
 
 # Where in the file, bytes, what they mean.
 MAGIC: tuple[tuple[int, bytes, Kind], ...] = (
-    (0, b"ftrt", ENGINE), (0, b"ptrt", ENGINE), (4, b"TFL3", other("a TensorFlow Lite model")),
-    (0, b"RKNN", other("a Rockchip model")), (0, b"\x89HDF", other("a Keras or HDF5 file")),
-    (0, b"GGUF", other("a GGUF model")), (0, b"\xff\xd8\xff", IMAGE), (0, b"\x89PNG", IMAGE), (0, b"GIF8", IMAGE),
-    (0, b"BM", IMAGE), (0, b"II*\0", IMAGE), (0, b"MM\0*", IMAGE), (8, b"WEBP", IMAGE), (8, b"AVI ", VIDEO),
-    (4, b"ftyp", VIDEO), (0, b"\x1aE\xdf\xa3", VIDEO), (0, b"\x1f\x8b", ARCHIVE), (0, b"7z\xbc\xaf", ARCHIVE),
-    (0, b"\xfd7zXZ", ARCHIVE), (0, b"\x28\xb5\x2f\xfd", ARCHIVE), (257, b"ustar", ARCHIVE), (0, b"\x93NUMPY", ARRAYS),
+    (0, b"ftrt", ENGINE),
+    (0, b"ptrt", ENGINE),
+    (4, b"TFL3", other("a TensorFlow Lite model")),
+    (0, b"RKNN", other("a Rockchip model")),
+    (0, b"\x89HDF", other("a Keras or HDF5 file")),
+    (0, b"GGUF", other("a GGUF model")),
+    (0, b"\xff\xd8\xff", IMAGE),
+    (0, b"\x89PNG", IMAGE),
+    (0, b"GIF8", IMAGE),
+    (0, b"BM", IMAGE),
+    (0, b"II*\0", IMAGE),
+    (0, b"MM\0*", IMAGE),
+    (8, b"WEBP", IMAGE),
+    (8, b"AVI ", VIDEO),
+    (4, b"ftyp", VIDEO),
+    (0, b"\x1aE\xdf\xa3", VIDEO),
+    (0, b"\x1f\x8b", ARCHIVE),
+    (0, b"7z\xbc\xaf", ARCHIVE),
+    (0, b"\xfd7zXZ", ARCHIVE),
+    (0, b"\x28\xb5\x2f\xfd", ARCHIVE),
+    (257, b"ustar", ARCHIVE),
+    (0, b"\x93NUMPY", ARRAYS),
 )
 # Names that decide where the content does not.
 SUFFIXES = {
-    ".onnx": ONNX, ".engine": ENGINE, ".plan": ENGINE, ".trt": ENGINE, ".safetensors": WEIGHTS, ".pt": CHECKPOINT,
-    ".pth": CHECKPOINT, ".ckpt": CHECKPOINT, ".bin": CHECKPOINT, ".toml": RECIPE, ".npz": ARRAYS,
-    ".tflite": other("a TensorFlow Lite model"), ".pb": other("a TensorFlow graph"), ".hef": other("a Hailo model"),
-    ".mlmodel": other("a Core ML model"), ".mlpackage": other("a Core ML model"), ".xml": other("an OpenVINO model"),
-    ".jpg": IMAGE, ".jpeg": IMAGE, ".png": IMAGE, ".mp4": VIDEO, ".zip": ARCHIVE, ".tar": ARCHIVE,
+    ".onnx": ONNX,
+    ".engine": ENGINE,
+    ".plan": ENGINE,
+    ".trt": ENGINE,
+    ".safetensors": WEIGHTS,
+    ".pt": CHECKPOINT,
+    ".pth": CHECKPOINT,
+    ".ckpt": CHECKPOINT,
+    ".bin": CHECKPOINT,
+    ".toml": RECIPE,
+    ".npz": ARRAYS,
+    ".tflite": other("a TensorFlow Lite model"),
+    ".pb": other("a TensorFlow graph"),
+    ".hef": other("a Hailo model"),
+    ".mlmodel": other("a Core ML model"),
+    ".mlpackage": other("a Core ML model"),
+    ".xml": other("an OpenVINO model"),
+    ".jpg": IMAGE,
+    ".jpeg": IMAGE,
+    ".png": IMAGE,
+    ".mp4": VIDEO,
+    ".zip": ARCHIVE,
+    ".tar": ARCHIVE,
 }
 TRAINED = re.compile(r"(best|last|checkpoint|model_final|epoch)[\w.=-]*\.(pt|pth|ckpt)|events\.out\.tfevents.*")
 # For each thing that is expected: what may be given, its words, and the error.
@@ -98,10 +144,10 @@ def require(path: str | Path, expected: str) -> None:
     accepted, wanted, error = EXPECTED[expected]
     path = Path(path)
     if expected == "recipe" and path.is_dir():
-        return              # a folder may have the name of a shipped recipe
+        return  # a folder may have the name of a shipped recipe
     kind = what_is(path)
     if kind is PART and expected != "bundle" and path.name != "bundle.json":
-        return              # of no kind that is known, wherever it lies
+        return  # of no kind that is known, wherever it lies
     if expected == "bundle" and kind is not BUNDLE and path.exists() and _bundle_above(path) is not None:
         kind = PART
     if kind is not None and kind.name not in accepted:
@@ -115,7 +161,7 @@ def what_is(path: str | Path) -> Kind | None:
         mode = os.stat(path).st_mode
         own = _folder(path) if stat.S_ISDIR(mode) else _file(path) if stat.S_ISREG(mode) else None
         return PART if own is None and _bundle_above(path) is not None else own
-    except (OSError, ValueError):       # ValueError: a NUL byte in the name
+    except (OSError, ValueError):  # ValueError: a NUL byte in the name
         return None
 
 
@@ -138,13 +184,15 @@ def _folder(path: Path) -> Kind | None:
         return BUNDLE
     if _is_data(path, names):
         return DATA
-    if "config.json" in names and any(name.endswith((".safetensors", ".bin", ".safetensors.index.json"))
-                                      for name in names):
+    if "config.json" in names and any(
+        name.endswith((".safetensors", ".bin", ".safetensors.index.json")) for name in names
+    ):
         return MODEL_FOLDER
     if {"last.safetensors", "metrics.jsonl"} & names:
         return OUR_TRAINING
     if any((path / "weights" / name).is_file() for name in ("best.pt", "last.pt")) or any(
-            TRAINED.fullmatch(name) for name in names):
+        TRAINED.fullmatch(name) for name in names
+    ):
         return TRAINING
     if "saved_model.pb" in names:
         return other("a TensorFlow model")
@@ -157,11 +205,14 @@ def _folder(path: Path) -> Kind | None:
 
 def _is_data(path: Path, names: set[str]) -> bool:
     """Whether annotations of one of the three layouts lie here."""
-    if names & {"data.yaml", "data.yml", "dataset.yaml", "_annotations.coco.json"} or {"Annotations",
-                                                                                      "JPEGImages"} <= names:
+    if (
+        names & {"data.yaml", "data.yml", "dataset.yaml", "_annotations.coco.json"}
+        or {"Annotations", "JPEGImages"} <= names
+    ):
         return True
-    if {"images", "labels"} <= names or any((path / name / "_annotations.coco.json").is_file() for name in
-                                            ("train", "valid", "val", "test")):
+    if {"images", "labels"} <= names or any(
+        (path / name / "_annotations.coco.json").is_file() for name in ("train", "valid", "val", "test")
+    ):
         return True
     return "annotations" in names and any((path / "annotations").glob("*.json"))
 
@@ -174,10 +225,10 @@ def _file(path: Path) -> Kind | None:
         return PART
     suffix = path.suffix.lower()
     for place, magic, kind in MAGIC:
-        if head[place:place + len(magic)] == magic:
+        if head[place : place + len(magic)] == magic:
             return kind
     if head.startswith(b"PK\x03\x04"):
-        first = head[30:30 + int.from_bytes(head[26:28], "little")]
+        first = head[30 : 30 + int.from_bytes(head[26:28], "little")]
         return CHECKPOINT if b"data.pkl" in head else ARRAYS if first.endswith(b".npy") else ARCHIVE
     if re.match(rb".{8}\{\s*\"", head, re.DOTALL) and int.from_bytes(head[:8], "little") < 100 << 20:
         return WEIGHTS

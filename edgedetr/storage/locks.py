@@ -18,14 +18,14 @@ from edgedetr.errors import EdgedetrError
 
 try:
     import fcntl
-except ImportError:         # not a Unix
+except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
 # What flock says on file systems that have no locks (some network and user-space ones).
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-_open: set[int] = set()     # a forked worker must not keep its parent's locks alive
+_open: set[int] = set()  # a forked worker must not keep its parent's locks alive
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def locked(path: Path, *, wait: float, busy: Callable[[str], EdgedetrError]) -> 
     finally:
         if handle is not None:
             _open.discard(handle)
-            path.unlink(missing_ok=True)        # while it is still ours, so that nobody else's is taken away
+            path.unlink(missing_ok=True)  # while it is still ours, so that nobody else's is taken away
             os.close(handle)
 
 
@@ -57,8 +57,8 @@ def _take(path: Path, wait: float, busy: Callable[[str], EdgedetrError]) -> int 
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_there(path, handle):         # else its last owner took it away between opening and locking
-                with suppress(OSError):         # a full disk: then the lock holds without a name
+            if _is_there(path, handle):  # else its last owner took it away between opening and locking
+                with suppress(OSError):  # a full disk: then the lock holds without a name
                     os.ftruncate(handle, 0)
                     os.pwrite(handle, f"{os.getpid()} {host()}\n".encode(), 0)
                 _open.add(handle)
@@ -75,8 +75,11 @@ def _take(path: Path, wait: float, busy: Callable[[str], EdgedetrError]) -> int 
             os.close(handle)
             if error.errno not in WITHOUT_LOCKS:
                 raise
-            log.warning("%s: this file system has no locks (%s); do not run two commands on one bundle at a time",
-                        path.parent, error.strerror)
+            log.warning(
+                "%s: this file system has no locks (%s); do not run two commands on one bundle at a time",
+                path.parent,
+                error.strerror,
+            )
             path.unlink(missing_ok=True)
             return None
 
@@ -92,7 +95,7 @@ def _owner(handle: int) -> str:
     """Words for who holds the lock."""
     pid, _, where = os.pread(handle, 300, 0).decode("utf-8", "replace").strip().partition(" ")
     if not pid.isdecimal():
-        return "another process"        # it has not written its number yet
+        return "another process"  # it has not written its number yet
     return f"process {pid}" + (f" on {where!r}" if where != host() else "")
 
 

@@ -14,13 +14,13 @@ from edgedetr.errors import BundleError
 from edgedetr.storage.atomic import fault_of_name
 from edgedetr.storage.reading import shown
 
-SCHEMA = 2              # 1 is the same without `digest`
+SCHEMA = 2  # 1 is the same without `digest`
 DIGEST = "digest"
-LARGEST_SIDE = 16_384   # pixels of the input; 8k video is 7,680 wide
+LARGEST_SIDE = 16_384  # pixels of the input; 8k video is 7,680 wide
 LARGEST_AREA = 1 << 25  # pixels of the input: a frame of 8k video; the maps of a larger one would not fit into memory
 LARGEST_TOP_K = 100_000
 MOST_CLASSES = 100_000
-LONGEST = 4096          # characters of a path; other texts are shorter
+LONGEST = 4096  # characters of a path; other texts are shorter
 INTEGER = 1 << 63
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -40,7 +40,7 @@ class InputContract:
 
     height: int
     width: int
-    resize: str = "stretch"         # "stretch" or "letterbox" (keep aspect, pad right and bottom with 114)
+    resize: str = "stretch"  # "stretch" or "letterbox" (keep aspect, pad right and bottom with 114)
 
     def __post_init__(self) -> None:
         if self.resize not in ("stretch", "letterbox"):
@@ -93,10 +93,10 @@ class Manifest:
     classes: tuple[ClassInfo, ...]
     input: InputContract
     output: OutputContract
-    config: dict[str, object] = field(default_factory=dict)     # the model's own configuration, as in its dataclass
+    config: dict[str, object] = field(default_factory=dict)  # the model's own configuration, as in its dataclass
     data: DataRecord | None = None
-    budget: float = 1.0                                         # largest accepted AP drop, points
-    synthetic: bool = False                                     # the data are rendered, not photographed
+    budget: float = 1.0  # largest accepted AP drop, points
+    synthetic: bool = False  # the data are rendered, not photographed
     files: dict[str, FileEntry] = field(default_factory=dict)
     schema: int = SCHEMA
 
@@ -113,8 +113,10 @@ def from_json(raw: Any) -> Manifest:
     raw = dict(_mapping(raw, "it"))
     recorded = raw.pop(DIGEST, None)
     if recorded is not None and recorded != _digest(raw):
-        raise ValueError(f"its content does not fit its {DIGEST}: damaged, or edited by hand; whoever means the edit "
-                         f'takes the line "{DIGEST}" out')
+        raise ValueError(
+            f"its content does not fit its {DIGEST}: damaged, or edited by hand; whoever means the edit "
+            f'takes the line "{DIGEST}" out'
+        )
     _keys(raw, Manifest, "it")
     if raw.get("schema") not in (1, SCHEMA) or isinstance(raw["schema"], bool):
         raise ValueError(f"schema is {raw.get('schema')!r}, this version reads 1 to {SCHEMA}")
@@ -128,9 +130,15 @@ def from_json(raw: Any) -> Manifest:
     if not isinstance(synthetic, bool):
         raise ValueError(f"synthetic is {shown(synthetic)}; expected true or false")
     return Manifest(
-        model=_text(raw["model"], "model", 200), classes=_classes(raw["classes"]), input=_input(raw["input"]),
-        output=OutputContract(**_output(raw["output"])), config=_config(raw.get("config")), data=_data(raw.get("data")),
-        budget=float(budget), synthetic=synthetic, files=_files(raw.get("files", {})),
+        model=_text(raw["model"], "model", 200),
+        classes=_classes(raw["classes"]),
+        input=_input(raw["input"]),
+        output=OutputContract(**_output(raw["output"])),
+        config=_config(raw.get("config")),
+        data=_data(raw.get("data")),
+        budget=float(budget),
+        synthetic=synthetic,
+        files=_files(raw.get("files", {})),
     )
 
 
@@ -145,8 +153,9 @@ def _classes(raw: Any) -> tuple[ClassInfo, ...]:
     for number, item in enumerate(listed):
         where = f"classes[{number}]"
         _keys(_mapping(item, where), ClassInfo, where)
-        index, category = (_integer(item.get(key), f"{where}.{key}", -INTEGER, INTEGER - 1)
-                           for key in ("index", "category_id"))
+        index, category = (
+            _integer(item.get(key), f"{where}.{key}", -INTEGER, INTEGER - 1) for key in ("index", "category_id")
+        )
         classes.append(ClassInfo(index, category, _text(item.get("name"), f"{where}.name", 1000, empty=True)))
     if [c.index for c in classes] != list(range(len(classes))):
         raise ValueError("class indices are not 0, 1, 2, ...")
@@ -176,8 +185,9 @@ def _config(raw: Any) -> dict[str, object]:
 
 def _numbers(value: Any, where: str) -> None:
     """Numbers that a model's configuration may hold, however deep: finite, and of at most 64 bits."""
-    if isinstance(value, (int, float)) and not (math.isfinite(value) if isinstance(value, float)
-                                                 else abs(value) < INTEGER):
+    if isinstance(value, (int, float)) and not (
+        math.isfinite(value) if isinstance(value, float) else abs(value) < INTEGER
+    ):
         raise ValueError(f"{where} is {shown(value)}; expected a finite number of at most 64 bits")
     for key, item in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
         _numbers(item, f"{where}.{key}")
@@ -187,8 +197,11 @@ def _data(raw: Any) -> DataRecord | None:
     if raw is None or raw == {}:
         return None
     _keys(_mapping(raw, "data"), DataRecord, "data")
-    return DataRecord(_text(raw.get("path"), "data.path", LONGEST), _text(raw.get("verify_split"), "data.verify_split"),
-                      _text(raw.get("calib_split", "train"), "data.calib_split"))
+    return DataRecord(
+        _text(raw.get("path"), "data.path", LONGEST),
+        _text(raw.get("verify_split"), "data.verify_split"),
+        _text(raw.get("calib_split", "train"), "data.calib_split"),
+    )
 
 
 def _files(raw: Any) -> dict[str, FileEntry]:
@@ -202,8 +215,11 @@ def _files(raw: Any) -> dict[str, FileEntry]:
         for source, old in sources.items():
             _sha256(old, f"{where}.made_from[{shown(source)}]")
         files[name] = FileEntry(
-            _sha256(entry.get("sha256"), f"{where}.sha256"), _integer(entry.get("size"), f"{where}.size", 0, INTEGER),
-            _text(entry.get("stage"), f"{where}.stage"), sources)
+            _sha256(entry.get("sha256"), f"{where}.sha256"),
+            _integer(entry.get("size"), f"{where}.size", 0, INTEGER),
+            _text(entry.get("stage"), f"{where}.stage"),
+            sources,
+        )
     return files
 
 
@@ -246,6 +262,6 @@ def _list(value: Any, where: str, most: int) -> list[Any]:
 
 
 def _keys(raw: Mapping[str, Any], kind: Callable[..., Any], where: str) -> None:
-    unknown = set(raw) - set(kind.__dataclass_fields__)     # type: ignore[attr-defined]  # dataclasses all
+    unknown = set(raw) - set(kind.__dataclass_fields__)  # type: ignore[attr-defined]  # dataclasses all
     if unknown:
         raise ValueError(f"unknown key {shown(min(unknown))} in {where}")

@@ -21,11 +21,16 @@ else:
     import tomli as tomllib
 
 MEBIBYTE = 1 << 20
-TOML_LIMIT = 4 * MEBIBYTE       # bytes; the largest recipe of this package has 6 kB
-JSON_LIMIT = 64 * MEBIBYTE      # bytes; annotation files may be larger, and say so
+TOML_LIMIT = 4 * MEBIBYTE  # bytes; the largest recipe of this package has 6 kB
+JSON_LIMIT = 64 * MEBIBYTE  # bytes; annotation files may be larger, and say so
 # UTF-32 before UTF-16: its mark begins with the same two bytes.
-MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"),
-         (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+MARKS = (
+    (b"\xef\xbb\xbf", "utf-8-sig"),
+    (b"\xff\xfe\x00\x00", "utf-32"),
+    (b"\x00\x00\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
 
 
 def read_bytes(path: str | Path, error: type[EdgedetrError], *, limit: int = JSON_LIMIT, fix: str = "") -> bytes:
@@ -39,7 +44,7 @@ def read_bytes(path: str | Path, error: type[EdgedetrError], *, limit: int = JSO
     try:
         # Opened without waiting: a pipe without a writer would block for ever.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    except (OSError, ValueError) as reason:         # ValueError: a NUL byte in the name
+    except (OSError, ValueError) as reason:  # ValueError: a NUL byte in the name
         raise error(f"{path}: cannot be read ({getattr(reason, 'strerror', None) or reason}){fix}") from reason
     try:
         about = os.fstat(handle)
@@ -64,14 +69,18 @@ def read_text(path: str | Path, error: type[EdgedetrError], *, limit: int = JSON
     encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "utf-8")
     try:
         text = raw.decode(encoding)
-        if "\0" in text:        # UTF-16 of plain letters, without its mark, is valid UTF-8 full of zeros
-            raise error(f"{path}: holds zero bytes, as a binary file or UTF-16 without its byte order mark does; "
-                        f"save it as UTF-8{f'; {fix}' if fix else ''}")
+        if "\0" in text:  # UTF-16 of plain letters, without its mark, is valid UTF-8 full of zeros
+            raise error(
+                f"{path}: holds zero bytes, as a binary file or UTF-16 without its byte order mark does; "
+                f"save it as UTF-8{f'; {fix}' if fix else ''}"
+            )
         return text
     except UnicodeDecodeError as reason:
         shown = encoding.upper().removesuffix("-SIG")
-        raise error(f"{path}: not {shown} text (byte {reason.start} is 0x{raw[reason.start]:02x}); "
-                    f"save it as UTF-8{f'; {fix}' if fix else ''}") from reason
+        raise error(
+            f"{path}: not {shown} text (byte {reason.start} is 0x{raw[reason.start]:02x}); "
+            f"save it as UTF-8{f'; {fix}' if fix else ''}"
+        ) from reason
 
 
 def read_json(path: str | Path, error: type[EdgedetrError], *, limit: int = JSON_LIMIT, fix: str = "") -> Any:
@@ -101,7 +110,7 @@ def _parsed(parse: Any, text: str | bytes, where: str, kind: str, error: type[Ed
         return parse(text)
     except RecursionError as reason:
         raise error(f"{where}: nested too deep to be read as {kind}{f'; {fix}' if fix else ''}") from reason
-    except ValueError as reason:        # also UnicodeDecodeError, and whole numbers of more than 4300 digits
+    except ValueError as reason:  # also UnicodeDecodeError, and whole numbers of more than 4300 digits
         raise error(f"{where}: not readable as {kind} ({reason}){f'; {fix}' if fix else ''}") from reason
 
 
@@ -109,6 +118,6 @@ def shown(value: object, most: int = 60) -> str:
     """A value for a message: as Python writes it, in ASCII, cut at `most` characters; huge numbers by their size."""
     try:
         text = ascii(value)
-    except (ValueError, RecursionError):        # a number of more than 4300 digits, or one inside; nested too deep
+    except (ValueError, RecursionError):  # a number of more than 4300 digits, or one inside; nested too deep
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a value too large to show"
-    return text if len(text) <= most else f"{text[:most - 3]}..."
+    return text if len(text) <= most else f"{text[: most - 3]}..."

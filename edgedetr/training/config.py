@@ -11,28 +11,62 @@ from edgedetr.options import LATER, check
 
 INF, ALMOST_ONE = math.inf, math.nextafter(1, 0)
 TRAIN_RANGES = {
-    **dict.fromkeys(("epochs", "accumulate", "eval_every", "checkpoint_every"), (1, 10**9)), "batch": (1, 65536),
-    "devices": (1, 1024), "nodes": (1, 1024), "threads": (0, 1024), "workers": (0, 1024), "seed": (0, 2**63 - 1),
+    **dict.fromkeys(("epochs", "accumulate", "eval_every", "checkpoint_every"), (1, 10**9)),
+    "batch": (1, 65536),
+    "devices": (1, 1024),
+    "nodes": (1, 1024),
+    "threads": (0, 1024),
+    "workers": (0, 1024),
+    "seed": (0, 2**63 - 1),
     **dict.fromkeys(("warmup_steps", "patience", "cache_mb", "ema_warmup", "minutes"), (0, 10**9)),
     **dict.fromkeys(("cost_class", "cost_l1", "cost_giou", "weight_class", "weight_l1", "weight_giou"), (0, INF)),
     "clip": (0, INF),
-    "lr": (1e-12, 10), "backbone_lr_factor": (0, 1000), "slow_lr_factor": (0, 1000), "weight_decay": (0, 10),
+    "lr": (1e-12, 10),
+    "backbone_lr_factor": (0, 1000),
+    "slow_lr_factor": (0, 1000),
+    "weight_decay": (0, 10),
     **dict.fromkeys(("final_lr_factor", "no_object", "focal_alpha", "vfl_alpha", "label_noise"), (0, 1)),
-    "betas": (0, ALMOST_ONE), "ema_decay": (0, ALMOST_ONE), "drop_path": (0, ALMOST_ONE), "layer_decay": (1e-6, 1),
-    "label_smoothing": (0, ALMOST_ONE), "step_epochs": (1, 10**9), "growth": (0.1, 1), "sizes": (0.1, 4),
+    "betas": (0, ALMOST_ONE),
+    "ema_decay": (0, ALMOST_ONE),
+    "drop_path": (0, ALMOST_ONE),
+    "layer_decay": (1e-6, 1),
+    "label_smoothing": (0, ALMOST_ONE),
+    "step_epochs": (1, 10**9),
+    "growth": (0.1, 1),
+    "sizes": (0.1, 4),
     "gamma": (0, 10),
-    "denoising": (0, 10000), "denoising_groups": (0, 1000), "box_noise": (0, 10),
-    "lora_rank": (0, 4096), "lora_alpha": (1e-6, 10**6),
+    "denoising": (0, 10000),
+    "denoising_groups": (0, 1000),
+    "box_noise": (0, 10),
+    "lora_rank": (0, 4096),
+    "lora_alpha": (1e-6, 10**6),
 }
-SHARES = ("flip_horizontal", "flip_vertical", "crop", "min_visible", "zoom_out", "colour", "mosaic", "mixup", "cutmix",
-          "erase", "off_for_last")
+SHARES = (
+    "flip_horizontal",
+    "flip_vertical",
+    "crop",
+    "min_visible",
+    "zoom_out",
+    "colour",
+    "mosaic",
+    "mixup",
+    "cutmix",
+    "erase",
+    "off_for_last",
+)
 AUGMENT_RANGES = {
-    **dict.fromkeys(SHARES, (0, 1)), "magnitude": (0, 10), "mixup_beta": (0.01, 100), "rand_augment": (0, 20),
-    **dict.fromkeys(("scale_jitter", "brightness", "contrast", "saturation"), (0, 0.95)), "hue": (0, 0.5),
-    "zoom_out_scale": (1, 16), "crop_scale": (0.05, 1.0), "crop_aspect": (0.1, 10.0),
+    **dict.fromkeys(SHARES, (0, 1)),
+    "magnitude": (0, 10),
+    "mixup_beta": (0.01, 100),
+    "rand_augment": (0, 20),
+    **dict.fromkeys(("scale_jitter", "brightness", "contrast", "saturation"), (0, 0.95)),
+    "hue": (0, 0.5),
+    "zoom_out_scale": (1, 16),
+    "crop_scale": (0.05, 1.0),
+    "crop_aspect": (0.1, 10.0),
 }
 
-CLASS_LOSSES = {"softmax_ce": "softmax", "focal": "sigmoid", "vfl": "sigmoid", "mal": "sigmoid"}   # of which logits
+CLASS_LOSSES = {"softmax_ce": "softmax", "focal": "sigmoid", "vfl": "sigmoid", "mal": "sigmoid"}  # of which logits
 
 
 def require_loss_of(class_loss: str, activation: str) -> None:
@@ -43,9 +77,11 @@ def require_loss_of(class_loss: str, activation: str) -> None:
     """
     if class_loss and CLASS_LOSSES[class_loss] != activation:
         fitting = [name for name, kind in CLASS_LOSSES.items() if kind == activation]
-        raise RecipeError(f"train.class_loss is {class_loss!r}, a loss of {CLASS_LOSSES[class_loss]} logits, and this "
-                          f"model's are {activation}; expected {' or '.join(map(repr, fitting))}, or nothing for the "
-                          "model's own")
+        raise RecipeError(
+            f"train.class_loss is {class_loss!r}, a loss of {CLASS_LOSSES[class_loss]} logits, and this "
+            f"model's are {activation}; expected {' or '.join(map(repr, fitting))}, or nothing for the "
+            "model's own"
+        )
 
 
 @dataclass(frozen=True)
@@ -54,83 +90,87 @@ class TrainConfig:
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
-    start: str = ""                     # weights of a whole detector: a bundle, file or hub name; "" = the backbone's
-    epochs: int = 72                    # RT-DETR, 6x schedule
-    minutes: float = 0.0                # fewer epochs where they would take longer than this here; 0 = all of them
-    batch: int = 16                     # pictures per step over all devices (RT-DETR: 4 on each of 4)
-    accumulate: int = 1                 # the batch goes through in this many parts, where memory is short
-    lr: float = 1e-4                    # RT-DETR and DETR
-    backbone_lr_factor: float = 0.1     # both; 1.0 where the backbone starts from random weights
-    slow_lr_factor: float = 0.1         # sampling offsets, reference points (Deformable DETR, A.4); other members: none
-    weight_decay: float = 1e-4          # both; on what `decay` says
+    start: str = ""  # weights of a whole detector: a bundle, file or hub name; "" = the backbone's
+    epochs: int = 72  # RT-DETR, 6x schedule
+    minutes: float = 0.0  # fewer epochs where they would take longer than this here; 0 = all of them
+    batch: int = 16  # pictures per step over all devices (RT-DETR: 4 on each of 4)
+    accumulate: int = 1  # the batch goes through in this many parts, where memory is short
+    lr: float = 1e-4  # RT-DETR and DETR
+    backbone_lr_factor: float = 0.1  # both; 1.0 where the backbone starts from random weights
+    slow_lr_factor: float = 0.1  # sampling offsets, reference points (Deformable DETR, A.4); other members: none
+    weight_decay: float = 1e-4  # both; on what `decay` says
     # What decays: weights of two and more dimensions, all but norms (RT-DETR-R18), or all (DETR and its heirs).
     decay: Literal["matrices", "not_norms", "all"] = field(default="matrices", metadata=LATER)
-    betas: tuple[float, float] = (0.9, 0.999)   # AdamW
-    clip: float = 0.1                   # gradient norm, both; 0 = no clipping
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW
+    clip: float = 0.1  # gradient norm, both; 0 = no clipping
     warmup: Literal["linear", "exponential"] = "linear"
-    warmup_steps: int = 2000            # RT-DETR
-    schedule: Literal["constant", "step", "cosine"] = "constant"    # RT-DETR; DETR is "step"
-    step_epochs: tuple[int, ...] = ()   # "step": the rate falls to a tenth at these epochs (DETR: 200 of 300)
-    final_lr_factor: float = 0.01       # "cosine" ends at this share of lr
-    growth: tuple[float, ...] = ()      # sides in each equal part of the epochs, share of the input's; [0.6, 0.8, 1.0]
-                                        # is twice as fast at first (Tan and Le 2021, "EfficientNetV2", section 4)
+    warmup_steps: int = 2000  # RT-DETR
+    schedule: Literal["constant", "step", "cosine"] = "constant"  # RT-DETR; DETR is "step"
+    step_epochs: tuple[int, ...] = ()  # "step": the rate falls to a tenth at these epochs (DETR: 200 of 300)
+    final_lr_factor: float = 0.01  # "cosine" ends at this share of lr
+    growth: tuple[float, ...] = ()  # sides in each equal part of the epochs, share of the input's; [0.6, 0.8, 1.0]
+    # is twice as fast at first (Tan and Le 2021, "EfficientNetV2", section 4)
     # Sides of a batch, share of the input's, in multiples of 32: one is drawn for each; () = always the input's own, as
     # in the last epochs, of which augment.off_for_last says how many (RT-DETR-R50: 480 to 800 px of 640).
     sizes: tuple[float, ...] = field(default=(), metadata=LATER)
-    ema_decay: float = 0.9999           # RT-DETR; 0 = no moving average
-    ema_warmup: int = 2000              # steps; decay grows as 1 - exp(-step / ema_warmup) (RT-DETR)
-    eval_every: int = 1                 # epochs between evaluations on the select split; the last is always evaluated
-    patience: int = 0                   # evaluations without a better AP before training stops; 0 = never
+    ema_decay: float = 0.9999  # RT-DETR; 0 = no moving average
+    ema_warmup: int = 2000  # steps; decay grows as 1 - exp(-step / ema_warmup) (RT-DETR)
+    eval_every: int = 1  # epochs between evaluations on the select split; the last is always evaluated
+    patience: int = 0  # evaluations without a better AP before training stops; 0 = never
     seed: int = 0
     precision: Literal["32", "bf16", "16"] = "32"
-    devices: int = 1                    # per machine: GPUs where there are any, else processes on the CPU
-    nodes: int = 1                      # machines; start with torchrun
-    workers: int = 0                    # processes that prepare pictures; 0 is fastest beside CPU training
-    threads: int = 0                    # of torch on the CPU; 0 = torch's own choice
-    cache_mb: int = 2048                # decoded training pictures kept in memory; the rest is decoded each epoch
-    checkpoint_every: int = 500         # steps between checkpoints for --resume; also after every evaluation
-    compile: bool = False               # torch.compile; its gain has not been measured
-    cost_class: float | None = None     # matcher; None: 1 for softmax (DETR), 2 for the others (Deformable DETR)
-    cost_l1: float = 5.0                # DETR
-    cost_giou: float = 2.0              # DETR
-    weight_class: float | None = None   # loss; None: 1 for softmax and varifocal, 2 for focal (Deformable DETR)
-    weight_l1: float = 5.0              # DETR
-    weight_giou: float = 2.0            # DETR
-    l1: Literal["cxcywh", "xyxy"] = "cxcywh"    # of centre and size (DETR) or of corners (Sparse R-CNN); cost and loss
-    no_object: float = 0.1              # weight of the no-object class in the softmax loss (DETR, section 3.2)
-    focal_alpha: float = 0.25           # focal loss (Lin et al. 2017); varifocal uses vfl_alpha
-    vfl_alpha: float = 0.75             # varifocal loss (Zhang et al. 2021)
-    gamma: float = 2.0                  # both
-    class_loss: Literal["", "softmax_ce", "focal", "vfl", "mal"] = ""   # "" = the member's own; "mal" is DEIM's
-    label_smoothing: float = 0.0        # 0.1 where labels are noisy (Szegedy et al. 2016)
-    drop_path: float = 0.0              # stochastic depth of the decoder's last block; earlier ones less, down to 0
-                                        # in the first of the encoder, or of the ViT (0.1 to 0.3); ResNets have none
-    drop_path_schedule: Literal["linear", "exponential"] = "linear"     # from the first block to the last
-    layer_decay: float = 1.0            # of the rate from block to block of a ViT towards its input (ViTDet: 0.7-0.8)
-    freeze: tuple[str, ...] = ()        # patterns of parameter names that do not learn, for example ["backbone.*"]
-    lora_rank: int = 0                  # rank of low-rank adapters (LoRA: 4 to 16); 0 = all weights learn
-    lora_alpha: float = 16.0            # their weight is lora_alpha / lora_rank (LoRA, section 4.1)
-    lora_on: tuple[str, ...] = ("*.q", "*.v")               # names of the Linears that get one (LoRA, section 4.2)
+    devices: int = 1  # per machine: GPUs where there are any, else processes on the CPU
+    nodes: int = 1  # machines; start with torchrun
+    workers: int = 0  # processes that prepare pictures; 0 is fastest beside CPU training
+    threads: int = 0  # of torch on the CPU; 0 = torch's own choice
+    cache_mb: int = 2048  # decoded training pictures kept in memory; the rest is decoded each epoch
+    checkpoint_every: int = 500  # steps between checkpoints for --resume; also after every evaluation
+    compile: bool = False  # torch.compile; its gain has not been measured
+    cost_class: float | None = None  # matcher; None: 1 for softmax (DETR), 2 for the others (Deformable DETR)
+    cost_l1: float = 5.0  # DETR
+    cost_giou: float = 2.0  # DETR
+    weight_class: float | None = None  # loss; None: 1 for softmax and varifocal, 2 for focal (Deformable DETR)
+    weight_l1: float = 5.0  # DETR
+    weight_giou: float = 2.0  # DETR
+    l1: Literal["cxcywh", "xyxy"] = "cxcywh"  # of centre and size (DETR) or of corners (Sparse R-CNN); cost and loss
+    no_object: float = 0.1  # weight of the no-object class in the softmax loss (DETR, section 3.2)
+    focal_alpha: float = 0.25  # focal loss (Lin et al. 2017); varifocal uses vfl_alpha
+    vfl_alpha: float = 0.75  # varifocal loss (Zhang et al. 2021)
+    gamma: float = 2.0  # both
+    class_loss: Literal["", "softmax_ce", "focal", "vfl", "mal"] = ""  # "" = the member's own; "mal" is DEIM's
+    label_smoothing: float = 0.0  # 0.1 where labels are noisy (Szegedy et al. 2016)
+    drop_path: float = 0.0  # stochastic depth of the decoder's last block; earlier ones less, down to 0
+    # in the first of the encoder, or of the ViT (0.1 to 0.3); ResNets have none
+    drop_path_schedule: Literal["linear", "exponential"] = "linear"  # from the first block to the last
+    layer_decay: float = 1.0  # of the rate from block to block of a ViT towards its input (ViTDet: 0.7-0.8)
+    freeze: tuple[str, ...] = ()  # patterns of parameter names that do not learn, for example ["backbone.*"]
+    lora_rank: int = 0  # rank of low-rank adapters (LoRA: 4 to 16); 0 = all weights learn
+    lora_alpha: float = 16.0  # their weight is lora_alpha / lora_rank (LoRA, section 4.1)
+    lora_on: tuple[str, ...] = ("*.q", "*.v")  # names of the Linears that get one (LoRA, section 4.2)
     lora_beside: tuple[str, ...] = ("*norm*", "decoder.boxes.*", "selector.score.*", "selector.box.*")  # learn as well
-    denoising: int = 100                # noised queries beside the real ones (RT-DETR); 0 = none
-    denoising_mode: Literal["cdn", "dn"] = "cdn"    # with negative copies (DINO, RT-DETR), or without (DN-DETR)
-    denoising_groups: int = 0           # copies of every object, whatever `denoising` says (DN-DETR: 5); 0 = that many
-    label_noise: float = 0.5            # share of their labels drawn anew; "cdn": half of this share (RT-DETR)
-    box_noise: float = 1.0              # "cdn": shift of each side in half box sizes (RT-DETR); "dn": of the centre in
-                                        # half box sizes, of width and height in box sizes
+    denoising: int = 100  # noised queries beside the real ones (RT-DETR); 0 = none
+    denoising_mode: Literal["cdn", "dn"] = "cdn"  # with negative copies (DINO, RT-DETR), or without (DN-DETR)
+    denoising_groups: int = 0  # copies of every object, whatever `denoising` says (DN-DETR: 5); 0 = that many
+    label_noise: float = 0.5  # share of their labels drawn anew; "cdn": half of this share (RT-DETR)
+    box_noise: float = 1.0  # "cdn": shift of each side in half box sizes (RT-DETR); "dn": of the centre in
+    # half box sizes, of width and height in box sizes
 
     def __post_init__(self) -> None:
         check(self, "train", TRAIN_RANGES)
         if self.growth and self.growth[-1] != 1:
             raise RecipeError(f"train.growth is {list(self.growth)}; expected shares from 0.1 to 1, and 1 at the end")
         if self.batch % (self.devices * self.nodes * self.accumulate):
-            raise RecipeError(f"train.batch is {self.batch}, which does not divide into {self.nodes} machines x "
-                              f"{self.devices} devices x {self.accumulate} parts")
+            raise RecipeError(
+                f"train.batch is {self.batch}, which does not divide into {self.nodes} machines x "
+                f"{self.devices} devices x {self.accumulate} parts"
+            )
         if self.schedule == "step" and not self.step_epochs:
             raise RecipeError("train.schedule is 'step' without step_epochs; for example --set train.step_epochs=[40]")
         if self.minutes and self.schedule == "step":
-            raise RecipeError(f"train.minutes is {self.minutes:g}, which changes the number of epochs, and "
-                              f"train.step_epochs {list(self.step_epochs)} would not follow; use schedule 'cosine'")
+            raise RecipeError(
+                f"train.minutes is {self.minutes:g}, which changes the number of epochs, and "
+                f"train.step_epochs {list(self.step_epochs)} would not follow; use schedule 'cosine'"
+            )
         if list(self.step_epochs) != sorted(set(self.step_epochs)):
             raise RecipeError(f"train.step_epochs is {self.step_epochs}; expected epochs that ascend, each at least 1")
 
@@ -149,30 +189,30 @@ class AugmentConfig:
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
-    flip_horizontal: float = 0.5        # probability
-    flip_vertical: float = 0.0          # probability; for pictures without an up (microscopes, from above)
-    crop: float = 0.5                   # probability of a random crop; by `crop_kind`
+    flip_horizontal: float = 0.5  # probability
+    flip_vertical: float = 0.0  # probability; for pictures without an up (microscopes, from above)
+    crop: float = 0.5  # probability of a random crop; by `crop_kind`
     # "iou": SSD's, by crop_scale and crop_aspect; "size": DETR's, 384 to 600 px of an image of 400, 500 or 600 px.
     crop_kind: Literal["iou", "size"] = field(default="iou", metadata=LATER)
-    crop_scale: tuple[float, float] = (0.3, 1.0)    # side of the crop, share of the picture's (SSD)
-    crop_aspect: tuple[float, float] = (0.5, 2.0)   # width to height of the crop, relative to the picture's (SSD)
-    min_visible: float = 0.4            # boxes of which less than this share of the area is left are dropped
-    zoom_out: float = 0.3               # probability of placing the picture in a larger grey field
-    zoom_out_scale: float = 2.0         # largest side of that field, in pictures (SSD: 4)
-    scale_jitter: float = 0.1           # the seen window grows or shrinks by up to this share
-    colour: float = 0.8                 # probability of changing the colours
-    brightness: float = 0.2             # largest change, share
+    crop_scale: tuple[float, float] = (0.3, 1.0)  # side of the crop, share of the picture's (SSD)
+    crop_aspect: tuple[float, float] = (0.5, 2.0)  # width to height of the crop, relative to the picture's (SSD)
+    min_visible: float = 0.4  # boxes of which less than this share of the area is left are dropped
+    zoom_out: float = 0.3  # probability of placing the picture in a larger grey field
+    zoom_out_scale: float = 2.0  # largest side of that field, in pictures (SSD: 4)
+    scale_jitter: float = 0.1  # the seen window grows or shrinks by up to this share
+    colour: float = 0.8  # probability of changing the colours
+    brightness: float = 0.2  # largest change, share
     contrast: float = 0.2
     saturation: float = 0.3
-    hue: float = 0.03                   # turns of the colour wheel
-    mosaic: float = 0.0                 # probability of four pictures in one (DEIM: 0.5 and more)
-    mixup: float = 0.0                  # probability of a second picture laid over (DEIM: 0.5)
-    mixup_beta: float = 1.5             # its share is drawn from Beta(b, b): 1.5 keeps it near one half
-    cutmix: float = 0.0                 # probability of a part of a second picture pasted in
-    rand_augment: int = 0               # operations of RandAugment on each picture (Cubuk et al. 2020: 2)
-    magnitude: float = 9.0              # their strength, 0..10 (the same: 9)
-    erase: float = 0.0                  # probability of a rectangle of noise (Zhong et al. 2020: 0.5; DeiT: 0.25)
-    off_for_last: float = 0.1           # share of the epochs, at the end, with flips only (RT-DETR: the last epochs)
+    hue: float = 0.03  # turns of the colour wheel
+    mosaic: float = 0.0  # probability of four pictures in one (DEIM: 0.5 and more)
+    mixup: float = 0.0  # probability of a second picture laid over (DEIM: 0.5)
+    mixup_beta: float = 1.5  # its share is drawn from Beta(b, b): 1.5 keeps it near one half
+    cutmix: float = 0.0  # probability of a part of a second picture pasted in
+    rand_augment: int = 0  # operations of RandAugment on each picture (Cubuk et al. 2020: 2)
+    magnitude: float = 9.0  # their strength, 0..10 (the same: 9)
+    erase: float = 0.0  # probability of a rectangle of noise (Zhong et al. 2020: 0.5; DeiT: 0.25)
+    off_for_last: float = 0.1  # share of the epochs, at the end, with flips only (RT-DETR: the last epochs)
 
     def __post_init__(self) -> None:
         check(self, "augment", AUGMENT_RANGES)

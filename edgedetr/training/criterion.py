@@ -71,11 +71,17 @@ class Criterion:
         usual = 2.0 if self.class_loss == "focal" else 1.0
         self.weight_class = config.weight_class if config.weight_class is not None else usual
         cost = config.cost_class if config.cost_class is not None else (1.0 if softmax else 2.0)
-        self.costs = Costs("softmax" if softmax else "focal", cost, config.cost_l1, config.cost_giou,
-                           corners=config.l1 == "xyxy")
+        self.costs = Costs(
+            "softmax" if softmax else "focal", cost, config.cost_l1, config.cost_giou, corners=config.l1 == "xyxy"
+        )
 
-    def __call__(self, outputs: Outputs, targets: Sequence[Target] | Padded, denoised: Denoised | None = None,
-                 boxes_per_process: float | None = None) -> Losses:
+    def __call__(
+        self,
+        outputs: Outputs,
+        targets: Sequence[Target] | Padded,
+        denoised: Denoised | None = None,
+        boxes_per_process: float | None = None,
+    ) -> Losses:
         """Losses of the matching queries, of the proposals, and of the noised queries where there are any.
 
         boxes_per_process   objects in all processes / processes; default: those of `targets`
@@ -88,7 +94,7 @@ class Criterion:
             if outputs.encoder is not None:
                 encoder = (outputs.encoder[0][None].float(), outputs.encoder[1][None].float())
             joined = encoder is not None and encoder[0].shape[1:] == decoder[0].shape[1:] and not self.foreground
-            if encoder is not None and joined:      # equally many queries: one more layer, computed in the same calls
+            if encoder is not None and joined:  # equally many queries: one more layer, computed in the same calls
                 groups = [(torch.cat([decoder[0], encoder[0]]), torch.cat([decoder[1], encoder[1]]))]
             else:
                 groups = [decoder] + ([encoder] if encoder is not None else [])
@@ -99,26 +105,36 @@ class Criterion:
                     matched += match([group], objects, self.costs)
             else:
                 matched = match(groups, padded, self.costs)
-            parts = torch.cat([self._layers(*group, found, objects, count)
-                               for group, found, objects in zip(groups, matched, wanted)], 1)
+            parts = torch.cat(
+                [self._layers(*group, found, objects, count) for group, found, objects in zip(groups, matched, wanted)],
+                1,
+            )
             last, layers = len(outputs.logits) - 1, len(outputs.logits)
             noise = parts.new_zeros(())
             if denoised is not None:
-                noise = self._layers(denoised.logits.float(), denoised.boxes.float(), denoised.matches, padded,
-                                     count * denoised.groups).sum()
+                noise = self._layers(
+                    denoised.logits.float(), denoised.boxes.float(), denoised.matches, padded, count * denoised.groups
+                ).sum()
             shown = parts.detach()
-            return Losses(parts.sum() + noise, shown[0, last], shown[1, last], shown[2, last],
-                          auxiliary=shown[:, :last].sum(), encoder=shown[:, layers:].sum(), denoising=noise.detach())
+            return Losses(
+                parts.sum() + noise,
+                shown[0, last],
+                shown[1, last],
+                shown[2, last],
+                auxiliary=shown[:, :last].sum(),
+                encoder=shown[:, layers:].sum(),
+                denoising=noise.detach(),
+            )
 
     def _layers(self, logits: Tensor, boxes: Tensor, matches: Matches, padded: Padded, count: float) -> Tensor:
         """Weighted class, L1 and GIoU losses of each layer: [3, G]."""
-        predicted = matches.take(boxes)                                                     # [G, P, 4]
+        predicted = matches.take(boxes)  # [G, P, 4]
         wanted = padded.boxes[matches.image[None], matches.target]
         corners, wanted_corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)
         apart = corners - wanted_corners if self.costs.corners else predicted - wanted
         l1 = apart.abs().sum((1, 2)) / count
         giou = (1 - paired_giou(corners, wanted_corners)).sum(1) / count
-        overlap = paired_iou(corners.detach(), wanted_corners)                              # [G, P]
+        overlap = paired_iou(corners.detach(), wanted_corners)  # [G, P]
         class_ = self._class(logits, overlap, matches, padded, count)
         config = self.config
         return torch.stack([class_ * self.weight_class, l1 * config.weight_l1, giou * config.weight_giou])
@@ -139,8 +155,10 @@ class Criterion:
         quality = torch.zeros_like(logits[..., 0])
         quality[layer, image, matches.query] = overlap
         if self.class_loss == "vfl":
-            return losses.varifocal(logits, onehot, quality, config.vfl_alpha, config.gamma,
-                                    config.label_smoothing) / count
+            return (
+                losses.varifocal(logits, onehot, quality, config.vfl_alpha, config.gamma, config.label_smoothing)
+                / count
+            )
         if self.class_loss == "mal":
             return losses.matchability(logits, onehot, quality, config.gamma, config.label_smoothing) / count
         raise ValueError(f"class loss {self.class_loss!r}; expected one of {CLASS_LOSSES}")

@@ -36,9 +36,18 @@ class Delivery:
         """The bundle with the weights as they are now."""
         recipe, place = self.recipe, self.place
         record = DataRecord(str(self.data.resolve()), place.verify_split, place.train_split)
-        bundle = Bundle.create(self.out, Manifest(
-            recipe.model.name, self.classes, recipe.input.contract(), OutputContract(recipe.model.config.activation),
-            config=asdict(recipe.model.config), data=record, budget=recipe.verify.budget))
+        bundle = Bundle.create(
+            self.out,
+            Manifest(
+                recipe.model.name,
+                self.classes,
+                recipe.input.contract(),
+                OutputContract(recipe.model.config.activation),
+                config=asdict(recipe.model.config),
+                data=record,
+                budget=recipe.verify.budget,
+            ),
+        )
         recipe.to_bundle(bundle, stage="train")
         with bundle.add("weights.safetensors", stage="train", made_from=["recipe.toml"]) as path:
             save_file({name: value.contiguous() for name, value in merged(self.model).state_dict().items()}, path)
@@ -49,5 +58,5 @@ class Delivery:
             log.warning("%s has lost its weights, which were the best ones; the last ones are written", self.out)
             self.write()
         bundle = Bundle.open(self.out)
-        if self.recipe.to_bundle(bundle, stage="train"):    # the checkpoint's fingerprint says that the weights are its
+        if self.recipe.to_bundle(bundle, stage="train"):  # the checkpoint's fingerprint says that the weights are its
             bundle.update(budget=self.recipe.verify.budget)

@@ -21,7 +21,7 @@ from edgedetr.training.criterion import Denoised
 from edgedetr.training.ground_truth import Padded
 from edgedetr.training.matcher import Matches
 
-NOTHING = -1e4          # logit whose probability is exactly 0, and which half precision can hold
+NOTHING = -1e4  # logit whose probability is exactly 0, and which half precision can hold
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,23 @@ def prepend(queries: Queries, known: Queries, noised: Noised) -> Queries:
     if queries.self_mask is not None:
         mask[count:, count:] = queries.self_mask
     content = torch.cat([known.content.to(queries.content.dtype), queries.content], dim=1)
-    return replace(queries, content=content,
-                   position=_before(known.position, queries.position),
-                   reference=_before(known.reference, queries.reference),
-                   spatial=_before(known.spatial, queries.spatial), self_mask=mask)
+    return replace(
+        queries,
+        content=content,
+        position=_before(known.position, queries.position),
+        reference=_before(known.reference, queries.reference),
+        spatial=_before(known.spatial, queries.spatial),
+        self_mask=mask,
+    )
 
 
 def _before(known: Tensor | None, real: Tensor | None) -> Tensor | None:
     if known is None or real is None:
         if known is not real:
-            raise ValueError("noised and real queries differ in what they carry; the selector's `noised` must give the "
-                             "same fields as its forward")
+            raise ValueError(
+                "noised and real queries differ in what they carry; the selector's `noised` must give the "
+                "same fields as its forward"
+            )
         return None
     return torch.cat([known.to(real.dtype), real], dim=1)
 

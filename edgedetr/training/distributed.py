@@ -25,12 +25,19 @@ def launch(config: TrainConfig) -> Fabric:
     many = config.devices * config.nodes > 1
     # Queries of a batch without objects leave the denoising embedding unused, which only this setting allows.
     strategy = DDPStrategy(find_unused_parameters=True) if many else "auto"
-    fabric = Fabric(accelerator="auto", devices=config.devices, num_nodes=config.nodes, strategy=strategy,
-                    precision=PRECISIONS[config.precision])  # type: ignore[arg-type]  # a Literal of the same words
+    fabric = Fabric(
+        accelerator="auto",
+        devices=config.devices,
+        num_nodes=config.nodes,
+        strategy=strategy,
+        precision=PRECISIONS[config.precision],
+    )  # type: ignore[arg-type]  # a Literal of the same words
     fabric.launch()
     if fabric.device.type == "cpu":
         keep_freed()
         if fabric.is_global_zero and config.precision == "32" and tiles_bfloat16():
-            log.info("this CPU multiplies bfloat16 in tiles (AMX): with --set train.precision=bf16 a step takes 0.5 "
-                     "to 0.7 of the time (docs/training.md)")
+            log.info(
+                "this CPU multiplies bfloat16 in tiles (AMX): with --set train.precision=bf16 a step takes 0.5 "
+                "to 0.7 of the time (docs/training.md)"
+            )
     return fabric

@@ -34,8 +34,9 @@ def focal(logits: Tensor, onehot: Tensor, alpha: float, gamma: float, smoothing:
     return loss.flatten(1).sum(1)
 
 
-def varifocal(logits: Tensor, onehot: Tensor, quality: Tensor, alpha: float, gamma: float,
-              smoothing: float = 0.0) -> Tensor:
+def varifocal(
+    logits: Tensor, onehot: Tensor, quality: Tensor, alpha: float, gamma: float, smoothing: float = 0.0
+) -> Tensor:
     """Varifocal loss (Zhang et al. 2021, eq. 2): the score of a matched query learns the IoU of its box.
 
     logits, onehot  [G, B, N, K];  quality [G, B, N], IoU of matched queries, else 0;  return [G], summed

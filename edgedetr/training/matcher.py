@@ -18,7 +18,7 @@ from edgedetr.layers.box_ops import cxcywh_to_xyxy, paired_giou
 from edgedetr.options import check
 from edgedetr.training.ground_truth import Padded
 
-UNUSABLE = 1e8      # cost of a NaN or infinite pair: taken only where nothing else is left (scipy refuses NaN)
+UNUSABLE = 1e8  # cost of a NaN or infinite pair: taken only where nothing else is left (scipy refuses NaN)
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Costs:
     class_: float
     l1: float
     giou: float
-    alpha: float = 0.25     # Deformable DETR's focal cost
+    alpha: float = 0.25  # Deformable DETR's focal cost
     gamma: float = 2.0
-    corners: bool = False   # L1 of x0, y0, x1, y1 instead of cx, cy, w, h
+    corners: bool = False  # L1 of x0, y0, x1, y1 instead of cx, cy, w, h
 
     def __post_init__(self) -> None:
         check(self, "costs", dict.fromkeys(("class_", "l1", "giou", "alpha", "gamma"), (0, math.inf)))

@@ -17,7 +17,7 @@ def keep_freed() -> bool:
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):      # musl and macOS have none; Windows has no such handle
+    except (AttributeError, OSError, TypeError):  # musl and macOS have none; Windows has no such handle
         return False
     taken = [mallopt(name, value) for name, value in _MALLOPT.items()]
     return all(taken)

@@ -11,7 +11,7 @@ from torch import nn
 from edgedetr.errors import ModelError, RecipeError
 from edgedetr.training.config import TrainConfig
 
-BLOCK = re.compile(r"^backbone\.transformer\.blocks\.(\d+)\.")     # of a ViT
+BLOCK = re.compile(r"^backbone\.transformer\.blocks\.(\d+)\.")  # of a ViT
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 ENTRY = re.compile(r"^backbone\.transformer\.(patch|position|class_token)")
 
@@ -27,8 +27,12 @@ def groups(detector: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
         raise ModelError(f"train.layer_decay is {config.layer_decay}, but the backbone is no ViT; expected 1")
     sorted_: dict[tuple[float, bool], list[nn.Parameter]] = {}
     slow: tuple[str, ...] = getattr(detector, "slow", ())
-    norms = {f"{owner}.{name}" for owner, module in detector.named_modules() if isinstance(module, NORMS)
-             for name, _ in module.named_parameters(recurse=False)}
+    norms = {
+        f"{owner}.{name}"
+        for owner, module in detector.named_modules()
+        if isinstance(module, NORMS)
+        for name, _ in module.named_parameters(recurse=False)
+    }
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
             decays = {"matrices": parameter.ndim >= 2, "not_norms": name not in norms, "all": True}[config.decay]
@@ -56,7 +60,7 @@ def _steps_from_the_top(name: str, detector: nn.Module) -> int:
 
 def adamw(detector: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """The optimiser; `set_rate` gives each group its learning rate before every step."""
-    fused = config.precision != "16"        # a fused step unscales fp16 gradients itself, after they should be clipped
+    fused = config.precision != "16"  # a fused step unscales fp16 gradients itself, after they should be clipped
     return torch.optim.AdamW(groups(detector, config), lr=config.lr, betas=config.betas, fused=fused)
 
 
@@ -73,11 +77,11 @@ def rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
 def _warmup(config: TrainConfig, step: int) -> float:
     if step >= config.warmup_steps:
         return 1.0
-    share = (step + 1) / (config.warmup_steps + 1)      # never 0, so that no step is lost
+    share = (step + 1) / (config.warmup_steps + 1)  # never 0, so that no step is lost
     if config.warmup == "linear":
         return share
     if config.warmup == "exponential":
-        return 1000.0 ** (share - 1)                    # from about a thousandth
+        return 1000.0 ** (share - 1)  # from about a thousandth
     raise RecipeError(f"train.warmup is {config.warmup!r}; expected 'linear' or 'exponential'")
 
 

@@ -45,8 +45,9 @@ def detector(recipe: Recipe, classes: tuple[ClassInfo, ...], *, fresh: bool) -> 
     if config.drop_path:
         rates = drop_path.set_rates(model, config.drop_path, config.drop_path_schedule)
         if not max(rates, default=0.0):
-            raise ModelError(f"train.drop_path is {config.drop_path}, but {recipe.model.name} has no block to leave "
-                             "out; expected 0")
+            raise ModelError(
+                f"train.drop_path is {config.drop_path}, but {recipe.model.name} has no block to leave out; expected 0"
+            )
         log.info("train.drop_path: %d blocks are left out at rates of %.3g to %.3g", len(rates), rates[0], rates[-1])
     if config.lora_rank:
         untrained = started_anew(recipe)
@@ -55,8 +56,10 @@ def detector(recipe: Recipe, classes: tuple[ClassInfo, ...], *, fresh: bool) -> 
     freeze(model, config.freeze)
     still = [name for name, parameter in model.named_parameters() if name in anew and not parameter.requires_grad]
     if still:
-        log.warning("started anew for these classes, and frozen: %s; to let them learn, leave them out of "
-                    "train.freeze", ", ".join(still))
+        log.warning(
+            "started anew for these classes, and frozen: %s; to let them learn, leave them out of train.freeze",
+            ", ".join(still),
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError(f"train.freeze {list(config.freeze)} leaves nothing to learn; name fewer patterns")
     return model.train()
@@ -80,8 +83,10 @@ def freeze(model: nn.Module, patterns: tuple[str, ...], but: tuple[str, ...] = (
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ModelError(f"train.freeze: no parameter is named like {pattern!r}; expected patterns of names like "
-                             f"{', '.join(names[:3])}")
+            raise ModelError(
+                f"train.freeze: no parameter is named like {pattern!r}; expected patterns of names like "
+                f"{', '.join(names[:3])}"
+            )
     for name, parameter in model.named_parameters():
         if any(fnmatchcase(name, p) for p in patterns) and not any(fnmatchcase(name, p) for p in but):
             parameter.requires_grad_(False)
@@ -104,8 +109,12 @@ def _start(model: Detector, recipe: Recipe, source: str, classes: list[str]) -> 
         if theirs != classes:
             kept = [name for name, row in zip(classes, rows) if row is not None]
             fresh = [name for name, row in zip(classes, rows) if row is None]
-            log.warning("%s: rows of the class heads kept by name: %s; started anew: %s", source,
-                        ", ".join(kept) or "none", ", ".join(fresh) or "none")
+            log.warning(
+                "%s: rows of the class heads kept by name: %s; started anew: %s",
+                source,
+                ", ".join(kept) or "none",
+                ", ".join(fresh) or "none",
+            )
         return loaded.fresh if None in rows and theirs != classes else ()
     return pretrained.load_detector(model, member, source, recipe.model.config).fresh
 
@@ -114,9 +123,11 @@ def require_place(out: Path, saved: Path, resume: bool) -> None:
     """Errors: TrainingError where good weights would be overwritten by a training from the beginning."""
     weights = out / "weights.safetensors"
     if resume and weights.exists() and not saved.exists():
-        raise TrainingError(f"{out} holds trained weights but no {saved.relative_to(out)}, so there is nothing to go "
-                            "on from, and a start from the beginning would overwrite them; restore that folder from a "
-                            f"copy, or train into another --out (from these weights: --set train.start={out})")
+        raise TrainingError(
+            f"{out} holds trained weights but no {saved.relative_to(out)}, so there is nothing to go "
+            "on from, and a start from the beginning would overwrite them; restore that folder from a "
+            f"copy, or train into another --out (from these weights: --set train.start={out})"
+        )
     if not resume and (saved.exists() or weights.exists()):
         raise TrainingError(f"{out} holds a training already; go on with it by --resume, or name another --out")
 
@@ -124,16 +135,22 @@ def require_place(out: Path, saved: Path, resume: bool) -> None:
 def check(samples: DetectionSet, chosen: DetectionSet) -> None:
     """Errors: DataError where there is nothing to learn, or where the two splits name other classes."""
     if not len(samples) or not any((~sample.crowd).any() for sample in samples.samples):
-        raise DataError(f"{samples.root}: the split {samples.name!r} has {len(samples)} usable pictures and no objects "
-                        f"to learn; run: edgedetr data check {samples.root}")
+        raise DataError(
+            f"{samples.root}: the split {samples.name!r} has {len(samples)} usable pictures and no objects "
+            f"to learn; run: edgedetr data check {samples.root}"
+        )
     if not any((~sample.crowd).any() for sample in chosen.samples):
-        raise DataError(f"{samples.root}: the split {chosen.name!r} has {len(chosen)} usable images and no objects, so "
-                        "its AP is undefined and no epoch could be chosen by it; name another split with "
-                        "--set data.select_split=NAME, or label it")
+        raise DataError(
+            f"{samples.root}: the split {chosen.name!r} has {len(chosen)} usable images and no objects, so "
+            "its AP is undefined and no epoch could be chosen by it; name another split with "
+            "--set data.select_split=NAME, or label it"
+        )
     if samples.classes != chosen.classes:
         ours, theirs = (", ".join(c.name for c in part.classes) for part in (samples, chosen))
-        raise DataError(f"{samples.root}: classes differ between {samples.name} ({ours}) and {chosen.name} ({theirs}); "
-                        "expected the same in every split")
+        raise DataError(
+            f"{samples.root}: classes differ between {samples.name} ({ours}) and {chosen.name} ({theirs}); "
+            "expected the same in every split"
+        )
 
 
 def warn_of_crowds(samples: DetectionSet, recipe: Recipe) -> None:
@@ -143,6 +160,14 @@ def warn_of_crowds(samples: DetectionSet, recipe: Recipe) -> None:
     fuller = [(count, path) for count, path in fuller if count > queries]
     if fuller:
         most, path = max(fuller)
-        log.warning("%d of %d training images hold more objects than the model has queries: up to %d (%s), and "
-                    "model.queries is %d, so at most %d of them can be found; expected --set model.queries=%d or more",
-                    len(fuller), len(samples), most, path, queries, queries, most)
+        log.warning(
+            "%d of %d training images hold more objects than the model has queries: up to %d (%s), and "
+            "model.queries is %d, so at most %d of them can be found; expected --set model.queries=%d or more",
+            len(fuller),
+            len(samples),
+            most,
+            path,
+            queries,
+            queries,
+            most,
+        )

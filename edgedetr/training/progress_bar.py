@@ -43,9 +43,14 @@ class RichProgress:
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
-        whole = Column(no_wrap=True, min_width=9)       # in a narrow window the bar shrinks, the numbers do not
-        columns = (TextColumn("[bold]train"), BarColumn(bar_width=20), MofNCompleteColumn(table_column=whole),
-                   TimeRemainingColumn(table_column=whole), TextColumn("left  {task.fields[note]}"))
+        whole = Column(no_wrap=True, min_width=9)  # in a narrow window the bar shrinks, the numbers do not
+        columns = (
+            TextColumn("[bold]train"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(table_column=whole),
+            TimeRemainingColumn(table_column=whole),
+            TextColumn("left  {task.fields[note]}"),
+        )
         self._bar = Bar(*columns, console=console)
         self._shown = ("loss", "class", "l1", "giou") if console.width >= 100 else ("loss",)
         self._task = self._bar.add_task("train", total=None, note="")
@@ -62,8 +67,9 @@ class RichProgress:
 
     def evaluated(self, epoch: int, metrics: Metrics, best: bool) -> None:
         ap, ap50 = (f"{value:.1f}" if value is not None else "-" for value in (metrics.ap, metrics.ap50))
-        self._bar.console.print(f"epoch {epoch}/{self._epochs}: AP {ap}  AP50 {ap50}{'  best so far' if best else ''}",
-                                highlight=False)
+        self._bar.console.print(
+            f"epoch {epoch}/{self._epochs}: AP {ap}  AP50 {ap50}{'  best so far' if best else ''}", highlight=False
+        )
 
     def finish(self) -> None:
         self._bar.stop()

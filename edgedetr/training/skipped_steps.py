@@ -12,7 +12,7 @@ from edgedetr.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
-SKIPS = 5       # in a row: one bad image is in one batch of an epoch, spoilt weights are in every one
+SKIPS = 5  # in a row: one bad image is in one batch of an epoch, spoilt weights are in every one
 
 
 class Statistics:
@@ -36,8 +36,14 @@ class Statistics:
 
 def tell(what: str, step: int, names: str, skipped: int) -> None:
     """Say which step was skipped, and with which images."""
-    log.warning("step %d is skipped: %s became NaN or infinite on %s (%d skipped so far; %d in a row end the training)",
-                step, what, names, skipped, SKIPS)
+    log.warning(
+        "step %d is skipped: %s became NaN or infinite on %s (%d skipped so far; %d in a row end the training)",
+        step,
+        what,
+        names,
+        skipped,
+        SKIPS,
+    )
 
 
 def too_many(what: str, step: int, names: str, saved: Path, data: Path, rate: float) -> TrainingError:
@@ -50,4 +56,5 @@ def too_many(what: str, step: int, names: str, saved: Path, data: Path, rate: fl
     return TrainingError(
         f"{what} became NaN or infinite at step {step}, on {names}, as in the {SKIPS - 1} steps before; {kept}. Look "
         f"at these images (edgedetr data check {data}), or lower --set train.lr (now {rate}) or set "
-        "train.precision=32, and train into another --out")
+        "train.precision=32, and train into another --out"
+    )

@@ -23,8 +23,8 @@ from edgedetr.recipe import Recipe
 from edgedetr.storage.reading import parse_json
 from edgedetr.training.ema import Ema
 
-SCHEMA = 2          # 1 had no digest; it is still read
-DECIDE = ("model", "input", "data", "train", "augment")     # sections of a recipe that decide the weights
+SCHEMA = 2  # 1 had no digest; it is still read
+DECIDE = ("model", "input", "data", "train", "augment")  # sections of a recipe that decide the weights
 
 
 @dataclass
@@ -69,8 +69,9 @@ def fingerprint(recipe: Recipe, samples: DetectionSet) -> str:
     return state.hexdigest()
 
 
-def save(path: Path, position: Position, fingerprint: str, model: nn.Module, ema: Ema,
-         optimizer: torch.optim.Optimizer) -> None:
+def save(
+    path: Path, position: Position, fingerprint: str, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer
+) -> None:
     """Write everything that a resume needs; a kill at any moment leaves the old file or the new one."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"ema.{name}": value for name, value in ema.model.state_dict().items()}
@@ -105,16 +106,20 @@ def load(path: Path, fingerprint: str, model: nn.Module, ema: Ema, optimizer: to
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, TrainingError) as error:
         raise TrainingError(f"the checkpoint is damaged or of another kind ({error}); {restart}") from error
     if about.get("schema") not in ("1", str(SCHEMA)):
-        raise TrainingError(f"the checkpoint has schema {about.get('schema')}, this version reads 1 and {SCHEMA}; "
-                            f"{restart}")
+        raise TrainingError(
+            f"the checkpoint has schema {about.get('schema')}, this version reads 1 and {SCHEMA}; {restart}"
+        )
     if about["schema"] != "1":
         told = about.pop("digest", None)
         if told != digest(about, tensors):
-            raise TrainingError(f"the checkpoint is damaged: its content is not what was written (digest {told}); "
-                                f"{restart}")
+            raise TrainingError(
+                f"the checkpoint is damaged: its content is not what was written (digest {told}); {restart}"
+            )
     if about.get("fingerprint") != fingerprint:
-        raise TrainingError(f"{path} was made by another recipe or on other training data, so it cannot be continued; "
-                            "resume with the recipe.toml beside it and the same data, or train into another --out")
+        raise TrainingError(
+            f"{path} was made by another recipe or on other training data, so it cannot be continued; "
+            "resume with the recipe.toml beside it and the same data, or train into another --out"
+        )
     try:
         model.load_state_dict(_part(tensors, "model."))
         ema.model.load_state_dict(_part(tensors, "ema."))
@@ -146,7 +151,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     for name, value in tensors.items():
         number, _, key = name.partition(".")
         parameter = parameters[int(number)]
-        if value.shape == parameter.shape:      # in the parameter's memory format: a fused step walks over both at once
+        if value.shape == parameter.shape:  # in the parameter's memory format: a fused step walks over both at once
             value = torch.empty_like(parameter).copy_(value)
         state.setdefault(int(number), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

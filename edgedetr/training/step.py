@@ -38,7 +38,7 @@ class Trainee(nn.Module):
         memory = self.encode(self.detector.normalise(pixels))
         queries = self.detector.select(memory)
         selector, noised = self.detector.selector, None
-        if getattr(selector, "denoising_class_embed", None) is not None:    # a member that makes noised queries
+        if getattr(selector, "denoising_class_embed", None) is not None:  # a member that makes noised queries
             noised = denoising.noise(padded, self.classes, config)
         if noised is None:
             losses = self.criterion(self.decode(queries, memory), padded, None, per_process)

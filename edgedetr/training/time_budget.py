@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WARM, TIMED = 4, 8          # steps of each size of picture, on WARM batches in turns: those timed wait for no file
-USABLE = 0.95               # of the time; the rest is for checkpoints and for steps slower than those timed
-FORWARD = 1 / 3             # share of a step's time that looking at the same pictures takes: no backward pass
+WARM, TIMED = 4, 8  # steps of each size of picture, on WARM batches in turns: those timed wait for no file
+USABLE = 0.95  # of the time; the rest is for checkpoints and for steps slower than those timed
+FORWARD = 1 / 3  # share of a step's time that looking at the same pictures takes: no backward pass
 
 
 def epochs(run: Run, spent: float) -> int:
@@ -46,15 +46,22 @@ def epochs(run: Run, spent: float) -> int:
         raise TrainingError(
             f"train.minutes is {config.minutes:g}, and one epoch takes about "
             f"{duration(replace(config, epochs=1), run.per_epoch, steps, look) / 60:.1f} minutes here; "
-            f"allow more by --set train.minutes=N, or 0 for as long as train.epochs takes")
+            f"allow more by --set train.minutes=N, or 0 for as long as train.epochs takes"
+        )
     log.info("%d of %d epochs: as many as %g minutes have time for here", count, config.epochs, config.minutes)
     return count
 
 
 def fitting(config: TrainConfig, per_epoch: int, steps: Mapping[float, float], look: float, left: float) -> int:
     """The most epochs, up to config.epochs, that end within `left` seconds; 0 where not one does."""
-    return next((count for count in range(config.epochs, 0, -1)
-                 if duration(replace(config, epochs=count), per_epoch, steps, look) <= left), 0)
+    return next(
+        (
+            count
+            for count in range(config.epochs, 0, -1)
+            if duration(replace(config, epochs=count), per_epoch, steps, look) <= left
+        ),
+        0,
+    )
 
 
 def duration(config: TrainConfig, per_epoch: int, steps: Mapping[float, float], look: float) -> float:
@@ -64,8 +71,9 @@ def duration(config: TrainConfig, per_epoch: int, steps: Mapping[float, float], 
     steps       seconds of a step, by the share of the input's sides
     look        seconds of one evaluation
     """
-    learning = sum(per_epoch * mean(steps[share] for share in config.shares_at(epoch))
-                   for epoch in range(config.epochs))
+    learning = sum(
+        per_epoch * mean(steps[share] for share in config.shares_at(epoch)) for epoch in range(config.epochs)
+    )
     return learning + -(-config.epochs // config.eval_every) * look
 
 
@@ -81,9 +89,15 @@ def seconds(run: Run, share: float) -> float:
     plan = np.resize(plan[:WARM], (WARM + TIMED, config.batch))[:, rank * mine : (rank + 1) * mine]
     took, before = [], time.monotonic()
     try:
-        for batch in batches(run.pictures, plan, 0, plain=False, workers=config.workers,
-                             contracts=[smaller(run.pictures.contract, share)] * len(plan)):
-            run.step(batch)         # its losses come to the CPU, so that a GPU has finished
+        for batch in batches(
+            run.pictures,
+            plan,
+            0,
+            plain=False,
+            workers=config.workers,
+            contracts=[smaller(run.pictures.contract, share)] * len(plan),
+        ):
+            run.step(batch)  # its losses come to the CPU, so that a GPU has finished
             took.append(time.monotonic() - before)
             before = time.monotonic()
     finally:

@@ -41,13 +41,20 @@ from edgedetr.training.validator import Selection
 
 log = logging.getLogger(__name__)
 
-FOLDER = "train"                # inside the bundle; not needed on the device
+FOLDER = "train"  # inside the bundle; not needed on the device
 CHECKPOINT = "last.safetensors"
-RECORD_EVERY = 20               # steps between lines of metrics.jsonl
+RECORD_EVERY = 20  # steps between lines of metrics.jsonl
 
 
-def train(recipe: Recipe, data: str | Path, out: str | Path, *, resume: bool = False,
-          progress: Progress | None = None, strict: bool = False) -> Bundle:
+def train(
+    recipe: Recipe,
+    data: str | Path,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    strict: bool = False,
+) -> Bundle:
     """Train the recipe's model on a data set and write the bundle: recipe.toml and weights.safetensors.
 
     out       the bundle's directory; its folder train/ holds the checkpoint, metrics.jsonl and TensorBoard's files
@@ -55,7 +62,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, *, resume: bool = F
               machines `out` and `data` must be the same place for all
     Errors: DataError, TrainingError (NaN, unusable checkpoint, `out` taken or being trained into), ModelError.
     """
-    first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"    # of the processes of this training
+    first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"  # of the processes of this training
     with Bundle.training(out) if first else nullcontext():
         return _train(recipe, Path(data), Path(out), resume, progress, strict)
 
@@ -87,20 +94,32 @@ def _train(recipe: Recipe, data: Path, out: Path, resume: bool, progress: Progre
 class Run:
     """One training in this process: model, moving average, optimiser, data and how far it is."""
 
-    def __init__(self, recipe: Recipe, fabric: Fabric, place: DataConfig, samples: DetectionSet, chosen: DetectionSet,
-                 data: Path, out: Path, progress: Progress) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        fabric: Fabric,
+        place: DataConfig,
+        samples: DetectionSet,
+        chosen: DetectionSet,
+        data: Path,
+        out: Path,
+        progress: Progress,
+    ) -> None:
         config = recipe.train
         self.recipe, self.config, self.fabric, self.place = recipe, config, fabric, place
         self.samples, self.data, self.out, self.progress = samples, data, out, progress
         self.saved = out / FOLDER / CHECKPOINT
-        self.fresh = not self.saved.exists()        # asked before any process can have written one
+        self.fresh = not self.saved.exists()  # asked before any process can have written one
         # Where only the verify split is there to look at, nothing is chosen by it: the last weights are delivered.
         self.chooses = place.select_split != place.verify_split
         if config.patience and not self.chooses:
-            log.warning("train.patience is ignored: only the verify split (%s) is there to look at, and nothing is "
-                        "chosen by it", place.verify_split)
+            log.warning(
+                "train.patience is ignored: only the verify split (%s) is there to look at, and nothing is "
+                "chosen by it",
+                place.verify_split,
+            )
         prepare.use_threads(config.threads)
-        seed_step(config.seed, 0, 0)                    # the same start weights in every process
+        seed_step(config.seed, 0, 0)  # the same start weights in every process
         model_config = recipe.model.config
         self.detector = prepare.detector(recipe, samples.classes, fresh=self.fresh)
         self.detector.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
@@ -112,12 +131,14 @@ class Run:
         self.plain_optimizer = optimizer.adamw(self.detector, config)
         self.trainee, self.optimizer = fabric.setup(trainee, self.plain_optimizer)
         contract = recipe.input.contract()
-        DeployGraph(self.detector, contract.height, contract.width)     # what cannot be deployed fails now, not later
+        DeployGraph(self.detector, contract.height, contract.width)  # what cannot be deployed fails now, not later
         self.output = OutputContract(model_config.activation)
-        self.pictures = TrainingSet(samples, contract, recipe.augment, seed=config.seed, strict=place.strict,
-                                    cache_mb=config.cache_mb)
-        self.selection = Selection(chosen, contract, self.output, batch=min(config.batch, 16),
-                                   cache_mb=config.cache_mb // 2)
+        self.pictures = TrainingSet(
+            samples, contract, recipe.augment, seed=config.seed, strict=place.strict, cache_mb=config.cache_mb
+        )
+        self.selection = Selection(
+            chosen, contract, self.output, batch=min(config.batch, 16), cache_mb=config.cache_mb // 2
+        )
         self.position = Position()
         self.fingerprint = checkpoint.fingerprint(recipe, samples)
         self.per_epoch = max(len(samples) // config.batch, 1)
@@ -149,7 +170,7 @@ class Run:
 
     def _rest(self, main: bool) -> None:
         if self.fresh:
-            self._save()                # from here on a resume never has to start over
+            self._save()  # from here on a resume never has to start over
         self.record = Record(self.saved.parent, self.position.step) if main else None
         if self.record is not None and self.position.epochs and not self.position.step:
             self.record.write("plan", 0, {"epochs": self.position.epochs, "minutes": self.config.minutes})
@@ -177,7 +198,7 @@ class Run:
         plain = epoch >= config.epochs * (1 - self.recipe.augment.off_for_last)
         seen, begun = 0, time.monotonic()
         shares = [config.growth_at(epoch)] if plain else config.shares_at(epoch)
-        contracts = drawn(self.pictures.contract, shares, self.per_epoch, seed=config.seed, epoch=epoch)[-len(plan):]
+        contracts = drawn(self.pictures.contract, shares, self.per_epoch, seed=config.seed, epoch=epoch)[-len(plan) :]
         for batch in batches(self.pictures, plan, epoch, plain=plain, workers=config.workers, contracts=contracts):
             losses = self.step(batch).tolist()
             if not position.in_row:
@@ -199,7 +220,7 @@ class Run:
     def _write(self) -> None:
         """Mean losses since the last time, over all processes, to the record."""
         position = self.position
-        if not position.summed:     # all of them were skipped, on every process alike
+        if not position.summed:  # all of them were skipped, on every process alike
             return
         sums = self._over_all(torch.tensor(position.sums, dtype=torch.float64)) / self.fabric.world_size
         if self.record is not None:
@@ -228,9 +249,10 @@ class Run:
             losses += result.detach() / parts
         # All processes skip together: NaN and infinity survive a sum.
         bad = "" if math.isfinite(float(self._over_all(losses[0]))) else "the loss"
-        if not bad and (config.clip or config.precision != "16"):       # without clipping the norm still says NaN
-            norm = fabric.clip_gradients(self.trainee, self.optimizer, max_norm=config.clip or math.inf,
-                                         error_if_nonfinite=False)
+        if not bad and (config.clip or config.precision != "16"):  # without clipping the norm still says NaN
+            norm = fabric.clip_gradients(
+                self.trainee, self.optimizer, max_norm=config.clip or math.inf, error_if_nonfinite=False
+            )
             if config.precision != "16" and norm is not None and not torch.isfinite(norm):
                 bad = "the gradient"
         if bad:
@@ -265,7 +287,7 @@ class Run:
     def _evaluate(self, epoch: int) -> None:
         """AP of the moving average; the bundle gets the weights when they are the best, or when nothing chooses."""
         fabric, position = self.fabric, self.position
-        if fabric.world_size > 1:       # statistics of BatchNorm are each process's own
+        if fabric.world_size > 1:  # statistics of BatchNorm are each process's own
             for buffer in self.ema.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         found = self.selection.detect(self.ema.model, rank=fabric.global_rank, world=fabric.world_size)
@@ -274,7 +296,7 @@ class Run:
             torch.distributed.all_gather_object(shares, found)
             found = {image: detections for share in shares for image, detections in share.items()}
         metrics: Metrics = self.selection.measure(found)
-        best = metrics.ap is not None and metrics.ap > position.best     # an undefined AP is never the best
+        best = metrics.ap is not None and metrics.ap > position.best  # an undefined AP is never the best
         if metrics.ap is not None and best:
             position.best, position.best_epoch, position.stale = metrics.ap, epoch, 0
         else:
@@ -295,6 +317,5 @@ class Run:
             if scaler is not None:
                 state = scaler.state_dict()
                 self.position.scale, self.position.growth = float(state["scale"]), int(state["_growth_tracker"])
-            checkpoint.save(self.saved, self.position, self.fingerprint, self.detector, self.ema,
-                            self.plain_optimizer)
+            checkpoint.save(self.saved, self.position, self.fingerprint, self.detector, self.ema, self.plain_optimizer)
         self.fabric.barrier()

@@ -21,8 +21,9 @@ from edgedetr.runtime.preprocess import Geometry, resize
 class Selection:
     """The select split, resized once and kept within the room it is given."""
 
-    def __init__(self, samples: DetectionSet, contract: InputContract, output: OutputContract, *, batch: int,
-                 cache_mb: int) -> None:
+    def __init__(
+        self, samples: DetectionSet, contract: InputContract, output: OutputContract, *, batch: int, cache_mb: int
+    ) -> None:
         self.samples, self.contract, self.output, self.batch = samples, contract, output, batch
         self._room = cache_mb * 2**20
         self._cache: dict[int, tuple[Tensor, Geometry]] = {}

@@ -57,8 +57,12 @@ def onnx_runtime(bundle: Bundle, name: str) -> Run:
 
 def engine(bundle: Bundle, precision: str) -> Run:
     device = cudart.probe()
-    plan = builder.build_plan(bundle.require(PRECISIONS[precision]).read_bytes(),
-                              BuildArguments(precision, (1, 1, 1), 4096, 3, "strong"), device, what=precision)
+    plan = builder.build_plan(
+        bundle.require(PRECISIONS[precision]).read_bytes(),
+        BuildArguments(precision, (1, 1, 1), 4096, 3, "strong"),
+        device,
+        what=precision,
+    )
     session = Session(plan.data, what=precision)
 
     def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -102,8 +106,16 @@ def measure(bundle: Bundle, rounds: int) -> list[dict[str, object]]:
     for name, (_run, found) in runs.items():
         off = None if reference is None else float(np.abs(1 / (1 + np.exp(-found[0])) - reference).max())
         p50, p95 = np.percentile(took[name], [50, 95])
-        rows.append({"bundle": str(bundle.path), "model": bundle.manifest.model, "side": name, "p50_ms": p50,
-                     "p95_ms": p95, "off": off})
+        rows.append(
+            {
+                "bundle": str(bundle.path),
+                "model": bundle.manifest.model,
+                "side": name,
+                "p50_ms": p50,
+                "p95_ms": p95,
+                "off": off,
+            }
+        )
         print(f"{bundle.path.name:24}{name:24}{p50:9.3f} ms{p95:9.3f} ms  off {off}", file=sys.stderr, flush=True)
     return rows
 

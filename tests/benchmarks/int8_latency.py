@@ -34,9 +34,13 @@ from edgedetr.runtime.backends.openvino import OpenVinoRunner
 
 CONFIGS = {"rt_detr": {}, "detr": {"encoder_layers": 3, "decoder_layers": 3}}
 # The acceptance of the project: int8 / float32 on the same backend.
-LIMITS = {("rt_detr", "onnxruntime"): 0.60, ("detr", "onnxruntime"): 0.60, ("rt_detr", "openvino"): 0.45,
-          ("detr", "openvino"): 0.40}
-WARM = 3            # first runs allocate memory and choose kernels
+LIMITS = {
+    ("rt_detr", "onnxruntime"): 0.60,
+    ("detr", "onnxruntime"): 0.60,
+    ("rt_detr", "openvino"): 0.45,
+    ("detr", "openvino"): 0.40,
+}
+WARM = 3  # first runs allocate memory and choose kernels
 
 
 def make(folder: Path, member: str, data: Path, pixels: int, images: int) -> Bundle:
@@ -45,9 +49,17 @@ def make(folder: Path, member: str, data: Path, pixels: int, images: int) -> Bun
     config = FAMILY[member].config(backbone_weights="random", **CONFIGS[member])
     torch.manual_seed(0)
     detector = build(member, config, len(dataset.classes))
-    bundle = Bundle.create(folder / f"{member}.bundle", Manifest(
-        model=member, classes=dataset.classes, input=InputContract(pixels, pixels),
-        output=OutputContract(config.activation), config=asdict(config), data=DataRecord(str(data), "test", "train")))
+    bundle = Bundle.create(
+        folder / f"{member}.bundle",
+        Manifest(
+            model=member,
+            classes=dataset.classes,
+            input=InputContract(pixels, pixels),
+            output=OutputContract(config.activation),
+            config=asdict(config),
+            data=DataRecord(str(data), "test", "train"),
+        ),
+    )
     with bundle.add("weights.safetensors", stage="train") as temporary:
         save_file(detector.state_dict(), temporary)
     _, graph = load_bundle_model(bundle)
@@ -76,16 +88,27 @@ def measure(bundle: Bundle, threads: int, rounds: int, cpu_time: bool) -> list[d
     size = bundle.manifest.input
     images = np.random.default_rng(0).integers(0, 256, (1, 3, size.height, size.width)).astype(np.float32)
     rows = []
-    for backend, kind, quantised in (("onnxruntime", OrtRunner, "model.int8-cpu.onnx"),
-                                     ("openvino", OpenVinoRunner, "model.int8.onnx")):
+    for backend, kind, quantised in (
+        ("onnxruntime", OrtRunner, "model.int8-cpu.onnx"),
+        ("openvino", OpenVinoRunner, "model.int8.onnx"),
+    ):
         runners = {name: kind(bundle.require(name), threads=threads) for name in ("model.onnx", quantised)}
         runs = {name: (lambda runner=runner: runner.run(images)) for name, runner in runners.items()}
         found = {name: float(np.median(values)) for name, values in timed(runs, rounds, cpu_time).items()}
         ratio = found[quantised] / found["model.onnx"]
         limit = LIMITS.get((bundle.manifest.model, backend))
-        rows.append({"model": bundle.manifest.model, "backend": backend, "file": quantised,
-                     "float_ms": found["model.onnx"], "int8_ms": found[quantised], "ratio": ratio, "limit": limit,
-                     "passed": limit is None or ratio <= limit})
+        rows.append(
+            {
+                "model": bundle.manifest.model,
+                "backend": backend,
+                "file": quantised,
+                "float_ms": found["model.onnx"],
+                "int8_ms": found[quantised],
+                "ratio": ratio,
+                "limit": limit,
+                "passed": limit is None or ratio <= limit,
+            }
+        )
     return rows
 
 
@@ -106,16 +129,21 @@ def main() -> int:
         folder = options.keep or Path(temporary)
         for member in options.member:
             path = folder / f"{member}.bundle"
-            bundle = Bundle.open(path) if (path / "bundle.json").exists() else make(
-                folder, member, options.data, options.pixels, options.images)
+            bundle = (
+                Bundle.open(path)
+                if (path / "bundle.json").exists()
+                else make(folder, member, options.data, options.pixels, options.images)
+            )
             rows += measure(bundle, options.threads, options.rounds, options.cpu_time)
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
         print(f"{'model':10}{'backend':14}{'file':22}{'float ms':>10}{'int8 ms':>10}{'ratio':>8}{'limit':>8}")
         for row in rows:
-            print(f"{row['model']:10}{row['backend']:14}{row['file']:22}{row['float_ms']:10.1f}{row['int8_ms']:10.1f}"
-                  f"{row['ratio']:8.2f}{row['limit'] or float('nan'):8.2f}")
+            print(
+                f"{row['model']:10}{row['backend']:14}{row['file']:22}{row['float_ms']:10.1f}{row['int8_ms']:10.1f}"
+                f"{row['ratio']:8.2f}{row['limit'] or float('nan'):8.2f}"
+            )
     return 0 if all(row["passed"] for row in rows) else 1
 
 

@@ -120,7 +120,7 @@ def main() -> None:
     bundle = Bundle.open(options.bundle)
     dataset = load_split(bundle.manifest.data.path, options.split)
     if options.pictures:
-        dataset = replace(dataset, samples=dataset.samples[:options.pictures])
+        dataset = replace(dataset, samples=dataset.samples[: options.pictures])
     maker = Maker(bundle)
     exact = detect(bundle, {"onnx": OrtRunner(bundle.require("model.onnx"), threads=options.threads)}, dataset)["onnx"]
     before = evaluate(dataset, exact, by_size=False).ap
@@ -135,11 +135,17 @@ def main() -> None:
                 for name, found in detect(bundle, runners, dataset).items():
                     drop = before - evaluate(dataset, found, by_size=False).ap
                     parity = match(exact, found)
-                    told.append({"observer": observer, "corrected": corrected, "graph": name, "drop": drop,
-                                 **parity.to_json()})
+                    told.append(
+                        {"observer": observer, "corrected": corrected, "graph": name, "drop": drop, **parity.to_json()}
+                    )
                     shares = (parity.matched, parity.spurious, parity.score_mean, parity.box_mean)
-                    cells = (observer, "on" if corrected else "off", name, f"{drop:.2f}",
-                             *("-" if share is None else f"{share:.4f}" for share in shares))
+                    cells = (
+                        observer,
+                        "on" if corrected else "off",
+                        name,
+                        f"{drop:.2f}",
+                        *("-" if share is None else f"{share:.4f}" for share in shares),
+                    )
                     print("| " + " | ".join(cells) + " |", file=sys.stderr, flush=True)
     if options.json:
         print(json.dumps({"ap": before, "pictures": len(dataset), "split": options.split, "rows": told}, indent=1))

@@ -32,7 +32,7 @@ from edgedetr.training.optimizer import adamw
 from edgedetr.training.step import Trainee
 
 CLASSES, OBJECTS = 3, 14
-LIMITS = {"detr": 1.5, "conditional_detr": 1.5, "deformable_detr": 4.0, "rt_detr": 1.5}     # times as fast as HF
+LIMITS = {"detr": 1.5, "conditional_detr": 1.5, "deformable_detr": 4.0, "rt_detr": 1.5}  # times as fast as HF
 
 
 def theirs(member: str) -> torch.nn.Module:
@@ -42,21 +42,38 @@ def theirs(member: str) -> torch.nn.Module:
     still = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
 
     def resnet50(*stages: str) -> dict[str, object]:
-        return {"use_pretrained_backbone": False, "use_timm_backbone": False, "backbone": None, **still,
-                "backbone_config": hf.ResNetConfig(out_features=list(stages)), "num_labels": CLASSES}
+        return {
+            "use_pretrained_backbone": False,
+            "use_timm_backbone": False,
+            "backbone": None,
+            **still,
+            "backbone_config": hf.ResNetConfig(out_features=list(stages)),
+            "num_labels": CLASSES,
+        }
 
     if member == "detr":
         return hf.DetrForObjectDetection(hf.DetrConfig(**resnet50("stage4")))
     if member == "conditional_detr":
         return hf.ConditionalDetrForObjectDetection(hf.ConditionalDetrConfig(**resnet50("stage4")))
     if member == "deformable_detr":
-        return hf.DeformableDetrForObjectDetection(
-            hf.DeformableDetrConfig(**resnet50("stage2", "stage3", "stage4")))
-    backbone = hf.RTDetrResNetConfig(embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2],
-                                     layer_type="basic", out_features=["stage2", "stage3", "stage4"])
-    return hf.RTDetrForObjectDetection(hf.RTDetrConfig(
-        backbone_config=backbone, num_labels=CLASSES, encoder_in_channels=[128, 256, 512], decoder_layers=3,
-        hidden_expansion=0.5, **still))
+        return hf.DeformableDetrForObjectDetection(hf.DeformableDetrConfig(**resnet50("stage2", "stage3", "stage4")))
+    backbone = hf.RTDetrResNetConfig(
+        embedding_size=64,
+        hidden_sizes=[64, 128, 256, 512],
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    return hf.RTDetrForObjectDetection(
+        hf.RTDetrConfig(
+            backbone_config=backbone,
+            num_labels=CLASSES,
+            encoder_in_channels=[128, 256, 512],
+            decoder_layers=3,
+            hidden_expansion=0.5,
+            **still,
+        )
+    )
 
 
 def trains(name: str, member: str, backbone: str) -> bool:
@@ -67,8 +84,9 @@ def trains(name: str, member: str, backbone: str) -> bool:
     return backbone == "trained" and (member == "rt_detr" or not first)
 
 
-def their_step(member: str, pixels: int, batch: int, backbone: str, precision: str = "32",
-               device: str = "cpu") -> Callable[[], None]:
+def their_step(
+    member: str, pixels: int, batch: int, backbone: str, precision: str = "32", device: str = "cpu"
+) -> Callable[[], None]:
     model = theirs(member).train().to(device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(name, member, backbone))
@@ -87,10 +105,11 @@ def their_step(member: str, pixels: int, batch: int, backbone: str, precision: s
     return step
 
 
-def our_step(member: str, pixels: int, batch: int, backbone: str, precision: str = "32",
-             device: str = "cpu") -> Callable[[], None]:
+def our_step(
+    member: str, pixels: int, batch: int, backbone: str, precision: str = "32", device: str = "cpu"
+) -> Callable[[], None]:
     if device == "cpu":
-        keep_freed()            # as `train` does
+        keep_freed()  # as `train` does
     config = FAMILY[member].config(backbone_weights="random", dropout=0.0)
     settings = TrainConfig()
     detector = build(member, config, CLASSES).train().to(device).to(memory_format=torch.channels_last)
@@ -116,8 +135,17 @@ def finish(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def steps(side: str, member: str, pixels: int, batch: int, backbone: str, precision: str, device: str, threads: int,
-          pipe: Connection) -> None:
+def steps(
+    side: str,
+    member: str,
+    pixels: int,
+    batch: int,
+    backbone: str,
+    precision: str,
+    device: str,
+    threads: int,
+    pipe: Connection,
+) -> None:
     """One side, in a process of its own: a step, timed, each time that it is told True."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
@@ -157,11 +185,20 @@ def main() -> None:
         sides = {}
         for side in ("ours", "hf"):
             here, there = begin.Pipe()
-            words = (side, member, options.pixels, options.batch, options.backbone, options.precision, options.device,
-                     options.threads, there)
+            words = (
+                side,
+                member,
+                options.pixels,
+                options.batch,
+                options.backbone,
+                options.precision,
+                options.device,
+                options.threads,
+                there,
+            )
             sides[side] = here, begin.Process(target=steps, args=words, daemon=True)
             sides[side][1].start()
-            here.recv()         # it is ready, and has taken a step: the first allocates memory and chooses kernels
+            here.recv()  # it is ready, and has taken a step: the first allocates memory and chooses kernels
         seconds: dict[str, list[float]] = {"ours": [], "hf": []}
         for _ in range(options.steps):
             for side, (pipe, _process) in sides.items():
@@ -172,12 +209,25 @@ def main() -> None:
             process.join()
         ours, hf = (options.batch / median(seconds[side]) for side in ("ours", "hf"))
         rows.append({"member": member, "ours": ours, "hf": hf, "ratio": ours / hf, "asked": LIMITS[member]})
-        print(f"{member:18} ours {ours:6.2f}  hf {hf:6.2f} images/s  ratio {ours / hf:5.2f}  asked {LIMITS[member]}",
-              file=sys.stderr, flush=True)
+        print(
+            f"{member:18} ours {ours:6.2f}  hf {hf:6.2f} images/s  ratio {ours / hf:5.2f}  asked {LIMITS[member]}",
+            file=sys.stderr,
+            flush=True,
+        )
     if options.json:
-        print(json.dumps({"pixels": options.pixels, "batch": options.batch, "threads": options.threads,
-                          "backbone": options.backbone, "precision": options.precision,
-                          "device": options.device, "rows": rows}))
+        print(
+            json.dumps(
+                {
+                    "pixels": options.pixels,
+                    "batch": options.batch,
+                    "threads": options.threads,
+                    "backbone": options.backbone,
+                    "precision": options.precision,
+                    "device": options.device,
+                    "rows": rows,
+                }
+            )
+        )
     sys.exit(0 if all(row["ratio"] >= row["asked"] for row in rows) else 3)
 
 

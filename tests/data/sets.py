@@ -28,8 +28,11 @@ def tables(count: int = 2, **changes: object) -> dict:
     boxes = ([4, 5, 10, 12], [20, 6, 8, 9])
     return {
         "images": [{"id": n, "file_name": f"{n}.jpg", "width": 40, "height": 30} for n in range(count)],
-        "annotations": [{"id": 2 * n + k, "image_id": n, "category_id": k + 1, "bbox": boxes[k], "iscrowd": 0}
-                        for n in range(count) for k in (0, 1)],
+        "annotations": [
+            {"id": 2 * n + k, "image_id": n, "category_id": k + 1, "bbox": boxes[k], "iscrowd": 0}
+            for n in range(count)
+            for k in (0, 1)
+        ],
         "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
         **changes,
     }
@@ -42,8 +45,14 @@ def coco(root: Path, split: str = "train", content: dict | None = None, pictures
     return root
 
 
-def yolo(root: Path, yaml: str | bytes = "names: [cat, dog]\ntrain: images/train\n", images: str = "images/train",
-         labels: str = "labels/train", names: tuple[str, ...] = ("a", "b"), line: str = "1 0.5 0.5 0.25 0.2\n") -> Path:
+def yolo(
+    root: Path,
+    yaml: str | bytes = "names: [cat, dog]\ntrain: images/train\n",
+    images: str = "images/train",
+    labels: str = "labels/train",
+    names: tuple[str, ...] = ("a", "b"),
+    line: str = "1 0.5 0.5 0.25 0.2\n",
+) -> Path:
     for seed, name in enumerate(names):
         picture(root / images / f"{name}.jpg", seed)
         text(root / labels / f"{name}.txt", line)
@@ -53,8 +62,10 @@ def yolo(root: Path, yaml: str | bytes = "names: [cat, dog]\ntrain: images/train
 
 def xml(filename: str = "", name: str = "dog") -> str:
     said = f"<filename>{filename}</filename>" if filename else ""
-    return (f"<annotation>{said}<object><name>{name}</name><bndbox><xmin>4</xmin><ymin>5</ymin><xmax>14</xmax>"
-            "<ymax>17</ymax></bndbox></object></annotation>")
+    return (
+        f"<annotation>{said}<object><name>{name}</name><bndbox><xmin>4</xmin><ymin>5</ymin><xmax>14</xmax>"
+        "<ymax>17</ymax></bndbox></object></annotation>"
+    )
 
 
 def voc(root: Path, names: tuple[str, ...] = ("a", "b"), listing: str | bytes | None = None) -> Path:

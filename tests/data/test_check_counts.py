@@ -28,10 +28,18 @@ def photographs(root: Path, split: str, seeds: dict[int, int]) -> None:
     """One object on each; `seeds` are scene and quality."""
     for number, (seed, quality) in enumerate(seeds.items()):
         scene(root / "images" / split / f"{number}.jpg", seed, quality)
-    text(root / "annotations" / f"{split}.json", json.dumps({
-        "images": [{"id": n, "file_name": f"{n}.jpg", "width": 400, "height": 300} for n in range(len(seeds))],
-        "annotations": [{"id": n, "image_id": n, "category_id": 1, "bbox": [9, 9, 50, 50]} for n in range(len(seeds))],
-        "categories": [{"id": 1, "name": "cat"}]}))
+    text(
+        root / "annotations" / f"{split}.json",
+        json.dumps(
+            {
+                "images": [{"id": n, "file_name": f"{n}.jpg", "width": 400, "height": 300} for n in range(len(seeds))],
+                "annotations": [
+                    {"id": n, "image_id": n, "category_id": 1, "bbox": [9, 9, 50, 50]} for n in range(len(seeds))
+                ],
+                "categories": [{"id": 1, "name": "cat"}],
+            }
+        ),
+    )
 
 
 def test_an_image_saved_again_in_another_split_is_named_once(tmp_path):
@@ -71,9 +79,12 @@ def test_splits_whose_classes_stand_in_another_order_are_matched_by_name(tmp_pat
     photographs(tmp_path, "train", {1: 95})
     photographs(tmp_path, "val", {2: 95})
     path = tmp_path / "annotations" / "val.json"
-    path.write_text(path.read_text().replace('"id": 1, "name": "cat"', '"id": 7, "name": "cat"')
-                    .replace('"category_id": 1', '"category_id": 7'))
-    note, = check(tmp_path).findings
+    path.write_text(
+        path.read_text()
+        .replace('"id": 1, "name": "cat"', '"id": 7, "name": "cat"')
+        .replace('"category_id": 1', '"category_id": 7')
+    )
+    (note,) = check(tmp_path).findings
     assert (note.kind, note.fatal) == ("classes-differ", False)
     assert "matched by name" in note.what
 

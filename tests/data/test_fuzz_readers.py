@@ -23,18 +23,75 @@ from sets import coco, tables, text, voc, xml, yolo
 from edgedetr.data import coco_boxes, data_yaml, images, layouts
 from edgedetr.errors import DataError
 
-FEW, MANY = 25, 12_000      # examples of each test: in every run, and marked slow
-PER_FILE = 1.0              # seconds; five times as much is allowed where the machine is busy
+FEW, MANY = 25, 12_000  # examples of each test: in every run, and marked slow
+PER_FILE = 1.0  # seconds; five times as much is allowed where the machine is busy
 
 ODD = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=30),
-    st.sampled_from([-1, 2**63, 2**64, 10**400, 1e308, -1e308, "", "²", "../../x", "/etc/hosts", "a\0b", "n" * 300,
-                     "1e400", "\ud800", [], {}, [[]], [None], {"id": []}, [1, 2, 3, 4, 5], "true", [[[]]]]),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=30),
+    st.sampled_from(
+        [
+            -1,
+            2**63,
+            2**64,
+            10**400,
+            1e308,
+            -1e308,
+            "",
+            "²",
+            "../../x",
+            "/etc/hosts",
+            "a\0b",
+            "n" * 300,
+            "1e400",
+            "\ud800",
+            [],
+            {},
+            [[]],
+            [None],
+            {"id": []},
+            [1, 2, 3, 4, 5],
+            "true",
+            [[[]]],
+        ]
+    ),
     st.lists(st.one_of(st.none(), st.integers(), st.floats(), st.text(max_size=3)), max_size=9),
 )
-BYTES = [b"\0", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"<", b"[", b"{", b"&", b"*", b"!", b'"', b"'", b"\t", b"\r\n",
-         b":", b"- ", b"#", b"|", b"1e999", b"9" * 5000, b" " * 3000, b"[" * 3000, b"<a>" * 3000, b"<!DOCTYPE a>",
-         b"&x;", b"\x85", "²".encode(), b"nan", b"-0", b"\xe2\x80\xa8"]
+BYTES = [
+    b"\0",
+    b"\xff",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"<",
+    b"[",
+    b"{",
+    b"&",
+    b"*",
+    b"!",
+    b'"',
+    b"'",
+    b"\t",
+    b"\r\n",
+    b":",
+    b"- ",
+    b"#",
+    b"|",
+    b"1e999",
+    b"9" * 5000,
+    b" " * 3000,
+    b"[" * 3000,
+    b"<a>" * 3000,
+    b"<!DOCTYPE a>",
+    b"&x;",
+    b"\x85",
+    "²".encode(),
+    b"nan",
+    b"-0",
+    b"\xe2\x80\xa8",
+]
 
 
 @st.composite
@@ -48,9 +105,9 @@ def damaged(draw, whole: bytes) -> bytes:
         if kind == "insert":
             content[at:at] = draw(st.sampled_from(BYTES))
         elif kind == "cut":
-            del content[at:at + length]
+            del content[at : at + length]
         elif kind == "repeat":
-            content[at:at] = content[at:at + length] * draw(st.integers(1, 50))
+            content[at:at] = content[at : at + length] * draw(st.integers(1, 50))
         elif kind == "end":
             del content[at:]
         elif at < len(content):
@@ -62,8 +119,9 @@ def damaged(draw, whole: bytes) -> bytes:
 def odd_tables(draw) -> object:
     """COCO tables in which some value, at any depth, is another thing."""
     content = tables()
-    content["annotations"][0]["segmentation"] = draw(st.one_of(ODD, st.just([[1, 1, 5, 1, 5, 5]]),
-                                                               st.just({"size": [30, 40], "counts": "52X"})))
+    content["annotations"][0]["segmentation"] = draw(
+        st.one_of(ODD, st.just([[1, 1, 5, 1, 5, 5]]), st.just({"size": [30, 40], "counts": "52X"}))
+    )
     for _ in range(draw(st.integers(1, 3))):
         node = content
         while True:
@@ -77,7 +135,7 @@ def odd_tables(draw) -> object:
             if isinstance(node, dict) and not draw(st.integers(0, 4)):
                 del node[key]
             else:
-                node[key] = copy.deepcopy(draw(ODD))        # samples are shared, and would be put into themselves
+                node[key] = copy.deepcopy(draw(ODD))  # samples are shared, and would be put into themselves
             break
     return content
 
@@ -115,8 +173,9 @@ PICTURES = {form: encoded(form) for form in FORMS}
 
 def fuzz(examples: int):
     """Every reader, `examples` times each, as one test for each kind of file."""
-    often = settings(max_examples=examples, deadline=None, derandomize=True, database=None,
-                     suppress_health_check=list(HealthCheck))
+    often = settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
 
     @often
     @given(content=odd_tables())
@@ -137,8 +196,12 @@ def fuzz(examples: int):
         in_time(lambda: coco_boxes.around({"size": value, "counts": value}))
 
     @often
-    @given(content=damaged(b"path: .\nnames:\n  0: cat\n  1: 'dog'\nnc: 2\ntrain: [images/train]\nval: list.txt\n"
-                           b"kpt_shape: [17, 3]\na: &a [x]\nb: *a\n"))
+    @given(
+        content=damaged(
+            b"path: .\nnames:\n  0: cat\n  1: 'dog'\nnc: 2\ntrain: [images/train]\nval: list.txt\n"
+            b"kpt_shape: [17, 3]\na: &a [x]\nb: *a\n"
+        )
+    )
     def yaml(root: Path, content: bytes) -> None:
         text(root / "data.yaml", content)
         in_time(lambda: data_yaml.read(root / "data.yaml"))
@@ -178,9 +241,17 @@ def fuzz(examples: int):
         in_time(lambda: images.probe(path, max_pixels=1_000_000))
         in_time(lambda: images.decode(path, max_pixels=1_000_000))
 
-    return {"coco_values": (coco, coco_values), "coco_bytes": (coco, coco_bytes), "segmentation": (coco, segmentation),
-            "yaml": (yolo, yaml), "labels": (yolo, labels), "lists": (yolo, lists), "xml": (voc, xml_bytes),
-            "voc_lists": (voc, voc_lists), "pictures": (coco, pictures)}
+    return {
+        "coco_values": (coco, coco_values),
+        "coco_bytes": (coco, coco_bytes),
+        "segmentation": (coco, segmentation),
+        "yaml": (yolo, yaml),
+        "labels": (yolo, labels),
+        "lists": (yolo, lists),
+        "xml": (voc, xml_bytes),
+        "voc_lists": (voc, voc_lists),
+        "pictures": (coco, pictures),
+    }
 
 
 @pytest.mark.parametrize("name", fuzz(1))

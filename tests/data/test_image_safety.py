@@ -79,9 +79,13 @@ def test_jpeg_xl_is_named_with_what_to_install(tmp_path, monkeypatch):
 
 def test_pipes_devices_and_impossible_names_are_named_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
-    for path, said in ((tmp_path / "pipe.jpg", "not a plain file"), ("/dev/zero", "not a plain file"),
-                       (tmp_path / "a\0b.jpg", "cannot be read"), (tmp_path / ("n" * 300 + ".jpg"), "cannot be read"),
-                       (tmp_path, "a directory")):
+    for path, said in (
+        (tmp_path / "pipe.jpg", "not a plain file"),
+        ("/dev/zero", "not a plain file"),
+        (tmp_path / "a\0b.jpg", "cannot be read"),
+        (tmp_path / ("n" * 300 + ".jpg"), "cannot be read"),
+        (tmp_path, "a directory"),
+    ):
         for read in (images.decode, images.size, images.probe):
             with pytest.raises(images.ImageMissing, match=said):
                 read(path)
@@ -96,7 +100,7 @@ def test_low_memory_is_not_called_a_bad_image(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "empty", full)
     with pytest.raises(images.OutOfMemory, match=r"a\.png: no memory left to decode 40 x 30") as error:
         images.decode(tmp_path / "a.png")
-    assert not isinstance(error.value, DataError)       # which readers skip
+    assert not isinstance(error.value, DataError)  # which readers skip
 
 
 PEAK = """
@@ -115,8 +119,13 @@ def test_decoding_takes_the_array_and_the_decoder_s_own_copy(tmp_path, mode, mos
     # By count: 3 bytes a pixel for the array, and 2 (16-bit gray) or 4 (RGB) for Pillow's. It was 19 for 16 bits.
     Image.new(mode, (8, 8)).save(tmp_path / "small.png")
     Image.new(mode, (4000, 3000)).save(tmp_path / "large.png", compress_level=1)
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(PEAK), tmp_path / "small.png", tmp_path / "large.png"],
-                          capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PEAK), tmp_path / "small.png", tmp_path / "large.png"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     assert int(done.stdout) * 1024 / 12e6 < most
 
 

@@ -25,8 +25,18 @@ def listed(root: Path) -> list[str]:
 
 
 def test_what_systems_and_tools_leave_behind_is_not_listed(tmp_path):
-    put(tmp_path, "a.png", "sub/b.PNG", "._a.png", ".hidden.png", ".ipynb_checkpoints/a-checkpoint.png",
-        "__MACOSX/a.png", "sub/@eaDir/b.png", ".git/x.png", "$RECYCLE.BIN/c.png")
+    put(
+        tmp_path,
+        "a.png",
+        "sub/b.PNG",
+        "._a.png",
+        ".hidden.png",
+        ".ipynb_checkpoints/a-checkpoint.png",
+        "__MACOSX/a.png",
+        "sub/@eaDir/b.png",
+        ".git/x.png",
+        "$RECYCLE.BIN/c.png",
+    )
     (tmp_path / "Thumbs.db").write_bytes(b"x")
     (tmp_path / ".DS_Store").write_bytes(b"x")
     assert listed(tmp_path) == ["a.png", "sub/b.PNG"]
@@ -39,7 +49,7 @@ def test_a_folder_below_a_hidden_one_is_listed_when_it_is_asked_for(tmp_path):
 
 def test_linked_folders_and_files_are_followed_once_and_loops_end(tmp_path):
     put(tmp_path, "set/z/a.png", "pool/b.png", "pool/deep/c.png")
-    (tmp_path / "set" / "again").symlink_to(tmp_path / "set" / "z")         # sorted before z: z is listed as itself
+    (tmp_path / "set" / "again").symlink_to(tmp_path / "set" / "z")  # sorted before z: z is listed as itself
     (tmp_path / "set" / "more").symlink_to("../pool")
     (tmp_path / "set" / "twice").symlink_to("../pool")
     (tmp_path / "set" / "up").symlink_to("..")

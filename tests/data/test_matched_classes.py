@@ -71,23 +71,38 @@ def test_empty_classes_can_be_dropped_and_ids_stay(tmp_path):
 @pytest.fixture
 def bundle(tmp_path) -> Bundle:
     """A model of dog (id 90) and cat (id 7), whose verify split is `test`."""
-    root = coco(tmp_path / "own", split="test", content=tables(
-        categories=[{"id": 90, "name": "dog"}, {"id": 7, "name": "cat"}],
-        annotations=[dict(row, category_id={1: 7, 2: 90}[row["category_id"]]) for row in tables()["annotations"]]))
-    manifest = Manifest("rt_detr", classes("cat", "dog", ids=(7, 90)), InputContract(32, 32), OutputContract(),
-                        data=DataRecord(str(root), "test", "train"))
+    root = coco(
+        tmp_path / "own",
+        split="test",
+        content=tables(
+            categories=[{"id": 90, "name": "dog"}, {"id": 7, "name": "cat"}],
+            annotations=[dict(row, category_id={1: 7, 2: 90}[row["category_id"]]) for row in tables()["annotations"]],
+        ),
+    )
+    manifest = Manifest(
+        "rt_detr",
+        classes("cat", "dog", ids=(7, 90)),
+        InputContract(32, 32),
+        OutputContract(),
+        data=DataRecord(str(root), "test", "train"),
+    )
     return Bundle.create(tmp_path / "m.bundle", manifest)
 
 
 def perfect(found: DetectionSet) -> dict:
-    return {s.image_id: named(s.boxes.astype(np.float32), np.full(len(s.labels), 0.9, np.float32), s.labels,
-                              found.classes) for s in found.samples}
+    return {
+        s.image_id: named(s.boxes.astype(np.float32), np.full(len(s.labels), 0.9, np.float32), s.labels, found.classes)
+        for s in found.samples
+    }
 
 
-@pytest.mark.parametrize("make", [
-    lambda root: yolo(root, "names: [dog, bird, cat]\ntest: images/train\n", line="0 0.5 0.5 0.25 0.2\n"),
-    lambda root: coco(root, split="test"),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda root: yolo(root, "names: [dog, bird, cat]\ntest: images/train\n", line="0 0.5 0.5 0.25 0.2\n"),
+        lambda root: coco(root, split="test"),
+    ],
+)
 def test_a_set_with_other_ids_and_order_is_measured_in_the_model_s_classes(bundle, tmp_path, make):
     found = load_split(bundle, make(tmp_path / "other"))
     assert found.classes == bundle.manifest.classes

@@ -47,8 +47,10 @@ def test_different_images_of_one_microscope_are_far_apart(cells):
 
 def test_one_scene_taken_twice_is_a_near_copy(shared_data):
     images = shared_data / "bccd" / "images"
-    pair, = near_duplicates.near_copies([images / "train" / "BloodImage_00038.jpg"], [images / "val" / "BloodImage_00037.jpg"])
-    assert pair.distance <= near_duplicates.LIMIT      # these are two exposures of one field: a copy across the splits
+    (pair,) = near_duplicates.near_copies(
+        [images / "train" / "BloodImage_00038.jpg"], [images / "val" / "BloodImage_00037.jpg"]
+    )
+    assert pair.distance <= near_duplicates.LIMIT  # these are two exposures of one field: a copy across the splits
 
 
 def test_the_product_counts_differing_bits(rng):
@@ -74,4 +76,4 @@ def test_a_hash_takes_a_few_milliseconds_at_most(rng):
     begun = time.perf_counter()
     for _ in range(5):
         near_duplicates.fingerprint(pixels)
-    assert (time.perf_counter() - begun) / 5 < 0.02     # about 2 ms; tenfold for a busy machine
+    assert (time.perf_counter() - begun) / 5 < 0.02  # about 2 ms; tenfold for a busy machine

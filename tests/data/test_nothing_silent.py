@@ -18,8 +18,11 @@ LINE = "0 0.5 0.5 0.25 0.2\n"
 
 
 def found(root, kind):
-    return [(Path(one.where).relative_to(root).as_posix(), one.objects, one.fatal) for one in check(root).findings
-            if one.kind == kind]
+    return [
+        (Path(one.where).relative_to(root).as_posix(), one.objects, one.fatal)
+        for one in check(root).findings
+        if one.kind == kind
+    ]
 
 
 def test_images_beside_the_splits_are_named_with_their_objects(tmp_path):
@@ -40,7 +43,7 @@ def test_labels_of_a_split_whose_images_are_gone_are_counted_in_objects(tmp_path
 def test_label_files_beside_the_folder_where_they_belong_are_counted(tmp_path):
     yolo(tmp_path, labels="labels")
     assert found(tmp_path, "label-without-image") == [("labels", 2, True)]
-    said, = (one.what for one in check(tmp_path).findings if one.kind == "no-labels")
+    (said,) = (one.what for one in check(tmp_path).findings if one.kind == "no-labels")
     assert str(tmp_path / "labels" / "train") in said
 
 
@@ -66,7 +69,7 @@ def test_what_a_disk_keeps_for_itself_is_no_folder_of_the_set(tmp_path):
 
 def test_names_that_differ_in_case_and_have_a_label_file_each_are_not_shared(tmp_path):
     yolo(tmp_path, names=("a", "A"))
-    if len(os.listdir(tmp_path / "images" / "train")) == 2:     # a disk that knows case
+    if len(os.listdir(tmp_path / "images" / "train")) == 2:  # a disk that knows case
         assert found(tmp_path, "same-name") == []
 
 
@@ -117,7 +120,7 @@ def test_folders_of_annotations_are_splits(tmp_path):
         picture(tmp_path / "images" / split / "0.jpg", seed)
         text(tmp_path / "annotations" / split / "0.xml", xml("0.jpg"))
     assert layouts.splits(tmp_path) == {"train": 1, "val": 1}
-    sample, = layouts.load(tmp_path, "val").samples
+    (sample,) = layouts.load(tmp_path, "val").samples
     assert sample.path == tmp_path / "images" / "val" / "0.jpg"
     assert check(tmp_path).findings == ()
 
@@ -147,7 +150,7 @@ def test_lists_of_other_names_are_said_to_be_unused(tmp_path):
 def test_xml_of_something_else_is_no_image_without_objects(tmp_path, root, said):
     voc(tmp_path)
     text(tmp_path / "Annotations" / "a.xml", f"<{root}><object/></{root}>")
-    fatal, = (one for one in layouts.load(tmp_path, "train").findings if one.fatal)
+    (fatal,) = (one for one in layouts.load(tmp_path, "train").findings if one.fatal)
     assert fatal.kind == "unreadable-annotation" and said in fatal.what
 
 
@@ -168,9 +171,10 @@ def test_boxes_of_two_corners_are_named_and_left_out(tmp_path):
         row["bbox"] = [x, y, x + w, y + h]
     loaded = layouts.load(coco(tmp_path, content=content, pictures=3), "train")
     assert [(one.kind, one.objects) for one in loaded.findings] == [("box-in-corners", 2)] * 3
-    content["annotations"][0]["bbox"] = [20, 6, 8, 9]       # one box that has no area as corners
-    assert "box-in-corners" not in [one.kind for one in layouts.load(
-        coco(tmp_path / "b", content=content, pictures=3), "train").findings]
+    content["annotations"][0]["bbox"] = [20, 6, 8, 9]  # one box that has no area as corners
+    assert "box-in-corners" not in [
+        one.kind for one in layouts.load(coco(tmp_path / "b", content=content, pictures=3), "train").findings
+    ]
 
 
 @pytest.mark.parametrize("nothing", ["", "null", "~", "None", "[]"])
@@ -180,8 +184,12 @@ def test_a_split_of_no_value_is_no_split(tmp_path, nothing):
 
 
 def test_roboflow_s_test_split_that_was_not_exported_stops_no_other(tmp_path):
-    yolo(tmp_path, "names: [cat, dog]\ntrain: ../train/images\ntest: ../test/images\n", images="train/images",
-         labels="train/labels")
+    yolo(
+        tmp_path,
+        "names: [cat, dog]\ntrain: ../train/images\ntest: ../test/images\n",
+        images="train/images",
+        labels="train/labels",
+    )
     assert list(layouts.splits(tmp_path)) == ["train"]
     assert found(tmp_path, "missing-split") == [("data.yaml", 0, True)]
 

@@ -33,6 +33,7 @@ def load(root: Path, split: str = "train") -> DetectionSet:
 
 # ids
 
+
 def with_ids(change) -> dict:
     """Tables in which every image id went through `change`."""
     content = tables()
@@ -43,9 +44,10 @@ def with_ids(change) -> dict:
     return content
 
 
-@pytest.mark.parametrize("change, kept", [
-    (str, [0, 1]), (float, [0, 1]), (lambda n: -n - 5, [-5, -6]), (lambda n: 2**63 - 1 - n, [2**63 - 1, 2**63 - 2]),
-])
+@pytest.mark.parametrize(
+    "change, kept",
+    [(str, [0, 1]), (float, [0, 1]), (lambda n: -n - 5, [-5, -6]), (lambda n: 2**63 - 1 - n, [2**63 - 1, 2**63 - 2])],
+)
 def test_ids_that_are_whole_numbers_in_any_writing_stay(tmp_path, change, kept):
     found = load(coco(tmp_path, content=with_ids(change)))
     assert kinds(found) == []
@@ -54,10 +56,16 @@ def test_ids_that_are_whole_numbers_in_any_writing_stay(tmp_path, change, kept):
     assert [len(sample.boxes) for sample in found.samples] == [2, 2]
 
 
-@pytest.mark.parametrize("change", [
-    lambda n: f"frame_{n}", lambda n: 20240131123045000101 + n, lambda n: 2**63 - 1 + n, lambda n: f"00{n}",
-    lambda n: 10**400 + n,
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda n: f"frame_{n}",
+        lambda n: 20240131123045000101 + n,
+        lambda n: 2**63 - 1 + n,
+        lambda n: f"00{n}",
+        lambda n: 10**400 + n,
+    ],
+)
 def test_other_ids_are_renumbered_inside_and_kept_beside(tmp_path, change):
     found = load(coco(tmp_path, content=with_ids(change)))
     assert kinds(found) == []
@@ -73,9 +81,9 @@ def test_an_annotation_may_write_an_id_otherwise_than_the_image_does(tmp_path):
     assert [sample.labels.tolist() for sample in load(coco(tmp_path, content=content)).samples] == [[0, 1]] * 2
 
 
-@pytest.mark.parametrize("ids, kept", [
-    (("1", "2"), [1, 2]), ((2**70, 2**70 + 1), [1, 2]), (("cat", "dog"), [1, 2]), ((90.0, 7), [7, 90]),
-])
+@pytest.mark.parametrize(
+    "ids, kept", [(("1", "2"), [1, 2]), ((2**70, 2**70 + 1), [1, 2]), (("cat", "dog"), [1, 2]), ((90.0, 7), [7, 90])]
+)
 def test_class_ids_in_any_writing_are_taken(tmp_path, ids, kept):
     content = tables()
     for row in content["categories"]:
@@ -115,9 +123,15 @@ def test_one_file_under_two_ids_is_noted(tmp_path):
 
 # classes
 
+
 def test_classes_of_equal_names_are_kept_apart_by_id(tmp_path):
-    content = tables(categories=[{"id": 1, "name": "helmet"}, {"id": 2, "name": "vest"},
-                                 {"id": 3, "name": "helmet", "supercategory": "none"}])
+    content = tables(
+        categories=[
+            {"id": 1, "name": "helmet"},
+            {"id": 2, "name": "vest"},
+            {"id": 3, "name": "helmet", "supercategory": "none"},
+        ]
+    )
     report = check(coco(tmp_path, content=content))
     assert report.splits[0].per_class == {"helmet (id 1)": 2, "vest": 2, "helmet (id 3)": 0}
     found = {finding.kind: finding.what for finding in report.findings}
@@ -126,11 +140,16 @@ def test_classes_of_equal_names_are_kept_apart_by_id(tmp_path):
 
 
 def test_roboflow_s_parent_class_is_named(tmp_path):
-    content = tables(categories=[{"id": 0, "name": "pets", "supercategory": "none"},
-                                 {"id": 1, "name": "cat", "supercategory": "pets"},
-                                 {"id": 2, "name": "dog", "supercategory": "pets"}])
-    parents = [finding for finding in load(coco(tmp_path, content=content)).findings
-               if finding.kind == "empty-parent-class"]
+    content = tables(
+        categories=[
+            {"id": 0, "name": "pets", "supercategory": "none"},
+            {"id": 1, "name": "cat", "supercategory": "pets"},
+            {"id": 2, "name": "dog", "supercategory": "pets"},
+        ]
+    )
+    parents = [
+        finding for finding in load(coco(tmp_path, content=content)).findings if finding.kind == "empty-parent-class"
+    ]
     assert len(parents) == 1 and "'pets' (id 0)" in parents[0].what
 
 
@@ -161,7 +180,7 @@ def test_the_box_of_a_mask_is_pycocotools(compressed, rng):
         pixels = np.zeros((int(rng.integers(1, 50)), int(rng.integers(1, 50))), np.uint8)
         for _ in range(int(rng.integers(1, 4))):
             y, x = int(rng.integers(pixels.shape[0])), int(rng.integers(pixels.shape[1]))
-            pixels[y:y + int(rng.integers(1, 40)), x:x + int(rng.integers(1, 40))] = 1
+            pixels[y : y + int(rng.integers(1, 40)), x : x + int(rng.integers(1, 40))] = 1
         encoded = oracle.encode(np.asfortranarray(pixels))
         x, y, w, h = oracle.toBbox(encoded).tolist()
         if compressed:
@@ -174,12 +193,27 @@ def test_the_box_of_a_mask_is_pycocotools(compressed, rng):
         assert coco_boxes.around(segmentation) == (x, y, x + w, y + h)
 
 
-@pytest.mark.parametrize("segmentation", [
-    None, [], [[]], [[1, 2]], [[1, 2, 3]], ["abc"], {"size": [3, 3]}, {"size": [3, 3], "counts": "\x01"},
-    {"counts": [1]}, {"size": [3, 3], "counts": [1, 1e300]}, {"size": [3, 3], "counts": [-1, 2]},
-    {"size": "33", "counts": [0, 9]},
-    {"size": [3, 3], "counts": [0, 10]}, {"size": [3, 3], "counts": [9]}, {"size": [3, 3], "counts": "o" * 99}, 7,
-])
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        None,
+        [],
+        [[]],
+        [[1, 2]],
+        [[1, 2, 3]],
+        ["abc"],
+        {"size": [3, 3]},
+        {"size": [3, 3], "counts": "\x01"},
+        {"counts": [1]},
+        {"size": [3, 3], "counts": [1, 1e300]},
+        {"size": [3, 3], "counts": [-1, 2]},
+        {"size": "33", "counts": [0, 9]},
+        {"size": [3, 3], "counts": [0, 10]},
+        {"size": [3, 3], "counts": [9]},
+        {"size": [3, 3], "counts": "o" * 99},
+        7,
+    ],
+)
 def test_what_is_no_segmentation_has_no_box(segmentation):
     assert coco_boxes.around(segmentation) is None
 
@@ -187,10 +221,10 @@ def test_what_is_no_segmentation_has_no_box(segmentation):
 def test_equal_boxes_are_found_and_one_is_kept(tmp_path):
     content = tables()
     content["annotations"] += [dict(content["annotations"][0], id=90 + n) for n in range(3)]
-    content["annotations"].append(dict(content["annotations"][0], id=99, category_id=2))     # another class
+    content["annotations"].append(dict(content["annotations"][0], id=99, category_id=2))  # another class
     found = load(coco(tmp_path, content=content))
     assert len(found.samples[0].boxes) == 3
-    note, = found.findings
+    (note,) = found.findings
     assert (note.kind, note.objects, note.fatal) == ("duplicate-box", 3, False)
 
 
@@ -217,6 +251,7 @@ def test_a_box_below_a_pixel_among_others_is_a_note(tmp_path):
 
 # names of files
 
+
 @pytest.mark.parametrize("on_disk, in_file", [("NFD", "NFC"), ("NFC", "NFD")])
 def test_the_other_unicode_form_of_a_name_is_found(tmp_path, on_disk, in_file):
     name = "Müller é ガ.jpg"
@@ -236,11 +271,21 @@ def test_the_other_unicode_form_of_a_name_is_found(tmp_path, on_disk, in_file):
     assert len(load(tmp_path / "voc").samples[0].boxes) == 1
 
 
-@pytest.mark.parametrize("written", [
-    "0.JPG", "train\\0.jpg", "images/train/0.jpg", "data/obj/0.jpg", "./0.jpg", "../train/0.jpg",
-    "{root}/images/train/0.jpg", "/home/me/{name}/images/train/0.jpg", "C:\\Users\\me\\{name}\\images\\train\\0.jpg",
-    "../../../{name}/images/train/0.jpg",
-])
+@pytest.mark.parametrize(
+    "written",
+    [
+        "0.JPG",
+        "train\\0.jpg",
+        "images/train/0.jpg",
+        "data/obj/0.jpg",
+        "./0.jpg",
+        "../train/0.jpg",
+        "{root}/images/train/0.jpg",
+        "/home/me/{name}/images/train/0.jpg",
+        "C:\\Users\\me\\{name}\\images\\train\\0.jpg",
+        "../../../{name}/images/train/0.jpg",
+    ],
+)
 def test_a_file_name_of_another_machine_that_lies_in_this_folder_is_found(tmp_path, written):
     root = coco(tmp_path / "pets")
     content = tables()
@@ -249,9 +294,9 @@ def test_a_file_name_of_another_machine_that_lies_in_this_folder_is_found(tmp_pa
     assert load(root).samples[0].path == root / "images" / "train" / "0.jpg"
 
 
-@pytest.mark.parametrize("written", [
-    "../../../secret.jpg", "/etc/hosts", "/images/train/0.jpg", "D:\\0.jpg", "a\0.jpg", " ",
-])
+@pytest.mark.parametrize(
+    "written", ["../../../secret.jpg", "/etc/hosts", "/images/train/0.jpg", "D:\\0.jpg", "a\0.jpg", " "]
+)
 def test_a_file_name_outside_of_the_folder_is_not_opened(tmp_path, written):
     picture(tmp_path / "secret.jpg")
     content = tables()
@@ -285,10 +330,15 @@ def test_hidden_annotation_files_and_folders_are_ignored(tmp_path):
     assert list(layouts.splits(tmp_path / "v")) == ["train"]
 
 
-@pytest.mark.parametrize("file, images", [
-    ("result.json", "images"), ("labels.json", "data"), ("annotations.json", "JPEGImages"),
-    ("_annotations.coco.json", "."),
-])
+@pytest.mark.parametrize(
+    "file, images",
+    [
+        ("result.json", "images"),
+        ("labels.json", "data"),
+        ("annotations.json", "JPEGImages"),
+        ("_annotations.coco.json", "."),
+    ],
+)
 def test_one_annotation_file_in_the_root_is_the_train_split(tmp_path, file, images):
     text(tmp_path / file, json.dumps(tables()))
     text(tmp_path / "notes.json", "{}")
@@ -300,11 +350,12 @@ def test_one_annotation_file_in_the_root_is_the_train_split(tmp_path, file, imag
 def test_images_that_the_annotations_do_not_list_are_counted(tmp_path):
     coco(tmp_path, pictures=2)
     picture(tmp_path / "images" / "train" / "extra.jpg", 9)
-    note, = load(tmp_path).findings
+    (note,) = load(tmp_path).findings
     assert note.kind == "unlisted-image" and "1 images" in note.what and "extra.jpg" in note.what
 
 
 # VOC
+
 
 def test_the_filename_in_an_xml_decides(tmp_path):
     picture(tmp_path / "JPEGImages" / "IMG_7.png")
@@ -335,10 +386,18 @@ def test_a_template_s_filename_in_every_xml_gives_way_to_the_file_s_own_name(tmp
     assert kinds(found) == ["filename-repeated"]
 
 
-@pytest.mark.parametrize("line", [
-    "my photo (1)", "my photo (1).jpg", "my photo (1).xml", "my photo (1)  1", "MY PHOTO (1)",
-    "JPEGImages/my photo (1).jpg", "\ufeffmy photo (1)",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "my photo (1)",
+        "my photo (1).jpg",
+        "my photo (1).xml",
+        "my photo (1)  1",
+        "MY PHOTO (1)",
+        "JPEGImages/my photo (1).jpg",
+        "\ufeffmy photo (1)",
+    ],
+)
 def test_a_line_of_a_list_is_one_name(tmp_path, line):
     found = load(voc(tmp_path, ("my photo (1)", "other"), listing=f"{line}\r\n\r\n"))
     assert [sample.path.name for sample in found.samples] == ["my photo (1).jpg"]
@@ -347,13 +406,13 @@ def test_a_line_of_a_list_is_one_name(tmp_path, line):
 def test_images_without_an_xml_file_are_counted(tmp_path):
     voc(tmp_path)
     picture(tmp_path / "JPEGImages" / "c.jpg", 5)
-    note, = load(tmp_path).findings
+    (note,) = load(tmp_path).findings
     assert note.kind == "unlisted-image" and "c.jpg" in note.what
 
 
-@pytest.mark.parametrize("texts, pictures", [
-    ("labels", "data"), ("xmls", "images"), ("Annotations", "imgs"), (".", "."),
-])
+@pytest.mark.parametrize(
+    "texts, pictures", [("labels", "data"), ("xmls", "images"), ("Annotations", "imgs"), (".", ".")]
+)
 def test_xml_files_of_other_writers_are_found(tmp_path, texts, pictures):
     picture(tmp_path / pictures / "a.jpg")
     text(tmp_path / texts / "a.xml", xml("a.jpg"))
@@ -375,6 +434,7 @@ def test_an_archive_of_windows_without_folders_is_named(tmp_path):
 
 
 # encodings
+
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-32"])
 def test_text_with_a_mark_is_read_everywhere(tmp_path, encoding):
@@ -411,9 +471,9 @@ def test_xml_in_the_encoding_that_it_declares_is_read(tmp_path, encoding):
     assert [info.name for info in load(tmp_path).classes] == [name]
 
 
-@pytest.mark.parametrize("declared", [
-    "", *(f'<?xml version="1.0" encoding="{name}"?>' for name in ("utf-8", "idna", "unicode_escape")),
-])
+@pytest.mark.parametrize(
+    "declared", ["", *(f'<?xml version="1.0" encoding="{name}"?>' for name in ("utf-8", "idna", "unicode_escape"))]
+)
 def test_xml_in_another_encoding_than_it_says_is_named_first(tmp_path, declared):
     voc(tmp_path, ("a", "b"))
     for name in "ab":
@@ -423,6 +483,7 @@ def test_xml_in_another_encoding_than_it_says_is_named_first(tmp_path, declared)
 
 
 # what is not a plain file
+
 
 def test_pipes_in_the_place_of_annotations_never_block(tmp_path):
     root = yolo(tmp_path / "y")

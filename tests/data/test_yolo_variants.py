@@ -26,17 +26,20 @@ def kinds(found: DetectionSet) -> list[str]:
     return [finding.kind for finding in found.findings]
 
 
-@pytest.mark.parametrize("yaml", [
-    "\r\n    train: images/train\r\n    nc: 2\r\n    names: [cat, dog]\r\n    ",
-    "{train: images/train, names: [cat, dog]}",
-    '{"train": "images/train", "names": ["cat", "dog"]}',
-    "train: images/train\nnames:\n  - cat\n  - dog\ndownload: |\n  import os: x\n    y\n",
-    "train: >-\n  images/train\nnames: {0: 'cat', 1: \"dog\"}",
-    "--- !!map\ntrain: !!str images/train\nnames: &n [cat, dog]\ncopy: *n\n...\n",
-    "names: [cat, # first\n  dog]\ntrain: [images/train]  # one\n",
-    "? train\n: images/train\n? names\n: - cat\n  - dog\n",
-    "train: images/train\nnames:\n  1: dog\n  0: cat\nkpt_shape:\n",
-])
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "\r\n    train: images/train\r\n    nc: 2\r\n    names: [cat, dog]\r\n    ",
+        "{train: images/train, names: [cat, dog]}",
+        '{"train": "images/train", "names": ["cat", "dog"]}',
+        "train: images/train\nnames:\n  - cat\n  - dog\ndownload: |\n  import os: x\n    y\n",
+        "train: >-\n  images/train\nnames: {0: 'cat', 1: \"dog\"}",
+        "--- !!map\ntrain: !!str images/train\nnames: &n [cat, dog]\ncopy: *n\n...\n",
+        "names: [cat, # first\n  dog]\ntrain: [images/train]  # one\n",
+        "? train\n: images/train\n? names\n: - cat\n  - dog\n",
+        "train: images/train\nnames:\n  1: dog\n  0: cat\nkpt_shape:\n",
+    ],
+)
 def test_any_yaml_is_read(tmp_path, yaml):
     found = load(yolo(tmp_path, yaml))
     assert [info.name for info in found.classes] == ["cat", "dog"]
@@ -59,21 +62,25 @@ def test_an_alias_bomb_is_neither_expanded_nor_followed(tmp_path):
     assert time.process_time() - begun < 1
 
 
-@pytest.mark.parametrize("yaml, said", [
-    ("train: images/train\n\tnames: [cat]\n", "line 2: no YAML"),
-    ("names: !!python/object/apply:os.system [touch x]\ntrain: *none\n", "nothing is named &none|no YAML"),
-    ("- cat\n- dog\n", "line 1: holds"),
-    ("names: " + "[" * 100, "line 1: nested more than 20 deep"),
-    ("names: " + "[" * 200_000, "nested more than 20 deep|no YAML"),
-    ("names: [cat]\nnames: [dog]\n", "'names' stands twice"),
-    ("[a, b]: c\n", "a list or mapping as a key"),
-    ("names: [cat]\n" + " " * 40_000 + "x", "no YAML|no class|no folder"),
-    ("names: [\x01cat]", "no YAML"), ("names: [\0cat]", "zero bytes"),
-    ("x" * (1 << 20) + "x", "expected at most 1 MiB"),
-    ("nc: " + "1" * 5000 + "\nnames: [cat]\ntrain: " + "n" * 5000, "no folder or list"),
-    ("nc: ²\nnames: [cat]\ntrain: images/train\nkpt_shape: [²³, 3]", "kpt_shape"),
-    ("names: [cat]\ntrain: {a: b}\nval: [[images]]", "no folder or list"),
-])
+@pytest.mark.parametrize(
+    "yaml, said",
+    [
+        ("train: images/train\n\tnames: [cat]\n", "line 2: no YAML"),
+        ("names: !!python/object/apply:os.system [touch x]\ntrain: *none\n", "nothing is named &none|no YAML"),
+        ("- cat\n- dog\n", "line 1: holds"),
+        ("names: " + "[" * 100, "line 1: nested more than 20 deep"),
+        ("names: " + "[" * 200_000, "nested more than 20 deep|no YAML"),
+        ("names: [cat]\nnames: [dog]\n", "'names' stands twice"),
+        ("[a, b]: c\n", "a list or mapping as a key"),
+        ("names: [cat]\n" + " " * 40_000 + "x", "no YAML|no class|no folder"),
+        ("names: [\x01cat]", "no YAML"),
+        ("names: [\0cat]", "zero bytes"),
+        ("x" * (1 << 20) + "x", "expected at most 1 MiB"),
+        ("nc: " + "1" * 5000 + "\nnames: [cat]\ntrain: " + "n" * 5000, "no folder or list"),
+        ("nc: ²\nnames: [cat]\ntrain: images/train\nkpt_shape: [²³, 3]", "kpt_shape"),
+        ("names: [cat]\ntrain: {a: b}\nval: [[images]]", "no folder or list"),
+    ],
+)
 def test_bad_yaml_is_one_error_at_once(tmp_path, yaml, said):
     root = yolo(tmp_path, yaml)
     begun = time.process_time()
@@ -87,10 +94,21 @@ def test_an_empty_yaml_is_no_description(tmp_path):
         data_yaml.read(text(tmp_path / "data.yaml", ""))
 
 
-@pytest.mark.parametrize("train", [
-    "{root}/images/train", "../{name}/images/train", "images\\train", "./images/train/", "../images/train",
-    "/content/{name}/images/train", "images/../images/train", "IMAGES/Train", "{root}/train.txt", "train.txt",
-])
+@pytest.mark.parametrize(
+    "train",
+    [
+        "{root}/images/train",
+        "../{name}/images/train",
+        "images\\train",
+        "./images/train/",
+        "../images/train",
+        "/content/{name}/images/train",
+        "images/../images/train",
+        "IMAGES/Train",
+        "{root}/train.txt",
+        "train.txt",
+    ],
+)
 def test_places_that_lie_in_this_very_folder_are_found(tmp_path, train):
     root = tmp_path / "own"
     yolo(root, f"names: [cat, dog]\ntrain: {train.format(root=root, name='own')}\n")
@@ -105,10 +123,16 @@ def test_path_counts_where_it_is_this_folder_and_does_no_harm_elsewhere(tmp_path
     assert len(load(root)) == 2
 
 
-@pytest.mark.parametrize("line, path", [
-    ("my photo.jpg", "my photo.jpg"), ("images\\train\\a.jpg", "images/train/a.jpg"), ("./a.jpg", "lists/a.jpg"),
-    ("data/obj_train_data/c.png", "obj_train_data/c.png"), ("images/train/A.JPG", "images/train/a.jpg"),
-])
+@pytest.mark.parametrize(
+    "line, path",
+    [
+        ("my photo.jpg", "my photo.jpg"),
+        ("images\\train\\a.jpg", "images/train/a.jpg"),
+        ("./a.jpg", "lists/a.jpg"),
+        ("data/obj_train_data/c.png", "obj_train_data/c.png"),
+        ("images/train/A.JPG", "images/train/a.jpg"),
+    ],
+)
 def test_lines_of_a_list_are_names_of_images(tmp_path, line, path):
     yolo(tmp_path, "names: [cat, dog]\ntrain: lists/train.txt\n", names=("a",))
     picture(tmp_path / path)
@@ -116,8 +140,10 @@ def test_lines_of_a_list_are_names_of_images(tmp_path, line, path):
     assert [sample.path for sample in load(tmp_path).samples] == [tmp_path / path]
 
 
-@pytest.mark.parametrize("images, labels", [("Images/train", "Labels/train"), ("IMAGES/train", "labels/Train"),
-                                            ("train/Images", "train/Labels")])
+@pytest.mark.parametrize(
+    "images, labels",
+    [("Images/train", "Labels/train"), ("IMAGES/train", "labels/Train"), ("train/Images", "train/Labels")],
+)
 def test_images_and_labels_are_found_whatever_the_case(tmp_path, images, labels):
     yolo(tmp_path, f"names: [cat, dog]\ntrain: {images}\n", images=images, labels=labels)
     assert [len(sample.boxes) for sample in load(tmp_path).samples] == [1, 1]
@@ -192,10 +218,15 @@ def test_lines_of_one_length_may_be_poses_and_are_named(tmp_path):
     assert "perhaps-pose-labels" in kinds(found)
 
 
-@pytest.mark.parametrize("names, folder, split", [
-    ("classes.txt", ".", "train"), ("obj.names", "obj_train_data", "obj_train_data"),
-    ("train/_darknet.labels", "train", "train"), ("train/classes.txt", "train", "train"),
-])
+@pytest.mark.parametrize(
+    "names, folder, split",
+    [
+        ("classes.txt", ".", "train"),
+        ("obj.names", "obj_train_data", "obj_train_data"),
+        ("train/_darknet.labels", "train", "train"),
+        ("train/classes.txt", "train", "train"),
+    ],
+)
 def test_label_files_beside_their_images_are_found(tmp_path, names, folder, split):
     text(tmp_path / names, "cat\ndog\n")
     for seed, name in enumerate("ab"):
@@ -241,5 +272,5 @@ def test_a_link_that_was_unpacked_as_text_is_named(tmp_path):
     picture(tmp_path / "pool" / "x.jpg", 5)
     link = text(tmp_path / "images" / "train" / "more", "../../pool")
     text(tmp_path / "images" / "train" / "LICENSE", "free")
-    named, = load(tmp_path).findings
+    (named,) = load(tmp_path).findings
     assert (named.kind, named.where, named.fatal) == ("link-as-text", str(link), True)

@@ -39,8 +39,12 @@ def test_paths_with_spaces_and_letters_work_in_any_locale(place, locale):
                  cli.run(["verify", bundle, "--data", data, "--backend", "onnxruntime"]), cli.run(["report", bundle])]
         print(codes, file=sys.stderr)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(place)], capture_output=True, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": locale})
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(place)],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": locale},
+    )
     assert done.stderr.decode("utf-8", "replace").splitlines()[-1] == "[0, 0, 0, 3, 0]", done.stderr.decode()
     lines = [json.loads(line) for line in done.stdout.decode("utf-8", "replace").splitlines() if line.startswith("{")]
     assert len(lines) == 8 == len(list((place / "dra wn").iterdir()))
@@ -48,8 +52,13 @@ def test_paths_with_spaces_and_letters_work_in_any_locale(place, locale):
 
 def test_where_names_cannot_be_read_the_message_says_how_to_read_them(place):
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run([sys.executable, "-m", "edgedetr", "inspect", str(place / "a b.bundle")], capture_output=True,
-                          check=False, env=environment, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "edgedetr", "inspect", str(place / "a b.bundle")],
+        capture_output=True,
+        check=False,
+        env=environment,
+        text=True,
+    )
     assert done.returncode == 1
     assert "names are read as ascii: set PYTHONUTF8=1" in done.stderr and "Traceback" not in done.stderr
 
@@ -74,7 +83,7 @@ def test_a_clock_that_jumps_back_and_far_ahead_changes_nothing(place, monkeypatc
     times = iter([4e9, 1.0, 5e9, -1.0, 1.7e9] * 10_000)
     monkeypatch.setattr(time, "time", lambda: next(times))
     for path in bundle.iterdir():
-        os.utime(path, (4e9, 4e9))          # a file of the future
+        os.utime(path, (4e9, 4e9))  # a file of the future
     assert cli.run(["predict", str(bundle), str(image), "--conf", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["detections"] == before
     with Bundle.open(bundle).add("results/note.json", stage="test") as path:

@@ -32,10 +32,10 @@ def test_every_file_of_an_older_bundle_is_still_good(bundle):
 def test_an_older_bundle_verifies_with_the_figures_it_was_recorded_with(bundle, capsys):
     recorded = json.loads((bundle / "results" / "verify.json").read_text(encoding="utf-8"))
     words = ["verify", str(bundle), "--data", str(DATA), "--max-drop", "100", "--backend", "onnxruntime", "--json"]
-    assert cli.run(words) in (0, 3)       # 3: a model of AP 0.1 may be refused a verdict; the figures stay
+    assert cli.run(words) in (0, 3)  # 3: a model of AP 0.1 may be refused a verdict; the figures stay
     stages = {stage["name"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
     assert {"torch", "onnx", "fp16", "int8", "int8-cpu"} <= set(stages)
-    for old in recorded["stages"]:      # the float ones: rounding to INT8 differs between CPUs, and AP is low here
+    for old in recorded["stages"]:  # the float ones: rounding to INT8 differs between CPUs, and AP is low here
         if old["name"] in ("torch", "onnx"):
             assert stages[old["name"]]["ap"] == pytest.approx(old["ap"], abs=1e-6)
 
@@ -50,6 +50,10 @@ def test_an_older_checkpoint_resumes_with_the_weights_it_held(bundle):
     pytest.importorskip("torch")
     before = (bundle / "weights.safetensors").read_bytes()
     # All 400 epochs are done, so that a resume has nothing left to train.
-    assert cli.run(["train", "--data", str(DATA), "--out", str(bundle), "--resume",
-                    "--recipe", str(bundle / "recipe.toml")]) == 0
+    assert (
+        cli.run(
+            ["train", "--data", str(DATA), "--out", str(bundle), "--resume", "--recipe", str(bundle / "recipe.toml")]
+        )
+        == 0
+    )
     assert (bundle / "weights.safetensors").read_bytes() == before

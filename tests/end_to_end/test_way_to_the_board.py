@@ -31,7 +31,7 @@ BLOCK = re.compile(r"```\n(.*?)```", re.DOTALL)
 def lines(page: str, start: str, end: str) -> list[str]:
     """The commands of all code blocks of a page between two headings, without comments."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    part = text[text.index(f"## {start}\n"):text.index(f"## {end}\n")]
+    part = text[text.index(f"## {start}\n") : text.index(f"## {end}\n")]
     written = [line.split("  #")[0].strip() for block in BLOCK.findall(part) for line in block.splitlines()]
     return [line for line in written if line]
 
@@ -49,7 +49,7 @@ def laptop(tmp_path_factory) -> Path:
             if not line.startswith("edgedetr ") or line.startswith("edgedetr predict"):
                 continue
             words = shlex.split(line)[1:]
-            if words[0] == "train":         # a recipe that is trained in a second, in place of hours
+            if words[0] == "train":  # a recipe that is trained in a second, in place of hours
                 words += ["--recipe", str(RECIPE)]
             # 4: the engines are for the board to build; 3: what this little model loses is not the question here.
             assert cli.run(words) in {"train": (0,), "export": (4,), "verify": (0, 3), "report": (0,)}[words[0]]
@@ -62,8 +62,10 @@ class Inspected(FakeTensorRT):
     """A builder whose n-th engine is the n-th graph, and whose layers run in that graph's precision."""
 
     def _runtime(self, logger):
-        form = {"fp16": "Row major linear FP16 format",
-                "int8": "Thirty-two wide channel vectorized row major Int8 format"}[self.order.pop(0)]
+        form = {
+            "fp16": "Row major linear FP16 format",
+            "int8": "Thirty-two wide channel vectorized row major Int8 format",
+        }[self.order.pop(0)]
         layer = {**LAYERS_10["Layers"][0], "Inputs": [{"Name": "x", "Format/Datatype": form}]}
         self.inspector = json.dumps({**LAYERS_10, "Layers": [layer]})
         return super()._runtime(logger)
@@ -87,9 +89,10 @@ def on_board(words: list[str], board: Path, names, monkeypatch) -> int:
         return cli.run(words)
 
 
-@pytest.mark.parametrize("page, start, end", [
-    ("README.md", "On a Jetson", "What a verdict means"), ("docs/jetson.md", "Install", "As a service"),
-])
+@pytest.mark.parametrize(
+    "page, start, end",
+    [("README.md", "On a Jetson", "What a verdict means"), ("docs/jetson.md", "Install", "As a service")],
+)
 def test_the_way_to_the_board_works_as_pasted(page, start, end, laptop, tmp_path, bindings, monkeypatch, capsys):
     written = lines(page, start, end)
     board = tmp_path / "board"
@@ -103,7 +106,7 @@ def test_the_way_to_the_board_works_as_pasted(page, start, end, laptop, tmp_path
         if words[0] == "rsync":
             assert words[1] == "-a" and words[-1] == "board:"
             for source in words[2:-1]:
-                if source.startswith("dist/"):      # made by `make wheel`; its name is held by the next test
+                if source.startswith("dist/"):  # made by `make wheel`; its name is held by the next test
                     (board / Path(source).name).touch()
                 else:
                     shutil.copytree(laptop / source, board / Path(source).name)
@@ -111,13 +114,17 @@ def test_the_way_to_the_board_works_as_pasted(page, start, end, laptop, tmp_path
             monkeypatch.chdir(laptop)
             assert cli.run(words[1:]) == {"export": 4, "lint": 0}[words[1]]
         elif words[:2] in (["edgedetr", "doctor"], ["edgedetr", "selftest"]):
-            continue                                # they ask the hardware itself
+            continue  # they ask the hardware itself
         elif words[0] == "edgedetr":
-            words = [str(next((board / "cells" / "images" / "test").iterdir())) if w == "/dev/video0" else w
-                     for w in words if w != "--drop-late"]
+            words = [
+                str(next((board / "cells" / "images" / "test").iterdir())) if w == "/dev/video0" else w
+                for w in words
+                if w != "--drop-late"
+            ]
             capsys.readouterr()
-            assert on_board(words[1:], board, bindings.module("10.3.0"), monkeypatch) in \
-                ((0, 3) if words[1] == "verify" else (0,)), capsys.readouterr().err
+            assert on_board(words[1:], board, bindings.module("10.3.0"), monkeypatch) in (
+                (0, 3) if words[1] == "verify" else (0,)
+            ), capsys.readouterr().err
             if words[1] == "verify":
                 rows = [line.split()[:2] for line in capsys.readouterr().err.splitlines()]
                 assert ["fp16", "tensorrt"] in rows and ["int8", "tensorrt"] in rows

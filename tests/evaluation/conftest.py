@@ -29,7 +29,8 @@ def truth_of(images: list[dict], annotations: list[dict], categories: list[dict]
         np.array([f"{image['id']}.jpg" for image in images], str),
         np.array([f"{image['id']:064x}" for image in images], str),
         np.array([(image["height"], image["width"]) for image in images], np.int64).reshape(-1, 2),
-        np.array([place[a["image_id"]] for a in annotations], np.int64), xyxy([a["bbox"] for a in annotations]),
+        np.array([place[a["image_id"]] for a in annotations], np.int64),
+        xyxy([a["bbox"] for a in annotations]),
         np.array([index[a["category_id"]] for a in annotations], np.int64),
         np.array([a.get("iscrowd", 0) for a in annotations], bool),
         np.array([a["area"] for a in annotations], np.float64),
@@ -42,8 +43,14 @@ def found_of(results: list[dict], truth: GroundTruth) -> dict[int, Detections]:
     rows: dict[int, list[dict]] = {int(i): [] for i in truth.image_ids}
     for result in results:
         rows[result["image_id"]].append(result)
-    return {i: Detections(xyxy([r["bbox"] for r in row]), np.array([r["score"] for r in row], np.float64),
-                          np.array([index[r["category_id"]] for r in row], np.int64)) for i, row in rows.items()}
+    return {
+        i: Detections(
+            xyxy([r["bbox"] for r in row]),
+            np.array([r["score"] for r in row], np.float64),
+            np.array([index[r["category_id"]] for r in row], np.int64),
+        )
+        for i, row in rows.items()
+    }
 
 
 def xyxy(boxes: list[list[float]]) -> np.ndarray:
@@ -54,8 +61,10 @@ def xyxy(boxes: list[list[float]]) -> np.ndarray:
 @pytest.fixture(params=["cocoapi100", "cartucho", "fce-small"])
 def recorded(request, shared_data: Path) -> tuple[GroundTruth, dict[int, Detections], dict]:
     """A fixture of ../shared/data/evalfix with pycocotools' own numbers for it."""
-    truth, results, expected = (json.loads((shared_data / "evalfix" / request.param / f"{name}.json").read_text())
-                                for name in ("gt", "dt", "expected"))
+    truth, results, expected = (
+        json.loads((shared_data / "evalfix" / request.param / f"{name}.json").read_text())
+        for name in ("gt", "dt", "expected")
+    )
     ground = truth_of(truth["images"], truth["annotations"], truth["categories"])
     return ground, found_of(results, ground), expected
 
@@ -64,28 +73,48 @@ def recorded(request, shared_data: Path) -> tuple[GroundTruth, dict[int, Detecti
 def random_set() -> Callable[..., tuple[GroundTruth, dict[int, Detections]]]:
     """A set with misses, false alarms, duplicates, wrong classes, crowds and equal scores."""
 
-    def make(seed: int, images: int = 20, classes: int = 3, quality: float = 0.1,
-             crowd: float = 0.1) -> tuple[GroundTruth, dict[int, Detections]]:
+    def make(
+        seed: int, images: int = 20, classes: int = 3, quality: float = 0.1, crowd: float = 0.1
+    ) -> tuple[GroundTruth, dict[int, Detections]]:
         rng = np.random.default_rng(seed)
         records, annotations, results = [], [], []
         for number in range(images):
-            image_id = int(1000 - 7 * number)       # not in the order of the ids
+            image_id = int(1000 - 7 * number)  # not in the order of the ids
             records.append({"id": image_id, "height": 300, "width": 400})
             for _ in range(rng.integers(0, 6)):
                 w, h = rng.uniform(8, 150, 2)
                 box = [rng.uniform(0, 400 - w), rng.uniform(0, 300 - h), w, h]
                 category = int(rng.integers(1, classes + 1)) * 5
-                annotations.append({"id": len(annotations) + 1, "image_id": image_id, "bbox": box, "area": w * h * 0.8,
-                                    "category_id": category, "iscrowd": int(rng.uniform() < crowd)})
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image_id,
+                        "bbox": box,
+                        "area": w * h * 0.8,
+                        "category_id": category,
+                        "iscrowd": int(rng.uniform() < crowd),
+                    }
+                )
                 for _ in range(rng.integers(0, 3)):
                     moved = np.array(box) + rng.normal(0, quality * min(w, h), 4)
                     label = category if rng.uniform() < 0.9 else int(rng.integers(1, classes + 1)) * 5
-                    results.append({"image_id": image_id, "bbox": [*moved[:2], *np.maximum(moved[2:], 1)],
-                                    "category_id": label, "score": round(float(rng.uniform(0.2, 1)), 1)})
+                    results.append(
+                        {
+                            "image_id": image_id,
+                            "bbox": [*moved[:2], *np.maximum(moved[2:], 1)],
+                            "category_id": label,
+                            "score": round(float(rng.uniform(0.2, 1)), 1),
+                        }
+                    )
             for _ in range(rng.integers(0, 4)):
-                results.append({"image_id": image_id, "bbox": [*rng.uniform(0, 200, 2), *rng.uniform(5, 100, 2)],
-                                "category_id": int(rng.integers(1, classes + 1)) * 5,
-                                "score": round(float(rng.uniform(0, 0.6)), 1)})
+                results.append(
+                    {
+                        "image_id": image_id,
+                        "bbox": [*rng.uniform(0, 200, 2), *rng.uniform(5, 100, 2)],
+                        "category_id": int(rng.integers(1, classes + 1)) * 5,
+                        "score": round(float(rng.uniform(0, 0.6)), 1),
+                    }
+                )
         categories = [{"id": 5 * k, "name": f"class {k}"} for k in range(1, classes + 1)]
         truth = truth_of(records, annotations, categories)
         return truth, found_of(results, truth)
@@ -103,7 +132,7 @@ def tiny_graph() -> ModuleType:
 
 
 CLASSES = ("red", "blue")
-PLACES = np.array([[0.25, 0.5, 0.3, 0.6], [0.7, 0.4, 0.4, 0.4], [0.5, 0.5, 0.8, 0.2]])   # cx, cy, w, h
+PLACES = np.array([[0.25, 0.5, 0.3, 0.6], [0.7, 0.4, 0.4, 0.4], [0.5, 0.5, 0.8, 0.2]])  # cx, cy, w, h
 
 
 @pytest.fixture
@@ -121,11 +150,20 @@ def colours(tmp_path: Path) -> Path:
         Image.fromarray(picture).save(root / "images" / "test" / name)
         images.append({"id": n + 1, "file_name": name, "height": 32, "width": 48})
         cx, cy, w, h = PLACES[0] * [48, 32, 48, 32]
-        annotations.append({"id": n + 1, "image_id": n + 1, "category_id": label + 1, "iscrowd": 0, "area": w * h,
-                            "bbox": [cx - w / 2, cy - h / 2, w, h]})
+        annotations.append(
+            {
+                "id": n + 1,
+                "image_id": n + 1,
+                "category_id": label + 1,
+                "iscrowd": 0,
+                "area": w * h,
+                "bbox": [cx - w / 2, cy - h / 2, w, h],
+            }
+        )
     categories = [{"id": n + 1, "name": name} for n, name in enumerate(CLASSES)]
     (root / "annotations" / "test.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
     return root
 
 
@@ -141,9 +179,17 @@ def make_bundle(tmp_path: Path, colours: Path, tiny_graph: ModuleType) -> Callab
 
     def make(budget: float = 1.0, **likes: tuple[float, float]) -> Bundle:
         classes = tuple(ClassInfo(n, n + 1, name) for n, name in enumerate(CLASSES))
-        bundle = Bundle.create(tmp_path / "colours.bundle", Manifest(
-            "tiny", classes, InputContract(32, 48), OutputContract(), budget=budget,
-            data=DataRecord(str(colours), "test", "test")))
+        bundle = Bundle.create(
+            tmp_path / "colours.bundle",
+            Manifest(
+                "tiny",
+                classes,
+                InputContract(32, 48),
+                OutputContract(),
+                budget=budget,
+                data=DataRecord(str(colours), "test", "test"),
+            ),
+        )
         for stage, (red, blue) in likes.items():
             weight = np.zeros((3, 3, 2))
             weight[0, :, 0] = [red, 1, 0.5]

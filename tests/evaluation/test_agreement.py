@@ -27,12 +27,14 @@ def test_equal_systems_are_equal():
 
 
 def test_a_hand_worked_difference():
-    other = found((0, 0, 10, 12, 0.8, 0),          # A: corner off by 2, score by 0.1
-                  (50, 50, 70, 70, 0.5, 0),        # B's place, another class: missed and spurious
-                  (90, 90, 95, 95, 0.2, 0))        # below the threshold: nobody minds
+    other = found(
+        (0, 0, 10, 12, 0.8, 0),  # A: corner off by 2, score by 0.1
+        (50, 50, 70, 70, 0.5, 0),  # B's place, another class: missed and spurious
+        (90, 90, 95, 95, 0.2, 0),
+    )  # below the threshold: nobody minds
     result = match({1: found(A, B)}, {1: other})
     assert (result.objects, result.matched, result.spurious) == (2, 0.5, 0.5)
-    assert result.score_mean == pytest.approx(0.1, abs=1e-6)     # float32 scores
+    assert result.score_mean == pytest.approx(0.1, abs=1e-6)  # float32 scores
     assert result.box_mean == pytest.approx(2)
 
 
@@ -50,8 +52,15 @@ def test_one_detection_answers_for_one_object_only():
 
 def test_nothing_to_compare_gives_none_and_not_nan():
     result = match({1: found()}, {1: found()})
-    assert result.to_json() == {"objects": 0, "matched": None, "spurious": None, "score_mean": None, "score_p99": None,
-                                "box_mean": None, "box_p99": None}
+    assert result.to_json() == {
+        "objects": 0,
+        "matched": None,
+        "spurious": None,
+        "score_mean": None,
+        "score_p99": None,
+        "box_mean": None,
+        "box_p99": None,
+    }
     assert match({1: found(A)}, {1: found()}).matched == 0
 
 
@@ -65,8 +74,9 @@ def test_greedy_pairs_are_nearly_the_best_assignment(rng):
     boxes = np.concatenate([low, low + rng.uniform(20, 60, (40, 2))], axis=1)
     a = Detections(boxes.astype(np.float32), np.ones(40, np.float32), rng.integers(0, 3, 40))
     order = rng.permutation(40)
-    b = Detections((boxes + rng.normal(0, 1, boxes.shape))[order].astype(np.float32), np.ones(40, np.float32),
-                   a.class_id[order])
+    b = Detections(
+        (boxes + rng.normal(0, 1, boxes.shape))[order].astype(np.float32), np.ones(40, np.float32), a.class_id[order]
+    )
     first, second = pairs(a, b, 0.5)
     overlap = iou(a.xyxy.astype(float), b.xyxy.astype(float)) * (a.class_id[:, None] == b.class_id)
     rows, columns = linear_sum_assignment(-np.where(overlap >= 0.5, overlap, 0))

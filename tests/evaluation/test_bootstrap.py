@@ -39,9 +39,17 @@ def repeated(truth: GroundTruth, found: dict, counts: np.ndarray) -> tuple[Groun
     objects = [np.flatnonzero(truth.image == row) for row in rows]
     flat = np.concatenate([np.zeros(0, int), *objects])
     new = GroundTruth(
-        truth.classes, np.arange(1, len(rows) + 1), truth.names[rows], truth.digests[rows], truth.sizes[rows],
-        np.repeat(np.arange(len(rows)), [len(o) for o in objects]), truth.boxes[flat], truth.labels[flat],
-        truth.crowd[flat], truth.areas[flat])
+        truth.classes,
+        np.arange(1, len(rows) + 1),
+        truth.names[rows],
+        truth.digests[rows],
+        truth.sizes[rows],
+        np.repeat(np.arange(len(rows)), [len(o) for o in objects]),
+        truth.boxes[flat],
+        truth.labels[flat],
+        truth.crowd[flat],
+        truth.areas[flat],
+    )
     return new, {n + 1: found[int(truth.image_ids[row])] for n, row in enumerate(rows)}
 
 
@@ -73,7 +81,7 @@ def test_a_resample_without_any_object_is_not_counted():
 def coins(outcome: np.ndarray) -> Matches:
     """One object per picture, of one class; detected or not, no false alarms: AP is near the share of detected ones."""
     images = np.flatnonzero(outcome)
-    hit = np.ones((1, len(images)), bool)      # one IoU threshold is enough here
+    hit = np.ones((1, len(images)), bool)  # one IoU threshold is enough here
     return Matches((ClassMatches(images, hit, ~hit, np.ones(len(outcome), np.int64)),), len(outcome))
 
 
@@ -86,7 +94,7 @@ def test_standard_error_is_the_binomial_one_where_ap_is_a_share(rng):
     assert result.drop == pytest.approx(100 * lost, abs=1)
     # 2000 resamples know the standard error to 1.6 %; the steps of 1/101 add about 3 %
     assert result.se == pytest.approx(100 * np.sqrt(lost * (1 - lost) / n), rel=0.1)
-    assert result.upper == pytest.approx(result.drop + 1.645 * result.se, abs=1)      # AP moves in steps of 1/101
+    assert result.upper == pytest.approx(result.drop + 1.645 * result.se, abs=1)  # AP moves in steps of 1/101
     assert result.lower < result.drop < result.upper
     assert result.margin == pytest.approx(result.upper - result.drop)
 
@@ -94,10 +102,10 @@ def test_standard_error_is_the_binomial_one_where_ap_is_a_share(rng):
 def test_pairing_makes_the_bound_narrow(rng):
     outcome = rng.uniform(size=300) < 0.6
     other = outcome.copy()
-    other[np.flatnonzero(outcome)[:6]] = False      # six objects lost, the rest in common
+    other[np.flatnonzero(outcome)[:6]] = False  # six objects lost, the rest in common
     result = bootstrap.paired(coins(outcome), coins(other), resamples=1000)
     unpaired = 100 * np.sqrt(2 * 0.6 * 0.4 / 300)
-    assert result.se < 0.4 * unpaired               # 0.8 against 4 points
+    assert result.se < 0.4 * unpaired  # 0.8 against 4 points
 
 
 def test_the_bound_holds_about_95_times_in_a_hundred():
@@ -108,7 +116,7 @@ def test_the_bound_holds_about_95_times_in_a_hundred():
         first = rng.uniform(size=150) < 0.7
         second = first & (rng.uniform(size=150) > 1 / 7)
         result = bootstrap.paired(coins(first), coins(second), resamples=200, seed=world)
-        held += result.upper >= 1000 / 101 - 1e-9       # recall .7 reaches 71 of the 101 thresholds, .6 reaches 61
+        held += result.upper >= 1000 / 101 - 1e-9  # recall .7 reaches 71 of the 101 thresholds, .6 reaches 61
     # 190 expected, with a binomial standard deviation of 3.1; a skewed count of 15 in 150 costs the percentile method
     # about 2 in a hundred
     assert 178 <= held <= 199
@@ -135,4 +143,4 @@ def test_a_thousand_resamples_of_800_pictures_take_seconds(rng):
         made.append(ClassMatches(rng.integers(0, images, size), hit, np.zeros_like(hit), np.full(images, 3)))
     start = time.process_time()
     bootstrap.resampled_ap(Matches(tuple(made), images), bootstrap.draw(images, 1000))
-    assert time.process_time() - start < 10     # seconds of one core; measured 2
+    assert time.process_time() - start < 10  # seconds of one core; measured 2

@@ -11,8 +11,15 @@ from edgedetr.evaluation.coco_metrics import Metrics, evaluate
 from edgedetr.evaluation.reference import GroundTruth
 from edgedetr.runtime.detections import Detections
 
-NUMBERS = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_small", "APm": "ap_medium", "APl": "ap_large",
-           "AR100": "ar100"}
+NUMBERS = {
+    "AP": "ap",
+    "AP50": "ap50",
+    "AP75": "ap75",
+    "APs": "ap_small",
+    "APm": "ap_medium",
+    "APl": "ap_large",
+    "AR100": "ar100",
+}
 
 
 def test_recorded_numbers_of_pycocotools_to_1e_6(recorded):
@@ -34,21 +41,33 @@ EXACT, HALF, AWAY = [10, 10, 50, 50], [10, 10, 50, 30], [60, 60, 90, 90]
 def one_object(boxes, scores, labels, crowd=False) -> Metrics:
     """Metrics of detections on one picture with one object (10, 10, 50, 50) of class 0."""
     truth = GroundTruth(
-        CLASSES, np.array([0]), np.array(["a"]), np.array([""]), np.array([[100, 100]]), np.array([0]),
-        np.array([[10.0, 10, 50, 50]]), np.array([0]), np.array([crowd]), np.array([1600.0]))
+        CLASSES,
+        np.array([0]),
+        np.array(["a"]),
+        np.array([""]),
+        np.array([[100, 100]]),
+        np.array([0]),
+        np.array([[10.0, 10, 50, 50]]),
+        np.array([0]),
+        np.array([crowd]),
+        np.array([1600.0]),
+    )
     found = Detections(np.array(boxes, float).reshape(-1, 4), np.array(scores), np.array(labels, int))
     return evaluate(truth, {0: found})
 
 
-@pytest.mark.parametrize("boxes, scores, labels, ap, ap50", [
-    ([EXACT], [0.9], [0], 100, 100),                    # image id 0 and the first annotation are not lost
-    ([HALF], [0.9], [0], 10, 100),                      # IoU 0.5: hit at the first of ten thresholds only
-    ([AWAY, EXACT], [0.9, 0.8], [0, 0], 50, 50),        # one false alarm before the hit: precision 1/2
-    ([EXACT, AWAY], [0.9, 0.8], [0, 0], 100, 100),      # after it: costs nothing
-    ([EXACT, EXACT], [0.9, 0.8], [0, 0], 100, 100),     # a duplicate below the hit costs nothing
-    ([EXACT], [0.9], [1], 0, 0),                        # another class
-    ([], [], [], 0, 0),
-])
+@pytest.mark.parametrize(
+    "boxes, scores, labels, ap, ap50",
+    [
+        ([EXACT], [0.9], [0], 100, 100),  # image id 0 and the first annotation are not lost
+        ([HALF], [0.9], [0], 10, 100),  # IoU 0.5: hit at the first of ten thresholds only
+        ([AWAY, EXACT], [0.9, 0.8], [0, 0], 50, 50),  # one false alarm before the hit: precision 1/2
+        ([EXACT, AWAY], [0.9, 0.8], [0, 0], 100, 100),  # after it: costs nothing
+        ([EXACT, EXACT], [0.9, 0.8], [0, 0], 100, 100),  # a duplicate below the hit costs nothing
+        ([EXACT], [0.9], [1], 0, 0),  # another class
+        ([], [], [], 0, 0),
+    ],
+)
 def test_hand_worked_pictures(boxes, scores, labels, ap, ap50):
     metrics = one_object(boxes, scores, labels)
     assert metrics.ap == pytest.approx(ap)

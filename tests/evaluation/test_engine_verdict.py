@@ -26,7 +26,7 @@ from edgedetr.runtime.tensorrt import select
 from edgedetr.runtime.tensorrt.inspector import LayerSummary
 from edgedetr.runtime.tensorrt.trt_runner import TrtRunner
 
-GOOD, BAD = (6.0, 6.0), (0.2, 6.0)          # how much query 0 likes red and blue
+GOOD, BAD = (6.0, 6.0), (0.2, 6.0)  # how much query 0 likes red and blue
 FILES = {"onnx": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 
 
@@ -58,10 +58,14 @@ def build(bundle: Bundle, tiny_graph, precision: str, likes=GOOD, batch=1, **opt
         places = np.array([[0.25, 0.5, 0.3, 0.6], [0.7, 0.4, 0.4, 0.4], [0.5, 0.5, 0.8, 0.2]])
         if name not in bundle.manifest.files:
             with bundle.add(name, stage="export") as path:
-                tiny_graph.write(path, weight.reshape(3, -1), bias, boxes=places,
-                                 batch="n" if batch != 1 else 1)
-    return fake_tensorrt.write_plan(bundle.path / name, bundle.path / "engines" / f"{precision}-{batch}.plan",
-                                    precision=precision, batch=batch, **options)
+                tiny_graph.write(path, weight.reshape(3, -1), bias, boxes=places, batch="n" if batch != 1 else 1)
+    return fake_tensorrt.write_plan(
+        bundle.path / name,
+        bundle.path / "engines" / f"{precision}-{batch}.plan",
+        precision=precision,
+        batch=batch,
+        **options,
+    )
 
 
 @pytest.fixture
@@ -95,13 +99,18 @@ def _with(init, after):
 
 
 def test_sound_engines_pass_and_everything_is_written_down(fake, bundle, tiny_graph, speeds):
-    plans = {p: build(bundle, tiny_graph, p, layers=LayerSummary({p: 9, "fp32": 1}, {p: 4, "fp32": 1}, 2))
-             for p in ("fp16", "int8")}
+    plans = {
+        p: build(bundle, tiny_graph, p, layers=LayerSummary({p: 9, "fp32": 1}, {p: 4, "fp32": 1}, 2))
+        for p in ("fp16", "int8")
+    }
     speeds.update({"fp16-1": 3.0, "int8-1": 2.0})
     result = verify(bundle.path)
     assert result.passed and isinstance(result, engine_verdict.DeviceVerdict)
     assert [(s.name, s.backend, s.passed) for s in result.stages] == [
-        ("torch", "pytorch", True), ("int8", "tensorrt", True), ("fp16", "tensorrt", True)]
+        ("torch", "pytorch", True),
+        ("int8", "tensorrt", True),
+        ("fp16", "tensorrt", True),
+    ]
     int8 = result.stages[1]
     assert int8.ap == pytest.approx(100) and int8.drop == pytest.approx(0) and int8.note == ""
     assert int8.parity.matched == 1.0 and int8.oracle is None
@@ -111,7 +120,7 @@ def test_sound_engines_pass_and_everything_is_written_down(fake, bundle, tiny_gr
     assert (result.device, result.tensorrt, result.conditions) == ("Orin (sm_87)", "10.3.0", "")
     kept = bundle.path / "results" / "verify-orin-sm-87-trt10.3.0.json"
     assert json.loads(kept.read_text()) == json.loads(json.dumps(result.to_json()))
-    assert not (bundle.path / "results" / "verify.json").exists()       # what the host found stays the host's
+    assert not (bundle.path / "results" / "verify.json").exists()  # what the host found stays the host's
     assert "verified on this device, 2.00 ms" in load(Bundle.open(bundle.path)).description
 
 
@@ -132,16 +141,20 @@ def test_int8_alone_says_what_to_build_for_comparing(fake, bundle, tiny_graph):
     assert "no FP16 engine of this batch to compare with; run: edgedetr build" in verify(bundle.path).stages[1].note
 
 
-@pytest.mark.parametrize("precision, weighted, passed, words", [
-    ("int8", {"fp16": 10}, False, "INT8 in name only: 0 % of the layers with weights .* the others in fp16 .10."),
-    ("int8", {"fp16": 9, "int8": 1}, False, "INT8 in name only: 10 %"),
-    ("int8", {"fp16": 5, "int8": 5}, True, ""),
-    ("fp16", {"fp32": 8, "fp16": 2}, False, "FP16 in name only: 20 % .* the others in fp32 .8."),
-    ("fp16", {"fp32": 1, "fp16": 9}, True, ""),
-    ("fp16", {}, True, "its precision cannot be told"),
-])
-def test_an_engine_that_does_not_run_in_its_precision_fails(fake, bundle, tiny_graph, capsys, precision, weighted,
-                                                            passed, words):
+@pytest.mark.parametrize(
+    "precision, weighted, passed, words",
+    [
+        ("int8", {"fp16": 10}, False, "INT8 in name only: 0 % of the layers with weights .* the others in fp16 .10."),
+        ("int8", {"fp16": 9, "int8": 1}, False, "INT8 in name only: 10 %"),
+        ("int8", {"fp16": 5, "int8": 5}, True, ""),
+        ("fp16", {"fp32": 8, "fp16": 2}, False, "FP16 in name only: 20 % .* the others in fp32 .8."),
+        ("fp16", {"fp32": 1, "fp16": 9}, True, ""),
+        ("fp16", {}, True, "its precision cannot be told"),
+    ],
+)
+def test_an_engine_that_does_not_run_in_its_precision_fails(
+    fake, bundle, tiny_graph, capsys, precision, weighted, passed, words
+):
     build(bundle, tiny_graph, precision, layers=LayerSummary(dict(weighted), dict(weighted), 0))
     assert cli.run(["verify", str(bundle.path)]) == (0 if passed else 3)
     said = capsys.readouterr().err
@@ -162,7 +175,7 @@ def test_an_engine_that_loses_objects_fails_and_is_not_loaded_by_itself_where_an
 @pytest.mark.parametrize("shift", [0.0, -6.0], ids=["sound", "rows differ"])
 def test_equal_pictures_in_a_full_batch_must_give_equal_objects(fake, bundle, tiny_graph, batch, shift):
     build(bundle, tiny_graph, "int8", batch=batch)
-    fake.shift = shift          # row n is off by n times this, so row 0, which is scored, is right
+    fake.shift = shift  # row n is off by n times this, so row 0, which is scored, is right
     stage = verify(bundle.path).stages[1]
     assert stage.ap == pytest.approx(100)
     assert stage.name == f"int8 batch {'1.2.4' if isinstance(batch, tuple) else 4}"
@@ -194,8 +207,11 @@ def test_nan_and_a_damaged_plan_are_the_engines_faults_and_the_others_are_judged
     result = verify(bundle.path)
     assert [s.passed for s in result.stages] == [True, False, True]
     assert "damaged or replaced" in result.stages[1].note
-    monkeypatch.setattr(TrtRunner, "run", lambda self, batch: RawOutputs(np.full((1, 3, 2), np.nan, np.float32),
-                                                                        np.zeros((1, 3, 4), np.float32)))
+    monkeypatch.setattr(
+        TrtRunner,
+        "run",
+        lambda self, batch: RawOutputs(np.full((1, 3, 2), np.nan, np.float32), np.zeros((1, 3, 4), np.float32)),
+    )
     notes = {s.name: s.note for s in verify(bundle.path).stages}
     assert "NaN or infinity" in notes["fp16"] and "damaged or replaced" in notes["int8"]
 
@@ -208,7 +224,7 @@ def test_other_backends_can_be_asked_for_and_then_no_engine_is_touched(fake, bun
     assert fake.contexts == 0
     both = verify(bundle.path, backends=["onnxruntime", "tensorrt"], stages=["onnx", "fp16"])
     assert {s.backend for s in both.stages} == {"pytorch", "onnxruntime", "tensorrt"}
-    assert not (bundle.path / "engines" / select.MEASURED).exists()        # only a whole verdict is recorded
+    assert not (bundle.path / "engines" / select.MEASURED).exists()  # only a whole verdict is recorded
 
 
 def test_engines_that_do_not_fit_are_named_and_asking_for_them_is_an_error(fake, bundle, tiny_graph, caplog):
@@ -235,7 +251,9 @@ def test_bench_times_the_engines(fake, bundle, tiny_graph, capsys):
     build(bundle, tiny_graph, "fp16")
     build(bundle, tiny_graph, "int8", batch=4)
     assert [(t.name, t.backend) for t in bench(bundle.path, rounds=2)] == [
-        ("int8 batch 4", "tensorrt"), ("fp16", "tensorrt")]
+        ("int8 batch 4", "tensorrt"),
+        ("fp16", "tensorrt"),
+    ]
 
 
 def test_verify_on_the_device_prints_what_is_only_known_of_engines(fake, bundle, tiny_graph, capsys, monkeypatch):
@@ -260,7 +278,10 @@ def test_a_read_only_bundle_only_loses_the_record(fake, bundle, tiny_graph, monk
 
 
 def test_verifying_engines_needs_neither_torch_nor_onnx_nor_onnxruntime():
-    code = ("import sys\nfor name in ('torch', 'onnx', 'onnxruntime', 'openvino'): sys.modules[name] = None\n"
-            "import edgedetr.evaluation.verify, edgedetr.runtime.tensorrt.select, edgedetr.runtime.tensorrt.selftest, edgedetr.doctor\n"
-            "edgedetr.runtime.tensorrt.selftest.stored('concat')")
+    code = (
+        "import sys\nfor name in ('torch', 'onnx', 'onnxruntime', 'openvino'): sys.modules[name] = None\n"
+        "import edgedetr.evaluation.verify, edgedetr.runtime.tensorrt.select\n"
+        "import edgedetr.runtime.tensorrt.selftest, edgedetr.doctor\n"
+        "edgedetr.runtime.tensorrt.selftest.stored('concat')"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -33,20 +33,29 @@ def graph(tmp_path_factory) -> Path:
             constants[f"{name}.weight"] = weight.astype(np.float32).reshape(4, width, 1, 1)
             if layer % 10 == 5:
                 pair = ("QuantizeLinear", value, f"{name}.q"), ("DequantizeLinear", f"{name}.q", f"{name}.dq")
-                nodes += [helper.make_node(kind, [source, "scale", "zero"], [end], name=end)
-                          for kind, source, end in pair]
+                nodes += [
+                    helper.make_node(kind, [source, "scale", "zero"], [end], name=end) for kind, source, end in pair
+                ]
                 value = f"{name}.dq"
             nodes.append(helper.make_node("Conv", [value, f"{name}.weight"], [f"{name}.out"], name=name))
             value = f"{name}.out"
         ends.append(value)
-    nodes += [helper.make_node("Concat", ends, ["joined"], axis=1, name="concat"),
-              helper.make_node("Reshape", ["joined", "shape"], ["logits"], name="flat"),
-              helper.make_node("Sigmoid", ["logits"], ["boxes"], name="boxes")]
-    model = helper.make_model(helper.make_graph(
-        nodes, "two", [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 4, 4])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 32, 4]) for name in ("logits", "boxes")],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    ), opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    nodes += [
+        helper.make_node("Concat", ends, ["joined"], axis=1, name="concat"),
+        helper.make_node("Reshape", ["joined", "shape"], ["logits"], name="flat"),
+        helper.make_node("Sigmoid", ["logits"], ["boxes"], name="boxes"),
+    ]
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "two",
+            [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 4, 4])],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 32, 4]) for name in ("logits", "boxes")],
+            [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 19)],
+        ir_version=9,
+    )
     path = tmp_path_factory.mktemp("departure") / "two.onnx"
     onnx.save(model, str(path))
     return path
@@ -59,6 +68,7 @@ def picture(rng) -> np.ndarray:
 
 def broken_at(weight: str):
     """A backend that computes one convolution with other weights."""
+
     def run(model: bytes, images: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
         proto = onnx.load_model_from_string(model)
         for constant in proto.graph.initializer:
@@ -96,7 +106,7 @@ def test_few_groups_are_enough(graph, picture, monkeypatch):
     monkeypatch.setattr(first_divergence._Graph, "measure", counted)
     search(graph, broken_at("right/17.weight"), picture)
     assert max(sizes) <= first_divergence.GROUP
-    assert len(sizes) <= 6      # 80 tensors before the heads, a twelfth left after each step
+    assert len(sizes) <= 6  # 80 tensors before the heads, a twelfth left after each step
 
 
 def test_unknown_backends_and_a_missing_onnx_say_so(graph, picture, monkeypatch):

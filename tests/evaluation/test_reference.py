@@ -27,8 +27,9 @@ COLUMNS = ("image_ids", "names", "digests", "sizes", "image", "boxes", "labels",
 @pytest.fixture
 def reference(random_set) -> Reference:
     truth, found = random_set(1)
-    found = {i: Detections(d.xyxy.astype(np.float32), d.confidence.astype(np.float32), d.class_id)
-             for i, d in found.items()}
+    found = {
+        i: Detections(d.xyxy.astype(np.float32), d.confidence.astype(np.float32), d.class_id) for i, d in found.items()
+    }
     return Reference(truth, found, "test", "ab" * 32)
 
 
@@ -66,7 +67,7 @@ def test_a_split_is_taken_as_it_is_with_the_digests_of_its_files(colours):
     assert truth.names[0] == "images/test/00.png"
     assert truth.digests[3] == hashlib.sha256((colours / "images" / "test" / "03.png").read_bytes()).hexdigest()
     assert truth.sizes[0].tolist() == [32, 48]
-    np.testing.assert_allclose(truth.boxes[0], [4.8, 6.4, 19.2, 25.6])      # worked by hand from conftest
+    np.testing.assert_allclose(truth.boxes[0], [4.8, 6.4, 19.2, 25.6])  # worked by hand from conftest
     assert truth.image.tolist() == list(range(24))
 
 
@@ -83,8 +84,9 @@ def test_a_subset_is_the_set_without_the_others(reference):
     part = reference.truth.subset(ids)
     assert part.image_ids.tolist() == ids
     for new, old in enumerate([2, 5, 6]):
-        np.testing.assert_array_equal(part.boxes[part.image == new],
-                                      reference.truth.boxes[reference.truth.image == old])
+        np.testing.assert_array_equal(
+            part.boxes[part.image == new], reference.truth.boxes[reference.truth.image == old]
+        )
 
 
 class Evil:
@@ -108,25 +110,28 @@ def test_a_missing_file_names_the_command(tmp_path):
 def test_a_truncated_file_is_refused(reference, tmp_path, keep):
     path = tmp_path / "reference.npz"
     reference.save(path)
-    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * keep)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
     with pytest.raises(BundleError, match="damaged"):
         Reference.load(path)
 
 
-@pytest.mark.parametrize("name, change, message", [
-    ("schema", lambda v: v + 1, "schema 2, this version reads 1"),
-    ("truth_boxes", lambda v: v[:-1], "truth_boxes is float64"),
-    ("truth_boxes", lambda v: v * np.nan, "truth_boxes has NaN"),
-    ("truth_labels", lambda v: v + 3, "truth_labels runs from 3"),
-    ("truth_labels", lambda v: v.astype(float), "truth_labels is float64"),
-    ("found_class", lambda v: v - 1, "found_class runs from -1"),
-    ("found_image", lambda v: v[::-1], "found_image is not in order"),
-    ("image_id", lambda v: np.zeros_like(v), "image_id is not unique"),
-    ("image_sha256", lambda v: v[1:], "image_sha256"),
-    ("class_name", lambda v: v[1:], "zip"),
-    ("truth_crowd", None, "truth_crowd"),
-    ("split", lambda v: np.array([Evil()], object), "allow_pickle"),
-])
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("schema", lambda v: v + 1, "schema 2, this version reads 1"),
+        ("truth_boxes", lambda v: v[:-1], "truth_boxes is float64"),
+        ("truth_boxes", lambda v: v * np.nan, "truth_boxes has NaN"),
+        ("truth_labels", lambda v: v + 3, "truth_labels runs from 3"),
+        ("truth_labels", lambda v: v.astype(float), "truth_labels is float64"),
+        ("found_class", lambda v: v - 1, "found_class runs from -1"),
+        ("found_image", lambda v: v[::-1], "found_image is not in order"),
+        ("image_id", lambda v: np.zeros_like(v), "image_id is not unique"),
+        ("image_sha256", lambda v: v[1:], "image_sha256"),
+        ("class_name", lambda v: v[1:], "zip"),
+        ("truth_crowd", None, "truth_crowd"),
+        ("split", lambda v: np.array([Evil()], object), "allow_pickle"),
+    ],
+)
 def test_each_wrong_column_is_named(reference, tmp_path, name, change, message):
     path = tmp_path / "reference.npz"
     reference.save(path)
@@ -163,7 +168,7 @@ def peak(work) -> int:
 
 @pytest.mark.parametrize("member", ["found_boxes.npy", "of_nobody.npy"])
 def test_a_bomb_takes_no_memory_be_it_in_an_array_that_is_read_or_in_another(reference, tmp_path, member):
-    path, count = tmp_path / "reference.npz", 5 << 20       # 80 MiB of zeros in 80 kB
+    path, count = tmp_path / "reference.npz", 5 << 20  # 80 MiB of zeros in 80 kB
     reference.save(path)
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -188,16 +193,19 @@ def test_a_list_of_a_million_members_is_not_read(tmp_path):
         Reference.load(path)
 
 
-@pytest.mark.parametrize("data, message", [
-    (b"\x93NUMPY\x02\x00" + bytes(200), "format 1.0"),
-    (header("<i8", "3,") + bytes(16), "expected 152"),
-    (header("<i8", "3, 3") + bytes(72), r"image_id is int64 \[3, 3\], expected kind 'i' \['\?'\]"),
-    (header("<f8", "3,") + bytes(24), "image_id is float64"),
-    (header("<i8", "999999999999999, ") + bytes(24), "has 152 bytes"),
-    (header("|O8", "3,") + bytes(24), "Python objects"),
-    (header("<i8", "__import__,") + bytes(24), "no plain array"),
-    (b"", "format 1.0"),
-])
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"\x93NUMPY\x02\x00" + bytes(200), "format 1.0"),
+        (header("<i8", "3,") + bytes(16), "expected 152"),
+        (header("<i8", "3, 3") + bytes(72), r"image_id is int64 \[3, 3\], expected kind 'i' \['\?'\]"),
+        (header("<f8", "3,") + bytes(24), "image_id is float64"),
+        (header("<i8", "999999999999999, ") + bytes(24), "has 152 bytes"),
+        (header("|O8", "3,") + bytes(24), "Python objects"),
+        (header("<i8", "__import__,") + bytes(24), "no plain array"),
+        (b"", "format 1.0"),
+    ],
+)
 def test_what_an_array_claims_is_checked_before_it_is_read(reference, tmp_path, data, message):
     path = tmp_path / "x.npz"
     save_detections(path, reference.detections)

@@ -25,7 +25,7 @@ from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.openvino import OpenVinoRunner
 
 KEYS = {"name", "backend", "passed", "ap", "ap50", "drop", "drop_upper95", "p50_ms", "p99_ms", "size_mb"}
-GOOD, SLIGHTLY, BAD = (6.0, 6.0), (5.9, 6.0), (0.2, 6.0)     # how much query 0 likes red and blue
+GOOD, SLIGHTLY, BAD = (6.0, 6.0), (5.9, 6.0), (0.2, 6.0)  # how much query 0 likes red and blue
 
 
 def with_reference(bundle: Bundle, data: Path) -> Bundle:
@@ -54,8 +54,12 @@ def test_sound_stages_pass_and_the_json_has_the_promised_form(good):
     assert told["passed"] is True
     assert told["budget"] == 1.0
     assert [(s["name"], s["backend"]) for s in told["stages"]] == [
-        ("torch", "pytorch"), ("onnx", "onnxruntime"), ("int8", "onnxruntime"), ("int8", "openvino"),
-        ("int8-cpu", "onnxruntime")]
+        ("torch", "pytorch"),
+        ("onnx", "onnxruntime"),
+        ("int8", "onnxruntime"),
+        ("int8", "openvino"),
+        ("int8-cpu", "onnxruntime"),
+    ]
     for stage in told["stages"]:
         assert set(stage) >= KEYS
         assert stage["ap"] == pytest.approx(100)
@@ -79,7 +83,7 @@ def test_the_command_exits_with_0_where_all_pass_and_with_3_where_one_does_not(g
     assert cli.run(words) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["passed"] and "\nPASSED: no delivered stage loses more" in captured.err
-    with good.add("model.int8-cpu.onnx", stage="export") as path:       # boxes where no object is
+    with good.add("model.int8-cpu.onnx", stage="export") as path:  # boxes where no object is
         tiny_graph.write(path, np.ones((3, 6)), np.zeros((3, 2)), boxes=np.full((3, 4), [0.9, 0.1, 0.1, 0.1]))
     assert cli.run(words) == 3
     captured = capsys.readouterr()
@@ -90,8 +94,12 @@ def test_the_command_exits_with_0_where_all_pass_and_with_3_where_one_does_not(g
 def test_a_cpu_that_saturates_int8_judges_no_file_by_openvino_unless_asked(good, monkeypatch, caplog):
     monkeypatch.setattr(artifacts_run, "int8_saturates", lambda: True)
     usual = [(s.name, s.backend) for s in verify(good, threads=1).stages]
-    assert usual == [("torch", "pytorch"), ("onnx", "onnxruntime"), ("int8", "onnxruntime"),
-                     ("int8-cpu", "onnxruntime")]
+    assert usual == [
+        ("torch", "pytorch"),
+        ("onnx", "onnxruntime"),
+        ("int8", "onnxruntime"),
+        ("int8-cpu", "onnxruntime"),
+    ]
     assert "saturate" in caplog.text and "--backend openvino" in caplog.text
     asked = [(s.name, s.backend) for s in verify(good, threads=1, backends=["openvino"]).stages]
     assert asked == [("torch", "pytorch"), ("int8", "openvino")]
@@ -111,7 +119,7 @@ def test_a_stage_that_loses_points_is_the_one_that_fails(bad):
     assert lost.drop_lower95 <= lost.drop <= lost.drop_upper95 == result.certifiable
     assert lost.per_class["blue"] == pytest.approx(100)
     assert lost.per_class["red"] < 80
-    assert lost.note == ""      # the graph itself is bad, and its backend computes it faithfully
+    assert lost.note == ""  # the graph itself is bad, and its backend computes it faithfully
 
 
 def test_detections_of_every_stage_are_kept_for_the_report(bad):
@@ -139,7 +147,7 @@ def test_a_reference_with_nothing_to_lose_does_not_pass_though_no_stage_loses_an
 @pytest.mark.parametrize("budget", [0.0, 1.0])
 def test_a_model_that_finds_nothing_does_not_pass_whatever_the_budget(good, colours, tiny_graph, budget, capsys):
     for name in ("model.onnx", "model.int8.onnx", "model.int8-cpu.onnx"):
-        with good.add(name, stage="export") as path:        # boxes where no object is
+        with good.add(name, stage="export") as path:  # boxes where no object is
             tiny_graph.write(path, np.ones((3, 6)), np.zeros((3, 2)), boxes=np.full((3, 4), [0.9, 0.1, 0.1, 0.1]))
     bundle = with_reference(good, colours)
     result = verify(bundle, threads=1, max_drop=budget)
@@ -223,7 +231,7 @@ def test_a_backend_that_gives_nothing_fails_alone_and_says_why(good, monkeypatch
     assert (broken.passed, broken.ap, broken.p50_ms) == (False, 0.0, None)
     assert words in broken.note
     assert [s.passed for s in result.stages] == [True, True, True, False, True]
-    assert "edgedetr verify" not in broken.note     # that is what runs here
+    assert "edgedetr verify" not in broken.note  # that is what runs here
     json.dumps(result.to_json(), allow_nan=False)
 
 
@@ -277,7 +285,7 @@ def test_the_same_classes_under_other_ids_and_in_another_order_are_matched_by_na
     path = other / "annotations" / "test.json"
     record = json.loads(path.read_text())
     for row in record["annotations"]:
-        row["category_id"] = {1: 90, 2: 7}[row["category_id"]]      # red 1 -> 90, blue 2 -> 7: blue comes first
+        row["category_id"] = {1: 90, 2: 7}[row["category_id"]]  # red 1 -> 90, blue 2 -> 7: blue comes first
     record["categories"] = [{"id": 90, "name": "red"}, {"id": 7, "name": "blue"}]
     path.write_text(json.dumps(record))
     assert evaluate_stage(good, stage="onnx", data=other).to_json() == before.to_json()
@@ -303,14 +311,17 @@ def test_live_makes_the_reference_anew(bad):
     assert seen == [24]
 
 
-@pytest.mark.parametrize("arguments, error, message", [
-    ({"stages": ["int4"]}, UsageError, "did you mean 'int8'"),
-    ({"backends": ["tensorflow"]}, UsageError, "'tensorflow'; expected one of onnxruntime, openvino"),
-    ({"max_drop": math.nan}, RecipeError, "verify.budget is nan"),
-    ({"max_drop": -1}, RecipeError, "verify.budget is -1"),
-    ({"stages": ["int8-cpu"], "backends": ["openvino"]}, BundleError, "nothing to run"),
-    ({"data": "/nowhere"}, DataError, "nowhere"),
-])
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"stages": ["int4"]}, UsageError, "did you mean 'int8'"),
+        ({"backends": ["tensorflow"]}, UsageError, "'tensorflow'; expected one of onnxruntime, openvino"),
+        ({"max_drop": math.nan}, RecipeError, "verify.budget is nan"),
+        ({"max_drop": -1}, RecipeError, "verify.budget is -1"),
+        ({"stages": ["int8-cpu"], "backends": ["openvino"]}, BundleError, "nothing to run"),
+        ({"data": "/nowhere"}, DataError, "nowhere"),
+    ],
+)
 def test_wrong_words_and_numbers(good, arguments, error, message):
     with pytest.raises(error, match=message):
         verify(good, **arguments)
@@ -356,7 +367,11 @@ def test_one_stage_alone_is_measured_like_in_the_verdict(bad):
 def test_bench_times_every_stage_in_turns(good):
     timings = bench(good, rounds=3, threads=1)
     assert {(t.name, t.backend) for t in timings} == {
-        ("onnx", "onnxruntime"), ("onnx", "openvino"), ("int8", "openvino"), ("int8-cpu", "onnxruntime")}
+        ("onnx", "onnxruntime"),
+        ("onnx", "openvino"),
+        ("int8", "openvino"),
+        ("int8-cpu", "onnxruntime"),
+    }
     for timing in timings:
         assert 0 < timing.p50_ms <= timing.p99_ms
         assert timing.size_mb == pytest.approx((good.path / artifacts_run.STAGES[timing.name]).stat().st_size / 1e6)

@@ -95,7 +95,7 @@ def test_policy_keeps_decoder_heads_and_selection_float_and_quantises_the_rest(e
     assert [name for name in quantised if "/decoder/" in name and "/cross_attention/" not in name] == []
     assert [name for name in quantised if "/selector/" in name and "/selector/project/" not in name] == []
     memory = [name for name in quantised if "/decoder/" in name]
-    assert len(memory) == (2 if exported.manifest.model == "rt_detr" else 4)     # value, or k and v, of two layers
+    assert len(memory) == (2 if exported.manifest.model == "rt_detr" else 4)  # value, or k and v, of two layers
     convolutions = [name for name in chosen.islands if name.endswith("/Conv")]
     assert convolutions == []
     assert sum("/backbone/" in name for name in quantised) >= 20
@@ -124,10 +124,21 @@ def test_a_second_export_does_nothing(exported):
 
 def test_progress_tells_each_kind_of_work_to_its_end(fresh, tmp_path):
     told = {}
-    export(fresh("detr", tmp_path / "b"), int8=True, config=ExportConfig(), quant=QUANT,
-           progress=lambda what, done, total: told.__setitem__(what, (done, total)))
-    assert told == {"reference": (3, 3), "onnx": (1, 1), "calibrate": (8, 8), "fp16": (8, 8),
-                    "bias tensorrt": (8 * PARTS, 8 * PARTS), "bias cpu": (8 * PARTS, 8 * PARTS)}
+    export(
+        fresh("detr", tmp_path / "b"),
+        int8=True,
+        config=ExportConfig(),
+        quant=QUANT,
+        progress=lambda what, done, total: told.__setitem__(what, (done, total)),
+    )
+    assert told == {
+        "reference": (3, 3),
+        "onnx": (1, 1),
+        "calibrate": (8, 8),
+        "fp16": (8, 8),
+        "bias tensorrt": (8 * PARTS, 8 * PARTS),
+        "bias cpu": (8 * PARTS, 8 * PARTS),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +153,15 @@ def copy(detr, tmp_path) -> Bundle:
     return Bundle.open(tmp_path / "copy.bundle")
 
 
-@pytest.mark.parametrize("change, remade", [
-    ({"observer": "minmax"}, {"ranges.json", "model.int8.onnx", "model.int8-cpu.onnx"}),
-    ({"images": 9}, {"ranges.json", "model.int8.onnx", "model.int8-cpu.onnx"}),
-    ({"cpu_weights": other_bits()}, {"model.int8-cpu.onnx"}),
-    ({"bias_correction": False}, {"model.int8.onnx", "model.int8-cpu.onnx"}),
-])
+@pytest.mark.parametrize(
+    "change, remade",
+    [
+        ({"observer": "minmax"}, {"ranges.json", "model.int8.onnx", "model.int8-cpu.onnx"}),
+        ({"images": 9}, {"ranges.json", "model.int8.onnx", "model.int8-cpu.onnx"}),
+        ({"cpu_weights": other_bits()}, {"model.int8-cpu.onnx"}),
+        ({"bias_correction": False}, {"model.int8.onnx", "model.int8-cpu.onnx"}),
+    ],
+)
 def test_changed_settings_remake_what_depends_on_them(copy, change, remade):
     before = times(copy)
     export(copy, int8=True, config=ExportConfig(), quant=replace(QUANT, **change))
@@ -164,8 +178,11 @@ def made_by(bundle: Bundle, name: str) -> dict:
 
 
 def biases(bundle: Bundle, name: str) -> dict[str, bytes]:
-    return {item.name: item.SerializeToString() for item in onnx.load(bundle.require(name)).graph.initializer
-            if "bias" in item.name}
+    return {
+        item.name: item.SerializeToString()
+        for item in onnx.load(bundle.require(name)).graph.initializer
+        if "bias" in item.name
+    }
 
 
 def test_without_correction_the_graphs_say_and_hold_what_they_did_before_there_was_one(copy):
@@ -174,8 +191,16 @@ def test_without_correction_the_graphs_say_and_hold_what_they_did_before_there_w
     model = split_concats(onnx.load(copy.require("model.onnx")))
     floats = {item.name: item for item in model.graph.initializer}
     for name in INT8:
-        assert set(made_by(copy, name)) - {"half"} == {"dialect", "weight_bits", "observer", "policy", "policy_sha256",
-                                                       "image_list", "layers_int8", "layers_float"}
+        assert set(made_by(copy, name)) - {"half"} == {
+            "dialect",
+            "weight_bits",
+            "observer",
+            "policy",
+            "policy_sha256",
+            "image_list",
+            "layers_int8",
+            "layers_float",
+        }
     plain = [item for item in onnx.load(copy.require("model.int8.onnx")).graph.initializer if ".bias" in item.name]
     assert plain and all(item.name.removesuffix("_half") in floats for item in plain)
     export(copy, int8=True, config=ExportConfig(), quant=QUANT)
@@ -183,7 +208,8 @@ def test_without_correction_the_graphs_say_and_hold_what_they_did_before_there_w
 
 
 def test_where_the_pictures_have_gone_a_graph_is_written_without_correction_and_with_it_when_they_are_back(
-        copy, pictures, caplog):
+    copy, pictures, caplog
+):
     record = copy.manifest.data
     before = (copy.path / "model.int8.onnx").read_bytes()
     copy.update(data=replace(record, path=str(pictures / "gone")))
@@ -255,12 +281,19 @@ def test_a_plain_folder_of_pictures_calibrates(copy, pictures, tmp_path, caplog)
     assert "10 calibration pictures, 50 were asked for" in caplog.text
 
 
-@pytest.mark.parametrize("make, error, message", [
-    (lambda path: None, DataError, "no such directory"),
-    (lambda path: path.mkdir(), (DataError, ExportError), "no pictures to calibrate on"),
-    (lambda path: (path.mkdir(), [(path / f"x{i}.jpg").write_bytes(b"not a jpeg") for i in range(8)]), DataError,
-     "x0.jpg"),
-], ids=["missing", "empty", "unreadable"])
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda path: None, DataError, "no such directory"),
+        (lambda path: path.mkdir(), (DataError, ExportError), "no pictures to calibrate on"),
+        (
+            lambda path: (path.mkdir(), [(path / f"x{i}.jpg").write_bytes(b"not a jpeg") for i in range(8)]),
+            DataError,
+            "x0.jpg",
+        ),
+    ],
+    ids=["missing", "empty", "unreadable"],
+)
 def test_unusable_calibration_pictures_are_one_clear_error(copy, tmp_path, make, error, message):
     make(tmp_path / "calib")
     with pytest.raises(error, match=message):
@@ -333,7 +366,7 @@ def test_pytorch_and_onnx_agree_on_a_picture(exported):
     with torch.no_grad():
         logits, boxes = graph(torch.from_numpy(images))
     found = OrtRunner(exported.require("model.onnx"), threads=1).run(images)
-    np.testing.assert_allclose(found.logits, logits.numpy(), atol=1e-3)     # float32, some 60 layers; measured 2e-5
+    np.testing.assert_allclose(found.logits, logits.numpy(), atol=1e-3)  # float32, some 60 layers; measured 2e-5
     np.testing.assert_allclose(found.boxes, boxes.numpy(), atol=1e-4)
 
 

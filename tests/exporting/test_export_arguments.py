@@ -22,18 +22,28 @@ def test_what_is_no_path_is_one_error(value: Any, tmp_path) -> None:
         with pytest.raises(UsageError, match="(path|out) is "):
             bring(**{"path": "m.onnx", "out": tmp_path / "b", **wrong})
         with pytest.raises(UsageError, match="(source|out) is "):
-            import_weights(**{"source": "m.pth", "model": "detr", "out": tmp_path / "b",
-                              **{"source" if key == "path" else key: one for key, one in wrong.items()}})
+            import_weights(
+                **{
+                    "source": "m.pth",
+                    "model": "detr",
+                    "out": tmp_path / "b",
+                    **{"source" if key == "path" else key: one for key, one in wrong.items()},
+                }
+            )
     with pytest.raises(EdgedetrError, match="model.name is "):
         import_weights("m.pth", value, tmp_path / "b")
 
 
-@pytest.mark.parametrize("wrong", [
-    {"size": "64x96"}, {"size": (64,)}, {"size": (64.5, 96)}, {"size": (0, 0)}, {"data": 3}, {"classes": 3},
-], ids=repr)
+@pytest.mark.parametrize(
+    "wrong",
+    [{"size": "64x96"}, {"size": (64,)}, {"size": (64.5, 96)}, {"size": (0, 0)}, {"data": 3}, {"classes": 3}],
+    ids=repr,
+)
 def test_options_of_another_type_are_one_error(wrong: dict[str, Any], tmp_path) -> None:
-    for call in (lambda: bring("m.onnx", tmp_path / "b", **wrong),
-                 lambda: import_weights("m.pth", "detr", tmp_path / "b", **wrong)):
+    for call in (
+        lambda: bring("m.onnx", tmp_path / "b", **wrong),
+        lambda: import_weights("m.pth", "detr", tmp_path / "b", **wrong),
+    ):
         with pytest.raises(UsageError, match=f"{next(iter(wrong))} is .*; expected"):
             call()
     assert not list(tmp_path.iterdir())

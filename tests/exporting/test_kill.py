@@ -33,8 +33,9 @@ print("done", flush=True)
 
 def killed(path: Path, word: str, delay: float) -> bool:
     """Run an export and kill it `delay` seconds after it printed `word`; False when it was done before."""
-    with subprocess.Popen([sys.executable, "-c", RUN, str(path)], stdout=subprocess.PIPE, text=True,
-                          cwd=Path(__file__).parents[2]) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN, str(path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.strip() == word:
@@ -50,7 +51,7 @@ def check(path: Path) -> None:
     for name in bundle.manifest.files:
         bundle.require(name)
     listed = {*bundle.manifest.files, "bundle.json"}
-    present = {item.name for item in path.iterdir() if not item.name.startswith(".")}       # locks, temporary files
+    present = {item.name for item in path.iterdir() if not item.name.startswith(".")}  # locks, temporary files
     # A file that was renamed but not yet listed is made again; it is never taken for a good one.
     assert len(present - listed) <= 1
 

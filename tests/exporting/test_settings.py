@@ -66,16 +66,19 @@ def test_a_setting_of_the_float_graph_makes_it_again(bundle):
     check_digests(bundle)
 
 
-@pytest.mark.parametrize("word, tells", [
-    ("quant.observr=mse", "unknown key 'observr'; did you mean 'observer'"),
-    ("qant.images=3", "unknown section 'qant'; did you mean 'quant'"),
-    ("quant.images=many", r"images = 'many'"),
-    ("quant.percentile=20", "expected 50 to 100"),
-    ("train.lr=1e-3", "an export cannot change [train]; expected keys of quant and export; train again: edgedetr"),
-    ("model.heads=2", "an export cannot change [model]"),
-    ("verify.budget=2.0", "an export cannot change [verify]"),
-    ("quant", "expected section.key=value"),
-])
+@pytest.mark.parametrize(
+    "word, tells",
+    [
+        ("quant.observr=mse", "unknown key 'observr'; did you mean 'observer'"),
+        ("qant.images=3", "unknown section 'qant'; did you mean 'quant'"),
+        ("quant.images=many", r"images = 'many'"),
+        ("quant.percentile=20", "expected 50 to 100"),
+        ("train.lr=1e-3", "an export cannot change [train]; expected keys of quant and export; train again: edgedetr"),
+        ("model.heads=2", "an export cannot change [model]"),
+        ("verify.budget=2.0", "an export cannot change [verify]"),
+        ("quant", "expected section.key=value"),
+    ],
+)
 def test_wrong_words_are_usage_errors_and_change_nothing(bundle, word, tells, capsys):
     before = everything(bundle)
     assert cli.run(["export", str(bundle.path), "--set", word]) == 2

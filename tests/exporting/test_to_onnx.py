@@ -41,7 +41,7 @@ def test_opset_is_19_names_are_ours_and_nothing_is_left_to_compute_from_shapes(s
     check(model)
     kinds = {node.op_type for node in model.graph.node}
     assert kinds & {"Shape", "Constant", "Identity", "ConstantOfShape", "Range", "BatchNormalization"} == set()
-    assert model.ir_version <= 10                       # what ONNX Runtime 1.20 reads
+    assert model.ir_version <= 10  # what ONNX Runtime 1.20 reads
     assert [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim] == [1, 3, 64, 64]
     assert {item.key: item.value for item in model.metadata_props} == {"edgedetr.note": "ü"}
     assert all(node.name.startswith("/detector/") for node in model.graph.node if node.op_type in ("Conv", "MatMul"))
@@ -137,8 +137,13 @@ def test_a_wrong_opset_or_sampling_mode_is_refused(static):
 
 def model_of(nodes, constants, shape):
     initialisers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], initialisers)
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        initialisers,
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
 
 
@@ -150,16 +155,27 @@ def evaluate(model, x):
 
 
 RESHAPE = [
-    helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Gather", ["s", "i2"], ["h"]),
-    helper.make_node("Gather", ["s", "i3"], ["w"]), helper.make_node("Mul", ["h", "w"], ["hw"]),
-    helper.make_node("Unsqueeze", ["hw", "zero"], ["hw1"]), helper.make_node("Gather", ["s", "i0"], ["b"]),
+    helper.make_node("Shape", ["x"], ["s"]),
+    helper.make_node("Gather", ["s", "i2"], ["h"]),
+    helper.make_node("Gather", ["s", "i3"], ["w"]),
+    helper.make_node("Mul", ["h", "w"], ["hw"]),
+    helper.make_node("Unsqueeze", ["hw", "zero"], ["hw1"]),
+    helper.make_node("Gather", ["s", "i0"], ["b"]),
     helper.make_node("Unsqueeze", ["b", "zero"], ["b1"]),
     helper.make_node("Concat", ["b1", "minus", "hw1"], ["to"], axis=0),
-    helper.make_node("Reshape", ["x", "to"], ["r"]), helper.make_node("Identity", ["r"], ["q"]),
-    helper.make_node("Exp", ["c"], ["ec"]), helper.make_node("Add", ["q", "ec"], ["y"]),
+    helper.make_node("Reshape", ["x", "to"], ["r"]),
+    helper.make_node("Identity", ["r"], ["q"]),
+    helper.make_node("Exp", ["c"], ["ec"]),
+    helper.make_node("Add", ["q", "ec"], ["y"]),
 ]
-SHAPES = {"i0": np.int64(0), "i2": np.int64(2), "i3": np.int64(3), "zero": np.array([0]), "minus": np.array([-1]),
-          "c": np.float32(0.5)}
+SHAPES = {
+    "i0": np.int64(0),
+    "i2": np.int64(2),
+    "i3": np.int64(3),
+    "zero": np.array([0]),
+    "minus": np.array([-1]),
+    "c": np.float32(0.5),
+}
 
 
 def test_shape_arithmetic_and_constants_fold_away_at_a_fixed_size(rng):
@@ -167,7 +183,7 @@ def test_shape_arithmetic_and_constants_fold_away_at_a_fixed_size(rng):
     x = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
     folded = fold(model)
     assert [node.op_type for node in folded.graph.node] == ["Reshape", "Add"]
-    np.testing.assert_allclose(evaluate(folded, x), x.reshape(2, 3, 20) + np.exp(0.5), atol=1e-6)   # float32
+    np.testing.assert_allclose(evaluate(folded, x), x.reshape(2, 3, 20) + np.exp(0.5), atol=1e-6)  # float32
 
 
 def test_an_open_batch_stays_open_and_the_rest_folds(rng):
@@ -180,22 +196,28 @@ def test_an_open_batch_stays_open_and_the_rest_folds(rng):
 
 # As the exporter writes w.expand(x.shape[0], -1, -1).reshape(x.shape[0], 6): 1 is what Expand takes for "as it is".
 EXPAND = [
-    helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Gather", ["s", "i0"], ["b"]),
+    helper.make_node("Shape", ["x"], ["s"]),
+    helper.make_node("Gather", ["s", "i0"], ["b"]),
     helper.make_node("Unsqueeze", ["b", "zero"], ["b1"]),
     helper.make_node("Concat", ["b1", "minus", "minus"], ["sizes"], axis=0),
     helper.make_node("Reshape", ["sizes", "minus"], ["row"]),
     helper.make_node("Equal", ["row", "all"], ["is_minus"]),
-    helper.make_node("Where", ["is_minus", "ones", "row"], ["to"]), helper.make_node("Expand", ["w", "to"], ["e"]),
-    helper.make_node("Concat", ["b1", "minus"], ["flat"], axis=0), helper.make_node("Reshape", ["e", "flat"], ["r"]),
+    helper.make_node("Where", ["is_minus", "ones", "row"], ["to"]),
+    helper.make_node("Expand", ["w", "to"], ["e"]),
+    helper.make_node("Concat", ["b1", "minus"], ["flat"], axis=0),
+    helper.make_node("Reshape", ["e", "flat"], ["r"]),
     helper.make_node("ReduceSum", ["x", "one"], ["m"], keepdims=1),
     helper.make_node("Add", ["r", "m"], ["y"]),
 ]
 
 
-@pytest.mark.parametrize("batch, kinds", [
-    (2, ["ReduceSum", "Add"]),
-    ("batch", ["Shape", "Gather", "Unsqueeze", "Concat", "Expand", "Reshape", "ReduceSum", "Add"]),
-])
+@pytest.mark.parametrize(
+    "batch, kinds",
+    [
+        (2, ["ReduceSum", "Add"]),
+        ("batch", ["Shape", "Gather", "Unsqueeze", "Concat", "Expand", "Reshape", "ReduceSum", "Add"]),
+    ],
+)
 def test_an_expand_to_the_batch_keeps_nothing_but_the_batch(rng, batch, kinds):
     weight = rng.normal(size=(1, 2, 3)).astype(np.float32)
     constants = {**SHAPES, "all": np.full(3, -1), "ones": np.ones(3, np.int64), "one": np.array([1]), "w": weight}

@@ -30,7 +30,7 @@ def test_the_fp16_graph_is_made_from_the_float_graph_and_says_what_stayed_float3
     assert json.loads(told["edgedetr.quantisation"])["dialect"] == "fp16"
     reasons = json.loads(told["edgedetr.float32_nodes"])
     assert any("boxes" in reason for reason in reasons)
-    assert "edgedetr.classes" in told       # what model.onnx says of itself stays
+    assert "edgedetr.classes" in told  # what model.onnx says of itself stays
 
 
 def test_without_tensorrt_the_graphs_stay_and_the_exit_code_is_4(prepared, capsys, monkeypatch):
@@ -41,7 +41,7 @@ def test_without_tensorrt_the_graphs_stay_and_the_exit_code_is_4(prepared, capsy
     assert "the engines are not" in said and "tensorrt is not installed" in said
     assert "run: edgedetr build b.bundle" in said
     after = {name: os.stat(prepared.path / name).st_mtime_ns for name in before}
-    assert after == before                  # like make: what is up to date is kept
+    assert after == before  # like make: what is up to date is kept
     assert all(Bundle.open(prepared.path).has(name) for name in before)
 
 

@@ -8,17 +8,56 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 WORDS = [
-    b"NaN", b"Infinity", b"-1", b"0", b"1e308", b"1e400", b"9" * 5000, b"null", b"true", b'""', b"[]", b"{}", b"\x00",
-    b"\xff\xfe", b"\xef\xbb\xbf", "é".encode("latin-1"), "木".encode("gbk"), b"../../etc/passwd", b"/dev/zero",
-    b"C:\\x", b"a" * 300, b"\n\n", b"\r", b"\t", b" " * 5000, b"[" * 3000, b"{" * 3000, b'{"a":' * 3000, b"&lol;",
-    b"<!DOCTYPE x>", b"!!python/object/apply:os.system [\"true\"]", b"&a [*a]", b"\x1b[31m", b"%s%n",
-    b"\xe2\x80\xae", b"1 2 3 4 5",
+    b"NaN",
+    b"Infinity",
+    b"-1",
+    b"0",
+    b"1e308",
+    b"1e400",
+    b"9" * 5000,
+    b"null",
+    b"true",
+    b'""',
+    b"[]",
+    b"{}",
+    b"\x00",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    "é".encode("latin-1"),
+    "木".encode("gbk"),
+    b"../../etc/passwd",
+    b"/dev/zero",
+    b"C:\\x",
+    b"a" * 300,
+    b"\n\n",
+    b"\r",
+    b"\t",
+    b" " * 5000,
+    b"[" * 3000,
+    b"{" * 3000,
+    b'{"a":' * 3000,
+    b"&lol;",
+    b"<!DOCTYPE x>",
+    b'!!python/object/apply:os.system ["true"]',
+    b"&a [*a]",
+    b"\x1b[31m",
+    b"%s%n",
+    b"\xe2\x80\xae",
+    b"1 2 3 4 5",
 ]
 VALUES: list[Callable[[random.Random], Any]] = [
-    lambda r: None, lambda r: r.choice([True, False]), lambda r: r.choice([0, -1, 1, 2**31, 2**63, -2**63, 10**30]),
-    lambda r: r.choice([0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf")]), lambda r: "", lambda r: "x" * 400,
+    lambda r: None,
+    lambda r: r.choice([True, False]),
+    lambda r: r.choice([0, -1, 1, 2**31, 2**63, -(2**63), 10**30]),
+    lambda r: r.choice([0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf")]),
+    lambda r: "",
+    lambda r: "x" * 400,
     lambda r: r.choice(["../x", "/abs", "a\x00b", "a\nb", "\x1b[2J", "1", "1.5", "nan", "\ud7ff\u202e"]),
-    lambda r: [], lambda r: {}, lambda r: [[[[]]]], lambda r: {"": {}}, lambda r: [1, "x", None],
+    lambda r: [],
+    lambda r: {},
+    lambda r: [[[[]]]],
+    lambda r: {"": {}},
+    lambda r: [1, "x", None],
     lambda r: list(range(50)),
 ]
 
@@ -44,37 +83,37 @@ def _flip(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
     if not data:
         return data
     at = min(_place(data, rng), len(data) - 1)
-    return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1:]
+    return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
 
 
 def _bytes(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
     at, count = _place(data, rng), rng.choice([1, 2, 4, 8])
     new = bytes(rng.choice([0, 255, 127, 128, rng.randrange(256)]) for _ in range(count))
-    return data[:at] + new + data[at + count:]
+    return data[:at] + new + data[at + count :]
 
 
 def _cut(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
-    return data[:_place(data, rng)]
+    return data[: _place(data, rng)]
 
 
 def _remove(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
     at = _place(data, rng)
-    return data[:at] + data[at + rng.choice([1, 4, 16, 200]):]
+    return data[:at] + data[at + rng.choice([1, 4, 16, 200]) :]
 
 
 def _repeat(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
     at, count = _place(data, rng), rng.choice([1, 16, 200])
-    return data[:at] + data[at:at + count] * rng.choice([2, 3, 50]) + data[at + count:]
+    return data[:at] + data[at : at + count] * rng.choice([2, 3, 50]) + data[at + count :]
 
 
 def _word(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
     at = _place(data, rng)
-    return data[:at] + rng.choice(WORDS) + data[at + rng.choice([0, 0, 1, 4]):]
+    return data[:at] + rng.choice(WORDS) + data[at + rng.choice([0, 0, 1, 4]) :]
 
 
 def _splice(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
     other = rng.choice(others)
-    return data[:_place(data, rng)] + other[_place(other, rng):]
+    return data[: _place(data, rng)] + other[_place(other, rng) :]
 
 
 def _line(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:

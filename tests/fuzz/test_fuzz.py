@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from edgedetr.errors import EdgedetrError
 
-SECONDS, GIGABYTES = 5, 2       # an input may take at most, and a process may hold at most
+SECONDS, GIGABYTES = 5, 2  # an input may take at most, and a process may hold at most
 LONG = int(os.environ.get("EDGEDETR_FUZZ", "100000"))
 
 
@@ -70,8 +70,9 @@ def test_a_damaged_file_is_read_or_refused_in_one_message(reader, around):
     pytest.importorskip("torch")
     seeds, folder = reader.seeds(), around(reader)
 
-    @settings(max_examples=15, deadline=None, database=None, derandomize=True,
-              suppress_health_check=[HealthCheck.too_slow])
+    @settings(
+        max_examples=15, deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    )
     @given(st.integers(0, len(seeds) - 1), st.randoms(use_true_random=True))
     def holds(number: int, rng: random.Random) -> None:
         assert attempt(reader, mutate(seeds[number], seeds, rng), folder) == ""
@@ -85,7 +86,7 @@ def _worker(name: str, first: int, count: int, found) -> None:
     seeds = reader.seeds()
     with TemporaryDirectory() as folder:
         reader.prepare(Path(folder))
-        for seed in seeds:          # imports are no part of an input's time
+        for seed in seeds:  # imports are no part of an input's time
             attempt(reader, seed, Path(folder))
         for number in range(first, first + count):
             rng = random.Random(f"{name} {number}")
@@ -107,7 +108,7 @@ def test_many_damaged_files_are_read_or_refused(reader, capsys):
     try:
         while True:
             try:
-                kind, value = found.get(timeout=4 * SECONDS + 60 * (at == 0))     # the first one waits for imports
+                kind, value = found.get(timeout=4 * SECONDS + 60 * (at == 0))  # the first one waits for imports
             except Exception:  # noqa: BLE001  # queue.Empty: hung, or the process died
                 faults.append(f"input {at}: no answer (exit code {process.exitcode})")
                 break

@@ -1,4 +1,4 @@
-"""runtime/tensorrt/cudart.py and the buffers of runtime/tensorrt/execution_context.py against the driver: what goes in comes back, errors speak."""
+"""cudart.py and execution_context.py against the driver: what goes in comes back, errors speak."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_numbers_come_back_from_the_device_as_they_were(api, rng, shared):
         first.array(numbers.shape, numbers.dtype)[...] = numbers
         second.array(numbers.shape, numbers.dtype)[...] = -1
         first.upload(stream, numbers.nbytes)
-        api.copy(second.address, first.address, numbers.nbytes, stream)     # on the device
+        api.copy(second.address, first.address, numbers.nbytes, stream)  # on the device
         second.download(stream, numbers.nbytes)
         api.wait(stream)
         np.testing.assert_array_equal(second.array(numbers.shape, numbers.dtype), numbers)
@@ -48,10 +48,15 @@ def test_numbers_come_back_from_the_device_as_they_were(api, rng, shared):
 def test_a_graph_does_again_what_was_recorded(api, rng):
     numbers = rng.integers(0, 255, 4096, dtype=np.uint8)
     stream, source, target = api.stream(), Buffer(api, 4096), Buffer(api, 4096)
-    graph = api.capture(stream, lambda: (source.upload(stream, 4096),
-                                         api.copy(target.address, source.address, 4096, stream),
-                                         target.download(stream, 4096)))
-    for turn in range(3):       # the addresses are the graph's, what lies there is new each time
+    graph = api.capture(
+        stream,
+        lambda: (
+            source.upload(stream, 4096),
+            api.copy(target.address, source.address, 4096, stream),
+            target.download(stream, 4096),
+        ),
+    )
+    for turn in range(3):  # the addresses are the graph's, what lies there is new each time
         source.array((4096,), np.dtype(np.uint8))[...] = numbers + np.uint8(turn)
         api.launch(graph, stream)
         api.wait(stream)
@@ -82,7 +87,7 @@ def test_events_measure_the_device(api):
     buffer.upload(stream, size)
     api.record(end, stream)
     took = api.milliseconds(begin, end)
-    assert 64 / 1000 < took < 1000      # 64 MiB cannot come faster than at 1 TB/s
+    assert 64 / 1000 < took < 1000  # 64 MiB cannot come faster than at 1 TB/s
     for event in (begin, end):
         api.destroy_event(event)
     buffer.free()

@@ -53,7 +53,7 @@ def run(session: Session, images: object) -> RawOutputs:
 def test_the_engine_of_a_member_detects_what_onnx_runtime_detects(name, session):
     path, images = exported(name, 1), pictures(1).numpy()
     expected, engine = OrtRunner(path).run(images), session(path)
-    for turn in range(3):       # plainly, then recorded, then as a graph
+    for turn in range(3):  # plainly, then recorded, then as a graph
         found = run(engine, images)
         np.testing.assert_allclose(found.logits, expected.logits, atol=2e-3, rtol=0, err_msg=f"run {turn}")
         np.testing.assert_allclose(found.boxes, expected.boxes, atol=2e-4, rtol=0, err_msg=f"run {turn}")
@@ -101,7 +101,6 @@ def test_threads_have_contexts_of_their_own(session):
 
 
 def test_the_canaries_are_right_here(trt, gpu, session):
-    session(exported("detr", 1))        # skips where the chip is not taken
+    session(exported("detr", 1))  # skips where the chip is not taken
     found = selftest.selftest()
     assert found.passed, [outcome.note for outcome in found.outcomes if not outcome.passed]
-

@@ -56,7 +56,7 @@ def test_gradients_are_those_of_the_cpu(name, cuda):
         (out.logits.square().mean() + out.boxes.square().mean()).backward()
         gradients.append(torch.cat([p.grad.cpu().flatten() for p in detector.parameters() if p.grad is not None]))
     off = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
-    assert off < 1e-6       # a wrong sign, factor or sum is off by 0.1 and more
+    assert off < 1e-6  # a wrong sign, factor or sum is off by 0.1 and more
 
 
 @member

@@ -11,7 +11,7 @@ import torch
 from members import SMALL
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))      # `import micro`
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))  # `import micro`
 import micro
 
 from edgedetr.models import FAMILY, build
@@ -40,11 +40,11 @@ def test_training_learns_and_delivers_float32(precision, data, tmp_path, cuda):
     assert launch(recipe.train).device.type == "cuda"
     bundle = train(recipe, data, tmp_path / "b")
     told = losses(bundle)
-    assert sum(told[-3:]) / 3 < 0.75 * told[0]      # 32 on a CPU: 0.55
+    assert sum(told[-3:]) / 3 < 0.75 * told[0]  # 32 on a CPU: 0.55
     weights = load_file(bundle.path / "weights.safetensors")
     assert {value.dtype for value in weights.values()} <= {torch.float32, torch.int64}
     assert all(torch.isfinite(value).all() for value in weights.values())
-    logits, boxes = load_bundle_model(bundle)[1](torch.zeros(1, 3, 64, 64))     # on the CPU
+    logits, boxes = load_bundle_model(bundle)[1](torch.zeros(1, 3, 64, 64))  # on the CPU
     assert torch.isfinite(logits).all() and torch.isfinite(boxes).all()
 
 

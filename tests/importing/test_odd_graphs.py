@@ -28,17 +28,21 @@ def refused(model: ModelProto, folder: Path, message: str, **asked) -> None:
 def branches(made, condition: str) -> str:
     """An If over the logits."""
     value = helper.make_tensor_value_info
-    graphs = [helper.make_graph([helper.make_node(op, ["l"], [f"{name}_r"])], name, [],
-                                [value(f"{name}_r", TensorProto.FLOAT, None)])
-              for name, op in (("then", "Identity"), ("other", "Neg"))]
-    made.nodes.append(helper.make_node("If", [condition], ["l2"], "the_if", then_branch=graphs[0],
-                                       else_branch=graphs[1]))
+    graphs = [
+        helper.make_graph(
+            [helper.make_node(op, ["l"], [f"{name}_r"])], name, [], [value(f"{name}_r", TensorProto.FLOAT, None)]
+        )
+        for name, op in (("then", "Identity"), ("other", "Neg"))
+    ]
+    made.nodes.append(
+        helper.make_node("If", [condition], ["l2"], "the_if", then_branch=graphs[0], else_branch=graphs[1])
+    )
     return "l2"
 
 
 def test_a_branch_that_the_image_decides_is_refused_by_name(tmp_path):
     made = planted()
-    made.add("Greater", "m", made.const("level", np.float32(.1)), out="c")
+    made.add("Greater", "m", made.const("level", np.float32(0.1)), out="c")
     refused(made.model([branches(made, "c"), "b"]), tmp_path, "the_if is If: control flow .*fixed size")
 
 
@@ -56,9 +60,11 @@ def test_a_loop_is_refused_by_name(tmp_path):
     made = planted()
     value = helper.make_tensor_value_info
     body = helper.make_graph(
-        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Add", ["acc", "tiny"], ["next"])], "body",
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Add", ["acc", "tiny"], ["next"])],
+        "body",
         [value("i", TensorProto.INT64, []), value("go", TensorProto.BOOL, []), value("acc", TensorProto.FLOAT, None)],
-        [value("on", TensorProto.BOOL, []), value("next", TensorProto.FLOAT, None)])
+        [value("on", TensorProto.BOOL, []), value("next", TensorProto.FLOAT, None)],
+    )
     times = made.const("times", np.array(3))
     made.nodes.append(helper.make_node("Loop", [times, "", "l"], ["l2"], "the_loop", body=body))
     refused(made.model(["l2", "b"]), tmp_path, "the_loop is Loop: control flow")
@@ -79,18 +85,24 @@ def test_text_is_refused(tmp_path):
     refused(model, tmp_path, "holds text")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda model: model.graph.ClearField("output"), "no outputs"),
-    (lambda model: model.graph.ClearField("input"), "not valid ONNX"),
-    (lambda model: model.graph.input[0].type.Clear(), "not valid ONNX|is no tensor"),
-    (lambda model: model.graph.input[0].type.sequence_type.elem_type.tensor_type.SetInParent(), "not valid|no tensor"),
-    (lambda model: model.graph.sparse_initializer.add(), "sparse|not valid"),
-    (lambda model: model.opset_import[0].__setattr__("version", 400), "opset|ONNX"),
-    (lambda model: model.opset_import[0].__setattr__("version", 1), "opset|ONNX"),
-    (lambda model: model.graph.initializer[0].dims.append(7), "not valid ONNX|ONNX Runtime|size"),
-    (lambda model: model.graph.node[2].__setattr__("op_type", "Addd"), "not valid ONNX"),
-    (lambda model: model.graph.node[0].attribute[0].ints.append(9), "not valid ONNX"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda model: model.graph.ClearField("output"), "no outputs"),
+        (lambda model: model.graph.ClearField("input"), "not valid ONNX"),
+        (lambda model: model.graph.input[0].type.Clear(), "not valid ONNX|is no tensor"),
+        (
+            lambda model: model.graph.input[0].type.sequence_type.elem_type.tensor_type.SetInParent(),
+            "not valid|no tensor",
+        ),
+        (lambda model: model.graph.sparse_initializer.add(), "sparse|not valid"),
+        (lambda model: model.opset_import[0].__setattr__("version", 400), "opset|ONNX"),
+        (lambda model: model.opset_import[0].__setattr__("version", 1), "opset|ONNX"),
+        (lambda model: model.graph.initializer[0].dims.append(7), "not valid ONNX|ONNX Runtime|size"),
+        (lambda model: model.graph.node[2].__setattr__("op_type", "Addd"), "not valid ONNX"),
+        (lambda model: model.graph.node[0].attribute[0].ints.append(9), "not valid ONNX"),
+    ],
+)
 def test_a_damaged_graph_is_one_error(tmp_path, change, message):
     model = planted().model(["l", "b"])
     change(model)
@@ -115,15 +127,18 @@ def test_a_size_of_the_original_image_as_an_input_becomes_a_constant(tmp_path):
     assert [item.name for item in model.graph.input] == ["images"]
     detector = load(result.bundle, backend="onnxruntime", stage="onnx", threads=1)
     found = detector([np.zeros((HEIGHT, WIDTH, 3), np.uint8)])[0]
-    np.testing.assert_allclose(found.xyxy[0], [0, 0, .2 * WIDTH, .24 * HEIGHT], atol=.2)
+    np.testing.assert_allclose(found.xyxy[0], [0, 0, 0.2 * WIDTH, 0.24 * HEIGHT], atol=0.2)
 
 
 def test_local_functions_are_written_into_the_graph(tmp_path):
     made = planted()
     made.nodes.append(helper.make_node("Squash", ["l"], ["p"], "call", domain="mine"))
     model = made.model(["p", "b"])
-    model.functions.append(helper.make_function(
-        "mine", "Squash", ["x"], ["y"], [helper.make_node("Sigmoid", ["x"], ["y"])], [helper.make_opsetid("", 17)]))
+    model.functions.append(
+        helper.make_function(
+            "mine", "Squash", ["x"], ["y"], [helper.make_node("Sigmoid", ["x"], ["y"])], [helper.make_opsetid("", 17)]
+        )
+    )
     model.opset_import.append(helper.make_opsetid("mine", 1))
     onnx.save(model, tmp_path / "m.onnx")
     result = bring(tmp_path / "m.onnx", tmp_path / "b")
@@ -133,12 +148,12 @@ def test_local_functions_are_written_into_the_graph(tmp_path):
 
 def mutated(raw: bytes, dice: random.Random) -> bytes:
     """Bytes changed, cut or doubled; or the message changed in its fields, which stays readable."""
-    if dice.random() < .15:
+    if dice.random() < 0.15:
         changed = bytearray(raw)
         for _ in range(dice.randint(1, 4)):
             place = dice.randrange(len(changed))
-            changed[place:place + dice.choice((0, 1, 1, 9))] = dice.choice((b"", b"\0", b"\xff" * 5, b"\x12\x34"))
-        return bytes(changed)[:dice.choice((len(changed), len(changed), dice.randrange(len(changed))))]
+            changed[place : place + dice.choice((0, 1, 1, 9))] = dice.choice((b"", b"\0", b"\xff" * 5, b"\x12\x34"))
+        return bytes(changed)[: dice.choice((len(changed), len(changed), dice.randrange(len(changed))))]
     model = ModelProto.FromString(raw)
     graph = model.graph
     for _ in range(dice.randint(1, 2)):
@@ -147,11 +162,31 @@ def mutated(raw: bytes, dice: random.Random) -> bytes:
             break
         kind = dice.randrange(12)
         if kind == 0:
-            node.op_type = dice.choice(("Shape", "If", "Loop", "Reshape", "TopK", "Split", "Constant", "Gather", "Cast",
-                                        "GridSample", "Resize", "NonZero", "Concat", "Attention", "Sigmoid", "", "Ł"))
+            node.op_type = dice.choice(
+                (
+                    "Shape",
+                    "If",
+                    "Loop",
+                    "Reshape",
+                    "TopK",
+                    "Split",
+                    "Constant",
+                    "Gather",
+                    "Cast",
+                    "GridSample",
+                    "Resize",
+                    "NonZero",
+                    "Concat",
+                    "Attention",
+                    "Sigmoid",
+                    "",
+                    "Ł",
+                )
+            )
         elif kind == 1 and node.input:
-            node.input[dice.randrange(len(node.input))] = dice.choice(("", "x", *(one.output[0] for one in graph.node
-                                                                                if one.output)))
+            node.input[dice.randrange(len(node.input))] = dice.choice(
+                ("", "x", *(one.output[0] for one in graph.node if one.output))
+            )
         elif kind == 2:
             node.ClearField(dice.choice(("attribute", "input", "output", "op_type", "name")))
         elif kind == 3 and node.attribute:
@@ -200,9 +235,15 @@ def sources() -> list[bytes]:
     sampled.add("Shape", "l", out="s")
     sampled.add("Reshape", "l", "s", out="l1")
     sampled.add("Add", "l1", "mm", out="l2")
-    return [model.SerializeToString() for model in (
-        plain.model(["l", "b"]), probable.model(["p", "b"]), joined.model(["o"]),
-        sampled.model(["l2", "b"], opset=20, ir=9))]
+    return [
+        model.SerializeToString()
+        for model in (
+            plain.model(["l", "b"]),
+            probable.model(["p", "b"]),
+            joined.model(["o"]),
+            sampled.model(["l2", "b"], opset=20, ir=9),
+        )
+    ]
 
 
 def fuzz(folder: Path, count: int, seed: int) -> int:

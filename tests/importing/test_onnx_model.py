@@ -56,13 +56,16 @@ def files(tmp_path_factory) -> dict[str, Path]:
     raw = export(Raw(hugging_face_rt_detr()), folder / "raw.onnx", names=pixels, results=("logits", "pred_boxes"))
     return {
         "raw": raw,
-        "softmax": export(Raw(detr), folder / "softmax.onnx", names=pixels, results=("logits", "pred_boxes"),
-                          open_size=False),
+        "softmax": export(
+            Raw(detr), folder / "softmax.onnx", names=pixels, results=("logits", "pred_boxes"), open_size=False
+        ),
         "rf": rf_detr(raw, folder / "rf.onnx"),
-        "decoded": export(Decoded(hugging_face_d_fine()), folder / "decoded.onnx", names=two, results=answer, opset=16,
-                          extra=sizes),
-        "decoded-softmax": export(Decoded(detr, sigmoid=False), folder / "soft.onnx", names=two, results=answer,
-                                  open_size=False, extra=sizes),
+        "decoded": export(
+            Decoded(hugging_face_d_fine()), folder / "decoded.onnx", names=two, results=answer, opset=16, extra=sizes
+        ),
+        "decoded-softmax": export(
+            Decoded(detr, sigmoid=False), folder / "soft.onnx", names=two, results=answer, open_size=False, extra=sizes
+        ),
         "joined": joined(raw, folder / "joined.onnx"),
     }
 
@@ -75,8 +78,14 @@ ASKED = {
     "decoded-softmax": {},
     "joined": {"size": (HEIGHT, WIDTH)},
 }
-FOUND = {"raw": "raw", "softmax": "raw", "rf": "raw", "decoded": "decoded", "decoded-softmax": "decoded",
-         "joined": "joined"}
+FOUND = {
+    "raw": "raw",
+    "softmax": "raw",
+    "rf": "raw",
+    "decoded": "decoded",
+    "decoded-softmax": "decoded",
+    "joined": "joined",
+}
 
 
 @pytest.fixture(scope="module", params=list(ASKED))
@@ -110,7 +119,7 @@ def answers(kind: str, path: Path, image: np.ndarray, pixels: Pixels):
         if kind == "softmax":
             power = np.exp(logits - logits.max(-1, keepdims=True))
             scores = (power / power.sum(-1, keepdims=True))[:, :-1]
-            scores = np.where(scores == scores.max(-1, keepdims=True), scores, -1)      # the best class of each query
+            scores = np.where(scores == scores.max(-1, keepdims=True), scores, -1)  # the best class of each query
     order = np.argsort(-scores, axis=None)[:15]
     query, label = np.unravel_index(order, scores.shape)
     return label, cxcywh_to_xyxy(boxes[query]) * [WIDTH, HEIGHT, WIDTH, HEIGHT], scores[query, label]
@@ -126,8 +135,11 @@ def test_the_bundle_finds_what_the_file_finds(brought):
         np.testing.assert_allclose(found.confidence[:10], scores[:10], atol=1e-3)
         clipped = np.clip(boxes, 0, [WIDTH, HEIGHT, WIDTH, HEIGHT])
         # Objects of almost one score may stand in either order: each of one list is in the other.
-        there = ((found.class_id[:, None] == labels) & (np.abs(found.xyxy[:, None] - clipped).max(-1) <= 0.1)
-                 & (np.abs(found.confidence[:, None] - scores) <= 1e-3))                    # [found, of the file]
+        there = (
+            (found.class_id[:, None] == labels)
+            & (np.abs(found.xyxy[:, None] - clipped).max(-1) <= 0.1)
+            & (np.abs(found.confidence[:, None] - scores) <= 1e-3)
+        )  # [found, of the file]
         assert (there[:10].any(axis=1) & there[:, :10].any(axis=0)).all()
 
 
@@ -145,8 +157,10 @@ def test_the_graph_is_one_of_ours(brought):
     kind, _, result = brought
     model = onnx.load(result.bundle.require("model.onnx"))
     assert {item.domain: item.version for item in model.opset_import} == {"": 19}
-    shapes = {item.name: [dim.dim_value for dim in item.type.tensor_type.shape.dim]
-              for item in [*model.graph.input, *model.graph.output]}
+    shapes = {
+        item.name: [dim.dim_value for dim in item.type.tensor_type.shape.dim]
+        for item in [*model.graph.input, *model.graph.output]
+    }
     width = CLASSES + (result.activation == "softmax")
     assert shapes == {"images": [1, 3, HEIGHT, WIDTH], "logits": [1, QUERIES, width], "boxes": [1, QUERIES, 4]}
     names = [node.name for node in model.graph.node]
@@ -155,7 +169,7 @@ def test_the_graph_is_one_of_ours(brought):
     assert not {"BatchNormalization", "Shape", "If"} & {node.op_type for node in model.graph.node}
     # LayerNorm of opset 16 stays written out. Nothing else is left to say.
     assert {finding.rule for finding in lint(model)} == ({"layer-norm"} if kind == "decoded" else set())
-    assert result.gathered == (0 if "softmax" in kind else 6)       # two layers, three levels
+    assert result.gathered == (0 if "softmax" in kind else 6)  # two layers, three levels
 
 
 def test_selection_and_decoder_are_known_by_their_place(brought):
@@ -212,7 +226,7 @@ def test_import_int8_lint_and_verify_by_the_command_line(kind, files, scenes, tm
     assert "NOTHING TO LOSE" in captured.err
     stages = {(s["name"], s["backend"]): s for s in json.loads(captured.out)["stages"]}
     assert ("reference", "onnxruntime") in stages
-    assert stages["onnx", "onnxruntime"]["drop"] == 0       # the same file, the same library
+    assert stages["onnx", "onnxruntime"]["drop"] == 0  # the same file, the same library
     assert stages["onnx", "onnxruntime"]["parity"]["matched"] in (None, 1.0)
     assert "an imported graph has no PyTorch model" in captured.err
     assert cli.run(["export", out, "--sampling", "grid_sample"]) == 2
@@ -243,12 +257,24 @@ def test_without_data_classes_come_from_the_file_of_names(files, tmp_path):
     (tmp_path / "names.txt").write_text("a\n-\nc\nd\ne\nf\n")
     result = bring(files["raw"], tmp_path / "b", size=(HEIGHT, WIDTH), classes=tmp_path / "names.txt")
     assert [(item.name, item.category_id) for item in result.bundle.manifest.classes] == [
-        ("a", 0), ("c", 2), ("d", 3), ("e", 4), ("f", 5)]
+        ("a", 0),
+        ("c", 2),
+        ("d", 3),
+        ("e", 4),
+        ("f", 5),
+    ]
     assert result.bundle.manifest.data is None
 
 
-@pytest.mark.parametrize("text, message", [("", "0 names"), ("a\n\nb", "empty or twice"), ("a\na", "empty or twice"),
-                                           ("a\nb\nc", "6 class logits for 3 classes|line for each|does not name")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "0 names"),
+        ("a\n\nb", "empty or twice"),
+        ("a\na", "empty or twice"),
+        ("a\nb\nc", "6 class logits for 3 classes|line for each|does not name"),
+    ],
+)
 def test_a_faulty_list_of_names_is_refused(files, scenes, tmp_path, text, message):
     (tmp_path / "names.txt").write_text(text)
     with pytest.raises(UsageError, match=message):
@@ -264,7 +290,7 @@ def test_an_open_size_must_be_said_and_a_fixed_one_kept(files, scenes, tmp_path)
 
 def test_rf_detr_gets_the_statistics_it_was_published_with(brought):
     kind, _, result = brought
-    if kind != "softmax":           # that one is told others
+    if kind != "softmax":  # that one is told others
         assert result.pixels.mean == ((0.485, 0.456, 0.406) if kind == "rf" else (0, 0, 0))
 
 

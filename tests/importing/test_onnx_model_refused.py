@@ -37,18 +37,23 @@ def _dangling(model):
     model.graph.node[2].input[1] = "nowhere"
 
 
-@pytest.mark.parametrize("model, message", [
-    (detector_of(image=(1, 32, 32, 3)), "32 channels at its second place; .*channels first"),
-    (detector_of(image=(4, 3, 32, 32)), "takes 4 pictures at a time"),
-    (detector_of(kind=TensorProto.FLOAT16), "input 'x' is float16; expected float32"),
-    (detector_of(extra=(helper.make_tensor_value_info("text", TensorProto.INT64, [1, 7, 9, 9, 9]),)),
-     "input text int64 .* is not known"),
-    (replaced(_domain), "operators that are not ONNX's own: Add \\(com.microsoft\\)"),
-    (replaced(_quantised), "quantised already"),
-    (replaced(_no_boxes), "the graph gives logits .*; expected one of: logits"),
-    (replaced(_dangling), "not valid ONNX"),
-    (detector_of(boxes=640.0), "far outside of it in every reading; expected cx, cy, w, h as shares"),
-])
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (detector_of(image=(1, 32, 32, 3)), "32 channels at its second place; .*channels first"),
+        (detector_of(image=(4, 3, 32, 32)), "takes 4 pictures at a time"),
+        (detector_of(kind=TensorProto.FLOAT16), "input 'x' is float16; expected float32"),
+        (
+            detector_of(extra=(helper.make_tensor_value_info("text", TensorProto.INT64, [1, 7, 9, 9, 9]),)),
+            "input text int64 .* is not known",
+        ),
+        (replaced(_domain), "operators that are not ONNX's own: Add \\(com.microsoft\\)"),
+        (replaced(_quantised), "quantised already"),
+        (replaced(_no_boxes), "the graph gives logits .*; expected one of: logits"),
+        (replaced(_dangling), "not valid ONNX"),
+        (detector_of(boxes=640.0), "far outside of it in every reading; expected cx, cy, w, h as shares"),
+    ],
+)
 def test_what_cannot_be_imported_is_said_and_leaves_nothing(tmp_path, model, message):
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(ExportError, match=message):
@@ -86,8 +91,9 @@ def test_a_damaged_file_is_refused(tmp_path, content):
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_weights_behind_a_link_are_refused(tmp_path, link):
     (tmp_path / "model").mkdir()
-    onnx.save(detector_of(), tmp_path / "model" / "m.onnx", save_as_external_data=True, location="w.bin",
-              size_threshold=0)
+    onnx.save(
+        detector_of(), tmp_path / "model" / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0
+    )
     assert bring(tmp_path / "model" / "m.onnx", tmp_path / "good", activation="sigmoid").objects
     (tmp_path / "model" / "w.bin").rename(tmp_path / "elsewhere.bin")
     link(tmp_path / "elsewhere.bin", tmp_path / "model" / "w.bin")
@@ -104,13 +110,16 @@ def test_a_trained_bundle_is_not_overwritten(tmp_path):
         bring(tmp_path / "m.onnx", tmp_path / "b")
 
 
-@pytest.mark.parametrize("words, message", [
-    (["m.onnx", "--model", "detr"], "--model is for weights"),
-    (["w.safetensors", "--model", "detr", "--mean", "0", "0", "0"], "--mean is for an ONNX file"),
-    (["w.safetensors"], "weights need --model"),
-    (["m.onnx", "--input", "640"], "expected HEIGHTxWIDTH"),
-    (["m.onnx", "--std", "0", "1", "1"], "std"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["m.onnx", "--model", "detr"], "--model is for weights"),
+        (["w.safetensors", "--model", "detr", "--mean", "0", "0", "0"], "--mean is for an ONNX file"),
+        (["w.safetensors"], "weights need --model"),
+        (["m.onnx", "--input", "640"], "expected HEIGHTxWIDTH"),
+        (["m.onnx", "--std", "0", "1", "1"], "std"),
+    ],
+)
 def test_wrong_words_are_told(tmp_path, words, message, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     onnx.save(detector_of(), tmp_path / "m.onnx")

@@ -34,7 +34,7 @@ def folder(path: Path, model: onnx.ModelProto | None = None, **files: dict | str
 def test_a_softmax_detector_is_known_by_its_configuration(tmp_path, capsys):
     """Without data, without options: DETR's "no object" is no class, and classes have their names."""
     made = planted(softmax=True)
-    made.constants["l0"][..., -1] -= 5.6        # what noise shows would not tell it
+    made.constants["l0"][..., -1] -= 5.6  # what noise shows would not tell it
     path = folder(tmp_path / "m", made.model(["l", "b"]), config={"model_type": "detr", "id2label": NAMES})
     assert cli.run(["import", str(path), "--out", str(tmp_path / "b")]) == 0
     said = capsys.readouterr().err
@@ -43,19 +43,19 @@ def test_a_softmax_detector_is_known_by_its_configuration(tmp_path, capsys):
     detector = load(tmp_path / "b", backend="onnxruntime", stage="onnx", threads=1)
     found = detector([np.zeros((64, 96, 3), np.uint8)])[0]
     assert found.data["class_name"][:6].tolist() == [("red", "green", "blue")[label] for label in LABELS]
-    np.testing.assert_allclose(found.xyxy[:6], np.clip(corners(BOXES) * SIZE, 0, SIZE), atol=.2)
+    np.testing.assert_allclose(found.xyxy[:6], np.clip(corners(BOXES) * SIZE, 0, SIZE), atol=0.2)
 
 
 @pytest.mark.parametrize("kind, count", [("rt_detr", 3), ("d_fine", 3), ("rf_detr", 3), ("deformable_detr", 3)])
 def test_a_sigmoid_detector_is_known_by_its_configuration(tmp_path, kind, count):
-    path = folder(tmp_path / "m", planted(quiet=-.5).model(["l", "b"]), config={"model_type": kind, "id2label": NAMES})
+    path = folder(tmp_path / "m", planted(quiet=-0.5).model(["l", "b"]), config={"model_type": kind, "id2label": NAMES})
     result = bring(path, tmp_path / "b")
     assert result.activation == "sigmoid"
     assert [item.name for item in result.bundle.manifest.classes] == ["red", "green", "blue"]
 
 
 def test_a_configuration_that_does_not_fit_the_graph_is_refused(tmp_path):
-    model = planted(quiet=-.5).model(["l", "b"])
+    model = planted(quiet=-0.5).model(["l", "b"])
     path = folder(tmp_path / "m", model, config={"model_type": "detr", "id2label": NAMES})
     with pytest.raises(UsageError, match="2 class logits besides no object"):
         bring(path, tmp_path / "b")
@@ -81,28 +81,40 @@ def test_the_processor_says_pixels_and_size_and_options_go_over_it(tmp_path, cap
     model = planted().model(["l", "b"])
     for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
         dim.dim_param = "side"
-    processor = {"do_resize": True, "size": {"height": 64, "width": 96}, "do_rescale": True, "rescale_factor": 0.5,
-                 "do_normalize": True, "image_mean": [.1, .2, .3], "image_std": [.4, .5, .6], "resample": 3,
-                 "image_processor_type": "RTDetrImageProcessor", "sharpen": 2}
+    processor = {
+        "do_resize": True,
+        "size": {"height": 64, "width": 96},
+        "do_rescale": True,
+        "rescale_factor": 0.5,
+        "do_normalize": True,
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.4, 0.5, 0.6],
+        "resample": 3,
+        "image_processor_type": "RTDetrImageProcessor",
+        "sharpen": 2,
+    }
     path = folder(tmp_path / "m", model, processor=processor)
     words = ["import", str(path), "--out", str(tmp_path / "b"), "--std", "1", "1", "2"]
     assert cli.run([*words, "--activation", "sigmoid", "--json"]) == 0
     captured = capsys.readouterr()
     told = json.loads(captured.out)
-    assert told["pixels"] == {"scale": 0.5, "mean": [.1, .2, .3], "std": [1, 1, 2], "resize": "stretch"}
+    assert told["pixels"] == {"scale": 0.5, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 2], "resize": "stretch"}
     assert "not read: sharpen" in captured.err
     assert "resample 3 is not kept" in captured.err
     sides = onnx.load(tmp_path / "b" / "model.onnx").graph.input[0].type.tensor_type.shape.dim
     assert [dim.dim_value for dim in sides] == [1, 3, 64, 96]
 
 
-@pytest.mark.parametrize("processor, expected, resize", [
-    ({"do_rescale": False, "do_normalize": False}, 1.0, "stretch"),
-    ({"do_normalize": False, "size": 640}, 1 / 255, "stretch"),
-    ({"do_normalize": False, "size": 800, "max_size": 1333}, 1 / 255, "letterbox"),
-    ({"do_normalize": False, "size": {"shortest_edge": 800, "longest_edge": 1333}}, 1 / 255, "letterbox"),
-    ({"do_normalize": False, "size": {"max_height": 400, "max_width": 600}}, 1 / 255, "letterbox"),
-])
+@pytest.mark.parametrize(
+    "processor, expected, resize",
+    [
+        ({"do_rescale": False, "do_normalize": False}, 1.0, "stretch"),
+        ({"do_normalize": False, "size": 640}, 1 / 255, "stretch"),
+        ({"do_normalize": False, "size": 800, "max_size": 1333}, 1 / 255, "letterbox"),
+        ({"do_normalize": False, "size": {"shortest_edge": 800, "longest_edge": 1333}}, 1 / 255, "letterbox"),
+        ({"do_normalize": False, "size": {"max_height": 400, "max_width": 600}}, 1 / 255, "letterbox"),
+    ],
+)
 def test_each_form_of_a_processor(tmp_path, processor, expected, resize):
     told = read_beside(folder(tmp_path, processor=processor))
     assert told.pixels["scale"] == pytest.approx(expected)
@@ -110,28 +122,44 @@ def test_each_form_of_a_processor(tmp_path, processor, expected, resize):
 
 
 def test_a_whole_processor_holds_that_of_images(tmp_path):
-    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {
-        "do_rescale": False, "image_processor_type": "RTDetrImageProcessorFast", "image_mean": [1, 1, 1],
-        "image_std": [2, 2, 2]}}))
-    assert read_beside(tmp_path / "m.onnx").pixels == {"scale": 1.0, "mean": (0, 0, 0), "std": (1, 1, 1),
-                                                        "resize": "stretch"}
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor": {
+                    "do_rescale": False,
+                    "image_processor_type": "RTDetrImageProcessorFast",
+                    "image_mean": [1, 1, 1],
+                    "image_std": [2, 2, 2],
+                }
+            }
+        )
+    )
+    assert read_beside(tmp_path / "m.onnx").pixels == {
+        "scale": 1.0,
+        "mean": (0, 0, 0),
+        "std": (1, 1, 1),
+        "resize": "stretch",
+    }
 
 
-@pytest.mark.parametrize("files, message", [
-    ({"processor": {"do_center_crop": True}}, "do_center_crop is true"),
-    ({"processor": {"do_flip_channel_order": True}}, "do_flip_channel_order is true"),
-    ({"processor": {"do_normalize": True}}, "do_normalize is true without image_mean"),
-    ({"processor": {"image_mean": [1, 2], "image_std": [1, 1, 1]}}, "image_mean is .* expected a number for each"),
-    ({"processor": {"rescale_factor": "1/255"}}, "rescale_factor is '1/255'"),
-    ({"processor": {"size": {"width": 3}}}, "size .* is not known"),
-    ({"processor": {"size": {"height": 0, "width": 3}}}, "expected a height and a width"),
-    ({"processor": "{"}, "preprocessor_config.json.*JSON"),
-    ({"config": "["}, "config.json.*JSON"),
-    ({"config": {"id2label": ["a"]}}, "id2label is not a name for each number"),
-    ({"config": {"id2label": {"0": "a", "2": "b"}}}, "id2label has no name for some"),
-    ({"config": {"id2label": {"0": "a", "1": "a"}}}, "one name twice"),
-    ({"config": {"id2label": {"0": "a", "1": "b"}, "num_labels": 3}}, "num_labels is 3, and id2label names 2"),
-])
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"processor": {"do_center_crop": True}}, "do_center_crop is true"),
+        ({"processor": {"do_flip_channel_order": True}}, "do_flip_channel_order is true"),
+        ({"processor": {"do_normalize": True}}, "do_normalize is true without image_mean"),
+        ({"processor": {"image_mean": [1, 2], "image_std": [1, 1, 1]}}, "image_mean is .* expected a number for each"),
+        ({"processor": {"rescale_factor": "1/255"}}, "rescale_factor is '1/255'"),
+        ({"processor": {"size": {"width": 3}}}, "size .* is not known"),
+        ({"processor": {"size": {"height": 0, "width": 3}}}, "expected a height and a width"),
+        ({"processor": "{"}, "preprocessor_config.json.*JSON"),
+        ({"config": "["}, "config.json.*JSON"),
+        ({"config": {"id2label": ["a"]}}, "id2label is not a name for each number"),
+        ({"config": {"id2label": {"0": "a", "2": "b"}}}, "id2label has no name for some"),
+        ({"config": {"id2label": {"0": "a", "1": "a"}}}, "one name twice"),
+        ({"config": {"id2label": {"0": "a", "1": "b"}, "num_labels": 3}}, "num_labels is 3, and id2label names 2"),
+    ],
+)
 def test_what_cannot_be_kept_is_refused_with_its_key(tmp_path, files, message):
     with pytest.raises(ExportError, match=message):
         read_beside(folder(tmp_path, **files))
@@ -139,7 +167,7 @@ def test_what_cannot_be_kept_is_refused_with_its_key(tmp_path, files, message):
 
 def test_names_that_were_never_filled_in_say_nothing(tmp_path):
     assert read_beside(folder(tmp_path, config={"id2label": {"0": "LABEL_0", "1": "LABEL_1"}})).names is None
-    assert read_beside(folder(tmp_path, config=[1])).names is None      # another program's
+    assert read_beside(folder(tmp_path, config=[1])).names is None  # another program's
     holes = {"0": "N/A", "1": "person"}
     assert read_beside(folder(tmp_path, config={"id2label": holes})).names == ("-", "person")
 

@@ -46,8 +46,9 @@ def assert_finds_what_was_planted(result: Brought, boxes: np.ndarray = BOXES, *,
 
 
 @pytest.mark.parametrize("pixels", [False, True])
-@pytest.mark.parametrize("layout, traced", [("cxcywh", False), ("xyxy", False), ("xywh", False), ("xyxy", True),
-                                            ("xywh", True)])
+@pytest.mark.parametrize(
+    "layout, traced", [("cxcywh", False), ("xyxy", False), ("xywh", False), ("xyxy", True), ("xywh", True)]
+)
 def test_boxes_are_read_as_they_are_written(tmp_path, layout, pixels, traced):
     """By their numbers, or by the conversion in the graph; names of outputs say nothing here."""
     made = planted(**({} if traced else {"layout": layout, "pixels": pixels}))
@@ -55,20 +56,34 @@ def test_boxes_are_read_as_they_are_written(tmp_path, layout, pixels, traced):
     asked = {"boxes": "xywh-pixels" if pixels else "xywh"} if layout == "xywh" and not traced else {}
     result = imported(made.model(["l", boxes]), tmp_path, **asked)
     assert result.boxes == layout + ("-pixels" if pixels else "")
-    assert any(layout[0] in reason and ("the graph makes them" in reason) == traced
-               for reason in result.why if reason.startswith("boxes are"))
+    assert any(
+        layout[0] in reason and ("the graph makes them" in reason) == traced
+        for reason in result.why
+        if reason.startswith("boxes are")
+    )
     assert_finds_what_was_planted(result)
 
 
-BIG = np.array([[.5, .5, .9, .9], [.45, .5, .8, .96], [.5, .45, .94, .8], [.48, .52, .9, .9], [.5, .5, .96, .96],
-                [.52, .5, .9, .94]])
+BIG = np.array(
+    [
+        [0.5, 0.5, 0.9, 0.9],
+        [0.45, 0.5, 0.8, 0.96],
+        [0.5, 0.45, 0.94, 0.8],
+        [0.48, 0.52, 0.9, 0.9],
+        [0.5, 0.5, 0.96, 0.96],
+        [0.52, 0.5, 0.9, 0.94],
+    ]
+)
 
 
 def big(**asked):
     """Boxes whose width is beyond their centre: corners in order as well, and nothing leaves the image much."""
     made = planted(boxes=BIG, **asked)
-    made.constants["b0"][:] = np.where(np.isin(np.arange(QUERIES), np.arange(0, QUERIES, 5))[:, None],
-                                       made.constants["b0"], made.constants["b0"][:, :1])
+    made.constants["b0"][:] = np.where(
+        np.isin(np.arange(QUERIES), np.arange(0, QUERIES, 5))[:, None],
+        made.constants["b0"],
+        made.constants["b0"][:, :1],
+    )
     return made.model(["l", "b"])
 
 
@@ -97,13 +112,13 @@ def test_a_sigmoid_keeps_no_corners_in_order(tmp_path):
     assert any("straight out of a Sigmoid" in reason for reason in result.why)
 
 
-@pytest.mark.parametrize("asked, message", [
-    ("xyxy", "--boxes xyxy: .* % of the widths or heights would be negative"),
-    ("cxcywh-pixels", None),
-])
+@pytest.mark.parametrize(
+    "asked, message",
+    [("xyxy", "--boxes xyxy: .* % of the widths or heights would be negative"), ("cxcywh-pixels", None)],
+)
 def test_what_is_asked_for_must_be_possible(tmp_path, asked, message):
     model = planted().model(["l", "b"])
-    if message is None:         # a share of a pixel: the objects are nowhere near, which only the caller can know
+    if message is None:  # a share of a pixel: the objects are nowhere near, which only the caller can know
         assert imported(model, tmp_path, boxes=asked).boxes == asked
     else:
         with pytest.raises(ExportError, match=message):
@@ -155,7 +170,7 @@ def test_logarithms_of_probabilities_are_no_logits(tmp_path, form):
     made = planted(softmax=form == "log_softmax")
     if form == "log_softmax":
         made.add("LogSoftmax", "l", out="p", axis=-1)
-    elif form == "softplus":                    # torch's logsigmoid
+    elif form == "softplus":  # torch's logsigmoid
         made.add("Neg", "l", out="n")
         made.add("Softplus", "n", out="s")
         made.add("Neg", "s", out="p")
@@ -204,7 +219,7 @@ def test_an_asked_activation_against_the_graph_is_refused(tmp_path):
 
 def doubtful(*, softmax: bool):
     """Four logits for three classes, of a size that says nothing of the training."""
-    made = planted(softmax=softmax, spare=True, quiet=-.5)
+    made = planted(softmax=softmax, spare=True, quiet=-0.5)
     if softmax:
         made.constants["l0"][..., -1] -= 5.6
     return made.model(["l", "b"])
@@ -226,7 +241,7 @@ def test_labelled_images_decide_between_softmax_and_a_spare_logit(tmp_path, data
 
 
 def test_as_many_logits_as_classes_are_sigmoid(tmp_path, data):
-    result = imported(planted(quiet=-.5).model(["l", "b"]), tmp_path, data=data)
+    result = imported(planted(quiet=-0.5).model(["l", "b"]), tmp_path, data=data)
     assert result.activation == "sigmoid"
     assert any("3 class logits for 3 classes" in reason for reason in result.why)
     assert result.ap is not None and result.ap > 95
@@ -234,7 +249,7 @@ def test_as_many_logits_as_classes_are_sigmoid(tmp_path, data):
 
 def test_a_file_that_finds_nothing_on_the_labelled_images_says_so(tmp_path, data, capsys):
     made = planted()
-    made.constants["b0"][..., 2:] = .01
+    made.constants["b0"][..., 2:] = 0.01
     onnx.save(made.model(["l", "b"]), tmp_path / "m.onnx")
     assert cli.run(["import", str(tmp_path / "m.onnx"), "--out", str(tmp_path / "b"), "--data", str(data)]) == 0
     assert "finds next to nothing there" in capsys.readouterr().err
@@ -261,7 +276,7 @@ def test_which_outputs_count_can_be_said(tmp_path):
 def test_boxes_and_classes_in_one_are_taken_apart(tmp_path, turned, logits, first):
     """Ultralytics' forms: boxes may leave the image, and are not clipped."""
     boxes = BOXES.copy()
-    boxes[1] = [.97, .2, .3, .16]
+    boxes[1] = [0.97, 0.2, 0.3, 0.16]
     made = planted(boxes=boxes)
     scores = "l" if logits else made.add("Sigmoid", "l", out="p")
     parts = ["b", scores] if first == "boxes" else [scores, "b"]
@@ -319,8 +334,15 @@ def test_chosen_objects_are_traced_to_all_queries(tmp_path, layout, labels):
     assert_finds_what_was_planted(result)
 
 
-@pytest.mark.parametrize("order", [("boxes", "score", "label"), ("label", "score", "boxes"),
-                                   ("score", "label", "boxes"), ("boxes", "label", "score")])
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("boxes", "score", "label"),
+        ("label", "score", "boxes"),
+        ("score", "label", "boxes"),
+        ("boxes", "label", "score"),
+    ],
+)
 def test_six_columns_are_told_apart_by_their_numbers(tmp_path, order):
     made = planted()
     chosen(made, labels=TensorProto.FLOAT)

@@ -22,10 +22,13 @@ def run(model: ModelProto, **feed) -> list[np.ndarray]:
 
 
 def graph_of(nodes, constants, shape=(1, 4, 6, 6), opset=17, name="x") -> ModelProto:
-    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)],
-                              [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
-                              [numpy_helper.from_array(np.asarray(value, np.float32), key)
-                               for key, value in constants.items()])
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(value, np.float32), key) for key, value in constants.items()],
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
@@ -35,8 +38,12 @@ def test_scales_are_folded_into_the_convolution(form, biased, rng):
     constants = {"w": rng.normal(size=(5, 4, 3, 3)), **({"wb": rng.normal(size=5)} if biased else {})}
     nodes = [helper.make_node("Conv", ["x", "w", *(["wb"] if biased else [])], ["c"], "conv")]
     if form == "batch-norm":
-        constants |= {"g": rng.normal(size=5), "s": rng.normal(size=5), "m": rng.normal(size=5),
-                      "v": rng.uniform(0.1, 2, 5)}
+        constants |= {
+            "g": rng.normal(size=5),
+            "s": rng.normal(size=5),
+            "m": rng.normal(size=5),
+            "v": rng.uniform(0.1, 2, 5),
+        }
         nodes.append(helper.make_node("BatchNormalization", ["c", "g", "s", "m", "v"], ["n"], "norm", epsilon=1e-3))
     else:
         shape = {"mul-add": (1, 5, 1, 1), "scalar": (), "flat": (5, 1, 1)}[form]
@@ -52,14 +59,19 @@ def test_scales_are_folded_into_the_convolution(form, biased, rng):
 
 
 def test_what_is_read_twice_or_is_no_scale_stays(rng):
-    shared = graph_of([helper.make_node("Conv", ["x", "w"], ["c"], "conv"),
-                       helper.make_node("Mul", ["c", "g"], ["k"], "m"),
-                       helper.make_node("Add", ["k", "c"], ["y"], "a")],
-                      {"w": rng.normal(size=(5, 4, 3, 3)), "g": rng.normal(size=(1, 5, 1, 1))})
+    shared = graph_of(
+        [
+            helper.make_node("Conv", ["x", "w"], ["c"], "conv"),
+            helper.make_node("Mul", ["c", "g"], ["k"], "m"),
+            helper.make_node("Add", ["k", "c"], ["y"], "a"),
+        ],
+        {"w": rng.normal(size=(5, 4, 3, 3)), "g": rng.normal(size=(1, 5, 1, 1))},
+    )
     assert absorb_scales(shared) == 0
-    along_width = graph_of([helper.make_node("Conv", ["x", "w"], ["c"], "conv"),
-                            helper.make_node("Mul", ["c", "g"], ["y"], "m")],
-                           {"w": rng.normal(size=(5, 4, 3, 3)), "g": rng.normal(size=(1, 1, 1, 4))})
+    along_width = graph_of(
+        [helper.make_node("Conv", ["x", "w"], ["c"], "conv"), helper.make_node("Mul", ["c", "g"], ["y"], "m")],
+        {"w": rng.normal(size=(5, 4, 3, 3)), "g": rng.normal(size=(1, 1, 1, 4))},
+    )
     assert absorb_scales(along_width) == 0
 
 
@@ -85,12 +97,13 @@ def test_an_older_file_is_converted_upwards(rng):
 
 
 @pytest.mark.parametrize("align", [0, 1])
-@pytest.mark.parametrize("mode, padding", [("bilinear", "zeros"), ("bilinear", "border"), ("nearest", "zeros"),
-                                           ("nearest", "border")])
+@pytest.mark.parametrize(
+    "mode, padding", [("bilinear", "zeros"), ("bilinear", "border"), ("nearest", "zeros"), ("nearest", "border")]
+)
 @pytest.mark.parametrize("shape, points", [((1, 4, 6, 6), (3, 5)), ((1, 3, 1, 7), (4, 1)), ((2, 2, 5, 1), (1, 6))])
 def test_gathers_give_the_numbers_of_grid_sample(shape, points, mode, padding, align, rng):
     grid = rng.uniform(-1.4, 1.4, (shape[0], *points, 2))
-    grid.reshape(-1)[:6] = [-1, 1, 0, 0, 1, -1]             # the borders and the middle exactly
+    grid.reshape(-1)[:6] = [-1, 1, 0, 0, 1, -1]  # the borders and the middle exactly
     node = helper.make_node("GridSample", ["x", "g"], ["y"], "s", mode=mode, padding_mode=padding, align_corners=align)
     model = graph_of([node], {"g": grid}, shape=shape, opset=19)
     values = rng.normal(size=shape).astype(np.float32)
@@ -104,11 +117,14 @@ def test_gathers_give_the_numbers_of_grid_sample(shape, points, mode, padding, a
     np.testing.assert_allclose(run(model, x=values)[0], oracle.numpy(), atol=2e-5)
 
 
-@pytest.mark.parametrize("told, shape, message", [
-    ({"mode": "bicubic"}, (1, 4, 6, 6), "GridSample the_sample has mode 'bicubic'"),
-    ({"padding_mode": "reflection"}, (1, 4, 6, 6), "GridSample the_sample has padding_mode 'reflection'"),
-    ({}, (1, 4, 5, 6, 6), "GridSample the_sample takes \\[1, 4, 5, 6, 6\\]"),
-])
+@pytest.mark.parametrize(
+    "told, shape, message",
+    [
+        ({"mode": "bicubic"}, (1, 4, 6, 6), "GridSample the_sample has mode 'bicubic'"),
+        ({"padding_mode": "reflection"}, (1, 4, 6, 6), "GridSample the_sample has padding_mode 'reflection'"),
+        ({}, (1, 4, 5, 6, 6), "GridSample the_sample takes \\[1, 4, 5, 6, 6\\]"),
+    ],
+)
 def test_a_sampling_that_cannot_be_written_as_gathers_is_named(told, shape, message, rng):
     node = helper.make_node("GridSample", ["x", "g"], ["y"], "the_sample", **told)
     sides = len(shape) - 2
@@ -120,16 +136,19 @@ def test_a_sampling_that_cannot_be_written_as_gathers_is_named(told, shape, mess
 
 def test_sizes_that_no_inference_tells_do_not_keep_a_sampling(rng):
     """The grid's size is computed from the picture's through Shape with start and end, which data propagation loses."""
-    nodes = [helper.make_node("Shape", ["x"], ["sides"], "shape", start=2, end=4),
-             helper.make_node("Cast", ["sides"], ["real"], "cast", to=TensorProto.FLOAT),
-             helper.make_node("Mul", ["real", "third"], ["less"], "mul"),
-             helper.make_node("Cast", ["less"], ["whole"], "back", to=TensorProto.INT64),
-             helper.make_node("Concat", ["one", "whole", "two"], ["size"], "concat", axis=0),
-             helper.make_node("Expand", ["g", "size"], ["grid"], "expand"),
-             helper.make_node("GridSample", ["x", "grid"], ["y"], "s", align_corners=0)]
+    nodes = [
+        helper.make_node("Shape", ["x"], ["sides"], "shape", start=2, end=4),
+        helper.make_node("Cast", ["sides"], ["real"], "cast", to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["real", "third"], ["less"], "mul"),
+        helper.make_node("Cast", ["less"], ["whole"], "back", to=TensorProto.INT64),
+        helper.make_node("Concat", ["one", "whole", "two"], ["size"], "concat", axis=0),
+        helper.make_node("Expand", ["g", "size"], ["grid"], "expand"),
+        helper.make_node("GridSample", ["x", "grid"], ["y"], "s", align_corners=0),
+    ]
     model = graph_of(nodes, {"g": rng.uniform(-1, 1, (1, 1, 1, 2)), "third": [1 / 3, 0.5]}, opset=19)
-    model.graph.initializer.extend([numpy_helper.from_array(np.array([1]), "one"),
-                                    numpy_helper.from_array(np.array([2]), "two")])
+    model.graph.initializer.extend(
+        [numpy_helper.from_array(np.array([1]), "one"), numpy_helper.from_array(np.array([2]), "two")]
+    )
     image = rng.normal(size=(1, 4, 6, 6)).astype(np.float32)
     expected = run(model, x=image)[0]
     assert expected.shape == (1, 4, 2, 3)
@@ -142,30 +161,44 @@ def test_sizes_that_no_inference_tells_do_not_keep_a_sampling(rng):
 
 @pytest.mark.parametrize("part", [{}, {"start": 1}, {"start": -2}, {"end": -1}, {"start": 1, "end": 3}, {"start": 9}])
 def test_a_part_of_a_shape_is_folded(part):
-    model = graph_of([helper.make_node("Shape", ["x"], ["s"], "shape", **part),
-                      helper.make_node("Cast", ["s"], ["f"], "cast", to=TensorProto.FLOAT),
-                      helper.make_node("ReduceSum", ["f"], ["t"], "sum", keepdims=0),
-                      helper.make_node("Add", ["x", "t"], ["y"], "add")], {}, shape=(1, 4, 6, 5), opset=19)
+    model = graph_of(
+        [
+            helper.make_node("Shape", ["x"], ["s"], "shape", **part),
+            helper.make_node("Cast", ["s"], ["f"], "cast", to=TensorProto.FLOAT),
+            helper.make_node("ReduceSum", ["f"], ["t"], "sum", keepdims=0),
+            helper.make_node("Add", ["x", "t"], ["y"], "add"),
+        ],
+        {},
+        shape=(1, 4, 6, 5),
+        opset=19,
+    )
     image = np.zeros((1, 4, 6, 5), np.float32)
     folded = fold(model)
     assert [node.op_type for node in folded.graph.node] == ["Add"]
     np.testing.assert_array_equal(run(folded, x=image)[0], run(model, x=image)[0])
-    assert run(model, x=image)[0].flat[0] == sum((1, 4, 6, 5)[part.get("start"):part.get("end")])
+    assert run(model, x=image)[0].flat[0] == sum((1, 4, 6, 5)[part.get("start") : part.get("end")])
 
 
 @pytest.mark.parametrize("shape, doubled", [((1, 1, 3), False), ((1, 2, 3), True)])
 def test_a_branch_that_the_size_decides_is_taken(shape, doubled):
     """TorchScript writes squeeze of an open size as If; it reads tensors from outside, and its names are used twice."""
     x = helper.make_tensor_value_info
-    branches = [helper.make_graph([helper.make_node(op, ["x", "k"], ["inner"]),
-                                   helper.make_node("Identity", ["inner"], ["r"])], name, [],
-                                  [x("r", TensorProto.FLOAT, None)])
-                for name, op in (("then", "Add"), ("else", "Mul"))]
-    nodes = [helper.make_node("Shape", ["x"], ["s"], "shape", start=1, end=2),
-             helper.make_node("Equal", ["s", "one"], ["c"], "equal"),
-             helper.make_node("Squeeze", ["c"], ["b"], "squeeze"),
-             helper.make_node("Add", ["two", "half"], ["k"], "constant"),
-             helper.make_node("If", ["b"], ["y"], "choice", then_branch=branches[0], else_branch=branches[1])]
+    branches = [
+        helper.make_graph(
+            [helper.make_node(op, ["x", "k"], ["inner"]), helper.make_node("Identity", ["inner"], ["r"])],
+            name,
+            [],
+            [x("r", TensorProto.FLOAT, None)],
+        )
+        for name, op in (("then", "Add"), ("else", "Mul"))
+    ]
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"], "shape", start=1, end=2),
+        helper.make_node("Equal", ["s", "one"], ["c"], "equal"),
+        helper.make_node("Squeeze", ["c"], ["b"], "squeeze"),
+        helper.make_node("Add", ["two", "half"], ["k"], "constant"),
+        helper.make_node("If", ["b"], ["y"], "choice", then_branch=branches[0], else_branch=branches[1]),
+    ]
     model = graph_of(nodes, {"two": 2, "half": 0.5}, shape=shape, opset=19)
     model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "one"))
     image = np.ones(shape, np.float32)
@@ -178,13 +211,17 @@ def test_a_branch_that_the_size_decides_is_taken(shape, doubled):
 def test_a_branch_that_the_image_decides_keeps_what_it_reads():
     x = helper.make_tensor_value_info
     results = [x("r", TensorProto.FLOAT, None)]
-    branches = [helper.make_graph([helper.make_node(op, ["alias", "k"], ["r"])], name, [], results)
-                for name, op in (("then", "Add"), ("else", "Mul"))]
-    nodes = [helper.make_node("Identity", ["x"], ["alias"], "alias"),
-             helper.make_node("ReduceMax", ["x"], ["m"], "max", keepdims=0),
-             helper.make_node("Greater", ["m", "half"], ["b"], "greater"),
-             helper.make_node("Add", ["two", "half"], ["k"], "constant"),
-             helper.make_node("If", ["b"], ["y"], "choice", then_branch=branches[0], else_branch=branches[1])]
+    branches = [
+        helper.make_graph([helper.make_node(op, ["alias", "k"], ["r"])], name, [], results)
+        for name, op in (("then", "Add"), ("else", "Mul"))
+    ]
+    nodes = [
+        helper.make_node("Identity", ["x"], ["alias"], "alias"),
+        helper.make_node("ReduceMax", ["x"], ["m"], "max", keepdims=0),
+        helper.make_node("Greater", ["m", "half"], ["b"], "greater"),
+        helper.make_node("Add", ["two", "half"], ["k"], "constant"),
+        helper.make_node("If", ["b"], ["y"], "choice", then_branch=branches[0], else_branch=branches[1]),
+    ]
     model = graph_of(nodes, {"two": 2, "half": 0.5}, opset=19)
     folded = fold(model)
     for value in (0.0, 1.0):
@@ -193,8 +230,14 @@ def test_a_branch_that_the_image_decides_keeps_what_it_reads():
 
 
 def test_every_node_gets_a_name_of_its_own():
-    model = graph_of([helper.make_node("Relu", ["x"], ["a"], "same"), helper.make_node("Relu", ["a"], ["b"], "same"),
-                      helper.make_node("Relu", ["b"], ["y"])], {})
+    model = graph_of(
+        [
+            helper.make_node("Relu", ["x"], ["a"], "same"),
+            helper.make_node("Relu", ["a"], ["b"], "same"),
+            helper.make_node("Relu", ["b"], ["y"]),
+        ],
+        {},
+    )
     name_nodes(model)
     names = [node.name for node in model.graph.node]
     assert names[0] == "same"

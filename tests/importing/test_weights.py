@@ -27,10 +27,21 @@ from edgedetr.models.members.deformable_detr import DeformableDetrConfig
 from edgedetr.models.members.detr import DetrConfig
 from edgedetr.models.members.rt_detr import RtDetrConfig
 
-DETR = DetrConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48, encoder_layers=2,
-                  decoder_layers=2, queries=6)
-DEFORMABLE = DeformableDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=64, heads=4, ffn=48,
-                                  encoder_layers=2, decoder_layers=2, queries=6, refine=True, two_stage=True)
+DETR = DetrConfig(
+    backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48, encoder_layers=2, decoder_layers=2, queries=6
+)
+DEFORMABLE = DeformableDetrConfig(
+    backbone="resnet18",
+    backbone_width=0.25,
+    hidden=64,
+    heads=4,
+    ffn=48,
+    encoder_layers=2,
+    decoder_layers=2,
+    queries=6,
+    refine=True,
+    two_stage=True,
+)
 HEADS = ("model.heads=4",)
 
 
@@ -45,17 +56,45 @@ def detr_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rt_detr_folder(path: Path) -> torch.nn.Module:
     """A small RT-DETR as transformers saves it, with the files that the hub has beside the weights."""
     backbone = transformers.RTDetrResNetConfig(
-        embedding_size=32, hidden_sizes=[32, 64, 128, 256], depths=[2, 2, 2, 2], layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"])
-    model = with_spread(transformers.RTDetrV2ForObjectDetection(transformers.RTDetrV2Config(
-        backbone_config=backbone, id2label={0: "red cell", 1: "platelet"}, label2id={"red cell": 0, "platelet": 1},
-        encoder_in_channels=[64, 128, 256], d_model=32, encoder_hidden_dim=32, decoder_in_channels=[32] * 3,
-        encoder_ffn_dim=48, decoder_ffn_dim=48, decoder_layers=2, num_queries=7, hidden_expansion=0.5,
-        encoder_attention_heads=4, decoder_attention_heads=4, anchor_image_size=None)))
+        embedding_size=32,
+        hidden_sizes=[32, 64, 128, 256],
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    model = with_spread(
+        transformers.RTDetrV2ForObjectDetection(
+            transformers.RTDetrV2Config(
+                backbone_config=backbone,
+                id2label={0: "red cell", 1: "platelet"},
+                label2id={"red cell": 0, "platelet": 1},
+                encoder_in_channels=[64, 128, 256],
+                d_model=32,
+                encoder_hidden_dim=32,
+                decoder_in_channels=[32] * 3,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                decoder_layers=2,
+                num_queries=7,
+                hidden_expansion=0.5,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                anchor_image_size=None,
+            )
+        )
+    )
     model.save_pretrained(path)
-    (path / "preprocessor_config.json").write_text(json.dumps(
-        {"do_normalize": False, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.2] * 3,
-         "size": {"height": 64, "width": 96}}))
+    (path / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "do_normalize": False,
+                "do_resize": True,
+                "image_mean": [0.5] * 3,
+                "image_std": [0.2] * 3,
+                "size": {"height": 64, "width": 96},
+            }
+        )
+    )
     return model
 
 
@@ -118,10 +157,13 @@ def test_a_model_of_another_kind_is_refused_by_its_name(tmp_path: Path) -> None:
     rt_detr_folder(tmp_path / "hub")
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     (tmp_path / "hub" / "config.json").write_text(json.dumps({**config, "model_type": "d_fine"}))
-    with pytest.raises(ModelError, match="model_type is \"d_fine\"; rt_detr is read from rt_detr or rt_detr_v2; "):
+    with pytest.raises(ModelError, match='model_type is "d_fine"; rt_detr is read from rt_detr or rt_detr_v2; '):
         import_weights(str(tmp_path / "hub"), "rt_detr", tmp_path / "b")
-    weights = {"model.enc_score_head.weight": torch.ones(2, 2), "model.backbone.model.encoder.stages.1.downsample.conv."
-               "weight": torch.ones(2, 2), "layer1.0.downsample.x.weight": torch.ones(1)}
+    weights = {
+        "model.enc_score_head.weight": torch.ones(2, 2),
+        "model.backbone.model.encoder.stages.1.downsample.conv.weight": torch.ones(2, 2),
+        "layer1.0.downsample.x.weight": torch.ones(1),
+    }
     torch.save(weights, tmp_path / "d.pth")
     with pytest.raises(ModelError, match="no class head"):
         import_weights(str(tmp_path / "d.pth"), "rt_detr", tmp_path / "b", size=(64, 64))
@@ -130,24 +172,30 @@ def test_a_model_of_another_kind_is_refused_by_its_name(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("name, content, said", [
-    ("config.json", "[" * 200_000, "config.json: nested too deep"),
-    ("config.json", "{", "config.json: not readable as JSON"),
-    ("config.json", "[]", "config.json: list; expected an object"), ("config.json", "\xff", "config.json: not UTF-8"),
-    ("config.json", {"id2label": ["a", "b"]}, "id2label is a list; expected one for each of the class head's 2"),
-    ("config.json", {"id2label": {"0": "a"}}, "id2label has 1 entries"),
-    ("config.json", {"id2label": {"0": "a", "7": "b"}}, "id2label has 2 entries; .*0 to 1"),
-    ("config.json", {"id2label": {"0": "a", "1": {"x": 1}}}, "id2label holds a dict"),
-    ("config.json", {"id2label": {"0": "a", "1": None}}, "id2label holds a NoneType"),
-    ("config.json", {"num_labels": 5}, "num_labels is 5"), ("config.json", {"d_model": "wide"}, "d_model is \"wide\""),
-    ("config.json", {"decoder_attention_heads": 10**30}, "decoder_attention_heads is 10000"),
-    ("config.json", {"decoder_attention_heads": {"a": []}}, "decoder_attention_heads is "),
-    ("config.json", {"hidden_expansion": float("inf")}, "hidden_expansion is Infinity"),
-    ("preprocessor_config.json", "[" * 200_000, "preprocessor_config.json: nested too deep"),
-    ("preprocessor_config.json", {"size": {"height": "x", "width": 3}}, "size: height is \"x\""),
-])
-def test_hub_files_of_wrong_types_are_one_error_and_nothing_is_written(name: str, content: object, said: str,
-                                                                       rt_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("config.json", "[" * 200_000, "config.json: nested too deep"),
+        ("config.json", "{", "config.json: not readable as JSON"),
+        ("config.json", "[]", "config.json: list; expected an object"),
+        ("config.json", "\xff", "config.json: not UTF-8"),
+        ("config.json", {"id2label": ["a", "b"]}, "id2label is a list; expected one for each of the class head's 2"),
+        ("config.json", {"id2label": {"0": "a"}}, "id2label has 1 entries"),
+        ("config.json", {"id2label": {"0": "a", "7": "b"}}, "id2label has 2 entries; .*0 to 1"),
+        ("config.json", {"id2label": {"0": "a", "1": {"x": 1}}}, "id2label holds a dict"),
+        ("config.json", {"id2label": {"0": "a", "1": None}}, "id2label holds a NoneType"),
+        ("config.json", {"num_labels": 5}, "num_labels is 5"),
+        ("config.json", {"d_model": "wide"}, 'd_model is "wide"'),
+        ("config.json", {"decoder_attention_heads": 10**30}, "decoder_attention_heads is 10000"),
+        ("config.json", {"decoder_attention_heads": {"a": []}}, "decoder_attention_heads is "),
+        ("config.json", {"hidden_expansion": float("inf")}, "hidden_expansion is Infinity"),
+        ("preprocessor_config.json", "[" * 200_000, "preprocessor_config.json: nested too deep"),
+        ("preprocessor_config.json", {"size": {"height": "x", "width": 3}}, 'size: height is "x"'),
+    ],
+)
+def test_hub_files_of_wrong_types_are_one_error_and_nothing_is_written(
+    name: str, content: object, said: str, rt_folder: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "hub"
     shutil.copytree(rt_folder, folder)
     if isinstance(content, dict):
@@ -160,12 +208,21 @@ def test_hub_files_of_wrong_types_are_one_error_and_nothing_is_written(name: str
 
 def test_rt_detr_r101_has_an_encoder_wider_than_its_decoder(tmp_path: Path) -> None:
     """384 and 256 channels, as published; here 48 and 32 after a smaller backbone, in the authors' names."""
-    config = RtDetrConfig(backbone_width=0.25, hidden=32, encoder_width=48, heads=4,
-                          encoder_ffn=48, decoder_ffn=40, decoder_layers=2, expansion=1.0)
+    config = RtDetrConfig(
+        backbone_width=0.25,
+        hidden=32,
+        encoder_width=48,
+        heads=4,
+        encoder_ffn=48,
+        decoder_ffn=40,
+        decoder_layers=2,
+        expansion=1.0,
+    )
     ours = build("rt_detr", config, 80).state_dict()
     torch.save({"ema": {"module": original_names.rt_detr(ours, 2)}}, tmp_path / "r101.pth")
-    imported = import_weights(str(tmp_path / "r101.pth"), "rt_detr", tmp_path / "b", size=(64, 64),
-                              sets=(*HEADS, "model.queries=7"))
+    imported = import_weights(
+        str(tmp_path / "r101.pth"), "rt_detr", tmp_path / "b", size=(64, 64), sets=(*HEADS, "model.queries=7")
+    )
     config = imported.bundle.manifest.config
     assert (config["encoder_width"], config["hidden"], config["expansion"]) == (48, 32, 1.0)
     state = load_bundle_model(imported.bundle)[0].state_dict()
@@ -175,9 +232,20 @@ def test_rt_detr_r101_has_an_encoder_wider_than_its_decoder(tmp_path: Path) -> N
 def test_timms_names_of_a_backbone_are_read_with_its_config(tmp_path: Path) -> None:
     """facebook/detr-resnet-50 has use_timm_backbone; timm is not needed to read it."""
     config = DetrConfig(backbone="resnet18", hidden=32, heads=4, ffn=48, encoder_layers=1, decoder_layers=1, queries=6)
-    theirs = transformers.DetrForObjectDetection(transformers.DetrConfig(
-        backbone_config=reference_resnet(18), num_labels=3, d_model=32, encoder_layers=1, decoder_layers=1,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=6))
+    theirs = transformers.DetrForObjectDetection(
+        transformers.DetrConfig(
+            backbone_config=reference_resnet(18),
+            num_labels=3,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            num_queries=6,
+        )
+    )
     theirs = with_spread(theirs)
     theirs.save_pretrained(tmp_path)
     ours = names.translate("detr", read(str(tmp_path)))
@@ -210,8 +278,13 @@ def test_an_imported_bundle_exports(detr_file: Path, tmp_path: Path) -> None:
 def test_deformable_two_stage_is_recognised_and_says_what_it_cannot_know(tmp_path: Path) -> None:
     ours = build("deformable_detr", DEFORMABLE, 80).state_dict()
     torch.save({"model": original_names.deformable_detr(ours, 2)}, tmp_path / "d.pth")
-    imported = import_weights(str(tmp_path / "d.pth"), "deformable_detr", tmp_path / "b.bundle", size=(320, 320),
-                              sets=(*HEADS, "model.queries=6"))
+    imported = import_weights(
+        str(tmp_path / "d.pth"),
+        "deformable_detr",
+        tmp_path / "b.bundle",
+        size=(320, 320),
+        sets=(*HEADS, "model.queries=6"),
+    )
     config = imported.bundle.manifest.config
     assert config["two_stage"] and config["refine"] and config["points"] == 4 and config["levels"] == 4
     detector, _ = load_bundle_model(imported.bundle)
@@ -224,8 +297,9 @@ def test_other_classes_keep_their_rows_by_name_and_the_rest_is_said(detr_file: P
     data = render(tmp_path / "data", train=2, val=2, verify=2, size=64)
     names = tmp_path / "names.txt"
     names.write_text("\n".join(["circle", "-", *(f"thing {i}" for i in range(2, 91))]), encoding="utf-8")
-    imported = import_weights(str(detr_file), "detr", tmp_path / "b.bundle", data=data, classes=names, size=(64, 96),
-                              sets=HEADS)
+    imported = import_weights(
+        str(detr_file), "detr", tmp_path / "b.bundle", data=data, classes=names, size=(64, 96), sets=HEADS
+    )
     manifest = imported.bundle.manifest
     assert "circle" in imported.kept and imported.fresh
     assert set(imported.kept) | set(imported.fresh) == {c.name for c in manifest.classes}
@@ -256,8 +330,24 @@ def test_what_cannot_be_imported_says_why_and_leaves_nothing(detr_file: Path, tm
 
 
 def test_the_command_says_what_it_did(detr_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["import", str(detr_file), "--model", "detr", "--out", str(tmp_path / "b"), "--input", "64x96",
-                "--set", "model.heads=4", "--json"]) == 0
+    assert (
+        run(
+            [
+                "import",
+                str(detr_file),
+                "--model",
+                "detr",
+                "--out",
+                str(tmp_path / "b"),
+                "--input",
+                "64x96",
+                "--set",
+                "model.heads=4",
+                "--json",
+            ]
+        )
+        == 0
+    )
     told = capsys.readouterr()
     assert "facebookresearch/detr" in told.err and "instead of the 800 x 1344" in told.err
     assert json.loads(told.out)["layout"] == "facebookresearch/detr"

@@ -31,7 +31,7 @@ def test_equals_torch(dim: int, heads: int, masked: str) -> None:
     padding = torch.zeros(2, 7, dtype=torch.bool)
     padding[0, 5:] = True
     pairs = torch.rand(5, 7) < 0.4
-    pairs[:, 0] = False                                 # every query keeps one key
+    pairs[:, 0] = False  # every query keeps one key
     if masked == "keys":
         got = ours(query, key, value, padding[:, None, None])
         expected = theirs(query, key, value, key_padding_mask=padding)[0]
@@ -39,7 +39,7 @@ def test_equals_torch(dim: int, heads: int, masked: str) -> None:
         got, expected = ours(query, key, value, pairs), theirs(query, key, value, attn_mask=pairs)[0]
     else:
         got, expected = ours(query, key, value), theirs(query, key, value)[0]
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)    # float32 sums of 96 products; measured 6e-7
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)  # float32 sums of 96 products; measured 6e-7
 
 
 def test_a_query_that_may_see_nothing_stays_finite() -> None:
@@ -72,4 +72,4 @@ def test_under_autocast_on_a_cpu_it_is_float32() -> None:
     wanted.sum().backward()
     for one, other in zip((q, k, v), exact):
         assert one.grad is not None and other.grad is not None
-        torch.testing.assert_close(one.grad.double(), other.grad, atol=1e-3, rtol=2**-8)    # stored in bfloat16
+        torch.testing.assert_close(one.grad.double(), other.grad, atol=1e-3, rtol=2**-8)  # stored in bfloat16

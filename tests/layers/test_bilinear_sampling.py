@@ -33,7 +33,7 @@ def by_grid_sample(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight
         maps = values[:, start : start + height * width].permute(0, 2, 3, 1).reshape(-1, WIDTH, height, width)
         part = slice(point, point + count)
         grid = torch.stack([(2 * x[..., part] + 1) / width - 1, (2 * y[..., part] + 1) / height - 1], dim=-1)
-        seen = F.grid_sample(maps, grid.transpose(1, 2).flatten(0, 1), align_corners=False)        # [B M, D, N, count]
+        seen = F.grid_sample(maps, grid.transpose(1, 2).flatten(0, 1), align_corners=False)  # [B M, D, N, count]
         out = out + (seen.unflatten(0, (BATCH, HEADS)).permute(0, 3, 1, 4, 2) * weight[..., part, None]).sum(-2)
         start, point = start + height * width, point + count
     return out
@@ -49,7 +49,7 @@ def agree(inputs: list[torch.Tensor]) -> None:
     torch.testing.assert_close(got, wanted)
     seed = torch.randn_like(wanted)
     for one, other in zip(torch.autograd.grad(got, inputs, seed), torch.autograd.grad(wanted, inputs, seed)):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)    # float32: places are scaled to -1..1 and back
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)  # float32: places are scaled to -1..1 and back
 
 
 def test_values_and_gradients_are_those_of_grid_sample() -> None:
@@ -67,14 +67,14 @@ def test_on_a_cells_centre_the_gradient_is_that_just_above_it() -> None:
     above = [place.detach().add(1e-9).requires_grad_() for place in (x, y)]
     exact = torch.autograd.grad(by_sheet(value, x, y, weight).square().sum(), (x, y))
     moved = torch.autograd.grad(by_sheet(value, *above, weight).square().sum(), above)
-    outside = (x < 0) | (y < 0)         # half in the picture: a border is a kink of its own
+    outside = (x < 0) | (y < 0)  # half in the picture: a border is a kink of its own
     for one, other in zip(exact, moved):
         torch.testing.assert_close(one[~outside], other[~outside], atol=1e-6, rtol=1e-6)
 
 
 def test_any_number_of_threads_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for threads in (1, 2, 4, 7):        # six heads of pictures: parts of unequal size, and fewer than threads
+    for threads in (1, 2, 4, 7):  # six heads of pictures: parts of unequal size, and fewer than threads
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         inputs = case(torch.float32)
         out = by_sheet(*inputs)
@@ -96,9 +96,11 @@ def test_without_numba_attention_reads_rows(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("shapes", [
-    [(4, 6)], [(1, 2), (2, 3), (4, 6)], [(2, 6), (3, 5), (4, 4)], [(3, 2), (3, 2), (3, 2)],
-], ids=["one map", "widest last", "a column higher than the widest", "equal maps"])
+@pytest.mark.parametrize(
+    "shapes",
+    [[(4, 6)], [(1, 2), (2, 3), (4, 6)], [(2, 6), (3, 5), (4, 4)], [(3, 2), (3, 2), (3, 2)]],
+    ids=["one map", "widest last", "a column higher than the widest", "equal maps"],
+)
 def test_a_sheet_holds_every_map_among_zeros(shapes: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)
     value = torch.randn(2, sum(h * w for h, w in shapes), 2 * 3)
@@ -162,8 +164,10 @@ def test_under_autocast_attention_samples_in_float32(monkeypatch: pytest.MonkeyP
     torch.manual_seed(1)
     made, seen = DeformableAttention(16, 2, POINTS, "auto"), []
     monkeypatch.setattr("edgedetr.layers.deformable_attention.WORTH", 0)
-    monkeypatch.setattr("edgedetr.layers.deformable_attention.bilinear_sum",
-                        lambda *tensors: seen.append(tensors) or bilinear_sum(*tensors))
+    monkeypatch.setattr(
+        "edgedetr.layers.deformable_attention.bilinear_sum",
+        lambda *tensors: seen.append(tensors) or bilinear_sum(*tensors),
+    )
     query, tokens = torch.randn(2, 9, 16, requires_grad=True), torch.randn(2, TOKENS, 16, requires_grad=True)
     reference = torch.rand(2, 9, 4)
     with torch.autocast("cpu", torch.bfloat16):

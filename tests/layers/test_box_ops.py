@@ -45,11 +45,14 @@ def test_paired_forms_are_the_diagonal(rng: np.random.Generator) -> None:
     assert torch.equal(paired_giou(a, b), giou(a, b).diagonal())
 
 
-@pytest.mark.parametrize("a, b, expected", [
-    ([0.0, 0, 1, 1], [0.0, 0, 1, 1], 1.0),
-    ([0.0, 0, 1, 1], [1.0, 0, 2, 1], 0.0),       # side by side: no overlap, nothing of the hull is empty
-    ([0.0, 0, 1, 1], [2.0, 0, 3, 1], -1 / 3),    # a third of the hull is empty
-])
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [
+        ([0.0, 0, 1, 1], [0.0, 0, 1, 1], 1.0),
+        ([0.0, 0, 1, 1], [1.0, 0, 2, 1], 0.0),  # side by side: no overlap, nothing of the hull is empty
+        ([0.0, 0, 1, 1], [2.0, 0, 3, 1], -1 / 3),  # a third of the hull is empty
+    ],
+)
 def test_giou_of_hand_worked_pairs(a: list[float], b: list[float], expected: float) -> None:
     assert paired_giou(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(expected, abs=1e-6)
 
@@ -66,5 +69,5 @@ def test_inverse_sigmoid_inverts_and_is_finite_at_the_ends() -> None:
     x = torch.linspace(-8, 8, 33, dtype=torch.float64)
     torch.testing.assert_close(inverse_sigmoid(x.sigmoid()), x)
     ends = inverse_sigmoid(torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=torch.float64))
-    limit = float(np.log(1e5))      # 1 / eps
+    limit = float(np.log(1e5))  # 1 / eps
     torch.testing.assert_close(ends, torch.tensor([-limit, -limit, limit, limit], dtype=torch.float64))

@@ -48,10 +48,14 @@ def test_cross_attention_compares_content_with_content_and_place_with_place(firs
         heads = (x.unflatten(-1, (HEADS, EACH)) for x in (q, k, layer.q_spatial(spatial[image]), where))
         q, k, place_q, place_k = heads
         # The original concatenates per head, so that the scale is of twice the channels of a head.
-        expected = by_hand(torch.cat([q, place_q], -1), torch.cat([k, place_k], -1),
-                           layer.v(tokens[image]).unflatten(-1, (HEADS, EACH)), (2 * EACH) ** -0.5,
-                           lambda n, s, row=padding[image]: bool(row[s]))
-        torch.testing.assert_close(got[image], layer.out(expected), atol=1e-12, rtol=0)   # float64
+        expected = by_hand(
+            torch.cat([q, place_q], -1),
+            torch.cat([k, place_k], -1),
+            layer.v(tokens[image]).unflatten(-1, (HEADS, EACH)),
+            (2 * EACH) ** -0.5,
+            lambda n, s, row=padding[image]: bool(row[s]),
+        )
+        torch.testing.assert_close(got[image], layer.out(expected), atol=1e-12, rtol=0)  # float64
 
 
 @torch.no_grad()
@@ -63,8 +67,9 @@ def test_self_attention_sums_what_it_projects_apart() -> None:
     mask[2:, :2] = True
     q = (layer.q(content) + layer.q_position(position))[0].unflatten(-1, (HEADS, EACH))
     k = (layer.k(content) + layer.k_position(position))[0].unflatten(-1, (HEADS, EACH))
-    expected = by_hand(q, k, layer.v(content)[0].unflatten(-1, (HEADS, EACH)), EACH**-0.5,
-                       lambda n, s: bool(mask[n, s]))
+    expected = by_hand(
+        q, k, layer.v(content)[0].unflatten(-1, (HEADS, EACH)), EACH**-0.5, lambda n, s: bool(mask[n, s])
+    )
     torch.testing.assert_close(layer(content, position, mask)[0], layer.out(expected), atol=1e-12, rtol=0)
 
 
@@ -92,8 +97,8 @@ def test_the_spatial_query_is_scaled_by_content_and_by_size_per_axis() -> None:
         wanted = query.size(content).sigmoid()
         for n in range(2):
             for channel in range(DIM):
-                scale = query.scale(content)[0, n, channel] if layer else 1.0       # the first layer takes T = 1
-                axis = 1 if channel < DIM // 2 else 0                               # the first half is y: height
+                scale = query.scale(content)[0, n, channel] if layer else 1.0  # the first layer takes T = 1
+                axis = 1 if channel < DIM // 2 else 0  # the first half is y: height
                 ratio = wanted[0, n, axis] / reference[0, n, 2 + axis]
                 assert float(got[0, n, channel]) == pytest.approx(float(wave[0, n, channel] * scale * ratio), abs=1e-12)
 
@@ -120,6 +125,6 @@ def test_one_place_for_all_pictures_is_that_place_for_each_also_in_gradients(fir
         return [got, *torch.autograd.grad((got * torch.arange(DIM)).sum(), [position, spatial, *weights])]
 
     got, expected = step(*shared), step(*repeated)
-    expected[1:3] = [gradient.sum(0, keepdim=True) for gradient in expected[1:3]]      # of position and spatial
+    expected[1:3] = [gradient.sum(0, keepdim=True) for gradient in expected[1:3]]  # of position and spatial
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)    # float64
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)  # float64

@@ -21,13 +21,19 @@ def spread(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-@pytest.mark.parametrize("make", [
-    lambda: ConvNorm(6, 8, 3, 2, activation="silu"), lambda: ConvNorm(6, 8, 1, norm=FrozenBatchNorm2d),
-    lambda: ConvNorm(6, 8, 3, dilation=2, activation="relu"), lambda: RepVgg(6, "silu"),
-], ids=["stride", "frozen", "dilated", "repvgg"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ConvNorm(6, 8, 3, 2, activation="silu"),
+        lambda: ConvNorm(6, 8, 1, norm=FrozenBatchNorm2d),
+        lambda: ConvNorm(6, 8, 3, dilation=2, activation="relu"),
+        lambda: RepVgg(6, "silu"),
+    ],
+    ids=["stride", "frozen", "dilated", "repvgg"],
+)
 @torch.no_grad()
 def test_fused_equals_unfused(make: object) -> None:
-    module, x = spread(make()), torch.randn(2, 6, 9, 7)     # type: ignore[operator]
+    module, x = spread(make()), torch.randn(2, 6, 9, 7)  # type: ignore[operator]
     before, fused = module(x), module.fused()
     torch.testing.assert_close(fused(x), before, atol=1e-5, rtol=1e-5)  # float32 sums of 54 products
     assert not any(isinstance(part, nn.BatchNorm2d | FrozenBatchNorm2d) for part in fused.modules())

@@ -9,7 +9,7 @@ import torch
 
 from edgedetr.layers.deformable_attention import DeformableAttention
 
-SHAPES = [(4, 6), (2, 3), (1, 2)]       # rectangular, down to a single row
+SHAPES = [(4, 6), (2, 3), (1, 2)]  # rectangular, down to a single row
 POINTS = [4, 2, 3]
 TOKENS = sum(h * w for h, w in SHAPES)
 
@@ -28,13 +28,14 @@ def inputs(coordinates: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     torch.manual_seed(1)
     query, tokens = torch.randn(2, 9, 16, dtype=torch.float64), torch.randn(2, TOKENS, 16, dtype=torch.float64)
     reference = torch.rand(2, 9, coordinates, dtype=torch.float64) * 2 - 0.5
-    reference[0, 0, :2] = 0.0                           # exactly on the corners of the picture
+    reference[0, 0, :2] = 0.0  # exactly on the corners of the picture
     reference[0, 1, :2] = 1.0
     return query, reference, tokens
 
 
-def by_loops(made: DeformableAttention, query: torch.Tensor, reference: torch.Tensor,
-             tokens: torch.Tensor) -> torch.Tensor:
+def by_loops(
+    made: DeformableAttention, query: torch.Tensor, reference: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
     """One cell at a time, from the paper's equation 3; a cell outside the map counts as zero."""
     value = made.value(tokens)
     out = torch.zeros_like(query)
@@ -59,20 +60,24 @@ def by_loops(made: DeformableAttention, query: torch.Tensor, reference: torch.Te
                         else:
                             x, y = x * width - 0.5, y * height - 0.5
                             i, j = math.floor(x), math.floor(y)
-                            cells = [(i + di, j + dj, (1 - abs(x - i - di)) * (1 - abs(y - j - dj)))
-                                     for di in (0, 1) for dj in (0, 1)]
+                            cells = [
+                                (i + di, j + dj, (1 - abs(x - i - di)) * (1 - abs(y - j - dj)))
+                                for di in (0, 1)
+                                for dj in (0, 1)
+                            ]
                         for i, j, share in cells:
                             if 0 <= i < width and 0 <= j < height:
-                                row = value[b, start + j * width + i, m * dim:(m + 1) * dim]
-                                out[b, n, m * dim:(m + 1) * dim] += weights[m, p] * share * row
+                                row = value[b, start + j * width + i, m * dim : (m + 1) * dim]
+                                out[b, n, m * dim : (m + 1) * dim] += weights[m, p] * share * row
                         p += 1
                     start += height * width
     return made.out(out)
 
 
 @pytest.mark.parametrize("coordinates", [2, 4])
-@pytest.mark.parametrize("sampling, method",
-                         [("gather", "default"), ("grid_sample", "default"), ("gather", "discrete")])
+@pytest.mark.parametrize(
+    "sampling, method", [("gather", "default"), ("grid_sample", "default"), ("gather", "discrete")]
+)
 @torch.no_grad()
 def test_equals_the_equation_cell_by_cell(sampling: str, method: str, coordinates: int) -> None:
     made = layer(sampling, method)
@@ -108,4 +113,4 @@ def test_points_start_on_squares_around_the_reference() -> None:
     bias = DeformableAttention(64, 8, [4, 4]).offsets.bias.detach().view(8, 2, 4, 2)
     directions = torch.tensor([[1, 0], [1, 1], [0, 1], [-1, 1], [-1, 0], [-1, -1], [0, -1], [1, -1]])
     expected = directions[:, None, None] * torch.arange(1.0, 5)[:, None]
-    torch.testing.assert_close(bias, expected.expand(8, 2, 4, 2), atol=1e-5, rtol=0)    # float32 sines, times 4
+    torch.testing.assert_close(bias, expected.expand(8, 2, 4, 2), atol=1e-5, rtol=0)  # float32 sines, times 4

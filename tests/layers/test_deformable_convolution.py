@@ -19,21 +19,33 @@ def grid(stride: int, size: tuple[int, int]) -> tuple[int, int]:
 def inputs(stride: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A map, offsets that reach beyond it, and weights of the taps, as maps."""
     torch.manual_seed(0)
-    return (torch.randn(2, 4, *size), torch.randn(2, OFFSETS, *grid(stride, size)) * 3,
-            torch.rand(2, MASKS, *grid(stride, size)))
+    return (
+        torch.randn(2, 4, *size),
+        torch.randn(2, OFFSETS, *grid(stride, size)) * 3,
+        torch.rand(2, MASKS, *grid(stride, size)),
+    )
 
 
-def convolved(read: DeformRead, weight: torch.Tensor, bias: torch.Tensor, stride: int,
-              x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def convolved(
+    read: DeformRead,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    stride: int,
+    x: torch.Tensor,
+    offset: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
     """The whole convolution, weight [O, C, 3, 3]; two other maps stand in the table and are read as well."""
     height, width = x.shape[2:]
     tokens = [item.flatten(2).transpose(1, 2) for item in (x.new_zeros(2, 4, 3, 2), x, x.new_ones(2, 4, 1, 1))]
     out = (offset.shape[2], offset.shape[3])
     sources = [Source((1, 1), 6 + height * width, (1, 2)), Source((height, width), 6, out, stride)]
-    told = [torch.cat([item.new_zeros(2, 2, item.shape[1]), item.flatten(2).transpose(1, 2)], dim=1)
-            for item in (offset, mask)]
-    taps = read(torch.cat(tokens, dim=1), sources, *told)[:, 2:]        # [B, h w, 9 C]
-    matrix = weight.flatten(2).transpose(1, 2).flatten(1)               # [O, 9 C], tap after tap
+    told = [
+        torch.cat([item.new_zeros(2, 2, item.shape[1]), item.flatten(2).transpose(1, 2)], dim=1)
+        for item in (offset, mask)
+    ]
+    taps = read(torch.cat(tokens, dim=1), sources, *told)[:, 2:]  # [B, h w, 9 C]
+    matrix = weight.flatten(2).transpose(1, 2).flatten(1)  # [O, 9 C], tap after tap
     return (taps @ matrix.T + bias).transpose(1, 2).unflatten(2, out)
 
 
@@ -42,18 +54,27 @@ def convolved(read: DeformRead, weight: torch.Tensor, bias: torch.Tensor, stride
 @torch.no_grad()
 def test_with_a_linear_it_is_the_standards_operator(sampling: str, stride: int, size: tuple[int, int]) -> None:
     onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    node = onnx.helper.make_node("DeformConv", ["x", "weight", "offset", "bias", "mask"], ["out"], kernel_shape=[3, 3],
-                                 strides=[stride] * 2, pads=[1] * 4)
+    node = onnx.helper.make_node(
+        "DeformConv",
+        ["x", "weight", "offset", "bias", "mask"],
+        ["out"],
+        kernel_shape=[3, 3],
+        strides=[stride] * 2,
+        pads=[1] * 4,
+    )
     x, offset, mask = inputs(stride, size)
     feed = {"x": x, "weight": torch.randn(5, 4, 3, 3) * 0.3, "offset": offset, "bias": torch.randn(5), "mask": mask}
     graph = onnx.helper.make_graph(
-        [node], "conv", [onnx.helper.make_tensor_value_info(name, 1, value.shape) for name, value in feed.items()],
-        [onnx.helper.make_tensor_value_info("out", 1, None)])
+        [node],
+        "conv",
+        [onnx.helper.make_tensor_value_info(name, 1, value.shape) for name, value in feed.items()],
+        [onnx.helper.make_tensor_value_info("out", 1, None)],
+    )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     expected = session.run(None, {name: value.numpy() for name, value in feed.items()})[0]
     actual = convolved(DeformRead(sampling), feed["weight"], feed["bias"], stride, x, offset, mask)
-    torch.testing.assert_close(actual, torch.from_numpy(expected), atol=1e-5, rtol=0)   # sums of 36; measured 8e-7
+    torch.testing.assert_close(actual, torch.from_numpy(expected), atol=1e-5, rtol=0)  # sums of 36; measured 8e-7
 
 
 @both

@@ -44,6 +44,9 @@ def test_blocks_get_their_rates_in_order_and_share_them_within() -> None:
     net = nn.Sequential(Block(), nn.Linear(2, 2), Block(), Block())
     assert set_rates(net, 0.2, "linear") == pytest.approx((0.0, 0.1, 0.2))
     assert [(b.first.rate, b.second.rate) for b in net if isinstance(b, Block)] == [
-        (0.0, 0.0), (pytest.approx(0.1), pytest.approx(0.1)), (pytest.approx(0.2), pytest.approx(0.2))]
+        (0.0, 0.0),
+        (pytest.approx(0.1), pytest.approx(0.1)),
+        (pytest.approx(0.2), pytest.approx(0.2)),
+    ]
     assert set_rates(nn.Sequential(Block()), 0.3, "exponential") == (0.3,), "a single block is the last"
     assert set_rates(nn.Linear(2, 2), 0.3, "linear") == ()

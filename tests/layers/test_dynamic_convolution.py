@@ -31,13 +31,16 @@ def test_every_box_goes_through_the_weights_of_its_own_query(layers: int) -> Non
             x = features[image, query]
             sizes = [(dim, hidden), (hidden, dim)] if layers == 2 else [(dim, dim)]
             for (inputs, outputs), norm in zip(sizes, made.norms):
-                matrix, predicted = predicted[:inputs * outputs].reshape(inputs, outputs), predicted[inputs * outputs:]
+                matrix, predicted = (
+                    predicted[: inputs * outputs].reshape(inputs, outputs),
+                    predicted[inputs * outputs :],
+                )
                 x = F.relu(F.layer_norm(x @ matrix, (outputs,), norm.weight, norm.bias))
-            flat = torch.cat([x[cell] for cell in range(bins)])             # bin after bin
+            flat = torch.cat([x[cell] for cell in range(bins)])  # bin after bin
             mixed = made.out.weight @ flat + made.out.bias
             expected[image, query] = F.relu(F.layer_norm(mixed, (dim,), made.out_norm.weight, made.out_norm.bias))
             assert len(predicted) == 0
-    torch.testing.assert_close(made(content, features), expected, atol=1e-12, rtol=0)   # float64
+    torch.testing.assert_close(made(content, features), expected, atol=1e-12, rtol=0)  # float64
 
 
 @torch.no_grad()
@@ -62,7 +65,7 @@ def test_dynamic_relu_that_learned_nothing_is_relu() -> None:
     torch.nn.init.zeros_(made.excite.weight)
     torch.nn.init.zeros_(made.excite.bias)
     x = torch.randn(2, 8, 15)
-    torch.testing.assert_close(made([x])[0], F.relu(x), atol=1e-6, rtol=0)   # (0.5 + 3/6) is 1 but for rounding
+    torch.testing.assert_close(made([x])[0], F.relu(x), atol=1e-6, rtol=0)  # (0.5 + 3/6) is 1 but for rounding
 
 
 @torch.no_grad()

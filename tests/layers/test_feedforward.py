@@ -18,7 +18,7 @@ def _nothing_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(**words: object) -> FeedForward:
     torch.manual_seed(0)
-    block = FeedForward(6, 20, **words)         # type: ignore[arg-type]
+    block = FeedForward(6, 20, **words)  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.normal_()
@@ -26,7 +26,7 @@ def made(**words: object) -> FeedForward:
 
 
 def fused(y: Tensor) -> bool:
-    return "_FeedForward" in str(y.grad_fn) or "_FeedForward" in str(y.grad_fn.next_functions[0][0])    # type: ignore[union-attr]
+    return "_FeedForward" in str(y.grad_fn) or "_FeedForward" in str(y.grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 
 def by_hand(block: FeedForward, x: Tensor, gradient: Tensor) -> list[Tensor]:
@@ -37,9 +37,14 @@ def by_hand(block: FeedForward, x: Tensor, gradient: Tensor) -> list[Tensor]:
     hidden = before.clamp(min=0)
     of_hidden = torch.einsum("...o,oh->...h", gradient, w2) * (before > 0)
     flat, rows = of_hidden.flatten(0, -2), x.flatten(0, -2)
-    return [torch.einsum("...h,oh->...o", hidden, w2) + b2, torch.einsum("...h,hi->...i", of_hidden, w1),
-            torch.einsum("nh,ni->hi", flat, rows), flat.sum(0),
-            torch.einsum("no,nh->oh", gradient.flatten(0, -2), hidden.flatten(0, -2)), gradient.flatten(0, -2).sum(0)]
+    return [
+        torch.einsum("...h,oh->...o", hidden, w2) + b2,
+        torch.einsum("...h,hi->...i", of_hidden, w1),
+        torch.einsum("nh,ni->hi", flat, rows),
+        flat.sum(0),
+        torch.einsum("no,nh->oh", gradient.flatten(0, -2), hidden.flatten(0, -2)),
+        gradient.flatten(0, -2).sum(0),
+    ]
 
 
 @pytest.mark.parametrize("shape", [(7, 6), (2, 9, 6), (2, 3, 4, 6)])
@@ -54,7 +59,7 @@ def test_values_and_gradients_equal_float64(shape: tuple[int, ...]) -> None:
     found = [y.detach(), x.grad, *(p.grad for p in block.parameters())]
     for got, wanted in zip(found, by_hand(block, x, gradient), strict=True):
         assert got is not None
-        torch.testing.assert_close(got.double(), wanted, atol=1e-4, rtol=1e-5)      # float32 sums of up to 24 products
+        torch.testing.assert_close(got.double(), wanted, atol=1e-4, rtol=1e-5)  # float32 sums of up to 24 products
 
 
 def test_under_autocast_it_is_within_bfloat16_of_float64() -> None:
@@ -112,7 +117,7 @@ def test_anything_else_goes_its_plain_way(case: str, monkeypatch: pytest.MonkeyP
     elif case == "float64":
         block, x = block.double(), x.detach().double().requires_grad_()
     elif case == "small":
-        monkeypatch.setattr(module, "SMALL", 101)       # 5 rows of 20 numbers between the Linears
+        monkeypatch.setattr(module, "SMALL", 101)  # 5 rows of 20 numbers between the Linears
     called = []
     monkeypatch.setattr(module, "_FeedForward", type("Spy", (), {"apply": lambda *tensors: called.append(tensors)}))
     if case == "evaluated":

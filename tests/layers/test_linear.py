@@ -31,14 +31,20 @@ def in_float64(tensors: list[Tensor], gradient: Tensor) -> list[Tensor]:
     x, weight, *bias = (tensor.detach().double() for tensor in tensors)
     gradient = gradient.double()
     y = torch.einsum("...i,oi->...o", x, weight) + (bias[0] if bias else 0)
-    found = [y, torch.einsum("...o,oi->...i", gradient, weight),
-             torch.einsum("no,ni->oi", gradient.flatten(0, -2), x.flatten(0, -2))]
+    found = [
+        y,
+        torch.einsum("...o,oi->...i", gradient, weight),
+        torch.einsum("no,ni->oi", gradient.flatten(0, -2), x.flatten(0, -2)),
+    ]
     return [*found, gradient.flatten(0, -2).sum(0)] if bias else found
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape, outputs", [((7, 5), 3), ((2, 9, 16), 40), ((2, 3, 4, 40), 16), ((1, 8), 8)],
-                         ids=["narrower", "wider", "four dimensions", "one row"])
+@pytest.mark.parametrize(
+    "shape, outputs",
+    [((7, 5), 3), ((2, 9, 16), 40), ((2, 3, 4, 40), 16), ((1, 8), 8)],
+    ids=["narrower", "wider", "four dimensions", "one row"],
+)
 def test_products_and_gradients_equal_float64(shape: tuple[int, ...], outputs: int, bias: bool) -> None:
     tensors = inputs(shape, outputs, bias)
     assert by_onednn(*tensors[:2]), "else this test compares torch with itself"
@@ -48,15 +54,18 @@ def test_products_and_gradients_equal_float64(shape: tuple[int, ...], outputs: i
     y.backward(gradient)
     for got, wanted in zip([y, *(tensor.grad for tensor in tensors)], in_float64(tensors, gradient), strict=True):
         assert got is not None
-        torch.testing.assert_close(got.double(), wanted, atol=2e-5, rtol=1e-5)      # float32 sums of up to 40 products
+        torch.testing.assert_close(got.double(), wanted, atol=2e-5, rtol=1e-5)  # float32 sums of up to 40 products
 
 
 @pytest.mark.parametrize("order", ["transposed", "expanded", "sliced"])
 def test_rows_may_lie_anywhere_in_memory(order: str) -> None:
     """Tokens come as views of maps, as one row for all pictures, and as a part of wider ones."""
     torch.manual_seed(0)
-    x = {"transposed": torch.randn(2, 6, 5).transpose(1, 2), "expanded": torch.randn(1, 5, 6).expand(3, -1, -1),
-         "sliced": torch.randn(2, 5, 9)[..., 2:8]}[order]
+    x = {
+        "transposed": torch.randn(2, 6, 5).transpose(1, 2),
+        "expanded": torch.randn(1, 5, 6).expand(3, -1, -1),
+        "sliced": torch.randn(2, 5, 9)[..., 2:8],
+    }[order]
     weight, bias = torch.randn(4, 6, requires_grad=True), torch.randn(4)
     y = linear(x, weight, bias)
     y.backward(y.detach().transpose(0, 1).contiguous().transpose(0, 1))
@@ -76,11 +85,11 @@ def test_what_does_not_learn_gets_no_gradient() -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_step_of_every_member_is_the_same_either_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    detector = small(name).train()      # learning norms: with the running ones of `small`, attention overflows
+    detector = small(name).train()  # learning norms: with the running ones of `small`, attention overflows
 
     def step() -> list[Tensor]:
         detector.zero_grad()
-        torch.manual_seed(0)            # of dropout
+        torch.manual_seed(0)  # of dropout
         found = detector(pictures())
         (found.logits.square().mean() + found.boxes.square().mean()).backward()
         return [found.logits, found.boxes, *(p.grad for p in detector.parameters() if p.grad is not None)]
@@ -95,8 +104,11 @@ def test_a_step_of_every_member_is_the_same_either_way(name: str, monkeypatch: p
 
 @pytest.mark.parametrize("name", SMALL)
 def test_no_linear_of_a_member_is_left_out(name: str) -> None:
-    slow = [key for key, module in small(name).named_modules()
-            if isinstance(module, nn.Linear) and not isinstance(module, Linear)]
+    slow = [
+        key
+        for key, module in small(name).named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, Linear)
+    ]
     assert not slow
 
 
@@ -104,7 +116,7 @@ def test_low_rank_adaptation_takes_the_same_way() -> None:
     root = nn.Sequential(Linear(6, 5))
     adapt(root, ["0"], rank=2, alpha=4.0)
     with torch.no_grad():
-        root[0].up.normal_()    # type: ignore[union-attr, operator]
+        root[0].up.normal_()  # type: ignore[union-attr, operator]
     x = torch.randn(3, 6)
     y = root(x)
     assert "_Linear" in str([edge[0] for edge in y.grad_fn.next_functions[1][0].next_functions])

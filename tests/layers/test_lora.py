@@ -19,7 +19,7 @@ def test_an_adapter_is_w_plus_alpha_over_r_times_up_down() -> None:
     base = nn.Linear(5, 3)
     layer = LoraLinear(base, rank=2, alpha=6.0)
     x = torch.randn(4, 5)
-    torch.testing.assert_close(layer(x), base(x))           # up is zero at first
+    torch.testing.assert_close(layer(x), base(x))  # up is zero at first
     with torch.no_grad():
         layer.up.normal_()
     weight = base.weight + 6.0 / 2 * layer.up @ layer.down
@@ -30,7 +30,7 @@ def test_an_adapter_is_w_plus_alpha_over_r_times_up_down() -> None:
 def adapted(name: str = "detr") -> nn.Module:
     detector = small(name)
     names = adapt(detector, ("*.q", "*.v"), rank=2, alpha=4.0)
-    assert len(names) == 12         # q and v of two encoder layers, and of both attentions of two decoder layers
+    assert len(names) == 12  # q and v of two encoder layers, and of both attentions of two decoder layers
     with torch.no_grad():
         for module in detector.modules():
             if isinstance(module, LoraLinear):
@@ -40,7 +40,7 @@ def adapted(name: str = "detr") -> nn.Module:
 
 @torch.no_grad()
 def test_merged_equals_unmerged() -> None:
-    detector = adapted().double()       # in float32 rounding alone is 2e-6 of a logit
+    detector = adapted().double()  # in float32 rounding alone is 2e-6 of a logit
     images = detector.normalise(pictures().double())
     before, after = detector(images), merged(detector).double()(images)
     torch.testing.assert_close(after.boxes, before.boxes, atol=1e-6, rtol=0)

@@ -10,7 +10,7 @@ import torch
 
 from edgedetr.layers.roi_align import RoiAlign, level_of
 
-SHAPES, STRIDES = [(24, 32), (12, 16), (6, 8), (3, 4)], [4, 8, 16, 32]     # a picture of 96 x 128
+SHAPES, STRIDES = [(24, 32), (12, 16), (6, 8), (3, 4)], [4, 8, 16, 32]  # a picture of 96 x 128
 HEIGHT, WIDTH = 96, 128
 TOKENS = sum(h * w for h, w in SHAPES)
 
@@ -19,8 +19,16 @@ def boxes_of_every_kind() -> torch.Tensor:
     """[2, 9, 4]: inside, over each border, wholly outside, tiny, and larger than the picture."""
     torch.manual_seed(0)
     boxes = torch.cat([torch.rand(2, 9, 2), torch.rand(2, 9, 2) * 0.5 + 0.05], dim=-1)
-    boxes[0, :6] = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 0.3, 0.3], [1.0, 1.0, 0.4, 0.2],
-                                 [1.4, 0.5, 0.2, 0.2], [0.5, 0.5, 1e-3, 1e-3], [0.5, 0.4, 4.0, 3.0]])
+    boxes[0, :6] = torch.tensor(
+        [
+            [0.5, 0.5, 1.0, 1.0],
+            [0.0, 0.0, 0.3, 0.3],
+            [1.0, 1.0, 0.4, 0.2],
+            [1.4, 0.5, 0.2, 0.2],
+            [0.5, 0.5, 1e-3, 1e-3],
+            [0.5, 0.4, 4.0, 3.0],
+        ]
+    )
     return boxes.double()
 
 
@@ -43,8 +51,7 @@ def sample(level: torch.Tensor, y: float, x: float) -> torch.Tensor:
 
 def by_loops(table: torch.Tensor, boxes: torch.Tensor, size: int, samples: int) -> torch.Tensor:
     """Box by box, bin by bin, from Mask R-CNN's section 3 and FPN's equation 1."""
-    maps = [part.unflatten(1, shape) for part, shape in
-            zip(table.split([h * w for h, w in SHAPES], dim=1), SHAPES)]
+    maps = [part.unflatten(1, shape) for part, shape in zip(table.split([h * w for h, w in SHAPES], dim=1), SHAPES)]
     out = torch.zeros(*boxes.shape[:2], size * size, table.shape[-1], dtype=table.dtype)
     for image, row in enumerate(boxes):
         for number, (cx, cy, w, h) in enumerate(row.tolist()):
@@ -67,17 +74,26 @@ def by_loops(table: torch.Tensor, boxes: torch.Tensor, size: int, samples: int) 
 def test_bins_are_means_of_bilinear_samples(size: int, samples: int) -> None:
     table, boxes = tokens(), boxes_of_every_kind()
     actual = RoiAlign(size, samples)(table, SHAPES, STRIDES, boxes)
-    torch.testing.assert_close(actual, by_loops(table, boxes, size, samples), atol=1e-12, rtol=0)   # float64
+    torch.testing.assert_close(actual, by_loops(table, boxes, size, samples), atol=1e-12, rtol=0)  # float64
 
 
 def test_it_is_the_standards_operator() -> None:
     """ONNX Runtime's RoiAlign, half_pixel, on one level after the other."""
     onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    node = onnx.helper.make_node("RoiAlign", ["map", "rois", "image"], ["out"], output_height=7, output_width=7,
-                                 sampling_ratio=2, spatial_scale=1 / 8,
-                                 coordinate_transformation_mode="half_pixel")
-    inputs = [onnx.helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in
-              (("map", 1, [2, 3, 12, 16]), ("rois", 1, ["n", 4]), ("image", 7, ["n"]))]
+    node = onnx.helper.make_node(
+        "RoiAlign",
+        ["map", "rois", "image"],
+        ["out"],
+        output_height=7,
+        output_width=7,
+        sampling_ratio=2,
+        spatial_scale=1 / 8,
+        coordinate_transformation_mode="half_pixel",
+    )
+    inputs = [
+        onnx.helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in (("map", 1, [2, 3, 12, 16]), ("rois", 1, ["n", 4]), ("image", 7, ["n"]))
+    ]
     graph = onnx.helper.make_graph([node], "roi", inputs, [onnx.helper.make_tensor_value_info("out", 1, None)])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -85,9 +101,10 @@ def test_it_is_the_standards_operator() -> None:
     corners = torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], dim=-1)
     rois = (corners * torch.tensor([WIDTH, HEIGHT] * 2)).flatten(0, 1)
     maps = table.transpose(1, 2).unflatten(2, (12, 16))
-    expected = session.run(None, {"map": maps.numpy(), "rois": rois.numpy(),
-                                  "image": np.repeat(np.arange(2), boxes.shape[1])})[0]
-    actual = RoiAlign(7, 2)(table, [(12, 16)], [8], boxes)          # [2, N, 49, C]
+    expected = session.run(
+        None, {"map": maps.numpy(), "rois": rois.numpy(), "image": np.repeat(np.arange(2), boxes.shape[1])}
+    )[0]
+    actual = RoiAlign(7, 2)(table, [(12, 16)], [8], boxes)  # [2, N, 49, C]
     actual = actual.flatten(0, 1).transpose(1, 2).unflatten(2, (7, 7))
     np.testing.assert_allclose(actual.numpy(), expected, atol=2e-5)  # places in float32; measured 4e-6
 
@@ -114,9 +131,15 @@ def test_a_box_inside_a_constant_picture_reads_the_constant() -> None:
 @pytest.mark.parametrize("strides, first", [([4, 8, 16, 32], 2), ([8, 16, 32, 64, 128], 3)])
 def test_a_box_belongs_to_the_level_of_its_size(strides: list[int], first: int) -> None:
     last = first + len(strides) - 1
-    sides = torch.cat([torch.rand(200, 2, generator=torch.Generator().manual_seed(0)) * 900 + 0.1,
-                       torch.tensor([[112.0, 112.0], [224.0, 224.0], [448.0, 448.0], [896.0, 448.0]])])
-    expected = [min(max(math.floor(4 + math.log2(math.sqrt(w * h) / 224 + 1e-8)), first), last) - first
-                for w, h in sides.tolist()]
+    sides = torch.cat(
+        [
+            torch.rand(200, 2, generator=torch.Generator().manual_seed(0)) * 900 + 0.1,
+            torch.tensor([[112.0, 112.0], [224.0, 224.0], [448.0, 448.0], [896.0, 448.0]]),
+        ]
+    )
+    expected = [
+        min(max(math.floor(4 + math.log2(math.sqrt(w * h) / 224 + 1e-8)), first), last) - first
+        for w, h in sides.tolist()
+    ]
     boxes = torch.cat([torch.zeros_like(sides), sides], dim=1)
     assert level_of(boxes, strides).tolist() == expected

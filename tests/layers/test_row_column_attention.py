@@ -12,8 +12,16 @@ DIM, HEADS = 8, 2
 EACH = DIM // HEADS
 
 
-def by_loops(layer: RowColumnAttention, x: torch.Tensor, y: torch.Tensor, maps: torch.Tensor, columns: torch.Tensor,
-             rows: torch.Tensor, width: int, height: int) -> torch.Tensor:
+def by_loops(
+    layer: RowColumnAttention,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    maps: torch.Tensor,
+    columns: torch.Tensor,
+    rows: torch.Tensor,
+    width: int,
+    height: int,
+) -> torch.Tensor:
     """One picture, of which `width` columns and `height` rows are real. x, y [N, C], maps [H, W, C] -> [N, C].
 
     As the paper has it: keys are projected cell by cell with their position, then averaged along the other axis.
@@ -51,14 +59,15 @@ def test_every_order_of_the_axes_is_the_double_sum(shape: tuple[int, int]) -> No
     axes = position(tokens, shape)
     got = layer(x, y, tokens, axes, shape)
     for image in range(2):
-        expected = by_loops(layer, x[image], y[image], tokens[image].unflatten(0, shape), axes[0][0], axes[1][0],
-                            shape[1], shape[0])
-        torch.testing.assert_close(got[image], expected, atol=1e-12, rtol=0)        # float64
+        expected = by_loops(
+            layer, x[image], y[image], tokens[image].unflatten(0, shape), axes[0][0], axes[1][0], shape[1], shape[0]
+        )
+        torch.testing.assert_close(got[image], expected, atol=1e-12, rtol=0)  # float64
 
 
 @torch.no_grad()
 def test_padding_is_neither_attended_nor_averaged() -> None:
-    shape, real = (3, 5), [(3, 5), (2, 4)]      # the second picture fills two rows and four columns
+    shape, real = (3, 5), [(3, 5), (2, 4)]  # the second picture fills two rows and four columns
     layer, position, x, y, tokens = inputs(shape)
     padding = torch.ones(2, *shape, dtype=torch.bool)
     for image, (height, width) in enumerate(real):
@@ -67,9 +76,10 @@ def test_padding_is_neither_attended_nor_averaged() -> None:
     got = layer(x, y, tokens, axes, shape, padding.flatten(1))
     for image, (height, width) in enumerate(real):
         own = position(tokens, (height, width))
-        torch.testing.assert_close(axes[0][image, :width], own[0][0])               # places count real cells only
-        expected = by_loops(layer, x[image], y[image], tokens[image].unflatten(0, shape), axes[0][image],
-                            axes[1][image], width, height)
+        torch.testing.assert_close(axes[0][image, :width], own[0][0])  # places count real cells only
+        expected = by_loops(
+            layer, x[image], y[image], tokens[image].unflatten(0, shape), axes[0][image], axes[1][image], width, height
+        )
         torch.testing.assert_close(got[image], expected, atol=1e-12, rtol=0)
     garbage = torch.where(padding.flatten(1)[..., None], torch.randn_like(tokens) * 9, tokens)
     torch.testing.assert_close(layer(x, y, garbage, axes, shape, padding.flatten(1)), got, atol=1e-12, rtol=0)
@@ -84,10 +94,10 @@ def test_queries_in_parts_give_the_same_and_no_part_is_larger_than_allowed(monke
     sizes, part = [], row_column_attention._part
 
     def spy(first: torch.Tensor, second: torch.Tensor, rows: torch.Tensor, short: int) -> torch.Tensor:
-        sizes.append(first.shape[1] * first.shape[2] * rows.shape[3])               # numbers of one picture between
+        sizes.append(first.shape[1] * first.shape[2] * rows.shape[3])  # numbers of one picture between
         return part(first, second, rows, short)
 
-    allowed = 2 * HEADS * 4 * EACH                                                  # two queries at once
+    allowed = 2 * HEADS * 4 * EACH  # two queries at once
     monkeypatch.setattr(row_column_attention, "LARGEST", allowed)
     monkeypatch.setattr(row_column_attention, "_part", spy)
     torch.testing.assert_close(layer(x, y, tokens, axes, shape), whole, atol=1e-12, rtol=0)

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import GraphProto, ModelProto, TensorProto, helper
 
-pytest.importorskip("onnx", minversion="1.21")      # the graphs are written in the newest operators
+pytest.importorskip("onnx", minversion="1.21")  # the graphs are written in the newest operators
 
 import rtx_cases_quantized  # noqa: F401  (adds its own to the cases)
 from rtx_cases import CASES
@@ -95,8 +95,12 @@ def test_a_damaged_graph_is_linted_and_inspected_to_an_end(seed, tmp_path):
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None, database=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=10_000,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_ten_thousand_damaged_graphs_are(seed, tmp_path):
     damaged_graph(seed, tmp_path / "m.onnx")
@@ -106,17 +110,26 @@ def row(name: str, *sizes: int) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes or (4,))
 
 
-def model_of(nodes: list[onnx.NodeProto], output: str = "y", weights: list[TensorProto] | None = None,
-             functions: list[onnx.FunctionProto] | None = None, inputs: list[onnx.ValueInfoProto] | None = None,
-             ) -> ModelProto:
+def model_of(
+    nodes: list[onnx.NodeProto],
+    output: str = "y",
+    weights: list[TensorProto] | None = None,
+    functions: list[onnx.FunctionProto] | None = None,
+    inputs: list[onnx.ValueInfoProto] | None = None,
+) -> ModelProto:
     graph = helper.make_graph(nodes, "g", inputs or [row("x")], [row(output)], weights or [])
-    return helper.make_model(graph, functions=functions or [], ir_version=9,
-                             opset_imports=[helper.make_opsetid("", 19), helper.make_opsetid("d", 1)])
+    return helper.make_model(
+        graph,
+        functions=functions or [],
+        ir_version=9,
+        opset_imports=[helper.make_opsetid("", 19), helper.make_opsetid("d", 1)],
+    )
 
 
 def nested(depth: int) -> ModelProto:
     def leaf(kind: str) -> GraphProto:
         return helper.make_graph([helper.make_node(kind, ["x"], ["r"])], kind, [], [row("r")])
+
     inner = leaf("Relu")
     for number in range(depth):
         node = helper.make_node("If", ["c"], [f"o{number}"], then_branch=inner, else_branch=leaf("Neg"))
@@ -126,9 +139,18 @@ def nested(depth: int) -> ModelProto:
 
 
 def function(name: str, *calls: str) -> onnx.FunctionProto:
-    nodes = [helper.make_node(call, ["a" if at == 0 else f"t{at - 1}"], [f"t{at}" if at < len(calls) - 1 else "b"],
-                              domain="d" if call.startswith("F") else "") for at, call in enumerate(calls)]
-    return helper.make_function("d", name, ["a"], ["b"], nodes, [helper.make_opsetid("", 19), helper.make_opsetid("d", 1)])
+    nodes = [
+        helper.make_node(
+            call,
+            ["a" if at == 0 else f"t{at - 1}"],
+            [f"t{at}" if at < len(calls) - 1 else "b"],
+            domain="d" if call.startswith("F") else "",
+        )
+        for at, call in enumerate(calls)
+    ]
+    return helper.make_function(
+        "d", name, ["a"], ["b"], nodes, [helper.make_opsetid("", 19), helper.make_opsetid("d", 1)]
+    )
 
 
 def call(name: str) -> onnx.NodeProto:
@@ -139,27 +161,56 @@ INT64 = TensorProto.INT64
 HOSTILE = {
     "deep": (nested(30), "inference"),
     "a-function-that-calls-itself": (model_of([call("F")], functions=[function("F", "F")]), "inference"),
-    "functions-that-double-each-other": (model_of([call("F29")], functions=[function("F0", "Relu"), *(
-        function(f"F{at}", f"F{at - 1}", f"F{at - 1}") for at in range(1, 30))]), "inference"),
-    "a-circle": (model_of([helper.make_node("Add", ["x", "y"], ["a"]), helper.make_node("Relu", ["a"], ["y"])]), "names"),
-    "a-constant-of-nothing": (model_of([helper.make_node("Constant", [], ["c"]), helper.make_node("Add", ["x", "c"], ["y"])]),
-                              "inference"),
-    "a-constant-of-another-type": (model_of([helper.make_node("Constant", [], ["c"], value=3),
-                                             helper.make_node("Add", ["x", "c"], ["y"])]), None),
+    "functions-that-double-each-other": (
+        model_of(
+            [call("F29")],
+            functions=[
+                function("F0", "Relu"),
+                *(function(f"F{at}", f"F{at - 1}", f"F{at - 1}") for at in range(1, 30)),
+            ],
+        ),
+        "inference",
+    ),
+    "a-circle": (
+        model_of([helper.make_node("Add", ["x", "y"], ["a"]), helper.make_node("Relu", ["a"], ["y"])]),
+        "names",
+    ),
+    "a-constant-of-nothing": (
+        model_of([helper.make_node("Constant", [], ["c"]), helper.make_node("Add", ["x", "c"], ["y"])]),
+        "inference",
+    ),
+    "a-constant-of-another-type": (
+        model_of([helper.make_node("Constant", [], ["c"], value=3), helper.make_node("Add", ["x", "c"], ["y"])]),
+        None,
+    ),
     "topk-of-nothing": (model_of([helper.make_node("TopK", [], ["y"])]), "inference"),
-    "topk-of-an-empty-k": (model_of([helper.make_node("TopK", ["x", "k"], ["y", "i"])],
-                                    weights=[helper.make_tensor("k", INT64, [0], [])]), None),
+    "topk-of-an-empty-k": (
+        model_of([helper.make_node("TopK", ["x", "k"], ["y", "i"])], weights=[helper.make_tensor("k", INT64, [0], [])]),
+        None,
+    ),
     "dequantize-of-one-input": (model_of([helper.make_node("DequantizeLinear", ["x"], ["y"])]), "inference"),
     "an-opset-of-none": (ModelProto(graph=model_of([helper.make_node("Relu", ["x"], ["y"])]).graph), "inference"),
-    "tera-elements": (model_of([helper.make_node("Expand", ["x", "s"], ["y"])],
-                               weights=[helper.make_tensor("s", INT64, [2], [2**40, 4])]), None),
-    "negative-sizes": (model_of([helper.make_node("GatherND", ["x", "i"], ["y"])],
-                                weights=[TensorProto(name="i", data_type=INT64, dims=[-(2**31), 0, -(2**31)])]),
-                       "damaged-weights"),
-    "a-thousand-dimensions": (model_of([helper.make_node("Relu", ["x"], ["y"])], inputs=[row("x", *[1] * 1000)]),
-                                      "dimensions"),
-    "an-unknown-element-type": (model_of([helper.make_node("Relu", ["x"], ["y"])], inputs=[
-        helper.make_tensor_value_info("x", 77, [4])]), "element-type"),
+    "tera-elements": (
+        model_of(
+            [helper.make_node("Expand", ["x", "s"], ["y"])], weights=[helper.make_tensor("s", INT64, [2], [2**40, 4])]
+        ),
+        None,
+    ),
+    "negative-sizes": (
+        model_of(
+            [helper.make_node("GatherND", ["x", "i"], ["y"])],
+            weights=[TensorProto(name="i", data_type=INT64, dims=[-(2**31), 0, -(2**31)])],
+        ),
+        "damaged-weights",
+    ),
+    "a-thousand-dimensions": (
+        model_of([helper.make_node("Relu", ["x"], ["y"])], inputs=[row("x", *[1] * 1000)]),
+        "dimensions",
+    ),
+    "an-unknown-element-type": (
+        model_of([helper.make_node("Relu", ["x"], ["y"])], inputs=[helper.make_tensor_value_info("x", 77, [4])]),
+        "element-type",
+    ),
 }
 
 

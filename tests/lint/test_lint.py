@@ -51,7 +51,6 @@ BEFORE_7_2 = dict.fromkeys(("jetpack-6", "jetpack-7.0", "jetpack-7.1"), "error")
 FROM_10_14 = {"jetpack-7.2": "warning", "trt-11": "warning"}
 
 
-
 @dataclass(frozen=True)
 class Case:
     """A planted fault, its repaired twin, and what each target is told."""
@@ -67,8 +66,12 @@ CASES = [
     Case("opset", one("Relu", opset=17), one("Relu"), WARN),
     Case("opset", one("Relu", opset=21), one("Relu"), WARN),
     Case("opset", one("Relu", opset=8), one("Relu"), WARN),
-    Case("quantised-opset", quantised_conv(kind=np.float16, scale=np.float16(0.1), opset=17,
-                                           weight_scale=np.full(32, 0.1, np.float16)), HALF, WARN),
+    Case(
+        "quantised-opset",
+        quantised_conv(kind=np.float16, scale=np.float16(0.1), opset=17, weight_scale=np.full(32, 0.1, np.float16)),
+        HALF,
+        WARN,
+    ),
     Case("quantised-opset", quantised_conv(opset=12), quantised_conv(), WARN),
     Case("open-input", named_size("batch", 8), named_size(1, 8), WARN),
     Case("open-input", named_size(1, "height"), named_size(1, 8), WARN),
@@ -81,21 +84,28 @@ CASES = [
     Case("data-dependent", control_flow(), one("Relu"), ALL),
     Case("control-flow", control_flow("Neg"), one("Relu"), WARN),
     Case("control-flow", control_flow(), one("Relu"), ALL),
-    Case("integer-operator", graph_of([node("MatMulInteger", "x w", "y")], {"x": (TensorProto.UINT8, (4, 32))},
-                                      {"w": np.ones((32, 32), np.int8)}), one("Relu"), ALL),
+    Case(
+        "integer-operator",
+        graph_of(
+            [node("MatMulInteger", "x w", "y")], {"x": (TensorProto.UINT8, (4, 32))}, {"w": np.ones((32, 32), np.int8)}
+        ),
+        one("Relu"),
+        ALL,
+    ),
     Case("integer-operator", one("DynamicQuantizeLinear"), one("Relu"), ALL),
-    Case("too-new", graph_of([node("Attention", "x x x", "y")], {"x": (F32, (1, 2, 4, 8))}, opset=23), one("Relu"),
-         BEFORE_7_2),
+    Case(
+        "too-new",
+        graph_of([node("Attention", "x x x", "y")], {"x": (F32, (1, 2, 4, 8))}, opset=23),
+        one("Relu"),
+        BEFORE_7_2,
+    ),
     Case("operator-limit", scatter("add"), scatter(), ALL),
     Case("operator-limit", scatter("none"), scatter(), {"jetpack-6": "warning"}),
     Case("topk-bound", top_k(3841), top_k(3840), ALL),
     Case("topk-bound", top_k(None), top_k(300), WARN),
-    Case("grid-sample-mode", grid_sample(mode="linear", opset=20), grid_sample(mode="bilinear"),
-         NOT_11),
-    Case("grid-sample-mode", grid_sample(mode="cubic", opset=20), grid_sample(mode="nearest", opset=20),
-         NOT_11),
-    Case("grid-sample-rank", grid_sample(mode="linear", rank=5, opset=20), grid_sample(mode="bilinear"),
-         NOT_11),
+    Case("grid-sample-mode", grid_sample(mode="linear", opset=20), grid_sample(mode="bilinear"), NOT_11),
+    Case("grid-sample-mode", grid_sample(mode="cubic", opset=20), grid_sample(mode="nearest", opset=20), NOT_11),
+    Case("grid-sample-rank", grid_sample(mode="linear", rank=5, opset=20), grid_sample(mode="bilinear"), NOT_11),
     Case("grid-sample-wrong", grid_sample(mode="bilinear"), one("Relu"), FROM_10_14),
     Case("batch-norm", conv_then(batch_norm=True), conv_then(), WARN),
     Case("batch-norm", conv_then(scaled=(1, 32, 1, 1)), conv_then(scaled=(1,)), WARN),
@@ -109,25 +119,46 @@ CASES = [
     Case("scale-value", quantised_conv(scale=np.float32(-0.1)), quantised_conv(), ALL),
     Case("scale-value", quantised_conv(scale=np.float32("inf")), quantised_conv(), ALL),
     # 6.0e-5 is subnormal in FP16, 6.2e-5 is not; as float32 the smaller one is fine.
-    Case("scale-value", quantised_conv(kind=np.float16, scale=np.float16(6.0e-5),
-                                       weight_scale=np.full(32, 0.1, np.float16)),
-         quantised_conv(kind=np.float16, scale=np.float16(6.2e-5), weight_scale=np.full(32, 0.1, np.float16)), ALL),
-    Case("scale-value", quantised_conv(kind=np.float16, scale=np.float16(6.0e-5),
-                                       weight_scale=np.full(32, 0.1, np.float16)),
-         quantised_conv(scale=np.float32(6.0e-5)), ALL),
-    Case("scale-type", quantised_conv(kind=np.float16, scale=np.float32(0.1),
-                                      weight_scale=np.full(32, 0.1, np.float16)), HALF,
-         NOT_11),
+    Case(
+        "scale-value",
+        quantised_conv(kind=np.float16, scale=np.float16(6.0e-5), weight_scale=np.full(32, 0.1, np.float16)),
+        quantised_conv(kind=np.float16, scale=np.float16(6.2e-5), weight_scale=np.full(32, 0.1, np.float16)),
+        ALL,
+    ),
+    Case(
+        "scale-value",
+        quantised_conv(kind=np.float16, scale=np.float16(6.0e-5), weight_scale=np.full(32, 0.1, np.float16)),
+        quantised_conv(scale=np.float32(6.0e-5)),
+        ALL,
+    ),
+    Case(
+        "scale-type",
+        quantised_conv(kind=np.float16, scale=np.float32(0.1), weight_scale=np.full(32, 0.1, np.float16)),
+        HALF,
+        NOT_11,
+    ),
     Case("scale-type", quantised_conv(scale=np.float16(0.1)), quantised_conv(), NOT_11),
-    Case("per-channel-activation", activation(np.full(32, 0.1, np.float32), np.zeros(32, np.int8)),
-         activation(np.float32(0.1), np.int8(0)), ALL),
+    Case(
+        "per-channel-activation",
+        activation(np.full(32, 0.1, np.float32), np.zeros(32, np.int8)),
+        activation(np.float32(0.1), np.int8(0)),
+        ALL,
+    ),
     Case("weight-axis", quantised_conv(axis=1), quantised_conv(), NOT_11),
     Case("scale-axis", quantised_conv(weight_scale=np.full(31, 0.1, np.float32)), quantised_conv(), ALL),
     Case("weight-axis", quantised_product(32, 48, axis=0), quantised_product(32, 48), NOT_11),
-    Case("weight-axis", quantised_product(32, 48, transposed=True, through=True, axis=1),
-         quantised_product(32, 48, transposed=True, through=True), NOT_11),
-    Case("weight-axis", quantised_product(32, 48, kind="Gemm", transposed=True, axis=1),
-         quantised_product(32, 48, kind="Gemm", transposed=True), NOT_11),
+    Case(
+        "weight-axis",
+        quantised_product(32, 48, transposed=True, through=True, axis=1),
+        quantised_product(32, 48, transposed=True, through=True),
+        NOT_11,
+    ),
+    Case(
+        "weight-axis",
+        quantised_product(32, 48, kind="Gemm", transposed=True, axis=1),
+        quantised_product(32, 48, kind="Gemm", transposed=True),
+        NOT_11,
+    ),
     Case("weight-axis", quantised_product(32, 48, kind="Gemm", axis=0), quantised_product(32, 48, kind="Gemm"), NOT_11),
     Case("one-side-quantised", quantised_conv(weight=False), quantised_conv(), WARN),
     Case("one-side-quantised", quantised_conv(data=False), quantised_conv(), WARN),
@@ -136,44 +167,78 @@ CASES = [
     Case("before-relu", quantised_conv(relu_between=True), quantised_conv(), WARN),
     Case("concat-scales", concat(0.1, 0.2), concat(0.1, 0.1), WARN),
     Case("transposed-convolution", transposed_conv(16), transposed_conv(1), WARN),
-    *(Case("equal-types", binary(kind, F16), binary(kind, F32), ALL)
-      for kind in ("Add", "Mul", "Sub", "Div", "Min")),
+    *(Case("equal-types", binary(kind, F16), binary(kind, F32), ALL) for kind in ("Add", "Mul", "Sub", "Div", "Min")),
     Case("equal-types", where(F16), where(F32), ALL),
     Case("equal-types", binary("Greater", 0, np.float16(1)), binary("Greater", 0, np.float32(1)), ALL),
     Case("float64", one("Cast", to=TensorProto.DOUBLE), one("Cast", to=TensorProto.FLOAT16), WARN),
     Case("not-a-number", binary("Add", 0, np.float32("nan")), binary("Add", 0, np.float32("-inf")), ALL),
-    Case("not-a-number", graph_of([node("Add", "x c", "y")], {"x": (F16, (1,))}, {"c": np.float16("inf")}),
-         graph_of([node("Add", "x c", "y")], {"x": (F16, (1,))}, {"c": np.float16(65504)}), WARN),
+    Case(
+        "not-a-number",
+        graph_of([node("Add", "x c", "y")], {"x": (F16, (1,))}, {"c": np.float16("inf")}),
+        graph_of([node("Add", "x c", "y")], {"x": (F16, (1,))}, {"c": np.float16(65504)}),
+        WARN,
+    ),
     Case("equal-types", binary("Pow", F16), binary("Pow", F32), {"jetpack-6": "error"}),
     Case("names", graph_of([node("Add", "x nowhere", "y")], {"x": (F32, (4,))}), one("Relu"), ALL),
     Case("names", graph_of([node("Add", "x y", "a"), node("Relu", "a", "y")], {"x": (F32, (4,))}), one("Relu"), ALL),
     Case("names", graph_of([node("Relu", "x", "y"), node("Neg", "x", "y")], {"x": (F32, (4,))}), one("Relu"), ALL),
     Case("damaged-weights", damaged(), conv_then(), ALL),
     Case("schema", one("Cast"), one("Cast", to=F16), ALL),
-    Case("schema", graph_of([node("Gather", "x i", "y")], {"x": (F32, (4, 4))}, {"i": np.float32([0])}),
-         graph_of([node("Gather", "x i", "y")], {"x": (F32, (4, 4))}, {"i": np.int64([0])}), ALL),
+    Case(
+        "schema",
+        graph_of([node("Gather", "x i", "y")], {"x": (F32, (4, 4))}, {"i": np.float32([0])}),
+        graph_of([node("Gather", "x i", "y")], {"x": (F32, (4, 4))}, {"i": np.int64([0])}),
+        ALL,
+    ),
     Case("element-type", graph_of([node("Identity", "x", "y")], {"x": (TensorProto.STRING, (4,))}), one("Relu"), ALL),
     Case("element-type", one("Cast", to=TensorProto.INT16), one("Cast", to=TensorProto.INT32), ALL),
-    Case("inner-type", graph_of([node("Cast", "x", "b", to=2), node("Cast", "b", "y", to=1)], {"x": (F32, (4,))}),
-         one("Cast", to=TensorProto.UINT8), ALL),
+    Case(
+        "inner-type",
+        graph_of([node("Cast", "x", "b", to=2), node("Cast", "b", "y", to=1)], {"x": (F32, (4,))}),
+        one("Cast", to=TensorProto.UINT8),
+        ALL,
+    ),
     Case("dimensions", one("Relu", shape=(1,) * 9), one("Relu", shape=(1,) * 8), ALL),
-    Case("sizes", graph_of([node("Conv", "x w", "y")], {"x": (F32, (1, 4, 8, 8))},
-                           {"w": np.ones((4, 3, 1, 1), np.float32)}), conv_then(), ALL),
-    Case("combination", graph_of([node("Mod", "x x", "y")], {"x": (F32, (4,))}),
-         graph_of([node("Mod", "x x", "y", fmod=1)], {"x": (F32, (4,))}), ALL),
-    Case("parameters", graph_of([node("LayerNormalization", "x g", "y")], {"x": (F32, (1, 4, 8))},
-                                {"g": np.ones(7, np.float32)}), layer_norm(True), ALL),
+    Case(
+        "sizes",
+        graph_of([node("Conv", "x w", "y")], {"x": (F32, (1, 4, 8, 8))}, {"w": np.ones((4, 3, 1, 1), np.float32)}),
+        conv_then(),
+        ALL,
+    ),
+    Case(
+        "combination",
+        graph_of([node("Mod", "x x", "y")], {"x": (F32, (4,))}),
+        graph_of([node("Mod", "x x", "y", fmod=1)], {"x": (F32, (4,))}),
+        ALL,
+    ),
+    Case(
+        "parameters",
+        graph_of([node("LayerNormalization", "x g", "y")], {"x": (F32, (1, 4, 8))}, {"g": np.ones(7, np.float32)}),
+        layer_norm(True),
+        ALL,
+    ),
     Case("parameters", one("MaxPool", kernel_shape=[9, 9]), one("MaxPool", kernel_shape=[8, 8]), ALL),
     Case("unknown-operator", one("Det"), one("Relu"), ALL),
     Case("unknown-operator", custom("", "NotAnOperator"), one("Relu"), ALL),
-    Case("operator-type", graph_of([node("MatMul", "x x", "y")], {"x": (TensorProto.INT32, (4, 4))}),
-         graph_of([node("MatMul", "x x", "y")], {"x": (F32, (4, 4))}), ALL),
-    Case("operator-limit", graph_of([helper.make_node("MaxPool", ["x"], ["y", "i"], kernel_shape=[2, 2])],
-                                    {"x": (F32, (1, 4, 8, 8))}), one("MaxPool", kernel_shape=[2, 2]), ALL),
+    Case(
+        "operator-type",
+        graph_of([node("MatMul", "x x", "y")], {"x": (TensorProto.INT32, (4, 4))}),
+        graph_of([node("MatMul", "x x", "y")], {"x": (F32, (4, 4))}),
+        ALL,
+    ),
+    Case(
+        "operator-limit",
+        graph_of([helper.make_node("MaxPool", ["x"], ["y", "i"], kernel_shape=[2, 2])], {"x": (F32, (1, 4, 8, 8))}),
+        one("MaxPool", kernel_shape=[2, 2]),
+        ALL,
+    ),
     Case("operator-limit", one("RoiAlign"), one("Relu"), ALL),
-    Case("operator-input",
-         graph_of([node("ReduceSum", "x a", "y")], {"x": (F32, (4, 4)), "a": (TensorProto.INT64, (1,))}),
-         graph_of([node("ReduceSum", "x a", "y")], {"x": (F32, (4, 4))}, {"a": np.int64([0])}), ALL),
+    Case(
+        "operator-input",
+        graph_of([node("ReduceSum", "x a", "y")], {"x": (F32, (4, 4)), "a": (TensorProto.INT64, (1,))}),
+        graph_of([node("ReduceSum", "x a", "y")], {"x": (F32, (4, 4))}, {"a": np.int64([0])}),
+        ALL,
+    ),
     Case("inference", not_imported(), one("Relu"), ALL),
 ]
 
@@ -187,22 +252,27 @@ def test_a_planted_fault_is_found_and_its_repaired_twin_is_not(case):
 
 
 def test_every_rule_has_a_planted_fault():
-    elsewhere = {"external-data", "open-channels"}      # below: they need a file, and an unusual graph
+    elsewhere = {"external-data", "open-channels"}  # below: they need a file, and an unusual graph
     assert {case.rule for case in CASES} | elsewhere == {rule.id for rule in RULES}
 
 
-@pytest.mark.parametrize("good", [quantised_conv(), HALF, quantised_product(32, 48), layer_norm(True), top_k(300),
-                                  concat(0.1, 0.1)], ids=["int8", "int8-fp16", "matmul", "norm", "topk", "concat"])
+@pytest.mark.parametrize(
+    "good",
+    [quantised_conv(), HALF, quantised_product(32, 48), layer_norm(True), top_k(300), concat(0.1, 0.1)],
+    ids=["int8", "int8-fp16", "matmul", "norm", "topk", "concat"],
+)
 def test_a_good_graph_is_silent(good):
     assert lint(good) == ()
-    onnx.checker.check_model(good, full_check=True)     # the independent word on it
+    onnx.checker.check_model(good, full_check=True)  # the independent word on it
 
 
 def test_int8_channels_that_are_open_are_an_error():
     nodes = quantised_conv().graph
-    model = graph_of([node("Reshape", "v t", "x"), *nodes.node],
-                     {"v": (F32, (2048,)), "t": (TensorProto.INT64, (4,))},
-                     {item.name: numpy_helper.to_array(item) for item in nodes.initializer})
+    model = graph_of(
+        [node("Reshape", "v t", "x"), *nodes.node],
+        {"v": (F32, (2048,)), "t": (TensorProto.INT64, (4,))},
+        {item.name: numpy_helper.to_array(item) for item in nodes.initializer},
+    )
     assert "open-channels" in {finding.rule for finding in lint(model)}
     assert "open-channels" not in {finding.rule for finding in lint(quantised_conv())}
 
@@ -217,17 +287,29 @@ def test_a_finding_names_node_reason_fix_and_source():
 def test_the_command_offers_the_targets_that_lint_knows():
     assert lint_command.TARGETS == tuple(TARGETS)
     assert {name: TARGETS[name].tensorrt for name in TARGETS} == {
-        "jetpack-6": (10, 3), "jetpack-7.0": (10, 13), "jetpack-7.1": (10, 13), "jetpack-7.2": (10, 16),
-        "trt-11": (11, 0)}
+        "jetpack-6": (10, 3),
+        "jetpack-7.0": (10, 13),
+        "jetpack-7.1": (10, 13),
+        "jetpack-7.2": (10, 16),
+        "trt-11": (11, 0),
+    }
 
 
 def test_the_table_follows_the_releases_and_names_its_source():
     """Swish came with 11.0, Attention with 10.14; RMSNormalization with 10.15; Det has not come."""
-    reads = {name: [kind for kind in ("Relu", "Attention", "RMSNormalization", "Swish", "Det")
-                    if kind in target.table.operators] for name, target in TARGETS.items()}
-    assert reads == {"jetpack-6": ["Relu"], "jetpack-7.0": ["Relu"], "jetpack-7.1": ["Relu"],
-                     "jetpack-7.2": ["Relu", "Attention", "RMSNormalization"],
-                     "trt-11": ["Relu", "Attention", "RMSNormalization", "Swish"]}
+    reads = {
+        name: [
+            kind for kind in ("Relu", "Attention", "RMSNormalization", "Swish", "Det") if kind in target.table.operators
+        ]
+        for name, target in TARGETS.items()
+    }
+    assert reads == {
+        "jetpack-6": ["Relu"],
+        "jetpack-7.0": ["Relu"],
+        "jetpack-7.1": ["Relu"],
+        "jetpack-7.2": ["Relu", "Attention", "RMSNormalization"],
+        "trt-11": ["Relu", "Attention", "RMSNormalization", "Swish"],
+    }
     assert [target.table.opsets for target in TARGETS.values()] == [(9, 20), (9, 22), (9, 22), (9, 24), (9, 24)]
     assert all(operator.source for target in TARGETS.values() for operator in target.table.operators.values())
     found = next(finding for finding in lint(one("MaxPool", kernel_shape=[2, 2], dilations=[2, 2])))
@@ -300,8 +382,11 @@ def test_a_real_parser_is_asked_on_demand(tmp_path, capsys):
 def test_of_a_bundle_the_graphs_for_tensorrt_are_linted(tmp_path, capsys):
     manifest = Manifest("detr", (ClassInfo(0, 1, "a"),), InputContract(8, 8), OutputContract())
     bundle = Bundle.create(tmp_path / "b", manifest)
-    for name, model in (("model.onnx", one("Relu")), ("model.int8.onnx", quantised_conv()),
-                        ("model.int8-cpu.onnx", quantised_conv(zero=np.uint8(128)))):
+    for name, model in (
+        ("model.onnx", one("Relu")),
+        ("model.int8.onnx", quantised_conv()),
+        ("model.int8-cpu.onnx", quantised_conv(zero=np.uint8(128))),
+    ):
         with bundle.add(name, stage="export") as path:
             path.write_bytes(model.SerializeToString())
     assert cli.run(["lint", str(bundle.path), "--json"]) == 0

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("onnx", minversion="1.21")      # the graphs are written in the newest operators
+pytest.importorskip("onnx", minversion="1.21")  # the graphs are written in the newest operators
 
 import rtx_cases_quantized  # noqa: F401  (adds its own to the cases)
 from rtx_cases import CASES
@@ -26,10 +26,14 @@ from edgedetr.lint.rtx import check_all
 RECORD = Path(__file__).with_name("rtx_answers.json")
 HAS_RTX = any(map(importlib.util.find_spec, ("tensorrt_rtx", "tensorrt_rtx_bindings")))
 
-MYELIN = ("the CPU build of RTX 1.7.1 has no float32 form of it (Myelin: is_decomposable); float16 builds, and so does "
-          "float32 with the heads folded in. NVIDIA documents float32 for TensorRT")
-UNSIGNED = ("RTX builds uint8 with zero point 0 as int8, so that values above 127 steps are cut off: no refusal, "
-            "but another answer than ONNX's")
+MYELIN = (
+    "the CPU build of RTX 1.7.1 has no float32 form of it (Myelin: is_decomposable); float16 builds, and so does "
+    "float32 with the heads folded in. NVIDIA documents float32 for TensorRT"
+)
+UNSIGNED = (
+    "RTX builds uint8 with zero point 0 as int8, so that values above 127 steps are cut off: no refusal, "
+    "but another answer than ONNX's"
+)
 NO_ONNX = "its sizes contradict ONNX's definition of the operator, and onnx's own inference refuses it; RTX goes on"
 # Graph -> why lint and RTX differ about it.
 EXCEPTIONS = {
@@ -73,7 +77,7 @@ def test_the_record_has_every_graph_and_enough_good_and_bad_ones():
 def test_lint_agrees_with_rtx_on_every_graph_but_those_listed():
     found = differing("rtx-1.7")
     assert {name: said for name, said in found.items() if name not in EXCEPTIONS} == {}
-    assert found.keys() == EXCEPTIONS.keys()        # a reason that is no longer needed goes
+    assert found.keys() == EXCEPTIONS.keys()  # a reason that is no longer needed goes
 
 
 def test_lint_for_tensorrt_11_differs_only_where_rtx_is_documented_to():

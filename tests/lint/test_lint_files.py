@@ -34,21 +34,24 @@ def test_weights_in_a_file_beside_it_are_read(tmp_path):
     assert lint_file(with_external_data(tmp_path / "b", length=None)).findings == ()
 
 
-@pytest.mark.parametrize("location, entries, message", [
-    ("../weights.bin", {}, "outside the folder"),
-    ("/etc/hostname", {}, "outside the folder"),
-    ("sub/../../weights.bin", {}, "outside the folder"),
-    ("none.bin", {}, "not there"),
-    ("", {}, "without saying where"),
-    ("link.bin", {}, "symbolic link"),
-    ("folder/weights.bin", {}, "symbolic link"),
-    ("twin.bin", {}, "hard link"),
-    ("pipe", {}, "no plain file"),
-    ("large.bin", {}, "at most"),
-    ("weights.bin", {"offset": "4000"}, "which has 4096"),
-    ("weights.bin", {"offset": "-8"}, "which has 4096"),
-    ("weights.bin", {"length": "99999999999"}, "which has 4096"),
-])
+@pytest.mark.parametrize(
+    "location, entries, message",
+    [
+        ("../weights.bin", {}, "outside the folder"),
+        ("/etc/hostname", {}, "outside the folder"),
+        ("sub/../../weights.bin", {}, "outside the folder"),
+        ("none.bin", {}, "not there"),
+        ("", {}, "without saying where"),
+        ("link.bin", {}, "symbolic link"),
+        ("folder/weights.bin", {}, "symbolic link"),
+        ("twin.bin", {}, "hard link"),
+        ("pipe", {}, "no plain file"),
+        ("large.bin", {}, "at most"),
+        ("weights.bin", {"offset": "4000"}, "which has 4096"),
+        ("weights.bin", {"offset": "-8"}, "which has 4096"),
+        ("weights.bin", {"length": "99999999999"}, "which has 4096"),
+    ],
+)
 def test_weights_elsewhere_are_refused_unread(tmp_path, location, entries, message):
     import os
 
@@ -82,8 +85,14 @@ def test_a_tensor_that_is_named_often_does_not_fill_the_memory(tmp_path):
     assert "GB of weights" in lint_file(tmp_path / "m.onnx").findings[0].reason
 
 
-@pytest.mark.parametrize("content, message", [(b"", "no graph in it"), (b"not onnx at all", "readable|no graph"),
-                                              (one("Relu").SerializeToString()[:-9], "readable|no graph")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "no graph in it"),
+        (b"not onnx at all", "readable|no graph"),
+        (one("Relu").SerializeToString()[:-9], "readable|no graph"),
+    ],
+)
 def test_what_is_no_onnx_file_is_said(tmp_path, content, message):
     (tmp_path / "m.onnx").write_bytes(content)
     with pytest.raises(ExportError, match=message):

@@ -36,7 +36,7 @@ members = pytest.importorskip("members")
 RTX = any(map(find_spec, ("tensorrt_rtx", "tensorrt_rtx_bindings")))
 CASES = [*((name, "gather") for name in FAMILY), ("rt_detr", "grid_sample")]
 PRECISIONS = ("fp32", "fp16", "int8")
-OLD = ("tensorrt-rtx-cu13-bindings==1.4.0.76", "tensorrt-rtx-cu13-libs==1.4.0.76")     # of the age of TensorRT 10.16
+OLD = ("tensorrt-rtx-cu13-bindings==1.4.0.76", "tensorrt-rtx-cu13-libs==1.4.0.76")  # of the age of TensorRT 10.16
 
 
 class Written(NamedTuple):
@@ -99,8 +99,9 @@ def test_lint_is_silent_on_what_we_write(name, sampling, written):
     """But for GridSample, where somebody has asked for it."""
     for precision, path in written(name, sampling).paths.items():
         model = onnx.load(path)
-        said = [str(finding) for finding in lint(model)
-                if (sampling, finding.rule) != ("grid_sample", "grid-sample-wrong")]
+        said = [
+            str(finding) for finding in lint(model) if (sampling, finding.rule) != ("grid_sample", "grid-sample-wrong")
+        ]
         assert said == [], precision
         half = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)
         pairs = sum(node.op_type == "QuantizeLinear" for node in model.graph.node)

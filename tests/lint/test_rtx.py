@@ -15,15 +15,20 @@ from edgedetr.errors import BundleError
 from edgedetr.lint import rtx
 from edgedetr.lint.rtx import check, check_all
 
-needs_rtx = pytest.mark.skipif(not any(map(find_spec, ("tensorrt_rtx", "tensorrt_rtx_bindings"))),
-                               reason="needs NVIDIA's parser on a CPU: make test installs it on x86-64")
+needs_rtx = pytest.mark.skipif(
+    not any(map(find_spec, ("tensorrt_rtx", "tensorrt_rtx_bindings"))),
+    reason="needs NVIDIA's parser on a CPU: make test installs it on x86-64",
+)
 
 
 def model(nodes: list[onnx.NodeProto], half: bool = False, **constants: np.ndarray) -> ModelProto:
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 4, 8, 8])],
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 4, 8, 8])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT16 if half else TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()])
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
 
 
@@ -33,13 +38,16 @@ def saved(tmp_path) -> Callable[[ModelProto], Path]:
         path = tmp_path / "case.onnx"
         path.write_bytes(made.SerializeToString())
         return path
+
     return save
 
 
 @needs_rtx
 def test_unequal_types_at_an_addition_are_named_with_the_node(saved):
-    nodes = [helper.make_node("Cast", ["images"], ["half"], "to_half", to=TensorProto.FLOAT16),
-             helper.make_node("Add", ["half", "images"], ["logits"], "the_sum")]
+    nodes = [
+        helper.make_node("Cast", ["images"], ["half"], "to_half", to=TensorProto.FLOAT16),
+        helper.make_node("Add", ["half", "images"], ["logits"], "the_sum"),
+    ]
     result = check(saved(model(nodes)))
     assert not result.ok and not result.parsed and result.built is None
     assert any("the_sum" in error and "Half" in error and "Float" in error for error in result.errors), result.errors
@@ -49,8 +57,10 @@ def test_unequal_types_at_an_addition_are_named_with_the_node(saved):
 
 @needs_rtx
 def test_what_parses_and_does_not_build_says_why(saved):
-    nodes = [helper.make_node("Reshape", ["images", "flat"], ["row"], "flatten"),
-             helper.make_node("TopK", ["row", "many"], ["logits", "places"], "best")]
+    nodes = [
+        helper.make_node("Reshape", ["images", "flat"], ["row"], "flatten"),
+        helper.make_node("TopK", ["row", "many"], ["logits", "places"], "best"),
+    ]
     wide = model(nodes, flat=np.array([1, -1]), many=np.array([3841]))
     wide.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 512
     wide.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 8
@@ -78,13 +88,15 @@ def test_what_is_no_onnx_is_one_error_and_a_crash_does_not_hide_the_other_files(
     result = check(bad)
     assert not result.parsed and result.errors
     crash = tmp_path / "crash.py"
-    crash.write_text("import json, os, sys, runpy\n"
-                     f"module = runpy.run_path({str(rtx.PROCESS)!r})\n"
-                     "order = json.loads(sys.argv[1])\n"
-                     "trt = module['bindings']()\n"
-                     "for path in order['files']:\n"
-                     "    if 'bad' in path: os.abort()\n"
-                     "    print(json.dumps(module['examine'](trt, path, False)), flush=True)\n")
+    crash.write_text(
+        "import json, os, sys, runpy\n"
+        f"module = runpy.run_path({str(rtx.PROCESS)!r})\n"
+        "order = json.loads(sys.argv[1])\n"
+        "trt = module['bindings']()\n"
+        "for path in order['files']:\n"
+        "    if 'bad' in path: os.abort()\n"
+        "    print(json.dumps(module['examine'](trt, path, False)), flush=True)\n"
+    )
     monkeypatch.setattr(rtx, "PROCESS", crash)
     bad.write_bytes(Path(good).read_bytes())
     first, second, third = check_all([good, bad, good])

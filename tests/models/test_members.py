@@ -19,7 +19,7 @@ from edgedetr.models.encoders.hybrid import HybridEncoder
 from edgedetr.models.members.detr import DetrConfig
 from edgedetr.models.members.rt_detr import RtDetrConfig
 
-STAR = {"sigmoid": CLASSES, "softmax": CLASSES + 1}     # K* by activation
+STAR = {"sigmoid": CLASSES, "softmax": CLASSES + 1}  # K* by activation
 
 member = pytest.mark.parametrize("name", FAMILY)
 
@@ -41,7 +41,7 @@ def test_shapes_and_ranges(name: str) -> None:
     if name not in BEYOND:
         assert out.boxes.min() >= 0
         assert out.boxes.max() <= 1
-    if out.encoder is not None:     # proposals: the chosen ones, or every token
+    if out.encoder is not None:  # proposals: the chosen ones, or every token
         proposals = out.encoder[0].shape[1]
         assert out.encoder[0].shape[0] == 2
         assert proposals >= queries
@@ -55,10 +55,10 @@ def test_what_is_detected_depends_on_the_image(name: str) -> None:
     detector = small(name)
     memory = detector.encode(detector.normalise(pictures()))
     out = detector.decode(detector.select(memory), memory)
-    for level in memory.maps():         # a typical cell differs by a good share of what cells are
+    for level in memory.maps():  # a typical cell differs by a good share of what cells are
         assert torch.isfinite(level).all()
         assert level.abs().max() < 100
-        assert (level[0] - level[1]).abs().mean() > 0.2 * level.std()       # measured 0.4 to 1.1
+        assert (level[0] - level[1]).abs().mean() > 0.2 * level.std()  # measured 0.4 to 1.1
     for logits, boxes in zip(out.logits, out.boxes):
         assert (logits[0] - logits[1]).abs().mean() > 0.1 * logits.std()
         assert (boxes[0] - boxes[1]).abs().mean() > 1e-3
@@ -170,14 +170,14 @@ def test_dc5_keeps_the_last_stage_at_stride_16() -> None:
     assert memory.shapes == [(4, 6)]
     assert memory.strides == [16]
     dilations = [block.body[1].conv.dilation[0] for block in detector.backbone.stages[3]]
-    assert dilations == [1, 2, 2]       # torchvision's: the first block still sees the undilated grid
+    assert dilations == [1, 2, 2]  # torchvision's: the first block still sees the undilated grid
 
 
 @torch.no_grad()
 def test_masked_tokens_do_not_change_detections() -> None:
     """detr alone takes pictures of several sizes in a batch; padding is what the mask says it is."""
     detector, padding = small("detr"), torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
-    padding[0, 64:], padding[0, :, 96:] = True, True        # whole cells of stride 32
+    padding[0, 64:], padding[0, :, 96:] = True, True  # whole cells of stride 32
     maps = [torch.randn(2, 128, HEIGHT // 32, WIDTH // 32)]
     other = [torch.where(padding[:, None, ::32, ::32], torch.randn_like(maps[0]) * 5, maps[0])]
     one, two = (detector.encoder(m, padding) for m in (maps, other))
@@ -205,10 +205,14 @@ def test_queries_that_a_mask_hides_do_not_change_the_others() -> None:
     torch.testing.assert_close(noised.boxes[:, :, noise:], plain.boxes, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name, config, classes, million", [
-    ("detr", DetrConfig(), 91, 41.3),                       # the paper's table 1, without and with "no object": 41 M
-    ("rt_detr", RtDetrConfig(), 80, 20.2),                  # RT-DETR-R18
-], ids=["detr-r50", "rt_detr-r18"])
+@pytest.mark.parametrize(
+    "name, config, classes, million",
+    [
+        ("detr", DetrConfig(), 91, 41.3),  # the paper's table 1, without and with "no object": 41 M
+        ("rt_detr", RtDetrConfig(), 80, 20.2),  # RT-DETR-R18
+    ],
+    ids=["detr-r50", "rt_detr-r18"],
+)
 def test_parameter_counts_are_the_published_ones(name: str, config: object, classes: int, million: float) -> None:
     with torch.device("meta"):
         detector = build(name, config, classes)
@@ -222,19 +226,24 @@ def test_discrete_sampling_stays_discrete_when_deployed() -> None:
     assert {m.method for m in graph.modules() if isinstance(m, DeformableAttention)} == {"discrete"}
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: build("rtdetr", RtDetrConfig(), 3), r"model.name is 'rtdetr'; expected .*; did you mean 'rt_detr'\?"),
-    (lambda: build("rt_detr", DetrConfig(), 3), "rt_detr takes a RtDetrConfig; got DetrConfig"),
-    (lambda: build("rt_detr", RtDetrConfig(), 0), "0 classes; expected at least one"),
-    (lambda: build("rt_detr", RtDetrConfig(backbone="resnet18v"), 3), "did you mean 'resnet18vd'"),
-    (lambda: build("detr", DetrConfig(backbone="resnet18", dilate_last=True), 3), "use resnet50 or resnet101"),
-    (lambda: RtDetrConfig(hidden=100), "model.hidden is 100; expected a multiple of 4 and of 8 heads"),
-    (lambda: RtDetrConfig(points=(4, 4)), "expected one for each of C3, C4, C5"),
-    (lambda: RtDetrConfig(version=1, points=(4, 2, 1)), "use version 2"),
-    (lambda: DeployGraph(small("rt_detr"), 100, 128), "input is 100 x 128 pixels; expected multiples of 32"),
-    (lambda: DeployGraph(build("rt_detr", replace(SMALL["rt_detr"], queries=22), 3), 32, 32),
-     "22 queries asked for, but the picture has 21 cells; .*--set model.queries=21"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: build("rtdetr", RtDetrConfig(), 3), r"model.name is 'rtdetr'; expected .*; did you mean 'rt_detr'\?"),
+        (lambda: build("rt_detr", DetrConfig(), 3), "rt_detr takes a RtDetrConfig; got DetrConfig"),
+        (lambda: build("rt_detr", RtDetrConfig(), 0), "0 classes; expected at least one"),
+        (lambda: build("rt_detr", RtDetrConfig(backbone="resnet18v"), 3), "did you mean 'resnet18vd'"),
+        (lambda: build("detr", DetrConfig(backbone="resnet18", dilate_last=True), 3), "use resnet50 or resnet101"),
+        (lambda: RtDetrConfig(hidden=100), "model.hidden is 100; expected a multiple of 4 and of 8 heads"),
+        (lambda: RtDetrConfig(points=(4, 4)), "expected one for each of C3, C4, C5"),
+        (lambda: RtDetrConfig(version=1, points=(4, 2, 1)), "use version 2"),
+        (lambda: DeployGraph(small("rt_detr"), 100, 128), "input is 100 x 128 pixels; expected multiples of 32"),
+        (
+            lambda: DeployGraph(build("rt_detr", replace(SMALL["rt_detr"], queries=22), 3), 32, 32),
+            "22 queries asked for, but the picture has 21 cells; .*--set model.queries=21",
+        ),
+    ],
+)
 def test_what_cannot_be_built_says_why(make: object, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        make()      # type: ignore[operator]
+        make()  # type: ignore[operator]

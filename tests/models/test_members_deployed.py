@@ -36,8 +36,8 @@ from edgedetr.runtime.preprocess import Geometry
 
 member = pytest.mark.parametrize("name", FAMILY)
 CONTRACT = InputContract(HEIGHT, WIDTH)
-PIXELS = 640                    # the size that the tolerance of boxes is stated for
-BOX, SCORE = 0.1, 1e-3          # pixels at PIXELS; measured 1e-3 and 1e-5
+PIXELS = 640  # the size that the tolerance of boxes is stated for
+BOX, SCORE = 0.1, 1e-3  # pixels at PIXELS; measured 1e-3 and 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_identical_pictures_of_a_batch_get_identical_detections(name: str) -> No
     raw = OrtRunner(exported(name, None)).run(images.numpy())
     first = detections(name, RawOutputs(raw.logits[:1], raw.boxes[:1]))[0]
     for row in range(1, 4):
-        again = detections(name, RawOutputs(raw.logits[row:row + 1], raw.boxes[row:row + 1]))[0]
+        again = detections(name, RawOutputs(raw.logits[row : row + 1], raw.boxes[row : row + 1]))[0]
         found = match({0: first}, {0: again}, confidence=0.05, iou=0.9)
         assert found.matched == 1 and found.spurious == 0
         assert found.box_p99 <= 1e-5 * WIDTH
@@ -96,8 +96,17 @@ def test_the_graph_is_plain_opset_19(name: str) -> None:
         assert [(item.domain, item.version) for item in model.opset_import] == [("", 19)]
         kinds = {node.op_type for node in model.graph.node}
         # What TensorRT cannot parse, or what makes shapes depend on the data.
-        assert not kinds & {"BatchNormalization", "CumSum", "If", "Loop", "NonZero", "ScatterND", "DeformConv",
-                            "Einsum", "NonMaxSuppression"}, kinds
+        assert not kinds & {
+            "BatchNormalization",
+            "CumSum",
+            "If",
+            "Loop",
+            "NonZero",
+            "ScatterND",
+            "DeformConv",
+            "Einsum",
+            "NonMaxSuppression",
+        }, kinds
         # Waves of places that are known beforehand are constants.
         assert name in MOVING or not kinds & {"Sin", "Cos"}, kinds
 
@@ -136,15 +145,15 @@ def test_the_quantised_graph_runs(name: str, runner: type, folder: Path, tmp_pat
     plain = run_all(OrtRunner(path, optimise=False), images)
     assert raw.logits.shape == float_.logits.shape and raw.boxes.shape == float_.boxes.shape
     assert np.isfinite(raw.logits).all() and np.isfinite(raw.boxes).all()
-    if name in SELECTING:       # rounding ties exchange a few of the queries, so detections are compared as sets
+    if name in SELECTING:  # rounding ties exchange a few of the queries, so detections are compared as sets
         found, meant = matched(name, plain, raw), matched(name, float_, plain)
         other = max(matched(name, plain, shifted(raw)), matched(name, float_, shifted(plain)))
-        assert found > 0.6          # measured 0.83 to 1.0
+        assert found > 0.6  # measured 0.83 to 1.0
         assert meant > other + 0.1  # 0.3 (rt_detr, whose 40 random layers amplify what 8 bits lose) to 0.98
-        assert other < 0.15         # what two images have in common by chance; measured 0 to 0.06
-    else:                           # query by query, beside what distinguishes two images
-        assert distance(plain, raw) < 0.3 * distance(float_, shifted(float_))      # measured 0 to 0.11
-        assert alike(float_, plain) > 0.8       # measured 0.94 to 0.997, with weights of 7 or of 8 bits
+        assert other < 0.15  # what two images have in common by chance; measured 0 to 0.06
+    else:  # query by query, beside what distinguishes two images
+        assert distance(plain, raw) < 0.3 * distance(float_, shifted(float_))  # measured 0 to 0.11
+        assert alike(float_, plain) > 0.8  # measured 0.94 to 0.997, with weights of 7 or of 8 bits
 
 
 GOLDEN = Path(__file__).parents[1] / "quantization" / "golden_layers.json"

@@ -41,7 +41,7 @@ def test_box_gradients_of_unmatched_queries_are_exactly_zero(name: str) -> None:
     outputs.boxes.retain_grad()
     outputs.logits.retain_grad()
     Criterion(TrainConfig(), SMALL[name].class_loss)(outputs, targets).total.backward()
-    pulled = (outputs.boxes.grad != 0).any(-1).sum(-1)                     # [L, B] queries with a box gradient
+    pulled = (outputs.boxes.grad != 0).any(-1).sum(-1)  # [L, B] queries with a box gradient
     assert pulled.tolist() == [[2, 5]] * len(outputs.boxes)
     assert (outputs.logits.grad != 0).any(-1).all(), "every query learns whether it is an object"
 

@@ -18,30 +18,70 @@ from edgedetr.recipe import Recipe
 from edgedetr.training.train import train
 
 PICTURES = 8
-SIDE = 256              # pixels: platelets are 15 to 20 of them wide
-MINUTES = 15            # of CPU time
+SIDE = 256  # pixels: platelets are 15 to 20 of them wide
+MINUTES = 15  # of CPU time
 
 # Half-width ResNet-18 and 96 channels, where a member has no others of its own.
-COMMON = {"backbone": "resnet18", "backbone_width": 0.5, "backbone_weights": "random", "backbone_norm": "trainable",
-          "frozen_stages": 0, "hidden": 96, "heads": 4, "queries": 60}
+COMMON = {
+    "backbone": "resnet18",
+    "backbone_width": 0.5,
+    "backbone_weights": "random",
+    "backbone_norm": "trainable",
+    "frozen_stages": 0,
+    "hidden": 96,
+    "heads": 4,
+    "queries": 60,
+}
 # Anchor DETR gets a quarter-width ResNet-50 whose last map has stride 16: at 32 there are but 8 columns and 8 rows.
-FINE = {"backbone": "resnet50", "backbone_width": 0.25, "dilate_last": True, "ffn": 256, "encoder_layers": 2,
-        "decoder_layers": 3, "dropout": 0.0}
+FINE = {
+    "backbone": "resnet50",
+    "backbone_width": 0.25,
+    "dilate_last": True,
+    "ffn": 256,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "dropout": 0.0,
+}
 # Dense attention finds its objects in any map, after many steps: a small map, and steps that take a fifth of a second.
 DENSE = {"backbone_width": 0.25, "ffn": 256, "encoder_layers": 2, "decoder_layers": 3, "dropout": 0.0}
 OWN: dict[str, dict[str, object]] = {
-    "detr": DENSE, "conditional_detr": DENSE, "dn_detr": DENSE, "anchor_detr": {**FINE, "patterns": 1},
-    "deformable_detr": {"ffn": 256, "encoder_layers": 2, "decoder_layers": 3, "dropout": 0.0, "refine": True,
-                        "two_stage": True},
+    "detr": DENSE,
+    "conditional_detr": DENSE,
+    "dn_detr": DENSE,
+    "anchor_detr": {**FINE, "patterns": 1},
+    "deformable_detr": {
+        "ffn": 256,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "dropout": 0.0,
+        "refine": True,
+        "two_stage": True,
+    },
     "efficient_detr": {"ffn": 256, "encoder_layers": 2, "decoder_layers": 1, "dropout": 0.0, "first_queries": 60},
-    "dynamic_detr": {"backbone_width": 0.25, "hidden": 64, "ffn": 256, "encoder_layers": 1, "decoder_layers": 3,
-                     "dynamic_hidden": 24, "roi_samples": 1},
+    "dynamic_detr": {
+        "backbone_width": 0.25,
+        "hidden": 64,
+        "ffn": 256,
+        "encoder_layers": 1,
+        "decoder_layers": 3,
+        "dynamic_hidden": 24,
+        "roi_samples": 1,
+    },
     "sparse_rcnn": {"ffn": 256, "decoder_layers": 3, "dynamic_hidden": 24},
     "rt_detr": {"backbone": "resnet18vd", "encoder_ffn": 256, "decoder_ffn": 256, "fusion_blocks": 1},
 }
-SIDES = {"detr": 192, "conditional_detr": 192, "dn_detr": 192}      # pixels, where not SIDE
-STEPS = {"detr": 1200, "conditional_detr": 1000, "dn_detr": 1000, "anchor_detr": 900, "deformable_detr": 250,
-         "efficient_detr": 250, "dynamic_detr": 300, "sparse_rcnn": 300, "rt_detr": 220}
+SIDES = {"detr": 192, "conditional_detr": 192, "dn_detr": 192}  # pixels, where not SIDE
+STEPS = {
+    "detr": 1200,
+    "conditional_detr": 1000,
+    "dn_detr": 1000,
+    "anchor_detr": 900,
+    "deformable_detr": 250,
+    "efficient_detr": 250,
+    "dynamic_detr": 300,
+    "sparse_rcnn": 300,
+    "rt_detr": 220,
+}
 
 
 def eight(source: Path, root: Path) -> Path:
@@ -56,9 +96,15 @@ def eight(source: Path, root: Path) -> Path:
         for image in chosen:
             name = Path(image["file_name"]).name
             os.symlink((source / "images" / "train" / name).resolve(), root / "images" / split / name)
-        (root / "annotations" / f"{split}.json").write_text(json.dumps({
-            "images": [{**image, "file_name": Path(image["file_name"]).name} for image in chosen],
-            "annotations": [a for image in chosen for a in of[image["id"]]], "categories": whole["categories"]}))
+        (root / "annotations" / f"{split}.json").write_text(
+            json.dumps(
+                {
+                    "images": [{**image, "file_name": Path(image["file_name"]).name} for image in chosen],
+                    "annotations": [a for image in chosen for a in of[image["id"]]],
+                    "categories": whole["categories"],
+                }
+            )
+        )
     return root
 
 
@@ -66,26 +112,44 @@ def recipe(name: str) -> Recipe:
     fields = FAMILY[name].config.__dataclass_fields__
     model = {key: value for key, value in {**COMMON, **OWN[name]}.items() if key in fields}
     side = SIDES.get(name, SIDE)
-    return Recipe.from_dict({
-        "model": {"name": name, **model}, "input": {"height": side, "width": side},
-        "train": {"epochs": STEPS[name], "batch": PICTURES, "lr": 1e-3, "backbone_lr_factor": 1.0, "weight_decay": 0.0,
-                  "clip": 1.0, "warmup_steps": 50, "schedule": "cosine", "ema_decay": 0.98, "ema_warmup": 50,
-                  "eval_every": STEPS[name], "denoising": 60, "checkpoint_every": 10**6},
-        "augment": {"flip_horizontal": 0.0, "crop": 0.0, "zoom_out": 0.0, "scale_jitter": 0.0, "colour": 0.0},
-    }, where=name)
+    return Recipe.from_dict(
+        {
+            "model": {"name": name, **model},
+            "input": {"height": side, "width": side},
+            "train": {
+                "epochs": STEPS[name],
+                "batch": PICTURES,
+                "lr": 1e-3,
+                "backbone_lr_factor": 1.0,
+                "weight_decay": 0.0,
+                "clip": 1.0,
+                "warmup_steps": 50,
+                "schedule": "cosine",
+                "ema_decay": 0.98,
+                "ema_warmup": 50,
+                "eval_every": STEPS[name],
+                "denoising": 60,
+                "checkpoint_every": 10**6,
+            },
+            "augment": {"flip_horizontal": 0.0, "crop": 0.0, "zoom_out": 0.0, "scale_jitter": 0.0, "colour": 0.0},
+        },
+        where=name,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILY)
 def test_eight_pictures_are_learned_by_heart(name: str, shared_data: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(1)        # a second one that waits in a loop would count as CPU time
+    torch.set_num_threads(1)  # a second one that waits in a loop would count as CPU time
     begun = time.process_time()
     bundle = train(recipe(name), eight(shared_data / "bccd", tmp_path / "data"), tmp_path / "heart.bundle")
     minutes = (time.process_time() - begun) / 60
     record = [json.loads(line) for line in (bundle.path / "train" / "metrics.jsonl").read_text().splitlines()]
     found = next(line for line in record if line["kind"] == "eval")
-    print(f"\n{name}: AP {found['ap']:.1f}, AP50 {found['ap50']:.1f} after {STEPS[name]} steps, "
-          f"{minutes:.1f} minutes of CPU time")
+    print(
+        f"\n{name}: AP {found['ap']:.1f}, AP50 {found['ap50']:.1f} after {STEPS[name]} steps, "
+        f"{minutes:.1f} minutes of CPU time"
+    )
     assert found["ap50"] >= 90
     assert found["ap"] >= 60
     assert minutes <= MINUTES

@@ -53,47 +53,102 @@ def zero(shape):
     return torch.zeros(2)
 
 
-ATTENTION = [(r"attention\.[qkv]\.weight", torch_mha), (r"attention\.[qkv]\.bias", zero),
-             (r"attention\.out\.bias", zero)]
+ATTENTION = [
+    (r"attention\.[qkv]\.weight", torch_mha),
+    (r"attention\.[qkv]\.bias", zero),
+    (r"attention\.out\.bias", zero),
+]
 DETR = [*ATTENTION, (r"attention\.out\.weight", xavier), (r"feedforward\.\w+\.weight", xavier)]
 SAMPLED = [(r"cross_attention\.(value|out)\.weight", xavier), (r"attention\.(offsets|weights)\.weight", zero)]
 HEADS = [(r"boxes\.score.*weight", linear), (r"boxes\.box.*layers\.[01]\.weight", linear)]
-CONDITIONAL = [(r"decoder.*attention\.(q|k|v|q_position|k_position|q_spatial)\.weight", xavier),
-               (r"decoder.*attention\.(q|k|v|q_position|k_position|q_spatial)\.bias", linear_bias),
-               (r"decoder\.spatial\.\w+\.layers\.\d\.weight", xavier), (r"box\.layers\.2\.weight", zero)]
+CONDITIONAL = [
+    (r"decoder.*attention\.(q|k|v|q_position|k_position|q_spatial)\.weight", xavier),
+    (r"decoder.*attention\.(q|k|v|q_position|k_position|q_spatial)\.bias", linear_bias),
+    (r"decoder\.spatial\.\w+\.layers\.\d\.weight", xavier),
+    (r"box\.layers\.2\.weight", zero),
+]
 PROJECT = [(r"encoder\.project\.weight", linear), (r"encoder\.project\.bias", project_bias)]
 # In the order in which they are tried; sources as in edgedetr/models/original_init.py.
 RULES = {
     "detr": [*PROJECT, *DETR, (r"selector\.position", normal), *HEADS, (r"box\.layers\.2\.weight", linear)],
-    "conditional_detr": [*PROJECT, *CONDITIONAL, *DETR, *HEADS, (r"selector\.position", normal),
-                         (r"selector\.point\.head\.layers", xavier)],
-    "dn_detr": [*PROJECT, *CONDITIONAL, *DETR, *HEADS, (r"selector\.(box|denoising_class_embed)", normal),
-                (r"encoder\.position_scale", xavier), (r"decoder\.query_position", xavier)],
-    "anchor_detr": [(r"encoder\.project\.\w+\.weight", xavier), (r"\.(q_x|q_y|k_x|k_y)\.weight", rcda),
-                    (r"(encoder\.layers.*|cross_)attention\.v\.weight", rcda), *ATTENTION,
-                    (r"attention\.out\.weight", linear), (r"feedforward\.\w+\.weight", linear), *HEADS,
-                    (r"box\.layers\.2\.weight", zero), (r"adapt\.layers\.\d\.weight", linear),
-                    (r"selector\.pattern", normal), (r"selector\.points\.points", lambda shape: torch.rand(10_000))],
-    "deformable_detr": [(r"encoder\.project.*weight", xavier), (r"place\.level", normal), *SAMPLED, *DETR,
-                        (r"encoder.*attention\.value\.weight", xavier),
-                        (r"selector\.(project|place)\.weight", xavier), (r"selector\.score\.weight", linear),
-                        (r"box.*layers\.2\.weight", zero), *HEADS, (r"selector\.box.*weight", linear)],
-    "sparse_rcnn": [(r"encoder\.pyramid\.\w+.*weight", fpn), (r"selector\.content", normal), *DETR,
-                    (r"interaction\.\w+\.weight", xavier), (r"tower.*weight", xavier),
-                    (r"boxes\.(score|box)\.\d\.weight", xavier),
-                    (r"selector\.box", lambda shape: torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(100, 1))],
-    "rt_detr": [(r"memory_project.*conv\.weight", xavier), (r"encoder\..*conv\.weight", linear),
-                (r"encoder.*attention\.out\.weight|self_attention\.out\.weight", linear), *SAMPLED, *ATTENTION,
-                (r"encoder.*feedforward\.\w+\.weight", linear), (r"decoder.*feedforward\.\w+\.weight", xavier),
-                (r"selector\.project\.weight", xavier), (r"selector\.score\.weight", linear),
-                (r"box.*layers\.2\.weight", zero), *HEADS, (r"selector\.box.*weight", linear),
-                (r"selector\.denoising", normal), (r"query_position.*weight", xavier)],
+    "conditional_detr": [
+        *PROJECT,
+        *CONDITIONAL,
+        *DETR,
+        *HEADS,
+        (r"selector\.position", normal),
+        (r"selector\.point\.head\.layers", xavier),
+    ],
+    "dn_detr": [
+        *PROJECT,
+        *CONDITIONAL,
+        *DETR,
+        *HEADS,
+        (r"selector\.(box|denoising_class_embed)", normal),
+        (r"encoder\.position_scale", xavier),
+        (r"decoder\.query_position", xavier),
+    ],
+    "anchor_detr": [
+        (r"encoder\.project\.\w+\.weight", xavier),
+        (r"\.(q_x|q_y|k_x|k_y)\.weight", rcda),
+        (r"(encoder\.layers.*|cross_)attention\.v\.weight", rcda),
+        *ATTENTION,
+        (r"attention\.out\.weight", linear),
+        (r"feedforward\.\w+\.weight", linear),
+        *HEADS,
+        (r"box\.layers\.2\.weight", zero),
+        (r"adapt\.layers\.\d\.weight", linear),
+        (r"selector\.pattern", normal),
+        (r"selector\.points\.points", lambda shape: torch.rand(10_000)),
+    ],
+    "deformable_detr": [
+        (r"encoder\.project.*weight", xavier),
+        (r"place\.level", normal),
+        *SAMPLED,
+        *DETR,
+        (r"encoder.*attention\.value\.weight", xavier),
+        (r"selector\.(project|place)\.weight", xavier),
+        (r"selector\.score\.weight", linear),
+        (r"box.*layers\.2\.weight", zero),
+        *HEADS,
+        (r"selector\.box.*weight", linear),
+    ],
+    "sparse_rcnn": [
+        (r"encoder\.pyramid\.\w+.*weight", fpn),
+        (r"selector\.content", normal),
+        *DETR,
+        (r"interaction\.\w+\.weight", xavier),
+        (r"tower.*weight", xavier),
+        (r"boxes\.(score|box)\.\d\.weight", xavier),
+        (r"selector\.box", lambda shape: torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(100, 1)),
+    ],
+    "rt_detr": [
+        (r"memory_project.*conv\.weight", xavier),
+        (r"encoder\..*conv\.weight", linear),
+        (r"encoder.*attention\.out\.weight|self_attention\.out\.weight", linear),
+        *SAMPLED,
+        *ATTENTION,
+        (r"encoder.*feedforward\.\w+\.weight", linear),
+        (r"decoder.*feedforward\.\w+\.weight", xavier),
+        (r"selector\.project\.weight", xavier),
+        (r"selector\.score\.weight", linear),
+        (r"box.*layers\.2\.weight", zero),
+        *HEADS,
+        (r"selector\.box.*weight", linear),
+        (r"selector\.denoising", normal),
+        (r"query_position.*weight", xavier),
+    ],
 }
 
 
 def small(name, **more):
-    options = {"backbone": "resnet18vd" if name == "rt_detr" else "resnet18", "backbone_width": 0.25, "hidden": C,
-               "decoder_layers": 2, **more}
+    options = {
+        "backbone": "resnet18vd" if name == "rt_detr" else "resnet18",
+        "backbone_width": 0.25,
+        "hidden": C,
+        "decoder_layers": 2,
+        **more,
+    }
     if name == "anchor_detr":
         options["dilate_last"] = False
     if name == "deformable_detr":
@@ -111,8 +166,14 @@ def test_every_weight_is_spread_as_in_the_authors_code(name):
     for parameter_name, parameter in small(name, init="original").named_parameters():
         if parameter_name.startswith("backbone.") or "norm" in parameter_name or "activation" in parameter_name:
             continue
-        rule = next((rule for pattern, rule in RULES[name] if re.search(pattern, parameter_name)
-                     and (parameter.ndim > 1 or "bias" in pattern)), None)
+        rule = next(
+            (
+                rule
+                for pattern, rule in RULES[name]
+                if re.search(pattern, parameter_name) and (parameter.ndim > 1 or "bias" in pattern)
+            ),
+            None,
+        )
         assert rule or parameter.ndim == 1, f"no rule for {parameter_name}"
         if rule:
             group = re.sub(r"\.\d+", ".*", parameter_name), rule, tuple(parameter.shape)

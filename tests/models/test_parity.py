@@ -15,49 +15,97 @@ from edgedetr.models.members.rt_detr import RtDetrConfig
 transformers = pytest.importorskip("transformers", reason="the reference implementation of these tests")
 
 CLASSES = 5
-PIXELS = (96, 128)          # rectangular, so that a swap of x and y shows
+PIXELS = (96, 128)  # rectangular, so that a swap of x and y shows
 
 
 def reference_vd(depth: int) -> object:
     kind, depths = ("basic", [2, 2, 2, 2]) if depth == 18 else ("bottleneck", [3, 4, 6, 3])
     sizes = [32, 64, 128, 256] if depth == 18 else [128, 256, 512, 1024]
-    return transformers.RTDetrResNetConfig(embedding_size=32, hidden_sizes=sizes, depths=depths, layer_type=kind,
-                                           out_features=["stage2", "stage3", "stage4"])
+    return transformers.RTDetrResNetConfig(
+        embedding_size=32,
+        hidden_sizes=sizes,
+        depths=depths,
+        layer_type=kind,
+        out_features=["stage2", "stage3", "stage4"],
+    )
 
 
 def reference_detr(cls: str, depth: int) -> torch.nn.Module:
     config = getattr(transformers, cls.replace("ForObjectDetection", "Config"))(
-        backbone_config=reference_resnet(depth), use_timm_backbone=False, backbone=None, use_pretrained_backbone=False,
-        num_labels=CLASSES, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, num_queries=20)
+        backbone_config=reference_resnet(depth),
+        use_timm_backbone=False,
+        backbone=None,
+        use_pretrained_backbone=False,
+        num_labels=CLASSES,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        num_queries=20,
+    )
     return getattr(transformers, cls)(config)
 
 
 def reference_rt_detr(cls: str, depth: int, **more: object) -> torch.nn.Module:
     backbone = reference_vd(depth)
     config = getattr(transformers, cls.replace("ForObjectDetection", "Config"))(
-        backbone_config=backbone, num_labels=CLASSES, encoder_in_channels=backbone.hidden_sizes[1:], d_model=64,
-        encoder_hidden_dim=64, decoder_in_channels=[64] * 3, encoder_ffn_dim=96, decoder_ffn_dim=96, decoder_layers=2,
-        num_queries=30, hidden_expansion=0.5, decoder_attention_heads=4, num_attention_heads=4,
-        encoder_attention_heads=4, anchor_image_size=None, **more)
+        backbone_config=backbone,
+        num_labels=CLASSES,
+        encoder_in_channels=backbone.hidden_sizes[1:],
+        d_model=64,
+        encoder_hidden_dim=64,
+        decoder_in_channels=[64] * 3,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        decoder_layers=2,
+        num_queries=30,
+        hidden_expansion=0.5,
+        decoder_attention_heads=4,
+        num_attention_heads=4,
+        encoder_attention_heads=4,
+        anchor_image_size=None,
+        **more,
+    )
     return getattr(transformers, cls)(config)
 
 
-RT_DETR = {"backbone_width": 0.5, "hidden": 64, "heads": 4, "encoder_ffn": 96, "decoder_ffn": 96, "decoder_layers": 2,
-           "queries": 30}
+RT_DETR = {
+    "backbone_width": 0.5,
+    "hidden": 64,
+    "heads": 4,
+    "encoder_ffn": 96,
+    "decoder_ffn": 96,
+    "decoder_layers": 2,
+    "queries": 30,
+}
 DETR = {"hidden": 64, "heads": 4, "ffn": 96, "encoder_layers": 2, "decoder_layers": 2, "queries": 20}
 
 CASES = {
     "detr r18": ("detr", DetrConfig(backbone="resnet18", **DETR), reference_detr, ("DetrForObjectDetection", 18)),
     "detr r50": ("detr", DetrConfig(backbone="resnet50", **DETR), reference_detr, ("DetrForObjectDetection", 50)),
-    "pre-norm": ("detr", DetrConfig(backbone="resnet18", pre_norm=True, **DETR), reference_detr,
-                 ("TableTransformerForObjectDetection", 18)),
+    "pre-norm": (
+        "detr",
+        DetrConfig(backbone="resnet18", pre_norm=True, **DETR),
+        reference_detr,
+        ("TableTransformerForObjectDetection", 18),
+    ),
     "rt_detr v1": ("rt_detr", RtDetrConfig(version=1, **RT_DETR), reference_rt_detr, ("RTDetrForObjectDetection", 18)),
-    "rt_detr v1 r50": ("rt_detr", RtDetrConfig(version=1, backbone="resnet50vd", **RT_DETR), reference_rt_detr,
-                       ("RTDetrForObjectDetection", 50)),
+    "rt_detr v1 r50": (
+        "rt_detr",
+        RtDetrConfig(version=1, backbone="resnet50vd", **RT_DETR),
+        reference_rt_detr,
+        ("RTDetrForObjectDetection", 50),
+    ),
     "rt_detr v2": ("rt_detr", RtDetrConfig(**RT_DETR), reference_rt_detr, ("RTDetrV2ForObjectDetection", 18)),
-    "rt_detr v2 discrete": ("rt_detr", RtDetrConfig(method="discrete", **RT_DETR), reference_rt_detr,
-                            ("RTDetrV2ForObjectDetection", 18)),
+    "rt_detr v2 discrete": (
+        "rt_detr",
+        RtDetrConfig(method="discrete", **RT_DETR),
+        reference_rt_detr,
+        ("RTDetrV2ForObjectDetection", 18),
+    ),
 }
 
 

@@ -28,9 +28,12 @@ def graph(nodes: list[NodeProto], outputs: dict[str, list[int]] | None = None, *
     """images [1, 16, 8, 8] -> logits, or the outputs given by name and shape."""
     outputs = outputs or {"logits": list(SIZE)}
     made = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("images", FLOAT, SIZE)],
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("images", FLOAT, SIZE)],
         [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in outputs.items()],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()])
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     onnx.checker.check_model(model)
     return model
@@ -55,8 +58,9 @@ def run(model: ModelProto | bytes, images: np.ndarray) -> dict[str, np.ndarray]:
 
 def types(model: ModelProto) -> dict[str, int]:
     inferred = shape_inference.infer_shapes(model).graph
-    found = {item.name: item.type.tensor_type.elem_type
-             for item in (*inferred.value_info, *inferred.input, *inferred.output)}
+    found = {
+        item.name: item.type.tensor_type.elem_type for item in (*inferred.value_info, *inferred.input, *inferred.output)
+    }
     return {**found, **{item.name: item.data_type for item in model.graph.initializer}}
 
 
@@ -86,13 +90,13 @@ def test_every_node_of_every_member_reads_and_gives_one_float_type(member):
         used = {found[name] for i, name in enumerate(node.input) if name and i not in fixed}
         assert len((used | {found[name] for name in node.output if name}) & {FLOAT, HALF}) <= 1, node.name
     assert [found[item.name] for item in (*half.graph.input, *half.graph.output)] == [FLOAT] * 3
-    run(half, images)       # ONNX Runtime refuses a graph in which types do not fit
+    run(half, images)  # ONNX Runtime refuses a graph in which types do not fit
     assert {node.name for node in model.graph.node if node.op_type != "Cast"} <= {node.name for node in half.graph.node}
 
 
 def test_layers_are_fp16_and_indices_boxes_and_ranks_are_not(member):
     _, model, _, _ = member
-    half = halve(model, {})         # without the ranges of random weights, which do leave FP16
+    half = halve(model, {})  # without the ranges of random weights, which do leave FP16
     kinds: dict[str, Counter[int]] = {}
     found = types(half)
     for node in half.graph.node:
@@ -129,8 +133,15 @@ def _twin(data: bytes) -> bytes:
 
 
 def test_a_tensor_that_was_seen_too_large_stays_float32_with_all_that_reads_it():
-    model = graph([conv("images", "a", "one"), helper.make_node("Relu", ["a"], ["r"], "relu"),
-                   conv("r", "b", "two"), conv("b", "logits", "three")], w=W)
+    model = graph(
+        [
+            conv("images", "a", "one"),
+            helper.make_node("Relu", ["a"], ["r"], "relu"),
+            conv("r", "b", "two"),
+            conv("b", "logits", "three"),
+        ],
+        w=W,
+    )
     fine = {"images": 1.0, "a": 10.0, "r": 10.0, "b": 10.0, "logits": 10.0}
     assert islands(model, fine) == {}
     found = islands(model, {**fine, "r": 2 * LARGEST})
@@ -142,9 +153,16 @@ def test_a_tensor_that_was_seen_too_large_stays_float32_with_all_that_reads_it()
 
 def test_the_island_keeps_an_overflow_away(rng):
     """300 * 300 * 1e-3 with nothing to say that it is large is infinite; with the peak seen it is 90."""
-    model = graph([conv("images", "a", "one"), helper.make_node("Mul", ["a", "a"], ["square"], "square"),
-                   helper.make_node("Mul", ["square", "small"], ["s"], "scaled"), conv("s", "logits", "two")],
-                  w=W, small=np.array(1e-3, np.float32))
+    model = graph(
+        [
+            conv("images", "a", "one"),
+            helper.make_node("Mul", ["a", "a"], ["square"], "square"),
+            helper.make_node("Mul", ["square", "small"], ["s"], "scaled"),
+            conv("s", "logits", "two"),
+        ],
+        w=W,
+        small=np.array(1e-3, np.float32),
+    )
     images = np.full(SIZE, 300, np.float32)
     # The last layer multiplies the infinity by its zeros as well.
     assert not np.isfinite(run(_twin(halve(model, {}).SerializeToString()), images)["logits"]).any()
@@ -155,17 +173,26 @@ def test_the_island_keeps_an_overflow_away(rng):
 
 
 def test_a_norm_whose_squares_leave_fp16_stays_float32():
-    model = graph([conv("images", "a", "one"),
-                   helper.make_node("LayerNormalization", ["a", "scale"], ["n"], "norm"), conv("n", "logits", "two")],
-                  w=W, scale=np.ones(8, np.float32))
+    model = graph(
+        [
+            conv("images", "a", "one"),
+            helper.make_node("LayerNormalization", ["a", "scale"], ["n"], "norm"),
+            conv("n", "logits", "two"),
+        ],
+        w=W,
+        scale=np.ones(8, np.float32),
+    )
     assert islands(model, {"a": 100.0}) == {}
     assert "its square would leave FP16" in islands(model, {"a": 200.0})["norm"]
 
 
 @pytest.mark.parametrize("value, stays", [(1e-5, True), (7e4, True), (1e-3, False), (0.0, False), (6.2e-5, False)])
 def test_constants_that_fp16_cannot_hold_keep_their_node_in_float32(value, stays):
-    model = graph([conv("images", "a", "one"), helper.make_node("Add", ["a", "c"], ["s"], "sum"),
-                   conv("s", "logits", "two")], w=W, c=np.array(value, np.float32))
+    model = graph(
+        [conv("images", "a", "one"), helper.make_node("Add", ["a", "c"], ["s"], "sum"), conv("s", "logits", "two")],
+        w=W,
+        c=np.array(value, np.float32),
+    )
     assert ("sum" in islands(model, {})) == stays
     half = halve(model, {})
     constant = next(item for item in half.graph.initializer if item.name in ("c", "c_half"))
@@ -183,8 +210,11 @@ def test_what_the_policy_names_stays_float32_and_gets_casts_around_it():
 
 
 def test_pixels_are_normalised_before_they_are_rounded():
-    model = graph([helper.make_node("Mul", ["images", "scale"], ["x"], "normalise"), conv("x", "logits", "one")],
-                  w=W, scale=np.array(1 / 255, np.float32))
+    model = graph(
+        [helper.make_node("Mul", ["images", "scale"], ["x"], "normalise"), conv("x", "logits", "one")],
+        w=W,
+        scale=np.array(1 / 255, np.float32),
+    )
     assert islands(model, {}) == {"normalise": "computed from float32 values alone"}
 
 
@@ -201,7 +231,7 @@ def test_a_pair_of_int8_has_fp16_scales_and_the_type_of_its_layer(rng):
         assert kind_of(half, "three") == kind_of(half, "b_DequantizeLinear") == HALF
         assert all((scale >= 2.0**-14).all() for scale in scales.values())
         before = {item.name: numpy_helper.to_array(item) for item in quantised.graph.initializer}
-        for name, scale in scales.items():      # no scale has changed by its type
+        for name, scale in scales.items():  # no scale has changed by its type
             np.testing.assert_array_equal(scale.astype(np.float32), before[name.removesuffix("_half")])
         run(half, np.zeros(SIZE, np.float32))
 
@@ -216,8 +246,9 @@ def test_a_scale_that_is_no_fp16_number_is_a_defect_that_is_told(rng):
 
 
 def test_branches_and_unknown_operators_are_refused():
-    inner = helper.make_graph([helper.make_node("Relu", ["images"], ["y"])], "inner", [],
-                              [helper.make_tensor_value_info("y", FLOAT, SIZE)])
+    inner = helper.make_graph(
+        [helper.make_node("Relu", ["images"], ["y"])], "inner", [], [helper.make_tensor_value_info("y", FLOAT, SIZE)]
+    )
     branch = helper.make_node("If", ["flag"], ["logits"], "choice", then_branch=inner, else_branch=inner)
     with pytest.raises(ExportError, match="choice: If holds a graph of its own"):
         halve(graph([branch], flag=np.array(True)), {})

@@ -16,8 +16,13 @@ def graph_of(op: str, values: list[np.ndarray | None], opset: int, **attributes)
     names = ["x", *(f"c{i}" if value is not None else "" for i, value in enumerate(values[1:]))]
     constants = [numpy_helper.from_array(value, name) for value, name in zip(values[1:], names[1:]) if name]
     node = helper.make_node(op, names, ["y"], "the_node", **attributes)
-    graph = helper.make_graph([node], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, values[0].shape)],
-                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], constants)
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, values[0].shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        constants,
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
 
@@ -29,27 +34,58 @@ ANGLES = np.random.default_rng(1).uniform(0, 6, (2, 5, 4)).astype(np.float32)
 FORMS = {
     "gelu": ("Gelu", [floats(2, 7)], 20, {}),
     "gelu by tanh": ("Gelu", [floats(2, 7)], 20, {"approximate": "tanh"}),
-    "group norm": ("GroupNormalization", [floats(2, 6, 3, 5), floats(6), floats(6) + 1], 21,
-                   {"num_groups": 3, "epsilon": 1e-3}),
+    "group norm": (
+        "GroupNormalization",
+        [floats(2, 6, 3, 5), floats(6), floats(6) + 1],
+        21,
+        {"num_groups": 3, "epsilon": 1e-3},
+    ),
     "rms norm": ("RMSNormalization", [floats(2, 5, 8), floats(8)], 23, {"epsilon": 1e-4}),
     "rms norm over two axes": ("RMSNormalization", [floats(2, 5, 8), floats(5, 8)], 23, {"axis": 1}),
     "attention": ("Attention", [floats(1, 2, 5, 4), floats(1, 2, 7, 4), floats(1, 2, 7, 6)], 23, {}),
-    "attention of joined heads": ("Attention", [floats(2, 5, 8), floats(2, 7, 8), floats(2, 7, 8)], 23,
-                                  {"q_num_heads": 2, "kv_num_heads": 2}),
-    "attention with a scale": ("Attention", [floats(1, 2, 5, 4), floats(1, 2, 7, 4), floats(1, 2, 7, 4)], 23,
-                               {"scale": 0.3}),
-    "attention with a mask": ("Attention", [floats(1, 2, 5, 4), floats(1, 2, 7, 4), floats(1, 2, 7, 4), floats(5, 7)],
-                              23, {}),
-    "attention with a mask of bits": ("Attention", [floats(1, 2, 5, 4), floats(1, 2, 7, 4), floats(1, 2, 7, 4),
-                                                    np.arange(35).reshape(1, 1, 5, 7) % 3 > 0], 23, {}),
+    "attention of joined heads": (
+        "Attention",
+        [floats(2, 5, 8), floats(2, 7, 8), floats(2, 7, 8)],
+        23,
+        {"q_num_heads": 2, "kv_num_heads": 2},
+    ),
+    "attention with a scale": (
+        "Attention",
+        [floats(1, 2, 5, 4), floats(1, 2, 7, 4), floats(1, 2, 7, 4)],
+        23,
+        {"scale": 0.3},
+    ),
+    "attention with a mask": (
+        "Attention",
+        [floats(1, 2, 5, 4), floats(1, 2, 7, 4), floats(1, 2, 7, 4), floats(5, 7)],
+        23,
+        {},
+    ),
+    "attention with a mask of bits": (
+        "Attention",
+        [floats(1, 2, 5, 4), floats(1, 2, 7, 4), floats(1, 2, 7, 4), np.arange(35).reshape(1, 1, 5, 7) % 3 > 0],
+        23,
+        {},
+    ),
     "rotary": ("RotaryEmbedding", [floats(2, 3, 5, 8), np.cos(ANGLES), np.sin(ANGLES)], 23, {}),
-    "rotary of pairs": ("RotaryEmbedding", [floats(2, 3, 5, 8), np.cos(ANGLES), np.sin(ANGLES)], 23,
-                        {"interleaved": 1}),
-    "rotary of a part": ("RotaryEmbedding", [floats(2, 3, 5, 8), np.cos(ANGLES[..., :2]), np.sin(ANGLES[..., :2])], 23,
-                         {"rotary_embedding_dim": 4}),
-    "rotary of joined heads by place": ("RotaryEmbedding", [
-        floats(2, 5, 24), np.cos(ANGLES[0]), np.sin(ANGLES[0]), np.array([[0, 1, 2, 3, 4], [4, 2, 1, 0, 3]])], 23,
-        {"num_heads": 3}),
+    "rotary of pairs": (
+        "RotaryEmbedding",
+        [floats(2, 3, 5, 8), np.cos(ANGLES), np.sin(ANGLES)],
+        23,
+        {"interleaved": 1},
+    ),
+    "rotary of a part": (
+        "RotaryEmbedding",
+        [floats(2, 3, 5, 8), np.cos(ANGLES[..., :2]), np.sin(ANGLES[..., :2])],
+        23,
+        {"rotary_embedding_dim": 4},
+    ),
+    "rotary of joined heads by place": (
+        "RotaryEmbedding",
+        [floats(2, 5, 24), np.cos(ANGLES[0]), np.sin(ANGLES[0]), np.array([[0, 1, 2, 3, 4], [4, 2, 1, 0, 3]])],
+        23,
+        {"num_heads": 3},
+    ),
     "layer norm": ("LayerNormalization", [floats(2, 5, 8), floats(8), floats(8)], 23, {}),
     "grid sample": ("GridSample", [floats(1, 4, 6, 6), floats(1, 3, 5, 2)], 22, {"mode": "linear"}),
 }
@@ -68,11 +104,24 @@ def test_an_operator_gives_the_same_numbers_at_opset_19(form):
     assert np.abs(expected).max() > 0.1
 
 
-@pytest.mark.parametrize("op, values, attributes, message", [
-    ("Attention", [floats(1, 2, 5, 4)] * 3, {"is_causal": 1}, "Attention the_node uses 'is_causal'"),
-    ("Attention", [floats(1, 4, 5, 4), floats(1, 2, 5, 4), floats(1, 2, 5, 4)], {}, "4 heads of queries for 2 of keys"),
-    ("AffineGrid", [floats(1, 2, 3), np.array([1, 3, 4, 4])], {}, "AffineGrid the_node of opset 23 does not exist at"),
-])
+@pytest.mark.parametrize(
+    "op, values, attributes, message",
+    [
+        ("Attention", [floats(1, 2, 5, 4)] * 3, {"is_causal": 1}, "Attention the_node uses 'is_causal'"),
+        (
+            "Attention",
+            [floats(1, 4, 5, 4), floats(1, 2, 5, 4), floats(1, 2, 5, 4)],
+            {},
+            "4 heads of queries for 2 of keys",
+        ),
+        (
+            "AffineGrid",
+            [floats(1, 2, 3), np.array([1, 3, 4, 4])],
+            {},
+            "AffineGrid the_node of opset 23 does not exist at",
+        ),
+    ],
+)
 def test_what_cannot_be_written_at_opset_19_is_named(op, values, attributes, message):
     with pytest.raises(ExportError, match=message):
         to_opset(graph_of(op, values, 23, **attributes), 19)

@@ -15,8 +15,9 @@ from edgedetr.quantization.policy import Plan, Policy, plan
 from edgedetr.quantization.qdq import insert
 from edgedetr.quantization.targets import CPU, TENSORRT, Dialect, tensors, tied
 
-DIALECTS = pytest.mark.parametrize("dialect", [TENSORRT, SIGNED, CPU, replace(CPU, weight_bits=7)],
-                                   ids=["tensorrt", "signed", "cpu", "cpu-7-bit"])
+DIALECTS = pytest.mark.parametrize(
+    "dialect", [TENSORRT, SIGNED, CPU, replace(CPU, weight_bits=7)], ids=["tensorrt", "signed", "cpu", "cpu-7-bit"]
+)
 LAYERS = {"body/conv0": "c0", "body/conv1": "c1", "head/conv2": "logits", "head/matmul": "boxes"}
 
 
@@ -48,8 +49,10 @@ def mean_errors(model: ModelProto, graph: ModelProto, images: list[np.ndarray]) 
     """{layer: [O] mean over the pictures of float - INT8}, behind the layer's bias."""
     tensors_ = list(LAYERS.values())
     pairs = [(run(model, image, tensors_), run(graph, image, tensors_)) for image in images]
-    return {layer: np.mean([channel_means(a[i].astype(np.float64) - b[i]) for a, b in pairs], axis=0)
-            for i, layer in enumerate(LAYERS)}
+    return {
+        layer: np.mean([channel_means(a[i].astype(np.float64) - b[i]) for a, b in pairs], axis=0)
+        for i, layer in enumerate(LAYERS)
+    }
 
 
 @pytest.fixture(params=[False, True], ids=["chain", "residual"])
@@ -83,10 +86,13 @@ def test_shifts_equal_loops_over_pictures_layers_and_channels(rng):
         exact = convolve(exact, w["w1"], w["b1"], 1)
         rounded = right("body/conv1", exact, convolve(fake(rounded, amax["r0"]), fake_weight(w["w1"]), w["b1"], 1))
         exact, rounded = np.maximum(exact, 0), np.maximum(rounded, 0)
-        right("head/conv2", convolve(exact, w["w2"], w["b2"], 0),
-              convolve(fake(rounded, amax["r1"]), fake_weight(w["w2"]), w["b2"], 0))
+        right(
+            "head/conv2",
+            convolve(exact, w["w2"], w["b2"], 0),
+            convolve(fake(rounded, amax["r1"]), fake_weight(w["w2"]), w["b2"], 0),
+        )
         matrix = fake_weight(w["m"].T[:, :, None, None])[:, :, 0, 0]
-        product = matrix @ fake(rounded.reshape(64, CHANNELS), amax["tokens"]).T       # [O, 64]: channels first
+        product = matrix @ fake(rounded.reshape(64, CHANNELS), amax["tokens"]).T  # [O, 64]: channels first
         right("head/matmul", w["m"].T @ exact.reshape(64, CHANNELS).T, product)
     found = shifts(model, insert(model, chosen, amax, TENSORRT), chosen, lambda: images, parts=1)
     assert found.keys() == expected.keys()
@@ -139,13 +145,18 @@ def test_only_values_of_biases_change(case, dialect: Dialect):
     before = insert(model, chosen, amax, dialect)
     after = insert(model, chosen, amax, dialect, shifts(model, before, chosen, lambda: images))
     assert [(n.name, n.op_type, list(n.output)) for n in after.graph.node] == [
-        (n.name, n.op_type, list(n.output)) for n in before.graph.node]
+        (n.name, n.op_type, list(n.output)) for n in before.graph.node
+    ]
     old, new = ({item.name: item for item in graph.graph.initializer} for graph in (before, after))
     differ = {name for name in new if name not in old or old[name] != new[name]}
     ends = (".bias_quantized", ".bias") if dialect.integer_bias else (".bias",)
     assert differ and all(name.endswith(ends) for name in differ), differ
     assert {name.removesuffix("_quantized").removesuffix(".bias") for name in differ} == {
-        "body/conv0", "body/conv1", "head/conv2", "head/add"}
+        "body/conv0",
+        "body/conv1",
+        "head/conv2",
+        "head/add",
+    }
     assert dialect.unsigned or lint(after) == lint(before) == ()
 
 
@@ -154,26 +165,38 @@ def test_without_shifts_the_bytes_are_those_of_before_and_with_them_always_the_s
     for dialect in (TENSORRT, CPU):
         plain = insert(model, chosen, amax, dialect)
         assert insert(model, chosen, amax, dialect, {}).SerializeToString() == plain.SerializeToString()
-        one, two = (insert(model, chosen, amax, dialect, shifts(model, plain, chosen, lambda: images))
-                    for _ in range(2))
+        one, two = (
+            insert(model, chosen, amax, dialect, shifts(model, plain, chosen, lambda: images)) for _ in range(2)
+        )
         assert one.SerializeToString() == two.SerializeToString() != plain.SerializeToString()
 
 
 def bare(rng: np.random.Generator) -> ModelProto:
     """images -> Conv without bias, Relu -> Gemm with and without bias, and a product that nothing is added to."""
-    constants = {"w0": rng.normal(0, 0.3, (CHANNELS, 3, 3, 3)), "m": rng.normal(0, 0.2, (CHANNELS, 20)),
-                 "g": rng.normal(0, 0.2, (20, CHANNELS)), "gb": rng.normal(0, 0.2, 20)}
-    nodes = [helper.make_node("Conv", ["images", "w0"], ["c0"], "conv", pads=[1] * 4),
-             helper.make_node("Relu", ["c0"], ["r0"], "relu"),
-             helper.make_node("Reshape", ["r0", "shape"], ["rows"], "reshape"),
-             helper.make_node("MatMul", ["rows", "m"], ["product"], "matmul"),
-             helper.make_node("Gemm", ["rows", "g", "gb"], ["logits"], "gemm", transB=1),
-             helper.make_node("Gemm", ["rows", "g"], ["boxes"], "gemm without bias", transB=1)]
+    constants = {
+        "w0": rng.normal(0, 0.3, (CHANNELS, 3, 3, 3)),
+        "m": rng.normal(0, 0.2, (CHANNELS, 20)),
+        "g": rng.normal(0, 0.2, (20, CHANNELS)),
+        "gb": rng.normal(0, 0.2, 20),
+    }
+    nodes = [
+        helper.make_node("Conv", ["images", "w0"], ["c0"], "conv", pads=[1] * 4),
+        helper.make_node("Relu", ["c0"], ["r0"], "relu"),
+        helper.make_node("Reshape", ["r0", "shape"], ["rows"], "reshape"),
+        helper.make_node("MatMul", ["rows", "m"], ["product"], "matmul"),
+        helper.make_node("Gemm", ["rows", "g", "gb"], ["logits"], "gemm", transB=1),
+        helper.make_node("Gemm", ["rows", "g"], ["boxes"], "gemm without bias", transB=1),
+    ]
     graph = helper.make_graph(
-        nodes, "bare", [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])],
+        nodes,
+        "bare",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, [64, 20]) for name in ("product", "logits", "boxes")],
-        [*(numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()),
-         numpy_helper.from_array(np.array([64, CHANNELS]), "shape")])
+        [
+            *(numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()),
+            numpy_helper.from_array(np.array([64, CHANNELS]), "shape"),
+        ],
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
 
 

@@ -104,7 +104,7 @@ def test_entropy_takes_the_range_that_it_takes_without_the_zeros_of_a_relu(rng, 
     alive = np.abs(rng.normal(size=40_000)).astype(np.float32) + np.float32(1e-3)
     zeros = np.zeros(round(len(alive) * share / (1 - share)), np.float32)
     mixed = rng.permutation(np.concatenate([alive, zeros]))
-    batches = [mixed * np.float32(scale) for scale in (0.2, 1.0)]       # the second doubles the reach of the first
+    batches = [mixed * np.float32(scale) for scale in (0.2, 1.0)]  # the second doubles the reach of the first
     chosen = histogram(*batches).amax("entropy")
     assert chosen == histogram(*(values[values != 0] for values in batches)).amax("entropy")
     inside = (alive <= chosen).mean()

@@ -40,7 +40,7 @@ def test_images_that_exceed_the_others_are_named_however_many_up_to_a_twentieth(
 
 def test_images_of_another_kind_are_not_called_a_few(rng):
     peaks = ordinary(rng)
-    peaks[:, : IMAGES // 4] *= 3        # a quarter: they are what the detector will see
+    peaks[:, : IMAGES // 4] *= 3  # a quarter: they are what the detector will see
     assert standouts(peaks) == {}
 
 
@@ -57,14 +57,23 @@ def test_ranges_that_move_are_listed_with_the_largest_factor_first():
 
 def graph():
     """images -> three tensors that grow with the contrast of an image."""
-    nodes = [helper.make_node("ReduceMean", ["images"], ["mean"], keepdims=1),
-             helper.make_node("Sub", ["images", "mean"], ["contrast"]),
-             helper.make_node("Abs", ["contrast"], ["size"]), helper.make_node("Sqrt", ["size"], ["root"])]
+    nodes = [
+        helper.make_node("ReduceMean", ["images"], ["mean"], keepdims=1),
+        helper.make_node("Sub", ["images", "mean"], ["contrast"]),
+        helper.make_node("Abs", ["contrast"], ["size"]),
+        helper.make_node("Sqrt", ["size"], ["root"]),
+    ]
     value = helper.make_tensor_value_info
     return helper.make_model(
-        helper.make_graph(nodes, "g", [value("images", TensorProto.FLOAT, [1, 3, 16, 16])],
-                          [value("root", TensorProto.FLOAT, [1, 3, 16, 16])]),
-        opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        helper.make_graph(
+            nodes,
+            "g",
+            [value("images", TensorProto.FLOAT, [1, 3, 16, 16])],
+            [value("root", TensorProto.FLOAT, [1, 3, 16, 16])],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
 
 
 @pytest.mark.parametrize("observer", ["minmax", "mse", "percentile", "entropy"])
@@ -90,8 +99,10 @@ def test_saturated_frames_among_dull_ones_raise_the_alarm_and_are_named(observer
     assert f"without them {len(changed)} of 3 ranges change by more than 20%" in said
 
 
-@pytest.mark.parametrize("count, refused, warned", [(0, True, False), (7, True, False), (8, False, True),
-                                                    (31, False, True), (32, False, False)])
+@pytest.mark.parametrize(
+    "count, refused, warned",
+    [(0, True, False), (7, True, False), (8, False, True), (31, False, True), (32, False, False)],
+)
 def test_too_few_images_are_refused_and_few_are_warned_of(count, refused, warned, tmp_path, caplog):
     pictures = Pictures(tuple(tmp_path / str(i) for i in range(count)), ())
     with caplog.at_level(logging.WARNING):

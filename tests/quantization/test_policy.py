@@ -28,19 +28,22 @@ def test_the_shipped_default_gives_a_reason_for_every_rule():
     assert all(len(rule.reason) > 20 for rule in policy.rules)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("quantize = ['Conv']", "unknown key 'quantize'; did you mean 'quantise'"),
-    ("quantise = 'Conv'", "quantise is 'Conv'; expected a list of strings"),
-    ("residuals = 'yes'", "residuals is 'yes'; expected bool"),
-    ("[[float]]\nmatch = ['*']", "has no reason"),
-    ("[[float]]\nmatch = ['*']\nreson = 'x'", "unknown key 'reson'; did you mean 'reason'"),
-    ("float = 3", "expected \\[\\[float\\]\\] tables"),
-    ("name = [", "cannot be read as a policy"),
-    ("float = [3]", "an entry of `float` is 3; expected"),
-    ("name = 0x" + "f" * 9000, "name is a number of 36000 bits; expected str"),
-    ("name = [" * 5000, "cannot be read as a policy"),
-    ("'" + "k" * 9000 + "' = 3", "unknown key 'kkk"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("quantize = ['Conv']", "unknown key 'quantize'; did you mean 'quantise'"),
+        ("quantise = 'Conv'", "quantise is 'Conv'; expected a list of strings"),
+        ("residuals = 'yes'", "residuals is 'yes'; expected bool"),
+        ("[[float]]\nmatch = ['*']", "has no reason"),
+        ("[[float]]\nmatch = ['*']\nreson = 'x'", "unknown key 'reson'; did you mean 'reason'"),
+        ("float = 3", "expected \\[\\[float\\]\\] tables"),
+        ("name = [", "cannot be read as a policy"),
+        ("float = [3]", "an entry of `float` is 3; expected"),
+        ("name = 0x" + "f" * 9000, "name is a number of 36000 bits; expected str"),
+        ("name = [" * 5000, "cannot be read as a policy"),
+        ("'" + "k" * 9000 + "' = 3", "unknown key 'kkk"),
+    ],
+)
 def test_a_faulty_policy_is_refused_with_its_fault(tmp_path, text, message):
     path = tmp_path / "p.toml"
     path.write_text(text)
@@ -59,9 +62,11 @@ def test_a_missing_policy_file_is_an_error(tmp_path):
 
 
 def test_a_rule_keeps_what_it_matches_except_its_exceptions():
-    nodes = [helper.make_node("MatMul", ["x", "a"], ["h"], "/decoder/value/MatMul"),
-             helper.make_node("MatMul", ["h", "b"], ["i"], "/decoder/out/MatMul"),
-             helper.make_node("MatMul", ["i", "c"], ["y"], "/encoder/q/MatMul")]
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], "/decoder/value/MatMul"),
+        helper.make_node("MatMul", ["h", "b"], ["i"], "/decoder/out/MatMul"),
+        helper.make_node("MatMul", ["i", "c"], ["y"], "/encoder/q/MatMul"),
+    ]
     model = graph_of(nodes, {"x": [1, 4, 32]}, a=W, b=W, c=W)
     rule = Rule("boxes", match=("*/decoder/*",), unless=("*/value/*",))
     found = plan(model, Policy("p", rules=(rule,)))
@@ -71,9 +76,12 @@ def test_a_rule_keeps_what_it_matches_except_its_exceptions():
 
 def test_the_default_keeps_float_where_a_deformable_encoder_samples():
     chain = zip(["value", "offsets", "weights", "out"], ["x", "h0", "h1", "h2"], "abcd")
-    nodes = [helper.make_node("MatMul", [source, weight], [f"h{number}"],
-                              f"/detector/encoder/layers.0/attention/{part}/MatMul")
-             for number, (part, source, weight) in enumerate(chain)]
+    nodes = [
+        helper.make_node(
+            "MatMul", [source, weight], [f"h{number}"], f"/detector/encoder/layers.0/attention/{part}/MatMul"
+        )
+        for number, (part, source, weight) in enumerate(chain)
+    ]
     found = plan(graph_of(nodes, {"x": [1, 4, 32]}, a=W, b=W, c=W, d=W), load("default"))
     assert [layer.node.split("/")[-2] for layer in found.layers] == ["value", "out"]
     assert all("samples" in reason for reason in found.islands.values())
@@ -81,20 +89,25 @@ def test_the_default_keeps_float_where_a_deformable_encoder_samples():
 
 def test_a_rule_can_depend_on_what_the_node_reads():
     k = np.ones((32, 32, 1, 1))
-    nodes = [helper.make_node("Conv", ["x", "a"], ["h"], "c0"),
-             helper.make_node("Concat", ["h", "h"], ["i"], "cat", axis=1),
-             helper.make_node("Conv", ["i", "b"], ["y"], "c1")]
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["h"], "c0"),
+        helper.make_node("Concat", ["h", "h"], ["i"], "cat", axis=1),
+        helper.make_node("Conv", ["i", "b"], ["y"], "c1"),
+    ]
     model = graph_of(nodes, {"x": [1, 32, 4, 4]}, a=k, b=np.ones((32, 64, 1, 1)))
     found = plan(model, Policy("p", rules=(Rule("behind a Concat", ops=("Conv",), reads=("Concat",)),)))
     assert [layer.node for layer in found.layers] == ["c0"]
     assert found.islands == {"c1": "behind a Concat"}
 
 
-@pytest.mark.parametrize("node, constants, reason", [
-    (helper.make_node("MatMul", ["x", "x2"], ["y"], "bmm"), {}, "two activations"),
-    (helper.make_node("MatMul", ["x", "w"], ["y"], "box"), {"w": np.ones((32, 4))}, "fewer than 16"),
-    (helper.make_node("Conv", ["m", "w"], ["y"], "depthwise", group=32), {"w": np.ones((32, 1, 1, 1))}, "grouped"),
-])
+@pytest.mark.parametrize(
+    "node, constants, reason",
+    [
+        (helper.make_node("MatMul", ["x", "x2"], ["y"], "bmm"), {}, "two activations"),
+        (helper.make_node("MatMul", ["x", "w"], ["y"], "box"), {"w": np.ones((32, 4))}, "fewer than 16"),
+        (helper.make_node("Conv", ["m", "w"], ["y"], "depthwise", group=32), {"w": np.ones((32, 1, 1, 1))}, "grouped"),
+    ],
+)
 def test_what_no_integer_kernel_takes_stays_float(node, constants, reason):
     first = helper.make_node("MatMul", ["x", "a"], ["ignored"], "other")
     shapes = {"x": [1, 32, 32], "x2": [1, 32, 32], "m": [1, 32, 4, 4]}
@@ -110,9 +123,10 @@ def test_gemm_scales_run_along_its_outputs(transposed):
 
 
 def test_a_pattern_that_fits_nothing_is_an_error_that_names_the_nearest_part():
-    model = graph_of([helper.make_node("MatMul", ["x", "a"], ["y"], "/detector/selector/project/MatMul")],
-                     {"x": [1, 4, 32]}, a=W)
-    check_patterns(model, load("default"))      # patterns for parts of other members are no fault
+    model = graph_of(
+        [helper.make_node("MatMul", ["x", "a"], ["y"], "/detector/selector/project/MatMul")], {"x": [1, 4, 32]}, a=W
+    )
+    check_patterns(model, load("default"))  # patterns for parts of other members are no fault
     check_patterns(model, Policy("mine", rules=(Rule("r", match=("*/selector/*", "*/decoder/*")),)))
     for rule in (Rule("r", match=("*/selecter/*",)), Rule("r", unless=("*/selecter/project/*",))):
         for policy in (Policy("mine", rules=(rule,)), Policy("mine", float32=(rule,))):

@@ -59,12 +59,14 @@ def test_every_activation_is_within_half_a_step_and_every_weight_too(case):
         graph = insert(model, chosen, amax, dialect)
         names = [name for name in amax if f"{name}_dequantized" in {o for n in graph.graph.node for o in n.output}]
         values = run(graph, images, [*names, *(f"{name}_dequantized" for name in names)])
-        for name, before, after in zip(names, values, values[len(names):]):
+        for name, before, after in zip(names, values, values[len(names) :]):
             step = float(half_step(amax[name] / 127)) if dialect.half else amax[name] / 127
             inside = np.abs(before) <= amax[name]
-            assert np.abs(after - before)[inside].max() <= step / 2 * (1 + 1e-5), name   # float32 division
-        floats = {layer.node: numpy_helper.to_array(next(i for i in model.graph.initializer if i.name == layer.weight))
-                  for layer in chosen.layers}
+            assert np.abs(after - before)[inside].max() <= step / 2 * (1 + 1e-5), name  # float32 division
+        floats = {
+            layer.node: numpy_helper.to_array(next(i for i in model.graph.initializer if i.name == layer.weight))
+            for layer in chosen.layers
+        }
         for layer in chosen.layers:
             constants = {item.name: numpy_helper.to_array(item) for item in graph.graph.initializer}
             scale = constants[f"{layer.node}.weight_scale"]
@@ -123,7 +125,7 @@ def test_dialects_agree_within_a_step_of_the_output_on_a_chain(rng):
 @pytest.mark.parametrize("dialect", [TENSORRT, CPU], ids=lambda d: d.name)
 def test_optimised_kernels_stay_near_the_oracle(case, dialect: Dialect):
     model, images, chosen, amax = case
-    if dialect is CPU:          # 7 bits where this CPU's 16-bit sums would saturate: a fifth of the largest value
+    if dialect is CPU:  # 7 bits where this CPU's 16-bit sums would saturate: a fifth of the largest value
         dialect = replace(CPU, weight_bits=weight_bits("auto"))
     graph = insert(model, chosen, amax, dialect)
     for oracle, fast in zip(run(graph, images), run(graph, images, optimise=True)):
@@ -139,7 +141,7 @@ def test_cpu_graph_runs_integer_kernels_only_for_what_the_plan_names(case, tmp_p
     graph = insert(model, chosen, amax, CPU)
     onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
-    assert kinds.count("QLinearConv") == 2, kinds                  # the third one gives the float output itself
+    assert kinds.count("QLinearConv") == 2, kinds  # the third one gives the float output itself
     assert "MatMulIntegerToFloat" in kinds or "MatMulInteger" in kinds, kinds
 
 
@@ -166,7 +168,7 @@ def test_seven_bit_weights_leave_room_for_a_pair_of_products():
     weight = np.random.default_rng(1).normal(size=(8, 16, 3, 3)).astype(np.float32)
     values = quantise_weight(weight, 0, bits=7).values.astype(int)
     assert np.abs(values).max() == 63
-    assert 2 * 255 * 63 < 2**15                     # what VPMADDUBSW adds without saturating
+    assert 2 * 255 * 63 < 2**15  # what VPMADDUBSW adds without saturating
 
 
 def test_a_range_that_is_missing_is_named(case):
@@ -178,14 +180,19 @@ def test_a_range_that_is_missing_is_named(case):
 @pytest.mark.parametrize("dialect", [TENSORRT, CPU], ids=lambda d: d.name)
 def test_a_pool_between_convolutions_runs_on_integers_and_loses_nothing(rng, dialect: Dialect):
     weights = {"w0": rng.normal(0, 0.3, (CHANNELS, 3, 3, 3)), "w1": rng.normal(0, 0.1, (CHANNELS, CHANNELS, 1, 1))}
-    nodes = [helper.make_node("Conv", ["images", "w0"], ["c0"], "conv0", pads=[1] * 4),
-             helper.make_node("Relu", ["c0"], ["r0"], "relu"),
-             helper.make_node("MaxPool", ["r0"], ["p"], "pool", kernel_shape=[2, 2], strides=[2, 2]),
-             helper.make_node("Conv", ["p", "w1"], ["y"], "conv1")]
+    nodes = [
+        helper.make_node("Conv", ["images", "w0"], ["c0"], "conv0", pads=[1] * 4),
+        helper.make_node("Relu", ["c0"], ["r0"], "relu"),
+        helper.make_node("MaxPool", ["r0"], ["p"], "pool", kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Conv", ["p", "w1"], ["y"], "conv1"),
+    ]
     graph = helper.make_graph(
-        nodes, "pool", [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])],
+        nodes,
+        "pool",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, CHANNELS, 4, 4])],
-        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()])
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     chosen = plan(model, Policy("all"))
     amax = tied(model, {"images": 255.0, "r0": 200.0, "p": 150.0})

@@ -24,12 +24,31 @@ def test_the_image_list_digest_depends_on_the_pictures_and_their_order_not_on_na
     assert image_list_digest(IMAGES[::-1]) != image_list_digest(IMAGES)
 
 
-@pytest.mark.parametrize("change", [
-    {"amax": {"x": -1.0}}, {"amax": {"x": "wide"}}, {"amax": [1]}, {"schema": 9}, {"images": []},
-    {"images": [{"name": "x"}]}, {"extra": 1}, {"wanted": None}, {"wanted": True}, {"schema": True},
-    {"amax": {"x": 1e39}}, {"amax": {"x": 10**400}}, {"amax": {"x": True}}, {"amax": {"x": None}}, {"observer": 3},
-    {"images": {"a": 1}}, {"images": [3]}, {"images": [{"sha256": "a", "name": "x"}]}, {"source": None},
-], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"amax": {"x": -1.0}},
+        {"amax": {"x": "wide"}},
+        {"amax": [1]},
+        {"schema": 9},
+        {"images": []},
+        {"images": [{"name": "x"}]},
+        {"extra": 1},
+        {"wanted": None},
+        {"wanted": True},
+        {"schema": True},
+        {"amax": {"x": 1e39}},
+        {"amax": {"x": 10**400}},
+        {"amax": {"x": True}},
+        {"amax": {"x": None}},
+        {"observer": 3},
+        {"images": {"a": 1}},
+        {"images": [3]},
+        {"images": [{"sha256": "a", "name": "x"}]},
+        {"source": None},
+    ],
+    ids=str,
+)
 def test_a_changed_file_is_refused(tmp_path, change):
     path = tmp_path / "ranges.json"
     RANGES.save(path)
@@ -38,8 +57,11 @@ def test_a_changed_file_is_refused(tmp_path, change):
         Ranges.load(path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"amax": {"x": NaN}}', "[" * 100_000, '{"a":' * 100_000,
-                                  '{"wanted": ' + "9" * 5000 + "}"], ids=range(8))
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"amax": {"x": NaN}}', "[" * 100_000, '{"a":' * 100_000, '{"wanted": ' + "9" * 5000 + "}"],
+    ids=range(8),
+)
 def test_what_is_no_ranges_file_is_refused(tmp_path, text):
     path = tmp_path / "ranges.json"
     path.write_text(text)

@@ -14,10 +14,19 @@ from edgedetr.quantization.rewrite import split_concats
 def network(rng, kernel=1, mode="nearest", branches=2, strides=1):
     """A strided Conv, enlarged, beside Convs of the full size -> Concat -> two Convs that read it."""
     constants = {"ws": rng.normal(size=(8, 3, 2, 2)), "scales": np.array([1, 1, 2, 2])}
-    nodes = [helper.make_node("Conv", ["images", "ws"], ["small"], "small", strides=[2, 2]),
-             helper.make_node("Relu", ["small"], ["relu"], "relu"),
-             helper.make_node("Resize", ["relu", "", "scales"], ["large"], "resize", mode=mode, nearest_mode="floor",
-                              coordinate_transformation_mode="asymmetric")]
+    nodes = [
+        helper.make_node("Conv", ["images", "ws"], ["small"], "small", strides=[2, 2]),
+        helper.make_node("Relu", ["small"], ["relu"], "relu"),
+        helper.make_node(
+            "Resize",
+            ["relu", "", "scales"],
+            ["large"],
+            "resize",
+            mode=mode,
+            nearest_mode="floor",
+            coordinate_transformation_mode="asymmetric",
+        ),
+    ]
     names = ["large"]
     for i in range(branches - 1):
         constants[f"wf{i}"] = rng.normal(size=(4 + i, 3, 1, 1))
@@ -28,13 +37,24 @@ def network(rng, kernel=1, mode="nearest", branches=2, strides=1):
     for output in ("logits", "boxes"):
         constants[f"w_{output}"] = rng.normal(size=(16, width, kernel, kernel))
         constants[f"b_{output}"] = rng.normal(size=16)
-        nodes.append(helper.make_node("Conv", ["both", f"w_{output}", f"b_{output}"], [output], f"conv_{output}",
-                                      pads=[kernel // 2] * 4, strides=[strides] * 2))
+        nodes.append(
+            helper.make_node(
+                "Conv",
+                ["both", f"w_{output}", f"b_{output}"],
+                [output],
+                f"conv_{output}",
+                pads=[kernel // 2] * 4,
+                strides=[strides] * 2,
+            )
+        )
     initialisers = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 16, 8 // strides, 8 // strides])
-               for name in ("logits", "boxes")]
-    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])],
-                              outputs, initialisers)
+    outputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 16, 8 // strides, 8 // strides])
+        for name in ("logits", "boxes")
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])], outputs, initialisers
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
 
 
@@ -52,7 +72,7 @@ def test_the_split_graph_computes_the_same_and_has_no_concat(rng, branches, mode
     assert not [node for node in split.graph.node if node.op_type == "Concat"]
     images = rng.normal(size=(1, 3, 8, 8)).astype(np.float32)
     for expected, actual in zip(run(model, images), run(split, images)):
-        np.testing.assert_allclose(actual, expected, atol=2e-5)     # float32, another order of about 20 summands
+        np.testing.assert_allclose(actual, expected, atol=2e-5)  # float32, another order of about 20 summands
 
 
 def test_a_nearest_branch_is_convolved_before_it_is_enlarged(rng):

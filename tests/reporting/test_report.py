@@ -105,10 +105,17 @@ def test_a_picture_that_changed_since_verifying_is_not_shown(verified, tmp_path)
     write_report(verified.bundle)
 
 
-@pytest.mark.parametrize("name, words", [
-    ("../secret.png", "leads out of"), ("{outside}/secret.png", "leads out of"), ("images/link.png", "leads out of"),
-    ("linked/secret.png", "leads out of"), ("images/nul\0.png", "embedded null"), ("a" * 300 + ".png", "name too long"),
-])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("../secret.png", "leads out of"),
+        ("{outside}/secret.png", "leads out of"),
+        ("images/link.png", "leads out of"),
+        ("linked/secret.png", "leads out of"),
+        ("images/nul\0.png", "embedded null"),
+        ("a" * 300 + ".png", "name too long"),
+    ],
+)
 def test_an_image_outside_of_the_data_is_never_embedded(verified, tmp_path, name, words):
     data, outside = tmp_path / "data", tmp_path
     (data / "images").mkdir(parents=True)
@@ -149,15 +156,25 @@ def test_without_a_verdict_the_error_names_the_command(tmp_path, verified):
 STAGE = '{"name": "onnx", "backend": "onnxruntime", "passed": true, "drop": 0, "ap": 1'
 
 
-@pytest.mark.parametrize("text", [
-    "", "{", "[]", '{"passed": true}', '{"stages": [{}], "budget": 1, "passed": true}', "[" * 100_000,
-    '{"stages": [], "budget": 1, "passed": true}', '{"stages": [' + STAGE + '}], "budget": "1", "passed": true}',
-    '{"stages": [' + STAGE + '}], "budget": NaN, "passed": true}',
-    '{"stages": [' + STAGE + ', "note": 3}], "budget": 1, "passed": true}',
-    '{"stages": [' + STAGE + ', "p50_ms": "x"}], "budget": 1, "passed": true}',
-    '{"stages": [' + STAGE + ', "ap50": 1e999}], "budget": 1, "passed": true}',
-    '{"stages": [' + STAGE + '}], "budget": 1, "passed": 1}', '{"budget": ' + "9" * 5000 + "}",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"passed": true}',
+        '{"stages": [{}], "budget": 1, "passed": true}',
+        "[" * 100_000,
+        '{"stages": [], "budget": 1, "passed": true}',
+        '{"stages": [' + STAGE + '}], "budget": "1", "passed": true}',
+        '{"stages": [' + STAGE + '}], "budget": NaN, "passed": true}',
+        '{"stages": [' + STAGE + ', "note": 3}], "budget": 1, "passed": true}',
+        '{"stages": [' + STAGE + ', "p50_ms": "x"}], "budget": 1, "passed": true}',
+        '{"stages": [' + STAGE + ', "ap50": 1e999}], "budget": 1, "passed": true}',
+        '{"stages": [' + STAGE + '}], "budget": 1, "passed": 1}',
+        '{"budget": ' + "9" * 5000 + "}",
+    ],
+)
 def test_a_damaged_verdict_is_refused(tmp_path, verified, text):
     shutil.copytree(verified.bundle.path, tmp_path / "b.bundle")
     bundle = type(verified.bundle).open(tmp_path / "b.bundle")

@@ -32,8 +32,10 @@ def make_bundle(tmp_path: Path, tiny_graph: ModuleType) -> Callable[..., Bundle]
     """Bundle with the named graphs; class 0 likes red, class 1 likes blue, query 0 more than query 1 than query 2."""
 
     def make(*names: str, batch: int | str = 1, activation: str = "sigmoid", resize: str = "stretch") -> Bundle:
-        bundle = Bundle.create(tmp_path / "tiny.bundle", Manifest(
-            "tiny", CLASSES, InputContract(32, 48, resize), OutputContract(activation, 100)))
+        bundle = Bundle.create(
+            tmp_path / "tiny.bundle",
+            Manifest("tiny", CLASSES, InputContract(32, 48, resize), OutputContract(activation, 100)),
+        )
         columns = 2 + (activation == "softmax")
         weight = np.zeros((3, 3, columns))
         weight[0, :, 0] = [6, 4, 2]

@@ -26,22 +26,41 @@ def detector(make_bundle):
     return load(make_bundle("model.onnx"), backend="onnxruntime", stage="onnx", threads=1)
 
 
-@pytest.mark.parametrize("images, words", [
-    (None, "images is None; expected a list"), (5, "images is of type int"), ("a.jpg", "images is of type str"),
-    (Path("a.jpg"), "images is of type PosixPath"), (b"bytes", "images is of type bytes"),
-    ({}, "images is of type dict"), (np.zeros((4, 4, 3), np.uint8), "one picture"),
-    (["a.jpg"], r"images\[0\] is str; expected a uint8 RGB array"), ([Path("a.jpg")], r"images\[0\] is PosixPath"),
-    ([None], r"images\[0\] is NoneType"), ([[1, 2]], r"images\[0\] is list"),
-    (np.zeros(5), r"images\[0\] is float64"), (open, "images is of type builtin")])
+@pytest.mark.parametrize(
+    "images, words",
+    [
+        (None, "images is None; expected a list"),
+        (5, "images is of type int"),
+        ("a.jpg", "images is of type str"),
+        (Path("a.jpg"), "images is of type PosixPath"),
+        (b"bytes", "images is of type bytes"),
+        ({}, "images is of type dict"),
+        (np.zeros((4, 4, 3), np.uint8), "one picture"),
+        (["a.jpg"], r"images\[0\] is str; expected a uint8 RGB array"),
+        ([Path("a.jpg")], r"images\[0\] is PosixPath"),
+        ([None], r"images\[0\] is NoneType"),
+        ([[1, 2]], r"images\[0\] is list"),
+        (np.zeros(5), r"images\[0\] is float64"),
+        (open, "images is of type builtin"),
+    ],
+)
 def test_what_are_no_images_is_a_usage_error_that_says_what_was_given(detector, images, words):
     with pytest.raises(UsageError, match=words):
         detector(images)
 
 
-@pytest.mark.parametrize("image", [
-    np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8),
-    np.zeros((0, 4, 3), np.uint8),
-    np.zeros((3, 4, 4), np.uint8), np.zeros((4, 4, 3), np.int64), np.zeros((1, 4, 4, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((3, 4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.int64),
+        np.zeros((1, 4, 4, 3), np.uint8),
+    ],
+)
 def test_an_array_of_another_kind_is_an_error_with_its_type_and_shape(detector, image):
     with pytest.raises(DataError, match=rf"images\[1\] is {image.dtype} .*expected uint8 RGB \[H, W, 3\]"):
         detector([np.zeros((4, 4, 3), np.uint8), image])
@@ -55,9 +74,22 @@ def test_any_iterable_of_images_is_taken_and_none_gives_nothing(detector, red, b
     assert detector([]) == detector(iter(())) == []
 
 
-@pytest.mark.parametrize("batch", [None, 5, "x", [], [[1.0]], np.zeros((0, 3, 32, 48), np.float32), np.float32(1),
-                                   np.zeros((1, 3, 32, 48)), np.zeros((1, 3, 32, 47), np.float32),
-                                   np.zeros(0, np.float32), np.zeros((3, 32, 48), np.float32)])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        None,
+        5,
+        "x",
+        [],
+        [[1.0]],
+        np.zeros((0, 3, 32, 48), np.float32),
+        np.float32(1),
+        np.zeros((1, 3, 32, 48)),
+        np.zeros((1, 3, 32, 47), np.float32),
+        np.zeros(0, np.float32),
+        np.zeros((3, 32, 48), np.float32),
+    ],
+)
 def test_run_raw_takes_a_batch_of_at_least_one(detector, batch):
     with pytest.raises(UsageError, match="batch (is|has no pictures).*expected"):
         detector.run_raw(batch)
@@ -71,21 +103,36 @@ def test_what_is_no_path_is_no_bundle(bundle, opens):
 
 
 @pytest.mark.parametrize("option", ["threads", "batch"])
-@pytest.mark.parametrize("value", ["2", 2.0, True, 0, -1, [1], float("nan"), pytest.param(-10**5000, id="huge")])
+@pytest.mark.parametrize("value", ["2", 2.0, True, 0, -1, [1], float("nan"), pytest.param(-(10**5000), id="huge")])
 def test_a_number_that_is_none_is_a_usage_error(make_bundle, option, value):
     with pytest.raises(UsageError, match=f"{option} is .*; expected a whole number of at least 1"):
         load(make_bundle("model.onnx"), **{option: value})
 
 
-@pytest.mark.parametrize("option, value", [("backend", 5), ("stage", ["onnx"]), ("backend", "onnxruntme"),
-                                           ("trust", "no"), ("trust", 1), ("trust", None)])
+@pytest.mark.parametrize(
+    "option, value",
+    [("backend", 5), ("stage", ["onnx"]), ("backend", "onnxruntme"), ("trust", "no"), ("trust", 1), ("trust", None)],
+)
 def test_a_word_that_is_none_is_a_usage_error(make_bundle, option, value):
     with pytest.raises(UsageError, match=f"{option} is "):
         load(make_bundle("model.onnx"), **{option: value})
 
 
-ODD = [None, -1, 2.5, True, b"x", {}, float("nan"), np.zeros(3), object(), [None], ("a", "b"), [],
-       pytest.param(10**5000, id="huge")]
+ODD = [
+    None,
+    -1,
+    2.5,
+    True,
+    b"x",
+    {},
+    float("nan"),
+    np.zeros(3),
+    object(),
+    [None],
+    ("a", "b"),
+    [],
+    pytest.param(10**5000, id="huge"),
+]
 
 
 @pytest.mark.parametrize("value", ["a.jpg", Path("a.jpg"), None, 5, b"x", {}, [None], [5], (1, 2), np.zeros(2)])
@@ -105,19 +152,25 @@ def test_options_of_every_entry_are_checked_before_anything_is_done(make_bundle,
 
     bundle = make_bundle("model.onnx")
     entries = {
-        "precision": lambda: build.build(bundle, value), "batch": lambda: build.build(bundle, batch=value),
-        "typing": lambda: build.build(bundle, typing=value), "bundle": lambda: build.build(value),
+        "precision": lambda: build.build(bundle, value),
+        "batch": lambda: build.build(bundle, batch=value),
+        "typing": lambda: build.build(bundle, typing=value),
+        "bundle": lambda: build.build(value),
         "optimization_level": lambda: build.build(bundle, optimization_level=value),
-        "frame": lambda: write_frames(bundle, value, 64), "source": lambda: list(play(value)),
+        "frame": lambda: write_frames(bundle, value, 64),
+        "source": lambda: list(play(value)),
         "confidence": lambda: list(predict(detector, [], confidence=value)),
         "triton": lambda: write_repository(bundle, tmp_path, value),
         "name": lambda: write_repository(bundle, tmp_path, "model.onnx", name=value) if value is not None else None,
         "instances": lambda: write_repository(bundle, tmp_path, "model.onnx", instances=value),
-        "deepstream": lambda: write_deepstream(bundle, tmp_path, value)}
-    entries |= {"frame source": lambda: write_frames(bundle, 64, 64, [value]),
-                "prepare": lambda: prepare(value, CONTRACT)}
+        "deepstream": lambda: write_deepstream(bundle, tmp_path, value),
+    }
+    entries |= {
+        "frame source": lambda: write_frames(bundle, 64, 64, [value]),
+        "prepare": lambda: prepare(value, CONTRACT),
+    }
     if isinstance(value, (list, tuple, np.ndarray)):
-        del entries["prepare"]          # lists, whose items are looked at
+        del entries["prepare"]  # lists, whose items are looked at
     if value is None:
         for taken in ("instances", "name"):
             del entries[taken]
@@ -128,12 +181,25 @@ def test_options_of_every_entry_are_checked_before_anything_is_done(make_bundle,
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.bundle"]
 
 
-@pytest.mark.parametrize("logits, boxes", [
-    *((np.zeros(one), np.zeros(other)) for one, other in (
-        ((1, 5, 2), (1, 3, 4)), ((1, 5, 2), (1, 5, 5)), ((1, 5, 2), (5, 4)), ((2,), (1, 2, 4)), ((2, 5, 2), (2, 5, 4)),
-        ((1, 5, 3), (1, 5, 4)))),
-    (np.zeros((1, 5, 2), bool), np.zeros((1, 5, 4))), (np.array("x"), np.zeros((1, 5, 4))),
-    (np.zeros((1, 5, 2)), np.full((1, 5, 4), "x"))])
+@pytest.mark.parametrize(
+    "logits, boxes",
+    [
+        *(
+            (np.zeros(one), np.zeros(other))
+            for one, other in (
+                ((1, 5, 2), (1, 3, 4)),
+                ((1, 5, 2), (1, 5, 5)),
+                ((1, 5, 2), (5, 4)),
+                ((2,), (1, 2, 4)),
+                ((2, 5, 2), (2, 5, 4)),
+                ((1, 5, 3), (1, 5, 4)),
+            )
+        ),
+        (np.zeros((1, 5, 2), bool), np.zeros((1, 5, 4))),
+        (np.array("x"), np.zeros((1, 5, 4))),
+        (np.zeros((1, 5, 2)), np.full((1, 5, 4), "x")),
+    ],
+)
 def test_a_graph_with_outputs_of_other_shapes_is_one_error(logits, boxes):
     geometry = Geometry.of(32, 32, InputContract(32, 32))
     with pytest.raises(BundleError, match="the graph gives .*run: edgedetr export BUNDLE"):
@@ -147,8 +213,9 @@ def test_a_class_that_the_bundle_lacks_is_one_error(classes):
         named(np.zeros((count, 4), np.float32), np.ones(count, np.float32), np.array(classes), CLASSES)
 
 
-@pytest.mark.parametrize("boxes, scores, labels", [
-    ((3, 4), (2,), (3,)), ((3, 5), (3,), (3,)), ((3,), (3,), (3,)), ((3, 4), (3,), (3, 1))])
+@pytest.mark.parametrize(
+    "boxes, scores, labels", [((3, 4), (2,), (3,)), ((3, 5), (3,), (3,)), ((3,), (3,), (3,)), ((3, 4), (3,), (3, 1))]
+)
 def test_a_graph_for_frames_with_other_shapes_is_one_error(boxes, scores, labels):
     class Runner:
         name, height, width = "test", 8, 8
@@ -167,8 +234,9 @@ def two_cores(monkeypatch):
 
 
 @pytest.mark.usefixtures("two_cores")
-@pytest.mark.parametrize("wanted, used", [(None, 0), (1, 1), (2, 2), (3, 2), (10_000, 2),
-                                          pytest.param(10**5000, 2, id="huge")])
+@pytest.mark.parametrize(
+    "wanted, used", [(None, 0), (1, 1), (2, 2), (3, 2), (10_000, 2), pytest.param(10**5000, 2, id="huge")]
+)
 def test_threads_are_bounded_by_the_cores_and_it_is_said_once(caplog, wanted, used):
     assert cpu.bounded(wanted) == cpu.bounded(wanted) == used
     assert len(caplog.records) == bool(wanted and wanted > 2)

@@ -30,15 +30,15 @@ def test_every_backend_and_batch_gives_the_hand_worked_detections(make_bundle, r
         names = ["red cell", "platelet"][index % 2], [7, 3][index % 2]
         assert detections.data["class_name"][0] == names[0]
         assert detections.data["category_id"][0] == names[1]
-        assert detections.confidence[0] == pytest.approx(1 / (1 + np.exp(-3)), abs=1e-5)     # logit 6 - 3, float32
+        assert detections.confidence[0] == pytest.approx(1 / (1 + np.exp(-3)), abs=1e-5)  # logit 6 - 3, float32
     # first query: cx .25, cy .5, w .3, h .6 of 96 x 64 and of 200 x 50
-    np.testing.assert_allclose(found[0].xyxy[0], [9.6, 12.8, 38.4, 51.2], atol=1e-3)     # float32 pixels
+    np.testing.assert_allclose(found[0].xyxy[0], [9.6, 12.8, 38.4, 51.2], atol=1e-3)  # float32 pixels
     np.testing.assert_allclose(found[1].xyxy[0], [20, 10, 80, 40], atol=1e-3)
 
 
 def test_a_softmax_bundle_decodes_by_its_own_contract(make_bundle, red):
     found = load(make_bundle(activation="softmax"), backend="onnxruntime")([red])[0]
-    assert len(found) == 3      # one per query
+    assert len(found) == 3  # one per query
     assert found.confidence[0] == pytest.approx(np.exp(3) / (np.exp(3) + 2 * np.exp(-3)), abs=1e-5)  # float32
 
 
@@ -47,7 +47,7 @@ def test_raw_outputs_of_a_ragged_last_batch_are_those_of_one_by_one(make_bundle,
     batch = rng.uniform(0, 255, (6, 3, 32, 48)).astype(np.float32)
     together = detector.run_raw(batch)
     for n in range(6):
-        alone = detector.run_raw(batch[n:n + 1])
+        alone = detector.run_raw(batch[n : n + 1])
         np.testing.assert_array_equal(together.logits[n], alone.logits[0])
     assert together.boxes.shape == (6, 3, 4)
 
@@ -74,10 +74,12 @@ def test_openvino_int8_is_warned_of_where_the_cpu_saturates_it(make_bundle, monk
     assert caplog.text.count("saturates") == 1
 
 
-@pytest.mark.parametrize("bits, saturates, warned", [(8, True, True), (7, True, False), (8, False, False),
-                                                     (None, True, False)])
-def test_eight_bit_weights_are_warned_of_where_the_cpu_saturates_them(make_bundle, monkeypatch, caplog, bits, saturates,
-                                                                      warned):
+@pytest.mark.parametrize(
+    "bits, saturates, warned", [(8, True, True), (7, True, False), (8, False, False), (None, True, False)]
+)
+def test_eight_bit_weights_are_warned_of_where_the_cpu_saturates_them(
+    make_bundle, monkeypatch, caplog, bits, saturates, warned
+):
     bundle = make_bundle("model.onnx")
     with bundle.add("model.int8-cpu.onnx", stage="quantise") as path:
         model = onnx.load(bundle.require("model.onnx"))
@@ -96,24 +98,30 @@ def test_what_is_asked_for_is_what_runs(make_bundle):
     assert load(bundle, backend="openvino").description.startswith("onnx on openvino")
 
 
-@pytest.mark.parametrize("arguments, error, message", [
-    ({"stage": "int9"}, UsageError, "'int9'; expected one of onnx, fp16, int8, int8-cpu; did you mean 'int8'"),
-    ({"backend": "onnx-runtime"}, UsageError, "did you mean 'onnxruntime'"),
-    ({"threads": 0}, UsageError, "threads is 0"),
-    ({"stage": "int8"}, BundleError, r"model.int8.onnx has not been made yet; run: edgedetr export .* --int8"),
-])
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"stage": "int9"}, UsageError, "'int9'; expected one of onnx, fp16, int8, int8-cpu; did you mean 'int8'"),
+        ({"backend": "onnx-runtime"}, UsageError, "did you mean 'onnxruntime'"),
+        ({"threads": 0}, UsageError, "threads is 0"),
+        ({"stage": "int8"}, BundleError, r"model.int8.onnx has not been made yet; run: edgedetr export .* --int8"),
+    ],
+)
 def test_wrong_words_name_the_right_ones(make_bundle, arguments, error, message):
     with pytest.raises(error, match=message):
         load(make_bundle(), **arguments)
 
 
-@pytest.mark.parametrize("image, error, message", [
-    ("a.jpg", UsageError, "str; expected a uint8 RGB array"),
-    (np.zeros((4, 4, 3)), DataError, r"float64 \[4, 4, 3\]; expected uint8 RGB"),
-    (np.zeros((4, 4), np.uint8), DataError, r"uint8 \[4, 4\]"),
-    (np.zeros((4, 4, 4), np.uint8), DataError, r"uint8 \[4, 4, 4\]"),
-    (np.zeros((0, 4, 3), np.uint8), DataError, "at least one pixel"),
-])
+@pytest.mark.parametrize(
+    "image, error, message",
+    [
+        ("a.jpg", UsageError, "str; expected a uint8 RGB array"),
+        (np.zeros((4, 4, 3)), DataError, r"float64 \[4, 4, 3\]; expected uint8 RGB"),
+        (np.zeros((4, 4), np.uint8), DataError, r"uint8 \[4, 4\]"),
+        (np.zeros((4, 4, 4), np.uint8), DataError, r"uint8 \[4, 4, 4\]"),
+        (np.zeros((0, 4, 3), np.uint8), DataError, "at least one pixel"),
+    ],
+)
 def test_pictures_of_another_kind_are_refused_by_place(make_bundle, red, image, error, message):
     with pytest.raises(error, match=r"images\[1\].*" + message):
         load(make_bundle())([red, image])
@@ -133,7 +141,7 @@ def test_a_damaged_graph_is_named(make_bundle, backend, content):
     content = bundle.require("model.onnx").read_bytes()[:200] if content == "truncated" else content
     with bundle.add("model.onnx", stage="export") as path:
         path.write_bytes(content)
-    with pytest.raises(BundleError, match=r"(?s)model.onnx.*edgedetr export"):      # ONNX Runtime 1.23 breaks the line
+    with pytest.raises(BundleError, match=r"(?s)model.onnx.*edgedetr export"):  # ONNX Runtime 1.23 breaks the line
         load(bundle, backend=backend)
 
 
@@ -170,7 +178,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(make_bundl
     with pytest.raises(MissingDependency, match="run: pip install onnxruntime"):
         load(bundle)
     for library in ("onnxruntime", "openvino"):
-        monkeypatch.setitem(sys.modules, library, None)     # import raises ImportError
+        monkeypatch.setitem(sys.modules, library, None)  # import raises ImportError
         with pytest.raises(MissingDependency, match=f"run: pip install {library}"):
             load(bundle, backend=library, stage="onnx")
 
@@ -179,7 +187,7 @@ def test_without_optimisations_nothing_is_fused(make_bundle):
     path = make_bundle().require("model.onnx")
     batch = np.full((1, 3, 32, 48), 128, np.float32)
     exact, fused = OrtRunner(path, optimise=False).run(batch), OrtRunner(path).run(batch)
-    np.testing.assert_allclose(exact.logits, fused.logits, atol=1e-5)   # float32, one matrix product of three terms
+    np.testing.assert_allclose(exact.logits, fused.logits, atol=1e-5)  # float32, one matrix product of three terms
 
 
 def test_a_detector_loads_and_runs_without_torch_onnx_click_pydantic_or_matplotlib(make_bundle):
@@ -206,7 +214,7 @@ def test_a_detector_loads_and_runs_without_torch_onnx_click_pydantic_or_matplotl
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1       # promised is 1 s; measured 0.3 s
+    assert float(done.stdout) < 1  # promised is 1 s; measured 0.3 s
 
 
 def test_repr_and_names_help_the_reader(make_bundle):

@@ -18,24 +18,32 @@ def fresh():
         function.cache_clear()
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("flags\t\t: fpu sse2 avx2 avx512_vnni avx512_bf16\n", "avx512_vnni"),
-    ("flags\t\t: fpu avx2 avx_vnni\n", "avx_vnni"),
-    ("flags\t\t: fpu avx2 avx_vnni amx_int8 avx512_vnni\n", "amx_int8"),
-    ("Features\t: fp asimd asimddp\n", "asimddp"),         # Jetson Orin's Cortex-A78AE
-    ("flags\t\t: fpu sse2 avx2\nmodel name: avx512_vnnish\n", None),
-    ("", None),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("flags\t\t: fpu sse2 avx2 avx512_vnni avx512_bf16\n", "avx512_vnni"),
+        ("flags\t\t: fpu avx2 avx_vnni\n", "avx_vnni"),
+        ("flags\t\t: fpu avx2 avx_vnni amx_int8 avx512_vnni\n", "amx_int8"),
+        ("Features\t: fp asimd asimddp\n", "asimddp"),  # Jetson Orin's Cortex-A78AE
+        ("flags\t\t: fpu sse2 avx2\nmodel name: avx512_vnnish\n", None),
+        ("", None),
+    ],
+)
 def test_flags_of_cpuinfo(tmp_path, monkeypatch, text, expected):
     (tmp_path / "cpuinfo").write_text(text)
     monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
     assert cpu.int8_dot_product() == expected
 
 
-@pytest.mark.parametrize("machine, instruction, expected", [
-    ("x86_64", None, True), ("AMD64", None, True), ("x86_64", "avx_vnni", False),
-    ("aarch64", None, False),           # without the instruction Arm widens to 16 bits before it adds: slow, and exact
-])
+@pytest.mark.parametrize(
+    "machine, instruction, expected",
+    [
+        ("x86_64", None, True),
+        ("AMD64", None, True),
+        ("x86_64", "avx_vnni", False),
+        ("aarch64", None, False),  # without the instruction Arm widens to 16 bits before it adds: slow, and exact
+    ],
+)
 def test_only_x86_without_the_instruction_saturates(monkeypatch, machine, instruction, expected):
     monkeypatch.setattr(cpu.platform, "machine", lambda: machine)
     monkeypatch.setattr(cpu, "int8_dot_product", lru_cache(lambda: instruction))
@@ -55,17 +63,24 @@ def test_there_is_at_least_one_core():
 
 def processor(vendor: str, family: int, flags: str) -> str:
     """One of two cores; the second tells another story, which must not be heard."""
-    return (f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel name\t: x\nflags\t\t: {flags}\n\n"
-            "processor\t: 1\nvendor_id\t: Other\ncpu family\t: 1\nflags\t\t: fpu\n")
+    return (
+        f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel name\t: x\nflags\t\t: {flags}\n\n"
+        "processor\t: 1\nvendor_id\t: Other\ncpu family\t: 1\nflags\t\t: fpu\n"
+    )
 
 
-@pytest.mark.parametrize("text, expected", [
-    (processor("AuthenticAMD", 26, "fpu avx2 avx512f"), True),              # Zen 5
-    (processor("AuthenticAMD", 26, "fpu avx2 avx512_bf16"), False),         # hidden by a virtual machine
-    (processor("AuthenticAMD", 25, "fpu avx2 avx512f"), False),             # Zen 4: two halves, as MKL does
-    (processor("GenuineIntel", 26, "fpu avx2 avx512f"), False),
-    ("Features\t: fp asimd asimddp\n", False), ("cpu family\t: ?\nvendor_id: AuthenticAMD\n", False), ("", False),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (processor("AuthenticAMD", 26, "fpu avx2 avx512f"), True),  # Zen 5
+        (processor("AuthenticAMD", 26, "fpu avx2 avx512_bf16"), False),  # hidden by a virtual machine
+        (processor("AuthenticAMD", 25, "fpu avx2 avx512f"), False),  # Zen 4: two halves, as MKL does
+        (processor("GenuineIntel", 26, "fpu avx2 avx512f"), False),
+        ("Features\t: fp asimd asimddp\n", False),
+        ("cpu family\t: ?\nvendor_id: AuthenticAMD\n", False),
+        ("", False),
+    ],
+)
 def test_mkl_is_narrow_on_zen_5_alone(tmp_path, monkeypatch, text, expected):
     (tmp_path / "cpuinfo").write_text(text)
     monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
@@ -77,11 +92,16 @@ def test_without_cpuinfo_mkl_is_taken_as_it_is(tmp_path, monkeypatch):
     assert cpu.mkl_is_narrow() is False
 
 
-@pytest.mark.parametrize("text, expected", [
-    (processor("GenuineIntel", 6, "fpu avx512f avx512_bf16 amx_bf16 amx_tile amx_int8"), True),     # Sapphire Rapids
-    (processor("GenuineIntel", 6, "fpu avx512f amx_tile amx_int8"), False),                         # hidden in part
-    (processor("AuthenticAMD", 26, "fpu avx512f avx512_bf16"), False), ("", False), (None, False),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (processor("GenuineIntel", 6, "fpu avx512f avx512_bf16 amx_bf16 amx_tile amx_int8"), True),  # Sapphire Rapids
+        (processor("GenuineIntel", 6, "fpu avx512f amx_tile amx_int8"), False),  # hidden in part
+        (processor("AuthenticAMD", 26, "fpu avx512f avx512_bf16"), False),
+        ("", False),
+        (None, False),
+    ],
+)
 def test_bfloat16_is_tiled_where_the_flag_says_so(tmp_path, monkeypatch, text, expected):
     if text is not None:
         (tmp_path / "cpuinfo").write_text(text)

@@ -48,8 +48,8 @@ def spoiled(avi: bytes, *numbers: int) -> bytes:
     for n in range(COUNT):
         at = avi.index(b"\xff\xd8\xff", at + 1)
         if n in numbers:
-            length = int.from_bytes(avi[at - 4:at], "little")
-            data[at:at + length] = bytes(length)
+            length = int.from_bytes(avi[at - 4 : at], "little")
+            data[at : at + length] = bytes(length)
     return bytes(data)
 
 
@@ -91,7 +91,7 @@ def test_a_file_of_which_much_is_lost_gives_the_rest_and_ends_as_an_error(tmp_pa
 
 @pytest.mark.parametrize("part", [0.4, 0.5, 0.9])
 def test_a_cut_file_gives_what_it_has_and_ends_with_the_numbers(tmp_path, avi, part):
-    (tmp_path / "cut.avi").write_bytes(avi[:int(len(avi) * part)])
+    (tmp_path / "cut.avi").write_bytes(avi[: int(len(avi) * part)])
     found, end = played(tmp_path / "cut.avi")
     assert 0 < len(found) < COUNT and found == list(range(len(found)))
     assert (end.read, end.lost, end.claimed) == (len(found), COUNT - len(found), COUNT)
@@ -105,7 +105,7 @@ def test_a_file_that_lacks_its_last_bytes_and_no_frame_is_whole(tmp_path, avi):
 
 def test_a_file_whose_index_is_missing_says_so(tmp_path, mp4):
     assert look_at(tmp_path, mp4).cut == ""
-    (tmp_path / "cut.mp4").write_bytes(mp4[:mp4.index(b"moov") - 4])
+    (tmp_path / "cut.mp4").write_bytes(mp4[: mp4.index(b"moov") - 4])
     with pytest.raises(DataError, match=r"no frame could be read \(it has no index \(moov\).*was not finished"):
         list(play(tmp_path / "cut.mp4"))
 
@@ -131,28 +131,39 @@ def test_a_count_that_is_too_small_hides_no_frame(tmp_path, avi, claim):
 
 def test_a_trimmed_file_is_whole_although_it_shows_fewer_frames_than_it_has(tmp_path, mp4):
     data, at = bytearray(mp4), mp4.index(b"elst")
-    length, first, rate = struct.unpack(">Iii", data[at + 12:at + 24])
-    unit = struct.unpack(">I", data[mp4.index(b"mdhd") + 16:mp4.index(b"mdhd") + 20])[0]
-    data[at + 12:at + 24] = struct.pack(">Iii", length // 2, first + unit, rate)     # begins after one second of two
+    length, first, rate = struct.unpack(">Iii", data[at + 12 : at + 24])
+    unit = struct.unpack(">I", data[mp4.index(b"mdhd") + 16 : mp4.index(b"mdhd") + 20])[0]
+    data[at + 12 : at + 24] = struct.pack(">Iii", length // 2, first + unit, rate)  # begins after one second of two
     (tmp_path / "trimmed.mp4").write_bytes(data)
     assert look(tmp_path / "trimmed.mp4").shown == pytest.approx(0.5)
     found = list(play(tmp_path / "trimmed.mp4"))
     assert 15 <= len(found) < COUNT and not found[-1].lost
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"", "the file is empty"), (b"no video", "it is text"), (b"\0" * 4096, "no known kind"),
-    (b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x40\x1f\0\0\x40\x1f\0\0\1\0\x08\0data\0\0\0\0", "no known kind")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "the file is empty"),
+        (b"no video", "it is text"),
+        (b"\0" * 4096, "no known kind"),
+        (b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x40\x1f\0\0\x40\x1f\0\0\1\0\x08\0data\0\0\0\0", "no known kind"),
+    ],
+)
 def test_what_holds_no_video_says_what_it_is(tmp_path, content, words):
     (tmp_path / "a.mp4").write_bytes(content)
     with pytest.raises(DataError, match=f"a.mp4: no frame could be read .*{words}"):
         list(play(tmp_path / "a.mp4"))
 
 
-@pytest.mark.parametrize("text", [
-    "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.avi\n#EXT-X-ENDLIST\n",
-    "ffconcat version 1.0\nfile 'other.avi'\n", "v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n",
-    "\ufeff<?xml version='1.0'?><MPD><BaseURL>other.avi</BaseURL></MPD>"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.avi\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile 'other.avi'\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n",
+        "\ufeff<?xml version='1.0'?><MPD><BaseURL>other.avi</BaseURL></MPD>",
+    ],
+)
 @pytest.mark.parametrize("name", ["list.mp4", "list.ts", "list.mkv"])
 def test_a_playlist_that_calls_itself_a_video_opens_nothing_else(tmp_path, monkeypatch, avi, text, name):
     (tmp_path / "other.avi").write_bytes(avi)
@@ -185,8 +196,12 @@ def test_frames_of_another_size_go_into_a_file_of_their_own(tmp_path, monkeypatc
     sizes = [(48, 64)] * 3 + [(60, 80)] * 2
     made = [predict.Frame("a.mp4", n, np.zeros((*size, 3), np.uint8), 20.0) for n, size in enumerate(sizes)]
     monkeypatch.setattr(predict, "frames", lambda *_, **__: iter(made))
-    nothing = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64),
-                         {"class_name": np.array([], str), "category_id": np.array([], np.int64)})
+    nothing = Detections(
+        np.zeros((0, 4), np.float32),
+        np.zeros(0, np.float32),
+        np.zeros(0, np.int64),
+        {"class_name": np.array([], str), "category_id": np.array([], np.int64)},
+    )
     assert len(list(predict.predict(lambda images: [nothing], ["a.mp4"], out=tmp_path / "out"))) == 5
     found = {path.name: len(list(play(path))) for path in (tmp_path / "out").iterdir()}
     assert found == {"a.mp4": 3, "a-2.mp4": 2}
@@ -207,7 +222,7 @@ def test_predict_says_what_was_lost_in_lines_and_message_and_goes_on(tmp_path, c
 
 
 def test_predict_on_a_cut_video_exits_1_with_the_numbers_behind_all_that_there_is(tmp_path, capsys, make_bundle, avi):
-    (tmp_path / "cut.avi").write_bytes(avi[:len(avi) // 2])
+    (tmp_path / "cut.avi").write_bytes(avi[: len(avi) // 2])
     (tmp_path / "whole.avi").write_bytes(avi)
     code, lines, said = predicted(capsys, make_bundle("model.onnx"), tmp_path / "cut.avi", tmp_path / "whole.avi")
     cut = sum(line["source"].endswith("cut.avi") for line in lines)
@@ -239,10 +254,25 @@ def test_damaged_images_among_many_are_left_out_and_counted(tmp_path, capsys, ma
 def test_the_cases_that_people_reported(shared_data, caplog):
     """name -> frames, and what ends it."""
     folder = shared_data / "cases" / "30-video"
-    whole = {"ok.mp4": 60, "mjpeg-badframe.avi": 59, "vfr.mp4": 30, "clip.ts": 60, "clip.mts": 60, "clip.3gp": 60,
-             "UPPER.MP4": 60, "hevc.mp4": 60, "odd-161x97.mp4": 10, "gray.avi": 20, "rot90.mp4": 60}
-    right = {**{name: (count, "") for name, count in whole.items()}, "cut-half.mp4": (19, "41 lost, of 60"),
-             "corrupt-middle.mp4": (31, "29 lost, of 60"), "audio.mp4": (0, "perhaps sound alone")}
+    whole = {
+        "ok.mp4": 60,
+        "mjpeg-badframe.avi": 59,
+        "vfr.mp4": 30,
+        "clip.ts": 60,
+        "clip.mts": 60,
+        "clip.3gp": 60,
+        "UPPER.MP4": 60,
+        "hevc.mp4": 60,
+        "odd-161x97.mp4": 10,
+        "gray.avi": 20,
+        "rot90.mp4": 60,
+    }
+    right = {
+        **{name: (count, "") for name, count in whole.items()},
+        "cut-half.mp4": (19, "41 lost, of 60"),
+        "corrupt-middle.mp4": (31, "29 lost, of 60"),
+        "audio.mp4": (0, "perhaps sound alone"),
+    }
     for name, (count, words) in right.items():
         found, said = 0, ""
         try:

@@ -16,8 +16,10 @@ from edgedetr.runtime.jetson import Clock
 FILES = {
     "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
     "proc/device-tree/model": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0",
-    "etc/nvpmodel.conf": ("< POWER_MODEL ID=0 NAME=15W >\nCPU_ONLINE CORE_0 1\n< POWER_MODEL ID=1 NAME=25W >\n"
-                          "< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n< PM_CONFIG DEFAULT=1 >\n"),
+    "etc/nvpmodel.conf": (
+        "< POWER_MODEL ID=0 NAME=15W >\nCPU_ONLINE CORE_0 1\n< POWER_MODEL ID=1 NAME=25W >\n"
+        "< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n< PM_CONFIG DEFAULT=1 >\n"
+    ),
     "var/lib/nvpmodel/status": "pmode:0000",
     "sys/class/devfreq/17000000.gpu/cur_freq": "306000000\n",
     "sys/class/devfreq/17000000.gpu/min_freq": "306000000\n",
@@ -54,7 +56,8 @@ def test_everything_is_read(root):
     assert found.memory == (7802440 * 1024, 5120000 * 1024)
     assert found.celsius == 51.25
     assert found.conditions() == (
-        "power mode 15W (0), GPU 306..625 MHz, CPU 730..1510 MHz, 51 C, clocks follow the load")
+        "power mode 15W (0), GPU 306..625 MHz, CPU 730..1510 MHz, 51 C, clocks follow the load"
+    )
 
 
 def test_advice_is_about_what_makes_latencies_meaningless(root):
@@ -71,11 +74,16 @@ def test_advice_is_about_what_makes_latencies_meaningless(root):
     assert "only 0.2 GB of memory are free" in said and "add swap" in said and "91 C" in said
 
 
-@pytest.mark.parametrize("release, jetpack", [("R35 (release), REVISION: 4.1", "5"),
-                                              ("R36 (release), REVISION: 3.0", "6.0"),
-                                              ("R38 (release), REVISION: 2.0", "7.0"),
-                                              ("R39 (release), REVISION: 2.0", "7.2"),
-                                              ("R47 (release), REVISION: 1.0", "")])
+@pytest.mark.parametrize(
+    "release, jetpack",
+    [
+        ("R35 (release), REVISION: 4.1", "5"),
+        ("R36 (release), REVISION: 3.0", "6.0"),
+        ("R38 (release), REVISION: 2.0", "7.0"),
+        ("R39 (release), REVISION: 2.0", "7.2"),
+        ("R47 (release), REVISION: 1.0", ""),
+    ],
+)
 def test_the_release_names_the_jetpack(root, release, jetpack):
     write(root, "etc/nv_tegra_release", f"# {release}, GCID: 1")
     assert jetson.read(root).jetpack == jetpack

@@ -14,10 +14,14 @@ from edgedetr.runtime.latency import Latency, measure, rotated, warn_if_unsteady
 def test_candidates_take_turns_and_each_leads_equally_often():
     calls: list[str] = []
     steps: list[tuple[str, int, int]] = []
-    timings = measure({name: (lambda name=name: calls.append(name)) for name in "abc"}, rounds=6, warm_up=2,
-                      progress=lambda *step: steps.append(step))
+    timings = measure(
+        {name: (lambda name=name: calls.append(name)) for name in "abc"},
+        rounds=6,
+        warm_up=2,
+        progress=lambda *step: steps.append(step),
+    )
     assert calls[:6] == list("aabbcc")
-    rounds = [calls[6 + 3 * n:9 + 3 * n] for n in range(6)]
+    rounds = [calls[6 + 3 * n : 9 + 3 * n] for n in range(6)]
     assert all(sorted(r) == list("abc") for r in rounds)
     assert [r[0] for r in rounds] == list("abcabc")
     assert {t.runs for t in timings.values()} == {6}
@@ -26,7 +30,7 @@ def test_candidates_take_turns_and_each_leads_equally_often():
 
 def test_slow_is_slower_and_in_milliseconds():
     timings = measure({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, rounds=3, warm_up=0)
-    assert 20 <= timings["slow"].p50_ms < 20_000       # sleep is never shorter than asked; seconds would be 0.02
+    assert 20 <= timings["slow"].p50_ms < 20_000  # sleep is never shorter than asked; seconds would be 0.02
     assert timings["fast"].p50_ms < timings["slow"].p50_ms
 
 

@@ -23,11 +23,15 @@ def model(opset: int = 19) -> onnx.ModelProto:
     """Two domains, a subgraph with a constant, an open size, a scalar, weights of a few types."""
     weight = numpy_helper.from_array(np.arange(6, dtype=np.float32).reshape(2, 3), "w")
     constant = helper.make_node("Constant", [], ["c"], value=weight)
-    inner = helper.make_graph([constant, helper.make_node("Exp", ["c"], ["e"])], "inner", [],
-                              [value("e", TensorProto.FLOAT, None)])
-    nodes = [helper.make_node("MatMul", ["images", "w"], ["m"]),
-             helper.make_node("If", ["cond"], ["x"], then_branch=inner, else_branch=inner),
-             helper.make_node("Own", ["m"], ["logits"], domain="edge"), helper.make_node("Sigmoid", ["m"], ["boxes"])]
+    inner = helper.make_graph(
+        [constant, helper.make_node("Exp", ["c"], ["e"])], "inner", [], [value("e", TensorProto.FLOAT, None)]
+    )
+    nodes = [
+        helper.make_node("MatMul", ["images", "w"], ["m"]),
+        helper.make_node("If", ["cond"], ["x"], then_branch=inner, else_branch=inner),
+        helper.make_node("Own", ["m"], ["logits"], domain="edge"),
+        helper.make_node("Sigmoid", ["m"], ["boxes"]),
+    ]
     inputs = [value("images", TensorProto.FLOAT, ["batch", 2]), value("cond", TensorProto.BOOL, [])]
     outputs = [value("logits", TensorProto.FLOAT, [1, 3]), value("boxes", TensorProto.FLOAT, [None, 3])]
     graph = helper.make_graph(nodes, "g", inputs, outputs, [weight, numpy_helper.from_array(np.int64(-5), "n")])
@@ -82,11 +86,14 @@ def test_external_data_without_the_flag_is_external_too():
     assert onnx_facts.facts(made.SerializeToString()).external == ("elsewhere",)
 
 
-@pytest.mark.parametrize("harm, words", [
-    (lambda path, other: path.symlink_to(other), "symbolic link"),
-    (lambda path, other: os.link(other, path), "2 names"),
-    (lambda path, other: path.mkdir(), "not a plain file"),
-])
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (lambda path, other: path.symlink_to(other), "symbolic link"),
+        (lambda path, other: os.link(other, path), "2 names"),
+        (lambda path, other: path.mkdir(), "not a plain file"),
+    ],
+)
 def test_links_and_other_files_are_refused(tmp_path, harm, words):
     other, path = tmp_path / "other.onnx", tmp_path / "m.onnx"
     other.write_bytes(model().SerializeToString())
@@ -98,13 +105,14 @@ def test_links_and_other_files_are_refused(tmp_path, harm, words):
 def test_an_oversized_file_is_not_read(tmp_path):
     path = tmp_path / "m.onnx"
     with open(path, "wb") as stream:
-        stream.truncate(onnx_bytes.LARGEST + 1)     # sparse: it takes no space
+        stream.truncate(onnx_bytes.LARGEST + 1)  # sparse: it takes no space
     with pytest.raises(EngineError, match="more than the 2147483647"):
         onnx_bytes.read(path, EngineError)
 
 
-@pytest.mark.parametrize("data", [b"", b"\0", b"not onnx at all", b"\x89PNG\r\n\x1a\n" * 9, b"\x08\x09",
-                                  b"\x3a\xff\xff\xff\xff\x7f"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\0", b"not onnx at all", b"\x89PNG\r\n\x1a\n" * 9, b"\x08\x09", b"\x3a\xff\xff\xff\xff\x7f"]
+)
 def test_what_is_no_onnx_file_is_one_error(data):
     with pytest.raises(EngineError, match="not an ONNX file|no ONNX graph"):
         onnx_facts.facts(data)
@@ -112,7 +120,7 @@ def test_what_is_no_onnx_file_is_one_error(data):
 
 def test_graphs_nested_without_end_are_refused():
     node = b""
-    for _ in range(40):     # attribute.g { node { attribute { g { ...
+    for _ in range(40):  # attribute.g { node { attribute { g { ...
         graph = b"\x0a" + _length(node) + node
         attribute = b"\x32" + _length(graph) + graph
         node = b"\x2a" + _length(attribute) + attribute
@@ -133,7 +141,7 @@ def _length(data: bytes) -> bytes:
 @given(cut=st.integers(0, 400), flips=st.lists(st.integers(0, 8 * 400), max_size=3))
 def test_damage_gives_facts_or_one_error(cut, flips):
     data = bytearray(model().SerializeToString())
-    del data[len(data) - cut:]
+    del data[len(data) - cut :]
     for bit in flips:
         if bit // 8 < len(data):
             data[bit // 8] ^= 1 << bit % 8

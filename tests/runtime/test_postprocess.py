@@ -61,9 +61,9 @@ def test_softmax_takes_the_best_class_of_each_query_and_never_no_object(rng):
     rows.sort(reverse=True)
     assert len(found) == 12
     for place, (p, n, k) in enumerate(rows[:12]):
-        assert found.confidence[place] == pytest.approx(p, abs=1e-6)    # float32 softmax of four values
+        assert found.confidence[place] == pytest.approx(p, abs=1e-6)  # float32 softmax of four values
         assert found.class_id[place] == k
-        np.testing.assert_allclose(found.xyxy[place], corners(raw.boxes[0, n], geometry), atol=1e-4)   # float32 pixels
+        np.testing.assert_allclose(found.xyxy[place], corners(raw.boxes[0, n], geometry), atol=1e-4)  # float32 pixels
 
 
 def test_letterbox_boxes_come_back_by_hand():
@@ -71,7 +71,7 @@ def test_letterbox_boxes_come_back_by_hand():
     geometry = Geometry.of(100, 400, InputContract(100, 200, "letterbox"))
     raw = RawOutputs(np.array([[[5.0]]], np.float32), np.array([[[0.5, 0.25, 0.5, 0.2]]], np.float32))
     found = decode(raw, [geometry], classes(1), OutputContract())[0]
-    np.testing.assert_allclose(found.xyxy, [[100, 30, 300, 70]], atol=1e-4)     # float32 pixels
+    np.testing.assert_allclose(found.xyxy, [[100, 30, 300, 70]], atol=1e-4)  # float32 pixels
 
 
 def test_boxes_are_cut_to_the_picture_and_have_supervisions_types():
@@ -80,7 +80,7 @@ def test_boxes_are_cut_to_the_picture_and_have_supervisions_types():
     found = decode(raw, [geometry], classes(2), OutputContract())[0]
     assert found.xyxy.tolist() == [[0, 0, 20, 10]] * 2
     assert (found.xyxy.dtype, found.confidence.dtype, found.class_id.dtype) == (np.float32, np.float32, np.int64)
-    assert 0 < found.confidence[1] < 1e-30      # no overflow, no warning, at a logit of -80
+    assert 0 < found.confidence[1] < 1e-30  # no overflow, no warning, at a logit of -80
 
 
 def test_logits_of_other_classes_are_refused():

@@ -37,9 +37,14 @@ def test_a_json_line_holds_everything_in_pixels_and_with_the_original_ids(detect
     line = json.loads(next(predict(detector, [folder / "b.png"], confidence=0.5)))
     assert set(line) == {"source", "frame", "height", "width", "detections"}
     assert (line["source"], line["frame"], line["height"], line["width"]) == (str(folder / "b.png"), None, 64, 96)
-    assert line["detections"][0] == {"xyxy": [9.6, 12.8, 38.4, 51.2], "confidence": pytest.approx(0.9526, abs=1e-4),
-                                     "class_id": 0, "class_name": "red cell", "category_id": 7}
-    assert len(line["detections"]) == 2      # logits 3, 1, -1: two above one half
+    assert line["detections"][0] == {
+        "xyxy": [9.6, 12.8, 38.4, 51.2],
+        "confidence": pytest.approx(0.9526, abs=1e-4),
+        "class_id": 0,
+        "class_name": "red cell",
+        "category_id": 7,
+    }
+    assert len(line["detections"]) == 2  # logits 3, 1, -1: two above one half
 
 
 def test_folders_are_searched_in_order_and_broken_files_are_left_out_with_a_warning(folder, caplog):
@@ -119,15 +124,19 @@ def test_a_damaged_video_and_a_missing_opencv_say_so(tmp_path, video, monkeypatc
 
 
 def one(box: list[float], confidence: float = 0.9, class_id: int = 0, name: str = "cell") -> Detections:
-    return Detections(np.array([box], np.float32), np.array([confidence], np.float32), np.array([class_id]),
-                      {"class_name": np.array([name])})
+    return Detections(
+        np.array([box], np.float32),
+        np.array([confidence], np.float32),
+        np.array([class_id]),
+        {"class_name": np.array([name])},
+    )
 
 
 def test_a_box_is_drawn_where_it_is_and_the_input_stays_as_it_was():
     image = np.full((200, 300, 3), 90, np.uint8)
     drawn = draw(image, one([50, 60, 150, 120]))
     assert (image == 90).all()
-    for y, x in [(60, 100), (120, 100), (90, 50), (90, 150)]:      # the middle of each side
+    for y, x in [(60, 100), (120, 100), (90, 50), (90, 150)]:  # the middle of each side
         assert tuple(drawn[y, x]) == colour_of(0)
     assert tuple(drawn[90, 100]) == (90, 90, 90)
     assert tuple(drawn[160, 250]) == (90, 90, 90)

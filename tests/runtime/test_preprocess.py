@@ -58,8 +58,10 @@ def torch_resize(image: np.ndarray, contract: InputContract) -> np.ndarray:
     """The definition in PyTorch's operators, [height, width, 3]."""
     g = Geometry.of(*image.shape[:2], contract)
     pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2).float()
-    kernel = [source // target if source > 2 * target else 1 for source, target in (
-        (g.source_height, g.content_height), (g.source_width, g.content_width))]
+    kernel = [
+        source // target if source > 2 * target else 1
+        for source, target in ((g.source_height, g.content_height), (g.source_width, g.content_width))
+    ]
     pixels = functional.avg_pool2d(pixels, kernel)
     size = g.content_height, g.content_width
     pixels = functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False).round()
@@ -72,8 +74,13 @@ def graph_resize(frames: np.ndarray, contract: InputContract) -> np.ndarray:
     part, size = Part("frame"), frames.shape[1:3]
     resize_nodes(part, planes_of_frames(part, "frames"), Geometry.of(*size, contract), "images", len(frames))
     value = helper.make_tensor_value_info
-    graph = helper.make_graph(part.nodes, "resize", [value("frames", TensorProto.UINT8, frames.shape)],
-                              [value("images", TensorProto.FLOAT, None)], part.constants)
+    graph = helper.make_graph(
+        part.nodes,
+        "resize",
+        [value("frames", TensorProto.UINT8, frames.shape)],
+        [value("images", TensorProto.FLOAT, None)],
+        part.constants,
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -142,8 +149,13 @@ def test_the_resize_in_a_graph_agrees_to_one_level(size, contract):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(size=st.tuples(st.integers(1, 300), st.integers(1, 300)), height=st.integers(1, 90), width=st.integers(1, 90),
-       kind=st.sampled_from(["stretch", "letterbox"]), seed=st.integers(0, 9))
+@given(
+    size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    kind=st.sampled_from(["stretch", "letterbox"]),
+    seed=st.integers(0, 9),
+)
 def test_any_frame_in_a_graph_agrees_to_one_level(size, height, width, kind, seed):
     contract = InputContract(height, width, kind)
     frame = noise(size, seed)

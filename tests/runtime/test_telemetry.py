@@ -48,11 +48,19 @@ def watched(watcher: Path, folder: Path, *arguments: str, **variables: str) -> t
     home, log = folder / "home", folder / "network.txt"
     home.mkdir()
     environment = {name: value for name, value in os.environ.items() if name not in OF_CI and "XDG" not in name}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=120, env={
-        **environment, "HOME": str(home), "LD_PRELOAD": str(watcher), "NETWORK_LOG": str(log), **variables})
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**environment, "HOME": str(home), "LD_PRELOAD": str(watcher), "NETWORK_LOG": str(log), **variables},
+    )
     assert done.returncode == 0, done.stderr
-    return (log.read_text() if log.exists() else "",
-            sorted(path.relative_to(home).as_posix() for path in home.rglob("*") if path.is_file()))
+    return (
+        log.read_text() if log.exists() else "",
+        sorted(path.relative_to(home).as_posix() for path in home.rglob("*") if path.is_file()),
+    )
 
 
 def test_load_predict_and_verify_look_up_no_host_and_leave_nothing_in_the_home(watcher, tmp_path, make_bundle):
@@ -75,8 +83,13 @@ socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect_ex(("192.0.2.1", 443))
 
 def test_the_variable_lets_the_libraries_report(watcher, tmp_path):
     pytest.importorskip("openvino_telemetry")
-    network, kept = watched(watcher, tmp_path, "-c", "from edgedetr.runtime.backends import openvino; openvino._core()",
-                            **{telemetry.VARIABLE: "1"})
+    network, kept = watched(
+        watcher,
+        tmp_path,
+        "-c",
+        "from edgedetr.runtime.backends import openvino; openvino._core()",
+        **{telemetry.VARIABLE: "1"},
+    )
     assert "look-up" in network and kept
 
 
@@ -84,19 +97,28 @@ def test_every_process_that_imports_the_package_is_told_before_it_can_import_a_l
     code = "import os, edgedetr; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     clean = {name: value for name, value in os.environ.items() if name not in OF_CI}
     for variables, expected in (({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                              env={**clean, **variables})
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**clean, **variables}
+        )
         assert done.stdout.strip() == expected
-    done = subprocess.run([sys.executable, "-c", "import os, edgedetr; print('ORT_DISABLE_TELEMETRY' in os.environ)"],
-                          capture_output=True, text=True, check=True, env={**clean, telemetry.VARIABLE: "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", "import os, edgedetr; print('ORT_DISABLE_TELEMETRY' in os.environ)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**clean, telemetry.VARIABLE: "1"},
+    )
     assert done.stdout.strip() == "False"
 
 
 def test_openvino_is_imported_in_one_place_alone():
     package = Path(telemetry.__file__).parent
     words = ("import openvino", "from openvino", "import onnxruntime", "from onnxruntime")
-    found = {path.name for path in package.rglob("*.py")
-             if any(line.strip().startswith(words) for line in path.read_text(encoding="utf-8").splitlines())}
+    found = {
+        path.name
+        for path in package.rglob("*.py")
+        if any(line.strip().startswith(words) for line in path.read_text(encoding="utf-8").splitlines())
+    }
     assert found == set()
 
 
@@ -105,8 +127,9 @@ def test_what_was_imported_before_is_found_again_after_openvino_came(monkeypatch
     monkeypatch.setitem(sys.modules, telemetry.OPENVINO_REPORTS, before)
     monkeypatch.delitem(sys.modules, "openvino", raising=False)
     seen = []
-    monkeypatch.setattr(telemetry.importlib, "import_module", lambda name: seen.append(
-        (name, sys.modules[telemetry.OPENVINO_REPORTS])))
+    monkeypatch.setattr(
+        telemetry.importlib, "import_module", lambda name: seen.append((name, sys.modules[telemetry.OPENVINO_REPORTS]))
+    )
     monkeypatch.delenv(telemetry.VARIABLE, raising=False)
     telemetry.import_openvino()
     assert seen == [("openvino", None)] and sys.modules[telemetry.OPENVINO_REPORTS] is before

@@ -39,14 +39,14 @@ def readers() -> list[threading.Thread]:
 
 
 def number(frame) -> int:
-    return round((float(frame.image.mean()) - 20) / 5)      # JPEG is off by less than a level
+    return round((float(frame.image.mean()) - 20) / 5)  # JPEG is off by less than a level
 
 
 def test_a_file_gives_every_frame_in_order_however_slow_the_detector_is(clip):
     found = []
     for frame in play(clip):
         if len(found) == 3:
-            time.sleep(0.3)         # the reader must wait, not run ahead
+            time.sleep(0.3)  # the reader must wait, not run ahead
         found.append(frame)
     assert [frame.index for frame in found] == list(range(COUNT)) == [number(frame) for frame in found]
     assert {frame.rate for frame in found} == {RATE}
@@ -72,7 +72,7 @@ def test_the_queue_is_bounded(clip, monkeypatch):
     playing = play(clip)
     next(playing)
     time.sleep(0.3)
-    assert len(read) <= WAITING + 2         # those that wait, the one that was taken, the one that finds no room
+    assert len(read) <= WAITING + 2  # those that wait, the one that was taken, the one that finds no room
     playing.close()
     assert readers() == []
 
@@ -81,7 +81,7 @@ def test_late_frames_give_way_to_newer_ones(clip, caplog):
     found = []
     for frame in play(clip, drop_late=True):
         found.append(frame)
-        time.sleep(0.05)            # five frames' time
+        time.sleep(0.05)  # five frames' time
     indices = [frame.index for frame in found]
     assert indices == sorted(set(indices)) == [number(frame) for frame in found]
     assert indices[-1] == COUNT - 1, "the newest frame is never dropped"
@@ -90,7 +90,7 @@ def test_late_frames_give_way_to_newer_ones(clip, caplog):
 
 
 def test_a_fast_detector_loses_nothing_by_dropping(clip, caplog, monkeypatch):
-    monkeypatch.setattr(video, "WAITING", COUNT)        # room for all: a busy machine may stall this very test
+    monkeypatch.setattr(video, "WAITING", COUNT)  # room for all: a busy machine may stall this very test
     assert len(list(play(clip, drop_late=True))) == COUNT
     assert "dropped" not in caplog.text
 
@@ -140,10 +140,19 @@ def test_an_annotated_video_is_whole_after_an_interrupt(clip, tmp_path):
     assert written[0].rate == RATE
 
 
-@pytest.mark.parametrize("source, live", [
-    ("rtsp://camera/1", True), ("RTSP://u:p@camera/1", True), ("http://host/a.m3u8", True), ("/dev/video0", True),
-    ("nvarguscamerasrc ! nvvidconv ! appsink", True), ("clip.mp4", False), ("/dev/video", False), ("a!b.mp4", False),
-])
+@pytest.mark.parametrize(
+    "source, live",
+    [
+        ("rtsp://camera/1", True),
+        ("RTSP://u:p@camera/1", True),
+        ("http://host/a.m3u8", True),
+        ("/dev/video0", True),
+        ("nvarguscamerasrc ! nvvidconv ! appsink", True),
+        ("clip.mp4", False),
+        ("/dev/video", False),
+        ("a!b.mp4", False),
+    ],
+)
 def test_live_sources_are_known_by_their_names(source, live):
     assert is_live(source) is live
 
@@ -151,7 +160,7 @@ def test_live_sources_are_known_by_their_names(source, live):
 def test_passwords_are_never_shown(caplog):
     assert shown("rtsp://admin:s3cret@camera:554/1") == "rtsp://camera:554/1"
     with pytest.raises(DataError, match="rtsp://127.0.0.1:9/1: OpenCV .* cannot open it") as error:
-        list(play("rtsp://admin:s3cret@127.0.0.1:9/1"))         # port 9: nobody answers
+        list(play("rtsp://admin:s3cret@127.0.0.1:9/1"))  # port 9: nobody answers
     assert "s3cret" not in str(error.value) + caplog.text
 
 
@@ -172,10 +181,14 @@ def test_a_stream_is_written_under_a_name_without_its_password(clip, tmp_path, m
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["rtsp-camera-554-stream.mp4"]
 
 
-@pytest.mark.parametrize("source, opened", [
-    ("/dev/video3", (3,)), ("rtsp://camera/1", ("rtsp://camera/1",)),
-    ("nvarguscamerasrc ! appsink", ("nvarguscamerasrc ! appsink", cv2.CAP_GSTREAMER)),
-])
+@pytest.mark.parametrize(
+    "source, opened",
+    [
+        ("/dev/video3", (3,)),
+        ("rtsp://camera/1", ("rtsp://camera/1",)),
+        ("nvarguscamerasrc ! appsink", ("nvarguscamerasrc ! appsink", cv2.CAP_GSTREAMER)),
+    ],
+)
 @pytest.mark.parametrize("drop_late", [False, True])
 def test_live_sources_are_opened_as_opencv_wants_them_and_keep_no_old_frames(monkeypatch, source, opened, drop_late):
     asked = []
@@ -192,7 +205,7 @@ def test_live_sources_are_opened_as_opencv_wants_them_and_keep_no_old_frames(mon
             asked.append((key, value))
 
         def get(self, key):
-            return float("inf")         # as some drivers answer for frames per second
+            return float("inf")  # as some drivers answer for frames per second
 
         def read(self):
             self.left -= 1
@@ -203,7 +216,7 @@ def test_live_sources_are_opened_as_opencv_wants_them_and_keep_no_old_frames(mon
 
     monkeypatch.setattr(cv2, "VideoCapture", Camera)
     found = list(play(source, drop_late=drop_late))
-    assert [frame.index for frame in found] == [0, 1, 2]        # three fit into the queue, so none is late
+    assert [frame.index for frame in found] == [0, 1, 2]  # three fit into the queue, so none is late
     assert {frame.rate for frame in found} == {video.USUAL_RATE}
     assert asked == [opened, *([(cv2.CAP_PROP_BUFFERSIZE, 1)] if drop_late else []), "released"]
 
@@ -226,8 +239,9 @@ def heeded():
 @pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("source, code", [("rtsp://camera/1", None), ("clip", 128)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_signal_ends_predict_cleanly_and_a_stream_ends_no_other_way(clip, make_bundle, tmp_path, monkeypatch, capsys,
-                                                                      source, code, number):
+def test_a_signal_ends_predict_cleanly_and_a_stream_ends_no_other_way(
+    clip, make_bundle, tmp_path, monkeypatch, capsys, source, code, number
+):
     monkeypatch.setattr(video._Reader, "_open", lambda self: cv2.VideoCapture(str(clip)))
     bundle, seen = make_bundle("model.onnx"), []
     detect = Detector.__call__

@@ -7,11 +7,20 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, checker, helper, numpy_helper, save
 
-BOXES = np.array([[0.25, 0.5, 0.3, 0.6], [0.7, 0.4, 0.4, 0.4], [0.5, 0.5, 1.2, 0.2]], np.float32)   # cx, cy, w, h
+BOXES = np.array([[0.25, 0.5, 0.3, 0.6], [0.7, 0.4, 0.4, 0.4], [0.5, 0.5, 1.2, 0.2]], np.float32)  # cx, cy, w, h
 
 
-def write(path: Path, weight: np.ndarray, bias: np.ndarray, *, height: int = 32, width: int = 48,
-          batch: int | str = 1, boxes: np.ndarray = BOXES, names: tuple[str, str] = ("logits", "boxes")) -> None:
+def write(
+    path: Path,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    *,
+    height: int = 32,
+    width: int = 48,
+    batch: int | str = 1,
+    boxes: np.ndarray = BOXES,
+    names: tuple[str, str] = ("logits", "boxes"),
+) -> None:
     """logits [B, N, K] = mean colour [B, 3] / 255 @ weight [3, N * K] + bias [N, K]; boxes [N, 4] for every picture."""
     n, k = bias.shape
     nodes = [
@@ -26,14 +35,23 @@ def write(path: Path, weight: np.ndarray, bias: np.ndarray, *, height: int = 32,
         helper.make_node("Add", ["nothing", "places"], [names[1]], name="places"),
     ]
     constants = {
-        "axes": np.array([2, 3]), "white": np.float32(255), "weight": weight.astype(np.float32),
-        "shape": np.array([-1, n, k]), "bias": bias.astype(np.float32), "last": np.array([2]),
-        "zero": np.float32(0), "places": boxes.astype(np.float32),
+        "axes": np.array([2, 3]),
+        "white": np.float32(255),
+        "weight": weight.astype(np.float32),
+        "shape": np.array([-1, n, k]),
+        "bias": bias.astype(np.float32),
+        "last": np.array([2]),
+        "zero": np.float32(0),
+        "places": boxes.astype(np.float32),
     }
     graph = helper.make_graph(
-        nodes, "tiny", [helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, height, width])],
-        [helper.make_tensor_value_info(names[0], TensorProto.FLOAT, [batch, n, k]),
-         helper.make_tensor_value_info(names[1], TensorProto.FLOAT, [batch, n, 4])],
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, height, width])],
+        [
+            helper.make_tensor_value_info(names[0], TensorProto.FLOAT, [batch, n, k]),
+            helper.make_tensor_value_info(names[1], TensorProto.FLOAT, [batch, n, 4]),
+        ],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)

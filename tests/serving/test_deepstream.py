@@ -80,7 +80,7 @@ def test_the_configuration_says_what_the_graph_is(tmp_path, contract, frame):
     assert (config["symmetric-padding"], config["cluster-mode"], config["network-type"]) == ("0", "4", "0")
     labels = (files.config.parent / config["labelfile-path"]).read_text().splitlines()
     assert len(labels) == int(config["num-detected-classes"]) == 3
-    assert labels == ["class, 0", "class, 1", "class, 2"]       # nvinfer splits a line at semicolons
+    assert labels == ["class, 0", "class, 1", "class, 2"]  # nvinfer splits a line at semicolons
     assert config["parse-bbox-func-name"] == "NvDsInferParseCustomTfSSD"
     assert Path(config["custom-lib-path"]).name == "libnvds_infercustomparser.so"
 
@@ -118,7 +118,7 @@ def same_objects(made, frame: np.ndarray, outputs: dict[str, np.ndarray], config
     threshold = float(config["class-attrs-all"]["pre-cluster-threshold"])
     found = ssd_parser(outputs, width, height, [threshold] * 3)
     ours = load(made, backend="onnxruntime", stage="onnx")([frame])[0].above(threshold)
-    ends = np.clip(ours.xyxy, 0, [width - 1, height - 1] * 2)   # the parser knows pixels up to the last one
+    ends = np.clip(ours.xyxy, 0, [width - 1, height - 1] * 2)  # the parser knows pixels up to the last one
     keep = (ends[:, 2] > ends[:, 0]) & (ends[:, 3] > ends[:, 1])
     assert [label for label, *_ in found] == ours.class_id[keep].tolist()
     # OpenCV's resize rounds once more than the graph's: see test_frame.within.
@@ -136,7 +136,7 @@ def test_the_number_of_objects_leaves_out_scores_of_zero(tmp_path):
         model = onnx.load(str(temporary))
         spread = next(item for item in model.graph.initializer if item.name == "spread")
         value = numpy_helper.to_array(spread).copy()
-        value[0, 5:, 0] = -1e4                          # sigmoid: exactly 0
+        value[0, 5:, 0] = -1e4  # sigmoid: exactly 0
         spread.CopyFrom(numpy_helper.from_array(value, "spread"))
         temporary.write_bytes(model.SerializeToString())
     files = write_deepstream(made, tmp_path / "ds")
@@ -151,9 +151,9 @@ def test_an_open_batch_stays_open(tmp_path):
     frames = np.stack([smooth((64, 96), seed).transpose(2, 0, 1) for seed in range(3)]).astype(np.float32)
     together = run(files.model, frames)
     for row in range(3):
-        alone = run(files.model, frames[row:row + 1])
+        alone = run(files.model, frames[row : row + 1])
         for name in OUTPUTS:
-            np.testing.assert_allclose(together[name][row], alone[name][0], atol=1e-6)      # float32, other kernels
+            np.testing.assert_allclose(together[name][row], alone[name][0], atol=1e-6)  # float32, other kernels
 
 
 @pytest.mark.parametrize("source, mode", [("model.onnx", "0"), ("model.int8.onnx", "1"), ("model.fp16.onnx", "2")])

@@ -50,13 +50,14 @@ def test_the_network_is_the_exported_one(copied, source):
         copied = export(copied, fp16=True, config=ExportConfig(), quant=QuantConfig(images=4))
     base = onnx.load(str(copied.require(source)))
     joined = with_frames(base, copied.manifest, 150, 201)
-    joined.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-                               for name in ("images", "logits", "boxes_of_input"))
+    joined.graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("images", "logits", "boxes_of_input")
+    )
     frame = np.random.default_rng(0).integers(0, 256, (150, 201, 3), dtype=np.uint8)
     images, logits, boxes = session(joined).run(["images", "logits", "boxes_of_input"], {"frames": frame[None]})
     assert np.abs(images - prepare([frame], copied.manifest.input, backend="numpy")[0]).max() <= 1
     expected = session(base).run(["logits", "boxes"], {"images": images})
-    np.testing.assert_array_equal(logits, expected[0])      # the same nodes in the same order
+    np.testing.assert_array_equal(logits, expected[0])  # the same nodes in the same order
     np.testing.assert_array_equal(boxes, expected[1])
 
 
@@ -70,8 +71,19 @@ def test_lint_is_silent_about_what_was_added(copied, source):
 
 def test_export_writes_frames_a_repository_and_nvinfer_files(copied, tmp_path, capsys, as_it_is):
     triton, deepstream = tmp_path / "models", tmp_path / "ds"
-    code = run(["export", str(copied.path), "--int8", "--frame", "150x201", "--triton", str(triton),
-                "--deepstream", str(deepstream)])
+    code = run(
+        [
+            "export",
+            str(copied.path),
+            "--int8",
+            "--frame",
+            "150x201",
+            "--triton",
+            str(triton),
+            "--deepstream",
+            str(deepstream),
+        ]
+    )
     said = capsys.readouterr().err
     assert code == 0, said
     made = Bundle.open(copied.path)
@@ -80,19 +92,25 @@ def test_export_writes_frames_a_repository_and_nvinfer_files(copied, tmp_path, c
     frame = np.random.default_rng(0).integers(0, 256, (150, 201, 3), dtype=np.uint8)
     found = load_frames(made, precision="int8")(frame)
     assert len(found) and (found.xyxy[:, 2] <= 201).all() and (found.xyxy[:, 3] <= 150).all()
-    assert sorted(str(p.relative_to(tmp_path)) for folder in (triton, deepstream) for p in folder.rglob("*")
-                  if p.is_file()) == [
-        "ds/config_infer_primary.txt", "ds/labels.txt", "ds/model.onnx",
-        "models/copied-int8-frame-150x201/1/model.onnx", "models/copied-int8-frame-150x201/config.pbtxt",
-        "models/copied-int8-frame-150x201/labels.txt"]
+    assert sorted(
+        str(p.relative_to(tmp_path)) for folder in (triton, deepstream) for p in folder.rglob("*") if p.is_file()
+    ) == [
+        "ds/config_infer_primary.txt",
+        "ds/labels.txt",
+        "ds/model.onnx",
+        "models/copied-int8-frame-150x201/1/model.onnx",
+        "models/copied-int8-frame-150x201/config.pbtxt",
+        "models/copied-int8-frame-150x201/labels.txt",
+    ]
 
 
 def test_without_an_engine_int8_is_served_in_the_form_of_cpus(copied, tmp_path, as_it_is):
     assert run(["export", str(copied.path), "--int8", "--triton", str(tmp_path / "models")]) == 0
     text = (tmp_path / "models" / "copied-int8-cpu" / "config.pbtxt").read_text()
     assert "KIND_CPU" in text
-    assert (tmp_path / "models/copied-int8-cpu/1/model.onnx").read_bytes() == \
-        copied.require("model.int8-cpu.onnx").read_bytes()
+    assert (tmp_path / "models/copied-int8-cpu/1/model.onnx").read_bytes() == copied.require(
+        "model.int8-cpu.onnx"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("frame", [(), ("--frame", "150x201")], ids=["batches", "frames"])
@@ -111,8 +129,9 @@ def test_an_engine_that_fits_is_served(copied, tmp_path, as_it_is, monkeypatch, 
 
     monkeypatch.setattr(select, "survey", survey)
     assert run(["export", str(copied.path), "--int8", *frame, "--triton", str(tmp_path / "models")]) == 0
-    name, source = ("copied-int8-frame-150x201", "model.int8.frame-150x201.onnx") if frame else (
-        "copied-int8", "model.int8.onnx")
+    name, source = (
+        ("copied-int8-frame-150x201", "model.int8.frame-150x201.onnx") if frame else ("copied-int8", "model.int8.onnx")
+    )
     assert asked == [{"int8": source}]
     assert (tmp_path / "models" / name / "1" / "model.plan").read_bytes() == b"a plan"
     assert 'platform: "tensorrt_plan"' in (tmp_path / "models" / name / "config.pbtxt").read_text()

@@ -73,8 +73,9 @@ def test_objects_are_those_of_the_cpu(tmp_path, contract, activation, classes, t
     assert found == 4 * min(top_k, 16 * (classes if activation == "sigmoid" else 1))
 
 
-@pytest.mark.parametrize("contract", [InputContract(320, 320), InputContract(320, 416, "letterbox")],
-                         ids=lambda contract: contract.resize)
+@pytest.mark.parametrize(
+    "contract", [InputContract(320, 320), InputContract(320, 416, "letterbox")], ids=lambda contract: contract.resize
+)
 @pytest.mark.parametrize("file", ["sahi/small-vehicles1.jpeg", "exif/Landscape_6.jpg", "pillow/hopper.png"])
 def test_real_pictures_give_the_same_objects(tmp_path, shared_data, contract, file):
     frame = decode(shared_data / "edge" / file)
@@ -104,12 +105,35 @@ def test_operators_are_standard_and_only_a_cast_reads_bytes(tmp_path):
     assert [(item.domain, item.version) for item in model.opset_import] == [("", 19)]
     assert {node.op_type for node in model.graph.node if "frames" in node.input} == {"Cast"}
     added = {node.op_type for node in model.graph.node if node.name.startswith(("/frame/", "/objects/"))}
-    assert added == {"Cast", "Transpose", "AveragePool", "Resize", "Round", "Pad", "Reshape", "TopK", "Div", "Mul",
-                     "Sub", "Sigmoid", "Unsqueeze", "Concat", "GatherElements", "Split", "Add", "Max", "Min",
-                     "Identity"}
+    assert added == {
+        "Cast",
+        "Transpose",
+        "AveragePool",
+        "Resize",
+        "Round",
+        "Pad",
+        "Reshape",
+        "TopK",
+        "Div",
+        "Mul",
+        "Sub",
+        "Sigmoid",
+        "Unsqueeze",
+        "Concat",
+        "GatherElements",
+        "Split",
+        "Add",
+        "Max",
+        "Min",
+        "Identity",
+    }
     kinds = {item.name: item.type.tensor_type.elem_type for item in [*model.graph.input, *model.graph.output]}
-    assert kinds == {"frames": TensorProto.UINT8, "boxes": TensorProto.FLOAT, "scores": TensorProto.FLOAT,
-                     "labels": TensorProto.INT32}
+    assert kinds == {
+        "frames": TensorProto.UINT8,
+        "boxes": TensorProto.FLOAT,
+        "scores": TensorProto.FLOAT,
+        "labels": TensorProto.INT32,
+    }
 
 
 def test_equal_scores_keep_the_order_of_the_queries(tmp_path):
@@ -161,8 +185,9 @@ def smallest(model, node):
     node.attribute.append(helper.make_attribute("largest", 0))
 
 
-@pytest.mark.parametrize("op, change, told", [("Resize", nearest, "resize"), ("Mul", other_factor, "objects"),
-                                              ("TopK", smallest, "objects")])
+@pytest.mark.parametrize(
+    "op, change, told", [("Resize", nearest, "resize"), ("Mul", other_factor, "objects"), ("TopK", smallest, "objects")]
+)
 def test_a_graph_that_computes_something_else_is_refused(tmp_path, op, change, told):
     made = patch_detector.bundle(tmp_path / "b", activation="softmax")
     model = with_frames(onnx.load(made.path / "model.onnx"), made.manifest, 70, 100)
@@ -203,8 +228,11 @@ def test_any_runner_of_the_protocol_will_do_and_nan_is_an_error():
 
         def run(self, frame):
             assert frame.shape == (1, 4, 6, 3) and frame.dtype == np.uint8 and frame.flags.c_contiguous
-            return {"boxes": np.zeros((1, 2, 4), np.float32), "scores": np.float32([[0.9, np.nan]]),
-                    "labels": np.int32([[0, 0]])}
+            return {
+                "boxes": np.zeros((1, 2, 4), np.float32),
+                "scores": np.float32([[0.9, np.nan]]),
+                "labels": np.int32([[0, 0]]),
+            }
 
     with pytest.raises(ModelError, match="NaN"):
         FrameDetector(Fixed(), ())(np.zeros((4, 6, 3), np.uint8)[:, ::-1])
@@ -216,16 +244,19 @@ def detections(*rows: tuple[float, float, int]) -> Detections:
     return Detections(np.stack([x, x, x + 1, x + 1], axis=1), scores, classes)
 
 
-@pytest.mark.parametrize("other, same", [
-    ([(1, 0.9, 0), (2, 0.5, 1), (3, 0.5, 0)], True),
-    ([(1, 0.9, 0), (3, 0.5, 0), (2, 0.5, 1)], True),     # two equal scores in another order
-    ([(1, 0.9, 0), (2, 0.5, 1), (7, 0.5, 0)], True),     # another of the last score came in
-    ([(1, 0.9, 1), (2, 0.5, 1), (3, 0.5, 0)], False),
-    ([(1.5, 0.9, 0), (2, 0.5, 1), (3, 0.5, 0)], False),
-    ([(1, 0.8, 0), (2, 0.5, 1), (3, 0.5, 0)], False),
-    ([(1, 0.9, 0), (2, 0.5, 1)], False),
-    ([(1, 0.9, 0), (2, 0.5, 1), (3, float("nan"), 0)], False),
-])
+@pytest.mark.parametrize(
+    "other, same",
+    [
+        ([(1, 0.9, 0), (2, 0.5, 1), (3, 0.5, 0)], True),
+        ([(1, 0.9, 0), (3, 0.5, 0), (2, 0.5, 1)], True),  # two equal scores in another order
+        ([(1, 0.9, 0), (2, 0.5, 1), (7, 0.5, 0)], True),  # another of the last score came in
+        ([(1, 0.9, 1), (2, 0.5, 1), (3, 0.5, 0)], False),
+        ([(1.5, 0.9, 0), (2, 0.5, 1), (3, 0.5, 0)], False),
+        ([(1, 0.8, 0), (2, 0.5, 1), (3, 0.5, 0)], False),
+        ([(1, 0.9, 0), (2, 0.5, 1)], False),
+        ([(1, 0.9, 0), (2, 0.5, 1), (3, float("nan"), 0)], False),
+    ],
+)
 def test_lists_agree_but_for_the_order_of_equal_scores(other, same):
     first = detections((1, 0.9, 0), (2, 0.5, 1), (3, 0.5, 0))
     assert agree(detections(*other), first, pixels=0.1, score=1e-3) is same

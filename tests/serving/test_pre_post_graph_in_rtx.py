@@ -15,9 +15,10 @@ from edgedetr.lint.rtx import check_all
 from edgedetr.serving.deepstream import write_deepstream
 from edgedetr.serving.frame_graph import write_frames
 
-needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx_bindings") is None
-                               and importlib.util.find_spec("tensorrt_rtx") is None,
-                               reason="needs TensorRT-RTX: make test installs it on x86-64")
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx_bindings") is None and importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="needs TensorRT-RTX: make test installs it on x86-64",
+)
 
 
 @needs_rtx
@@ -26,8 +27,9 @@ def test_every_form_of_the_ends_parses_and_builds(tmp_path):
     made = patch_detector.bundle(tmp_path / "stretch")
     paths = [made.path / write_frames(made, *size)[0] for size in ((300, 500), (64, 96))]
     paths.append(write_deepstream(made, tmp_path / "ds1").model)
-    padded = patch_detector.bundle(tmp_path / "letterbox", contract=InputContract(96, 64, "letterbox"),
-                                   activation="softmax")
+    padded = patch_detector.bundle(
+        tmp_path / "letterbox", contract=InputContract(96, 64, "letterbox"), activation="softmax"
+    )
     paths.append(padded.path / write_frames(padded, 130, 191)[0])
     paths.append(write_deepstream(padded, tmp_path / "ds2", frame=(300, 210)).model)
     for result in check_all(paths):

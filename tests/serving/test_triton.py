@@ -20,8 +20,11 @@ from edgedetr.errors import BundleError, ExportError, UsageError
 from edgedetr.serving.frame_graph import write_frames
 from edgedetr.serving.triton import model_name, write_repository
 
-NUMPY = {"TYPE_FP32": ("tensor(float)", np.float32), "TYPE_UINT8": ("tensor(uint8)", np.uint8),
-         "TYPE_INT32": ("tensor(int32)", np.int32)}
+NUMPY = {
+    "TYPE_FP32": ("tensor(float)", np.float32),
+    "TYPE_UINT8": ("tensor(uint8)", np.uint8),
+    "TYPE_INT32": ("tensor(int32)", np.int32),
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +65,10 @@ def require_fits(schema: ModuleType, config, path: Path) -> None:
         assert [NUMPY[name_of(item.data_type)][0] for item in told] == [item.type for item in real]
         assert [dims(config, item) for item in told] == [shape(item) for item in real]
     batch = config.max_batch_size or 1
-    feed = {item.name: np.full([batch if d == -1 else d for d in dims(config, item)], 90,
-                               NUMPY[name_of(item.data_type)][1]) for item in config.input}
+    feed = {
+        item.name: np.full([batch if d == -1 else d for d in dims(config, item)], 90, NUMPY[name_of(item.data_type)][1])
+        for item in config.input
+    }
     for item, value in zip(config.output, session.run(None, feed)):
         assert list(value.shape) == [batch if d == -1 else d for d in dims(config, item)]
 
@@ -79,7 +84,10 @@ def test_a_fixed_batch_is_served_one_by_one(tmp_path, schema, source, kind):
     groups = [(group.count, schema.ModelInstanceGroup.Kind.Name(group.kind)) for group in config.instance_group]
     assert groups == [(2, kind)]
     assert sorted(str(p.relative_to(found.folder)) for p in found.folder.rglob("*") if p.is_file()) == [
-        "1/model.onnx", "config.pbtxt", "labels.txt"]
+        "1/model.onnx",
+        "config.pbtxt",
+        "labels.txt",
+    ]
     require_fits(schema, config, found.folder / "1" / "model.onnx")
 
 
@@ -88,8 +96,13 @@ def test_the_server_can_tell_classes_and_contracts(tmp_path, schema):
     found = write_repository(made, tmp_path / "models", "model.onnx")
     told = {key: value.string_value for key, value in parse(schema, found.folder).parameters.items()}
     assert told["labels"].split("\n") == (found.folder / "labels.txt").read_text().splitlines()
-    assert json.loads(told["input"]) == {"height": 96, "width": 64, "resize": "letterbox", "colour": "RGB",
-                                         "range": [0, 255]}
+    assert json.loads(told["input"]) == {
+        "height": 96,
+        "width": 64,
+        "resize": "letterbox",
+        "colour": "RGB",
+        "range": [0, 255],
+    }
     assert json.loads(told["output"]) == {"activation": "sigmoid", "top_k": 20}
 
 
@@ -146,24 +159,35 @@ def test_rows_that_differ_close_the_gate(tmp_path, schema, caplog):
     assert "7 of 8 rows" in caplog.text
     config = parse(schema, found.folder)
     assert config.max_batch_size == 0 and not config.HasField("dynamic_batching")
-    require_fits(schema, config, found.folder / "1" / "model.onnx")     # the shapes say the open batch
+    require_fits(schema, config, found.folder / "1" / "model.onnx")  # the shapes say the open batch
 
 
 def engine(path: Path, batch: tuple[int, int, int], passed: bool | None) -> SimpleNamespace:
     """As runtime.engines.survey gives it: the plan, what it was built for, and what verify found of it."""
     path.write_bytes(b"a plan")
-    return SimpleNamespace(path=path, told=SimpleNamespace(arguments=SimpleNamespace(batch=batch)),
-                           measured=None if passed is None else SimpleNamespace(passed=passed))
+    return SimpleNamespace(
+        path=path,
+        told=SimpleNamespace(arguments=SimpleNamespace(batch=batch)),
+        measured=None if passed is None else SimpleNamespace(passed=passed),
+    )
 
 
-@pytest.mark.parametrize("batch, passed, largest, first", [
-    ((1, 1, 1), True, 0, [1]), ((4, 4, 4), True, 0, [4]), ((1, 4, 8), True, 8, []), ((1, 4, 8), False, 0, [-1]),
-    ((1, 4, 8), None, 0, [-1]), ((2, 4, 8), True, 0, [-1]),
-])
+@pytest.mark.parametrize(
+    "batch, passed, largest, first",
+    [
+        ((1, 1, 1), True, 0, [1]),
+        ((4, 4, 4), True, 0, [4]),
+        ((1, 4, 8), True, 8, []),
+        ((1, 4, 8), False, 0, [-1]),
+        ((1, 4, 8), None, 0, [-1]),
+        ((2, 4, 8), True, 0, [-1]),
+    ],
+)
 def test_an_engine_is_batched_only_when_verify_passed_it(tmp_path, schema, batch, passed, largest, first):
     made = patch_detector.bundle(tmp_path / "b.bundle", files=("model.int8.onnx",))
-    found = write_repository(made, tmp_path / "models", "model.int8.onnx",
-                             engine=engine(tmp_path / "e.plan", batch, passed))
+    found = write_repository(
+        made, tmp_path / "models", "model.int8.onnx", engine=engine(tmp_path / "e.plan", batch, passed)
+    )
     config = parse(schema, found.folder)
     assert (config.platform, config.max_batch_size) == ("tensorrt_plan", largest)
     assert config.HasField("dynamic_batching") == bool(largest)
@@ -191,9 +215,14 @@ def test_what_cannot_be_served_is_an_error(tmp_path):
     assert not list(tmp_path.glob("*/config.pbtxt"))
 
 
-@pytest.mark.parametrize("folder, source, name", [
-    ("cells.bundle", "model.onnx", "cells"), ("cells.bundle", "model.int8.onnx", "cells-int8"),
-    ("my cells!", "model.fp16.frame-5x6.onnx", "my-cells-fp16-frame-5x6"), ("...", "model.onnx", "model"),
-])
+@pytest.mark.parametrize(
+    "folder, source, name",
+    [
+        ("cells.bundle", "model.onnx", "cells"),
+        ("cells.bundle", "model.int8.onnx", "cells-int8"),
+        ("my cells!", "model.fp16.frame-5x6.onnx", "my-cells-fp16-frame-5x6"),
+        ("...", "model.onnx", "model"),
+    ],
+)
 def test_the_name_is_that_of_the_bundle_and_the_graph(tmp_path, folder, source, name):
     assert model_name(Bundle(tmp_path / "x" / folder, None), source) == name

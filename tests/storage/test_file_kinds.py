@@ -35,7 +35,7 @@ def content(name: str) -> bytes:
         "toml": lambda: b"[train]\nepochs = 3\n",
         "yaml": lambda: b"train: images/train\nnames: [cell]\n",
         "json": lambda: json.dumps({"images": [], "annotations": []}).encode(),
-        "png": lambda: (b"\x89PNG\r\n\x1a\n" + bytes(50)),
+        "png": lambda: b"\x89PNG\r\n\x1a\n" + bytes(50),
         "mp4": lambda: b"\0\0\0 ftypisom" + bytes(50),
         "gz": lambda: b"\x1f\x8b\x08" + bytes(50),
     }[name]()
@@ -44,10 +44,21 @@ def content(name: str) -> bytes:
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """A folder with one thing of every kind, where the commands run."""
-    for name, form in (("model.onnx", "onnx"), ("a.safetensors", "safetensors"), ("a.npz", "npz"),
-                       ("a.engine", "engine"), ("a.tflite", "tflite"), ("a.pth", "pth"), ("a.h5", "keras"),
-                       ("a.toml", "toml"), ("data.yml", "yaml"), ("a.json", "json"), ("a.png", "png"),
-                       ("a.mp4", "mp4"), ("a.gz", "gz")):
+    for name, form in (
+        ("model.onnx", "onnx"),
+        ("a.safetensors", "safetensors"),
+        ("a.npz", "npz"),
+        ("a.engine", "engine"),
+        ("a.tflite", "tflite"),
+        ("a.pth", "pth"),
+        ("a.h5", "keras"),
+        ("a.toml", "toml"),
+        ("data.yml", "yaml"),
+        ("a.json", "json"),
+        ("a.png", "png"),
+        ("a.mp4", "mp4"),
+        ("a.gz", "gz"),
+    ):
         (tmp_path / name).write_bytes(content(form))
     (tmp_path / "nameless").write_bytes(content("engine"))
     (tmp_path / "lies.onnx").write_bytes(content("tflite"))
@@ -55,9 +66,17 @@ def place(tmp_path, monkeypatch) -> Path:
         archive.writestr("best/data.pkl", b"\x80\x02}.")
     with zipfile.ZipFile(tmp_path / "bundle.zip", "w") as archive:
         archive.writestr("b.bundle/bundle.json", "{}")
-    for name, file in (("yolo/weights", "best.pt"), ("ours", "last.safetensors"), ("authors", "checkpoint0011.pth"),
-                       ("hf", "config.json"), ("hf", "model.safetensors"), ("set/annotations", "train.json"),
-                       ("yolo-set/images/train", "a.jpg"), ("yolo-set/labels/train", "a.txt"), ("photos", "a.jpg")):
+    for name, file in (
+        ("yolo/weights", "best.pt"),
+        ("ours", "last.safetensors"),
+        ("authors", "checkpoint0011.pth"),
+        ("hf", "config.json"),
+        ("hf", "model.safetensors"),
+        ("set/annotations", "train.json"),
+        ("yolo-set/images/train", "a.jpg"),
+        ("yolo-set/labels/train", "a.txt"),
+        ("photos", "a.jpg"),
+    ):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / file).write_text("{}")
     shutil.copytree(FIXTURES / "bundle-0.1", tmp_path / "runs" / "cells.bundle")
@@ -106,33 +125,40 @@ def test_what_is_given_in_the_place_of_a_bundle_is_named(place, name, words, use
     assert use in str(caught.value)
 
 
-@pytest.mark.parametrize("words, code, told", [
-    (["verify", "model.onnx"], 1, "this is an ONNX model; expected a bundle"),
-    (["export", "a.engine"], 1, "this is a TensorRT engine"),
-    (["report", "yolo"], 1, "this is the output folder of a training"),
-    (["bench", "set"], 1, "this is a data set; expected a bundle"),
-    (["predict", "best.pt", "a.png"], 1, "this is a PyTorch checkpoint"),
-    (["inspect", "a.tflite"], 1, "this is a TensorFlow Lite model"),
-    (["lint", "hf"], 1, "this is a model folder of transformers"),
-    (["build", "a.engine"], 1, "this is a TensorRT engine"),
-    (["predict", "runs/cells.bundle", "model.onnx"], 1, "this is an ONNX model; expected an image"),
-    (["predict", "runs/cells.bundle", "runs/cells.bundle"], 1, "this is a bundle; expected an image"),
-    (["train", "--data", "runs/cells.bundle"], 1, "this is a bundle; expected the folder of a data set"),
-    (["train", "--data", "yolo"], 1, "this is the output folder of a training; expected the folder of a data set"),
-    (["train", "--data", "data.yml"], 1, "name the folder of the data set: ."),
-    (["train", "--data", "set/annotations/train.json"], 1, "this is"),
-    (["data", "check", "model.onnx"], 1, "this is an ONNX model; expected the folder of a data set"),
-    (["verify", "runs/cells.bundle", "--data", "a.npz"], 1, "this is a file of numpy arrays"),
-    (["export", "runs/cells.bundle", "--int8", "--calib", "hf"], 1, "this is a model folder of transformers"),
-    (["train", "--data", "set", "--recipe", "data.yml"], 2, "this is a list of a data set; expected a recipe"),
-    (["train", "--data", "set", "--recipe", "model.onnx"], 2, "this is an ONNX model; expected a recipe"),
-    (["train", "--data", "set", "--start", "model.onnx"], 1, "this is an ONNX model; expected a bundle, or weights"),
-    (["import", "runs/cells.bundle", "--out", "new"], 1, "this is a bundle; expected an ONNX file, or weights"),
-    (["import", "a.engine", "--out", "new"], 1, "this is a TensorRT engine"),
-    (["import", "lies.onnx", "--out", "new"], 1, "this is a TensorFlow Lite model"),
-    (["import", "yolo", "--out", "new", "--model", "rt_detr"], 1, "this is the output folder of a training"),
-    (["import", "model.onnx", "--out", "new", "--data", "runs/cells.bundle"], 1, "this is a bundle"),
-])
+@pytest.mark.parametrize(
+    "words, code, told",
+    [
+        (["verify", "model.onnx"], 1, "this is an ONNX model; expected a bundle"),
+        (["export", "a.engine"], 1, "this is a TensorRT engine"),
+        (["report", "yolo"], 1, "this is the output folder of a training"),
+        (["bench", "set"], 1, "this is a data set; expected a bundle"),
+        (["predict", "best.pt", "a.png"], 1, "this is a PyTorch checkpoint"),
+        (["inspect", "a.tflite"], 1, "this is a TensorFlow Lite model"),
+        (["lint", "hf"], 1, "this is a model folder of transformers"),
+        (["build", "a.engine"], 1, "this is a TensorRT engine"),
+        (["predict", "runs/cells.bundle", "model.onnx"], 1, "this is an ONNX model; expected an image"),
+        (["predict", "runs/cells.bundle", "runs/cells.bundle"], 1, "this is a bundle; expected an image"),
+        (["train", "--data", "runs/cells.bundle"], 1, "this is a bundle; expected the folder of a data set"),
+        (["train", "--data", "yolo"], 1, "this is the output folder of a training; expected the folder of a data set"),
+        (["train", "--data", "data.yml"], 1, "name the folder of the data set: ."),
+        (["train", "--data", "set/annotations/train.json"], 1, "this is"),
+        (["data", "check", "model.onnx"], 1, "this is an ONNX model; expected the folder of a data set"),
+        (["verify", "runs/cells.bundle", "--data", "a.npz"], 1, "this is a file of numpy arrays"),
+        (["export", "runs/cells.bundle", "--int8", "--calib", "hf"], 1, "this is a model folder of transformers"),
+        (["train", "--data", "set", "--recipe", "data.yml"], 2, "this is a list of a data set; expected a recipe"),
+        (["train", "--data", "set", "--recipe", "model.onnx"], 2, "this is an ONNX model; expected a recipe"),
+        (
+            ["train", "--data", "set", "--start", "model.onnx"],
+            1,
+            "this is an ONNX model; expected a bundle, or weights",
+        ),
+        (["import", "runs/cells.bundle", "--out", "new"], 1, "this is a bundle; expected an ONNX file, or weights"),
+        (["import", "a.engine", "--out", "new"], 1, "this is a TensorRT engine"),
+        (["import", "lies.onnx", "--out", "new"], 1, "this is a TensorFlow Lite model"),
+        (["import", "yolo", "--out", "new", "--model", "rt_detr"], 1, "this is the output folder of a training"),
+        (["import", "model.onnx", "--out", "new", "--data", "runs/cells.bundle"], 1, "this is a bundle"),
+    ],
+)
 def test_every_argument_names_what_it_was_given(place, words, code, told, capsys):
     (place / "set" / "annotations" / "train.json").write_bytes(content("json"))
     assert cli.run(words) == code
@@ -147,7 +173,7 @@ def test_what_is_meant_is_let_through():
     assert what_is(data).name == "data"
     assert what_is(data / "images" / "test").name == "images"
     assert what_is(next((data / "images" / "test").iterdir())).name == "image"
-    assert what_is(FIXTURES / "bundle-0.1" / "recipe.toml").name == "recipe"        # --recipe BUNDLE/recipe.toml
+    assert what_is(FIXTURES / "bundle-0.1" / "recipe.toml").name == "recipe"  # --recipe BUNDLE/recipe.toml
     assert what_is(FIXTURES / "bundle-0.1" / "weights.safetensors").name == "weights"
     assert what_is(FIXTURES / "nowhere") is None
 
@@ -156,7 +182,7 @@ def test_a_folder_with_the_name_of_a_shipped_recipe_does_not_hide_it(tmp_path, m
     (tmp_path / "demo" / "annotations").mkdir(parents=True)
     (tmp_path / "demo" / "annotations" / "train.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    require("demo", "recipe")           # raises nothing
+    require("demo", "recipe")  # raises nothing
     with pytest.raises(BundleError, match="demo: this is a data set"):
         require("demo", "bundle")
 

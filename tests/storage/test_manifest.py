@@ -16,9 +16,15 @@ from edgedetr.errors import BundleError
 from edgedetr.storage import manifest as form
 
 OLD = Path(__file__).parents[1] / "fixtures" / "bundle-0.1" / "bundle.json"
-MANIFEST = Manifest("rt_detr", (ClassInfo(0, 1, "cell"), ClassInfo(1, 7, "größer")), InputContract(320, 256),
-                    OutputContract("softmax", 100), {"hidden": 256, "mean": [0.5, 1.0]},
-                    DataRecord("/data/cells", "test"), 0.5)
+MANIFEST = Manifest(
+    "rt_detr",
+    (ClassInfo(0, 1, "cell"), ClassInfo(1, 7, "größer")),
+    InputContract(320, 256),
+    OutputContract("softmax", 100),
+    {"hidden": 256, "mean": [0.5, 1.0]},
+    DataRecord("/data/cells", "test"),
+    0.5,
+)
 
 
 @pytest.fixture
@@ -43,7 +49,7 @@ def flips(text: bytes, step: int) -> tuple[int, list[int]]:
         try:
             if form.from_json(json.loads(damaged.decode())) != whole:
                 unnoticed.append(bit)
-        except (ValueError, BundleError):       # json's and Unicode's errors are ValueErrors
+        except (ValueError, BundleError):  # json's and Unicode's errors are ValueErrors
             refused += 1
     return refused, unnoticed
 
@@ -55,9 +61,9 @@ def of_now(text: str) -> bytes:
 
 def test_a_flipped_bit_never_changes_the_meaning_unnoticed():
     old = OLD.read_bytes()
-    assert flips(old, 97)[1]                    # without a digest it does
+    assert flips(old, 97)[1]  # without a digest it does
     refused, unnoticed = flips(of_now(old.decode()), 97)
-    assert unnoticed == [] and refused > 300    # the others are in white space
+    assert unnoticed == [] and refused > 300  # the others are in white space
 
 
 @pytest.mark.slow
@@ -88,16 +94,46 @@ def places(value: object, at: tuple = ()) -> list[tuple]:
     return [at, *(place for key, item in inner for place in places(item, (*at, key)))]
 
 
-WHOLE = json.loads(form.to_text(MANIFEST)) | {"files": {
-    "model.onnx": {"sha256": "0" * 64, "size": 5, "stage": "export", "made_from": {"ranges.json": "1" * 64}}}}
+WHOLE = json.loads(form.to_text(MANIFEST)) | {
+    "files": {"model.onnx": {"sha256": "0" * 64, "size": 5, "stage": "export", "made_from": {"ranges.json": "1" * 64}}}
+}
 del WHOLE["digest"]
 PLACES = places(WHOLE)
 OTHERS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just([]), st.just({}),
-    st.sampled_from([-1, 0, 10**400, 2**64, float("nan"), float("inf"), "\0", "\ud800", "a" * 5000, "../x",
-                     "/etc/passwd", [[]], [{}], {"": {}}, {"..": 1}, {"a" * 300: {}}, ["x"] * 3]),
-    st.recursive(st.none() | st.integers() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3)
-                 | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=6))
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.just([]),
+    st.just({}),
+    st.sampled_from(
+        [
+            -1,
+            0,
+            10**400,
+            2**64,
+            float("nan"),
+            float("inf"),
+            "\0",
+            "\ud800",
+            "a" * 5000,
+            "../x",
+            "/etc/passwd",
+            [[]],
+            [{}],
+            {"": {}},
+            {"..": 1},
+            {"a" * 300: {}},
+            ["x"] * 3,
+        ]
+    ),
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=3),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=6,
+    ),
+)
 
 
 @settings(max_examples=250, deadline=None)
@@ -114,7 +150,7 @@ def test_any_value_in_any_place_is_read_as_it_is_or_is_one_error(place, value):
     try:
         found = form.from_json(raw)
     except (ValueError, BundleError) as error:
-        str(error).encode()         # printable anywhere
+        str(error).encode()  # printable anywhere
         return
     assert form.from_json(json.loads(form.to_text(found))) == found
     assert isinstance(found.budget, float) and 0 <= found.budget <= 100
@@ -122,32 +158,35 @@ def test_any_value_in_any_place_is_read_as_it_is_or_is_one_error(place, value):
     assert all(name.encode() and not Path(name).is_absolute() and ".." not in Path(name).parts for name in found.files)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"budget": float("nan")}, "budget is nan; expected points of AP from 0 to 100"),
-    ({"budget": True}, "budget is True"),
-    ({"input": {"height": 16000, "width": 16000}}, "input is 16000 x 16000; expected at most 33,554,432 pixels"),
-    ({"synthetic": 1}, "synthetic is 1; expected true or false"),
-    ({"output": {"activation": "relu"}}, "output.activation is 'relu'"),
-    ({"output": {"top_k": "100"}}, "output.top_k is '100'"),
-    ({"output": {"top_k": 10**9}}, "output.top_k is 1000000000; expected a whole number from 1 to"),
-    ({"input": {"height": 64, "width": True}}, "input.width is True"),
-    ({"input": {"height": 64, "width": 10**9}}, "input.width is 1000000000"),
-    ({"input": {"height": 64}}, "input.width is None"),
-    ({"config": {"hidden": float("inf")}}, "config.hidden is inf"),
-    ({"config": {"levels": [{"n": 2**80}]}}, r"config\.levels\.0\.n is 1208925819614629174706176"),
-    ({"classes": "cell"}, "classes is 'cell'; expected a list"),
-    ({"classes": [{"index": 0, "category_id": "1", "name": "cell"}]}, r"classes\[0\]\.category_id is '1'"),
-    ({"data": {"path": "a\0b", "verify_split": "test"}}, r"data\.path is 'a\\x00b'"),
-    ({"files": {"a": {"sha256": "0" * 64, "size": -1, "stage": "x"}}}, r"size is -1"),
-    ({"files": {"a": {"sha256": "0", "size": 1, "stage": "x"}}}, "expected 64 hexadecimal digits"),
-    ({"files": {"a" * 256: {}}}, "has a part of 256 bytes; expected at most 255"),
-    ({"files": {"a\nb": {}}}, "is no plain relative name"),
-    ({"files": {"a/./b": {}}}, "is no plain relative name"),
-    ({"model": ["rt_detr"]}, r"model is \['rt_detr'\]"),
-    ({"more": 1}, "unknown key 'more'"),
-    ({"schema": True}, "schema is True"),
-    ({"schema": 3}, "schema is 3, this version reads 1 to 2"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"budget": float("nan")}, "budget is nan; expected points of AP from 0 to 100"),
+        ({"budget": True}, "budget is True"),
+        ({"input": {"height": 16000, "width": 16000}}, "input is 16000 x 16000; expected at most 33,554,432 pixels"),
+        ({"synthetic": 1}, "synthetic is 1; expected true or false"),
+        ({"output": {"activation": "relu"}}, "output.activation is 'relu'"),
+        ({"output": {"top_k": "100"}}, "output.top_k is '100'"),
+        ({"output": {"top_k": 10**9}}, "output.top_k is 1000000000; expected a whole number from 1 to"),
+        ({"input": {"height": 64, "width": True}}, "input.width is True"),
+        ({"input": {"height": 64, "width": 10**9}}, "input.width is 1000000000"),
+        ({"input": {"height": 64}}, "input.width is None"),
+        ({"config": {"hidden": float("inf")}}, "config.hidden is inf"),
+        ({"config": {"levels": [{"n": 2**80}]}}, r"config\.levels\.0\.n is 1208925819614629174706176"),
+        ({"classes": "cell"}, "classes is 'cell'; expected a list"),
+        ({"classes": [{"index": 0, "category_id": "1", "name": "cell"}]}, r"classes\[0\]\.category_id is '1'"),
+        ({"data": {"path": "a\0b", "verify_split": "test"}}, r"data\.path is 'a\\x00b'"),
+        ({"files": {"a": {"sha256": "0" * 64, "size": -1, "stage": "x"}}}, r"size is -1"),
+        ({"files": {"a": {"sha256": "0", "size": 1, "stage": "x"}}}, "expected 64 hexadecimal digits"),
+        ({"files": {"a" * 256: {}}}, "has a part of 256 bytes; expected at most 255"),
+        ({"files": {"a\nb": {}}}, "is no plain relative name"),
+        ({"files": {"a/./b": {}}}, "is no plain relative name"),
+        ({"model": ["rt_detr"]}, r"model is \['rt_detr'\]"),
+        ({"more": 1}, "unknown key 'more'"),
+        ({"schema": True}, "schema is True"),
+        ({"schema": 3}, "schema is 3, this version reads 1 to 2"),
+    ],
+)
 def test_a_wrong_value_is_named_with_what_was_expected(bundle, change, words):
     where = bundle.path / "bundle.json"
     raw = {key: value for key, value in json.loads(where.read_text()).items() if key != "digest"}
@@ -187,13 +226,17 @@ def test_a_linked_folder_is_neither_read_nor_written_through(bundle, tmp_path, n
     if (bundle.path / name).is_dir():
         os.rename(bundle.path / name, tmp_path / "old")
     (bundle.path / name).symlink_to(outside)
-    with pytest.raises(BundleError, match="a link; expected plain files and folders"), \
-            bundle.add(f"{name}/verify.json", stage="test") as path:
+    with (
+        pytest.raises(BundleError, match="a link; expected plain files and folders"),
+        bundle.add(f"{name}/verify.json", stage="test") as path,
+    ):
         path.write_text("replaced")
     with pytest.raises(BundleError, match="a link"):
         bundle.inside(f"{name}/verify.json")
     assert {path.name: path.read_text() for path in outside.iterdir()} == {
-        "verify.json": "years of work", ".x.0123abcd-1.y.tmp": "not ours"}
+        "verify.json": "years of work",
+        ".x.0123abcd-1.y.tmp": "not ours",
+    }
 
 
 def test_a_linked_file_is_refused_though_its_content_fits(bundle, tmp_path):

@@ -31,19 +31,26 @@ def test_text_with_zero_bytes_is_not_taken_for_utf_8(tmp_path, encoding):
         read_text(tmp_path / "a.txt", DataError)
 
 
-@pytest.mark.parametrize("text, said", [
-    ("[" * 200_000, "nested too deep"), ('{"a":' * 200_000, "nested too deep"), ("1" * 5000, "not readable as JSON"),
-    ("", "not readable as JSON"), ("{", "not readable as JSON"),
-])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("[" * 200_000, "nested too deep"),
+        ('{"a":' * 200_000, "nested too deep"),
+        ("1" * 5000, "not readable as JSON"),
+        ("", "not readable as JSON"),
+        ("{", "not readable as JSON"),
+    ],
+)
 def test_json_that_python_refuses_in_its_own_ways_is_one_error(tmp_path, text, said):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match=f"a\\.json: {said}.*; run: fix it"):
         read_json(tmp_path / "a.json", DataError, fix="run: fix it")
 
 
-@pytest.mark.parametrize("text, said", [
-    ("a = " + "[" * 50_000, "nested too deep"), ("a = " + "1" * 5000, "not readable as TOML"), ("a", "not readable"),
-])
+@pytest.mark.parametrize(
+    "text, said",
+    [("a = " + "[" * 50_000, "nested too deep"), ("a = " + "1" * 5000, "not readable as TOML"), ("a", "not readable")],
+)
 def test_toml_that_python_refuses_in_its_own_ways_is_one_error(tmp_path, text, said):
     (tmp_path / "a.toml").write_text(text)
     with pytest.raises(DataError, match=f"a\\.toml: {said}"):
@@ -60,8 +67,14 @@ def test_what_json_and_toml_say_comes_back(tmp_path):
 def test_pipes_folders_missing_and_large_files_are_errors_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large").write_bytes(bytes(11))
-    for name, said in (("pipe", "not a plain file"), (".", "not a plain file"), ("none", "No such file"),
-                       ("large", "expected at most"), ("a\0b", "cannot be read"), ("n" * 300, "File name too long")):
+    for name, said in (
+        ("pipe", "not a plain file"),
+        (".", "not a plain file"),
+        ("none", "No such file"),
+        ("large", "expected at most"),
+        ("a\0b", "cannot be read"),
+        ("n" * 300, "File name too long"),
+    ):
         with pytest.raises(DataError, match=said):
             read_bytes(tmp_path / name, DataError, limit=10)
 

@@ -37,8 +37,13 @@ from edgedetr.bundle import Bundle, DataRecord  # noqa: E402
 from edgedetr.errors import BundleError  # noqa: E402
 
 # What the commands import, once: each of them then runs in a fork of this process.
-IMPORTED = ("edgedetr.training.train", "edgedetr.exporting.export", "edgedetr.exporting.settings", "edgedetr.evaluation.verify",
-            "edgedetr.reporting.figures")
+IMPORTED = (
+    "edgedetr.training.train",
+    "edgedetr.exporting.export",
+    "edgedetr.exporting.settings",
+    "edgedetr.evaluation.verify",
+    "edgedetr.reporting.figures",
+)
 INT8 = ["--int8", "--set", "quant.images=8"]
 MADE = {"model.onnx", "reference.npz", "ranges.json", "model.int8.onnx", "model.int8-cpu.onnx", "model.fp16.onnx"}
 VERIFIED = {"results/verify.json", "results/detections-onnx-onnxruntime.npz"}
@@ -147,7 +152,7 @@ def kill(work: Path, kills: int, only: tuple[str, ...] = ()) -> Counter[str]:
             command = [*words, str(path)] if name == "train" else [words[0], str(path), *words[1:]]
             begun = time.monotonic()
             pid = start(command, log)
-            if number == 0:             # how long it takes
+            if number == 0:  # how long it takes
                 assert wait(pid) in fine, log.read_text()
                 took = time.monotonic() - begun
                 continue
@@ -184,8 +189,12 @@ def full(work: Path, _: int) -> Counter[str]:
     shutil.copytree(base, ready)
     assert run(["export", str(ready), *INT8], work / "full.log") == 0
     assert run(["verify", str(ready), "--threads", "1"], work / "full.log") in (0, 3)
-    for source, words in ((base, ["export", *INT8]), (ready, ["export", "--trt"]),
-                          (ready, ["verify", "--threads", "1"]), (ready, ["report"])):
+    for source, words in (
+        (base, ["export", *INT8]),
+        (ready, ["export", "--trt"]),
+        (ready, ["verify", "--threads", "1"]),
+        (ready, ["report"]),
+    ):
         size = sum(-(-file.stat().st_size // 4096) * 4 for file in source.rglob("*") if file.is_file()) + 40
         for room in (0, 64, 128, 256, 512, 768):
             with small_disk(work / "disk", size + room) as disk:
@@ -201,7 +210,8 @@ def full(work: Path, _: int) -> Counter[str]:
                 seen["tracebacks"] += "Traceback" in told
                 seen["other ends"] += code not in (0, 1, 3, 4)
                 seen["damaged afterwards"] += problems(path) != before and any(
-                    why != "stale" for why in problems(path).values())
+                    why != "stale" for why in problems(path).values()
+                )
                 seen["temporary files"] += len(list(path.rglob(".*.tmp")))
                 if code == 1 and "the disk is full" not in told:
                     seen["other messages"] += 1
@@ -218,10 +228,16 @@ def readonly(work: Path, _: int) -> Counter[str]:
         path, log = disk / "b.bundle", work / "readonly.log"
         shutil.copytree(source, path)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        for words, fine in ((["predict", str(path), image], 0), (["inspect", str(path)], 0), (["verify", str(path)], 3),
-                            (["bench", str(path), "--rounds", "1"], 0), (["export", str(path)], 0),
-                            (["export", str(path), *INT8], 1), (["report", str(path)], 1),
-                            (["train", "--data", str(SCENES), "--out", str(path), "--resume"], 1)):
+        for words, fine in (
+            (["predict", str(path), image], 0),
+            (["inspect", str(path)], 0),
+            (["verify", str(path)], 3),
+            (["bench", str(path), "--rounds", "1"], 0),
+            (["export", str(path)], 0),
+            (["export", str(path), *INT8], 1),
+            (["report", str(path)], 1),
+            (["train", "--data", str(SCENES), "--out", str(path), "--resume"], 1),
+        ):
             log.write_text("")
             code = run(words, log)
             seen["commands"] += 1
@@ -234,11 +250,21 @@ def readonly(work: Path, _: int) -> Counter[str]:
 def report(seen: Counter[str], log: Path, path: Path) -> None:
     """What is new in bad news, at once."""
     if any(count for name, count in seen.items() if name in BAD):
-        print(f"{path.name}: {({name: count for name, count in seen.items() if count})}; {log}", file=sys.stderr)
+        print(f"{path.name}: { ({name: count for name, count in seen.items() if count}) }; {log}", file=sys.stderr)
 
 
-BAD = ("failed", "lost", "damaged", "damaged after a kill", "failed afterwards", "damaged afterwards", "tracebacks",
-       "other ends", "other messages", "temporary files")
+BAD = (
+    "failed",
+    "lost",
+    "damaged",
+    "damaged after a kill",
+    "failed afterwards",
+    "damaged afterwards",
+    "tracebacks",
+    "other ends",
+    "other messages",
+    "temporary files",
+)
 PARTS = {"together": together, "kill": kill, "full": full, "readonly": readonly}
 
 
@@ -257,8 +283,12 @@ def main() -> int:
     work = Path(tempfile.mkdtemp()) if chosen.keep is None else chosen.keep
     work.mkdir(exist_ok=True)
     try:
-        found = {name: dict(kill(work, chosen.kills, tuple(chosen.commands)) if name == "kill" else
-                            PARTS[name](work, chosen.rounds)) for name in chosen.parts or PARTS}
+        found = {
+            name: dict(
+                kill(work, chosen.kills, tuple(chosen.commands)) if name == "kill" else PARTS[name](work, chosen.rounds)
+            )
+            for name in chosen.parts or PARTS
+        }
     finally:
         if chosen.keep is None:
             shutil.rmtree(work, ignore_errors=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-WHEELS = {      # the versions of JetPack 6, JetPack 7.2 and TensorRT 11
+WHEELS = {  # the versions of JetPack 6, JetPack 7.2 and TensorRT 11
     "10.3.0": "tensorrt-cu12-bindings==10.3.0",
     "10.16.1": "tensorrt-cu13-bindings==10.16.1.11",
     "11.4.0": "tensorrt-cu13-bindings==11.4.0.106",
@@ -51,8 +51,11 @@ def module(version: str) -> ModuleType:
     def build(name: str) -> type:
         if name not in built:
             told = names[name]
-            built[name] = _enum(name, told) if told["kind"] == "enum" else _class(
-                name, told, tuple(build(base) for base in told["bases"] if base in names) or (object,))
+            built[name] = (
+                _enum(name, told)
+                if told["kind"] == "enum"
+                else _class(name, told, tuple(build(base) for base in told["bases"] if base in names) or (object,))
+            )
         return built[name]
 
     for name, told in names.items():
@@ -82,7 +85,11 @@ def described() -> dict[str, dict[str, Any]]:
                 major = version.partition(".")[0]
                 done = subprocess.run(
                     [sys.executable, "-I", str(HERE / "describe.py"), str(folder), *map(str, stubs[major])],
-                    capture_output=True, text=True, check=False, timeout=120)
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=120,
+                )
                 if done.returncode:
                     raise Unavailable(f"the bindings of TensorRT {version} cannot be imported: {done.stderr[-300:]}")
                 made = Path(scratch) / f"{version}.json"
@@ -92,18 +99,35 @@ def described() -> dict[str, dict[str, Any]]:
 
 
 def _description(version: str) -> Path:
-    reader = hashlib.sha256((HERE / "describe.py").read_bytes()).hexdigest()    # another reader, another description
+    reader = hashlib.sha256((HERE / "describe.py").read_bytes()).hexdigest()  # another reader, another description
     return CACHE / f"{version}-{reader:.8}.json"
 
 
 def fetch(requirements: Mapping[str, str], scratch: Path) -> dict[str, Path]:
     """Download wheels, all at once, and unpack each; name -> folder to import from. A wheel is fetched only once."""
     wheels = {name: CACHE / f"{requirement}.whl" for name, requirement in requirements.items()}
-    running = {name: subprocess.Popen(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-         "--disable-pip-version-check", "--dest", str(scratch / name), requirements[name]],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for name, wheel in wheels.items() if not wheel.is_file()}
+    running = {
+        name: subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--only-binary=:all:",
+                "--disable-pip-version-check",
+                "--dest",
+                str(scratch / name),
+                requirements[name],
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, wheel in wheels.items()
+        if not wheel.is_file()
+    }
     failed = ""
     for name, process in running.items():
         try:
@@ -144,8 +168,12 @@ def _stubs(scratch: Path) -> dict[str, list[Path]]:
             continue
         made[major] = [scratch / f"lib{name}.so.{major}" for name in LIBRARIES]
         for path in made[major]:
-            subprocess.run([compiler, "-shared", "-fPIC", "-w", f"-Wl,-soname,{path.name}", "-o", str(path),
-                            str(HERE / "stub.c")], check=True, capture_output=True, timeout=60)
+            subprocess.run(
+                [compiler, "-shared", "-fPIC", "-w", f"-Wl,-soname,{path.name}", "-o", str(path), str(HERE / "stub.c")],
+                check=True,
+                capture_output=True,
+                timeout=60,
+            )
     return made
 
 
@@ -159,7 +187,7 @@ class _Enum(enum.Enum):
 
 
 def _enum(name: str, told: dict[str, Any]) -> type:
-    return _Enum(name, told["members"])     # type: ignore[return-value]  # the functional form of Enum
+    return _Enum(name, told["members"])  # type: ignore[return-value]  # the functional form of Enum
 
 
 def _class(name: str, told: dict[str, Any], bases: tuple[type, ...]) -> type:
@@ -171,7 +199,7 @@ def _class(name: str, told: dict[str, Any], bases: tuple[type, ...]) -> type:
             inside[key] = property(_no_value, _accept if value["settable"] else None)
         elif value["kind"] == "enum":
             inside[key] = _enum(key, value)
-            inside.update(inside[key].__members__)      # pybind11 exports the values into the class
+            inside.update(inside[key].__members__)  # pybind11 exports the values into the class
         else:
             inside[key] = _class(key, value, (object,))
     return type(name, bases, inside)
@@ -192,9 +220,8 @@ def _function(name: str, forms: list[list[str]]) -> Any:
         parameters = ["*args", "**kwargs"]
     words, optional = [], False
     for word in parameters:
-        optional |= word.endswith("=None")      # pybind11 allows a parameter without a default after one with it
+        optional |= word.endswith("=None")  # pybind11 allows a parameter without a default after one with it
         words.append(word if not optional or "=" in word or "*" in word else f"{word}=None")
     scope: dict[str, Any] = {}
     exec(f"def {name}({', '.join(words)}): pass", scope)
     return scope[name]
-

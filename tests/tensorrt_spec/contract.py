@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ROOT = "trt"
-RENAMED = {"IParserError": "ParserError"}       # as docstrings call it -> as the module does
+RENAMED = {"IParserError": "ParserError"}  # as docstrings call it -> as the module does
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,18 @@ def missing(use: Use, described: Mapping[str, Any]) -> str:
         return ""
     number, keywords = use.arguments
     for form in forms:
-        signature = inspect.Signature([inspect.Parameter(
-            word.partition("=")[0], inspect.Parameter.POSITIONAL_OR_KEYWORD) for word in form if "=" not in word] + [
-            inspect.Parameter(word.partition("=")[0], inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
-            for word in form if "=" in word])
+        signature = inspect.Signature(
+            [
+                inspect.Parameter(word.partition("=")[0], inspect.Parameter.POSITIONAL_OR_KEYWORD)
+                for word in form
+                if "=" not in word
+            ]
+            + [
+                inspect.Parameter(word.partition("=")[0], inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+                for word in form
+                if "=" in word
+            ]
+        )
         try:
             signature.bind(*[None] * (number + use.instance), **dict.fromkeys(keywords))
             return ""
@@ -82,7 +90,7 @@ def _find(owner: str, name: str, described: Mapping[str, Any]) -> Mapping[str, A
         found = kind["members"][name]
         return found if isinstance(found, dict) else {"kind": "member"}
     if any(name in nested["members"] for nested in kind["members"].values() if nested["kind"] == "enum"):
-        return {"kind": "member"}       # pybind11 exports the values of a nested enum
+        return {"kind": "member"}  # pybind11 exports the values of a nested enum
     return next((found for base in kind["bases"] if (found := _find(base, name, described)) is not None), None)
 
 
@@ -126,26 +134,33 @@ class _Reader:
 
     def _is_class(self, path: str) -> bool:
         outer, _, inner = path.rpartition(".")
-        return any((_find(outer, inner, described) or {}).get("kind") in ("class", "enum")
-                   for described in self.versions.values())
+        return any(
+            (_find(outer, inner, described) or {}).get("kind") in ("class", "enum")
+            for described in self.versions.values()
+        )
 
     def uses(self) -> Iterator[Use]:
         calls = {id(node.func): node for node in ast.walk(self.tree) if isinstance(node, ast.Call)}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Attribute):
                 call = calls.get(id(node))
-                starred = call is not None and (any(isinstance(a, ast.Starred) for a in call.args)
-                                                or any(k.arg is None for k in call.keywords))
-                arguments = None if call is None or starred else (
-                    len(call.args), tuple(k.arg for k in call.keywords if k.arg))
+                starred = call is not None and (
+                    any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords)
+                )
+                arguments = (
+                    None if call is None or starred else (len(call.args), tuple(k.arg for k in call.keywords if k.arg))
+                )
                 for owner, instance in self.types(node.value):
                     yield Use(owner, node.attr, node.lineno, instance, arguments)
             elif isinstance(node, ast.ClassDef):
                 # A public method of a class that TensorRT calls must be one that it knows.
                 for base in node.bases:
                     for owner, _ in self.types(base):
-                        yield from (Use(owner, item.name, item.lineno, False) for item in node.body
-                                    if isinstance(item, ast.FunctionDef) and not item.name.startswith("_"))
+                        yield from (
+                            Use(owner, item.name, item.lineno, False)
+                            for item in node.body
+                            if isinstance(item, ast.FunctionDef) and not item.name.startswith("_")
+                        )
 
 
 def _assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:

@@ -49,7 +49,7 @@ def describe_class(kind: type) -> dict[str, Any]:
         if isinstance(value, property):
             inside[name] = {"kind": "property", "settable": value.fset is not None}
         elif isinstance(value, type):
-            if not any(getattr(base, name, None) is value for base in kind.__bases__):      # else it is inherited
+            if not any(getattr(base, name, None) is value for base in kind.__bases__):  # else it is inherited
                 inside[name] = describe_class(value)
         elif callable(value) and (name == "__init__" or not name.startswith("_")):
             if name != "__init__" or type(value).__name__ != "wrapper_descriptor":
@@ -68,8 +68,11 @@ def describe(module: Any) -> dict[str, Any]:
             found[name] = describe_class(value)
         elif inspect.isfunction(value):
             told = inspect.signature(value).parameters.values()
-            found[name] = {"kind": "method", "returns": "", "parameters": [[
-                p.name + ("" if p.default is p.empty else "=None") for p in told]]}
+            found[name] = {
+                "kind": "method",
+                "returns": "",
+                "parameters": [[p.name + ("" if p.default is p.empty else "=None") for p in told]],
+            }
         elif callable(value) and inspect.isroutine(value):
             found[name] = {"kind": "method", **signature(value.__doc__ or "")}
         elif hasattr(type(value), "__members__"):

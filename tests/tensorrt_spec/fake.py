@@ -10,10 +10,17 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import create_autospec
 
-LAYERS_10 = {"Layers": [
-    {"Name": "conv", "LayerType": "CaskConvolution",
-     "Inputs": [{"Name": "x", "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format"}],
-     "Outputs": [{"Name": "y", "Format/Datatype": "Row major linear FP16 format"}]}], "Bindings": ["images"]}
+LAYERS_10 = {
+    "Layers": [
+        {
+            "Name": "conv",
+            "LayerType": "CaskConvolution",
+            "Inputs": [{"Name": "x", "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format"}],
+            "Outputs": [{"Name": "y", "Format/Datatype": "Row major linear FP16 format"}],
+        }
+    ],
+    "Bindings": ["images"],
+}
 
 
 class FakeTensorRT:
@@ -36,22 +43,22 @@ class FakeTensorRT:
         self.inputs = {"images": (1, 3, 32, 48)}
         self.phases = [("Building", None, 2), ("inner", "Building", 5)]
         self.timing_cache_fits = True
-        self.timing_caches = True           # whether this builder has any
+        self.timing_caches = True  # whether this builder has any
         self.profile_index = 0
         self.loads = True
         self.inspector = json.dumps(LAYERS_10)
-        self.flags: list[int] = []          # of create_network
+        self.flags: list[int] = []  # of create_network
         self.configs: list[Any] = []
         self.profiles: list[Any] = []
-        self.models: list[bytes] = []       # what was parsed
-        self.stopped: list[bool] = []       # answers of the monitor
+        self.models: list[bytes] = []  # what was parsed
+        self.stopped: list[bool] = []  # answers of the monitor
         self._network: Any = None
         self.module = ModuleType("tensorrt")
         vars(self.module).update({key: value for key, value in vars(spec).items() if not key.startswith("__")})
         self.module.__version__ = spec.__version__
-        self.module.Builder = self._builder             # type: ignore[attr-defined]
-        self.module.OnnxParser = self._parser           # type: ignore[attr-defined]
-        self.module.Runtime = self._runtime             # type: ignore[attr-defined]
+        self.module.Builder = self._builder  # type: ignore[attr-defined]
+        self.module.OnnxParser = self._parser  # type: ignore[attr-defined]
+        self.module.Runtime = self._runtime  # type: ignore[attr-defined]
 
     def _new(self, kind: str, /, **answers: Any) -> Any:
         made = create_autospec(getattr(self.spec, kind), instance=True, spec_set=True)
@@ -66,7 +73,7 @@ class FakeTensorRT:
         def network(flags: int = 0) -> Any:
             self.flags.append(flags)
             tensors = [self._new("ITensor", name=name, shape=shape) for name, shape in self.inputs.items()]
-            if self._network is None:       # one for all attempts: making it takes longest, it has a hundred methods
+            if self._network is None:  # one for all attempts: making it takes longest, it has a hundred methods
                 self._network = self._new("INetworkDefinition")
             self._network.num_inputs = len(tensors)
             self._network.get_input.side_effect = tensors.__getitem__
@@ -83,8 +90,13 @@ class FakeTensorRT:
                 self._report(config.progress_monitor)
             return self.plans.pop(0)
 
-        return self._new("Builder", on_create_network=network, on_create_optimization_profile=profile,
-                         on_create_builder_config=self._config, on_build_serialized_network=build)
+        return self._new(
+            "Builder",
+            on_create_network=network,
+            on_create_optimization_profile=profile,
+            on_create_builder_config=self._config,
+            on_build_serialized_network=build,
+        )
 
     def _config(self) -> Any:
         def cache(data: bytes) -> Any:
@@ -92,8 +104,11 @@ class FakeTensorRT:
                 return None
             return self._new("ITimingCache", on_serialize=lambda: b"timings after " + data)
 
-        made = self._new("IBuilderConfig", on_create_timing_cache=cache,
-                         on_add_optimization_profile=lambda profile: self.profile_index)
+        made = self._new(
+            "IBuilderConfig",
+            on_create_timing_cache=cache,
+            on_add_optimization_profile=lambda profile: self.profile_index,
+        )
         made.set_timing_cache.return_value = True
         made.get_timing_cache.side_effect = lambda: made.set_timing_cache.call_args.args[0]
         self.configs.append(made)
@@ -106,8 +121,9 @@ class FakeTensorRT:
 
         def error(index: int) -> Any:
             node, operator, text = self.errors[index]
-            return self._new("ParserError", on_node_name=lambda: node, on_node_operator=lambda: operator,
-                             on_desc=lambda: text)
+            return self._new(
+                "ParserError", on_node_name=lambda: node, on_node_operator=lambda: operator, on_desc=lambda: text
+            )
 
         return self._new("OnnxParser", num_errors=len(self.errors), on_get_error=error, on_parse=parse)
 

@@ -7,8 +7,9 @@ from unittest.mock import create_autospec
 import pytest
 
 
-@pytest.mark.parametrize("version, strongly_typed, tf32, fp16", [("10.3.0", 1, 6, 0), ("10.16.1", 1, 6, 0),
-                                                                ("11.4.0", 0, 6, None)])
+@pytest.mark.parametrize(
+    "version, strongly_typed, tf32, fp16", [("10.3.0", 1, 6, 0), ("10.16.1", 1, 6, 0), ("11.4.0", 0, 6, None)]
+)
 def test_flags_have_the_numbers_of_their_version(bindings, version, strongly_typed, tf32, fp16):
     trt = bindings.module(version)
     assert trt.__version__.startswith(version)
@@ -24,9 +25,9 @@ def test_a_fake_refuses_an_unknown_name_a_wrong_argument_and_a_bare_flag(trt):
     with pytest.raises(TypeError, match="pool_size"):
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
     with pytest.raises(AttributeError):
-        config.max_workspace_size = 1           # removed in 10.0
+        config.max_workspace_size = 1  # removed in 10.0
     with pytest.raises(TypeError):
-        1 << trt.BuilderFlag.TF32               # an enum of pybind11 is no integer
+        1 << trt.BuilderFlag.TF32  # an enum of pybind11 is no integer
 
 
 def test_names_that_version_11_removed_are_gone(bindings):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))      # `import micro`, also in child processes
+sys.path.insert(0, str(Path(__file__).parent))  # `import micro`, also in child processes
 
 
 @pytest.fixture(scope="session")

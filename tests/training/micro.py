@@ -14,12 +14,37 @@ from edgedetr.recipe import Recipe
 from edgedetr.training.train import train
 
 TOML = {
-    "model": {"name": "rt_detr", "backbone": "resnet18vd", "backbone_width": 0.125, "backbone_weights": "random",
-              "backbone_norm": "trainable", "hidden": 16, "heads": 2, "encoder_ffn": 16, "decoder_ffn": 16,
-              "decoder_layers": 2, "queries": 10, "fusion_blocks": 1, "points": [2, 2, 2], "dropout": 0.1},
+    "model": {
+        "name": "rt_detr",
+        "backbone": "resnet18vd",
+        "backbone_width": 0.125,
+        "backbone_weights": "random",
+        "backbone_norm": "trainable",
+        "hidden": 16,
+        "heads": 2,
+        "encoder_ffn": 16,
+        "decoder_ffn": 16,
+        "decoder_layers": 2,
+        "queries": 10,
+        "fusion_blocks": 1,
+        "points": [2, 2, 2],
+        "dropout": 0.1,
+    },
     "input": {"height": 64, "width": 64},
-    "train": {"epochs": 3, "batch": 4, "lr": 1e-3, "backbone_lr_factor": 1.0, "warmup_steps": 4, "schedule": "cosine",
-              "ema_decay": 0.9, "ema_warmup": 5, "denoising": 8, "checkpoint_every": 1, "threads": 1, "seed": 7},
+    "train": {
+        "epochs": 3,
+        "batch": 4,
+        "lr": 1e-3,
+        "backbone_lr_factor": 1.0,
+        "warmup_steps": 4,
+        "schedule": "cosine",
+        "ema_decay": 0.9,
+        "ema_warmup": 5,
+        "denoising": 8,
+        "checkpoint_every": 1,
+        "threads": 1,
+        "seed": 7,
+    },
 }
 
 
@@ -41,14 +66,28 @@ def write_data(root: Path, train_images: int = 14, others: int = 4) -> Path:
                 side = 14 if label % 2 else 24
                 x, y = int(rng.integers(0, 80 - side)), int(rng.integers(0, 70 - side))
                 pixels[y : y + side, x : x + side, label % 3] = 250
-                annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": 3 + label % 2,
-                                    "bbox": [x, y, side, side], "area": side * side, "iscrowd": 0})
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": number,
+                        "category_id": 3 + label % 2,
+                        "bbox": [x, y, side, side],
+                        "area": side * side,
+                        "iscrowd": 0,
+                    }
+                )
             Image.fromarray(pixels).save(root / "images" / split / f"{number}.png")
             images.append({"id": number, "file_name": f"{number}.png", "height": 70, "width": 80})
         (root / "annotations").mkdir(exist_ok=True)
-        (root / "annotations" / f"{split}.json").write_text(json.dumps({
-            "images": images, "annotations": annotations,
-            "categories": [{"id": 3, "name": "large"}, {"id": 4, "name": "small"}]}))
+        (root / "annotations" / f"{split}.json").write_text(
+            json.dumps(
+                {
+                    "images": images,
+                    "annotations": annotations,
+                    "categories": [{"id": 3, "name": "large"}, {"id": 4, "name": "small"}],
+                }
+            )
+        )
     return root
 
 

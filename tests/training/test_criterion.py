@@ -19,8 +19,13 @@ LAYERS, BATCH, QUERIES, CLASSES = 3, 3, 12, 4
 
 
 def boxes(generator, *shape):
-    return torch.cat([torch.rand(*shape, 2, generator=generator) * 0.6 + 0.2,
-                      torch.rand(*shape, 2, generator=generator) * 0.3 + 0.05], -1)
+    return torch.cat(
+        [
+            torch.rand(*shape, 2, generator=generator) * 0.6 + 0.2,
+            torch.rand(*shape, 2, generator=generator) * 0.3 + 0.05,
+        ],
+        -1,
+    )
 
 
 def case(seed=0, counts=(4, 0, 6), extra=0, encoder=True):
@@ -42,7 +47,7 @@ def test_rt_detr_losses_equal_transformers_with_auxiliary_encoder_and_denoising(
     from transformers.loss.loss_rt_detr import RTDetrLoss
 
     outputs, targets, generator = case()
-    groups, noised = 2, 2 * 2 * 6      # groups x positive and negative x the fullest picture
+    groups, noised = 2, 2 * 2 * 6  # groups x positive and negative x the fullest picture
     dn_logits = torch.randn(LAYERS, BATCH, noised, CLASSES, generator=generator)
     dn_boxes = boxes(generator, LAYERS, BATCH, noised)
     positive = [torch.cat([torch.arange(len(t)) + 12 * group for group in range(groups)]) for t in targets]
@@ -50,11 +55,16 @@ def test_rt_detr_losses_equal_transformers_with_auxiliary_encoder_and_denoising(
     theirs = RTDetrLoss(RTDetrConfig(num_labels=CLASSES))
     encoder = {"logits": outputs.encoder[0], "pred_boxes": outputs.encoder[1]}
     auxiliary = [{"logits": outputs.logits[i], "pred_boxes": outputs.boxes[i]} for i in range(LAYERS - 1)]
-    expected = theirs({
-        "logits": outputs.logits[-1], "pred_boxes": outputs.boxes[-1], "auxiliary_outputs": [*auxiliary, encoder],
-        "dn_auxiliary_outputs": [{"logits": lo, "pred_boxes": bo} for lo, bo in zip(dn_logits, dn_boxes)],
-        "denoising_meta_values": {"dn_positive_idx": positive, "dn_num_group": groups},
-    }, as_theirs(targets))
+    expected = theirs(
+        {
+            "logits": outputs.logits[-1],
+            "pred_boxes": outputs.boxes[-1],
+            "auxiliary_outputs": [*auxiliary, encoder],
+            "dn_auxiliary_outputs": [{"logits": lo, "pred_boxes": bo} for lo, bo in zip(dn_logits, dn_boxes)],
+            "denoising_meta_values": {"dn_positive_idx": positive, "dn_num_group": groups},
+        },
+        as_theirs(targets),
+    )
 
     image = torch.cat([torch.full_like(p, row) for row, p in enumerate(positive)])
     target = torch.cat([torch.arange(len(t)).repeat(groups) for t in targets])
@@ -64,7 +74,7 @@ def test_rt_detr_losses_equal_transformers_with_auxiliary_encoder_and_denoising(
     def part(*suffixes):
         return sum(v for k, v in expected.items() if k.endswith(suffixes))
 
-    close = {"rtol": 1e-5, "atol": 1e-5}    # float32 sums over some hundred terms in another order
+    close = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums over some hundred terms in another order
     torch.testing.assert_close(ours.class_, expected["loss_vfl"], **close)
     torch.testing.assert_close(ours.l1, expected["loss_bbox"], **close)
     torch.testing.assert_close(ours.giou, expected["loss_giou"], **close)
@@ -80,14 +90,20 @@ def test_detr_losses_equal_transformers(counts):
 
     outputs, targets, _ = case(1, counts, extra=1, encoder=False)
     theirs = ImageLoss(HungarianMatcher(1, 5, 2), CLASSES, 0.1, ["labels", "boxes"])
-    expected = theirs({
-        "logits": outputs.logits[-1], "pred_boxes": outputs.boxes[-1],
-        "auxiliary_outputs": [{"logits": outputs.logits[i], "pred_boxes": outputs.boxes[i]} for i in range(LAYERS - 1)],
-    }, as_theirs(targets))
+    expected = theirs(
+        {
+            "logits": outputs.logits[-1],
+            "pred_boxes": outputs.boxes[-1],
+            "auxiliary_outputs": [
+                {"logits": outputs.logits[i], "pred_boxes": outputs.boxes[i]} for i in range(LAYERS - 1)
+            ],
+        },
+        as_theirs(targets),
+    )
     weights = {"ce": 1.0, "bbox": 5.0, "giou": 2.0}
     total = sum(value * weights[name.split("_")[1]] for name, value in expected.items())
     ours = Criterion(TrainConfig(), "softmax_ce")(outputs, targets)
-    torch.testing.assert_close(ours.total, total, rtol=1e-5, atol=1e-5)     # float32, another order of summation
+    torch.testing.assert_close(ours.total, total, rtol=1e-5, atol=1e-5)  # float32, another order of summation
     torch.testing.assert_close(ours.class_, expected["loss_ce"], rtol=1e-5, atol=1e-6)
 
 
@@ -109,8 +125,9 @@ def test_focal_varifocal_and_matchability_follow_their_formulas_element_by_eleme
         focal += 0.25 * (1 - p) ** 2 * -p.log() if y else 0.75 * p**2 * -(1 - p).log()
         vfl += q * bce(q) if y else 0.75 * p**2 * bce(0.0)
         mal += bce(q**1.5) if y else p**1.5 * bce(0.0)
+
     def close(a, b):
-        torch.testing.assert_close(a.double().sum(), b, rtol=1e-5, atol=0)      # float32 against float64
+        torch.testing.assert_close(a.double().sum(), b, rtol=1e-5, atol=0)  # float32 against float64
 
     close(losses.focal(logits, onehot, 0.25, 2.0), focal)
     close(losses.varifocal(logits, onehot, quality, 0.75, 2.0), vfl)
@@ -124,7 +141,7 @@ def test_unmatched_queries_learn_their_class_but_get_no_box_gradient(class_loss)
     outputs.boxes.requires_grad_()
     Criterion(TrainConfig(), class_loss)(outputs, targets).total.backward()
     moved = (outputs.boxes.grad != 0).any(-1)
-    assert moved.sum((0, 2)).tolist() == [2 * LAYERS, 0, 3 * LAYERS]     # one query per object, layer by layer
+    assert moved.sum((0, 2)).tolist() == [2 * LAYERS, 0, 3 * LAYERS]  # one query per object, layer by layer
     assert (outputs.logits.grad != 0).any(-1).all()
 
 
@@ -144,14 +161,22 @@ def test_a_batch_without_objects_has_a_finite_loss_that_reaches_every_output(cla
 def test_label_smoothing_reaches_every_class_loss(class_loss):
     outputs, targets, _ = case(3, (2, 0, 3), extra=class_loss == "softmax_ce", encoder=False)
     for row, target in enumerate(targets):
-        outputs.boxes[:, row, : len(target)] = target.boxes             # matched with an overlap of 1
+        outputs.boxes[:, row, : len(target)] = target.boxes  # matched with an overlap of 1
     plain, smooth = (Criterion(TrainConfig(label_smoothing=share), class_loss)(outputs, targets) for share in (0, 0.1))
     assert abs(float(plain.class_ - smooth.class_)) > 1e-3
     assert float(plain.l1) == float(smooth.l1)
 
 
-@pytest.mark.parametrize("own, asked", [("softmax_ce", "focal"), ("softmax_ce", "vfl"), ("softmax_ce", "mal"),
-                                        ("focal", "softmax_ce"), ("vfl", "softmax_ce")])
+@pytest.mark.parametrize(
+    "own, asked",
+    [
+        ("softmax_ce", "focal"),
+        ("softmax_ce", "vfl"),
+        ("softmax_ce", "mal"),
+        ("focal", "softmax_ce"),
+        ("vfl", "softmax_ce"),
+    ],
+)
 def test_a_class_loss_of_other_logits_is_refused(own, asked):
     with pytest.raises(RecipeError, match=f"train.class_loss is '{asked}', a loss of .* logits, .* expected '"):
         Criterion(TrainConfig(class_loss=asked), own)
@@ -175,14 +200,14 @@ def test_losses_are_divided_by_the_objects_per_process():
     outputs, targets, _ = case(5)
     criterion = Criterion(TrainConfig(), "vfl")
     one = criterion(outputs, targets).total
-    torch.testing.assert_close(criterion(outputs, targets, boxes_per_process=20.0).total, one / 2)     # 10 objects here
+    torch.testing.assert_close(criterion(outputs, targets, boxes_per_process=20.0).total, one / 2)  # 10 objects here
 
 
 def test_encoder_proposals_of_another_count_are_matched_by_themselves():
     outputs, targets, generator = case(6)
     together = Criterion(TrainConfig(), "focal")(outputs, targets)
     far = torch.full((BATCH, 5, CLASSES), -20.0), torch.tensor([0.0, 0.0, 1e-3, 1e-3]).repeat(BATCH, 5, 1)
-    order = torch.randperm(QUERIES + 5, generator=generator)     # 5 useless proposals more must change nothing else
+    order = torch.randperm(QUERIES + 5, generator=generator)  # 5 useless proposals more must change nothing else
     outputs.encoder = tuple(torch.cat([own, more], 1)[:, order] for own, more in zip(outputs.encoder, far))
     apart = Criterion(TrainConfig(), "focal")(outputs, targets)
     torch.testing.assert_close(apart.encoder, together.encoder)
@@ -193,6 +218,6 @@ def test_l1_is_of_centre_and_size_or_of_corners():
     """By hand: one query, one object, dx 0.1 and dw 0.2 apart."""
     outputs = Outputs(torch.zeros(1, 1, 1, 2), torch.tensor([[[[0.6, 0.5, 0.4, 0.2]]]]))
     targets = [Target(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.2, 0.2]]))]
-    for form, expected in (("cxcywh", 0.1 + 0.2), ("xyxy", 0.0 + 0.2)):     # left sides agree, right ones are 0.2 apart
+    for form, expected in (("cxcywh", 0.1 + 0.2), ("xyxy", 0.0 + 0.2)):  # left sides agree, right ones are 0.2 apart
         found = Criterion(TrainConfig(l1=form, weight_l1=1.0), "focal")(outputs, targets).l1
         torch.testing.assert_close(found, torch.tensor(expected))

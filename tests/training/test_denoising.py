@@ -22,16 +22,27 @@ from edgedetr.training.step import Trainee
 
 CLASSES = 3
 # Members that make noised queries, at micro size; an anchor point has no size, so it starts from the centre alone.
-NOISED = {"rt_detr": SMALL["rt_detr"], "dn_detr": SMALL["dn_detr"],
-          **{name: replace(SMALL[name], denoising=True) for name in
-             ("anchor_detr", "deformable_detr", "efficient_detr", "sparse_rcnn", "dynamic_detr")}}
+NOISED = {
+    "rt_detr": SMALL["rt_detr"],
+    "dn_detr": SMALL["dn_detr"],
+    **{
+        name: replace(SMALL[name], denoising=True)
+        for name in ("anchor_detr", "deformable_detr", "efficient_detr", "sparse_rcnn", "dynamic_detr")
+    },
+}
 
 
 def targets(*counts: int):
     generator = torch.Generator().manual_seed(sum(counts))
-    near, size = torch.tensor([0.4, 0.4, 0.1, 0.1]), torch.tensor([0.2, 0.2, 0.1, 0.1])     # noise stays in the picture
-    return pad([Target(torch.randint(CLASSES, (n,), generator=generator),
-                       near + size * torch.rand(n, 4, generator=generator)) for n in counts])
+    near, size = torch.tensor([0.4, 0.4, 0.1, 0.1]), torch.tensor([0.2, 0.2, 0.1, 0.1])  # noise stays in the picture
+    return pad(
+        [
+            Target(
+                torch.randint(CLASSES, (n,), generator=generator), near + size * torch.rand(n, 4, generator=generator)
+            )
+            for n in counts
+        ]
+    )
 
 
 def noise(padded, classes=CLASSES, **settings):
@@ -58,33 +69,41 @@ def test_groups_fill_the_wish_and_positive_copies_stay_nearer_than_negative_ones
     assert (noised.groups, noised.per_group, len(noised)) == (2, 4, 16)
     truth, found = cxcywh_to_xyxy(padded.boxes), cxcywh_to_xyxy(noised.boxes)
     straight, swapped = moved(found.reshape(2, 2, 2, 4, 4), truth[:, None, None].expand(2, 2, 2, 4, 4))
-    half = padded.boxes[:, None, :, None, 2:] / 2       # [image, group, object, side, axis]
+    half = padded.boxes[:, None, :, None, 2:] / 2  # [image, group, object, side, axis]
     for row, count in enumerate((4, 2)):
-        limit, rounding = half[row, :, :count], 1e-6    # float32 of a coordinate in 0..1
+        limit, rounding = half[row, :, :count], 1e-6  # float32 of a coordinate in 0..1
         assert (straight[row, :, 0, :count] <= limit + rounding).all()
         negative = [far[row, :, 1, :count] for far in (straight, swapped)]
         drawn = [((far >= limit - rounding) & (far <= 2 * limit + rounding)).all(-2) for far in negative]
         assert (drawn[0] | drawn[1]).all() and drawn[0].any()
-    assert noised.labels[1].reshape(4, 4)[:, 2:].eq(CLASSES).all()          # the emptier picture's filling
+    assert noised.labels[1].reshape(4, 4)[:, 2:].eq(CLASSES).all()  # the emptier picture's filling
 
 
 @pytest.mark.parametrize("amount", [0.4, 1.0, 2.0, 5.0])
 def test_no_copy_has_a_negative_side_and_every_side_of_a_negative_one_was_moved_far(amount):
     """Over 200 seeds; a side of a negative copy moves at least `amount` half sizes, where the image has room."""
     middle = pad([Target(torch.tensor([0, 1]), torch.tensor([[0.5, 0.5, 0.1, 0.16], [0.45, 0.6, 0.02, 0.01]]))])
-    edge = pad([Target(torch.tensor([0, 1, 2]), torch.tensor([[0.05, 0.98, 0.1, 0.04], [0.999, 0.001, 0.002, 0.002],
-                                                              [0.5, 0.5, 1.0, 1.0]]))])
+    edge = pad(
+        [
+            Target(
+                torch.tensor([0, 1, 2]),
+                torch.tensor([[0.05, 0.98, 0.1, 0.04], [0.999, 0.001, 0.002, 0.002], [0.5, 0.5, 1.0, 1.0]]),
+            )
+        ]
+    )
     for seed in range(200):
         torch.manual_seed(seed)
         for padded in (middle, edge):
             noised = noise(padded, denoising_groups=3, box_noise=amount)
             found, most = cxcywh_to_xyxy(noised.boxes), noised.per_group
             assert (noised.boxes[..., 2:] >= 0).all(), seed
-            assert (found >= -1e-6).all() and (found <= 1 + 1e-6).all(), seed       # float32
+            assert (found >= -1e-6).all() and (found <= 1 + 1e-6).all(), seed  # float32
             if padded is middle:
                 truth = cxcywh_to_xyxy(padded.boxes)[:, None].expand(1, 3, most, 4)
-                far = [(side >= amount * padded.boxes[:, None, :, None, 2:] / 2 - 1e-6).all(-2)
-                       for side in moved(found.view(1, 3, 2, most, 4)[:, :, 1], truth)]
+                far = [
+                    (side >= amount * padded.boxes[:, None, :, None, 2:] / 2 - 1e-6).all(-2)
+                    for side in moved(found.view(1, 3, 2, most, 4)[:, :, 1], truth)
+                ]
                 assert (far[0] | far[1]).all(), seed
 
 
@@ -99,13 +118,19 @@ def test_directions_of_negative_copies_are_dinos_and_sides_that_cross_change_pla
     # 10,000 pairs have a standard deviation of 0.004.
     assert float(outwards.float().mean()) == pytest.approx(0.25, abs=0.02)
     assert float(crossed.float().mean()) == pytest.approx(0.25, abs=0.02)
-    assert float(crossed.any(1).float().mean()) == pytest.approx(1 - 0.75**2, abs=0.02)     # the 44 %
+    assert float(crossed.any(1).float().mean()) == pytest.approx(1 - 0.75**2, abs=0.02)  # the 44 %
 
 
 @pytest.mark.parametrize("name", NOISED)
 def test_a_step_with_noised_queries_is_finite_in_half_precision(name):
-    padded = pad([Target(torch.tensor([0, 1, 2]), torch.tensor([[0.999, 0.5, 0.002, 0.5], [0.5, 0.001, 0.3, 0.002],
-                                                                [0.3, 0.3, 0.01, 0.01]]))])
+    padded = pad(
+        [
+            Target(
+                torch.tensor([0, 1, 2]),
+                torch.tensor([[0.999, 0.5, 0.002, 0.5], [0.5, 0.001, 0.3, 0.002], [0.3, 0.3, 0.01, 0.01]]),
+            )
+        ]
+    )
     torch.manual_seed(0)
     detector = build(name, NOISED[name], CLASSES).train()
     trainee = Trainee(detector, TrainConfig(denoising=6), NOISED[name].class_loss, CLASSES)
@@ -153,11 +178,11 @@ def test_the_mask_is_what_the_rule_says_pair_by_pair(mode, copies):
     for row in range(count + 3):
         for column in range(count + 3):
             if column >= count:
-                hidden = False                                              # everybody sees the real queries
+                hidden = False  # everybody sees the real queries
             elif row >= count:
-                hidden = True                                               # real ones do not see noised ones
+                hidden = True  # real ones do not see noised ones
             else:
-                hidden = row // (copies * 2) != column // (copies * 2)      # groups of two objects
+                hidden = row // (copies * 2) != column // (copies * 2)  # groups of two objects
             assert bool(together.self_mask[row, column]) == hidden, (row, column)
     assert torch.equal(together.reference[:, :count], noised.boxes) and (together.content[:, count:] == 0).all()
 
@@ -180,7 +205,7 @@ def test_dn_moves_centres_by_half_a_side_and_sizes_by_their_share_at_most():
     moved = (noised.boxes[..., :2] - truth[..., :2]) / (truth[..., 2:] / 2)
     grown = noised.boxes[..., 2:] / truth[..., 2:] - 1
     for share in (moved, grown):
-        assert share.abs().max() <= 0.4 + 1e-4                              # float32 of a quotient
+        assert share.abs().max() <= 0.4 + 1e-4  # float32 of a quotient
         assert share.abs().max() > 0.399 and abs(float(share.mean())) < 0.01
         assert float(share.std()) == pytest.approx(0.4 / 3**0.5, rel=0.02)  # of a uniform distribution
     assert torch.equal(noised.labels, padded.labels.repeat(1, 200))
@@ -196,15 +221,20 @@ def test_dn_draws_its_whole_share_of_labels_anew():
 
 
 def test_noised_boxes_stay_in_the_picture_and_every_copy_answers_for_its_object():
-    whole = pad([Target(torch.tensor([1]), torch.tensor([[0.05, 0.9, 0.1, 0.2]])),
-                 Target(torch.tensor([2, 0]), torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.2, 0.2, 0.1, 0.1]]))])
+    whole = pad(
+        [
+            Target(torch.tensor([1]), torch.tensor([[0.05, 0.9, 0.1, 0.2]])),
+            Target(torch.tensor([2, 0]), torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.2, 0.2, 0.1, 0.1]])),
+        ]
+    )
     noised = noise(whole, denoising_mode="dn", denoising_groups=5, label_noise=0.0, box_noise=1.0)
     assert noised.boxes.min() >= 0 and noised.boxes.max() <= 1
     matches = denoising.positives(noised, whole, layers=2)
     pairs = set(zip(matches.image.tolist(), matches.query[0].tolist(), matches.target[0].tolist()))
-    assert pairs == {(0, group * 2, 0) for group in range(5)} | {(1, group * 2 + t, t) for group in range(5)
-                                                                 for t in range(2)}
-    assert noised.labels[0].tolist() == [1, CLASSES] * 5                    # K fills up
+    assert pairs == {(0, group * 2, 0) for group in range(5)} | {
+        (1, group * 2 + t, t) for group in range(5) for t in range(2)
+    }
+    assert noised.labels[0].tolist() == [1, CLASSES] * 5  # K fills up
 
 
 def test_the_denoising_loss_is_divided_by_objects_times_groups():
@@ -217,8 +247,9 @@ def test_the_denoising_loss_is_divided_by_objects_times_groups():
     noised = noise(padded, denoising_mode="dn", denoising_groups=4)
     layers, count = 2, len(noised)
     logits, boxes = torch.randn(layers, 2, count, CLASSES), torch.rand(layers, 2, count, 4)
-    outputs = Outputs(torch.cat([logits, torch.randn(layers, 2, 6, CLASSES)], 2),
-                      torch.cat([boxes, torch.rand(layers, 2, 6, 4)], 2))
+    outputs = Outputs(
+        torch.cat([logits, torch.randn(layers, 2, 6, CLASSES)], 2), torch.cat([boxes, torch.rand(layers, 2, 6, 4)], 2)
+    )
     real, found = denoising.split(outputs, noised, padded)
     got = Criterion(config, "focal")(real, padded, found).denoising
     expected = 0.0
@@ -248,7 +279,7 @@ def test_noised_queries_change_nothing_for_the_real_ones(name, mode):
         memory = detector.encode(images)
         queries = detector.select(memory)
         alone = detector.decode(queries, memory)
-        for _ in range(2):      # other noise each time
+        for _ in range(2):  # other noise each time
             noised = noise(padded, denoising=12, denoising_mode=mode)
             together = detector.decode(prepended(detector, queries, noised), memory)
             real, denoised = denoising.split(together, noised, padded)

@@ -10,8 +10,8 @@ from edgedetr.training import distributed
 
 @pytest.mark.parametrize("precision, tiles, told", [("32", True, True), ("32", False, False), ("bf16", True, False)])
 def test_bfloat16_is_advised_where_it_is_faster_and_not_asked_for(
-        precision: str, tiles: bool, told: bool, monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture) -> None:
+    precision: str, tiles: bool, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(distributed, "tiles_bfloat16", lambda: tiles)
     with caplog.at_level("INFO"):
         fabric = distributed.launch(micro.recipe(precision=precision).train)

@@ -9,7 +9,7 @@ import torch
 
 from edgedetr.training.losses import focal, matchability, softmax_ce, varifocal
 
-LOGITS = torch.tensor([[[[1.0, 0.0, -1.0], [0.5, 0.5, 2.0]]]])      # [1, 1, 2, 3]: two classes and none
+LOGITS = torch.tensor([[[[1.0, 0.0, -1.0], [0.5, 0.5, 2.0]]]])  # [1, 1, 2, 3]: two classes and none
 
 
 def test_smoothed_cross_entropy_spreads_over_all_classes_by_their_weights() -> None:
@@ -50,6 +50,7 @@ def test_smoothed_varifocal_and_matchability_move_the_targets_of_matched_queries
             bce = -(target * math.log(p) + (1 - target) * math.log(1 - p))
             weight = (q if name == "vfl" else 1.0) if hard else (alpha if name == "vfl" else 1.0) * p**gamma
             expected += weight * bce
+
     def loss(smoothing):
         if name == "vfl":
             return float(varifocal(LOGITS, onehot, quality, alpha, gamma, smoothing)[0])

@@ -21,8 +21,13 @@ def random_target(generator: torch.Generator, count: int, classes: int) -> Targe
 
 
 def random_predictions(generator: torch.Generator, layers: int, batch: int, queries: int, logits: int):
-    boxes = torch.cat([torch.rand(layers, batch, queries, 2, generator=generator) * 0.6 + 0.2,
-                       torch.rand(layers, batch, queries, 2, generator=generator) * 0.4 + 0.05], -1)
+    boxes = torch.cat(
+        [
+            torch.rand(layers, batch, queries, 2, generator=generator) * 0.6 + 0.2,
+            torch.rand(layers, batch, queries, 2, generator=generator) * 0.4 + 0.05,
+        ],
+        -1,
+    )
     return torch.randn(layers, batch, queries, logits, generator=generator) * 2, boxes
 
 
@@ -38,8 +43,13 @@ def test_the_assignment_is_the_cheapest_of_all_permutations(costs, counts):
         mine = matches.image == row
         queries, targets = matches.query[layer, mine], matches.target[layer, mine]
         assert sorted(targets.tolist()) == list(range(count)) and len(set(queries.tolist())) == count
-        best = min((sum(table[layer, row, q, t] for t, q in enumerate(order))
-                    for order in itertools.permutations(range(5), count)), default=0.0)
+        best = min(
+            (
+                sum(table[layer, row, q, t] for t, q in enumerate(order))
+                for order in itertools.permutations(range(5), count)
+            ),
+            default=0.0,
+        )
         assert np.isclose(table[layer, row, queries, targets].sum(), best)
 
 
@@ -80,8 +90,10 @@ def test_layers_and_groups_are_matched_like_one_by_one_in_transformers(costs):
     groups = [random_predictions(generator, 3, 3, 12, 4), random_predictions(generator, 1, 3, 20, 4)]
     for (logits, boxes), matches in zip(groups, match(groups, pad(targets), costs)):
         for layer in range(len(logits)):
-            expected = theirs({"logits": logits[layer], "pred_boxes": boxes[layer]},
-                              [{"class_labels": t.labels, "boxes": t.boxes} for t in targets])
+            expected = theirs(
+                {"logits": logits[layer], "pred_boxes": boxes[layer]},
+                [{"class_labels": t.labels, "boxes": t.boxes} for t in targets],
+            )
             for row, (queries, columns) in enumerate(expected):
                 mine = matches.image == row
                 assert torch.equal(matches.query[layer, mine], queries)
@@ -96,6 +108,10 @@ def test_corners_are_matched_by_the_distance_of_their_sides():
     table = cost_table(logits, boxes, padded, Costs("focal", 0.0, 1.0, 0.0, corners=True))[0, 0]
     for query, (cx, cy, w, h) in enumerate(boxes[0, 0].tolist()):
         for target, (tx, ty, tw, th) in enumerate(padded.boxes[0].tolist()):
-            sides = [(cx - w / 2) - (tx - tw / 2), (cy - h / 2) - (ty - th / 2),
-                     (cx + w / 2) - (tx + tw / 2), (cy + h / 2) - (ty + th / 2)]
-            assert table[query, target].item() == pytest.approx(sum(map(abs, sides)), abs=1e-5)     # float32
+            sides = [
+                (cx - w / 2) - (tx - tw / 2),
+                (cy - h / 2) - (ty - th / 2),
+                (cx + w / 2) - (tx + tw / 2),
+                (cy + h / 2) - (ty + th / 2),
+            ]
+            assert table[query, target].item() == pytest.approx(sum(map(abs, sides)), abs=1e-5)  # float32

@@ -18,8 +18,9 @@ from edgedetr.training.optimizer import adamw, groups, rate, set_rate
 
 MEMBERS = {
     "rt_detr": RtDetrConfig(backbone_width=0.125, backbone_norm="trainable", hidden=32, heads=4, queries=10),
-    "detr": DetrConfig(backbone="resnet18", backbone_width=0.125, hidden=32, heads=4, ffn=32, encoder_layers=1,
-                       decoder_layers=1),
+    "detr": DetrConfig(
+        backbone="resnet18", backbone_width=0.125, hidden=32, heads=4, ffn=32, encoder_layers=1, decoder_layers=1
+    ),
 }
 
 
@@ -60,7 +61,7 @@ def test_cosine_starts_full_is_half_way_in_the_middle_and_ends_at_its_share():
     assert rate(config, 600, 100) == pytest.approx(0.55)
     assert rate(config, 1100, 100) == pytest.approx(0.1)
     for step in range(100, 1100, 83):
-        expected = 0.1 + 0.9 * math.cos((step - 100) / 1000 * math.pi / 2) ** 2      # cos^2(x/2) = (1 + cos x) / 2
+        expected = 0.1 + 0.9 * math.cos((step - 100) / 1000 * math.pi / 2) ** 2  # cos^2(x/2) = (1 + cos x) / 2
         assert rate(config, step, 100) == pytest.approx(expected)
 
 
@@ -78,21 +79,33 @@ def test_the_moving_average_follows_its_formula(decay, warmup):
     for step in range(1, 6):
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter))
-        model(torch.randn(4, 3))        # moves the running statistics
+        model(torch.randn(4, 3))  # moves the running statistics
         d = decay * (1 - math.exp(-step / warmup)) if warmup else decay
         for name, value in model.state_dict().items():
             whole = not value.is_floating_point()
             expected[name] = value.double() if whole else d * expected[name] + (1 - d) * value.double()
         ema.update(step)
     for name, value in ema.model.state_dict().items():
-        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)     # float32 against float64
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)  # float32 against float64
 
 
-@pytest.mark.parametrize("wrong", [
-    {"epochs": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"batch": 7, "devices": 2}, {"schedule": "step"},
-    {"ema_decay": 1.0}, {"growth": (0.5, 0.8)},
-    {"step_epochs": (4, 2)}, {"label_noise": 1.5}, {"clip": -1.0}, {"workers": -1}, {"cost_class": -2.0},
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"batch": 7, "devices": 2},
+        {"schedule": "step"},
+        {"ema_decay": 1.0},
+        {"growth": (0.5, 0.8)},
+        {"step_epochs": (4, 2)},
+        {"label_noise": 1.5},
+        {"clip": -1.0},
+        {"workers": -1},
+        {"cost_class": -2.0},
+    ],
+)
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(RecipeError, match=rf"train\.{next(iter(wrong))}"):
         TrainConfig(**wrong)
@@ -106,8 +119,11 @@ def test_augmentation_out_of_range_is_refused_by_name(wrong):
 
 def test_rates_fall_from_block_to_block_of_a_vision_transformer_towards_its_input():
     with torch.device("meta"):
-        detector = build("detr", DetrConfig(backbone="vit_tiny", hidden=32, heads=4, encoder_layers=1, decoder_layers=1,
-                                            frozen_stages=0), 3)
+        detector = build(
+            "detr",
+            DetrConfig(backbone="vit_tiny", hidden=32, heads=4, encoder_layers=1, decoder_layers=1, frozen_stages=0),
+            3,
+        )
     config = TrainConfig(lr=1.0, backbone_lr_factor=0.5, layer_decay=0.8)
     where = {id(p): g["base_lr"] for g in groups(detector, config) for p in g["params"]}
     rates = {name: where[id(p)] for name, p in detector.named_parameters()}

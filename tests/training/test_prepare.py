@@ -30,7 +30,7 @@ def test_a_training_starts_from_the_weights_of_a_bundle(trained: Path) -> None:
     detector = prepare.detector(micro.recipe(start=str(trained)), CLASSES, fresh=True)
     weights = load_file(trained / "weights.safetensors")
     other = [name for name, value in detector.state_dict().items() if not torch.equal(value, weights[name])]
-    assert all(name.endswith("num_batches_tracked") for name in other), other   # counters, which nothing reads
+    assert all(name.endswith("num_batches_tracked") for name in other), other  # counters, which nothing reads
 
 
 def test_other_classes_start_anew_and_the_rest_is_kept(trained: Path) -> None:
@@ -42,24 +42,31 @@ def test_other_classes_start_anew_and_the_rest_is_kept(trained: Path) -> None:
     assert not torch.equal(detector.selector.score.weight[0], weights["selector.score.weight"][0])
 
 
-@pytest.mark.parametrize("settings, advice", [
-    ({"lora_rank": 2, "lora_on": ["*.q"]}, None),
-    ({"freeze": ["selector.*"]}, "leave them out of train.freeze"),
-    ({"lora_rank": 2, "lora_on": ["*.q"], "lora_beside": ["selector.*", "decoder.boxes.*"]}, None),
-])
+@pytest.mark.parametrize(
+    "settings, advice",
+    [
+        ({"lora_rank": 2, "lora_on": ["*.q"]}, None),
+        ({"freeze": ["selector.*"]}, "leave them out of train.freeze"),
+        ({"lora_rank": 2, "lora_on": ["*.q"], "lora_beside": ["selector.*", "decoder.boxes.*"]}, None),
+    ],
+)
 def test_what_starts_anew_and_does_not_learn_is_said(trained: Path, caplog, settings, advice) -> None:
     three = (ClassInfo(0, 9, "huge"), *(replace(item, index=item.index + 1) for item in CLASSES))
-    for classes in (three, CLASSES):        # no word where the classes are the same
+    for classes in (three, CLASSES):  # no word where the classes are the same
         caplog.clear()
         prepare.detector(micro.recipe(start=str(trained), **settings), classes, fresh=True)
-        said = [record.getMessage() for record in caplog.records if "started anew for these classes, and frozen" in
-                record.getMessage()]
+        said = [
+            record.getMessage()
+            for record in caplog.records
+            if "started anew for these classes, and frozen" in record.getMessage()
+        ]
         assert bool(said) == (classes is three and advice is not None)
         assert all("selector.denoising_class_embed.weight" in line and line.endswith(str(advice)) for line in said)
 
 
 def test_adapters_train_alone_with_heads_and_norms_and_are_merged_into_the_bundle(
-        trained: Path, micro_data: Path, tmp_path: Path) -> None:
+    trained: Path, micro_data: Path, tmp_path: Path
+) -> None:
     recipe = micro.recipe(epochs=2, lora_rank=2, lora_on=["*.q", "*.v", "*feedforward.up"], start=str(trained))
     detector = prepare.detector(recipe, CLASSES, fresh=True)
     learning = {name for name, parameter in detector.named_parameters() if parameter.requires_grad}
@@ -89,15 +96,23 @@ def test_all_that_starts_anew_learns_beside_adapters(trained: Path) -> None:
 
     with pytest.raises(ModelError, match="fits no Linear that starts from trained weights; expected train.start"):
         prepare.detector(micro.recipe(lora_rank=2), CLASSES, fresh=True)
-    vit = replace(recipe.model, config=replace(recipe.model.config, backbone="vit_tiny", backbone_width=0.125,
-                                               backbone_weights="a file that a checkpoint stands for"))
+    vit = replace(
+        recipe.model,
+        config=replace(
+            recipe.model.config,
+            backbone="vit_tiny",
+            backbone_width=0.125,
+            backbone_weights="a file that a checkpoint stands for",
+        ),
+    )
     recipe = replace(recipe, model=vit, train=replace(recipe.train, start=""))
     detector = prepare.detector(recipe, CLASSES, fresh=False)
     learns = {name: parameter.requires_grad for name, parameter in detector.named_parameters()}
     assert all(learns[name] for name in learns if not name.startswith("backbone.transformer."))
     blocks = {name for name in learns if "blocks.0.attention." in name and learns[name]}
-    assert blocks == {f"backbone.transformer.blocks.0.attention.{part}.{side}" for part in "qv"
-                      for side in ("down", "up")}
+    assert blocks == {
+        f"backbone.transformer.blocks.0.attention.{part}.{side}" for part in "qv" for side in ("down", "up")
+    }
 
 
 def test_frozen_parameters_stay_and_a_pattern_that_fits_nothing_is_an_error() -> None:
@@ -114,4 +129,4 @@ def test_stochastic_depth_reaches_every_block_and_the_last_gets_the_whole_rate()
     detector = prepare.detector(micro.recipe(drop_path=0.3), CLASSES, fresh=True)
     rates = [module.rate for module in detector.modules() if isinstance(module, DropPath)]
     assert rates == sorted(rates) and rates[0] == 0 and rates[-1] == pytest.approx(0.3)
-    assert len(set(rates)) == 3         # one encoder layer and two decoder layers
+    assert len(set(rates)) == 3  # one encoder layer and two decoder layers

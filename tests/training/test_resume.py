@@ -24,7 +24,7 @@ from edgedetr.recipe import Recipe
 from edgedetr.training.state import fingerprint
 from edgedetr.training.train import Run, train
 
-START = 120     # seconds for a child to import torch on a loaded machine
+START = 120  # seconds for a child to import torch on a loaded machine
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +116,27 @@ def test_twenty_kills_lose_nothing(processes, micro_data, straight, tmp_path, se
 
 def other_settings(recipe: Recipe) -> Recipe:
     """Another quantisation, export and verdict of the same training."""
-    return replace(recipe, quant=replace(recipe.quant, images=3, observer="minmax"),
-                   export=replace(recipe.export, dynamic_batch=True), verify=replace(recipe.verify, budget=2.5))
+    return replace(
+        recipe,
+        quant=replace(recipe.quant, images=3, observer="minmax"),
+        export=replace(recipe.export, dynamic_batch=True),
+        verify=replace(recipe.verify, budget=2.5),
+    )
 
 
-@pytest.mark.parametrize("section, changes", [
-    ("input", {"width": 96}), ("data", {"verify_split": "val"}), ("train", {"lr": 2e-3}), ("augment", {"crop": 0.1}),
-    ("model", {"queries": 11}), ("quant", {"images": 3}), ("export", {"dynamic_batch": True}),
-    ("verify", {"budget": 2.0}),
-])
+@pytest.mark.parametrize(
+    "section, changes",
+    [
+        ("input", {"width": 96}),
+        ("data", {"verify_split": "val"}),
+        ("train", {"lr": 2e-3}),
+        ("augment", {"crop": 0.1}),
+        ("model", {"queries": 11}),
+        ("quant", {"images": 3}),
+        ("export", {"dynamic_batch": True}),
+        ("verify", {"budget": 2.0}),
+    ],
+)
 def test_only_what_decides_the_weights_is_in_the_fingerprint(micro_data, section, changes):
     recipe, samples = micro.recipe(), layouts.load(micro_data, "train")
     part = getattr(recipe, section)
@@ -146,8 +158,9 @@ def test_a_finished_training_keeps_its_weights_and_takes_the_recipe_as_it_is_now
     assert ((out / "bundle.json").read_bytes(), (out / "recipe.toml").stat().st_mtime_ns) == before
 
 
-def test_a_training_goes_on_with_another_quantisation_and_ends_in_the_same_weights(straight, micro_data, tmp_path,
-                                                                                   monkeypatch):
+def test_a_training_goes_on_with_another_quantisation_and_ends_in_the_same_weights(
+    straight, micro_data, tmp_path, monkeypatch
+):
     class Stop(Exception):
         pass
 
@@ -171,8 +184,16 @@ def test_a_training_goes_on_with_another_quantisation_and_ends_in_the_same_weigh
 
 def two(data: str, out: str, rank: int, port: int, settings: dict) -> None:
     """One of two processes, told so by the variables that torchrun sets."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        GROUP_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="test",
+    )
     alone(data, out, {**settings, "devices": 2})
 
 
@@ -182,9 +203,20 @@ def alone(data: str, out: str, settings: dict) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     module.RECORD_EVERY = 1
     # What a process computes by itself must be the same in halves: no BatchNorm, no random parts, no weighted mean.
-    model = {"name": "conditional_detr", "backbone": "resnet18", "backbone_width": 0.125, "backbone_weights": "random",
-             "frozen_stages": 0, "hidden": 16, "heads": 2, "ffn": 16, "encoder_layers": 1, "decoder_layers": 2,
-             "queries": 10, "dropout": 0.0}
+    model = {
+        "name": "conditional_detr",
+        "backbone": "resnet18",
+        "backbone_width": 0.125,
+        "backbone_weights": "random",
+        "frozen_stages": 0,
+        "hidden": 16,
+        "heads": 2,
+        "ffn": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "queries": 10,
+        "dropout": 0.0,
+    }
     sections = {**micro.TOML, "model": model, "train": {**micro.TOML["train"], **settings}}
     module.train(Recipe.from_dict(sections, where="two"), data, out)
 
@@ -195,17 +227,20 @@ def test_two_processes_lose_like_one_with_the_same_batches(processes, micro_data
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     children = [processes.Process(target=alone, args=(str(micro_data), str(tmp_path / "one"), settings))]
-    children += [processes.Process(target=two, args=(str(micro_data), str(tmp_path / "two"), rank, port,
-                                                   {**settings, "minutes": 60}))
-                 for rank in range(2)]
+    children += [
+        processes.Process(
+            target=two, args=(str(micro_data), str(tmp_path / "two"), rank, port, {**settings, "minutes": 60})
+        )
+        for rank in range(2)
+    ]
     for child in children:
         child.start()
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0, 0]
     ones, (plan, *twos) = lines(tmp_path / "one"), lines(tmp_path / "two")
-    assert plan["epochs"] == 1      # both have undone the same steps, taken for their time
-    assert len(ones) == len(twos) == 4      # three steps, one evaluation
+    assert plan["epochs"] == 1  # both have undone the same steps, taken for their time
+    assert len(ones) == len(twos) == 4  # three steps, one evaluation
     for one, both in zip(ones, twos):
         for name in ("loss", "class", "l1", "giou", "auxiliary") if one["kind"] == "train" else ("ap", "ap50"):
-            assert both[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6)     # float32 sums in two halves
+            assert both[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6)  # float32 sums in two halves

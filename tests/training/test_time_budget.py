@@ -37,8 +37,9 @@ def lines(bundle: Path) -> list[dict]:
     return [json.loads(line) for line in (bundle / "train" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("left, expected", [
-    (15.9, 0), (16, 1), (55, 1), (56, 2), (71, 2), (72, 3), (111, 3), (112, 4), (9e9, 4)])
+@pytest.mark.parametrize(
+    "left, expected", [(15.9, 0), (16, 1), (55, 1), (56, 2), (71, 2), (72, 3), (111, 3), (112, 4), (9e9, 4)]
+)
 def test_the_most_epochs_that_fit(left: float, expected: int) -> None:
     """Half of the epochs take 10 s, half 40 s (rounded towards the short ones), and every second one 6 s more:
 
@@ -60,9 +61,10 @@ def test_steps_that_were_timed_leave_no_trace(micro_data: Path, tmp_path: Path) 
 
 
 def test_a_shorter_time_is_a_shorter_training_and_a_resume_keeps_to_it(
-        micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time_budget, "seconds", lambda run, share: 60.0)     # 3 steps an epoch; 20 s for 4 pictures
-    limited = micro.recipe(minutes=9)                                 # 8.5 min are usable; three epochs take 10
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time_budget, "seconds", lambda run, share: 60.0)  # 3 steps an epoch; 20 s for 4 pictures
+    limited = micro.recipe(minutes=9)  # 8.5 min are usable; three epochs take 10
     with pytest.raises(KeyboardInterrupt):
         train(limited, micro_data, tmp_path / "limited", progress=Interrupted(after=4))
     monkeypatch.setattr(time_budget, "seconds", lambda run, share: pytest.fail("measured anew"))
@@ -72,8 +74,9 @@ def test_a_shorter_time_is_a_shorter_training_and_a_resume_keeps_to_it(
     assert lines(tmp_path / "limited")[1:] == lines(tmp_path / "two")
 
 
-def test_no_time_for_one_epoch_says_how_long_one_takes(micro_data: Path, tmp_path: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_time_for_one_epoch_says_how_long_one_takes(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(time_budget, "seconds", lambda run, share: 60.0)
     with pytest.raises(TrainingError, match=r"train\.minutes is 2, and one epoch takes about 3\.3 minutes here"):
         train(micro.recipe(minutes=2), micro_data, tmp_path / "none")

@@ -77,6 +77,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_way_out(micro_data, tmp_path, 
     path.parent.mkdir(parents=True)
     if damage == "foreign":
         from safetensors.torch import save_file
+
         save_file({"a": torch.zeros(1)}, path)
     else:
         path.write_bytes(b"not a checkpoint" if damage == "text" else (100).to_bytes(8, "little") + b"{")
@@ -120,7 +121,7 @@ def test_one_bad_batch_is_skipped_counted_and_named(micro_data, tmp_path, monkey
     assert f"step 2 is skipped: {skips[0]['what']} became NaN" in caplog.text and named[0] in caplog.text
     for name in ("weights.safetensors", "train/last.safetensors"):
         assert all(torch.isfinite(value).all() for value in load_file(bundle.path / name).values() if value.numel())
-    assert all(line["loss"] == line["loss"] for line in lines(bundle.path) if line["kind"] == "train")     # no NaN
+    assert all(line["loss"] == line["loss"] for line in lines(bundle.path) if line["kind"] == "train")  # no NaN
 
 
 def test_a_skipped_step_leaves_every_weight_as_it_was(micro_data, tmp_path, monkeypatch):
@@ -143,7 +144,8 @@ def test_a_skipped_step_leaves_every_weight_as_it_was(micro_data, tmp_path, monk
 
 @pytest.mark.parametrize("how, what", [(lambda result: result * float("nan"), "loss"), (steep, "gradient")])
 def test_bad_batches_in_a_row_end_it_with_the_images_and_keep_the_last_good_checkpoint(
-        micro_data, tmp_path, monkeypatch, how, what):
+    micro_data, tmp_path, monkeypatch, how, what
+):
     poison(monkeypatch, set(range(3, 100)), how)
     expected = rf"{what} became NaN or infinite at step {SKIPS + 2}, on .*\d\.png, as in the {SKIPS - 1} steps before"
     with pytest.raises(TrainingError, match=expected) as error:
@@ -153,11 +155,12 @@ def test_bad_batches_in_a_row_end_it_with_the_images_and_keep_the_last_good_chec
     saved = load_file(tmp_path / "b" / "train" / "last.safetensors")
     assert all(torch.isfinite(value).all() for value in saved.values())
     monkeypatch.undo()
-    train(micro.recipe(), micro_data, tmp_path / "b", resume=True)                  # good batches now: it goes on
+    train(micro.recipe(), micro_data, tmp_path / "b", resume=True)  # good batches now: it goes on
 
 
 def test_resume_never_starts_over_on_top_of_good_weights(trained, micro_data, tmp_path):
     import shutil
+
     copy = Path(shutil.copytree(trained.path, tmp_path / "copy.bundle"))
     shutil.rmtree(copy / "train")
     before = digest(copy / "weights.safetensors")
@@ -167,8 +170,10 @@ def test_resume_never_starts_over_on_top_of_good_weights(trained, micro_data, tm
 
 
 def test_a_finished_training_whose_weights_are_gone_writes_its_last_ones_and_says_so(
-        trained, micro_data, tmp_path, caplog):
+    trained, micro_data, tmp_path, caplog
+):
     import shutil
+
     copy = Path(shutil.copytree(trained.path, tmp_path / "copy.bundle"))
     (copy / "weights.safetensors").unlink()
     bundle = train(micro.recipe(), micro_data, copy, resume=True)
@@ -178,6 +183,7 @@ def test_a_finished_training_whose_weights_are_gone_writes_its_last_ones_and_say
 def test_a_training_has_a_checkpoint_before_its_first_weights(micro_data, tmp_path, monkeypatch):
     """Killed between the first weights and the next checkpoint, it can still be resumed."""
     from edgedetr.training.delivery import Delivery
+
     real = Delivery.write
 
     def killed(self):
@@ -196,6 +202,7 @@ def test_a_training_has_a_checkpoint_before_its_first_weights(micro_data, tmp_pa
 
 def test_any_flipped_bit_of_a_checkpoint_is_noticed(trained, micro_data, tmp_path):
     import random
+
     path, chance = tmp_path / "last.safetensors", random.Random(0)
     good = (trained.path / "train" / "last.safetensors").read_bytes()
     run = fresh_run(micro.recipe(), micro_data, trained.path)
@@ -215,6 +222,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(trained, micro_data, tmp_pat
 
 def test_a_position_of_another_kind_is_a_damaged_checkpoint(tmp_path):
     from safetensors.torch import save_file
+
     for number, position in enumerate(("[" * 100_000, "9" * 5000, '{"step": "3"}', '{"stop": 3}', "[]", "null")):
         path = tmp_path / f"{number}.safetensors"
         save_file({"a": torch.zeros(1)}, path, {"schema": "1", "fingerprint": "x", "position": position})
@@ -230,6 +238,7 @@ def test_two_trainings_into_one_bundle_the_second_is_refused_at_once(micro_data,
 
 def test_validation_without_objects_is_refused_before_the_first_epoch(micro_data, tmp_path):
     import shutil
+
     data = Path(shutil.copytree(micro_data, tmp_path / "data"))
     for split in ("val", "train"):
         path = data / "annotations" / f"{split}.json"
@@ -259,6 +268,7 @@ def test_the_case_of_background_alone_in_val_is_refused(tmp_path):
 @pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not here")
 def test_more_objects_than_queries_is_said_with_both_numbers_before_training(tmp_path, caplog):
     from edgedetr.training import prepare
+
     samples = layouts.load(CASES / "17-400-objects", "train")
     prepare.warn_of_crowds(samples, micro.recipe())
     assert "up to 400" in caplog.text and "model.queries is 10" in caplog.text
@@ -269,6 +279,7 @@ def test_an_undefined_ap_is_never_the_best(micro_data, tmp_path, monkeypatch):
 
     from edgedetr.training.delivery import Delivery
     from edgedetr.training.validator import Selection
+
     measured, delivered, real = [], [], Selection.measure
 
     def measure(self, found):
@@ -277,8 +288,9 @@ def test_an_undefined_ap_is_never_the_best(micro_data, tmp_path, monkeypatch):
         return changed(metrics, ap=None) if len(measured) != 2 else changed(metrics, ap=0.0)
 
     monkeypatch.setattr(Selection, "measure", measure)
-    monkeypatch.setattr(Delivery, "write", lambda self, real=Delivery.write: (delivered.append(len(measured)),
-                                                                              real(self)))
+    monkeypatch.setattr(
+        Delivery, "write", lambda self, real=Delivery.write: (delivered.append(len(measured)), real(self))
+    )
     train(micro.recipe(), micro_data, tmp_path / "b")
     assert delivered == [2]
 
@@ -311,8 +323,9 @@ def fresh_run(recipe: Recipe, data: Path, out: Path):
     from edgedetr.training.train import Run
 
     place = recipe.data.resolve(["train", "val", "test"])
-    return Run(recipe, launch(recipe.train), place, layouts.load(data, "train"), layouts.load(data, "val"), data, out,
-               Silent())
+    return Run(
+        recipe, launch(recipe.train), place, layouts.load(data, "train"), layouts.load(data, "val"), data, out, Silent()
+    )
 
 
 def _first_step(recipe: Recipe, data: Path, out: Path) -> torch.Tensor:
@@ -387,14 +400,14 @@ def test_workers_change_nothing(trained, micro_data, tmp_path):
 def test_bf16_trains_and_delivers_float32(micro_data, tmp_path):
     bundle = train(micro.recipe(epochs=1, precision="bf16"), micro_data, tmp_path / "b")
     weights = load_file(bundle.path / "weights.safetensors")
-    counters = {torch.int64}    # of BatchNorm
+    counters = {torch.int64}  # of BatchNorm
     assert {value.dtype for value in weights.values()} == {torch.float32} | counters
     assert all(torch.isfinite(value).all() for value in weights.values())
 
 
 def test_the_checkpoint_holds_no_pickle(trained):
     path = trained.path / "train" / checkpoint_name()
-    assert path.read_bytes()[8:9] == b"{"      # safetensors: a length, then a JSON header
+    assert path.read_bytes()[8:9] == b"{"  # safetensors: a length, then a JSON header
     assert set(path.parent.iterdir()) >= {path} and not list(path.parent.glob("*.pt"))
 
 

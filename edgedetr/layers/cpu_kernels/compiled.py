@@ -34,7 +34,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "edgedetr-sampling")
 
 
-if hasattr(os, "register_at_fork"):     # threads do not come along into a fork
+if hasattr(os, "register_at_fork"):  # threads do not come along into a fork
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
@@ -43,22 +43,23 @@ def _compiled(function: Callable[..., Any]) -> Any:
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
     try:
         return numba.njit(function, cache=True, **options)
-    except RuntimeError:        # there is no folder that it may write to
+    except RuntimeError:  # there is no folder that it may write to
         return numba.njit(function, **options)
 
 
 @numba.njit(inline="always")
-def _find(x: Any, y: Any, low: Any, high: Any, line: Any, last: Any, size: Any, first: Any, right: Any,
-          down: Any) -> None:
+def _find(
+    x: Any, y: Any, low: Any, high: Any, line: Any, last: Any, size: Any, first: Any, right: Any, down: Any
+) -> None:
     """For each point: where its first cell begins in the table, and how far right and down of it the place is."""
     kind = right.dtype.type
     for p in range(len(first)):
         across, along = x[p], y[p]
-        across = low[0, p] if across < low[0, p] else across        # NaN stays
+        across = low[0, p] if across < low[0, p] else across  # NaN stays
         across = high[0, p] if across > high[0, p] else across
         along = low[1, p] if along < low[1, p] else along
         along = high[1, p] if along > high[1, p] else along
-        column, line_ = np.int32(across), np.int32(along)           # both are above 0: as floor
+        column, line_ = np.int32(across), np.int32(along)  # both are above 0: as floor
         right[p], down[p] = across - kind(column), along - kind(line_)
         # NaN is in no cell; whatever it reads, the sum is NaN
         first[p] = np.uint32(min(max(line_ * line + column, np.int32(0)), last)) * size
@@ -74,8 +75,19 @@ def _shares(weight: Any, right: Any, down: Any) -> tuple[Any, Any, Any, Any]:
 
 
 @_compiled
-def sums(channels: Any, table: Any, x: Any, y: Any, weight: Any, low: Any, high: Any, line: Any, out: Any, begin: int,
-         end: int) -> None:
+def sums(
+    channels: Any,
+    table: Any,
+    x: Any,
+    y: Any,
+    weight: Any,
+    low: Any,
+    high: Any,
+    line: Any,
+    out: Any,
+    begin: int,
+    end: int,
+) -> None:
     """Per unit from `begin` to `end`, the weighted sum of what its points see.
 
     A unit is a picture's head; its table has a row per cell of the sheet, see layers/bilinear_sampling.py.
@@ -98,25 +110,54 @@ def sums(channels: Any, table: Any, x: Any, y: Any, weight: Any, low: Any, high:
         cells = table[unit].reshape(-1)
         for n in range(queries):
             share, written = weight[picture, n, head], out[picture, n, head]
-            _find(x[picture, n, head], y[picture, n, head], low, high, np.int32(line), last, np.uint32(size), first,
-                 right, down)
+            _find(
+                x[picture, n, head],
+                y[picture, n, head],
+                low,
+                high,
+                np.int32(line),
+                last,
+                np.uint32(size),
+                first,
+                right,
+                down,
+            )
             for d in range(size):
                 total[d] = kind(0)
             for p in range(points):
                 upper_left, upper_right, lower_left, lower_right = _shares(share[p], right[p], down[p])
-                a = np.uintp(first[p])          # a b
-                b, c = a + size, a + below      # c e: the four cells as they lie
+                a = np.uintp(first[p])  # a b
+                b, c = a + size, a + below  # c e: the four cells as they lie
                 e = c + size
                 for d in range(size):
-                    total[d] += (upper_left * cells[a + d] + upper_right * cells[b + d]
-                                 + lower_left * cells[c + d] + lower_right * cells[e + d])
+                    total[d] += (
+                        upper_left * cells[a + d]
+                        + upper_right * cells[b + d]
+                        + lower_left * cells[c + d]
+                        + lower_right * cells[e + d]
+                    )
             for d in range(size):
                 written[d] = total[d]
 
 
 @_compiled
-def gradients(channels: Any, table: Any, x: Any, y: Any, weight: Any, low: Any, high: Any, line: Any, gradient: Any,
-              of_table: Any, of_x: Any, of_y: Any, of_weight: Any, begin: int, end: int) -> None:
+def gradients(
+    channels: Any,
+    table: Any,
+    x: Any,
+    y: Any,
+    weight: Any,
+    low: Any,
+    high: Any,
+    line: Any,
+    gradient: Any,
+    of_table: Any,
+    of_x: Any,
+    of_y: Any,
+    of_weight: Any,
+    begin: int,
+    end: int,
+) -> None:
     """What the sums' gradient is for all that they were made from.
 
     A unit is a picture's head; its table has a row per cell of the sheet, see layers/bilinear_sampling.py.
@@ -141,14 +182,24 @@ def gradients(channels: Any, table: Any, x: Any, y: Any, weight: Any, low: Any, 
         cells, of_cells = table[unit].reshape(-1), of_table[unit].reshape(-1)
         for n in range(queries):
             share, given = weight[picture, n, head], gradient[picture, n, head]
-            _find(x[picture, n, head], y[picture, n, head], low, high, np.int32(line), last, np.uint32(size), first,
-                 right, down)
+            _find(
+                x[picture, n, head],
+                y[picture, n, head],
+                low,
+                high,
+                np.int32(line),
+                last,
+                np.uint32(size),
+                first,
+                right,
+                down,
+            )
             for d in range(size):
                 seed[d] = given[d]
             for p in range(points):
                 upper_left, upper_right, lower_left, lower_right = _shares(share[p], right[p], down[p])
-                a = np.uintp(first[p])          # a b
-                b, c = a + size, a + below      # c e: the four cells as they lie
+                a = np.uintp(first[p])  # a b
+                b, c = a + size, a + below  # c e: the four cells as they lie
                 e = c + size
                 at_a, at_b, at_c, at_e = kind(0), kind(0), kind(0), kind(0)
                 for d in range(size):

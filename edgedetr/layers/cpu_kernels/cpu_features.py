@@ -25,7 +25,8 @@ def mixed(tensor: Tensor) -> torch.dtype | None:
 def onednn(operator: str, kind: torch.dtype = torch.float32) -> bool:
     """Whether torch has an operator of oneDNN by this name, and it takes this type on this processor."""
     # The operators are those that torch.compile puts into its graphs; not every build of torch has them.
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-            and hasattr(torch.ops.mkldnn, operator)):
+    if not (
+        torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, operator)
+    ):
         return False
     return kind == torch.float32 or (kind == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))

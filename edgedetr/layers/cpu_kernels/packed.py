@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edgedetr.layers.cpu_kernels.cpu_features import eager, mixed, onednn
 from edgedetr.layers.norm import FrozenBatchNorm2d
 
-Stamp = tuple[tuple[int, int], ...]     # where each tensor lies, and how often it has been written to
+Stamp = tuple[tuple[int, int], ...]  # where each tensor lies, and how often it has been written to
 
 # Beside the modules, not in them: nothing of it is copied, moved or saved with a model.
 _packed: WeakKeyDictionary[nn.Conv2d, tuple[Stamp, Tensor, Tensor]] = WeakKeyDictionary()
@@ -22,9 +22,16 @@ _packed: WeakKeyDictionary[nn.Conv2d, tuple[Stamp, Tensor, Tensor]] = WeakKeyDic
 def packs(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether `convolve` may take the place of a convolution that has a frozen normalisation: nothing learns here."""
     kind = mixed(x)
-    return (not conv.weight.requires_grad and not x.requires_grad and conv.weight.dtype == torch.float32
-            and x.dtype in (torch.float32, kind) and eager(x) and eager(conv.weight) and not conv.weight.is_inference()
-            and onednn("_convolution_pointwise", kind or torch.float32))
+    return (
+        not conv.weight.requires_grad
+        and not x.requires_grad
+        and conv.weight.dtype == torch.float32
+        and x.dtype in (torch.float32, kind)
+        and eager(x)
+        and eager(conv.weight)
+        and not conv.weight.is_inference()
+        and onednn("_convolution_pointwise", kind or torch.float32)
+    )
 
 
 def convolve(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm2d, relu: bool, plus: Tensor | None = None) -> Tensor:
@@ -52,6 +59,7 @@ def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, size: list[int], kind: tor
             scale, shift = norm.affine()
             kernel = (conv.weight * scale[:, None, None, None]).to_mkldnn(kind)
             kernel = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]  # torch's stubs lack the last
-                kernel, list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups, size)
+                kernel, list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups, size
+            )
         known = _packed[conv] = stamp, kernel, shift.to(kind)
     return known[1], known[2]

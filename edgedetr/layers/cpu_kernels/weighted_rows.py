@@ -29,7 +29,7 @@ def weighted_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     return  [..., D]
     """
     if mixed(table):
-        table, weight = table.float(), weight.float()       # sums without copies exist in float32 alone
+        table, weight = table.float(), weight.float()  # sums without copies exist in float32 alone
     if not (quick(table) and quick(weight)):
         return (weight.unsqueeze(-2) @ F.embedding(index, table)).squeeze(-2)
     bags = index.shape[-1]
@@ -77,7 +77,8 @@ def weight_gradient(index: Tensor, table: Tensor, gradient: Tensor) -> Tensor:
     ends = torch.arange(0, bags * width + 1, width, dtype=torch.int32)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        wanted = torch.sparse_csr_tensor(ends, index.flatten(), table.new_zeros(bags * width), (bags, len(table)),
-                                         check_invariants=False)
-    torch.sparse.sampled_addmm(wanted, gradient.contiguous(), table.t(), beta=0.0, out=wanted)      # out: else a copy
+        wanted = torch.sparse_csr_tensor(
+            ends, index.flatten(), table.new_zeros(bags * width), (bags, len(table)), check_invariants=False
+        )
+    torch.sparse.sampled_addmm(wanted, gradient.contiguous(), table.t(), beta=0.0, out=wanted)  # out: else a copy
     return wanted.values().view(bags, width)

@@ -44,8 +44,11 @@ RULES: tuple[Rule, ...] = (
     Rule("grid-sample-rank", operators.grid_sample_rank, _PARSER, by_target=True),
     Rule("grid-sample-wrong", operators.grid_sample_wrong, f"{_ISSUES}/4813", by_target=True),
     Rule("batch-norm", operators.batch_norm, _QUANTISED),
-    Rule("layer-norm", normalization.written_out_layer_norm,
-         "https://github.com/marcoslucianops/DeepStream-Yolo/pull/647"),
+    Rule(
+        "layer-norm",
+        normalization.written_out_layer_norm,
+        "https://github.com/marcoslucianops/DeepStream-Yolo/pull/647",
+    ),
     Rule("zero-point", quantized.zero_point, _QUANTISED),
     Rule("scale-value", quantized.scale_value, _QUANTISED, by_target=True),
     Rule("scale-type", quantized.scale_type, "NvInfer.h of TensorRT 10.3 and 11.1, IQuantizeLayer", by_target=True),
@@ -57,8 +60,12 @@ RULES: tuple[Rule, ...] = (
     Rule("before-relu", quantized.before_relu, _QUANTISED),
     Rule("concat-scales", quantized.concat_scales, _QUANTISED),
     Rule("transposed-convolution", quantized.transposed_convolution, _MODELOPT),
-    Rule("equal-types", types.equal_types, f"{_DOCS}/inference-library/advanced.html#strongly-typed-networks",
-         by_target=True),
+    Rule(
+        "equal-types",
+        types.equal_types,
+        f"{_DOCS}/inference-library/advanced.html#strongly-typed-networks",
+        by_target=True,
+    ),
     Rule("float64", types.double, _PARSER),
     Rule("not-a-number", types.not_a_number, _PARSER),
 )

@@ -22,8 +22,12 @@ def operator_type(view: GraphView, target: Target) -> Iterator[Fault]:
         maker = view.makers.get(name)
         told = node.op_type == "DequantizeLinear" and maker is not None and maker.op_type == "QuantizeLinear"
         if operator.types and kind and kind not in operator.types and not told:
-            yield at(node, f"{node.op_type} of {kind}; the parser reads it of {', '.join(sorted(operator.types))}",
-                     "put a Cast to one of these before it", source=operator.source)
+            yield at(
+                node,
+                f"{node.op_type} of {kind}; the parser reads it of {', '.join(sorted(operator.types))}",
+                "put a Cast to one of these before it",
+                source=operator.source,
+            )
 
 
 def operator_limit(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -34,25 +38,45 @@ def operator_limit(view: GraphView, target: Target) -> Iterator[Fault]:
             wrong = [value for value in _values(item) if allowed is not None and value not in allowed]
             if wrong:
                 told = " or ".join(map(str, allowed or ()))
-                yield at(node, f"{item.name} of {node.op_type} is {wrong[0]!r}; the parser takes {told}",
-                         "export the model without it", source=operator.source)
+                yield at(
+                    node,
+                    f"{item.name} of {node.op_type} is {wrong[0]!r}; the parser takes {told}",
+                    "export the model without it",
+                    source=operator.source,
+                )
             if item.name in operator.absent:
                 # Written out although it says nothing new, it may pass.
                 default = (item.type, item.s) == (AttributeProto.STRING, b"none")
-                yield at(node, f"{item.name} of {node.op_type} is not read", "export the model without it",
-                         "warning" if default else "error", operator.source)
+                yield at(
+                    node,
+                    f"{item.name} of {node.op_type} is not read",
+                    "export the model without it",
+                    "warning" if default else "error",
+                    operator.source,
+                )
         if operator.outputs is not None and len(node.output) > operator.outputs:
-            yield at(node, f"{node.op_type} with {len(node.output)} outputs; the parser takes only the first"
-                     + (f" {operator.outputs}" if operator.outputs > 1 else ""), "export the model without the others",
-                     source=operator.source)
+            yield at(
+                node,
+                f"{node.op_type} with {len(node.output)} outputs; the parser takes only the first"
+                + (f" {operator.outputs}" if operator.outputs > 1 else ""),
+                "export the model without the others",
+                source=operator.source,
+            )
         if operator.inputs is not None and len([name for name in node.input if name]) > operator.inputs:
-            yield at(node, f"{node.op_type} with more than {operator.inputs} inputs",
-                     "export the model without the others",
-                     source=operator.source)
+            yield at(
+                node,
+                f"{node.op_type} with more than {operator.inputs} inputs",
+                "export the model without the others",
+                source=operator.source,
+            )
         if operator.plugin:
-            yield at(node, f"{node.op_type} is read only where TensorRT's plugin {operator.plugin} is loaded, which "
-                     "edgedetr does not do", "export the model without it, written as other operators",
-                     source=operator.source)
+            yield at(
+                node,
+                f"{node.op_type} is read only where TensorRT's plugin {operator.plugin} is loaded, which "
+                "edgedetr does not do",
+                "export the model without it, written as other operators",
+                source=operator.source,
+            )
 
 
 def operator_input(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -60,18 +84,26 @@ def operator_input(view: GraphView, target: Target) -> Iterator[Fault]:
     for node, operator in _known(view.nodes, target):
         shape = view.shape(node.input[0]) if node.input and node.input[0] else None
         if operator.ranks and shape is not None and len(shape) not in operator.ranks:
-            yield at(node, f"{node.op_type} of {len(shape)} dimensions; the parser takes "
-                     + ", ".join(map(str, operator.ranks)), "reshape to one of these",
-                     source=operator.source)
+            yield at(
+                node,
+                f"{node.op_type} of {len(shape)} dimensions; the parser takes " + ", ".join(map(str, operator.ranks)),
+                "reshape to one of these",
+                source=operator.source,
+            )
         if operator.static and shape is not None and None in shape:
-            yield at(node, f"{node.op_type} of a tensor with open sizes", "export for one fixed size",
-                     source=operator.source)
+            yield at(
+                node, f"{node.op_type} of a tensor with open sizes", "export for one fixed size", source=operator.source
+            )
         for index in operator.constant:
             name = node.input[index] if index < len(node.input) else ""
             known = not name or name in view.constants or view.folded(name) is not None
             if not known and not _follows_from_sizes(view, name):
-                yield at(node, f"input {index} of {node.op_type} ({name}) is computed; it must be a constant",
-                         "export for one fixed size, so that it is one", source=operator.source)
+                yield at(
+                    node,
+                    f"input {index} of {node.op_type} ({name}) is computed; it must be a constant",
+                    "export for one fixed size, so that it is one",
+                    source=operator.source,
+                )
 
 
 def combinations(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -83,18 +115,27 @@ def combinations(view: GraphView, target: Target) -> Iterator[Fault]:
         if node.op_type == "Attention" and len(node.input) > 2:
             shapes = [view.shape(name) for name in node.input[1:3]]
             if attribute(node, "is_causal", 0) and len(node.input) > 3 and node.input[3]:
-                yield at(node, "Attention with is_causal and a mask; the parser takes one of them",
-                         "put the causal mask into the mask")
+                yield at(
+                    node,
+                    "Attention with is_causal and a mask; the parser takes one of them",
+                    "put the causal mask into the mask",
+                )
             if all(shapes) and None not in [*(shapes[0] or []), *(shapes[1] or [])] and shapes[0] != shapes[1]:
-                yield at(node, f"Attention of keys {shapes[0]} and values {shapes[1]}; the parser takes equal sizes",
-                         "write it as MatMul and Softmax")
+                yield at(
+                    node,
+                    f"Attention of keys {shapes[0]} and values {shapes[1]}; the parser takes equal sizes",
+                    "write it as MatMul and Softmax",
+                )
 
 
 def dimensions(view: GraphView, target: Target) -> Iterator[Fault]:
     for name, shape in view.shapes.items():
         if len(shape) > MOST_DIMENSIONS:
-            yield Fault(name, f"a tensor of {len(shape)} dimensions; TensorRT has at most {MOST_DIMENSIONS}",
-                        "reshape it to fewer")
+            yield Fault(
+                name,
+                f"a tensor of {len(shape)} dimensions; TensorRT has at most {MOST_DIMENSIONS}",
+                "reshape it to fewer",
+            )
 
 
 def _follows_from_sizes(view: GraphView, name: str) -> bool:

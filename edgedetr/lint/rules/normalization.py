@@ -18,16 +18,20 @@ from edgedetr.onnx_graph.index import GraphView, attribute
 
 _NORMALISING = ("InstanceNormalization", "GroupNormalization")
 _PASSING = ("Cast", "Identity", "Mul", "Pow", "Abs", "Sub", "Reshape")
-_MOST = 1 << 18                 # elements of one trial
-_BEFORE, _BEHIND = 24, 8        # nodes that are looked at on either side of a root
-_ROWS = 6                       # of random numbers at least: any two points lie on a straight line
-_CLOSE = 1e-3                   # of the spread of what is compared; epsilon of 1e-5 moves it by less
+_MOST = 1 << 18  # elements of one trial
+_BEFORE, _BEHIND = 24, 8  # nodes that are looked at on either side of a root
+_ROWS = 6  # of random numbers at least: any two points lie on a straight line
+_CLOSE = 1e-3  # of the spread of what is compared; epsilon of 1e-5 moves it by less
 
 
 def written_out_layer_norm(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in view.once("layer norms", lambda: find_layer_norms(view)):
-        yield at(node, "LayerNormalization is written out; in FP16 its square has overflowed to no detections",
-                 "export at opset 17 or later, where it is one operator that keeps its sums in float32", "warning")
+        yield at(
+            node,
+            "LayerNormalization is written out; in FP16 its square has overflowed to no detections",
+            "export at opset 17 or later, where it is one operator that keeps its sums in float32",
+            "warning",
+        )
 
 
 def find_layer_norms(view: GraphView) -> list[NodeProto]:
@@ -39,7 +43,7 @@ def _is_root(view: GraphView, node: NodeProto) -> bool:
     if node.op_type == "Pow" and len(node.input) == 2:
         power = view.folded(node.input[1])
         return power is not None and power.size == 1 and abs(float(power.reshape(-1)[0])) == 0.5
-    if node.op_type in _NORMALISING:        # of several channels or groups they compute something else
+    if node.op_type in _NORMALISING:  # of several channels or groups they compute something else
         shape = view.shape(node.input[0]) if node.input else None
         return attribute(node, "num_groups", 0) == 1 or bool(shape and len(shape) > 1 and shape[1] == 1)
     return node.op_type == "Sqrt"
@@ -52,9 +56,10 @@ def _computes_layer_norm(view: GraphView, root: NodeProto) -> bool:
 
 def _sources(view: GraphView, root: NodeProto, before: list[NodeProto]) -> list[str]:
     """Tensors that may be the one which is normalized: what is averaged, the nearest to the root first."""
-    if root.op_type in _NORMALISING:        # one operator by itself; between two Reshapes it is this one
-        return [name for node in before[::-1] if node is not root for name in node.input[:1]
-                if view.folded(name) is None]
+    if root.op_type in _NORMALISING:  # one operator by itself; between two Reshapes it is this one
+        return [
+            name for node in before[::-1] if node is not root for name in node.input[:1] if view.folded(name) is None
+        ]
     averaged = [node.input[0] for node in before[::-1] if node.op_type.startswith("Reduce") and node.input]
     for name in averaged:
         maker = view.makers.get(name)
@@ -74,13 +79,17 @@ def _from(view: GraphView, source: str, before: list[NodeProto], behind: list[No
     if few != sizes and _is_layer_norm(view, source, few, before, behind):
         return True
     rigid = any(node.op_type in ("Reshape", "Expand", *_NORMALISING) for node in (*before, *behind)) or any(
-        len(view.constants[name].dims) > 1 for node in (*before, *behind) for name in node.input
-        if name in view.constants)
+        len(view.constants[name].dims) > 1
+        for node in (*before, *behind)
+        for name in node.input
+        if name in view.constants
+    )
     return (few == sizes or rigid) and _is_layer_norm(view, source, sizes, before, behind)
 
 
-def _is_layer_norm(view: GraphView, source: str, sizes: list[int], before: list[NodeProto], behind: list[NodeProto],
-                   ) -> bool:
+def _is_layer_norm(
+    view: GraphView, source: str, sizes: list[int], before: list[NodeProto], behind: list[NodeProto]
+) -> bool:
     if np.prod(sizes, dtype=float) > _MOST:
         return False
     rows, rng = int(np.prod(sizes[:-1])), np.random.default_rng(0)
@@ -99,8 +108,9 @@ def _numbers(rng: np.random.Generator, sizes: list[int]) -> np.ndarray:
     return rng.normal(size=sizes) * rng.uniform(0.5, 2, rows) + rng.normal(size=rows) * 2
 
 
-def _compute(view: GraphView, source: str, x: np.ndarray, before: list[NodeProto], behind: list[NodeProto],
-             ) -> dict[str, np.ndarray]:
+def _compute(
+    view: GraphView, source: str, x: np.ndarray, before: list[NodeProto], behind: list[NodeProto]
+) -> dict[str, np.ndarray]:
     """Every tensor of as many numbers as `x` that follows from it and from constants."""
     values: dict[str, np.ndarray] = {source: x}
     for node in [*before, *behind]:
@@ -129,7 +139,7 @@ def _same(made: np.ndarray, normal: np.ndarray, last: int) -> bool:
     n0, y0 = n - n.mean(0), y - y.mean(0)
     slope = (n0 * y0).sum(0) / np.maximum((n0 * n0).sum(0), 1e-12)
     left, spread = np.abs(y0 - slope * n0).max(), np.abs(y0).max()
-    if len(n) < 3:              # two rows lie on a line whatever they are: then every column must have the same
+    if len(n) < 3:  # two rows lie on a line whatever they are: then every column must have the same
         return bool(np.allclose(y, n, atol=_CLOSE))
     return bool(left <= _CLOSE * spread and spread > 0)
 

@@ -12,11 +12,11 @@ from edgedetr.lint.operator_table import read_since
 from edgedetr.onnx_graph.index import GraphView, attribute, text
 from edgedetr.onnx_graph.infer import inner_graphs
 
-TOPK_LIMIT = 3840               # K; the builder refuses more
+TOPK_LIMIT = 3840  # K; the builder refuses more
 DATA_DEPENDENT = {"NonMaxSuppression", "NonZero", "Unique", "Compress"}
 CONTROL_FLOW = {"If", "Loop", "Scan"}
 INTEGER = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
-MEANT = {"linear": "bilinear", "cubic": "bicubic"}      # names of opset 20 -> names of opset 16
+MEANT = {"linear": "bilinear", "cubic": "bicubic"}  # names of opset 20 -> names of opset 16
 OWN = ("", "ai.onnx")
 
 
@@ -26,63 +26,99 @@ def foreign_domain(view: GraphView, target: Target) -> Iterator[Fault]:
         if node.domain in OWN or (node.domain, node.op_type) in _functions(view):
             continue
         if node.op_type.endswith("_TRT") or node.domain == "trt.plugins":
-            yield at(node, f"{node.op_type} is a TensorRT plugin: the engine builds and runs only where it is loaded, "
-                     "which edgedetr does not do, and no CPU can check it", "export the model without plugins")
+            yield at(
+                node,
+                f"{node.op_type} is a TensorRT plugin: the engine builds and runs only where it is loaded, "
+                "which edgedetr does not do, and no CPU can check it",
+                "export the model without plugins",
+            )
         elif node.op_type in target.table.operators:
-            yield at(node, f"{node.op_type} of domain {node.domain!r}: the parser goes by the name alone and takes it "
-                     "for ONNX's own", "export the model with operators of ONNX alone", "warning")
+            yield at(
+                node,
+                f"{node.op_type} of domain {node.domain!r}: the parser goes by the name alone and takes it "
+                "for ONNX's own",
+                "export the model with operators of ONNX alone",
+                "warning",
+            )
         else:
-            yield at(node, f"{node.op_type} of domain {node.domain!r} is unknown to TensorRT",
-                     "export the model with operators of ONNX alone")
+            yield at(
+                node,
+                f"{node.op_type} of domain {node.domain!r} is unknown to TensorRT",
+                "export the model with operators of ONNX alone",
+            )
 
 
 def unknown_operator(view: GraphView, target: Target) -> Iterator[Fault]:
     """Operators that no known parser reads, and names that ONNX does not have."""
     for node in view.everywhere:
         elsewhere = node.op_type in INTEGER or node.op_type in DATA_DEPENDENT
-        if node.domain in OWN and not elsewhere and node.op_type not in target.table.operators \
-                and (node.domain, node.op_type) not in _functions(view) and not _later(node, target):
-            yield at(node, f"{node.op_type} is not among the operators that the parser reads",
-                     "export the model without it, written as operators that are", source=target.table.source)
+        if (
+            node.domain in OWN
+            and not elsewhere
+            and node.op_type not in target.table.operators
+            and (node.domain, node.op_type) not in _functions(view)
+            and not _later(node, target)
+        ):
+            yield at(
+                node,
+                f"{node.op_type} is not among the operators that the parser reads",
+                "export the model without it, written as operators that are",
+                source=target.table.source,
+            )
 
 
 def data_dependent(view: GraphView, target: Target) -> Iterator[Fault]:
     """Outputs whose size depends on values."""
     for node in view.everywhere:
         if node.op_type in DATA_DEPENDENT:
-            yield at(node, f"{node.op_type} gives as many rows as the values ask for, so buffers and CUDA graphs "
-                     "cannot be fixed", "cut the graph before it (edgedetr import does), or use a fixed TopK")
+            yield at(
+                node,
+                f"{node.op_type} gives as many rows as the values ask for, so buffers and CUDA graphs cannot be fixed",
+                "cut the graph before it (edgedetr import does), or use a fixed TopK",
+            )
 
 
 def control_flow(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in view.everywhere:
         if node.op_type not in CONTROL_FLOW:
             continue
-        yield at(node, f"{node.op_type} decides at run time, so no CUDA graph can be captured",
-                 "export for one fixed size, so that the decision falls at export (edgedetr import folds it)",
-                 "warning")
+        yield at(
+            node,
+            f"{node.op_type} decides at run time, so no CUDA graph can be captured",
+            "export for one fixed size, so that the decision falls at export (edgedetr import folds it)",
+            "warning",
+        )
         branches = inner_graphs(node) if node.op_type == "If" else []
         for outputs in zip(*(graph.output for graph in branches)):
             kinds = [item.type.tensor_type for item in outputs]
             ranks = {len(kind.shape.dim) for kind in kinds if kind.HasField("shape")}
             if len(ranks) > 1 or len({kind.elem_type for kind in kinds if kind.elem_type}) > 1:
-                yield at(node, "its branches give tensors of different ranks or types",
-                         "export for one fixed size, so that the decision falls at export")
+                yield at(
+                    node,
+                    "its branches give tensors of different ranks or types",
+                    "export for one fixed size, so that the decision falls at export",
+                )
 
 
 def integer_operators(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in view.everywhere:
         if node.op_type in INTEGER:
-            yield at(node, f"{node.op_type} is ONNX Runtime's way to write INT8, which TensorRT does not read",
-                     "quantise the float model with Q/DQ pairs: edgedetr export B --int8")
+            yield at(
+                node,
+                f"{node.op_type} is ONNX Runtime's way to write INT8, which TensorRT does not read",
+                "quantise the float model with Q/DQ pairs: edgedetr export B --int8",
+            )
 
 
 def too_new(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in view.everywhere:
         later = _later(node, target)
         if later:
-            yield at(node, f"{node.op_type} is read from TensorRT {later} on",
-                     "export at opset 19, where it is written as other operators")
+            yield at(
+                node,
+                f"{node.op_type} is read from TensorRT {later} on",
+                "export at opset 19, where it is written as other operators",
+            )
 
 
 def topk_bound(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -90,19 +126,26 @@ def topk_bound(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in view.nodes:
         if node.op_type != "TopK":
             continue
-        if len(node.input) < 2:             # opset 9 has it as an attribute
+        if len(node.input) < 2:  # opset 9 has it as an attribute
             found = np.array([attribute(node, "k", 0)])
         else:
             folded = view.folded(node.input[1])
             found = np.array([]) if folded is None or folded.dtype.kind not in "iu" else folded.reshape(-1)
         if not found.size:
-            yield at(node, "K is computed, so the size of everything behind it is open",
-                     "export for one fixed size, so that K is a constant", "warning")
+            yield at(
+                node,
+                "K is computed, so the size of everything behind it is open",
+                "export for one fixed size, so that K is a constant",
+                "warning",
+            )
         elif int(found[0]) < 0:
             yield at(node, f"K is {int(found[0])}", "export the model again")
         elif int(found[0]) > TOPK_LIMIT:
-            yield at(node, f"K is {int(found[0])}; the builder takes at most {TOPK_LIMIT}",
-                     f"keep {TOPK_LIMIT} or fewer queries")
+            yield at(
+                node,
+                f"K is {int(found[0])}; the builder takes at most {TOPK_LIMIT}",
+                f"keep {TOPK_LIMIT} or fewer queries",
+            )
 
 
 def grid_sample_mode(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -110,25 +153,35 @@ def grid_sample_mode(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in _grid_samples(view):
         mode = text(node, "mode", "linear" if view.opset >= 20 else "bilinear")
         if mode in MEANT:
-            yield at(node, f"mode {mode!r}, the name of opset 20, which TensorRT 10 silently takes for 'nearest'",
-                     f"export at opset 19, where it is called {MEANT[mode]!r} (edgedetr import renames it)",
-                     "error" if target.tensorrt < (11, 0) else "warning")
+            yield at(
+                node,
+                f"mode {mode!r}, the name of opset 20, which TensorRT 10 silently takes for 'nearest'",
+                f"export at opset 19, where it is called {MEANT[mode]!r} (edgedetr import renames it)",
+                "error" if target.tensorrt < (11, 0) else "warning",
+            )
 
 
 def grid_sample_rank(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in _grid_samples(view):
         shape = view.shape(node.input[0]) if node.input else None
         if shape is not None and len(shape) != 4:
-            yield at(node, f"samples a tensor of {len(shape)} dimensions; before TensorRT 11.2 only 4 can be",
-                     "fold the further dimensions into the batch",
-                     "error" if target.tensorrt < (11, 0) else "warning")
+            yield at(
+                node,
+                f"samples a tensor of {len(shape)} dimensions; before TensorRT 11.2 only 4 can be",
+                "fold the further dimensions into the batch",
+                "error" if target.tensorrt < (11, 0) else "warning",
+            )
 
 
 def grid_sample_wrong(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in _grid_samples(view):
         if target.tensorrt >= (10, 14):
-            yield at(node, "engines of TensorRT 10.14 to 11.1 with GridSample have given wrong detections in silence",
-                     "export with --sampling gather, or compare the engine with the graph: edgedetr verify", "warning")
+            yield at(
+                node,
+                "engines of TensorRT 10.14 to 11.1 with GridSample have given wrong detections in silence",
+                "export with --sampling gather, or compare the engine with the graph: edgedetr verify",
+                "warning",
+            )
 
 
 def batch_norm(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -137,12 +190,19 @@ def batch_norm(view: GraphView, target: Target) -> Iterator[Fault]:
         maker = view.makers.get(node.input[0]) if node.input else None
         after = maker is not None and maker.op_type == "Conv"
         if node.op_type == "BatchNormalization":
-            yield at(node, "BatchNormalization is left" + (" behind a Conv" if after else ""),
-                     "export in evaluation mode with constant folding, before quantising (edgedetr import folds it)",
-                     "warning")
+            yield at(
+                node,
+                "BatchNormalization is left" + (" behind a Conv" if after else ""),
+                "export in evaluation mode with constant folding, before quantising (edgedetr import folds it)",
+                "warning",
+            )
         elif node.op_type == "Mul" and len(node.input) > 1 and after and _per_channel(view, node):
-            yield at(node, "a Conv is scaled by a constant per channel: a frozen BatchNorm that was not folded",
-                     "fold it into the weights before quantising (edgedetr import does)", "warning")
+            yield at(
+                node,
+                "a Conv is scaled by a constant per channel: a frozen BatchNorm that was not folded",
+                "fold it into the weights before quantising (edgedetr import does)",
+                "warning",
+            )
 
 
 def _grid_samples(view: GraphView) -> Iterator[NodeProto]:

@@ -12,11 +12,15 @@ from edgedetr.onnx_graph.index import FLOATS, GraphView, attribute, integers, ty
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 # Types that a quantized tensor may have.
-SIGNED = {TensorProto.INT8, TensorProto.FLOAT8E4M3FN, TensorProto.INT4,
-          getattr(TensorProto, "FLOAT4E2M1", TensorProto.INT8)}
+SIGNED = {
+    TensorProto.INT8,
+    TensorProto.FLOAT8E4M3FN,
+    TensorProto.INT4,
+    getattr(TensorProto, "FLOAT4E2M1", TensorProto.INT8),
+}
 WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)     # 6.1e-5; below it a scale loses its digits
-SMALLEST_SIDE = 16              # inputs or outputs of a product
+SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)  # 6.1e-5; below it a scale loses its digits
+SMALLEST_SIDE = 16  # inputs or outputs of a product
 AGAIN = "quantise the float model again: edgedetr export B --int8"
 
 
@@ -26,10 +30,16 @@ def zero_point(view: GraphView, target: Target) -> Iterator[Fault]:
         if node.op_type == "QuantizeLinear":
             made = _quantised_type(view, node)
             if made not in SIGNED:
-                how = "no zero point and no output_dtype, which ONNX reads as uint8 0" if len(node.input) < 3 and not (
-                    attribute(node, "output_dtype", 0)) else f"quantized to {type_name(made)}"
-                yield at(node, f"{how}; TensorRT has signed types alone (it takes uint8 0 for int8 in silence)",
-                         f"write an int8 zero point of 0; {AGAIN}")
+                how = (
+                    "no zero point and no output_dtype, which ONNX reads as uint8 0"
+                    if len(node.input) < 3 and not (attribute(node, "output_dtype", 0))
+                    else f"quantized to {type_name(made)}"
+                )
+                yield at(
+                    node,
+                    f"{how}; TensorRT has signed types alone (it takes uint8 0 for int8 in silence)",
+                    f"write an int8 zero point of 0; {AGAIN}",
+                )
         name = node.input[2] if len(node.input) > 2 else ""
         zero, scale = view.folded(name) if name else None, view.folded(node.input[1])
         if name and zero is None:
@@ -60,11 +70,18 @@ def scale_value(view: GraphView, target: Target) -> Iterator[Fault]:
             if target.tensorrt < (11, 0) and node.input[1] not in view.constants:
                 yield at(node, "the scale is computed; expected a constant", AGAIN)
         elif not np.isfinite(scale).all() or (scale <= 0).any():
-            yield at(node, f"the scale is {scale.min() if np.isfinite(scale).all() else 'not finite'}; "
-                     "expected positive numbers", f"calibrate again on real images; {AGAIN}")
+            yield at(
+                node,
+                f"the scale is {scale.min() if np.isfinite(scale).all() else 'not finite'}; expected positive numbers",
+                f"calibrate again on real images; {AGAIN}",
+            )
         elif scale.dtype == np.float16 and float(scale.min()) < SMALLEST_HALF:
-            yield at(node, f"the smallest scale is {float(scale.min()):.1e} in FP16, below its smallest normal number, "
-                     f"{SMALLEST_HALF:.1e}", f"raise it to {SMALLEST_HALF:.1e} before it is cast; {AGAIN}")
+            yield at(
+                node,
+                f"the smallest scale is {float(scale.min()):.1e} in FP16, below its smallest normal number, "
+                f"{SMALLEST_HALF:.1e}",
+                f"raise it to {SMALLEST_HALF:.1e} before it is cast; {AGAIN}",
+            )
         elif scale.dtype == np.float64:
             yield at(node, "the scale is float64; expected the type of the tensor", AGAIN, "warning")
         elif view.types.get(node.input[1]) not in FLOATS:
@@ -79,8 +96,12 @@ def scale_type(view: GraphView, target: Target) -> Iterator[Fault]:
         tensor, scale = view.types.get(node.input[0]), view.types.get(node.input[1])
         if tensor is None or scale is None or tensor == scale or TensorProto.DOUBLE in (tensor, scale):
             continue
-        yield at(node, f"a {type_name(tensor)} tensor has a {type_name(scale)} scale",
-                 "write the scale in the tensor's own type", "warning" if target.tensorrt >= (11, 0) else "error")
+        yield at(
+            node,
+            f"a {type_name(tensor)} tensor has a {type_name(scale)} scale",
+            "write the scale in the tensor's own type",
+            "warning" if target.tensorrt >= (11, 0) else "error",
+        )
 
 
 def scale_axis(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -104,7 +125,7 @@ def per_channel_activation(view: GraphView, target: Target) -> Iterator[Fault]:
         if attribute(node, "block_size", 0):
             continue
         if node.op_type == "DequantizeLinear" and source in view.makers:
-            continue            # its QuantizeLinear is told
+            continue  # its QuantizeLinear is told
         yield at(node, f"an activation has {scale.size} scales; expected one in all", AGAIN)
 
 
@@ -120,13 +141,21 @@ def weight_axis(view: GraphView, target: Target) -> Iterator[Fault]:
             continue
         if attribute(restore, "block_size", 0):
             if node.op_type in ("Conv", "ConvTranspose"):
-                yield at(restore, f"scales per block in the weight of a {node.op_type}",
-                         f"one scale per output channel; {AGAIN}")
+                yield at(
+                    restore,
+                    f"scales per block in the weight of a {node.op_type}",
+                    f"one scale per output channel; {AGAIN}",
+                )
             continue
         found, wanted = attribute(restore, "axis", 1) % len(shape), _output_axis(view, node, restore, len(shape))
         if found != wanted:
-            yield at(restore, f"scales along axis {found} of the weight of {node.op_type} {node.name}; its output "
-                     f"channels are axis {wanted}", AGAIN, "warning" if target.tensorrt >= (11, 0) else "error")
+            yield at(
+                restore,
+                f"scales along axis {found} of the weight of {node.op_type} {node.name}; its output "
+                f"channels are axis {wanted}",
+                AGAIN,
+                "warning" if target.tensorrt >= (11, 0) else "error",
+            )
 
 
 def one_side_quantised(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -136,8 +165,13 @@ def one_side_quantised(view: GraphView, target: Target) -> Iterator[Fault]:
             continue
         sides = [view.dequantised(node, index) is not None for index in (0, 1)]
         if any(sides) and not all(sides):
-            yield at(node, f"only the {'data' if sides[0] else 'weight'} of this {node.op_type} is quantised, so it "
-                     "runs in float with a conversion more", f"quantise both or neither; {AGAIN}", "warning")
+            yield at(
+                node,
+                f"only the {'data' if sides[0] else 'weight'} of this {node.op_type} is quantised, so it "
+                "runs in float with a conversion more",
+                f"quantise both or neither; {AGAIN}",
+                "warning",
+            )
 
 
 def small_product(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -147,9 +181,13 @@ def small_product(view: GraphView, target: Target) -> Iterator[Fault]:
         shape = view.shape(node.input[1])
         sides = [size for size in (shape or [])[-2:] if size is not None]
         if len(shape or []) >= 2 and sides and min(sides) < SMALLEST_SIDE:
-            yield at(node, f"an INT8 product of {' x '.join(str(size) for size in sides)}; below {SMALLEST_SIDE} "
-                     "inputs or outputs it is slower than FP16", "leave it float (a policy's [[float]] rule)",
-                     "warning")
+            yield at(
+                node,
+                f"an INT8 product of {' x '.join(str(size) for size in sides)}; below {SMALLEST_SIDE} "
+                "inputs or outputs it is slower than FP16",
+                "leave it float (a policy's [[float]] rule)",
+                "warning",
+            )
 
 
 def before_relu(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -161,8 +199,12 @@ def before_relu(view: GraphView, target: Target) -> Iterator[Fault]:
         restored = [name for made in node.output for reader in view.readers[made] for name in reader.node.output]
         # A Relu that reads the Conv itself, beside the pair, is another branch: both values are needed.
         if any(reader.node.op_type in ("Relu", "Clip") for name in restored for reader in view.readers[name]):
-            yield at(node, f"stands between {maker.op_type} {maker.name} and its Relu, so that they are two kernels",
-                     f"quantise behind the Relu; {AGAIN}", "warning")
+            yield at(
+                node,
+                f"stands between {maker.op_type} {maker.name} and its Relu, so that they are two kernels",
+                f"quantise behind the Relu; {AGAIN}",
+                "warning",
+            )
 
 
 def concat_scales(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -171,14 +213,22 @@ def concat_scales(view: GraphView, target: Target) -> Iterator[Fault]:
         if node.op_type != "Concat":
             continue
         makers = [view.makers.get(name) for name in node.input]
-        scales = [view.folded(maker.input[1]) for maker in makers
-                  if maker is not None and maker.op_type == "DequantizeLinear" and len(maker.input) > 1]
+        scales = [
+            view.folded(maker.input[1])
+            for maker in makers
+            if maker is not None and maker.op_type == "DequantizeLinear" and len(maker.input) > 1
+        ]
         known = {float(scale.reshape(-1)[0]) for scale in scales if scale is not None and scale.size == 1}
-        requantised = any(reader.node.op_type == "QuantizeLinear"
-                          for name in node.output for reader in view.readers[name])
+        requantised = any(
+            reader.node.op_type == "QuantizeLinear" for name in node.output for reader in view.readers[name]
+        )
         if len(scales) == len(makers) and len(known) > 1 and requantised:
-            yield at(node, f"its {len(makers)} inputs have {len(known)} scales, so each is converted once more",
-                     "give them one scale, the largest", "warning")
+            yield at(
+                node,
+                f"its {len(makers)} inputs have {len(known)} scales, so each is converted once more",
+                "give them one scale, the largest",
+                "warning",
+            )
 
 
 def transposed_convolution(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -186,8 +236,12 @@ def transposed_convolution(view: GraphView, target: Target) -> Iterator[Fault]:
         restore = view.dequantised(node, 1) if node.op_type == "ConvTranspose" else None
         scale = view.folded(restore.input[1]) if restore is not None else None
         if scale is not None and scale.size > 1:
-            yield at(node, "an INT8 ConvTranspose with a scale per channel has been without any kernel",
-                     "one scale for its weight, or leave it float", "warning")
+            yield at(
+                node,
+                "an INT8 ConvTranspose with a scale per channel has been without any kernel",
+                "one scale for its weight, or leave it float",
+                "warning",
+            )
 
 
 def _pairs(view: GraphView) -> Iterator[NodeProto]:

@@ -16,12 +16,20 @@ def opset(view: GraphView, target: Target) -> Iterator[Fault]:
     """The parser reads on beyond what is documented, and takes each operator as it knows it."""
     oldest, newest = target.table.opsets
     if not oldest <= view.opset <= newest:
-        yield Fault("the graph", f"opset {view.opset}; this parser is documented to read {oldest} to {newest}",
-                    f"export at opset {OPSET}", "warning")
+        yield Fault(
+            "the graph",
+            f"opset {view.opset}; this parser is documented to read {oldest} to {newest}",
+            f"export at opset {OPSET}",
+            "warning",
+        )
     elif view.opset != OPSET:
-        yield Fault("the graph", f"opset {view.opset}; {OPSET} is the one that fits everything (FP16 Q/DQ need 19, "
-                    "LayerNormalization 17, and 20 renames the modes of GridSample)", f"export at opset {OPSET}",
-                    "warning")
+        yield Fault(
+            "the graph",
+            f"opset {view.opset}; {OPSET} is the one that fits everything (FP16 Q/DQ need 19, "
+            "LayerNormalization 17, and 20 renames the modes of GridSample)",
+            f"export at opset {OPSET}",
+            "warning",
+        )
 
 
 def quantised_opset(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -33,8 +41,13 @@ def quantised_opset(view: GraphView, target: Target) -> Iterator[Fault]:
         axis = any(item.name == "axis" for item in node.attribute)
         if (half and view.opset < 19) or (axis and view.opset < 13):
             what = "an FP16 scale" if half else "a scale per channel"
-            yield at(node, f"{what} at opset {view.opset}; it exists from opset {19 if half else 13}, and ONNX Runtime "
-                     "refuses the file", f"export at opset {OPSET}", "warning")
+            yield at(
+                node,
+                f"{what} at opset {view.opset}; it exists from opset {19 if half else 13}, and ONNX Runtime "
+                "refuses the file",
+                f"export at opset {OPSET}",
+                "warning",
+            )
 
 
 def open_input(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -49,20 +62,31 @@ def open_input(view: GraphView, target: Target) -> Iterator[Fault]:
             continue
         free = [index for index, size in enumerate(shape) if not size.HasField("dim_value") or size.dim_value < 1]
         if any(index > 0 for index in free):
-            yield Fault(item.name, "height, width or channels are open: INT8 and the positions want fixed sizes",
-                        "export for one size (edgedetr import --input HxW fixes it)", "warning")
+            yield Fault(
+                item.name,
+                "height, width or channels are open: INT8 and the positions want fixed sizes",
+                "export for one size (edgedetr import --input HxW fixes it)",
+                "warning",
+            )
         elif free:
-            yield Fault(item.name, "the batch size is open: engines over a range of batches are slower, and have been "
-                        "wrong in silence at the sizes between", "one engine for each batch size; compare it at full "
-                        "batch: edgedetr verify", "warning")
+            yield Fault(
+                item.name,
+                "the batch size is open: engines over a range of batches are slower, and have been "
+                "wrong in silence at the sizes between",
+                "one engine for each batch size; compare it at full batch: edgedetr verify",
+                "warning",
+            )
 
 
 def untyped_output(view: GraphView, target: Target) -> Iterator[Fault]:
     """The parser reads the types of the outputs from the file; what could be inferred does not help it."""
     for item in view.graph.output:
         if not item.type.tensor_type.elem_type:
-            yield Fault(item.name, "an output without a type, at which the parser stops",
-                        "write the types into the file: onnx.shape_inference.infer_shapes")
+            yield Fault(
+                item.name,
+                "an output without a type, at which the parser stops",
+                "write the types into the file: onnx.shape_inference.infer_shapes",
+            )
 
 
 def shape_arithmetic(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -70,8 +94,12 @@ def shape_arithmetic(view: GraphView, target: Target) -> Iterator[Fault]:
     left = [node for node in view.nodes if node.op_type == "Shape"]
     free = any(not size.HasField("dim_value") for item in view.graph.input for size in item.type.tensor_type.shape.dim)
     if left and not free:
-        yield at(left[0], f"{len(left)} Shape nodes are left in a graph of fixed size, each a small kernel",
-                 "fold constants (edgedetr export and import do)", "warning")
+        yield at(
+            left[0],
+            f"{len(left)} Shape nodes are left in a graph of fixed size, each a small kernel",
+            "fold constants (edgedetr export and import do)",
+            "warning",
+        )
 
 
 def open_channels(view: GraphView, target: Target) -> Iterator[Fault]:
@@ -83,13 +111,19 @@ def open_channels(view: GraphView, target: Target) -> Iterator[Fault]:
         integer, shape = view.dequantised(node, 0) is not None, view.shape(node.input[0])
         # Of a float tensor inside, the parser may know more than is known here.
         if shape is not None and len(shape) == 4 and shape[1] is None and (integer or node.input[0] in inputs):
-            yield at(node, f"{'an INT8' if integer else 'a'} convolution reads a tensor whose channels are open",
-                     "export for one fixed size")
+            yield at(
+                node,
+                f"{'an INT8' if integer else 'a'} convolution reads a tensor whose channels are open",
+                "export for one fixed size",
+            )
 
 
 def external_data(view: GraphView, target: Target) -> Iterator[Fault]:
     """Weights beside the file that were not read: lint_file says why; here those that a model in memory still names."""
     left = [tensor.name for tensor in view.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
     if left:
-        yield Fault(left[0], f"{len(left)} weights lie outside the file and could not be read",
-                    "put the data file beside the model, as a plain file, and name it without a path")
+        yield Fault(
+            left[0],
+            f"{len(left)} weights lie outside the file and could not be read",
+            "put the data file beside the model, as a plain file, and name it without a path",
+        )

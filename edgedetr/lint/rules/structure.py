@@ -16,21 +16,39 @@ from edgedetr.onnx_graph.tensor_checks import tensor_fault
 CHECK = "check the file: python -m onnx.checker FILE"
 AGAIN = "export the model again"
 # Element types that a tensor in TensorRT can have; float64 becomes float32.
-TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.INT64,
-         TensorProto.INT32, TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.BOOL,
-         TensorProto.FLOAT8E4M3FN, getattr(TensorProto, "FLOAT4E2M1", TensorProto.FLOAT8E4M3FN)}
+TYPES = {
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
+    TensorProto.DOUBLE,
+    TensorProto.INT64,
+    TensorProto.INT32,
+    TensorProto.INT8,
+    TensorProto.UINT8,
+    TensorProto.INT4,
+    TensorProto.BOOL,
+    TensorProto.FLOAT8E4M3FN,
+    getattr(TensorProto, "FLOAT4E2M1", TensorProto.FLOAT8E4M3FN),
+}
 PACKED = {TensorProto.FLOAT8E4M3FN, TensorProto.INT4, getattr(TensorProto, "FLOAT4E2M1", TensorProto.INT4)}
 # Makers of uint8 of which something else is said, or which only pass on the bytes that came in.
 BYTES = {"QuantizeLinear", "Identity", "Flatten", "Constant"}
-CLASSES = {"bool": "bool", "string": "string", **dict.fromkeys(("float", "float16", "bfloat16", "double"), "float"),
-           **dict.fromkeys(("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"), "integer")}
+CLASSES = {
+    "bool": "bool",
+    "string": "string",
+    **dict.fromkeys(("float", "float16", "bfloat16", "double"), "float"),
+    **dict.fromkeys(("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"), "integer"),
+}
 
 
 def names(view: GraphView, target: Target) -> Iterator[Fault]:
     """Names that are made twice, never, or in a circle; one fault for each."""
     made = Counter(name for node in view.nodes for name in node.output if name)
-    given = {item.name for item in view.graph.input} | {tensor.name for tensor in view.graph.initializer} \
+    given = (
+        {item.name for item in view.graph.input}
+        | {tensor.name for tensor in view.graph.initializer}
         | {tensor.values.name for tensor in view.graph.sparse_initializer}
+    )
     for name in [name for name, count in made.items() if count > 1 or name in given]:
         yield Fault(name, "a tensor that is made twice", AGAIN)
     for node in view.nodes:
@@ -56,11 +74,17 @@ def element_types(view: GraphView, target: Target) -> Iterator[Fault]:
     """Types that TensorRT does not have, in inputs, weights, attributes and what is computed."""
     for name, kind in view.types.items():
         if kind not in TYPES:
-            yield Fault(name, f"a tensor of {type_name(kind)}, a type that TensorRT does not have",
-                        "cast it at export, or export without it")
+            yield Fault(
+                name,
+                f"a tensor of {type_name(kind)}, a type that TensorRT does not have",
+                "cast it at export, or export without it",
+            )
     for item in _not_tensors([*view.graph.input, *view.graph.output]):
-        yield Fault(item.name, f"a {item.type.WhichOneof('value')[:-5].replace('_', ' ')}; TensorRT has tensors alone",
-                    "export the model with tensors alone")
+        yield Fault(
+            item.name,
+            f"a {item.type.WhichOneof('value')[:-5].replace('_', ' ')}; TensorRT has tensors alone",
+            "export the model with tensors alone",
+        )
 
 
 def _not_tensors(items: Iterable[ValueInfoProto]) -> Iterator[ValueInfoProto]:
@@ -73,8 +97,11 @@ def inner_types(view: GraphView, target: Target) -> Iterator[Fault]:
         for name in node.output:
             kind = view.types.get(name, 0)
             if kind == TensorProto.UINT8 and name not in view.outputs and node.op_type not in BYTES:
-                yield at(node, "makes a uint8 tensor inside the graph; TensorRT has these only as inputs and outputs",
-                         "cast to float32 or int32 where the bytes come in")
+                yield at(
+                    node,
+                    "makes a uint8 tensor inside the graph; TensorRT has these only as inputs and outputs",
+                    "cast to float32 or int32 where the bytes come in",
+                )
             elif kind in PACKED and node.op_type in ("Cast", "CastLike"):
                 yield at(node, f"casts to {type_name(kind)}, which only QuantizeLinear can", "write a QuantizeLinear")
 
@@ -106,8 +133,12 @@ def by_schema(view: GraphView, target: Target) -> Iterator[Fault]:
             found = _classes([f"tensor({onnx_name(view.types.get(name, 0))})"])
             wanted = allowed.get(place.type_str) or _classes([place.type_str])
             if found and wanted and not found & wanted:
-                yield at(node, f"{place.name} of {node.op_type} is {type_name(view.types[name])}; ONNX allows "
-                         f"{', '.join(sorted(wanted))}", CHECK)
+                yield at(
+                    node,
+                    f"{place.name} of {node.op_type} is {type_name(view.types[name])}; ONNX allows "
+                    f"{', '.join(sorted(wanted))}",
+                    CHECK,
+                )
 
 
 def _classes(texts: Iterable[str]) -> set[str]:

@@ -24,15 +24,18 @@ def sizes(view: GraphView, target: Target) -> Iterator[Fault]:
             groups, turned = max(attribute(node, "group", 1), 1), node.op_type == "ConvTranspose"
             wanted = other[0] if turned else None if other[1] is None else other[1] * groups
             if None not in (data[1], wanted) and data[1] != wanted:
-                yield at(node, f"the weight of {node.op_type} is for {wanted} channels, and its data has {data[1]}",
-                         AGAIN)
+                yield at(
+                    node, f"the weight of {node.op_type} is for {wanted} channels, and its data has {data[1]}", AGAIN
+                )
         folded = view.folded(node.input[1]) if len(node.input) > 1 and node.input[1] else None
         if folded is None or data is None or folded.dtype.kind not in "iu":
             continue
         if node.op_type == "Reshape" and None not in data:
-            kept = [] if attribute(node, "allowzero", 0) else data       # a 0 stands for the size that is there
-            target_sizes = [kept[place] if size == 0 and place < len(kept) else int(size)
-                            for place, size in enumerate(folded.reshape(-1))]
+            kept = [] if attribute(node, "allowzero", 0) else data  # a 0 stands for the size that is there
+            target_sizes = [
+                kept[place] if size == 0 and place < len(kept) else int(size)
+                for place, size in enumerate(folded.reshape(-1))
+            ]
             have = math.prod(size or 0 for size in data)
             want = math.prod(size or 0 for size in target_sizes if size != -1)
             if (have % want if want else have) if -1 in target_sizes else have != want:
@@ -99,7 +102,7 @@ def _einsum_fault(equation: str, shapes: list[Shape | None]) -> str:
     for term, shape in zip(terms, shapes):
         if shape is not None and len(term) == len(shape):
             for letter, size in zip(term, shape):
-                seen.setdefault(letter, set()).update({size} - {None, 1})      # type: ignore[arg-type]
+                seen.setdefault(letter, set()).update({size} - {None, 1})  # type: ignore[arg-type]
     wrong = [letter for letter, lengths in seen.items() if len(lengths) > 1]
     return f"{equation}, where {wrong[0]} is {' and '.join(map(str, sorted(seen[wrong[0]])))} long" if wrong else ""
 

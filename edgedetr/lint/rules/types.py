@@ -12,10 +12,37 @@ from edgedetr.onnx_graph.index import FLOATS, GraphView, type_name
 
 # Operator -> the inputs that must have one type; None = all of them.
 EQUAL: dict[str, tuple[int, ...] | None] = {
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max", "Sum", "Mean", "PRelu", "Equal", "Greater",
-                     "GreaterOrEqual", "Less", "LessOrEqual", "Concat", "MatMul", "Gemm", "Conv", "ConvTranspose",
-                     "LayerNormalization", "InstanceNormalization", "GridSample")),
-    "Where": (1, 2), "ScatterND": (0, 2), "ScatterElements": (0, 2), "Attention": (0, 1, 2),
+    **dict.fromkeys(
+        (
+            "Add",
+            "Sub",
+            "Mul",
+            "Div",
+            "Mod",
+            "Min",
+            "Max",
+            "Sum",
+            "Mean",
+            "PRelu",
+            "Equal",
+            "Greater",
+            "GreaterOrEqual",
+            "Less",
+            "LessOrEqual",
+            "Concat",
+            "MatMul",
+            "Gemm",
+            "Conv",
+            "ConvTranspose",
+            "LayerNormalization",
+            "InstanceNormalization",
+            "GridSample",
+        )
+    ),
+    "Where": (1, 2),
+    "ScatterND": (0, 2),
+    "ScatterElements": (0, 2),
+    "Attention": (0, 1, 2),
 }
 # Mixed only from this release on.
 MIXED_FROM: dict[str, tuple[int, int]] = {"Pow": (10, 8), "BatchNormalization": (10, 7)}
@@ -30,8 +57,11 @@ def equal_types(view: GraphView, target: Target) -> Iterator[Fault]:
         kinds = [_computed_as(view.types[name]) for name in names if name and name in view.types]
         if len(set(kinds)) > 1:
             told = " and ".join(type_name(kind) for kind in dict.fromkeys(kinds))
-            yield at(node, f"{node.op_type} of {told}; a strongly typed network takes operands of one type",
-                     "put a Cast where the types part")
+            yield at(
+                node,
+                f"{node.op_type} of {told}; a strongly typed network takes operands of one type",
+                "put a Cast where the types part",
+            )
 
 
 def _computed_as(kind: int) -> int:
@@ -55,11 +85,18 @@ def not_a_number(view: GraphView, target: Target) -> Iterator[Fault]:
         if np.isnan(value).any():
             yield Fault(name, "a constant holds NaN", "train again from the last good checkpoint, and export again")
         elif value.dtype == np.float16 and np.isposinf(value).any():
-            yield Fault(name, "an FP16 constant is infinite: the number was above 65504",
-                        "keep it and what reads it float32", "warning")
+            yield Fault(
+                name,
+                "an FP16 constant is infinite: the number was above 65504",
+                "keep it and what reads it float32",
+                "warning",
+            )
 
 
 def uninferable(view: GraphView, target: Target) -> Iterator[Fault]:
     if view.fault:
-        yield Fault("the graph", f"its types and shapes cannot be inferred ({view.fault}), so some rules saw nothing",
-                    "check the file: python -m onnx.checker FILE")
+        yield Fault(
+            "the graph",
+            f"its types and shapes cannot be inferred ({view.fault}), so some rules saw nothing",
+            "check the file: python -m onnx.checker FILE",
+        )

@@ -36,14 +36,14 @@ class BackboneConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    backbone: str = "resnet50"                  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
-    backbone_width: float = 1.0                 # 0.5 halves every channel count: for small data and CPUs
-    backbone_weights: str = "auto"              # "auto", "random", a hub name, or a .safetensors file
-    backbone_norm: Literal["frozen", "trainable"] = "frozen"   # trainable where weights are random
-    layer_scale: float = field(default=0.0, metadata=LATER)     # a ViT's LayerScale: start of its factors (CaiT:
-                                                # 1e-5); also for weights that have them (DINOv2); 0 = none
-    frozen_stages: int = 2                      # stem and first stage keep their ImageNet weights
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)    # ImageNet, as torchvision's weights were trained
+    backbone: str = "resnet50"  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
+    backbone_width: float = 1.0  # 0.5 halves every channel count: for small data and CPUs
+    backbone_weights: str = "auto"  # "auto", "random", a hub name, or a .safetensors file
+    backbone_norm: Literal["frozen", "trainable"] = "frozen"  # trainable where weights are random
+    layer_scale: float = field(default=0.0, metadata=LATER)  # a ViT's LayerScale: start of its factors (CaiT:
+    # 1e-5); also for weights that have them (DINOv2); 0 = none
+    frozen_stages: int = 2  # stem and first stage keep their ImageNet weights
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet, as torchvision's weights were trained
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
@@ -63,8 +63,9 @@ class Shortcut(nn.Module):
 class Block(nn.Module):
     """Residual block: two 3x3 convolutions, or a 1x1-3x3-1x1 bottleneck."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, dilation: int, bottleneck: bool,
-                 shortcut: nn.Module, norm: Norm) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, dilation: int, bottleneck: bool, shortcut: nn.Module, norm: Norm
+    ) -> None:
         super().__init__()
         if bottleneck:
             middle = outputs // 4
@@ -98,16 +99,26 @@ class ResNet(nn.Module):
     channels, strides  of those maps, for whoever builds on them
     """
 
-    def __init__(self, depths: Sequence[int], bottleneck: bool, vd: bool, levels: Sequence[int], width: float = 1.0,
-                 norm: Norm = nn.BatchNorm2d, dilate_last: bool = False) -> None:
+    def __init__(
+        self,
+        depths: Sequence[int],
+        bottleneck: bool,
+        vd: bool,
+        levels: Sequence[int],
+        width: float = 1.0,
+        norm: Norm = nn.BatchNorm2d,
+        dilate_last: bool = False,
+    ) -> None:
         """levels  stages to return, 2..5 (C2..C5); dilate_last: C5 at stride 16 with dilated 3x3 (DC5)"""
         super().__init__()
         base = round(64 * width)
         if vd:
             half = base // 2
-            self.stem = nn.Sequential(ConvNorm(3, half, 3, 2, activation="relu", norm=norm),
-                                      ConvNorm(half, half, 3, activation="relu", norm=norm),
-                                      ConvNorm(half, base, 3, activation="relu", norm=norm))
+            self.stem = nn.Sequential(
+                ConvNorm(3, half, 3, 2, activation="relu", norm=norm),
+                ConvNorm(half, half, 3, activation="relu", norm=norm),
+                ConvNorm(half, base, 3, activation="relu", norm=norm),
+            )
         else:
             self.stem = nn.Sequential(ConvNorm(3, base, 7, 2, activation="relu", norm=norm))
         self.pool = nn.MaxPool2d(3, 2, 1)
@@ -154,20 +165,42 @@ class ResNet(nn.Module):
             part.requires_grad_(False)
 
 
-def resnet(name: str, levels: Sequence[int], *, width: float = 1.0, frozen_norm: bool = True, frozen_stages: int = 0,
-           dilate_last: bool = False) -> ResNet:
+def resnet(
+    name: str,
+    levels: Sequence[int],
+    *,
+    width: float = 1.0,
+    frozen_norm: bool = True,
+    frozen_stages: int = 0,
+    dilate_last: bool = False,
+) -> ResNet:
     """A ResNet by its name, "resnet18" .. "resnet101", each also as "...vd"."""
     depths, bottleneck = DEPTHS[name.removesuffix("vd")]
     if dilate_last and not bottleneck:
         raise ModelError(f"model.dilate_last needs a bottleneck ResNet, not {name}; use resnet50 or resnet101")
-    net = ResNet(depths, bottleneck, name.endswith("vd"), levels, width,
-                 FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d, dilate_last)
+    net = ResNet(
+        depths,
+        bottleneck,
+        name.endswith("vd"),
+        levels,
+        width,
+        FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d,
+        dilate_last,
+    )
     net.freeze(frozen_stages)
     return net
 
 
-def make_backbone(name: str, levels: Sequence[int], *, width: float = 1.0, frozen_norm: bool = True,
-                  frozen_stages: int = 0, dilate_last: bool = False, layer_scale: float = 0.0) -> ResNet | VitPyramid:
+def make_backbone(
+    name: str,
+    levels: Sequence[int],
+    *,
+    width: float = 1.0,
+    frozen_norm: bool = True,
+    frozen_stages: int = 0,
+    dilate_last: bool = False,
+    layer_scale: float = 0.0,
+) -> ResNet | VitPyramid:
     """A backbone by its name: a ResNet, or a vision transformer, "vit_tiny" .. "vit_base", each also as "..._window".
 
     levels  stages to return, 2..5, which is strides 4..32;  frozen_norm, dilate_last  of a ResNet;
@@ -178,8 +211,9 @@ def make_backbone(name: str, levels: Sequence[int], *, width: float = 1.0, froze
     if name not in vit.NAMES:
         if layer_scale:
             raise ModelError(f"model.layer_scale belongs to vision transformers, not to {name}; expected 0")
-        return resnet(name, levels, width=width, frozen_norm=frozen_norm, frozen_stages=frozen_stages,
-                      dilate_last=dilate_last)
+        return resnet(
+            name, levels, width=width, frozen_norm=frozen_norm, frozen_stages=frozen_stages, dilate_last=dilate_last
+        )
     if dilate_last:
         raise ModelError(f"model.dilate_last needs a bottleneck ResNet, not {name}; use resnet50 or resnet101")
     return vit.vit(name, levels, width=width, frozen_stages=frozen_stages, layer_scale=layer_scale)

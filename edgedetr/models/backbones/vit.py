@@ -19,17 +19,19 @@ from edgedetr.layers.patch_embedding import PatchPosition, from_windows, to_wind
 
 # channels, heads, blocks (the ViT paper's table 1; tiny and small: Touvron et al. 2021, "DeiT", table 1)
 SIZES: dict[str, tuple[int, int, int]] = {
-    "vit_tiny": (192, 3, 12), "vit_small": (384, 6, 12), "vit_base": (768, 12, 12),
+    "vit_tiny": (192, 3, 12),
+    "vit_small": (384, 6, 12),
+    "vit_base": (768, 12, 12),
 }
-WINDOW = "_window"      # suffix of a name: attention within windows, but for four blocks
+WINDOW = "_window"  # suffix of a name: attention within windows, but for four blocks
 NAMES = (*SIZES, *(name + WINDOW for name in SIZES))
 
-PATCH = 16              # pixels per side
-GRID = 14               # patches per side of a 224 px picture, which published weights were trained on
-EPS = 1e-6              # of every LayerNorm
-WINDOW_SIDE = 14        # patches (ViTDet)
-GLOBAL_BLOCKS = 4       # evenly spread blocks that see the whole picture (ViTDet)
-PYRAMID = 256           # channels of every level that comes out (ViTDet)
+PATCH = 16  # pixels per side
+GRID = 14  # patches per side of a 224 px picture, which published weights were trained on
+EPS = 1e-6  # of every LayerNorm
+WINDOW_SIDE = 14  # patches (ViTDet)
+GLOBAL_BLOCKS = 4  # evenly spread blocks that see the whole picture (ViTDet)
+PYRAMID = 256  # channels of every level that comes out (ViTDet)
 
 
 class LayerScale(nn.Module):
@@ -53,7 +55,8 @@ class VitBlock(nn.Module):
         self.attention_norm, self.feedforward_norm = nn.LayerNorm(dim, EPS), nn.LayerNorm(dim, EPS)
         self.attention, self.feedforward = MultiHeadAttention(dim, heads), FeedForward(dim, 4 * dim, "gelu")
         self.attention_scale, self.feedforward_scale = (
-            LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
+            LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2)
+        )
         self.attention_path, self.feedforward_path = DropPath(), DropPath()
 
     def forward(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -72,20 +75,32 @@ class VitBlock(nn.Module):
 class VisionTransformer(nn.Module):
     """Patches to tokens of one size; a class token in front, unless blocks look through windows."""
 
-    def __init__(self, dim: int, heads: int, depth: int, *, windowed: bool = False, layer_scale: float = 0.0,
-                 window_side: int = WINDOW_SIDE, grid: int = GRID) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        depth: int,
+        *,
+        windowed: bool = False,
+        layer_scale: float = 0.0,
+        window_side: int = WINDOW_SIDE,
+        grid: int = GRID,
+    ) -> None:
         """windowed  all but GLOBAL_BLOCKS evenly spread blocks attend within windows of window_side patches"""
         super().__init__()
         if dim % heads:
-            raise ModelError(f"a vision transformer of {dim} channels with {heads} heads; expected a multiple; "
-                             "change model.backbone_width")
+            raise ModelError(
+                f"a vision transformer of {dim} channels with {heads} heads; expected a multiple; "
+                "change model.backbone_width"
+            )
         self.patch = nn.Conv2d(3, dim, PATCH, PATCH)
         self.position = PatchPosition(dim, grid, class_token=not windowed)
         self.class_token = None if windowed else nn.Parameter(torch.empty(1, 1, dim))
         every = max(depth // GLOBAL_BLOCKS, 1)
         self.blocks = nn.ModuleList(
             VitBlock(dim, heads, window_side if windowed and (index + 1) % every else 0, layer_scale)
-            for index in range(depth))
+            for index in range(depth)
+        )
         self.norm = nn.LayerNorm(dim, EPS)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -96,7 +111,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W], normalised, sides multiples of 16 -> tokens [B, (1 +) H/16 * W/16, C]."""
-        grid = self.patch(images)                                   # [B, C, h, w]
+        grid = self.patch(images)  # [B, C, h, w]
         shape = (grid.shape[2], grid.shape[3])
         tokens = grid.flatten(2).transpose(1, 2)
         if self.class_token is not None:
@@ -139,36 +154,46 @@ class VitPyramid(nn.Module):
     def freeze(self, stages: int) -> None:
         """Stop training of the patch embedding (1) and of each quarter of the blocks after it (2 = the first, ...)."""
         trunk = self.transformer
-        for part in [trunk.patch, trunk.position][:2 * min(stages, 1)]:
+        for part in [trunk.patch, trunk.position][: 2 * min(stages, 1)]:
             part.requires_grad_(False)
         if stages and trunk.class_token is not None:
             trunk.class_token.requires_grad_(False)
-        for block in trunk.blocks[:max(stages - 1, 0) * len(trunk.blocks) // 4]:
+        for block in trunk.blocks[: max(stages - 1, 0) * len(trunk.blocks) // 4]:
             block.requires_grad_(False)
 
 
 def _level(number: int, dim: int, channels: int) -> nn.Sequential:
     """Stride 16 to stride 2^number, then a 1x1 and a 3x3 convolution."""
     resize: dict[int, list[nn.Module]] = {
-        2: [nn.ConvTranspose2d(dim, dim // 2, 2, 2), ChannelNorm(dim // 2, EPS), nn.GELU(),
-            nn.ConvTranspose2d(dim // 2, dim // 4, 2, 2)],
-        3: [nn.ConvTranspose2d(dim, dim // 2, 2, 2)], 4: [], 5: [nn.MaxPool2d(2, 2)],
+        2: [
+            nn.ConvTranspose2d(dim, dim // 2, 2, 2),
+            ChannelNorm(dim // 2, EPS),
+            nn.GELU(),
+            nn.ConvTranspose2d(dim // 2, dim // 4, 2, 2),
+        ],
+        3: [nn.ConvTranspose2d(dim, dim // 2, 2, 2)],
+        4: [],
+        5: [nn.MaxPool2d(2, 2)],
     }
     inputs = {2: dim // 4, 3: dim // 2}.get(number, dim)
-    return nn.Sequential(*resize[number],
-                         nn.Conv2d(inputs, channels, 1, bias=False), ChannelNorm(channels, EPS),
-                         nn.Conv2d(channels, channels, 3, padding=1, bias=False), ChannelNorm(channels, EPS))
+    return nn.Sequential(
+        *resize[number],
+        nn.Conv2d(inputs, channels, 1, bias=False),
+        ChannelNorm(channels, EPS),
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        ChannelNorm(channels, EPS),
+    )
 
 
-def vit(name: str, levels: Sequence[int], *, width: float = 1.0, frozen_stages: int = 0,
-        layer_scale: float = 0.0) -> VitPyramid:
+def vit(
+    name: str, levels: Sequence[int], *, width: float = 1.0, frozen_stages: int = 0, layer_scale: float = 0.0
+) -> VitPyramid:
     """A vision transformer by its name, "vit_tiny" .. "vit_base", each also as "..._window".
 
     layer_scale  start of the learned factors on its residual branches; 0 = none
     """
     dim, heads, depth = SIZES[name.removesuffix(WINDOW)]
-    trunk = VisionTransformer(round(dim * width), heads, depth, windowed=name.endswith(WINDOW),
-                              layer_scale=layer_scale)
+    trunk = VisionTransformer(round(dim * width), heads, depth, windowed=name.endswith(WINDOW), layer_scale=layer_scale)
     net = VitPyramid(trunk, levels, round(PYRAMID * width))
     net.freeze(frozen_stages)
     return net

@@ -61,8 +61,9 @@ def _queries(weights: Weights) -> int | None:
     patterns = _rows("selector.pattern.weight")(weights)
     if patterns is not None and "selector.points.points" in weights:
         return patterns * weights["selector.points.points"].shape[0]
-    return _rows("selector.position.weight", "selector.embed.weight", "selector.content.weight",
-                 "selector.box.weight")(weights)
+    return _rows("selector.position.weight", "selector.embed.weight", "selector.content.weight", "selector.box.weight")(
+        weights
+    )
 
 
 def _share(weights: Weights) -> float | None:
@@ -131,5 +132,7 @@ def _backbone(weights: Weights) -> dict[str, Any]:
         if depths == blocks and wide == bottleneck:
             width = weights[f"backbone.stem.{stem - 1}.conv.weight"].shape[0] / 64
             return {"backbone": name + "vd" * (stem == 3), "backbone_width": width}
-    raise ModelError(f"the backbone has {' + '.join(map(str, blocks))} blocks, which is no ResNet of this package; "
-                     f"expected one of {', '.join(DEPTHS)}")
+    raise ModelError(
+        f"the backbone has {' + '.join(map(str, blocks))} blocks, which is no ResNet of this package; "
+        f"expected one of {', '.join(DEPTHS)}"
+    )

@@ -28,7 +28,9 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     ),
     "conditional_detr": (
         Layout("transformers", r"^model\.query_position_embeddings\.", anchor_names.hub_conditional),
-        Layout("Atten4Vis/ConditionalDETR", r"^transformer\.decoder\.ref_point_head\.", anchor_names.original_conditional),
+        Layout(
+            "Atten4Vis/ConditionalDETR", r"^transformer\.decoder\.ref_point_head\.", anchor_names.original_conditional
+        ),
     ),
     "dn_detr": (
         Layout("transformers (DAB-DETR)", r"^model\.query_refpoint_embeddings\.", anchor_names.hub_dab),
@@ -65,8 +67,9 @@ def _layout(member: str, weights: Mapping[str, Tensor], source: str) -> Layout:
     shown = ", ".join(sorted(weights)[:4])
     others = [name for name, several in LAYOUTS.items() if any(_fits(one, weights) for one in several)]
     advice = f"use --model {' or '.join(others)}" if others else "is --model the member these weights belong to?"
-    raise ModelError(f"{source}: no known layout of {member} (known: {known}); its {len(weights)} names begin with "
-                     f"{shown}; {advice}")
+    raise ModelError(
+        f"{source}: no known layout of {member} (known: {known}); its {len(weights)} names begin with {shown}; {advice}"
+    )
 
 
 def backbone_of(weights: Mapping[str, Tensor]) -> Weights:
@@ -84,10 +87,13 @@ def backbone_of(weights: Mapping[str, Tensor]) -> Weights:
 
 def _bare(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Without what training frameworks put around the names, for any layout or backbone that is known."""
+
     def known(names: Mapping[str, Tensor]) -> bool:
-        return (_ours(names) or any(_fits(one, names) for several in LAYOUTS.values() for one in several)
-                or any(re.match(r"conv1\.|embedder\.|stem\.|cls_token$|patch_embed\.|embeddings\.", name)
-                       for name in names))
+        return (
+            _ours(names)
+            or any(_fits(one, names) for several in LAYOUTS.values() for one in several)
+            or any(re.match(r"conv1\.|embedder\.|stem\.|cls_token$|patch_embed\.|embeddings\.", name) for name in names)
+        )
 
     return unwrapped(weights, known)
 

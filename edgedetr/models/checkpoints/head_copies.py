@@ -20,8 +20,10 @@ def own_heads(weights: Mapping[str, Tensor]) -> Weights:
     """
     refined = any(name.startswith("decoder.bbox_embed.") for name in weights)
     two_stage = "selector.project.weight" in weights
-    copies = {kind: {int(found[2]) for name in weights if (found := COPY.match(name)) and found[1] == kind}
-              for kind in ("class", "bbox")}
+    copies = {
+        kind: {int(found[2]) for name in weights if (found := COPY.match(name)) and found[1] == kind}
+        for kind in ("class", "bbox")
+    }
     last = max(copies["bbox"], default=0)
     rules: list[Rule] = []
     for kind, ours in (("class", "score"), ("bbox", "box")):

@@ -32,7 +32,7 @@ SOURCES = {
     **{f"vit_{size}": f"timm/vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("tiny", "small", "base")},
 }
 RANDOM = SCRATCH
-JSON_LIMIT = 4 << 20            # bytes of a config.json; one of a thousand classes has 60 kB
+JSON_LIMIT = 4 << 20  # bytes of a config.json; one of a thousand classes has 60 kB
 
 STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -61,13 +61,15 @@ def load_detector(detector: Detector, member: str, source: str, config: Any = No
     translated = names.translate(member, weights, source)
     if config is not None and names.layout_of(member, weights, source).startswith("transformers"):
         told = told_by(origin, member)
-        for name, value in (told.values.items() if told else ()):
+        for name, value in told.values.items() if told else ():
             ours = getattr(config, name, value)
-            if ours != value and name == "queries":     # of those that are selected, a training may take fewer
+            if ours != value and name == "queries":  # of those that are selected, a training may take fewer
                 log.warning("%s: its model has %s queries, and this one %s", source, value, ours)
             elif ours != value:
-                raise ModelError(f"{told.where if told else source}: its model has {name} = {value!r}, and this one "
-                                 f"{ours!r}; use --set model.{name}={str(value).lower()}")
+                raise ModelError(
+                    f"{told.where if told else source}: its model has {name} = {value!r}, and this one "
+                    f"{ours!r}; use --set model.{name}={str(value).lower()}"
+                )
     return fit(detector, translated, source)
 
 
@@ -92,8 +94,10 @@ def load_backbone(detector: Detector, config: Any) -> Loaded | None:
         return None
     if source == "auto":
         if config.backbone_width != 1 or config.backbone not in SOURCES:
-            raise ModelError(f"no published weights for {config.backbone} at width {config.backbone_width}; "
-                             f"use model.backbone_width=1, or train from scratch: {RANDOM}")
+            raise ModelError(
+                f"no published weights for {config.backbone} at width {config.backbone_width}; "
+                f"use model.backbone_width=1, or train from scratch: {RANDOM}"
+            )
         source = SOURCES[config.backbone]
     origin = Origin(source)
     weights, backbone = names.backbone_of(origin.weights()), detector.backbone
@@ -102,13 +106,14 @@ def load_backbone(detector: Detector, config: Any) -> Loaded | None:
     if path is not None:
         look_at_backbone(config_json(path), str(path))
     if isinstance(backbone, VitPyramid) and not any(name.startswith("transformer.") for name in weights):
-        return fit(backbone.transformer, weights, source)       # its pyramid is no part of published weights
+        return fit(backbone.transformer, weights, source)  # its pyramid is no part of published weights
     return fit(backbone, weights, source)
 
 
 @torch.no_grad()
-def fit(module: nn.Module, weights: Mapping[str, Tensor], source: str,
-        rows: Sequence[int | None] | None = None) -> Loaded:
+def fit(
+    module: nn.Module, weights: Mapping[str, Tensor], source: str, rows: Sequence[int | None] | None = None
+) -> Loaded:
     """Copy tensors of the same names; ModelError that lists every one that is missing, left over or of another size.
 
     rows    for each of our classes, the file's class that it takes over, or None where it starts anew; without it,
@@ -125,8 +130,12 @@ def fit(module: nn.Module, weights: Mapping[str, Tensor], source: str,
             first = foreground and name.startswith("selector.score.")
             _take_rows(own[name], weights[name], [0] + [None] * (len(rows) - 1) if first else rows)
     elif fresh:
-        log.warning("%s: %d tensors kept; started anew, because the number of classes differs: %s",
-                    source, len(own) - len(fresh), ", ".join(fresh))
+        log.warning(
+            "%s: %d tensors kept; started anew, because the number of classes differs: %s",
+            source,
+            len(own) - len(fresh),
+            ", ".join(fresh),
+        )
     return Loaded(source, len(own) - len(fresh), tuple(fresh))
 
 
@@ -135,20 +144,29 @@ def compare(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> No
     _compared(module, weights, source, anew=False)
 
 
-def _compared(module: nn.Module, weights: Mapping[str, Tensor], source: str,
-              anew: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+def _compared(
+    module: nn.Module, weights: Mapping[str, Tensor], source: str, anew: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     """Tensors of the module and of the file that are compared, and the class heads that start anew."""
     own = {name: tensor for name, tensor in module.state_dict().items() if not IGNORED.search(name)}
     weights = {name: tensor for name, tensor in weights.items() if not IGNORED.search(name)}
-    per_class = [name for name in own if PER_CLASS.match(name) and name in weights
-                 and own[name].shape[1:] == weights[name].shape[1:]]
+    per_class = [
+        name
+        for name in own
+        if PER_CLASS.match(name) and name in weights and own[name].shape[1:] == weights[name].shape[1:]
+    ]
     fresh = [name for name in per_class if own[name].shape[0] != weights[name].shape[0] or anew]
-    shapes = [f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}" for name in own
-              if name in weights and name not in fresh and weights[name].shape != own[name].shape]
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and name not in fresh and weights[name].shape != own[name].shape
+    ]
     lacking, extra = set(own) - set(weights), set(weights) - set(own)
     if lacking or extra or shapes:
-        raise ModelError(f"{source} does not fit this model: {_list('missing', lacking)}{_list('left over', extra)}"
-                         f"{_list('of another size', shapes)}expected the same architecture; check the [model] section")
+        raise ModelError(
+            f"{source} does not fit this model: {_list('missing', lacking)}{_list('left over', extra)}"
+            f"{_list('of another size', shapes)}expected the same architecture; check the [model] section"
+        )
     _look_at_values(weights, source)
     return own, weights, fresh
 
@@ -157,12 +175,16 @@ def _look_at_values(weights: Mapping[str, Tensor], source: str) -> None:
     """Errors: ModelError for whole numbers, which are weights without their scales, and for NaN and infinity."""
     for name, tensor in weights.items():
         if tensor.dtype not in STORED:
-            raise ModelError(f"{source}: {name} is stored as {tensor.dtype}; expected "
-                             f"{', '.join(str(dtype).removeprefix('torch.') for dtype in STORED)}: export the model "
-                             "before it is quantized")
+            raise ModelError(
+                f"{source}: {name} is stored as {tensor.dtype}; expected "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in STORED)}: export the model "
+                "before it is quantized"
+            )
         if not torch.isfinite(tensor).all():
-            raise ModelError(f"{source}: {name} holds NaN or infinity, so the model finds nothing; expected weights of "
-                             "a training that did not diverge, or of an earlier epoch")
+            raise ModelError(
+                f"{source}: {name} holds NaN or infinity, so the model finds nothing; expected weights of "
+                "a training that did not diverge, or of an earlier epoch"
+            )
 
 
 def rows_by_name(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from edgedetr.errors import ModelError
 
 Weights = dict[str, Tensor]
-Rule = tuple[str, "str | Callable[[re.Match[str]], str]"]       # pattern, replacement; applied wherever it matches
+Rule = tuple[str, "str | Callable[[re.Match[str]], str]"]  # pattern, replacement; applied wherever it matches
 
 # Nothing of ours: ImageNet's classifier, counters of BatchNorm, and constants that follow from the configuration.
 IGNORED = re.compile(r"^fc\.|^classifier\.|num_batches_tracked$|n_points_scale$|num_points_scale$|anchors$|valid_mask$")
@@ -48,8 +48,10 @@ def rename(weights: Mapping[str, Tensor], rules: Iterable[Rule]) -> Weights:
         for pattern, replacement in rules:
             new = re.sub(pattern, replacement, new)
         if new in renamed and not torch.equal(renamed[new], tensor):
-            raise ModelError(f"{origin[new]} and {name} differ, but this model has one tensor ({new}) for both; "
-                             "expected equal copies, as the published files have; check the [model] section")
+            raise ModelError(
+                f"{origin[new]} and {name} differ, but this model has one tensor ({new}) for both; "
+                "expected equal copies, as the published files have; check the [model] section"
+            )
         renamed[new], origin[new] = tensor, name
     return renamed
 

@@ -25,14 +25,18 @@ from edgedetr.models.checkpoints.transformers_keys import (
     Source,
 )
 
-STAGES = 5                      # stem and four stages, which out_indices count from 0, or from the end below 0
-LEVELS = {"rt_detr": [2, 3, 4], "deformable_detr": [2, 3, 4]}    # of the backbone, where more than the last are taken
+STAGES = 5  # stem and four stages, which out_indices count from 0, or from the end below 0
+LEVELS = {"rt_detr": [2, 3, 4], "deformable_detr": [2, 3, 4]}  # of the backbone, where more than the last are taken
 TIMM = re.compile(r"(resnet(?:18|34|50|101))(d?)(?:\.\w+)?$")
 HUB = re.compile(r"microsoft/(resnet-(?:18|34|50|101))$")
 STAGED = ("resnet", "rt_detr_resnet")
 # What transformers takes where a ResNet's configuration says nothing: ResNet-50.
-STAGED_DEFAULTS: dict[str, Any] = {"depths": [3, 4, 6, 3], "layer_type": "bottleneck", "embedding_size": 64,
-                                   "hidden_sizes": [256, 512, 1024, 2048]}
+STAGED_DEFAULTS: dict[str, Any] = {
+    "depths": [3, 4, 6, 3],
+    "layer_type": "bottleneck",
+    "embedding_size": 64,
+    "hidden_sizes": [256, 512, 1024, 2048],
+}
 FIX = "import an ONNX export of it: edgedetr import FILE.onnx"
 
 
@@ -62,13 +66,17 @@ class Told:
             unknown = ours is None and (isinstance(entry, Read) or key not in self.raw)
             if unknown or _equal(entry.field, ours, theirs, width):
                 continue
-            raise ModelError(f"{self.where}: {key} is {_shown(said)}, but the tensors say "
-                             f"{'none' if ours is None else _shown(ours)}{_reason(entry)}; expected the config.json "
-                             "that belongs to the weights")
+            raise ModelError(
+                f"{self.where}: {key} is {_shown(said)}, but the tensors say "
+                f"{'none' if ours is None else _shown(ours)}{_reason(entry)}; expected the config.json "
+                "that belongs to the weights"
+            )
         if self.backbone and (found.get("backbone"), found.get("backbone_width")) != (self.backbone, 1):
-            raise ModelError(f"{self.where}: backbone is {self.backbone}, but the tensors are those of "
-                             f"{found.get('backbone')} at width {found.get('backbone_width')}; expected the "
-                             "config.json that belongs to the weights")
+            raise ModelError(
+                f"{self.where}: backbone is {self.backbone}, but the tensors are those of "
+                f"{found.get('backbone')} at width {found.get('backbone_width')}; expected the "
+                "config.json that belongs to the weights"
+            )
         self._agree_on_stages(found)
 
     def _agree_on_stages(self, found: Mapping[str, Any]) -> None:
@@ -78,13 +86,19 @@ class Told:
         if not isinstance(nested, dict) or nested.get("model_type") not in STAGED or name not in DEPTHS:
             return
         (depths, bottleneck), stem = DEPTHS[name], round(64 * found.get("backbone_width", 1))
-        ours = {"depths": list(depths), "layer_type": "bottleneck" if bottleneck else "basic", "embedding_size": stem,
-                "hidden_sizes": [stem * 2**stage * (4 if bottleneck else 1) for stage in range(4)]}
+        ours = {
+            "depths": list(depths),
+            "layer_type": "bottleneck" if bottleneck else "basic",
+            "embedding_size": stem,
+            "hidden_sizes": [stem * 2**stage * (4 if bottleneck else 1) for stage in range(4)],
+        }
         for key, value in ours.items():
             said = nested.get(key, STAGED_DEFAULTS[key])
             if said != value:
-                raise ModelError(f"{self.where}: backbone_config: {key} is {_shown(said)}, but the tensors say "
-                                 f"{_shown(value)}; expected the config.json that belongs to the weights")
+                raise ModelError(
+                    f"{self.where}: backbone_config: {key} is {_shown(said)}, but the tensors say "
+                    f"{_shown(value)}; expected the config.json that belongs to the weights"
+                )
 
 
 def look(raw: Mapping[str, Any], member: str, where: str) -> Told:
@@ -103,8 +117,10 @@ def look(raw: Mapping[str, Any], member: str, where: str) -> Told:
         if value is None:
             continue
         if entry.field in values and values[entry.field] != value:
-            raise ModelError(f"{where}: {said[entry.field]} and {key} = {_shown(value)} differ; this package builds "
-                             f"{entry.why or 'one for both'}; {FIX}")
+            raise ModelError(
+                f"{where}: {said[entry.field]} and {key} = {_shown(value)} differ; this package builds "
+                f"{entry.why or 'one for both'}; {FIX}"
+            )
         values[entry.field], said[entry.field] = value, f"{key} = {_shown(value)}"
     if member == "deformable_detr":
         name = "two_stage_num_proposals" if raw.get("two_stage") is True else "num_queries"
@@ -129,12 +145,15 @@ def look_at_backbone(raw: Mapping[str, Any], where: str) -> None:
         _walk(raw, ALONE[kind], where)
         heads = raw.get("num_attention_heads")
         if kind == "vit" and not (isinstance(heads, int) and raw.get("hidden_size") == VIT_HEAD * heads):
-            raise ModelError(f"{where}: num_attention_heads is {_shown(heads)} for hidden_size "
-                             f"{_shown(raw.get('hidden_size'))}; expected heads of {VIT_HEAD} channels")
+            raise ModelError(
+                f"{where}: num_attention_heads is {_shown(heads)} for hidden_size "
+                f"{_shown(raw.get('hidden_size'))}; expected heads of {VIT_HEAD} channels"
+            )
         return
     if not isinstance(kind, str) or kind not in SOURCES:
-        raise ModelError(f"{where}: model_type is {_shown(kind)}; a backbone is read from "
-                         f"{', '.join([*ALONE, *SOURCES])}")
+        raise ModelError(
+            f"{where}: model_type is {_shown(kind)}; a backbone is read from {', '.join([*ALONE, *SOURCES])}"
+        )
     _backbone(raw, SOURCES[kind], where)
 
 
@@ -145,13 +164,17 @@ def _source(raw: Mapping[str, Any], member: str, where: str) -> Source:
     if not isinstance(kind, str) or kind not in known:
         other = SOURCES[kind].member if isinstance(kind, str) and kind in SOURCES else ""
         advice = f"use --model {other}" if other else FIX
-        raise ModelError(f"{where}: model_type is {_shown(kind)}; {member} is read from "
-                         f"{' or '.join(known) or 'no class of transformers'}; {advice}")
+        raise ModelError(
+            f"{where}: model_type is {_shown(kind)}; {member} is read from "
+            f"{' or '.join(known) or 'no class of transformers'}; {advice}"
+        )
     classes = raw.get("architectures")
-    if classes is not None and not (isinstance(classes, list) and any(name in SOURCES[kind].architectures
-                                                                     for name in classes)):
-        raise ModelError(f"{where}: architectures is {_shown(classes)}; expected "
-                         f"{' or '.join(SOURCES[kind].architectures)}; {FIX}")
+    if classes is not None and not (
+        isinstance(classes, list) and any(name in SOURCES[kind].architectures for name in classes)
+    ):
+        raise ModelError(
+            f"{where}: architectures is {_shown(classes)}; expected {' or '.join(SOURCES[kind].architectures)}; {FIX}"
+        )
     return SOURCES[kind]
 
 
@@ -160,12 +183,15 @@ def _walk(raw: Mapping[str, Any], keys: Mapping[str, Key], where: str) -> None:
     for key, value in raw.items():
         entry = keys.get(key)
         if entry is None:
-            raise ModelError(f"{where}: unknown key {key!r} = {_shown(value)}{did_you_mean(key, keys)}; detections may "
-                             "depend on it; if they do not, remove it from a copy of the file")
+            raise ModelError(
+                f"{where}: unknown key {key!r} = {_shown(value)}{did_you_mean(key, keys)}; detections may "
+                "depend on it; if they do not, remove it from a copy of the file"
+            )
         if isinstance(entry, Only) and not any(_same(entry.of(value), one) for one in entry.values):
             wanted = "" if entry.of(value) != value else f"; expected {' or '.join(map(_shown, entry.values))}"
-            raise ModelError(f"{where}: {key} is {_shown(value)}, which this package does not compute{_reason(entry)}"
-                             f"{wanted}; {FIX}")
+            raise ModelError(
+                f"{where}: {key} is {_shown(value)}, which this package does not compute{_reason(entry)}{wanted}; {FIX}"
+            )
 
 
 def _read(value: Any, entry: Read, where: str) -> Any:
@@ -173,8 +199,10 @@ def _read(value: Any, entry: Read, where: str) -> Any:
     if entry.words is not None:
         if isinstance(value, str) and value in entry.words:
             return entry.words[value]
-        raise ModelError(f"{where} is {_shown(value)}, which this package does not compute{_reason(entry)}; expected "
-                         f"{' or '.join(entry.words)}; {FIX}")
+        raise ModelError(
+            f"{where} is {_shown(value)}, which this package does not compute{_reason(entry)}; expected "
+            f"{' or '.join(entry.words)}; {FIX}"
+        )
     if isinstance(entry.default, bool):
         if isinstance(value, bool):
             return value
@@ -198,13 +226,15 @@ def _backbone(raw: Mapping[str, Any], source: Source, where: str) -> tuple[str, 
         _levels(nested, raw, source, where, [STAGES - 1])
         if kind == "timm_backbone":
             return _timm(nested.get("backbone"), where), _dilated(nested.get("output_stride"), where)
-        return "", False            # transformers' own ResNets have no dilation, whatever `dilation` says
+        return "", False  # transformers' own ResNets have no dilation, whatever `dilation` says
     name = raw.get("backbone")
     if raw.get("use_timm_backbone", source.timm) is True:
         options = raw.get("backbone_kwargs") or {}
         if not isinstance(options, dict) or set(options) - {"out_indices", "num_channels", "output_stride"}:
-            raise ModelError(f"{where}: backbone_kwargs is {_shown(options)}; expected out_indices, num_channels and "
-                             f"output_stride alone; {FIX}")
+            raise ModelError(
+                f"{where}: backbone_kwargs is {_shown(options)}; expected out_indices, num_channels and "
+                f"output_stride alone; {FIX}"
+            )
         where = f"{where}: backbone_kwargs" if options else where
         if options.get("num_channels", 3) != 3:
             raise ModelError(f"{where}: num_channels is {_shown(options['num_channels'])}; expected 3")
@@ -222,8 +252,9 @@ def _timm(name: Any, where: str) -> str:
     """timm's name of a ResNet, as ours."""
     found = TIMM.match(name) if isinstance(name, str) else None
     if not found:
-        raise ModelError(f"{where}: backbone is {_shown(name)}; expected resnet18, 34, 50 or 101, or one with a d; "
-                         f"{FIX}")
+        raise ModelError(
+            f"{where}: backbone is {_shown(name)}; expected resnet18, 34, 50 or 101, or one with a d; {FIX}"
+        )
     return found[1] + ("vd" if found[2] else "")
 
 
@@ -233,8 +264,9 @@ def _dilated(stride: Any, where: str) -> bool:
     return stride == 16
 
 
-def _levels(told: Mapping[str, Any], raw: Mapping[str, Any], source: Source, where: str,
-            absent: list[int] | None) -> None:
+def _levels(
+    told: Mapping[str, Any], raw: Mapping[str, Any], source: Source, where: str, absent: list[int] | None
+) -> None:
     """Feature levels that the backbone gives: all that the model takes, and nothing after them.
 
     absent   what is given where none are named; None: what the model takes
@@ -246,8 +278,10 @@ def _levels(told: Mapping[str, Any], raw: Mapping[str, Any], source: Source, whe
     for key, given in listed.items():
         stages = [_stage(item) for item in given] if isinstance(given, list) else [-1]
         if -1 in stages or (stages != wanted if len(wanted) > 1 else stages[-1:] != wanted):
-            raise ModelError(f"{where}: {key} is {_shown(given)}; expected the stages {wanted} of {STAGES - 1}, which "
-                             f"{source.member} takes; {FIX}")
+            raise ModelError(
+                f"{where}: {key} is {_shown(given)}; expected the stages {wanted} of {STAGES - 1}, which "
+                f"{source.member} takes; {FIX}"
+            )
     if not listed and absent is not None and absent != wanted:
         raise ModelError(f"{where}: out_features names no stages, which gives the last alone; expected {wanted}")
 
@@ -268,9 +302,9 @@ def _has_default(entry: Key) -> bool:
 
 def _equal(name: str, ours: Any, theirs: Any, width: Any) -> bool:
     if name == "ffn_activation":
-        return bool((ours == "prelu") == (theirs == "prelu"))      # of the others, no tensor tells which
+        return bool((ours == "prelu") == (theirs == "prelu"))  # of the others, no tensor tells which
     if isinstance(theirs, float) and isinstance(ours, float) and 0 <= theirs < 64:
-        return int(width * theirs) == int(width * ours)           # a share of the width, in whole channels
+        return int(width * theirs) == int(width * ours)  # a share of the width, in whole channels
     return bool(ours == theirs)
 
 
@@ -289,4 +323,3 @@ def _shown(value: Any) -> str:
     except (TypeError, ValueError, RecursionError):
         text = type(value).__name__
     return text if len(text) <= 60 else f"{text[:57]}..."
-

@@ -15,21 +15,32 @@ UNUSED = re.compile(r"^head\.|^fc_norm\.|^pooler\.|^classifier\.")
 
 RULES: list[Rule] = [
     # timm
-    (r"^cls_token$", "class_token"), (r"^pos_embed$", "position.table"), (r"^patch_embed\.proj\.", "patch."),
-    (r"^(blocks\.\d+)\.norm1\.", r"\1.attention_norm."), (r"^(blocks\.\d+)\.norm2\.", r"\1.feedforward_norm."),
-    (r"^(blocks\.\d+)\.attn\.proj\.", r"\1.attention.out."), (r"^(blocks\.\d+)\.attn\.", r"\1.attention."),
-    (r"^(blocks\.\d+)\.ls1\.", r"\1.attention_scale."), (r"^(blocks\.\d+)\.ls2\.", r"\1.feedforward_scale."),
+    (r"^cls_token$", "class_token"),
+    (r"^pos_embed$", "position.table"),
+    (r"^patch_embed\.proj\.", "patch."),
+    (r"^(blocks\.\d+)\.norm1\.", r"\1.attention_norm."),
+    (r"^(blocks\.\d+)\.norm2\.", r"\1.feedforward_norm."),
+    (r"^(blocks\.\d+)\.attn\.proj\.", r"\1.attention.out."),
+    (r"^(blocks\.\d+)\.attn\.", r"\1.attention."),
+    (r"^(blocks\.\d+)\.ls1\.", r"\1.attention_scale."),
+    (r"^(blocks\.\d+)\.ls2\.", r"\1.feedforward_scale."),
     # transformers, as files and as in memory
-    (r"^embeddings\.cls_token$", "class_token"), (r"^embeddings\.position_embeddings$", "position.table"),
+    (r"^embeddings\.cls_token$", "class_token"),
+    (r"^embeddings\.position_embeddings$", "position.table"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch."),
-    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."), (r"^layernorm\.", "norm."),
-    (r"\.layernorm_before\.", ".attention_norm."), (r"\.layernorm_after\.", ".feedforward_norm."),
+    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"^layernorm\.", "norm."),
+    (r"\.layernorm_before\.", ".attention_norm."),
+    (r"\.layernorm_after\.", ".feedforward_norm."),
     (r"\.attention\.attention\.(query|key|value)\.", lambda m: f".attention.{m[1][0]}."),
-    (r"\.attention\.([qkv])_proj\.", r".attention.\1."), (r"\.attention\.o_proj\.", ".attention.out."),
+    (r"\.attention\.([qkv])_proj\.", r".attention.\1."),
+    (r"\.attention\.o_proj\.", ".attention.out."),
     (r"\.attention\.output\.dense\.", ".attention.out."),
-    (r"\.intermediate\.dense\.", ".feedforward.up."), (r"(blocks\.\d+)\.output\.dense\.", r"\1.feedforward.down."),
+    (r"\.intermediate\.dense\.", ".feedforward.up."),
+    (r"(blocks\.\d+)\.output\.dense\.", r"\1.feedforward.down."),
     # both
-    (r"\.mlp\.fc1\.", ".feedforward.up."), (r"\.mlp\.fc2\.", ".feedforward.down."),
+    (r"\.mlp\.fc1\.", ".feedforward.up."),
+    (r"\.mlp\.fc2\.", ".feedforward.down."),
 ]
 
 

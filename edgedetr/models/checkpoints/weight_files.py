@@ -27,19 +27,26 @@ NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin
 AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema")
 WRAPPERS = (*AVERAGED, "module", "model", "state_dict", "model_state_dict")
 SHARDS = 500
-PICKLE_LIMIT = 64 << 20         # bytes of a torch file's structure, without its tensors
-SLACK = 1 << 20                 # bytes that a torch file may promise beyond its size
+PICKLE_LIMIT = 64 << 20  # bytes of a torch file's structure, without its tensors
+SLACK = 1 << 20  # bytes that a torch file may promise beyond its size
 # Names in a pickle that stand for tensors and plain values. A Namespace holds the arguments of a training.
-HARMLESS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
-            "torch Size", "torch device", "argparse Namespace", "torch.serialization _get_layout"}
-OTHER = {                       # files that are no weights, by suffix: what they are, and what takes them
+HARMLESS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "torch Size",
+    "torch device",
+    "argparse Namespace",
+    "torch.serialization _get_layout",
+}
+OTHER = {  # files that are no weights, by suffix: what they are, and what takes them
     ".onnx": "an ONNX graph; run: edgedetr import {path} --out BUNDLE, without --model",
     ".engine": "a TensorRT engine, which belongs to one device; import the ONNX file that it was built from",
     ".plan": "a TensorRT engine, which belongs to one device; import the ONNX file that it was built from",
     ".tflite": "a TensorFlow Lite model; export the PyTorch model to ONNX and import that",
     ".h5": "TensorFlow's weights; save the model with PyTorch, or export it to ONNX and import that",
     ".msgpack": "Flax's weights; save the model with PyTorch, or export it to ONNX and import that",
-    ".pkl": "a pickle, which could execute anything; save the tensors alone: torch.save(model.state_dict(), \"w.pth\")",
+    ".pkl": 'a pickle, which could execute anything; save the tensors alone: torch.save(model.state_dict(), "w.pth")',
     ".xml": "an OpenVINO model; import the ONNX file that it was made from",
     ".npz": "arrays of NumPy; expected .safetensors, or a .pth of torch",
 }
@@ -51,17 +58,23 @@ def choose(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     if (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} holds an adapter (PEFT), which changes another model's weights; merge it into them "
-                         "first: model.merge_and_unload().save_pretrained(DIR)")
+        raise ModelError(
+            f"{folder} holds an adapter (PEFT), which changes another model's weights; merge it into them "
+            "first: model.merge_and_unload().save_pretrained(DIR)"
+        )
     if (folder / "bundle.json").is_file():
-        raise ModelError(f"{folder} is a bundle of edgedetr already; run: edgedetr export {folder}, or train from it: "
-                         f"--set train.start={folder}")
+        raise ModelError(
+            f"{folder} is a bundle of edgedetr already; run: edgedetr export {folder}, or train from it: "
+            f"--set train.start={folder}"
+        )
     deeper = sorted(path.parent.name for name in NAMES for path in folder.glob(f"*/{name}"))
     if deeper:
         raise ModelError(f"{folder} holds no weights, but {', '.join(deeper[:5])} in it do; name {folder / deeper[-1]}")
     there = sorted(path.name for path in folder.iterdir())
-    raise ModelError(f"{folder} holds none of {', '.join(NAMES)}; it holds {', '.join(there[:8]) or 'nothing'}; name "
-                     "the weight file itself")
+    raise ModelError(
+        f"{folder} holds none of {', '.join(NAMES)}; it holds {', '.join(there[:8]) or 'nothing'}; name "
+        "the weight file itself"
+    )
 
 
 def shards(index: Path) -> dict[str, set[str]]:
@@ -87,8 +100,10 @@ def read_shards(index: Path, files: Mapping[str, Path]) -> Weights:
         found = load(files[name])
         if set(found) != tensors:
             odd = sorted(set(found) ^ tensors)
-            raise ModelError(f"{files[name]}: {odd[0]} is {'missing' if odd[0] in tensors else 'not in the index'} "
-                             f"({len(odd)} such tensors); expected the files that belong to {index}")
+            raise ModelError(
+                f"{files[name]}: {odd[0]} is {'missing' if odd[0] in tensors else 'not in the index'} "
+                f"({len(odd)} such tensors); expected the files that belong to {index}"
+            )
         weights.update(found)
     return weights
 
@@ -106,15 +121,18 @@ def load(path: Path, notes: list[str] | None = None) -> Weights:
         try:
             return load_file(path)
         except Exception as error:  # safetensors raises its own kinds, without a common base
-            raise ModelError(f"{path}: not readable as weights ({_first(error)}); expected a whole file of "
-                             "safetensors") from error
+            raise ModelError(
+                f"{path}: not readable as weights ({_first(error)}); expected a whole file of safetensors"
+            ) from error
     _look(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, and its text advises to execute the file
-        raise ModelError(f"{path}: not readable as weights ({type(error).__name__}); expected safetensors, or a torch "
-                         "file that holds nothing but tensors") from error
+        raise ModelError(
+            f"{path}: not readable as weights ({type(error).__name__}); expected safetensors, or a torch "
+            "file that holds nothing but tensors"
+        ) from error
     return _tensors(content, path, [] if notes is None else notes)
 
 
@@ -140,15 +158,18 @@ def _tensors(content: Any, path: Path, notes: list[str]) -> Weights:
         what = "an adapter's or optimizer's file?" if isinstance(content, dict) else type(content).__name__
         raise ModelError(f"{path}: no tensors inside ({what}); expected a state dict")
     if any(".lora_A." in name or ".lora_B." in name for name in found):
-        raise ModelError(f"{path} holds an adapter (LoRA) beside or without the model's weights; merge it into them "
-                         "first: model.merge_and_unload()")
+        raise ModelError(
+            f"{path} holds an adapter (LoRA) beside or without the model's weights; merge it into them "
+            "first: model.merge_and_unload()"
+        )
     if sum(tensor.numel() * tensor.element_size() for tensor in found.values()) > 16 * path.stat().st_size + SLACK:
-        raise ModelError(f"{path}: its tensors share far more than the file holds; expected a file of at least a "
-                         "sixteenth of them")
+        raise ModelError(
+            f"{path}: its tensors share far more than the file holds; expected a file of at least a sixteenth of them"
+        )
     for name, tensor in found.items():
         if tensor.layout is not torch.strided or tensor.numel() * tensor.element_size() > _bytes(tensor):
             raise ModelError(f"{path}: {name} {tuple(tensor.shape)} is not stored in full; expected a dense tensor")
-    if all(name.startswith("module.") for name in found):           # DistributedDataParallel
+    if all(name.startswith("module.") for name in found):  # DistributedDataParallel
         return {name.removeprefix("module."): tensor for name, tensor in found.items()}
     return found
 
@@ -174,30 +195,40 @@ def _look(path: Path) -> None:
     except ModelError:
         raise
     except Exception as error:  # a damaged zip or pickle raises whatever its bytes lead to
-        raise ModelError(f"{path}: not readable as weights ({_first(error)}); expected safetensors, or a torch file "
-                         "that holds nothing but tensors") from error
+        raise ModelError(
+            f"{path}: not readable as weights ({_first(error)}); expected safetensors, or a torch file "
+            "that holds nothing but tensors"
+        ) from error
     strange = sorted(name for name in names if name not in HARMLESS and not _plain(name))
     if strange:
         shown = ", ".join(name.replace(" ", ".") for name in strange[:4])
         more = f" and {len(strange) - 4} more" if len(strange) > 4 else ""
-        raise ModelError(f"{path}: not readable as weights: it holds objects of {shown}{more}, and making them could "
-                         "execute anything, so nothing was loaded; save its tensors alone, with the library that wrote "
-                         "it: torch.save(model.state_dict(), \"w.pth\"); or export it to ONNX and import that")
+        raise ModelError(
+            f"{path}: not readable as weights: it holds objects of {shown}{more}, and making them could "
+            "execute anything, so nothing was loaded; save its tensors alone, with the library that wrote "
+            'it: torch.save(model.state_dict(), "w.pth"); or export it to ONNX and import that'
+        )
 
 
 def _zip_names(path: Path, size: int) -> set[str]:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if sum(entry.file_size for entry in entries) > size + SLACK:
-            raise ModelError(f"{path}: its {size} bytes promise {sum(entry.file_size for entry in entries)}; expected "
-                             "a file as torch.save writes it, which is not compressed")
+            raise ModelError(
+                f"{path}: its {size} bytes promise {sum(entry.file_size for entry in entries)}; expected "
+                "a file as torch.save writes it, which is not compressed"
+            )
         if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-            raise ModelError(f"{path} is a TorchScript archive, a program; save its tensors alone: "
-                             "torch.save(model.state_dict(), \"w.pth\"); or export it to ONNX and import that")
+            raise ModelError(
+                f"{path} is a TorchScript archive, a program; save its tensors alone: "
+                'torch.save(model.state_dict(), "w.pth"); or export it to ONNX and import that'
+            )
         pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
         if not pickles or sum(entry.file_size for entry in pickles) > PICKLE_LIMIT:
-            raise ModelError(f"{path}: a zip, but not as torch.save writes it; expected one data.pkl of at most "
-                             f"{PICKLE_LIMIT >> 20} MiB")
+            raise ModelError(
+                f"{path}: a zip, but not as torch.save writes it; expected one data.pkl of at most "
+                f"{PICKLE_LIMIT >> 20} MiB"
+            )
         found: set[str] = set()
         for entry in pickles:
             with archive.open(entry) as stream:

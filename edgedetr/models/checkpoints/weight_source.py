@@ -34,10 +34,13 @@ class Origin:
         self.files: dict[str, Path] = {}
         try:
             self.on_disk = self.path.exists()
-        except (OSError, ValueError) as error:      # a name that no file system takes
+        except (OSError, ValueError) as error:  # a name that no file system takes
             raise ModelError(f"{source!r:.80}: no file and no name on the hub ({error})") from error
-        if not self.on_disk and (self.path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".json")
-                                 or self.path.suffix in weight_files.OTHER or self.path.is_absolute()):
+        if not self.on_disk and (
+            self.path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".json")
+            or self.path.suffix in weight_files.OTHER
+            or self.path.is_absolute()
+        ):
             raise ModelError(f"{self.path}: no such file; expected weights there, or train from scratch: {SCRATCH}")
 
     def weights(self) -> dict[str, Tensor]:
@@ -61,8 +64,11 @@ class Origin:
         """What came from where, for the bundle: source, revision and the sha256 of every weight file."""
         # A path says more of this machine than of the weights, so a bundle gets the name alone.
         source = self.path.name if self.on_disk else self.source
-        return {"source": source, "revision": self.revision or None,
-                "files": {name: digest(path) for name, path in self.files.items()}}
+        return {
+            "source": source,
+            "revision": self.revision or None,
+            "files": {name: digest(path) for name, path in self.files.items()},
+        }
 
     def _main(self) -> Path:
         if self.on_disk:
@@ -74,10 +80,14 @@ class Origin:
             found = self._download(name)
             if found is not None:
                 return found
-        adapter = " (it holds an adapter, PEFT: merge it into its model first)" if self._download(
-            "adapter_config.json") else ""
-        raise ModelError(f"{self.source} on the hub has none of {', '.join(NAMES)}{adapter}; name a model with weights "
-                         "of PyTorch")
+        adapter = (
+            " (it holds an adapter, PEFT: merge it into its model first)"
+            if self._download("adapter_config.json")
+            else ""
+        )
+        raise ModelError(
+            f"{self.source} on the hub has none of {', '.join(NAMES)}{adapter}; name a model with weights of PyTorch"
+        )
 
     def _part(self, index: Path, name: str) -> Path:
         found = index.parent / name if self.on_disk else self._download(name)
@@ -91,11 +101,15 @@ class Origin:
             from huggingface_hub import constants, hf_hub_download
             from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
         except ImportError as error:
-            raise ModelError(f"{self.source} is no file here but a name on the Hugging Face hub, and "
-                             f"{missing('huggingface_hub', error)}; or train from scratch: {SCRATCH}") from error
+            raise ModelError(
+                f"{self.source} is no file here but a name on the Hugging Face hub, and "
+                f"{missing('huggingface_hub', error)}; or train from scratch: {SCRATCH}"
+            ) from error
         if not constants.ENDPOINT.startswith("https://"):
-            raise ModelError(f"HF_ENDPOINT is {constants.ENDPOINT}; expected https://: over http, anybody on the way "
-                             "could read the token and replace the weights")
+            raise ModelError(
+                f"HF_ENDPOINT is {constants.ENDPOINT}; expected https://: over http, anybody on the way "
+                "could read the token and replace the weights"
+            )
         try:
             path = Path(hf_hub_download(self.source, file, revision=self.revision or None))
         except LocalEntryNotFoundError as error:
@@ -113,9 +127,11 @@ class Origin:
 
     def _unreachable(self, file: str, error: Exception) -> ModelError:
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        return ModelError(f"weights {self.source!r}: {file} could not be downloaded "
-                          f"({type(error).__name__}: {reason}); go online once, name a .safetensors file, or train "
-                          f"from scratch: {SCRATCH}")
+        return ModelError(
+            f"weights {self.source!r}: {file} could not be downloaded "
+            f"({type(error).__name__}: {reason}); go online once, name a .safetensors file, or train "
+            f"from scratch: {SCRATCH}"
+        )
 
 
 def _known_missing(source: str, file: str, revision: str) -> bool:

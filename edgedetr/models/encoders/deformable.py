@@ -19,14 +19,15 @@ from edgedetr.layers.position import SinePosition
 from edgedetr.models.detector import Memory
 from edgedetr.models.encoders.dense import shrink
 
-GROUPS = 32     # of the GroupNorm after each projection, as published; of at least two channels each
+GROUPS = 32  # of the GroupNorm after each projection, as published; of at least two channels each
 
 
 class DeformableLayer(nn.Module):
     """Deformable self-attention and feed-forward, each with a residual and a LayerNorm after it."""
 
-    def __init__(self, attention: DeformableAttention, feedforward: FeedForward, dim: int,
-                 dropout: float = 0.0) -> None:
+    def __init__(
+        self, attention: DeformableAttention, feedforward: FeedForward, dim: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.attention, self.feedforward = attention, feedforward
         self.attention_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -49,8 +50,9 @@ class CellPlaces(nn.Module):
         super().__init__()
         self.sine, self.level = SinePosition(dim, offset=0.5), nn.Parameter(torch.randn(levels, dim))
 
-    def forward(self, like: Tensor, shapes: Shapes, padding: Sequence[Tensor] | None = None,
-                valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, like: Tensor, shapes: Shapes, padding: Sequence[Tensor] | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Position [1 or B, S, C] and centres [1 or B, S, 2] (x, y in 0..1 of the picture).
 
         padding  [B, H_l, W_l] bool per level;  valid [B, L, 2], share of each level that is picture
@@ -80,8 +82,9 @@ def cell_centres(like: Tensor, shapes: Shapes, valid: Tensor | None = None) -> T
 class DeformableEncoder(nn.Module):
     """Maps of the backbone, and coarser ones made from the last of them, through deformable layers."""
 
-    def __init__(self, channels: Sequence[int], strides: Sequence[int], dim: int, levels: int,
-                 layers: list[nn.Module]) -> None:
+    def __init__(
+        self, channels: Sequence[int], strides: Sequence[int], dim: int, levels: int, layers: list[nn.Module]
+    ) -> None:
         """channels, strides  of the backbone's maps, at most `levels`; the others come from stride-2 convolutions"""
         super().__init__()
         widths, steps = list(channels), list(strides)
@@ -104,7 +107,7 @@ class DeformableEncoder(nn.Module):
         for index, project in enumerate(self.project):
             if index < self.backbone_levels:
                 levels.append(project(maps[index]))
-            else:       # the first from the backbone's last map, every other from the one before it
+            else:  # the first from the backbone's last map, every other from the one before it
                 levels.append(project(maps[-1] if index == self.backbone_levels else levels[-1]))
         shapes = [(level.shape[2], level.shape[3]) for level in levels]
         masks = flat = valid = None

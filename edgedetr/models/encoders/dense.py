@@ -18,8 +18,14 @@ from edgedetr.models.detector import Memory
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward, each with a residual and a LayerNorm after (post) or before (pre) it."""
 
-    def __init__(self, attention: MultiHeadAttention, feedforward: FeedForward, dim: int, dropout: float = 0.0,
-                 pre_norm: bool = False) -> None:
+    def __init__(
+        self,
+        attention: MultiHeadAttention,
+        feedforward: FeedForward,
+        dim: int,
+        dropout: float = 0.0,
+        pre_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.attention, self.feedforward, self.pre_norm = attention, feedforward, pre_norm
         self.attention_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -40,8 +46,17 @@ class EncoderLayer(nn.Module):
 class DenseEncoder(nn.Module):
     """The coarsest map, projected to C channels, through dense encoder layers."""
 
-    def __init__(self, channels: int, stride: int, dim: int, position: nn.Module, layers: list[nn.Module],
-                 norm: nn.Module, position_scale: nn.Module | None = None, once: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        stride: int,
+        dim: int,
+        position: nn.Module,
+        layers: list[nn.Module],
+        norm: nn.Module,
+        position_scale: nn.Module | None = None,
+        once: bool = False,
+    ) -> None:
         """channels        of the backbone's map
         norm            after the last layer (pre-LN) or nn.Identity
         position_scale  C -> C: the tokens scale their own position, anew in every layer (DAB-DETR); None: as it is
@@ -60,7 +75,7 @@ class DenseEncoder(nn.Module):
         shape = (features.shape[2], features.shape[3])
         if padding is not None:
             padding = shrink(padding, shape)
-        tokens = features.flatten(2).transpose(1, 2)                # [B, S, C]
+        tokens = features.flatten(2).transpose(1, 2)  # [B, S, C]
         position = self.position(tokens, shape, padding)
         flat = None if padding is None else padding.flatten(1)
         if self.once:
@@ -88,7 +103,7 @@ class RowColumnEncoder(nn.Module):
         shape = (features.shape[2], features.shape[3])
         if padding is not None:
             padding = shrink(padding, shape)
-        tokens = features.flatten(2).transpose(1, 2)                # [B, S, C]
+        tokens = features.flatten(2).transpose(1, 2)  # [B, S, C]
         axes = self.position(tokens, shape, padding)
         flat = None if padding is None else padding.flatten(1)
         for layer in self.layers:

@@ -18,7 +18,7 @@ from edgedetr.layers.dynamic_convolution import ChannelAttention, DynamicRelu, S
 from edgedetr.layers.linear import Linear
 from edgedetr.options import one_of
 
-GROUPS = 16         # of the normalisation after each convolution (Dynamic Head)
+GROUPS = 16  # of the normalisation after each convolution (Dynamic Head)
 
 
 class DynamicPyramidLayer(nn.Module):
@@ -30,10 +30,15 @@ class DynamicPyramidLayer(nn.Module):
     Stochastic depth leaves a layer out as a whole: the maps of such an image go through it unchanged.
     """
 
-    def __init__(self, dim: int, dynamic_relu: bool = True, sampling: str = "auto",
-                 scale_attention: Literal["scalar", "channel"] = "scalar") -> None:
+    def __init__(
+        self,
+        dim: int,
+        dynamic_relu: bool = True,
+        sampling: str = "auto",
+        scale_attention: Literal["scalar", "channel"] = "scalar",
+    ) -> None:
         """scale_attention  how much of each map goes into the mean: one number (Dynamic Head), or one per channel by
-                         squeeze-and-excitation (Dynamic DETR)
+        squeeze-and-excitation (Dynamic DETR)
         """
         super().__init__()
         one_of("model.scale_attention", scale_attention, ("scalar", "channel"))
@@ -56,12 +61,14 @@ class DynamicPyramidLayer(nn.Module):
         """One [B, C, H_l, W_l] per level, finest first -> the same shapes."""
         levels, shapes = len(maps), [(level.shape[2], level.shape[3]) for level in maps]
         cells = [height * width for height, width in shapes]
-        large = [F.interpolate(level, size=shape, mode="bilinear", align_corners=False)
-                 for level, shape in zip(maps[1:], shapes)]
+        large = [
+            F.interpolate(level, size=shape, mode="bilinear", align_corners=False)
+            for level, shape in zip(maps[1:], shapes)
+        ]
         table = torch.cat([level.flatten(2).transpose(1, 2) for level in maps + large], dim=1)
         told = torch.cat([self.offset(level).flatten(2) for level in maps], dim=2).transpose(1, 2)  # [B, S, 27]
         total, first, last = sum(cells), cells[0], cells[-1]
-        told = torch.cat([told, told[:, first:], told[:, :total - last]], dim=1)
+        told = torch.cat([told, told[:, first:], told[:, : total - last]], dim=1)
         offset, mask = told.split([OFFSETS, MASKS], dim=2)
         starts = [sum(cells[:level]) for level in range(levels)]
         sources = [Source(shape, start, shape) for shape, start in zip(shapes, starts)]
@@ -76,7 +83,7 @@ class DynamicPyramidLayer(nn.Module):
             parts[level].append(part)
         weight = self.scale([part for several in parts for part in several]).split(1, dim=1)
         if isinstance(self.scale, ChannelAttention):
-            weight = [one.transpose(1, 2) for one in weight]                        # [B, C, 1]
+            weight = [one.transpose(1, 2) for one in weight]  # [B, C, 1]
         weights = iter(weight)
         out = []
         for several in parts:
@@ -85,7 +92,7 @@ class DynamicPyramidLayer(nn.Module):
         out = [level.relu() for level in out] if self.activation is None else self.activation(out)
         if self.training and self.path.rate:
             before, after = torch.cat([level.flatten(2) for level in maps], dim=2), torch.cat(out, dim=2)
-            out = list((before + self.path(after - before)).split(cells, dim=2))    # one decision for all levels
+            out = list((before + self.path(after - before)).split(cells, dim=2))  # one decision for all levels
         return [level.unflatten(2, shape) for level, shape in zip(out, shapes)]
 
     @staticmethod

@@ -23,8 +23,9 @@ class FeaturePyramid(nn.Module):
     strides  of the maps that come out
     """
 
-    def __init__(self, channels: Sequence[int], strides: Sequence[int], dim: int,
-                 extra: Literal["none", "conv"] = "none") -> None:
+    def __init__(
+        self, channels: Sequence[int], strides: Sequence[int], dim: int, extra: Literal["none", "conv"] = "none"
+    ) -> None:
         """extra  "conv": two levels more by 3x3 convolutions (P6 and P7)"""
         super().__init__()
         one_of("extra", extra, ("none", "conv"))
@@ -60,8 +61,10 @@ class PyramidEncoder(nn.Module):
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
         """maps: one [B, C_l, H_l, W_l] per level, finest first -> Memory."""
         if padding is not None:
-            raise ModelError("members that read boxes from a pyramid take pictures without padding; expected one "
-                             "fixed size (stretch or letterbox)")
+            raise ModelError(
+                "members that read boxes from a pyramid take pictures without padding; expected one "
+                "fixed size (stretch or letterbox)"
+            )
         maps = self.pyramid(maps)
         for layer in self.layers:
             maps = layer(maps)

@@ -35,8 +35,17 @@ class CspRep(nn.Module):
 class HybridEncoder(nn.Module):
     """Maps of C3..C5 -> Memory of as many levels, all C channels wide."""
 
-    def __init__(self, channels: Sequence[int], strides: Sequence[int], dim: int, layers: list[nn.Module],
-                 expansion: float, blocks: int, activation: str, outputs: int) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        dim: int,
+        layers: list[nn.Module],
+        expansion: float,
+        blocks: int,
+        activation: str,
+        outputs: int,
+    ) -> None:
         """layers: EncoderLayers for the coarsest map; expansion, blocks: width share and depth of each CspRep
 
         outputs  channels of the memory, where `dim` are those inside

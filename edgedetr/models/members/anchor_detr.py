@@ -22,25 +22,25 @@ from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.members.conditional_detr import rare_and_unmoved
 from edgedetr.models.queries.anchors import AnchorPoints, AnchorQueries
 
-SIZE_LOGIT = -2.0       # width and height that every box starts from: 0.12 of the picture
+SIZE_LOGIT = -2.0  # width and height that every box starts from: 0.12 of the picture
 
 
 @dataclass(frozen=True)
 class AnchorDetrConfig(TransformerConfig):
     """Anchor DETR-DC5-R50 as published (section 4.1)."""
 
-    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    activation: ClassVar[str] = "sigmoid"  # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    dilate_last: bool = True                    # C5 at stride 16 (DC5): 2.2 AP more than stride 32
-    ffn: int = 1024                             # 4 C
+    dilate_last: bool = True  # C5 at stride 16 (DC5): 2.2 AP more than stride 32
+    ffn: int = 1024  # 4 C
     encoder_layers: int = 6
     decoder_layers: int = 6
-    queries: int = 900                          # 300 anchor points x 3 patterns; 300 and 1 pattern for the edge
-    patterns: int = 3                           # objects that one point can answer for (table 3)
+    queries: int = 900  # 300 anchor points x 3 patterns; 300 and 1 pattern for the edge
+    patterns: int = 3  # objects that one point can answer for (table 3)
     points: Literal["learned", "grid"] = "learned"
-    dropout: float = 0.0                        # none, as published
-    denoising: bool = False                     # vectors for noised labels, which stand at points; not in the paper
+    dropout: float = 0.0  # none, as published
+    denoising: bool = False  # vectors for noised labels, which stand at points; not in the paper
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,15 +57,33 @@ def anchor_detr(config: AnchorDetrConfig, num_classes: int) -> Detector:
         return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)
 
     axis = AxisPosition(c.hidden)
-    encoder = RowColumnEncoder(backbone.channels[-1], backbone.strides[-1], c.hidden, axis,
-                               [RowColumnLayer(RowColumnAttention(c.hidden, c.heads, c.dropout), feedforward(),
-                                               c.hidden, c.dropout) for _ in range(c.encoder_layers)])
-    selector = AnchorQueries(AnchorPoints(c.queries // c.patterns, c.hidden, c.points, axis), c.patterns, c.hidden,
-                             num_classes, c.denoising)
+    encoder = RowColumnEncoder(
+        backbone.channels[-1],
+        backbone.strides[-1],
+        c.hidden,
+        axis,
+        [
+            RowColumnLayer(RowColumnAttention(c.hidden, c.heads, c.dropout), feedforward(), c.hidden, c.dropout)
+            for _ in range(c.encoder_layers)
+        ],
+    )
+    selector = AnchorQueries(
+        AnchorPoints(c.queries // c.patterns, c.hidden, c.points, axis), c.patterns, c.hidden, num_classes, c.denoising
+    )
     heads = AbsoluteBoxes(c.hidden, num_classes)
-    decoder = Decoder([DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
-                                    RowColumnCrossAttention(c.hidden, c.heads, c.dropout), feedforward(), c.hidden,
-                                    c.dropout) for _ in range(c.decoder_layers)], heads)
+    decoder = Decoder(
+        [
+            DecoderLayer(
+                MultiHeadAttention(c.hidden, c.heads, c.dropout),
+                RowColumnCrossAttention(c.hidden, c.heads, c.dropout),
+                feedforward(),
+                c.hidden,
+                c.dropout,
+            )
+            for _ in range(c.decoder_layers)
+        ],
+        heads,
+    )
     detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
     rare_and_unmoved(heads)
     nn.init.constant_(heads.box.layers[-1].bias[2:], SIZE_LOGIT)  # type: ignore[index, arg-type]  # not known to mypy

@@ -23,21 +23,21 @@ from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
 from edgedetr.models.queries.anchors import ConditionalQueries
 from edgedetr.options import LATER
 
-PRIOR = 0.01            # class probability that the head starts from (RetinaNet, section 4.1)
+PRIOR = 0.01  # class probability that the head starts from (RetinaNet, section 4.1)
 
 
 @dataclass(frozen=True)
 class ConditionalDetrConfig(TransformerConfig):
     """Conditional DETR-R50 as published (section 4.1)."""
 
-    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    activation: ClassVar[str] = "sigmoid"  # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    dilate_last: bool = False                   # C5 at stride 16 (DC5): 2.8 AP more, twice the arithmetic
-    ffn: int = 2048                             # 8 C
+    dilate_last: bool = False  # C5 at stride 16 (DC5): 2.8 AP more, twice the arithmetic
+    ffn: int = 2048  # 8 C
     encoder_layers: int = 6
     decoder_layers: int = 6
-    queries: int = 300                          # as published; DETR's 100 cost little less (table 3)
+    queries: int = 300  # as published; DETR's 100 cost little less (table 3)
     dropout: float = 0.1
     ffn_activation: Literal["relu", "gelu", "silu"] = "relu"
     # Decoder layers begin with normalised content (see models/decoder.py).
@@ -53,16 +53,33 @@ def conditional_detr(config: ConditionalDetrConfig, num_classes: int) -> Detecto
         return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)
 
     def decoder_layer(number: int) -> nn.Module:
-        return DecoderLayer(ConditionalSelfAttention(c.hidden, c.heads, c.dropout),
-                            ConditionalCrossAttention(c.hidden, c.heads, c.dropout, first=number == 0),
-                            feedforward(), c.hidden, c.dropout)
+        return DecoderLayer(
+            ConditionalSelfAttention(c.hidden, c.heads, c.dropout),
+            ConditionalCrossAttention(c.hidden, c.heads, c.dropout, first=number == 0),
+            feedforward(),
+            c.hidden,
+            c.dropout,
+        )
 
-    encoder = DenseEncoder(backbone.channels[-1], backbone.strides[-1], c.hidden, SinePosition(c.hidden),
-                           [EncoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout), feedforward(), c.hidden,
-                                         c.dropout) for _ in range(c.encoder_layers)], nn.Identity())
+    encoder = DenseEncoder(
+        backbone.channels[-1],
+        backbone.strides[-1],
+        c.hidden,
+        SinePosition(c.hidden),
+        [
+            EncoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout), feedforward(), c.hidden, c.dropout)
+            for _ in range(c.encoder_layers)
+        ],
+        nn.Identity(),
+    )
     heads = AbsoluteBoxes(c.hidden, num_classes)
-    decoder = Decoder([decoder_layer(number) for number in range(c.decoder_layers)], heads,
-                      norm=nn.LayerNorm(c.hidden), spatial=SpatialQuery(c.hidden), norm_between=c.norm_between)
+    decoder = Decoder(
+        [decoder_layer(number) for number in range(c.decoder_layers)],
+        heads,
+        norm=nn.LayerNorm(c.hidden),
+        spatial=SpatialQuery(c.hidden),
+        norm_between=c.norm_between,
+    )
     detector = Detector(backbone, encoder, ConditionalQueries(c.queries, c.hidden), decoder, Normalise(c.mean, c.std))
     xavier(encoder.layers, decoder.layers)
     rare_and_unmoved(heads)

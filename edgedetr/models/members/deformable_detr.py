@@ -22,30 +22,32 @@ from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLay
 from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.queries.proposals import PointQueries, TwoStageQueries
 
-PRIOR = 0.01            # class probability that the heads start from (RetinaNet, section 4.1)
-SIZE_LOGIT = -2.0       # width and height that every box starts from: 0.12 of the picture
-SLOW = (".offsets.", "selector.reference.")     # names of what learns at a tenth of the rate (section A.4)
+PRIOR = 0.01  # class probability that the heads start from (RetinaNet, section 4.1)
+SIZE_LOGIT = -2.0  # width and height that every box starts from: 0.12 of the picture
+SLOW = (".offsets.", "selector.reference.")  # names of what learns at a tenth of the rate (section A.4)
 
 
 @dataclass(frozen=True)
 class DeformableDetrConfig(TransformerConfig):
     """Deformable DETR-R50 as published, multi-scale; `refine` and `two_stage` are its stronger forms (table 1)."""
 
-    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    activation: ClassVar[str] = "sigmoid"  # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    dilate_last: bool = False                   # C5 at stride 16 (DC5), for a single level
-    levels: int = 4                             # C3, C4, C5 and a stride-2 convolution of C5; 1: C5 alone
-    points: int = 4                             # samples per head and level
-    ffn: int = 1024                             # 4 C
+    dilate_last: bool = False  # C5 at stride 16 (DC5), for a single level
+    levels: int = 4  # C3, C4, C5 and a stride-2 convolution of C5; 1: C5 alone
+    points: int = 4  # samples per head and level
+    ffn: int = 1024  # 4 C
     encoder_layers: int = 6
     decoder_layers: int = 6
-    queries: int = 300                          # as many boxes as come out
-    refine: bool = False                        # every layer moves the box of the layer before, with heads of its own
-    two_stage: bool = False                     # queries start at the best boxes of a head on the memory
-    sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
+    queries: int = 300  # as many boxes as come out
+    refine: bool = False  # every layer moves the box of the layer before, with heads of its own
+    two_stage: bool = False  # queries start at the best boxes of a head on the memory
+    sampling: Literal["auto", "gather", "grid_sample"] = (
+        "auto"  # in training: the faster one; export has its own choice
+    )
     dropout: float = 0.1
-    denoising: bool = False                     # vectors for noised labels, for two_stage; not in the paper
+    denoising: bool = False  # vectors for noised labels, for two_stage; not in the paper
     ffn_activation: Literal["relu", "gelu", "silu"] = "relu"
 
     def __post_init__(self) -> None:
@@ -55,8 +57,10 @@ class DeformableDetrConfig(TransformerConfig):
         if self.denoising and not self.two_stage:
             raise ModelError("model.denoising needs queries that start from boxes; add --set model.two_stage=true")
         if self.levels not in (1, 3, 4, 5) or self.points < 1:
-            raise ModelError(f"model.levels is {self.levels}, model.points {self.points}; expected "
-                             "1 (C5), 3 (C3 to C5), 4 or 5 levels, and at least 1 point")
+            raise ModelError(
+                f"model.levels is {self.levels}, model.points {self.points}; expected "
+                "1 (C5), 3 (C3 to C5), 4 or 5 levels, and at least 1 point"
+            )
 
 
 def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> Detector:
@@ -69,20 +73,32 @@ def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> Detector:
         return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)
 
     def encoder_layer() -> nn.Module:
-        return DeformableLayer(DeformableAttention(c.hidden, c.heads, points, c.sampling), feedforward(), c.hidden,
-                               c.dropout)
+        return DeformableLayer(
+            DeformableAttention(c.hidden, c.heads, points, c.sampling), feedforward(), c.hidden, c.dropout
+        )
 
     def decoder_layer() -> nn.Module:
-        return DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
-                            DeformableCrossAttention(c.hidden, c.heads, points, c.sampling),
-                            feedforward(), c.hidden, c.dropout)
+        return DecoderLayer(
+            MultiHeadAttention(c.hidden, c.heads, c.dropout),
+            DeformableCrossAttention(c.hidden, c.heads, points, c.sampling),
+            feedforward(),
+            c.hidden,
+            c.dropout,
+        )
 
-    encoder = DeformableEncoder(backbone.channels, backbone.strides, c.hidden, c.levels,
-                                [encoder_layer() for _ in range(c.encoder_layers)])
-    selector = (TwoStageQueries(c.hidden, num_classes, c.queries, c.denoising) if c.two_stage
-                else PointQueries(c.queries, c.hidden))
-    heads = (IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False) if c.refine
-             else AbsoluteBoxes(c.hidden, num_classes))
+    encoder = DeformableEncoder(
+        backbone.channels, backbone.strides, c.hidden, c.levels, [encoder_layer() for _ in range(c.encoder_layers)]
+    )
+    selector = (
+        TwoStageQueries(c.hidden, num_classes, c.queries, c.denoising)
+        if c.two_stage
+        else PointQueries(c.queries, c.hidden)
+    )
+    heads = (
+        IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False)
+        if c.refine
+        else AbsoluteBoxes(c.hidden, num_classes)
+    )
     decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)], heads)
     detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std), slow=SLOW)
     reset_heads(detector, 0.0 if c.two_stage else SIZE_LOGIT)

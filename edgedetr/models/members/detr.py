@@ -28,21 +28,21 @@ from edgedetr.options import LATER
 class DetrConfig(TransformerConfig):
     """DETR-R50 as published (section A.4)."""
 
-    activation: ClassVar[str] = "softmax"       # of the class logits; the last one is "no object"
+    activation: ClassVar[str] = "softmax"  # of the class logits; the last one is "no object"
     class_loss: ClassVar[str] = "softmax_ce"
 
-    dilate_last: bool = False                   # C5 at stride 16 (DC5): better on small objects, 4x the tokens
-    ffn: int = 2048                             # 8 C
+    dilate_last: bool = False  # C5 at stride 16 (DC5): better on small objects, 4x the tokens
+    ffn: int = 2048  # 8 C
     encoder_layers: int = 6
     decoder_layers: int = 6
-    queries: int = 100                          # more than objects in any COCO picture
+    queries: int = 100  # more than objects in any COCO picture
     position: Literal["sine", "learned", "sequence", "none"] = "sine"
-    position_at: Literal["every_layer", "input"] = "every_layer"        # at the encoder's input
-                                                # alone; table 3's nearest form, the decoder's as well, loses 1.4 AP
-    position_on_value: bool = False             # values of cross-attention carry no position in the original
-    skip_first_self_attention: bool = False     # of the decoder, whose queries have no content yet (section A.3)
-    box_layers: int = 3                         # of the box head; the class head is one Linear
-    pre_norm: bool = False                      # LayerNorm before each part (Table Transformer) instead of after
+    position_at: Literal["every_layer", "input"] = "every_layer"  # at the encoder's input
+    # alone; table 3's nearest form, the decoder's as well, loses 1.4 AP
+    position_on_value: bool = False  # values of cross-attention carry no position in the original
+    skip_first_self_attention: bool = False  # of the decoder, whose queries have no content yet (section A.3)
+    box_layers: int = 3  # of the box head; the class head is one Linear
+    pre_norm: bool = False  # LayerNorm before each part (Table Transformer) instead of after
     dropout: float = 0.1
     ffn_activation: Literal["relu", "gelu", "silu"] = "relu"
     # Decoder layers begin with normalised content (see models/decoder.py).
@@ -57,7 +57,7 @@ class DetrConfig(TransformerConfig):
 POSITIONS: dict[str, Callable[[int], nn.Module]] = {
     "sine": SinePosition,
     "learned": LearnedPosition,
-    "sequence": lambda dim: SequencePosition(dim, 2500),        # 1600 x 1600 px at stride 32
+    "sequence": lambda dim: SequencePosition(dim, 2500),  # 1600 x 1600 px at stride 32
     "none": lambda dim: NoPosition(),
 }
 
@@ -71,21 +71,36 @@ def detr(config: DetrConfig, num_classes: int) -> Detector:
         return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)
 
     def encoder_layer() -> nn.Module:
-        return EncoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout), feedforward(), c.hidden, c.dropout,
-                            c.pre_norm)
+        return EncoderLayer(
+            MultiHeadAttention(c.hidden, c.heads, c.dropout), feedforward(), c.hidden, c.dropout, c.pre_norm
+        )
 
     def decoder_layer(index: int) -> nn.Module:
         skipped = c.skip_first_self_attention and index == 0
-        return DecoderLayer(None if skipped else MultiHeadAttention(c.hidden, c.heads, c.dropout),
-                            DenseCrossAttention(c.hidden, c.heads, c.dropout, c.position_on_value),
-                            feedforward(), c.hidden, c.dropout, c.pre_norm)
+        return DecoderLayer(
+            None if skipped else MultiHeadAttention(c.hidden, c.heads, c.dropout),
+            DenseCrossAttention(c.hidden, c.heads, c.dropout, c.position_on_value),
+            feedforward(),
+            c.hidden,
+            c.dropout,
+            c.pre_norm,
+        )
 
-    encoder = DenseEncoder(backbone.channels[-1], backbone.strides[-1], c.hidden, POSITIONS[c.position](c.hidden),
-                           [encoder_layer() for _ in range(c.encoder_layers)],
-                           nn.LayerNorm(c.hidden) if c.pre_norm else nn.Identity(), once=c.position_at == "input")
-    decoder = Decoder([decoder_layer(index) for index in range(c.decoder_layers)],
-                      AbsoluteBoxes(c.hidden, num_classes + 1, box_layers=c.box_layers), norm=nn.LayerNorm(c.hidden),
-                      norm_between=c.norm_between)
+    encoder = DenseEncoder(
+        backbone.channels[-1],
+        backbone.strides[-1],
+        c.hidden,
+        POSITIONS[c.position](c.hidden),
+        [encoder_layer() for _ in range(c.encoder_layers)],
+        nn.LayerNorm(c.hidden) if c.pre_norm else nn.Identity(),
+        once=c.position_at == "input",
+    )
+    decoder = Decoder(
+        [decoder_layer(index) for index in range(c.decoder_layers)],
+        AbsoluteBoxes(c.hidden, num_classes + 1, box_layers=c.box_layers),
+        norm=nn.LayerNorm(c.hidden),
+        norm_between=c.norm_between,
+    )
     detector = Detector(backbone, encoder, LearnedQueries(c.queries, c.hidden), decoder, Normalise(c.mean, c.std))
     xavier(encoder.layers, decoder.layers)
     return detector

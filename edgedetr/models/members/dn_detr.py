@@ -1,7 +1,7 @@
 """DN-DETR: DAB-DETR, whose queries are boxes that every layer moves, with noised objects beside them in training.
 
 Li et al. 2022, "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising"; Liu et al. 2022, "DAB-DETR: Dynamic
-Anchor Boxes are Better Queries for DETR". The noise is drawn in training/denoising.py; what labels mean is learned here.
+Anchor Boxes are Better Queries for DETR". The noise is drawn in training/denoising.py; the label embedding is here.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
 from edgedetr.models.members.conditional_detr import rare_and_unmoved
 from edgedetr.models.queries.anchors import BoxPosition, BoxQueries
 
-TEMPERATURE = 20.0      # of the picture's position: shorter waves than DETR's 10000 (DAB-DETR, section 4.5)
+TEMPERATURE = 20.0  # of the picture's position: shorter waves than DETR's 10000 (DAB-DETR, section 4.5)
 
 
 @dataclass(frozen=True)
 class DnDetrConfig(TransformerConfig):
     """DN-DETR-R50 as published (section 5.1)."""
 
-    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    activation: ClassVar[str] = "sigmoid"  # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    dilate_last: bool = False                   # C5 at stride 16 (DC5)
-    ffn: int = 2048                             # 8 C
+    dilate_last: bool = False  # C5 at stride 16 (DC5)
+    ffn: int = 2048  # 8 C
     encoder_layers: int = 6
     decoder_layers: int = 6
     queries: int = 300
     ffn_activation: Literal["prelu", "relu", "gelu", "silu"] = "prelu"
-    dropout: float = 0.0                        # none, as published
-    denoising: bool = True                      # vectors for labels; without them this is DAB-DETR
+    dropout: float = 0.0  # none, as published
+    denoising: bool = True  # vectors for labels; without them this is DAB-DETR
 
 
 def dn_detr(config: DnDetrConfig, num_classes: int) -> Detector:
@@ -52,18 +52,34 @@ def dn_detr(config: DnDetrConfig, num_classes: int) -> Detector:
         return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)
 
     def decoder_layer(number: int) -> nn.Module:
-        return DecoderLayer(ConditionalSelfAttention(c.hidden, c.heads, c.dropout),
-                            ConditionalCrossAttention(c.hidden, c.heads, c.dropout, first=number == 0),
-                            feedforward(), c.hidden, c.dropout)
+        return DecoderLayer(
+            ConditionalSelfAttention(c.hidden, c.heads, c.dropout),
+            ConditionalCrossAttention(c.hidden, c.heads, c.dropout, first=number == 0),
+            feedforward(),
+            c.hidden,
+            c.dropout,
+        )
 
-    encoder = DenseEncoder(backbone.channels[-1], backbone.strides[-1], c.hidden, SinePosition(c.hidden, TEMPERATURE),
-                           [EncoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout), feedforward(), c.hidden,
-                                         c.dropout) for _ in range(c.encoder_layers)], nn.Identity(),
-                           position_scale=Mlp(c.hidden, c.hidden, c.hidden, 2))
+    encoder = DenseEncoder(
+        backbone.channels[-1],
+        backbone.strides[-1],
+        c.hidden,
+        SinePosition(c.hidden, TEMPERATURE),
+        [
+            EncoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout), feedforward(), c.hidden, c.dropout)
+            for _ in range(c.encoder_layers)
+        ],
+        nn.Identity(),
+        position_scale=Mlp(c.hidden, c.hidden, c.hidden, 2),
+    )
     heads = AbsoluteBoxes(c.hidden, num_classes, iterative=True)
-    decoder = Decoder([decoder_layer(number) for number in range(c.decoder_layers)], heads,
-                      query_position=BoxPosition(c.hidden), norm=nn.LayerNorm(c.hidden),
-                      spatial=SpatialQuery(c.hidden, sized=True))
+    decoder = Decoder(
+        [decoder_layer(number) for number in range(c.decoder_layers)],
+        heads,
+        query_position=BoxPosition(c.hidden),
+        norm=nn.LayerNorm(c.hidden),
+        spatial=SpatialQuery(c.hidden, sized=True),
+    )
     selector = BoxQueries(c.queries, c.hidden, num_classes, c.denoising)
     detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
     xavier(encoder.layers, decoder.layers)

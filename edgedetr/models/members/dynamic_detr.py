@@ -31,24 +31,26 @@ from edgedetr.options import LATER
 class DynamicDetrConfig(TransformerConfig):
     """Dynamic DETR R50 as the paper describes it (section 4.1)."""
 
-    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    activation: ClassVar[str] = "sigmoid"  # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    ffn: int = 2048                             # 8 C
+    ffn: int = 2048  # 8 C
     encoder_layers: int = 6
-    dynamic_relu: bool = True                   # False: plain ReLU, which is cheaper and fuses into the convolution
+    dynamic_relu: bool = True  # False: plain ReLU, which is cheaper and fuses into the convolution
     # How much of each level goes into a sum: one number per map (the authors' Dynamic Head), or one per channel by
     # squeeze-and-excitation, as this paper has it (section 3.2); recipe dynamic-detr-r50 takes the paper's.
     scale_attention: Literal["scalar", "channel"] = field(default="scalar", metadata=LATER)
-    sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
+    sampling: Literal["auto", "gather", "grid_sample"] = (
+        "auto"  # in training: the faster one; export has its own choice
+    )
     decoder_layers: int = 6
     queries: int = 300
-    dynamic_layers: Literal[1, 2] = 2           # 1: the full C x C product of figure 4; 2: through dynamic_hidden
-    dynamic_hidden: int = 64                    # as Sparse R-CNN
-    roi_px: int = 7                             # bins per side (section 3.3)
-    roi_samples: int = 2                        # bilinear points per side of a bin
-    dropout: float = 0.0                        # none, as in Sparse R-CNN
-    denoising: bool = False                     # vectors for noised labels; not in the paper
+    dynamic_layers: Literal[1, 2] = 2  # 1: the full C x C product of figure 4; 2: through dynamic_hidden
+    dynamic_hidden: int = 64  # as Sparse R-CNN
+    roi_px: int = 7  # bins per side (section 3.3)
+    roi_samples: int = 2  # bilinear points per side of a bin
+    dropout: float = 0.0  # none, as in Sparse R-CNN
+    denoising: bool = False  # vectors for noised labels; not in the paper
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,17 +64,26 @@ def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> Detector:
     backbone = backbone_of(c, levels=(3, 4, 5))
 
     def decoder_layer() -> nn.Module:
-        read = RoiCrossAttention(RoiAlign(c.roi_px, c.roi_samples),
-                                 DynamicInteraction(c.hidden, c.roi_px**2, c.dynamic_hidden, c.dynamic_layers))
-        return DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout), read,
-                            FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout), c.hidden, c.dropout)
+        read = RoiCrossAttention(
+            RoiAlign(c.roi_px, c.roi_samples),
+            DynamicInteraction(c.hidden, c.roi_px**2, c.dynamic_hidden, c.dynamic_layers),
+        )
+        return DecoderLayer(
+            MultiHeadAttention(c.hidden, c.heads, c.dropout),
+            read,
+            FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout),
+            c.hidden,
+            c.dropout,
+        )
 
-    encoder = PyramidEncoder(FeaturePyramid(backbone.channels, backbone.strides, c.hidden, extra="conv"),
-                             [DynamicPyramidLayer(c.hidden, c.dynamic_relu, c.sampling, c.scale_attention)
-                              for _ in range(c.encoder_layers)])
+    encoder = PyramidEncoder(
+        FeaturePyramid(backbone.channels, backbone.strides, c.hidden, extra="conv"),
+        [DynamicPyramidLayer(c.hidden, c.dynamic_relu, c.sampling, c.scale_attention) for _ in range(c.encoder_layers)],
+    )
     boxes = DeltaBoxes(c.hidden, num_classes, c.decoder_layers, class_tower=0, box_tower=0)
-    decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)], boxes,
-                      query_position=Mlp(4, 2 * c.hidden, c.hidden, 2))
+    decoder = Decoder(
+        [decoder_layer() for _ in range(c.decoder_layers)], boxes, query_position=Mlp(4, 2 * c.hidden, c.hidden, 2)
+    )
     xavier(decoder)
     boxes.rare()
     # With xavier's weights and no towers before them, most boxes leave the picture, where there is nothing to read.

@@ -26,29 +26,35 @@ from edgedetr.models.queries.proposals import DenseQueries
 class EfficientDetrConfig(TransformerConfig):
     """Efficient DETR-R50 as the paper describes it (section 4)."""
 
-    activation: ClassVar[str] = "sigmoid"       # of the class logits
-    class_loss: ClassVar[str] = "focal"         # in the dense and in the sparse part, both matched one to one
+    activation: ClassVar[str] = "sigmoid"  # of the class logits
+    class_loss: ClassVar[str] = "focal"  # in the dense and in the sparse part, both matched one to one
 
-    levels: int = 4                             # C3, C4, C5 and a stride-2 convolution of C5
-    points: int = 4                             # samples per head and level (Deformable DETR)
-    ffn: int = 1024                             # 4 C
-    encoder_layers: int = 3                     # half of Deformable DETR's
-    decoder_layers: int = 1                     # with dense proposals more give little (figure 2)
-    queries: int = 100                          # proposals that are kept at the end of training and deployed
-    first_queries: int = 300                    # at its beginning; they fall linearly (section 4.3)
-    coordinates: Literal[2, 4] = 4              # the decoder starts from the proposed box, or from its centre
-    sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
+    levels: int = 4  # C3, C4, C5 and a stride-2 convolution of C5
+    points: int = 4  # samples per head and level (Deformable DETR)
+    ffn: int = 1024  # 4 C
+    encoder_layers: int = 3  # half of Deformable DETR's
+    decoder_layers: int = 1  # with dense proposals more give little (figure 2)
+    queries: int = 100  # proposals that are kept at the end of training and deployed
+    first_queries: int = 300  # at its beginning; they fall linearly (section 4.3)
+    coordinates: Literal[2, 4] = 4  # the decoder starts from the proposed box, or from its centre
+    sampling: Literal["auto", "gather", "grid_sample"] = (
+        "auto"  # in training: the faster one; export has its own choice
+    )
     dropout: float = 0.1
-    denoising: bool = False                     # vectors for noised labels; not in the paper
+    denoising: bool = False  # vectors for noised labels; not in the paper
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.first_queries < self.queries:
-            raise ModelError(f"model.first_queries is {self.first_queries}, less than model.queries, {self.queries}; "
-                             "expected at least as many at the beginning of training")
+            raise ModelError(
+                f"model.first_queries is {self.first_queries}, less than model.queries, {self.queries}; "
+                "expected at least as many at the beginning of training"
+            )
         if not 3 <= self.levels <= 5 or self.points < 1:
-            raise ModelError(f"model.levels is {self.levels}, model.points {self.points}; "
-                             "expected 3 to 5 levels, and at least 1 point")
+            raise ModelError(
+                f"model.levels is {self.levels}, model.points {self.points}; "
+                "expected 3 to 5 levels, and at least 1 point"
+            )
 
 
 def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> Detector:
@@ -61,14 +67,30 @@ def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> Detector:
         return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)
 
     encoder = DeformableEncoder(
-        backbone.channels, backbone.strides, c.hidden, c.levels,
-        [DeformableLayer(DeformableAttention(c.hidden, c.heads, points, c.sampling), feedforward(), c.hidden, c.dropout)
-         for _ in range(c.encoder_layers)])
+        backbone.channels,
+        backbone.strides,
+        c.hidden,
+        c.levels,
+        [
+            DeformableLayer(
+                DeformableAttention(c.hidden, c.heads, points, c.sampling), feedforward(), c.hidden, c.dropout
+            )
+            for _ in range(c.encoder_layers)
+        ],
+    )
     decoder = Decoder(
-        [DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
-                      DeformableCrossAttention(c.hidden, c.heads, points, c.sampling),
-                      feedforward(), c.hidden, c.dropout) for _ in range(c.decoder_layers)],
-        IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False))
+        [
+            DecoderLayer(
+                MultiHeadAttention(c.hidden, c.heads, c.dropout),
+                DeformableCrossAttention(c.hidden, c.heads, points, c.sampling),
+                feedforward(),
+                c.hidden,
+                c.dropout,
+            )
+            for _ in range(c.decoder_layers)
+        ],
+        IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False),
+    )
     selector = DenseQueries(c.hidden, num_classes, c.queries, c.first_queries, c.coordinates, c.denoising)
     detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std), slow=SLOW)
     reset_heads(detector, 0.0)

@@ -23,38 +23,40 @@ from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.queries.selection import TopKQueries
 from edgedetr.options import LATER
 
-PRIOR = 0.01            # class probability that the heads start from (RetinaNet, section 4.1)
+PRIOR = 0.01  # class probability that the heads start from (RetinaNet, section 4.1)
 
 
 @dataclass(frozen=True)
 class RtDetrConfig(TransformerConfig):
     """RT-DETR-R18 as published; the nano recipe narrows it."""
 
-    activation: ClassVar[str] = "sigmoid"       # of the class logits
-    class_loss: ClassVar[str] = "vfl"           # IoU-aware: a query's score says how good its box is (section 4.3)
+    activation: ClassVar[str] = "sigmoid"  # of the class logits
+    class_loss: ClassVar[str] = "vfl"  # IoU-aware: a query's score says how good its box is (section 4.3)
 
-    version: Literal[1, 2] = 2                  # 2 allows `points` to differ per level, and method "discrete"
-    backbone: str = "resnet18vd"                # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
-    frozen_stages: int = 0                      # 1 = stem, 2 = stem and first stage, ...; R50 and larger use 1
-    encoder_layers: int = 1                     # attention within C5; more cost time and gave nothing (table 3)
-    encoder_ffn: int = 1024                     # 4 C
+    version: Literal[1, 2] = 2  # 2 allows `points` to differ per level, and method "discrete"
+    backbone: str = "resnet18vd"  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
+    frozen_stages: int = 0  # 1 = stem, 2 = stem and first stage, ...; R50 and larger use 1
+    encoder_layers: int = 1  # attention within C5; more cost time and gave nothing (table 3)
+    encoder_ffn: int = 1024  # 4 C
     # Channels of the hybrid encoder; 0: C. R101 has 384, and 256 after it.
     encoder_width: int = field(default=0, metadata=LATER)
-    expansion: float = 0.5                      # width of the fusion blocks; R18 0.5, R34 0.5, R50 and larger 1.0
-    fusion_blocks: int = 3                      # RepVGG blocks in each
+    expansion: float = 0.5  # width of the fusion blocks; R18 0.5, R34 0.5, R50 and larger 1.0
+    fusion_blocks: int = 3  # RepVGG blocks in each
     encoder_activation: Literal["gelu", "relu", "silu"] = "gelu"
     conv_activation: Literal["silu", "relu", "gelu"] = "silu"
-    decoder_layers: int = 3                     # R18 3, R34 4, R50 and larger 6
-    decoder_ffn: int = 1024                     # 4 C
+    decoder_layers: int = 3  # R18 3, R34 4, R50 and larger 6
+    decoder_ffn: int = 1024  # 4 C
     decoder_activation: Literal["relu", "gelu", "silu"] = "relu"
-    queries: int = 300                          # as many boxes as come out
-    learned_content: bool = False               # queries start from learned vectors and not from their tokens (DINO)
-    points: tuple[int, ...] = (4, 4, 4)         # samples per head in C3, C4, C5
-    method: Literal["default", "discrete"] = "default"          # bilinear, or the nearest cell
-    sampling: Literal["auto", "gather", "grid_sample"] = "auto" # in training: the faster one; export has its own choice
-    dropout: float = 0.0                        # none, as published
-    denoising: bool = True                      # class embedding for noised queries in training
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)          # the published weights take pixels / 255
+    queries: int = 300  # as many boxes as come out
+    learned_content: bool = False  # queries start from learned vectors and not from their tokens (DINO)
+    points: tuple[int, ...] = (4, 4, 4)  # samples per head in C3, C4, C5
+    method: Literal["default", "discrete"] = "default"  # bilinear, or the nearest cell
+    sampling: Literal["auto", "gather", "grid_sample"] = (
+        "auto"  # in training: the faster one; export has its own choice
+    )
+    dropout: float = 0.0  # none, as published
+    denoising: bool = True  # class embedding for noised queries in training
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # the published weights take pixels / 255
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -62,8 +64,10 @@ class RtDetrConfig(TransformerConfig):
         if len(self.points) != 3:
             raise ModelError(f"model.points has {len(self.points)} numbers; expected one for each of C3, C4, C5")
         if self.encoder_width % self.heads or self.encoder_width % 4 or self.encoder_width < 0:
-            raise ModelError(f"model.encoder_width is {self.encoder_width}; expected 0 (as model.hidden), or a "
-                             f"multiple of 4 and of {self.heads} heads")
+            raise ModelError(
+                f"model.encoder_width is {self.encoder_width}; expected 0 (as model.hidden), or a "
+                f"multiple of 4 and of {self.heads} heads"
+            )
         if self.version == 1 and (len(set(self.points)) > 1 or self.method != "default"):
             raise ModelError("model.version 1 samples equally many points per level, bilinearly; use version 2")
 
@@ -74,21 +78,38 @@ def rt_detr(config: RtDetrConfig, num_classes: int) -> Detector:
     backbone, width = backbone_of(c, levels=(3, 4, 5)), c.encoder_width or c.hidden
 
     def encoder_layer() -> nn.Module:
-        return EncoderLayer(MultiHeadAttention(width, c.heads, c.dropout),
-                            FeedForward(width, c.encoder_ffn, c.encoder_activation, c.dropout), width, c.dropout)
+        return EncoderLayer(
+            MultiHeadAttention(width, c.heads, c.dropout),
+            FeedForward(width, c.encoder_ffn, c.encoder_activation, c.dropout),
+            width,
+            c.dropout,
+        )
 
     def decoder_layer() -> nn.Module:
-        return DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout),
-                            DeformableCrossAttention(c.hidden, c.heads, c.points, c.sampling, c.method),
-                            FeedForward(c.hidden, c.decoder_ffn, c.decoder_activation, c.dropout), c.hidden, c.dropout)
+        return DecoderLayer(
+            MultiHeadAttention(c.hidden, c.heads, c.dropout),
+            DeformableCrossAttention(c.hidden, c.heads, c.points, c.sampling, c.method),
+            FeedForward(c.hidden, c.decoder_ffn, c.decoder_activation, c.dropout),
+            c.hidden,
+            c.dropout,
+        )
 
-    encoder = HybridEncoder(backbone.channels, backbone.strides, width,
-                            [encoder_layer() for _ in range(c.encoder_layers)],
-                            c.expansion, c.fusion_blocks, c.conv_activation, c.hidden)
+    encoder = HybridEncoder(
+        backbone.channels,
+        backbone.strides,
+        width,
+        [encoder_layer() for _ in range(c.encoder_layers)],
+        c.expansion,
+        c.fusion_blocks,
+        c.conv_activation,
+        c.hidden,
+    )
     selector = TopKQueries(c.hidden, num_classes, c.queries, c.denoising, c.learned_content)
-    decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)],
-                      IterativeBoxes(c.hidden, num_classes, c.decoder_layers),
-                      query_position=Mlp(4, 2 * c.hidden, c.hidden, 2))
+    decoder = Decoder(
+        [decoder_layer() for _ in range(c.decoder_layers)],
+        IterativeBoxes(c.hidden, num_classes, c.decoder_layers),
+        query_position=Mlp(4, 2 * c.hidden, c.hidden, 2),
+    )
     detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
     reset_heads(detector)
     return detector

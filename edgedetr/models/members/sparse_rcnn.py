@@ -26,19 +26,19 @@ from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
 class SparseRcnnConfig(TransformerConfig):
     """Sparse R-CNN R50-FPN as published (section 4), with 100 proposals."""
 
-    activation: ClassVar[str] = "sigmoid"       # of the class logits
+    activation: ClassVar[str] = "sigmoid"  # of the class logits
     class_loss: ClassVar[str] = "focal"
 
-    ffn: int = 2048                             # 8 C
-    decoder_layers: int = 6                     # stages of the cascade; each has its own weights (table 5)
-    queries: int = 100                          # proposals; 300 give 2 AP more
-    dynamic_hidden: int = 64                    # width between the two predicted products
-    roi_px: int = 7                             # bins per side
-    roi_samples: int = 2                        # bilinear points per side of a bin; 1 takes a quarter of the time
-    class_tower: int = 1                        # blocks before the class head
-    box_tower: int = 3                          # and before the box head
-    dropout: float = 0.0                        # none, as published
-    denoising: bool = False                     # vectors for noised labels; not in the paper
+    ffn: int = 2048  # 8 C
+    decoder_layers: int = 6  # stages of the cascade; each has its own weights (table 5)
+    queries: int = 100  # proposals; 300 give 2 AP more
+    dynamic_hidden: int = 64  # width between the two predicted products
+    roi_px: int = 7  # bins per side
+    roi_samples: int = 2  # bilinear points per side of a bin; 1 takes a quarter of the time
+    class_tower: int = 1  # blocks before the class head
+    box_tower: int = 3  # and before the box head
+    dropout: float = 0.0  # none, as published
+    denoising: bool = False  # vectors for noised labels; not in the paper
 
 
 def sparse_rcnn(config: SparseRcnnConfig, num_classes: int) -> Detector:
@@ -47,10 +47,16 @@ def sparse_rcnn(config: SparseRcnnConfig, num_classes: int) -> Detector:
     backbone = backbone_of(c, levels=(2, 3, 4, 5))
 
     def stage() -> nn.Module:
-        read = RoiCrossAttention(RoiAlign(c.roi_px, c.roi_samples),
-                                 DynamicInteraction(c.hidden, c.roi_px**2, c.dynamic_hidden))
-        return DecoderLayer(MultiHeadAttention(c.hidden, c.heads, c.dropout), read,
-                            FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout), c.hidden, c.dropout)
+        read = RoiCrossAttention(
+            RoiAlign(c.roi_px, c.roi_samples), DynamicInteraction(c.hidden, c.roi_px**2, c.dynamic_hidden)
+        )
+        return DecoderLayer(
+            MultiHeadAttention(c.hidden, c.heads, c.dropout),
+            read,
+            FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout),
+            c.hidden,
+            c.dropout,
+        )
 
     encoder = PyramidEncoder(FeaturePyramid(backbone.channels, backbone.strides, c.hidden))
     boxes = DeltaBoxes(c.hidden, num_classes, c.decoder_layers, c.class_tower, c.box_tower)

@@ -65,7 +65,9 @@ class AnchorPoints(nn.Module):
         else:
             side = math.isqrt(points)
             if side**2 != points:
-                raise ModelError(f"{points} anchor points do not fill a square grid; use {side**2} or {(side + 1)**2}")
+                raise ModelError(
+                    f"{points} anchor points do not fill a square grid; use {side**2} or {(side + 1) ** 2}"
+                )
             line = (torch.arange(side) + 0.5) / side
             self.register_buffer("points", torch.cartesian_prod(line, line), persistent=False)
 
@@ -116,7 +118,7 @@ class BoxQueries(nn.Module):
 
     def __init__(self, queries: int, dim: int, num_classes: int, denoising: bool) -> None:
         super().__init__()
-        self.dim, self.box = dim, nn.Embedding(queries, 4)          # box logits
+        self.dim, self.box = dim, nn.Embedding(queries, 4)  # box logits
         self.denoising_class_embed = nn.Embedding(num_classes + 1, dim - 1) if denoising else None
 
     def forward(self, memory: Memory) -> Queries:

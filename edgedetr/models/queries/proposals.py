@@ -23,8 +23,8 @@ from edgedetr.models.encoders.deformable import cell_centres
 from edgedetr.models.queries.selection import INVALID, label_content
 from edgedetr.options import one_of
 
-SIDE = 0.05         # a proposal's side in the finest level, share of the picture; it doubles per level
-MARGIN = 0.01       # numbers closer to 0 or 1 than this make a proposal unusable
+SIDE = 0.05  # a proposal's side in the finest level, share of the picture; it doubles per level
+MARGIN = 0.01  # numbers closer to 0 or 1 than this make a proposal unusable
 
 
 class PointQueries(nn.Module):
@@ -66,8 +66,9 @@ class Proposals(nn.Module):
     first   queries at the beginning of training, falling linearly to `queries`, which is what is deployed
     """
 
-    def __init__(self, dim: int, num_classes: int, queries: int, rank: Literal["foreground", "best"],
-                 first: int | None = None) -> None:
+    def __init__(
+        self, dim: int, num_classes: int, queries: int, rank: Literal["foreground", "best"], first: int | None = None
+    ) -> None:
         super().__init__()
         one_of("rank", rank, ("foreground", "best"))
         self.rank, self.queries, self.first = rank, queries, first or queries
@@ -90,16 +91,18 @@ class Proposals(nn.Module):
         """Tokens of the best cells [B, N, C], their boxes [B, N, 4] in 0..1, and (logits, boxes) of all cells."""
         count = memory.tokens.shape[1]
         if count < self.count:
-            raise ModelError(f"{self.count} queries asked for, but the picture has {count} cells; "
-                             f"use a larger input or --set model.queries={count}")
+            raise ModelError(
+                f"{self.count} queries asked for, but the picture has {count} cells; "
+                f"use a larger input or --set model.queries={count}"
+            )
         starts, usable = self.starts(memory.tokens, memory.shapes, memory.valid)
         if memory.padding is not None:
             usable = usable * (~memory.padding[..., None]).to(usable.dtype)
             starts = starts.masked_fill(memory.padding[..., None], INVALID)
-        tokens = self.norm(self.project(memory.tokens * usable))        # [B, S, C]
+        tokens = self.norm(self.project(memory.tokens * usable))  # [B, S, C]
         logits = exactly(self.score, tokens)
         rank = logits[..., 0] if self.foreground else logits.amax(-1)
-        best = rank.topk(self.count, dim=1).indices                     # [B, N]
+        best = rank.topk(self.count, dim=1).indices  # [B, N]
         # The chosen boxes are computed apart from all boxes, of which the deployed graph has no use. Same numbers: the
         # head is per token.
         chosen = take_rows(tokens, best)
@@ -142,8 +145,9 @@ class TwoStageQueries(Proposals):
 class DenseQueries(Proposals):
     """Content is the token of the proposed cell, position the sine of its box (Efficient DETR)."""
 
-    def __init__(self, dim: int, num_classes: int, queries: int, first: int, coordinates: int = 4,
-                 denoising: bool = False) -> None:
+    def __init__(
+        self, dim: int, num_classes: int, queries: int, first: int, coordinates: int = 4, denoising: bool = False
+    ) -> None:
         """coordinates  4: the decoder starts from the proposed box; 2: from its centre"""
         super().__init__(dim, num_classes, queries, "best", first)
         self.denoising_class_embed = nn.Embedding(num_classes + 1, dim) if denoising else None

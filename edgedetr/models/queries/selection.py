@@ -13,7 +13,7 @@ from edgedetr.layers.feedforward import Mlp
 from edgedetr.layers.linear import Linear
 from edgedetr.models.detector import Memory, Queries
 
-INVALID = 1e4           # logit of an anchor off the map: sigmoid is exactly 1, and it stays finite in a quantised graph
+INVALID = 1e4  # logit of an anchor off the map: sigmoid is exactly 1, and it stays finite in a quantised graph
 
 
 def label_content(embedding: nn.Embedding | None, labels: Tensor) -> Tensor:
@@ -22,8 +22,10 @@ def label_content(embedding: nn.Embedding | None, labels: Tensor) -> Tensor:
     embedding  [K + 1, C] of a model that was built with model.denoising, else None
     """
     if embedding is None:
-        raise ModelError("this model was built without model.denoising, so it has no vectors for noised labels; "
-                         "use train.denoising=0")
+        raise ModelError(
+            "this model was built without model.denoising, so it has no vectors for noised labels; "
+            "use train.denoising=0"
+        )
     return embedding(labels)
 
 
@@ -51,7 +53,7 @@ class Anchors(nn.Module):
 
     def forward(self, like: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """-> anchor logits [1, S, 4] (INVALID where not usable) and validity [1, S, 1], 0 or 1."""
-        boxes, kind = [], torch.promote_types(like.dtype, torch.float32)   # a bfloat16 cell centre is 1/256 off
+        boxes, kind = [], torch.promote_types(like.dtype, torch.float32)  # a bfloat16 cell centre is 1/256 off
         for level, (height, width) in enumerate(shapes):
             y = (torch.arange(height, device=like.device, dtype=kind) + 0.5) / height
             x = (torch.arange(width, device=like.device, dtype=kind) + 0.5) / width
@@ -70,8 +72,9 @@ class TopKQueries(nn.Module):
     2022, "DINO", section 3.4; `learnt_init_query` of RT-DETR's code).
     """
 
-    def __init__(self, dim: int, num_classes: int, queries: int, denoising: bool = True,
-                 learned_content: bool = False) -> None:
+    def __init__(
+        self, dim: int, num_classes: int, queries: int, denoising: bool = True, learned_content: bool = False
+    ) -> None:
         super().__init__()
         self.queries, self.anchors = queries, Anchors()
         self.project, self.norm = Linear(dim, dim), nn.LayerNorm(dim)
@@ -88,10 +91,12 @@ class TopKQueries(nn.Module):
         """Gradients reach the tokens through `encoder` only: content and reference start the decoder as constants."""
         count = memory.tokens.shape[1]
         if count < self.queries:
-            raise ModelError(f"{self.queries} queries asked for, but the picture has {count} cells; "
-                             f"use a larger input or --set model.queries={count}")
+            raise ModelError(
+                f"{self.queries} queries asked for, but the picture has {count} cells; "
+                f"use a larger input or --set model.queries={count}"
+            )
         anchors, valid = self.anchors(memory.tokens, memory.shapes)
-        tokens = self.norm(self.project(memory.tokens * valid))     # [B, S, C]
+        tokens = self.norm(self.project(memory.tokens * valid))  # [B, S, C]
         best = exactly(self.score, tokens).amax(-1).topk(self.queries, dim=1).indices  # [B, N]
         # Boxes of the chosen tokens only: the head is per token, so choosing first gives the same numbers.
         chosen = take_rows(tokens, best)

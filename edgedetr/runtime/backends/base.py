@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-MADE_BY = "edgedetr.quantisation"       # metadata of an INT8 graph: what it was made by, as JSON
+MADE_BY = "edgedetr.quantisation"  # metadata of an INT8 graph: what it was made by, as JSON
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from edgedetr.packages import missing
 from edgedetr.runtime.onnx_facts import EXPECTED, OnnxFacts, facts, parse
 from edgedetr.runtime.tensorrt.engine_validation import read_regular
 
-LARGEST = (1 << 31) - 1         # bytes; a protobuf message cannot be longer
+LARGEST = (1 << 31) - 1  # bytes; a protobuf message cannot be longer
 # Beginnings of a ModelProto: a field with a number of 1 to 25 and one of the wire types in use.
 FIRST_BYTES = frozenset(field << 3 | kind for field in range(1, 26) for kind in (0, 2) if field << 3 < 128) | {
-    field << 3 & 0x7F | 0x80 | kind for field in range(16, 26) for kind in (0, 2)}
+    field << 3 & 0x7F | 0x80 | kind for field in range(16, 26) for kind in (0, 2)
+}
 
 
 def read(path: str | Path, error: type[EdgedetrError] = BundleError) -> tuple[bytes, OnnxFacts]:
@@ -48,12 +49,14 @@ def load(path: str | Path, error: type[EdgedetrError] = BundleError) -> Any:
     data, _ = read(path, error)
     try:
         return onnx.load_model_from_string(data)
-    except Exception as reason:     # protobuf raises types of its own, which differ between its versions
+    except Exception as reason:  # protobuf raises types of its own, which differ between its versions
         raise error(f"{path}: not readable as ONNX ({reason}); {EXPECTED}") from reason
 
 
 def _refuse_external(found: OnnxFacts, what: str, error: type[EdgedetrError]) -> None:
     if found.external:
-        raise error(f"{what}: keeps weights in another file ({found.external[0]!r}), and such a name can point "
-                    f"anywhere; {EXPECTED}, which holds everything in one file; edgedetr import FILE.onnx --out BUNDLE "
-                    "puts weights beside a file into it")
+        raise error(
+            f"{what}: keeps weights in another file ({found.external[0]!r}), and such a name can point "
+            f"anywhere; {EXPECTED}, which holds everything in one file; edgedetr import FILE.onnx --out BUNDLE "
+            "puts weights beside a file into it"
+        )

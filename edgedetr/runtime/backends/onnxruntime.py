@@ -40,7 +40,7 @@ class OrtRunner:
         shape = self.session.get_inputs()[0].shape
         self.batch: int | None = shape[0] if isinstance(shape[0], int) else None
         self.height, self.width = int(shape[2]), int(shape[3])
-        self.weight_bits = _weight_bits(self.session)       # None where the graph was not quantised by us
+        self.weight_bits = _weight_bits(self.session)  # None where the graph was not quantised by us
 
     def run(self, images: np.ndarray) -> RawOutputs:
         logits, boxes = self.session.run(["logits", "boxes"], {"images": images})
@@ -68,16 +68,26 @@ class OrtFrameRunner:
         inputs, outputs = self.session.get_inputs(), {output.name for output in self.session.get_outputs()}
         shape = inputs[0].shape
         if [i.name for i in inputs] != ["frames"] or not set(self.outputs) <= outputs or len(shape) != 4:
-            raise BundleError(f"{path}: inputs {[i.name for i in inputs]} and outputs {sorted(outputs)}; expected "
-                              "frames [1, H, W, 3] -> boxes, scores, labels, as edgedetr export --frame writes them")
+            raise BundleError(
+                f"{path}: inputs {[i.name for i in inputs]} and outputs {sorted(outputs)}; expected "
+                "frames [1, H, W, 3] -> boxes, scores, labels, as edgedetr export --frame writes them"
+            )
         self.height, self.width = int(shape[1]), int(shape[2])
 
     def run(self, frame: np.ndarray) -> dict[str, np.ndarray]:
         return dict(zip(self.outputs, self.session.run(list(self.outputs), {"frames": frame})))
 
 
-def tensors(model: bytes, images: np.ndarray, names: Sequence[str], *, optimise: bool,
-            threads: int | None = None, feed: str = "images", on_gpu: bool = False) -> dict[str, np.ndarray]:
+def tensors(
+    model: bytes,
+    images: np.ndarray,
+    names: Sequence[str],
+    *,
+    optimise: bool,
+    threads: int | None = None,
+    feed: str = "images",
+    on_gpu: bool = False,
+) -> dict[str, np.ndarray]:
     """Values of named graph outputs of a serialised model, for one batch given to the input `feed`."""
     session = _session(model, threads, optimise, on_gpu)
     return dict(zip(names, session.run(list(names), {feed: images})))
@@ -93,13 +103,22 @@ def no_gpu() -> str:
     except DeviceError as reason:
         return str(reason)
     if CUDA not in onnxruntime.get_available_providers():
-        return (f"ONNX Runtime {onnxruntime.__version__} here has no {CUDA}; run: pip uninstall -y onnxruntime && "
-                "pip install onnxruntime-gpu")
+        return (
+            f"ONNX Runtime {onnxruntime.__version__} here has no {CUDA}; run: pip uninstall -y onnxruntime && "
+            "pip install onnxruntime-gpu"
+        )
     return ""
 
 
-def plain_session(model: bytes, *, optimise: bool | str = False, threads: int | None = None, spin: bool = True,
-                  error: type[EdgedetrError] = BundleError, fix: str = WRITE_AGAIN) -> Any:
+def plain_session(
+    model: bytes,
+    *,
+    optimise: bool | str = False,
+    threads: int | None = None,
+    spin: bool = True,
+    error: type[EdgedetrError] = BundleError,
+    fix: str = WRITE_AGAIN,
+) -> Any:
     """A session of a serialised graph on the CPU, for any inputs and outputs.
 
     optimise   True: all that ONNX Runtime knows; "basic": what is quick to do; False: every node runs as written
@@ -109,11 +128,14 @@ def plain_session(model: bytes, *, optimise: bool | str = False, threads: int | 
     onnxruntime = _library()
     levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4                  # what it cannot do is raised; its lines help nobody here
-    options.intra_op_num_threads = bounded(threads)     # 0 = one per core
+    options.log_severity_level = 4  # what it cannot do is raised; its lines help nobody here
+    options.intra_op_num_threads = bounded(threads)  # 0 = one per core
     options.inter_op_num_threads = 1
-    options.graph_optimization_level = {True: levels.ORT_ENABLE_ALL, False: levels.ORT_DISABLE_ALL,
-                                        "basic": levels.ORT_ENABLE_BASIC}[optimise]
+    options.graph_optimization_level = {
+        True: levels.ORT_ENABLE_ALL,
+        False: levels.ORT_DISABLE_ALL,
+        "basic": levels.ORT_ENABLE_BASIC,
+    }[optimise]
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     data = require_whole(model, error=error)
@@ -127,13 +149,19 @@ def _library() -> Any:
         raise MissingDependency(missing("onnxruntime", error)) from error
 
 
-def _open(onnxruntime: Any, model: bytes, options: Any, providers: list[Any], what: str,
-          error: type[EdgedetrError] = BundleError, fix: str = WRITE_AGAIN) -> Any:
+def _open(
+    onnxruntime: Any,
+    model: bytes,
+    options: Any,
+    providers: list[Any],
+    what: str,
+    error: type[EdgedetrError] = BundleError,
+    fix: str = WRITE_AGAIN,
+) -> Any:
     try:
         return onnxruntime.InferenceSession(model, options, providers=providers)
-    except Exception as reason:     # the library's exceptions share no public base class
-        raise error(f"{what}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason}); "
-                    f"{fix}") from reason
+    except Exception as reason:  # the library's exceptions share no public base class
+        raise error(f"{what}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason}); {fix}") from reason
 
 
 def _session(model: bytes | str | Path, threads: int | None, optimise: bool, on_gpu: bool = False) -> Any:
@@ -141,8 +169,8 @@ def _session(model: bytes | str | Path, threads: int | None, optimise: bool, on_
     what = "the graph" if isinstance(model, bytes) else str(model)
     data = require_whole(model) if isinstance(model, bytes) else read(model)[0]
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3                  # errors only: warnings about constant folding help nobody here
-    options.intra_op_num_threads = bounded(threads)     # 0 = one per core
+    options.log_severity_level = 3  # errors only: warnings about constant folding help nobody here
+    options.intra_op_num_threads = bounded(threads)  # 0 = one per core
     options.inter_op_num_threads = 1
     # Threads that spin on after a run would take the cores from the backend that is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -150,17 +178,19 @@ def _session(model: bytes | str | Path, threads: int | None, optimise: bool, on_
         raise DeviceError(reason)
     providers: list[Any] = ["CPUExecutionProvider"]
     if on_gpu:
-        if hasattr(onnxruntime, "preload_dlls"):    # since 1.21: finds CUDA and cuDNN in NVIDIA's wheels
-            with redirect_stdout(sys.stderr):       # where it prints what it does not find
+        if hasattr(onnxruntime, "preload_dlls"):  # since 1.21: finds CUDA and cuDNN in NVIDIA's wheels
+            with redirect_stdout(sys.stderr):  # where it prints what it does not find
                 onnxruntime.preload_dlls()
         providers.insert(0, (CUDA, {"use_tf32": "0"}))
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
     session = _open(onnxruntime, data, options, providers, what)
-    if on_gpu and CUDA not in session.get_providers():      # it says so on standard error alone, and goes on
-        raise DeviceError(f"ONNX Runtime {onnxruntime.__version__} cannot load its {CUDA} and would run on the CPU; "
-                          "expected the CUDA and cuDNN that it was built for; run: "
-                          "pip install 'onnxruntime-gpu[cuda,cudnn]'")
+    if on_gpu and CUDA not in session.get_providers():  # it says so on standard error alone, and goes on
+        raise DeviceError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load its {CUDA} and would run on the CPU; "
+            "expected the CUDA and cuDNN that it was built for; run: "
+            "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
     return session
 
 
@@ -175,5 +205,7 @@ def _weight_bits(session: Any) -> int | None:
 def _check(path: str | Path, session: Any) -> None:
     inputs, outputs = session.get_inputs(), [output.name for output in session.get_outputs()]
     if [i.name for i in inputs] != ["images"] or not {"logits", "boxes"} <= set(outputs) or len(inputs[0].shape) != 4:
-        raise BundleError(f"{path}: inputs {[i.name for i in inputs]} and outputs {outputs}; "
-                          f"expected images [B, 3, H, W] -> logits, boxes, as edgedetr export writes them")
+        raise BundleError(
+            f"{path}: inputs {[i.name for i in inputs]} and outputs {outputs}; "
+            f"expected images [B, 3, H, W] -> logits, boxes, as edgedetr export writes them"
+        )

@@ -31,8 +31,10 @@ class OpenVinoRunner:
         compiled = _compile(read(path)[0], threads, precision_hint, what=str(path))
         names = [port.get_any_name() for port in compiled.inputs], {n for port in compiled.outputs for n in port.names}
         if names[0] != ["images"] or not {"logits", "boxes"} <= names[1] or len(compiled.inputs[0].shape) != 4:
-            raise BundleError(f"{path}: inputs {names[0]} and outputs {sorted(names[1])}; expected "
-                              f"images [B, 3, H, W] -> logits, boxes, as edgedetr export writes them")
+            raise BundleError(
+                f"{path}: inputs {names[0]} and outputs {sorted(names[1])}; expected "
+                f"images [B, 3, H, W] -> logits, boxes, as edgedetr export writes them"
+            )
         shape = compiled.inputs[0].shape
         self.batch: int | None = int(shape[0])
         self.height, self.width = int(shape[2]), int(shape[3])
@@ -54,8 +56,9 @@ class OpenVinoRunner:
         return RawOutputs(logits, boxes)
 
 
-def tensors(model: bytes, images: np.ndarray, names: Sequence[str], *,
-            threads: int | None = None) -> dict[str, np.ndarray]:
+def tensors(
+    model: bytes, images: np.ndarray, names: Sequence[str], *, threads: int | None = None
+) -> dict[str, np.ndarray]:
     """Values of named graph outputs of a serialised model, for one batch."""
     request = _compile(require_whole(model), threads, "f32", batch=len(images)).create_infer_request()
     request.infer({"images": images})
@@ -89,5 +92,7 @@ def _compile(model: bytes, threads: int | None, precision_hint: str, batch: int 
             graph.reshape({graph.inputs[0].get_any_name(): openvino.PartialShape([batch, *list(shape)[1:]])})
         return core.compile_model(graph, "CPU", settings)
     except RuntimeError as error:
-        raise BundleError(f"{what}: OpenVINO {openvino.__version__} cannot compile it ({str(error).strip()[-300:]}); "
-                          f"use another backend, or write it again with: edgedetr export") from error
+        raise BundleError(
+            f"{what}: OpenVINO {openvino.__version__} cannot compile it ({str(error).strip()[-300:]}); "
+            f"use another backend, or write it again with: edgedetr export"
+        ) from error

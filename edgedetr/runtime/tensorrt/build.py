@@ -29,12 +29,12 @@ from edgedetr.runtime.tensorrt.library import tensorrt
 log = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
-EXPORT_OPTION = {"fp32": "", "fp16": " --trt", "int8": " --int8"}    # makes that graph
+EXPORT_OPTION = {"fp32": "", "fp16": " --trt", "int8": " --int8"}  # makes that graph
 TYPINGS = ("auto", "strong", "weak")
-LEVELS = range(6)               # of TensorRT's builder_optimization_level; 3 is its default
+LEVELS = range(6)  # of TensorRT's builder_optimization_level; 3 is its default
 LARGEST_BATCH = 1024
-SMALLEST_WORKSPACE = 64         # MB; below it convolutions lose their fast kernels
-LARGEST_DEFAULT = 4096          # MB; detectors use far less, and more only makes the search longer
+SMALLEST_WORKSPACE = 64  # MB; below it convolutions lose their fast kernels
+LARGEST_DEFAULT = 4096  # MB; detectors use far less, and more only makes the search longer
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,18 @@ def available() -> str | None:
     return None
 
 
-def build(bundle: Bundle | str | Path, precision: str = "int8", *, batch: int | tuple[int, int, int] = 1,
-          frame: tuple[int, int] | None = None, workspace_mb: int | None = None, optimization_level: int = 3,
-          typing: str = "auto", force: bool = False, progress: Progress | None = None) -> BuiltEngine:
+def build(
+    bundle: Bundle | str | Path,
+    precision: str = "int8",
+    *,
+    batch: int | tuple[int, int, int] = 1,
+    frame: tuple[int, int] | None = None,
+    workspace_mb: int | None = None,
+    optimization_level: int = 3,
+    typing: str = "auto",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> BuiltEngine:
     """Build the engine of one precision, or keep the one that is there and fits.
 
     precision            "fp32", "fp16" or "int8": which graph of the bundle
@@ -82,8 +91,10 @@ def build(bundle: Bundle | str | Path, precision: str = "int8", *, batch: int | 
     name = PRECISIONS[precision] if frame is None else file_name(PRECISIONS[precision], *frame)
     if frame is not None and name not in bundle.manifest.files:
         size = f"{frame[0]}x{frame[1]}"
-        raise BundleError(f"{bundle.path}: no {precision} graph for frames of {size}; "
-                          f"run: edgedetr export {bundle.path} --frame {size}{EXPORT_OPTION[precision]}")
+        raise BundleError(
+            f"{bundle.path}: no {precision} graph for frames of {size}; "
+            f"run: edgedetr export {bundle.path} --frame {size}{EXPORT_OPTION[precision]}"
+        )
     model, facts = onnx_bytes.read(bundle.require(name), EngineError)
     digest = hashlib.sha256(model).hexdigest()
     if digest != bundle.manifest.files[name].sha256:
@@ -102,24 +113,43 @@ def build(bundle: Bundle | str | Path, precision: str = "int8", *, batch: int | 
     folder = store.writable_folder(bundle, needed=len(model))
     with store.one_at_a_time(folder):
         plan = folder / f"{stem}.plan"
-        kept = None if force else _kept(plan, device, trt.__version__, digest)      # another process may have built it
+        kept = None if force else _kept(plan, device, trt.__version__, digest)  # another process may have built it
         if kept is not None:
             return kept
         cache = store.timing_cache_path(device, trt.__version__)
         try:
-            made = build_plan(model, arguments, device, what=str(bundle.path / name),
-                              timing_cache=store.read_timing_cache(cache), progress=progress)
+            made = build_plan(
+                model,
+                arguments,
+                device,
+                what=str(bundle.path / name),
+                timing_cache=store.read_timing_cache(cache),
+                progress=progress,
+            )
         except EngineError as error:
             hints = "".join(f"\nknown: {entry}" for entry in concerning if entry.on_failure)
             raise EngineError(f"{error}{hints}") from error
         store.write_timing_cache(cache, made.timing_cache)
         warnings = tuple(str(entry) for entry in concerning if not entry.on_failure) + made.notes
         told = Sidecar(
-            plan=plan.name, plan_sha256=hashlib.sha256(made.data).hexdigest(), plan_bytes=len(made.data), onnx=name,
-            onnx_sha256=digest, tensorrt=trt.__version__, cuda=device.runtime, driver=device.driver,
-            jetpack=machine.jetpack(), device=device.name, sm=device.sm, host=machine.host(make=True),
-            arguments=arguments, typing=made.typing, seconds=round(made.seconds, 1),
-            layers=inspector.summarise(made.layers), warnings=warnings)
+            plan=plan.name,
+            plan_sha256=hashlib.sha256(made.data).hexdigest(),
+            plan_bytes=len(made.data),
+            onnx=name,
+            onnx_sha256=digest,
+            tensorrt=trt.__version__,
+            cuda=device.runtime,
+            driver=device.driver,
+            jetpack=machine.jetpack(),
+            device=device.name,
+            sm=device.sm,
+            host=machine.host(make=True),
+            arguments=arguments,
+            typing=made.typing,
+            seconds=round(made.seconds, 1),
+            layers=inspector.summarise(made.layers),
+            warnings=warnings,
+        )
         _publish(plan, made, told)
     log.info("%s: built in %.0f s", plan, made.seconds)
     return BuiltEngine(plan, told, True)
@@ -140,11 +170,13 @@ def outdated(bundle: Bundle) -> list[Path]:
 
 
 def _publish(plan: Path, made: Plan, told: Sidecar) -> None:
-    store.publish({
-        plan.with_suffix(".layers.json"): made.layers.encode(),
-        plan: made.data,
-        sidecar.beside(plan): sidecar.to_bytes(told),
-    })
+    store.publish(
+        {
+            plan.with_suffix(".layers.json"): made.layers.encode(),
+            plan: made.data,
+            sidecar.beside(plan): sidecar.to_bytes(told),
+        }
+    )
 
 
 def _kept(plan: Path, device: Device, version: str, digest: str) -> BuiltEngine | None:
@@ -167,8 +199,10 @@ def _here(bundle: Bundle):  # type: ignore[no-untyped-def]  # a module, or an er
         return tensorrt()
     except MissingDependency as error:
         where = shlex.quote(str(bundle.path))
-        raise MissingDependency(f"{error}; engines are built on the device that runs them: copy {where} there and run: "
-                                f"edgedetr build {where}") from error
+        raise MissingDependency(
+            f"{error}; engines are built on the device that runs them: copy {where} there and run: "
+            f"edgedetr build {where}"
+        ) from error
 
 
 def _check_words(precision: str, batch: int | tuple[int, int, int], level: int, typing: str) -> tuple[int, int, int]:
@@ -182,8 +216,10 @@ def _check_words(precision: str, batch: int | tuple[int, int, int], level: int, 
         raise UsageError(f"batch is {shown(batch)}; expected a whole number, or three: least, usual, largest")
     least, usual, largest = sizes
     if not 1 <= least <= usual <= largest <= LARGEST_BATCH:
-        raise UsageError(f"batch is {shown(batch)} (least, usual, largest); expected numbers in ascending order, from "
-                         f"1 to {LARGEST_BATCH}")
+        raise UsageError(
+            f"batch is {shown(batch)} (least, usual, largest); expected numbers in ascending order, from "
+            f"1 to {LARGEST_BATCH}"
+        )
     return least, usual, largest
 
 
@@ -193,16 +229,20 @@ def _check_batch(bundle: Bundle, name: str, precision: str, facts: OnnxFacts, si
     taken, given = ("frames", ("boxes", "scores", "labels")) if whole_frames else ("images", ("logits", "boxes"))
     shape = facts.inputs.get(taken)
     if shape is None or not set(given) <= set(facts.outputs):
-        raise BundleError(f"{bundle.path / name}: inputs {sorted(facts.inputs)} and outputs {sorted(facts.outputs)}; "
-                          f"expected {taken} -> {', '.join(given)}; run: edgedetr export BUNDLE")
+        raise BundleError(
+            f"{bundle.path / name}: inputs {sorted(facts.inputs)} and outputs {sorted(facts.outputs)}; "
+            f"expected {taken} -> {', '.join(given)}; run: edgedetr export BUNDLE"
+        )
     fixed = shape[0] if shape else 1
     if whole_frames and set(sizes) != {1}:
         raise UsageError(f"{bundle.path / name} takes one frame at a time; expected neither --batch nor --dynamic")
     if isinstance(fixed, int) and set(sizes) != {fixed}:
         wanted = sizes[0] if len(set(sizes)) == 1 else "{}, {}, {}".format(*sizes)
-        raise UsageError(f"{bundle.path / name} takes batches of {fixed} only, {wanted} was asked for; expected a "
-                         f"graph whose batch size is open; run: edgedetr export {bundle.path} --dynamic-batch"
-                         f"{EXPORT_OPTION[precision]}")
+        raise UsageError(
+            f"{bundle.path / name} takes batches of {fixed} only, {wanted} was asked for; expected a "
+            f"graph whose batch size is open; run: edgedetr export {bundle.path} --dynamic-batch"
+            f"{EXPORT_OPTION[precision]}"
+        )
 
 
 def _workspace(asked: int | None, device: Device) -> int:
@@ -211,6 +251,7 @@ def _workspace(asked: int | None, device: Device) -> int:
     if asked is None:
         return max(SMALLEST_WORKSPACE, min(LARGEST_DEFAULT, total // (8 if device.integrated else 4)))
     if not SMALLEST_WORKSPACE <= asked <= total:
-        raise UsageError(f"workspace is {asked} MB; expected from {SMALLEST_WORKSPACE} to the {total} MB of "
-                         f"{device.name}")
+        raise UsageError(
+            f"workspace is {asked} MB; expected from {SMALLEST_WORKSPACE} to the {total} MB of {device.name}"
+        )
     return asked

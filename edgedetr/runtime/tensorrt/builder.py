@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
-STRONG_SINCE = (10, 12)     # before it strong typing exists and is little tested: weak typing may stand in
+STRONG_SINCE = (10, 12)  # before it strong typing exists and is little tested: weak typing may stand in
 WEAK_FLAGS = {"fp32": (), "fp16": ("FP16",), "int8": ("FP16", "INT8")}
-SAID = 12                   # error lines of TensorRT that a message repeats; the first ones name the cause
+SAID = 12  # error lines of TensorRT that a message repeats; the first ones name the cause
 MEMORY_WORDS = ("out of memory", "insufficient memory", "outofmemory", "cuda error 2", "memory allocation")
 
 
@@ -51,8 +51,15 @@ class _BuildFailed(Exception):
     """One attempt failed; the other kind of typing may still work."""
 
 
-def build_plan(model: bytes, arguments: BuildArguments, device: Device, *, what: str = "the graph",
-               timing_cache: bytes = b"", progress: Progress | None = None) -> Plan:
+def build_plan(
+    model: bytes,
+    arguments: BuildArguments,
+    device: Device,
+    *,
+    what: str = "the graph",
+    timing_cache: bytes = b"",
+    progress: Progress | None = None,
+) -> Plan:
     """Build an engine; EngineError with everything that TensorRT said when it cannot be built.
 
     device   what cudart.probe gave: TensorRT must not be touched where there is no driver
@@ -61,11 +68,17 @@ def build_plan(model: bytes, arguments: BuildArguments, device: Device, *, what:
     trt = tensorrt()
     weak = hasattr(trt.BuilderFlag, "INT8") and hasattr(trt.BuilderFlag, "FP16")
     if arguments.typing == "weak" and not weak:
-        raise EngineError(f"TensorRT {trt.__version__} has no weakly typed networks any more; expected --typing strong "
-                          "or auto; run: edgedetr build BUNDLE")
+        raise EngineError(
+            f"TensorRT {trt.__version__} has no weakly typed networks any more; expected --typing strong "
+            "or auto; run: edgedetr build BUNDLE"
+        )
     attempts = [arguments.typing] if arguments.typing != "auto" else ["strong"]
-    if arguments.typing == "auto" and weak and arguments.precision != "fp32" and (
-            version(trt.__version__) < STRONG_SINCE):
+    if (
+        arguments.typing == "auto"
+        and weak
+        and arguments.precision != "fp32"
+        and (version(trt.__version__) < STRONG_SINCE)
+    ):
         attempts.append("weak")
     failures: list[str] = []
     for typing in attempts:
@@ -77,9 +90,12 @@ def build_plan(model: bytes, arguments: BuildArguments, device: Device, *, what:
             continue
         notes = tuple(f"could not be built {failure}" for failure in failures)
         return Plan(made.data, _inspect(trt, made.data, what), made.timing_cache, typing, made.seconds, notes)
-    raise EngineError(f"{what}: TensorRT {trt.__version__} cannot build it for {device.name} "
-                      f"({arguments.precision}, batch {arguments.batch_name}): " + "\n".join(failures)
-                      + _advice("\n".join(failures), arguments))
+    raise EngineError(
+        f"{what}: TensorRT {trt.__version__} cannot build it for {device.name} "
+        f"({arguments.precision}, batch {arguments.batch_name}): "
+        + "\n".join(failures)
+        + _advice("\n".join(failures), arguments)
+    )
 
 
 @dataclass(frozen=True)
@@ -89,15 +105,17 @@ class _Built:
     seconds: float
 
 
-def _attempt(trt: Any, model: bytes, arguments: BuildArguments, typing: str, timing_cache: bytes,
-             progress: Progress | None) -> _Built:
+def _attempt(
+    trt: Any, model: bytes, arguments: BuildArguments, typing: str, timing_cache: bytes, progress: Progress | None
+) -> _Built:
     begun = time.perf_counter()
-    logger = make_logger(trt)                   # must outlive everything below
+    logger = make_logger(trt)  # must outlive everything below
     try:
         builder = trt.Builder(logger)
-    except TypeError as error:                  # how the bindings say that the library gave nothing
-        raise EngineError(f"TensorRT {trt.__version__} does not start here ({_said(logger.errors) or error}); "
-                          "run: edgedetr doctor") from error
+    except TypeError as error:  # how the bindings say that the library gave nothing
+        raise EngineError(
+            f"TensorRT {trt.__version__} does not start here ({_said(logger.errors) or error}); run: edgedetr doctor"
+        ) from error
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if typing == "strong" else 0
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
@@ -108,7 +126,7 @@ def _attempt(trt: Any, model: bytes, arguments: BuildArguments, typing: str, tim
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.builder_optimization_level = arguments.optimization_level
     if arguments.precision == "fp32":
-        config.clear_flag(trt.BuilderFlag.TF32)     # on by default; it rounds products to 10 bits of mantissa
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default; it rounds products to 10 bits of mantissa
     if typing == "weak":
         for name in WEAK_FLAGS[arguments.precision]:
             config.set_flag(getattr(trt.BuilderFlag, name))
@@ -125,7 +143,7 @@ def _attempt(trt: Any, model: bytes, arguments: BuildArguments, typing: str, tim
     updated = config.get_timing_cache() if cache is not None else None
     saved = updated.serialize() if updated is not None else None
     made = _Built(bytes(data), bytes(saved) if saved is not None else b"", time.perf_counter() - begun)
-    del data, saved, updated, cache, config, parser, network, builder   # the engine is loaded next: memory, and order
+    del data, saved, updated, cache, config, parser, network, builder  # the engine is loaded next: memory, and order
     return made
 
 
@@ -136,14 +154,18 @@ def _add_profile(builder: Any, network: Any, config: Any, batch: tuple[int, int,
         tensor = network.get_input(index)
         shape = tuple(tensor.shape)
         if -1 in shape[1:]:
-            raise EngineError(f"input {tensor.name} is {list(shape)}: sizes besides the batch are open; expected one "
-                              "picture size; write the graph again: edgedetr export BUNDLE")
+            raise EngineError(
+                f"input {tensor.name} is {list(shape)}: sizes besides the batch are open; expected one "
+                "picture size; write the graph again: edgedetr export BUNDLE"
+            )
         if shape and shape[0] == -1:
             needed = True
             profile.set_shape(tensor.name, *((size, *shape[1:]) for size in batch))
     if needed and config.add_optimization_profile(profile) < 0:
-        raise EngineError(f"TensorRT refuses batch sizes {batch[0]}, {batch[1]}, {batch[2]} (least, usual, largest); "
-                          "expected sizes that the graph can take; build for one size: edgedetr build BUNDLE")
+        raise EngineError(
+            f"TensorRT refuses batch sizes {batch[0]}, {batch[1]}, {batch[2]} (least, usual, largest); "
+            "expected sizes that the graph can take; build for one size: edgedetr build BUNDLE"
+        )
 
 
 def _use_timing_cache(config: Any, data: bytes) -> Any:
@@ -161,7 +183,7 @@ def _use_timing_cache(config: Any, data: bytes) -> Any:
 def _make_monitor(trt: Any, progress: Progress) -> Any:
     """Tells `progress` of the outermost phases of the build. Ctrl-C stops the build, not the process."""
 
-    class Monitor(trt.IProgressMonitor):    # type: ignore[misc]  # the base is only known at run time
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the base is only known at run time
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.stopped: BaseException | None = None
@@ -175,7 +197,7 @@ def _make_monitor(trt: Any, progress: Progress) -> Any:
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self.steps:
                 self._tell(phase_name, step + 1)
-            return self.stopped is None     # False asks TensorRT to stop
+            return self.stopped is None  # False asks TensorRT to stop
 
         def phase_finish(self, phase_name: str) -> None:
             if phase_name in self.steps:
@@ -210,8 +232,10 @@ def _said(errors: list[str]) -> str:
 
 def _advice(text: str, arguments: BuildArguments) -> str:
     if any(word in text.lower() for word in MEMORY_WORDS):
-        return (f"\nthe device ran out of memory: close other programs, add swap, or use less than "
-                f"--workspace {arguments.workspace_mb} MB or a smaller batch")
+        return (
+            f"\nthe device ran out of memory: close other programs, add swap, or use less than "
+            f"--workspace {arguments.workspace_mb} MB or a smaller batch"
+        )
     return "\nwhat TensorRT does not take in this graph: edgedetr lint BUNDLE"
 
 
@@ -221,11 +245,13 @@ def _inspect(trt: Any, data: bytes, what: str) -> str:
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        raise EngineError(f"{what}: TensorRT {trt.__version__} built an engine that it cannot load:\n"
-                          f"{_said(logger.errors)}{_advice(_said(logger.errors), _NO_ARGUMENTS)}")
+        raise EngineError(
+            f"{what}: TensorRT {trt.__version__} built an engine that it cannot load:\n"
+            f"{_said(logger.errors)}{_advice(_said(logger.errors), _NO_ARGUMENTS)}"
+        )
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    del inspector, engine, runtime      # in this order; the logger last
+    del inspector, engine, runtime  # in this order; the logger last
     if not isinstance(text, str) or not text.strip():
         return json.dumps({"Layers": []})
     return text

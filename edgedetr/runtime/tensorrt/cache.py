@@ -25,9 +25,9 @@ from edgedetr.runtime.tensorrt.engine_validation import read_regular
 log = logging.getLogger(__name__)
 
 FOLDER = "engines"
-UNFINISHED = ".building"        # ending of files that are being written; those of a process that was killed stay
+UNFINISHED = ".building"  # ending of files that are being written; those of a process that was killed stay
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-LARGEST_CACHE = 256 << 20       # bytes of a timing cache; a real one has a few million
+LARGEST_CACHE = 256 << 20  # bytes of a timing cache; a real one has a few million
 
 
 def folders(bundle: Bundle) -> tuple[Path, Path]:
@@ -58,8 +58,10 @@ def writable_folder(bundle: Bundle, needed: int = 0) -> Path:
             if error.errno not in READ_ONLY:
                 raise _unwritable(folder, error) from error
             refused.append(f"{folder} ({error.strerror})")
-    raise EngineError(f"no place for an engine: {' and '.join(refused)} cannot be written to; expected one of them "
-                      "writable; set XDG_CACHE_HOME to a folder that is")
+    raise EngineError(
+        f"no place for an engine: {' and '.join(refused)} cannot be written to; expected one of them "
+        "writable; set XDG_CACHE_HOME to a folder that is"
+    )
 
 
 @contextmanager
@@ -77,9 +79,9 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             log.warning("%s: another process builds here; waiting for it", folder)
             fcntl.flock(stream, fcntl.LOCK_EX)
-        for left in folder.glob(f".*{UNFINISHED}"):     # nobody else writes here now
+        for left in folder.glob(f".*{UNFINISHED}"):  # nobody else writes here now
             left.unlink(missing_ok=True)
-        yield           # closing the file opens the lock, also after a crash
+        yield  # closing the file opens the lock, also after a crash
 
 
 def publish(files: Mapping[Path, bytes]) -> None:
@@ -105,8 +107,10 @@ def publish(files: Mapping[Path, bytes]) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> EngineError:
-    return EngineError(f"{path}: cannot be written ({error.strerror}); what was there before is kept; free some space "
-                       "or set XDG_CACHE_HOME to another place, then run the same command again")
+    return EngineError(
+        f"{path}: cannot be written ({error.strerror}); what was there before is kept; free some space "
+        "or set XDG_CACHE_HOME to another place, then run the same command again"
+    )
 
 
 def timing_cache_path(device: Device, tensorrt: str) -> Path:

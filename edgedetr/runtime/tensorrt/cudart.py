@@ -18,16 +18,16 @@ from pathlib import Path
 from edgedetr.errors import DeviceError
 
 DRIVER = "libcuda.so.1"
-RUNTIMES = {13: "libcudart.so.13", 12: "libcudart.so.12", 11: "libcudart.so.11.0"}      # CUDA 11 numbers it so
+RUNTIMES = {13: "libcudart.so.13", 12: "libcudart.so.12", 11: "libcudart.so.11.0"}  # CUDA 11 numbers it so
 DOCTOR = "run: edgedetr doctor"
 
 # enum cudaError, cudaMemcpyKind and flags of driver_types.h, the same in CUDA 11, 12 and 13.
 OUT_OF_MEMORY = 2
-CAPTURE_ERRORS = range(900, 909)        # cudaErrorStreamCapture*: the work cannot be recorded, and can still be run
-COPY_DEFAULT = 4                        # the direction follows from the addresses
-NON_BLOCKING = 1                        # the stream does not wait for the default stream
+CAPTURE_ERRORS = range(900, 909)  # cudaErrorStreamCapture*: the work cannot be recorded, and can still be run
+COPY_DEFAULT = 4  # the direction follows from the addresses
+NON_BLOCKING = 1  # the stream does not wait for the default stream
 HOST_ALLOC_MAPPED = 2
-CAPTURE_THREAD_LOCAL = 1                # other threads may go on using CUDA while this one records
+CAPTURE_THREAD_LOCAL = 1  # other threads may go on using CUDA while this one records
 # enum CUdevice_attribute
 INTEGRATED, MAJOR, MINOR = 18, 75, 76
 
@@ -87,8 +87,14 @@ def probe() -> Device:
     for attribute in (INTEGRATED, MAJOR, MINOR):
         call("cuDeviceGetAttribute", ctypes.byref(value), c_int(attribute), device)
         facts[attribute] = value.value
-    return Device(name.value.decode(errors="replace"), 10 * facts[MAJOR] + facts[MINOR], total.value,
-                  bool(facts[INTEGRATED]), driver, runtime_version(int(driver.partition(".")[0])))
+    return Device(
+        name.value.decode(errors="replace"),
+        10 * facts[MAJOR] + facts[MINOR],
+        total.value,
+        bool(facts[INTEGRATED]),
+        driver,
+        runtime_version(int(driver.partition(".")[0])),
+    )
 
 
 def runtime_version(driver_major: int) -> str:
@@ -101,7 +107,7 @@ def runtime_version(driver_major: int) -> str:
 
 
 def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"        # 12060 is 12.6
+    return f"{number // 1000}.{number % 1000 // 10}"  # 12060 is 12.6
 
 
 @lru_cache(maxsize=4)
@@ -110,9 +116,11 @@ def _runtime(driver_major: int) -> ctypes.CDLL:
     names = [name for major, name in RUNTIMES.items() if major <= driver_major]
     library = _open([where for name in names for where in (name, *_beside(name))])
     if library is None:
-        raise DeviceError(f"no libcudart for this driver (CUDA {driver_major}): looked for {', '.join(names)}; on a "
-                          f"Jetson run: sudo apt install nvidia-jetpack; elsewhere: "
-                          f"pip install nvidia-cuda-runtime{'-cu12' if driver_major < 13 else ''}")
+        raise DeviceError(
+            f"no libcudart for this driver (CUDA {driver_major}): looked for {', '.join(names)}; on a "
+            f"Jetson run: sudo apt install nvidia-jetpack; elsewhere: "
+            f"pip install nvidia-cuda-runtime{'-cu12' if driver_major < 13 else ''}"
+        )
     return library
 
 
@@ -181,15 +189,19 @@ class Cuda:
     def _call(self, name: str, *arguments: object, what: str = "") -> None:
         code = self.functions[name](*arguments)
         if code:
-            self._fail(name, int(code), what)       # type: ignore[call-overload]  # c_int comes back as int
+            self._fail(name, int(code), what)  # type: ignore[call-overload]  # c_int comes back as int
 
     def _fail(self, name: str, code: int, what: str) -> None:
-        said = [str(self.functions[f"cudaGetError{kind}"](code), "ascii", "replace")   # type: ignore[call-overload]
-                for kind in ("Name", "String")]                                        # c_char_p comes back as bytes
-        self.functions["cudaGetLastError"]()        # the next call must not report this error again
+        said = [
+            str(self.functions[f"cudaGetError{kind}"](code), "ascii", "replace")  # type: ignore[call-overload]
+            for kind in ("Name", "String")
+        ]  # c_char_p comes back as bytes
+        self.functions["cudaGetLastError"]()  # the next call must not report this error again
         if code == OUT_OF_MEMORY:
-            raise DeviceError(f"{self.device.name} is out of memory: {what or name} failed, {self._memory()}; "
-                              f"close other programs that use the GPU, or use a smaller batch")
+            raise DeviceError(
+                f"{self.device.name} is out of memory: {what or name} failed, {self._memory()}; "
+                f"close other programs that use the GPU, or use a smaller batch"
+            )
         text = f"{name} gave {said[0]} ({code}): {said[1]}"
         raise CaptureError(text) if code in CAPTURE_ERRORS else DeviceError(f"{text}; {DOCTOR}")
 

@@ -19,9 +19,9 @@ from edgedetr.runtime.tensorrt.inspector import LayerSummary
 from edgedetr.storage.reading import read_json
 
 SCHEMA = 1
-LARGEST = 1 << 20               # bytes of a sidecar; a real one has some thousand
-LONGEST = 2000                  # characters of a text in it
-PRECISIONS = ("int8", "fp16", "fp32")       # best guess first: INT8 until a measurement says otherwise
+LARGEST = 1 << 20  # bytes of a sidecar; a real one has some thousand
+LONGEST = 2000  # characters of a text in it
+PRECISIONS = ("int8", "fp16", "fp32")  # best guess first: INT8 until a measurement says otherwise
 REBUILD = "run: edgedetr build BUNDLE --force"
 
 
@@ -82,8 +82,10 @@ def stem(arguments: BuildArguments, device: Device, tensorrt: str, onnx_sha256: 
     """`int8-b1-sm87-trt10.3.0-cu12.6-orin-1a2b3c4d-5e6f7a8b`: equal for equal engines, different for different ones."""
     told = json.dumps(asdict(arguments), sort_keys=True)
     name = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-") or "gpu"
-    return (f"{arguments.precision}-b{arguments.batch_name}-sm{device.sm}-trt{tensorrt}-cu{device.runtime}-{name[:40]}-"
-            f"{onnx_sha256:.8}-{hashlib.sha256(told.encode()).hexdigest():.8}")
+    return (
+        f"{arguments.precision}-b{arguments.batch_name}-sm{device.sm}-trt{tensorrt}-cu{device.runtime}-{name[:40]}-"
+        f"{onnx_sha256:.8}-{hashlib.sha256(told.encode()).hexdigest():.8}"
+    )
 
 
 def to_bytes(sidecar: Sidecar) -> bytes:
@@ -102,24 +104,34 @@ def read(plan: Path) -> Sidecar | None:
             found = repr(raw.get("schema"))[:40] if isinstance(raw, dict) else type(raw).__name__
             raise ValueError(f"schema is {found}, this version reads {SCHEMA}")
         arguments, summary = (_mapping(raw, name) for name in ("arguments", "layers"))
-        made = Sidecar(**{**raw, "arguments": BuildArguments(**{**arguments, "batch": tuple(arguments["batch"])}),
-                          "layers": LayerSummary(**summary), "warnings": tuple(raw["warnings"])})
+        made = Sidecar(
+            **{
+                **raw,
+                "arguments": BuildArguments(**{**arguments, "batch": tuple(arguments["batch"])}),
+                "layers": LayerSummary(**summary),
+                "warnings": tuple(raw["warnings"]),
+            }
+        )
         _require_types(made)
     except (ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{path}: damaged or of another kind ({error}); expected what edgedetr build writes beside "
-                          f"an engine; {REBUILD}") from error
+        raise EngineError(
+            f"{path}: damaged or of another kind ({error}); expected what edgedetr build writes beside "
+            f"an engine; {REBUILD}"
+        ) from error
     return made
 
 
 def _mapping(raw: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(raw.get(name), dict):
         raise TypeError(f"{name} is no object")
-    return raw[name]        # type: ignore[no-any-return]  # checked above
+    return raw[name]  # type: ignore[no-any-return]  # checked above
 
 
 def _require_types(made: Sidecar) -> None:
-    texts = {name: getattr(made, name) for name in ("plan plan_sha256 onnx onnx_sha256 tensorrt cuda driver jetpack "
-                                                    "device host typing").split()}
+    texts = {
+        name: getattr(made, name)
+        for name in ("plan plan_sha256 onnx onnx_sha256 tensorrt cuda driver jetpack device host typing").split()
+    }
     texts |= {"precision": made.arguments.precision, "typing asked for": made.arguments.typing}
     for name, text in [*texts.items(), *(("a warning", warning) for warning in made.warnings)]:
         if not isinstance(text, str) or len(text) > LONGEST:
@@ -133,8 +145,14 @@ def _require_types(made: Sidecar) -> None:
         if not isinstance(counted, dict):
             raise TypeError("a count of layers is no object")
         counts += counted.values()
-    for number in (made.plan_bytes, made.sm, *made.arguments.batch, made.arguments.workspace_mb,
-                   made.arguments.optimization_level, *counts):
+    for number in (
+        made.plan_bytes,
+        made.sm,
+        *made.arguments.batch,
+        made.arguments.workspace_mb,
+        made.arguments.optimization_level,
+        *counts,
+    ):
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 63:
             raise TypeError(f"{str(number)[:20]!r} is no whole number")
     if isinstance(made.seconds, bool) or not isinstance(made.seconds, (int, float)) or not 0 <= made.seconds < 1e9:

@@ -21,7 +21,7 @@ from edgedetr.runtime.tensorrt import engine_metadata as sidecars
 from edgedetr.runtime.tensorrt.cudart import Device
 from edgedetr.runtime.tensorrt.engine_metadata import Sidecar
 
-LARGEST = 8 << 30           # bytes of a plan; the largest detector here has a tenth
+LARGEST = 8 << 30  # bytes of a plan; the largest detector here has a tenth
 BUILD = "build it here, from the ONNX file: edgedetr build BUNDLE"
 
 
@@ -33,8 +33,9 @@ class CheckedPlan:
     sidecar: Sidecar | None
 
 
-def check(plan: Path, device: Device, tensorrt: str, *, onnx_sha256: str | None = None,
-          trust: bool = False) -> CheckedPlan:
+def check(
+    plan: Path, device: Device, tensorrt: str, *, onnx_sha256: str | None = None, trust: bool = False
+) -> CheckedPlan:
     """Read a plan that may be deserialised on this device with this version of TensorRT; EngineError otherwise.
 
     onnx_sha256   what it must have been built from; None: whatever it was
@@ -42,8 +43,10 @@ def check(plan: Path, device: Device, tensorrt: str, *, onnx_sha256: str | None 
     """
     told = None if trust and not sidecars.beside(plan).exists() else sidecars.read(plan)
     if told is None and not trust:
-        raise EngineError(f"{plan}: no {sidecars.beside(plan).name} beside it, so nobody knows where this plan is "
-                          f"from; a plan is executable code; {BUILD} (in Python, trust=True takes it all the same)")
+        raise EngineError(
+            f"{plan}: no {sidecars.beside(plan).name} beside it, so nobody knows where this plan is "
+            f"from; a plan is executable code; {BUILD} (in Python, trust=True takes it all the same)"
+        )
     if told is not None:
         reason = foreign(told) if not trust else ""
         reason = reason or mismatch(told, device, tensorrt, onnx_sha256)
@@ -53,8 +56,10 @@ def check(plan: Path, device: Device, tensorrt: str, *, onnx_sha256: str | None 
     if not data:
         raise EngineError(f"{plan}: empty; expected an engine; {BUILD}")
     if told is not None and (len(data) != told.plan_bytes or hashlib.sha256(data).hexdigest() != told.plan_sha256):
-        raise EngineError(f"{plan}: damaged or replaced: it has {len(data)} bytes and another sha256 than the "
-                          f"{told.plan_bytes} bytes {told.plan_sha256:.8} that were built; {sidecars.REBUILD}")
+        raise EngineError(
+            f"{plan}: damaged or replaced: it has {len(data)} bytes and another sha256 than the "
+            f"{told.plan_bytes} bytes {told.plan_sha256:.8} that were built; {sidecars.REBUILD}"
+        )
     return CheckedPlan(data, told)
 
 
@@ -76,15 +81,20 @@ def foreign(told: Sidecar) -> str:
 def drift(told: Sidecar, device: Device) -> str:
     """What has changed under an engine that still loads: its kernels were chosen, and timed, with something else."""
     pairs = [("driver", told.driver, device.driver), ("Jetson Linux", told.jetpack, machine.jetpack())]
-    changed = [f"{what} {before}, which is now {now}" for what, before, now in pairs
-               if before and now and before != now]
+    changed = [
+        f"{what} {before}, which is now {now}" for what, before, now in pairs if before and now and before != now
+    ]
     return f"built with {' and '.join(changed)}" if changed else ""
 
 
 def mismatch(told: Sidecar, device: Device, tensorrt: str, onnx_sha256: str | None = None) -> str:
     """What does not fit this place, as "found, needed, command"; empty when all fits. Reads no file."""
-    pairs = [("TensorRT", told.tensorrt, tensorrt), ("CUDA", told.cuda, device.runtime),
-             ("compute capability", f"sm_{told.sm}", f"sm_{device.sm}"), ("device", told.device, device.name)]
+    pairs = [
+        ("TensorRT", told.tensorrt, tensorrt),
+        ("CUDA", told.cuda, device.runtime),
+        ("compute capability", f"sm_{told.sm}", f"sm_{device.sm}"),
+        ("device", told.device, device.name),
+    ]
     if onnx_sha256 is not None:
         pairs.append((told.onnx, f"sha256 {told.onnx_sha256:.8}", f"sha256 {onnx_sha256:.8}"))
     wrong = [(what, found, needed) for what, found, needed in pairs if found != needed]
@@ -95,8 +105,15 @@ def mismatch(told: Sidecar, device: Device, tensorrt: str, onnx_sha256: str | No
     return f"built for {found}; needed here: {needed}; {BUILD}"
 
 
-def read_regular(path: Path, largest: int, expected: str, *, code: bool = False,
-                 error: type[EdgedetrError] = EngineError, begins: frozenset[int] | None = None) -> bytes:
+def read_regular(
+    path: Path,
+    largest: int,
+    expected: str,
+    *,
+    code: bool = False,
+    error: type[EdgedetrError] = EngineError,
+    begins: frozenset[int] | None = None,
+) -> bytes:
     """The bytes of a plain file with one name: no link, and what is `code` must not be writable by everyone.
 
     error    the kind of error to raise
@@ -106,7 +123,7 @@ def read_regular(path: Path, largest: int, expected: str, *, code: bool = False,
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError as reason:
         raise error(f"{path}: no such file; {expected}") from reason
-    except (OSError, ValueError) as reason:         # ValueError: a NUL byte in the name
+    except (OSError, ValueError) as reason:  # ValueError: a NUL byte in the name
         linked = isinstance(reason, OSError) and reason.errno == errno.ELOOP
         said = "a symbolic link, which may lead anywhere" if linked else getattr(reason, "strerror", None) or reason
         raise error(f"{path}: cannot be opened: {said}; {expected}") from reason
@@ -115,8 +132,10 @@ def read_regular(path: Path, largest: int, expected: str, *, code: bool = False,
         if not stat.S_ISREG(found.st_mode):
             raise error(f"{path}: not a plain file; {expected}")
         if found.st_nlink > 1:
-            raise error(f"{path}: has {found.st_nlink} names (a hard link), so it can change from elsewhere; "
-                        f"copy it to a file of its own; {expected}")
+            raise error(
+                f"{path}: has {found.st_nlink} names (a hard link), so it can change from elsewhere; "
+                f"copy it to a file of its own; {expected}"
+            )
         if code and found.st_mode & stat.S_IWOTH:
             raise error(f"{path}: everyone may write to it; run: chmod o-w {path}; {expected}")
         if found.st_size > largest:

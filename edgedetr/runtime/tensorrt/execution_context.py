@@ -20,7 +20,7 @@ from edgedetr.runtime.tensorrt.cudart import CaptureError, Cuda
 
 log = logging.getLogger(__name__)
 
-LEGACY_STREAM = 1       # the handle of the default stream, which producers that name no stream work on
+LEGACY_STREAM = 1  # the handle of the default stream, which producers that name no stream work on
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Lane:
         self.buffers: dict[str, Buffer] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.graph = 0
-        self.warm = False           # whether these shapes have run once
+        self.warm = False  # whether these shapes have run once
         self.stream = cuda.stream()
         try:
             self._allocate()
@@ -91,21 +91,26 @@ class Lane:
         """Buffers for the largest shapes, whose addresses the context keeps."""
         for port in self.ports.values():
             if port.is_input:
-                self._require(self.context.set_input_shape(port.name, port.largest),
-                              f"input {port.name} of {list(port.largest)}")
+                self._require(
+                    self.context.set_input_shape(port.name, port.largest), f"input {port.name} of {list(port.largest)}"
+                )
         self._require(not self.context.infer_shapes(), "inferring shapes")
         for port in self.ports.values():
             shape = self._shape(port.name)
             self.buffers[port.name] = Buffer(self.cuda, math.prod(shape) * port.dtype.itemsize)
-            self._require(self.context.set_tensor_address(port.name, self.buffers[port.name].address),
-                          f"the address of {port.name}")
+            self._require(
+                self.context.set_tensor_address(port.name, self.buffers[port.name].address),
+                f"the address of {port.name}",
+            )
             self.shapes[port.name] = shape
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shape = tuple(int(size) for size in self.context.get_tensor_shape(name))
         if any(size < 0 for size in shape):
-            raise EngineError(f"tensor {name} has the shape {list(shape)}, which depends on the data; expected shapes "
-                              "that follow from the input's, as edgedetr export writes them")
+            raise EngineError(
+                f"tensor {name} has the shape {list(shape)}, which depends on the data; expected shapes "
+                "that follow from the input's, as edgedetr export writes them"
+            )
         return shape
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -140,10 +145,12 @@ class Lane:
             return
         told = feed.__cuda_array_interface__
         if np.dtype(told["typestr"]) != port.dtype or not _contiguous(told, port.dtype):
-            raise UsageError(f"{port.name} on the device is {told['typestr']} with strides {told.get('strides')}; "
-                             f"expected {port.dtype} in C order, without gaps")
+            raise UsageError(
+                f"{port.name} on the device is {told['typestr']} with strides {told.get('strides')}; "
+                f"expected {port.dtype} in C order, without gaps"
+            )
         producer = told.get("stream", LEGACY_STREAM)
-        if producer is not None:                # None: the producer has already waited
+        if producer is not None:  # None: the producer has already waited
             self.cuda.wait(int(producer))
         self.cuda.copy(buffer.address, int(told["data"][0]), nbytes, self.stream)
 
@@ -158,10 +165,10 @@ class Lane:
         self.warm = True
 
     def _record(self) -> None:
-        self.cuda.wait(self.stream)         # the copies that are queued are not part of the graph
+        self.cuda.wait(self.stream)  # the copies that are queued are not part of the graph
         try:
             self.graph = self.cuda.capture(self.stream, self._queue)
-        except DeviceError as error:        # a plain run will say whether the device itself is ill
+        except DeviceError as error:  # a plain run will say whether the device itself is ill
             self.use_graph = False
             self.errors.take()
             log.warning("no CUDA graph for this engine, it is queued layer by layer: %s", error)
@@ -172,8 +179,10 @@ class Lane:
 
     def _require(self, worked: Any, what: str) -> None:
         if not worked:
-            raise EngineError(f"TensorRT failed at {what}: {self.errors.take() or 'no reason given'}; "
-                              "build the engine again: edgedetr build BUNDLE --force")
+            raise EngineError(
+                f"TensorRT failed at {what}: {self.errors.take() or 'no reason given'}; "
+                "build the engine again: edgedetr build BUNDLE --force"
+            )
 
     def _raise_reported(self, what: str) -> None:
         said = self.errors.take()

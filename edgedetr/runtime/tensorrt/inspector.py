@@ -16,9 +16,12 @@ from edgedetr.errors import EngineError
 from edgedetr.storage.reading import parse_json
 
 # In the order of the check: a layer that takes any INT8 tensor runs as INT8.
-DATATYPES = (("int8", re.compile(r"\bint8\b|\bi8\b", re.I)), ("fp8", re.compile(r"\bfp8\b|\be4m3\b", re.I)),
-             ("fp16", re.compile(r"\b(fp16|half|float16|bf16|bfloat16)\b", re.I)),
-             ("fp32", re.compile(r"\b(fp32|float|float32)\b", re.I)))
+DATATYPES = (
+    ("int8", re.compile(r"\bint8\b|\bi8\b", re.I)),
+    ("fp8", re.compile(r"\bfp8\b|\be4m3\b", re.I)),
+    ("fp16", re.compile(r"\b(fp16|half|float16|bf16|bfloat16)\b", re.I)),
+    ("fp32", re.compile(r"\b(fp32|float|float32)\b", re.I)),
+)
 # TensorRT 10 words an INT64 tensor so; INT8 tensors are "Row major Int8 format" (NVIDIA/TensorRT issues 4048, 4020).
 INT64 = "Row major linear INT8 format"
 # Layers with weights or products of matrices, where the time goes: convolutions, GEMMs, fused attention.
@@ -60,13 +63,15 @@ def summarise(text: str) -> LayerSummary:
         if not isinstance(layers, list):
             raise TypeError("Layers is no list")
     except (EngineError, KeyError, TypeError) as error:
-        raise EngineError(f"the engine inspector answered something unreadable ({error}); expected JSON with Layers; "
-                          "build with this version's own TensorRT: edgedetr build BUNDLE --force") from error
+        raise EngineError(
+            f"the engine inspector answered something unreadable ({error}); expected JSON with Layers; "
+            "build with this version's own TensorRT: edgedetr build BUNDLE --force"
+        ) from error
     precision: Counter[str] = Counter()
     weighted: Counter[str] = Counter()
     reformats = 0
     for layer in layers:
-        if not isinstance(layer, Mapping):      # only names: the engine was built without detailed verbosity
+        if not isinstance(layer, Mapping):  # only names: the engine was built without detailed verbosity
             precision["unknown"] += 1
             continue
         kind = str(layer.get("LayerType", ""))

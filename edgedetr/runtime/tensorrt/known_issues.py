@@ -48,13 +48,15 @@ class KnownBad:
 
     def concerns(self, facts: OnnxFacts, tensorrt: str, sm: int, arguments: BuildArguments) -> bool:
         here = version(tensorrt)
-        return (any(version(first) <= here < version(before) for first, before in self.tensorrt)
-                and (not self.operators or not facts.operators.isdisjoint(self.operators))
-                and facts.opset >= self.opset_from
-                and (not self.sm or sm in self.sm)
-                and (not self.precisions or arguments.precision in self.precisions)
-                and (not self.batch_above or arguments.batch[2] > self.batch_above)
-                and (not self.dynamic or len(set(arguments.batch)) > 1))
+        return (
+            any(version(first) <= here < version(before) for first, before in self.tensorrt)
+            and (not self.operators or not facts.operators.isdisjoint(self.operators))
+            and facts.opset >= self.opset_from
+            and (not self.sm or sm in self.sm)
+            and (not self.precisions or arguments.precision in self.precisions)
+            and (not self.batch_above or arguments.batch[2] > self.batch_above)
+            and (not self.dynamic or len(set(arguments.batch)) > 1)
+        )
 
 
 def concerning(facts: OnnxFacts, tensorrt: str, sm: int, arguments: BuildArguments) -> Sequence[KnownBad]:
@@ -65,7 +67,13 @@ def concerning(facts: OnnxFacts, tensorrt: str, sm: int, arguments: BuildArgumen
 @lru_cache(maxsize=1)
 def entries() -> tuple[KnownBad, ...]:
     """The whole list."""
-    return tuple(KnownBad(**{
-        **raw, "tensorrt": tuple((first, before) for first, before in raw["tensorrt"]),
-        **{key: tuple(raw[key]) for key in ("operators", "sm", "precisions") if key in raw},
-    }) for raw in json.loads(DATA.read_text(encoding="utf-8")))
+    return tuple(
+        KnownBad(
+            **{
+                **raw,
+                "tensorrt": tuple((first, before) for first, before in raw["tensorrt"]),
+                **{key: tuple(raw[key]) for key in ("operators", "sm", "precisions") if key in raw},
+            }
+        )
+        for raw in json.loads(DATA.read_text(encoding="utf-8"))
+    )

@@ -9,8 +9,10 @@ from edgedetr.errors import MissingDependency
 
 log = logging.getLogger(__name__)
 
-NEEDED = ("on a Jetson: sudo apt install python3-libnvinfer, and make the environment with "
-          "python3 -m venv --system-site-packages; on x86 with an NVIDIA GPU: pip install tensorrt")
+NEEDED = (
+    "on a Jetson: sudo apt install python3-libnvinfer, and make the environment with "
+    "python3 -m venv --system-site-packages; on x86 with an NVIDIA GPU: pip install tensorrt"
+)
 
 
 def tensorrt() -> Any:
@@ -19,7 +21,7 @@ def tensorrt() -> Any:
         import tensorrt as trt
     except ModuleNotFoundError as error:
         raise MissingDependency(f"TensorRT is not installed here ({error}); {NEEDED}") from error
-    except (ImportError, OSError) as error:     # a library beside it is missing, as libnvdla_compiler.so in containers
+    except (ImportError, OSError) as error:  # a library beside it is missing, as libnvdla_compiler.so in containers
         raise MissingDependency(f"TensorRT is installed but cannot be loaded ({error}); {NEEDED}") from error
     if not hasattr(trt, "Runtime"):
         raise MissingDependency(f"the Python package 'tensorrt' that was found is not NVIDIA's; {NEEDED}")
@@ -42,10 +44,14 @@ def make_logger(trt: Any) -> Any:
     It must outlive everything that was made with it.
     """
     severity = trt.ILogger.Severity
-    levels = {severity.INTERNAL_ERROR: logging.ERROR, severity.ERROR: logging.ERROR,
-              severity.WARNING: logging.WARNING, severity.INFO: logging.INFO}
+    levels = {
+        severity.INTERNAL_ERROR: logging.ERROR,
+        severity.ERROR: logging.ERROR,
+        severity.WARNING: logging.WARNING,
+        severity.INFO: logging.INFO,
+    }
 
-    class Log(trt.ILogger):     # type: ignore[misc]  # the base is only known at run time
+    class Log(trt.ILogger):  # type: ignore[misc]  # the base is only known at run time
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -54,6 +60,6 @@ def make_logger(trt: Any) -> Any:
             level = levels.get(severity, logging.DEBUG)
             if level >= logging.ERROR:
                 self.errors.append(msg.strip())
-            log.log(min(level, logging.INFO), "TensorRT: %s", msg)      # what matters reaches the user as an error
+            log.log(min(level, logging.INFO), "TensorRT: %s", msg)  # what matters reaches the user as an error
 
     return Log()

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 # Stage of the bundle -> the graph that engines for batches of pictures are built from.
 FILES = {"int8": "model.int8.onnx", "fp16": "model.fp16.onnx", "onnx": "model.onnx"}
-MEASURED = "verified.json"      # beside the engines: what edgedetr verify found on this device
+MEASURED = "verified.json"  # beside the engines: what edgedetr verify found on this device
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def survey(bundle: Bundle, files: Mapping[str, str] = FILES, *, trust: bool = Fa
         device = cudart.probe()
         version = library.tensorrt().__version__
     except (DeviceError, MissingDependency) as reason:
-        ours = sum(plan.is_relative_to(bundle.path) for plan in plans)      # the user's cache holds other bundles' too
+        ours = sum(plan.is_relative_to(bundle.path) for plan in plans)  # the user's cache holds other bundles' too
         return Survey(refused=(f"{ours} engine{'s' * (ours > 1)} not used: {reason}",) if ours else ())
     fitting, refused = [], []
     for plan in plans:
@@ -102,8 +102,9 @@ def survey(bundle: Bundle, files: Mapping[str, str] = FILES, *, trust: bool = Fa
     return Survey(tuple(sorted(fitting, key=lambda engine: engine.rank)), tuple(refused))
 
 
-def _look(bundle: Bundle, plan: Path, files: Mapping[str, str], device: Device, version: str,
-          trust: bool) -> Engine | str:
+def _look(
+    bundle: Bundle, plan: Path, files: Mapping[str, str], device: Device, version: str, trust: bool
+) -> Engine | str:
     """The engine, or why it is not one for this place; an empty reason for engines of other graphs or bundles."""
     try:
         told = engine_metadata.read(plan)
@@ -117,17 +118,19 @@ def _look(bundle: Bundle, plan: Path, files: Mapping[str, str], device: Device, 
     if entry is None:
         return f"built from {told.onnx}, which is not in this bundle" if ours else ""
     if stage is None:
-        return ""               # of another kind: for whole camera frames, or for batches of pictures
+        return ""  # of another kind: for whole camera frames, or for batches of pictures
     if entry.sha256 != told.onnx_sha256 and not ours:
-        return ""               # the user's cache holds the engines of all read-only bundles
-    reason = ("" if trust else engine_validation.foreign(told)) or engine_validation.mismatch(told, device, version, entry.sha256)
+        return ""  # the user's cache holds the engines of all read-only bundles
+    reason = ("" if trust else engine_validation.foreign(told)) or engine_validation.mismatch(
+        told, device, version, entry.sha256
+    )
     if reason:
         return reason
     batch = told.arguments.batch
     drift = engine_validation.drift(told, device)
     measured = _measurements(plan.parent).get(told.plan_sha256)
     if measured is not None and (drift if not measured.under else measured.under != surroundings(device)):
-        measured = None         # of another driver: it may be faster, slower or wrong now
+        measured = None  # of another driver: it may be faster, slower or wrong now
     return Engine(plan, told, stage, batch[0] if len(set(batch)) == 1 else None, measured, drift)
 
 
@@ -155,11 +158,13 @@ def why(engine: Engine) -> str:
 def record(folder: Path, found: Mapping[str, Measured]) -> None:
     """Keep what was measured beside the engines, by digest of the plan; on read-only storage it is only not kept."""
     try:
-        with locked(folder / f".{MEASURED}.lock", wait=60, busy=_busy):     # two verify side by side, of other engines
+        with locked(folder / f".{MEASURED}.lock", wait=60, busy=_busy):  # two verify side by side, of other engines
             known = {**_measurements(folder), **found}
             with atomic_write(folder / MEASURED) as temporary:
-                temporary.write_text(json.dumps({name: asdict(value) for name, value in known.items()}, indent=1)
-                                     + "\n", encoding="utf-8")
+                temporary.write_text(
+                    json.dumps({name: asdict(value) for name, value in known.items()}, indent=1) + "\n",
+                    encoding="utf-8",
+                )
     except OSError as error:
         log.warning("%s: what was measured could not be recorded (%s)", folder / MEASURED, error)
 
@@ -184,7 +189,8 @@ def _measured(value: dict[str, object]) -> Measured:
     passed, speed, under = value["passed"], value["p50_ms"], value.get("under", "")
     if not isinstance(passed, bool) or not isinstance(under, str):
         raise TypeError("passed is no truth value, or under no text")
-    if speed is not None and (isinstance(speed, bool) or not isinstance(speed, (int, float))
-                              or not math.isfinite(speed) or speed < 0):
+    if speed is not None and (
+        isinstance(speed, bool) or not isinstance(speed, (int, float)) or not math.isfinite(speed) or speed < 0
+    ):
         raise TypeError("p50_ms is no number of milliseconds")
     return Measured(passed, None if speed is None else float(speed), under)

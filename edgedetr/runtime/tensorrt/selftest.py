@@ -1,7 +1,7 @@
 """Does the TensorRT that is installed here compute what it should? Three small graphs, built, run and compared.
 
-Each is of a kind that some version got wrong (see onnx_graph/selftest_models.py). Inputs and expected outputs, by ONNX Runtime
-without optimisations, are stored beside the graphs, so that nothing but numpy and TensorRT is needed.
+Each is of a kind that some version got wrong (see onnx_graph/selftest_models.py). Inputs and expected outputs, by ONNX
+Runtime without optimizations, are stored beside the graphs, so that nothing but numpy and TensorRT is needed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from edgedetr.runtime.tensorrt.trt_runner import Session
 
 FOLDER = Path(__file__).parent / "selftest_models"
 WORKSPACE_MB = 256
-RUNS = 3                # the first is queued plainly, the others run as a CUDA graph
-EQUAL_ROWS_DB = 80.0    # of equal rows in one batch: different kernels for them would leave about 100 dB in float32
+RUNS = 3  # the first is queued plainly, the others run as a CUDA graph
+EQUAL_ROWS_DB = 80.0  # of equal rows in one batch: different kernels for them would leave about 100 dB in float32
 
 
 @dataclass(frozen=True)
@@ -102,19 +102,34 @@ def _try(canary: Canary, device: Device) -> Outcome:
     model, x, expected = stored(canary.name)
     begun = time.perf_counter()
 
-    def outcome(passed: bool, note: str, sqnr: float | None = None, share: float | None = None,
-                graph: bool = False) -> Outcome:
-        return Outcome(canary.name, canary.about, canary.precision, passed, sqnr, canary.floor_db, share, graph,
-                       time.perf_counter() - begun, note)
+    def outcome(
+        passed: bool, note: str, sqnr: float | None = None, share: float | None = None, graph: bool = False
+    ) -> Outcome:
+        return Outcome(
+            canary.name,
+            canary.about,
+            canary.precision,
+            passed,
+            sqnr,
+            canary.floor_db,
+            share,
+            graph,
+            time.perf_counter() - begun,
+            note,
+        )
 
     batch = (len(x),) * 3
     try:
-        plan = builder.build_plan(model, BuildArguments(canary.precision, batch, WORKSPACE_MB, 3, "auto"), device,
-                                  what=f"canary {canary.name}")
+        plan = builder.build_plan(
+            model,
+            BuildArguments(canary.precision, batch, WORKSPACE_MB, 3, "auto"),
+            device,
+            what=f"canary {canary.name}",
+        )
         with Session(plan.data, cuda=Cuda(device), what=f"canary {canary.name}") as session:
             found = [session.run({"x": x})["y"] for _ in range(RUNS)]
             graph = session.graphs > 0
-    except (DeviceError, EngineError) as error:         # this one cannot be built or run; the others still can
+    except (DeviceError, EngineError) as error:  # this one cannot be built or run; the others still can
         return outcome(False, str(error))
     share = inspector.summarise(plan.layers).share(canary.precision)
     ratios = [sqnr_db(expected, y) for y in found]

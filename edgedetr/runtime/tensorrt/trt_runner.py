@@ -17,9 +17,16 @@ from edgedetr.runtime.tensorrt.engine_metadata import Sidecar
 from edgedetr.runtime.tensorrt.execution_context import Lane, Port
 
 # By the names of trt.DataType: trt.nptype raises for types that numpy lacks, and says not which tensor has it.
-DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT32": np.int32, "INT64": np.int64,
-          "UINT8": np.uint8, "BOOL": np.bool_}
-LONGEST = 400           # characters of an error text of TensorRT that are kept
+DTYPES = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT8": np.int8,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "UINT8": np.uint8,
+    "BOOL": np.bool_,
+}
+LONGEST = 400  # characters of an error text of TensorRT that are kept
 
 
 class Session:
@@ -31,7 +38,7 @@ class Session:
     """
 
     def __init__(self, data: bytes, *, cuda: Cuda | None = None, use_graph: bool = True, what: str = "engine") -> None:
-        self.cuda = cuda or Cuda()      # first: TensorRT's Runtime would end the process where there is no driver
+        self.cuda = cuda or Cuda()  # first: TensorRT's Runtime would end the process where there is no driver
         trt = library.tensorrt()
         self.what, self.use_graph = what, use_graph
         self._make_recorder = lambda: _recorder(trt)
@@ -39,17 +46,20 @@ class Session:
         self._errors = self._make_recorder()
         try:
             self._runtime: Any = trt.Runtime(self._logger)
-        except TypeError as error:      # how the bindings say that the library gave nothing
+        except TypeError as error:  # how the bindings say that the library gave nothing
             said = "; ".join(self._logger.errors) or error
-            raise EngineError(f"TensorRT {trt.__version__} does not start here ({said}); "
-                              "run: edgedetr doctor") from error
+            raise EngineError(
+                f"TensorRT {trt.__version__} does not start here ({said}); run: edgedetr doctor"
+            ) from error
         self._runtime.error_recorder = self._errors
         self._engine: Any = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
             said = "; ".join(filter(None, [self._errors.take(), *self._logger.errors])) or "no reason given"
             self._runtime = None
-            raise EngineError(f"{what}: TensorRT {trt.__version__} cannot deserialise it ({said}); "
-                              "build it here: edgedetr build BUNDLE --force")
+            raise EngineError(
+                f"{what}: TensorRT {trt.__version__} cannot deserialise it ({said}); "
+                "build it here: edgedetr build BUNDLE --force"
+            )
         self._engine.error_recorder = self._errors
         self._own = threading.local()
         self._lanes: list[Lane] = []
@@ -60,7 +70,7 @@ class Session:
             self.ports = _ports(trt, self._engine, what)
         except EngineError as error:
             problem = str(error)
-        if problem:         # outside of `except`: a traceback would keep the engine alive beyond its runtime
+        if problem:  # outside of `except`: a traceback would keep the engine alive beyond its runtime
             self.close()
             raise EngineError(problem)
 
@@ -74,8 +84,9 @@ class Session:
             shape = tuple(int(size) for size in feed.shape)
             if (isinstance(feed, np.ndarray) and feed.dtype != port.dtype) or not _fits(shape, port):
                 most = f" up to {list(port.largest)}" if -1 in port.shape else ""
-                raise UsageError(f"{name} is {feed.dtype} {list(shape)}; {self.what} takes {port.dtype} "
-                                 f"{list(port.shape)}{most}")
+                raise UsageError(
+                    f"{name} is {feed.dtype} {list(shape)}; {self.what} takes {port.dtype} {list(port.shape)}{most}"
+                )
         return self._lane().run(feeds)
 
     def _lane(self) -> Lane:
@@ -88,9 +99,11 @@ class Session:
                 errors = self._make_recorder()
                 context = self._engine.create_execution_context()
                 if context is None:
-                    raise EngineError(f"{self.what}: no execution context "
-                                      f"({self._errors.take() or 'probably too little memory on the device'}); "
-                                      "close other programs that use the GPU, or use fewer threads")
+                    raise EngineError(
+                        f"{self.what}: no execution context "
+                        f"({self._errors.take() or 'probably too little memory on the device'}); "
+                        "close other programs that use the GPU, or use fewer threads"
+                    )
                 context.error_recorder = errors
                 lane = Lane(self.cuda, context, self.ports, errors, use_graph=self.use_graph)
                 self._lanes.append(lane)
@@ -116,8 +129,9 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -131,14 +145,23 @@ class TrtRunner:
 
     name = "tensorrt"
 
-    def __init__(self, path: str | Path, *, threads: int | None = None, use_graph: bool = True, trust: bool = False,
-                 onnx_sha256: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        use_graph: bool = True,
+        trust: bool = False,
+        onnx_sha256: str | None = None,
+    ) -> None:
         self.session, self.sidecar = _open(Path(path), use_graph, trust, onnx_sha256)
         port = _one_input(self.session, "images", 4, ("logits", "boxes"), "images [B, 3, H, W] -> logits, boxes")
         if port.dtype != np.float32 or port.shape[1] != 3:
             self.session.close()
-            raise EngineError(f"{path}: images is {port.dtype} {list(port.shape)}; expected float32 [B, 3, H, W]; "
-                              "build it from a graph that edgedetr export wrote")
+            raise EngineError(
+                f"{path}: images is {port.dtype} {list(port.shape)}; expected float32 [B, 3, H, W]; "
+                "build it from a graph that edgedetr export wrote"
+            )
         self.batch: int | None = port.shape[0] if port.shape[0] > 0 else None
         self.largest_batch = port.largest[0]
         self.height, self.width = port.shape[2], port.shape[3]
@@ -152,7 +175,7 @@ class TrtRunner:
         if not isinstance(images, np.ndarray):
             return self._once(images)
         step = self.batch or self.largest_batch
-        parts = [self._padded(images[start:start + step]) for start in range(0, len(images), step)]
+        parts = [self._padded(images[start : start + step]) for start in range(0, len(images), step)]
         if len(parts) == 1:
             return parts[0]
         return RawOutputs(np.concatenate([p.logits for p in parts]), np.concatenate([p.boxes for p in parts]))
@@ -178,8 +201,15 @@ class TrtFrameRunner:
     name = "tensorrt"
     outputs = ("boxes", "scores", "labels")
 
-    def __init__(self, path: str | Path, *, threads: int | None = None, use_graph: bool = True, trust: bool = False,
-                 onnx_sha256: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        use_graph: bool = True,
+        trust: bool = False,
+        onnx_sha256: str | None = None,
+    ) -> None:
         self.session, self.sidecar = _open(Path(path), use_graph, trust, onnx_sha256)
         port = _one_input(self.session, "frames", 4, self.outputs, "frames [1, H, W, 3] -> boxes, scores, labels")
         self.height, self.width = port.shape[1], port.shape[2]
@@ -194,7 +224,7 @@ class TrtFrameRunner:
 
 
 def _open(path: Path, use_graph: bool, trust: bool, onnx_sha256: str | None) -> tuple[Session, Sidecar | None]:
-    device = probe()                    # before anything of TensorRT
+    device = probe()  # before anything of TensorRT
     trt = library.tensorrt()
     checked = engine_validation.check(path, device, trt.__version__, onnx_sha256=onnx_sha256, trust=trust)
     return Session(checked.data, cuda=Cuda(device), use_graph=use_graph, what=str(path)), checked.sidecar
@@ -205,8 +235,10 @@ def _one_input(session: Session, name: str, rank: int, outputs: tuple[str, ...],
     given = {port.name for port in session.ports.values() if not port.is_input}
     if [port.name for port in inputs] != [name] or not set(outputs) <= given or len(inputs[0].shape) != rank:
         session.close()
-        raise EngineError(f"{session.what}: inputs {[p.name for p in inputs]} and outputs {sorted(given)}; expected "
-                          f"{expected}; build it from a graph that edgedetr export wrote")
+        raise EngineError(
+            f"{session.what}: inputs {[p.name for p in inputs]} and outputs {sorted(given)}; expected "
+            f"{expected}; build it from a graph that edgedetr export wrote"
+        )
     return inputs[0]
 
 
@@ -216,32 +248,38 @@ def _ports(trt: Any, engine: Any, what: str) -> dict[str, Port]:
         name = engine.get_tensor_name(index)
         kind = engine.get_tensor_dtype(name).name
         if kind not in DTYPES:
-            raise EngineError(f"{what}: tensor {name} is {kind}, which numpy does not have; expected one of "
-                              f"{', '.join(DTYPES)}")
+            raise EngineError(
+                f"{what}: tensor {name} is {kind}, which numpy does not have; expected one of {', '.join(DTYPES)}"
+            )
         if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
-            raise EngineError(f"{what}: tensor {name} must lie in host memory (a shape input); expected a graph whose "
-                              "shapes follow from the input's")
+            raise EngineError(
+                f"{what}: tensor {name} must lie in host memory (a shape input); expected a graph whose "
+                "shapes follow from the input's"
+            )
         if engine.get_tensor_format(name) != trt.TensorFormat.LINEAR:
-            raise EngineError(f"{what}: tensor {name} has the layout {engine.get_tensor_format(name).name}; expected "
-                              "LINEAR; build it with: edgedetr build BUNDLE --force")
+            raise EngineError(
+                f"{what}: tensor {name} has the layout {engine.get_tensor_format(name).name}; expected "
+                "LINEAR; build it with: edgedetr build BUNDLE --force"
+            )
         shape = tuple(int(size) for size in engine.get_tensor_shape(name))
         is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
         largest = shape
         if is_input and -1 in shape:
-            largest = tuple(int(size) for size in engine.get_tensor_profile_shape(name, 0)[2])     # min, opt, max
+            largest = tuple(int(size) for size in engine.get_tensor_profile_shape(name, 0)[2])  # min, opt, max
         found[name] = Port(name, np.dtype(DTYPES[kind]), shape, largest, is_input)
     return found
 
 
 def _fits(shape: tuple[int, ...], port: Port) -> bool:
     return len(shape) == len(port.shape) and all(
-        0 < size <= most if told < 0 else size == told for size, told, most in zip(shape, port.shape, port.largest))
+        0 < size <= most if told < 0 else size == told for size, told, most in zip(shape, port.shape, port.largest)
+    )
 
 
 def _recorder(trt: Any) -> Any:
     """An error recorder that keeps texts until they are taken; TensorRT calls it from threads of its own."""
 
-    class Recorder(trt.IErrorRecorder):     # type: ignore[misc]  # the base is only known at run time
+    class Recorder(trt.IErrorRecorder):  # type: ignore[misc]  # the base is only known at run time
         def __init__(self) -> None:
             trt.IErrorRecorder.__init__(self)
             self.found: list[tuple[Any, str]] = []
@@ -268,6 +306,6 @@ def _recorder(trt: Any) -> Any:
 
         def report_error(self, arg0: Any, arg1: str) -> bool:
             self.found.append((arg0, str(arg1).strip()))
-            return True     # the call that reported it must end
+            return True  # the call that reported it must end
 
     return Recorder()

@@ -53,8 +53,16 @@ class Pick:
 class TrainingSet(Dataset):
     """Varied pictures of a set. `set_[Pick]` -> (pixels [3, H, W] uint8, Target, index)."""
 
-    def __init__(self, samples: DetectionSet, contract: InputContract, augment: AugmentConfig, *, seed: int,
-                 cache_mb: int, strict: bool = False) -> None:
+    def __init__(
+        self,
+        samples: DetectionSet,
+        contract: InputContract,
+        augment: AugmentConfig,
+        *,
+        seed: int,
+        cache_mb: int,
+        strict: bool = False,
+    ) -> None:
         self.samples, self.contract, self.augment, self.seed, self.strict = samples, contract, augment, seed, strict
         self.room = cache_mb * 2**20
         self.cache: dict[int, Picture] = {}
@@ -69,22 +77,23 @@ class TrainingSet(Dataset):
         if pick.plain:
             example = vary(picture, contract, self.augment, rng, flips_only=True)
         else:
-            example = compose(picture, lambda: self._readable(int(rng.integers(len(self))))[1], contract,
-                              self.augment, rng)
+            example = compose(
+                picture, lambda: self._readable(int(rng.integers(len(self))))[1], contract, self.augment, rng
+            )
         width, height = contract.width, contract.height
         centred = torch.from_numpy(xyxy_to_cxcywh(example.boxes) / [width, height, width, height])
         return example.pixels, Target(torch.from_numpy(example.labels), centred.float().reshape(-1, 4)), index
 
     def fill(self) -> None:
         """Decode into the cache now, as far as it has room, so that worker processes share it."""
-        with ThreadPoolExecutor() as pool:      # decoding releases Python's lock
+        with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
             for number in range(0, len(self), 64):
                 if self.room <= 0:
                     break
                 list(pool.map(self._try, range(number, min(number + 64, len(self)))))
 
     def _try(self, index: int) -> None:
-        with contextlib.suppress(DataError):    # told when its turn comes
+        with contextlib.suppress(DataError):  # told when its turn comes
             self._picture(index)
 
     def _readable(self, index: int) -> tuple[int, Picture]:
@@ -121,7 +130,8 @@ def load(sample: Sample, contract: InputContract) -> Picture:
     real = ~sample.crowd
     return Picture(
         torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1),
-        sample.boxes[real] * np.tile(scale, 2), sample.labels[real].astype(np.int64),
+        sample.boxes[real] * np.tile(scale, 2),
+        sample.labels[real].astype(np.int64),
         frame_height=rows * contract.height / geometry.content_height,
         frame_width=columns * contract.width / geometry.content_width,
     )
@@ -136,14 +146,29 @@ def order(samples: int, batch: int, *, seed: int, epoch: int) -> np.ndarray:
     return indices[: steps * batch].reshape(steps, batch)
 
 
-def batches(dataset: TrainingSet, plan: np.ndarray, epoch: int, *, plain: bool, workers: int,
-            contracts: Sequence[InputContract] | None = None) -> Iterator[Batch]:
+def batches(
+    dataset: TrainingSet,
+    plan: np.ndarray,
+    epoch: int,
+    *,
+    plain: bool,
+    workers: int,
+    contracts: Sequence[InputContract] | None = None,
+) -> Iterator[Batch]:
     """Batches of one process by a plan [steps, batch of this process], at the set's own size or one for each step."""
     sizes = contracts or [dataset.contract] * len(plan)
     picks = [[Pick(epoch, int(index), plain, size) for index in row] for row, size in zip(plan, sizes)]
     workers = bounded(workers, "train.workers")
-    return iter(DataLoader(dataset, batch_sampler=picks, num_workers=workers, collate_fn=_collate,
-                           pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None))
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=picks,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=4 if workers else None,
+        )
+    )
 
 
 def _collate(items: list[tuple[Tensor, Target, int]]) -> Batch:
@@ -151,8 +176,9 @@ def _collate(items: list[tuple[Tensor, Target, int]]) -> Batch:
     return Batch(torch.stack(images), list(targets), list(indices))
 
 
-def drawn(contract: InputContract, shares: Sequence[float], steps: int, *, seed: int,
-          epoch: int) -> list[InputContract]:
+def drawn(
+    contract: InputContract, shares: Sequence[float], steps: int, *, seed: int, epoch: int
+) -> list[InputContract]:
     """The contract at one of the shares of its sides, for every step of an epoch; the same in every process."""
     picked = np.random.default_rng((seed, epoch, len(shares))).choice(shares, steps)
     return [smaller(contract, float(share)) for share in picked]

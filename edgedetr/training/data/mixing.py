@@ -15,12 +15,12 @@ from edgedetr.boxes import area
 from edgedetr.bundle import InputContract
 from edgedetr.training.data.randaugment import MIN_PIXELS, Example
 
-COVERED = 0.7           # a box of which more than this share is pasted over is dropped
-SEEN = 0.3              # a donor's box is taken when at least this share of it lies in the pasted part
-CENTRE = (0.3, 0.7)     # where the four pictures of a mosaic meet, share of the sides
-PASTED = (0.3, 0.7)     # sides of the rectangle of cutmix, share of the picture's
+COVERED = 0.7  # a box of which more than this share is pasted over is dropped
+SEEN = 0.3  # a donor's box is taken when at least this share of it lies in the pasted part
+CENTRE = (0.3, 0.7)  # where the four pictures of a mosaic meet, share of the sides
+PASTED = (0.3, 0.7)  # sides of the rectangle of cutmix, share of the picture's
 
-Take = Callable[[InputContract], Example]       # another picture, varied, at some size
+Take = Callable[[InputContract], Example]  # another picture, varied, at some size
 
 
 def mosaic(take: Take, contract: InputContract, rng: np.random.Generator) -> Example:
@@ -40,8 +40,11 @@ def mosaic(take: Take, contract: InputContract, rng: np.random.Generator) -> Exa
 def mixup(one: Example, other: Example, share: float) -> Example:
     """`share` of the first picture and the rest of the second, laid over each other; the objects of both."""
     blended = one.pixels.float() * share + other.pixels.float() * (1 - share)
-    return Example(blended.round_().to(torch.uint8), np.concatenate([one.boxes, other.boxes]),
-                   np.concatenate([one.labels, other.labels]))
+    return Example(
+        blended.round_().to(torch.uint8),
+        np.concatenate([one.boxes, other.boxes]),
+        np.concatenate([one.labels, other.labels]),
+    )
 
 
 def cutmix(base: Example, donor: Example, rectangle: tuple[int, int, int, int]) -> Example:
@@ -54,8 +57,9 @@ def cutmix(base: Example, donor: Example, rectangle: tuple[int, int, int, int]) 
     keep = (hidden <= COVERED * area(base.boxes)) & (rest[:, 2:] - rest[:, :2] >= MIN_PIXELS).all(axis=1)
     pasted = np.clip(donor.boxes, [x0, y0, x0, y0], [x1, y1, x1, y1])
     take = (area(pasted) >= SEEN * area(donor.boxes)) & (pasted[:, 2:] - pasted[:, :2] >= MIN_PIXELS).all(axis=1)
-    return Example(pixels, np.concatenate([rest[keep], pasted[take]]),
-                   np.concatenate([base.labels[keep], donor.labels[take]]))
+    return Example(
+        pixels, np.concatenate([rest[keep], pasted[take]]), np.concatenate([base.labels[keep], donor.labels[take]])
+    )
 
 
 def draw_rectangle(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:

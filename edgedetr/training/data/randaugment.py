@@ -17,13 +17,13 @@ from torch import Tensor
 from edgedetr.boxes import area
 from edgedetr.runtime.preprocess import PADDING
 
-STRONGEST = 10          # M runs from 0 to this
-SHEAR = 0.3             # at the strongest, as are the next three; this is AutoAugment's
-SHIFT = 0.25            # share of the side; less than AutoAugment's, so that fewer objects leave the picture
-TURN = 30.0             # degrees, AutoAugment's
-ENHANCE = 0.9           # brightness, colour, contrast and sharpness go from 1 - 0.9 to 1 + 0.9
-VISIBLE = 0.2           # a box of which less than this share of the area is left is dropped
-MIN_PIXELS = 1.0        # and one with a smaller side
+STRONGEST = 10  # M runs from 0 to this
+SHEAR = 0.3  # at the strongest, as are the next three; this is AutoAugment's
+SHIFT = 0.25  # share of the side; less than AutoAugment's, so that fewer objects leave the picture
+TURN = 30.0  # degrees, AutoAugment's
+ENHANCE = 0.9  # brightness, colour, contrast and sharpness go from 1 - 0.9 to 1 + 0.9
+VISIBLE = 0.2  # a box of which less than this share of the area is left is dropped
+MIN_PIXELS = 1.0  # and one with a smaller side
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Example:
     labels: np.ndarray
 
 
-Colour = Callable[[Image.Image, float, float], Image.Image]       # picture, strength 0..1, sign -1 or 1
+Colour = Callable[[Image.Image, float, float], Image.Image]  # picture, strength 0..1, sign -1 or 1
 
 COLOURS: dict[str, Colour] = {
     "autocontrast": lambda image, m, sign: ImageOps.autocontrast(image),
@@ -87,9 +87,14 @@ def apply(example: Example, name: str, strength: float, sign: float) -> Example:
     width, height = image.size
     middle = np.array([[1, 0, width / 2], [0, 1, height / 2], [0, 0, 1]])
     forward = middle @ GEOMETRIES[name](sign * strength, width, height) @ np.linalg.inv(middle)
-    backward = np.linalg.inv(forward)       # Pillow asks where each new pixel comes from
-    moved = image.transform(image.size, Image.Transform.AFFINE, tuple(backward[:2].ravel()),
-                            Image.Resampling.BILINEAR, fillcolor=(PADDING,) * 3)
+    backward = np.linalg.inv(forward)  # Pillow asks where each new pixel comes from
+    moved = image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        tuple(backward[:2].ravel()),
+        Image.Resampling.BILINEAR,
+        fillcolor=(PADDING,) * 3,
+    )
     boxes, keep = move(example.boxes, forward, width, height)
     return Example(_tensor(moved), boxes[keep], example.labels[keep])
 
@@ -104,9 +109,9 @@ def move(boxes: np.ndarray, forward: np.ndarray, width: int, height: int) -> tup
     return seen, keep
 
 
-ERASED = (0.02, 0.33)       # share of the picture's area
+ERASED = (0.02, 0.33)  # share of the picture's area
 ERASED_ASPECT = (0.3, 3.3)  # width to height; both are the paper's
-HIDDEN = 0.8                # a box of which more than this share is erased is dropped
+HIDDEN = 0.8  # a box of which more than this share is erased is dropped
 
 
 def erase(example: Example, rng: np.random.Generator) -> Example:

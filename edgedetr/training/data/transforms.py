@@ -21,9 +21,9 @@ from edgedetr.training.config import AugmentConfig
 from edgedetr.training.data.mixing import cutmix, draw_rectangle, mixup, mosaic
 from edgedetr.training.data.randaugment import MIN_PIXELS, Example, erase, rand_augment
 
-MIN_IOU = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)    # one is drawn per crop (Liu et al. 2016, "SSD", section 2.2)
-SHORTER, CROPPED = (400.0, 500.0, 600.0), (384.0, 600.0)    # pixels, of DETR's crop
-TRIALS = 20                                 # crops tried for it
+MIN_IOU = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # one is drawn per crop (Liu et al. 2016, "SSD", section 2.2)
+SHORTER, CROPPED = (400.0, 500.0, 600.0), (384.0, 600.0)  # pixels, of DETR's crop
+TRIALS = 20  # crops tried for it
 
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 _RGB = np.linalg.inv(_YIQ)
@@ -46,12 +46,18 @@ class Picture:
     frame_width: float
 
 
-def compose(picture: Picture, another: Callable[[], Picture], contract: InputContract, config: AugmentConfig,
-            rng: np.random.Generator) -> Example:
+def compose(
+    picture: Picture,
+    another: Callable[[], Picture],
+    contract: InputContract,
+    config: AugmentConfig,
+    rng: np.random.Generator,
+) -> Example:
     """One training example from a picture, and from others where mosaic, mixup or cutmix fall on it.
 
     Each technique that is off draws nothing, so that switching one on does not change another's luck before it.
     """
+
     def take(size: InputContract) -> Example:
         return vary(another(), size, config, rng)
 
@@ -68,8 +74,14 @@ def compose(picture: Picture, another: Callable[[], Picture], contract: InputCon
     return example
 
 
-def vary(picture: Picture, contract: InputContract, config: AugmentConfig, rng: np.random.Generator,
-         *, flips_only: bool = False) -> Example:
+def vary(
+    picture: Picture,
+    contract: InputContract,
+    config: AugmentConfig,
+    rng: np.random.Generator,
+    *,
+    flips_only: bool = False,
+) -> Example:
     """One training example of one picture: a window on it, flips, colours."""
     whole = np.array([0.0, 0.0, picture.frame_width, picture.frame_height])
     window = whole if flips_only else _window(picture, config, rng)
@@ -87,8 +99,9 @@ def vary(picture: Picture, contract: InputContract, config: AugmentConfig, rng: 
     return Example(pixels, boxes, labels)
 
 
-def look(picture: Picture, window: np.ndarray, contract: InputContract,
-         min_visible: float) -> tuple[Tensor, np.ndarray, np.ndarray]:
+def look(
+    picture: Picture, window: np.ndarray, contract: InputContract, min_visible: float
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """What is seen of a picture through a window, at the size of the input; grey where there is no picture.
 
     window  x0, y0, x1, y1 in pixels of the picture, may reach beyond it
@@ -96,7 +109,7 @@ def look(picture: Picture, window: np.ndarray, contract: InputContract,
     _, height, width = picture.pixels.shape
     source = np.array([max(window[0], 0), max(window[1], 0), min(window[2], width), min(window[3], height)])
     source = np.rint(source).astype(int)
-    source[:2] = np.minimum(source[:2], [width - 1, height - 1])    # a letterbox crop may lie in the grey
+    source[:2] = np.minimum(source[:2], [width - 1, height - 1])  # a letterbox crop may lie in the grey
     source[2:] = np.maximum(source[2:], source[:2] + 1)
     scale = np.array([contract.width / (window[2] - window[0]), contract.height / (window[3] - window[1])])
     target = np.rint((source.reshape(2, 2) - np.rint(window[:2])) * scale).astype(int).ravel()
@@ -107,7 +120,7 @@ def look(picture: Picture, window: np.ndarray, contract: InputContract,
 
     seen = picture.pixels[:, source[1] : source[3], source[0] : source[2]]
     if tuple(size) != tuple(crop):
-        small = bool((crop > 2 * size).any())       # only then would plain bilinear skip pixels
+        small = bool((crop > 2 * size).any())  # only then would plain bilinear skip pixels
         # In bytes: within 1 of 255 of the float arithmetic, at a fifth of its time.
         seen = F.interpolate(seen[None], (int(size[1]), int(size[0])), mode="bilinear", antialias=small)[0]
     if tuple(size) == (contract.width, contract.height):
@@ -171,11 +184,12 @@ def _crop_by_size(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def recolour(pixels: Tensor, config: AugmentConfig, rng: np.random.Generator) -> Tensor:
     """Brightness, contrast, saturation and hue as one 3 x 3 matrix and an offset; [3, H, W] uint8 -> the same."""
-    brightness, contrast, saturation = (1 + rng.uniform(-limit, limit) for limit in
-                                        (config.brightness, config.contrast, config.saturation))
+    brightness, contrast, saturation = (
+        1 + rng.uniform(-limit, limit) for limit in (config.brightness, config.contrast, config.saturation)
+    )
     turn = 2 * np.pi * rng.uniform(-config.hue, config.hue)
     cosine, sine = saturation * np.cos(turn), saturation * np.sin(turn)
-    chroma = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])      # luma stays, the colour plane turns
+    chroma = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])  # luma stays, the colour plane turns
     matrix = brightness * contrast * (_RGB @ chroma @ _YIQ)
     flat = pixels.reshape(3, -1).float()
     grey = float(torch.from_numpy(_YIQ[0]).float() @ flat.mean(1))

@@ -20,7 +20,7 @@ LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 
 def block(**words: object) -> ConvNorm:
     torch.manual_seed(0)
-    made = ConvNorm(6, 8, norm=FrozenBatchNorm2d, **words).requires_grad_(False)     # type: ignore[arg-type]
+    made = ConvNorm(6, 8, norm=FrozenBatchNorm2d, **words).requires_grad_(False)  # type: ignore[arg-type]
     scatter(made)
     return made
 
@@ -37,15 +37,21 @@ def scatter(module: nn.Module) -> None:
 def by_hand(made: ConvNorm, x: Tensor) -> Tensor:
     """In float64, one thing after the other."""
     conv, norm = made.conv, made.norm
-    y = F.conv2d(x.double(), conv.weight.double(), None, conv.stride, conv.padding, conv.dilation)   # type: ignore[arg-type]
+    y = F.conv2d(x.double(), conv.weight.double(), None, conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
     y = (y - norm.running_mean.double()[:, None, None]) / (norm.running_var.double() + norm.eps)[:, None, None].sqrt()  # type: ignore[operator, index, union-attr]
-    return y * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]     # type: ignore[operator, union-attr]
+    return y * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]  # type: ignore[operator, union-attr]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("words", [
-    {"kernel": 3, "stride": 2, "activation": "relu"}, {"kernel": 3, "dilation": 2}, {"kernel": 1, "activation": "silu"},
-], ids=["stride", "dilated", "silu"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"kernel": 3, "stride": 2, "activation": "relu"},
+        {"kernel": 3, "dilation": 2},
+        {"kernel": 1, "activation": "silu"},
+    ],
+    ids=["stride", "dilated", "silu"],
+)
 def test_one_pass_equals_float64_steps(words: dict[str, object], layout: str) -> None:
     made, x = block(**words), torch.randn(2, 6, 9, 7).contiguous(memory_format=LAYOUTS[layout])
     assert made.packs(x), "else this test compares nothing"
@@ -73,14 +79,14 @@ def test_changed_weights_are_packed_again() -> None:
     made, other, x = block(kernel=3), block(kernel=3), torch.randn(1, 6, 5, 5)
     made(x)
     other.conv.weight.normal_()
-    other.norm.running_mean.normal_()       # type: ignore[union-attr, operator]
+    other.norm.running_mean.normal_()  # type: ignore[union-attr, operator]
     made.load_state_dict(other.state_dict())
     torch.testing.assert_close(made(x).double(), by_hand(other, x), atol=1e-5, rtol=1e-5)
-    made.norm.bias.add_(1)                  # type: ignore[operator, union-attr]
+    made.norm.bias.add_(1)  # type: ignore[operator, union-attr]
     torch.testing.assert_close(made(x).double(), by_hand(other, x) + 1, atol=1e-5, rtol=1e-5)
-    made.conv.weight.data = made.conv.weight.data * 2       # another tensor in its place, as .to() does
-    made.norm.running_mean.mul_(2)          # type: ignore[operator, union-attr]
-    shift = made.norm.bias.double()[:, None, None]          # type: ignore[operator, union-attr]
+    made.conv.weight.data = made.conv.weight.data * 2  # another tensor in its place, as .to() does
+    made.norm.running_mean.mul_(2)  # type: ignore[operator, union-attr]
+    shift = made.norm.bias.double()[:, None, None]  # type: ignore[operator, union-attr]
     wanted = 2 * (by_hand(other, x) + 1 - shift) + shift
     torch.testing.assert_close(made(x).double(), wanted, atol=1e-5, rtol=1e-5)
 

@@ -11,7 +11,7 @@ from edgedetr.layers.cpu_kernels.weighted_rows import weighted_rows
 def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     index = torch.randint(9, (2, 5, 3, 4))
-    index[0, 0, 0] = 2              # one row four times in one sum
+    index[0, 0, 0] = 2  # one row four times in one sum
     return torch.randn(11, 6, requires_grad=True), index, torch.randn(2, 5, 3, 4, requires_grad=True)
 
 
@@ -21,8 +21,9 @@ def test_values_and_gradients_are_those_of_the_written_out_sum() -> None:
     expected = (weight[..., None] * table[index]).sum(-2)
     torch.testing.assert_close(out, expected)
     seed = torch.randn_like(out)
-    for got, wanted in zip(torch.autograd.grad(out, (table, weight), seed),
-                           torch.autograd.grad(expected, (table, weight), seed)):
+    for got, wanted in zip(
+        torch.autograd.grad(out, (table, weight), seed), torch.autograd.grad(expected, (table, weight), seed)
+    ):
         torch.testing.assert_close(got, wanted)
 
 

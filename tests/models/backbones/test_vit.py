@@ -37,14 +37,23 @@ def varied(model: torch.nn.Module) -> torch.nn.Module:
 def test_it_computes_what_transformers_vit_does(size: tuple[int, int]) -> None:
     """The weights pass through the importer; other sizes than 224 interpolate the positions."""
     transformers = pytest.importorskip("transformers")
-    reference = varied(transformers.ViTModel(transformers.ViTConfig(
-        hidden_size=DIM, num_hidden_layers=DEPTH, num_attention_heads=HEADS, intermediate_size=4 * DIM,
-        layer_norm_eps=1e-6), add_pooling_layer=False))
+    reference = varied(
+        transformers.ViTModel(
+            transformers.ViTConfig(
+                hidden_size=DIM,
+                num_hidden_layers=DEPTH,
+                num_attention_heads=HEADS,
+                intermediate_size=4 * DIM,
+                layer_norm_eps=1e-6,
+            ),
+            add_pooling_layer=False,
+        )
+    )
     ours = VisionTransformer(DIM, HEADS, DEPTH).eval()
     fit(ours, rename_vit(reference.state_dict()), "test")
     images = torch.randn(2, 3, *size)
     expected = reference(images, interpolate_pos_encoding=True).last_hidden_state
-    torch.testing.assert_close(ours(images), expected, atol=1e-4, rtol=0)       # float32; measured 0
+    torch.testing.assert_close(ours(images), expected, atol=1e-4, rtol=0)  # float32; measured 0
 
 
 @torch.no_grad()
@@ -54,10 +63,10 @@ def test_a_patch_is_flattened_and_projected() -> None:
     matrix, expected = trunk.patch.weight.flatten(1), []
     for row in range(2):
         for column in range(3):
-            patch = images[:, :, 16 * row:16 * (row + 1), 16 * column:16 * (column + 1)]
+            patch = images[:, :, 16 * row : 16 * (row + 1), 16 * column : 16 * (column + 1)]
             expected.append(patch.flatten(1) @ matrix.T + trunk.patch.bias)
     actual = trunk.patch(images).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(actual, torch.stack(expected, dim=1), atol=1e-5, rtol=0)     # sums of 768 products
+    torch.testing.assert_close(actual, torch.stack(expected, dim=1), atol=1e-5, rtol=0)  # sums of 768 products
 
 
 @torch.no_grad()
@@ -68,9 +77,15 @@ def test_files_of_timm_and_of_transformers_are_read(tmp_path: Path) -> None:
     for name, tensor in ours.items():
         name = re.sub(r"^class_token$", "cls_token", name).replace("position.table", "pos_embed")
         name = re.sub(r"^patch\.", "patch_embed.proj.", name)
-        for mine, theirs in (("attention_norm", "norm1"), ("feedforward_norm", "norm2"), ("attention_scale", "ls1"),
-                             ("feedforward_scale", "ls2"), ("feedforward.up", "mlp.fc1"),
-                             ("feedforward.down", "mlp.fc2"), ("attention.out", "attn.proj")):
+        for mine, theirs in (
+            ("attention_norm", "norm1"),
+            ("feedforward_norm", "norm2"),
+            ("attention_scale", "ls1"),
+            ("feedforward_scale", "ls2"),
+            ("feedforward.up", "mlp.fc1"),
+            ("feedforward.down", "mlp.fc2"),
+            ("attention.out", "attn.proj"),
+        ):
             name = name.replace(f".{mine}.", f".{theirs}.")
         timm[name] = tensor
     for block in range(2):
@@ -78,19 +93,29 @@ def test_files_of_timm_and_of_transformers_are_read(tmp_path: Path) -> None:
             parts = [timm.pop(f"blocks.{block}.attention.{part}.{kind}") for part in "qkv"]
             timm[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(parts)
     timm |= {"head.weight": torch.zeros(10, DIM), "head.bias": torch.zeros(10)}
-    assert set(timm) >= {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight", "blocks.1.ls2.gamma",
-                         "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.bias", "blocks.1.mlp.fc1.weight"}
+    assert set(timm) >= {
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "norm.weight",
+        "blocks.1.ls2.gamma",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.proj.bias",
+        "blocks.1.mlp.fc1.weight",
+    }
     target = VisionTransformer(DIM, HEADS, 2, layer_scale=0.1)
     fit(target, rename_vit(timm), "timm")
     assert all(torch.equal(tensor, ours[name]) for name, tensor in target.state_dict().items())
 
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=HEADS, patch_size=16,
-                                    intermediate_size=4 * 192)
+    config = transformers.ViTConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=HEADS, patch_size=16, intermediate_size=4 * 192
+    )
     reference = varied(transformers.ViTForImageClassification(config))
     reference.save_pretrained(tmp_path)
-    config = replace(SMALL["detr"], backbone="vit_tiny", backbone_width=1.0,
-                     backbone_weights=str(tmp_path / "model.safetensors"))
+    config = replace(
+        SMALL["detr"], backbone="vit_tiny", backbone_width=1.0, backbone_weights=str(tmp_path / "model.safetensors")
+    )
     detector = build("detr", config, CLASSES)
     loaded = load_backbone(detector, config)
     trunk = detector.backbone.transformer
@@ -101,10 +126,22 @@ def test_files_of_timm_and_of_transformers_are_read(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_windows_are_those_of_transformers_vitdet() -> None:
     transformers = pytest.importorskip("transformers")
-    reference = varied(transformers.VitDetBackbone(transformers.VitDetConfig(
-        hidden_size=DIM, num_hidden_layers=DEPTH, num_attention_heads=HEADS, mlp_ratio=4, image_size=128,
-        pretrain_image_size=128, patch_size=16, window_size=3, window_block_indices=[0, 2],
-        out_features=["stage4"])))
+    reference = varied(
+        transformers.VitDetBackbone(
+            transformers.VitDetConfig(
+                hidden_size=DIM,
+                num_hidden_layers=DEPTH,
+                num_attention_heads=HEADS,
+                mlp_ratio=4,
+                image_size=128,
+                pretrain_image_size=128,
+                patch_size=16,
+                window_size=3,
+                window_block_indices=[0, 2],
+                out_features=["stage4"],
+            )
+        )
+    )
     ours = VisionTransformer(DIM, HEADS, DEPTH, windowed=True, window_side=3, grid=8).eval()
     for block, window in zip(ours.blocks, (3, 0, 3, 0)):
         block.window = window
@@ -116,7 +153,7 @@ def test_windows_are_those_of_transformers_vitdet() -> None:
         name = name.replace("mlp.fc1", "feedforward.up").replace("mlp.fc2", "feedforward.down")
         name = name.replace("attention.proj", "attention.out")
         if name == "position_embeddings":
-            renamed["position.table"] = tensor[:, 1:]       # ViTDet drops the class token's
+            renamed["position.table"] = tensor[:, 1:]  # ViTDet drops the class token's
         elif "attention.qkv" in name:
             for part, chunk in zip("qkv", tensor.chunk(3)):
                 renamed[name.replace("qkv", part)] = chunk
@@ -125,9 +162,9 @@ def test_windows_are_those_of_transformers_vitdet() -> None:
     renamed |= {"norm.weight": torch.ones(DIM), "norm.bias": torch.zeros(DIM)}
     fit(ours, renamed, "test")
     images = torch.randn(2, 3, 128, 128)
-    expected = reference(images).feature_maps[-1]                               # [2, C, 8, 8], before a last norm
+    expected = reference(images).feature_maps[-1]  # [2, C, 8, 8], before a last norm
     expected = F.layer_norm(expected.flatten(2).transpose(1, 2), (DIM,), eps=1e-6)
-    torch.testing.assert_close(ours(images), expected, atol=1e-4, rtol=0)       # float32; measured 5e-7
+    torch.testing.assert_close(ours(images), expected, atol=1e-4, rtol=0)  # float32; measured 5e-7
 
 
 @pytest.mark.parametrize("shape, side", [((6, 8), 2), ((5, 7), 3), ((2, 3), 4)])
@@ -216,22 +253,25 @@ def test_a_member_trains_and_deploys_on_it(name: str) -> None:
     out = detector(detector.normalise(images))
     (out.logits.square().sum() + out.boxes.square().sum()).backward()
     dead = [key for key, p in detector.backbone.named_parameters() if p.grad is None or not p.grad.any()]
-    assert [key for key in dead if not key.endswith(".k.bias")] == []       # softmax does not see a key's bias
+    assert [key for key in dead if not key.endswith(".k.bias")] == []  # softmax does not see a key's bias
     detector = varied(detector)
     graph = DeployGraph(detector, 64, 96)
     assert isinstance(graph.detector.backbone.transformer.position, Baked)
     with torch.no_grad():
         expected, actual = detector(detector.normalise(images)), graph(images)
     torch.testing.assert_close(actual[0], expected.logits[-1], atol=1e-4, rtol=0)
-    torch.testing.assert_close(actual[1], expected.boxes[-1], atol=1e-5, rtol=2e-5)     # R-CNN's: several pictures wide
+    torch.testing.assert_close(actual[1], expected.boxes[-1], atol=1e-5, rtol=2e-5)  # R-CNN's: several pictures wide
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: make_backbone("vit_tinny", (5,)), "did you mean 'vit_tiny'"),
-    (lambda: make_backbone("resnet18", (5,), layer_scale=1e-5), "belongs to vision transformers, not to resnet18"),
-    (lambda: make_backbone("vit_tiny", (5,), dilate_last=True), "use resnet50 or resnet101"),
-    (lambda: make_backbone("vit_tiny", (5,), width=0.26), "50 channels with 3 heads; .*model.backbone_width"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: make_backbone("vit_tinny", (5,)), "did you mean 'vit_tiny'"),
+        (lambda: make_backbone("resnet18", (5,), layer_scale=1e-5), "belongs to vision transformers, not to resnet18"),
+        (lambda: make_backbone("vit_tiny", (5,), dilate_last=True), "use resnet50 or resnet101"),
+        (lambda: make_backbone("vit_tiny", (5,), width=0.26), "50 channels with 3 heads; .*model.backbone_width"),
+    ],
+)
 def test_what_cannot_be_built_says_why(make: object, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        make()      # type: ignore[operator]
+        make()  # type: ignore[operator]

@@ -19,31 +19,55 @@ from edgedetr.models.members.conditional_detr import ConditionalDetrConfig
 from edgedetr.models.members.dn_detr import DnDetrConfig
 
 CLASSES, LAYERS = 4, 2
-PLAIN = {"backbone": "resnet18", "backbone_width": 0.25, "hidden": 32, "heads": 4, "ffn": 48, "encoder_layers": LAYERS,
-         "decoder_layers": LAYERS, "queries": 6}
+PLAIN = {
+    "backbone": "resnet18",
+    "backbone_width": 0.25,
+    "hidden": 32,
+    "heads": 4,
+    "ffn": 48,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "queries": 6,
+}
 
 
 def conditional_layer(theirs: str, mine: str, ours: Weights, first: bool) -> Weights:
     """A decoder layer of Conditional DETR; projections stand in the layer, what remains of attention is out_proj."""
-    names = {"sa_qcontent_proj": "self_attention.q", "sa_qpos_proj": "self_attention.q_position",
-             "sa_kcontent_proj": "self_attention.k", "sa_kpos_proj": "self_attention.k_position",
-             "sa_v_proj": "self_attention.v", "self_attn.out_proj": "self_attention.out",
-             "ca_qcontent_proj": "cross_attention.q", "ca_kcontent_proj": "cross_attention.k",
-             "ca_kpos_proj": "cross_attention.k_position", "ca_v_proj": "cross_attention.v",
-             "ca_qpos_sine_proj": "cross_attention.q_spatial", "cross_attn.out_proj": "cross_attention.out",
-             "linear1": "feedforward.up", "linear2": "feedforward.down", "norm1": "self_norm", "norm2": "cross_norm",
-             "norm3": "feedforward_norm", **({"ca_qpos_proj": "cross_attention.q_position"} if first else {})}
+    names = {
+        "sa_qcontent_proj": "self_attention.q",
+        "sa_qpos_proj": "self_attention.q_position",
+        "sa_kcontent_proj": "self_attention.k",
+        "sa_kpos_proj": "self_attention.k_position",
+        "sa_v_proj": "self_attention.v",
+        "self_attn.out_proj": "self_attention.out",
+        "ca_qcontent_proj": "cross_attention.q",
+        "ca_kcontent_proj": "cross_attention.k",
+        "ca_kpos_proj": "cross_attention.k_position",
+        "ca_v_proj": "cross_attention.v",
+        "ca_qpos_sine_proj": "cross_attention.q_spatial",
+        "cross_attn.out_proj": "cross_attention.out",
+        "linear1": "feedforward.up",
+        "linear2": "feedforward.down",
+        "norm1": "self_norm",
+        "norm2": "cross_norm",
+        "norm3": "feedforward_norm",
+        **({"ca_qpos_proj": "cross_attention.q_position"} if first else {}),
+    }
     return {key: tensor for t, m in names.items() for key, tensor in both(f"{theirs}.{t}", f"{mine}.{m}", ours).items()}
 
 
 def conditional(ours: Weights) -> Weights:
     """Atten4Vis/ConditionalDETR."""
-    names = {**torchvision_resnet(ours, "backbone.0.body."), **both("input_proj", "encoder.project", ours),
-             **both("class_embed", "decoder.boxes.score", ours), **mlp("bbox_embed", "decoder.boxes.box", ours),
-             **both("transformer.decoder.norm", "decoder.norm", ours),
-             **mlp("transformer.decoder.query_scale", "decoder.spatial.scale", ours, 2),
-             **mlp("transformer.decoder.ref_point_head", "selector.point.head", ours, 2),
-             "query_embed.weight": ours["selector.position.weight"]}
+    names = {
+        **torchvision_resnet(ours, "backbone.0.body."),
+        **both("input_proj", "encoder.project", ours),
+        **both("class_embed", "decoder.boxes.score", ours),
+        **mlp("bbox_embed", "decoder.boxes.box", ours),
+        **both("transformer.decoder.norm", "decoder.norm", ours),
+        **mlp("transformer.decoder.query_scale", "decoder.spatial.scale", ours, 2),
+        **mlp("transformer.decoder.ref_point_head", "selector.point.head", ours, 2),
+        "query_embed.weight": ours["selector.position.weight"],
+    }
     for n in range(LAYERS):
         names |= encoder_layer(f"transformer.encoder.layers.{n}", f"encoder.layers.{n}", ours, packed)
         names |= conditional_layer(f"transformer.decoder.layers.{n}", f"decoder.layers.{n}", ours, n == 0)
@@ -52,15 +76,19 @@ def conditional(ours: Weights) -> Weights:
 
 def dab(ours: Weights) -> Weights:
     """IDEA-Research/DAB-DETR, and with `label_enc` DN-DETR; the box head stands there twice."""
-    names = {**torchvision_resnet(ours, "backbone.0.body."), **both("input_proj", "encoder.project", ours),
-             **both("class_embed", "decoder.boxes.score", ours), **mlp("bbox_embed", "decoder.boxes.box", ours),
-             **mlp("transformer.decoder.bbox_embed", "decoder.boxes.box", ours),
-             **both("transformer.decoder.norm", "decoder.norm", ours),
-             **mlp("transformer.encoder.query_scale", "encoder.position_scale", ours, 2),
-             **mlp("transformer.decoder.query_scale", "decoder.spatial.scale", ours, 2),
-             **mlp("transformer.decoder.ref_anchor_head", "decoder.spatial.size", ours, 2),
-             **mlp("transformer.decoder.ref_point_head", "decoder.query_position.head", ours, 2),
-             "refpoint_embed.weight": ours["selector.box.weight"]}
+    names = {
+        **torchvision_resnet(ours, "backbone.0.body."),
+        **both("input_proj", "encoder.project", ours),
+        **both("class_embed", "decoder.boxes.score", ours),
+        **mlp("bbox_embed", "decoder.boxes.box", ours),
+        **mlp("transformer.decoder.bbox_embed", "decoder.boxes.box", ours),
+        **both("transformer.decoder.norm", "decoder.norm", ours),
+        **mlp("transformer.encoder.query_scale", "encoder.position_scale", ours, 2),
+        **mlp("transformer.decoder.query_scale", "decoder.spatial.scale", ours, 2),
+        **mlp("transformer.decoder.ref_anchor_head", "decoder.spatial.size", ours, 2),
+        **mlp("transformer.decoder.ref_point_head", "decoder.query_position.head", ours, 2),
+        "refpoint_embed.weight": ours["selector.box.weight"],
+    }
     if "selector.denoising_class_embed.weight" in ours:
         names["label_enc.weight"] = ours["selector.denoising_class_embed.weight"]
     for n in range(LAYERS):
@@ -75,16 +103,21 @@ def dab(ours: Weights) -> Weights:
 def five(theirs: str, mine: str, ours: Weights) -> Weights:
     """MultiheadRCDA: the queries along x ("row") and y, the keys of both, the values, in one tensor."""
     parts = ("q_x", "q_y", "k_x", "k_y", "v")
-    joined = {f"{theirs}.in_proj_{kind}": torch.cat([ours[f"{mine}.{part}.{kind}"] for part in parts])
-              for kind in ("weight", "bias")}
+    joined = {
+        f"{theirs}.in_proj_{kind}": torch.cat([ours[f"{mine}.{part}.{kind}"] for part in parts])
+        for kind in ("weight", "bias")
+    }
     return {**joined, **both(f"{theirs}.out_proj", f"{mine}.out", ours)}
 
 
 def anchor(ours: Weights) -> Weights:
     """megvii-research/AnchorDETR with one feature level; six layers repeat one pair of heads."""
-    names = {**torchvision_resnet(ours, "backbone.body."),
-             "transformer.pattern.weight": ours["selector.pattern.weight"],
-             **both("input_proj.0.0", "encoder.project.0", ours), **both("input_proj.0.1", "encoder.project.1", ours)}
+    names = {
+        **torchvision_resnet(ours, "backbone.body."),
+        "transformer.pattern.weight": ours["selector.pattern.weight"],
+        **both("input_proj.0.0", "encoder.project.0", ours),
+        **both("input_proj.0.1", "encoder.project.1", ours),
+    }
     if "selector.points.points" in ours:
         names["transformer.position.weight"] = ours["selector.points.points"]
     for theirs, mine in (("adapt_pos1d", "encoder.position.adapt"), ("adapt_pos2d", "selector.points.adapt")):
@@ -93,24 +126,32 @@ def anchor(ours: Weights) -> Weights:
     for n in range(LAYERS):
         names |= both(f"transformer.class_embed.{n}", "decoder.boxes.score", ours)
         names |= mlp(f"transformer.bbox_embed.{n}", "decoder.boxes.box", ours)
-        for theirs, mine in ((f"transformer.encoder_layers.{n}", f"encoder.layers.{n}"),
-                             (f"transformer.decoder_layers.{n}", f"decoder.layers.{n}")):
+        for theirs, mine in (
+            (f"transformer.encoder_layers.{n}", f"encoder.layers.{n}"),
+            (f"transformer.decoder_layers.{n}", f"decoder.layers.{n}"),
+        ):
             encoder = mine.startswith("encoder")
             if encoder:
-                names |= {**five(f"{theirs}.self_attn", f"{mine}.attention", ours),
-                          **both(f"{theirs}.norm1", f"{mine}.attention_norm", ours)}
+                names |= {
+                    **five(f"{theirs}.self_attn", f"{mine}.attention", ours),
+                    **both(f"{theirs}.norm1", f"{mine}.attention_norm", ours),
+                }
             else:
-                names |= {**packed(f"{theirs}.self_attn", f"{mine}.self_attention", ours),
-                          **five(f"{theirs}.cross_attn", f"{mine}.cross_attention", ours),
-                          **both(f"{theirs}.norm1", f"{mine}.cross_norm", ours),
-                          **both(f"{theirs}.norm2", f"{mine}.self_norm", ours)}
-            names |= {**both(f"{theirs}.ffn.linear1", f"{mine}.feedforward.up", ours),
-                      **both(f"{theirs}.ffn.linear2", f"{mine}.feedforward.down", ours),
-                      **both(f"{theirs}.ffn.norm2", f"{mine}.feedforward_norm", ours)}
+                names |= {
+                    **packed(f"{theirs}.self_attn", f"{mine}.self_attention", ours),
+                    **five(f"{theirs}.cross_attn", f"{mine}.cross_attention", ours),
+                    **both(f"{theirs}.norm1", f"{mine}.cross_norm", ours),
+                    **both(f"{theirs}.norm2", f"{mine}.self_norm", ours),
+                }
+            names |= {
+                **both(f"{theirs}.ffn.linear1", f"{mine}.feedforward.up", ours),
+                **both(f"{theirs}.ffn.linear2", f"{mine}.feedforward.down", ours),
+                **both(f"{theirs}.ffn.norm2", f"{mine}.feedforward_norm", ours),
+            }
     return names
 
 
-GRID = {**PLAIN, "queries": 12}         # 2 x 2 points and 3 patterns
+GRID = {**PLAIN, "queries": 12}  # 2 x 2 points and 3 patterns
 ORIGINALS = {
     "conditional": ("conditional_detr", ConditionalDetrConfig(**PLAIN), conditional),
     "conditional r50": ("conditional_detr", ConditionalDetrConfig(**{**PLAIN, "backbone": "resnet50"}), conditional),
@@ -124,8 +165,10 @@ original = pytest.mark.parametrize("case", ORIGINALS)
 
 def random_state(member: str, config: object) -> Weights:
     generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(tensor.shape, generator=generator)
-            for name, tensor in build(member, config, CLASSES).state_dict().items()}
+    return {
+        name: torch.randn(tensor.shape, generator=generator)
+        for name, tensor in build(member, config, CLASSES).state_dict().items()
+    }
 
 
 @original
@@ -153,17 +196,29 @@ def test_the_architecture_follows_from_the_tensors(case: str) -> None:
 
 
 def of_transformers(member: str) -> torch.nn.Module:
-    shared = {"backbone_config": reference_resnet(18, width=0.25), "use_timm_backbone": False, "backbone": None,
-              "use_pretrained_backbone": False, "num_labels": CLASSES, "encoder_layers": LAYERS,
-              "decoder_layers": LAYERS, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-              "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_queries": 6}
+    shared = {
+        "backbone_config": reference_resnet(18, width=0.25),
+        "use_timm_backbone": False,
+        "backbone": None,
+        "use_pretrained_backbone": False,
+        "num_labels": CLASSES,
+        "encoder_layers": LAYERS,
+        "decoder_layers": LAYERS,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "num_queries": 6,
+    }
     if member == "conditional_detr":
         return transformers.ConditionalDetrForObjectDetection(transformers.ConditionalDetrConfig(**shared, d_model=32))
     return transformers.DabDetrForObjectDetection(transformers.DabDetrConfig(**shared, hidden_size=32))
 
 
-@pytest.mark.parametrize("member, config", [("conditional_detr", ConditionalDetrConfig(**PLAIN)),
-                                            ("dn_detr", DnDetrConfig(**PLAIN, denoising=False))])
+@pytest.mark.parametrize(
+    "member, config",
+    [("conditional_detr", ConditionalDetrConfig(**PLAIN)), ("dn_detr", DnDetrConfig(**PLAIN, denoising=False))],
+)
 def test_files_and_modules_of_transformers_load(member: str, config: object, tmp_path: Path) -> None:
     """As `save_pretrained` writes them, which is how they lie on the hub, and as they are named in memory."""
     theirs = of_transformers(member)
@@ -172,7 +227,7 @@ def test_files_and_modules_of_transformers_load(member: str, config: object, tmp
     for weights in (read(str(tmp_path / "model.safetensors")), theirs.state_dict()):
         ours = build(member, config, CLASSES)
         for tensor in ours.state_dict().values():
-            tensor.fill_(-7)                            # so that a tensor that was not loaded would show
+            tensor.fill_(-7)  # so that a tensor that was not loaded would show
         assert fit(ours, translate(member, weights), member).fresh == ()
         assert [name for name, tensor in ours.state_dict().items() if (tensor == -7).all()] == []
         states.append(ours.state_dict())
@@ -182,8 +237,11 @@ def test_files_and_modules_of_transformers_load(member: str, config: object, tmp
 def test_dn_detr_of_other_classes_keeps_all_but_what_belongs_to_classes() -> None:
     source, target = build("dn_detr", DnDetrConfig(**PLAIN), 9), build("dn_detr", DnDetrConfig(**PLAIN), CLASSES)
     loaded = fit(target, translate("dn_detr", dab(source.state_dict())), "nine classes")
-    assert set(loaded.fresh) == {"decoder.boxes.score.weight", "decoder.boxes.score.bias",
-                                 "selector.denoising_class_embed.weight"}
+    assert set(loaded.fresh) == {
+        "decoder.boxes.score.weight",
+        "decoder.boxes.score.bias",
+        "selector.denoising_class_embed.weight",
+    }
 
 
 def test_dab_detr_in_the_place_of_dn_detr_names_what_is_missing() -> None:

@@ -23,8 +23,16 @@ from edgedetr.models.members.detr import DetrConfig
 from edgedetr.models.members.rt_detr import RtDetrConfig
 
 CLASSES = 4
-PLAIN = {"backbone": "resnet18", "backbone_width": 0.25, "hidden": 32, "heads": 4, "ffn": 48, "encoder_layers": 2,
-         "decoder_layers": 2, "queries": 6}
+PLAIN = {
+    "backbone": "resnet18",
+    "backbone_width": 0.25,
+    "hidden": 32,
+    "heads": 4,
+    "ffn": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "queries": 6,
+}
 RT = {"backbone_width": 0.25, "hidden": 32, "heads": 4, "encoder_ffn": 48, "decoder_ffn": 40, "decoder_layers": 2}
 
 # name of the case: member, configuration, its weights under the authors' names
@@ -32,20 +40,38 @@ ORIGINALS = {
     "detr": ("detr", DetrConfig(**PLAIN), lambda ours: original_names.detr(ours, 2)),
     "detr r50": ("detr", DetrConfig(**{**PLAIN, "backbone": "resnet50"}), lambda ours: original_names.detr(ours, 2)),
     "detr pre-norm": ("detr", DetrConfig(**PLAIN, pre_norm=True), lambda ours: original_names.detr(ours, 2)),
-    "deformable": ("deformable_detr", DeformableDetrConfig(**PLAIN),
-                   lambda ours: original_names.deformable_detr(ours, 2)),
-    "deformable single-scale": ("deformable_detr", DeformableDetrConfig(**PLAIN, levels=1),
-                                lambda ours: original_names.deformable_detr(ours, 2)),
-    "deformable refined": ("deformable_detr", DeformableDetrConfig(**PLAIN, refine=True),
-                           lambda ours: original_names.deformable_detr(ours, 2)),
-    "deformable two-stage": ("deformable_detr", DeformableDetrConfig(**PLAIN, refine=True, two_stage=True),
-                             lambda ours: original_names.deformable_detr(ours, 2)),
+    "deformable": (
+        "deformable_detr",
+        DeformableDetrConfig(**PLAIN),
+        lambda ours: original_names.deformable_detr(ours, 2),
+    ),
+    "deformable single-scale": (
+        "deformable_detr",
+        DeformableDetrConfig(**PLAIN, levels=1),
+        lambda ours: original_names.deformable_detr(ours, 2),
+    ),
+    "deformable refined": (
+        "deformable_detr",
+        DeformableDetrConfig(**PLAIN, refine=True),
+        lambda ours: original_names.deformable_detr(ours, 2),
+    ),
+    "deformable two-stage": (
+        "deformable_detr",
+        DeformableDetrConfig(**PLAIN, refine=True, two_stage=True),
+        lambda ours: original_names.deformable_detr(ours, 2),
+    ),
     "rt_detr v1": ("rt_detr", RtDetrConfig(**RT, version=1), lambda ours: original_names.rt_detr(ours, 1)),
     "rt_detr v2": ("rt_detr", RtDetrConfig(**RT), lambda ours: original_names.rt_detr(ours, 2)),
-    "rt_detr v2, learned content": ("rt_detr", RtDetrConfig(**RT, learned_content=True),
-                                    lambda ours: original_names.rt_detr(ours, 2)),
-    "rt_detr v2 r50": ("rt_detr", RtDetrConfig(**RT, backbone="resnet50vd", expansion=1.0),
-                       lambda ours: original_names.rt_detr(ours, 2)),
+    "rt_detr v2, learned content": (
+        "rt_detr",
+        RtDetrConfig(**RT, learned_content=True),
+        lambda ours: original_names.rt_detr(ours, 2),
+    ),
+    "rt_detr v2 r50": (
+        "rt_detr",
+        RtDetrConfig(**RT, backbone="resnet50vd", expansion=1.0),
+        lambda ours: original_names.rt_detr(ours, 2),
+    ),
 }
 original = pytest.mark.parametrize("case", ORIGINALS)
 
@@ -53,8 +79,11 @@ original = pytest.mark.parametrize("case", ORIGINALS)
 def random_state(member: str, config: object) -> dict[str, torch.Tensor]:
     state = build(member, config, CLASSES).state_dict()
     generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()
-            if not name.endswith("num_batches_tracked")}
+    return {
+        name: torch.randn(tensor.shape, generator=generator)
+        for name, tensor in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
 
 
 @original
@@ -62,8 +91,11 @@ def test_the_authors_files_come_back_tensor_by_tensor(case: str, tmp_path: Path)
     member, config, written = ORIGINALS[case]
     ours = random_state(member, config)
     path = tmp_path / "model.pth"
-    wrapped = {"model": {f"module.{name}": tensor for name, tensor in written(ours).items()},
-               "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "args": argparse.Namespace(lr=1e-4)}
+    wrapped = {
+        "model": {f"module.{name}": tensor for name, tensor in written(ours).items()},
+        "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+        "args": argparse.Namespace(lr=1e-4),
+    }
     torch.save(wrapped, path)
     found = translate(member, read(str(path)), case)
     assert found.keys() == ours.keys()
@@ -91,7 +123,7 @@ def test_every_members_architecture_follows_from_its_tensors(member: str) -> Non
     found = infer(type(config), build(member, config, CLASSES).state_dict(), heads=4)
     untold = {"heads", "backbone_norm", "frozen_stages", "dilate_last", "first_queries", "points"}
     if member in ("deformable_detr", "efficient_detr", "rt_detr"):
-        untold.add("queries")           # selected, not learned
+        untold.add("queries")  # selected, not learned
     default = type(config)()
     for field in fields(config):
         wanted = getattr(config, field.name)
@@ -103,11 +135,25 @@ def test_every_members_architecture_follows_from_its_tensors(member: str) -> Non
 def test_files_of_transformers_deformable_detr_load(form: str, tmp_path: Path) -> None:
     """As `save_pretrained` writes them: with refinement, copies of the heads are left out."""
     refine, two_stage = form != "plain", form == "two-stage"
-    theirs = transformers.DeformableDetrForObjectDetection(transformers.DeformableDetrConfig(
-        backbone_config=reference_resnet(18, (2, 3, 4), 0.25), use_timm_backbone=False, backbone=None,
-        use_pretrained_backbone=False, num_labels=CLASSES, d_model=32, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=6,
-        with_box_refine=refine, two_stage=two_stage))
+    theirs = transformers.DeformableDetrForObjectDetection(
+        transformers.DeformableDetrConfig(
+            backbone_config=reference_resnet(18, (2, 3, 4), 0.25),
+            use_timm_backbone=False,
+            backbone=None,
+            use_pretrained_backbone=False,
+            num_labels=CLASSES,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            num_queries=6,
+            with_box_refine=refine,
+            two_stage=two_stage,
+        )
+    )
     if not refine:
         for heads in (theirs.class_embed, theirs.bbox_embed):
             for head in heads[1:]:
@@ -115,11 +161,12 @@ def test_files_of_transformers_deformable_detr_load(form: str, tmp_path: Path) -
     theirs.save_pretrained(tmp_path)
     ours = build("deformable_detr", DeformableDetrConfig(**PLAIN, refine=refine, two_stage=two_stage), CLASSES)
     for tensor in ours.state_dict().values():
-        tensor.fill_(-7)                                # so that a tensor that was not loaded would show
+        tensor.fill_(-7)  # so that a tensor that was not loaded would show
     assert load_detector(ours, "deformable_detr", str(tmp_path)).fresh == ()
     assert [name for name, p in ours.named_parameters() if (p == -7).all()] == []
-    assert torch.equal(ours.decoder.layers[1].cross_norm.weight,
-                       theirs.model.decoder.layers[1].encoder_attn_layer_norm.weight)
+    assert torch.equal(
+        ours.decoder.layers[1].cross_norm.weight, theirs.model.decoder.layers[1].encoder_attn_layer_norm.weight
+    )
 
 
 def test_copies_of_one_tensor_that_differ_are_an_error_that_names_both() -> None:

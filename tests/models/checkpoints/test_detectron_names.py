@@ -18,8 +18,9 @@ from edgedetr.models.detector import Detector
 from edgedetr.models.members.sparse_rcnn import SparseRcnnConfig
 
 # A bottleneck ResNet, as the original has; as narrow as it goes.
-CONFIG = SparseRcnnConfig(backbone="resnet50", backbone_width=0.125, hidden=16, heads=2, ffn=24, decoder_layers=2,
-                          queries=5, dynamic_hidden=4)
+CONFIG = SparseRcnnConfig(
+    backbone="resnet50", backbone_width=0.125, hidden=16, heads=2, ffn=24, decoder_layers=2, queries=5, dynamic_hidden=4
+)
 DEPTHS = (3, 4, 6, 3)
 
 
@@ -27,7 +28,7 @@ def varied(seed: int, classes: int = CLASSES) -> Detector:
     torch.manual_seed(seed)
     detector = build("sparse_rcnn", CONFIG, classes)
     with torch.no_grad():
-        for tensor in detector.state_dict().values():       # a statistic like all others, so that a mix-up shows
+        for tensor in detector.state_dict().values():  # a statistic like all others, so that a mix-up shows
             tensor.add_(torch.rand_like(tensor) * 0.02 - 0.01)
     return detector.eval()
 
@@ -63,14 +64,21 @@ def original(detector: Detector) -> dict[str, torch.Tensor]:
             packed = [ours[f"{name}.self_attention.{part}.{kind}"] for part in "qkv"]
             out[f"{theirs}.self_attn.in_proj_{kind}"] = torch.cat(packed)
         read = f"{name}.cross_attention.interaction"
-        for their, part in (("self_attn.out_proj", f"{name}.self_attention.out"), ("linear1", f"{name}.feedforward.up"),
-                            ("linear2", f"{name}.feedforward.down"), ("norm1", f"{name}.self_norm"),
-                            ("norm2", f"{name}.cross_norm"), ("norm3", f"{name}.feedforward_norm"),
-                            ("inst_interact.dynamic_layer", f"{read}.weights"),
-                            ("inst_interact.norm1", f"{read}.norms.0"), ("inst_interact.norm2", f"{read}.norms.1"),
-                            ("inst_interact.out_layer", f"{read}.out"), ("inst_interact.norm3", f"{read}.out_norm"),
-                            ("class_logits", f"decoder.boxes.score.{index}"),
-                            ("bboxes_delta", f"decoder.boxes.box.{index}")):
+        for their, part in (
+            ("self_attn.out_proj", f"{name}.self_attention.out"),
+            ("linear1", f"{name}.feedforward.up"),
+            ("linear2", f"{name}.feedforward.down"),
+            ("norm1", f"{name}.self_norm"),
+            ("norm2", f"{name}.cross_norm"),
+            ("norm3", f"{name}.feedforward_norm"),
+            ("inst_interact.dynamic_layer", f"{read}.weights"),
+            ("inst_interact.norm1", f"{read}.norms.0"),
+            ("inst_interact.norm2", f"{read}.norms.1"),
+            ("inst_interact.out_layer", f"{read}.out"),
+            ("inst_interact.norm3", f"{read}.out_norm"),
+            ("class_logits", f"decoder.boxes.score.{index}"),
+            ("bboxes_delta", f"decoder.boxes.box.{index}"),
+        ):
             norm(f"{theirs}.{their}", part, both)
         for tower, mine, blocks in (("cls_module", "class_tower", 1), ("reg_module", "box_tower", 3)):
             for block in range(blocks):
@@ -95,8 +103,11 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     del weights["head.head_series.1.inst_interact.norm2.bias"]
     weights["head.head_series.2.linear1.weight"] = torch.zeros(1)
     torch.save({"model": weights}, path)
-    with pytest.raises(ModelError, match=r"missing \(1\): decoder.layers.1.cross_attention.interaction.norms.1.bias; "
-                                         r"left over \(1\): decoder.layers.2.feedforward.up.weight"):
+    with pytest.raises(
+        ModelError,
+        match=r"missing \(1\): decoder.layers.1.cross_attention.interaction.norms.1.bias; "
+        r"left over \(1\): decoder.layers.2.feedforward.up.weight",
+    ):
         load_detector(varied(1), "sparse_rcnn", str(path))
 
 
@@ -104,8 +115,9 @@ def test_other_classes_keep_all_but_the_class_heads(tmp_path: Path) -> None:
     path = tmp_path / "model_final.pth"
     torch.save({"model": original(varied(0))}, path)
     loaded = load_detector(varied(1, CLASSES + 4), "sparse_rcnn", str(path))
-    assert loaded.fresh == tuple(f"decoder.boxes.score.{index}.{kind}" for index in range(CONFIG.decoder_layers)
-                                 for kind in ("weight", "bias"))
+    assert loaded.fresh == tuple(
+        f"decoder.boxes.score.{index}.{kind}" for index in range(CONFIG.decoder_layers) for kind in ("weight", "bias")
+    )
 
 
 def test_the_configuration_is_read_from_the_tensors() -> None:

@@ -81,28 +81,62 @@ def test_files_of_transformers_load(member: str, tmp_path: Path) -> None:
     """As `save_pretrained` writes them, which is how they lie on the hub."""
     transformers = pytest.importorskip("transformers")
     if member == "detr":
-        backbone = transformers.ResNetConfig(embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2],
-                                             layer_type="basic", out_features=["stage4"])
-        theirs = transformers.DetrForObjectDetection(transformers.DetrConfig(
-            backbone_config=backbone, use_timm_backbone=False, backbone=None, use_pretrained_backbone=False,
-            num_labels=3, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48, decoder_ffn_dim=48,
-            num_queries=5))
-        config: object = DetrConfig(backbone="resnet18", hidden=32, ffn=48, encoder_layers=1, decoder_layers=1,
-                                    queries=5)
+        backbone = transformers.ResNetConfig(
+            embedding_size=64,
+            hidden_sizes=[64, 128, 256, 512],
+            depths=[2, 2, 2, 2],
+            layer_type="basic",
+            out_features=["stage4"],
+        )
+        theirs = transformers.DetrForObjectDetection(
+            transformers.DetrConfig(
+                backbone_config=backbone,
+                use_timm_backbone=False,
+                backbone=None,
+                use_pretrained_backbone=False,
+                num_labels=3,
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                num_queries=5,
+            )
+        )
+        config: object = DetrConfig(
+            backbone="resnet18", hidden=32, ffn=48, encoder_layers=1, decoder_layers=1, queries=5
+        )
     else:
         backbone = transformers.RTDetrResNetConfig(
-            embedding_size=32, hidden_sizes=[32, 64, 128, 256], depths=[2, 2, 2, 2], layer_type="basic",
-            out_features=["stage2", "stage3", "stage4"])
-        theirs = transformers.RTDetrForObjectDetection(transformers.RTDetrConfig(
-            backbone_config=backbone, num_labels=3, encoder_in_channels=[64, 128, 256], d_model=32,
-            encoder_hidden_dim=32, decoder_in_channels=[32] * 3, encoder_ffn_dim=48, decoder_ffn_dim=48,
-            decoder_layers=1, num_queries=5, hidden_expansion=0.5, decoder_attention_heads=4, anchor_image_size=None))
+            embedding_size=32,
+            hidden_sizes=[32, 64, 128, 256],
+            depths=[2, 2, 2, 2],
+            layer_type="basic",
+            out_features=["stage2", "stage3", "stage4"],
+        )
+        theirs = transformers.RTDetrForObjectDetection(
+            transformers.RTDetrConfig(
+                backbone_config=backbone,
+                num_labels=3,
+                encoder_in_channels=[64, 128, 256],
+                d_model=32,
+                encoder_hidden_dim=32,
+                decoder_in_channels=[32] * 3,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                decoder_layers=1,
+                num_queries=5,
+                hidden_expansion=0.5,
+                decoder_attention_heads=4,
+                anchor_image_size=None,
+            )
+        )
         config = RtDetrConfig(backbone_width=0.5, **TINY)
     theirs.save_pretrained(tmp_path)
     ours = build(member, config, 3)
     with torch.no_grad():
         for tensor in ours.state_dict().values():
-            tensor.fill_(-7)                            # so that a tensor that was not loaded would show
+            tensor.fill_(-7)  # so that a tensor that was not loaded would show
     loaded = load_detector(ours, member, str(tmp_path / "model.safetensors"))
     assert loaded.fresh == ()
     assert [name for name, p in ours.named_parameters() if (p == -7).all()] == []
@@ -113,8 +147,11 @@ def test_another_number_of_classes_starts_the_heads_anew_and_says_so(caplog: pyt
     before = target.selector.score.weight.clone()
     loaded = fit(target, source.state_dict(), "eighty classes")
     assert set(loaded.fresh) == {
-        "selector.score.weight", "selector.score.bias", "selector.denoising_class_embed.weight",
-        "decoder.boxes.score.0.weight", "decoder.boxes.score.0.bias",
+        "selector.score.weight",
+        "selector.score.bias",
+        "selector.denoising_class_embed.weight",
+        "decoder.boxes.score.0.weight",
+        "decoder.boxes.score.0.bias",
     }
     assert torch.equal(target.selector.score.weight, before)
     assert torch.equal(target.encoder.project[0].conv.weight, source.encoder.project[0].conv.weight)
@@ -126,8 +163,11 @@ def test_whatever_does_not_fit_is_listed() -> None:
     weights = dict(detector.state_dict())
     weights["selector.extra"] = weights.pop("selector.norm.weight")
     weights["selector.norm.bias"] = torch.zeros(5)
-    with pytest.raises(ModelError, match=r"missing \(1\): selector.norm.weight; left over \(1\): selector.extra; "
-                                         r"of another size \(1\): selector.norm.bias \(5,\) for \(32,\)"):
+    with pytest.raises(
+        ModelError,
+        match=r"missing \(1\): selector.norm.weight; left over \(1\): selector.extra; "
+        r"of another size \(1\): selector.norm.bias \(5,\) for \(32,\)",
+    ):
         fit(detector, weights, "file")
 
 
@@ -164,7 +204,7 @@ class Malicious:
 @pytest.mark.parametrize("content", [b"", b"not weights", pickle.dumps(Malicious())], ids=["empty", "text", "pickle"])
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
 def test_damaged_and_malicious_files_are_refused_unexecuted(
-    content: bytes, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    content: bytes, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(content)

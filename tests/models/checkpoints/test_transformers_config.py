@@ -37,13 +37,35 @@ from edgedetr.models.checkpoints.transformers_keys import (
 )
 from edgedetr.models.checkpoints.weight_source import Origin
 
-SMALL = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-         "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_queries": 6, "num_labels": 3}
-RT = {**SMALL, "encoder_layers": 1, "d_model": 32, "encoder_hidden_dim": 32, "encoder_in_channels": [32, 64, 128],
-      "decoder_in_channels": [32] * 3, "hidden_expansion": 0.5}
+SMALL = {
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "num_queries": 6,
+    "num_labels": 3,
+}
+RT = {
+    **SMALL,
+    "encoder_layers": 1,
+    "d_model": 32,
+    "encoder_hidden_dim": 32,
+    "encoder_in_channels": [32, 64, 128],
+    "decoder_in_channels": [32] * 3,
+    "hidden_expansion": 0.5,
+}
 # What a variant has otherwise, all at once; every key that is read or compared with the tensors is in one of them.
-OTHER = {"encoder_layers": 1, "decoder_layers": 3, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-         "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "num_queries": 5}
+OTHER = {
+    "encoder_layers": 1,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40,
+    "num_queries": 5,
+}
 
 
 @dataclass(frozen=True)
@@ -66,43 +88,120 @@ class Case:
 
 
 DENSE = {**SMALL, "d_model": 32}
-WIDE = {**SMALL, "d_model": 64}         # Deformable DETR normalises in 32 groups, of at least two channels here
+WIDE = {**SMALL, "d_model": 64}  # Deformable DETR normalises in 32 groups, of at least two channels here
 TWO = {"with_box_refine": True, "two_stage": True, "two_stage_num_proposals": 7}
 CASES = {
-    "detr": Case("Detr", "detr", DENSE, {**OTHER, "d_model": 48, "activation_function": "gelu", "auxiliary_loss": True,
-                                         "position_embedding_type": "learned"}),
-    "table": Case("TableTransformer", "table-transformer", DENSE,
-                  {**OTHER, "d_model": 48, "activation_function": "silu", "auxiliary_loss": True,
-                   "position_embedding_type": "learned"}),
-    "conditional": Case("ConditionalDetr", "conditional_detr", DENSE,
-                        {**OTHER, "d_model": 48, "activation_function": "swish", "auxiliary_loss": True}),
-    "dab": Case("DabDetr", "dab-detr", {**SMALL, "hidden_size": 32},
-                {**OTHER, "hidden_size": 48, "activation_function": "relu"}),
-    "deformable": Case("DeformableDetr", "deformable_detr", WIDE,
-                       {**OTHER, "d_model": 96, "activation_function": "gelu", "num_feature_levels": 3,
-                        "encoder_n_points": 3, "decoder_n_points": 3, "with_box_refine": True}, (2, 3, 4)),
-    "two-stage": Case("DeformableDetr", "deformable_detr", {**WIDE, **TWO},
-                      {"two_stage_num_proposals": 9, "activation_function": "silu"}, (2, 3, 4)),
-    "rt": Case("RTDetr", "rt_detr", RT,
-               {**OTHER, "encoder_layers": 2, "d_model": 48, "encoder_hidden_dim": 64, "decoder_in_channels": [64] * 3,
-                "hidden_expansion": 0.7, "encoder_activation_function": "silu", "activation_function": "gelu",
-                "decoder_activation_function": "gelu", "decoder_n_points": 3}, (2, 3, 4)),
-    "rt v2": Case("RTDetrV2", "rt_detr_v2", RT,
-                  {**OTHER, "encoder_layers": 2, "d_model": 48, "encoder_hidden_dim": 64,
-                   "decoder_in_channels": [64] * 3, "hidden_expansion": 1.0, "encoder_activation_function": "relu",
-                   "activation_function": "relu", "decoder_activation_function": "silu", "decoder_n_points": 3,
-                   "decoder_method": "discrete"}, (2, 3, 4)),
+    "detr": Case(
+        "Detr",
+        "detr",
+        DENSE,
+        {
+            **OTHER,
+            "d_model": 48,
+            "activation_function": "gelu",
+            "auxiliary_loss": True,
+            "position_embedding_type": "learned",
+        },
+    ),
+    "table": Case(
+        "TableTransformer",
+        "table-transformer",
+        DENSE,
+        {
+            **OTHER,
+            "d_model": 48,
+            "activation_function": "silu",
+            "auxiliary_loss": True,
+            "position_embedding_type": "learned",
+        },
+    ),
+    "conditional": Case(
+        "ConditionalDetr",
+        "conditional_detr",
+        DENSE,
+        {**OTHER, "d_model": 48, "activation_function": "swish", "auxiliary_loss": True},
+    ),
+    "dab": Case(
+        "DabDetr", "dab-detr", {**SMALL, "hidden_size": 32}, {**OTHER, "hidden_size": 48, "activation_function": "relu"}
+    ),
+    "deformable": Case(
+        "DeformableDetr",
+        "deformable_detr",
+        WIDE,
+        {
+            **OTHER,
+            "d_model": 96,
+            "activation_function": "gelu",
+            "num_feature_levels": 3,
+            "encoder_n_points": 3,
+            "decoder_n_points": 3,
+            "with_box_refine": True,
+        },
+        (2, 3, 4),
+    ),
+    "two-stage": Case(
+        "DeformableDetr",
+        "deformable_detr",
+        {**WIDE, **TWO},
+        {"two_stage_num_proposals": 9, "activation_function": "silu"},
+        (2, 3, 4),
+    ),
+    "rt": Case(
+        "RTDetr",
+        "rt_detr",
+        RT,
+        {
+            **OTHER,
+            "encoder_layers": 2,
+            "d_model": 48,
+            "encoder_hidden_dim": 64,
+            "decoder_in_channels": [64] * 3,
+            "hidden_expansion": 0.7,
+            "encoder_activation_function": "silu",
+            "activation_function": "gelu",
+            "decoder_activation_function": "gelu",
+            "decoder_n_points": 3,
+        },
+        (2, 3, 4),
+    ),
+    "rt v2": Case(
+        "RTDetrV2",
+        "rt_detr_v2",
+        RT,
+        {
+            **OTHER,
+            "encoder_layers": 2,
+            "d_model": 48,
+            "encoder_hidden_dim": 64,
+            "decoder_in_channels": [64] * 3,
+            "hidden_expansion": 1.0,
+            "encoder_activation_function": "relu",
+            "activation_function": "relu",
+            "decoder_activation_function": "silu",
+            "decoder_n_points": 3,
+            "decoder_method": "discrete",
+        },
+        (2, 3, 4),
+    ),
 }
 # Other names of keys, and what no file can vary with transformers 5.23: its model of learned queries does not run.
 UNVARIED = {"num_attention_heads", "num_hidden_layers", "hidden_size", "learn_initial_query"}
 case = pytest.mark.parametrize("name", CASES)
-FILES = TemporaryDirectory(prefix="edgedetr-hub-")      # models are shared by tests; gone when the process ends
+FILES = TemporaryDirectory(prefix="edgedetr-hub-")  # models are shared by tests; gone when the process ends
 
 
 def backbone(member: str, levels: tuple[int, ...], **options: Any) -> Any:
     kind = transformers.RTDetrResNetConfig if member == "rt_detr" else transformers.ResNetConfig
-    return kind(**{"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [2, 2, 2, 2],
-                   "layer_type": "basic", "out_features": [f"stage{level}" for level in levels], **options})
+    return kind(
+        **{
+            "embedding_size": 16,
+            "hidden_sizes": [16, 32, 64, 128],
+            "depths": [2, 2, 2, 2],
+            "layer_type": "basic",
+            "out_features": [f"stage{level}" for level in levels],
+            **options,
+        }
+    )
 
 
 @torch.no_grad()
@@ -187,14 +286,29 @@ def keys_of(config: Any) -> set[str]:
 
 def other(key: str, value: Any) -> Any:
     """Another value of the same type, for what transformers itself takes."""
-    named = {"anchor_image_size": [64, 96], "dtype": "float16", "transformers_version": "1.0", "label2id": {"x": 0},
-             "initializer_bias_prior_prob": 0.1, "problem_type": "regression", "tie_last_hidden_states": True,
-             "_name_or_path": "elsewhere", "encoder_in_channels": [32, 64], "decoder_in_channels": [32, 32],
-             "feat_strides": [4, 8, 16], "encode_proj_layers": [1], "eval_size": 64,
-             "per_layer_config": {"0": {"x": 1}},
-             "sine_position_embedding_scale": 5.0, "position_embedding_type": "learned", "auto_map": {"AutoModel": "x"},
-             "quantization_config": {"bits": 8}, "pruned_heads": {"0": [1]}, "hidden_act": "gelu",
-             "stage_names": ["stem", "stage1"]}
+    named = {
+        "anchor_image_size": [64, 96],
+        "dtype": "float16",
+        "transformers_version": "1.0",
+        "label2id": {"x": 0},
+        "initializer_bias_prior_prob": 0.1,
+        "problem_type": "regression",
+        "tie_last_hidden_states": True,
+        "_name_or_path": "elsewhere",
+        "encoder_in_channels": [32, 64],
+        "decoder_in_channels": [32, 32],
+        "feat_strides": [4, 8, 16],
+        "encode_proj_layers": [1],
+        "eval_size": 64,
+        "per_layer_config": {"0": {"x": 1}},
+        "sine_position_embedding_scale": 5.0,
+        "position_embedding_type": "learned",
+        "auto_map": {"AutoModel": "x"},
+        "quantization_config": {"bits": 8},
+        "pruned_heads": {"0": [1]},
+        "hidden_act": "gelu",
+        "stage_names": ["stem", "stage1"],
+    }
     if key in named:
         return named[key]
     if isinstance(value, (bool, type(None))):
@@ -210,10 +324,15 @@ def test_every_key_of_the_configuration_class_is_in_the_table(name: str) -> None
     assert not unknown, f"transformers {transformers.__version__}: {sorted(unknown)} of {one.name}Config"
 
 
-@pytest.mark.parametrize("kind, config", [
-    ("resnet", lambda: transformers.ResNetConfig()), ("rt_detr_resnet", lambda: transformers.RTDetrResNetConfig()),
-    ("timm_backbone", lambda: transformers.TimmBackboneConfig()), ("vit", lambda: transformers.ViTConfig()),
-])
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        ("resnet", lambda: transformers.ResNetConfig()),
+        ("rt_detr_resnet", lambda: transformers.RTDetrResNetConfig()),
+        ("timm_backbone", lambda: transformers.TimmBackboneConfig()),
+        ("vit", lambda: transformers.ViTConfig()),
+    ],
+)
 def test_every_key_of_a_backbones_configuration_class_is_in_the_table(kind: str, config: Callable[[], Any]) -> None:
     keys = {**BACKBONES, **ALONE}[kind]
     unknown = {key for key in keys_of(config()) if not key.startswith("_out")} - set(keys)
@@ -221,8 +340,11 @@ def test_every_key_of_a_backbones_configuration_class_is_in_the_table(kind: str,
 
 
 def test_every_member_with_a_layout_of_transformers_has_its_classes() -> None:
-    layouts = {member for member, several in conversion.LAYOUTS.items()
-               if any(one.source.startswith("transformers") for one in several)}
+    layouts = {
+        member
+        for member, several in conversion.LAYOUTS.items()
+        if any(one.source.startswith("transformers") for one in several)
+    }
     assert layouts == {source.member for source in SOURCES.values()}
     assert {one.kind for one in CASES.values()} == set(SOURCES)
 
@@ -249,8 +371,11 @@ def test_every_key_that_is_read_is_read_as_transformers_does(name: str) -> None:
 def test_keys_without_effect_change_nothing_in_transformers_and_nothing_here(name: str) -> None:
     one, before = CASES[name], plain(name)
     fields = before.model.config.to_dict()
-    changed = {key: other(key, fields[key]) for key, entry in SOURCES[one.kind].keys.items()
-               if isinstance(entry, NoEffect) and key in fields and key not in ("return_dict", "dtype")}
+    changed = {
+        key: other(key, fields[key])
+        for key, entry in SOURCES[one.kind].keys.items()
+        if isinstance(entry, NoEffect) and key in fields and key not in ("return_dict", "dtype")
+    }
     assert len(changed) > 20
     after = getattr(transformers, f"{one.name}ForObjectDetection")(one.config(**changed)).eval()
     after.load_state_dict(before.model.state_dict())
@@ -305,32 +430,46 @@ def test_heads_that_differ_between_encoder_and_decoder_are_refused() -> None:
 TIMM = {"backbone_config": None, "use_timm_backbone": True}
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"model_type": "d_fine"}, "model_type is \"d_fine\"; rt_detr is read from rt_detr or rt_detr_v2; import an ONNX"),
-    ({"model_type": "detr"}, "model_type is \"detr\"; .* use --model detr"),
-    ({"model_type": None}, "model_type is null"),
-    ({"model_type": ["rt_detr"]}, "model_type is "),
-    ({"architectures": ["RTDetrModel"]}, "architectures is .*RTDetrModel.*expected RTDetrForObjectDetection"),
-    ({"architectures": "RTDetrForObjectDetection"}, "architectures is "),
-    ({"backbone_config": "resnet"}, "backbone_config is \"resnet\"; expected an object"),
-    ({"backbone_config": {"model_type": "hgnet_v2"}}, "backbone_config: model_type is \"hgnet_v2\""),
-    ({"backbone_config": None, "backbone": "microsoft/swin-tiny"}, "backbone is \"microsoft/swin-tiny\""),
-    ({**TIMM, "backbone": "efficientnet_b0"}, "backbone is \"efficientnet_b0\""),
-    ({**TIMM, "backbone_kwargs": {"output_stride": 8}}, "output_stride is 8"),
-    ({**TIMM, "backbone_kwargs": {"act_layer": "x"}}, "backbone_kwargs is "),
-    ({**TIMM, "dilation": "yes"}, "dilation is \"yes\""),
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (
+            {"model_type": "d_fine"},
+            'model_type is "d_fine"; rt_detr is read from rt_detr or rt_detr_v2; import an ONNX',
+        ),
+        ({"model_type": "detr"}, 'model_type is "detr"; .* use --model detr'),
+        ({"model_type": None}, "model_type is null"),
+        ({"model_type": ["rt_detr"]}, "model_type is "),
+        ({"architectures": ["RTDetrModel"]}, "architectures is .*RTDetrModel.*expected RTDetrForObjectDetection"),
+        ({"architectures": "RTDetrForObjectDetection"}, "architectures is "),
+        ({"backbone_config": "resnet"}, 'backbone_config is "resnet"; expected an object'),
+        ({"backbone_config": {"model_type": "hgnet_v2"}}, 'backbone_config: model_type is "hgnet_v2"'),
+        ({"backbone_config": None, "backbone": "microsoft/swin-tiny"}, 'backbone is "microsoft/swin-tiny"'),
+        ({**TIMM, "backbone": "efficientnet_b0"}, 'backbone is "efficientnet_b0"'),
+        ({**TIMM, "backbone_kwargs": {"output_stride": 8}}, "output_stride is 8"),
+        ({**TIMM, "backbone_kwargs": {"act_layer": "x"}}, "backbone_kwargs is "),
+        ({**TIMM, "dilation": "yes"}, 'dilation is "yes"'),
+    ],
+)
 def test_another_architecture_is_refused_by_its_name(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ModelError, match=said):
         look({**plain("rt").raw, **changes}, "rt_detr", "config.json")
 
 
 @pytest.mark.parametrize("name", ["rt", "deformable", "detr"])
-@pytest.mark.parametrize("key, value", [
-    ("hidden_act", "gelu"), ("downsample_in_bottleneck", True), ("downsample_in_first_stage", True),
-    ("num_channels", 4),
-    ("out_features", ["stage2", "stage3"]), ("out_features", "stage4"), ("unheard_of", 1), ("stage_names", ["stem"]),
-])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("hidden_act", "gelu"),
+        ("downsample_in_bottleneck", True),
+        ("downsample_in_first_stage", True),
+        ("num_channels", 4),
+        ("out_features", ["stage2", "stage3"]),
+        ("out_features", "stage4"),
+        ("unheard_of", 1),
+        ("stage_names", ["stem"]),
+    ],
+)
 def test_a_nested_backbone_is_read_as_strictly(name: str, key: str, value: Any) -> None:
     raw = plain(name).raw
     inner = {**raw["backbone_config"], key: value}
@@ -341,10 +480,16 @@ def test_a_nested_backbone_is_read_as_strictly(name: str, key: str, value: Any) 
 
 
 @pytest.mark.parametrize("name", ["rt", "detr"])
-@pytest.mark.parametrize("key, value", [
-    ("depths", [1, 1, 1, 1]), ("depths", None), ("hidden_sizes", [16, 32, 64, 256]), ("embedding_size", 32),
-    ("layer_type", "bottleneck"),
-])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("depths", [1, 1, 1, 1]),
+        ("depths", None),
+        ("hidden_sizes", [16, 32, 64, 256]),
+        ("embedding_size", 32),
+        ("layer_type", "bottleneck"),
+    ],
+)
 def test_sizes_of_a_nested_backbone_are_those_of_the_tensors(name: str, key: str, value: Any) -> None:
     """Transformers builds what they say, and leaves out or draws the tensors that do not fit."""
     one, before = CASES[name], plain(name)
@@ -365,8 +510,10 @@ def test_levels_that_contradict_each_other_are_refused() -> None:
         look({**raw, "backbone_config": inner}, "detr", "c")
 
 
-@pytest.mark.parametrize("outs", [{"out_indices": [1, 2, 3, 4]}, {"out_indices": [4]}, {"out_indices": [-1]},
-                                  {"out_features": ["stage4"]}, {}])
+@pytest.mark.parametrize(
+    "outs",
+    [{"out_indices": [1, 2, 3, 4]}, {"out_indices": [4]}, {"out_indices": [-1]}, {"out_features": ["stage4"]}, {}],
+)
 def test_backbones_may_name_their_levels_in_each_way(outs: dict[str, Any]) -> None:
     raw = plain("detr").raw
     inner = {key: value for key, value in raw["backbone_config"].items() if not key.startswith("out_")}
@@ -383,8 +530,12 @@ def test_timm_dilates_and_transformers_own_resnet_does_not() -> None:
     timm = look({**raw, "backbone_config": {**inner, "output_stride": 16}}, "detr", "c")
     assert timm.values["dilate_last"] is True and timm.backbone == "resnet50"
     old = {key: value for key, value in raw.items() if key != "backbone_config"}
-    assert look({**old, "dilation": True, "backbone": "resnet101", "use_timm_backbone": True}, "detr", "c").values[
-        "dilate_last"] is True
+    assert (
+        look({**old, "dilation": True, "backbone": "resnet101", "use_timm_backbone": True}, "detr", "c").values[
+            "dilate_last"
+        ]
+        is True
+    )
     assert look({**old, "use_timm_backbone": True}, "detr", "c").backbone == "resnet50"
     with pytest.raises(ModelError, match="backbone is resnet50, but the tensors are those of resnet18 at width 0.25"):
         look({"model_type": "detr"}, "detr", "c").agree({"backbone": "resnet18", "backbone_width": 0.25})
@@ -398,34 +549,86 @@ def test_a_backbone_alone_is_looked_at_as_well() -> None:
     for key, value in (("hidden_act", "relu"), ("num_attention_heads", 6), ("num_channels", 1)):
         with pytest.raises(ModelError, match=key):
             look_at_backbone({**vit, key: value, "dtype": None}, "c")
-    with pytest.raises(ModelError, match="model_type is \"swin\""):
+    with pytest.raises(ModelError, match='model_type is "swin"'):
         look_at_backbone({"model_type": "swin"}, "c")
 
 
 # As transformers 4.57 writes a nested configuration, in full.
-OLD = {"_name_or_path": "", "add_cross_attention": False, "bad_words_ids": None, "begin_suppress_tokens": None,
-       "bos_token_id": None, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None,
-       "decoder_start_token_id": None, "diversity_penalty": 0.0, "do_sample": False, "early_stopping": False,
-       "encoder_no_repeat_ngram_size": 0, "eos_token_id": None, "exponential_decay_length_penalty": None,
-       "finetuning_task": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "is_decoder": False,
-       "is_encoder_decoder": False, "length_penalty": 1.0, "max_length": 20, "min_length": 0,
-       "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1, "num_return_sequences": 1,
-       "output_attentions": False, "output_hidden_states": False, "output_scores": False, "pad_token_id": None,
-       "prefix": None, "problem_type": None, "pruned_heads": {}, "remove_invalid_values": False,
-       "repetition_penalty": 1.0, "return_dict": True, "return_dict_in_generate": False, "sep_token_id": None,
-       "suppress_tokens": None, "task_specific_params": None, "temperature": 1.0, "tf_legacy_loss": False,
-       "tie_encoder_decoder": False, "tie_word_embeddings": True, "tokenizer_class": None, "top_k": 50, "top_p": 1.0,
-       "torch_dtype": None, "torchscript": False, "typical_p": 1.0, "use_bfloat16": False}
+OLD = {
+    "_name_or_path": "",
+    "add_cross_attention": False,
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "bos_token_id": None,
+    "chunk_size_feed_forward": 0,
+    "cross_attention_hidden_size": None,
+    "decoder_start_token_id": None,
+    "diversity_penalty": 0.0,
+    "do_sample": False,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "finetuning_task": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "length_penalty": 1.0,
+    "max_length": 20,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "pad_token_id": None,
+    "prefix": None,
+    "problem_type": None,
+    "pruned_heads": {},
+    "remove_invalid_values": False,
+    "repetition_penalty": 1.0,
+    "return_dict": True,
+    "return_dict_in_generate": False,
+    "sep_token_id": None,
+    "suppress_tokens": None,
+    "task_specific_params": None,
+    "temperature": 1.0,
+    "tf_legacy_loss": False,
+    "tie_encoder_decoder": False,
+    "tie_word_embeddings": True,
+    "tokenizer_class": None,
+    "top_k": 50,
+    "top_p": 1.0,
+    "torch_dtype": None,
+    "torchscript": False,
+    "typical_p": 1.0,
+    "use_bfloat16": False,
+}
 
 
 @case
 def test_files_of_older_versions_have_more_keys_and_are_read(name: str) -> None:
     raw = plain(name).raw
     inner = {**raw["backbone_config"], **OLD}
-    told = look({**raw, **OLD, "is_encoder_decoder": True, "num_hidden_layers": raw["encoder_layers"],
-                 "max_position_embeddings": 1024, "classifier_dropout": 0.0, "scale_embedding": False,
-                 "use_pretrained_backbone": True, "backbone_kwargs": None, "backbone_config": inner},
-                CASES[name].member, "config.json")
+    told = look(
+        {
+            **raw,
+            **OLD,
+            "is_encoder_decoder": True,
+            "num_hidden_layers": raw["encoder_layers"],
+            "max_position_embeddings": 1024,
+            "classifier_dropout": 0.0,
+            "scale_embedding": False,
+            "use_pretrained_backbone": True,
+            "backbone_kwargs": None,
+            "backbone_config": inner,
+        },
+        CASES[name].member,
+        "config.json",
+    )
     assert told.values == look(raw, CASES[name].member, "config.json").values
 
 
@@ -451,7 +654,7 @@ def test_each_key_alone_is_read_as_transformers_does_and_acts_there(name: str) -
         pair = key.replace("encoder", "decoder")
         if key.startswith("decoder") and key.replace("decoder", "encoder") in one.variant and one.member != "rt_detr":
             if not key.startswith("decoder_layers"):
-                continue                                    # with the encoder's
+                continue  # with the encoder's
         elif key in ("encoder_attention_heads", "decoder_attention_heads"):
             options = {"encoder_attention_heads": value, "decoder_attention_heads": value}
         elif key.startswith("encoder") and pair in one.variant and one.member != "rt_detr" and key != "encoder_layers":
@@ -507,9 +710,28 @@ def test_a_backbone_of_another_architecture_is_refused_where_a_training_names_it
         load_backbone(detector, dataclasses.replace(config, backbone_weights=str(tmp_path)))
 
 
-ODD: list[Any] = [None, True, 0, -1, 2**70, 1e308, float("nan"), float("inf"), "", "relu", "\ud800", [], [None], [[]],
-                  {}, {"a": []}, {"model_type": "resnet"}, {"model_type": "timm_backbone", "backbone": []},
-                  {"model_type": "resnet", "out_features": [[]]}, list(range(1000))]
+ODD: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    2**70,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "relu",
+    "\ud800",
+    [],
+    [None],
+    [[]],
+    {},
+    {"a": []},
+    {"model_type": "resnet"},
+    {"model_type": "timm_backbone", "backbone": []},
+    {"model_type": "resnet", "out_features": [[]]},
+    list(range(1000)),
+]
 
 
 @pytest.mark.parametrize("name", ["detr", "deformable", "rt v2"])

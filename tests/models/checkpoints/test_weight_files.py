@@ -334,10 +334,16 @@ def test_damaged_files_are_one_error(form: str, tmp_path: Path) -> None:
     assert len(said) > 50 and not any("\n" in message for message in said)
 
 
-@pytest.mark.parametrize("form, said", [
-    ("torch.int8", "stored as torch.int8; expected float32, float16"), ("torch.complex64", "torch.complex64"),
-    ("torch.float8_e4m3fn", "torch.float8"), ("nan", "NaN or infinity"), ("half that overflows", "NaN or infinity"),
-])
+@pytest.mark.parametrize(
+    "form, said",
+    [
+        ("torch.int8", "stored as torch.int8; expected float32, float16"),
+        ("torch.complex64", "torch.complex64"),
+        ("torch.float8_e4m3fn", "torch.float8"),
+        ("nan", "NaN or infinity"),
+        ("half that overflows", "NaN or infinity"),
+    ],
+)
 def test_weights_that_are_no_numbers_to_compute_with_are_refused_by_name(form: str, said: str, ours: Weights) -> None:
     name = "decoder.layers.0.feedforward.up.weight"
     changed = {"nan": ours[name] * float("nan"), "half that overflows": (ours[name] * 1e6).half()}

@@ -11,8 +11,18 @@ from edgedetr.errors import ModelError
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.models.members.anchor_detr import AnchorDetrConfig, anchor_detr
 
-SMALL = {"backbone": "resnet18", "backbone_width": 0.25, "dilate_last": False, "hidden": 32, "heads": 4, "ffn": 48,
-         "encoder_layers": 2, "decoder_layers": 2, "queries": 12, "patterns": 3}
+SMALL = {
+    "backbone": "resnet18",
+    "backbone_width": 0.25,
+    "dilate_last": False,
+    "hidden": 32,
+    "heads": 4,
+    "ffn": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "queries": 12,
+    "patterns": 3,
+}
 CLASSES = 3
 
 
@@ -28,12 +38,12 @@ def test_every_pattern_stands_at_every_point() -> None:
     selector, queries = detector.selector, detector.select(memory)
     points, patterns = selector.points.points, selector.pattern.weight
     for n in range(12):
-        pattern, point = n // 4, n % 4          # pattern 0 at all points, then pattern 1
+        pattern, point = n // 4, n % 4  # pattern 0 at all points, then pattern 1
         x, y = points[point].tolist()
         assert torch.equal(queries.content[1, n], patterns[pattern])
         assert torch.equal(queries.reference[1, n], points[point])
         plane = selector.points.adapt(torch.tensor(waves(y, 16) + waves(x, 16)))
-        torch.testing.assert_close(queries.position[1, n], plane, atol=1e-5, rtol=0)    # float32 of sines to 2 pi
+        torch.testing.assert_close(queries.position[1, n], plane, atol=1e-5, rtol=0)  # float32 of sines to 2 pi
         along = detector.encoder.position.adapt
         torch.testing.assert_close(queries.spatial[1, n, :32], along(torch.tensor(waves(x, 32))), atol=1e-5, rtol=0)
         torch.testing.assert_close(queries.spatial[1, n, 32:], along(torch.tensor(waves(y, 32))), atol=1e-5, rtol=0)
@@ -42,7 +52,7 @@ def test_every_pattern_stands_at_every_point() -> None:
 @torch.no_grad()
 def test_keys_lie_at_the_centres_of_cells() -> None:
     detector = anchor_detr(AnchorDetrConfig(**SMALL), CLASSES)
-    memory = detector.encode(torch.randn(1, 3, 64, 96))                                 # 2 x 3 cells
+    memory = detector.encode(torch.randn(1, 3, 64, 96))  # 2 x 3 cells
     adapt = detector.encoder.position.adapt
     columns = torch.stack([adapt(torch.tensor(waves((w + 0.5) / 3, 32))) for w in range(3)])
     rows = torch.stack([adapt(torch.tensor(waves((h + 0.5) / 2, 32))) for h in range(2)])
@@ -55,8 +65,9 @@ def test_the_network_of_the_axes_is_saved_once_and_learns_from_keys_and_queries(
     names = list(detector.state_dict())
     assert len(names) == len(set(names)) and sum("position.adapt.layers.0.weight" in name for name in names) == 1
     assert len({tensor.data_ptr() for tensor in detector.parameters()}) == len(list(detector.parameters()))
-    encoder_only = torch.autograd.grad(detector.encode(torch.randn(1, 3, 64, 64)).axes[0].sum(),
-                                       detector.encoder.position.adapt.layers[0].weight)[0]
+    encoder_only = torch.autograd.grad(
+        detector.encode(torch.randn(1, 3, 64, 64)).axes[0].sum(), detector.encoder.position.adapt.layers[0].weight
+    )[0]
     queries = detector.select(detector.encode(torch.randn(1, 3, 64, 64)))
     queries_only = torch.autograd.grad(queries.spatial.sum(), detector.encoder.position.adapt.layers[0].weight)[0]
     assert encoder_only.abs().max() > 0 and queries_only.abs().max() > 0
@@ -112,6 +123,7 @@ def test_padding_changes_nothing_that_is_not_beside_it() -> None:
         for layer in encoder.layers:
             tokens = layer(tokens, axes, shape, flat)
         from edgedetr.models.detector import Memory
+
         memory = Memory(tokens, [shape], [32], padding=flat, axes=axes)
         return detector.decode(detector.select(memory), memory)
 
@@ -121,7 +133,7 @@ def test_padding_changes_nothing_that_is_not_beside_it() -> None:
     other = answer(garbage, (3, 4), small)
     torch.testing.assert_close(padded.boxes, other.boxes, atol=1e-6, rtol=0)
     cropped = answer(tokens.unflatten(1, (3, 4))[:, :2, :3].flatten(1, 2), (2, 3), None)
-    torch.testing.assert_close(padded.logits, cropped.logits, atol=1e-4, rtol=0)    # other sizes, other blocking; 2e-6
+    torch.testing.assert_close(padded.logits, cropped.logits, atol=1e-4, rtol=0)  # other sizes, other blocking; 2e-6
     torch.testing.assert_close(padded.boxes, cropped.boxes, atol=1e-5, rtol=0)
     assert maps.shape[2:] == (3, 4)
 

@@ -11,15 +11,36 @@ from edgedetr.models.checkpoints.pretrained import fit
 from edgedetr.models.members.conditional_detr import ConditionalDetrConfig, conditional_detr
 
 CLASSES = 5
-SMALL = {"backbone": "resnet18", "backbone_width": 0.25, "hidden": 32, "heads": 4, "ffn": 48, "encoder_layers": 2,
-         "decoder_layers": 3, "queries": 10}
+SMALL = {
+    "backbone": "resnet18",
+    "backbone_width": 0.25,
+    "hidden": 32,
+    "heads": 4,
+    "ffn": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "queries": 10,
+}
 
 
 def reference() -> torch.nn.Module:
-    return transformers.ConditionalDetrForObjectDetection(transformers.ConditionalDetrConfig(
-        backbone_config=reference_resnet(18, width=0.25), use_timm_backbone=False, backbone=None,
-        use_pretrained_backbone=False, num_labels=CLASSES, d_model=32, encoder_layers=2, decoder_layers=3,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=10))
+    return transformers.ConditionalDetrForObjectDetection(
+        transformers.ConditionalDetrConfig(
+            backbone_config=reference_resnet(18, width=0.25),
+            use_timm_backbone=False,
+            backbone=None,
+            use_pretrained_backbone=False,
+            num_labels=CLASSES,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=3,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            num_queries=10,
+        )
+    )
 
 
 @pytest.fixture(scope="module")

@@ -23,32 +23,59 @@ from edgedetr.training.ground_truth import Target
 from edgedetr.training.optimizer import groups
 
 CLASSES = 5
-PIXELS = (96, 128)          # rectangular, so that a swap of x and y shows
+PIXELS = (96, 128)  # rectangular, so that a swap of x and y shows
 FORMS = {
     "plain": DeformableDetrConfig(),
     "refined": DeformableDetrConfig(refine=True),
     "two-stage": DeformableDetrConfig(refine=True, two_stage=True),
     "single-scale": DeformableDetrConfig(levels=1),
 }
-SMALL = {"backbone": "resnet18", "backbone_width": 0.5, "hidden": 64, "heads": 4, "ffn": 96, "encoder_layers": 2,
-         "decoder_layers": 2, "queries": 20, "dropout": 0.0}
+SMALL = {
+    "backbone": "resnet18",
+    "backbone_width": 0.5,
+    "hidden": 64,
+    "heads": 4,
+    "ffn": 96,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "queries": 20,
+    "dropout": 0.0,
+}
 
 
 def pair(form: str) -> tuple[Detector, nn.Module]:
     """Ours with transformers' random weights, through the importer's names."""
     config = replace(FORMS[form], **SMALL)
     stages = (4,) if config.levels == 1 else (2, 3, 4)
-    reference = with_spread(transformers.DeformableDetrForObjectDetection(transformers.DeformableDetrConfig(
-        backbone_config=reference_resnet(18, stages, 0.5), use_timm_backbone=False, backbone=None,
-        use_pretrained_backbone=False, num_labels=CLASSES, d_model=64, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, num_queries=20,
-        two_stage_num_proposals=20, num_feature_levels=config.levels, with_box_refine=config.refine,
-        two_stage=config.two_stage, dropout=0.0)))
-    if not config.refine:       # one pair of heads for all layers, as the authors' model and files have it
+    reference = with_spread(
+        transformers.DeformableDetrForObjectDetection(
+            transformers.DeformableDetrConfig(
+                backbone_config=reference_resnet(18, stages, 0.5),
+                use_timm_backbone=False,
+                backbone=None,
+                use_pretrained_backbone=False,
+                num_labels=CLASSES,
+                d_model=64,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=96,
+                decoder_ffn_dim=96,
+                num_queries=20,
+                two_stage_num_proposals=20,
+                num_feature_levels=config.levels,
+                with_box_refine=config.refine,
+                two_stage=config.two_stage,
+                dropout=0.0,
+            )
+        )
+    )
+    if not config.refine:  # one pair of heads for all layers, as the authors' model and files have it
         for heads in (reference.class_embed, reference.bbox_embed):
             for head in heads[1:]:
                 head.load_state_dict(heads[0].state_dict())
-    if config.two_stage:        # with this sign the cells off the picture, which all say the same, are not chosen
+    if config.two_stage:  # with this sign the cells off the picture, which all say the same, are not chosen
         with torch.no_grad():
             reference.class_embed[-1].weight.neg_()
     ours = build("deformable_detr", config, CLASSES).eval()
@@ -87,8 +114,12 @@ def test_the_loss_equals_that_of_transformers() -> None:
     ours, reference = pair("refined")
     reference.config.auxiliary_loss = True
     images, generator = torch.randn(2, 3, *PIXELS), torch.Generator().manual_seed(4)
-    targets = [Target(torch.randint(CLASSES, (count,), generator=generator),
-                      torch.rand(count, 4, generator=generator) * 0.3 + 0.2) for count in (3, 1)]
+    targets = [
+        Target(
+            torch.randint(CLASSES, (count,), generator=generator), torch.rand(count, 4, generator=generator) * 0.3 + 0.2
+        )
+        for count in (3, 1)
+    ]
     labels = [{"class_labels": target.labels, "boxes": target.boxes} for target in targets]
     with torch.no_grad():
         theirs = reference(pixel_values=images, labels=labels).loss
@@ -124,7 +155,7 @@ def test_gradients_reach_every_parameter(form: str) -> None:
         loss = loss + out.encoder[0].square().sum() + out.encoder[1].square().sum()
     loss.backward()
     dead = [name for name, p in ours.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-9]
-    assert [name for name in dead if not name.endswith(".k.bias")] == []    # a softmax does not see a common shift
+    assert [name for name in dead if not name.endswith(".k.bias")] == []  # a softmax does not see a common shift
 
 
 def test_a_box_does_not_learn_through_the_layer_before() -> None:
@@ -138,7 +169,7 @@ def test_a_box_does_not_learn_through_the_layer_before() -> None:
 def test_offsets_start_on_squares_of_growing_radius() -> None:
     config = replace(FORMS["plain"], **{**SMALL, "heads": 8})
     attention = build("deformable_detr", config, 1).encoder.layers[0].attention
-    bias = attention.offsets.bias.unflatten(0, (8, 4, 4, 2))        # heads, levels, points, x y
+    bias = attention.offsets.bias.unflatten(0, (8, 4, 4, 2))  # heads, levels, points, x y
     directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
     for head, direction in enumerate(directions):
         for point in range(4):
@@ -147,13 +178,13 @@ def test_offsets_start_on_squares_of_growing_radius() -> None:
 
 
 def test_cells_of_a_padded_picture_are_placed_in_the_picture() -> None:
-    valid = torch.tensor([[[0.5, 1.0]]])                            # the left half of 4 x 2 cells is picture
+    valid = torch.tensor([[[0.5, 1.0]]])  # the left half of 4 x 2 cells is picture
     centres = cell_centres(torch.zeros(1), [(2, 4)], valid)[0]
     assert centres[:4].tolist() == [[0.25, 0.25], [0.75, 0.25], [1.25, 0.25], [1.75, 0.25]]
     logits, usable = Starts()(torch.zeros(1), [(2, 4)], valid)
     assert usable[0, :, 0].tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
     torch.testing.assert_close(logits[0, 0].sigmoid(), torch.tensor([0.25, 0.25, 0.05, 0.05]))
-    assert (logits[0, 2].sigmoid() == 1).all()                      # off the picture: finite, and a box nobody takes
+    assert (logits[0, 2].sigmoid() == 1).all()  # off the picture: finite, and a box nobody takes
 
 
 @torch.no_grad()
@@ -163,10 +194,10 @@ def test_what_lies_in_the_padding_changes_nothing() -> None:
     maps = ours.backbone(torch.randn(1, 3, *PIXELS))
     changed = [level.clone() for level in maps]
     for level in changed:
-        level[..., level.shape[-1] // 2 :] = level[..., level.shape[-1] // 2 :].flip(2)    # same statistics: GroupNorm
-    ours.encoder.project[3] = nn.Sequential(nn.Conv2d(256, 64, 1, 2), nn.Identity())       # a window would see padding
+        level[..., level.shape[-1] // 2 :] = level[..., level.shape[-1] // 2 :].flip(2)  # same statistics: GroupNorm
+    ours.encoder.project[3] = nn.Sequential(nn.Conv2d(256, 64, 1, 2), nn.Identity())  # a window would see padding
     one, other = (ours.decode(ours.select(m), m) for m in (ours.encoder(maps, padding), ours.encoder(changed, padding)))
-    torch.testing.assert_close(other.logits, one.logits, atol=1e-5, rtol=0)     # GroupNorm adds in another order
+    torch.testing.assert_close(other.logits, one.logits, atol=1e-5, rtol=0)  # GroupNorm adds in another order
     torch.testing.assert_close(other.boxes, one.boxes, atol=1e-6, rtol=0)
 
 
@@ -180,21 +211,27 @@ def test_offsets_and_reference_points_learn_at_a_tenth_of_the_rate() -> None:
         assert found[id(parameter)] == pytest.approx(expected), name
 
 
-@pytest.mark.parametrize("form, million", [
-    ("plain", 40.0),            # the authors' table
-    ("single-scale", 34.0),
-])
+@pytest.mark.parametrize(
+    "form, million",
+    [
+        ("plain", 40.0),  # the authors' table
+        ("single-scale", 34.0),
+    ],
+)
 def test_parameter_counts_are_the_published_ones(form: str, million: float) -> None:
     with torch.device("meta"):
         detector = build("deformable_detr", FORMS[form], 91)
     assert sum(p.numel() for p in detector.parameters()) / 1e6 == pytest.approx(million, rel=0.01)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"two_stage": True}, "add --set model.refine=true"),
-    ({"levels": 2}, "expected 1"),
-    ({"hidden": 100}, "expected a multiple of 4 and of 8 heads"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"two_stage": True}, "add --set model.refine=true"),
+        ({"levels": 2}, "expected 1"),
+        ({"hidden": 100}, "expected a multiple of 4 and of 8 heads"),
+    ],
+)
 def test_what_cannot_be_built_says_why(change: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         DeformableDetrConfig(**change)

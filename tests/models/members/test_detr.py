@@ -16,7 +16,7 @@ from edgedetr.models.detector import Detector
 
 def make(**switches: object) -> Detector:
     torch.manual_seed(0)
-    return build("detr", replace(SMALL["detr"], dropout=0.0, **switches), CLASSES).eval()   # type: ignore[type-var]
+    return build("detr", replace(SMALL["detr"], dropout=0.0, **switches), CLASSES).eval()  # type: ignore[type-var]
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def test_content_and_position_multiply_out_to_four_terms() -> None:
     cq, pq, ck, pk = torch.randn(4, 1, 5, 8)
     for bias in (attention.q.bias, attention.k.bias):
         bias.zero_()
-    split = lambda x: x.unflatten(-1, (2, 4)).transpose(1, 2)                       # noqa: E731
+    split = lambda x: x.unflatten(-1, (2, 4)).transpose(1, 2)  # noqa: E731
     q, k = (lambda x: split(attention.q(x))), (lambda x: split(attention.k(x)))
     whole = q(cq + pq) @ k(ck + pk).transpose(-1, -2)
     terms = [q(a) @ k(b).transpose(-1, -2) for a in (cq, pq) for b in (ck, pk)]
@@ -38,7 +38,7 @@ def test_dividing_by_the_root_of_the_width_keeps_the_variance_of_scores_at_one()
     for width in (16, 256):
         q, k = torch.randn(2, 4000, width)
         raw = (q * k).sum(-1)
-        assert float(raw.var()) == pytest.approx(width, rel=0.1)        # 4000 samples: 2 % standard error, twice over
+        assert float(raw.var()) == pytest.approx(width, rel=0.1)  # 4000 samples: 2 % standard error, twice over
         assert float((raw * MultiHeadAttention(width, 1).scale).var()) == pytest.approx(1, rel=0.1)
 
 
@@ -48,7 +48,7 @@ def test_the_first_self_attention_of_empty_queries_is_the_same_vector_for_all() 
     layer.v.bias.normal_()
     position, content = torch.randn(1, 12, 32), torch.zeros(1, 12, 32)
     out = layer(content + position, content + position, content)
-    torch.testing.assert_close(out, (layer.out(layer.v.bias))[None, None].expand_as(out))     # not zero, yet all alike
+    torch.testing.assert_close(out, (layer.out(layer.v.bias))[None, None].expand_as(out))  # not zero, yet all alike
     assert out.abs().max() > 1e-3
 
 
@@ -56,8 +56,9 @@ def test_the_first_self_attention_of_empty_queries_is_the_same_vector_for_all() 
 def test_skipping_it_leaves_out_its_weights_and_still_detects() -> None:
     plain, skipped = make(), make(skip_first_self_attention=True)
     gone = set(plain.state_dict()) - set(skipped.state_dict())
-    assert gone and all(name.startswith(("decoder.layers.0.self_attention.", "decoder.layers.0.self_norm."))
-                        for name in gone)
+    assert gone and all(
+        name.startswith(("decoder.layers.0.self_attention.", "decoder.layers.0.self_norm.")) for name in gone
+    )
     logits, boxes = DeployGraph(skipped, HEIGHT, WIDTH)(pictures())
     assert torch.isfinite(logits).all() and torch.isfinite(boxes).all()
 

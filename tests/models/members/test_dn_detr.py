@@ -13,16 +13,35 @@ from edgedetr.models.deploy import DeployGraph
 from edgedetr.models.members.dn_detr import DnDetrConfig, dn_detr
 
 CLASSES = 5
-SMALL = {"backbone": "resnet18", "backbone_width": 0.25, "hidden": 32, "heads": 4, "ffn": 48, "encoder_layers": 2,
-         "decoder_layers": 3, "queries": 10}
+SMALL = {
+    "backbone": "resnet18",
+    "backbone_width": 0.25,
+    "hidden": 32,
+    "heads": 4,
+    "ffn": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "queries": 10,
+}
 
 
 @pytest.fixture(scope="module")
 def theirs() -> torch.nn.Module:
     config = transformers.DabDetrConfig(
-        backbone_config=reference_resnet(18, width=0.25), use_timm_backbone=False, backbone=None,
-        use_pretrained_backbone=False, num_labels=CLASSES, hidden_size=32, encoder_layers=2, decoder_layers=3,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=10)
+        backbone_config=reference_resnet(18, width=0.25),
+        use_timm_backbone=False,
+        backbone=None,
+        use_pretrained_backbone=False,
+        num_labels=CLASSES,
+        hidden_size=32,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_queries=10,
+    )
     model = with_spread(transformers.DabDetrForObjectDetection(config))
     with torch.no_grad():
         # Boxes of a usual size: the modulation divides by their sides.
@@ -57,7 +76,7 @@ def test_without_knowledge_the_content_is_the_vector_of_an_unknown_label() -> No
     assert torch.equal(content, torch.cat([table[CLASSES], torch.zeros(1)]).expand(2, 10, 32))
     boxes = torch.rand(2, 3, 4)
     known = selector.noised(torch.tensor([[0, 4, CLASSES], [2, 2, 1]]), boxes)
-    assert torch.equal(known.content[0, 1], torch.cat([table[4], torch.ones(1)]))   # the last channel tells them apart
+    assert torch.equal(known.content[0, 1], torch.cat([table[4], torch.ones(1)]))  # the last channel tells them apart
     assert torch.equal(known.reference, boxes)
 
 
@@ -83,8 +102,13 @@ def test_the_deployed_graph_is_that_of_dab_detr() -> None:
         graph = DeployGraph(dn_detr(DnDetrConfig(**SMALL, denoising=denoising), CLASSES), 64, 64)
         exported = torch.export.export(graph, (torch.zeros(1, 3, 64, 64),))
         graphs.append([str(node.target) for node in exported.graph.nodes if node.op == "call_function"])
-    of_content = {"aten.cat.default", "aten.zeros_like.default", "aten.select.int", "aten.slice.Tensor",
-                  "aten.new_zeros.default"}
+    of_content = {
+        "aten.cat.default",
+        "aten.zeros_like.default",
+        "aten.select.int",
+        "aten.slice.Tensor",
+        "aten.new_zeros.default",
+    }
     with_labels, without = ([name for name in graph if name not in of_content] for graph in graphs)
     assert with_labels == without
     assert not any("rand" in name or "embedding" in name or "where" in name for name in graphs[0])

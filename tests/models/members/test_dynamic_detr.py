@@ -13,8 +13,9 @@ from edgedetr.models.members.dynamic_detr import DynamicDetrConfig, dynamic_detr
 DIM = GROUPS
 
 
-def deformed(conv: torch.nn.Module, x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor,
-             stride: int) -> torch.Tensor:
+def deformed(
+    conv: torch.nn.Module, x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, stride: int
+) -> torch.Tensor:
     """One picture, cell by cell and tap by tap: x [C, H, W], offset [18, h, w], mask [9, h, w] -> [C, h, w]."""
     _, height, width = x.shape
     kernel = conv.weight.reshape(DIM, 9, DIM)
@@ -71,12 +72,19 @@ def test_levels_flow_into_each_other_as_the_middle_one_asks(dynamic_relu: bool, 
             expected = layer.activation([expected.flatten(2)])[0].view_as(expected)
         else:
             expected = F.relu(expected)
-        torch.testing.assert_close(actual[level], expected, atol=1e-10, rtol=0)      # float64
+        torch.testing.assert_close(actual[level], expected, atol=1e-10, rtol=0)  # float64
 
 
 def test_weights_say_which_attention_over_scales_they_have() -> None:
-    small = {"backbone": "resnet18", "backbone_width": 0.25, "hidden": 2 * GROUPS, "ffn": 32, "encoder_layers": 1,
-             "decoder_layers": 1, "queries": 5}
+    small = {
+        "backbone": "resnet18",
+        "backbone_width": 0.25,
+        "hidden": 2 * GROUPS,
+        "ffn": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "queries": 5,
+    }
     for form in ("scalar", "channel"):
         config = DynamicDetrConfig(**small, scale_attention=form)
         found = infer(DynamicDetrConfig, dynamic_detr(config, 3).state_dict())
@@ -95,8 +103,12 @@ def test_a_query_predicts_one_full_product_or_two_narrow_ones(layers: int, pairs
 def test_every_layer_of_a_fresh_model_reads_the_whole_picture() -> None:
     """A box that is thrown out of the picture by random heads has nothing to read, so later layers would learn late."""
     torch.manual_seed(0)
-    detector = dynamic_detr(DynamicDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=2 * GROUPS, ffn=32,
-                                              encoder_layers=1, queries=5), 3).eval()
+    detector = dynamic_detr(
+        DynamicDetrConfig(
+            backbone="resnet18", backbone_width=0.25, hidden=2 * GROUPS, ffn=32, encoder_layers=1, queries=5
+        ),
+        3,
+    ).eval()
     boxes = detector(torch.randn(2, 3, 64, 96)).boxes
     assert boxes.shape == (6, 2, 5, 4)
     torch.testing.assert_close(boxes, torch.tensor([0.5, 0.5, 1.0, 1.0]).expand_as(boxes), atol=0, rtol=0)

@@ -19,8 +19,19 @@ from edgedetr.training.criterion import Criterion
 from edgedetr.training.ground_truth import Target
 
 CLASSES, HIDDEN, KEPT, FIRST = 3, 32, 6, 14
-CONFIG = EfficientDetrConfig(backbone="resnet18", backbone_width=0.25, hidden=HIDDEN, heads=4, ffn=48, encoder_layers=1,
-                             queries=KEPT, first_queries=FIRST, backbone_norm="trainable", frozen_stages=0, dropout=0.0)
+CONFIG = EfficientDetrConfig(
+    backbone="resnet18",
+    backbone_width=0.25,
+    hidden=HIDDEN,
+    heads=4,
+    ffn=48,
+    encoder_layers=1,
+    queries=KEPT,
+    first_queries=FIRST,
+    backbone_norm="trainable",
+    frozen_stages=0,
+    dropout=0.0,
+)
 SHAPES = [(4, 6), (2, 3), (1, 2)]
 
 
@@ -119,7 +130,7 @@ def test_proposals_fall_linearly_in_training_and_the_copies_keep_the_last_number
         assert outputs.encoder is not None and outputs.encoder[0].shape[1] == 12 * 16 + 6 * 8 + 3 * 4 + 2 * 2
     assert counts == [14, 12, 10, 8, 6]
     detector.progress(0.0)
-    assert build("efficient_detr", CONFIG, CLASSES)(images).logits.shape[2] == KEPT     # what evaluation's copy does
+    assert build("efficient_detr", CONFIG, CLASSES)(images).logits.shape[2] == KEPT  # what evaluation's copy does
 
 
 def test_what_is_deployed_in_the_middle_of_training_has_the_last_number() -> None:
@@ -135,8 +146,9 @@ def test_both_parts_are_matched_one_to_one_with_the_true_classes() -> None:
     targets = [Target(torch.tensor([2, 1]), torch.tensor([[0.3, 0.4, 0.2, 0.2], [0.7, 0.5, 0.1, 0.3]]))]
     criterion = Criterion(TrainConfig(), "focal", getattr(detector.selector, "foreground", False))
     whole = criterion(outputs, targets)
-    alone = criterion(replace(outputs, logits=outputs.encoder[0][None], boxes=outputs.encoder[1][None], encoder=None),
-                      targets)
+    alone = criterion(
+        replace(outputs, logits=outputs.encoder[0][None], boxes=outputs.encoder[1][None], encoder=None), targets
+    )
     assert whole.encoder == pytest.approx(float(alone.total.detach()), rel=1e-5)
 
 
@@ -160,11 +172,14 @@ def test_the_size_is_the_papers() -> None:
     assert sum(p.numel() for p in detector.parameters()) / 1e6 == pytest.approx(32, rel=0.04)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"queries": 400}, "model.first_queries is 300, less than model.queries, 400"),
-    ({"levels": 1}, "expected 3 to 5 levels"),
-    ({"hidden": 100}, "expected a multiple of 4 and of 8 heads"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"queries": 400}, "model.first_queries is 300, less than model.queries, 400"),
+        ({"levels": 1}, "expected 3 to 5 levels"),
+        ({"hidden": 100}, "expected a multiple of 4 and of 8 heads"),
+    ],
+)
 def test_what_cannot_be_built_says_why(change: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         EfficientDetrConfig(**change)

@@ -30,8 +30,9 @@ def memory(detector: Detector) -> Memory:
 def test_learned_content_goes_by_rank_and_the_boxes_by_token() -> None:
     learned = detector()
     plain = build("rt_detr", SMALL["rt_detr"], CLASSES).eval()
-    plain.load_state_dict({name: tensor for name, tensor in learned.state_dict().items()
-                           if name != "selector.content.weight"})
+    plain.load_state_dict(
+        {name: tensor for name, tensor in learned.state_dict().items() if name != "selector.content.weight"}
+    )
     seen = memory(learned)
     got, token = learned.select(seen), plain.select(seen)
     assert torch.equal(got.content, learned.selector.content.weight.expand(2, -1, -1))

@@ -29,14 +29,14 @@ def test_deltas_move_boxes_as_in_pixels() -> None:
     torch.manual_seed(0)
     boxes = torch.cat([torch.rand(1, 20, 2), torch.rand(1, 20, 2) + 0.01], dim=-1)
     delta = torch.randn(1, 20, 4)
-    delta[0, :2, 2:] = 20.0                     # more than the clamp lets through
+    delta[0, :2, 2:] = 20.0  # more than the clamp lets through
     actual = DeltaBoxes(8, 3, 1, 0, 0).move(delta, boxes)[0]
     pixels = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
     for index in range(20):
         centre, size = boxes[0, index, :2], boxes[0, index, 2:]
         corners = moved_in_pixels(delta[0, index], torch.cat([centre - size / 2, centre + size / 2]) * pixels) / pixels
         expected = torch.cat([(corners[:2] + corners[2:]) / 2, corners[2:] - corners[:2]])
-        torch.testing.assert_close(actual[index], expected, atol=1e-4, rtol=1e-5)   # float32, boxes of 6000 pictures
+        torch.testing.assert_close(actual[index], expected, atol=1e-4, rtol=1e-5)  # float32, boxes of 6000 pictures
 
 
 @torch.no_grad()
@@ -53,8 +53,18 @@ def test_the_cascade_is_that_of_the_specification() -> None:
         weight = torch.cat([attention.q.weight, attention.k.weight, attention.v.weight])
         bias = torch.cat([attention.q.bias, attention.k.bias, attention.v.bias])
         among, _ = F.multi_head_attention_forward(
-            *[content.transpose(0, 1)] * 3, content.shape[-1], attention.heads, weight, bias, None, None, False, 0.0,
-            attention.out.weight, attention.out.bias)
+            *[content.transpose(0, 1)] * 3,
+            content.shape[-1],
+            attention.heads,
+            weight,
+            bias,
+            None,
+            None,
+            False,
+            0.0,
+            attention.out.weight,
+            attention.out.bias,
+        )
         content = stage.self_norm(content + among.transpose(0, 1))
         read = stage.cross_attention
         features = read.roi(memory.tokens, memory.shapes, memory.strides, boxes)
@@ -72,13 +82,25 @@ def test_the_cascade_is_that_of_the_specification() -> None:
         delta = boxed @ heads.box[number].weight.T + heads.box[number].bias
         delta = delta / torch.tensor([2.0, 2.0, 1.0, 1.0])
         boxes = torch.cat([boxes[..., :2] + delta[..., :2] * boxes[..., 2:], boxes[..., 2:] * delta[..., 2:].exp()], -1)
-        torch.testing.assert_close(actual.logits[number], logits, atol=1e-10, rtol=0)     # float64
+        torch.testing.assert_close(actual.logits[number], logits, atol=1e-10, rtol=0)  # float64
         torch.testing.assert_close(actual.boxes[number], boxes, atol=1e-10, rtol=0)
 
 
 def test_proposals_start_as_the_whole_picture_and_learn() -> None:
-    detector = build("sparse_rcnn", SparseRcnnConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4,
-                                                     ffn=48, decoder_layers=2, queries=7, frozen_stages=0), CLASSES)
+    detector = build(
+        "sparse_rcnn",
+        SparseRcnnConfig(
+            backbone="resnet18",
+            backbone_width=0.25,
+            hidden=32,
+            heads=4,
+            ffn=48,
+            decoder_layers=2,
+            queries=7,
+            frozen_stages=0,
+        ),
+        CLASSES,
+    )
     queries = detector.select(detector.encode(detector.normalise(pictures())))
     assert queries.reference.tolist() == [[[0.5, 0.5, 1.0, 1.0]] * 7] * 2
     outputs = detector.decode(queries, detector.encode(detector.normalise(pictures())))
@@ -94,10 +116,18 @@ def test_a_stage_does_not_pull_at_the_boxes_of_the_stage_before() -> None:
     assert not detector.selector.box.weight.grad.any()
 
 
-@pytest.mark.parametrize("classes", [8, 32, 48])      # widths that occur in the model: the original's prior hit those
+@pytest.mark.parametrize("classes", [8, 32, 48])  # widths that occur in the model: the original's prior hit those
 def test_only_the_class_bias_starts_at_the_prior(classes: int) -> None:
-    config = SparseRcnnConfig(backbone="resnet18", backbone_width=0.25, hidden=32, heads=4, ffn=48, dynamic_hidden=8,
-                              decoder_layers=2, queries=7)
+    config = SparseRcnnConfig(
+        backbone="resnet18",
+        backbone_width=0.25,
+        hidden=32,
+        heads=4,
+        ffn=48,
+        dynamic_hidden=8,
+        decoder_layers=2,
+        queries=7,
+    )
     detector = build("sparse_rcnn", config, classes)
     prior = -math.log(99)
     for name, parameter in detector.named_parameters():

@@ -59,8 +59,9 @@ def in_the_indices_of_a_sparse_attribute(model: ModelProto) -> TensorProto:
 
 
 def in_a_subgraph_of_a_subgraph(model: ModelProto) -> TensorProto:
-    inner = helper.make_graph([helper.make_node("Identity", ["k"], ["o"])], "inner", [], [],
-                              [numpy_helper.from_array(SECRET, "k")])
+    inner = helper.make_graph(
+        [helper.make_node("Identity", ["k"], ["o"])], "inner", [], [], [numpy_helper.from_array(SECRET, "k")]
+    )
     inside = helper.make_node("If", ["c"], ["o2"], then_branch=inner, else_branch=inner)
     outer = helper.make_graph([inside], "outer", [], [])
     model.graph.node.append(helper.make_node("If", ["c"], ["o3"], then_branch=outer, else_branch=outer))
@@ -85,9 +86,17 @@ def in_a_training_graph(model: ModelProto) -> TensorProto:
     return graph.initializer[0]
 
 
-HIDDEN = [in_an_initialiser, in_a_constant, in_a_list_of_tensors, in_a_sparse_initialiser,
-          in_the_indices_of_a_sparse_attribute, in_a_subgraph_of_a_subgraph, in_a_function, in_a_default_of_a_function,
-          in_a_training_graph]
+HIDDEN = [
+    in_an_initialiser,
+    in_a_constant,
+    in_a_list_of_tensors,
+    in_a_sparse_initialiser,
+    in_the_indices_of_a_sparse_attribute,
+    in_a_subgraph_of_a_subgraph,
+    in_a_function,
+    in_a_default_of_a_function,
+    in_a_training_graph,
+]
 
 
 # --- what the name leads to ------------------------------------------------------------------------------------------
@@ -103,8 +112,16 @@ def locations(folder: Path) -> dict[str, str]:
     (folder / "sub").symlink_to(folder.parent)
     with open(folder / "sparse.bin", "wb") as stream:
         stream.truncate(1 << 31)
-    return {"above": "../secret.bin", "absolute": str(outside), "link": "link.bin", "hard link": "hard.bin",
-            "linked folder": "sub/secret.bin", "over 2 GB": "sparse.bin", "beside": "plain.bin", "nowhere": ""}
+    return {
+        "above": "../secret.bin",
+        "absolute": str(outside),
+        "link": "link.bin",
+        "hard link": "hard.bin",
+        "linked folder": "sub/secret.bin",
+        "over 2 GB": "sparse.bin",
+        "beside": "plain.bin",
+        "nowhere": "",
+    }
 
 
 WHERE = ["above", "absolute", "link", "hard link", "linked folder", "over 2 GB", "beside", "nowhere"]
@@ -148,14 +165,19 @@ def test_a_bundle_with_weights_elsewhere_is_refused_by_every_path_that_opens_it(
     openers: dict[str, Callable[[], object]] = {
         "load": lambda: load(bundle, backend="onnxruntime", stage="onnx"),
         "load openvino": lambda: load(bundle, backend="openvino", stage="onnx"),
-        "onnxruntime": lambda: OrtRunner(path), "onnxruntime bytes": lambda: OrtRunner(data),
-        "openvino": lambda: OpenVinoRunner(path), "plain": lambda: plain_session(data),
+        "onnxruntime": lambda: OrtRunner(path),
+        "onnxruntime bytes": lambda: OrtRunner(data),
+        "openvino": lambda: OpenVinoRunner(path),
+        "plain": lambda: plain_session(data),
         "tensors": lambda: ort_tensors(data, images, ["logits"], optimise=True),
         "openvino tensors": lambda: openvino_tensors(data, images, ["logits"]),
         "frames": lambda: write_frames(bundle, 64, 96),
         "triton": lambda: write_repository(bundle, tmp_path, "model.onnx"),
-        "deepstream": lambda: write_deepstream(bundle, tmp_path), "twin": lambda: twin(path),
-        "quantize": lambda: read(path), "load_frames": lambda: load_frames(bundle, make=OrtFrameRunner)}
+        "deepstream": lambda: write_deepstream(bundle, tmp_path),
+        "twin": lambda: twin(path),
+        "quantize": lambda: read(path),
+        "load_frames": lambda: load_frames(bundle, make=OrtFrameRunner),
+    }
     for name, opens in openers.items():
         with pytest.raises(EdgedetrError, match="keeps weights in another file"):
             opens()
@@ -169,13 +191,18 @@ def test_looking_into_such_a_file_says_so_and_opens_nothing(make_bundle, where):
     assert len(found.faults) == 1 and ["refused", found.faults[0]] in found.rows()
 
 
-@pytest.mark.parametrize("harm, words", [
-    (lambda path, other: path.symlink_to(other), "symbolic link"),
-    (lambda path, other: os.link(other, path), "2 names"),
-    (lambda path, other: os.mkfifo(path), "not a plain file"), (lambda path, other: path.mkdir(), "not a plain file"),
-    (lambda path, other: os.truncate(path.write_bytes(b"") or path, 3 << 30), "more than the 2147483647"),
-    (lambda path, other: os.truncate(path.write_bytes(b"") or path, 2**31 - 1), "begins with 0x00"),
-    (lambda path, other: path.write_bytes(b"\x89PNG\r\n"), "not an ONNX file")])
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (lambda path, other: path.symlink_to(other), "symbolic link"),
+        (lambda path, other: os.link(other, path), "2 names"),
+        (lambda path, other: os.mkfifo(path), "not a plain file"),
+        (lambda path, other: path.mkdir(), "not a plain file"),
+        (lambda path, other: os.truncate(path.write_bytes(b"") or path, 3 << 30), "more than the 2147483647"),
+        (lambda path, other: os.truncate(path.write_bytes(b"") or path, 2**31 - 1), "begins with 0x00"),
+        (lambda path, other: path.write_bytes(b"\x89PNG\r\n"), "not an ONNX file"),
+    ],
+)
 @pytest.mark.parametrize("opens", [OrtRunner, OpenVinoRunner, onnx_bytes.load])
 def test_a_graph_that_is_no_plain_file_is_refused(make_bundle, tmp_path, harm, words, opens):
     other, path = make_bundle("model.onnx").path / "model.onnx", tmp_path / "m.onnx"
@@ -194,11 +221,26 @@ def test_a_location_without_the_flag_does_not_reach_a_library_through_an_import(
 
 
 # The only functions that hand a graph to a library, each behind the reader: (file, call).
-ALLOWED = {("runtime/backends/onnxruntime.py", "InferenceSession"), ("runtime/backends/openvino.py", "read_model"),
-           ("runtime/backends/openvino.py", "compile_model"), ("lint/rtx_worker.py", "parse_from_file"),
-           ("onnx_graph/io.py", "load"), ("runtime/backends/onnx_bytes.py", "load_model_from_string")}
-OPENS = {"InferenceSession", "read_model", "compile_model", "parse_from_file", "load_model", "load_model_from_string",
-         "load_external_data_for_model", "convert_model", "import_model", "add_extension"}
+ALLOWED = {
+    ("runtime/backends/onnxruntime.py", "InferenceSession"),
+    ("runtime/backends/openvino.py", "read_model"),
+    ("runtime/backends/openvino.py", "compile_model"),
+    ("lint/rtx_worker.py", "parse_from_file"),
+    ("onnx_graph/io.py", "load"),
+    ("runtime/backends/onnx_bytes.py", "load_model_from_string"),
+}
+OPENS = {
+    "InferenceSession",
+    "read_model",
+    "compile_model",
+    "parse_from_file",
+    "load_model",
+    "load_model_from_string",
+    "load_external_data_for_model",
+    "convert_model",
+    "import_model",
+    "add_extension",
+}
 
 
 def test_nothing_else_in_the_package_opens_a_graph():

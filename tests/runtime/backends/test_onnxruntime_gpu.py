@@ -53,7 +53,8 @@ def test_without_a_gpu_the_driver_is_named(make_bundle):
 def test_an_onnx_runtime_without_cuda_is_told_with_the_command(cuda, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     assert "has no CUDAExecutionProvider; run: pip uninstall -y onnxruntime && pip install onnxruntime-gpu" in (
-        ort.no_gpu())
+        ort.no_gpu()
+    )
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
     assert ort.no_gpu() == ""
 

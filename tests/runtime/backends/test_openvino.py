@@ -25,6 +25,7 @@ signal.raise_signal(signal.SIGTERM)
 @pytest.mark.parametrize("words", [["-X", "faulthandler"], []], ids=["faulthandler", "plain"])
 def test_a_signal_is_handled_after_graphs_went_in_the_order_they_came(make_bundle, words):
     model = make_bundle("model.onnx").path / "model.onnx"
-    done = subprocess.run([sys.executable, *words, "-c", COME_AND_GO, str(model)], capture_output=True, text=True,
-                          timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, *words, "-c", COME_AND_GO, str(model)], capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stdout.strip()) == (0, "handled 15"), done.stderr

@@ -35,7 +35,7 @@ def test_the_builder_is_configured_by_name(fake, bundle):
     config.set_memory_pool_limit.assert_called_once_with(fake.spec.MemoryPoolType.WORKSPACE, 512 << 20)
     assert config.profiling_verbosity is fake.spec.ProfilingVerbosity.DETAILED
     assert config.builder_optimization_level == 5
-    config.set_flag.assert_not_called()         # FP16 and INT8 flags contradict strong typing
+    config.set_flag.assert_not_called()  # FP16 and INT8 flags contradict strong typing
     config.clear_flag.assert_not_called()
     config.add_optimization_profile.assert_not_called()
 
@@ -45,8 +45,10 @@ def test_a_float32_engine_does_not_round_to_tf32(fake, bundle):
     fake.configs[0].clear_flag.assert_called_once_with(fake.spec.BuilderFlag.TF32)
 
 
-@pytest.mark.parametrize("total, integrated, expected", [(8 << 30, True, 1024), (64 << 30, True, 4096),
-                                                        (4 << 30, True, 512), (80 << 30, False, 4096)])
+@pytest.mark.parametrize(
+    "total, integrated, expected",
+    [(8 << 30, True, 1024), (64 << 30, True, 4096), (4 << 30, True, 512), (80 << 30, False, 4096)],
+)
 def test_a_board_keeps_memory_for_everything_else(old, bundle, monkeypatch, total, integrated, expected):
     device = dataclasses.replace(ORIN, total_bytes=total, integrated=integrated)
     monkeypatch.setattr(cudart, "probe", lambda: device)
@@ -55,7 +57,7 @@ def test_a_board_keeps_memory_for_everything_else(old, bundle, monkeypatch, tota
 
 def test_an_engine_that_fits_is_kept_and_force_builds_it_again(fake, bundle):
     first = build.build(bundle)
-    again = build.build(bundle)                # the fake has one plan only: a second build would fail
+    again = build.build(bundle)  # the fake has one plan only: a second build would fail
     assert (first.made, again.made) == (True, False) and again.sidecar == first.sidecar
     fake.plans = [b"another plan"]
     assert build.build(bundle, force=True).path.read_bytes() == b"another plan"
@@ -72,8 +74,13 @@ def test_parser_errors_arrive_whole_with_node_names(fake, bundle):
     fake.errors = [("/decoder/0/Add", "Add", "types differ"), ("/neck/Conv", "Conv", "no kernel")]
     with pytest.raises(EngineError) as caught:
         build.build(bundle)
-    for word in ("/decoder/0/Add (Add): types differ", "/neck/Conv (Conv): no kernel", "model.int8.onnx", "Orin",
-                 "edgedetr lint"):
+    for word in (
+        "/decoder/0/Add (Add): types differ",
+        "/neck/Conv (Conv): no kernel",
+        "model.int8.onnx",
+        "Orin",
+        "edgedetr lint",
+    ):
         assert word in str(caught.value)
     assert not engine_store.plans(bundle)
 
@@ -143,9 +150,19 @@ def test_a_graph_for_one_picture_names_the_export_that_opens_the_batch(fake, bun
     assert not fake.flags
 
 
-@pytest.mark.parametrize("words", [{"precision": "int4"}, {"typing": "strog"}, {"batch": 0}, {"batch": (4, 2, 8)},
-                                   {"batch": 5000}, {"optimization_level": 6}, {"workspace_mb": 1},
-                                   {"workspace_mb": 1 << 20}])
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"precision": "int4"},
+        {"typing": "strog"},
+        {"batch": 0},
+        {"batch": (4, 2, 8)},
+        {"batch": 5000},
+        {"optimization_level": 6},
+        {"workspace_mb": 1},
+        {"workspace_mb": 1 << 20},
+    ],
+)
 def test_words_that_mean_nothing_are_usage_errors(old, bundle, words):
     with pytest.raises(UsageError, match="expected"):
         build.build(bundle, **words)
@@ -154,8 +171,12 @@ def test_words_that_mean_nothing_are_usage_errors(old, bundle, words):
 def test_progress_hears_the_outermost_phases(fake, bundle):
     heard = []
     build.build(bundle, progress=lambda what, done, total: heard.append((what, done, total)))
-    assert heard == [("build: Building", 0, 2), ("build: Building", 1, 2), ("build: Building", 2, 2),
-                     ("build: Building", 2, 2)]
+    assert heard == [
+        ("build: Building", 0, 2),
+        ("build: Building", 1, 2),
+        ("build: Building", 2, 2),
+        ("build: Building", 2, 2),
+    ]
     assert not any(fake.stopped)
 
 
@@ -210,8 +231,10 @@ def test_timings_behind_a_link_are_not_read(fake, bundle, cache, tmp_path, caplo
 
 def frames_graph(path: Path) -> None:
     value, floats, integers = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
-    nodes = [onnx.helper.make_node("Cast", ["frames"], [name], to=kind)
-             for name, kind in (("boxes", floats), ("scores", floats), ("labels", integers))]
+    nodes = [
+        onnx.helper.make_node("Cast", ["frames"], [name], to=kind)
+        for name, kind in (("boxes", floats), ("scores", floats), ("labels", integers))
+    ]
     outputs = [value("boxes", floats, None), value("scores", floats, None), value("labels", integers, None)]
     graph = onnx.helper.make_graph(nodes, "g", [value("frames", onnx.TensorProto.UINT8, [1, 48, 64, 3])], outputs)
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)]), str(path))

@@ -28,16 +28,27 @@ def test_build_options_reach_the_builder(fake, make_bundle, capsys):
     assert code == 0 and [made["arguments"]["batch"] for made in json.loads(out)] == [[1, 1, 1], [4, 4, 4]]
     code, out, _ = command(capsys, str(bundle.path), *words, "--dynamic", "1,4,8")
     told = json.loads(out)[0]["arguments"]
-    assert code == 0 and told == {"precision": "fp32", "batch": [1, 4, 8], "workspace_mb": 200,
-                                  "optimization_level": 1, "typing": "strong"}
+    assert code == 0 and told == {
+        "precision": "fp32",
+        "batch": [1, 4, 8],
+        "workspace_mb": 200,
+        "optimization_level": 1,
+        "typing": "strong",
+    }
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--batch", "2", "--dynamic", "1,2,4"], "exclude each other"), (["--dynamic", "1,2"], "expected three numbers"),
-    (["--dynamic", "4,2,1"], "ascending"), (["--batch", "0"], "0 is not in the range"),
-    (["--precision", "int4"], "int4"), (["--frame", "1080p"], "for example 1080x1920"),
-    (["--workspace", "1"], "expected from 64 to the 8192 MB of Orin"),
-])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--batch", "2", "--dynamic", "1,2,4"], "exclude each other"),
+        (["--dynamic", "1,2"], "expected three numbers"),
+        (["--dynamic", "4,2,1"], "ascending"),
+        (["--batch", "0"], "0 is not in the range"),
+        (["--precision", "int4"], "int4"),
+        (["--frame", "1080p"], "for example 1080x1920"),
+        (["--workspace", "1"], "expected from 64 to the 8192 MB of Orin"),
+    ],
+)
 def test_wrong_words_exit_2(old, bundle, capsys, words, said):
     code, out, err = command(capsys, str(bundle.path), *words)
     assert code == 2 and said in err and out == "" and not old.flags

@@ -93,7 +93,7 @@ def test_bytes_go_to_the_device_and_back_and_only_when_waited_for(fake, rng):
     fake_cuda.at(here, (100,))[:] = numbers
     cuda.copy(there, here, 400, stream)
     cuda.copy(back, there, 400, stream)
-    assert not np.array_equal(fake_cuda.at(back, (100,)), numbers)      # queued, not done: the fake is worth something
+    assert not np.array_equal(fake_cuda.at(back, (100,)), numbers)  # queued, not done: the fake is worth something
     cuda.wait(stream)
     np.testing.assert_array_equal(fake_cuda.at(back, (100,)), numbers)
     assert cuda.device_address(here) == here
@@ -111,7 +111,7 @@ def test_a_graph_does_the_recorded_work_again_in_every_version(fake):
     fake_cuda.at(a, (1,))[0] = 1
     graph = cuda.capture(stream, lambda: cuda.copy(b, a, 4, stream))
     cuda.wait(stream)
-    assert fake_cuda.at(b, (1,))[0] != 1                                # recording does not run
+    assert fake_cuda.at(b, (1,))[0] != 1  # recording does not run
     for value in (2, 3):
         fake_cuda.at(a, (1,))[0] = value
         cuda.launch(graph, stream)
@@ -130,7 +130,7 @@ def test_a_capture_that_fails_is_told_apart_and_leaves_nothing(fake12, where):
         cuda.capture(stream, lambda: None)
     fake12.fail("", 0)
     assert fake12.live()["graphs"] == 0
-    cuda.wait(stream)                                                   # it is no longer capturing
+    cuda.wait(stream)  # it is no longer capturing
 
 
 def test_work_that_fails_while_it_is_recorded_ends_the_recording(fake12):
@@ -164,10 +164,13 @@ def test_events_time_the_device(fake12):
     assert fake12.live()["events"] == 0
 
 
-@pytest.mark.parametrize("name, act, what", [
-    ("cudaMalloc", lambda cuda: cuda.allocate(1000), "a buffer of 1000 bytes on the device"),
-    ("cudaHostAlloc", lambda cuda: cuda.allocate_host(1000), "a page-locked buffer of 1000 bytes"),
-])
+@pytest.mark.parametrize(
+    "name, act, what",
+    [
+        ("cudaMalloc", lambda cuda: cuda.allocate(1000), "a buffer of 1000 bytes on the device"),
+        ("cudaHostAlloc", lambda cuda: cuda.allocate_host(1000), "a page-locked buffer of 1000 bytes"),
+    ],
+)
 def test_out_of_memory_says_how_much_is_free_and_what_to_do(fake12, name, act, what):
     cuda = Cuda()
     fake12.fail(name, 2)

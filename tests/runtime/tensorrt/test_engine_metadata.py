@@ -19,8 +19,25 @@ from edgedetr.runtime.tensorrt.inspector import LayerSummary
 
 ORIN = Device("Orin (nvgpu)", 87, 8 << 30, True, "12.6", "12.6")
 ARGUMENTS = BuildArguments("int8", (1, 4, 8), 1024, 3, "auto")
-TOLD = Sidecar("e.plan", "0" * 64, 7, "model.int8.onnx", "a" * 64, "10.3.0", "12.6", "12.6", "R36.4.3", "Orin", 87,
-               "1234", ARGUMENTS, "strong", 12.5, LayerSummary({"int8": 2}, {"int8": 1}, 3), ("a warning",))
+TOLD = Sidecar(
+    "e.plan",
+    "0" * 64,
+    7,
+    "model.int8.onnx",
+    "a" * 64,
+    "10.3.0",
+    "12.6",
+    "12.6",
+    "R36.4.3",
+    "Orin",
+    87,
+    "1234",
+    ARGUMENTS,
+    "strong",
+    12.5,
+    LayerSummary({"int8": 2}, {"int8": 1}, 3),
+    ("a warning",),
+)
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -30,16 +47,41 @@ def test_what_is_written_is_read(tmp_path):
     assert engine_metadata.read(plan) == TOLD
 
 
-@pytest.mark.parametrize("change", [
-    {"schema": 2}, {"schema": None}, {"plan_sha256": "xyz"}, {"plan_bytes": "7"}, {"sm": True}, {"tensorrt": 10.3},
-    {"arguments": {}}, {"arguments": None}, {"layers": []}, {"warnings": None}, {"unknown": 1}, {"plan": None},
-    {"layers": {"precision": [], "weighted": {}, "reformats": 0}}, {"layers": {"precision": {"int8": "2"}}},
-    {"layers": {"reformats": 1e99}}, {"warnings": [1]}, {"warnings": 7}, {"seconds": "1"}, {"seconds": True},
-    {"sm": 10**30}, {"plan_bytes": -1}, {"device": "x" * 9999}, {"host": 5}, {"driver": None},
-    {"arguments": {**asdict(ARGUMENTS), "batch": "148"}}, {"arguments": {**asdict(ARGUMENTS), "batch": [0, 0, 0]}},
-    {"arguments": {**asdict(ARGUMENTS), "batch": [1, 1]}}, {"arguments": {**asdict(ARGUMENTS), "precision": "int4"}},
-    {"arguments": {**asdict(ARGUMENTS), "precision": ["int8"]}}, {"arguments": {**asdict(ARGUMENTS), "typing": 1}},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": 2},
+        {"schema": None},
+        {"plan_sha256": "xyz"},
+        {"plan_bytes": "7"},
+        {"sm": True},
+        {"tensorrt": 10.3},
+        {"arguments": {}},
+        {"arguments": None},
+        {"layers": []},
+        {"warnings": None},
+        {"unknown": 1},
+        {"plan": None},
+        {"layers": {"precision": [], "weighted": {}, "reformats": 0}},
+        {"layers": {"precision": {"int8": "2"}}},
+        {"layers": {"reformats": 1e99}},
+        {"warnings": [1]},
+        {"warnings": 7},
+        {"seconds": "1"},
+        {"seconds": True},
+        {"sm": 10**30},
+        {"plan_bytes": -1},
+        {"device": "x" * 9999},
+        {"host": 5},
+        {"driver": None},
+        {"arguments": {**asdict(ARGUMENTS), "batch": "148"}},
+        {"arguments": {**asdict(ARGUMENTS), "batch": [0, 0, 0]}},
+        {"arguments": {**asdict(ARGUMENTS), "batch": [1, 1]}},
+        {"arguments": {**asdict(ARGUMENTS), "precision": "int4"}},
+        {"arguments": {**asdict(ARGUMENTS), "precision": ["int8"]}},
+        {"arguments": {**asdict(ARGUMENTS), "typing": 1}},
+    ],
+)
 def test_a_sidecar_of_another_kind_is_refused(tmp_path, change):
     raw = {**json.loads(engine_metadata.to_bytes(TOLD)), **change}
     (tmp_path / "e.json").write_text(json.dumps(raw))
@@ -54,8 +96,9 @@ def test_anything_else_is_refused(tmp_path, text):
         engine_metadata.read(tmp_path / "e.plan")
 
 
-@pytest.mark.parametrize("harm", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path),
-                                  lambda path: os.symlink("nowhere", path)])
+@pytest.mark.parametrize(
+    "harm", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink("nowhere", path)]
+)
 def test_a_sidecar_that_is_no_plain_file_is_one_error_at_once(tmp_path, harm):
     harm(tmp_path / "e.json")
     with pytest.raises(EngineError, match="e.json: (not a plain file|cannot be read)"):
@@ -74,19 +117,24 @@ def test_the_name_of_an_engine_says_what_it_is_for():
     assert name == engine_metadata.stem(ARGUMENTS, ORIN, "10.3.0", "1a2b3c4d" + "0" * 56)
 
 
-@pytest.mark.parametrize("arguments, device, version", [
-    (dataclasses.replace(ARGUMENTS, workspace_mb=512), ORIN, "10.3.0"),
-    (dataclasses.replace(ARGUMENTS, optimization_level=5), ORIN, "10.3.0"),
-    (dataclasses.replace(ARGUMENTS, typing="weak"), ORIN, "10.3.0"),
-    (dataclasses.replace(ARGUMENTS, batch=(1, 1, 1)), ORIN, "10.3.0"),
-    (dataclasses.replace(ARGUMENTS, precision="fp16"), ORIN, "10.3.0"),
-    (ARGUMENTS, dataclasses.replace(ORIN, sm=110), "10.3.0"),
-    (ARGUMENTS, dataclasses.replace(ORIN, name="Thor"), "10.3.0"),
-    (ARGUMENTS, dataclasses.replace(ORIN, runtime="13.0"), "10.3.0"),
-    (ARGUMENTS, ORIN, "10.16.2.10"),
-])
+@pytest.mark.parametrize(
+    "arguments, device, version",
+    [
+        (dataclasses.replace(ARGUMENTS, workspace_mb=512), ORIN, "10.3.0"),
+        (dataclasses.replace(ARGUMENTS, optimization_level=5), ORIN, "10.3.0"),
+        (dataclasses.replace(ARGUMENTS, typing="weak"), ORIN, "10.3.0"),
+        (dataclasses.replace(ARGUMENTS, batch=(1, 1, 1)), ORIN, "10.3.0"),
+        (dataclasses.replace(ARGUMENTS, precision="fp16"), ORIN, "10.3.0"),
+        (ARGUMENTS, dataclasses.replace(ORIN, sm=110), "10.3.0"),
+        (ARGUMENTS, dataclasses.replace(ORIN, name="Thor"), "10.3.0"),
+        (ARGUMENTS, dataclasses.replace(ORIN, runtime="13.0"), "10.3.0"),
+        (ARGUMENTS, ORIN, "10.16.2.10"),
+    ],
+)
 def test_whatever_decides_about_an_engine_is_in_its_name(arguments, device, version):
-    assert engine_metadata.stem(arguments, device, version, "a" * 64) != engine_metadata.stem(ARGUMENTS, ORIN, "10.3.0", "a" * 64)
+    assert engine_metadata.stem(arguments, device, version, "a" * 64) != engine_metadata.stem(
+        ARGUMENTS, ORIN, "10.3.0", "a" * 64
+    )
 
 
 def test_a_device_cannot_name_a_file_elsewhere():
@@ -95,10 +143,14 @@ def test_a_device_cannot_name_a_file_elsewhere():
     assert "-gpu-" in engine_metadata.stem(ARGUMENTS, dataclasses.replace(ORIN, name="()"), "10.3.0", "a" * 64)
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64", "R36.4.3"),
-    ("# R39 (release), REVISION: 2.0, GCID: 1", "R39.2.0"), ("something else", ""),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64", "R36.4.3"),
+        ("# R39 (release), REVISION: 2.0, GCID: 1", "R39.2.0"),
+        ("something else", ""),
+    ],
+)
 def test_the_release_of_jetson_linux_is_read(tmp_path, monkeypatch, text, expected):
     path = tmp_path / "nv_tegra_release"
     path.write_text(text)

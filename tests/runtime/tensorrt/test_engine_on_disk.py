@@ -60,7 +60,7 @@ def test_a_write_that_breaks_off_in_the_middle_keeps_the_previous_engine(old, bu
     old.plans, old.parses = [b"x" * 100_000], [True]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))      # the kernel itself cuts the write off
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # the kernel itself cuts the write off
     try:
         failing_again(bundle, old, "File too large")
     finally:
@@ -85,7 +85,7 @@ def become_reader(folder: Path) -> None:
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     if os.getuid() == 0:
-        os.seteuid(65534)       # to root every folder is writable
+        os.seteuid(65534)  # to root every folder is writable
 
 
 def test_engines_of_a_read_only_bundle_go_to_the_users_cache(old, bundle, without_root, monkeypatch):
@@ -156,7 +156,7 @@ def test_engines_of_a_graph_that_is_gone_are_named(old, bundle, tiny_graph, caps
     assert kept.path.is_file() and first.path.is_file()
 
 
-def _build_in_process(path: str, barrier, answers) -> None:    # type: ignore[no-untyped-def]
+def _build_in_process(path: str, barrier, answers) -> None:  # type: ignore[no-untyped-def]
     barrier.wait(60)
     try:
         made = build.build(path)
@@ -170,7 +170,7 @@ def test_a_plan_whose_sidecar_is_damaged_is_not_called_outdated(old, bundle, tin
     with bundle.add("model.int8.onnx", stage="export") as path:
         tiny_graph.write(path, np.ones((3, 6)), np.zeros((3, 2)))
     assert build.outdated(bundle) == [made.path]
-    made.path.with_suffix(".json").write_text("{")      # nobody knows any more what it was built from
+    made.path.with_suffix(".json").write_text("{")  # nobody knows any more what it was built from
     assert build.outdated(bundle) == []
 
 
@@ -200,7 +200,7 @@ def test_timings_that_cannot_be_kept_only_cost_time(old, bundle, cache, caplog):
 
 
 def test_eight_processes_at_once_make_one_engine(old, bundle):
-    context = multiprocessing.get_context("fork")       # the children inherit the fake
+    context = multiprocessing.get_context("fork")  # the children inherit the fake
     barrier, answers = context.Barrier(8), context.Queue()
     children = [context.Process(target=_build_in_process, args=(str(bundle.path), barrier, answers)) for _ in range(8)]
     for child in children:
@@ -221,8 +221,9 @@ def test_a_damaged_engine_is_built_again(old, bundle, harm):
     if harm == "no sidecar":
         target.unlink()
     else:
-        target.write_bytes({"truncate": data[:-1], "flip": bytes([data[0] ^ 1]) + data[1:], "empty": b"",
-                            "sidecar": data[:40]}[harm])
+        target.write_bytes(
+            {"truncate": data[:-1], "flip": bytes([data[0] ^ 1]) + data[1:], "empty": b"", "sidecar": data[:40]}[harm]
+        )
     again = build.build(bundle)
     assert again.made and again.path == first.path and again.path.read_bytes() == b"a plan"
     assert not build.build(bundle).made

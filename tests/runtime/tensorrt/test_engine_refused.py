@@ -41,7 +41,7 @@ def test_an_inspector_that_says_nothing_leaves_the_engine_without_layers(fake, b
 
 def test_a_builder_that_does_not_start_is_one_error(old, bundle):
     def refuse(logger: object) -> None:
-        raise TypeError("pybind11::init(): factory function returned nullptr")     # what the bindings raise
+        raise TypeError("pybind11::init(): factory function returned nullptr")  # what the bindings raise
 
     old.module.Builder = refuse
     with pytest.raises(EngineError, match="does not start here"):
@@ -93,14 +93,17 @@ def test_a_graph_that_has_not_been_made_names_its_command(old, make_bundle):
         build.build(make_bundle("model.onnx"))
 
 
-@pytest.mark.parametrize("harm, words", [
-    (lambda path, other: path.symlink_to(other), "a link; expected plain files"),
-    (lambda path, other: os.link(other, path), "2 names"),
-])
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (lambda path, other: path.symlink_to(other), "a link; expected plain files"),
+        (lambda path, other: os.link(other, path), "2 names"),
+    ],
+)
 def test_a_graph_that_is_a_link_never_reaches_tensorrt(old, bundle, tmp_path, harm, words):
     path, other = bundle.path / "model.int8.onnx", tmp_path / "other.onnx"
     path.rename(other)
-    harm(path, other)           # the bytes are the recorded ones; the link could be turned while they are read
+    harm(path, other)  # the bytes are the recorded ones; the link could be turned while they are read
     with pytest.raises((BundleError, EngineError), match=words):
         build.build(bundle)
     assert not old.flags

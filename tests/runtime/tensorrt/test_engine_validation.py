@@ -24,10 +24,24 @@ ARGUMENTS = BuildArguments("int8", (1, 1, 1), 1024, 3, "auto")
 
 
 def told(plan: Path, data: bytes = DATA, **changes: object) -> Sidecar:
-    made = Sidecar(plan=plan.name, plan_sha256=hashlib.sha256(data).hexdigest(), plan_bytes=len(data),
-                   onnx="model.int8.onnx", onnx_sha256="a" * 64, tensorrt="10.3.0", cuda="12.6", driver="12.6",
-                   jetpack="R36.4.3", device="Orin", sm=87, host=machine.host(), arguments=ARGUMENTS, typing="strong",
-                   seconds=1.0, layers=LayerSummary({"int8": 2}, {"int8": 1}, 3))
+    made = Sidecar(
+        plan=plan.name,
+        plan_sha256=hashlib.sha256(data).hexdigest(),
+        plan_bytes=len(data),
+        onnx="model.int8.onnx",
+        onnx_sha256="a" * 64,
+        tensorrt="10.3.0",
+        cuda="12.6",
+        driver="12.6",
+        jetpack="R36.4.3",
+        device="Orin",
+        sm=87,
+        host=machine.host(),
+        arguments=ARGUMENTS,
+        typing="strong",
+        seconds=1.0,
+        layers=LayerSummary({"int8": 2}, {"int8": 1}, 3),
+    )
     return dataclasses.replace(made, **changes)
 
 
@@ -48,18 +62,21 @@ def test_an_engine_of_this_place_is_read(plan):
     assert found.data == DATA and found.sidecar == told(plan)
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"tensorrt": "10.16.2.10"}, ["built for TensorRT 10.16.2.10", "needed here: TensorRT 10.3.0"]),
-    ({"sm": 110}, ["compute capability sm_110", "compute capability sm_87"]),
-    ({"device": "Orin Nano"}, ["device Orin Nano", "device Orin;"]),
-    ({"cuda": "13.0"}, ["CUDA 13.0", "CUDA 12.6"]),
-    ({"onnx_sha256": "b" * 64}, ["model.int8.onnx sha256 bbbbbbbb", "sha256 aaaaaaaa"]),
-    ({"tensorrt": "11.4.1", "sm": 110, "device": "Thor"}, ["TensorRT 11.4.1", "sm_110", "device Thor"]),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"tensorrt": "10.16.2.10"}, ["built for TensorRT 10.16.2.10", "needed here: TensorRT 10.3.0"]),
+        ({"sm": 110}, ["compute capability sm_110", "compute capability sm_87"]),
+        ({"device": "Orin Nano"}, ["device Orin Nano", "device Orin;"]),
+        ({"cuda": "13.0"}, ["CUDA 13.0", "CUDA 12.6"]),
+        ({"onnx_sha256": "b" * 64}, ["model.int8.onnx sha256 bbbbbbbb", "sha256 aaaaaaaa"]),
+        ({"tensorrt": "11.4.1", "sm": 110, "device": "Thor"}, ["TensorRT 11.4.1", "sm_110", "device Thor"]),
+    ],
+)
 def test_a_mismatch_says_what_was_found_what_is_needed_and_the_command(plan, changes, words):
     rewrite(plan, **changes)
     with pytest.raises(EngineError) as caught:
-        engine_validation.check(plan, ORIN, "10.3.0", onnx_sha256="a" * 64, trust=True)       # trust does not make it fit
+        engine_validation.check(plan, ORIN, "10.3.0", onnx_sha256="a" * 64, trust=True)  # trust does not make it fit
     for word in [*words, str(plan), "edgedetr build"]:
         assert word in str(caught.value)
 
@@ -100,7 +117,7 @@ def test_on_a_machine_without_an_id_every_plan_is_foreign(plan, tmp_path, monkey
     rewrite(plan, host=host)
     with pytest.raises(EngineError, match="a plan is executable code"):
         engine_validation.check(plan, ORIN, "10.3.0")
-    assert not cache.exists()               # looking makes no id
+    assert not cache.exists()  # looking makes no id
 
 
 def test_who_builds_without_an_id_gets_one_of_the_user_that_loads_again(plan, tmp_path, monkeypatch, cache):
@@ -112,7 +129,7 @@ def test_who_builds_without_an_id_gets_one_of_the_user_that_loads_again(plan, tm
     own = cache / machine.OWN_ID
     assert own.stat().st_mode & 0o777 == 0o600 and machine.host(make=True) == made
     text = own.read_text()
-    own.chmod(0o666)                        # anybody may have put it there
+    own.chmod(0o666)  # anybody may have put it there
     assert machine.host() == ""
     own.unlink()
     (tmp_path / "elsewhere").write_text(text)
@@ -120,10 +137,16 @@ def test_who_builds_without_an_id_gets_one_of_the_user_that_loads_again(plan, tm
     assert machine.host() == ""
 
 
-@pytest.mark.parametrize("changes, release, words", [
-    ({"driver": "12.4"}, "", "driver 12.4, which is now 12.6"),
-    ({}, "R36.4.4", "Jetson Linux R36.4.3, which is now R36.4.4"),
-    ({}, "R36.4.3", ""), ({}, "", ""), ({"driver": "", "jetpack": ""}, "R36.4.3", "")])
+@pytest.mark.parametrize(
+    "changes, release, words",
+    [
+        ({"driver": "12.4"}, "", "driver 12.4, which is now 12.6"),
+        ({}, "R36.4.4", "Jetson Linux R36.4.3, which is now R36.4.4"),
+        ({}, "R36.4.3", ""),
+        ({}, "", ""),
+        ({"driver": "", "jetpack": ""}, "R36.4.3", ""),
+    ],
+)
 def test_a_change_of_driver_or_release_is_said_and_no_reason_to_refuse(plan, monkeypatch, changes, release, words):
     monkeypatch.setattr(machine, "jetpack", lambda: release)
     rewrite(plan, **changes)
@@ -131,8 +154,15 @@ def test_a_change_of_driver_or_release_is_said_and_no_reason_to_refuse(plan, mon
     assert words in engine_validation.drift(found, ORIN) and bool(words) == bool(engine_validation.drift(found, ORIN))
 
 
-@pytest.mark.parametrize("data, words", [(b"", "empty"), (DATA[:-1], "damaged or replaced"), (DATA + b"x", "damaged"),
-                                         (b"x" + DATA[1:], "damaged or replaced")])
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"", "empty"),
+        (DATA[:-1], "damaged or replaced"),
+        (DATA + b"x", "damaged"),
+        (b"x" + DATA[1:], "damaged or replaced"),
+    ],
+)
 def test_a_cut_longer_empty_or_changed_plan_is_refused(plan, data, words):
     plan.write_bytes(data)
     with pytest.raises(EngineError, match=f"{words}.*edgedetr build"):
@@ -153,7 +183,7 @@ def test_every_flipped_bit_of_a_plan_is_noticed(plan, bit):
 @given(cut=st.integers(0, 900), flip=st.integers(0, 7000))
 def test_a_damaged_sidecar_is_one_error_or_the_plan_is_still_the_one_it_describes(plan, cut, flip):
     good = engine_metadata.to_bytes(told(plan))
-    harmed = bytearray(good[:len(good) - cut])
+    harmed = bytearray(good[: len(good) - cut])
     if harmed:
         harmed[flip // 8 % len(harmed)] ^= 1 << flip % 8
     engine_metadata.beside(plan).write_bytes(bytes(harmed))
@@ -165,13 +195,16 @@ def test_a_damaged_sidecar_is_one_error_or_the_plan_is_still_the_one_it_describe
     assert (found.sidecar.tensorrt, found.sidecar.sm, found.sidecar.device) == ("10.3.0", 87, "Orin")
 
 
-@pytest.mark.parametrize("name, harm, words", [
-    ("symbolic link", lambda plan, other: plan.symlink_to(other), "symbolic link"),
-    ("hard link", lambda plan, other: os.link(other, plan), "2 names"),
-    ("folder", lambda plan, other: plan.mkdir(), "not a plain file"),
-    ("pipe", lambda plan, other: os.mkfifo(plan), "not a plain file"),
-    ("missing", lambda plan, other: None, "no such file"),
-])
+@pytest.mark.parametrize(
+    "name, harm, words",
+    [
+        ("symbolic link", lambda plan, other: plan.symlink_to(other), "symbolic link"),
+        ("hard link", lambda plan, other: os.link(other, plan), "2 names"),
+        ("folder", lambda plan, other: plan.mkdir(), "not a plain file"),
+        ("pipe", lambda plan, other: os.mkfifo(plan), "not a plain file"),
+        ("missing", lambda plan, other: None, "no such file"),
+    ],
+)
 def test_only_a_plain_file_of_its_own_is_read(plan, tmp_path, name, harm, words):
     other = tmp_path / "other"
     plan.rename(other)

@@ -20,16 +20,17 @@ LAYERS = [
     ("ForeignNode", "{ForeignNode[/post/Sigmoid.../post/Mul]}", "Row major linear FP16 format", "Half"),
     ("PointWise", "/neck/Add", "Row major linear FP16 format", "BF16"),
     ("TopK", "/select/TopK", "Row major Int32 format", "Int32"),
-    ("Gather", "/select/Gather", "Row major linear INT8 format", "Int64"),          # how TensorRT 10 words INT64
-    ("gemm", "/encoder/layers_0/ff/MatMul_myl0_7", "Half", "Half"),                  # inside Myelin
+    ("Gather", "/select/Gather", "Row major linear INT8 format", "Int64"),  # how TensorRT 10 words INT64
+    ("gemm", "/encoder/layers_0/ff/MatMul_myl0_7", "Half", "Half"),  # inside Myelin
     ("kgen", "__myl_MeanSubMul /convolutional/attention/LayerNormalization", "Half", "Half"),
     ("fusion", "__myl_Fc_myl0_69 [ONNX Layer: /layers.9/dense/MatMul][ONNX Layer: /layers.9/Erf]", "Int8", "Int8"),
     ("CaskConvActPool", "conv0 + relu0 + pool0", "Row major Int8 format", "Int8"),
     ("NoOp", "/reshape", "Row major linear FP32", "Float"),
     ("Constant", "/anchors", "Row major linear FP32", "Float"),
 ]
-EXPECTED = LayerSummary(precision={"int8": 3, "fp16": 6, "fp32": 1, "other": 2},
-                        weighted={"int8": 3, "fp16": 3, "fp32": 1}, reformats=2)
+EXPECTED = LayerSummary(
+    precision={"int8": 3, "fp16": 6, "fp32": 1, "other": 2}, weighted={"int8": 3, "fp16": 3, "fp32": 1}, reformats=2
+)
 
 
 def in_words_of(version: int) -> str:
@@ -37,8 +38,16 @@ def in_words_of(version: int) -> str:
         told = {"Name": "t", "Location": "Device", "Dimensions": [1, 8, 4, 4]}
         return {**told, "Format/Datatype": old} if version == 10 else {**told, "Format": "Row major", "Datatype": new}
 
-    layers = [{"Name": name, "LayerType": kind, "Inputs": [tensor(old, new)], "Outputs": [tensor(old, new)],
-               "TacticName": "sm80_xmma_int8_float"} for kind, name, old, new in LAYERS]
+    layers = [
+        {
+            "Name": name,
+            "LayerType": kind,
+            "Inputs": [tensor(old, new)],
+            "Outputs": [tensor(old, new)],
+            "TacticName": "sm80_xmma_int8_float",
+        }
+        for kind, name, old, new in LAYERS
+    ]
     return json.dumps({"Layers": layers, "Bindings" if version == 10 else "I/O Tensors": ["images"]})
 
 
@@ -49,10 +58,15 @@ def test_both_forms_of_the_inspector_give_the_same_counts(version):
     assert found.layers == 12 and found.share("int8") == 3 / 7 and found.share("fp8") == 0
 
 
-@pytest.mark.parametrize("weights, inputs, expected", [
-    ("Int8", ["Int8", "Half"], "int8"),         # the residual comes in as FP16
-    ("Half", ["Half", "Int8"], "fp16"), ("Float", ["Float"], "fp32"), (None, ["Half", "Int8"], "int8"),
-])
+@pytest.mark.parametrize(
+    "weights, inputs, expected",
+    [
+        ("Int8", ["Int8", "Half"], "int8"),  # the residual comes in as FP16
+        ("Half", ["Half", "Int8"], "fp16"),
+        ("Float", ["Float"], "fp32"),
+        (None, ["Half", "Int8"], "int8"),
+    ],
+)
 def test_the_type_of_the_weights_decides_where_it_is_told(weights, inputs, expected):
     layer = {"LayerType": "CaskConvolution", "Inputs": [{"Format/Datatype": text} for text in inputs], "Outputs": []}
     if weights:

@@ -19,16 +19,23 @@ from edgedetr.errors import DeviceError
 from edgedetr.runtime.tensorrt import cudart
 from edgedetr.runtime.tensorrt.cudart import Cuda, Device
 
-WHEELS = {"11.8": "nvidia-cuda-runtime-cu11==11.8.89", "12.6": "nvidia-cuda-runtime-cu12==12.6.77",
-          "13.0": "nvidia-cuda-runtime==13.0.96"}
+WHEELS = {
+    "11.8": "nvidia-cuda-runtime-cu11==11.8.89",
+    "12.6": "nvidia-cuda-runtime-cu12==12.6.77",
+    "13.0": "nvidia-cuda-runtime==13.0.96",
+}
 NAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0")
 DRIVER = Path("/proc/driver/nvidia/version")
-NUMBERS = {     # in driver_types.h and cuda.h -> here
-    "cudaErrorMemoryAllocation": cudart.OUT_OF_MEMORY, "cudaErrorStreamCaptureUnsupported": cudart.CAPTURE_ERRORS[0],
-    "cudaErrorStreamCaptureWrongThread": cudart.CAPTURE_ERRORS[-1], "cudaMemcpyDefault": cudart.COPY_DEFAULT,
-    "cudaStreamNonBlocking": cudart.NON_BLOCKING, "cudaHostAllocMapped": cudart.HOST_ALLOC_MAPPED,
+NUMBERS = {  # in driver_types.h and cuda.h -> here
+    "cudaErrorMemoryAllocation": cudart.OUT_OF_MEMORY,
+    "cudaErrorStreamCaptureUnsupported": cudart.CAPTURE_ERRORS[0],
+    "cudaErrorStreamCaptureWrongThread": cudart.CAPTURE_ERRORS[-1],
+    "cudaMemcpyDefault": cudart.COPY_DEFAULT,
+    "cudaStreamNonBlocking": cudart.NON_BLOCKING,
+    "cudaHostAllocMapped": cudart.HOST_ALLOC_MAPPED,
     "cudaStreamCaptureModeThreadLocal": cudart.CAPTURE_THREAD_LOCAL,
-    "CU_DEVICE_ATTRIBUTE_INTEGRATED": cudart.INTEGRATED, "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR": cudart.MAJOR,
+    "CU_DEVICE_ATTRIBUTE_INTEGRATED": cudart.INTEGRATED,
+    "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR": cudart.MAJOR,
     "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR": cudart.MINOR,
 }
 
@@ -49,8 +56,11 @@ def version(request):
 @pytest.fixture
 def header(folders, version):
     """The C declarations without comments."""
-    paths = [path for name in ("cuda_runtime_api.h", "driver_types.h", "cuda.h")
-             for path in sorted(Path(folders[version]).glob(f"nvidia/*/include/{name}"))]
+    paths = [
+        path
+        for name in ("cuda_runtime_api.h", "driver_types.h", "cuda.h")
+        for path in sorted(Path(folders[version]).glob(f"nvidia/*/include/{name}"))
+    ]
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     return re.sub(r"/\*.*?\*/", "", "\n".join(texts), flags=re.S)
 
@@ -67,7 +77,7 @@ def real(monkeypatch, folders, version):
 
 
 def test_it_is_found_in_the_wheel_and_says_its_version(real, version):
-    if version == "11.8" and not DRIVER.exists():       # CUDA 11 asks the driver even for this
+    if version == "11.8" and not DRIVER.exists():  # CUDA 11 asks the driver even for this
         with pytest.raises(DeviceError, match="cudaRuntimeGetVersion gave 35"):
             cudart.probe()
     else:
@@ -80,8 +90,11 @@ def test_every_function_is_there_and_errors_come_back_in_words(real, version):
     cuda = Cuda(Device("none", 87, 0, False, version, version))
     for act in (cuda.stream, lambda: cuda.allocate(16), lambda: cuda.allocate_host(16), cuda.free_bytes):
         # 35: no driver for this version; 100: no device; which of them depends on the machine of the test
-        with pytest.raises(DeviceError, match=r"cuda\w+ gave cudaError(InsufficientDriver .35.|NoDevice .100.): \w+.*; "
-                                              r"run: edgedetr doctor"):
+        with pytest.raises(
+            DeviceError,
+            match=r"cuda\w+ gave cudaError(InsufficientDriver .35.|NoDevice .100.): \w+.*; "
+            r"run: edgedetr doctor",
+        ):
             act()
 
 
@@ -92,8 +105,10 @@ def test_numbers_are_those_of_the_headers(header):
 
 
 def test_arguments_are_those_of_the_headers(header, version):
-    told = {**cudart.SIGNATURES,
-            "cudaGraphInstantiate": cudart.INSTANTIATE_11 if version < "12" else cudart.INSTANTIATE_12}
+    told = {
+        **cudart.SIGNATURES,
+        "cudaGraphInstantiate": cudart.INSTANTIATE_11 if version < "12" else cudart.INSTANTIATE_12,
+    }
     for name, arguments in told.items():
         found = re.search(rf"CUDARTAPI\s+{name}\(([^;]*?)\)\s*;", header, re.S)
         assert found, name

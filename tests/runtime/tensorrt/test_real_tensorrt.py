@@ -44,8 +44,15 @@ def graph(make_bundle: Callable[..., Bundle]) -> bytes:
     return (make_bundle("model.onnx", batch="B").path / "model.onnx").read_bytes()
 
 
-def attempt(rtx: ModuleType, model: bytes, batch: tuple[int, int, int] = (1, 1, 1), *, precision: str = "fp32",
-            timing_cache: bytes = b"", progress: builder.Progress | None = None) -> builder._Built:
+def attempt(
+    rtx: ModuleType,
+    model: bytes,
+    batch: tuple[int, int, int] = (1, 1, 1),
+    *,
+    precision: str = "fp32",
+    timing_cache: bytes = b"",
+    progress: builder.Progress | None = None,
+) -> builder._Built:
     return builder._attempt(rtx, model, arguments(precision, batch), "strong", timing_cache, progress)
 
 
@@ -77,10 +84,17 @@ def test_ctrl_c_passes_through_the_real_builder(rtx, graph):
 def test_the_real_parser_names_the_node_it_refuses(rtx):
     scale, zero = (numpy_helper.from_array(np.array(v), n) for v, n in ((np.float32(0.1), "s"), (np.int8(3), "z")))
     value = helper.make_tensor_value_info
-    nodes = [helper.make_node("QuantizeLinear", ["images", "s", "z"], ["q"], name="/stem/Q"),
-             helper.make_node("DequantizeLinear", ["q", "s", "z"], ["logits"], name="/stem/DQ")]
-    made = helper.make_graph(nodes, "g", [value("images", TensorProto.FLOAT, [1, 3])],
-                             [value("logits", TensorProto.FLOAT, [1, 3])], [scale, zero])
+    nodes = [
+        helper.make_node("QuantizeLinear", ["images", "s", "z"], ["q"], name="/stem/Q"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["logits"], name="/stem/DQ"),
+    ]
+    made = helper.make_graph(
+        nodes,
+        "g",
+        [value("images", TensorProto.FLOAT, [1, 3])],
+        [value("logits", TensorProto.FLOAT, [1, 3])],
+        [scale, zero],
+    )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 19)], ir_version=9).SerializeToString()
     with pytest.raises(EngineError, match=r"node /stem/D?Q .*ero point"):
         builder.build_plan(model, arguments(), NOWHERE)
@@ -89,7 +103,7 @@ def test_the_real_parser_names_the_node_it_refuses(rtx):
 @pytest.mark.parametrize("keep", [0.3, 0.97])
 def test_a_graph_that_is_cut_off_is_refused_by_the_real_parser(rtx, graph, keep):
     with pytest.raises(EngineError, match="parser refuses the graph"):
-        builder.build_plan(graph[:int(keep * len(graph))], arguments("fp32"), NOWHERE)
+        builder.build_plan(graph[: int(keep * len(graph))], arguments("fp32"), NOWHERE)
 
 
 def test_the_real_runtime_without_a_driver_is_one_error(rtx, graph):
@@ -113,12 +127,17 @@ LOAD = """
     import tensorrt_lean_bindings as lean
     sys.modules["tensorrt"] = lean
 """
-UNGUARDED = LOAD + """
+UNGUARDED = (
+    LOAD
+    + """
     runtime = lean.Runtime(lean.Logger())
     print("a Runtime is there:", runtime is not None, flush=True)
     runtime.deserialize_cuda_engine(b"a plan")
 """
-GUARDED = LOAD + """
+)
+GUARDED = (
+    LOAD
+    + """
     from edgedetr.errors import EdgedetrError
     from edgedetr.runtime.tensorrt import build as engine, trt_runner as trt
     print(engine.available())
@@ -128,6 +147,7 @@ GUARDED = LOAD + """
         except EdgedetrError as error:
             print(type(error).__name__, error)
 """
+)
 
 
 def test_without_a_driver_the_guard_speaks_before_the_runtime_crashes(bindings, tmp_path):
@@ -143,8 +163,14 @@ def test_without_a_driver_the_guard_speaks_before_the_runtime_crashes(bindings, 
 
     def run(code: str) -> subprocess.CompletedProcess[str]:
         root = Path(edgedetr.__file__).parents[1]
-        return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, folders.values()), str(root),
-                               str(plan)], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code), *map(str, folders.values()), str(root), str(plan)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
 
     guarded = run(GUARDED)
     assert guarded.returncode == 0, guarded.stderr
@@ -152,4 +178,4 @@ def test_without_a_driver_the_guard_speaks_before_the_runtime_crashes(bindings, 
     assert len(lines) == 3 and all("no NVIDIA driver" in line for line in lines)
     assert [line.split()[0] for line in lines[1:]] == ["DeviceError"] * 2
     crashed = run(UNGUARDED)
-    assert "a Runtime is there: True" in crashed.stdout and crashed.returncode < 0      # by a signal: SIGSEGV here
+    assert "a Runtime is there: True" in crashed.stdout and crashed.returncode < 0  # by a signal: SIGSEGV here

@@ -50,8 +50,9 @@ def test_an_engine_that_fits_is_used_and_named(fake, bundle, red):
     plan(bundle, "int8")
     detector = load(bundle)
     assert (detector.backend, detector.stage) == ("tensorrt", "int8")
-    assert detector.description == ("int8 on tensorrt (int8.plan fits this device; not verified here yet: Orin, "
-                                    "TensorRT 10.3.0)")
+    assert detector.description == (
+        "int8 on tensorrt (int8.plan fits this device; not verified here yet: Orin, TensorRT 10.3.0)"
+    )
     found, oracle = detector([red, red])[1], load(bundle, backend="onnxruntime", stage="int8", threads=1)([red])[0]
     np.testing.assert_array_equal(found.xyxy, oracle.xyxy)
     np.testing.assert_array_equal(found.class_id, oracle.class_id)
@@ -63,15 +64,18 @@ def test_int8_goes_before_fp16_before_float32_until_something_was_measured(fake,
         assert load(bundle).stage == {"fp32": "onnx"}.get(precision, precision)
 
 
-@pytest.mark.parametrize("int8, fp16, best, words", [
-    (Measured(True, 3.0), Measured(True, 2.0), "fp16", "verified on this device, 2.00 ms"),
-    (Measured(True, 2.0), Measured(True, 3.0), "int8", "verified on this device, 2.00 ms"),
-    (Measured(False, 1.0), Measured(True, 3.0), "fp16", "verified on this device, 3.00 ms"),
-    (Measured(False, 1.0), None, "fp16", "fits this device; not verified here yet"),
-    (Measured(True, 9.0), None, "int8", "verified on this device, 9.00 ms"),
-    (None, Measured(True, 9.0), "fp16", "verified on this device, 9.00 ms"),
-    (Measured(False, 1.0), Measured(False, 2.0), "int8", "did not pass edgedetr verify here, 1.00 ms"),
-])
+@pytest.mark.parametrize(
+    "int8, fp16, best, words",
+    [
+        (Measured(True, 3.0), Measured(True, 2.0), "fp16", "verified on this device, 2.00 ms"),
+        (Measured(True, 2.0), Measured(True, 3.0), "int8", "verified on this device, 2.00 ms"),
+        (Measured(False, 1.0), Measured(True, 3.0), "fp16", "verified on this device, 3.00 ms"),
+        (Measured(False, 1.0), None, "fp16", "fits this device; not verified here yet"),
+        (Measured(True, 9.0), None, "int8", "verified on this device, 9.00 ms"),
+        (None, Measured(True, 9.0), "fp16", "verified on this device, 9.00 ms"),
+        (Measured(False, 1.0), Measured(False, 2.0), "int8", "did not pass edgedetr verify here, 1.00 ms"),
+    ],
+)
 def test_what_was_measured_decides(fake, bundle, int8, fp16, best, words):
     for precision, measured in (("int8", int8), ("fp16", fp16)):
         made = plan(bundle, precision, plan_sha256=digest_of(precision))
@@ -87,25 +91,29 @@ def digest_of(word):
     return hashlib.sha256(str(word).encode()).hexdigest()
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({"tensorrt": "10.16.1.11"}, "built for TensorRT 10.16.1.11; needed here: TensorRT 10.3.0"),
-    ({"sm": 110}, "built for compute capability sm_110; needed here: compute capability sm_87"),
-    ({"device": "Thor"}, "built for device Thor; needed here: device Orin"),
-    ({"cuda": "13.0"}, "built for CUDA 13.0; needed here: CUDA 12.6"),
-    ({"host": "0123456789abcdef"}, "built on another machine"),
-    ({"onnx_sha256": "0" * 64}, "built for model.int8.onnx sha256 00000000"),
-    ({"onnx": "model.other.onnx"}, "built from model.other.onnx, which is not in this bundle"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"tensorrt": "10.16.1.11"}, "built for TensorRT 10.16.1.11; needed here: TensorRT 10.3.0"),
+        ({"sm": 110}, "built for compute capability sm_110; needed here: compute capability sm_87"),
+        ({"device": "Thor"}, "built for device Thor; needed here: device Orin"),
+        ({"cuda": "13.0"}, "built for CUDA 13.0; needed here: CUDA 12.6"),
+        ({"host": "0123456789abcdef"}, "built on another machine"),
+        ({"onnx_sha256": "0" * 64}, "built for model.int8.onnx sha256 00000000"),
+        ({"onnx": "model.other.onnx"}, "built from model.other.onnx, which is not in this bundle"),
+    ],
+)
 def test_an_engine_of_another_place_is_left_and_the_reason_is_said(fake, bundle, monkeypatch, change, reason):
     monkeypatch.setattr(machine, "host", lambda **_: "fedcba9876543210")
     plan(bundle, "int8", **change)
     detector = load(bundle, threads=1)
     assert detector.backend == "onnxruntime"
     assert f"int8.plan not used: {reason}" in detector.description
-    with pytest.raises(EngineError, match=f"no engine for int8 that fits here; int8.plan not used: {reason}.*run: "
-                                          f"edgedetr build"):
+    with pytest.raises(
+        EngineError, match=f"no engine for int8 that fits here; int8.plan not used: {reason}.*run: edgedetr build"
+    ):
         load(bundle, backend="tensorrt", stage="int8")
-    assert fake.gone == []                          # nothing was deserialised
+    assert fake.gone == []  # nothing was deserialised
 
 
 def test_trust_takes_an_engine_of_another_machine_and_nothing_that_does_not_fit(fake, bundle, monkeypatch):
@@ -159,7 +167,7 @@ def test_a_stage_that_is_asked_for_stays_with_onnx_runtime_where_it_is_installed
     plan(bundle, "int8")
     assert load(bundle, stage="int8").backend == "onnxruntime"
     assert load(bundle, stage="int8", backend="tensorrt").backend == "tensorrt"
-    monkeypatch.setattr(detector_module, "find_spec", lambda name: None)       # as on a bare board
+    monkeypatch.setattr(detector_module, "find_spec", lambda name: None)  # as on a bare board
     assert load(bundle, stage="int8").backend == "tensorrt"
     with pytest.raises(MissingDependency, match="no engine fits"):
         load(bundle, stage="fp16")
@@ -179,11 +187,12 @@ def test_the_engine_for_single_pictures_is_preferred_unless_a_batch_is_asked_for
 
 
 def test_engines_of_a_read_only_bundle_are_found_in_the_users_cache_and_others_there_are_not_mentioned(
-        fake, bundle, tmp_path):
+    fake, bundle, tmp_path
+):
     folder = tmp_path / "cache" / "edgedetr" / "engines"
     assert folder in engine_store.folders(bundle)
     plan(bundle, "int8", folder=folder)
-    plan(bundle, "fp16", folder=folder, onnx_sha256="1" * 64)           # of another bundle
+    plan(bundle, "fp16", folder=folder, onnx_sha256="1" * 64)  # of another bundle
     assert "int8.plan" in load(bundle).description
     assert select.survey(bundle).refused == ()
     fake.fake.fail("cuInit", 100)
@@ -228,8 +237,9 @@ def test_whole_frames_run_on_their_own_engine_and_detectors_pass_it_over(fake, m
     assert on_cpu.runner.name == "onnxruntime"
     fake_tensorrt.write_plan(bundle.path / name, bundle.path / "engines" / "frame.plan")
     on_gpu = load_frames(bundle)
-    assert on_gpu.description == ("float32 for frames of 24 x 40 on tensorrt (frame.plan fits this device; "
-                                  "not verified here yet)")
+    assert on_gpu.description == (
+        "float32 for frames of 24 x 40 on tensorrt (frame.plan fits this device; not verified here yet)"
+    )
     np.testing.assert_array_equal(on_gpu(frame).xyxy, on_cpu(frame).xyxy)
     assert load_frames(bundle, make=OrtFrameRunner).runner.name == "onnxruntime"
     assert select.survey(bundle) == select.Survey()
@@ -238,17 +248,30 @@ def test_whole_frames_run_on_their_own_engine_and_detectors_pass_it_over(fake, m
 
 @pytest.mark.parametrize("under, counts", [("driver 12.4", False), ("driver 12.6", True), ("", False)])
 def test_what_was_measured_with_another_driver_counts_no_more(fake, bundle, under, counts):
-    made = plan(bundle, "int8", plan_sha256=digest_of("int8"), driver="12.4")       # 12.6 is here
+    made = plan(bundle, "int8", plan_sha256=digest_of("int8"), driver="12.4")  # 12.6 is here
     select.record(made.parent, {digest_of("int8"): Measured(True, 1.0, under)})
     found = select.survey(bundle).fitting[0]
     assert (found.measured is not None) == counts
     assert ("built with driver 12.4, which is now 12.6" in select.why(found)) != counts
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\xff", "{" + " " * (2 << 20), '{"a": 7}',
-                                  '{"a": {"passed": 1, "p50_ms": 1}}',
-                                  '{"a": {"passed": true, "p50_ms": NaN}}', '{"a": {"passed": true, "p50_ms": "1"}}',
-                                  '{"a": {"passed": true, "p50_ms": 1, "under": 5}}', '{"a": 5}', "9" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "[" * 100_000,
+        "\xff",
+        "{" + " " * (2 << 20),
+        '{"a": 7}',
+        '{"a": {"passed": 1, "p50_ms": 1}}',
+        '{"a": {"passed": true, "p50_ms": NaN}}',
+        '{"a": {"passed": true, "p50_ms": "1"}}',
+        '{"a": {"passed": true, "p50_ms": 1, "under": 5}}',
+        '{"a": 5}',
+        "9" * 5000,
+    ],
+)
 def test_a_hostile_record_of_measurements_counts_as_none(tmp_path, caplog, text):
     (tmp_path / select.MEASURED).write_bytes(text.encode("latin-1"))
     assert select._measurements(tmp_path) == {}

@@ -55,7 +55,8 @@ def test_nvidias_parser_and_builder_take_them():
 def test_lint_knows_what_they_provoke_and_finds_no_error(name):
     found = lint_file(selftest.FOLDER / f"{name}.onnx")
     assert {f.rule for f in found.findings} == {"grid_sample": {"grid-sample-wrong"}, "concat": {"concat-scales"}}.get(
-        name, set())
+        name, set()
+    )
     assert not found.errors
 
 
@@ -75,7 +76,7 @@ def test_layer_norm_is_what_the_definition_says_in_double_precision():
     model, x, y = stored("layer_norm")
     c = {name: value.astype(np.float64) for name, value in constants(model).items()}
     half = x.astype(np.float16).astype(np.float64)
-    assert ((half - half.mean(-1, keepdims=True)) ** 2).max() > 65504       # what FP16 cannot hold
+    assert ((half - half.mean(-1, keepdims=True)) ** 2).max() > 65504  # what FP16 cannot hold
     normed = (half - half.mean(-1, keepdims=True)) / np.sqrt(half.var(-1, keepdims=True) + 1e-5)
     assert sqnr_db((normed * c["scale"] + c["bias"]) @ c["weight"], y) >= FLOORS["layer_norm"]
 
@@ -91,8 +92,9 @@ def test_concat_is_what_integer_arithmetic_gives():
     def conv(values, name):
         weight, scale = c[f"{name}_weight"].astype(np.float64), c[f"{name}_weight_scale"].astype(np.float64)
         weight = quantised(weight, scale.reshape(-1, 1, 1, 1))
-        return torch.nn.functional.conv2d(torch.from_numpy(values), torch.from_numpy(weight),
-                                          padding=weight.shape[2] // 2).numpy()
+        return torch.nn.functional.conv2d(
+            torch.from_numpy(values), torch.from_numpy(weight), padding=weight.shape[2] // 2
+        ).numpy()
 
     half = quantised(x.astype(np.float16).astype(np.float64), c["half_scale"])
     a, b = (quantised(np.maximum(conv(half, n), 0), c[f"{n}_relu_scale"]) for n in "ab")
@@ -105,20 +107,27 @@ def faulty(name: str) -> bytes:
     model = onnx.load_from_string(stored(name)[0])
     for node in model.graph.node:
         if name == "grid_sample" and node.op_type == "GridSample":
-            next(a for a in node.attribute if a.name == "mode").s = b"nearest"      # issue 4646
+            next(a for a in node.attribute if a.name == "mode").s = b"nearest"  # issue 4646
         if name == "concat" and node.output[0] == "a_relu_dq":
-            node.input[1] = "b_relu_scale"                                          # one branch's scale for both
-    if name == "layer_norm":        # squares beyond FP16 are infinite, as in a norm that was decomposed in FP16
+            node.input[1] = "b_relu_scale"  # one branch's scale for both
+    if name == "layer_norm":  # squares beyond FP16 are infinite, as in a norm that was decomposed in FP16
         norm = next(n for n in model.graph.node if n.op_type == "LayerNormalization")
         place, make = list(model.graph.node).index(norm), onnx.helper.make_node
         model.graph.node.remove(norm)
-        new = [make("Cast", ["half"], ["full"], to=1), make("ReduceMean", ["full", "last"], ["mean"]),
-               make("Sub", ["full", "mean"], ["centred"]), make("Mul", ["centred", "centred"], ["exact"]),
-               make("Greater", ["exact", "largest"], ["over"]),
-               make("Where", ["over", "infinite", "exact"], ["squares"]),
-               make("ReduceMean", ["squares", "last"], ["variance"]), make("Sqrt", ["variance"], ["deviation"]),
-               make("Div", ["centred", "deviation"], ["unit32"]), make("Cast", ["unit32"], ["unit"], to=10),
-               make("Mul", ["unit", "scale"], ["scaled"]), make("Add", ["scaled", "bias"], ["normed"])]
+        new = [
+            make("Cast", ["half"], ["full"], to=1),
+            make("ReduceMean", ["full", "last"], ["mean"]),
+            make("Sub", ["full", "mean"], ["centred"]),
+            make("Mul", ["centred", "centred"], ["exact"]),
+            make("Greater", ["exact", "largest"], ["over"]),
+            make("Where", ["over", "infinite", "exact"], ["squares"]),
+            make("ReduceMean", ["squares", "last"], ["variance"]),
+            make("Sqrt", ["variance"], ["deviation"]),
+            make("Div", ["centred", "deviation"], ["unit32"]),
+            make("Cast", ["unit32"], ["unit"], to=10),
+            make("Mul", ["unit", "scale"], ["scaled"]),
+            make("Add", ["scaled", "bias"], ["normed"]),
+        ]
         for node in reversed(new):
             model.graph.node.insert(place, node)
         values = {"last": np.array([-1]), "largest": np.float32(65504), "infinite": np.float32(np.inf)}
@@ -134,8 +143,10 @@ def test_the_fault_that_a_canary_is_there_for_is_far_below_its_floor(name):
     assert sqnr_db(y, wrong) < FLOORS[name] - 5
 
 
-@pytest.mark.parametrize("a, b, ratio", [([1.0], [1.0], 300), ([1.0], [1.1], 20), ([1.0], [np.nan], -300),
-                                         ([1.0], [np.inf], -300), ([0.0], [1.0], -300)])
+@pytest.mark.parametrize(
+    "a, b, ratio",
+    [([1.0], [1.0], 300), ([1.0], [1.1], 20), ([1.0], [np.nan], -300), ([1.0], [np.inf], -300), ([0.0], [1.0], -300)],
+)
 def test_the_ratio_is_in_decibels_and_always_a_number(a, b, ratio):
     assert sqnr_db(np.array(a), np.array(b)) == pytest.approx(ratio, abs=1e-6)
 
@@ -182,7 +193,7 @@ def test_a_wrong_result_gives_exit_code_3_and_names_the_canary(fake, build, name
 
 
 def test_equal_rows_that_come_out_different_are_named(fake, build, capsys):
-    fake.shift = 1e-3           # 60 dB: above what a float32 floor would forgive
+    fake.shift = 1e-3  # 60 dB: above what a float32 floor would forgive
     assert cli.run(["selftest"]) == 3
     assert "equal rows of one batch give different results (TensorRT issue 4813)" in capsys.readouterr().err
 
@@ -206,7 +217,7 @@ def test_a_canary_that_cannot_be_built_fails_and_the_others_are_still_run(fake, 
 
 
 def test_a_canary_that_the_device_has_no_memory_for_fails_and_the_others_are_still_run(fake, build):
-    fake.fake.fail("cudaMalloc", 2, after=5)        # the second buffer of the third canary is too much
+    fake.fake.fail("cudaMalloc", 2, after=5)  # the second buffer of the third canary is too much
     found = selftest.selftest()
     assert [o.passed for o in found.outcomes] == [True, True, False]
     assert "Orin is out of memory" in found.outcomes[2].note

@@ -13,11 +13,14 @@ from edgedetr.runtime.tensorrt import engine_metadata
 from edgedetr.runtime.tensorrt.trt_runner import Session, TrtRunner
 
 
-@pytest.mark.parametrize("images, what", [
-    (np.zeros((1, 3, 32, 40), np.float32), r"float32 \[1, 3, 32, 40\]"),
-    (np.zeros((1, 3, 32, 48)), "float64"),
-    (np.zeros((3, 32, 48), np.float32), r"\[3, 32, 48\]"),
-])
+@pytest.mark.parametrize(
+    "images, what",
+    [
+        (np.zeros((1, 3, 32, 40), np.float32), r"float32 \[1, 3, 32, 40\]"),
+        (np.zeros((1, 3, 32, 48)), "float64"),
+        (np.zeros((3, 32, 48), np.float32), r"\[3, 32, 48\]"),
+    ],
+)
 def test_arrays_that_the_engine_does_not_take_are_refused_before_any_copy(plan, latest, images, what):
     runner = TrtRunner(plan())
     with pytest.raises(UsageError, match=f"images is .*{what}.* takes float32 .1, 3, 32, 48."):
@@ -27,17 +30,21 @@ def test_arrays_that_the_engine_does_not_take_are_refused_before_any_copy(plan, 
     assert "cudaMemcpyAsync" not in latest.fake.log
 
 
-@pytest.mark.parametrize("call, error", [
-    ("deserialize", "cannot deserialise it .Internal error: a reason.; build it here"),
-    ("context", "no execution context .Internal error: a reason"),
-    ("set_input_shape", "TensorRT failed at input images of .1, 3, 32, 48.: Internal error: a reason"),
-    ("infer_shapes", "TensorRT failed at inferring shapes: Internal error: a reason"),
-    ("set_tensor_address", "TensorRT failed at the address of images: Internal error: a reason"),
-    ("execute", "TensorRT failed at queueing the engine: Internal error: a reason"),
-])
+@pytest.mark.parametrize(
+    "call, error",
+    [
+        ("deserialize", "cannot deserialise it .Internal error: a reason.; build it here"),
+        ("context", "no execution context .Internal error: a reason"),
+        ("set_input_shape", "TensorRT failed at input images of .1, 3, 32, 48.: Internal error: a reason"),
+        ("infer_shapes", "TensorRT failed at inferring shapes: Internal error: a reason"),
+        ("set_tensor_address", "TensorRT failed at the address of images: Internal error: a reason"),
+        ("execute", "TensorRT failed at queueing the engine: Internal error: a reason"),
+    ],
+)
 @pytest.mark.parametrize("report", ["Internal error: a reason", ""])
-def test_what_tensorrt_refuses_is_said_with_its_own_words_and_nothing_stays_allocated(plan, latest, rng, call, error,
-                                                                                      report):
+def test_what_tensorrt_refuses_is_said_with_its_own_words_and_nothing_stays_allocated(
+    plan, latest, rng, call, error, report
+):
     latest.refuse, latest.report = {call}, report
     if not report:
         error = error.replace("Internal error: a reason", "(no reason given|probably too little memory)")
@@ -56,7 +63,7 @@ def test_an_error_that_the_recorder_was_told_while_running_is_not_lost(plan, lat
     runner.session._lanes[0].errors.report_error(7, " Cask: an asynchronous failure ")
     with pytest.raises(EngineError, match="reported at running the engine: Cask: an asynchronous failure"):
         runner.run(pictures(rng))
-    runner.run(pictures(rng))                                   # told once
+    runner.run(pictures(rng))  # told once
 
 
 def test_the_recorder_speaks_the_protocol_of_tensorrt(plan, behaviour):
@@ -70,18 +77,25 @@ def test_the_recorder_speaks_the_protocol_of_tensorrt(plan, behaviour):
 
 def test_a_device_without_memory_says_so_and_keeps_nothing(plan, latest, rng):
     runner = TrtRunner(plan())
-    latest.fake.fail("cudaMalloc", 2, after=1)                  # the second buffer does not fit
+    latest.fake.fail("cudaMalloc", 2, after=1)  # the second buffer does not fit
     with pytest.raises(DeviceError, match="Orin is out of memory: a buffer of"):
         runner.run(pictures(rng))
     runner.close()
     assert not any(latest.fake.live().values())
 
 
-@pytest.mark.parametrize("change, error", [
-    ({"location": "HOST"}, "must lie in host memory"), ({"layout": "CHW4"}, "has the layout CHW4; expected LINEAR"),
-    ({"kinds": {"logits": "BF16"}}, "tensor logits is BF16, which numpy does not have; expected one of FLOAT, HALF"),
-    ({"kinds": {"images": "HALF"}}, "images is float16 .1, 3, 32, 48.; expected float32 .B, 3, H, W."),
-])
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"location": "HOST"}, "must lie in host memory"),
+        ({"layout": "CHW4"}, "has the layout CHW4; expected LINEAR"),
+        (
+            {"kinds": {"logits": "BF16"}},
+            "tensor logits is BF16, which numpy does not have; expected one of FLOAT, HALF",
+        ),
+        ({"kinds": {"images": "HALF"}}, "images is float16 .1, 3, 32, 48.; expected float32 .B, 3, H, W."),
+    ],
+)
 def test_engines_with_odd_tensors_are_refused(plan, latest, change, error):
     for name, value in change.items():
         setattr(latest, name, value)
@@ -117,7 +131,7 @@ def test_nothing_of_tensorrt_is_touched_without_a_driver_or_before_the_plan_is_c
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(EngineError, match="damaged or replaced"):
         TrtRunner(path)
-    assert latest.gone == []                                    # no runtime was ever made
+    assert latest.gone == []  # no runtime was ever made
 
 
 def test_a_tensorrt_that_does_not_start_says_so(plan, latest, monkeypatch, bindings):
@@ -126,6 +140,7 @@ def test_a_tensorrt_that_does_not_start_says_so(plan, latest, monkeypatch, bindi
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
     monkeypatch.setattr(sys.modules["tensorrt"], "Runtime", refuse)
-    with pytest.raises(EngineError, match="does not start here .CUDA initialization failure with error: 35.; run: "
-                                          "edgedetr doctor"):
+    with pytest.raises(
+        EngineError, match="does not start here .CUDA initialization failure with error: 35.; run: edgedetr doctor"
+    ):
         TrtRunner(plan())

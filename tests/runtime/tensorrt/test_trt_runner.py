@@ -31,7 +31,7 @@ def test_an_engine_computes_its_graph_and_from_the_second_run_as_a_cuda_graph(pl
         assert runner.session.graphs == (run > 0)
     assert behaviour.fake.log.count("cudaGraphInstantiate") == 1
     assert behaviour.fake.log.count("cudaGraphLaunch") == 3
-    assert ("cudaMemcpyAsync" in behaviour.fake.log) is not integrated      # on a Jetson no byte is copied
+    assert ("cudaMemcpyAsync" in behaviour.fake.log) is not integrated  # on a Jetson no byte is copied
     assert (behaviour.fake.live()["device"] == 0) is integrated
     runner.close()
     assert not any(behaviour.fake.live().values())
@@ -50,14 +50,15 @@ def test_without_a_graph_the_engine_is_queued_plainly(plan, graph, latest, rng, 
     if reason == "TensorRT refuses":
         latest.refuse = {"capture"}
     elif reason != "not asked":
-        latest.fake.fail("cudaStreamEndCapture" if "record" in reason else "cudaGraphInstantiate",
-                         900 if "record" in reason else 801)
+        latest.fake.fail(
+            "cudaStreamEndCapture" if "record" in reason else "cudaGraphInstantiate", 900 if "record" in reason else 801
+        )
     runner, oracle = TrtRunner(plan(), use_graph=reason != "not asked"), OrtRunner(graph(), threads=1)
     for _ in range(3):
         images = pictures(rng)
         agree(runner.run(images), oracle.run(images))
     assert runner.session.graphs == 0
-    assert latest.fake.log.count("cudaStreamBeginCapture") == (reason != "not asked")      # tried once, not each time
+    assert latest.fake.log.count("cudaStreamBeginCapture") == (reason != "not asked")  # tried once, not each time
     assert ("no CUDA graph" in caplog.text) == (reason != "not asked")
     assert latest.fake.live()["graphs"] == 0
 
@@ -81,8 +82,8 @@ def test_an_open_batch_takes_any_size_and_records_anew_for_each(plan, graph, lat
         images = pictures(rng, n)
         agree(runner.run(images), oracle.run(images))
     assert latest.fake.log.count("cudaGraphInstantiate") == 3
-    assert latest.fake.live()["graphs"] == 1                    # the graph of the last shape
-    assert len(runner.run(pictures(rng, 9)).logits) == 9        # in parts of 4
+    assert latest.fake.live()["graphs"] == 1  # the graph of the last shape
+    assert len(runner.run(pictures(rng, 9)).logits) == 9  # in parts of 4
 
 
 def test_every_thread_has_a_context_a_stream_and_buffers_of_its_own(plan, graph, latest, rng):
@@ -152,8 +153,13 @@ class OnDevice:
 
     @property
     def __cuda_array_interface__(self):
-        told = {"shape": self.shape, "typestr": self.typestr, "data": (self.address, False), "version": 3,
-                "strides": self.strides}
+        told = {
+            "shape": self.shape,
+            "typestr": self.typestr,
+            "data": (self.address, False),
+            "version": 3,
+            "strides": self.strides,
+        }
         return told if self.stream is None and not self.strides else {**told, "stream": self.stream}
 
 
@@ -165,7 +171,7 @@ def test_pictures_that_are_on_the_device_stay_there(plan, graph, latest, rng):
         fake_cuda.at(address, images.shape)[...] = images
         before = latest.fake.log.count("cudaMemcpyAsync")
         agree(runner.run(OnDevice(images, address, stream=stream, strides=strides)), oracle.run(images))
-        assert latest.fake.log.count("cudaMemcpyAsync") - before == 3       # device to device, and two outputs back
+        assert latest.fake.log.count("cudaMemcpyAsync") - before == 3  # device to device, and two outputs back
 
 
 def test_a_producer_that_still_works_on_its_stream_is_waited_for(plan, graph, latest, rng):
@@ -173,7 +179,7 @@ def test_a_producer_that_still_works_on_its_stream_is_waited_for(plan, graph, la
     images, theirs = pictures(rng), cuda.stream()
     address, source = cuda.allocate(images.nbytes), cuda.allocate_host(images.nbytes)
     fake_cuda.at(source, images.shape)[...] = images
-    cuda.copy(address, source, images.nbytes, theirs)       # queued by the producer, not done
+    cuda.copy(address, source, images.nbytes, theirs)  # queued by the producer, not done
     agree(runner.run(OnDevice(images, address, stream=theirs)), oracle.run(images))
 
 
@@ -214,7 +220,10 @@ def test_frames_stay_bytes_on_their_way_to_the_device(behaviour, tmp_path, rng):
     for _ in range(2):
         found, expected = runner.run(frame), oracle.run(frame)
         assert {name: value.dtype for name, value in found.items()} == {
-            "boxes": np.float32, "scores": np.float32, "labels": np.int64}
+            "boxes": np.float32,
+            "scores": np.float32,
+            "labels": np.int64,
+        }
         for name, value in expected.items():
             np.testing.assert_array_equal(found[name], value)
     with pytest.raises(UsageError, match="frames is float32 .1, 24, 40, 3.; .* takes uint8"):

@@ -43,20 +43,37 @@ def test_mixup_blends_pixels_and_keeps_the_objects_of_both() -> None:
 
 
 def test_cutmix_pastes_clips_and_drops() -> None:
-    base = Example(torch.zeros(3, 60, 80, dtype=torch.uint8), np.array([
-        [30.0, 20, 50, 40],     # inside the paste: gone
-        [0, 25, 40, 35],        # its right end is under the paste: ends at 20
-        [10, 10, 30, 50],       # bitten, but not across: whole
-        [0, 0, 10, 10],         # beside it: whole
-    ]), np.array([0, 1, 2, 3]))
-    donor = Example(torch.full((3, 60, 80), 255, dtype=torch.uint8), np.array([
-        [25.0, 20, 45, 40],     # inside
-        [50, 20, 70, 40],       # half in: clipped to 60
-        [58, 20, 78, 40],       # a tenth in: not taken
-    ]), np.array([7, 8, 9]))
+    base = Example(
+        torch.zeros(3, 60, 80, dtype=torch.uint8),
+        np.array(
+            [
+                [30.0, 20, 50, 40],  # inside the paste: gone
+                [0, 25, 40, 35],  # its right end is under the paste: ends at 20
+                [10, 10, 30, 50],  # bitten, but not across: whole
+                [0, 0, 10, 10],  # beside it: whole
+            ]
+        ),
+        np.array([0, 1, 2, 3]),
+    )
+    donor = Example(
+        torch.full((3, 60, 80), 255, dtype=torch.uint8),
+        np.array(
+            [
+                [25.0, 20, 45, 40],  # inside
+                [50, 20, 70, 40],  # half in: clipped to 60
+                [58, 20, 78, 40],  # a tenth in: not taken
+            ]
+        ),
+        np.array([7, 8, 9]),
+    )
     made = cutmix(base, donor, (20, 15, 60, 45))
-    assert made.boxes.tolist() == [[0, 25, 20, 35], [10, 10, 30, 50], [0, 0, 10, 10], [25, 20, 45, 40],
-                                   [50, 20, 60, 40]]
+    assert made.boxes.tolist() == [
+        [0, 25, 20, 35],
+        [10, 10, 30, 50],
+        [0, 0, 10, 10],
+        [25, 20, 45, 40],
+        [50, 20, 60, 40],
+    ]
     assert made.labels.tolist() == [1, 2, 3, 7, 8]
     inside = torch.zeros(60, 80, dtype=torch.bool)
     inside[15:45, 20:60] = True
@@ -93,8 +110,13 @@ def test_a_technique_that_is_on_takes_other_pictures(technique: str, pictures: i
     taken: list[int] = []
 
     def picture(value: int) -> Picture:
-        return Picture(torch.full((3, 60, 80), value, dtype=torch.uint8), np.array([[5.0, 5, 60, 50]]), np.array([0]),
-                       frame_height=60, frame_width=80)
+        return Picture(
+            torch.full((3, 60, 80), value, dtype=torch.uint8),
+            np.array([[5.0, 5, 60, 50]]),
+            np.array([0]),
+            frame_height=60,
+            frame_width=80,
+        )
 
     def another() -> Picture:
         taken.append(1)
@@ -104,7 +126,7 @@ def test_a_technique_that_is_on_takes_other_pictures(technique: str, pictures: i
     made = compose(picture(100), another, InputContract(60, 80), on, np.random.default_rng(0))
     assert len(taken) == pictures
     assert (made.pixels != 100).any()
-    if technique != "cutmix":       # of which a part of the other object may be too little
+    if technique != "cutmix":  # of which a part of the other object may be too little
         assert len(made.boxes) == (4 if technique == "mosaic" else 2)
     taken.clear()
     plain = compose(picture(100), another, InputContract(60, 80), STILL, np.random.default_rng(0))

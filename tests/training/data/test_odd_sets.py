@@ -47,8 +47,11 @@ def plain(tmp_path_factory) -> Bundle:
 
 def scores(bundle: Bundle) -> list[dict]:
     lines = (bundle.path / "train" / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k in ("epoch", "ap", "ap50", "ar100")} for line in lines
-            if '"eval"' in line]
+    return [
+        {k: v for k, v in json.loads(line).items() if k in ("epoch", "ap", "ap50", "ar100")}
+        for line in lines
+        if '"eval"' in line
+    ]
 
 
 def test_the_same_set_in_odd_writing_trains_to_the_same_weights(plain, tmp_path):

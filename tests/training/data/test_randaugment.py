@@ -46,8 +46,9 @@ def test_boxes_follow_the_pixels(name: str, sign: float) -> None:
 @pytest.mark.parametrize("name", COLOURS)
 def test_colours_leave_boxes_and_change_pixels_by_strength(name: str) -> None:
     rng = np.random.default_rng(0)
-    noisy = Example(torch.from_numpy(rng.integers(20, 200, (3, SIDE, SIDE), dtype=np.uint8)), square().boxes,
-                    np.array([1]))
+    noisy = Example(
+        torch.from_numpy(rng.integers(20, 200, (3, SIDE, SIDE), dtype=np.uint8)), square().boxes, np.array([1])
+    )
     out = apply(noisy, name, 0.9, 1.0)
     assert out.boxes is noisy.boxes
     assert out.pixels.shape == noisy.pixels.shape and out.pixels.dtype == torch.uint8
@@ -62,11 +63,11 @@ def test_no_strength_is_no_geometry() -> None:
 
 def test_a_box_of_which_less_than_a_fifth_is_left_goes() -> None:
     shift = np.array([[1, 0, -55.0], [0, 1, 0], [0, 0, 1]])
-    boxes = np.array([[40.0, 10, 60, 30], [30, 10, 70, 30], [50, 10, 90, 30]])     # keep 1/4, 3/8, 7/8 of the width
+    boxes = np.array([[40.0, 10, 60, 30], [30, 10, 70, 30], [50, 10, 90, 30]])  # keep 1/4, 3/8, 7/8 of the width
     seen, keep = move(boxes, shift, 128, 96)
     np.testing.assert_allclose(seen[:, [0, 2]], [[0, 5], [0, 15], [0, 35]])
     assert keep.tolist() == [True, True, True]
-    _, keep = move(boxes, shift - [[0, 0, 2], [0, 0, 0], [0, 0, 0]], 128, 96)       # the first keeps 3 of 20
+    _, keep = move(boxes, shift - [[0, 0, 2], [0, 0, 0], [0, 0, 0]], 128, 96)  # the first keeps 3 of 20
     assert keep.tolist() == [False, True, True]
 
 
@@ -74,7 +75,7 @@ def test_every_operation_is_drawn_and_numbers_of_them_add_up() -> None:
     rng, seen = np.random.default_rng(0), set()
     for _ in range(200):
         seen |= {str(name) for name in rng.choice(OPERATIONS, 2)}
-    assert seen == set(OPERATIONS) and len(OPERATIONS) == 14       # as many as the paper lists
+    assert seen == set(OPERATIONS) and len(OPERATIONS) == 14  # as many as the paper lists
     a, b = (rand_augment(square(), 2, 9, np.random.default_rng(5)) for _ in range(2))
     assert torch.equal(a.pixels, b.pixels), "the same generator, the same picture"
 
@@ -85,7 +86,7 @@ def test_erasing_keeps_within_its_shares_and_drops_what_it_hides() -> None:
         before = square(10, 10, 30, 30)
         after = erase(before, np.random.default_rng(seed))
         changed = (after.pixels != before.pixels).any(0).numpy()
-        assert 0.015 < changed.mean() < 0.34        # of the area: 0.02 to 0.33, less where noise repeats the pixel
+        assert 0.015 < changed.mean() < 0.34  # of the area: 0.02 to 0.33, less where noise repeats the pixel
         hidden = changed[10:40, 10:40].mean()
         assert len(after.boxes) == len(after.labels) == (0 if hidden > 0.81 else 1), hidden
         dropped += not len(after.boxes)

@@ -55,15 +55,20 @@ def test_the_box_bounds_the_drawn_rectangle_within_a_pixel(kind, form, rng):
             continue
         seen += 1
         assert labels.tolist() == [1]
-        rows, columns = (pixels[0] > 150).nonzero(as_tuple=True)    # above the grey of the padding (114)
+        rows, columns = (pixels[0] > 150).nonzero(as_tuple=True)  # above the grey of the padding (114)
         found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         assert np.abs(boxes[0] - np.array(found, float)).max() <= 1.0
-    assert seen >= 15       # of 25; a crop may leave too little of the rectangle
+    assert seen >= 15  # of 25; a crop may leave too little of the rectangle
 
 
 def test_without_variation_the_picture_is_the_one_resize_gives(rng, tmp_path):
-    for number, (contract, size) in enumerate([(InputContract(64, 64), (50, 70)), (InputContract(64, 64), (300, 215)),
-                                               (InputContract(64, 96, "letterbox"), (300, 215))]):
+    for number, (contract, size) in enumerate(
+        [
+            (InputContract(64, 64), (50, 70)),
+            (InputContract(64, 64), (300, 215)),
+            (InputContract(64, 96, "letterbox"), (300, 215)),
+        ]
+    ):
         image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
         path = tmp_path / f"{number}.png"
         Image.fromarray(image).save(path)
@@ -79,15 +84,20 @@ def test_without_variation_the_picture_is_the_one_resize_gives(rng, tmp_path):
 
 
 def test_boxes_of_which_little_is_left_are_dropped(rng):
-    picture = Picture(torch.zeros(3, 100, 100, dtype=torch.uint8), np.array([[0, 0, 10, 10], [80, 80, 100, 100.0]]),
-                      np.array([0, 1]), 100.0, 100.0)
+    picture = Picture(
+        torch.zeros(3, 100, 100, dtype=torch.uint8),
+        np.array([[0, 0, 10, 10], [80, 80, 100, 100.0]]),
+        np.array([0, 1]),
+        100.0,
+        100.0,
+    )
     config = replace(STILL, crop=1.0, crop_scale=(0.4, 0.4), crop_aspect=(1.0, 1.0), min_visible=0.9)
     for _ in range(20):
         found = vary(picture, InputContract(100, 100), config, rng)
         boxes, labels = found.boxes, found.labels
-        assert len(boxes) <= 1      # the two lie further apart than a crop is wide
+        assert len(boxes) <= 1  # the two lie further apart than a crop is wide
         for box, label in zip(boxes, labels):
-            whole = 625 if label == 0 else 2500     # their areas, 2.5 times longer on each side
+            whole = 625 if label == 0 else 2500  # their areas, 2.5 times longer on each side
             assert (box[2] - box[0]) * (box[3] - box[1]) >= 0.85 * whole
 
 
@@ -95,7 +105,7 @@ def test_colour_keeps_grey_grey_under_saturation_and_hue_and_scales_under_bright
     grey = torch.full((3, 4, 4), 100, dtype=torch.uint8)
     only = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
     turned = recolour(grey, AugmentConfig(**{**only, "saturation": 0.9, "hue": 0.5}), rng)
-    assert (turned.int() - 100).abs().max() <= 1        # the YIQ matrix is given to three digits
+    assert (turned.int() - 100).abs().max() <= 1  # the YIQ matrix is given to three digits
     bright = recolour(grey, AugmentConfig(**{**only, "brightness": 0.5}), np.random.default_rng(1))
     factor = 1 + np.random.default_rng(1).uniform(-0.5, 0.5)
     assert (bright.float() - 100 * factor).abs().max() <= 1
@@ -108,8 +118,18 @@ def rendered(tmp_path, rng) -> DetectionSet:
     for number in range(7):
         path = tmp_path / f"{number}.png"
         Image.fromarray(rng.integers(0, 256, (80, 90, 3), dtype=np.uint8)).save(path)
-        samples.append(Sample(number, path, 80, 90, np.array([[5.0, 6, 50, 60], [30, 30, 80, 70]]), np.array([0, 1]),
-                              np.array([False, number == 3]), np.array([1.0, 1.0])))
+        samples.append(
+            Sample(
+                number,
+                path,
+                80,
+                90,
+                np.array([[5.0, 6, 50, 60], [30, 30, 80, 70]]),
+                np.array([0, 1]),
+                np.array([False, number == 3]),
+                np.array([1.0, 1.0]),
+            )
+        )
     return DetectionSet("train", tmp_path, tuple(samples), (ClassInfo(0, 1, "a"), ClassInfo(1, 7, "b")))
 
 
@@ -152,6 +172,7 @@ def test_a_picture_that_cannot_be_decoded_is_replaced_by_the_next_and_named(rend
 def test_a_crop_by_size_is_detrs(rng):
     """Sides of 384 to 600 px where the shorter side of the image has 400, 500 or 600 px, anywhere in the image."""
     from edgedetr.training.data.transforms import _crop_by_size
+
     frame = np.array([640.0, 480.0])
     windows = np.array([_crop_by_size(frame, rng) for _ in range(3000)])
     assert (windows[:, :2] >= 0).all() and (windows[:, 2:] <= frame).all()
@@ -169,4 +190,4 @@ def test_a_crop_by_size_keeps_every_box_of_which_a_pixel_is_left(rng):
     picture = Picture(pixels, whole, np.array([1]), 480, 640)
     for _ in range(20):
         example = vary(picture, InputContract(64, 64), config, rng)
-        assert example.boxes.tolist() == [[0, 0, 64, 64]]       # it fills whatever is seen
+        assert example.boxes.tolist() == [[0, 0, 64, 64]]  # it fills whatever is seen
