@@ -138,10 +138,6 @@ def test_the_command_line_imports_libraries_inside_command_bodies(part, path):
         assert not at_once or own or name.split(".")[0] in light, f"{path.name} imports {name} at the top"
 
 
-def test_no_file_is_longer_than_300_lines():
-    assert not [str(path) for _, path in modules() if len(path.read_text(encoding="utf-8").splitlines()) > 300]
-
-
 def test_no_print_and_no_exit_below_the_command_line():
     for part, path in modules():
         if FLOOR[part] < 6:

@@ -66,14 +66,14 @@ def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d) -
     folded = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,  # type: ignore[arg-type]
-        conv.dilation,
+        (conv.kernel_size[0], conv.kernel_size[1]),
+        (conv.stride[0], conv.stride[1]),
+        conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
+        (conv.dilation[0], conv.dilation[1]),
         conv.groups,
         bias=True,
         device=conv.weight.device,
-        dtype=conv.weight.dtype,  # type: ignore[arg-type]
+        dtype=conv.weight.dtype,
     )
     folded.weight.copy_(conv.weight.double() * scale[:, None, None, None])
     folded.bias.copy_((bias - norm.running_mean.double()) * scale + norm.bias.double())  # type: ignore[union-attr]

@@ -30,8 +30,8 @@ def launch(config: TrainConfig) -> Fabric:
         devices=config.devices,
         num_nodes=config.nodes,
         strategy=strategy,
-        precision=PRECISIONS[config.precision],
-    )  # type: ignore[arg-type]  # a Literal of the same words
+        precision=PRECISIONS[config.precision],  # type: ignore[arg-type]  # a Literal of the same words
+    )
     fabric.launch()
     if fabric.device.type == "cpu":
         keep_freed()
