@@ -1,4 +1,4 @@
-"""edgedetr trains DETR-family detectors, quantises them to INT8 and proves that they stayed accurate."""
+"""edgedetr trains DETR-family detectors, quantizes them to INT8 and proves that they stayed accurate."""
 
 from edgedetr import telemetry
 

@@ -6,17 +6,17 @@ import numpy as np
 
 
 def cxcywh_to_xyxy(boxes: np.ndarray) -> np.ndarray:
-    """Corners of boxes given by centre and size.
+    """Corners of boxes given by center and size.
 
     boxes   [..., 4]  cx, cy, w, h in any one unit
     return  [..., 4]  x0, y0, x1, y1 in that unit, y downwards
     """
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return np.concatenate([centre - half, centre + half], axis=-1)
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    return np.concatenate([center - half, center + half], axis=-1)
 
 
 def xyxy_to_cxcywh(boxes: np.ndarray) -> np.ndarray:
-    """Centre and size of boxes given by corners.
+    """Center and size of boxes given by corners.
 
     boxes   [..., 4]  x0, y0, x1, y1 in any one unit
     return  [..., 4]  cx, cy, w, h in that unit
@@ -46,6 +46,6 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def clip(boxes: np.ndarray, height: float, width: float) -> np.ndarray:
-    """xyxy boxes [..., 4] cut to the picture, 0..width and 0..height."""
+    """xyxy boxes [..., 4] cut to the image, 0..width and 0..height."""
     limit = np.array([width, height, width, height], dtype=boxes.dtype)
     return np.clip(boxes, 0, limit)

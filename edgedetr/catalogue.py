@@ -16,7 +16,7 @@ DIALECTS = ("onnx", "fp16", "int8", "int8-cpu")  # every member exports to each;
 class Entry:
     """One member of the family at its default configuration.
 
-    gmacs    multiply-accumulates of one picture of `pixels` x `pixels`, in 1e9: convolutions and matrix products
+    gmacs    multiply-accumulates of one image of `pixels` x `pixels`, in 1e9: convolutions and matrix products
     levels   (height, width, stride) of each feature map that the decoder reads, at that size
     """
 
@@ -40,7 +40,7 @@ def describe(name: str, classes: int = 80, pixels: int = 640) -> Entry:
     config = member.config()
     if hasattr(config, "backbone_weights"):
         config = replace(config, backbone_weights="random")
-    with torch.device("meta"):  # shapes only: nothing is allocated, initialised or computed
+    with torch.device("meta"):  # shapes only: nothing is allocated, initialized or computed
         model = build(name, config, classes).eval().requires_grad_(False)
         images = torch.empty(1, 3, pixels, pixels)
         with FlopCounterMode(display=False) as counter, torch.no_grad():

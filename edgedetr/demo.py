@@ -1,4 +1,4 @@
-"""The demonstration: render a set, train on it, export, quantise, verify and report, everything in one bundle."""
+"""The demonstration: render a set, train on it, export, quantize, verify and report, everything in one bundle."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Scenes:
-    """How many pictures are rendered, of how many pixels a side."""
+    """How many images are rendered, of how many pixels a side."""
 
     train: int = 1600  # enough for AP above 50 after some minutes on two cores
     val: int = 100  # the best epoch is chosen on these
@@ -83,7 +83,7 @@ def run(
     with _timed(seconds, "train"):
         bundle = train(recipe, data, out, resume=True, progress=training)
         bundle.update(synthetic=True)
-    with _timed(seconds, "export and quantise"), bars() as progress:
+    with _timed(seconds, "export and quantize"), bars() as progress:
         export(bundle, int8=True, fp16=True, progress=progress)
     with _timed(seconds, "verify"), bars() as progress:
         verdict = verify(bundle, config=recipe.verify, progress=progress)

@@ -51,7 +51,7 @@ class TrainingError(EdgedetrError):
 
 
 class ExportError(EdgedetrError):
-    """A graph could not be exported or quantised."""
+    """A graph could not be exported or quantized."""
 
 
 class DeviceError(EdgedetrError):

@@ -19,6 +19,16 @@ from edgedetr.errors import EdgedetrError, RecipeError, did_you_mean
 # Metadata of a field that came after 0.1, whose default is what 0.1 did: `field(default=..., metadata=LATER)`. At that
 # default it is left out of a training's fingerprint, so that checkpoints made before it can still be resumed.
 LATER = {"later": True}
+
+
+def renamed(was: str) -> dict[str, object]:
+    """Metadata of a field whose recipe key had another name in 0.1: that name is still read, with a warning.
+
+    A training's fingerprint keeps the old name, so that checkpoints made before the change can still be resumed.
+    """
+    return {"was": was}
+
+
 Range = tuple[float, float]  # smallest and largest value; math.inf for "no limit", and never NaN or infinity itself
 
 

@@ -1,4 +1,4 @@
-"""Where the data files that come with the package lie: recipes and quantisation policies.
+"""Where the data files that come with the package lie: recipes and quantization policies.
 
 In a checkout they are `recipes/` and `calib/policy/` at the top; the wheel carries them inside the package.
 """
@@ -18,7 +18,7 @@ def recipes_directory() -> Path:
 
 
 def policies_directory() -> Path:
-    """The folder of shipped quantisation policies, *.toml."""
+    """The folder of shipped quantization policies, *.toml."""
     return _find("_policy", "calib/policy")
 
 

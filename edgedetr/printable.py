@@ -1,6 +1,6 @@
 """Names that others chose, written where they can do no harm: terminals, logs, JSON lines, configuration files.
 
-A class may be called anything. Control characters move the cursor, colour or hide text and answer terminals' questions;
+A class may be called anything. Control characters move the cursor, color or hide text and answer terminals' questions;
 marks of direction let `a` look like `b`; line ends begin lines that nobody wrote; halves of surrogate pairs, from file
 names that are not UTF-8, cannot be encoded at all. All of them are shown as escapes, as Python writes them.
 """

@@ -7,6 +7,7 @@ is a named set of values that is asked for by name, and lies over the recipe: de
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import sys
@@ -36,6 +37,7 @@ else:
     import tomli as tomllib
 
 DEFAULT = "rtdetr-r18"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a result: model, input, data splits, training, export, quantisation, verification."""
+    """Everything that decides a result: model, input, data splits, training, export, quantization, verification."""
 
     model: ModelChoice
     input: InputSize = field(default_factory=InputSize)
@@ -152,7 +154,7 @@ class Recipe:
         """The fully resolved recipe; `load` reads it back to an equal Recipe.
 
         sections   only these; None = all
-        later      False: without options that came after 0.1 and are at their default
+        later      False: without options that came after 0.1 and are at their default, and with the key names of 0.1
         """
         lines = []
         for part in fields(self):
@@ -170,7 +172,8 @@ class Recipe:
                 ]
             )
             values = {"name": value.name} if part.name == "model" else {}
-            values |= {key: item for key, item in asdict(config).items() if key not in hidden}
+            names = {} if later else {f.name: f.metadata["was"] for f in fields(config) if "was" in f.metadata}
+            values |= {names.get(key, key): item for key, item in asdict(config).items() if key not in hidden}
             lines.append(f"[{part.name}]")
             lines += [f"{key} = {_toml(item)}" for key, item in values.items() if item is not None]
             lines.append("")
@@ -207,6 +210,7 @@ def find(source: str | Path) -> Path:
 def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
     """One section as its dataclass, strictly typed."""
     known = [f.name for f in fields(kind) if f.init]
+    values = _with_new_names(kind, values, where)
     for key, value in values.items():
         if key not in known:
             raise RecipeError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}")
@@ -226,6 +230,20 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
         raise RecipeError(f"{where}: {key} = {_short(first.get('input'))}: {first['msg']}{near}") from error
     except (TypeError, RecursionError) as error:
         raise RecipeError(f"{where}: {error}") from error
+
+
+def _with_new_names(kind: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The section with today's key names; an older name is said once."""
+    now = {f.metadata["was"]: f.name for f in fields(kind) if "was" in f.metadata}
+    found = {}
+    for key, value in values.items():
+        name = now.get(key, key)
+        if name != key and name in values:
+            raise RecipeError(f"{where}: {key!r} is the older name of {name!r}, and both are given; keep {name!r}")
+        if name != key:
+            log.warning("%s: %r is now named %r; the older name is still read", where, key, name)
+        found[name] = value
+    return found
 
 
 def _parse_set(assignment: str, sections: list[str]) -> tuple[str, str, Any]:

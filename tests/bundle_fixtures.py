@@ -1,4 +1,4 @@
-"""Tiny bundles with random weights and a tiny picture set: seconds from weights to INT8."""
+"""Tiny bundles with random weights and a tiny image set: seconds from weights to INT8."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CLASSES = (ClassInfo(0, 7, "cat"), ClassInfo(1, 3, "dog"))
 
 
 def write_pictures(root: Path) -> Path:
-    """A COCO-layout set of random pictures: 10 in train, 3 in val."""
+    """A COCO-layout set of random images: 10 in train, 3 in val."""
     rng = np.random.default_rng(5)
     for split, count in (("train", 10), ("val", 3)):
         (root / "images" / split).mkdir(parents=True)
@@ -124,7 +124,7 @@ def fresh(tmp_path_factory, pictures):
 
 @pytest.fixture(scope="session", params=sorted(SMALL))
 def exported(request, tmp_path_factory, fresh) -> Bundle:
-    """A bundle of each member, exported and quantised; read only."""
+    """A bundle of each member, exported and quantized; read only."""
     from edgedetr.exporting.config import ExportConfig
     from edgedetr.exporting.export import export
     from edgedetr.quantization.config import QuantConfig

@@ -170,8 +170,8 @@ class Decoded(Raw):
 
     def forward(self, images, orig_target_sizes):
         logits, boxes = super().forward(images)
-        centre, half = boxes[..., :2], boxes[..., 2:] / 2
-        corners = torch.cat([centre - half, centre + half], -1) * orig_target_sizes.repeat(1, 2).unsqueeze(1)
+        center, half = boxes[..., :2], boxes[..., 2:] / 2
+        corners = torch.cat([center - half, center + half], -1) * orig_target_sizes.repeat(1, 2).unsqueeze(1)
         if self.sigmoid:
             scores, index = torch.topk(torch.sigmoid(logits).flatten(1), self.top, dim=-1)
             labels, index = index - index // logits.shape[2] * logits.shape[2], index // logits.shape[2]
@@ -239,7 +239,7 @@ def detector_of(
     extra: tuple = (),
     outputs=("logits", "pred_boxes"),
 ) -> ModelProto:
-    """A graph that keeps the raw contract: a picture's mean moves fixed logits and boxes."""
+    """A graph that keeps the raw contract: an image's mean moves fixed logits and boxes."""
     rng = np.random.default_rng(0)
     constants = {
         "l": rng.normal(size=(1, 12, 3)).astype(np.float32),

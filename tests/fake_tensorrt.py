@@ -39,9 +39,9 @@ class Spec:
 
     __slots__ = ("__weakref__", "_real", "_self")
 
-    def __init__(self, real: type, behaviour: Any) -> None:
+    def __init__(self, real: type, behavior: Any) -> None:
         object.__setattr__(self, "_real", real)
-        object.__setattr__(self, "_self", behaviour)
+        object.__setattr__(self, "_self", behavior)
 
     def __getattr__(self, name: str) -> Any:
         told = inspect.getattr_static(self._real, name, None)
@@ -64,7 +64,7 @@ class Spec:
         setattr(self._self, name, value)
 
 
-class Behaviour:
+class Behavior:
     """What the fake does, and how it is told to misbehave.
 
     fake            the CUDA under it
@@ -73,7 +73,7 @@ class Behaviour:
                     "set_tensor_address", "execute", "capture"
     report          error text that a refused call leaves with the error recorder; "" leaves none
     batches         (least, usual, largest) batch of plans with an open batch
-    shift           added to every float output of a run with more than one picture, row by row (TensorRT issue 4813)
+    shift           added to every float output of a run with more than one image, row by row (TensorRT issue 4813)
     """
 
     def __init__(self, fake: fake_cuda.FakeCuda) -> None:
@@ -90,32 +90,32 @@ class Behaviour:
         self.kinds: dict[str, str] = {}  # tensor -> name of its DataType, where it shall not be the graph's
 
 
-def install(monkeypatch: Any, names: ModuleType, fake: fake_cuda.FakeCuda) -> Behaviour:
+def install(monkeypatch: Any, names: ModuleType, fake: fake_cuda.FakeCuda) -> Behavior:
     """Let `import tensorrt` find the fake with the names of this version."""
-    behaviour, original = Behaviour(fake), names.Runtime
+    behavior, original = Behavior(fake), names.Runtime
     monkeypatch.setitem(sys.modules, "tensorrt", names)
-    monkeypatch.setattr(names, "Runtime", lambda logger: Spec(original, _Runtime(names, behaviour, logger)))
-    return behaviour
+    monkeypatch.setattr(names, "Runtime", lambda logger: Spec(original, _Runtime(names, behavior, logger)))
+    return behavior
 
 
 class _Runtime:
-    def __init__(self, trt: ModuleType, behaviour: Behaviour, logger: Any) -> None:
+    def __init__(self, trt: ModuleType, behavior: Behavior, logger: Any) -> None:
         assert isinstance(logger, trt.ILogger)
-        self.trt, self.behaviour, self.error_recorder = trt, behaviour, None
+        self.trt, self.behavior, self.error_recorder = trt, behavior, None
 
     def deserialize_cuda_engine(self, plan: bytes) -> Spec | None:
-        if "deserialize" in self.behaviour.refuse:
+        if "deserialize" in self.behavior.refuse:
             _report(self)
             return None
         return Spec(self.trt.ICudaEngine, _Engine(self, _session(plan)))
 
     def __del__(self) -> None:
-        self.behaviour.gone.append("runtime")
+        self.behavior.gone.append("runtime")
 
 
 class _Engine:
     def __init__(self, runtime: _Runtime, session: onnxruntime.InferenceSession) -> None:
-        self.trt, self.behaviour, self.session, self.error_recorder = runtime.trt, runtime.behaviour, session, None
+        self.trt, self.behavior, self.session, self.error_recorder = runtime.trt, runtime.behavior, session, None
         self.tensors = {
             v.name: (v, place < len(session.get_inputs()))
             for place, v in enumerate([*session.get_inputs(), *session.get_outputs()])
@@ -126,13 +126,13 @@ class _Engine:
         return list(self.tensors)[index]
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return getattr(self.trt.DataType, self.behaviour.kinds.get(name, NUMPY[self.tensors[name][0].type][0]))
+        return getattr(self.trt.DataType, self.behavior.kinds.get(name, NUMPY[self.tensors[name][0].type][0]))
 
     def get_tensor_location(self, name: str) -> Any:
-        return getattr(self.trt.TensorLocation, self.behaviour.location)
+        return getattr(self.trt.TensorLocation, self.behavior.location)
 
     def get_tensor_format(self, name: str) -> Any:
-        return getattr(self.trt.TensorFormat, self.behaviour.layout)
+        return getattr(self.trt.TensorFormat, self.behavior.layout)
 
     def get_tensor_mode(self, name: str) -> Any:
         return self.trt.TensorIOMode.INPUT if self.tensors[name][1] else self.trt.TensorIOMode.OUTPUT
@@ -141,35 +141,35 @@ class _Engine:
         return tuple(size if isinstance(size, int) else -1 for size in self.tensors[name][0].shape)
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
-        return [tuple(n if size < 0 else size for size in self.get_tensor_shape(name)) for n in self.behaviour.batches]
+        return [tuple(n if size < 0 else size for size in self.get_tensor_shape(name)) for n in self.behavior.batches]
 
     def create_execution_context(self) -> Spec | None:
-        if "context" in self.behaviour.refuse:
+        if "context" in self.behavior.refuse:
             _report(self)
             return None
-        self.behaviour.contexts += 1
+        self.behavior.contexts += 1
         return Spec(self.trt.IExecutionContext, _Context(self))
 
     def __del__(self) -> None:
-        self.behaviour.gone.append("engine")
+        self.behavior.gone.append("engine")
 
 
 class _Context:
     def __init__(self, engine: _Engine) -> None:
         # Like the real one, a context keeps no engine alive for its user: only what it computes with.
-        self.behaviour, self.session, self.tensors = engine.behaviour, engine.session, engine.tensors
+        self.behavior, self.session, self.tensors = engine.behavior, engine.session, engine.tensors
         self.shapes = {name: engine.get_tensor_shape(name) for name in engine.tensors}
         self.addresses: dict[str, int] = {}
         self.error_recorder = None
 
     def _refused(self, what: str) -> bool:
-        if what in self.behaviour.refuse:
+        if what in self.behavior.refuse:
             _report(self)
             return True
         return False
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        if self._refused("set_input_shape") or (shape[0] > max(self.behaviour.batches) and self.shapes[name][0] < 0):
+        if self._refused("set_input_shape") or (shape[0] > max(self.behavior.batches) and self.shapes[name][0] < 0):
             return False
         self.shapes[name] = tuple(shape)
         for other, (tensor, is_input) in self.tensors.items():
@@ -181,21 +181,21 @@ class _Context:
         return ["images"] if self._refused("infer_shapes") else []
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (-1, *self.shapes[name][1:]) if self.behaviour.open_output and name == "boxes" else self.shapes[name]
+        return (-1, *self.shapes[name][1:]) if self.behavior.open_output and name == "boxes" else self.shapes[name]
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self.addresses[name] = memory
         return not self._refused("set_tensor_address")
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        capturing = self.behaviour.fake.capturing(stream_handle)
+        capturing = self.behavior.fake.capturing(stream_handle)
         if self._refused("capture" if capturing else "execute"):
             return False
         shapes, addresses = dict(self.shapes), dict(self.addresses)
-        session, tensors, behaviour = self.session, self.tensors, self.behaviour
+        session, tensors, behavior = self.session, self.tensors, self.behavior
 
         def work() -> None:
-            behaviour.executed += 1
+            behavior.executed += 1
             arrays = {
                 name: fake_cuda.at(addresses[name], shapes[name], NUMPY[tensor.type][1])
                 for name, (tensor, _) in tensors.items()
@@ -203,13 +203,13 @@ class _Context:
             found = session.run(None, {name: np.array(arrays[name]) for name, (_, is_in) in tensors.items() if is_in})
             for output, value in zip(session.get_outputs(), found):
                 rows = np.arange(len(value)).reshape(-1, *[1] * (value.ndim - 1))
-                arrays[output.name][...] = value + (behaviour.shift * rows).astype(value.dtype)
+                arrays[output.name][...] = value + (behavior.shift * rows).astype(value.dtype)
 
-        behaviour.fake.enqueue(stream_handle, work)
+        behavior.fake.enqueue(stream_handle, work)
         return True
 
     def __del__(self) -> None:
-        self.behaviour.gone.append("context")
+        self.behavior.gone.append("context")
 
 
 def write_plan(
@@ -251,12 +251,12 @@ def write_plan(
 
 
 def _report(reporter: Any) -> None:
-    if reporter.behaviour.report and reporter.error_recorder is not None:
-        reporter.error_recorder.report_error(None, reporter.behaviour.report)
+    if reporter.behavior.report and reporter.error_recorder is not None:
+        reporter.error_recorder.report_error(None, reporter.behavior.report)
 
 
 def _session(plan: bytes) -> onnxruntime.InferenceSession:
-    """As OrtRunner runs it; without optimisations where ONNX Runtime's own fusions fail (FP16 Q/DQ around Concat)."""
+    """As OrtRunner runs it; without optimizations where ONNX Runtime's own fusions fail (FP16 Q/DQ around Concat)."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     try:

@@ -22,7 +22,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "test_bundle_together.py::test_what_a_killed_command_left_half_written_is_gone_after_the_next_one",
     ),
     "full disk, I/O error, read-only storage": (
-        "test_faults.py::test_a_full_disk_is_recognised_whatever_library_writes",
+        "test_faults.py::test_a_full_disk_is_recognized_whatever_library_writes",
         "test_faults.py::test_a_full_standard_output_is_one_message",
         "runtime/tensorrt/test_engine_on_disk.py::test_a_full_disk_is_one_error_and_keeps_the_previous_engine",
         "runtime/tensorrt/test_engine_on_disk.py::test_a_write_that_breaks_off_in_the_middle_keeps_the_previous_engine",
@@ -108,7 +108,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "quantization/test_outliers.py::test_ordinary_images_are_not_named",
     ),
     "one image in calibration and verification": (
-        "exporting/test_export.py::test_a_calibration_picture_of_the_verify_split_is_refused_by_its_bytes",
+        "exporting/test_export.py::test_a_calibration_image_of_the_verify_split_is_refused_by_its_bytes",
         "exporting/test_export.py::test_calibration_images_saved_again_from_the_verify_split_are_named",
     ),
     "a bound that promises too much": (

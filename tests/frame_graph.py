@@ -10,7 +10,7 @@ import onnx.numpy_helper
 
 
 def write(path: Path) -> None:
-    """frames [1, 24, 40, 3] uint8 -> a box that is the mean colour, its score, label 1 where that is above 127."""
+    """frames [1, 24, 40, 3] uint8 -> a box that is the mean color, its score, label 1 where that is above 127."""
     make, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
     float_, int_ = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
     nodes = [

@@ -149,12 +149,12 @@ SMALL: dict[str, object] = {
     ),
 }
 
-# Members whose boxes may reach beyond the picture: R-CNN's deltas have no bound.
+# Members whose boxes may reach beyond the image: R-CNN's deltas have no bound.
 BEYOND = ("dynamic_detr", "sparse_rcnn")
 
 NOISE = 1.0  # standard deviation that the added noise alone gives to what a layer makes of inputs of deviation 1
 
-# Members whose queries' positions follow from boxes that depend on the picture.
+# Members whose queries' positions follow from boxes that depend on the image.
 MOVING = ("dn_detr", "deformable_detr", "efficient_detr")
 
 RESIDUAL = 0.3  # share of a ResNet block's branch
@@ -197,7 +197,7 @@ def small(name: str) -> Detector:
     for key, parameter in detector.named_parameters():
         if key.startswith("decoder.boxes.score") and key.endswith("bias"):
             parameter.clamp_(min=-2)  # heads start with every class rare; here detections are to be seen
-    if name in BEYOND:  # every other box spans three pictures, to be read from another level; all move a little
+    if name in BEYOND:  # every other box spans three images, to be read from another level; all move a little
         detector.selector.box.weight[::2, 2:] *= 3
         for head in detector.decoder.boxes.box:
             head.weight.mul_(0.2)
@@ -212,14 +212,14 @@ def _measured(detector: Detector) -> Detector:
     norms = [module for module in detector.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.train().momentum = None  # the mean of all batches, of which there is one
-    detector(detector.normalise(pictures(4)))
+    detector(detector.normalize(pictures(4)))
     for norm in norms:
         norm.eval().momentum = 0.1
     return detector
 
 
 def pictures(batch: int = 2) -> torch.Tensor:
-    """[batch, 3, HEIGHT, WIDTH], 0..255: spots of colour as large as objects, and noise."""
+    """[batch, 3, HEIGHT, WIDTH], 0..255: spots of color as large as objects, and noise."""
     generator = torch.Generator().manual_seed(3)
     spots = torch.rand(batch, 3, HEIGHT // 16, WIDTH // 16, generator=generator)
     noise = torch.rand(batch, 3, HEIGHT, WIDTH, generator=generator)

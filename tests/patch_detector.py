@@ -1,4 +1,4 @@
-"""A detector of one convolution: what it finds depends on where in the picture which colours are, and costs nothing."""
+"""A detector of one convolution: what it finds depends on where in the image which colors are, and costs nothing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def write(path: Path, contract: InputContract, width: int, batch: int | str = 1,
     cell = contract.height // CELLS, contract.width // CELLS
     area = cell[0] * cell[1] * 3
     # Even over a cell, so that rounding a level up or down at single pixels cancels.
-    colours = np.repeat(rng.normal(size=(width + 4, 3, 1, 1)) * 4 / area * 3 / 255, cell[0], axis=2)
-    weight = np.repeat(colours, cell[1], axis=3).astype(np.float32)
+    colors = np.repeat(rng.normal(size=(width + 4, 3, 1, 1)) * 4 / area * 3 / 255, cell[0], axis=2)
+    weight = np.repeat(colors, cell[1], axis=3).astype(np.float32)
     constants = {
         "weight": weight,
         "bias": rng.normal(size=width + 4).astype(np.float32),
@@ -73,7 +73,7 @@ def bundle(
 
 
 def smooth(size: tuple[int, int], seed: int = 0) -> np.ndarray:
-    """A picture of coloured areas, [H, W, 3] uint8."""
+    """An image of colored areas, [H, W, 3] uint8."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3))
     rows, columns = (np.arange(side) * parts // side for side, parts in zip(size, coarse.shape))
     return coarse[rows][:, columns].astype(np.uint8)

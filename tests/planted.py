@@ -43,7 +43,7 @@ def one(kind: str, *, shape=(1, 4, 8, 8), opset: int = 19, **attributes) -> Mode
     return graph_of([node(kind, "x", "y", **attributes)], {"x": (F32, shape)}, opset=opset)
 
 
-def quantised_conv(
+def quantized_conv(
     *,
     zero=ZERO,
     scale=STEP,
@@ -93,7 +93,7 @@ def quantised_conv(
     )
 
 
-def quantised_product(
+def quantized_product(
     inputs: int,
     outputs: int,
     *,

@@ -29,8 +29,8 @@ SIZE = np.array([WIDTH, HEIGHT, WIDTH, HEIGHT])
 
 
 def corners(boxes: np.ndarray) -> np.ndarray:
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return np.concatenate([centre - half, centre + half], -1)
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    return np.concatenate([center - half, center + half], -1)
 
 
 def written(boxes: np.ndarray, layout: str) -> np.ndarray:
@@ -126,7 +126,7 @@ def convert(made: Planted, layout: str, *, pixels: bool = False) -> str:
     return result
 
 
-def labelled(root: Path, boxes: np.ndarray = BOXES) -> Path:
+def labeled(root: Path, boxes: np.ndarray = BOXES) -> Path:
     """A COCO-layout set on whose images the planted objects are right."""
     rng = np.random.default_rng(5)
     for split in ("train", "val"):

@@ -457,7 +457,7 @@ for padding in ("zeros", "border", "reflection"):
 add("grid/3d", "float[1,4,4,4,4] x, float[1,4,4,4,3] z", "y = GridSample(x, z)", opset=20)
 add("grid/int32", "int32[1,4,8,8] x, float[1,8,8,2] z", "y = GridSample(x, z)", opset=16)
 
-# Normalisation, attention, recurrence.
+# Normalization, attention, recurrence.
 WB = floats("w", 8) + ", " + floats("b", 8)
 for opset in (17, 19, 22):
     add(f"norm/layer-{opset}", MATRIX, "y = LayerNormalization(x, w, b)", weights=WB, opset=opset)
@@ -808,19 +808,19 @@ add("whole/duplicate-tensor", ROW, "a = Relu(x); a = Neg(x); y = Abs(a)", output
 add("whole/dangling-input", ROW, "y = Add(x, nowhere)", outputs="float[1,4] y")
 add("whole/cycle", ROW, "a = Add(x, y); y = Relu(a)", outputs="float[1,4] y")
 add("whole/output-of-nothing", ROW, "a = Relu(x)", outputs="float[1,4] y")
-add("whole/initialiser-as-output", ROW, "a = Relu(x)", weights=floats("y", 2), outputs="float[2] y")
+add("whole/initializer-as-output", ROW, "a = Relu(x)", weights=floats("y", 2), outputs="float[2] y")
 add("whole/input-as-output", ROW, "a = Relu(x)", outputs="float[1,4] x")
-add("whole/unused-initialiser", ROW, "y = Relu(x)", weights=floats("w", 2))
+add("whole/unused-initializer", ROW, "y = Relu(x)", weights=floats("w", 2))
 add(
-    "whole/unused-string-initialiser",
+    "whole/unused-string-initializer",
     ROW,
     "y = Relu(x)",
     change=lambda model: model.graph.initializer.append(helper.make_tensor("names", TensorProto.STRING, (1,), [b"a"])),
 )
-add("whole/unused-int16-initialiser", ROW, "y = Relu(x)", weights="int16[1] w = {1}")
+add("whole/unused-int16-initializer", ROW, "y = Relu(x)", weights="int16[1] w = {1}")
 for kind in "uint32 uint64 uint16 complex64 float8e5m2 double float8e4m3fn".split():
     add(
-        f"whole/unused-{kind}-initialiser",
+        f"whole/unused-{kind}-initializer",
         ROW,
         "y = Relu(x)",
         change=lambda model, kind=kind: model.graph.initializer.append(
@@ -829,7 +829,7 @@ for kind in "uint32 uint64 uint16 complex64 float8e5m2 double float8e4m3fn".spli
     )
 add("whole/unused-node", ROW, "a = Neg(x); y = Relu(x)")
 add("whole/unused-unknown-node", ROW, "a = Det(x); y = Relu(x)")
-add("whole/initialiser-is-input", ROW + ", float[1,4] w", "y = Add(x, w)", weights=floats("w", 1, 4))
+add("whole/initializer-is-input", ROW + ", float[1,4] w", "y = Add(x, w)", weights=floats("w", 1, 4))
 add("whole/no-nodes-but-constant", ROW, "c = Constant<value = float[1,4] {1, 2, 3, 4}>(); y = Add(x, c)")
 add("whole/constant-float", ROW, "c = Constant<value_float = 2.0>(); y = Mul(x, c)")
 add("whole/constant-ints", "float[2,2] x", "c = Constant<value_ints = [4]>(); y = Reshape(x, c)")
@@ -837,7 +837,7 @@ add("whole/constant-string", ROW, 'c = Constant<value_string = "a">(); y = Relu(
 add("whole/missing-attribute", "float[1,4] x, float[1,4] z", "y = Concat(x, z)", outputs="float[1,8] y")
 add("whole/missing-input", ROW, "y = Add(x)", outputs="float[1,4] y")
 add("whole/too-many-inputs", ROW, "y = Relu(x, x)", outputs="float[1,4] y")
-add("whole/unknown-attribute", ROW, "y = Relu<colour=3>(x)")
+add("whole/unknown-attribute", ROW, "y = Relu<color=3>(x)")
 add(
     "whole/NaN-constant",
     ROW,

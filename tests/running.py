@@ -1,4 +1,4 @@
-"""Pictures for an engine, and when two answers are equal."""
+"""Images for an engine, and when two answers are equal."""
 
 from __future__ import annotations
 

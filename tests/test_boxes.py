@@ -12,7 +12,7 @@ def test_a_hand_worked_box_has_the_corners_it_should():
     assert boxes.cxcywh_to_xyxy(np.array([50.0, 20.0, 10.0, 4.0])).tolist() == [45, 18, 55, 22]
 
 
-def test_centre_form_and_corner_form_are_inverse(rng):
+def test_center_form_and_corner_form_are_inverse(rng):
     given = rng.uniform(-5, 5, (100, 4))
     assert boxes.xyxy_to_cxcywh(boxes.cxcywh_to_xyxy(given)) == pytest.approx(given, abs=1e-12)  # float64 rounding
 

@@ -84,7 +84,7 @@ def test_names_that_leave_the_bundle_are_refused(bundle, name):
     "damage",
     [
         lambda raw: raw | {"schema": 99},
-        lambda raw: raw | {"colour": 1},
+        lambda raw: raw | {"color": 1},
         lambda raw: raw | {"classes": [{"index": 1, "category_id": 1, "name": "x"}]},
         lambda raw: raw | {"input": {"height": -1, "width": 5}},
         lambda raw: raw | {"input": {"height": 5, "width": 5, "resize": "crop"}},

@@ -215,7 +215,7 @@ def test_inspect_counts_the_operators_of_an_onnx_file(here, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["opset"] == 19
     assert found["operators"] == {"QuantizeLinear": 1, "DequantizeLinear": 2, "Conv": 2}
-    assert (found["quantised"], found["quantisable"]) == (1, 2)
+    assert (found["quantized"], found["quantizable"]) == (1, 2)
     assert found["inputs"] == ["images float32 [B, 3, 8, 8]"]
 
 

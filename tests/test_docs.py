@@ -137,7 +137,7 @@ TEXTS = [
         ("~/edgedetr/bin/pip install numpy", False),
     ],
 )
-def test_an_installation_by_our_name_is_recognised(line, wrong):
+def test_an_installation_by_our_name_is_recognized(line, wrong):
     assert bool(FROM_INDEX.search(line)) == wrong
 
 

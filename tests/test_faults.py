@@ -124,7 +124,7 @@ def test_a_write_that_fails_names_the_file_and_keeps_the_old_one(bundle):
         RuntimeError('Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "No space" }'),
     ],
 )
-def test_a_full_disk_is_recognised_whatever_library_writes(tmp_path, error):
+def test_a_full_disk_is_recognized_whatever_library_writes(tmp_path, error):
     with pytest.raises(OSError) as caught, atomic_write(tmp_path / "weights.safetensors") as path:
         path.write_bytes(b"12345")
         raise error

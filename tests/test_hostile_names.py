@@ -163,7 +163,7 @@ def test_a_table_keeps_its_rows_and_columns(capsys):
     assert capsys.readouterr().err.splitlines() == ["name           n", "a\\nforged  99  1", "b\\rc\\td        2"]
 
 
-def test_colours_of_our_own_remain_and_those_of_others_do_not(monkeypatch):
+def test_colors_of_our_own_remain_and_those_of_others_do_not(monkeypatch):
     written = []
     monkeypatch.setattr(click, "echo", lambda text, err: written.append(text))
     say("\x1b[31mred", fg="green")

@@ -123,3 +123,21 @@ def test_an_input_larger_than_a_frame_of_8k_video_is_refused():
     with pytest.raises(RecipeError, match="input is 16000 x 16000; expected at most"):
         Recipe.load("demo", ["input.height=16000", "input.width=16000"])
     assert Recipe.load("demo", ["input.height=4320", "input.width=7680"]).input.width == 7680
+
+
+def test_a_key_of_0_1_with_another_name_is_read_with_a_warning_and_keeps_older_trainings(tmp_path, caplog):
+    old = tmp_path / "old.toml"
+    old.write_text("[augment]\ncolour = 0.25\n")
+    recipe = Recipe.load(old)
+    assert recipe.augment.color == 0.25
+    assert "'colour' is now named 'color'" in caplog.text
+    # What decides whether a training may be resumed keeps the name of 0.1, the recipe that is written has the new one.
+    assert "colour = 0.25" in recipe.to_toml(later=False)
+    assert "color = 0.25" in recipe.to_toml()
+
+
+def test_an_older_and_a_newer_name_of_one_key_together_are_refused(tmp_path):
+    both = tmp_path / "both.toml"
+    both.write_text("[augment]\ncolour = 0.25\ncolor = 0.5\n")
+    with pytest.raises(RecipeError, match="'colour' is the older name of 'color', and both are given"):
+        Recipe.load(both)

@@ -29,8 +29,8 @@ def network(rng: np.random.Generator, residual: bool) -> ModelProto:
         "m": rng.normal(0, 0.2, (CHANNELS, 20)),
         "mb": rng.normal(0, 0.2, 20),
     }
-    initialisers = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()]
-    initialisers += [numpy_helper.from_array(np.array([1, 64, CHANNELS]), "shape")]
+    initializers = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()]
+    initializers += [numpy_helper.from_array(np.array([1, 64, CHANNELS]), "shape")]
     pads = {"pads": [1, 1, 1, 1]}
     nodes = [
         helper.make_node("Conv", ["images", "w0", "b0"], ["c0"], "body/conv0", **pads),
@@ -51,7 +51,7 @@ def network(rng: np.random.Generator, residual: bool) -> ModelProto:
             helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, CHANNELS, 8, 8]),
             helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, 64, 20]),
         ],
-        initialisers,
+        initializers,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     onnx.checker.check_model(model)
@@ -59,7 +59,7 @@ def network(rng: np.random.Generator, residual: bool) -> ModelProto:
 
 
 def run(
-    model: ModelProto, images: np.ndarray, names: list[str] | None = None, optimise: bool = False
+    model: ModelProto, images: np.ndarray, names: list[str] | None = None, optimize: bool = False
 ) -> list[np.ndarray]:
     exposed = ModelProto()
     exposed.CopyFrom(model)
@@ -68,7 +68,7 @@ def run(
     exposed.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(names, {"images": images})

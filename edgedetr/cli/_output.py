@@ -60,7 +60,7 @@ def write_out(text: str) -> None:
 def say(text: str, *, fg: str | None = None) -> None:
     """A line, or a few, for the human reader; whatever steers a terminal is shown as an escape.
 
-    fg   colour of the whole text, where a terminal reads it
+    fg   color of the whole text, where a terminal reads it
     """
     safe = printable(text, lines=True)
     click.echo(click.style(safe, fg=fg) if fg else safe, err=True)

@@ -75,7 +75,7 @@ def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
 )
 def cli(debug: bool) -> None:
-    """Train DETR-family detectors, export to ONNX, quantise to INT8, and state what it cost with a bound.
+    """Train DETR-family detectors, export to ONNX, quantize to INT8, and state what it cost with a bound.
 
     On your own data, a folder `cells` in COCO, YOLO or VOC layout, in this order:
 

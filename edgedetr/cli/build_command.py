@@ -31,7 +31,7 @@ def _three(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int
     type=click.Choice(["fp32", "fp16", "int8"]),
     help="Which graph; repeatable.  [default: fp16 and int8, as far as the bundle has them]",
 )
-@click.option("--batch", type=click.IntRange(1), multiple=True, help="Pictures of a run; repeatable.  [default: 1]")
+@click.option("--batch", type=click.IntRange(1), multiple=True, help="Images of a run; repeatable.  [default: 1]")
 @click.option(
     "--dynamic", metavar="MIN,OPT,MAX", callback=_three, help="One engine for several batch sizes, instead of --batch."
 )

@@ -25,7 +25,7 @@ from edgedetr.errors import NotWithinTolerance
 def demo(out: Path, fresh: bool, as_json_: bool) -> int:
     """The whole way on a rendered set, in minutes.
 
-    Renders, trains, exports, quantises, verifies and reports; everything lands in one bundle. A demonstration that was
+    Renders, trains, exports, quantizes, verifies and reports; everything lands in one bundle. A demonstration that was
     stopped goes on where it was.
     """
     from edgedetr.cli.verify_command import show_verdict

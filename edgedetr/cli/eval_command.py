@@ -31,7 +31,7 @@ def evaluate(
     threads: int | None,
     as_json_: bool,
 ) -> None:
-    """Measure one stage on labelled images; alias: val."""
+    """Measure one stage on labeled images; alias: val."""
     opened = open_bundle(bundle)
     from edgedetr.evaluation.verify import evaluate_stage
 

@@ -35,7 +35,7 @@ from edgedetr.errors import PreparedNotFinished, UsageError
     metavar="SECTION.KEY=VALUE",
     help="Change one value of quant or export, also in the bundle's recipe; repeatable.",
 )
-@click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open: for engines of several pictures.")
+@click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open: for engines of several images.")
 @click.option(
     "--frame",
     metavar="HxW",
@@ -61,7 +61,7 @@ def export(
     Exit 4 when the engines are still to be built, on the device."""
     opened = open_bundle(bundle)
     if calib is not None and not (int8 or trt):
-        raise UsageError("--calib is for quantising; add --int8 or --trt")
+        raise UsageError("--calib is for quantizing; add --int8 or --trt")
     if trt and sampling is None and not any(text.startswith("export.sampling=") for text in sets):
         sampling = "gather"  # some versions of TensorRT miscompile GridSample
     from edgedetr.exporting.export import export as run

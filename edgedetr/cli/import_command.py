@@ -39,7 +39,7 @@ BOXES = ("cxcywh", "xyxy", "xywh", "cxcywh-pixels", "xyxy-pixels", "xywh-pixels"
 @click.option("--mean", type=float, nargs=3, help="Mean that it wants subtracted then, R G B.  [default: 0 0 0]")
 @click.option("--std", type=float, nargs=3, help="Deviation to divide by then, R G B.  [default: 1 1 1]")
 @click.option(
-    "--resize", type=click.Choice(["stretch", "letterbox"]), help="How it wants pictures fitted.  [default: stretch]"
+    "--resize", type=click.Choice(["stretch", "letterbox"]), help="How it wants images fitted.  [default: stretch]"
 )
 @click.option("--activation", type=click.Choice(["sigmoid", "softmax"]), help="Of its class logits.")
 @click.option(
@@ -180,7 +180,7 @@ def _import_graph(
     say(brought.describe())
     if not said:
         say(
-            f"normalisation taken: {brought.pixels.words()}; the file itself does not say it, so check it, and change "
+            f"normalization taken: {brought.pixels.words()}; the file itself does not say it, so check it, and change "
             "it by --scale, --mean, --std and --resize"
         )
     say("the reference of this bundle is the ONNX file itself: there is no PyTorch model")

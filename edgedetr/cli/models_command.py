@@ -14,7 +14,7 @@ from edgedetr.cli._output import as_json, table
     default=640,
     show_default=True,
     type=click.IntRange(64, 4096),
-    help="Side of the picture that the multiply-accumulates are counted for; a multiple of 64.",
+    help="Side of the image that the multiply-accumulates are counted for; a multiple of 64.",
 )
 @json_option
 def models(pixels: int, as_json_: bool) -> None:

@@ -14,7 +14,7 @@ from edgedetr.cli._output import say, write_out
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", callback=expect("source"))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for pictures with the boxes drawn in.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for images with the boxes drawn in.")
 @click.option("--conf", default=0.25, show_default=True, type=click.FloatRange(0, 1), help="Least confidence.")
 @click.option("--stage", help="onnx, fp16, int8 or int8-cpu.  [default: the fastest that is safe on this machine]")
 @click.option(
@@ -38,7 +38,7 @@ def predict(
 ) -> int:
     """Detect objects in images, folders, videos, cameras and streams.
 
-    One JSON line for each picture on standard output. Ctrl-C (or SIGTERM) ends a camera or a stream."""
+    One JSON line for each image on standard output. Ctrl-C (or SIGTERM) ends a camera or a stream."""
     from edgedetr.runtime import load
     from edgedetr.runtime.predict import predict as run
     from edgedetr.runtime.video import is_live
@@ -52,7 +52,7 @@ def predict(
                 write_out(line)
                 count += 1
     except KeyboardInterrupt:
-        say(f"stopped after {count} pictures")
+        say(f"stopped after {count} images")
         if not any(map(is_live, sources)):
             raise
     return 0

@@ -1,4 +1,4 @@
-"""edgedetr train: from labelled images to a bundle."""
+"""edgedetr train: from labeled images to a bundle."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def train(
     resume: bool,
     strict: bool,
 ) -> None:
-    """Train a detector on labelled images.
+    """Train a detector on labeled images.
 
     Writes a bundle: one directory that the other commands add to."""
     from edgedetr.recipe import DEFAULT, Recipe

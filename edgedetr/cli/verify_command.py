@@ -49,7 +49,7 @@ def verify(
 ) -> int:
     """Bound what each stage loses against PyTorch.
 
-    On a device with engines these are verified, without PyTorch: at batch 1, in full batches of equal pictures, INT8
+    On a device with engines these are verified, without PyTorch: at batch 1, in full batches of equal images, INT8
     beside FP16, and the precision that they really run in.
 
     Exit 3 when a delivered stage is not shown to be within the budget."""

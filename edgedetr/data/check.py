@@ -17,7 +17,7 @@ from edgedetr.data.detection_set import DetectionSet, Finding, Sample, display_n
 from edgedetr.data.unlisted_files import leftovers
 from edgedetr.errors import DataError
 
-SMALL, MEDIUM = 32.0**2, 96.0**2  # COCO's borders between small, medium and large, pixels^2 of the source picture
+SMALL, MEDIUM = 32.0**2, 96.0**2  # COCO's borders between small, medium and large, pixels^2 of the source image
 IMBALANCE = 10.0  # times more objects of the most frequent class than of the rarest: worth a word
 SHOWN = 20  # findings of one kind that `lines` spells out; JSON has them all
 
@@ -37,7 +37,7 @@ class SplitReport:
     medium: int
     large: int
     objects_per_image: tuple[int, float, int]  # least, median, most
-    sizes: dict[str, int]  # pictures of each "width x height", the ten most frequent
+    sizes: dict[str, int]  # images of each "width x height", the ten most frequent
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class CheckReport:
             )
             text.append("  classes: " + ", ".join(f"{name} {count}" for name, count in split.per_class.items()))
             pictures = list(split.sizes.items())[:5]
-            text.append("  pictures: " + ", ".join(f"{size} ({count})" for size, count in pictures))
+            text.append("  images: " + ", ".join(f"{size} ({count})" for size, count in pictures))
         text.append(f"findings: {summary(self.findings) or 'none'}")
         if self.fatal:
             text.append(f"left out: {self.fatal} items, with them or alone {self.objects_left_out} objects")
@@ -105,9 +105,9 @@ class CheckReport:
 def check(
     path: str | Path, *, layout: layouts.Layout | None = None, progress: Callable[[int, int], None] | None = None
 ) -> CheckReport:
-    """Read every split and decode every picture.
+    """Read every split and decode every image.
 
-    progress   called with (pictures looked at, pictures in all)
+    progress   called with (images looked at, images in all)
     Errors: DataError where `path` is no data set or an annotation file is damaged; anything less becomes a finding.
     """
     root = Path(path)
@@ -197,7 +197,7 @@ def _near_copies(
                         str(other[b].path),
                         f"shows nearly the same as "
                         f"{one[a].path} of {first} ({bits} of {near_duplicates.BITS} bits differ); a score on "
-                        f"{second} counts a picture that was all but seen before",
+                        f"{second} counts an image that was all but seen before",
                     )
                 )
     return findings
@@ -218,7 +218,7 @@ def _duplicates(digests: dict[str, list[tuple[str, Path]]]) -> list[Finding]:
                         "duplicate-across-splits",
                         str(path),
                         f"the same bytes as {first} of {first_split}; a score "
-                        f"on {split} counts a picture that was seen before",
+                        f"on {split} counts an image that was seen before",
                     )
                 )
             else:

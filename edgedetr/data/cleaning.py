@@ -2,12 +2,12 @@
 
 Policy. Left out, with a fatal finding: an image that is missing, unreadable, too large, or of another size than its
 annotation says; every image of an id that several have, for nothing says whose the boxes are; a box that is no four
-finite numbers, has no area, or lies outside the picture; an object of an unknown class; all boxes of a split where they
-look like 0..1 instead of pixels. Boxes that stick out are cut to the picture, and of equal boxes one is kept, both with
+finite numbers, has no area, or lies outside the image; an object of an unknown class; all boxes of a split where they
+look like 0..1 instead of pixels. Boxes that stick out are cut to the image, and of equal boxes one is kept, both with
 a finding. `strict` turns fatal findings into a DataError.
 
 An annotated size that is the file's size before its EXIF rotation is another size too: some tools write such files with
-boxes on the stored picture, others on the upright one, and nothing in the file tells which.
+boxes on the stored image, others on the upright one, and nothing in the file tells which.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RawObject:
 
 @dataclass
 class RawImage:
-    """One picture as the layout gives it; `size` is the (height, width) it states, if it states one."""
+    """One image as the layout gives it; `size` is the (height, width) it states, if it states one."""
 
     image_id: int
     path: Path
@@ -204,9 +204,9 @@ def _sample(image: RawImage, findings: list[Finding], fractions: bool) -> Sample
         )
         if max(abs(image.size[0] - height), abs(image.size[1] - width)) > 1:
             why = (
-                "the boxes may belong to the picture before or after its EXIF rotation"
+                "the boxes may belong to the image before or after its EXIF rotation"
                 if image.size == (width, height)
-                else "the boxes belong to another picture"
+                else "the boxes belong to another image"
             )
             findings.append(Finding("size-mismatch", where, f"{what}; {why}", True, count))
             return None
@@ -298,11 +298,11 @@ def _clipped(
     cut = box.clip(corners, height, width)
     if cut[2] <= cut[0] or cut[3] <= cut[1]:
         findings.append(
-            Finding("box-outside", where, f"box {shown} lies outside the {width} x {height} picture", True, 1)
+            Finding("box-outside", where, f"box {shown} lies outside the {width} x {height} image", True, 1)
         )
         return None
     if np.abs(cut - corners).max() > STICKS_OUT:
         findings.append(
-            Finding("box-cut", where, f"box {shown} sticks out of the {width} x {height} picture and was cut to it")
+            Finding("box-cut", where, f"box {shown} sticks out of the {width} x {height} image and was cut to it")
         )
     return cut

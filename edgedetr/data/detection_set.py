@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and its objects, in pixels of the EXIF-upright picture.
+    """One image and its objects, in pixels of the EXIF-upright image.
 
-    boxes   [T, 4]  float64, x0, y0, x1, y1, inside the picture
+    boxes   [T, 4]  float64, x0, y0, x1, y1, inside the image
     labels  [T]     int64, contiguous class index
     crowd   [T]     bool, regions that a detector may hit without gain or loss
     areas   [T]     float64, the annotation's own area (a mask's, where the set has masks), pixels^2

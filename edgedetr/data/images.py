@@ -4,7 +4,7 @@
   PostScript file named photo.jpg would make Pillow start Ghostscript.
 - EXIF orientation (tag 274; also from XMP) is applied; 0, invalid or unreadable means no rotation. In a PNG only what
   stands before the pixel data counts, so that a header is enough to know the size.
-- Alpha and palette transparency are dropped and the stored colours kept, as OpenCV and other detectors' loaders do.
+- Alpha and palette transparency are dropped and the stored colors kept, as OpenCV and other detectors' loaders do.
 - Gray becomes three equal channels; 16-bit gray is scaled (v / 257), not clipped. CMYK and YCbCr go through Pillow.
 - The first frame of an animation, page of a TIFF or image of an MPO is taken.
 - Float pixels have no defined white and are refused.
@@ -89,7 +89,7 @@ class ImageTooLarge(DataError):
 
 
 class ImageUnreadable(DataError):
-    """The file is no image, is truncated or damaged, or has pixels that cannot be read as colours."""
+    """The file is no image, is truncated or damaged, or has pixels that cannot be read as colors."""
 
 
 class OutOfMemory(EdgedetrError):

@@ -1,4 +1,4 @@
-"""Load a detection set from a folder: COCO, YOLO or VOC layout, recognised by what lies in it."""
+"""Load a detection set from a folder: COCO, YOLO or VOC layout, recognized by what lies in it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def load(
 
     split    "train", "val", "test", or another name that the set itself uses
     strict   DataError for anything that would be left out (clean.py says what)
-    layout   "coco", "yolo" or "voc" where it should not be recognised from the files
+    layout   "coco", "yolo" or "voc" where it should not be recognized from the files
     classes  those of `whose`: the set comes back with them, matched by name whatever its own ids and order are
     """
     root = _root(path)

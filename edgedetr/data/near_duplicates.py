@@ -1,7 +1,7 @@
 """Near-copies: images that show the same although their bytes differ (saved again, resized, a burst of one scene).
 
 A difference hash (Krawetz 2013, "Kind of Like That"): the luma is averaged to 17 x 17 cells, and each of 512 bits says
-whether a cell is brighter than its left (256 bits) or upper (256 bits) neighbour. Two images are near-copies where at
+whether a cell is brighter than its left (256 bits) or upper (256 bits) neighbor. Two images are near-copies where at
 most LIMIT bits differ.
 
 Measured on 364 images of blood cells under one microscope and 363 photos of playing cards (BCCD and cards):

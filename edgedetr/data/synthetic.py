@@ -1,7 +1,7 @@
 """A rendered detection set for demos and tests: flat shapes on cluttered ground, with occlusion, noise and distractors.
 
 Everything is drawn with numpy and Pillow from one seed, in COCO layout, and marked as synthetic in its files. An
-object's box is the tight extent of its whole shape, cut to the picture; an object of which less than 30 % is seen is
+object's box is the tight extent of its whole shape, cut to the image; an object of which less than 30 % is seen is
 not annotated.
 """
 
@@ -49,7 +49,7 @@ class SceneParams:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One picture and its objects.
+    """One image and its objects.
 
     pixels   [size, size, 3]  uint8
     boxes    [T, 4]           float64, x0, y0, x1, y1
@@ -93,7 +93,7 @@ def render(
             (work / "images" / split).mkdir(parents=True)
             drawn = []
             for index in range(count):
-                # One generator per picture: pictures do not depend on how many others there are.
+                # One generator per image: images do not depend on how many others there are.
                 scene = draw(np.random.default_rng([seed, number, index]), params.classes, size)
                 Image.fromarray(scene.pixels).save(work / "images" / split / _file_name(index), quality=QUALITY)
                 drawn.append((scene.boxes, scene.labels))
@@ -112,7 +112,7 @@ def render(
 
 
 def draw(rng: np.random.Generator, classes: tuple[str, ...], size: int) -> Drawn:
-    """One picture of `size` x `size` pixels: 1 to 5 shapes of 15 to 50 % of the side, later ones over earlier ones."""
+    """One image of `size` x `size` pixels: 1 to 5 shapes of 15 to 50 % of the side, later ones over earlier ones."""
     canvas = _ground(rng, size)
     for _ in range(rng.integers(2, 6)):
         _distract(rng, canvas, size)
@@ -188,7 +188,7 @@ def _write_coco(file: Path, drawn: list[tuple[np.ndarray, np.ndarray]], params: 
 
 
 def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A background [size, size, 3] float32: soft colour clouds plus fine grain, muted so that shapes stand out."""
+    """A background [size, size, 3] float32: soft color clouds plus fine grain, muted so that shapes stand out."""
     cells = int(rng.integers(3, 8))
     clouds = rng.integers(30, 226, (cells, cells, 3), dtype=np.int64)
     muted = (clouds.mean(axis=2, keepdims=True) + clouds) / 2
@@ -221,20 +221,20 @@ def _distract(rng: np.random.Generator, canvas: np.ndarray, size: int) -> None:
         around = np.sort(rng.uniform(0, 2 * math.pi, 7))
         reaches = rng.uniform(0.02, 0.07, 7) * size
         pen.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a, r in zip(around, reaches)], fill=255)
-    colour, opacity = rng.uniform(20, 235, 3).astype(np.float32), rng.uniform(0.5, 1.0)
+    color, opacity = rng.uniform(20, 235, 3).astype(np.float32), rng.uniform(0.5, 1.0)
     left, top, right, bottom = layer.getbbox() or (0, 0, 0, 0)
     part = canvas[top:bottom, left:right]
     mask = np.asarray(layer, dtype=np.float32)[top:bottom, left:right, None] * np.float32(opacity / 255)
-    part += (colour - part) * mask
+    part += (color - part) * mask
 
 
 def _shape(rng: np.random.Generator, name: str, size: int) -> tuple[tuple[slice, slice], np.ndarray, tuple[float, ...]]:
-    """A window of the picture, the coverage 0..1 of one shape in it, and the box of its extent, cut to the picture."""
+    """A window of the image, the coverage 0..1 of one shape in it, and the box of its extent, cut to the image."""
     radius = rng.uniform(0.15, 0.5) * size / 2
-    # The centre stays inside: at most about a third of a shape is cut by the border.
-    centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
+    # The center stays inside: at most about a third of a shape is cut by the border.
+    center = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
     squeeze, turn = rng.uniform(0.8, 1.0), rng.uniform(0, 2 * math.pi)
-    outlines = [_placed(outline, centre, radius, squeeze, turn) for outline in _OUTLINES[name]()]
+    outlines = [_placed(outline, center, radius, squeeze, turn) for outline in _OUTLINES[name]()]
     layer = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE))
     pen = ImageDraw.Draw(layer)
     for fill, outline in zip((255, 0), outlines):  # a second outline is a hole
@@ -245,22 +245,22 @@ def _shape(rng: np.random.Generator, name: str, size: int) -> tuple[tuple[slice,
     return window, coverage[window], (*low.tolist(), *high.tolist())
 
 
-def _placed(outline: list[Point], centre: np.ndarray, radius: float, squeeze: float, turn: float) -> np.ndarray:
+def _placed(outline: list[Point], center: np.ndarray, radius: float, squeeze: float, turn: float) -> np.ndarray:
     """An outline of radius 1 -> points [n, 2] in pixels: squeezed along one axis, turned, scaled, moved."""
     points = np.array(outline) * [1.0, squeeze]
     rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
-    return points @ rotation * radius + centre
+    return points @ rotation * radius + center
 
 
 def _paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> None:
-    """Fill a shape with a colour that differs from what lies under it, lit unevenly; both arrays are its window."""
+    """Fill a shape with a color that differs from what lies under it, lit unevenly; both arrays are its window."""
     under = canvas.mean(axis=(0, 1))
-    colours = rng.uniform(10, 245, (6, 3))
-    colour = colours[np.abs(colours - under).sum(axis=1).argmax()]
+    colors = rng.uniform(10, 245, (6, 3))
+    color = colors[np.abs(colors - under).sum(axis=1).argmax()]
     slope = rng.uniform(-20, 20, 2)
     down, along = (np.linspace(-0.5, 0.5, count) for count in mask.shape)
     light = (slope[0] * down[:, None] + slope[1] * along[None]).astype(np.float32)
-    canvas += (colour.astype(np.float32) + light[..., None] - canvas) * mask[..., None]
+    canvas += (color.astype(np.float32) + light[..., None] - canvas) * mask[..., None]
 
 
 def _regular(count: int, radius: float = 1.0) -> list[Point]:

@@ -39,7 +39,7 @@ class Labels:
         if file is None:
             findings.append(
                 Finding(
-                    "no-label-file", str(image.path), f"no {image.path.stem}.txt; taken as a picture without objects"
+                    "no-label-file", str(image.path), f"no {image.path.stem}.txt; taken as an image without objects"
                 )
             )
             return
@@ -196,7 +196,7 @@ class Labels:
         if values[0] != int(values[0]) or not 0 <= values[0] < self.classes:
             return "unknown-class", f"class {words[0][:40]}; known are 0..{self.classes - 1}"
         if max(abs(value) for value in (values[1:] if polygon else values[1:5])) > 2:
-            return "bad-box", "coordinates far beyond 1; expected 0..1 of the picture, not pixels"
+            return "bad-box", "coordinates far beyond 1; expected 0..1 of the image, not pixels"
         self.poses += pose
         if polygon:
             self.lengths[len(words)] += 1

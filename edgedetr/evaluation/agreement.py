@@ -13,13 +13,13 @@ from edgedetr.runtime.detections import Detections
 
 @dataclass(frozen=True)
 class Parity:
-    """Detections of a system against a reference's, over the pictures that both have.
+    """Detections of a system against a reference's, over the images that both have.
 
     objects     the reference's detections at or above the confidence threshold
     matched     share of them that the system has too, 0..1; None without any
     spurious    share of the system's detections above the threshold that the reference does not have; None without any
     score_*     |difference of confidence| of matched ones, mean and 99th percentile
-    box_*       largest |difference of a corner coordinate| of matched ones, pixels of the picture
+    box_*       largest |difference of a corner coordinate| of matched ones, pixels of the image
     """
 
     objects: int

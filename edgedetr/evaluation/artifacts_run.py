@@ -1,4 +1,4 @@
-"""Run the stages of a bundle over a labelled split: the same bytes for each, in turns, timed as they go."""
+"""Run the stages of a bundle over a labeled split: the same bytes for each, in turns, timed as they go."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ class StageRun:
     """What one stage did on one backend.
 
     detections   by image id
-    seconds      of one inference each, one picture at a time, without preparing and decoding; empty for a twin
-    oracle       detections of the first pictures by the same graph in ONNX Runtime without optimisations
+    seconds      of one inference each, one image at a time, without preparing and decoding; empty for a twin
+    oracle       detections of the first images by the same graph in ONNX Runtime without optimizations
     fault        why it gave nothing, or ""
     engine       what runs, on TensorRT
-    full_batch   the most pictures that the engine takes at once
-    rows         detections of every row of a full batch of one picture, for the first pictures by image id
+    full_batch   the most images that the engine takes at once
+    rows         detections of every row of a full batch of one image, for the first images by image id
     """
 
     stage: str
@@ -134,7 +134,7 @@ def exact_here(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def load_split(bundle: Bundle, data: str | Path | None = None, split: str | None = None) -> DetectionSet:
-    """The labelled pictures of `data`, or of what the bundle records, with the model's classes (matched by name).
+    """The labeled images of `data`, or of what the bundle records, with the model's classes (matched by name).
 
     Errors: DataError where they have objects of a class that the model does not know.
     """
@@ -148,7 +148,7 @@ def load_split(bundle: Bundle, data: str | Path | None = None, split: str | None
     )
     if not len(dataset):
         raise DataError(
-            f"{dataset.root}: split {dataset.name!r} has no usable picture; run: edgedetr data check {dataset.root}"
+            f"{dataset.root}: split {dataset.name!r} has no usable image; run: edgedetr data check {dataset.root}"
         )
     if not any((~sample.crowd).any() for sample in dataset.samples):
         raise DataError(
@@ -168,7 +168,7 @@ def run_stages(
     progress: Progress | None = None,
     engines: Sequence[Engine] = (),
 ) -> list[StageRun]:
-    """Every picture is read once and goes through every stage, one stage after the other in changing order.
+    """Every image is read once and goes through every stage, one stage after the other in changing order.
 
     engines   are run after `pairs`, in the same turns
 
@@ -211,9 +211,9 @@ def open_stage(bundle: Bundle, stage: str, backend: str | None = None, threads: 
 
 
 def _twin(bundle: Bundle, stage: str, threads: int | None) -> Detector:
-    """A stage without optimisations, FP16 rounded where the graph says it: what the graph means."""
+    """A stage without optimizations, FP16 rounded where the graph says it: what the graph means."""
     manifest, path = bundle.manifest, bundle.require(STAGES[stage])
-    runner = OrtRunner(twin(path) if stage in TWINS else path, threads=threads, optimise=False)
+    runner = OrtRunner(twin(path) if stage in TWINS else path, threads=threads, optimize=False)
     return Detector(runner, manifest.classes, manifest.input, manifest.output, stage=stage)
 
 
@@ -257,7 +257,7 @@ def _one(
 def _full_batch(
     run: StageRun, detector: Detector, batch: np.ndarray, geometry: list[preprocess.Geometry], image_id: int
 ) -> None:
-    """One picture in every row of the largest batch: TensorRT 10.14 and 11.1 gave other results in other rows."""
+    """One image in every row of the largest batch: TensorRT 10.14 and 11.1 gave other results in other rows."""
     run.full_batch = detector.runner.batch or int(getattr(detector.runner, "largest_batch", 1))
     if run.full_batch == 1:
         return
@@ -282,7 +282,7 @@ def _warm_up(
         try:
             oracle.run_raw(batch)
         except EdgedetrError as error:
-            log.warning("%s in ONNX Runtime without optimisations: %s", stage, error)
+            log.warning("%s in ONNX Runtime without optimizations: %s", stage, error)
             del oracles[stage]
 
 
@@ -302,7 +302,7 @@ def _seen(
             del oracles[stage]
             for run in runs:
                 if run.stage == stage and run.engine is None and not run.fault:
-                    _fail(run, f"image id {image_id}, in ONNX Runtime without optimisations: {error}")
+                    _fail(run, f"image id {image_id}, in ONNX Runtime without optimizations: {error}")
     return seen
 
 

@@ -1,8 +1,8 @@
-"""Paired bootstrap of an AP drop: the same resampled pictures for both systems, from cached matches.
+"""Paired bootstrap of an AP drop: the same resampled images for both systems, from cached matches.
 
-Efron and Tibshirani 1993, chapters 6 and 13 (percentile interval). A resample is a count per picture, so nothing is
+Efron and Tibshirani 1993, chapters 6 and 13 (percentile interval). A resample is a count per image, so nothing is
 matched or sorted again, and only detections that hit can change the precision-recall envelope: 1000 resamples of 800
-pictures take seconds.
+images take seconds.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ CELLS = 4_000_000  # resamples x detections held at a time: 32 MB per array
 
 @dataclass(frozen=True)
 class PairedDrop:
-    """AP of a reference minus AP of another system on the same pictures, points.
+    """AP of a reference minus AP of another system on the same images, points.
 
-    drop          on the pictures as they are
+    drop          on the images as they are
     lower, upper  one-sided 95 % percentile bounds each (5th and 95th percentile of the resampled drops)
     se            standard deviation of the resampled drops
-    margin        upper - drop, at least 0: what these pictures cannot tell apart. A system that differs as much as
+    margin        upper - drop, at least 0: what these images cannot tell apart. A system that differs as much as
                   this one and had lost nothing at all could be certified for a budget of `margin`, not for less
     """
 
@@ -38,7 +38,7 @@ class PairedDrop:
 
 
 def draw(images: int, resamples: int, seed: int = 0) -> np.ndarray:
-    """How often each picture is in each resample: [R, I] int64, rows sum to I."""
+    """How often each image is in each resample: [R, I] int64, rows sum to I."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(images, np.full(images, 1 / images), size=resamples)
 
@@ -46,7 +46,7 @@ def draw(images: int, resamples: int, seed: int = 0) -> np.ndarray:
 def resampled_ap(matches: Matches, counts: np.ndarray) -> np.ndarray:
     """AP in points of every resample.
 
-    counts   [R, I]  how often each picture is in
+    counts   [R, I]  how often each image is in
     return   [R]     mean over the classes that have an object in the resample; NaN where none has
     """
     if counts.ndim != 2 or counts.shape[1] != matches.images:
@@ -64,13 +64,13 @@ def resampled_ap(matches: Matches, counts: np.ndarray) -> np.ndarray:
 
 
 def paired(reference: Matches, other: Matches, *, resamples: int = 1000, seed: int = 0) -> PairedDrop:
-    """Bootstrap of AP(reference) - AP(other); both matched on the same pictures in the same order."""
+    """Bootstrap of AP(reference) - AP(other); both matched on the same images in the same order."""
     counts = draw(reference.images, resamples, seed)
     return compare(resampled_ap(reference, with_identity(counts)), resampled_ap(other, with_identity(counts)))
 
 
 def with_identity(counts: np.ndarray) -> np.ndarray:
-    """The resamples after one row that takes every picture once."""
+    """The resamples after one row that takes every image once."""
     return np.concatenate([np.ones((1, counts.shape[1]), counts.dtype), counts])
 
 

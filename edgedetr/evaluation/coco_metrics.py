@@ -20,17 +20,17 @@ from edgedetr.evaluation.reference import GroundTruth
 from edgedetr.packages import missing
 from edgedetr.runtime.detections import Detections
 
-MAX_DETECTIONS = 100  # per picture and class, pycocotools' own
+MAX_DETECTIONS = 100  # per image and class, pycocotools' own
 
 
 @dataclass(frozen=True)
 class ClassMatches:
-    """One class over all pictures, COCO area range "all"; D detections in order of falling score, 10 IoU thresholds.
+    """One class over all images, COCO area range "all"; D detections in order of falling score, 10 IoU thresholds.
 
     image        [D]      int64, 0..I-1
     hit          [10, D]  bool, matched to an object that counts
     ignored      [10, D]  bool, counts neither as hit nor as false alarm (crowd regions)
-    objects      [I]      int64, objects that count, per picture
+    objects      [I]      int64, objects that count, per image
     """
 
     image: np.ndarray
@@ -41,7 +41,7 @@ class ClassMatches:
 
 @dataclass(frozen=True)
 class Matches:
-    """Every class's matches; what AP over any resample of the pictures can be computed from."""
+    """Every class's matches; what AP over any resample of the images can be computed from."""
 
     classes: tuple[ClassMatches, ...]
     images: int
@@ -73,7 +73,7 @@ class Metrics:
 def evaluate(
     truth: DetectionSet | GroundTruth, detections: Mapping[int, Detections], *, by_size: bool = True
 ) -> Metrics:
-    """Metrics of detections (by image id; a picture without an entry has none) against the ground truth.
+    """Metrics of detections (by image id; an image without an entry has none) against the ground truth.
 
     by_size   False leaves AP of small, medium and large objects out (None), in well under half the time
     """
@@ -85,7 +85,7 @@ def evaluate(
             f"({len(unknown)} such); expected detections of the same split"
         )
     if not len(truth):
-        raise DataError("the ground truth has no pictures; expected at least one; run: edgedetr data check DIR")
+        raise DataError("the ground truth has no images; expected at least one; run: edgedetr data check DIR")
     judge = _run(truth, detections, by_size)
     return _metrics(truth, judge, doubled(detections))
 

@@ -18,7 +18,7 @@ class VerifyConfig:
     bootstrap: int = 1000  # resamples: the 95th percentile of 1000 is known to about 0.7 % in coverage
     seed: int = 0  # of the resampling; the same seed gives the same bound
     threads: int | None = None  # of one inference; None = all cores
-    parity_images: int = 32  # pictures also run without optimisations, to see who departs from the arithmetic
+    parity_images: int = 32  # images also run without optimizations, to see who departs from the arithmetic
 
     def __post_init__(self) -> None:
         # Points of AP; at least 100 resamples for a 95 % bound.

@@ -1,6 +1,6 @@
 """The verdict on engines, on the device that runs them: without torch, against reference.npz and ground truth.
 
-Besides what every stage must show, an engine must give equal results for equal pictures of a full batch, run in the
+Besides what every stage must show, an engine must give equal results for equal images of a full batch, run in the
 precision that its name says, and INT8 is recommended only where it is faster than FP16.
 """
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 # Share of the convolutions and matrix products that must run in an engine's precision. The decoder of an INT8 graph
 # stays FP16 by policy, so half of its layers may; an engine that ignored the graph's types has next to none.
 LEAST_SHARE = {"int8": 0.25, "fp16": 0.5}
-# Share of objects that equal pictures in one batch must have in common: kernels may order sums differently per row,
+# Share of objects that equal images in one batch must have in common: kernels may order sums differently per row,
 # which moves an object across the threshold once in a while; TensorRT issue 4813 shows none of them again.
 ROWS_MATCHED = 0.99
 
@@ -38,10 +38,10 @@ class EngineVerdict(StageVerdict):
     """StageVerdict of one engine.
 
     engine      the plan's file name
-    batch       pictures per run that were timed
+    batch       images per run that were timed
     share       of the layers with weights that run in its precision, 0..1; None where that cannot be told
     reformats   layers that only change layout or type
-    rows        share of objects that equal pictures of a full batch have in common; None for single pictures
+    rows        share of objects that equal images of a full batch have in common; None for single images
     """
 
     engine: str = ""
@@ -57,7 +57,7 @@ class DeviceVerdict(Verdict):
 
     device, tensorrt   e.g. "Orin (sm_87)", "10.3.0"
     conditions         power mode and clocks; empty where this is no Jetson
-    recommended        the engine to use: of those that passed the fastest per picture; empty where none passed
+    recommended        the engine to use: of those that passed the fastest per image; empty where none passed
     """
 
     device: str = ""
@@ -96,7 +96,7 @@ def judge_engine(run: StageRun, engine: Engine, verdict: StageVerdict) -> Engine
         )
     if rows is not None and rows < ROWS_MATCHED:
         problems.append(
-            f"equal pictures in a batch of {run.full_batch} give different objects: {100 * rows:.0f} % in "
+            f"equal images in a batch of {run.full_batch} give different objects: {100 * rows:.0f} % in "
             f"common (TensorRT issue 4813); use batch 1, or export with --sampling gather and build again"
         )
     return EngineVerdict(
@@ -180,7 +180,7 @@ def record(bundle: Bundle, verdict: DeviceVerdict, runs: Sequence[StageRun]) -> 
 
 
 def _rows(run: StageRun) -> float | None:
-    """The worst share of objects in common of row 0 and another row, over all pictures that were tried."""
+    """The worst share of objects in common of row 0 and another row, over all images that were tried."""
     worst = None
     for number in range(1, run.full_batch):
         for a, b in ((0, number), (number, 0)):

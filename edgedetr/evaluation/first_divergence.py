@@ -1,6 +1,6 @@
 """Where a backend leaves the arithmetic of a graph: the first node whose values differ from the oracle's.
 
-The oracle is ONNX Runtime without optimisations, which runs every node as it is written. Tensors are exposed as extra
+The oracle is ONNX Runtime without optimizations, which runs every node as it is written. Tensors are exposed as extra
 outputs, a group at a time, because each exposed tensor also keeps the backend from fusing across it; from the first bad
 one the search goes to its ancestors until all that a node reads is right and what it gives is wrong.
 """
@@ -48,13 +48,13 @@ def first_departure(
     """The first node at which `backend` leaves the oracle, or None where logits and boxes agree.
 
     model    an ONNX file
-    backend  "openvino", or "onnxruntime" and "onnxruntime-cuda" for their optimised kernels
-    images   [B, 3, H, W] float32, a few pictures as the graph takes them
+    backend  "openvino", or "onnxruntime" and "onnxruntime-cuda" for their optimized kernels
+    images   [B, 3, H, W] float32, a few images as the graph takes them
     """
     known: dict[str, Tensors] = {
         "openvino": lambda m, x, n: openvino.tensors(m, x, n, threads=threads),
-        "onnxruntime": lambda m, x, n: onnxruntime.tensors(m, x, n, optimise=True, threads=threads),
-        "onnxruntime-cuda": lambda m, x, n: onnxruntime.tensors(m, x, n, optimise=True, threads=threads, on_gpu=True),
+        "onnxruntime": lambda m, x, n: onnxruntime.tensors(m, x, n, optimize=True, threads=threads),
+        "onnxruntime-cuda": lambda m, x, n: onnxruntime.tensors(m, x, n, optimize=True, threads=threads, on_gpu=True),
     }
     if backend not in known:
         raise UsageError(f"backend is {backend!r}; expected one of {', '.join(known)}")
@@ -64,7 +64,7 @@ def first_departure(
 def search(
     model: Path, run: Tensors, images: np.ndarray, *, floor: float = SQNR_FLOOR, threads: int | None = None
 ) -> Departure | None:
-    """As first_departure, for any function that runs a serialised model and returns named tensors."""
+    """As first_departure, for any function that runs a serialized model and returns named tensors."""
     graph = _Graph(model, run, images, threads)
     graph.measure(graph.outputs)
     bad = next((name for name in graph.outputs if graph.sqnr[name] < floor), None)
@@ -156,7 +156,7 @@ class _Graph:
                 kind = self.onnx.TensorProto.FLOAT
                 model.graph.output.append(self.onnx.helper.make_tensor_value_info(name, kind, None))
         data = model.SerializeToString()
-        oracle = onnxruntime.tensors(data, self.images, names, optimise=False, threads=self.threads)
+        oracle = onnxruntime.tensors(data, self.images, names, optimize=False, threads=self.threads)
         other = self.run(data, self.images, names)
         self.sqnr.update({name: sqnr_db(oracle[name], other[name]) for name in names})
 

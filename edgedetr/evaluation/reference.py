@@ -1,4 +1,4 @@
-"""What a model is measured against: ground truth, picture digests and detections in plain numpy files."""
+"""What a model is measured against: ground truth, image digests and detections in plain numpy files."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ REFERENCE = {
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The annotations of one split: I pictures, T objects.
+    """The annotations of one split: I images, T objects.
 
     classes    index, original category id and name
     image_ids  [I]     int64, unique
-    names      [I]     str, path of each picture relative to the set's folder
+    names      [I]     str, path of each image relative to the set's folder
     digests    [I]     str, sha256 of each file's bytes, or "" where they were not taken
     sizes      [I, 2]  int64, height and width, upright pixels
-    image      [T]     int64, 0..I-1: the picture of each object
+    image      [T]     int64, 0..I-1: the image of each object
     boxes      [T, 4]  float64, x0, y0, x1, y1, pixels
     labels     [T]     int64, class index
     crowd      [T]     bool
@@ -95,7 +95,7 @@ class GroundTruth:
         return len(self.image_ids)
 
     def subset(self, image_ids: Collection[int]) -> GroundTruth:
-        """Only these pictures, in the same order."""
+        """Only these images, in the same order."""
         keep = np.isin(self.image_ids, list(image_ids))
         objects = keep[self.image]
         place = np.cumsum(keep) - 1
@@ -124,13 +124,13 @@ class Reference:
 
     @classmethod
     def of(cls, dataset: DetectionSet, detections: Mapping[int, Detections], *, model: str = "") -> Reference:
-        """With digests of the pictures; every picture must have an entry, be it an empty one."""
+        """With digests of the images; every image must have an entry, be it an empty one."""
         truth = GroundTruth.of(dataset, digests=True)
         missing = [int(i) for i in truth.image_ids if int(i) not in detections]
         if missing:
             raise BundleError(
                 f"{dataset.root}: no detections for image id {missing[0]} ({len(missing)} of "
-                f"{len(truth)} missing); expected an entry for every picture of {dataset.name}"
+                f"{len(truth)} missing); expected an entry for every image of {dataset.name}"
             )
         return cls(truth, detections, dataset.name, model)
 

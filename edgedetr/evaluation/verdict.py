@@ -37,11 +37,11 @@ class StageVerdict:
     passed         the bound is within the budget, the backend is sound, and the reference has something to lose
     drop_upper95   one-sided upper 95 % bound
     drop_lower95   one-sided lower 95 % bound: above the budget, the loss is real and not a small set's noise
-    margin         drop_upper95 - drop: what this many pictures cannot tell apart
-    p50_ms         one inference of one picture, without preparing and decoding
+    margin         drop_upper95 - drop: what this many images cannot tell apart
+    p50_ms         one inference of one image, without preparing and decoding
     parity         detections against torch's, object by object
-    oracle         the same against this graph's own arithmetic (ONNX Runtime without optimisations)
-    oracle_drop    AP of the oracle minus AP of the backend, on the oracle's pictures
+    oracle         the same against this graph's own arithmetic (ONNX Runtime without optimizations)
+    oracle_drop    AP of the oracle minus AP of the backend, on the oracle's images
     note           "", or what went wrong and where
     """
 
@@ -73,7 +73,7 @@ class Verdict:
 
     passed        every stage's bound is within the budget, and the reference (the first stage) has something to lose:
                   more AP than the budget, and than USELESS. Where it has not, no stage is passed, the reference neither
-    certifiable   the smallest budget that these stages on these pictures pass: the largest bound
+    certifiable   the smallest budget that these stages on these images pass: the largest bound
     """
 
     passed: bool
@@ -161,7 +161,7 @@ class Judge:
         )
 
     def _against_oracle(self, run: StageRun) -> tuple[Parity | None, float | None, str]:
-        """Does this backend compute what the graph says? Judged on the pictures that the oracle saw."""
+        """Does this backend compute what the graph says? Judged on the images that the oracle saw."""
         if run.fault or not run.oracle:
             return None, None, run.fault
         parity = match(run.oracle, run.detections)
@@ -178,7 +178,7 @@ class Judge:
         matched = "" if parity.matched is None else f", {100 * parity.matched:.0f} % of its objects matched"
         note = (
             f"{run.backend} departs from the arithmetic of {STAGES[run.stage]} (ONNX Runtime without "
-            f"optimisations): AP {-bound.drop:+.1f}{matched}, on {len(truth)} pictures"
+            f"optimizations): AP {-bound.drop:+.1f}{matched}, on {len(truth)} images"
         )
         where = self._where(run)
         log.warning("%s%s", note, where)

@@ -44,7 +44,7 @@ RESULT = "results/verify.json"
 
 @dataclass(frozen=True)
 class StageTiming:
-    """Milliseconds of one inference of one picture, and the file's size."""
+    """Milliseconds of one inference of one image, and the file's size."""
 
     name: str
     backend: str
@@ -70,7 +70,7 @@ def verify(
 ) -> Verdict:
     """Measure every delivered stage against torch and judge it; a complete verdict is recorded in the bundle.
 
-    data       the data set's folder; None = the one the bundle records. Its pictures must be, byte for byte, those
+    data       the data set's folder; None = the one the bundle records. Its images must be, byte for byte, those
                that reference.npz was made from
     max_drop   the budget in points; None = the bundle's
     live       makes the reference anew (with torch, so it lives above this floor) instead of reading reference.npz
@@ -140,7 +140,7 @@ def evaluate_stage(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Metrics:
-    """Metrics of one stage on a labelled split; "torch" ("reference" of an import) is read from reference.npz."""
+    """Metrics of one stage on a labeled split; "torch" ("reference" of an import) is read from reference.npz."""
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if stage in ("torch", "reference"):
         reference = Reference.load(bundle.require("reference.npz"))
@@ -195,20 +195,20 @@ def bench(
 
 
 def check_same(reference: Reference, truth: GroundTruth, bundle: Bundle) -> None:
-    """BundleError unless the reference was made from these very pictures and annotations."""
+    """BundleError unless the reference was made from these very images and annotations."""
     hint = f"expected the files that reference.npz was made from; make it again with: edgedetr export {bundle.path}"
     known = dict(zip(reference.truth.image_ids.tolist(), reference.truth.digests.tolist()))
     here = dict(zip(truth.image_ids.tolist(), truth.digests.tolist()))
     names = dict(zip(truth.image_ids.tolist(), truth.names.tolist()))
     if known.keys() != here.keys():
         raise BundleError(
-            f"{bundle.path}: reference.npz has {len(known)} pictures, the data set {len(here)}, and "
+            f"{bundle.path}: reference.npz has {len(known)} images, the data set {len(here)}, and "
             f"{len(known.keys() ^ here.keys())} are not in both; {hint}"
         )
     changed = [image_id for image_id in known if known[image_id] != here[image_id]]
     if changed:
         raise BundleError(
-            f"{bundle.path}: {names[changed[0]]} is not the picture that reference.npz was made from "
+            f"{bundle.path}: {names[changed[0]]} is not the image that reference.npz was made from "
             f"({len(changed)} of {len(known)} differ); {hint}"
         )
     old = reference.truth

@@ -16,7 +16,7 @@ class ExportConfig:
 
     sampling: Literal["gather", "grid_sample"] = "gather"  # GridSample is miscompiled by TensorRT 10.14 and 11.1
     opset: Literal[19] = 19  # FP16 Q/DQ need >= 19; TensorRT <= 10.x reads GridSample of opset 20 as "nearest"
-    dynamic_batch: bool = False  # a fixed batch of 1 is what edge runtimes optimise best
+    dynamic_batch: bool = False  # a fixed batch of 1 is what edge runtimes optimize best
     decoder_layers: int = 0  # run only this many of them, faster and less exact (RT-DETR does so); 0 = all
 
     def __post_init__(self) -> None:

@@ -46,7 +46,7 @@ def export(
 ) -> Bundle:
     """Write reference.npz and model.onnx, with `fp16` model.fp16.onnx, with `int8` ranges.json and the two INT8 graphs.
 
-    calib      calibration pictures; None = the calibration split of the bundle's data
+    calib      calibration images; None = the calibration split of the bundle's data
     sampling   overrides the recipe's way of deformable sampling
     dynamic_batch   leave the batch size open, whatever the recipe says
     config, quant   settings; None = those of the recipe in the bundle
@@ -125,7 +125,7 @@ def _made_by(bundle: Bundle) -> str:
 
 
 def _probes(manifest: Manifest, dataset: DetectionSet | None) -> np.ndarray:
-    """Pictures [B, 3, H, W] to compare on: noise, and some of the verify split."""
+    """Images [B, 3, H, W] to compare on: noise, and some of the verify split."""
     height, width = manifest.input.height, manifest.input.width
     noise = np.random.default_rng(0).integers(0, 256, (1, 3, height, width)).astype(np.float32)
     if dataset is None or not len(dataset):
@@ -135,7 +135,7 @@ def _probes(manifest: Manifest, dataset: DetectionSet | None) -> np.ndarray:
 
 
 def _recipe(bundle: Bundle) -> tuple[ExportConfig, QuantConfig]:
-    """Export and quantisation settings of the bundle's recipe; the defaults where it has none."""
+    """Export and quantization settings of the bundle's recipe; the defaults where it has none."""
     if "recipe.toml" not in bundle.manifest.files:
         return ExportConfig(), QuantConfig()
     from edgedetr.recipe import Recipe

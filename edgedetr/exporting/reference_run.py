@@ -24,7 +24,7 @@ from edgedetr.runtime.preprocess import prepare
 
 log = logging.getLogger(__name__)
 
-BATCH = 4  # pictures at a time; on a CPU larger batches are no faster
+BATCH = 4  # images at a time; on a CPU larger batches are no faster
 
 
 def reference(
@@ -61,7 +61,7 @@ def reference_of_graph(bundle: Bundle, progress: Callable[[str, int, int], None]
 def detect_by_graph(
     bundle: Bundle, dataset: DetectionSet, progress: Callable[[str, int, int], None] | None = None
 ) -> dict[int, Detections]:
-    """What model.onnx finds in every picture of the split, by image id."""
+    """What model.onnx finds in every image of the split, by image id."""
     detector = load_detector(bundle, backend="onnxruntime", stage="onnx")
     found: dict[int, Detections] = {}
     for number, sample in enumerate(dataset.samples):
@@ -77,7 +77,7 @@ def detect(
     dataset: DetectionSet,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[int, Detections]:
-    """What the PyTorch graph finds in every picture of the split, by image id."""
+    """What the PyTorch graph finds in every image of the split, by image id."""
     device = next(graph.parameters()).device
     found: dict[int, Detections] = {}
     with torch.no_grad():

@@ -40,15 +40,15 @@ PREFIX = "edgedetr."  # of our keys in the file's metadata
 
 # float32 through some 100 layers in another order of summation; measured on trained models: see tests/export.
 LOGITS = 2e-3  # largest accepted difference of a logit
-BOXES = 2e-4  # of a box side, share of the picture (0.13 px at 640)
+BOXES = 2e-4  # of a box side, share of the image (0.13 px at 640)
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest differences between PyTorch and ONNX Runtime over some pictures, query for query.
+    """Largest differences between PyTorch and ONNX Runtime over some images, query for query.
 
     reordered   share of the queries that stand at another place of the list (ties in top-k), 0..1
-    as_objects  pictures that agree only as detections: a tie at the edge of top-k let another query in
+    as_objects  images that agree only as detections: a tie at the edge of top-k let another query in
     """
 
     logits: float
@@ -149,7 +149,7 @@ def describe(manifest: Manifest, weights: str) -> dict[str, str]:
 def parity(graph: DeployGraph, path: Path, images: np.ndarray, manifest: Manifest) -> Parity:
     """Compare the file in ONNX Runtime with PyTorch; ExportError when it is not the same detector.
 
-    Most pictures must agree as tensors, within LOGITS and BOXES; all of them as matched detections. A file of an open
+    Most images must agree as tensors, within LOGITS and BOXES; all of them as matched detections. A file of an open
     batch size must do so one by one and three at a time, neither of which it was traced with.
     images   [B, 3, H, W] float32, RGB 0..255
     """
@@ -165,7 +165,7 @@ def parity(graph: DeployGraph, path: Path, images: np.ndarray, manifest: Manifes
             found = runner.run(batch)
             if len(found.logits) != len(batch) or len(found.boxes) != len(batch):
                 raise ExportError(
-                    f"model.onnx gives {len(found.logits)} results for {len(batch)} pictures; expected "
+                    f"model.onnx gives {len(found.logits)} results for {len(batch)} images; expected "
                     "one each; export with one batch size and report this, it is a defect"
                 )
             logits, boxes = (out.cpu().numpy() for out in graph(torch.from_numpy(batch).to(device)))

@@ -1,4 +1,4 @@
-"""What four numbers of a box mean: centre and size, two corners, or a corner and a size; shares of the image or pixels.
+"""What four numbers of a box mean: center and size, two corners, or a corner and a size; shares of the image or pixels.
 
 The numbers themselves refute most readings: a width is not negative, and few boxes leave the image.
 """
@@ -16,7 +16,7 @@ from edgedetr.options import one_of
 
 Layout = Literal["cxcywh", "xyxy", "xywh"]
 LAYOUTS: tuple[Layout, ...] = ("cxcywh", "xyxy", "xywh")
-WORDS = {"cxcywh": "centre and size", "xyxy": "two corners", "xywh": "top-left corner and size"}
+WORDS = {"cxcywh": "center and size", "xyxy": "two corners", "xywh": "top-left corner and size"}
 # What --boxes takes.
 OPTIONS = (*LAYOUTS, *(f"{name}-pixels" for name in LAYOUTS))
 
@@ -155,5 +155,5 @@ def refuse(found: Sequence[Layout]) -> ExportError:
     listed = " or ".join(f"{name} ({WORDS[name]})" for name in found)
     return ExportError(
         f"boxes may be {listed}: the numbers fit these readings equally; say which: --boxes "
-        f"{' or --boxes '.join(found)}; or give labelled images, which may decide: --data DIR"
+        f"{' or --boxes '.join(found)}; or give labeled images, which may decide: --data DIR"
     )

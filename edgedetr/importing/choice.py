@@ -61,7 +61,7 @@ def choose(
 
     columns   what the class logits stand for under an activation; UsageError where they cannot
     noise     class logits [N, width] on images of noise
-    judge     the labelled images, where there are any
+    judge     the labeled images, where there are any
     counted   whether anything says how many classes there are
     """
     possible, faults = _possible(found, columns)
@@ -90,7 +90,7 @@ def choose(
         best, second = judged[:2]
         why.append(
             f"{best.activation} and {best.layout} have AP {best.ap:.1f} on {judge.count if judge else 0} "
-            f"labelled images, {second.activation} and {second.layout} {second.ap:.1f}"
+            f"labeled images, {second.activation} and {second.layout} {second.ap:.1f}"
         )
         evidence = evidence or Evidence(best.activation, "the labels decide")
         layouts, decided = (best.layout,), True
@@ -129,7 +129,7 @@ def _open(found: Understood, possible: dict[Activation, Kept]) -> UsageError:
     return UsageError(
         f"the file has {found.width} class logits{what}; say what they are: --activation softmax (DETR: "
         "the last one is 'no object') or --activation sigmoid (RT-DETR, RF-DETR: each stands for itself, "
-        "or the last one is not used); labelled images may decide: --data DIR"
+        "or the last one is not used); labeled images may decide: --data DIR"
     )
 
 
@@ -152,7 +152,7 @@ def _selects_by_all(view: GraphView, found: Understood) -> Evidence | None:
 
 
 class Judge:
-    """Labelled images, and what the file gives for them."""
+    """Labeled images, and what the file gives for them."""
 
     def __init__(self, dataset: DetectionSet, oracle: Original, contract: InputContract) -> None:
         chosen = np.linspace(0, len(dataset) - 1, min(JUDGED, len(dataset))).astype(int)

@@ -19,7 +19,7 @@ class Selection:
     """logits      of all queries, `width` columns
     rule         "all": the best of queries x classes; "query": the best class of each query
     labels       the file's label for each class that it chose
-    queries, clear   by image: which query each object is of [n], and whether its score tells it from its neighbours
+    queries, clear   by image: which query each object is of [n], and whether its score tells it from its neighbors
     """
 
     logits: Block

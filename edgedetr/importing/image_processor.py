@@ -1,4 +1,4 @@
-"""What an image processor of transformers does to an image, as resize and normalisation of a bundle.
+"""What an image processor of transformers does to an image, as resize and normalization of a bundle.
 
 Every key of preprocessor_config.json (or of `image_processor` in processor_config.json) is read, has no effect on the
 pixels of one image, or makes the import refuse with its name. Sources: the image processors of transformers 4.57, 5.23.
@@ -108,7 +108,7 @@ def pixels(raw: Mapping[str, Any] | None, member: str, where: str, asked: tuple[
                 "DETR, Deformable DETR or RT-DETR"
             )
         stretched = found[1] == "RTDetr"
-    mean, std = _colours(raw, where, normalise=not stretched)
+    mean, std = _colors(raw, where, normalize=not stretched)
     size = _size(raw, where, stretched)
     if not _flag(raw, "do_resize", True, where):
         if asked is None:
@@ -129,15 +129,15 @@ def _asked(found: Pixels, asked: tuple[int, int] | None, whose: str = "that it w
     return Pixels(*asked, found.resize, found.mean, found.std, (*found.notes, note))
 
 
-def _colours(raw: Mapping[str, Any], where: str, normalise: bool) -> tuple[list[float], list[float]]:
-    """Mean and deviation of values / 255, whatever factor the processor scales by before it normalises."""
+def _colors(raw: Mapping[str, Any], where: str, normalize: bool) -> tuple[list[float], list[float]]:
+    """Mean and deviation of values / 255, whatever factor the processor scales by before it normalizes."""
     factor = 1 / 255
     if not _flag(raw, "do_rescale", True, where):
         factor = 1.0
     elif raw.get("rescale_factor") is not None:
         factor = _number(raw["rescale_factor"], f"{where}: rescale_factor", positive=True)
     mean, std = [0.0] * 3, [1.0] * 3
-    if _flag(raw, "do_normalize", normalise, where):
+    if _flag(raw, "do_normalize", normalize, where):
         mean = _three(raw.get("image_mean"), IMAGENET[0], f"{where}: image_mean")
         std = _three(raw.get("image_std"), IMAGENET[1], f"{where}: image_std", positive=True)
     # (x f - m) / s with x in 0..255 is (x / 255 - m / 255 f) / (s / 255 f).

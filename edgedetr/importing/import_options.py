@@ -18,7 +18,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class Pixels:
-    """What the foreign graph takes: (pixel * scale - mean) / std, per RGB channel, of a picture that was resized so."""
+    """What the foreign graph takes: (pixel * scale - mean) / std, per RGB channel, of an image that was resized so."""
 
     scale: float = 1 / 255  # RT-DETR, D-FINE: 0..1, no mean
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -58,7 +58,7 @@ class Kept:
 
 
 def usual(outputs: Sequence[str]) -> Pixels:
-    """The normalisation that models with outputs of these names are published with."""
+    """The normalization that models with outputs of these names are published with."""
     return Pixels(mean=IMAGENET[0], std=IMAGENET[1]) if set(outputs) == {"dets", "labels"} else Pixels()  # RF-DETR
 
 

@@ -12,7 +12,7 @@ from edgedetr.onnx_graph.index import type_name
 
 @dataclass(frozen=True)
 class Inputs:
-    """Names of the graph's inputs: the picture, the size of the original picture or "", a mask of its pixels or ""."""
+    """Names of the graph's inputs: the image, the size of the original image or "", a mask of its pixels or ""."""
 
     image: str
     sizes: str = ""
@@ -34,8 +34,8 @@ def inputs(model: ModelProto) -> Inputs:
             found["image"].append(item.name)
             if kind != TensorProto.FLOAT:
                 raise ExportError(
-                    f"input {item.name!r} is {type_name(kind)}; expected float32 pictures: export the "
-                    "float32 model, normalised outside the graph"
+                    f"input {item.name!r} is {type_name(kind)}; expected float32 images: export the "
+                    "float32 model, normalized outside the graph"
                 )
         elif rank == 2 and (item.type.tensor_type.shape.dim[1].dim_value in (0, 2)):
             found["sizes"].append(item.name)
@@ -50,7 +50,7 @@ def inputs(model: ModelProto) -> Inputs:
 
 
 def size_of(model: ModelProto, image: str) -> tuple[int | None, int | None]:
-    """Height and width that the file is fixed to; None where open. ExportError when it is no batch of RGB pictures."""
+    """Height and width that the file is fixed to; None where open. ExportError when it is no batch of RGB images."""
     item = next(item for item in model.graph.input if item.name == image)
     batch, channels, height, width = (
         size.dim_value if size.HasField("dim_value") and size.dim_value > 0 else None
@@ -59,11 +59,11 @@ def size_of(model: ModelProto, image: str) -> tuple[int | None, int | None]:
     if channels not in (None, 3):
         raise ExportError(
             f"input {_signature(item)} has {channels} channels at its second place; expected RGB "
-            "pictures [B, 3, H, W]; export the model with channels first"
+            "images [B, 3, H, W]; export the model with channels first"
         )
     if batch not in (None, 1):
         raise ExportError(
-            f"input {_signature(item)} takes {batch} pictures at a time; expected 1 or an open batch: "
+            f"input {_signature(item)} takes {batch} images at a time; expected 1 or an open batch: "
             "export the model with batch size 1"
         )
     return height, width
@@ -75,6 +75,6 @@ def _signature(item: ValueInfoProto) -> str:
 
 
 _EXPECTED_INPUTS = (
-    "expected pictures float32 [B, 3, H, W], and besides them at most orig_target_sizes [B, 2] and "
+    "expected images float32 [B, 3, H, W], and besides them at most orig_target_sizes [B, 2] and "
     "pixel_mask [B, H, W]; export the detector with these inputs alone"
 )

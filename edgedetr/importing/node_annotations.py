@@ -12,7 +12,7 @@ _BY_INDEX = ("Gather", "GatherElements", "GatherND")
 def prefix_nodes(model: ModelProto, queries: int) -> dict[str, int]:
     """Put /decoder or /selector before the names of what works on queries and of what selects them; how many of each.
 
-    decoder    its output has one row per query; where the picture happens to have as many tokens, these count as well
+    decoder    its output has one row per query; where the image happens to have as many tokens, these count as well
     selector   nothing leaves it but through a TopK, or through a Gather at the places that the TopK chose
     """
     view = GraphView(model)

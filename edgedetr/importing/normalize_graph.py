@@ -86,17 +86,17 @@ def read_model(path: Path) -> ModelProto:
     if others:
         raise ExportError(
             f"{path}: operators that are not ONNX's own: {', '.join(others[:5])}; expected a float32 "
-            "export without fused or custom operators (no plugins, no optimised model)"
+            "export without fused or custom operators (no plugins, no optimized model)"
         )
-    quantised = [
+    quantized = [
         node.op_type
         for node in view.everywhere
         if node.op_type.endswith(("QuantizeLinear", "Integer")) or node.op_type.startswith("QLinear")
     ]
-    if quantised:
+    if quantized:
         raise ExportError(
-            f"{path}: quantised already ({len(quantised)} nodes like {quantised[0]}); expected the "
-            "float32 model, which edgedetr export --int8 quantises"
+            f"{path}: quantized already ({len(quantized)} nodes like {quantized[0]}); expected the "
+            "float32 model, which edgedetr export --int8 quantizes"
         )
     return model
 

@@ -1,7 +1,7 @@
-"""Bring your own: a DETR-family ONNX file made elsewhere becomes a bundle that quantises, lints, builds and verifies.
+"""Bring your own: a DETR-family ONNX file made elsewhere becomes a bundle that quantizes, lints, builds and verifies.
 
 The file's own detections are the oracle: what comes out of the surgery must find the same objects in ONNX Runtime, on
-pictures, or nothing is written.
+images, or nothing is written.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Brought:
     opset        of the file
     boxes        how the file writes boxes, as --boxes says it
     why          how its outputs were read, and what speaks for that
-    ap           on some of the labelled images; None without
+    ap           on some of the labeled images; None without
     half         whether the file computes in float16
     folded       scales and BatchNormalizations folded into convolutions
     gathered     GridSamples written as gathers
-    objects      of the file's own detections that were compared, on `pictures` pictures: all were found again
+    objects      of the file's own detections that were compared, on `images` images: all were found again
     """
 
     bundle: Bundle
@@ -95,7 +95,7 @@ class Brought:
         lines = [what, *(f"read: {reason}" for reason in self.why)]
         if self.ap is not None:
             lines.append(
-                f"AP {self.ap:.1f} on labelled images"
+                f"AP {self.ap:.1f} on labeled images"
                 + (
                     ""
                     if self.ap >= SPEAKS
@@ -134,11 +134,11 @@ def bring(
 ) -> Brought:
     """Import an ONNX file; nothing is left behind where it fails.
 
-    data     the labelled pictures to calibrate and verify on; its classes become the bundle's
+    data     the labeled images to calibrate and verify on; its classes become the bundle's
     classes  a text file that says what each class logit stands for, one a line, "-" for one that is not used;
              None = what config.json beside the file says, else the data set's classes in order
     size     height and width where the file leaves them open
-    pixels   the normalisation outside of the file; fields that are not given are those of preprocessor_config.json
+    pixels   the normalization outside of the file; fields that are not given are those of preprocessor_config.json
              beside it, else what models with such outputs are published with
     activation, boxes, outputs   what the outputs mean, where the file does not show it: see understanding.Asked
     sampling "gather" rewrites GridSample, which TensorRT 10.14 to 11.1 get wrong, into gathers of the same numbers

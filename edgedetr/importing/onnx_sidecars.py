@@ -129,7 +129,7 @@ def _names(told: Mapping[str, Any], path: Path | None) -> tuple[str, ...] | None
 
 
 def _pixels(told: Any, notes: list[str]) -> tuple[dict[str, Any], tuple[int, int] | None]:
-    """Normalisation and size that the processor makes; refused where it does what a bundle cannot."""
+    """Normalization and size that the processor makes; refused where it does what a bundle cannot."""
     if not isinstance(told, dict) or not told:
         return {}, None
     for key in ("do_center_crop", "do_flip_channel_order"):

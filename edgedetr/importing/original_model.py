@@ -26,8 +26,8 @@ from edgedetr.runtime.preprocess import Geometry, prepare
 
 PICTURES = 2  # of the verify split, besides NOISE
 NOISE = 2
-BEST = 10  # objects of each picture that must be found again at least
-SIDE = 1000  # what is said to be the height and width of the original picture: a square has no order
+BEST = 10  # objects of each image that must be found again at least
+SIDE = 1000  # what is said to be the height and width of the original image: a square has no order
 # Smallest overlap of a box that counts as the same; largest differences of matched objects (99th percentile): rounding
 # gives 1e-4 of either. A file that computes in float16 rounds to 1e-3 of a logit of 10, layer after layer.
 OVERLAP, SCORE, PIXELS = 0.9, 1e-2, 0.5
@@ -48,10 +48,10 @@ class Agreement:
 
 
 class Original:
-    """The file, and what it needs besides the picture."""
+    """The file, and what it needs besides the image."""
 
     def __init__(self, model: ModelProto, taken: Inputs, factor: np.ndarray, shift: np.ndarray) -> None:
-        """factor, shift  [3]  the normalisation that the file expects outside: pixels * factor + shift"""
+        """factor, shift  [3]  the normalization that the file expects outside: pixels * factor + shift"""
         self.taken = taken
         self.factor, self.shift = (value.astype(np.float32).reshape(3, 1, 1) for value in (factor, shift))
         self.types = {
@@ -61,14 +61,14 @@ class Original:
         # A few runs: threads need not wait hot, and finding the fastest form would take longer than running.
         self.session = plain_session(
             model.SerializeToString(),
-            optimise="basic",
+            optimize="basic",
             spin=False,
             error=ExportError,
             fix="export the model again, as float32 and with operators of ONNX alone",
         )
 
     def feed(self, image: np.ndarray, *, mask: bool = False) -> dict[str, np.ndarray]:
-        """Inputs for one picture [1, 3, H, W], RGB 0..255."""
+        """Inputs for one image [1, 3, H, W], RGB 0..255."""
         given = {self.taken.image: image * self.factor + self.shift}
         if self.taken.sizes:
             given[self.taken.sizes] = np.full((1, 2), SIDE, self.types[self.taken.sizes])
@@ -77,12 +77,12 @@ class Original:
         return given
 
     def outputs(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        """All outputs for one picture."""
+        """All outputs for one image."""
         try:
             found = self.session.run(self.names, self.feed(image, mask=True))
         except Exception as error:  # the library's exceptions share no public base class
             raise ExportError(
-                f"the file does not run on a picture of {image.shape[2]} x {image.shape[3]} in ONNX "
+                f"the file does not run on an image of {image.shape[2]} x {image.shape[3]} in ONNX "
                 f"Runtime ({first_line(error)}); say its size with --input HxW"
             ) from error
         return {
@@ -101,7 +101,7 @@ class Original:
         return RawOutputs(scores[None].astype(np.float32), from_corners(boxes, "cxcywh")[None].astype(np.float32))
 
     def detect(self, images: np.ndarray, found: Understood, output: OutputContract) -> dict[int, Detections]:
-        """What the file detects in each picture, in pixels of the input; classes are places among its logits."""
+        """What the file detects in each image, in pixels of the input; classes are places among its logits."""
         result = {}
         for number in range(len(images)):
             image = images[number : number + 1]
@@ -147,19 +147,19 @@ def decoded(raw: RawOutputs, image: np.ndarray, output: OutputContract, width: i
         return decode(raw, whole, classes, output)[0]
     except ModelError as error:
         raise ExportError(
-            "the model gives NaN or infinity on a picture; expected finite numbers: check --scale, "
+            "the model gives NaN or infinity on an image; expected finite numbers: check --scale, "
             "--mean and --std, and the file itself"
         ) from error
 
 
 def agree(theirs: dict[int, Detections], ours: dict[int, Detections], *, half: bool = False) -> Agreement:
-    """Whether both found the same: the BEST of every picture at least, by class, place and score.
+    """Whether both found the same: the BEST of every image at least, by class, place and score.
 
     half   one computes in float16, and the other does not
     """
     shown = [item.confidence[min(BEST, len(item)) - 1] for item in theirs.values() if len(item)]
     if not shown:
-        return Agreement(0, all(len(item) == 0 for item in ours.values()), "no object found in any picture")
+        return Agreement(0, all(len(item) == 0 for item in ours.values()), "no object found in any image")
     overlap, score, pixels = (HALF_OVERLAP, HALF_SCORE, HALF_PIXELS) if half else (OVERLAP, SCORE, PIXELS)
     found = match(theirs, ours, confidence=float(min(shown)), iou=overlap)
     same = (found.matched or 0) >= (HALF_FOUND if half else 1.0) and (half or not found.spurious)
@@ -184,7 +184,7 @@ def renumbered(found: dict[int, Detections], kept: Sequence[int]) -> dict[int, D
 
 
 def probes(dataset: DetectionSet | None, contract: InputContract) -> np.ndarray:
-    """Pictures [B, 3, H, W] to compare on: noise, noise in blocks, and some of the verify split."""
+    """Images [B, 3, H, W] to compare on: noise, noise in blocks, and some of the verify split."""
     rng = np.random.default_rng(0)
     shape = (contract.height, contract.width, 3)
     coarse = rng.integers(0, 256, (contract.height // 16 + 1, contract.width // 16 + 1, 3), dtype=np.uint8)

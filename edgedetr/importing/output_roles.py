@@ -192,7 +192,7 @@ def _taken_apart(view: GraphView, name: str, values: Values) -> Dense | Chosen |
 
 
 def _plausible(boxes: np.ndarray) -> bool:
-    """Whether columns may be boxes: most centres or corners are well inside; class scores are mostly near 0."""
+    """Whether columns may be boxes: most centers or corners are well inside; class scores are mostly near 0."""
     inside = (boxes[:, 2:] >= -1e-4).mean() > 0.98 and np.median(boxes[:, :2], axis=0).min() > 0.03
     return bool(inside) and not bool(np.abs(boxes.sum(1) - 1).max() < 1e-3)  # shares of one whole: softmax
 

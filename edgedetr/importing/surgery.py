@@ -57,7 +57,7 @@ class _Scaling:
 def absorb_scales(model: ModelProto) -> int:
     """Fold BatchNormalization, and factors and summands per channel, into the Conv before them; how many there were.
 
-    Without this they would be outside the quantised weights, and between the convolution and its activation.
+    Without this they would be outside the quantized weights, and between the convolution and its activation.
     """
     done = 0
     while True:
@@ -138,7 +138,7 @@ def dress(
     queries: int,
     width: int,
 ) -> ModelProto:
-    """Our contract around the graph: `images` 0..255 -> normalisation -> the graph -> `logits`, `boxes`.
+    """Our contract around the graph: `images` 0..255 -> normalization -> the graph -> `logits`, `boxes`.
 
     form           how the graph writes boxes; ours are cx, cy, w, h in shares of the image
     scale, shift   [3]   what the graph takes is images * scale + shift, per RGB channel
@@ -154,7 +154,7 @@ def dress(
     )
     graph = result.graph
     size = [dim.dim_value for item in graph.input if item.name == image for dim in item.type.tensor_type.shape.dim]
-    before, name = Part("normalise"), "images"
+    before, name = Part("normalize"), "images"
     for kind, value in (("Mul", scale), ("Add", shift)):
         if not np.all(value == (1 if kind == "Mul" else 0)):
             name = before.add(kind, name, before.constant(value.reshape(3, 1, 1), np.float32))
@@ -210,8 +210,8 @@ def _shares(part: Part, boxes: str, form: BoxForm) -> str:
         return boxes
     first, second = part.add_many("Split", boxes, part.constant([2, 2]), outputs=("", ""), axis=2)
     size = second if form.layout == "xywh" else part.add("Sub", second, first)
-    centre = part.add("Add", first, part.add("Mul", size, part.constant(0.5, np.float32)))
-    return part.add("Concat", centre, size, axis=2)
+    center = part.add("Add", first, part.add("Mul", size, part.constant(0.5, np.float32)))
+    return part.add("Concat", center, size, axis=2)
 
 
 def _rename(model: ModelProto, names: Mapping[str, str]) -> None:

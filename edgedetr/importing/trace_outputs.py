@@ -1,7 +1,7 @@
 """From an output of a file back to the tensors that it is made from, by their numbers on images.
 
 A tensor is the class logits where its sigmoid or softmax is what the file gives; it is the boxes where its corners, or
-its centres, are. Names and patterns of nodes are not relied on.
+its centers, are. Names and patterns of nodes are not relied on.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def run(model: ModelProto, names: Sequence[str], feeds: Sequence[dict[str, np.nd
     probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
     session = plain_session(
         probe.SerializeToString(),
-        optimise="basic",
+        optimize="basic",
         spin=False,
         error=ExportError,
         fix="export the model again, as float32 and with operators of ONNX alone",

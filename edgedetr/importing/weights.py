@@ -175,18 +175,18 @@ def architecture(
     found = infer(chosen.config, weights, values["heads"])
     if model == "deformable_detr" and layout != "edgedetr" and found.get("hidden", 64) < 64:
         raise ModelError(
-            f"{source}: {found['hidden']} channels per token (d_model), which theirs normalises one by "
+            f"{source}: {found['hidden']} channels per token (d_model), which theirs normalizes one by "
             "one in 32 groups and ours in pairs; expected at least 64"
         )
     if told:
         told.agree(found)
     image = _pixels(origin, model, size)
     notes += image.notes
-    colours = {"mean": image.mean, "std": image.std} if image.mean and image.std else {}
+    colors = {"mean": image.mean, "std": image.std} if image.mean and image.std else {}
     known = chosen.config.__dataclass_fields__
     inside = {name: value for name, value in {**found, **values}.items() if name in known}
     sections = {
-        "model": {"name": model, **inside, **colours},
+        "model": {"name": model, **inside, **colors},
         "input": {"height": image.height, "width": image.width, "resize": image.resize},
     }
     recipe = Recipe.from_dict(sections, where=source, sets=sets)

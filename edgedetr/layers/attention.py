@@ -1,4 +1,4 @@
-"""Multi-head attention from four plain Linear projections, so that each can be quantised, adapted or loaded alone."""
+"""Multi-head attention from four plain Linear projections, so that each can be quantized, adapted or loaded alone."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def around(place: Tensor, cells: Tensor | float) -> tuple[Tensor, Tensor, Tensor
     Without comparisons: places are clamped to one cell outside the map, so that the two cells low <= high coincide
     exactly where the outer one is missing, and (high - low) is its weight of 0 or 1.
 
-    place   in cells, whole numbers are cell centres;  cells  of the map along that axis
+    place   in cells, whole numbers are cell centers;  cells  of the map along that axis
     return  low, high, weight of low, weight of high; gradients reach the weights
     """
     place = place.clamp(min=-1)

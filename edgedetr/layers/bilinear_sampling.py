@@ -88,7 +88,7 @@ def bilinear_sum(value: Tensor, x: Tensor, y: Tensor, weight: Tensor, sheet: She
     """Per head, the weighted sum of what its points see; outside a map there are zeros.
 
     value   [B, S, M D] on a CPU: the maps' cells, map after map; all else in float32 (or all in float64)
-    x, y    [B, N, M, P] places in cells of the sheet: those in the point's map, where whole numbers are cell centres,
+    x, y    [B, N, M, P] places in cells of the sheet: those in the point's map, where whole numbers are cell centers,
             plus `sheet.corner`
     weight  [B, N, M, P]
     return  [B, N, M, D]
@@ -98,7 +98,7 @@ def bilinear_sum(value: Tensor, x: Tensor, y: Tensor, weight: Tensor, sheet: She
 
 
 class _BilinearSum(torch.autograd.Function):
-    """Head by head, not query by query: what a head sees of a picture is small enough for a processor's cache."""
+    """Head by head, not query by query: what a head sees of an image is small enough for a processor's cache."""
 
     @staticmethod
     def forward(

@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Centre and size [..., 4] (cx, cy, w, h) -> corners [..., 4] (x0, y0, x1, y1), in the same unit."""
-    centre, size = boxes.split(2, dim=-1)
-    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+    """Center and size [..., 4] (cx, cy, w, h) -> corners [..., 4] (x0, y0, x1, y1), in the same unit."""
+    center, size = boxes.split(2, dim=-1)
+    return torch.cat([center - size / 2, center + size / 2], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Corners [..., 4] (x0, y0, x1, y1) -> centre and size [..., 4] (cx, cy, w, h), in the same unit."""
+    """Corners [..., 4] (x0, y0, x1, y1) -> center and size [..., 4] (cx, cy, w, h), in the same unit."""
     low, high = boxes.split(2, dim=-1)
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
@@ -37,7 +37,7 @@ def paired_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU (Rezatofighi et al. 2019) of a[i] with b[i], in [-1, 1]; finite for boxes without area.
+    """Generalized IoU (Rezatofighi et al. 2019) of a[i] with b[i], in [-1, 1]; finite for boxes without area.
 
     a, b    [..., 4]  xyxy, broadcast against each other
     return  [...]
@@ -54,7 +54,7 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU of every pair: xyxy [N, 4] and [M, 4] -> [N, M]."""
+    """Generalized IoU of every pair: xyxy [N, 4] and [M, 4] -> [N, M]."""
     return paired_giou(a[:, None], b[None])
 
 
@@ -65,5 +65,5 @@ def _overlap_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tiny(x: Tensor) -> float:
-    # Far below the area of any real box (1e-3 of a picture's side squared), far above underflow.
+    # Far below the area of any real box (1e-3 of an image's side squared), far above underflow.
     return max(1e-12, torch.finfo(x.dtype).tiny)

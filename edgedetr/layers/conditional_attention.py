@@ -65,7 +65,7 @@ class ConditionalAttention(nn.Module):
         """One sum of values per query.
 
         content   [B, N, C];  position [1 or B, N, C], used by the first layer only
-        spatial   [1 or B, N, C]   the sine of the query's centre, as scaled by SpatialQuery
+        spatial   [1 or B, N, C]   the sine of the query's center, as scaled by SpatialQuery
         tokens    [B, S, C];  place [1 or B, S, C], their position
         padding   [B, S] bool, True = not to be seen
         """
@@ -74,7 +74,7 @@ class ConditionalAttention(nn.Module):
             q, k = q + self.q_position(position), k + where
         where, looked = where.expand(k.shape[0], -1, -1), self.q_spatial(spatial)
         shared, batch = looked.shape[0], q.shape[0]
-        # One place for all pictures is repeated; a batch that a graph leaves open is no int, and never compared with 1.
+        # One place for all images is repeated; a batch that a graph leaves open is no int, and never compared with 1.
         if type(shared) is not type(batch) or shared != batch:
             looked = looked.expand(batch, -1, -1)
         q = torch.cat([_split(q, self.heads), _split(looked, self.heads)], dim=-1)  # [B, M, N, 2D]
@@ -86,7 +86,7 @@ class ConditionalAttention(nn.Module):
 
 
 class SpatialQuery(nn.Module):
-    """Where each head looks: the sine of the query's centre, scaled channel by channel by what the query has become.
+    """Where each head looks: the sine of the query's center, scaled channel by channel by what the query has become.
 
     One module for all layers; the first takes the sine as it is, because its queries know nothing yet.
     """
@@ -101,7 +101,7 @@ class SpatialQuery(nn.Module):
     def forward(self, layer: int, content: Tensor, reference: Tensor, spatial: Tensor | None = None) -> Tensor:
         """content [B, N, C], reference [1 or B, N, 2|4] in 0..1 -> [B, N, C]; in layer 0 as many as there are places.
 
-        spatial  the centre's sine [1 or B, N, C], where known
+        spatial  the center's sine [1 or B, N, C], where known
         """
         place = sine_of_boxes(reference[..., :2], self.per_axis) if spatial is None else spatial
         if layer > 0:

@@ -1,4 +1,4 @@
-"""Convolution with its normalisation and activation, and the RepVGG block; both fuse to one convolution."""
+"""Convolution with its normalization and activation, and the RepVGG block; both fuse to one convolution."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias -> normalisation -> activation; "same" padding."""
+    """Convolution without bias -> normalization -> activation; "same" padding."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class ConvNorm(nn.Module):
         return isinstance(self.norm, FrozenBatchNorm2d) and packs(x, self.conv)
 
     def packed(self, x: Tensor, relu: bool, plus: Tensor | None = None) -> Tensor:
-        """Where `packs`: convolution and normalisation, plus a map where there is one, then ReLU if asked for."""
+        """Where `packs`: convolution and normalization, plus a map where there is one, then ReLU if asked for."""
         return convolve(x, self.conv, self.norm, relu, plus)  # type: ignore[arg-type]  # frozen, as `packs` has seen
 
     def fused(self) -> nn.Module:
@@ -82,7 +82,7 @@ class RepVgg(nn.Module):
 
     @torch.no_grad()
     def fused(self) -> nn.Module:
-        """The same function in evaluation mode: the 1x1 kernel is added to the centre of the 3x3 one."""
+        """The same function in evaluation mode: the 1x1 kernel is added to the center of the 3x3 one."""
         wide = fold_batch_norm(self.wide.conv, self.wide.norm)  # type: ignore[arg-type]  # not known to mypy
         narrow = fold_batch_norm(self.narrow.conv, self.narrow.norm)  # type: ignore[arg-type]  # not known to mypy
         wide.weight += F.pad(narrow.weight, (1, 1, 1, 1))

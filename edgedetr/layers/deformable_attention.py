@@ -54,12 +54,12 @@ class DeformableAttention(nn.Module):
         self.value, self.out = Linear(dim, dim), Linear(dim, dim)
         share = torch.tensor([1 / count for count in points for _ in range(count)])
         self.register_buffer("share", share[:, None], persistent=False)
-        self._initialise()
+        self._initialize()
 
     share: Tensor  # [P, 1] 1 / points of that level
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Head m looks along angle 2 pi m / M, its points on squares of radius 1, 2, ... around the reference."""
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -83,10 +83,10 @@ class DeformableAttention(nn.Module):
         """One sum of sampled values per query.
 
         query      [B, N, C]     content + position
-        reference  [1 or B, N, 2|4]  cx, cy(, w, h) in 0..1 of the picture
+        reference  [1 or B, N, 2|4]  cx, cy(, w, h) in 0..1 of the image
         tokens     [B, S, C]     memory, level after level, row by row; shapes [(H_l, W_l)]
         padding    [B, S] bool   True = read as zero
-        valid      [B, L, 2]     share of each level's width and height that is picture; None: all of it
+        valid      [B, L, 2]     share of each level's width and height that is image; None: all of it
         return     [B, N, C]
         """
         kind = mixed(query)
@@ -156,7 +156,7 @@ class DeformableAttention(nn.Module):
         start, row = self._per_point([(float(s), float(w)) for s, (_, w) in zip(starts, shapes)], location).unbind(-1)
         last = size - 1
         if self.method == "discrete":
-            # RT-DETRv2 rounds location * size, half a cell right of and below the centres; its weights know that.
+            # RT-DETRv2 rounds location * size, half a cell right of and below the centers; its weights know that.
             cell = torch.minimum((location * size + 0.5).floor().clamp(min=0), last).detach()
             rows, weights = [start + cell[..., 1] * row + cell[..., 0]], [weight]
         else:

@@ -1,7 +1,7 @@
 """The reading half of a deformable 3x3 convolution: nine taps that look where they are told to, each with a weight.
 
 Zhu et al. 2019, "Deformable ConvNets v2", section 3.1. A Linear over the nine taps' channels is the other half, so that
-it can be quantised and no operator is needed that runtimes lack. Several maps are read in one call.
+it can be quantized and no operator is needed that runtimes lack. Several maps are read in one call.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ Schedule = Literal["linear", "exponential"]
 
 
 class DropPath(nn.Module):
-    """A branch that is zero for each picture with probability `rate`, else 1 / (1 - rate) times itself."""
+    """A branch that is zero for each image with probability `rate`, else 1 / (1 - rate) times itself."""
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()

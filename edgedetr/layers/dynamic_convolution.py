@@ -1,4 +1,4 @@
-"""Layers whose weights are predicted: per query (dynamic instance interaction), or per picture (dynamic ReLU).
+"""Layers whose weights are predicted: per query (dynamic instance interaction), or per image (dynamic ReLU).
 
 Sun et al. 2021, "Sparse R-CNN", section 3.2; Chen et al. 2020, "Dynamic ReLU", form B; Dai et al. 2021, "Dynamic Head".
 """

@@ -1,4 +1,4 @@
-"""Batch normalisation that is frozen, and its folding into the convolution before it."""
+"""Batch normalization that is frozen, and its folding into the convolution before it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FrozenBatchNorm2d(nn.Module):
             self.register_buffer(name, torch.full((channels,), value))
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Scale [C] and shift [C]: the normalisation is x * scale + shift."""
+        """Scale [C] and shift [C]: the normalization is x * scale + shift."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
@@ -34,7 +34,7 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale[:, None, None] + shift[:, None, None]
 
 
-class Normalise(nn.Module):
+class Normalize(nn.Module):
     """Pixels 0..255 to what the backbone was trained on: (x / 255 - mean) / std, per RGB channel."""
 
     scale: Tensor
@@ -50,7 +50,7 @@ class Normalise(nn.Module):
         self.register_buffer("shift", shift.float()[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W], 0..255 -> normalised, the same shape."""
+        """images [B, 3, H, W], 0..255 -> normalized, the same shape."""
         scaled = images * self.scale
         return scaled + self.shift if self.shifted else scaled
 

@@ -1,4 +1,4 @@
-"""A picture as patches: their embedding, where they lie, and windows of them.
+"""An image as patches: their embedding, where they lie, and windows of them.
 
 Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1; windows: Li et al. 2022, "ViTDet", section 3.
 """
@@ -19,7 +19,7 @@ class PatchPosition(nn.Module):
     shape_only = True
 
     def __init__(self, dim: int, grid: int, class_token: bool) -> None:
-        """grid  patches per side of the pictures of pretraining (224 px / 16)"""
+        """grid  patches per side of the images of pretraining (224 px / 16)"""
         super().__init__()
         self.grid, self.class_token = grid, class_token
         self.table = nn.Parameter(torch.empty(1, class_token + grid * grid, dim))

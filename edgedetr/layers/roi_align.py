@@ -16,7 +16,7 @@ from edgedetr.layers.cpu_kernels.weighted_rows import weighted_rows
 
 Shapes = Sequence[tuple[int, int]]
 
-# A box with the area of a square of 14 cells' side belongs to a level: 224 px at stride 16, ImageNet's picture (FPN).
+# A box with the area of a square of 14 cells' side belongs to a level: 224 px at stride 16, ImageNet's image (FPN).
 CELLS = 14.0
 
 
@@ -35,7 +35,7 @@ class RoiAlign(nn.Module):
         """Gradients reach the tokens, not the boxes.
 
         tokens  [B, S, C]  level after level, finest first, row by row; shapes [(H_l, W_l)]; strides in pixels
-        boxes   [B, N, 4]  cx, cy, w, h in 0..1 of the picture; may reach beyond it
+        boxes   [B, N, 4]  cx, cy, w, h in 0..1 of the image; may reach beyond it
         return  [B, N, size * size, C], bins row by row
         """
         batch, rows = tokens.shape[:2]
@@ -47,8 +47,8 @@ class RoiAlign(nn.Module):
             [[float(w), float(h), 1.0 / stride, float(start)] for (h, w), stride, start in zip(shapes, strides, starts)]
         )
         cells, scale, start = F.embedding(level_of(boxes, strides), table).split([2, 1, 1], dim=-1)
-        centre, extent = (boxes * scale).split(2, dim=-1)  # [B, N, 2] in cells of the box's level
-        cell, weight = self._along(centre, extent, cells)  # [B, N, 2, 2 samples * size]
+        center, extent = (boxes * scale).split(2, dim=-1)  # [B, N, 2] in cells of the box's level
+        cell, weight = self._along(center, extent, cells)  # [B, N, 2, 2 samples * size]
         column, row = cell.split(1, dim=2)
         first = torch.arange(batch, device=tokens.device, dtype=boxes.dtype)[:, None, None] * rows
         row = row.squeeze(2) * cells[..., :1] + (start + first)  # first token of the row, in the whole batch
@@ -60,15 +60,15 @@ class RoiAlign(nn.Module):
         index, share = index.long().reshape(-1, bins**2, reads**2), share.reshape(-1, bins**2, reads**2)
         return weighted_rows(tokens.flatten(0, 1), index, share).reshape(batch, -1, bins**2, tokens.shape[2])
 
-    def _along(self, centre: Tensor, extent: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    def _along(self, center: Tensor, extent: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
         """Along both axes: the two cells about each sample, and their weights in the mean of the bin.
 
-        centre, extent, cells  [B, N, 2]  x, y of the box in cells of its level; cells of that level
+        center, extent, cells  [B, N, 2]  x, y of the box in cells of its level; cells of that level
         return                 [B, N, 2, 2 * samples * size] cell numbers and weights, bin after bin
         """
         count = self.size * self.samples
-        step = (torch.arange(count, device=centre.device, dtype=centre.dtype) + 0.5) / count - 0.5
-        place = centre[..., None] + (extent[..., None] * step - 0.5)  # cell centres are whole numbers
+        step = (torch.arange(count, device=center.device, dtype=center.dtype) + 0.5) / count - 0.5
+        place = center[..., None] + (extent[..., None] * step - 0.5)  # cell centers are whole numbers
         cells = cells[..., None]
         last = cells - 1
         inside = ((place >= -1) & (place <= cells)).to(place.dtype) / self.samples

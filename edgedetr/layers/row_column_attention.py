@@ -16,7 +16,7 @@ from edgedetr.layers.position import sine
 
 Axes = tuple[Tensor, Tensor]  # position of each column [1 or B, W, C], and of each row [1 or B, H, C]
 
-LARGEST = 2**25  # numbers that the inner product of one picture may take at once (128 MiB); more go in parts
+LARGEST = 2**25  # numbers that the inner product of one image may take at once (128 MiB); more go in parts
 
 
 class AxisPosition(nn.Module):
@@ -33,11 +33,11 @@ class AxisPosition(nn.Module):
         return self.adapt(sine(places[..., None], self.dim))
 
     def forward(self, like: Tensor, shape: tuple[int, int], padding: Tensor | None = None) -> Axes:
-        """Of every column and row of a map: the cell centres, as shares of the columns and rows that are picture.
+        """Of every column and row of a map: the cell centers, as shares of the columns and rows that are image.
 
-        padding  [B, H, W] bool; each picture lies in the upper left corner
+        padding  [B, H, W] bool; each image lies in the upper left corner
         """
-        kind = torch.promote_types(like.dtype, torch.float32)  # a bfloat16 cell centre is 1/256 off
+        kind = torch.promote_types(like.dtype, torch.float32)  # a bfloat16 cell center is 1/256 off
         if padding is None:
             height, width = (torch.ones(1, n, device=like.device, dtype=kind) for n in shape)
         else:
@@ -73,7 +73,7 @@ class RowColumnAttention(nn.Module):
 
         along_x, along_y  [B, N, C]   content + position along x (compared with columns), and along y (with rows)
         tokens            [B, H*W, C] row by row, without position; axes: theirs
-        padding           [B, H*W] bool, True = padding: outside the picture's columns and rows
+        padding           [B, H*W] bool, True = padding: outside the image's columns and rows
         return            [B, N, C]
         """
         height, width = shape
@@ -84,7 +84,7 @@ class RowColumnAttention(nn.Module):
         else:
             seen = ~padding.unflatten(1, shape)
             hidden_x, hidden_y = (~seen.any(1))[:, None, None], (~seen.any(2))[:, None, None]
-            # The mean is of the picture's cells. (The paper's code also counts the padding's, which then changes it.)
+            # The mean is of the image's cells. (The paper's code also counts the padding's, which then changes it.)
             maps = maps * seen[..., None]
             columns = maps.sum(1) / seen.sum(1)[..., None].clamp(min=1)
             rows = maps.sum(2) / seen.sum(2)[..., None].clamp(min=1)

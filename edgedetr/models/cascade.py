@@ -24,7 +24,7 @@ PRIOR = 0.01  # class probability that the heads start from (RetinaNet, section 
 
 
 class LearnedProposals(nn.Module):
-    """N boxes and N vectors, the same for every picture; every box starts as the whole picture."""
+    """N boxes and N vectors, the same for every image; every box starts as the whole image."""
 
     def __init__(self, queries: int, dim: int, num_classes: int, denoising: bool = False) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class RoiCrossAttention(nn.Module):
 class DeltaBoxes(nn.Module):
     """Each layer has its own towers and heads, and moves the box of the layer before relative to its size.
 
-    Boxes are not kept within the picture: a side that is cut off has no gradient. The runtime clips them.
+    Boxes are not kept within the image: a side that is cut off has no gradient. The runtime clips them.
     """
 
     iterative = True
@@ -88,8 +88,8 @@ class DeltaBoxes(nn.Module):
             raise ModelError("R-CNN deltas move a box; this selector gives none")
         kind = torch.promote_types(delta.dtype, torch.float32)
         shift, growth = (delta.to(kind) / delta.new_tensor(DELTA_WEIGHTS, dtype=kind)).split(2, dim=-1)
-        centre, size = reference.to(kind).split(2, dim=-1)
-        return torch.cat([centre + shift * size, size * growth.clamp(max=LARGEST_GROWTH).exp()], dim=-1)
+        center, size = reference.to(kind).split(2, dim=-1)
+        return torch.cat([center + shift * size, size * growth.clamp(max=LARGEST_GROWTH).exp()], dim=-1)
 
     def rare(self) -> None:
         """Every class starts as rare: the prior goes into the bias of the class heads, and nowhere else."""
@@ -97,7 +97,7 @@ class DeltaBoxes(nn.Module):
             nn.init.constant_(score.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]  # there is one
 
     def unmoved(self) -> None:
-        """Every box starts where the layer before left it, so that each layer has a picture to read from the start."""
+        """Every box starts where the layer before left it, so that each layer has an image to read from the start."""
         for box in self.box:
             nn.init.zeros_(box.weight)  # type: ignore[arg-type]  # mypy does not know a ModuleList's content
             nn.init.zeros_(box.bias)  # type: ignore[arg-type]  # not known to mypy

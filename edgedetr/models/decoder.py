@@ -187,9 +187,9 @@ class IterativeBoxes(nn.Module):
 def move(delta: Tensor, reference: Tensor | None) -> Tensor:
     """Box logits [B, N, 4], from the reference [B, N, 2|4] in 0..1 where there is one -> boxes [B, N, 4] in 0..1.
 
-    A reference point moves the centre alone.
+    A reference point moves the center alone.
     """
-    delta = delta.to(torch.promote_types(delta.dtype, torch.float32))  # half precision steps by 1/256 of the picture
+    delta = delta.to(torch.promote_types(delta.dtype, torch.float32))  # half precision steps by 1/256 of the image
     if reference is None:
         return delta.sigmoid()
     start, known = inverse_sigmoid(reference), reference.shape[-1]
@@ -203,7 +203,7 @@ class Decoder(nn.Module):
 
     query_position  Mlp(4 -> C) of the reference, anew in every layer; None: the position in Queries stays
     norm            on every layer's features before the heads (DETR), or None
-    norm_between    the next layer takes these features as well, and the last are normalised twice: so transformers
+    norm_between    the next layer takes these features as well, and the last are normalized twice: so transformers
                     computes models with auxiliary_loss, and so they were trained; not in the papers
     spatial         (layer, content, reference, Queries.spatial) -> what cross-attention takes of the place in this
                     layer; None: Queries.spatial stays

@@ -35,7 +35,7 @@ class Baked(nn.Module):
 
 
 class DeployGraph(nn.Module):
-    """A copy of the detector for one input size: normalisation inside, BatchNorm and RepVGG fused, positions constant.
+    """A copy of the detector for one input size: normalization inside, BatchNorm and RepVGG fused, positions constant.
 
     images  [B, 3, height, width]  RGB, 0..255, float32
     return  logits [B, N, K*], boxes [B, N, 4] (cx, cy, w, h in 0..1 of the input)
@@ -74,7 +74,7 @@ class DeployGraph(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.detector(self.detector.normalise(images), last_only=True)
+        outputs = self.detector(self.detector.normalize(images), last_only=True)
         return outputs.logits[0], outputs.boxes[0]
 
     @torch.no_grad()

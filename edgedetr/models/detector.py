@@ -1,4 +1,4 @@
-"""The one detector: encode pictures to memory, select queries, decode them to boxes. Start reading here."""
+"""The one detector: encode images to memory, select queries, decode them to boxes. Start reading here."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 @dataclass
 class Memory:
-    """What the picture became: one token per cell, level after level.
+    """What the image became: one token per cell, level after level.
 
     tokens    [B, S, C]
     position  [1 or B, S, C] or None   added to queries and keys, never to values
     padding   [B, S] bool or None, True = padding
     shapes    [(H_l, W_l)] as Python ints, sum of H_l * W_l = S
     strides   input pixels per cell of each level
-    valid     [B, L, 2] or None   share of each level's width and height that is picture, 0..1 (x, y)
+    valid     [B, L, 2] or None   share of each level's width and height that is image, 0..1 (x, y)
     axes      position of each column [1 or B, W, C] and of each row [1 or B, H, C], for row-column attention, or None
     """
 
@@ -41,7 +41,7 @@ class Queries:
     content    [B, N, C]
     position   [1 or B, N, C] or None   where it is fixed for all layers
     reference  [1 or B, N, 2|4] or None, cx, cy(, w, h) in 0..1
-    spatial    what cross-attention alone takes of the place, or None: [1 or B, N, C] the sine of the centre
+    spatial    what cross-attention alone takes of the place, or None: [1 or B, N, C] the sine of the center
                (conditional), [B, N, 2C] the position along x, then along y (row-column)
     self_mask  [N, N] bool or None, True = this query (row) must not see that one (column)
     encoder    (logits [B, N, K], boxes [B, N, 4]) of the proposals the queries came from, or None
@@ -60,7 +60,7 @@ class Outputs:
     """Predictions of every decoder layer; the last of L is the answer.
 
     logits   [L, B, N, K*]
-    boxes    [L, B, N, 4]  cx, cy, w, h in 0..1 of the input picture
+    boxes    [L, B, N, 4]  cx, cy, w, h in 0..1 of the input image
     encoder  (logits [B, M, K], boxes [B, M, 4]) of two-stage members, or None
     """
 
@@ -72,10 +72,10 @@ class Outputs:
 class Detector(nn.Module):
     """backbone -> neck and encoder -> query selection -> decoder.
 
-    encoder   pictures' feature maps -> Memory        (neck, position encoding and encoder layers)
+    encoder   images' feature maps -> Memory        (neck, position encoding and encoder layers)
     selector  Memory -> Queries
     decoder   (Queries, Memory) -> Outputs            (layers, box update, heads)
-    normalise pixels 0..255 -> what the backbone takes; called by whoever has pixels (training, DeployGraph)
+    normalize pixels 0..255 -> what the backbone takes; called by whoever has pixels (training, DeployGraph)
     slow      parts of parameter names that learn at a tenth of the rate
     """
 
@@ -85,16 +85,16 @@ class Detector(nn.Module):
         encoder: nn.Module,
         selector: nn.Module,
         decoder: nn.Module,
-        normalise: nn.Module,
+        normalize: nn.Module,
         slow: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.slow = slow
         self.backbone, self.encoder, self.selector, self.decoder = backbone, encoder, selector, decoder
-        self.normalise = normalise
+        self.normalize = normalize
 
     def encode(self, images: Tensor, padding: Tensor | None = None) -> Memory:
-        """images [B, 3, H, W], normalised; padding [B, H, W] bool, True = padding."""
+        """images [B, 3, H, W], normalized; padding [B, H, W] bool, True = padding."""
         return self.encoder(self.backbone(images), padding)
 
     def select(self, memory: Memory) -> Queries:

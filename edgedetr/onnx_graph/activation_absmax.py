@@ -1,4 +1,4 @@
-"""The largest magnitude of every float tensor of a graph over a few pictures: what says whether FP16 can hold it."""
+"""The largest magnitude of every float tensor of a graph over a few images: what says whether FP16 can hold it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def peaks(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[str, float]:
             probe.graph.node.append(node)
     wanted = [f"{name}_{given}" for given in ("largest", "sum") for name in names]
     probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
-    # For a few pictures: to optimise a graph in which every tensor is looked at takes longer than it saves.
+    # For a few images: to optimize a graph in which every tensor is looked at takes longer than it saves.
     session = plain_session(probe.SerializeToString(), error=ExportError)
     found = dict.fromkeys(names, 0.0)
     for batch in batches:
@@ -43,7 +43,7 @@ def peaks(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[str, float]:
         for name, largest, total in zip(names, values[: len(names)], values[len(names) :]):
             if not np.isfinite(total):
                 raise ExportError(
-                    f"tensor {name!r} is {float(total)} on a picture; expected finite activations; "
+                    f"tensor {name!r} is {float(total)} on an image; expected finite activations; "
                     "train again from the last good checkpoint: edgedetr train --data DIR --resume"
                 )
             if largest > -np.inf:  # which is the maximum of nothing: an empty tensor

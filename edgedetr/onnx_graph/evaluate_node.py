@@ -1,4 +1,4 @@
-"""The value of a node in NumPy, for the few operators of which scales, sizes and normalisations are made.
+"""The value of a node in NumPy, for the few operators of which scales, sizes and normalizations are made.
 
 Only small tensors are evaluated: the file may be anybody's, and no value in it may cost much memory or time.
 """
@@ -138,7 +138,7 @@ def _of_two(kind: str, told: dict[str, Any], first: Array, second: Array, rest: 
             return None
         return _slice(first, second, [value for value in rest if value is not None])
     if kind in ("InstanceNormalization", "GroupNormalization"):
-        return _normalise(kind, told, first, second, rest[0])
+        return _normalize(kind, told, first, second, rest[0])
     if np.prod(np.broadcast_shapes(first.shape, second.shape), dtype=float) > LARGEST:
         return None
     if kind == "Pow":
@@ -165,7 +165,7 @@ def _slice(first: Array, starts: Array, rest: list[Array]) -> Array:
     return first[tuple(chosen)]
 
 
-def _normalise(kind: str, told: dict[str, Any], x: Array, scale: Array, shift: Array | None) -> Array | None:
+def _normalize(kind: str, told: dict[str, Any], x: Array, scale: Array, shift: Array | None) -> Array | None:
     """GroupNormalization of each sample; of one channel each it is InstanceNormalization."""
     if shift is None or x.ndim < 2:
         return None

@@ -25,7 +25,7 @@ def fold(model: ModelProto) -> ModelProto:
     """The same function with fewer nodes; names of the remaining nodes and tensors stay."""
     result = ModelProto()
     result.CopyFrom(model)
-    _constants_to_initialisers(result)
+    _constants_to_initializers(result)
     for _ in range(PASSES):
         before = len(result.graph.node)
         _remove_identities(result)
@@ -37,7 +37,7 @@ def fold(model: ModelProto) -> ModelProto:
     return result
 
 
-def _constants_to_initialisers(model: ModelProto) -> None:
+def _constants_to_initializers(model: ModelProto) -> None:
     graph, kept = model.graph, []
     for node in graph.node:
         tensor = _constant_of(node) if node.op_type == "Constant" else None

@@ -15,7 +15,7 @@ from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.wiring import Wiring
 from edgedetr.quantization.policy import Rule
 
-LARGEST = 3e4  # a tensor that was seen larger stays float32: half of 65504, since other pictures exceed it
+LARGEST = 3e4  # a tensor that was seen larger stays float32: half of 65504, since other images exceed it
 SMALLEST = 2.0**-14  # 6.1e-5, the smallest normal FP16 number; GPUs may flush what is smaller to 0
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
@@ -42,7 +42,7 @@ _FEATURES = {
 _STEEP = {"Exp", "Log", "Pow", "Reciprocal", "Sqrt", "Sin", "Cos", "Floor", "Ceil", "Round", "Mod", "CumSum", "Range"}
 _NORMS = {"LayerNormalization", "GroupNormalization", "InstanceNormalization"}
 _ALWAYS_FLOAT = {("Resize", 1), ("Resize", 2)}  # inputs whose type ONNX fixes
-_SMALL = 4096  # elements; larger initialisers take no part in type inference
+_SMALL = 4096  # elements; larger initializers take no part in type inference
 
 
 def halve(model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ...] = ()) -> ModelProto:
@@ -61,7 +61,7 @@ def islands(model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ..
 
 
 def float_tensors(model: ModelProto) -> set[str]:
-    """Names of all float32 tensors that are no initialisers."""
+    """Names of all float32 tensors that are no initializers."""
     return {name for name, kind in _types(model).items() if kind == FLOAT} - {t.name for t in model.graph.initializer}
 
 
@@ -227,7 +227,7 @@ class _Halver:
                 if scale and not (np.array_equal(rounded, values) and (values >= SMALLEST).all()):
                     raise ExportError(
                         f"{name}: a scale is no normal FP16 number; expected scales of the TensorRT "
-                        "dialect; quantise again: edgedetr export BUNDLE --int8"
+                        "dialect; quantize again: edgedetr export BUNDLE --int8"
                     )
                 self.constants[other] = numpy_helper.from_array(rounded, other)
             return other
@@ -288,7 +288,7 @@ def _plain(model: ModelProto) -> ModelProto:
 
 
 def _types(model: ModelProto) -> dict[str, int]:
-    """Element type of every tensor; large initialisers enter as inputs, so that it is fast."""
+    """Element type of every tensor; large initializers enter as inputs, so that it is fast."""
     light = ModelProto()
     light.ir_version = model.ir_version
     light.opset_import.extend(model.opset_import)

@@ -2,7 +2,7 @@
 
 CPU libraries compute float16 graphs in float32 and round late or never, so that 300 * 300 * 1e-3 gives 90 and not
 infinity. The twin has the same nodes in float32, and behind each that computes a pair of Casts, to float16 and back.
-Weights keep their FP16 values. INT8 stays INT8: kernels read the integers, so what is dequantised is not rounded again.
+Weights keep their FP16 values. INT8 stays INT8: kernels read the integers, so what is dequantized is not rounded again.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def has_half(path: Path) -> bool:
 
 
 def twin(path: Path, *, rounded: bool = True) -> bytes:
-    """The float32 twin of an ONNX file, serialised; a graph without float16 comes back as it is.
+    """The float32 twin of an ONNX file, serialized; a graph without float16 comes back as it is.
 
-    To be run without optimisations: a library may take the pairs for something that can be left out.
+    To be run without optimizations: a library may take the pairs for something that can be left out.
     rounded   False: without the pairs, the same function in float32
     """
     onnx = _onnx()

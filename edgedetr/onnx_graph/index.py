@@ -102,7 +102,7 @@ class GraphView:
         """Value of a constant that is there."""
         return numpy_helper.to_array(self.constants[name])
 
-    def dequantised(self, node: NodeProto, index: int) -> NodeProto | None:
+    def dequantized(self, node: NodeProto, index: int) -> NodeProto | None:
         """The DequantizeLinear that feeds an input, also through a Transpose, or None."""
         if index >= len(node.input):
             return None

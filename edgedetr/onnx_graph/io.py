@@ -67,7 +67,7 @@ def open_onnx(path: str | Path, *, weights: bool = True) -> OnnxFile:
 
 
 def tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Every tensor in a model, wherever it stands: initialisers (sparse ones are two tensors), attributes of nodes,
+    """Every tensor in a model, wherever it stands: initializers (sparse ones are two tensors), attributes of nodes,
     subgraphs, functions, training graphs."""
     waiting: list[Any] = [model]
     while waiting:

@@ -149,7 +149,7 @@ def _rms_norm(it: _Rewrite) -> None:
 
 
 def _group_norm(it: _Rewrite) -> None:
-    """Opset 21: scale and bias per channel; the groups are normalised as rows."""
+    """Opset 21: scale and bias per channel; the groups are normalized as rows."""
     groups, rank = attribute(it.node, "num_groups", 1), len(it.shape(0))
     rows = it.add("Reshape", it.input(0), it.part.constant([0, groups, -1]))
     ones, zeros = it.number(np.ones(groups)), it.number(np.zeros(groups))

@@ -83,7 +83,7 @@ def layer_norm(rng: np.random.Generator) -> tuple[ModelProto, np.ndarray]:
 
 
 def concat(rng: np.random.Generator) -> tuple[ModelProto, np.ndarray]:
-    """Two INT8 convolutions of different ranges, concatenated and quantised once: their scales must not be mixed up."""
+    """Two INT8 convolutions of different ranges, concatenated and quantized once: their scales must not be mixed up."""
     x = rng.standard_normal((1, 32, 16, 16)).astype(np.float32)
     constants: dict[str, np.ndarray] = {"zero": np.int8(0), "zeros": np.zeros(32, np.int8)}
     nodes = [_node("Cast", [FEED], "half", to=TensorProto.FLOAT16), *_qdq("half", 0.03, constants)]
@@ -104,11 +104,11 @@ CANARIES: dict[str, Callable[[np.random.Generator], tuple[ModelProto, np.ndarray
 
 
 def make(name: str) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """(ONNX file, input, output by ONNX Runtime without optimisations) of one canary; the same ones every time."""
+    """(ONNX file, input, output by ONNX Runtime without optimizations) of one canary; the same ones every time."""
     model, x = CANARIES[name](np.random.default_rng(len(name)))
     checker.check_model(model, full_check=True)
     data = model.SerializeToString(deterministic=True)
-    return data, x, onnxruntime.tensors(data, x, ["y"], optimise=False, threads=1, feed=FEED)["y"]
+    return data, x, onnxruntime.tensors(data, x, ["y"], optimize=False, threads=1, feed=FEED)["y"]
 
 
 def write(folder: Path) -> None:

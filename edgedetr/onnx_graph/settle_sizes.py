@@ -32,7 +32,7 @@ _BY_VALUE = {
     "Bernoulli",
     "StringSplit",
 }
-_SIDE = 1000  # what inputs that are no picture hold: a size in pixels
+_SIDE = 1000  # what inputs that are no image hold: a size in pixels
 
 
 def settle(model: ModelProto) -> ModelProto:
@@ -79,7 +79,7 @@ def shapes_by_running(model: ModelProto, names: Sequence[str]) -> dict[str, list
 
 
 def _depending(view: GraphView) -> set[str]:
-    """Tensors whose size may depend on the values of the picture."""
+    """Tensors whose size may depend on the values of the image."""
     found: set[str] = set()
     for node in view.nodes:
         if node.op_type in _BY_VALUE or any(name in found for name in [*node.input, *captured(node)]):

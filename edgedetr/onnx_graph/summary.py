@@ -1,4 +1,4 @@
-"""What is in an ONNX file: opset, inputs and outputs, operators, and how much of it is quantised."""
+"""What is in an ONNX file: opset, inputs and outputs, operators, and how much of it is quantized."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import onnx
 from edgedetr.onnx_graph.index import type_name
 from edgedetr.onnx_graph.io import open_onnx
 
-QUANTISABLE = ("Conv", "MatMul", "Gemm")
+QUANTIZABLE = ("Conv", "MatMul", "Gemm")
 
 
 @dataclass(frozen=True)
 class GraphContents:
     """One ONNX file.
 
-    quantised   how many multiplying nodes take data and weight through Q/DQ
+    quantized   how many multiplying nodes take data and weight through Q/DQ
     external    files beside it that hold weights
     faults      why those must not be read
     """
@@ -30,8 +30,8 @@ class GraphContents:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     operators: dict[str, int]
-    quantised: int
-    quantisable: int
+    quantized: int
+    quantizable: int
     metadata: dict[str, str]
     external: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class GraphContents:
         lines += [
             ["nodes", sum(self.operators.values())],
             ["Q / DQ", f"{pairs[0]} / {pairs[1]}"],
-            ["quantised Conv, MatMul, Gemm", f"{self.quantised} of {self.quantisable}"],
+            ["quantized Conv, MatMul, Gemm", f"{self.quantized} of {self.quantizable}"],
         ]
         short = {key: value if len(value) < 80 else value[:77] + "..." for key, value in self.metadata.items()}
         lines += [[f"metadata {key}", value] for key, value in short.items()]
@@ -61,7 +61,7 @@ def inspect_onnx(path: Path) -> GraphContents:
     opened = open_onnx(path, weights=False)
     model, graph = opened.model, opened.model.graph
     producer = {output: node.op_type for node in graph.node for output in node.output}
-    weighty = [node for node in graph.node if node.op_type in QUANTISABLE]
+    weighty = [node for node in graph.node if node.op_type in QUANTIZABLE]
     both = [node for node in weighty if all(producer.get(name) == "DequantizeLinear" for name in node.input[:2])]
     return GraphContents(
         path=str(path),
@@ -70,8 +70,8 @@ def inspect_onnx(path: Path) -> GraphContents:
         inputs=tuple(_signature(graph.input)),
         outputs=tuple(_signature(graph.output)),
         operators=dict(Counter(node.op_type for node in graph.node)),
-        quantised=len(both),
-        quantisable=len(weighty),
+        quantized=len(both),
+        quantizable=len(weighty),
         metadata={entry.key: entry.value for entry in model.metadata_props},
         external=opened.external,
         faults=opened.faults,

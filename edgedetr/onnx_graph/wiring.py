@@ -51,7 +51,7 @@ class Wiring:
                     self.readers[name].append(Reader(node, index))
 
     def constant(self, name: str) -> np.ndarray:
-        """Value of an initialiser."""
+        """Value of an initializer."""
         return numpy_helper.to_array(self.constants[name])
 
     def only_reader(self, tensor: str) -> NodeProto | None:

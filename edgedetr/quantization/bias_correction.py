@@ -1,11 +1,11 @@
 """Bias correction: what rounding shifts the mean output of each INT8 layer by is put back into the layer's bias.
 
 Nagel et al. 2019, "Data-Free Quantization", section 4.2, in its empirical form: per output channel, the mean over
-pictures of W x - W_q x_q, where x_q comes from the layers before, which have been corrected. The weights of one channel
+images of W x - W_q x_q, where x_q comes from the layers before, which have been corrected. The weights of one channel
 are too few for their rounding errors to cancel, and where the input is never negative what is left shifts the mean.
 
-Layer after layer would take as many passes over the pictures as there are layers. Here the layers are taken in a few
-parts: within a part each picture's own mean error stands for the mean error over all of them, which is known only after
+Layer after layer would take as many passes over the images as there are layers. Here the layers are taken in a few
+parts: within a part each image's own mean error stands for the mean error over all of them, which is known only after
 the pass; the layers of earlier parts have their final biases.
 """
 
@@ -24,7 +24,7 @@ from edgedetr.runtime.backends.onnxruntime import plain_session
 
 PICTURES = 64  # at most; of the demonstration's 96, 32 leave twice the error in the means that all leave
 PARTS = 4  # passes over them, each over the layers up to its own
-TWIN = "int8/"  # before the names of the tensors of the quantised half
+TWIN = "int8/"  # before the names of the tensors of the quantized half
 
 
 def bias_of(layer: Layer, wiring: Wiring) -> tuple[NodeProto, int] | None:
@@ -55,7 +55,7 @@ def bias_of(layer: Layer, wiring: Wiring) -> tuple[NodeProto, int] | None:
 
 def shifts(
     model: ModelProto,
-    quantised: ModelProto,
+    quantized: ModelProto,
     plan: Plan,
     batches: Callable[[], Iterable[np.ndarray]],
     parts: int = PARTS,
@@ -63,24 +63,24 @@ def shifts(
     """{name of a layer's node: [O] float32, what has to be added to its bias}, for every layer that has a place for it.
 
     model       the float graph
-    quantised   the same with Q/DQ pairs, in float32, biases as they were
-    batches     gives the pictures as the graph takes them, [1, 3, H, W] float32, once for each part
+    quantized   the same with Q/DQ pairs, in float32, biases as they were
+    batches     gives the images as the graph takes them, [1, 3, H, W] float32, once for each part
     parts       more are more exact, up to the number of layers
 
-    Both graphs run as one, one picture at a time: behind each layer of the quantised half the mean of every channel is
+    Both graphs run as one, one image at a time: behind each layer of the quantized half the mean of every channel is
     set right before the layers that follow read it, so that a layer's shift does not count those of the layers before
-    it once more. Memory: the activations of one picture and [O] numbers per layer.
+    it once more. Memory: the activations of one image and [O] numbers per layer.
     """
     wiring = Wiring(model)
     layers = [layer for layer in plan.layers if bias_of(layer, wiring) is not None]
     found: dict[str, np.ndarray] = {}
     for part in np.array_split(np.arange(len(layers)), min(parts, len(layers))):
-        found |= _means(*_joint(model, quantised, [layers[i] for i in part], found), batches())
+        found |= _means(*_joint(model, quantized, [layers[i] for i in part], found), batches())
     return found
 
 
 def _means(joint: ModelProto, wanted: dict[str, str], batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
-    """{name: [O], mean over the pictures of the output that is wanted for it}."""
+    """{name: [O], mean over the images of the output that is wanted for it}."""
     session = _session(joint)
     sums = {name: np.zeros(0) for name in wanted}
     count = 0
@@ -93,19 +93,19 @@ def _means(joint: ModelProto, wanted: dict[str, str], batches: Iterable[np.ndarr
 
 
 def _joint(
-    model: ModelProto, quantised: ModelProto, part: Sequence[Layer], known: Mapping[str, np.ndarray]
+    model: ModelProto, quantized: ModelProto, part: Sequence[Layer], known: Mapping[str, np.ndarray]
 ) -> tuple[ModelProto, dict[str, str]]:
-    """Float and quantised graph in one, and {layer's node: the output that says its shift} for a part of the layers.
+    """Float and quantized graph in one, and {layer's node: the output that says its shift} for a part of the layers.
 
     known   shifts of the layers before them
     """
     wiring = Wiring(model)
     layers = {layer.node: layer for layer in part}
-    made = {name for node in quantised.graph.node for name in node.output}
-    constants = {item.name: item for item in (*model.graph.initializer, *quantised.graph.initializer)}
+    made = {name for node in quantized.graph.node for name in node.output}
+    constants = {item.name: item for item in (*model.graph.initializer, *quantized.graph.initializer)}
     nodes = [NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]
     wanted: dict[str, str] = {}
-    for source in quantised.graph.node:
+    for source in quantized.graph.node:
         node = NodeProto.FromString(source.SerializeToString())
         node.name = TWIN + source.name
         for names in (node.input, node.output):
@@ -165,5 +165,5 @@ def _only(
 
 
 def _session(model: ModelProto) -> Any:
-    """Without optimisations: Q/DQ in float arithmetic, what the graph means, on every CPU."""
+    """Without optimizations: Q/DQ in float arithmetic, what the graph means, on every CPU."""
     return plain_session(model.SerializeToString(), error=ExportError)

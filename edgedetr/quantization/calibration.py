@@ -1,4 +1,4 @@
-"""Observe the ranges of a float graph's activations over pictures, one picture at a time in ONNX Runtime."""
+"""Observe the ranges of a float graph's activations over images, one image at a time in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ SHOWN = 5  # pairs of near-copies that a message names
 
 @dataclass(frozen=True)
 class Pictures:
-    """Calibration pictures: where they are, and what they are."""
+    """Calibration images: where they are, and what they are."""
 
     paths: tuple[Path, ...]
     images: tuple[CalibrationImage, ...]
 
 
 def choose(bundle: Bundle, directory: Path | None, count: int) -> Pictures:
-    """At most `count` pictures, evenly spaced over the calibration split or over a folder.
+    """At most `count` images, evenly spaced over the calibration split or over a folder.
 
-    directory   a data set (its train split) or a folder of pictures; None = the calibration split of the bundle's data
-    A picture that is also in the verify split, by digest, is an ExportError: INT8 would be judged on what it was
+    directory   a data set (its train split) or a folder of images; None = the calibration split of the bundle's data
+    An image that is also in the verify split, by digest, is an ExportError: INT8 would be judged on what it was
     fitted to.
     """
     paths, root = _candidates(bundle, directory)
     if not paths:
-        raise ExportError(f"{root}: no pictures to calibrate on; expected at least one image file")
+        raise ExportError(f"{root}: no images to calibrate on; expected at least one image file")
     chosen = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int))]
     images = [CalibrationImage(digest(path), _name(path, root)) for path in chosen]
     verify = _verify_digests(bundle)
     for path, image in zip(chosen, images):
         if image.sha256 in verify:
             raise ExportError(
-                f"{path}: this calibration picture is also in the verify split, so the verdict would be "
-                "biased; expected disjoint pictures; run: edgedetr export BUNDLE --int8 --calib DIR"
+                f"{path}: this calibration image is also in the verify split, so the verdict would be "
+                "biased; expected disjoint images; run: edgedetr export BUNDLE --int8 --calib DIR"
             )
     return Pictures(tuple(chosen), tuple(images))
 
@@ -114,22 +114,22 @@ def _candidates(bundle: Bundle, directory: Path | None) -> tuple[list[Path], Pat
         if record is None:
             raise ExportError(
                 f"{bundle.path}: the bundle does not say where its data are; expected calibration "
-                f"pictures; run: edgedetr export {bundle.path} --int8 --calib DIR"
+                f"images; run: edgedetr export {bundle.path} --int8 --calib DIR"
             )
         return [sample.path for sample in load(record.path, record.calib_split).samples], Path(record.path)
     directory = Path(directory)
     if not directory.is_dir():
-        raise DataError(f"{directory}: no such directory; expected calibration pictures or a data set")
+        raise DataError(f"{directory}: no such directory; expected calibration images or a data set")
     try:
         names = splits(directory)
-    except DataError:  # no layout of annotations: a plain folder of pictures
+    except DataError:  # no layout of annotations: a plain folder of images
         return images_in(directory), directory
     split = "train" if "train" in names else next(iter(names))
     return [sample.path for sample in load(directory, split).samples], directory
 
 
 def _verify_digests(bundle: Bundle) -> Collection[str]:
-    """sha256 of the verify pictures, from reference.npz where there is one, otherwise from the files."""
+    """sha256 of the verify images, from reference.npz where there is one, otherwise from the files."""
     if bundle.has("reference.npz"):
         return set(Reference.load(bundle.require("reference.npz")).truth.digests.tolist())
     record = bundle.manifest.data
@@ -184,10 +184,10 @@ def observe(
     contract: InputContract,
     progress: Progress | None = None,
 ) -> dict[str, Histogram]:
-    """The distribution of every tensor over the pictures.
+    """The distribution of every tensor over the images.
 
-    Memory: one picture's activations and one histogram of 2,048 bins per tensor, however many pictures there are.
-    A picture that cannot be decoded is a DataError; NaN or infinity in a tensor an ExportError that names it.
+    Memory: one image's activations and one histogram of 2,048 bins per tensor, however many images there are.
+    An image that cannot be decoded is a DataError; NaN or infinity in a tensor an ExportError that names it.
     """
     observed = [name for name in tensors if name != "images"]
     session = _exposed(model, observed)
@@ -211,4 +211,4 @@ def _exposed(model: ModelProto, tensors: Sequence[str]) -> Any:
     exposed.CopyFrom(model)
     present = {item.name for item in exposed.graph.output}
     exposed.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in tensors if name not in present)
-    return plain_session(exposed.SerializeToString(), optimise=True, error=ExportError)
+    return plain_session(exposed.SerializeToString(), optimize=True, error=ExportError)

@@ -1,4 +1,4 @@
-"""Settings of calibration and quantisation."""
+"""Settings of calibration and quantization."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Streaming histograms of |x| and the four ways to choose a symmetric range from one.
 
-A histogram has a fixed number of bins over [0, limit); when a larger value arrives, neighbouring bins are merged and
-the limit doubles, so memory does not grow with the number of pictures and nothing is clipped while observing.
+A histogram has a fixed number of bins over [0, limit); when a larger value arrives, neighboring bins are merged and
+the limit doubles, so memory does not grow with the number of images and nothing is clipped while observing.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ Observer = Literal["minmax", "percentile", "entropy", "mse"]
 
 BINS = 2048  # after a doubling at least half of them are in use: 1,024 levels for 127 steps
 LEVELS = 127  # largest int8 magnitude of a symmetric grid
-PER_IMAGE = 65536  # values of one tensor that one picture adds to the histogram; extremes are always exact
+PER_IMAGE = 65536  # values of one tensor that one image adds to the histogram; extremes are always exact
 CANDIDATES = 100  # ranges tried by "mse" and "entropy", evenly from 1/CANDIDATES of the largest value to all
 
 
 class Histogram:
-    """Distribution of the magnitudes of one tensor, picture after picture.
+    """Distribution of the magnitudes of one tensor, image after image.
 
     counts  [BINS]  int64, magnitudes in [i, i + 1) * limit / BINS
     zeros           how many of counts[0] are exactly 0
-    limit           upper end, a power of two times the first picture's largest value
+    limit           upper end, a power of two times the first image's largest value
     largest         exact largest magnitude seen
     peaks           the largest magnitude of each image, in order
     """
@@ -39,7 +39,7 @@ class Histogram:
         self.peaks: list[float] = []
 
     def observe(self, values: np.ndarray) -> None:
-        """Add the values of one picture, any shape; NaN or infinity is an ExportError that names the tensor."""
+        """Add the values of one image, any shape; NaN or infinity is an ExportError that names the tensor."""
         if values.size == 0:
             self.peaks.append(0.0)
             return
@@ -47,7 +47,7 @@ class Histogram:
         low, high = float(flat.min()), float(flat.max())
         if not (np.isfinite(low) and np.isfinite(high)):
             raise ExportError(
-                f"tensor {self.name!r} holds NaN or infinity on a calibration picture; expected finite "
+                f"tensor {self.name!r} holds NaN or infinity on a calibration image; expected finite "
                 f"activations; check the weights with: edgedetr inspect BUNDLE"
             )
         peak = max(-low, high)
@@ -72,7 +72,7 @@ class Histogram:
             self.limit *= 2
 
     @property
-    def centres(self) -> np.ndarray:
+    def centers(self) -> np.ndarray:
         """[BINS] float64, the magnitude each bin stands for."""
         return (np.arange(BINS) + 0.5) * (self.limit / BINS)
 
@@ -87,7 +87,7 @@ class Histogram:
             return min(_percentile(self.counts, percentile) * self.limit / BINS, self.largest)
         trials = np.linspace(self.largest / CANDIDATES, self.largest, CANDIDATES)
         if observer == "mse":
-            losses = [squared_error(self.centres, self.counts, trial) for trial in trials]
+            losses = [squared_error(self.centers, self.counts, trial) for trial in trials]
         else:  # "entropy"
             counts = self._without_zeros()
             if not counts.any():  # the few values that are not 0 fell between those that were counted
@@ -107,7 +107,7 @@ class Histogram:
 
 
 def _stride(size: int, wanted: int) -> int:
-    """Smallest step >= size / wanted that shares no factor with size, so that no row or channel is favoured."""
+    """Smallest step >= size / wanted that shares no factor with size, so that no row or channel is favored."""
     step = -(-size // wanted)
     while np.gcd(step, size) > 1:
         step += 1
@@ -123,17 +123,17 @@ def _percentile(counts: np.ndarray, percentile: float) -> float:
     return index + float(target - before) / max(int(counts[index]), 1)
 
 
-def squared_error(centres: np.ndarray, counts: np.ndarray, amax: float) -> float:
+def squared_error(centers: np.ndarray, counts: np.ndarray, amax: float) -> float:
     """Summed squared error of magnitudes rounded to the grid amax / 127 and clipped to amax."""
     step = amax / LEVELS
-    rounded = np.clip(np.round(centres / step), 0, LEVELS) * step
-    return float((counts * (rounded - centres) ** 2).sum())
+    rounded = np.clip(np.round(centers / step), 0, LEVELS) * step
+    return float((counts * (rounded - centers) ** 2).sum())
 
 
 def divergence(counts: np.ndarray, keep: int) -> float:
     """Kullback-Leibler divergence between the first `keep` bins (the rest clipped into the last) and their 128 levels.
 
-    The clipped mass counts in the reference and not in the quantised one, which is what makes clipping cost something
+    The clipped mass counts in the reference and not in the quantized one, which is what makes clipping cost something
     (Migacz 2017, "8-bit inference with TensorRT").
     """
     levels = LEVELS + 1

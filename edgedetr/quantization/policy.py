@@ -1,4 +1,4 @@
-"""The policy: which nodes of a float graph are quantised, and why the others are not.
+"""The policy: which nodes of a float graph are quantized, and why the others are not.
 
 The rules are data (calib/policy/*.toml); what a kernel cannot take is decided here.
 """
@@ -43,13 +43,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Policy:
-    """`quantise` lists the kinds of node that may become INT8; `rules` names those that stay float.
+    """`quantize` lists the kinds of node that may become INT8; `rules` names those that stay float.
 
     float32   nodes that stay float32 where the rest of the graph is FP16
     """
 
     name: str
-    quantise: tuple[str, ...] = _WEIGHTED
+    quantize: tuple[str, ...] = _WEIGHTED
     residuals: bool = True
     rules: tuple[Rule, ...] = field(default=())
     float32: tuple[Rule, ...] = field(default=())
@@ -57,7 +57,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Layer:
-    """A node to quantise: its data input, its weight and the weight's output-channel axis."""
+    """A node to quantize: its data input, its weight and the weight's output-channel axis."""
 
     node: str
     op: str
@@ -68,7 +68,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Residual:
-    """An Add after a quantised Conv: the tensor of the branch that skips the block, and which input it is."""
+    """An Add after a quantized Conv: the tensor of the branch that skips the block, and which input it is."""
 
     node: str
     index: int
@@ -84,7 +84,7 @@ class Plan:
     islands: dict[str, str]
 
     def tensors(self) -> list[str]:
-        """Activations that are quantised in every dialect, in graph order, each once."""
+        """Activations that are quantized in every dialect, in graph order, each once."""
         return list(dict.fromkeys([layer.data for layer in self.layers] + [item.tensor for item in self.residuals]))
 
 
@@ -176,18 +176,18 @@ def plan(model: ModelProto, policy: Policy) -> Plan:
             layers.append(Layer(node.name, node.op_type, node.input[0], node.input[1], _axis(node)))
     if not layers:
         raise ExportError(
-            f"policy {policy.name!r} leaves nothing to quantise in this graph; expected at least one of "
-            f"{', '.join(policy.quantise)}"
+            f"policy {policy.name!r} leaves nothing to quantize in this graph; expected at least one of "
+            f"{', '.join(policy.quantize)}"
         )
     return Plan(tuple(layers), tuple(_residuals(wiring, layers) if policy.residuals else ()), islands)
 
 
 def _refusal(node: NodeProto, wiring: Wiring, policy: Policy) -> str:
-    """Why a weighted node stays float; empty when it is quantised."""
-    if node.op_type not in policy.quantise:
-        return f"{node.op_type} is not quantised by policy {policy.name!r}"
+    """Why a weighted node stays float; empty when it is quantized."""
+    if node.op_type not in policy.quantize:
+        return f"{node.op_type} is not quantized by policy {policy.name!r}"
     if node.input[1] not in wiring.constants:
-        return "product of two activations: softmax and its neighbours keep float range"
+        return "product of two activations: softmax and its neighbors keep float range"
     shape = list(wiring.constants[node.input[1]].dims)
     for rule in policy.rules:
         if rule.fits(node, wiring):
@@ -212,10 +212,10 @@ def _axis(node: NodeProto) -> int:
 
 
 def _residuals(wiring: Wiring, layers: list[Layer]) -> list[Residual]:
-    """Adds of a quantised Conv's output and another activation, whose sum is quantised: the other one is quantised too.
+    """Adds of a quantized Conv's output and another activation, whose sum is quantized: the other one is quantized too.
 
     The Conv's own output is not: TensorRT adds it in the convolution's accumulator. Where both branches end in a
-    quantised Conv, the first input keeps its accumulator.
+    quantized Conv, the first input keeps its accumulator.
     """
     convs = {layer.node for layer in layers if layer.op == "Conv"}
     read = {layer.data for layer in layers}

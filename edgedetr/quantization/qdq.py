@@ -23,7 +23,7 @@ class IntegerWeight:
     scale: np.ndarray
 
 
-def quantise_weight(
+def quantize_weight(
     weight: np.ndarray,
     axis: int,
     *,
@@ -58,7 +58,7 @@ def insert(
     dialect: Dialect,
     shifts: Mapping[str, np.ndarray] | None = None,
 ) -> ModelProto:
-    """A copy of the float graph with the plan's nodes quantised in one dialect. Names of everything else stay.
+    """A copy of the float graph with the plan's nodes quantized in one dialect. Names of everything else stay.
 
     shifts   {name of a layer's node: [O] to add to its bias}, for layers that `bias_of` finds a place for
     """
@@ -86,7 +86,7 @@ class _Writer:
         self.cuts = cuts(model, plan, dialect)
         self.grids = {name: dialect.grid(amax[name], self.wiring.never_negative(name)) for name in self.cuts}
         self.nodes: list[NodeProto] = []
-        self.initialisers: dict[str, TensorProto] = {}
+        self.initializers: dict[str, TensorProto] = {}
 
     def write(self) -> ModelProto:
         for item in self.source.graph.input:
@@ -100,7 +100,7 @@ class _Writer:
         graph.node.extend(self.nodes)
         used = {name for node in self.nodes for name in node.input}
         kept = [item for item in self.source.graph.initializer if item.name in used]
-        graph.initializer.extend([*kept, *self.initialisers.values()])
+        graph.initializer.extend([*kept, *self.initializers.values()])
         return result
 
     def _node(self, source: NodeProto) -> None:
@@ -124,7 +124,7 @@ class _Writer:
             self._pair(name)
 
     def _deepen_bias(self, node: NodeProto) -> None:
-        """Give the bias behind a quantised MatMul the shape [1, 1, O].
+        """Give the bias behind a quantized MatMul the shape [1, 1, O].
 
         ONNX Runtime turns MatMul + Add of a [O] bias into a float Gemm before it looks for Q/DQ, and the integer
         product is lost; it does not do so for this shape.
@@ -136,7 +136,7 @@ class _Writer:
             other = makers[1 - index]
             product = other is not None and other.name in self.layers and other.op_type == "MatMul"
             if product and name in self.wiring.constants and len(self.wiring.constants[name].dims) == 1:
-                bias = self.initialisers.get(node.input[index], self.wiring.constants[name])
+                bias = self.initializers.get(node.input[index], self.wiring.constants[name])
                 self._constant(f"{node.name}.bias", numpy_helper.to_array(bias).reshape(1, 1, -1))
                 node.input[index] = f"{node.name}.bias"
 
@@ -152,8 +152,8 @@ class _Writer:
         scale, zero = f"{tensor}_scale", f"{tensor}_zero_point"
         self._constant(scale, np.asarray(grid.scale))
         self._constant(zero, np.asarray(grid.zero_point))
-        quantised, restored = f"{tensor}_quantized", f"{tensor}_dequantized"
-        for kind, source, target in (("QuantizeLinear", tensor, quantised), ("DequantizeLinear", quantised, restored)):
+        quantized, restored = f"{tensor}_quantized", f"{tensor}_dequantized"
+        for kind, source, target in (("QuantizeLinear", tensor, quantized), ("DequantizeLinear", quantized, restored)):
             self.nodes.append(helper.make_node(kind, [source, scale, zero], [target], f"{tensor}_{kind}"))
 
     def _weights(self, node: NodeProto, layer: Layer) -> None:
@@ -162,7 +162,7 @@ class _Writer:
         bias_name = node.input[2] if len(node.input) > 2 and node.input[2] else None
         bias = self.wiring.constant(bias_name).astype(np.float32) if bias_name else None
         # The finest grid that any dialect gives the input, so that dialects of one kind of step store the same weights.
-        weight = quantise_weight(
+        weight = quantize_weight(
             self.wiring.constant(layer.weight),
             layer.axis,
             bits=self.dialect.weight_bits,
@@ -174,7 +174,7 @@ class _Writer:
         self._constant(f"{prefix}_quantized", weight.values)
         self._constant(f"{prefix}_scale", weight.scale)
         self._constant(f"{prefix}_zero_point", np.zeros(len(weight.scale), dtype=np.int8))
-        self._dequantise(node, 1, prefix, layer.axis)
+        self._dequantize(node, 1, prefix, layer.axis)
         bias = self._shifted(node, layer, bias)
         if bias is not None and self.dialect.integer_bias and layer.op == "Conv":
             steps = (weight.scale.astype(np.float64) * data_scale).astype(np.float32)
@@ -183,7 +183,7 @@ class _Writer:
             self._constant(f"{prefix}_quantized", np.clip(integers, -(2**31) + 1, 2**31 - 1).astype(np.int32))
             self._constant(f"{prefix}_scale", steps)
             self._constant(f"{prefix}_zero_point", np.zeros(len(steps), dtype=np.int32))
-            self._dequantise(node, 2, prefix, 0)
+            self._dequantize(node, 2, prefix, 0)
 
     def _shifted(self, node: NodeProto, layer: Layer, bias: np.ndarray | None) -> np.ndarray | None:
         """The bias of a convolution or Gemm with its shift; the weight's steps stay those of the bias without it."""
@@ -198,7 +198,7 @@ class _Writer:
         node.input.append(f"{layer.node}.bias")
         return moved
 
-    def _dequantise(self, node: NodeProto, index: int, prefix: str, axis: int) -> None:
+    def _dequantize(self, node: NodeProto, index: int, prefix: str, axis: int) -> None:
         names = [f"{prefix}_quantized", f"{prefix}_scale", f"{prefix}_zero_point"]
         restored = f"{prefix}_dequantized"
         name = f"{prefix}_DequantizeLinear"
@@ -206,4 +206,4 @@ class _Writer:
         node.input[index] = restored
 
     def _constant(self, name: str, values: np.ndarray) -> None:
-        self.initialisers[name] = numpy_helper.from_array(np.ascontiguousarray(values).reshape(np.shape(values)), name)
+        self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(values).reshape(np.shape(values)), name)

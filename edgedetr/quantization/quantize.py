@@ -1,4 +1,4 @@
-"""From a bundle's float graph to its FP16 and INT8 graphs: choose pictures, observe ranges, write each file."""
+"""From a bundle's float graph to its FP16 and INT8 graphs: choose images, observe ranges, write each file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def quantize(
 ) -> Plan:
     """Write ranges.json, model.int8.onnx and model.int8-cpu.onnx; what is there and made by the same settings is kept.
 
-    calib   where the calibration pictures are; None = present ranges of these settings, or the calibration split of the
+    calib   where the calibration images are; None = present ranges of these settings, or the calibration split of the
             bundle's data
     check   told each graph for TensorRT and its name before it enters the bundle; raises where it must not
     """
@@ -76,7 +76,7 @@ def to_half(
 ) -> None:
     """Write model.fp16.onnx, unless the bundle has it from the same graph and policy.
 
-    calib   pictures to see magnitudes on; None = the calibration split of the bundle's data
+    calib   images to see magnitudes on; None = the calibration split of the bundle's data
     """
     policy = load((config or QuantConfig()).policy)
     made_by = json.dumps(
@@ -105,21 +105,21 @@ def to_half(
 def _halved(
     bundle: Bundle, model: ModelProto, result: ModelProto, policy: Policy, calib: Path | None, progress: Progress | None
 ) -> tuple[ModelProto, str]:
-    """`result`, which is `model` or its quantised form, with FP16 inside, and what stayed float32 as JSON."""
+    """`result`, which is `model` or its quantized form, with FP16 inside, and what stayed float32 as JSON."""
     found = peaks(model, _batches(bundle, calib, progress))
     stayed = _by_reason(islands(result, found, policy.float32))
     return halve(result, found, policy.float32), json.dumps(stayed, ensure_ascii=False)
 
 
 def _batches(bundle: Bundle, calib: Path | None, progress: Progress | None) -> Iterator[np.ndarray]:
-    """A few calibration pictures as the graph takes them, [1, 3, H, W]; noise where the pictures are not here."""
+    """A few calibration images as the graph takes them, [1, 3, H, W]; noise where the images are not here."""
     contract = bundle.manifest.input
     try:
         paths = choose(bundle, calib, PEAK_PICTURES).paths
     except (DataError, ExportError, OSError) as error:
         if calib is not None:
             raise
-        log.warning("FP16: no calibration pictures here (%s), so magnitudes are seen on noise alone", error)
+        log.warning("FP16: no calibration images here (%s), so magnitudes are seen on noise alone", error)
         paths = ()
         noise = np.random.default_rng(0).integers(0, 256, (1, 3, contract.height, contract.width))
         yield noise.astype(np.float32)
@@ -153,12 +153,12 @@ def _ranges(
         present = Ranges.load(bundle.require("ranges.json"))
         same = (present.observer, present.policy, present.wanted) == (observer, policy.name, config.images)
         if same and set(wanted) == set(present.amax):
-            # Without --calib whatever the bundle was calibrated on stays, so that a device needs no pictures.
+            # Without --calib whatever the bundle was calibrated on stays, so that a device needs no images.
             if calib is None or choose(bundle, calib, config.images).images == present.images:
                 return present
     pictures = choose(bundle, calib, config.images)
     if len(pictures.paths) < config.images:
-        log.warning("%d calibration pictures, %d were asked for", len(pictures.paths), config.images)
+        log.warning("%d calibration images, %d were asked for", len(pictures.paths), config.images)
     enough(pictures)
     near_verify(bundle, pictures)
     amax = tied(model, calibrate(model, wanted, pictures.paths, bundle.manifest.input, config, progress))
@@ -211,15 +211,15 @@ def _write(
     onnx.checker.check_model(result)
     if check is not None and not dialect.unsigned:
         check(result, dialect.file)
-    with bundle.add(dialect.file, stage="quantise", made_from=["model.onnx", "ranges.json"]) as temporary:
+    with bundle.add(dialect.file, stage="quantize", made_from=["model.onnx", "ranges.json"]) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
 
 
 def _calibration_pictures(bundle: Bundle, ranges: Ranges) -> list[Path]:
-    """Some of the pictures that the ranges were observed on, evenly spaced; none, with a warning, where they have gone.
+    """Some of the images that the ranges were observed on, evenly spaced; none, with a warning, where they have gone.
 
-    Ranges need no pictures once they are there, so that a device can write a graph of its own dialect; such a graph is
-    written without correction, and again, with it, where the pictures are.
+    Ranges need no images once they are there, so that a device can write a graph of its own dialect; such a graph is
+    written without correction, and again, with it, where the images are.
     """
     try:
         found = choose(bundle, Path(ranges.source) if ranges.source else None, ranges.wanted)
@@ -227,7 +227,7 @@ def _calibration_pictures(bundle: Bundle, ranges: Ranges) -> list[Path]:
     except (DataError, ExportError, OSError) as error:
         reason = str(error)
     if reason:
-        log.warning("INT8: biases are not corrected: the calibration pictures are not here (%s)", reason)
+        log.warning("INT8: biases are not corrected: the calibration images are not here (%s)", reason)
         return []
     count = len(found.paths)
     return [found.paths[i] for i in np.unique(np.linspace(0, count - 1, min(PICTURES, count)).round().astype(int))]
@@ -236,7 +236,7 @@ def _calibration_pictures(bundle: Bundle, ranges: Ranges) -> list[Path]:
 def _passes(
     bundle: Bundle, paths: Sequence[Path], what: str, progress: Progress | None
 ) -> Callable[[], Iterator[np.ndarray]]:
-    """The pictures, as often as bias correction wants them, told as one work."""
+    """The images, as often as bias correction wants them, told as one work."""
     seen = 0
 
     def once() -> Iterator[np.ndarray]:
@@ -253,7 +253,7 @@ def _passes(
 def _prepared(
     bundle: Bundle, paths: Sequence[Path], what: str = "", progress: Progress | None = None
 ) -> Iterator[np.ndarray]:
-    """Pictures as the graph takes them, [1, 3, H, W], one after the other."""
+    """Images as the graph takes them, [1, 3, H, W], one after the other."""
     for number, path in enumerate(paths):
         if progress:
             progress(what, number, len(paths))

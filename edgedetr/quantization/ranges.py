@@ -1,4 +1,4 @@
-"""ranges.json: the largest magnitude of every quantised tensor, and the pictures it was observed on."""
+"""ranges.json: the largest magnitude of every quantized tensor, and the images it was observed on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class CalibrationImage:
-    """One picture: digest of its file's bytes, and its name (for people)."""
+    """One image: digest of its file's bytes, and its name (for people)."""
 
     sha256: str
     name: str
@@ -27,12 +27,12 @@ class CalibrationImage:
 
 @dataclass(frozen=True)
 class Ranges:
-    """How large the quantised tensors get, and how that was found.
+    """How large the quantized tensors get, and how that was found.
 
     amax      {tensor: largest magnitude to represent, >= 0}
     observer  "minmax", "mse", "entropy" or "percentile 99.99"
     policy    name of the policy that chose the tensors
-    wanted    pictures asked for (the set may have held fewer)
+    wanted    images asked for (the set may have held fewer)
     source    the folder given by --calib, or "" for the calibration split of the bundle's data
     """
 
@@ -45,7 +45,7 @@ class Ranges:
 
     @property
     def image_list(self) -> str:
-        """sha256 of the digests in order: two calibrations with the same one saw the same pictures."""
+        """sha256 of the digests in order: two calibrations with the same one saw the same images."""
         return image_list_digest(self.images)
 
     def save(self, path: Path) -> None:
@@ -100,5 +100,5 @@ def _image(item: object) -> CalibrationImage:
 
 
 def image_list_digest(images: Iterable[CalibrationImage]) -> str:
-    """sha256 over the pictures' digests, one a line, in order."""
+    """sha256 over the images' digests, one a line, in order."""
     return hashlib.sha256("".join(image.sha256 + "\n" for image in images).encode()).hexdigest()

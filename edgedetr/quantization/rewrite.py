@@ -1,8 +1,8 @@
-"""Rewrite a float graph, without changing what it computes, into a form that quantises better.
+"""Rewrite a float graph, without changing what it computes, into a form that quantizes better.
 
 A 1x1 convolution that reads a Concat becomes one convolution per branch and a sum. Each branch then has its own range,
-and nothing is quantised behind the Concat, where OpenVINO's kernels have been seen to depart from the arithmetic of the
-graph. A branch that comes from a nearest-neighbour Resize is convolved before it: the two commute, and there it has
+and nothing is quantized behind the Concat, where OpenVINO's kernels have been seen to depart from the arithmetic of the
+graph. A branch that comes from a nearest-neighbor Resize is convolved before it: the two commute, and there it has
 fewer pixels.
 """
 

@@ -1,4 +1,4 @@
-"""Two ways to write the same quantised set: what TensorRT accepts, and what ONNX Runtime runs fast on a CPU.
+"""Two ways to write the same quantized set: what TensorRT accepts, and what ONNX Runtime runs fast on a CPU.
 
 Both are symmetric with scale amax / 127. TensorRT takes signed int8 with zero point 0 only, and under strong typing a
 scale has the type of its tensor, which is FP16: there each scale is the next larger normal FP16 number. ONNX Runtime's
@@ -51,11 +51,11 @@ class Grid:
 class Dialect:
     """file          name in the bundle
     unsigned      activations are uint8
-    outputs       outputs of convolutions and of residual sums are quantised too, for every reader
+    outputs       outputs of convolutions and of residual sums are quantized too, for every reader
     integer_bias  biases of convolutions are int32 in steps of input scale x weight scale
     deep_bias     biases of matrix products have the shape [1, 1, O]
     half          everything that is not INT8 is FP16, the scales too
-    weight_bits   8, or 7 where products of two neighbours would saturate 16 bits (x86 without VNNI)
+    weight_bits   8, or 7 where products of two neighbors would saturate 16 bits (x86 without VNNI)
     """
 
     name: str
@@ -116,7 +116,7 @@ def cuts(model: ModelProto, plan: Plan, dialect: Dialect) -> dict[str, Cut]:
 
 
 def _outputs(wiring: Wiring, plan: Plan) -> list[str]:
-    """Tensors that ONNX Runtime needs quantised to run the node before them in integers."""
+    """Tensors that ONNX Runtime needs quantized to run the node before them in integers."""
     nodes = {node.name: node for node in wiring.model.graph.node}
     names = [layer.node for layer in plan.layers if layer.op == "Conv"] + [item.node for item in plan.residuals]
     found = []
@@ -132,7 +132,7 @@ def _outputs(wiring: Wiring, plan: Plan) -> list[str]:
 
 
 def tensors(model: ModelProto, plan: Plan) -> list[str]:
-    """Every activation that some dialect quantises: what calibration has to observe."""
+    """Every activation that some dialect quantizes: what calibration has to observe."""
     return list(dict.fromkeys([*cuts(model, plan, TENSORRT), *cuts(model, plan, CPU)]))
 
 

@@ -1,4 +1,4 @@
-"""The pictures on which two stages differ most: which boxes agree, and which only one of them has."""
+"""The images on which two stages differ most: which boxes agree, and which only one of them has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OVERLAP = 0.5  # COCO's loosest match
 
 @dataclass(frozen=True)
 class Difference:
-    """One picture. `pairs` [n, 2] are indices of the same object in both; the others are indices on one side only.
+    """One image. `pairs` [n, 2] are indices of the same object in both; the others are indices on one side only.
 
     score   confidences of what only one side has, plus the changes of confidence of what both have
     """
@@ -50,7 +50,7 @@ def difference(image_id: int, reference: Detections, other: Detections) -> Diffe
 def most_different(
     reference: Mapping[int, Detections], other: Mapping[int, Detections], count: int
 ) -> list[Difference]:
-    """The `count` pictures with the highest score, the highest first; pictures that agree exactly are left out."""
+    """The `count` images with the highest score, the highest first; images that agree exactly are left out."""
     found = [difference(image_id, reference[image_id], other[image_id]) for image_id in reference if image_id in other]
     found = [d for d in found if d.score > 0]
     return sorted(found, key=lambda d: (-d.score, d.image_id))[:count]

@@ -33,7 +33,7 @@ class Stage:
         return f"{self.row['name']} ({self.row['backend']})"
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return "int8" in self.row["name"]
 
 
@@ -48,9 +48,9 @@ class Evidence:
 
     @property
     def worst(self) -> Stage | None:
-        """The quantised stage that loses most, which is the one worth looking at."""
-        quantised = [s for s in self.stages if s.quantised]
-        return max(quantised, key=lambda s: s.row["drop"], default=None)
+        """The quantized stage that loses most, which is the one worth looking at."""
+        quantized = [s for s in self.stages if s.quantized]
+        return max(quantized, key=lambda s: s.row["drop"], default=None)
 
 
 def read(bundle: Bundle) -> Evidence:

@@ -1,4 +1,4 @@
-"""Figures as inline SVG that takes the page's own text colour, so that it reads on light and on dark."""
+"""Figures as inline SVG that takes the page's own text color, so that it reads on light and on dark."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from edgedetr.printable import one_line
 from edgedetr.reporting.tables import is_reference
 
-# Stand-ins in the SVG, replaced by CSS that follows the page's colours.
+# Stand-ins in the SVG, replaced by CSS that follows the page's colors.
 INK, FAINT = "#010203", "#040506"
-# Okabe and Ito 2008: told apart with every common colour blindness.
-COLOURS = ("#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9")
+# Okabe and Ito 2008: told apart with every common color blindness.
+COLORS = ("#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9")
 GOOD, BAD, DOUBT = "#009e73", "#d55e00", "#e69f00"
 
 _STYLE: dict[str, Any] = {
@@ -45,11 +45,11 @@ def drops(rows: Sequence[Mapping[str, Any]], budget: float) -> str:
     with matplotlib.rc_context(_style("drops")):
         figure, axes = _axes(6.2, 1.0 + 0.42 * max(len(rows), 1))
         for place, row in enumerate(reversed(rows)):
-            colour = GOOD if row["passed"] else DOUBT if row["drop"] <= budget else BAD
+            color = GOOD if row["passed"] else DOUBT if row["drop"] <= budget else BAD
             upper = row["drop"] if row.get("drop_upper95") is None else row["drop_upper95"]
-            axes.plot([row["drop"], upper], [place, place], color=colour, linewidth=3, solid_capstyle="butt")
-            axes.plot([upper, upper], [place - 0.18, place + 0.18], color=colour, linewidth=2)
-            axes.plot(row["drop"], place, "o", color=colour, markersize=8)
+            axes.plot([row["drop"], upper], [place, place], color=color, linewidth=3, solid_capstyle="butt")
+            axes.plot([upper, upper], [place - 0.18, place + 0.18], color=color, linewidth=2)
+            axes.plot(row["drop"], place, "o", color=color, markersize=8)
         axes.axvline(budget, color=BAD, linewidth=1.4, linestyle="--")
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.text(budget, len(rows) - 0.42, f" budget {budget:g}", color=BAD, va="bottom", ha="left")
@@ -64,23 +64,23 @@ def drops(rows: Sequence[Mapping[str, Any]], budget: float) -> str:
 
 def latency(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Latency against AP, one point for each stage that was timed; None when none was."""
-    # Numbered before the untimed ones go, so that a stage has one colour on the whole page.
+    # Numbered before the untimed ones go, so that a stage has one color on the whole page.
     timed = [(n, row) for n, row in enumerate(rows) if row.get("p50_ms") is not None and row.get("ap") is not None]
     if not timed:
         return None
     with matplotlib.rc_context(_style("latency")):
         figure, axes = _axes(6.2, 3.4)
         for place, row in timed:
-            colour = COLOURS[place % len(COLOURS)]
+            color = COLORS[place % len(COLORS)]
             if row.get("p99_ms") is not None:
-                axes.plot([row["p50_ms"], row["p99_ms"]], [row["ap"]] * 2, color=colour, linewidth=1.6, alpha=0.6)
+                axes.plot([row["p50_ms"], row["p99_ms"]], [row["ap"]] * 2, color=color, linewidth=1.6, alpha=0.6)
             label = f"{row['name']} ({row['backend']})"
-            axes.plot(row["p50_ms"], row["ap"], "o", color=colour, markersize=9, label=label)
+            axes.plot(row["p50_ms"], row["ap"], "o", color=color, markersize=9, label=label)
         values = [row["ap"] for _, row in timed]
         pad = max(0.5, 0.6 * (max(values) - min(values)))
         axes.set_ylim(min(values) - pad, max(values) + pad)
         axes.set_xlim(left=0)
-        axes.set_xlabel("latency of one picture, ms: median, line to p99")
+        axes.set_xlabel("latency of one image, ms: median, line to p99")
         axes.set_ylabel("AP, points")
         figure.legend(loc="outside lower center", ncols=2, handletextpad=0.3)
         return _svg(figure, "Latency against AP of each stage")
@@ -102,7 +102,7 @@ def class_drops(names: Sequence[str], losses: Mapping[str, Sequence[float | None
         for index, (label, values) in enumerate(losses.items()):
             shown = [values[n] if values[n] is not None else 0.0 for n in order]
             place = np.arange(len(order)) + (index - (len(losses) - 1) / 2) * height
-            axes.barh(place, shown, height * 0.88, color=COLOURS[(index + 1) % len(COLOURS)], label=label)
+            axes.barh(place, shown, height * 0.88, color=COLORS[(index + 1) % len(COLORS)], label=label)
         axes.set_yticks(range(len(order)), [_short(names[n]) for n in order])
         axes.invert_yaxis()
         axes.axvline(0, color=INK, linewidth=0.8)
@@ -117,10 +117,10 @@ def precision_recall(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], recall
     with matplotlib.rc_context(_style("precision")):
         figure, axes = _axes(6.2, 3.9)
         for place, (label, (loose, tight)) in enumerate(curves.items()):
-            colour = COLOURS[place % len(COLOURS)]
+            color = COLORS[place % len(COLORS)]
             width = 2.6 if place == 0 else 1.4
-            axes.plot(recall, loose, color=colour, linewidth=width, label=label)
-            axes.plot(recall, tight, color=colour, linewidth=width, linestyle=(0, (4, 2)))
+            axes.plot(recall, loose, color=color, linewidth=width, label=label)
+            axes.plot(recall, tight, color=color, linewidth=width, linestyle=(0, (4, 2)))
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("recall (full line: IoU 0.50, dashed: IoU 0.75)")

@@ -27,14 +27,14 @@ from edgedetr.reporting.tables import stage_rows, verdict_sentence
 from edgedetr.storage.reading import MEBIBYTE, read_bytes
 
 PICTURES = 12  # drawn at the end of the page
-LONGEST = 720  # pixels of the longer side of a drawn picture; keeps the page near 1 MB
+LONGEST = 720  # pixels of the longer side of a drawn image; keeps the page near 1 MB
 LARGEST_FILE = 256 * MEBIBYTE  # bytes of an image file
 PACKAGES = ("edgedetr", "numpy", "onnxruntime", "openvino", "torch", "onnx", "pycocotools")
 
 
 @dataclass(frozen=True)
 class Box:
-    """One drawn box, in pixels of the drawn picture. kind: both, reference or other."""
+    """One drawn box, in pixels of the drawn image. kind: both, reference or other."""
 
     kind: str
     x: float
@@ -46,7 +46,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawn picture; `data` is a data: address of a JPEG, or empty with `trouble` saying why."""
+    """One drawn image; `data` is a data: address of a JPEG, or empty with `trouble` saying why."""
 
     name: str
     width: int
@@ -62,8 +62,8 @@ class Picture:
 def write_report(bundle: Bundle, *, data: Path | None = None) -> Path:
     """Write report/index.html into the bundle and return its path.
 
-    data    folder of the verify pictures, where they are no longer where the bundle recorded them
-    Errors: BundleError before `edgedetr verify` has run. Pictures that are missing are named on the page.
+    data    folder of the verify images, where they are no longer where the bundle recorded them
+    Errors: BundleError before `edgedetr verify` has run. Images that are missing are named on the page.
     """
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -192,7 +192,7 @@ def _name(detections: Any, index: int) -> str:
 
 
 def _jpeg(root: Path | None, name: str, sha256: str, height: int, width: int) -> tuple[str, str]:
-    """The picture as a data: address, and what is wrong where it cannot be had."""
+    """The image as a data: address, and what is wrong where it cannot be had."""
     from PIL import Image
 
     if root is None:
@@ -205,7 +205,7 @@ def _jpeg(root: Path | None, name: str, sha256: str, height: int, width: int) ->
             return "", f"{name} is not in {root}; name its folder by --data"
         content = read_bytes(path, DataError, limit=LARGEST_FILE)
         if hashlib.sha256(content).hexdigest() != sha256:
-            return "", f"{name} in {root} is not the picture that was verified"
+            return "", f"{name} in {root} is not the image that was verified"
         pixels = decode(content)
     except (DataError, OSError, ValueError, RuntimeError) as error:  # a name with a NUL, too long, links in a circle
         return "", f"{name}: {error}"

@@ -1,4 +1,4 @@
-"""Load a bundle and detect: `detector = load("cells.bundle"); detector([picture])`."""
+"""Load a bundle and detect: `detector = load("cells.bundle"); detector([image])`."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ BACKENDS: dict[str, Callable[..., Runner]] = {
 }
 ON_GPU = ("onnx", "fp16")  # stages that ONNX Runtime's CUDA provider computes as they are meant
 ON_FILES = ("onnxruntime", "openvino")  # backends that run the bundle's ONNX files themselves, by preference
-LARGEST_BATCH = 8  # pictures per run where the graph's batch is open: more gains nothing on a CPU
+LARGEST_BATCH = 8  # images per run where the graph's batch is open: more gains nothing on a CPU
 
 
 class Detector:
-    """Pictures in, detections out.
+    """Images in, detections out.
 
     stage, backend   what runs, e.g. "int8-cpu", "onnxruntime"
     description      the same in words, with the reason of the choice
@@ -69,12 +69,12 @@ class Detector:
         return f"Detector({self.description}, {len(self.classes)} classes)"
 
     def __call__(self, images: Iterable[np.ndarray]) -> list[Detections]:
-        """Detections of each picture; images are uint8 RGB [H, W, 3] of any sizes, [] of none.
+        """Detections of each image; images are uint8 RGB [H, W, 3] of any sizes, [] of none.
 
-        Any iterable will do; all of its pictures are in memory at a time. edgedetr.data.images.decode reads files.
+        Any iterable will do; all of its images are in memory at a time. edgedetr.data.images.decode reads files.
         """
         if isinstance(images, np.ndarray) and images.ndim == 3:
-            raise UsageError("one picture was given; expected a list of them: detector([picture])")
+            raise UsageError("one image was given; expected a list of them: detector([image])")
         if isinstance(images, (str, bytes, Mapping)) or not isinstance(images, (Iterable, np.ndarray)):
             raise UsageError(
                 f"images is {kind(images)}; expected a list of uint8 RGB arrays [H, W, 3] "
@@ -104,7 +104,7 @@ class Detector:
                 "as runtime.preprocess.prepare gives it"
             )
         if not len(batch.shape) or not len(batch):
-            raise UsageError("batch has no pictures; expected at least one")
+            raise UsageError("batch has no images; expected at least one")
         if batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != expected:
             raise UsageError(
                 f"batch is {batch.dtype} {list(batch.shape)}; expected float32 [B, 3, "
@@ -118,7 +118,7 @@ class Detector:
 
     def _run_padded(self, batch: np.ndarray, size: int) -> RawOutputs:
         n = len(batch)
-        if n < size:  # the last picture again: its results are cut off
+        if n < size:  # the last image again: its results are cut off
             batch = np.concatenate([batch, np.repeat(batch[-1:], size - n, axis=0)])
         raw = self.runner.run(np.ascontiguousarray(batch))
         return RawOutputs(raw.logits[:n], raw.boxes[:n])
@@ -159,7 +159,7 @@ def load(
               ONNX Runtime, on a GPU where it can
     stage     "onnx" (float32), "fp16", "int8" or "int8-cpu"
     threads   threads of one inference on the CPU; None = all cores
-    batch     the engine for so many pictures at a time; None = the one for single pictures
+    batch     the engine for so many images at a time; None = the one for single images
     trust     take an engine that was built on another machine; an engine is code, so know who built it
 
     The detector's `description` says what was chosen and why, and why an engine was not used.
@@ -206,7 +206,7 @@ def _on_file(bundle: Bundle, backend: str, stage: str, threads: int | None, reas
     runner = BACKENDS[backend](path, threads=threads)
     if backend == "onnxruntime-cuda" and stage not in ON_GPU:
         log.warning(
-            "%s: %s on %s, which computes quantised graphs otherwise than they say (AP 3.0 instead of 59.2 "
+            "%s: %s on %s, which computes quantized graphs otherwise than they say (AP 3.0 instead of 59.2 "
             "was seen, ONNX Runtime 1.31.1); take stage onnx or fp16, or build an engine: edgedetr build %s",
             bundle.path,
             stage,

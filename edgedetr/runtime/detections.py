@@ -1,4 +1,4 @@
-"""Detections of one picture, with the fields of supervision.Detections."""
+"""Detections of one image, with the fields of supervision.Detections."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Detections:
-    """Objects found in one picture, most confident first.
+    """Objects found in one image, most confident first.
 
-    xyxy         [n, 4]  float32, corners in pixels of the original (EXIF-upright) picture
+    xyxy         [n, 4]  float32, corners in pixels of the original (EXIF-upright) image
     confidence   [n]     float32, 0..1
     class_id     [n]     int64, contiguous class index
     data                 "class_name" [n] str, "category_id" [n] int64 (the data set's own id)

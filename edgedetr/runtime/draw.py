@@ -1,4 +1,4 @@
-"""Detections drawn into a picture: a coloured box per object, a filled tag with class and confidence."""
+"""Detections drawn into an image: a colored box per object, a filled tag with class and confidence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 
-# Distinct on photographs and for colour-blind readers, after Okabe and Ito 2008; further classes get other hues.
+# Distinct on photographs and for color-blind readers, after Okabe and Ito 2008; further classes get other hues.
 PALETTE = (
     (230, 80, 30),
     (30, 130, 230),
@@ -32,8 +32,8 @@ GOLDEN = 0.618034
 LONGEST_NAME = 24  # characters of a class name in a tag
 
 
-def colour_of(class_id: int) -> tuple[int, int, int]:
-    """The same class has the same colour in every picture; RGB."""
+def color_of(class_id: int) -> tuple[int, int, int]:
+    """The same class has the same color in every image; RGB."""
     if class_id < len(PALETTE):
         return PALETTE[class_id]
     r, g, b = colorsys.hsv_to_rgb(class_id * GOLDEN % 1, 0.75, 0.9)
@@ -41,7 +41,7 @@ def colour_of(class_id: int) -> tuple[int, int, int]:
 
 
 def draw(image: np.ndarray, detections: Detections, *, confidence: float = 0.0) -> np.ndarray:
-    """A copy of the picture with the detections at or above `confidence` drawn in.
+    """A copy of the image with the detections at or above `confidence` drawn in.
 
     image   [H, W, 3] uint8 RGB
     return  [H, W, 3] uint8 RGB
@@ -58,7 +58,7 @@ def draw(image: np.ndarray, detections: Detections, *, confidence: float = 0.0) 
     font = _font(max(10, round(min(height, width) / 32)))
     # The most confident is drawn last and lies on top; its tag is placed first and gets the best place.
     for n in reversed(range(len(shown))):
-        pen.rectangle(_inside(shown.xyxy[n], width, height), outline=colour_of(int(shown.class_id[n])), width=line)
+        pen.rectangle(_inside(shown.xyxy[n], width, height), outline=color_of(int(shown.class_id[n])), width=line)
     tags: list[Box] = []
     for n in range(len(shown)):
         tags.append(
@@ -67,7 +67,7 @@ def draw(image: np.ndarray, detections: Detections, *, confidence: float = 0.0) 
                 font,
                 _label(shown, n),
                 _inside(shown.xyxy[n], width, height),
-                colour_of(int(shown.class_id[n])),
+                color_of(int(shown.class_id[n])),
                 tags,
                 (width, height),
             )
@@ -76,7 +76,7 @@ def draw(image: np.ndarray, detections: Detections, *, confidence: float = 0.0) 
 
 
 def _inside(box: np.ndarray, width: int, height: int) -> Box:
-    """Pixel corners that PIL can draw: inside the picture and not inside out."""
+    """Pixel corners that PIL can draw: inside the image and not inside out."""
     x0, y0, x1, y1 = (float(v) for v in box)
     x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
     return x0, y0, min(max(x1, x0), width - 1), min(max(y1, y0), height - 1)
@@ -95,20 +95,20 @@ def _tag(
     font: Any,
     text: str,
     box: Box,
-    colour: tuple[int, int, int],
+    color: tuple[int, int, int],
     taken: list[Box],
     size: tuple[int, int],
 ) -> Box:
-    """Draw the tag above, inside or below the box: the first place in the picture that no other tag has."""
+    """Draw the tag above, inside or below the box: the first place in the image that no other tag has."""
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     pad = max(1, round((bottom - top) / 5))
     w, h = right - left + 2 * pad, bottom - top + 2 * pad
     x = min(max(box[0], 0), max(0, size[0] - w))
     free = [(x, y, x + w, y + h) for y in (box[1] - h, box[1], box[3] - h, box[3]) if 0 <= y <= size[1] - h]
     place = next((f for f in free if not any(_overlap(f, t) for t in taken)), (free or [(x, 0, x + w, h)])[0])
-    pen.rectangle(place, fill=colour)
+    pen.rectangle(place, fill=color)
     # Rec. 601 luma: dark letters on bright tags
-    luma = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
     ink = (0, 0, 0) if luma > 140 else (255, 255, 255)
     pen.text((place[0] + pad - left, place[1] + pad - top), text, font=font, fill=ink)
     return place

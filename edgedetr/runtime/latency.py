@@ -81,7 +81,7 @@ def warn_if_unsteady(seconds: Mapping[str, Sequence[float]]) -> bool:
 
 
 def rotated(names: Sequence[str], number: int) -> list[str]:
-    """The names, starting `number` places further on: nobody always runs after the same neighbour's leftovers first."""
+    """The names, starting `number` places further on: nobody always runs after the same neighbor's leftovers first."""
     start = number % max(1, len(names))
     return [*names[start:], *names[:start]]
 

@@ -1,4 +1,4 @@
-"""Which machine this is: an engine is executable code, so one that was built elsewhere must be recognised."""
+"""Which machine this is: an engine is executable code, so one that was built elsewhere must be recognized."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class OnnxFacts:
 
 
 def facts(data: bytes, what: str = "the graph", error: type[EdgedetrError] = EngineError) -> OnnxFacts:
-    """What a serialised ONNX model says; `error` when it is none, or has no inputs or outputs."""
+    """What a serialized ONNX model says; `error` when it is none, or has no inputs or outputs."""
     found = parse(data, what, error)
     if not found.opset or not found.inputs or not found.outputs:
         raise error(f"{what}: no ONNX graph with inputs and outputs ({len(data)} bytes); {EXPECTED}")

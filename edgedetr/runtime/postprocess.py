@@ -1,4 +1,4 @@
-"""From a model's logits and boxes to detections in pixels of the original picture."""
+"""From a model's logits and boxes to detections in pixels of the original image."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from edgedetr.runtime.preprocess import Geometry
 def decode(
     raw: RawOutputs, geometries: Sequence[Geometry], classes: Sequence[ClassInfo], output: OutputContract
 ) -> list[Detections]:
-    """Detections of each picture of a batch, most confident first, boxes clipped to the picture.
+    """Detections of each image of a batch, most confident first, boxes clipped to the image.
 
     raw          logits [B, N, K] for sigmoid or [B, N, K+1] for softmax (last = no object), boxes [B, N, 4]
-    geometries   how each of the B pictures was fitted into the input
+    geometries   how each of the B images was fitted into the input
     """
     width = len(classes) + (output.activation == "softmax")
     if raw.logits.ndim and raw.logits.shape[-1] != width:
@@ -37,7 +37,7 @@ def decode(
     ):
         raise BundleError(
             f"the graph gives logits {raw.logits.dtype} {list(raw.logits.shape)} and boxes "
-            f"{raw.boxes.dtype} {list(raw.boxes.shape)} for {len(geometries)} pictures; expected numbers "
+            f"{raw.boxes.dtype} {list(raw.boxes.shape)} for {len(geometries)} images; expected numbers "
             f"[B, N, {width}] and [B, N, 4]; run: edgedetr export BUNDLE"
         )
     if not (np.isfinite(raw.logits).all() and np.isfinite(raw.boxes).all()):

@@ -1,4 +1,4 @@
-"""Detect in images, folders, globs, videos and cameras: one JSON line for each picture, annotated copies on request."""
+"""Detect in images, folders, globs, videos and cameras: one JSON line for each image, annotated copies on request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MOVING = frozenset({"mp4", "avi", "mkv", "flv", "wmv", "mpeg"})  # kinds of cont
 
 @dataclass(frozen=True)
 class Frame:
-    """One picture: where it came from, its number in a video (from 0; None for a still), pixels [H, W, 3] uint8 RGB.
+    """One image: where it came from, its number in a video (from 0; None for a still), pixels [H, W, 3] uint8 RGB.
 
     rate   frames per second of the video
     lost   frames of the video before this one that could not be decoded
@@ -53,7 +53,7 @@ def predict(
     confidence: float = 0.25,
     drop_late: bool = False,
 ) -> Generator[str, None, None]:
-    """JSON lines of the detections at or above `confidence`; `out` is a folder for annotated pictures and videos.
+    """JSON lines of the detections at or above `confidence`; `out` is a folder for annotated images and videos.
 
     drop_late   frames of videos and cameras that come while the detector is busy give way to newer ones
 
@@ -71,7 +71,7 @@ def json_line(frame: Frame, detections: Detections) -> str:
     """{"source", "frame", "height", "width", "detections": [{"xyxy", "confidence", "class_id", ...}]}.
 
     Of a video also "frames_lost": how many before this one could not be decoded; their numbers are left out.
-    xyxy are pixels of the picture; class_id is the model's index, category_id the data set's own.
+    xyxy are pixels of the image; class_id is the model's index, category_id the data set's own.
     """
     rows = zip(
         detections.xyxy,
@@ -102,7 +102,7 @@ def json_line(frame: Frame, detections: Detections) -> str:
 
 
 def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterator[Frame]:
-    """Every picture of the sources, in order; folders are searched with their subfolders.
+    """Every image of the sources, in order; folders are searched with their subfolders.
 
     A source may be an image, a folder, a glob, a video, a camera (/dev/video0), a stream (rtsp://...) or a GStreamer
     pipeline.

@@ -1,4 +1,4 @@
-"""The one resize: how a picture becomes the input of a model, and how boxes go back.
+"""The one resize: how an image becomes the input of a model, and how boxes go back.
 
 Evaluation, calibration, verification and the device all call this file; `edgedetr.serving.pre_post_graph` is the same
 in ONNX. The definition, for each axis by itself, with S source pixels and T target pixels:
@@ -34,11 +34,11 @@ Backend = Literal["auto", "numpy", "opencv"]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a picture went: its used part fills the content part of the input.
+    """Where an image went: its used part fills the content part of the input.
 
-    source_*    the EXIF-upright picture, pixels
+    source_*    the EXIF-upright image, pixels
     used_*      its part that was sampled, from the top-left corner (see step 1 above)
-    content_*   the part of the input that is picture, from the top-left corner; the rest is padding
+    content_*   the part of the input that is image, from the top-left corner; the rest is padding
     height, width   the input, pixels
     """
 
@@ -53,10 +53,10 @@ class Geometry:
 
     @classmethod
     def of(cls, source_height: int, source_width: int, contract: InputContract) -> Geometry:
-        """The geometry of a picture of this size under this contract; no pixels needed."""
+        """The geometry of an image of this size under this contract; no pixels needed."""
         if source_height < 1 or source_width < 1:
             raise DataError(
-                f"a picture of {source_height} x {source_width} pixels (height x width); expected at least 1 x 1"
+                f"an image of {source_height} x {source_width} pixels (height x width); expected at least 1 x 1"
             )
         content_height, content_width = contract.height, contract.width
         if contract.resize == "letterbox":
@@ -76,11 +76,11 @@ class Geometry:
         )
 
     def to_source(self, boxes: np.ndarray) -> np.ndarray:
-        """xyxy boxes [..., 4] from pixels of the input to pixels of the source picture (not clipped to it)."""
+        """xyxy boxes [..., 4] from pixels of the input to pixels of the source image (not clipped to it)."""
         return np.asarray(boxes) * self._factors(boxes)
 
     def to_input(self, boxes: np.ndarray) -> np.ndarray:
-        """xyxy boxes [..., 4] from pixels of the source picture to pixels of the input (not clipped to it)."""
+        """xyxy boxes [..., 4] from pixels of the source image to pixels of the input (not clipped to it)."""
         return np.asarray(boxes) / self._factors(boxes)
 
     def _factors(self, boxes: np.ndarray) -> np.ndarray:
@@ -95,7 +95,7 @@ def averaged(source: int, target: int) -> int:
 
 
 def resize(image: np.ndarray, contract: InputContract, *, backend: Backend = "auto") -> tuple[np.ndarray, Geometry]:
-    """One picture at the size of the input.
+    """One image at the size of the input.
 
     image     [H, W, 3]            uint8, RGB, EXIF-upright
     backend   "auto" takes OpenCV where it is installed (within 1 of 255 of the definition), otherwise numpy
@@ -123,7 +123,7 @@ def resize(image: np.ndarray, contract: InputContract, *, backend: Backend = "au
 def prepare(
     images: list[np.ndarray], contract: InputContract, *, backend: Backend = "auto"
 ) -> tuple[np.ndarray, list[Geometry]]:
-    """Pictures of any sizes as one batch.
+    """Images of any sizes as one batch.
 
     images   B arrays [H, W, 3]       uint8, RGB, EXIF-upright
     return   [B, 3, height, width]    float32, RGB, 0..255 in whole levels, and B geometries
@@ -144,7 +144,7 @@ def _require_picture(image: np.ndarray) -> None:
     if not picture or image.size == 0:
         found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
         raise DataError(
-            f"a picture came as {found}; expected a uint8 array [H, W, 3] in RGB order, "
+            f"an image came as {found}; expected a uint8 array [H, W, 3] in RGB order, "
             "as edgedetr.data.images.decode(path) gives it"
         )
 
@@ -183,7 +183,7 @@ def _mix(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of T target pixels: its two source pixels [T] and the weight of the second [T], half-pixel centres."""
+    """For each of T target pixels: its two source pixels [T] and the weight of the second [T], half-pixel centers."""
     position = np.clip((np.arange(target) + 0.5) * (source / target) - 0.5, 0, source - 1)
     low = np.floor(position).astype(np.intp)
     return low, np.minimum(low + 1, source - 1), (position - low).astype(np.float32)

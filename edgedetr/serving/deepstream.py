@@ -6,7 +6,7 @@ all float32 and without the batch axis: `num_detections` [1], `detection_boxes` 
 network's input), `detection_scores` [k] and `detection_classes` [k]. Others of that library take outputs by position
 (EfficientDetTAO, BatchedNMSTLT), or are written for four classes of which the first is dropped (DDETRTAO).
 
-nvinfer hands over y = net-scale-factor * (x - offset) of RGB planes; ours is the identity, since the graph normalises.
+nvinfer hands over y = net-scale-factor * (x - offset) of RGB planes; ours is the identity, since the graph normalizes.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ batch-size={size}
 # 0: float32, 1: INT8, 2: FP16; read only when nvinfer builds the engine itself
 network-mode={MODES[source]}
 infer-dims=3;{height};{width}
-# RGB, 0..255 as it is: the normalisation is inside the graph
+# RGB, 0..255 as it is: the normalization is inside the graph
 model-color-format=0
 net-scale-factor=1.0
 offsets=0;0;0

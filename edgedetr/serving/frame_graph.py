@@ -92,7 +92,7 @@ def check(model: ModelProto, manifest: Manifest, height: int, width: int) -> Non
     shown.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inner)
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     found = tensors(
-        shown.SerializeToString(), frame[None], (*inner, "boxes", "scores", "labels"), optimise=True, feed="frames"
+        shown.SerializeToString(), frame[None], (*inner, "boxes", "scores", "labels"), optimize=True, feed="frames"
     )
     images, geometries = prepare([frame], manifest.input, backend="numpy")
     levels = float(np.abs(found["images"] - images).max())

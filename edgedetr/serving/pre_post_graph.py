@@ -72,7 +72,7 @@ def choose(part: Part, logits: str, boxes: str, queries: int, width: int, output
     """
     if output.top_k > LARGEST_TOP_K:
         raise ExportError(
-            f"the bundle keeps {output.top_k} objects of a picture; TensorRT's TopK gives at most "
+            f"the bundle keeps {output.top_k} objects of an image; TensorRT's TopK gives at most "
             f"{LARGEST_TOP_K}; train with fewer"
         )
     best = {"sigmoid": _best_of_all, "softmax": _best_class_per_query}[output.activation]

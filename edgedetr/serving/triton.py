@@ -2,7 +2,7 @@
 
 The fields of config.pbtxt are those of triton-inference-server/common, protobuf/model_config.proto. Where the batch is
 fixed, max_batch_size is 0 and the dimensions say the whole shape. Where it is open, the server may join requests, but
-only after a gate: equal pictures in one batch must give equal answers, and the same ones as alone.
+only after a gate: equal images in one batch must give equal answers, and the same ones as alone.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def write_repository(
     else:
         platform, kind, target, path = "tensorrt_plan", "KIND_GPU", "model.plan", engine.path
         least, _, most = engine.told.arguments.batch
-        # Only edgedetr verify, which runs equal pictures through the engine, opens the gate.
+        # Only edgedetr verify, which runs equal images through the engine, opens the gate.
         gate = engine.measured is not None and engine.measured.passed
         largest = most if least == 1 < most and gate else 0
         first = least if least == most else -1
@@ -136,18 +136,18 @@ def signature(values: Sequence[onnx.ValueInfoProto]) -> list[Tensor]:
 
 
 def rows_agree(model: ModelProto, manifest: Manifest) -> bool:
-    """Whether a picture gives the same objects in every row of a batch as alone, in ONNX Runtime."""
+    """Whether an image gives the same objects in every row of a batch as alone, in ONNX Runtime."""
     contract = manifest.input
     one = np.random.default_rng(0).integers(0, 256, (1, 3, contract.height, contract.width)).astype(np.float32)
     whole = Geometry.of(contract.height, contract.width, contract)
     found = []
     for batch in (1, LARGEST_BATCH):
-        raw = tensors(model.SerializeToString(), np.repeat(one, batch, axis=0), ("logits", "boxes"), optimise=True)
+        raw = tensors(model.SerializeToString(), np.repeat(one, batch, axis=0), ("logits", "boxes"), optimize=True)
         found += decode(RawOutputs(raw["logits"], raw["boxes"]), [whole] * batch, manifest.classes, manifest.output)
     apart = [row for row in found[1:] if not agree(row, found[0], pixels=PIXELS, score=SCORE)]
     if apart:
         log.warning(
-            "%d of %d rows with the same picture give other objects than the picture alone; "
+            "%d of %d rows with the same image give other objects than the image alone; "
             "Triton will not join requests (max_batch_size 0)",
             len(apart),
             LARGEST_BATCH,
@@ -173,7 +173,7 @@ def config(
                 "height": manifest.input.height,
                 "width": manifest.input.width,
                 "resize": manifest.input.resize,
-                "colour": "RGB",
+                "color": "RGB",
                 "range": [0, 255],
             }
         ),

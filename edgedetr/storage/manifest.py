@@ -36,7 +36,7 @@ class ClassInfo:
 
 @dataclass(frozen=True)
 class InputContract:
-    """What the graph takes: `images` [B, 3, height, width], RGB, values 0..255, normalisation inside the graph."""
+    """What the graph takes: `images` [B, 3, height, width], RGB, values 0..255, normalization inside the graph."""
 
     height: int
     width: int

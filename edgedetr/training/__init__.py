@@ -1,1 +1,1 @@
-"""Training: data pipeline, matching, losses, optimiser, checkpoints, the loop."""
+"""Training: data pipeline, matching, losses, optimizer, checkpoints, the loop."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from edgedetr.errors import RecipeError
-from edgedetr.options import LATER, check
+from edgedetr.options import LATER, check, renamed
 
 INF, ALMOST_ONE = math.inf, math.nextafter(1, 0)
 TRAIN_RANGES = {
@@ -47,7 +47,7 @@ SHARES = (
     "crop",
     "min_visible",
     "zoom_out",
-    "colour",
+    "color",
     "mosaic",
     "mixup",
     "cutmix",
@@ -86,14 +86,14 @@ def require_loss_of(class_loss: str, activation: str) -> None:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a detector is trained; the defaults fine-tune RT-DETR on a set of some thousand pictures."""
+    """How a detector is trained; the defaults fine-tune RT-DETR on a set of some thousand images."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
     start: str = ""  # weights of a whole detector: a bundle, file or hub name; "" = the backbone's
     epochs: int = 72  # RT-DETR, 6x schedule
     minutes: float = 0.0  # fewer epochs where they would take longer than this here; 0 = all of them
-    batch: int = 16  # pictures per step over all devices (RT-DETR: 4 on each of 4)
+    batch: int = 16  # images per step over all devices (RT-DETR: 4 on each of 4)
     accumulate: int = 1  # the batch goes through in this many parts, where memory is short
     lr: float = 1e-4  # RT-DETR and DETR
     backbone_lr_factor: float = 0.1  # both; 1.0 where the backbone starts from random weights
@@ -121,9 +121,9 @@ class TrainConfig:
     precision: Literal["32", "bf16", "16"] = "32"
     devices: int = 1  # per machine: GPUs where there are any, else processes on the CPU
     nodes: int = 1  # machines; start with torchrun
-    workers: int = 0  # processes that prepare pictures; 0 is fastest beside CPU training
+    workers: int = 0  # processes that prepare images; 0 is fastest beside CPU training
     threads: int = 0  # of torch on the CPU; 0 = torch's own choice
-    cache_mb: int = 2048  # decoded training pictures kept in memory; the rest is decoded each epoch
+    cache_mb: int = 2048  # decoded training images kept in memory; the rest is decoded each epoch
     checkpoint_every: int = 500  # steps between checkpoints for --resume; also after every evaluation
     compile: bool = False  # torch.compile; its gain has not been measured
     cost_class: float | None = None  # matcher; None: 1 for softmax (DETR), 2 for the others (Deformable DETR)
@@ -132,7 +132,7 @@ class TrainConfig:
     weight_class: float | None = None  # loss; None: 1 for softmax and varifocal, 2 for focal (Deformable DETR)
     weight_l1: float = 5.0  # DETR
     weight_giou: float = 2.0  # DETR
-    l1: Literal["cxcywh", "xyxy"] = "cxcywh"  # of centre and size (DETR) or of corners (Sparse R-CNN); cost and loss
+    l1: Literal["cxcywh", "xyxy"] = "cxcywh"  # of center and size (DETR) or of corners (Sparse R-CNN); cost and loss
     no_object: float = 0.1  # weight of the no-object class in the softmax loss (DETR, section 3.2)
     focal_alpha: float = 0.25  # focal loss (Lin et al. 2017); varifocal uses vfl_alpha
     vfl_alpha: float = 0.75  # varifocal loss (Zhang et al. 2021)
@@ -152,7 +152,7 @@ class TrainConfig:
     denoising_mode: Literal["cdn", "dn"] = "cdn"  # with negative copies (DINO, RT-DETR), or without (DN-DETR)
     denoising_groups: int = 0  # copies of every object, whatever `denoising` says (DN-DETR: 5); 0 = that many
     label_noise: float = 0.5  # share of their labels drawn anew; "cdn": half of this share (RT-DETR)
-    box_noise: float = 1.0  # "cdn": shift of each side in half box sizes (RT-DETR); "dn": of the centre in
+    box_noise: float = 1.0  # "cdn": shift of each side in half box sizes (RT-DETR); "dn": of the center in
     # half box sizes, of width and height in box sizes
 
     def __post_init__(self) -> None:
@@ -185,31 +185,31 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How training pictures are varied; the defaults follow RT-DETR, with milder crops."""
+    """How training images are varied; the defaults follow RT-DETR, with milder crops."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
     flip_horizontal: float = 0.5  # probability
-    flip_vertical: float = 0.0  # probability; for pictures without an up (microscopes, from above)
+    flip_vertical: float = 0.0  # probability; for images without an up (microscopes, from above)
     crop: float = 0.5  # probability of a random crop; by `crop_kind`
     # "iou": SSD's, by crop_scale and crop_aspect; "size": DETR's, 384 to 600 px of an image of 400, 500 or 600 px.
     crop_kind: Literal["iou", "size"] = field(default="iou", metadata=LATER)
-    crop_scale: tuple[float, float] = (0.3, 1.0)  # side of the crop, share of the picture's (SSD)
-    crop_aspect: tuple[float, float] = (0.5, 2.0)  # width to height of the crop, relative to the picture's (SSD)
+    crop_scale: tuple[float, float] = (0.3, 1.0)  # side of the crop, share of the image's (SSD)
+    crop_aspect: tuple[float, float] = (0.5, 2.0)  # width to height of the crop, relative to the image's (SSD)
     min_visible: float = 0.4  # boxes of which less than this share of the area is left are dropped
-    zoom_out: float = 0.3  # probability of placing the picture in a larger grey field
-    zoom_out_scale: float = 2.0  # largest side of that field, in pictures (SSD: 4)
+    zoom_out: float = 0.3  # probability of placing the image in a larger gray field
+    zoom_out_scale: float = 2.0  # largest side of that field, in images (SSD: 4)
     scale_jitter: float = 0.1  # the seen window grows or shrinks by up to this share
-    colour: float = 0.8  # probability of changing the colours
+    color: float = field(default=0.8, metadata=renamed("colour"))  # probability of changing the colors
     brightness: float = 0.2  # largest change, share
     contrast: float = 0.2
     saturation: float = 0.3
-    hue: float = 0.03  # turns of the colour wheel
-    mosaic: float = 0.0  # probability of four pictures in one (DEIM: 0.5 and more)
-    mixup: float = 0.0  # probability of a second picture laid over (DEIM: 0.5)
+    hue: float = 0.03  # turns of the color wheel
+    mosaic: float = 0.0  # probability of four images in one (DEIM: 0.5 and more)
+    mixup: float = 0.0  # probability of a second image laid over (DEIM: 0.5)
     mixup_beta: float = 1.5  # its share is drawn from Beta(b, b): 1.5 keeps it near one half
-    cutmix: float = 0.0  # probability of a part of a second picture pasted in
-    rand_augment: int = 0  # operations of RandAugment on each picture (Cubuk et al. 2020: 2)
+    cutmix: float = 0.0  # probability of a part of a second image pasted in
+    rand_augment: int = 0  # operations of RandAugment on each image (Cubuk et al. 2020: 2)
     magnitude: float = 9.0  # their strength, 0..10 (the same: 9)
     erase: float = 0.0  # probability of a rectangle of noise (Zhong et al. 2020: 0.5; DeiT: 0.25)
     off_for_last: float = 0.1  # share of the epochs, at the end, with flips only (RT-DETR: the last epochs)

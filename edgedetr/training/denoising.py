@@ -26,11 +26,11 @@ NOTHING = -1e4  # logit whose probability is exactly 0, and which half precision
 
 @dataclass(frozen=True)
 class Noised:
-    """D = groups * copies * T noised queries per picture; in each group T positive ones, then ("cdn") T negative ones.
+    """D = groups * copies * T noised queries per image; in each group T positive ones, then ("cdn") T negative ones.
 
     labels     [B, D] int64, K where the query is only filling
     boxes      [B, D, 4] cx, cy, w, h in 0..1
-    per_group  T, objects of the fullest picture
+    per_group  T, objects of the fullest image
     copies     of each object in a group: 1, or 2 where there are negative ones
     """
 
@@ -83,7 +83,7 @@ def _contrasted(boxes: Tensor, most: int, amount: float) -> Tensor:
 
 
 def _shaken(boxes: Tensor, amount: float) -> Tensor:
-    """The centre moved by up to half a side times `amount`, each side longer or shorter by up to that share."""
+    """The center moved by up to half a side times `amount`, each side longer or shorter by up to that share."""
     reach = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], -1)
     return (boxes + (torch.rand_like(boxes) * 2 - 1) * reach * amount).clamp(0, 1)
 

@@ -1,4 +1,4 @@
-"""What a picture should be answered with, one by one and padded to a batch."""
+"""What an image should be answered with, one by one and padded to a batch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Target:
-    """The objects of one picture.
+    """The objects of one image.
 
     labels  [T] int64, contiguous class index
-    boxes   [T, 4] float32, cx, cy, w, h in 0..1 of the input picture
+    boxes   [T, 4] float32, cx, cy, w, h in 0..1 of the input image
     """
 
     labels: Tensor
@@ -26,11 +26,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Padded:
-    """The objects of B pictures, filled up to the T of the fullest one.
+    """The objects of B images, filled up to the T of the fullest one.
 
     labels  [B, T] int64, 0 where filled up
-    boxes   [B, T, 4] float32, the whole picture where filled up (an area, so that no overlap divides by 0)
-    counts  objects of each picture, as Python ints
+    boxes   [B, T, 4] float32, the whole image where filled up (an area, so that no overlap divides by 0)
+    counts  objects of each image, as Python ints
     """
 
     labels: Tensor

@@ -1,4 +1,4 @@
-"""Which query answers for which object: the cheapest one-to-one assignment, for every layer and picture at once.
+"""Which query answers for which object: the cheapest one-to-one assignment, for every layer and image at once.
 
 Carion et al. 2020, "End-to-End Object Detection with Transformers", section 3.1, eq. 1 and 2.
 """
@@ -39,11 +39,11 @@ class Costs:
 
 @dataclass(frozen=True)
 class Matches:
-    """P pairs in each of G layers, ordered by picture; every layer has the same number of pairs in a picture.
+    """P pairs in each of G layers, ordered by image; every layer has the same number of pairs in an image.
 
-    image   [P] int64       picture of the pair
-    query   [G, P] int64    query within the picture
-    target  [G, P] int64    object within the picture
+    image   [P] int64       image of the pair
+    query   [G, P] int64    query within the image
+    target  [G, P] int64    object within the image
     """
 
     image: Tensor

@@ -59,7 +59,7 @@ def _steps_from_the_top(name: str, detector: nn.Module) -> int:
 
 
 def adamw(detector: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """The optimiser; `set_rate` gives each group its learning rate before every step."""
+    """The optimizer; `set_rate` gives each group its learning rate before every step."""
     fused = config.precision != "16"  # a fused step unscales fp16 gradients itself, after they should be clipped
     return torch.optim.AdamW(groups(detector, config), lr=config.lr, betas=config.betas, fused=fused)
 

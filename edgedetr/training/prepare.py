@@ -136,7 +136,7 @@ def check(samples: DetectionSet, chosen: DetectionSet) -> None:
     """Errors: DataError where there is nothing to learn, or where the two splits name other classes."""
     if not len(samples) or not any((~sample.crowd).any() for sample in samples.samples):
         raise DataError(
-            f"{samples.root}: the split {samples.name!r} has {len(samples)} usable pictures and no objects "
+            f"{samples.root}: the split {samples.name!r} has {len(samples)} usable images and no objects "
             f"to learn; run: edgedetr data check {samples.root}"
         )
     if not any((~sample.crowd).any() for sample in chosen.samples):

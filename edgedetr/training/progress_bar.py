@@ -20,7 +20,7 @@ class Progress(Protocol):
         """Steps in all, steps done already (a resume), epochs in all."""
 
     def step(self, step: int, losses: Mapping[str, float], rate: float) -> None:
-        """After every step: steps done, running means of the losses, pictures per second."""
+        """After every step: steps done, running means of the losses, images per second."""
 
     def evaluated(self, epoch: int, metrics: Metrics, best: bool) -> None:
         """Epochs done, metrics on the select split, whether they are the best so far."""
@@ -39,7 +39,7 @@ class Silent:
 
 
 class RichProgress:
-    """One bar: steps, time left, loss and pictures per second; one line for each evaluation."""
+    """One bar: steps, time left, loss and images per second; one line for each evaluation."""
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)

@@ -31,7 +31,7 @@ DECIDE = ("model", "input", "data", "train", "augment")  # sections of a recipe 
 class Position:
     """How far a training is.
 
-    step        optimiser steps done; with steps per epoch it says the epoch and the place in it
+    step        optimizer steps done; with steps per epoch it says the epoch and the place in it
     best        best AP on the select split in points, -1 before any
     best_epoch  epochs done when it was reached
     stale       evaluations since then, for early stopping
@@ -59,7 +59,7 @@ class Position:
 def fingerprint(recipe: Recipe, samples: DetectionSet) -> str:
     """Digest of what decides the weights: sections of the recipe, and what is trained on; a resume must find the same.
 
-    How the graph is exported, quantised and verified is none of it, so that such settings, and new ones of later
+    How the graph is exported, quantized and verified is none of it, so that such settings, and new ones of later
     versions, may change between the first start and a resume; so is a later option that is at its default.
     """
     state = hashlib.sha256(recipe.to_toml(DECIDE, later=False).encode())

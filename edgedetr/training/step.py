@@ -33,9 +33,9 @@ class Trainee(nn.Module):
         per_process  objects in all processes / processes
         """
         padded, config = targets(), self.config
-        # Channels last: a sixth more pictures per second on a CPU (measured: rt_detr nano, 320 px, one core).
+        # Channels last: a sixth more images per second on a CPU (measured: rt_detr nano, 320 px, one core).
         pixels = images.float().contiguous(memory_format=torch.channels_last)
-        memory = self.encode(self.detector.normalise(pixels))
+        memory = self.encode(self.detector.normalize(pixels))
         queries = self.detector.select(memory)
         selector, noised = self.detector.selector, None
         if getattr(selector, "denoising_class_embed", None) is not None:  # a member that makes noised queries

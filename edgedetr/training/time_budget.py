@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WARM, TIMED = 4, 8  # steps of each size of picture, on WARM batches in turns: those timed wait for no file
+WARM, TIMED = 4, 8  # steps of each size of image, on WARM batches in turns: those timed wait for no file
 USABLE = 0.95  # of the time; the rest is for checkpoints and for steps slower than those timed
-FORWARD = 1 / 3  # share of a step's time that looking at the same pictures takes: no backward pass
+FORWARD = 1 / 3  # share of a step's time that looking at the same images takes: no backward pass
 
 
 def epochs(run: Run, spent: float) -> int:
@@ -78,7 +78,7 @@ def duration(config: TrainConfig, per_epoch: int, steps: Mapping[float, float], 
 
 
 def seconds(run: Run, share: float) -> float:
-    """Median time of a step with pictures of `share` of the input's sides; the run is left as it was."""
+    """Median time of a step with images of `share` of the input's sides; the run is left as it was."""
     config, world = run.config, run.fabric.world_size
     parts = (run.detector, run.ema.model)
     kept = [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]

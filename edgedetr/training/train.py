@@ -92,7 +92,7 @@ def _train(recipe: Recipe, data: Path, out: Path, resume: bool, progress: Progre
 
 
 class Run:
-    """One training in this process: model, moving average, optimiser, data and how far it is."""
+    """One training in this process: model, moving average, optimizer, data and how far it is."""
 
     def __init__(
         self,
@@ -230,7 +230,7 @@ class Run:
         position.sums, position.summed = [], 0
 
     def step(self, batch: Batch) -> torch.Tensor:
-        """One optimiser step; losses [7] on the CPU."""
+        """One optimizer step; losses [7] on the CPU."""
         config, fabric, position = self.config, self.fabric, self.position
         seed_step(config.seed, position.step + 1, fabric.global_rank)
         optimizer.set_rate(self.plain_optimizer, optimizer.rate(config, position.step, self.per_epoch))

@@ -29,7 +29,7 @@ class Selection:
         self._cache: dict[int, tuple[Tensor, Geometry]] = {}
 
     def detect(self, detector: Detector, *, rank: int = 0, world: int = 1) -> dict[int, Detections]:
-        """Detections of this process's share of the pictures, by image id."""
+        """Detections of this process's share of the images, by image id."""
         device = next(detector.parameters()).device
         graph = DeployGraph(detector, self.contract.height, self.contract.width, sampling="auto")
         found: dict[int, Detections] = {}

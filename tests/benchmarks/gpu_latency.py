@@ -1,8 +1,8 @@
-"""What one picture takes on an NVIDIA GPU: PyTorch, ONNX Runtime's CUDA provider and engines, timed in turns.
+"""What one image takes on an NVIDIA GPU: PyTorch, ONNX Runtime's CUDA provider and engines, timed in turns.
 
 usage: python tests/benchmarks/gpu_latency.py BUNDLE [BUNDLE ...] [--rounds 200] [--json]
 
-The picture lies in the CPU's memory and the detections end there, for all sides. PyTorch runs the deployed graph, plain
+The image lies in the CPU's memory and the detections end there, for all sides. PyTorch runs the deployed graph, plain
 and compiled with CUDA graphs. Engines are built strongly typed from the bundle's graphs by TensorRT, or by TensorRT-RTX
 where that alone is installed. "off" is the largest difference of a score from float32 (no TF32) in PyTorch, 0..1, over
 queries in the order they come.

@@ -2,7 +2,7 @@
 
 usage: python tests/benchmarks/int8_latency.py --data DIR [--member rt_detr detr] [--threads 2] [--rounds 30] [--json]
 
-Accuracy means nothing here (random weights); ranges come from a few pictures of DIR. Wall time is what counts and needs
+Accuracy means nothing here (random weights); ranges come from a few images of DIR. Wall time is what counts and needs
 an idle machine; CPU time (of one thread: --threads 1 --cpu-time) gives nearly the same ratio on a busy one.
 """
 
@@ -88,22 +88,22 @@ def measure(bundle: Bundle, threads: int, rounds: int, cpu_time: bool) -> list[d
     size = bundle.manifest.input
     images = np.random.default_rng(0).integers(0, 256, (1, 3, size.height, size.width)).astype(np.float32)
     rows = []
-    for backend, kind, quantised in (
+    for backend, kind, quantized in (
         ("onnxruntime", OrtRunner, "model.int8-cpu.onnx"),
         ("openvino", OpenVinoRunner, "model.int8.onnx"),
     ):
-        runners = {name: kind(bundle.require(name), threads=threads) for name in ("model.onnx", quantised)}
+        runners = {name: kind(bundle.require(name), threads=threads) for name in ("model.onnx", quantized)}
         runs = {name: (lambda runner=runner: runner.run(images)) for name, runner in runners.items()}
         found = {name: float(np.median(values)) for name, values in timed(runs, rounds, cpu_time).items()}
-        ratio = found[quantised] / found["model.onnx"]
+        ratio = found[quantized] / found["model.onnx"]
         limit = LIMITS.get((bundle.manifest.model, backend))
         rows.append(
             {
                 "model": bundle.manifest.model,
                 "backend": backend,
-                "file": quantised,
+                "file": quantized,
                 "float_ms": found["model.onnx"],
-                "int8_ms": found[quantised],
+                "int8_ms": found[quantized],
                 "ratio": ratio,
                 "limit": limit,
                 "passed": limit is None or ratio <= limit,
@@ -114,10 +114,10 @@ def measure(bundle: Bundle, threads: int, rounds: int, cpu_time: bool) -> list[d
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a labelled picture set, for ranges")
+    parser.add_argument("--data", type=Path, required=True, help="a labeled image set, for ranges")
     parser.add_argument("--member", nargs="+", default=list(CONFIGS), choices=sorted(FAMILY))
     parser.add_argument("--pixels", type=int, default=640)
-    parser.add_argument("--images", type=int, default=4, help="calibration pictures")
+    parser.add_argument("--images", type=int, default=4, help="calibration images")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process instead of wall time")

@@ -1,12 +1,12 @@
-"""What each setting of quantisation costs: observers with and without bias correction, on one split of a bundle's data.
+"""What each setting of quantization costs: observers with and without bias correction, on one split of a bundle's data.
 
 usage: python tests/benchmarks/int8_settings.py BUNDLE [--split val] [--observer mse minmax percentile=99.99 ...]
-       [--pictures 200] [--threads 2] [--json]
+       [--images 200] [--threads 2] [--json]
 
 Nothing in the bundle changes. Settings are chosen on a split that neither trains nor verifies: "val", not the one that
 the verdict is measured on. Every row is one graph on one backend; the drop of AP and the distance of the detections are
-against model.onnx in ONNX Runtime, on the same pictures. The distance needs no labels: detections above 0.3 matched one
-to one. "oracle" is ONNX Runtime without optimisations, the arithmetic that the graph says. OpenVINO is left out on a
+against model.onnx in ONNX Runtime, on the same images. The distance needs no labels: detections above 0.3 matched one
+to one. "oracle" is ONNX Runtime without optimizations, the arithmetic that the graph says. OpenVINO is left out on a
 CPU that saturates its INT8.
 """
 
@@ -51,7 +51,7 @@ OBSERVERS = ("mse", "percentile=99.99", "percentile=99.999", "minmax")
 
 
 class Maker:
-    """The quantised graphs of a bundle; activations are observed once, for all observers."""
+    """The quantized graphs of a bundle; activations are observed once, for all observers."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.config = settings(bundle, ()).quant
@@ -83,7 +83,7 @@ def rows(maker: Maker, observer: str, corrected: bool, folder: Path, threads: in
     found = {}
     path = folder / "int8.onnx"
     path.write_bytes(maker.make(observer, corrected, TENSORRT))
-    found["int8, oracle"] = OrtRunner(twin(path), threads=threads, optimise=False)
+    found["int8, oracle"] = OrtRunner(twin(path), threads=threads, optimize=False)
     if not int8_saturates():
         found["int8, openvino"] = OpenVinoRunner(path, threads=threads)
     bits = weight_bits("auto")
@@ -93,7 +93,7 @@ def rows(maker: Maker, observer: str, corrected: bool, folder: Path, threads: in
 
 
 def detect(bundle: Bundle, runners: dict[str, OrtRunner], samples: DetectionSet) -> dict[str, dict[int, Detections]]:
-    """{runner: {image id: detections}}; every picture is read once."""
+    """{runner: {image id: detections}}; every image is read once."""
     manifest = bundle.manifest
     found: dict[str, dict[int, Detections]] = {name: {} for name in runners}
     for sample in samples.samples:
@@ -124,7 +124,7 @@ def main() -> None:
     maker = Maker(bundle)
     exact = detect(bundle, {"onnx": OrtRunner(bundle.require("model.onnx"), threads=options.threads)}, dataset)["onnx"]
     before = evaluate(dataset, exact, by_size=False).ap
-    print(f"model.onnx: AP {before:.2f} on {len(dataset)} pictures of {options.split}", file=sys.stderr)
+    print(f"model.onnx: AP {before:.2f} on {len(dataset)} images of {options.split}", file=sys.stderr)
     names = ("observer", "bias correction", "graph", "drop", "matched", "spurious", "score", "box px")
     print(head(*names), file=sys.stderr)
     told = []

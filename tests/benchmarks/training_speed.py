@@ -4,7 +4,7 @@ usage: python tests/benchmarks/training_speed.py [--member rt_detr detr ...] [--
        [--threads 2] [--backbone frozen|trained] [--precision 32|bf16] [--device cpu|cuda] [--json]
 
 Both sides train a COCO-sized network with random weights, a frozen BatchNorm backbone, no dropout and 14 objects a
-picture. Each has a process, as a training has, and they take their steps in turns, so that what else the machine does
+image. Each has a process, as a training has, and they take their steps in turns, so that what else the machine does
 hits both, while neither works in memory that the other left in pieces. The Hugging Face classes freeze the whole of a
 backbone of their own library ("frozen"); "trained" trains the same stages on both sides: all but the stem and the first
 one, and all of RT-DETR's. "bf16" has both sides' forward passes under autocast, as `train.precision=bf16` has. On

@@ -15,7 +15,7 @@ from edgedetr.errors import DataError
 
 @pytest.fixture
 def coco(tmp_path) -> Path:
-    """Two good pictures, `a` and `b`, with one object each."""
+    """Two good images, `a` and `b`, with one object each."""
     (tmp_path / "images" / "train").mkdir(parents=True)
     (tmp_path / "annotations").mkdir()
     for name in ("a", "b"):
@@ -124,7 +124,7 @@ def test_rounding_at_the_border_is_cut_without_a_word(coco):
     assert found.samples[1].boxes.tolist() == [[0, 0, 40, 30]]
 
 
-def test_a_truncated_picture_is_left_out(coco):
+def test_a_truncated_image_is_left_out(coco):
     file = coco / "images" / "train" / "b.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(file)
     file.write_bytes(file.read_bytes()[:-400])

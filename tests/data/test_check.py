@@ -15,7 +15,7 @@ from edgedetr.errors import DataError
 def put_split(
     root, split: str, pixels: dict[str, np.ndarray], *, classes=("cat", "dog"), box=(2, 2, 10, 10), label=1
 ) -> None:
-    """One object on every picture of a COCO split."""
+    """One object on every image of a COCO split."""
     (root / "images" / split).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
     for name, image in pixels.items():
@@ -76,7 +76,7 @@ def test_duplicates_are_found_within_and_across_splits(tmp_path):
     assert report.fatal == 0
 
 
-def test_a_picture_that_only_fails_when_decoded_is_found(tmp_path):
+def test_an_image_that_only_fails_when_decoded_is_found(tmp_path):
     put_split(tmp_path, "train", {"a": picture(1), "b": picture(2)})
     file = tmp_path / "images" / "train" / "b.png"
     content = bytearray(file.read_bytes())

@@ -18,7 +18,7 @@ from edgedetr.data.check import check
 
 
 def scene(path: Path, seed: int, quality: int = 95) -> None:
-    """A smooth picture of 400 x 300 pixels, as a photograph is."""
+    """A smooth image of 400 x 300 pixels, as a photograph is."""
     small = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8))
     path.parent.mkdir(parents=True, exist_ok=True)
     small.resize((400, 300), Image.Resampling.BICUBIC).save(path, "JPEG", quality=quality)

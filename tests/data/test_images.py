@@ -49,7 +49,7 @@ def test_every_awkward_file_decodes_or_is_named(shared_data):
                 images.decode(path)
 
 
-def test_the_nine_orientations_show_one_picture(shared_data):
+def test_the_nine_orientations_show_one_image(shared_data):
     upright = images.decode(shared_data / "edge" / "exif" / "Landscape_1.jpg").astype(int)
     for number in range(9):
         pixels = images.decode(shared_data / "edge" / "exif" / f"Landscape_{number}.jpg")
@@ -108,7 +108,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(shared_data):
     assert np.corrcoef(gray[..., 0].ravel(), reference.ravel())[0, 1] > 0.95
 
 
-def test_alpha_is_dropped_and_colours_stay():
+def test_alpha_is_dropped_and_colors_stay():
     rgba = np.dstack([picture(), np.zeros((20, 30), np.uint8)])
     assert (images.decode(encoded(Image.fromarray(rgba), "PNG")) == picture()).all()
 

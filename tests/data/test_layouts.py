@@ -47,7 +47,7 @@ def test_three_copies_of_one_set_agree(shared_data, split, images, objects):
         assert sum(len(sample.boxes) for sample in copy.samples) == objects
         for sample in copy.samples:
             source = whole[sample.path.name]
-            # YOLO's six decimals of 640 pixels: 3e-4 pixels each for centre and half size.
+            # YOLO's six decimals of 640 pixels: 3e-4 pixels each for center and half size.
             np.testing.assert_allclose(sample.boxes, source.boxes, atol=1e-3)
             np.testing.assert_array_equal(sample.labels, source.labels)
             assert (sample.height, sample.width) == (480, 640)
@@ -69,7 +69,7 @@ def test_coco_reading_equals_pycocotools(shared_data, name, split):
         np.testing.assert_array_equal(sample.areas, [row["area"] for row in rows])
 
 
-def test_the_layout_is_recognised(shared_data):
+def test_the_layout_is_recognized(shared_data):
     found = {name: layouts.detect(shared_data / name) for name in ("bccd", "cards", "bccd-mini-yolo", "bccd-mini-voc")}
     assert found == {"bccd": "coco", "cards": "coco", "bccd-mini-yolo": "yolo", "bccd-mini-voc": "voc"}
 
@@ -140,13 +140,13 @@ def test_usual_yolo_trees_are_found(tmp_path, tree, description):
     put_text(tmp_path / ("classes.txt" if description is None else "data.yaml"), description or "cat\ndog\n")
     found = layouts.load(tmp_path, "train", strict=True)
     assert [info.name for info in found.classes] == ["cat", "dog"]
-    # By hand, 40 x 30 pixels: centre (20, 15), size 10 x 6; the polygon spans 0.1..0.3 of 40 and 0.1..0.4 of 30.
+    # By hand, 40 x 30 pixels: center (20, 15), size 10 x 6; the polygon spans 0.1..0.3 of 40 and 0.1..0.4 of 30.
     np.testing.assert_allclose(found.samples[0].boxes, [[15, 12, 25, 18], [4, 3, 12, 12]], rtol=1e-12)
     assert found.samples[0].labels.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
-    "texts, pictures, listing",
+    "texts, images, listing",
     [
         ("Annotations", "JPEGImages", True),
         ("Annotations", "JPEGImages", False),

@@ -64,7 +64,7 @@ def test_the_product_counts_differing_bits(rng):
 
 
 def test_images_without_contrast_and_damaged_files_have_no_hash(tmp_path):
-    for name, level in (("black.png", 0), ("grey.png", 3)):
+    for name, level in (("black.png", 0), ("gray.png", 3)):
         Image.new("RGB", (40, 30), (level,) * 3).save(tmp_path / name)
     (tmp_path / "bad.png").write_bytes(b"no image")
     paths = sorted(tmp_path.iterdir())

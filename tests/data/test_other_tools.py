@@ -410,9 +410,7 @@ def test_images_without_an_xml_file_are_counted(tmp_path):
     assert note.kind == "unlisted-image" and "c.jpg" in note.what
 
 
-@pytest.mark.parametrize(
-    "texts, pictures", [("labels", "data"), ("xmls", "images"), ("Annotations", "imgs"), (".", ".")]
-)
+@pytest.mark.parametrize("texts, images", [("labels", "data"), ("xmls", "images"), ("Annotations", "imgs"), (".", ".")])
 def test_xml_files_of_other_writers_are_found(tmp_path, texts, pictures):
     picture(tmp_path / pictures / "a.jpg")
     text(tmp_path / texts / "a.xml", xml("a.jpg"))

@@ -37,7 +37,7 @@ def test_the_set_reads_strictly_and_says_that_it_is_synthetic(tmp_path):
     assert json.loads((root / "annotations" / "test.json").read_text())["info"]["synthetic"] is True
 
 
-def test_no_two_pictures_are_the_same(tmp_path):
+def test_no_two_images_are_the_same(tmp_path):
     pictures = [
         data for name, data in contents(synthetic.render(tmp_path / "set", **SMALL)).items() if name.endswith(".jpg")
     ]
@@ -83,7 +83,7 @@ def test_objects_that_are_mostly_covered_are_not_annotated(monkeypatch):
     assert covered(0.8) == 1
 
 
-def test_pictures_hold_one_to_five_objects_of_every_class():
+def test_images_hold_one_to_five_objects_of_every_class():
     drawn = [synthetic.draw(np.random.default_rng([5, i]), synthetic.SHAPES, 96) for i in range(120)]
     assert {len(scene.labels) for scene in drawn} == {1, 2, 3, 4, 5}
     share = np.bincount(np.concatenate([scene.labels for scene in drawn])) / sum(len(scene.labels) for scene in drawn)

@@ -1,4 +1,4 @@
-"""The whole way by the command line: train, export, quantise, verify, report, predict, on a few rendered pictures."""
+"""The whole way by the command line: train, export, quantize, verify, report, predict, on a few rendered images."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_report_names_every_stage(bundle, verdict, capsys):
         assert f"<td>{stage['name']}</td><td>{stage['backend']}</td>" in page
 
 
-def test_predict_writes_json_lines_and_pictures(bundle, data, tmp_path, capsys):
+def test_predict_writes_json_lines_and_images(bundle, data, tmp_path, capsys):
     pictures = sorted((data / "images" / "test").iterdir())[:2]
     words = ["predict", str(bundle), *map(str, pictures), "--out", str(tmp_path / "drawn"), "--conf", "0"]
     assert cli.run(words) == 0
@@ -145,7 +145,7 @@ def test_calibrating_on_the_verify_split_is_refused(bundle, data, tmp_path, caps
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_changed_verify_picture_is_noticed(bundle, data, tmp_path, capsys):
+def test_a_changed_verify_image_is_noticed(bundle, data, tmp_path, capsys):
     import shutil
 
     shutil.copytree(data, tmp_path / "copy")
@@ -162,7 +162,7 @@ def test_the_demonstration_runs_and_goes_on_where_it_was(tmp_path):
     scenes = demo.Scenes(train=8, val=2, verify=6, size=64)
     recipe = Recipe.load(RECIPE, sets=["verify.budget=100"])
     first = demo.run(tmp_path / "demo.bundle", recipe=recipe, scenes=scenes)
-    assert list(first.seconds) == ["render", "train", "export and quantise", "verify", "report"]
+    assert list(first.seconds) == ["render", "train", "export and quantize", "verify", "report"]
     assert Bundle.open(tmp_path / "demo.bundle").manifest.synthetic
     assert "synthetic data" in first.report.read_text(encoding="utf-8")
     weights = (tmp_path / "demo.bundle" / "weights.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""Ground truth and detections to measure: the shared fixtures, random sets, and a labelled set with a bundle."""
+"""Ground truth and detections to measure: the shared fixtures, random sets, and a labeled set with a bundle."""
 
 from __future__ import annotations
 
@@ -136,9 +136,9 @@ PLACES = np.array([[0.25, 0.5, 0.3, 0.6], [0.7, 0.4, 0.4, 0.4], [0.5, 0.5, 0.8, 
 
 
 @pytest.fixture
-def colours(tmp_path: Path) -> Path:
-    """A COCO set of 24 one-coloured pictures; each has one object, always at the first place, of its colour's class."""
-    root = tmp_path / "colours"
+def colors(tmp_path: Path) -> Path:
+    """A COCO set of 24 one-colored images; each has one object, always at the first place, of its color's class."""
+    root = tmp_path / "colors"
     (root / "images" / "test").mkdir(parents=True)
     (root / "annotations").mkdir()
     images, annotations = [], []
@@ -174,20 +174,20 @@ def exact_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def make_bundle(tmp_path: Path, colours: Path, tiny_graph: ModuleType) -> Callable[..., Bundle]:
-    """A bundle over `colours`; `weights` maps a file name to (liking of red by class red, of blue by class blue)."""
+def make_bundle(tmp_path: Path, colors: Path, tiny_graph: ModuleType) -> Callable[..., Bundle]:
+    """A bundle over `colors`; `weights` maps a file name to (liking of red by class red, of blue by class blue)."""
 
     def make(budget: float = 1.0, **likes: tuple[float, float]) -> Bundle:
         classes = tuple(ClassInfo(n, n + 1, name) for n, name in enumerate(CLASSES))
         bundle = Bundle.create(
-            tmp_path / "colours.bundle",
+            tmp_path / "colors.bundle",
             Manifest(
                 "tiny",
                 classes,
                 InputContract(32, 48),
                 OutputContract(),
                 budget=budget,
-                data=DataRecord(str(colours), "test", "test"),
+                data=DataRecord(str(colors), "test", "test"),
             ),
         )
         for stage, (red, blue) in likes.items():

@@ -64,7 +64,7 @@ def test_nothing_to_compare_gives_none_and_not_nan():
     assert match({1: found(A)}, {1: found()}).matched == 0
 
 
-def test_only_pictures_of_both_count():
+def test_only_images_of_both_count():
     assert match({1: found(A), 2: found(A)}, {1: found(A), 3: found(A)}).objects == 1
 
 

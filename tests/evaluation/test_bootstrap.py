@@ -28,10 +28,10 @@ def test_identity_equals_pycocotools_on_random_sets(random_set, seed, quality):
 
 
 def repeated(truth: GroundTruth, found: dict, counts: np.ndarray) -> tuple[GroundTruth, dict]:
-    """The resample written out as a data set of its own: copies of pictures under new ids.
+    """The resample written out as a data set of its own: copies of images under new ids.
 
-    Copies of one picture stand side by side in the order of the original ids, because pycocotools ranks detections of
-    equal score by picture id. Within one picture equal scores would be ranked copy by copy, which a resample by counts
+    Copies of one image stand side by side in the order of the original ids, because pycocotools ranks detections of
+    equal score by image id. Within one image equal scores would be ranked copy by copy, which a resample by counts
     has no reason to imitate: callers make scores distinct.
     """
     order = np.argsort(truth.image_ids)
@@ -79,7 +79,7 @@ def test_a_resample_without_any_object_is_not_counted():
 
 
 def coins(outcome: np.ndarray) -> Matches:
-    """One object per picture, of one class; detected or not, no false alarms: AP is near the share of detected ones."""
+    """One object per image, of one class; detected or not, no false alarms: AP is near the share of detected ones."""
     images = np.flatnonzero(outcome)
     hit = np.ones((1, len(images)), bool)  # one IoU threshold is enough here
     return Matches((ClassMatches(images, hit, ~hit, np.ones(len(outcome), np.int64)),), len(outcome))
@@ -109,7 +109,7 @@ def test_pairing_makes_the_bound_narrow(rng):
 
 
 def test_the_bound_holds_about_95_times_in_a_hundred():
-    """200 worlds of 150 pictures, the second system truly loses 10 points: how often is the truth below the bound?"""
+    """200 worlds of 150 images, the second system truly loses 10 points: how often is the truth below the bound?"""
     rng = np.random.default_rng(5)
     held = 0
     for world in range(200):
@@ -134,7 +134,7 @@ def test_counts_of_another_set_are_refused(random_set):
         bootstrap.resampled_ap(evaluate(*random_set(1)).matches, np.ones((2, 19), int))
 
 
-def test_a_thousand_resamples_of_800_pictures_take_seconds(rng):
+def test_a_thousand_resamples_of_800_images_take_seconds(rng):
     images, per_image, classes = 800, 20, 4
     made = []
     for _ in range(classes):

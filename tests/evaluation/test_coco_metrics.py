@@ -39,7 +39,7 @@ EXACT, HALF, AWAY = [10, 10, 50, 50], [10, 10, 50, 30], [60, 60, 90, 90]
 
 
 def one_object(boxes, scores, labels, crowd=False) -> Metrics:
-    """Metrics of detections on one picture with one object (10, 10, 50, 50) of class 0."""
+    """Metrics of detections on one image with one object (10, 10, 50, 50) of class 0."""
     truth = GroundTruth(
         CLASSES,
         np.array([0]),
@@ -68,7 +68,7 @@ def one_object(boxes, scores, labels, crowd=False) -> Metrics:
         ([], [], [], 0, 0),
     ],
 )
-def test_hand_worked_pictures(boxes, scores, labels, ap, ap50):
+def test_hand_worked_images(boxes, scores, labels, ap, ap50):
     metrics = one_object(boxes, scores, labels)
     assert metrics.ap == pytest.approx(ap)
     assert metrics.ap50 == pytest.approx(ap50)
@@ -84,7 +84,7 @@ def test_a_set_of_crowds_has_no_ap():
     assert "matches" not in metrics.to_json()
 
 
-def test_missing_pictures_count_as_empty_and_foreign_ones_are_refused(random_set):
+def test_missing_images_count_as_empty_and_foreign_ones_are_refused(random_set):
     truth, found = random_set(3)
     first = int(truth.image_ids[0])
     empty = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))
@@ -94,9 +94,9 @@ def test_missing_pictures_count_as_empty_and_foreign_ones_are_refused(random_set
         evaluate(truth, {**found, 5: empty})
 
 
-def test_no_pictures_is_an_error(random_set):
+def test_no_images_is_an_error(random_set):
     truth, _ = random_set(1)
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         evaluate(truth.subset([]), {})
 
 

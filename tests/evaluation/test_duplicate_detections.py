@@ -21,10 +21,10 @@ def test_a_second_box_on_the_same_object_counts_once_and_other_classes_or_faint_
         (0, 0, 10, 9, 0.5, 0),  # one object, three times
         (0, 0, 10, 10, 0.8, 1),  # another class
         (20, 20, 30, 30, 0.9, 0),
-        (25, 20, 35, 30, 0.9, 0),  # neighbours: IoU 1/3
+        (25, 20, 35, 30, 0.9, 0),  # neighbors: IoU 1/3
         (0, 0, 10, 10, 0.2, 0),
     )  # too faint to be shown
-    two = found((0, 0, 10, 10, 0.9, 0))  # another picture
+    two = found((0, 0, 10, 10, 0.9, 0))  # another image
     assert doubled({1: one, 2: two}) == pytest.approx(100 * 2 / 7)
 
 

@@ -38,9 +38,9 @@ def fake(monkeypatch, bindings, tmp_path):
 
 
 @pytest.fixture
-def bundle(make_bundle, colours, tiny_graph) -> Bundle:
+def bundle(make_bundle, colors, tiny_graph) -> Bundle:
     made = make_bundle(onnx=GOOD)
-    dataset, detector = layouts.load(colours, "test"), load(made, stage="onnx", backend="onnxruntime", threads=1)
+    dataset, detector = layouts.load(colors, "test"), load(made, stage="onnx", backend="onnxruntime", threads=1)
     found = {s.image_id: detector([images.decode(s.path)])[0] for s in dataset.samples}
     with made.add("reference.npz", stage="export") as path:
         Reference.of(dataset, found).save(path)
@@ -173,7 +173,7 @@ def test_an_engine_that_loses_objects_fails_and_is_not_loaded_by_itself_where_an
 
 @pytest.mark.parametrize("batch", [4, (1, 2, 4)], ids=["fixed", "open"])
 @pytest.mark.parametrize("shift", [0.0, -6.0], ids=["sound", "rows differ"])
-def test_equal_pictures_in_a_full_batch_must_give_equal_objects(fake, bundle, tiny_graph, batch, shift):
+def test_equal_images_in_a_full_batch_must_give_equal_objects(fake, bundle, tiny_graph, batch, shift):
     build(bundle, tiny_graph, "int8", batch=batch)
     fake.shift = shift  # row n is off by n times this, so row 0, which is scored, is right
     stage = verify(bundle.path).stages[1]
@@ -181,7 +181,7 @@ def test_equal_pictures_in_a_full_batch_must_give_equal_objects(fake, bundle, ti
     assert stage.name == f"int8 batch {'1.2.4' if isinstance(batch, tuple) else 4}"
     if shift:
         assert not stage.passed and stage.rows == 0
-        assert "equal pictures in a batch of 4 give different objects: 0 % in common" in stage.note
+        assert "equal images in a batch of 4 give different objects: 0 % in common" in stage.note
     else:
         assert stage.passed and stage.rows == 1.0
 
@@ -235,13 +235,13 @@ def test_engines_that_do_not_fit_are_named_and_asking_for_them_is_an_error(fake,
     assert "fp16-1.plan not used" in caplog.text
 
 
-def test_eval_and_predict_can_be_sent_to_an_engine(fake, bundle, tiny_graph, colours, capsys):
+def test_eval_and_predict_can_be_sent_to_an_engine(fake, bundle, tiny_graph, colors, capsys):
     assert cli.run(["eval", str(bundle.path), "--stage", "int8", "--backend", "tensorrt"]) == 1
     assert "no engine for int8 that fits here; run: edgedetr build" in capsys.readouterr().err
     build(bundle, tiny_graph, "int8")
     assert cli.run(["eval", str(bundle.path), "--stage", "int8", "--backend", "tensorrt", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ap"] == pytest.approx(100)
-    picture = str(colours / "images" / "test" / "00.png")
+    picture = str(colors / "images" / "test" / "00.png")
     assert cli.run(["predict", str(bundle.path), picture, "--backend", "tensorrt"]) == 0
     captured = capsys.readouterr()
     assert "int8 on tensorrt" in captured.err and json.loads(captured.out)["detections"][0]["class_name"] == "red"

@@ -19,7 +19,7 @@ DEPTH = 40
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory) -> Path:
-    """Two branches of 40 quantised 1x1 convolutions each, joined by a Concat, then two heads."""
+    """Two branches of 40 quantized 1x1 convolutions each, joined by a Concat, then two heads."""
     rng = np.random.default_rng(0)
     nodes, constants = [], {"scale": np.float32(0.02), "zero": np.int8(0), "shape": np.array([1, -1, 4])}
     ends = []
@@ -74,7 +74,7 @@ def broken_at(weight: str):
         for constant in proto.graph.initializer:
             if constant.name == weight:
                 constant.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(constant), constant.name))
-        return onnxruntime.tensors(proto.SerializeToString(), images, names, optimise=False)
+        return onnxruntime.tensors(proto.SerializeToString(), images, names, optimize=False)
 
     return run
 

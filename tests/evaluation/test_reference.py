@@ -61,18 +61,18 @@ def test_detections_alone_come_back_with_names(reference, tmp_path):
         assert back[image_id].data["category_id"].tolist() == [5 * (1 + k) for k in detections.class_id]
 
 
-def test_a_split_is_taken_as_it_is_with_the_digests_of_its_files(colours):
-    truth = GroundTruth.of(layouts.load(colours, "test"), digests=True)
+def test_a_split_is_taken_as_it_is_with_the_digests_of_its_files(colors):
+    truth = GroundTruth.of(layouts.load(colors, "test"), digests=True)
     assert len(truth) == len(truth.labels) == 24
     assert truth.names[0] == "images/test/00.png"
-    assert truth.digests[3] == hashlib.sha256((colours / "images" / "test" / "03.png").read_bytes()).hexdigest()
+    assert truth.digests[3] == hashlib.sha256((colors / "images" / "test" / "03.png").read_bytes()).hexdigest()
     assert truth.sizes[0].tolist() == [32, 48]
     np.testing.assert_allclose(truth.boxes[0], [4.8, 6.4, 19.2, 25.6])  # worked by hand from conftest
     assert truth.image.tolist() == list(range(24))
 
 
-def test_every_picture_needs_an_entry(colours):
-    dataset = layouts.load(colours, "test")
+def test_every_image_needs_an_entry(colors):
+    dataset = layouts.load(colors, "test")
     empty = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
     with pytest.raises(BundleError, match="no detections for image id 2"):
         Reference.of(dataset, {1: empty})

@@ -1,4 +1,4 @@
-"""The verdict over a labelled set with stages that lose a known amount, and over sets that do not fit."""
+"""The verdict over a labeled set with stages that lose a known amount, and over sets that do not fit."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def with_reference(bundle: Bundle, data: Path) -> Bundle:
 
 
 @pytest.fixture
-def good(make_bundle, colours) -> Bundle:
-    return with_reference(make_bundle(onnx=GOOD, int8=SLIGHTLY, int8_cpu=SLIGHTLY), colours)
+def good(make_bundle, colors) -> Bundle:
+    return with_reference(make_bundle(onnx=GOOD, int8=SLIGHTLY, int8_cpu=SLIGHTLY), colors)
 
 
 @pytest.fixture
-def bad(make_bundle, colours) -> Bundle:
-    return with_reference(make_bundle(onnx=GOOD, int8=GOOD, int8_cpu=BAD), colours)
+def bad(make_bundle, colors) -> Bundle:
+    return with_reference(make_bundle(onnx=GOOD, int8=GOOD, int8_cpu=BAD), colors)
 
 
 def test_sound_stages_pass_and_the_json_has_the_promised_form(good):
@@ -145,11 +145,11 @@ def test_a_reference_with_nothing_to_lose_does_not_pass_though_no_stage_loses_an
 
 
 @pytest.mark.parametrize("budget", [0.0, 1.0])
-def test_a_model_that_finds_nothing_does_not_pass_whatever_the_budget(good, colours, tiny_graph, budget, capsys):
+def test_a_model_that_finds_nothing_does_not_pass_whatever_the_budget(good, colors, tiny_graph, budget, capsys):
     for name in ("model.onnx", "model.int8.onnx", "model.int8-cpu.onnx"):
         with good.add(name, stage="export") as path:  # boxes where no object is
             tiny_graph.write(path, np.ones((3, 6)), np.zeros((3, 2)), boxes=np.full((3, 4), [0.9, 0.1, 0.1, 0.1]))
-    bundle = with_reference(good, colours)
+    bundle = with_reference(good, colors)
     result = verify(bundle, threads=1, max_drop=budget)
     assert [s.drop for s in result.stages] == [0] * len(result.stages)
     assert not result.passed and not any(s.passed for s in result.stages)
@@ -178,8 +178,8 @@ def test_only_what_is_asked_for_runs_and_a_partial_verdict_is_not_recorded(good)
     assert not (good.path / "results").exists()
 
 
-def test_stages_not_yet_exported_are_left_out_unless_named(make_bundle, colours):
-    bundle = with_reference(make_bundle(onnx=GOOD), colours)
+def test_stages_not_yet_exported_are_left_out_unless_named(make_bundle, colors):
+    bundle = with_reference(make_bundle(onnx=GOOD), colors)
     assert [s.name for s in verify(bundle, threads=1).stages] == ["torch", "onnx"]
     with pytest.raises(BundleError, match=r"model.int8.onnx has not been made yet; run: edgedetr export .* --int8"):
         verify(bundle, stages=["int8"])
@@ -204,7 +204,7 @@ def test_a_backend_that_departs_from_the_oracle_is_named_with_how_much(good, mon
     assert broken.oracle_drop > 50
     assert broken.oracle.matched < 0.5
     assert "openvino departs from the arithmetic of model.int8.onnx" in broken.note
-    assert "on 24 pictures" in broken.note
+    assert "on 24 images" in broken.note
     assert all(s.passed and s.note == "" for key, s in by_backend.items() if key != ("int8", "openvino"))
 
 
@@ -252,26 +252,26 @@ def test_a_missing_backend_is_left_out_unless_named(good, monkeypatch):
         verify(good, backends=["openvino"])
 
 
-def test_other_bytes_are_refused_even_where_the_picture_looks_the_same(good, colours):
-    victim = colours / "images" / "test" / "04.png"
+def test_other_bytes_are_refused_even_where_the_image_looks_the_same(good, colors):
+    victim = colors / "images" / "test" / "04.png"
     Image.open(victim).save(victim, compress_level=0)
-    with pytest.raises(BundleError, match=r"04.png is not the picture that reference.npz was made from \(1 of 24"):
+    with pytest.raises(BundleError, match=r"04.png is not the image that reference.npz was made from \(1 of 24"):
         verify(good)
 
 
-def test_a_copy_of_the_set_elsewhere_is_fine_and_a_smaller_one_is_not(good, colours, tmp_path):
-    copy = shutil.copytree(colours, tmp_path / "copy")
+def test_a_copy_of_the_set_elsewhere_is_fine_and_a_smaller_one_is_not(good, colors, tmp_path):
+    copy = shutil.copytree(colors, tmp_path / "copy")
     assert verify(good, data=copy, threads=1, stages=["onnx"]).passed
     record = json.loads((copy / "annotations" / "test.json").read_text())
     record["images"] = record["images"][1:]
     record["annotations"] = record["annotations"][1:]
     (copy / "annotations" / "test.json").write_text(json.dumps(record))
-    with pytest.raises(BundleError, match="24 pictures, the data set 23"):
+    with pytest.raises(BundleError, match="24 images, the data set 23"):
         verify(good, data=copy)
 
 
-def test_changed_annotations_are_refused(good, colours):
-    path = colours / "annotations" / "test.json"
+def test_changed_annotations_are_refused(good, colors):
+    path = colors / "annotations" / "test.json"
     record = json.loads(path.read_text())
     record["annotations"][0]["bbox"][2] += 1
     path.write_text(json.dumps(record))
@@ -279,9 +279,9 @@ def test_changed_annotations_are_refused(good, colours):
         verify(good)
 
 
-def test_the_same_classes_under_other_ids_and_in_another_order_are_matched_by_name(good, colours, tmp_path):
+def test_the_same_classes_under_other_ids_and_in_another_order_are_matched_by_name(good, colors, tmp_path):
     before = evaluate_stage(good, stage="onnx")
-    other = shutil.copytree(colours, tmp_path / "other")
+    other = shutil.copytree(colors, tmp_path / "other")
     path = other / "annotations" / "test.json"
     record = json.loads(path.read_text())
     for row in record["annotations"]:
@@ -293,8 +293,8 @@ def test_the_same_classes_under_other_ids_and_in_another_order_are_matched_by_na
     assert verify(good, data=other, stages=["onnx"], backends=["onnxruntime"]).passed
 
 
-def test_other_classes_are_refused(good, colours):
-    path = colours / "annotations" / "test.json"
+def test_other_classes_are_refused(good, colors):
+    path = colors / "annotations" / "test.json"
     path.write_text(path.read_text().replace('"red"', '"green"'))
     with pytest.raises(DataError, match="objects of the class 'green', which in the model is not among red, blue"):
         verify(good)

@@ -71,7 +71,7 @@ def test_tensorrt_graph_of_each_member_is_legal(exported):
 
 
 def test_a_graph_with_an_error_never_enters_the_bundle(fresh, tmp_path, monkeypatch):
-    """A zero point that is none, as a defect in the quantiser would write it."""
+    """A zero point that is none, as a defect in the quantizer would write it."""
     from edgedetr.quantization import quantize as module
 
     def broken(*arguments):
@@ -89,16 +89,16 @@ def test_a_graph_with_an_error_never_enters_the_bundle(fresh, tmp_path, monkeypa
     assert not list(bundle.path.glob("**/*.tmp"))
 
 
-def test_policy_keeps_decoder_heads_and_selection_float_and_quantises_the_rest(exported):
+def test_policy_keeps_decoder_heads_and_selection_float_and_quantizes_the_rest(exported):
     chosen = plan(split_concats(onnx.load(exported.require("model.onnx"))), load_policy("default"))
-    quantised = [layer.node for layer in chosen.layers]
-    assert [name for name in quantised if "/decoder/" in name and "/cross_attention/" not in name] == []
-    assert [name for name in quantised if "/selector/" in name and "/selector/project/" not in name] == []
-    memory = [name for name in quantised if "/decoder/" in name]
+    quantized = [layer.node for layer in chosen.layers]
+    assert [name for name in quantized if "/decoder/" in name and "/cross_attention/" not in name] == []
+    assert [name for name in quantized if "/selector/" in name and "/selector/project/" not in name] == []
+    memory = [name for name in quantized if "/decoder/" in name]
     assert len(memory) == (2 if exported.manifest.model == "rt_detr" else 4)  # value, or k and v, of two layers
     convolutions = [name for name in chosen.islands if name.endswith("/Conv")]
     assert convolutions == []
-    assert sum("/backbone/" in name for name in quantised) >= 20
+    assert sum("/backbone/" in name for name in quantized) >= 20
 
 
 def test_reference_holds_the_verify_split_with_digests(exported, pictures):
@@ -109,7 +109,7 @@ def test_reference_holds_the_verify_split_with_digests(exported, pictures):
     assert reference.model == exported.manifest.files["weights.safetensors"].sha256
 
 
-def test_ranges_name_train_pictures_only(exported, pictures):
+def test_ranges_name_train_images_only(exported, pictures):
     ranges = Ranges.load(exported.require("ranges.json"))
     train = {digest(path) for path in (pictures / "images" / "train").iterdir()}
     assert len(ranges.images) == 8
@@ -174,7 +174,7 @@ INT8 = ("model.int8.onnx", "model.int8-cpu.onnx")
 
 def made_by(bundle: Bundle, name: str) -> dict:
     model = onnx.load(bundle.require(name))
-    return json.loads(next(item.value for item in model.metadata_props if item.key == "edgedetr.quantisation"))
+    return json.loads(next(item.value for item in model.metadata_props if item.key == "edgedetr.quantization"))
 
 
 def biases(bundle: Bundle, name: str) -> dict[str, bytes]:
@@ -207,7 +207,7 @@ def test_without_correction_the_graphs_say_and_hold_what_they_did_before_there_w
     assert {name: (copy.path / name).read_bytes() for name in INT8} == corrected
 
 
-def test_where_the_pictures_have_gone_a_graph_is_written_without_correction_and_with_it_when_they_are_back(
+def test_where_the_images_have_gone_a_graph_is_written_without_correction_and_with_it_when_they_are_back(
     copy, pictures, caplog
 ):
     record = copy.manifest.data
@@ -215,7 +215,7 @@ def test_where_the_pictures_have_gone_a_graph_is_written_without_correction_and_
     copy.update(data=replace(record, path=str(pictures / "gone")))
     with caplog.at_level(logging.WARNING):
         export(copy, int8=True, config=ExportConfig(), quant=replace(QUANT, cpu_weights=other_bits()))
-    assert "biases are not corrected: the calibration pictures are not here" in caplog.text
+    assert "biases are not corrected: the calibration images are not here" in caplog.text
     assert (copy.path / "model.int8.onnx").read_bytes() == before
     assert "bias_correction" not in made_by(copy, "model.int8-cpu.onnx")
     plain = biases(copy, "model.int8-cpu.onnx")
@@ -245,13 +245,13 @@ def test_new_weights_make_everything_again(copy, tmp_path):
     assert all(copy.has(name) for name in MADE)
 
 
-def test_a_calibration_picture_of_the_verify_split_is_refused_by_its_bytes(copy, pictures, tmp_path):
+def test_a_calibration_image_of_the_verify_split_is_refused_by_its_bytes(copy, pictures, tmp_path):
     folder = tmp_path / "calib"
     folder.mkdir()
     shutil.copy(pictures / "images" / "train" / "train0.png", folder / "a.png")
     shutil.copy(pictures / "images" / "val" / "val1.png", folder / "renamed.png")
     before = times(copy)
-    with pytest.raises(ExportError, match=r"renamed\.png: this calibration picture is also in the verify split"):
+    with pytest.raises(ExportError, match=r"renamed\.png: this calibration image is also in the verify split"):
         export(copy, int8=True, calib=folder, config=ExportConfig(), quant=QUANT)
     assert times(copy) == before
 
@@ -270,7 +270,7 @@ def test_calibration_images_saved_again_from_the_verify_split_are_named(copy, pi
     assert "again.jpg = images/val/val1.png" in caplog.text
 
 
-def test_a_plain_folder_of_pictures_calibrates(copy, pictures, tmp_path, caplog):
+def test_a_plain_folder_of_images_calibrates(copy, pictures, tmp_path, caplog):
     folder = tmp_path / "calib"
     shutil.copytree(pictures / "images" / "train", folder)
     with caplog.at_level(logging.WARNING):
@@ -278,14 +278,14 @@ def test_a_plain_folder_of_pictures_calibrates(copy, pictures, tmp_path, caplog)
     ranges = Ranges.load(copy.require("ranges.json"))
     assert len(ranges.images) == 10
     assert ranges.source == str(folder)
-    assert "10 calibration pictures, 50 were asked for" in caplog.text
+    assert "10 calibration images, 50 were asked for" in caplog.text
 
 
 @pytest.mark.parametrize(
     "make, error, message",
     [
         (lambda path: None, DataError, "no such directory"),
-        (lambda path: path.mkdir(), (DataError, ExportError), "no pictures to calibrate on"),
+        (lambda path: path.mkdir(), (DataError, ExportError), "no images to calibrate on"),
         (
             lambda path: (path.mkdir(), [(path / f"x{i}.jpg").write_bytes(b"not a jpeg") for i in range(8)]),
             DataError,
@@ -294,13 +294,13 @@ def test_a_plain_folder_of_pictures_calibrates(copy, pictures, tmp_path, caplog)
     ],
     ids=["missing", "empty", "unreadable"],
 )
-def test_unusable_calibration_pictures_are_one_clear_error(copy, tmp_path, make, error, message):
+def test_unusable_calibration_images_are_one_clear_error(copy, tmp_path, make, error, message):
     make(tmp_path / "calib")
     with pytest.raises(error, match=message):
         export(copy, int8=True, calib=tmp_path / "calib", config=ExportConfig(), quant=QuantConfig(images=8))
 
 
-def test_without_recorded_data_quantising_asks_for_pictures(fresh, tmp_path, pictures):
+def test_without_recorded_data_quantizing_asks_for_images(fresh, tmp_path, pictures):
     bundle = fresh("detr", tmp_path / "b")
     bundle.update(data=None)
     with pytest.raises(ExportError, match="does not say where its data are.*--calib DIR"):
@@ -339,7 +339,7 @@ def test_an_int8_graph_says_why_each_float_layer_is_float(exported):
     told = {item.key: item.value for item in onnx.load(exported.require("model.int8.onnx")).metadata_props}
     layers = json.loads(told["edgedetr.float_layers"])
     assert any("decoder" in reason for reason in layers)
-    counted = json.loads(told["edgedetr.quantisation"])
+    counted = json.loads(told["edgedetr.quantization"])
     assert sum(map(len, layers.values())) == counted["layers_float"] > 0
 
 
@@ -358,7 +358,7 @@ def test_data_may_be_missing_once_everything_is_made(detr, tmp_path):
     assert all(bundle.has(name) for name in MADE)
 
 
-def test_pytorch_and_onnx_agree_on_a_picture(exported):
+def test_pytorch_and_onnx_agree_on_an_image(exported):
     _, graph = load_bundle_model(exported)
     import torch
 
@@ -370,7 +370,7 @@ def test_pytorch_and_onnx_agree_on_a_picture(exported):
     np.testing.assert_allclose(found.boxes, boxes.numpy(), atol=1e-4)
 
 
-def test_a_large_picture_set_is_sampled_evenly(pictures, tmp_path, copy):
+def test_a_large_image_set_is_sampled_evenly(pictures, tmp_path, copy):
     folder = tmp_path / "many"
     folder.mkdir()
     rng = np.random.default_rng(0)

@@ -67,7 +67,7 @@ def test_parity_holds_for_the_graph_and_fails_for_another(case, static, tmp_path
 
 
 @pytest.mark.parametrize("member", ["rt_detr", "detr"])
-def test_open_batch_gives_identical_pictures_identical_rows_and_equals_batch_one(member, fresh, tmp_path):
+def test_open_batch_gives_identical_images_identical_rows_and_equals_batch_one(member, fresh, tmp_path):
     _, graph = load_bundle_model(fresh(member, tmp_path / "b"))
     static, path = tmp_path / "static.onnx", tmp_path / "open.onnx"
     write(graph, static)
@@ -90,7 +90,7 @@ def test_open_batch_gives_identical_pictures_identical_rows_and_equals_batch_one
 
 
 class TwoRows(torch.nn.Module):
-    """Answers for two pictures, however many are asked about, as a tracer leaves it that took its example for all."""
+    """Answers for two images, however many are asked about, as a tracer leaves it that took its example for all."""
 
     height = width = 64
 
@@ -110,7 +110,7 @@ def test_an_open_batch_that_the_tracer_fixed_is_not_taken_for_equal(fresh, tmp_p
     found = parity(graph, tmp_path / "open.onnx", pictures(1), bundle.manifest)
     assert found.logits < 1e-3 and found.boxes < 1e-4 and found.as_objects == 0
     write(TwoRows(graph), tmp_path / "fixed.onnx", batch=None)
-    with pytest.raises(ExportError, match="2 results for 1 pictures"):
+    with pytest.raises(ExportError, match="2 results for 1 images"):
         parity(graph, tmp_path / "fixed.onnx", pictures(1), bundle.manifest)
 
 
@@ -136,13 +136,13 @@ def test_a_wrong_opset_or_sampling_mode_is_refused(static):
 
 
 def model_of(nodes, constants, shape):
-    initialisers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
     graph = helper.make_graph(
         nodes,
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        initialisers,
+        initializers,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
 

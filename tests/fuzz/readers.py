@@ -132,9 +132,9 @@ def _engine_seeds() -> list[bytes]:
 
 
 def _layers(folder: Path) -> None:
-    from edgedetr.runtime.tensorrt.inspector import summarise
+    from edgedetr.runtime.tensorrt.inspector import summarize
 
-    summarise((folder / "layers.json").read_bytes().decode("utf-8", "replace"))
+    summarize((folder / "layers.json").read_bytes().decode("utf-8", "replace"))
 
 
 def _layer_seeds() -> list[bytes]:

@@ -60,7 +60,7 @@ def test_the_engine_of_a_member_detects_what_onnx_runtime_detects(name, session)
     assert engine.graphs == 1
 
 
-def test_an_open_batch_takes_every_size_and_equal_pictures_give_equal_detections(session):
+def test_an_open_batch_takes_every_size_and_equal_images_give_equal_detections(session):
     path, images = exported("rt_detr", None), pictures(4).numpy()
     images[2] = images[0]
     engine, runner = session(path, (1, 2, 4)), OrtRunner(path)
@@ -72,7 +72,7 @@ def test_an_open_batch_takes_every_size_and_equal_pictures_give_equal_detections
     np.testing.assert_allclose(whole.boxes[2], whole.boxes[0], atol=1e-5, rtol=0)
 
 
-def test_pictures_that_lie_on_the_gpu_are_taken_from_there(session, cuda):
+def test_images_that_lie_on_the_gpu_are_taken_from_there(session, cuda):
     path, images = exported("rt_detr", 1), pictures(1)
     engine = session(path)
     there = images.to(cuda)

@@ -23,7 +23,7 @@ def both(name, cuda):
 @torch.no_grad()
 def test_detections_are_those_of_the_cpu(name, cuda):
     (here, there), images = both(name, cuda), pictures()
-    expected, found = here(here.normalise(images)), there(there.normalise(images.to(cuda)))
+    expected, found = here(here.normalize(images)), there(there.normalize(images.to(cuda)))
     # float32 sums in another order, as between kernels of the CPU
     torch.testing.assert_close(found.logits.cpu(), expected.logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(found.boxes.cpu(), expected.boxes, atol=1e-5, rtol=0)
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_the_cpu(name, cuda):
                 part.dropout = 0.0
             if isinstance(part, torch.nn.Dropout):
                 part.p = 0.0
-        out = detector(detector.normalise(images.to(next(detector.parameters()).device)))
+        out = detector(detector.normalize(images.to(next(detector.parameters()).device)))
         (out.logits.square().mean() + out.boxes.square().mean()).backward()
         gradients.append(torch.cat([p.grad.cpu().flatten() for p in detector.parameters() if p.grad is not None]))
     off = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_cpu(name, cuda):
 def test_half_precision_trains_and_what_is_detected_stays_float32(name, kind, cuda):
     detector = small(name).train().to(cuda)
     with torch.autocast("cuda", kind):
-        out = detector(detector.normalise(pictures().to(cuda)))
+        out = detector(detector.normalize(pictures().to(cuda)))
     assert torch.isfinite(out.logits).all() and torch.isfinite(out.boxes).all()
     assert out.boxes.dtype == out.logits.dtype == torch.float32
     (out.logits.square().mean() + out.boxes.square().mean()).backward()

@@ -175,7 +175,7 @@ def test_keys_without_effect_change_no_pixel_there_and_nothing_here(kind: str) -
         ({"do_normalize": 1}, "do_normalize is 1"),
         ({"do_normalize": True, "image_mean": [1, 2]}, "image_mean is .*expected three"),
         ({"do_normalize": True, "image_mean": {"r": 1}}, "image_mean is"),
-        ({"do_colour": 1}, "unknown key 'do_colour' = 1"),
+        ({"do_color": 1}, "unknown key 'do_color' = 1"),
     ],
 )
 def test_what_a_bundle_cannot_do_is_refused_by_name(kind: str, changes: dict[str, Any], said: str) -> None:

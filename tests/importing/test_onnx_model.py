@@ -96,12 +96,12 @@ def brought(request, files, scenes, tmp_path_factory):
 
 @cache
 def session_of(path: Path):
-    """One for all pictures: opening a file takes longer than running it."""
+    """One for all images: opening a file takes longer than running it."""
     return open_session(str(path))
 
 
 def answers(kind: str, path: Path, image: np.ndarray, pixels: Pixels):
-    """What the file itself finds in one picture, by this test's own arithmetic: labels, boxes xyxy px, scores."""
+    """What the file itself finds in one image, by this test's own arithmetic: labels, boxes xyxy px, scores."""
     std, mean = (np.array(value, np.float32).reshape(3, 1, 1) for value in (pixels.std, pixels.mean))
     session = session_of(path)
     feed = {session.get_inputs()[0].name: ((image / np.float32(255) - mean) / std).astype(np.float32)}
@@ -143,7 +143,7 @@ def test_the_bundle_finds_what_the_file_finds(brought):
         assert (there[:10].any(axis=1) & there[:, :10].any(axis=0)).all()
 
 
-def test_the_contract_and_the_activation_are_recognised(brought):
+def test_the_contract_and_the_activation_are_recognized(brought):
     kind, _, result = brought
     assert result.contract == FOUND[kind]
     assert result.activation == ("softmax" if "softmax" in kind else "sigmoid")
@@ -208,7 +208,7 @@ def test_import_int8_lint_and_verify_by_the_command_line(kind, files, scenes, tm
     assert cli.run(["import", str(files[kind]), "--out", out, "--data", str(scenes), "--input", size]) == 0
     said = capsys.readouterr().err
     assert "there is no PyTorch model" in said
-    assert "normalisation taken: (pixel x 0.00392157 - 0 0 0) / 1 1 1" in said
+    assert "normalization taken: (pixel x 0.00392157 - 0 0 0) / 1 1 1" in said
     assert cli.run(["export", out, "--int8"]) == 0
     assert cli.run(["lint", out]) == 0
     bundle = Bundle.open(out)

@@ -25,7 +25,7 @@ def _domain(model):
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 
 
-def _quantised(model):
+def _quantized(model):
     model.graph.node.insert(0, helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "p"]))
 
 
@@ -41,14 +41,14 @@ def _dangling(model):
     "model, message",
     [
         (detector_of(image=(1, 32, 32, 3)), "32 channels at its second place; .*channels first"),
-        (detector_of(image=(4, 3, 32, 32)), "takes 4 pictures at a time"),
+        (detector_of(image=(4, 3, 32, 32)), "takes 4 images at a time"),
         (detector_of(kind=TensorProto.FLOAT16), "input 'x' is float16; expected float32"),
         (
             detector_of(extra=(helper.make_tensor_value_info("text", TensorProto.INT64, [1, 7, 9, 9, 9]),)),
             "input text int64 .* is not known",
         ),
         (replaced(_domain), "operators that are not ONNX's own: Add \\(com.microsoft\\)"),
-        (replaced(_quantised), "quantised already"),
+        (replaced(_quantized), "quantized already"),
         (replaced(_no_boxes), "the graph gives logits .*; expected one of: logits"),
         (replaced(_dangling), "not valid ONNX"),
         (detector_of(boxes=640.0), "far outside of it in every reading; expected cx, cy, w, h as shares"),
@@ -69,7 +69,7 @@ def test_the_smallest_file_passes(tmp_path):
 
 
 def test_a_mask_of_pixels_becomes_a_constant(tmp_path):
-    """Hugging Face's DETR asks which pixels are picture: here all of them are."""
+    """Hugging Face's DETR asks which pixels are image: here all of them are."""
     mask = helper.make_tensor_value_info("pixel_mask", TensorProto.INT64, ["batch", "height", "width"])
     model = detector_of(extra=(mask,))
     model.graph.node.insert(0, helper.make_node("Cast", ["pixel_mask"], ["f"], to=TensorProto.FLOAT))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from planted_onnx import BOXES, LABELS, SIZE, corners, labelled, planted
+from planted_onnx import BOXES, LABELS, SIZE, corners, labeled, planted
 
 from edgedetr import cli
 from edgedetr.errors import ExportError, UsageError
@@ -63,7 +63,7 @@ def test_a_configuration_that_does_not_fit_the_graph_is_refused(tmp_path):
 
 
 def test_classes_of_the_data_set_are_found_by_name(tmp_path):
-    data = labelled(tmp_path / "data")
+    data = labeled(tmp_path / "data")
     order = {"0": "red", "1": "blue", "2": "green"}
     made = planted()
     made.constants["l0"] = made.constants["l0"][..., [0, 2, 1]]

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from planted_onnx import BOXES, LABELS, QUERIES, SCORES, SIZE, convert, corners, labelled, planted
+from planted_onnx import BOXES, LABELS, QUERIES, SCORES, SIZE, convert, corners, labeled, planted
 
 from edgedetr import cli
 from edgedetr.errors import ExportError, UsageError
@@ -21,7 +21,7 @@ pytest.importorskip("torch")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return labelled(tmp_path_factory.mktemp("labelled"))
+    return labeled(tmp_path_factory.mktemp("labeled"))
 
 
 def imported(model: onnx.ModelProto, folder: Path, **asked) -> Brought:
@@ -77,7 +77,7 @@ BIG = np.array(
 
 
 def big(**asked):
-    """Boxes whose width is beyond their centre: corners in order as well, and nothing leaves the image much."""
+    """Boxes whose width is beyond their center: corners in order as well, and nothing leaves the image much."""
     made = planted(boxes=BIG, **asked)
     made.constants["b0"][:] = np.where(
         np.isin(np.arange(QUERIES), np.arange(0, QUERIES, 5))[:, None],
@@ -94,7 +94,7 @@ def test_two_readings_of_boxes_are_refused_until_somebody_decides(tmp_path, tmp_
     result = imported(big(), tmp_path, boxes="cxcywh")
     assert "--boxes says so" in " ".join(result.why)
     (tmp_path / "by-labels").mkdir()
-    result = imported(big(), tmp_path / "by-labels", data=labelled(tmp_path_factory.mktemp("big"), BIG))
+    result = imported(big(), tmp_path / "by-labels", data=labeled(tmp_path_factory.mktemp("big"), BIG))
     assert result.boxes == "cxcywh"
     assert result.ap is not None and result.ap > 95
     assert any("cxcywh have AP" in reason for reason in result.why)
@@ -233,7 +233,7 @@ def test_one_logit_more_than_classes_never_becomes_a_class_in_silence(tmp_path):
 
 
 @pytest.mark.parametrize("softmax", [False, True])
-def test_labelled_images_decide_between_softmax_and_a_spare_logit(tmp_path, data, softmax):
+def test_labeled_images_decide_between_softmax_and_a_spare_logit(tmp_path, data, softmax):
     model = planted(softmax=softmax, spare=True).model(["l", "b"])
     result = imported(model, tmp_path, data=data)
     assert result.activation == ("softmax" if softmax else "sigmoid")
@@ -247,7 +247,7 @@ def test_as_many_logits_as_classes_are_sigmoid(tmp_path, data):
     assert result.ap is not None and result.ap > 95
 
 
-def test_a_file_that_finds_nothing_on_the_labelled_images_says_so(tmp_path, data, capsys):
+def test_a_file_that_finds_nothing_on_the_labeled_images_says_so(tmp_path, data, capsys):
     made = planted()
     made.constants["b0"][..., 2:] = 0.01
     onnx.save(made.model(["l", "b"]), tmp_path / "m.onnx")

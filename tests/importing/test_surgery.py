@@ -135,7 +135,7 @@ def test_a_sampling_that_cannot_be_written_as_gathers_is_named(told, shape, mess
 
 
 def test_sizes_that_no_inference_tells_do_not_keep_a_sampling(rng):
-    """The grid's size is computed from the picture's through Shape with start and end, which data propagation loses."""
+    """The grid's size is computed from the image's through Shape with start and end, which data propagation loses."""
     nodes = [
         helper.make_node("Shape", ["x"], ["sides"], "shape", start=2, end=4),
         helper.make_node("Cast", ["sides"], ["real"], "cast", to=TensorProto.FLOAT),

@@ -275,7 +275,7 @@ def test_an_imported_bundle_exports(detr_file: Path, tmp_path: Path) -> None:
     assert Bundle.open(bundle.path).has("model.onnx")
 
 
-def test_deformable_two_stage_is_recognised_and_says_what_it_cannot_know(tmp_path: Path) -> None:
+def test_deformable_two_stage_is_recognized_and_says_what_it_cannot_know(tmp_path: Path) -> None:
     ours = build("deformable_detr", DEFORMABLE, 80).state_dict()
     torch.save({"model": original_names.deformable_detr(ours, 2)}, tmp_path / "d.pth")
     imported = import_weights(

@@ -60,21 +60,21 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(by_sheet, case(torch.float64))
 
 
-def test_on_a_cells_centre_the_gradient_is_that_just_above_it() -> None:
+def test_on_a_cells_center_the_gradient_is_that_just_above_it() -> None:
     """As grid_sample's; attention starts there, because the first offsets are whole cells."""
     value, x, y, weight = case(torch.float64)
     x, y = (place.detach().floor().requires_grad_() for place in (x, y))
     above = [place.detach().add(1e-9).requires_grad_() for place in (x, y)]
     exact = torch.autograd.grad(by_sheet(value, x, y, weight).square().sum(), (x, y))
     moved = torch.autograd.grad(by_sheet(value, *above, weight).square().sum(), above)
-    outside = (x < 0) | (y < 0)  # half in the picture: a border is a kink of its own
+    outside = (x < 0) | (y < 0)  # half in the image: a border is a kink of its own
     for one, other in zip(exact, moved):
         torch.testing.assert_close(one[~outside], other[~outside], atol=1e-6, rtol=1e-6)
 
 
 def test_any_number_of_threads_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for threads in (1, 2, 4, 7):  # six heads of pictures: parts of unequal size, and fewer than threads
+    for threads in (1, 2, 4, 7):  # six heads of images: parts of unequal size, and fewer than threads
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         inputs = case(torch.float32)
         out = by_sheet(*inputs)

@@ -110,7 +110,7 @@ def test_a_box_without_area_keeps_the_spatial_query_finite() -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_one_place_for_all_pictures_is_that_place_for_each_also_in_gradients(first: bool) -> None:
+def test_one_place_for_all_images_is_that_place_for_each_also_in_gradients(first: bool) -> None:
     torch.manual_seed(4)
     among = ConditionalSelfAttention(DIM, HEADS).double()
     across = ConditionalAttention(DIM, HEADS, first=first).double()

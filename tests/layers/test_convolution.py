@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from edgedetr.layers.convolution import ConvNorm, RepVgg
-from edgedetr.layers.norm import FrozenBatchNorm2d, Normalise
+from edgedetr.layers.norm import FrozenBatchNorm2d, Normalize
 
 
 @torch.no_grad()
@@ -50,8 +50,8 @@ def test_frozen_batch_norm_equals_batch_norm_in_evaluation() -> None:
     assert not list(ours.parameters())
 
 
-def test_normalise_is_pixels_over_255_minus_mean_over_std() -> None:
+def test_normalize_is_pixels_over_255_minus_mean_over_std() -> None:
     pixels = torch.tensor([0.0, 127.5, 255.0]).repeat(1, 3, 1, 1)
-    got = Normalise((0.5, 0.0, 0.25), (0.5, 1.0, 0.25))(pixels)
+    got = Normalize((0.5, 0.0, 0.25), (0.5, 1.0, 0.25))(pixels)
     expected = torch.tensor([[[-1.0, 0, 1]], [[0, 0.5, 1]], [[-1, 1, 3]]])[None]
     torch.testing.assert_close(got, expected)

@@ -28,7 +28,7 @@ def inputs(coordinates: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     torch.manual_seed(1)
     query, tokens = torch.randn(2, 9, 16, dtype=torch.float64), torch.randn(2, TOKENS, 16, dtype=torch.float64)
     reference = torch.rand(2, 9, coordinates, dtype=torch.float64) * 2 - 0.5
-    reference[0, 0, :2] = 0.0  # exactly on the corners of the picture
+    reference[0, 0, :2] = 0.0  # exactly on the corners of the image
     reference[0, 1, :2] = 1.0
     return query, reference, tokens
 

@@ -1,4 +1,4 @@
-"""Stochastic depth: right in expectation, per picture, deeper is more, and nothing in evaluation."""
+"""Stochastic depth: right in expectation, per image, deeper is more, and nothing in evaluation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 from edgedetr.layers.drop_path import DropPath, rate_at, set_rates
 
 
-def test_a_branch_is_dropped_for_a_whole_picture_or_scaled_up() -> None:
+def test_a_branch_is_dropped_for_a_whole_image_or_scaled_up() -> None:
     torch.manual_seed(0)
     out = DropPath(0.25).train()(torch.ones(4000, 3, 2))
     values = out.flatten(1)
-    assert (values == values[:, :1]).all(), "one decision per picture"
+    assert (values == values[:, :1]).all(), "one decision per image"
     assert values[:, 0].unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
     # Expectation 1; the mean of 4000 of these has a standard deviation of 0.009.
     assert float(values[:, 0].mean()) == pytest.approx(1, abs=0.04)

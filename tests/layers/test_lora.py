@@ -41,7 +41,7 @@ def adapted(name: str = "detr") -> nn.Module:
 @torch.no_grad()
 def test_merged_equals_unmerged() -> None:
     detector = adapted().double()  # in float32 rounding alone is 2e-6 of a logit
-    images = detector.normalise(pictures().double())
+    images = detector.normalize(pictures().double())
     before, after = detector(images), merged(detector).double()(images)
     torch.testing.assert_close(after.boxes, before.boxes, atol=1e-6, rtol=0)
     torch.testing.assert_close(after.logits, before.logits, atol=1e-6, rtol=0)

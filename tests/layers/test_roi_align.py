@@ -10,13 +10,13 @@ import torch
 
 from edgedetr.layers.roi_align import RoiAlign, level_of
 
-SHAPES, STRIDES = [(24, 32), (12, 16), (6, 8), (3, 4)], [4, 8, 16, 32]  # a picture of 96 x 128
+SHAPES, STRIDES = [(24, 32), (12, 16), (6, 8), (3, 4)], [4, 8, 16, 32]  # an image of 96 x 128
 HEIGHT, WIDTH = 96, 128
 TOKENS = sum(h * w for h, w in SHAPES)
 
 
 def boxes_of_every_kind() -> torch.Tensor:
-    """[2, 9, 4]: inside, over each border, wholly outside, tiny, and larger than the picture."""
+    """[2, 9, 4]: inside, over each border, wholly outside, tiny, and larger than the image."""
     torch.manual_seed(0)
     boxes = torch.cat([torch.rand(2, 9, 2), torch.rand(2, 9, 2) * 0.5 + 0.05], dim=-1)
     boxes[0, :6] = torch.tensor(
@@ -37,7 +37,7 @@ def tokens(channels: int = 3) -> torch.Tensor:
 
 
 def sample(level: torch.Tensor, y: float, x: float) -> torch.Tensor:
-    """One bilinear sample of a map [H, W, C]; places in cells, whose centres are whole numbers."""
+    """One bilinear sample of a map [H, W, C]; places in cells, whose centers are whole numbers."""
     height, width = level.shape[:2]
     if y < -1 or y > height or x < -1 or x > width:
         return torch.zeros_like(level[0, 0])
@@ -122,7 +122,7 @@ def test_gradients_reach_the_tokens_and_not_the_boxes() -> None:
     torch.testing.assert_close((table.grad * direction).sum(), slope)
 
 
-def test_a_box_inside_a_constant_picture_reads_the_constant() -> None:
+def test_a_box_inside_a_constant_image_reads_the_constant() -> None:
     boxes = torch.tensor([[[0.5, 0.5, 0.6, 0.4], [0.1, 0.9, 0.1, 0.1]]])
     out = RoiAlign()(torch.full((1, TOKENS, 2), 3.0), SHAPES, STRIDES, boxes)
     torch.testing.assert_close(out, torch.full((1, 2, 49, 2), 3.0))

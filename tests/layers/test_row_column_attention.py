@@ -22,7 +22,7 @@ def by_loops(
     width: int,
     height: int,
 ) -> torch.Tensor:
-    """One picture, of which `width` columns and `height` rows are real. x, y [N, C], maps [H, W, C] -> [N, C].
+    """One image, of which `width` columns and `height` rows are real. x, y [N, C], maps [H, W, C] -> [N, C].
 
     As the paper has it: keys are projected cell by cell with their position, then averaged along the other axis.
     """
@@ -67,7 +67,7 @@ def test_every_order_of_the_axes_is_the_double_sum(shape: tuple[int, int]) -> No
 
 @torch.no_grad()
 def test_padding_is_neither_attended_nor_averaged() -> None:
-    shape, real = (3, 5), [(3, 5), (2, 4)]  # the second picture fills two rows and four columns
+    shape, real = (3, 5), [(3, 5), (2, 4)]  # the second image fills two rows and four columns
     layer, position, x, y, tokens = inputs(shape)
     padding = torch.ones(2, *shape, dtype=torch.bool)
     for image, (height, width) in enumerate(real):
@@ -94,7 +94,7 @@ def test_queries_in_parts_give_the_same_and_no_part_is_larger_than_allowed(monke
     sizes, part = [], row_column_attention._part
 
     def spy(first: torch.Tensor, second: torch.Tensor, rows: torch.Tensor, short: int) -> torch.Tensor:
-        sizes.append(first.shape[1] * first.shape[2] * rows.shape[3])  # numbers of one picture between
+        sizes.append(first.shape[1] * first.shape[2] * rows.shape[3])  # numbers of one image between
         return part(first, second, rows, short)
 
     allowed = 2 * HEADS * 4 * EACH  # two queries at once

@@ -26,8 +26,8 @@ from planted import (
     node,
     not_imported,
     one,
-    quantised_conv,
-    quantised_product,
+    quantized_conv,
+    quantized_product,
     scatter,
     shapes_left,
     top_k,
@@ -61,18 +61,18 @@ class Case:
     severity: dict[str, str]
 
 
-HALF = quantised_conv(kind=np.float16, scale=np.float16(0.1), weight_scale=np.full(32, 0.1, np.float16))
+HALF = quantized_conv(kind=np.float16, scale=np.float16(0.1), weight_scale=np.full(32, 0.1, np.float16))
 CASES = [
     Case("opset", one("Relu", opset=17), one("Relu"), WARN),
     Case("opset", one("Relu", opset=21), one("Relu"), WARN),
     Case("opset", one("Relu", opset=8), one("Relu"), WARN),
     Case(
-        "quantised-opset",
-        quantised_conv(kind=np.float16, scale=np.float16(0.1), opset=17, weight_scale=np.full(32, 0.1, np.float16)),
+        "quantized-opset",
+        quantized_conv(kind=np.float16, scale=np.float16(0.1), opset=17, weight_scale=np.full(32, 0.1, np.float16)),
         HALF,
         WARN,
     ),
-    Case("quantised-opset", quantised_conv(opset=12), quantised_conv(), WARN),
+    Case("quantized-opset", quantized_conv(opset=12), quantized_conv(), WARN),
     Case("open-input", named_size("batch", 8), named_size(1, 8), WARN),
     Case("open-input", named_size(1, "height"), named_size(1, 8), WARN),
     Case("untyped-output", untyped(), one("Relu"), ALL),
@@ -111,60 +111,60 @@ CASES = [
     Case("batch-norm", conv_then(scaled=(1, 32, 1, 1)), conv_then(scaled=(1,)), WARN),
     Case("batch-norm", conv_then(scaled=(32, 1, 1)), conv_then(scaled=()), WARN),
     Case("layer-norm", layer_norm(False), layer_norm(True), WARN),
-    Case("zero-point", quantised_conv(zero=np.int8(3)), quantised_conv(), ALL),
-    Case("zero-point", quantised_conv(zero=np.uint8(0)), quantised_conv(), ALL),
-    Case("zero-point", quantised_conv(missing_zero=True), quantised_conv(), ALL),
+    Case("zero-point", quantized_conv(zero=np.int8(3)), quantized_conv(), ALL),
+    Case("zero-point", quantized_conv(zero=np.uint8(0)), quantized_conv(), ALL),
+    Case("zero-point", quantized_conv(missing_zero=True), quantized_conv(), ALL),
     Case("zero-point", activation(np.float32(0.1), np.zeros(2, np.int8)), activation(np.float32(0.1), np.int8(0)), ALL),
-    Case("scale-value", quantised_conv(scale=np.float32(0)), quantised_conv(), ALL),
-    Case("scale-value", quantised_conv(scale=np.float32(-0.1)), quantised_conv(), ALL),
-    Case("scale-value", quantised_conv(scale=np.float32("inf")), quantised_conv(), ALL),
+    Case("scale-value", quantized_conv(scale=np.float32(0)), quantized_conv(), ALL),
+    Case("scale-value", quantized_conv(scale=np.float32(-0.1)), quantized_conv(), ALL),
+    Case("scale-value", quantized_conv(scale=np.float32("inf")), quantized_conv(), ALL),
     # 6.0e-5 is subnormal in FP16, 6.2e-5 is not; as float32 the smaller one is fine.
     Case(
         "scale-value",
-        quantised_conv(kind=np.float16, scale=np.float16(6.0e-5), weight_scale=np.full(32, 0.1, np.float16)),
-        quantised_conv(kind=np.float16, scale=np.float16(6.2e-5), weight_scale=np.full(32, 0.1, np.float16)),
+        quantized_conv(kind=np.float16, scale=np.float16(6.0e-5), weight_scale=np.full(32, 0.1, np.float16)),
+        quantized_conv(kind=np.float16, scale=np.float16(6.2e-5), weight_scale=np.full(32, 0.1, np.float16)),
         ALL,
     ),
     Case(
         "scale-value",
-        quantised_conv(kind=np.float16, scale=np.float16(6.0e-5), weight_scale=np.full(32, 0.1, np.float16)),
-        quantised_conv(scale=np.float32(6.0e-5)),
+        quantized_conv(kind=np.float16, scale=np.float16(6.0e-5), weight_scale=np.full(32, 0.1, np.float16)),
+        quantized_conv(scale=np.float32(6.0e-5)),
         ALL,
     ),
     Case(
         "scale-type",
-        quantised_conv(kind=np.float16, scale=np.float32(0.1), weight_scale=np.full(32, 0.1, np.float16)),
+        quantized_conv(kind=np.float16, scale=np.float32(0.1), weight_scale=np.full(32, 0.1, np.float16)),
         HALF,
         NOT_11,
     ),
-    Case("scale-type", quantised_conv(scale=np.float16(0.1)), quantised_conv(), NOT_11),
+    Case("scale-type", quantized_conv(scale=np.float16(0.1)), quantized_conv(), NOT_11),
     Case(
         "per-channel-activation",
         activation(np.full(32, 0.1, np.float32), np.zeros(32, np.int8)),
         activation(np.float32(0.1), np.int8(0)),
         ALL,
     ),
-    Case("weight-axis", quantised_conv(axis=1), quantised_conv(), NOT_11),
-    Case("scale-axis", quantised_conv(weight_scale=np.full(31, 0.1, np.float32)), quantised_conv(), ALL),
-    Case("weight-axis", quantised_product(32, 48, axis=0), quantised_product(32, 48), NOT_11),
+    Case("weight-axis", quantized_conv(axis=1), quantized_conv(), NOT_11),
+    Case("scale-axis", quantized_conv(weight_scale=np.full(31, 0.1, np.float32)), quantized_conv(), ALL),
+    Case("weight-axis", quantized_product(32, 48, axis=0), quantized_product(32, 48), NOT_11),
     Case(
         "weight-axis",
-        quantised_product(32, 48, transposed=True, through=True, axis=1),
-        quantised_product(32, 48, transposed=True, through=True),
+        quantized_product(32, 48, transposed=True, through=True, axis=1),
+        quantized_product(32, 48, transposed=True, through=True),
         NOT_11,
     ),
     Case(
         "weight-axis",
-        quantised_product(32, 48, kind="Gemm", transposed=True, axis=1),
-        quantised_product(32, 48, kind="Gemm", transposed=True),
+        quantized_product(32, 48, kind="Gemm", transposed=True, axis=1),
+        quantized_product(32, 48, kind="Gemm", transposed=True),
         NOT_11,
     ),
-    Case("weight-axis", quantised_product(32, 48, kind="Gemm", axis=0), quantised_product(32, 48, kind="Gemm"), NOT_11),
-    Case("one-side-quantised", quantised_conv(weight=False), quantised_conv(), WARN),
-    Case("one-side-quantised", quantised_conv(data=False), quantised_conv(), WARN),
-    Case("small-product", quantised_product(32, 4), quantised_product(32, 16), WARN),
-    Case("small-product", quantised_product(4, 32), quantised_product(16, 32), WARN),
-    Case("before-relu", quantised_conv(relu_between=True), quantised_conv(), WARN),
+    Case("weight-axis", quantized_product(32, 48, kind="Gemm", axis=0), quantized_product(32, 48, kind="Gemm"), NOT_11),
+    Case("one-side-quantized", quantized_conv(weight=False), quantized_conv(), WARN),
+    Case("one-side-quantized", quantized_conv(data=False), quantized_conv(), WARN),
+    Case("small-product", quantized_product(32, 4), quantized_product(32, 16), WARN),
+    Case("small-product", quantized_product(4, 32), quantized_product(16, 32), WARN),
+    Case("before-relu", quantized_conv(relu_between=True), quantized_conv(), WARN),
     Case("concat-scales", concat(0.1, 0.2), concat(0.1, 0.1), WARN),
     Case("transposed-convolution", transposed_conv(16), transposed_conv(1), WARN),
     *(Case("equal-types", binary(kind, F16), binary(kind, F32), ALL) for kind in ("Add", "Mul", "Sub", "Div", "Min")),
@@ -258,7 +258,7 @@ def test_every_rule_has_a_planted_fault():
 
 @pytest.mark.parametrize(
     "good",
-    [quantised_conv(), HALF, quantised_product(32, 48), layer_norm(True), top_k(300), concat(0.1, 0.1)],
+    [quantized_conv(), HALF, quantized_product(32, 48), layer_norm(True), top_k(300), concat(0.1, 0.1)],
     ids=["int8", "int8-fp16", "matmul", "norm", "topk", "concat"],
 )
 def test_a_good_graph_is_silent(good):
@@ -267,14 +267,14 @@ def test_a_good_graph_is_silent(good):
 
 
 def test_int8_channels_that_are_open_are_an_error():
-    nodes = quantised_conv().graph
+    nodes = quantized_conv().graph
     model = graph_of(
         [node("Reshape", "v t", "x"), *nodes.node],
         {"v": (F32, (2048,)), "t": (TensorProto.INT64, (4,))},
         {item.name: numpy_helper.to_array(item) for item in nodes.initializer},
     )
     assert "open-channels" in {finding.rule for finding in lint(model)}
-    assert "open-channels" not in {finding.rule for finding in lint(quantised_conv())}
+    assert "open-channels" not in {finding.rule for finding in lint(quantized_conv())}
 
 
 def test_a_finding_names_node_reason_fix_and_source():
@@ -384,8 +384,8 @@ def test_of_a_bundle_the_graphs_for_tensorrt_are_linted(tmp_path, capsys):
     bundle = Bundle.create(tmp_path / "b", manifest)
     for name, model in (
         ("model.onnx", one("Relu")),
-        ("model.int8.onnx", quantised_conv()),
-        ("model.int8-cpu.onnx", quantised_conv(zero=np.uint8(128))),
+        ("model.int8.onnx", quantized_conv()),
+        ("model.int8-cpu.onnx", quantized_conv(zero=np.uint8(128))),
     ):
         with bundle.add(name, stage="export") as path:
             path.write_bytes(model.SerializeToString())

@@ -47,7 +47,7 @@ class Written(NamedTuple):
 
 
 def magnitudes(model: ModelProto) -> dict[str, float]:
-    """The largest magnitude of every float tensor on one noise picture, node by node: optimising takes seconds.
+    """The largest magnitude of every float tensor on one noise image, node by node: optimizing takes seconds.
 
     At most 1000, because these weights are noise: what does not fit into FP16 is tested in test_half.py.
     """
@@ -71,8 +71,8 @@ def write(name: str, sampling: str, folder: Path) -> dict[str, Path]:
     paths["fp16"].write_bytes(halve(model, magnitudes(model), policy.float32).SerializeToString())
     model = split_concats(model)
     seen, chosen = magnitudes(model), plan(model, policy)
-    quantised = insert(model, chosen, tied(model, {name: seen[name] for name in tensors(model, chosen)}), TENSORRT)
-    paths["int8"].write_bytes(halve(quantised, seen, policy.float32).SerializeToString())
+    quantized = insert(model, chosen, tied(model, {name: seen[name] for name in tensors(model, chosen)}), TENSORRT)
+    paths["int8"].write_bytes(halve(quantized, seen, policy.float32).SerializeToString())
     return paths
 
 

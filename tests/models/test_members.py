@@ -33,7 +33,7 @@ def test_every_member_is_tested(name: str) -> None:
 @torch.no_grad()
 def test_shapes_and_ranges(name: str) -> None:
     detector, config = small(name), SMALL[name]
-    out = detector(detector.normalise(pictures()))
+    out = detector(detector.normalize(pictures()))
     layers, queries = config.decoder_layers, config.queries
     assert out.logits.shape == (layers, 2, queries, STAR[config.activation])
     assert out.boxes.shape == (layers, 2, queries, 4)
@@ -53,7 +53,7 @@ def test_shapes_and_ranges(name: str) -> None:
 def test_what_is_detected_depends_on_the_image(name: str) -> None:
     """Else export, batch, deployment and INT8 of the member would be compared on constants."""
     detector = small(name)
-    memory = detector.encode(detector.normalise(pictures()))
+    memory = detector.encode(detector.normalize(pictures()))
     out = detector.decode(detector.select(memory), memory)
     for level in memory.maps():  # a typical cell differs by a good share of what cells are
         assert torch.isfinite(level).all()
@@ -86,7 +86,7 @@ def test_stochastic_depth_reaches_every_layer_at_the_asked_rate(name: str, sched
 def test_a_layer_that_is_left_out_passes_its_input_on(name: str) -> None:
     """In training alone: then what the layer would compute makes no difference, but for its last norms."""
     detector = small(name)
-    images = detector.normalise(pictures())
+    images = detector.normalize(pictures())
     before = detector(images)
     set_rates(detector, 0.3, "linear")
     assert torch.equal(detector(images).logits, before.logits), "evaluation is unchanged"
@@ -114,7 +114,7 @@ def layers_of(detector: Detector) -> list[torch.nn.Module]:
 @member
 def test_gradients_reach_every_trainable_parameter(name: str) -> None:
     detector = small(name).train()
-    out = detector(detector.normalise(pictures()))
+    out = detector(detector.normalize(pictures()))
     loss = out.logits.square().sum() + out.boxes.square().sum()
     if out.encoder is not None:
         loss = loss + out.encoder[0].square().sum() + out.encoder[1].square().sum()
@@ -126,10 +126,10 @@ def test_gradients_reach_every_trainable_parameter(name: str) -> None:
 
 @member
 @torch.no_grad()
-def test_pictures_of_a_batch_do_not_see_each_other(name: str) -> None:
+def test_images_of_a_batch_do_not_see_each_other(name: str) -> None:
     detector, images = small(name), pictures(3)
-    together = detector(detector.normalise(images))
-    alone = detector(detector.normalise(images[1:2]))
+    together = detector(detector.normalize(images))
+    alone = detector(detector.normalize(images[1:2]))
     # Other batch sizes take other convolution kernels: float32 rounding, measured 3e-6.
     torch.testing.assert_close(together.logits[:, 1:2], alone.logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(together.boxes[:, 1:2], alone.boxes, atol=1e-5, rtol=0)
@@ -142,7 +142,7 @@ def test_deploy_graph_equals_the_last_layer(name: str, sampling: str) -> None:
     detector, images = small(name), pictures()
     before = {key: value.clone() for key, value in detector.state_dict().items()}
     graph = DeployGraph(detector, HEIGHT, WIDTH, sampling)
-    expected = detector(detector.normalise(images))
+    expected = detector(detector.normalize(images))
     logits, boxes = graph(images)
     torch.testing.assert_close(logits, expected.logits[-1], atol=1e-4, rtol=0)  # folded BatchNorm; measured 4e-6
     torch.testing.assert_close(boxes, expected.boxes[-1], atol=1e-5, rtol=0)
@@ -155,9 +155,9 @@ def test_deploy_graph_equals_the_last_layer(name: str, sampling: str) -> None:
 def test_half_precision_trains_and_what_is_detected_stays_float32(name: str, kind: torch.dtype) -> None:
     detector = small(name).train()
     with torch.autocast("cpu", kind):
-        out = detector(detector.normalise(pictures()))
+        out = detector(detector.normalize(pictures()))
     assert torch.isfinite(out.logits).all()
-    # A box in bfloat16 has steps of 1/256 of the picture; references are carried in float32.
+    # A box in bfloat16 has steps of 1/256 of the image; references are carried in float32.
     assert out.boxes.dtype == out.logits.dtype == torch.float32
     (out.logits.float().square().mean() + out.boxes.float().square().mean()).backward()
     assert all(torch.isfinite(p.grad).all() for p in detector.parameters() if p.grad is not None)
@@ -175,7 +175,7 @@ def test_dc5_keeps_the_last_stage_at_stride_16() -> None:
 
 @torch.no_grad()
 def test_masked_tokens_do_not_change_detections() -> None:
-    """detr alone takes pictures of several sizes in a batch; padding is what the mask says it is."""
+    """detr alone takes images of several sizes in a batch; padding is what the mask says it is."""
     detector, padding = small("detr"), torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
     padding[0, 64:], padding[0, :, 96:] = True, True  # whole cells of stride 32
     maps = [torch.randn(2, 128, HEIGHT // 32, WIDTH // 32)]
@@ -191,7 +191,7 @@ def test_masked_tokens_do_not_change_detections() -> None:
 def test_queries_that_a_mask_hides_do_not_change_the_others() -> None:
     """What denoising relies on: noised queries in front, hidden from the rest, sliced off again."""
     detector = small("rt_detr")
-    memory = detector.encode(detector.normalise(pictures()))
+    memory = detector.encode(detector.normalize(pictures()))
     queries = detector.select(memory)
     plain = detector.decode(queries, memory)
     noise = 5
@@ -240,7 +240,7 @@ def test_discrete_sampling_stays_discrete_when_deployed() -> None:
         (lambda: DeployGraph(small("rt_detr"), 100, 128), "input is 100 x 128 pixels; expected multiples of 32"),
         (
             lambda: DeployGraph(build("rt_detr", replace(SMALL["rt_detr"], queries=22), 3), 32, 32),
-            "22 queries asked for, but the picture has 21 cells; .*--set model.queries=21",
+            "22 queries asked for, but the image has 21 cells; .*--set model.queries=21",
         ),
     ],
 )

@@ -77,7 +77,7 @@ def test_onnx_runtime_finds_what_pytorch_finds(name: str, batch: int) -> None:
 
 
 @member
-def test_identical_pictures_of_a_batch_get_identical_detections(name: str) -> None:
+def test_identical_images_of_a_batch_get_identical_detections(name: str) -> None:
     images = pictures(1).repeat(4, 1, 1, 1)
     raw = OrtRunner(exported(name, None)).run(images.numpy())
     first = detections(name, RawOutputs(raw.logits[:1], raw.boxes[:1]))[0]
@@ -112,8 +112,8 @@ def test_the_graph_is_plain_opset_19(name: str) -> None:
 
 
 @cache
-def quantised(name: str, folder: Path) -> tuple[ModelProto, ModelProto]:
-    """The TensorRT and the CPU dialect by the default policy, with ranges of four noise pictures.
+def quantized(name: str, folder: Path) -> tuple[ModelProto, ModelProto]:
+    """The TensorRT and the CPU dialect by the default policy, with ranges of four noise images.
 
     With weights that this CPU multiplies exactly: without VNNI, integer kernels saturate on weights of 8 bits.
     """
@@ -132,17 +132,17 @@ def quantised(name: str, folder: Path) -> tuple[ModelProto, ModelProto]:
 
 @member
 @pytest.mark.parametrize("runner", [OrtRunner, OpenVinoRunner], ids=["onnxruntime", "openvino"])
-def test_the_quantised_graph_runs(name: str, runner: type, folder: Path, tmp_path: Path) -> None:
+def test_the_quantized_graph_runs(name: str, runner: type, folder: Path, tmp_path: Path) -> None:
     if runner is OpenVinoRunner:
         pytest.importorskip("openvino")
-    model = quantised(name, folder)[runner is OrtRunner]
+    model = quantized(name, folder)[runner is OrtRunner]
     assert any(node.op_type == "DequantizeLinear" for node in model.graph.node)
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
     images = pictures(4).numpy()
     float_, raw = (run_all(OrtRunner(exported(name, 1)), images), run_all(runner(path), images))
-    # The backend's optimised kernels do what the graph says, which ONNX Runtime shows node by node.
-    plain = run_all(OrtRunner(path, optimise=False), images)
+    # The backend's optimized kernels do what the graph says, which ONNX Runtime shows node by node.
+    plain = run_all(OrtRunner(path, optimize=False), images)
     assert raw.logits.shape == float_.logits.shape and raw.boxes.shape == float_.boxes.shape
     assert np.isfinite(raw.logits).all() and np.isfinite(raw.boxes).all()
     if name in SELECTING:  # rounding ties exchange a few of the queries, so detections are compared as sets

@@ -21,14 +21,14 @@ member = pytest.mark.parametrize("name", FAMILY)
 
 
 def objects(count: int, seed: int = 0) -> Target:
-    """Distinct boxes well inside the picture."""
+    """Distinct boxes well inside the image."""
     rng = torch.Generator().manual_seed(seed)
-    centre, size = torch.rand(count, 2, generator=rng) * 0.6 + 0.2, torch.rand(count, 2, generator=rng) * 0.2 + 0.1
-    return Target(torch.randint(CLASSES, (count,), generator=rng), torch.cat([centre, size], 1))
+    center, size = torch.rand(count, 2, generator=rng) * 0.6 + 0.2, torch.rand(count, 2, generator=rng) * 0.2 + 0.1
+    return Target(torch.randint(CLASSES, (count,), generator=rng), torch.cat([center, size], 1))
 
 
 def losses(name: str, detector: Detector, targets: Sequence[Target]) -> torch.Tensor:
-    """The losses [7] of one training step's forward half on noise pictures, with denoising where the member has it."""
+    """The losses [7] of one training step's forward half on noise images, with denoising where the member has it."""
     trainee = Trainee(detector, TrainConfig(denoising=4), SMALL[name].class_loss, CLASSES)
     seed_step(0, 0, 0)
     return trainee(pictures(len(targets)).to(torch.uint8), lambda: pad(targets), 1.0)
@@ -37,7 +37,7 @@ def losses(name: str, detector: Detector, targets: Sequence[Target]) -> torch.Te
 @member
 def test_box_gradients_of_unmatched_queries_are_exactly_zero(name: str) -> None:
     detector, targets = small(name).train(), [objects(2), objects(5, 1)]
-    outputs = detector(detector.normalise(pictures()))
+    outputs = detector(detector.normalize(pictures()))
     outputs.boxes.retain_grad()
     outputs.logits.retain_grad()
     Criterion(TrainConfig(), SMALL[name].class_loss)(outputs, targets).total.backward()
@@ -54,7 +54,7 @@ def test_more_objects_than_queries_train(name: str) -> None:
 
 
 @member
-def test_pictures_without_objects_train(name: str) -> None:
+def test_images_without_objects_train(name: str) -> None:
     detector = small(name).train()
     found = dict(zip(Losses.NAMES, losses(name, detector, [objects(0), objects(0)])))
     assert found["l1"] == found["giou"] == 0
@@ -67,7 +67,7 @@ def test_pictures_without_objects_train(name: str) -> None:
 
 @member
 def test_the_loss_falls_to_a_fifth_within_60_steps(name: str) -> None:
-    """Two pictures by heart: whatever of the loop backbone - head - matcher - loss is cut, this does not fall."""
+    """Two images by heart: whatever of the loop backbone - head - matcher - loss is cut, this does not fall."""
     torch.manual_seed(0)
     still = {"dropout": 0.0} if hasattr(SMALL[name], "dropout") else {}
     detector = build(name, replace(SMALL[name], **still), CLASSES).train()

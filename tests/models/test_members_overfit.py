@@ -1,4 +1,4 @@
-"""Every member learns eight real pictures by heart, from random weights: nothing between pixels and AP is cut.
+"""Every member learns eight real images by heart, from random weights: nothing between pixels and AP is cut.
 
 Slow: some minutes of one core per member. The figures of a recorded run stand in recipes/README.md.
 """
@@ -85,7 +85,7 @@ STEPS = {
 
 
 def eight(source: Path, root: Path) -> Path:
-    """The first pictures of BCCD's training split that hold all three classes, as every split of a COCO set."""
+    """The first images of BCCD's training split that hold all three classes, as every split of a COCO set."""
     whole = json.loads((source / "annotations" / "train.json").read_text())
     classes = {category["id"] for category in whole["categories"]}
     of = {image["id"]: [a for a in whole["annotations"] if a["image_id"] == image["id"]] for image in whole["images"]}
@@ -131,7 +131,7 @@ def recipe(name: str) -> Recipe:
                 "denoising": 60,
                 "checkpoint_every": 10**6,
             },
-            "augment": {"flip_horizontal": 0.0, "crop": 0.0, "zoom_out": 0.0, "scale_jitter": 0.0, "colour": 0.0},
+            "augment": {"flip_horizontal": 0.0, "crop": 0.0, "zoom_out": 0.0, "scale_jitter": 0.0, "color": 0.0},
         },
         where=name,
     )
@@ -139,7 +139,7 @@ def recipe(name: str) -> Recipe:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILY)
-def test_eight_pictures_are_learned_by_heart(name: str, shared_data: Path, tmp_path: Path) -> None:
+def test_eight_images_are_learned_by_heart(name: str, shared_data: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)  # a second one that waits in a loop would count as CPU time
     begun = time.process_time()
     bundle = train(recipe(name), eight(shared_data / "bccd", tmp_path / "data"), tmp_path / "heart.bundle")

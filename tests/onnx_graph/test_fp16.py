@@ -72,7 +72,7 @@ def kind_of(model: ModelProto, name: str) -> int:
 
 @pytest.fixture(scope="module", params=FAMILY)
 def member(request) -> tuple[str, ModelProto, ModelProto, np.ndarray]:
-    """(name, float graph, its FP16 form, a picture)."""
+    """(name, float graph, its FP16 form, an image)."""
     model = onnx.load(str(members.exported(request.param)))
     images = members.pictures(1).numpy()
     return request.param, model, halve(model, peaks(model, [images]), load("default").float32), images
@@ -209,28 +209,28 @@ def test_what_the_policy_names_stays_float32_and_gets_casts_around_it():
     assert weights == {"w": FLOAT, "w_half": HALF}
 
 
-def test_pixels_are_normalised_before_they_are_rounded():
+def test_pixels_are_normalized_before_they_are_rounded():
     model = graph(
-        [helper.make_node("Mul", ["images", "scale"], ["x"], "normalise"), conv("x", "logits", "one")],
+        [helper.make_node("Mul", ["images", "scale"], ["x"], "normalize"), conv("x", "logits", "one")],
         w=W,
         scale=np.array(1 / 255, np.float32),
     )
-    assert islands(model, {}) == {"normalise": "computed from float32 values alone"}
+    assert islands(model, {}) == {"normalize": "computed from float32 values alone"}
 
 
 def test_a_pair_of_int8_has_fp16_scales_and_the_type_of_its_layer(rng):
     nodes = [conv("images", "a", "one"), conv("a", "b", "two"), conv("b", "logits", "three")]
     model = graph(nodes, w=rng.normal(0, 0.2, (16, 16, 1, 1)).astype(np.float32))
     seen = peaks(model, [rng.normal(0, 2, SIZE).astype(np.float32)])
-    quantised = insert(model, plan(model, Policy("all")), seen, TENSORRT)
+    quantized = insert(model, plan(model, Policy("all")), seen, TENSORRT)
     for peak, kind in ((seen["a"], HALF), (2 * LARGEST, FLOAT)):
-        half = halve(quantised, {**seen, "a": peak})
+        half = halve(quantized, {**seen, "a": peak})
         scales = {item.name: numpy_helper.to_array(item) for item in half.graph.initializer if "_scale" in item.name}
         # Both nodes of a pair have one type; a layer in float32 has its pairs in float32.
         assert kind_of(half, "two") == kind_of(half, "a_DequantizeLinear") == kind
         assert kind_of(half, "three") == kind_of(half, "b_DequantizeLinear") == HALF
         assert all((scale >= 2.0**-14).all() for scale in scales.values())
-        before = {item.name: numpy_helper.to_array(item) for item in quantised.graph.initializer}
+        before = {item.name: numpy_helper.to_array(item) for item in quantized.graph.initializer}
         for name, scale in scales.items():  # no scale has changed by its type
             np.testing.assert_array_equal(scale.astype(np.float32), before[name.removesuffix("_half")])
         run(half, np.zeros(SIZE, np.float32))
@@ -240,9 +240,9 @@ def test_a_scale_that_is_no_fp16_number_is_a_defect_that_is_told(rng):
     from dataclasses import replace
 
     model = graph([conv("images", "a", "one"), conv("a", "logits", "two")], w=W)
-    quantised = insert(model, plan(model, Policy("all")), {"images": 1.0, "a": 1.0}, replace(TENSORRT, half=False))
-    with pytest.raises(ExportError, match="a scale is no normal FP16 number.*quantise again"):
-        halve(quantised, {})
+    quantized = insert(model, plan(model, Policy("all")), {"images": 1.0, "a": 1.0}, replace(TENSORRT, half=False))
+    with pytest.raises(ExportError, match="a scale is no normal FP16 number.*quantize again"):
+        halve(quantized, {})
 
 
 def test_branches_and_unknown_operators_are_refused():
@@ -268,7 +268,7 @@ def test_a_tensor_that_is_not_finite_is_named(bad):
         peaks(model, [images])
 
 
-def test_peaks_are_the_largest_magnitudes_over_all_pictures(rng):
+def test_peaks_are_the_largest_magnitudes_over_all_images(rng):
     model = graph([conv("images", "a", "one"), helper.make_node("Relu", ["a"], ["logits"], "relu")], w=-W)
     batches = [rng.normal(0, 1, SIZE).astype(np.float32), rng.normal(0, 3, SIZE).astype(np.float32)]
     found = peaks(model, batches)

@@ -48,20 +48,20 @@ def overflow() -> ModelProto:
     )
 
 
-def run(model: bytes, images: np.ndarray, optimise: bool = False) -> np.ndarray:
-    return onnxruntime.tensors(model, images, ["logits"], optimise=optimise)["logits"]
+def run(model: bytes, images: np.ndarray, optimize: bool = False) -> np.ndarray:
+    return onnxruntime.tensors(model, images, ["logits"], optimize=optimize)["logits"]
 
 
-@pytest.mark.parametrize("optimise", [False, True], ids=["as written", "optimised"])
-def test_an_overflow_is_infinite_in_the_twin_and_hidden_in_the_graph_itself(optimise, tmp_path):
+@pytest.mark.parametrize("optimize", [False, True], ids=["as written", "optimized"])
+def test_an_overflow_is_infinite_in_the_twin_and_hidden_in_the_graph_itself(optimize, tmp_path):
     path, images = saved(overflow(), tmp_path), np.full((1, 4), 300, np.float32)
     with np.errstate(over="ignore"):
         expected = np.float16(300) * np.float16(300) * np.float16(1e-3)
     assert np.isinf(expected)
     assert np.isinf(run(twin(path), images)).all()
     # 90 in exact arithmetic; ONNX Runtime keeps the product in float32 between the two nodes.
-    np.testing.assert_allclose(run(path.read_bytes(), images, optimise), 90, rtol=2e-3)  # 1e-3 in FP16 is 1.0004e-3
-    np.testing.assert_allclose(run(twin(path, rounded=False), images, optimise), 90, rtol=2e-3)
+    np.testing.assert_allclose(run(path.read_bytes(), images, optimize), 90, rtol=2e-3)  # 1e-3 in FP16 is 1.0004e-3
+    np.testing.assert_allclose(run(twin(path, rounded=False), images, optimize), 90, rtol=2e-3)
 
 
 def test_openvino_takes_the_pairs_out_so_it_must_not_score_fp16(tmp_path):

@@ -27,14 +27,14 @@ def pictures(rng: np.random.Generator, count: int) -> list[np.ndarray]:
 
 
 def ranges(model: ModelProto, chosen: Plan, images: list[np.ndarray]) -> dict[str, float]:
-    """Ranges that clip a tenth of the largest picture's reach."""
+    """Ranges that clip a tenth of the largest image's reach."""
     names = tensors(model, chosen)
     values = [run(model, image, names) for image in images]
     return tied(model, {name: 0.9 * max(float(np.abs(v[i]).max()) for v in values) for i, name in enumerate(names)})
 
 
 def channel_means(values: np.ndarray) -> np.ndarray:
-    """[O] by loops: channels are axis 1 of a picture's maps, the last axis of tokens."""
+    """[O] by loops: channels are axis 1 of an image's maps, the last axis of tokens."""
     maps = values[0] if values.ndim == 4 else values[0].T
     found = np.zeros(len(maps))
     for channel, values_of_one in enumerate(maps):
@@ -46,7 +46,7 @@ def channel_means(values: np.ndarray) -> np.ndarray:
 
 
 def mean_errors(model: ModelProto, graph: ModelProto, images: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """{layer: [O] mean over the pictures of float - INT8}, behind the layer's bias."""
+    """{layer: [O] mean over the images of float - INT8}, behind the layer's bias."""
     tensors_ = list(LAYERS.values())
     pairs = [(run(model, image, tensors_), run(graph, image, tensors_)) for image in images]
     return {
@@ -63,7 +63,7 @@ def case(request, rng):
     return model, images, chosen, ranges(model, chosen, images)
 
 
-def test_shifts_equal_loops_over_pictures_layers_and_channels(rng):
+def test_shifts_equal_loops_over_images_layers_and_channels(rng):
     model = network(rng, residual=False)
     images = pictures(rng, 3)
     chosen = plan(model, Policy("all"))
@@ -103,11 +103,11 @@ def test_shifts_equal_loops_over_pictures_layers_and_channels(rng):
 
 
 @DIALECTS
-def test_on_one_picture_the_mean_of_every_channel_of_every_layer_is_that_of_float(case, dialect: Dialect):
+def test_on_one_image_the_mean_of_every_channel_of_every_layer_is_that_of_float(case, dialect: Dialect):
     model, images, chosen, amax = case
-    quantised = insert(model, chosen, amax, dialect)
-    found = shifts(model, quantised, chosen, lambda: images[-1:])
-    before = mean_errors(model, quantised, images[-1:])
+    quantized = insert(model, chosen, amax, dialect)
+    found = shifts(model, quantized, chosen, lambda: images[-1:])
+    before = mean_errors(model, quantized, images[-1:])
     after = mean_errors(model, insert(model, chosen, amax, dialect, found), images[-1:])
     for layer in LAYERS:
         largest = np.abs(before[layer]).max()
@@ -116,11 +116,11 @@ def test_on_one_picture_the_mean_of_every_channel_of_every_layer_is_that_of_floa
 
 
 @DIALECTS
-def test_over_all_pictures_the_means_are_those_of_float_where_every_layer_is_a_part_of_its_own(case, dialect: Dialect):
+def test_over_all_images_the_means_are_those_of_float_where_every_layer_is_a_part_of_its_own(case, dialect: Dialect):
     model, images, chosen, amax = case
-    quantised = insert(model, chosen, amax, dialect)
-    found = shifts(model, quantised, chosen, lambda: images, parts=len(LAYERS))
-    before = mean_errors(model, quantised, images)
+    quantized = insert(model, chosen, amax, dialect)
+    found = shifts(model, quantized, chosen, lambda: images, parts=len(LAYERS))
+    before = mean_errors(model, quantized, images)
     after = mean_errors(model, insert(model, chosen, amax, dialect, found), images)
     for layer in LAYERS:
         # int32 biases are rounded to steps of input times weight, and a tie may fall to the other side behind them.
@@ -129,11 +129,11 @@ def test_over_all_pictures_the_means_are_those_of_float_where_every_layer_is_a_p
 
 
 @DIALECTS
-def test_in_one_part_half_the_error_of_the_means_goes_although_pictures_differ_fourfold(case, dialect: Dialect):
+def test_in_one_part_half_the_error_of_the_means_goes_although_images_differ_fourfold(case, dialect: Dialect):
     model, images, chosen, amax = case
-    quantised = insert(model, chosen, amax, dialect)
-    found = shifts(model, quantised, chosen, lambda: images, parts=1)
-    before = mean_errors(model, quantised, images)
+    quantized = insert(model, chosen, amax, dialect)
+    found = shifts(model, quantized, chosen, lambda: images, parts=1)
+    before = mean_errors(model, quantized, images)
     after = mean_errors(model, insert(model, chosen, amax, dialect, found), images)
     for layer in LAYERS:
         assert np.abs(after[layer]).mean() < 0.5 * np.abs(before[layer]).mean(), layer

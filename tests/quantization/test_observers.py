@@ -16,7 +16,7 @@ def histogram(*batches: np.ndarray, per_image: int | None = None) -> Histogram:
     return found
 
 
-def test_largest_value_is_exact_whatever_the_order_of_the_pictures(rng):
+def test_largest_value_is_exact_whatever_the_order_of_the_images(rng):
     batches = [rng.normal(0, scale, 5000).astype(np.float32) for scale in (0.1, 30, 1, 7)]
     expected = max(float(np.abs(values).max()) for values in batches)
     for order in (batches, batches[::-1]):
@@ -62,12 +62,12 @@ def test_mse_range_is_as_good_as_a_brute_force_search_on_the_values_themselves(r
 
 
 def test_squared_error_equals_a_loop():
-    centres, counts = np.array([0.1, 0.5, 1.3]), np.array([5, 2, 1])
+    centers, counts = np.array([0.1, 0.5, 1.3]), np.array([5, 2, 1])
     expected = 0.0
-    for centre, count in zip(centres, counts):
-        level = min(round(centre / (1.0 / 127)), 127) / 127
-        expected += count * (level - centre) ** 2
-    assert squared_error(centres, counts, 1.0) == pytest.approx(expected)
+    for center, count in zip(centers, counts):
+        level = min(round(center / (1.0 / 127)), 127) / 127
+        expected += count * (level - center) ** 2
+    assert squared_error(centers, counts, 1.0) == pytest.approx(expected)
 
 
 def brute_divergence(counts: np.ndarray, keep: int) -> float:
@@ -108,7 +108,7 @@ def test_entropy_takes_the_range_that_it_takes_without_the_zeros_of_a_relu(rng, 
     chosen = histogram(*batches).amax("entropy")
     assert chosen == histogram(*(values[values != 0] for values in batches)).amax("entropy")
     inside = (alive <= chosen).mean()
-    assert inside > 0.97, f"{100 * (1 - inside):.0f} % of the values of the larger picture are clipped at {chosen}"
+    assert inside > 0.97, f"{100 * (1 - inside):.0f} % of the values of the larger image are clipped at {chosen}"
 
 
 def test_entropy_of_a_tensor_whose_only_values_were_not_sampled_is_the_largest():

@@ -11,10 +11,10 @@ from edgedetr.quantization.policy import Policy, Rule, check_patterns, load, pla
 
 
 def graph_of(nodes, shapes, **constants):
-    initialisers = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()]
+    initializers = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()]
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     outputs = [helper.make_empty_tensor_value_info(nodes[-1].output[0])]
-    graph = helper.make_graph(nodes, "g", inputs, outputs, initialisers)
+    graph = helper.make_graph(nodes, "g", inputs, outputs, initializers)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)])
 
 
@@ -31,8 +31,8 @@ def test_the_shipped_default_gives_a_reason_for_every_rule():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("quantize = ['Conv']", "unknown key 'quantize'; did you mean 'quantise'"),
-        ("quantise = 'Conv'", "quantise is 'Conv'; expected a list of strings"),
+        ("quantize = ['Conv']", "unknown key 'quantize'; did you mean 'quantize'"),
+        ("quantize = 'Conv'", "quantize is 'Conv'; expected a list of strings"),
         ("residuals = 'yes'", "residuals is 'yes'; expected bool"),
         ("[[float]]\nmatch = ['*']", "has no reason"),
         ("[[float]]\nmatch = ['*']\nreson = 'x'", "unknown key 'reson'; did you mean 'reason'"),

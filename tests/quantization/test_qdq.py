@@ -14,7 +14,7 @@ from tiny_network import CHANNELS, SIGNED, STEPS, convolve, fake, fake_weight, h
 from edgedetr.errors import ExportError
 from edgedetr.lint.lint import lint
 from edgedetr.quantization.policy import Plan, Policy, plan
-from edgedetr.quantization.qdq import insert, quantise_weight
+from edgedetr.quantization.qdq import insert, quantize_weight
 from edgedetr.quantization.targets import CPU, TENSORRT, Dialect, half_steps, tensors, tied, weight_bits
 
 
@@ -34,7 +34,7 @@ def integer_weights(model: ModelProto) -> dict[str, np.ndarray]:
     return {item.name: numpy_helper.to_array(item) for item in weights}
 
 
-def test_tensorrt_graph_without_optimisations_equals_the_numpy_oracle(rng):
+def test_tensorrt_graph_without_optimizations_equals_the_numpy_oracle(rng):
     model = network(rng, residual=True)
     images = rng.uniform(0, 255, (1, 3, 8, 8)).astype(np.float32)
     chosen = plan(model, Policy("all"))
@@ -123,13 +123,13 @@ def test_dialects_agree_within_a_step_of_the_output_on_a_chain(rng):
 
 
 @pytest.mark.parametrize("dialect", [TENSORRT, CPU], ids=lambda d: d.name)
-def test_optimised_kernels_stay_near_the_oracle(case, dialect: Dialect):
+def test_optimized_kernels_stay_near_the_oracle(case, dialect: Dialect):
     model, images, chosen, amax = case
     if dialect is CPU:  # 7 bits where this CPU's 16-bit sums would saturate: a fifth of the largest value
         dialect = replace(CPU, weight_bits=weight_bits("auto"))
     graph = insert(model, chosen, amax, dialect)
-    for oracle, fast in zip(run(graph, images), run(graph, images, optimise=True)):
-        # Integer kernels round ties their own way: one step of the last quantised tensor through the last weights.
+    for oracle, fast in zip(run(graph, images), run(graph, images, optimize=True)):
+        # Integer kernels round ties their own way: one step of the last quantized tensor through the last weights.
         assert np.abs(oracle - fast).max() <= 0.02 * np.abs(oracle).max()
 
 
@@ -137,7 +137,7 @@ def test_cpu_graph_runs_integer_kernels_only_for_what_the_plan_names(case, tmp_p
     model, _, chosen, amax = case
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     graph = insert(model, chosen, amax, CPU)
     onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
@@ -157,7 +157,7 @@ def test_a_channel_of_zeros_keeps_its_bias():
     weight = np.zeros((2, 4, 1, 1), np.float32)
     weight[0] = 0.5
     bias = np.array([0.1, 7.0], np.float32)
-    found = quantise_weight(weight, 0, bias=bias, data_scale=0.01)
+    found = quantize_weight(weight, 0, bias=bias, data_scale=0.01)
     assert (found.values[1] == 0).all()
     integer = np.rint(bias / (found.scale.astype(np.float64) * 0.01))
     assert np.abs(integer).max() < 2**31
@@ -166,7 +166,7 @@ def test_a_channel_of_zeros_keeps_its_bias():
 
 def test_seven_bit_weights_leave_room_for_a_pair_of_products():
     weight = np.random.default_rng(1).normal(size=(8, 16, 3, 3)).astype(np.float32)
-    values = quantise_weight(weight, 0, bits=7).values.astype(int)
+    values = quantize_weight(weight, 0, bits=7).values.astype(int)
     assert np.abs(values).max() == 63
     assert 2 * 255 * 63 < 2**15  # what VPMADDUBSW adds without saturating
 
@@ -202,9 +202,9 @@ def test_a_pool_between_convolutions_runs_on_integers_and_loses_nothing(rng, dia
     np.testing.assert_array_equal(after, before.reshape(1, CHANNELS, 4, 2, 4, 2).max(axis=(3, 5)))
 
 
-def test_a_plan_without_anything_to_quantise_is_an_error(rng):
-    with pytest.raises(ExportError, match="leaves nothing to quantise"):
-        plan(network(rng, False), Policy("none", quantise=("Gemm",)))
+def test_a_plan_without_anything_to_quantize_is_an_error(rng):
+    with pytest.raises(ExportError, match="leaves nothing to quantize"):
+        plan(network(rng, False), Policy("none", quantize=("Gemm",)))
 
 
 def test_names_of_float_nodes_and_outputs_survive(case):

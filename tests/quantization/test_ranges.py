@@ -18,7 +18,7 @@ def test_what_is_saved_is_what_is_read(tmp_path):
     assert Ranges.load(tmp_path / "ranges.json") == RANGES
 
 
-def test_the_image_list_digest_depends_on_the_pictures_and_their_order_not_on_names():
+def test_the_image_list_digest_depends_on_the_images_and_their_order_not_on_names():
     renamed = (CalibrationImage("a" * 64, "elsewhere.jpg"), IMAGES[1])
     assert image_list_digest(renamed) == image_list_digest(IMAGES)
     assert image_list_digest(IMAGES[::-1]) != image_list_digest(IMAGES)

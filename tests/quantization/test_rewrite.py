@@ -47,13 +47,13 @@ def network(rng, kernel=1, mode="nearest", branches=2, strides=1):
                 strides=[strides] * 2,
             )
         )
-    initialisers = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()]
+    initializers = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()]
     outputs = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 16, 8 // strides, 8 // strides])
         for name in ("logits", "boxes")
     ]
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])], outputs, initialisers
+        nodes, "g", [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])], outputs, initializers
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
 

@@ -1,4 +1,4 @@
-"""A verified bundle made by hand: drawn pictures, a reference, and an INT8 stage that misses and invents boxes."""
+"""A verified bundle made by hand: drawn images, a reference, and an INT8 stage that misses and invents boxes."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Verified:
 
 
 def verified_bundle(root: Path, images: int = 8) -> Verified:
-    """Pictures under root/data, bundle under root/made.bundle."""
+    """Images under root/data, bundle under root/made.bundle."""
     rng = np.random.default_rng(5)
-    pictures, samples, reference, quantised, lost = root / "data", [], {}, {}, {}
+    pictures, samples, reference, quantized, lost = root / "data", [], {}, {}, {}
     (pictures / "images").mkdir(parents=True)
     for image_id in range(1, images + 1):
         low = rng.uniform(5, 60, (4, 2))
@@ -59,7 +59,7 @@ def verified_bundle(root: Path, images: int = 8) -> Verified:
         drop = image_id % 4  # 1, 2, 3, 0, 1, ...
         lost[image_id] = drop
         keep = np.arange(4) >= drop
-        quantised[image_id] = named(
+        quantized[image_id] = named(
             (found + rng.normal(0, 0.5, found.shape))[keep].astype(np.float32),
             scores[keep].astype(np.float32),
             labels[keep].astype(np.int64),
@@ -81,7 +81,7 @@ def verified_bundle(root: Path, images: int = 8) -> Verified:
     with bundle.add("reference.npz", stage="export") as path:
         made.save(path)
     ap = evaluate(made.truth, reference).ap
-    after = evaluate(made.truth, quantised)
+    after = evaluate(made.truth, quantized)
     assert ap is not None and after.ap is not None
     stages = [
         {
@@ -122,7 +122,7 @@ def verified_bundle(root: Path, images: int = 8) -> Verified:
             "note": "departs <b>here</b>",
         },
     ]
-    for name, found in (("onnx", reference), ("int8-cpu", quantised)):
+    for name, found in (("onnx", reference), ("int8-cpu", quantized)):
         with bundle.add(
             f"results/detections-{name}-onnxruntime.npz", stage="verify", made_from=["reference.npz"]
         ) as path:

@@ -87,21 +87,21 @@ def test_boxes_that_one_side_alone_has_are_drawn_as_such(page, verified):
     assert classes["box other"] == 0
     assert classes["box both"] == sum(
         4 - lost for lost in verified.lost.values() if lost
-    )  # agreeing pictures are left out
+    )  # agreeing images are left out
 
 
-def test_pictures_that_are_gone_are_named_and_the_page_is_still_written(verified, tmp_path):
+def test_images_that_are_gone_are_named_and_the_page_is_still_written(verified, tmp_path):
     text = Page(write_report(verified.bundle, data=tmp_path).read_text(encoding="utf-8")).text
     assert f"images/003.png is not in {tmp_path}" in text
     write_report(verified.bundle)
 
 
-def test_a_picture_that_changed_since_verifying_is_not_shown(verified, tmp_path):
+def test_an_image_that_changed_since_verifying_is_not_shown(verified, tmp_path):
     shutil.copytree(verified.pictures, tmp_path / "copy")
     Image.new("RGB", (160, 120)).save(tmp_path / "copy" / "images" / "003.png")
     text = Page(write_report(verified.bundle, data=tmp_path / "copy").read_text(encoding="utf-8")).text
     assert "images/003.png" in text
-    assert "is not the picture that was verified" in text
+    assert "is not the image that was verified" in text
     write_report(verified.bundle)
 
 
@@ -192,7 +192,7 @@ def test_area_under_the_drawn_curve_is_the_average_precision_of_pycocotools(veri
         assert 100 * curve.mean() == pytest.approx(getattr(stage.metrics, name), abs=1e-9)
 
 
-def test_the_most_different_pictures_lost_the_most_boxes(verified):
+def test_the_most_different_images_lost_the_most_boxes(verified):
     evidence = read(verified.bundle)
     shown = most_different(evidence.reference.detections, evidence.worst.detections, 3)
     assert [verified.lost[d.image_id] for d in shown[:2]] == [3, 3]
@@ -296,23 +296,23 @@ def test_a_browser_draws_the_page(verified, tmp_path, theme):
     assert pixels.shape == (2600, 1200, 3)
     background = pixels[5, 5]
     assert (background > 200).all() if theme == "light" else (background < 60).all()
-    # Colours of the drawn boxes and of the figures: what only PyTorch found, and the verdict's colours.
-    for colour in ((0x2F, 0xA8, 0xFF), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):
-        near = (np.abs(pixels - np.array(colour)).max(axis=-1) <= 6).sum()
-        assert near > 40, f"{colour} was seen on {near} pixels only"
+    # Colors of the drawn boxes and of the figures: what only PyTorch found, and the verdict's colors.
+    for color in ((0x2F, 0xA8, 0xFF), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):
+        near = (np.abs(pixels - np.array(color)).max(axis=-1) <= 6).sum()
+        assert near > 40, f"{color} was seen on {near} pixels only"
     if target := _keep_screenshots():
         shutil.copy(shot, target / shot.name)
 
 
 def _keep_screenshots() -> Path | None:
-    """EDGEDETR_SCREENSHOTS names a folder to look at the pictures afterwards."""
+    """EDGEDETR_SCREENSHOTS names a folder to look at the images afterwards."""
     import os
 
     where = os.environ.get("EDGEDETR_SCREENSHOTS")
     return Path(where) if where else None
 
 
-def test_figures_do_not_fix_a_colour_for_text(verified):
+def test_figures_do_not_fix_a_color_for_text(verified):
     text = write_report(verified.bundle).read_text(encoding="utf-8")
     assert "#010203" not in text
     assert len(re.findall("currentColor", text)) > 20

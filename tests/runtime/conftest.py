@@ -48,8 +48,8 @@ def make_bundle(tmp_path: Path, tiny_graph: ModuleType) -> Callable[..., Bundle]
     return make
 
 
-def solid(colour: tuple[int, int, int], height: int = 64, width: int = 96) -> np.ndarray:
-    return np.broadcast_to(np.array(colour, np.uint8), (height, width, 3)).copy()
+def solid(color: tuple[int, int, int], height: int = 64, width: int = 96) -> np.ndarray:
+    return np.broadcast_to(np.array(color, np.uint8), (height, width, 3)).copy()
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def cuda(monkeypatch):
 
 
 @pytest.fixture
-def behaviour(monkeypatch, trt, cuda):
+def behavior(monkeypatch, trt, cuda):
     """A fake TensorRT of each version in turn."""
     return fake_tensorrt.install(monkeypatch, trt, cuda)
 

@@ -35,7 +35,7 @@ def detector(make_bundle):
         (Path("a.jpg"), "images is of type PosixPath"),
         (b"bytes", "images is of type bytes"),
         ({}, "images is of type dict"),
-        (np.zeros((4, 4, 3), np.uint8), "one picture"),
+        (np.zeros((4, 4, 3), np.uint8), "one image"),
         (["a.jpg"], r"images\[0\] is str; expected a uint8 RGB array"),
         ([Path("a.jpg")], r"images\[0\] is PosixPath"),
         ([None], r"images\[0\] is NoneType"),
@@ -91,7 +91,7 @@ def test_any_iterable_of_images_is_taken_and_none_gives_nothing(detector, red, b
     ],
 )
 def test_run_raw_takes_a_batch_of_at_least_one(detector, batch):
-    with pytest.raises(UsageError, match="batch (is|has no pictures).*expected"):
+    with pytest.raises(UsageError, match="batch (is|has no images).*expected"):
         detector.run_raw(batch)
 
 

@@ -81,10 +81,10 @@ def test_eight_bit_weights_are_warned_of_where_the_cpu_saturates_them(
     make_bundle, monkeypatch, caplog, bits, saturates, warned
 ):
     bundle = make_bundle("model.onnx")
-    with bundle.add("model.int8-cpu.onnx", stage="quantise") as path:
+    with bundle.add("model.int8-cpu.onnx", stage="quantize") as path:
         model = onnx.load(bundle.require("model.onnx"))
         told = {"dialect": "cpu"} if bits is None else {"dialect": "cpu", "weight_bits": bits}
-        onnx.helper.set_model_props(model, {"edgedetr.quantisation": json.dumps(told)})
+        onnx.helper.set_model_props(model, {"edgedetr.quantization": json.dumps(told)})
         onnx.save(model, path)
     monkeypatch.setattr(module, "int8_saturates", lambda: saturates)
     assert load(bundle, stage="int8-cpu").stage == "int8-cpu"
@@ -122,12 +122,12 @@ def test_wrong_words_name_the_right_ones(make_bundle, arguments, error, message)
         (np.zeros((0, 4, 3), np.uint8), DataError, "at least one pixel"),
     ],
 )
-def test_pictures_of_another_kind_are_refused_by_place(make_bundle, red, image, error, message):
+def test_images_of_another_kind_are_refused_by_place(make_bundle, red, image, error, message):
     with pytest.raises(error, match=r"images\[1\].*" + message):
         load(make_bundle())([red, image])
 
 
-def test_one_bare_picture_is_a_usage_error_and_none_is_fine(make_bundle, red):
+def test_one_bare_image_is_a_usage_error_and_none_is_fine(make_bundle, red):
     detector = load(make_bundle())
     with pytest.raises(UsageError, match=r"detector\(\[picture\]\)"):
         detector(red)
@@ -183,10 +183,10 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(make_bundl
             load(bundle, backend=library, stage="onnx")
 
 
-def test_without_optimisations_nothing_is_fused(make_bundle):
+def test_without_optimizations_nothing_is_fused(make_bundle):
     path = make_bundle().require("model.onnx")
     batch = np.full((1, 3, 32, 48), 128, np.float32)
-    exact, fused = OrtRunner(path, optimise=False).run(batch), OrtRunner(path).run(batch)
+    exact, fused = OrtRunner(path, optimize=False).run(batch), OrtRunner(path).run(batch)
     np.testing.assert_allclose(exact.logits, fused.logits, atol=1e-5)  # float32, one matrix product of three terms
 
 

@@ -25,7 +25,7 @@ def random_raw(rng: np.random.Generator, batch: int, queries: int, columns: int)
 
 
 def corners(box: np.ndarray, geometry: Geometry) -> list[float]:
-    """By hand, for a stretched picture: input shares -> source pixels, cut to the picture."""
+    """By hand, for a stretched image: input shares -> source pixels, cut to the image."""
     cx, cy, w, h = (float(v) for v in box)
     x = [np.clip((cx + s * w / 2) * geometry.used_width, 0, geometry.source_width) for s in (-1, 1)]
     y = [np.clip((cy + s * h / 2) * geometry.used_height, 0, geometry.source_height) for s in (-1, 1)]
@@ -67,14 +67,14 @@ def test_softmax_takes_the_best_class_of_each_query_and_never_no_object(rng):
 
 
 def test_letterbox_boxes_come_back_by_hand():
-    # 100 x 400 into 100 x 200: half size, 50 rows of picture and 50 of padding.
+    # 100 x 400 into 100 x 200: half size, 50 rows of image and 50 of padding.
     geometry = Geometry.of(100, 400, InputContract(100, 200, "letterbox"))
     raw = RawOutputs(np.array([[[5.0]]], np.float32), np.array([[[0.5, 0.25, 0.5, 0.2]]], np.float32))
     found = decode(raw, [geometry], classes(1), OutputContract())[0]
     np.testing.assert_allclose(found.xyxy, [[100, 30, 300, 70]], atol=1e-4)  # float32 pixels
 
 
-def test_boxes_are_cut_to_the_picture_and_have_supervisions_types():
+def test_boxes_are_cut_to_the_image_and_have_supervisions_types():
     geometry = Geometry.of(10, 20, CONTRACT)
     raw = RawOutputs(np.array([[[5.0, -80.0]]], np.float32), np.array([[[0.5, 0.5, 3.0, 3.0]]], np.float32))
     found = decode(raw, [geometry], classes(2), OutputContract())[0]

@@ -12,7 +12,7 @@ from PIL import Image
 from edgedetr.errors import DataError, MissingDependency, UsageError
 from edgedetr.runtime import load
 from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.draw import colour_of, draw
+from edgedetr.runtime.draw import color_of, draw
 from edgedetr.runtime.predict import frames, predict
 
 
@@ -23,7 +23,7 @@ def folder(tmp_path, red, blue):
     (root / "sub").mkdir(parents=True)
     Image.fromarray(red).save(root / "b.png")
     Image.fromarray(blue).save(root / "sub" / "a.JPG", quality=95)
-    (root / "notes.txt").write_text("no picture")
+    (root / "notes.txt").write_text("no image")
     (root / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     return root
 
@@ -75,7 +75,7 @@ def test_an_empty_folder_is_an_error(tmp_path):
         list(frames([tmp_path / "empty"]))
 
 
-def test_annotated_pictures_keep_the_size_and_two_of_one_name_are_both_kept(detector, folder, tmp_path, red):
+def test_annotated_images_keep_the_size_and_two_of_one_name_are_both_kept(detector, folder, tmp_path, red):
     other = tmp_path / "other"
     other.mkdir()
     Image.fromarray(red[:50]).save(other / "b.png")
@@ -137,14 +137,14 @@ def test_a_box_is_drawn_where_it_is_and_the_input_stays_as_it_was():
     drawn = draw(image, one([50, 60, 150, 120]))
     assert (image == 90).all()
     for y, x in [(60, 100), (120, 100), (90, 50), (90, 150)]:  # the middle of each side
-        assert tuple(drawn[y, x]) == colour_of(0)
+        assert tuple(drawn[y, x]) == color_of(0)
     assert tuple(drawn[90, 100]) == (90, 90, 90)
     assert tuple(drawn[160, 250]) == (90, 90, 90)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 400), (30, 40), (1200, 1600)])
 @pytest.mark.parametrize("box", [[0, 0, 5000, 5000], [-50, -50, -10, -10], [20, 20, 20, 20], [5, 9, 2, 3]])
-def test_any_box_on_any_picture_can_be_drawn(size, box):
+def test_any_box_on_any_image_can_be_drawn(size, box):
     image = np.zeros((*size, 3), np.uint8)
     drawn = draw(image, one(box, name="a very long class name that goes on and on <b>&"))
     assert drawn.shape == image.shape
@@ -157,5 +157,5 @@ def test_weak_detections_are_not_drawn():
     assert (draw(image, one([5, 5, 40, 40], confidence=0.6), confidence=0.5) > 0).any()
 
 
-def test_classes_have_their_own_colours():
-    assert len({colour_of(k) for k in range(60)}) == 60
+def test_classes_have_their_own_colors():
+    assert len({color_of(k) for k in range(60)}) == 60

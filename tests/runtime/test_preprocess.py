@@ -119,7 +119,7 @@ def test_opencv_and_torch_agree_with_numpy_to_one_level(size, contract):
 
 @pytest.mark.parametrize("contract", [InputContract(320, 320), InputContract(320, 416, "letterbox")], ids=str)
 @pytest.mark.parametrize("file", ["sahi/small-vehicles1.jpeg", "exif/Landscape_6.jpg", "pillow/hopper.png"])
-def test_real_pictures_agree_to_one_level(shared_data, file, contract):
+def test_real_images_agree_to_one_level(shared_data, file, contract):
     pytest.importorskip("cv2")
     image = decode(shared_data / "edge" / file)
     reference, geometry = resize(image, contract, backend="numpy")
@@ -214,10 +214,10 @@ def test_a_marked_pixel_lies_where_the_geometry_says(rng):
                 )
                 / weight.sum()
             )
-            centre = geometry.to_source(np.concatenate([found, found])[None])[0, :2]
+            center = geometry.to_source(np.concatenate([found, found])[None])[0, :2]
             factor = max(geometry.used_width / geometry.content_width, geometry.used_height / geometry.content_height)
             # Half a pixel of the input, in pixels of the source: the mark is sampled on the input's grid.
-            np.testing.assert_allclose(centre, [x, y], atol=0.5 * max(factor, 1))
+            np.testing.assert_allclose(center, [x, y], atol=0.5 * max(factor, 1))
 
 
 def test_boxes_come_back_from_the_input(rng):
@@ -272,6 +272,6 @@ def test_an_empty_batch_keeps_its_shape():
     ],
     ids=["gray", "four channels", "float", "empty", "list", "none"],
 )
-def test_what_is_no_picture_is_refused_with_what_was_expected(image):
+def test_what_is_no_image_is_refused_with_what_was_expected(image):
     with pytest.raises(DataError, match="expected a uint8 array"):
         resize(image, InputContract(8, 8))

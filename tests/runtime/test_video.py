@@ -258,7 +258,7 @@ def test_a_signal_ends_predict_cleanly_and_a_stream_ends_no_other_way(
     expected = 0 if code is None else code + number
     assert cli.run(["predict", str(bundle.path), named, "--out", str(tmp_path / "out"), "--drop-late"]) == expected
     captured = capsys.readouterr()
-    assert len(captured.out.splitlines()) == 3 and "stopped after 3 pictures" in captured.err
+    assert len(captured.out.splitlines()) == 3 and "stopped after 3 images" in captured.err
     written = next((tmp_path / "out").iterdir())
     monkeypatch.undo()
     assert len(list(play(written))) == 3

@@ -1,4 +1,4 @@
-"""A detector small enough to work out by hand: fixed boxes, and scores that are linear in the picture's mean colour."""
+"""A detector small enough to work out by hand: fixed boxes, and scores that are linear in the image's mean color."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def write(
     boxes: np.ndarray = BOXES,
     names: tuple[str, str] = ("logits", "boxes"),
 ) -> None:
-    """logits [B, N, K] = mean colour [B, 3] / 255 @ weight [3, N * K] + bias [N, K]; boxes [N, 4] for every picture."""
+    """logits [B, N, K] = mean color [B, 3] / 255 @ weight [3, N * K] + bias [N, K]; boxes [N, 4] for every image."""
     n, k = bias.shape
     nodes = [
         helper.make_node("ReduceMean", ["images", "axes"], ["mean"], keepdims=0, name="mean"),
-        helper.make_node("Div", ["mean", "white"], ["colour"], name="colour"),
-        helper.make_node("MatMul", ["colour", "weight"], ["flat"], name="class_head"),
+        helper.make_node("Div", ["mean", "white"], ["color"], name="color"),
+        helper.make_node("MatMul", ["color", "weight"], ["flat"], name="class_head"),
         helper.make_node("Reshape", ["flat", "shape"], ["scores"], name="reshape"),
         helper.make_node("Add", ["scores", "bias"], [names[0]], name="bias"),
         # boxes need the batch axis of the logits: logits summed over K, times 0, plus the boxes

@@ -40,7 +40,7 @@ def nvinfer_input(frames: np.ndarray, config: configparser.ConfigParser) -> np.n
 
 
 def ssd_parser(outputs: dict[str, np.ndarray], width: int, height: int, thresholds: list[float]) -> list[tuple]:
-    """One picture as NvDsInferParseCustomTfSSD reads it: class, confidence, left, top, width, height of each object."""
+    """One image as NvDsInferParseCustomTfSSD reads it: class, confidence, left, top, width, height of each object."""
     assert all(value.dtype == np.float32 for value in outputs.values())
     scores, classes, boxes = (outputs[name] for name in OUTPUTS[2:] + OUTPUTS[1:2])
     count = max(0, min(int(outputs["num_detections"][0]), classes.shape[0]))

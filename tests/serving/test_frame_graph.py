@@ -1,4 +1,4 @@
-"""Graphs for whole frames: the CPU's resize and the CPU's choice of objects, on pictures, against the CPU."""
+"""Graphs for whole frames: the CPU's resize and the CPU's choice of objects, on images, against the CPU."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_objects_are_those_of_the_cpu(tmp_path, contract, activation, classes, t
     "contract", [InputContract(320, 320), InputContract(320, 416, "letterbox")], ids=lambda contract: contract.resize
 )
 @pytest.mark.parametrize("file", ["sahi/small-vehicles1.jpeg", "exif/Landscape_6.jpg", "pillow/hopper.png"])
-def test_real_pictures_give_the_same_objects(tmp_path, shared_data, contract, file):
+def test_real_images_give_the_same_objects(tmp_path, shared_data, contract, file):
     frame = decode(shared_data / "edge" / file)
     made = patch_detector.bundle(tmp_path / "b", contract=contract)
     write_frames(made, *frame.shape[:2])

@@ -100,7 +100,7 @@ def test_the_server_can_tell_classes_and_contracts(tmp_path, schema):
         "height": 96,
         "width": 64,
         "resize": "letterbox",
-        "colour": "RGB",
+        "color": "RGB",
         "range": [0, 255],
     }
     assert json.loads(told["output"]) == {"activation": "sigmoid", "top_k": 20}

@@ -40,7 +40,7 @@ class Unavailable(Exception):
 
 @functools.cache
 def module(version: str) -> ModuleType:
-    """A module like `tensorrt` of that version, whose classes have names, parameters and no behaviour.
+    """A module like `tensorrt` of that version, whose classes have names, parameters and no behavior.
 
     It is one for all tests: a test that changes it changes a copy, or undoes what it did.
     """

@@ -47,7 +47,7 @@ def test_rt_detr_losses_equal_transformers_with_auxiliary_encoder_and_denoising(
     from transformers.loss.loss_rt_detr import RTDetrLoss
 
     outputs, targets, generator = case()
-    groups, noised = 2, 2 * 2 * 6  # groups x positive and negative x the fullest picture
+    groups, noised = 2, 2 * 2 * 6  # groups x positive and negative x the fullest image
     dn_logits = torch.randn(LAYERS, BATCH, noised, CLASSES, generator=generator)
     dn_boxes = boxes(generator, LAYERS, BATCH, noised)
     positive = [torch.cat([torch.arange(len(t)) + 12 * group for group in range(groups)]) for t in targets]
@@ -214,7 +214,7 @@ def test_encoder_proposals_of_another_count_are_matched_by_themselves():
     torch.testing.assert_close(apart.auxiliary, together.auxiliary)
 
 
-def test_l1_is_of_centre_and_size_or_of_corners():
+def test_l1_is_of_center_and_size_or_of_corners():
     """By hand: one query, one object, dx 0.1 and dw 0.2 apart."""
     outputs = Outputs(torch.zeros(1, 1, 1, 2), torch.tensor([[[[0.6, 0.5, 0.4, 0.2]]]]))
     targets = [Target(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.2, 0.2]]))]

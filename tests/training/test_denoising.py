@@ -21,7 +21,7 @@ from edgedetr.training.ground_truth import Target, pad
 from edgedetr.training.step import Trainee
 
 CLASSES = 3
-# Members that make noised queries, at micro size; an anchor point has no size, so it starts from the centre alone.
+# Members that make noised queries, at micro size; an anchor point has no size, so it starts from the center alone.
 NOISED = {
     "rt_detr": SMALL["rt_detr"],
     "dn_detr": SMALL["dn_detr"],
@@ -34,7 +34,7 @@ NOISED = {
 
 def targets(*counts: int):
     generator = torch.Generator().manual_seed(sum(counts))
-    near, size = torch.tensor([0.4, 0.4, 0.1, 0.1]), torch.tensor([0.2, 0.2, 0.1, 0.1])  # noise stays in the picture
+    near, size = torch.tensor([0.4, 0.4, 0.1, 0.1]), torch.tensor([0.2, 0.2, 0.1, 0.1])  # noise stays in the image
     return pad(
         [
             Target(
@@ -76,7 +76,7 @@ def test_groups_fill_the_wish_and_positive_copies_stay_nearer_than_negative_ones
         negative = [far[row, :, 1, :count] for far in (straight, swapped)]
         drawn = [((far >= limit - rounding) & (far <= 2 * limit + rounding)).all(-2) for far in negative]
         assert (drawn[0] | drawn[1]).all() and drawn[0].any()
-    assert noised.labels[1].reshape(4, 4)[:, 2:].eq(CLASSES).all()  # the emptier picture's filling
+    assert noised.labels[1].reshape(4, 4)[:, 2:].eq(CLASSES).all()  # the emptier image's filling
 
 
 @pytest.mark.parametrize("amount", [0.4, 1.0, 2.0, 5.0])
@@ -195,7 +195,7 @@ def test_queries_that_carry_different_things_are_refused():
         denoising.prepend(queries, known, noised)
 
 
-def test_dn_moves_centres_by_half_a_side_and_sizes_by_their_share_at_most():
+def test_dn_moves_centers_by_half_a_side_and_sizes_by_their_share_at_most():
     """DN-DETR, section 4.1: |dx| < l w / 2, and a width of (1 - l) w to (1 + l) w; here l = 0.4 and 20,000 draws."""
     torch.manual_seed(0)
     padded = targets(50, 50)
@@ -220,7 +220,7 @@ def test_dn_draws_its_whole_share_of_labels_anew():
     assert abs(float(changed) - 0.2 * 0.9) < 0.01
 
 
-def test_noised_boxes_stay_in_the_picture_and_every_copy_answers_for_its_object():
+def test_noised_boxes_stay_in_the_image_and_every_copy_answers_for_its_object():
     whole = pad(
         [
             Target(torch.tensor([1]), torch.tensor([[0.05, 0.9, 0.1, 0.2]])),

@@ -15,9 +15,9 @@ FOCAL, SOFTMAX = Costs("focal", 2.0, 5.0, 2.0), Costs("softmax", 1.0, 5.0, 2.0)
 
 
 def random_target(generator: torch.Generator, count: int, classes: int) -> Target:
-    centre = torch.rand(count, 2, generator=generator) * 0.6 + 0.2
+    center = torch.rand(count, 2, generator=generator) * 0.6 + 0.2
     size = torch.rand(count, 2, generator=generator) * 0.3 + 0.05
-    return Target(torch.randint(classes, (count,), generator=generator), torch.cat([centre, size], 1))
+    return Target(torch.randint(classes, (count,), generator=generator), torch.cat([center, size], 1))
 
 
 def random_predictions(generator: torch.Generator, layers: int, batch: int, queries: int, logits: int):
@@ -62,7 +62,7 @@ def test_more_objects_than_queries_match_every_query():
     assert len(set(matches.target[0, :4].tolist())) == 4
 
 
-def test_pictures_without_objects_match_nothing():
+def test_images_without_objects_match_nothing():
     empty = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
     (matches,) = match([random_predictions(torch.Generator().manual_seed(2), 3, 2, 4, 3)], pad([empty, empty]), FOCAL)
     assert matches.image.shape == (0,) and matches.query.shape == (3, 0)

@@ -115,7 +115,7 @@ def test_twenty_kills_lose_nothing(processes, micro_data, straight, tmp_path, se
 
 
 def other_settings(recipe: Recipe) -> Recipe:
-    """Another quantisation, export and verdict of the same training."""
+    """Another quantization, export and verdict of the same training."""
     return replace(
         recipe,
         quant=replace(recipe.quant, images=3, observer="minmax"),
@@ -158,7 +158,7 @@ def test_a_finished_training_keeps_its_weights_and_takes_the_recipe_as_it_is_now
     assert ((out / "bundle.json").read_bytes(), (out / "recipe.toml").stat().st_mtime_ns) == before
 
 
-def test_a_training_goes_on_with_another_quantisation_and_ends_in_the_same_weights(
+def test_a_training_goes_on_with_another_quantization_and_ends_in_the_same_weights(
     straight, micro_data, tmp_path, monkeypatch
 ):
     class Stop(Exception):

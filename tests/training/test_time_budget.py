@@ -63,7 +63,7 @@ def test_steps_that_were_timed_leave_no_trace(micro_data: Path, tmp_path: Path) 
 def test_a_shorter_time_is_a_shorter_training_and_a_resume_keeps_to_it(
     micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(time_budget, "seconds", lambda run, share: 60.0)  # 3 steps an epoch; 20 s for 4 pictures
+    monkeypatch.setattr(time_budget, "seconds", lambda run, share: 60.0)  # 3 steps an epoch; 20 s for 4 images
     limited = micro.recipe(minutes=9)  # 8.5 min are usable; three epochs take 10
     with pytest.raises(KeyboardInterrupt):
         train(limited, micro_data, tmp_path / "limited", progress=Interrupted(after=4))

@@ -90,7 +90,7 @@ def sums(
 ) -> None:
     """Per unit from `begin` to `end`, the weighted sum of what its points see.
 
-    A unit is a picture's head; its table has a row per cell of the sheet, see layers/bilinear_sampling.py.
+    A unit is an image's head; its table has a row per cell of the sheet, see layers/bilinear_sampling.py.
 
     channels      a tuple as long as a row: the compiler knows the length of a tuple, and unrolls loops over it
     table         [B M, cells, channels]
@@ -160,7 +160,7 @@ def gradients(
 ) -> None:
     """What the sums' gradient is for all that they were made from.
 
-    A unit is a picture's head; its table has a row per cell of the sheet, see layers/bilinear_sampling.py.
+    A unit is an image's head; its table has a row per cell of the sheet, see layers/bilinear_sampling.py.
 
     channels      a tuple as long as a row: the compiler knows the length of a tuple, and unrolls loops over it
     table         [B M, cells, channels]

@@ -1,6 +1,6 @@
-"""Convolutions that do not learn, on a CPU: normalisation, sum and ReLU in one pass with the convolution.
+"""Convolutions that do not learn, on a CPU: normalization, sum and ReLU in one pass with the convolution.
 
-The kernel takes up the normalisation and gets the order in memory that oneDNN wants once, not in every step.
+The kernel takes up the normalization and gets the order in memory that oneDNN wants once, not in every step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _packed: WeakKeyDictionary[nn.Conv2d, tuple[Stamp, Tensor, Tensor]] = WeakKeyDic
 
 
 def packs(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether `convolve` may take the place of a convolution that has a frozen normalisation: nothing learns here."""
+    """Whether `convolve` may take the place of a convolution that has a frozen normalization: nothing learns here."""
     kind = mixed(x)
     return (
         not conv.weight.requires_grad
@@ -50,7 +50,7 @@ def convolve(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm2d, relu: bool, pl
 
 
 def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, size: list[int], kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Kernel in oneDNN's order and shift [C'], made anew when a weight has changed; size of the pictures to come."""
+    """Kernel in oneDNN's order and shift [C'], made anew when a weight has changed; size of the images to come."""
     parts = (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
     stamp = tuple((part.data_ptr(), part._version) for part in parts)
     known = _packed.get(conv)

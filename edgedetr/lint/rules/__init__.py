@@ -6,7 +6,7 @@ from edgedetr.lint.lint_issue import Rule
 from edgedetr.lint.rules import limits, normalization, operators, quantized, shapes, structure, tensor_sizes, types
 
 _DOCS = "https://docs.nvidia.com/deeplearning/tensorrt/latest"
-_QUANTISED = f"{_DOCS}/inference-library/work-quantized-types.html"
+_QUANTIZED = f"{_DOCS}/inference-library/work-quantized-types.html"
 _PARSER = "https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md"
 _MODELOPT = "https://github.com/NVIDIA/Model-Optimizer (modelopt.onnx.quantization)"
 _ONNX = "https://onnx.ai/onnx/repo-docs/IR.html"
@@ -24,10 +24,10 @@ RULES: tuple[Rule, ...] = (
     Rule("sizes", tensor_sizes.sizes, "https://onnx.ai/onnx/operators/"),
     Rule("parameters", tensor_sizes.parameters, "https://onnx.ai/onnx/operators/"),
     Rule("opset", shapes.opset, _PARSER, by_target=True),
-    Rule("quantised-opset", shapes.quantised_opset, "https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html"),
+    Rule("quantized-opset", shapes.quantized_opset, "https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html"),
     Rule("open-input", shapes.open_input, f"{_ISSUES}/4813"),
     Rule("untyped-output", shapes.untyped_output, "parser of TensorRT-RTX 1.7.1: Failed to convert ONNX date type"),
-    Rule("open-channels", shapes.open_channels, _QUANTISED),
+    Rule("open-channels", shapes.open_channels, _QUANTIZED),
     Rule("shape-arithmetic", shapes.shape_arithmetic, f"{_DOCS}/performance/best-practices.html"),
     Rule("foreign-domain", operators.foreign_domain, _PARSER, by_target=True),
     Rule("unknown-operator", operators.unknown_operator, _PARSER, by_target=True),
@@ -43,22 +43,22 @@ RULES: tuple[Rule, ...] = (
     Rule("grid-sample-mode", operators.grid_sample_mode, f"{_ISSUES}/4646", by_target=True),
     Rule("grid-sample-rank", operators.grid_sample_rank, _PARSER, by_target=True),
     Rule("grid-sample-wrong", operators.grid_sample_wrong, f"{_ISSUES}/4813", by_target=True),
-    Rule("batch-norm", operators.batch_norm, _QUANTISED),
+    Rule("batch-norm", operators.batch_norm, _QUANTIZED),
     Rule(
         "layer-norm",
         normalization.written_out_layer_norm,
         "https://github.com/marcoslucianops/DeepStream-Yolo/pull/647",
     ),
-    Rule("zero-point", quantized.zero_point, _QUANTISED),
-    Rule("scale-value", quantized.scale_value, _QUANTISED, by_target=True),
+    Rule("zero-point", quantized.zero_point, _QUANTIZED),
+    Rule("scale-value", quantized.scale_value, _QUANTIZED, by_target=True),
     Rule("scale-type", quantized.scale_type, "NvInfer.h of TensorRT 10.3 and 11.1, IQuantizeLayer", by_target=True),
-    Rule("scale-axis", quantized.scale_axis, _QUANTISED),
-    Rule("per-channel-activation", quantized.per_channel_activation, _QUANTISED),
+    Rule("scale-axis", quantized.scale_axis, _QUANTIZED),
+    Rule("per-channel-activation", quantized.per_channel_activation, _QUANTIZED),
     Rule("weight-axis", quantized.weight_axis, _MODELOPT, by_target=True),
-    Rule("one-side-quantised", quantized.one_side_quantised, _QUANTISED),
+    Rule("one-side-quantized", quantized.one_side_quantized, _QUANTIZED),
     Rule("small-product", quantized.small_product, _MODELOPT),
-    Rule("before-relu", quantized.before_relu, _QUANTISED),
-    Rule("concat-scales", quantized.concat_scales, _QUANTISED),
+    Rule("before-relu", quantized.before_relu, _QUANTIZED),
+    Rule("concat-scales", quantized.concat_scales, _QUANTIZED),
     Rule("transposed-convolution", quantized.transposed_convolution, _MODELOPT),
     Rule(
         "equal-types",

@@ -16,7 +16,7 @@ from edgedetr.lint.lint_issue import Fault, Target, at
 from edgedetr.onnx_graph.evaluate_node import OPERATORS, evaluate
 from edgedetr.onnx_graph.index import GraphView, attribute
 
-_NORMALISING = ("InstanceNormalization", "GroupNormalization")
+_NORMALIZING = ("InstanceNormalization", "GroupNormalization")
 _PASSING = ("Cast", "Identity", "Mul", "Pow", "Abs", "Sub", "Reshape")
 _MOST = 1 << 18  # elements of one trial
 _BEFORE, _BEHIND = 24, 8  # nodes that are looked at on either side of a root
@@ -43,7 +43,7 @@ def _is_root(view: GraphView, node: NodeProto) -> bool:
     if node.op_type == "Pow" and len(node.input) == 2:
         power = view.folded(node.input[1])
         return power is not None and power.size == 1 and abs(float(power.reshape(-1)[0])) == 0.5
-    if node.op_type in _NORMALISING:  # of several channels or groups they compute something else
+    if node.op_type in _NORMALIZING:  # of several channels or groups they compute something else
         shape = view.shape(node.input[0]) if node.input else None
         return attribute(node, "num_groups", 0) == 1 or bool(shape and len(shape) > 1 and shape[1] == 1)
     return node.op_type == "Sqrt"
@@ -56,7 +56,7 @@ def _computes_layer_norm(view: GraphView, root: NodeProto) -> bool:
 
 def _sources(view: GraphView, root: NodeProto, before: list[NodeProto]) -> list[str]:
     """Tensors that may be the one which is normalized: what is averaged, the nearest to the root first."""
-    if root.op_type in _NORMALISING:  # one operator by itself; between two Reshapes it is this one
+    if root.op_type in _NORMALIZING:  # one operator by itself; between two Reshapes it is this one
         return [
             name for node in before[::-1] if node is not root for name in node.input[:1] if view.folded(name) is None
         ]
@@ -78,7 +78,7 @@ def _from(view: GraphView, source: str, before: list[NodeProto], behind: list[No
     # Of fewer rows it is the same, unless something in it is made for so many.
     if few != sizes and _is_layer_norm(view, source, few, before, behind):
         return True
-    rigid = any(node.op_type in ("Reshape", "Expand", *_NORMALISING) for node in (*before, *behind)) or any(
+    rigid = any(node.op_type in ("Reshape", "Expand", *_NORMALIZING) for node in (*before, *behind)) or any(
         len(view.constants[name].dims) > 1
         for node in (*before, *behind)
         for name in node.input

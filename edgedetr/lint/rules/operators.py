@@ -106,7 +106,7 @@ def integer_operators(view: GraphView, target: Target) -> Iterator[Fault]:
             yield at(
                 node,
                 f"{node.op_type} is ONNX Runtime's way to write INT8, which TensorRT does not read",
-                "quantise the float model with Q/DQ pairs: edgedetr export B --int8",
+                "quantize the float model with Q/DQ pairs: edgedetr export B --int8",
             )
 
 
@@ -185,7 +185,7 @@ def grid_sample_wrong(view: GraphView, target: Target) -> Iterator[Fault]:
 
 
 def batch_norm(view: GraphView, target: Target) -> Iterator[Fault]:
-    """Normalisation that is not part of the convolution's weights, so that these are quantised without it."""
+    """Normalization that is not part of the convolution's weights, so that these are quantized without it."""
     for node in view.nodes:
         maker = view.makers.get(node.input[0]) if node.input else None
         after = maker is not None and maker.op_type == "Conv"
@@ -193,14 +193,14 @@ def batch_norm(view: GraphView, target: Target) -> Iterator[Fault]:
             yield at(
                 node,
                 "BatchNormalization is left" + (" behind a Conv" if after else ""),
-                "export in evaluation mode with constant folding, before quantising (edgedetr import folds it)",
+                "export in evaluation mode with constant folding, before quantizing (edgedetr import folds it)",
                 "warning",
             )
         elif node.op_type == "Mul" and len(node.input) > 1 and after and _per_channel(view, node):
             yield at(
                 node,
                 "a Conv is scaled by a constant per channel: a frozen BatchNorm that was not folded",
-                "fold it into the weights before quantising (edgedetr import does)",
+                "fold it into the weights before quantizing (edgedetr import does)",
                 "warning",
             )
 

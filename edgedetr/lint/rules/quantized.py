@@ -1,4 +1,4 @@
-"""Q/DQ pairs: what TensorRT's explicit quantisation accepts, and what it accepts and runs slower than without."""
+"""Q/DQ pairs: what TensorRT's explicit quantization accepts, and what it accepts and runs slower than without."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SIGNED = {
 WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)  # 6.1e-5; below it a scale loses its digits
 SMALLEST_SIDE = 16  # inputs or outputs of a product
-AGAIN = "quantise the float model again: edgedetr export B --int8"
+AGAIN = "quantize the float model again: edgedetr export B --int8"
 
 
 def zero_point(view: GraphView, target: Target) -> Iterator[Fault]:
     """Of a signed type, all zeros, a constant, as many as there are scales; not needed where the type is known."""
     for node in _pairs(view):
         if node.op_type == "QuantizeLinear":
-            made = _quantised_type(view, node)
+            made = _quantized_type(view, node)
             if made not in SIGNED:
                 how = (
                     "no zero point and no output_dtype, which ONNX reads as uint8 0"
@@ -53,7 +53,7 @@ def zero_point(view: GraphView, target: Target) -> Iterator[Fault]:
             yield at(node, f"{zero.size} zero points for {scale.size} scales", AGAIN)
 
 
-def _quantised_type(view: GraphView, node: NodeProto) -> int:
+def _quantized_type(view: GraphView, node: NodeProto) -> int:
     """The type that a QuantizeLinear gives; uint8 where nothing says another."""
     told = attribute(node, "output_dtype", 0)
     if len(node.input) > 2 and node.input[2]:
@@ -89,7 +89,7 @@ def scale_value(view: GraphView, target: Target) -> Iterator[Fault]:
 
 
 def scale_type(view: GraphView, target: Target) -> Iterator[Fault]:
-    """The type of the tensor that is quantised; TensorRT 11 allows others."""
+    """The type of the tensor that is quantized; TensorRT 11 allows others."""
     for node in _pairs(view):
         if node.op_type != "QuantizeLinear":
             continue
@@ -132,7 +132,7 @@ def per_channel_activation(view: GraphView, target: Target) -> Iterator[Fault]:
 def weight_axis(view: GraphView, target: Target) -> Iterator[Fault]:
     """Scales of a weight run along its output channels; TensorRT 11 restores others too, and multiplies in float."""
     for node in view.nodes:
-        restore = view.dequantised(node, 1) if node.op_type in WEIGHTED else None
+        restore = view.dequantized(node, 1) if node.op_type in WEIGHTED else None
         scale = view.folded(restore.input[1]) if restore is not None else None
         if restore is None or scale is None or scale.size <= 1:
             continue
@@ -158,25 +158,25 @@ def weight_axis(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def one_side_quantised(view: GraphView, target: Target) -> Iterator[Fault]:
+def one_side_quantized(view: GraphView, target: Target) -> Iterator[Fault]:
     """A product runs on integers when its data and its weight both come through Q/DQ."""
     for node in view.nodes:
         if node.op_type not in WEIGHTED:
             continue
-        sides = [view.dequantised(node, index) is not None for index in (0, 1)]
+        sides = [view.dequantized(node, index) is not None for index in (0, 1)]
         if any(sides) and not all(sides):
             yield at(
                 node,
-                f"only the {'data' if sides[0] else 'weight'} of this {node.op_type} is quantised, so it "
+                f"only the {'data' if sides[0] else 'weight'} of this {node.op_type} is quantized, so it "
                 "runs in float with a conversion more",
-                f"quantise both or neither; {AGAIN}",
+                f"quantize both or neither; {AGAIN}",
                 "warning",
             )
 
 
 def small_product(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in view.nodes:
-        if node.op_type not in ("MatMul", "Gemm") or not (view.dequantised(node, 0) and view.dequantised(node, 1)):
+        if node.op_type not in ("MatMul", "Gemm") or not (view.dequantized(node, 0) and view.dequantized(node, 1)):
             continue
         shape = view.shape(node.input[1])
         sides = [size for size in (shape or [])[-2:] if size is not None]
@@ -202,13 +202,13 @@ def before_relu(view: GraphView, target: Target) -> Iterator[Fault]:
             yield at(
                 node,
                 f"stands between {maker.op_type} {maker.name} and its Relu, so that they are two kernels",
-                f"quantise behind the Relu; {AGAIN}",
+                f"quantize behind the Relu; {AGAIN}",
                 "warning",
             )
 
 
 def concat_scales(view: GraphView, target: Target) -> Iterator[Fault]:
-    """A Concat whose output is quantised runs on integers when its inputs share one scale."""
+    """A Concat whose output is quantized runs on integers when its inputs share one scale."""
     for node in view.nodes:
         if node.op_type != "Concat":
             continue
@@ -219,10 +219,10 @@ def concat_scales(view: GraphView, target: Target) -> Iterator[Fault]:
             if maker is not None and maker.op_type == "DequantizeLinear" and len(maker.input) > 1
         ]
         known = {float(scale.reshape(-1)[0]) for scale in scales if scale is not None and scale.size == 1}
-        requantised = any(
+        requantized = any(
             reader.node.op_type == "QuantizeLinear" for name in node.output for reader in view.readers[name]
         )
-        if len(scales) == len(makers) and len(known) > 1 and requantised:
+        if len(scales) == len(makers) and len(known) > 1 and requantized:
             yield at(
                 node,
                 f"its {len(makers)} inputs have {len(known)} scales, so each is converted once more",
@@ -233,7 +233,7 @@ def concat_scales(view: GraphView, target: Target) -> Iterator[Fault]:
 
 def transposed_convolution(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in view.nodes:
-        restore = view.dequantised(node, 1) if node.op_type == "ConvTranspose" else None
+        restore = view.dequantized(node, 1) if node.op_type == "ConvTranspose" else None
         scale = view.folded(restore.input[1]) if restore is not None else None
         if scale is not None and scale.size > 1:
             yield at(

@@ -32,7 +32,7 @@ def opset(view: GraphView, target: Target) -> Iterator[Fault]:
         )
 
 
-def quantised_opset(view: GraphView, target: Target) -> Iterator[Fault]:
+def quantized_opset(view: GraphView, target: Target) -> Iterator[Fault]:
     """Scales per channel exist from opset 13, FP16 scales from 19; the parser takes both in older files too."""
     for node in view.nodes:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 2:
@@ -108,7 +108,7 @@ def open_channels(view: GraphView, target: Target) -> Iterator[Fault]:
     for node in view.nodes:
         if node.op_type != "Conv" or not node.input:
             continue
-        integer, shape = view.dequantised(node, 0) is not None, view.shape(node.input[0])
+        integer, shape = view.dequantized(node, 0) is not None, view.shape(node.input[0])
         # Of a float tensor inside, the parser may know more than is known here.
         if shape is not None and len(shape) == 4 and shape[1] is None and (integer or node.input[0] in inputs):
             yield at(

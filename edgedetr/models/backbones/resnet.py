@@ -89,12 +89,12 @@ class Block(nn.Module):
             for part in first:
                 inner = part(inner)
             return last.packed(inner, relu=True, plus=self.shortcut(x))  # type: ignore[operator, no-any-return]  # a ConvNorm
-        # In place: neither a convolution nor a normalisation looks at what it gave when gradients are made.
+        # In place: neither a convolution nor a normalization looks at what it gave when gradients are made.
         return self.activation(self.body(x).add_(self.shortcut(x)))
 
 
 class ResNet(nn.Module):
-    """Pictures to feature maps of the stages asked for.
+    """Images to feature maps of the stages asked for.
 
     channels, strides  of those maps, for whoever builds on them
     """
@@ -151,7 +151,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images [B, 3, H, W], normalised -> one map [B, C_l, H/stride_l, W/stride_l] per level, finest first."""
+        """images [B, 3, H, W], normalized -> one map [B, C_l, H/stride_l, W/stride_l] per level, finest first."""
         x, maps = self.pool(self.stem(images)), []
         for number, stage in enumerate(self.stages):
             x = stage(x)

@@ -27,10 +27,10 @@ WINDOW = "_window"  # suffix of a name: attention within windows, but for four b
 NAMES = (*SIZES, *(name + WINDOW for name in SIZES))
 
 PATCH = 16  # pixels per side
-GRID = 14  # patches per side of a 224 px picture, which published weights were trained on
+GRID = 14  # patches per side of a 224 px image, which published weights were trained on
 EPS = 1e-6  # of every LayerNorm
 WINDOW_SIDE = 14  # patches (ViTDet)
-GLOBAL_BLOCKS = 4  # evenly spread blocks that see the whole picture (ViTDet)
+GLOBAL_BLOCKS = 4  # evenly spread blocks that see the whole image (ViTDet)
 PYRAMID = 256  # channels of every level that comes out (ViTDet)
 
 
@@ -49,7 +49,7 @@ class VitBlock(nn.Module):
     """x + attention(LN(x)), then x + feed-forward(LN(x)); attention over all tokens or within windows."""
 
     def __init__(self, dim: int, heads: int, window: int = 0, layer_scale: float = 0.0) -> None:
-        """window  patches per side, 0 = all of the picture; layer_scale: start of the factors, 0 = none"""
+        """window  patches per side, 0 = all of the image; layer_scale: start of the factors, 0 = none"""
         super().__init__()
         self.window = window
         self.attention_norm, self.feedforward_norm = nn.LayerNorm(dim, EPS), nn.LayerNorm(dim, EPS)
@@ -110,7 +110,7 @@ class VisionTransformer(nn.Module):
             nn.init.trunc_normal_(self.class_token, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W], normalised, sides multiples of 16 -> tokens [B, (1 +) H/16 * W/16, C]."""
+        """images [B, 3, H, W], normalized, sides multiples of 16 -> tokens [B, (1 +) H/16 * W/16, C]."""
         grid = self.patch(images)  # [B, C, h, w]
         shape = (grid.shape[2], grid.shape[3])
         tokens = grid.flatten(2).transpose(1, 2)
@@ -130,7 +130,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class VitPyramid(nn.Module):
-    """Pictures to maps of several strides, each from the transformer's last map (ViTDet's simple feature pyramid).
+    """Images to maps of several strides, each from the transformer's last map (ViTDet's simple feature pyramid).
 
     channels, strides  of those maps, for whoever builds on them
     """
@@ -143,7 +143,7 @@ class VitPyramid(nn.Module):
         self.channels, self.strides = [channels] * len(levels), [2**number for number in levels]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images [B, 3, H, W], normalised, sides multiples of 32 -> one map [B, C', H/stride, W/stride] per level."""
+        """images [B, 3, H, W], normalized, sides multiples of 32 -> one map [B, C', H/stride, W/stride] per level."""
         shape = (images.shape[2] // PATCH, images.shape[3] // PATCH)
         tokens = self.transformer(images)
         if self.transformer.class_token is not None:

@@ -3,7 +3,7 @@
 A key is read into a field of ours, or must agree with what the tensors say, or has one value that our networks compute,
 or changes nothing that a trained model computes (with the reason). A key in no table makes the import refuse.
 tests/models/test_hub_config.py compares the tables with the configuration classes, and every entry numerically.
-Sources: the configuration and modelling files of transformers 4.57 and 5.23.
+Sources: the configuration and modeling files of transformers 4.57 and 5.23.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ _LAYERS: dict[str, Key] = {
     "hidden_size": Same("channels of every token", "hidden"),
     "d_model": Same("channels of every token", "hidden"),
 }
-_NORM = Read("with it, transformers normalises between decoder layers at inference too", "norm_between", False)
+_NORM = Read("with it, transformers normalizes between decoder layers at inference too", "norm_between", False)
 
 _DENSE: dict[str, Key] = {
     **GENERIC,
@@ -239,7 +239,7 @@ DETR: dict[str, Key] = {
 CONDITIONAL: dict[str, Key] = {**_DENSE, "auxiliary_loss": _NORM}
 DAB: dict[str, Key] = {
     **_DENSE,
-    "auxiliary_loss": NoEffect("every layer is normalised for its own prediction, with it and without"),
+    "auxiliary_loss": NoEffect("every layer is normalized for its own prediction, with it and without"),
     "activation_function": Read(
         "of all feed-forward parts", "ffn_activation", "prelu", {**_ACTIVATIONS, "prelu": "prelu"}
     ),
@@ -248,7 +248,7 @@ DAB: dict[str, Key] = {
     "random_refpoints_xy": NoEffect("the first weights, which training replaced"),
     "keep_query_pos": Only("positions of the queries join the content in the first layer alone", (False,)),
     "num_patterns": Only("one query per box", (0,)),
-    "normalize_before": Only("layers normalise after each part", (False,)),
+    "normalize_before": Only("layers normalize after each part", (False,)),
     "sine_position_embedding_scale": Only("a full turn", (None,)),
 }
 DEFORMABLE: dict[str, Key] = {
@@ -261,7 +261,7 @@ DEFORMABLE: dict[str, Key] = {
     "encoder_n_points": Same("as many in the encoder as in the decoder", "points"),
     "decoder_n_points": Same("as many in the encoder as in the decoder", "points"),
     "return_intermediate": NoEffect("what else is given back beside logits and boxes"),
-    "auxiliary_loss": NoEffect("layers are not normalised for their predictions, with it and without"),
+    "auxiliary_loss": NoEffect("layers are not normalized for their predictions, with it and without"),
 }
 RT_DETR: dict[str, Key] = {
     **GENERIC,
@@ -300,7 +300,7 @@ RT_DETR: dict[str, Key] = {
     "activation_function": Read("of convolutions", "conv_activation", "silu", _ACTIVATIONS),
     "decoder_activation_function": Read("", "decoder_activation", "relu", _ACTIVATIONS),
     "eval_size": Only("with it, transformers leaves positions out at inference", (None,)),
-    "normalize_before": Only("layers normalise after each part", (False,)),
+    "normalize_before": Only("layers normalize after each part", (False,)),
     "hidden_expansion": Same("", "expansion"),
     "num_queries": Read("", "queries", 300),
     "num_feature_levels": Only("C3, C4, C5", (3,)),
@@ -364,7 +364,7 @@ _VIT: dict[str, Key] = {
     ),
     "initializer_range": NoEffect("the first weights, which training replaced"),
     **_all(
-        NoEffect("of masked image modelling and of the classifier, which are left out"),
+        NoEffect("of masked image modeling and of the classifier, which are left out"),
         "encoder_stride",
         "pooler_output_size",
         "pooler_act",

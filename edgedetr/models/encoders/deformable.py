@@ -33,16 +33,16 @@ class DeformableLayer(nn.Module):
         self.attention_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout, self.path = nn.Dropout(dropout), DropPath()
 
-    def forward(self, memory: Memory, position: Tensor, centres: Tensor) -> Tensor:
-        """position [1 or B, S, C] and centres [1 or B, S, 2] of the cells -> the new tokens [B, S, C]."""
+    def forward(self, memory: Memory, position: Tensor, centers: Tensor) -> Tensor:
+        """position [1 or B, S, C] and centers [1 or B, S, 2] of the cells -> the new tokens [B, S, C]."""
         tokens = memory.tokens
-        seen = self.attention(tokens + position, centres, tokens, memory.shapes, memory.padding, memory.valid)
+        seen = self.attention(tokens + position, centers, tokens, memory.shapes, memory.padding, memory.valid)
         tokens = self.attention_norm(tokens + self.path(self.dropout(seen)))
         return self.feedforward_norm(tokens + self.path(self.feedforward(tokens)))
 
 
 class CellPlaces(nn.Module):
-    """Of every cell: the sine of its place plus a learned vector of its level, and its centre in the picture."""
+    """Of every cell: the sine of its place plus a learned vector of its level, and its center in the image."""
 
     shape_only = True
 
@@ -53,30 +53,30 @@ class CellPlaces(nn.Module):
     def forward(
         self, like: Tensor, shapes: Shapes, padding: Sequence[Tensor] | None = None, valid: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Position [1 or B, S, C] and centres [1 or B, S, 2] (x, y in 0..1 of the picture).
+        """Position [1 or B, S, C] and centers [1 or B, S, 2] (x, y in 0..1 of the image).
 
-        padding  [B, H_l, W_l] bool per level;  valid [B, L, 2], share of each level that is picture
+        padding  [B, H_l, W_l] bool per level;  valid [B, L, 2], share of each level that is image
         """
         position, kind = [], torch.promote_types(like.dtype, torch.float32)
         for level, shape in enumerate(shapes):
             mask = None if padding is None else padding[level]
             position.append(self.sine(like, shape, mask) + self.level[level].to(like.dtype))
-        return torch.cat(position, dim=1), cell_centres(like.to(kind), shapes, valid)
+        return torch.cat(position, dim=1), cell_centers(like.to(kind), shapes, valid)
 
 
-def cell_centres(like: Tensor, shapes: Shapes, valid: Tensor | None = None) -> Tensor:
-    """Centres of all cells, level after level, row by row: [1 or B, S, 2], x and y in 0..1 of the picture.
+def cell_centers(like: Tensor, shapes: Shapes, valid: Tensor | None = None) -> Tensor:
+    """Centers of all cells, level after level, row by row: [1 or B, S, 2], x and y in 0..1 of the image.
 
-    like   any tensor with the device and type wanted;  valid [B, L, 2]: the picture ends there, and the centres of
+    like   any tensor with the device and type wanted;  valid [B, L, 2]: the image ends there, and the centers of
            cells beyond it exceed 1
     """
-    centres = []
+    centers = []
     for level, (height, width) in enumerate(shapes):
         y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
         x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
-        centre = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)[None]
-        centres.append(centre if valid is None else centre / valid[:, level, None])
-    return torch.cat(centres, dim=1)
+        center = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)[None]
+        centers.append(center if valid is None else center / valid[:, level, None])
+    return torch.cat(centers, dim=1)
 
 
 class DeformableEncoder(nn.Module):
@@ -102,7 +102,7 @@ class DeformableEncoder(nn.Module):
         self.place, self.layers = CellPlaces(dim, levels), nn.ModuleList(layers)
 
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
-        """maps: one [B, C_l, H_l, W_l] per level of the backbone; padding [B, H, W] of the input picture -> Memory."""
+        """maps: one [B, C_l, H_l, W_l] per level of the backbone; padding [B, H, W] of the input image -> Memory."""
         levels: list[Tensor] = []
         for index, project in enumerate(self.project):
             if index < self.backbone_levels:
@@ -116,15 +116,15 @@ class DeformableEncoder(nn.Module):
             flat = torch.cat([mask.flatten(1) for mask in masks], dim=1)
             valid = torch.stack([_share(mask) for mask in masks], dim=1)
         tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
-        position, centres = self.place(tokens, shapes, masks, valid)
+        position, centers = self.place(tokens, shapes, masks, valid)
         # Without position: the decoder samples tokens by place.
         memory = Memory(tokens, shapes, self.strides, padding=flat, valid=valid)
         for layer in self.layers:
-            memory = replace(memory, tokens=layer(memory, position, centres))
+            memory = replace(memory, tokens=layer(memory, position, centers))
         return memory
 
 
 def _share(mask: Tensor) -> Tensor:
-    """Padding [B, H, W] -> share of the first row and of the first column that is picture: [B, 2] (x, y)."""
+    """Padding [B, H, W] -> share of the first row and of the first column that is image: [B, 2] (x, y)."""
     seen = (~mask).float()
     return torch.stack([seen[:, 0].mean(-1), seen[:, :, 0].mean(-1)], dim=-1)

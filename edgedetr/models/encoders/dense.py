@@ -70,7 +70,7 @@ class DenseEncoder(nn.Module):
         nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]  # not known to mypy
 
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
-        """maps: the last is used; padding [B, H, W] of the input picture -> Memory of one level."""
+        """maps: the last is used; padding [B, H, W] of the input image -> Memory of one level."""
         features = self.project(maps[-1])
         shape = (features.shape[2], features.shape[3])
         if padding is not None:
@@ -87,7 +87,7 @@ class DenseEncoder(nn.Module):
 
 
 class RowColumnEncoder(nn.Module):
-    """The coarsest map, projected and normalised to C channels, through row-column layers (Anchor DETR)."""
+    """The coarsest map, projected and normalized to C channels, through row-column layers (Anchor DETR)."""
 
     def __init__(self, channels: int, stride: int, dim: int, position: AxisPosition, layers: list[nn.Module]) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class RowColumnEncoder(nn.Module):
         nn.init.zeros_(self.project[0].bias)  # type: ignore[arg-type]  # not known to mypy
 
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
-        """maps: the last is used; padding [B, H, W] of the input picture -> Memory of one level, with axes."""
+        """maps: the last is used; padding [B, H, W] of the input image -> Memory of one level, with axes."""
         features = self.project(maps[-1])
         shape = (features.shape[2], features.shape[3])
         if padding is not None:

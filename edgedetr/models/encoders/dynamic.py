@@ -1,4 +1,4 @@
-"""The encoder layer of Dynamic DETR: every level is a sum of itself and its neighbours, as it asks for.
+"""The encoder layer of Dynamic DETR: every level is a sum of itself and its neighbors, as it asks for.
 
 Dai et al. 2021, "Dynamic DETR", section 3.2, after the authors' "Dynamic Head" (Dai et al. 2021), section 3. The
 offsets of a level steer the deformable convolutions of all that flows into it.
@@ -18,13 +18,13 @@ from edgedetr.layers.dynamic_convolution import ChannelAttention, DynamicRelu, S
 from edgedetr.layers.linear import Linear
 from edgedetr.options import one_of
 
-GROUPS = 16  # of the normalisation after each convolution (Dynamic Head)
+GROUPS = 16  # of the normalization after each convolution (Dynamic Head)
 
 
 class DynamicPyramidLayer(nn.Module):
     """Deformable convolutions within and across levels, a weight for each, and a dynamic ReLU of their mean.
 
-    One set of weights for all levels, so all levels are convolved in one call. The coarser neighbour is enlarged
+    One set of weights for all levels, so all levels are convolved in one call. The coarser neighbor is enlarged
     before its convolution, not after it: an offset belongs to a cell of this level, and there are four of those per
     coarse cell (Dynamic Head leaves it to its kernel to read only the offsets that it needs).
     Stochastic depth leaves a layer out as a whole: the maps of such an image go through it unchanged.
@@ -75,7 +75,7 @@ class DynamicPyramidLayer(nn.Module):
         sources += [Source(shapes[level - 1], starts[level - 1], shapes[level], 2) for level in range(1, levels)]
         sources += [Source(shapes[level], total + starts[level], shapes[level]) for level in range(levels - 1)]
         read = self.read(table, sources, offset, mask.sigmoid()).split([total, total - first, total - last], dim=1)
-        # By level: itself, the finer neighbour, the coarser one, [B, C, cells] each.
+        # By level: itself, the finer neighbor, the coarser one, [B, C, cells] each.
         parts = [[level] for level in self._normed(self.same, self.same_norm, read[0], cells)]
         for level, part in enumerate(self._normed(self.finer, self.finer_norm, read[1], cells[1:])):
             parts[level + 1].append(part)
@@ -97,5 +97,5 @@ class DynamicPyramidLayer(nn.Module):
 
     @staticmethod
     def _normed(linear: nn.Linear, norm: nn.GroupNorm, read: Tensor, cells: list[int]) -> list[Tensor]:
-        """The sum over the taps, normalised level by level: [B, C, cells] each."""
+        """The sum over the taps, normalized level by level: [B, C, cells] each."""
         return [norm(level) for level in linear(read).transpose(1, 2).split(cells, dim=2)]

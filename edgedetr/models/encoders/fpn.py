@@ -62,7 +62,7 @@ class PyramidEncoder(nn.Module):
         """maps: one [B, C_l, H_l, W_l] per level, finest first -> Memory."""
         if padding is not None:
             raise ModelError(
-                "members that read boxes from a pyramid take pictures without padding; expected one "
+                "members that read boxes from a pyramid take images without padding; expected one "
                 "fixed size (stretch or letterbox)"
             )
         maps = self.pyramid(maps)

@@ -13,7 +13,7 @@ from torch import nn
 from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward
-from edgedetr.layers.norm import Normalise
+from edgedetr.layers.norm import Normalize
 from edgedetr.layers.row_column_attention import AxisPosition, RowColumnAttention, RowColumnLayer
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, RowColumnCrossAttention
 from edgedetr.models.detector import Detector
@@ -22,7 +22,7 @@ from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.members.conditional_detr import rare_and_unmoved
 from edgedetr.models.queries.anchors import AnchorPoints, AnchorQueries
 
-SIZE_LOGIT = -2.0  # width and height that every box starts from: 0.12 of the picture
+SIZE_LOGIT = -2.0  # width and height that every box starts from: 0.12 of the image
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def anchor_detr(config: AnchorDetrConfig, num_classes: int) -> Detector:
         ],
         heads,
     )
-    detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
+    detector = Detector(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
     rare_and_unmoved(heads)
     nn.init.constant_(heads.box.layers[-1].bias[2:], SIZE_LOGIT)  # type: ignore[index, arg-type]  # not known to mypy
     return detector

@@ -14,7 +14,7 @@ from torch import nn
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.conditional_attention import ConditionalSelfAttention, SpatialQuery
 from edgedetr.layers.feedforward import FeedForward
-from edgedetr.layers.norm import Normalise
+from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import SinePosition
 from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
 from edgedetr.models.detector import Detector
@@ -40,7 +40,7 @@ class ConditionalDetrConfig(TransformerConfig):
     queries: int = 300  # as published; DETR's 100 cost little less (table 3)
     dropout: float = 0.1
     ffn_activation: Literal["relu", "gelu", "silu"] = "relu"
-    # Decoder layers begin with normalised content (see models/decoder.py).
+    # Decoder layers begin with normalized content (see models/decoder.py).
     norm_between: bool = field(default=False, metadata=LATER)
 
 
@@ -80,7 +80,7 @@ def conditional_detr(config: ConditionalDetrConfig, num_classes: int) -> Detecto
         spatial=SpatialQuery(c.hidden),
         norm_between=c.norm_between,
     )
-    detector = Detector(backbone, encoder, ConditionalQueries(c.queries, c.hidden), decoder, Normalise(c.mean, c.std))
+    detector = Detector(backbone, encoder, ConditionalQueries(c.queries, c.hidden), decoder, Normalize(c.mean, c.std))
     xavier(encoder.layers, decoder.layers)
     rare_and_unmoved(heads)
     return detector

@@ -15,7 +15,7 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
-from edgedetr.layers.norm import Normalise
+from edgedetr.layers.norm import Normalize
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.detector import Detector
 from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
@@ -23,7 +23,7 @@ from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.queries.proposals import PointQueries, TwoStageQueries
 
 PRIOR = 0.01  # class probability that the heads start from (RetinaNet, section 4.1)
-SIZE_LOGIT = -2.0  # width and height that every box starts from: 0.12 of the picture
+SIZE_LOGIT = -2.0  # width and height that every box starts from: 0.12 of the image
 SLOW = (".offsets.", "selector.reference.")  # names of what learns at a tenth of the rate (section A.4)
 
 
@@ -100,7 +100,7 @@ def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> Detector:
         else AbsoluteBoxes(c.hidden, num_classes)
     )
     decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)], heads)
-    detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std), slow=SLOW)
+    detector = Detector(backbone, encoder, selector, decoder, Normalize(c.mean, c.std), slow=SLOW)
     reset_heads(detector, 0.0 if c.two_stage else SIZE_LOGIT)
     return detector
 

@@ -14,7 +14,7 @@ from torch import nn
 from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward
-from edgedetr.layers.norm import Normalise
+from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import LearnedPosition, NoPosition, SequencePosition, SinePosition
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DenseCrossAttention
 from edgedetr.models.detector import Detector
@@ -35,7 +35,7 @@ class DetrConfig(TransformerConfig):
     ffn: int = 2048  # 8 C
     encoder_layers: int = 6
     decoder_layers: int = 6
-    queries: int = 100  # more than objects in any COCO picture
+    queries: int = 100  # more than objects in any COCO image
     position: Literal["sine", "learned", "sequence", "none"] = "sine"
     position_at: Literal["every_layer", "input"] = "every_layer"  # at the encoder's input
     # alone; table 3's nearest form, the decoder's as well, loses 1.4 AP
@@ -45,7 +45,7 @@ class DetrConfig(TransformerConfig):
     pre_norm: bool = False  # LayerNorm before each part (Table Transformer) instead of after
     dropout: float = 0.1
     ffn_activation: Literal["relu", "gelu", "silu"] = "relu"
-    # Decoder layers begin with normalised content (see models/decoder.py).
+    # Decoder layers begin with normalized content (see models/decoder.py).
     norm_between: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
@@ -101,6 +101,6 @@ def detr(config: DetrConfig, num_classes: int) -> Detector:
         norm=nn.LayerNorm(c.hidden),
         norm_between=c.norm_between,
     )
-    detector = Detector(backbone, encoder, LearnedQueries(c.queries, c.hidden), decoder, Normalise(c.mean, c.std))
+    detector = Detector(backbone, encoder, LearnedQueries(c.queries, c.hidden), decoder, Normalize(c.mean, c.std))
     xavier(encoder.layers, decoder.layers)
     return detector

@@ -14,7 +14,7 @@ from torch import nn
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.conditional_attention import ConditionalSelfAttention, SpatialQuery
 from edgedetr.layers.feedforward import FeedForward, Mlp
-from edgedetr.layers.norm import Normalise
+from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import SinePosition
 from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
 from edgedetr.models.detector import Detector
@@ -23,7 +23,7 @@ from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
 from edgedetr.models.members.conditional_detr import rare_and_unmoved
 from edgedetr.models.queries.anchors import BoxPosition, BoxQueries
 
-TEMPERATURE = 20.0  # of the picture's position: shorter waves than DETR's 10000 (DAB-DETR, section 4.5)
+TEMPERATURE = 20.0  # of the image's position: shorter waves than DETR's 10000 (DAB-DETR, section 4.5)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def dn_detr(config: DnDetrConfig, num_classes: int) -> Detector:
         spatial=SpatialQuery(c.hidden, sized=True),
     )
     selector = BoxQueries(c.queries, c.hidden, num_classes, c.denoising)
-    detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
+    detector = Detector(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
     xavier(encoder.layers, decoder.layers)
     rare_and_unmoved(heads)
     return detector

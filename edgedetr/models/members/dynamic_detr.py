@@ -16,7 +16,7 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.dynamic_convolution import DynamicInteraction
 from edgedetr.layers.feedforward import FeedForward, Mlp
-from edgedetr.layers.norm import Normalise
+from edgedetr.layers.norm import Normalize
 from edgedetr.layers.roi_align import RoiAlign
 from edgedetr.models.cascade import DeltaBoxes, LearnedProposals, RoiCrossAttention
 from edgedetr.models.decoder import Decoder, DecoderLayer
@@ -86,7 +86,7 @@ def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> Detector:
     )
     xavier(decoder)
     boxes.rare()
-    # With xavier's weights and no towers before them, most boxes leave the picture, where there is nothing to read.
+    # With xavier's weights and no towers before them, most boxes leave the image, where there is nothing to read.
     boxes.unmoved()
     selector = LearnedProposals(c.queries, c.hidden, num_classes, c.denoising)
-    return Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
+    return Detector(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))

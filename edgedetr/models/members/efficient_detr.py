@@ -13,7 +13,7 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
-from edgedetr.layers.norm import Normalise
+from edgedetr.layers.norm import Normalize
 from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.detector import Detector
 from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
@@ -36,7 +36,7 @@ class EfficientDetrConfig(TransformerConfig):
     decoder_layers: int = 1  # with dense proposals more give little (figure 2)
     queries: int = 100  # proposals that are kept at the end of training and deployed
     first_queries: int = 300  # at its beginning; they fall linearly (section 4.3)
-    coordinates: Literal[2, 4] = 4  # the decoder starts from the proposed box, or from its centre
+    coordinates: Literal[2, 4] = 4  # the decoder starts from the proposed box, or from its center
     sampling: Literal["auto", "gather", "grid_sample"] = (
         "auto"  # in training: the faster one; export has its own choice
     )
@@ -92,6 +92,6 @@ def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> Detector:
         IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False),
     )
     selector = DenseQueries(c.hidden, num_classes, c.queries, c.first_queries, c.coordinates, c.denoising)
-    detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std), slow=SLOW)
+    detector = Detector(backbone, encoder, selector, decoder, Normalize(c.mean, c.std), slow=SLOW)
     reset_heads(detector, 0.0)
     return detector

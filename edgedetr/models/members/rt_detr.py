@@ -14,7 +14,7 @@ from torch import nn
 from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward, Mlp
-from edgedetr.layers.norm import Normalise
+from edgedetr.layers.norm import Normalize
 from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.detector import Detector
 from edgedetr.models.encoders.dense import EncoderLayer
@@ -110,7 +110,7 @@ def rt_detr(config: RtDetrConfig, num_classes: int) -> Detector:
         IterativeBoxes(c.hidden, num_classes, c.decoder_layers),
         query_position=Mlp(4, 2 * c.hidden, c.hidden, 2),
     )
-    detector = Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
+    detector = Detector(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
     reset_heads(detector)
     return detector
 

@@ -13,7 +13,7 @@ from torch import nn
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.dynamic_convolution import DynamicInteraction
 from edgedetr.layers.feedforward import FeedForward
-from edgedetr.layers.norm import Normalise
+from edgedetr.layers.norm import Normalize
 from edgedetr.layers.roi_align import RoiAlign
 from edgedetr.models.cascade import DeltaBoxes, LearnedProposals, RoiCrossAttention
 from edgedetr.models.decoder import Decoder, DecoderLayer
@@ -64,4 +64,4 @@ def sparse_rcnn(config: SparseRcnnConfig, num_classes: int) -> Detector:
     xavier(decoder)
     boxes.rare()
     selector = LearnedProposals(c.queries, c.hidden, num_classes, c.denoising)
-    return Detector(backbone, encoder, selector, decoder, Normalise(c.mean, c.std))
+    return Detector(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))

@@ -43,7 +43,7 @@ class ConditionalQueries(nn.Module):
     def forward(self, memory: Memory) -> Queries:
         batch, position = memory.tokens.shape[0], self.position.weight
         points, wave = self.point(position)
-        # The same for all pictures until the memory is seen, so that what is made of it alone is made once.
+        # The same for all images until the memory is seen, so that what is made of it alone is made once.
         position, points, wave = position[None], points[None], wave[None]
         content = position.new_zeros(batch, *position.shape[1:])
         return Queries(content, position=position, reference=points, spatial=wave)
@@ -85,7 +85,7 @@ class AnchorPoints(nn.Module):
 class AnchorQueries(nn.Module):
     """Every pattern at every anchor point: pattern 0 at all points, then pattern 1 (Anchor DETR, section 3.3).
 
-    Noised queries stand at the centre of their box and start from the vector of their label instead of a pattern; the
+    Noised queries stand at the center of their box and start from the vector of their label instead of a pattern; the
     box's size is lost, because an anchor point has none.
     """
 

@@ -19,11 +19,11 @@ from edgedetr.layers.feedforward import Mlp
 from edgedetr.layers.linear import Linear
 from edgedetr.layers.position import sine
 from edgedetr.models.detector import Memory, Queries
-from edgedetr.models.encoders.deformable import cell_centres
+from edgedetr.models.encoders.deformable import cell_centers
 from edgedetr.models.queries.selection import INVALID, label_content
 from edgedetr.options import one_of
 
-SIDE = 0.05  # a proposal's side in the finest level, share of the picture; it doubles per level
+SIDE = 0.05  # a proposal's side in the finest level, share of the image; it doubles per level
 MARGIN = 0.01  # numbers closer to 0 or 1 than this make a proposal unusable
 
 
@@ -50,9 +50,9 @@ class Starts(nn.Module):
 
     def forward(self, like: Tensor, shapes: Shapes, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """-> logits [1 or B, S, 4] (INVALID where not usable) and usability [1 or B, S, 1], 0 or 1."""
-        centres = cell_centres(like.to(torch.promote_types(like.dtype, torch.float32)), shapes, valid)
+        centers = cell_centers(like.to(torch.promote_types(like.dtype, torch.float32)), shapes, valid)
         side = torch.cat([torch.full((h * w, 2), SIDE * 2.0**level) for level, (h, w) in enumerate(shapes)])
-        boxes = torch.cat([centres, side.to(centres).expand_as(centres)], dim=-1)
+        boxes = torch.cat([centers, side.to(centers).expand_as(centers)], dim=-1)
         usable = ((boxes > MARGIN) & (boxes < 1 - MARGIN)).all(-1, keepdim=True)
         inside = boxes.clamp(MARGIN, 1 - MARGIN)
         return torch.where(usable, torch.log(inside / (1 - inside)), INVALID), usable.to(like.dtype)
@@ -92,7 +92,7 @@ class Proposals(nn.Module):
         count = memory.tokens.shape[1]
         if count < self.count:
             raise ModelError(
-                f"{self.count} queries asked for, but the picture has {count} cells; "
+                f"{self.count} queries asked for, but the image has {count} cells; "
                 f"use a larger input or --set model.queries={count}"
             )
         starts, usable = self.starts(memory.tokens, memory.shapes, memory.valid)
@@ -148,7 +148,7 @@ class DenseQueries(Proposals):
     def __init__(
         self, dim: int, num_classes: int, queries: int, first: int, coordinates: int = 4, denoising: bool = False
     ) -> None:
-        """coordinates  4: the decoder starts from the proposed box; 2: from its centre"""
+        """coordinates  4: the decoder starts from the proposed box; 2: from its center"""
         super().__init__(dim, num_classes, queries, "best", first)
         self.denoising_class_embed = nn.Embedding(num_classes + 1, dim) if denoising else None
         self.coordinates = coordinates

@@ -13,7 +13,7 @@ from edgedetr.layers.feedforward import Mlp
 from edgedetr.layers.linear import Linear
 from edgedetr.models.detector import Memory, Queries
 
-INVALID = 1e4  # logit of an anchor off the map: sigmoid is exactly 1, and it stays finite in a quantised graph
+INVALID = 1e4  # logit of an anchor off the map: sigmoid is exactly 1, and it stays finite in a quantized graph
 
 
 def label_content(embedding: nn.Embedding | None, labels: Tensor) -> Tensor:
@@ -42,18 +42,18 @@ class LearnedQueries(nn.Module):
 
 
 class Anchors(nn.Module):
-    """One box per cell of every level: its centre, and a side that doubles per level."""
+    """One box per cell of every level: its center, and a side that doubles per level."""
 
     shape_only = True
 
     def __init__(self, side: float = 0.05, margin: float = 0.01) -> None:
-        """side  of a finest-level box, share of the picture; margin: numbers closer to 0 or 1 make a box invalid"""
+        """side  of a finest-level box, share of the image; margin: numbers closer to 0 or 1 make a box invalid"""
         super().__init__()
         self.side, self.margin = side, margin
 
     def forward(self, like: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """-> anchor logits [1, S, 4] (INVALID where not usable) and validity [1, S, 1], 0 or 1."""
-        boxes, kind = [], torch.promote_types(like.dtype, torch.float32)  # a bfloat16 cell centre is 1/256 off
+        boxes, kind = [], torch.promote_types(like.dtype, torch.float32)  # a bfloat16 cell center is 1/256 off
         for level, (height, width) in enumerate(shapes):
             y = (torch.arange(height, device=like.device, dtype=kind) + 0.5) / height
             x = (torch.arange(width, device=like.device, dtype=kind) + 0.5) / width
@@ -92,7 +92,7 @@ class TopKQueries(nn.Module):
         count = memory.tokens.shape[1]
         if count < self.queries:
             raise ModelError(
-                f"{self.queries} queries asked for, but the picture has {count} cells; "
+                f"{self.queries} queries asked for, but the image has {count} cells; "
                 f"use a larger input or --set model.queries={count}"
             )
         anchors, valid = self.anchors(memory.tokens, memory.shapes)

@@ -1,4 +1,4 @@
-"""The protocol of a backend: a batch of pictures in, raw model outputs out."""
+"""The protocol of a backend: a batch of images in, raw model outputs out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-MADE_BY = "edgedetr.quantisation"  # metadata of an INT8 graph: what it was made by, as JSON
+MADE_BY = "edgedetr.quantization"  # metadata of an INT8 graph: what it was made by, as JSON
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def read(path: str | Path, error: type[EdgedetrError] = BundleError) -> tuple[by
 
 
 def require_whole(data: bytes, what: str = "the graph", error: type[EdgedetrError] = BundleError) -> bytes:
-    """The serialised graph `data` itself; `error` where it is none, or keeps weights in a file."""
+    """The serialized graph `data` itself; `error` where it is none, or keeps weights in a file."""
     _refuse_external(parse(data, what, error), what, error)
     return data
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime: on the CPU, where it runs everywhere and without optimisations is the oracle, and on NVIDIA GPUs."""
+"""ONNX Runtime: on the CPU, where it runs everywhere and without optimizations is the oracle, and on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ WRITE_AGAIN = "write it again with: edgedetr export"
 class OrtRunner:
     """An ONNX file in an ONNX Runtime session.
 
-    path       the file, or a serialised graph
+    path       the file, or a serialized graph
     threads    threads of one operator; None = all cores
-    optimise   False: every node runs as written, Q/DQ in float arithmetic: what the graph means
+    optimize   False: every node runs as written, Q/DQ in float arithmetic: what the graph means
     """
 
     name = "onnxruntime"
     on_gpu = False
 
-    def __init__(self, path: str | Path | bytes, *, threads: int | None = None, optimise: bool = True) -> None:
-        self.session = _session(path, threads, optimise, self.on_gpu)
+    def __init__(self, path: str | Path | bytes, *, threads: int | None = None, optimize: bool = True) -> None:
+        self.session = _session(path, threads, optimize, self.on_gpu)
         _check("the graph" if isinstance(path, bytes) else path, self.session)
         shape = self.session.get_inputs()[0].shape
         self.batch: int | None = shape[0] if isinstance(shape[0], int) else None
         self.height, self.width = int(shape[2]), int(shape[3])
-        self.weight_bits = _weight_bits(self.session)  # None where the graph was not quantised by us
+        self.weight_bits = _weight_bits(self.session)  # None where the graph was not quantized by us
 
     def run(self, images: np.ndarray) -> RawOutputs:
         logits, boxes = self.session.run(["logits", "boxes"], {"images": images})
@@ -83,13 +83,13 @@ def tensors(
     images: np.ndarray,
     names: Sequence[str],
     *,
-    optimise: bool,
+    optimize: bool,
     threads: int | None = None,
     feed: str = "images",
     on_gpu: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Values of named graph outputs of a serialised model, for one batch given to the input `feed`."""
-    session = _session(model, threads, optimise, on_gpu)
+    """Values of named graph outputs of a serialized model, for one batch given to the input `feed`."""
+    session = _session(model, threads, optimize, on_gpu)
     return dict(zip(names, session.run(list(names), {feed: images})))
 
 
@@ -113,15 +113,15 @@ def no_gpu() -> str:
 def plain_session(
     model: bytes,
     *,
-    optimise: bool | str = False,
+    optimize: bool | str = False,
     threads: int | None = None,
     spin: bool = True,
     error: type[EdgedetrError] = BundleError,
     fix: str = WRITE_AGAIN,
 ) -> Any:
-    """A session of a serialised graph on the CPU, for any inputs and outputs.
+    """A session of a serialized graph on the CPU, for any inputs and outputs.
 
-    optimise   True: all that ONNX Runtime knows; "basic": what is quick to do; False: every node runs as written
+    optimize   True: all that ONNX Runtime knows; "basic": what is quick to do; False: every node runs as written
     spin       whether threads wait hot for the next run
     error      raised where the graph keeps weights in a file, or ONNX Runtime does not take it, with `fix` at the end
     """
@@ -135,7 +135,7 @@ def plain_session(
         True: levels.ORT_ENABLE_ALL,
         False: levels.ORT_DISABLE_ALL,
         "basic": levels.ORT_ENABLE_BASIC,
-    }[optimise]
+    }[optimize]
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     data = require_whole(model, error=error)
@@ -164,7 +164,7 @@ def _open(
         raise error(f"{what}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason}); {fix}") from reason
 
 
-def _session(model: bytes | str | Path, threads: int | None, optimise: bool, on_gpu: bool = False) -> Any:
+def _session(model: bytes | str | Path, threads: int | None, optimize: bool, on_gpu: bool = False) -> Any:
     onnxruntime = _library()
     what = "the graph" if isinstance(model, bytes) else str(model)
     data = require_whole(model) if isinstance(model, bytes) else read(model)[0]
@@ -183,7 +183,7 @@ def _session(model: bytes | str | Path, threads: int | None, optimise: bool, on_
                 onnxruntime.preload_dlls()
         providers.insert(0, (CUDA, {"use_tf32": "0"}))
     levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     session = _open(onnxruntime, data, options, providers, what)
     if on_gpu and CUDA not in session.get_providers():  # it says so on standard error alone, and goes on
         raise DeviceError(

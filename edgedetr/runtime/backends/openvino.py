@@ -19,7 +19,7 @@ from edgedetr.telemetry import import_openvino
 
 
 class OpenVinoRunner:
-    """An ONNX file compiled for the CPU, one picture at a time where the graph leaves the batch open.
+    """An ONNX file compiled for the CPU, one image at a time where the graph leaves the batch open.
 
     threads          threads of one inference; None = all cores
     precision_hint   "f32", or "bf16" on CPUs that have it (OpenVINO's own default there, which costs accuracy)
@@ -59,7 +59,7 @@ class OpenVinoRunner:
 def tensors(
     model: bytes, images: np.ndarray, names: Sequence[str], *, threads: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Values of named graph outputs of a serialised model, for one batch."""
+    """Values of named graph outputs of a serialized model, for one batch."""
     request = _compile(require_whole(model), threads, "f32", batch=len(images)).create_infer_request()
     request.infer({"images": images})
     return {name: np.array(request.get_tensor(name).data) for name in names}

@@ -74,7 +74,7 @@ def build(
     """Build the engine of one precision, or keep the one that is there and fits.
 
     precision            "fp32", "fp16" or "int8": which graph of the bundle
-    batch                number of pictures of a run, or (least, usual, largest) for an engine that takes several
+    batch                number of images of a run, or (least, usual, largest) for an engine that takes several
     frame                (height, width): the engine for whole camera frames instead, see runtime/frame_detector.py
     workspace_mb         memory that kernels may use while they run; None = a safe share of the device's
     optimization_level   0..5, how long kernels are searched for
@@ -147,7 +147,7 @@ def build(
             arguments=arguments,
             typing=made.typing,
             seconds=round(made.seconds, 1),
-            layers=inspector.summarise(made.layers),
+            layers=inspector.summarize(made.layers),
             warnings=warnings,
         )
         _publish(plan, made, told)
@@ -224,7 +224,7 @@ def _check_words(precision: str, batch: int | tuple[int, int, int], level: int, 
 
 
 def _check_batch(bundle: Bundle, name: str, precision: str, facts: OnnxFacts, sizes: tuple[int, int, int]) -> None:
-    """The graph must take these batch sizes; most graphs are written for one picture."""
+    """The graph must take these batch sizes; most graphs are written for one image."""
     whole_frames = NAME.fullmatch(name) is not None
     taken, given = ("frames", ("boxes", "scores", "labels")) if whole_frames else ("images", ("logits", "boxes"))
     shape = facts.inputs.get(taken)

@@ -1,4 +1,4 @@
-"""From the bytes of an ONNX file to a serialised TensorRT engine: the one file that calls TensorRT's builder.
+"""From the bytes of an ONNX file to a serialized TensorRT engine: the one file that calls TensorRT's builder.
 
 Every name used exists in 10.3, 10.16 and 11.4, or is asked for by hasattr. Flags go by name: their numbers changed in
 11. The network is strongly typed, so the types of the graph decide and nothing else; TensorRT 11 knows no other kind.
@@ -30,7 +30,7 @@ MEMORY_WORDS = ("out of memory", "insufficient memory", "outofmemory", "cuda err
 
 @dataclass(frozen=True)
 class Plan:
-    """A serialised engine, and what was learned by building it.
+    """A serialized engine, and what was learned by building it.
 
     layers         the engine inspector's JSON
     timing_cache   to be given to the next build on this device; empty where there is none
@@ -156,7 +156,7 @@ def _add_profile(builder: Any, network: Any, config: Any, batch: tuple[int, int,
         if -1 in shape[1:]:
             raise EngineError(
                 f"input {tensor.name} is {list(shape)}: sizes besides the batch are open; expected one "
-                "picture size; write the graph again: edgedetr export BUNDLE"
+                "image size; write the graph again: edgedetr export BUNDLE"
             )
         if shape and shape[0] == -1:
             needed = True

@@ -245,7 +245,7 @@ class Cuda:
         self._call("cudaMemcpyAsync", target, source, nbytes, COPY_DEFAULT, stream)
 
     def stream(self) -> int:
-        """A stream of its own: the default stream would synchronise the whole device at every step."""
+        """A stream of its own: the default stream would synchronize the whole device at every step."""
         return self._made("cudaStreamCreateWithFlags", NON_BLOCKING)
 
     def wait(self, stream: int) -> None:

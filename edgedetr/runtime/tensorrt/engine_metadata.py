@@ -29,7 +29,7 @@ REBUILD = "run: edgedetr build BUNDLE --force"
 class BuildArguments:
     """What decides about an engine besides its ONNX file and the device.
 
-    batch    least, usual and largest number of pictures of a run; three equal numbers: one batch size
+    batch    least, usual and largest number of images of a run; three equal numbers: one batch size
     typing   "strong", "weak", or "auto": strong, and weak where that fails on TensorRT 10
     """
 

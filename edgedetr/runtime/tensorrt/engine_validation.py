@@ -1,8 +1,8 @@
-"""Before a plan is deserialised: it is of this machine, whole, and built for this device and this TensorRT.
+"""Before a plan is deserialized: it is of this machine, whole, and built for this device and this TensorRT.
 
-A serialised engine is executable code: whoever writes one decides what the process does that loads it. And TensorRT's
+A serialized engine is executable code: whoever writes one decides what the process does that loads it. And TensorRT's
 own checks come late: a Runtime on a machine without a driver ends the process. So the driver is asked first (see
-cudart.probe), then the sidecar, then the digest; what is deserialised are the very bytes that were checked.
+cudart.probe), then the sidecar, then the digest; what is deserialized are the very bytes that were checked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BUILD = "build it here, from the ONNX file: edgedetr build BUNDLE"
 
 @dataclass(frozen=True)
 class CheckedPlan:
-    """The bytes that may be deserialised, and what is known of them (None: a foreign plan that was trusted)."""
+    """The bytes that may be deserialized, and what is known of them (None: a foreign plan that was trusted)."""
 
     data: bytes
     sidecar: Sidecar | None
@@ -36,7 +36,7 @@ class CheckedPlan:
 def check(
     plan: Path, device: Device, tensorrt: str, *, onnx_sha256: str | None = None, trust: bool = False
 ) -> CheckedPlan:
-    """Read a plan that may be deserialised on this device with this version of TensorRT; EngineError otherwise.
+    """Read a plan that may be deserialized on this device with this version of TensorRT; EngineError otherwise.
 
     onnx_sha256   what it must have been built from; None: whatever it was
     trust         take a plan without a sidecar, or of another machine: its author's code will run here

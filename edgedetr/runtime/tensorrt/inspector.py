@@ -56,7 +56,7 @@ class LayerSummary:
         return self.weighted.get(precision, 0) / total if total else None
 
 
-def summarise(text: str) -> LayerSummary:
+def summarize(text: str) -> LayerSummary:
     """Count the layers of `get_engine_information(LayerInformationFormat.JSON)`."""
     try:
         layers = parse_json(text, "its JSON", EngineError)["Layers"]

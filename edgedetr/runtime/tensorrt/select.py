@@ -22,7 +22,7 @@ from edgedetr.storage.reading import read_json
 
 log = logging.getLogger(__name__)
 
-# Stage of the bundle -> the graph that engines for batches of pictures are built from.
+# Stage of the bundle -> the graph that engines for batches of images are built from.
 FILES = {"int8": "model.int8.onnx", "fp16": "model.fp16.onnx", "onnx": "model.onnx"}
 MEASURED = "verified.json"  # beside the engines: what edgedetr verify found on this device
 
@@ -57,12 +57,12 @@ class Engine:
 
     @property
     def stage_name(self) -> str:
-        """The stage, with the batch where it is not single pictures: "int8", "int8 batch 4"."""
+        """The stage, with the batch where it is not single images: "int8", "int8 batch 4"."""
         return self.stage if self.batch == 1 else f"{self.stage} batch {self.told.arguments.batch_name}"
 
     @property
     def rank(self) -> tuple[int, float, int, int]:
-        """Smaller is better: verified, then fast, then INT8 before FP16 before float32; single pictures first."""
+        """Smaller is better: verified, then fast, then INT8 before FP16 before float32; single images first."""
         trusted = 1 if self.measured is None else 0 if self.measured.passed else 2
         speed = self.measured.p50_ms if self.measured and self.measured.p50_ms else 0.0
         guess = PRECISIONS.index(self.told.arguments.precision)
@@ -118,7 +118,7 @@ def _look(
     if entry is None:
         return f"built from {told.onnx}, which is not in this bundle" if ours else ""
     if stage is None:
-        return ""  # of another kind: for whole camera frames, or for batches of pictures
+        return ""  # of another kind: for whole camera frames, or for batches of images
     if entry.sha256 != told.onnx_sha256 and not ours:
         return ""  # the user's cache holds the engines of all read-only bundles
     reason = ("" if trust else engine_validation.foreign(told)) or engine_validation.mismatch(
@@ -140,7 +140,7 @@ def surroundings(device: Device) -> str:
 
 
 def pick(engines: Sequence[Engine], *, stage: str | None = None, batch: int | None = None) -> Engine | None:
-    """The best of them for a stage and a batch size; without a size, one for single pictures if there is one."""
+    """The best of them for a stage and a batch size; without a size, one for single images if there is one."""
     fitting = [e for e in engines if stage in (None, e.stage) and (batch is None or e.batch in (None, batch))]
     singles = [e for e in fitting if e.batch in (None, 1)] if batch is None else fitting
     return next(iter(singles or fitting), None)

@@ -41,7 +41,7 @@ CANARIES = (
     Canary("grid_sample", "fp32", 80.0, "GridSample in deformable attention, equal rows"),
     # FP16 rounding leaves about 65 dB; sums of squares in FP16 overflow and leave none
     Canary("layer_norm", "fp16", 50.0, "LayerNormalization in FP16 of large values"),
-    # a value that rounds to the neighbouring level leaves about 40 dB; a wrong scale leaves less than 10
+    # a value that rounds to the neighboring level leaves about 40 dB; a wrong scale leaves less than 10
     Canary("concat", "int8", 25.0, "INT8 convolutions joined by Concat"),
 )
 
@@ -131,7 +131,7 @@ def _try(canary: Canary, device: Device) -> Outcome:
             graph = session.graphs > 0
     except (DeviceError, EngineError) as error:  # this one cannot be built or run; the others still can
         return outcome(False, str(error))
-    share = inspector.summarise(plan.layers).share(canary.precision)
+    share = inspector.summarize(plan.layers).share(canary.precision)
     ratios = [sqnr_db(expected, y) for y in found]
     problems = []
     if min(ratios) < canary.floor_db:

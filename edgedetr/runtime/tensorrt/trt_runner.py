@@ -30,7 +30,7 @@ LONGEST = 400  # characters of an error text of TensorRT that are kept
 
 
 class Session:
-    """A deserialised engine: named arrays in, named arrays out, from any number of threads.
+    """A deserialized engine: named arrays in, named arrays out, from any number of threads.
 
     data        the plan; whoever made it decides what this process does, so check it first (see guards.check)
     use_graph   record a CUDA graph after one run of each shape, where the engine allows it
@@ -57,7 +57,7 @@ class Session:
             said = "; ".join(filter(None, [self._errors.take(), *self._logger.errors])) or "no reason given"
             self._runtime = None
             raise EngineError(
-                f"{what}: TensorRT {trt.__version__} cannot deserialise it ({said}); "
+                f"{what}: TensorRT {trt.__version__} cannot deserialize it ({said}); "
                 "build it here: edgedetr build BUNDLE --force"
             )
         self._engine.error_recorder = self._errors
@@ -136,9 +136,9 @@ class Session:
 
 
 class TrtRunner:
-    """An engine of a detector, checked before it is deserialised (see guards.check).
+    """An engine of a detector, checked before it is deserialized (see guards.check).
 
-    batch       its number of pictures per run; None where it is open, up to `largest_batch`
+    batch       its number of images per run; None where it is open, up to `largest_batch`
     onnx_sha256 what it must have been built from; None: whatever it was
     trust       run a plan that was not built here: its author's code runs then
     """
@@ -169,7 +169,7 @@ class TrtRunner:
     def run(self, images: Any) -> RawOutputs:
         """images float32 [B, 3, height, width] as numpy array or on the device -> RawOutputs.
 
-        Fewer pictures than a fixed batch has are filled up with the last one, and its results cut off; more than an
+        Fewer images than a fixed batch has are filled up with the last one, and its results cut off; more than an
         open batch allows go in parts. Arrays on the device must have a batch that the engine takes.
         """
         if not isinstance(images, np.ndarray):

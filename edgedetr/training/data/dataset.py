@@ -1,6 +1,6 @@
-"""Training pictures as batches: decoded once, varied anew each epoch, the same whatever the number of workers.
+"""Training images as batches: decoded once, varied anew each epoch, the same whatever the number of workers.
 
-What a picture becomes is a function of (seed, epoch, index) alone, and the order of an epoch of (seed, epoch), so a
+What an image becomes is a function of (seed, epoch, index) alone, and the order of an epoch of (seed, epoch), so a
 resumed training sees exactly what it would have seen.
 """
 
@@ -51,7 +51,7 @@ class Pick:
 
 
 class TrainingSet(Dataset):
-    """Varied pictures of a set. `set_[Pick]` -> (pixels [3, H, W] uint8, Target, index)."""
+    """Varied images of a set. `set_[Pick]` -> (pixels [3, H, W] uint8, Target, index)."""
 
     def __init__(
         self,
@@ -81,8 +81,8 @@ class TrainingSet(Dataset):
                 picture, lambda: self._readable(int(rng.integers(len(self))))[1], contract, self.augment, rng
             )
         width, height = contract.width, contract.height
-        centred = torch.from_numpy(xyxy_to_cxcywh(example.boxes) / [width, height, width, height])
-        return example.pixels, Target(torch.from_numpy(example.labels), centred.float().reshape(-1, 4)), index
+        centered = torch.from_numpy(xyxy_to_cxcywh(example.boxes) / [width, height, width, height])
+        return example.pixels, Target(torch.from_numpy(example.labels), centered.float().reshape(-1, 4)), index
 
     def fill(self) -> None:
         """Decode into the cache now, as far as it has room, so that worker processes share it."""
@@ -106,7 +106,7 @@ class TrainingSet(Dataset):
                 if self.strict:
                     raise
                 log.warning("%s; training goes on without it", error)
-        raise DataError(f"{self.samples.root}: none of the {len(self.samples)} training pictures can be decoded")
+        raise DataError(f"{self.samples.root}: none of the {len(self.samples)} training images can be decoded")
 
     def _picture(self, index: int) -> Picture:
         if index in self.cache:
@@ -119,7 +119,7 @@ class TrainingSet(Dataset):
 
 
 def load(sample: Sample, contract: InputContract) -> Picture:
-    """Decode a picture and do the averaging half of the one resize; the interpolating half is done per example."""
+    """Decode an image and do the averaging half of the one resize; the interpolating half is done per example."""
     image = decode(sample.path)
     geometry = Geometry.of(image.shape[0], image.shape[1], contract)
     rows = geometry.used_height // averaged(geometry.source_height, geometry.content_height)

@@ -1,7 +1,7 @@
-"""Training pictures made of several: mosaic, mixup and cutmix, with the boxes of all that can still be seen.
+"""Training images made of several: mosaic, mixup and cutmix, with the boxes of all that can still be seen.
 
 Bochkovskiy et al. 2020, "YOLOv4" (mosaic); Zhang et al. 2018, "mixup"; Yun et al. 2019, "CutMix"; Huang et al. 2024,
-"DEIM", section 3.1: more objects in a picture are more positive queries for a detector that matches one to one.
+"DEIM", section 3.1: more objects in an image are more positive queries for a detector that matches one to one.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from edgedetr.training.data.randaugment import MIN_PIXELS, Example
 
 COVERED = 0.7  # a box of which more than this share is pasted over is dropped
 SEEN = 0.3  # a donor's box is taken when at least this share of it lies in the pasted part
-CENTRE = (0.3, 0.7)  # where the four pictures of a mosaic meet, share of the sides
-PASTED = (0.3, 0.7)  # sides of the rectangle of cutmix, share of the picture's
+CENTER = (0.3, 0.7)  # where the four images of a mosaic meet, share of the sides
+PASTED = (0.3, 0.7)  # sides of the rectangle of cutmix, share of the image's
 
-Take = Callable[[InputContract], Example]  # another picture, varied, at some size
+Take = Callable[[InputContract], Example]  # another image, varied, at some size
 
 
 def mosaic(take: Take, contract: InputContract, rng: np.random.Generator) -> Example:
-    """Four pictures, one in each corner, each wholly seen at the size of its corner."""
-    x, y = (round(side * rng.uniform(*CENTRE)) for side in (contract.width, contract.height))
+    """Four images, one in each corner, each wholly seen at the size of its corner."""
+    x, y = (round(side * rng.uniform(*CENTER)) for side in (contract.width, contract.height))
     pixels = torch.empty(3, contract.height, contract.width, dtype=torch.uint8)
     boxes, labels = [], []
     for top, bottom in ((0, y), (y, contract.height)):
@@ -38,7 +38,7 @@ def mosaic(take: Take, contract: InputContract, rng: np.random.Generator) -> Exa
 
 
 def mixup(one: Example, other: Example, share: float) -> Example:
-    """`share` of the first picture and the rest of the second, laid over each other; the objects of both."""
+    """`share` of the first image and the rest of the second, laid over each other; the objects of both."""
     blended = one.pixels.float() * share + other.pixels.float() * (1 - share)
     return Example(
         blended.round_().to(torch.uint8),

@@ -1,6 +1,6 @@
-"""Varied training pictures: one window on the picture, one resampling, one colour matrix; boxes follow exactly.
+"""Varied training images: one window on the image, one resampling, one color matrix; boxes follow exactly.
 
-Crop, zoom-out and scale jitter only choose the window, so a picture is interpolated once whatever is switched on.
+Crop, zoom-out and scale jitter only choose the window, so an image is interpolated once whatever is switched on.
 Everything is a function of the random generator that is handed in.
 """
 
@@ -31,9 +31,9 @@ _RGB = np.linalg.inv(_YIQ)
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture and its objects, in pixels of `pixels`.
+    """A decoded image and its objects, in pixels of `pixels`.
 
-    pixels        [3, H, W] uint8, RGB, quickest where the three colours of a pixel lie together
+    pixels        [3, H, W] uint8, RGB, quickest where the three colors of a pixel lie together
     boxes         [T, 4] float64, x0, y0, x1, y1
     labels        [T] int64
     frame_height, frame_width   what the whole input covers: H and W, or more at the right or bottom for a letterbox
@@ -53,7 +53,7 @@ def compose(
     config: AugmentConfig,
     rng: np.random.Generator,
 ) -> Example:
-    """One training example from a picture, and from others where mosaic, mixup or cutmix fall on it.
+    """One training example from an image, and from others where mosaic, mixup or cutmix fall on it.
 
     Each technique that is off draws nothing, so that switching one on does not change another's luck before it.
     """
@@ -82,7 +82,7 @@ def vary(
     *,
     flips_only: bool = False,
 ) -> Example:
-    """One training example of one picture: a window on it, flips, colours."""
+    """One training example of one image: a window on it, flips, colors."""
     whole = np.array([0.0, 0.0, picture.frame_width, picture.frame_height])
     window = whole if flips_only else _window(picture, config, rng)
     pixels, boxes, labels = look(picture, window, contract, config.min_visible)
@@ -94,22 +94,22 @@ def vary(
     if vertical:
         pixels = pixels.flip(1)
         boxes[:, [1, 3]] = contract.height - boxes[:, [3, 1]]
-    if not flips_only and rng.random() < config.colour:
-        pixels = recolour(pixels, config, rng)
+    if not flips_only and rng.random() < config.color:
+        pixels = recolor(pixels, config, rng)
     return Example(pixels, boxes, labels)
 
 
 def look(
     picture: Picture, window: np.ndarray, contract: InputContract, min_visible: float
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """What is seen of a picture through a window, at the size of the input; grey where there is no picture.
+    """What is seen of an image through a window, at the size of the input; gray where there is no image.
 
-    window  x0, y0, x1, y1 in pixels of the picture, may reach beyond it
+    window  x0, y0, x1, y1 in pixels of the image, may reach beyond it
     """
     _, height, width = picture.pixels.shape
     source = np.array([max(window[0], 0), max(window[1], 0), min(window[2], width), min(window[3], height)])
     source = np.rint(source).astype(int)
-    source[:2] = np.minimum(source[:2], [width - 1, height - 1])  # a letterbox crop may lie in the grey
+    source[:2] = np.minimum(source[:2], [width - 1, height - 1])  # a letterbox crop may lie in the gray
     source[2:] = np.maximum(source[2:], source[:2] + 1)
     scale = np.array([contract.width / (window[2] - window[0]), contract.height / (window[3] - window[1])])
     target = np.rint((source.reshape(2, 2) - np.rint(window[:2])) * scale).astype(int).ravel()
@@ -152,25 +152,25 @@ def _window(picture: Picture, config: AugmentConfig, rng: np.random.Generator) -
     else:
         low = np.concatenate([np.zeros(2), frame])
     jitter = 1 + rng.uniform(-config.scale_jitter, config.scale_jitter)
-    centre, half = (low[:2] + low[2:]) / 2, (low[2:] - low[:2]) / 2 * jitter
-    return np.concatenate([centre - half, centre + half])
+    center, half = (low[:2] + low[2:]) / 2, (low[2:] - low[:2]) / 2 * jitter
+    return np.concatenate([center - half, center + half])
 
 
 def _crop(picture: Picture, frame: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """A random part of the frame that holds a box's centre and overlaps that box by a drawn IoU, if it can be found."""
+    """A random part of the frame that holds a box's center and overlaps that box by a drawn IoU, if it can be found."""
     least = rng.choice(MIN_IOU)
     inside = clip(picture.boxes, picture.frame_height, picture.frame_width)
-    centres = (inside[:, :2] + inside[:, 2:]) / 2
+    centers = (inside[:, :2] + inside[:, 2:]) / 2
     for _ in range(TRIALS):
         scale, aspect = rng.uniform(*config.crop_scale), np.exp(rng.uniform(*np.log(config.crop_aspect)))
         side = frame * np.clip(scale * np.array([aspect**0.5, aspect**-0.5]), 0.05, 1)
         corner = rng.random(2) * (frame - side)
         window = np.concatenate([corner, corner + side])
-        held = ((centres > window[:2]) & (centres < window[2:])).all(axis=1)
+        held = ((centers > window[:2]) & (centers < window[2:])).all(axis=1)
         if not len(inside) or (held.any() and iou(window[None], inside[held]).max() >= least):
             return window
     # Boxes too small, or too few, for what was drawn: a crop of this size around one of them.
-    corner = np.clip(centres[rng.integers(len(centres))] - rng.random(2) * side, 0, frame - side)
+    corner = np.clip(centers[rng.integers(len(centers))] - rng.random(2) * side, 0, frame - side)
     return np.concatenate([corner, corner + side])
 
 
@@ -182,17 +182,17 @@ def _crop_by_size(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([corner, corner + side])
 
 
-def recolour(pixels: Tensor, config: AugmentConfig, rng: np.random.Generator) -> Tensor:
+def recolor(pixels: Tensor, config: AugmentConfig, rng: np.random.Generator) -> Tensor:
     """Brightness, contrast, saturation and hue as one 3 x 3 matrix and an offset; [3, H, W] uint8 -> the same."""
     brightness, contrast, saturation = (
         1 + rng.uniform(-limit, limit) for limit in (config.brightness, config.contrast, config.saturation)
     )
     turn = 2 * np.pi * rng.uniform(-config.hue, config.hue)
     cosine, sine = saturation * np.cos(turn), saturation * np.sin(turn)
-    chroma = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])  # luma stays, the colour plane turns
+    chroma = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])  # luma stays, the color plane turns
     matrix = brightness * contrast * (_RGB @ chroma @ _YIQ)
     flat = pixels.reshape(3, -1).float()
-    grey = float(torch.from_numpy(_YIQ[0]).float() @ flat.mean(1))
+    gray = float(torch.from_numpy(_YIQ[0]).float() @ flat.mean(1))
     mixed = torch.from_numpy(matrix).float() @ flat
-    mixed += brightness * (1 - contrast) * grey
+    mixed += brightness * (1 - contrast) * gray
     return mixed.round_().clamp_(0, 255).to(torch.uint8).reshape(pixels.shape)

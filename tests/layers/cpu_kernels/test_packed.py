@@ -1,4 +1,4 @@
-"""Convolutions that do not learn give in one pass what convolution, normalisation, sum and ReLU give in four."""
+"""Convolutions that do not learn give in one pass what convolution, normalization, sum and ReLU give in four."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_changed_weights_are_packed_again() -> None:
 
 def test_gradients_reach_what_learns_before_and_inside() -> None:
     made, x = block(kernel=3, activation="relu"), torch.randn(1, 6, 5, 5, requires_grad=True)
-    assert not made.packs(x), "the pictures' side wants a gradient"
+    assert not made.packs(x), "the images' side wants a gradient"
     made(x).sum().backward()
     twin = copy.deepcopy(x.detach()).requires_grad_()
     by_hand(made, twin).relu().sum().backward()
@@ -115,7 +115,7 @@ def test_under_autocast_one_pass_is_within_bfloat16_of_float64_steps() -> None:
         alone, summed = made(x), made.packed(x.bfloat16(), True, plus.bfloat16())
     for got, wanted in ((alone, by_hand(made, x).relu()), (summed, (by_hand(made, x) + plus).relu())):
         assert got.dtype == torch.bfloat16
-        # Kernel, picture and sum are rounded to 8 bits; relative to the largest number.
+        # Kernel, image and sum are rounded to 8 bits; relative to the largest number.
         assert float((got.double() - wanted).abs().max()) <= 3 * 2**-8 * float(wanted.abs().max())
     assert torch.equal(made(x), exact), "and float32 is packed again after it"
 

@@ -184,7 +184,7 @@ def test_windows_are_squares_of_the_map_filled_up_with_zeros(shape: tuple[int, i
 
 
 @torch.no_grad()
-def test_positions_are_interpolated_as_a_picture() -> None:
+def test_positions_are_interpolated_as_an_image() -> None:
     position = PatchPosition(8, 14, class_token=True)
     out = position((5, 9))
     cells = position.table[0, 1:].reshape(14, 14, 8).permute(2, 0, 1)[None]
@@ -250,7 +250,7 @@ def test_a_member_trains_and_deploys_on_it(name: str) -> None:
     detector = build(name, config, CLASSES)
     assert isinstance(detector.backbone, VitPyramid)
     images = torch.rand(2, 3, 64, 96) * 255
-    out = detector(detector.normalise(images))
+    out = detector(detector.normalize(images))
     (out.logits.square().sum() + out.boxes.square().sum()).backward()
     dead = [key for key, p in detector.backbone.named_parameters() if p.grad is None or not p.grad.any()]
     assert [key for key in dead if not key.endswith(".k.bias")] == []  # softmax does not see a key's bias
@@ -258,9 +258,9 @@ def test_a_member_trains_and_deploys_on_it(name: str) -> None:
     graph = DeployGraph(detector, 64, 96)
     assert isinstance(graph.detector.backbone.transformer.position, Baked)
     with torch.no_grad():
-        expected, actual = detector(detector.normalise(images)), graph(images)
+        expected, actual = detector(detector.normalize(images)), graph(images)
     torch.testing.assert_close(actual[0], expected.logits[-1], atol=1e-4, rtol=0)
-    torch.testing.assert_close(actual[1], expected.boxes[-1], atol=1e-5, rtol=2e-5)  # R-CNN's: several pictures wide
+    torch.testing.assert_close(actual[1], expected.boxes[-1], atol=1e-5, rtol=2e-5)  # R-CNN's: several images wide
 
 
 @pytest.mark.parametrize(

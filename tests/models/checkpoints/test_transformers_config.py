@@ -88,7 +88,7 @@ class Case:
 
 
 DENSE = {**SMALL, "d_model": 32}
-WIDE = {**SMALL, "d_model": 64}  # Deformable DETR normalises in 32 groups, of at least two channels here
+WIDE = {**SMALL, "d_model": 64}  # Deformable DETR normalizes in 32 groups, of at least two channels here
 TWO = {"with_box_refine": True, "two_stage": True, "two_stage_num_proposals": 7}
 CASES = {
     "detr": Case(

@@ -66,5 +66,5 @@ def test_memory_has_the_tokens_of_all_levels_row_by_row() -> None:
 
 def test_padding_is_refused() -> None:
     encoder = PyramidEncoder(FeaturePyramid(CHANNELS, STRIDES, 8))
-    with pytest.raises(ModelError, match="pictures without padding; expected one fixed size"):
+    with pytest.raises(ModelError, match="images without padding; expected one fixed size"):
         encoder(maps(), torch.zeros(2, 96, 128, dtype=torch.bool))

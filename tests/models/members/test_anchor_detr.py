@@ -50,7 +50,7 @@ def test_every_pattern_stands_at_every_point() -> None:
 
 
 @torch.no_grad()
-def test_keys_lie_at_the_centres_of_cells() -> None:
+def test_keys_lie_at_the_centers_of_cells() -> None:
     detector = anchor_detr(AnchorDetrConfig(**SMALL), CLASSES)
     memory = detector.encode(torch.randn(1, 3, 64, 96))  # 2 x 3 cells
     adapt = detector.encoder.position.adapt
@@ -82,7 +82,7 @@ def test_fresh_boxes_stand_at_their_points_and_are_small() -> None:
     torch.testing.assert_close(boxes[..., 2:], torch.full_like(boxes[..., 2:], 1 / (1 + math.exp(2))))
 
 
-def test_a_grid_of_points_covers_the_picture() -> None:
+def test_a_grid_of_points_covers_the_image() -> None:
     detector = anchor_detr(AnchorDetrConfig(**{**SMALL, "points": "grid"}), CLASSES)
     points = detector.selector.points.points
     assert sorted(points.tolist()) == [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
@@ -94,7 +94,7 @@ def test_a_grid_of_points_covers_the_picture() -> None:
 
 
 @torch.no_grad()
-def test_a_noised_object_stands_at_its_centre() -> None:
+def test_a_noised_object_stands_at_its_center() -> None:
     detector = anchor_detr(AnchorDetrConfig(**SMALL, denoising=True), CLASSES)
     boxes, labels = torch.rand(2, 5, 4), torch.randint(CLASSES + 1, (2, 5))
     known = detector.selector.noised(labels, boxes)

@@ -61,7 +61,7 @@ def test_detections_equal_those_of_transformers(theirs: torch.nn.Module) -> None
 
 
 @torch.no_grad()
-def test_padded_pictures_give_what_transformers_gives(theirs: torch.nn.Module) -> None:
+def test_padded_images_give_what_transformers_gives(theirs: torch.nn.Module) -> None:
     ours = conditional_detr(ConditionalDetrConfig(**SMALL), CLASSES).eval()
     fit(ours, translate("conditional_detr", theirs.state_dict()), "transformers")
     images, padding = torch.randn(2, 3, 96, 128), torch.zeros(2, 96, 128, dtype=torch.bool)

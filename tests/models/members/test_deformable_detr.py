@@ -14,7 +14,7 @@ from edgedetr.models import build
 from edgedetr.models.checkpoints.conversion import translate
 from edgedetr.models.checkpoints.pretrained import fit
 from edgedetr.models.detector import Detector
-from edgedetr.models.encoders.deformable import cell_centres
+from edgedetr.models.encoders.deformable import cell_centers
 from edgedetr.models.members.deformable_detr import DeformableDetrConfig
 from edgedetr.models.queries.proposals import Starts
 from edgedetr.training.config import TrainConfig
@@ -75,7 +75,7 @@ def pair(form: str) -> tuple[Detector, nn.Module]:
         for heads in (reference.class_embed, reference.bbox_embed):
             for head in heads[1:]:
                 head.load_state_dict(heads[0].state_dict())
-    if config.two_stage:  # with this sign the cells off the picture, which all say the same, are not chosen
+    if config.two_stage:  # with this sign the cells off the image, which all say the same, are not chosen
         with torch.no_grad():
             reference.class_embed[-1].weight.neg_()
     ours = build("deformable_detr", config, CLASSES).eval()
@@ -177,14 +177,14 @@ def test_offsets_start_on_squares_of_growing_radius() -> None:
             torch.testing.assert_close(bias[head, :, point], expected.expand(4, 2), atol=1e-5, rtol=0)
 
 
-def test_cells_of_a_padded_picture_are_placed_in_the_picture() -> None:
-    valid = torch.tensor([[[0.5, 1.0]]])  # the left half of 4 x 2 cells is picture
-    centres = cell_centres(torch.zeros(1), [(2, 4)], valid)[0]
-    assert centres[:4].tolist() == [[0.25, 0.25], [0.75, 0.25], [1.25, 0.25], [1.75, 0.25]]
+def test_cells_of_a_padded_image_are_placed_in_the_image() -> None:
+    valid = torch.tensor([[[0.5, 1.0]]])  # the left half of 4 x 2 cells is image
+    centers = cell_centers(torch.zeros(1), [(2, 4)], valid)[0]
+    assert centers[:4].tolist() == [[0.25, 0.25], [0.75, 0.25], [1.25, 0.25], [1.75, 0.25]]
     logits, usable = Starts()(torch.zeros(1), [(2, 4)], valid)
     assert usable[0, :, 0].tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
     torch.testing.assert_close(logits[0, 0].sigmoid(), torch.tensor([0.25, 0.25, 0.05, 0.05]))
-    assert (logits[0, 2].sigmoid() == 1).all()  # off the picture: finite, and a box nobody takes
+    assert (logits[0, 2].sigmoid() == 1).all()  # off the image: finite, and a box nobody takes
 
 
 @torch.no_grad()
@@ -237,7 +237,7 @@ def test_what_cannot_be_built_says_why(change: dict[str, object], message: str) 
         DeformableDetrConfig(**change)
 
 
-def test_a_picture_with_fewer_cells_than_queries_says_so() -> None:
+def test_an_image_with_fewer_cells_than_queries_says_so() -> None:
     ours = build("deformable_detr", replace(FORMS["two-stage"], **{**SMALL, "queries": 300}), CLASSES)
-    with pytest.raises(ModelError, match="300 queries asked for, but the picture has 256 cells"):
+    with pytest.raises(ModelError, match="300 queries asked for, but the image has 256 cells"):
         ours(torch.randn(1, 3, *PIXELS))

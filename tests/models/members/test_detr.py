@@ -66,10 +66,10 @@ def test_skipping_it_leaves_out_its_weights_and_still_detects() -> None:
 @torch.no_grad()
 def test_position_at_the_input_alone_is_seen_by_no_layer_again() -> None:
     once = make(position_at="input")
-    memory = once.encode(once.normalise(pictures()))
+    memory = once.encode(once.normalize(pictures()))
     assert memory.position is None
     # By hand: the projected map plus its position, through the layers without one.
-    tokens = once.encoder.project(once.backbone(once.normalise(pictures()))[-1]).flatten(2).transpose(1, 2)
+    tokens = once.encoder.project(once.backbone(once.normalize(pictures()))[-1]).flatten(2).transpose(1, 2)
     tokens = tokens + once.encoder.position(tokens, memory.shapes[0], None)
     for layer in once.encoder.layers:
         tokens = layer(tokens, torch.zeros_like(tokens))
@@ -80,7 +80,7 @@ def test_position_at_the_input_alone_is_seen_by_no_layer_again() -> None:
 def test_values_carry_a_position_only_when_asked() -> None:
     plain, carrying = make(), make(position_on_value=True)
     carrying.load_state_dict(plain.state_dict())
-    memory = plain.encode(plain.normalise(pictures()))
+    memory = plain.encode(plain.normalize(pictures()))
     for detector, shifts in ((plain, False), (carrying, True)):
         attention, queries = detector.decoder.layers[0].cross_attention, detector.select(memory)
         before = attention(queries, memory)

@@ -16,7 +16,7 @@ DIM = GROUPS
 def deformed(
     conv: torch.nn.Module, x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, stride: int
 ) -> torch.Tensor:
-    """One picture, cell by cell and tap by tap: x [C, H, W], offset [18, h, w], mask [9, h, w] -> [C, h, w]."""
+    """One image, cell by cell and tap by tap: x [C, H, W], offset [18, h, w], mask [9, h, w] -> [C, h, w]."""
     _, height, width = x.shape
     kernel = conv.weight.reshape(DIM, 9, DIM)
     out = torch.zeros(DIM, *offset.shape[1:], dtype=x.dtype)
@@ -100,8 +100,8 @@ def test_a_query_predicts_one_full_product_or_two_narrow_ones(layers: int, pairs
 
 
 @torch.no_grad()
-def test_every_layer_of_a_fresh_model_reads_the_whole_picture() -> None:
-    """A box that is thrown out of the picture by random heads has nothing to read, so later layers would learn late."""
+def test_every_layer_of_a_fresh_model_reads_the_whole_image() -> None:
+    """A box that is thrown out of the image by random heads has nothing to read, so later layers would learn late."""
     torch.manual_seed(0)
     detector = dynamic_detr(
         DynamicDetrConfig(

@@ -72,7 +72,7 @@ def mlp(module: torch.nn.Module, x: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def reference(detector: Detector, tokens: np.ndarray, count: int, coordinates: int) -> list[dict[str, np.ndarray]]:
-    """The selection for one picture, cell by cell: from the specification, in loops and float64."""
+    """The selection for one image, cell by cell: from the specification, in loops and float64."""
     selector, candidates, cell = detector.selector, [], 0
     for level, (height, width) in enumerate(SHAPES):
         for y in range(height):
@@ -153,15 +153,15 @@ def test_both_parts_are_matched_one_to_one_with_the_true_classes() -> None:
 
 
 @torch.no_grad()
-def test_a_decoder_that_starts_from_centres_learns_sizes_alone() -> None:
+def test_a_decoder_that_starts_from_centers_learns_sizes_alone() -> None:
     detector = spread(replace(CONFIG, coordinates=2)).eval()
     seen = detector.encode(torch.rand(1, 3, 96, 128))
     queries = detector.select(seen)
     outputs = detector.decode(queries, seen)
     content = detector.decoder.layers[0](queries, seen)
     delta = detector.decoder.boxes.box[0](content)
-    centre = torch.log(queries.reference / (1 - queries.reference)) + delta[..., :2]
-    torch.testing.assert_close(outputs.boxes[0, ..., :2], centre.sigmoid(), atol=1e-5, rtol=0)
+    center = torch.log(queries.reference / (1 - queries.reference)) + delta[..., :2]
+    torch.testing.assert_close(outputs.boxes[0, ..., :2], center.sigmoid(), atol=1e-5, rtol=0)
     torch.testing.assert_close(outputs.boxes[0, ..., 2:], delta[..., 2:].sigmoid(), atol=1e-6, rtol=0)
 
 

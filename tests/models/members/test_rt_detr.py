@@ -24,7 +24,7 @@ def detector() -> Detector:
 
 
 def memory(detector: Detector) -> Memory:
-    return detector.encode(detector.normalise(pictures()))
+    return detector.encode(detector.normalize(pictures()))
 
 
 def test_learned_content_goes_by_rank_and_the_boxes_by_token() -> None:

@@ -33,17 +33,17 @@ def test_deltas_move_boxes_as_in_pixels() -> None:
     actual = DeltaBoxes(8, 3, 1, 0, 0).move(delta, boxes)[0]
     pixels = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
     for index in range(20):
-        centre, size = boxes[0, index, :2], boxes[0, index, 2:]
-        corners = moved_in_pixels(delta[0, index], torch.cat([centre - size / 2, centre + size / 2]) * pixels) / pixels
+        center, size = boxes[0, index, :2], boxes[0, index, 2:]
+        corners = moved_in_pixels(delta[0, index], torch.cat([center - size / 2, center + size / 2]) * pixels) / pixels
         expected = torch.cat([(corners[:2] + corners[2:]) / 2, corners[2:] - corners[:2]])
-        torch.testing.assert_close(actual[index], expected, atol=1e-4, rtol=1e-5)  # float32, boxes of 6000 pictures
+        torch.testing.assert_close(actual[index], expected, atol=1e-4, rtol=1e-5)  # float32, boxes of 6000 images
 
 
 @torch.no_grad()
 def test_the_cascade_is_that_of_the_specification() -> None:
     """Stage by stage with torch's own attention and functional layers; the reading of boxes has its own test."""
     detector = small("sparse_rcnn").double()
-    memory = detector.encode(detector.normalise(pictures().double()))
+    memory = detector.encode(detector.normalize(pictures().double()))
     queries = detector.select(memory)
     actual = detector.decode(queries, memory)
     content, boxes, heads = queries.content, queries.reference, detector.decoder.boxes
@@ -86,7 +86,7 @@ def test_the_cascade_is_that_of_the_specification() -> None:
         torch.testing.assert_close(actual.boxes[number], boxes, atol=1e-10, rtol=0)
 
 
-def test_proposals_start_as_the_whole_picture_and_learn() -> None:
+def test_proposals_start_as_the_whole_image_and_learn() -> None:
     detector = build(
         "sparse_rcnn",
         SparseRcnnConfig(
@@ -101,16 +101,16 @@ def test_proposals_start_as_the_whole_picture_and_learn() -> None:
         ),
         CLASSES,
     )
-    queries = detector.select(detector.encode(detector.normalise(pictures())))
+    queries = detector.select(detector.encode(detector.normalize(pictures())))
     assert queries.reference.tolist() == [[[0.5, 0.5, 1.0, 1.0]] * 7] * 2
-    outputs = detector.decode(queries, detector.encode(detector.normalise(pictures())))
+    outputs = detector.decode(queries, detector.encode(detector.normalize(pictures())))
     outputs.boxes[0].sum().backward()
     assert detector.selector.box.weight.grad.abs().sum() > 0
 
 
 def test_a_stage_does_not_pull_at_the_boxes_of_the_stage_before() -> None:
     detector = small("sparse_rcnn").train()
-    detector(detector.normalise(pictures())).boxes[1].sum().backward()
+    detector(detector.normalize(pictures())).boxes[1].sum().backward()
     assert not detector.decoder.boxes.box[0].weight.grad.any()
     assert detector.decoder.boxes.box[1].weight.grad.any()
     assert not detector.selector.box.weight.grad.any()

@@ -31,7 +31,7 @@ SECRET = np.arange(18, dtype=np.float32)
 
 
 # --- where a name can hide -------------------------------------------------------------------------------------------
-def in_an_initialiser(model: ModelProto) -> TensorProto:
+def in_an_initializer(model: ModelProto) -> TensorProto:
     return next(item for item in model.graph.initializer if item.name == "weight")
 
 
@@ -45,7 +45,7 @@ def in_a_list_of_tensors(model: ModelProto) -> TensorProto:
     return attribute.tensors.add(name="k", data_type=TensorProto.FLOAT, dims=[18])
 
 
-def in_a_sparse_initialiser(model: ModelProto) -> TensorProto:
+def in_a_sparse_initializer(model: ModelProto) -> TensorProto:
     sparse = model.graph.sparse_initializer.add(dims=[18])
     sparse.indices.CopyFrom(numpy_helper.from_array(np.arange(18), ""))
     sparse.values.CopyFrom(numpy_helper.from_array(SECRET, "s"))
@@ -87,10 +87,10 @@ def in_a_training_graph(model: ModelProto) -> TensorProto:
 
 
 HIDDEN = [
-    in_an_initialiser,
+    in_an_initializer,
     in_a_constant,
     in_a_list_of_tensors,
-    in_a_sparse_initialiser,
+    in_a_sparse_initializer,
     in_the_indices_of_a_sparse_attribute,
     in_a_subgraph_of_a_subgraph,
     in_a_function,
@@ -154,8 +154,8 @@ def test_weights_elsewhere_are_refused_wherever_the_name_hides(make_bundle, find
 @pytest.mark.parametrize("where", WHERE)
 def test_a_bundle_with_weights_elsewhere_is_refused_by_every_path_that_opens_it(make_bundle, where, tmp_path):
     bundle = make_bundle("model.onnx", "model.int8-cpu.onnx", "model.frame-32x48.onnx")
-    path = planted(bundle, in_an_initialiser, where)
-    planted(bundle, in_an_initialiser, where, "model.frame-32x48.onnx")
+    path = planted(bundle, in_an_initializer, where)
+    planted(bundle, in_an_initializer, where, "model.frame-32x48.onnx")
     data, images = path.read_bytes(), np.zeros((1, 3, 32, 48), np.float32)
     from edgedetr.onnx_graph.fp16_simulation import twin
     from edgedetr.quantization.quantize import read
@@ -169,7 +169,7 @@ def test_a_bundle_with_weights_elsewhere_is_refused_by_every_path_that_opens_it(
         "onnxruntime bytes": lambda: OrtRunner(data),
         "openvino": lambda: OpenVinoRunner(path),
         "plain": lambda: plain_session(data),
-        "tensors": lambda: ort_tensors(data, images, ["logits"], optimise=True),
+        "tensors": lambda: ort_tensors(data, images, ["logits"], optimize=True),
         "openvino tensors": lambda: openvino_tensors(data, images, ["logits"]),
         "frames": lambda: write_frames(bundle, 64, 96),
         "triton": lambda: write_repository(bundle, tmp_path, "model.onnx"),
@@ -186,7 +186,7 @@ def test_a_bundle_with_weights_elsewhere_is_refused_by_every_path_that_opens_it(
 
 @pytest.mark.parametrize("where", [where for where in WHERE if where != "beside"])
 def test_looking_into_such_a_file_says_so_and_opens_nothing(make_bundle, where):
-    path = planted(make_bundle("model.onnx"), in_an_initialiser, where)
+    path = planted(make_bundle("model.onnx"), in_an_initializer, where)
     found = inspect_onnx(path)
     assert len(found.faults) == 1 and ["refused", found.faults[0]] in found.rows()
 
@@ -214,7 +214,7 @@ def test_a_graph_that_is_no_plain_file_is_refused(make_bundle, tmp_path, harm, w
 def test_a_location_without_the_flag_does_not_reach_a_library_through_an_import(make_bundle):
     path = make_bundle("model.onnx").path / "model.onnx"
     model = onnx.load(str(path))
-    in_an_initialiser(model).external_data.add(key="location", value="../secret.bin")
+    in_an_initializer(model).external_data.add(key="location", value="../secret.bin")
     path.write_bytes(model.SerializeToString())
     opened = open_onnx(path)
     assert not opened.faults and plain_session(opened.model.SerializeToString(), error=ExportError)
@@ -263,7 +263,7 @@ def test_nothing_else_in_the_package_opens_a_graph():
 def test_the_real_parser_never_sees_a_file_that_names_others(make_bundle, monkeypatch):
     from edgedetr.lint import rtx
 
-    path = planted(make_bundle("model.onnx"), in_an_initialiser, "above")
+    path = planted(make_bundle("model.onnx"), in_an_initializer, "above")
     monkeypatch.setattr(rtx, "_run", lambda *_: pytest.fail("the library was started"))
     found = rtx.check(path)
     assert not found.ok and found.errors == ("weights in '../secret.bin', outside the folder of the model",)

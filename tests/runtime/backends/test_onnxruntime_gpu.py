@@ -87,13 +87,13 @@ def test_what_the_library_prints_while_it_looks_for_cuda_is_no_output(make_bundl
     assert not told.out and "libcudnn" in told.err
 
 
-def test_quantised_graphs_stay_on_the_cpu_and_are_warned_of_where_asked_for(make_bundle, working, caplog):
+def test_quantized_graphs_stay_on_the_cpu_and_are_warned_of_where_asked_for(make_bundle, working, caplog):
     bundle = make_bundle("model.onnx", "model.fp16.onnx", "model.int8-cpu.onnx", "model.int8.onnx")
     assert load(bundle, stage="int8-cpu").backend == "onnxruntime"
     assert load(bundle, stage="fp16").backend == "onnxruntime-cuda"
     assert not caplog.text
     assert load(bundle, stage="int8", backend="onnxruntime-cuda").backend == "onnxruntime-cuda"
-    assert "computes quantised graphs otherwise" in caplog.text and "edgedetr build" in caplog.text
+    assert "computes quantized graphs otherwise" in caplog.text and "edgedetr build" in caplog.text
 
 
 def test_verify_takes_its_stages_where_it_works(make_bundle, working, monkeypatch):

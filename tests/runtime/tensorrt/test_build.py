@@ -133,7 +133,7 @@ def test_an_open_batch_size_gets_one_profile(fake, make_bundle):
     assert static.path.name.startswith("int8-b4-")
 
 
-def test_a_refused_profile_and_an_open_picture_size_are_errors(fake, make_bundle):
+def test_a_refused_profile_and_an_open_image_size_are_errors(fake, make_bundle):
     bundle = make_bundle("model.int8.onnx", batch="B")
     fake.inputs, fake.profile_index = {"images": (-1, 3, 32, 48)}, -1
     with pytest.raises(EngineError, match="refuses batch sizes 1, 2, 4"):
@@ -144,7 +144,7 @@ def test_a_refused_profile_and_an_open_picture_size_are_errors(fake, make_bundle
 
 
 @pytest.mark.parametrize("batch", [4, (1, 1, 4)])
-def test_a_graph_for_one_picture_names_the_export_that_opens_the_batch(fake, bundle, batch):
+def test_a_graph_for_one_image_names_the_export_that_opens_the_batch(fake, bundle, batch):
     with pytest.raises(UsageError, match="takes batches of 1 only.*edgedetr export .* --dynamic-batch --int8"):
         build.build(bundle, batch=batch)
     assert not fake.flags

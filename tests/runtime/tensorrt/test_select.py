@@ -113,7 +113,7 @@ def test_an_engine_of_another_place_is_left_and_the_reason_is_said(fake, bundle,
         EngineError, match=f"no engine for int8 that fits here; int8.plan not used: {reason}.*run: edgedetr build"
     ):
         load(bundle, backend="tensorrt", stage="int8")
-    assert fake.gone == []  # nothing was deserialised
+    assert fake.gone == []  # nothing was deserialized
 
 
 def test_trust_takes_an_engine_of_another_machine_and_nothing_that_does_not_fit(fake, bundle, monkeypatch):
@@ -173,7 +173,7 @@ def test_a_stage_that_is_asked_for_stays_with_onnx_runtime_where_it_is_installed
         load(bundle, stage="fp16")
 
 
-def test_the_engine_for_single_pictures_is_preferred_unless_a_batch_is_asked_for(fake, make_bundle, red):
+def test_the_engine_for_single_images_is_preferred_unless_a_batch_is_asked_for(fake, make_bundle, red):
     bundle = make_bundle("model.int8.onnx", batch="n")
     for batch in (4, 1, (1, 2, 4)):
         plan(bundle, "int8", name=f"b{batch}", batch=batch)
@@ -209,7 +209,7 @@ def test_a_damaged_record_of_measurements_counts_as_none(fake, bundle, caplog):
     assert "run: edgedetr verify" in caplog.text
 
 
-def test_pictures_on_the_device_pass_through_the_detector(fake, bundle, rng):
+def test_images_on_the_device_pass_through_the_detector(fake, bundle, rng):
     plan(bundle, "int8")
     detector = load(bundle)
     images = rng.integers(0, 256, (1, 3, 32, 48)).astype(np.float32)

@@ -85,20 +85,20 @@ def test_concat_is_what_integer_arithmetic_gives():
     model, x, y = stored("concat")
     c = constants(model)
 
-    def quantised(values, scale):
+    def quantized(values, scale):
         scale = np.asarray(scale, np.float64)
         return np.clip(np.rint(values / scale), -128, 127) * scale
 
     def conv(values, name):
         weight, scale = c[f"{name}_weight"].astype(np.float64), c[f"{name}_weight_scale"].astype(np.float64)
-        weight = quantised(weight, scale.reshape(-1, 1, 1, 1))
+        weight = quantized(weight, scale.reshape(-1, 1, 1, 1))
         return torch.nn.functional.conv2d(
             torch.from_numpy(values), torch.from_numpy(weight), padding=weight.shape[2] // 2
         ).numpy()
 
-    half = quantised(x.astype(np.float16).astype(np.float64), c["half_scale"])
-    a, b = (quantised(np.maximum(conv(half, n), 0), c[f"{n}_relu_scale"]) for n in "ab")
-    expected = conv(quantised(np.concatenate([a, b], axis=1), c["joined_scale"]), "c")
+    half = quantized(x.astype(np.float16).astype(np.float64), c["half_scale"])
+    a, b = (quantized(np.maximum(conv(half, n), 0), c[f"{n}_relu_scale"]) for n in "ab")
+    expected = conv(quantized(np.concatenate([a, b], axis=1), c["joined_scale"]), "c")
     assert sqnr_db(expected, y) >= FLOORS["concat"]
 
 
@@ -117,13 +117,13 @@ def faulty(name: str) -> bytes:
         new = [
             make("Cast", ["half"], ["full"], to=1),
             make("ReduceMean", ["full", "last"], ["mean"]),
-            make("Sub", ["full", "mean"], ["centred"]),
-            make("Mul", ["centred", "centred"], ["exact"]),
+            make("Sub", ["full", "mean"], ["centered"]),
+            make("Mul", ["centered", "centered"], ["exact"]),
             make("Greater", ["exact", "largest"], ["over"]),
             make("Where", ["over", "infinite", "exact"], ["squares"]),
             make("ReduceMean", ["squares", "last"], ["variance"]),
             make("Sqrt", ["variance"], ["deviation"]),
-            make("Div", ["centred", "deviation"], ["unit32"]),
+            make("Div", ["centered", "deviation"], ["unit32"]),
             make("Cast", ["unit32"], ["unit"], to=10),
             make("Mul", ["unit", "scale"], ["scaled"]),
             make("Add", ["scaled", "bias"], ["normed"]),
@@ -139,7 +139,7 @@ def faulty(name: str) -> bytes:
 @pytest.mark.parametrize("name", FLOORS)
 def test_the_fault_that_a_canary_is_there_for_is_far_below_its_floor(name):
     _, x, y = stored(name)
-    wrong = onnxruntime.tensors(faulty(name), x, ["y"], optimise=False, threads=1, feed="x")["y"]
+    wrong = onnxruntime.tensors(faulty(name), x, ["y"], optimize=False, threads=1, feed="x")["y"]
     assert sqnr_db(y, wrong) < FLOORS[name] - 5
 
 

@@ -25,7 +25,7 @@ def test_arrays_that_the_engine_does_not_take_are_refused_before_any_copy(plan, 
     runner = TrtRunner(plan())
     with pytest.raises(UsageError, match=f"images is .*{what}.* takes float32 .1, 3, 32, 48."):
         runner.session.run({"images": images})
-    with pytest.raises(UsageError, match=r"takes \['images'\], given were \['pictures'\]"):
+    with pytest.raises(UsageError, match=r"takes \['images'\], given were \['images'\]"):
         runner.session.run({"pictures": images})
     assert "cudaMemcpyAsync" not in latest.fake.log
 
@@ -33,7 +33,7 @@ def test_arrays_that_the_engine_does_not_take_are_refused_before_any_copy(plan, 
 @pytest.mark.parametrize(
     "call, error",
     [
-        ("deserialize", "cannot deserialise it .Internal error: a reason.; build it here"),
+        ("deserialize", "cannot deserialize it .Internal error: a reason.; build it here"),
         ("context", "no execution context .Internal error: a reason"),
         ("set_input_shape", "TensorRT failed at input images of .1, 3, 32, 48.: Internal error: a reason"),
         ("infer_shapes", "TensorRT failed at inferring shapes: Internal error: a reason"),
@@ -66,7 +66,7 @@ def test_an_error_that_the_recorder_was_told_while_running_is_not_lost(plan, lat
     runner.run(pictures(rng))  # told once
 
 
-def test_the_recorder_speaks_the_protocol_of_tensorrt(plan, behaviour):
+def test_the_recorder_speaks_the_protocol_of_tensorrt(plan, behavior):
     recorder = TrtRunner(plan()).session._errors
     recorder.report_error("code", " text ")
     assert (recorder.num_errors(), recorder.get_error_code(0), recorder.get_error_desc(0)) == (1, "code", "text")

@@ -21,26 +21,26 @@ from edgedetr.runtime.tensorrt.trt_runner import DTYPES, TrtFrameRunner, TrtRunn
 
 
 @pytest.mark.parametrize("integrated", [False, True], ids=["copies", "shared memory"])
-def test_an_engine_computes_its_graph_and_from_the_second_run_as_a_cuda_graph(plan, graph, behaviour, rng, integrated):
-    behaviour.fake.device(integrated=integrated)
+def test_an_engine_computes_its_graph_and_from_the_second_run_as_a_cuda_graph(plan, graph, behavior, rng, integrated):
+    behavior.fake.device(integrated=integrated)
     runner, oracle = TrtRunner(plan()), OrtRunner(graph(), threads=1)
     assert (runner.name, runner.batch, runner.height, runner.width) == ("tensorrt", 1, 32, 48)
     for run in range(4):
         images = pictures(rng)
         agree(runner.run(images), oracle.run(images))
         assert runner.session.graphs == (run > 0)
-    assert behaviour.fake.log.count("cudaGraphInstantiate") == 1
-    assert behaviour.fake.log.count("cudaGraphLaunch") == 3
-    assert ("cudaMemcpyAsync" in behaviour.fake.log) is not integrated  # on a Jetson no byte is copied
-    assert (behaviour.fake.live()["device"] == 0) is integrated
+    assert behavior.fake.log.count("cudaGraphInstantiate") == 1
+    assert behavior.fake.log.count("cudaGraphLaunch") == 3
+    assert ("cudaMemcpyAsync" in behavior.fake.log) is not integrated  # on a Jetson no byte is copied
+    assert (behavior.fake.live()["device"] == 0) is integrated
     runner.close()
-    assert not any(behaviour.fake.live().values())
+    assert not any(behavior.fake.live().values())
 
 
-def test_contexts_go_before_the_engine_and_the_engine_before_the_runtime(plan, behaviour, rng):
+def test_contexts_go_before_the_engine_and_the_engine_before_the_runtime(plan, behavior, rng):
     with TrtRunner(plan()).session as session:
         session.run({"images": pictures(rng)})
-    assert behaviour.gone == ["context", "engine", "runtime"]
+    assert behavior.gone == ["context", "engine", "runtime"]
     with pytest.raises(UsageError, match="has been closed"):
         session.run({"images": pictures(rng)})
 
@@ -63,7 +63,7 @@ def test_without_a_graph_the_engine_is_queued_plainly(plan, graph, latest, rng, 
     assert latest.fake.live()["graphs"] == 0
 
 
-def test_fewer_pictures_than_a_fixed_batch_are_filled_up_and_cut(plan, graph, latest, rng):
+def test_fewer_images_than_a_fixed_batch_are_filled_up_and_cut(plan, graph, latest, rng):
     runner, oracle = TrtRunner(plan(4)), OrtRunner(graph(1), threads=1)
     assert runner.batch == 4
     for n in (1, 4, 3, 6):
@@ -163,7 +163,7 @@ class OnDevice:
         return told if self.stream is None and not self.strides else {**told, "stream": self.stream}
 
 
-def test_pictures_that_are_on_the_device_stay_there(plan, graph, latest, rng):
+def test_images_that_are_on_the_device_stay_there(plan, graph, latest, rng):
     runner, oracle, cuda = TrtRunner(plan()), OrtRunner(graph(), threads=1), Cuda()
     for stream, strides in ((1, None), (2, (18432, 6144, 192, 4)), (cuda.stream(), (7, 6144, 192, 4))):
         images = pictures(rng)
@@ -211,7 +211,7 @@ def test_outputs_in_half_precision_come_back_as_float32(plan, latest, rng):
     np.testing.assert_array_equal(raw.logits, expected.logits.astype(np.float16).astype(np.float32))
 
 
-def test_frames_stay_bytes_on_their_way_to_the_device(behaviour, tmp_path, rng):
+def test_frames_stay_bytes_on_their_way_to_the_device(behavior, tmp_path, rng):
     path = tmp_path / "model.frame-24x40.onnx"
     frame_graph.write(path)
     frame = rng.integers(0, 256, (1, 24, 40, 3), dtype=np.uint8)
@@ -229,7 +229,7 @@ def test_frames_stay_bytes_on_their_way_to_the_device(behaviour, tmp_path, rng):
     with pytest.raises(UsageError, match="frames is float32 .1, 24, 40, 3.; .* takes uint8"):
         runner.run(frame.astype(np.float32))
     runner.close()
-    assert not any(behaviour.fake.live().values())
+    assert not any(behavior.fake.live().values())
 
 
 def test_types_that_numpy_lacks_are_named(bindings):

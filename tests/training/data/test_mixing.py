@@ -12,14 +12,14 @@ from edgedetr.training.data.mixing import cutmix, draw_rectangle, mixup, mosaic,
 from edgedetr.training.data.randaugment import Example
 from edgedetr.training.data.transforms import Picture, compose
 
-STILL = AugmentConfig(flip_horizontal=0, crop=0, zoom_out=0, scale_jitter=0, colour=0)
+STILL = AugmentConfig(flip_horizontal=0, crop=0, zoom_out=0, scale_jitter=0, color=0)
 
 
 def example(value: int, box: tuple[float, ...], label: int, height: int = 60, width: int = 80) -> Example:
     return Example(torch.full((3, height, width), value, dtype=torch.uint8), np.array([box]), np.array([label]))
 
 
-def test_mosaic_puts_four_pictures_into_four_corners_with_their_boxes() -> None:
+def test_mosaic_puts_four_images_into_four_corners_with_their_boxes() -> None:
     asked: list[tuple[int, int]] = []
 
     def take(size: InputContract) -> Example:
@@ -30,7 +30,7 @@ def test_mosaic_puts_four_pictures_into_four_corners_with_their_boxes() -> None:
     assert len(asked) == 4
     assert asked[0][0] + asked[2][0] == 60 and asked[0][1] + asked[1][1] == 80
     for label, (x0, y0, x1, y1) in zip(made.labels, made.boxes.astype(int)):
-        assert (made.pixels[:, y0:y1, x0:x1] == 50 * label).all(), "a box holds pixels of its own picture"
+        assert (made.pixels[:, y0:y1, x0:x1] == 50 * label).all(), "a box holds pixels of its own image"
     assert sorted(made.labels) == [1, 2, 3, 4]
     assert set(made.pixels.unique().tolist()) == {50, 100, 150, 200}
 
@@ -99,14 +99,14 @@ def test_what_remains_of_a_box_is_the_extent_of_its_uncovered_pixels() -> None:
         assert left.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
 
-def test_drawn_rectangles_lie_in_the_picture() -> None:
+def test_drawn_rectangles_lie_in_the_image() -> None:
     for seed in range(50):
         x0, y0, x1, y1 = draw_rectangle(60, 80, np.random.default_rng(seed))
         assert 0 <= x0 < x1 <= 80 and 0 <= y0 < y1 <= 60
 
 
-@pytest.mark.parametrize("technique, pictures", [("mosaic", 4), ("mixup", 1), ("cutmix", 1)])
-def test_a_technique_that_is_on_takes_other_pictures(technique: str, pictures: int) -> None:
+@pytest.mark.parametrize("technique, images", [("mosaic", 4), ("mixup", 1), ("cutmix", 1)])
+def test_a_technique_that_is_on_takes_other_images(technique: str, pictures: int) -> None:
     taken: list[int] = []
 
     def picture(value: int) -> Picture:
@@ -122,7 +122,7 @@ def test_a_technique_that_is_on_takes_other_pictures(technique: str, pictures: i
         taken.append(1)
         return picture(200)
 
-    on = AugmentConfig(flip_horizontal=0, crop=0, zoom_out=0, scale_jitter=0, colour=0, **{technique: 1.0})
+    on = AugmentConfig(flip_horizontal=0, crop=0, zoom_out=0, scale_jitter=0, color=0, **{technique: 1.0})
     made = compose(picture(100), another, InputContract(60, 80), on, np.random.default_rng(0))
     assert len(taken) == pictures
     assert (made.pixels != 100).any()

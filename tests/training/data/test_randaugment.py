@@ -6,16 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgedetr.training.data.randaugment import (
-    COLOURS,
-    GEOMETRIES,
-    OPERATIONS,
-    Example,
-    apply,
-    erase,
-    move,
-    rand_augment,
-)
+from edgedetr.training.data.randaugment import COLORS, GEOMETRIES, OPERATIONS, Example, apply, erase, move, rand_augment
 
 SIDE = 96
 
@@ -28,7 +19,7 @@ def square(x: int = 40, y: int = 36, w: int = 20, h: int = 16) -> Example:
 
 
 def extent(pixels: torch.Tensor) -> np.ndarray:
-    """x0, y0, x1, y1 of the pixels that are white by more than half (the padding's grey is darker than that)."""
+    """x0, y0, x1, y1 of the pixels that are white by more than half (the padding's gray is darker than that)."""
     rows, columns = np.nonzero((pixels[0] > 140).numpy())
     return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], np.float64)
 
@@ -43,8 +34,8 @@ def test_boxes_follow_the_pixels(name: str, sign: float) -> None:
     assert out.labels.tolist() == [1]
 
 
-@pytest.mark.parametrize("name", COLOURS)
-def test_colours_leave_boxes_and_change_pixels_by_strength(name: str) -> None:
+@pytest.mark.parametrize("name", COLORS)
+def test_colors_leave_boxes_and_change_pixels_by_strength(name: str) -> None:
     rng = np.random.default_rng(0)
     noisy = Example(
         torch.from_numpy(rng.integers(20, 200, (3, SIDE, SIDE), dtype=np.uint8)), square().boxes, np.array([1])
@@ -77,7 +68,7 @@ def test_every_operation_is_drawn_and_numbers_of_them_add_up() -> None:
         seen |= {str(name) for name in rng.choice(OPERATIONS, 2)}
     assert seen == set(OPERATIONS) and len(OPERATIONS) == 14  # as many as the paper lists
     a, b = (rand_augment(square(), 2, 9, np.random.default_rng(5)) for _ in range(2))
-    assert torch.equal(a.pixels, b.pixels), "the same generator, the same picture"
+    assert torch.equal(a.pixels, b.pixels), "the same generator, the same image"
 
 
 def test_erasing_keeps_within_its_shares_and_drops_what_it_hides() -> None:

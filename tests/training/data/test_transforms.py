@@ -1,4 +1,4 @@
-"""Augmentation: a drawn rectangle and its box must stay together, whatever is done to the picture."""
+"""Augmentation: a drawn rectangle and its box must stay together, whatever is done to the image."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from edgedetr.data.detection_set import DetectionSet, Sample
 from edgedetr.runtime.preprocess import resize
 from edgedetr.training.config import AugmentConfig
 from edgedetr.training.data.dataset import Pick, TrainingSet, batches, load, order
-from edgedetr.training.data.transforms import Picture, recolour, vary
+from edgedetr.training.data.transforms import Picture, recolor, vary
 
-STILL = AugmentConfig(flip_horizontal=0, crop=0, zoom_out=0, scale_jitter=0, colour=0)
+STILL = AugmentConfig(flip_horizontal=0, crop=0, zoom_out=0, scale_jitter=0, color=0)
 KINDS = {
     "still": STILL,
     "horizontal flip": replace(STILL, flip_horizontal=1.0),
@@ -24,7 +24,7 @@ KINDS = {
     "crop": replace(STILL, crop=1.0),
     "zoom out": replace(STILL, zoom_out=1.0, zoom_out_scale=3.0),
     "scale jitter": replace(STILL, scale_jitter=0.5),
-    "all": AugmentConfig(flip_vertical=0.5, crop=0.5, zoom_out=0.5, scale_jitter=0.3, colour=0),
+    "all": AugmentConfig(flip_vertical=0.5, crop=0.5, zoom_out=0.5, scale_jitter=0.3, color=0),
 }
 
 
@@ -55,13 +55,13 @@ def test_the_box_bounds_the_drawn_rectangle_within_a_pixel(kind, form, rng):
             continue
         seen += 1
         assert labels.tolist() == [1]
-        rows, columns = (pixels[0] > 150).nonzero(as_tuple=True)  # above the grey of the padding (114)
+        rows, columns = (pixels[0] > 150).nonzero(as_tuple=True)  # above the gray of the padding (114)
         found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         assert np.abs(boxes[0] - np.array(found, float)).max() <= 1.0
     assert seen >= 15  # of 25; a crop may leave too little of the rectangle
 
 
-def test_without_variation_the_picture_is_the_one_resize_gives(rng, tmp_path):
+def test_without_variation_the_image_is_the_one_resize_gives(rng, tmp_path):
     for number, (contract, size) in enumerate(
         [
             (InputContract(64, 64), (50, 70)),
@@ -101,15 +101,15 @@ def test_boxes_of_which_little_is_left_are_dropped(rng):
             assert (box[2] - box[0]) * (box[3] - box[1]) >= 0.85 * whole
 
 
-def test_colour_keeps_grey_grey_under_saturation_and_hue_and_scales_under_brightness(rng):
-    grey = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+def test_color_keeps_gray_gray_under_saturation_and_hue_and_scales_under_brightness(rng):
+    gray = torch.full((3, 4, 4), 100, dtype=torch.uint8)
     only = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
-    turned = recolour(grey, AugmentConfig(**{**only, "saturation": 0.9, "hue": 0.5}), rng)
+    turned = recolor(gray, AugmentConfig(**{**only, "saturation": 0.9, "hue": 0.5}), rng)
     assert (turned.int() - 100).abs().max() <= 1  # the YIQ matrix is given to three digits
-    bright = recolour(grey, AugmentConfig(**{**only, "brightness": 0.5}), np.random.default_rng(1))
+    bright = recolor(gray, AugmentConfig(**{**only, "brightness": 0.5}), np.random.default_rng(1))
     factor = 1 + np.random.default_rng(1).uniform(-0.5, 0.5)
     assert (bright.float() - 100 * factor).abs().max() <= 1
-    assert torch.equal(recolour(grey, AugmentConfig(**only), rng), grey)
+    assert torch.equal(recolor(gray, AugmentConfig(**only), rng), gray)
 
 
 @pytest.fixture
@@ -150,19 +150,19 @@ def test_batches_are_the_same_with_and_without_workers_and_cache(rendered):
 
 
 def test_crowd_regions_are_not_learned(rendered):
-    config = replace(STILL, colour=0)
+    config = replace(STILL, color=0)
     data = TrainingSet(rendered, InputContract(32, 32), config, seed=0, cache_mb=1)
     assert [len(data[Pick(0, index, True)][1]) for index in (2, 3)] == [2, 1]
 
 
-def test_an_epoch_shows_each_picture_once_and_epochs_differ():
+def test_an_epoch_shows_each_image_once_and_epochs_differ():
     plan = order(100, 8, seed=1, epoch=0)
     assert plan.shape == (12, 8) and len(set(plan.ravel().tolist())) == 96
     assert plan.tolist() != order(100, 8, seed=1, epoch=1).tolist()
     assert sorted(set(order(3, 8, seed=1, epoch=0).ravel().tolist())) == [0, 1, 2]
 
 
-def test_a_picture_that_cannot_be_decoded_is_replaced_by_the_next_and_named(rendered, caplog):
+def test_an_image_that_cannot_be_decoded_is_replaced_by_the_next_and_named(rendered, caplog):
     rendered.samples[2].path.write_bytes(b"\x89PNG broken")
     _, target, index = training_set(rendered, 1)[Pick(0, 2, True)]
     assert index == 3 and len(target) == 1
