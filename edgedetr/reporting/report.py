@@ -26,7 +26,7 @@ from edgedetr.reporting.evidence import RECALL, Evidence, precision_recall, read
 from edgedetr.reporting.tables import stage_rows, verdict_sentence
 from edgedetr.storage.reading import MEBIBYTE, read_bytes
 
-PICTURES = 12  # drawn at the end of the page
+IMAGES = 12  # drawn at the end of the page
 LONGEST = 720  # pixels of the longer side of a drawn image; keeps the page near 1 MB
 LARGEST_FILE = 256 * MEBIBYTE  # bytes of an image file
 PACKAGES = ("edgedetr", "numpy", "onnxruntime", "openvino", "torch", "onnx", "pycocotools")
@@ -45,7 +45,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Picture:
+class DrawnImage:
     """One drawn image; `data` is a data: address of a JPEG, or empty with `trouble` saying why."""
 
     name: str
@@ -104,7 +104,7 @@ def write_report(bundle: Bundle, *, data: Path | None = None) -> Path:
         else None,
         notes=_notes(verdict),
         worst=evidence.worst,
-        pictures=_pictures(evidence, root),
+        images=_drawn_images(evidence, root),
         confidence=CONFIDENCE,
         overlap=OVERLAP,
         versions=_versions(),
@@ -141,20 +141,20 @@ def _notes(verdict: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _pictures(evidence: Evidence, root: Path | None) -> list[Picture]:
+def _drawn_images(evidence: Evidence, root: Path | None) -> list[DrawnImage]:
     worst = evidence.worst
     if worst is None:
         return []
     truth = evidence.reference.truth
     place = {int(image_id): n for n, image_id in enumerate(truth.image_ids)}
     found = []
-    for shown in most_different(evidence.reference.detections, worst.detections, PICTURES):
+    for shown in most_different(evidence.reference.detections, worst.detections, IMAGES):
         n = place[shown.image_id]
-        found.append(_picture(shown, root, str(truth.names[n]), str(truth.digests[n]), truth.sizes[n]))
+        found.append(_drawn_image(shown, root, str(truth.names[n]), str(truth.digests[n]), truth.sizes[n]))
     return found
 
 
-def _picture(shown: Difference, root: Path | None, name: str, sha256: str, size: np.ndarray) -> Picture:
+def _drawn_image(shown: Difference, root: Path | None, name: str, sha256: str, size: np.ndarray) -> DrawnImage:
     height, width = int(size[0]), int(size[1])
     scale = min(1.0, LONGEST / max(height, width))
     drawn_height, drawn_width = max(1, round(height * scale)), max(1, round(width * scale))
@@ -169,7 +169,7 @@ def _picture(shown: Difference, root: Path | None, name: str, sha256: str, size:
         boxes.append(_box("reference", reference.xyxy[r], scale, height, width, text))
     for o in shown.only_other:
         boxes.append(_box("other", other.xyxy[o], scale, height, width, f"{_name(other, o)} {other.confidence[o]:.2f}"))
-    return Picture(
+    return DrawnImage(
         name,
         drawn_width,
         drawn_height,
