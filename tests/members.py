@@ -17,7 +17,7 @@ from edgedetr.exporting.to_onnx import write
 from edgedetr.models import build
 from edgedetr.models.backbones.resnet import Block
 from edgedetr.models.deploy import DeployGraph
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.members.anchor_detr import AnchorDetrConfig
 from edgedetr.models.members.conditional_detr import ConditionalDetrConfig
 from edgedetr.models.members.deformable_detr import DeformableDetrConfig
@@ -188,7 +188,7 @@ UNUSED: dict[str, tuple[str, ...]] = {
 
 
 @torch.no_grad()
-def small(name: str) -> Detector:
+def small(name: str) -> DetrModel:
     """A little detector whose detections depend on the image, and whose best tokens have a decided order."""
     torch.manual_seed(0)
     detector = build(name, SMALL[name], CLASSES)
@@ -204,7 +204,7 @@ def small(name: str) -> Detector:
     return _measured(detector.eval())
 
 
-def _measured(detector: Detector) -> Detector:
+def _measured(detector: DetrModel) -> DetrModel:
     """BatchNorm's statistics as they are on images, where random ones would let maps grow or vanish."""
     for block in detector.modules():
         if isinstance(block, Block):  # as in trained networks, a block changes its input a little, so that what

@@ -21,7 +21,7 @@ from edgedetr.exporting.reference_run import imported, reference, reference_of_g
 from edgedetr.exporting.to_onnx import PREFIX, describe, parity, write
 from edgedetr.lint.gate import refuse_errors
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.quantize import quantize, read, to_half
 from edgedetr.runtime.preprocess import prepare
@@ -110,7 +110,7 @@ def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None 
         progress("onnx", 1, 1)
 
 
-def _require_finite(bundle: Bundle, detector: Detector) -> None:
+def _require_finite(bundle: Bundle, detector: DetrModel) -> None:
     for name, value in detector.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ExportError(

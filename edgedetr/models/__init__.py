@@ -8,7 +8,7 @@ from typing import Any
 
 from edgedetr.errors import ModelError, did_you_mean
 from edgedetr.models import original_init
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.members.anchor_detr import AnchorDetrConfig, anchor_detr
 from edgedetr.models.members.conditional_detr import ConditionalDetrConfig, conditional_detr
 from edgedetr.models.members.deformable_detr import DeformableDetrConfig, deformable_detr
@@ -25,7 +25,7 @@ class Member:
     """One detector of the family: its configuration, its builder (config, number of classes), its paper."""
 
     config: type[Any]  # a frozen dataclass; every member has its own
-    build: Callable[..., Detector]
+    build: Callable[..., DetrModel]
     paper: str
 
 
@@ -50,7 +50,7 @@ def member(name: str) -> Member:
     return FAMILY[name]
 
 
-def build(name: str, config: object, num_classes: int) -> Detector:
+def build(name: str, config: object, num_classes: int) -> DetrModel:
     """A detector with random weights; `edgedetr.models.checkpoints.pretrained` fills in published ones.
 
     config  an instance of `member(name).config`

@@ -17,7 +17,7 @@ from edgedetr.bundle import Bundle
 from edgedetr.errors import ModelError
 from edgedetr.layers.deformable_attention import SAMPLINGS, DeformableAttention
 from edgedetr.layers.deformable_convolution import DeformRead
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.options import one_of
 
 
@@ -42,7 +42,7 @@ class DeployGraph(nn.Module):
     """
 
     def __init__(
-        self, detector: Detector, height: int, width: int, sampling: str = "gather", decoder_layers: int = 0
+        self, detector: DetrModel, height: int, width: int, sampling: str = "gather", decoder_layers: int = 0
     ) -> None:
         """sampling        how deformable attention reads its points: "gather" or "grid_sample", the same numbers;
                         "auto": whichever is faster here
@@ -97,7 +97,7 @@ class DeployGraph(nn.Module):
         return baked
 
 
-def load_bundle_model(bundle: Bundle, sampling: str = "gather") -> tuple[Detector, DeployGraph]:
+def load_bundle_model(bundle: Bundle, sampling: str = "gather") -> tuple[DetrModel, DeployGraph]:
     """The trained detector of a bundle (evaluation mode), and its deployed graph at the bundle's input size."""
     from safetensors.torch import load_file
 

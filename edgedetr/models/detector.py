@@ -69,7 +69,7 @@ class Outputs:
     encoder: tuple[Tensor, Tensor] | None = None
 
 
-class Detector(nn.Module):
+class DetrModel(nn.Module):
     """backbone -> neck and encoder -> query selection -> decoder.
 
     encoder   images' feature maps -> Memory        (neck, position encoding and encoder layers)

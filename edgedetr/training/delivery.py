@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from edgedetr.bundle import Bundle, ClassInfo, DataRecord, Manifest, OutputContract
 from edgedetr.data.detection_set import DataConfig
 from edgedetr.layers.lora import merged
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Delivery:
     place: DataConfig
     data: Path
     classes: tuple[ClassInfo, ...]
-    model: Detector
+    model: DetrModel
 
     def write(self) -> None:
         """The bundle with the weights as they are now."""

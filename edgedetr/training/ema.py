@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 
 
 class Ema:
@@ -16,7 +16,7 @@ class Ema:
     Running statistics of BatchNorm are averaged too; counters are copied. With decay 0 the average is the weights.
     """
 
-    def __init__(self, model: Detector, decay: float, warmup: int) -> None:
+    def __init__(self, model: DetrModel, decay: float, warmup: int) -> None:
         self.decay, self.warmup = decay, warmup
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         ours, theirs = self.model.state_dict(), model.state_dict()

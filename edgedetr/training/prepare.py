@@ -15,7 +15,7 @@ from edgedetr.errors import DataError, ModelError, TrainingError
 from edgedetr.layers import drop_path, lora
 from edgedetr.models import build
 from edgedetr.models.checkpoints import pretrained
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.recipe import Recipe
 from edgedetr.runtime.cpu import bounded
 
@@ -30,7 +30,7 @@ def use_threads(wanted: int) -> None:
         torch.set_num_threads(bounded(wanted, "train.threads"))
 
 
-def detector(recipe: Recipe, classes: tuple[ClassInfo, ...], *, fresh: bool) -> Detector:
+def detector(recipe: Recipe, classes: tuple[ClassInfo, ...], *, fresh: bool) -> DetrModel:
     """The recipe's detector in training mode.
 
     fresh   fill in published weights; False where a checkpoint will bring all of them
@@ -92,7 +92,7 @@ def freeze(model: nn.Module, patterns: tuple[str, ...], but: tuple[str, ...] = (
             parameter.requires_grad_(False)
 
 
-def _start(model: Detector, recipe: Recipe, source: str, classes: list[str]) -> tuple[str, ...]:
+def _start(model: DetrModel, recipe: Recipe, source: str, classes: list[str]) -> tuple[str, ...]:
     """Weights of a whole detector: of a bundle (class rows by name), or of a file or a name on the hub.
 
     return  the tensors that start anew, at least for some classes

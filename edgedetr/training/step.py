@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.training import denoising
 from edgedetr.training.config import TrainConfig
 from edgedetr.training.criterion import Criterion
@@ -18,7 +18,7 @@ from edgedetr.training.ground_truth import Padded
 class Trainee(nn.Module):
     """The detector with its criterion as one module, so that what wraps modules (several devices) wraps the whole."""
 
-    def __init__(self, detector: Detector, config: TrainConfig, class_loss: str, classes: int) -> None:
+    def __init__(self, detector: DetrModel, config: TrainConfig, class_loss: str, classes: int) -> None:
         super().__init__()
         self.detector, self.config, self.classes = detector, config, classes
         self.criterion = Criterion(config, class_loss, getattr(detector.selector, "foreground", False))

@@ -11,7 +11,7 @@ from edgedetr.data.detection_set import DetectionSet, Sample
 from edgedetr.data.images import decode
 from edgedetr.evaluation.coco_metrics import Metrics, evaluate
 from edgedetr.models.deploy import DeployGraph
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.runtime import postprocess
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.detections import Detections
@@ -28,7 +28,7 @@ class Selection:
         self._room = cache_mb * 2**20
         self._cache: dict[int, tuple[Tensor, Geometry]] = {}
 
-    def detect(self, detector: Detector, *, rank: int = 0, world: int = 1) -> dict[int, Detections]:
+    def detect(self, detector: DetrModel, *, rank: int = 0, world: int = 1) -> dict[int, Detections]:
         """Detections of this process's share of the images, by image id."""
         device = next(detector.parameters()).device
         graph = DeployGraph(detector, self.contract.height, self.contract.width, sampling="auto")

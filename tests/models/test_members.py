@@ -14,7 +14,7 @@ from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.drop_path import DropPath, set_rates
 from edgedetr.models import FAMILY, build
 from edgedetr.models.deploy import DeployGraph
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.hybrid import HybridEncoder
 from edgedetr.models.members.detr import DetrConfig
 from edgedetr.models.members.rt_detr import RtDetrConfig
@@ -105,7 +105,7 @@ def test_a_layer_that_is_left_out_passes_its_input_on(name: str) -> None:
     assert not torch.equal(detector.eval()(images).logits, before.logits)
 
 
-def layers_of(detector: Detector) -> list[torch.nn.Module]:
+def layers_of(detector: DetrModel) -> list[torch.nn.Module]:
     """Layers of the encoder, whatever holds them, and of the decoder."""
     encoder = detector.encoder.attention if isinstance(detector.encoder, HybridEncoder) else detector.encoder.layers
     return [*encoder, *detector.decoder.layers]

@@ -10,7 +10,7 @@ import torch
 from members import CLASSES, HEIGHT, SMALL, WIDTH, pictures, small
 
 from edgedetr.models import FAMILY, build
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.training.config import TrainConfig
 from edgedetr.training.criterion import Criterion, Losses
 from edgedetr.training.ground_truth import Target, pad
@@ -27,7 +27,7 @@ def objects(count: int, seed: int = 0) -> Target:
     return Target(torch.randint(CLASSES, (count,), generator=rng), torch.cat([center, size], 1))
 
 
-def losses(name: str, detector: Detector, targets: Sequence[Target]) -> torch.Tensor:
+def losses(name: str, detector: DetrModel, targets: Sequence[Target]) -> torch.Tensor:
     """The losses [7] of one training step's forward half on noise images, with denoising where the member has it."""
     trainee = Trainee(detector, TrainConfig(denoising=4), SMALL[name].class_loss, CLASSES)
     seed_step(0, 0, 0)

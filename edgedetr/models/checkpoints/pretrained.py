@@ -18,7 +18,7 @@ from edgedetr.models.checkpoints import conversion as names
 from edgedetr.models.checkpoints.rename_rules import IGNORED
 from edgedetr.models.checkpoints.transformers_config import Told, look, look_at_backbone
 from edgedetr.models.checkpoints.weight_source import SCRATCH, Origin
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.storage.reading import read_json
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Loaded:
     fresh: tuple[str, ...] = ()
 
 
-def load_detector(detector: Detector, member: str, source: str, config: Any = None) -> Loaded:
+def load_detector(detector: DetrModel, member: str, source: str, config: Any = None) -> Loaded:
     """Published weights of a whole detector; class heads start anew where the number of classes differs.
 
     config   of the detector; with it, a config.json beside the weights must say the same
@@ -87,7 +87,7 @@ def config_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_backbone(detector: Detector, config: Any) -> Loaded | None:
+def load_backbone(detector: DetrModel, config: Any) -> Loaded | None:
     """What `config.backbone_weights` asks for: None for "random"; else the backbone's tensors are replaced."""
     source = config.backbone_weights
     if source == "random":

@@ -16,7 +16,7 @@ from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.row_column_attention import AxisPosition, RowColumnAttention, RowColumnLayer
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, RowColumnCrossAttention
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import RowColumnEncoder
 from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.members.conditional_detr import rare_and_unmoved
@@ -48,7 +48,7 @@ class AnchorDetrConfig(TransformerConfig):
             raise ModelError(f"model.queries is {self.queries}; expected a multiple of model.patterns, {self.patterns}")
 
 
-def anchor_detr(config: AnchorDetrConfig, num_classes: int) -> Detector:
+def anchor_detr(config: AnchorDetrConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figure 3, with random weights."""
     c = config
     backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
@@ -84,7 +84,7 @@ def anchor_detr(config: AnchorDetrConfig, num_classes: int) -> Detector:
         ],
         heads,
     )
-    detector = Detector(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
+    detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
     rare_and_unmoved(heads)
     nn.init.constant_(heads.box.layers[-1].bias[2:], SIZE_LOGIT)  # type: ignore[index, arg-type]  # not known to mypy
     return detector

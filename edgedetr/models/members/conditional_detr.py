@@ -17,7 +17,7 @@ from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import SinePosition
 from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import DenseEncoder, EncoderLayer
 from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
 from edgedetr.models.queries.anchors import ConditionalQueries
@@ -44,7 +44,7 @@ class ConditionalDetrConfig(TransformerConfig):
     norm_between: bool = field(default=False, metadata=LATER)
 
 
-def conditional_detr(config: ConditionalDetrConfig, num_classes: int) -> Detector:
+def conditional_detr(config: ConditionalDetrConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figures 3 and 4, with random weights."""
     c = config
     backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
@@ -80,7 +80,7 @@ def conditional_detr(config: ConditionalDetrConfig, num_classes: int) -> Detecto
         spatial=SpatialQuery(c.hidden),
         norm_between=c.norm_between,
     )
-    detector = Detector(backbone, encoder, ConditionalQueries(c.queries, c.hidden), decoder, Normalize(c.mean, c.std))
+    detector = DetrModel(backbone, encoder, ConditionalQueries(c.queries, c.hidden), decoder, Normalize(c.mean, c.std))
     xavier(encoder.layers, decoder.layers)
     rare_and_unmoved(heads)
     return detector

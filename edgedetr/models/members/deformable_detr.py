@@ -17,7 +17,7 @@ from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
 from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.queries.proposals import PointQueries, TwoStageQueries
@@ -63,7 +63,7 @@ class DeformableDetrConfig(TransformerConfig):
             )
 
 
-def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> Detector:
+def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figure 1, with random weights."""
     c = config
     backbone = backbone_of(c, levels=(5,) if c.levels == 1 else (3, 4, 5), dilate_last=c.dilate_last)
@@ -100,12 +100,12 @@ def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> Detector:
         else AbsoluteBoxes(c.hidden, num_classes)
     )
     decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)], heads)
-    detector = Detector(backbone, encoder, selector, decoder, Normalize(c.mean, c.std), slow=SLOW)
+    detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std), slow=SLOW)
     reset_heads(detector, 0.0 if c.two_stage else SIZE_LOGIT)
     return detector
 
 
-def reset_heads(detector: Detector, size: float) -> None:
+def reset_heads(detector: DetrModel, size: float) -> None:
     """Fresh class and box heads: every class rare, every box unmoved; `size` is where the first one's width begins."""
     for owner in (detector.selector, detector.decoder.boxes):
         for score in _all(getattr(owner, "score", None)):

@@ -17,7 +17,7 @@ from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import LearnedPosition, NoPosition, SequencePosition, SinePosition
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DenseCrossAttention
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import DenseEncoder, EncoderLayer
 from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
 from edgedetr.models.queries.selection import LearnedQueries
@@ -62,7 +62,7 @@ POSITIONS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def detr(config: DetrConfig, num_classes: int) -> Detector:
+def detr(config: DetrConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figure 2, with random weights."""
     c = config
     backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
@@ -101,6 +101,6 @@ def detr(config: DetrConfig, num_classes: int) -> Detector:
         norm=nn.LayerNorm(c.hidden),
         norm_between=c.norm_between,
     )
-    detector = Detector(backbone, encoder, LearnedQueries(c.queries, c.hidden), decoder, Normalize(c.mean, c.std))
+    detector = DetrModel(backbone, encoder, LearnedQueries(c.queries, c.hidden), decoder, Normalize(c.mean, c.std))
     xavier(encoder.layers, decoder.layers)
     return detector

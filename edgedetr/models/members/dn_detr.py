@@ -17,7 +17,7 @@ from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import SinePosition
 from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import DenseEncoder, EncoderLayer
 from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
 from edgedetr.models.members.conditional_detr import rare_and_unmoved
@@ -43,7 +43,7 @@ class DnDetrConfig(TransformerConfig):
     denoising: bool = True  # vectors for labels; without them this is DAB-DETR
 
 
-def dn_detr(config: DnDetrConfig, num_classes: int) -> Detector:
+def dn_detr(config: DnDetrConfig, num_classes: int) -> DetrModel:
     """The network of DAB-DETR's figure 5 with DN-DETR's label vectors, with random weights."""
     c = config
     backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
@@ -81,7 +81,7 @@ def dn_detr(config: DnDetrConfig, num_classes: int) -> Detector:
         spatial=SpatialQuery(c.hidden, sized=True),
     )
     selector = BoxQueries(c.queries, c.hidden, num_classes, c.denoising)
-    detector = Detector(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
+    detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
     xavier(encoder.layers, decoder.layers)
     rare_and_unmoved(heads)
     return detector

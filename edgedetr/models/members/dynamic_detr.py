@@ -20,7 +20,7 @@ from edgedetr.layers.norm import Normalize
 from edgedetr.layers.roi_align import RoiAlign
 from edgedetr.models.cascade import DeltaBoxes, LearnedProposals, RoiCrossAttention
 from edgedetr.models.decoder import Decoder, DecoderLayer
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dynamic import GROUPS, DynamicPyramidLayer
 from edgedetr.models.encoders.fpn import FeaturePyramid, PyramidEncoder
 from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
@@ -58,7 +58,7 @@ class DynamicDetrConfig(TransformerConfig):
             raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of {GROUPS}")
 
 
-def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> Detector:
+def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figure 2, with random weights."""
     c = config
     backbone = backbone_of(c, levels=(3, 4, 5))
@@ -89,4 +89,4 @@ def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> Detector:
     # With xavier's weights and no towers before them, most boxes leave the image, where there is nothing to read.
     boxes.unmoved()
     selector = LearnedProposals(c.queries, c.hidden, num_classes, c.denoising)
-    return Detector(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
+    return DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))

@@ -1,6 +1,6 @@
 """Efficient DETR: a dense head proposes boxes, and one decoder layer is enough to tell them apart.
 
-Yao et al. 2021, "Efficient DETR: Improving End-to-End Object Detector with Dense Prior". There is no code by its
+Yao et al. 2021, "Efficient DETR: Improving End-to-End Object DetrModel with Dense Prior". There is no code by its
 authors; where the paper leaves a choice, the comment at the number says what was chosen.
 """
 
@@ -15,7 +15,7 @@ from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
 from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.members.deformable_detr import SLOW, reset_heads
@@ -57,7 +57,7 @@ class EfficientDetrConfig(TransformerConfig):
             )
 
 
-def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> Detector:
+def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figure 4, with random weights."""
     c = config
     backbone = backbone_of(c, levels=(3, 4, 5))
@@ -92,6 +92,6 @@ def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> Detector:
         IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False),
     )
     selector = DenseQueries(c.hidden, num_classes, c.queries, c.first_queries, c.coordinates, c.denoising)
-    detector = Detector(backbone, encoder, selector, decoder, Normalize(c.mean, c.std), slow=SLOW)
+    detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std), slow=SLOW)
     reset_heads(detector, 0.0)
     return detector

@@ -16,7 +16,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalize
 from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import EncoderLayer
 from edgedetr.models.encoders.hybrid import HybridEncoder
 from edgedetr.models.member_config import TransformerConfig, backbone_of
@@ -72,7 +72,7 @@ class RtDetrConfig(TransformerConfig):
             raise ModelError("model.version 1 samples equally many points per level, bilinearly; use version 2")
 
 
-def rt_detr(config: RtDetrConfig, num_classes: int) -> Detector:
+def rt_detr(config: RtDetrConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figure 4, with random weights."""
     c = config
     backbone, width = backbone_of(c, levels=(3, 4, 5)), c.encoder_width or c.hidden
@@ -110,12 +110,12 @@ def rt_detr(config: RtDetrConfig, num_classes: int) -> Detector:
         IterativeBoxes(c.hidden, num_classes, c.decoder_layers),
         query_position=Mlp(4, 2 * c.hidden, c.hidden, 2),
     )
-    detector = Detector(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
+    detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
     reset_heads(detector)
     return detector
 
 
-def reset_heads(detector: Detector) -> None:
+def reset_heads(detector: DetrModel) -> None:
     """Fresh class and box heads: every class rare, every box unmoved."""
     selector, heads = detector.selector, detector.decoder.boxes
     for score in [selector.score, *heads.score]:  # type: ignore[union-attr, misc]  # not known to mypy

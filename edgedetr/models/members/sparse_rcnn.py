@@ -17,7 +17,7 @@ from edgedetr.layers.norm import Normalize
 from edgedetr.layers.roi_align import RoiAlign
 from edgedetr.models.cascade import DeltaBoxes, LearnedProposals, RoiCrossAttention
 from edgedetr.models.decoder import Decoder, DecoderLayer
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.fpn import FeaturePyramid, PyramidEncoder
 from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
 
@@ -41,7 +41,7 @@ class SparseRcnnConfig(TransformerConfig):
     denoising: bool = False  # vectors for noised labels; not in the paper
 
 
-def sparse_rcnn(config: SparseRcnnConfig, num_classes: int) -> Detector:
+def sparse_rcnn(config: SparseRcnnConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figures 3 and 4, with random weights."""
     c = config
     backbone = backbone_of(c, levels=(2, 3, 4, 5))
@@ -64,4 +64,4 @@ def sparse_rcnn(config: SparseRcnnConfig, num_classes: int) -> Detector:
     xavier(decoder)
     boxes.rare()
     selector = LearnedProposals(c.queries, c.hidden, num_classes, c.denoising)
-    return Detector(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
+    return DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))

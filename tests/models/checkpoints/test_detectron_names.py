@@ -14,7 +14,7 @@ from edgedetr.models import build
 from edgedetr.models.checkpoints.config_from_state_dict import infer
 from edgedetr.models.checkpoints.conversion import translate
 from edgedetr.models.checkpoints.pretrained import load_detector
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.members.sparse_rcnn import SparseRcnnConfig
 
 # A bottleneck ResNet, as the original has; as narrow as it goes.
@@ -24,7 +24,7 @@ CONFIG = SparseRcnnConfig(
 DEPTHS = (3, 4, 6, 3)
 
 
-def varied(seed: int, classes: int = CLASSES) -> Detector:
+def varied(seed: int, classes: int = CLASSES) -> DetrModel:
     torch.manual_seed(seed)
     detector = build("sparse_rcnn", CONFIG, classes)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def varied(seed: int, classes: int = CLASSES) -> Detector:
     return detector.eval()
 
 
-def original(detector: Detector) -> dict[str, torch.Tensor]:
+def original(detector: DetrModel) -> dict[str, torch.Tensor]:
     """The same weights under the names of projects/SparseRCNN, whose backbone and pyramid are detectron2's."""
     ours, out = detector.state_dict(), {}
 

@@ -13,7 +13,7 @@ from edgedetr.errors import ModelError
 from edgedetr.models import build
 from edgedetr.models.checkpoints.conversion import translate
 from edgedetr.models.checkpoints.pretrained import fit
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.deformable import cell_centers
 from edgedetr.models.members.deformable_detr import DeformableDetrConfig
 from edgedetr.models.queries.proposals import Starts
@@ -43,7 +43,7 @@ SMALL = {
 }
 
 
-def pair(form: str) -> tuple[Detector, nn.Module]:
+def pair(form: str) -> tuple[DetrModel, nn.Module]:
     """Ours with transformers' random weights, through the importer's names."""
     config = replace(FORMS[form], **SMALL)
     stages = (4,) if config.levels == 1 else (2, 3, 4)

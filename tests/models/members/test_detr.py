@@ -11,10 +11,10 @@ from members import CLASSES, HEIGHT, SMALL, WIDTH, pictures
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.models import build
 from edgedetr.models.deploy import DeployGraph
-from edgedetr.models.detector import Detector
+from edgedetr.models.detector import DetrModel
 
 
-def make(**switches: object) -> Detector:
+def make(**switches: object) -> DetrModel:
     torch.manual_seed(0)
     return build("detr", replace(SMALL["detr"], dropout=0.0, **switches), CLASSES).eval()  # type: ignore[type-var]
 

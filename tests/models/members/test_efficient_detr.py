@@ -12,7 +12,7 @@ import torch
 from edgedetr.errors import ModelError
 from edgedetr.models import build
 from edgedetr.models.deploy import DeployGraph
-from edgedetr.models.detector import Detector, Memory
+from edgedetr.models.detector import DetrModel, Memory
 from edgedetr.models.members.efficient_detr import EfficientDetrConfig
 from edgedetr.training.config import TrainConfig
 from edgedetr.training.criterion import Criterion
@@ -36,7 +36,7 @@ SHAPES = [(4, 6), (2, 3), (1, 2)]
 
 
 @torch.no_grad()
-def spread(config: EfficientDetrConfig = CONFIG) -> Detector:
+def spread(config: EfficientDetrConfig = CONFIG) -> DetrModel:
     torch.manual_seed(0)
     detector = build("efficient_detr", config, CLASSES)
     for parameter in detector.parameters():
@@ -71,7 +71,7 @@ def mlp(module: torch.nn.Module, x: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def reference(detector: Detector, tokens: np.ndarray, count: int, coordinates: int) -> list[dict[str, np.ndarray]]:
+def reference(detector: DetrModel, tokens: np.ndarray, count: int, coordinates: int) -> list[dict[str, np.ndarray]]:
     """The selection for one image, cell by cell: from the specification, in loops and float64."""
     selector, candidates, cell = detector.selector, [], 0
     for level, (height, width) in enumerate(SHAPES):

@@ -13,17 +13,17 @@ from members import CLASSES, HEIGHT, SMALL, WIDTH, pictures
 from edgedetr.exporting.to_onnx import write
 from edgedetr.models import build
 from edgedetr.models.deploy import DeployGraph
-from edgedetr.models.detector import Detector, Memory
+from edgedetr.models.detector import DetrModel, Memory
 
 CONFIG = replace(SMALL["rt_detr"], learned_content=True)
 
 
-def detector() -> Detector:
+def detector() -> DetrModel:
     torch.manual_seed(0)
     return build("rt_detr", CONFIG, CLASSES).eval()
 
 
-def memory(detector: Detector) -> Memory:
+def memory(detector: DetrModel) -> Memory:
     return detector.encode(detector.normalize(pictures()))
 
 
