@@ -16,9 +16,9 @@ from edgedetr.data.synthetic import render
 from edgedetr.errors import UsageError
 from edgedetr.evaluation.verify import verify
 from edgedetr.exporting.export import export
+from edgedetr.progress import TrainingProgress
 from edgedetr.recipe import Recipe
 from edgedetr.reporting.report import write_report
-from edgedetr.training.progress_bar import Progress as TrainingProgress
 from edgedetr.training.train import train
 
 log = logging.getLogger(__name__)

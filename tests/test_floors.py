@@ -20,6 +20,7 @@ FLOOR = {
     "telemetry": -1,
     "image_size": 0,
     "printable": -1,
+    "progress": 0,
     "boxes": 0,
     "bundle": 0,
     "package_data": 0,

@@ -28,14 +28,14 @@ def demo(out: Path, fresh: bool, as_json_: bool) -> int:
     Renders, trains, exports, quantizes, verifies and reports; everything lands in one bundle. A demonstration that was
     stopped goes on where it was.
     """
+    from edgedetr.cli._training_bar import training_bar
     from edgedetr.cli.verify_command import show_verdict
     from edgedetr.demo import DATA, run
-    from edgedetr.training.progress_bar import RichProgress
 
     if fresh and (out / DATA / "params.json").is_file():
         shutil.rmtree(out)
     say("synthetic data: rendered shapes on clutter; the figures below say nothing about photographs")
-    outcome = run(out, training=RichProgress(), bars=progress_bars)
+    outcome = run(out, training=training_bar(), bars=progress_bars)
     say("")
     show_verdict(dict(outcome.verdict))
     say("time: " + ", ".join(f"{step} {seconds:.0f} s" for step, seconds in outcome.seconds.items()))

@@ -58,8 +58,8 @@ def train(
     """Train a detector on labeled images.
 
     Writes a bundle: one directory that the other commands add to."""
+    from edgedetr.cli._training_bar import training_bar
     from edgedetr.recipe import DEFAULT, Recipe
-    from edgedetr.training.progress_bar import RichProgress
     from edgedetr.training.train import train as run
 
     if recipe_name is None:
@@ -68,5 +68,5 @@ def train(
     recipe = Recipe.load(recipe_name or DEFAULT, sets=(*sets, *starts), preset=preset)
     out = out or Path("runs") / f"{data.resolve().name}.bundle"
     say(f"bundle: {out}")
-    bundle = run(recipe, data, out, resume=resume, strict=strict, progress=RichProgress())
+    bundle = run(recipe, data, out, resume=resume, strict=strict, progress=training_bar())
     say(f"trained: {bundle.path}\nnext: edgedetr export {bundle.path}")

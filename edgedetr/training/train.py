@@ -23,6 +23,7 @@ from edgedetr.data import layouts
 from edgedetr.data.detection_set import DataConfig, DetectionSet, without_empty_classes
 from edgedetr.evaluation.coco_metrics import Metrics
 from edgedetr.models.deploy import DeployGraph
+from edgedetr.progress import SilentTraining, TrainingProgress
 from edgedetr.recipe import Recipe
 from edgedetr.training import optimizer, prepare, skipped_steps, time_budget
 from edgedetr.training import state as checkpoint
@@ -33,7 +34,6 @@ from edgedetr.training.distributed import launch
 from edgedetr.training.ema import Ema
 from edgedetr.training.ground_truth import pad
 from edgedetr.training.metrics_log import Record
-from edgedetr.training.progress_bar import Progress, Silent
 from edgedetr.training.skipped_steps import SKIPS, Statistics
 from edgedetr.training.state import Position
 from edgedetr.training.step import Trainee, seed_step
@@ -52,7 +52,7 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: TrainingProgress | None = None,
     strict: bool = False,
 ) -> Bundle:
     """Train the recipe's model on a data set and write the bundle: recipe.toml and weights.safetensors.
@@ -67,7 +67,9 @@ def train(
         return _train(recipe, Path(data), Path(out), resume, progress, strict)
 
 
-def _train(recipe: Recipe, data: Path, out: Path, resume: bool, progress: Progress | None, strict: bool) -> Bundle:
+def _train(
+    recipe: Recipe, data: Path, out: Path, resume: bool, progress: TrainingProgress | None, strict: bool
+) -> Bundle:
     begun, saved = time.monotonic(), out / FOLDER / CHECKPOINT
     prepare.require_place(out, saved, resume)
     place = recipe.data.resolve(layouts.splits(data))
@@ -78,7 +80,7 @@ def _train(recipe: Recipe, data: Path, out: Path, resume: bool, progress: Progre
     prepare.check(samples, chosen)
     prepare.warn_of_crowds(samples, recipe)
     fabric = launch(recipe.train)
-    teller = progress if progress and fabric.is_global_zero else Silent()
+    teller = progress if progress and fabric.is_global_zero else SilentTraining()
     run = Run(recipe, fabric, place, samples, chosen, data, out, teller)
     if not run.fresh:
         run.load(saved)
@@ -103,7 +105,7 @@ class Run:
         chosen: DetectionSet,
         data: Path,
         out: Path,
-        progress: Progress,
+        progress: TrainingProgress,
     ) -> None:
         config = recipe.train
         self.recipe, self.config, self.fabric, self.place = recipe, config, fabric, place
@@ -309,7 +311,7 @@ class Run:
             if self.record is not None:
                 numbers = {name: value for name, value in metrics.to_json().items() if name != "per_class"}
                 self.record.write("eval", position.step, {"epoch": epoch, "split": self.place.select_split, **numbers})
-        self.progress.evaluated(epoch, metrics, best)
+        self.progress.evaluated(epoch, metrics.ap, metrics.ap50, best)
 
     def _save(self) -> None:
         if self.fabric.is_global_zero:

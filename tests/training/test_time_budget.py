@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 from edgedetr.bundle import digest
 from edgedetr.errors import RecipeError, TrainingError
+from edgedetr.progress import SilentTraining
 from edgedetr.training import time_budget
 from edgedetr.training.config import TrainConfig
-from edgedetr.training.progress_bar import Silent
 from edgedetr.training.train import train
 
 
-class Interrupted(Silent):
+class Interrupted(SilentTraining):
     """Stops after so many steps, as Ctrl-C does."""
 
     def __init__(self, after: int) -> None:

@@ -318,13 +318,20 @@ def test_accumulated_parts_give_the_step_of_the_whole_batch(micro_data, tmp_path
 
 def fresh_run(recipe: Recipe, data: Path, out: Path):
     """A training that has not begun."""
+    from edgedetr.progress import SilentTraining
     from edgedetr.training.distributed import launch
-    from edgedetr.training.progress_bar import Silent
     from edgedetr.training.train import Run
 
     place = recipe.data.resolve(["train", "val", "test"])
     return Run(
-        recipe, launch(recipe.train), place, layouts.load(data, "train"), layouts.load(data, "val"), data, out, Silent()
+        recipe,
+        launch(recipe.train),
+        place,
+        layouts.load(data, "train"),
+        layouts.load(data, "val"),
+        data,
+        out,
+        SilentTraining(),
     )
 
 
