@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from edgedetr.bundle import atomic_write
-from edgedetr.exporting.to_onnx import write
+from edgedetr.exporting.to_onnx import write_onnx
 from edgedetr.models import build
 from edgedetr.models.backbones.resnet import Block
 from edgedetr.models.deploy import DeployGraph
@@ -242,7 +242,7 @@ def _exported(name: str, batch: int | None, sampling: str) -> Path:
     path = _folder() / f"{name}-{batch}-{sampling}.onnx"
     if not path.exists():  # another process of this run may have written it
         with atomic_write(path) as temporary:
-            write(deployed(name, sampling), temporary, batch=batch)
+            write_onnx(deployed(name, sampling), temporary, batch=batch)
     return path
 
 

@@ -98,14 +98,14 @@ def _settings(bundle: Bundle) -> VerifyConfig | None:
 def _live(progress: Progress) -> Callable[[Bundle, DetectionSet], Reference]:
     """What makes the reference anew, with PyTorch or an imported graph, for verify, whose floor is without torch."""
     from edgedetr.evaluation.reference import Reference
-    from edgedetr.exporting.reference_run import detect, detect_by_graph, imported
+    from edgedetr.exporting.reference_run import detect_with_onnx, detect_with_pytorch, is_imported
     from edgedetr.models.deploy import load_bundle_model
 
     def make(bundle: Bundle, dataset: DetectionSet) -> Reference:
-        if imported(bundle):
-            return Reference.of(dataset, detect_by_graph(bundle, dataset, progress))
+        if is_imported(bundle):
+            return Reference.of(dataset, detect_with_onnx(bundle, dataset, progress))
         _, graph = load_bundle_model(bundle)
-        return Reference.of(dataset, detect(bundle.manifest, graph, dataset, progress))
+        return Reference.of(dataset, detect_with_pytorch(bundle.manifest, graph, dataset, progress))
 
     return make
 

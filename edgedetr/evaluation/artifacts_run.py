@@ -24,7 +24,7 @@ from edgedetr.errors import (
     UsageError,
     did_you_mean,
 )
-from edgedetr.onnx_graph.fp16_simulation import twin
+from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
 from edgedetr.packages import missing
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.backends.base import RawOutputs
@@ -213,7 +213,7 @@ def open_stage(bundle: Bundle, stage: str, backend: str | None = None, threads: 
 def _twin(bundle: Bundle, stage: str, threads: int | None) -> Detector:
     """A stage without optimizations, FP16 rounded where the graph says it: what the graph means."""
     manifest, path = bundle.manifest, bundle.require(STAGES[stage])
-    runner = OrtRunner(twin(path) if stage in TWINS else path, threads=threads, optimize=False)
+    runner = OrtRunner(simulate_fp16(path) if stage in TWINS else path, threads=threads, optimize=False)
     return Detector(runner, manifest.classes, manifest.input, manifest.output, stage=stage)
 
 

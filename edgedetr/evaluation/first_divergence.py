@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgedetr.errors import MissingDependency, UsageError
-from edgedetr.onnx_graph.fp16_simulation import twin
+from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
 from edgedetr.packages import missing
 from edgedetr.runtime.backends import onnxruntime, openvino
 
@@ -106,7 +106,7 @@ class _Graph:
             raise MissingDependency(missing("onnx", error)) from error
         self.onnx, self.run, self.images, self.threads = onnx, run, images, threads
         # In float32, so that all tensors can be compared; what FP16 rounds is far below the floor.
-        self.model = onnx.load_from_string(twin(model, rounded=False))
+        self.model = onnx.load_from_string(simulate_fp16(model, rounded=False))
         graph = self.model.graph
         self.outputs = [output.name for output in graph.output]
         self.producer = {name: node for node in graph.node for name in node.output}

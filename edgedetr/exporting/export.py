@@ -17,8 +17,8 @@ from edgedetr.data.images import decode
 from edgedetr.data.layouts import load
 from edgedetr.errors import ExportError, UsageError
 from edgedetr.exporting.config import ExportConfig
-from edgedetr.exporting.reference_run import imported, reference, reference_of_graph
-from edgedetr.exporting.to_onnx import PREFIX, describe, parity, write
+from edgedetr.exporting.reference_run import is_imported, write_reference, write_reference_of_graph
+from edgedetr.exporting.to_onnx import PREFIX, compare_with_pytorch, model_metadata, write_onnx
 from edgedetr.lint.gate import refuse_errors
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
 from edgedetr.models.detector import DetrModel
@@ -55,7 +55,7 @@ def export(
     if config is None or quant is None:
         recorded = _recipe(bundle)
         config, quant = config or recorded[0], quant or recorded[1]
-    if (sampling == "grid_sample" or dynamic_batch) and imported(bundle):
+    if (sampling == "grid_sample" or dynamic_batch) and is_imported(bundle):
         raise UsageError(
             f"{bundle.path} holds an imported graph: sampling and batch size are settled; leave "
             "--sampling and --dynamic-batch out, or import it again: edgedetr import --sampling "
@@ -75,8 +75,8 @@ def export(
 
 def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None = None) -> None:
     """reference.npz and model.onnx; the ONNX file is compared with PyTorch before it enters the bundle."""
-    if imported(bundle):
-        reference_of_graph(bundle, progress)
+    if is_imported(bundle):
+        write_reference_of_graph(bundle, progress)
         return
     made_by = json.dumps(asdict(config))
     record = bundle.manifest.data
@@ -91,7 +91,7 @@ def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None 
     if record is None:
         log.warning("%s: no data recorded, so no reference.npz; verify will need --data", bundle.path)
     if not fresh_reference and dataset is not None:
-        reference(bundle, graph, dataset, progress)
+        write_reference(bundle, graph, dataset, progress)
     if fresh_model:
         return
     manifest = bundle.manifest
@@ -102,10 +102,10 @@ def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None 
         )
     if progress:
         progress("onnx", 0, 1)
-    told = {**describe(manifest, manifest.files[weights.name].sha256), "export": made_by}
+    told = {**model_metadata(manifest, manifest.files[weights.name].sha256), "export": made_by}
     with bundle.add("model.onnx", stage="export", made_from=["weights.safetensors"]) as temporary:
-        write(graph, temporary, batch=None if config.dynamic_batch else 1, opset=config.opset, metadata=told)
-        parity(graph, temporary, _probes(manifest, dataset), manifest)
+        write_onnx(graph, temporary, batch=None if config.dynamic_batch else 1, opset=config.opset, metadata=told)
+        compare_with_pytorch(graph, temporary, _probes(manifest, dataset), manifest)
     if progress:
         progress("onnx", 1, 1)
 

@@ -27,23 +27,23 @@ log = logging.getLogger(__name__)
 BATCH = 4  # images at a time; on a CPU larger batches are no faster
 
 
-def reference(
+def write_reference(
     bundle: Bundle, graph: DeployGraph, dataset: DetectionSet, progress: Callable[[str, int, int], None] | None = None
 ) -> None:
     """Run the graph over the split and add reference.npz to the bundle."""
-    found = detect(bundle.manifest, graph, dataset, progress)
+    found = detect_with_pytorch(bundle.manifest, graph, dataset, progress)
     weights = bundle.manifest.files["weights.safetensors"].sha256
     with bundle.add("reference.npz", stage="export", made_from=["weights.safetensors"]) as temporary:
         Reference.of(dataset, found, model=weights).save(temporary)
 
 
-def imported(bundle: Bundle) -> bool:
+def is_imported(bundle: Bundle) -> bool:
     """Whether the bundle's model is known by its ONNX file alone."""
     files = bundle.manifest.files
     return "model.onnx" in files and files["model.onnx"].stage == "import"
 
 
-def reference_of_graph(bundle: Bundle, progress: Callable[[str, int, int], None] | None = None) -> None:
+def write_reference_of_graph(bundle: Bundle, progress: Callable[[str, int, int], None] | None = None) -> None:
     """Add reference.npz of an imported graph, unless it is there and up to date."""
     path, record = bundle.require("model.onnx"), bundle.manifest.data
     if record is None:
@@ -53,12 +53,12 @@ def reference_of_graph(bundle: Bundle, progress: Callable[[str, int, int], None]
         return
     log.warning("%s: the reference is model.onnx in ONNX Runtime: an imported graph has no PyTorch model", bundle.path)
     dataset = load(record.path, record.verify_split, classes=bundle.manifest.classes)
-    found = detect_by_graph(bundle, dataset, progress)
+    found = detect_with_onnx(bundle, dataset, progress)
     with bundle.add("reference.npz", stage="export", made_from=["model.onnx"]) as temporary:
         Reference.of(dataset, found, model=bundle.manifest.files[path.name].sha256).save(temporary)
 
 
-def detect_by_graph(
+def detect_with_onnx(
     bundle: Bundle, dataset: DetectionSet, progress: Callable[[str, int, int], None] | None = None
 ) -> dict[int, Detections]:
     """What model.onnx finds in every image of the split, by image id."""
@@ -71,7 +71,7 @@ def detect_by_graph(
     return found
 
 
-def detect(
+def detect_with_pytorch(
     manifest: Manifest,
     graph: DeployGraph,
     dataset: DetectionSet,

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from edgedetr.bundle import Bundle
 from edgedetr.errors import UsageError
-from edgedetr.exporting.reference_run import imported
+from edgedetr.exporting.reference_run import is_imported
 from edgedetr.recipe import Recipe
 
 SECTIONS = ("quant", "export")  # what an export can change; the rest is in the weights, or verify's
@@ -21,7 +21,7 @@ def settings(bundle: Bundle, sets: Sequence[str]) -> Recipe:
     """
     for assignment in sets:
         section = assignment.partition("=")[0].partition(".")[0].strip()
-        if section == "export" and imported(bundle):
+        if section == "export" and is_imported(bundle):
             raise UsageError(
                 f"--set {assignment!r}: {bundle.path} holds an imported graph, whose form is settled; "
                 "expected keys of quant; or import it again: edgedetr import"

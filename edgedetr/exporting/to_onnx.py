@@ -44,7 +44,7 @@ BOXES = 2e-4  # of a box side, share of the image (0.13 px at 640)
 
 
 @dataclass(frozen=True)
-class Parity:
+class OnnxDifference:
     """Largest differences between PyTorch and ONNX Runtime over some images, query for query.
 
     reordered   share of the queries that stand at another place of the list (ties in top-k), 0..1
@@ -57,7 +57,7 @@ class Parity:
     as_objects: int
 
 
-def write(
+def write_onnx(
     graph: DeployGraph,
     path: Path,
     *,
@@ -93,7 +93,7 @@ def write(
     model.graph.name = "edgedetr"
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, {PREFIX + key: value for key, value in (metadata or {}).items()})
-    check(model, opset)
+    check_graph(model, opset)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
@@ -117,7 +117,7 @@ class _Reshapes(TorchFunctionMode):
         return tensor.reshape(*shape[:dim], *sizes, *shape[dim + 1 :])
 
 
-def check(model: ModelProto, opset: int = OPSET) -> None:
+def check_graph(model: ModelProto, opset: int = OPSET) -> None:
     """What every edgedetr graph must be; ExportError otherwise."""
     found = {item.domain: item.version for item in model.opset_import}
     if found != {"": opset}:
@@ -135,7 +135,7 @@ def check(model: ModelProto, opset: int = OPSET) -> None:
                 )
 
 
-def describe(manifest: Manifest, weights: str) -> dict[str, str]:
+def model_metadata(manifest: Manifest, weights: str) -> dict[str, str]:
     """What a file says about itself: classes, contracts and the digest of the weights it was made from."""
     return {
         "model": manifest.model,
@@ -146,7 +146,7 @@ def describe(manifest: Manifest, weights: str) -> dict[str, str]:
     }
 
 
-def parity(graph: DeployGraph, path: Path, images: np.ndarray, manifest: Manifest) -> Parity:
+def compare_with_pytorch(graph: DeployGraph, path: Path, images: np.ndarray, manifest: Manifest) -> OnnxDifference:
     """Compare the file in ONNX Runtime with PyTorch; ExportError when it is not the same detector.
 
     Most images must agree as tensors, within LOGITS and BOXES; all of them as matched detections. A file of an open
@@ -187,7 +187,7 @@ def parity(graph: DeployGraph, path: Path, images: np.ndarray, manifest: Manifes
             "(--sampling gather or grid_sample) and report this, it is a defect"
         )
     log.info("model.onnx equals PyTorch to %.1e in logits and %.1e in boxes", *largest)
-    return Parity(float(largest[0]), float(largest[1]), float(np.mean(moved)), len(loose))
+    return OnnxDifference(float(largest[0]), float(largest[1]), float(np.mean(moved)), len(loose))
 
 
 def _same_objects(one: RawOutputs, other: RawOutputs, manifest: Manifest) -> bool:

@@ -20,7 +20,7 @@ from onnx import ModelProto, numpy_helper
 from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract, digest
 from edgedetr.data.layouts import load, splits
 from edgedetr.errors import DataError, ExportError, UsageError
-from edgedetr.exporting.to_onnx import OPSET, PREFIX, check, describe
+from edgedetr.exporting.to_onnx import OPSET, PREFIX, check_graph, model_metadata
 from edgedetr.image_size import check_size
 from edgedetr.importing import io_contract, surgery
 from edgedetr.importing.box_format import OPTIONS
@@ -328,10 +328,10 @@ def _finish(model: ModelProto, manifest: Manifest, path: Path, opset: int) -> No
     for item in list(model.opset_import):
         if item.domain:
             model.opset_import.remove(item)
-    told = describe(manifest, "")
+    told = model_metadata(manifest, "")
     told.update({"imported": json.dumps({"file": path.name, "sha256": digest(path), "opset": opset})})
     onnx.helper.set_model_props(model, {PREFIX + key: value for key, value in told.items()})
-    check(model, OPSET)
+    check_graph(model, OPSET)
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # C++ errors of several kinds

@@ -6,7 +6,7 @@ was observed to come near the end, and what the policy names. Inputs and outputs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
@@ -14,6 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.wiring import Wiring
 from edgedetr.quantization.policy import Rule
+from edgedetr.runtime.backends.onnxruntime import plain_session
 
 LARGEST = 3e4  # a tensor that was seen larger stays float32: half of 65504, since other images exceed it
 SMALLEST = 2.0**-14  # 6.1e-5, the smallest normal FP16 number; GPUs may flush what is smaller to 0
@@ -45,7 +46,7 @@ _ALWAYS_FLOAT = {("Resize", 1), ("Resize", 2)}  # inputs whose type ONNX fixes
 _SMALL = 4096  # elements; larger initializers take no part in type inference
 
 
-def halve(model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ...] = ()) -> ModelProto:
+def convert_to_fp16(model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ...] = ()) -> ModelProto:
     """The same graph with FP16 inside; float32 inputs and outputs, names of nodes and tensors stay.
 
     peaks   largest magnitude seen of each float tensor; Q/DQ pairs need none of their own
@@ -54,7 +55,7 @@ def halve(model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ...]
     return _Halver(model, peaks, rules).write()
 
 
-def islands(model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ...] = ()) -> dict[str, str]:
+def fp32_nodes(model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ...] = ()) -> dict[str, str]:
     """{name of a node that stays float32: reason}."""
     halver = _Halver(model, peaks, rules)
     return {halver.nodes[index].name: reason for index, reason in halver.islands.items()}
@@ -63,6 +64,45 @@ def islands(model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ..
 def float_tensors(model: ModelProto) -> set[str]:
     """Names of all float32 tensors that are no initializers."""
     return {name for name, kind in _types(model).items() if kind == FLOAT} - {t.name for t in model.graph.initializer}
+
+
+def activation_absmax(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[str, float]:
+    """{tensor: largest magnitude}; an ExportError that names the tensor where one is NaN or infinite.
+
+    batches   [B, 3, H, W] float32, as the graph takes them
+    The maxima are taken inside the graph, so that no tensor has to be kept.
+    """
+    names = sorted(float_tensors(model))
+    probe = ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    for number, name in enumerate(names):
+        # A maximum passes over NaN, a sum does not.
+        for kind, read, given in (
+            ("Abs", name, "magnitude"),
+            ("ReduceMax", f"{name}_magnitude", "largest"),
+            ("ReduceSum", f"{name}_magnitude", "sum"),
+        ):
+            node = helper.make_node(kind, [read], [f"{name}_{given}"], f"{given}_{number}")
+            if kind.startswith("Reduce"):
+                node.attribute.append(helper.make_attribute("keepdims", 0))
+            probe.graph.node.append(node)
+    wanted = [f"{name}_{given}" for given in ("largest", "sum") for name in names]
+    probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
+    # For a few images: to optimize a graph in which every tensor is looked at takes longer than it saves.
+    session = plain_session(probe.SerializeToString(), error=ExportError)
+    found = dict.fromkeys(names, 0.0)
+    for batch in batches:
+        values = session.run(wanted, {"images": batch})
+        for name, largest, total in zip(names, values[: len(names)], values[len(names) :]):
+            if not np.isfinite(total):
+                raise ExportError(
+                    f"tensor {name!r} is {float(total)} on an image; expected finite activations; "
+                    "train again from the last good checkpoint: edgedetr train --data DIR --resume"
+                )
+            if largest > -np.inf:  # which is the maximum of nothing: an empty tensor
+                found[name] = max(found[name], float(largest))
+    return found
 
 
 class _Halver:

@@ -47,13 +47,7 @@ MOVES = {
 }
 
 
-def has_half(path: Path) -> bool:
-    """Whether an ONNX file holds float16 tensors."""
-    onnx = _onnx()
-    return _half(onnx, load(path))
-
-
-def twin(path: Path, *, rounded: bool = True) -> bytes:
+def simulate_fp16(path: Path, *, rounded: bool = True) -> bytes:
     """The float32 twin of an ONNX file, serialized; a graph without float16 comes back as it is.
 
     To be run without optimizations: a library may take the pairs for something that can be left out.

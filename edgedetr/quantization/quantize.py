@@ -16,8 +16,7 @@ from onnx import ModelProto
 from edgedetr.bundle import Bundle
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError, ExportError
-from edgedetr.onnx_graph.activation_absmax import peaks
-from edgedetr.onnx_graph.fp16 import halve, islands
+from edgedetr.onnx_graph.fp16 import activation_absmax, convert_to_fp16, fp32_nodes
 from edgedetr.quantization.bias_correction import PARTS, PICTURES, shifts
 from edgedetr.quantization.calibration import Progress, calibrate, choose, enough, near_verify
 from edgedetr.quantization.config import QuantConfig
@@ -106,9 +105,9 @@ def _halved(
     bundle: Bundle, model: ModelProto, result: ModelProto, policy: Policy, calib: Path | None, progress: Progress | None
 ) -> tuple[ModelProto, str]:
     """`result`, which is `model` or its quantized form, with FP16 inside, and what stayed float32 as JSON."""
-    found = peaks(model, _batches(bundle, calib, progress))
-    stayed = _by_reason(islands(result, found, policy.float32))
-    return halve(result, found, policy.float32), json.dumps(stayed, ensure_ascii=False)
+    found = activation_absmax(model, _batches(bundle, calib, progress))
+    stayed = _by_reason(fp32_nodes(result, found, policy.float32))
+    return convert_to_fp16(result, found, policy.float32), json.dumps(stayed, ensure_ascii=False)
 
 
 def _batches(bundle: Bundle, calib: Path | None, progress: Progress | None) -> Iterator[np.ndarray]:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract
 from edgedetr.data.layouts import load
 from edgedetr.exporting.config import ExportConfig
-from edgedetr.exporting.to_onnx import write
+from edgedetr.exporting.to_onnx import write_onnx
 from edgedetr.models import FAMILY, build
 from edgedetr.models.deploy import load_bundle_model
 from edgedetr.quantization.config import QuantConfig
@@ -64,7 +64,7 @@ def make(folder: Path, member: str, data: Path, pixels: int, images: int) -> Bun
         save_file(detector.state_dict(), temporary)
     _, graph = load_bundle_model(bundle)
     with bundle.add("model.onnx", stage="export", made_from=["weights.safetensors"]) as temporary:
-        write(graph, temporary, opset=ExportConfig().opset)
+        write_onnx(graph, temporary, opset=ExportConfig().opset)
     quantize(bundle, config=QuantConfig(images=images))
     return bundle
 

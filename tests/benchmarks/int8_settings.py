@@ -30,9 +30,8 @@ from edgedetr.data.layouts import load as load_split
 from edgedetr.evaluation.agreement import match
 from edgedetr.evaluation.coco_metrics import evaluate
 from edgedetr.exporting.settings import settings
-from edgedetr.onnx_graph.activation_absmax import peaks
-from edgedetr.onnx_graph.fp16 import halve
-from edgedetr.onnx_graph.fp16_simulation import twin
+from edgedetr.onnx_graph.fp16 import activation_absmax, convert_to_fp16
+from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
 from edgedetr.quantization.bias_correction import PICTURES, shifts
 from edgedetr.quantization.calibration import choose, observe
 from edgedetr.quantization.policy import Plan, load, plan
@@ -61,7 +60,7 @@ class Maker:
         self.plan: Plan = plan(self.model, self.policy)
         self.paths = choose(bundle, None, self.config.images).paths
         self.histograms = observe(self.model, tensors(self.model, self.plan), self.paths, self.contract)
-        self.peaks = peaks(self.model, self.batches(PEAK_PICTURES))
+        self.peaks = activation_absmax(self.model, self.batches(PEAK_PICTURES))
 
     def batches(self, count: int) -> Iterator[np.ndarray]:
         for i in np.unique(np.linspace(0, len(self.paths) - 1, count).round().astype(int)):
@@ -75,7 +74,9 @@ class Maker:
         if corrected:
             found = shifts(self.model, result, self.plan, lambda: self.batches(PICTURES))
             result = insert(self.model, self.plan, amax, dialect, found)
-        return (halve(result, self.peaks, self.policy.float32) if dialect.half else result).SerializeToString()
+        return (
+            convert_to_fp16(result, self.peaks, self.policy.float32) if dialect.half else result
+        ).SerializeToString()
 
 
 def rows(maker: Maker, observer: str, corrected: bool, folder: Path, threads: int) -> dict[str, OrtRunner]:
@@ -83,7 +84,7 @@ def rows(maker: Maker, observer: str, corrected: bool, folder: Path, threads: in
     found = {}
     path = folder / "int8.onnx"
     path.write_bytes(maker.make(observer, corrected, TENSORRT))
-    found["int8, oracle"] = OrtRunner(twin(path), threads=threads, optimize=False)
+    found["int8, oracle"] = OrtRunner(simulate_fp16(path), threads=threads, optimize=False)
     if not int8_saturates():
         found["int8, openvino"] = OpenVinoRunner(path, threads=threads)
     bits = weight_bits("auto")

@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.exporting.to_onnx import check, parity, write
+from edgedetr.exporting.to_onnx import check_graph, compare_with_pytorch, write_onnx
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
 from edgedetr.onnx_graph.fold import fold
 from edgedetr.quantization.policy import load as load_policy
@@ -28,7 +28,7 @@ def case(request, fresh, tmp_path_factory):
 @pytest.fixture(scope="module")
 def static(case, tmp_path_factory):
     path = tmp_path_factory.mktemp("static") / "model.onnx"
-    write(case[2], path, metadata={"note": "ü"})
+    write_onnx(case[2], path, metadata={"note": "ü"})
     return path
 
 
@@ -38,7 +38,7 @@ def pictures(count: int) -> np.ndarray:
 
 def test_opset_is_19_names_are_ours_and_nothing_is_left_to_compute_from_shapes(static):
     model = onnx.load(static)
-    check(model)
+    check_graph(model)
     kinds = {node.op_type for node in model.graph.node}
     assert kinds & {"Shape", "Constant", "Identity", "ConstantOfShape", "Range", "BatchNormalization"} == set()
     assert model.ir_version <= 10  # what ONNX Runtime 1.20 reads
@@ -48,13 +48,13 @@ def test_opset_is_19_names_are_ours_and_nothing_is_left_to_compute_from_shapes(s
 
 
 def test_the_same_weights_give_the_same_bytes(case, static, tmp_path):
-    write(case[2], tmp_path / "again.onnx", metadata={"note": "ü"})
+    write_onnx(case[2], tmp_path / "again.onnx", metadata={"note": "ü"})
     assert (tmp_path / "again.onnx").read_bytes() == static.read_bytes()
 
 
 def test_parity_holds_for_the_graph_and_fails_for_another(case, static, tmp_path):
     bundle, detector, graph = case
-    found = parity(graph, static, pictures(3), bundle.manifest)
+    found = compare_with_pytorch(graph, static, pictures(3), bundle.manifest)
     assert found.logits < 1e-3
     assert found.boxes < 1e-4
     other = DeployGraph(detector, 64, 64)
@@ -63,19 +63,19 @@ def test_parity_holds_for_the_graph_and_fails_for_another(case, static, tmp_path
             if "decoder" in name:
                 value.mul_(1.1)
     with pytest.raises(ExportError, match="differs from PyTorch by up to"):
-        parity(other, static, pictures(3), bundle.manifest)
+        compare_with_pytorch(other, static, pictures(3), bundle.manifest)
 
 
 @pytest.mark.parametrize("member", ["rt_detr", "detr"])
 def test_open_batch_gives_identical_images_identical_rows_and_equals_batch_one(member, fresh, tmp_path):
     _, graph = load_bundle_model(fresh(member, tmp_path / "b"))
     static, path = tmp_path / "static.onnx", tmp_path / "open.onnx"
-    write(graph, static)
-    write(graph, path, batch=None)
+    write_onnx(graph, static)
+    write_onnx(graph, path, batch=None)
     runner = OrtRunner(path, threads=1)
     assert runner.batch is None
     model = onnx.load(path)
-    check(model)
+    check_graph(model)
     chosen, fixed = (plan(split_concats(m), load_policy("default")) for m in (model, onnx.load(static)))
     assert len(chosen.layers) == len(fixed.layers), "the policy must know the nodes by name here too"
     one, other = pictures(2)
@@ -106,33 +106,33 @@ class TwoRows(torch.nn.Module):
 def test_an_open_batch_that_the_tracer_fixed_is_not_taken_for_equal(fresh, tmp_path):
     bundle = fresh("detr", tmp_path / "b")
     _, graph = load_bundle_model(bundle)
-    write(graph, tmp_path / "open.onnx", batch=None)
-    found = parity(graph, tmp_path / "open.onnx", pictures(1), bundle.manifest)
+    write_onnx(graph, tmp_path / "open.onnx", batch=None)
+    found = compare_with_pytorch(graph, tmp_path / "open.onnx", pictures(1), bundle.manifest)
     assert found.logits < 1e-3 and found.boxes < 1e-4 and found.as_objects == 0
-    write(TwoRows(graph), tmp_path / "fixed.onnx", batch=None)
+    write_onnx(TwoRows(graph), tmp_path / "fixed.onnx", batch=None)
     with pytest.raises(ExportError, match="2 results for 1 images"):
-        parity(graph, tmp_path / "fixed.onnx", pictures(1), bundle.manifest)
+        compare_with_pytorch(graph, tmp_path / "fixed.onnx", pictures(1), bundle.manifest)
 
 
 def test_both_ways_of_sampling_give_the_same_detector(fresh, tmp_path):
     bundle = fresh("rt_detr", tmp_path / "b")
     detector, graph = load_bundle_model(bundle)
-    write(DeployGraph(detector, 64, 64, "grid_sample"), tmp_path / "grid.onnx")
+    write_onnx(DeployGraph(detector, 64, 64, "grid_sample"), tmp_path / "grid.onnx")
     nodes = onnx.load(tmp_path / "grid.onnx").graph.node
     modes = [item.s for node in nodes if node.op_type == "GridSample" for item in node.attribute if item.name == "mode"]
     assert len(modes) >= 2
     assert set(modes) == {b"bilinear"}
-    parity(graph, tmp_path / "grid.onnx", pictures(2), bundle.manifest)
+    compare_with_pytorch(graph, tmp_path / "grid.onnx", pictures(2), bundle.manifest)
 
 
 def test_a_wrong_opset_or_sampling_mode_is_refused(static):
     model = onnx.load(static)
     model.graph.node.append(helper.make_node("GridSample", ["images", "boxes"], ["x"], "sample", mode="linear"))
     with pytest.raises(ExportError, match="mode 'linear'; expected 'bilinear'"):
-        check(model)
+        check_graph(model)
     model.opset_import[0].version = 20
     with pytest.raises(ExportError, match="expected 19"):
-        check(model)
+        check_graph(model)
 
 
 def model_of(nodes, constants, shape):

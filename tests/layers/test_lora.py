@@ -9,7 +9,7 @@ from members import HEIGHT, WIDTH, pictures, small
 from torch import nn
 
 from edgedetr.errors import ModelError
-from edgedetr.exporting.to_onnx import write
+from edgedetr.exporting.to_onnx import write_onnx
 from edgedetr.layers.lora import LoraLinear, adapt, merged
 from edgedetr.models.deploy import DeployGraph
 
@@ -50,8 +50,8 @@ def test_merged_equals_unmerged() -> None:
 
 def test_the_exported_graph_has_no_node_more(tmp_path) -> None:  # type: ignore[no-untyped-def]
     plain, lora = tmp_path / "plain.onnx", tmp_path / "lora.onnx"
-    write(DeployGraph(small("detr"), HEIGHT, WIDTH), plain)
-    write(DeployGraph(adapted(), HEIGHT, WIDTH), lora)
+    write_onnx(DeployGraph(small("detr"), HEIGHT, WIDTH), plain)
+    write_onnx(DeployGraph(adapted(), HEIGHT, WIDTH), lora)
     kinds = [[node.op_type for node in onnx.load(path).graph.node] for path in (plain, lora)]
     assert kinds[0] == kinds[1]
 

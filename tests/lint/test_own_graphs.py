@@ -24,7 +24,7 @@ from onnx import ModelProto, helper
 from edgedetr.lint.lint import lint
 from edgedetr.lint.rtx import RtxResult, check_all
 from edgedetr.models import FAMILY
-from edgedetr.onnx_graph.fp16 import float_tensors, halve
+from edgedetr.onnx_graph.fp16 import convert_to_fp16, float_tensors
 from edgedetr.quantization.policy import load, plan
 from edgedetr.quantization.qdq import insert
 from edgedetr.quantization.rewrite import split_concats
@@ -68,11 +68,11 @@ def write(name: str, sampling: str, folder: Path) -> dict[str, Path]:
     paths = {precision: folder / f"{name}-{sampling}-{precision}.onnx" for precision in PRECISIONS}
     shutil.copy(members.exported(name, sampling=sampling), paths["fp32"])
     model, policy = onnx.load(str(paths["fp32"])), load("default")
-    paths["fp16"].write_bytes(halve(model, magnitudes(model), policy.float32).SerializeToString())
+    paths["fp16"].write_bytes(convert_to_fp16(model, magnitudes(model), policy.float32).SerializeToString())
     model = split_concats(model)
     seen, chosen = magnitudes(model), plan(model, policy)
     quantized = insert(model, chosen, tied(model, {name: seen[name] for name in tensors(model, chosen)}), TENSORRT)
-    paths["int8"].write_bytes(halve(quantized, seen, policy.float32).SerializeToString())
+    paths["int8"].write_bytes(convert_to_fp16(quantized, seen, policy.float32).SerializeToString())
     return paths
 
 

@@ -13,9 +13,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape
 
 from edgedetr.errors import ExportError
 from edgedetr.models import FAMILY
-from edgedetr.onnx_graph.activation_absmax import peaks
-from edgedetr.onnx_graph.fp16 import LARGEST, halve, islands
-from edgedetr.onnx_graph.fp16_simulation import twin
+from edgedetr.onnx_graph.fp16 import LARGEST, activation_absmax, convert_to_fp16, fp32_nodes
+from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
 from edgedetr.quantization.policy import Policy, Rule, load, plan
 from edgedetr.quantization.qdq import insert
 from edgedetr.quantization.targets import TENSORRT
@@ -75,7 +74,12 @@ def member(request) -> tuple[str, ModelProto, ModelProto, np.ndarray]:
     """(name, float graph, its FP16 form, an image)."""
     model = onnx.load(str(members.exported(request.param)))
     images = members.pictures(1).numpy()
-    return request.param, model, halve(model, peaks(model, [images]), load("default").float32), images
+    return (
+        request.param,
+        model,
+        convert_to_fp16(model, activation_absmax(model, [images]), load("default").float32),
+        images,
+    )
 
 
 def test_every_node_of_every_member_reads_and_gives_one_float_type(member):
@@ -96,7 +100,7 @@ def test_every_node_of_every_member_reads_and_gives_one_float_type(member):
 
 def test_layers_are_fp16_and_indices_boxes_and_ranks_are_not(member):
     _, model, _, _ = member
-    half = halve(model, {})  # without the ranges of random weights, which do leave FP16
+    half = convert_to_fp16(model, {})  # without the ranges of random weights, which do leave FP16
     kinds: dict[str, Counter[int]] = {}
     found = types(half)
     for node in half.graph.node:
@@ -129,7 +133,7 @@ def _twin(data: bytes) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(data)
-        return twin(path)
+        return simulate_fp16(path)
 
 
 def test_a_tensor_that_was_seen_too_large_stays_float32_with_all_that_reads_it():
@@ -143,11 +147,11 @@ def test_a_tensor_that_was_seen_too_large_stays_float32_with_all_that_reads_it()
         w=W,
     )
     fine = {"images": 1.0, "a": 10.0, "r": 10.0, "b": 10.0, "logits": 10.0}
-    assert islands(model, fine) == {}
-    found = islands(model, {**fine, "r": 2 * LARGEST})
+    assert fp32_nodes(model, fine) == {}
+    found = fp32_nodes(model, {**fine, "r": 2 * LARGEST})
     assert set(found) == {"relu", "two"}
     assert "r reaches 6e+04, FP16 ends at 65504" in found["two"]
-    half = halve(model, {**fine, "r": 2 * LARGEST})
+    half = convert_to_fp16(model, {**fine, "r": 2 * LARGEST})
     assert [kind_of(half, name) for name in ("one", "relu", "two", "three")] == [HALF, FLOAT, FLOAT, HALF]
 
 
@@ -165,10 +169,10 @@ def test_the_island_keeps_an_overflow_away(rng):
     )
     images = np.full(SIZE, 300, np.float32)
     # The last layer multiplies the infinity by its zeros as well.
-    assert not np.isfinite(run(_twin(halve(model, {}).SerializeToString()), images)["logits"]).any()
-    seen = peaks(model, [images])
+    assert not np.isfinite(run(_twin(convert_to_fp16(model, {}).SerializeToString()), images)["logits"]).any()
+    seen = activation_absmax(model, [images])
     assert seen["square"] == pytest.approx(90000)
-    kept = run(_twin(halve(model, seen).SerializeToString()), images)["logits"]
+    kept = run(_twin(convert_to_fp16(model, seen).SerializeToString()), images)["logits"]
     np.testing.assert_allclose(kept, 90, rtol=1e-3)
 
 
@@ -182,8 +186,8 @@ def test_a_norm_whose_squares_leave_fp16_stays_float32():
         w=W,
         scale=np.ones(8, np.float32),
     )
-    assert islands(model, {"a": 100.0}) == {}
-    assert "its square would leave FP16" in islands(model, {"a": 200.0})["norm"]
+    assert fp32_nodes(model, {"a": 100.0}) == {}
+    assert "its square would leave FP16" in fp32_nodes(model, {"a": 200.0})["norm"]
 
 
 @pytest.mark.parametrize("value, stays", [(1e-5, True), (7e4, True), (1e-3, False), (0.0, False), (6.2e-5, False)])
@@ -193,8 +197,8 @@ def test_constants_that_fp16_cannot_hold_keep_their_node_in_float32(value, stays
         w=W,
         c=np.array(value, np.float32),
     )
-    assert ("sum" in islands(model, {})) == stays
-    half = halve(model, {})
+    assert ("sum" in fp32_nodes(model, {})) == stays
+    half = convert_to_fp16(model, {})
     constant = next(item for item in half.graph.initializer if item.name in ("c", "c_half"))
     assert (constant.data_type == FLOAT) == stays
 
@@ -202,8 +206,8 @@ def test_constants_that_fp16_cannot_hold_keep_their_node_in_float32(value, stays
 def test_what_the_policy_names_stays_float32_and_gets_casts_around_it():
     model = graph([conv("images", "a", "body/one"), conv("a", "b", "head/two"), conv("b", "logits", "tail/three")], w=W)
     rule = Rule("a reason", match=("head/*",))
-    assert islands(model, {}, (rule,)) == {"head/two": "a reason"}
-    half = halve(model, {}, (rule,))
+    assert fp32_nodes(model, {}, (rule,)) == {"head/two": "a reason"}
+    half = convert_to_fp16(model, {}, (rule,))
     assert [kind_of(half, name) for name in ("body/one", "head/two")] == [HALF, FLOAT]
     weights = {item.name: item.data_type for item in half.graph.initializer}
     assert weights == {"w": FLOAT, "w_half": HALF}
@@ -215,16 +219,16 @@ def test_pixels_are_normalized_before_they_are_rounded():
         w=W,
         scale=np.array(1 / 255, np.float32),
     )
-    assert islands(model, {}) == {"normalize": "computed from float32 values alone"}
+    assert fp32_nodes(model, {}) == {"normalize": "computed from float32 values alone"}
 
 
 def test_a_pair_of_int8_has_fp16_scales_and_the_type_of_its_layer(rng):
     nodes = [conv("images", "a", "one"), conv("a", "b", "two"), conv("b", "logits", "three")]
     model = graph(nodes, w=rng.normal(0, 0.2, (16, 16, 1, 1)).astype(np.float32))
-    seen = peaks(model, [rng.normal(0, 2, SIZE).astype(np.float32)])
+    seen = activation_absmax(model, [rng.normal(0, 2, SIZE).astype(np.float32)])
     quantized = insert(model, plan(model, Policy("all")), seen, TENSORRT)
     for peak, kind in ((seen["a"], HALF), (2 * LARGEST, FLOAT)):
-        half = halve(quantized, {**seen, "a": peak})
+        half = convert_to_fp16(quantized, {**seen, "a": peak})
         scales = {item.name: numpy_helper.to_array(item) for item in half.graph.initializer if "_scale" in item.name}
         # Both nodes of a pair have one type; a layer in float32 has its pairs in float32.
         assert kind_of(half, "two") == kind_of(half, "a_DequantizeLinear") == kind
@@ -242,7 +246,7 @@ def test_a_scale_that_is_no_fp16_number_is_a_defect_that_is_told(rng):
     model = graph([conv("images", "a", "one"), conv("a", "logits", "two")], w=W)
     quantized = insert(model, plan(model, Policy("all")), {"images": 1.0, "a": 1.0}, replace(TENSORRT, half=False))
     with pytest.raises(ExportError, match="a scale is no normal FP16 number.*quantize again"):
-        halve(quantized, {})
+        convert_to_fp16(quantized, {})
 
 
 def test_branches_and_unknown_operators_are_refused():
@@ -251,12 +255,12 @@ def test_branches_and_unknown_operators_are_refused():
     )
     branch = helper.make_node("If", ["flag"], ["logits"], "choice", then_branch=inner, else_branch=inner)
     with pytest.raises(ExportError, match="choice: If holds a graph of its own"):
-        halve(graph([branch], flag=np.array(True)), {})
+        convert_to_fp16(graph([branch], flag=np.array(True)), {})
     model = graph([conv("images", "unknown", "one"), helper.make_node("Relu", ["unknown"], ["logits"], "relu")], w=W)
     model.graph.node[0].CopyFrom(helper.make_node("Mystery", ["images"], ["unknown"], "x", domain="elsewhere"))
     model.opset_import.append(helper.make_opsetid("elsewhere", 1))
     with pytest.raises(ExportError, match="the type of tensor 'unknown' cannot be inferred"):
-        halve(model, {})
+        convert_to_fp16(model, {})
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -265,12 +269,12 @@ def test_a_tensor_that_is_not_finite_is_named(bad):
     images = np.zeros(SIZE, np.float32)
     images[0, 3, 2, 2] = bad
     with pytest.raises(ExportError, match="tensor '(images|a)' is (nan|inf)"):
-        peaks(model, [images])
+        activation_absmax(model, [images])
 
 
 def test_peaks_are_the_largest_magnitudes_over_all_images(rng):
     model = graph([conv("images", "a", "one"), helper.make_node("Relu", ["a"], ["logits"], "relu")], w=-W)
     batches = [rng.normal(0, 1, SIZE).astype(np.float32), rng.normal(0, 3, SIZE).astype(np.float32)]
-    found = peaks(model, batches)
+    found = activation_absmax(model, batches)
     assert found["images"] == found["a"] == max(float(np.abs(batch).max()) for batch in batches)
     assert found["logits"] == max(float((-batch).max()) for batch in batches)

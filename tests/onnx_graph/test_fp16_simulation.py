@@ -10,7 +10,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import BundleError
-from edgedetr.onnx_graph.fp16_simulation import MOVES, has_half, twin
+from edgedetr.onnx_graph.fp16_simulation import MOVES, simulate_fp16
 from edgedetr.runtime.backends import onnxruntime, openvino
 
 HALF = TensorProto.FLOAT16
@@ -58,14 +58,14 @@ def test_an_overflow_is_infinite_in_the_twin_and_hidden_in_the_graph_itself(opti
     with np.errstate(over="ignore"):
         expected = np.float16(300) * np.float16(300) * np.float16(1e-3)
     assert np.isinf(expected)
-    assert np.isinf(run(twin(path), images)).all()
+    assert np.isinf(run(simulate_fp16(path), images)).all()
     # 90 in exact arithmetic; ONNX Runtime keeps the product in float32 between the two nodes.
     np.testing.assert_allclose(run(path.read_bytes(), images, optimize), 90, rtol=2e-3)  # 1e-3 in FP16 is 1.0004e-3
-    np.testing.assert_allclose(run(twin(path, rounded=False), images, optimize), 90, rtol=2e-3)
+    np.testing.assert_allclose(run(simulate_fp16(path, rounded=False), images, optimize), 90, rtol=2e-3)
 
 
 def test_openvino_takes_the_pairs_out_so_it_must_not_score_fp16(tmp_path):
-    found = openvino.tensors(twin(saved(overflow(), tmp_path)), np.full((1, 4), 300, np.float32), ["logits"])
+    found = openvino.tensors(simulate_fp16(saved(overflow(), tmp_path)), np.full((1, 4), 300, np.float32), ["logits"])
     assert np.isfinite(found["logits"]).all()
 
 
@@ -93,8 +93,8 @@ def test_every_value_is_what_numpy_computes_in_float16(tmp_path, rng):
     relu = np.maximum(images.astype(np.float16) * weight, np.float16(0))
     expected = (relu + bias) - np.sqrt(relu)
     assert expected.dtype == np.float16
-    np.testing.assert_array_equal(run(twin(path), images), expected.astype(np.float32))
-    assert np.abs(run(twin(path, rounded=False), images) - expected).max() > 1e-4  # without the pairs
+    np.testing.assert_array_equal(run(simulate_fp16(path), images), expected.astype(np.float32))
+    assert np.abs(run(simulate_fp16(path, rounded=False), images) - expected).max() > 1e-4  # without the pairs
 
 
 def test_small_numbers_are_lost_as_on_a_gpu(tmp_path):
@@ -108,7 +108,9 @@ def test_small_numbers_are_lost_as_on_a_gpu(tmp_path):
         ),
         tmp_path,
     )
-    np.testing.assert_array_equal(run(twin(path), np.array([[2e-8, 70000, 2049]], np.float32)), [[0, np.inf, 2048]])
+    np.testing.assert_array_equal(
+        run(simulate_fp16(path), np.array([[2e-8, 70000, 2049]], np.float32)), [[0, np.inf, 2048]]
+    )
 
 
 def test_integers_are_not_rounded_again_behind_a_pair_of_int8(tmp_path):
@@ -128,7 +130,7 @@ def test_integers_are_not_rounded_again_behind_a_pair_of_int8(tmp_path):
         ),
         tmp_path,
     )
-    found = run(twin(path), np.array([[1.011, -0.5]], np.float32))
+    found = run(simulate_fp16(path), np.array([[1.011, -0.5]], np.float32))
     np.testing.assert_array_equal(found, np.array([[101, -50]], np.float32) * scale.astype(np.float32))
 
 
@@ -145,21 +147,18 @@ def test_operators_that_only_move_values_get_no_pair(tmp_path):
         ),
         tmp_path,
     )
-    pairs = [node.name for node in onnx.load_from_string(twin(path)).graph.node if node.name.endswith("_pair")]
+    pairs = [node.name for node in onnx.load_from_string(simulate_fp16(path)).graph.node if node.name.endswith("_pair")]
     assert sorted(pairs) == ["e_pair", "e_rounded_pair", "x_pair", "x_rounded_pair"]
     assert not MOVES & {"Add", "Mul", "MatMul", "Conv", "Softmax", "Sigmoid", "LayerNormalization", "AveragePool"}
 
 
-def test_a_graph_without_fp16_is_its_own_twin(tmp_path):
+def test_a_graph_without_fp16_comes_back_unchanged(tmp_path):
     path = saved(graph([helper.make_node("Relu", ["images"], ["logits"], "relu")], (1, 2)), tmp_path)
-    assert not has_half(path)
-    assert onnx.load_from_string(twin(path)) == onnx.load(str(path))
-    (tmp_path / "half").mkdir()
-    assert has_half(saved(overflow(), tmp_path / "half"))
+    assert onnx.load_from_string(simulate_fp16(path)) == onnx.load(str(path))
 
 
 def test_what_is_no_onnx_is_one_error(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"no protobuf at all")
     with pytest.raises(BundleError, match="not an ONNX file.*written by edgedetr export"):
-        twin(path)
+        simulate_fp16(path)

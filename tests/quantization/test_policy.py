@@ -31,7 +31,7 @@ def test_the_shipped_default_gives_a_reason_for_every_rule():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("quantize = ['Conv']", "unknown key 'quantize'; did you mean 'quantize'"),
+        ("quantise = ['Conv']", "unknown key 'quantise'; did you mean 'quantize'"),
         ("quantize = 'Conv'", "quantize is 'Conv'; expected a list of strings"),
         ("residuals = 'yes'", "residuals is 'yes'; expected bool"),
         ("[[float]]\nmatch = ['*']", "has no reason"),

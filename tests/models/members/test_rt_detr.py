@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 from members import CLASSES, HEIGHT, SMALL, WIDTH, pictures
 
-from edgedetr.exporting.to_onnx import write
+from edgedetr.exporting.to_onnx import write_onnx
 from edgedetr.models import build
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.models.detector import DetrModel, Memory
@@ -49,7 +49,7 @@ def test_learned_content_learns() -> None:
 
 def test_learned_content_is_deployed(tmp_path: Path) -> None:
     graph = DeployGraph(detector(), HEIGHT, WIDTH)
-    write(graph, tmp_path / "model.onnx", batch=None)
+    write_onnx(graph, tmp_path / "model.onnx", batch=None)
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     images = pictures(3)
     with torch.no_grad():

@@ -157,7 +157,7 @@ def test_a_bundle_with_weights_elsewhere_is_refused_by_every_path_that_opens_it(
     path = planted(bundle, in_an_initializer, where)
     planted(bundle, in_an_initializer, where, "model.frame-32x48.onnx")
     data, images = path.read_bytes(), np.zeros((1, 3, 32, 48), np.float32)
-    from edgedetr.onnx_graph.fp16_simulation import twin
+    from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
     from edgedetr.quantization.quantize import read
     from edgedetr.serving.deepstream import write_deepstream
     from edgedetr.serving.triton import write_repository
@@ -174,7 +174,7 @@ def test_a_bundle_with_weights_elsewhere_is_refused_by_every_path_that_opens_it(
         "frames": lambda: write_frames(bundle, 64, 96),
         "triton": lambda: write_repository(bundle, tmp_path, "model.onnx"),
         "deepstream": lambda: write_deepstream(bundle, tmp_path),
-        "twin": lambda: twin(path),
+        "twin": lambda: simulate_fp16(path),
         "quantize": lambda: read(path),
         "load_frames": lambda: load_frames(bundle, make=OrtFrameRunner),
     }
