@@ -23,7 +23,7 @@ from edgedetr.importing.import_options import Kept
 from edgedetr.importing.original_model import Original
 from edgedetr.importing.output_meaning import Understood
 from edgedetr.importing.output_roles import Chosen
-from edgedetr.onnx_graph.index import GraphView
+from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import prepare
@@ -51,7 +51,7 @@ class _Judged:
 def choose(
     found: Understood,
     columns: Callable[[Activation], Kept],
-    view: GraphView,
+    graph: GraphIndex,
     model_type: str | None,
     noise: Sequence[np.ndarray],
     judge: Judge | None,
@@ -95,7 +95,7 @@ def choose(
         evidence = evidence or Evidence(best.activation, "the labels decide")
         layouts, decided = (best.layout,), True
     if found.activation is None and evidence is None:
-        evidence = _selects_by_all(view, found) or by_numbers(np.concatenate(noise))
+        evidence = _selects_by_all(graph, found) or by_numbers(np.concatenate(noise))
         if evidence is None or evidence.activation not in possible:
             raise _open(found, possible)
     activation = found.activation or (evidence.activation if evidence else BOTH[0])
@@ -133,15 +133,15 @@ def _open(found: Understood, possible: dict[Activation, Kept]) -> UsageError:
     )
 
 
-def _selects_by_all(view: GraphView, found: Understood) -> Evidence | None:
+def _selects_by_all(graph: GraphIndex, found: Understood) -> Evidence | None:
     """Whether the graph chooses its queries by the best of as many class scores: "no object" would win there."""
-    for node in view.nodes:
+    for node in graph.nodes:
         if node.op_type != "TopK":
             continue
-        maker = view.makers.get(node.input[0])
+        maker = graph.producers.get(node.input[0])
         while maker is not None and maker.op_type in ("Squeeze", "Reshape", "Cast", "Identity", "Sigmoid"):
-            maker = view.makers.get(maker.input[0])
-        shape = view.shape(maker.input[0]) if maker is not None and maker.op_type == "ReduceMax" else None
+            maker = graph.producers.get(maker.input[0])
+        shape = graph.shape(maker.input[0]) if maker is not None and maker.op_type == "ReduceMax" else None
         if shape and shape[-1] == found.width and len(shape) == 3:
             return Evidence(
                 "sigmoid",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnx import ModelProto, NodeProto
 
-from edgedetr.onnx_graph.index import GraphView
+from edgedetr.onnx_graph.index import GraphIndex
 
 _BY_INDEX = ("Gather", "GatherElements", "GatherND")
 
@@ -15,13 +15,13 @@ def prefix_nodes(model: ModelProto, queries: int) -> dict[str, int]:
     decoder    its output has one row per query; where the image happens to have as many tokens, these count as well
     selector   nothing leaves it but through a TopK, or through a Gather at the places that the TopK chose
     """
-    view = GraphView(model)
-    choosing = _choosing(view)
-    reaching = _reaching(view, choosing)
+    graph = GraphIndex(model)
+    choosing = _choosing(graph)
+    reaching = _reaching(graph, choosing)
     counts = {"decoder": 0, "selector": 0}
     for node in model.graph.node:
         role = ""
-        if any(_has_rows(view, name, queries) for name in node.output):
+        if any(_has_rows(graph, name, queries) for name in node.output):
             role = "decoder"
         elif choosing and node.name not in reaching:
             role = "selector"
@@ -32,16 +32,16 @@ def prefix_nodes(model: ModelProto, queries: int) -> dict[str, int]:
     return counts
 
 
-def _has_rows(view: GraphView, name: str, queries: int) -> bool:
-    shape = view.shape(name)
+def _has_rows(graph: GraphIndex, name: str, queries: int) -> bool:
+    shape = graph.shape(name)
     return shape is not None and 2 <= len(shape) <= 3 and shape[-2] == queries
 
 
-def _choosing(view: GraphView) -> set[str]:
+def _choosing(graph: GraphIndex) -> set[str]:
     """Names of the TopK nodes, and of the Gathers that read at the places which they chose."""
     chosen: set[str] = set()
     places: set[str] = set()
-    for node in view.nodes:
+    for node in graph.nodes:
         if node.op_type == "TopK":
             chosen.add(node.name)
             places.add(node.output[1])
@@ -52,14 +52,14 @@ def _choosing(view: GraphView) -> set[str]:
     return chosen
 
 
-def _reaching(view: GraphView, barred: set[str]) -> set[str]:
+def _reaching(graph: GraphIndex, barred: set[str]) -> set[str]:
     """Names of the nodes from which an output is reached without passing a barred node."""
     reached: set[str] = set()
-    waiting: list[NodeProto] = [view.makers[name] for name in view.outputs if name in view.makers]
+    waiting: list[NodeProto] = [graph.producers[name] for name in graph.outputs if name in graph.producers]
     while waiting:
         node = waiting.pop()
         if node.name in reached or node.name in barred:
             continue
         reached.add(node.name)
-        waiting.extend(view.makers[name] for name in node.input if name in view.makers)
+        waiting.extend(graph.producers[name] for name in node.input if name in graph.producers)
     return reached

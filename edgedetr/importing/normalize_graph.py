@@ -14,7 +14,7 @@ from edgedetr.exporting.to_onnx import OPSET
 from edgedetr.importing import io_contract, surgery
 from edgedetr.importing.onnx_sidecars import PROCESSOR, Beside
 from edgedetr.onnx_graph.control_flow import first_line, sort_nodes
-from edgedetr.onnx_graph.index import GraphView, title
+from edgedetr.onnx_graph.index import GraphIndex, display_name
 from edgedetr.onnx_graph.io import open_onnx, tensors
 from edgedetr.onnx_graph.opset import to_opset
 from edgedetr.onnx_graph.settle_sizes import settle
@@ -79,9 +79,9 @@ def read_model(path: Path) -> ModelProto:
     except Exception as error:  # C++ errors of several kinds, and protobuf's own
         raise ExportError(f"{path}: not valid ONNX ({first_line(error)}); export the model again") from error
     _require_values(model, path)
-    view = GraphView(model, infer=False)
+    graph = GraphIndex(model)
     others = sorted(
-        {f"{node.op_type} ({node.domain})" for node in view.everywhere if node.domain not in ("", "ai.onnx")}
+        {f"{node.op_type} ({node.domain})" for node in graph.all_nodes if node.domain not in ("", "ai.onnx")}
     )
     if others:
         raise ExportError(
@@ -90,7 +90,7 @@ def read_model(path: Path) -> ModelProto:
         )
     quantized = [
         node.op_type
-        for node in view.everywhere
+        for node in graph.all_nodes
         if node.op_type.endswith(("QuantizeLinear", "Integer")) or node.op_type.startswith("QLinear")
     ]
     if quantized:
@@ -137,7 +137,7 @@ def size_of(model: ModelProto, image: str, asked: tuple[int, int] | None, beside
 
 def fixed(
     original: ModelProto, taken: io_contract.Inputs, height: int, width: int
-) -> tuple[ModelProto, GraphView, bool]:
+) -> tuple[ModelProto, GraphIndex, bool]:
     """The graph for one image of one size, an index of it, and whether the file computes in halves of float32."""
     model = ModelProto()
     model.CopyFrom(original)
@@ -150,21 +150,21 @@ def fixed(
     for node in model.graph.node:
         if node.op_type in _REFUSED:
             raise ExportError(
-                f"{title(node)} is {node.op_type}: {_REFUSED[node.op_type]}, which TensorRT does not "
+                f"{display_name(node)} is {node.op_type}: {_REFUSED[node.op_type]}, which TensorRT does not "
                 "run; export the model with a fixed size and without its post-processing"
             )
-    view = GraphView(model)
-    if view.fault:
+    graph = GraphIndex(model)
+    if graph.inference_error:
         raise ExportError(
-            f"sizes cannot be inferred for a {height} x {width} image ({view.fault}); expected a model "
+            f"sizes cannot be inferred for a {height} x {width} image ({graph.inference_error}); expected a model "
             "that takes this size; say another with --input HxW"
         )
-    text = next((name for name, kind in view.types.items() if kind == TensorProto.STRING), None)
+    text = next((name for name, kind in graph.types.items() if kind == TensorProto.STRING), None)
     if text is not None:
         raise ExportError(
             f"tensor {text!r} holds text, which TensorRT does not run; export the model without its post-processing"
         )
-    return model, view, half
+    return model, graph, half
 
 
 def dtype_of(model: ModelProto, name: str) -> np.dtype:

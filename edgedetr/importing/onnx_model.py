@@ -35,7 +35,7 @@ from edgedetr.importing.trace_outputs import run
 from edgedetr.onnx_graph.control_flow import first_line
 from edgedetr.onnx_graph.fold import fold, remove_unused
 from edgedetr.onnx_graph.gather_sampling import gather_samples
-from edgedetr.onnx_graph.index import GraphView
+from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.opset import IR_VERSION
 from edgedetr.onnx_graph.widen import drop_idle_casts
 from edgedetr.options import one_of
@@ -169,7 +169,7 @@ def bring(
     names = read_names(classes) if classes is not None else None
     taken = io_contract.inputs(original)
     height, width = size_of(original, taken.image, size, beside)
-    model, view, half = fixed(original, taken, height, width)
+    model, graph, half = fixed(original, taken, height, width)
     pixels = _pixels(pixels, beside, [item.name for item in model.graph.output])
     contract = InputContract(height, width, pixels.resize)
     record = _record(data)
@@ -177,7 +177,7 @@ def bring(
     images = probes(dataset, contract)
     oracle = Original(original, taken, pixels.factor, pixels.shift)
     feeds = [oracle.feed(images[number : number + 1]) for number in range(len(images))]
-    found = understand(model, view, feeds, Asked(activation, boxes, tuple(outputs)), SIDE)
+    found = understand(model, graph, feeds, Asked(activation, boxes, tuple(outputs)), SIDE)
     known = dataset.classes if dataset is not None else None
     source = "--classes"
     if names is None and columns is None and beside.names is not None:
@@ -189,7 +189,7 @@ def bring(
 
     noise = [found.logits.rows(value) for value in run(model, [found.logits.tensor], feeds[:NOISE])]
     judge = Judge(dataset, oracle, contract) if dataset is not None and len(dataset) else None
-    choice = choose(found, kept_by, view, beside.model_type, noise, judge, counted)
+    choice = choose(found, kept_by, graph, beside.model_type, noise, judge, counted)
     found, kept = choice.found, choice.kept
     output = OutputContract(kept.activation, found.top_k or OutputContract().top_k)
     if taken.sizes:
@@ -216,7 +216,7 @@ def bring(
     prefix_nodes(result, found.queries)
     remove_unused(result)
     manifest = Manifest(MODEL, kept.classes, contract, output, data=record)
-    opset = GraphView(original, infer=False).opset
+    opset = GraphIndex(original).opset
     _finish(result, manifest, path, opset)
     notes = [*found.why, *beside.notes, *_sizes(beside, height, width)]
     ours = _objects(result, images, output, found)

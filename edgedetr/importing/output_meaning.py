@@ -24,7 +24,7 @@ from edgedetr.importing.trace_outputs import (
     matrices,
     run,
 )
-from edgedetr.onnx_graph.index import GraphView
+from edgedetr.onnx_graph.index import GraphIndex
 
 Feeds = Sequence[dict[str, np.ndarray]]
 Pair = tuple[float, float]
@@ -86,7 +86,7 @@ class Understood:
         )
 
 
-def understand(model: ModelProto, view: GraphView, feeds: Feeds, asked: Asked, side: int) -> Understood:
+def understand(model: ModelProto, graph: GraphIndex, feeds: Feeds, asked: Asked, side: int) -> Understood:
     """Of the graph at its fixed size.
 
     feeds   inputs of a few images
@@ -100,19 +100,19 @@ def understand(model: ModelProto, view: GraphView, feeds: Feeds, asked: Asked, s
             f"output {faults[0]} has NaN or infinity on an image; expected finite numbers: check "
             "--scale, --mean and --std, and the file itself"
         )
-    found = roles(view, names, values, asked.outputs)
+    found = roles(graph, names, values, asked.outputs)
     image = next(value for value in feeds[0].values() if value.ndim == 4)
     sides = float(image.shape[3]), float(image.shape[2])
     factors = [(1.0, 1.0), sides, (float(side), float(side))]
     if isinstance(found, Chosen):
-        return _chosen(model, view, feeds, found, factors, asked)
-    return _dense(model, view, feeds, found, factors, asked)
+        return _chosen(model, graph, feeds, found, factors, asked)
+    return _dense(model, graph, feeds, found, factors, asked)
 
 
 def _dense(
-    model: ModelProto, view: GraphView, feeds: Feeds, found: Dense, factors: list[Pair], asked: Asked
+    model: ModelProto, graph: GraphIndex, feeds: Feeds, found: Dense, factors: list[Pair], asked: Asked
 ) -> Understood:
-    inner = [matrices(view, block.tensor) for block in (found.scores, found.boxes)]
+    inner = [matrices(graph, block.tensor) for block in (found.scores, found.boxes)]
     values = run(model, list(dict.fromkeys([*inner[0], *inner[1], found.scores.tensor, found.boxes.tensor])), feeds)
     scores, boxes = ([block.rows(value) for value in values] for block in (found.scores, found.boxes))
     whole = _finite(scores, "class outputs"), _finite(boxes, "boxes")
@@ -122,7 +122,7 @@ def _dense(
     logarithms = bool(whole[0].max() <= 0)
     powers = [np.exp(one.astype(np.float64)) for one in scores] if logarithms else scores
     traced = logits_of(powers, inner[0], values) if probabilities or logarithms else None
-    bent = None if traced is not None or asked.activation else bent_by(view, found.scores.tensor)
+    bent = None if traced is not None or asked.activation else bent_by(graph, found.scores.tensor)
     if traced is not None:
         logits, activation, width = traced
         _agreed(asked.activation, activation)
@@ -153,7 +153,7 @@ def _dense(
                 else "--activation says so"
             )
         )
-    it = _boxes(view, found.boxes, whole[1], boxes, inner[1], values, factors, asked)
+    it = _boxes(graph, found.boxes, whole[1], boxes, inner[1], values, factors, asked)
     return Understood(
         found,
         logits,
@@ -184,7 +184,7 @@ class _Boxes:
 
 
 def _boxes(
-    view: GraphView,
+    graph: GraphIndex,
     output: Block,
     whole: np.ndarray,
     boxes: list[np.ndarray],
@@ -219,7 +219,7 @@ def _boxes(
     pixels = asked.boxes.endswith("-pixels") if asked.boxes else box_format.in_pixels(whole)
     unit = factors[1] if pixels else (1.0, 1.0)
     fits = _layouts(whole / np.array(unit * 2), asked)
-    if not fits.decided and ends_in_sigmoid(view, output.tensor):
+    if not fits.decided and ends_in_sigmoid(graph, output.tensor):
         fits = Fitting(("cxcywh",), True, "they come straight out of a Sigmoid, which keeps no two corners in order")
     form = BoxForm(fits.layouts[0], unit)
     return _Boxes(output, form, form, fits.layouts, fits.decided, f"{form.words()}: {fits.why}")
@@ -258,9 +258,9 @@ def _layouts(shares: np.ndarray, asked: Asked) -> Fitting:
 
 
 def _chosen(
-    model: ModelProto, view: GraphView, feeds: Feeds, found: Chosen, factors: list[Pair], asked: Asked
+    model: ModelProto, graph: GraphIndex, feeds: Feeds, found: Chosen, factors: list[Pair], asked: Asked
 ) -> Understood:
-    inner = [matrices(view, name) for name in (found.scores[0], found.boxes[0])]
+    inner = [matrices(graph, name) for name in (found.scores[0], found.boxes[0])]
     outputs = [found.labels[0], found.scores[0], found.boxes[0]]
     values = run(model, list(dict.fromkeys([*inner[0], *inner[1], *outputs])), feeds)
     answers = [found.rows(value) for value in values]

@@ -15,7 +15,7 @@ import numpy as np
 from edgedetr.errors import ExportError, UsageError
 from edgedetr.importing.class_format import are_probabilities
 from edgedetr.importing.trace_outputs import Block, plain
-from edgedetr.onnx_graph.index import GraphView
+from edgedetr.onnx_graph.index import GraphIndex
 
 # As the libraries name them: classes, boxes. Only where shapes leave several.
 PAIRS = (
@@ -65,7 +65,7 @@ class Rows:
     scores: np.ndarray
 
 
-def roles(view: GraphView, names: Sequence[str], values: Values, asked: Sequence[str] = ()) -> Dense | Chosen:
+def roles(graph: GraphIndex, names: Sequence[str], values: Values, asked: Sequence[str] = ()) -> Dense | Chosen:
     """What the outputs are; ExportError that lists them where none of the forms fits, or several do.
 
     asked   names of the outputs to use, where the caller says it
@@ -93,7 +93,7 @@ def roles(view: GraphView, names: Sequence[str], values: Values, asked: Sequence
         listed = " or ".join(f"--outputs {one},{other}" for one, other in pairs[:4])
         raise ExportError(f"{len(pairs)} pairs of outputs may be classes and boxes; say which: {listed}")
     if len(used) == 1 and len(shapes[used[0]]) == 2:
-        found = _taken_apart(view, used[0], values)
+        found = _taken_apart(graph, used[0], values)
         if found is not None:
             return found
     listed = ", ".join(f"{name} {list(values[0][name].shape)}" for name in names)
@@ -161,7 +161,7 @@ def _are_scores(columns: Sequence[np.ndarray]) -> bool:
     return np.issubdtype(every.dtype, np.floating) and bool(len(every)) and are_probabilities(every)
 
 
-def _taken_apart(view: GraphView, name: str, values: Values) -> Dense | Chosen | None:
+def _taken_apart(graph: GraphIndex, name: str, values: Values) -> Dense | Chosen | None:
     """One output as boxes and classes, or as chosen objects."""
     rows = [plain(value[name]) for value in values]
     if rows[0].shape[1] == 6:
@@ -169,7 +169,7 @@ def _taken_apart(view: GraphView, name: str, values: Values) -> Dense | Chosen |
         if found is not None:
             return found
     fits = [turned for turned in (False, True) if rows[0].shape[0 if turned else 1] > 4]
-    traced = _concat(view, name)
+    traced = _concat(graph, name)
     found_blocks = []
     for turned in fits:
         wide = np.concatenate([row.T if turned else row for row in rows])
@@ -211,12 +211,12 @@ def _six(name: str, rows: Sequence[np.ndarray]) -> Chosen | None:
     return None
 
 
-def _concat(view: GraphView, name: str) -> list[tuple[bool, int]] | None:
+def _concat(graph: GraphIndex, name: str) -> list[tuple[bool, int]] | None:
     """How the Concat behind an output joins: along the rows, [4 + K, N], or not; where 4 begin. None: unknown."""
     turned = False
-    while (node := view.makers.get(name)) is not None:
+    while (node := graph.producers.get(name)) is not None:
         if node.op_type == "Concat":
-            shapes = [view.shape(one) or [] for one in node.input]
+            shapes = [graph.shape(one) or [] for one in node.input]
             rank = len(shapes[0])
             axis = next((item.i for item in node.attribute if item.name == "axis"), 0) % max(rank, 1)
             sizes = [shape[axis] for shape in shapes if len(shape) == rank]

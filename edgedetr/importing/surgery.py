@@ -13,7 +13,7 @@ from edgedetr.importing.box_format import BoxForm
 from edgedetr.importing.trace_outputs import Block
 from edgedetr.onnx_graph.control_flow import rename
 from edgedetr.onnx_graph.graph_builder import Part
-from edgedetr.onnx_graph.index import GraphView
+from edgedetr.onnx_graph.index import GraphIndex
 
 OURS = ("images", "logits", "boxes")  # names of a bundle's inputs and outputs
 
@@ -61,33 +61,33 @@ def absorb_scales(model: ModelProto) -> int:
     """
     done = 0
     while True:
-        view = GraphView(model, infer=False)
-        found = {item.conv.name: item for node in view.nodes if (item := _scaling(view, node)) is not None}
+        graph = GraphIndex(model)
+        found = {item.conv.name: item for node in graph.nodes if (item := _scaling(graph, node)) is not None}
         for item in found.values():
-            _absorb(model, view, item)
+            _absorb(model, graph, item)
         if not found:
             return done
         done += len(found)
 
 
-def _scaling(view: GraphView, node: NodeProto) -> _Scaling | None:
+def _scaling(graph: GraphIndex, node: NodeProto) -> _Scaling | None:
     """What a node does to the Conv that it alone reads, where that is a scaling by constants."""
     if node.op_type not in ("BatchNormalization", "Mul", "Add"):
         return None
     for index in range(1 if node.op_type == "BatchNormalization" else 2):
-        conv = view.makers.get(node.input[index])
-        if conv is None or conv.op_type != "Conv" or conv.output[0] in view.outputs:
+        conv = graph.producers.get(node.input[index])
+        if conv is None or conv.op_type != "Conv" or conv.output[0] in graph.outputs:
             continue
         rest = [*conv.input[1:], *node.input[:index], *node.input[index + 1 :]]
-        if not all(name in view.constants for name in rest if name) or len(view.readers[conv.output[0]]) > 1:
+        if not all(name in graph.constants for name in rest if name) or len(graph.consumers[conv.output[0]]) > 1:
             continue
-        channels = view.constants[conv.input[1]].dims[0]
+        channels = graph.constants[conv.input[1]].dims[0]
         if node.op_type == "BatchNormalization":
-            gain, shift, mean, variance = (view.constant(name).astype(np.float64) for name in node.input[1:5])
+            gain, shift, mean, variance = (graph.constant(name).astype(np.float64) for name in node.input[1:5])
             epsilon = next((item.f for item in node.attribute if item.name == "epsilon"), 1e-5)
             factor = gain / np.sqrt(variance + epsilon)
             return _Scaling(conv, node, factor, shift - mean * factor)
-        value = _spread(view.constant(node.input[1 - index]).astype(np.float64), channels)
+        value = _spread(graph.constant(node.input[1 - index]).astype(np.float64), channels)
         if value is not None:
             multiplies = node.op_type == "Mul"
             return _Scaling(
@@ -103,11 +103,11 @@ def _spread(value: np.ndarray, channels: int) -> np.ndarray | None:
     return np.broadcast_to(value.reshape(-1), (channels,)) if value.size == 1 or per_channel else None
 
 
-def _absorb(model: ModelProto, view: GraphView, item: _Scaling) -> None:
+def _absorb(model: ModelProto, graph: GraphIndex, item: _Scaling) -> None:
     conv = item.conv
-    weight = view.constant(conv.input[1]).astype(np.float64)
+    weight = graph.constant(conv.input[1]).astype(np.float64)
     biased = len(conv.input) > 2 and bool(conv.input[2])
-    bias = view.constant(conv.input[2]).astype(np.float64) if biased else np.zeros(len(weight))
+    bias = graph.constant(conv.input[2]).astype(np.float64) if biased else np.zeros(len(weight))
     # In float64: the fold is done once, and its rounding would stay in the weights.
     folded = {
         f"{conv.name}.weight": weight * item.factor[:, None, None, None],

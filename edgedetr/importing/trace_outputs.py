@@ -16,7 +16,7 @@ from edgedetr.errors import ExportError
 from edgedetr.importing.box_format import LAYOUTS, Layout, from_corners, to_corners
 from edgedetr.importing.class_format import BOTH, Activation, apply
 from edgedetr.onnx_graph.control_flow import first_line
-from edgedetr.onnx_graph.index import FLOATS, GraphView
+from edgedetr.onnx_graph.index import FLOATS, GraphIndex
 from edgedetr.runtime.backends.onnxruntime import plain_session
 
 # Of these operators only the first input carries the values that are decoded; the others are places and sizes.
@@ -84,48 +84,48 @@ def plain(value: np.ndarray) -> np.ndarray:
     return value[:, 0] if value.ndim == 3 and value.shape[1] == 1 else value
 
 
-def upstream(view: GraphView, output: str) -> Iterator[str]:
+def upstream(graph: GraphIndex, output: str) -> Iterator[str]:
     """Computed float tensors that an output's values come from, those nearest to the output first."""
-    order = {id(node): number for number, node in enumerate(view.nodes)}
+    order = {id(node): number for number, node in enumerate(graph.nodes)}
     waiting = [output]
     chosen: dict[int, NodeProto] = {}
     while waiting:
-        node = view.makers.get(waiting.pop())
+        node = graph.producers.get(waiting.pop())
         if node is None or order[id(node)] in chosen:
             continue
         chosen[order[id(node)]] = node
         waiting.extend(node.input[:1] if node.op_type in _BY_PLACE else node.input)
     for number in sorted(chosen, reverse=True):
         for name in chosen[number].output:
-            if name and view.types.get(name) in FLOATS and name not in view.constants:
+            if name and graph.types.get(name) in FLOATS and name not in graph.constants:
                 yield name
 
 
-def ends_in_sigmoid(view: GraphView, output: str) -> bool:
+def ends_in_sigmoid(graph: GraphIndex, output: str) -> bool:
     """Whether an output is what a Sigmoid gives, moved or picked at most."""
-    node = _maker(view, output, _MOVING)
+    node = _maker(graph, output, _MOVING)
     return node is not None and node.op_type == "Sigmoid"
 
 
-def bent_by(view: GraphView, output: str) -> str | None:
+def bent_by(graph: GraphIndex, output: str) -> str | None:
     """The operator that makes an output's values other than logits, by more than a factor and an offset; or None."""
-    node = _maker(view, output, (*_MOVING, "Neg", "Mul", "Add", "Sub", "Div", "Concat"))
+    node = _maker(graph, output, (*_MOVING, "Neg", "Mul", "Add", "Sub", "Div", "Concat"))
     return node.op_type if node is not None and node.op_type in _BENDING else None
 
 
-def _maker(view: GraphView, output: str, passed: Sequence[str]) -> NodeProto | None:
+def _maker(graph: GraphIndex, output: str, passed: Sequence[str]) -> NodeProto | None:
     """The first node behind an output that is none of the passed kinds; of several inputs, the first computed one."""
-    node = view.makers.get(output)
+    node = graph.producers.get(output)
     while node is not None and node.op_type in passed:
-        node = next((view.makers[name] for name in node.input if name in view.makers), None)
+        node = next((graph.producers[name] for name in node.input if name in graph.producers), None)
     return node
 
 
-def matrices(view: GraphView, output: str) -> list[str]:
+def matrices(graph: GraphIndex, output: str) -> list[str]:
     """Those of `upstream` that are two-dimensional but for axes of size 1, the nearest NEAREST."""
     found = []
-    for name in upstream(view, output):
-        shape = view.shape(name)
+    for name in upstream(graph, output):
+        shape = graph.shape(name)
         if shape is not None and None not in shape and len([size for size in shape if size and size > 1]) <= 2:
             found.append(name)
     return list(dict.fromkeys(found))[:NEAREST]

@@ -16,7 +16,7 @@ from onnx import ModelProto
 from edgedetr.errors import UsageError, did_you_mean
 from edgedetr.lint.lint_issue import RTX, TARGETS, Fault, Finding, Target
 from edgedetr.lint.rules import RULES
-from edgedetr.onnx_graph.index import GraphView
+from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.io import open_onnx
 
 SHOWN = 3  # reasons of one rule that the table names; the others are counted
@@ -68,7 +68,7 @@ class Report:
 
 def lint(model: ModelProto, targets: Iterable[str] = tuple(TARGETS)) -> tuple[Finding, ...]:
     """Every finding in a graph, in the order of the rules; one that concerns several targets is one finding."""
-    view = GraphView(model)
+    graph = GraphIndex(model)
     merged: dict[tuple[str, str, str], Finding] = {}
     once: dict[str, tuple[Fault, ...]] = {}
     for name in targets:
@@ -76,7 +76,7 @@ def lint(model: ModelProto, targets: Iterable[str] = tuple(TARGETS)) -> tuple[Fi
         for rule in RULES:
             faults = once.get(rule.id)
             if faults is None:
-                faults = tuple(rule.check(view, target))
+                faults = tuple(rule.check(graph, target))
                 once.update({} if rule.by_target else {rule.id: faults})
             for fault in faults:
                 key = rule.id, fault.node, fault.reason

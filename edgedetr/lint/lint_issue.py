@@ -9,7 +9,7 @@ from typing import Literal
 from onnx import NodeProto
 
 from edgedetr.lint.operator_table import OperatorTable, operator_table
-from edgedetr.onnx_graph.index import GraphView, title
+from edgedetr.onnx_graph.index import GraphIndex, display_name
 
 Severity = Literal["error", "warning"]
 
@@ -62,7 +62,7 @@ class Rule:
     """
 
     id: str
-    check: Callable[[GraphView, Target], Iterable[Fault]]
+    check: Callable[[GraphIndex, Target], Iterable[Fault]]
     source: str
     by_target: bool = False
 
@@ -88,4 +88,4 @@ class Finding:
 
 def at(node: NodeProto, reason: str, fix: str, severity: Severity = "error", source: str = "") -> Fault:
     """A fault of a node."""
-    return Fault(title(node), reason, fix, severity, source)
+    return Fault(display_name(node), reason, fix, severity, source)

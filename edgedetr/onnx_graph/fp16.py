@@ -12,7 +12,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 from edgedetr.errors import ExportError
-from edgedetr.onnx_graph.wiring import Wiring
+from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.policy import Rule
 from edgedetr.runtime.backends.onnxruntime import plain_session
 
@@ -112,7 +112,7 @@ class _Halver:
         self.model = _plain(model)
         self.nodes = list(self.model.graph.node)
         self.peaks, self.rules = peaks, rules
-        self.wiring = Wiring(self.model)
+        self.graph = GraphIndex(self.model)
         self.floats = {name for name, kind in _types(self.model).items() if kind == FLOAT}
         self.index = {name: number for number, node in enumerate(self.nodes) for name in node.output}
         self.coordinates = self._coordinates()
@@ -132,9 +132,9 @@ class _Halver:
             return True
         if node.op_type != "Add":
             return False
-        makers = [self.wiring.makers.get(name) for name in node.input]
+        makers = [self.graph.producers.get(name) for name in node.input]
         return any(
-            maker is not None and maker.op_type == "MatMul" and other in self.wiring.constants
+            maker is not None and maker.op_type == "MatMul" and other in self.graph.initializers
             for maker, other in zip(makers, reversed(node.input))
         )
 
@@ -165,7 +165,7 @@ class _Halver:
         for number, node in enumerate(self.nodes):  # in the order of the graph: makers come first
             if number in found or self._feature(node) or not any(name in self.floats for name in node.output):
                 continue
-            read = [name for name in self._reads(node) if name not in self.wiring.constants]
+            read = [name for name in self._reads(node) if name not in self.graph.initializers]
             exact = [name in inputs or self.index.get(name, -1) in found for name in read]
             if node.op_type in _STEEP:
                 found[number] = f"{node.op_type} is steep or unbounded"
@@ -184,7 +184,7 @@ class _Halver:
         for number in range(len(self.nodes) - 1, -1, -1):  # a pair has the type of the layer that reads it
             node = self.nodes[number]
             if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-                readers = [self.index[reader.node.output[0]] for reader in self.wiring.readers[node.output[0]]]
+                readers = [self.index[reader.node.output[0]] for reader in self.graph.consumers[node.output[0]]]
                 if any(
                     r in found and self.nodes[r].op_type in ("Conv", "MatMul", "Gemm", "DequantizeLinear")
                     for r in readers
@@ -194,8 +194,8 @@ class _Halver:
 
     def _too_large(self, node: NodeProto) -> str:
         for name in [*self._reads(node), *node.output]:
-            if name in self.wiring.constants:
-                values = self.wiring.constant(name)
+            if name in self.graph.initializers:
+                values = self.graph.constant(name)
                 peak = float(np.abs(values).max()) if values.size else 0.0
                 bias = name in node.input[2:] if node.op_type in _FEATURES else self._feature(node)
                 if 0 < peak < SMALLEST and not bias:
@@ -211,13 +211,13 @@ class _Halver:
     def _peak(self, name: str) -> float:
         """Largest magnitude seen; behind a pair, that of the tensor in front of it."""
         for _ in range(2):
-            maker = self.wiring.makers.get(name)
+            maker = self.graph.producers.get(name)
             if name not in self.peaks and maker and maker.op_type in ("QuantizeLinear", "DequantizeLinear"):
                 name = maker.input[0]
         return self.peaks.get(name, 0.0)
 
     def _by_policy(self, node: NodeProto) -> str:
-        return next((rule.reason for rule in self.rules if rule.fits(node, self.wiring)), "")
+        return next((rule.reason for rule in self.rules if rule.fits(node, self.graph)), "")
 
     # Write.
 
@@ -233,8 +233,8 @@ class _Halver:
             for i, name in enumerate(source.input):
                 if name in self.floats:
                     node.input[i] = self._typed(name, FLOAT if (node.op_type, i) in _ALWAYS_FLOAT else kind, node)
-                elif name in self.wiring.constants:
-                    self.constants[name] = self.wiring.constants[name]
+                elif name in self.graph.initializers:
+                    self.constants[name] = self.graph.initializers[name]
             self._retype(node, kind)
             self.made.append(node)
             for i, name in enumerate(source.output):
@@ -255,13 +255,13 @@ class _Halver:
 
     def _typed(self, name: str, kind: int, node: NodeProto) -> str:
         """Name under which a float tensor can be read in a type."""
-        if name in self.wiring.constants:
+        if name in self.graph.initializers:
             if kind == FLOAT:
-                self.constants[name] = self.wiring.constants[name]
+                self.constants[name] = self.graph.initializers[name]
                 return name
             other = f"{name}_half"
             if other not in self.constants:
-                values = self.wiring.constant(name)
+                values = self.graph.constant(name)
                 rounded = values.astype(np.float16)
                 scale = node.op_type in ("QuantizeLinear", "DequantizeLinear")
                 if scale and not (np.array_equal(rounded, values) and (values >= SMALLEST).all()):

@@ -8,7 +8,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.onnx_graph.index import GraphView, attribute, text
+from edgedetr.onnx_graph.index import GraphIndex, int_attribute, string_attribute
 from edgedetr.onnx_graph.settle_sizes import shapes_by_running
 
 
@@ -17,16 +17,16 @@ def gather_samples(model: ModelProto) -> int:
 
     The graph is one of a fixed size: sizes that cannot be inferred are read off a run.
     """
-    view = GraphView(model)
-    samples = [node for node in view.nodes if node.op_type == "GridSample"]
-    unknown = [name for node in samples for name in node.input[:2] if not _known(view.shape(name))]
+    graph = GraphIndex(model)
+    samples = [node for node in graph.nodes if node.op_type == "GridSample"]
+    unknown = [name for node in samples for name in node.input[:2] if not _known(graph.shape(name))]
     seen = shapes_by_running(model, unknown)
     nodes: list[NodeProto] = []
-    for node in view.nodes:
+    for node in graph.nodes:
         if node.op_type != "GridSample":
             nodes.append(node)
             continue
-        shapes: list[Any] = [seen.get(name) or view.shape(name) for name in node.input[:2]]
+        shapes: list[Any] = [seen.get(name) or graph.shape(name) for name in node.input[:2]]
         fault = _fault(node, shapes)
         if fault:
             raise ExportError(
@@ -44,7 +44,7 @@ def gather_samples(model: ModelProto) -> int:
 
 def _fault(node: NodeProto, shapes: list[list[int | None] | None]) -> str:
     """What hinders the rewriting, or an empty string."""
-    mode, padding = text(node, "mode", "bilinear"), text(node, "padding_mode", "zeros")
+    mode, padding = string_attribute(node, "mode", "bilinear"), string_attribute(node, "padding_mode", "zeros")
     if mode not in ("bilinear", "linear", "nearest"):
         return f"has mode {mode!r}"
     if padding not in ("zeros", "border"):
@@ -105,11 +105,11 @@ class _Writer:
         scaled = self._do(
             "Mul",
             self._do("Gather", grid, self._constant(np.array(axis)), axis=2),
-            self._number(half if attribute(self.node, "align_corners", 0) else cells / 2),
+            self._number(half if int_attribute(self.node, "align_corners", 0) else cells / 2),
         )
-        outside = 0 if text(self.node, "padding_mode", "zeros") == "border" else 1
+        outside = 0 if string_attribute(self.node, "padding_mode", "zeros") == "border" else 1
         place = self._clip(self._do("Add", scaled, self._number(half)), -outside, cells - 1 + outside)
-        if text(self.node, "mode", "bilinear") == "nearest":
+        if string_attribute(self.node, "mode", "bilinear") == "nearest":
             nearest = self._do("Round", place)  # halves to even, as GridSample does
             inside = self._clip(nearest, 0, cells - 1)
             beyond = self._do("Abs", self._do("Sub", nearest, inside))

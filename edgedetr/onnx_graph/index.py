@@ -1,4 +1,4 @@
-"""A graph with everything a rule asks of it: who makes and reads a tensor, its type, its shape, its value."""
+"""GraphIndex: which node produces and which nodes consume a tensor, and the tensor's type, shape and constant value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,103 +14,112 @@ import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.onnx_graph.evaluate_node import OPERATORS, evaluate
-from edgedetr.onnx_graph.infer import in_order, infer_types, walk
+from edgedetr.onnx_graph.infer import Inferred, in_order, infer_types, walk
 from edgedetr.onnx_graph.tensor_checks import tensor_fault
 
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
-_SMALL = 4096  # elements of what is folded
+# Operators whose output has no negative value when their first input has none.
+_KEEP_SIGN = {
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Reshape",
+    "Transpose",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "Resize",
+    "Identity",
+}
+_NEVER_NEGATIVE = {"Relu", "Sigmoid", "Softmax"}
+_SMALL = 4096  # elements of the largest tensor that is folded
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Reader:
+class Consumer:
     """A node that reads a tensor, and at which input."""
 
     node: NodeProto
     index: int
 
 
-class GraphView:
-    """An index over a model; built once, never updated. Nothing in a file that anybody wrote makes it fail.
+class GraphIndex:
+    """An index over the main graph of a model, built once and never updated. It accepts damaged and hostile files.
 
-    types    element type (TensorProto.FLOAT, ...) by tensor, where it is known
-    shapes   sizes by tensor, None for an open dimension; absent where not even the rank is known
-    nodes, everywhere   of the graph itself; and also those inside control flow and local functions
-    order    place of the node that makes a tensor when each node stands behind those it reads
-    fault    why types and shapes could not be inferred, or ""
+    nodes, all_nodes    of the main graph; and also those inside control flow and local functions
+    node_by_name        nodes of the main graph
+    producers           the node that makes a tensor, by tensor
+    consumers           the nodes that read a tensor, by tensor
+    inputs, outputs     names of the graph's inputs and outputs
+    initializers        stored tensors, by name
+    constants           initializers and the values of Constant nodes, by name
 
-    Types and shapes are inferred from the inputs, the weights and the operators; what a file says of its inner tensors
-    (value_info) and of its outputs is not asked, because it has been seen to be wrong.
+    Types, shapes, values and the sorted order are computed when they are first asked for, from the model as it is then:
+    ask for them before the model is edited.
     """
 
-    def __init__(self, model: ModelProto, *, infer: bool = True) -> None:
-        """infer  False leaves types and shapes empty, which takes no time"""
-        self.model, self.graph = model, model.graph
-        self.opset = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
+    def __init__(self, model: ModelProto) -> None:
+        self.model = model
+        self.opset = opset_of(model)
         self.nodes = list(model.graph.node)
-        # Also those inside control flow and local functions.
-        self.everywhere = [*walk(model.graph), *(node for function in model.functions for node in function.node)]
-        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.makers: dict[str, NodeProto] = {}
-        self.readers: dict[str, list[Reader]] = defaultdict(list)
+        self.node_by_name = {node.name: node for node in self.nodes}
+        self.inputs = {item.name for item in model.graph.input}
         self.outputs = {item.name for item in model.graph.output}
+        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.constants = dict(self.initializers)
+        self.producers: dict[str, NodeProto] = {}
+        self.consumers: dict[str, list[Consumer]] = defaultdict(list)
         for node in self.nodes:
             if node.op_type == "Constant" and node.output:
-                stored = _constant(node)
+                stored = constant_tensor(node)
                 if stored is not None:
                     self.constants[node.output[0]] = stored
-            self.makers.update(dict.fromkeys(node.output, node))
+            self.producers.update(dict.fromkeys(node.output, node))
             for index, name in enumerate(node.input):
                 if name:
-                    self.readers[name].append(Reader(node, index))
+                    self.consumers[name].append(Consumer(node, index))
         self._values: dict[str, np.ndarray | None] = {}
-        self._computed: dict[str, np.ndarray] | None = None
-        self._once: dict[str, Any] = {}
-        self.sorted = in_order(self.nodes)
-        self.order = {name: place for place, node in enumerate(self.sorted) for name in node.output}
-        self.types: dict[str, int] = {}
-        self.shapes: dict[str, list[int | None]] = {}
-        self.fault = ""
-        if infer:
-            found = infer_types(model, self.sorted)
-            self.types, self.shapes, self.fault = found.types, found.shapes, found.fault
+        self._cached: dict[str, Any] = {}
 
-    def value(self, name: str) -> np.ndarray | None:
-        """A constant's value; None for what is computed, absent, damaged, or lies in a file that was not read."""
-        if name not in self._values:
-            tensor = self.constants.get(name)
-            readable = tensor is not None and not tensor_fault(tensor)
-            self._values[name] = numpy_helper.to_array(tensor) if readable and tensor is not None else None
-        return self._values[name]
+    @cached_property
+    def all_nodes(self) -> list[NodeProto]:
+        functions = (node for function in self.model.functions for node in function.node)
+        return [*walk(self.model.graph), *functions]
 
-    def folded(self, name: str) -> np.ndarray | None:
-        """As `value`, and also what follows from constants and from sizes, as long as it is small."""
-        if name in self.constants:
-            return self.value(name)
-        if self._computed is None:
-            self._computed = self._fold()
-        return self._computed.get(name)
+    @cached_property
+    def sorted_nodes(self) -> list[NodeProto]:
+        """Each node after those it reads; nodes of a cycle last."""
+        return in_order(self.nodes)
 
-    def once(self, key: str, make: Callable[[], T]) -> T:
-        """What `make` gives, computed at the first call with this key."""
-        if key not in self._once:
-            self._once[key] = make()
-        found: T = self._once[key]
-        return found
+    @cached_property
+    def order(self) -> dict[str, int]:
+        """By tensor: position of its producer in `sorted_nodes`."""
+        return {name: position for position, node in enumerate(self.sorted_nodes) for name in node.output}
 
-    def constant(self, name: str) -> np.ndarray:
-        """Value of a constant that is there."""
-        return numpy_helper.to_array(self.constants[name])
+    @cached_property
+    def _inferred(self) -> Inferred:
+        return infer_types(self.model, self.sorted_nodes)
 
-    def dequantized(self, node: NodeProto, index: int) -> NodeProto | None:
-        """The DequantizeLinear that feeds an input, also through a Transpose, or None."""
-        if index >= len(node.input):
-            return None
-        maker = self.makers.get(node.input[index])
-        if maker is not None and maker.op_type == "Transpose" and maker.input:
-            maker = self.makers.get(maker.input[0])
-        restores = maker is not None and maker.op_type == "DequantizeLinear" and len(maker.input) > 1 and maker.output
-        return maker if restores else None
+    @property
+    def types(self) -> dict[str, int]:
+        """Element type (TensorProto.FLOAT, ...) by tensor, where it is known.
+
+        Inferred from inputs, weights and operators. What the file claims of its inner tensors (value_info) and of its
+        outputs is ignored, because files with false claims have been seen.
+        """
+        return self._inferred.types
+
+    @property
+    def shapes(self) -> dict[str, list[int | None]]:
+        """Sizes by tensor, None for an open dimension; absent where not even the rank is known. Inferred as `types`."""
+        return self._inferred.shapes
+
+    @property
+    def inference_error(self) -> str:
+        """Why types and shapes could not be inferred, or ""."""
+        return self._inferred.fault
 
     def shape(self, name: str) -> list[int | None] | None:
         """Sizes of a tensor, or None where not even its rank is known."""
@@ -118,15 +127,74 @@ class GraphView:
             return list(self.constants[name].dims)
         return self.shapes.get(name)
 
-    def _fold(self) -> dict[str, np.ndarray]:
+    def constant(self, name: str) -> np.ndarray:
+        """Value of a constant that is present and readable."""
+        return numpy_helper.to_array(self.constants[name])
+
+    def value(self, name: str) -> np.ndarray | None:
+        """Value of a constant; None where the tensor is computed, absent, damaged, or in a file that was not read.
+
+        The array is kept for the next call.
+        """
+        if name not in self._values:
+            tensor = self.constants.get(name)
+            readable = tensor is not None and not tensor_fault(tensor)
+            self._values[name] = numpy_helper.to_array(tensor) if readable and tensor is not None else None
+        return self._values[name]
+
+    def folded(self, name: str) -> np.ndarray | None:
+        """As `value`, and also the value of a small tensor that is computed from constants and sizes alone."""
+        return self.value(name) if name in self.constants else self._folded_values.get(name)
+
+    def only_consumer(self, tensor: str) -> NodeProto | None:
+        """The one node that reads `tensor`, or None when there are several or it is an output of the graph."""
+        consumers = self.consumers.get(tensor, [])
+        return consumers[0].node if len(consumers) == 1 and tensor not in self.outputs else None
+
+    def after_relu(self, tensor: str) -> str:
+        """Output of the Relu that is the only consumer of `tensor`, or `tensor` itself."""
+        consumer = self.only_consumer(tensor)
+        return consumer.output[0] if consumer is not None and consumer.op_type == "Relu" else tensor
+
+    def never_negative(self, tensor: str) -> bool:
+        """Whether the operators before `tensor` show that it cannot be negative."""
+        producer = self.producers.get(tensor)
+        if producer is None:
+            return False
+        if producer.op_type in _NEVER_NEGATIVE:
+            return True
+        if producer.op_type == "Concat":
+            return all(self.never_negative(name) for name in producer.input)
+        return producer.op_type in _KEEP_SIGN and self.never_negative(producer.input[0])
+
+    def dequantizer(self, node: NodeProto, index: int) -> NodeProto | None:
+        """The DequantizeLinear that feeds an input, directly or through a Transpose, or None."""
+        if index >= len(node.input):
+            return None
+        producer = self.producers.get(node.input[index])
+        if producer is not None and producer.op_type == "Transpose" and producer.input:
+            producer = self.producers.get(producer.input[0])
+        if producer is None or producer.op_type != "DequantizeLinear":
+            return None
+        return producer if len(producer.input) > 1 and producer.output else None
+
+    def cached(self, key: str, make: Callable[[], T]) -> T:
+        """The result of `make`, computed at the first call with this key."""
+        if key not in self._cached:
+            self._cached[key] = make()
+        found: T = self._cached[key]
+        return found
+
+    @cached_property
+    def _folded_values(self) -> dict[str, np.ndarray]:
         known: dict[str, np.ndarray] = {}
-        for node in self.sorted:
+        for node in self.sorted_nodes:
             if not node.output or not node.input or node.op_type not in OPERATORS:
                 continue
             if node.op_type in ("Shape", "Size"):
                 sizes = self.shape(node.input[0])
                 fixed = sizes is not None and None not in sizes and math.prod(size or 0 for size in sizes) < 2**62
-                values: list[np.ndarray | None] = [_hollow(sizes)] if fixed and sizes is not None else [None]
+                values: list[np.ndarray | None] = [_of_shape(sizes)] if fixed and sizes is not None else [None]
             else:
                 values = [self._small(name, known) if name else None for name in node.input]
             missing = any(name and value is None for name, value in zip(node.input, values))
@@ -142,13 +210,18 @@ class GraphView:
         return self.value(name) if math.prod(tensor.dims) <= _SMALL else None
 
 
-def _hollow(sizes: list[int | None]) -> np.ndarray:
-    """Of these sizes, and of no memory: only its shape is looked at."""
+def _of_shape(sizes: list[int | None]) -> np.ndarray:
+    """An array of these sizes that takes no memory; only its shape is read."""
     return np.broadcast_to(np.int8(0), [size or 0 for size in sizes])
 
 
-def _constant(node: NodeProto) -> TensorProto | None:
-    """What a Constant holds, however it is written; None for text, for sparse tensors and for nothing."""
+def opset_of(model: ModelProto) -> int:
+    """Opset of ONNX's own operators, 0 where the file names none."""
+    return next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
+
+
+def constant_tensor(node: NodeProto) -> TensorProto | None:
+    """The value of a Constant node, in whichever attribute it is; None for text, for sparse tensors and for nothing."""
     for item in node.attribute:
         if item.name == "value" and item.type == AttributeProto.TENSOR:
             return item.t
@@ -164,18 +237,20 @@ def _constant(node: NodeProto) -> TensorProto | None:
     return None
 
 
-def attribute(node: NodeProto, name: str, default: int) -> int:
-    """An integer attribute of a node."""
+def int_attribute(node: NodeProto, name: str, default: int) -> int:
     return next((item.i for item in node.attribute if item.name == name and item.type == AttributeProto.INT), default)
 
 
-def integers(node: NodeProto, name: str) -> list[int]:
-    """A list attribute of a node, empty where it is absent."""
+def float_attribute(node: NodeProto, name: str, default: float) -> float:
+    return next((item.f for item in node.attribute if item.name == name), default)
+
+
+def ints_attribute(node: NodeProto, name: str) -> list[int]:
+    """A list of integers, empty where the attribute is absent."""
     return next((list(item.ints) for item in node.attribute if item.name == name), [])
 
 
-def text(node: NodeProto, name: str, default: str) -> str:
-    """A text attribute of a node."""
+def string_attribute(node: NodeProto, name: str, default: str) -> str:
     return next((item.s.decode(errors="replace") for item in node.attribute if item.name == name), default)
 
 
@@ -192,6 +267,6 @@ def type_name(kind: int) -> str:
     return {"float": "float32", "double": "float64"}.get(name, name)
 
 
-def title(node: NodeProto) -> str:
-    """What a node is called in messages: its name, or what it makes."""
+def display_name(node: NodeProto) -> str:
+    """A node's name in messages: its own, or its operator and its output."""
     return node.name or f"{node.op_type} -> {next(iter(node.output), '')}"

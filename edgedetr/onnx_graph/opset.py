@@ -11,7 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, defs, helper, version_conve
 
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.graph_builder import Part
-from edgedetr.onnx_graph.index import GraphView, attribute, text
+from edgedetr.onnx_graph.index import GraphIndex, int_attribute, string_attribute
 
 IR_VERSION = 9  # the file format that came with opset 19
 _MODES = {b"linear": b"bilinear", b"cubic": b"bicubic"}  # GridSample's modes were renamed at opset 20
@@ -31,10 +31,10 @@ def to_opset(model: ModelProto, wanted: int) -> ModelProto:
             ) from error
     result = ModelProto()
     result.CopyFrom(model)
-    view = GraphView(model)
+    graph = GraphIndex(model)
     nodes: list[NodeProto] = []
     for number, node in enumerate(result.graph.node):
-        written = _written(result, view, node, number, present)
+        written = _written(result, graph, node, number, present)
         for one in [node] if written is None else written:
             fault = _older(one, wanted)
             if fault:
@@ -51,13 +51,15 @@ def to_opset(model: ModelProto, wanted: int) -> ModelProto:
     return result
 
 
-def _written(model: ModelProto, view: GraphView, node: NodeProto, number: int, present: int) -> list[NodeProto] | None:
+def _written(
+    model: ModelProto, graph: GraphIndex, node: NodeProto, number: int, present: int
+) -> list[NodeProto] | None:
     """A newer operator in older ones, or None where the node stays. Constants go into the model."""
     write = _WRITERS.get(node.op_type)
     if write is None or (node.op_type == "GroupNormalization" and present < 21):  # its parameters: per group, then
         return None
     part = Part(f"{node.name.lstrip('/') or node.op_type}_{number}")
-    write(_Rewrite(part, view, node))
+    write(_Rewrite(part, graph, node))
     model.graph.initializer.extend(part.constants)
     return part.nodes
 
@@ -79,10 +81,10 @@ def _older(node: NodeProto, wanted: int) -> str:
 class _Rewrite:
     """A node that is written out: its inputs, attributes and types, and the part that takes its place."""
 
-    def __init__(self, part: Part, view: GraphView, node: NodeProto) -> None:
-        self.part, self.view, self.node = part, view, node
+    def __init__(self, part: Part, graph: GraphIndex, node: NodeProto) -> None:
+        self.part, self.graph, self.node = part, graph, node
         self.add = part.add
-        half = view.types.get(node.input[0]) == TensorProto.FLOAT16
+        half = graph.types.get(node.input[0]) == TensorProto.FLOAT16
         self.dtype: type = np.float16 if half else np.float32
 
     def input(self, index: int) -> str:
@@ -98,7 +100,7 @@ class _Rewrite:
 
     def shape(self, index: int) -> list[int | None]:
         """Sizes of an input; refused where not even the rank is known."""
-        shape = self.view.shape(self.input(index))
+        shape = self.graph.shape(self.input(index))
         if shape is None:
             self.refuse(f"has an input {self.input(index)!r} of unknown rank")
         return shape or []
@@ -125,7 +127,7 @@ class _Rewrite:
 
 def _gelu(it: _Rewrite) -> None:
     x = it.input(0)
-    if text(it.node, "approximate", "none") == "tanh":
+    if string_attribute(it.node, "approximate", "none") == "tanh":
         cube = it.add("Mul", it.add("Mul", it.add("Mul", x, x), x), it.number(0.044715))
         inner = it.add("Tanh", it.add("Mul", it.add("Add", x, cube), it.number(math.sqrt(2 / math.pi))))
     else:
@@ -142,7 +144,7 @@ def _swish(it: _Rewrite) -> None:
 
 def _rms_norm(it: _Rewrite) -> None:
     rank = len(it.shape(0))
-    axes = list(range(attribute(it.node, "axis", -1) % rank, rank))
+    axes = list(range(int_attribute(it.node, "axis", -1) % rank, rank))
     mean = it.add("ReduceMean", it.add("Mul", it.input(0), it.input(0)), it.part.constant(axes), keepdims=1)
     root = it.add("Sqrt", it.add("Add", mean, it.number(it.real("epsilon", 1e-5))))
     it.add("Mul", it.add("Div", it.input(0), root), it.input(1), output=it.node.output[0])
@@ -150,7 +152,7 @@ def _rms_norm(it: _Rewrite) -> None:
 
 def _group_norm(it: _Rewrite) -> None:
     """Opset 21: scale and bias per channel; the groups are normalized as rows."""
-    groups, rank = attribute(it.node, "num_groups", 1), len(it.shape(0))
+    groups, rank = int_attribute(it.node, "num_groups", 1), len(it.shape(0))
     rows = it.add("Reshape", it.input(0), it.part.constant([0, groups, -1]))
     ones, zeros = it.number(np.ones(groups)), it.number(np.zeros(groups))
     plain = it.add("InstanceNormalization", rows, ones, zeros, epsilon=it.real("epsilon", 1e-5))
@@ -163,7 +165,7 @@ def _attention(it: _Rewrite) -> None:
     """softmax(Q K^T * scale + mask) V, of [B, heads, S, D] or of [B, S, heads * D]."""
     it.without(inputs=4, attributes=("is_causal", "softcap", "qk_matmul_output_mode"))
     joined = len(it.shape(0)) == 3
-    heads = [attribute(it.node, name, 1) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
+    heads = [int_attribute(it.node, name, 1) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
     if not joined:
         heads = [it.size(index, 1) for index in range(3)]
     if heads[0] != heads[1]:
@@ -178,7 +180,7 @@ def _attention(it: _Rewrite) -> None:
     scale = it.real("scale", 0.0) or 1 / math.sqrt(width)
     scores = it.add("MatMul", it.add("Mul", q, it.number(scale)), it.add("Transpose", k, perm=[0, 1, 3, 2]))
     mask = it.input(3)
-    if mask and it.view.types.get(mask) == TensorProto.BOOL:
+    if mask and it.graph.types.get(mask) == TensorProto.BOOL:
         mask = it.add("Where", mask, it.number(0.0), it.number(-np.inf))
     if mask:
         scores = it.add("Add", scores, mask)
@@ -192,19 +194,19 @@ def _rotary(it: _Rewrite) -> None:
     """Su et al. 2021: pairs of values turned by an angle, of [B, heads, S, D] or of [B, S, heads * D]."""
     x, joined, node = it.input(0), len(it.shape(0)) == 3, it.node
     if joined:
-        heads = attribute(node, "num_heads", 0)
+        heads = int_attribute(node, "num_heads", 0)
         if not heads:
             it.refuse("does not say its num_heads")
         x = it.add("Transpose", it.add("Reshape", x, it.part.constant([0, 0, heads, -1])), perm=[0, 2, 1, 3])
         width = it.size(0, 2) // heads
     else:
         width = it.size(0, 3)
-    turned = attribute(node, "rotary_embedding_dim", 0) or width
+    turned = int_attribute(node, "rotary_embedding_dim", 0) or width
     cos, sin = it.input(1), it.input(2)
     if it.input(3):
         cos, sin = (it.add("Gather", name, it.input(3), axis=0) for name in (cos, sin))
     cos, sin = (it.add("Unsqueeze", name, it.part.constant([1])) for name in (cos, sin))
-    every = attribute(node, "interleaved", 0)
+    every = int_attribute(node, "interleaved", 0)
     half = turned // 2
     first, second = (
         it.add("Slice", x, *(it.part.constant([value]) for value in bounds))

@@ -11,7 +11,7 @@ from onnx import ModelProto, helper, numpy_helper
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.control_flow import captured, first_line
 from edgedetr.onnx_graph.fold import fold, part_of
-from edgedetr.onnx_graph.index import GraphView
+from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.runtime.backends.onnxruntime import plain_session
 
 # How large their results are depends on values, not on sizes.
@@ -53,8 +53,8 @@ def settle(model: ModelProto) -> ModelProto:
 
 def shapes_by_running(model: ModelProto, names: Sequence[str]) -> dict[str, list[int]]:
     """Sizes of tensors of a graph of fixed inputs, in ONNX Runtime; those that depend on values are left out."""
-    view = GraphView(model, infer=False)
-    depending = _depending(view)
+    graph = GraphIndex(model)
+    depending = _depending(graph)
     wanted = [name for name in dict.fromkeys(names) if name and name not in depending]
     if not wanted:
         return {}
@@ -62,10 +62,10 @@ def shapes_by_running(model: ModelProto, names: Sequence[str]) -> dict[str, list
     probe.CopyFrom(model)
     given = {item.name for item in model.graph.output}
     probe.graph.output.extend(
-        helper.make_empty_tensor_value_info(name) for name in wanted if name not in given and name in view.makers
+        helper.make_empty_tensor_value_info(name) for name in wanted if name not in given and name in graph.producers
     )
-    feed = {item.name: _some(item) for item in model.graph.input if item.name not in view.constants}
-    made = [name for name in wanted if name in view.makers]
+    feed = {item.name: _some(item) for item in model.graph.input if item.name not in graph.constants}
+    made = [name for name in wanted if name in graph.producers]
     runner = plain_session(probe.SerializeToString(), threads=1, error=ExportError, fix="export the model again")
     try:
         values = dict(zip(made, runner.run(made, feed)))
@@ -78,10 +78,10 @@ def shapes_by_running(model: ModelProto, names: Sequence[str]) -> dict[str, list
     return {name: list(value.shape) for name, value in values.items() if isinstance(value, np.ndarray)}
 
 
-def _depending(view: GraphView) -> set[str]:
+def _depending(graph: GraphIndex) -> set[str]:
     """Tensors whose size may depend on the values of the image."""
     found: set[str] = set()
-    for node in view.nodes:
+    for node in graph.nodes:
         if node.op_type in _BY_VALUE or any(name in found for name in [*node.input, *captured(node)]):
             found.update(node.output)
     return found

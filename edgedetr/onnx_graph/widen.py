@@ -6,7 +6,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from edgedetr.onnx_graph.control_flow import rename
-from edgedetr.onnx_graph.index import GraphView
+from edgedetr.onnx_graph.index import GraphIndex
 
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _TYPED = {
@@ -60,7 +60,7 @@ def _widen_tensor(tensor: TensorProto) -> bool:
 
 def drop_idle_casts(model: ModelProto) -> None:
     """Casts to the type that a tensor has already, as they stood between halves and floats."""
-    types = GraphView(model).types
+    types = GraphIndex(model).types
     outputs = {item.name for item in model.graph.output}
     alias: dict[str, str] = {}
     kept = []

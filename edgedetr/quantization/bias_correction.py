@@ -18,7 +18,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.onnx_graph.wiring import Wiring
+from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.policy import Layer, Plan
 from edgedetr.runtime.backends.onnxruntime import plain_session
 
@@ -27,19 +27,19 @@ PARTS = 4  # passes over them, each over the layers up to its own
 TWIN = "int8/"  # before the names of the tensors of the quantized half
 
 
-def bias_of(layer: Layer, wiring: Wiring) -> tuple[NodeProto, int] | None:
+def bias_of(layer: Layer, graph: GraphIndex) -> tuple[NodeProto, int] | None:
     """The node that adds a layer's bias and the input it is at; None where the layer's bias cannot take a shift.
 
     A convolution or Gemm without a bias gets one, at input 2: kernels add it for nothing. A matrix product without an
     Add of its own behind it would need a node more, and is left alone.
     """
-    node = wiring.nodes[layer.node]
-    channels = wiring.constants[layer.weight].dims[layer.axis]
+    node = graph.node_by_name[layer.node]
+    channels = graph.initializers[layer.weight].dims[layer.axis]
     if layer.op == "MatMul":
-        node = wiring.only_reader(node.output[0]) or node
+        node = graph.only_consumer(node.output[0]) or node
         if node.op_type != "Add":
             return None
-        index = 1 if node.input[1] in wiring.constants else 0
+        index = 1 if node.input[1] in graph.initializers else 0
     else:
         scaled = next((item.f for item in node.attribute if item.name == "beta"), 1.0)
         if layer.op == "Gemm" and scaled != 1.0:
@@ -48,7 +48,7 @@ def bias_of(layer: Layer, wiring: Wiring) -> tuple[NodeProto, int] | None:
     name = node.input[index] if len(node.input) > index else ""
     if not name:
         return node, index
-    constant = wiring.constants.get(name)
+    constant = graph.initializers.get(name)
     fits = constant is not None and constant.dims and constant.dims[-1] == channels == int(np.prod(constant.dims))
     return (node, index) if fits else None
 
@@ -71,8 +71,8 @@ def shifts(
     set right before the layers that follow read it, so that a layer's shift does not count those of the layers before
     it once more. Memory: the activations of one image and [O] numbers per layer.
     """
-    wiring = Wiring(model)
-    layers = [layer for layer in plan.layers if bias_of(layer, wiring) is not None]
+    graph = GraphIndex(model)
+    layers = [layer for layer in plan.layers if bias_of(layer, graph) is not None]
     found: dict[str, np.ndarray] = {}
     for part in np.array_split(np.arange(len(layers)), min(parts, len(layers))):
         found |= _means(*_joint(model, quantized, [layers[i] for i in part], found), batches())
@@ -99,7 +99,7 @@ def _joint(
 
     known   shifts of the layers before them
     """
-    wiring = Wiring(model)
+    graph = GraphIndex(model)
     layers = {layer.node: layer for layer in part}
     made = {name for node in quantized.graph.node for name in node.output}
     constants = {item.name: item for item in (*model.graph.initializer, *quantized.graph.initializer)}
@@ -115,10 +115,12 @@ def _joint(
         layer, right = layers.get(source.name), node.output[0]
         if layer is not None:
             node.output[0], wanted[layer.node] = f"{right}/raw", f"{right}/shift"
-            nodes += _set_right(source.output[0], right, layer, wiring, constants)
+            nodes += _set_right(source.output[0], right, layer, graph, constants)
         elif source.name in known:
             node.output[0] = f"{right}/raw"
-            places = len(wiring.constants[wiring.nodes[source.name].input[1]].dims) - 2  # 2 behind a convolution's
+            places = (
+                len(graph.initializers[graph.node_by_name[source.name].input[1]].dims) - 2
+            )  # 2 behind a convolution's
             shift = known[source.name].reshape(-1, *[1] * places)
             constants[f"{right}/shift"] = numpy_helper.from_array(shift, f"{right}/shift")
             nodes.append(helper.make_node("Add", [f"{right}/raw", f"{right}/shift"], [right]))
@@ -126,12 +128,12 @@ def _joint(
 
 
 def _set_right(
-    exact: str, right: str, layer: Layer, wiring: Wiring, constants: dict[str, TensorProto]
+    exact: str, right: str, layer: Layer, graph: GraphIndex, constants: dict[str, TensorProto]
 ) -> list[NodeProto]:
     """`right` = raw + shift; shift is the mean of exact - raw over all but the channels, [1, O, 1, 1] or [1, O]."""
     raw, error, shift = (f"{right}/{word}" for word in ("raw", "error", "shift"))
     nodes = [helper.make_node("Sub", [exact, raw], [error])]
-    shape = wiring.constants[layer.weight].dims
+    shape = graph.initializers[layer.weight].dims
     if layer.op == "MatMul":  # of any rank, channels last
         constants[f"{right}/rows"] = numpy_helper.from_array(np.array([-1, shape[layer.axis]]), f"{right}/rows")
         nodes.append(helper.make_node("Reshape", [error, f"{right}/rows"], [f"{error}/rows"]))

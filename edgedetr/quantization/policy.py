@@ -12,7 +12,7 @@ from pathlib import Path
 from onnx import ModelProto, NodeProto
 
 from edgedetr.errors import ExportError, did_you_mean
-from edgedetr.onnx_graph.wiring import Wiring, attribute
+from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 from edgedetr.package_data import policies_directory
 from edgedetr.storage.reading import read_toml, shown
 
@@ -31,11 +31,11 @@ class Rule:
     ops: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
 
-    def fits(self, node: NodeProto, wiring: Wiring) -> bool:
+    def fits(self, node: NodeProto, graph: GraphIndex) -> bool:
         if self.ops and node.op_type not in self.ops:
             return False
         if self.reads:
-            maker = wiring.makers.get(node.input[0])
+            maker = graph.producers.get(node.input[0])
             if maker is None or maker.op_type not in self.reads:
                 return False
         return _any(node.name, self.match) and not _any(node.name, self.unless)
@@ -163,13 +163,13 @@ def _patterns(policy: Policy) -> list[str]:
 
 def plan(model: ModelProto, policy: Policy) -> Plan:
     """Apply a policy to a float graph."""
-    wiring = Wiring(model)
+    graph = GraphIndex(model)
     layers: list[Layer] = []
     islands: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type not in _WEIGHTED:
             continue
-        reason = _refusal(node, wiring, policy)
+        reason = _refusal(node, graph, policy)
         if reason:
             islands[node.name] = reason
         else:
@@ -179,25 +179,25 @@ def plan(model: ModelProto, policy: Policy) -> Plan:
             f"policy {policy.name!r} leaves nothing to quantize in this graph; expected at least one of "
             f"{', '.join(policy.quantize)}"
         )
-    return Plan(tuple(layers), tuple(_residuals(wiring, layers) if policy.residuals else ()), islands)
+    return Plan(tuple(layers), tuple(_residuals(graph, layers) if policy.residuals else ()), islands)
 
 
-def _refusal(node: NodeProto, wiring: Wiring, policy: Policy) -> str:
+def _refusal(node: NodeProto, graph: GraphIndex, policy: Policy) -> str:
     """Why a weighted node stays float; empty when it is quantized."""
     if node.op_type not in policy.quantize:
         return f"{node.op_type} is not quantized by policy {policy.name!r}"
-    if node.input[1] not in wiring.constants:
+    if node.input[1] not in graph.initializers:
         return "product of two activations: softmax and its neighbors keep float range"
-    shape = list(wiring.constants[node.input[1]].dims)
+    shape = list(graph.initializers[node.input[1]].dims)
     for rule in policy.rules:
-        if rule.fits(node, wiring):
+        if rule.fits(node, graph):
             return rule.reason
-    if node.input[0] in wiring.constants:
+    if node.input[0] in graph.initializers:
         return "its data input is a constant"
-    if node.op_type == "Conv" and attribute(node, "group", 1) != 1:
+    if node.op_type == "Conv" and int_attribute(node, "group", 1) != 1:
         return "grouped convolution: no fast INT8 kernel"
-    added = len(node.input) > 2 and node.input[2] and node.input[2] not in wiring.constants
-    if node.op_type == "Gemm" and (attribute(node, "transA", 0) or added):
+    added = len(node.input) > 2 and node.input[2] and node.input[2] not in graph.initializers
+    if node.op_type == "Gemm" and (int_attribute(node, "transA", 0) or added):
         return "Gemm with a transposed or added activation"
     if node.op_type != "Conv" and (len(shape) != 2 or min(shape) < SMALLEST):
         return f"fewer than {SMALLEST} inputs or outputs: an integer product would be slower"
@@ -208,10 +208,10 @@ def _axis(node: NodeProto) -> int:
     """Axis of the output channels in the weight: Conv [O, I, h, w], MatMul [I, O], Gemm [O, I] when transB."""
     if node.op_type == "MatMul":
         return 1
-    return 0 if node.op_type == "Conv" or attribute(node, "transB", 0) else 1
+    return 0 if node.op_type == "Conv" or int_attribute(node, "transB", 0) else 1
 
 
-def _residuals(wiring: Wiring, layers: list[Layer]) -> list[Residual]:
+def _residuals(graph: GraphIndex, layers: list[Layer]) -> list[Residual]:
     """Adds of a quantized Conv's output and another activation, whose sum is quantized: the other one is quantized too.
 
     The Conv's own output is not: TensorRT adds it in the convolution's accumulator. Where both branches end in a
@@ -220,14 +220,14 @@ def _residuals(wiring: Wiring, layers: list[Layer]) -> list[Residual]:
     convs = {layer.node for layer in layers if layer.op == "Conv"}
     read = {layer.data for layer in layers}
     found = []
-    for node in wiring.model.graph.node:
-        if node.op_type != "Add" or wiring.after_relu(node.output[0]) not in read:
+    for node in graph.model.graph.node:
+        if node.op_type != "Add" or graph.after_relu(node.output[0]) not in read:
             continue
-        if any(name in wiring.constants for name in node.input):
+        if any(name in graph.initializers for name in node.input):
             continue
-        makers = [wiring.makers.get(name) for name in node.input]
+        makers = [graph.producers.get(name) for name in node.input]
         fused = [
-            maker is not None and maker.name in convs and wiring.only_reader(name) is node
+            maker is not None and maker.name in convs and graph.only_consumer(name) is node
             for maker, name in zip(makers, node.input)
         ]
         if any(fused):

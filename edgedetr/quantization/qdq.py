@@ -9,7 +9,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.onnx_graph.wiring import Wiring
+from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.bias_correction import bias_of
 from edgedetr.quantization.policy import Layer, Plan
 from edgedetr.quantization.targets import SMALLEST_SCALE, Cut, Dialect, Grid, cuts, half_steps, step
@@ -78,13 +78,13 @@ class _Writer:
         self, model: ModelProto, plan: Plan, amax: dict[str, float], dialect: Dialect, shifts: Mapping[str, np.ndarray]
     ) -> None:
         self.source, self.dialect, self.amax, self.shifts = model, dialect, amax, shifts
-        self.wiring = Wiring(model)
+        self.graph = GraphIndex(model)
         self.layers = {layer.node: layer for layer in plan.layers}
-        places = [(layer.node, bias_of(layer, self.wiring)) for layer in plan.layers if layer.node in shifts]
+        places = [(layer.node, bias_of(layer, self.graph)) for layer in plan.layers if layer.node in shifts]
         # The layer whose shift goes into the Add behind it.
         self.added = {place[0].name: (name, place[1]) for name, place in places if place and place[0].name != name}
         self.cuts = cuts(model, plan, dialect)
-        self.grids = {name: dialect.grid(amax[name], self.wiring.never_negative(name)) for name in self.cuts}
+        self.grids = {name: dialect.grid(amax[name], self.graph.never_negative(name)) for name in self.cuts}
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
 
@@ -114,7 +114,7 @@ class _Writer:
                 node.input[index] = f"{name}_dequantized"
         if source.name in self.added:
             layer_name, index = self.added[source.name]
-            bias = self.wiring.constant(source.input[index])
+            bias = self.graph.constant(source.input[index])
             self._constant(f"{source.name}.bias", bias + self.shifts[layer_name].reshape(bias.shape))
             node.input[index] = f"{source.name}.bias"
         if self.dialect.deep_bias:
@@ -131,12 +131,12 @@ class _Writer:
         """
         if node.op_type != "Add":
             return
-        makers = [self.wiring.makers.get(name) for name in node.input]
+        makers = [self.graph.producers.get(name) for name in node.input]
         for index, name in enumerate(node.input):
             other = makers[1 - index]
             product = other is not None and other.name in self.layers and other.op_type == "MatMul"
-            if product and name in self.wiring.constants and len(self.wiring.constants[name].dims) == 1:
-                bias = self.initializers.get(node.input[index], self.wiring.constants[name])
+            if product and name in self.graph.initializers and len(self.graph.initializers[name].dims) == 1:
+                bias = self.initializers.get(node.input[index], self.graph.initializers[name])
                 self._constant(f"{node.name}.bias", numpy_helper.to_array(bias).reshape(1, 1, -1))
                 node.input[index] = f"{node.name}.bias"
 
@@ -160,10 +160,10 @@ class _Writer:
         """DQ in front of a layer's weight and, in a dialect that has it, of its bias."""
         data_scale = float(self.grids[layer.data].scale)
         bias_name = node.input[2] if len(node.input) > 2 and node.input[2] else None
-        bias = self.wiring.constant(bias_name).astype(np.float32) if bias_name else None
+        bias = self.graph.constant(bias_name).astype(np.float32) if bias_name else None
         # The finest grid that any dialect gives the input, so that dialects of one kind of step store the same weights.
         weight = quantize_weight(
-            self.wiring.constant(layer.weight),
+            self.graph.constant(layer.weight),
             layer.axis,
             bits=self.dialect.weight_bits,
             bias=bias,

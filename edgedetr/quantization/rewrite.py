@@ -11,23 +11,23 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from edgedetr.onnx_graph.wiring import Wiring, attribute
+from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 
 
 def split_concats(model: ModelProto) -> ModelProto:
     """The same function; a copy in which 1x1 convolutions read the branches of a Concat one by one."""
-    wiring = Wiring(model)
-    widths = _channels(wiring)
+    graph = GraphIndex(model)
+    widths = _channels(graph)
     result = ModelProto()
     result.CopyFrom(model)
     nodes: list[NodeProto] = []
     for node in result.graph.node:
-        concat = wiring.makers.get(node.input[0]) if node.input else None
+        concat = graph.producers.get(node.input[0]) if node.input else None
         parts = [widths.get(name) for name in concat.input] if concat is not None else []
-        if concat is None or not _splittable(node, concat, wiring) or None in parts:
+        if concat is None or not _splittable(node, concat, graph) or None in parts:
             nodes.append(node)
             continue
-        nodes.extend(_split(node, concat, [int(part) for part in parts if part is not None], wiring, result))
+        nodes.extend(_split(node, concat, [int(part) for part in parts if part is not None], graph, result))
     copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     needed = {item.name for item in result.graph.output}
     kept = []
@@ -43,21 +43,27 @@ def split_concats(model: ModelProto) -> ModelProto:
     return result
 
 
-def _splittable(node: NodeProto, concat: NodeProto, wiring: Wiring) -> bool:
+def _splittable(node: NodeProto, concat: NodeProto, graph: GraphIndex) -> bool:
     """A plain 1x1 Conv with a constant weight that reads a Concat of channels."""
-    if node.op_type != "Conv" or concat.op_type != "Concat" or attribute(concat, "axis", 1) != 1:
+    if node.op_type != "Conv" or concat.op_type != "Concat" or int_attribute(concat, "axis", 1) != 1:
         return False
-    weight = wiring.constants.get(node.input[1])
+    weight = graph.initializers.get(node.input[1])
     ones = all(size == 1 for item in node.attribute if item.name == "strides" for size in item.ints)
     flat = not any(size for item in node.attribute if item.name == "pads" for size in item.ints)
-    return weight is not None and list(weight.dims[2:]) == [1, 1] and ones and flat and attribute(node, "group", 1) == 1
+    return (
+        weight is not None
+        and list(weight.dims[2:]) == [1, 1]
+        and ones
+        and flat
+        and int_attribute(node, "group", 1) == 1
+    )
 
 
 def _split(
-    node: NodeProto, concat: NodeProto, widths: list[int], wiring: Wiring, result: ModelProto
+    node: NodeProto, concat: NodeProto, widths: list[int], graph: GraphIndex, result: ModelProto
 ) -> list[NodeProto]:
     """One Conv per branch, the bias in the last, and their sum under the old output name."""
-    weight = wiring.constant(node.input[1])
+    weight = graph.constant(node.input[1])
     made: list[NodeProto] = []
     sums: list[str] = []
     start = 0
@@ -67,7 +73,7 @@ def _split(
         name = f"{node.name}/branch.{index}"
         result.graph.initializer.append(numpy_helper.from_array(part, f"{name}.weight"))
         bias = list(node.input[2:3]) if index == len(widths) - 1 else []
-        resize = wiring.makers.get(branch)
+        resize = graph.producers.get(branch)
         late = resize is not None and _nearest(resize) and not bias
         source = resize.input[0] if late and resize is not None else branch
         conv = NodeProto()
@@ -98,16 +104,20 @@ def _nearest(node: NodeProto) -> bool:
     return node.op_type == "Resize" and mode == b"nearest"
 
 
-def _channels(wiring: Wiring) -> dict[str, int]:
+def _channels(graph: GraphIndex) -> dict[str, int]:
     """Channels of the tensors whose number follows from the convolutions before them."""
     found: dict[str, int] = {}
-    for node in wiring.model.graph.node:
-        if node.op_type == "Conv" and node.input[1] in wiring.constants:
-            found[node.output[0]] = int(wiring.constants[node.input[1]].dims[0])
+    for node in graph.model.graph.node:
+        if node.op_type == "Conv" and node.input[1] in graph.initializers:
+            found[node.output[0]] = int(graph.initializers[node.input[1]].dims[0])
         elif node.op_type in ("Relu", "Sigmoid", "Mul", "Resize", "MaxPool", "AveragePool", "Add", "Identity"):
             known = [found[name] for name in node.input if name in found]
             if known:
                 found[node.output[0]] = max(known)
-        elif node.op_type == "Concat" and all(name in found for name in node.input) and attribute(node, "axis", 1) == 1:
+        elif (
+            node.op_type == "Concat"
+            and all(name in found for name in node.input)
+            and int_attribute(node, "axis", 1) == 1
+        ):
             found[node.output[0]] = sum(found[name] for name in node.input)
     return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import ModelProto
 
-from edgedetr.onnx_graph.wiring import Wiring
+from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.options import one_of
 from edgedetr.quantization.policy import Plan
 from edgedetr.runtime.cpu import int8_saturates
@@ -93,7 +93,7 @@ class Cut:
 
 def cuts(model: ModelProto, plan: Plan, dialect: Dialect) -> dict[str, Cut]:
     """Where this dialect puts Q/DQ pairs, by tensor."""
-    wiring = Wiring(model)
+    graph = GraphIndex(model)
     found: dict[str, Cut] = {}
 
     def some(tensor: str, node: str, index: int) -> None:
@@ -110,22 +110,22 @@ def cuts(model: ModelProto, plan: Plan, dialect: Dialect) -> dict[str, Cut]:
         if node.op_type == "MaxPool" and node.output[0] in found:
             some(node.input[0], node.name, 0)
     if dialect.outputs:
-        for tensor in _outputs(wiring, plan):
+        for tensor in _outputs(graph, plan):
             found[tensor] = Cut(tensor, None)
     return found
 
 
-def _outputs(wiring: Wiring, plan: Plan) -> list[str]:
+def _outputs(graph: GraphIndex, plan: Plan) -> list[str]:
     """Tensors that ONNX Runtime needs quantized to run the node before them in integers."""
-    nodes = {node.name: node for node in wiring.model.graph.node}
+    nodes = {node.name: node for node in graph.model.graph.node}
     names = [layer.node for layer in plan.layers if layer.op == "Conv"] + [item.node for item in plan.residuals]
     found = []
     for name in names:
-        tensor = wiring.after_relu(nodes[name].output[0])
-        if tensor in wiring.outputs:
+        tensor = graph.after_relu(nodes[name].output[0])
+        if tensor in graph.outputs:
             continue
         found.append(tensor)
-        reader = wiring.only_reader(tensor)
+        reader = graph.only_consumer(tensor)
         if reader is not None and reader.op_type == "MaxPool":
             found.append(reader.output[0])
     return found

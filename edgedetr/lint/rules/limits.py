@@ -8,18 +8,18 @@ from onnx import AttributeProto, NodeProto
 
 from edgedetr.lint.lint_issue import Fault, Target, at
 from edgedetr.lint.operator_table import Operator
-from edgedetr.onnx_graph.index import GraphView, attribute, type_name
+from edgedetr.onnx_graph.index import GraphIndex, int_attribute, type_name
 
 MOST_DIMENSIONS = 8
 _LISTS = {AttributeProto.INTS: "ints", AttributeProto.FLOATS: "floats", AttributeProto.STRINGS: "strings"}
 _SINGLE = {AttributeProto.INT: "i", AttributeProto.FLOAT: "f", AttributeProto.STRING: "s"}
 
 
-def operator_type(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node, operator in _known(view.nodes, target):
+def operator_type(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    for node, operator in _known(graph.nodes, target):
         name = node.input[operator.typed] if operator.typed < len(node.input) else ""
-        kind = type_name(view.types[name]) if name in view.types else ""
-        maker = view.makers.get(name)
+        kind = type_name(graph.types[name]) if name in graph.types else ""
+        maker = graph.producers.get(name)
         told = node.op_type == "DequantizeLinear" and maker is not None and maker.op_type == "QuantizeLinear"
         if operator.types and kind and kind not in operator.types and not told:
             yield at(
@@ -30,9 +30,9 @@ def operator_type(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def operator_limit(view: GraphView, target: Target) -> Iterator[Fault]:
+def operator_limit(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Attributes, numbers of inputs and outputs, plugins: what stands at the node itself, wherever the node is."""
-    for node, operator in _known(view.everywhere, target):
+    for node, operator in _known(graph.all_nodes, target):
         for item in node.attribute:
             allowed = operator.attributes.get(item.name)
             wrong = [value for value in _values(item) if allowed is not None and value not in allowed]
@@ -79,10 +79,10 @@ def operator_limit(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def operator_input(view: GraphView, target: Target) -> Iterator[Fault]:
+def operator_input(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Ranks, fixed sizes, and inputs that must be known when the engine is built."""
-    for node, operator in _known(view.nodes, target):
-        shape = view.shape(node.input[0]) if node.input and node.input[0] else None
+    for node, operator in _known(graph.nodes, target):
+        shape = graph.shape(node.input[0]) if node.input and node.input[0] else None
         if operator.ranks and shape is not None and len(shape) not in operator.ranks:
             yield at(
                 node,
@@ -96,8 +96,8 @@ def operator_input(view: GraphView, target: Target) -> Iterator[Fault]:
             )
         for index in operator.constant:
             name = node.input[index] if index < len(node.input) else ""
-            known = not name or name in view.constants or view.folded(name) is not None
-            if not known and not _follows_from_sizes(view, name):
+            known = not name or name in graph.constants or graph.folded(name) is not None
+            if not known and not _follows_from_sizes(graph, name):
                 yield at(
                     node,
                     f"input {index} of {node.op_type} ({name}) is computed; it must be a constant",
@@ -106,15 +106,15 @@ def operator_input(view: GraphView, target: Target) -> Iterator[Fault]:
                 )
 
 
-def combinations(view: GraphView, target: Target) -> Iterator[Fault]:
+def combinations(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """What each word of a node allows, and both together do not."""
-    for node in view.nodes:
-        kinds = [type_name(view.types.get(name, 0)) for name in node.input]
-        if node.op_type == "Mod" and not attribute(node, "fmod", 0) and any("float" in kind for kind in kinds):
+    for node in graph.nodes:
+        kinds = [type_name(graph.types.get(name, 0)) for name in node.input]
+        if node.op_type == "Mod" and not int_attribute(node, "fmod", 0) and any("float" in kind for kind in kinds):
             yield at(node, f"Mod of {kinds[0]} with fmod 0, which is for integers", "set fmod to 1")
         if node.op_type == "Attention" and len(node.input) > 2:
-            shapes = [view.shape(name) for name in node.input[1:3]]
-            if attribute(node, "is_causal", 0) and len(node.input) > 3 and node.input[3]:
+            shapes = [graph.shape(name) for name in node.input[1:3]]
+            if int_attribute(node, "is_causal", 0) and len(node.input) > 3 and node.input[3]:
                 yield at(
                     node,
                     "Attention with is_causal and a mask; the parser takes one of them",
@@ -128,8 +128,8 @@ def combinations(view: GraphView, target: Target) -> Iterator[Fault]:
                 )
 
 
-def dimensions(view: GraphView, target: Target) -> Iterator[Fault]:
-    for name, shape in view.shapes.items():
+def dimensions(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    for name, shape in graph.shapes.items():
         if len(shape) > MOST_DIMENSIONS:
             yield Fault(
                 name,
@@ -138,15 +138,15 @@ def dimensions(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def _follows_from_sizes(view: GraphView, name: str) -> bool:
+def _follows_from_sizes(graph: GraphIndex, name: str) -> bool:
     """Whether no value of an input is in it, only sizes: the parser may know more of these than is known here."""
     waiting, seen = [name], set[str]()
     while waiting:
         name = waiting.pop()
-        if name in seen or not name or name in view.constants:
+        if name in seen or not name or name in graph.constants:
             continue
         seen.add(name)
-        maker = view.makers.get(name)
+        maker = graph.producers.get(name)
         if maker is None:
             return False
         if maker.op_type not in ("Shape", "Size"):

@@ -14,7 +14,7 @@ from onnx import NodeProto
 
 from edgedetr.lint.lint_issue import Fault, Target, at
 from edgedetr.onnx_graph.evaluate_node import OPERATORS, evaluate
-from edgedetr.onnx_graph.index import GraphView, attribute
+from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 
 _NORMALIZING = ("InstanceNormalization", "GroupNormalization")
 _PASSING = ("Cast", "Identity", "Mul", "Pow", "Abs", "Sub", "Reshape")
@@ -24,8 +24,8 @@ _ROWS = 6  # of random numbers at least: any two points lie on a straight line
 _CLOSE = 1e-3  # of the spread of what is compared; epsilon of 1e-5 moves it by less
 
 
-def written_out_layer_norm(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in view.once("layer norms", lambda: find_layer_norms(view)):
+def written_out_layer_norm(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    for node in graph.cached("layer norms", lambda: find_layer_norms(graph)):
         yield at(
             node,
             "LayerNormalization is written out; in FP16 its square has overflowed to no detections",
@@ -34,66 +34,66 @@ def written_out_layer_norm(view: GraphView, target: Target) -> Iterator[Fault]:
         )
 
 
-def find_layer_norms(view: GraphView) -> list[NodeProto]:
+def find_layer_norms(graph: GraphIndex) -> list[NodeProto]:
     """The root, or the other normalization, of every LayerNormalization that is written out."""
-    return [node for node in view.nodes if _is_root(view, node) and _computes_layer_norm(view, node)]
+    return [node for node in graph.nodes if _is_root(graph, node) and _computes_layer_norm(graph, node)]
 
 
-def _is_root(view: GraphView, node: NodeProto) -> bool:
+def _is_root(graph: GraphIndex, node: NodeProto) -> bool:
     if node.op_type == "Pow" and len(node.input) == 2:
-        power = view.folded(node.input[1])
+        power = graph.folded(node.input[1])
         return power is not None and power.size == 1 and abs(float(power.reshape(-1)[0])) == 0.5
     if node.op_type in _NORMALIZING:  # of several channels or groups they compute something else
-        shape = view.shape(node.input[0]) if node.input else None
-        return attribute(node, "num_groups", 0) == 1 or bool(shape and len(shape) > 1 and shape[1] == 1)
+        shape = graph.shape(node.input[0]) if node.input else None
+        return int_attribute(node, "num_groups", 0) == 1 or bool(shape and len(shape) > 1 and shape[1] == 1)
     return node.op_type == "Sqrt"
 
 
-def _computes_layer_norm(view: GraphView, root: NodeProto) -> bool:
-    before, behind = _cone(view, root), _behind(view, root)
-    return any(_from(view, name, before, behind) for name in _sources(view, root, before))
+def _computes_layer_norm(graph: GraphIndex, root: NodeProto) -> bool:
+    before, behind = _cone(graph, root), _behind(graph, root)
+    return any(_from(graph, name, before, behind) for name in _sources(graph, root, before))
 
 
-def _sources(view: GraphView, root: NodeProto, before: list[NodeProto]) -> list[str]:
+def _sources(graph: GraphIndex, root: NodeProto, before: list[NodeProto]) -> list[str]:
     """Tensors that may be the one which is normalized: what is averaged, the nearest to the root first."""
     if root.op_type in _NORMALIZING:  # one operator by itself; between two Reshapes it is this one
         return [
-            name for node in before[::-1] if node is not root for name in node.input[:1] if view.folded(name) is None
+            name for node in before[::-1] if node is not root for name in node.input[:1] if graph.folded(name) is None
         ]
     averaged = [node.input[0] for node in before[::-1] if node.op_type.startswith("Reduce") and node.input]
     for name in averaged:
-        maker = view.makers.get(name)
+        maker = graph.producers.get(name)
         if maker is not None and maker.op_type in _PASSING and maker.input and maker.input[0] not in averaged:
             averaged.append(maker.input[0])
     return list(dict.fromkeys(averaged))
 
 
-def _from(view: GraphView, source: str, before: list[NodeProto], behind: list[NodeProto]) -> bool:
+def _from(graph: GraphIndex, source: str, before: list[NodeProto], behind: list[NodeProto]) -> bool:
     """Whether something behind the root is the LayerNormalization of the tensor `source`."""
-    shape = view.shape(source)
+    shape = graph.shape(source)
     if not shape or len(shape) < 2 or shape[-1] is None or shape[-1] < 2:
         return False
     sizes = [size or 2 for size in shape]
     few = [*(min(size, 3) for size in sizes[:-1]), sizes[-1]]
     # Of fewer rows it is the same, unless something in it is made for so many.
-    if few != sizes and _is_layer_norm(view, source, few, before, behind):
+    if few != sizes and _is_layer_norm(graph, source, few, before, behind):
         return True
     rigid = any(node.op_type in ("Reshape", "Expand", *_NORMALIZING) for node in (*before, *behind)) or any(
-        len(view.constants[name].dims) > 1
+        len(graph.constants[name].dims) > 1
         for node in (*before, *behind)
         for name in node.input
-        if name in view.constants
+        if name in graph.constants
     )
-    return (few == sizes or rigid) and _is_layer_norm(view, source, sizes, before, behind)
+    return (few == sizes or rigid) and _is_layer_norm(graph, source, sizes, before, behind)
 
 
 def _is_layer_norm(
-    view: GraphView, source: str, sizes: list[int], before: list[NodeProto], behind: list[NodeProto]
+    graph: GraphIndex, source: str, sizes: list[int], before: list[NodeProto], behind: list[NodeProto]
 ) -> bool:
     if np.prod(sizes, dtype=float) > _MOST:
         return False
     rows, rng = int(np.prod(sizes[:-1])), np.random.default_rng(0)
-    tries = [_compute(view, source, _numbers(rng, sizes), before, behind) for _ in range(-(-_ROWS // rows))]
+    tries = [_compute(graph, source, _numbers(rng, sizes), before, behind) for _ in range(-(-_ROWS // rows))]
     made = [name for name in tries[0] if name != source and all(name in values for values in tries)]
     for last in range(1, len(sizes)):
         normal = np.stack([_layer_norm(values[source], last) for values in tries])
@@ -109,13 +109,13 @@ def _numbers(rng: np.random.Generator, sizes: list[int]) -> np.ndarray:
 
 
 def _compute(
-    view: GraphView, source: str, x: np.ndarray, before: list[NodeProto], behind: list[NodeProto]
+    graph: GraphIndex, source: str, x: np.ndarray, before: list[NodeProto], behind: list[NodeProto]
 ) -> dict[str, np.ndarray]:
     """Every tensor of as many numbers as `x` that follows from it and from constants."""
     values: dict[str, np.ndarray] = {source: x}
     for node in [*before, *behind]:
         if node.output and node.output[0] not in values:
-            read = [values.get(name, view.folded(name)) if name else None for name in node.input]
+            read = [values.get(name, graph.folded(name)) if name else None for name in node.input]
             if any(name and value is None for name, value in zip(node.input, read)):
                 continue
             wide = [value.astype(float) if value is not None and value.dtype.kind == "f" else value for value in read]
@@ -144,7 +144,7 @@ def _same(made: np.ndarray, normal: np.ndarray, last: int) -> bool:
     return bool(left <= _CLOSE * spread and spread > 0)
 
 
-def _cone(view: GraphView, root: NodeProto) -> list[NodeProto]:
+def _cone(graph: GraphIndex, root: NodeProto) -> list[NodeProto]:
     """The root and the nodes before it that can be computed, each behind those that it reads."""
     found: dict[str, NodeProto] = {}
     waiting = deque([root])
@@ -152,11 +152,11 @@ def _cone(view: GraphView, root: NodeProto) -> list[NodeProto]:
         node = waiting.popleft()
         if node.op_type in OPERATORS and node.output and node.output[0] not in found:
             found[node.output[0]] = node
-            waiting.extend(view.makers[name] for name in node.input if name in view.makers)
-    return sorted(found.values(), key=lambda node: view.order[node.output[0]])
+            waiting.extend(graph.producers[name] for name in node.input if name in graph.producers)
+    return sorted(found.values(), key=lambda node: graph.order[node.output[0]])
 
 
-def _behind(view: GraphView, root: NodeProto) -> list[NodeProto]:
+def _behind(graph: GraphIndex, root: NodeProto) -> list[NodeProto]:
     """The root and the nodes behind it that can be computed, and what else these read, in the order of the graph."""
     found: dict[str, NodeProto] = {}
     waiting = deque([root])
@@ -164,10 +164,10 @@ def _behind(view: GraphView, root: NodeProto) -> list[NodeProto]:
         node = waiting.popleft()
         if node.op_type in OPERATORS and node.output and node.output[0] not in found:
             found[node.output[0]] = node
-            waiting.extend(reader.node for reader in view.readers[node.output[0]])
+            waiting.extend(reader.node for reader in graph.consumers[node.output[0]])
     for node in list(found.values()):
         for name in node.input:
-            maker = view.makers.get(name)
+            maker = graph.producers.get(name)
             if maker is not None and maker.op_type in OPERATORS and len(found) < 2 * _BEHIND:
                 found.setdefault(maker.output[0], maker)
-    return sorted(found.values(), key=lambda node: view.order[node.output[0]])
+    return sorted(found.values(), key=lambda node: graph.order[node.output[0]])

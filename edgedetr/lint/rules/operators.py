@@ -9,7 +9,7 @@ from onnx import NodeProto
 
 from edgedetr.lint.lint_issue import Fault, Target, at
 from edgedetr.lint.operator_table import read_since
-from edgedetr.onnx_graph.index import GraphView, attribute, text
+from edgedetr.onnx_graph.index import GraphIndex, int_attribute, string_attribute
 from edgedetr.onnx_graph.infer import inner_graphs
 
 TOPK_LIMIT = 3840  # K; the builder refuses more
@@ -20,10 +20,10 @@ MEANT = {"linear": "bilinear", "cubic": "bicubic"}  # names of opset 20 -> names
 OWN = ("", "ai.onnx")
 
 
-def foreign_domain(view: GraphView, target: Target) -> Iterator[Fault]:
+def foreign_domain(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Operators that are not ONNX's own."""
-    for node in view.everywhere:
-        if node.domain in OWN or (node.domain, node.op_type) in _functions(view):
+    for node in graph.all_nodes:
+        if node.domain in OWN or (node.domain, node.op_type) in _functions(graph):
             continue
         if node.op_type.endswith("_TRT") or node.domain == "trt.plugins":
             yield at(
@@ -48,15 +48,15 @@ def foreign_domain(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def unknown_operator(view: GraphView, target: Target) -> Iterator[Fault]:
+def unknown_operator(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Operators that no known parser reads, and names that ONNX does not have."""
-    for node in view.everywhere:
+    for node in graph.all_nodes:
         elsewhere = node.op_type in INTEGER or node.op_type in DATA_DEPENDENT
         if (
             node.domain in OWN
             and not elsewhere
             and node.op_type not in target.table.operators
-            and (node.domain, node.op_type) not in _functions(view)
+            and (node.domain, node.op_type) not in _functions(graph)
             and not _later(node, target)
         ):
             yield at(
@@ -67,9 +67,9 @@ def unknown_operator(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def data_dependent(view: GraphView, target: Target) -> Iterator[Fault]:
+def data_dependent(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Outputs whose size depends on values."""
-    for node in view.everywhere:
+    for node in graph.all_nodes:
         if node.op_type in DATA_DEPENDENT:
             yield at(
                 node,
@@ -78,8 +78,8 @@ def data_dependent(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def control_flow(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in view.everywhere:
+def control_flow(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    for node in graph.all_nodes:
         if node.op_type not in CONTROL_FLOW:
             continue
         yield at(
@@ -89,7 +89,7 @@ def control_flow(view: GraphView, target: Target) -> Iterator[Fault]:
             "warning",
         )
         branches = inner_graphs(node) if node.op_type == "If" else []
-        for outputs in zip(*(graph.output for graph in branches)):
+        for outputs in zip(*(inner.output for inner in branches)):
             kinds = [item.type.tensor_type for item in outputs]
             ranks = {len(kind.shape.dim) for kind in kinds if kind.HasField("shape")}
             if len(ranks) > 1 or len({kind.elem_type for kind in kinds if kind.elem_type}) > 1:
@@ -100,8 +100,8 @@ def control_flow(view: GraphView, target: Target) -> Iterator[Fault]:
                 )
 
 
-def integer_operators(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in view.everywhere:
+def integer_operators(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    for node in graph.all_nodes:
         if node.op_type in INTEGER:
             yield at(
                 node,
@@ -110,8 +110,8 @@ def integer_operators(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def too_new(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in view.everywhere:
+def too_new(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    for node in graph.all_nodes:
         later = _later(node, target)
         if later:
             yield at(
@@ -121,15 +121,15 @@ def too_new(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def topk_bound(view: GraphView, target: Target) -> Iterator[Fault]:
+def topk_bound(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """K as it is written, or as it follows from sizes that are fixed: sorting a whole axis is a TopK of its length."""
-    for node in view.nodes:
+    for node in graph.nodes:
         if node.op_type != "TopK":
             continue
         if len(node.input) < 2:  # opset 9 has it as an attribute
-            found = np.array([attribute(node, "k", 0)])
+            found = np.array([int_attribute(node, "k", 0)])
         else:
-            folded = view.folded(node.input[1])
+            folded = graph.folded(node.input[1])
             found = np.array([]) if folded is None or folded.dtype.kind not in "iu" else folded.reshape(-1)
         if not found.size:
             yield at(
@@ -148,10 +148,10 @@ def topk_bound(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def grid_sample_mode(view: GraphView, target: Target) -> Iterator[Fault]:
+def grid_sample_mode(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Opset 20 renamed the modes; parsers before TensorRT 11 take a name they do not know for "nearest"."""
-    for node in _grid_samples(view):
-        mode = text(node, "mode", "linear" if view.opset >= 20 else "bilinear")
+    for node in _grid_samples(graph):
+        mode = string_attribute(node, "mode", "linear" if graph.opset >= 20 else "bilinear")
         if mode in MEANT:
             yield at(
                 node,
@@ -161,9 +161,9 @@ def grid_sample_mode(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def grid_sample_rank(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in _grid_samples(view):
-        shape = view.shape(node.input[0]) if node.input else None
+def grid_sample_rank(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    for node in _grid_samples(graph):
+        shape = graph.shape(node.input[0]) if node.input else None
         if shape is not None and len(shape) != 4:
             yield at(
                 node,
@@ -173,8 +173,8 @@ def grid_sample_rank(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def grid_sample_wrong(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in _grid_samples(view):
+def grid_sample_wrong(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    for node in _grid_samples(graph):
         if target.tensorrt >= (10, 14):
             yield at(
                 node,
@@ -184,10 +184,10 @@ def grid_sample_wrong(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def batch_norm(view: GraphView, target: Target) -> Iterator[Fault]:
+def batch_norm(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Normalization that is not part of the convolution's weights, so that these are quantized without it."""
-    for node in view.nodes:
-        maker = view.makers.get(node.input[0]) if node.input else None
+    for node in graph.nodes:
+        maker = graph.producers.get(node.input[0]) if node.input else None
         after = maker is not None and maker.op_type == "Conv"
         if node.op_type == "BatchNormalization":
             yield at(
@@ -196,7 +196,7 @@ def batch_norm(view: GraphView, target: Target) -> Iterator[Fault]:
                 "export in evaluation mode with constant folding, before quantizing (edgedetr import folds it)",
                 "warning",
             )
-        elif node.op_type == "Mul" and len(node.input) > 1 and after and _per_channel(view, node):
+        elif node.op_type == "Mul" and len(node.input) > 1 and after and _per_channel(graph, node):
             yield at(
                 node,
                 "a Conv is scaled by a constant per channel: a frozen BatchNorm that was not folded",
@@ -205,18 +205,18 @@ def batch_norm(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def _grid_samples(view: GraphView) -> Iterator[NodeProto]:
-    return (node for node in view.nodes if node.op_type == "GridSample")
+def _grid_samples(graph: GraphIndex) -> Iterator[NodeProto]:
+    return (node for node in graph.nodes if node.op_type == "GridSample")
 
 
-def _per_channel(view: GraphView, node: NodeProto) -> bool:
+def _per_channel(graph: GraphIndex, node: NodeProto) -> bool:
     """Whether the other factor of a Mul is a constant [1, C, 1, 1] or [C, 1, 1], C > 1."""
-    shape = view.constants[node.input[1]].dims if node.input[1] in view.constants else []
+    shape = graph.constants[node.input[1]].dims if node.input[1] in graph.constants else []
     return len(shape) in (3, 4) and list(shape[-2:]) == [1, 1] and shape[-3] > 1 and (len(shape) == 3 or shape[0] == 1)
 
 
-def _functions(view: GraphView) -> set[tuple[str, str]]:
-    return view.once("functions", lambda: {(item.domain, item.name) for item in view.model.functions})
+def _functions(graph: GraphIndex) -> set[tuple[str, str]]:
+    return graph.cached("functions", lambda: {(item.domain, item.name) for item in graph.model.functions})
 
 
 def _later(node: NodeProto, target: Target) -> str:

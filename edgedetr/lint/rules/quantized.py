@@ -8,7 +8,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from edgedetr.lint.lint_issue import Fault, Target, at
-from edgedetr.onnx_graph.index import FLOATS, GraphView, attribute, integers, type_name
+from edgedetr.onnx_graph.index import FLOATS, GraphIndex, int_attribute, ints_attribute, type_name
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 # Types that a quantized tensor may have.
@@ -24,15 +24,15 @@ SMALLEST_SIDE = 16  # inputs or outputs of a product
 AGAIN = "quantize the float model again: edgedetr export B --int8"
 
 
-def zero_point(view: GraphView, target: Target) -> Iterator[Fault]:
+def zero_point(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Of a signed type, all zeros, a constant, as many as there are scales; not needed where the type is known."""
-    for node in _pairs(view):
+    for node in _pairs(graph):
         if node.op_type == "QuantizeLinear":
-            made = _quantized_type(view, node)
+            made = _quantized_type(graph, node)
             if made not in SIGNED:
                 how = (
                     "no zero point and no output_dtype, which ONNX reads as uint8 0"
-                    if len(node.input) < 3 and not (attribute(node, "output_dtype", 0))
+                    if len(node.input) < 3 and not (int_attribute(node, "output_dtype", 0))
                     else f"quantized to {type_name(made)}"
                 )
                 yield at(
@@ -41,10 +41,10 @@ def zero_point(view: GraphView, target: Target) -> Iterator[Fault]:
                     f"write an int8 zero point of 0; {AGAIN}",
                 )
         name = node.input[2] if len(node.input) > 2 else ""
-        zero, scale = view.folded(name) if name else None, view.folded(node.input[1])
+        zero, scale = graph.folded(name) if name else None, graph.folded(node.input[1])
         if name and zero is None:
             # One that cannot be read is said by another rule; that of FP8 is not looked at.
-            if name not in view.constants and view.types.get(name) != TensorProto.FLOAT8E4M3FN:
+            if name not in graph.constants and graph.types.get(name) != TensorProto.FLOAT8E4M3FN:
                 yield at(node, "the zero point is computed; expected a constant", AGAIN)
         elif zero is not None and np.asarray(zero, np.float32).any():
             largest = zero.reshape(-1)[np.abs(zero.astype(np.float32)).argmax()]
@@ -53,21 +53,21 @@ def zero_point(view: GraphView, target: Target) -> Iterator[Fault]:
             yield at(node, f"{zero.size} zero points for {scale.size} scales", AGAIN)
 
 
-def _quantized_type(view: GraphView, node: NodeProto) -> int:
+def _quantized_type(graph: GraphIndex, node: NodeProto) -> int:
     """The type that a QuantizeLinear gives; uint8 where nothing says another."""
-    told = attribute(node, "output_dtype", 0)
+    told = int_attribute(node, "output_dtype", 0)
     if len(node.input) > 2 and node.input[2]:
-        told = view.types.get(node.input[2], told or TensorProto.INT8)
+        told = graph.types.get(node.input[2], told or TensorProto.INT8)
     return told or TensorProto.UINT8
 
 
-def scale_value(view: GraphView, target: Target) -> Iterator[Fault]:
+def scale_value(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Constant, finite, positive; as FP16 not below its smallest normal number."""
-    for node in _pairs(view):
-        scale = view.folded(node.input[1])
+    for node in _pairs(graph):
+        scale = graph.folded(node.input[1])
         if scale is None:
             # TensorRT 11 takes scales that are computed.
-            if target.tensorrt < (11, 0) and node.input[1] not in view.constants:
+            if target.tensorrt < (11, 0) and node.input[1] not in graph.constants:
                 yield at(node, "the scale is computed; expected a constant", AGAIN)
         elif not np.isfinite(scale).all() or (scale <= 0).any():
             yield at(
@@ -84,16 +84,16 @@ def scale_value(view: GraphView, target: Target) -> Iterator[Fault]:
             )
         elif scale.dtype == np.float64:
             yield at(node, "the scale is float64; expected the type of the tensor", AGAIN, "warning")
-        elif view.types.get(node.input[1]) not in FLOATS:
+        elif graph.types.get(node.input[1]) not in FLOATS:
             yield at(node, f"the scale is {scale.dtype}; expected float32 or float16", AGAIN)
 
 
-def scale_type(view: GraphView, target: Target) -> Iterator[Fault]:
+def scale_type(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """The type of the tensor that is quantized; TensorRT 11 allows others."""
-    for node in _pairs(view):
+    for node in _pairs(graph):
         if node.op_type != "QuantizeLinear":
             continue
-        tensor, scale = view.types.get(node.input[0]), view.types.get(node.input[1])
+        tensor, scale = graph.types.get(node.input[0]), graph.types.get(node.input[1])
         if tensor is None or scale is None or tensor == scale or TensorProto.DOUBLE in (tensor, scale):
             continue
         yield at(
@@ -104,42 +104,42 @@ def scale_type(view: GraphView, target: Target) -> Iterator[Fault]:
         )
 
 
-def scale_axis(view: GraphView, target: Target) -> Iterator[Fault]:
+def scale_axis(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Scales run along an axis that is there, and are as many as it is long."""
-    for node in _pairs(view):
-        scale, shape = view.folded(node.input[1]), view.shape(node.input[0])
-        if scale is None or scale.size <= 1 or shape is None or attribute(node, "block_size", 0):
+    for node in _pairs(graph):
+        scale, shape = graph.folded(node.input[1]), graph.shape(node.input[0])
+        if scale is None or scale.size <= 1 or shape is None or int_attribute(node, "block_size", 0):
             continue
-        axis = attribute(node, "axis", 1)
+        axis = int_attribute(node, "axis", 1)
         if not -len(shape) <= axis < len(shape):
             yield at(node, f"scales along axis {axis} of a tensor of {len(shape)} dimensions", AGAIN)
         elif shape[axis] not in (None, scale.size):
             yield at(node, f"{scale.size} scales along axis {axis}, which is {shape[axis]} long", AGAIN)
 
 
-def per_channel_activation(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in _pairs(view):
-        scale, source = view.folded(node.input[1]), node.input[0]
-        if scale is None or scale.size <= 1 or source in view.constants or view.folded(source) is not None:
+def per_channel_activation(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    for node in _pairs(graph):
+        scale, source = graph.folded(node.input[1]), node.input[0]
+        if scale is None or scale.size <= 1 or source in graph.constants or graph.folded(source) is not None:
             continue
-        if attribute(node, "block_size", 0):
+        if int_attribute(node, "block_size", 0):
             continue
-        if node.op_type == "DequantizeLinear" and source in view.makers:
+        if node.op_type == "DequantizeLinear" and source in graph.producers:
             continue  # its QuantizeLinear is told
         yield at(node, f"an activation has {scale.size} scales; expected one in all", AGAIN)
 
 
-def weight_axis(view: GraphView, target: Target) -> Iterator[Fault]:
+def weight_axis(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Scales of a weight run along its output channels; TensorRT 11 restores others too, and multiplies in float."""
-    for node in view.nodes:
-        restore = view.dequantized(node, 1) if node.op_type in WEIGHTED else None
-        scale = view.folded(restore.input[1]) if restore is not None else None
+    for node in graph.nodes:
+        restore = graph.dequantizer(node, 1) if node.op_type in WEIGHTED else None
+        scale = graph.folded(restore.input[1]) if restore is not None else None
         if restore is None or scale is None or scale.size <= 1:
             continue
-        shape = view.shape(restore.output[0]) or view.shape(restore.input[0])
+        shape = graph.shape(restore.output[0]) or graph.shape(restore.input[0])
         if not shape:
             continue
-        if attribute(restore, "block_size", 0):
+        if int_attribute(restore, "block_size", 0):
             if node.op_type in ("Conv", "ConvTranspose"):
                 yield at(
                     restore,
@@ -147,7 +147,7 @@ def weight_axis(view: GraphView, target: Target) -> Iterator[Fault]:
                     f"one scale per output channel; {AGAIN}",
                 )
             continue
-        found, wanted = attribute(restore, "axis", 1) % len(shape), _output_axis(view, node, restore, len(shape))
+        found, wanted = int_attribute(restore, "axis", 1) % len(shape), _output_axis(graph, node, restore, len(shape))
         if found != wanted:
             yield at(
                 restore,
@@ -158,12 +158,12 @@ def weight_axis(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def one_side_quantized(view: GraphView, target: Target) -> Iterator[Fault]:
+def one_side_quantized(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """A product runs on integers when its data and its weight both come through Q/DQ."""
-    for node in view.nodes:
+    for node in graph.nodes:
         if node.op_type not in WEIGHTED:
             continue
-        sides = [view.dequantized(node, index) is not None for index in (0, 1)]
+        sides = [graph.dequantizer(node, index) is not None for index in (0, 1)]
         if any(sides) and not all(sides):
             yield at(
                 node,
@@ -174,11 +174,11 @@ def one_side_quantized(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def small_product(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in view.nodes:
-        if node.op_type not in ("MatMul", "Gemm") or not (view.dequantized(node, 0) and view.dequantized(node, 1)):
+def small_product(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    for node in graph.nodes:
+        if node.op_type not in ("MatMul", "Gemm") or not (graph.dequantizer(node, 0) and graph.dequantizer(node, 1)):
             continue
-        shape = view.shape(node.input[1])
+        shape = graph.shape(node.input[1])
         sides = [size for size in (shape or [])[-2:] if size is not None]
         if len(shape or []) >= 2 and sides and min(sides) < SMALLEST_SIDE:
             yield at(
@@ -190,15 +190,15 @@ def small_product(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def before_relu(view: GraphView, target: Target) -> Iterator[Fault]:
+def before_relu(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Conv and Relu are one kernel only when nothing stands between them."""
-    for node in view.nodes:
-        maker = view.makers.get(node.input[0]) if node.op_type == "QuantizeLinear" and node.input else None
+    for node in graph.nodes:
+        maker = graph.producers.get(node.input[0]) if node.op_type == "QuantizeLinear" and node.input else None
         if maker is None or maker.op_type not in ("Conv", "ConvTranspose"):
             continue
-        restored = [name for made in node.output for reader in view.readers[made] for name in reader.node.output]
+        restored = [name for made in node.output for reader in graph.consumers[made] for name in reader.node.output]
         # A Relu that reads the Conv itself, beside the pair, is another branch: both values are needed.
-        if any(reader.node.op_type in ("Relu", "Clip") for name in restored for reader in view.readers[name]):
+        if any(reader.node.op_type in ("Relu", "Clip") for name in restored for reader in graph.consumers[name]):
             yield at(
                 node,
                 f"stands between {maker.op_type} {maker.name} and its Relu, so that they are two kernels",
@@ -207,20 +207,20 @@ def before_relu(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def concat_scales(view: GraphView, target: Target) -> Iterator[Fault]:
+def concat_scales(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """A Concat whose output is quantized runs on integers when its inputs share one scale."""
-    for node in view.nodes:
+    for node in graph.nodes:
         if node.op_type != "Concat":
             continue
-        makers = [view.makers.get(name) for name in node.input]
+        makers = [graph.producers.get(name) for name in node.input]
         scales = [
-            view.folded(maker.input[1])
+            graph.folded(maker.input[1])
             for maker in makers
             if maker is not None and maker.op_type == "DequantizeLinear" and len(maker.input) > 1
         ]
         known = {float(scale.reshape(-1)[0]) for scale in scales if scale is not None and scale.size == 1}
         requantized = any(
-            reader.node.op_type == "QuantizeLinear" for name in node.output for reader in view.readers[name]
+            reader.node.op_type == "QuantizeLinear" for name in node.output for reader in graph.consumers[name]
         )
         if len(scales) == len(makers) and len(known) > 1 and requantized:
             yield at(
@@ -231,10 +231,10 @@ def concat_scales(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def transposed_convolution(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in view.nodes:
-        restore = view.dequantized(node, 1) if node.op_type == "ConvTranspose" else None
-        scale = view.folded(restore.input[1]) if restore is not None else None
+def transposed_convolution(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    for node in graph.nodes:
+        restore = graph.dequantizer(node, 1) if node.op_type == "ConvTranspose" else None
+        scale = graph.folded(restore.input[1]) if restore is not None else None
         if scale is not None and scale.size > 1:
             yield at(
                 node,
@@ -244,21 +244,21 @@ def transposed_convolution(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def _pairs(view: GraphView) -> Iterator[NodeProto]:
+def _pairs(graph: GraphIndex) -> Iterator[NodeProto]:
     """Those with what such a node must have; of others the shape inference says what is missing."""
-    return (node for node in view.nodes if node.op_type in PAIR and len(node.input) > 1 and node.output)
+    return (node for node in graph.nodes if node.op_type in PAIR and len(node.input) > 1 and node.output)
 
 
-def _output_axis(view: GraphView, node: NodeProto, restore: NodeProto, rank: int) -> int:
+def _output_axis(graph: GraphIndex, node: NodeProto, restore: NodeProto, rank: int) -> int:
     """Axis of the output channels in the weight as it is stored."""
     if node.op_type == "Conv":
         axis = 0
     elif node.op_type == "Gemm":
-        axis = 0 if attribute(node, "transB", 0) else 1
+        axis = 0 if int_attribute(node, "transB", 0) else 1
     else:
         axis = 1 if node.op_type == "ConvTranspose" else rank - 1
-    between = view.makers[node.input[1]]
+    between = graph.producers[node.input[1]]
     if between is restore:
         return axis
-    order = integers(between, "perm")
+    order = ints_attribute(between, "perm")
     return order[axis] if sorted(order) == list(range(rank)) else rank - 1 - axis

@@ -7,53 +7,53 @@ from collections.abc import Iterator
 from onnx import TensorProto
 
 from edgedetr.lint.lint_issue import Fault, Target, at
-from edgedetr.onnx_graph.index import GraphView
+from edgedetr.onnx_graph.index import GraphIndex
 
 OPSET = 19
 
 
-def opset(view: GraphView, target: Target) -> Iterator[Fault]:
+def opset(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """The parser reads on beyond what is documented, and takes each operator as it knows it."""
     oldest, newest = target.table.opsets
-    if not oldest <= view.opset <= newest:
+    if not oldest <= graph.opset <= newest:
         yield Fault(
             "the graph",
-            f"opset {view.opset}; this parser is documented to read {oldest} to {newest}",
+            f"opset {graph.opset}; this parser is documented to read {oldest} to {newest}",
             f"export at opset {OPSET}",
             "warning",
         )
-    elif view.opset != OPSET:
+    elif graph.opset != OPSET:
         yield Fault(
             "the graph",
-            f"opset {view.opset}; {OPSET} is the one that fits everything (FP16 Q/DQ need 19, "
+            f"opset {graph.opset}; {OPSET} is the one that fits everything (FP16 Q/DQ need 19, "
             "LayerNormalization 17, and 20 renames the modes of GridSample)",
             f"export at opset {OPSET}",
             "warning",
         )
 
 
-def quantized_opset(view: GraphView, target: Target) -> Iterator[Fault]:
+def quantized_opset(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Scales per channel exist from opset 13, FP16 scales from 19; the parser takes both in older files too."""
-    for node in view.nodes:
+    for node in graph.nodes:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 2:
             continue
-        half = view.types.get(node.input[1]) == TensorProto.FLOAT16
+        half = graph.types.get(node.input[1]) == TensorProto.FLOAT16
         axis = any(item.name == "axis" for item in node.attribute)
-        if (half and view.opset < 19) or (axis and view.opset < 13):
+        if (half and graph.opset < 19) or (axis and graph.opset < 13):
             what = "an FP16 scale" if half else "a scale per channel"
             yield at(
                 node,
-                f"{what} at opset {view.opset}; it exists from opset {19 if half else 13}, and ONNX Runtime "
+                f"{what} at opset {graph.opset}; it exists from opset {19 if half else 13}, and ONNX Runtime "
                 "refuses the file",
                 f"export at opset {OPSET}",
                 "warning",
             )
 
 
-def open_input(view: GraphView, target: Target) -> Iterator[Fault]:
+def open_input(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Sizes of the inputs: an open batch needs a profile, an open height or width is not supported here."""
-    weights = set(view.constants)
-    for item in view.graph.input:
+    weights = set(graph.constants)
+    for item in graph.model.graph.input:
         if item.name in weights:
             continue
         shape = item.type.tensor_type.shape.dim if item.type.tensor_type.HasField("shape") else None
@@ -78,9 +78,9 @@ def open_input(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def untyped_output(view: GraphView, target: Target) -> Iterator[Fault]:
+def untyped_output(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """The parser reads the types of the outputs from the file; what could be inferred does not help it."""
-    for item in view.graph.output:
+    for item in graph.model.graph.output:
         if not item.type.tensor_type.elem_type:
             yield Fault(
                 item.name,
@@ -89,10 +89,12 @@ def untyped_output(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def shape_arithmetic(view: GraphView, target: Target) -> Iterator[Fault]:
+def shape_arithmetic(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Sizes computed at run time although the input is fixed; one finding for the whole graph."""
-    left = [node for node in view.nodes if node.op_type == "Shape"]
-    free = any(not size.HasField("dim_value") for item in view.graph.input for size in item.type.tensor_type.shape.dim)
+    left = [node for node in graph.nodes if node.op_type == "Shape"]
+    free = any(
+        not size.HasField("dim_value") for item in graph.model.graph.input for size in item.type.tensor_type.shape.dim
+    )
     if left and not free:
         yield at(
             left[0],
@@ -102,13 +104,13 @@ def shape_arithmetic(view: GraphView, target: Target) -> Iterator[Fault]:
         )
 
 
-def open_channels(view: GraphView, target: Target) -> Iterator[Fault]:
+def open_channels(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Channels of convolutions must be known when the engine is built."""
-    inputs = {item.name for item in view.graph.input}
-    for node in view.nodes:
+    inputs = {item.name for item in graph.model.graph.input}
+    for node in graph.nodes:
         if node.op_type != "Conv" or not node.input:
             continue
-        integer, shape = view.dequantized(node, 0) is not None, view.shape(node.input[0])
+        integer, shape = graph.dequantizer(node, 0) is not None, graph.shape(node.input[0])
         # Of a float tensor inside, the parser may know more than is known here.
         if shape is not None and len(shape) == 4 and shape[1] is None and (integer or node.input[0] in inputs):
             yield at(
@@ -118,9 +120,9 @@ def open_channels(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def external_data(view: GraphView, target: Target) -> Iterator[Fault]:
+def external_data(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Weights beside the file that were not read: lint_file says why; here those that a model in memory still names."""
-    left = [tensor.name for tensor in view.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
+    left = [tensor.name for tensor in graph.model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
     if left:
         yield Fault(
             left[0],

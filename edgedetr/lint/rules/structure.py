@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from onnx import NodeProto, TensorProto, ValueInfoProto
 
 from edgedetr.lint.lint_issue import Fault, Target, at
-from edgedetr.onnx_graph.index import GraphView, onnx_name, type_name
+from edgedetr.onnx_graph.index import GraphIndex, onnx_name, type_name
 from edgedetr.onnx_graph.infer import schema_of
 from edgedetr.onnx_graph.io import tensors
 from edgedetr.onnx_graph.tensor_checks import tensor_fault
@@ -41,45 +41,45 @@ CLASSES = {
 }
 
 
-def names(view: GraphView, target: Target) -> Iterator[Fault]:
+def names(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Names that are made twice, never, or in a circle; one fault for each."""
-    made = Counter(name for node in view.nodes for name in node.output if name)
+    made = Counter(name for node in graph.nodes for name in node.output if name)
     given = (
-        {item.name for item in view.graph.input}
-        | {tensor.name for tensor in view.graph.initializer}
-        | {tensor.values.name for tensor in view.graph.sparse_initializer}
+        {item.name for item in graph.model.graph.input}
+        | {tensor.name for tensor in graph.model.graph.initializer}
+        | {tensor.values.name for tensor in graph.model.graph.sparse_initializer}
     )
     for name in [name for name, count in made.items() if count > 1 or name in given]:
         yield Fault(name, "a tensor that is made twice", AGAIN)
-    for node in view.nodes:
+    for node in graph.nodes:
         for name in dict.fromkeys(node.input):
             if name and name not in made and name not in given:
                 yield at(node, f"reads {name!r}, which nothing makes", AGAIN)
-    for item in view.graph.output:
+    for item in graph.model.graph.output:
         if item.name not in made and item.name not in given:
             yield Fault(item.name, "an output that nothing makes", AGAIN)
-    for node in _circle(view):
+    for node in _circle(graph):
         yield at(node, "reads what follows from itself", AGAIN)
         break
 
 
-def _circle(view: GraphView) -> Iterator[NodeProto]:
+def _circle(graph: GraphIndex) -> Iterator[NodeProto]:
     """Nodes that stand before one that they read, in the best order there is."""
-    for place, node in enumerate(view.sorted):
-        if any(view.order.get(name, -1) >= place for name in node.input):
+    for place, node in enumerate(graph.sorted_nodes):
+        if any(graph.order.get(name, -1) >= place for name in node.input):
             yield node
 
 
-def element_types(view: GraphView, target: Target) -> Iterator[Fault]:
+def element_types(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Types that TensorRT does not have, in inputs, weights, attributes and what is computed."""
-    for name, kind in view.types.items():
+    for name, kind in graph.types.items():
         if kind not in TYPES:
             yield Fault(
                 name,
                 f"a tensor of {type_name(kind)}, a type that TensorRT does not have",
                 "cast it at export, or export without it",
             )
-    for item in _not_tensors([*view.graph.input, *view.graph.output]):
+    for item in _not_tensors([*graph.model.graph.input, *graph.model.graph.output]):
         yield Fault(
             item.name,
             f"a {item.type.WhichOneof('value')[:-5].replace('_', ' ')}; TensorRT has tensors alone",
@@ -91,12 +91,12 @@ def _not_tensors(items: Iterable[ValueInfoProto]) -> Iterator[ValueInfoProto]:
     return (item for item in items if item.type.WhichOneof("value") not in (None, "tensor_type"))
 
 
-def inner_types(view: GraphView, target: Target) -> Iterator[Fault]:
+def inner_types(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Bytes may come in and go out, and between there are none; FP8 and INT4 are made by QuantizeLinear alone."""
-    for node in view.nodes:
+    for node in graph.nodes:
         for name in node.output:
-            kind = view.types.get(name, 0)
-            if kind == TensorProto.UINT8 and name not in view.outputs and node.op_type not in BYTES:
+            kind = graph.types.get(name, 0)
+            if kind == TensorProto.UINT8 and name not in graph.outputs and node.op_type not in BYTES:
                 yield at(
                     node,
                     "makes a uint8 tensor inside the graph; TensorRT has these only as inputs and outputs",
@@ -106,18 +106,18 @@ def inner_types(view: GraphView, target: Target) -> Iterator[Fault]:
                 yield at(node, f"casts to {type_name(kind)}, which only QuantizeLinear can", "write a QuantizeLinear")
 
 
-def damaged_weights(view: GraphView, target: Target) -> Iterator[Fault]:
-    for tensor in tensors(view.model):
+def damaged_weights(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    for tensor in tensors(graph.model):
         fault = "" if tensor.data_location == TensorProto.EXTERNAL else tensor_fault(tensor)
         if fault:
             yield Fault(tensor.name or "(a constant without a name)", f"a weight that cannot be read: {fault}", AGAIN)
 
 
-def by_schema(view: GraphView, target: Target) -> Iterator[Fault]:
+def by_schema(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Attributes that an operator must have, and inputs of a kind that it cannot have: floats as indices and such."""
-    versions = {item.domain: item.version for item in view.model.opset_import}
+    versions = {item.domain: item.version for item in graph.model.opset_import}
     classes: dict[tuple[str, str, int], dict[str, set[str]]] = {}
-    for node in view.nodes:
+    for node in graph.nodes:
         schema = schema_of(node, versions)
         if schema is None:
             continue
@@ -130,12 +130,12 @@ def by_schema(view: GraphView, target: Target) -> Iterator[Fault]:
             classes[key] = {item.type_param_str: _classes(item.allowed_type_strs) for item in schema.type_constraints}
         allowed = classes[key]
         for place, name in zip(schema.inputs, node.input):
-            found = _classes([f"tensor({onnx_name(view.types.get(name, 0))})"])
+            found = _classes([f"tensor({onnx_name(graph.types.get(name, 0))})"])
             wanted = allowed.get(place.type_str) or _classes([place.type_str])
             if found and wanted and not found & wanted:
                 yield at(
                     node,
-                    f"{place.name} of {node.op_type} is {type_name(view.types[name])}; ONNX allows "
+                    f"{place.name} of {node.op_type} is {type_name(graph.types[name])}; ONNX allows "
                     f"{', '.join(sorted(wanted))}",
                     CHECK,
                 )

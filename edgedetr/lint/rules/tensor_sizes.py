@@ -8,30 +8,30 @@ from collections.abc import Iterator
 from onnx import NodeProto
 
 from edgedetr.lint.lint_issue import Fault, Target, at
-from edgedetr.onnx_graph.index import GraphView, attribute, integers, text
+from edgedetr.onnx_graph.index import GraphIndex, int_attribute, ints_attribute, string_attribute
 
 AGAIN = "export the model again"
 _WINDOWS = ("Conv", "MaxPool", "AveragePool", "LpPool")
 Shape = list[int | None]
 
 
-def sizes(view: GraphView, target: Target) -> Iterator[Fault]:
+def sizes(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Weights, targets and bounds that do not fit what they are used on, where ONNX's own inference does not look."""
-    for node in view.nodes:
-        shapes = [view.shape(name) if name else None for name in node.input]
+    for node in graph.nodes:
+        shapes = [graph.shape(name) if name else None for name in node.input]
         data, other = [*shapes, None, None][:2]
         if node.op_type in ("Conv", "ConvTranspose") and data and other and len(data) == len(other) > 2:
-            groups, turned = max(attribute(node, "group", 1), 1), node.op_type == "ConvTranspose"
+            groups, turned = max(int_attribute(node, "group", 1), 1), node.op_type == "ConvTranspose"
             wanted = other[0] if turned else None if other[1] is None else other[1] * groups
             if None not in (data[1], wanted) and data[1] != wanted:
                 yield at(
                     node, f"the weight of {node.op_type} is for {wanted} channels, and its data has {data[1]}", AGAIN
                 )
-        folded = view.folded(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+        folded = graph.folded(node.input[1]) if len(node.input) > 1 and node.input[1] else None
         if folded is None or data is None or folded.dtype.kind not in "iu":
             continue
         if node.op_type == "Reshape" and None not in data:
-            kept = [] if attribute(node, "allowzero", 0) else data  # a 0 stands for the size that is there
+            kept = [] if int_attribute(node, "allowzero", 0) else data  # a 0 stands for the size that is there
             target_sizes = [
                 kept[place] if size == 0 and place < len(kept) else int(size)
                 for place, size in enumerate(folded.reshape(-1))
@@ -44,10 +44,10 @@ def sizes(view: GraphView, target: Target) -> Iterator[Fault]:
             yield at(node, f"slices {len(data)} dimensions with {folded.size} starts and names no axes", AGAIN)
 
 
-def parameters(view: GraphView, target: Target) -> Iterator[Fault]:
+def parameters(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """Scales, shifts, slopes, groups, blocks and windows against the tensor that they are for."""
-    for node in view.nodes:
-        shapes = [view.shape(name) if name else None for name in node.input]
+    for node in graph.nodes:
+        shapes = [graph.shape(name) if name else None for name in node.input]
         data = shapes[0] if shapes else None
         fault = _parameter_fault(node, data, shapes[1:]) if data else ""
         if fault:
@@ -59,7 +59,7 @@ def _parameter_fault(node: NodeProto, data: Shape, rest: list[Shape | None]) -> 
     kind, known = node.op_type, [shape for shape in rest if shape is not None and None not in shape]
     channels = data[1] if len(data) > 1 else None
     if kind == "LayerNormalization":
-        axis = attribute(node, "axis", -1)
+        axis = int_attribute(node, "axis", -1)
         wrong = [shape for shape in known if not _broadcasts(shape, data[axis:])]
         return f"a scale or shift of {wrong[0]}" if wrong and -len(data) <= axis < len(data) else ""
     if kind == "InstanceNormalization" and channels is not None:
@@ -68,23 +68,26 @@ def _parameter_fault(node: NodeProto, data: Shape, rest: list[Shape | None]) -> 
     if kind == "PRelu" and known:
         return "" if _broadcasts(known[0], data) else f"slopes of {known[0]}"
     if kind == "GroupNormalization" and channels is not None:
-        groups = attribute(node, "num_groups", 1)
+        groups = int_attribute(node, "num_groups", 1)
         return f"{channels} channels in {groups} groups" if groups < 1 or channels % groups else ""
     if kind == "DepthToSpace" and channels is not None:
-        block = attribute(node, "blocksize", 1)
+        block = int_attribute(node, "blocksize", 1)
         return f"{channels} channels in blocks of {block}" if block < 1 or channels % block**2 else ""
     if kind in ("Conv", "ConvTranspose") and len(rest) > 1 and rest[0] and rest[1] and len(rest[0]) > 1:
-        made = rest[0][0] if kind == "Conv" else (rest[0][1] or 0) * attribute(node, "group", 1)
+        made = rest[0][0] if kind == "Conv" else (rest[0][1] or 0) * int_attribute(node, "group", 1)
         if None not in (made, rest[1][0]) and rest[1] != [made]:
             return f"a bias of {rest[1]} for {made} channels"
-    if kind in _WINDOWS and text(node, "auto_pad", "NOTSET") == "NOTSET":
+    if kind in _WINDOWS and string_attribute(node, "auto_pad", "NOTSET") == "NOTSET":
         return _window_fault(node, data[2:], rest[0][2:] if kind == "Conv" and rest and rest[0] else [])
-    return _einsum_fault(text(node, "equation", ""), [data, *rest]) if kind == "Einsum" else ""
+    return _einsum_fault(string_attribute(node, "equation", ""), [data, *rest]) if kind == "Einsum" else ""
 
 
 def _window_fault(node: NodeProto, sizes: Shape, weight: Shape) -> str:
-    window: Shape = [*integers(node, "kernel_shape")] or weight
-    steps, pads = integers(node, "dilations") or [1] * len(sizes), integers(node, "pads") or [0] * 2 * len(sizes)
+    window: Shape = [*ints_attribute(node, "kernel_shape")] or weight
+    steps, pads = (
+        ints_attribute(node, "dilations") or [1] * len(sizes),
+        ints_attribute(node, "pads") or [0] * 2 * len(sizes),
+    )
     if not len(window) == len(steps) == len(sizes) == len(pads) / 2:
         return ""
     for place, (size, length, step) in enumerate(zip(sizes, window, steps)):

@@ -8,7 +8,7 @@ import numpy as np
 from onnx import TensorProto
 
 from edgedetr.lint.lint_issue import Fault, Target, at
-from edgedetr.onnx_graph.index import FLOATS, GraphView, type_name
+from edgedetr.onnx_graph.index import FLOATS, GraphIndex, type_name
 
 # Operator -> the inputs that must have one type; None = all of them.
 EQUAL: dict[str, tuple[int, ...] | None] = {
@@ -48,13 +48,13 @@ EQUAL: dict[str, tuple[int, ...] | None] = {
 MIXED_FROM: dict[str, tuple[int, int]] = {"Pow": (10, 8), "BatchNormalization": (10, 7)}
 
 
-def equal_types(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in view.nodes:
+def equal_types(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    for node in graph.nodes:
         if node.op_type not in EQUAL and target.tensorrt >= MIXED_FROM.get(node.op_type, (0, 0)):
             continue
         places = EQUAL.get(node.op_type)
         names = [node.input[i] for i in (range(len(node.input)) if places is None else places) if i < len(node.input)]
-        kinds = [_computed_as(view.types[name]) for name in names if name and name in view.types]
+        kinds = [_computed_as(graph.types[name]) for name in names if name and name in graph.types]
         if len(set(kinds)) > 1:
             told = " and ".join(type_name(kind) for kind in dict.fromkeys(kinds))
             yield at(
@@ -68,18 +68,18 @@ def _computed_as(kind: int) -> int:
     return TensorProto.FLOAT if kind == TensorProto.DOUBLE else kind
 
 
-def double(view: GraphView, target: Target) -> Iterator[Fault]:
-    for node in view.nodes:
-        if any(view.types.get(name) == TensorProto.DOUBLE for name in node.output) and node.op_type != "Constant":
+def double(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    for node in graph.nodes:
+        if any(graph.types.get(name) == TensorProto.DOUBLE for name in node.output) and node.op_type != "Constant":
             yield at(node, "float64, which TensorRT computes as float32", "cast to float32 at export", "warning")
 
 
-def not_a_number(view: GraphView, target: Target) -> Iterator[Fault]:
+def not_a_number(graph: GraphIndex, target: Target) -> Iterator[Fault]:
     """NaN in a constant; and infinity in FP16, which is what a number above 65504 became."""
-    for name, tensor in view.constants.items():
+    for name, tensor in graph.constants.items():
         if tensor.data_type not in FLOATS - {TensorProto.BFLOAT16}:
             continue
-        value = view.value(name)
+        value = graph.value(name)
         if value is None:
             continue
         if np.isnan(value).any():
@@ -93,10 +93,10 @@ def not_a_number(view: GraphView, target: Target) -> Iterator[Fault]:
             )
 
 
-def uninferable(view: GraphView, target: Target) -> Iterator[Fault]:
-    if view.fault:
+def uninferable(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+    if graph.inference_error:
         yield Fault(
             "the graph",
-            f"its types and shapes cannot be inferred ({view.fault}), so some rules saw nothing",
+            f"its types and shapes cannot be inferred ({graph.inference_error}), so some rules saw nothing",
             "check the file: python -m onnx.checker FILE",
         )
