@@ -129,7 +129,7 @@ def test_images_of_another_kind_are_refused_by_place(make_bundle, red, image, er
 
 def test_one_bare_image_is_a_usage_error_and_none_is_fine(make_bundle, red):
     detector = load(make_bundle())
-    with pytest.raises(UsageError, match=r"detector\(\[picture\]\)"):
+    with pytest.raises(UsageError, match=r"detector\(\[image\]\)"):
         detector(red)
     assert detector([]) == []
 

@@ -25,7 +25,7 @@ def test_arrays_that_the_engine_does_not_take_are_refused_before_any_copy(plan, 
     runner = TrtRunner(plan())
     with pytest.raises(UsageError, match=f"images is .*{what}.* takes float32 .1, 3, 32, 48."):
         runner.session.run({"images": images})
-    with pytest.raises(UsageError, match=r"takes \['images'\], given were \['images'\]"):
+    with pytest.raises(UsageError, match=r"takes \['images'\], given were \['pictures'\]"):
         runner.session.run({"pictures": images})
     assert "cudaMemcpyAsync" not in latest.fake.log
 
