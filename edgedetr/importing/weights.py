@@ -25,10 +25,9 @@ from edgedetr.image_size import check_size
 from edgedetr.importing.image_processor import Pixels, pixels
 from edgedetr.models import build, member
 from edgedetr.models.checkpoints import conversion, pretrained
-from edgedetr.models.checkpoints.config_from_state_dict import classes as count_classes
-from edgedetr.models.checkpoints.config_from_state_dict import infer
-from edgedetr.models.checkpoints.transformers_config import Told
-from edgedetr.models.checkpoints.weight_source import Origin
+from edgedetr.models.checkpoints.config_from_state_dict import config_from_state_dict, num_classes
+from edgedetr.models.checkpoints.transformers_config import TransformersConfig
+from edgedetr.models.checkpoints.weight_source import WeightSource
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.recipe import Recipe
 from edgedetr.runtime.arguments import as_path, check_texts
@@ -95,11 +94,11 @@ def import_weights(
     size = None if size is None else check_size(size)
     if (out / MANIFEST).exists():
         raise ModelError(f"{out} is a bundle already; name another --out")
-    origin = Origin(source)
+    origin = WeightSource(source)
     read = architecture(origin, model, size, sets)
     recipe, weights, notes = read.recipe, read.weights, list(read.notes)
     config = recipe.model.config
-    published = _classes(count_classes(weights, config.activation), read.told, classes, source, notes)
+    published = _classes(num_classes(weights, config.activation), read.told, classes, source, notes)
     record, wanted = None, published
     if data is not None:
         place = recipe.data.resolve(layouts.splits(data))
@@ -108,10 +107,10 @@ def import_weights(
             wanted = without_empty_classes(layouts.load(data, place.train_split)).classes
         record = DataRecord(str(data.resolve()), place.verify_split, place.train_split)
     with torch.device("meta"):
-        pretrained.compare(build(model, config, len(published)), weights, source)  # before it takes any memory
+        pretrained.check_weights(build(model, config, len(published)), weights, source)  # before it takes any memory
     detector = build(model, config, len(wanted))
     rows = pretrained.rows_by_name([c.name for c in published], [c.name for c in wanted])
-    loaded = pretrained.fit(detector, weights, source, None if wanted == published else rows)
+    loaded = pretrained.load_weights(detector, weights, source, None if wanted == published else rows)
     contract = recipe.input.contract()
     DeployGraph(detector, contract.height, contract.width)  # what cannot be deployed fails before it is written
     kept = tuple(c.name for c, row in zip(wanted, rows) if row is not None)
@@ -151,12 +150,12 @@ class Architecture:
     layout: str
     recipe: Recipe
     weights: conversion.Weights
-    told: Told | None
+    told: TransformersConfig | None
     notes: tuple[str, ...]
 
 
 def architecture(
-    origin: Origin, model: str, size: tuple[int, int] | None = None, sets: Sequence[str] = ()
+    origin: WeightSource, model: str, size: tuple[int, int] | None = None, sets: Sequence[str] = ()
 ) -> Architecture:
     """What a source's tensors, config.json and preprocessor_config.json say together.
 
@@ -172,7 +171,7 @@ def architecture(
         if assignment.replace(" ", "").startswith("model.heads="):
             values["heads"] = _whole(assignment)
     values.setdefault("heads", 8)
-    found = infer(chosen.config, weights, values["heads"])
+    found = config_from_state_dict(chosen.config, weights, values["heads"])
     if model == "deformable_detr" and layout != "edgedetr" and found.get("hidden", 64) < 64:
         raise ModelError(
             f"{source}: {found['hidden']} channels per token (d_model), which theirs normalizes one by "
@@ -211,10 +210,10 @@ def _whole(assignment: str) -> int:
     return int(value)
 
 
-def _told(origin: Origin, model: str, layout: str, notes: list[str]) -> Told | None:
+def _told(origin: WeightSource, model: str, layout: str, notes: list[str]) -> TransformersConfig | None:
     """config.json beside the weights: of transformers' files always, of others only where it speaks of this model."""
     if layout.startswith("transformers"):
-        told = pretrained.told_by(origin, model)
+        told = pretrained.transformers_config_of(origin, model)
         if told is None:
             notes.append("no config.json beside the weights")
         return told
@@ -244,7 +243,7 @@ def _untold(config: Any, found: dict[str, Any]) -> str:
     )
 
 
-def _pixels(origin: Origin, model: str, size: tuple[int, int] | None) -> Pixels:
+def _pixels(origin: WeightSource, model: str, size: tuple[int, int] | None) -> Pixels:
     """What the image processor beside the weights does; its newer file goes first, as in transformers."""
     for name, inner in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
         path = origin.beside(name)
@@ -257,7 +256,9 @@ def _pixels(origin: Origin, model: str, size: tuple[int, int] | None) -> Pixels:
     return pixels(None, model, origin.source, size)
 
 
-def _classes(count: int, told: Told | None, file: Path | None, source: str, notes: list[str]) -> tuple[ClassInfo, ...]:
+def _classes(
+    count: int, told: TransformersConfig | None, file: Path | None, source: str, notes: list[str]
+) -> tuple[ClassInfo, ...]:
     """The classes of the file's head: named by `file`, by config.json, by COCO where the count fits, or by number."""
     labels = _labels(told, count) if told and file is None else None
     if file is not None:
@@ -285,7 +286,7 @@ def _classes(count: int, told: Told | None, file: Path | None, source: str, note
     return tuple(ClassInfo(index, numbers[index], name) for index, name in enumerate(listed))
 
 
-def _labels(told: Told, count: int) -> list[str] | None:
+def _labels(told: TransformersConfig, count: int) -> list[str] | None:
     """Names in config.json, as many as the class head has rows; None where it has none."""
     number, labels = told.raw.get("num_labels"), told.raw.get("id2label")
     if number is not None and (isinstance(number, bool) or number != count):

@@ -73,7 +73,7 @@ def started_anew(recipe: Recipe) -> tuple[str, ...]:
     """
     if recipe.train.start:
         return PER_CLASS
-    if recipe.model.config.backbone_weights == pretrained.RANDOM:
+    if recipe.model.config.backbone_weights == "random":
         return ("*",)
     return ("encoder.*", "selector.*", "decoder.*", "backbone.levels.*")
 
@@ -105,7 +105,9 @@ def _start(model: DetrModel, recipe: Recipe, source: str, classes: list[str]) ->
         path = bundle.require("weights.safetensors")
         theirs = [item.name for item in bundle.manifest.classes]
         rows = pretrained.rows_by_name(theirs, classes)
-        loaded = pretrained.fit(model, pretrained.read(str(path)), str(path), None if theirs == classes else rows)
+        loaded = pretrained.load_weights(
+            model, pretrained.read_weights(str(path)), str(path), None if theirs == classes else rows
+        )
         if theirs != classes:
             kept = [name for name, row in zip(classes, rows) if row is not None]
             fresh = [name for name, row in zip(classes, rows) if row is None]

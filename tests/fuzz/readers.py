@@ -306,9 +306,9 @@ def _onnx_seeds() -> list[bytes]:
 
 
 def _weights(folder: Path) -> None:
-    from edgedetr.models.checkpoints.pretrained import read
+    from edgedetr.models.checkpoints.pretrained import read_weights
 
-    read(str(folder / next(iter(sorted(p.name for p in folder.iterdir())))))
+    read_weights(str(folder / next(iter(sorted(p.name for p in folder.iterdir())))))
 
 
 def _pth_seeds() -> list[bytes]:

@@ -16,7 +16,7 @@ from edgedetr.errors import ModelError
 from edgedetr.importing.image_processor import KEYS, Pixels, pixels
 from edgedetr.importing.weights import _pixels
 from edgedetr.models.checkpoints.transformers_keys import NoEffect, Only
-from edgedetr.models.checkpoints.weight_source import Origin
+from edgedetr.models.checkpoints.weight_source import WeightSource
 from edgedetr.runtime.preprocess import resize
 
 MEMBERS = {
@@ -206,7 +206,7 @@ def test_the_newer_file_goes_first_and_the_older_is_taken_where_it_nests_nothing
     """As transformers 5.23 does; its own saving shows that the nested form is read."""
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 64, "width": 64}}))
-    origin = Origin(str(tmp_path))
+    origin = WeightSource(str(tmp_path))
     (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "X"}))
     assert _pixels(origin, "detr", None).height == 64
     nested = {"image_processor": {"size": {"height": 32, "width": 32}}}

@@ -21,7 +21,7 @@ from edgedetr.exporting.export import export
 from edgedetr.importing.weights import import_weights
 from edgedetr.models import build
 from edgedetr.models.checkpoints import conversion as names
-from edgedetr.models.checkpoints.pretrained import read
+from edgedetr.models.checkpoints.pretrained import read_weights
 from edgedetr.models.deploy import load_bundle_model
 from edgedetr.models.members.deformable_detr import DeformableDetrConfig
 from edgedetr.models.members.detr import DetrConfig
@@ -248,8 +248,8 @@ def test_timms_names_of_a_backbone_are_read_with_its_config(tmp_path: Path) -> N
     )
     theirs = with_spread(theirs)
     theirs.save_pretrained(tmp_path)
-    ours = names.translate("detr", read(str(tmp_path)))
-    rest = {name: value for name, value in read(str(tmp_path)).items() if ".backbone." not in name}
+    ours = names.translate("detr", read_weights(str(tmp_path)))
+    rest = {name: value for name, value in read_weights(str(tmp_path)).items() if ".backbone." not in name}
     inside = original_names.torchvision_resnet(ours, "model.backbone.conv_encoder.model.")
     save_file({name: value.contiguous() for name, value in {**rest, **inside}.items()}, tmp_path / "model.safetensors")
     raw = json.loads((tmp_path / "config.json").read_text())

@@ -8,7 +8,7 @@ from references import reference_resnet, with_spread
 
 from edgedetr.models import build
 from edgedetr.models.checkpoints.conversion import translate
-from edgedetr.models.checkpoints.pretrained import fit
+from edgedetr.models.checkpoints.pretrained import load_weights
 from edgedetr.models.members.detr import DetrConfig
 from edgedetr.models.members.rt_detr import RtDetrConfig
 
@@ -115,7 +115,7 @@ def test_detections_equal_those_of_transformers(case: str) -> None:
     more = {"decoder_method": "discrete"} if "discrete" in case else {}
     reference = with_spread(make(*arguments, **more))
     ours = build(name, config, CLASSES).eval()
-    fit(ours, translate(name, reference.state_dict()), case)
+    load_weights(ours, translate(name, reference.state_dict()), case)
     images = torch.randn(2, 3, *PIXELS)
     with torch.no_grad():
         theirs, got = reference(pixel_values=images), ours(images)

@@ -113,6 +113,9 @@ def test_all_that_starts_anew_learns_beside_adapters(trained: Path) -> None:
     assert blocks == {
         f"backbone.transformer.blocks.0.attention.{part}.{side}" for part in "qv" for side in ("down", "up")
     }
+    random = replace(vit, config=replace(vit.config, backbone_weights="random"))
+    with pytest.raises(ModelError, match="fits no Linear that starts from trained weights"):
+        prepare.detector(replace(recipe, model=random), CLASSES, fresh=True)
 
 
 def test_frozen_parameters_stay_and_a_pattern_that_fits_nothing_is_an_error() -> None:

@@ -1,4 +1,8 @@
-"""Names in the files that the authors published: facebookresearch/detr, Deformable-DETR, RT-DETR v1 and v2."""
+"""Tensor names in the checkpoints that the authors of each paper published.
+
+facebookresearch/detr, Deformable-DETR, RT-DETR versions 1 and 2, Conditional DETR, DAB-DETR and DN-DETR, Anchor DETR,
+Sparse R-CNN (detectron2's names).
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,18 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from edgedetr.models.checkpoints.head_copies import own_heads
-from edgedetr.models.checkpoints.rename_rules import Rule, Weights, below, rename, split_packed
-from edgedetr.models.checkpoints.resnet_names import rename_backbone
-from edgedetr.models.checkpoints.transformers_names import HYBRID
+from edgedetr.models.checkpoints.backbone_names import rename_backbone
+from edgedetr.models.checkpoints.rename_rules import (
+    RenameRule,
+    Weights,
+    apply_to_prefix,
+    rename,
+    split_packed,
+    untie_heads,
+)
 
 # torch.nn.Transformer's names of a layer, which all of them keep; the order of the decoder's norms is not shared.
-LAYER: list[Rule] = [
+LAYER: list[RenameRule] = [
     (r"\.linear1\.", ".feedforward.up."),
     (r"\.linear2\.", ".feedforward.down."),
     (r"\.out_proj\.", ".out."),
@@ -27,16 +36,16 @@ LAYER: list[Rule] = [
     (r"^(encoder\..*)\.norm2\.", r"\1.feedforward_norm."),
     (r"^(decoder\..*)\.norm3\.", r"\1.feedforward_norm."),
 ]
-SELF_FIRST: list[Rule] = [
+SELF_FIRST: list[RenameRule] = [
     (r"^(decoder\..*)\.norm1\.", r"\1.self_norm."),
     (r"^(decoder\..*)\.norm2\.", r"\1.cross_norm."),
 ]
-CROSS_FIRST: list[Rule] = [
+CROSS_FIRST: list[RenameRule] = [
     (r"^(decoder\..*)\.norm1\.", r"\1.cross_norm."),
     (r"^(decoder\..*)\.norm2\.", r"\1.self_norm."),
 ]
 
-DETR: list[Rule] = [
+DETR: list[RenameRule] = [
     (r"^backbone\.1\.row_embed\.", "encoder.position.row."),
     (r"^backbone\.1\.col_embed\.", "encoder.position.column."),
     (r"^backbone\.0\.body\.", "backbone."),
@@ -46,7 +55,7 @@ DETR: list[Rule] = [
     (r"^class_embed\.", "decoder.boxes.score."),
     (r"^bbox_embed\.", "decoder.boxes.box."),
 ]
-DEFORMABLE: list[Rule] = [
+DEFORMABLE: list[RenameRule] = [
     (r"^backbone\.0\.body\.", "backbone."),
     (r"^transformer\.", ""),
     (r"^input_proj\.", "encoder.project."),
@@ -58,7 +67,19 @@ DEFORMABLE: list[Rule] = [
     (r"^pos_trans\.", "selector.place."),
     (r"^pos_trans_norm\.", "selector.place_norm."),
 ]
-RT_DETR: list[Rule] = [
+# The hybrid encoder's inner names are those of RT-DETR's own files.
+HYBRID: list[RenameRule] = [
+    (r"^encoder\.lateral_convs\.", "encoder.lateral."),
+    (r"^encoder\.downsample_convs\.", "encoder.downsample."),
+    (r"^encoder\.fpn_blocks\.", "encoder.top_down."),
+    (r"^encoder\.pan_blocks\.", "encoder.bottom_up."),
+    (r"\.bottlenecks\.(\d)\.conv1\.", r".blocks.\1.wide."),
+    (r"\.bottlenecks\.(\d)\.conv2\.", r".blocks.\1.narrow."),
+    (r"^(encoder\.(?:top_down|bottom_up)\.\d)\.conv1\.", r"\1.deep."),
+    (r"^(encoder\.(?:top_down|bottom_up)\.\d)\.conv2\.", r"\1.flat."),
+    (r"^(encoder\.(?:top_down|bottom_up)\.\d)\.conv3\.", r"\1.merge."),
+]
+RT_DETR: list[RenameRule] = [
     (
         r"^(encoder|decoder)\.input_proj\.(\d)\.(?:0|conv)\.",
         lambda m: f"encoder.{'project' if m[1] == 'encoder' else 'memory_project'}.{m[2]}.conv.",
@@ -80,19 +101,121 @@ RT_DETR: list[Rule] = [
     (r"^decoder\.denoising_class_embed\.", "selector.denoising_class_embed."),
     (r"^decoder\.tgt_embed\.", "selector.content."),
 ]
+# sa_qcontent_proj, sa_kpos_proj, ca_v_proj, ca_qpos_sine_proj of the authors -> q, k_position, v, q_spatial.
+CONDITIONAL_PROJECTIONS: list[RenameRule] = [
+    (r"\.sa_", ".self_attention."),
+    (r"\.ca_", ".cross_attention."),
+    (r"\.([qkv])(?:content)?_proj\.", r".\1."),
+    (r"\.qpos_sine_proj\.", ".q_spatial."),
+    (r"\.([qk])pos_proj\.", r".\1_position."),
+]
+# What the decoder owns beside its layers; `model.` on the hub, `transformer.` in the authors' files.
+CONDITIONAL_DECODER: list[RenameRule] = [
+    (r"^(?:model|transformer)\.encoder\.query_scale\.", "encoder.position_scale."),
+    (r"^(?:model|transformer)\.decoder\.query_scale\.", "decoder.spatial.scale."),
+    (r"^(?:model|transformer)\.decoder\.ref_anchor_head\.", "decoder.spatial.size."),
+]
+REFERENCE_POINT: list[RenameRule] = [
+    (r"^(?:model|transformer)\.decoder\.ref_point_head\.", "selector.point.head."),
+    *CONDITIONAL_DECODER,
+]
+REFERENCE_BOX: list[RenameRule] = [
+    (r"^(?:model|transformer)\.decoder\.ref_point_head\.", "decoder.query_position.head."),
+    *CONDITIONAL_DECODER,
+]
+CONDITIONAL_HEADS: list[RenameRule] = [
+    (r"^backbone\.0\.body\.", "backbone."),
+    (r"^class_embed\.", "decoder.boxes.score."),
+    (r"^(?:transformer\.decoder\.)?bbox_embed\.", "decoder.boxes.box."),
+    (r"^input_proj\.", "encoder.project."),
+    (r"^query_embed\.", "selector.position."),
+    (r"^refpoint_embed\.", "selector.box."),
+    (r"^label_enc\.", "selector.denoising_class_embed."),
+    (r"\.activation\.weight$", ".feedforward.activation.weight"),
+    (r"^transformer\.", ""),
+]
+ANCHOR: list[RenameRule] = [
+    (r"^backbone\.body\.", "backbone."),
+    (r"^input_proj\.0\.", "encoder.project."),
+    (r"^transformer\.pattern\.", "selector.pattern."),
+    (r"^transformer\.position\.weight$", "selector.points.points"),
+    (r"^transformer\.adapt_pos1d\.", "encoder.position.adapt."),
+    (r"^transformer\.adapt_pos2d\.", "selector.points.adapt."),
+    (r"\.adapt\.(\d)\.", lambda m: f".adapt.layers.{int(m[1]) // 2}."),  # Linear 0, ReLU 1, Linear 2
+    (r"^transformer\.(en|de)coder_layers\.", r"\1coder.layers."),
+    (r"^transformer\.class_embed\.\d+\.", "decoder.boxes.score."),
+    (r"^transformer\.bbox_embed\.\d+\.", "decoder.boxes.box."),
+    (r"\.ffn\.norm2\.", ".feedforward_norm."),
+    (r"\.ffn\.linear", ".linear"),
+    # The first norm of a decoder layer follows the cross-attention, though self-attention runs first.
+    (r"^(decoder\..*)\.norm1\.", r"\1.cross_norm."),
+    (r"^(decoder\..*)\.norm2\.", r"\1.self_norm."),
+]
+ROW_COLUMN = ("q_x", "q_y", "k_x", "k_y", "v")  # row-column attention's packed projection; "row" there is along x
+SPARSE_RCNN: list[RenameRule] = [
+    (r"^backbone\.bottom_up\.stem\.conv1\.norm\.", "backbone.stem.0.norm."),
+    (r"^backbone\.bottom_up\.stem\.conv1\.", "backbone.stem.0.conv."),
+    (r"^backbone\.bottom_up\.res(\d)\.(\d+)\.", lambda m: f"backbone.stages.{int(m[1]) - 2}.{m[2]}."),
+    (r"^(backbone\.stages\..*)\.conv([123])\.norm\.", lambda m: f"{m[1]}.body.{int(m[2]) - 1}.norm."),
+    (r"^(backbone\.stages\..*)\.conv([123])\.", lambda m: f"{m[1]}.body.{int(m[2]) - 1}.conv."),
+    (r"^(backbone\.stages\..*)\.shortcut\.norm\.", r"\1.shortcut.project.norm."),
+    (r"^(backbone\.stages\..*)\.shortcut\.(?=weight)", r"\1.shortcut.project.conv."),
+    (r"^backbone\.fpn_lateral(\d)\.", lambda m: f"encoder.pyramid.lateral.{int(m[1]) - 2}."),
+    (r"^backbone\.fpn_output(\d)\.", lambda m: f"encoder.pyramid.smooth.{int(m[1]) - 2}."),
+    (r"^init_proposal_features\.", "selector.content."),
+    (r"^init_proposal_boxes\.", "selector.box."),
+    (r"^head\.head_series\.(\d+)\.cls_module\.", r"decoder.boxes.class_tower.\1."),
+    (r"^head\.head_series\.(\d+)\.reg_module\.", r"decoder.boxes.box_tower.\1."),
+    (r"^head\.head_series\.(\d+)\.class_logits\.", r"decoder.boxes.score.\1."),
+    (r"^head\.head_series\.(\d+)\.bboxes_delta\.", r"decoder.boxes.box.\1."),
+    (r"^head\.head_series\.", "decoder.layers."),
+    (r"\.inst_interact\.dynamic_layer\.", ".cross_attention.interaction.weights."),
+    (r"\.inst_interact\.norm([12])\.", lambda m: f".cross_attention.interaction.norms.{int(m[1]) - 1}."),
+    (r"\.inst_interact\.out_layer\.", ".cross_attention.interaction.out."),
+    (r"\.inst_interact\.norm3\.", ".cross_attention.interaction.out_norm."),
+    (r"\.self_attn\.out_proj\.", ".self_attention.out."),
+    (r"\.self_attn\.", ".self_attention."),
+    (r"\.linear1\.", ".feedforward.up."),
+    (r"\.linear2\.", ".feedforward.down."),
+    (r"^(decoder\.layers\.\d+)\.norm1\.", r"\1.self_norm."),
+    (r"^(decoder\.layers\.\d+)\.norm2\.", r"\1.cross_norm."),
+    (r"^(decoder\.layers\.\d+)\.norm3\.", r"\1.feedforward_norm."),
+]
 
 
 def detr(weights: Mapping[str, Tensor]) -> Weights:
     """facebookresearch/detr, post- and pre-norm."""
-    return below(split_packed(rename(weights, [*DETR, *LAYER, *SELF_FIRST])), "backbone.", rename_backbone)
+    return apply_to_prefix(split_packed(rename(weights, [*DETR, *LAYER, *SELF_FIRST])), "backbone.", rename_backbone)
 
 
 def deformable_detr(weights: Mapping[str, Tensor]) -> Weights:
     """fundamentalvision/Deformable-DETR; its first norm of a decoder layer follows the cross-attention."""
-    renamed = own_heads(rename(weights, [*DEFORMABLE, *LAYER, *CROSS_FIRST]))
-    return below(split_packed(renamed), "backbone.", rename_backbone)
+    renamed = untie_heads(rename(weights, [*DEFORMABLE, *LAYER, *CROSS_FIRST]))
+    return apply_to_prefix(split_packed(renamed), "backbone.", rename_backbone)
 
 
 def rt_detr(weights: Mapping[str, Tensor]) -> Weights:
     """lyuwenyu/RT-DETR, versions 1 and 2."""
-    return below(split_packed(rename(weights, [*RT_DETR, *LAYER, *SELF_FIRST])), "backbone.", rename_backbone)
+    return apply_to_prefix(split_packed(rename(weights, [*RT_DETR, *LAYER, *SELF_FIRST])), "backbone.", rename_backbone)
+
+
+def conditional_detr(weights: Mapping[str, Tensor]) -> Weights:
+    """Atten4Vis/ConditionalDETR."""
+    renamed = rename(weights, [*REFERENCE_POINT, *CONDITIONAL_HEADS, *CONDITIONAL_PROJECTIONS, *LAYER, *SELF_FIRST])
+    return apply_to_prefix(split_packed(renamed), "backbone.", rename_backbone)
+
+
+def dab_detr(weights: Mapping[str, Tensor]) -> Weights:
+    """IDEA-Research/DAB-DETR and IDEA-Research/DN-DETR."""
+    renamed = rename(weights, [*REFERENCE_BOX, *CONDITIONAL_HEADS, *CONDITIONAL_PROJECTIONS, *LAYER, *SELF_FIRST])
+    return apply_to_prefix(split_packed(renamed), "backbone.", rename_backbone)
+
+
+def anchor_detr(weights: Mapping[str, Tensor]) -> Weights:
+    """megvii-research/AnchorDETR, one feature level; every layer's copy of the heads is the same."""
+    renamed = rename(weights, [*ANCHOR, *LAYER])
+    return apply_to_prefix(split_packed(split_packed(renamed), ROW_COLUMN), "backbone.", rename_backbone)
+
+
+def sparse_rcnn(weights: Mapping[str, Tensor]) -> Weights:
+    return rename(split_packed(weights), SPARSE_RCNN)

@@ -15,7 +15,7 @@ from edgedetr.models.backbones.resnet import DEPTHS
 Weights = Mapping[str, Tensor]
 
 
-def infer(config: type[Any], weights: Weights, heads: int = 8) -> dict[str, Any]:
+def config_from_state_dict(config: type[Any], weights: Weights, heads: int = 8) -> dict[str, Any]:
     """Values of the fields of `config` that the tensors, under our names, decide; the others keep their defaults.
 
     heads   of attention; no tensor's size tells them, and samples per head follow from them
@@ -28,7 +28,7 @@ def infer(config: type[Any], weights: Weights, heads: int = 8) -> dict[str, Any]
     return {name: value for name, value in values.items() if name in known}
 
 
-def classes(weights: Weights, activation: str) -> int:
+def num_classes(weights: Weights, activation: str) -> int:
     """Number of classes: rows of the class head, without "no object"."""
     for name in ("decoder.boxes.score.weight", "decoder.boxes.score.0.weight"):
         if name in weights:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from edgedetr.errors import ModelError
-from edgedetr.models.checkpoints import anchor_names, author_names, detectron_names, transformers_names, vit_names
-from edgedetr.models.checkpoints.prefixes import unwrapped
+from edgedetr.models.checkpoints import author_names, transformers_names
+from edgedetr.models.checkpoints.backbone_names import VIT_MARK, rename_backbone, rename_vit
 from edgedetr.models.checkpoints.rename_rules import Layout, Weights
-from edgedetr.models.checkpoints.resnet_names import rename_backbone
 
+# Of the loss, and of torch's averaged models: nothing that a trained model computes with.
+BESIDE = re.compile(r"^(?:(?:\w+\.)?(?:criterion|loss|loss_fn|matcher|metrics?|val_metrics?)\.|n_averaged$|updates$)")
+# DistributedDataParallel, torch.compile, Lightning modules, averaged models: the names of the field inside.
+PREFIX = re.compile(r"^(?:module|model|net|network|detector|_orig_mod|ema|ema_model|model_ema)\.")
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "detr": (
         Layout("transformers", r"^model\.query_position_embeddings\.", transformers_names.detr),
@@ -27,17 +30,15 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout("lyuwenyu/RT-DETR", r"^decoder\.enc_score_head\.", author_names.rt_detr),
     ),
     "conditional_detr": (
-        Layout("transformers", r"^model\.query_position_embeddings\.", anchor_names.hub_conditional),
-        Layout(
-            "Atten4Vis/ConditionalDETR", r"^transformer\.decoder\.ref_point_head\.", anchor_names.original_conditional
-        ),
+        Layout("transformers", r"^model\.query_position_embeddings\.", transformers_names.conditional_detr),
+        Layout("Atten4Vis/ConditionalDETR", r"^transformer\.decoder\.ref_point_head\.", author_names.conditional_detr),
     ),
     "dn_detr": (
-        Layout("transformers (DAB-DETR)", r"^model\.query_refpoint_embeddings\.", anchor_names.hub_dab),
-        Layout("IDEA-Research/DAB-DETR, DN-DETR", r"^refpoint_embed\.", anchor_names.original_dab),
+        Layout("transformers (DAB-DETR)", r"^model\.query_refpoint_embeddings\.", transformers_names.dab_detr),
+        Layout("IDEA-Research/DAB-DETR, DN-DETR", r"^refpoint_embed\.", author_names.dab_detr),
     ),
-    "anchor_detr": (Layout("megvii-research/AnchorDETR", r"^transformer\.adapt_pos1d\.", anchor_names.anchor),),
-    "sparse_rcnn": (Layout("PeizeSun/SparseR-CNN", r"^init_proposal_boxes\.", detectron_names.sparse_rcnn),),
+    "anchor_detr": (Layout("megvii-research/AnchorDETR", r"^transformer\.adapt_pos1d\.", author_names.anchor_detr),),
+    "sparse_rcnn": (Layout("PeizeSun/SparseR-CNN", r"^init_proposal_boxes\.", author_names.sparse_rcnn),),
 }
 
 
@@ -79,8 +80,8 @@ def backbone_of(weights: Mapping[str, Tensor]) -> Weights:
     if not _ours(weights):
         layout = next((one for several in LAYOUTS.values() for one in several if _fits(one, weights)), None)
         if layout is None:
-            plain = any(re.search(vit_names.MARK, name) for name in weights)
-            return vit_names.rename_vit(weights) if plain else rename_backbone(weights)
+            plain = any(re.search(VIT_MARK, name) for name in weights)
+            return rename_vit(weights) if plain else rename_backbone(weights)
         whole = layout.translate(weights)
     return {name.removeprefix("backbone."): tensor for name, tensor in whole.items() if name.startswith("backbone.")}
 
@@ -104,3 +105,19 @@ def _ours(weights: Mapping[str, Tensor]) -> bool:
 
 def _fits(layout: Layout, weights: Mapping[str, Tensor]) -> bool:
     return any(re.search(layout.mark, name) for name in weights)
+
+
+def unwrapped(weights: Mapping[str, Tensor], known: Callable[[Mapping[str, Tensor]], bool]) -> Mapping[str, Tensor]:
+    """The tensors without prefixes, as soon as `known` says yes to the names; as they are where it never does.
+
+    A prefix goes only where every name has it: `model.` is a part of transformers' own names.
+    """
+    inside: Mapping[str, Tensor] = {name: tensor for name, tensor in weights.items() if not BESIDE.match(name)}
+    for _ in range(4):
+        if known(inside):
+            return inside
+        found = PREFIX.match(next(iter(inside), ""))
+        if not found or not all(name.startswith(found[0]) for name in inside):
+            break
+        inside = {name.removeprefix(found[0]): tensor for name, tensor in inside.items()}
+    return weights

@@ -16,8 +16,8 @@ from edgedetr.errors import ModelError
 from edgedetr.models.backbones.vit import VitPyramid
 from edgedetr.models.checkpoints import conversion as names
 from edgedetr.models.checkpoints.rename_rules import IGNORED
-from edgedetr.models.checkpoints.transformers_config import Told, look, look_at_backbone
-from edgedetr.models.checkpoints.weight_source import SCRATCH, Origin
+from edgedetr.models.checkpoints.transformers_config import TransformersConfig, check_backbone_config, read_config
+from edgedetr.models.checkpoints.weight_source import SCRATCH, WeightSource
 from edgedetr.models.detector import DetrModel
 from edgedetr.storage.reading import read_json
 
@@ -31,7 +31,6 @@ SOURCES = {
     # Trained on ImageNet-21k with pixels in -1..1: model.mean and model.std are 0.5 each.
     **{f"vit_{size}": f"timm/vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("tiny", "small", "base")},
 }
-RANDOM = SCRATCH
 JSON_LIMIT = 4 << 20  # bytes of a config.json; one of a thousand classes has 60 kB
 
 STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -56,11 +55,11 @@ def load_detector(detector: DetrModel, member: str, source: str, config: Any = N
 
     Errors: ModelError for weights that do not fit, and for a config.json that says something else.
     """
-    origin = Origin(source)
+    origin = WeightSource(source)
     weights = origin.weights()
     translated = names.translate(member, weights, source)
     if config is not None and names.layout_of(member, weights, source).startswith("transformers"):
-        told = told_by(origin, member)
+        told = transformers_config_of(origin, member)
         for name, value in told.values.items() if told else ():
             ours = getattr(config, name, value)
             if ours != value and name == "queries":  # of those that are selected, a training may take fewer
@@ -70,13 +69,13 @@ def load_detector(detector: DetrModel, member: str, source: str, config: Any = N
                     f"{told.where if told else source}: its model has {name} = {value!r}, and this one "
                     f"{ours!r}; use --set model.{name}={str(value).lower()}"
                 )
-    return fit(detector, translated, source)
+    return load_weights(detector, translated, source)
 
 
-def told_by(origin: Origin, member: str) -> Told | None:
+def transformers_config_of(origin: WeightSource, member: str) -> TransformersConfig | None:
     """config.json of transformers beside weights; None where there is none. Errors: ModelError, see `hub_config`."""
     path = origin.beside("config.json")
-    return None if path is None else look(config_json(path), member, str(path))
+    return None if path is None else read_config(config_json(path), member, str(path))
 
 
 def config_json(path: Path) -> dict[str, Any]:
@@ -96,22 +95,22 @@ def load_backbone(detector: DetrModel, config: Any) -> Loaded | None:
         if config.backbone_width != 1 or config.backbone not in SOURCES:
             raise ModelError(
                 f"no published weights for {config.backbone} at width {config.backbone_width}; "
-                f"use model.backbone_width=1, or train from scratch: {RANDOM}"
+                f"use model.backbone_width=1, or train from scratch: {SCRATCH}"
             )
         source = SOURCES[config.backbone]
-    origin = Origin(source)
+    origin = WeightSource(source)
     weights, backbone = names.backbone_of(origin.weights()), detector.backbone
     # What "auto" names is known to fit; a cache filled by an earlier version has no config.json of it.
     path = None if config.backbone_weights == "auto" else origin.beside("config.json")
     if path is not None:
-        look_at_backbone(config_json(path), str(path))
+        check_backbone_config(config_json(path), str(path))
     if isinstance(backbone, VitPyramid) and not any(name.startswith("transformer.") for name in weights):
-        return fit(backbone.transformer, weights, source)  # its pyramid is no part of published weights
-    return fit(backbone, weights, source)
+        return load_weights(backbone.transformer, weights, source)  # its pyramid is no part of published weights
+    return load_weights(backbone, weights, source)
 
 
 @torch.no_grad()
-def fit(
+def load_weights(
     module: nn.Module, weights: Mapping[str, Tensor], source: str, rows: Sequence[int | None] | None = None
 ) -> Loaded:
     """Copy tensors of the same names; ModelError that lists every one that is missing, left over or of another size.
@@ -139,7 +138,7 @@ def fit(
     return Loaded(source, len(own) - len(fresh), tuple(fresh))
 
 
-def compare(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """The check of `fit` alone, which a module on the meta device takes as well. Errors: as `fit`."""
     _compared(module, weights, source, anew=False)
 
@@ -203,9 +202,9 @@ def _take_rows(own: Tensor, weights: Tensor, rows: Sequence[int | None]) -> None
         own[-behind:] = weights[-behind:]
 
 
-def read(source: str) -> dict[str, Tensor]:
+def read_weights(source: str) -> dict[str, Tensor]:
     """Tensors of a file, of a model in a folder, or of a name on the Hugging Face hub; see `weight_files`."""
-    return Origin(source).weights()
+    return WeightSource(source).weights()
 
 
 def _list(what: str, names: Iterable[str]) -> str:

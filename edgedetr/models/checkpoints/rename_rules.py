@@ -15,7 +15,7 @@ from torch import Tensor
 from edgedetr.errors import ModelError
 
 Weights = dict[str, Tensor]
-Rule = tuple[str, "str | Callable[[re.Match[str]], str]"]  # pattern, replacement; applied wherever it matches
+RenameRule = tuple[str, "str | Callable[[re.Match[str]], str]"]  # pattern, replacement; applied wherever it matches
 
 # Nothing of ours: ImageNet's classifier, counters of BatchNorm, and constants that follow from the configuration.
 IGNORED = re.compile(r"^fc\.|^classifier\.|num_batches_tracked$|n_points_scale$|num_points_scale$|anchors$|valid_mask$")
@@ -36,7 +36,7 @@ class Layout:
     translate: Callable[[Mapping[str, Tensor]], Weights]
 
 
-def rename(weights: Mapping[str, Tensor], rules: Iterable[Rule]) -> Weights:
+def rename(weights: Mapping[str, Tensor], rules: Iterable[RenameRule]) -> Weights:
     """Every rule in order on every name. Two names may become one only where their tensors are equal (tied weights)."""
     rules = list(rules)
     renamed: Weights = {}
@@ -73,8 +73,39 @@ def split_packed(weights: Mapping[str, Tensor], parts: Sequence[str] = QKV) -> W
     return split
 
 
-def below(weights: Mapping[str, Tensor], prefix: str, change: Callable[[Weights], Weights]) -> Weights:
+def apply_to_prefix(weights: Mapping[str, Tensor], prefix: str, change: Callable[[Weights], Weights]) -> Weights:
     """`change` applied to the tensors whose names begin with `prefix`, which it does not see; the rest as it is."""
     inner = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     rest = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
     return {**rest, **{prefix + name: tensor for name, tensor in change(inner).items()}}
+
+
+COPY = re.compile(r"^(?:decoder\.)?(class|bbox)_embed\.(\d+)\.")
+
+
+def untie_heads(weights: Mapping[str, Tensor]) -> Weights:
+    """`class_embed.N`, `bbox_embed.N`, and their copies under `decoder.`, as our heads.
+
+    Refined models have one pair per layer; files show that by copies of the box heads inside the decoder. Others repeat
+    one pair, which must be equal. In two-stage models the last pair scores the proposals.
+    """
+    refined = any(name.startswith("decoder.bbox_embed.") for name in weights)
+    two_stage = "selector.project.weight" in weights
+    copies = {
+        kind: {int(found[2]) for name in weights if (found := COPY.match(name)) and found[1] == kind}
+        for kind in ("class", "bbox")
+    }
+    last = max(copies["bbox"], default=0)
+    rules: list[RenameRule] = []
+    for kind, ours in (("class", "score"), ("bbox", "box")):
+        head = rf"^(?:decoder\.)?{kind}_embed"
+        if two_stage:
+            rules.append((rf"{head}\.{last}\.", f"selector.{ours}."))
+        rules.append((rf"{head}\.(\d+)\.", rf"decoder.boxes.{ours}.\1." if refined else f"decoder.boxes.{ours}."))
+    renamed = rename(weights, rules)
+    if refined and copies["class"] == {0}:
+        # transformers ties the class heads of its refined one-stage form, and writes a tied tensor once.
+        for layer in range(1, last + 1):
+            for kind in ("weight", "bias"):
+                renamed[f"decoder.boxes.score.{layer}.{kind}"] = renamed[f"decoder.boxes.score.0.{kind}"].clone()
+    return renamed

@@ -41,7 +41,7 @@ FIX = "import an ONNX export of it: edgedetr import FILE.onnx"
 
 
 @dataclass(frozen=True)
-class Told:
+class TransformersConfig:
     """config.json of a model, looked through once.
 
     values    fields of the member's configuration, and what they are
@@ -101,7 +101,7 @@ class Told:
                 )
 
 
-def look(raw: Mapping[str, Any], member: str, where: str) -> Told:
+def read_config(raw: Mapping[str, Any], member: str, where: str) -> TransformersConfig:
     """Go through every key of config.json for `member`.
 
     Errors: ModelError that names the key, its value and what is read, for whatever our networks would not compute.
@@ -128,10 +128,10 @@ def look(raw: Mapping[str, Any], member: str, where: str) -> Told:
     backbone, dilated = _backbone(raw, source, where)
     if dilated:
         values["dilate_last"] = True
-    return Told(where, raw, source, values, backbone)
+    return TransformersConfig(where, raw, source, values, backbone)
 
 
-def look_at_backbone(raw: Mapping[str, Any], where: str) -> None:
+def check_backbone_config(raw: Mapping[str, Any], where: str) -> None:
     """Go through the config.json beside weights of which the backbone alone is taken.
 
     Files of other libraries (timm's have no model_type) say nothing that the tensors do not.

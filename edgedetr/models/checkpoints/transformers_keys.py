@@ -227,7 +227,7 @@ _DENSE: dict[str, Key] = {
     "num_channels": Only("images have three channels", (3,)),
     "encoder_ffn_dim": Same("one width in encoder and decoder", "ffn"),
     "decoder_ffn_dim": Same("one width in encoder and decoder", "ffn"),
-    "num_queries": Read("", "queries", None),  # the tensors count them, and `fit` compares
+    "num_queries": Read("", "queries", None),  # the tensors count them, and `load_weights` compares
     "activation_function": Read("of all feed-forward parts", "ffn_activation", "relu", _ACTIVATIONS),
     "position_embedding_type": Only("learned positions are built for DETR alone", ("sine",)),
 }
@@ -316,7 +316,7 @@ RT_DETR_V2: dict[str, Key] = {
     "decoder_method": Read("", "method", "default", {"default": "default", "discrete": "discrete"}),
 }
 
-# Of a nested backbone_config. Sizes of a ResNet must be those of its tensors, as `Told.agree` compares.
+# Of a nested backbone_config. Sizes of a ResNet must be those of its tensors, as `TransformersConfig.agree` compares.
 _RESNET: dict[str, Key] = {
     **GENERIC,
     "num_channels": Only("images have three channels", (3,)),

@@ -1,5 +1,7 @@
-"""Names in transformers' layouts, as files on the hub and as in memory: DETR, Table Transformer, RT-DETR v1 and v2,
-Deformable DETR."""
+"""Tensor names of transformers' detectors, as in files on the Hugging Face hub and as in memory.
+
+DETR, Table Transformer, Deformable DETR, RT-DETR versions 1 and 2, Conditional DETR, DAB-DETR.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from edgedetr.models.checkpoints.head_copies import own_heads
-from edgedetr.models.checkpoints.rename_rules import Rule, Weights, below, rename
-from edgedetr.models.checkpoints.resnet_names import rename_backbone
+from edgedetr.models.checkpoints.author_names import CONDITIONAL_PROJECTIONS, HYBRID, REFERENCE_BOX, REFERENCE_POINT
+from edgedetr.models.checkpoints.backbone_names import rename_backbone
+from edgedetr.models.checkpoints.rename_rules import RenameRule, Weights, apply_to_prefix, rename, untie_heads
 
 # Parts that transformers names alike in all its detectors.
-PARTS: list[Rule] = [
+PARTS: list[RenameRule] = [
     (r"^model\.backbone\.(?:conv_encoder\.)?model\.(?:_backbone\.)?", "backbone."),
     (r"^model\.encoder\.layernorm\.", "encoder.norm."),
     (r"^model\.decoder\.layernorm\.", "decoder.norm."),
@@ -34,7 +36,7 @@ PARTS: list[Rule] = [
     (r"\.encoder_attn_layer_norm\.", ".cross_norm."),
     (r"\.encoder_attn\.", ".cross_attention."),
 ]
-DETR: list[Rule] = [
+DETR: list[RenameRule] = [
     (r"^class_labels_classifier\.", "decoder.boxes.score."),
     (r"^bbox_predictor\.", "decoder.boxes.box."),
     (r"^model\.query_position_embeddings\.", "selector.position."),
@@ -42,19 +44,7 @@ DETR: list[Rule] = [
     (r"^model\.(?:backbone\.)?position_embedding\.row_embeddings\.", "encoder.position.row."),
     (r"^model\.(?:backbone\.)?position_embedding\.column_embeddings\.", "encoder.position.column."),
 ]
-# The hybrid encoder's inner names are those of RT-DETR's own files.
-HYBRID: list[Rule] = [
-    (r"^encoder\.lateral_convs\.", "encoder.lateral."),
-    (r"^encoder\.downsample_convs\.", "encoder.downsample."),
-    (r"^encoder\.fpn_blocks\.", "encoder.top_down."),
-    (r"^encoder\.pan_blocks\.", "encoder.bottom_up."),
-    (r"\.bottlenecks\.(\d)\.conv1\.", r".blocks.\1.wide."),
-    (r"\.bottlenecks\.(\d)\.conv2\.", r".blocks.\1.narrow."),
-    (r"^(encoder\.(?:top_down|bottom_up)\.\d)\.conv1\.", r"\1.deep."),
-    (r"^(encoder\.(?:top_down|bottom_up)\.\d)\.conv2\.", r"\1.flat."),
-    (r"^(encoder\.(?:top_down|bottom_up)\.\d)\.conv3\.", r"\1.merge."),
-]
-RT_DETR: list[Rule] = [
+RT_DETR: list[RenameRule] = [
     (r"^model\.encoder_input_proj\.(\d)\.0\.", r"encoder.project.\1.conv."),
     (r"^model\.encoder_input_proj\.(\d)\.1\.", r"encoder.project.\1.norm."),
     (r"^model\.decoder_input_proj\.(\d)\.0\.", r"encoder.memory_project.\1.conv."),
@@ -72,7 +62,7 @@ RT_DETR: list[Rule] = [
     (r"^(?:model\.decoder\.)?bbox_embed\.", "decoder.boxes.box."),
     (r"^model\.decoder\.query_pos_head\.", "decoder.query_position."),
 ]
-DEFORMABLE: list[Rule] = [
+DEFORMABLE: list[RenameRule] = [
     (r"^model\.input_proj\.", "encoder.project."),
     (r"^model\.level_embed$", "encoder.place.level"),
     (r"^model\.query_position_embeddings\.", "selector.embed."),
@@ -83,18 +73,62 @@ DEFORMABLE: list[Rule] = [
     (r"^model\.pos_trans_norm\.", "selector.place_norm."),
     (r"^model\.decoder\.(class|bbox)_embed\.", r"decoder.\1_embed."),
 ]
+# q_content_proj, q_pos_proj, q_pos_sine_proj of transformers in memory.
+IN_MEMORY: list[RenameRule] = [
+    (r"\.([qk])_content_proj\.", r".\1."),
+    (r"\.q_pos_sine_proj\.", ".q_spatial."),
+    (r"\.([qk])_pos_proj\.", r".\1_position."),
+]
+# cross_attn.cross_attn_query_pos_sine_proj of transformers' DAB-DETR, whose layers have a module around each part.
+DAB_LAYER: list[RenameRule] = [
+    (r"^model\.decoder\.layers\.", "decoder.layers."),
+    (r"^(decoder\..*)\.(self|cross)_attn\.\2_attn_layer_norm\.", r"\1.\2_norm."),
+    (r"^(decoder\..*)\.(self|cross)_attn\.\2_attn\.output_proj\.", r"\1.\2_attention.out."),
+    (r"^(decoder\..*)\.(self|cross)_attn\.\2_attn_", r"\1.\2_attention."),
+    (r"\.query_content_proj\.", ".q."),
+    (r"\.query_pos_sine_proj\.", ".q_spatial."),
+    (r"\.query_pos_proj\.", ".q_position."),
+    (r"\.key_content_proj\.", ".k."),
+    (r"\.key_pos_proj\.", ".k_position."),
+    (r"^(decoder\.layers\.\d+\.(?:self|cross)_attention)\.value_proj\.", r"\1.v."),
+    (r"\.mlp\.final_layer_norm\.", ".feedforward_norm."),
+    (r"\.(?:mlp\.)?activation_fn\.", ".feedforward.activation."),
+]
+CONDITIONAL_HEADS: list[RenameRule] = [
+    (r"^(?:class_labels_classifier|class_embed)\.", "decoder.boxes.score."),
+    (r"^(?:bbox_predictor|model\.decoder\.bbox_embed)\.", "decoder.boxes.box."),
+    (r"^model\.input_projection\.", "encoder.project."),
+    (r"^model\.query_position_embeddings\.", "selector.position."),
+    (r"^model\.query_refpoint_embeddings\.", "selector.box."),
+]
 
 
 def detr(weights: Mapping[str, Tensor]) -> Weights:
     """DetrForObjectDetection and TableTransformerForObjectDetection."""
-    return below(rename(weights, [*DETR, *PARTS]), "backbone.", rename_backbone)
+    return apply_to_prefix(rename(weights, [*DETR, *PARTS]), "backbone.", rename_backbone)
 
 
 def rt_detr(weights: Mapping[str, Tensor]) -> Weights:
     """RTDetrForObjectDetection and RTDetrV2ForObjectDetection."""
-    return below(rename(weights, [*RT_DETR, *PARTS]), "backbone.", rename_backbone)
+    return apply_to_prefix(rename(weights, [*RT_DETR, *PARTS]), "backbone.", rename_backbone)
 
 
 def deformable_detr(weights: Mapping[str, Tensor]) -> Weights:
     """DeformableDetrForObjectDetection: one-stage, refined, two-stage."""
-    return below(own_heads(rename(weights, [*DEFORMABLE, *PARTS])), "backbone.", rename_backbone)
+    return apply_to_prefix(untie_heads(rename(weights, [*DEFORMABLE, *PARTS])), "backbone.", rename_backbone)
+
+
+def conditional_detr(weights: Mapping[str, Tensor]) -> Weights:
+    """ConditionalDetrForObjectDetection, as files and as in memory."""
+    return apply_to_prefix(
+        rename(weights, [*REFERENCE_POINT, *CONDITIONAL_HEADS, *CONDITIONAL_PROJECTIONS, *IN_MEMORY, *PARTS]),
+        "backbone.",
+        rename_backbone,
+    )
+
+
+def dab_detr(weights: Mapping[str, Tensor]) -> Weights:
+    """DabDetrForObjectDetection."""
+    return apply_to_prefix(
+        rename(weights, [*REFERENCE_BOX, *CONDITIONAL_HEADS, *DAB_LAYER, *PARTS]), "backbone.", rename_backbone
+    )

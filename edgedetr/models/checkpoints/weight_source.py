@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 SCRATCH = "--set model.backbone_weights=random --set model.backbone_norm=trainable --set model.frozen_stages=0"
 
 
-class Origin:
+class WeightSource:
     """A source of weights, and the files beside them.
 
     revision   commit of the hub that all its files are of; "" for files on disk

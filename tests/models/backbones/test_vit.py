@@ -17,8 +17,8 @@ from edgedetr.layers.patch_embedding import PatchPosition, from_windows, to_wind
 from edgedetr.models import FAMILY, build
 from edgedetr.models.backbones.resnet import make_backbone
 from edgedetr.models.backbones.vit import VisionTransformer, VitPyramid
-from edgedetr.models.checkpoints.pretrained import fit, load_backbone
-from edgedetr.models.checkpoints.vit_names import rename_vit
+from edgedetr.models.checkpoints.backbone_names import rename_vit
+from edgedetr.models.checkpoints.pretrained import load_backbone, load_weights
 from edgedetr.models.deploy import Baked, DeployGraph
 
 DIM, HEADS, DEPTH = 24, 3, 4
@@ -50,7 +50,7 @@ def test_it_computes_what_transformers_vit_does(size: tuple[int, int]) -> None:
         )
     )
     ours = VisionTransformer(DIM, HEADS, DEPTH).eval()
-    fit(ours, rename_vit(reference.state_dict()), "test")
+    load_weights(ours, rename_vit(reference.state_dict()), "test")
     images = torch.randn(2, 3, *size)
     expected = reference(images, interpolate_pos_encoding=True).last_hidden_state
     torch.testing.assert_close(ours(images), expected, atol=1e-4, rtol=0)  # float32; measured 0
@@ -104,7 +104,7 @@ def test_files_of_timm_and_of_transformers_are_read(tmp_path: Path) -> None:
         "blocks.1.mlp.fc1.weight",
     }
     target = VisionTransformer(DIM, HEADS, 2, layer_scale=0.1)
-    fit(target, rename_vit(timm), "timm")
+    load_weights(target, rename_vit(timm), "timm")
     assert all(torch.equal(tensor, ours[name]) for name, tensor in target.state_dict().items())
 
     transformers = pytest.importorskip("transformers")
@@ -160,7 +160,7 @@ def test_windows_are_those_of_transformers_vitdet() -> None:
         else:
             renamed[name] = tensor
     renamed |= {"norm.weight": torch.ones(DIM), "norm.bias": torch.zeros(DIM)}
-    fit(ours, renamed, "test")
+    load_weights(ours, renamed, "test")
     images = torch.randn(2, 3, 128, 128)
     expected = reference(images).feature_maps[-1]  # [2, C, 8, 8], before a last norm
     expected = F.layer_norm(expected.flatten(2).transpose(1, 2), (DIM,), eps=1e-6)

@@ -14,9 +14,9 @@ from references import reference_resnet, transformers
 
 from edgedetr.errors import ModelError
 from edgedetr.models import build
-from edgedetr.models.checkpoints.config_from_state_dict import infer
+from edgedetr.models.checkpoints.config_from_state_dict import config_from_state_dict
 from edgedetr.models.checkpoints.conversion import LAYOUTS, backbone_of, translate
-from edgedetr.models.checkpoints.pretrained import fit, load_detector, read, rows_by_name
+from edgedetr.models.checkpoints.pretrained import load_detector, load_weights, read_weights, rows_by_name
 from edgedetr.models.checkpoints.rename_rules import rename, split_packed
 from edgedetr.models.members.deformable_detr import DeformableDetrConfig
 from edgedetr.models.members.detr import DetrConfig
@@ -97,7 +97,7 @@ def test_the_authors_files_come_back_tensor_by_tensor(case: str, tmp_path: Path)
         "args": argparse.Namespace(lr=1e-4),
     }
     torch.save(wrapped, path)
-    found = translate(member, read(str(path)), case)
+    found = translate(member, read_weights(str(path)), case)
     assert found.keys() == ours.keys()
     assert all(torch.equal(found[name], ours[name]) for name in ours)
     loaded = load_detector(build(member, config, CLASSES), member, str(path))
@@ -107,7 +107,7 @@ def test_the_authors_files_come_back_tensor_by_tensor(case: str, tmp_path: Path)
 @original
 def test_the_architecture_follows_from_the_tensors(case: str) -> None:
     member, config, written = ORIGINALS[case]
-    found = infer(type(config), translate(member, written(random_state(member, config))), heads=4)
+    found = config_from_state_dict(type(config), translate(member, written(random_state(member, config))), heads=4)
     # What no tensor tells: heads, and how many proposals a two-stage model selects.
     untold = {"heads", "dropout", "version"} | ({"queries"} if "queries" not in found else set())
     for name, value in found.items():
@@ -120,7 +120,7 @@ def test_the_architecture_follows_from_the_tensors(case: str) -> None:
 @pytest.mark.parametrize("member", SMALL)
 def test_every_members_architecture_follows_from_its_tensors(member: str) -> None:
     config = SMALL[member]
-    found = infer(type(config), build(member, config, CLASSES).state_dict(), heads=4)
+    found = config_from_state_dict(type(config), build(member, config, CLASSES).state_dict(), heads=4)
     untold = {"heads", "backbone_norm", "frozen_stages", "dilate_last", "first_queries", "points"}
     if member in ("deformable_detr", "efficient_detr", "rt_detr"):
         untold.add("queries")  # selected, not learned
@@ -182,7 +182,7 @@ def test_a_tensor_without_a_place_is_named() -> None:
     weights["mask_head.lay1.weight"] = torch.zeros(3)
     del weights["bbox_embed.layers.1.bias"]
     with pytest.raises(ModelError, match=r"missing \(1\): decoder.boxes.box.layers.1.bias; left over \(1\): mask_head"):
-        fit(build("detr", config, CLASSES), translate("detr", weights), "file")
+        load_weights(build("detr", config, CLASSES), translate("detr", weights), "file")
 
 
 @pytest.mark.parametrize("member", LAYOUTS)
@@ -218,7 +218,7 @@ def test_class_rows_are_taken_over_by_name() -> None:
     assert rows == [2, None]
     source, target = (build("detr", DetrConfig(**PLAIN), classes) for classes in (3, 2))
     fresh = target.decoder.boxes.score.weight[1].clone()
-    fit(target, source.state_dict(), "three classes", rows)
+    load_weights(target, source.state_dict(), "three classes", rows)
     assert torch.equal(target.decoder.boxes.score.weight[0], source.decoder.boxes.score.weight[2])
     assert torch.equal(target.decoder.boxes.score.weight[1], fresh)
     assert torch.equal(target.decoder.boxes.score.weight[2], source.decoder.boxes.score.weight[3])
@@ -227,6 +227,6 @@ def test_class_rows_are_taken_over_by_name() -> None:
 def test_a_head_that_finds_any_object_keeps_its_first_row() -> None:
     config = DeformableDetrConfig(**PLAIN, refine=True, two_stage=True)
     source, target = (build("deformable_detr", config, classes) for classes in (3, 2))
-    fit(target, source.state_dict(), "three classes", rows_by_name(["cat", "dog", "car"], ["tree", "dog"]))
+    load_weights(target, source.state_dict(), "three classes", rows_by_name(["cat", "dog", "car"], ["tree", "dog"]))
     assert torch.equal(target.selector.score.weight[0], source.selector.score.weight[0])
     assert torch.equal(target.decoder.boxes.score[1].weight[1], source.decoder.boxes.score[1].weight[1])

@@ -15,8 +15,8 @@ from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputCo
 from edgedetr.errors import ModelError
 from edgedetr.models import build
 from edgedetr.models.backbones.resnet import resnet
-from edgedetr.models.checkpoints.pretrained import fit, load_backbone, load_detector, read
-from edgedetr.models.checkpoints.resnet_names import rename_backbone
+from edgedetr.models.checkpoints.backbone_names import rename_backbone
+from edgedetr.models.checkpoints.pretrained import load_backbone, load_detector, load_weights, read_weights
 from edgedetr.models.deploy import load_bundle_model
 from edgedetr.models.members.detr import DetrConfig
 from edgedetr.models.members.rt_detr import RtDetrConfig
@@ -67,7 +67,7 @@ def published_resnet(name: str, deep: bool) -> dict[str, torch.Tensor]:
 def test_backbones_of_torchvision_and_timm_fit(name: str, deep: bool) -> None:
     weights = published_resnet(name, deep)
     net = resnet(name + "vd" * deep, levels=(5,), frozen_norm=True)
-    loaded = fit(net, rename_backbone(weights), name)
+    loaded = load_weights(net, rename_backbone(weights), name)
     assert loaded.fresh == ()
     assert torch.equal(net.stages[1][0].body[1].norm.running_var, weights["layer2.0.bn2.running_var"])
     assert torch.equal(net.stem[-1].norm.bias, weights["bn1.bias"])
@@ -145,7 +145,7 @@ def test_files_of_transformers_load(member: str, tmp_path: Path) -> None:
 def test_another_number_of_classes_starts_the_heads_anew_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     source, target = (build("rt_detr", RtDetrConfig(backbone_width=0.25, **TINY), classes) for classes in (80, 3))
     before = target.selector.score.weight.clone()
-    loaded = fit(target, source.state_dict(), "eighty classes")
+    loaded = load_weights(target, source.state_dict(), "eighty classes")
     assert set(loaded.fresh) == {
         "selector.score.weight",
         "selector.score.bias",
@@ -168,7 +168,7 @@ def test_whatever_does_not_fit_is_listed() -> None:
         match=r"missing \(1\): selector.norm.weight; left over \(1\): selector.extra; "
         r"of another size \(1\): selector.norm.bias \(5,\) for \(32,\)",
     ):
-        fit(detector, weights, "file")
+        load_weights(detector, weights, "file")
 
 
 def test_offline_the_error_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,19 +209,19 @@ def test_damaged_and_malicious_files_are_refused_unexecuted(
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(content)
     with pytest.raises(ModelError, match="not readable as weights"):
-        read(name)
+        read_weights(name)
     assert not Path("executed").exists()
     with pytest.raises(ModelError, match=r"missing.pth: no such file"):
-        read("missing.pth")
+        read_weights("missing.pth")
 
 
 def test_torch_files_are_read_through_their_wrappers(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     torch.save({"ema": {"module": {"module.a": torch.ones(2)}}, "epoch": 3}, path)
-    assert torch.equal(read(str(path))["a"], torch.ones(2))
+    assert torch.equal(read_weights(str(path))["a"], torch.ones(2))
     torch.save({"epoch": 3}, path)
     with pytest.raises(ModelError, match="no tensors inside"):
-        read(str(path))
+        read_weights(str(path))
 
 
 def test_a_bundle_gives_back_the_model_that_was_trained(tmp_path: Path) -> None:

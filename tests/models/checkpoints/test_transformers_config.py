@@ -21,9 +21,9 @@ from edgedetr.errors import ModelError
 from edgedetr.importing.weights import architecture
 from edgedetr.models import build, member
 from edgedetr.models.checkpoints import conversion
-from edgedetr.models.checkpoints.config_from_state_dict import infer
-from edgedetr.models.checkpoints.pretrained import fit, load_backbone, load_detector
-from edgedetr.models.checkpoints.transformers_config import look, look_at_backbone
+from edgedetr.models.checkpoints.config_from_state_dict import config_from_state_dict
+from edgedetr.models.checkpoints.pretrained import load_backbone, load_detector, load_weights
+from edgedetr.models.checkpoints.transformers_config import check_backbone_config, read_config
 from edgedetr.models.checkpoints.transformers_keys import (
     ALONE,
     BACKBONES,
@@ -35,7 +35,7 @@ from edgedetr.models.checkpoints.transformers_keys import (
     Same,
     Special,
 )
-from edgedetr.models.checkpoints.weight_source import Origin
+from edgedetr.models.checkpoints.weight_source import WeightSource
 
 SMALL = {
     "encoder_layers": 2,
@@ -267,9 +267,9 @@ def plain(name: str) -> Saved:
 
 def imported(one: Case, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """The same images through the model that we import."""
-    read = architecture(Origin(str(folder)), one.member)
+    read = architecture(WeightSource(str(folder)), one.member)
     detector = build(one.member, read.recipe.model.config, 3).eval()
-    assert fit(detector, read.weights, str(folder)).fresh == ()
+    assert load_weights(detector, read.weights, str(folder)).fresh == ()
     with torch.no_grad():
         found = detector(images(), last_only=True)
     return found.logits[-1], found.boxes[-1]
@@ -384,7 +384,10 @@ def test_keys_without_effect_change_nothing_in_transformers_and_nothing_here(nam
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
     table = SOURCES[one.kind].keys
     everything = {key: other(key, before.raw.get(key)) for key, entry in table.items() if isinstance(entry, NoEffect)}
-    assert look({**before.raw, **everything}, one.member, "c").values == look(before.raw, one.member, "c").values
+    assert (
+        read_config({**before.raw, **everything}, one.member, "c").values
+        == read_config(before.raw, one.member, "c").values
+    )
 
 
 @case
@@ -394,37 +397,37 @@ def test_a_value_that_we_do_not_compute_is_refused_by_name(name: str) -> None:
         if isinstance(entry, Only):
             value = other(key, raw.get(key, entry.values[0]))
             with pytest.raises(ModelError, match=f"{key} is .*{json.dumps(value)[:20].split('[')[0]}"):
-                look({**raw, key: value}, one.member, "config.json")
+                read_config({**raw, key: value}, one.member, "config.json")
         elif isinstance(entry, Read):
             wrong: list[Any] = ["tanh", None, -1, 0.5, [], {}, "x" * 5000] if entry.words else ["x", -1, 1.5, [], {}]
             for value in wrong:
                 with pytest.raises(ModelError, match=key):
-                    look({**raw, key: value}, one.member, "config.json")
+                    read_config({**raw, key: value}, one.member, "config.json")
     with pytest.raises(ModelError, match=r"unknown key 'num_querys' = 7; did you mean 'num_queries'"):
-        look({**raw, "num_querys": 7}, one.member, "config.json")
+        read_config({**raw, "num_querys": 7}, one.member, "config.json")
 
 
 @case
 def test_a_key_that_contradicts_the_tensors_is_refused_by_name(name: str) -> None:
     one, before = CASES[name], plain(name)
-    weights = conversion.translate(one.member, Origin(str(before.folder)).weights())
+    weights = conversion.translate(one.member, WeightSource(str(before.folder)).weights())
     for key, entry in SOURCES[one.kind].keys.items():
         if not isinstance(entry, Same) or key not in before.raw:
             continue
         if entry.default not in (None, before.raw[key]):
-            lacking = look({k: v for k, v in before.raw.items() if k != key}, one.member, "config.json")
+            lacking = read_config({k: v for k, v in before.raw.items() if k != key}, one.member, "config.json")
             with pytest.raises(ModelError, match=f"{key} is {json.dumps(entry.default)}, but the tensors say"):
-                lacking.agree(infer(member(one.member).config, weights, 4))
+                lacking.agree(config_from_state_dict(member(one.member).config, weights, 4))
         raw = {**before.raw, key: other(key, before.raw[key])}
-        told = look(raw, one.member, "config.json")
+        told = read_config(raw, one.member, "config.json")
         with pytest.raises(ModelError, match=f"{key} is {json.dumps(raw[key])}, but the tensors say"):
-            told.agree(infer(member(one.member).config, weights, 4))
+            told.agree(config_from_state_dict(member(one.member).config, weights, 4))
 
 
 def test_heads_that_differ_between_encoder_and_decoder_are_refused() -> None:
     raw = {**plain("detr").raw, "decoder_attention_heads": 2}
     with pytest.raises(ModelError, match=r"encoder_attention_heads = 4 and decoder_attention_heads = 2 differ"):
-        look(raw, "detr", "config.json")
+        read_config(raw, "detr", "config.json")
 
 
 TIMM = {"backbone_config": None, "use_timm_backbone": True}
@@ -453,7 +456,7 @@ TIMM = {"backbone_config": None, "use_timm_backbone": True}
 )
 def test_another_architecture_is_refused_by_its_name(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ModelError, match=said):
-        look({**plain("rt").raw, **changes}, "rt_detr", "config.json")
+        read_config({**plain("rt").raw, **changes}, "rt_detr", "config.json")
 
 
 @pytest.mark.parametrize("name", ["rt", "deformable", "detr"])
@@ -476,7 +479,7 @@ def test_a_nested_backbone_is_read_as_strictly(name: str, key: str, value: Any) 
     if key == "out_features":
         inner.pop("out_indices", None)
     with pytest.raises(ModelError, match=f"backbone_config.*{key}"):
-        look({**raw, "backbone_config": inner}, CASES[name].member, "config.json")
+        read_config({**raw, "backbone_config": inner}, CASES[name].member, "config.json")
 
 
 @pytest.mark.parametrize("name", ["rt", "detr"])
@@ -493,21 +496,23 @@ def test_a_nested_backbone_is_read_as_strictly(name: str, key: str, value: Any) 
 def test_sizes_of_a_nested_backbone_are_those_of_the_tensors(name: str, key: str, value: Any) -> None:
     """Transformers builds what they say, and leaves out or draws the tensors that do not fit."""
     one, before = CASES[name], plain(name)
-    found = infer(member(one.member).config, conversion.translate(one.member, Origin(str(before.folder)).weights()), 4)
-    look(before.raw, one.member, "c").agree(found)
+    found = config_from_state_dict(
+        member(one.member).config, conversion.translate(one.member, WeightSource(str(before.folder)).weights()), 4
+    )
+    read_config(before.raw, one.member, "c").agree(found)
     inner = {**before.raw["backbone_config"], key: value}
     with pytest.raises(ModelError, match=f"backbone_config: {key} is .*, but the tensors say"):
-        look({**before.raw, "backbone_config": inner}, one.member, "c").agree(found)
+        read_config({**before.raw, "backbone_config": inner}, one.member, "c").agree(found)
     del inner[key]
     with pytest.raises(ModelError, match=f"backbone_config: {key} is .*, but the tensors say"):
-        look({**before.raw, "backbone_config": inner}, one.member, "c").agree(found)
+        read_config({**before.raw, "backbone_config": inner}, one.member, "c").agree(found)
 
 
 def test_levels_that_contradict_each_other_are_refused() -> None:
     raw = plain("detr").raw
     inner = {**raw["backbone_config"], "out_indices": [4], "out_features": ["stage3"]}
     with pytest.raises(ModelError, match="out_features is .*stage3"):
-        look({**raw, "backbone_config": inner}, "detr", "c")
+        read_config({**raw, "backbone_config": inner}, "detr", "c")
 
 
 @pytest.mark.parametrize(
@@ -517,40 +522,40 @@ def test_levels_that_contradict_each_other_are_refused() -> None:
 def test_backbones_may_name_their_levels_in_each_way(outs: dict[str, Any]) -> None:
     raw = plain("detr").raw
     inner = {key: value for key, value in raw["backbone_config"].items() if not key.startswith("out_")}
-    look({**raw, "backbone_config": {**inner, **outs}}, "detr", "config.json")
+    read_config({**raw, "backbone_config": {**inner, **outs}}, "detr", "config.json")
     if outs.get("out_indices") != [1, 2, 3, 4]:
         with pytest.raises(ModelError, match="out_"):
-            look({**plain("rt").raw, "backbone_config": {**inner, **outs}}, "rt_detr", "config.json")
+            read_config({**plain("rt").raw, "backbone_config": {**inner, **outs}}, "rt_detr", "config.json")
 
 
 def test_timm_dilates_and_transformers_own_resnet_does_not() -> None:
     raw = plain("detr").raw
-    assert "dilate_last" not in look({**raw, "dilation": True}, "detr", "c").values
+    assert "dilate_last" not in read_config({**raw, "dilation": True}, "detr", "c").values
     inner = {"model_type": "timm_backbone", "backbone": "resnet50.a1_in1k", "out_indices": [1, 2, 3, 4]}
-    timm = look({**raw, "backbone_config": {**inner, "output_stride": 16}}, "detr", "c")
+    timm = read_config({**raw, "backbone_config": {**inner, "output_stride": 16}}, "detr", "c")
     assert timm.values["dilate_last"] is True and timm.backbone == "resnet50"
     old = {key: value for key, value in raw.items() if key != "backbone_config"}
     assert (
-        look({**old, "dilation": True, "backbone": "resnet101", "use_timm_backbone": True}, "detr", "c").values[
+        read_config({**old, "dilation": True, "backbone": "resnet101", "use_timm_backbone": True}, "detr", "c").values[
             "dilate_last"
         ]
         is True
     )
-    assert look({**old, "use_timm_backbone": True}, "detr", "c").backbone == "resnet50"
+    assert read_config({**old, "use_timm_backbone": True}, "detr", "c").backbone == "resnet50"
     with pytest.raises(ModelError, match="backbone is resnet50, but the tensors are those of resnet18 at width 0.25"):
-        look({"model_type": "detr"}, "detr", "c").agree({"backbone": "resnet18", "backbone_width": 0.25})
+        read_config({"model_type": "detr"}, "detr", "c").agree({"backbone": "resnet18", "backbone_width": 0.25})
 
 
 def test_a_backbone_alone_is_looked_at_as_well() -> None:
     vit = transformers.ViTConfig().to_dict()
-    look_at_backbone(json.loads(transformers.ViTConfig().to_json_string(use_diff=False)), "c")
-    look_at_backbone(json.loads(transformers.ResNetConfig().to_json_string(use_diff=False)), "c")
-    look_at_backbone({"architecture": "resnet50", "num_classes": 1000}, "c")
+    check_backbone_config(json.loads(transformers.ViTConfig().to_json_string(use_diff=False)), "c")
+    check_backbone_config(json.loads(transformers.ResNetConfig().to_json_string(use_diff=False)), "c")
+    check_backbone_config({"architecture": "resnet50", "num_classes": 1000}, "c")
     for key, value in (("hidden_act", "relu"), ("num_attention_heads", 6), ("num_channels", 1)):
         with pytest.raises(ModelError, match=key):
-            look_at_backbone({**vit, key: value, "dtype": None}, "c")
+            check_backbone_config({**vit, key: value, "dtype": None}, "c")
     with pytest.raises(ModelError, match='model_type is "swin"'):
-        look_at_backbone({"model_type": "swin"}, "c")
+        check_backbone_config({"model_type": "swin"}, "c")
 
 
 # As transformers 4.57 writes a nested configuration, in full.
@@ -613,7 +618,7 @@ OLD = {
 def test_files_of_older_versions_have_more_keys_and_are_read(name: str) -> None:
     raw = plain(name).raw
     inner = {**raw["backbone_config"], **OLD}
-    told = look(
+    told = read_config(
         {
             **raw,
             **OLD,
@@ -629,7 +634,7 @@ def test_files_of_older_versions_have_more_keys_and_are_read(name: str) -> None:
         CASES[name].member,
         "config.json",
     )
-    assert told.values == look(raw, CASES[name].member, "config.json").values
+    assert told.values == read_config(raw, CASES[name].member, "config.json").values
 
 
 def test_what_is_read_defaults_to_what_transformers_takes() -> None:
@@ -677,16 +682,16 @@ def test_learned_queries_are_read_although_transformers_itself_does_not_run_them
     with pytest.raises(AttributeError, match="tile"):
         outputs(theirs.model)
     assert imported(CASES["rt"], theirs.folder)[0].shape == (1, 6, 3)
-    read = architecture(Origin(str(theirs.folder)), "rt_detr")
+    read = architecture(WeightSource(str(theirs.folder)), "rt_detr")
     assert read.recipe.model.config.learned_content
     with pytest.raises(ModelError, match="learn_initial_query is false, but the tensors say true"):
         raw = {"model_type": "rt_detr", "learn_initial_query": False}
-        look(raw, "rt_detr", "c").agree({"learned_content": True})
+        read_config(raw, "rt_detr", "c").agree({"learned_content": True})
 
 
 def test_a_training_that_starts_from_another_configuration_says_which_key(caplog: pytest.LogCaptureFixture) -> None:
     before = plain("rt")
-    config = architecture(Origin(str(before.folder)), "rt_detr").recipe.model.config
+    config = architecture(WeightSource(str(before.folder)), "rt_detr").recipe.model.config
     detector = build("rt_detr", config, 3)
     assert load_detector(detector, "rt_detr", str(before.folder), config).fresh == ()
     with pytest.raises(ModelError, match=r"its model has heads = 4, and this one 8; use --set model.heads=4"):
@@ -700,7 +705,7 @@ def test_a_training_that_starts_from_another_configuration_says_which_key(caplog
 
 def test_a_backbone_of_another_architecture_is_refused_where_a_training_names_it(tmp_path: Path) -> None:
     before = plain("rt")
-    config = architecture(Origin(str(before.folder)), "rt_detr").recipe.model.config
+    config = architecture(WeightSource(str(before.folder)), "rt_detr").recipe.model.config
     detector = build("rt_detr", config, 3)
     assert load_backbone(detector, dataclasses.replace(config, backbone_weights=str(before.folder))) is not None
     shutil.copy(before.folder / "model.safetensors", tmp_path)
@@ -745,7 +750,7 @@ def test_odd_values_of_every_key_are_read_or_one_error(name: str) -> None:
         changed += [{**raw, "backbone_config": {**raw["backbone_config"], key: value}} for key in BACKBONES["resnet"]]
         for content in changed:
             try:
-                look(content, one.member, "config.json").agree(found)
+                read_config(content, one.member, "config.json").agree(found)
             except ModelError as error:
                 said.append(str(error))
     assert len(said) > 1000 and max(map(len, said)) < 600

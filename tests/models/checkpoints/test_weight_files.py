@@ -19,8 +19,8 @@ from edgedetr.importing import weights as published
 from edgedetr.importing.weights import import_weights
 from edgedetr.models import build
 from edgedetr.models.checkpoints import conversion
-from edgedetr.models.checkpoints.pretrained import fit, read
-from edgedetr.models.checkpoints.weight_source import Origin
+from edgedetr.models.checkpoints.pretrained import load_weights, read_weights
+from edgedetr.models.checkpoints.weight_source import WeightSource
 from edgedetr.models.members.detr import DetrConfig
 
 CONFIG = DetrConfig(
@@ -44,7 +44,7 @@ def authors(ours: Weights) -> Weights:
 
 
 def comes_back(source: Path, ours: Weights) -> None:
-    found = conversion.translate("detr", read(str(source)), str(source))
+    found = conversion.translate("detr", read_weights(str(source)), str(source))
     assert found.keys() == ours.keys()
     assert all(torch.equal(found[name], ours[name]) for name in ours)
 
@@ -69,7 +69,7 @@ def test_shards_are_put_together(suffix: str, ours: Weights, authors: Weights, t
     index = sharded(tmp_path, authors, suffix)
     comes_back(tmp_path, ours)
     comes_back(index, ours)
-    origin = Origin(str(tmp_path))
+    origin = WeightSource(str(tmp_path))
     origin.weights()
     assert len(origin.record()["files"]) == 3, "the index and both shards"
 
@@ -91,10 +91,10 @@ def test_an_index_is_believed_about_nothing(authors: Weights, tmp_path: Path) ->
     ]:
         index.write_text(json.dumps(wrong), encoding="utf-8")
         with pytest.raises(ModelError, match=said):
-            read(str(tmp_path))
+            read_weights(str(tmp_path))
     index.write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(ModelError, match="nested too deep"):
-        read(str(tmp_path))
+        read_weights(str(tmp_path))
 
 
 def test_a_bin_file_and_its_folder_are_read(ours: Weights, authors: Weights, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_averaged_weights_are_taken_and_said(wrapper: str, ours: Weights, author
     inner: Any = {"module": authors, "updates": 7} if wrapper == "ema" else authors
     torch.save({"model": {name: tensor + 1 for name, tensor in authors.items()}, wrapper: inner}, path)
     comes_back(path, ours)
-    origin = Origin(str(path))
+    origin = WeightSource(str(path))
     origin.weights()
     assert origin.notes == [f"weights under {wrapper!r} were taken, and not those under 'model'"]
 
@@ -226,7 +226,7 @@ def test_what_is_no_file_of_tensors_is_named_in_one_line(
     monkeypatch.chdir(tmp_path)
     write(Path("w.pth"), what)
     with pytest.raises(ModelError, match=said) as raised:
-        read("w.pth")
+        read_weights("w.pth")
     assert "\n" not in str(raised.value) and "weights_only" not in str(raised.value)
     assert not Path("executed").exists()
 
@@ -243,7 +243,7 @@ def test_a_compressed_archive_is_refused_before_it_takes_memory(
     assert path.stat().st_size < 30_000 and torch.load(path, weights_only=True)["model"]["a"].shape == (5_000_000,)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ModelError, match="bytes promise 200.*not compressed"):
-        read(str(path))
+        read_weights(str(path))
 
 
 def test_a_configuration_that_the_tensors_do_not_fill_is_never_built(
@@ -282,25 +282,25 @@ def test_a_configuration_that_the_tensors_do_not_fill_is_never_built(
 def test_another_kind_of_file_is_named_with_what_takes_it(name: str, said: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"something")
     with pytest.raises(ModelError, match=said):
-        read(str(tmp_path / name))
+        read_weights(str(tmp_path / name))
     with pytest.raises(ModelError, match="no such file"):
-        read(str(tmp_path / f"gone-{name}"))
+        read_weights(str(tmp_path / f"gone-{name}"))
 
 
 def test_folders_without_weights_say_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="holds none of model.safetensors.*it holds nothing"):
-        read(str(tmp_path))
+        read_weights(str(tmp_path))
     (tmp_path / "checkpoint-500").mkdir()
     (tmp_path / "checkpoint-500" / "model.safetensors").touch()
     with pytest.raises(ModelError, match="holds no weights, but checkpoint-500 in it do; name .*checkpoint-500"):
-        read(str(tmp_path))
+        read_weights(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="holds an adapter .PEFT.*merge_and_unload"):
-        read(str(tmp_path))
+        read_weights(str(tmp_path))
     (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "bundle.json").write_text("{}")
     with pytest.raises(ModelError, match="is a bundle of edgedetr already; run: edgedetr export"):
-        read(str(tmp_path))
+        read_weights(str(tmp_path))
 
 
 @pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "/nowhere/w", "../x y"])
@@ -308,7 +308,7 @@ def test_odd_names_are_one_error(source: str, monkeypatch: pytest.MonkeyPatch) -
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError):
-        read(source)
+        read_weights(source)
 
 
 @pytest.mark.parametrize("form", ["new.pth", "old.pth", "w.safetensors"])
@@ -328,7 +328,7 @@ def test_damaged_files_are_one_error(form: str, tmp_path: Path) -> None:
                 damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         path.write_bytes(damaged)
         try:
-            read(str(path))
+            read_weights(str(path))
         except ModelError as error:
             said.append(str(error))
     assert len(said) > 50 and not any("\n" in message for message in said)
@@ -349,5 +349,5 @@ def test_weights_that_are_no_numbers_to_compute_with_are_refused_by_name(form: s
     changed = {"nan": ours[name] * float("nan"), "half that overflows": (ours[name] * 1e6).half()}
     tensor = changed[form] if form in changed else ours[name].to(getattr(torch, form.removeprefix("torch.")))
     with pytest.raises(ModelError, match=f"w.pth: {name} .*{said}"):
-        fit(build("detr", CONFIG, 3), {**ours, name: tensor}, "w.pth")
-    fit(build("detr", CONFIG, 3), {name: tensor.bfloat16() for name, tensor in ours.items()}, "w.pth")
+        load_weights(build("detr", CONFIG, 3), {**ours, name: tensor}, "w.pth")
+    load_weights(build("detr", CONFIG, 3), {name: tensor.bfloat16() for name, tensor in ours.items()}, "w.pth")

@@ -16,7 +16,7 @@ from edgedetr.bundle import Bundle
 from edgedetr.errors import ModelError
 from edgedetr.importing.weights import import_weights
 from edgedetr.models import build
-from edgedetr.models.checkpoints.weight_source import Origin
+from edgedetr.models.checkpoints.weight_source import WeightSource
 from edgedetr.models.members.detr import DetrConfig
 
 CONFIG = DetrConfig(
@@ -99,7 +99,7 @@ def test_all_files_are_of_the_commit_of_the_first(cache: Cache, weights: dict[st
     cache.add("model.safetensors", weights)
     cache.add("config.json", {"from": "first"})
     cache.add("config.json", {"from": "later"}, LATER)
-    origin = Origin(NAME)
+    origin = WeightSource(NAME)
     origin.weights()
     cache.point(LATER)
     found = origin.beside("config.json")
@@ -114,7 +114,7 @@ def test_shards_come_from_the_hub_as_well(cache: Cache, weights: dict[str, torch
     cache.add("model.safetensors.index.json", {"weight_map": places})
     for file in set(places.values()):
         cache.add(file, {name: weights[name] for name in listed if places[name] == file})
-    origin = Origin(NAME)
+    origin = WeightSource(NAME)
     assert origin.weights().keys() == weights.keys()
     assert sorted(origin.record()["files"]) == sorted({*places.values(), "model.safetensors.index.json"})
 
@@ -125,7 +125,7 @@ def test_a_model_without_weights_says_what_was_looked_for(cache: Cache) -> None:
     )
     cache.add("adapter_config.json", {})
     with pytest.raises(ModelError, match=r"has none of model.safetensors.*it holds an adapter, PEFT"):
-        Origin(NAME).weights()
+        WeightSource(NAME).weights()
 
 
 def test_a_configuration_that_could_not_be_looked_up_is_not_taken_for_none(
@@ -133,7 +133,7 @@ def test_a_configuration_that_could_not_be_looked_up_is_not_taken_for_none(
 ) -> None:
     """Offline, nobody knows whether there is a config.json: without it, another model might be computed."""
     cache.add("model.safetensors", weights)
-    origin = Origin(NAME)
+    origin = WeightSource(NAME)
     origin.weights()
     with pytest.raises(ModelError, match=r"config.json could not be downloaded.*go online once"):
         origin.beside("config.json")
@@ -145,4 +145,4 @@ def test_an_endpoint_without_encryption_is_refused_before_anything_is_sent(monke
     monkeypatch.setattr(constants, "ENDPOINT", "http://mirror.example")
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: pytest.fail("it was asked"))
     with pytest.raises(ModelError, match=r"HF_ENDPOINT is http://mirror.example; expected https://.*token"):
-        Origin(NAME).weights()
+        WeightSource(NAME).weights()

@@ -7,7 +7,7 @@ import torch
 from references import reference_resnet, transformers, with_spread
 
 from edgedetr.models.checkpoints.conversion import translate
-from edgedetr.models.checkpoints.pretrained import fit
+from edgedetr.models.checkpoints.pretrained import load_weights
 from edgedetr.models.members.conditional_detr import ConditionalDetrConfig, conditional_detr
 
 CLASSES = 5
@@ -51,7 +51,7 @@ def theirs() -> torch.nn.Module:
 @torch.no_grad()
 def test_detections_equal_those_of_transformers(theirs: torch.nn.Module) -> None:
     ours = conditional_detr(ConditionalDetrConfig(**SMALL), CLASSES).eval()
-    fit(ours, translate("conditional_detr", theirs.state_dict()), "transformers")
+    load_weights(ours, translate("conditional_detr", theirs.state_dict()), "transformers")
     images = torch.randn(2, 3, 96, 128)
     expected, got = theirs(pixel_values=images), ours(images)
     assert min(expected.logits.std(), expected.pred_boxes.std()) > 1e-2, "the reference says something"
@@ -63,7 +63,7 @@ def test_detections_equal_those_of_transformers(theirs: torch.nn.Module) -> None
 @torch.no_grad()
 def test_padded_images_give_what_transformers_gives(theirs: torch.nn.Module) -> None:
     ours = conditional_detr(ConditionalDetrConfig(**SMALL), CLASSES).eval()
-    fit(ours, translate("conditional_detr", theirs.state_dict()), "transformers")
+    load_weights(ours, translate("conditional_detr", theirs.state_dict()), "transformers")
     images, padding = torch.randn(2, 3, 96, 128), torch.zeros(2, 96, 128, dtype=torch.bool)
     padding[0, :, 96:], padding[1, 64:] = True, True
     expected = theirs(pixel_values=images, pixel_mask=(~padding).long())

@@ -12,7 +12,7 @@ from torch import nn
 from edgedetr.errors import ModelError
 from edgedetr.models import build
 from edgedetr.models.checkpoints.conversion import translate
-from edgedetr.models.checkpoints.pretrained import fit
+from edgedetr.models.checkpoints.pretrained import load_weights
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.deformable import cell_centers
 from edgedetr.models.members.deformable_detr import DeformableDetrConfig
@@ -79,7 +79,7 @@ def pair(form: str) -> tuple[DetrModel, nn.Module]:
         with torch.no_grad():
             reference.class_embed[-1].weight.neg_()
     ours = build("deformable_detr", config, CLASSES).eval()
-    fit(ours, translate("deformable_detr", reference.state_dict()), form)
+    load_weights(ours, translate("deformable_detr", reference.state_dict()), form)
     return ours, reference
 
 

@@ -8,7 +8,7 @@ from references import reference_resnet, transformers, with_spread
 
 from edgedetr.errors import ModelError
 from edgedetr.models.checkpoints.conversion import translate
-from edgedetr.models.checkpoints.pretrained import fit
+from edgedetr.models.checkpoints.pretrained import load_weights
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.models.members.dn_detr import DnDetrConfig, dn_detr
 
@@ -55,7 +55,7 @@ def theirs() -> torch.nn.Module:
 @torch.no_grad()
 def test_detections_equal_those_of_transformers(theirs: torch.nn.Module, padded: bool) -> None:
     ours = dn_detr(DnDetrConfig(**SMALL, denoising=False), CLASSES).eval()
-    fit(ours, translate("dn_detr", theirs.state_dict()), "transformers")
+    load_weights(ours, translate("dn_detr", theirs.state_dict()), "transformers")
     images, padding = torch.randn(2, 3, 96, 128), torch.zeros(2, 96, 128, dtype=torch.bool)
     if padded:
         padding[0, :, 96:], padding[1, 64:] = True, True

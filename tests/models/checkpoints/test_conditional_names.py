@@ -11,9 +11,9 @@ from references import reference_resnet, transformers
 
 from edgedetr.errors import ModelError
 from edgedetr.models import build
-from edgedetr.models.checkpoints.config_from_state_dict import infer
+from edgedetr.models.checkpoints.config_from_state_dict import config_from_state_dict
 from edgedetr.models.checkpoints.conversion import translate
-from edgedetr.models.checkpoints.pretrained import fit, load_detector, read
+from edgedetr.models.checkpoints.pretrained import load_detector, load_weights, read_weights
 from edgedetr.models.members.anchor_detr import AnchorDetrConfig
 from edgedetr.models.members.conditional_detr import ConditionalDetrConfig
 from edgedetr.models.members.dn_detr import DnDetrConfig
@@ -176,7 +176,7 @@ def test_the_authors_files_come_back_tensor_by_tensor(case: str, tmp_path: Path)
     member, config, written = ORIGINALS[case]
     ours, path = random_state(member, config), tmp_path / "model.pth"
     torch.save({"model": written(ours), "optimizer": {"state": {}}, "epoch": 49}, path)
-    found = translate(member, read(str(path)), case)
+    found = translate(member, read_weights(str(path)), case)
     assert found.keys() == ours.keys()
     assert all(torch.equal(found[name], ours[name]) for name in ours)
     assert load_detector(build(member, config, CLASSES), member, str(path)).fresh == ()
@@ -185,7 +185,7 @@ def test_the_authors_files_come_back_tensor_by_tensor(case: str, tmp_path: Path)
 @original
 def test_the_architecture_follows_from_the_tensors(case: str) -> None:
     member, config, written = ORIGINALS[case]
-    found = infer(type(config), translate(member, written(random_state(member, config))), heads=4)
+    found = config_from_state_dict(type(config), translate(member, written(random_state(member, config))), heads=4)
     # What no tensor tells: heads, dilation, and how many points a grid has.
     untold = {name: getattr(config, name) for name in ("heads", "dilate_last", "queries") if hasattr(config, name)}
     assert found.get("queries", config.queries) == config.queries
@@ -224,11 +224,11 @@ def test_files_and_modules_of_transformers_load(member: str, config: object, tmp
     theirs = of_transformers(member)
     theirs.save_pretrained(tmp_path)
     states = []
-    for weights in (read(str(tmp_path / "model.safetensors")), theirs.state_dict()):
+    for weights in (read_weights(str(tmp_path / "model.safetensors")), theirs.state_dict()):
         ours = build(member, config, CLASSES)
         for tensor in ours.state_dict().values():
             tensor.fill_(-7)  # so that a tensor that was not loaded would show
-        assert fit(ours, translate(member, weights), member).fresh == ()
+        assert load_weights(ours, translate(member, weights), member).fresh == ()
         assert [name for name, tensor in ours.state_dict().items() if (tensor == -7).all()] == []
         states.append(ours.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -236,7 +236,7 @@ def test_files_and_modules_of_transformers_load(member: str, config: object, tmp
 
 def test_dn_detr_of_other_classes_keeps_all_but_what_belongs_to_classes() -> None:
     source, target = build("dn_detr", DnDetrConfig(**PLAIN), 9), build("dn_detr", DnDetrConfig(**PLAIN), CLASSES)
-    loaded = fit(target, translate("dn_detr", dab(source.state_dict())), "nine classes")
+    loaded = load_weights(target, translate("dn_detr", dab(source.state_dict())), "nine classes")
     assert set(loaded.fresh) == {
         "decoder.boxes.score.weight",
         "decoder.boxes.score.bias",
@@ -247,7 +247,7 @@ def test_dn_detr_of_other_classes_keeps_all_but_what_belongs_to_classes() -> Non
 def test_dab_detr_in_the_place_of_dn_detr_names_what_is_missing() -> None:
     weights = translate("dn_detr", dab(random_state("dn_detr", DnDetrConfig(**PLAIN, denoising=False))))
     with pytest.raises(ModelError, match=r"missing \(1\): selector.denoising_class_embed.weight"):
-        fit(build("dn_detr", DnDetrConfig(**PLAIN), CLASSES), weights, "DAB-DETR")
+        load_weights(build("dn_detr", DnDetrConfig(**PLAIN), CLASSES), weights, "DAB-DETR")
 
 
 def test_heads_of_layers_that_differ_are_refused() -> None:

@@ -1,0 +1,102 @@
+"""Tensor names of backbones: ResNets and vision transformers of torchvision, timm, transformers and RT-DETR."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from edgedetr.models.checkpoints.rename_rules import RenameRule, Weights, rename
+
+RESNET: list[RenameRule] = [
+    # torchvision, timm (whose "d" stem is conv1.0 conv1.1 conv1.3 conv1.4 conv1.6 bn1)
+    (r"^conv1\.0\.", "stem.0.conv."),
+    (r"^conv1\.1\.", "stem.0.norm."),
+    (r"^conv1\.3\.", "stem.1.conv."),
+    (r"^conv1\.4\.", "stem.1.norm."),
+    (r"^conv1\.6\.", "stem.2.conv."),
+    # RT-DETR's own files
+    (r"^conv1\.conv1_([123])\.", lambda m: f"stem.{int(m[1]) - 1}."),
+    (
+        r"^res_layers\.(\d)\.blocks\.(\d+)\.branch2([abc])\.",
+        lambda m: f"stages.{m[1]}.{m[2]}.body.{'abc'.index(m[3])}.",
+    ),
+    (r"^res_layers\.(\d)\.blocks\.(\d+)\.short\.(?:conv\.(?=conv\.|norm\.))?", r"stages.\1.\2.shortcut.project."),
+    # torchvision, timm
+    (r"^conv1\.", "stem.0.conv."),
+    (r"^bn1\.", "stem.LAST.norm."),
+    (r"^layer([1-4])\.(\d+)\.conv([1-3])\.", lambda m: f"stages.{int(m[1]) - 1}.{m[2]}.body.{int(m[3]) - 1}.conv."),
+    (r"^layer([1-4])\.(\d+)\.bn([1-3])\.", lambda m: f"stages.{int(m[1]) - 1}.{m[2]}.body.{int(m[3]) - 1}.norm."),
+    (r"^layer([1-4])\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) - 1}.{m[2]}.shortcut.project."),
+    # transformers' ResNet and RT-DETR's ResNet-vd
+    (r"^embedder\.embedder\.(\d)\.", r"stem.\1."),
+    (r"^embedder\.embedder\.", "stem.0."),
+    (r"^encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.", r"stages.\1.\2.body."),
+    (r"^encoder\.stages\.(\d)\.layers\.(\d+)\.shortcut\.(?:1\.)?", r"stages.\1.\2.shortcut.project."),
+    (r"\.convolution\.", ".conv."),
+    (r"\.normalization\.", ".norm."),
+]
+VIT_MARK = r"(?:^|\.)(?:patch_embed|patch_embeddings)\."
+# Nothing of ours: classifiers, and transformers' layer for the class token alone.
+UNUSED = re.compile(r"^head\.|^fc_norm\.|^pooler\.|^classifier\.")
+
+VIT: list[RenameRule] = [
+    # timm
+    (r"^cls_token$", "class_token"),
+    (r"^pos_embed$", "position.table"),
+    (r"^patch_embed\.proj\.", "patch."),
+    (r"^(blocks\.\d+)\.norm1\.", r"\1.attention_norm."),
+    (r"^(blocks\.\d+)\.norm2\.", r"\1.feedforward_norm."),
+    (r"^(blocks\.\d+)\.attn\.proj\.", r"\1.attention.out."),
+    (r"^(blocks\.\d+)\.attn\.", r"\1.attention."),
+    (r"^(blocks\.\d+)\.ls1\.", r"\1.attention_scale."),
+    (r"^(blocks\.\d+)\.ls2\.", r"\1.feedforward_scale."),
+    # transformers, as files and as in memory
+    (r"^embeddings\.cls_token$", "class_token"),
+    (r"^embeddings\.position_embeddings$", "position.table"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch."),
+    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"^layernorm\.", "norm."),
+    (r"\.layernorm_before\.", ".attention_norm."),
+    (r"\.layernorm_after\.", ".feedforward_norm."),
+    (r"\.attention\.attention\.(query|key|value)\.", lambda m: f".attention.{m[1][0]}."),
+    (r"\.attention\.([qkv])_proj\.", r".attention.\1."),
+    (r"\.attention\.o_proj\.", ".attention.out."),
+    (r"\.attention\.output\.dense\.", ".attention.out."),
+    (r"\.intermediate\.dense\.", ".feedforward.up."),
+    (r"(blocks\.\d+)\.output\.dense\.", r"\1.feedforward.down."),
+    # both
+    (r"\.mlp\.fc1\.", ".feedforward.up."),
+    (r"\.mlp\.fc2\.", ".feedforward.down."),
+]
+
+
+def rename_backbone(weights: Mapping[str, Tensor]) -> Weights:
+    """Tensors of a ResNet under our backbone's names."""
+    # The last convolution of the stem has no number of its own in timm's deep stem: count it.
+    last = "2" if "conv1.6.weight" in weights else "0"
+    pooled = any(re.match(r"layer\d\.\d+\.downsample\.2\.", name) for name in weights)
+    numbered = {}
+    for name, tensor in weights.items():
+        # Sequential(conv, norm), or with pooling before it: numbers 0 1, or 1 2.
+        first = 1 if pooled and f"{name.partition('downsample.')[0]}downsample.0.weight" not in weights else 0
+        shortcut = re.match(r"(layer\d\.\d+\.downsample\.)([012])\.(.*)", name)
+        if shortcut:
+            name = f"{shortcut[1]}{'conv' if int(shortcut[2]) == first else 'norm'}.{shortcut[3]}"
+        numbered[name] = tensor
+    return rename(numbered, [*RESNET, (r"\.LAST\.", f".{last}.")])
+
+
+def rename_vit(weights: Mapping[str, Tensor]) -> Weights:
+    """Tensors of a vision transformer under the names of ours; a classifier's and a pooler's are left out."""
+    split: Weights = {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("vit.")
+        if UNUSED.search(name):
+            continue
+        if ".attn.qkv." in name:
+            split |= {name.replace("qkv", part): chunk.clone() for part, chunk in zip("qkv", tensor.chunk(3))}
+        else:
+            split[name] = tensor
+    return rename(split, VIT)
