@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from edgedetr.bundle import Bundle, InputContract
 from edgedetr.data.detection_set import DataConfig
 from edgedetr.errors import RecipeError, did_you_mean
-from edgedetr.evaluation.verify import VerifyConfig
+from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.exporting.config import ExportConfig
 from edgedetr.models import FAMILY
 from edgedetr.options import check

@@ -33,10 +33,10 @@ def evaluate(
 ) -> None:
     """Measure one stage on labeled images; alias: val."""
     opened = open_bundle(bundle)
-    from edgedetr.evaluation.verify import evaluate_stage
+    from edgedetr.evaluation.verify import evaluate_artifact
 
     with progress_bars() as progress:
-        metrics = evaluate_stage(
+        metrics = evaluate_artifact(
             opened, stage=stage, backend=backend, data=data, split=split, threads=threads, progress=progress
         )
     rows = [
@@ -48,7 +48,7 @@ def evaluate(
         ["AP large", metrics.ap_large],
     ]
     rows += [[f"AP {name}", value] for name, value in metrics.per_class.items()]
-    rows += [["doubled boxes, per cent", metrics.doubled]]
+    rows += [["duplicate detections, %", metrics.duplicates]]
     table(["metric", "points"], [[name, None if value is None else f"{value:.2f}"] for name, value in rows])
     if as_json_:
         as_json(metrics.to_json())

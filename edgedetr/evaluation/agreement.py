@@ -1,4 +1,4 @@
-"""How far two systems' detections differ, object by object: finer than AP, and without ground truth."""
+"""How far two lists of detections agree: object by object over a data set, or as equal within tolerances."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from edgedetr.runtime.detections import Detections
 
 
 @dataclass(frozen=True)
-class Parity:
-    """Detections of a system against a reference's, over the images that both have.
+class Agreement:
+    """Detections of one model against those of a reference, over the images that both have.
 
-    objects     the reference's detections at or above the confidence threshold
-    matched     share of them that the system has too, 0..1; None without any
-    spurious    share of the system's detections above the threshold that the reference does not have; None without any
-    score_*     |difference of confidence| of matched ones, mean and 99th percentile
-    box_*       largest |difference of a corner coordinate| of matched ones, pixels of the image
+    objects     detections of the reference at or above the confidence threshold
+    matched     fraction of `objects` that the model also detects, 0..1; None where objects is 0
+    spurious    fraction of the model's detections above the threshold that the reference lacks; None without any
+    score_*     |difference of confidence| of matched detections, mean and 99th percentile
+    box_*       largest |difference of a corner coordinate| of matched detections, pixels of the image
     """
 
     objects: int
@@ -34,19 +34,19 @@ class Parity:
         return asdict(self)
 
 
-def match(
+def compare_detections(
     reference: Mapping[int, Detections], other: Mapping[int, Detections], *, confidence: float = 0.3, iou: float = 0.5
-) -> Parity:
-    """Compare one to one, same class, overlap at least `iou`, the largest overlap first.
+) -> Agreement:
+    """Match detections by image id, one to one: same class, IoU at least `iou`, the largest IoU first.
 
-    A partner needs only half the confidence: an object at 0.31 against 0.29 is the same object with another score.
+    The counterpart needs only half the confidence: one object with the scores 0.31 and 0.29 is still one object.
     """
     objects = matched = shown = spurious = 0
     scores: list[np.ndarray] = []
     corners: list[np.ndarray] = []
     for image_id in reference.keys() & other.keys():
         a, b = reference[image_id].above(confidence / 2), other[image_id].above(confidence / 2)
-        first, second = pairs(a, b, iou)
+        first, second = matched_pairs(a, b, iou)
         counts = a.confidence[first] >= confidence
         objects += int((a.confidence >= confidence).sum())
         matched += int(counts.sum())
@@ -58,7 +58,7 @@ def match(
         corners.append(np.abs(a.xyxy[first].astype(np.float64) - b.xyxy[second]).max(axis=1, initial=0))
     score = np.concatenate([np.zeros(0), *scores])
     corner = np.concatenate([np.zeros(0), *corners])
-    return Parity(
+    return Agreement(
         objects,
         matched / objects if objects else None,
         spurious / shown if shown else None,
@@ -69,8 +69,8 @@ def match(
     )
 
 
-def pairs(a: Detections, b: Detections, iou: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices ([n], [n]) of the same objects in both: same class, overlap >= iou, greedily by falling overlap."""
+def matched_pairs(a: Detections, b: Detections, iou: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices ([n], [n]) of the same objects in both: same class, IoU >= iou, greedily from the largest IoU down."""
     overlap = box.iou(a.xyxy.astype(np.float64), b.xyxy.astype(np.float64))
     overlap[a.class_id[:, None] != b.class_id[None]] = 0
     row, column = np.nonzero(overlap >= iou)
@@ -83,6 +83,34 @@ def pairs(a: Detections, b: Detections, iou: float) -> tuple[np.ndarray, np.ndar
             first.append(i)
             second.append(j)
     return np.array(first, np.intp), np.array(second, np.intp)
+
+
+def detections_allclose(found: Detections, expected: Detections, *, pixels: float, score: float) -> bool:
+    """Whether both lists hold the same objects, in any order among equal scores.
+
+    pixels   largest difference of a box side
+    score    largest difference of a confidence
+
+    An object whose score is within `score` of the last one in the other list may be missing there: both lists are cut
+    at the same length, and a rounding difference decides which of two equal scores is cut off.
+    """
+    if len(found) != len(expected):
+        return False
+    if not len(found):
+        return True
+    if not np.allclose(found.confidence, expected.confidence, rtol=0, atol=score):
+        return False
+    return _contains(expected, found, pixels, score) and _contains(found, expected, pixels, score)
+
+
+def _contains(all_of: Detections, some: Detections, pixels: float, score: float) -> bool:
+    last = all_of.confidence[-1]
+    for xyxy, confidence, class_id in zip(some.xyxy, some.confidence, some.class_id):
+        candidates = (np.abs(all_of.confidence - confidence) <= score) & (all_of.class_id == class_id)
+        near = candidates.any() and np.abs(all_of.xyxy[candidates] - xyxy).max(axis=1).min() <= pixels
+        if not near and confidence - last > score:
+            return False
+    return True
 
 
 def _mean(values: np.ndarray) -> float | None:

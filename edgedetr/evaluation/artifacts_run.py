@@ -52,7 +52,7 @@ VERIFIED = (
 )
 # Made for TensorRT, with FP16 in it, which CPU libraries round late or never: on a CPU ONNX Runtime scores the twin
 # (twin.py), and its time says nothing. OpenVINO leaves the twin's pairs out, so it never scores FP16.
-TWINS = ("fp16", "int8")
+SIMULATED_FP16 = ("fp16", "int8")
 # The float32 of each library is what its INT8 is compared with; never more than three OpenVINO models at a time,
 # because more of them slow each other down through their threads.
 BENCHED = (
@@ -66,7 +66,7 @@ BENCHED = (
 
 
 @dataclass
-class StageRun:
+class ArtifactRun:
     """What one stage did on one backend.
 
     detections   by image id
@@ -107,7 +107,7 @@ def candidates(
         if not stages and STAGES[stage] not in bundle.manifest.files:
             continue  # not exported yet, and not asked for
         bundle.require(STAGES[stage])
-        if backend == "onnxruntime" and stage in TWINS and not find_spec("onnx"):
+        if backend == "onnxruntime" and stage in SIMULATED_FP16 and not find_spec("onnx"):
             log.warning("%s is not scored: %s", stage, missing("onnx"))
         elif not (reason := absent(backend)):
             chosen.append((stage, backend))
@@ -121,7 +121,7 @@ def candidates(
     return chosen
 
 
-def exact_here(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def without_saturating_int8(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Those whose arithmetic this CPU does not cut short: a verdict on others is on the CPU, not on the file."""
     cut = ("int8", "openvino")
     if cut not in pairs or not int8_saturates():
@@ -158,7 +158,7 @@ def load_split(bundle: Bundle, data: str | Path | None = None, split: str | None
     return dataset
 
 
-def run_stages(
+def run_artifacts(
     bundle: Bundle,
     dataset: DetectionSet,
     pairs: Sequence[tuple[str, str]],
@@ -167,15 +167,15 @@ def run_stages(
     oracle_images: int = 0,
     progress: Progress | None = None,
     engines: Sequence[Engine] = (),
-) -> list[StageRun]:
+) -> list[ArtifactRun]:
     """Every image is read once and goes through every stage, one stage after the other in changing order.
 
     engines   are run after `pairs`, in the same turns
 
     A stage that cannot be loaded or gives NaN is recorded with its fault and counts as detecting nothing.
     """
-    runs = [StageRun(stage, backend) for stage, backend in pairs]
-    runs += [StageRun(engine.stage, "tensorrt", engine=engine) for engine in engines]
+    runs = [ArtifactRun(stage, backend) for stage, backend in pairs]
+    runs += [ArtifactRun(engine.stage, "tensorrt", engine=engine) for engine in engines]
     loaded = {id(run): detector for run in runs if (detector := _load(bundle, run, threads)) is not None}
     oracles = _oracles(bundle, runs, threads) if oracle_images else {}
     for number, sample in enumerate(dataset.samples):
@@ -203,9 +203,9 @@ def run_stages(
     return runs
 
 
-def open_stage(bundle: Bundle, stage: str, backend: str | None = None, threads: int | None = None) -> Detector:
+def open_artifact(bundle: Bundle, stage: str, backend: str | None = None, threads: int | None = None) -> Detector:
     """What scores a stage: the twin where ONNX Runtime is to score FP16, else what `load` gives."""
-    if stage not in TWINS or backend not in (None, "onnxruntime"):
+    if stage not in SIMULATED_FP16 or backend not in (None, "onnxruntime"):
         return load(bundle, stage=stage, backend=backend, threads=threads)
     return _twin(bundle, stage, threads)
 
@@ -213,23 +213,23 @@ def open_stage(bundle: Bundle, stage: str, backend: str | None = None, threads: 
 def _twin(bundle: Bundle, stage: str, threads: int | None) -> Detector:
     """A stage without optimizations, FP16 rounded where the graph says it: what the graph means."""
     manifest, path = bundle.manifest, bundle.require(STAGES[stage])
-    runner = OrtRunner(simulate_fp16(path) if stage in TWINS else path, threads=threads, optimize=False)
+    runner = OrtRunner(simulate_fp16(path) if stage in SIMULATED_FP16 else path, threads=threads, optimize=False)
     return Detector(runner, manifest.classes, manifest.input, manifest.output, stage=stage)
 
 
-def _load(bundle: Bundle, run: StageRun, threads: int | None) -> Detector | None:
+def _load(bundle: Bundle, run: ArtifactRun, threads: int | None) -> Detector | None:
     bundle.require(STAGES[run.stage])  # a missing or stale file is the caller's error, not the backend's fault
     try:
         if run.engine is not None:
             return load_engine(bundle, run.engine)
-        return open_stage(bundle, run.stage, run.backend, threads)
+        return open_artifact(bundle, run.stage, run.backend, threads)
     except (BundleError, DeviceError, EngineError) as error:
         run.fault = str(error)
         log.warning("%s on %s cannot be run: %s", run.stage, run.backend, error)
         return None
 
 
-def _oracles(bundle: Bundle, runs: Sequence[StageRun], threads: int | None) -> dict[str, Detector]:
+def _oracles(bundle: Bundle, runs: Sequence[ArtifactRun], threads: int | None) -> dict[str, Detector]:
     runs = [run for run in runs if run.engine is None]  # a board's CPU would take hours for what was done elsewhere
     if not runs:
         return {}
@@ -237,17 +237,17 @@ def _oracles(bundle: Bundle, runs: Sequence[StageRun], threads: int | None) -> d
         log.warning("no oracle: %s", missing("onnxruntime"))
         return {}
     # A twin in ONNX Runtime is its own oracle.
-    judged = dict.fromkeys(run.stage for run in runs if run.stage not in TWINS or run.backend != "onnxruntime")
+    judged = dict.fromkeys(run.stage for run in runs if run.stage not in SIMULATED_FP16 or run.backend != "onnxruntime")
     return {stage: _twin(bundle, stage, threads) for stage in judged}
 
 
 def _one(
-    run: StageRun, detector: Detector, batch: np.ndarray, geometry: list[preprocess.Geometry], image_id: int
+    run: ArtifactRun, detector: Detector, batch: np.ndarray, geometry: list[preprocess.Geometry], image_id: int
 ) -> None:
     raw = []
     try:
         seconds = timed(lambda: raw.append(detector.run_raw(batch)))
-        if run.stage not in TWINS or run.backend != "onnxruntime":
+        if run.stage not in SIMULATED_FP16 or run.backend != "onnxruntime":
             run.seconds.append(seconds)
         run.detections[image_id] = _decoded(raw[0], geometry, detector)[0]
     except EdgedetrError as error:
@@ -255,7 +255,7 @@ def _one(
 
 
 def _full_batch(
-    run: StageRun, detector: Detector, batch: np.ndarray, geometry: list[preprocess.Geometry], image_id: int
+    run: ArtifactRun, detector: Detector, batch: np.ndarray, geometry: list[preprocess.Geometry], image_id: int
 ) -> None:
     """One image in every row of the largest batch: TensorRT 10.14 and 11.1 gave other results in other rows."""
     run.full_batch = detector.runner.batch or int(getattr(detector.runner, "largest_batch", 1))
@@ -269,7 +269,7 @@ def _full_batch(
 
 
 def _warm_up(
-    runs: Sequence[StageRun], loaded: dict[int, Detector], oracles: dict[str, Detector], batch: np.ndarray
+    runs: Sequence[ArtifactRun], loaded: dict[int, Detector], oracles: dict[str, Detector], batch: np.ndarray
 ) -> None:
     """The first run of each, which is not timed; who cannot run at all is recorded with its fault."""
     for run in runs:
@@ -287,7 +287,7 @@ def _warm_up(
 
 
 def _seen(
-    runs: Sequence[StageRun],
+    runs: Sequence[ArtifactRun],
     oracles: dict[str, Detector],
     batch: np.ndarray,
     geometry: list[preprocess.Geometry],
@@ -315,7 +315,7 @@ def _decoded(raw: RawOutputs, geometry: list[preprocess.Geometry], detector: Det
     return decode(raw, geometry, detector.classes, detector.output)
 
 
-def _fail(run: StageRun, fault: str) -> None:
+def _fail(run: ArtifactRun, fault: str) -> None:
     run.fault = fault
     log.warning("%s on %s: %s", run.stage, run.backend, fault)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgedetr.evaluation.coco_metrics import ClassMatches, Matches
+from edgedetr.evaluation.coco_metrics import ClassMatches, DetectionMatches
 
 RECALLS = np.linspace(0.0, 1.00, 101)  # pycocotools' recThrs
 TINY = np.spacing(1)  # pycocotools adds it to the denominator of precision
@@ -43,7 +43,7 @@ def draw(images: int, resamples: int, seed: int = 0) -> np.ndarray:
     return rng.multinomial(images, np.full(images, 1 / images), size=resamples)
 
 
-def resampled_ap(matches: Matches, counts: np.ndarray) -> np.ndarray:
+def resampled_ap(matches: DetectionMatches, counts: np.ndarray) -> np.ndarray:
     """AP in points of every resample.
 
     counts   [R, I]  how often each image is in
@@ -63,7 +63,7 @@ def resampled_ap(matches: Matches, counts: np.ndarray) -> np.ndarray:
         return 100 * total / present
 
 
-def paired(reference: Matches, other: Matches, *, resamples: int = 1000, seed: int = 0) -> PairedDrop:
+def paired(reference: DetectionMatches, other: DetectionMatches, *, resamples: int = 1000, seed: int = 0) -> PairedDrop:
     """Bootstrap of AP(reference) - AP(other); both matched on the same images in the same order."""
     counts = draw(reference.images, resamples, seed)
     return compare(resampled_ap(reference, with_identity(counts)), resampled_ap(other, with_identity(counts)))

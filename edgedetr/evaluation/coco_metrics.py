@@ -15,7 +15,7 @@ import numpy as np
 
 from edgedetr.data.detection_set import DetectionSet, display_names
 from edgedetr.errors import DataError, MissingDependency
-from edgedetr.evaluation.duplicate_detections import doubled
+from edgedetr.evaluation.duplicate_detections import duplicate_percentage
 from edgedetr.evaluation.reference import GroundTruth
 from edgedetr.packages import missing
 from edgedetr.runtime.detections import Detections
@@ -40,7 +40,7 @@ class ClassMatches:
 
 
 @dataclass(frozen=True)
-class Matches:
+class DetectionMatches:
     """Every class's matches; what AP over any resample of the images can be computed from."""
 
     classes: tuple[ClassMatches, ...]
@@ -51,7 +51,7 @@ class Matches:
 class Metrics:
     """COCO numbers in points, 0..100; None where there is no ground truth to measure on.
 
-    doubled   see edgedetr.evaluation.duplicate_detections
+    duplicates   see edgedetr.evaluation.duplicate_detections
     """
 
     ap: float | None
@@ -62,12 +62,13 @@ class Metrics:
     ap_large: float | None
     ar100: float | None
     per_class: dict[str, float | None]  # class name (with its id, where two are equal) -> AP
-    doubled: float | None  # per cent of the objects shown that are shown twice
-    matches: Matches
+    duplicates: float | None  # percentage of the shown detections that are duplicates
+    matches: DetectionMatches
 
     def to_json(self) -> dict[str, object]:
-        """All but the matches."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "matches"}
+        """All but the matches; the key of `duplicates` is "doubled", as in earlier versions."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "matches"}
+        return {"doubled" if name == "duplicates" else name: value for name, value in values.items()}
 
 
 def evaluate(
@@ -87,7 +88,7 @@ def evaluate(
     if not len(truth):
         raise DataError("the ground truth has no images; expected at least one; run: edgedetr data check DIR")
     judge = _run(truth, detections, by_size)
-    return _metrics(truth, judge, doubled(detections))
+    return _metrics(truth, judge, duplicate_percentage(detections))
 
 
 def _run(truth: GroundTruth, detections: Mapping[int, Detections], by_size: bool) -> Any:
@@ -150,7 +151,7 @@ def _xywh(boxes: np.ndarray) -> list[list[float]]:
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
 
 
-def _metrics(truth: GroundTruth, judge: Any, twice: float | None) -> Metrics:
+def _metrics(truth: GroundTruth, judge: Any, duplicates: float | None) -> Metrics:
     precision, recall = judge.eval["precision"], judge.eval["recall"]  # [10, 101, K, 4, 3], [10, K, 4, 3]
 
     def mean(values: np.ndarray) -> float | None:
@@ -169,12 +170,12 @@ def _metrics(truth: GroundTruth, judge: Any, twice: float | None) -> Metrics:
         ap_large=large,
         ar100=mean(recall[:, :, 0, -1]),
         per_class=per_class,
-        doubled=twice,
+        duplicates=duplicates,
         matches=_matches(truth, judge),
     )
 
 
-def _matches(truth: GroundTruth, judge: Any) -> Matches:
+def _matches(truth: GroundTruth, judge: Any) -> DetectionMatches:
     """Collect pycocotools' per-image matches of area range "all", sorted as its accumulate() sorts them."""
     order = [int(i) for i in judge.params.imgIds]  # sorted by pycocotools
     place = {int(i): n for n, i in enumerate(truth.image_ids)}
@@ -202,4 +203,4 @@ def _matches(truth: GroundTruth, judge: Any) -> Matches:
                 image[falling].astype(np.int64), (matched & ~ignored)[:, falling], ignored[:, falling], objects
             )
         )
-    return Matches(tuple(classes), images)
+    return DetectionMatches(tuple(classes), images)

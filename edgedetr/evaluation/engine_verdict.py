@@ -15,10 +15,10 @@ from pathlib import Path
 
 from edgedetr.bundle import Bundle
 from edgedetr.errors import EngineError
-from edgedetr.evaluation.agreement import match
-from edgedetr.evaluation.artifacts_run import StageRun
+from edgedetr.evaluation.agreement import compare_detections
+from edgedetr.evaluation.artifacts_run import ArtifactRun
 from edgedetr.evaluation.config import VerifyConfig
-from edgedetr.evaluation.verdict import StageVerdict, Verdict
+from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict
 from edgedetr.runtime import jetson
 from edgedetr.runtime.tensorrt import cudart, select
 from edgedetr.runtime.tensorrt.select import Engine, Measured
@@ -34,8 +34,8 @@ ROWS_MATCHED = 0.99
 
 
 @dataclass(frozen=True)
-class EngineVerdict(StageVerdict):
-    """StageVerdict of one engine.
+class EngineVerdict(ArtifactVerdict):
+    """ArtifactVerdict of one engine.
 
     engine      the plan's file name
     batch       images per run that were timed
@@ -82,7 +82,7 @@ def fitting(bundle: Bundle, stages: Collection[str] | None, backends: Collection
     return chosen
 
 
-def judge_engine(run: StageRun, engine: Engine, verdict: StageVerdict) -> EngineVerdict:
+def judge_engine(run: ArtifactRun, engine: Engine, verdict: ArtifactVerdict) -> EngineVerdict:
     """Adds what only an engine must show to what every stage must."""
     told = engine.told
     share, rows = told.layers.share(told.arguments.precision), _rows(run)
@@ -100,7 +100,7 @@ def judge_engine(run: StageRun, engine: Engine, verdict: StageVerdict) -> Engine
             f"common (TensorRT issue 4813); use batch 1, or export with --sampling gather and build again"
         )
     return EngineVerdict(
-        **{name: getattr(verdict, name) for name in StageVerdict.__dataclass_fields__}
+        **{name: getattr(verdict, name) for name in ArtifactVerdict.__dataclass_fields__}
         | {
             "passed": verdict.passed and not problems,
             "size_mb": told.plan_bytes / 1e6,
@@ -116,7 +116,7 @@ def judge_engine(run: StageRun, engine: Engine, verdict: StageVerdict) -> Engine
 
 
 def conclude(
-    bundle: Bundle, config: VerifyConfig, verdicts: Sequence[StageVerdict], runs: Sequence[StageRun]
+    bundle: Bundle, config: VerifyConfig, verdicts: Sequence[ArtifactVerdict], runs: Sequence[ArtifactRun]
 ) -> DeviceVerdict:
     """INT8 beside FP16, and which engine to use; `verdicts` begin with torch's."""
     judged = _beside_fp16(bundle, verdicts)
@@ -136,10 +136,10 @@ def conclude(
     )
 
 
-def _beside_fp16(bundle: Bundle, verdicts: Sequence[StageVerdict]) -> list[StageVerdict]:
+def _beside_fp16(bundle: Bundle, verdicts: Sequence[ArtifactVerdict]) -> list[ArtifactVerdict]:
     """INT8 engines with a word about the FP16 engine of the same batch."""
     halves = {v.batch: v for v in verdicts if isinstance(v, EngineVerdict) and v.name.startswith("fp16")}
-    judged: list[StageVerdict] = []
+    judged: list[ArtifactVerdict] = []
     for verdict in verdicts:
         word = ""
         if isinstance(verdict, EngineVerdict) and verdict.name.startswith("int8"):
@@ -156,7 +156,7 @@ def _beside_fp16(bundle: Bundle, verdicts: Sequence[StageVerdict]) -> list[Stage
     return judged
 
 
-def record(bundle: Bundle, verdict: DeviceVerdict, runs: Sequence[StageRun]) -> None:
+def record(bundle: Bundle, verdict: DeviceVerdict, runs: Sequence[ArtifactRun]) -> None:
     """Keep the verdict in the bundle, and beside the engines what decides which of them is loaded."""
     by_name = {v.engine: v for v in verdict.stages if isinstance(v, EngineVerdict)}
     folders: dict[Path, dict[str, Measured]] = {}
@@ -179,12 +179,12 @@ def record(bundle: Bundle, verdict: DeviceVerdict, runs: Sequence[StageRun]) -> 
         log.warning("%s: the verdict could not be recorded (%s)", bundle.path, error)
 
 
-def _rows(run: StageRun) -> float | None:
+def _rows(run: ArtifactRun) -> float | None:
     """The worst share of objects in common of row 0 and another row, over all images that were tried."""
     worst = None
     for number in range(1, run.full_batch):
         for a, b in ((0, number), (number, 0)):
-            matched = match(
+            matched = compare_detections(
                 {i: rows[a] for i, rows in run.rows.items()}, {i: rows[b] for i, rows in run.rows.items()}
             ).matched
             if matched is not None:

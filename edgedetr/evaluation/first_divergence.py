@@ -26,7 +26,7 @@ Tensors = Callable[[bytes, np.ndarray, Sequence[str]], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Departure:
+class Divergence:
     """A node that reads what the oracle reads and gives something else; `inputs_db` is the worst of what it reads."""
 
     node: str
@@ -42,9 +42,9 @@ class Departure:
         )
 
 
-def first_departure(
+def find_first_divergence(
     model: str | Path, backend: str, images: np.ndarray, *, floor: float = SQNR_FLOOR, threads: int | None = None
-) -> Departure | None:
+) -> Divergence | None:
     """The first node at which `backend` leaves the oracle, or None where logits and boxes agree.
 
     model    an ONNX file
@@ -63,8 +63,8 @@ def first_departure(
 
 def search(
     model: Path, run: Tensors, images: np.ndarray, *, floor: float = SQNR_FLOOR, threads: int | None = None
-) -> Departure | None:
-    """As first_departure, for any function that runs a serialized model and returns named tensors."""
+) -> Divergence | None:
+    """As first_divergence, for any function that runs a serialized model and returns named tensors."""
     graph = _Graph(model, run, images, threads)
     graph.measure(graph.outputs)
     bad = next((name for name in graph.outputs if graph.sqnr[name] < floor), None)
@@ -160,9 +160,9 @@ class _Graph:
         other = self.run(data, self.images, names)
         self.sqnr.update({name: sqnr_db(oracle[name], other[name]) for name in names})
 
-    def departure(self, tensor: str, parents: Sequence[str]) -> Departure:
+    def departure(self, tensor: str, parents: Sequence[str]) -> Divergence:
         node = self.producer[tensor]
-        return Departure(
+        return Divergence(
             node.name or tensor,
             node.op_type,
             tensor,

@@ -12,11 +12,11 @@ from edgedetr.data import images
 from edgedetr.data.detection_set import DetectionSet
 from edgedetr.errors import EdgedetrError
 from edgedetr.evaluation import bootstrap
-from edgedetr.evaluation.agreement import Parity, match
-from edgedetr.evaluation.artifacts_run import StageRun
+from edgedetr.evaluation.agreement import Agreement, compare_detections
+from edgedetr.evaluation.artifacts_run import ArtifactRun
 from edgedetr.evaluation.coco_metrics import Metrics, evaluate
 from edgedetr.evaluation.config import VerifyConfig
-from edgedetr.evaluation.first_divergence import first_departure
+from edgedetr.evaluation.first_divergence import find_first_divergence
 from edgedetr.evaluation.reference import Reference
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.bundle_detector import STAGES
@@ -31,7 +31,7 @@ MATCHED = 0.8
 
 
 @dataclass(frozen=True)
-class StageVerdict:
+class ArtifactVerdict:
     """One stage on one backend. AP, drops and bounds in points; drops are against the torch stage.
 
     passed         the bound is within the budget, the backend is sound, and the reference has something to lose
@@ -61,8 +61,8 @@ class StageVerdict:
     ap75: float | None = None
     per_class: dict[str, float | None] | None = None
     images: int = 0
-    parity: Parity | None = None
-    oracle: Parity | None = None
+    parity: Agreement | None = None
+    oracle: Agreement | None = None
     oracle_drop: float | None = None
     note: str = ""
 
@@ -79,7 +79,7 @@ class Verdict:
     passed: bool
     budget: float
     certifiable: float
-    stages: tuple[StageVerdict, ...]
+    stages: tuple[ArtifactVerdict, ...]
 
     def to_json(self) -> dict[str, object]:
         return {**asdict(self), "stages": [asdict(stage) for stage in self.stages]}
@@ -98,7 +98,7 @@ class Judge:
         self.counts = bootstrap.with_identity(counts)
         self.resampled = bootstrap.resampled_ap(torch.matches, self.counts)
 
-    def torch(self) -> StageVerdict:
+    def torch(self) -> ArtifactVerdict:
         weights, ap = self.bundle.manifest.files.get("weights.safetensors"), self.metrics.ap or 0.0
         note = (
             ""
@@ -115,7 +115,7 @@ class Judge:
             name, backend, weights = "reference", "onnxruntime", graph
             told = "an imported graph has no PyTorch model: the reference is model.onnx in ONNX Runtime"
             note = f"{told}; {note}" if note else told
-        return StageVerdict(
+        return ArtifactVerdict(
             name,
             backend,
             self.something_to_lose,
@@ -132,12 +132,12 @@ class Judge:
             note=note,
         )
 
-    def stage(self, run: StageRun) -> StageVerdict:
+    def stage(self, run: ArtifactRun) -> ArtifactVerdict:
         metrics = evaluate(self.reference.truth, run.detections, by_size=False)
         bound = bootstrap.compare(self.resampled, bootstrap.resampled_ap(metrics.matches, self.counts))
         latency = Latency.of(run.seconds) if run.seconds and not run.fault else None
         oracle, oracle_drop, note = self._against_oracle(run)
-        return StageVerdict(
+        return ArtifactVerdict(
             run.stage,
             run.backend,
             self.something_to_lose and bound.upper <= self.config.budget and not run.fault,
@@ -154,17 +154,17 @@ class Judge:
             ap75=metrics.ap75,
             per_class=metrics.per_class,
             images=len(self.reference.truth),
-            parity=match(self.reference.detections, run.detections),
+            parity=compare_detections(self.reference.detections, run.detections),
             oracle=oracle,
             oracle_drop=oracle_drop,
             note=note,
         )
 
-    def _against_oracle(self, run: StageRun) -> tuple[Parity | None, float | None, str]:
+    def _against_oracle(self, run: ArtifactRun) -> tuple[Agreement | None, float | None, str]:
         """Does this backend compute what the graph says? Judged on the images that the oracle saw."""
         if run.fault or not run.oracle:
             return None, None, run.fault
-        parity = match(run.oracle, run.detections)
+        parity = compare_detections(run.oracle, run.detections)
         truth = self.reference.truth.subset(run.oracle)
         theirs, ours = (
             evaluate(truth, {i: found[i] for i in run.oracle}, by_size=False) for found in (run.oracle, run.detections)
@@ -184,12 +184,12 @@ class Judge:
         log.warning("%s%s", note, where)
         return parity, drop, note + where
 
-    def _where(self, run: StageRun) -> str:
+    def _where(self, run: ArtifactRun) -> str:
         picture = images.decode(self.dataset.samples[0].path)
         batch, _ = preprocess.prepare([picture], self.bundle.manifest.input)
         try:
             model = self.bundle.require(STAGES[run.stage])
-            found = first_departure(model, run.backend, batch, threads=self.config.threads)
+            found = find_first_divergence(model, run.backend, batch, threads=self.config.threads)
         except EdgedetrError as error:
             return f"; the node was not looked for: {error}"
         return f"; first at {found}" if found else ""

@@ -19,23 +19,21 @@ from edgedetr.evaluation import engine_verdict
 from edgedetr.evaluation.artifacts_run import (
     BENCHED,
     VERIFIED,
+    ArtifactRun,
     Progress,
-    StageRun,
     candidates,
-    exact_here,
     load_split,
-    open_stage,
-    run_stages,
+    open_artifact,
+    run_artifacts,
+    without_saturating_int8,
 )
 from edgedetr.evaluation.coco_metrics import Metrics, evaluate
 from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.reference import GroundTruth, Reference, save_detections
-from edgedetr.evaluation.verdict import Judge, StageVerdict, Verdict, megabytes
+from edgedetr.evaluation.verdict import Judge, Verdict, megabytes
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.bundle_detector import STAGES, Detector, load, load_engine
 from edgedetr.runtime.latency import measure, warn_if_unsteady
-
-__all__ = ["StageTiming", "StageVerdict", "Verdict", "VerifyConfig", "bench", "check_same", "evaluate_stage", "verify"]
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ RESULT = "results/verify.json"
 
 
 @dataclass(frozen=True)
-class StageTiming:
+class ArtifactTiming:
     """Milliseconds of one inference of one image, and the file's size."""
 
     name: str
@@ -87,20 +85,20 @@ def verify(
     chosen = engine_verdict.fitting(bundle, stages, backends)
     on_cpu = [name for name in backends or () if name != "tensorrt"]
     pairs = candidates(bundle, VERIFIED, stages, on_cpu or None) if on_cpu or not chosen else []
-    pairs = pairs if backends else exact_here(pairs)
+    pairs = pairs if backends else without_saturating_int8(pairs)
     dataset = load_split(bundle, data)
     if live:
         reference = live(bundle, dataset)
     else:
         reference = Reference.load(bundle.require("reference.npz"))
-        check_same(reference, GroundTruth.of(dataset, digests=True), bundle)
+        require_same_images(reference, GroundTruth.of(dataset, digests=True), bundle)
     torch = evaluate(reference.truth, reference.detections, by_size=False)
     if torch.ap is None:
         raise DataError(
             f"{dataset.root}: split {dataset.name!r} has no object to measure AP on; "
             f"run: edgedetr data check {dataset.root}"
         )
-    runs = run_stages(
+    runs = run_artifacts(
         bundle,
         dataset,
         pairs,
@@ -130,7 +128,7 @@ def verify(
     return verdict
 
 
-def evaluate_stage(
+def evaluate_artifact(
     bundle: str | Path | Bundle,
     *,
     stage: str = "onnx",
@@ -145,9 +143,9 @@ def evaluate_stage(
     if stage in ("torch", "reference"):
         reference = Reference.load(bundle.require("reference.npz"))
         if (split is not None and split != reference.split) or data is not None:
-            check_same(reference, GroundTruth.of(load_split(bundle, data, split), digests=True), bundle)
+            require_same_images(reference, GroundTruth.of(load_split(bundle, data, split), digests=True), bundle)
         return evaluate(reference.truth, reference.detections)
-    detector = open_stage(bundle, stage, backend, threads)
+    detector = open_artifact(bundle, stage, backend, threads)
     dataset = load_split(bundle, data, split)
     found = {}
     for number, sample in enumerate(dataset.samples):
@@ -165,7 +163,7 @@ def bench(
     rounds: int = 50,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> list[StageTiming]:
+) -> list[ArtifactTiming]:
     """Time the stages in turns in one process; float32 of OpenVINO with float32 arithmetic.
 
     backends   None = the engines that fit this device, and without any the libraries of the CPU
@@ -189,12 +187,12 @@ def bench(
         {" ".join(pair): once(detector) for pair, detector in named.items()}, rounds=rounds, progress=progress
     )
     return [
-        StageTiming(*pair, timings[" ".join(pair)].p50_ms, timings[" ".join(pair)].p99_ms, sizes[pair])
+        ArtifactTiming(*pair, timings[" ".join(pair)].p50_ms, timings[" ".join(pair)].p99_ms, sizes[pair])
         for pair in named
     ]
 
 
-def check_same(reference: Reference, truth: GroundTruth, bundle: Bundle) -> None:
+def require_same_images(reference: Reference, truth: GroundTruth, bundle: Bundle) -> None:
     """BundleError unless the reference was made from these very images and annotations."""
     hint = f"expected the files that reference.npz was made from; make it again with: edgedetr export {bundle.path}"
     known = dict(zip(reference.truth.image_ids.tolist(), reference.truth.digests.tolist()))
@@ -217,7 +215,7 @@ def check_same(reference: Reference, truth: GroundTruth, bundle: Bundle) -> None
         raise BundleError(f"{bundle.path}: the annotations have changed since reference.npz was made; {hint}")
 
 
-def _record(bundle: Bundle, verdict: Verdict, runs: list[StageRun]) -> None:
+def _record(bundle: Bundle, verdict: Verdict, runs: list[ArtifactRun]) -> None:
     """Write the verdict and each stage's detections; a bundle on read-only storage only loses the record."""
     listed = bundle.manifest.files
     sources = [name for name in ("reference.npz",) if name in listed]

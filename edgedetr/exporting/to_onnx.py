@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 import edgedetr
 from edgedetr.bundle import Manifest
 from edgedetr.errors import ExportError
-from edgedetr.evaluation.agreement import match
+from edgedetr.evaluation.agreement import compare_detections
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.onnx_graph.fold import fold
 from edgedetr.runtime.backends.base import RawOutputs
@@ -194,7 +194,7 @@ def _same_objects(one: RawOutputs, other: RawOutputs, manifest: Manifest) -> boo
     """Whether every confident detection of one is in the other at almost the same place, and none is added."""
     whole = [Geometry.of(manifest.input.height, manifest.input.width, manifest.input)]
     first, second = ({0: decode(raw, whole, manifest.classes, manifest.output)[0]} for raw in (one, other))
-    found = match(first, second, iou=0.9)
+    found = compare_detections(first, second, iou=0.9)
     return found.matched in (None, 1.0) and found.spurious in (None, 0.0)
 
 

@@ -12,7 +12,7 @@ from edgedetr.bundle import ClassInfo, InputContract, OutputContract
 from edgedetr.data.detection_set import DetectionSet
 from edgedetr.data.images import decode as decode_image
 from edgedetr.errors import ExportError, ModelError
-from edgedetr.evaluation.agreement import match
+from edgedetr.evaluation.agreement import compare_detections
 from edgedetr.importing.box_format import from_corners
 from edgedetr.importing.io_contract import Inputs
 from edgedetr.importing.output_meaning import Understood
@@ -161,7 +161,7 @@ def agree(theirs: dict[int, Detections], ours: dict[int, Detections], *, half: b
     if not shown:
         return Agreement(0, all(len(item) == 0 for item in ours.values()), "no object found in any image")
     overlap, score, pixels = (HALF_OVERLAP, HALF_SCORE, HALF_PIXELS) if half else (OVERLAP, SCORE, PIXELS)
-    found = match(theirs, ours, confidence=float(min(shown)), iou=overlap)
+    found = compare_detections(theirs, ours, confidence=float(min(shown)), iou=overlap)
     same = (found.matched or 0) >= (HALF_FOUND if half else 1.0) and (half or not found.spurious)
     close = (found.score_p99 or 0) <= score and (found.box_p99 or 0) <= pixels
     words = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgedetr.evaluation import agreement as match
+from edgedetr.evaluation.agreement import matched_pairs
 from edgedetr.runtime.detections import Detections
 
 CONFIDENCE = 0.3  # what somebody looking at detections would see
@@ -35,7 +35,7 @@ def difference(image_id: int, reference: Detections, other: Detections) -> Diffe
 
     A box of either side below CONFIDENCE takes part only as a partner, so that crossing the line is a small change.
     """
-    first, second = match.pairs(reference, other, OVERLAP)
+    first, second = matched_pairs(reference, other, OVERLAP)
     pairs = list(zip(first.tolist(), second.tolist()))
     seen = [(r, o) for r, o in pairs if max(reference.confidence[r], other.confidence[o]) >= CONFIDENCE]
     only_reference = _rest(reference, {r for r, _ in pairs})

@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from edgedetr.bundle import Bundle, Manifest
 from edgedetr.errors import ExportError
-from edgedetr.evaluation.detections_allclose import agree
+from edgedetr.evaluation.agreement import detections_allclose
 from edgedetr.image_size import check_size
 from edgedetr.onnx_graph.graph_builder import Part, join, output_shape, require_clean
 from edgedetr.runtime.arguments import check_text
@@ -104,7 +104,7 @@ def check(model: ModelProto, manifest: Manifest, height: int, width: int) -> Non
     raw = RawOutputs(found["logits"], found["boxes_of_input"])
     expected = decode(raw, geometries, manifest.classes, manifest.output)[0]
     ours = named(found["boxes"][0], found["scores"][0], found["labels"][0].astype(np.int64), manifest.classes)
-    if not agree(ours, expected, pixels=PIXELS, score=SCORES):
+    if not detections_allclose(ours, expected, pixels=PIXELS, score=SCORES):
         raise ExportError(
             "the objects that the graph chooses are not those that the CPU chooses; report this, it is a defect"
         )

@@ -21,7 +21,7 @@ from onnx import ModelProto, TensorProto
 
 from edgedetr.bundle import Bundle, Manifest, atomic_write
 from edgedetr.errors import ExportError, UsageError
-from edgedetr.evaluation.detections_allclose import agree
+from edgedetr.evaluation.agreement import detections_allclose
 from edgedetr.runtime.arguments import check_count, check_text, shown
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnx_bytes import load
@@ -144,7 +144,7 @@ def rows_agree(model: ModelProto, manifest: Manifest) -> bool:
     for batch in (1, LARGEST_BATCH):
         raw = tensors(model.SerializeToString(), np.repeat(one, batch, axis=0), ("logits", "boxes"), optimize=True)
         found += decode(RawOutputs(raw["logits"], raw["boxes"]), [whole] * batch, manifest.classes, manifest.output)
-    apart = [row for row in found[1:] if not agree(row, found[0], pixels=PIXELS, score=SCORE)]
+    apart = [row for row in found[1:] if not detections_allclose(row, found[0], pixels=PIXELS, score=SCORE)]
     if apart:
         log.warning(
             "%d of %d rows with the same image give other objects than the image alone; "

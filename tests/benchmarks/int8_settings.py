@@ -27,7 +27,7 @@ from edgedetr.bundle import Bundle
 from edgedetr.data import images
 from edgedetr.data.detection_set import DetectionSet
 from edgedetr.data.layouts import load as load_split
-from edgedetr.evaluation.agreement import match
+from edgedetr.evaluation.agreement import compare_detections
 from edgedetr.evaluation.coco_metrics import evaluate
 from edgedetr.exporting.settings import settings
 from edgedetr.onnx_graph.fp16 import activation_absmax, convert_to_fp16
@@ -135,7 +135,7 @@ def main() -> None:
                 runners = rows(maker, observer, corrected, Path(folder), options.threads)
                 for name, found in detect(bundle, runners, dataset).items():
                     drop = before - evaluate(dataset, found, by_size=False).ap
-                    parity = match(exact, found)
+                    parity = compare_detections(exact, found)
                     told.append(
                         {"observer": observer, "corrected": corrected, "graph": name, "drop": drop, **parity.to_json()}
                     )

@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from edgedetr.boxes import iou
-from edgedetr.evaluation.agreement import match, pairs
+from edgedetr.evaluation.agreement import compare_detections, matched_pairs
 from edgedetr.runtime.detections import Detections
 
 
@@ -21,7 +21,7 @@ B = (50, 50, 70, 70, 0.5, 1)
 
 
 def test_equal_systems_are_equal():
-    result = match({1: found(A, B)}, {1: found(A, B)})
+    result = compare_detections({1: found(A, B)}, {1: found(A, B)})
     assert (result.objects, result.matched, result.spurious) == (2, 1.0, 0.0)
     assert (result.score_mean, result.box_p99) == (0, 0)
 
@@ -32,7 +32,7 @@ def test_a_hand_worked_difference():
         (50, 50, 70, 70, 0.5, 0),  # B's place, another class: missed and spurious
         (90, 90, 95, 95, 0.2, 0),
     )  # below the threshold: nobody minds
-    result = match({1: found(A, B)}, {1: other})
+    result = compare_detections({1: found(A, B)}, {1: other})
     assert (result.objects, result.matched, result.spurious) == (2, 0.5, 0.5)
     assert result.score_mean == pytest.approx(0.1, abs=1e-6)  # float32 scores
     assert result.box_mean == pytest.approx(2)
@@ -40,18 +40,18 @@ def test_a_hand_worked_difference():
 
 @pytest.mark.parametrize("mine, theirs", [(0.31, 0.29), (0.29, 0.31)])
 def test_crossing_the_threshold_is_another_score_and_not_another_object(mine, theirs):
-    result = match({1: found((*A[:4], mine, 0))}, {1: found((*A[:4], theirs, 0))})
+    result = compare_detections({1: found((*A[:4], mine, 0))}, {1: found((*A[:4], theirs, 0))})
     assert result.matched in (1.0, None)
     assert result.spurious in (0.0, None)
 
 
 def test_one_detection_answers_for_one_object_only():
-    result = match({1: found(A, A)}, {1: found(A)})
+    result = compare_detections({1: found(A, A)}, {1: found(A)})
     assert (result.objects, result.matched) == (2, 0.5)
 
 
 def test_nothing_to_compare_gives_none_and_not_nan():
-    result = match({1: found()}, {1: found()})
+    result = compare_detections({1: found()}, {1: found()})
     assert result.to_json() == {
         "objects": 0,
         "matched": None,
@@ -61,11 +61,11 @@ def test_nothing_to_compare_gives_none_and_not_nan():
         "box_mean": None,
         "box_p99": None,
     }
-    assert match({1: found(A)}, {1: found()}).matched == 0
+    assert compare_detections({1: found(A)}, {1: found()}).matched == 0
 
 
 def test_only_images_of_both_count():
-    assert match({1: found(A), 2: found(A)}, {1: found(A), 3: found(A)}).objects == 1
+    assert compare_detections({1: found(A), 2: found(A)}, {1: found(A), 3: found(A)}).objects == 1
 
 
 def test_greedy_pairs_are_nearly_the_best_assignment(rng):
@@ -77,7 +77,7 @@ def test_greedy_pairs_are_nearly_the_best_assignment(rng):
     b = Detections(
         (boxes + rng.normal(0, 1, boxes.shape))[order].astype(np.float32), np.ones(40, np.float32), a.class_id[order]
     )
-    first, second = pairs(a, b, 0.5)
+    first, second = matched_pairs(a, b, 0.5)
     overlap = iou(a.xyxy.astype(float), b.xyxy.astype(float)) * (a.class_id[:, None] == b.class_id)
     rows, columns = linear_sum_assignment(-np.where(overlap >= 0.5, overlap, 0))
     best = {(r, c) for r, c in zip(rows, columns) if overlap[r, c] >= 0.5}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgedetr.evaluation import bootstrap
-from edgedetr.evaluation.coco_metrics import ClassMatches, Matches, evaluate
+from edgedetr.evaluation.coco_metrics import ClassMatches, DetectionMatches, evaluate
 from edgedetr.evaluation.reference import GroundTruth
 
 
@@ -66,23 +66,23 @@ def test_a_resample_equals_pycocotools_on_the_set_written_out(random_set, rng, s
 def test_a_class_without_objects_in_a_resample_leaves_the_mean():
     perfect = ClassMatches(np.array([0]), np.ones((10, 1), bool), np.zeros((10, 1), bool), np.array([1, 0]))
     missed = ClassMatches(np.zeros(0, int), np.ones((10, 0), bool), np.zeros((10, 0), bool), np.array([0, 1]))
-    ap = bootstrap.resampled_ap(Matches((perfect, missed), 2), np.array([[1, 1], [2, 0], [0, 2]]))
+    ap = bootstrap.resampled_ap(DetectionMatches((perfect, missed), 2), np.array([[1, 1], [2, 0], [0, 2]]))
     np.testing.assert_allclose(ap, [50, 100, 0])
 
 
 def test_a_resample_without_any_object_is_not_counted():
     lonely = ClassMatches(np.array([0]), np.ones((10, 1), bool), np.zeros((10, 1), bool), np.array([1, 0]))
-    assert np.isnan(bootstrap.resampled_ap(Matches((lonely,), 2), np.array([[0, 2]]))[0])
-    result = bootstrap.paired(Matches((lonely,), 2), Matches((lonely,), 2), resamples=200)
+    assert np.isnan(bootstrap.resampled_ap(DetectionMatches((lonely,), 2), np.array([[0, 2]]))[0])
+    result = bootstrap.paired(DetectionMatches((lonely,), 2), DetectionMatches((lonely,), 2), resamples=200)
     assert 0 < result.resamples < 200
     assert (result.drop, result.upper, result.se) == (0, 0, 0)
 
 
-def coins(outcome: np.ndarray) -> Matches:
+def coins(outcome: np.ndarray) -> DetectionMatches:
     """One object per image, of one class; detected or not, no false alarms: AP is near the share of detected ones."""
     images = np.flatnonzero(outcome)
     hit = np.ones((1, len(images)), bool)  # one IoU threshold is enough here
-    return Matches((ClassMatches(images, hit, ~hit, np.ones(len(outcome), np.int64)),), len(outcome))
+    return DetectionMatches((ClassMatches(images, hit, ~hit, np.ones(len(outcome), np.int64)),), len(outcome))
 
 
 def test_standard_error_is_the_binomial_one_where_ap_is_a_share(rng):
@@ -142,5 +142,5 @@ def test_a_thousand_resamples_of_800_images_take_seconds(rng):
         hit = np.sort(rng.uniform(size=size))[None, ::-1] * np.linspace(1, 0.3, 10)[:, None] > 0.9
         made.append(ClassMatches(rng.integers(0, images, size), hit, np.zeros_like(hit), np.full(images, 3)))
     start = time.process_time()
-    bootstrap.resampled_ap(Matches(tuple(made), images), bootstrap.draw(images, 1000))
+    bootstrap.resampled_ap(DetectionMatches(tuple(made), images), bootstrap.draw(images, 1000))
     assert time.process_time() - start < 10  # seconds of one core; measured 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgedetr.evaluation.duplicate_detections import doubled
+from edgedetr.evaluation.duplicate_detections import duplicate_percentage
 from edgedetr.runtime.detections import Detections
 
 
@@ -25,8 +25,8 @@ def test_a_second_box_on_the_same_object_counts_once_and_other_classes_or_faint_
         (0, 0, 10, 10, 0.2, 0),
     )  # too faint to be shown
     two = found((0, 0, 10, 10, 0.9, 0))  # another image
-    assert doubled({1: one, 2: two}) == pytest.approx(100 * 2 / 7)
+    assert duplicate_percentage({1: one, 2: two}) == pytest.approx(100 * 2 / 7)
 
 
 def test_nothing_shown_is_no_share() -> None:
-    assert doubled({1: found((0, 0, 10, 10, 0.1, 0)), 2: found()}) is None
+    assert duplicate_percentage({1: found((0, 0, 10, 10, 0.1, 0)), 2: found()}) is None

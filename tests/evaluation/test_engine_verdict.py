@@ -17,7 +17,7 @@ from edgedetr.bundle import Bundle
 from edgedetr.data import images, layouts
 from edgedetr.errors import EngineError
 from edgedetr.evaluation import engine_verdict
-from edgedetr.evaluation.artifacts_run import StageRun
+from edgedetr.evaluation.artifacts_run import ArtifactRun
 from edgedetr.evaluation.reference import Reference
 from edgedetr.evaluation.verify import bench, verify
 from edgedetr.runtime import load
@@ -72,7 +72,7 @@ def build(bundle: Bundle, tiny_graph, precision: str, likes=GOOD, batch=1, **opt
 def speeds(monkeypatch):
     """Milliseconds by the engine's file name, instead of the clock of a busy machine."""
     told: dict[str, float] = {}
-    original = StageRun.__post_init__ if hasattr(StageRun, "__post_init__") else None
+    original = ArtifactRun.__post_init__ if hasattr(ArtifactRun, "__post_init__") else None
 
     class Seconds(list):
         def __init__(self, run):
@@ -86,7 +86,7 @@ def speeds(monkeypatch):
         self.seconds = Seconds(self)
 
     assert original is None
-    monkeypatch.setattr(StageRun, "__init__", _with(StageRun.__init__, post_init))
+    monkeypatch.setattr(ArtifactRun, "__init__", _with(ArtifactRun.__init__, post_init))
     return told
 
 

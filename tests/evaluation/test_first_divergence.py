@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgedetr.errors import MissingDependency, UsageError
 from edgedetr.evaluation import first_divergence
-from edgedetr.evaluation.first_divergence import first_departure, search, sqnr_db
+from edgedetr.evaluation.first_divergence import find_first_divergence, search, sqnr_db
 from edgedetr.runtime.backends import onnxruntime
 
 DEPTH = 40
@@ -92,7 +92,7 @@ def test_the_broken_node_is_named_wherever_it_is(graph, picture, node):
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_sound_backend_departs_nowhere(graph, picture, backend):
     # Rounding at a tie may flip between libraries, so the floor is 20 dB and not equality.
-    assert first_departure(graph, backend, picture) is None
+    assert find_first_divergence(graph, backend, picture) is None
 
 
 def test_few_groups_are_enough(graph, picture, monkeypatch):
@@ -111,10 +111,10 @@ def test_few_groups_are_enough(graph, picture, monkeypatch):
 
 def test_unknown_backends_and_a_missing_onnx_say_so(graph, picture, monkeypatch):
     with pytest.raises(UsageError, match="'tensorrt'; expected one of openvino, onnxruntime"):
-        first_departure(graph, "tensorrt", picture)
+        find_first_divergence(graph, "tensorrt", picture)
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(MissingDependency, match="run: pip install onnx"):
-        first_departure(graph, "onnxruntime", picture)
+        find_first_divergence(graph, "onnxruntime", picture)
 
 
 @pytest.mark.parametrize("noise, decibels", [(0.1, 20), (1.0, 0), (0.0, float("inf"))])

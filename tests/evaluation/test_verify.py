@@ -17,8 +17,9 @@ from edgedetr.data import images, layouts
 from edgedetr.errors import BundleError, DataError, MissingDependency, RecipeError, UsageError
 from edgedetr.evaluation import artifacts_run, verdict
 from edgedetr.evaluation.coco_metrics import evaluate
+from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.reference import Reference, load_detections
-from edgedetr.evaluation.verify import VerifyConfig, bench, evaluate_stage, verify
+from edgedetr.evaluation.verify import bench, evaluate_artifact, verify
 from edgedetr.runtime import bundle_detector as detector
 from edgedetr.runtime import load
 from edgedetr.runtime.backends.base import RawOutputs
@@ -210,7 +211,7 @@ def test_a_backend_that_departs_from_the_oracle_is_named_with_how_much(good, mon
 
 def test_the_node_where_it_departs_is_in_the_note(good, monkeypatch):
     monkeypatch.setitem(artifacts_run.BACKENDS, "openvino", LossyOpenVino)
-    monkeypatch.setattr(verdict, "first_departure", lambda *a, **k: "Conv 'fpn': 1.0 dB")
+    monkeypatch.setattr(verdict, "find_first_divergence", lambda *a, **k: "Conv 'fpn': 1.0 dB")
     assert verify(good, threads=1).stages[3].note.endswith("first at Conv 'fpn': 1.0 dB")
 
 
@@ -280,7 +281,7 @@ def test_changed_annotations_are_refused(good, colors):
 
 
 def test_the_same_classes_under_other_ids_and_in_another_order_are_matched_by_name(good, colors, tmp_path):
-    before = evaluate_stage(good, stage="onnx")
+    before = evaluate_artifact(good, stage="onnx")
     other = shutil.copytree(colors, tmp_path / "other")
     path = other / "annotations" / "test.json"
     record = json.loads(path.read_text())
@@ -288,7 +289,7 @@ def test_the_same_classes_under_other_ids_and_in_another_order_are_matched_by_na
         row["category_id"] = {1: 90, 2: 7}[row["category_id"]]  # red 1 -> 90, blue 2 -> 7: blue comes first
     record["categories"] = [{"id": 90, "name": "red"}, {"id": 7, "name": "blue"}]
     path.write_text(json.dumps(record))
-    assert evaluate_stage(good, stage="onnx", data=other).to_json() == before.to_json()
+    assert evaluate_artifact(good, stage="onnx", data=other).to_json() == before.to_json()
     assert before.per_class == {"red": pytest.approx(100), "blue": pytest.approx(100)}
     assert verify(good, data=other, stages=["onnx"], backends=["onnxruntime"]).passed
 
@@ -349,7 +350,7 @@ def test_read_only_storage_loses_the_record_and_not_the_verdict(good, monkeypatc
 def test_results_behind_a_link_are_refused_before_anything_is_measured(good, tmp_path, monkeypatch):
     (tmp_path / "outside").mkdir()
     (good.path / "results").symlink_to(tmp_path / "outside")
-    monkeypatch.setattr("edgedetr.evaluation.verify.run_stages", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr("edgedetr.evaluation.verify.run_artifacts", lambda *a, **k: pytest.fail("measured"))
     with pytest.raises(BundleError, match="results: a link"):
         verify(good)
     assert list((tmp_path / "outside").iterdir()) == []
@@ -359,9 +360,9 @@ def test_one_stage_alone_is_measured_like_in_the_verdict(bad):
     result = verify(bad, threads=1)
     for stage in result.stages:
         backend = None if stage.name == "torch" else stage.backend
-        assert evaluate_stage(bad, stage=stage.name, backend=backend).ap == pytest.approx(stage.ap)
+        assert evaluate_artifact(bad, stage=stage.name, backend=backend).ap == pytest.approx(stage.ap)
     with pytest.raises(DataError, match="no split 'val'"):
-        evaluate_stage(bad, stage="torch", split="val")
+        evaluate_artifact(bad, stage="torch", split="val")
 
 
 def test_bench_times_every_stage_in_turns(good):

@@ -19,7 +19,7 @@ from members import CLASSES, HEIGHT, MOVING, SELECTING, SMALL, WIDTH, deployed, 
 from onnx import ModelProto
 
 from edgedetr.bundle import ClassInfo, InputContract, OutputContract
-from edgedetr.evaluation.agreement import match
+from edgedetr.evaluation.agreement import compare_detections
 from edgedetr.models import FAMILY
 from edgedetr.quantization.calibration import calibrate
 from edgedetr.quantization.config import QuantConfig
@@ -59,7 +59,7 @@ def expected(name: str, images: torch.Tensor) -> RawOutputs:
 
 def assert_same(name: str, one: RawOutputs, other: RawOutputs) -> None:
     """Every detection of one in the other, and none beside it: compared as sets, because top-k may order ties."""
-    found = match(detections(name, one), detections(name, other), confidence=0.05, iou=0.9)
+    found = compare_detections(detections(name, one), detections(name, other), confidence=0.05, iou=0.9)
     assert found.objects > 0
     assert found.matched == 1
     assert found.spurious == 0
@@ -83,7 +83,7 @@ def test_identical_images_of_a_batch_get_identical_detections(name: str) -> None
     first = detections(name, RawOutputs(raw.logits[:1], raw.boxes[:1]))[0]
     for row in range(1, 4):
         again = detections(name, RawOutputs(raw.logits[row : row + 1], raw.boxes[row : row + 1]))[0]
-        found = match({0: first}, {0: again}, confidence=0.05, iou=0.9)
+        found = compare_detections({0: first}, {0: again}, confidence=0.05, iou=0.9)
         assert found.matched == 1 and found.spurious == 0
         assert found.box_p99 <= 1e-5 * WIDTH
         assert found.score_p99 <= 1e-5
@@ -193,7 +193,7 @@ def shifted(raw: RawOutputs) -> RawOutputs:
 
 def matched(name: str, one: RawOutputs, other: RawOutputs) -> float:
     """Share of one's detections that the other has as well."""
-    found = match(detections(name, one), detections(name, other), confidence=0.05, iou=0.5)
+    found = compare_detections(detections(name, one), detections(name, other), confidence=0.05, iou=0.5)
     assert found.objects > 20
     return found.matched
 

@@ -13,7 +13,7 @@ from patch_detector import smooth
 from edgedetr.bundle import Bundle, InputContract
 from edgedetr.data.images import decode
 from edgedetr.errors import BundleError, DataError, ExportError, ModelError, UsageError
-from edgedetr.evaluation.detections_allclose import agree
+from edgedetr.evaluation.agreement import detections_allclose
 from edgedetr.runtime import load
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.frame_detector import FrameDetector, file_name, load_frames
@@ -65,7 +65,7 @@ def test_objects_are_those_of_the_cpu(tmp_path, contract, activation, classes, t
     for seed in range(4):
         frame = smooth((130, 191), seed)
         expected, actual = detector([frame])[0], of_frames(frame)
-        assert agree(actual, expected, **within(frame))
+        assert detections_allclose(actual, expected, **within(frame))
         assert actual.xyxy.dtype == np.float32
         assert set(actual.data["category_id"]) <= {10 - c for c in actual.class_id}
         assert [str(name) for name in actual.data["class_name"]] == [f"class; {c}" for c in actual.class_id]
@@ -82,7 +82,7 @@ def test_real_images_give_the_same_objects(tmp_path, shared_data, contract, file
     made = patch_detector.bundle(tmp_path / "b", contract=contract)
     write_frames(made, *frame.shape[:2])
     expected = load(made, backend="onnxruntime", stage="onnx")([frame])[0]
-    assert agree(load_frames(made)(frame), expected, **within(frame))
+    assert detections_allclose(load_frames(made)(frame), expected, **within(frame))
 
 
 def test_boxes_are_pixels_of_the_frame_and_end_at_its_border(tmp_path):
@@ -259,4 +259,4 @@ def detections(*rows: tuple[float, float, int]) -> Detections:
 )
 def test_lists_agree_but_for_the_order_of_equal_scores(other, same):
     first = detections((1, 0.9, 0), (2, 0.5, 1), (3, 0.5, 0))
-    assert agree(detections(*other), first, pixels=0.1, score=1e-3) is same
+    assert detections_allclose(detections(*other), first, pixels=0.1, score=1e-3) is same
