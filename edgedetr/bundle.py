@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from edgedetr import artifacts
 from edgedetr.errors import BundleError, EdgedetrError, TrainingError
 from edgedetr.storage import file_kinds
 from edgedetr.storage import manifest as form
@@ -43,18 +44,6 @@ LIMIT = 64 * MEBIBYTE  # bytes of bundle.json; the one of 0.1's demonstration ha
 # What may lie in the folder of a bundle before it has a bundle.json: of a training, of demo, and hidden.
 OWN = frozenset({"train", "data", "engines", "report", "results", LOCK, TRAINING, ".DS_Store"})
 OWN_FOLDERS = ("", "results", "report", "train")  # where temporary files of killed commands may lie
-
-# Which command makes which file, for the "run: ..." half of an error message.
-COMMANDS = {
-    "recipe.toml": "edgedetr train --data DIR",
-    "weights.safetensors": "edgedetr train --data DIR",
-    "reference.npz": "edgedetr export {path}",
-    "model.onnx": "edgedetr export {path}",
-    "model.fp16.onnx": "edgedetr export {path} --trt",
-    "ranges.json": "edgedetr export {path} --int8",
-    "model.int8.onnx": "edgedetr export {path} --int8",
-    "model.int8-cpu.onnx": "edgedetr export {path} --int8",
-}
 
 
 class Bundle:
@@ -106,7 +95,7 @@ class Bundle:
         """
         path, there = Path(path), os.path.lexists(path)
         _make_folder(path)
-        for name in ("train", "weights.safetensors"):
+        for name in ("train", artifacts.WEIGHTS.file):
             inside(path, name)
 
         def busy(owner: str) -> EdgedetrError:
@@ -217,13 +206,10 @@ class Bundle:
         return self.manifest.files[name]
 
     def _run(self, name: str) -> str:
-        if name == "model.onnx" and name in self.manifest.files and self.manifest.files[name].stage == "import":
+        entry = self.manifest.files.get(name)
+        if name == artifacts.ONNX.file and entry is not None and entry.stage == "import":
             return f"run: edgedetr import FILE.onnx --out {self.path}"
-        if name.startswith("results/"):
-            return f"run: edgedetr verify {self.path}"
-        source, _, frame = name.removesuffix(".onnx").partition(".frame-")  # model.int8.frame-1080x1920.onnx
-        command = COMMANDS.get(f"{source}.onnx" if frame else name, "edgedetr export {path}").format(path=self.path)
-        return f"run: {command} --frame {frame}" if frame else f"run: {command}"
+        return f"run: {artifacts.making_command(name).format(path=self.path)}"
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

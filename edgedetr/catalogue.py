@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from edgedetr.artifacts import GRAPHS
 from edgedetr.models import FAMILY, build
 
-DIALECTS = ("onnx", "fp16", "int8", "int8-cpu")  # every member exports to each; tests keep it so
+DIALECTS = tuple(GRAPHS)  # every member exports to each; tests keep it so
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedetr.bundle import MANIFEST, Bundle
 from edgedetr.data.synthetic import render
 from edgedetr.errors import UsageError
 from edgedetr.evaluation.verify import verify
@@ -90,11 +89,6 @@ def run(
     with _timed(seconds, "report"):
         report = write_report(bundle)
     return Outcome(seconds, json.loads(json.dumps(verdict.to_json())), report)
-
-
-def finished(out: Path) -> bool:
-    """Whether there is a bundle at `out` with a verdict that is not stale."""
-    return (out / MANIFEST).is_file() and Bundle.open(out).has("results/verify.json")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from edgedetr.artifacts import RECIPE, WEIGHTS
 from edgedetr.bundle import Bundle, InputContract
 from edgedetr.data.detection_set import DataConfig
 from edgedetr.errors import RecipeError, did_you_mean
@@ -98,7 +99,7 @@ class Recipe:
     @classmethod
     def from_bundle(cls, bundle: Bundle, sets: Iterable[str] = ()) -> Recipe:
         """The resolved recipe that a bundle carries."""
-        return cls.load(bundle.require("recipe.toml"), sets)
+        return cls.load(bundle.require(RECIPE.file), sets)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, where: str, sets: Iterable[str] = (), preset: str = "") -> Recipe:
@@ -144,9 +145,9 @@ class Recipe:
         Weights that were made from the old one stay fresh: only a recipe that gives the same weights may be written.
         """
         text = self.to_toml(sections)
-        if bundle.has("recipe.toml") and bundle.require("recipe.toml").read_text(encoding="utf-8") == text:
+        if bundle.has(RECIPE.file) and bundle.require(RECIPE.file).read_text(encoding="utf-8") == text:
             return False
-        with bundle.add("recipe.toml", stage=stage, still_good=["weights.safetensors"]) as path:
+        with bundle.add(RECIPE.file, stage=stage, still_good=[WEIGHTS.file]) as path:
             path.write_text(text, encoding="utf-8")
         return True
 

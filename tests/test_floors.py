@@ -18,6 +18,7 @@ PACKAGE = Path(edgedetr.__file__).parent
 FLOOR = {
     "errors": -1,  # everyone may fail
     "telemetry": -1,
+    "artifacts": -0.5,
     "image_size": 0,
     "printable": -1,
     "progress": 0,
@@ -135,7 +136,9 @@ def test_lower_floors_import_only_light_packages_at_the_top(part, path):
 def test_the_command_line_imports_libraries_inside_command_bodies(part, path):
     light = sys.stdlib_module_names | {"click"}
     for name, at_once in imports(ast.parse(path.read_text(encoding="utf-8"))):
-        own = name.startswith(("edgedetr.cli", "edgedetr.errors", "edgedetr.bundle", "edgedetr.printable"))
+        own = name.startswith(
+            ("edgedetr.cli", "edgedetr.errors", "edgedetr.artifacts", "edgedetr.bundle", "edgedetr.printable")
+        )
         assert not at_once or own or name.split(".")[0] in light, f"{path.name} imports {name} at the top"
 
 

@@ -14,7 +14,6 @@ from edgedetr.errors import UsageError
 from edgedetr.printable import printable
 
 RUNS = Path("runs")
-BACKENDS = ("onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt")  # runtime.detector's, without importing it
 
 
 def expect(what: str) -> Callable[[click.Context, click.Parameter, Any], Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from edgedetr.artifacts import ENGINE_GRAPHS
 from edgedetr.cli._options import bundle_argument, json_option, open_bundle, read_size
 from edgedetr.cli._output import as_json, progress_bars, say, table
 from edgedetr.errors import UsageError
@@ -28,7 +29,7 @@ def _three(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int
 @click.option(
     "--precision",
     multiple=True,
-    type=click.Choice(["fp32", "fp16", "int8"]),
+    type=click.Choice([*reversed(ENGINE_GRAPHS)]),
     help="Which graph; repeatable.  [default: fp16 and int8, as far as the bundle has them]",
 )
 @click.option("--batch", type=click.IntRange(1), multiple=True, help="Images of a run; repeatable.  [default: 1]")
@@ -69,7 +70,7 @@ def build(
     opened = open_bundle(bundle)
     if batch and dynamic:
         raise UsageError("--batch and --dynamic exclude each other: an engine is for one batch size or for several")
-    there = tuple(one for one in ("fp16", "int8") if engine.PRECISIONS[one] in opened.manifest.files)
+    there = tuple(one for one in ("fp16", "int8") if ENGINE_GRAPHS[one].file in opened.manifest.files)
     wanted = precision or there or ("int8",)
     built = []
     with progress_bars() as progress:

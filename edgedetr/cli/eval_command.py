@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgedetr.cli._options import BACKENDS, bundle_argument, data_option, json_option, open_bundle, threads_option
+from edgedetr.artifacts import BACKENDS, GRAPHS, ONNX
+from edgedetr.cli._options import bundle_argument, data_option, json_option, open_bundle, threads_option
 from edgedetr.cli._output import as_json, progress_bars, table
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 @bundle_argument
 @data_option
 @click.option("--split", help="The split to evaluate.  [default: the bundle's verify split]")
-@click.option("--stage", default="onnx", show_default=True, help="torch, onnx, fp16, int8 or int8-cpu.")
+@click.option("--stage", default=ONNX.id, show_default=True, help=f"torch, {', '.join(GRAPHS)}.")
 @click.option("--backend", type=click.Choice(BACKENDS), help="Inference library.  [default: the stage's own]")
 @threads_option
 @json_option

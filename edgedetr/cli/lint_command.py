@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgedetr.artifacts import ONNX
 from edgedetr.cli._options import json_option, open_bundle
 from edgedetr.cli._output import as_json, count, say, table
 from edgedetr.errors import NotWithinTolerance
@@ -39,7 +40,7 @@ def lint(target: Path | None, targets: tuple[str, ...], parse: bool, as_json_: b
         files = [target]
     else:
         opened = open_bundle(target)
-        files = [opened.require(name) for name in for_tensorrt(opened.manifest.files) or ["model.onnx"]]
+        files = [opened.require(name) for name in for_tensorrt(opened.manifest.files) or [ONNX.file]]
     chosen = targets or TARGETS
     reports = [lint_file(path, chosen) for path in files]
     for report in reports:

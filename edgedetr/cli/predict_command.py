@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from edgedetr.cli._options import BACKENDS, expect, threads_option
+from edgedetr.artifacts import BACKENDS, GRAPHS
+from edgedetr.cli._options import expect, threads_option
 from edgedetr.cli._output import say, write_out
 
 
@@ -16,7 +17,7 @@ from edgedetr.cli._output import say, write_out
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", callback=expect("source"))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for images with the boxes drawn in.")
 @click.option("--conf", default=0.25, show_default=True, type=click.FloatRange(0, 1), help="Least confidence.")
-@click.option("--stage", help="onnx, fp16, int8 or int8-cpu.  [default: the fastest that is safe on this machine]")
+@click.option("--stage", help=f"One of {', '.join(GRAPHS)}.  [default: the fastest that is safe on this machine]")
 @click.option(
     "--backend",
     type=click.Choice(BACKENDS),

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgedetr.artifacts import BACKENDS, RECIPE
 from edgedetr.bundle import Bundle
-from edgedetr.cli._options import BACKENDS, bundle_argument, data_option, json_option, open_bundle, threads_option
+from edgedetr.cli._options import bundle_argument, data_option, json_option, open_bundle, threads_option
 from edgedetr.cli._output import Progress, as_json, progress_bars, say, table
 from edgedetr.errors import BundleError, NotWithinTolerance
 
@@ -79,12 +80,12 @@ def verify(
 
 def _settings(bundle: Bundle) -> VerifyConfig | None:
     """The [verify] section of the bundle's recipe with the bundle's budget; None where the bundle has no recipe."""
-    if "recipe.toml" not in bundle.manifest.files:
+    if RECIPE.file not in bundle.manifest.files:
         return None
     from edgedetr.evaluation.config import VerifyConfig
     from edgedetr.storage.reading import read_toml
 
-    path = bundle.require("recipe.toml")
+    path = bundle.require(RECIPE.file)
     fix = "expected the keys that edgedetr train writes"
     section = read_toml(path, BundleError, fix=fix).get("verify", {})
     if not isinstance(section, dict):

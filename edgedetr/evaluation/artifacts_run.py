@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgedetr.artifacts import GRAPHS
 from edgedetr.bundle import Bundle
 from edgedetr.data import images, layouts
 from edgedetr.data.detection_set import DetectionSet
@@ -29,7 +30,7 @@ from edgedetr.packages import missing
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
-from edgedetr.runtime.bundle_detector import BACKENDS, STAGES, Detector, absent, load, load_engine
+from edgedetr.runtime.bundle_detector import BACKENDS, Detector, absent, load, load_engine
 from edgedetr.runtime.cpu import int8_saturates
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.latency import rotated, timed
@@ -40,29 +41,9 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
-# What is delivered and therefore verified. OpenVINO gets the signed graph: it refuses some of ONNX Runtime's dialect.
-VERIFIED = (
-    ("onnx", "onnxruntime"),
-    ("fp16", "onnxruntime"),
-    ("int8", "onnxruntime"),
-    ("int8", "openvino"),
-    ("int8-cpu", "onnxruntime"),
-    ("onnx", "onnxruntime-cuda"),
-    ("fp16", "onnxruntime-cuda"),
-)
 # Made for TensorRT, with FP16 in it, which CPU libraries round late or never: on a CPU ONNX Runtime scores the twin
 # (twin.py), and its time says nothing. OpenVINO leaves the twin's pairs out, so it never scores FP16.
-SIMULATED_FP16 = ("fp16", "int8")
-# The float32 of each library is what its INT8 is compared with; never more than three OpenVINO models at a time,
-# because more of them slow each other down through their threads.
-BENCHED = (
-    ("onnx", "onnxruntime"),
-    ("int8-cpu", "onnxruntime"),
-    ("int8", "openvino"),
-    ("onnx", "openvino"),
-    ("onnx", "onnxruntime-cuda"),
-    ("fp16", "onnxruntime-cuda"),
-)
+SIMULATED_FP16 = tuple(graph.id for graph in GRAPHS.values() if graph.fp16_inside)
 
 
 @dataclass
@@ -96,7 +77,7 @@ def candidates(
     backends: Collection[str] | None = None,
 ) -> list[tuple[str, str]]:
     """Those (stage, backend) of `pairs` that are asked for, have been exported and can run here."""
-    for words, known, what in ((stages, STAGES, "stage"), (backends, BACKENDS, "backend")):
+    for words, known, what in ((stages, GRAPHS, "stage"), (backends, BACKENDS, "backend")):
         for word in words or ():
             if word not in known:
                 raise UsageError(f"{what} is {word!r}; expected one of {', '.join(known)}{did_you_mean(word, known)}")
@@ -104,9 +85,9 @@ def candidates(
     for stage, backend in pairs:
         if (stages and stage not in stages) or (backends and backend not in backends):
             continue
-        if not stages and STAGES[stage] not in bundle.manifest.files:
+        if not stages and GRAPHS[stage].file not in bundle.manifest.files:
             continue  # not exported yet, and not asked for
-        bundle.require(STAGES[stage])
+        bundle.require(GRAPHS[stage].file)
         if backend == "onnxruntime" and stage in SIMULATED_FP16 and not find_spec("onnx"):
             log.warning("%s is not scored: %s", stage, missing("onnx"))
         elif not (reason := absent(backend)):
@@ -115,7 +96,7 @@ def candidates(
             raise MissingDependency(reason)
     if not chosen:
         raise BundleError(
-            f"{bundle.path}: nothing to run for stages {sorted(stages or STAGES)} on "
+            f"{bundle.path}: nothing to run for stages {sorted(stages or GRAPHS)} on "
             f"{sorted(backends or BACKENDS)}; run: edgedetr export {bundle.path}"
         )
     return chosen
@@ -212,13 +193,13 @@ def open_artifact(bundle: Bundle, stage: str, backend: str | None = None, thread
 
 def _twin(bundle: Bundle, stage: str, threads: int | None) -> Detector:
     """A stage without optimizations, FP16 rounded where the graph says it: what the graph means."""
-    manifest, path = bundle.manifest, bundle.require(STAGES[stage])
+    manifest, path = bundle.manifest, bundle.require(GRAPHS[stage].file)
     runner = OrtRunner(simulate_fp16(path) if stage in SIMULATED_FP16 else path, threads=threads, optimize=False)
     return Detector(runner, manifest.classes, manifest.input, manifest.output, stage=stage)
 
 
 def _load(bundle: Bundle, run: ArtifactRun, threads: int | None) -> Detector | None:
-    bundle.require(STAGES[run.stage])  # a missing or stale file is the caller's error, not the backend's fault
+    bundle.require(GRAPHS[run.stage].file)  # a missing or stale file is the caller's error, not the backend's fault
     try:
         if run.engine is not None:
             return load_engine(bundle, run.engine)

@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edgedetr.artifacts import REFERENCE
 from edgedetr.bundle import Bundle
 from edgedetr.errors import EngineError
 from edgedetr.evaluation.agreement import compare_detections
@@ -160,7 +161,7 @@ def record(bundle: Bundle, verdict: DeviceVerdict, runs: Sequence[ArtifactRun]) 
     """Keep the verdict in the bundle, and beside the engines what decides which of them is loaded."""
     by_name = {v.engine: v for v in verdict.stages if isinstance(v, EngineVerdict)}
     folders: dict[Path, dict[str, Measured]] = {}
-    sources = ["reference.npz"] if "reference.npz" in bundle.manifest.files else []
+    sources = [REFERENCE.file] if REFERENCE.file in bundle.manifest.files else []
     here = select.surroundings(cudart.probe()) if any(run.engine is not None for run in runs) else ""
     for run in runs:
         if run.engine is not None:

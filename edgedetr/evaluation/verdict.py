@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from edgedetr.artifacts import GRAPHS, ONNX, WEIGHTS
 from edgedetr.bundle import Bundle
 from edgedetr.data import images
 from edgedetr.data.detection_set import DetectionSet
@@ -19,7 +20,6 @@ from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.first_divergence import find_first_divergence
 from edgedetr.evaluation.reference import Reference
 from edgedetr.runtime import preprocess
-from edgedetr.runtime.bundle_detector import STAGES
 from edgedetr.runtime.latency import Latency
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Judge:
         self.resampled = bootstrap.resampled_ap(torch.matches, self.counts)
 
     def torch(self) -> ArtifactVerdict:
-        weights, ap = self.bundle.manifest.files.get("weights.safetensors"), self.metrics.ap or 0.0
+        weights, ap = self.bundle.manifest.files.get(WEIGHTS.file), self.metrics.ap or 0.0
         note = (
             ""
             if self.something_to_lose
@@ -110,10 +110,10 @@ class Judge:
             )
         )
         name, backend = "torch", "pytorch"
-        graph = self.bundle.manifest.files.get("model.onnx")
+        graph = self.bundle.manifest.files.get(ONNX.file)
         if weights is None and graph is not None and graph.stage == "import":
             name, backend, weights = "reference", "onnxruntime", graph
-            told = "an imported graph has no PyTorch model: the reference is model.onnx in ONNX Runtime"
+            told = f"an imported graph has no PyTorch model: the reference is {ONNX.file} in ONNX Runtime"
             note = f"{told}; {note}" if note else told
         return ArtifactVerdict(
             name,
@@ -147,7 +147,7 @@ class Judge:
             bound.upper,
             latency.p50_ms if latency else None,
             latency.p99_ms if latency else None,
-            megabytes(self.bundle, STAGES[run.stage]),
+            megabytes(self.bundle, GRAPHS[run.stage].file),
             drop_lower95=bound.lower,
             se=bound.se,
             margin=bound.margin,
@@ -177,7 +177,7 @@ class Judge:
             return parity, drop, ""
         matched = "" if parity.matched is None else f", {100 * parity.matched:.0f} % of its objects matched"
         note = (
-            f"{run.backend} departs from the arithmetic of {STAGES[run.stage]} (ONNX Runtime without "
+            f"{run.backend} departs from the arithmetic of {GRAPHS[run.stage].file} (ONNX Runtime without "
             f"optimizations): AP {-bound.drop:+.1f}{matched}, on {len(truth)} images"
         )
         where = self._where(run)
@@ -188,7 +188,7 @@ class Judge:
         picture = images.decode(self.dataset.samples[0].path)
         batch, _ = preprocess.prepare([picture], self.bundle.manifest.input)
         try:
-            model = self.bundle.require(STAGES[run.stage])
+            model = self.bundle.require(GRAPHS[run.stage].file)
             found = find_first_divergence(model, run.backend, batch, threads=self.config.threads)
         except EdgedetrError as error:
             return f"; the node was not looked for: {error}"

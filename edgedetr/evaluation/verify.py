@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from edgedetr.artifacts import GRAPHS, REFERENCE, VERDICT, benched_pairs, detections_file, verified_pairs
 from edgedetr.bundle import Bundle
 from edgedetr.data import images
 from edgedetr.data.detection_set import DetectionSet
 from edgedetr.errors import BundleError, DataError, UsageError
 from edgedetr.evaluation import engine_verdict
 from edgedetr.evaluation.artifacts_run import (
-    BENCHED,
-    VERIFIED,
     ArtifactRun,
     Progress,
     candidates,
@@ -32,12 +31,10 @@ from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.reference import GroundTruth, Reference, save_detections
 from edgedetr.evaluation.verdict import Judge, Verdict, megabytes
 from edgedetr.runtime import preprocess
-from edgedetr.runtime.bundle_detector import STAGES, Detector, load, load_engine
+from edgedetr.runtime.bundle_detector import Detector, load, load_engine
 from edgedetr.runtime.latency import measure, warn_if_unsteady
 
 log = logging.getLogger(__name__)
-
-RESULT = "results/verify.json"
 
 
 @dataclass(frozen=True)
@@ -77,20 +74,20 @@ def verify(
     On engines the verdict is a DeviceVerdict (see device.py).
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    bundle.inside(RESULT)  # where the verdict goes must not lead elsewhere; said before the work, not after it
+    bundle.inside(VERDICT.file)  # where the verdict goes must not lead elsewhere; said before the work, not after it
     config = config or VerifyConfig(budget=bundle.manifest.budget)
     config = replace(config, budget=config.budget if max_drop is None else max_drop, threads=threads or config.threads)
     if not math.isfinite(config.budget):
         raise UsageError(f"the budget is {config.budget}; expected points of AP from 0 to 100")
     chosen = engine_verdict.fitting(bundle, stages, backends)
     on_cpu = [name for name in backends or () if name != "tensorrt"]
-    pairs = candidates(bundle, VERIFIED, stages, on_cpu or None) if on_cpu or not chosen else []
+    pairs = candidates(bundle, verified_pairs(), stages, on_cpu or None) if on_cpu or not chosen else []
     pairs = pairs if backends else without_saturating_int8(pairs)
     dataset = load_split(bundle, data)
     if live:
         reference = live(bundle, dataset)
     else:
-        reference = Reference.load(bundle.require("reference.npz"))
+        reference = Reference.load(bundle.require(REFERENCE.file))
         require_same_images(reference, GroundTruth.of(dataset, digests=True), bundle)
     torch = evaluate(reference.truth, reference.detections, by_size=False)
     if torch.ap is None:
@@ -141,7 +138,7 @@ def evaluate_artifact(
     """Metrics of one stage on a labeled split; "torch" ("reference" of an import) is read from reference.npz."""
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if stage in ("torch", "reference"):
-        reference = Reference.load(bundle.require("reference.npz"))
+        reference = Reference.load(bundle.require(REFERENCE.file))
         if (split is not None and split != reference.split) or data is not None:
             require_same_images(reference, GroundTruth.of(load_split(bundle, data, split), digests=True), bundle)
         return evaluate(reference.truth, reference.detections)
@@ -171,10 +168,10 @@ def bench(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     chosen = engine_verdict.fitting(bundle, stages, backends)
     on_cpu = [name for name in backends or () if name != "tensorrt"]
-    pairs = candidates(bundle, BENCHED, stages, on_cpu or None) if on_cpu or not chosen else []
+    pairs = candidates(bundle, benched_pairs(), stages, on_cpu or None) if on_cpu or not chosen else []
     named = {pair: load(bundle, stage=pair[0], backend=pair[1], threads=threads) for pair in pairs}
     named |= {(engine.stage_name, "tensorrt"): load_engine(bundle, engine) for engine in chosen}
-    sizes = {(stage, backend): megabytes(bundle, STAGES[stage]) for stage, backend in pairs}
+    sizes = {(stage, backend): megabytes(bundle, GRAPHS[stage].file) for stage, backend in pairs}
     sizes |= {(engine.stage_name, "tensorrt"): engine.told.plan_bytes / 1e6 for engine in chosen}
     contract = bundle.manifest.input
     noise = np.random.default_rng(0).integers(0, 256, (contract.height, contract.width, 3), dtype=np.uint8)
@@ -218,14 +215,14 @@ def require_same_images(reference: Reference, truth: GroundTruth, bundle: Bundle
 def _record(bundle: Bundle, verdict: Verdict, runs: list[ArtifactRun]) -> None:
     """Write the verdict and each stage's detections; a bundle on read-only storage only loses the record."""
     listed = bundle.manifest.files
-    sources = [name for name in ("reference.npz",) if name in listed]
+    sources = [name for name in (REFERENCE.file,) if name in listed]
     try:
         for run in runs:
-            name = f"results/detections-{run.stage}-{run.backend}.npz"
-            with bundle.add(name, stage="verify", made_from=[*sources, STAGES[run.stage]]) as path:
+            name = detections_file(run.stage, run.backend)
+            with bundle.add(name, stage="verify", made_from=[*sources, GRAPHS[run.stage].file]) as path:
                 save_detections(path, run.detections)
-        sources += dict.fromkeys(STAGES[run.stage] for run in runs)
-        with bundle.add(RESULT, stage="verify", made_from=sources) as path:
+        sources += dict.fromkeys(GRAPHS[run.stage].file for run in runs)
+        with bundle.add(VERDICT.file, stage="verify", made_from=sources) as path:
             path.write_text(json.dumps(verdict.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         log.warning("%s: the verdict could not be recorded (%s)", bundle.path, error)

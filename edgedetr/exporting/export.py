@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from edgedetr.artifacts import ONNX, RECIPE, REFERENCE, WEIGHTS
 from edgedetr.bundle import Bundle, Manifest
 from edgedetr.data.detection_set import DetectionSet
 from edgedetr.data.images import decode
@@ -80,11 +81,11 @@ def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None 
         return
     made_by = json.dumps(asdict(config))
     record = bundle.manifest.data
-    fresh_reference = record is None or bundle.has("reference.npz")
-    fresh_model = bundle.has("model.onnx") and _made_by(bundle) == made_by
+    fresh_reference = record is None or bundle.has(REFERENCE.file)
+    fresh_model = bundle.has(ONNX.file) and _made_by(bundle) == made_by
     if fresh_reference and fresh_model:
         return
-    weights = bundle.require("weights.safetensors")
+    weights = bundle.require(WEIGHTS.file)
     detector, graph = load_bundle_model(bundle)
     _require_finite(bundle, detector)
     dataset = None if record is None else load(record.path, record.verify_split, classes=bundle.manifest.classes)
@@ -103,7 +104,7 @@ def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None 
     if progress:
         progress("onnx", 0, 1)
     told = {**model_metadata(manifest, manifest.files[weights.name].sha256), "export": made_by}
-    with bundle.add("model.onnx", stage="export", made_from=["weights.safetensors"]) as temporary:
+    with bundle.add(ONNX.file, stage=ONNX.step, made_from=ONNX.made_from) as temporary:
         write_onnx(graph, temporary, batch=None if config.dynamic_batch else 1, opset=config.opset, metadata=told)
         compare_with_pytorch(graph, temporary, _probes(manifest, dataset), manifest)
     if progress:
@@ -120,7 +121,7 @@ def _require_finite(bundle: Bundle, detector: DetrModel) -> None:
 
 
 def _made_by(bundle: Bundle) -> str:
-    properties = read(bundle.require("model.onnx")).metadata_props
+    properties = read(bundle.require(ONNX.file)).metadata_props
     return next((item.value for item in properties if item.key == f"{PREFIX}export"), "")
 
 
@@ -136,9 +137,9 @@ def _probes(manifest: Manifest, dataset: DetectionSet | None) -> np.ndarray:
 
 def _recipe(bundle: Bundle) -> tuple[ExportConfig, QuantConfig]:
     """Export and quantization settings of the bundle's recipe; the defaults where it has none."""
-    if "recipe.toml" not in bundle.manifest.files:
+    if RECIPE.file not in bundle.manifest.files:
         return ExportConfig(), QuantConfig()
     from edgedetr.recipe import Recipe
 
-    recipe = Recipe.load(bundle.require("recipe.toml"))
+    recipe = Recipe.load(bundle.require(RECIPE.file))
     return recipe.export, recipe.quant

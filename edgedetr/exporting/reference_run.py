@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from edgedetr.artifacts import ONNX, REFERENCE, WEIGHTS
 from edgedetr.bundle import Bundle, Manifest
 from edgedetr.data.detection_set import DetectionSet
 from edgedetr.data.images import decode as decode_image
@@ -32,29 +33,29 @@ def write_reference(
 ) -> None:
     """Run the graph over the split and add reference.npz to the bundle."""
     found = detect_with_pytorch(bundle.manifest, graph, dataset, progress)
-    weights = bundle.manifest.files["weights.safetensors"].sha256
-    with bundle.add("reference.npz", stage="export", made_from=["weights.safetensors"]) as temporary:
+    weights = bundle.manifest.files[WEIGHTS.file].sha256
+    with bundle.add(REFERENCE.file, stage=REFERENCE.step, made_from=[WEIGHTS.file]) as temporary:
         Reference.of(dataset, found, model=weights).save(temporary)
 
 
 def is_imported(bundle: Bundle) -> bool:
     """Whether the bundle's model is known by its ONNX file alone."""
     files = bundle.manifest.files
-    return "model.onnx" in files and files["model.onnx"].stage == "import"
+    return ONNX.file in files and files[ONNX.file].stage == "import"
 
 
 def write_reference_of_graph(bundle: Bundle, progress: Callable[[str, int, int], None] | None = None) -> None:
     """Add reference.npz of an imported graph, unless it is there and up to date."""
-    path, record = bundle.require("model.onnx"), bundle.manifest.data
+    path, record = bundle.require(ONNX.file), bundle.manifest.data
     if record is None:
         log.warning("%s: no data recorded, so no reference.npz; import it again with --data DIR", bundle.path)
         return
-    if bundle.has("reference.npz"):
+    if bundle.has(REFERENCE.file):
         return
     log.warning("%s: the reference is model.onnx in ONNX Runtime: an imported graph has no PyTorch model", bundle.path)
     dataset = load(record.path, record.verify_split, classes=bundle.manifest.classes)
     found = detect_with_onnx(bundle, dataset, progress)
-    with bundle.add("reference.npz", stage="export", made_from=["model.onnx"]) as temporary:
+    with bundle.add(REFERENCE.file, stage=REFERENCE.step, made_from=[ONNX.file]) as temporary:
         Reference.of(dataset, found, model=bundle.manifest.files[path.name].sha256).save(temporary)
 
 
@@ -62,7 +63,7 @@ def detect_with_onnx(
     bundle: Bundle, dataset: DetectionSet, progress: Callable[[str, int, int], None] | None = None
 ) -> dict[int, Detections]:
     """What model.onnx finds in every image of the split, by image id."""
-    detector = load_detector(bundle, backend="onnxruntime", stage="onnx")
+    detector = load_detector(bundle, backend="onnxruntime", stage=ONNX.id)
     found: dict[int, Detections] = {}
     for number, sample in enumerate(dataset.samples):
         found[sample.image_id] = detector([decode_image(sample.path)])[0]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgedetr.artifacts import FP16, INT8, INT8_CPU, ONNX
 from edgedetr.bundle import Bundle
 from edgedetr.image_size import check_size
 from edgedetr.runtime.tensorrt import select
 from edgedetr.serving.deepstream import write_deepstream
 from edgedetr.serving.frame_graph import write_frames
 from edgedetr.serving.triton import Repository, write_repository
-
-FLOAT, FP16, INT8, INT8_CPU = "model.onnx", "model.fp16.onnx", "model.int8.onnx", "model.int8-cpu.onnx"
-STAGES = {FLOAT: "onnx", FP16: "fp16", INT8: "int8"}
 
 
 def serve(
@@ -30,18 +28,18 @@ def serve(
     frame        height and width of the camera's frames, pixels
     """
     size = check_size(frame, "frame") if frame is not None else None
-    sources = [FLOAT, *([FP16] if fp16 else []), *([INT8] if int8 else [])]
+    sources = [ONNX, *([FP16] if fp16 else []), *([INT8] if int8 else [])]
     chosen, said = sources[-1], []
     if size is not None:
-        made = write_frames(bundle, *size, sources)
+        made = write_frames(bundle, *size, [source.file for source in sources])
         said.append(f"for frames of {size[0]} x {size[1]}: {', '.join(made)}")
         framed = made[-1]
     if triton is not None:
-        found = _repository(bundle, triton, STAGES[chosen], framed if size else chosen)
+        found = _repository(bundle, triton, chosen.id, framed if size else chosen.file)
         batches = f"up to {found.max_batch_size} requests joined" if found.max_batch_size else "requests one by one"
         said.append(f"for Triton: {found.folder} ({found.platform}, {batches})")
     if deepstream is not None:
-        files = write_deepstream(bundle, deepstream, chosen, size)
+        files = write_deepstream(bundle, deepstream, chosen.file, size)
         said.append(f"for DeepStream: {files.config}; build its engine first, as that file says")
     return said
 
@@ -49,6 +47,6 @@ def serve(
 def _repository(bundle: Bundle, root: Path, stage: str, source: str) -> Repository:
     """An engine that fits this machine where there is one, else the graph, in ONNX Runtime."""
     engine = select.pick(select.survey(bundle, {stage: source}).fitting)
-    if engine is None and source == INT8:
-        source = INT8_CPU  # the form that ONNX Runtime runs fast, and that edgedetr verify has judged there
+    if engine is None and source == INT8.file:
+        source = INT8_CPU.file  # the form that ONNX Runtime runs fast, and that edgedetr verify has judged there
     return write_repository(bundle, root, source, engine=engine)

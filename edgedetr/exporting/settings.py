@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 
+from edgedetr.artifacts import RECIPE
 from edgedetr.bundle import Bundle
 from edgedetr.errors import UsageError
 from edgedetr.exporting.reference_run import is_imported
 from edgedetr.recipe import Recipe
 
 SECTIONS = ("quant", "export")  # what an export can change; the rest is in the weights, or verify's
-RECIPE = "recipe.toml"
 
 
 def settings(bundle: Bundle, sets: Sequence[str]) -> Recipe:
@@ -30,14 +30,14 @@ def settings(bundle: Bundle, sets: Sequence[str]) -> Recipe:
             way = (
                 f"give verify its own: edgedetr verify {bundle.path} --max-drop AP"
                 if section == "verify"
-                else f"train again: edgedetr train --data DIR --recipe {bundle.path / RECIPE} "
+                else f"train again: edgedetr train --data DIR --recipe {bundle.path / RECIPE.file} "
                 f"--set {assignment} --out B"
             )
             raise UsageError(
                 f"--set {assignment!r}: an export cannot change [{section}]; expected keys of "
                 f"{' and '.join(SECTIONS)}; {way}"
             )
-    if RECIPE in bundle.manifest.files:
+    if RECIPE.file in bundle.manifest.files:
         return Recipe.from_bundle(bundle, sets)
     return Recipe.from_dict({}, where=str(bundle.path), sets=sets)
 
@@ -48,6 +48,6 @@ def record(bundle: Bundle, recipe: Recipe) -> None:
     The weights do not depend on them and stay fresh. A bundle without a recipe, which is an imported graph, gets one
     of these sections alone.
     """
-    entry = bundle.manifest.files.get(RECIPE)
+    entry = bundle.manifest.files.get(RECIPE.file)
     whole = entry is not None and entry.stage != "export"
     recipe.to_bundle(bundle, stage=entry.stage if entry else "export", sections=None if whole else SECTIONS)

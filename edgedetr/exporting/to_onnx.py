@@ -22,6 +22,7 @@ from onnx import ModelProto
 from torch.overrides import TorchFunctionMode
 
 import edgedetr
+from edgedetr.artifacts import ONNX
 from edgedetr.bundle import Manifest
 from edgedetr.errors import ExportError
 from edgedetr.evaluation.agreement import compare_detections
@@ -165,7 +166,7 @@ def compare_with_pytorch(graph: DeployGraph, path: Path, images: np.ndarray, man
             found = runner.run(batch)
             if len(found.logits) != len(batch) or len(found.boxes) != len(batch):
                 raise ExportError(
-                    f"model.onnx gives {len(found.logits)} results for {len(batch)} images; expected "
+                    f"{ONNX.file} gives {len(found.logits)} results for {len(batch)} images; expected "
                     "one each; export with one batch size and report this, it is a defect"
                 )
             logits, boxes = (out.cpu().numpy() for out in graph(torch.from_numpy(batch).to(device)))
@@ -182,11 +183,11 @@ def compare_with_pytorch(graph: DeployGraph, path: Path, images: np.ndarray, man
     largest = np.array(worst).max(axis=0)
     if 2 * len(loose) > len(expected) or not all(_same_objects(one, other, manifest) for one, other in loose):
         raise ExportError(
-            f"model.onnx differs from PyTorch by up to {largest[0]:.2g} in a logit and {largest[1]:.2g} "
+            f"{ONNX.file} differs from PyTorch by up to {largest[0]:.2g} in a logit and {largest[1]:.2g} "
             f"in a box side; expected at most {LOGITS:g} and {BOXES:g}; export with the other sampling "
             "(--sampling gather or grid_sample) and report this, it is a defect"
         )
-    log.info("model.onnx equals PyTorch to %.1e in logits and %.1e in boxes", *largest)
+    log.info("%s equals PyTorch to %.1e in logits and %.1e in boxes", ONNX.file, *largest)
     return OnnxDifference(float(largest[0]), float(largest[1]), float(np.mean(moved)), len(loose))
 
 

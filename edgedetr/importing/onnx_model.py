@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, numpy_helper
 
+from edgedetr.artifacts import ONNX, WEIGHTS
 from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract, digest
 from edgedetr.data.layouts import load, splits
 from edgedetr.errors import DataError, ExportError, UsageError
@@ -162,7 +163,7 @@ def bring(
             f"--columns {columns} says where the data set's classes stand among the logits; give --data "
             "with it, and no --classes, which says the same"
         )
-    if (out / "weights.safetensors").exists():
+    if (out / WEIGHTS.file).exists():
         raise UsageError(f"{out} holds a trained model; name another --out")
     original = read_model(path)
     beside = read_beside(path)
@@ -230,7 +231,7 @@ def bring(
     else:
         found_again = _compare(ours, oracle, images, output, found, kept).objects
     bundle = Bundle.create(out, manifest)
-    with bundle.add("model.onnx", stage=STAGE) as temporary:
+    with bundle.add(ONNX.file, stage=STAGE) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
     return Brought(
         bundle,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from edgedetr.artifacts import IMPORT_RECORD, RECIPE, WEIGHTS
 from edgedetr.bundle import MANIFEST, Bundle, ClassInfo, DataRecord, Manifest, OutputContract
 from edgedetr.data import layouts
 from edgedetr.data.coco_classes import COCO, UNUSED, coco_classes
@@ -33,7 +34,6 @@ from edgedetr.recipe import Recipe
 from edgedetr.runtime.arguments import as_path, check_texts
 from edgedetr.storage.reading import read_text
 
-IMPORTED = "results/import.json"  # of a bundle: where its weights came from, and what was said
 # What changes detections and no tensor tells; said where no config.json does, and how the published files have it.
 UNTOLD = (
     "heads",
@@ -133,11 +133,11 @@ def import_weights(
             budget=recipe.verify.budget,
         ),
     )
-    with bundle.add("recipe.toml", stage="import") as path:
+    with bundle.add(RECIPE.file, stage="import") as path:
         path.write_text(recipe.to_toml(), encoding="utf-8")
-    with bundle.add("weights.safetensors", stage="import", made_from=["recipe.toml"]) as path:
+    with bundle.add(WEIGHTS.file, stage="import", made_from=WEIGHTS.made_from) as path:
         save_file({name: value.contiguous() for name, value in detector.state_dict().items()}, path)
-    with bundle.add(IMPORTED, stage="import") as path:
+    with bundle.add(IMPORT_RECORD.file, stage=IMPORT_RECORD.step) as path:
         about: dict[str, Any] = {**origin.record(), "layout": read.layout, "notes": notes}
         path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return Imported(bundle, read.layout, loaded.tensors, kept, fresh, tuple(notes))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgedetr.artifacts import WEIGHTS
 from edgedetr.bundle import Bundle
 from edgedetr.errors import ModelError
 from edgedetr.layers.deformable_attention import SAMPLINGS, DeformableAttention
@@ -113,7 +114,7 @@ def load_bundle_model(bundle: Bundle, sampling: str = "gather") -> tuple[DetrMod
             f"{bundle.path}: bundle.json does not describe a {manifest.model} of this version ({error}); "
             "expected the keys of its configuration; train it again with this version"
         ) from error
-    path = bundle.require("weights.safetensors")
+    path = bundle.require(WEIGHTS.file)
     with torch.device("meta"):  # shapes alone: numbers in bundle.json take no memory yet
         described = build(manifest.model, config, len(manifest.classes))
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, helper
 
+from edgedetr.artifacts import REFERENCE
 from edgedetr.bundle import Bundle, InputContract, digest
 from edgedetr.data.images import decode
 from edgedetr.data.layouts import load, splits
@@ -130,8 +131,8 @@ def _candidates(bundle: Bundle, directory: Path | None) -> tuple[list[Path], Pat
 
 def _verify_digests(bundle: Bundle) -> Collection[str]:
     """sha256 of the verify images, from reference.npz where there is one, otherwise from the files."""
-    if bundle.has("reference.npz"):
-        return set(Reference.load(bundle.require("reference.npz")).truth.digests.tolist())
+    if bundle.has(REFERENCE.file):
+        return set(Reference.load(bundle.require(REFERENCE.file)).truth.digests.tolist())
     record = bundle.manifest.data
     if record is None or not Path(record.path).is_dir():
         return ()

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
+from edgedetr.artifacts import FP16, INT8, ONNX, RANGES
 from edgedetr.bundle import Bundle
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError, ExportError
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 
 FLOAT = "edgedetr.float_layers"  # and which weighted layers stayed float: JSON {reason: [node names]}
 FLOAT32 = "edgedetr.float32_nodes"  # of a graph with FP16: which nodes stayed float32: JSON {reason: [node names]}
-FP16 = "model.fp16.onnx"
 PEAK_PICTURES = 8  # show how large tensors get; half.LARGEST leaves a factor of 2 for the others
 
 
@@ -54,7 +54,7 @@ def quantize(
     check   told each graph for TensorRT and its name before it enters the bundle; raises where it must not
     """
     config = config or QuantConfig()
-    model = split_concats(read(bundle.require("model.onnx")))
+    model = split_concats(read(bundle.require(ONNX.file)))
     policy = load(config.policy)
     check_patterns(model, policy)
     chosen = plan(model, policy)
@@ -80,15 +80,15 @@ def to_half(
     policy = load((config or QuantConfig()).policy)
     made_by = json.dumps(
         {
-            "dialect": "fp16",
+            "dialect": FP16.id,
             "policy": policy.name,
             "policy_sha256": _sha256(policy),
             "calib": "" if calib is None else str(calib),
         }
     )
-    if bundle.has(FP16) and _property(read(bundle.require(FP16)), MADE_BY) == made_by:
+    if bundle.has(FP16.file) and _property(read(bundle.require(FP16.file)), MADE_BY) == made_by:
         return
-    model = read(bundle.require("model.onnx"))
+    model = read(bundle.require(ONNX.file))
     check_patterns(model, policy)
     result, stayed = _halved(bundle, model, model, policy, calib, progress)
     onnx.helper.set_model_props(
@@ -96,8 +96,8 @@ def to_half(
     )
     onnx.checker.check_model(result)
     if check is not None:
-        check(result, FP16)
-    with bundle.add(FP16, stage="half", made_from=["model.onnx"]) as temporary:
+        check(result, FP16.file)
+    with bundle.add(FP16.file, stage=FP16.step, made_from=FP16.made_from) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
 
 
@@ -122,7 +122,7 @@ def _batches(bundle: Bundle, calib: Path | None, progress: Progress | None) -> I
         paths = ()
         noise = np.random.default_rng(0).integers(0, 256, (1, 3, contract.height, contract.width))
         yield noise.astype(np.float32)
-    yield from _prepared(bundle, paths, "fp16", progress)
+    yield from _prepared(bundle, paths, FP16.id, progress)
 
 
 def read(path: Path) -> ModelProto:
@@ -148,8 +148,8 @@ def _ranges(
     """The bundle's ranges where they are these settings' own, new ones otherwise."""
     wanted = tensors(model, chosen)
     observer = f"percentile {config.percentile:g}" if config.observer == "percentile" else config.observer
-    if bundle.has("ranges.json"):
-        present = Ranges.load(bundle.require("ranges.json"))
+    if bundle.has(RANGES.file):
+        present = Ranges.load(bundle.require(RANGES.file))
         same = (present.observer, present.policy, present.wanted) == (observer, policy.name, config.images)
         if same and set(wanted) == set(present.amax):
             # Without --calib whatever the bundle was calibrated on stays, so that a device needs no images.
@@ -162,7 +162,7 @@ def _ranges(
     near_verify(bundle, pictures)
     amax = tied(model, calibrate(model, wanted, pictures.paths, bundle.manifest.input, config, progress))
     ranges = Ranges(amax, observer, policy.name, config.images, "" if calib is None else str(calib), pictures.images)
-    with bundle.add("ranges.json", stage="calibrate", made_from=["model.onnx"]) as temporary:
+    with bundle.add(RANGES.file, stage=RANGES.step, made_from=RANGES.made_from) as temporary:
         ranges.save(temporary)
     return ranges
 
@@ -210,7 +210,7 @@ def _write(
     onnx.checker.check_model(result)
     if check is not None and not dialect.unsigned:
         check(result, dialect.file)
-    with bundle.add(dialect.file, stage="quantize", made_from=["model.onnx", "ranges.json"]) as temporary:
+    with bundle.add(dialect.file, stage=INT8.step, made_from=INT8.made_from) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import ModelProto
 
+from edgedetr.artifacts import INT8, INT8_CPU
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.options import one_of
 from edgedetr.quantization.policy import Plan
@@ -78,9 +79,9 @@ class Dialect:
 
 
 TENSORRT = Dialect(
-    "tensorrt", "model.int8.onnx", unsigned=False, outputs=False, integer_bias=False, deep_bias=False, half=True
+    INT8.target, INT8.file, unsigned=False, outputs=False, integer_bias=False, deep_bias=False, half=True
 )
-CPU = Dialect("cpu", "model.int8-cpu.onnx", unsigned=True, outputs=True, integer_bias=True, deep_bias=True)
+CPU = Dialect(INT8_CPU.target, INT8_CPU.file, unsigned=True, outputs=True, integer_bias=True, deep_bias=True)
 
 
 @dataclass

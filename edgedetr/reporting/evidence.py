@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from edgedetr.artifacts import REFERENCE, REPORT, VERDICT, detections_file
 from edgedetr.bundle import Bundle
 from edgedetr.evaluation.coco_metrics import ClassMatches, Metrics, evaluate
 from edgedetr.evaluation.reference import Reference, load_detections
@@ -16,7 +17,6 @@ from edgedetr.reporting.recorded import read_verdict
 from edgedetr.reporting.tables import is_reference
 from edgedetr.runtime.detections import Detections
 
-VERDICT = "results/verify.json"
 RECALL = np.linspace(0, 1, 101)  # pycocotools' own 101 points
 
 
@@ -55,16 +55,16 @@ class Evidence:
 
 def read(bundle: Bundle) -> Evidence:
     """Read the results of `edgedetr verify`; BundleError when there are none or when they are damaged."""
-    path = bundle.require(VERDICT)
+    path = bundle.require(VERDICT.file)
     verdict = read_verdict(path, bundle.path)
     rows = [dict(stage) for stage in verdict["stages"]]
-    reference = Reference.load(bundle.require("reference.npz"))
+    reference = Reference.load(bundle.require(REFERENCE.file))
     stages = []
     for row in rows:
         if is_reference(row):
             found: Mapping[int, Detections] = reference.detections
         else:
-            name = f"results/detections-{row['name']}-{row['backend']}.npz"
+            name = detections_file(row["name"], row["backend"])
             if name not in bundle.manifest.files:
                 continue
             found = load_detections(bundle.require(name), reference.truth.classes)
@@ -95,4 +95,4 @@ def _class_curve(matches: ClassMatches, threshold: int) -> np.ndarray:
 
 def report_path(bundle: Bundle) -> Path:
     """Where the page of this bundle lies."""
-    return bundle.inside("report/index.html")
+    return bundle.inside(REPORT.file)

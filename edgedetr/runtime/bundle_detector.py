@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgedetr.artifacts import GRAPHS, INT8, INT8_CPU, ONNX, ORT_CUDA
 from edgedetr.bundle import Bundle, ClassInfo, InputContract, OutputContract
 from edgedetr.errors import BundleError, DataError, DeviceError, EngineError, MissingDependency, UsageError
 from edgedetr.packages import missing
@@ -25,15 +26,12 @@ from edgedetr.runtime.tensorrt.trt_runner import TrtRunner
 
 log = logging.getLogger(__name__)
 
-# Stage -> its file. TensorRT engines are built from the int8 and fp16 files on the device.
-STAGES = {"onnx": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx", "int8-cpu": "model.int8-cpu.onnx"}
 BACKENDS: dict[str, Callable[..., Runner]] = {
     "onnxruntime": OrtRunner,
     "openvino": OpenVinoRunner,
     "onnxruntime-cuda": OrtCudaRunner,
     "tensorrt": TrtRunner,
 }
-ON_GPU = ("onnx", "fp16")  # stages that ONNX Runtime's CUDA provider computes as they are meant
 ON_FILES = ("onnxruntime", "openvino")  # backends that run the bundle's ONNX files themselves, by preference
 LARGEST_BATCH = 8  # images per run where the graph's batch is open: more gains nothing on a CPU
 
@@ -165,7 +163,7 @@ def load(
     The detector's `description` says what was chosen and why, and why an engine was not used.
     """
     bundle = open_bundle(bundle)
-    for word, known, what in ((backend, BACKENDS, "backend"), (stage, STAGES, "stage")):
+    for word, known, what in ((backend, BACKENDS, "backend"), (stage, GRAPHS, "stage")):
         if word is not None:
             check_word(word, known, what)
     for number, what in ((threads, "threads"), (batch, "batch")):
@@ -182,12 +180,12 @@ def load(
                 f"{bundle.path}: no engine for {stage or 'any stage'} that fits here"
                 f"{''.join(f'; {reason}' for reason in refused)}; run: edgedetr build {bundle.path}"
             )
-    if backend is None and (stage or "onnx") in ON_GPU and not no_gpu():
+    if backend is None and ORT_CUDA in GRAPHS[stage or ONNX.id].backends and not no_gpu():
         try:
             return _on_file(
                 bundle,
-                "onnxruntime-cuda",
-                stage or "onnx",
+                ORT_CUDA,
+                stage or ONNX.id,
                 threads,
                 ["as asked" if stage else "float32: this ONNX Runtime can use the GPU", *refused],
             )
@@ -200,11 +198,11 @@ def load(
 
 def _on_file(bundle: Bundle, backend: str, stage: str, threads: int | None, reasons: Sequence[str]) -> Detector:
     """The detector on one of the bundle's ONNX files."""
-    path = bundle.require(STAGES[stage])
+    path = bundle.require(GRAPHS[stage].file)
     description = f"{stage} on {backend} ({'; '.join(reasons)})"
     log.info("%s: %s", bundle.path, description)
     runner = BACKENDS[backend](path, threads=threads)
-    if backend == "onnxruntime-cuda" and stage not in ON_GPU:
+    if backend == ORT_CUDA and ORT_CUDA not in GRAPHS[stage].backends:
         log.warning(
             "%s: %s on %s, which computes quantized graphs otherwise than they say (AP 3.0 instead of 59.2 "
             "was seen, ONNX Runtime 1.31.1); take stage onnx or fp16, or build an engine: edgedetr build %s",
@@ -227,12 +225,12 @@ def absent(backend: str) -> str:
 
 def _saturated(runner: Runner, stage: str, bundle: Bundle) -> str | None:
     """What is wrong with an INT8 file on a CPU whose 8-bit products saturate, and what to do; None = nothing."""
-    if (stage, runner.name) == ("int8", "openvino"):
+    if (stage, runner.name) == (INT8.id, "openvino"):
         return (
             "and OpenVINO's INT8 saturates on it: what it finds may be far from what the graph says; take stage "
             "onnx, or int8-cpu in ONNX Runtime"
         )
-    if stage == "int8-cpu" and getattr(runner, "weight_bits", None) == 8:
+    if stage == INT8_CPU.id and getattr(runner, "weight_bits", None) == 8:
         return (
             f"and sums of 8-bit weights saturate on it: detections are lost; run: edgedetr export {bundle.path} "
             "--int8 --set quant.cpu_weights=7bit"
@@ -283,10 +281,10 @@ def _choose(bundle: Bundle, backend: str | None, stage: str | None) -> tuple[str
     if stage is not None:
         return backend, stage, "as asked"
     if backend != "onnxruntime":
-        return backend, "onnx", "float32, the default of this backend"
+        return backend, ONNX.id, "float32, the default of this backend"
     instruction = int8_dot_product()
     if not instruction:
-        return backend, "onnx", "float32: this CPU has no 8-bit dot product, so INT8 would not be faster"
-    if STAGES["int8-cpu"] not in bundle.manifest.files:
-        return backend, "onnx", "float32: no INT8 in this bundle yet"
-    return backend, "int8-cpu", f"INT8: this CPU has {instruction}"
+        return backend, ONNX.id, "float32: this CPU has no 8-bit dot product, so INT8 would not be faster"
+    if INT8_CPU.file not in bundle.manifest.files:
+        return backend, ONNX.id, "float32: no INT8 in this bundle yet"
+    return backend, INT8_CPU.id, f"INT8: this CPU has {instruction}"

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from edgedetr.artifacts import ONNX, frame_graph
 from edgedetr.bundle import Bundle, ClassInfo
 from edgedetr.errors import BundleError, DataError, ModelError, UsageError, did_you_mean
 from edgedetr.image_size import check_size
@@ -23,8 +23,6 @@ from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.postprocess import named
 from edgedetr.runtime.tensorrt import select
 from edgedetr.runtime.tensorrt.trt_runner import TrtFrameRunner
-
-NAME = re.compile(r"model(?:\.(?P<precision>[a-z0-9-]+))?\.frame-(?P<height>\d+)x(?P<width>\d+)\.onnx")
 
 
 class FrameRunner(Protocol):
@@ -76,11 +74,6 @@ class FrameDetector:
         return named(boxes, scores, labels.astype(np.int64), self.classes)
 
 
-def file_name(source: str, height: int, width: int) -> str:
-    """model.int8.onnx -> model.int8.frame-1080x1920.onnx."""
-    return f"{source.removesuffix('.onnx')}.frame-{height}x{width}.onnx"
-
-
 def load_frames(
     bundle: str | Path | Bundle,
     *,
@@ -99,22 +92,22 @@ def load_frames(
         size = check_size(size)
     check_count(threads, "threads")
     bundle = open_bundle(bundle)
-    there = {name: found for name in bundle.manifest.files if (found := NAME.fullmatch(name))}
+    there = [found for name in bundle.manifest.files if (found := frame_graph(name))]
     if not there:
         raise BundleError(
             f"{bundle.path}: no graph for whole frames; run: edgedetr export {bundle.path} --frame HxW, "
             "with the height and width of the camera's frames"
         )
-    sizes = sorted({(int(m["height"]), int(m["width"])) for m in there.values()})
+    sizes = sorted({(found.height, found.width) for found in there})
     listed = ", ".join(f"{height}x{width}" for height, width in sizes)
     if size is None:
         if len(sizes) > 1:
             raise UsageError(f"{bundle.path} has graphs for frames of {listed}; say which: size=(height, width)")
         size = sizes[0]
     fitting = {
-        m["precision"] or "float32": name
-        for name, m in there.items()
-        if (int(m["height"]), int(m["width"])) == tuple(size)
+        "float32" if found.source is ONNX else found.source.id: found.file
+        for found in there
+        if (found.height, found.width) == tuple(size)
     }
     if not fitting:
         raise BundleError(

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
+from edgedetr.artifacts import ENGINE_GRAPHS, ONNX
 from edgedetr.bundle import Bundle, InputContract, Manifest, atomic_write
 from edgedetr.errors import ExportError
 from edgedetr.image_size import check_size
@@ -34,7 +35,9 @@ log = logging.getLogger(__name__)
 PARSER = "NvDsInferParseCustomTfSSD"
 LIBRARY = "/opt/nvidia/deepstream/deepstream/lib/libnvds_infercustomparser.so"
 OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
-MODES = {"model.onnx": 0, "model.fp16.onnx": 2, "model.int8.onnx": 1}  # nvinfer's network-mode
+NETWORK_MODES = {"fp32": 0, "int8": 1, "fp16": 2}  # nvinfer's numbers
+MODES = {graph.file: NETWORK_MODES[precision] for precision, graph in ENGINE_GRAPHS.items()}
+MODEL = "model.onnx"  # written beside the configuration
 CONFIDENCE = 0.25  # least score that is passed on, as edgedetr predict has it
 
 
@@ -87,7 +90,7 @@ def with_parser_outputs(model: ModelProto, manifest: Manifest, frame: tuple[int,
 
 
 def write_deepstream(
-    bundle: Bundle, folder: Path, source: str = "model.onnx", frame: tuple[int, int] | None = None
+    bundle: Bundle, folder: Path, source: str = ONNX.file, frame: tuple[int, int] | None = None
 ) -> DeepStreamFiles:
     """model.onnx, labels.txt and config_infer_primary.txt for `nvinfer config-file-path=...`.
 
@@ -104,7 +107,7 @@ def write_deepstream(
             "nvinfer pads with black where training padded with gray; --frame HxW puts the resize into the graph"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    files = DeepStreamFiles(folder / "config_infer_primary.txt", folder / "model.onnx", folder / "labels.txt")
+    files = DeepStreamFiles(folder / "config_infer_primary.txt", folder / MODEL, folder / "labels.txt")
     with atomic_write(files.model) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
     write_labels(files.labels, manifest.classes)
@@ -124,7 +127,7 @@ def config(manifest: Manifest, source: str, frame: tuple[int, int] | None, batch
 #
 # Build the engine first, on the device that runs it. The graph says itself which parts are FP16 and INT8, and nvinfer's
 # own builder does not keep to that (without a calibration table it turns INT8 into FP16):
-#   /usr/src/tensorrt/bin/trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped
+#   /usr/src/tensorrt/bin/trtexec --onnx={MODEL} --saveEngine=model.engine --stronglyTyped
 # (TensorRT 11 always is, and needs no --stronglyTyped.) An engine is executable code: run none that you did not build.
 
 [property]
@@ -133,7 +136,7 @@ gie-unique-id=1
 process-mode=1
 # 0: detector
 network-type=0
-onnx-file=model.onnx
+onnx-file={MODEL}
 model-engine-file=model.engine
 labelfile-path=labels.txt
 batch-size={size}

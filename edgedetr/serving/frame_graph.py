@@ -12,16 +12,16 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
+from edgedetr.artifacts import BY_FILE, GRAPHS, ONNX, FrameGraph
 from edgedetr.bundle import Bundle, Manifest
 from edgedetr.errors import ExportError
 from edgedetr.evaluation.agreement import detections_allclose
 from edgedetr.image_size import check_size
 from edgedetr.onnx_graph.graph_builder import Part, join, output_shape, require_clean
-from edgedetr.runtime.arguments import check_text
+from edgedetr.runtime.arguments import check_word
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnx_bytes import load
 from edgedetr.runtime.backends.onnxruntime import tensors
-from edgedetr.runtime.frame_detector import file_name
 from edgedetr.runtime.postprocess import decode, named
 from edgedetr.runtime.preprocess import Geometry, prepare
 from edgedetr.serving import pre_post_graph
@@ -62,13 +62,13 @@ def with_frames(model: ModelProto, manifest: Manifest, height: int, width: int) 
     )
 
 
-def write_frames(bundle: Bundle, height: int, width: int, sources: Sequence[str] = ("model.onnx",)) -> list[str]:
+def write_frames(bundle: Bundle, height: int, width: int, sources: Sequence[str] = (ONNX.file,)) -> list[str]:
     """One graph for frames of this size from each of the bundle's graphs; the names of the files that were added."""
     made = []
     height, width = check_size((height, width), "frame")
     for source in sources:
-        check_text(source, "source", "the name of a graph of the bundle")
-        name = file_name(source, height, width)
+        check_word(source, [graph.file for graph in GRAPHS.values()], "source")
+        name = FrameGraph(BY_FILE[source], height, width).file
         made.append(name)
         if bundle.has(name):
             continue

@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto
 
+from edgedetr.artifacts import INT8_CPU
 from edgedetr.bundle import Bundle, Manifest, atomic_write
 from edgedetr.errors import ExportError, UsageError
 from edgedetr.evaluation.agreement import detections_allclose
@@ -42,8 +43,7 @@ TYPES: dict[int, str] = {
     TensorProto.UINT8: "TYPE_UINT8",
     TensorProto.INT32: "TYPE_INT32",
 }
-# Where ONNX Runtime serves a graph: the float graph wherever the server is, INT8 in the form of CPUs.
-KINDS = {"model.int8-cpu.onnx": "KIND_CPU"}
+ONNX_NAME, ENGINE_NAME = "model.onnx", "model.plan"  # Triton's own names of the file in a version's folder
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,12 @@ def write_repository(
     model = load(path, ExportError)
     inputs, outputs = signature(model.graph.input), signature(model.graph.output)
     if engine is None:
-        platform, kind, target = "onnxruntime_onnx", KINDS.get(source, "KIND_AUTO"), "model.onnx"
+        # ONNX Runtime serves the float graph on whatever the server has, and INT8 in its CPU form on the CPU.
+        kind = "KIND_CPU" if source == INT8_CPU.file else "KIND_AUTO"
+        platform, target = "onnxruntime_onnx", ONNX_NAME
         largest = LARGEST_BATCH if inputs[0].dims[0] == -1 and rows_agree(model, bundle.manifest) else 0
     else:
-        platform, kind, target, path = "tensorrt_plan", "KIND_GPU", "model.plan", engine.path
+        platform, kind, target, path = "tensorrt_plan", "KIND_GPU", ENGINE_NAME, engine.path
         least, _, most = engine.told.arguments.batch
         # Only edgedetr verify, which runs equal images through the engine, opens the gate.
         gate = engine.measured is not None and engine.measured.passed

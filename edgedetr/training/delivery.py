@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from edgedetr.artifacts import WEIGHTS
 from edgedetr.bundle import Bundle, ClassInfo, DataRecord, Manifest, OutputContract
 from edgedetr.data.detection_set import DataConfig
 from edgedetr.layers.lora import merged
@@ -49,12 +50,12 @@ class Delivery:
             ),
         )
         recipe.to_bundle(bundle, stage="train")
-        with bundle.add("weights.safetensors", stage="train", made_from=["recipe.toml"]) as path:
+        with bundle.add(WEIGHTS.file, stage=WEIGHTS.step, made_from=WEIGHTS.made_from) as path:
             save_file({name: value.contiguous() for name, value in merged(self.model).state_dict().items()}, path)
 
     def finish(self) -> None:
         """The recipe as it is now: what a checkpoint does not depend on may have changed since the weights."""
-        if not (self.out / "weights.safetensors").is_file():
+        if not (self.out / WEIGHTS.file).is_file():
             log.warning("%s has lost its weights, which were the best ones; the last ones are written", self.out)
             self.write()
         bundle = Bundle.open(self.out)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from edgedetr.artifacts import WEIGHTS
 from edgedetr.bundle import MANIFEST, Bundle, ClassInfo
 from edgedetr.data.detection_set import DetectionSet
 from edgedetr.errors import DataError, ModelError, TrainingError
@@ -102,7 +103,7 @@ def _start(model: DetrModel, recipe: Recipe, source: str, classes: list[str]) ->
         bundle = Bundle.open(source)
         if bundle.manifest.model != member:
             raise ModelError(f"{source} holds a {bundle.manifest.model}; expected a {member}, or another --recipe")
-        path = bundle.require("weights.safetensors")
+        path = bundle.require(WEIGHTS.file)
         theirs = [item.name for item in bundle.manifest.classes]
         rows = pretrained.rows_by_name(theirs, classes)
         loaded = pretrained.load_weights(
@@ -123,7 +124,7 @@ def _start(model: DetrModel, recipe: Recipe, source: str, classes: list[str]) ->
 
 def require_place(out: Path, saved: Path, resume: bool) -> None:
     """Errors: TrainingError where good weights would be overwritten by a training from the beginning."""
-    weights = out / "weights.safetensors"
+    weights = out / WEIGHTS.file
     if resume and weights.exists() and not saved.exists():
         raise TrainingError(
             f"{out} holds trained weights but no {saved.relative_to(out)}, so there is nothing to go "

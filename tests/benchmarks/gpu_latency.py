@@ -18,13 +18,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from edgedetr.artifacts import ENGINE_GRAPHS
 from edgedetr.bundle import Bundle
 from edgedetr.errors import EdgedetrError
 from edgedetr.models.deploy import load_bundle_model
 from edgedetr.runtime.backends.onnxruntime import OrtCudaRunner
 from edgedetr.runtime.latency import rotated, timed
 from edgedetr.runtime.tensorrt import builder, cudart
-from edgedetr.runtime.tensorrt.build import PRECISIONS
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
 from edgedetr.runtime.tensorrt.trt_runner import Session
 
@@ -58,7 +58,7 @@ def onnx_runtime(bundle: Bundle, name: str) -> Run:
 def engine(bundle: Bundle, precision: str) -> Run:
     device = cudart.probe()
     plan = builder.build_plan(
-        bundle.require(PRECISIONS[precision]).read_bytes(),
+        bundle.require(ENGINE_GRAPHS[precision].file).read_bytes(),
         BuildArguments(precision, (1, 1, 1), 4096, 3, "strong"),
         device,
         what=precision,
@@ -80,7 +80,10 @@ def sides(bundle: Bundle) -> dict[str, Callable[[], Run]]:
         "onnxruntime fp32": lambda: onnx_runtime(bundle, "model.onnx"),
         "onnxruntime fp16": lambda: onnx_runtime(bundle, "model.fp16.onnx"),
         "onnxruntime int8": lambda: onnx_runtime(bundle, "model.int8.onnx"),
-        **{f"engine {precision}": (lambda precision=precision: engine(bundle, precision)) for precision in PRECISIONS},
+        **{
+            f"engine {precision}": (lambda precision=precision: engine(bundle, precision))
+            for precision in ENGINE_GRAPHS
+        },
     }
 
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from edgedetr import cli
+from edgedetr.artifacts import GRAPHS
 from edgedetr.bundle import Bundle
 from edgedetr.data import images, layouts
 from edgedetr.errors import BundleError, DataError, MissingDependency, RecipeError, UsageError
@@ -375,4 +376,4 @@ def test_bench_times_every_stage_in_turns(good):
     }
     for timing in timings:
         assert 0 < timing.p50_ms <= timing.p99_ms
-        assert timing.size_mb == pytest.approx((good.path / artifacts_run.STAGES[timing.name]).stat().st_size / 1e6)
+        assert timing.size_mb == pytest.approx((good.path / GRAPHS[timing.name].file).stat().st_size / 1e6)

@@ -16,7 +16,7 @@ from edgedetr.errors import BundleError, DataError, ExportError, ModelError, Usa
 from edgedetr.evaluation.agreement import detections_allclose
 from edgedetr.runtime import load
 from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.frame_detector import FrameDetector, file_name, load_frames
+from edgedetr.runtime.frame_detector import FrameDetector, load_frames
 from edgedetr.runtime.preprocess import prepare
 from edgedetr.serving.frame_graph import check, with_frames, write_frames
 
@@ -211,7 +211,7 @@ def test_what_load_frames_says_when_it_has_no_fitting_graph(tmp_path):
     assert "int8 for frames of 64 x 96" in load_frames(made, size=(64, 96), precision="int8").description
     with pytest.raises(DataError, match=r"expected 70 x 100; run: edgedetr export BUNDLE --frame 64x96"):
         load_frames(made, size=(70, 100))(smooth((64, 96)))
-    assert file_name("model.int8.onnx", 64, 96) in made.manifest.files
+    assert "model.int8.frame-64x96.onnx" in made.manifest.files
 
 
 def test_a_graph_of_another_kind_is_named(tmp_path):

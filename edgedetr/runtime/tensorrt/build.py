@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgedetr.artifacts import ENGINE_GRAPHS, FrameGraph, frame_graph
 from edgedetr.bundle import Bundle
 from edgedetr.errors import BundleError, DeviceError, EngineError, MissingDependency, UsageError
 from edgedetr.image_size import check_size
@@ -16,7 +17,6 @@ from edgedetr.runtime import machine
 from edgedetr.runtime.arguments import check_count, check_word, is_whole, shown
 from edgedetr.runtime.backends import onnx_bytes
 from edgedetr.runtime.bundle_detector import open_bundle
-from edgedetr.runtime.frame_detector import NAME, file_name
 from edgedetr.runtime.onnx_facts import OnnxFacts
 from edgedetr.runtime.tensorrt import cache as store
 from edgedetr.runtime.tensorrt import cudart, engine_validation, inspector, known_issues
@@ -28,8 +28,6 @@ from edgedetr.runtime.tensorrt.library import tensorrt
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
-EXPORT_OPTION = {"fp32": "", "fp16": " --trt", "int8": " --int8"}  # makes that graph
 TYPINGS = ("auto", "strong", "weak")
 LEVELS = range(6)  # of TensorRT's builder_optimization_level; 3 is its default
 LARGEST_BATCH = 1024
@@ -88,12 +86,13 @@ def build(
     bundle = open_bundle(bundle)
     trt = _here(bundle)
     device = cudart.probe()
-    name = PRECISIONS[precision] if frame is None else file_name(PRECISIONS[precision], *frame)
+    graph = ENGINE_GRAPHS[precision]
+    name = graph.file if frame is None else FrameGraph(graph, *frame).file
     if frame is not None and name not in bundle.manifest.files:
         size = f"{frame[0]}x{frame[1]}"
         raise BundleError(
             f"{bundle.path}: no {precision} graph for frames of {size}; "
-            f"run: edgedetr export {bundle.path} --frame {size}{EXPORT_OPTION[precision]}"
+            f"run: {graph.command.format(path=bundle.path)} --frame {size}"
         )
     model, facts = onnx_bytes.read(bundle.require(name), EngineError)
     digest = hashlib.sha256(model).hexdigest()
@@ -207,7 +206,7 @@ def _here(bundle: Bundle):  # type: ignore[no-untyped-def]  # a module, or an er
 
 def _check_words(precision: str, batch: int | tuple[int, int, int], level: int, typing: str) -> tuple[int, int, int]:
     """Batch sizes as (least, usual, largest); UsageError for words that mean nothing."""
-    check_word(precision, PRECISIONS, "precision")
+    check_word(precision, ENGINE_GRAPHS, "precision")
     check_word(typing, TYPINGS, "typing")
     if not is_whole(level) or level not in LEVELS:
         raise UsageError(f"optimization_level is {shown(level)}; expected a whole number from 0 to {LEVELS[-1]}")
@@ -225,7 +224,7 @@ def _check_words(precision: str, batch: int | tuple[int, int, int], level: int, 
 
 def _check_batch(bundle: Bundle, name: str, precision: str, facts: OnnxFacts, sizes: tuple[int, int, int]) -> None:
     """The graph must take these batch sizes; most graphs are written for one image."""
-    whole_frames = NAME.fullmatch(name) is not None
+    whole_frames = frame_graph(name) is not None
     taken, given = ("frames", ("boxes", "scores", "labels")) if whole_frames else ("images", ("logits", "boxes"))
     shape = facts.inputs.get(taken)
     if shape is None or not set(given) <= set(facts.outputs):
@@ -240,8 +239,8 @@ def _check_batch(bundle: Bundle, name: str, precision: str, facts: OnnxFacts, si
         wanted = sizes[0] if len(set(sizes)) == 1 else "{}, {}, {}".format(*sizes)
         raise UsageError(
             f"{bundle.path / name} takes batches of {fixed} only, {wanted} was asked for; expected a "
-            f"graph whose batch size is open; run: edgedetr export {bundle.path} --dynamic-batch"
-            f"{EXPORT_OPTION[precision]}"
+            f"graph whose batch size is open; "
+            f"run: {ENGINE_GRAPHS[precision].command.format(path=bundle.path)} --dynamic-batch"
         )
 
 

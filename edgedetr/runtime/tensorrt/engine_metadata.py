@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgedetr.artifacts import ENGINE_GRAPHS
 from edgedetr.errors import EngineError
 from edgedetr.runtime.tensorrt.cudart import Device
 from edgedetr.runtime.tensorrt.inspector import LayerSummary
@@ -21,7 +22,6 @@ from edgedetr.storage.reading import read_json
 SCHEMA = 1
 LARGEST = 1 << 20  # bytes of a sidecar; a real one has some thousand
 LONGEST = 2000  # characters of a text in it
-PRECISIONS = ("int8", "fp16", "fp32")  # best guess first: INT8 until a measurement says otherwise
 REBUILD = "run: edgedetr build BUNDLE --force"
 
 
@@ -136,7 +136,7 @@ def _require_types(made: Sidecar) -> None:
     for name, text in [*texts.items(), *(("a warning", warning) for warning in made.warnings)]:
         if not isinstance(text, str) or len(text) > LONGEST:
             raise TypeError(f"{name} is no text of at most {LONGEST} characters")
-    if made.arguments.precision not in PRECISIONS:
+    if made.arguments.precision not in ENGINE_GRAPHS:
         raise ValueError(f"precision is {made.arguments.precision[:20]!r}")
     if not re.fullmatch(r"[0-9a-f]{64}", made.plan_sha256) or not re.fullmatch(r"[0-9a-f]{64}", made.onnx_sha256):
         raise ValueError("a digest is not 64 hexadecimal digits")

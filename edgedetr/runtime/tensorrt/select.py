@@ -10,20 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from edgedetr.artifacts import ENGINE_GRAPHS
 from edgedetr.bundle import Bundle, atomic_write
 from edgedetr.errors import DeviceError, EngineError, MissingDependency
 from edgedetr.runtime import machine
 from edgedetr.runtime.tensorrt import cache as store
 from edgedetr.runtime.tensorrt import cudart, engine_metadata, engine_validation, library
 from edgedetr.runtime.tensorrt.cudart import Device
-from edgedetr.runtime.tensorrt.engine_metadata import PRECISIONS, Sidecar
+from edgedetr.runtime.tensorrt.engine_metadata import Sidecar
 from edgedetr.storage.locks import locked
 from edgedetr.storage.reading import read_json
 
 log = logging.getLogger(__name__)
 
-# Stage of the bundle -> the graph that engines for batches of images are built from.
-FILES = {"int8": "model.int8.onnx", "fp16": "model.fp16.onnx", "onnx": "model.onnx"}
+# Artifact -> the graph that engines for batches of images are built from.
+FILES = {graph.id: graph.file for graph in ENGINE_GRAPHS.values()}
 MEASURED = "verified.json"  # beside the engines: what edgedetr verify found on this device
 
 
@@ -65,7 +66,7 @@ class Engine:
         """Smaller is better: verified, then fast, then INT8 before FP16 before float32; single images first."""
         trusted = 1 if self.measured is None else 0 if self.measured.passed else 2
         speed = self.measured.p50_ms if self.measured and self.measured.p50_ms else 0.0
-        guess = PRECISIONS.index(self.told.arguments.precision)
+        guess = list(ENGINE_GRAPHS).index(self.told.arguments.precision)
         return trusted, speed / (self.batch or 1), guess, self.batch or 1 << 30
 
 

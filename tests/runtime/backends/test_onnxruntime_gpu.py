@@ -8,8 +8,9 @@ from __future__ import annotations
 import onnxruntime
 import pytest
 
+from edgedetr.artifacts import verified_pairs
 from edgedetr.errors import DeviceError, MissingDependency
-from edgedetr.evaluation.artifacts_run import VERIFIED, candidates
+from edgedetr.evaluation.artifacts_run import candidates
 from edgedetr.runtime import bundle_detector as module
 from edgedetr.runtime import load
 from edgedetr.runtime.backends import onnxruntime as ort
@@ -46,8 +47,8 @@ def test_without_a_gpu_the_driver_is_named(make_bundle):
     with pytest.raises(DeviceError, match="no NVIDIA driver"):
         load(bundle, backend="onnxruntime-cuda")
     with pytest.raises(MissingDependency, match="no NVIDIA driver"):
-        candidates(bundle, VERIFIED, None, ["onnxruntime-cuda"])
-    assert candidates(bundle, VERIFIED) == [("onnx", "onnxruntime")]
+        candidates(bundle, verified_pairs(), None, ["onnxruntime-cuda"])
+    assert candidates(bundle, verified_pairs()) == [("onnx", "onnxruntime")]
 
 
 def test_an_onnx_runtime_without_cuda_is_told_with_the_command(cuda, monkeypatch):
@@ -98,5 +99,5 @@ def test_quantized_graphs_stay_on_the_cpu_and_are_warned_of_where_asked_for(make
 
 def test_verify_takes_its_stages_where_it_works(make_bundle, working, monkeypatch):
     bundle = make_bundle("model.onnx", "model.fp16.onnx", "model.int8.onnx")
-    found = candidates(bundle, VERIFIED)
+    found = candidates(bundle, verified_pairs())
     assert [stage for stage, backend in found if backend == "onnxruntime-cuda"] == ["onnx", "fp16"]
