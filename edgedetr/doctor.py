@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
@@ -11,13 +10,15 @@ from pathlib import Path
 
 from edgedetr.errors import DeviceError, MissingDependency
 from edgedetr.packages import PACKAGES, install
+from edgedetr.runtime import cpu
 from edgedetr.runtime import jetson as board
+from edgedetr.runtime.backends.base import backends, reference
 from edgedetr.runtime.jetson import Board
 from edgedetr.runtime.tensorrt import cudart, library
 from edgedetr.runtime.tensorrt.cudart import Device
 
 ON_DEVICE = ("runtime", "verify")  # the extras of a board, which neither trains nor exports
-OPTIONAL = ("cv2", "numba", "openvino", "tensorrt", "tensorboard")
+OPTIONAL = ("cv2", "numba", "tensorboard")  # and all backends but the reference
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,12 @@ class Examination:
 
     def advice(self) -> list[str]:
         """What to do next, one sentence each."""
+        optional = {*OPTIONAL, *(one.library for one in backends() if one.library != reference().library)}
         missing = [
             p
             for p in self.packages
             if p.version is None
-            and _import_name(p.name) not in OPTIONAL
+            and _import_name(p.name) not in optional
             and (p.extra in ON_DEVICE or not self.board.is_jetson)
         ]
         lines = []
@@ -131,16 +133,14 @@ class Examination:
 
 def examine(root: Path = Path("/")) -> Examination:
     """Look at this machine; of heavy packages only TensorRT is imported. `root` is where a Jetson's files begin."""
-    packages = tuple(
-        Package(package, extra, purpose, _version(package)) for package, extra, purpose in PACKAGES.values()
-    )
+    packages = tuple(Package(name, extra, purpose, _version(name)) for name, extra, purpose in _packages().values())
     return Examination(
         edgedetr=_version("edgedetr") or "checkout, not installed",
         python=f"{platform.python_version()} at {sys.executable}",
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        cpu=_cpu_line("model name") or platform.processor() or platform.machine(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        instructions=_instructions(),
+        cpu=cpu.model_name(),
+        cores=cpu.cores(),
+        instructions=cpu.instructions(),
         gpu=_gpu(),
         board=board.read(root),
         packages=packages,
@@ -162,27 +162,13 @@ def _state(package: Package) -> str:
 
 
 def _import_name(package: str) -> str:
-    return next(name for name, (known, _, _) in PACKAGES.items() if known == package)
+    return next(name for name, (known, _, _) in _packages().items() if known == package)
 
 
-def _cpu_line(key: str) -> str:
-    """The first value of `key` in /proc/cpuinfo, or an empty string where there is none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    return ""
-
-
-def _instructions() -> tuple[str, ...]:
-    # asimddp and i8mm are ARM's int8 dot products; the others are Intel's and AMD's. amx_bf16 is for training.
-    wanted = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
-    flags = set((_cpu_line("flags") or _cpu_line("Features")).split())
-    return tuple(name for name in wanted if name in flags)
+def _packages() -> dict[str, tuple[str, str, str]]:
+    """PACKAGES, and the libraries of backends that are not among them."""
+    others = [one for one in backends() if one.library not in PACKAGES]
+    return {**PACKAGES, **{one.library: (one.library, "runtime", f"backend {one.name}") for one in others}}
 
 
 def _gpu() -> Gpu:

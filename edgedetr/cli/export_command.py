@@ -104,9 +104,9 @@ def export(
 
 def _why_no_engines() -> str | None:
     """Why no engine can be built here, or None."""
-    from edgedetr.runtime.tensorrt import build
+    from edgedetr.runtime.tensorrt import library
 
-    return build.available()
+    return library.why_unavailable() or None
 
 
 def _engines(path: Path, precisions: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgedetr.artifacts import GRAPHS
+from edgedetr.artifacts import BACKENDS, GRAPHS
 from edgedetr.bundle import Bundle
 from edgedetr.data import images, layouts
 from edgedetr.data.detection_set import DetectionSet
@@ -28,9 +28,10 @@ from edgedetr.errors import (
 from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
 from edgedetr.packages import missing
 from edgedetr.runtime import preprocess
+from edgedetr.runtime.backends import base
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
-from edgedetr.runtime.bundle_detector import BACKENDS, Detector, absent, load, load_engine
+from edgedetr.runtime.bundle_detector import Detector, load, load_engine
 from edgedetr.runtime.cpu import int8_saturates
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.latency import rotated, timed
@@ -77,10 +78,11 @@ def candidates(
     backends: Collection[str] | None = None,
 ) -> list[tuple[str, str]]:
     """Those (stage, backend) of `pairs` that are asked for, have been exported and can run here."""
-    for words, known, what in ((stages, GRAPHS, "stage"), (backends, BACKENDS, "backend")):
-        for word in words or ():
-            if word not in known:
-                raise UsageError(f"{what} is {word!r}; expected one of {', '.join(known)}{did_you_mean(word, known)}")
+    for word in stages or ():
+        if word not in GRAPHS:
+            raise UsageError(f"stage is {word!r}; expected one of {', '.join(GRAPHS)}{did_you_mean(word, GRAPHS)}")
+    for name in backends or ():
+        base.get(name)  # UsageError for an unknown one
     chosen = []
     for stage, backend in pairs:
         if (stages and stage not in stages) or (backends and backend not in backends):
@@ -88,9 +90,9 @@ def candidates(
         if not stages and GRAPHS[stage].file not in bundle.manifest.files:
             continue  # not exported yet, and not asked for
         bundle.require(GRAPHS[stage].file)
-        if backend == "onnxruntime" and stage in SIMULATED_FP16 and not find_spec("onnx"):
+        if _simulated(stage, backend) and not find_spec("onnx"):
             log.warning("%s is not scored: %s", stage, missing("onnx"))
-        elif not (reason := absent(backend)):
+        elif not (reason := base.get(backend).unavailable()):
             chosen.append((stage, backend))
         elif backends:
             raise MissingDependency(reason)
@@ -102,16 +104,25 @@ def candidates(
     return chosen
 
 
+def _simulated(stage: str, backend: str) -> bool:
+    """Whether FP16 is simulated: by the reference backend, for artifacts that have FP16 in them."""
+    return stage in SIMULATED_FP16 and base.get(backend).is_reference
+
+
 def without_saturating_int8(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Those whose arithmetic this CPU does not cut short: a verdict on others is on the CPU, not on the file."""
-    cut = ("int8", "openvino")
-    if cut not in pairs or not int8_saturates():
+    """Those whose arithmetic this CPU does not saturate: a verdict on others is on the CPU, not on the file."""
+    saturated = [(stage, backend) for stage, backend in pairs if stage in base.get(backend).saturates]
+    if not saturated or not int8_saturates():
         return list(pairs)
-    log.warning(
-        "int8 is not run in OpenVINO: this CPU has no 8-bit dot product, and OpenVINO's 16-bit sums saturate "
-        "on it, which says nothing about the file; ask for it with: --backend openvino"
-    )
-    return [pair for pair in pairs if pair != cut]
+    for stage, backend in saturated:
+        log.warning(
+            "%s is not run in %s: this CPU has no 8-bit dot product, and the 16-bit sums of that library saturate "
+            "on it, which says nothing about the file; ask for it with: --backend %s",
+            stage,
+            backend,
+            backend,
+        )
+    return [pair for pair in pairs if pair not in saturated]
 
 
 def load_split(bundle: Bundle, data: str | Path | None = None, split: str | None = None) -> DetectionSet:
@@ -186,7 +197,7 @@ def run_artifacts(
 
 def open_artifact(bundle: Bundle, stage: str, backend: str | None = None, threads: int | None = None) -> Detector:
     """What scores a stage: the twin where ONNX Runtime is to score FP16, else what `load` gives."""
-    if stage not in SIMULATED_FP16 or backend not in (None, "onnxruntime"):
+    if stage not in SIMULATED_FP16 or not (backend is None or base.get(backend).is_reference):
         return load(bundle, stage=stage, backend=backend, threads=threads)
     return _twin(bundle, stage, threads)
 
@@ -214,11 +225,11 @@ def _oracles(bundle: Bundle, runs: Sequence[ArtifactRun], threads: int | None) -
     runs = [run for run in runs if run.engine is None]  # a board's CPU would take hours for what was done elsewhere
     if not runs:
         return {}
-    if not find_spec("onnxruntime"):
-        log.warning("no oracle: %s", missing("onnxruntime"))
+    if reason := base.reference().unavailable():
+        log.warning("no oracle: %s", reason)
         return {}
     # A twin in ONNX Runtime is its own oracle.
-    judged = dict.fromkeys(run.stage for run in runs if run.stage not in SIMULATED_FP16 or run.backend != "onnxruntime")
+    judged = dict.fromkeys(run.stage for run in runs if not _simulated(run.stage, run.backend))
     return {stage: _twin(bundle, stage, threads) for stage in judged}
 
 
@@ -228,7 +239,7 @@ def _one(
     raw = []
     try:
         seconds = timed(lambda: raw.append(detector.run_raw(batch)))
-        if run.stage not in SIMULATED_FP16 or run.backend != "onnxruntime":
+        if not _simulated(run.stage, run.backend):
             run.seconds.append(seconds)
         run.detections[image_id] = _decoded(raw[0], geometry, detector)[0]
     except EdgedetrError as error:

@@ -21,6 +21,7 @@ from edgedetr.evaluation.artifacts_run import ArtifactRun
 from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict
 from edgedetr.runtime import jetson
+from edgedetr.runtime.backends import base
 from edgedetr.runtime.tensorrt import cudart, select
 from edgedetr.runtime.tensorrt.select import Engine, Measured
 
@@ -69,7 +70,7 @@ class DeviceVerdict(Verdict):
 
 def fitting(bundle: Bundle, stages: Collection[str] | None, backends: Collection[str] | None) -> tuple[Engine, ...]:
     """The engines to verify: those that fit here, unless other backends are asked for."""
-    if backends and "tensorrt" not in backends:
+    if backends and not any(base.get(name).runs_engines for name in backends):
         return ()
     found = select.survey(bundle)
     for reason in found.refused:

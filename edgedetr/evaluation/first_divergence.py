@@ -17,7 +17,7 @@ import numpy as np
 from edgedetr.errors import MissingDependency, UsageError
 from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
 from edgedetr.packages import missing
-from edgedetr.runtime.backends import onnxruntime, openvino
+from edgedetr.runtime.backends import base, onnxruntime
 
 GROUP = 12  # tensors exposed at a time
 SQNR_FLOOR = 20.0  # dB; rounding flips leave 25 and more, broken kernels were seen at 1 to 6
@@ -48,17 +48,14 @@ def find_first_divergence(
     """The first node at which `backend` leaves the oracle, or None where logits and boxes agree.
 
     model    an ONNX file
-    backend  "openvino", or "onnxruntime" and "onnxruntime-cuda" for their optimized kernels
+    backend  the name of a backend that can read tensors; ONNX Runtime is compared with optimized kernels
     images   [B, 3, H, W] float32, a few images as the graph takes them
     """
-    known: dict[str, Tensors] = {
-        "openvino": lambda m, x, n: openvino.tensors(m, x, n, threads=threads),
-        "onnxruntime": lambda m, x, n: onnxruntime.tensors(m, x, n, optimize=True, threads=threads),
-        "onnxruntime-cuda": lambda m, x, n: onnxruntime.tensors(m, x, n, optimize=True, threads=threads, on_gpu=True),
-    }
-    if backend not in known:
-        raise UsageError(f"backend is {backend!r}; expected one of {', '.join(known)}")
-    return search(Path(model), known[backend], images, floor=floor, threads=threads)
+    tensors = base.get(backend).tensors
+    if tensors is None:
+        able = ", ".join(known.name for known in base.backends() if known.tensors is not None)
+        raise UsageError(f"backend is {backend!r}, which cannot read tensors inside a graph; expected one of {able}")
+    return search(Path(model), lambda m, x, n: tensors(m, x, n, threads=threads), images, floor=floor, threads=threads)
 
 
 def search(

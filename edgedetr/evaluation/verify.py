@@ -31,6 +31,7 @@ from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.reference import GroundTruth, Reference, save_detections
 from edgedetr.evaluation.verdict import Judge, Verdict, megabytes
 from edgedetr.runtime import preprocess
+from edgedetr.runtime.backends import base
 from edgedetr.runtime.bundle_detector import Detector, load, load_engine
 from edgedetr.runtime.latency import measure, warn_if_unsteady
 
@@ -80,7 +81,7 @@ def verify(
     if not math.isfinite(config.budget):
         raise UsageError(f"the budget is {config.budget}; expected points of AP from 0 to 100")
     chosen = engine_verdict.fitting(bundle, stages, backends)
-    on_cpu = [name for name in backends or () if name != "tensorrt"]
+    on_cpu = [name for name in backends or () if not base.get(name).runs_engines]
     pairs = candidates(bundle, verified_pairs(), stages, on_cpu or None) if on_cpu or not chosen else []
     pairs = pairs if backends else without_saturating_int8(pairs)
     dataset = load_split(bundle, data)
@@ -167,7 +168,7 @@ def bench(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     chosen = engine_verdict.fitting(bundle, stages, backends)
-    on_cpu = [name for name in backends or () if name != "tensorrt"]
+    on_cpu = [name for name in backends or () if not base.get(name).runs_engines]
     pairs = candidates(bundle, benched_pairs(), stages, on_cpu or None) if on_cpu or not chosen else []
     named = {pair: load(bundle, stage=pair[0], backend=pair[1], threads=threads) for pair in pairs}
     named |= {(engine.stage_name, "tensorrt"): load_engine(bundle, engine) for engine in chosen}

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from edgedetr.runtime.bundle_detector import Detector, load
-from edgedetr.runtime.detections import Detections
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgedetr.runtime.bundle_detector import Detector, load
+    from edgedetr.runtime.detections import Detections
 
 __all__ = ["Detections", "Detector", "load"]
+
+# Imported when they are asked for: the command line reads the names of backends without numpy.
+HOME = {"Detections": "detections", "Detector": "bundle_detector", "load": "bundle_detector"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{HOME[name]}"), name)

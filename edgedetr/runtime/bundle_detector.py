@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from edgedetr.artifacts import GRAPHS, INT8, INT8_CPU, ONNX, ORT_CUDA
+from edgedetr.artifacts import BACKENDS, GRAPHS, INT8_CPU, ONNX
 from edgedetr.bundle import Bundle, ClassInfo, InputContract, OutputContract
 from edgedetr.errors import BundleError, DataError, DeviceError, EngineError, MissingDependency, UsageError
-from edgedetr.packages import missing
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.arguments import as_path, check_count, check_word, kind, shown
-from edgedetr.runtime.backends.base import RawOutputs, Runner
-from edgedetr.runtime.backends.onnxruntime import OrtCudaRunner, OrtRunner, no_gpu
-from edgedetr.runtime.backends.openvino import OpenVinoRunner
+from edgedetr.runtime.backends import base
+from edgedetr.runtime.backends.base import Backend, RawOutputs, Runner
 from edgedetr.runtime.cpu import int8_dot_product, int8_saturates
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.postprocess import decode
@@ -26,13 +23,6 @@ from edgedetr.runtime.tensorrt.trt_runner import TrtRunner
 
 log = logging.getLogger(__name__)
 
-BACKENDS: dict[str, Callable[..., Runner]] = {
-    "onnxruntime": OrtRunner,
-    "openvino": OpenVinoRunner,
-    "onnxruntime-cuda": OrtCudaRunner,
-    "tensorrt": TrtRunner,
-}
-ON_FILES = ("onnxruntime", "openvino")  # backends that run the bundle's ONNX files themselves, by preference
 LARGEST_BATCH = 8  # images per run where the graph's batch is open: more gains nothing on a CPU
 
 
@@ -171,64 +161,63 @@ def load(
     if not isinstance(trust, bool):  # "no" and "false" are true
         raise UsageError(f"trust is {shown(trust)}; expected True or False")
     refused: tuple[str, ...] = ()
-    if backend == "tensorrt" or (backend is None and (stage is None or not any(map(find_spec, ON_FILES)))):
+    on_files = [known for known in base.backends() if not known.runs_engines]
+    engines_only = backend is not None and base.get(backend).runs_engines
+    if engines_only or (backend is None and (stage is None or not any(map(_on_cpu, on_files)))):
         detector, refused = _load_engine(bundle, stage, batch, trust)
         if detector is not None:
             return detector
-        if backend == "tensorrt":
+        if engines_only:
             raise EngineError(
                 f"{bundle.path}: no engine for {stage or 'any stage'} that fits here"
                 f"{''.join(f'; {reason}' for reason in refused)}; run: edgedetr build {bundle.path}"
             )
-    if backend is None and ORT_CUDA in GRAPHS[stage or ONNX.id].backends and not no_gpu():
-        try:
-            return _on_file(
-                bundle,
-                ORT_CUDA,
-                stage or ONNX.id,
-                threads,
-                ["as asked" if stage else "float32: this ONNX Runtime can use the GPU", *refused],
-            )
-        except DeviceError as error:  # the CPU can do it too
-            log.warning("%s", error)
-            refused = (*refused, f"the GPU not used: {error}")
-    backend, stage, reason = _choose(bundle, backend, stage)
-    return _on_file(bundle, backend, stage, threads, [reason, *refused])
+    if backend is not None:
+        chosen = base.get(backend)
+        stage, reason = (stage, "as asked") if stage is not None else _stage_for(bundle, chosen)
+        return _on_file(bundle, chosen, stage, threads, [reason, *refused])
+    for gpu in on_files:
+        if gpu.device != "cpu" and gpu.name in GRAPHS[stage or ONNX.id].backends and not gpu.unavailable():
+            reason = "as asked" if stage else "float32: this ONNX Runtime can use the GPU"
+            try:
+                return _on_file(bundle, gpu, stage or ONNX.id, threads, [reason, *refused])
+            except DeviceError as error:  # the CPU can do it too
+                log.warning("%s", error)
+                refused = (*refused, f"the GPU not used: {error}")
+    cpu = next(filter(_on_cpu, on_files), None)
+    if cpu is None:
+        names = " nor ".join(known.name for known in on_files if known.device == "cpu")
+        raise MissingDependency(
+            f"neither {names} is installed, and no engine fits; run: pip install {base.reference().library}"
+        )
+    stage, reason = (stage, "as asked") if stage is not None else _stage_for(bundle, cpu)
+    return _on_file(bundle, cpu, stage, threads, [reason, *refused])
 
 
-def _on_file(bundle: Bundle, backend: str, stage: str, threads: int | None, reasons: Sequence[str]) -> Detector:
+def _on_cpu(backend: Backend) -> bool:
+    return backend.device == "cpu" and not backend.unavailable()
+
+
+def _on_file(bundle: Bundle, backend: Backend, stage: str, threads: int | None, reasons: Sequence[str]) -> Detector:
     """The detector on one of the bundle's ONNX files."""
     path = bundle.require(GRAPHS[stage].file)
-    description = f"{stage} on {backend} ({'; '.join(reasons)})"
+    description = f"{stage} on {backend.name} ({'; '.join(reasons)})"
     log.info("%s: %s", bundle.path, description)
-    runner = BACKENDS[backend](path, threads=threads)
-    if backend == ORT_CUDA and ORT_CUDA not in GRAPHS[stage].backends:
-        log.warning(
-            "%s: %s on %s, which computes quantized graphs otherwise than they say (AP 3.0 instead of 59.2 "
-            "was seen, ONNX Runtime 1.31.1); take stage onnx or fp16, or build an engine: edgedetr build %s",
-            bundle.path,
-            stage,
-            backend,
-            bundle.path,
-        )
-    if int8_saturates() and (how := _saturated(runner, stage, bundle)):
+    runner = backend.open(path, threads=threads)
+    if backend.name not in GRAPHS[stage].backends and backend.caveat:
+        caveat = backend.caveat.format(bundle=bundle.path)
+        log.warning("%s: %s on %s, which %s", bundle.path, stage, backend.name, caveat)
+    if int8_saturates() and (how := _saturation(runner, backend, stage, bundle)):
         log.warning("%s: this CPU has no 8-bit dot product, %s", bundle.path, how)
     return _detector(bundle, runner, stage, description)
 
 
-def absent(backend: str) -> str:
-    """Why a backend cannot run ONNX files here, with the command that helps; empty where it can."""
-    if backend == "onnxruntime-cuda":
-        return no_gpu()
-    return "" if find_spec(backend) else missing(backend)
-
-
-def _saturated(runner: Runner, stage: str, bundle: Bundle) -> str | None:
-    """What is wrong with an INT8 file on a CPU whose 8-bit products saturate, and what to do; None = nothing."""
-    if (stage, runner.name) == (INT8.id, "openvino"):
+def _saturation(runner: Runner, backend: Backend, stage: str, bundle: Bundle) -> str | None:
+    """What goes wrong with an artifact on a CPU whose 8-bit products saturate, and what to do; None: nothing."""
+    if stage in backend.saturates:
         return (
-            "and OpenVINO's INT8 saturates on it: what it finds may be far from what the graph says; take stage "
-            "onnx, or int8-cpu in ONNX Runtime"
+            f"and the INT8 of {backend.name} saturates on it: detections may be far from what the graph computes; "
+            "take stage onnx, or int8-cpu in ONNX Runtime"
         )
     if stage == INT8_CPU.id and getattr(runner, "weight_bits", None) == 8:
         return (
@@ -270,21 +259,13 @@ def _detector(bundle: Bundle, runner: Runner, stage: str, description: str) -> D
     return Detector(runner, manifest.classes, manifest.input, manifest.output, stage=stage, description=description)
 
 
-def _choose(bundle: Bundle, backend: str | None, stage: str | None) -> tuple[str, str, str]:
-    """(backend, stage, why) among the backends that run ONNX files."""
-    if backend is None:
-        backend = next((name for name in ON_FILES if find_spec(name)), None)
-        if backend is None:
-            raise MissingDependency(
-                "neither onnxruntime nor openvino is installed, and no engine fits; run: pip install onnxruntime"
-            )
-    if stage is not None:
-        return backend, stage, "as asked"
-    if backend != "onnxruntime":
-        return backend, ONNX.id, "float32, the default of this backend"
+def _stage_for(bundle: Bundle, backend: Backend) -> tuple[str, str]:
+    """(stage, why) for a backend that runs ONNX files, where no stage was asked for."""
+    if backend.name not in INT8_CPU.backends:
+        return ONNX.id, "float32, the default of this backend"
     instruction = int8_dot_product()
     if not instruction:
-        return backend, ONNX.id, "float32: this CPU has no 8-bit dot product, so INT8 would not be faster"
+        return ONNX.id, "float32: this CPU has no 8-bit dot product, so INT8 would not be faster"
     if INT8_CPU.file not in bundle.manifest.files:
-        return backend, ONNX.id, "float32: no INT8 in this bundle yet"
-    return backend, INT8_CPU.id, f"INT8: this CPU has {instruction}"
+        return ONNX.id, "float32: no INT8 in this bundle yet"
+    return INT8_CPU.id, f"INT8: this CPU has {instruction}"

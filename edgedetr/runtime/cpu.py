@@ -1,10 +1,11 @@
-"""What this processor can do: with 8-bit integers, and with the libraries that multiply on it."""
+"""What this processor can do, by /proc/cpuinfo: 8-bit dot products, wide float32, bfloat16 tiles; and its cores."""
 
 from __future__ import annotations
 
 import logging
 import os
 import platform
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,17 +17,44 @@ CPUINFO = Path("/proc/cpuinfo")
 DOT_PRODUCTS = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
 
 
+# Those that `edgedetr doctor` shows; amx_bf16 is for training.
+SHOWN = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
+
+
+@lru_cache(maxsize=1)
+def fields() -> Mapping[str, str]:
+    """Keys and values of the first core in /proc/cpuinfo; empty where there is none."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+
+
+def flags() -> frozenset[str]:
+    """Instruction sets, by the names of Linux: "avx512_vnni" on x86, "asimddp" on ARM."""
+    return frozenset((fields().get("flags") or fields().get("Features", "")).split())
+
+
+def model_name() -> str:
+    """ "Intel(R) Xeon(R) ..."; the architecture where the processor has no name."""
+    return fields().get("model name") or platform.processor() or platform.machine()
+
+
+def instructions() -> tuple[str, ...]:
+    """The instructions that decide how fast INT8 and bfloat16 are."""
+    return tuple(name for name in SHOWN if name in flags())
+
+
 @lru_cache(maxsize=1)
 def int8_dot_product() -> str | None:
     """Name of the 8-bit dot-product instruction of this CPU, or None.
 
     Without one, uint8 x int8 kernels on x86 saturate in 16 bits (VPMADDUBSW), and INT8 is neither exact nor fast.
     """
-    try:
-        words = set(CPUINFO.read_text(encoding="ascii", errors="ignore").split())
-    except OSError:  # no Linux: Apple silicon always has the instruction, elsewhere nothing is known
+    if not fields():  # no Linux: Apple silicon always has the instruction, elsewhere nothing is known
         return "asimddp" if platform.machine() == "arm64" else None
-    return next((flag for flag in DOT_PRODUCTS if flag in words), None)
+    return next((flag for flag in DOT_PRODUCTS if flag in flags()), None)
 
 
 def int8_saturates() -> bool:
@@ -44,18 +72,9 @@ def mkl_is_narrow() -> bool:
 
     Measured on Zen 5, one thread: products of Linears ran at 105 GFLOP/s by MKL and at 217 to 247 by oneDNN.
     """
-    try:
-        lines = CPUINFO.read_text(encoding="ascii", errors="ignore").splitlines()
-    except OSError:
-        return False
-    first = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    first = fields()
     family = first.get("cpu family", "")
-    return (
-        first.get("vendor_id") == "AuthenticAMD"
-        and family.isdigit()
-        and int(family) >= 26
-        and "avx512f" in first.get("flags", "").split()
-    )
+    return first.get("vendor_id") == "AuthenticAMD" and family.isdigit() and int(family) >= 26 and "avx512f" in flags()
 
 
 @lru_cache(maxsize=1)
@@ -65,10 +84,7 @@ def tiles_bfloat16() -> bool:
     Measured on a Xeon with AMX, one thread: products of Linears ran at 80 to 160 GFLOP/s in float32 and at 350 to 1300
     in bfloat16.
     """
-    try:
-        return "amx_bf16" in CPUINFO.read_text(encoding="ascii", errors="ignore").split()
-    except OSError:
-        return False
+    return "amx_bf16" in flags()
 
 
 def cores() -> int:
@@ -77,19 +93,19 @@ def cores() -> int:
 
 
 def bounded(wanted: int | None, what: str = "threads") -> int:
-    """So many threads or processes, but no more than this process has cores; 0 for None: the library's own choice.
+    """`wanted` threads or processes, at most the number of cores; 0 for None: the library chooses.
 
-    More are never faster, and thousands make a machine unusable. What was not done as asked is said, once.
+    More are never faster, and thousands make a machine unusable. A number that was lowered is logged, once.
     """
     most = cores()
     if not wanted or wanted <= most:
         return wanted or 0
-    _say_bound(min(wanted, 10**9), most, what)
+    _warn_bound(min(wanted, 10**9), most, what)
     return most
 
 
 @lru_cache(maxsize=64)
-def _say_bound(wanted: int, most: int, what: str) -> None:
+def _warn_bound(wanted: int, most: int, what: str) -> None:
     log.warning(
         "%s is %d, and this process has %d core%s: %d %s used",
         what,

@@ -22,7 +22,7 @@ from edgedetr.artifacts import ENGINE_GRAPHS
 from edgedetr.bundle import Bundle
 from edgedetr.errors import EdgedetrError
 from edgedetr.models.deploy import load_bundle_model
-from edgedetr.runtime.backends.onnxruntime import OrtCudaRunner
+from edgedetr.runtime.backends.onnxruntime_cuda import OrtCudaRunner
 from edgedetr.runtime.latency import rotated, timed
 from edgedetr.runtime.tensorrt import builder, cudart
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments

@@ -110,7 +110,9 @@ def test_few_groups_are_enough(graph, picture, monkeypatch):
 
 
 def test_unknown_backends_and_a_missing_onnx_say_so(graph, picture, monkeypatch):
-    with pytest.raises(UsageError, match="'tensorrt'; expected one of openvino, onnxruntime"):
+    with pytest.raises(
+        UsageError, match="'tensorrt', which cannot read tensors inside a graph; expected one of onnxruntime, openvino"
+    ):
         find_first_divergence(graph, "tensorrt", picture)
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(MissingDependency, match="run: pip install onnx"):

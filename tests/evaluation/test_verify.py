@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ from edgedetr.evaluation.coco_metrics import evaluate
 from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.reference import Reference, load_detections
 from edgedetr.evaluation.verify import bench, evaluate_artifact, verify
-from edgedetr.runtime import bundle_detector as detector
 from edgedetr.runtime import load
+from edgedetr.runtime.backends import base, openvino
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.openvino import OpenVinoRunner
 
@@ -197,7 +198,7 @@ class LossyOpenVino(OpenVinoRunner):
 
 
 def test_a_backend_that_departs_from_the_oracle_is_named_with_how_much(good, monkeypatch):
-    monkeypatch.setitem(artifacts_run.BACKENDS, "openvino", LossyOpenVino)
+    monkeypatch.setattr(openvino, "BACKEND", replace(openvino.BACKEND, open=LossyOpenVino))
     result = verify(good, threads=1)
     by_backend = {(s.name, s.backend): s for s in result.stages}
     broken = by_backend["int8", "openvino"]
@@ -211,7 +212,7 @@ def test_a_backend_that_departs_from_the_oracle_is_named_with_how_much(good, mon
 
 
 def test_the_node_where_it_departs_is_in_the_note(good, monkeypatch):
-    monkeypatch.setitem(artifacts_run.BACKENDS, "openvino", LossyOpenVino)
+    monkeypatch.setattr(openvino, "BACKEND", replace(openvino.BACKEND, open=LossyOpenVino))
     monkeypatch.setattr(verdict, "find_first_divergence", lambda *a, **k: "Conv 'fpn': 1.0 dB")
     assert verify(good, threads=1).stages[3].note.endswith("first at Conv 'fpn': 1.0 dB")
 
@@ -227,7 +228,7 @@ def test_a_backend_that_gives_nothing_fails_alone_and_says_why(good, monkeypatch
     def refuse(*arguments, **options):
         raise BundleError("OpenVINO cannot compile it")
 
-    monkeypatch.setitem(artifacts_run.BACKENDS, "openvino", runner or refuse)
+    monkeypatch.setattr(openvino, "BACKEND", replace(openvino.BACKEND, open=runner or refuse))
     result = verify(good, threads=1)
     broken = result.stages[3]
     assert (broken.passed, broken.ap, broken.p50_ms) == (False, 0.0, None)
@@ -248,7 +249,7 @@ def test_a_graph_that_is_nan_itself_fails_with_advice_that_helps(good, tiny_grap
 
 
 def test_a_missing_backend_is_left_out_unless_named(good, monkeypatch):
-    monkeypatch.setattr(detector, "find_spec", lambda name: None if name == "openvino" else object())
+    monkeypatch.setattr(base, "find_spec", lambda name: None if name == "openvino" else object())
     assert "openvino" not in {s.backend for s in verify(good, threads=1).stages}
     with pytest.raises(MissingDependency, match="run: pip install openvino"):
         verify(good, backends=["openvino"])

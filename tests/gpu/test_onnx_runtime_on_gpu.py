@@ -7,13 +7,14 @@ import pytest
 from members import exported, pictures
 
 from edgedetr.models import FAMILY
-from edgedetr.runtime.backends import onnxruntime
-from edgedetr.runtime.backends.onnxruntime import OrtCudaRunner, OrtRunner
+from edgedetr.runtime.backends import onnxruntime_cuda
+from edgedetr.runtime.backends.onnxruntime import OrtRunner
+from edgedetr.runtime.backends.onnxruntime_cuda import OrtCudaRunner
 
 
 @pytest.fixture(scope="module", autouse=True)
 def provider():
-    if reason := onnxruntime.no_gpu():
+    if reason := onnxruntime_cuda.no_gpu():
         pytest.skip(f"needs ONNX Runtime with CUDA: {reason}")
 
 
@@ -27,4 +28,4 @@ def test_detections_are_those_of_the_cpu(name):
 
 def test_the_session_is_on_the_gpu():
     runner = OrtCudaRunner(exported("rt_detr", 1))
-    assert runner.session.get_providers()[0] == onnxruntime.CUDA and runner.name == "onnxruntime-cuda"
+    assert runner.session.get_providers()[0] == onnxruntime_cuda.CUDA and runner.name == "onnxruntime-cuda"

@@ -230,7 +230,7 @@ def test_a_graph_for_frames_with_other_shapes_is_one_error(boxes, scores, labels
 @pytest.fixture
 def two_cores(monkeypatch):
     monkeypatch.setattr(cpu, "cores", lambda: 2)
-    cpu._say_bound.cache_clear()
+    cpu._warn_bound.cache_clear()
 
 
 @pytest.mark.usefixtures("two_cores")

@@ -15,6 +15,7 @@ from edgedetr.bundle import Bundle
 from edgedetr.errors import BundleError, DataError, MissingDependency, UsageError
 from edgedetr.runtime import bundle_detector as module
 from edgedetr.runtime import load
+from edgedetr.runtime.backends import base
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 
 BACKENDS = ["onnxruntime", "openvino"]
@@ -149,9 +150,9 @@ def test_a_damaged_graph_is_named(make_bundle, backend, content):
 def test_a_foreign_graph_is_told_from_ours(tmp_path, tiny_graph, backend):
     tiny_graph.write(tmp_path / "x.onnx", np.zeros((3, 6)), np.zeros((3, 2)), names=("scores_out", "boxes_out"))
     with pytest.raises(BundleError, match=r"expected images .* logits, boxes"):
-        module.BACKENDS[backend](tmp_path / "x.onnx")
+        base.get(backend).open(tmp_path / "x.onnx")
     with pytest.raises(BundleError, match="no such file"):
-        module.BACKENDS[backend](tmp_path / "missing.onnx")
+        base.get(backend).open(tmp_path / "missing.onnx")
 
 
 def test_a_graph_of_another_size_than_the_bundle_says_is_refused(make_bundle, tiny_graph):
@@ -174,7 +175,7 @@ def test_a_stale_graph_is_refused(make_bundle, tiny_graph):
 
 def test_a_missing_library_is_named_with_the_command_that_installs_it(make_bundle, monkeypatch):
     bundle = make_bundle()
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(base, "find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match="run: pip install onnxruntime"):
         load(bundle)
     for library in ("onnxruntime", "openvino"):

@@ -11,10 +11,10 @@ from edgedetr.runtime import cpu
 
 @pytest.fixture(autouse=True)
 def fresh():
-    for function in (cpu.int8_dot_product, cpu.mkl_is_narrow, cpu.tiles_bfloat16):
+    for function in (cpu.fields, cpu.int8_dot_product, cpu.mkl_is_narrow, cpu.tiles_bfloat16):
         function.cache_clear()
     yield
-    for function in (cpu.int8_dot_product, cpu.mkl_is_narrow, cpu.tiles_bfloat16):
+    for function in (cpu.fields, cpu.int8_dot_product, cpu.mkl_is_narrow, cpu.tiles_bfloat16):
         function.cache_clear()
 
 
@@ -55,6 +55,12 @@ def test_without_cpuinfo_only_apple_silicon_is_known(tmp_path, monkeypatch, mach
     monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "missing")
     monkeypatch.setattr(cpu.platform, "machine", lambda: machine)
     assert cpu.int8_dot_product() == expected
+
+
+def test_doctor_shows_the_instructions_and_the_name_of_the_processor(tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(processor("GenuineIntel", 6, "fpu avx2 avx512_vnni sse2"))
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
+    assert cpu.instructions() == ("avx2", "avx512_vnni") and cpu.model_name() == "x"
 
 
 def test_there_is_at_least_one_core():

@@ -1,13 +1,27 @@
-"""The protocol of a backend: a batch of images in, raw model outputs out."""
+"""What a backend is, and the registry of backends: the inference libraries that can run a bundle.
+
+A new backend is three files: a module in this folder with a `BACKEND` record, its name and its artifacts in the table
+of edgedetr/artifacts.py, and a test. The module of "some-name" is some_name.py. Nothing else lists backends.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
+from edgedetr.artifacts import BACKENDS
+from edgedetr.errors import UsageError, did_you_mean
+from edgedetr.packages import missing
 
-MADE_BY = "edgedetr.quantization"  # metadata of an INT8 graph: what it was made by, as JSON
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+MADE_BY = "edgedetr.quantization"  # metadata key of an INT8 graph: the settings that it was made with, as JSON
 
 
 @dataclass(frozen=True)
@@ -34,3 +48,77 @@ class Runner(Protocol):
     def run(self, images: np.ndarray) -> RawOutputs:
         """images [B, 3, height, width] float32, RGB, 0..255 -> RawOutputs."""
         ...
+
+
+class OpenRunner(Protocol):
+    """Opens an ONNX file of a bundle, or an engine."""
+
+    def __call__(self, path: str | Path, *, threads: int | None = None) -> Runner: ...
+
+
+class ReadTensors(Protocol):
+    """Runs a serialized model and returns the values of the graph tensors called `names`, which are outputs of it."""
+
+    def __call__(
+        self, model: bytes, images: np.ndarray, names: Collection[str], *, threads: int | None = None
+    ) -> dict[str, np.ndarray]: ...
+
+
+class CheckLibrary(Protocol):
+    """Why a backend cannot run here, with the command that helps; an empty text where it can."""
+
+    def __call__(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One inference library on one kind of device.
+
+    name               what users type: --backend openvino
+    library            the Python package to import
+    open               opens an artifact
+    device             "cpu" or "cuda"
+    caveat             for a warning about artifacts that it does not compute as they are written (which ones: see
+                       artifacts.py); empty: nothing is known
+    saturates          artifacts whose sums of 8-bit products saturate on a CPU without an 8-bit dot product
+    is_reference       it can run every node as it is written; FP16 is simulated in it, the others are compared with it
+    runs_engines       it runs engines that were built on this device, and no ONNX file
+    tensors            reads any tensor of a graph, for the search for the first divergence; None: it cannot
+    why_unavailable    None: the library is importable or not
+    """
+
+    name: str
+    library: str
+    open: OpenRunner
+    device: str = "cpu"
+    caveat: str = ""
+    saturates: tuple[str, ...] = ()
+    is_reference: bool = False
+    runs_engines: bool = False
+    tensors: ReadTensors | None = None
+    why_unavailable: CheckLibrary | None = None
+
+    def unavailable(self) -> str:
+        """Why it cannot run here, with the command that helps; an empty text where it can."""
+        if self.why_unavailable is not None:
+            return self.why_unavailable()
+        return "" if find_spec(self.library) else missing(self.library)
+
+
+def get(name: str) -> Backend:
+    """The backend of this name; imports its module, and not its library. Errors: UsageError for an unknown name."""
+    if name not in BACKENDS:
+        raise UsageError(f"backend is {name!r}; expected one of {', '.join(BACKENDS)}{did_you_mean(name, BACKENDS)}")
+    module: Any = import_module(f"edgedetr.runtime.backends.{name.replace('-', '_')}")
+    backend: Backend = module.BACKEND
+    return backend
+
+
+def backends() -> Iterator[Backend]:
+    """All backends, the preferred ones first."""
+    return map(get, BACKENDS)
+
+
+def reference() -> Backend:
+    """The backend that the others are compared with."""
+    return next(backend for backend in backends() if backend.is_reference)

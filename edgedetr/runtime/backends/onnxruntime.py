@@ -1,25 +1,23 @@
-"""ONNX Runtime: on the CPU, where it runs everywhere and without optimizations is the oracle, and on NVIDIA GPUs."""
+"""ONNX Runtime on the CPU: it runs everywhere, and without optimizations it is the reference."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgedetr.errors import BundleError, DeviceError, EdgedetrError, MissingDependency
+from edgedetr.artifacts import ORT
+from edgedetr.errors import BundleError, EdgedetrError, MissingDependency
 from edgedetr.packages import missing
-from edgedetr.runtime.backends.base import MADE_BY, RawOutputs
+from edgedetr.runtime.backends.base import MADE_BY, Backend, RawOutputs
 from edgedetr.runtime.backends.onnx_bytes import read, require_whole
 from edgedetr.runtime.cpu import bounded
-from edgedetr.runtime.tensorrt.cudart import probe
 from edgedetr.storage.reading import parse_json
 from edgedetr.telemetry import import_onnxruntime
 
-CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
 WRITE_AGAIN = "write it again with: edgedetr export"
 
 
@@ -32,29 +30,21 @@ class OrtRunner:
     """
 
     name = "onnxruntime"
-    on_gpu = False
 
     def __init__(self, path: str | Path | bytes, *, threads: int | None = None, optimize: bool = True) -> None:
-        self.session = _session(path, threads, optimize, self.on_gpu)
+        self.session = self._open(path, threads, optimize)
         _check("the graph" if isinstance(path, bytes) else path, self.session)
         shape = self.session.get_inputs()[0].shape
         self.batch: int | None = shape[0] if isinstance(shape[0], int) else None
         self.height, self.width = int(shape[2]), int(shape[3])
         self.weight_bits = _weight_bits(self.session)  # None where the graph was not quantized by us
 
+    def _open(self, path: str | Path | bytes, threads: int | None, optimize: bool) -> Any:
+        return open_session(path, threads, optimize)
+
     def run(self, images: np.ndarray) -> RawOutputs:
         logits, boxes = self.session.run(["logits", "boxes"], {"images": images})
         return RawOutputs(logits, boxes)
-
-
-class OrtCudaRunner(OrtRunner):
-    """The same on an NVIDIA GPU by ONNX Runtime's CUDA provider: FP16 is FP16 there, and float32 is never TF32.
-
-    Operators without a CUDA kernel run on the CPU, with `threads`; where the whole graph would, it is a DeviceError.
-    """
-
-    name = "onnxruntime-cuda"
-    on_gpu = True
 
 
 class OrtFrameRunner:
@@ -64,7 +54,7 @@ class OrtFrameRunner:
     outputs = ("boxes", "scores", "labels")
 
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
-        self.session = _session(path, threads, True)
+        self.session = open_session(path, threads, optimize=True)
         inputs, outputs = self.session.get_inputs(), {output.name for output in self.session.get_outputs()}
         shape = inputs[0].shape
         if [i.name for i in inputs] != ["frames"] or not set(self.outputs) <= outputs or len(shape) != 4:
@@ -81,33 +71,18 @@ class OrtFrameRunner:
 def tensors(
     model: bytes,
     images: np.ndarray,
-    names: Sequence[str],
+    names: Collection[str],
     *,
-    optimize: bool,
     threads: int | None = None,
+    optimize: bool = True,
     feed: str = "images",
-    on_gpu: bool = False,
 ) -> dict[str, np.ndarray]:
     """Values of named graph outputs of a serialized model, for one batch given to the input `feed`."""
-    session = _session(model, threads, optimize, on_gpu)
+    session = open_session(model, threads, optimize)
     return dict(zip(names, session.run(list(names), {feed: images})))
 
 
-def no_gpu() -> str:
-    """Why ONNX Runtime cannot use a GPU here, with the command that helps; empty where it can."""
-    try:
-        onnxruntime = import_onnxruntime()
-        probe()
-    except ImportError:
-        return "onnxruntime is not installed; run: pip install onnxruntime-gpu"
-    except DeviceError as reason:
-        return str(reason)
-    if CUDA not in onnxruntime.get_available_providers():
-        return (
-            f"ONNX Runtime {onnxruntime.__version__} here has no {CUDA}; run: pip uninstall -y onnxruntime && "
-            "pip install onnxruntime-gpu"
-        )
-    return ""
+BACKEND = Backend(ORT, "onnxruntime", OrtRunner, is_reference=True, tensors=tensors)
 
 
 def plain_session(
@@ -125,7 +100,7 @@ def plain_session(
     spin       whether threads wait hot for the next run
     error      raised where the graph keeps weights in a file, or ONNX Runtime does not take it, with `fix` at the end
     """
-    onnxruntime = _library()
+    onnxruntime = library()
     levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it cannot do is raised; its lines help nobody here
@@ -139,10 +114,11 @@ def plain_session(
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     data = require_whole(model, error=error)
-    return _open(onnxruntime, data, options, ["CPUExecutionProvider"], "the graph", error, fix)
+    return _open(onnxruntime, data, options, [CPU], "the graph", error, fix)
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The module onnxruntime; MissingDependency where it cannot be imported."""
     try:
         return import_onnxruntime()
     except ImportError as error:
@@ -164,8 +140,16 @@ def _open(
         raise error(f"{what}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason}); {fix}") from reason
 
 
-def _session(model: bytes | str | Path, threads: int | None, optimize: bool, on_gpu: bool = False) -> Any:
-    onnxruntime = _library()
+def open_session(
+    model: bytes | str | Path, threads: int | None, optimize: bool, providers: Sequence[Any] = (CPU,)
+) -> Any:
+    """A session of one of our graphs, a file or its bytes.
+
+    threads     of one operator; None = all cores
+    optimize    False: every node runs as written
+    providers   ONNX Runtime's execution providers, the preferred one first
+    """
+    onnxruntime = library()
     what = "the graph" if isinstance(model, bytes) else str(model)
     data = require_whole(model) if isinstance(model, bytes) else read(model)[0]
     options = onnxruntime.SessionOptions()
@@ -174,24 +158,9 @@ def _session(model: bytes | str | Path, threads: int | None, optimize: bool, on_
     options.inter_op_num_threads = 1
     # Threads that spin on after a run would take the cores from the backend that is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if on_gpu and (reason := no_gpu()):
-        raise DeviceError(reason)
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if on_gpu:
-        if hasattr(onnxruntime, "preload_dlls"):  # since 1.21: finds CUDA and cuDNN in NVIDIA's wheels
-            with redirect_stdout(sys.stderr):  # where it prints what it does not find
-                onnxruntime.preload_dlls()
-        providers.insert(0, (CUDA, {"use_tf32": "0"}))
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-    session = _open(onnxruntime, data, options, providers, what)
-    if on_gpu and CUDA not in session.get_providers():  # it says so on standard error alone, and goes on
-        raise DeviceError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load its {CUDA} and would run on the CPU; "
-            "expected the CUDA and cuDNN that it was built for; run: "
-            "pip install 'onnxruntime-gpu[cuda,cudnn]'"
-        )
-    return session
+    return _open(onnxruntime, data, options, list(providers), what)
 
 
 def _weight_bits(session: Any) -> int | None:

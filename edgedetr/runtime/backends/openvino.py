@@ -1,18 +1,19 @@
-"""OpenVINO on the CPU: the fastest INT8 of an x86 machine, to be checked against the oracle before it is trusted."""
+"""OpenVINO on the CPU: the fastest INT8 on x86, compared with the reference run before it is trusted."""
 
 from __future__ import annotations
 
 import functools
 import queue
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edgedetr.artifacts import INT8, OPENVINO
 from edgedetr.errors import BundleError, MissingDependency
 from edgedetr.packages import missing
-from edgedetr.runtime.backends.base import RawOutputs
+from edgedetr.runtime.backends.base import Backend, RawOutputs
 from edgedetr.runtime.backends.onnx_bytes import read, require_whole
 from edgedetr.runtime.cpu import bounded
 from edgedetr.telemetry import import_openvino
@@ -39,7 +40,7 @@ class OpenVinoRunner:
         self.batch: int | None = int(shape[0])
         self.height, self.width = int(shape[2]), int(shape[3])
         self._compiled = compiled
-        # Requests that no thread is using: each has buffers of its own, and two threads must not share one.
+        # Requests that no thread is using. A request owns its buffers, so two threads must not share one.
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def run(self, images: np.ndarray) -> RawOutputs:
@@ -49,7 +50,7 @@ class OpenVinoRunner:
             request = self._compiled.create_infer_request()
         try:
             request.infer({"images": images})
-            # The request owns its buffers and writes over them in the next run, hence the copies.
+            # Copies, because the next run overwrites the buffers of the request.
             logits, boxes = (np.array(request.get_tensor(name).data) for name in ("logits", "boxes"))
         finally:
             self._idle.put(request)
@@ -57,7 +58,7 @@ class OpenVinoRunner:
 
 
 def tensors(
-    model: bytes, images: np.ndarray, names: Sequence[str], *, threads: int | None = None
+    model: bytes, images: np.ndarray, names: Collection[str], *, threads: int | None = None
 ) -> dict[str, np.ndarray]:
     """Values of named graph outputs of a serialized model, for one batch."""
     request = _compile(require_whole(model), threads, "f32", batch=len(images)).create_infer_request()
@@ -65,13 +66,17 @@ def tensors(
     return {name: np.array(request.get_tensor(name).data) for name in names}
 
 
+BACKEND = Backend(OPENVINO, "openvino", OpenVinoRunner, saturates=(INT8.id,), tensors=tensors)
+
+
 @functools.cache
 def _core() -> Any:
-    """The one Core of this process, never given back.
+    """The only Core of this process; it is never destroyed.
 
-    The CPU plugin of each Core gives the thread a stack for signal handlers, and puts back what it found when it goes.
-    Of two that go in the order they came, the second puts back the first one's, whose memory is gone (OpenVINO 2026.4):
-    the next signal that Python handles, Ctrl-C or the end of a child, then kills the process without a word.
+    The CPU plugin of each Core installs a signal stack in the thread, and restores the previous one when the Core is
+    destroyed. Of two Cores that are destroyed in the order of their creation, the second restores the first one's
+    stack, whose memory is freed (OpenVINO 2026.4): the next signal that Python handles, Ctrl-C or the end of a child
+    process, then kills the process without a message.
     """
     return import_openvino().Core()
 

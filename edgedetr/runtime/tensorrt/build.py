@@ -11,7 +11,7 @@ from typing import Any
 
 from edgedetr.artifacts import ENGINE_GRAPHS, FrameGraph, frame_graph
 from edgedetr.bundle import Bundle
-from edgedetr.errors import BundleError, DeviceError, EngineError, MissingDependency, UsageError
+from edgedetr.errors import BundleError, EngineError, MissingDependency, UsageError
 from edgedetr.image_size import check_size
 from edgedetr.runtime import machine
 from edgedetr.runtime.arguments import check_count, check_word, is_whole, shown
@@ -45,16 +45,6 @@ class BuiltEngine:
     path: Path
     sidecar: Sidecar
     made: bool
-
-
-def available() -> str | None:
-    """Why no engine can be built here, or None when one can."""
-    try:
-        tensorrt()
-        cudart.probe()
-    except (MissingDependency, DeviceError) as reason:
-        return str(reason)
-    return None
 
 
 def build(

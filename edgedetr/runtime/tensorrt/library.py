@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from edgedetr.errors import MissingDependency
+from edgedetr.errors import DeviceError, MissingDependency
+from edgedetr.runtime.tensorrt import cudart
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,16 @@ def tensorrt() -> Any:
     if not hasattr(trt, "Runtime"):
         raise MissingDependency(f"the Python package 'tensorrt' that was found is not NVIDIA's; {NEEDED}")
     return trt
+
+
+def why_unavailable() -> str:
+    """Why no engine can be built or run here; an empty text where it can."""
+    try:
+        tensorrt()
+        cudart.probe()
+    except (MissingDependency, DeviceError) as reason:
+        return str(reason)
+    return ""
 
 
 def version(text: str) -> tuple[int, ...]:

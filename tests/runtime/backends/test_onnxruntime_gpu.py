@@ -5,23 +5,24 @@ What it computes is checked on a GPU (tests/gpu); here the session is the CPU's,
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnxruntime
 import pytest
 
 from edgedetr.artifacts import verified_pairs
 from edgedetr.errors import DeviceError, MissingDependency
 from edgedetr.evaluation.artifacts_run import candidates
-from edgedetr.runtime import bundle_detector as module
 from edgedetr.runtime import load
-from edgedetr.runtime.backends import onnxruntime as ort
-from edgedetr.runtime.backends.onnxruntime import CUDA, OrtCudaRunner
+from edgedetr.runtime.backends import onnxruntime_cuda as ort
+from edgedetr.runtime.backends.onnxruntime_cuda import CUDA, OrtCudaRunner
 
 
 @pytest.fixture
 def claimed(monkeypatch):
     """A machine that seems to have all that is needed."""
-    for place in (ort, module):
-        monkeypatch.setattr(place, "no_gpu", lambda: "")
+    monkeypatch.setattr(ort, "no_gpu", lambda: "")
+    monkeypatch.setattr(ort, "BACKEND", replace(ort.BACKEND, why_unavailable=lambda: ""))
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_quantized_graphs_stay_on_the_cpu_and_are_warned_of_where_asked_for(make
     assert load(bundle, stage="fp16").backend == "onnxruntime-cuda"
     assert not caplog.text
     assert load(bundle, stage="int8", backend="onnxruntime-cuda").backend == "onnxruntime-cuda"
-    assert "computes quantized graphs otherwise" in caplog.text and "edgedetr build" in caplog.text
+    assert "does not compute quantized graphs as they are written" in caplog.text and "edgedetr build" in caplog.text
 
 
 def test_verify_takes_its_stages_where_it_works(make_bundle, working, monkeypatch):

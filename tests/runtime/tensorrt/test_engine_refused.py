@@ -52,7 +52,7 @@ def test_without_tensorrt_the_error_says_where_to_build(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingDependency, match="TensorRT is not installed.*apt install.*run: edgedetr build"):
         build.build(bundle)
-    assert "not installed" in build.available()
+    assert "not installed" in library.why_unavailable()
 
 
 @pytest.mark.parametrize("error", [ImportError("libnvdla_compiler.so: cannot open shared object file"), OSError("x")])
@@ -81,11 +81,11 @@ def test_without_a_driver_tensorrt_is_never_started(old, bundle, monkeypatch):
     monkeypatch.setattr(cudart, "probe", no_driver)
     with pytest.raises(DeviceError, match="no NVIDIA driver"):
         build.build(bundle)
-    assert not old.flags and "no NVIDIA driver" in build.available()
+    assert not old.flags and "no NVIDIA driver" in library.why_unavailable()
 
 
 def test_available_says_nothing_where_engines_can_be_built(fake):
-    assert build.available() is None
+    assert library.why_unavailable() == ""
 
 
 def test_a_graph_that_has_not_been_made_names_its_command(old, make_bundle):

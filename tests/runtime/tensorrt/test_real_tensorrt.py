@@ -139,8 +139,8 @@ GUARDED = (
     LOAD
     + """
     from edgedetr.errors import EdgedetrError
-    from edgedetr.runtime.tensorrt import build as engine, trt_runner as trt
-    print(engine.available())
+    from edgedetr.runtime.tensorrt import library, trt_runner as trt
+    print(library.why_unavailable())
     for run in (lambda: trt.TrtRunner(sys.argv[4]), lambda: trt.Session(b"a plan")):
         try:
             run()

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from edgedetr.errors import EngineError, MissingDependency, UsageError
-from edgedetr.runtime import bundle_detector as detector_module
 from edgedetr.runtime import load, machine
+from edgedetr.runtime.backends import base
 from edgedetr.runtime.backends.onnxruntime import OrtFrameRunner
 from edgedetr.runtime.frame_detector import load_frames
 from edgedetr.runtime.tensorrt import cache as engine_store
@@ -167,7 +167,7 @@ def test_a_stage_that_is_asked_for_stays_with_onnx_runtime_where_it_is_installed
     plan(bundle, "int8")
     assert load(bundle, stage="int8").backend == "onnxruntime"
     assert load(bundle, stage="int8", backend="tensorrt").backend == "tensorrt"
-    monkeypatch.setattr(detector_module, "find_spec", lambda name: None)  # as on a bare board
+    monkeypatch.setattr(base, "find_spec", lambda name: None)  # as on a bare board
     assert load(bundle, stage="int8").backend == "tensorrt"
     with pytest.raises(MissingDependency, match="no engine fits"):
         load(bundle, stage="fp16")
