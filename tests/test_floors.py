@@ -53,8 +53,6 @@ WITHOUT_TORCH = 2.9  # floors up to this one
 ALLOWED = {
     ("runtime", "data"),  # predict reads files through data.images, inside a function; Detector takes arrays
     ("quantization", "evaluation"),  # the digests of reference.npz say which images must not calibrate
-    ("onnx_graph", "quantization"),  # FP16 reads the policy
-    ("onnx_graph", "lint"),  # what is written is linted
     ("importing", "exporting"),  # the opset of what is written
     ("importing", "recipe"),
     ("training", "recipe"),

@@ -195,7 +195,11 @@ HANDED_ON = {
     "data/layouts.py:splits(layout)": "_layout refuses it",
     "data/layouts.py:load(layout)": "_layout refuses it",
     **dict.fromkeys(
-        ("lint/lint_issue.py:at(severity)", "lint/lint_issue.py:Fault severity", "lint/lint_issue.py:Finding severity"),
+        (
+            "lint/lint_issue.py:node_issue(severity)",
+            "lint/lint_issue.py:LintIssue severity",
+            "lint/lint_issue.py:LintFinding severity",
+        ),
         "made by the rules alone",
     ),
     **dict.fromkeys(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from edgedetr.bundle import MANIFEST, Bundle
 from edgedetr.cli._output import say
@@ -41,6 +42,30 @@ data_option = click.option(
     help="Data directory (COCO, YOLO or VOC); default: the one recorded in the bundle.",
 )
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads of the inference libraries.")
+
+
+class LazyChoice(click.ParamType):
+    """click.Choice whose words are loaded when they are needed, so that --help of other commands imports nothing."""
+
+    name = "choice"
+
+    def __init__(self, load: Callable[[], Iterable[str]]) -> None:
+        self._load = load
+
+    def __repr__(self) -> str:
+        return "LazyChoice()"
+
+    def _choice(self) -> click.Choice[str]:
+        return click.Choice(tuple(self._load()))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return self._choice().convert(value, param, ctx)
+
+    def get_metavar(self, *args: Any, **kwargs: Any) -> str | None:  # click 8.2 added the context to its parameters
+        return self._choice().get_metavar(*args, **kwargs)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return self._choice().shell_complete(ctx, param, incomplete)
 
 
 def read_size(_: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:

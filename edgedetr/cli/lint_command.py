@@ -1,4 +1,4 @@
-"""edgedetr lint: what TensorRT would refuse, compute wrongly or run slowly."""
+"""edgedetr lint: what TensorRT would refuse, compute wrongly or run slowly in a graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgedetr.artifacts import ONNX
-from edgedetr.cli._options import json_option, open_bundle
+from edgedetr.cli._options import LazyChoice, json_option, open_bundle
 from edgedetr.cli._output import as_json, count, say, table
 from edgedetr.errors import NotWithinTolerance
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from edgedetr.lint.rtx import RtxResult
 
 
-TARGETS = ("jetpack-6", "jetpack-7.0", "jetpack-7.1", "jetpack-7.2", "trt-11")
+def known_targets() -> tuple[str, ...]:
+    from edgedetr.lint.lint_targets import TARGETS
+
+    return tuple(TARGETS)
 
 
 @click.command()
@@ -25,7 +28,7 @@ TARGETS = ("jetpack-6", "jetpack-7.0", "jetpack-7.1", "jetpack-7.2", "trt-11")
     "--target",
     "targets",
     multiple=True,
-    type=click.Choice(TARGETS),
+    type=LazyChoice(known_targets),
     help="TensorRT to check for; repeatable.  [default: all of them]",
 )
 @click.option("--parse", is_flag=True, help="Parse and build with TensorRT-RTX too, which needs no GPU.")
@@ -41,7 +44,7 @@ def lint(target: Path | None, targets: tuple[str, ...], parse: bool, as_json_: b
     else:
         opened = open_bundle(target)
         files = [opened.require(name) for name in for_tensorrt(opened.manifest.files) or [ONNX.file]]
-    chosen = targets or TARGETS
+    chosen = targets or known_targets()
     reports = [lint_file(path, chosen) for path in files]
     for report in reports:
         warnings = len(report.findings) - report.errors
@@ -62,7 +65,7 @@ def lint(target: Path | None, targets: tuple[str, ...], parse: bool, as_json_: b
 
 
 def _parse(files: list[Path]) -> list[RtxResult]:
-    """What a real parser and builder says of each file."""
+    """What TensorRT-RTX's parser and builder report on each file."""
     from edgedetr.lint.rtx import check_all
 
     verdicts = check_all(files)

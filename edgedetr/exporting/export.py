@@ -20,7 +20,7 @@ from edgedetr.errors import ExportError, UsageError
 from edgedetr.exporting.config import ExportConfig
 from edgedetr.exporting.reference_run import is_imported, write_reference, write_reference_of_graph
 from edgedetr.exporting.to_onnx import PREFIX, compare_with_pytorch, model_metadata, write_onnx
-from edgedetr.lint.gate import refuse_errors
+from edgedetr.lint.lint import require_no_errors
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
 from edgedetr.models.detector import DetrModel
 from edgedetr.quantization.config import QuantConfig
@@ -68,9 +68,9 @@ def export(
         config = replace(config, dynamic_batch=True)
     export_onnx(bundle, config, progress)
     if fp16:
-        to_half(bundle, config=quant, calib=calib, check=refuse_errors, progress=progress)
+        to_half(bundle, config=quant, calib=calib, check=require_no_errors, progress=progress)
     if int8:
-        quantize(bundle, config=quant, calib=calib, check=refuse_errors, progress=progress)
+        quantize(bundle, config=quant, calib=calib, check=require_no_errors, progress=progress)
     return bundle
 
 

@@ -28,6 +28,7 @@ from edgedetr.errors import ExportError
 from edgedetr.evaluation.agreement import compare_detections
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.onnx_graph.fold import fold
+from edgedetr.onnx_graph.opset import OPSET
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnx_bytes import load
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
@@ -36,7 +37,6 @@ from edgedetr.runtime.preprocess import Geometry
 
 log = logging.getLogger(__name__)
 
-OPSET = 19
 PREFIX = "edgedetr."  # of our keys in the file's metadata
 
 # float32 through some 100 layers in another order of summation; measured on trained models: see tests/export.

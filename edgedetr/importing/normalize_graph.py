@@ -10,13 +10,12 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from onnx.inliner import inline_local_functions
 
 from edgedetr.errors import ExportError, UsageError
-from edgedetr.exporting.to_onnx import OPSET
 from edgedetr.importing import io_contract, surgery
 from edgedetr.importing.onnx_sidecars import PROCESSOR, Beside
 from edgedetr.onnx_graph.control_flow import first_line, sort_nodes
 from edgedetr.onnx_graph.index import GraphIndex, display_name
 from edgedetr.onnx_graph.io import open_onnx, tensors
-from edgedetr.onnx_graph.opset import to_opset
+from edgedetr.onnx_graph.opset import OPSET, to_opset
 from edgedetr.onnx_graph.settle_sizes import settle
 from edgedetr.onnx_graph.widen import widen
 

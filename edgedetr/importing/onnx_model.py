@@ -21,7 +21,7 @@ from edgedetr.artifacts import ONNX, WEIGHTS
 from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract, digest
 from edgedetr.data.layouts import load, splits
 from edgedetr.errors import DataError, ExportError, UsageError
-from edgedetr.exporting.to_onnx import OPSET, PREFIX, check_graph, model_metadata
+from edgedetr.exporting.to_onnx import PREFIX, check_graph, model_metadata
 from edgedetr.image_size import check_size
 from edgedetr.importing import io_contract, surgery
 from edgedetr.importing.box_format import OPTIONS
@@ -37,7 +37,7 @@ from edgedetr.onnx_graph.control_flow import first_line
 from edgedetr.onnx_graph.fold import fold, remove_unused
 from edgedetr.onnx_graph.gather_sampling import gather_samples
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.onnx_graph.opset import IR_VERSION
+from edgedetr.onnx_graph.opset import IR_VERSION, OPSET
 from edgedetr.onnx_graph.widen import drop_idle_casts
 from edgedetr.options import one_of
 from edgedetr.runtime.arguments import as_path, check_texts, shown

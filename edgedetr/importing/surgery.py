@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from edgedetr.importing.box_format import BoxForm
 from edgedetr.importing.trace_outputs import Block
 from edgedetr.onnx_graph.control_flow import rename
-from edgedetr.onnx_graph.graph_builder import Part
+from edgedetr.onnx_graph.graph_builder import GraphBuilder
 from edgedetr.onnx_graph.index import GraphIndex
 
 OURS = ("images", "logits", "boxes")  # names of a bundle's inputs and outputs
@@ -154,13 +154,13 @@ def dress(
     )
     graph = result.graph
     size = [dim.dim_value for item in graph.input if item.name == image for dim in item.type.tensor_type.shape.dim]
-    before, name = Part("normalize"), "images"
+    before, name = GraphBuilder("normalize"), "images"
     for kind, value in (("Mul", scale), ("Add", shift)):
         if not np.all(value == (1 if kind == "Mul" else 0)):
             name = before.add(kind, name, before.constant(value.reshape(3, 1, 1), np.float32))
     for node in graph.node:
         rename(node, {image: name})
-    classes, places = Part("logits"), Part("boxes")
+    classes, places = GraphBuilder("logits"), GraphBuilder("boxes")
     found = _rows(classes, logits, queries, width)
     if list(columns) == list(range(width)):
         classes.add("Identity", found, output="logits")
@@ -186,7 +186,7 @@ def _inner(name: str) -> str:
     return f"{name}/inner" if name in OURS else name
 
 
-def _rows(part: Part, block: Block, queries: int, width: int) -> str:
+def _rows(part: GraphBuilder, block: Block, queries: int, width: int) -> str:
     """[1, queries, width] of the block; what is there already costs a node that folding removes."""
     name = block.tensor
     if block.turned or block.columns:
@@ -199,7 +199,7 @@ def _rows(part: Part, block: Block, queries: int, width: int) -> str:
     return part.add("Reshape", name, part.constant([1, queries, width]))
 
 
-def _shares(part: Part, boxes: str, form: BoxForm) -> str:
+def _shares(part: GraphBuilder, boxes: str, form: BoxForm) -> str:
     """cx, cy, w, h in shares of the image, [1, N, 4].
 
     Element by element: a product of matrices may be rounded to TF32.

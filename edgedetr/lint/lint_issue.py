@@ -1,4 +1,4 @@
-"""What lint says: a fault of one node for one TensorRT, and the same merged over all that were asked about."""
+"""The records of lint: a rule, an issue that a rule finds for one target, and a finding merged over the targets."""
 
 from __future__ import annotations
 
@@ -8,43 +8,17 @@ from typing import Literal
 
 from onnx import NodeProto
 
-from edgedetr.lint.operator_table import OperatorTable, operator_table
+from edgedetr.lint.lint_targets import Target
 from edgedetr.onnx_graph.index import GraphIndex, display_name
 
 Severity = Literal["error", "warning"]
 
 
 @dataclass(frozen=True)
-class Target:
-    """Where an engine is to be built: the name on the command line, and the oldest TensorRT that it stands for."""
+class LintIssue:
+    """One problem of one node or tensor, for one target. An error stops the build or makes the engine wrong.
 
-    name: str
-    tensorrt: tuple[int, int]
-    words: str
-    rtx: bool = False
-
-    @property
-    def table(self) -> OperatorTable:
-        """The operators that its parser reads."""
-        return operator_table(self.tensorrt, rtx=self.rtx)
-
-
-TARGETS = {
-    "jetpack-6": Target("jetpack-6", (10, 3), "JetPack 6.1 and 6.2, TensorRT 10.3"),
-    "jetpack-7.0": Target("jetpack-7.0", (10, 13), "JetPack 7.0, TensorRT 10.13"),
-    "jetpack-7.1": Target("jetpack-7.1", (10, 13), "JetPack 7.1, TensorRT 10.13"),
-    "jetpack-7.2": Target("jetpack-7.2", (10, 16), "JetPack 7.2, TensorRT 10.16"),
-    "trt-11": Target("trt-11", (11, 0), "TensorRT 11"),
-}
-# No place to build an engine for; NVIDIA's parser that runs here, on which lint is tested.
-RTX = Target("rtx-1.7", (11, 4), "TensorRT-RTX 1.7", rtx=True)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong at one place, for one target. An error stops the build or makes the engine wrong.
-
-    source   where the claim can be read, where that is not what the rule names
+    source   where the claim can be read, where that is not the rule's own source
     """
 
     node: str
@@ -55,21 +29,21 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Rule:
+class LintRule:
     """A named check of a whole graph; `source` is where its claim can be read.
 
-    by_target   whether what it says depends on the target; if not, it looks once for all of them
+    by_target   whether the result depends on the target; if not, the check runs once for all of them
     """
 
     id: str
-    check: Callable[[GraphIndex, Target], Iterable[Fault]]
+    check: Callable[[GraphIndex, Target], Iterable[LintIssue]]
     source: str
     by_target: bool = False
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A fault with its rule; `severity` by target name, for the targets that it concerns."""
+class LintFinding:
+    """An issue with its rule, merged over the targets that it concerns: `severity` by target name."""
 
     rule: str
     node: str
@@ -86,6 +60,5 @@ class Finding:
         return f"{self.node}: {self.reason} [{self.rule}]; {self.fix}"
 
 
-def at(node: NodeProto, reason: str, fix: str, severity: Severity = "error", source: str = "") -> Fault:
-    """A fault of a node."""
-    return Fault(display_name(node), reason, fix, severity, source)
+def node_issue(node: NodeProto, reason: str, fix: str, severity: Severity = "error", source: str = "") -> LintIssue:
+    return LintIssue(display_name(node), reason, fix, severity, source)

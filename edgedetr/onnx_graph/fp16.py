@@ -6,18 +6,18 @@ was observed to come near the end, and what the policy names. Inputs and outputs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 from edgedetr.errors import ExportError
+from edgedetr.onnx_graph.hardware_limits import SMALLEST_FP16
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.quantization.policy import Rule
 from edgedetr.runtime.backends.onnxruntime import plain_session
 
 LARGEST = 3e4  # a tensor that was seen larger stays float32: half of 65504, since other images exceed it
-SMALLEST = 2.0**-14  # 6.1e-5, the smallest normal FP16 number; GPUs may flush what is smaller to 0
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
 # Where features begin or end: a chain of coordinates is not followed through these.
@@ -46,7 +46,16 @@ _ALWAYS_FLOAT = {("Resize", 1), ("Resize", 2)}  # inputs whose type ONNX fixes
 _SMALL = 4096  # elements; larger initializers take no part in type inference
 
 
-def convert_to_fp16(model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ...] = ()) -> ModelProto:
+class NodeRule(Protocol):
+    """Names nodes that stay float32, and why."""
+
+    @property
+    def reason(self) -> str: ...
+
+    def fits(self, node: NodeProto, graph: GraphIndex, /) -> bool: ...
+
+
+def convert_to_fp16(model: ModelProto, peaks: Mapping[str, float], rules: Sequence[NodeRule] = ()) -> ModelProto:
     """The same graph with FP16 inside; float32 inputs and outputs, names of nodes and tensors stay.
 
     peaks   largest magnitude seen of each float tensor; Q/DQ pairs need none of their own
@@ -55,7 +64,7 @@ def convert_to_fp16(model: ModelProto, peaks: Mapping[str, float], rules: tuple[
     return _Halver(model, peaks, rules).write()
 
 
-def fp32_nodes(model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ...] = ()) -> dict[str, str]:
+def fp32_nodes(model: ModelProto, peaks: Mapping[str, float], rules: Sequence[NodeRule] = ()) -> dict[str, str]:
     """{name of a node that stays float32: reason}."""
     halver = _Halver(model, peaks, rules)
     return {halver.nodes[index].name: reason for index, reason in halver.islands.items()}
@@ -108,7 +117,7 @@ def activation_absmax(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[
 class _Halver:
     """Decides for every node, then writes the graph."""
 
-    def __init__(self, model: ModelProto, peaks: Mapping[str, float], rules: tuple[Rule, ...]) -> None:
+    def __init__(self, model: ModelProto, peaks: Mapping[str, float], rules: Sequence[NodeRule]) -> None:
         self.model = _plain(model)
         self.nodes = list(self.model.graph.node)
         self.peaks, self.rules = peaks, rules
@@ -198,7 +207,7 @@ class _Halver:
                 values = self.graph.constant(name)
                 peak = float(np.abs(values).max()) if values.size else 0.0
                 bias = name in node.input[2:] if node.op_type in _FEATURES else self._feature(node)
-                if 0 < peak < SMALLEST and not bias:
+                if 0 < peak < SMALLEST_FP16 and not bias:
                     return f"the constant {name} is {peak:.2g}, below the smallest normal FP16 number"
             else:
                 peak = self._peak(name)
@@ -264,7 +273,7 @@ class _Halver:
                 values = self.graph.constant(name)
                 rounded = values.astype(np.float16)
                 scale = node.op_type in ("QuantizeLinear", "DequantizeLinear")
-                if scale and not (np.array_equal(rounded, values) and (values >= SMALLEST).all()):
+                if scale and not (np.array_equal(rounded, values) and (values >= SMALLEST_FP16).all()):
                     raise ExportError(
                         f"{name}: a scale is no normal FP16 number; expected scales of the TensorRT "
                         "dialect; quantize again: edgedetr export BUNDLE --int8"

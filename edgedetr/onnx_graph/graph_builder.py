@@ -10,10 +10,9 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.lint.lint import lint
 
 
-class Part:
+class GraphBuilder:
     """Nodes and constants under one prefix, in the order in which they run."""
 
     def __init__(self, prefix: str) -> None:
@@ -39,10 +38,10 @@ class Part:
         return name
 
 
-def join(
+def merge(
     model: ModelProto,
-    front: Part | None,
-    back: Part,
+    front: GraphBuilder | None,
+    back: GraphBuilder,
     inputs: Sequence[ValueInfoProto],
     outputs: Sequence[ValueInfoProto],
     renamed: Mapping[str, str],
@@ -92,14 +91,3 @@ def batch_of(model: ModelProto) -> int | str:
     """The batch size of the first input: a number, or the name of an open one."""
     dim = model.graph.input[0].type.tensor_type.shape.dim[0]
     return dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "batch"
-
-
-def require_clean(model: ModelProto, what: str) -> None:
-    """ExportError when lint finds in the graph what a TensorRT would refuse or get wrong."""
-    errors = [finding for finding in lint(model) if finding.worst == "error"]
-    if errors:
-        first = errors[0]
-        raise ExportError(
-            f"{what}: {len(errors)} fault{'s' * (len(errors) > 1)} for TensorRT, the first at "
-            f"{first.node}: {first.reason}; {first.fix}; all of them: edgedetr lint FILE"
-        )

@@ -10,9 +10,10 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, defs, helper, version_converter
 
 from edgedetr.errors import ExportError
-from edgedetr.onnx_graph.graph_builder import Part
+from edgedetr.onnx_graph.graph_builder import GraphBuilder
 from edgedetr.onnx_graph.index import GraphIndex, int_attribute, string_attribute
 
+OPSET = 19  # of every graph that is written: see ExportConfig
 IR_VERSION = 9  # the file format that came with opset 19
 _MODES = {b"linear": b"bilinear", b"cubic": b"bicubic"}  # GridSample's modes were renamed at opset 20
 
@@ -58,7 +59,7 @@ def _written(
     write = _WRITERS.get(node.op_type)
     if write is None or (node.op_type == "GroupNormalization" and present < 21):  # its parameters: per group, then
         return None
-    part = Part(f"{node.name.lstrip('/') or node.op_type}_{number}")
+    part = GraphBuilder(f"{node.name.lstrip('/') or node.op_type}_{number}")
     write(_Rewrite(part, graph, node))
     model.graph.initializer.extend(part.constants)
     return part.nodes
@@ -81,7 +82,7 @@ def _older(node: NodeProto, wanted: int) -> str:
 class _Rewrite:
     """A node that is written out: its inputs, attributes and types, and the part that takes its place."""
 
-    def __init__(self, part: Part, graph: GraphIndex, node: NodeProto) -> None:
+    def __init__(self, part: GraphBuilder, graph: GraphIndex, node: NodeProto) -> None:
         self.part, self.graph, self.node = part, graph, node
         self.add = part.add
         half = graph.types.get(node.input[0]) == TensorProto.FLOAT16

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper
 
+from edgedetr.onnx_graph.opset import IR_VERSION, OPSET
 from edgedetr.runtime.backends import onnxruntime
 from edgedetr.runtime.tensorrt.selftest import FOLDER
 
-OPSET = 19  # GridSample still says "bilinear", and Q/DQ take FP16 scales
 QUERIES, POINTS, CHANNELS, SIDE = 48, 4, 16, 20
 FEED = "x"
 
@@ -164,7 +164,7 @@ def _model(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, *output])],
         [numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
 
 if __name__ == "__main__":

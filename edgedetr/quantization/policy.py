@@ -12,12 +12,11 @@ from pathlib import Path
 from onnx import ModelProto, NodeProto
 
 from edgedetr.errors import ExportError, did_you_mean
+from edgedetr.onnx_graph.hardware_limits import SMALLEST_INT8_PRODUCT
 from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 from edgedetr.package_data import policies_directory
 from edgedetr.storage.reading import read_toml, shown
 
-# TensorRT is slower, not faster, on integer products with fewer inputs or outputs than this.
-SMALLEST = 16
 _WEIGHTED = ("Conv", "MatMul", "Gemm")
 
 
@@ -199,8 +198,8 @@ def _refusal(node: NodeProto, graph: GraphIndex, policy: Policy) -> str:
     added = len(node.input) > 2 and node.input[2] and node.input[2] not in graph.initializers
     if node.op_type == "Gemm" and (int_attribute(node, "transA", 0) or added):
         return "Gemm with a transposed or added activation"
-    if node.op_type != "Conv" and (len(shape) != 2 or min(shape) < SMALLEST):
-        return f"fewer than {SMALLEST} inputs or outputs: an integer product would be slower"
+    if node.op_type != "Conv" and (len(shape) != 2 or min(shape) < SMALLEST_INT8_PRODUCT):
+        return f"fewer than {SMALLEST_INT8_PRODUCT} inputs or outputs: an integer product would be slower"
     return ""
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from onnx import ModelProto
 
 from edgedetr.artifacts import INT8, INT8_CPU
+from edgedetr.onnx_graph.hardware_limits import SMALLEST_FP16
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.options import one_of
 from edgedetr.quantization.policy import Plan
@@ -21,7 +22,6 @@ from edgedetr.runtime.cpu import int8_saturates
 
 # Far above float32's smallest normal number, also when two scales are multiplied; a tensor that is always 0 gets 1.
 SMALLEST_SCALE = 1e-12
-SMALLEST_HALF_SCALE = 2.0**-14  # 6.1e-5, the smallest normal FP16 number: GPUs may flush smaller ones to 0
 
 
 def step(amax: float) -> float:
@@ -37,7 +37,7 @@ def half_steps(scale: np.ndarray) -> np.ndarray:
     wanted = np.asarray(scale, dtype=np.float32)
     near = wanted.astype(np.float16)
     near = np.where(near.astype(np.float32) < wanted, np.nextafter(near, np.float16(np.inf)), near)
-    return np.maximum(near.astype(np.float32), np.float32(SMALLEST_HALF_SCALE))
+    return np.maximum(near.astype(np.float32), np.float32(SMALLEST_FP16))
 
 
 @dataclass(frozen=True)

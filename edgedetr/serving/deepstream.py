@@ -22,7 +22,8 @@ from edgedetr.artifacts import ENGINE_GRAPHS, ONNX
 from edgedetr.bundle import Bundle, InputContract, Manifest, atomic_write
 from edgedetr.errors import ExportError
 from edgedetr.image_size import check_size
-from edgedetr.onnx_graph.graph_builder import Part, batch_of, join, output_shape, require_clean
+from edgedetr.lint.lint import require_no_errors
+from edgedetr.onnx_graph.graph_builder import GraphBuilder, batch_of, merge, output_shape
 from edgedetr.printable import one_line
 from edgedetr.runtime.arguments import check_word
 from edgedetr.runtime.backends.onnx_bytes import load
@@ -58,7 +59,7 @@ def with_parser_outputs(model: ModelProto, manifest: Manifest, frame: tuple[int,
     contract, batch = manifest.input, batch_of(model)
     height, width = frame or (contract.height, contract.width)
     queries, classes = output_shape(model, "logits")
-    front, back = Part("frame"), Part("objects")
+    front, back = GraphBuilder("frame"), GraphBuilder("objects")
     factors = (1.0, 1.0)
     if frame is not None:
         batch = 1
@@ -78,7 +79,7 @@ def with_parser_outputs(model: ModelProto, manifest: Manifest, frame: tuple[int,
         back.add("Identity", made, output=name)
     shapes = ([batch, 1], [batch, chosen.count, 4], [batch, chosen.count], [batch, chosen.count])
     value = helper.make_tensor_value_info
-    return join(
+    return merge(
         model,
         front,
         back,
@@ -101,7 +102,7 @@ def write_deepstream(
     frame = None if frame is None else check_size(frame, "frame")
     manifest = bundle.manifest
     model = with_parser_outputs(load(bundle.require(source), ExportError), manifest, frame)
-    require_clean(model, "the graph for DeepStream")
+    require_no_errors(model, "the graph for DeepStream")
     if frame is None and manifest.input.resize == "letterbox":
         log.warning(
             "nvinfer pads with black where training padded with gray; --frame HxW puts the resize into the graph"

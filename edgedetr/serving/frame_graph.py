@@ -17,7 +17,8 @@ from edgedetr.bundle import Bundle, Manifest
 from edgedetr.errors import ExportError
 from edgedetr.evaluation.agreement import detections_allclose
 from edgedetr.image_size import check_size
-from edgedetr.onnx_graph.graph_builder import Part, join, output_shape, require_clean
+from edgedetr.lint.lint import require_no_errors
+from edgedetr.onnx_graph.graph_builder import GraphBuilder, merge, output_shape
 from edgedetr.runtime.arguments import check_word
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnx_bytes import load
@@ -35,7 +36,7 @@ def with_frames(model: ModelProto, manifest: Manifest, height: int, width: int) 
     """The graph `images` -> `logits`, `boxes` of a bundle, for frames of height x width pixels."""
     geometry = Geometry.of(*check_size((height, width), "frame"), manifest.input)
     queries, classes = output_shape(model, "logits")
-    front, back = Part("frame"), Part("objects")
+    front, back = GraphBuilder("frame"), GraphBuilder("objects")
     pre_post_graph.resize(front, pre_post_graph.planes_of_frames(front, "frames"), geometry, output="images")
     chosen = pre_post_graph.choose(back, "logits", "boxes_of_input", queries, classes, manifest.output)
     factors = (
@@ -47,7 +48,7 @@ def with_frames(model: ModelProto, manifest: Manifest, height: int, width: int) 
         back.add("Identity", made, output=name)
     value = helper.make_tensor_value_info
     told = {"frame": json.dumps({"height": height, "width": width})}
-    return join(
+    return merge(
         model,
         front,
         back,
@@ -74,7 +75,7 @@ def write_frames(bundle: Bundle, height: int, width: int, sources: Sequence[str]
             continue
         model = load(bundle.require(source), ExportError)
         joined = with_frames(model, bundle.manifest, height, width)
-        require_clean(joined, name)
+        require_no_errors(joined, name)
         check(joined, bundle.manifest, height, width)
         with bundle.add(name, stage="export --frame", made_from=[source]) as temporary:
             temporary.write_bytes(joined.SerializeToString(deterministic=True))

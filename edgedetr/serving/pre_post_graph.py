@@ -17,10 +17,9 @@ from onnx import TensorProto
 
 from edgedetr.bundle import OutputContract
 from edgedetr.errors import ExportError
-from edgedetr.onnx_graph.graph_builder import Part
+from edgedetr.onnx_graph.graph_builder import GraphBuilder
+from edgedetr.onnx_graph.hardware_limits import LARGEST_TOP_K
 from edgedetr.runtime.preprocess import PADDING, Geometry, averaged
-
-LARGEST_TOP_K = 3840  # TensorRT's builder: "K exceeds the maximum value allowed (3840)"
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Chosen:
     count: int
 
 
-def planes_of_frames(part: Part, frames: str) -> str:
+def planes_of_frames(part: GraphBuilder, frames: str) -> str:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W].
 
     TensorRT takes uint8 for inputs of a network alone, and only a Cast may read them (NvInfer.h, DataType::kUINT8).
@@ -41,7 +40,7 @@ def planes_of_frames(part: Part, frames: str) -> str:
     return part.add("Transpose", part.add("Cast", frames, to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
 
 
-def resize(part: Part, planes: str, geometry: Geometry, output: str, batch: int = 1) -> None:
+def resize(part: GraphBuilder, planes: str, geometry: Geometry, output: str, batch: int = 1) -> None:
     """float32 [B, 3, source_height, source_width] -> `output` [B, 3, height, width], whole levels 0..255."""
     g = geometry
     kernel = [averaged(g.source_height, g.content_height), averaged(g.source_width, g.content_width)]
@@ -65,7 +64,7 @@ def resize(part: Part, planes: str, geometry: Geometry, output: str, batch: int 
         part.add("Pad", planes, part.constant(padding), part.constant(PADDING, np.float32), output=output)
 
 
-def choose(part: Part, logits: str, boxes: str, queries: int, width: int, output: OutputContract) -> Chosen:
+def choose(part: GraphBuilder, logits: str, boxes: str, queries: int, width: int, output: OutputContract) -> Chosen:
     """The top_k objects, most confident first, as runtime/postprocess.py chooses them.
 
     logits [B, N, K*], boxes [B, N, 4]; queries N, width K*
@@ -82,7 +81,7 @@ def choose(part: Part, logits: str, boxes: str, queries: int, width: int, output
     return Chosen(part.add("GatherElements", boxes, every, axis=1), scores, labels, count)
 
 
-def _best_of_all(part: Part, logits: str, queries: int, width: int, top_k: int) -> tuple[str, str, str, int]:
+def _best_of_all(part: GraphBuilder, logits: str, queries: int, width: int, top_k: int) -> tuple[str, str, str, int]:
     """The best of N * K sigmoid scores; the order of logits is that of scores."""
     count = min(top_k, queries * width)
     flat = part.add("Reshape", logits, part.constant([0, queries * width]))
@@ -94,7 +93,9 @@ def _best_of_all(part: Part, logits: str, queries: int, width: int, top_k: int) 
     return query, part.add("Sigmoid", best), labels, count
 
 
-def _best_class_per_query(part: Part, logits: str, queries: int, width: int, top_k: int) -> tuple[str, str, str, int]:
+def _best_class_per_query(
+    part: GraphBuilder, logits: str, queries: int, width: int, top_k: int
+) -> tuple[str, str, str, int]:
     """The best class other than "no object", which is the last, of each query."""
     count = min(top_k, queries)
     probability = part.add("Softmax", logits, axis=2)
@@ -110,7 +111,7 @@ def _best_class_per_query(part: Part, logits: str, queries: int, width: int, top
 
 
 def corners(
-    part: Part,
+    part: GraphBuilder,
     boxes: str,
     factors: tuple[float, float],
     limits: tuple[float, float],

@@ -83,7 +83,7 @@ def test_a_graph_with_an_error_never_enters_the_bundle(fresh, tmp_path, monkeypa
     insert = module.insert
     monkeypatch.setattr(module, "insert", broken)
     bundle = fresh("detr", tmp_path / "b")
-    with pytest.raises(ExportError, match="model.int8.onnx has .* faults for TensorRT: .*zero point is 5"):
+    with pytest.raises(ExportError, match="model.int8.onnx has .* lint errors? for TensorRT: .*zero point is 5"):
         export(bundle, int8=True, config=ExportConfig(), quant=QUANT)
     assert not Bundle.open(bundle.path).has("model.int8.onnx")
     assert not list(bundle.path.glob("**/*.tmp"))

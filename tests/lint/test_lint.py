@@ -41,7 +41,7 @@ from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputCo
 from edgedetr.cli import lint_command
 from edgedetr.errors import UsageError
 from edgedetr.lint.lint import lint, lint_file
-from edgedetr.lint.lint_issue import TARGETS
+from edgedetr.lint.lint_targets import TARGETS
 from edgedetr.lint.rules import RULES
 
 ALL = dict.fromkeys(TARGETS, "error")
@@ -285,7 +285,11 @@ def test_a_finding_names_node_reason_fix_and_source():
 
 
 def test_the_command_offers_the_targets_that_lint_knows():
-    assert lint_command.TARGETS == tuple(TARGETS)
+    from click.testing import CliRunner
+
+    assert f"[{'|'.join(TARGETS)}]" in "".join(CliRunner().invoke(lint_command.lint, ["--help"]).output.split())
+    refused = CliRunner().invoke(lint_command.lint, ["--target", "jetpack-5"])
+    assert refused.exit_code == 2 and "'jetpack-5' is not one of 'jetpack-6'" in refused.output
     assert {name: TARGETS[name].tensorrt for name in TARGETS} == {
         "jetpack-6": (10, 3),
         "jetpack-7.0": (10, 13),

@@ -8,7 +8,7 @@ from planted import F32, conv_then, one
 
 from edgedetr.errors import ExportError
 from edgedetr.lint.lint import lint_file
-from edgedetr.lint.lint_issue import TARGETS
+from edgedetr.lint.lint_targets import TARGETS
 
 ALL = dict.fromkeys(TARGETS, "error")
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from edgedetr.bundle import InputContract
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError
-from edgedetr.onnx_graph.graph_builder import Part
+from edgedetr.onnx_graph.graph_builder import GraphBuilder
 from edgedetr.runtime.preprocess import PADDING, Geometry, prepare, resize
 from edgedetr.serving.pre_post_graph import planes_of_frames
 from edgedetr.serving.pre_post_graph import resize as resize_nodes
@@ -71,7 +71,7 @@ def torch_resize(image: np.ndarray, contract: InputContract) -> np.ndarray:
 
 def graph_resize(frames: np.ndarray, contract: InputContract) -> np.ndarray:
     """The resize as it stands in graphs for whole frames, [B, 3, height, width]."""
-    part, size = Part("frame"), frames.shape[1:3]
+    part, size = GraphBuilder("frame"), frames.shape[1:3]
     resize_nodes(part, planes_of_frames(part, "frames"), Geometry.of(*size, contract), "images", len(frames))
     value = helper.make_tensor_value_info
     graph = helper.make_graph(

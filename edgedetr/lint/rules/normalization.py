@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto
 
-from edgedetr.lint.lint_issue import Fault, Target, at
+from edgedetr.lint.lint_issue import LintIssue, node_issue
+from edgedetr.lint.lint_targets import Target
 from edgedetr.onnx_graph.evaluate_node import OPERATORS, evaluate
 from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 
@@ -24,9 +25,9 @@ _ROWS = 6  # of random numbers at least: any two points lie on a straight line
 _CLOSE = 1e-3  # of the spread of what is compared; epsilon of 1e-5 moves it by less
 
 
-def written_out_layer_norm(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def written_out_layer_norm(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for node in graph.cached("layer norms", lambda: find_layer_norms(graph)):
-        yield at(
+        yield node_issue(
             node,
             "LayerNormalization is written out; in FP16 its square has overflowed to no detections",
             "export at opset 17 or later, where it is one operator that keeps its sums in float32",

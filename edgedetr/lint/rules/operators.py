@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto
 
-from edgedetr.lint.lint_issue import Fault, Target, at
+from edgedetr.lint.lint_issue import LintIssue, node_issue
+from edgedetr.lint.lint_targets import Target
 from edgedetr.lint.operator_table import read_since
+from edgedetr.onnx_graph.hardware_limits import LARGEST_TOP_K
 from edgedetr.onnx_graph.index import GraphIndex, int_attribute, string_attribute
 from edgedetr.onnx_graph.infer import inner_graphs
 
-TOPK_LIMIT = 3840  # K; the builder refuses more
 DATA_DEPENDENT = {"NonMaxSuppression", "NonZero", "Unique", "Compress"}
 CONTROL_FLOW = {"If", "Loop", "Scan"}
 INTEGER = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
@@ -20,20 +21,20 @@ MEANT = {"linear": "bilinear", "cubic": "bicubic"}  # names of opset 20 -> names
 OWN = ("", "ai.onnx")
 
 
-def foreign_domain(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def foreign_domain(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Operators that are not ONNX's own."""
     for node in graph.all_nodes:
         if node.domain in OWN or (node.domain, node.op_type) in _functions(graph):
             continue
         if node.op_type.endswith("_TRT") or node.domain == "trt.plugins":
-            yield at(
+            yield node_issue(
                 node,
                 f"{node.op_type} is a TensorRT plugin: the engine builds and runs only where it is loaded, "
                 "which edgedetr does not do, and no CPU can check it",
                 "export the model without plugins",
             )
         elif node.op_type in target.table.operators:
-            yield at(
+            yield node_issue(
                 node,
                 f"{node.op_type} of domain {node.domain!r}: the parser goes by the name alone and takes it "
                 "for ONNX's own",
@@ -41,14 +42,14 @@ def foreign_domain(graph: GraphIndex, target: Target) -> Iterator[Fault]:
                 "warning",
             )
         else:
-            yield at(
+            yield node_issue(
                 node,
                 f"{node.op_type} of domain {node.domain!r} is unknown to TensorRT",
                 "export the model with operators of ONNX alone",
             )
 
 
-def unknown_operator(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def unknown_operator(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Operators that no known parser reads, and names that ONNX does not have."""
     for node in graph.all_nodes:
         elsewhere = node.op_type in INTEGER or node.op_type in DATA_DEPENDENT
@@ -59,7 +60,7 @@ def unknown_operator(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             and (node.domain, node.op_type) not in _functions(graph)
             and not _later(node, target)
         ):
-            yield at(
+            yield node_issue(
                 node,
                 f"{node.op_type} is not among the operators that the parser reads",
                 "export the model without it, written as operators that are",
@@ -67,22 +68,22 @@ def unknown_operator(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             )
 
 
-def data_dependent(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def data_dependent(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Outputs whose size depends on values."""
     for node in graph.all_nodes:
         if node.op_type in DATA_DEPENDENT:
-            yield at(
+            yield node_issue(
                 node,
                 f"{node.op_type} gives as many rows as the values ask for, so buffers and CUDA graphs cannot be fixed",
                 "cut the graph before it (edgedetr import does), or use a fixed TopK",
             )
 
 
-def control_flow(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def control_flow(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for node in graph.all_nodes:
         if node.op_type not in CONTROL_FLOW:
             continue
-        yield at(
+        yield node_issue(
             node,
             f"{node.op_type} decides at run time, so no CUDA graph can be captured",
             "export for one fixed size, so that the decision falls at export (edgedetr import folds it)",
@@ -93,35 +94,35 @@ def control_flow(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             kinds = [item.type.tensor_type for item in outputs]
             ranks = {len(kind.shape.dim) for kind in kinds if kind.HasField("shape")}
             if len(ranks) > 1 or len({kind.elem_type for kind in kinds if kind.elem_type}) > 1:
-                yield at(
+                yield node_issue(
                     node,
                     "its branches give tensors of different ranks or types",
                     "export for one fixed size, so that the decision falls at export",
                 )
 
 
-def integer_operators(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def integer_operators(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for node in graph.all_nodes:
         if node.op_type in INTEGER:
-            yield at(
+            yield node_issue(
                 node,
                 f"{node.op_type} is ONNX Runtime's way to write INT8, which TensorRT does not read",
                 "quantize the float model with Q/DQ pairs: edgedetr export B --int8",
             )
 
 
-def too_new(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def too_new(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for node in graph.all_nodes:
         later = _later(node, target)
         if later:
-            yield at(
+            yield node_issue(
                 node,
                 f"{node.op_type} is read from TensorRT {later} on",
                 "export at opset 19, where it is written as other operators",
             )
 
 
-def topk_bound(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def topk_bound(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """K as it is written, or as it follows from sizes that are fixed: sorting a whole axis is a TopK of its length."""
     for node in graph.nodes:
         if node.op_type != "TopK":
@@ -132,28 +133,28 @@ def topk_bound(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             folded = graph.folded(node.input[1])
             found = np.array([]) if folded is None or folded.dtype.kind not in "iu" else folded.reshape(-1)
         if not found.size:
-            yield at(
+            yield node_issue(
                 node,
                 "K is computed, so the size of everything behind it is open",
                 "export for one fixed size, so that K is a constant",
                 "warning",
             )
         elif int(found[0]) < 0:
-            yield at(node, f"K is {int(found[0])}", "export the model again")
-        elif int(found[0]) > TOPK_LIMIT:
-            yield at(
+            yield node_issue(node, f"K is {int(found[0])}", "export the model again")
+        elif int(found[0]) > LARGEST_TOP_K:
+            yield node_issue(
                 node,
-                f"K is {int(found[0])}; the builder takes at most {TOPK_LIMIT}",
-                f"keep {TOPK_LIMIT} or fewer queries",
+                f"K is {int(found[0])}; the builder takes at most {LARGEST_TOP_K}",
+                f"keep {LARGEST_TOP_K} or fewer queries",
             )
 
 
-def grid_sample_mode(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def grid_sample_mode(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Opset 20 renamed the modes; parsers before TensorRT 11 take a name they do not know for "nearest"."""
     for node in _grid_samples(graph):
         mode = string_attribute(node, "mode", "linear" if graph.opset >= 20 else "bilinear")
         if mode in MEANT:
-            yield at(
+            yield node_issue(
                 node,
                 f"mode {mode!r}, the name of opset 20, which TensorRT 10 silently takes for 'nearest'",
                 f"export at opset 19, where it is called {MEANT[mode]!r} (edgedetr import renames it)",
@@ -161,11 +162,11 @@ def grid_sample_mode(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             )
 
 
-def grid_sample_rank(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def grid_sample_rank(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for node in _grid_samples(graph):
         shape = graph.shape(node.input[0]) if node.input else None
         if shape is not None and len(shape) != 4:
-            yield at(
+            yield node_issue(
                 node,
                 f"samples a tensor of {len(shape)} dimensions; before TensorRT 11.2 only 4 can be",
                 "fold the further dimensions into the batch",
@@ -173,10 +174,10 @@ def grid_sample_rank(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             )
 
 
-def grid_sample_wrong(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def grid_sample_wrong(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for node in _grid_samples(graph):
         if target.tensorrt >= (10, 14):
-            yield at(
+            yield node_issue(
                 node,
                 "engines of TensorRT 10.14 to 11.1 with GridSample have given wrong detections in silence",
                 "export with --sampling gather, or compare the engine with the graph: edgedetr verify",
@@ -184,20 +185,20 @@ def grid_sample_wrong(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             )
 
 
-def batch_norm(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def batch_norm(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Normalization that is not part of the convolution's weights, so that these are quantized without it."""
     for node in graph.nodes:
         maker = graph.producers.get(node.input[0]) if node.input else None
         after = maker is not None and maker.op_type == "Conv"
         if node.op_type == "BatchNormalization":
-            yield at(
+            yield node_issue(
                 node,
                 "BatchNormalization is left" + (" behind a Conv" if after else ""),
                 "export in evaluation mode with constant folding, before quantizing (edgedetr import folds it)",
                 "warning",
             )
         elif node.op_type == "Mul" and len(node.input) > 1 and after and _per_channel(graph, node):
-            yield at(
+            yield node_issue(
                 node,
                 "a Conv is scaled by a constant per channel: a frozen BatchNorm that was not folded",
                 "fold it into the weights before quantizing (edgedetr import does)",

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from edgedetr.lint.lint_issue import Fault, Target, at
+from edgedetr.lint.lint_issue import LintIssue, node_issue
+from edgedetr.lint.lint_targets import Target
+from edgedetr.onnx_graph.hardware_limits import SMALLEST_FP16, SMALLEST_INT8_PRODUCT
 from edgedetr.onnx_graph.index import FLOATS, GraphIndex, int_attribute, ints_attribute, type_name
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
@@ -19,12 +21,10 @@ SIGNED = {
     getattr(TensorProto, "FLOAT4E2M1", TensorProto.INT8),
 }
 WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)  # 6.1e-5; below it a scale loses its digits
-SMALLEST_SIDE = 16  # inputs or outputs of a product
 AGAIN = "quantize the float model again: edgedetr export B --int8"
 
 
-def zero_point(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def zero_point(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Of a signed type, all zeros, a constant, as many as there are scales; not needed where the type is known."""
     for node in _pairs(graph):
         if node.op_type == "QuantizeLinear":
@@ -35,7 +35,7 @@ def zero_point(graph: GraphIndex, target: Target) -> Iterator[Fault]:
                     if len(node.input) < 3 and not (int_attribute(node, "output_dtype", 0))
                     else f"quantized to {type_name(made)}"
                 )
-                yield at(
+                yield node_issue(
                     node,
                     f"{how}; TensorRT has signed types alone (it takes uint8 0 for int8 in silence)",
                     f"write an int8 zero point of 0; {AGAIN}",
@@ -45,12 +45,12 @@ def zero_point(graph: GraphIndex, target: Target) -> Iterator[Fault]:
         if name and zero is None:
             # One that cannot be read is said by another rule; that of FP8 is not looked at.
             if name not in graph.constants and graph.types.get(name) != TensorProto.FLOAT8E4M3FN:
-                yield at(node, "the zero point is computed; expected a constant", AGAIN)
+                yield node_issue(node, "the zero point is computed; expected a constant", AGAIN)
         elif zero is not None and np.asarray(zero, np.float32).any():
             largest = zero.reshape(-1)[np.abs(zero.astype(np.float32)).argmax()]
-            yield at(node, f"the zero point is {largest}; expected 0 (symmetric)", AGAIN)
+            yield node_issue(node, f"the zero point is {largest}; expected 0 (symmetric)", AGAIN)
         elif zero is not None and scale is not None and zero.size != scale.size:
-            yield at(node, f"{zero.size} zero points for {scale.size} scales", AGAIN)
+            yield node_issue(node, f"{zero.size} zero points for {scale.size} scales", AGAIN)
 
 
 def _quantized_type(graph: GraphIndex, node: NodeProto) -> int:
@@ -61,34 +61,34 @@ def _quantized_type(graph: GraphIndex, node: NodeProto) -> int:
     return told or TensorProto.UINT8
 
 
-def scale_value(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def scale_value(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Constant, finite, positive; as FP16 not below its smallest normal number."""
     for node in _pairs(graph):
         scale = graph.folded(node.input[1])
         if scale is None:
             # TensorRT 11 takes scales that are computed.
             if target.tensorrt < (11, 0) and node.input[1] not in graph.constants:
-                yield at(node, "the scale is computed; expected a constant", AGAIN)
+                yield node_issue(node, "the scale is computed; expected a constant", AGAIN)
         elif not np.isfinite(scale).all() or (scale <= 0).any():
-            yield at(
+            yield node_issue(
                 node,
                 f"the scale is {scale.min() if np.isfinite(scale).all() else 'not finite'}; expected positive numbers",
                 f"calibrate again on real images; {AGAIN}",
             )
-        elif scale.dtype == np.float16 and float(scale.min()) < SMALLEST_HALF:
-            yield at(
+        elif scale.dtype == np.float16 and float(scale.min()) < SMALLEST_FP16:
+            yield node_issue(
                 node,
                 f"the smallest scale is {float(scale.min()):.1e} in FP16, below its smallest normal number, "
-                f"{SMALLEST_HALF:.1e}",
-                f"raise it to {SMALLEST_HALF:.1e} before it is cast; {AGAIN}",
+                f"{SMALLEST_FP16:.1e}",
+                f"raise it to {SMALLEST_FP16:.1e} before it is cast; {AGAIN}",
             )
         elif scale.dtype == np.float64:
-            yield at(node, "the scale is float64; expected the type of the tensor", AGAIN, "warning")
+            yield node_issue(node, "the scale is float64; expected the type of the tensor", AGAIN, "warning")
         elif graph.types.get(node.input[1]) not in FLOATS:
-            yield at(node, f"the scale is {scale.dtype}; expected float32 or float16", AGAIN)
+            yield node_issue(node, f"the scale is {scale.dtype}; expected float32 or float16", AGAIN)
 
 
-def scale_type(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def scale_type(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """The type of the tensor that is quantized; TensorRT 11 allows others."""
     for node in _pairs(graph):
         if node.op_type != "QuantizeLinear":
@@ -96,7 +96,7 @@ def scale_type(graph: GraphIndex, target: Target) -> Iterator[Fault]:
         tensor, scale = graph.types.get(node.input[0]), graph.types.get(node.input[1])
         if tensor is None or scale is None or tensor == scale or TensorProto.DOUBLE in (tensor, scale):
             continue
-        yield at(
+        yield node_issue(
             node,
             f"a {type_name(tensor)} tensor has a {type_name(scale)} scale",
             "write the scale in the tensor's own type",
@@ -104,7 +104,7 @@ def scale_type(graph: GraphIndex, target: Target) -> Iterator[Fault]:
         )
 
 
-def scale_axis(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def scale_axis(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Scales run along an axis that is there, and are as many as it is long."""
     for node in _pairs(graph):
         scale, shape = graph.folded(node.input[1]), graph.shape(node.input[0])
@@ -112,12 +112,12 @@ def scale_axis(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             continue
         axis = int_attribute(node, "axis", 1)
         if not -len(shape) <= axis < len(shape):
-            yield at(node, f"scales along axis {axis} of a tensor of {len(shape)} dimensions", AGAIN)
+            yield node_issue(node, f"scales along axis {axis} of a tensor of {len(shape)} dimensions", AGAIN)
         elif shape[axis] not in (None, scale.size):
-            yield at(node, f"{scale.size} scales along axis {axis}, which is {shape[axis]} long", AGAIN)
+            yield node_issue(node, f"{scale.size} scales along axis {axis}, which is {shape[axis]} long", AGAIN)
 
 
-def per_channel_activation(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def per_channel_activation(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for node in _pairs(graph):
         scale, source = graph.folded(node.input[1]), node.input[0]
         if scale is None or scale.size <= 1 or source in graph.constants or graph.folded(source) is not None:
@@ -126,10 +126,10 @@ def per_channel_activation(graph: GraphIndex, target: Target) -> Iterator[Fault]
             continue
         if node.op_type == "DequantizeLinear" and source in graph.producers:
             continue  # its QuantizeLinear is told
-        yield at(node, f"an activation has {scale.size} scales; expected one in all", AGAIN)
+        yield node_issue(node, f"an activation has {scale.size} scales; expected one in all", AGAIN)
 
 
-def weight_axis(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def weight_axis(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Scales of a weight run along its output channels; TensorRT 11 restores others too, and multiplies in float."""
     for node in graph.nodes:
         restore = graph.dequantizer(node, 1) if node.op_type in WEIGHTED else None
@@ -141,7 +141,7 @@ def weight_axis(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             continue
         if int_attribute(restore, "block_size", 0):
             if node.op_type in ("Conv", "ConvTranspose"):
-                yield at(
+                yield node_issue(
                     restore,
                     f"scales per block in the weight of a {node.op_type}",
                     f"one scale per output channel; {AGAIN}",
@@ -149,7 +149,7 @@ def weight_axis(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             continue
         found, wanted = int_attribute(restore, "axis", 1) % len(shape), _output_axis(graph, node, restore, len(shape))
         if found != wanted:
-            yield at(
+            yield node_issue(
                 restore,
                 f"scales along axis {found} of the weight of {node.op_type} {node.name}; its output "
                 f"channels are axis {wanted}",
@@ -158,14 +158,14 @@ def weight_axis(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             )
 
 
-def one_side_quantized(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def one_side_quantized(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """A product runs on integers when its data and its weight both come through Q/DQ."""
     for node in graph.nodes:
         if node.op_type not in WEIGHTED:
             continue
         sides = [graph.dequantizer(node, index) is not None for index in (0, 1)]
         if any(sides) and not all(sides):
-            yield at(
+            yield node_issue(
                 node,
                 f"only the {'data' if sides[0] else 'weight'} of this {node.op_type} is quantized, so it "
                 "runs in float with a conversion more",
@@ -174,23 +174,23 @@ def one_side_quantized(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             )
 
 
-def small_product(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def small_product(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for node in graph.nodes:
         if node.op_type not in ("MatMul", "Gemm") or not (graph.dequantizer(node, 0) and graph.dequantizer(node, 1)):
             continue
         shape = graph.shape(node.input[1])
         sides = [size for size in (shape or [])[-2:] if size is not None]
-        if len(shape or []) >= 2 and sides and min(sides) < SMALLEST_SIDE:
-            yield at(
+        if len(shape or []) >= 2 and sides and min(sides) < SMALLEST_INT8_PRODUCT:
+            yield node_issue(
                 node,
-                f"an INT8 product of {' x '.join(str(size) for size in sides)}; below {SMALLEST_SIDE} "
+                f"an INT8 product of {' x '.join(str(size) for size in sides)}; below {SMALLEST_INT8_PRODUCT} "
                 "inputs or outputs it is slower than FP16",
                 "leave it float (a policy's [[float]] rule)",
                 "warning",
             )
 
 
-def before_relu(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def before_relu(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Conv and Relu are one kernel only when nothing stands between them."""
     for node in graph.nodes:
         maker = graph.producers.get(node.input[0]) if node.op_type == "QuantizeLinear" and node.input else None
@@ -199,7 +199,7 @@ def before_relu(graph: GraphIndex, target: Target) -> Iterator[Fault]:
         restored = [name for made in node.output for reader in graph.consumers[made] for name in reader.node.output]
         # A Relu that reads the Conv itself, beside the pair, is another branch: both values are needed.
         if any(reader.node.op_type in ("Relu", "Clip") for name in restored for reader in graph.consumers[name]):
-            yield at(
+            yield node_issue(
                 node,
                 f"stands between {maker.op_type} {maker.name} and its Relu, so that they are two kernels",
                 f"quantize behind the Relu; {AGAIN}",
@@ -207,7 +207,7 @@ def before_relu(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             )
 
 
-def concat_scales(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def concat_scales(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """A Concat whose output is quantized runs on integers when its inputs share one scale."""
     for node in graph.nodes:
         if node.op_type != "Concat":
@@ -223,7 +223,7 @@ def concat_scales(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             reader.node.op_type == "QuantizeLinear" for name in node.output for reader in graph.consumers[name]
         )
         if len(scales) == len(makers) and len(known) > 1 and requantized:
-            yield at(
+            yield node_issue(
                 node,
                 f"its {len(makers)} inputs have {len(known)} scales, so each is converted once more",
                 "give them one scale, the largest",
@@ -231,12 +231,12 @@ def concat_scales(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             )
 
 
-def transposed_convolution(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def transposed_convolution(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for node in graph.nodes:
         restore = graph.dequantizer(node, 1) if node.op_type == "ConvTranspose" else None
         scale = graph.folded(restore.input[1]) if restore is not None else None
         if scale is not None and scale.size > 1:
-            yield at(
+            yield node_issue(
                 node,
                 "an INT8 ConvTranspose with a scale per channel has been without any kernel",
                 "one scale for its weight, or leave it float",

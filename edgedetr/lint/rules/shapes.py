@@ -6,24 +6,24 @@ from collections.abc import Iterator
 
 from onnx import TensorProto
 
-from edgedetr.lint.lint_issue import Fault, Target, at
+from edgedetr.lint.lint_issue import LintIssue, node_issue
+from edgedetr.lint.lint_targets import Target
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.onnx_graph.opset import OPSET
 
-OPSET = 19
 
-
-def opset(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def opset(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """The parser reads on beyond what is documented, and takes each operator as it knows it."""
     oldest, newest = target.table.opsets
     if not oldest <= graph.opset <= newest:
-        yield Fault(
+        yield LintIssue(
             "the graph",
             f"opset {graph.opset}; this parser is documented to read {oldest} to {newest}",
             f"export at opset {OPSET}",
             "warning",
         )
     elif graph.opset != OPSET:
-        yield Fault(
+        yield LintIssue(
             "the graph",
             f"opset {graph.opset}; {OPSET} is the one that fits everything (FP16 Q/DQ need 19, "
             "LayerNormalization 17, and 20 renames the modes of GridSample)",
@@ -32,7 +32,7 @@ def opset(graph: GraphIndex, target: Target) -> Iterator[Fault]:
         )
 
 
-def quantized_opset(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def quantized_opset(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Scales per channel exist from opset 13, FP16 scales from 19; the parser takes both in older files too."""
     for node in graph.nodes:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 2:
@@ -41,7 +41,7 @@ def quantized_opset(graph: GraphIndex, target: Target) -> Iterator[Fault]:
         axis = any(item.name == "axis" for item in node.attribute)
         if (half and graph.opset < 19) or (axis and graph.opset < 13):
             what = "an FP16 scale" if half else "a scale per channel"
-            yield at(
+            yield node_issue(
                 node,
                 f"{what} at opset {graph.opset}; it exists from opset {19 if half else 13}, and ONNX Runtime "
                 "refuses the file",
@@ -50,7 +50,7 @@ def quantized_opset(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             )
 
 
-def open_input(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def open_input(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Sizes of the inputs: an open batch needs a profile, an open height or width is not supported here."""
     weights = set(graph.constants)
     for item in graph.model.graph.input:
@@ -58,18 +58,18 @@ def open_input(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             continue
         shape = item.type.tensor_type.shape.dim if item.type.tensor_type.HasField("shape") else None
         if shape is None:
-            yield Fault(item.name, "an input of unknown rank", "export with fixed sizes", "warning")
+            yield LintIssue(item.name, "an input of unknown rank", "export with fixed sizes", "warning")
             continue
         free = [index for index, size in enumerate(shape) if not size.HasField("dim_value") or size.dim_value < 1]
         if any(index > 0 for index in free):
-            yield Fault(
+            yield LintIssue(
                 item.name,
                 "height, width or channels are open: INT8 and the positions want fixed sizes",
                 "export for one size (edgedetr import --input HxW fixes it)",
                 "warning",
             )
         elif free:
-            yield Fault(
+            yield LintIssue(
                 item.name,
                 "the batch size is open: engines over a range of batches are slower, and have been "
                 "wrong in silence at the sizes between",
@@ -78,25 +78,25 @@ def open_input(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             )
 
 
-def untyped_output(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def untyped_output(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """The parser reads the types of the outputs from the file; what could be inferred does not help it."""
     for item in graph.model.graph.output:
         if not item.type.tensor_type.elem_type:
-            yield Fault(
+            yield LintIssue(
                 item.name,
                 "an output without a type, at which the parser stops",
                 "write the types into the file: onnx.shape_inference.infer_shapes",
             )
 
 
-def shape_arithmetic(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def shape_arithmetic(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Sizes computed at run time although the input is fixed; one finding for the whole graph."""
     left = [node for node in graph.nodes if node.op_type == "Shape"]
     free = any(
         not size.HasField("dim_value") for item in graph.model.graph.input for size in item.type.tensor_type.shape.dim
     )
     if left and not free:
-        yield at(
+        yield node_issue(
             left[0],
             f"{len(left)} Shape nodes are left in a graph of fixed size, each a small kernel",
             "fold constants (edgedetr export and import do)",
@@ -104,7 +104,7 @@ def shape_arithmetic(graph: GraphIndex, target: Target) -> Iterator[Fault]:
         )
 
 
-def open_channels(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def open_channels(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Channels of convolutions must be known when the engine is built."""
     inputs = {item.name for item in graph.model.graph.input}
     for node in graph.nodes:
@@ -113,18 +113,18 @@ def open_channels(graph: GraphIndex, target: Target) -> Iterator[Fault]:
         integer, shape = graph.dequantizer(node, 0) is not None, graph.shape(node.input[0])
         # Of a float tensor inside, the parser may know more than is known here.
         if shape is not None and len(shape) == 4 and shape[1] is None and (integer or node.input[0] in inputs):
-            yield at(
+            yield node_issue(
                 node,
                 f"{'an INT8' if integer else 'a'} convolution reads a tensor whose channels are open",
                 "export for one fixed size",
             )
 
 
-def external_data(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def external_data(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Weights beside the file that were not read: lint_file says why; here those that a model in memory still names."""
     left = [tensor.name for tensor in graph.model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
     if left:
-        yield Fault(
+        yield LintIssue(
             left[0],
             f"{len(left)} weights lie outside the file and could not be read",
             "put the data file beside the model, as a plain file, and name it without a path",

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from onnx import NodeProto, TensorProto, ValueInfoProto
 
-from edgedetr.lint.lint_issue import Fault, Target, at
+from edgedetr.lint.lint_issue import LintIssue, node_issue
+from edgedetr.lint.lint_targets import Target
 from edgedetr.onnx_graph.index import GraphIndex, onnx_name, type_name
 from edgedetr.onnx_graph.infer import schema_of
 from edgedetr.onnx_graph.io import tensors
@@ -41,7 +42,7 @@ CLASSES = {
 }
 
 
-def names(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def names(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Names that are made twice, never, or in a circle; one fault for each."""
     made = Counter(name for node in graph.nodes for name in node.output if name)
     given = (
@@ -50,16 +51,16 @@ def names(graph: GraphIndex, target: Target) -> Iterator[Fault]:
         | {tensor.values.name for tensor in graph.model.graph.sparse_initializer}
     )
     for name in [name for name, count in made.items() if count > 1 or name in given]:
-        yield Fault(name, "a tensor that is made twice", AGAIN)
+        yield LintIssue(name, "a tensor that is made twice", AGAIN)
     for node in graph.nodes:
         for name in dict.fromkeys(node.input):
             if name and name not in made and name not in given:
-                yield at(node, f"reads {name!r}, which nothing makes", AGAIN)
+                yield node_issue(node, f"reads {name!r}, which nothing makes", AGAIN)
     for item in graph.model.graph.output:
         if item.name not in made and item.name not in given:
-            yield Fault(item.name, "an output that nothing makes", AGAIN)
+            yield LintIssue(item.name, "an output that nothing makes", AGAIN)
     for node in _circle(graph):
-        yield at(node, "reads what follows from itself", AGAIN)
+        yield node_issue(node, "reads what follows from itself", AGAIN)
         break
 
 
@@ -70,17 +71,17 @@ def _circle(graph: GraphIndex) -> Iterator[NodeProto]:
             yield node
 
 
-def element_types(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def element_types(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Types that TensorRT does not have, in inputs, weights, attributes and what is computed."""
     for name, kind in graph.types.items():
         if kind not in TYPES:
-            yield Fault(
+            yield LintIssue(
                 name,
                 f"a tensor of {type_name(kind)}, a type that TensorRT does not have",
                 "cast it at export, or export without it",
             )
     for item in _not_tensors([*graph.model.graph.input, *graph.model.graph.output]):
-        yield Fault(
+        yield LintIssue(
             item.name,
             f"a {item.type.WhichOneof('value')[:-5].replace('_', ' ')}; TensorRT has tensors alone",
             "export the model with tensors alone",
@@ -91,29 +92,33 @@ def _not_tensors(items: Iterable[ValueInfoProto]) -> Iterator[ValueInfoProto]:
     return (item for item in items if item.type.WhichOneof("value") not in (None, "tensor_type"))
 
 
-def inner_types(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def inner_types(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Bytes may come in and go out, and between there are none; FP8 and INT4 are made by QuantizeLinear alone."""
     for node in graph.nodes:
         for name in node.output:
             kind = graph.types.get(name, 0)
             if kind == TensorProto.UINT8 and name not in graph.outputs and node.op_type not in BYTES:
-                yield at(
+                yield node_issue(
                     node,
                     "makes a uint8 tensor inside the graph; TensorRT has these only as inputs and outputs",
                     "cast to float32 or int32 where the bytes come in",
                 )
             elif kind in PACKED and node.op_type in ("Cast", "CastLike"):
-                yield at(node, f"casts to {type_name(kind)}, which only QuantizeLinear can", "write a QuantizeLinear")
+                yield node_issue(
+                    node, f"casts to {type_name(kind)}, which only QuantizeLinear can", "write a QuantizeLinear"
+                )
 
 
-def damaged_weights(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def damaged_weights(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for tensor in tensors(graph.model):
         fault = "" if tensor.data_location == TensorProto.EXTERNAL else tensor_fault(tensor)
         if fault:
-            yield Fault(tensor.name or "(a constant without a name)", f"a weight that cannot be read: {fault}", AGAIN)
+            yield LintIssue(
+                tensor.name or "(a constant without a name)", f"a weight that cannot be read: {fault}", AGAIN
+            )
 
 
-def by_schema(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def by_schema(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Attributes that an operator must have, and inputs of a kind that it cannot have: floats as indices and such."""
     versions = {item.domain: item.version for item in graph.model.opset_import}
     classes: dict[tuple[str, str, int], dict[str, set[str]]] = {}
@@ -124,7 +129,7 @@ def by_schema(graph: GraphIndex, target: Target) -> Iterator[Fault]:
         written = {item.name for item in node.attribute}
         for name, told in schema.attributes.items():
             if told.required and name not in written:
-                yield at(node, f"{node.op_type} has no {name}, which it must have", CHECK)
+                yield node_issue(node, f"{node.op_type} has no {name}, which it must have", CHECK)
         key = schema.domain, schema.name, schema.since_version
         if key not in classes:
             classes[key] = {item.type_param_str: _classes(item.allowed_type_strs) for item in schema.type_constraints}
@@ -133,7 +138,7 @@ def by_schema(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             found = _classes([f"tensor({onnx_name(graph.types.get(name, 0))})"])
             wanted = allowed.get(place.type_str) or _classes([place.type_str])
             if found and wanted and not found & wanted:
-                yield at(
+                yield node_issue(
                     node,
                     f"{place.name} of {node.op_type} is {type_name(graph.types[name])}; ONNX allows "
                     f"{', '.join(sorted(wanted))}",

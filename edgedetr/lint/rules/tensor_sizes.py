@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from onnx import NodeProto
 
-from edgedetr.lint.lint_issue import Fault, Target, at
+from edgedetr.lint.lint_issue import LintIssue, node_issue
+from edgedetr.lint.lint_targets import Target
 from edgedetr.onnx_graph.index import GraphIndex, int_attribute, ints_attribute, string_attribute
 
 AGAIN = "export the model again"
@@ -15,7 +16,7 @@ _WINDOWS = ("Conv", "MaxPool", "AveragePool", "LpPool")
 Shape = list[int | None]
 
 
-def sizes(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def sizes(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Weights, targets and bounds that do not fit what they are used on, where ONNX's own inference does not look."""
     for node in graph.nodes:
         shapes = [graph.shape(name) if name else None for name in node.input]
@@ -24,7 +25,7 @@ def sizes(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             groups, turned = max(int_attribute(node, "group", 1), 1), node.op_type == "ConvTranspose"
             wanted = other[0] if turned else None if other[1] is None else other[1] * groups
             if None not in (data[1], wanted) and data[1] != wanted:
-                yield at(
+                yield node_issue(
                     node, f"the weight of {node.op_type} is for {wanted} channels, and its data has {data[1]}", AGAIN
                 )
         folded = graph.folded(node.input[1]) if len(node.input) > 1 and node.input[1] else None
@@ -39,19 +40,19 @@ def sizes(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             have = math.prod(size or 0 for size in data)
             want = math.prod(size or 0 for size in target_sizes if size != -1)
             if (have % want if want else have) if -1 in target_sizes else have != want:
-                yield at(node, f"reshapes {data} to {target_sizes}, which has not as many elements", AGAIN)
+                yield node_issue(node, f"reshapes {data} to {target_sizes}, which has not as many elements", AGAIN)
         if node.op_type == "Slice" and (len(node.input) < 4 or not node.input[3]) and folded.size != len(data):
-            yield at(node, f"slices {len(data)} dimensions with {folded.size} starts and names no axes", AGAIN)
+            yield node_issue(node, f"slices {len(data)} dimensions with {folded.size} starts and names no axes", AGAIN)
 
 
-def parameters(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def parameters(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """Scales, shifts, slopes, groups, blocks and windows against the tensor that they are for."""
     for node in graph.nodes:
         shapes = [graph.shape(name) if name else None for name in node.input]
         data = shapes[0] if shapes else None
         fault = _parameter_fault(node, data, shapes[1:]) if data else ""
         if fault:
-            yield at(node, f"{node.op_type} of {data}: {fault}", AGAIN)
+            yield node_issue(node, f"{node.op_type} of {data}: {fault}", AGAIN)
 
 
 def _parameter_fault(node: NodeProto, data: Shape, rest: list[Shape | None]) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import TensorProto
 
-from edgedetr.lint.lint_issue import Fault, Target, at
+from edgedetr.lint.lint_issue import LintIssue, node_issue
+from edgedetr.lint.lint_targets import Target
 from edgedetr.onnx_graph.index import FLOATS, GraphIndex, type_name
 
 # Operator -> the inputs that must have one type; None = all of them.
@@ -48,7 +49,7 @@ EQUAL: dict[str, tuple[int, ...] | None] = {
 MIXED_FROM: dict[str, tuple[int, int]] = {"Pow": (10, 8), "BatchNormalization": (10, 7)}
 
 
-def equal_types(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def equal_types(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for node in graph.nodes:
         if node.op_type not in EQUAL and target.tensorrt >= MIXED_FROM.get(node.op_type, (0, 0)):
             continue
@@ -57,7 +58,7 @@ def equal_types(graph: GraphIndex, target: Target) -> Iterator[Fault]:
         kinds = [_computed_as(graph.types[name]) for name in names if name and name in graph.types]
         if len(set(kinds)) > 1:
             told = " and ".join(type_name(kind) for kind in dict.fromkeys(kinds))
-            yield at(
+            yield node_issue(
                 node,
                 f"{node.op_type} of {told}; a strongly typed network takes operands of one type",
                 "put a Cast where the types part",
@@ -68,13 +69,15 @@ def _computed_as(kind: int) -> int:
     return TensorProto.FLOAT if kind == TensorProto.DOUBLE else kind
 
 
-def double(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def double(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for node in graph.nodes:
         if any(graph.types.get(name) == TensorProto.DOUBLE for name in node.output) and node.op_type != "Constant":
-            yield at(node, "float64, which TensorRT computes as float32", "cast to float32 at export", "warning")
+            yield node_issue(
+                node, "float64, which TensorRT computes as float32", "cast to float32 at export", "warning"
+            )
 
 
-def not_a_number(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def not_a_number(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     """NaN in a constant; and infinity in FP16, which is what a number above 65504 became."""
     for name, tensor in graph.constants.items():
         if tensor.data_type not in FLOATS - {TensorProto.BFLOAT16}:
@@ -83,9 +86,9 @@ def not_a_number(graph: GraphIndex, target: Target) -> Iterator[Fault]:
         if value is None:
             continue
         if np.isnan(value).any():
-            yield Fault(name, "a constant holds NaN", "train again from the last good checkpoint, and export again")
+            yield LintIssue(name, "a constant holds NaN", "train again from the last good checkpoint, and export again")
         elif value.dtype == np.float16 and np.isposinf(value).any():
-            yield Fault(
+            yield LintIssue(
                 name,
                 "an FP16 constant is infinite: the number was above 65504",
                 "keep it and what reads it float32",
@@ -93,9 +96,9 @@ def not_a_number(graph: GraphIndex, target: Target) -> Iterator[Fault]:
             )
 
 
-def uninferable(graph: GraphIndex, target: Target) -> Iterator[Fault]:
+def uninferable(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     if graph.inference_error:
-        yield Fault(
+        yield LintIssue(
             "the graph",
             f"its types and shapes cannot be inferred ({graph.inference_error}), so some rules saw nothing",
             "check the file: python -m onnx.checker FILE",
