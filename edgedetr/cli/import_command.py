@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import click
 
 from edgedetr.cli._options import expect, json_option, read_size
 from edgedetr.cli._output import as_json, say
-from edgedetr.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
-
 
 BOXES = ("cxcywh", "xyxy", "xywh", "cxcywh-pixels", "xyxy-pixels", "xywh-pixels")
 
@@ -82,106 +77,27 @@ def import_(
 
     SOURCE is an ONNX file of a DETR-like detector (RT-DETR, D-FINE, RF-DETR), or weights for one of the family: a
     .safetensors or .pth file, a folder of transformers, or a name on the Hugging Face hub, with --model."""
-    foreign = {
-        "--scale": scale,
-        "--mean": mean,
-        "--std": std,
-        "--resize": resize,
-        "--activation": activation,
-        "--boxes": boxes,
-        "--outputs": outputs,
-        "--columns": columns,
-        "--sampling": sampling,
-    }
-    weights = {"--model": model, "--set": sets or None}
-    graph = source.endswith(".onnx")
-    wrong = [name for name, value in (weights if graph else foreign).items() if value is not None]
-    if wrong:
-        raise UsageError(
-            f"{wrong[0]} is for {'weights' if graph else 'an ONNX file'}, and {source} is "
-            f"{'an ONNX file' if graph else 'none'}; leave it out"
-        )
-    if graph:
-        result = _import_graph(
-            Path(source),
-            out,
-            data,
-            classes,
-            size,
-            scale,
-            mean,
-            std,
-            resize,
-            activation,
-            boxes,
-            outputs,
-            columns,
-            sampling,
-        )
-    elif model is None:
-        from edgedetr.models import FAMILY
+    from edgedetr.importing.import_model import import_model
+    from edgedetr.importing.import_options import ImportOptions
 
-        raise UsageError(f"weights need --model, one of {', '.join(FAMILY)}; an ONNX file ends in .onnx")
-    else:
-        from edgedetr.importing.weights import import_weights
-
-        imported = import_weights(source, model, out, data=data, classes=classes, size=size, sets=sets)
-        say(f"{source}: {imported.layout} layout, {imported.tensors} tensors")
-        for note in imported.notes:
-            say(note)
-        result = {
-            "bundle": str(imported.bundle.path),
-            "layout": imported.layout,
-            "tensors": imported.tensors,
-            "kept": imported.kept,
-            "fresh": imported.fresh,
-            "notes": imported.notes,
-        }
-    say(f"imported: {out}\nnext: edgedetr export {out}{' --int8' if graph else ''}")
-    if as_json_:
-        as_json(result)
-
-
-def _import_graph(
-    source: Path,
-    out: Path,
-    data: Path | None,
-    classes: Path | None,
-    size: tuple[int, int] | None,
-    scale: float | None,
-    mean: tuple[float, float, float] | None,
-    std: tuple[float, float, float] | None,
-    resize: Literal["stretch", "letterbox"] | None,
-    activation: Literal["sigmoid", "softmax"] | None,
-    boxes: str | None,
-    outputs: str | None,
-    columns: Literal["index", "category-id"] | None,
-    sampling: Literal["gather", "grid_sample"] | None,
-) -> dict[str, object]:
-    """The ONNX half of `import`; what was found in the file, as JSON."""
-    from edgedetr.importing.onnx_model import bring
-
-    given = {"scale": scale, "mean": mean, "std": std, "resize": resize}
-    said = {name: value for name, value in given.items() if value is not None}
-    named = tuple(name.strip() for name in outputs.split(",")) if outputs is not None else ()
-    brought = bring(
-        source,
-        out,
+    options = ImportOptions(
         data=data,
         classes=classes,
         size=size,
-        pixels=said,
+        model=model,
+        sets=sets,
+        scale=scale,
+        mean=mean,
+        std=std,
+        resize=resize,
         activation=activation,
         boxes=boxes,
-        outputs=named,
+        outputs=tuple(name.strip() for name in outputs.split(",")) if outputs is not None else (),
         columns=columns,
-        sampling=sampling or "gather",
+        sampling=sampling,
     )
-    say(brought.describe())
-    if not said:
-        say(
-            f"normalization taken: {brought.pixels.words()}; the file itself does not say it, so check it, and change "
-            "it by --scale, --mean, --std and --resize"
-        )
-    say("the reference of this bundle is the ONNX file itself: there is no PyTorch model")
-    return brought.to_json()
+    result = import_model(source, out, options)
+    say(result.describe())
+    say(f"imported: {out}\nnext: edgedetr export {out}{' --int8' if source.endswith('.onnx') else ''}")
+    if as_json_:
+        as_json(result.to_json())

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -22,11 +21,9 @@ from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputC
 from edgedetr.data.layouts import load, splits
 from edgedetr.errors import DataError, ExportError, UsageError
 from edgedetr.exporting.to_onnx import PREFIX, check_graph, model_metadata
-from edgedetr.image_size import check_size
 from edgedetr.importing import io_contract, surgery
-from edgedetr.importing.box_format import OPTIONS
 from edgedetr.importing.choice import SPEAKS, Judge, choose
-from edgedetr.importing.import_options import Kept, Pixels, columns_of, read_names, usual
+from edgedetr.importing.import_options import ImportOptions, Kept, Normalization, columns_of, read_names, usual
 from edgedetr.importing.node_annotations import prefix_nodes
 from edgedetr.importing.normalize_graph import dtype_of, fixed, read_model, size_of
 from edgedetr.importing.onnx_sidecars import PROCESSOR, Beside, read_beside
@@ -39,8 +36,7 @@ from edgedetr.onnx_graph.gather_sampling import gather_samples
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.opset import IR_VERSION, OPSET
 from edgedetr.onnx_graph.widen import drop_idle_casts
-from edgedetr.options import one_of
-from edgedetr.runtime.arguments import as_path, check_texts, shown
+from edgedetr.runtime.arguments import as_path
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.detections import Detections
 
@@ -51,18 +47,21 @@ STAGE = "import"
 
 
 @dataclass(frozen=True)
-class Brought:
-    """What was found in the file, and how well the bundle's graph agrees with it.
+class ImportedOnnxModel:
+    """What was found in an ONNX file, and how well the bundle's graph agrees with it.
 
-    contract     "raw", "joined" or "decoded", see answers.py
-    opset        of the file
-    boxes        how the file writes boxes, as --boxes says it
-    why          how its outputs were read, and what speaks for that
-    ap           on some of the labeled images; None without
-    half         whether the file computes in float16
-    folded       scales and BatchNormalizations folded into convolutions
-    gathered     GridSamples written as gathers
-    objects      of the file's own detections that were compared, on `images` images: all were found again
+    contract       what the file gives: "raw", "joined" or "decoded", see io_contract.py
+    opset          of the file
+    activation     of its class logits
+    boxes          how the file writes boxes, in the words of --boxes
+    normalization  the preprocessing outside of the file; stated: whether the user gave any of it
+    queries        number of queries
+    notes          how its outputs were read and why, what the files next to it contain, what could not be kept
+    ap             points, on some of the labeled images; None without
+    is_fp16        whether the file computes in float16
+    folded         scales and BatchNormalizations folded into convolutions
+    gathered       GridSamples rewritten as gathers
+    objects        detections of the file that were compared, on `images` images: all were found again
     """
 
     bundle: Bundle
@@ -70,15 +69,16 @@ class Brought:
     opset: int
     activation: str
     boxes: str
-    pixels: Pixels
+    normalization: Normalization
+    stated: bool
     queries: int
-    why: tuple[str, ...]
+    notes: tuple[str, ...]
     ap: float | None
-    half: bool
+    is_fp16: bool
     folded: int
     gathered: int
     objects: int
-    pictures: int
+    images: int
 
     def describe(self) -> str:
         """What was found, in some sentences."""
@@ -89,11 +89,11 @@ class Brought:
         }[self.contract]
         size = f"{self.bundle.manifest.input.height} x {self.bundle.manifest.input.width} px"
         what = (
-            f"opset {self.opset}, {'float16, ' if self.half else ''}{size}, {how}; {self.queries} queries, "
+            f"opset {self.opset}, {'float16, ' if self.is_fp16 else ''}{size}, {how}; {self.queries} queries, "
             f"{self.activation}, {len(self.bundle.manifest.classes)} classes; {self.folded} scales folded into "
             f"convolutions, {self.gathered} GridSamples written as gathers"
         )
-        lines = [what, *(f"read: {reason}" for reason in self.why)]
+        lines = [what, *(f"read: {reason}" for reason in self.notes)]
         if self.ap is not None:
             lines.append(
                 f"AP {self.ap:.1f} on labeled images"
@@ -105,88 +105,74 @@ class Brought:
             )
         if self.contract == "decoded":
             lines.append(
-                f"checked on {self.pictures} images: all of {self.objects} "
+                f"checked on {self.images} images: all of {self.objects} "
                 "objects that the file itself chooses are found again"
             )
         else:
             lines.append(
-                f"checked on {self.pictures} images: the graph gives what the file gives, read the same way "
+                f"checked on {self.images} images: the graph gives what the file gives, read the same way "
                 f"({self.objects} objects); that says nothing of the reading"
             )
+        if not self.stated:
+            lines.append(
+                f"normalization taken: {self.normalization.describe()}; the file itself does not say it, so check it, "
+                "and change it by --scale, --mean, --std and --resize"
+            )
+        lines.append("the reference of this bundle is the ONNX file itself: there is no PyTorch model")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, object]:
-        return {**asdict(replace(self, bundle=None)), "bundle": str(self.bundle.path)}  # type: ignore[arg-type]  # a path in JSON
+        """The keys of `edgedetr import --json`."""
+        return {
+            "bundle": str(self.bundle.path),
+            "contract": self.contract,
+            "opset": self.opset,
+            "activation": self.activation,
+            "boxes": self.boxes,
+            "pixels": asdict(self.normalization),
+            "queries": self.queries,
+            "why": self.notes,
+            "ap": self.ap,
+            "half": self.is_fp16,
+            "folded": self.folded,
+            "gathered": self.gathered,
+            "objects": self.objects,
+            "pictures": self.images,
+        }
 
 
-def bring(
-    path: str | Path,
-    out: str | Path,
-    *,
-    data: str | Path | None = None,
-    classes: Path | None = None,
-    size: tuple[int, int] | None = None,
-    pixels: Pixels | Mapping[str, Any] | None = None,
-    activation: Literal["sigmoid", "softmax"] | None = None,
-    boxes: str | None = None,
-    outputs: Sequence[str] = (),
-    columns: Literal["index", "category-id"] | None = None,
-    sampling: Literal["gather", "grid_sample"] = "gather",
-) -> Brought:
-    """Import an ONNX file; nothing is left behind where it fails.
+def import_onnx_model(path: str | Path, out: str | Path, options: ImportOptions | None = None) -> ImportedOnnxModel:
+    """Write a bundle from an ONNX file; a failed import leaves nothing behind.
 
-    data     the labeled images to calibrate and verify on; its classes become the bundle's
-    classes  a text file that says what each class logit stands for, one a line, "-" for one that is not used;
-             None = what config.json beside the file says, else the data set's classes in order
-    size     height and width where the file leaves them open
-    pixels   the normalization outside of the file; fields that are not given are those of preprocessor_config.json
-             beside it, else what models with such outputs are published with
-    activation, boxes, outputs   what the outputs mean, where the file does not show it: see understanding.Asked
-    sampling "gather" rewrites GridSample, which TensorRT 10.14 to 11.1 get wrong, into gathers of the same numbers
-    columns  where nothing names the classes: a class stands at its index, or at the category id of the data set
+    Errors: UsageError where the file leaves a meaning open and no option states it; ExportError for a file that cannot
+    be imported; DataError for the data set.
     """
+    options = options or ImportOptions()
     path, out = as_path(path, "path", "that of an ONNX file"), as_path(out, "out")
-    data, classes = (
-        None if data is None else as_path(data, "data"),
-        None if classes is None else as_path(classes, "classes"),
-    )
-    check_texts(outputs, "outputs", "a list of names")
-    size = None if size is None else check_size(size)
-    if not isinstance(pixels, (Pixels, Mapping, type(None))):
-        raise UsageError(f"pixels is {shown(pixels)}; expected a Pixels, or a mapping of its fields")
-    one_of("activation", activation, (None, "sigmoid", "softmax"), UsageError)
-    one_of("boxes", boxes, (None, *OPTIONS), UsageError)
-    one_of("columns", columns, (None, "index", "category-id"), UsageError)
-    one_of("sampling", sampling, ("gather", "grid_sample"), UsageError)
-    if columns is not None and (data is None or classes is not None):
-        raise UsageError(
-            f"--columns {columns} says where the data set's classes stand among the logits; give --data "
-            "with it, and no --classes, which says the same"
-        )
     if (out / WEIGHTS.file).exists():
         raise UsageError(f"{out} holds a trained model; name another --out")
     original = read_model(path)
     beside = read_beside(path)
-    names = read_names(classes) if classes is not None else None
+    names = read_names(Path(options.classes)) if options.classes is not None else None
     taken = io_contract.inputs(original)
-    height, width = size_of(original, taken.image, size, beside)
+    height, width = size_of(original, taken.image, options.size, beside)
     model, graph, half = fixed(original, taken, height, width)
-    pixels = _pixels(pixels, beside, [item.name for item in model.graph.output])
+    pixels = options.normalization(replace(usual([item.name for item in model.graph.output]), **beside.pixels))
     contract = InputContract(height, width, pixels.resize)
-    record = _record(data)
+    record = _record(options.data)
     dataset = load(record.path, record.verify_split) if record is not None else None
     images = probes(dataset, contract)
     oracle = Original(original, taken, pixels.factor, pixels.shift)
     feeds = [oracle.feed(images[number : number + 1]) for number in range(len(images))]
-    found = understand(model, graph, feeds, Asked(activation, boxes, tuple(outputs)), SIDE)
+    found = understand(model, graph, feeds, Asked(options.activation, options.boxes, tuple(options.outputs)), SIDE)
     known = dataset.classes if dataset is not None else None
     source = "--classes"
-    if names is None and columns is None and beside.names is not None:
+    if names is None and options.columns is None and beside.names is not None:
         names, source = list(beside.names), "config.json"
     counted = names is not None or known is not None
 
     def kept_by(function: Literal["sigmoid", "softmax"]) -> Kept:
-        return columns_of(found.width, function, names, known, columns or "index", source)
+        return columns_of(found.width, function, names, known, options.columns or "index", source)
 
     noise = [found.logits.rows(value) for value in run(model, [found.logits.tensor], feeds[:NOISE])]
     judge = Judge(dataset, oracle, contract) if dataset is not None and len(dataset) else None
@@ -213,7 +199,7 @@ def bring(
     result = fold(result)
     folded = surgery.absorb_scales(result)
     surgery.name_nodes(result)
-    gathered = gather_samples(result) if sampling == "gather" else 0
+    gathered = gather_samples(result) if options.sampling != "grid_sample" else 0
     prefix_nodes(result, found.queries)
     remove_unused(result)
     manifest = Manifest(MODEL, kept.classes, contract, output, data=record)
@@ -233,13 +219,14 @@ def bring(
     bundle = Bundle.create(out, manifest)
     with bundle.add(ONNX.file, stage=STAGE) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
-    return Brought(
+    return ImportedOnnxModel(
         bundle,
         found.answer.kind,
         opset,
         kept.activation,
         found.given.option,
         pixels,
+        options.gives_normalization,
         found.queries,
         tuple(notes),
         choice.ap,
@@ -298,13 +285,6 @@ def _sizes(beside: Beside, height: int, width: int) -> list[str]:
     if beside.size in (None, (height, width)):
         return []
     return [f"{PROCESSOR} says {' x '.join(str(side) for side in beside.size or ())}; the input is {height} x {width}"]
-
-
-def _pixels(said: Pixels | Mapping[str, Any] | None, beside: Beside, outputs: Sequence[str]) -> Pixels:
-    """How pixels go in: as the caller says, else as the processor beside the file does, else as is usual."""
-    if isinstance(said, Pixels):
-        return said
-    return replace(usual(outputs), **{**beside.pixels, **(said or {})})
 
 
 def _record(data: str | Path | None) -> DataRecord | None:

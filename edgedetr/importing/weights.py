@@ -22,8 +22,8 @@ from edgedetr.data import layouts
 from edgedetr.data.coco_classes import COCO, UNUSED, coco_classes
 from edgedetr.data.detection_set import without_empty_classes
 from edgedetr.errors import DataError, ModelError
-from edgedetr.image_size import check_size
 from edgedetr.importing.image_processor import Pixels, pixels
+from edgedetr.importing.import_options import ImportOptions
 from edgedetr.models import build, member
 from edgedetr.models.checkpoints import conversion, pretrained
 from edgedetr.models.checkpoints.config_from_state_dict import config_from_state_dict, num_classes
@@ -31,7 +31,7 @@ from edgedetr.models.checkpoints.transformers_config import TransformersConfig
 from edgedetr.models.checkpoints.weight_source import WeightSource
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.recipe import Recipe
-from edgedetr.runtime.arguments import as_path, check_texts
+from edgedetr.runtime.arguments import as_path
 from edgedetr.storage.reading import read_text
 
 # What changes detections and no tensor tells; said where no config.json does, and how the published files have it.
@@ -50,14 +50,16 @@ LAYER = re.compile(r"decoder\.(?:layers|boxes\.(?:score|box|class_tower|box_towe
 
 
 @dataclass(frozen=True)
-class Imported:
-    """What came of an import.
+class ImportedWeights:
+    """What an import of weights found.
 
-    layout      whose names the file uses
-    tensors     taken over;  kept, fresh: classes whose rows were found by name, and those that start anew
-    notes       what the reader should know: where classes and resize come from, what could not be told
+    layout      whose tensor names the file uses
+    tensors     number of tensors that were copied
+    kept, fresh  classes whose rows of the class heads were found by name, and those whose rows are newly initialized
+    notes       for the user: where classes and resize come from, what the files do not contain
     """
 
+    source: str
     bundle: Bundle
     layout: str
     tensors: int
@@ -65,33 +67,34 @@ class Imported:
     fresh: tuple[str, ...]
     notes: tuple[str, ...]
 
+    def describe(self) -> str:
+        """What was found, in some sentences."""
+        return "\n".join([f"{self.source}: {self.layout} layout, {self.tensors} tensors", *self.notes])
 
-def import_weights(
-    source: str,
-    model: str,
-    out: str | Path,
-    *,
-    data: Path | None = None,
-    classes: Path | None = None,
-    size: tuple[int, int] | None = None,
-    sets: Sequence[str] = (),
-) -> Imported:
-    """Write a bundle from a .pth or .safetensors file, a folder of transformers, or a name on the hub.
+    def to_json(self) -> dict[str, object]:
+        """The keys of `edgedetr import --json`."""
+        return {
+            "bundle": str(self.bundle.path),
+            "layout": self.layout,
+            "tensors": self.tensors,
+            "kept": self.kept,
+            "fresh": self.fresh,
+            "notes": self.notes,
+        }
 
-    data      its classes replace the file's: rows of the class heads are kept by name; recorded for export and verify
-    classes   a text file with one name per line, in the order of the file's class head; "-" is a row without a class
-    size      height, width of the input; default: what the model was trained with
-    sets      `section.key=value`, laid over what was inferred
+
+def import_weights(source: str | Path, out: str | Path, options: ImportOptions) -> ImportedWeights:
+    """Write a bundle from a .pth or .safetensors file, a folder of transformers, or the id of a model on the hub.
+
+    `options.model` is required. Classes of `options.data` replace the file's: rows of the class heads are kept by name.
+
     Errors: ModelError (layout, tensors, configuration, classes), DataError, BundleError.
     """
     as_path(source, "source", "a path, or a name on the Hugging Face hub")
     source, out = os.fspath(source), as_path(out, "out")
+    model, size, sets = "" if options.model is None else options.model, options.size, options.sets
     member(model)
-    data, classes = (
-        None if value is None else as_path(value, what) for value, what in ((data, "data"), (classes, "classes"))
-    )
-    check_texts(sets, "sets", "a list of section.key=value")
-    size = None if size is None else check_size(size)
+    data, classes = (None if value is None else Path(value) for value in (options.data, options.classes))
     if (out / MANIFEST).exists():
         raise ModelError(f"{out} is a bundle already; name another --out")
     origin = WeightSource(source)
@@ -140,7 +143,7 @@ def import_weights(
     with bundle.add(IMPORT_RECORD.file, stage=IMPORT_RECORD.step) as path:
         about: dict[str, Any] = {**origin.record(), "layout": read.layout, "notes": notes}
         path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    return Imported(bundle, read.layout, loaded.tensors, kept, fresh, tuple(notes))
+    return ImportedWeights(source, bundle, read.layout, loaded.tensors, kept, fresh, tuple(notes))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from planted_onnx import HEIGHT, WIDTH, convert, planted
 
 from edgedetr.errors import EdgedetrError, ExportError
-from edgedetr.importing.onnx_model import bring
+from edgedetr.importing.import_options import ImportOptions
+from edgedetr.importing.onnx_model import import_onnx_model
 from edgedetr.runtime.bundle_detector import load
 
 pytest.importorskip("torch")
@@ -21,7 +22,7 @@ pytest.importorskip("torch")
 def refused(model: ModelProto, folder: Path, message: str, **asked) -> None:
     onnx.save(model, folder / "m.onnx")
     with pytest.raises(ExportError, match=message):
-        bring(folder / "m.onnx", folder / "b", **asked)
+        import_onnx_model(folder / "m.onnx", folder / "b", ImportOptions(**asked))
     assert not (folder / "b").exists()
 
 
@@ -52,7 +53,7 @@ def test_a_branch_that_the_size_decides_is_taken(tmp_path):
     made.add("Equal", "s", made.const("w", np.array([WIDTH])), out="c1")
     made.add("Squeeze", "c1", out="c")
     onnx.save(made.model([branches(made, "c"), "b"]), tmp_path / "m.onnx")
-    result = bring(tmp_path / "m.onnx", tmp_path / "b")
+    result = import_onnx_model(tmp_path / "m.onnx", tmp_path / "b")
     assert "If" not in {node.op_type for node in onnx.load(result.bundle.require("model.onnx")).graph.node}
 
 
@@ -122,7 +123,7 @@ def test_a_size_of_the_original_image_as_an_input_becomes_a_constant(tmp_path):
     made.add("Mul", convert(made, "xyxy"), "ff", out="boxes")
     sizes = helper.make_tensor_value_info("orig_target_sizes", TensorProto.INT64, [1, 2])
     onnx.save(made.model(["l", "boxes"], extra=(sizes,)), tmp_path / "m.onnx")
-    result = bring(tmp_path / "m.onnx", tmp_path / "b")
+    result = import_onnx_model(tmp_path / "m.onnx", tmp_path / "b")
     model = onnx.load(result.bundle.require("model.onnx"))
     assert [item.name for item in model.graph.input] == ["images"]
     detector = load(result.bundle, backend="onnxruntime", stage="onnx", threads=1)
@@ -141,7 +142,7 @@ def test_local_functions_are_written_into_the_graph(tmp_path):
     )
     model.opset_import.append(helper.make_opsetid("mine", 1))
     onnx.save(model, tmp_path / "m.onnx")
-    result = bring(tmp_path / "m.onnx", tmp_path / "b")
+    result = import_onnx_model(tmp_path / "m.onnx", tmp_path / "b")
     assert result.activation == "sigmoid"
     assert not onnx.load(result.bundle.require("model.onnx")).functions
 
@@ -253,7 +254,9 @@ def fuzz(folder: Path, count: int, seed: int) -> int:
         content = mutated(dice.choice(raws), dice)
         (folder / "m.onnx").write_bytes(content)
         try:
-            bring(folder / "m.onnx", folder / f"b{number}", activation="sigmoid" if number % 2 else None)
+            import_onnx_model(
+                folder / "m.onnx", folder / f"b{number}", ImportOptions(activation="sigmoid" if number % 2 else None)
+            )
             passed += 1
         except EdgedetrError:
             continue
@@ -280,6 +283,6 @@ def test_nodes_may_stand_in_any_order_but_not_in_a_circle(tmp_path):
     del model.graph.node[:]
     model.graph.node.extend(backwards)
     onnx.save(model, tmp_path / "m.onnx")
-    assert bring(tmp_path / "m.onnx", tmp_path / "good").activation == "sigmoid"
+    assert import_onnx_model(tmp_path / "m.onnx", tmp_path / "good").activation == "sigmoid"
     next(node for node in model.graph.node if node.op_type == "Mul").input[0] = "p"
     refused(model, tmp_path, "not valid ONNX .*topologically")

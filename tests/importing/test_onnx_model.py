@@ -32,8 +32,8 @@ from edgedetr.boxes import cxcywh_to_xyxy
 from edgedetr.bundle import Bundle
 from edgedetr.data.synthetic import render
 from edgedetr.errors import ExportError, UsageError
-from edgedetr.importing.import_options import Pixels
-from edgedetr.importing.onnx_model import bring
+from edgedetr.importing.import_options import ImportOptions, Normalization
+from edgedetr.importing.onnx_model import import_onnx_model
 from edgedetr.lint.lint import lint
 from edgedetr.runtime.bundle_detector import load
 
@@ -72,7 +72,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 ASKED = {
     "raw": {"size": (HEIGHT, WIDTH)},
-    "softmax": {"activation": "softmax", "pixels": Pixels(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))},
+    "softmax": {"activation": "softmax", "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)},
     "rf": {},
     "decoded": {"size": (HEIGHT, WIDTH)},
     "decoded-softmax": {},
@@ -91,7 +91,11 @@ FOUND = {
 @pytest.fixture(scope="module", params=list(ASKED))
 def brought(request, files, scenes, tmp_path_factory):
     out = tmp_path_factory.mktemp("brought") / "b.bundle"
-    return request.param, files[request.param], bring(files[request.param], out, data=scenes, **ASKED[request.param])
+    return (
+        request.param,
+        files[request.param],
+        import_onnx_model(files[request.param], out, ImportOptions(data=scenes, **ASKED[request.param])),
+    )
 
 
 @cache
@@ -100,7 +104,7 @@ def session_of(path: Path):
     return open_session(str(path))
 
 
-def answers(kind: str, path: Path, image: np.ndarray, pixels: Pixels):
+def answers(kind: str, path: Path, image: np.ndarray, pixels: Normalization):
     """What the file itself finds in one image, by this test's own arithmetic: labels, boxes xyxy px, scores."""
     std, mean = (np.array(value, np.float32).reshape(3, 1, 1) for value in (pixels.std, pixels.mean))
     session = session_of(path)
@@ -129,7 +133,7 @@ def test_the_bundle_finds_what_the_file_finds(brought):
     kind, path, result = brought
     detector = load(result.bundle, backend="onnxruntime", stage="onnx", threads=1)
     for image in pictures(2):
-        labels, boxes, scores = answers(kind, path, image[None], result.pixels)
+        labels, boxes, scores = answers(kind, path, image[None], result.normalization)
         found = detector([image.transpose(1, 2, 0).astype(np.uint8)])[0]
         # Float32 through another order of summation, after folding: measured 2e-5 in scores, 3e-3 px in boxes.
         np.testing.assert_allclose(found.confidence[:10], scores[:10], atol=1e-3)
@@ -192,7 +196,9 @@ def test_names_are_not_needed_for_that(files, scenes, tmp_path):
     for node in model.graph.node:
         node.name = ""
     onnx.save(model, tmp_path / "nameless.onnx")
-    result = bring(tmp_path / "nameless.onnx", tmp_path / "b", data=scenes, size=(HEIGHT, WIDTH))
+    result = import_onnx_model(
+        tmp_path / "nameless.onnx", tmp_path / "b", ImportOptions(data=scenes, size=(HEIGHT, WIDTH))
+    )
     names = [node.name for node in onnx.load(result.bundle.require("model.onnx")).graph.node]
     assert sum(name.startswith("/decoder/") for name in names) > 50
     assert sum(name.startswith("/selector/") for name in names) > 5
@@ -237,25 +243,29 @@ def test_import_int8_lint_and_verify_by_the_command_line(kind, files, scenes, tm
 
 def test_one_logit_more_than_classes_must_be_explained(files, scenes, tmp_path):
     with pytest.raises(UsageError, match="7 class logits for 6 classes; say what they are: --activation softmax"):
-        bring(files["softmax"], tmp_path / "b", data=scenes)
+        import_onnx_model(files["softmax"], tmp_path / "b", ImportOptions(data=scenes))
     assert not (tmp_path / "b").exists()
 
 
 def test_names_put_the_logits_in_the_order_of_the_data_set(files, scenes, tmp_path):
     known = ["circle", "square", "triangle", "star", "ring", "cross"]
     (tmp_path / "names.txt").write_text("\n".join(["cross", *known[:5]]) + "\n")
-    result = bring(files["raw"], tmp_path / "b", data=scenes, size=(HEIGHT, WIDTH), classes=tmp_path / "names.txt")
+    result = import_onnx_model(
+        files["raw"], tmp_path / "b", ImportOptions(data=scenes, size=(HEIGHT, WIDTH), classes=tmp_path / "names.txt")
+    )
     assert [item.name for item in result.bundle.manifest.classes] == known
     detector = load(result.bundle, backend="onnxruntime", stage="onnx", threads=1)
     image = pictures(1)
-    labels, _, _ = answers("raw", files["raw"], image, result.pixels)
+    labels, _, _ = answers("raw", files["raw"], image, result.normalization)
     found = detector([image[0].transpose(1, 2, 0).astype(np.uint8)])[0]
     assert found.class_id[:10].tolist() == [(label - 1) % 6 for label in labels[:10]]
 
 
 def test_without_data_classes_come_from_the_file_of_names(files, tmp_path):
     (tmp_path / "names.txt").write_text("a\n-\nc\nd\ne\nf\n")
-    result = bring(files["raw"], tmp_path / "b", size=(HEIGHT, WIDTH), classes=tmp_path / "names.txt")
+    result = import_onnx_model(
+        files["raw"], tmp_path / "b", ImportOptions(size=(HEIGHT, WIDTH), classes=tmp_path / "names.txt")
+    )
     assert [(item.name, item.category_id) for item in result.bundle.manifest.classes] == [
         ("a", 0),
         ("c", 2),
@@ -278,20 +288,24 @@ def test_without_data_classes_come_from_the_file_of_names(files, tmp_path):
 def test_a_faulty_list_of_names_is_refused(files, scenes, tmp_path, text, message):
     (tmp_path / "names.txt").write_text(text)
     with pytest.raises(UsageError, match=message):
-        bring(files["raw"], tmp_path / "b", data=scenes, size=(HEIGHT, WIDTH), classes=tmp_path / "names.txt")
+        import_onnx_model(
+            files["raw"],
+            tmp_path / "b",
+            ImportOptions(data=scenes, size=(HEIGHT, WIDTH), classes=tmp_path / "names.txt"),
+        )
 
 
 def test_an_open_size_must_be_said_and_a_fixed_one_kept(files, scenes, tmp_path):
     with pytest.raises(UsageError, match="--input 640x640"):
-        bring(files["raw"], tmp_path / "b", data=scenes)
+        import_onnx_model(files["raw"], tmp_path / "b", ImportOptions(data=scenes))
     with pytest.raises(UsageError, match="the file takes 96x128 alone"):
-        bring(files["rf"], tmp_path / "b", data=scenes, size=(96, 96))
+        import_onnx_model(files["rf"], tmp_path / "b", ImportOptions(data=scenes, size=(96, 96)))
 
 
 def test_rf_detr_gets_the_statistics_it_was_published_with(brought):
     kind, _, result = brought
     if kind != "softmax":  # that one is told others
-        assert result.pixels.mean == ((0.485, 0.456, 0.406) if kind == "rf" else (0, 0, 0))
+        assert result.normalization.mean == ((0.485, 0.456, 0.406) if kind == "rf" else (0, 0, 0))
 
 
 def test_a_decoding_that_is_not_understood_is_not_guessed(files, tmp_path, scenes):
@@ -303,4 +317,4 @@ def test_a_decoding_that_is_not_understood_is_not_guessed(files, tmp_path, scene
     model.graph.node.append(helper.make_node("Mul", ["boxes/before", "third"], ["boxes"], "odd"))
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(ExportError, match="no tensor that may be the boxes gives the file's own"):
-        bring(tmp_path / "m.onnx", tmp_path / "b", data=scenes, size=(HEIGHT, WIDTH))
+        import_onnx_model(tmp_path / "m.onnx", tmp_path / "b", ImportOptions(data=scenes, size=(HEIGHT, WIDTH)))

@@ -11,7 +11,8 @@ from onnx import ModelProto, TensorProto, helper
 
 from edgedetr import cli
 from edgedetr.errors import ExportError, UsageError
-from edgedetr.importing.onnx_model import bring
+from edgedetr.importing.import_options import ImportOptions
+from edgedetr.importing.onnx_model import import_onnx_model
 
 
 def replaced(change) -> ModelProto:
@@ -57,14 +58,14 @@ def _dangling(model):
 def test_what_cannot_be_imported_is_said_and_leaves_nothing(tmp_path, model, message):
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(ExportError, match=message):
-        bring(tmp_path / "m.onnx", tmp_path / "b")
+        import_onnx_model(tmp_path / "m.onnx", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
 def test_the_smallest_file_passes(tmp_path):
     """The twin of the refused ones."""
     onnx.save(detector_of(), tmp_path / "m.onnx")
-    result = bring(tmp_path / "m.onnx", tmp_path / "b", activation="sigmoid")
+    result = import_onnx_model(tmp_path / "m.onnx", tmp_path / "b", ImportOptions(activation="sigmoid"))
     assert [item.name for item in result.bundle.manifest.classes] == ["class 0", "class 1", "class 2"]
 
 
@@ -77,7 +78,7 @@ def test_a_mask_of_pixels_becomes_a_constant(tmp_path):
     model.graph.node.insert(2, helper.make_node("Mul", ["x", "share"], ["seen"]))
     model.graph.node[3].input[0] = "seen"
     onnx.save(model, tmp_path / "m.onnx")
-    result = bring(tmp_path / "m.onnx", tmp_path / "b", activation="sigmoid")
+    result = import_onnx_model(tmp_path / "m.onnx", tmp_path / "b", ImportOptions(activation="sigmoid"))
     assert [item.name for item in onnx.load(result.bundle.require("model.onnx")).graph.input] == ["images"]
 
 
@@ -85,7 +86,7 @@ def test_a_mask_of_pixels_becomes_a_constant(tmp_path):
 def test_a_damaged_file_is_refused(tmp_path, content):
     (tmp_path / "m.onnx").write_bytes(content)
     with pytest.raises(ExportError):
-        bring(tmp_path / "m.onnx", tmp_path / "b")
+        import_onnx_model(tmp_path / "m.onnx", tmp_path / "b")
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
@@ -94,11 +95,13 @@ def test_weights_behind_a_link_are_refused(tmp_path, link):
     onnx.save(
         detector_of(), tmp_path / "model" / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0
     )
-    assert bring(tmp_path / "model" / "m.onnx", tmp_path / "good", activation="sigmoid").objects
+    assert import_onnx_model(
+        tmp_path / "model" / "m.onnx", tmp_path / "good", ImportOptions(activation="sigmoid")
+    ).objects
     (tmp_path / "model" / "w.bin").rename(tmp_path / "elsewhere.bin")
     link(tmp_path / "elsewhere.bin", tmp_path / "model" / "w.bin")
     with pytest.raises(ExportError, match="which is a (symbolic|hard) link"):
-        bring(tmp_path / "model" / "m.onnx", tmp_path / "b")
+        import_onnx_model(tmp_path / "model" / "m.onnx", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
@@ -107,7 +110,7 @@ def test_a_trained_bundle_is_not_overwritten(tmp_path):
     (tmp_path / "b" / "weights.safetensors").write_bytes(b"years")
     onnx.save(detector_of(), tmp_path / "m.onnx")
     with pytest.raises(UsageError, match="holds a trained model"):
-        bring(tmp_path / "m.onnx", tmp_path / "b")
+        import_onnx_model(tmp_path / "m.onnx", tmp_path / "b")
 
 
 @pytest.mark.parametrize(

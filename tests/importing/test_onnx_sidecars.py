@@ -12,7 +12,8 @@ from planted_onnx import BOXES, LABELS, SIZE, corners, labeled, planted
 
 from edgedetr import cli
 from edgedetr.errors import ExportError, UsageError
-from edgedetr.importing.onnx_model import bring
+from edgedetr.importing.import_options import ImportOptions
+from edgedetr.importing.onnx_model import import_onnx_model
 from edgedetr.importing.onnx_sidecars import read_beside
 from edgedetr.runtime.bundle_detector import load
 
@@ -49,7 +50,7 @@ def test_a_softmax_detector_is_known_by_its_configuration(tmp_path, capsys):
 @pytest.mark.parametrize("kind, count", [("rt_detr", 3), ("d_fine", 3), ("rf_detr", 3), ("deformable_detr", 3)])
 def test_a_sigmoid_detector_is_known_by_its_configuration(tmp_path, kind, count):
     path = folder(tmp_path / "m", planted(quiet=-0.5).model(["l", "b"]), config={"model_type": kind, "id2label": NAMES})
-    result = bring(path, tmp_path / "b")
+    result = import_onnx_model(path, tmp_path / "b")
     assert result.activation == "sigmoid"
     assert [item.name for item in result.bundle.manifest.classes] == ["red", "green", "blue"]
 
@@ -58,7 +59,7 @@ def test_a_configuration_that_does_not_fit_the_graph_is_refused(tmp_path):
     model = planted(quiet=-0.5).model(["l", "b"])
     path = folder(tmp_path / "m", model, config={"model_type": "detr", "id2label": NAMES})
     with pytest.raises(UsageError, match="2 class logits besides no object"):
-        bring(path, tmp_path / "b")
+        import_onnx_model(path, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
@@ -68,13 +69,13 @@ def test_classes_of_the_data_set_are_found_by_name(tmp_path):
     made = planted()
     made.constants["l0"] = made.constants["l0"][..., [0, 2, 1]]
     path = folder(tmp_path / "m", made.model(["l", "b"]), config={"id2label": order})
-    result = bring(path, tmp_path / "b", data=data)
+    result = import_onnx_model(path, tmp_path / "b", ImportOptions(data=data))
     assert [item.name for item in result.bundle.manifest.classes] == ["red", "green", "blue"]
     assert result.ap is not None and result.ap > 95
     other = folder(tmp_path / "n", made.model(["l", "b"]), config={"id2label": {**order, "1": "cat"}})
     with pytest.raises(UsageError, match="config.json does not name blue.*--columns index"):
-        bring(other, tmp_path / "c", data=data)
-    assert bring(other, tmp_path / "c", data=data, columns="index").ap < 60
+        import_onnx_model(other, tmp_path / "c", ImportOptions(data=data))
+    assert import_onnx_model(other, tmp_path / "c", ImportOptions(data=data, columns="index")).ap < 60
 
 
 def test_the_processor_says_pixels_and_size_and_options_go_over_it(tmp_path, capsys):

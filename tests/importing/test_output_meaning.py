@@ -13,7 +13,8 @@ from planted_onnx import BOXES, LABELS, QUERIES, SCORES, SIZE, convert, corners,
 
 from edgedetr import cli
 from edgedetr.errors import ExportError, UsageError
-from edgedetr.importing.onnx_model import Brought, bring
+from edgedetr.importing.import_options import ImportOptions
+from edgedetr.importing.onnx_model import ImportedOnnxModel, import_onnx_model
 from edgedetr.runtime.bundle_detector import load
 
 pytest.importorskip("torch")
@@ -24,12 +25,14 @@ def data(tmp_path_factory) -> Path:
     return labeled(tmp_path_factory.mktemp("labeled"))
 
 
-def imported(model: onnx.ModelProto, folder: Path, **asked) -> Brought:
+def imported(model: onnx.ModelProto, folder: Path, **asked) -> ImportedOnnxModel:
     onnx.save(model, folder / "m.onnx")
-    return bring(folder / "m.onnx", folder / "b", **asked)
+    return import_onnx_model(folder / "m.onnx", folder / "b", ImportOptions(**asked))
 
 
-def assert_finds_what_was_planted(result: Brought, boxes: np.ndarray = BOXES, *, scores=SCORES, atol=2e-3) -> None:
+def assert_finds_what_was_planted(
+    result: ImportedOnnxModel, boxes: np.ndarray = BOXES, *, scores=SCORES, atol=2e-3
+) -> None:
     """By the bundle's own detector; the truth is the test's, not the file's."""
     detector = load(result.bundle, backend="onnxruntime", stage="onnx", threads=1)
     image = np.random.default_rng(9).integers(0, 256, (int(SIZE[1]), int(SIZE[0]), 3), dtype=np.uint8)
@@ -58,7 +61,7 @@ def test_boxes_are_read_as_they_are_written(tmp_path, layout, pixels, traced):
     assert result.boxes == layout + ("-pixels" if pixels else "")
     assert any(
         layout[0] in reason and ("the graph makes them" in reason) == traced
-        for reason in result.why
+        for reason in result.notes
         if reason.startswith("boxes are")
     )
     assert_finds_what_was_planted(result)
@@ -92,12 +95,12 @@ def test_two_readings_of_boxes_are_refused_until_somebody_decides(tmp_path, tmp_
         imported(big(), tmp_path)
     assert not (tmp_path / "b").exists()
     result = imported(big(), tmp_path, boxes="cxcywh")
-    assert "--boxes says so" in " ".join(result.why)
+    assert "--boxes says so" in " ".join(result.notes)
     (tmp_path / "by-labels").mkdir()
     result = imported(big(), tmp_path / "by-labels", data=labeled(tmp_path_factory.mktemp("big"), BIG))
     assert result.boxes == "cxcywh"
     assert result.ap is not None and result.ap > 95
-    assert any("cxcywh have AP" in reason for reason in result.why)
+    assert any("cxcywh have AP" in reason for reason in result.notes)
 
 
 def test_a_sigmoid_keeps_no_corners_in_order(tmp_path):
@@ -109,7 +112,7 @@ def test_a_sigmoid_keeps_no_corners_in_order(tmp_path):
     made.add("Identity", "sides", out="boxes")
     result = imported(made.model(["l", "boxes"]), tmp_path)
     assert result.boxes == "cxcywh"
-    assert any("straight out of a Sigmoid" in reason for reason in result.why)
+    assert any("straight out of a Sigmoid" in reason for reason in result.notes)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +152,7 @@ def test_probabilities_get_no_second_sigmoid_whatever_they_are_called(tmp_path, 
     made = planted()
     made.add("Sigmoid", "l", out=name)
     result = imported(made.model([name, "b"]), tmp_path)
-    assert any("sigmoid of tensor 'l'" in reason for reason in result.why)
+    assert any("sigmoid of tensor 'l'" in reason for reason in result.notes)
     assert_finds_what_was_planted(result)
 
 
@@ -178,7 +181,7 @@ def test_logarithms_of_probabilities_are_no_logits(tmp_path, form):
         made.add("Sigmoid", "l", out="s")
         made.add("Log", "s", out="p")
     result = imported(made.model(["p", "b"]), tmp_path)
-    assert any("the logarithm of the s" in reason for reason in result.why)
+    assert any("the logarithm of the s" in reason for reason in result.notes)
     assert_finds_what_was_planted(result, scores=None if form == "log_softmax" else SCORES)
 
 
@@ -243,7 +246,7 @@ def test_labeled_images_decide_between_softmax_and_a_spare_logit(tmp_path, data,
 def test_as_many_logits_as_classes_are_sigmoid(tmp_path, data):
     result = imported(planted(quiet=-0.5).model(["l", "b"]), tmp_path, data=data)
     assert result.activation == "sigmoid"
-    assert any("3 class logits for 3 classes" in reason for reason in result.why)
+    assert any("3 class logits for 3 classes" in reason for reason in result.notes)
     assert result.ap is not None and result.ap > 95
 
 
@@ -367,7 +370,7 @@ def test_labels_that_are_numbered_otherwise_are_said(tmp_path):
     made = planted()
     names = chosen(made, add=1)
     result = imported(made.model([("labels", TensorProto.INT64), *names[1:]]), tmp_path)
-    assert any("the file numbers its labels otherwise (0 as 1" in reason for reason in result.why)
+    assert any("the file numbers its labels otherwise (0 as 1" in reason for reason in result.notes)
     assert_finds_what_was_planted(result)
 
 
@@ -375,7 +378,7 @@ def test_one_class_of_each_query_is_said(tmp_path):
     made = planted()
     names = chosen(made, per_query=True)
     result = imported(made.model([("labels", TensorProto.INT64), *names[1:]]), tmp_path)
-    assert any("the file keeps one class of each query" in reason for reason in result.why)
+    assert any("the file keeps one class of each query" in reason for reason in result.notes)
     assert_finds_what_was_planted(result)
 
 
@@ -392,7 +395,7 @@ def test_a_graph_of_halves_with_ends_of_float32_becomes_float32(tmp_path):
     made.add("Cast", "p", out="scores", to=TensorProto.FLOAT)
     made.add("Cast", "b", out="boxes", to=TensorProto.FLOAT)
     result = imported(made.model(["scores", "boxes"]), tmp_path)
-    assert result.half
+    assert result.is_fp16
     assert "float16" in result.describe()
     model = onnx.load(result.bundle.require("model.onnx"))
     assert {tensor.data_type for tensor in model.graph.initializer} <= {TensorProto.FLOAT, TensorProto.INT64}

@@ -23,7 +23,8 @@ from external_models import (
 )
 
 from edgedetr.boxes import cxcywh_to_xyxy
-from edgedetr.importing.onnx_model import bring
+from edgedetr.importing.import_options import ImportOptions
+from edgedetr.importing.onnx_model import import_onnx_model
 from edgedetr.runtime.bundle_detector import load
 
 torch = pytest.importorskip("torch")
@@ -151,7 +152,7 @@ def exported(make, opset: int, path: Path) -> Path:
 def test_the_bundle_finds_what_the_export_finds(case, tmp_path):
     make, opset, asked = CASES[case]
     path = exported(make, opset, tmp_path / "model.onnx")
-    result = bring(path, tmp_path / "b", **asked)
+    result = import_onnx_model(path, tmp_path / "b", ImportOptions(**asked))
     assert result.opset >= abs(opset)
     assert "GridSample" not in {node.op_type for node in onnx.load(result.bundle.require("model.onnx")).graph.node}
     detector = load(result.bundle, backend="onnxruntime", stage="onnx", threads=1)

@@ -18,6 +18,7 @@ from edgedetr.data.coco_classes import COCO, coco_classes
 from edgedetr.data.synthetic import render
 from edgedetr.errors import DataError, ModelError
 from edgedetr.exporting.export import export
+from edgedetr.importing.import_options import ImportOptions
 from edgedetr.importing.weights import import_weights
 from edgedetr.models import build
 from edgedetr.models.checkpoints import conversion as names
@@ -107,7 +108,7 @@ def rt_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_of_transformers_becomes_a_bundle_with_the_same_detections(tmp_path: Path) -> None:
     theirs = rt_detr_folder(tmp_path / "hub")
-    imported = import_weights(str(tmp_path / "hub"), "rt_detr", tmp_path / "b.bundle")
+    imported = import_weights(str(tmp_path / "hub"), tmp_path / "b.bundle", ImportOptions(model="rt_detr"))
     manifest = Bundle.open(tmp_path / "b.bundle").manifest
     assert [c.name for c in manifest.classes] == ["red cell", "platelet"]
     assert (manifest.input.height, manifest.input.width, manifest.input.resize) == (64, 96, "stretch")
@@ -125,7 +126,7 @@ def test_a_folder_of_transformers_becomes_a_bundle_with_the_same_detections(tmp_
 
 
 def test_an_authors_file_keeps_its_resize_and_classes_are_coco_by_their_number(detr_file: Path, tmp_path: Path) -> None:
-    imported = import_weights(str(detr_file), "detr", tmp_path / "b.bundle", sets=HEADS)
+    imported = import_weights(str(detr_file), tmp_path / "b.bundle", ImportOptions(model="detr", sets=HEADS))
     manifest = imported.bundle.manifest
     assert (manifest.input.height, manifest.input.width, manifest.input.resize) == (800, 1344, "letterbox")
     assert manifest.classes[1].name == "person" and manifest.classes[90].category_id == 90
@@ -135,7 +136,7 @@ def test_an_authors_file_keeps_its_resize_and_classes_are_coco_by_their_number(d
 
 
 def test_what_a_file_of_tensors_cannot_say_is_said(detr_file: Path, tmp_path: Path) -> None:
-    notes = import_weights(str(detr_file), "detr", tmp_path / "a", size=(64, 64), sets=HEADS).notes
+    notes = import_weights(str(detr_file), tmp_path / "a", ImportOptions(model="detr", size=(64, 64), sets=HEADS)).notes
     untold = next(note for note in notes if "no tensor says" in note)
     assert "whether C5 is dilated (DC5)" in untold and "heads=4" in untold and "ffn_activation=relu" in untold
     assert "--set model.heads=VALUE" in untold
@@ -143,11 +144,13 @@ def test_what_a_file_of_tensors_cannot_say_is_said(detr_file: Path, tmp_path: Pa
     config = RtDetrConfig(backbone_width=0.25, hidden=32, heads=4, encoder_ffn=48, decoder_ffn=48, decoder_layers=3)
     torch.save({"ema": {"module": original_names.rt_detr(build("rt_detr", config, 80).state_dict(), 2)}}, path)
     sets = ("model.heads=4", "model.queries=7")
-    notes = import_weights(str(path), "rt_detr", tmp_path / "b", size=(64, 64), sets=sets).notes
+    notes = import_weights(str(path), tmp_path / "b", ImportOptions(model="rt_detr", size=(64, 64), sets=sets)).notes
     untold = next(note for note in notes if "no tensor says" in note)
     assert "whether sampling is discrete" in untold and "eval_idx" in untold and "method=default" in untold
     assert "queries=7" in untold, "as set"
-    fewer = import_weights(str(path), "rt_detr", tmp_path / "c", size=(64, 64), sets=(*sets, "model.decoder_layers=2"))
+    fewer = import_weights(
+        str(path), tmp_path / "c", ImportOptions(model="rt_detr", size=(64, 64), sets=(*sets, "model.decoder_layers=2"))
+    )
     assert fewer.bundle.manifest.config["decoder_layers"] == 2
     assert any("decoder layers from 2 on are left out" in note for note in fewer.notes)
 
@@ -158,7 +161,7 @@ def test_a_model_of_another_kind_is_refused_by_its_name(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     (tmp_path / "hub" / "config.json").write_text(json.dumps({**config, "model_type": "d_fine"}))
     with pytest.raises(ModelError, match='model_type is "d_fine"; rt_detr is read from rt_detr or rt_detr_v2; '):
-        import_weights(str(tmp_path / "hub"), "rt_detr", tmp_path / "b")
+        import_weights(str(tmp_path / "hub"), tmp_path / "b", ImportOptions(model="rt_detr"))
     weights = {
         "model.enc_score_head.weight": torch.ones(2, 2),
         "model.backbone.model.encoder.stages.1.downsample.conv.weight": torch.ones(2, 2),
@@ -166,9 +169,9 @@ def test_a_model_of_another_kind_is_refused_by_its_name(tmp_path: Path) -> None:
     }
     torch.save(weights, tmp_path / "d.pth")
     with pytest.raises(ModelError, match="no class head"):
-        import_weights(str(tmp_path / "d.pth"), "rt_detr", tmp_path / "b", size=(64, 64))
+        import_weights(str(tmp_path / "d.pth"), tmp_path / "b", ImportOptions(model="rt_detr", size=(64, 64)))
     with pytest.raises(ModelError, match="no known layout of detr .*use --model rt_detr"):
-        import_weights(str(tmp_path / "d.pth"), "detr", tmp_path / "b", size=(64, 64))
+        import_weights(str(tmp_path / "d.pth"), tmp_path / "b", ImportOptions(model="detr", size=(64, 64)))
     assert not (tmp_path / "b").exists()
 
 
@@ -202,7 +205,7 @@ def test_hub_files_of_wrong_types_are_one_error_and_nothing_is_written(
         content = json.dumps({**json.loads((folder / name).read_text()), **content})
     (folder / name).write_bytes(str(content).encode("latin-1"))
     with pytest.raises(ModelError, match=said):
-        import_weights(str(folder), "rt_detr", tmp_path / "b")
+        import_weights(str(folder), tmp_path / "b", ImportOptions(model="rt_detr"))
     assert not (tmp_path / "b").exists()
 
 
@@ -221,7 +224,9 @@ def test_rt_detr_r101_has_an_encoder_wider_than_its_decoder(tmp_path: Path) -> N
     ours = build("rt_detr", config, 80).state_dict()
     torch.save({"ema": {"module": original_names.rt_detr(ours, 2)}}, tmp_path / "r101.pth")
     imported = import_weights(
-        str(tmp_path / "r101.pth"), "rt_detr", tmp_path / "b", size=(64, 64), sets=(*HEADS, "model.queries=7")
+        str(tmp_path / "r101.pth"),
+        tmp_path / "b",
+        ImportOptions(model="rt_detr", size=(64, 64), sets=(*HEADS, "model.queries=7")),
     )
     config = imported.bundle.manifest.config
     assert (config["encoder_width"], config["hidden"], config["expansion"]) == (48, 32, 1.0)
@@ -255,7 +260,7 @@ def test_timms_names_of_a_backbone_are_read_with_its_config(tmp_path: Path) -> N
     raw = json.loads((tmp_path / "config.json").read_text())
     timm = {"backbone_config": None, "use_timm_backbone": True, "backbone": "resnet18", "backbone_kwargs": None}
     (tmp_path / "config.json").write_text(json.dumps({**raw, **timm}))
-    imported = import_weights(str(tmp_path), "detr", tmp_path / "b", size=(64, 96))
+    imported = import_weights(str(tmp_path), tmp_path / "b", ImportOptions(model="detr", size=(64, 96)))
     assert imported.bundle.manifest.config["backbone"] == config.backbone
     images = torch.randint(0, 256, (1, 3, 64, 96)).float()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -266,11 +271,13 @@ def test_timms_names_of_a_backbone_are_read_with_its_config(tmp_path: Path) -> N
     torch.testing.assert_close(boxes, expected.pred_boxes, atol=1e-5, rtol=0)
     (tmp_path / "config.json").write_text(json.dumps({**raw, **timm, "backbone": "resnet34"}))
     with pytest.raises(ModelError, match="backbone is resnet34, but the tensors are those of resnet18 at width 1"):
-        import_weights(str(tmp_path), "detr", tmp_path / "c", size=(64, 96))
+        import_weights(str(tmp_path), tmp_path / "c", ImportOptions(model="detr", size=(64, 96)))
 
 
 def test_an_imported_bundle_exports(detr_file: Path, tmp_path: Path) -> None:
-    bundle = import_weights(str(detr_file), "detr", tmp_path / "b.bundle", size=(64, 96), sets=HEADS).bundle
+    bundle = import_weights(
+        str(detr_file), tmp_path / "b.bundle", ImportOptions(model="detr", size=(64, 96), sets=HEADS)
+    ).bundle
     export(bundle)
     assert Bundle.open(bundle.path).has("model.onnx")
 
@@ -280,10 +287,8 @@ def test_deformable_two_stage_is_recognized_and_says_what_it_cannot_know(tmp_pat
     torch.save({"model": original_names.deformable_detr(ours, 2)}, tmp_path / "d.pth")
     imported = import_weights(
         str(tmp_path / "d.pth"),
-        "deformable_detr",
         tmp_path / "b.bundle",
-        size=(320, 320),
-        sets=(*HEADS, "model.queries=6"),
+        ImportOptions(model="deformable_detr", size=(320, 320), sets=(*HEADS, "model.queries=6")),
     )
     config = imported.bundle.manifest.config
     assert config["two_stage"] and config["refine"] and config["points"] == 4 and config["levels"] == 4
@@ -298,7 +303,9 @@ def test_other_classes_keep_their_rows_by_name_and_the_rest_is_said(detr_file: P
     names = tmp_path / "names.txt"
     names.write_text("\n".join(["circle", "-", *(f"thing {i}" for i in range(2, 91))]), encoding="utf-8")
     imported = import_weights(
-        str(detr_file), "detr", tmp_path / "b.bundle", data=data, classes=names, size=(64, 96), sets=HEADS
+        str(detr_file),
+        tmp_path / "b.bundle",
+        ImportOptions(model="detr", data=data, classes=names, size=(64, 96), sets=HEADS),
     )
     manifest = imported.bundle.manifest
     assert "circle" in imported.kept and imported.fresh
@@ -316,17 +323,17 @@ def test_what_cannot_be_imported_says_why_and_leaves_nothing(detr_file: Path, tm
     short = tmp_path / "names.txt"
     short.write_text("a\nb\n", encoding="utf-8")
     with pytest.raises(DataError, match="names 2 classes, but the class head of .* has 91"):
-        import_weights(str(detr_file), "detr", out, classes=short, sets=HEADS)
+        import_weights(str(detr_file), out, ImportOptions(model="detr", classes=short, sets=HEADS))
     with pytest.raises(ModelError, match="no known layout of rt_detr"):
-        import_weights(str(detr_file), "rt_detr", out)
+        import_weights(str(detr_file), out, ImportOptions(model="rt_detr"))
     with pytest.raises(ModelError, match="of another size .*expected the same architecture"):
-        import_weights(str(detr_file), "detr", out, sets=(*HEADS, "model.queries=7"))
+        import_weights(str(detr_file), out, ImportOptions(model="detr", sets=(*HEADS, "model.queries=7")))
     with pytest.raises(ModelError, match="multiples of 32"):
-        import_weights(str(detr_file), "detr", out, sets=HEADS, size=(70, 70))
+        import_weights(str(detr_file), out, ImportOptions(model="detr", sets=HEADS, size=(70, 70)))
     assert not out.exists()
-    import_weights(str(detr_file), "detr", out, sets=HEADS, size=(64, 64))
+    import_weights(str(detr_file), out, ImportOptions(model="detr", sets=HEADS, size=(64, 64)))
     with pytest.raises(ModelError, match="is a bundle already"):
-        import_weights(str(detr_file), "detr", out, sets=HEADS)
+        import_weights(str(detr_file), out, ImportOptions(model="detr", sets=HEADS))
 
 
 def test_the_command_says_what_it_did(detr_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from edgedetr.errors import ModelError
 from edgedetr.importing import weights as published
+from edgedetr.importing.import_options import ImportOptions
 from edgedetr.importing.weights import import_weights
 from edgedetr.models import build
 from edgedetr.models.checkpoints import conversion
@@ -262,7 +263,9 @@ def test_a_configuration_that_the_tensors_do_not_fill_is_never_built(
 
     monkeypatch.setattr(published, "build", watched)
     with pytest.raises(ModelError, match="of another size"):
-        import_weights(str(tmp_path / "w.pth"), "detr", tmp_path / "b", size=(64, 64), sets=("model.heads=4",))
+        import_weights(
+            str(tmp_path / "w.pth"), tmp_path / "b", ImportOptions(model="detr", size=(64, 64), sets=("model.heads=4",))
+        )
     assert devices == ["meta"]
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from edgedetr.bundle import Bundle
 from edgedetr.errors import ModelError
+from edgedetr.importing.import_options import ImportOptions
 from edgedetr.importing.weights import import_weights
 from edgedetr.models import build
 from edgedetr.models.checkpoints.weight_source import WeightSource
@@ -77,7 +78,7 @@ def test_a_bundle_records_the_commit_and_the_digest_of_the_file(
     path = cache.add("model.safetensors", weights)
     cache.add("preprocessor_config.json", {"size": {"height": 64, "width": 96}})
     cache.missing("config.json", "processor_config.json")
-    bundle = import_weights(NAME, "detr", tmp_path / "b.bundle", sets=("model.heads=4",)).bundle
+    bundle = import_weights(NAME, tmp_path / "b.bundle", ImportOptions(model="detr", sets=("model.heads=4",))).bundle
     assert (bundle.manifest.input.height, bundle.manifest.input.width) == (64, 96)
     about = json.loads(Bundle.open(bundle.path).require("results/import.json").read_text(encoding="utf-8"))
     assert about["source"] == NAME and about["revision"] == COMMIT
@@ -88,7 +89,9 @@ def test_a_bundle_records_the_commit_and_the_digest_of_the_file(
 def test_a_file_on_disk_is_recorded_without_its_folder(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
     save_file(weights, path)
-    bundle = import_weights(str(path), "detr", tmp_path / "b", size=(64, 64), sets=("model.heads=4",)).bundle
+    bundle = import_weights(
+        str(path), tmp_path / "b", ImportOptions(model="detr", size=(64, 64), sets=("model.heads=4",))
+    ).bundle
     text = bundle.require("results/import.json").read_text(encoding="utf-8")
     assert json.loads(text)["source"] == "mine.safetensors" and str(tmp_path) not in text
     assert json.loads(text)["revision"] is None
