@@ -53,7 +53,6 @@ WITHOUT_TORCH = 2.9  # floors up to this one
 ALLOWED = {
     ("runtime", "data"),  # predict reads files through data.images, inside a function; Detector takes arrays
     ("quantization", "evaluation"),  # the digests of reference.npz say which images must not calibrate
-    ("importing", "exporting"),  # the opset of what is written
     ("importing", "recipe"),
     ("training", "recipe"),
     ("exporting", "recipe"),  # a recipe is what they are told

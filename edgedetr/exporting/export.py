@@ -19,10 +19,11 @@ from edgedetr.data.layouts import load
 from edgedetr.errors import ExportError, UsageError
 from edgedetr.exporting.config import ExportConfig
 from edgedetr.exporting.reference_run import is_imported, write_reference, write_reference_of_graph
-from edgedetr.exporting.to_onnx import PREFIX, compare_with_pytorch, model_metadata, write_onnx
+from edgedetr.exporting.to_onnx import compare_with_pytorch, write_onnx
 from edgedetr.lint.lint import require_no_errors
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
 from edgedetr.models.detector import DetrModel
+from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX, model_metadata
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.quantize import quantize, read, to_half
 from edgedetr.runtime.preprocess import prepare
@@ -122,7 +123,7 @@ def _require_finite(bundle: Bundle, detector: DetrModel) -> None:
 
 def _made_by(bundle: Bundle) -> str:
     properties = read(bundle.require(ONNX.file)).metadata_props
-    return next((item.value for item in properties if item.key == f"{PREFIX}export"), "")
+    return next((item.value for item in properties if item.key == f"{METADATA_PREFIX}export"), "")
 
 
 def _probes(manifest: Manifest, dataset: DetectionSet | None) -> np.ndarray:

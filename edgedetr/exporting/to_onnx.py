@@ -6,19 +6,17 @@ policies and profiles refer to, and takes a tenth of the time of torch.export's.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto
 from torch.overrides import TorchFunctionMode
 
 import edgedetr
@@ -27,6 +25,7 @@ from edgedetr.bundle import Manifest
 from edgedetr.errors import ExportError
 from edgedetr.evaluation.agreement import compare_detections
 from edgedetr.models.deploy import DeployGraph
+from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX, check_graph
 from edgedetr.onnx_graph.fold import fold
 from edgedetr.onnx_graph.opset import OPSET
 from edgedetr.runtime.backends.base import RawOutputs
@@ -37,7 +36,6 @@ from edgedetr.runtime.preprocess import Geometry
 
 log = logging.getLogger(__name__)
 
-PREFIX = "edgedetr."  # of our keys in the file's metadata
 
 # float32 through some 100 layers in another order of summation; measured on trained models: see tests/export.
 LOGITS = 2e-3  # largest accepted difference of a logit
@@ -93,7 +91,7 @@ def write_onnx(
     model.producer_name, model.producer_version = "edgedetr", edgedetr.__version__
     model.graph.name = "edgedetr"
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {PREFIX + key: value for key, value in (metadata or {}).items()})
+    onnx.helper.set_model_props(model, {METADATA_PREFIX + key: value for key, value in (metadata or {}).items()})
     check_graph(model, opset)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
@@ -116,35 +114,6 @@ class _Reshapes(TorchFunctionMode):
         shape = tensor.shape
         dim %= len(shape)
         return tensor.reshape(*shape[:dim], *sizes, *shape[dim + 1 :])
-
-
-def check_graph(model: ModelProto, opset: int = OPSET) -> None:
-    """What every edgedetr graph must be; ExportError otherwise."""
-    found = {item.domain: item.version for item in model.opset_import}
-    if found != {"": opset}:
-        raise ExportError(f"the exporter wrote opsets {found}; expected {opset} of the standard domain and no other")
-    names = [item.name for item in model.graph.input], [item.name for item in model.graph.output]
-    if names != (["images"], ["logits", "boxes"]):
-        raise ExportError(f"the graph has inputs {names[0]} and outputs {names[1]}; expected images -> logits, boxes")
-    for node in model.graph.node:
-        if node.op_type == "GridSample":
-            mode = next((item.s for item in node.attribute if item.name == "mode"), b"bilinear")
-            if mode != b"bilinear":
-                raise ExportError(
-                    f"GridSample {node.name} has mode {mode.decode()!r}; expected 'bilinear', the one "
-                    "name that all versions of TensorRT read alike"
-                )
-
-
-def model_metadata(manifest: Manifest, weights: str) -> dict[str, str]:
-    """What a file says about itself: classes, contracts and the digest of the weights it was made from."""
-    return {
-        "model": manifest.model,
-        "classes": json.dumps([asdict(item) for item in manifest.classes], ensure_ascii=False),
-        "input": json.dumps(asdict(manifest.input)),
-        "output": json.dumps(asdict(manifest.output)),
-        "weights_sha256": weights,
-    }
 
 
 def compare_with_pytorch(graph: DeployGraph, path: Path, images: np.ndarray, manifest: Manifest) -> OnnxDifference:

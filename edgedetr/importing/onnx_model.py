@@ -20,7 +20,6 @@ from edgedetr.artifacts import ONNX, WEIGHTS
 from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract, digest
 from edgedetr.data.layouts import load, splits
 from edgedetr.errors import DataError, ExportError, UsageError
-from edgedetr.exporting.to_onnx import PREFIX, check_graph, model_metadata
 from edgedetr.importing import io_contract, surgery
 from edgedetr.importing.choice import SPEAKS, Judge, choose
 from edgedetr.importing.import_options import ImportOptions, Kept, Normalization, columns_of, read_names, usual
@@ -30,6 +29,7 @@ from edgedetr.importing.onnx_sidecars import PROCESSOR, Beside, read_beside
 from edgedetr.importing.original_model import NOISE, SIDE, Agreement, Original, agree, decoded, probes, renumbered
 from edgedetr.importing.output_meaning import Asked, Understood, understand
 from edgedetr.importing.trace_outputs import run
+from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX, check_graph, model_metadata
 from edgedetr.onnx_graph.control_flow import first_line
 from edgedetr.onnx_graph.fold import fold, remove_unused
 from edgedetr.onnx_graph.gather_sampling import gather_samples
@@ -311,7 +311,7 @@ def _finish(model: ModelProto, manifest: Manifest, path: Path, opset: int) -> No
             model.opset_import.remove(item)
     told = model_metadata(manifest, "")
     told.update({"imported": json.dumps({"file": path.name, "sha256": digest(path), "opset": opset})})
-    onnx.helper.set_model_props(model, {PREFIX + key: value for key, value in told.items()})
+    onnx.helper.set_model_props(model, {METADATA_PREFIX + key: value for key, value in told.items()})
     check_graph(model, OPSET)
     try:
         onnx.checker.check_model(model, full_check=True)

@@ -10,8 +10,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.exporting.to_onnx import check_graph, compare_with_pytorch, write_onnx
+from edgedetr.exporting.to_onnx import compare_with_pytorch, write_onnx
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
+from edgedetr.onnx_graph.bundle_graph import check_graph
 from edgedetr.onnx_graph.fold import fold
 from edgedetr.quantization.policy import load as load_policy
 from edgedetr.quantization.policy import plan
