@@ -11,21 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgedetr.api import export, report, train, verify
 from edgedetr.data.synthetic import render
 from edgedetr.errors import UsageError
-from edgedetr.evaluation.verify import verify
-from edgedetr.exporting.export import export
-from edgedetr.progress import TrainingProgress
+from edgedetr.progress import Progress, TrainingProgress
 from edgedetr.recipe import Recipe
-from edgedetr.reporting.report import write_report
-from edgedetr.training.train import train
 
 log = logging.getLogger(__name__)
 
 RECIPE = "demo"
 DATA = "data"  # inside the bundle, so that the demonstration is one folder
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -80,15 +75,15 @@ def run(
             progress=lambda done, total: progress("render", done, total),
         )
     with _timed(seconds, "train"):
-        bundle = train(recipe, data, out, resume=True, progress=training)
+        bundle = train(data, out, recipe=recipe, resume=True, progress=training)
         bundle.update(synthetic=True)
     with _timed(seconds, "export and quantize"), bars() as progress:
         export(bundle, int8=True, fp16=True, progress=progress)
     with _timed(seconds, "verify"), bars() as progress:
         verdict = verify(bundle, config=recipe.verify, progress=progress)
     with _timed(seconds, "report"):
-        report = write_report(bundle)
-    return Outcome(seconds, json.loads(json.dumps(verdict.to_json())), report)
+        page = report(bundle)
+    return Outcome(seconds, json.loads(json.dumps(verdict.to_json())), page)
 
 
 @contextmanager

@@ -190,6 +190,7 @@ def undoored() -> list[str]:
 # Who hands the word on unchanged to a function that checks it, or is made by this package alone.
 HANDED_ON = {
     "runtime/preprocess.py:prepare(backend)": "resize",
+    "api.py:export(sampling)": "exporting/export.py hands it on",
     "exporting/export.py:export(sampling)": "ExportConfig",
     "layers/drop_path.py:set_rates(schedule)": "rate_at",
     "data/layouts.py:splits(layout)": "_layout refuses it",

@@ -7,18 +7,15 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import click
 
 from edgedetr.cli._failures import writing_out
 from edgedetr.printable import json_text, printable
 
-
-class Progress(Protocol):
-    """Told how far a piece of work is; `total` 0 when nobody knows."""
-
-    def __call__(self, what: str, done: int, total: int) -> None: ...
+if TYPE_CHECKING:
+    from edgedetr.progress import Progress
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", err: bool = True) -> None:

@@ -7,16 +7,16 @@ from typing import Literal
 
 import click
 
-from edgedetr.bundle import Bundle
 from edgedetr.cli._options import bundle_argument, expect, open_bundle, read_size
 from edgedetr.cli._output import progress_bars, say, table
-from edgedetr.errors import PreparedNotFinished, UsageError
+from edgedetr.errors import PreparedNotFinished
 
 
 @click.command()
 @bundle_argument
 @click.option("--int8", is_flag=True, help="Calibrate, and write the INT8 graphs as well.")
-@click.option("--trt", is_flag=True, help="Write model.fp16.onnx as well, and build the engines where TensorRT is.")
+@click.option("--fp16", is_flag=True, help="Write model.fp16.onnx as well, for TensorRT.")
+@click.option("--trt", is_flag=True, help="As --fp16, and build the engines where TensorRT is.")
 @click.option(
     "--calib",
     type=click.Path(path_type=Path),
@@ -47,6 +47,7 @@ from edgedetr.errors import PreparedNotFinished, UsageError
 def export(
     bundle: Path | None,
     int8: bool,
+    fp16: bool,
     trt: bool,
     calib: Path | None,
     sampling: Literal["gather", "grid_sample"] | None,
@@ -59,61 +60,34 @@ def export(
     """Write model.onnx; with --int8, INT8 graphs too; with --trt, engines.
 
     Exit 4 when the engines are still to be built, on the device."""
-    opened = open_bundle(bundle)
-    if calib is not None and not (int8 or trt):
-        raise UsageError("--calib is for quantizing; add --int8 or --trt")
-    if trt and sampling is None and not any(text.startswith("export.sampling=") for text in sets):
-        sampling = "gather"  # some versions of TensorRT miscompile GridSample
-    from edgedetr.exporting.export import export as run
-    from edgedetr.exporting.settings import record, settings
-
-    chosen = settings(opened, sets) if sets else None  # a mistyped value is said before anything is made
+    import edgedetr
 
     with progress_bars() as progress:
-        run(
-            opened,
+        result = edgedetr.export(
+            open_bundle(bundle),
+            fp16=fp16,
             int8=int8,
-            fp16=trt,
+            engines=trt,
             calib=calib,
             sampling=sampling,
             dynamic_batch=dynamic_batch,
-            config=chosen.export if chosen else None,
-            quant=chosen.quant if chosen else None,
+            sets=sets,
+            frame=frame,
+            triton=triton,
+            deepstream=deepstream,
             progress=progress,
         )
-    if chosen:
-        record(opened, chosen)
-    missing = _why_no_engines() if trt else None
-    if trt and not missing:
-        _engines(opened.path, ("fp16", "int8") if int8 else ("fp16",))
-    if frame or triton or deepstream:
-        from edgedetr.exporting.serving_files import serve
-
-        for line in serve(opened, fp16=trt, int8=int8, frame=frame, triton=triton, deepstream=deepstream):
-            say(line)
-    made = [(name, entry) for name, entry in Bundle.open(opened.path).manifest.files.items() if entry.stage != "train"]
-    table(["file", "MB", "made by"], [[name, f"{entry.size / 1e6:.2f}", entry.stage] for name, entry in made])
-    if missing:
+    for engine in result.engines:
+        say(f"engine: {engine.path}{'' if engine.made else ' (kept)'}")
+    for line in result.serving.lines():
+        say(line)
+    path, files = result.bundle.path, result.bundle.manifest.files
+    made = [[name, f"{entry.size / 1e6:.2f}", entry.stage] for name, entry in files.items() if entry.stage != "train"]
+    table(["file", "MB", "made by"], made)
+    if result.engines_missing:
         raise PreparedNotFinished(
-            f"{opened.path}: the graphs for TensorRT are ready, the engines are not: they are built on the device "
-            f"they run on, and not here ({missing}); copy the bundle there and run: edgedetr build {opened.path.name}"
+            f"{path}: the graphs for TensorRT are ready, the engines are not: they are built on the device they run "
+            f"on, and not here ({result.engines_missing}); copy the bundle there and run: edgedetr build {path.name}"
             + (f" (and again with --frame {frame[0]}x{frame[1]})" if frame else "")
         )
-    say(f"next: edgedetr {'verify' if int8 else 'export'} {opened.path}{'' if int8 else ' --int8'}")
-
-
-def _why_no_engines() -> str | None:
-    """Why no engine can be built here, or None."""
-    from edgedetr.runtime.tensorrt import library
-
-    return library.why_unavailable() or None
-
-
-def _engines(path: Path, precisions: tuple[str, ...]) -> None:
-    """Build the engines of a bundle."""
-    from edgedetr.runtime.tensorrt import build
-
-    for precision in precisions:
-        with progress_bars() as progress:
-            made = build.build(Bundle.open(path), precision, progress=progress)
-        say(f"engine: {made.path}{'' if made.made else ' (kept)'}")
+    say(f"next: edgedetr {'verify' if int8 else 'export'} {path}{'' if int8 else ' --int8'}")

@@ -77,10 +77,9 @@ def import_(
 
     SOURCE is an ONNX file of a DETR-like detector (RT-DETR, D-FINE, RF-DETR), or weights for one of the family: a
     .safetensors or .pth file, a folder of transformers, or a name on the Hugging Face hub, with --model."""
-    from edgedetr.importing.import_model import import_model
-    from edgedetr.importing.import_options import ImportOptions
+    import edgedetr
 
-    options = ImportOptions(
+    options = edgedetr.ImportOptions(
         data=data,
         classes=classes,
         size=size,
@@ -96,7 +95,7 @@ def import_(
         columns=columns,
         sampling=sampling,
     )
-    result = import_model(source, out, options)
+    result = edgedetr.import_model(source, out, options)
     say(result.describe())
     say(f"imported: {out}\nnext: edgedetr export {out}{' --int8' if source.endswith('.onnx') else ''}")
     if as_json_:

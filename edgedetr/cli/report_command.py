@@ -22,10 +22,9 @@ def report(bundle: Path | None, data: Path | None, open_it: bool) -> None:
     """Write one HTML page about the bundle.
 
     It measures nothing: run `edgedetr verify` first."""
-    opened = open_bundle(bundle)
-    from edgedetr.reporting.report import write_report
+    import edgedetr
 
-    page = write_report(opened, data=data)
+    page = edgedetr.report(open_bundle(bundle), data=data)
     say(f"report: {page}")
     if open_it:
         click.launch(str(page))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -58,15 +57,24 @@ def train(
     """Train a detector on labeled images.
 
     Writes a bundle: one directory that the other commands add to."""
+    import edgedetr
+    from edgedetr.api import default_bundle
     from edgedetr.cli._training_bar import training_bar
-    from edgedetr.recipe import DEFAULT, Recipe
-    from edgedetr.training.train import train as run
+    from edgedetr.recipe import DEFAULT
 
     if recipe_name is None:
         say(f"recipe: {DEFAULT} (the default; --recipe chooses another)")
-    starts = () if start is None else (f"train.start={json.dumps(start)}",)
-    recipe = Recipe.load(recipe_name or DEFAULT, sets=(*sets, *starts), preset=preset)
-    out = out or Path("runs") / f"{data.resolve().name}.bundle"
+    out = out or default_bundle(data)
     say(f"bundle: {out}")
-    bundle = run(recipe, data, out, resume=resume, strict=strict, progress=training_bar())
+    bundle = edgedetr.train(
+        data,
+        out,
+        recipe=recipe_name,
+        preset=preset,
+        start=start,
+        sets=sets,
+        resume=resume,
+        strict=strict,
+        progress=training_bar(),
+    )
     say(f"trained: {bundle.path}\nnext: edgedetr export {bundle.path}")

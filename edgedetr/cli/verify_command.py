@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgedetr.artifacts import BACKENDS, RECIPE
-from edgedetr.bundle import Bundle
+from edgedetr.artifacts import BACKENDS
 from edgedetr.cli._options import bundle_argument, data_option, json_option, open_bundle, threads_option
-from edgedetr.cli._output import Progress, as_json, progress_bars, say, table
-from edgedetr.errors import BundleError, NotWithinTolerance
+from edgedetr.cli._output import as_json, progress_bars, say, table
+from edgedetr.errors import NotWithinTolerance
 
 if TYPE_CHECKING:
-    from edgedetr.data.detection_set import DetectionSet
-    from edgedetr.evaluation.config import VerifyConfig
-    from edgedetr.evaluation.reference import Reference
+    pass
 
 
 @click.command()
@@ -54,21 +50,20 @@ def verify(
     beside FP16, and the precision that they really run in.
 
     Exit 3 when a delivered stage is not shown to be within the budget."""
-    opened = open_bundle(bundle)
-    from edgedetr.evaluation.engine_verdict import DeviceVerdict
-    from edgedetr.evaluation.verify import verify as run
+    import edgedetr
 
     with progress_bars() as progress:
-        verdict = run(
-            opened,
+        verdict = edgedetr.verify(
+            open_bundle(bundle),
             data=data,
             max_drop=max_drop,
-            live=_live(progress) if live else None,
+            live=live,
             backends=backends or None,
             threads=threads,
-            config=_settings(opened),
             progress=progress,
         )
+    from edgedetr.evaluation.engine_verdict import DeviceVerdict
+
     result = verdict.to_json()
     show_verdict(result)
     if isinstance(verdict, DeviceVerdict):
@@ -76,39 +71,6 @@ def verify(
     if as_json_:
         as_json(result)
     return 0 if result["passed"] else NotWithinTolerance.exit_code
-
-
-def _settings(bundle: Bundle) -> VerifyConfig | None:
-    """The [verify] section of the bundle's recipe with the bundle's budget; None where the bundle has no recipe."""
-    if RECIPE.file not in bundle.manifest.files:
-        return None
-    from edgedetr.evaluation.config import VerifyConfig
-    from edgedetr.storage.reading import read_toml
-
-    path = bundle.require(RECIPE.file)
-    fix = "expected the keys that edgedetr train writes"
-    section = read_toml(path, BundleError, fix=fix).get("verify", {})
-    if not isinstance(section, dict):
-        raise BundleError(f"{path} [verify]: no table; {fix}")
-    try:
-        return VerifyConfig(**{**section, "budget": bundle.manifest.budget})
-    except (TypeError, ValueError) as error:
-        raise BundleError(f"{path} [verify]: {error}; {fix}") from error
-
-
-def _live(progress: Progress) -> Callable[[Bundle, DetectionSet], Reference]:
-    """What makes the reference anew, with PyTorch or an imported graph, for verify, whose floor is without torch."""
-    from edgedetr.evaluation.reference import Reference
-    from edgedetr.exporting.reference_run import detect_with_onnx, detect_with_pytorch, is_imported
-    from edgedetr.models.deploy import load_bundle_model
-
-    def make(bundle: Bundle, dataset: DetectionSet) -> Reference:
-        if is_imported(bundle):
-            return Reference.of(dataset, detect_with_onnx(bundle, dataset, progress))
-        _, graph = load_bundle_model(bundle)
-        return Reference.of(dataset, detect_with_pytorch(bundle.manifest, graph, dataset, progress))
-
-    return make
 
 
 def show_verdict(result: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,7 @@ from edgedetr.errors import (
 )
 from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
 from edgedetr.packages import missing
+from edgedetr.progress import Progress
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.backends.base import RawOutputs
@@ -40,7 +41,6 @@ from edgedetr.runtime.tensorrt.select import Engine
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
 
 # Made for TensorRT, with FP16 in it, which CPU libraries round late or never: on a CPU ONNX Runtime scores the twin
 # (twin.py), and its time says nothing. OpenVINO leaves the twin's pairs out, so it never scores FP16.

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from edgedetr.artifacts import RECIPE
+from edgedetr.bundle import Bundle
+from edgedetr.errors import BundleError
 from edgedetr.options import check
+from edgedetr.storage.reading import read_toml
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,20 @@ class VerifyConfig:
     seed: int = 0  # of the resampling; the same seed gives the same bound
     threads: int | None = None  # of one inference; None = all cores
     parity_images: int = 32  # images also run without optimizations, to see who departs from the arithmetic
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle) -> VerifyConfig:
+        """Section [verify] of the bundle's recipe, with the bundle's tolerance; the defaults where it has no recipe."""
+        if RECIPE.file not in bundle.manifest.files:
+            return cls(budget=bundle.manifest.budget)
+        path, fix = bundle.require(RECIPE.file), "expected the keys that edgedetr train writes"
+        section = read_toml(path, BundleError, fix=fix).get("verify", {})
+        if not isinstance(section, dict):
+            raise BundleError(f"{path} [verify]: not a table; {fix}")
+        try:
+            return cls(**{**section, "budget": bundle.manifest.budget})
+        except (TypeError, ValueError) as error:
+            raise BundleError(f"{path} [verify]: {error}; {fix}") from error
 
     def __post_init__(self) -> None:
         # Points of AP; at least 100 resamples for a 95 % bound.

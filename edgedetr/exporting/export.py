@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -24,13 +23,13 @@ from edgedetr.lint.lint import require_no_errors
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
 from edgedetr.models.detector import DetrModel
 from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX, model_metadata
+from edgedetr.progress import Progress
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.quantize import quantize, read, to_half
 from edgedetr.runtime.preprocess import prepare
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
 PICTURES = 2  # of the verify split, on which the ONNX file is compared with PyTorch
 
 

@@ -6,7 +6,6 @@ An imported graph has no PyTorch model: there the reference is its float32 ONNX 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import torch
 
@@ -17,6 +16,7 @@ from edgedetr.data.images import decode as decode_image
 from edgedetr.data.layouts import load
 from edgedetr.evaluation.reference import Reference
 from edgedetr.models.deploy import DeployGraph
+from edgedetr.progress import Progress
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.bundle_detector import load as load_detector
 from edgedetr.runtime.detections import Detections
@@ -29,7 +29,7 @@ BATCH = 4  # images at a time; on a CPU larger batches are no faster
 
 
 def write_reference(
-    bundle: Bundle, graph: DeployGraph, dataset: DetectionSet, progress: Callable[[str, int, int], None] | None = None
+    bundle: Bundle, graph: DeployGraph, dataset: DetectionSet, progress: Progress | None = None
 ) -> None:
     """Run the graph over the split and add reference.npz to the bundle."""
     found = detect_with_pytorch(bundle.manifest, graph, dataset, progress)
@@ -44,7 +44,7 @@ def is_imported(bundle: Bundle) -> bool:
     return ONNX.file in files and files[ONNX.file].stage == "import"
 
 
-def write_reference_of_graph(bundle: Bundle, progress: Callable[[str, int, int], None] | None = None) -> None:
+def write_reference_of_graph(bundle: Bundle, progress: Progress | None = None) -> None:
     """Add reference.npz of an imported graph, unless it is there and up to date."""
     path, record = bundle.require(ONNX.file), bundle.manifest.data
     if record is None:
@@ -59,9 +59,7 @@ def write_reference_of_graph(bundle: Bundle, progress: Callable[[str, int, int],
         Reference.of(dataset, found, model=bundle.manifest.files[path.name].sha256).save(temporary)
 
 
-def detect_with_onnx(
-    bundle: Bundle, dataset: DetectionSet, progress: Callable[[str, int, int], None] | None = None
-) -> dict[int, Detections]:
+def detect_with_onnx(bundle: Bundle, dataset: DetectionSet, progress: Progress | None = None) -> dict[int, Detections]:
     """What model.onnx finds in every image of the split, by image id."""
     detector = load_detector(bundle, backend="onnxruntime", stage=ONNX.id)
     found: dict[int, Detections] = {}
@@ -73,10 +71,7 @@ def detect_with_onnx(
 
 
 def detect_with_pytorch(
-    manifest: Manifest,
-    graph: DeployGraph,
-    dataset: DetectionSet,
-    progress: Callable[[str, int, int], None] | None = None,
+    manifest: Manifest, graph: DeployGraph, dataset: DetectionSet, progress: Progress | None = None
 ) -> dict[int, Detections]:
     """What the PyTorch graph finds in every image of the split, by image id."""
     device = next(graph.parameters()).device

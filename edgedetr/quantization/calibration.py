@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,13 @@ from edgedetr.data.listing import images_in
 from edgedetr.data.near_duplicates import near_copies
 from edgedetr.errors import DataError, ExportError
 from edgedetr.evaluation.reference import Reference
+from edgedetr.progress import Progress
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import Histogram
 from edgedetr.quantization.outliers import MOVED, moved, standouts
 from edgedetr.quantization.ranges import CalibrationImage
 from edgedetr.runtime.backends.onnxruntime import plain_session
 from edgedetr.runtime.preprocess import prepare
-
-Progress = Callable[[str, int, int], None]
 
 log = logging.getLogger(__name__)
 

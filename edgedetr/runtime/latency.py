@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgedetr.errors import UsageError
+from edgedetr.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def measure(
     *,
     rounds: int = 50,
     warm_up: int = WARM_UP,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Latency]:
     """Latency of each candidate; in every round each runs once, in an order that moves on by one."""
     if rounds < 1:

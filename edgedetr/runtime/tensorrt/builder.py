@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from edgedetr.errors import EngineError
+from edgedetr.progress import Progress
 from edgedetr.runtime.tensorrt.cudart import Device
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
 from edgedetr.runtime.tensorrt.library import make_logger, tensorrt, version
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
 
 STRONG_SINCE = (10, 12)  # before it strong typing exists and is little tested: weak typing may stand in
 WEAK_FLAGS = {"fp32": (), "fp16": ("FP16",), "int8": ("FP16", "INT8")}

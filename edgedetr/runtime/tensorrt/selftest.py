@@ -7,13 +7,13 @@ Runtime without optimizations, are stored beside the graphs, so that nothing but
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from edgedetr.errors import DeviceError, EngineError
+from edgedetr.progress import Progress
 from edgedetr.runtime.tensorrt import builder, inspector
 from edgedetr.runtime.tensorrt.cudart import Cuda, Device, probe
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
@@ -81,7 +81,7 @@ class Selftest:
         return {"passed": self.passed, **asdict(self)}
 
 
-def selftest(progress: Callable[[str, int, int], None] | None = None) -> Selftest:
+def selftest(progress: Progress | None = None) -> Selftest:
     """Build and run every canary; an error only where there is no TensorRT or no device."""
     device, trt = probe(), tensorrt()
     outcomes = []

@@ -1,0 +1,231 @@
+"""The Python API: train, export, verify and report, as `edgedetr.train`, `edgedetr.export`, ...
+
+The commands with these names call exactly these functions. Heavy libraries are imported when a function runs, so a
+device without PyTorch can verify, and `import edgedetr` is quick. Arguments that name a bundle take its path or an open
+`Bundle`. Errors are subclasses of `edgedetr.errors.EdgedetrError`; their messages name the next command.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from edgedetr.bundle import Bundle
+from edgedetr.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgedetr.data.detection_set import DetectionSet
+    from edgedetr.evaluation.config import VerifyConfig
+    from edgedetr.evaluation.reference import Reference
+    from edgedetr.evaluation.verdict import Verdict
+    from edgedetr.exporting.serving_files import ServingFiles
+    from edgedetr.progress import Progress, TrainingProgress
+    from edgedetr.recipe import Recipe
+    from edgedetr.runtime.tensorrt.build import BuiltEngine
+
+RUNS = Path("runs")  # where bundles go that are given no path
+
+
+def default_bundle(data: str | Path) -> Path:
+    """Where the bundle of a data set is written when no path is given: runs/DATA.bundle in the working directory."""
+    return RUNS / f"{Path(data).resolve().name}.bundle"
+
+
+def train(
+    data: str | Path,
+    out: str | Path | None = None,
+    *,
+    recipe: Recipe | str | Path | None = None,
+    preset: str = "",
+    start: str | Path | None = None,
+    sets: Iterable[str] = (),
+    resume: bool = False,
+    strict: bool = False,
+    progress: TrainingProgress | None = None,
+) -> Bundle:
+    """Train a detector on a data set and return its bundle, which has recipe.toml and weights.safetensors.
+
+    data       folder in COCO, YOLO or VOC layout
+    out        folder of the bundle; None = runs/DATA.bundle
+    recipe     name of a shipped recipe, path of a TOML file, or a `Recipe`; None = the edge default
+    preset     values over the recipe: "parity" (the published training) or "strong" (much regularization); "" = none
+    start      start from a whole detector's weights: a bundle, a file, or a Hugging Face id; None = the recipe's choice
+    sets       single values over recipe and preset, as `section.key=value`: ["train.epochs=30", "train.lr=2e-4"]
+    resume     go on from the last checkpoint in `out`; without one, start
+    strict     fail on an unreadable image or annotation instead of leaving it out
+    progress   called while the training runs; None = silent
+    Errors: RecipeError, DataError, ModelError, TrainingError (NaN, a checkpoint of another training, `out` in use).
+    """
+    from edgedetr.recipe import DEFAULT, Recipe
+    from edgedetr.training.train import train as run
+
+    if isinstance(recipe, Recipe):
+        if preset or start is not None or tuple(sets):
+            raise UsageError("preset, start and sets change a recipe given by name or path; put them into the Recipe")
+    else:
+        starts = () if start is None else (f"train.start={json.dumps(str(start))}",)
+        recipe = Recipe.load(recipe or DEFAULT, sets=(*sets, *starts), preset=preset)
+    out = default_bundle(data) if out is None else out
+    return run(recipe, data, out, resume=resume, strict=strict, progress=progress)
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export left.
+
+    bundle            the bundle with its new files
+    engines           the TensorRT engines that were built or kept
+    engines_missing   why engines were asked for and cannot be built here; "" where nothing is missing
+    serving           frame graphs, and files for Triton and DeepStream
+    """
+
+    bundle: Bundle
+    engines: tuple[BuiltEngine, ...]
+    engines_missing: str
+    serving: ServingFiles
+
+
+def export(
+    bundle: Bundle | str | Path,
+    *,
+    fp16: bool = False,
+    int8: bool = False,
+    engines: bool = False,
+    calib: str | Path | None = None,
+    sampling: Literal["gather", "grid_sample"] | None = None,
+    dynamic_batch: bool = False,
+    sets: Iterable[str] = (),
+    frame: tuple[int, int] | None = None,
+    triton: str | Path | None = None,
+    deepstream: str | Path | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Write the ONNX graphs of a bundle, and what servers and engines need. Files that are up to date are kept.
+
+    fp16            model.fp16.onnx too, for TensorRT
+    int8            calibrate, and write model.int8.onnx (TensorRT, OpenVINO) and model.int8-cpu.onnx (ONNX Runtime)
+    engines         FP16 too, and TensorRT engines of it (and of INT8), where TensorRT and a GPU are here
+    calib           folder of calibration images; None = the train split of the bundle's data
+    sampling        how deformable attention samples; None = "gather" for FP16 (some versions of TensorRT compute
+                    GridSample wrongly), else the recipe's choice
+    dynamic_batch   leave the batch size open, for engines of several images
+    sets            values of [quant] and [export], as `section.key=value`; they are written into the bundle's recipe
+    frame           (height, width) in pixels: graphs for whole camera frames of this size too
+    triton          folder of a Triton model repository to add the model to
+    deepstream      folder to write a graph, labels and a configuration of nvinfer to
+    progress        called with (step, done, total); None = silent
+    Errors: BundleError, ExportError, UsageError, RecipeError, DataError.
+    """
+    from edgedetr.exporting.export import export as run
+    from edgedetr.exporting.serving_files import write_serving_files
+    from edgedetr.exporting.settings import record, settings
+    from edgedetr.runtime.bundle_detector import open_bundle
+
+    opened, sets, fp16 = open_bundle(bundle), tuple(sets), fp16 or engines
+    if calib is not None and not (int8 or fp16):
+        raise UsageError("--calib names images for FP16 and INT8; add --int8, --fp16 or --trt")
+    if fp16 and sampling is None and not any(text.startswith("export.sampling=") for text in sets):
+        sampling = "gather"
+    chosen = settings(opened, sets) if sets else None  # a mistyped value is an error before anything is made
+    run(
+        opened,
+        int8=int8,
+        fp16=fp16,
+        calib=None if calib is None else Path(calib),
+        sampling=sampling,
+        dynamic_batch=dynamic_batch,
+        config=chosen.export if chosen else None,
+        quant=chosen.quant if chosen else None,
+        progress=progress,
+    )
+    if chosen:
+        record(opened, chosen)
+    built, missing = _build_engines(opened, ("fp16", "int8") if int8 else ("fp16",), progress) if engines else ((), "")
+    serving = write_serving_files(opened, fp16=fp16, int8=int8, frame=frame, triton=triton, deepstream=deepstream)
+    opened.refresh()
+    return ExportResult(opened, built, missing, serving)
+
+
+def _build_engines(
+    bundle: Bundle, precisions: Iterable[str], progress: Progress | None
+) -> tuple[tuple[BuiltEngine, ...], str]:
+    """The engines of a bundle, or why none can be built on this machine."""
+    from edgedetr.runtime.tensorrt import build, library
+
+    if missing := library.why_unavailable():
+        return (), missing
+    return tuple(build.build(bundle, precision, progress=progress) for precision in precisions), ""
+
+
+def verify(
+    bundle: Bundle | str | Path,
+    *,
+    data: str | Path | None = None,
+    max_drop: float | None = None,
+    live: bool = False,
+    stages: Collection[str] | None = None,
+    backends: Collection[str] | None = None,
+    threads: int | None = None,
+    config: VerifyConfig | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Measure the AP that each file of a bundle loses against PyTorch, with a bound; record the verdict in the bundle.
+
+    data       folder of the data set; None = the one that the bundle records. Its images must be byte for byte those of
+               the export
+    max_drop   largest accepted AP drop, points of 0..100; None = the bundle's
+    live       run the PyTorch model again instead of reading its recorded detections
+    stages     only these graphs: "onnx", "fp16", "int8", "int8-cpu"; None = all that the bundle has
+    backends   only these libraries; None = the engines that fit this device, and without any the libraries of the CPU
+    threads    CPU threads of one inference; None = all cores
+    config     all settings at once; None = section [verify] of the bundle's recipe
+    progress   called with (step, done, total); None = silent
+    return     `passed` is whether every file was shown to lose at most `max_drop`; on engines a `DeviceVerdict`
+    Errors: BundleError, DataError, UsageError, MissingDependency, EngineError.
+    """
+    from edgedetr.evaluation.config import VerifyConfig
+    from edgedetr.evaluation.verify import verify as run
+    from edgedetr.runtime.bundle_detector import open_bundle
+
+    opened = open_bundle(bundle)
+    return run(
+        opened,
+        data=data,
+        max_drop=max_drop,
+        live=_live_reference(progress) if live else None,
+        stages=stages,
+        backends=backends,
+        threads=threads,
+        config=config or VerifyConfig.from_bundle(opened),
+        progress=progress,
+    )
+
+
+def _live_reference(progress: Progress | None) -> Callable[[Bundle, DetectionSet], Reference]:
+    """Makes the reference with PyTorch, or with the graph of an imported model: evaluation itself needs no torch."""
+    from edgedetr.evaluation.reference import Reference
+    from edgedetr.exporting.reference_run import detect_with_onnx, detect_with_pytorch, is_imported
+    from edgedetr.models.deploy import load_bundle_model
+
+    def make(bundle: Bundle, dataset: DetectionSet) -> Reference:
+        if is_imported(bundle):
+            return Reference.of(dataset, detect_with_onnx(bundle, dataset, progress))
+        _, graph = load_bundle_model(bundle)
+        return Reference.of(dataset, detect_with_pytorch(bundle.manifest, graph, dataset, progress))
+
+    return make
+
+
+def report(bundle: Bundle | str | Path, *, data: str | Path | None = None) -> Path:
+    """Write one HTML page about a verified bundle, and return its path. It measures nothing.
+
+    data   folder of the verify images, where they have moved since; None = the one that the bundle records
+    Errors: BundleError before `verify` has run, MissingDependency.
+    """
+    from edgedetr.reporting.report import write_report
+    from edgedetr.runtime.bundle_detector import open_bundle
+
+    return write_report(open_bundle(bundle), data=None if data is None else Path(data))
