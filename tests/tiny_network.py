@@ -12,7 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from edgedetr.quantization.targets import TENSORRT
 
 CHANNELS = 16
-SIGNED = replace(TENSORRT, half=False)  # the same places and integers, with float32 steps
+SIGNED = replace(TENSORRT, fp16=False)  # the same places and integers, with float32 steps
 # Every normal FP16 number above zero, in order: what a step may be.
 STEPS = np.arange(1 << 10, 31 << 10, dtype=np.uint16).view(np.float16).astype(np.float64)
 
@@ -85,18 +85,18 @@ def convolve(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, pad: int) -> n
     return out
 
 
-def half_step(step: np.ndarray | float) -> np.ndarray:
+def fp16_scale(step: np.ndarray | float) -> np.ndarray:
     """The smallest normal FP16 number that is at least this."""
     return STEPS[np.searchsorted(STEPS, np.float32(step))]
 
 
 def fake(x: np.ndarray, amax: float) -> np.ndarray:
     """Nearest level of the TensorRT grid, half to even."""
-    step = half_step(amax / 127)
+    step = fp16_scale(amax / 127)
     return np.clip(np.rint((x / step).astype(np.float32)), -128, 127).astype(np.float64) * step
 
 
 def fake_weight(weight: np.ndarray) -> np.ndarray:
     """Per output channel (axis 0)."""
-    step = half_step(np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / 127)
+    step = fp16_scale(np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / 127)
     return np.clip(np.rint(weight / step), -127, 127) * step

@@ -19,13 +19,12 @@ from edgedetr.errors import ExportError, UsageError
 from edgedetr.exporting.config import ExportConfig
 from edgedetr.exporting.reference_run import is_imported, write_reference, write_reference_of_graph
 from edgedetr.exporting.to_onnx import compare_with_pytorch, write_onnx
-from edgedetr.lint.lint import require_no_errors
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
 from edgedetr.models.detector import DetrModel
 from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX, model_metadata
 from edgedetr.progress import Progress
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.quantize import quantize, read, to_half
+from edgedetr.quantization.quantize import export_fp16, quantize, read_onnx
 from edgedetr.runtime.preprocess import prepare
 
 log = logging.getLogger(__name__)
@@ -68,9 +67,9 @@ def export(
         config = replace(config, dynamic_batch=True)
     export_onnx(bundle, config, progress)
     if fp16:
-        to_half(bundle, config=quant, calib=calib, check=require_no_errors, progress=progress)
+        export_fp16(bundle, config=quant, calib=calib, progress=progress)
     if int8:
-        quantize(bundle, config=quant, calib=calib, check=require_no_errors, progress=progress)
+        quantize(bundle, config=quant, calib=calib, progress=progress)
     return bundle
 
 
@@ -121,7 +120,7 @@ def _require_finite(bundle: Bundle, detector: DetrModel) -> None:
 
 
 def _made_by(bundle: Bundle) -> str:
-    properties = read(bundle.require(ONNX.file)).metadata_props
+    properties = read_onnx(bundle.require(ONNX.file)).metadata_props
     return next((item.value for item in properties if item.key == f"{METADATA_PREFIX}export"), "")
 
 

@@ -1,13 +1,13 @@
-"""A float graph in FP16 as strong typing wants it: each node computes in one type, and Casts stand between the types.
+"""Convert a float32 graph to FP16 under strong typing: each node computes in one type, with Casts between the types.
 
-FP16 has 11 bits and ends at 65504, so some nodes stay float32: what indices, boxes and ranks are computed from, what
-was observed to come near the end, and what the policy names. Inputs and outputs of the graph are float32.
+FP16 has 11 bits and ends at 65504, so some nodes stay float32: those that compute indices, boxes and ranks, those whose
+tensors were observed near the end of the range, and those that the caller names. Inputs and outputs stay float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
@@ -17,8 +17,8 @@ from edgedetr.onnx_graph.hardware_limits import SMALLEST_FP16
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.runtime.backends.onnxruntime import plain_session
 
-LARGEST = 3e4  # a tensor that was seen larger stays float32: half of 65504, since other images exceed it
-FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+MAX_ABSMAX = 3e4  # a tensor that was observed larger stays float32: half of 65504, since other images exceed it
+FP32, FP16 = TensorProto.FLOAT, TensorProto.FLOAT16
 
 # Where features begin or end: a chain of coordinates is not followed through these.
 _FEATURES = {
@@ -46,33 +46,28 @@ _ALWAYS_FLOAT = {("Resize", 1), ("Resize", 2)}  # inputs whose type ONNX fixes
 _SMALL = 4096  # elements; larger initializers take no part in type inference
 
 
-class NodeRule(Protocol):
-    """Names nodes that stay float32, and why."""
+@dataclass(frozen=True)
+class Fp16Graph:
+    """A converted graph, and {name of a node that stays float32: reason}."""
 
-    @property
-    def reason(self) -> str: ...
-
-    def fits(self, node: NodeProto, graph: GraphIndex, /) -> bool: ...
+    model: ModelProto
+    fp32_nodes: dict[str, str]
 
 
-def convert_to_fp16(model: ModelProto, peaks: Mapping[str, float], rules: Sequence[NodeRule] = ()) -> ModelProto:
-    """The same graph with FP16 inside; float32 inputs and outputs, names of nodes and tensors stay.
+def convert_to_fp16(
+    model: ModelProto, absmax: Mapping[str, float], keep_fp32: Mapping[str, str] | None = None
+) -> Fp16Graph:
+    """The same graph with FP16 inside; float32 inputs and outputs; names of nodes and tensors stay.
 
-    peaks   largest magnitude seen of each float tensor; Q/DQ pairs need none of their own
-    rules   the policy's: nodes that stay float32
+    absmax      largest magnitude observed of each float tensor; Q/DQ pairs need none of their own
+    keep_fp32   {name of a node that must stay float32: reason}, beside those that the graph itself requires
     """
-    return _Halver(model, peaks, rules).write()
-
-
-def fp32_nodes(model: ModelProto, peaks: Mapping[str, float], rules: Sequence[NodeRule] = ()) -> dict[str, str]:
-    """{name of a node that stays float32: reason}."""
-    halver = _Halver(model, peaks, rules)
-    return {halver.nodes[index].name: reason for index, reason in halver.islands.items()}
+    return _Fp16Converter(model, absmax, keep_fp32 or {}).convert()
 
 
 def float_tensors(model: ModelProto) -> set[str]:
     """Names of all float32 tensors that are no initializers."""
-    return {name for name, kind in _types(model).items() if kind == FLOAT} - {t.name for t in model.graph.initializer}
+    return {name for name, kind in _types(model).items() if kind == FP32} - {t.name for t in model.graph.initializer}
 
 
 def activation_absmax(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[str, float]:
@@ -114,68 +109,68 @@ def activation_absmax(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[
     return found
 
 
-class _Halver:
+class _Fp16Converter:
     """Decides for every node, then writes the graph."""
 
-    def __init__(self, model: ModelProto, peaks: Mapping[str, float], rules: Sequence[NodeRule]) -> None:
-        self.model = _plain(model)
-        self.nodes = list(self.model.graph.node)
-        self.peaks, self.rules = peaks, rules
+    def __init__(self, model: ModelProto, absmax: Mapping[str, float], keep_fp32: Mapping[str, str]) -> None:
+        self.model = _simplified(model)
+        self.absmax, self.keep_fp32 = absmax, keep_fp32
         self.graph = GraphIndex(self.model)
-        self.floats = {name for name, kind in _types(self.model).items() if kind == FLOAT}
-        self.index = {name: number for number, node in enumerate(self.nodes) for name in node.output}
+        self.nodes = self.graph.nodes
+        self.floats = {name for name, kind in _types(self.model).items() if kind == FP32}
+        self.position = {name: number for number, node in enumerate(self.nodes) for name in node.output}
         self.coordinates = self._coordinates()
-        self.islands = self._islands()
+        self.fp32 = self._fp32_nodes()
 
-    # Decide.
+    # Which nodes stay float32.
 
-    def _reads(self, node: NodeProto) -> list[str]:
+    def _float_inputs(self, node: NodeProto) -> list[str]:
         """Float tensors and constants that a node computes with."""
         return [
             name for i, name in enumerate(node.input) if name in self.floats and (node.op_type, i) not in _ALWAYS_FLOAT
         ]
 
-    def _feature(self, node: NodeProto) -> bool:
+    def _is_feature(self, node: NodeProto) -> bool:
         """Whether chains of coordinates end at this node: it is a layer, or the bias of one."""
         if node.op_type in _FEATURES:
             return True
         if node.op_type != "Add":
             return False
-        makers = [self.graph.producers.get(name) for name in node.input]
+        producers = [self.graph.producers.get(name) for name in node.input]
         return any(
-            maker is not None and maker.op_type == "MatMul" and other in self.graph.initializers
-            for maker, other in zip(makers, reversed(node.input))
+            producer is not None and producer.op_type == "MatMul" and other in self.graph.initializers
+            for producer, other in zip(producers, reversed(node.input))
         )
 
     def _coordinates(self) -> dict[int, str]:
         """Nodes before an index, a rank or a box, and nodes that compute with nothing but such values."""
         found: dict[int, str] = {}
-        waiting: list[tuple[str, str]] = [("boxes", "boxes are computed here")]
+        pending: list[tuple[str, str]] = [("boxes", "boxes are computed here")]
         for number, node in enumerate(self.nodes):
             floats = [name for name in node.input if name in self.floats]
-            gives_float = any(name in self.floats for name in node.output)
+            has_float_output = any(name in self.floats for name in node.output)
             if node.op_type == "TopK":
                 found[number] = "ranks decide which queries there are"
-                waiting.append((node.input[0], found[number]))
+                pending.append((node.input[0], found[number]))
             elif node.op_type == "GridSample":
                 found[number] = "sampling locations"
-                waiting.append((node.input[1], found[number]))
-            elif node.op_type in ("Cast", "ArgMax", "ArgMin", "NonZero") and floats and not gives_float:
+                pending.append((node.input[1], found[number]))
+            elif node.op_type in ("Cast", "ArgMax", "ArgMin", "NonZero") and floats and not has_float_output:
                 found[number] = "an index is computed here"
-                waiting.append((floats[0], found[number]))
-        while waiting:
-            tensor, reason = waiting.pop()
-            number = self.index.get(tensor, -1)
-            if number < 0 or number in found or tensor not in self.floats or self._feature(self.nodes[number]):
+                pending.append((floats[0], found[number]))
+        while pending:
+            tensor, reason = pending.pop()
+            number = self.position.get(tensor, -1)
+            if number < 0 or number in found or tensor not in self.floats or self._is_feature(self.nodes[number]):
                 continue
             found[number] = reason
-            waiting += [(name, reason) for name in self._reads(self.nodes[number])]
+            pending += [(name, reason) for name in self._float_inputs(self.nodes[number])]
         inputs = {item.name for item in self.model.graph.input}
-        for number, node in enumerate(self.nodes):  # in the order of the graph: makers come first
-            if number in found or self._feature(node) or not any(name in self.floats for name in node.output):
+        for number, node in enumerate(self.nodes):  # in the order of the graph: producers come first
+            if number in found or self._is_feature(node) or not any(name in self.floats for name in node.output):
                 continue
-            read = [name for name in self._reads(node) if name not in self.graph.initializers]
-            exact = [name in inputs or self.index.get(name, -1) in found for name in read]
+            read = [name for name in self._float_inputs(node) if name not in self.graph.initializers]
+            exact = [name in inputs or self.position.get(name, -1) in found for name in read]
             if node.op_type in _STEEP:
                 found[number] = f"{node.op_type} is steep or unbounded"
             elif read and all(exact):
@@ -184,16 +179,16 @@ class _Halver:
                 found[number] = "the divisor is a coordinate, which may be small"
         return found
 
-    def _islands(self) -> dict[int, str]:
+    def _fp32_nodes(self) -> dict[int, str]:
         found: dict[int, str] = {}
         for number, node in enumerate(self.nodes):
-            reason = self.coordinates.get(number) or self._too_large(node) or self._by_policy(node)
+            reason = self.coordinates.get(number) or self._too_large(node) or self.keep_fp32.get(node.name)
             if reason and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
                 found[number] = reason
         for number in range(len(self.nodes) - 1, -1, -1):  # a pair has the type of the layer that reads it
             node = self.nodes[number]
             if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-                readers = [self.index[reader.node.output[0]] for reader in self.graph.consumers[node.output[0]]]
+                readers = [self.position[reader.node.output[0]] for reader in self.graph.consumers[node.output[0]]]
                 if any(
                     r in found and self.nodes[r].op_type in ("Conv", "MatMul", "Gemm", "DequantizeLinear")
                     for r in readers
@@ -202,46 +197,43 @@ class _Halver:
         return found
 
     def _too_large(self, node: NodeProto) -> str:
-        for name in [*self._reads(node), *node.output]:
+        for name in [*self._float_inputs(node), *node.output]:
             if name in self.graph.initializers:
                 values = self.graph.constant(name)
-                peak = float(np.abs(values).max()) if values.size else 0.0
-                bias = name in node.input[2:] if node.op_type in _FEATURES else self._feature(node)
-                if 0 < peak < SMALLEST_FP16 and not bias:
-                    return f"the constant {name} is {peak:.2g}, below the smallest normal FP16 number"
+                absmax = float(np.abs(values).max()) if values.size else 0.0
+                bias = name in node.input[2:] if node.op_type in _FEATURES else self._is_feature(node)
+                if 0 < absmax < SMALLEST_FP16 and not bias:
+                    return f"the constant {name} is {absmax:.2g}, below the smallest normal FP16 number"
             else:
-                peak = self._peak(name)
-            if not peak <= LARGEST:
-                return f"{name} reaches {peak:.3g}, FP16 ends at 65504"
-        if node.op_type in _NORMS and self._peak(node.input[0]) ** 2 > LARGEST:
-            return f"{node.input[0]} reaches {self._peak(node.input[0]):.3g}, and its square would leave FP16"
+                absmax = self._absmax(name)
+            if not absmax <= MAX_ABSMAX:
+                return f"{name} reaches {absmax:.3g}, FP16 ends at 65504"
+        if node.op_type in _NORMS and self._absmax(node.input[0]) ** 2 > MAX_ABSMAX:
+            return f"{node.input[0]} reaches {self._absmax(node.input[0]):.3g}, and its square would leave FP16"
         return ""
 
-    def _peak(self, name: str) -> float:
+    def _absmax(self, name: str) -> float:
         """Largest magnitude seen; behind a pair, that of the tensor in front of it."""
         for _ in range(2):
-            maker = self.graph.producers.get(name)
-            if name not in self.peaks and maker and maker.op_type in ("QuantizeLinear", "DequantizeLinear"):
-                name = maker.input[0]
-        return self.peaks.get(name, 0.0)
+            producer = self.graph.producers.get(name)
+            if name not in self.absmax and producer and producer.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                name = producer.input[0]
+        return self.absmax.get(name, 0.0)
 
-    def _by_policy(self, node: NodeProto) -> str:
-        return next((rule.reason for rule in self.rules if rule.fits(node, self.graph)), "")
+    # Write the graph.
 
-    # Write.
-
-    def write(self) -> ModelProto:
+    def convert(self) -> Fp16Graph:
         self.made: list[NodeProto] = []
         self.constants: dict[str, TensorProto] = {}
-        self.types = {item.name: FLOAT for item in self.model.graph.input if item.name in self.floats}
+        self.types = {item.name: FP32 for item in self.model.graph.input if item.name in self.floats}
         self.casts: set[str] = set()
         outputs = {item.name for item in self.model.graph.output}
         for number, source in enumerate(self.nodes):
-            kind = FLOAT if number in self.islands else HALF
+            kind = FP32 if number in self.fp32 else FP16
             node = NodeProto.FromString(source.SerializeToString())
             for i, name in enumerate(source.input):
                 if name in self.floats:
-                    node.input[i] = self._typed(name, FLOAT if (node.op_type, i) in _ALWAYS_FLOAT else kind, node)
+                    node.input[i] = self._typed(name, FP32 if (node.op_type, i) in _ALWAYS_FLOAT else kind, node)
                 elif name in self.graph.initializers:
                     self.constants[name] = self.graph.initializers[name]
             self._retype(node, kind)
@@ -250,22 +242,22 @@ class _Halver:
                 if name not in self.floats:
                     continue
                 self.types[name] = kind
-                if name in outputs and kind == HALF:
+                if name in outputs and kind == FP16:
                     node.output[i] = f"{name}_half"
-                    self.made.append(_cast(node.output[i], name, FLOAT))
-                    self.types[name] = FLOAT
+                    self.made.append(_cast(node.output[i], name, FP32))
+                    self.types[name] = FP32
         result = ModelProto()
         result.CopyFrom(self.model)
         graph = result.graph
         del graph.node[:], graph.initializer[:], graph.value_info[:]
         graph.node.extend(self.made)
         graph.initializer.extend(self.constants.values())
-        return result
+        return Fp16Graph(result, {self.nodes[number].name: reason for number, reason in self.fp32.items()})
 
     def _typed(self, name: str, kind: int, node: NodeProto) -> str:
         """Name under which a float tensor can be read in a type."""
         if name in self.graph.initializers:
-            if kind == FLOAT:
+            if kind == FP32:
                 self.constants[name] = self.graph.initializers[name]
                 return name
             other = f"{name}_half"
@@ -282,7 +274,7 @@ class _Halver:
             return other
         if self.types[name] == kind:
             return name
-        other = f"{name}_{'half' if kind == HALF else 'float'}"
+        other = f"{name}_{'half' if kind == FP16 else 'float'}"
         if other not in self.casts:
             self.casts.add(other)
             self.made.append(_cast(name, other, kind))
@@ -292,18 +284,18 @@ class _Halver:
     def _retype(node: NodeProto, kind: int) -> None:
         """Types that stand in attributes."""
         for item in node.attribute:
-            if node.op_type == "Cast" and item.name == "to" and item.i == FLOAT:
+            if node.op_type == "Cast" and item.name == "to" and item.i == FP32:
                 item.i = kind
-            if node.op_type == "ConstantOfShape" and item.name == "value" and item.t.data_type == FLOAT:
+            if node.op_type == "ConstantOfShape" and item.name == "value" and item.t.data_type == FP32:
                 values = numpy_helper.to_array(item.t)
-                item.t.CopyFrom(numpy_helper.from_array(values.astype(np.float16) if kind == HALF else values))
+                item.t.CopyFrom(numpy_helper.from_array(values.astype(np.float16) if kind == FP16 else values))
 
 
 def _cast(source: str, target: str, kind: int) -> NodeProto:
     return helper.make_node("Cast", [source], [target], f"{target}_Cast", to=kind)
 
 
-def _plain(model: ModelProto) -> ModelProto:
+def _simplified(model: ModelProto) -> ModelProto:
     """A copy without Constant nodes and without Casts of float32 to float32."""
     result = ModelProto()
     result.CopyFrom(model)
@@ -325,7 +317,7 @@ def _plain(model: ModelProto) -> ModelProto:
             tensor.name = node.output[0]
         elif (
             node.op_type == "Cast"
-            and types.get(node.input[0]) == types.get(node.output[0]) == FLOAT
+            and types.get(node.input[0]) == types.get(node.output[0]) == FP32
             and (node.output[0] not in outputs)
         ):
             alias[node.output[0]] = node.input[0]

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from edgedetr.options import check
+from edgedetr.quantization.observers import OBSERVERS
+
+if TYPE_CHECKING:
+    ObserverName = str  # a type checker does not evaluate the table
+else:
+    ObserverName = Literal[tuple(OBSERVERS)]
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How ranges are observed and which part of the graph becomes INT8."""
+    """How ranges are observed, and which part of the graph becomes INT8."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
     images: int = 128  # evenly spaced over the split; published INT8 detectors use 96 to 300
-    observer: Literal["minmax", "percentile", "entropy", "mse"] = "mse"  # of the int8 error itself, per tensor
+    observer: ObserverName = "mse"  # of the INT8 error itself, per tensor; see quantization/observers.py
     percentile: float = 99.99  # only for observer = "percentile": per cent of the magnitudes inside the range
     bias_correction: bool = True  # rounding shifts the mean of each channel; the layer's bias takes it back
     policy: str = "default"  # a shipped policy by name (calib/policy), or a TOML file
@@ -23,3 +29,14 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         check(self, "quant", {"images": (1, 10**7), "percentile": (50, 100)})
+
+    @property
+    def observer_option(self) -> float | None:
+        """The value of the chosen observer's option; None for an observer without one."""
+        option = OBSERVERS[self.observer].option
+        return None if option is None else float(getattr(self, option))
+
+    @property
+    def observer_label(self) -> str:
+        """The observer as ranges.json and the graph's metadata record it: "mse", "percentile 99.99"."""
+        return self.observer if self.observer_option is None else f"{self.observer} {self.observer_option:g}"

@@ -1,19 +1,22 @@
-"""Streaming histograms of |x| and the four ways to choose a symmetric range from one.
+"""Observers: streaming histograms of |x|, and the rules that choose a symmetric INT8 range (amax) from one.
 
-A histogram has a fixed number of bins over [0, limit); when a larger value arrives, neighboring bins are merged and
-the limit doubles, so memory does not grow with the number of images and nothing is clipped while observing.
+A histogram has a fixed number of bins over [0, limit). When a larger value arrives, neighboring bins are merged and the
+limit doubles, so memory does not grow with the number of images, and nothing is clipped while observing.
+
+To add an observer: write its function (Histogram, option) -> amax, and add one record to OBSERVERS. The words that
+`quant.observer` accepts, its check and its messages follow from that table.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from edgedetr.errors import ExportError
 from edgedetr.options import one_of
-
-Observer = Literal["minmax", "percentile", "entropy", "mse"]
 
 BINS = 2048  # after a doubling at least half of them are in use: 1,024 levels for 127 steps
 LEVELS = 127  # largest int8 magnitude of a symmetric grid
@@ -24,24 +27,24 @@ CANDIDATES = 100  # ranges tried by "mse" and "entropy", evenly from 1/CANDIDATE
 class Histogram:
     """Distribution of the magnitudes of one tensor, image after image.
 
-    counts  [BINS]  int64, magnitudes in [i, i + 1) * limit / BINS
+    counts          [BINS]  int64, magnitudes in [i, i + 1) * limit / BINS
     zeros           how many of counts[0] are exactly 0
     limit           upper end, a power of two times the first image's largest value
-    largest         exact largest magnitude seen
-    peaks           the largest magnitude of each image, in order
+    largest         exact largest magnitude over all images
+    image_absmax    the largest magnitude of each image, in order
     """
 
     def __init__(self, name: str, per_image: int | None = PER_IMAGE) -> None:
         self.name, self.per_image = name, per_image
         self.counts = np.zeros(BINS, dtype=np.int64)
         self.zeros = 0
-        self.limit, self.largest, self.lowest = 0.0, 0.0, 0.0
-        self.peaks: list[float] = []
+        self.limit, self.largest = 0.0, 0.0
+        self.image_absmax: list[float] = []
 
     def observe(self, values: np.ndarray) -> None:
         """Add the values of one image, any shape; NaN or infinity is an ExportError that names the tensor."""
         if values.size == 0:
-            self.peaks.append(0.0)
+            self.image_absmax.append(0.0)
             return
         flat = values.reshape(-1)
         low, high = float(flat.min()), float(flat.max())
@@ -50,60 +53,106 @@ class Histogram:
                 f"tensor {self.name!r} holds NaN or infinity on a calibration image; expected finite "
                 f"activations; check the weights with: edgedetr inspect BUNDLE"
             )
-        peak = max(-low, high)
-        self.peaks.append(peak)
-        self.largest, self.lowest = max(self.largest, peak), min(self.lowest, low)
+        absmax = max(-low, high)
+        self.image_absmax.append(absmax)
+        self.largest = max(self.largest, absmax)
         if self.per_image is not None and flat.size > self.per_image:
             flat = flat[:: _stride(flat.size, self.per_image)]
         self.zeros += flat.size - int(np.count_nonzero(flat))
-        self._reach(peak)
+        self._extend(absmax)
         if self.limit == 0.0:
             self.counts[0] += flat.size
             return
-        place = (np.abs(flat) * np.float32(BINS / self.limit)).astype(np.int32)
-        self.counts += np.bincount(np.minimum(place, BINS - 1), minlength=BINS)
+        index = (np.abs(flat) * np.float32(BINS / self.limit)).astype(np.int32)
+        self.counts += np.bincount(np.minimum(index, BINS - 1), minlength=BINS)
 
-    def _reach(self, peak: float) -> None:
+    def _extend(self, absmax: float) -> None:
+        """Double the limit until it covers `absmax`."""
         if self.limit == 0.0:
-            self.limit = peak
+            self.limit = absmax
             return
-        while peak > self.limit:
+        while absmax > self.limit:
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(axis=1), np.zeros(BINS // 2, dtype=np.int64)])
             self.limit *= 2
 
     @property
     def centers(self) -> np.ndarray:
-        """[BINS] float64, the magnitude each bin stands for."""
+        """[BINS] float64, the magnitude in the middle of each bin."""
         return (np.arange(BINS) + 0.5) * (self.limit / BINS)
 
-    def amax(self, observer: Observer, percentile: float = 99.99) -> float:
-        """Largest magnitude that the int8 grid should represent; 0 for a tensor that was always 0."""
-        one_of("quant.observer", observer, get_args(Observer))
-        if self.largest == 0.0:
-            return 0.0
-        if observer == "minmax":
-            return self.largest
-        if observer == "percentile":
-            return min(_percentile(self.counts, percentile) * self.limit / BINS, self.largest)
-        trials = np.linspace(self.largest / CANDIDATES, self.largest, CANDIDATES)
-        if observer == "mse":
-            losses = [squared_error(self.centers, self.counts, trial) for trial in trials]
-        else:  # "entropy"
-            counts = self._without_zeros()
-            if not counts.any():  # the few values that are not 0 fell between those that were counted
-                return self.largest
-            losses = [divergence(counts, round(trial * BINS / self.limit)) for trial in trials]
-        return float(trials[int(np.argmin(losses))])
+    def counts_without_zeros(self) -> np.ndarray:
+        """[BINS] counts without the exact zeros, which "entropy" must leave out (Migacz 2017).
 
-    def _without_zeros(self) -> np.ndarray:
-        """[BINS] counts for entropy, which has to leave exact zeros out (Migacz 2017).
-
-        Every grid represents 0, so zeros say nothing about the range; but a ReLU gives so many that all the divergence
-        is that of bin 0 spread over its level, and the smallest level, which is the smallest range, always wins.
+        Every grid represents 0, so zeros carry no information about the range. After a ReLU there are so many that the
+        divergence of bin 0, spread over its level, dominates, and the smallest range always wins.
         """
         counts = self.counts.copy()
         counts[0] -= self.zeros
         return counts
+
+    def amax(self, observer: str, option: float | None = None) -> float:
+        """Largest magnitude that the int8 grid should represent; 0 for a tensor that was always 0.
+
+        observer   a name in OBSERVERS
+        option     the value of the observer's option, for an observer that has one
+        """
+        one_of("quant.observer", observer, OBSERVERS)
+        return 0.0 if self.largest == 0.0 else OBSERVERS[observer].choose(self, option)
+
+
+def minmax(histogram: Histogram, option: float | None = None) -> float:
+    return histogram.largest
+
+
+def percentile(histogram: Histogram, option: float | None = None) -> float:
+    """The magnitude below which `option` per cent of the counted values lie."""
+    if option is None:
+        raise ExportError("observer 'percentile' was called without its percentile; expected 50 to 100")
+    total = np.cumsum(histogram.counts)
+    target = total[-1] * option / 100
+    index = int(np.searchsorted(total, target))
+    before = total[index - 1] if index else 0
+    bins = index + float(target - before) / max(int(histogram.counts[index]), 1)
+    return min(bins * histogram.limit / BINS, histogram.largest)
+
+
+def entropy(histogram: Histogram, option: float | None = None) -> float:
+    """The range whose quantized distribution has the smallest Kullback-Leibler divergence from the observed one."""
+    counts = histogram.counts_without_zeros()
+    if not counts.any():  # the few values that are not 0 fell between those that were counted
+        return histogram.largest
+    return _smallest_loss(histogram, lambda amax: divergence(counts, round(amax * BINS / histogram.limit)))
+
+
+def mse(histogram: Histogram, option: float | None = None) -> float:
+    """The range with the smallest squared error of rounding and clipping."""
+    return _smallest_loss(histogram, partial(squared_error, histogram.centers, histogram.counts))
+
+
+@dataclass(frozen=True)
+class Observer:
+    """choose    (histogram, value of the option) -> amax; the histogram holds at least one value that is not 0
+    summary   one line for the documentation
+    option    the field of QuantConfig that is passed to `choose`; None = it takes none
+    """
+
+    choose: Callable[[Histogram, float | None], float]
+    summary: str
+    option: str | None = None
+
+
+OBSERVERS: Mapping[str, Observer] = {
+    "minmax": Observer(minmax, "the largest magnitude seen"),
+    "percentile": Observer(percentile, "quant.percentile per cent of the magnitudes are inside", option="percentile"),
+    "entropy": Observer(entropy, "smallest Kullback-Leibler divergence between float and INT8 values (Migacz 2017)"),
+    "mse": Observer(mse, "smallest mean squared error between float and INT8 values"),
+}
+
+
+def _smallest_loss(histogram: Histogram, loss: Callable[[float], float]) -> float:
+    """The candidate range with the smallest loss."""
+    candidates = np.linspace(histogram.largest / CANDIDATES, histogram.largest, CANDIDATES)
+    return float(candidates[int(np.argmin([loss(candidate) for candidate in candidates]))])
 
 
 def _stride(size: int, wanted: int) -> int:
@@ -112,15 +161,6 @@ def _stride(size: int, wanted: int) -> int:
     while np.gcd(step, size) > 1:
         step += 1
     return step
-
-
-def _percentile(counts: np.ndarray, percentile: float) -> float:
-    """Position (in bins, fractional) below which `percentile` per cent of the counts lie."""
-    total = np.cumsum(counts)
-    target = total[-1] * percentile / 100
-    index = int(np.searchsorted(total, target))
-    before = total[index - 1] if index else 0
-    return index + float(target - before) / max(int(counts[index]), 1)
 
 
 def squared_error(centers: np.ndarray, counts: np.ndarray, amax: float) -> float:
@@ -133,8 +173,8 @@ def squared_error(centers: np.ndarray, counts: np.ndarray, amax: float) -> float
 def divergence(counts: np.ndarray, keep: int) -> float:
     """Kullback-Leibler divergence between the first `keep` bins (the rest clipped into the last) and their 128 levels.
 
-    The clipped mass counts in the reference and not in the quantized one, which is what makes clipping cost something
-    (Migacz 2017, "8-bit inference with TensorRT").
+    The clipped mass counts in the reference distribution and not in the quantized one; that makes clipping cost
+    something (Migacz 2017, "8-bit inference with TensorRT").
     """
     levels = LEVELS + 1
     if keep < levels:

@@ -1,13 +1,15 @@
-"""The policy: which nodes of a float graph are quantized, and why the others are not.
+"""The policy: which nodes of a float graph become INT8, and why the others do not.
 
-The rules are data (calib/policy/*.toml); what a kernel cannot take is decided here.
+The rules are data (calib/policy/*.toml). What no integer kernel supports is decided here. `make_plan` is the entry.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from onnx import ModelProto, NodeProto
 
@@ -15,43 +17,68 @@ from edgedetr.errors import ExportError, did_you_mean
 from edgedetr.onnx_graph.hardware_limits import SMALLEST_INT8_PRODUCT
 from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 from edgedetr.package_data import policies_directory
+from edgedetr.quantization.node_roles import ROLE_BY_NAME, node_roles
 from edgedetr.storage.reading import read_toml, shown
 
 _WEIGHTED = ("Conv", "MatMul", "Gemm")
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Nodes that stay float: every condition given must hold. See calib/policy/default.toml."""
+class PolicyRule:
+    """Nodes that stay float: every condition given must hold. See calib/policy/default.toml.
+
+    reason   one sentence for the reader
+    roles    roles of the node's layer (see node_roles.py)
+    match    patterns of node names
+    unless   exceptions to `match`, patterns of node names
+    ops      operators
+    reads    operators of which one produces the node's data input
+    """
 
     reason: str
     match: tuple[str, ...] = ("*",)
     unless: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
     ops: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
 
-    def fits(self, node: NodeProto, graph: GraphIndex) -> bool:
+    def fits(self, node: NodeProto, graph: GraphIndex, roles: Mapping[str, str]) -> bool:
+        """Whether the rule names this node. roles: {node name: role} of the graph."""
+        if self.roles and roles.get(node.name) not in self.roles:
+            return False
         if self.ops and node.op_type not in self.ops:
             return False
         if self.reads:
-            maker = graph.producers.get(node.input[0])
-            if maker is None or maker.op_type not in self.reads:
+            producer = graph.producers.get(node.input[0]) if node.input else None
+            if producer is None or producer.op_type not in self.reads:
                 return False
         return _any(node.name, self.match) and not _any(node.name, self.unless)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """`quantize` lists the kinds of node that may become INT8; `rules` names those that stay float.
-
-    float32   nodes that stay float32 where the rest of the graph is FP16
+    """quantize       operators that may become INT8
+    residuals      whether the skipping branch of a residual sum is quantized
+    float_rules    nodes that do not become INT8 ([[float]] in the file)
+    float32_rules  nodes that stay float32 where the rest of the graph is FP16 ([[float32]] in the file)
     """
 
     name: str
     quantize: tuple[str, ...] = _WEIGHTED
     residuals: bool = True
-    rules: tuple[Rule, ...] = field(default=())
-    float32: tuple[Rule, ...] = field(default=())
+    float_rules: tuple[PolicyRule, ...] = field(default=())
+    float32_rules: tuple[PolicyRule, ...] = field(default=())
+
+    def all_rules(self) -> tuple[PolicyRule, ...]:
+        return (*self.float_rules, *self.float32_rules)
+
+    def float32_nodes(self, model: ModelProto) -> dict[str, str]:
+        """{name of a node that must stay float32 in an FP16 graph: reason}."""
+        if not self.float32_rules:
+            return {}
+        graph, roles = GraphIndex(model), node_roles(model)
+        reasons = {node.name: _reason(self.float32_rules, node, graph, roles) for node in graph.nodes}
+        return {name: reason for name, reason in reasons.items() if reason}
 
 
 @dataclass(frozen=True)
@@ -67,7 +94,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Residual:
-    """An Add after a quantized Conv: the tensor of the branch that skips the block, and which input it is."""
+    """An Add after a quantized Conv: the tensor of the branch that skips the block, and its input index."""
 
     node: str
     index: int
@@ -75,20 +102,19 @@ class Residual:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What becomes INT8 in one graph, and the reason for every weighted node that does not."""
+class QuantizationPlan:
+    """What becomes INT8 in one graph, and the reason for every node with weights that does not.
+
+    float_layers   {node name: reason}
+    """
 
     layers: tuple[Layer, ...]
     residuals: tuple[Residual, ...]
-    islands: dict[str, str]
-
-    def tensors(self) -> list[str]:
-        """Activations that are quantized in every dialect, in graph order, each once."""
-        return list(dict.fromkeys([layer.data for layer in self.layers] + [item.tensor for item in self.residuals]))
+    float_layers: dict[str, str]
 
 
-def load(name_or_path: str | Path) -> Policy:
-    """A shipped policy by name, or a TOML file; unknown keys are an error."""
+def load_policy(name_or_path: str | Path) -> Policy:
+    """A shipped policy by name, or a TOML file. Errors: ExportError, also for unknown keys."""
     path = Path(name_or_path)
     if path.suffix != ".toml":
         folder = policies_directory()
@@ -102,24 +128,25 @@ def load(name_or_path: str | Path) -> Policy:
     raw = read_toml(
         path, ExportError, fix="so it cannot be read as a policy; expected TOML like calib/policy/default.toml"
     )
-    rules, float32 = (_rules(raw, key, path) for key in ("float", "float32"))
-    return Policy(**_checked(raw, Policy, path, {"name": path.stem}), rules=rules, float32=float32)
+    float_rules, float32_rules = (_rules(raw, key, path) for key in ("float", "float32"))
+    values = _checked(raw, Policy, path, {"name": path.stem})
+    return Policy(**values, float_rules=float_rules, float32_rules=float32_rules)
 
 
-def _rules(raw: dict[str, object], key: str, path: Path) -> tuple[Rule, ...]:
-    """The [[key]] tables of a policy file, taken out of it."""
+def _rules(raw: dict[str, object], key: str, path: Path) -> tuple[PolicyRule, ...]:
+    """The [[key]] tables of a policy file; the key is removed from `raw`."""
     tables = raw.pop(key, [])
     if not isinstance(tables, list):
         raise ExportError(f"{path}: `{key}` is no list; expected [[{key}]] tables")
     for table in tables:
         if not isinstance(table, dict):
             raise ExportError(f"{path}: an entry of `{key}` is {shown(table)}; expected [[{key}]] tables")
-    return tuple(Rule(**_checked(table, Rule, path, {})) for table in tables)
+    return tuple(PolicyRule(**_checked(table, PolicyRule, path, {})) for table in tables)
 
 
-def _checked(raw: dict[str, object], kind: type, path: Path, defaults: dict[str, object]) -> dict:  # type: ignore[type-arg]
+def _checked(raw: dict[str, object], kind: type[Any], path: Path, defaults: dict[str, object]) -> dict[str, Any]:
     """Keys and types of one table of a policy file, lists as tuples."""
-    known = {item.name: str(item.type) for item in fields(kind) if item.name not in ("rules", "float32")}
+    known = {item.name: str(item.type) for item in fields(kind) if not item.name.endswith("_rules")}
     values = {**defaults, **raw}
     for key, value in values.items():
         if key not in known:
@@ -132,21 +159,23 @@ def _checked(raw: dict[str, object], kind: type, path: Path, defaults: dict[str,
             values[key] = tuple(value)
         elif type(value).__name__ != known[key]:
             raise ExportError(f"{path}: {key} is {shown(value)}; expected {known[key]}")
-    if kind is Rule and not values.get("reason"):
+    if kind is PolicyRule and not values.get("reason"):
         raise ExportError(f"{path}: a rule has no reason; expected one sentence for the reader")
     return values
 
 
-def check_patterns(model: ModelProto, policy: Policy) -> None:
-    """Errors: ExportError where a pattern fits no node of this graph, with the nearest part of a name.
+def check_policy(model: ModelProto, policy: Policy) -> None:
+    """Errors: ExportError where a pattern or a role of the policy fits no node of this graph, with the nearest word.
 
-    Patterns of the shipped default are passed over, since they are for all members, and every one fits some.
+    Patterns and roles of the shipped defaults, of this version and of 0.2, are accepted, since they are for all members
+    and a policy may be a copy; a test checks that every rule of the shipped default fits some member.
     """
-    shipped = set(_patterns(load("default")))
+    shipped = load_policy("default").all_rules()
     names = [node.name for node in model.graph.node]
     parts = {part for name in names for part in name.split("/") if part}
-    for pattern in _patterns(policy):
-        if pattern not in shipped and not any(fnmatchcase(name, pattern) for name in names):
+    known_patterns = {pattern for rule in shipped for pattern in (*rule.match, *rule.unless)} | ROLE_BY_NAME.keys()
+    for pattern in (pattern for rule in policy.all_rules() for pattern in (*rule.match, *rule.unless)):
+        if pattern not in known_patterns and not any(fnmatchcase(name, pattern) for name in names):
             strange = [part for part in pattern.split("/") if part.strip("*") and part not in parts]
             near = did_you_mean(strange[0].strip("*"), parts) if strange else ""
             some = next((name for name in names if name), "(none has a name)")
@@ -154,43 +183,46 @@ def check_patterns(model: ModelProto, policy: Policy) -> None:
                 f"policy {policy.name!r}: no node of this graph fits {pattern!r}{near}; expected "
                 f"patterns of names like {some}"
             )
+    known_roles = {role for rule in shipped for role in rule.roles} | set(node_roles(model).values())
+    for role in (role for rule in policy.all_rules() for role in rule.roles):
+        if role not in known_roles:
+            raise ExportError(
+                f"policy {policy.name!r}: no node of this graph has the role {role!r}"
+                f"{did_you_mean(role, known_roles)}; expected one of {', '.join(sorted(known_roles))}"
+            )
 
 
-def _patterns(policy: Policy) -> list[str]:
-    return [pattern for rule in (*policy.rules, *policy.float32) for pattern in (*rule.match, *rule.unless)]
-
-
-def plan(model: ModelProto, policy: Policy) -> Plan:
+def make_plan(graph: GraphIndex, policy: Policy) -> QuantizationPlan:
     """Apply a policy to a float graph."""
-    graph = GraphIndex(model)
+    roles = node_roles(graph.model)
     layers: list[Layer] = []
-    islands: dict[str, str] = {}
-    for node in model.graph.node:
+    float_layers: dict[str, str] = {}
+    for node in graph.nodes:
         if node.op_type not in _WEIGHTED:
             continue
-        reason = _refusal(node, graph, policy)
+        reason = _why_float(node, graph, policy, roles)
         if reason:
-            islands[node.name] = reason
+            float_layers[node.name] = reason
         else:
-            layers.append(Layer(node.name, node.op_type, node.input[0], node.input[1], _axis(node)))
+            layers.append(Layer(node.name, node.op_type, node.input[0], node.input[1], _channel_axis(node)))
     if not layers:
         raise ExportError(
             f"policy {policy.name!r} leaves nothing to quantize in this graph; expected at least one of "
             f"{', '.join(policy.quantize)}"
         )
-    return Plan(tuple(layers), tuple(_residuals(graph, layers) if policy.residuals else ()), islands)
+    return QuantizationPlan(tuple(layers), tuple(_residuals(graph, layers) if policy.residuals else ()), float_layers)
 
 
-def _refusal(node: NodeProto, graph: GraphIndex, policy: Policy) -> str:
-    """Why a weighted node stays float; empty when it is quantized."""
+def _why_float(node: NodeProto, graph: GraphIndex, policy: Policy, roles: Mapping[str, str]) -> str:
+    """Why a node with weights stays float; empty when it is quantized."""
     if node.op_type not in policy.quantize:
         return f"{node.op_type} is not quantized by policy {policy.name!r}"
     if node.input[1] not in graph.initializers:
         return "product of two activations: softmax and its neighbors keep float range"
     shape = list(graph.initializers[node.input[1]].dims)
-    for rule in policy.rules:
-        if rule.fits(node, graph):
-            return rule.reason
+    reason = _reason(policy.float_rules, node, graph, roles)
+    if reason:
+        return reason
     if node.input[0] in graph.initializers:
         return "its data input is a constant"
     if node.op_type == "Conv" and int_attribute(node, "group", 1) != 1:
@@ -203,7 +235,12 @@ def _refusal(node: NodeProto, graph: GraphIndex, policy: Policy) -> str:
     return ""
 
 
-def _axis(node: NodeProto) -> int:
+def _reason(rules: tuple[PolicyRule, ...], node: NodeProto, graph: GraphIndex, roles: Mapping[str, str]) -> str:
+    """The reason of the first rule that fits a node; "" where none does."""
+    return next((rule.reason for rule in rules if rule.fits(node, graph, roles)), "")
+
+
+def _channel_axis(node: NodeProto) -> int:
     """Axis of the output channels in the weight: Conv [O, I, h, w], MatMul [I, O], Gemm [O, I] when transB."""
     if node.op_type == "MatMul":
         return 1
@@ -211,23 +248,23 @@ def _axis(node: NodeProto) -> int:
 
 
 def _residuals(graph: GraphIndex, layers: list[Layer]) -> list[Residual]:
-    """Adds of a quantized Conv's output and another activation, whose sum is quantized: the other one is quantized too.
+    """Adds of a quantized Conv's output and another activation, where the sum is quantized: the other one is, too.
 
-    The Conv's own output is not: TensorRT adds it in the convolution's accumulator. Where both branches end in a
-    quantized Conv, the first input keeps its accumulator.
+    The Conv's output is not: TensorRT adds it in the convolution's accumulator. Where both branches end in a quantized
+    Conv, the first input stays in its accumulator.
     """
     convs = {layer.node for layer in layers if layer.op == "Conv"}
-    read = {layer.data for layer in layers}
+    quantized = {layer.data for layer in layers}
     found = []
-    for node in graph.model.graph.node:
-        if node.op_type != "Add" or graph.after_relu(node.output[0]) not in read:
+    for node in graph.nodes:
+        if node.op_type != "Add" or graph.after_relu(node.output[0]) not in quantized:
             continue
         if any(name in graph.initializers for name in node.input):
             continue
-        makers = [graph.producers.get(name) for name in node.input]
+        producers = [graph.producers.get(name) for name in node.input]
         fused = [
-            maker is not None and maker.name in convs and graph.only_consumer(name) is node
-            for maker, name in zip(makers, node.input)
+            producer is not None and producer.name in convs and graph.only_consumer(name) is node
+            for producer, name in zip(producers, node.input)
         ]
         if any(fused):
             index = 1 - fused.index(True)

@@ -1,4 +1,4 @@
-"""From a bundle's float graph to its FP16 and INT8 graphs: choose images, observe ranges, write each file."""
+"""From a bundle's model.onnx to its FP16 and INT8 graphs. `quantize` and `export_fp16` are the entries."""
 
 from __future__ import annotations
 
@@ -6,78 +6,89 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import ModelProto
 
-from edgedetr.artifacts import FP16, INT8, ONNX, RANGES
+from edgedetr import artifacts
+from edgedetr.artifacts import FP16, ONNX, Artifact
 from edgedetr.bundle import Bundle
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError, ExportError
-from edgedetr.onnx_graph.fp16 import activation_absmax, convert_to_fp16, fp32_nodes
-from edgedetr.quantization.bias_correction import PARTS, PICTURES, shifts
-from edgedetr.quantization.calibration import Progress, calibrate, choose, enough, near_verify
+from edgedetr.lint.lint import require_no_errors
+from edgedetr.onnx_graph.fp16 import activation_absmax, convert_to_fp16
+from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.progress import Progress
+from edgedetr.quantization.bias_correction import IMAGES, PARTS, bias_shifts
+from edgedetr.quantization.calibration import Ranges, choose_images, evenly_spaced, ranges_of
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.policy import Plan, Policy, check_patterns, load, plan
-from edgedetr.quantization.qdq import insert
-from edgedetr.quantization.ranges import Ranges
-from edgedetr.quantization.rewrite import split_concats
-from edgedetr.quantization.targets import CPU, TENSORRT, Dialect, tensors, tied, weight_bits
+from edgedetr.quantization.policy import Policy, QuantizationPlan, check_policy, load_policy, make_plan
+from edgedetr.quantization.qdq import insert_qdq, split_concats, tensors_to_observe
+from edgedetr.quantization.targets import CPU, TENSORRT, Target, weight_bits
 from edgedetr.runtime.backends import onnx_bytes
 from edgedetr.runtime.backends.base import MADE_BY
 from edgedetr.runtime.preprocess import prepare
 
-Check = Callable[[ModelProto, str], None]
-
 log = logging.getLogger(__name__)
 
-FLOAT = "edgedetr.float_layers"  # and which weighted layers stayed float: JSON {reason: [node names]}
-FLOAT32 = "edgedetr.float32_nodes"  # of a graph with FP16: which nodes stayed float32: JSON {reason: [node names]}
-PEAK_PICTURES = 8  # show how large tensors get; half.LARGEST leaves a factor of 2 for the others
+FLOAT_LAYERS = "edgedetr.float_layers"  # metadata: layers that are not INT8, JSON {reason: [node names]}
+FLOAT32_NODES = "edgedetr.float32_nodes"  # metadata of a graph with FP16: nodes in float32, JSON {reason: [node names]}
+ABSMAX_IMAGES = 8  # on these the magnitudes for FP16 are observed; fp16.MAX_ABSMAX leaves a factor of 2 for the others
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one export of FP16 or INT8 graphs reads.
+
+    model    the float graph
+    calib    where the calibration images are; None = the calibration split of the bundle's data
+    """
+
+    bundle: Bundle
+    model: ModelProto
+    policy: Policy
+    config: QuantConfig
+    calib: Path | None
+    progress: Progress | None
 
 
 def quantize(
-    bundle: Bundle,
-    *,
-    config: QuantConfig | None = None,
-    calib: Path | None = None,
-    check: Check | None = None,
-    progress: Progress | None = None,
-) -> Plan:
-    """Write ranges.json, model.int8.onnx and model.int8-cpu.onnx; what is there and made by the same settings is kept.
+    bundle: Bundle, *, config: QuantConfig | None = None, calib: Path | None = None, progress: Progress | None = None
+) -> QuantizationPlan:
+    """Write ranges.json, model.int8.onnx and model.int8-cpu.onnx; files made with the same settings are kept.
 
-    calib   where the calibration images are; None = present ranges of these settings, or the calibration split of the
-            bundle's data
-    check   told each graph for TensorRT and its name before it enters the bundle; raises where it must not
+    calib   where the calibration images are; None = the present ranges of these settings, or the calibration split of
+            the bundle's data
+
+    Errors: ExportError, DataError; also where the graph for TensorRT does not pass lint.
     """
     config = config or QuantConfig()
-    model = split_concats(read(bundle.require(ONNX.file)))
-    policy = load(config.policy)
-    check_patterns(model, policy)
-    chosen = plan(model, policy)
-    ranges = _ranges(bundle, model, chosen, policy, config, calib, progress)
-    for dialect in (TENSORRT, replace(CPU, weight_bits=weight_bits(config.cpu_weights))):
-        _write(bundle, model, chosen, policy, ranges, dialect, config, calib, check, progress)
-    log.info("%d layers INT8, %d float", len(chosen.layers), len(chosen.islands))
-    return chosen
+    model = split_concats(read_onnx(bundle.require(ONNX.file)))
+    policy = load_policy(config.policy)
+    check_policy(model, policy)
+    graph = GraphIndex(model)
+    plan = make_plan(graph, policy)
+    tensors = tensors_to_observe(graph, plan)
+    ranges = ranges_of(bundle, model, tensors, config, policy.name, calib=calib, progress=progress)
+    job = _Job(bundle, model, policy, config, calib, progress)
+    for target in (TENSORRT, replace(CPU, weight_bits=weight_bits(config.cpu_weights))):
+        _write_int8(job, graph, plan, ranges, target)
+    log.info("%d layers INT8, %d float", len(plan.layers), len(plan.float_layers))
+    return plan
 
 
-def to_half(
-    bundle: Bundle,
-    *,
-    config: QuantConfig | None = None,
-    calib: Path | None = None,
-    check: Check | None = None,
-    progress: Progress | None = None,
+def export_fp16(
+    bundle: Bundle, *, config: QuantConfig | None = None, calib: Path | None = None, progress: Progress | None = None
 ) -> None:
     """Write model.fp16.onnx, unless the bundle has it from the same graph and policy.
 
-    calib   images to see magnitudes on; None = the calibration split of the bundle's data
+    calib   images to observe magnitudes on; None = the calibration split of the bundle's data
     """
-    policy = load((config or QuantConfig()).policy)
+    config = config or QuantConfig()
+    policy = load_policy(config.policy)
     made_by = json.dumps(
         {
             "dialect": FP16.id,
@@ -86,192 +97,147 @@ def to_half(
             "calib": "" if calib is None else str(calib),
         }
     )
-    if bundle.has(FP16.file) and _property(read(bundle.require(FP16.file)), MADE_BY) == made_by:
+    if _is_made_by(bundle, FP16.file, made_by):
         return
-    model = read(bundle.require(ONNX.file))
-    check_patterns(model, policy)
-    result, stayed = _halved(bundle, model, model, policy, calib, progress)
-    onnx.helper.set_model_props(
-        result, {**{item.key: item.value for item in model.metadata_props}, MADE_BY: made_by, FLOAT32: stayed}
-    )
-    onnx.checker.check_model(result)
-    if check is not None:
-        check(result, FP16.file)
-    with bundle.add(FP16.file, stage=FP16.step, made_from=FP16.made_from) as temporary:
-        temporary.write_bytes(result.SerializeToString(deterministic=True))
+    model = read_onnx(bundle.require(ONNX.file))
+    check_policy(model, policy)
+    result, float32_nodes = _convert_to_fp16(_Job(bundle, model, policy, config, calib, progress), model)
+    metadata = {**_metadata(model), MADE_BY: made_by, FLOAT32_NODES: float32_nodes}
+    _add_graph(bundle, FP16, result, metadata)
 
 
-def _halved(
-    bundle: Bundle, model: ModelProto, result: ModelProto, policy: Policy, calib: Path | None, progress: Progress | None
-) -> tuple[ModelProto, str]:
-    """`result`, which is `model` or its quantized form, with FP16 inside, and what stayed float32 as JSON."""
-    found = activation_absmax(model, _batches(bundle, calib, progress))
-    stayed = _by_reason(fp32_nodes(result, found, policy.float32))
-    return convert_to_fp16(result, found, policy.float32), json.dumps(stayed, ensure_ascii=False)
-
-
-def _batches(bundle: Bundle, calib: Path | None, progress: Progress | None) -> Iterator[np.ndarray]:
-    """A few calibration images as the graph takes them, [1, 3, H, W]; noise where the images are not here."""
-    contract = bundle.manifest.input
-    try:
-        paths = choose(bundle, calib, PEAK_PICTURES).paths
-    except (DataError, ExportError, OSError) as error:
-        if calib is not None:
-            raise
-        log.warning("FP16: no calibration images here (%s), so magnitudes are seen on noise alone", error)
-        paths = ()
-        noise = np.random.default_rng(0).integers(0, 256, (1, 3, contract.height, contract.width))
-        yield noise.astype(np.float32)
-    yield from _prepared(bundle, paths, FP16.id, progress)
-
-
-def read(path: Path) -> ModelProto:
-    """An ONNX file; ExportError when it is none."""
+def read_onnx(path: Path) -> ModelProto:
+    """A valid ONNX file. Errors: ExportError."""
     model: ModelProto = onnx_bytes.load(path, ExportError)
     try:
-        onnx.checker.check_model(model)  # what follows relies on each node having its inputs and attributes
+        onnx.checker.check_model(model)  # the following steps rely on each node's inputs and attributes
     except (onnx.checker.ValidationError, ValueError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise ExportError(f"{path}: not valid ONNX ({reason}); run: edgedetr export {path.parent}") from error
     return model
 
 
-def _ranges(
-    bundle: Bundle,
-    model: ModelProto,
-    chosen: Plan,
-    policy: Policy,
-    config: QuantConfig,
-    calib: Path | None,
-    progress: Progress | None,
-) -> Ranges:
-    """The bundle's ranges where they are these settings' own, new ones otherwise."""
-    wanted = tensors(model, chosen)
-    observer = f"percentile {config.percentile:g}" if config.observer == "percentile" else config.observer
-    if bundle.has(RANGES.file):
-        present = Ranges.load(bundle.require(RANGES.file))
-        same = (present.observer, present.policy, present.wanted) == (observer, policy.name, config.images)
-        if same and set(wanted) == set(present.amax):
-            # Without --calib whatever the bundle was calibrated on stays, so that a device needs no images.
-            if calib is None or choose(bundle, calib, config.images).images == present.images:
-                return present
-    pictures = choose(bundle, calib, config.images)
-    if len(pictures.paths) < config.images:
-        log.warning("%d calibration images, %d were asked for", len(pictures.paths), config.images)
-    enough(pictures)
-    near_verify(bundle, pictures)
-    amax = tied(model, calibrate(model, wanted, pictures.paths, bundle.manifest.input, config, progress))
-    ranges = Ranges(amax, observer, policy.name, config.images, "" if calib is None else str(calib), pictures.images)
-    with bundle.add(RANGES.file, stage=RANGES.step, made_from=RANGES.made_from) as temporary:
-        ranges.save(temporary)
-    return ranges
-
-
-def _write(
-    bundle: Bundle,
-    model: ModelProto,
-    chosen: Plan,
-    policy: Policy,
-    ranges: Ranges,
-    dialect: Dialect,
-    config: QuantConfig,
-    calib: Path | None,
-    check: Check | None,
-    progress: Progress | None,
-) -> None:
-    """One INT8 graph, unless the bundle has it already."""
-    about = {
-        "dialect": dialect.name,
-        "weight_bits": dialect.weight_bits,
+def _write_int8(job: _Job, graph: GraphIndex, plan: QuantizationPlan, ranges: Ranges, target: Target) -> None:
+    """The INT8 graph for one target, unless the bundle has it already."""
+    about: dict[str, object] = {
+        "dialect": target.name,
+        "weight_bits": target.weight_bits,
         "observer": ranges.observer,
-        "policy": policy.name,
-        "policy_sha256": _sha256(policy),
-        **({"half": True} if dialect.half else {}),
+        "policy": job.policy.name,
+        "policy_sha256": _sha256(job.policy),
+        **({"half": True} if target.fp16 else {}),
         "image_list": ranges.image_list,
-        "layers_int8": len(chosen.layers),
-        "layers_float": len(chosen.islands),
+        "layers_int8": len(plan.layers),
+        "layers_float": len(plan.float_layers),
     }
-    made_by = json.dumps({**about, "bias_correction": [PICTURES, PARTS]} if config.bias_correction else about)
-    if bundle.has(dialect.file) and _property(read(bundle.require(dialect.file)), MADE_BY) == made_by:
+    made_by = json.dumps({**about, "bias_correction": [IMAGES, PARTS]} if job.config.bias_correction else about)
+    if _is_made_by(job.bundle, target.artifact.file, made_by):
         return
-    result = insert(model, chosen, ranges.amax, dialect)
-    if config.bias_correction:
-        paths = _calibration_pictures(bundle, ranges)
+    result = insert_qdq(graph, plan, ranges.amax, target)
+    if job.config.bias_correction:
+        paths = _images_of(job.bundle, ranges)
         if paths:
-            passes = _passes(bundle, paths, f"bias {dialect.name}", progress)
-            result = insert(model, chosen, ranges.amax, dialect, shifts(model, result, chosen, passes))
+            shifts = bias_shifts(graph, result, plan, _passes(job, paths, f"bias {target.name}"))
+            result = insert_qdq(graph, plan, ranges.amax, target, shifts)
         else:
             made_by = json.dumps(about)
-    told = {item.key: item.value for item in result.metadata_props}
-    told |= {MADE_BY: made_by, FLOAT: json.dumps(_by_reason(chosen.islands), ensure_ascii=False)}
-    if dialect.half:
-        result, told[FLOAT32] = _halved(bundle, model, result, policy, calib, progress)
-    onnx.helper.set_model_props(result, told)
-    onnx.checker.check_model(result)
-    if check is not None and not dialect.unsigned:
-        check(result, dialect.file)
-    with bundle.add(dialect.file, stage=INT8.step, made_from=INT8.made_from) as temporary:
-        temporary.write_bytes(result.SerializeToString(deterministic=True))
+    metadata = {**_metadata(result), MADE_BY: made_by, FLOAT_LAYERS: _by_reason(plan.float_layers)}
+    if target.fp16:
+        result, metadata[FLOAT32_NODES] = _convert_to_fp16(job, result)
+    _add_graph(job.bundle, target.artifact, result, metadata)
 
 
-def _calibration_pictures(bundle: Bundle, ranges: Ranges) -> list[Path]:
-    """Some of the images that the ranges were observed on, evenly spaced; none, with a warning, where they have gone.
+def _add_graph(bundle: Bundle, artifact: Artifact, model: ModelProto, metadata: dict[str, str]) -> None:
+    """Check a graph and add it to the bundle. Errors: ExportError where lint finds an error for TensorRT."""
+    onnx.helper.set_model_props(model, metadata)
+    onnx.checker.check_model(model)
+    if artifacts.TENSORRT in artifact.backends:
+        require_no_errors(model, artifact.file)
+    with bundle.add(artifact.file, stage=artifact.step, made_from=artifact.made_from) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
 
-    Ranges need no images once they are there, so that a device can write a graph of its own dialect; such a graph is
-    written without correction, and again, with it, where the images are.
+
+def _convert_to_fp16(job: _Job, model: ModelProto) -> tuple[ModelProto, str]:
+    """The float graph of the job, or its quantized form, with FP16 inside; and FLOAT32_NODES of it."""
+    absmax = activation_absmax(job.model, _absmax_batches(job))
+    found = convert_to_fp16(model, absmax, job.policy.float32_nodes(model))
+    return found.model, _by_reason(found.fp32_nodes)
+
+
+def _absmax_batches(job: _Job) -> Iterator[np.ndarray]:
+    """A few calibration images as the graph takes them, [1, 3, H, W]; noise where the images are not available."""
+    contract = job.bundle.manifest.input
+    try:
+        paths = choose_images(job.bundle, job.calib, ABSMAX_IMAGES).paths
+    except (DataError, ExportError, OSError) as error:
+        if job.calib is not None:
+            raise
+        log.warning("FP16: no calibration images here (%s), so magnitudes are observed on noise alone", error)
+        paths = ()
+        noise = np.random.default_rng(0).integers(0, 256, (1, 3, contract.height, contract.width))
+        yield noise.astype(np.float32)
+    for number, batch in enumerate(_batches(job.bundle, paths)):
+        if job.progress:
+            job.progress(FP16.id, number, len(paths))
+        yield batch
+    if job.progress and paths:
+        job.progress(FP16.id, len(paths), len(paths))
+
+
+def _images_of(bundle: Bundle, ranges: Ranges) -> list[Path]:
+    """Some of the images that the ranges were observed on, evenly spaced; none, with a warning, where they are missing.
+
+    Present ranges need no images, so a device can write the graph of its own target. It is written without bias
+    correction, and written again with it where the images are.
     """
     try:
-        found = choose(bundle, Path(ranges.source) if ranges.source else None, ranges.wanted)
+        found = choose_images(bundle, Path(ranges.source) if ranges.source else None, ranges.requested)
         reason = "they have changed since" if found.images != ranges.images else ""
     except (DataError, ExportError, OSError) as error:
         reason = str(error)
     if reason:
         log.warning("INT8: biases are not corrected: the calibration images are not here (%s)", reason)
         return []
-    count = len(found.paths)
-    return [found.paths[i] for i in np.unique(np.linspace(0, count - 1, min(PICTURES, count)).round().astype(int))]
+    return evenly_spaced(found.paths, IMAGES)
 
 
-def _passes(
-    bundle: Bundle, paths: Sequence[Path], what: str, progress: Progress | None
-) -> Callable[[], Iterator[np.ndarray]]:
-    """The images, as often as bias correction wants them, told as one work."""
-    seen = 0
+def _passes(job: _Job, paths: Sequence[Path], name: str) -> Callable[[], Iterator[np.ndarray]]:
+    """A function that yields the images once per call; its PARTS calls are one task for the progress."""
+    done = 0
 
-    def once() -> Iterator[np.ndarray]:
-        nonlocal seen
-        for batch in _prepared(bundle, paths):
+    def one_pass() -> Iterator[np.ndarray]:
+        nonlocal done
+        for batch in _batches(job.bundle, paths):
             yield batch
-            seen += 1
-            if progress:
-                progress(what, seen, PARTS * len(paths))
+            done += 1
+            if job.progress:
+                job.progress(name, done, PARTS * len(paths))
 
-    return once
+    return one_pass
 
 
-def _prepared(
-    bundle: Bundle, paths: Sequence[Path], what: str = "", progress: Progress | None = None
-) -> Iterator[np.ndarray]:
+def _batches(bundle: Bundle, paths: Sequence[Path]) -> Iterator[np.ndarray]:
     """Images as the graph takes them, [1, 3, H, W], one after the other."""
-    for number, path in enumerate(paths):
-        if progress:
-            progress(what, number, len(paths))
+    for path in paths:
         yield prepare([decode(path)], bundle.manifest.input)[0]
-    if progress and paths:
-        progress(what, len(paths), len(paths))
+
+
+def _is_made_by(bundle: Bundle, name: str, made_by: str) -> bool:
+    """Whether the bundle has an undamaged, fresh graph that was made with these settings."""
+    return bundle.has(name) and _metadata(read_onnx(bundle.require(name))).get(MADE_BY) == made_by
+
+
+def _metadata(model: ModelProto) -> dict[str, str]:
+    return {item.key: item.value for item in model.metadata_props}
 
 
 def _sha256(policy: Policy) -> str:
     return hashlib.sha256(json.dumps(asdict(policy), sort_keys=True).encode()).hexdigest()
 
 
-def _by_reason(nodes: dict[str, str]) -> dict[str, list[str]]:
-    """{node: reason} the other way round."""
+def _by_reason(nodes: dict[str, str]) -> str:
+    """{node: reason} as JSON {reason: [nodes]}."""
     found: dict[str, list[str]] = {}
     for name, reason in nodes.items():
         found.setdefault(reason, []).append(name)
-    return found
-
-
-def _property(model: ModelProto, key: str) -> str:
-    return next((item.value for item in model.metadata_props if item.key == key), "")
+    return json.dumps(found, ensure_ascii=False)

@@ -32,13 +32,13 @@ from edgedetr.evaluation.coco_metrics import evaluate
 from edgedetr.exporting.settings import settings
 from edgedetr.onnx_graph.fp16 import activation_absmax, convert_to_fp16
 from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
-from edgedetr.quantization.bias_correction import PICTURES, shifts
-from edgedetr.quantization.calibration import choose, observe
-from edgedetr.quantization.policy import Plan, load, plan
-from edgedetr.quantization.qdq import insert
-from edgedetr.quantization.quantize import PEAK_PICTURES, read
-from edgedetr.quantization.rewrite import split_concats
-from edgedetr.quantization.targets import CPU, TENSORRT, Dialect, tensors, tied, weight_bits
+from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.bias_correction import IMAGES, bias_shifts
+from edgedetr.quantization.calibration import choose_images, observe, share_pool_ranges
+from edgedetr.quantization.policy import load_policy, make_plan
+from edgedetr.quantization.qdq import insert_qdq, split_concats, tensors_to_observe
+from edgedetr.quantization.quantize import ABSMAX_IMAGES, read_onnx
+from edgedetr.quantization.targets import CPU, TENSORRT, Target, weight_bits
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.runtime.backends.openvino import OpenVinoRunner
 from edgedetr.runtime.cpu import int8_saturates
@@ -49,37 +49,38 @@ from edgedetr.runtime.preprocess import prepare
 OBSERVERS = ("mse", "percentile=99.99", "percentile=99.999", "minmax")
 
 
-class Maker:
+class GraphMaker:
     """The quantized graphs of a bundle; activations are observed once, for all observers."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.config = settings(bundle, ()).quant
-        self.policy = load(self.config.policy)
+        self.policy = load_policy(self.config.policy)
         self.contract = bundle.manifest.input
-        self.model: ModelProto = split_concats(read(bundle.require("model.onnx")))
-        self.plan: Plan = plan(self.model, self.policy)
-        self.paths = choose(bundle, None, self.config.images).paths
-        self.histograms = observe(self.model, tensors(self.model, self.plan), self.paths, self.contract)
-        self.peaks = activation_absmax(self.model, self.batches(PEAK_PICTURES))
+        self.model: ModelProto = split_concats(read_onnx(bundle.require("model.onnx")))
+        self.graph = GraphIndex(self.model)
+        self.plan = make_plan(self.graph, self.policy)
+        self.paths = choose_images(bundle, None, self.config.images).paths
+        self.histograms = observe(self.model, tensors_to_observe(self.graph, self.plan), self.paths, self.contract)
+        self.absmax = activation_absmax(self.model, self.batches(ABSMAX_IMAGES))
 
     def batches(self, count: int) -> Iterator[np.ndarray]:
         for i in np.unique(np.linspace(0, len(self.paths) - 1, count).round().astype(int)):
             yield prepare([images.decode(self.paths[i])], self.contract)[0]
 
-    def make(self, observer: str, corrected: bool, dialect: Dialect) -> bytes:
+    def make(self, observer: str, corrected: bool, target: Target) -> bytes:
         kind, _, percentile = observer.partition("=")
         amax = {name: found.amax(kind, float(percentile or 100)) for name, found in self.histograms.items()}
-        amax = tied(self.model, amax)
-        result = insert(self.model, self.plan, amax, dialect)
+        amax = share_pool_ranges(self.model, amax)
+        result = insert_qdq(self.graph, self.plan, amax, target)
         if corrected:
-            found = shifts(self.model, result, self.plan, lambda: self.batches(PICTURES))
-            result = insert(self.model, self.plan, amax, dialect, found)
+            found = bias_shifts(self.graph, result, self.plan, lambda: self.batches(IMAGES))
+            result = insert_qdq(self.graph, self.plan, amax, target, found)
         return (
-            convert_to_fp16(result, self.peaks, self.policy.float32) if dialect.half else result
+            convert_to_fp16(result, self.absmax, self.policy.float32_nodes(result)).model if target.fp16 else result
         ).SerializeToString()
 
 
-def rows(maker: Maker, observer: str, corrected: bool, folder: Path, threads: int) -> dict[str, OrtRunner]:
+def rows(maker: GraphMaker, observer: str, corrected: bool, folder: Path, threads: int) -> dict[str, OrtRunner]:
     """{name of a graph on a backend: what runs it}."""
     found = {}
     path = folder / "int8.onnx"
@@ -122,7 +123,7 @@ def main() -> None:
     dataset = load_split(bundle.manifest.data.path, options.split)
     if options.pictures:
         dataset = replace(dataset, samples=dataset.samples[: options.pictures])
-    maker = Maker(bundle)
+    maker = GraphMaker(bundle)
     exact = detect(bundle, {"onnx": OrtRunner(bundle.require("model.onnx"), threads=options.threads)}, dataset)["onnx"]
     before = evaluate(dataset, exact, by_size=False).ap
     print(f"model.onnx: AP {before:.2f} on {len(dataset)} images of {options.split}", file=sys.stderr)

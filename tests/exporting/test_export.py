@@ -20,12 +20,12 @@ from edgedetr.exporting.config import ExportConfig
 from edgedetr.exporting.export import export
 from edgedetr.lint.lint import lint
 from edgedetr.models.deploy import load_bundle_model
+from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.bias_correction import PARTS
+from edgedetr.quantization.calibration import Ranges
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.policy import load as load_policy
-from edgedetr.quantization.policy import plan
-from edgedetr.quantization.ranges import Ranges
-from edgedetr.quantization.rewrite import split_concats
+from edgedetr.quantization.policy import load_policy, make_plan
+from edgedetr.quantization.qdq import split_concats
 from edgedetr.quantization.targets import weight_bits
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 
@@ -75,13 +75,13 @@ def test_a_graph_with_an_error_never_enters_the_bundle(fresh, tmp_path, monkeypa
     from edgedetr.quantization import quantize as module
 
     def broken(*arguments):
-        graph = insert(*arguments)
+        graph = insert_qdq(*arguments)
         zero = next(item for item in graph.graph.initializer if item.name.endswith("_output_0_zero_point"))
         zero.CopyFrom(onnx.numpy_helper.from_array(np.int8(5), zero.name))
         return graph
 
-    insert = module.insert
-    monkeypatch.setattr(module, "insert", broken)
+    insert_qdq = module.insert_qdq
+    monkeypatch.setattr(module, "insert_qdq", broken)
     bundle = fresh("detr", tmp_path / "b")
     with pytest.raises(ExportError, match="model.int8.onnx has .* lint errors? for TensorRT: .*zero point is 5"):
         export(bundle, int8=True, config=ExportConfig(), quant=QUANT)
@@ -90,13 +90,13 @@ def test_a_graph_with_an_error_never_enters_the_bundle(fresh, tmp_path, monkeypa
 
 
 def test_policy_keeps_decoder_heads_and_selection_float_and_quantizes_the_rest(exported):
-    chosen = plan(split_concats(onnx.load(exported.require("model.onnx"))), load_policy("default"))
+    chosen = make_plan(GraphIndex(split_concats(onnx.load(exported.require("model.onnx")))), load_policy("default"))
     quantized = [layer.node for layer in chosen.layers]
     assert [name for name in quantized if "/decoder/" in name and "/cross_attention/" not in name] == []
     assert [name for name in quantized if "/selector/" in name and "/selector/project/" not in name] == []
     memory = [name for name in quantized if "/decoder/" in name]
     assert len(memory) == (2 if exported.manifest.model == "rt_detr" else 4)  # value, or k and v, of two layers
-    convolutions = [name for name in chosen.islands if name.endswith("/Conv")]
+    convolutions = [name for name in chosen.float_layers if name.endswith("/Conv")]
     assert convolutions == []
     assert sum("/backbone/" in name for name in quantized) >= 20
 
@@ -303,7 +303,7 @@ def test_unusable_calibration_images_are_one_clear_error(copy, tmp_path, make, e
 def test_without_recorded_data_quantizing_asks_for_images(fresh, tmp_path, pictures):
     bundle = fresh("detr", tmp_path / "b")
     bundle.update(data=None)
-    with pytest.raises(ExportError, match="does not say where its data are.*--calib DIR"):
+    with pytest.raises(ExportError, match="does not record where its data are.*--calib DIR"):
         export(bundle, int8=True, config=ExportConfig(), quant=QUANT)
     assert bundle.has("model.onnx")
     assert not bundle.has("reference.npz")

@@ -14,9 +14,9 @@ from edgedetr.exporting.to_onnx import compare_with_pytorch, write_onnx
 from edgedetr.models.deploy import DeployGraph, load_bundle_model
 from edgedetr.onnx_graph.bundle_graph import check_graph
 from edgedetr.onnx_graph.fold import fold
-from edgedetr.quantization.policy import load as load_policy
-from edgedetr.quantization.policy import plan
-from edgedetr.quantization.rewrite import split_concats
+from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.policy import load_policy, make_plan
+from edgedetr.quantization.qdq import split_concats
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 
 
@@ -77,8 +77,8 @@ def test_open_batch_gives_identical_images_identical_rows_and_equals_batch_one(m
     assert runner.batch is None
     model = onnx.load(path)
     check_graph(model)
-    chosen, fixed = (plan(split_concats(m), load_policy("default")) for m in (model, onnx.load(static)))
-    assert len(chosen.layers) == len(fixed.layers), "the policy must know the nodes by name here too"
+    plan, fixed = (make_plan(GraphIndex(split_concats(m)), load_policy("default")) for m in (model, onnx.load(static)))
+    assert len(plan.layers) == len(fixed.layers), "the policy must know the nodes by name here too"
     one, other = pictures(2)
     found = runner.run(np.stack([one, one, other, one]))
     for values in (found.logits, found.boxes):

@@ -64,15 +64,15 @@ def _set(folder: Path) -> None:
 
 
 def _ranges(folder: Path) -> None:
-    from edgedetr.quantization.ranges import Ranges
+    from edgedetr.quantization.calibration import Ranges
 
     Ranges.load(folder / "ranges.json")
 
 
 def _policy(folder: Path) -> None:
-    from edgedetr.quantization.policy import load
+    from edgedetr.quantization.policy import load_policy
 
-    load(folder / "policy.toml")
+    load_policy(folder / "policy.toml")
 
 
 def _reference(folder: Path) -> None:

@@ -178,16 +178,16 @@ def test_the_graph_is_one_of_ours(brought):
 
 def test_selection_and_decoder_are_known_by_their_place(brought):
     """Names by another exporter would not say it: the rows and the reach of each node do."""
-    from edgedetr.quantization.policy import load as load_policy
-    from edgedetr.quantization.policy import plan
+    from edgedetr.onnx_graph.index import GraphIndex
+    from edgedetr.quantization.policy import load_policy, make_plan
 
     kind, _, result = brought
-    chosen = plan(onnx.load(result.bundle.require("model.onnx")), load_policy("default"))
-    names = [layer.node for layer in chosen.layers]
+    plan = make_plan(GraphIndex(onnx.load(result.bundle.require("model.onnx"))), load_policy("default"))
+    names = [layer.node for layer in plan.layers]
     assert sum("/backbone/" in name for name in names) >= 8
     assert not [name for name in names if "bbox" in name or "class" in name or "score" in name]
     if "softmax" not in kind:
-        reasons = {reason for name, reason in chosen.islands.items() if "enc_bbox_head" in name}
+        reasons = {reason for name, reason in plan.float_layers.items() if "enc_bbox_head" in name}
         assert any("query selection" in reason for reason in reasons)
 
 

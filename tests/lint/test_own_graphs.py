@@ -25,10 +25,11 @@ from edgedetr.lint.lint import lint
 from edgedetr.lint.rtx import RtxResult, check_all
 from edgedetr.models import FAMILY
 from edgedetr.onnx_graph.fp16 import convert_to_fp16, float_tensors
-from edgedetr.quantization.policy import load, plan
-from edgedetr.quantization.qdq import insert
-from edgedetr.quantization.rewrite import split_concats
-from edgedetr.quantization.targets import TENSORRT, tensors, tied
+from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.calibration import share_pool_ranges
+from edgedetr.quantization.policy import load_policy, make_plan
+from edgedetr.quantization.qdq import insert_qdq, split_concats, tensors_to_observe
+from edgedetr.quantization.targets import TENSORRT
 
 pytest.importorskip("torch")
 members = pytest.importorskip("members")
@@ -67,12 +68,14 @@ def write(name: str, sampling: str, folder: Path) -> dict[str, Path]:
     """A member at micro size as the three files that engines are built from."""
     paths = {precision: folder / f"{name}-{sampling}-{precision}.onnx" for precision in PRECISIONS}
     shutil.copy(members.exported(name, sampling=sampling), paths["fp32"])
-    model, policy = onnx.load(str(paths["fp32"])), load("default")
-    paths["fp16"].write_bytes(convert_to_fp16(model, magnitudes(model), policy.float32).SerializeToString())
+    model = onnx.load(str(paths["fp32"]))
+    paths["fp16"].write_bytes(convert_to_fp16(model, magnitudes(model)).model.SerializeToString())
     model = split_concats(model)
-    seen, chosen = magnitudes(model), plan(model, policy)
-    quantized = insert(model, chosen, tied(model, {name: seen[name] for name in tensors(model, chosen)}), TENSORRT)
-    paths["int8"].write_bytes(convert_to_fp16(quantized, seen, policy.float32).SerializeToString())
+    graph, seen = GraphIndex(model), magnitudes(model)
+    plan = make_plan(graph, load_policy("default"))
+    amax = share_pool_ranges(model, {name: seen[name] for name in tensors_to_observe(graph, plan)})
+    quantized = insert_qdq(graph, plan, amax, TENSORRT)
+    paths["int8"].write_bytes(convert_to_fp16(quantized, seen).model.SerializeToString())
     return paths
 
 

@@ -21,12 +21,12 @@ from onnx import ModelProto
 from edgedetr.bundle import ClassInfo, InputContract, OutputContract
 from edgedetr.evaluation.agreement import compare_detections
 from edgedetr.models import FAMILY
-from edgedetr.quantization.calibration import calibrate
+from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.calibration import calibrate, share_pool_ranges
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.policy import load, plan
-from edgedetr.quantization.qdq import insert
-from edgedetr.quantization.rewrite import split_concats
-from edgedetr.quantization.targets import CPU, TENSORRT, tensors, tied, weight_bits
+from edgedetr.quantization.policy import load_policy, make_plan
+from edgedetr.quantization.qdq import insert_qdq, split_concats, tensors_to_observe
+from edgedetr.quantization.targets import CPU, TENSORRT, weight_bits
 from edgedetr.runtime.backends.base import RawOutputs, Runner
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.runtime.backends.openvino import OpenVinoRunner
@@ -113,7 +113,7 @@ def test_the_graph_is_plain_opset_19(name: str) -> None:
 
 @cache
 def quantized(name: str, folder: Path) -> tuple[ModelProto, ModelProto]:
-    """The TensorRT and the CPU dialect by the default policy, with ranges of four noise images.
+    """The TensorRT and the CPU target by the default policy, with ranges of four noise images.
 
     With weights that this CPU multiplies exactly: without VNNI, integer kernels saturate on weights of 8 bits.
     """
@@ -124,10 +124,12 @@ def quantized(name: str, folder: Path) -> tuple[ModelProto, ModelProto]:
         paths.append(folder / f"{name}-{number}.png")
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(paths[-1])
     model = split_concats(onnx.load(exported(name, 1)))
-    chosen = plan(model, load("default"))
-    amax = tied(model, calibrate(model, tensors(model, chosen), paths, CONTRACT, QuantConfig()))
+    graph = GraphIndex(model)
+    plan = make_plan(graph, load_policy("default"))
+    observed = calibrate(model, tensors_to_observe(graph, plan), paths, CONTRACT, QuantConfig())
+    amax = share_pool_ranges(model, observed)
     bits = weight_bits("auto")
-    return tuple(insert(model, chosen, amax, replace(dialect, weight_bits=bits)) for dialect in (TENSORRT, CPU))
+    return tuple(insert_qdq(graph, plan, amax, replace(target, weight_bits=bits)) for target in (TENSORRT, CPU))
 
 
 @member
@@ -162,9 +164,9 @@ GOLDEN = Path(__file__).parents[1] / "quantization" / "golden_layers.json"
 @member
 def test_the_layers_that_become_int8_are_the_listed_ones(name: str) -> None:
     """Written anew, for reading its diff, by EDGEDETR_WRITE_GOLDEN=1 pytest -k listed_ones on this file."""
-    chosen = plan(split_concats(onnx.load(exported(name, 1))), load("default"))
-    found: dict[str, list[str]] = {"int8": [layer.node for layer in chosen.layers]}
-    for node, reason in chosen.islands.items():
+    plan = make_plan(GraphIndex(split_concats(onnx.load(exported(name, 1)))), load_policy("default"))
+    found: dict[str, list[str]] = {"int8": [layer.node for layer in plan.layers]}
+    for node, reason in plan.float_layers.items():
         found.setdefault(f"float: {reason.split(':')[0]}", []).append(node)
     found = {kind: sorted({re.sub(r"\d+", "#", node) for node in nodes}) for kind, nodes in found.items()}
     golden = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
@@ -176,7 +178,7 @@ def test_the_layers_that_become_int8_are_the_listed_ones(name: str) -> None:
 
 def test_every_pattern_of_the_default_policy_fits_some_member() -> None:
     names = [node.name for name in FAMILY for node in split_concats(onnx.load(exported(name, 1))).graph.node]
-    patterns = [pattern for rule in load("default").rules for pattern in (*rule.match, *rule.unless)]
+    patterns = [pattern for rule in load_policy("default").all_rules() for pattern in (*rule.match, *rule.unless)]
     assert [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)] == []
 
 

@@ -13,10 +13,11 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape
 
 from edgedetr.errors import ExportError
 from edgedetr.models import FAMILY
-from edgedetr.onnx_graph.fp16 import LARGEST, activation_absmax, convert_to_fp16, fp32_nodes
+from edgedetr.onnx_graph.fp16 import MAX_ABSMAX, activation_absmax, convert_to_fp16
 from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
-from edgedetr.quantization.policy import Policy, Rule, load, plan
-from edgedetr.quantization.qdq import insert
+from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.policy import Policy, PolicyRule, load_policy, make_plan
+from edgedetr.quantization.qdq import insert_qdq
 from edgedetr.quantization.targets import TENSORRT
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
@@ -77,7 +78,7 @@ def member(request) -> tuple[str, ModelProto, ModelProto, np.ndarray]:
     return (
         request.param,
         model,
-        convert_to_fp16(model, activation_absmax(model, [images]), load("default").float32),
+        convert_to_fp16(model, activation_absmax(model, [images]), load_policy("default").float32_nodes(model)).model,
         images,
     )
 
@@ -100,7 +101,7 @@ def test_every_node_of_every_member_reads_and_gives_one_float_type(member):
 
 def test_layers_are_fp16_and_indices_boxes_and_ranks_are_not(member):
     _, model, _, _ = member
-    half = convert_to_fp16(model, {})  # without the ranges of random weights, which do leave FP16
+    half = convert_to_fp16(model, {}).model  # without the ranges of random weights, which do leave FP16
     kinds: dict[str, Counter[int]] = {}
     found = types(half)
     for node in half.graph.node:
@@ -147,11 +148,11 @@ def test_a_tensor_that_was_seen_too_large_stays_float32_with_all_that_reads_it()
         w=W,
     )
     fine = {"images": 1.0, "a": 10.0, "r": 10.0, "b": 10.0, "logits": 10.0}
-    assert fp32_nodes(model, fine) == {}
-    found = fp32_nodes(model, {**fine, "r": 2 * LARGEST})
+    assert convert_to_fp16(model, fine).fp32_nodes == {}
+    found = convert_to_fp16(model, {**fine, "r": 2 * MAX_ABSMAX}).fp32_nodes
     assert set(found) == {"relu", "two"}
     assert "r reaches 6e+04, FP16 ends at 65504" in found["two"]
-    half = convert_to_fp16(model, {**fine, "r": 2 * LARGEST})
+    half = convert_to_fp16(model, {**fine, "r": 2 * MAX_ABSMAX}).model
     assert [kind_of(half, name) for name in ("one", "relu", "two", "three")] == [HALF, FLOAT, FLOAT, HALF]
 
 
@@ -169,10 +170,10 @@ def test_the_island_keeps_an_overflow_away(rng):
     )
     images = np.full(SIZE, 300, np.float32)
     # The last layer multiplies the infinity by its zeros as well.
-    assert not np.isfinite(run(_twin(convert_to_fp16(model, {}).SerializeToString()), images)["logits"]).any()
+    assert not np.isfinite(run(_twin(convert_to_fp16(model, {}).model.SerializeToString()), images)["logits"]).any()
     seen = activation_absmax(model, [images])
     assert seen["square"] == pytest.approx(90000)
-    kept = run(_twin(convert_to_fp16(model, seen).SerializeToString()), images)["logits"]
+    kept = run(_twin(convert_to_fp16(model, seen).model.SerializeToString()), images)["logits"]
     np.testing.assert_allclose(kept, 90, rtol=1e-3)
 
 
@@ -186,8 +187,8 @@ def test_a_norm_whose_squares_leave_fp16_stays_float32():
         w=W,
         scale=np.ones(8, np.float32),
     )
-    assert fp32_nodes(model, {"a": 100.0}) == {}
-    assert "its square would leave FP16" in fp32_nodes(model, {"a": 200.0})["norm"]
+    assert convert_to_fp16(model, {"a": 100.0}).fp32_nodes == {}
+    assert "its square would leave FP16" in convert_to_fp16(model, {"a": 200.0}).fp32_nodes["norm"]
 
 
 @pytest.mark.parametrize("value, stays", [(1e-5, True), (7e4, True), (1e-3, False), (0.0, False), (6.2e-5, False)])
@@ -197,17 +198,18 @@ def test_constants_that_fp16_cannot_hold_keep_their_node_in_float32(value, stays
         w=W,
         c=np.array(value, np.float32),
     )
-    assert ("sum" in fp32_nodes(model, {})) == stays
-    half = convert_to_fp16(model, {})
+    assert ("sum" in convert_to_fp16(model, {}).fp32_nodes) == stays
+    half = convert_to_fp16(model, {}).model
     constant = next(item for item in half.graph.initializer if item.name in ("c", "c_half"))
     assert (constant.data_type == FLOAT) == stays
 
 
 def test_what_the_policy_names_stays_float32_and_gets_casts_around_it():
     model = graph([conv("images", "a", "body/one"), conv("a", "b", "head/two"), conv("b", "logits", "tail/three")], w=W)
-    rule = Rule("a reason", match=("head/*",))
-    assert fp32_nodes(model, {}, (rule,)) == {"head/two": "a reason"}
-    half = convert_to_fp16(model, {}, (rule,))
+    rule = PolicyRule("a reason", match=("head/*",))
+    found = convert_to_fp16(model, {}, Policy("p", float32_rules=(rule,)).float32_nodes(model))
+    assert found.fp32_nodes == {"head/two": "a reason"}
+    half = found.model
     assert [kind_of(half, name) for name in ("body/one", "head/two")] == [HALF, FLOAT]
     weights = {item.name: item.data_type for item in half.graph.initializer}
     assert weights == {"w": FLOAT, "w_half": HALF}
@@ -219,16 +221,16 @@ def test_pixels_are_normalized_before_they_are_rounded():
         w=W,
         scale=np.array(1 / 255, np.float32),
     )
-    assert fp32_nodes(model, {}) == {"normalize": "computed from float32 values alone"}
+    assert convert_to_fp16(model, {}).fp32_nodes == {"normalize": "computed from float32 values alone"}
 
 
 def test_a_pair_of_int8_has_fp16_scales_and_the_type_of_its_layer(rng):
     nodes = [conv("images", "a", "one"), conv("a", "b", "two"), conv("b", "logits", "three")]
     model = graph(nodes, w=rng.normal(0, 0.2, (16, 16, 1, 1)).astype(np.float32))
     seen = activation_absmax(model, [rng.normal(0, 2, SIZE).astype(np.float32)])
-    quantized = insert(model, plan(model, Policy("all")), seen, TENSORRT)
-    for peak, kind in ((seen["a"], HALF), (2 * LARGEST, FLOAT)):
-        half = convert_to_fp16(quantized, {**seen, "a": peak})
+    quantized = insert_qdq(GraphIndex(model), make_plan(GraphIndex(model), Policy("all")), seen, TENSORRT)
+    for peak, kind in ((seen["a"], HALF), (2 * MAX_ABSMAX, FLOAT)):
+        half = convert_to_fp16(quantized, {**seen, "a": peak}).model
         scales = {item.name: numpy_helper.to_array(item) for item in half.graph.initializer if "_scale" in item.name}
         # Both nodes of a pair have one type; a layer in float32 has its pairs in float32.
         assert kind_of(half, "two") == kind_of(half, "a_DequantizeLinear") == kind
@@ -244,7 +246,12 @@ def test_a_scale_that_is_no_fp16_number_is_a_defect_that_is_told(rng):
     from dataclasses import replace
 
     model = graph([conv("images", "a", "one"), conv("a", "logits", "two")], w=W)
-    quantized = insert(model, plan(model, Policy("all")), {"images": 1.0, "a": 1.0}, replace(TENSORRT, half=False))
+    quantized = insert_qdq(
+        GraphIndex(model),
+        make_plan(GraphIndex(model), Policy("all")),
+        {"images": 1.0, "a": 1.0},
+        replace(TENSORRT, fp16=False),
+    )
     with pytest.raises(ExportError, match="a scale is no normal FP16 number.*quantize again"):
         convert_to_fp16(quantized, {})
 

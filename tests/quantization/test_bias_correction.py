@@ -10,13 +10,15 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from tiny_network import CHANNELS, SIGNED, convolve, fake, fake_weight, network, run
 
 from edgedetr.lint.lint import lint
-from edgedetr.quantization.bias_correction import shifts
-from edgedetr.quantization.policy import Plan, Policy, plan
-from edgedetr.quantization.qdq import insert
-from edgedetr.quantization.targets import CPU, TENSORRT, Dialect, tensors, tied
+from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.bias_correction import bias_shifts
+from edgedetr.quantization.calibration import share_pool_ranges
+from edgedetr.quantization.policy import Policy, QuantizationPlan, make_plan
+from edgedetr.quantization.qdq import insert_qdq, tensors_to_observe
+from edgedetr.quantization.targets import CPU, TENSORRT, Target
 
-DIALECTS = pytest.mark.parametrize(
-    "dialect", [TENSORRT, SIGNED, CPU, replace(CPU, weight_bits=7)], ids=["tensorrt", "signed", "cpu", "cpu-7-bit"]
+TARGETS = pytest.mark.parametrize(
+    "target", [TENSORRT, SIGNED, CPU, replace(CPU, weight_bits=7)], ids=["tensorrt", "signed", "cpu", "cpu-7-bit"]
 )
 LAYERS = {"body/conv0": "c0", "body/conv1": "c1", "head/conv2": "logits", "head/matmul": "boxes"}
 
@@ -26,11 +28,13 @@ def pictures(rng: np.random.Generator, count: int) -> list[np.ndarray]:
     return [rng.uniform(0, 255 * (i + 1) / count, (1, 3, 8, 8)).astype(np.float32) for i in range(count)]
 
 
-def ranges(model: ModelProto, chosen: Plan, images: list[np.ndarray]) -> dict[str, float]:
+def ranges(model: ModelProto, plan: QuantizationPlan, images: list[np.ndarray]) -> dict[str, float]:
     """Ranges that clip a tenth of the largest image's reach."""
-    names = tensors(model, chosen)
+    names = tensors_to_observe(GraphIndex(model), plan)
     values = [run(model, image, names) for image in images]
-    return tied(model, {name: 0.9 * max(float(np.abs(v[i]).max()) for v in values) for i, name in enumerate(names)})
+    return share_pool_ranges(
+        model, {name: 0.9 * max(float(np.abs(v[i]).max()) for v in values) for i, name in enumerate(names)}
+    )
 
 
 def channel_means(values: np.ndarray) -> np.ndarray:
@@ -59,15 +63,15 @@ def mean_errors(model: ModelProto, graph: ModelProto, images: list[np.ndarray]) 
 def case(request, rng):
     model = network(rng, request.param)
     images = pictures(rng, 4)
-    chosen = plan(model, Policy("all"))
-    return model, images, chosen, ranges(model, chosen, images)
+    plan = make_plan(GraphIndex(model), Policy("all"))
+    return model, images, plan, ranges(model, plan, images)
 
 
 def test_shifts_equal_loops_over_images_layers_and_channels(rng):
     model = network(rng, residual=False)
     images = pictures(rng, 3)
-    chosen = plan(model, Policy("all"))
-    amax = ranges(model, chosen, images)
+    plan = make_plan(GraphIndex(model), Policy("all"))
+    amax = ranges(model, plan, images)
     w = {item.name: numpy_helper.to_array(item).astype(np.float64) for item in model.graph.initializer}
     expected = {layer: np.zeros(20 if layer == "head/matmul" else CHANNELS) for layer in LAYERS}
 
@@ -94,7 +98,9 @@ def test_shifts_equal_loops_over_images_layers_and_channels(rng):
         matrix = fake_weight(w["m"].T[:, :, None, None])[:, :, 0, 0]
         product = matrix @ fake(rounded.reshape(64, CHANNELS), amax["tokens"]).T  # [O, 64]: channels first
         right("head/matmul", w["m"].T @ exact.reshape(64, CHANNELS).T, product)
-    found = shifts(model, insert(model, chosen, amax, TENSORRT), chosen, lambda: images, parts=1)
+    found = bias_shifts(
+        GraphIndex(model), insert_qdq(GraphIndex(model), plan, amax, TENSORRT), plan, lambda: images, parts=1
+    )
     assert found.keys() == expected.keys()
     for layer, shift in found.items():
         # Float32 sums of products of up to 300, and single values that fall to the other side of a tie.
@@ -102,54 +108,56 @@ def test_shifts_equal_loops_over_images_layers_and_channels(rng):
         assert np.abs(expected[layer]).max() > 0.02
 
 
-@DIALECTS
-def test_on_one_image_the_mean_of_every_channel_of_every_layer_is_that_of_float(case, dialect: Dialect):
-    model, images, chosen, amax = case
-    quantized = insert(model, chosen, amax, dialect)
-    found = shifts(model, quantized, chosen, lambda: images[-1:])
+@TARGETS
+def test_on_one_image_the_mean_of_every_channel_of_every_layer_is_that_of_float(case, target: Target):
+    model, images, plan, amax = case
+    quantized = insert_qdq(GraphIndex(model), plan, amax, target)
+    found = bias_shifts(GraphIndex(model), quantized, plan, lambda: images[-1:])
     before = mean_errors(model, quantized, images[-1:])
-    after = mean_errors(model, insert(model, chosen, amax, dialect, found), images[-1:])
+    after = mean_errors(model, insert_qdq(GraphIndex(model), plan, amax, target, found), images[-1:])
     for layer in LAYERS:
         largest = np.abs(before[layer]).max()
         # int32 biases are rounded to steps of input times weight, and a tie may fall to the other side behind them.
-        assert np.abs(after[layer]).max() < (0.05 if dialect.integer_bias else 1e-3) * largest, layer
+        assert np.abs(after[layer]).max() < (0.05 if target.int32_bias else 1e-3) * largest, layer
 
 
-@DIALECTS
-def test_over_all_images_the_means_are_those_of_float_where_every_layer_is_a_part_of_its_own(case, dialect: Dialect):
-    model, images, chosen, amax = case
-    quantized = insert(model, chosen, amax, dialect)
-    found = shifts(model, quantized, chosen, lambda: images, parts=len(LAYERS))
+@TARGETS
+def test_over_all_images_the_means_are_those_of_float_where_every_layer_is_a_part_of_its_own(case, target: Target):
+    model, images, plan, amax = case
+    quantized = insert_qdq(GraphIndex(model), plan, amax, target)
+    found = bias_shifts(GraphIndex(model), quantized, plan, lambda: images, parts=len(LAYERS))
     before = mean_errors(model, quantized, images)
-    after = mean_errors(model, insert(model, chosen, amax, dialect, found), images)
+    after = mean_errors(model, insert_qdq(GraphIndex(model), plan, amax, target, found), images)
     for layer in LAYERS:
         # int32 biases are rounded to steps of input times weight, and a tie may fall to the other side behind them.
-        limit = 0.05 if dialect.integer_bias else 1e-3
+        limit = 0.05 if target.int32_bias else 1e-3
         assert np.abs(after[layer]).max() < limit * np.abs(before[layer]).max(), layer
 
 
-@DIALECTS
-def test_in_one_part_half_the_error_of_the_means_goes_although_images_differ_fourfold(case, dialect: Dialect):
-    model, images, chosen, amax = case
-    quantized = insert(model, chosen, amax, dialect)
-    found = shifts(model, quantized, chosen, lambda: images, parts=1)
+@TARGETS
+def test_in_one_part_half_the_error_of_the_means_goes_although_images_differ_fourfold(case, target: Target):
+    model, images, plan, amax = case
+    quantized = insert_qdq(GraphIndex(model), plan, amax, target)
+    found = bias_shifts(GraphIndex(model), quantized, plan, lambda: images, parts=1)
     before = mean_errors(model, quantized, images)
-    after = mean_errors(model, insert(model, chosen, amax, dialect, found), images)
+    after = mean_errors(model, insert_qdq(GraphIndex(model), plan, amax, target, found), images)
     for layer in LAYERS:
         assert np.abs(after[layer]).mean() < 0.5 * np.abs(before[layer]).mean(), layer
 
 
-@DIALECTS
-def test_only_values_of_biases_change(case, dialect: Dialect):
-    model, images, chosen, amax = case
-    before = insert(model, chosen, amax, dialect)
-    after = insert(model, chosen, amax, dialect, shifts(model, before, chosen, lambda: images))
+@TARGETS
+def test_only_values_of_biases_change(case, target: Target):
+    model, images, plan, amax = case
+    before = insert_qdq(GraphIndex(model), plan, amax, target)
+    after = insert_qdq(
+        GraphIndex(model), plan, amax, target, bias_shifts(GraphIndex(model), before, plan, lambda: images)
+    )
     assert [(n.name, n.op_type, list(n.output)) for n in after.graph.node] == [
         (n.name, n.op_type, list(n.output)) for n in before.graph.node
     ]
     old, new = ({item.name: item for item in graph.graph.initializer} for graph in (before, after))
     differ = {name for name in new if name not in old or old[name] != new[name]}
-    ends = (".bias_quantized", ".bias") if dialect.integer_bias else (".bias",)
+    ends = (".bias_quantized", ".bias") if target.int32_bias else (".bias",)
     assert differ and all(name.endswith(ends) for name in differ), differ
     assert {name.removesuffix("_quantized").removesuffix(".bias") for name in differ} == {
         "body/conv0",
@@ -157,16 +165,19 @@ def test_only_values_of_biases_change(case, dialect: Dialect):
         "head/conv2",
         "head/add",
     }
-    assert dialect.unsigned or lint(after) == lint(before) == ()
+    assert target.uint8 or lint(after) == lint(before) == ()
 
 
 def test_without_shifts_the_bytes_are_those_of_before_and_with_them_always_the_same(case):
-    model, images, chosen, amax = case
-    for dialect in (TENSORRT, CPU):
-        plain = insert(model, chosen, amax, dialect)
-        assert insert(model, chosen, amax, dialect, {}).SerializeToString() == plain.SerializeToString()
+    model, images, plan, amax = case
+    for target in (TENSORRT, CPU):
+        plain = insert_qdq(GraphIndex(model), plan, amax, target)
+        assert insert_qdq(GraphIndex(model), plan, amax, target, {}).SerializeToString() == plain.SerializeToString()
         one, two = (
-            insert(model, chosen, amax, dialect, shifts(model, plain, chosen, lambda: images)) for _ in range(2)
+            insert_qdq(
+                GraphIndex(model), plan, amax, target, bias_shifts(GraphIndex(model), plain, plan, lambda: images)
+            )
+            for _ in range(2)
         )
         assert one.SerializeToString() == two.SerializeToString() != plain.SerializeToString()
 
@@ -200,17 +211,17 @@ def bare(rng: np.random.Generator) -> ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
 
 
-@pytest.mark.parametrize("dialect", [TENSORRT, CPU], ids=lambda d: d.name)
-def test_a_convolution_or_gemm_without_a_bias_gets_one_and_a_bare_product_is_left_alone(rng, dialect: Dialect):
+@pytest.mark.parametrize("target", [TENSORRT, CPU], ids=lambda d: d.name)
+def test_a_convolution_or_gemm_without_a_bias_gets_one_and_a_bare_product_is_left_alone(rng, target: Target):
     model, images = bare(rng), pictures(rng, 1)
-    chosen = plan(model, Policy("all"))
-    amax = ranges(model, chosen, images)
-    before = insert(model, chosen, amax, dialect)
-    found = shifts(model, before, chosen, lambda: images)
+    plan = make_plan(GraphIndex(model), Policy("all"))
+    amax = ranges(model, plan, images)
+    before = insert_qdq(GraphIndex(model), plan, amax, target)
+    found = bias_shifts(GraphIndex(model), before, plan, lambda: images)
     assert found.keys() == {"conv", "gemm", "gemm without bias"}
-    after = insert(model, chosen, amax, dialect, found)
+    after = insert_qdq(GraphIndex(model), plan, amax, target, found)
     added = {node.name for node in after.graph.node} - {node.name for node in before.graph.node}
-    assert added == ({"conv.bias_DequantizeLinear"} if dialect.integer_bias else set())
+    assert added == ({"conv.bias_DequantizeLinear"} if target.int32_bias else set())
     names = ["c0", "logits", "boxes"]
     exact, old, new = (run(graph, images[0], names) for graph in (model, before, after))
     for a, b, c in zip(exact, old, new):

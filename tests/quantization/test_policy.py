@@ -7,7 +7,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.quantization.policy import Policy, Rule, check_patterns, load, plan
+from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.policy import Policy, PolicyRule, check_policy, load_policy, make_plan
 
 
 def graph_of(nodes, shapes, **constants):
@@ -22,10 +23,10 @@ W = np.ones((32, 32))
 
 
 def test_the_shipped_default_gives_a_reason_for_every_rule():
-    policy = load("default")
+    policy = load_policy("default")
     assert policy.name == "default"
-    assert policy.rules
-    assert all(len(rule.reason) > 20 for rule in policy.rules)
+    assert policy.float_rules
+    assert all(len(rule.reason) > 20 for rule in policy.float_rules)
 
 
 @pytest.mark.parametrize(
@@ -48,17 +49,17 @@ def test_a_faulty_policy_is_refused_with_its_fault(tmp_path, text, message):
     path = tmp_path / "p.toml"
     path.write_text(text)
     with pytest.raises(ExportError, match=message):
-        load(path)
+        load_policy(path)
 
 
 def test_an_unknown_policy_names_the_nearest():
     with pytest.raises(ExportError, match="no policy named 'defualt'; did you mean 'default'"):
-        load("defualt")
+        load_policy("defualt")
 
 
 def test_a_missing_policy_file_is_an_error(tmp_path):
     with pytest.raises(ExportError, match="cannot be read as a policy"):
-        load(tmp_path / "none.toml")
+        load_policy(tmp_path / "none.toml")
 
 
 def test_a_rule_keeps_what_it_matches_except_its_exceptions():
@@ -68,10 +69,10 @@ def test_a_rule_keeps_what_it_matches_except_its_exceptions():
         helper.make_node("MatMul", ["i", "c"], ["y"], "/encoder/q/MatMul"),
     ]
     model = graph_of(nodes, {"x": [1, 4, 32]}, a=W, b=W, c=W)
-    rule = Rule("boxes", match=("*/decoder/*",), unless=("*/value/*",))
-    found = plan(model, Policy("p", rules=(rule,)))
+    rule = PolicyRule("boxes", match=("*/decoder/*",), unless=("*/value/*",))
+    found = make_plan(GraphIndex(model), Policy("p", float_rules=(rule,)))
     assert [layer.node for layer in found.layers] == ["/decoder/value/MatMul", "/encoder/q/MatMul"]
-    assert found.islands == {"/decoder/out/MatMul": "boxes"}
+    assert found.float_layers == {"/decoder/out/MatMul": "boxes"}
 
 
 def test_the_default_keeps_float_where_a_deformable_encoder_samples():
@@ -82,9 +83,9 @@ def test_the_default_keeps_float_where_a_deformable_encoder_samples():
         )
         for number, (part, source, weight) in enumerate(chain)
     ]
-    found = plan(graph_of(nodes, {"x": [1, 4, 32]}, a=W, b=W, c=W, d=W), load("default"))
+    found = make_plan(GraphIndex(graph_of(nodes, {"x": [1, 4, 32]}, a=W, b=W, c=W, d=W)), load_policy("default"))
     assert [layer.node.split("/")[-2] for layer in found.layers] == ["value", "out"]
-    assert all("samples" in reason for reason in found.islands.values())
+    assert all("samples" in reason for reason in found.float_layers.values())
 
 
 def test_a_rule_can_depend_on_what_the_node_reads():
@@ -95,9 +96,11 @@ def test_a_rule_can_depend_on_what_the_node_reads():
         helper.make_node("Conv", ["i", "b"], ["y"], "c1"),
     ]
     model = graph_of(nodes, {"x": [1, 32, 4, 4]}, a=k, b=np.ones((32, 64, 1, 1)))
-    found = plan(model, Policy("p", rules=(Rule("behind a Concat", ops=("Conv",), reads=("Concat",)),)))
+    found = make_plan(
+        GraphIndex(model), Policy("p", float_rules=(PolicyRule("behind a Concat", ops=("Conv",), reads=("Concat",)),))
+    )
     assert [layer.node for layer in found.layers] == ["c0"]
-    assert found.islands == {"c1": "behind a Concat"}
+    assert found.float_layers == {"c1": "behind a Concat"}
 
 
 @pytest.mark.parametrize(
@@ -111,14 +114,16 @@ def test_a_rule_can_depend_on_what_the_node_reads():
 def test_what_no_integer_kernel_takes_stays_float(node, constants, reason):
     first = helper.make_node("MatMul", ["x", "a"], ["ignored"], "other")
     shapes = {"x": [1, 32, 32], "x2": [1, 32, 32], "m": [1, 32, 4, 4]}
-    found = plan(graph_of([first, node], shapes, a=W, **constants), Policy("p"))
-    assert reason in found.islands[node.name]
+    found = make_plan(GraphIndex(graph_of([first, node], shapes, a=W, **constants)), Policy("p"))
+    assert reason in found.float_layers[node.name]
 
 
 @pytest.mark.parametrize("transposed", [0, 1])
 def test_gemm_scales_run_along_its_outputs(transposed):
     node = helper.make_node("Gemm", ["x", "w"], ["y"], "fc", transB=transposed)
-    found = plan(graph_of([node], {"x": [4, 32]}, w=np.ones((20, 32) if transposed else (32, 20))), Policy("p"))
+    found = make_plan(
+        GraphIndex(graph_of([node], {"x": [4, 32]}, w=np.ones((20, 32) if transposed else (32, 20)))), Policy("p")
+    )
     assert found.layers[0].axis == (0 if transposed else 1)
 
 
@@ -126,9 +131,9 @@ def test_a_pattern_that_fits_nothing_is_an_error_that_names_the_nearest_part():
     model = graph_of(
         [helper.make_node("MatMul", ["x", "a"], ["y"], "/detector/selector/project/MatMul")], {"x": [1, 4, 32]}, a=W
     )
-    check_patterns(model, load("default"))  # patterns for parts of other members are no fault
-    check_patterns(model, Policy("mine", rules=(Rule("r", match=("*/selector/*", "*/decoder/*")),)))
-    for rule in (Rule("r", match=("*/selecter/*",)), Rule("r", unless=("*/selecter/project/*",))):
-        for policy in (Policy("mine", rules=(rule,)), Policy("mine", float32=(rule,))):
+    check_policy(model, load_policy("default"))  # patterns for parts of other members are no fault
+    check_policy(model, Policy("mine", float_rules=(PolicyRule("r", match=("*/selector/*", "*/decoder/*")),)))
+    for rule in (PolicyRule("r", match=("*/selecter/*",)), PolicyRule("r", unless=("*/selecter/project/*",))):
+        for policy in (Policy("mine", float_rules=(rule,)), Policy("mine", float32_rules=(rule,))):
             with pytest.raises(ExportError, match=r"policy 'mine': .*'\*/selecter/.*; did you mean 'selector'"):
-                check_patterns(model, policy)
+                check_policy(model, policy)

@@ -158,7 +158,7 @@ def test_a_bundle_with_weights_elsewhere_is_refused_by_every_path_that_opens_it(
     planted(bundle, in_an_initializer, where, "model.frame-32x48.onnx")
     data, images = path.read_bytes(), np.zeros((1, 3, 32, 48), np.float32)
     from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
-    from edgedetr.quantization.quantize import read
+    from edgedetr.quantization.quantize import read_onnx
     from edgedetr.serving.deepstream import write_deepstream
     from edgedetr.serving.triton import write_repository
 
@@ -175,7 +175,7 @@ def test_a_bundle_with_weights_elsewhere_is_refused_by_every_path_that_opens_it(
         "triton": lambda: write_repository(bundle, tmp_path, "model.onnx"),
         "deepstream": lambda: write_deepstream(bundle, tmp_path),
         "twin": lambda: simulate_fp16(path),
-        "quantize": lambda: read(path),
+        "quantize": lambda: read_onnx(path),
         "load_frames": lambda: load_frames(bundle, make=OrtFrameRunner),
     }
     for name, opens in openers.items():

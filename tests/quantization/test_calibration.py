@@ -11,9 +11,14 @@ from PIL import Image
 
 from edgedetr.bundle import InputContract
 from edgedetr.errors import ExportError
-from edgedetr.quantization.calibration import Pictures, calibrate, enough
+from edgedetr.quantization.calibration import (
+    CalibrationSet,
+    calibrate,
+    changed_ranges,
+    check_image_count,
+    outlier_images,
+)
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.outliers import moved, standouts
 
 TENSORS, IMAGES = 400, 128
 
@@ -26,14 +31,14 @@ def ordinary(rng: np.random.Generator) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_ordinary_images_are_not_named(seed):
-    assert standouts(ordinary(np.random.default_rng(seed))) == {}
+    assert outlier_images(ordinary(np.random.default_rng(seed))) == {}
 
 
 @pytest.mark.parametrize("bad", [[3], [0, 127], [5, 6, 7, 8, 9, 10]])
 def test_images_that_exceed_the_others_are_named_however_many_up_to_a_twentieth(bad, rng):
     peaks = ordinary(rng)
     peaks[: TENSORS // 2, bad] *= 3
-    found = standouts(peaks)
+    found = outlier_images(peaks)
     assert sorted(found) == bad
     assert all(share == pytest.approx(0.5, abs=0.1) for share in found.values())
 
@@ -41,18 +46,20 @@ def test_images_that_exceed_the_others_are_named_however_many_up_to_a_twentieth(
 def test_images_of_another_kind_are_not_called_a_few(rng):
     peaks = ordinary(rng)
     peaks[:, : IMAGES // 4] *= 3  # a quarter: they are what the detector will see
-    assert standouts(peaks) == {}
+    assert outlier_images(peaks) == {}
 
 
 def test_no_images_no_tensors_and_zeros_are_no_trouble():
-    assert standouts(np.zeros((0, 5))) == standouts(np.zeros((5, 1))) == standouts(np.zeros((5, 40))) == {}
+    assert (
+        outlier_images(np.zeros((0, 5))) == outlier_images(np.zeros((5, 1))) == outlier_images(np.zeros((5, 40))) == {}
+    )
 
 
 def test_ranges_that_move_are_listed_with_the_largest_factor_first():
     before = {"a": 1.0, "b": 6.0, "c": 0.5, "d": 1.1, "e": 0.0}
     after = {"a": 1.0, "b": 2.0, "c": 1.0, "d": 1.0, "e": 0.0}
-    assert list(moved(before, after).items()) == [("b", 3.0), ("c", 2.0)]
-    assert moved({"a": 1.0}, {"a": 0.0}) == {"a": float("inf")}
+    assert list(changed_ranges(before, after).items()) == [("b", 3.0), ("c", 2.0)]
+    assert changed_ranges({"a": 1.0}, {"a": 0.0}) == {"a": float("inf")}
 
 
 def graph():
@@ -104,11 +111,11 @@ def test_saturated_frames_among_dull_ones_raise_the_alarm_and_are_named(observer
     [(0, True, False), (7, True, False), (8, False, True), (31, False, True), (32, False, False)],
 )
 def test_too_few_images_are_refused_and_few_are_warned_of(count, refused, warned, tmp_path, caplog):
-    pictures = Pictures(tuple(tmp_path / str(i) for i in range(count)), ())
+    pictures = CalibrationSet(tuple(tmp_path / str(i) for i in range(count)), ())
     with caplog.at_level(logging.WARNING):
         if refused:
             with pytest.raises(ExportError, match=f"{count} calibration images are too few.*at least 8"):
-                enough(pictures)
+                check_image_count(pictures)
         else:
-            enough(pictures)
+            check_image_count(pictures)
     assert bool(caplog.text) == warned
