@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgedetr.exporting.serving_files import ServingFiles
     from edgedetr.progress import Progress, TrainingProgress
     from edgedetr.recipe import Recipe
+    from edgedetr.reporting.report import Report
     from edgedetr.runtime.tensorrt.build import BuiltEngine
 
 RUNS = Path("runs")  # where bundles go that are given no path
@@ -166,7 +167,7 @@ def verify(
     data: str | Path | None = None,
     max_drop: float | None = None,
     live: bool = False,
-    stages: Collection[str] | None = None,
+    artifacts: Collection[str] | None = None,
     backends: Collection[str] | None = None,
     threads: int | None = None,
     config: VerifyConfig | None = None,
@@ -178,7 +179,7 @@ def verify(
                the export
     max_drop   largest accepted AP drop, points of 0..100; None = the bundle's
     live       run the PyTorch model again instead of reading its recorded detections
-    stages     only these graphs: "onnx", "fp16", "int8", "int8-cpu"; None = all that the bundle has
+    artifacts  only these graphs: "onnx", "fp16", "int8", "int8-cpu"; None = all that the bundle has
     backends   only these libraries; None = the engines that fit this device, and without any the libraries of the CPU
     threads    CPU threads of one inference; None = all cores
     config     all settings at once; None = section [verify] of the bundle's recipe
@@ -196,7 +197,7 @@ def verify(
         data=data,
         max_drop=max_drop,
         live=_live_reference(progress) if live else None,
-        stages=stages,
+        artifacts=artifacts,
         backends=backends,
         threads=threads,
         config=config or VerifyConfig.from_bundle(opened),
@@ -219,13 +220,14 @@ def _live_reference(progress: Progress | None) -> Callable[[Bundle, DetectionSet
     return make
 
 
-def report(bundle: Bundle | str | Path, *, data: str | Path | None = None) -> Path:
-    """Write one HTML page about a verified bundle, and return its path. It measures nothing.
+def report(bundle: Bundle | str | Path, *, data: str | Path | None = None) -> Report:
+    """Write one HTML page about a verified bundle. It measures nothing.
 
     data   folder of the verify images, where they have moved since; None = the one that the bundle records
+    return `path` of the page, and `missing`: why images could not be drawn
     Errors: BundleError before `verify` has run, MissingDependency.
     """
     from edgedetr.reporting.report import write_report
     from edgedetr.runtime.bundle_detector import open_bundle
 
-    return write_report(open_bundle(bundle), data=None if data is None else Path(data))
+    return write_report(open_bundle(bundle), data=data)

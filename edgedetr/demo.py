@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 from edgedetr.api import export, report, train, verify
 from edgedetr.data.synthetic import render
 from edgedetr.errors import UsageError
+from edgedetr.evaluation.verdict import Verdict
 from edgedetr.progress import Progress, TrainingProgress
 from edgedetr.recipe import Recipe
 
@@ -37,10 +37,10 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it: seconds of each step, the verdict in its JSON form, the report's path."""
+    """The result: seconds of each step, the verdict, the report's path."""
 
     seconds: Mapping[str, float]
-    verdict: Mapping[str, Any]
+    verdict: Verdict
     report: Path
 
 
@@ -83,7 +83,7 @@ def run(
         verdict = verify(bundle, config=recipe.verify, progress=progress)
     with _timed(seconds, "report"):
         page = report(bundle)
-    return Outcome(seconds, json.loads(json.dumps(verdict.to_json())), page)
+    return Outcome(seconds, verdict, page.path)
 
 
 @contextmanager

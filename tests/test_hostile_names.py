@@ -128,7 +128,7 @@ def test_the_page_of_the_report_holds_no_markup_or_mark_of_theirs(tmp_path):
     bundle = Bundle.open(tmp_path / "b.bundle")
     names = ["<script>alert(1)</script>", "$\\frac{$", "\x1b[2J\x07", "\u202e", '"><img src=x>', "two\nlines"]
     bundle.update(classes=tuple(replace(c, name=name) for c, name in zip(bundle.manifest.classes, names)))
-    page = write_report(Bundle.open(bundle.path), data=FIXTURES / "scenes-0.1").read_text(encoding="utf-8")
+    page = write_report(Bundle.open(bundle.path), data=FIXTURES / "scenes-0.1").path.read_text(encoding="utf-8")
     assert steers(page) == [] and "<script>alert" not in page and "<img src=x" not in page
     assert "&lt;script&gt;alert" in page
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def bench(bundle: Path | None, rounds: int, threads: int | None, as_json_: bool) -> None:
     """Time every stage side by side in one process."""
     opened = open_bundle(bundle)
-    from edgedetr.evaluation.verify import bench as run
+    from edgedetr.evaluation.bench import bench as run
 
     with progress_bars() as progress:
         timings = run(opened, rounds=rounds, threads=threads, progress=progress)

@@ -37,9 +37,9 @@ def demo(out: Path, fresh: bool, as_json_: bool) -> int:
     say("synthetic data: rendered shapes on clutter; the figures below say nothing about photographs")
     outcome = run(out, training=training_bar(), bars=progress_bars)
     say("")
-    show_verdict(dict(outcome.verdict))
+    show_verdict(outcome.verdict)
     say("time: " + ", ".join(f"{step} {seconds:.0f} s" for step, seconds in outcome.seconds.items()))
     say(f"bundle: {out}\nreport: {outcome.report}")
     if as_json_:
-        as_json({"seconds": outcome.seconds, "report": str(outcome.report), "verdict": outcome.verdict})
-    return 0 if outcome.verdict["passed"] else NotWithinTolerance.exit_code
+        as_json({"seconds": outcome.seconds, "report": str(outcome.report), "verdict": outcome.verdict.to_json()})
+    return 0 if outcome.verdict.passed else NotWithinTolerance.exit_code

@@ -38,7 +38,7 @@ def evaluate(
 
     with progress_bars() as progress:
         metrics = evaluate_artifact(
-            opened, stage=stage, backend=backend, data=data, split=split, threads=threads, progress=progress
+            opened, artifact=stage, backend=backend, data=data, split=split, threads=threads, progress=progress
         )
     rows = [
         ["AP", metrics.ap],

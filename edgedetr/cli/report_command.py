@@ -24,7 +24,7 @@ def report(bundle: Path | None, data: Path | None, open_it: bool) -> None:
     It measures nothing: run `edgedetr verify` first."""
     import edgedetr
 
-    page = edgedetr.report(open_bundle(bundle), data=data)
+    page = edgedetr.report(open_bundle(bundle), data=data).path
     say(f"report: {page}")
     if open_it:
         click.launch(str(page))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,7 +13,7 @@ from edgedetr.cli._output import as_json, progress_bars, say, table
 from edgedetr.errors import NotWithinTolerance
 
 if TYPE_CHECKING:
-    pass
+    from edgedetr.evaluation.verdict import DeviceVerdict, Verdict
 
 
 @click.command()
@@ -62,39 +62,37 @@ def verify(
             threads=threads,
             progress=progress,
         )
-    from edgedetr.evaluation.engine_verdict import DeviceVerdict
+    from edgedetr.evaluation.verdict import DeviceVerdict
 
-    result = verdict.to_json()
-    show_verdict(result)
+    show_verdict(verdict)
     if isinstance(verdict, DeviceVerdict):
-        show_engines(result)
+        show_engines(verdict)
     if as_json_:
-        as_json(result)
-    return 0 if result["passed"] else NotWithinTolerance.exit_code
+        as_json(verdict.to_json())
+    return 0 if verdict.passed else NotWithinTolerance.exit_code
 
 
-def show_verdict(result: dict[str, Any]) -> None:
-    """The closing table of verify and demo, and one line that says what it means; `result` is a Verdict as JSON."""
-    from edgedetr.reporting.tables import stage_rows, verdict_sentence
+def show_verdict(verdict: Verdict) -> None:
+    """The closing table of verify and demo, the notes, and one sentence with the result."""
+    from edgedetr.reporting.tables import artifact_rows, notes, verdict_sentence
 
-    head, rows = stage_rows(result)
+    head, rows = artifact_rows(verdict)
     table(head, rows)
-    for stage in result["stages"]:
-        if stage.get("note"):
-            say(f"{stage['name']} ({stage['backend']}): {stage['note']}", fg="yellow")
-    say(verdict_sentence(result), fg="green" if result["passed"] else "red")
+    for note in notes(verdict):
+        say(note, fg="yellow")
+    say(verdict_sentence(verdict), fg="green" if verdict.passed else "red")
 
 
-def show_engines(result: dict[str, Any]) -> None:
-    """What is only known of engines; `result` is a DeviceVerdict as JSON."""
-    say(f"{result['device']}, TensorRT {result['tensorrt']}" + (f", {c}" if (c := result["conditions"]) else ""))
-    engines = [stage for stage in result["stages"] if "engine" in stage]
+def show_engines(verdict: DeviceVerdict) -> None:
+    """What is measured of engines only."""
+    environment = f", {verdict.environment}" if verdict.environment else ""
+    say(f"{verdict.device}, TensorRT {verdict.tensorrt}{environment}")
     table(
         ["engine", "layers in its precision", "reformats", "equal rows"],
-        [[e["engine"], _percent(e["share"]), e["reformats"], _percent(e["rows"])] for e in engines],
+        [[e.engine, _percent(e.precision_fraction), e.reformats, _percent(e.rows_matched)] for e in verdict.engines],
     )
-    say(f"recommended: {result['recommended'] or 'none of them'}")
+    say(f"recommended: {verdict.recommended or 'none of them'}")
 
 
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.0f} %"
+def _percent(fraction: float | None) -> str | None:
+    return None if fraction is None else f"{100 * fraction:.0f} %"

@@ -1,16 +1,15 @@
-"""The verdict on engines, on the device that runs them: without torch, against reference.npz and ground truth.
+"""Judge TensorRT engines on the device that runs them, without torch.
 
-Besides what every stage must show, an engine must give equal results for equal images of a full batch, run in the
-precision that its name says, and INT8 is recommended only where it is faster than FP16.
+An engine must satisfy what every artifact must (judge.py), give equal results for equal images of a full batch, and run
+in the precision that it is named after. INT8 is recommended only where it is faster than FP16.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from edgedetr.artifacts import REFERENCE
@@ -19,7 +18,7 @@ from edgedetr.errors import EngineError
 from edgedetr.evaluation.agreement import compare_detections
 from edgedetr.evaluation.artifacts_run import ArtifactRun
 from edgedetr.evaluation.config import VerifyConfig
-from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict
+from edgedetr.evaluation.verdict import ArtifactVerdict, DeviceVerdict, EngineVerdict, write_verdict
 from edgedetr.runtime import jetson
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.tensorrt import cudart, select
@@ -27,55 +26,27 @@ from edgedetr.runtime.tensorrt.select import Engine, Measured
 
 log = logging.getLogger(__name__)
 
-# Share of the convolutions and matrix products that must run in an engine's precision. The decoder of an INT8 graph
-# stays FP16 by policy, so half of its layers may; an engine that ignored the graph's types has next to none.
-LEAST_SHARE = {"int8": 0.25, "fp16": 0.5}
-# Share of objects that equal images in one batch must have in common: kernels may order sums differently per row,
-# which moves an object across the threshold once in a while; TensorRT issue 4813 shows none of them again.
-ROWS_MATCHED = 0.99
+# Fraction of the convolutions and matrix products that must run in the engine's precision. The decoder of an INT8 graph
+# stays FP16 by policy, which is up to half of its layers; an engine that ignores the graph's types has next to none.
+LEAST_FRACTION = {"int8": 0.25, "fp16": 0.5}
+# Fraction of objects that equal images of one batch must have in common. Kernels may order sums differently per row,
+# which rarely moves an object across the threshold; with the defect of TensorRT issue 4813 no object is in common.
+LEAST_ROWS_MATCHED = 0.99
 
 
-@dataclass(frozen=True)
-class EngineVerdict(ArtifactVerdict):
-    """ArtifactVerdict of one engine.
+def fitting_engines(
+    bundle: Bundle, artifacts: Collection[str] | None, backends: Collection[str] | None
+) -> tuple[Engine, ...]:
+    """The engines that fit this device; none where only other backends are requested.
 
-    engine      the plan's file name
-    batch       images per run that were timed
-    share       of the layers with weights that run in its precision, 0..1; None where that cannot be told
-    reformats   layers that only change layout or type
-    rows        share of objects that equal images of a full batch have in common; None for single images
+    Errors: EngineError where TensorRT is requested and no engine fits.
     """
-
-    engine: str = ""
-    batch: int = 1
-    share: float | None = None
-    reformats: int = 0
-    rows: float | None = None
-
-
-@dataclass(frozen=True)
-class DeviceVerdict(Verdict):
-    """Verdict on the engines of this device.
-
-    device, tensorrt   e.g. "Orin (sm_87)", "10.3.0"
-    conditions         power mode and clocks; empty where this is no Jetson
-    recommended        the engine to use: of those that passed the fastest per image; empty where none passed
-    """
-
-    device: str = ""
-    tensorrt: str = ""
-    conditions: str = ""
-    recommended: str = ""
-
-
-def fitting(bundle: Bundle, stages: Collection[str] | None, backends: Collection[str] | None) -> tuple[Engine, ...]:
-    """The engines to verify: those that fit here, unless other backends are asked for."""
     if backends and not any(base.get(name).runs_engines for name in backends):
         return ()
     found = select.survey(bundle)
     for reason in found.refused:
         log.warning("%s", reason)
-    chosen = tuple(engine for engine in found.fitting if not stages or engine.stage in stages)
+    chosen = tuple(engine for engine in found.fitting if not artifacts or engine.stage in artifacts)
     if backends and not chosen:
         raise EngineError(
             f"{bundle.path}: no engine that fits here{''.join(f'; {why}' for why in found.refused)}; "
@@ -85,116 +56,115 @@ def fitting(bundle: Bundle, stages: Collection[str] | None, backends: Collection
 
 
 def judge_engine(run: ArtifactRun, engine: Engine, verdict: ArtifactVerdict) -> EngineVerdict:
-    """Adds what only an engine must show to what every stage must."""
-    told = engine.told
-    share, rows = told.layers.share(told.arguments.precision), _rows(run)
+    """Add to the verdict on an artifact the checks that apply to engines only."""
+    metadata = engine.told
+    precision = metadata.arguments.precision
+    fraction, rows_matched = metadata.layers.share(precision), _rows_matched(run)
     problems, notes = [verdict.note] * bool(verdict.note), []
-    if share is None:
-        notes.append("the inspector names no layer with weights, so its precision cannot be told")
-    elif share < LEAST_SHARE.get(told.arguments.precision, 0):
+    if fraction is None:
+        notes.append("the inspector lists no layer with weights, so the precision of the engine is unknown")
+    elif fraction < LEAST_FRACTION.get(precision, 0):
         problems.append(
-            f"{told.arguments.precision.upper()} in name only: {100 * share:.0f} % of the layers with "
-            f"weights run in it, the others in {_others(engine)}"
+            f"{precision.upper()} in name only: {100 * fraction:.0f} % of the layers with "
+            f"weights run in it, the others in {_other_precisions(engine)}"
         )
-    if rows is not None and rows < ROWS_MATCHED:
+    if rows_matched is not None and rows_matched < LEAST_ROWS_MATCHED:
         problems.append(
-            f"equal images in a batch of {run.full_batch} give different objects: {100 * rows:.0f} % in "
+            f"equal images in a batch of {run.full_batch} give different objects: {100 * rows_matched:.0f} % in "
             f"common (TensorRT issue 4813); use batch 1, or export with --sampling gather and build again"
         )
+    common = {field.name: getattr(verdict, field.name) for field in fields(ArtifactVerdict)}
+    common |= {
+        "name": engine.stage_name,
+        "passed": verdict.passed and not problems,
+        "size_mb": metadata.plan_bytes / 1e6,
+        "note": "; ".join([*problems, *notes]),
+    }
     return EngineVerdict(
-        **{name: getattr(verdict, name) for name in ArtifactVerdict.__dataclass_fields__}
-        | {
-            "passed": verdict.passed and not problems,
-            "size_mb": told.plan_bytes / 1e6,
-            "note": "; ".join([*problems, *notes]),
-            "name": engine.stage_name,
-        },
+        **common,
         engine=engine.path.name,
         batch=engine.batch or 1,
-        share=share,
-        reformats=told.layers.reformats,
-        rows=rows,
+        precision_fraction=fraction,
+        reformats=metadata.layers.reformats,
+        rows_matched=rows_matched,
     )
 
 
 def conclude(
     bundle: Bundle, config: VerifyConfig, verdicts: Sequence[ArtifactVerdict], runs: Sequence[ArtifactRun]
 ) -> DeviceVerdict:
-    """INT8 beside FP16, and which engine to use; `verdicts` begin with torch's."""
-    judged = _beside_fp16(bundle, verdicts)
-    used = [run.engine for run in runs if run.engine is not None]
+    """Compare INT8 with FP16 and recommend an engine; the first of `verdicts` is the reference's."""
+    judged = _compared_with_fp16(bundle, verdicts)
     passed = [v for v in judged if isinstance(v, EngineVerdict) and v.passed and v.p50_ms is not None]
-    best = min(passed, key=lambda v: (v.p50_ms or 0.0) / v.batch, default=None)
-    told = used[0].told
+    fastest = min(passed, key=lambda v: (v.p50_ms or 0.0) / v.batch, default=None)
+    metadata = next(run.engine.told for run in runs if run.engine is not None)
     return DeviceVerdict(
         all(v.passed for v in judged),
         config.budget,
         max(v.drop_upper95 for v in judged),
         tuple(judged),
-        f"{told.device} (sm_{told.sm})",
-        told.tensorrt,
-        jetson.read().conditions(),
-        best.engine if best else "",
+        device=f"{metadata.device} (sm_{metadata.sm})",
+        tensorrt=metadata.tensorrt,
+        environment=jetson.read().conditions(),
+        recommended=fastest.engine if fastest else "",
     )
 
 
-def _beside_fp16(bundle: Bundle, verdicts: Sequence[ArtifactVerdict]) -> list[ArtifactVerdict]:
-    """INT8 engines with a word about the FP16 engine of the same batch."""
-    halves = {v.batch: v for v in verdicts if isinstance(v, EngineVerdict) and v.name.startswith("fp16")}
+def _compared_with_fp16(bundle: Bundle, verdicts: Sequence[ArtifactVerdict]) -> list[ArtifactVerdict]:
+    """The verdicts, where INT8 engines have a note on the FP16 engine of the same batch."""
+    fp16 = {v.batch: v for v in verdicts if isinstance(v, EngineVerdict) and v.name.startswith("fp16")}
     judged: list[ArtifactVerdict] = []
     for verdict in verdicts:
-        word = ""
+        note = ""
         if isinstance(verdict, EngineVerdict) and verdict.name.startswith("int8"):
-            half = halves.get(verdict.batch)
-            if half is None:
-                word = (
-                    f"no FP16 engine of this batch to compare with; run: edgedetr build {bundle.path} --precision fp16"
-                )
-            elif verdict.p50_ms is not None and half.p50_ms is not None and verdict.p50_ms >= half.p50_ms:
-                word = f"not faster than FP16 on this device ({verdict.p50_ms:.2f} against {half.p50_ms:.2f} ms)" + (
-                    "; FP16 is recommended" if half.passed else ""
-                )
-        judged.append(replace(verdict, note="; ".join(filter(None, [verdict.note, word]))))
+            note = _note_on_fp16(bundle, verdict, fp16.get(verdict.batch))
+        judged.append(replace(verdict, note="; ".join(filter(None, [verdict.note, note]))))
     return judged
 
 
+def _note_on_fp16(bundle: Bundle, int8: EngineVerdict, fp16: EngineVerdict | None) -> str:
+    if fp16 is None:
+        return f"no FP16 engine of this batch to compare with; run: edgedetr build {bundle.path} --precision fp16"
+    if int8.p50_ms is None or fp16.p50_ms is None or int8.p50_ms < fp16.p50_ms:
+        return ""
+    recommendation = "; FP16 is recommended" if fp16.passed else ""
+    return f"not faster than FP16 on this device ({int8.p50_ms:.2f} against {fp16.p50_ms:.2f} ms){recommendation}"
+
+
 def record(bundle: Bundle, verdict: DeviceVerdict, runs: Sequence[ArtifactRun]) -> None:
-    """Keep the verdict in the bundle, and beside the engines what decides which of them is loaded."""
-    by_name = {v.engine: v for v in verdict.stages if isinstance(v, EngineVerdict)}
+    """Store the verdict in the bundle, and next to the engines the measurements by which `load` selects one."""
+    by_name = {engine.engine: engine for engine in verdict.engines}
     folders: dict[Path, dict[str, Measured]] = {}
     sources = [REFERENCE.file] if REFERENCE.file in bundle.manifest.files else []
-    here = select.surroundings(cudart.probe()) if any(run.engine is not None for run in runs) else ""
+    environment = select.surroundings(cudart.probe())
     for run in runs:
         if run.engine is not None:
-            found = by_name[run.engine.path.name]
-            folders.setdefault(run.engine.path.parent, {})[run.engine.told.plan_sha256] = Measured(
-                found.passed, found.p50_ms, here
-            )
-            sources.append(run.engine.told.onnx)
-    for folder, measured in folders.items():
-        select.record(folder, measured)
+            judged, metadata = by_name[run.engine.path.name], run.engine.told
+            measured = Measured(judged.passed, judged.p50_ms, environment)
+            folders.setdefault(run.engine.path.parent, {})[metadata.plan_sha256] = measured
+            sources.append(metadata.onnx)
+    for folder, by_digest in folders.items():
+        select.record(folder, by_digest)
     slug = re.sub(r"[^a-z0-9.]+", "-", f"{verdict.device} trt{verdict.tensorrt}".lower()).strip("-")
     try:
-        with bundle.add(f"results/verify-{slug}.json", stage="verify", made_from=list(dict.fromkeys(sources))) as path:
-            path.write_text(json.dumps(verdict.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_verdict(bundle, f"results/verify-{slug}.json", verdict, made_from=list(dict.fromkeys(sources)))
     except OSError as error:
         log.warning("%s: the verdict could not be recorded (%s)", bundle.path, error)
 
 
-def _rows(run: ArtifactRun) -> float | None:
-    """The worst share of objects in common of row 0 and another row, over all images that were tried."""
-    worst = None
-    for number in range(1, run.full_batch):
-        for a, b in ((0, number), (number, 0)):
-            matched = compare_detections(
-                {i: rows[a] for i, rows in run.rows.items()}, {i: rows[b] for i, rows in run.rows.items()}
-            ).matched
+def _rows_matched(run: ArtifactRun) -> float | None:
+    """The smallest fraction of objects that row 0 and another row have in common, over all images; None for batch 1."""
+    smallest = None
+    for row in range(1, run.full_batch):
+        for a, b in ((0, row), (row, 0)):
+            first, second = ({i: rows[index] for i, rows in run.rows.items()} for index in (a, b))
+            matched = compare_detections(first, second).matched
             if matched is not None:
-                worst = matched if worst is None else min(worst, matched)
-    return worst
+                smallest = matched if smallest is None else min(smallest, matched)
+    return smallest
 
 
-def _others(engine: Engine) -> str:
+def _other_precisions(engine: Engine) -> str:
     weighted = engine.told.layers.weighted
     others = {name: count for name, count in weighted.items() if name != engine.told.arguments.precision}
     return ", ".join(f"{name} ({count})" for name, count in sorted(others.items(), key=lambda item: -item[1]))

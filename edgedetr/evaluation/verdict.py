@@ -1,48 +1,55 @@
-"""How a stage is judged: its drop against torch with a bound, and whether its backend computes what the graph says."""
+"""The verdict of `edgedetr verify`: its types, and their JSON form in results/verify.json.
+
+AP, drops, bounds and tolerances are points, 0..100. A few JSON keys are older than the names used here (JSON_KEYS).
+"""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from edgedetr.artifacts import GRAPHS, ONNX, WEIGHTS
 from edgedetr.bundle import Bundle
-from edgedetr.data import images
-from edgedetr.data.detection_set import DetectionSet
-from edgedetr.errors import EdgedetrError
-from edgedetr.evaluation import bootstrap
-from edgedetr.evaluation.agreement import Agreement, compare_detections
-from edgedetr.evaluation.artifacts_run import ArtifactRun
-from edgedetr.evaluation.coco_metrics import Metrics, evaluate
-from edgedetr.evaluation.config import VerifyConfig
-from edgedetr.evaluation.first_divergence import find_first_divergence
-from edgedetr.evaluation.reference import Reference
-from edgedetr.runtime import preprocess
-from edgedetr.runtime.latency import Latency
+from edgedetr.errors import BundleError
+from edgedetr.evaluation.agreement import Agreement
+from edgedetr.storage.reading import MEBIBYTE, read_json
 
-log = logging.getLogger(__name__)
-
-# Points of AP. A model below it finds next to nothing, so that it has nothing to lose, whatever the budget is.
-USELESS = 1.0
-# Below this share of matched objects a backend is named even where AP says nothing (it rests on ground truth).
-MATCHED = 0.8
+LARGEST_FILE = 16 * MEBIBYTE  # bytes; 80 classes and 8 artifacts take about 30 kB
+MOST_ARTIFACTS = 1000
+LONGEST_TEXT = 10_000  # characters of a note
+LARGEST_NUMBER = 1e12  # no measurement is larger
+JSON_KEYS = {  # field -> key in the file, where they differ
+    "tolerance": "budget",
+    "artifacts": "stages",
+    "environment": "conditions",
+    "agreement": "parity",
+    "reference_run": "oracle",
+    "reference_run_drop": "oracle_drop",
+    "precision_fraction": "share",
+    "rows_matched": "rows",
+}
+OPTIONAL_NUMBERS = ("p50_ms", "p99_ms", "size_mb", "ap75", "reference_run_drop")
 
 
 @dataclass(frozen=True)
 class ArtifactVerdict:
-    """One stage on one backend. AP, drops and bounds in points; drops are against the torch stage.
+    """One artifact on one backend; the drop is measured against the reference, which is the first of a verdict.
 
-    passed         the bound is within the budget, the backend is sound, and the reference has something to lose
-    drop_upper95   one-sided upper 95 % bound
-    drop_lower95   one-sided lower 95 % bound: above the budget, the loss is real and not a small set's noise
-    margin         drop_upper95 - drop: what this many images cannot tell apart
-    p50_ms         one inference of one image, without preparing and decoding
-    parity         detections against torch's, object by object
-    oracle         the same against this graph's own arithmetic (ONNX Runtime without optimizations)
-    oracle_drop    AP of the oracle minus AP of the backend, on the oracle's images
-    note           "", or what went wrong and where
+    name                "torch", "onnx", "fp16", "int8", "int8-cpu"; "reference" is an imported ONNX file
+    passed              the bound is within the tolerance, the backend computes what the graph says, and the reference
+                        has AP to lose
+    drop_upper95        one-sided upper 95 % bound of the drop
+    drop_lower95        one-sided lower 95 % bound: above the tolerance, the loss is real and not due to a small set
+    margin              drop_upper95 - drop: differences that this many images cannot resolve
+    p50_ms, p99_ms      one inference of one image, without preprocessing and decoding
+    size_mb             of the file
+    images              number of images evaluated
+    agreement           detections compared with the reference's
+    reference_run       detections compared with those of the same graph in ONNX Runtime without optimizations
+    reference_run_drop  AP of that run minus AP of this backend, on the images of that run
+    note                what went wrong and where, or ""
     """
 
     name: str
@@ -52,149 +59,232 @@ class ArtifactVerdict:
     ap50: float
     drop: float
     drop_upper95: float
-    p50_ms: float | None
-    p99_ms: float | None
-    size_mb: float | None
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+    size_mb: float | None = None
     drop_lower95: float = 0.0
     se: float = 0.0
     margin: float = 0.0
     ap75: float | None = None
-    per_class: dict[str, float | None] | None = None
+    per_class: Mapping[str, float | None] | None = None
     images: int = 0
-    parity: Agreement | None = None
-    oracle: Agreement | None = None
-    oracle_drop: float | None = None
+    agreement: Agreement | None = None
+    reference_run: Agreement | None = None
+    reference_run_drop: float | None = None
     note: str = ""
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this is PyTorch, or the imported file: what the others are measured against."""
+        return self.name in ("torch", "reference")
+
+    @property
+    def label(self) -> str:
+        """For example "int8 (openvino)"."""
+        return f"{self.name} ({self.backend})"
+
+    def to_json(self) -> dict[str, object]:
+        return _to_json(self)
+
+    @classmethod
+    def from_json(cls, raw: object, where: str = "artifact") -> ArtifactVerdict:
+        """Read one artifact; an EngineVerdict where the record names an engine. Errors: ValueError."""
+        record = _Record(raw, where)
+        common: dict[str, Any] = {
+            "name": record.text("name"),
+            "backend": record.text("backend"),
+            "passed": record.boolean("passed"),
+            "ap": record.number("ap"),
+            "ap50": record.number("ap50"),
+            "drop": record.number("drop"),
+            "drop_upper95": record.number("drop_upper95"),
+            **{name: record.number(name, None) for name in OPTIONAL_NUMBERS},
+            **{name: record.number(name, 0.0) for name in ("drop_lower95", "se", "margin")},
+            "per_class": record.numbers_by_name("per_class"),
+            "images": record.integer("images", 0),
+            "agreement": record.agreement("agreement"),
+            "reference_run": record.agreement("reference_run"),
+            "note": record.text("note", ""),
+        }
+        if "engine" not in record.raw:
+            return cls(**common)
+        return EngineVerdict(
+            **common,
+            engine=record.text("engine"),
+            batch=record.integer("batch", 1),
+            precision_fraction=record.number("precision_fraction", None),
+            reformats=record.integer("reformats", 0),
+            rows_matched=record.number("rows_matched", None),
+        )
+
+
+@dataclass(frozen=True)
+class EngineVerdict(ArtifactVerdict):
+    """Verdict on one TensorRT engine.
+
+    engine              the plan's file name
+    batch               images per timed run
+    precision_fraction  of the layers with weights, 0..1: those that run in the engine's precision; None if unknown
+    reformats           number of layers that only change layout or type
+    rows_matched        fraction of objects that equal images of a full batch have in common, 0..1; None for batch 1
+    """
+
+    engine: str = ""
+    batch: int = 1
+    precision_fraction: float | None = None
+    reformats: int = 0
+    rows_matched: float | None = None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """All stages together.
+    """All artifacts of one run of `edgedetr verify`, the reference first.
 
-    passed        every stage's bound is within the budget, and the reference (the first stage) has something to lose:
-                  more AP than the budget, and than USELESS. Where it has not, no stage is passed, the reference neither
-    certifiable   the smallest budget that these stages on these images pass: the largest bound
+    passed        every artifact passed. Where the reference has no AP to lose (no more than the tolerance, or less
+                  than 1 point), no artifact passes, including the reference
+    tolerance     largest accepted AP drop
+    certifiable   the smallest tolerance that these artifacts pass on these images: the largest bound
     """
 
     passed: bool
-    budget: float
+    tolerance: float
     certifiable: float
-    stages: tuple[ArtifactVerdict, ...]
+    artifacts: tuple[ArtifactVerdict, ...]
 
     def to_json(self) -> dict[str, object]:
-        return {**asdict(self), "stages": [asdict(stage) for stage in self.stages]}
+        """The form in which the verdict is stored and printed; `from_json` reads it."""
+        return _to_json(self)
 
+    @classmethod
+    def from_json(cls, raw: object) -> Verdict:
+        """Read `to_json`'s form; a DeviceVerdict where the record names a device.
 
-class Judge:
-    """Judges runs against one reference; the reference's resamples are computed once."""
-
-    def __init__(
-        self, bundle: Bundle, dataset: DetectionSet, reference: Reference, torch: Metrics, config: VerifyConfig
-    ) -> None:
-        self.bundle, self.dataset, self.reference, self.metrics, self.config = bundle, dataset, reference, torch, config
-        ap = torch.ap or 0.0
-        self.something_to_lose = ap > config.budget and ap >= USELESS
-        counts = bootstrap.draw(len(reference.truth), config.bootstrap, config.seed)
-        self.counts = bootstrap.with_identity(counts)
-        self.resampled = bootstrap.resampled_ap(torch.matches, self.counts)
-
-    def torch(self) -> ArtifactVerdict:
-        weights, ap = self.bundle.manifest.files.get(WEIGHTS.file), self.metrics.ap or 0.0
-        note = (
-            ""
-            if self.something_to_lose
-            else (
-                f"the reference itself reaches AP {ap:.2f}, "
-                + (f"less than {USELESS:g}" if ap < USELESS else f"no more than the budget of {self.config.budget:g}")
-                + ": there is nothing to lose, so that no stage can pass"
-            )
-        )
-        name, backend = "torch", "pytorch"
-        graph = self.bundle.manifest.files.get(ONNX.file)
-        if weights is None and graph is not None and graph.stage == "import":
-            name, backend, weights = "reference", "onnxruntime", graph
-            told = f"an imported graph has no PyTorch model: the reference is {ONNX.file} in ONNX Runtime"
-            note = f"{told}; {note}" if note else told
-        return ArtifactVerdict(
-            name,
-            backend,
-            self.something_to_lose,
-            ap,
-            self.metrics.ap50 or 0.0,
-            0.0,
-            0.0,
-            None,
-            None,
-            weights.size / 1e6 if weights else None,
-            ap75=self.metrics.ap75,
-            per_class=self.metrics.per_class,
-            images=len(self.reference.truth),
-            note=note,
+        Errors: ValueError that names the key, for a value that is missing, of another type or not finite.
+        """
+        record = _Record(raw, "verdict")
+        stages = record.raw.get(JSON_KEYS["artifacts"])
+        if not isinstance(stages, list) or not 0 < len(stages) <= MOST_ARTIFACTS:
+            raise ValueError(f"stages is not a list of 1 to {MOST_ARTIFACTS}")
+        artifacts = tuple(ArtifactVerdict.from_json(stage, f"stages[{n}]") for n, stage in enumerate(stages))
+        tolerance = record.number("tolerance")
+        certifiable = record.number("certifiable", max(artifact.drop_upper95 for artifact in artifacts))
+        common = (record.boolean("passed"), tolerance, certifiable, artifacts)
+        if "device" not in record.raw:
+            return cls(*common)
+        return DeviceVerdict(
+            *common, *(record.text(name, "") for name in ("device", "tensorrt", "environment", "recommended"))
         )
 
-    def stage(self, run: ArtifactRun) -> ArtifactVerdict:
-        metrics = evaluate(self.reference.truth, run.detections, by_size=False)
-        bound = bootstrap.compare(self.resampled, bootstrap.resampled_ap(metrics.matches, self.counts))
-        latency = Latency.of(run.seconds) if run.seconds and not run.fault else None
-        oracle, oracle_drop, note = self._against_oracle(run)
-        return ArtifactVerdict(
-            run.stage,
-            run.backend,
-            self.something_to_lose and bound.upper <= self.config.budget and not run.fault,
-            metrics.ap or 0.0,
-            metrics.ap50 or 0.0,
-            bound.drop,
-            bound.upper,
-            latency.p50_ms if latency else None,
-            latency.p99_ms if latency else None,
-            megabytes(self.bundle, GRAPHS[run.stage].file),
-            drop_lower95=bound.lower,
-            se=bound.se,
-            margin=bound.margin,
-            ap75=metrics.ap75,
-            per_class=metrics.per_class,
-            images=len(self.reference.truth),
-            parity=compare_detections(self.reference.detections, run.detections),
-            oracle=oracle,
-            oracle_drop=oracle_drop,
-            note=note,
-        )
 
-    def _against_oracle(self, run: ArtifactRun) -> tuple[Agreement | None, float | None, str]:
-        """Does this backend compute what the graph says? Judged on the images that the oracle saw."""
-        if run.fault or not run.oracle:
-            return None, None, run.fault
-        parity = compare_detections(run.oracle, run.detections)
-        truth = self.reference.truth.subset(run.oracle)
-        theirs, ours = (
-            evaluate(truth, {i: found[i] for i in run.oracle}, by_size=False) for found in (run.oracle, run.detections)
-        )
-        bound = bootstrap.paired(theirs.matches, ours.matches, resamples=self.config.bootstrap, seed=self.config.seed)
-        drop = bound.drop if np.isfinite(bound.drop) else None
-        # More than the budget and more than chance, or objects that are simply not there any more.
-        real = drop is not None and drop > self.config.budget and bound.lower > 0
-        if not real and (parity.matched is None or parity.matched >= MATCHED):
-            return parity, drop, ""
-        matched = "" if parity.matched is None else f", {100 * parity.matched:.0f} % of its objects matched"
-        note = (
-            f"{run.backend} departs from the arithmetic of {GRAPHS[run.stage].file} (ONNX Runtime without "
-            f"optimizations): AP {-bound.drop:+.1f}{matched}, on {len(truth)} images"
-        )
-        where = self._where(run)
-        log.warning("%s%s", note, where)
-        return parity, drop, note + where
+@dataclass(frozen=True)
+class DeviceVerdict(Verdict):
+    """Verdict on the engines of one device.
 
-    def _where(self, run: ArtifactRun) -> str:
-        picture = images.decode(self.dataset.samples[0].path)
-        batch, _ = preprocess.prepare([picture], self.bundle.manifest.input)
-        try:
-            model = self.bundle.require(GRAPHS[run.stage].file)
-            found = find_first_divergence(model, run.backend, batch, threads=self.config.threads)
-        except EdgedetrError as error:
-            return f"; the node was not looked for: {error}"
-        return f"; first at {found}" if found else ""
+    device, tensorrt   for example "Orin (sm_87)", "10.3.0"
+    environment        power mode and clocks; "" on other devices than a Jetson
+    recommended        file name of the engine to use: the fastest per image of those that passed; "" if none passed
+    """
+
+    device: str = ""
+    tensorrt: str = ""
+    environment: str = ""
+    recommended: str = ""
+
+    @property
+    def engines(self) -> tuple[EngineVerdict, ...]:
+        return tuple(artifact for artifact in self.artifacts if isinstance(artifact, EngineVerdict))
 
 
-def megabytes(bundle: Bundle, name: str) -> float:
-    """Size of a file of the bundle, MB."""
-    return bundle.manifest.files[name].size / 1e6
+def read_verdict(path: Path, bundle: Path) -> Verdict:
+    """The verdict stored at `path`. Errors: BundleError for a damaged file or one of another kind."""
+    fix = f"run: edgedetr verify {bundle}"
+    raw = read_json(path, BundleError, limit=LARGEST_FILE, fix=f"so it is not a verdict that can be shown; {fix}")
+    try:
+        return Verdict.from_json(raw)
+    except ValueError as error:
+        raise BundleError(f"{path}: not a verdict ({error}); {fix}") from error
+
+
+def write_verdict(bundle: Bundle, name: str, verdict: Verdict, *, made_from: Sequence[str]) -> None:
+    """Store the verdict as the file `name` of the bundle. Errors: OSError on read-only storage."""
+    with bundle.add(name, stage="verify", made_from=made_from) as path:
+        path.write_text(json.dumps(verdict.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _to_json(record: Any) -> dict[str, object]:
+    return {JSON_KEYS.get(field.name, field.name): _json_value(getattr(record, field.name)) for field in fields(record)}
+
+
+def _json_value(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_json_value(item) for item in value]
+    if isinstance(value, (ArtifactVerdict, Agreement)):
+        return value.to_json()
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+REQUIRED: Any = object()
+
+
+class _Record:
+    """Typed access to a JSON object by field name. Errors: ValueError that names the key."""
+
+    def __init__(self, raw: object, where: str) -> None:
+        if not isinstance(raw, dict):
+            raise ValueError(f"{where} is not an object of keys and values")
+        self.raw: dict[str, Any] = raw
+        self.where = where
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self.raw.get(JSON_KEYS.get(name, name))
+        return default if value is None and default is not REQUIRED else value
+
+    def _wrong(self, name: str, expected: str) -> ValueError:
+        return ValueError(f"{self.where}.{JSON_KEYS.get(name, name)} is not {expected}")
+
+    def text(self, name: str, default: Any = REQUIRED) -> str:
+        value = self._value(name, default)
+        if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+            raise self._wrong(name, f"a text of at most {LONGEST_TEXT} characters")
+        return value
+
+    def boolean(self, name: str) -> bool:
+        value = self._value(name, REQUIRED)
+        if not isinstance(value, bool):
+            raise self._wrong(name, "true or false")
+        return value
+
+    def number(self, name: str, default: Any = REQUIRED) -> Any:
+        """float, or `default` where the key is missing or null."""
+        value = self._value(name, default)
+        if value is None and default is None:
+            return None
+        return self._finite(name, value)
+
+    def integer(self, name: str, default: int) -> int:
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST_NUMBER:
+            raise self._wrong(name, "a whole number from 0")
+        return value
+
+    def numbers_by_name(self, name: str) -> dict[str, float | None] | None:
+        value = self._value(name, None)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self._wrong(name, "an object of numbers")
+        return {key: None if number is None else self._finite(name, number) for key, number in value.items()}
+
+    def agreement(self, name: str) -> Agreement | None:
+        value = self._value(name, None)
+        if value is None:
+            return None
+        record = _Record(value, f"{self.where}.{JSON_KEYS.get(name, name)}")
+        numbers = (field.name for field in fields(Agreement) if field.name != "objects")
+        return Agreement(record.integer("objects", 0), *(record.number(number, None) for number in numbers))
+
+    def _finite(self, name: str, value: object) -> float:
+        # NaN is not smaller than any number.
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST_NUMBER:
+            raise self._wrong(name, "a finite number")
+        return float(value)

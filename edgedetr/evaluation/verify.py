@@ -1,17 +1,16 @@
-"""The verdict: how many points each stage of a bundle lost against PyTorch, with a bound, on identical bytes."""
+"""Verify a bundle: the AP that each artifact loses against PyTorch on the same images, with an upper bound."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from edgedetr.artifacts import GRAPHS, REFERENCE, VERDICT, benched_pairs, detections_file, verified_pairs
+from edgedetr.artifacts import GRAPHS, ONNX, REFERENCE, VERDICT, detections_file, verified_pairs
 from edgedetr.bundle import Bundle
 from edgedetr.data import images
 from edgedetr.data.detection_set import DetectionSet
@@ -19,7 +18,6 @@ from edgedetr.errors import BundleError, DataError, UsageError
 from edgedetr.evaluation import engine_verdict
 from edgedetr.evaluation.artifacts_run import (
     ArtifactRun,
-    Progress,
     candidates,
     load_split,
     open_artifact,
@@ -28,28 +26,14 @@ from edgedetr.evaluation.artifacts_run import (
 )
 from edgedetr.evaluation.coco_metrics import Metrics, evaluate
 from edgedetr.evaluation.config import VerifyConfig
+from edgedetr.evaluation.judge import Judge
 from edgedetr.evaluation.reference import GroundTruth, Reference, save_detections
-from edgedetr.evaluation.verdict import Judge, Verdict, megabytes
-from edgedetr.runtime import preprocess
+from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict, write_verdict
+from edgedetr.progress import Progress
 from edgedetr.runtime.backends import base
-from edgedetr.runtime.bundle_detector import Detector, load, load_engine
-from edgedetr.runtime.latency import measure, warn_if_unsteady
+from edgedetr.runtime.latency import warn_if_unsteady
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ArtifactTiming:
-    """Milliseconds of one inference of one image, and the file's size."""
-
-    name: str
-    backend: str
-    p50_ms: float
-    p99_ms: float
-    size_mb: float
-
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def verify(
@@ -58,40 +42,40 @@ def verify(
     data: str | Path | None = None,
     max_drop: float | None = None,
     live: Callable[[Bundle, DetectionSet], Reference] | None = None,
-    stages: Collection[str] | None = None,
+    artifacts: Collection[str] | None = None,
     backends: Collection[str] | None = None,
     threads: int | None = None,
     config: VerifyConfig | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
-    """Measure every delivered stage against torch and judge it; a complete verdict is recorded in the bundle.
+    """Measure every artifact against PyTorch and judge it; a complete verdict is stored in the bundle.
 
-    data       the data set's folder; None = the one the bundle records. Its images must be, byte for byte, those
+    data       the data set's folder; None = the one that the bundle records. Its images must be, byte for byte, those
                that reference.npz was made from
-    max_drop   the budget in points; None = the bundle's
-    live       makes the reference anew (with torch, so it lives above this floor) instead of reading reference.npz
-    backends   None = the engines that fit this device, and without any the libraries of the CPU
+    max_drop   largest accepted AP drop, points; None = the bundle's tolerance
+    live       computes the reference again (with torch, which this module must not import) instead of reading
+               reference.npz
+    artifacts  ids such as "int8-cpu"; None = all that were exported
+    backends   None = the engines that fit this device; without engines the CPU libraries
+    threads    of one inference; None = the configuration's
 
-    On engines the verdict is a DeviceVerdict (see device.py).
+    Where engines are verified, the result is a DeviceVerdict (see engine_verdict.py).
+    Errors: BundleError, DataError, UsageError, EngineError before anything is measured.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    bundle.inside(VERDICT.file)  # where the verdict goes must not lead elsewhere; said before the work, not after it
+    bundle.inside(VERDICT.file)  # refuse a linked folder before the work, not after it
     config = config or VerifyConfig(budget=bundle.manifest.budget)
     config = replace(config, budget=config.budget if max_drop is None else max_drop, threads=threads or config.threads)
     if not math.isfinite(config.budget):
-        raise UsageError(f"the budget is {config.budget}; expected points of AP from 0 to 100")
-    chosen = engine_verdict.fitting(bundle, stages, backends)
+        raise UsageError(f"the tolerance is {config.budget}; expected points of AP from 0 to 100")
+    engines = engine_verdict.fitting_engines(bundle, artifacts, backends)
     on_cpu = [name for name in backends or () if not base.get(name).runs_engines]
-    pairs = candidates(bundle, verified_pairs(), stages, on_cpu or None) if on_cpu or not chosen else []
+    pairs = candidates(bundle, verified_pairs(), artifacts, on_cpu or None) if on_cpu or not engines else []
     pairs = pairs if backends else without_saturating_int8(pairs)
     dataset = load_split(bundle, data)
-    if live:
-        reference = live(bundle, dataset)
-    else:
-        reference = Reference.load(bundle.require(REFERENCE.file))
-        require_same_images(reference, GroundTruth.of(dataset, digests=True), bundle)
-    torch = evaluate(reference.truth, reference.detections, by_size=False)
-    if torch.ap is None:
+    reference = live(bundle, dataset) if live else _stored_reference(bundle, dataset)
+    metrics = evaluate(reference.truth, reference.detections, by_size=False)
+    if metrics.ap is None:
         raise DataError(
             f"{dataset.root}: split {dataset.name!r} has no object to measure AP on; "
             f"run: edgedetr data check {dataset.root}"
@@ -101,49 +85,54 @@ def verify(
         dataset,
         pairs,
         threads=config.threads,
-        oracle_images=config.parity_images,
+        reference_images=config.parity_images,
         progress=progress,
-        engines=chosen,
+        engines=engines,
     )
-    judge = Judge(bundle, dataset, reference, torch, config)
-    verdicts = [judge.torch()]
-    warn_if_unsteady({f"{run.stage} {run.backend}": run.seconds for run in runs if run.seconds and not run.fault})
-    for number, run in enumerate(runs):
-        judged = judge.stage(run)
-        verdicts.append(judged if run.engine is None else engine_verdict.judge_engine(run, run.engine, judged))
-        if progress:
-            progress("bootstrap", number + 1, len(runs))
-    if chosen:
+    warn_if_unsteady({f"{run.artifact} {run.backend}": run.seconds for run in runs if run.seconds and not run.fault})
+    verdicts = _judge(Judge(bundle, dataset, reference, metrics, config), runs, progress)
+    complete = artifacts is None
+    if engines:
         on_device = engine_verdict.conclude(bundle, config, verdicts, runs)
-        if stages is None and not on_cpu:
+        if complete and not on_cpu:
             engine_verdict.record(bundle, on_device, runs)
         return on_device
     verdict = Verdict(
         all(v.passed for v in verdicts), config.budget, max(v.drop_upper95 for v in verdicts), tuple(verdicts)
     )
-    if stages is None and backends is None:
+    if complete and backends is None:
         _record(bundle, verdict, runs)
     return verdict
+
+
+def _judge(judge: Judge, runs: Sequence[ArtifactRun], progress: Progress | None) -> list[ArtifactVerdict]:
+    verdicts = [judge.judge_reference()]
+    for number, run in enumerate(runs):
+        judged = judge.judge(run)
+        verdicts.append(judged if run.engine is None else engine_verdict.judge_engine(run, run.engine, judged))
+        if progress:
+            progress("bootstrap", number + 1, len(runs))
+    return verdicts
 
 
 def evaluate_artifact(
     bundle: str | Path | Bundle,
     *,
-    stage: str = "onnx",
+    artifact: str = ONNX.id,
     backend: str | None = None,
     data: str | Path | None = None,
     split: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Metrics:
-    """Metrics of one stage on a labeled split; "torch" ("reference" of an import) is read from reference.npz."""
+    """Metrics of one artifact on a labeled split; "torch" ("reference" of an import) is read from reference.npz."""
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    if stage in ("torch", "reference"):
+    if artifact in ("torch", "reference"):
         reference = Reference.load(bundle.require(REFERENCE.file))
         if (split is not None and split != reference.split) or data is not None:
-            require_same_images(reference, GroundTruth.of(load_split(bundle, data, split), digests=True), bundle)
+            _require_same_images(reference, GroundTruth.of(load_split(bundle, data, split), digests=True), bundle)
         return evaluate(reference.truth, reference.detections)
-    detector = open_artifact(bundle, stage, backend, threads)
+    detector = open_artifact(bundle, artifact, backend, threads)
     dataset = load_split(bundle, data, split)
     found = {}
     for number, sample in enumerate(dataset.samples):
@@ -153,46 +142,15 @@ def evaluate_artifact(
     return evaluate(dataset, found)
 
 
-def bench(
-    bundle: str | Path | Bundle,
-    *,
-    stages: Collection[str] | None = None,
-    backends: Collection[str] | None = None,
-    rounds: int = 50,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> list[ArtifactTiming]:
-    """Time the stages in turns in one process; float32 of OpenVINO with float32 arithmetic.
-
-    backends   None = the engines that fit this device, and without any the libraries of the CPU
-    """
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    chosen = engine_verdict.fitting(bundle, stages, backends)
-    on_cpu = [name for name in backends or () if not base.get(name).runs_engines]
-    pairs = candidates(bundle, benched_pairs(), stages, on_cpu or None) if on_cpu or not chosen else []
-    named = {pair: load(bundle, stage=pair[0], backend=pair[1], threads=threads) for pair in pairs}
-    named |= {(engine.stage_name, "tensorrt"): load_engine(bundle, engine) for engine in chosen}
-    sizes = {(stage, backend): megabytes(bundle, GRAPHS[stage].file) for stage, backend in pairs}
-    sizes |= {(engine.stage_name, "tensorrt"): engine.told.plan_bytes / 1e6 for engine in chosen}
-    contract = bundle.manifest.input
-    noise = np.random.default_rng(0).integers(0, 256, (contract.height, contract.width, 3), dtype=np.uint8)
-    batch, _ = preprocess.prepare([noise], contract)
-
-    def once(detector: Detector) -> Callable[[], object]:
-        return lambda: detector.run_raw(batch)
-
-    timings = measure(
-        {" ".join(pair): once(detector) for pair, detector in named.items()}, rounds=rounds, progress=progress
-    )
-    return [
-        ArtifactTiming(*pair, timings[" ".join(pair)].p50_ms, timings[" ".join(pair)].p99_ms, sizes[pair])
-        for pair in named
-    ]
+def _stored_reference(bundle: Bundle, dataset: DetectionSet) -> Reference:
+    reference = Reference.load(bundle.require(REFERENCE.file))
+    _require_same_images(reference, GroundTruth.of(dataset, digests=True), bundle)
+    return reference
 
 
-def require_same_images(reference: Reference, truth: GroundTruth, bundle: Bundle) -> None:
-    """BundleError unless the reference was made from these very images and annotations."""
-    hint = f"expected the files that reference.npz was made from; make it again with: edgedetr export {bundle.path}"
+def _require_same_images(reference: Reference, truth: GroundTruth, bundle: Bundle) -> None:
+    """BundleError unless the reference was made from exactly these images and annotations."""
+    hint = f"expected the files that reference.npz was made from; to make it again, run: edgedetr export {bundle.path}"
     known = dict(zip(reference.truth.image_ids.tolist(), reference.truth.digests.tolist()))
     here = dict(zip(truth.image_ids.tolist(), truth.digests.tolist()))
     names = dict(zip(truth.image_ids.tolist(), truth.names.tolist()))
@@ -213,17 +171,15 @@ def require_same_images(reference: Reference, truth: GroundTruth, bundle: Bundle
         raise BundleError(f"{bundle.path}: the annotations have changed since reference.npz was made; {hint}")
 
 
-def _record(bundle: Bundle, verdict: Verdict, runs: list[ArtifactRun]) -> None:
-    """Write the verdict and each stage's detections; a bundle on read-only storage only loses the record."""
-    listed = bundle.manifest.files
-    sources = [name for name in (REFERENCE.file,) if name in listed]
+def _record(bundle: Bundle, verdict: Verdict, runs: Sequence[ArtifactRun]) -> None:
+    """Store the verdict and the detections of each artifact; on read-only storage only this record is lost."""
+    sources = [REFERENCE.file] if REFERENCE.file in bundle.manifest.files else []
     try:
         for run in runs:
-            name = detections_file(run.stage, run.backend)
-            with bundle.add(name, stage="verify", made_from=[*sources, GRAPHS[run.stage].file]) as path:
+            name = detections_file(run.artifact, run.backend)
+            with bundle.add(name, stage="verify", made_from=[*sources, GRAPHS[run.artifact].file]) as path:
                 save_detections(path, run.detections)
-        sources += dict.fromkeys(GRAPHS[run.stage].file for run in runs)
-        with bundle.add(VERDICT.file, stage="verify", made_from=sources) as path:
-            path.write_text(json.dumps(verdict.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        sources += dict.fromkeys(GRAPHS[run.artifact].file for run in runs)
+        write_verdict(bundle, VERDICT.file, verdict, made_from=sources)
     except OSError as error:
         log.warning("%s: the verdict could not be recorded (%s)", bundle.path, error)

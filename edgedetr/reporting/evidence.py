@@ -1,82 +1,83 @@
-"""Everything the page shows, read from the bundle: the verdict, each stage's detections and what follows from them."""
+"""Read from a bundle what the page shows: the verdict, the detections of each artifact, and their metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from edgedetr.artifacts import REFERENCE, REPORT, VERDICT, detections_file
+from edgedetr.artifacts import REFERENCE, VERDICT, detections_file
 from edgedetr.bundle import Bundle
 from edgedetr.evaluation.coco_metrics import ClassMatches, Metrics, evaluate
 from edgedetr.evaluation.reference import Reference, load_detections
-from edgedetr.reporting.recorded import read_verdict
-from edgedetr.reporting.tables import is_reference
+from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict, read_verdict
 from edgedetr.runtime.detections import Detections
 
-RECALL = np.linspace(0, 1, 101)  # pycocotools' own 101 points
+RECALL = np.linspace(0, 1, 101)  # the 101 points of pycocotools
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One measured stage: its row of the verdict, its detections by image id, its metrics (not those by size)."""
+class MeasuredArtifact:
+    """One artifact with its verdict, its detections by image id, and its metrics (without those by object size)."""
 
-    row: Mapping[str, Any]
+    verdict: ArtifactVerdict
     detections: Mapping[int, Detections]
     metrics: Metrics
 
     @property
     def label(self) -> str:
-        return f"{self.row['name']} ({self.row['backend']})"
-
-    @property
-    def quantized(self) -> bool:
-        return "int8" in self.row["name"]
+        return self.verdict.label
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A verified bundle. `stages` are those whose detections were recorded, the PyTorch reference first."""
+    """A verified bundle. `artifacts` are those whose detections were recorded, the reference first."""
 
     bundle: Bundle
-    verdict: Mapping[str, Any]
+    verdict: Verdict
     reference: Reference
-    stages: tuple[Stage, ...]
+    artifacts: tuple[MeasuredArtifact, ...]
 
     @property
-    def worst(self) -> Stage | None:
-        """The quantized stage that loses most, which is the one worth looking at."""
-        quantized = [s for s in self.stages if s.quantized]
-        return max(quantized, key=lambda s: s.row["drop"], default=None)
+    def worst(self) -> MeasuredArtifact | None:
+        """The INT8 artifact that loses most: its differences are shown as images."""
+        quantized = [artifact for artifact in self.artifacts if "int8" in artifact.verdict.name]
+        return max(quantized, key=lambda artifact: artifact.verdict.drop, default=None)
+
+    def class_drops(self) -> dict[str, list[float | None]]:
+        """AP points that each class loses against the reference, by artifact label; None without ground truth."""
+        if not self.artifacts:
+            return {}
+        before = self.artifacts[0].metrics.per_class
+        return {
+            artifact.label: [_difference(ap, artifact.metrics.per_class[name]) for name, ap in before.items()]
+            for artifact in self.artifacts[1:]
+        }
 
 
-def read(bundle: Bundle) -> Evidence:
-    """Read the results of `edgedetr verify`; BundleError when there are none or when they are damaged."""
-    path = bundle.require(VERDICT.file)
-    verdict = read_verdict(path, bundle.path)
-    rows = [dict(stage) for stage in verdict["stages"]]
+def read_evidence(bundle: Bundle) -> Evidence:
+    """Read the results of `edgedetr verify`. Errors: BundleError where they are missing or damaged."""
+    verdict = read_verdict(bundle.require(VERDICT.file), bundle.path)
     reference = Reference.load(bundle.require(REFERENCE.file))
-    stages = []
-    for row in rows:
-        if is_reference(row):
+    artifacts = []
+    for artifact in verdict.artifacts:
+        if artifact.is_reference:
             found: Mapping[int, Detections] = reference.detections
         else:
-            name = detections_file(row["name"], row["backend"])
+            name = detections_file(artifact.name, artifact.backend)
             if name not in bundle.manifest.files:
                 continue
             found = load_detections(bundle.require(name), reference.truth.classes)
-        stages.append(Stage(row, found, evaluate(reference.truth, found, by_size=False)))
-    stages.sort(key=lambda stage: not is_reference(stage.row))
-    return Evidence(bundle, verdict, reference, tuple(stages))
+        artifacts.append(MeasuredArtifact(artifact, found, evaluate(reference.truth, found, by_size=False)))
+    artifacts.sort(key=lambda artifact: not artifact.verdict.is_reference)
+    return Evidence(bundle, verdict, reference, tuple(artifacts))
 
 
 def precision_recall(metrics: Metrics, threshold: int = 0) -> np.ndarray:
     """Mean interpolated precision over the classes at 101 recalls, as COCO averages it; `threshold` 0 is IoU 0.50.
 
-    return  [101]  0..1; classes without ground truth leave the mean
+    return  [101]  0..1; classes without ground truth are left out of the mean
     """
     curves = [_class_curve(matches, threshold) for matches in metrics.matches.classes if matches.objects.sum()]
     return np.mean(curves, axis=0) if curves else np.zeros_like(RECALL)
@@ -89,10 +90,9 @@ def _class_curve(matches: ClassMatches, threshold: int) -> np.ndarray:
         return np.zeros_like(RECALL)
     precision = true / np.maximum(true + false, 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]  # the best precision at this recall or a higher one
-    place = np.searchsorted(true / matches.objects.sum(), RECALL, side="left")
-    return np.append(precision, 0.0)[place]
+    index = np.searchsorted(true / matches.objects.sum(), RECALL, side="left")
+    return np.append(precision, 0.0)[index]
 
 
-def report_path(bundle: Bundle) -> Path:
-    """Where the page of this bundle lies."""
-    return bundle.inside(REPORT.file)
+def _difference(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else before - after

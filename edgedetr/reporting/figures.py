@@ -1,4 +1,4 @@
-"""Figures as inline SVG that takes the page's own text color, so that it reads on light and on dark."""
+"""Figures as inline SVG in the text color of the page, so that they are readable on light and on dark pages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict
 from edgedetr.printable import one_line
-from edgedetr.reporting.tables import is_reference
 
-# Stand-ins in the SVG, replaced by CSS that follows the page's colors.
+# Placeholder colors in the SVG, replaced by CSS colors of the page.
 INK, FAINT = "#010203", "#040506"
-# Okabe and Ito 2008: told apart with every common color blindness.
+# Okabe and Ito 2008: distinguishable with every common color blindness.
 COLORS = ("#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9")
 GOOD, BAD, DOUBT = "#009e73", "#d55e00", "#e69f00"
 
@@ -39,57 +39,58 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def drops(rows: Sequence[Mapping[str, Any]], budget: float) -> str:
-    """Each stage's drop with its one-sided bound, against the budget. rows: the verdict's stages."""
-    rows = [row for row in rows if not is_reference(row)]
+def drops(verdict: Verdict) -> str:
+    """The drop of each artifact with its one-sided bound, and the tolerance."""
+    tolerance = verdict.tolerance
+    rows = [artifact for artifact in reversed(verdict.artifacts) if not artifact.is_reference]
     with matplotlib.rc_context(_style("drops")):
         figure, axes = _axes(6.2, 1.0 + 0.42 * max(len(rows), 1))
-        for place, row in enumerate(reversed(rows)):
-            color = GOOD if row["passed"] else DOUBT if row["drop"] <= budget else BAD
-            upper = row["drop"] if row.get("drop_upper95") is None else row["drop_upper95"]
-            axes.plot([row["drop"], upper], [place, place], color=color, linewidth=3, solid_capstyle="butt")
-            axes.plot([upper, upper], [place - 0.18, place + 0.18], color=color, linewidth=2)
-            axes.plot(row["drop"], place, "o", color=color, markersize=8)
-        axes.axvline(budget, color=BAD, linewidth=1.4, linestyle="--")
+        for y, row in enumerate(rows):
+            color = GOOD if row.passed else DOUBT if row.drop <= tolerance else BAD
+            upper = row.drop_upper95
+            axes.plot([row.drop, upper], [y, y], color=color, linewidth=3, solid_capstyle="butt")
+            axes.plot([upper, upper], [y - 0.18, y + 0.18], color=color, linewidth=2)
+            axes.plot(row.drop, y, "o", color=color, markersize=8)
+        axes.axvline(tolerance, color=BAD, linewidth=1.4, linestyle="--")
         axes.axvline(0, color=INK, linewidth=0.8)
-        axes.text(budget, len(rows) - 0.42, f" budget {budget:g}", color=BAD, va="bottom", ha="left")
-        axes.set_yticks(range(len(rows)), [f"{row['name']} ({row['backend']})" for row in reversed(rows)])
+        axes.text(tolerance, len(rows) - 0.42, f" tolerance {tolerance:g}", color=BAD, va="bottom", ha="left")
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.set_ylim(-0.6, len(rows) - 0.2)
         low, high = axes.get_xlim()
-        axes.set_xlim(low, max(high, budget + 0.22 * (max(high, budget) - low)))
-        axes.set_xlabel("AP points lost against PyTorch: point, and upper 95 % bound")
+        axes.set_xlim(low, max(high, tolerance + 0.25 * (max(high, tolerance) - low)))
+        axes.set_xlabel("AP points lost against PyTorch: measured, and upper 95 % bound")
         axes.grid(visible=False, axis="y")
-        return _svg(figure, "AP points lost by each stage, with the budget")
+        return _svg(figure, "AP points lost by each artifact, with the tolerance")
 
 
-def latency(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Latency against AP, one point for each stage that was timed; None when none was."""
-    # Numbered before the untimed ones go, so that a stage has one color on the whole page.
-    timed = [(n, row) for n, row in enumerate(rows) if row.get("p50_ms") is not None and row.get("ap") is not None]
+def latency(artifacts: Sequence[ArtifactVerdict]) -> str | None:
+    """Latency against AP, one point for each artifact that was timed; None where none was."""
+    # Numbered before the untimed ones are removed, so that an artifact has one color on the whole page.
+    timed = [(n, artifact) for n, artifact in enumerate(artifacts) if artifact.p50_ms is not None]
     if not timed:
         return None
     with matplotlib.rc_context(_style("latency")):
         figure, axes = _axes(6.2, 3.4)
-        for place, row in timed:
-            color = COLORS[place % len(COLORS)]
-            if row.get("p99_ms") is not None:
-                axes.plot([row["p50_ms"], row["p99_ms"]], [row["ap"]] * 2, color=color, linewidth=1.6, alpha=0.6)
-            label = f"{row['name']} ({row['backend']})"
-            axes.plot(row["p50_ms"], row["ap"], "o", color=color, markersize=9, label=label)
-        values = [row["ap"] for _, row in timed]
+        for number, artifact in timed:
+            color = COLORS[number % len(COLORS)]
+            if artifact.p99_ms is not None:
+                span = [artifact.p50_ms, artifact.p99_ms]
+                axes.plot(span, [artifact.ap] * 2, color=color, linewidth=1.6, alpha=0.6)
+            axes.plot(artifact.p50_ms, artifact.ap, "o", color=color, markersize=9, label=artifact.label)
+        values = [artifact.ap for _, artifact in timed]
         pad = max(0.5, 0.6 * (max(values) - min(values)))
         axes.set_ylim(min(values) - pad, max(values) + pad)
         axes.set_xlim(left=0)
         axes.set_xlabel("latency of one image, ms: median, line to p99")
         axes.set_ylabel("AP, points")
         figure.legend(loc="outside lower center", ncols=2, handletextpad=0.3)
-        return _svg(figure, "Latency against AP of each stage")
+        return _svg(figure, "Latency against AP of each artifact")
 
 
 def class_drops(names: Sequence[str], losses: Mapping[str, Sequence[float | None]], most: int = 20) -> str | None:
-    """AP points each class loses, one bar for each stage; the `most` classes with the largest change.
+    """AP points that each class loses, one bar for each artifact; the `most` classes with the largest change.
 
-    losses  stage label -> points lost per class, in the order of `names`; None where a class has no ground truth
+    losses  artifact label -> points lost per class, in the order of `names`; None where a class has no ground truth
     """
     order = [n for n in range(len(names)) if any(values[n] is not None for values in losses.values())]
     order.sort(key=lambda n: -max(abs(values[n] or 0.0) for values in losses.values()))
@@ -101,8 +102,8 @@ def class_drops(names: Sequence[str], losses: Mapping[str, Sequence[float | None
         height = 0.8 / len(losses)
         for index, (label, values) in enumerate(losses.items()):
             shown = [values[n] if values[n] is not None else 0.0 for n in order]
-            place = np.arange(len(order)) + (index - (len(losses) - 1) / 2) * height
-            axes.barh(place, shown, height * 0.88, color=COLORS[(index + 1) % len(COLORS)], label=label)
+            y = np.arange(len(order)) + (index - (len(losses) - 1) / 2) * height
+            axes.barh(y, shown, height * 0.88, color=COLORS[(index + 1) % len(COLORS)], label=label)
         axes.set_yticks(range(len(order)), [_short(names[n]) for n in order])
         axes.invert_yaxis()
         axes.axvline(0, color=INK, linewidth=0.8)
@@ -116,9 +117,9 @@ def precision_recall(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], recall
     """Mean precision over recall at IoU 0.50 (full lines) and 0.75 (dashed). curves: label -> the two, [101] each."""
     with matplotlib.rc_context(_style("precision")):
         figure, axes = _axes(6.2, 3.9)
-        for place, (label, (loose, tight)) in enumerate(curves.items()):
-            color = COLORS[place % len(COLORS)]
-            width = 2.6 if place == 0 else 1.4
+        for number, (label, (loose, tight)) in enumerate(curves.items()):
+            color = COLORS[number % len(COLORS)]
+            width = 2.6 if number == 0 else 1.4
             axes.plot(recall, loose, color=color, linewidth=width, label=label)
             axes.plot(recall, tight, color=color, linewidth=width, linestyle=(0, (4, 2)))
         axes.set_xlim(0, 1)
@@ -126,16 +127,16 @@ def precision_recall(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], recall
         axes.set_xlabel("recall (full line: IoU 0.50, dashed: IoU 0.75)")
         axes.set_ylabel("precision, mean over classes")
         figure.legend(loc="outside lower center", ncols=2)
-        return _svg(figure, "Precision over recall of each stage")
+        return _svg(figure, "Precision over recall of each artifact")
 
 
 def _style(salt: str) -> Any:
-    """Settings of one figure; `salt` keeps the ids of its parts apart from those of the other figures on the page."""
+    """Settings of one figure; `salt` makes the ids of its parts unique on the page."""
     return {**_STYLE, "svg.hashsalt": salt}
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Any]:
-    """A figure of its own: no global state of pyplot, so nothing depends on a display."""
+    """A figure without pyplot, whose global state depends on a display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 

@@ -1,97 +1,84 @@
-"""The stage table and what it means, as rows of text: the same for the terminal and for the page."""
+"""The verdict as a table of text and as one sentence: the same on the terminal and on the page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict
 
 HEAD = ("stage", "backend", "AP", "AP50", "drop", "drop, upper 95 %", "p50 ms", "p99 ms", "MB", "verdict")
-NOTHING = "nothing to lose"
+NOTHING_TO_LOSE = "nothing to lose"
 
 
-def stage_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str | None]]]:
-    """Head and rows of the stage table from a verdict's JSON form; None where nothing was measured."""
+def artifact_rows(verdict: Verdict) -> tuple[tuple[str, ...], list[list[str | None]]]:
+    """Head and rows of the table of artifacts; None where nothing was measured."""
+    nothing_to_lose = failed_reference(verdict) is not None
     rows: list[list[str | None]] = []
-    nothing = nothing_to_lose(result) is not None
-    for stage in result["stages"]:
+    for artifact in verdict.artifacts:
+        drops = [None, None] if artifact.is_reference else [_signed(artifact.drop), _signed(artifact.drop_upper95)]
         rows.append(
             [
-                stage["name"],
-                stage["backend"],
-                _points(stage.get("ap")),
-                _points(stage.get("ap50")),
-                *(
-                    2 * [None]
-                    if is_reference(stage)
-                    else [_points(stage.get(key), signed=True) for key in ("drop", "drop_upper95")]
-                ),
-                _decimal(stage.get("p50_ms")),
-                _decimal(stage.get("p99_ms")),
-                _decimal(stage.get("size_mb")),
-                NOTHING if nothing else verdict_word(stage, result["budget"]),
+                artifact.name,
+                artifact.backend,
+                _decimal(artifact.ap),
+                _decimal(artifact.ap50),
+                *drops,
+                _decimal(artifact.p50_ms),
+                _decimal(artifact.p99_ms),
+                _decimal(artifact.size_mb),
+                NOTHING_TO_LOSE if nothing_to_lose else verdict_word(artifact, verdict.tolerance),
             ]
         )
     return HEAD, rows
 
 
-def is_reference(stage: Mapping[str, Any]) -> bool:
-    """Whether this is PyTorch, or the imported file, which the others are measured against."""
-    return stage["name"] in ("torch", "reference") or stage.get("drop") is None
+def failed_reference(verdict: Verdict) -> ArtifactVerdict | None:
+    """The reference, where its AP is so low that no artifact can lose a significant amount; else None."""
+    return next((artifact for artifact in verdict.artifacts if artifact.is_reference and not artifact.passed), None)
 
 
-def nothing_to_lose(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The reference, where it finds so little that no stage can lose anything that counts; else None."""
-    return next((stage for stage in result["stages"] if is_reference(stage) and not stage["passed"]), None)
-
-
-def verdict_word(stage: Mapping[str, Any], budget: float) -> str:
-    """reference, within, not certified (the point drop is within, its bound is not) or beyond."""
-    if is_reference(stage):
+def verdict_word(artifact: ArtifactVerdict, tolerance: float) -> str:
+    """reference, within, not certified (the drop is within the tolerance, its bound is not) or beyond."""
+    if artifact.is_reference:
         return "reference"
-    if stage["passed"]:
+    if artifact.passed:
         return "within"
-    return "not certified" if stage["drop"] <= budget else "beyond"
+    return "not certified" if artifact.drop <= tolerance else "beyond"
 
 
-def verdict_sentence(result: Mapping[str, Any]) -> str:
-    """One sentence that says what the table amounts to."""
-    budget, certifiable = result["budget"], result.get("certifiable")
-    if (empty := nothing_to_lose(result)) is not None:
+def notes(verdict: Verdict) -> list[str]:
+    """The notes on single artifacts: faults, and backends that do not compute what the graph says."""
+    return [f"{artifact.label}: {artifact.note}" for artifact in verdict.artifacts if artifact.note]
+
+
+def verdict_sentence(verdict: Verdict) -> str:
+    """The table's result in one sentence."""
+    tolerance = verdict.tolerance
+    if (reference := failed_reference(verdict)) is not None:
         return (
-            f"NOT PASSED, NOTHING TO LOSE: the model itself reaches AP {empty.get('ap') or 0:.2f}, and the budget is "
-            f"{budget:g}; no verdict can be given on what others lose of it. Look at the data (edgedetr data check "
-            f"DIR) and train it further, or name a smaller budget by --max-drop."
+            f"NOT PASSED, NOTHING TO LOSE: the model itself reaches AP {reference.ap:.2f}, and the tolerance is "
+            f"{tolerance:g}, so the loss of the other files cannot be judged. Check the data (edgedetr data check "
+            f"DIR) and train longer, or set a smaller tolerance with --max-drop."
         )
-    if result["passed"]:
-        imported = any(s["name"] == "reference" for s in result["stages"])
-        worst = max((_upper(s) for s in result["stages"] if not is_reference(s)), default=0.0)
+    others = [artifact for artifact in verdict.artifacts if not artifact.is_reference]
+    if verdict.passed:
+        imported = any(artifact.name == "reference" for artifact in verdict.artifacts)
+        largest = max((artifact.drop_upper95 for artifact in others), default=0.0)
         return (
-            f"PASSED: no delivered stage loses more than {max(worst, 0):.2f} AP against "
-            f"{'the imported file' if imported else 'PyTorch'} (upper 95 % bound); "
-            f"the budget is {budget:g}."
+            f"PASSED: no file loses more than {max(largest, 0):.2f} AP against "
+            f"{'the imported file' if imported else 'PyTorch'} (upper 95 % bound); the tolerance is {tolerance:g}."
         )
-    failed = [s for s in result["stages"] if not is_reference(s) and not s["passed"]]
-    if any(s["drop"] > budget for s in failed):
-        worst_stage = max(failed, key=lambda s: s["drop"])
-        return (
-            f"NOT PASSED: {worst_stage['name']} on {worst_stage['backend']} loses {worst_stage['drop']:.2f} AP; "
-            f"the budget is {budget:g}."
-        )
-    return f"NOT PASSED: the drops are within the budget of {budget:g}, but this set is too small to certify it" + (
-        f"; the smallest budget it can certify is {certifiable:.2f}." if certifiable is not None else "."
+    failed = [artifact for artifact in others if not artifact.passed]
+    if any(artifact.drop > tolerance for artifact in failed):
+        worst = max(failed, key=lambda artifact: artifact.drop)
+        return f"NOT PASSED: {worst.name} on {worst.backend} loses {worst.drop:.2f} AP; the tolerance is {tolerance:g}."
+    return (
+        f"NOT PASSED: the drops are within the tolerance of {tolerance:g}, but this set is too small to certify it; "
+        f"the smallest tolerance it can certify is {verdict.certifiable:.2f}."
     )
 
 
-def _upper(stage: Mapping[str, Any]) -> float:
-    return float(stage["drop"] if stage.get("drop_upper95") is None else stage["drop_upper95"])
-
-
-def _points(value: float | None, *, signed: bool = False) -> str | None:
-    if value is None:
-        return None
-    value = round(value, 2) + 0.0  # no "-0.00"
-    return f"{value:+.2f}" if signed else f"{value:.2f}"
+def _signed(points: float) -> str:
+    return f"{round(points, 2) + 0.0:+.2f}"  # + 0.0: no "-0.00"
 
 
 def _decimal(value: float | None) -> str | None:
-    return None if value is None else f"{value:.2f}"
+    return None if value is None else f"{round(value, 2) + 0.0:.2f}"

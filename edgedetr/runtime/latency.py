@@ -6,11 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from edgedetr.errors import UsageError
 from edgedetr.progress import Progress
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +84,10 @@ def warn_if_unsteady(seconds: Mapping[str, Sequence[float]]) -> bool:
     return True
 
 
-def rotated(names: Sequence[str], number: int) -> list[str]:
-    """The names, starting `number` places further on: nobody always runs after the same neighbor's leftovers first."""
-    start = number % max(1, len(names))
-    return [*names[start:], *names[:start]]
+def rotated(items: Sequence[T], number: int) -> list[T]:
+    """The items, starting `number` positions later, so that none always runs after the same neighbor."""
+    start = number % max(1, len(items))
+    return [*items[start:], *items[:start]]
 
 
 def timed(run: Callable[[], object]) -> float:

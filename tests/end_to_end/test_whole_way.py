@@ -168,7 +168,7 @@ def test_the_demonstration_runs_and_goes_on_where_it_was(tmp_path):
     weights = (tmp_path / "demo.bundle" / "weights.safetensors").read_bytes()
     again = demo.run(tmp_path / "demo.bundle", recipe=recipe, scenes=scenes)
     assert (tmp_path / "demo.bundle" / "weights.safetensors").read_bytes() == weights
-    assert [s["ap"] for s in again.verdict["stages"]] == [s["ap"] for s in first.verdict["stages"]]
+    assert [a.ap for a in again.verdict.artifacts] == [a.ap for a in first.verdict.artifacts]
 
 
 def test_the_demonstration_touches_no_folder_of_somebody_else(tmp_path, monkeypatch, capsys):

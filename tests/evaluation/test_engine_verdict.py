@@ -18,8 +18,10 @@ from edgedetr.data import images, layouts
 from edgedetr.errors import EngineError
 from edgedetr.evaluation import engine_verdict
 from edgedetr.evaluation.artifacts_run import ArtifactRun
+from edgedetr.evaluation.bench import bench
 from edgedetr.evaluation.reference import Reference
-from edgedetr.evaluation.verify import bench, verify
+from edgedetr.evaluation.verdict import DeviceVerdict
+from edgedetr.evaluation.verify import verify
 from edgedetr.runtime import load
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.tensorrt import select
@@ -105,19 +107,19 @@ def test_sound_engines_pass_and_everything_is_written_down(fake, bundle, tiny_gr
     }
     speeds.update({"fp16-1": 3.0, "int8-1": 2.0})
     result = verify(bundle.path)
-    assert result.passed and isinstance(result, engine_verdict.DeviceVerdict)
-    assert [(s.name, s.backend, s.passed) for s in result.stages] == [
+    assert result.passed and isinstance(result, DeviceVerdict)
+    assert [(s.name, s.backend, s.passed) for s in result.artifacts] == [
         ("torch", "pytorch", True),
         ("int8", "tensorrt", True),
         ("fp16", "tensorrt", True),
     ]
-    int8 = result.stages[1]
+    int8 = result.artifacts[1]
     assert int8.ap == pytest.approx(100) and int8.drop == pytest.approx(0) and int8.note == ""
-    assert int8.parity.matched == 1.0 and int8.oracle is None
-    assert (int8.engine, int8.share, int8.reformats, int8.rows) == ("int8-1.plan", 0.8, 2, None)
+    assert int8.agreement.matched == 1.0 and int8.reference_run is None
+    assert (int8.engine, int8.precision_fraction, int8.reformats, int8.rows_matched) == ("int8-1.plan", 0.8, 2, None)
     assert int8.size_mb == plans["int8"].stat().st_size / 1e6
     assert (int8.p50_ms, result.recommended) == (pytest.approx(2.0), "int8-1.plan")
-    assert (result.device, result.tensorrt, result.conditions) == ("Orin (sm_87)", "10.3.0", "")
+    assert (result.device, result.tensorrt, result.environment) == ("Orin (sm_87)", "10.3.0", "")
     kept = bundle.path / "results" / "verify-orin-sm-87-trt10.3.0.json"
     assert json.loads(kept.read_text()) == json.loads(json.dumps(result.to_json()))
     assert not (bundle.path / "results" / "verify.json").exists()  # what the host found stays the host's
@@ -130,7 +132,7 @@ def test_int8_that_is_not_faster_is_reported_and_fp16_is_recommended_and_loaded(
     speeds.update({"fp16-1": 2.0, "int8-1": 2.5})
     result = verify(bundle.path)
     assert result.passed
-    note = next(s.note for s in result.stages if s.name == "int8")
+    note = next(s.note for s in result.artifacts if s.name == "int8")
     assert note == "not faster than FP16 on this device (2.50 against 2.00 ms); FP16 is recommended"
     assert result.recommended == "fp16-1.plan"
     assert load(bundle.path).stage == "fp16"
@@ -138,7 +140,7 @@ def test_int8_that_is_not_faster_is_reported_and_fp16_is_recommended_and_loaded(
 
 def test_int8_alone_says_what_to_build_for_comparing(fake, bundle, tiny_graph):
     build(bundle, tiny_graph, "int8")
-    assert "no FP16 engine of this batch to compare with; run: edgedetr build" in verify(bundle.path).stages[1].note
+    assert "no FP16 engine of this batch to compare with; run: edgedetr build" in verify(bundle.path).artifacts[1].note
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_int8_alone_says_what_to_build_for_comparing(fake, bundle, tiny_graph):
         ("int8", {"fp16": 5, "int8": 5}, True, ""),
         ("fp16", {"fp32": 8, "fp16": 2}, False, "FP16 in name only: 20 % .* the others in fp32 .8."),
         ("fp16", {"fp32": 1, "fp16": 9}, True, ""),
-        ("fp16", {}, True, "its precision cannot be told"),
+        ("fp16", {}, True, "the precision of the engine is unknown"),
     ],
 )
 def test_an_engine_that_does_not_run_in_its_precision_fails(
@@ -166,8 +168,8 @@ def test_an_engine_that_loses_objects_fails_and_is_not_loaded_by_itself_where_an
     build(bundle, tiny_graph, "int8", likes=BAD)
     build(bundle, tiny_graph, "fp16")
     result = verify(bundle.path)
-    assert [s.passed for s in result.stages] == [True, False, True]
-    assert result.stages[1].drop > 1
+    assert [s.passed for s in result.artifacts] == [True, False, True]
+    assert result.artifacts[1].drop > 1
     assert result.recommended == "fp16-1.plan" and load(bundle.path).stage == "fp16"
 
 
@@ -176,14 +178,14 @@ def test_an_engine_that_loses_objects_fails_and_is_not_loaded_by_itself_where_an
 def test_equal_images_in_a_full_batch_must_give_equal_objects(fake, bundle, tiny_graph, batch, shift):
     build(bundle, tiny_graph, "int8", batch=batch)
     fake.shift = shift  # row n is off by n times this, so row 0, which is scored, is right
-    stage = verify(bundle.path).stages[1]
+    stage = verify(bundle.path).artifacts[1]
     assert stage.ap == pytest.approx(100)
     assert stage.name == f"int8 batch {'1.2.4' if isinstance(batch, tuple) else 4}"
     if shift:
-        assert not stage.passed and stage.rows == 0
+        assert not stage.passed and stage.rows_matched == 0
         assert "equal images in a batch of 4 give different objects: 0 % in common" in stage.note
     else:
-        assert stage.passed and stage.rows == 1.0
+        assert stage.passed and stage.rows_matched == 1.0
 
 
 def test_an_engine_that_cannot_run_a_full_batch_has_a_fault(fake, bundle, tiny_graph, monkeypatch):
@@ -196,7 +198,7 @@ def test_an_engine_that_cannot_run_a_full_batch_has_a_fault(fake, bundle, tiny_g
         return original(self, batch)
 
     monkeypatch.setattr(TrtRunner, "run", run)
-    stage = verify(bundle.path).stages[1]
+    stage = verify(bundle.path).artifacts[1]
     assert not stage.passed and "batch of 4: no memory for so many" in stage.note
 
 
@@ -205,14 +207,14 @@ def test_nan_and_a_damaged_plan_are_the_engines_faults_and_the_others_are_judged
     damaged.write_bytes(damaged.read_bytes()[:-5])
     build(bundle, tiny_graph, "fp16")
     result = verify(bundle.path)
-    assert [s.passed for s in result.stages] == [True, False, True]
-    assert "damaged or replaced" in result.stages[1].note
+    assert [s.passed for s in result.artifacts] == [True, False, True]
+    assert "damaged or replaced" in result.artifacts[1].note
     monkeypatch.setattr(
         TrtRunner,
         "run",
         lambda self, batch: RawOutputs(np.full((1, 3, 2), np.nan, np.float32), np.zeros((1, 3, 4), np.float32)),
     )
-    notes = {s.name: s.note for s in verify(bundle.path).stages}
+    notes = {s.name: s.note for s in verify(bundle.path).artifacts}
     assert "NaN or infinity" in notes["fp16"] and "damaged or replaced" in notes["int8"]
 
 
@@ -222,8 +224,8 @@ def test_other_backends_can_be_asked_for_and_then_no_engine_is_touched(fake, bun
     told = json.loads(capsys.readouterr().out)
     assert {s["backend"] for s in told["stages"]} == {"pytorch", "onnxruntime"}
     assert fake.contexts == 0
-    both = verify(bundle.path, backends=["onnxruntime", "tensorrt"], stages=["onnx", "fp16"])
-    assert {s.backend for s in both.stages} == {"pytorch", "onnxruntime", "tensorrt"}
+    both = verify(bundle.path, backends=["onnxruntime", "tensorrt"], artifacts=["onnx", "fp16"])
+    assert {s.backend for s in both.artifacts} == {"pytorch", "onnxruntime", "tensorrt"}
     assert not (bundle.path / "engines" / select.MEASURED).exists()  # only a whole verdict is recorded
 
 
@@ -231,7 +233,7 @@ def test_engines_that_do_not_fit_are_named_and_asking_for_them_is_an_error(fake,
     build(bundle, tiny_graph, "fp16", tensorrt="10.16.1")
     with pytest.raises(EngineError, match="no engine that fits here; fp16-1.plan not used: built for TensorRT 10.16.1"):
         verify(bundle.path, backends=["tensorrt"])
-    assert not isinstance(verify(bundle.path, stages=["onnx"], threads=1), engine_verdict.DeviceVerdict)
+    assert not isinstance(verify(bundle.path, artifacts=["onnx"], threads=1), DeviceVerdict)
     assert "fp16-1.plan not used" in caplog.text
 
 

@@ -13,15 +13,14 @@ import pytest
 from PIL import Image
 
 from edgedetr import cli
-from edgedetr.artifacts import GRAPHS
 from edgedetr.bundle import Bundle
 from edgedetr.data import images, layouts
 from edgedetr.errors import BundleError, DataError, MissingDependency, RecipeError, UsageError
-from edgedetr.evaluation import artifacts_run, verdict
+from edgedetr.evaluation import artifacts_run, judge
 from edgedetr.evaluation.coco_metrics import evaluate
 from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.reference import Reference, load_detections
-from edgedetr.evaluation.verify import bench, evaluate_artifact, verify
+from edgedetr.evaluation.verify import evaluate_artifact, verify
 from edgedetr.runtime import load
 from edgedetr.runtime.backends import base, openvino
 from edgedetr.runtime.backends.base import RawOutputs
@@ -85,7 +84,7 @@ def test_the_command_exits_with_0_where_all_pass_and_with_3_where_one_does_not(g
     words = ["verify", str(good.path), "--threads", "1", "--backend", "onnxruntime", "--json"]
     assert cli.run(words) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["passed"] and "\nPASSED: no delivered stage loses more" in captured.err
+    assert json.loads(captured.out)["passed"] and "\nPASSED: no file loses more" in captured.err
     with good.add("model.int8-cpu.onnx", stage="export") as path:  # boxes where no object is
         tiny_graph.write(path, np.ones((3, 6)), np.zeros((3, 2)), boxes=np.full((3, 4), [0.9, 0.1, 0.1, 0.1]))
     assert cli.run(words) == 3
@@ -96,7 +95,7 @@ def test_the_command_exits_with_0_where_all_pass_and_with_3_where_one_does_not(g
 
 def test_a_cpu_that_saturates_int8_judges_no_file_by_openvino_unless_asked(good, monkeypatch, caplog):
     monkeypatch.setattr(artifacts_run, "int8_saturates", lambda: True)
-    usual = [(s.name, s.backend) for s in verify(good, threads=1).stages]
+    usual = [(s.name, s.backend) for s in verify(good, threads=1).artifacts]
     assert usual == [
         ("torch", "pytorch"),
         ("onnx", "onnxruntime"),
@@ -104,15 +103,15 @@ def test_a_cpu_that_saturates_int8_judges_no_file_by_openvino_unless_asked(good,
         ("int8-cpu", "onnxruntime"),
     ]
     assert "saturate" in caplog.text and "--backend openvino" in caplog.text
-    asked = [(s.name, s.backend) for s in verify(good, threads=1, backends=["openvino"]).stages]
+    asked = [(s.name, s.backend) for s in verify(good, threads=1, backends=["openvino"]).artifacts]
     assert asked == [("torch", "pytorch"), ("int8", "openvino")]
 
 
 def test_a_stage_that_loses_points_is_the_one_that_fails(bad):
     result = verify(bad, threads=1)
     assert not result.passed
-    assert [s.passed for s in result.stages] == [True, True, True, True, False]
-    lost = result.stages[-1]
+    assert [s.passed for s in result.artifacts] == [True, True, True, True, False]
+    lost = result.artifacts[-1]
     detector = load(bad, stage="int8-cpu", backend="onnxruntime")
     dataset = layouts.load(bad.manifest.data.path, "test")
     alone = evaluate(dataset, {s.image_id: detector([images.decode(s.path)])[0] for s in dataset.samples})
@@ -128,7 +127,7 @@ def test_a_stage_that_loses_points_is_the_one_that_fails(bad):
 def test_detections_of_every_stage_are_kept_for_the_report(bad):
     result = verify(bad, threads=1)
     truth = Reference.load(bad.require("reference.npz")).truth
-    for stage in result.stages[1:]:
+    for stage in result.artifacts[1:]:
         found = load_detections(bad.require(f"results/detections-{stage.name}-{stage.backend}.npz"), truth.classes)
         assert evaluate(truth, found).ap == pytest.approx(stage.ap)
 
@@ -137,14 +136,14 @@ def test_a_budget_of_the_certifiable_size_passes_and_a_smaller_one_does_not(bad)
     needed = verify(bad, threads=1).certifiable
     assert verify(bad, threads=1, max_drop=needed).passed
     assert not verify(bad, threads=1, max_drop=needed - 0.01).passed
-    assert verify(bad, threads=1, max_drop=needed).budget == needed
+    assert verify(bad, threads=1, max_drop=needed).tolerance == needed
 
 
 def test_a_reference_with_nothing_to_lose_does_not_pass_though_no_stage_loses_anything(good):
-    result = verify(good, threads=1, max_drop=100, stages=["onnx"])
-    assert [s.drop for s in result.stages] == [0, 0]
-    assert not result.passed and not any(s.passed for s in result.stages)
-    assert "AP 100.00, no more than the budget of 100" in result.stages[0].note
+    result = verify(good, threads=1, max_drop=100, artifacts=["onnx"])
+    assert [s.drop for s in result.artifacts] == [0, 0]
+    assert not result.passed and not any(s.passed for s in result.artifacts)
+    assert "AP 100.00, no more than the tolerance of 100" in result.artifacts[0].note
 
 
 @pytest.mark.parametrize("budget", [0.0, 1.0])
@@ -154,8 +153,8 @@ def test_a_model_that_finds_nothing_does_not_pass_whatever_the_budget(good, colo
             tiny_graph.write(path, np.ones((3, 6)), np.zeros((3, 2)), boxes=np.full((3, 4), [0.9, 0.1, 0.1, 0.1]))
     bundle = with_reference(good, colors)
     result = verify(bundle, threads=1, max_drop=budget)
-    assert [s.drop for s in result.stages] == [0] * len(result.stages)
-    assert not result.passed and not any(s.passed for s in result.stages)
+    assert [s.drop for s in result.artifacts] == [0] * len(result.artifacts)
+    assert not result.passed and not any(s.passed for s in result.artifacts)
     assert cli.run(["verify", str(bundle.path), "--max-drop", str(budget), "--threads", "1"]) == 3
     told = capsys.readouterr().err
     assert "NOT PASSED, NOTHING TO LOSE: the model itself reaches AP 0" in told
@@ -176,16 +175,16 @@ def test_the_verdict_is_stale_once_a_stage_is_made_again(good, tiny_graph):
 
 
 def test_only_what_is_asked_for_runs_and_a_partial_verdict_is_not_recorded(good):
-    result = verify(good, stages=["int8"], backends=["onnxruntime"], threads=1)
-    assert [(s.name, s.backend) for s in result.stages] == [("torch", "pytorch"), ("int8", "onnxruntime")]
+    result = verify(good, artifacts=["int8"], backends=["onnxruntime"], threads=1)
+    assert [(s.name, s.backend) for s in result.artifacts] == [("torch", "pytorch"), ("int8", "onnxruntime")]
     assert not (good.path / "results").exists()
 
 
 def test_stages_not_yet_exported_are_left_out_unless_named(make_bundle, colors):
     bundle = with_reference(make_bundle(onnx=GOOD), colors)
-    assert [s.name for s in verify(bundle, threads=1).stages] == ["torch", "onnx"]
+    assert [s.name for s in verify(bundle, threads=1).artifacts] == ["torch", "onnx"]
     with pytest.raises(BundleError, match=r"model.int8.onnx has not been made yet; run: edgedetr export .* --int8"):
-        verify(bundle, stages=["int8"])
+        verify(bundle, artifacts=["int8"])
 
 
 class LossyOpenVino(OpenVinoRunner):
@@ -200,21 +199,21 @@ class LossyOpenVino(OpenVinoRunner):
 def test_a_backend_that_departs_from_the_oracle_is_named_with_how_much(good, monkeypatch):
     monkeypatch.setattr(openvino, "BACKEND", replace(openvino.BACKEND, open=LossyOpenVino))
     result = verify(good, threads=1)
-    by_backend = {(s.name, s.backend): s for s in result.stages}
+    by_backend = {(s.name, s.backend): s for s in result.artifacts}
     broken = by_backend["int8", "openvino"]
     assert not broken.passed
     assert not result.passed
-    assert broken.oracle_drop > 50
-    assert broken.oracle.matched < 0.5
-    assert "openvino departs from the arithmetic of model.int8.onnx" in broken.note
+    assert broken.reference_run_drop > 50
+    assert broken.reference_run.matched < 0.5
+    assert "openvino does not compute what model.int8.onnx contains" in broken.note
     assert "on 24 images" in broken.note
     assert all(s.passed and s.note == "" for key, s in by_backend.items() if key != ("int8", "openvino"))
 
 
 def test_the_node_where_it_departs_is_in_the_note(good, monkeypatch):
     monkeypatch.setattr(openvino, "BACKEND", replace(openvino.BACKEND, open=LossyOpenVino))
-    monkeypatch.setattr(verdict, "find_first_divergence", lambda *a, **k: "Conv 'fpn': 1.0 dB")
-    assert verify(good, threads=1).stages[3].note.endswith("first at Conv 'fpn': 1.0 dB")
+    monkeypatch.setattr(judge, "find_first_divergence", lambda *a, **k: "Conv 'fpn': 1.0 dB")
+    assert verify(good, threads=1).artifacts[3].note.endswith("first divergence at Conv 'fpn': 1.0 dB")
 
 
 class NanRunner(OpenVinoRunner):
@@ -230,10 +229,10 @@ def test_a_backend_that_gives_nothing_fails_alone_and_says_why(good, monkeypatch
 
     monkeypatch.setattr(openvino, "BACKEND", replace(openvino.BACKEND, open=runner or refuse))
     result = verify(good, threads=1)
-    broken = result.stages[3]
+    broken = result.artifacts[3]
     assert (broken.passed, broken.ap, broken.p50_ms) == (False, 0.0, None)
     assert words in broken.note
-    assert [s.passed for s in result.stages] == [True, True, True, False, True]
+    assert [s.passed for s in result.artifacts] == [True, True, True, False, True]
     assert "edgedetr verify" not in broken.note  # that is what runs here
     json.dumps(result.to_json(), allow_nan=False)
 
@@ -242,7 +241,7 @@ def test_a_graph_that_is_nan_itself_fails_with_advice_that_helps(good, tiny_grap
     with good.add("model.int8.onnx", stage="export") as path:
         tiny_graph.write(path, np.full((3, 6), np.nan), np.full((3, 2), -3.0))
     result = verify(good, threads=1)
-    for stage in result.stages:
+    for stage in result.artifacts:
         assert stage.passed == (stage.name != "int8")
         if stage.name == "int8":
             assert "gives NaN or infinity" in stage.note and "run: edgedetr export" in stage.note
@@ -250,7 +249,7 @@ def test_a_graph_that_is_nan_itself_fails_with_advice_that_helps(good, tiny_grap
 
 def test_a_missing_backend_is_left_out_unless_named(good, monkeypatch):
     monkeypatch.setattr(base, "find_spec", lambda name: None if name == "openvino" else object())
-    assert "openvino" not in {s.backend for s in verify(good, threads=1).stages}
+    assert "openvino" not in {s.backend for s in verify(good, threads=1).artifacts}
     with pytest.raises(MissingDependency, match="run: pip install openvino"):
         verify(good, backends=["openvino"])
 
@@ -264,7 +263,7 @@ def test_other_bytes_are_refused_even_where_the_image_looks_the_same(good, color
 
 def test_a_copy_of_the_set_elsewhere_is_fine_and_a_smaller_one_is_not(good, colors, tmp_path):
     copy = shutil.copytree(colors, tmp_path / "copy")
-    assert verify(good, data=copy, threads=1, stages=["onnx"]).passed
+    assert verify(good, data=copy, threads=1, artifacts=["onnx"]).passed
     record = json.loads((copy / "annotations" / "test.json").read_text())
     record["images"] = record["images"][1:]
     record["annotations"] = record["annotations"][1:]
@@ -283,7 +282,7 @@ def test_changed_annotations_are_refused(good, colors):
 
 
 def test_the_same_classes_under_other_ids_and_in_another_order_are_matched_by_name(good, colors, tmp_path):
-    before = evaluate_artifact(good, stage="onnx")
+    before = evaluate_artifact(good, artifact="onnx")
     other = shutil.copytree(colors, tmp_path / "other")
     path = other / "annotations" / "test.json"
     record = json.loads(path.read_text())
@@ -291,9 +290,9 @@ def test_the_same_classes_under_other_ids_and_in_another_order_are_matched_by_na
         row["category_id"] = {1: 90, 2: 7}[row["category_id"]]  # red 1 -> 90, blue 2 -> 7: blue comes first
     record["categories"] = [{"id": 90, "name": "red"}, {"id": 7, "name": "blue"}]
     path.write_text(json.dumps(record))
-    assert evaluate_artifact(good, stage="onnx", data=other).to_json() == before.to_json()
+    assert evaluate_artifact(good, artifact="onnx", data=other).to_json() == before.to_json()
     assert before.per_class == {"red": pytest.approx(100), "blue": pytest.approx(100)}
-    assert verify(good, data=other, stages=["onnx"], backends=["onnxruntime"]).passed
+    assert verify(good, data=other, artifacts=["onnx"], backends=["onnxruntime"]).passed
 
 
 def test_other_classes_are_refused(good, colors):
@@ -310,18 +309,18 @@ def test_live_makes_the_reference_anew(bad):
         seen.append(len(dataset))
         return Reference.load(bundle.require("reference.npz"))
 
-    verify(bad, live=live, threads=1, stages=["onnx"])
+    verify(bad, live=live, threads=1, artifacts=["onnx"])
     assert seen == [24]
 
 
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"stages": ["int4"]}, UsageError, "did you mean 'int8'"),
+        ({"artifacts": ["int4"]}, UsageError, "did you mean 'int8'"),
         ({"backends": ["tensorflow"]}, UsageError, "'tensorflow'; expected one of onnxruntime, openvino"),
         ({"max_drop": math.nan}, RecipeError, "verify.budget is nan"),
         ({"max_drop": -1}, RecipeError, "verify.budget is -1"),
-        ({"stages": ["int8-cpu"], "backends": ["openvino"]}, BundleError, "nothing to run"),
+        ({"artifacts": ["int8-cpu"], "backends": ["openvino"]}, BundleError, "nothing to run"),
         ({"data": "/nowhere"}, DataError, "nowhere"),
     ],
 )
@@ -360,21 +359,8 @@ def test_results_behind_a_link_are_refused_before_anything_is_measured(good, tmp
 
 def test_one_stage_alone_is_measured_like_in_the_verdict(bad):
     result = verify(bad, threads=1)
-    for stage in result.stages:
+    for stage in result.artifacts:
         backend = None if stage.name == "torch" else stage.backend
-        assert evaluate_artifact(bad, stage=stage.name, backend=backend).ap == pytest.approx(stage.ap)
+        assert evaluate_artifact(bad, artifact=stage.name, backend=backend).ap == pytest.approx(stage.ap)
     with pytest.raises(DataError, match="no split 'val'"):
-        evaluate_artifact(bad, stage="torch", split="val")
-
-
-def test_bench_times_every_stage_in_turns(good):
-    timings = bench(good, rounds=3, threads=1)
-    assert {(t.name, t.backend) for t in timings} == {
-        ("onnx", "onnxruntime"),
-        ("onnx", "openvino"),
-        ("int8", "openvino"),
-        ("int8-cpu", "onnxruntime"),
-    }
-    for timing in timings:
-        assert 0 < timing.p50_ms <= timing.p99_ms
-        assert timing.size_mb == pytest.approx((good.path / GRAPHS[timing.name].file).stat().st_size / 1e6)
+        evaluate_artifact(bad, artifact="torch", split="val")

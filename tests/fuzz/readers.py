@@ -89,11 +89,11 @@ def _detections(folder: Path) -> None:
 
 
 def _verdict(folder: Path) -> None:
-    from edgedetr.reporting.evidence import read_verdict
-    from edgedetr.reporting.tables import stage_rows, verdict_sentence
+    from edgedetr.evaluation.verdict import read_verdict
+    from edgedetr.reporting.tables import artifact_rows, verdict_sentence
 
     found = read_verdict(folder / "verify.json", folder)
-    stage_rows(found)
+    artifact_rows(found)
     verdict_sentence(found)
 
 

@@ -16,10 +16,11 @@ from PIL import Image
 
 from edgedetr.errors import BundleError
 from edgedetr.evaluation.coco_metrics import evaluate
-from edgedetr.reporting.differences import difference, most_different
-from edgedetr.reporting.evidence import precision_recall, read
-from edgedetr.reporting.report import _jpeg, write_report
-from edgedetr.reporting.tables import stage_rows, verdict_sentence
+from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict
+from edgedetr.reporting.differences import difference, jpeg_data_url, most_different
+from edgedetr.reporting.evidence import precision_recall, read_evidence
+from edgedetr.reporting.report import write_report
+from edgedetr.reporting.tables import artifact_rows, verdict_sentence
 from edgedetr.runtime.postprocess import named
 
 
@@ -43,7 +44,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(verified) -> Page:
-    return Page(write_report(verified.bundle).read_text(encoding="utf-8"))
+    return Page(write_report(verified.bundle).path.read_text(encoding="utf-8"))
 
 
 def test_page_asks_nothing_of_the_net(page):
@@ -62,7 +63,7 @@ def test_hostile_class_names_stay_text(page):
 
 
 def test_every_stage_and_its_verdict_is_in_the_table(page, verified):
-    for row in stage_rows(read(verified.bundle).verdict)[1]:
+    for row in artifact_rows(read_evidence(verified.bundle).verdict)[1]:
         for cell in row:
             assert cell is None or cell in page.text
     assert "beyond" in page.text
@@ -73,7 +74,7 @@ def test_every_stage_and_its_verdict_is_in_the_table(page, verified):
 def test_all_four_figures_are_drawn(page):
     labels = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
     for start in (
-        "AP points lost by each stage",
+        "AP points lost by each artifact",
         "Latency against AP",
         "Precision over recall",
         "AP points lost by each class",
@@ -91,7 +92,7 @@ def test_boxes_that_one_side_alone_has_are_drawn_as_such(page, verified):
 
 
 def test_images_that_are_gone_are_named_and_the_page_is_still_written(verified, tmp_path):
-    text = Page(write_report(verified.bundle, data=tmp_path).read_text(encoding="utf-8")).text
+    text = Page(write_report(verified.bundle, data=tmp_path).path.read_text(encoding="utf-8")).text
     assert f"images/003.png is not in {tmp_path}" in text
     write_report(verified.bundle)
 
@@ -99,7 +100,7 @@ def test_images_that_are_gone_are_named_and_the_page_is_still_written(verified, 
 def test_an_image_that_changed_since_verifying_is_not_shown(verified, tmp_path):
     shutil.copytree(verified.pictures, tmp_path / "copy")
     Image.new("RGB", (160, 120)).save(tmp_path / "copy" / "images" / "003.png")
-    text = Page(write_report(verified.bundle, data=tmp_path / "copy").read_text(encoding="utf-8")).text
+    text = Page(write_report(verified.bundle, data=tmp_path / "copy").path.read_text(encoding="utf-8")).text
     assert "images/003.png" in text
     assert "is not the image that was verified" in text
     write_report(verified.bundle)
@@ -124,14 +125,14 @@ def test_an_image_outside_of_the_data_is_never_embedded(verified, tmp_path, name
     (data / "linked").symlink_to(outside)
     # The digest fits: a stranger who knows the file's bytes still learns nothing from where it lies.
     sha256 = hashlib.sha256((outside / "secret.png").read_bytes()).hexdigest()
-    embedded, trouble = _jpeg(data, name.format(outside=outside), sha256, 120, 160)
+    embedded, trouble = jpeg_data_url(data, name.format(outside=outside), sha256, 120, 160)
     assert embedded == "" and words in trouble.lower()
 
 
 def test_an_image_is_embedded_only_with_its_digest(verified):
-    assert _jpeg(verified.pictures, "images/001.png", "", 120, 160)[0] == ""
+    assert jpeg_data_url(verified.pictures, "images/001.png", "", 120, 160)[0] == ""
     sha256 = hashlib.sha256((verified.pictures / "images" / "001.png").read_bytes()).hexdigest()
-    assert _jpeg(verified.pictures, "images/001.png", sha256, 120, 160)[0].startswith("data:image/jpeg")
+    assert jpeg_data_url(verified.pictures, "images/001.png", sha256, 120, 160)[0].startswith("data:image/jpeg")
 
 
 def test_a_linked_report_folder_is_not_written_through(tmp_path, verified):
@@ -153,7 +154,7 @@ def test_without_a_verdict_the_error_names_the_command(tmp_path, verified):
         write_report(bundle)
 
 
-STAGE = '{"name": "onnx", "backend": "onnxruntime", "passed": true, "drop": 0, "ap": 1'
+STAGE = '{"name": "onnx", "backend": "onnxruntime", "passed": true, "drop": 0, "drop_upper95": 0, "ap": 1'
 
 
 @pytest.mark.parametrize(
@@ -166,12 +167,12 @@ STAGE = '{"name": "onnx", "backend": "onnxruntime", "passed": true, "drop": 0, "
         '{"stages": [{}], "budget": 1, "passed": true}',
         "[" * 100_000,
         '{"stages": [], "budget": 1, "passed": true}',
-        '{"stages": [' + STAGE + '}], "budget": "1", "passed": true}',
-        '{"stages": [' + STAGE + '}], "budget": NaN, "passed": true}',
-        '{"stages": [' + STAGE + ', "note": 3}], "budget": 1, "passed": true}',
-        '{"stages": [' + STAGE + ', "p50_ms": "x"}], "budget": 1, "passed": true}',
+        '{"stages": [' + STAGE + ', "ap50": 1}], "budget": "1", "passed": true}',
+        '{"stages": [' + STAGE + ', "ap50": 1}], "budget": NaN, "passed": true}',
+        '{"stages": [' + STAGE + ', "ap50": 1, "note": 3}], "budget": 1, "passed": true}',
+        '{"stages": [' + STAGE + ', "ap50": 1, "p50_ms": "x"}], "budget": 1, "passed": true}',
         '{"stages": [' + STAGE + ', "ap50": 1e999}], "budget": 1, "passed": true}',
-        '{"stages": [' + STAGE + '}], "budget": 1, "passed": 1}',
+        '{"stages": [' + STAGE + ', "ap50": 1}], "budget": 1, "passed": 1}',
         '{"budget": ' + "9" * 5000 + "}",
     ],
 )
@@ -181,19 +182,19 @@ def test_a_damaged_verdict_is_refused(tmp_path, verified, text):
     with bundle.add("results/verify.json", stage="verify") as path:
         path.write_text(text)
     with pytest.raises(BundleError, match=r"not a verdict .* run: edgedetr verify"):
-        read(bundle)
+        read_evidence(bundle)
 
 
 @pytest.mark.parametrize("threshold, name", [(0, "ap50"), (5, "ap75")])
 def test_area_under_the_drawn_curve_is_the_average_precision_of_pycocotools(verified, threshold, name):
-    for stage in read(verified.bundle).stages:
+    for stage in read_evidence(verified.bundle).artifacts:
         curve = precision_recall(stage.metrics, threshold)
         # float64 means of 101 values in another order
         assert 100 * curve.mean() == pytest.approx(getattr(stage.metrics, name), abs=1e-9)
 
 
 def test_the_most_different_images_lost_the_most_boxes(verified):
-    evidence = read(verified.bundle)
+    evidence = read_evidence(verified.bundle)
     shown = most_different(evidence.reference.detections, evidence.worst.detections, 3)
     assert [verified.lost[d.image_id] for d in shown[:2]] == [3, 3]
     assert [len(d.only_reference) for d in shown] == [verified.lost[d.image_id] for d in shown]
@@ -225,38 +226,30 @@ def test_difference_by_hand(verified):
     assert found.score == pytest.approx(0.2 + 0.4 + 0.5, abs=1e-6)  # float32 confidences
 
 
-def _verdict(drop: float, upper: float, passed: bool) -> dict:
-    stage = {
-        "name": "int8",
-        "backend": "openvino",
-        "passed": passed,
-        "ap": 50.0,
-        "ap50": 70.0,
-        "drop": drop,
-        "drop_upper95": upper,
-    }
-    return {"passed": passed, "budget": 1.0, "certifiable": 2.2, "stages": [stage]}
+def _verdict(drop: float, upper: float, passed: bool) -> Verdict:
+    artifact = ArtifactVerdict("int8", "openvino", passed, 50.0, 70.0, drop, upper)
+    return Verdict(passed, 1.0, 2.2, (artifact,))
 
 
 @pytest.mark.parametrize(
     "verdict, word, sentence",
     [
-        (_verdict(0.2, 0.8, True), "within", "no delivered stage loses more than 0.80 AP"),
-        (_verdict(0.2, 2.1, False), "not certified", "smallest budget it can certify is 2.20"),
+        (_verdict(0.2, 0.8, True), "within", "no file loses more than 0.80 AP"),
+        (_verdict(0.2, 2.1, False), "not certified", "smallest tolerance it can certify is 2.20"),
         (_verdict(1.7, 2.1, False), "beyond", "int8 on openvino loses 1.70 AP"),
     ],
 )
 def test_verdict_in_words(verdict, word, sentence):
-    assert stage_rows(verdict)[1][0][-1] == word
+    assert artifact_rows(verdict)[1][0][-1] == word
     assert sentence in verdict_sentence(verdict)
 
 
 def test_a_drop_of_nearly_nothing_has_no_minus():
-    assert stage_rows(_verdict(-0.001, 0.004, True))[1][0][4:6] == ["+0.00", "+0.00"]
+    assert artifact_rows(_verdict(-0.001, 0.004, True))[1][0][4:6] == ["+0.00", "+0.00"]
 
 
 def test_same_bundle_gives_the_same_bytes(verified):
-    assert write_report(verified.bundle).read_bytes() == write_report(verified.bundle).read_bytes()
+    assert write_report(verified.bundle).path.read_bytes() == write_report(verified.bundle).path.read_bytes()
 
 
 def browser() -> str | None:
@@ -271,7 +264,7 @@ def test_a_browser_draws_the_page(verified, tmp_path, theme):
     program = browser()
     if program is None:
         pytest.skip("needs chromium or google-chrome to draw the page; on Debian: apt-get install chromium")
-    page = write_report(verified.bundle)
+    page = write_report(verified.bundle).path
     shot = tmp_path / f"{theme}.png"
     dark = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if theme == "dark" else []
     subprocess.run(
@@ -313,13 +306,13 @@ def _keep_screenshots() -> Path | None:
 
 
 def test_figures_do_not_fix_a_color_for_text(verified):
-    text = write_report(verified.bundle).read_text(encoding="utf-8")
+    text = write_report(verified.bundle).path.read_text(encoding="utf-8")
     assert "#010203" not in text
     assert len(re.findall("currentColor", text)) > 20
 
 
 def test_evaluation_of_the_recorded_detections_is_the_recorded_ap(verified):
-    evidence = read(verified.bundle)
-    for stage in evidence.stages:
-        if stage.row["name"] == "int8-cpu":
-            assert evaluate(evidence.reference.truth, stage.detections).ap == stage.row["ap"]
+    evidence = read_evidence(verified.bundle)
+    for stage in evidence.artifacts:
+        if stage.verdict.name == "int8-cpu":
+            assert evaluate(evidence.reference.truth, stage.detections).ap == stage.verdict.ap
