@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.hardware_limits import SMALLEST_FP16
@@ -43,7 +43,6 @@ _FEATURES = {
 _STEEP = {"Exp", "Log", "Pow", "Reciprocal", "Sqrt", "Sin", "Cos", "Floor", "Ceil", "Round", "Mod", "CumSum", "Range"}
 _NORMS = {"LayerNormalization", "GroupNormalization", "InstanceNormalization"}
 _ALWAYS_FLOAT = {("Resize", 1), ("Resize", 2)}  # inputs whose type ONNX fixes
-_SMALL = 4096  # elements; larger initializers take no part in type inference
 
 
 @dataclass(frozen=True)
@@ -67,44 +66,46 @@ def convert_to_fp16(
 
 def float_tensors(model: ModelProto) -> set[str]:
     """Names of all float32 tensors that are no initializers."""
-    return {name for name, kind in _types(model).items() if kind == FP32} - {t.name for t in model.graph.initializer}
+    return {name for name, kind in _types(GraphIndex(model)).items() if kind == FP32} - {
+        tensor.name for tensor in model.graph.initializer
+    }
 
 
 def activation_absmax(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[str, float]:
-    """{tensor: largest magnitude}; an ExportError that names the tensor where one is NaN or infinite.
+    """{float32 tensor: largest magnitude over the batches}. Errors: ExportError that names a NaN or infinite tensor.
 
     batches   [B, 3, H, W] float32, as the graph takes them
-    The maxima are taken inside the graph, so that no tensor has to be kept.
+
+    The maxima are computed inside the graph, so that no tensor is kept.
     """
     names = sorted(float_tensors(model))
     probe = ModelProto()
     probe.CopyFrom(model)
     del probe.graph.output[:]
     for number, name in enumerate(names):
-        # A maximum passes over NaN, a sum does not.
-        for kind, read, given in (
-            ("Abs", name, "magnitude"),
-            ("ReduceMax", f"{name}_magnitude", "largest"),
-            ("ReduceSum", f"{name}_magnitude", "sum"),
-        ):
-            node = helper.make_node(kind, [read], [f"{name}_{given}"], f"{given}_{number}")
-            if kind.startswith("Reduce"):
-                node.attribute.append(helper.make_attribute("keepdims", 0))
-            probe.graph.node.append(node)
-    wanted = [f"{name}_{given}" for given in ("largest", "sum") for name in names]
-    probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
-    # For a few images: to optimize a graph in which every tensor is looked at takes longer than it saves.
+        # ReduceMax can ignore NaN, ReduceSum cannot.
+        magnitude = f"{name}_magnitude"
+        probe.graph.node.extend(
+            [
+                helper.make_node("Abs", [name], [magnitude], f"magnitude_{number}"),
+                helper.make_node("ReduceMax", [magnitude], [f"{name}_largest"], f"largest_{number}", keepdims=0),
+                helper.make_node("ReduceSum", [magnitude], [f"{name}_sum"], f"sum_{number}", keepdims=0),
+            ]
+        )
+    outputs = [f"{name}_{suffix}" for suffix in ("largest", "sum") for name in names]
+    probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
+    # Only a few images: to optimize a graph in which every tensor is an output takes longer than it saves.
     session = plain_session(probe.SerializeToString(), error=ExportError)
     found = dict.fromkeys(names, 0.0)
     for batch in batches:
-        values = session.run(wanted, {"images": batch})
+        values = session.run(outputs, {"images": batch})
         for name, largest, total in zip(names, values[: len(names)], values[len(names) :]):
             if not np.isfinite(total):
                 raise ExportError(
                     f"tensor {name!r} is {float(total)} on an image; expected finite activations; "
                     "train again from the last good checkpoint: edgedetr train --data DIR --resume"
                 )
-            if largest > -np.inf:  # which is the maximum of nothing: an empty tensor
+            if largest > -np.inf:  # -inf is the maximum of an empty tensor
                 found[name] = max(found[name], float(largest))
     return found
 
@@ -117,7 +118,7 @@ class _Fp16Converter:
         self.absmax, self.keep_fp32 = absmax, keep_fp32
         self.graph = GraphIndex(self.model)
         self.nodes = self.graph.nodes
-        self.floats = {name for name, kind in _types(self.model).items() if kind == FP32}
+        self.floats = {name for name, kind in _types(self.graph).items() if kind == FP32}
         self.position = {name: number for number, node in enumerate(self.nodes) for name in node.output}
         self.coordinates = self._coordinates()
         self.fp32 = self._fp32_nodes()
@@ -255,7 +256,7 @@ class _Fp16Converter:
         return Fp16Graph(result, {self.nodes[number].name: reason for number, reason in self.fp32.items()})
 
     def _typed(self, name: str, kind: int, node: NodeProto) -> str:
-        """Name under which a float tensor can be read in a type."""
+        """Name of a float tensor in this type; adds a Cast or a converted constant where there is none yet."""
         if name in self.graph.initializers:
             if kind == FP32:
                 self.constants[name] = self.graph.initializers[name]
@@ -268,7 +269,7 @@ class _Fp16Converter:
                 if scale and not (np.array_equal(rounded, values) and (values >= SMALLEST_FP16).all()):
                     raise ExportError(
                         f"{name}: a scale is no normal FP16 number; expected scales of the TensorRT "
-                        "dialect; quantize again: edgedetr export BUNDLE --int8"
+                        "target; quantize again: edgedetr export BUNDLE --int8"
                     )
                 self.constants[other] = numpy_helper.from_array(rounded, other)
             return other
@@ -282,7 +283,7 @@ class _Fp16Converter:
 
     @staticmethod
     def _retype(node: NodeProto, kind: int) -> None:
-        """Types that stand in attributes."""
+        """Change the types in a node's attributes."""
         for item in node.attribute:
             if node.op_type == "Cast" and item.name == "to" and item.i == FP32:
                 item.i = kind
@@ -299,14 +300,14 @@ def _simplified(model: ModelProto) -> ModelProto:
     """A copy without Constant nodes and without Casts of float32 to float32."""
     result = ModelProto()
     result.CopyFrom(model)
-    types = _types(result)
+    types = _types(GraphIndex(result))
     outputs = {item.name for item in result.graph.output}
     alias: dict[str, str] = {}
     kept: list[NodeProto] = []
     for node in result.graph.node:
         if any(item.HasField("g") for item in node.attribute):
             raise ExportError(
-                f"{node.name}: {node.op_type} holds a graph of its own; expected a graph without "
+                f"{node.name}: {node.op_type} contains a subgraph; expected a graph without "
                 "branches and loops; export it at a fixed size"
             )
         for i, name in enumerate(node.input):
@@ -328,30 +329,10 @@ def _simplified(model: ModelProto) -> ModelProto:
     return result
 
 
-def _types(model: ModelProto) -> dict[str, int]:
-    """Element type of every tensor; large initializers enter as inputs, so that it is fast."""
-    light = ModelProto()
-    light.ir_version = model.ir_version
-    light.opset_import.extend(model.opset_import)
-    graph = light.graph
-    graph.name = "types"
-    graph.node.extend(model.graph.node)
-    graph.input.extend(model.graph.input)
-    graph.output.extend(model.graph.output)
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    for tensor in model.graph.initializer:
-        if int(np.prod(tensor.dims)) <= _SMALL:
-            graph.initializer.append(tensor)
-        else:
-            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    inferred = shape_inference.infer_shapes(light).graph
-    types.update(
-        {
-            item.name: item.type.tensor_type.elem_type
-            for item in (*inferred.value_info, *inferred.input, *inferred.output)
-        }
-    )
-    unknown = [name for node in model.graph.node for name in node.output if name and not types.get(name)]
+def _types(graph: GraphIndex) -> dict[str, int]:
+    """Element type of every tensor. Errors: ExportError where one cannot be inferred."""
+    types = {name: tensor.data_type for name, tensor in graph.initializers.items()} | graph.types
+    unknown = [name for node in graph.nodes for name in node.output if name and not types.get(name)]
     if unknown:
         raise ExportError(
             f"the type of tensor {unknown[0]!r} cannot be inferred; expected operators of the standard "

@@ -261,7 +261,7 @@ def test_branches_and_unknown_operators_are_refused():
         [helper.make_node("Relu", ["images"], ["y"])], "inner", [], [helper.make_tensor_value_info("y", FLOAT, SIZE)]
     )
     branch = helper.make_node("If", ["flag"], ["logits"], "choice", then_branch=inner, else_branch=inner)
-    with pytest.raises(ExportError, match="choice: If holds a graph of its own"):
+    with pytest.raises(ExportError, match="choice: If contains a subgraph"):
         convert_to_fp16(graph([branch], flag=np.array(True)), {})
     model = graph([conv("images", "unknown", "one"), helper.make_node("Relu", ["unknown"], ["logits"], "relu")], w=W)
     model.graph.node[0].CopyFrom(helper.make_node("Mystery", ["images"], ["unknown"], "x", domain="elsewhere"))
