@@ -1,4 +1,4 @@
-"""Export: from weights to reference.npz and model.onnx, and on to INT8. Like make: what is up to date is kept."""
+"""Export a bundle: reference.npz and model.onnx from its weights, then FP16 and INT8. Fresh files are kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from edgedetr.runtime.preprocess import prepare
 
 log = logging.getLogger(__name__)
 
-PICTURES = 2  # of the verify split, on which the ONNX file is compared with PyTorch
+CHECK_IMAGES = 2  # of the verify split, on which the ONNX file is compared with PyTorch
 
 
 def export(
@@ -46,9 +46,9 @@ def export(
 ) -> Bundle:
     """Write reference.npz and model.onnx, with `fp16` model.fp16.onnx, with `int8` ranges.json and the two INT8 graphs.
 
-    calib      calibration images; None = the calibration split of the bundle's data
-    sampling   overrides the recipe's way of deformable sampling
-    dynamic_batch   leave the batch size open, whatever the recipe says
+    calib           calibration images; None = the calibration split of the bundle's data
+    sampling        how deformable attention samples; None = as the recipe sets it
+    dynamic_batch   leave the batch size open, even where the recipe fixes it
     config, quant   settings; None = those of the recipe in the bundle
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -96,15 +96,15 @@ def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None 
         return
     manifest = bundle.manifest
     if config.sampling != "gather" or config.decoder_layers:
-        # The reference stays the whole model, so that the verdict counts what fewer layers cost.
+        # The reference keeps all decoder layers, so that the verdict includes the cost of running fewer.
         graph = DeployGraph(
             detector, manifest.input.height, manifest.input.width, config.sampling, config.decoder_layers
         )
     if progress:
         progress("onnx", 0, 1)
-    told = {**model_metadata(manifest, manifest.files[weights.name].sha256), "export": made_by}
+    metadata = {**model_metadata(manifest, manifest.files[weights.name].sha256), "export": made_by}
     with bundle.add(ONNX.file, stage=ONNX.step, made_from=ONNX.made_from) as temporary:
-        write_onnx(graph, temporary, batch=None if config.dynamic_batch else 1, opset=config.opset, metadata=told)
+        write_onnx(graph, temporary, batch=None if config.dynamic_batch else 1, opset=config.opset, metadata=metadata)
         compare_with_pytorch(graph, temporary, _probes(manifest, dataset), manifest)
     if progress:
         progress("onnx", 1, 1)
@@ -130,7 +130,7 @@ def _probes(manifest: Manifest, dataset: DetectionSet | None) -> np.ndarray:
     noise = np.random.default_rng(0).integers(0, 256, (1, 3, height, width)).astype(np.float32)
     if dataset is None or not len(dataset):
         return noise
-    chosen = [dataset.samples[i] for i in np.linspace(0, len(dataset) - 1, min(PICTURES, len(dataset))).astype(int)]
+    chosen = [dataset.samples[i] for i in np.linspace(0, len(dataset) - 1, min(CHECK_IMAGES, len(dataset))).astype(int)]
     return np.concatenate([noise, prepare([decode(sample.path) for sample in chosen], manifest.input)[0]])
 
 

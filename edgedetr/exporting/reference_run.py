@@ -1,6 +1,6 @@
-"""reference.npz: what the PyTorch model detects on the verify split, so that verifying needs no torch.
+"""The reference run: PyTorch's detections on the verify split, stored as reference.npz, so that verify needs no torch.
 
-An imported graph has no PyTorch model: there the reference is its float32 ONNX file in ONNX Runtime.
+An imported graph has no PyTorch model; its reference is its float32 ONNX file in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def write_reference(
 
 
 def is_imported(bundle: Bundle) -> bool:
-    """Whether the bundle's model is known by its ONNX file alone."""
+    """Whether the bundle's model was imported as an ONNX file, so that there is no PyTorch model."""
     files = bundle.manifest.files
     return ONNX.file in files and files[ONNX.file].stage == "import"
 
 
 def write_reference_of_graph(bundle: Bundle, progress: Progress | None = None) -> None:
-    """Add reference.npz of an imported graph, unless it is there and up to date."""
+    """Add reference.npz of an imported graph, unless the bundle has a fresh one."""
     path, record = bundle.require(ONNX.file), bundle.manifest.data
     if record is None:
         log.warning("%s: no data recorded, so no reference.npz; import it again with --data DIR", bundle.path)
@@ -60,7 +60,7 @@ def write_reference_of_graph(bundle: Bundle, progress: Progress | None = None) -
 
 
 def detect_with_onnx(bundle: Bundle, dataset: DetectionSet, progress: Progress | None = None) -> dict[int, Detections]:
-    """What model.onnx finds in every image of the split, by image id."""
+    """{image id: detections of model.onnx} for every image of the split."""
     detector = load_detector(bundle, backend="onnxruntime", stage=ONNX.id)
     found: dict[int, Detections] = {}
     for number, sample in enumerate(dataset.samples):
@@ -73,7 +73,7 @@ def detect_with_onnx(bundle: Bundle, dataset: DetectionSet, progress: Progress |
 def detect_with_pytorch(
     manifest: Manifest, graph: DeployGraph, dataset: DetectionSet, progress: Progress | None = None
 ) -> dict[int, Detections]:
-    """What the PyTorch graph finds in every image of the split, by image id."""
+    """{image id: detections of the PyTorch graph} for every image of the split."""
     device = next(graph.parameters()).device
     found: dict[int, Detections] = {}
     with torch.no_grad():
