@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgedetr.errors import ModelError, did_you_mean
+from edgedetr.models import FAMILY
 from edgedetr.models.checkpoints.transformers_keys import Key, NoEffect, Only, Special
 
 STEP = 32  # input sides are multiples of the coarsest stride
 SIDE = 1 << 14  # pixels; longer sides are a mistake
-# What is done where no file says it: RT-DETR stretches to a square, the others make the shorter side 800 px and the
-# longer at most 1333.
-STRETCHED = ("rt_detr",)
+# Sizes where a processor's configuration has none: RT-DETR's stretches to a square, the others scale by the sides.
 SQUARE, SHORT, LONG = 640, 800, 1333
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 TYPE = re.compile(r"(RTDetr|Detr|ConditionalDetr|DeformableDetr)(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)$")
@@ -84,9 +83,14 @@ def pixels(raw: Mapping[str, Any] | None, member: str, where: str, asked: tuple[
 
     Errors: ModelError that names the key, its value and what is read.
     """
-    stretched = member in STRETCHED
+    published = FAMILY[member].resize
+    stretched = published.square > 0
     if raw is None:
-        size = {"height": SQUARE, "width": SQUARE} if stretched else {"shortest_edge": SHORT, "longest_edge": LONG}
+        size = (
+            {"height": published.square, "width": published.square}
+            if stretched
+            else {"shortest_edge": published.shortest, "longest_edge": published.longest}
+        )
         height, width, resize, note = _target(size, "")
         note = f"no preprocessor_config.json: {note}, as published"
         return _asked(Pixels(height, width, resize, None, None, (note,)), asked, "that were published")

@@ -30,22 +30,11 @@ from edgedetr.models.checkpoints.config_from_state_dict import config_from_state
 from edgedetr.models.checkpoints.transformers_config import TransformersConfig
 from edgedetr.models.checkpoints.weight_source import WeightSource
 from edgedetr.models.deploy import DeployGraph
+from edgedetr.models.member import Member
 from edgedetr.recipe import Recipe
 from edgedetr.runtime.arguments import as_path
 from edgedetr.storage.reading import read_text
 
-# What changes detections and no tensor tells; said where no config.json does, and how the published files have it.
-UNTOLD = (
-    "heads",
-    "queries",
-    "dilate_last",
-    "ffn_activation",
-    "encoder_activation",
-    "conv_activation",
-    "decoder_activation",
-    "position",
-    "method",
-)
 LAYER = re.compile(r"decoder\.(?:layers|boxes\.(?:score|box|class_tower|box_tower))\.(\d+)\.")
 
 
@@ -174,12 +163,9 @@ def architecture(
         if assignment.replace(" ", "").startswith("model.heads="):
             values["heads"] = _whole(assignment)
     values.setdefault("heads", 8)
-    found = config_from_state_dict(chosen.config, weights, values["heads"])
-    if model == "deformable_detr" and layout != "edgedetr" and found.get("hidden", 64) < 64:
-        raise ModelError(
-            f"{source}: {found['hidden']} channels per token (d_model), which theirs normalizes one by "
-            "one in 32 groups and ours in pairs; expected at least 64"
-        )
+    found = config_from_state_dict(chosen, weights, values["heads"])
+    if chosen.refuse_import is not None and layout != "edgedetr" and (refused := chosen.refuse_import(found)):
+        raise ModelError(f"{source}: {refused}")
     if told:
         told.agree(found)
     image = _pixels(origin, model, size)
@@ -193,7 +179,7 @@ def architecture(
     }
     recipe = Recipe.from_dict(sections, where=source, sets=sets)
     if not told:
-        notes.append(_untold(recipe.model.config, found))
+        notes.append(_unreadable(chosen, recipe.model.config, found))
     weights = _first_layers(weights, getattr(recipe.model.config, "decoder_layers", len(weights)), notes)
     return Architecture(layout, recipe, weights, told, tuple(notes))
 
@@ -226,12 +212,12 @@ def _told(origin: WeightSource, model: str, layout: str, notes: list[str]) -> Tr
     return None
 
 
-def _untold(config: Any, found: dict[str, Any]) -> str:
-    """The note about everything that no tensor tells, and how it was taken."""
+def _unreadable(model: Member, config: Any, found: dict[str, Any]) -> str:
+    """The note about the fields that follow from no tensor, and how they were taken."""
     taken = {
         name: getattr(config, name)
-        for name in UNTOLD
-        if hasattr(config, name) and (name not in found or (name == "ffn_activation" and found[name] != "prelu"))
+        for name in model.unreadable
+        if name not in found or (name == "ffn_activation" and found[name] != "prelu")
     }
     listed = ", ".join(f"{name}={value}".lower() for name, value in taken.items())
     said = "whether C5 is dilated (DC5), " if "dilate_last" in taken else ""

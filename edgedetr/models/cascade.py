@@ -6,6 +6,7 @@ Sun et al. 2021, "Sparse R-CNN", section 3; box deltas as in Girshick et al. 201
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,11 @@ from edgedetr.layers.roi_align import RoiAlign
 from edgedetr.models.detector import Memory, Queries
 from edgedetr.models.queries.selection import label_content
 
+if TYPE_CHECKING:
+    from edgedetr.models.member import Role
+
 DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)  # what the head says of x, y, w, h is divided by these (Sparse R-CNN)
 LARGEST_GROWTH = math.log(100000 / 16)  # a side grows at most 6250 times, so that exp stays finite (Detectron)
-PRIOR = 0.01  # class probability that the heads start from (RetinaNet, section 4.1)
 
 
 class LearnedProposals(nn.Module):
@@ -43,7 +46,12 @@ class LearnedProposals(nn.Module):
 
 
 class RoiCrossAttention(nn.Module):
-    """Every query reads its own box, and nothing else, by weights that it predicts."""
+    """Every query reads its own box, and nothing else, by weights that it predicts.
+
+    The two large Linears are most of a decoder's weights, so they have a role of their own.
+    """
+
+    ROLES: ClassVar[dict[str, Role]] = {"interaction.weights": "dynamic_head", "interaction.out": "dynamic_head"}
 
     def __init__(self, roi: RoiAlign, interaction: DynamicInteraction) -> None:
         super().__init__()
@@ -90,17 +98,6 @@ class DeltaBoxes(nn.Module):
         shift, growth = (delta.to(kind) / delta.new_tensor(DELTA_WEIGHTS, dtype=kind)).split(2, dim=-1)
         center, size = reference.to(kind).split(2, dim=-1)
         return torch.cat([center + shift * size, size * growth.clamp(max=LARGEST_GROWTH).exp()], dim=-1)
-
-    def rare(self) -> None:
-        """Every class starts as rare: the prior goes into the bias of the class heads, and nowhere else."""
-        for score in self.score:
-            nn.init.constant_(score.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]  # there is one
-
-    def unmoved(self) -> None:
-        """Every box starts where the layer before left it, so that each layer has an image to read from the start."""
-        for box in self.box:
-            nn.init.zeros_(box.weight)  # type: ignore[arg-type]  # mypy does not know a ModuleList's content
-            nn.init.zeros_(box.bias)  # type: ignore[arg-type]  # not known to mypy
 
 
 def _tower(dim: int, blocks: int) -> nn.Sequential:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from edgedetr.layers.linear import Linear
 from edgedetr.layers.row_column_attention import RowColumnAttention
 from edgedetr.models.detector import Memory, Outputs, Queries
 
+if TYPE_CHECKING:
+    from edgedetr.models.member import Role
+
 
 class CrossAttention(Protocol):
     """How queries read the memory: content [B, N, C] -> [B, N, C]."""
@@ -35,6 +38,8 @@ def placed(content: Tensor, position: Tensor | None) -> Tensor:
 class DenseCrossAttention(MultiHeadAttention):
     """Every query against every token."""
 
+    ROLES: ClassVar[dict[str, Role]] = {"k": "memory_projection", "v": "memory_projection"}
+
     def __init__(self, dim: int, heads: int, dropout: float = 0.0, position_on_value: bool = False) -> None:
         """position_on_value  values carry the tokens' position as well as keys do (not so in DETR)"""
         super().__init__(dim, heads, dropout)
@@ -49,6 +54,8 @@ class DenseCrossAttention(MultiHeadAttention):
 class DeformableCrossAttention(DeformableAttention):
     """Every query at a few points around its reference box."""
 
+    ROLES: ClassVar[dict[str, Role]] = {"value": "memory_projection"}
+
     def forward(self, queries: Queries, memory: Memory) -> Tensor:  # type: ignore[override]  # the protocol's arguments
         if queries.reference is None:
             raise ModelError("deformable attention samples around a reference; this selector gives none")
@@ -57,7 +64,9 @@ class DeformableCrossAttention(DeformableAttention):
 
 
 class ConditionalCrossAttention(ConditionalAttention):
-    """Every query against every token, content and place apart."""
+    """Every query against every token, content and position apart."""
+
+    ROLES: ClassVar[dict[str, Role]] = {"k": "memory_projection", "v": "memory_projection"}
 
     def forward(self, queries: Queries, memory: Memory) -> Tensor:  # type: ignore[override]  # the protocol's arguments
         if queries.spatial is None or memory.position is None:
@@ -68,7 +77,12 @@ class ConditionalCrossAttention(ConditionalAttention):
 
 
 class RowColumnCrossAttention(RowColumnAttention):
-    """Every query against the columns and the rows of the one map."""
+    """Every query against the columns and the rows of the one map.
+
+    k_x and k_y have no role of their own: they read H + W tokens where v reads H x W.
+    """
+
+    ROLES: ClassVar[dict[str, Role]] = {"v": "memory_projection"}
 
     def forward(self, queries: Queries, memory: Memory) -> Tensor:  # type: ignore[override]  # the protocol's arguments
         if queries.spatial is None or memory.axes is None:

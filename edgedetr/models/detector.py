@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from edgedetr.models.member import Member
 
 
 @dataclass
@@ -76,20 +80,15 @@ class DetrModel(nn.Module):
     selector  Memory -> Queries
     decoder   (Queries, Memory) -> Outputs            (layers, box update, heads)
     normalize pixels 0..255 -> what the backbone takes; called by whoever has pixels (training, DeployGraph)
-    slow      parts of parameter names that learn at a tenth of the rate
+    member    the record of the family's member that this is; `Member.build` sets it
     """
 
+    member: Member
+
     def __init__(
-        self,
-        backbone: nn.Module,
-        encoder: nn.Module,
-        selector: nn.Module,
-        decoder: nn.Module,
-        normalize: nn.Module,
-        slow: tuple[str, ...] = (),
+        self, backbone: nn.Module, encoder: nn.Module, selector: nn.Module, decoder: nn.Module, normalize: nn.Module
     ) -> None:
         super().__init__()
-        self.slow = slow
         self.backbone, self.encoder, self.selector, self.decoder = backbone, encoder, selector, decoder
         self.normalize = normalize
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import nn
-
 from edgedetr.errors import ModelError
 from edgedetr.models.backbones.resnet import BackboneConfig, ResNet, make_backbone
 from edgedetr.models.backbones.vit import VitPyramid
@@ -52,7 +50,7 @@ class TransformerConfig(BackboneConfig):
 
     hidden: int = 256  # C, channels of every token
     heads: int = 8  # of every attention: 32 channels each
-    # First weights: ours, or as the authors' code draws them (models/original_init.py says which is better).
+    # First weights: ours, or as the authors' code draws them (models/initialization.py says which is better).
     init: Literal["default", "original"] = field(default="default", metadata=LATER, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -72,11 +70,3 @@ def backbone_of(config: BackboneConfig, levels: Sequence[int], dilate_last: bool
         dilate_last=dilate_last,
         layer_scale=config.layer_scale,
     )
-
-
-def xavier(*parts: nn.Module) -> None:
-    """Xavier-uniform weights for every matrix of the parts, as DETR starts its transformer."""
-    for part in parts:
-        for parameter in part.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from edgedetr.errors import ModelError, RecipeError
+from edgedetr.models.detector import DetrModel
 from edgedetr.training.config import TrainConfig
 
 BLOCK = re.compile(r"^backbone\.transformer\.blocks\.(\d+)\.")  # of a ViT
@@ -16,17 +17,16 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 ENTRY = re.compile(r"^backbone\.transformer\.(patch|position|class_token)")
 
 
-def groups(detector: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
+def groups(detector: DetrModel, config: TrainConfig) -> list[dict[str, object]]:
     """Trainable parameters by rate and by decay; every one stands in exactly one group.
 
-    The backbone learns more slowly, and so does what the detector names `slow`. What decays is `config.decay`'s to say:
-    by default not norms and biases (all that has fewer than two dimensions). Within a ViT the rate falls from block to
-    block towards its input.
+    The backbone learns more slowly, and so do the slow parameters that a member declares. `config.decay` decides what
+    decays: by default not norms and biases (all that has fewer than two dimensions). Within a ViT the rate falls from
+    block to block towards its input.
     """
     if config.layer_decay < 1 and not any(BLOCK.match(name) for name, _ in detector.named_parameters()):
         raise ModelError(f"train.layer_decay is {config.layer_decay}, but the backbone is no ViT; expected 1")
     sorted_: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    slow: tuple[str, ...] = getattr(detector, "slow", ())
     norms = {
         f"{owner}.{name}"
         for owner, module in detector.named_modules()
@@ -36,7 +36,7 @@ def groups(detector: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
             decays = {"matrices": parameter.ndim >= 2, "not_norms": name not in norms, "all": True}[config.decay]
-            factor = config.slow_lr_factor if any(part in name for part in slow) else 1.0
+            factor = config.slow_lr_factor if detector.member.is_slow(name) else 1.0
             if name.startswith("backbone."):
                 factor = config.backbone_lr_factor * config.layer_decay ** _steps_from_the_top(name, detector)
             sorted_.setdefault((factor, decays), []).append(parameter)
@@ -46,7 +46,7 @@ def groups(detector: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
     ]
 
 
-def _steps_from_the_top(name: str, detector: nn.Module) -> int:
+def _steps_from_the_top(name: str, detector: DetrModel) -> int:
     """How many blocks of a ViT lie between a parameter and the transformer's output, itself counted; 0 elsewhere.
 
     The rate is multiplied by d^(L - i) for block i of L, counted from 0, and by d^(L + 1) for patches and positions.
@@ -58,7 +58,7 @@ def _steps_from_the_top(name: str, detector: nn.Module) -> int:
     return depth - int(block[1]) if block else depth + 1
 
 
-def adamw(detector: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def adamw(detector: DetrModel, config: TrainConfig) -> torch.optim.AdamW:
     """The optimizer; `set_rate` gives each group its learning rate before every step."""
     fused = config.precision != "16"  # a fused step unscales fp16 gradients itself, after they should be clipped
     return torch.optim.AdamW(groups(detector, config), lr=config.lr, betas=config.betas, fused=fused)

@@ -14,15 +14,13 @@ from edgedetr.bundle import MANIFEST, Bundle, ClassInfo
 from edgedetr.data.detection_set import DetectionSet
 from edgedetr.errors import DataError, ModelError, TrainingError
 from edgedetr.layers import drop_path, lora
-from edgedetr.models import build
+from edgedetr.models import build, member
 from edgedetr.models.checkpoints import pretrained
 from edgedetr.models.detector import DetrModel
 from edgedetr.recipe import Recipe
 from edgedetr.runtime.cpu import bounded
 
 log = logging.getLogger(__name__)
-
-PER_CLASS = ("selector.score.*", "selector.denoising_class_embed.*", "decoder.boxes.score.*")
 
 
 def use_threads(wanted: int) -> None:
@@ -73,7 +71,7 @@ def started_anew(recipe: Recipe) -> tuple[str, ...]:
     the classes; without, all but a pretrained backbone.
     """
     if recipe.train.start:
-        return PER_CLASS
+        return member(recipe.model.name).per_class
     if recipe.model.config.backbone_weights == "random":
         return ("*",)
     return ("encoder.*", "selector.*", "decoder.*", "backbone.levels.*")
@@ -98,11 +96,11 @@ def _start(model: DetrModel, recipe: Recipe, source: str, classes: list[str]) ->
 
     return  the tensors that start anew, at least for some classes
     """
-    member = recipe.model.name
+    name = recipe.model.name
     if (Path(source) / MANIFEST).is_file():
         bundle = Bundle.open(source)
-        if bundle.manifest.model != member:
-            raise ModelError(f"{source} holds a {bundle.manifest.model}; expected a {member}, or another --recipe")
+        if bundle.manifest.model != name:
+            raise ModelError(f"{source} holds a {bundle.manifest.model}; expected a {name}, or another --recipe")
         path = bundle.require(WEIGHTS.file)
         theirs = [item.name for item in bundle.manifest.classes]
         rows = pretrained.rows_by_name(theirs, classes)
@@ -119,7 +117,7 @@ def _start(model: DetrModel, recipe: Recipe, source: str, classes: list[str]) ->
                 ", ".join(fresh) or "none",
             )
         return loaded.fresh if None in rows and theirs != classes else ()
-    return pretrained.load_detector(model, member, source, recipe.model.config).fresh
+    return pretrained.load_detector(model, name, source, recipe.model.config).fresh
 
 
 def require_place(out: Path, saved: Path, resume: bool) -> None:

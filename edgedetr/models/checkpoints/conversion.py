@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from edgedetr.errors import ModelError
-from edgedetr.models.checkpoints import author_names, transformers_names
+from edgedetr.models import FAMILY
 from edgedetr.models.checkpoints.backbone_names import VIT_MARK, rename_backbone, rename_vit
 from edgedetr.models.checkpoints.rename_rules import Layout, Weights
 
@@ -16,30 +16,6 @@ from edgedetr.models.checkpoints.rename_rules import Layout, Weights
 BESIDE = re.compile(r"^(?:(?:\w+\.)?(?:criterion|loss|loss_fn|matcher|metrics?|val_metrics?)\.|n_averaged$|updates$)")
 # DistributedDataParallel, torch.compile, Lightning modules, averaged models: the names of the field inside.
 PREFIX = re.compile(r"^(?:module|model|net|network|detector|_orig_mod|ema|ema_model|model_ema)\.")
-LAYOUTS: dict[str, tuple[Layout, ...]] = {
-    "detr": (
-        Layout("transformers", r"^model\.query_position_embeddings\.", transformers_names.detr),
-        Layout("facebookresearch/detr", r"^query_embed\.", author_names.detr),
-    ),
-    "deformable_detr": (
-        Layout("transformers", r"^model\.level_embed$", transformers_names.deformable_detr),
-        Layout("fundamentalvision/Deformable-DETR", r"^transformer\.level_embed$", author_names.deformable_detr),
-    ),
-    "rt_detr": (
-        Layout("transformers", r"^model\.enc_score_head\.", transformers_names.rt_detr),
-        Layout("lyuwenyu/RT-DETR", r"^decoder\.enc_score_head\.", author_names.rt_detr),
-    ),
-    "conditional_detr": (
-        Layout("transformers", r"^model\.query_position_embeddings\.", transformers_names.conditional_detr),
-        Layout("Atten4Vis/ConditionalDETR", r"^transformer\.decoder\.ref_point_head\.", author_names.conditional_detr),
-    ),
-    "dn_detr": (
-        Layout("transformers (DAB-DETR)", r"^model\.query_refpoint_embeddings\.", transformers_names.dab_detr),
-        Layout("IDEA-Research/DAB-DETR, DN-DETR", r"^refpoint_embed\.", author_names.dab_detr),
-    ),
-    "anchor_detr": (Layout("megvii-research/AnchorDETR", r"^transformer\.adapt_pos1d\.", author_names.anchor_detr),),
-    "sparse_rcnn": (Layout("PeizeSun/SparseR-CNN", r"^init_proposal_boxes\.", author_names.sparse_rcnn),),
-}
 
 
 def translate(member: str, weights: Mapping[str, Tensor], source: str = "the file") -> Weights:
@@ -60,13 +36,13 @@ def layout_of(member: str, weights: Mapping[str, Tensor], source: str = "the fil
 
 
 def _layout(member: str, weights: Mapping[str, Tensor], source: str) -> Layout:
-    layouts = LAYOUTS.get(member, ())
+    layouts = FAMILY[member].layouts
     for layout in layouts:
-        if _fits(layout, weights):
+        if layout.fits(weights):
             return layout
     known = ", ".join(layout.source for layout in layouts) or "none"
     shown = ", ".join(sorted(weights)[:4])
-    others = [name for name, several in LAYOUTS.items() if any(_fits(one, weights) for one in several)]
+    others = [other.name for other in FAMILY.values() if any(one.fits(weights) for one in other.layouts)]
     advice = f"use --model {' or '.join(others)}" if others else "is --model the member these weights belong to?"
     raise ModelError(
         f"{source}: no known layout of {member} (known: {known}); its {len(weights)} names begin with {shown}; {advice}"
@@ -78,7 +54,7 @@ def backbone_of(weights: Mapping[str, Tensor]) -> Weights:
     weights = _bare(weights)
     whole: Mapping[str, Tensor] = weights
     if not _ours(weights):
-        layout = next((one for several in LAYOUTS.values() for one in several if _fits(one, weights)), None)
+        layout = next((one for one in _all_layouts() if one.fits(weights)), None)
         if layout is None:
             plain = any(re.search(VIT_MARK, name) for name in weights)
             return rename_vit(weights) if plain else rename_backbone(weights)
@@ -92,7 +68,7 @@ def _bare(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     def known(names: Mapping[str, Tensor]) -> bool:
         return (
             _ours(names)
-            or any(_fits(one, names) for several in LAYOUTS.values() for one in several)
+            or any(one.fits(names) for one in _all_layouts())
             or any(re.match(r"conv1\.|embedder\.|stem\.|cls_token$|patch_embed\.|embeddings\.", name) for name in names)
         )
 
@@ -103,8 +79,8 @@ def _ours(weights: Mapping[str, Tensor]) -> bool:
     return any(name.startswith(("selector.", "decoder.boxes.")) for name in weights)
 
 
-def _fits(layout: Layout, weights: Mapping[str, Tensor]) -> bool:
-    return any(re.search(layout.mark, name) for name in weights)
+def _all_layouts() -> list[Layout]:
+    return [layout for member in FAMILY.values() for layout in member.layouts]
 
 
 def unwrapped(weights: Mapping[str, Tensor], known: Callable[[Mapping[str, Tensor]], bool]) -> Mapping[str, Tensor]:

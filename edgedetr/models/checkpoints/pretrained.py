@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +33,6 @@ SOURCES = {
 JSON_LIMIT = 4 << 20  # bytes of a config.json; one of a thousand classes has 60 kB
 
 STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-# The only weights whose size depends on the number of classes.
-PER_CLASS = re.compile(r"^selector\.(score|denoising_class_embed)\.|^decoder\.boxes\.score\.")
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,10 @@ def _compared(
     per_class = [
         name
         for name in own
-        if PER_CLASS.match(name) and name in weights and own[name].shape[1:] == weights[name].shape[1:]
+        if isinstance(module, DetrModel)
+        and module.member.is_per_class(name)
+        and name in weights
+        and own[name].shape[1:] == weights[name].shape[1:]
     ]
     fresh = [name for name in per_class if own[name].shape[0] != weights[name].shape[0] or anew]
     shapes = [

@@ -35,6 +35,9 @@ class Layout:
     mark: str
     translate: Callable[[Mapping[str, Tensor]], Weights]
 
+    def fits(self, weights: Mapping[str, Tensor]) -> bool:
+        return any(re.search(self.mark, name) for name in weights)
+
 
 def rename(weights: Mapping[str, Tensor], rules: Iterable[RenameRule]) -> Weights:
     """Every rule in order on every name. Two names may become one only where their tensors are equal (tied weights)."""

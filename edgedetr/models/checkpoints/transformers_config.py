@@ -12,21 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgedetr.errors import ModelError, did_you_mean
+from edgedetr.models import FAMILY
 from edgedetr.models.backbones.resnet import DEPTHS
-from edgedetr.models.checkpoints.transformers_keys import (
-    ALONE,
-    BACKBONES,
-    SOURCES,
-    VIT_HEAD,
-    Key,
-    Only,
-    Read,
-    Same,
-    Source,
-)
+from edgedetr.models.checkpoints.transformers_keys import ALONE, BACKBONES, VIT_HEAD, Key, Only, Read, Same, Source
 
 STAGES = 5  # stem and four stages, which out_indices count from 0, or from the end below 0
-LEVELS = {"rt_detr": [2, 3, 4], "deformable_detr": [2, 3, 4]}  # of the backbone, where more than the last are taken
+# Of every class of transformers that some member reads, by its model_type.
+MEMBER_OF = {kind: member.name for member in FAMILY.values() for kind in member.transformers}
+SOURCES = {kind: source for member in FAMILY.values() for kind, source in member.transformers.items()}
 TIMM = re.compile(r"(resnet(?:18|34|50|101))(d?)(?:\.\w+)?$")
 HUB = re.compile(r"microsoft/(resnet-(?:18|34|50|101))$")
 STAGED = ("resnet", "rt_detr_resnet")
@@ -122,8 +115,8 @@ def read_config(raw: Mapping[str, Any], member: str, where: str) -> Transformers
                 f"{entry.why or 'one for both'}; {FIX}"
             )
         values[entry.field], said[entry.field] = value, f"{key} = {_shown(value)}"
-    if member == "deformable_detr":
-        name = "two_stage_num_proposals" if raw.get("two_stage") is True else "num_queries"
+    if source.queries_key is not None:
+        name = source.queries_key(raw)
         values["queries"] = _read(raw.get(name, 300), Read("", "queries", 300), f"{where}: {name}")
     backbone, dilated = _backbone(raw, source, where)
     if dilated:
@@ -159,23 +152,19 @@ def check_backbone_config(raw: Mapping[str, Any], where: str) -> None:
 
 def _source(raw: Mapping[str, Any], member: str, where: str) -> Source:
     """The class of transformers that a config.json belongs to. Errors: ModelError where it is none of the member's."""
-    known = [name for name, source in SOURCES.items() if source.member == member]
+    known = FAMILY[member].transformers
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in known:
-        other = SOURCES[kind].member if isinstance(kind, str) and kind in SOURCES else ""
+        other = MEMBER_OF.get(kind, "") if isinstance(kind, str) else ""
         advice = f"use --model {other}" if other else FIX
         raise ModelError(
             f"{where}: model_type is {_shown(kind)}; {member} is read from "
             f"{' or '.join(known) or 'no class of transformers'}; {advice}"
         )
     classes = raw.get("architectures")
-    if classes is not None and not (
-        isinstance(classes, list) and any(name in SOURCES[kind].architectures for name in classes)
-    ):
-        raise ModelError(
-            f"{where}: architectures is {_shown(classes)}; expected {' or '.join(SOURCES[kind].architectures)}; {FIX}"
-        )
-    return SOURCES[kind]
+    if classes is not None and not (isinstance(classes, list) and known[kind].architecture in classes):
+        raise ModelError(f"{where}: architectures is {_shown(classes)}; expected {known[kind].architecture}; {FIX}")
+    return known[kind]
 
 
 def _walk(raw: Mapping[str, Any], keys: Mapping[str, Key], where: str) -> None:
@@ -271,16 +260,14 @@ def _levels(
 
     absent   what is given where none are named; None: what the model takes
     """
-    wanted = LEVELS.get(source.member, [4])
-    if source.member == "deformable_detr" and raw.get("num_feature_levels", 4) == 1:
-        wanted = [4]
+    wanted = source.levels(raw)
     listed = {key: told[key] for key in ("out_indices", "out_features") if told.get(key) is not None}
     for key, given in listed.items():
         stages = [_stage(item) for item in given] if isinstance(given, list) else [-1]
         if -1 in stages or (stages != wanted if len(wanted) > 1 else stages[-1:] != wanted):
             raise ModelError(
-                f"{where}: {key} is {_shown(given)}; expected the stages {wanted} of {STAGES - 1}, which "
-                f"{source.member} takes; {FIX}"
+                f"{where}: {key} is {_shown(given)}; expected the stages {wanted} of {STAGES - 1}, which the model "
+                f"takes; {FIX}"
             )
     if not listed and absent is not None and absent != wanted:
         raise ModelError(f"{where}: out_features names no stages, which gives the last alone; expected {wanted}")

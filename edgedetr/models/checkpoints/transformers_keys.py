@@ -8,7 +8,7 @@ Sources: the configuration and modeling files of transformers 4.57 and 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -373,28 +373,28 @@ _VIT: dict[str, Key] = {
 ALONE: dict[str, dict[str, Key]] = {"resnet": _RESNET, "rt_detr_resnet": _RESNET, "vit": _VIT}
 
 
+def last_level(raw: Mapping[str, Any]) -> list[int]:
+    """Stages of the backbone (0 = stem, 1..4) that a model of one feature map takes."""
+    return [4]
+
+
+def three_levels(raw: Mapping[str, Any]) -> list[int]:
+    return [2, 3, 4]
+
+
 @dataclass(frozen=True)
 class Source:
-    """A class of transformers that we import.
+    """A class of transformers that a member reads, under its model_type in Member.transformers.
 
-    member         ours
-    architectures  names of the class in config.json
-    keys           of its configuration
-    timm           whether the backbone is timm's where config.json does not say
+    architecture  name of the class in config.json
+    keys          of its configuration
+    timm          whether the backbone is timm's where config.json does not say
+    levels        config.json -> the stages of the backbone that the model takes
+    queries_key   config.json -> the key that counts its queries, where several could
     """
 
-    member: str
-    architectures: tuple[str, ...]
+    architecture: str
     keys: dict[str, Key]
     timm: bool = True
-
-
-SOURCES: dict[str, Source] = {
-    "detr": Source("detr", ("DetrForObjectDetection",), DETR),
-    "table-transformer": Source("detr", ("TableTransformerForObjectDetection",), DETR),
-    "deformable_detr": Source("deformable_detr", ("DeformableDetrForObjectDetection",), DEFORMABLE),
-    "conditional_detr": Source("conditional_detr", ("ConditionalDetrForObjectDetection",), CONDITIONAL),
-    "dab-detr": Source("dn_detr", ("DabDetrForObjectDetection",), DAB),
-    "rt_detr": Source("rt_detr", ("RTDetrForObjectDetection",), RT_DETR, timm=False),
-    "rt_detr_v2": Source("rt_detr", ("RTDetrV2ForObjectDetection",), RT_DETR_V2, timm=False),
-}
+    levels: Callable[[Mapping[str, Any]], list[int]] = last_level
+    queries_key: Callable[[Mapping[str, Any]], str] | None = None

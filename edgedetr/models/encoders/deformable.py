@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,19 @@ from edgedetr.layers.position import SinePosition
 from edgedetr.models.detector import Memory
 from edgedetr.models.encoders.dense import shrink
 
+if TYPE_CHECKING:
+    from edgedetr.models.member import Role
+
 GROUPS = 32  # of the GroupNorm after each projection, as published; of at least two channels each
 
 
 class DeformableLayer(nn.Module):
     """Deformable self-attention and feed-forward, each with a residual and a LayerNorm after it."""
+
+    ROLES: ClassVar[dict[str, Role]] = {
+        "attention.offsets": "sampling_offsets",
+        "attention.weights": "attention_weights",
+    }
 
     def __init__(
         self, attention: DeformableAttention, feedforward: FeedForward, dim: int, dropout: float = 0.0

@@ -6,7 +6,7 @@ offsets of a level steer the deformable convolutions of all that flows into it.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.dynamic_convolution import ChannelAttention, DynamicRelu, ScaleAttention
 from edgedetr.layers.linear import Linear
 from edgedetr.options import one_of
+
+if TYPE_CHECKING:
+    from edgedetr.models.member import Role
 
 GROUPS = 16  # of the normalization after each convolution (Dynamic Head)
 
@@ -29,6 +32,8 @@ class DynamicPyramidLayer(nn.Module):
     coarse cell (Dynamic Head leaves it to its kernel to read only the offsets that it needs).
     Stochastic depth leaves a layer out as a whole: the maps of such an image go through it unchanged.
     """
+
+    ROLES: ClassVar[dict[str, Role]] = {"offset": "sampling_offsets", "activation": "dynamic_relu"}
 
     def __init__(
         self,

@@ -8,18 +8,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import nn
-
 from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.row_column_attention import AxisPosition, RowColumnAttention, RowColumnLayer
+from edgedetr.models.checkpoints import author_names
+from edgedetr.models.checkpoints.config_from_state_dict import StateDict, rows_of
+from edgedetr.models.checkpoints.rename_rules import Layout
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, RowColumnCrossAttention
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import RowColumnEncoder
+from edgedetr.models.initialization import (
+    box_size_init,
+    packed_qkv,
+    part_of,
+    prior_bias_init,
+    torch_default,
+    zero_box_init,
+)
+from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
-from edgedetr.models.members.conditional_detr import rare_and_unmoved
 from edgedetr.models.queries.anchors import AnchorPoints, AnchorQueries
 
 SIZE_LOGIT = -2.0  # width and height that every box starts from: 0.12 of the image
@@ -85,6 +94,33 @@ def anchor_detr(config: AnchorDetrConfig, num_classes: int) -> DetrModel:
         heads,
     )
     detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
-    rare_and_unmoved(heads)
-    nn.init.constant_(heads.box.layers[-1].bias[2:], SIZE_LOGIT)  # type: ignore[index, arg-type]  # not known to mypy
+    prior_bias_init(heads)
+    zero_box_init(heads)
+    box_size_init(heads, SIZE_LOGIT)
     return detector
+
+
+def _queries(state: StateDict) -> int | None:
+    """Every pattern at every anchor point; points on a grid are no tensor."""
+    patterns, points = state.rows("selector.pattern.weight"), state.rows("selector.points.points")
+    return patterns * points if patterns and points else None
+
+
+def _points(state: StateDict) -> str:
+    return "learned" if state.has("selector.points.points") else "grid"
+
+
+MEMBER = Member(
+    name="anchor_detr",
+    config=AnchorDetrConfig,
+    builder=anchor_detr,
+    paper="Wang et al. 2021, arXiv:2109.07107",
+    published=(2021, 9),
+    roles=at("decoder.layers.*.cross_attention", RowColumnCrossAttention),
+    original_init=packed_qkv("decoder.layers.*.self_attention")
+    | {"*attention.out.weight": torch_default}
+    | {f"*attention.{name}.weight": part_of(5) for name in ("q_x", "q_y", "k_x", "k_y")}
+    | {"encoder.layers.*.attention.v.weight": part_of(5), "decoder.layers.*.cross_attention.v.weight": part_of(5)},
+    layouts=(Layout("megvii-research/AnchorDETR", r"^transformer\.adapt_pos1d\.", author_names.anchor_detr),),
+    readers={"queries": _queries, "patterns": rows_of("selector.pattern.weight"), "points": _points},
+)

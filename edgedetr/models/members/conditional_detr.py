@@ -5,7 +5,6 @@ Meng et al. 2021, "Conditional DETR for Fast Training Convergence".
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -16,14 +15,25 @@ from edgedetr.layers.conditional_attention import ConditionalSelfAttention, Spat
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import SinePosition
+from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
+from edgedetr.models.checkpoints.rename_rules import Layout
+from edgedetr.models.checkpoints.transformers_keys import Source
 from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import DenseEncoder, EncoderLayer
-from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
+from edgedetr.models.initialization import (
+    CONDITIONAL_BIASES,
+    PROJECTION,
+    packed_qkv,
+    prior_bias_init,
+    xavier,
+    xavier_rule,
+    zero_box_init,
+)
+from edgedetr.models.member import Member, at
+from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.queries.anchors import ConditionalQueries
 from edgedetr.options import LATER
-
-PRIOR = 0.01  # class probability that the head starts from (RetinaNet, section 4.1)
 
 
 @dataclass(frozen=True)
@@ -82,12 +92,26 @@ def conditional_detr(config: ConditionalDetrConfig, num_classes: int) -> DetrMod
     )
     detector = DetrModel(backbone, encoder, ConditionalQueries(c.queries, c.hidden), decoder, Normalize(c.mean, c.std))
     xavier(encoder.layers, decoder.layers)
-    rare_and_unmoved(heads)
+    prior_bias_init(heads)
+    zero_box_init(heads)
     return detector
 
 
-def rare_and_unmoved(heads: AbsoluteBoxes) -> None:
-    """Fresh heads: every class rare, every box where its reference is."""
-    nn.init.constant_(heads.score.bias, -math.log((1 - PRIOR) / PRIOR))
-    nn.init.zeros_(heads.box.layers[-1].weight)  # type: ignore[arg-type]  # mypy does not know a ModuleList's content
-    nn.init.zeros_(heads.box.layers[-1].bias)  # type: ignore[arg-type]  # not known to mypy
+MEMBER = Member(
+    name="conditional_detr",
+    config=ConditionalDetrConfig,
+    builder=conditional_detr,
+    paper="Meng et al. 2021, arXiv:2108.06152",
+    published=(2021, 8),
+    roles=at("decoder.layers.*.cross_attention", ConditionalCrossAttention),
+    original_init=packed_qkv("encoder.layers.*.attention")
+    | PROJECTION
+    | CONDITIONAL_BIASES
+    | {"selector.point.head.layers.*.weight": xavier_rule, "decoder.spatial.*.weight": xavier_rule},
+    layouts=(
+        Layout("transformers", r"^model\.query_position_embeddings\.", transformers_names.conditional_detr),
+        Layout("Atten4Vis/ConditionalDETR", r"^transformer\.decoder\.ref_point_head\.", author_names.conditional_detr),
+    ),
+    transformers={"conditional_detr": Source("ConditionalDetrForObjectDetection", transformers_keys.CONDITIONAL)},
+    unreadable=("heads", "dilate_last", "ffn_activation"),
+)

@@ -5,7 +5,7 @@ Zhu et al. 2021, "Deformable DETR: Deformable Transformers for End-to-End Object
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,15 +16,19 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
+from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
+from edgedetr.models.checkpoints.config_from_state_dict import Reader, StateDict, has, rows_of
+from edgedetr.models.checkpoints.rename_rules import Layout
+from edgedetr.models.checkpoints.transformers_keys import Source
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
+from edgedetr.models.initialization import box_size_init, packed_qkv, prior_bias_init, xavier_rule, zero_box_init
+from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.queries.proposals import PointQueries, TwoStageQueries
 
-PRIOR = 0.01  # class probability that the heads start from (RetinaNet, section 4.1)
 SIZE_LOGIT = -2.0  # width and height that every box starts from: 0.12 of the image
-SLOW = (".offsets.", "selector.reference.")  # names of what learns at a tenth of the rate (section A.4)
 
 
 @dataclass(frozen=True)
@@ -100,23 +104,66 @@ def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> DetrModel
         else AbsoluteBoxes(c.hidden, num_classes)
     )
     decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)], heads)
-    detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std), slow=SLOW)
-    reset_heads(detector, 0.0 if c.two_stage else SIZE_LOGIT)
+    detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
+    prior_bias_init(selector, heads)
+    zero_box_init(selector, heads)
+    if not c.two_stage:
+        box_size_init(heads, SIZE_LOGIT)
     return detector
 
 
-def reset_heads(detector: DetrModel, size: float) -> None:
-    """Fresh class and box heads: every class rare, every box unmoved; `size` is where the first one's width begins."""
-    for owner in (detector.selector, detector.decoder.boxes):
-        for score in _all(getattr(owner, "score", None)):
-            nn.init.constant_(score.bias, -math.log((1 - PRIOR) / PRIOR))
-        for box in _all(getattr(owner, "box", None)):
-            nn.init.zeros_(box.layers[-1].weight)
-            nn.init.zeros_(box.layers[-1].bias)
-    first = _all(detector.decoder.boxes.box)[0]  # type: ignore[union-attr]  # not known to mypy
-    nn.init.constant_(first.layers[-1].bias[2:], size)
+def _points(state: StateDict) -> int | None:
+    """Samples per head and level, equally many in every level."""
+    total, levels = state.rows("decoder.layers.0.cross_attention.weights.weight"), state.rows("encoder.place.level")
+    return total // (state.heads * levels) if total and levels else None
 
 
-def _all(heads: object) -> list[Any]:
-    """One head per layer, one for all, or none, as a list."""
-    return list(heads) if isinstance(heads, nn.ModuleList) else [heads] if isinstance(heads, nn.Module) else []
+# Read from the sizes of the tensors; Efficient DETR has the same encoder and attention.
+SAMPLING_READERS: dict[str, Reader] = {"levels": rows_of("encoder.place.level"), "points": _points}
+
+
+def _refuse_import(values: Mapping[str, Any]) -> str:
+    """Ours normalizes in groups of at least two channels."""
+    hidden = values.get("hidden", 64)
+    if hidden >= 64:
+        return ""
+    return (
+        f"{hidden} channels per token (d_model), which theirs normalizes one by one in 32 groups and ours in pairs; "
+        "expected at least 64"
+    )
+
+
+MEMBER = Member(
+    name="deformable_detr",
+    config=DeformableDetrConfig,
+    builder=deformable_detr,
+    paper="Zhu et al. 2021, arXiv:2010.04159",
+    published=(2020, 10),
+    roles={
+        **at("encoder.layers.*", DeformableLayer),
+        **at("decoder.layers.*.cross_attention", DeformableCrossAttention),
+        **at("selector", TwoStageQueries),
+    },
+    slow_parameters=("*.offsets.*", "selector.reference.*"),  # a tenth of the rate (section A.4)
+    original_init=packed_qkv("decoder.layers.*.self_attention") | {"*.feedforward.*.weight": xavier_rule},
+    layouts=(
+        Layout("transformers", r"^model\.level_embed$", transformers_names.deformable_detr),
+        Layout("fundamentalvision/Deformable-DETR", r"^transformer\.level_embed$", author_names.deformable_detr),
+    ),
+    transformers={
+        "deformable_detr": Source(
+            "DeformableDetrForObjectDetection",
+            transformers_keys.DEFORMABLE,
+            levels=lambda raw: [4] if raw.get("num_feature_levels", 4) == 1 else [2, 3, 4],
+            queries_key=lambda raw: "two_stage_num_proposals" if raw.get("two_stage") is True else "num_queries",
+        )
+    },
+    readers={
+        **SAMPLING_READERS,
+        "queries": rows_of("selector.embed.weight"),
+        "refine": has("decoder.boxes.box.0.layers.0.weight"),
+        "two_stage": has("selector.place.weight"),
+    },
+    unreadable=("heads", "queries", "dilate_last", "ffn_activation"),
+    refuse_import=_refuse_import,
+)

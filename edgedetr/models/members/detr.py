@@ -16,10 +16,16 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import LearnedPosition, NoPosition, SequencePosition, SinePosition
+from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
+from edgedetr.models.checkpoints.config_from_state_dict import StateDict, has
+from edgedetr.models.checkpoints.rename_rules import Layout
+from edgedetr.models.checkpoints.transformers_keys import Source
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DenseCrossAttention
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import DenseEncoder, EncoderLayer
-from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
+from edgedetr.models.initialization import PROJECTION, packed_qkv, xavier
+from edgedetr.models.member import Member, at
+from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.queries.selection import LearnedQueries
 from edgedetr.options import LATER
 
@@ -104,3 +110,31 @@ def detr(config: DetrConfig, num_classes: int) -> DetrModel:
     detector = DetrModel(backbone, encoder, LearnedQueries(c.queries, c.hidden), decoder, Normalize(c.mean, c.std))
     xavier(encoder.layers, decoder.layers)
     return detector
+
+
+def _position(state: StateDict) -> str | None:
+    """Learned positions are tensors; sine and none are not, and sine is the default."""
+    if state.has("encoder.position.row.weight"):
+        return "learned"
+    return "sequence" if state.has("encoder.position.table") else None
+
+
+MEMBER = Member(
+    name="detr",
+    config=DetrConfig,
+    builder=detr,
+    paper="Carion et al. 2020, arXiv:2005.12872",
+    published=(2020, 5),
+    roles=at("decoder.layers.*.cross_attention", DenseCrossAttention),
+    original_init=packed_qkv("*attention") | PROJECTION,
+    layouts=(
+        Layout("transformers", r"^model\.query_position_embeddings\.", transformers_names.detr),
+        Layout("facebookresearch/detr", r"^query_embed\.", author_names.detr),
+    ),
+    transformers={
+        "detr": Source("DetrForObjectDetection", transformers_keys.DETR),
+        "table-transformer": Source("TableTransformerForObjectDetection", transformers_keys.DETR),
+    },
+    readers={"position": _position, "pre_norm": has("encoder.norm.weight")},
+    unreadable=("heads", "dilate_last", "ffn_activation", "position"),
+)

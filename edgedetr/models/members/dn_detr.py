@@ -16,11 +16,23 @@ from edgedetr.layers.conditional_attention import ConditionalSelfAttention, Spat
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import SinePosition
+from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
+from edgedetr.models.checkpoints.rename_rules import Layout
+from edgedetr.models.checkpoints.transformers_keys import Source
 from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import DenseEncoder, EncoderLayer
-from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
-from edgedetr.models.members.conditional_detr import rare_and_unmoved
+from edgedetr.models.initialization import (
+    CONDITIONAL_BIASES,
+    PROJECTION,
+    packed_qkv,
+    prior_bias_init,
+    xavier,
+    xavier_rule,
+    zero_box_init,
+)
+from edgedetr.models.member import Member, at
+from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.queries.anchors import BoxPosition, BoxQueries
 
 TEMPERATURE = 20.0  # of the image's position: shorter waves than DETR's 10000 (DAB-DETR, section 4.5)
@@ -83,5 +95,30 @@ def dn_detr(config: DnDetrConfig, num_classes: int) -> DetrModel:
     selector = BoxQueries(c.queries, c.hidden, num_classes, c.denoising)
     detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
     xavier(encoder.layers, decoder.layers)
-    rare_and_unmoved(heads)
+    prior_bias_init(heads)
+    zero_box_init(heads)
     return detector
+
+
+MEMBER = Member(
+    name="dn_detr",
+    config=DnDetrConfig,
+    builder=dn_detr,
+    paper="Li et al. 2022, arXiv:2203.01305; Liu et al. 2022, arXiv:2201.12329",
+    published=(2022, 3),
+    roles=at("decoder.layers.*.cross_attention", ConditionalCrossAttention),
+    original_init=packed_qkv("encoder.layers.*.attention")
+    | PROJECTION
+    | CONDITIONAL_BIASES
+    | {
+        "encoder.position_scale.*.weight": xavier_rule,
+        "decoder.query_position.*.weight": xavier_rule,
+        "decoder.spatial.*.weight": xavier_rule,
+    },
+    layouts=(
+        Layout("transformers (DAB-DETR)", r"^model\.query_refpoint_embeddings\.", transformers_names.dab_detr),
+        Layout("IDEA-Research/DAB-DETR, DN-DETR", r"^refpoint_embed\.", author_names.dab_detr),
+    ),
+    transformers={"dab-detr": Source("DabDetrForObjectDetection", transformers_keys.DAB)},
+    unreadable=("heads", "dilate_last", "ffn_activation"),
+)

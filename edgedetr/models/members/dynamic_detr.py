@@ -19,11 +19,14 @@ from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.roi_align import RoiAlign
 from edgedetr.models.cascade import DeltaBoxes, LearnedProposals, RoiCrossAttention
+from edgedetr.models.checkpoints.config_from_state_dict import StateDict
 from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dynamic import GROUPS, DynamicPyramidLayer
 from edgedetr.models.encoders.fpn import FeaturePyramid, PyramidEncoder
-from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
+from edgedetr.models.initialization import prior_bias_init, xavier, zero_box_init
+from edgedetr.models.member import Member, at
+from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.options import LATER
 
 
@@ -85,8 +88,24 @@ def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> DetrModel:
         [decoder_layer() for _ in range(c.decoder_layers)], boxes, query_position=Mlp(4, 2 * c.hidden, c.hidden, 2)
     )
     xavier(decoder)
-    boxes.rare()
+    prior_bias_init(boxes)
     # With xavier's weights and no towers before them, most boxes leave the image, where there is nothing to read.
-    boxes.unmoved()
+    zero_box_init(boxes)
     selector = LearnedProposals(c.queries, c.hidden, num_classes, c.denoising)
     return DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
+
+
+def _scale_attention(state: StateDict) -> str | None:
+    return "channel" if state.has("encoder.layers.0.scale.squeeze.weight") else None
+
+
+MEMBER = Member(
+    name="dynamic_detr",
+    config=DynamicDetrConfig,
+    builder=dynamic_detr,
+    paper='Dai et al. 2021, ICCV, "Dynamic DETR"',
+    published=(2021, 10),
+    roles={**at("encoder.layers.*", DynamicPyramidLayer), **at("decoder.layers.*.cross_attention", RoiCrossAttention)},
+    readers={"scale_attention": _scale_attention},
+    unreadable=("heads",),
+)

@@ -17,8 +17,10 @@ from edgedetr.layers.norm import Normalize
 from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
+from edgedetr.models.initialization import prior_bias_init, zero_box_init
+from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
-from edgedetr.models.members.deformable_detr import SLOW, reset_heads
+from edgedetr.models.members.deformable_detr import SAMPLING_READERS
 from edgedetr.models.queries.proposals import DenseQueries
 
 
@@ -78,6 +80,7 @@ def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> DetrModel:
             for _ in range(c.encoder_layers)
         ],
     )
+    heads = IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False)
     decoder = Decoder(
         [
             DecoderLayer(
@@ -89,9 +92,26 @@ def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> DetrModel:
             )
             for _ in range(c.decoder_layers)
         ],
-        IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False),
+        heads,
     )
     selector = DenseQueries(c.hidden, num_classes, c.queries, c.first_queries, c.coordinates, c.denoising)
-    detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std), slow=SLOW)
-    reset_heads(detector, 0.0)
-    return detector
+    prior_bias_init(selector, heads)
+    zero_box_init(selector, heads)
+    return DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
+
+
+MEMBER = Member(
+    name="efficient_detr",
+    config=EfficientDetrConfig,
+    builder=efficient_detr,
+    paper="Yao et al. 2021, arXiv:2104.01318",
+    published=(2021, 4),
+    roles={
+        **at("encoder.layers.*", DeformableLayer),
+        **at("decoder.layers.*.cross_attention", DeformableCrossAttention),
+        **at("selector", DenseQueries),
+    },
+    slow_parameters=("*.offsets.*",),  # as Deformable DETR
+    readers=SAMPLING_READERS,
+    unreadable=("heads", "queries"),
+)

@@ -5,7 +5,6 @@ Zhao et al. 2024, "DETRs Beat YOLOs on Real-time Object Detection"; version 2: L
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -15,15 +14,27 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalize
+from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
+from edgedetr.models.checkpoints.config_from_state_dict import StateDict, count_of, has, rows_of
+from edgedetr.models.checkpoints.rename_rules import Layout
+from edgedetr.models.checkpoints.transformers_keys import Source, three_levels
 from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import EncoderLayer
 from edgedetr.models.encoders.hybrid import HybridEncoder
+from edgedetr.models.initialization import (
+    head_outputs,
+    packed_qkv,
+    prior_bias_init,
+    torch_default,
+    xavier,
+    xavier_rule,
+    zero_box_init,
+)
+from edgedetr.models.member import Member, PublishedResize, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.queries.selection import TopKQueries
 from edgedetr.options import LATER
-
-PRIOR = 0.01  # class probability that the heads start from (RetinaNet, section 4.1)
 
 
 @dataclass(frozen=True)
@@ -105,22 +116,73 @@ def rt_detr(config: RtDetrConfig, num_classes: int) -> DetrModel:
         c.hidden,
     )
     selector = TopKQueries(c.hidden, num_classes, c.queries, c.denoising, c.learned_content)
+    heads = IterativeBoxes(c.hidden, num_classes, c.decoder_layers)
     decoder = Decoder(
-        [decoder_layer() for _ in range(c.decoder_layers)],
-        IterativeBoxes(c.hidden, num_classes, c.decoder_layers),
-        query_position=Mlp(4, 2 * c.hidden, c.hidden, 2),
+        [decoder_layer() for _ in range(c.decoder_layers)], heads, query_position=Mlp(4, 2 * c.hidden, c.hidden, 2)
     )
     detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
-    reset_heads(detector)
+    xavier(*head_outputs(selector, "score"), *head_outputs(heads, "score"))
+    prior_bias_init(selector, heads)
+    zero_box_init(selector, heads)
     return detector
 
 
-def reset_heads(detector: DetrModel) -> None:
-    """Fresh class and box heads: every class rare, every box unmoved."""
-    selector, heads = detector.selector, detector.decoder.boxes
-    for score in [selector.score, *heads.score]:  # type: ignore[union-attr, misc]  # not known to mypy
-        nn.init.xavier_uniform_(score.weight)  # type: ignore[union-attr, arg-type]  # not known to mypy
-        nn.init.constant_(score.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[union-attr, arg-type]
-    for box in [selector.box, *heads.box]:  # type: ignore[union-attr, misc]  # not known to mypy
-        nn.init.zeros_(box.layers[-1].weight)  # type: ignore[union-attr, index, arg-type]  # not known to mypy
-        nn.init.zeros_(box.layers[-1].bias)  # type: ignore[union-attr, index, arg-type]  # not known to mypy
+def _expansion(state: StateDict) -> float | None:
+    """Width of the fusion blocks, as a fraction of the encoder's."""
+    inside, width = state.rows("encoder.top_down.0.deep.conv.weight"), state.rows("encoder.project.0.conv.weight")
+    return inside / width if inside and width else None
+
+
+def _encoder_width(state: StateDict) -> int | None:
+    """Channels of the hybrid encoder where they are not those of the decoder; 0 where they are."""
+    encoder, decoder = state.rows("encoder.project.0.conv.weight"), state.rows("decoder.layers.0.cross_norm.weight")
+    return None if encoder is None else 0 if encoder == decoder else encoder
+
+
+def _points(state: StateDict) -> tuple[int, ...] | None:
+    """Samples per head in C3, C4, C5, taken as equally many: the tensors show the sum alone."""
+    total = state.rows("decoder.layers.0.cross_attention.weights.weight")
+    return (total // (state.heads * 3),) * 3 if total else None
+
+
+MEMBER = Member(
+    name="rt_detr",
+    config=RtDetrConfig,
+    builder=rt_detr,
+    paper="Zhao et al. 2024, arXiv:2304.08069; Lv et al. 2024, arXiv:2407.17140",
+    published=(2023, 4),
+    roles={**at("decoder.layers.*.cross_attention", DeformableCrossAttention), **at("selector", TopKQueries)},
+    original_init=packed_qkv("decoder.layers.*.self_attention")
+    | packed_qkv("encoder.attention.*.attention")
+    | {
+        "encoder.attention.*.attention.out.weight": torch_default,
+        "decoder.layers.*.self_attention.out.weight": torch_default,
+        "decoder.layers.*.feedforward.*.weight": xavier_rule,
+        "selector.score.weight": torch_default,
+        "decoder.boxes.score.*.weight": torch_default,
+        "decoder.query_position.*.weight": xavier_rule,
+        "encoder.memory_project.*.conv.weight": xavier_rule,
+    },
+    layouts=(
+        Layout("transformers", r"^model\.enc_score_head\.", transformers_names.rt_detr),
+        Layout("lyuwenyu/RT-DETR", r"^decoder\.enc_score_head\.", author_names.rt_detr),
+    ),
+    transformers={
+        "rt_detr": Source("RTDetrForObjectDetection", transformers_keys.RT_DETR, timm=False, levels=three_levels),
+        "rt_detr_v2": Source(
+            "RTDetrV2ForObjectDetection", transformers_keys.RT_DETR_V2, timm=False, levels=three_levels
+        ),
+    },
+    readers={
+        "encoder_layers": count_of(r"encoder\.attention\.(\d+)\."),
+        "encoder_ffn": rows_of("encoder.attention.0.feedforward.up.weight"),
+        "encoder_width": _encoder_width,
+        "expansion": _expansion,
+        "fusion_blocks": count_of(r"encoder\.top_down\.0\.blocks\.(\d+)\."),
+        "decoder_ffn": rows_of("decoder.layers.0.feedforward.up.weight"),
+        "learned_content": has("selector.content.weight"),
+        "points": _points,
+    },
+    unreadable=("heads", "queries", "encoder_activation", "conv_activation", "decoder_activation", "method"),
+    resize=PublishedResize(square=640),
+)

@@ -16,10 +16,14 @@ from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.roi_align import RoiAlign
 from edgedetr.models.cascade import DeltaBoxes, LearnedProposals, RoiCrossAttention
+from edgedetr.models.checkpoints import author_names
+from edgedetr.models.checkpoints.rename_rules import Layout
 from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.fpn import FeaturePyramid, PyramidEncoder
-from edgedetr.models.member_config import TransformerConfig, backbone_of, xavier
+from edgedetr.models.initialization import packed_qkv, prior_bias_init, xavier
+from edgedetr.models.member import Member, at
+from edgedetr.models.member_config import TransformerConfig, backbone_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,19 @@ def sparse_rcnn(config: SparseRcnnConfig, num_classes: int) -> DetrModel:
     boxes = DeltaBoxes(c.hidden, num_classes, c.decoder_layers, c.class_tower, c.box_tower)
     decoder = Decoder([stage() for _ in range(c.decoder_layers)], boxes)
     xavier(decoder)
-    boxes.rare()
+    prior_bias_init(boxes)
     selector = LearnedProposals(c.queries, c.hidden, num_classes, c.denoising)
     return DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
+
+
+MEMBER = Member(
+    name="sparse_rcnn",
+    config=SparseRcnnConfig,
+    builder=sparse_rcnn,
+    paper="Sun et al. 2021, arXiv:2011.12450",
+    published=(2020, 11),
+    roles=at("decoder.layers.*.cross_attention", RoiCrossAttention),
+    original_init=packed_qkv("decoder.layers.*.self_attention"),
+    layouts=(Layout("PeizeSun/SparseR-CNN", r"^init_proposal_boxes\.", author_names.sparse_rcnn),),
+    unreadable=("heads",),
+)

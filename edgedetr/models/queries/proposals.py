@@ -5,7 +5,7 @@ Zhu et al. 2021, "Deformable DETR", sections 4.2 and A.4; Yao et al. 2021, "Effi
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from edgedetr.models.detector import Memory, Queries
 from edgedetr.models.encoders.deformable import cell_centers
 from edgedetr.models.queries.selection import INVALID, label_content
 from edgedetr.options import one_of
+
+if TYPE_CHECKING:
+    from edgedetr.models.member import Role
 
 SIDE = 0.05  # a proposal's side in the finest level, share of the image; it doubles per level
 MARGIN = 0.01  # numbers closer to 0 or 1 than this make a proposal unusable
@@ -65,6 +68,8 @@ class Proposals(nn.Module):
             "best": by the best class (Efficient DETR)
     first   queries at the beginning of training, falling linearly to `queries`, which is what is deployed
     """
+
+    ROLES: ClassVar[dict[str, Role]] = {"project": "memory_projection"}
 
     def __init__(
         self, dim: int, num_classes: int, queries: int, rank: Literal["foreground", "best"], first: int | None = None

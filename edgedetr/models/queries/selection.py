@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,9 @@ from edgedetr.layers.cpu_kernels.exact_arithmetic import exactly
 from edgedetr.layers.feedforward import Mlp
 from edgedetr.layers.linear import Linear
 from edgedetr.models.detector import Memory, Queries
+
+if TYPE_CHECKING:
+    from edgedetr.models.member import Role
 
 INVALID = 1e4  # logit of an anchor off the map: sigmoid is exactly 1, and it stays finite in a quantized graph
 
@@ -71,6 +76,8 @@ class TopKQueries(nn.Module):
     [N, C], where learned, is what the best, the second best, ... starts from in the place of its token (Zhang et al.
     2022, "DINO", section 3.4; `learnt_init_query` of RT-DETR's code).
     """
+
+    ROLES: ClassVar[dict[str, Role]] = {"project": "memory_projection"}
 
     def __init__(
         self, dim: int, num_classes: int, queries: int, denoising: bool = True, learned_content: bool = False

@@ -10,7 +10,7 @@ import torch
 from members import CLASSES, pictures
 
 from edgedetr.errors import ModelError
-from edgedetr.models import build
+from edgedetr.models import FAMILY, build
 from edgedetr.models.checkpoints.config_from_state_dict import config_from_state_dict
 from edgedetr.models.checkpoints.conversion import translate
 from edgedetr.models.checkpoints.pretrained import load_detector
@@ -121,5 +121,5 @@ def test_other_classes_keep_all_but_the_class_heads(tmp_path: Path) -> None:
 
 
 def test_the_configuration_is_read_from_the_tensors() -> None:
-    told = config_from_state_dict(SparseRcnnConfig, translate("sparse_rcnn", original(varied(0))), CONFIG.heads)
+    told = config_from_state_dict(FAMILY["sparse_rcnn"], translate("sparse_rcnn", original(varied(0))), CONFIG.heads)
     assert replace(SparseRcnnConfig(heads=CONFIG.heads), **told) == CONFIG

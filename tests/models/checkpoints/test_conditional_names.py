@@ -10,7 +10,7 @@ from original_names import Weights, both, encoder_layer, mlp, packed, torchvisio
 from references import reference_resnet, transformers
 
 from edgedetr.errors import ModelError
-from edgedetr.models import build
+from edgedetr.models import FAMILY, build
 from edgedetr.models.checkpoints.config_from_state_dict import config_from_state_dict
 from edgedetr.models.checkpoints.conversion import translate
 from edgedetr.models.checkpoints.pretrained import load_detector, load_weights, read_weights
@@ -185,7 +185,7 @@ def test_the_authors_files_come_back_tensor_by_tensor(case: str, tmp_path: Path)
 @original
 def test_the_architecture_follows_from_the_tensors(case: str) -> None:
     member, config, written = ORIGINALS[case]
-    found = config_from_state_dict(type(config), translate(member, written(random_state(member, config))), heads=4)
+    found = config_from_state_dict(FAMILY[member], translate(member, written(random_state(member, config))), heads=4)
     # What no tensor tells: heads, dilation, and how many points a grid has.
     untold = {name: getattr(config, name) for name in ("heads", "dilate_last", "queries") if hasattr(config, name)}
     assert found.get("queries", config.queries) == config.queries

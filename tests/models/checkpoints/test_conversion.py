@@ -13,9 +13,9 @@ from members import SMALL
 from references import reference_resnet, transformers
 
 from edgedetr.errors import ModelError
-from edgedetr.models import build
+from edgedetr.models import FAMILY, build
 from edgedetr.models.checkpoints.config_from_state_dict import config_from_state_dict
-from edgedetr.models.checkpoints.conversion import LAYOUTS, backbone_of, translate
+from edgedetr.models.checkpoints.conversion import backbone_of, translate
 from edgedetr.models.checkpoints.pretrained import load_detector, load_weights, read_weights, rows_by_name
 from edgedetr.models.checkpoints.rename_rules import rename, split_packed
 from edgedetr.models.members.deformable_detr import DeformableDetrConfig
@@ -107,7 +107,7 @@ def test_the_authors_files_come_back_tensor_by_tensor(case: str, tmp_path: Path)
 @original
 def test_the_architecture_follows_from_the_tensors(case: str) -> None:
     member, config, written = ORIGINALS[case]
-    found = config_from_state_dict(type(config), translate(member, written(random_state(member, config))), heads=4)
+    found = config_from_state_dict(FAMILY[member], translate(member, written(random_state(member, config))), heads=4)
     # What no tensor tells: heads, and how many proposals a two-stage model selects.
     untold = {"heads", "dropout", "version"} | ({"queries"} if "queries" not in found else set())
     for name, value in found.items():
@@ -120,7 +120,7 @@ def test_the_architecture_follows_from_the_tensors(case: str) -> None:
 @pytest.mark.parametrize("member", SMALL)
 def test_every_members_architecture_follows_from_its_tensors(member: str) -> None:
     config = SMALL[member]
-    found = config_from_state_dict(type(config), build(member, config, CLASSES).state_dict(), heads=4)
+    found = config_from_state_dict(FAMILY[member], build(member, config, CLASSES).state_dict(), heads=4)
     untold = {"heads", "backbone_norm", "frozen_stages", "dilate_last", "first_queries", "points"}
     if member in ("deformable_detr", "efficient_detr", "rt_detr"):
         untold.add("queries")  # selected, not learned
@@ -185,7 +185,7 @@ def test_a_tensor_without_a_place_is_named() -> None:
         load_weights(build("detr", config, CLASSES), translate("detr", weights), "file")
 
 
-@pytest.mark.parametrize("member", LAYOUTS)
+@pytest.mark.parametrize("member", FAMILY)
 def test_weights_of_something_else_say_which_layouts_are_known(member: str) -> None:
     with pytest.raises(ModelError, match=rf"w.pth: no known layout of {member} \(known: .*\).*a.weight"):
         translate(member, {"a.weight": torch.zeros(2)}, "w.pth")

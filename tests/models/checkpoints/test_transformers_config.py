@@ -19,22 +19,12 @@ from references import transformers
 
 from edgedetr.errors import ModelError
 from edgedetr.importing.weights import architecture
-from edgedetr.models import build, member
+from edgedetr.models import FAMILY, build, member
 from edgedetr.models.checkpoints import conversion
 from edgedetr.models.checkpoints.config_from_state_dict import config_from_state_dict
 from edgedetr.models.checkpoints.pretrained import load_backbone, load_detector, load_weights
-from edgedetr.models.checkpoints.transformers_config import check_backbone_config, read_config
-from edgedetr.models.checkpoints.transformers_keys import (
-    ALONE,
-    BACKBONES,
-    SOURCES,
-    Key,
-    NoEffect,
-    Only,
-    Read,
-    Same,
-    Special,
-)
+from edgedetr.models.checkpoints.transformers_config import MEMBER_OF, SOURCES, check_backbone_config, read_config
+from edgedetr.models.checkpoints.transformers_keys import ALONE, BACKBONES, Key, NoEffect, Only, Read, Same, Special
 from edgedetr.models.checkpoints.weight_source import WeightSource
 
 SMALL = {
@@ -80,7 +70,7 @@ class Case:
 
     @property
     def member(self) -> str:
-        return SOURCES[self.kind].member
+        return MEMBER_OF[self.kind]
 
     def config(self, **options: Any) -> Any:
         options = {"backbone_config": backbone(self.member, self.levels), **self.plain, **options}
@@ -341,11 +331,9 @@ def test_every_key_of_a_backbones_configuration_class_is_in_the_table(kind: str,
 
 def test_every_member_with_a_layout_of_transformers_has_its_classes() -> None:
     layouts = {
-        member
-        for member, several in conversion.LAYOUTS.items()
-        if any(one.source.startswith("transformers") for one in several)
+        name for name, one in FAMILY.items() if any(layout.source.startswith("transformers") for layout in one.layouts)
     }
-    assert layouts == {source.member for source in SOURCES.values()}
+    assert layouts == set(MEMBER_OF.values())
     assert {one.kind for one in CASES.values()} == set(SOURCES)
 
 
@@ -417,11 +405,11 @@ def test_a_key_that_contradicts_the_tensors_is_refused_by_name(name: str) -> Non
         if entry.default not in (None, before.raw[key]):
             lacking = read_config({k: v for k, v in before.raw.items() if k != key}, one.member, "config.json")
             with pytest.raises(ModelError, match=f"{key} is {json.dumps(entry.default)}, but the tensors say"):
-                lacking.agree(config_from_state_dict(member(one.member).config, weights, 4))
+                lacking.agree(config_from_state_dict(member(one.member), weights, 4))
         raw = {**before.raw, key: other(key, before.raw[key])}
         told = read_config(raw, one.member, "config.json")
         with pytest.raises(ModelError, match=f"{key} is {json.dumps(raw[key])}, but the tensors say"):
-            told.agree(config_from_state_dict(member(one.member).config, weights, 4))
+            told.agree(config_from_state_dict(member(one.member), weights, 4))
 
 
 def test_heads_that_differ_between_encoder_and_decoder_are_refused() -> None:
@@ -497,7 +485,7 @@ def test_sizes_of_a_nested_backbone_are_those_of_the_tensors(name: str, key: str
     """Transformers builds what they say, and leaves out or draws the tensors that do not fit."""
     one, before = CASES[name], plain(name)
     found = config_from_state_dict(
-        member(one.member).config, conversion.translate(one.member, WeightSource(str(before.folder)).weights()), 4
+        member(one.member), conversion.translate(one.member, WeightSource(str(before.folder)).weights()), 4
     )
     read_config(before.raw, one.member, "c").agree(found)
     inner = {**before.raw["backbone_config"], key: value}

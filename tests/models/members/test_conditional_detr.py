@@ -6,9 +6,10 @@ import pytest
 import torch
 from references import reference_resnet, transformers, with_spread
 
+from edgedetr.models import build
 from edgedetr.models.checkpoints.conversion import translate
 from edgedetr.models.checkpoints.pretrained import load_weights
-from edgedetr.models.members.conditional_detr import ConditionalDetrConfig, conditional_detr
+from edgedetr.models.members.conditional_detr import ConditionalDetrConfig
 
 CLASSES = 5
 SMALL = {
@@ -50,7 +51,7 @@ def theirs() -> torch.nn.Module:
 
 @torch.no_grad()
 def test_detections_equal_those_of_transformers(theirs: torch.nn.Module) -> None:
-    ours = conditional_detr(ConditionalDetrConfig(**SMALL), CLASSES).eval()
+    ours = build("conditional_detr", ConditionalDetrConfig(**SMALL), CLASSES).eval()
     load_weights(ours, translate("conditional_detr", theirs.state_dict()), "transformers")
     images = torch.randn(2, 3, 96, 128)
     expected, got = theirs(pixel_values=images), ours(images)
@@ -62,7 +63,7 @@ def test_detections_equal_those_of_transformers(theirs: torch.nn.Module) -> None
 
 @torch.no_grad()
 def test_padded_images_give_what_transformers_gives(theirs: torch.nn.Module) -> None:
-    ours = conditional_detr(ConditionalDetrConfig(**SMALL), CLASSES).eval()
+    ours = build("conditional_detr", ConditionalDetrConfig(**SMALL), CLASSES).eval()
     load_weights(ours, translate("conditional_detr", theirs.state_dict()), "transformers")
     images, padding = torch.randn(2, 3, 96, 128), torch.zeros(2, 96, 128, dtype=torch.bool)
     padding[0, :, 96:], padding[1, 64:] = True, True
@@ -74,7 +75,7 @@ def test_padded_images_give_what_transformers_gives(theirs: torch.nn.Module) -> 
 
 def test_parameters_are_as_many_as_transformers_counts() -> None:
     with torch.device("meta"):
-        detector = conditional_detr(ConditionalDetrConfig(), 91)
+        detector = build("conditional_detr", ConditionalDetrConfig(), 91)
     count = sum(p.numel() for p in detector.parameters()) + frozen_norms(detector)
     assert count / 1e6 == pytest.approx(43.4, rel=0.01)
 
@@ -85,12 +86,12 @@ def frozen_norms(detector: torch.nn.Module) -> int:
 
 
 def test_only_the_first_layer_adds_the_position_to_the_content() -> None:
-    detector = conditional_detr(ConditionalDetrConfig(**SMALL), CLASSES)
+    detector = build("conditional_detr", ConditionalDetrConfig(**SMALL), CLASSES)
     assert [layer.cross_attention.q_position is None for layer in detector.decoder.layers] == [False, True, True]
 
 
 def test_a_fresh_box_stands_at_the_point_that_its_query_means() -> None:
-    detector = conditional_detr(ConditionalDetrConfig(**SMALL), CLASSES).eval()
+    detector = build("conditional_detr", ConditionalDetrConfig(**SMALL), CLASSES).eval()
     with torch.no_grad():
         memory = detector.encode(torch.randn(1, 3, 64, 64))
         queries = detector.select(memory)
@@ -100,6 +101,6 @@ def test_a_fresh_box_stands_at_the_point_that_its_query_means() -> None:
 
 
 def test_the_loss_moves_the_points() -> None:
-    detector = conditional_detr(ConditionalDetrConfig(**SMALL), CLASSES)
+    detector = build("conditional_detr", ConditionalDetrConfig(**SMALL), CLASSES)
     detector(torch.randn(1, 3, 64, 64)).boxes.square().sum().backward()
     assert detector.selector.point.head.layers[0].weight.grad.abs().max() > 0

@@ -7,10 +7,11 @@ import torch
 from references import reference_resnet, transformers, with_spread
 
 from edgedetr.errors import ModelError
+from edgedetr.models import build
 from edgedetr.models.checkpoints.conversion import translate
 from edgedetr.models.checkpoints.pretrained import load_weights
 from edgedetr.models.deploy import DeployGraph
-from edgedetr.models.members.dn_detr import DnDetrConfig, dn_detr
+from edgedetr.models.members.dn_detr import DnDetrConfig
 
 CLASSES = 5
 SMALL = {
@@ -54,7 +55,7 @@ def theirs() -> torch.nn.Module:
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
 def test_detections_equal_those_of_transformers(theirs: torch.nn.Module, padded: bool) -> None:
-    ours = dn_detr(DnDetrConfig(**SMALL, denoising=False), CLASSES).eval()
+    ours = build("dn_detr", DnDetrConfig(**SMALL, denoising=False), CLASSES).eval()
     load_weights(ours, translate("dn_detr", theirs.state_dict()), "transformers")
     images, padding = torch.randn(2, 3, 96, 128), torch.zeros(2, 96, 128, dtype=torch.bool)
     if padded:
@@ -69,7 +70,7 @@ def test_detections_equal_those_of_transformers(theirs: torch.nn.Module, padded:
 
 @torch.no_grad()
 def test_without_knowledge_the_content_is_the_vector_of_an_unknown_label() -> None:
-    selector = dn_detr(DnDetrConfig(**SMALL), CLASSES).selector
+    selector = build("dn_detr", DnDetrConfig(**SMALL), CLASSES).selector
     content = selector(memory_of(2)).content
     table = selector.denoising_class_embed.weight
     assert table.shape == (CLASSES + 1, 31)
@@ -82,7 +83,7 @@ def test_without_knowledge_the_content_is_the_vector_of_an_unknown_label() -> No
 
 @torch.no_grad()
 def test_dab_starts_from_zero_and_has_nothing_for_labels() -> None:
-    selector = dn_detr(DnDetrConfig(**SMALL, denoising=False), CLASSES).selector
+    selector = build("dn_detr", DnDetrConfig(**SMALL, denoising=False), CLASSES).selector
     assert not selector(memory_of(1)).content.any()
     with pytest.raises(ModelError, match="built without model.denoising"):
         selector.noised(torch.zeros(1, 1, dtype=torch.int64), torch.rand(1, 1, 4))
@@ -99,7 +100,7 @@ def test_the_deployed_graph_is_that_of_dab_detr() -> None:
     """Label vectors become one constant row of content: the same operators, and nothing that noises."""
     graphs = []
     for denoising in (True, False):
-        graph = DeployGraph(dn_detr(DnDetrConfig(**SMALL, denoising=denoising), CLASSES), 64, 64)
+        graph = DeployGraph(build("dn_detr", DnDetrConfig(**SMALL, denoising=denoising), CLASSES), 64, 64)
         exported = torch.export.export(graph, (torch.zeros(1, 3, 64, 64),))
         graphs.append([str(node.target) for node in exported.graph.nodes if node.op == "call_function"])
     of_content = {
@@ -116,7 +117,7 @@ def test_the_deployed_graph_is_that_of_dab_detr() -> None:
 
 def test_a_layer_hands_on_a_box_but_no_gradient_through_the_sampled_place() -> None:
     """The loss of the second layer reaches the first layer's box ("look forward twice"), the reference is constant."""
-    detector = dn_detr(DnDetrConfig(**SMALL), CLASSES)
+    detector = build("dn_detr", DnDetrConfig(**SMALL), CLASSES)
     with torch.no_grad():
         for parameter in detector.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -126,6 +127,6 @@ def test_a_layer_hands_on_a_box_but_no_gradient_through_the_sampled_place() -> N
 
 def test_parameters_are_as_many_as_transformers_counts() -> None:
     with torch.device("meta"):
-        detector = dn_detr(DnDetrConfig(denoising=False), 91)
+        detector = build("dn_detr", DnDetrConfig(denoising=False), 91)
     norms = sum(b.numel() for name, b in detector.named_buffers() if name.endswith((".norm.weight", ".norm.bias")))
     assert (sum(p.numel() for p in detector.parameters()) + norms) / 1e6 == pytest.approx(43.7, rel=0.01)

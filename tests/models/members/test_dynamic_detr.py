@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from edgedetr.models import FAMILY
 from edgedetr.models.checkpoints.config_from_state_dict import config_from_state_dict
 from edgedetr.models.encoders.dynamic import GROUPS, DynamicPyramidLayer
 from edgedetr.models.members.dynamic_detr import DynamicDetrConfig, dynamic_detr
@@ -87,7 +88,7 @@ def test_weights_say_which_attention_over_scales_they_have() -> None:
     }
     for form in ("scalar", "channel"):
         config = DynamicDetrConfig(**small, scale_attention=form)
-        found = config_from_state_dict(DynamicDetrConfig, dynamic_detr(config, 3).state_dict())
+        found = config_from_state_dict(FAMILY["dynamic_detr"], dynamic_detr(config, 3).state_dict())
         assert DynamicDetrConfig(**{**small, **found}).scale_attention == form
 
 

@@ -68,7 +68,7 @@ CONDITIONAL = [
     (r"box\.layers\.2\.weight", zero),
 ]
 PROJECT = [(r"encoder\.project\.weight", linear), (r"encoder\.project\.bias", project_bias)]
-# In the order in which they are tried; sources as in edgedetr/models/original_init.py.
+# In the order in which they are tried; sources as in the records of the members.
 RULES = {
     "detr": [*PROJECT, *DETR, (r"selector\.position", normal), *HEADS, (r"box\.layers\.2\.weight", linear)],
     "conditional_detr": [
