@@ -19,6 +19,7 @@ from edgedetr.models.checkpoints.rename_rules import Layout
 from edgedetr.models.checkpoints.transformers_keys import Source
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.initialization import InitRule, redraw
+from edgedetr.options import one_of
 
 # What a layer is for. A quantization policy (calib/policy/*.toml) decides by it which layers stay float.
 Role = Literal[
@@ -94,6 +95,10 @@ class Member:
     unreadable: tuple[str, ...] = ("heads", "dilate_last")
     resize: PublishedResize = PublishedResize()
     refuse_import: Callable[[Mapping[str, Any]], str] | None = None
+
+    def __post_init__(self) -> None:
+        for role in self.roles.values():
+            one_of(f"a role of {self.name}", role, ROLES, ModelError)
 
     def build(self, config: Any, num_classes: int) -> DetrModel:
         """The model with random weights. Errors: ModelError for another member's configuration, or without a class."""

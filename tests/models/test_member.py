@@ -114,3 +114,8 @@ def test_a_built_model_knows_its_member() -> None:
 def test_a_member_refuses_the_configuration_of_another() -> None:
     with pytest.raises(ModelError, match="detr takes a DetrConfig; got RtDetrConfig"):
         build("detr", FAMILY["rt_detr"].config(), 3)
+
+
+def test_a_role_that_no_policy_knows_is_refused_where_it_is_declared() -> None:
+    with pytest.raises(ModelError, match="a role of detr is 'decodr'; expected one of .*did you mean 'decoder'"):
+        replace(FAMILY["detr"], roles={"decoder.*": "decodr"})
