@@ -10,7 +10,7 @@ TORCH_ARGS ?=
 # Tests run in so many processes side by side, each with one thread.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint types pytest install wheel browser clean distclean
+.PHONY: demo test lint types pytest docs install wheel browser clean distclean
 
 demo: $(VENV)/.installed
 	$(BIN)/edgedetr demo
@@ -26,6 +26,10 @@ types: $(VENV)/.installed-dev
 
 pytest: $(VENV)/.installed-dev browser
 	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
+
+# Pages that are written from the source: docs/recipe-keys.md.
+docs: $(VENV)/.installed
+	$(BIN)/python -m edgedetr.recipe_reference
 
 install: $(VENV)/.installed
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import fields
 from functools import cache
 from numbers import Integral, Real
@@ -30,6 +31,7 @@ def renamed(was: str) -> dict[str, object]:
 
 
 Range = tuple[float, float]  # smallest and largest value; math.inf for "no limit", and never NaN or infinity itself
+_recorded: ContextVar[dict[str, Range] | None] = ContextVar("recorded", default=None)  # see `ranges_of`
 
 
 def check(config: Any, section: str, ranges: Mapping[str, Range] | None = None) -> None:
@@ -40,6 +42,8 @@ def check(config: Any, section: str, ranges: Mapping[str, Range] | None = None) 
 
     Errors: RecipeError that names the field, what it is and what was expected.
     """
+    if (recorded := _recorded.get()) is not None:
+        recorded.update(ranges or {})
     hints = _hints(type(config))  # type: ignore[arg-type]  # every class has a hash
     for item in fields(config):
         name, value = f"{section}.{item.name}", getattr(config, item.name)
@@ -48,6 +52,16 @@ def check(config: Any, section: str, ranges: Mapping[str, Range] | None = None) 
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, Real) and not isinstance(number, bool):
                 within(name, number, low, high)
+
+
+def ranges_of(config_class: Any) -> dict[str, Range]:
+    """The ranges that `check` holds the fields of a configuration class to, by field name: for documentation."""
+    token = _recorded.set({})
+    try:
+        config_class()
+        return dict(_recorded.get() or {})
+    finally:
+        _recorded.reset(token)
 
 
 def one_of(name: str, value: object, words: Iterable[object], error: type[EdgedetrError] = RecipeError) -> None:

@@ -38,6 +38,7 @@ FLOOR = {
     "layers": 3,
     "models": 4,
     "recipe": 5,
+    "recipe_reference": 5.5,
     "training": 5,
     "exporting": 5,
     "importing": 5,
