@@ -1,8 +1,8 @@
 """Paired bootstrap of an AP drop: the same resampled images for both systems, from cached matches.
 
-Efron and Tibshirani 1993, chapters 6 and 13 (percentile interval). A resample is a count per image, so nothing is
-matched or sorted again, and only detections that hit can change the precision-recall envelope: 1000 resamples of 800
-images take seconds.
+Efron and Tibshirani 1993, chapters 6 and 13 (percentile interval). A resample is a count per image, so detections are
+matched and sorted once, and only true positives can change the precision-recall envelope: 1000 resamples of 800 images
+take seconds.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ CELLS = 4_000_000  # resamples x detections held at a time: 32 MB per array
 
 @dataclass(frozen=True)
 class PairedDrop:
-    """AP of a reference minus AP of another system on the same images, points.
+    """AP of a reference minus AP of another model on the same images, points.
 
-    drop          on the images as they are
+    drop          on the images without resampling
     lower, upper  one-sided 95 % percentile bounds each (5th and 95th percentile of the resampled drops)
     se            standard deviation of the resampled drops
-    margin        upper - drop, at least 0: what these images cannot tell apart. A system that differs as much as
-                  this one and had lost nothing at all could be certified for a budget of `margin`, not for less
+    margin        upper - drop, at least 0: differences that these images cannot resolve. A model that varies as much
+                  as this one and loses nothing passes with a tolerance of `margin`, not with a smaller one
     """
 
     drop: float
@@ -38,7 +38,7 @@ class PairedDrop:
 
 
 def draw(images: int, resamples: int, seed: int = 0) -> np.ndarray:
-    """How often each image is in each resample: [R, I] int64, rows sum to I."""
+    """Number of times that each image is in each resample: [R, I] int64, rows sum to I."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(images, np.full(images, 1 / images), size=resamples)
 
@@ -46,7 +46,7 @@ def draw(images: int, resamples: int, seed: int = 0) -> np.ndarray:
 def resampled_ap(matches: DetectionMatches, counts: np.ndarray) -> np.ndarray:
     """AP in points of every resample.
 
-    counts   [R, I]  how often each image is in
+    counts   [R, I]  number of times that each image is in
     return   [R]     mean over the classes that have an object in the resample; NaN where none has
     """
     if counts.ndim != 2 or counts.shape[1] != matches.images:
@@ -70,16 +70,16 @@ def paired(reference: DetectionMatches, other: DetectionMatches, *, resamples: i
 
 
 def with_identity(counts: np.ndarray) -> np.ndarray:
-    """The resamples after one row that takes every image once."""
+    """The resamples, preceded by one row that takes every image once."""
     return np.concatenate([np.ones((1, counts.shape[1]), counts.dtype), counts])
 
 
 def compare(reference_ap: np.ndarray, other_ap: np.ndarray) -> PairedDrop:
-    """From the APs [1 + R] of two systems over the same resamples, the identity first."""
+    """The drop and its bounds from the APs [1 + R] of two models over the same resamples, the identity first."""
     drops = reference_ap - other_ap
     drop, resampled = float(drops[0]), drops[1:][np.isfinite(drops[1:])]
     if not resampled.size:
-        return PairedDrop(drop, -100.0, 100.0, float("nan"), 100.0, 0)  # nothing was learned: the widest bounds
+        return PairedDrop(drop, -100.0, 100.0, float("nan"), 100.0, 0)  # no usable resample: the widest bounds
     lower, upper = (float(v) for v in np.percentile(resampled, [5, 95]))
     return PairedDrop(drop, lower, upper, float(resampled.std()), max(0.0, upper - drop), len(resampled))
 
@@ -87,8 +87,9 @@ def compare(reference_ap: np.ndarray, other_ap: np.ndarray) -> PairedDrop:
 def _class_ap(matched: ClassMatches, counts: np.ndarray, objects: np.ndarray) -> np.ndarray:
     """101-point interpolated AP of one class, mean over IoU thresholds: counts [R, I], objects [R] -> [R] in 0..1.
 
-    Precision rises only at a hit, so the envelope at the hits decides. A hit that lifts the number of hits from m to n
-    brings the recall thresholds in (m / objects, n / objects] its envelope; the first hit also brings threshold 0.
+    Precision rises only at a hit, so the envelope at the hits is sufficient. A hit that raises the number of hits
+    from m to n sets the precision at the recall thresholds in (m / objects, n / objects]; the first hit also at
+    threshold 0.
     """
     weight = counts.astype(np.int32)[:, matched.image]  # [R, D]
     seen = np.cumsum(weight, axis=1, dtype=np.int32)  # detections so far, with multiplicity

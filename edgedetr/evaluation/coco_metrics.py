@@ -28,8 +28,8 @@ class ClassMatches:
     """One class over all images, COCO area range "all"; D detections in order of falling score, 10 IoU thresholds.
 
     image        [D]      int64, 0..I-1
-    hit          [10, D]  bool, matched to an object that counts
-    ignored      [10, D]  bool, counts neither as hit nor as false alarm (crowd regions)
+    hit          [10, D]  bool, true positive: matched to an object that counts
+    ignored      [10, D]  bool, neither a true nor a false positive (crowd regions)
     objects      [I]      int64, objects that count, per image
     """
 
@@ -41,7 +41,7 @@ class ClassMatches:
 
 @dataclass(frozen=True)
 class DetectionMatches:
-    """Every class's matches; what AP over any resample of the images can be computed from."""
+    """The matches of every class, from which AP over any resample of the images is computed."""
 
     classes: tuple[ClassMatches, ...]
     images: int
@@ -76,7 +76,7 @@ def evaluate(
 ) -> Metrics:
     """Metrics of detections (by image id; an image without an entry has none) against the ground truth.
 
-    by_size   False leaves AP of small, medium and large objects out (None), in well under half the time
+    by_size   False leaves out AP of small, medium and large objects (None), and takes less than half the time
     """
     truth = truth if isinstance(truth, GroundTruth) else GroundTruth.of(truth)
     unknown = set(detections) - set(truth.image_ids.tolist())
@@ -176,10 +176,10 @@ def _metrics(truth: GroundTruth, judge: Any, duplicates: float | None) -> Metric
 
 
 def _matches(truth: GroundTruth, judge: Any) -> DetectionMatches:
-    """Collect pycocotools' per-image matches of area range "all", sorted as its accumulate() sorts them."""
+    """Collect the per-image matches of area range "all" from pycocotools, sorted as in its accumulate()."""
     order = [int(i) for i in judge.params.imgIds]  # sorted by pycocotools
-    place = {int(i): n for n, i in enumerate(truth.image_ids)}
-    position = np.array([place[i] for i in order], np.int64)
+    index = {int(i): n for n, i in enumerate(truth.image_ids)}
+    position = np.array([index[i] for i in order], np.int64)
     areas, images = len(judge.params.areaRng), len(order)
     classes = []
     for k in range(len(truth.classes)):
@@ -197,10 +197,10 @@ def _matches(truth: GroundTruth, judge: Any) -> DetectionMatches:
         objects = np.zeros(images, np.int64)
         for n, e in kept:
             objects[position[n]] = int(np.count_nonzero(np.asarray(e["gtIgnore"]) == 0))
-        falling = np.argsort(-scores, kind="mergesort")
+        by_score = np.argsort(-scores, kind="mergesort")
         classes.append(
             ClassMatches(
-                image[falling].astype(np.int64), (matched & ~ignored)[:, falling], ignored[:, falling], objects
+                image[by_score].astype(np.int64), (matched & ~ignored)[:, by_score], ignored[:, by_score], objects
             )
         )
     return DetectionMatches(tuple(classes), images)

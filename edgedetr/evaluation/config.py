@@ -1,4 +1,4 @@
-"""Settings of the verdict."""
+"""Settings of `edgedetr verify`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from edgedetr.storage.reading import read_toml
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """The gate. A stage passes when the one-sided upper 95 % bound of its AP drop is within the budget."""
+    """An artifact passes when the one-sided upper 95 % bound of its AP drop is at most `budget`, the tolerance.
+
+    The names are keys of recipes.
+    """
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
-    budget: float = 1.0  # points of AP; what INT8 detectors are commonly allowed to lose
+    budget: float = 1.0  # tolerance, points of AP; a common limit for the loss of INT8 detectors
     bootstrap: int = 1000  # resamples: the 95th percentile of 1000 is known to about 0.7 % in coverage
     seed: int = 0  # of the resampling; the same seed gives the same bound
     threads: int | None = None  # of one inference; None = all cores
-    parity_images: int = 32  # images also run without optimizations, to see who departs from the arithmetic
+    parity_images: int = 32  # images of the reference run (no graph optimizations) that backends are compared with
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> VerifyConfig:
@@ -39,7 +42,7 @@ class VerifyConfig:
             raise BundleError(f"{path} [verify]: {error}; {fix}") from error
 
     def __post_init__(self) -> None:
-        # Points of AP; at least 100 resamples for a 95 % bound.
+        # budget in points of AP; at least 100 resamples for a 95 % bound
         check(
             self,
             "verify",

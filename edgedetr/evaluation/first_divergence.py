@@ -1,8 +1,8 @@
-"""Where a backend leaves the arithmetic of a graph: the first node whose values differ from the oracle's.
+"""Find the first node of a graph whose values on a backend differ from those of a reference run.
 
-The oracle is ONNX Runtime without optimizations, which runs every node as it is written. Tensors are exposed as extra
-outputs, a group at a time, because each exposed tensor also keeps the backend from fusing across it; from the first bad
-one the search goes to its ancestors until all that a node reads is right and what it gives is wrong.
+The reference run is ONNX Runtime without optimizations, which computes every node as it is written. Tensors are exposed
+as extra outputs, a group at a time, because an exposed tensor also keeps the backend from fusing nodes across it. From
+the first wrong tensor the search continues among its ancestors, until a node has correct inputs and a wrong output.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from edgedetr.packages import missing
 from edgedetr.runtime.backends import base, onnxruntime
 
 GROUP = 12  # tensors exposed at a time
-SQNR_FLOOR = 20.0  # dB; rounding flips leave 25 and more, broken kernels were seen at 1 to 6
+SQNR_FLOOR = 20.0  # dB; different rounding leaves 25 or more, broken kernels were measured at 1 to 6
 
 Tensors = Callable[[bytes, np.ndarray, Sequence[str]], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A node that reads what the oracle reads and gives something else; `inputs_db` is the worst of what it reads."""
+    """A node with correct inputs and a wrong output; `inputs_db` is the lowest SQNR of its inputs."""
 
     node: str
     operator: str
@@ -37,7 +37,7 @@ class Divergence:
 
     def __str__(self) -> str:
         return (
-            f"{self.operator} {self.node!r}: {self.sqnr_db:.1f} dB against the oracle, "
+            f"{self.operator} {self.node!r}: {self.sqnr_db:.1f} dB against the reference run, "
             f"its inputs {self.inputs_db:.1f} dB or better"
         )
 
@@ -45,11 +45,11 @@ class Divergence:
 def find_first_divergence(
     model: str | Path, backend: str, images: np.ndarray, *, floor: float = SQNR_FLOOR, threads: int | None = None
 ) -> Divergence | None:
-    """The first node at which `backend` leaves the oracle, or None where logits and boxes agree.
+    """The first node at which `backend` differs from the reference run, or None where logits and boxes agree.
 
     model    an ONNX file
     backend  the name of a backend that can read tensors; ONNX Runtime is compared with optimized kernels
-    images   [B, 3, H, W] float32, a few images as the graph takes them
+    images   [B, 3, H, W] float32, a few preprocessed images
     """
     tensors = base.get(backend).tensors
     if tensors is None:
@@ -61,7 +61,7 @@ def find_first_divergence(
 def search(
     model: Path, run: Tensors, images: np.ndarray, *, floor: float = SQNR_FLOOR, threads: int | None = None
 ) -> Divergence | None:
-    """As first_divergence, for any function that runs a serialized model and returns named tensors."""
+    """As find_first_divergence, for any function that runs a serialized model and returns named tensors."""
     graph = _Graph(model, run, images, threads)
     graph.measure(graph.outputs)
     bad = next((name for name in graph.outputs if graph.sqnr[name] < floor), None)
@@ -75,11 +75,11 @@ def search(
             bad = worse
             continue
         if not [p for p in parents if p not in graph.sqnr]:
-            return graph.departure(bad, parents)
-        # The parents, and a spread over everything before them: long graphs shrink by a factor of GROUP each time.
+            return graph.divergence(bad, parents)
+        # The parents, and samples of everything before them: a long graph shrinks by a factor of GROUP each time.
         first = [p for p in parents if p not in graph.sqnr][: GROUP // 2]
-        spread = [unknown[int(i)] for i in np.linspace(0, len(unknown) - 1, GROUP - len(first))]
-        group = sorted({*first, *spread}, key=graph.order.__getitem__)
+        samples = [unknown[int(i)] for i in np.linspace(0, len(unknown) - 1, GROUP - len(first))]
+        group = sorted({*first, *samples}, key=graph.order.__getitem__)
         graph.measure(group)
         bad = next((name for name in group if graph.sqnr[name] < floor), bad)
 
@@ -94,7 +94,7 @@ def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
 
 
 class _Graph:
-    """The model with what is known so far: `sqnr` of measured tensors, `order` and producers of all float tensors."""
+    """The model and the `sqnr` of the tensors measured so far; `order` and producers of all float tensors."""
 
     def __init__(self, model: Path, run: Tensors, images: np.ndarray, threads: int | None) -> None:
         try:
@@ -102,7 +102,7 @@ class _Graph:
         except ImportError as error:
             raise MissingDependency(missing("onnx", error)) from error
         self.onnx, self.run, self.images, self.threads = onnx, run, images, threads
-        # In float32, so that all tensors can be compared; what FP16 rounds is far below the floor.
+        # In float32, so that all tensors can be compared; the rounding of FP16 is far above the floor in dB.
         self.model = onnx.load_from_string(simulate_fp16(model, rounded=False))
         graph = self.model.graph
         self.outputs = [output.name for output in graph.output]
@@ -110,7 +110,7 @@ class _Graph:
         self.types = self._types()
         nodes = [node for node in graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear", "Constant")]
         floats = [name for node in nodes for name in node.output if self.types.get(name) == onnx.TensorProto.FLOAT]
-        self.order = {name: place for place, name in enumerate(floats)}
+        self.order = {name: number for number, name in enumerate(floats)}
         self.sqnr: dict[str, float] = {}
 
     def _types(self) -> dict[str, int]:
@@ -118,7 +118,7 @@ class _Graph:
         return {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.output)}
 
     def parents(self, name: str) -> list[str]:
-        """The nearest float tensors that the producer of `name` reads, through Q, DQ and constants."""
+        """The nearest float tensors before the producer of `name`, through Q, DQ and constants."""
         found: dict[str, None] = {}
         waiting, seen = list(self.producer[name].input), set()
         while waiting:
@@ -144,7 +144,7 @@ class _Graph:
         return sorted(seen, key=self.order.__getitem__)
 
     def measure(self, names: Sequence[str]) -> None:
-        """Fill in `sqnr` of these tensors."""
+        """Run the model once on both and fill in `sqnr` of these tensors."""
         model: Any = self.onnx.ModelProto()
         model.CopyFrom(self.model)
         present = set(self.outputs)
@@ -153,11 +153,11 @@ class _Graph:
                 kind = self.onnx.TensorProto.FLOAT
                 model.graph.output.append(self.onnx.helper.make_tensor_value_info(name, kind, None))
         data = model.SerializeToString()
-        oracle = onnxruntime.tensors(data, self.images, names, optimize=False, threads=self.threads)
+        reference = onnxruntime.tensors(data, self.images, names, optimize=False, threads=self.threads)
         other = self.run(data, self.images, names)
-        self.sqnr.update({name: sqnr_db(oracle[name], other[name]) for name in names})
+        self.sqnr.update({name: sqnr_db(reference[name], other[name]) for name in names})
 
-    def departure(self, tensor: str, parents: Sequence[str]) -> Divergence:
+    def divergence(self, tensor: str, parents: Sequence[str]) -> Divergence:
         node = self.producer[tensor]
         return Divergence(
             node.name or tensor,

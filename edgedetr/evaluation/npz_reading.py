@@ -1,4 +1,4 @@
-"""Reading .npz files that others may have written: known arrays alone, their type and size known before any is read."""
+"""Read .npz files that may come from strangers: only known arrays, whose type and size are checked before reading."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from edgedetr.errors import BundleError
 
 MEBIBYTE = 1 << 20
 LARGEST_FILE = 512 * MEBIBYTE
-LARGEST = 1024 * MEBIBYTE  # of all arrays together
-FREE, RATIO = 64 * MEBIBYTE, 32  # and no more than this and so many times the file: real sets compress 5 to 15 times
-DIRECTORY = 64 << 10  # bytes of the list of a zip file's members; ours has about 1 kB
+LARGEST = 1024 * MEBIBYTE  # all arrays together
+# The arrays may take FREE bytes plus RATIO times the size of the file: real sets compress 5 to 15 times.
+FREE, RATIO = 64 * MEBIBYTE, 32
+DIRECTORY = 64 << 10  # bytes of the list of members of a zip file; ours takes about 1 kB
 LONGEST_TEXT = 4096  # characters of a name or a path
-# What numpy writes before the numbers, format 1.0; the one form that is read.
+# The header that numpy writes before the values, format 1.0; no other form is read.
 HEADER = re.compile(
     rb"\{'descr': '([<>|=])([a-zA-Z])([0-9]{0,6})', 'fortran_order': (True|False), "
     rb"'shape': \(((?:[0-9]{1,15}, ?)*(?:[0-9]{1,15})?)\), \} *\n"
@@ -43,22 +44,22 @@ FAULTS = (
 
 @dataclass(frozen=True)
 class Column:
-    """What an array must be: kinds of numpy ("i", "f", "b", "U") and the shape, -1 = any length."""
+    """The expected type (numpy kind "i", "f", "b" or "U") and shape (-1 = any length) of an array."""
 
     kind: str
     shape: tuple[int, ...]
 
 
 def read(path: str | Path, columns: Mapping[str, Column], *, fix: str) -> dict[str, np.ndarray]:
-    """The arrays `columns` of a .npz file; others in it are not read.
+    """The arrays `columns` of a .npz file; other arrays in it are not read.
 
     fix     the command that makes the file again, for the message
 
-    Errors: BundleError for a missing, damaged or foreign file, and one that would take more memory than such a file
-    needs.
+    Errors: BundleError for a file that is missing, damaged or of another kind, and for one whose arrays would take far
+    more memory than the file.
     """
     try:
-        # Without waiting: a pipe without a writer would block for ever.
+        # O_NONBLOCK: opening a pipe without a writer would block forever.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise BundleError(f"{path}: no such file; run: {fix}") from error
@@ -93,7 +94,7 @@ def _read(stream: BinaryIO, columns: Mapping[str, Column]) -> dict[str, np.ndarr
 
 
 def _check_directory(stream: BinaryIO, size: int) -> None:
-    """The list of members is short, so that zipfile may read it."""
+    """Check that the list of members is short, before zipfile reads it."""
     stream.seek(max(0, size - (1 << 16) - 22))
     tail = stream.read()
     end = tail.rfind(b"PK\x05\x06")

@@ -1,4 +1,4 @@
-"""What a model is measured against: ground truth, image digests and detections in plain numpy files."""
+"""reference.npz and stored detections: ground truth, image digests and detections in plain numpy files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class GroundTruth:
     classes    index, original category id and name
     image_ids  [I]     int64, unique
     names      [I]     str, path of each image relative to the set's folder
-    digests    [I]     str, sha256 of each file's bytes, or "" where they were not taken
+    digests    [I]     str, sha256 of each file's bytes, or "" where not computed
     sizes      [I, 2]  int64, height and width, upright pixels
     image      [T]     int64, 0..I-1: the image of each object
     boxes      [T, 4]  float64, x0, y0, x1, y1, pixels
@@ -98,14 +98,14 @@ class GroundTruth:
         """Only these images, in the same order."""
         keep = np.isin(self.image_ids, list(image_ids))
         objects = keep[self.image]
-        place = np.cumsum(keep) - 1
+        new_index = np.cumsum(keep) - 1
         return replace(
             self,
             image_ids=self.image_ids[keep],
             names=self.names[keep],
             digests=self.digests[keep],
             sizes=self.sizes[keep],
-            image=place[self.image[objects]].astype(np.int64),
+            image=new_index[self.image[objects]].astype(np.int64),
             boxes=self.boxes[objects],
             labels=self.labels[objects],
             crowd=self.crowd[objects],
@@ -115,16 +115,16 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class Reference:
-    """reference.npz: what the PyTorch model detects on the verify split, so that verifying needs no torch."""
+    """reference.npz: the detections of the PyTorch model on the verify split, so that `verify` needs no torch."""
 
     truth: GroundTruth
     detections: Mapping[int, Detections]  # by image id
     split: str
-    model: str = ""  # sha256 of the weights that made it
+    model: str = ""  # sha256 of the weights
 
     @classmethod
     def of(cls, dataset: DetectionSet, detections: Mapping[int, Detections], *, model: str = "") -> Reference:
-        """With digests of the images; every image must have an entry, be it an empty one."""
+        """The reference of a split, with digests of its images. Every image must have an entry, which may be empty."""
         truth = GroundTruth.of(dataset, digests=True)
         missing = [int(i) for i in truth.image_ids if int(i) not in detections]
         if missing:
@@ -135,7 +135,7 @@ class Reference:
         return cls(truth, detections, dataset.name, model)
 
     def save(self, path: str | Path) -> None:
-        """Write plain arrays (no pickles); the same content gives the same bytes."""
+        """Write plain arrays (no pickles); equal content gives equal bytes."""
         t = self.truth
         arrays = {
             "schema": np.array(SCHEMA),
@@ -159,7 +159,7 @@ class Reference:
 
     @classmethod
     def load(cls, path: str | Path) -> Reference:
-        """Read and check; BundleError for a missing, truncated or foreign file."""
+        """Read and check. Errors: BundleError for a file that is missing, truncated or of another kind."""
         fix = "edgedetr export BUNDLE"
         arrays = npz.read(path, REFERENCE, fix=fix)
         try:
@@ -204,7 +204,7 @@ def save_detections(path: str | Path, detections: Mapping[int, Detections]) -> N
 
 
 def load_detections(path: str | Path, classes: Sequence[ClassInfo]) -> dict[int, Detections]:
-    """What `save_detections` wrote; BundleError for a missing, truncated or foreign file."""
+    """Read the file of `save_detections`. Errors: BundleError where it is missing, truncated or of another kind."""
     fix = "edgedetr verify BUNDLE"
     arrays = npz.read(path, DETECTIONS, fix=fix)
     try:
@@ -249,7 +249,7 @@ def _detections(
 
 
 def _array(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], below: int | None = None) -> np.ndarray:
-    """The array `name`, checked: shape, finite, and 0 <= values < below; its kind is right already."""
+    """The array `name`, whose type is checked already; checks its shape, finite values, and 0 <= values < below."""
     value = arrays[name]
     if value.shape != shape:
         raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, expected {list(shape)}")

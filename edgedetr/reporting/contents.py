@@ -1,4 +1,4 @@
-"""What is in a bundle: its description, and each file's size and state."""
+"""Describe a bundle for `edgedetr inspect` and the report: the manifest, and the size and state of each file."""
 
 from __future__ import annotations
 
@@ -10,30 +10,36 @@ from edgedetr.errors import BundleError
 
 @dataclass(frozen=True)
 class FileState:
-    """One listed file; `state` is "ok", or what is wrong with it and the command that makes it again."""
+    """One file of the manifest; `state` is "ok", or the problem and the command that makes the file again."""
 
     name: str
     size: int
     sha256: str
-    stage: str
+    made_by: str  # the step of bundle.json: "train", "export", ...
     state: str
 
 
 @dataclass(frozen=True)
 class BundleContents:
-    """A bundle as a reader wants to see it."""
+    """A bundle in text and numbers."""
 
     path: str
     model: str
     classes: tuple[str, ...]
     input: str
     data: str
-    budget: float
+    tolerance: float
     synthetic: bool
     files: tuple[FileState, ...]
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        """The keys of bundle.json: "budget" for the tolerance, and "stage" for the step that made a file."""
+        names = {"tolerance": "budget", "made_by": "stage"}
+
+        def renamed(pairs: list[tuple[str, object]]) -> dict[str, object]:
+            return {names.get(name, name): value for name, value in pairs}
+
+        return asdict(self, dict_factory=renamed)
 
     def rows(self) -> list[list[object]]:
         names = ", ".join(self.classes[:12]) + (
@@ -45,11 +51,11 @@ class BundleContents:
             ["classes", names],
             ["input", self.input],
             ["data", self.data + (" (synthetic)" if self.synthetic else "")],
-            ["budget", f"{self.budget} points of AP"],
+            ["tolerance", f"{self.tolerance} points of AP"],
         ]
 
     def file_rows(self) -> list[list[object]]:
-        return [[f.name, f"{f.size / 1e6:.2f}", f.stage, f.state] for f in self.files]
+        return [[f.name, f"{f.size / 1e6:.2f}", f.made_by, f.state] for f in self.files]
 
 
 def inspect_bundle(bundle: Bundle) -> BundleContents:
@@ -70,7 +76,7 @@ def inspect_bundle(bundle: Bundle) -> BundleContents:
         classes=tuple(c.name for c in manifest.classes),
         input=f"images [B, 3, {contract.height}, {contract.width}] RGB 0..255, {contract.resize}",
         data=f"{data.path}, verify on {data.verify_split}, calibrate on {data.calib_split}" if data else "not recorded",
-        budget=manifest.budget,
+        tolerance=manifest.budget,
         synthetic=manifest.synthetic,
         files=tuple(files),
     )

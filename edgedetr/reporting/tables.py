@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict
 
-HEAD = ("stage", "backend", "AP", "AP50", "drop", "drop, upper 95 %", "p50 ms", "p99 ms", "MB", "verdict")
+HEAD = ("artifact", "backend", "AP", "AP50", "drop", "drop, upper 95 %", "p50 ms", "p99 ms", "MB", "verdict")
 NOTHING_TO_LOSE = "nothing to lose"
 
 

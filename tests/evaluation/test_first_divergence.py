@@ -1,4 +1,4 @@
-"""The first node at which a backend leaves the oracle, with backends broken on purpose."""
+"""The first node at which a backend differs from the reference run, with backends broken on purpose."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def graph(tmp_path_factory) -> Path:
         opset_imports=[helper.make_opsetid("", 19)],
         ir_version=9,
     )
-    path = tmp_path_factory.mktemp("departure") / "two.onnx"
+    path = tmp_path_factory.mktemp("divergence") / "two.onnx"
     onnx.save(model, str(path))
     return path
 
 
 @pytest.fixture
-def picture(rng) -> np.ndarray:
+def images(rng) -> np.ndarray:
     return rng.uniform(0, 255, (1, 3, 4, 4)).astype(np.float32)
 
 
@@ -80,8 +80,8 @@ def broken_at(weight: str):
 
 
 @pytest.mark.parametrize("node", ["left/0", "left/5", "left/23", "right/0", "right/38", "right/39"])
-def test_the_broken_node_is_named_wherever_it_is(graph, picture, node):
-    found = search(graph, broken_at(f"{node}.weight"), picture)
+def test_the_broken_node_is_named_wherever_it_is(graph, images, node):
+    found = search(graph, broken_at(f"{node}.weight"), images)
     assert (found.node, found.operator, found.tensor) == (node, "Conv", f"{node}.out")
     assert found.sqnr_db < 0
     assert found.inputs_db == float("inf")
@@ -90,12 +90,12 @@ def test_the_broken_node_is_named_wherever_it_is(graph, picture, node):
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_a_sound_backend_departs_nowhere(graph, picture, backend):
+def test_a_correct_backend_diverges_nowhere(graph, images, backend):
     # Rounding at a tie may flip between libraries, so the floor is 20 dB and not equality.
-    assert find_first_divergence(graph, backend, picture) is None
+    assert find_first_divergence(graph, backend, images) is None
 
 
-def test_few_groups_are_enough(graph, picture, monkeypatch):
+def test_few_groups_are_enough(graph, images, monkeypatch):
     sizes = []
     measure = first_divergence._Graph.measure
 
@@ -104,19 +104,19 @@ def test_few_groups_are_enough(graph, picture, monkeypatch):
         measure(self, names)
 
     monkeypatch.setattr(first_divergence._Graph, "measure", counted)
-    search(graph, broken_at("right/17.weight"), picture)
+    search(graph, broken_at("right/17.weight"), images)
     assert max(sizes) <= first_divergence.GROUP
     assert len(sizes) <= 6  # 80 tensors before the heads, a twelfth left after each step
 
 
-def test_unknown_backends_and_a_missing_onnx_say_so(graph, picture, monkeypatch):
+def test_unknown_backends_and_a_missing_onnx_say_so(graph, images, monkeypatch):
     with pytest.raises(
         UsageError, match="'tensorrt', which cannot read tensors inside a graph; expected one of onnxruntime, openvino"
     ):
-        find_first_divergence(graph, "tensorrt", picture)
+        find_first_divergence(graph, "tensorrt", images)
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(MissingDependency, match="run: pip install onnx"):
-        find_first_divergence(graph, "onnxruntime", picture)
+        find_first_divergence(graph, "onnxruntime", images)
 
 
 @pytest.mark.parametrize("noise, decibels", [(0.1, 20), (1.0, 0), (0.0, float("inf"))])
