@@ -133,7 +133,7 @@ def test_a_full_disk_is_recognized_whatever_library_writes(tmp_path, error):
 
 
 def test_a_line_appended_to_the_record_of_a_training_names_its_file(tmp_path):
-    record = pytest.importorskip("edgedetr.training.metrics_log", exc_type=ImportError).Record(tmp_path, 0)
+    record = pytest.importorskip("edgedetr.training.output", exc_type=ImportError).MetricsLog(tmp_path, 0)
     record._board = None
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")

@@ -174,14 +174,6 @@ class TrainConfig:
         if list(self.step_epochs) != sorted(set(self.step_epochs)):
             raise RecipeError(f"train.step_epochs is {self.step_epochs}; expected epochs that ascend, each at least 1")
 
-    def growth_at(self, epoch: int) -> float:
-        """Share of the input's sides that an epoch (counted from 0) trains at."""
-        return self.growth[min(epoch * len(self.growth) // self.epochs, len(self.growth) - 1)] if self.growth else 1.0
-
-    def shares_at(self, epoch: int) -> list[float]:
-        """The shares of the input's sides of which an epoch (counted from 0) draws one for every batch."""
-        return [self.growth_at(epoch) * share for share in self.sizes or (1.0,)]
-
 
 @dataclass(frozen=True)
 class AugmentConfig:

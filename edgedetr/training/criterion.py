@@ -1,4 +1,7 @@
-"""From predictions and objects to one loss: match every layer, then classes, L1 and GIoU of all layers together."""
+"""Computes the loss: match the queries of every layer to objects, then class, L1 and GIoU losses of all layers at once.
+
+Everything is in float32, whatever precision the model computes in.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from edgedetr.layers.box_ops import cxcywh_to_xyxy, paired_giou, paired_iou
 from edgedetr.models.detector import Outputs
 from edgedetr.options import one_of
-from edgedetr.training import losses
 from edgedetr.training.config import CLASS_LOSSES, TrainConfig, require_loss_of
-from edgedetr.training.ground_truth import Padded, Target, pad
-from edgedetr.training.matcher import Costs, Matches, match
+from edgedetr.training.data.dataset import PaddedTargets, Target, pad
+from edgedetr.training.matcher import Assignment, Costs, match
 
 
 @dataclass(frozen=True)
 class Losses:
-    """`total` is what is differentiated; the rest are its weighted parts, for the eye, without gradient.
+    """`total` has a gradient; the others are its weighted parts, detached, for the progress bar and the metrics log.
 
     class_, l1, giou    of the last decoder layer
     auxiliary           of the other decoder layers
@@ -38,38 +41,39 @@ class Losses:
     NAMES = ("loss", "class", "l1", "giou", "auxiliary", "encoder", "denoising")
 
     def stacked(self) -> Tensor:
-        """[7] float32 in the order of NAMES: one copy from the device shows them all."""
+        """[7] float32 in the order of NAMES, so that one copy from the device brings them all."""
         return torch.stack([self.total, self.class_, self.l1, self.giou, self.auxiliary, self.encoder, self.denoising])
 
 
 @dataclass(frozen=True)
-class Denoised:
-    """Predictions of the noised queries, and the object each positive one came from.
+class DenoisingOutputs:
+    """Predictions of the noised queries, and the object that each positive one was made from.
 
-    logits [L, B, D, K], boxes [L, B, D, 4];  groups: how often each object occurs
+    logits [L, B, D, K], boxes [L, B, D, 4];  groups: copies of every object
     """
 
     logits: Tensor
     boxes: Tensor
-    matches: Matches
+    assignment: Assignment
     groups: int
 
 
 class Criterion:
-    """Loss of one batch. `class_loss` is the member's own unless the settings name another.
+    """The loss of one batch.
 
-    foreground  to the proposals of the encoder, every object is of class 0 (two-stage Deformable DETR)
+    class_loss        the member's own, used unless config.class_loss names another
+    class_agnostic_encoder  the proposals of the encoder have one class, 0, for every object (two-stage Deformable DETR)
     """
 
-    def __init__(self, config: TrainConfig, class_loss: str, foreground: bool = False) -> None:
-        self.foreground = foreground
+    def __init__(self, config: TrainConfig, class_loss: str, class_agnostic_encoder: bool = False) -> None:
+        self.class_agnostic_encoder = class_agnostic_encoder
         one_of("class_loss", class_loss, CLASS_LOSSES)
-        # A member's own loss says which activation its logits have.
+        # The member's own loss determines the activation of its logits.
         require_loss_of(config.class_loss, "softmax" if class_loss == "softmax_ce" else "sigmoid")
         self.config, self.class_loss = config, config.class_loss or class_loss
         softmax = self.class_loss == "softmax_ce"
-        usual = 2.0 if self.class_loss == "focal" else 1.0
-        self.weight_class = config.weight_class if config.weight_class is not None else usual
+        default_weight = 2.0 if self.class_loss == "focal" else 1.0
+        self.weight_class = config.weight_class if config.weight_class is not None else default_weight
         cost = config.cost_class if config.cost_class is not None else (1.0 if softmax else 2.0)
         self.costs = Costs(
             "softmax" if softmax else "focal", cost, config.cost_l1, config.cost_giou, corners=config.l1 == "xyxy"
@@ -78,87 +82,158 @@ class Criterion:
     def __call__(
         self,
         outputs: Outputs,
-        targets: Sequence[Target] | Padded,
-        denoised: Denoised | None = None,
-        boxes_per_process: float | None = None,
+        targets: Sequence[Target] | PaddedTargets,
+        denoising: DenoisingOutputs | None = None,
+        objects_per_process: float | None = None,
     ) -> Losses:
         """Losses of the matching queries, of the proposals, and of the noised queries where there are any.
 
-        boxes_per_process   objects in all processes / processes; default: those of `targets`
+        objects_per_process   objects in all processes / processes; default: those of `targets`
         """
         with torch.autocast(outputs.logits.device.type, enabled=False):
-            padded = targets if isinstance(targets, Padded) else pad(targets)
-            count = max(float(sum(padded.counts)) if boxes_per_process is None else boxes_per_process, 1.0)
-            decoder = (outputs.logits.float(), outputs.boxes.float())
-            encoder = None
-            if outputs.encoder is not None:
-                encoder = (outputs.encoder[0][None].float(), outputs.encoder[1][None].float())
-            joined = encoder is not None and encoder[0].shape[1:] == decoder[0].shape[1:] and not self.foreground
-            if encoder is not None and joined:  # equally many queries: one more layer, computed in the same calls
-                groups = [(torch.cat([decoder[0], encoder[0]]), torch.cat([decoder[1], encoder[1]]))]
-            else:
-                groups = [decoder] + ([encoder] if encoder is not None else [])
-            wanted, matched = [padded] * len(groups), []
-            if encoder is not None and self.foreground:
-                wanted[-1] = replace(padded, labels=torch.zeros_like(padded.labels))
-                for group, objects in zip(groups, wanted):
-                    matched += match([group], objects, self.costs)
-            else:
-                matched = match(groups, padded, self.costs)
-            parts = torch.cat(
-                [self._layers(*group, found, objects, count) for group, found, objects in zip(groups, matched, wanted)],
-                1,
-            )
-            last, layers = len(outputs.logits) - 1, len(outputs.logits)
+            padded = targets if isinstance(targets, PaddedTargets) else pad(targets)
+            count = max(float(sum(padded.counts)) if objects_per_process is None else objects_per_process, 1.0)
+            parts = self._matched_losses(outputs, padded, count)  # [3, L] or, with an encoder, [3, L + 1]
+            layers = len(outputs.logits)
             noise = parts.new_zeros(())
-            if denoised is not None:
-                noise = self._layers(
-                    denoised.logits.float(), denoised.boxes.float(), denoised.matches, padded, count * denoised.groups
-                ).sum()
+            if denoising is not None:
+                logits, boxes = denoising.logits.float(), denoising.boxes.float()
+                copies = count * denoising.groups
+                noise = self._layer_losses(logits, boxes, denoising.assignment, padded, copies).sum()
             shown = parts.detach()
             return Losses(
                 parts.sum() + noise,
-                shown[0, last],
-                shown[1, last],
-                shown[2, last],
-                auxiliary=shown[:, :last].sum(),
+                shown[0, layers - 1],
+                shown[1, layers - 1],
+                shown[2, layers - 1],
+                auxiliary=shown[:, : layers - 1].sum(),
                 encoder=shown[:, layers:].sum(),
                 denoising=noise.detach(),
             )
 
-    def _layers(self, logits: Tensor, boxes: Tensor, matches: Matches, padded: Padded, count: float) -> Tensor:
+    def _matched_losses(self, outputs: Outputs, padded: PaddedTargets, count: float) -> Tensor:
+        """Weighted class, L1 and GIoU losses of the L decoder layers, then of the encoder, if any: [3, L (+ 1)]."""
+        decoder = (outputs.logits.float(), outputs.boxes.float())
+        if outputs.encoder is None:
+            groups = [decoder]
+        else:
+            encoder = (outputs.encoder[0][None].float(), outputs.encoder[1][None].float())
+            if encoder[0].shape[1:] == decoder[0].shape[1:] and not self.class_agnostic_encoder:
+                # Equally many queries: the encoder is one more layer in the same calls.
+                groups = [(torch.cat([decoder[0], encoder[0]]), torch.cat([decoder[1], encoder[1]]))]
+            else:
+                groups = [decoder, encoder]
+        targets = [padded] * len(groups)
+        if outputs.encoder is not None and self.class_agnostic_encoder:
+            targets[-1] = replace(padded, labels=torch.zeros_like(padded.labels))
+            assignments = [match([group], wanted, self.costs)[0] for group, wanted in zip(groups, targets)]
+        else:
+            assignments = match(groups, padded, self.costs)
+        losses = [
+            self._layer_losses(*group, assignment, wanted, count)
+            for group, assignment, wanted in zip(groups, assignments, targets)
+        ]
+        return torch.cat(losses, 1)
+
+    def _layer_losses(
+        self, logits: Tensor, boxes: Tensor, assignment: Assignment, padded: PaddedTargets, count: float
+    ) -> Tensor:
         """Weighted class, L1 and GIoU losses of each layer: [3, G]."""
-        predicted = matches.take(boxes)  # [G, P, 4]
-        wanted = padded.boxes[matches.image[None], matches.target]
+        predicted = assignment.take(boxes)  # [G, P, 4]
+        wanted = padded.boxes[assignment.image[None], assignment.target]
         corners, wanted_corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)
-        apart = corners - wanted_corners if self.costs.corners else predicted - wanted
-        l1 = apart.abs().sum((1, 2)) / count
+        difference = corners - wanted_corners if self.costs.corners else predicted - wanted
+        l1 = difference.abs().sum((1, 2)) / count
         giou = (1 - paired_giou(corners, wanted_corners)).sum(1) / count
-        overlap = paired_iou(corners.detach(), wanted_corners)  # [G, P]
-        class_ = self._class(logits, overlap, matches, padded, count)
+        quality = paired_iou(corners.detach(), wanted_corners)  # [G, P]
+        class_ = self._class_loss(logits, quality, assignment, padded, count)
         config = self.config
         return torch.stack([class_ * self.weight_class, l1 * config.weight_l1, giou * config.weight_giou])
 
-    def _class(self, logits: Tensor, overlap: Tensor, matches: Matches, padded: Padded, count: float) -> Tensor:
+    def _class_loss(
+        self, logits: Tensor, iou: Tensor, assignment: Assignment, padded: PaddedTargets, count: float
+    ) -> Tensor:
+        """Class loss of each layer, [G]; iou [G, P] of the matched boxes."""
         config = self.config
-        layer = torch.arange(len(logits), device=logits.device)[:, None].expand_as(matches.query)
-        image = matches.image[None].expand_as(matches.query)
-        labels = padded.labels[image, matches.target]
+        layer = torch.arange(len(logits), device=logits.device)[:, None].expand_as(assignment.query)
+        image = assignment.image[None].expand_as(assignment.query)
+        labels = padded.labels[image, assignment.target]
         if self.class_loss == "softmax_ce":
-            wanted_class = torch.full(logits.shape[:3], logits.shape[-1] - 1, dtype=torch.int64, device=logits.device)
-            wanted_class[layer, image, matches.query] = labels
-            return losses.softmax_ce(logits, wanted_class, config.no_object, config.label_smoothing)
+            wanted = torch.full(logits.shape[:3], logits.shape[-1] - 1, dtype=torch.int64, device=logits.device)
+            wanted[layer, image, assignment.query] = labels
+            return softmax_ce(logits, wanted, config.no_object, config.label_smoothing)
         onehot = torch.zeros_like(logits)
-        onehot[layer, image, matches.query, labels] = 1
+        onehot[layer, image, assignment.query, labels] = 1
         if self.class_loss == "focal":
-            return losses.focal(logits, onehot, config.focal_alpha, config.gamma, config.label_smoothing) / count
+            return focal(logits, onehot, config.focal_alpha, config.gamma, config.label_smoothing) / count
         quality = torch.zeros_like(logits[..., 0])
-        quality[layer, image, matches.query] = overlap
+        quality[layer, image, assignment.query] = iou
         if self.class_loss == "vfl":
-            return (
-                losses.varifocal(logits, onehot, quality, config.vfl_alpha, config.gamma, config.label_smoothing)
-                / count
-            )
+            loss = varifocal(logits, onehot, quality, config.vfl_alpha, config.gamma, config.label_smoothing)
+            return loss / count
         if self.class_loss == "mal":
-            return losses.matchability(logits, onehot, quality, config.gamma, config.label_smoothing) / count
+            return matchability(logits, onehot, quality, config.gamma, config.label_smoothing) / count
         raise ValueError(f"class loss {self.class_loss!r}; expected one of {CLASS_LOSSES}")
+
+
+# The class losses, one number per layer G.
+
+
+def softmax_ce(logits: Tensor, labels: Tensor, no_object: float, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy with a low weight of the no-object class, weighted mean over all queries (DETR, section 3.2).
+
+    logits     [G, B, N, K + 1], the last class is "no object"
+    labels     [G, B, N], K where there is no object
+    no_object  weight of the no-object class; the others have 1
+    smoothing  fraction of the target that is spread over all classes, "no object" included, by their weights
+    return     [G]
+    """
+    weight = torch.ones(logits.shape[-1], device=logits.device)
+    weight[-1] = no_object
+    loss = F.cross_entropy(logits.movedim(-1, 1), labels, weight, reduction="none", label_smoothing=smoothing)
+    return loss.flatten(1).sum(1) / weight[labels].flatten(1).sum(1)
+
+
+def focal(logits: Tensor, onehot: Tensor, alpha: float, gamma: float, smoothing: float = 0.0) -> Tensor:
+    """Sigmoid focal loss, summed over queries and classes (Lin et al. 2017, eq. 5); all [G, B, N, K] -> [G].
+
+    smoothing   the targets 0 and 1 of a matched query move towards one half by this fraction; others stay 0
+    """
+    prob = logits.sigmoid()
+    miss = torch.where(onehot > 0, 1 - prob, prob)
+    weight = torch.where(onehot > 0, alpha, 1 - alpha)
+    wanted = _smoothed(onehot, smoothing)
+    loss = weight * miss**gamma * F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    return loss.flatten(1).sum(1)
+
+
+def varifocal(
+    logits: Tensor, onehot: Tensor, quality: Tensor, alpha: float, gamma: float, smoothing: float = 0.0
+) -> Tensor:
+    """Varifocal loss (Zhang et al. 2021, eq. 2): the score of a matched query learns the IoU of its box.
+
+    logits, onehot  [G, B, N, K];  quality [G, B, N], IoU of matched queries, else 0;  return [G], summed
+    smoothing       as in `focal`: of 0 and the IoU towards half the IoU; the weights do not change
+    """
+    score = onehot * quality[..., None]
+    weight = torch.where(onehot > 0, score, alpha * logits.detach().sigmoid() ** gamma)
+    wanted = _smoothed(onehot, smoothing) * quality[..., None]
+    return F.binary_cross_entropy_with_logits(logits, wanted, weight, reduction="none").flatten(1).sum(1)
+
+
+def matchability(logits: Tensor, onehot: Tensor, quality: Tensor, gamma: float, smoothing: float = 0.0) -> Tensor:
+    """Matchability-aware loss (Huang et al. 2024, "DEIM", eq. 5): as varifocal, but poor matches have full weight.
+
+    logits, onehot  [G, B, N, K];  quality [G, B, N];  return [G], summed
+    smoothing       as in `varifocal`, of the IoU to the power of gamma
+    """
+    wanted = _smoothed(onehot, smoothing) * quality[..., None] ** gamma
+    weight = torch.where(onehot > 0, 1.0, logits.detach().sigmoid() ** gamma)
+    return F.binary_cross_entropy_with_logits(logits, wanted, weight, reduction="none").flatten(1).sum(1)
+
+
+def _smoothed(onehot: Tensor, smoothing: float) -> Tensor:
+    """Targets 0 and 1 of a matched query moved towards one half by a fraction; those of other queries stay 0."""
+    if not smoothing:
+        return onehot
+    return torch.where(onehot.amax(-1, keepdim=True) > 0, onehot * (1 - smoothing) + smoothing / 2, onehot)

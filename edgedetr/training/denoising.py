@@ -1,11 +1,11 @@
-"""Denoising: queries made from noised objects, beside the real ones, whose answers are known.
+"""Adds denoising queries: noised copies of the objects, put before the real queries, whose targets are known.
 
-"dn"   Li et al. 2022, "DN-DETR", section 4: every copy of an object answers for it
-"cdn"  Zhang et al. 2022, "DINO", section 3.3, as RT-DETR does it: a positive copy of each object with little noise,
-       and a negative copy with more noise, which must answer "nothing here"
+"dn"   Li et al. 2022, "DN-DETR", section 4: every copy must predict its object
+"cdn"  Zhang et al. 2022, "DINO", section 3.3, as in RT-DETR: a positive copy of each object with little noise, and a
+       negative copy with more noise, which must predict "no object"
 
-What a label and a box are as a query is the model's to say (`noised` of its selector); here they are drawn, put before
-the real queries, and taken off again.
+The model's selector turns labels and boxes into queries (its method `noised`); this module draws the noise, prepends
+the queries and splits their outputs off again.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from edgedetr.models.detector import Outputs, Queries
 from edgedetr.training.config import TrainConfig
-from edgedetr.training.criterion import Denoised
-from edgedetr.training.ground_truth import Padded
-from edgedetr.training.matcher import Matches
+from edgedetr.training.criterion import DenoisingOutputs
+from edgedetr.training.data.dataset import PaddedTargets
+from edgedetr.training.matcher import Assignment
 
-NOTHING = -1e4  # logit whose probability is exactly 0, and which half precision can hold
+BACKGROUND_LOGIT = -1e4  # its probability is exactly 0, and float16 can hold it
 
 
 @dataclass(frozen=True)
 class Noised:
     """D = groups * copies * T noised queries per image; in each group T positive ones, then ("cdn") T negative ones.
 
-    labels     [B, D] int64, K where the query is only filling
+    labels     [B, D] int64, K for padding
     boxes      [B, D, 4] cx, cy, w, h in 0..1
-    per_group  T, objects of the fullest image
+    per_group  T, objects of the image with the most
     copies     of each object in a group: 1, or 2 where there are negative ones
     """
 
@@ -44,8 +44,8 @@ class Noised:
         return self.labels.shape[1]
 
 
-def noise(padded: Padded, classes: int, config: TrainConfig) -> Noised | None:
-    """Noised copies of the objects of a batch, or None where there are no objects or none are asked for.
+def noise(padded: PaddedTargets, classes: int, config: TrainConfig) -> Noised | None:
+    """Noised copies of the objects of a batch; None where there are no objects, or train.denoising is 0.
 
     As many groups as `config.denoising` positive queries allow (at least one), or `config.denoising_groups`.
     """
@@ -56,42 +56,44 @@ def noise(padded: Padded, classes: int, config: TrainConfig) -> Noised | None:
     copies, groups = (2 if contrastive else 1), config.denoising_groups or max(config.denoising // most, 1)
     valid, labels = padded.valid.repeat(1, copies * groups), padded.labels.repeat(1, copies * groups)
     boxes = padded.boxes.repeat(1, copies * groups, 1)
-    # RT-DETR draws anew half of the share that it is told; DN-DETR the whole.
-    share = config.label_noise * (0.5 if contrastive else 1.0)
-    drawn = torch.randint(classes, labels.shape, device=labels.device)
-    labels = torch.where(torch.rand(labels.shape, device=labels.device) < share, drawn, labels)
+    # RT-DETR redraws half of the fraction in its configuration; DN-DETR all of it.
+    fraction = config.label_noise * (0.5 if contrastive else 1.0)
+    redrawn = torch.randint(classes, labels.shape, device=labels.device)
+    labels = torch.where(torch.rand(labels.shape, device=labels.device) < fraction, redrawn, labels)
     labels = torch.where(valid, labels, classes)
-    boxes = _contrasted(boxes, most, config.box_noise) if contrastive else _shaken(boxes, config.box_noise)
+    boxes = (
+        _contrastive_boxes(boxes, most, config.box_noise) if contrastive else _shifted_boxes(boxes, config.box_noise)
+    )
     return Noised(labels, boxes, groups, most, copies)
 
 
-def _contrasted(boxes: Tensor, most: int, amount: float) -> Tensor:
-    """Every side moved: in turns `most` boxes by 0 to 1, and `most` boxes by 1 to 2, half sizes times `amount`.
+def _contrastive_boxes(boxes: Tensor, most: int, amount: float) -> Tensor:
+    """Every side shifted: alternating `most` boxes by 0 to 1, and `most` boxes by 1 to 2, half sizes times `amount`.
 
     As in DINO (its models/dino/dn_components.py), where 44 % of the negative copies end inside out: the left side right
-    of the right one, or the top below the bottom. Their sides change places, as in RT-DETR version 2 and D-FINE (their
+    of the right one, or the top below the bottom. Such sides are swapped, as in RT-DETR version 2 and D-FINE (their
     denoising.py), so that every copy is a box.
     """
     negative = torch.arange(boxes.shape[1], device=boxes.device) // most % 2
     corners = torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
     sign = torch.randint(2, corners.shape, device=boxes.device) * 2.0 - 1
-    # Positive: 0 to 1, negative: 1 to 2 half sizes, so that a good box is always nearer than its contrast.
+    # Positive: 0 to 1, negative: 1 to 2 half sizes, so that a positive copy is always nearer than its negative one.
     shift = (torch.rand(corners.shape, device=boxes.device) + negative[:, None]) * sign * amount
     corners = (corners + shift * (boxes[..., 2:] / 2).repeat(1, 1, 2)).clamp(0, 1)
     low, high = corners[..., :2], corners[..., 2:]
     return torch.cat([(low + high) / 2, (high - low).abs()], -1)
 
 
-def _shaken(boxes: Tensor, amount: float) -> Tensor:
-    """The center moved by up to half a side times `amount`, each side longer or shorter by up to that share."""
+def _shifted_boxes(boxes: Tensor, amount: float) -> Tensor:
+    """The center shifted by up to half a side times `amount`, each side longer or shorter by up to that fraction."""
     reach = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], -1)
     return (boxes + (torch.rand_like(boxes) * 2 - 1) * reach * amount).clamp(0, 1)
 
 
 def prepend(queries: Queries, known: Queries, noised: Noised) -> Queries:
-    """The noised queries before the real ones; real ones do not see them, groups do not see each other.
+    """The noised queries before the real ones; real ones cannot attend to them, nor groups to each other.
 
-    known   the noised queries, as the model makes them of `noised`
+    known   the queries that the model made from `noised`
     """
     count, real = len(noised), queries.content.shape[1]
     device = queries.content.device
@@ -105,38 +107,38 @@ def prepend(queries: Queries, known: Queries, noised: Noised) -> Queries:
     return replace(
         queries,
         content=content,
-        position=_before(known.position, queries.position),
-        reference=_before(known.reference, queries.reference),
-        spatial=_before(known.spatial, queries.spatial),
+        position=_concat(known.position, queries.position),
+        reference=_concat(known.reference, queries.reference),
+        spatial=_concat(known.spatial, queries.spatial),
         self_mask=mask,
     )
 
 
-def _before(known: Tensor | None, real: Tensor | None) -> Tensor | None:
+def _concat(known: Tensor | None, real: Tensor | None) -> Tensor | None:
     if known is None or real is None:
         if known is not real:
             raise ValueError(
-                "noised and real queries differ in what they carry; the selector's `noised` must give the "
+                "noised and real queries have different fields; the selector's `noised` must return the "
                 "same fields as its forward"
             )
         return None
     return torch.cat([known.to(real.dtype), real], dim=1)
 
 
-def split(outputs: Outputs, noised: Noised, padded: Padded) -> tuple[Outputs, Denoised]:
+def split(outputs: Outputs, noised: Noised, padded: PaddedTargets) -> tuple[Outputs, DenoisingOutputs]:
     """Outputs of decode with prepended queries -> outputs of the real queries, and those of the noised ones."""
     count = len(noised)
-    matches, logits = positives(noised, padded, layers=len(outputs.logits)), outputs.logits[:, :, :count]
+    assignment, logits = assign_positives(noised, padded, layers=len(outputs.logits)), outputs.logits[:, :, :count]
     if noised.copies == 1:
-        # DN-DETR asks nothing of queries that fill up; a probability of 0 costs nothing. RT-DETR asks "nothing here".
-        filling = ~padded.valid.repeat(1, noised.groups)
-        logits = logits.masked_fill(filling[None, ..., None], NOTHING)
-    denoised = Denoised(logits, outputs.boxes[:, :, :count], matches, noised.groups)
-    return replace(outputs, logits=outputs.logits[:, :, count:], boxes=outputs.boxes[:, :, count:]), denoised
+        # DN-DETR has no loss for padding: a probability of 0 costs nothing. RT-DETR trains it to "no object".
+        padding = ~padded.valid.repeat(1, noised.groups)
+        logits = logits.masked_fill(padding[None, ..., None], BACKGROUND_LOGIT)
+    denoising = DenoisingOutputs(logits, outputs.boxes[:, :, :count], assignment, noised.groups)
+    return replace(outputs, logits=outputs.logits[:, :, count:], boxes=outputs.boxes[:, :, count:]), denoising
 
 
-def positives(noised: Noised, padded: Padded, layers: int) -> Matches:
-    """Each positive copy belongs to its object."""
+def assign_positives(noised: Noised, padded: PaddedTargets, layers: int) -> Assignment:
+    """The assignment of every positive copy to its object."""
     # From the Python counts, so that nothing waits for the device.
     image = torch.arange(len(padded.counts)).repeat_interleave(torch.tensor(padded.counts))
     target = torch.cat([torch.arange(count) for count in padded.counts])
@@ -144,4 +146,4 @@ def positives(noised: Noised, padded: Padded, layers: int) -> Matches:
     query = (start[None] + target[:, None]).flatten()
     image, target = image.repeat_interleave(noised.groups), target.repeat_interleave(noised.groups)
     image, query, target = torch.stack([image, query, target]).to(noised.labels.device, non_blocking=True)
-    return Matches(image, query.expand(layers, -1), target.expand(layers, -1))
+    return Assignment(image, query.expand(layers, -1), target.expand(layers, -1))

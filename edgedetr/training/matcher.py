@@ -1,4 +1,4 @@
-"""Which query answers for which object: the cheapest one-to-one assignment, for every layer and image at once.
+"""Assigns one query to every object: the cheapest one-to-one assignment, for all layers and images at once.
 
 Carion et al. 2020, "End-to-End Object Detection with Transformers", section 3.1, eq. 1 and 2.
 """
@@ -10,20 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from edgedetr.layers.box_ops import cxcywh_to_xyxy, paired_giou
 from edgedetr.options import check
-from edgedetr.training.ground_truth import Padded
+from edgedetr.training.data.dataset import PaddedTargets
 
-UNUSABLE = 1e8  # cost of a NaN or infinite pair: taken only where nothing else is left (scipy refuses NaN)
+UNUSABLE = 1e8  # cost of a NaN or infinite pair: chosen only where nothing else is left (scipy refuses NaN)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Weights of the three costs, and which probability the class cost takes."""
+    """Weights of the three costs, and the probability of the class cost."""
 
     form: Literal["softmax", "focal"]
     class_: float
@@ -38,8 +39,8 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Matches:
-    """P pairs in each of G layers, ordered by image; every layer has the same number of pairs in an image.
+class Assignment:
+    """P pairs in each of G layers, ordered by image; an image has the same number of pairs in every layer.
 
     image   [P] int64       image of the pair
     query   [G, P] int64    query within the image
@@ -56,8 +57,8 @@ class Matches:
         return values[layer, self.image[None], self.query]
 
 
-def match(predictions: Sequence[tuple[Tensor, Tensor]], padded: Padded, costs: Costs) -> list[Matches]:
-    """Assign objects to queries in every group of layers; one copy from the device for all of them.
+def match(predictions: Sequence[tuple[Tensor, Tensor]], padded: PaddedTargets, costs: Costs) -> list[Assignment]:
+    """Assign objects to queries in every group of layers, with one copy from the device for all of them.
 
     predictions  groups of layers with equally many queries: logits [G, B, N, K*], boxes [G, B, N, 4] cx, cy, w, h
     """
@@ -72,13 +73,13 @@ def match(predictions: Sequence[tuple[Tensor, Tensor]], padded: Padded, costs: C
     return results
 
 
-def cost_table(logits: Tensor, boxes: Tensor, padded: Padded, costs: Costs) -> Tensor:
+def cost_table(logits: Tensor, boxes: Tensor, padded: PaddedTargets, costs: Costs) -> Tensor:
     """Cost of every query for every object: [G, B, N, T] float32."""
     logits, boxes = logits.float(), boxes.float()
     layers, _, queries, _ = logits.shape
     labels = padded.labels[None, :, None].expand(layers, -1, queries, -1)
     if costs.form == "softmax":
-        # Probability, not log-probability, so that class and box costs share one scale (DETR, section 3.1).
+        # Probability, not log-probability, so that class and box costs have one scale (DETR, section 3.1).
         class_cost = -logits.softmax(-1).gather(-1, labels)
     else:
         prob = logits.sigmoid()
@@ -86,14 +87,15 @@ def cost_table(logits: Tensor, boxes: Tensor, padded: Padded, costs: Costs) -> T
         negative = (1 - costs.alpha) * prob**costs.gamma * -(1 - prob + 1e-8).log()
         class_cost = (positive - negative).gather(-1, labels)
     corners, wanted = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(padded.boxes)
-    one, other = (corners, wanted) if costs.corners else (boxes, padded.boxes)
-    l1 = torch.cdist(one, other[None].expand(layers, -1, -1, -1), p=1)
-    overlap = paired_giou(corners[:, :, :, None], wanted[None, :, None])
-    table = costs.class_ * class_cost + costs.l1 * l1 - costs.giou * overlap
+    ours, theirs = (corners, wanted) if costs.corners else (boxes, padded.boxes)
+    l1 = torch.cdist(ours, theirs[None].expand(layers, -1, -1, -1), p=1)
+    giou = paired_giou(corners[:, :, :, None], wanted[None, :, None])
+    table = costs.class_ * class_cost + costs.l1 * l1 - costs.giou * giou
     return table.nan_to_num(nan=UNUSABLE, posinf=UNUSABLE, neginf=UNUSABLE)
 
 
-def _assign(table, padded: Padded) -> Matches:  # type: ignore[no-untyped-def]  # numpy array [G, B, N, T]
+def _assign(table: np.ndarray, padded: PaddedTargets) -> Assignment:
+    """table [G, B, N, T]; the padding of an image gets no query."""
     image: list[int] = []
     query: list[list[int]] = [[] for _ in table]
     target: list[list[int]] = [[] for _ in table]
@@ -105,4 +107,4 @@ def _assign(table, padded: Padded) -> Matches:  # type: ignore[no-untyped-def]  
         image += [row] * len(rows)
     device, layers = padded.labels.device, len(table)
     packed = torch.tensor([image, *query, *target], dtype=torch.int64).to(device, non_blocking=True)
-    return Matches(packed[0], packed[1 : 1 + layers], packed[1 + layers :])
+    return Assignment(packed[0], packed[1 : 1 + layers], packed[1 + layers :])

@@ -1,9 +1,11 @@
-"""AdamW with parameter groups by module, and the learning rate as a function of the step."""
+"""Changes the weights: AdamW with parameter groups, the learning-rate schedule, and the moving average (EMA)."""
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,86 +14,147 @@ from edgedetr.errors import ModelError, RecipeError
 from edgedetr.models.detector import DetrModel
 from edgedetr.training.config import TrainConfig
 
-BLOCK = re.compile(r"^backbone\.transformer\.blocks\.(\d+)\.")  # of a ViT
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-ENTRY = re.compile(r"^backbone\.transformer\.(patch|position|class_token)")
+# Parameters of a ViT backbone, for the layer-wise decay of the learning rate.
+BLOCK = re.compile(r"^backbone\.transformer\.blocks\.(\d+)\.")
+EMBEDDING = re.compile(r"^backbone\.transformer\.(patch|position|class_token)")
 
 
-def groups(detector: DetrModel, config: TrainConfig) -> list[dict[str, object]]:
-    """Trainable parameters by rate and by decay; every one stands in exactly one group.
+def adamw(model: DetrModel, config: TrainConfig) -> torch.optim.AdamW:
+    """The optimizer; `set_lr` gives each group its learning rate before every step."""
+    fused = config.precision != "16"  # a fused step would unscale fp16 gradients after they were clipped
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, fused=fused)
 
-    The backbone learns more slowly, and so do the slow parameters that a member declares. `config.decay` decides what
-    decays: by default not norms and biases (all that has fewer than two dimensions). Within a ViT the rate falls from
-    block to block towards its input.
+
+def parameter_groups(model: DetrModel, config: TrainConfig) -> list[dict[str, object]]:
+    """Trainable parameters, grouped by learning rate and weight decay; each parameter is in exactly one group.
+
+    The backbone learns more slowly, and so do the parameters that the member declares as slow. `config.decay` selects
+    what decays: by default not norms and biases (all that has fewer than two dimensions). Within a ViT the learning
+    rate falls from block to block towards the input.
     """
-    if config.layer_decay < 1 and not any(BLOCK.match(name) for name, _ in detector.named_parameters()):
-        raise ModelError(f"train.layer_decay is {config.layer_decay}, but the backbone is no ViT; expected 1")
-    sorted_: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    if config.layer_decay < 1 and not any(BLOCK.match(name) for name, _ in model.named_parameters()):
+        raise ModelError(f"train.layer_decay is {config.layer_decay}, but the backbone is not a ViT; expected 1")
     norms = {
         f"{owner}.{name}"
-        for owner, module in detector.named_modules()
+        for owner, module in model.named_modules()
         if isinstance(module, NORMS)
         for name, _ in module.named_parameters(recurse=False)
     }
-    for name, parameter in detector.named_parameters():
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = {"matrices": parameter.ndim >= 2, "not_norms": name not in norms, "all": True}[config.decay]
-            factor = config.slow_lr_factor if detector.member.is_slow(name) else 1.0
+            lr_multiplier = config.slow_lr_factor if model.member.is_slow(name) else 1.0
             if name.startswith("backbone."):
-                factor = config.backbone_lr_factor * config.layer_decay ** _steps_from_the_top(name, detector)
-            sorted_.setdefault((factor, decays), []).append(parameter)
+                lr_multiplier = config.backbone_lr_factor * config.layer_decay ** _layers_above(name, model)
+            groups.setdefault((lr_multiplier, decays), []).append(parameter)
     return [
-        {"params": parameters, "base_lr": config.lr * factor, "weight_decay": config.weight_decay if decays else 0.0}
-        for (factor, decays), parameters in sorted(sorted_.items())
+        {
+            "params": parameters,
+            "base_lr": config.lr * multiplier,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (multiplier, decays), parameters in sorted(groups.items())
     ]
 
 
-def _steps_from_the_top(name: str, detector: DetrModel) -> int:
-    """How many blocks of a ViT lie between a parameter and the transformer's output, itself counted; 0 elsewhere.
+def _layers_above(name: str, model: DetrModel) -> int:
+    """The exponent of train.layer_decay: L - i for block i (from 0) of a ViT with L blocks, else 0.
 
-    The rate is multiplied by d^(L - i) for block i of L, counted from 0, and by d^(L + 1) for patches and positions.
+    Patch and position embeddings have L + 1.
     """
-    block, entry = BLOCK.match(name), ENTRY.match(name)
-    if not block and not entry:
+    block, embedding = BLOCK.match(name), EMBEDDING.match(name)
+    if not block and not embedding:
         return 0
-    depth = len(detector.backbone.transformer.blocks)  # type: ignore[union-attr, arg-type]  # its parameters are named so
+    depth = len(model.backbone.transformer.blocks)  # type: ignore[union-attr, arg-type]  # a ViT, by the names
     return depth - int(block[1]) if block else depth + 1
 
 
-def adamw(detector: DetrModel, config: TrainConfig) -> torch.optim.AdamW:
-    """The optimizer; `set_rate` gives each group its learning rate before every step."""
-    fused = config.precision != "16"  # a fused step unscales fp16 gradients itself, after they should be clipped
-    return torch.optim.AdamW(groups(detector, config), lr=config.lr, betas=config.betas, fused=fused)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set the learning rate of every group to `factor` times its full rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
 
-def rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Share of the full learning rate at a step, counted from 0: warm-up times schedule."""
-    return _warmup(config, step) * _schedule(config, step, steps_per_epoch)
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a training, and the learning rate at each of them.
+
+    epochs           epochs in all; train.minutes may make them fewer than train.epochs
+    steps_per_epoch  optimizer steps of an epoch
+    """
+
+    config: TrainConfig
+    epochs: int
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.epochs * self.steps_per_epoch
+
+    def size_fractions(self, epoch: int, *, strong: bool = True) -> list[float]:
+        """The image sizes of an epoch (counted from 0), as fractions of the input's sides; one is drawn per batch.
+
+        strong  False: an epoch without strong augmentation, which has one size
+        """
+        growth, sizes = self.config.growth, self.config.sizes
+        base = growth[min(epoch * len(growth) // self.epochs, len(growth) - 1)] if growth else 1.0
+        return [base * fraction for fraction in sizes] if sizes and strong else [base]
+
+    def lr_factor(self, step: int) -> float:
+        """Learning rate at a step (counted from 0), as a fraction of the full rate: warm-up times schedule."""
+        return self._warmup(step) * self._decay(step)
+
+    def _warmup(self, step: int) -> float:
+        if step >= self.config.warmup_steps:
+            return 1.0
+        fraction = (step + 1) / (self.config.warmup_steps + 1)  # never 0, so that every step learns
+        if self.config.warmup == "linear":
+            return fraction
+        if self.config.warmup == "exponential":
+            return 1000.0 ** (fraction - 1)  # from about a thousandth
+        raise RecipeError(f"train.warmup is {self.config.warmup!r}; expected 'linear' or 'exponential'")
+
+    def _decay(self, step: int) -> float:
+        config = self.config
+        if config.schedule == "constant":
+            return 1.0
+        if config.schedule == "step":
+            return 0.1 ** sum(step >= epoch * self.steps_per_epoch for epoch in config.step_epochs)
+        if config.schedule == "cosine":
+            begin = min(config.warmup_steps, self.steps - 1)
+            fraction = max(0.0, (step - begin) / (self.steps - begin))
+            final = config.final_lr_factor
+            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * fraction))
+        raise RecipeError(f"train.schedule is {config.schedule!r}; expected 'constant', 'step' or 'cosine'")
 
 
-def _warmup(config: TrainConfig, step: int) -> float:
-    if step >= config.warmup_steps:
-        return 1.0
-    share = (step + 1) / (config.warmup_steps + 1)  # never 0, so that no step is lost
-    if config.warmup == "linear":
-        return share
-    if config.warmup == "exponential":
-        return 1000.0 ** (share - 1)  # from about a thousandth
-    raise RecipeError(f"train.warmup is {config.warmup!r}; expected 'linear' or 'exponential'")
+class Ema:
+    """The moving average of the weights, which is evaluated, exported and written to the bundle.
 
+    average <- d * average + (1 - d) * weights after each step, with d = decay * (1 - exp(-step / warmup)) (RT-DETR).
+    Running statistics of BatchNorm are averaged too; integer buffers are copied. With decay 0 the average is the
+    weights.
+    """
 
-def _schedule(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    if config.schedule == "constant":
-        return 1.0
-    if config.schedule == "step":
-        return 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.step_epochs)
-    if config.schedule == "cosine":
-        begin, end = min(config.warmup_steps, config.epochs * steps_per_epoch - 1), config.epochs * steps_per_epoch
-        share = max(0.0, (step - begin) / (end - begin))
-        return config.final_lr_factor + (1 - config.final_lr_factor) * 0.5 * (1 + math.cos(math.pi * share))
-    raise RecipeError(f"train.schedule is {config.schedule!r}; expected 'constant', 'step' or 'cosine'")
+    def __init__(self, model: DetrModel, decay: float, warmup: int) -> None:
+        self.decay, self.warmup = decay, warmup
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        average, weights = self.model.state_dict(), model.state_dict()
+        floating = [name for name, value in average.items() if value.is_floating_point()]
+        counters = [name for name in average if name not in floating]
+        self._average, self._weights = [average[name] for name in floating], [weights[name] for name in floating]
+        self._counters, self._live_counters = [average[name] for name in counters], [weights[name] for name in counters]
+
+    def decay_at(self, step: int) -> float:
+        """d after `step` steps (counted from 1)."""
+        return self.decay * (1 - math.exp(-step / self.warmup)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the weights after `step` steps (counted from 1)."""
+        torch._foreach_lerp_(self._average, self._weights, 1 - self.decay_at(step))
+        if self._counters:
+            torch._foreach_copy_(self._counters, self._live_counters)

@@ -1,6 +1,7 @@
-"""How many epochs there is time for: told by a few steps on this machine, before the first one that counts.
+"""Chooses the number of epochs that train.minutes has time for, from a few timed steps of a model that is thrown away.
 
-The steps are undone, so a training of n epochs ends in the same bytes whether n was asked for or found.
+The steps change a second `Learner`, never the one that trains, so a training of n epochs ends in the same bytes whether
+n was asked for or chosen here.
 """
 
 from __future__ import annotations
@@ -10,101 +11,88 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from statistics import mean, median
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgedetr.errors import TrainingError
-from edgedetr.training.config import TrainConfig
-from edgedetr.training.data.dataset import batches, order, smaller
-from edgedetr.training.state import Position
-
-if TYPE_CHECKING:
-    from edgedetr.training.train import Run
+from edgedetr.training.data.dataset import TrainingSet, batches, epoch_order, scaled
+from edgedetr.training.optimizer import Schedule
+from edgedetr.training.trainer import Learner
 
 log = logging.getLogger(__name__)
 
-WARM, TIMED = 4, 8  # steps of each size of image, on WARM batches in turns: those timed wait for no file
-USABLE = 0.95  # of the time; the rest is for checkpoints and for steps slower than those timed
-FORWARD = 1 / 3  # share of a step's time that looking at the same images takes: no backward pass
+# Steps at each image size, over WARMUP different batches in rotation: the timed ones find their images in the cache.
+WARMUP, TIMED = 4, 8
+USABLE = 0.95  # of the time; the rest is for checkpoints, and for steps slower than the timed ones
+FORWARD = 1 / 3  # an evaluation of one image takes this fraction of a training step's time for it: no backward pass
 
 
-def epochs(run: Run, spent: float) -> int:
-    """The epochs to train: as many as train.minutes has time for, train.epochs at most.
+def choose_epochs(
+    learner: Learner, images: TrainingSet, schedule: Schedule, *, select_images: int, spent: float
+) -> int:
+    """The number of epochs that train.minutes has time for, at most `schedule.epochs`; the same in every process.
 
-    run     before its first step, and in the same state afterwards
-    spent   seconds of that time that have passed
+    learner        takes the timed steps and must not be used afterwards; the gradient scaler that it shares with other
+                   learners is put back
+    select_images  images of the select split, which every evaluation runs on
+    spent          seconds of the time budget that have passed
     Errors: TrainingError where there is no time for one epoch.
     """
-    config, begun = run.config, time.monotonic()
-    shares = sorted({part * size for part in config.growth or (1.0,) for size in config.sizes or (1.0,)} | {1.0})
-    steps = {share: seconds(run, share) for share in shares}
-    look = len(run.selection.samples) / config.batch * steps[1.0] * FORWARD
+    config, begun = schedule.config, time.monotonic()
+    fractions = sorted({part * size for part in config.growth or (1.0,) for size in config.sizes or (1.0,)} | {1.0})
+    precision = learner.fabric.strategy.precision
+    scaler = precision.state_dict()
+    step_seconds = {fraction: time_step(learner, images, schedule, fraction) for fraction in fractions}
+    precision.load_state_dict(scaler)
+    evaluation = select_images / config.batch * step_seconds[1.0] * FORWARD
     left = (config.minutes * 60 - spent - (time.monotonic() - begun)) * USABLE
-    count = run.fabric.broadcast(fitting(config, run.per_epoch, steps, look, left))
-    if not count:
+    epochs = learner.fabric.broadcast(most_epochs(schedule, step_seconds, evaluation, left))
+    if not epochs:
+        one = duration(replace(schedule, epochs=1), step_seconds, evaluation) / 60
         raise TrainingError(
-            f"train.minutes is {config.minutes:g}, and one epoch takes about "
-            f"{duration(replace(config, epochs=1), run.per_epoch, steps, look) / 60:.1f} minutes here; "
+            f"train.minutes is {config.minutes:g}, and one epoch takes about {one:.1f} minutes here; "
             f"allow more by --set train.minutes=N, or 0 for as long as train.epochs takes"
         )
-    log.info("%d of %d epochs: as many as %g minutes have time for here", count, config.epochs, config.minutes)
-    return count
+    log.info("training %d of %d epochs: %g minutes have time for so many", epochs, schedule.epochs, config.minutes)
+    return epochs
 
 
-def fitting(config: TrainConfig, per_epoch: int, steps: Mapping[float, float], look: float, left: float) -> int:
-    """The most epochs, up to config.epochs, that end within `left` seconds; 0 where not one does."""
+def most_epochs(schedule: Schedule, step_seconds: Mapping[float, float], evaluation: float, left: float) -> int:
+    """The most epochs, up to schedule.epochs, that end within `left` seconds; 0 where not even one does."""
     return next(
         (
-            count
-            for count in range(config.epochs, 0, -1)
-            if duration(replace(config, epochs=count), per_epoch, steps, look) <= left
+            epochs
+            for epochs in range(schedule.epochs, 0, -1)
+            if duration(replace(schedule, epochs=epochs), step_seconds, evaluation) <= left
         ),
         0,
     )
 
 
-def duration(config: TrainConfig, per_epoch: int, steps: Mapping[float, float], look: float) -> float:
-    """Seconds that all of config.epochs take.
+def duration(schedule: Schedule, step_seconds: Mapping[float, float], evaluation: float) -> float:
+    """Seconds that a training takes.
 
-    per_epoch   steps of an epoch
-    steps       seconds of a step, by the share of the input's sides
-    look        seconds of one evaluation
+    step_seconds  of a step, by the image size as a fraction of the input's sides
+    evaluation    seconds of one evaluation
     """
-    learning = sum(
-        per_epoch * mean(steps[share] for share in config.shares_at(epoch)) for epoch in range(config.epochs)
+    steps = sum(
+        schedule.steps_per_epoch * mean(step_seconds[fraction] for fraction in schedule.size_fractions(epoch))
+        for epoch in range(schedule.epochs)
     )
-    return learning + -(-config.epochs // config.eval_every) * look
+    return steps + -(-schedule.epochs // schedule.config.eval_every) * evaluation
 
 
-def seconds(run: Run, share: float) -> float:
-    """Median time of a step with images of `share` of the input's sides; the run is left as it was."""
-    config, world = run.config, run.fabric.world_size
-    parts = (run.detector, run.ema.model)
-    kept = [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]
-    scaler = getattr(run.fabric.strategy.precision, "scaler", None)
-    scale = None if scaler is None else scaler.state_dict()
-    plan = order(len(run.samples), config.batch, seed=config.seed, epoch=0)
-    mine, rank = config.batch // world, run.fabric.global_rank
-    plan = np.resize(plan[:WARM], (WARM + TIMED, config.batch))[:, rank * mine : (rank + 1) * mine]
-    took, before = [], time.monotonic()
-    try:
-        for batch in batches(
-            run.pictures,
-            plan,
-            0,
-            plain=False,
-            workers=config.workers,
-            contracts=[smaller(run.pictures.contract, share)] * len(plan),
-        ):
-            run.step(batch)  # its losses come to the CPU, so that a GPU has finished
-            took.append(time.monotonic() - before)
-            before = time.monotonic()
-    finally:
-        for part, state in zip(parts, kept):
-            part.load_state_dict(state)
-        run.plain_optimizer.state.clear()
-        run.position = Position()
-        if scaler is not None:
-            scaler.load_state_dict(scale)
-    return median(took[WARM:])
+def time_step(learner: Learner, images: TrainingSet, schedule: Schedule, fraction: float) -> float:
+    """Median seconds of a step with images of `fraction` of the input's sides, loading included."""
+    config, fabric = schedule.config, learner.fabric
+    rows = epoch_order(len(images), config.batch, seed=config.seed, epoch=0)
+    per_process = config.batch // fabric.world_size
+    first = fabric.global_rank * per_process
+    rows = np.resize(rows[:WARMUP], (WARMUP + TIMED, config.batch))[:, first : first + per_process]
+    seconds, before = [], time.monotonic()
+    contracts = [scaled(images.contract, fraction)] * len(rows)
+    for number, batch in enumerate(batches(images, rows, 0, workers=config.workers, contracts=contracts)):
+        learner.step(batch, number, schedule)  # copies its losses to the CPU, and so waits for a GPU
+        seconds.append(time.monotonic() - before)
+        before = time.monotonic()
+    return median(seconds[WARMUP:])

@@ -1,4 +1,4 @@
-"""How good the weights are now: the deployed graph on the select split, judged by pycocotools."""
+"""Scores the current weights: detections of the deployed graph on the select split, evaluated by pycocotools."""
 
 from __future__ import annotations
 
@@ -18,43 +18,49 @@ from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.preprocess import Geometry, resize
 
 
-class Selection:
-    """The select split, resized once and kept within the room it is given."""
+class Validator:
+    """Runs a model on the select split.
+
+    batch     images per call of the model
+    cache_mb  resized images are kept in memory up to this size
+    """
 
     def __init__(
         self, samples: DetectionSet, contract: InputContract, output: OutputContract, *, batch: int, cache_mb: int
     ) -> None:
         self.samples, self.contract, self.output, self.batch = samples, contract, output, batch
-        self._room = cache_mb * 2**20
+        self._free_bytes = cache_mb * 2**20
         self._cache: dict[int, tuple[Tensor, Geometry]] = {}
 
-    def detect(self, detector: DetrModel, *, rank: int = 0, world: int = 1) -> dict[int, Detections]:
-        """Detections of this process's share of the images, by image id."""
-        device = next(detector.parameters()).device
-        graph = DeployGraph(detector, self.contract.height, self.contract.width, sampling="auto")
+    def detect(self, model: DetrModel, *, rank: int = 0, world: int = 1) -> dict[int, Detections]:
+        """Detections by image id, of every `world`-th image from `rank` on."""
+        device = next(model.parameters()).device
+        graph = DeployGraph(model, self.contract.height, self.contract.width, sampling="auto")
         found: dict[int, Detections] = {}
         mine = self.samples.samples[rank::world]
         with torch.inference_mode():
             for start in range(0, len(mine), self.batch):
                 part = mine[start : start + self.batch]
-                pictures = [self._picture(sample) for sample in part]
-                images = torch.stack([pixels for pixels, _ in pictures]).to(device).float()
+                resized = [self._resized(sample) for sample in part]
+                images = torch.stack([pixels for pixels, _ in resized]).to(device).float()
                 logits, boxes = graph(images)
                 raw = RawOutputs(logits.float().cpu().numpy(), boxes.float().cpu().numpy())
-                geometries = [geometry for _, geometry in pictures]
+                geometries = [geometry for _, geometry in resized]
                 decoded = postprocess.decode(raw, geometries, self.samples.classes, self.output)
                 found |= {sample.image_id: detections for sample, detections in zip(part, decoded)}
         return found
 
     def measure(self, detections: dict[int, Detections]) -> Metrics:
+        """AP of the detections of all images, by image id."""
         return evaluate(self.samples, detections)
 
-    def _picture(self, sample: Sample) -> tuple[Tensor, Geometry]:
+    def _resized(self, sample: Sample) -> tuple[Tensor, Geometry]:
+        """Pixels [3, H, W] uint8 at the size of the input, and how the image was resized."""
         if sample.image_id in self._cache:
             return self._cache[sample.image_id]
         pixels, geometry = resize(decode(sample.path), self.contract)
         entry = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), geometry
-        if pixels.nbytes <= self._room:
-            self._room -= pixels.nbytes
+        if pixels.nbytes <= self._free_bytes:
+            self._free_bytes -= pixels.nbytes
             self._cache[sample.image_id] = entry
         return entry

@@ -26,10 +26,10 @@ import torch
 
 from edgedetr.models import FAMILY, build
 from edgedetr.training.config import TrainConfig
-from edgedetr.training.ground_truth import Target, pad
-from edgedetr.training.memory import keep_freed
+from edgedetr.training.data.dataset import Target, pad
 from edgedetr.training.optimizer import adamw
-from edgedetr.training.step import Trainee
+from edgedetr.training.train import keep_freed_memory
+from edgedetr.training.training_module import TrainingModule
 
 CLASSES, OBJECTS = 3, 14
 LIMITS = {"detr": 1.5, "conditional_detr": 1.5, "deformable_detr": 4.0, "rt_detr": 1.5}  # times as fast as HF
@@ -109,13 +109,13 @@ def our_step(
     member: str, pixels: int, batch: int, backbone: str, precision: str = "32", device: str = "cpu"
 ) -> Callable[[], None]:
     if device == "cpu":
-        keep_freed()  # as `train` does
+        keep_freed_memory()  # as `train` does
     config = FAMILY[member].config(backbone_weights="random", dropout=0.0)
     settings = TrainConfig()
     detector = build(member, config, CLASSES).train().to(device).to(memory_format=torch.channels_last)
     if backbone == "frozen":
         detector.backbone.requires_grad_(False)
-    trainee = Trainee(detector, settings, config.class_loss, CLASSES)
+    trainee = TrainingModule(detector, settings, config.class_loss, CLASSES)
     optimizer, padded = adamw(detector, settings), pad(targets(batch)).to(torch.device(device))
     images = torch.randint(0, 256, (batch, 3, pixels, pixels), dtype=torch.uint8).to(device)
 

@@ -336,9 +336,9 @@ def _safetensors_seeds() -> list[bytes]:
 
 
 def _metrics(folder: Path) -> None:
-    from edgedetr.training.metrics_log import _lines
+    from edgedetr.training.output import read_metrics
 
-    _lines(folder / "metrics.jsonl")
+    read_metrics(folder / "metrics.jsonl")
 
 
 def _size(folder: Path) -> None:

@@ -17,11 +17,10 @@ import micro
 from edgedetr.models import FAMILY, build
 from edgedetr.models.deploy import load_bundle_model
 from edgedetr.training.config import TrainConfig
-from edgedetr.training.distributed import launch
-from edgedetr.training.ground_truth import Target, pad
+from edgedetr.training.data.dataset import Target, pad
 from edgedetr.training.optimizer import adamw
-from edgedetr.training.step import Trainee
-from edgedetr.training.train import train
+from edgedetr.training.train import start_devices, train
+from edgedetr.training.training_module import TrainingModule
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def losses(bundle):
 @pytest.mark.parametrize("precision", ["32", "bf16", "16"])
 def test_training_learns_and_delivers_float32(precision, data, tmp_path, cuda):
     recipe = micro.recipe(precision=precision, epochs=30, lr=4e-3)
-    assert launch(recipe.train).device.type == "cuda"
+    assert start_devices(recipe.train).device.type == "cuda"
     bundle = train(recipe, data, tmp_path / "b")
     told = losses(bundle)
     assert sum(told[-3:]) / 3 < 0.75 * told[0]  # 32 on a CPU: 0.55
@@ -51,7 +50,7 @@ def test_training_learns_and_delivers_float32(precision, data, tmp_path, cuda):
 @pytest.mark.parametrize("precision", ["32", "16"])
 def test_a_training_that_was_stopped_goes_on(precision, data, tmp_path, cuda, monkeypatch):
     recipe = micro.recipe(precision=precision, epochs=4)
-    real, calls = Trainee.forward, []
+    real, calls = TrainingModule.forward, []
 
     def stopped(self, *inputs):
         calls.append(1)
@@ -59,10 +58,10 @@ def test_a_training_that_was_stopped_goes_on(precision, data, tmp_path, cuda, mo
             raise KeyboardInterrupt
         return real(self, *inputs)
 
-    monkeypatch.setattr(Trainee, "forward", stopped)
+    monkeypatch.setattr(TrainingModule, "forward", stopped)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, data, tmp_path / "b")
-    monkeypatch.setattr(Trainee, "forward", real)
+    monkeypatch.setattr(TrainingModule, "forward", real)
     bundle = train(recipe, data, tmp_path / "b", resume=True)
     whole = train(recipe, data, tmp_path / "whole")
     # Kernels that add in another order each time: the last losses are alike, not equal.
@@ -75,7 +74,7 @@ def test_the_loss_of_every_member_falls(name, cuda):
     torch.manual_seed(0)
     config, settings = SMALL[name], TrainConfig(lr=2e-3, backbone_lr_factor=1.0, clip=0.1)
     detector = build(name, config, 3).train().to(cuda).to(memory_format=torch.channels_last)
-    trainee, optimizer = Trainee(detector, settings, config.class_loss, 3), adamw(detector, settings)
+    trainee, optimizer = TrainingModule(detector, settings, config.class_loss, 3), adamw(detector, settings)
     for group in optimizer.param_groups:
         group["lr"] = 2e-3
     images = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8).to(cuda)

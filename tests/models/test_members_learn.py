@@ -13,9 +13,9 @@ from edgedetr.models import FAMILY, build
 from edgedetr.models.detector import DetrModel
 from edgedetr.training.config import TrainConfig
 from edgedetr.training.criterion import Criterion, Losses
-from edgedetr.training.ground_truth import Target, pad
-from edgedetr.training.optimizer import adamw, set_rate
-from edgedetr.training.step import Trainee, seed_step
+from edgedetr.training.data.dataset import Target, pad
+from edgedetr.training.optimizer import adamw, set_lr
+from edgedetr.training.training_module import TrainingModule, seed_step
 
 member = pytest.mark.parametrize("name", FAMILY)
 
@@ -29,7 +29,7 @@ def objects(count: int, seed: int = 0) -> Target:
 
 def losses(name: str, detector: DetrModel, targets: Sequence[Target]) -> torch.Tensor:
     """The losses [7] of one training step's forward half on noise images, with denoising where the member has it."""
-    trainee = Trainee(detector, TrainConfig(denoising=4), SMALL[name].class_loss, CLASSES)
+    trainee = TrainingModule(detector, TrainConfig(denoising=4), SMALL[name].class_loss, CLASSES)
     seed_step(0, 0, 0)
     return trainee(pictures(len(targets)).to(torch.uint8), lambda: pad(targets), 1.0)
 
@@ -72,13 +72,13 @@ def test_the_loss_falls_to_a_fifth_within_60_steps(name: str) -> None:
     still = {"dropout": 0.0} if hasattr(SMALL[name], "dropout") else {}
     detector = build(name, replace(SMALL[name], **still), CLASSES).train()
     config = TrainConfig(lr=2e-3, backbone_lr_factor=1.0, weight_decay=0.0, clip=1.0, warmup_steps=5, denoising=0)
-    trainee = Trainee(detector, config, SMALL[name].class_loss, CLASSES)
+    trainee = TrainingModule(detector, config, SMALL[name].class_loss, CLASSES)
     optimizer, targets = adamw(detector, config), [objects(2), objects(1, 1)]
     images, padded = drawn(targets), pad(targets)
     history = []
     for step in range(60):
         seed_step(0, step, 0)
-        set_rate(optimizer, min(1.0, (step + 1) / 6) * (1.0 if step < 45 else 0.3))
+        set_lr(optimizer, min(1.0, (step + 1) / 6) * (1.0 if step < 45 else 0.3))
         found = trainee(images, lambda: padded, 3.0)
         found[0].backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), config.clip)

@@ -274,5 +274,5 @@ def test_workers_of_a_training_are_bounded(caplog):
     from edgedetr.training.data.dataset import batches
 
     contract = InputContract(32, 32)
-    loader = batches([0] * 4, np.zeros((0, 1), int), 0, plain=True, workers=512, contracts=[contract])
+    loader = batches([0] * 4, np.zeros((0, 1), int), 0, workers=512, contracts=[contract])
     assert loader._num_workers == 2 and "train.workers is 512, and this process has 2 cores" in caplog.text

@@ -9,11 +9,11 @@ from edgedetr.errors import RecipeError
 from edgedetr.models import FAMILY
 from edgedetr.models.detector import Outputs
 from edgedetr.recipe import ModelChoice, Recipe
-from edgedetr.training import losses
+from edgedetr.training import criterion as criterion_module
 from edgedetr.training.config import TrainConfig
-from edgedetr.training.criterion import Criterion, Denoised
-from edgedetr.training.ground_truth import Target
-from edgedetr.training.matcher import Matches
+from edgedetr.training.criterion import Criterion, DenoisingOutputs
+from edgedetr.training.data.dataset import Target
+from edgedetr.training.matcher import Assignment
 
 LAYERS, BATCH, QUERIES, CLASSES = 3, 3, 12, 4
 
@@ -68,8 +68,8 @@ def test_rt_detr_losses_equal_transformers_with_auxiliary_encoder_and_denoising(
 
     image = torch.cat([torch.full_like(p, row) for row, p in enumerate(positive)])
     target = torch.cat([torch.arange(len(t)).repeat(groups) for t in targets])
-    matches = Matches(image, torch.cat(positive).expand(LAYERS, -1), target.expand(LAYERS, -1))
-    ours = Criterion(TrainConfig(), "vfl")(outputs, targets, Denoised(dn_logits, dn_boxes, matches, groups))
+    matches = Assignment(image, torch.cat(positive).expand(LAYERS, -1), target.expand(LAYERS, -1))
+    ours = Criterion(TrainConfig(), "vfl")(outputs, targets, DenoisingOutputs(dn_logits, dn_boxes, matches, groups))
 
     def part(*suffixes):
         return sum(v for k, v in expected.items() if k.endswith(suffixes))
@@ -129,9 +129,9 @@ def test_focal_varifocal_and_matchability_follow_their_formulas_element_by_eleme
     def close(a, b):
         torch.testing.assert_close(a.double().sum(), b, rtol=1e-5, atol=0)  # float32 against float64
 
-    close(losses.focal(logits, onehot, 0.25, 2.0), focal)
-    close(losses.varifocal(logits, onehot, quality, 0.75, 2.0), vfl)
-    close(losses.matchability(logits, onehot, quality, 1.5), mal)
+    close(criterion_module.focal(logits, onehot, 0.25, 2.0), focal)
+    close(criterion_module.varifocal(logits, onehot, quality, 0.75, 2.0), vfl)
+    close(criterion_module.matchability(logits, onehot, quality, 1.5), mal)
 
 
 @pytest.mark.parametrize("class_loss", ["softmax_ce", "focal", "vfl", "mal"])
@@ -200,7 +200,7 @@ def test_losses_are_divided_by_the_objects_per_process():
     outputs, targets, _ = case(5)
     criterion = Criterion(TrainConfig(), "vfl")
     one = criterion(outputs, targets).total
-    torch.testing.assert_close(criterion(outputs, targets, boxes_per_process=20.0).total, one / 2)  # 10 objects here
+    torch.testing.assert_close(criterion(outputs, targets, objects_per_process=20.0).total, one / 2)  # 10 objects here
 
 
 def test_encoder_proposals_of_another_count_are_matched_by_themselves():

@@ -17,8 +17,8 @@ from edgedetr.models.detector import Outputs, Queries
 from edgedetr.training import denoising
 from edgedetr.training.config import TrainConfig
 from edgedetr.training.criterion import Criterion
-from edgedetr.training.ground_truth import Target, pad
-from edgedetr.training.step import Trainee
+from edgedetr.training.data.dataset import Target, pad
+from edgedetr.training.training_module import TrainingModule
 
 CLASSES = 3
 # Members that make noised queries, at micro size; an anchor point has no size, so it starts from the center alone.
@@ -133,7 +133,7 @@ def test_a_step_with_noised_queries_is_finite_in_half_precision(name):
     )
     torch.manual_seed(0)
     detector = build(name, NOISED[name], CLASSES).train()
-    trainee = Trainee(detector, TrainConfig(denoising=6), NOISED[name].class_loss, CLASSES)
+    trainee = TrainingModule(detector, TrainConfig(denoising=6), NOISED[name].class_loss, CLASSES)
     for seed in range(3):
         torch.manual_seed(seed)
         images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
@@ -154,7 +154,7 @@ def test_half_of_the_share_of_labels_is_drawn_anew():
 def test_without_noise_every_positive_query_is_its_object():
     padded = targets(3, 0, 5)
     noised = noise(padded, denoising=20, label_noise=0.0, box_noise=0.0)
-    matches = denoising.positives(noised, padded, layers=1)
+    matches = denoising.assign_positives(noised, padded, layers=1)
     assert len(matches.image) == noised.groups * 8
     query, target = (matches.image, matches.query[0]), (matches.image, matches.target[0])
     torch.testing.assert_close(noised.boxes[query], padded.boxes[target])
@@ -187,11 +187,11 @@ def test_the_mask_is_what_the_rule_says_pair_by_pair(mode, copies):
     assert torch.equal(together.reference[:, :count], noised.boxes) and (together.content[:, count:] == 0).all()
 
 
-def test_queries_that_carry_different_things_are_refused():
+def test_queries_with_different_fields_are_refused():
     noised = noise(targets(2, 1))
     queries = Queries(torch.zeros(2, 3, 8), position=torch.zeros(2, 3, 8), reference=torch.zeros(2, 3, 4))
     known = Queries(torch.zeros(2, len(noised), 8), reference=noised.boxes)
-    with pytest.raises(ValueError, match="noised and real queries differ in what they carry"):
+    with pytest.raises(ValueError, match="noised and real queries have different fields"):
         denoising.prepend(queries, known, noised)
 
 
@@ -229,7 +229,7 @@ def test_noised_boxes_stay_in_the_image_and_every_copy_answers_for_its_object():
     )
     noised = noise(whole, denoising_mode="dn", denoising_groups=5, label_noise=0.0, box_noise=1.0)
     assert noised.boxes.min() >= 0 and noised.boxes.max() <= 1
-    matches = denoising.positives(noised, whole, layers=2)
+    matches = denoising.assign_positives(noised, whole, layers=2)
     pairs = set(zip(matches.image.tolist(), matches.query[0].tolist(), matches.target[0].tolist()))
     assert pairs == {(0, group * 2, 0) for group in range(5)} | {
         (1, group * 2 + t, t) for group in range(5) for t in range(2)
@@ -311,7 +311,7 @@ def test_real_queries_are_bit_for_bit_the_same_whatever_the_noise(name):
 @pytest.mark.parametrize("name", NOISED)
 def test_a_step_with_noise_trains_the_vectors_of_the_labels(name):
     detector = build(name, NOISED[name], CLASSES).train()
-    trainee = Trainee(detector, TrainConfig(denoising=8, label_noise=0.0), NOISED[name].class_loss, CLASSES)
+    trainee = TrainingModule(detector, TrainConfig(denoising=8, label_noise=0.0), NOISED[name].class_loss, CLASSES)
     padded = targets(3, 1)
     found = trainee(torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8), lambda: padded, 4.0)
     assert found[-1] > 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgedetr.training.ground_truth import Target, pad
+from edgedetr.training.data.dataset import Target, pad
 from edgedetr.training.matcher import Costs, cost_table, match
 
 FOCAL, SOFTMAX = Costs("focal", 2.0, 5.0, 2.0), Costs("softmax", 1.0, 5.0, 2.0)

@@ -13,8 +13,7 @@ from edgedetr.models import build
 from edgedetr.models.members.detr import DetrConfig
 from edgedetr.models.members.rt_detr import RtDetrConfig
 from edgedetr.training.config import AugmentConfig, TrainConfig
-from edgedetr.training.ema import Ema
-from edgedetr.training.optimizer import adamw, groups, rate, set_rate
+from edgedetr.training.optimizer import Ema, Schedule, adamw, parameter_groups, set_lr
 
 MEMBERS = {
     "rt_detr": RtDetrConfig(backbone_width=0.125, backbone_norm="trainable", hidden=32, heads=4, queries=10),
@@ -28,8 +27,8 @@ MEMBERS = {
 def test_every_trainable_parameter_is_in_exactly_one_group_with_its_rate_and_decay(name):
     detector = build(name, MEMBERS[name], 3)
     config = TrainConfig(lr=1e-3, backbone_lr_factor=0.1, weight_decay=0.05)
-    where = {id(p): g for g in groups(detector, config) for p in g["params"]}
-    assert sum(len(g["params"]) for g in groups(detector, config)) == len(where)
+    where = {id(p): g for g in parameter_groups(detector, config) for p in g["params"]}
+    assert sum(len(g["params"]) for g in parameter_groups(detector, config)) == len(where)
     trainable = {n: p for n, p in detector.named_parameters() if p.requires_grad}
     assert where.keys() == {id(p) for p in trainable.values()}
     kinds = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
@@ -43,31 +42,36 @@ def test_every_trainable_parameter_is_in_exactly_one_group_with_its_rate_and_dec
 
 def test_the_rate_reaches_every_group():
     optimizer = adamw(build("rt_detr", MEMBERS["rt_detr"], 3), TrainConfig(lr=1e-3))
-    set_rate(optimizer, 0.5)
+    set_lr(optimizer, 0.5)
     assert sorted({g["lr"] for g in optimizer.param_groups}) == pytest.approx([5e-5, 5e-4])
+
+
+def schedule(steps_per_epoch: int, **settings: object) -> Schedule:
+    config = TrainConfig(**settings)
+    return Schedule(config, config.epochs, steps_per_epoch)
 
 
 @pytest.mark.parametrize("step", [0, 1, 49, 99, 100, 5000])
 def test_warm_up_is_linear_or_exponential(step):
-    linear, exponential = (TrainConfig(warmup_steps=100, warmup=kind) for kind in ("linear", "exponential"))
-    share = min((step + 1) / 101, 1.0)
-    assert rate(linear, step, 10) == pytest.approx(share)
-    assert rate(exponential, step, 10) == pytest.approx(math.exp(-(1 - share) * math.log(1000)))
+    linear, exponential = (schedule(10, warmup_steps=100, warmup=kind) for kind in ("linear", "exponential"))
+    fraction = min((step + 1) / 101, 1.0)
+    assert linear.lr_factor(step) == pytest.approx(fraction)
+    assert exponential.lr_factor(step) == pytest.approx(math.exp(-(1 - fraction) * math.log(1000)))
 
 
-def test_cosine_starts_full_is_half_way_in_the_middle_and_ends_at_its_share():
-    config = TrainConfig(epochs=11, schedule="cosine", warmup_steps=100, final_lr_factor=0.1)
-    assert rate(config, 100, 100) == pytest.approx(1.0)
-    assert rate(config, 600, 100) == pytest.approx(0.55)
-    assert rate(config, 1100, 100) == pytest.approx(0.1)
+def test_cosine_starts_full_is_half_way_in_the_middle_and_ends_at_its_factor():
+    cosine = schedule(100, epochs=11, schedule="cosine", warmup_steps=100, final_lr_factor=0.1)
+    assert cosine.lr_factor(100) == pytest.approx(1.0)
+    assert cosine.lr_factor(600) == pytest.approx(0.55)
+    assert cosine.lr_factor(1100) == pytest.approx(0.1)
     for step in range(100, 1100, 83):
         expected = 0.1 + 0.9 * math.cos((step - 100) / 1000 * math.pi / 2) ** 2  # cos^2(x/2) = (1 + cos x) / 2
-        assert rate(config, step, 100) == pytest.approx(expected)
+        assert cosine.lr_factor(step) == pytest.approx(expected)
 
 
 def test_steps_fall_to_a_tenth_at_their_epochs():
-    config = TrainConfig(epochs=30, schedule="step", step_epochs=(10, 20), warmup_steps=0)
-    assert [rate(config, step, 5) for step in (49, 50, 99, 100)] == pytest.approx([1, 0.1, 0.1, 0.01])
+    steps = schedule(5, epochs=30, schedule="step", step_epochs=(10, 20), warmup_steps=0)
+    assert [steps.lr_factor(step) for step in (49, 50, 99, 100)] == pytest.approx([1, 0.1, 0.1, 0.01])
 
 
 @pytest.mark.parametrize(("decay", "warmup"), [(0.9, 0), (0.99, 20), (0.0, 0)])
@@ -125,7 +129,7 @@ def test_rates_fall_from_block_to_block_of_a_vision_transformer_towards_its_inpu
             3,
         )
     config = TrainConfig(lr=1.0, backbone_lr_factor=0.5, layer_decay=0.8)
-    where = {id(p): g["base_lr"] for g in groups(detector, config) for p in g["params"]}
+    where = {id(p): g["base_lr"] for g in parameter_groups(detector, config) for p in g["params"]}
     rates = {name: where[id(p)] for name, p in detector.named_parameters()}
     trunk = "backbone.transformer."
     assert rates[f"{trunk}blocks.11.attention.q.weight"] == pytest.approx(0.5 * 0.8)
@@ -133,8 +137,8 @@ def test_rates_fall_from_block_to_block_of_a_vision_transformer_towards_its_inpu
     assert rates[f"{trunk}patch.weight"] == pytest.approx(0.5 * 0.8**13)
     assert rates[f"{trunk}norm.weight"] == 0.5
     assert rates["decoder.layers.0.self_attention.q.weight"] == 1.0
-    with pytest.raises(ModelError, match="train.layer_decay is 0.8, but the backbone is no ViT; expected 1"):
-        groups(build("detr", MEMBERS["detr"], 3), config)
+    with pytest.raises(ModelError, match="train.layer_decay is 0.8, but the backbone is not a ViT; expected 1"):
+        parameter_groups(build("detr", MEMBERS["detr"], 3), config)
 
 
 @pytest.mark.parametrize("decay", ["matrices", "not_norms", "all"])
@@ -142,7 +146,7 @@ def test_what_decays_is_what_the_setting_says(decay):
     detector = build("rt_detr", MEMBERS["rt_detr"], 3)
     norms = {id(p) for m in detector.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)}
     expected = {"matrices": lambda p: p.ndim >= 2, "not_norms": lambda p: id(p) not in norms, "all": lambda p: True}
-    listed = groups(detector, TrainConfig(decay=decay, weight_decay=0.05))
+    listed = parameter_groups(detector, TrainConfig(decay=decay, weight_decay=0.05))
     seen = {id(p): group["weight_decay"] for group in listed for p in group["params"]}
     trained = [p for p in detector.parameters() if p.requires_grad]
     assert len(seen) == sum(len(group["params"]) for group in listed) == len(trained)

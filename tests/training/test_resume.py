@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from edgedetr.bundle import Bundle, digest
 from edgedetr.data import layouts
 from edgedetr.recipe import Recipe
-from edgedetr.training.state import fingerprint
-from edgedetr.training.train import Run, train
+from edgedetr.training.output import fingerprint
+from edgedetr.training.train import train
+from edgedetr.training.trainer import Trainer
 
 START = 120  # seconds for a child to import torch on a loaded machine
 
@@ -164,16 +165,16 @@ def test_a_training_goes_on_with_another_quantization_and_ends_in_the_same_weigh
     class Stop(Exception):
         pass
 
-    def stop(run: Run, epoch: int) -> None:
+    def stop(trainer: Trainer, epoch: int) -> None:
         if epoch == 2:
             raise Stop
-        epochs(run, epoch)
+        epochs(trainer, epoch)
 
-    epochs = Run._epoch
-    monkeypatch.setattr(Run, "_epoch", stop)
+    epochs = Trainer._train_epoch
+    monkeypatch.setattr(Trainer, "_train_epoch", stop)
     with pytest.raises(Stop):
         train(micro.recipe(), micro_data, tmp_path / "b")
-    monkeypatch.setattr(Run, "_epoch", epochs)
+    monkeypatch.setattr(Trainer, "_train_epoch", epochs)
     changed = other_settings(micro.recipe())
     bundle = train(changed, micro_data, tmp_path / "b", resume=True)
     ours, theirs = (load_file(path / "train" / "last.safetensors") for path in (bundle.path, straight))
@@ -198,10 +199,10 @@ def two(data: str, out: str, rank: int, port: int, settings: dict) -> None:
 
 
 def alone(data: str, out: str, settings: dict) -> None:
-    from edgedetr.training import train as module
+    from edgedetr.training import trainer
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    module.RECORD_EVERY = 1
+    trainer.LOG_EVERY = 1
     # What a process computes by itself must be the same in halves: no BatchNorm, no random parts, no weighted mean.
     model = {
         "name": "conditional_detr",
@@ -218,7 +219,7 @@ def alone(data: str, out: str, settings: dict) -> None:
         "dropout": 0.0,
     }
     sections = {**micro.TOML, "model": model, "train": {**micro.TOML["train"], **settings}}
-    module.train(Recipe.from_dict(sections, where="two"), data, out)
+    train(Recipe.from_dict(sections, where="two"), data, out)
 
 
 def test_two_processes_lose_like_one_with_the_same_batches(processes, micro_data, tmp_path):

@@ -15,6 +15,7 @@ from edgedetr.errors import RecipeError, TrainingError
 from edgedetr.progress import SilentTraining
 from edgedetr.training import time_budget
 from edgedetr.training.config import TrainConfig
+from edgedetr.training.optimizer import Schedule
 from edgedetr.training.train import train
 
 
@@ -45,8 +46,8 @@ def test_the_most_epochs_that_fit(left: float, expected: int) -> None:
 
     16, 56, 72 and 112 s for one to four.
     """
-    config = TrainConfig(epochs=4, growth=(0.5, 1.0), eval_every=2)
-    assert time_budget.fitting(config, 10, {0.5: 1.0, 1.0: 4.0}, 6.0, left) == expected
+    schedule = Schedule(TrainConfig(growth=(0.5, 1.0), eval_every=2), epochs=4, steps_per_epoch=10)
+    assert time_budget.most_epochs(schedule, {0.5: 1.0, 1.0: 4.0}, 6.0, left) == expected
 
 
 def test_steps_that_were_timed_leave_no_trace(micro_data: Path, tmp_path: Path) -> None:
@@ -63,11 +64,11 @@ def test_steps_that_were_timed_leave_no_trace(micro_data: Path, tmp_path: Path) 
 def test_a_shorter_time_is_a_shorter_training_and_a_resume_keeps_to_it(
     micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(time_budget, "seconds", lambda run, share: 60.0)  # 3 steps an epoch; 20 s for 4 images
+    monkeypatch.setattr(time_budget, "time_step", lambda *inputs: 60.0)  # 3 steps an epoch; 20 s for 4 images
     limited = micro.recipe(minutes=9)  # 8.5 min are usable; three epochs take 10
     with pytest.raises(KeyboardInterrupt):
         train(limited, micro_data, tmp_path / "limited", progress=Interrupted(after=4))
-    monkeypatch.setattr(time_budget, "seconds", lambda run, share: pytest.fail("measured anew"))
+    monkeypatch.setattr(time_budget, "time_step", lambda *inputs: pytest.fail("measured anew"))
     train(limited, micro_data, tmp_path / "limited", resume=True)
     train(micro.recipe(epochs=2), micro_data, tmp_path / "two")
     assert weights(tmp_path / "limited") == weights(tmp_path / "two")
@@ -77,7 +78,7 @@ def test_a_shorter_time_is_a_shorter_training_and_a_resume_keeps_to_it(
 def test_no_time_for_one_epoch_says_how_long_one_takes(
     micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(time_budget, "seconds", lambda run, share: 60.0)
+    monkeypatch.setattr(time_budget, "time_step", lambda *inputs: 60.0)
     with pytest.raises(TrainingError, match=r"train\.minutes is 2, and one epoch takes about 3\.3 minutes here"):
         train(micro.recipe(minutes=2), micro_data, tmp_path / "none")
     assert not list((tmp_path / "none").rglob("*.safetensors"))

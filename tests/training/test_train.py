@@ -14,11 +14,14 @@ from safetensors.torch import load_file
 from edgedetr.bundle import Bundle, digest
 from edgedetr.data import layouts
 from edgedetr.errors import DataError, TrainingError
+from edgedetr.progress import SilentTraining
 from edgedetr.recipe import Recipe
-from edgedetr.training import state
-from edgedetr.training.skipped_steps import SKIPS
-from edgedetr.training.step import Trainee
-from edgedetr.training.train import train
+from edgedetr.training import trainer as trainer_module
+from edgedetr.training.data.dataset import batches, epoch_order, open_splits
+from edgedetr.training.output import DECISIVE_SECTIONS, SCHEMA, fingerprint, load_checkpoint
+from edgedetr.training.train import start_devices, train
+from edgedetr.training.trainer import MAX_SKIPS, Trainer
+from edgedetr.training.training_module import TrainingModule
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_way_out(micro_data, tmp_path, 
 
 def poison(monkeypatch, steps, how=lambda result: result * float("nan")):
     """Make the forward of these steps (counted from 1) bad, and the statistics of BatchNorm with it."""
-    real, calls = Trainee.forward, []
+    real, calls = TrainingModule.forward, []
 
     def poisoned(self, *inputs):
         calls.append(1)
@@ -100,7 +103,7 @@ def poison(monkeypatch, steps, how=lambda result: result * float("nan")):
                 module.running_mean.fill_(float("nan"))
         return how(real(self, *inputs))
 
-    monkeypatch.setattr(Trainee, "forward", poisoned)
+    monkeypatch.setattr(TrainingModule, "forward", poisoned)
     return calls
 
 
@@ -126,13 +129,13 @@ def test_one_bad_batch_is_skipped_counted_and_named(micro_data, tmp_path, monkey
 
 def test_a_skipped_step_leaves_every_weight_as_it_was(micro_data, tmp_path, monkeypatch):
     seen = []
-    real = state.save
+    real = trainer_module.save_checkpoint
 
     def save(path, position, fingerprint, model, *rest):
         seen.append((position.step, {name: value.clone() for name, value in model.state_dict().items()}))
         real(path, position, fingerprint, model, *rest)
 
-    monkeypatch.setattr(state, "save", save)
+    monkeypatch.setattr(trainer_module, "save_checkpoint", save)
     poison(monkeypatch, {3})
     train(micro.recipe(epochs=1), micro_data, tmp_path / "b")
     states = dict(seen)
@@ -147,7 +150,9 @@ def test_bad_batches_in_a_row_end_it_with_the_images_and_keep_the_last_good_chec
     micro_data, tmp_path, monkeypatch, how, what
 ):
     poison(monkeypatch, set(range(3, 100)), how)
-    expected = rf"{what} became NaN or infinite at step {SKIPS + 2}, on .*\d\.png, as in the {SKIPS - 1} steps before"
+    expected = (
+        rf"{what} became NaN or infinite at step {MAX_SKIPS + 2}, on .*\d\.png, as in the {MAX_SKIPS - 1} steps before"
+    )
     with pytest.raises(TrainingError, match=expected) as error:
         train(micro.recipe(), micro_data, tmp_path / "b")
     named = str(error.value).split(", as in")[0].split(" on ")[1].split(", ")
@@ -182,15 +187,15 @@ def test_a_finished_training_whose_weights_are_gone_writes_its_last_ones_and_say
 
 def test_a_training_has_a_checkpoint_before_its_first_weights(micro_data, tmp_path, monkeypatch):
     """Killed between the first weights and the next checkpoint, it can still be resumed."""
-    from edgedetr.training.delivery import Delivery
+    from edgedetr.training.output import BundleWriter
 
-    real = Delivery.write
+    real = BundleWriter.write
 
     def killed(self):
         real(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Delivery, "write", killed)
+    monkeypatch.setattr(BundleWriter, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         train(micro.recipe(checkpoint_every=500), micro_data, tmp_path / "b")
     assert (tmp_path / "b" / "weights.safetensors").exists()
@@ -205,7 +210,8 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(trained, micro_data, tmp_pat
 
     path, chance = tmp_path / "last.safetensors", random.Random(0)
     good = (trained.path / "train" / "last.safetensors").read_bytes()
-    run = fresh_run(micro.recipe(), micro_data, trained.path)
+    trainer = new_trainer(micro.recipe(), micro_data, trained.path)
+    trainer.checkpoint = path
     header = int.from_bytes(good[:8], "little")
     places = [chance.randrange(len(good)) for _ in range(15)] + [chance.randrange(8, header) for _ in range(15)]
     start = good.index(b'"schema":"2"')
@@ -215,9 +221,9 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(trained, micro_data, tmp_pat
         flipped[place] ^= 1 << chance.randrange(8)
         path.write_bytes(flipped)
         with pytest.raises(TrainingError, match="checkpoint|another recipe"):
-            run.load(path)
+            trainer.resume()
     path.write_bytes(good)
-    run.load(path)
+    trainer.resume()
 
 
 def test_a_position_of_another_kind_is_a_damaged_checkpoint(tmp_path):
@@ -226,8 +232,8 @@ def test_a_position_of_another_kind_is_a_damaged_checkpoint(tmp_path):
     for number, position in enumerate(("[" * 100_000, "9" * 5000, '{"step": "3"}', '{"stop": 3}', "[]", "null")):
         path = tmp_path / f"{number}.safetensors"
         save_file({"a": torch.zeros(1)}, path, {"schema": "1", "fingerprint": "x", "position": position})
-        with pytest.raises(TrainingError, match="damaged or of another kind"):
-            state.load(path, "x", None, None, None)
+        with pytest.raises(TrainingError, match="damaged or not a checkpoint"):
+            load_checkpoint(path, "x", None, None, None)
 
 
 def test_two_trainings_into_one_bundle_the_second_is_refused_at_once(micro_data, tmp_path):
@@ -267,29 +273,29 @@ def test_the_case_of_background_alone_in_val_is_refused(tmp_path):
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not here")
 def test_more_objects_than_queries_is_said_with_both_numbers_before_training(tmp_path, caplog):
-    from edgedetr.training import prepare
+    from edgedetr.training.data.dataset import warn_of_crowded_images
 
     samples = layouts.load(CASES / "17-400-objects", "train")
-    prepare.warn_of_crowds(samples, micro.recipe())
+    warn_of_crowded_images(samples, micro.recipe().model.config.queries)
     assert "up to 400" in caplog.text and "model.queries is 10" in caplog.text
 
 
 def test_an_undefined_ap_is_never_the_best(micro_data, tmp_path, monkeypatch):
     from dataclasses import replace as changed
 
-    from edgedetr.training.delivery import Delivery
-    from edgedetr.training.validator import Selection
+    from edgedetr.training.output import BundleWriter
+    from edgedetr.training.validator import Validator
 
-    measured, delivered, real = [], [], Selection.measure
+    measured, delivered, real = [], [], Validator.measure
 
     def measure(self, found):
         measured.append(1)
         metrics = real(self, found)
         return changed(metrics, ap=None) if len(measured) != 2 else changed(metrics, ap=0.0)
 
-    monkeypatch.setattr(Selection, "measure", measure)
+    monkeypatch.setattr(Validator, "measure", measure)
     monkeypatch.setattr(
-        Delivery, "write", lambda self, real=Delivery.write: (delivered.append(len(measured)), real(self))
+        BundleWriter, "write", lambda self, real=BundleWriter.write: (delivered.append(len(measured)), real(self))
     )
     train(micro.recipe(), micro_data, tmp_path / "b")
     assert delivered == [2]
@@ -316,35 +322,20 @@ def test_accumulated_parts_give_the_step_of_the_whole_batch(micro_data, tmp_path
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
 
 
-def fresh_run(recipe: Recipe, data: Path, out: Path):
+def new_trainer(recipe: Recipe, data: Path, out: Path) -> Trainer:
     """A training that has not begun."""
-    from edgedetr.progress import SilentTraining
-    from edgedetr.training.distributed import launch
-    from edgedetr.training.train import Run
-
-    place = recipe.data.resolve(["train", "val", "test"])
-    return Run(
-        recipe,
-        launch(recipe.train),
-        place,
-        layouts.load(data, "train"),
-        layouts.load(data, "val"),
-        data,
-        out,
-        SilentTraining(),
-    )
+    return Trainer(recipe, open_splits(data, recipe.data), out, start_devices(recipe.train), SilentTraining())
 
 
 def _first_step(recipe: Recipe, data: Path, out: Path) -> torch.Tensor:
-    """Losses of the first step with every BatchNorm at its start statistics."""
-    from edgedetr.training.data.dataset import batches, order
-
-    run = fresh_run(recipe, data, out)
-    for module in run.detector.modules():
+    """Losses of the first step with every BatchNorm at its initial statistics."""
+    trainer = new_trainer(recipe, data, out)
+    for module in trainer.learner.model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
-    batch = next(batches(run.pictures, order(len(run.samples), 4, seed=0, epoch=0), 0, plain=True, workers=0))
-    return run.step(batch)
+    rows = epoch_order(len(trainer.images), 4, seed=0, epoch=0)
+    batch = next(batches(trainer.images, rows, 0, strong=False))
+    return trainer.learner.step(batch, 0, trainer.schedule).losses
 
 
 def test_a_set_without_objects_is_refused(tmp_path):
@@ -356,7 +347,7 @@ def test_a_set_without_objects_is_refused(tmp_path):
 
 
 def test_a_size_is_drawn_for_every_batch_and_a_resume_draws_the_same(micro_data, tmp_path, monkeypatch):
-    seen, real = [], Trainee.forward
+    seen, real = [], TrainingModule.forward
 
     def watched(self, images, *rest):
         seen.append(tuple(images.shape[2:]))
@@ -364,7 +355,7 @@ def test_a_size_is_drawn_for_every_batch_and_a_resume_draws_the_same(micro_data,
             raise KeyboardInterrupt
         return real(self, images, *rest)
 
-    monkeypatch.setattr(Trainee, "forward", watched)
+    monkeypatch.setattr(TrainingModule, "forward", watched)
     recipe, stop = micro.recipe(sizes=[0.5, 1.0, 1.5], epochs=4), 0
     recipe = replace(recipe, augment=replace(recipe.augment, off_for_last=0.25))
     train(recipe, micro_data, tmp_path / "a")
@@ -382,11 +373,11 @@ def test_a_size_is_drawn_for_every_batch_and_a_resume_draws_the_same(micro_data,
 def test_options_of_later_versions_leave_the_fingerprint_of_older_checkpoints(micro_data):
     samples = layouts.load(micro_data, "train")
     names = ("decay", "sizes", "init", "crop_kind")
-    assert not any(f"\n{name} = " in micro.recipe().to_toml(state.DECIDE, later=False) for name in names)
+    assert not any(f"\n{name} = " in micro.recipe().to_toml(DECISIVE_SECTIONS, later=False) for name in names)
     assert all(f"\n{name} = " in micro.recipe().to_toml() for name in names)
-    same = state.fingerprint(micro.recipe(decay="matrices"), samples)
-    assert same == state.fingerprint(micro.recipe(), samples)
-    assert same != state.fingerprint(micro.recipe(decay="all"), samples)
+    same = fingerprint(micro.recipe(decay="matrices"), samples)
+    assert same == fingerprint(micro.recipe(), samples)
+    assert same != fingerprint(micro.recipe(decay="all"), samples)
 
 
 def test_where_only_the_verify_split_is_there_nothing_is_chosen_by_it(tmp_path):
@@ -419,7 +410,7 @@ def test_the_checkpoint_holds_no_pickle(trained):
 
 
 def checkpoint_name() -> str:
-    from edgedetr.training.train import CHECKPOINT
+    from edgedetr.training.output import CHECKPOINT
 
-    assert state.SCHEMA == 2
+    assert SCHEMA == 2
     return CHECKPOINT

@@ -1,7 +1,7 @@
-"""Training images as batches: decoded once, varied anew each epoch, the same whatever the number of workers.
+"""Reads the splits of a training, and makes batches of their images, augmented anew in each epoch.
 
-What an image becomes is a function of (seed, epoch, index) alone, and the order of an epoch of (seed, epoch), so a
-resumed training sees exactly what it would have seen.
+What an image becomes is a function of (seed, epoch, index) alone, and the order of an epoch of (seed, epoch): a resumed
+training sees exactly the batches that it would have seen, with any number of workers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,21 +20,140 @@ from torch.utils.data import DataLoader, Dataset
 
 from edgedetr.boxes import xyxy_to_cxcywh
 from edgedetr.bundle import InputContract
-from edgedetr.data.detection_set import DetectionSet, Sample
+from edgedetr.data import layouts
+from edgedetr.data.detection_set import DataConfig, DetectionSet, Sample, without_empty_classes
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError
 from edgedetr.runtime.cpu import bounded
 from edgedetr.runtime.preprocess import Geometry, averaged, resize
 from edgedetr.training.config import AugmentConfig
-from edgedetr.training.data.transforms import Picture, compose, vary
-from edgedetr.training.ground_truth import Target
+from edgedetr.training.data.transforms import SourceImage, augment, transform
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Splits:
+    """The splits that a training reads: one to learn from, one to select the best epoch by.
+
+    folder  of the data set
+    config  with the names of all splits filled in
+    """
+
+    folder: Path
+    config: DataConfig
+    train: DetectionSet
+    select: DetectionSet
+
+    @property
+    def selects(self) -> bool:
+        """Whether the best epoch may be selected. Not on the verify split: its figures would be too good then."""
+        return self.config.select_split != self.config.verify_split
+
+
+def open_splits(folder: Path, config: DataConfig) -> Splits:
+    """Read both splits. Errors: DataError where one has no objects, or where their classes differ."""
+    config = config.resolve(layouts.splits(folder))
+    train = layouts.load(folder, config.train_split, strict=config.strict)
+    train = without_empty_classes(train) if config.drop_empty_classes else train
+    select = layouts.load(folder, config.select_split, strict=config.strict, classes=train.classes, whose=train.name)
+    if not _has_objects(train):
+        raise DataError(
+            f"{train.root}: the split {train.name!r} has {len(train)} usable images and no objects "
+            f"to learn; run: edgedetr data check {train.root}"
+        )
+    if not _has_objects(select):
+        raise DataError(
+            f"{train.root}: the split {select.name!r} has {len(select)} usable images and no objects, so "
+            "its AP is undefined and cannot select an epoch; name another split with "
+            "--set data.select_split=NAME, or label it"
+        )
+    if train.classes != select.classes:
+        ours, theirs = (", ".join(c.name for c in part.classes) for part in (train, select))
+        raise DataError(
+            f"{train.root}: classes differ between {train.name} ({ours}) and {select.name} ({theirs}); "
+            "expected the same in every split"
+        )
+    return Splits(folder, config, train, select)
+
+
+def _has_objects(samples: DetectionSet) -> bool:
+    return any((~sample.crowd).any() for sample in samples.samples)
+
+
+def warn_of_crowded_images(samples: DetectionSet, queries: int) -> None:
+    """Log which images hold more objects than the model has queries: the others can be neither found nor learned."""
+    counts = [(int((~sample.crowd).sum()), sample.path) for sample in samples.samples]
+    crowded = [(count, path) for count, path in counts if count > queries]
+    if crowded:
+        most, path = max(crowded)
+        log.warning(
+            "%d of %d training images hold more objects than the model has queries: up to %d (%s), and "
+            "model.queries is %d, so at most %d of them can be found; expected --set model.queries=%d or more",
+            len(crowded),
+            len(samples),
+            most,
+            path,
+            queries,
+            queries,
+            most,
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """The objects of one image.
+
+    labels  [T] int64, contiguous class index
+    boxes   [T, 4] float32, cx, cy, w, h in 0..1 of the input image
+    """
+
+    labels: Tensor
+    boxes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class PaddedTargets:
+    """The objects of B images, padded to the T of the image with the most.
+
+    labels  [B, T] int64, padding 0
+    boxes   [B, T, 4] float32, padding the whole image (it has an area, so that no overlap divides by 0)
+    counts  objects of each image, as Python ints
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    counts: list[int]
+
+    @property
+    def valid(self) -> Tensor:
+        """[B, T] bool, True where there is an object."""
+        counts = torch.tensor(self.counts, device=self.labels.device)
+        return torch.arange(self.labels.shape[1], device=self.labels.device)[None] < counts[:, None]
+
+    def to(self, device: torch.device) -> PaddedTargets:
+        labels, boxes = (part.to(device, non_blocking=True) for part in (self.labels, self.boxes))
+        return PaddedTargets(labels, boxes, self.counts)
+
+
+def pad(targets: Sequence[Target]) -> PaddedTargets:
+    """The targets of a batch, padded to the same length."""
+    counts = [len(target) for target in targets]
+    most, device = max(counts, default=0), targets[0].labels.device
+    labels = torch.zeros(len(counts), most, dtype=torch.int64, device=device)
+    boxes = torch.tensor([0.5, 0.5, 1.0, 1.0], device=device).repeat(len(counts), most, 1)
+    for row, target in enumerate(targets):
+        labels[row, : counts[row]] = target.labels
+        boxes[row, : counts[row]] = target.boxes
+    return PaddedTargets(labels, boxes, counts)
+
+
+@dataclass(frozen=True)
 class Batch:
-    """images [B, 3, H, W] uint8, RGB; targets of each; indices of the samples in the set."""
+    """images [B, 3, H, W] uint8, RGB; the target of each; their indices in the set."""
 
     images: Tensor
     targets: list[Target]
@@ -41,85 +161,92 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Pick:
-    """Which sample of the set, in which epoch, at which size (None: the set's); `plain` switches all but flips off."""
+class SampleKey:
+    """What `TrainingSet` is indexed with: epoch, index in the set, input size (None: the set's), and augmentation.
+
+    strong  all augmentations; False: flips only
+    """
 
     epoch: int
     index: int
-    plain: bool
+    strong: bool = True
     contract: InputContract | None = None
 
 
 class TrainingSet(Dataset):
-    """Varied images of a set. `set_[Pick]` -> (pixels [3, H, W] uint8, Target, index)."""
+    """The augmented images of a split. `set_[SampleKey]` -> (pixels [3, H, W] uint8, Target, index).
+
+    strict    an image that cannot be decoded is an error; otherwise the next one takes its place
+    cache_mb  decoded images are kept in memory up to this size
+    """
 
     def __init__(
         self,
         samples: DetectionSet,
         contract: InputContract,
-        augment: AugmentConfig,
+        config: AugmentConfig,
         *,
         seed: int,
         cache_mb: int,
         strict: bool = False,
     ) -> None:
-        self.samples, self.contract, self.augment, self.seed, self.strict = samples, contract, augment, seed, strict
-        self.room = cache_mb * 2**20
-        self.cache: dict[int, Picture] = {}
+        self.samples, self.contract, self.config, self.seed, self.strict = samples, contract, config, seed, strict
+        self.cache: dict[int, SourceImage] = {}
+        self._free_bytes = cache_mb * 2**20
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, pick: Pick) -> tuple[Tensor, Target, int]:
-        index, picture = self._readable(pick.index)
-        rng = np.random.default_rng((self.seed, pick.epoch, pick.index))
-        contract = pick.contract or self.contract
-        if pick.plain:
-            example = vary(picture, contract, self.augment, rng, flips_only=True)
-        else:
-            example = compose(
-                picture, lambda: self._readable(int(rng.integers(len(self))))[1], contract, self.augment, rng
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Target, int]:
+        index, image = self._readable(key.index)
+        rng = np.random.default_rng((self.seed, key.epoch, key.index))
+        contract = key.contract or self.contract
+        if key.strong:
+            example = transform(
+                image, lambda: self._readable(int(rng.integers(len(self))))[1], contract, self.config, rng
             )
+        else:
+            example = augment(image, contract, self.config, rng, flips_only=True)
         width, height = contract.width, contract.height
-        centered = torch.from_numpy(xyxy_to_cxcywh(example.boxes) / [width, height, width, height])
-        return example.pixels, Target(torch.from_numpy(example.labels), centered.float().reshape(-1, 4)), index
+        boxes = torch.from_numpy(xyxy_to_cxcywh(example.boxes) / [width, height, width, height])
+        return example.pixels, Target(torch.from_numpy(example.labels), boxes.float().reshape(-1, 4)), index
 
-    def fill(self) -> None:
-        """Decode into the cache now, as far as it has room, so that worker processes share it."""
+    def fill_cache(self) -> None:
+        """Decode images into the cache until it is full, before worker processes are forked that share it."""
         with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
             for number in range(0, len(self), 64):
-                if self.room <= 0:
+                if self._free_bytes <= 0:
                     break
                 list(pool.map(self._try, range(number, min(number + 64, len(self)))))
 
     def _try(self, index: int) -> None:
-        with contextlib.suppress(DataError):  # told when its turn comes
-            self._picture(index)
+        with contextlib.suppress(DataError):  # reported when the image is used
+            self._image(index)
 
-    def _readable(self, index: int) -> tuple[int, Picture]:
-        """The sample, or the next one that can be decoded; with strict, the first failure ends it."""
+    def _readable(self, index: int) -> tuple[int, SourceImage]:
+        """The image at an index, or the next one that can be decoded; with `strict`, a failure is an error."""
         for step in range(len(self.samples)):
             at = (index + step) % len(self.samples)
             try:
-                return at, self._picture(at)
+                return at, self._image(at)
             except DataError as error:
                 if self.strict:
                     raise
                 log.warning("%s; training goes on without it", error)
         raise DataError(f"{self.samples.root}: none of the {len(self.samples)} training images can be decoded")
 
-    def _picture(self, index: int) -> Picture:
+    def _image(self, index: int) -> SourceImage:
         if index in self.cache:
             return self.cache[index]
-        picture = load(self.samples.samples[index], self.contract)
-        if picture.pixels.numel() <= self.room:
-            self.room -= picture.pixels.numel()
-            self.cache[index] = picture
-        return picture
+        image = load(self.samples.samples[index], self.contract)
+        if image.pixels.numel() <= self._free_bytes:
+            self._free_bytes -= image.pixels.numel()
+            self.cache[index] = image
+        return image
 
 
-def load(sample: Sample, contract: InputContract) -> Picture:
-    """Decode an image and do the averaging half of the one resize; the interpolating half is done per example."""
+def load(sample: Sample, contract: InputContract) -> SourceImage:
+    """Decode an image and run the averaging half of the resize; augmentation runs the interpolating half."""
     image = decode(sample.path)
     geometry = Geometry.of(image.shape[0], image.shape[1], contract)
     rows = geometry.used_height // averaged(geometry.source_height, geometry.content_height)
@@ -128,7 +255,7 @@ def load(sample: Sample, contract: InputContract) -> Picture:
         image = resize(image, InputContract(rows, columns))[0]
     scale = np.array([columns / geometry.used_width, rows / geometry.used_height])
     real = ~sample.crowd
-    return Picture(
+    return SourceImage(
         torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1),
         sample.boxes[real] * np.tile(scale, 2),
         sample.labels[real].astype(np.int64),
@@ -137,8 +264,8 @@ def load(sample: Sample, contract: InputContract) -> Picture:
     )
 
 
-def order(samples: int, batch: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Indices of one epoch, shuffled: [steps, batch]; what does not fill a batch is left out, too few are repeated."""
+def epoch_order(samples: int, batch: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Shuffled indices of one epoch, [steps, batch]: an incomplete batch is left out, too few images are repeated."""
     indices = np.random.default_rng((seed, epoch)).permutation(samples)
     if samples < batch:
         indices = np.resize(indices, batch)
@@ -148,21 +275,24 @@ def order(samples: int, batch: int, *, seed: int, epoch: int) -> np.ndarray:
 
 def batches(
     dataset: TrainingSet,
-    plan: np.ndarray,
+    rows: np.ndarray,
     epoch: int,
     *,
-    plain: bool,
-    workers: int,
+    strong: bool = True,
+    workers: int = 0,
     contracts: Sequence[InputContract] | None = None,
 ) -> Iterator[Batch]:
-    """Batches of one process by a plan [steps, batch of this process], at the set's own size or one for each step."""
-    sizes = contracts or [dataset.contract] * len(plan)
-    picks = [[Pick(epoch, int(index), plain, size) for index in row] for row, size in zip(plan, sizes)]
+    """One batch per row of indices [steps, batch of this process].
+
+    contracts  the input size of each batch; None: the set's
+    """
+    sizes = contracts or [dataset.contract] * len(rows)
+    keys = [[SampleKey(epoch, int(index), strong, size) for index in row] for row, size in zip(rows, sizes)]
     workers = bounded(workers, "train.workers")
     return iter(
         DataLoader(
             dataset,
-            batch_sampler=picks,
+            batch_sampler=keys,
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
@@ -176,17 +306,17 @@ def _collate(items: list[tuple[Tensor, Target, int]]) -> Batch:
     return Batch(torch.stack(images), list(targets), list(indices))
 
 
-def drawn(
-    contract: InputContract, shares: Sequence[float], steps: int, *, seed: int, epoch: int
+def draw_sizes(
+    contract: InputContract, fractions: Sequence[float], steps: int, *, seed: int, epoch: int
 ) -> list[InputContract]:
-    """The contract at one of the shares of its sides, for every step of an epoch; the same in every process."""
-    picked = np.random.default_rng((seed, epoch, len(shares))).choice(shares, steps)
-    return [smaller(contract, float(share)) for share in picked]
+    """The input size of every batch of an epoch, drawn from fractions of its sides; the same in every process."""
+    drawn = np.random.default_rng((seed, epoch, len(fractions))).choice(fractions, steps)
+    return [scaled(contract, float(fraction)) for fraction in drawn]
 
 
-def smaller(contract: InputContract, share: float) -> InputContract:
-    """The contract with its sides scaled to multiples of 32, the coarsest stride; also larger."""
-    if share == 1:
+def scaled(contract: InputContract, fraction: float) -> InputContract:
+    """The contract with both sides multiplied by `fraction` and rounded to 32 pixels, the coarsest stride."""
+    if fraction == 1:
         return contract
-    height, width = (max(round(side * share / 32), 1) * 32 for side in (contract.height, contract.width))
+    height, width = (max(round(side * fraction / 32), 1) * 32 for side in (contract.height, contract.width))
     return replace(contract, height=height, width=width)

@@ -19,8 +19,8 @@ from edgedetr.models.members.deformable_detr import DeformableDetrConfig
 from edgedetr.models.queries.proposals import Starts
 from edgedetr.training.config import TrainConfig
 from edgedetr.training.criterion import Criterion
-from edgedetr.training.ground_truth import Target
-from edgedetr.training.optimizer import groups
+from edgedetr.training.data.dataset import Target
+from edgedetr.training.optimizer import parameter_groups
 
 CLASSES = 5
 PIXELS = (96, 128)  # rectangular, so that a swap of x and y shows
@@ -135,7 +135,7 @@ def test_proposals_of_the_two_stage_form_learn_objects_and_not_classes() -> None
     outputs = ours(torch.randn(1, 3, *PIXELS))
     boxes = torch.tensor([[0.3, 0.4, 0.2, 0.2], [0.7, 0.5, 0.1, 0.3]])
     config = TrainConfig()
-    wanted = Criterion(config, "focal", foreground=True)(outputs, [Target(torch.tensor([3, 4]), boxes)])
+    wanted = Criterion(config, "focal", class_agnostic_encoder=True)(outputs, [Target(torch.tensor([3, 4]), boxes)])
     as_zero = Criterion(config, "focal")(outputs, [Target(torch.tensor([0, 0]), boxes)])
     as_is = Criterion(config, "focal")(outputs, [Target(torch.tensor([3, 4]), boxes)])
     assert wanted.encoder == pytest.approx(float(as_zero.encoder))
@@ -204,7 +204,7 @@ def test_what_lies_in_the_padding_changes_nothing() -> None:
 def test_offsets_and_reference_points_learn_at_a_tenth_of_the_rate() -> None:
     ours = build("deformable_detr", replace(FORMS["plain"], **SMALL, frozen_stages=0), CLASSES)
     config = TrainConfig(lr=1e-3, backbone_lr_factor=0.5)
-    found = {id(p): group["base_lr"] for group in groups(ours, config) for p in group["params"]}
+    found = {id(p): group["base_lr"] for group in parameter_groups(ours, config) for p in group["params"]}
     for name, parameter in ours.named_parameters():
         slow = "attention.offsets." in name or name.startswith("selector.reference.")
         expected = 5e-4 if name.startswith("backbone.") else 1e-4 if slow else 1e-3

@@ -16,7 +16,7 @@ from edgedetr.models.detector import DetrModel, Memory
 from edgedetr.models.members.efficient_detr import EfficientDetrConfig
 from edgedetr.training.config import TrainConfig
 from edgedetr.training.criterion import Criterion
-from edgedetr.training.ground_truth import Target
+from edgedetr.training.data.dataset import Target
 
 CLASSES, HIDDEN, KEPT, FIRST = 3, 32, 6, 14
 CONFIG = EfficientDetrConfig(

@@ -13,8 +13,8 @@ from edgedetr.bundle import ClassInfo, InputContract
 from edgedetr.data.detection_set import DetectionSet, Sample
 from edgedetr.runtime.preprocess import resize
 from edgedetr.training.config import AugmentConfig
-from edgedetr.training.data.dataset import Pick, TrainingSet, batches, load, order
-from edgedetr.training.data.transforms import Picture, recolor, vary
+from edgedetr.training.data.dataset import SampleKey, TrainingSet, batches, epoch_order, load
+from edgedetr.training.data.transforms import SourceImage, augment, recolor
 
 STILL = AugmentConfig(flip_horizontal=0, crop=0, zoom_out=0, scale_jitter=0, color=0)
 KINDS = {
@@ -28,7 +28,7 @@ KINDS = {
 }
 
 
-def drawn(rng: np.random.Generator, height: int, width: int, letterbox: InputContract | None = None) -> Picture:
+def drawn(rng: np.random.Generator, height: int, width: int, letterbox: InputContract | None = None) -> SourceImage:
     """Black, with one white rectangle."""
     x0, y0 = rng.integers(5, width // 2), rng.integers(5, height // 2)
     x1, y1 = rng.integers(x0 + 20, width - 4), rng.integers(y0 + 20, height - 4)
@@ -38,7 +38,7 @@ def drawn(rng: np.random.Generator, height: int, width: int, letterbox: InputCon
     if letterbox is not None:
         scale = min(letterbox.height / height, letterbox.width / width)
         frame = [letterbox.height / scale, letterbox.width / scale]
-    return Picture(pixels, np.array([[x0, y0, x1, y1]], float), np.array([1]), *frame)
+    return SourceImage(pixels, np.array([[x0, y0, x1, y1]], float), np.array([1]), *frame)
 
 
 @pytest.mark.parametrize("form", ["stretch", "letterbox"])
@@ -47,8 +47,8 @@ def test_the_box_bounds_the_drawn_rectangle_within_a_pixel(kind, form, rng):
     contract = InputContract(96, 128, form)
     seen = 0
     for _ in range(25):
-        picture = drawn(rng, 150, 130, contract if form == "letterbox" else None)
-        found = vary(picture, contract, KINDS[kind], rng)
+        source = drawn(rng, 150, 130, contract if form == "letterbox" else None)
+        found = augment(source, contract, KINDS[kind], rng)
         pixels, boxes, labels = found.pixels, found.boxes, found.labels
         assert pixels.shape == (3, 96, 128) and pixels.dtype == torch.uint8
         if not len(boxes):
@@ -74,7 +74,7 @@ def test_without_variation_the_image_is_the_one_resize_gives(rng, tmp_path):
         Image.fromarray(image).save(path)
         box = np.array([[10.0, 12.0, 40.0, 45.0]])
         sample = Sample(1, path, *size, box, np.array([0]), np.array([False]), np.array([1.0]))
-        found = vary(load(sample, contract), contract, STILL, rng, flips_only=True)
+        found = augment(load(sample, contract), contract, STILL, rng, flips_only=True)
         pixels, boxes = found.pixels, found.boxes
         expected, geometry = resize(image, contract, backend="numpy")
         difference = np.abs(pixels.numpy().transpose(1, 2, 0).astype(int) - expected)
@@ -84,7 +84,7 @@ def test_without_variation_the_image_is_the_one_resize_gives(rng, tmp_path):
 
 
 def test_boxes_of_which_little_is_left_are_dropped(rng):
-    picture = Picture(
+    source = SourceImage(
         torch.zeros(3, 100, 100, dtype=torch.uint8),
         np.array([[0, 0, 10, 10], [80, 80, 100, 100.0]]),
         np.array([0, 1]),
@@ -93,7 +93,7 @@ def test_boxes_of_which_little_is_left_are_dropped(rng):
     )
     config = replace(STILL, crop=1.0, crop_scale=(0.4, 0.4), crop_aspect=(1.0, 1.0), min_visible=0.9)
     for _ in range(20):
-        found = vary(picture, InputContract(100, 100), config, rng)
+        found = augment(source, InputContract(100, 100), config, rng)
         boxes, labels = found.boxes, found.labels
         assert len(boxes) <= 1  # the two lie further apart than a crop is wide
         for box, label in zip(boxes, labels):
@@ -138,33 +138,33 @@ def training_set(samples: DetectionSet, cache_mb: int) -> TrainingSet:
 
 
 def test_batches_are_the_same_with_and_without_workers_and_cache(rendered):
-    plan = order(len(rendered), 3, seed=5, epoch=2)
+    plan = epoch_order(len(rendered), 3, seed=5, epoch=2)
     sets = [(training_set(rendered, 0), 0), (training_set(rendered, 64), 0), (training_set(rendered, 64), 2)]
-    runs = [list(batches(data, plan, 2, plain=False, workers=workers)) for data, workers in sets]
+    runs = [list(batches(data, plan, 2, workers=workers)) for data, workers in sets]
     for run in runs[1:]:
         for ours, theirs in zip(runs[0], run):
             assert torch.equal(ours.images, theirs.images) and ours.indices == theirs.indices
             assert all(torch.equal(a.boxes, b.boxes) for a, b in zip(ours.targets, theirs.targets))
-    other = list(batches(sets[1][0], plan, 3, plain=False, workers=0))
+    other = list(batches(sets[1][0], plan, 3, workers=0))
     assert not torch.equal(other[0].images, runs[0][0].images)
 
 
 def test_crowd_regions_are_not_learned(rendered):
     config = replace(STILL, color=0)
     data = TrainingSet(rendered, InputContract(32, 32), config, seed=0, cache_mb=1)
-    assert [len(data[Pick(0, index, True)][1]) for index in (2, 3)] == [2, 1]
+    assert [len(data[SampleKey(0, index, True)][1]) for index in (2, 3)] == [2, 1]
 
 
 def test_an_epoch_shows_each_image_once_and_epochs_differ():
-    plan = order(100, 8, seed=1, epoch=0)
+    plan = epoch_order(100, 8, seed=1, epoch=0)
     assert plan.shape == (12, 8) and len(set(plan.ravel().tolist())) == 96
-    assert plan.tolist() != order(100, 8, seed=1, epoch=1).tolist()
-    assert sorted(set(order(3, 8, seed=1, epoch=0).ravel().tolist())) == [0, 1, 2]
+    assert plan.tolist() != epoch_order(100, 8, seed=1, epoch=1).tolist()
+    assert sorted(set(epoch_order(3, 8, seed=1, epoch=0).ravel().tolist())) == [0, 1, 2]
 
 
 def test_an_image_that_cannot_be_decoded_is_replaced_by_the_next_and_named(rendered, caplog):
     rendered.samples[2].path.write_bytes(b"\x89PNG broken")
-    _, target, index = training_set(rendered, 1)[Pick(0, 2, True)]
+    _, target, index = training_set(rendered, 1)[SampleKey(0, 2, True)]
     assert index == 3 and len(target) == 1
     assert "2.png" in caplog.text
 
@@ -187,7 +187,7 @@ def test_a_crop_by_size_is_detrs(rng):
 def test_a_crop_by_size_keeps_every_box_of_which_a_pixel_is_left(rng):
     config = replace(STILL, crop=1.0, crop_kind="size", min_visible=0.0)
     pixels, whole = torch.zeros(3, 480, 640, dtype=torch.uint8), np.array([[0.0, 0, 640, 480]])
-    picture = Picture(pixels, whole, np.array([1]), 480, 640)
+    source = SourceImage(pixels, whole, np.array([1]), 480, 640)
     for _ in range(20):
-        example = vary(picture, InputContract(64, 64), config, rng)
+        example = augment(source, InputContract(64, 64), config, rng)
         assert example.boxes.tolist() == [[0, 0, 64, 64]]  # it fills whatever is seen

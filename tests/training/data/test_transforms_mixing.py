@@ -8,9 +8,16 @@ import torch
 
 from edgedetr.bundle import InputContract
 from edgedetr.training.config import AugmentConfig
-from edgedetr.training.data.mixing import cutmix, draw_rectangle, mixup, mosaic, remaining
-from edgedetr.training.data.randaugment import Example
-from edgedetr.training.data.transforms import Picture, compose
+from edgedetr.training.data.transforms import (
+    Example,
+    SourceImage,
+    cutmix,
+    draw_rectangle,
+    mixup,
+    mosaic,
+    shrink_beside,
+    transform,
+)
 
 STILL = AugmentConfig(flip_horizontal=0, crop=0, zoom_out=0, scale_jitter=0, color=0)
 
@@ -91,7 +98,7 @@ def test_what_remains_of_a_box_is_the_extent_of_its_uncovered_pixels() -> None:
         grid = np.zeros((60, 60), bool)
         grid[box[1] : box[3], box[0] : box[2]] = True
         grid[hole[1] : hole[3], hole[0] : hole[2]] = False
-        left = remaining(box[None].astype(float), hole.astype(float))[0]
+        left = shrink_beside(box[None].astype(float), hole.astype(float))[0]
         if not grid.any():
             assert (left[2:] <= left[:2]).any(), "nothing is left, and the box has no area"
             continue
@@ -106,11 +113,11 @@ def test_drawn_rectangles_lie_in_the_image() -> None:
 
 
 @pytest.mark.parametrize("technique, images", [("mosaic", 4), ("mixup", 1), ("cutmix", 1)])
-def test_a_technique_that_is_on_takes_other_images(technique: str, pictures: int) -> None:
+def test_a_technique_that_is_on_takes_other_images(technique: str, images: int) -> None:
     taken: list[int] = []
 
-    def picture(value: int) -> Picture:
-        return Picture(
+    def source(value: int) -> SourceImage:
+        return SourceImage(
             torch.full((3, 60, 80), value, dtype=torch.uint8),
             np.array([[5.0, 5, 60, 50]]),
             np.array([0]),
@@ -118,16 +125,16 @@ def test_a_technique_that_is_on_takes_other_images(technique: str, pictures: int
             frame_width=80,
         )
 
-    def another() -> Picture:
+    def another() -> SourceImage:
         taken.append(1)
-        return picture(200)
+        return source(200)
 
     on = AugmentConfig(flip_horizontal=0, crop=0, zoom_out=0, scale_jitter=0, color=0, **{technique: 1.0})
-    made = compose(picture(100), another, InputContract(60, 80), on, np.random.default_rng(0))
-    assert len(taken) == pictures
+    made = transform(source(100), another, InputContract(60, 80), on, np.random.default_rng(0))
+    assert len(taken) == images
     assert (made.pixels != 100).any()
     if technique != "cutmix":  # of which a part of the other object may be too little
         assert len(made.boxes) == (4 if technique == "mosaic" else 2)
     taken.clear()
-    plain = compose(picture(100), another, InputContract(60, 80), STILL, np.random.default_rng(0))
+    plain = transform(source(100), another, InputContract(60, 80), STILL, np.random.default_rng(0))
     assert not taken and (plain.pixels == 100).all()

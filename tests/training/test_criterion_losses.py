@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from edgedetr.training.losses import focal, matchability, softmax_ce, varifocal
+from edgedetr.training.criterion import focal, matchability, softmax_ce, varifocal
 
 LOGITS = torch.tensor([[[[1.0, 0.0, -1.0], [0.5, 0.5, 2.0]]]])  # [1, 1, 2, 3]: two classes and none
 

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from edgedetr.training.data.randaugment import COLORS, GEOMETRIES, OPERATIONS, Example, apply, erase, move, rand_augment
+from edgedetr.training.data.transforms import (
+    COLORS,
+    GEOMETRIES,
+    OPERATIONS,
+    Example,
+    apply_operation,
+    erase,
+    move_boxes,
+    rand_augment,
+)
 
 SIDE = 96
 
@@ -27,7 +36,7 @@ def extent(pixels: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_boxes_follow_the_pixels(name: str, sign: float) -> None:
-    out = apply(square(), name, 0.7, sign)
+    out = apply_operation(square(), name, 0.7, sign)
     # The box around the moved corners is the extent of the moved square, up to half a pixel that bilinear rounds off.
     np.testing.assert_allclose(out.boxes[0], extent(out.pixels), atol=1.5)
     assert np.abs(out.boxes - square().boxes).max() > 2, "something moved"
@@ -40,7 +49,7 @@ def test_colors_leave_boxes_and_change_pixels_by_strength(name: str) -> None:
     noisy = Example(
         torch.from_numpy(rng.integers(20, 200, (3, SIDE, SIDE), dtype=np.uint8)), square().boxes, np.array([1])
     )
-    out = apply(noisy, name, 0.9, 1.0)
+    out = apply_operation(noisy, name, 0.9, 1.0)
     assert out.boxes is noisy.boxes
     assert out.pixels.shape == noisy.pixels.shape and out.pixels.dtype == torch.uint8
     assert not torch.equal(out.pixels, noisy.pixels)
@@ -48,17 +57,17 @@ def test_colors_leave_boxes_and_change_pixels_by_strength(name: str) -> None:
 
 def test_no_strength_is_no_geometry() -> None:
     for name in GEOMETRIES:
-        np.testing.assert_allclose(apply(square(), name, 0.0, 1.0).boxes, square().boxes)
-        assert torch.equal(apply(square(), name, 0.0, 1.0).pixels, square().pixels)
+        np.testing.assert_allclose(apply_operation(square(), name, 0.0, 1.0).boxes, square().boxes)
+        assert torch.equal(apply_operation(square(), name, 0.0, 1.0).pixels, square().pixels)
 
 
 def test_a_box_of_which_less_than_a_fifth_is_left_goes() -> None:
     shift = np.array([[1, 0, -55.0], [0, 1, 0], [0, 0, 1]])
     boxes = np.array([[40.0, 10, 60, 30], [30, 10, 70, 30], [50, 10, 90, 30]])  # keep 1/4, 3/8, 7/8 of the width
-    seen, keep = move(boxes, shift, 128, 96)
+    seen, keep = move_boxes(boxes, shift, 128, 96)
     np.testing.assert_allclose(seen[:, [0, 2]], [[0, 5], [0, 15], [0, 35]])
     assert keep.tolist() == [True, True, True]
-    _, keep = move(boxes, shift - [[0, 0, 2], [0, 0, 0], [0, 0, 0]], 128, 96)  # the first keeps 3 of 20
+    _, keep = move_boxes(boxes, shift - [[0, 0, 2], [0, 0, 0], [0, 0, 0]], 128, 96)  # the first keeps 3 of 20
     assert keep.tolist() == [False, True, True]
 
 

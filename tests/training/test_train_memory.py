@@ -10,9 +10,9 @@ import pytest
 # Ten blocks of 40 MB, one after the other, and what they cost in page faults.
 FAULTS = """
 import resource
-from edgedetr.training.memory import keep_freed
+from edgedetr.training.train import keep_freed_memory
 if {told}:
-    print(keep_freed())
+    print(keep_freed_memory())
 for count in range(11):
     if count == 1:      # the first one is new memory in any case
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,20 +1,20 @@
-"""What a training is told about the device it is going to run on."""
+"""The message about the device that a training runs on."""
 
 from __future__ import annotations
 
 import micro
 import pytest
 
-from edgedetr.training import distributed
+from edgedetr.training import train
 
 
 @pytest.mark.parametrize("precision, tiles, told", [("32", True, True), ("32", False, False), ("bf16", True, False)])
 def test_bfloat16_is_advised_where_it_is_faster_and_not_asked_for(
     precision: str, tiles: bool, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(distributed, "tiles_bfloat16", lambda: tiles)
+    monkeypatch.setattr(train, "tiles_bfloat16", lambda: tiles)
     with caplog.at_level("INFO"):
-        fabric = distributed.launch(micro.recipe(precision=precision).train)
+        fabric = train.start_devices(micro.recipe(precision=precision).train)
     if fabric.device.type != "cpu":
         pytest.skip("this machine trains on a GPU")
     assert ("--set train.precision=bf16" in caplog.text) is told

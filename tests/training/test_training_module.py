@@ -15,7 +15,7 @@ from edgedetr.errors import ModelError, TrainingError
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.lora import LoraLinear
 from edgedetr.models.deploy import load_bundle_model
-from edgedetr.training import prepare
+from edgedetr.training import training_module
 from edgedetr.training.train import train
 
 CLASSES = (ClassInfo(0, 3, "large"), ClassInfo(1, 4, "small"))
@@ -27,7 +27,7 @@ def trained(micro_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_training_starts_from_the_weights_of_a_bundle(trained: Path) -> None:
-    detector = prepare.detector(micro.recipe(start=str(trained)), CLASSES, fresh=True)
+    detector = training_module.build_model(micro.recipe(start=str(trained)), CLASSES, load_weights=True)
     weights = load_file(trained / "weights.safetensors")
     other = [name for name, value in detector.state_dict().items() if not torch.equal(value, weights[name])]
     assert all(name.endswith("num_batches_tracked") for name in other), other  # counters, which nothing reads
@@ -35,7 +35,7 @@ def test_a_training_starts_from_the_weights_of_a_bundle(trained: Path) -> None:
 
 def test_other_classes_start_anew_and_the_rest_is_kept(trained: Path) -> None:
     three = (ClassInfo(0, 9, "huge"), *(replace(item, index=item.index + 1) for item in CLASSES))
-    detector = prepare.detector(micro.recipe(start=str(trained)), three, fresh=True)
+    detector = training_module.build_model(micro.recipe(start=str(trained)), three, load_weights=True)
     weights = load_file(trained / "weights.safetensors")
     assert torch.equal(detector.state_dict()["selector.project.weight"], weights["selector.project.weight"])
     assert torch.equal(detector.selector.score.weight[1:], weights["selector.score.weight"]), "rows go by name"
@@ -46,7 +46,7 @@ def test_other_classes_start_anew_and_the_rest_is_kept(trained: Path) -> None:
     "settings, advice",
     [
         ({"lora_rank": 2, "lora_on": ["*.q"]}, None),
-        ({"freeze": ["selector.*"]}, "leave them out of train.freeze"),
+        ({"freeze": ["selector.*"]}, "remove them from train.freeze"),
         ({"lora_rank": 2, "lora_on": ["*.q"], "lora_beside": ["selector.*", "decoder.boxes.*"]}, None),
     ],
 )
@@ -54,11 +54,11 @@ def test_what_starts_anew_and_does_not_learn_is_said(trained: Path, caplog, sett
     three = (ClassInfo(0, 9, "huge"), *(replace(item, index=item.index + 1) for item in CLASSES))
     for classes in (three, CLASSES):  # no word where the classes are the same
         caplog.clear()
-        prepare.detector(micro.recipe(start=str(trained), **settings), classes, fresh=True)
+        training_module.build_model(micro.recipe(start=str(trained), **settings), classes, load_weights=True)
         said = [
             record.getMessage()
             for record in caplog.records
-            if "started anew for these classes, and frozen" in record.getMessage()
+            if "reinitialized for these classes, but frozen" in record.getMessage()
         ]
         assert bool(said) == (classes is three and advice is not None)
         assert all("selector.denoising_class_embed.weight" in line and line.endswith(str(advice)) for line in said)
@@ -68,7 +68,7 @@ def test_adapters_train_alone_with_heads_and_norms_and_are_merged_into_the_bundl
     trained: Path, micro_data: Path, tmp_path: Path
 ) -> None:
     recipe = micro.recipe(epochs=2, lora_rank=2, lora_on=["*.q", "*.v", "*feedforward.up"], start=str(trained))
-    detector = prepare.detector(recipe, CLASSES, fresh=True)
+    detector = training_module.build_model(recipe, CLASSES, load_weights=True)
     learning = {name for name, parameter in detector.named_parameters() if parameter.requires_grad}
     assert any(isinstance(module, LoraLinear) for module in detector.modules())
     beside = ("decoder.boxes.", "selector.score.", "selector.box.", "selector.denoising_class_embed.")
@@ -86,7 +86,7 @@ def test_all_that_starts_anew_learns_beside_adapters(trained: Path) -> None:
     """Classes of a denoised query have vectors of their own, and without train.start the decoder is random."""
     three = (ClassInfo(0, 9, "huge"), *(replace(item, index=item.index + 1) for item in CLASSES))
     recipe = micro.recipe(lora_rank=2, start=str(trained))
-    detector = prepare.detector(recipe, three, fresh=True)
+    detector = training_module.build_model(recipe, three, load_weights=True)
     weights = load_file(trained / "weights.safetensors")
     parameters = dict(detector.named_parameters())
     anew = {name for name, value in parameters.items() if name not in weights or value.shape != weights[name].shape}
@@ -95,7 +95,7 @@ def test_all_that_starts_anew_learns_beside_adapters(trained: Path) -> None:
     assert not parameters["selector.project.weight"].requires_grad
 
     with pytest.raises(ModelError, match="fits no Linear that starts from trained weights; expected train.start"):
-        prepare.detector(micro.recipe(lora_rank=2), CLASSES, fresh=True)
+        training_module.build_model(micro.recipe(lora_rank=2), CLASSES, load_weights=True)
     vit = replace(
         recipe.model,
         config=replace(
@@ -106,7 +106,7 @@ def test_all_that_starts_anew_learns_beside_adapters(trained: Path) -> None:
         ),
     )
     recipe = replace(recipe, model=vit, train=replace(recipe.train, start=""))
-    detector = prepare.detector(recipe, CLASSES, fresh=False)
+    detector = training_module.build_model(recipe, CLASSES, load_weights=False)
     learns = {name: parameter.requires_grad for name, parameter in detector.named_parameters()}
     assert all(learns[name] for name in learns if not name.startswith("backbone.transformer."))
     blocks = {name for name in learns if "blocks.0.attention." in name and learns[name]}
@@ -115,21 +115,23 @@ def test_all_that_starts_anew_learns_beside_adapters(trained: Path) -> None:
     }
     random = replace(vit, config=replace(vit.config, backbone_weights="random"))
     with pytest.raises(ModelError, match="fits no Linear that starts from trained weights"):
-        prepare.detector(replace(recipe, model=random), CLASSES, fresh=True)
+        training_module.build_model(replace(recipe, model=random), CLASSES, load_weights=True)
 
 
 def test_frozen_parameters_stay_and_a_pattern_that_fits_nothing_is_an_error() -> None:
-    detector = prepare.detector(micro.recipe(freeze=["backbone.*", "encoder.project.*"]), CLASSES, fresh=True)
+    detector = training_module.build_model(
+        micro.recipe(freeze=["backbone.*", "encoder.project.*"]), CLASSES, load_weights=True
+    )
     still = {name.split(".")[0] for name, parameter in detector.named_parameters() if not parameter.requires_grad}
     assert still == {"backbone", "encoder"}
-    with pytest.raises(ModelError, match="no parameter is named like 'bckbone"):
-        prepare.detector(micro.recipe(freeze=["bckbone.*"]), CLASSES, fresh=True)
-    with pytest.raises(TrainingError, match="leaves nothing to learn"):
-        prepare.detector(micro.recipe(freeze=["*"]), CLASSES, fresh=True)
+    with pytest.raises(ModelError, match="no parameter name matches 'bckbone"):
+        training_module.build_model(micro.recipe(freeze=["bckbone.*"]), CLASSES, load_weights=True)
+    with pytest.raises(TrainingError, match="freezes every parameter"):
+        training_module.build_model(micro.recipe(freeze=["*"]), CLASSES, load_weights=True)
 
 
 def test_stochastic_depth_reaches_every_block_and_the_last_gets_the_whole_rate() -> None:
-    detector = prepare.detector(micro.recipe(drop_path=0.3), CLASSES, fresh=True)
+    detector = training_module.build_model(micro.recipe(drop_path=0.3), CLASSES, load_weights=True)
     rates = [module.rate for module in detector.modules() if isinstance(module, DropPath)]
     assert rates == sorted(rates) and rates[0] == 0 and rates[-1] == pytest.approx(0.3)
     assert len(set(rates)) == 3  # one encoder layer and two decoder layers
