@@ -154,9 +154,9 @@ def _build_engines(
     bundle: Bundle, precisions: Iterable[str], progress: Progress | None
 ) -> tuple[tuple[BuiltEngine, ...], str]:
     """The engines of a bundle, or why none can be built on this machine."""
-    from edgedetr.runtime.tensorrt import build, library
+    from edgedetr.runtime.tensorrt import build, gpu
 
-    if missing := library.why_unavailable():
+    if missing := gpu.why_unavailable():
         return (), missing
     return tuple(build.build(bundle, precision, progress=progress) for precision in precisions), ""
 

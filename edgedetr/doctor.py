@@ -14,8 +14,8 @@ from edgedetr.runtime import cpu
 from edgedetr.runtime import jetson as board
 from edgedetr.runtime.backends.base import backends, reference
 from edgedetr.runtime.jetson import Board
-from edgedetr.runtime.tensorrt import cudart, library
-from edgedetr.runtime.tensorrt.cudart import Device
+from edgedetr.runtime.tensorrt import gpu
+from edgedetr.runtime.tensorrt.gpu import Device
 
 ON_DEVICE = ("runtime", "verify")  # the extras of a board, which neither trains nor exports
 OPTIONAL = ("cv2", "numba", "tensorboard")  # and all backends but the reference
@@ -174,11 +174,11 @@ def _packages() -> dict[str, tuple[str, str, str]]:
 def _gpu() -> Gpu:
     device, no_device, tensorrt, no_tensorrt = None, "", None, ""
     try:
-        device = cudart.probe()
+        device = gpu.probe()
     except DeviceError as reason:
-        no_device = str(reason).removesuffix(f"; {cudart.DOCTOR}")
+        no_device = str(reason).removesuffix(f"; {gpu.DOCTOR}")
     try:
-        tensorrt = str(library.tensorrt().__version__)
+        tensorrt = str(gpu.tensorrt().__version__)
     except MissingDependency as reason:
         no_tensorrt = str(reason)
     return Gpu(device, no_device, tensorrt, no_tensorrt)

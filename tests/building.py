@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 from tensorrt_spec.fake import FakeTensorRT
 
-from edgedetr.runtime.tensorrt import cudart
-from edgedetr.runtime.tensorrt.cudart import Device
+from edgedetr.runtime.tensorrt import gpu
+from edgedetr.runtime.tensorrt.gpu import Device
 
 ORIN = Device("Orin", 87, 8 << 30, True, "12.6", "12.6")
 
@@ -17,7 +17,7 @@ ORIN = Device("Orin", 87, 8 << 30, True, "12.6", "12.6")
 def install(spec: ModuleType, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
     made = FakeTensorRT(spec)
     monkeypatch.setitem(sys.modules, "tensorrt", made.module)
-    monkeypatch.setattr(cudart, "probe", lambda: ORIN)
+    monkeypatch.setattr(gpu, "probe", lambda: ORIN)
     return made
 
 

@@ -52,11 +52,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def machine_id(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The machine has an id, whatever container the tests run in: without one, engines count as foreign."""
-    from edgedetr.runtime import machine
+    from edgedetr.runtime.tensorrt import engine_validation
 
-    machine.MACHINE_ID = tmp_path_factory.mktemp("machine") / "machine-id"
-    machine.MACHINE_ID.write_text("0123456789abcdef" * 2 + "\n")
-    return machine.MACHINE_ID
+    engine_validation.MACHINE_ID = tmp_path_factory.mktemp("machine") / "machine-id"
+    engine_validation.MACHINE_ID.write_text("0123456789abcdef" * 2 + "\n")
+    return engine_validation.MACHINE_ID
 
 
 @pytest.fixture(scope="session")

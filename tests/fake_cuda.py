@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgedetr.runtime.tensorrt import cudart
+from edgedetr.runtime.tensorrt import gpu
 
 LIVE = ("device", "host", "streams", "graphs", "events")
 WORK = ctypes.CFUNCTYPE(None)
@@ -87,10 +87,10 @@ def built(version: int) -> Path:
 def install(monkeypatch: pytest.MonkeyPatch, version: int = 12060) -> FakeCuda:
     """Let edgedetr find the fake as the driver and as the libcudart of its major version."""
     fake = FakeCuda(built(version))
-    monkeypatch.setattr(cudart, "DRIVER", str(fake.path))
-    monkeypatch.setattr(cudart, "RUNTIMES", {version // 1000: str(fake.path)})
-    cudart._runtime.cache_clear()
-    monkeypatch.setattr(cudart, "_runtime", cudart._runtime.__wrapped__)
+    monkeypatch.setattr(gpu, "DRIVER", str(fake.path))
+    monkeypatch.setattr(gpu, "RUNTIMES", {version // 1000: str(fake.path)})
+    gpu.load_cudart.cache_clear()
+    monkeypatch.setattr(gpu, "load_cudart", gpu.load_cudart.__wrapped__)
     return fake
 
 

@@ -19,11 +19,9 @@ import fake_cuda
 import numpy as np
 import onnxruntime
 
-from edgedetr.runtime import machine
-from edgedetr.runtime.tensorrt import engine_metadata, library
-from edgedetr.runtime.tensorrt.cudart import probe
-from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, Sidecar
-from edgedetr.runtime.tensorrt.inspector import LayerSummary
+from edgedetr.runtime.tensorrt import engine_metadata, engine_validation, gpu
+from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata, LayerSummary
+from edgedetr.runtime.tensorrt.gpu import probe
 
 NUMPY = {
     "tensor(float)": ("FLOAT", np.float32),
@@ -221,32 +219,32 @@ def write_plan(
     layers: Any = None,
     **changes: Any,
 ) -> Path:
-    """What `edgedetr build` leaves for a graph on the fake device: a plan and its sidecar, changed where asked."""
+    """What `edgedetr build` leaves for a graph on the fake device: a plan and its metadata, changed where asked."""
     device, target = probe(), target or graph.with_suffix(".plan")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(graph.read_bytes())
     digest = hashlib.sha256(target.read_bytes()).hexdigest()
     sizes = batch if isinstance(batch, tuple) else (batch,) * 3
     layers = layers or LayerSummary({precision: 3}, {precision: 1}, 0)
-    told = Sidecar(
+    told = EngineMetadata(
         target.name,
         digest,
         target.stat().st_size,
         graph.name,
         digest,
-        library.tensorrt().__version__,
+        gpu.tensorrt().__version__,
         device.runtime,
         device.driver,
         "",
         device.name,
         device.sm,
-        machine.host(make=True),
+        engine_validation.host(make=True),
         BuildArguments(precision, sizes, 1024, 3, "strong"),
         "strong",
         1.0,
         layers,
     )
-    engine_metadata.beside(target).write_bytes(engine_metadata.to_bytes(replace(told, **changes)))
+    engine_metadata.metadata_path(target).write_bytes(engine_metadata.to_bytes(replace(told, **changes)))
     return target
 
 

@@ -91,7 +91,7 @@ def build(
                 )
     rows = []
     for made in built:
-        told, share = made.sidecar, made.sidecar.layers.share(made.sidecar.arguments.precision)
+        told, share = made.metadata, made.metadata.layers.share(made.metadata.arguments.precision)
         kept = f"{told.seconds:.0f} s" if made.made else "kept"
         rows.append(
             [
@@ -106,7 +106,7 @@ def build(
         )
     table(["engine", "MB", "built in", "typing", "layers", "in its precision", "reformats"], rows)
     for made in built:
-        for warning in made.sidecar.warnings:
+        for warning in made.metadata.warnings:
             say(f"warning: {made.path.name}: {warning}")
     old = engine.outdated(opened)
     if old:
@@ -117,4 +117,4 @@ def build(
         )
     say(f"engines: {built[0].path.parent}\nnext: edgedetr verify {opened.path}")
     if as_json_:
-        as_json([{"path": str(made.path), "made": made.made, **asdict(made.sidecar)} for made in built])
+        as_json([{"path": str(made.path), "made": made.made, **asdict(made.metadata)} for made in built])

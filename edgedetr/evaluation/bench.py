@@ -55,7 +55,7 @@ def bench(
     detectors = {pair: load(bundle, stage=pair[0], backend=pair[1], threads=threads) for pair in pairs}
     detectors |= {(engine.stage_name, TENSORRT): load_engine(bundle, engine) for engine in engines}
     sizes = {pair: bundle.manifest.files[GRAPHS[pair[0]].file].size / 1e6 for pair in pairs}
-    sizes |= {(engine.stage_name, TENSORRT): engine.told.plan_bytes / 1e6 for engine in engines}
+    sizes |= {(engine.stage_name, TENSORRT): engine.metadata.plan_bytes / 1e6 for engine in engines}
     contract = bundle.manifest.input
     noise = np.random.default_rng(0).integers(0, 256, (contract.height, contract.width, 3), dtype=np.uint8)
     batch, _ = preprocess.prepare([noise], contract)

@@ -21,8 +21,8 @@ from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.verdict import ArtifactVerdict, DeviceVerdict, EngineVerdict, write_verdict
 from edgedetr.runtime import jetson
 from edgedetr.runtime.backends import base
-from edgedetr.runtime.tensorrt import cudart, select
-from edgedetr.runtime.tensorrt.select import Engine, Measured
+from edgedetr.runtime.tensorrt import gpu, select
+from edgedetr.runtime.tensorrt.select import Engine, Measurement
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def fitting_engines(
     """
     if backends and not any(base.get(name).runs_engines for name in backends):
         return ()
-    found = select.survey(bundle)
+    found = select.find_engines(bundle)
     for reason in found.refused:
         log.warning("%s", reason)
     chosen = tuple(engine for engine in found.fitting if not artifacts or engine.stage in artifacts)
@@ -57,7 +57,7 @@ def fitting_engines(
 
 def judge_engine(run: ArtifactRun, engine: Engine, verdict: ArtifactVerdict) -> EngineVerdict:
     """Add to the verdict on an artifact the checks that apply to engines only."""
-    metadata = engine.told
+    metadata = engine.metadata
     precision = metadata.arguments.precision
     fraction, rows_matched = metadata.layers.share(precision), _rows_matched(run)
     problems, notes = [verdict.note] * bool(verdict.note), []
@@ -97,7 +97,7 @@ def conclude(
     judged = _compared_with_fp16(bundle, verdicts)
     passed = [v for v in judged if isinstance(v, EngineVerdict) and v.passed and v.p50_ms is not None]
     fastest = min(passed, key=lambda v: (v.p50_ms or 0.0) / v.batch, default=None)
-    metadata = next(run.engine.told for run in runs if run.engine is not None)
+    metadata = next(run.engine.metadata for run in runs if run.engine is not None)
     return DeviceVerdict(
         all(v.passed for v in judged),
         config.budget,
@@ -134,17 +134,17 @@ def _note_on_fp16(bundle: Bundle, int8: EngineVerdict, fp16: EngineVerdict | Non
 def record(bundle: Bundle, verdict: DeviceVerdict, runs: Sequence[ArtifactRun]) -> None:
     """Store the verdict in the bundle, and next to the engines the measurements by which `load` selects one."""
     by_name = {engine.engine: engine for engine in verdict.engines}
-    folders: dict[Path, dict[str, Measured]] = {}
+    folders: dict[Path, dict[str, Measurement]] = {}
     sources = [REFERENCE.file] if REFERENCE.file in bundle.manifest.files else []
-    environment = select.surroundings(cudart.probe())
+    environment = select.environment(gpu.probe())
     for run in runs:
         if run.engine is not None:
-            judged, metadata = by_name[run.engine.path.name], run.engine.told
-            measured = Measured(judged.passed, judged.p50_ms, environment)
+            judged, metadata = by_name[run.engine.path.name], run.engine.metadata
+            measured = Measurement(judged.passed, judged.p50_ms, environment)
             folders.setdefault(run.engine.path.parent, {})[metadata.plan_sha256] = measured
             sources.append(metadata.onnx)
     for folder, by_digest in folders.items():
-        select.record(folder, by_digest)
+        select.record_measurements(folder, by_digest)
     slug = re.sub(r"[^a-z0-9.]+", "-", f"{verdict.device} trt{verdict.tensorrt}".lower()).strip("-")
     try:
         write_verdict(bundle, f"results/verify-{slug}.json", verdict, made_from=list(dict.fromkeys(sources)))
@@ -165,6 +165,6 @@ def _rows_matched(run: ArtifactRun) -> float | None:
 
 
 def _other_precisions(engine: Engine) -> str:
-    weighted = engine.told.layers.weighted
-    others = {name: count for name, count in weighted.items() if name != engine.told.arguments.precision}
+    weighted = engine.metadata.layers.weighted
+    others = {name: count for name, count in weighted.items() if name != engine.metadata.arguments.precision}
     return ", ".join(f"{name} ({count})" for name, count in sorted(others.items(), key=lambda item: -item[1]))

@@ -69,7 +69,7 @@ def write_serving_files(
 
 def _repository(bundle: Bundle, root: Path, stage: str, source: str) -> Repository:
     """An engine that fits this machine where there is one, else the graph, in ONNX Runtime."""
-    engine = select.pick(select.survey(bundle, {stage: source}).fitting)
+    engine = select.pick(select.find_engines(bundle, {stage: source}).fitting)
     if engine is None and source == INT8.file:
         source = INT8_CPU.file  # the form that ONNX Runtime runs fast, and that edgedetr verify has judged there
     return write_repository(bundle, root, source, engine=engine)

@@ -96,7 +96,7 @@ def concat(rng: np.random.Generator) -> tuple[ModelProto, np.ndarray]:
     return _model("concat", nodes, constants, x.shape[1:], 1, (32, 16, 16)), x
 
 
-CANARIES: dict[str, Callable[[np.random.Generator], tuple[ModelProto, np.ndarray]]] = {
+SELFTEST_MODELS: dict[str, Callable[[np.random.Generator], tuple[ModelProto, np.ndarray]]] = {
     "grid_sample": grid_sample,
     "layer_norm": layer_norm,
     "concat": concat,
@@ -105,7 +105,7 @@ CANARIES: dict[str, Callable[[np.random.Generator], tuple[ModelProto, np.ndarray
 
 def make(name: str) -> tuple[bytes, np.ndarray, np.ndarray]:
     """(ONNX file, input, output by ONNX Runtime without optimizations) of one canary; the same ones every time."""
-    model, x = CANARIES[name](np.random.default_rng(len(name)))
+    model, x = SELFTEST_MODELS[name](np.random.default_rng(len(name)))
     checker.check_model(model, full_check=True)
     data = model.SerializeToString(deterministic=True)
     return data, x, onnxruntime.tensors(data, x, ["y"], optimize=False, threads=1, feed=FEED)["y"]
@@ -113,7 +113,7 @@ def make(name: str) -> tuple[bytes, np.ndarray, np.ndarray]:
 
 def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in CANARIES:
+    for name in SELFTEST_MODELS:
         data, x, y = make(name)
         (folder / f"{name}.onnx").write_bytes(data)
         with open(folder / f"{name}.npz", "wb") as stream:

@@ -228,11 +228,12 @@ def _saturation(runner: Runner, backend: Backend, stage: str, bundle: Bundle) ->
 
 
 def load_engine(bundle: Bundle, engine: select.Engine, *, trust: bool = False) -> Detector:
-    """The detector on one engine of the bundle; EngineError where the plan must not or cannot be loaded."""
-    runner = TrtRunner(engine.path, onnx_sha256=engine.told.onnx_sha256, trust=trust)
-    told = engine.told
+    """The detector on one engine of the bundle. Errors: EngineError where it must not or cannot be loaded."""
+    metadata = engine.metadata
+    runner = TrtRunner(engine.path, onnx_sha256=metadata.onnx_sha256, trust=trust)
     description = (
-        f"{engine.stage} on tensorrt ({engine.path.name} {select.why(engine)}: {told.device}, TensorRT {told.tensorrt})"
+        f"{engine.stage} on tensorrt ({engine.path.name} {select.reason_for(engine)}: "
+        f"{metadata.device}, TensorRT {metadata.tensorrt})"
     )
     log.info("%s: %s", bundle.path, description)
     return _detector(bundle, runner, engine.stage, description)
@@ -242,7 +243,7 @@ def _load_engine(
     bundle: Bundle, stage: str | None, batch: int | None, trust: bool
 ) -> tuple[Detector | None, tuple[str, ...]]:
     """The best engine that can be opened, or why there is none."""
-    found = select.survey(bundle, trust=trust)
+    found = select.find_engines(bundle, trust=trust)
     fitting, refused = list(found.fitting), list(found.refused)
     while (engine := select.pick(fitting, stage=stage, batch=batch)) is not None:
         try:

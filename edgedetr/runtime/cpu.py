@@ -70,7 +70,7 @@ def int8_saturates() -> bool:
 def mkl_is_narrow() -> bool:
     """Whether MKL multiplies float32 in half this CPU's width: AMD from family 26 (Zen 5) on, which has all of AVX-512.
 
-    Measured on Zen 5, one thread: products of Linears ran at 105 GFLOP/s by MKL and at 217 to 247 by oneDNN.
+    Measurement on Zen 5, one thread: products of Linears ran at 105 GFLOP/s by MKL and at 217 to 247 by oneDNN.
     """
     first = fields()
     family = first.get("cpu family", "")

@@ -121,13 +121,13 @@ def load_frames(
         )
     if make is None:
         wanted = {precision: fitting[precision]} if precision is not None else fitting
-        engine = select.pick(select.survey(bundle, wanted).fitting)
+        engine = select.pick(select.find_engines(bundle, wanted).fitting)
         if engine is not None:
             return FrameDetector(
-                TrtFrameRunner(engine.path, onnx_sha256=engine.told.onnx_sha256),
+                TrtFrameRunner(engine.path, onnx_sha256=engine.metadata.onnx_sha256),
                 bundle.manifest.classes,
                 description=f"{engine.stage} for frames of {size[0]} x {size[1]} on tensorrt "
-                f"({engine.path.name} {select.why(engine)})",
+                f"({engine.path.name} {select.reason_for(engine)})",
             )
         make = OrtFrameRunner
     precision = precision or ("float32" if "float32" in fitting else next(iter(fitting)))

@@ -125,16 +125,21 @@ class Board:
 
 def read(root: Path = Path("/")) -> Board:
     """Look; `root` is where the file system begins."""
-    told = re.search(r"R(\d+)[^,]*,\s*REVISION:\s*([\d.]+)", _text(root / "etc/nv_tegra_release"))
     return Board(
         model=_text(root / "proc/device-tree/model").rstrip("\0\n"),
-        release=f"{told[1]}.{told[2]}" if told else "",
+        release=linux_release(root).removeprefix("R"),
         power_mode=_power_mode(root),
         gpu=_gpu(root),
         cpu=_cpu(root),
         memory=_memory(root),
         celsius=_celsius(root),
     )
+
+
+def linux_release(root: Path = Path("/")) -> str:
+    """The release of Jetson Linux, "R36.4.3"; empty where this is no Jetson."""
+    found = re.search(r"R(\d+)[^,]*,\s*REVISION:\s*([\d.]+)", _text(root / "etc/nv_tegra_release"))
+    return f"R{found[1]}.{found[2]}" if found else ""
 
 
 def _text(path: Path) -> str:

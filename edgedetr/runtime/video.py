@@ -153,7 +153,7 @@ class _Reader:
         self.source, self.drop_late, self.live = source, drop_late, is_live(source)
         self.count = self.lost = self.dropped = 0
         self.note = ""
-        self.container = Container("") if self.live else _look(source)
+        self.container = Container("") if self.live else _read_container(source)
         self.waiting: queue.Queue[VideoFrame | BaseException | None] = queue.Queue(WAITING)
         self.stopped = threading.Event()
         self.cv2 = opencv()
@@ -299,7 +299,7 @@ class _Reader:
         return None
 
 
-def _look(source: str | Path) -> Container:
+def _read_container(source: str | Path) -> Container:
     """What a file says of itself; DataError for what must not be given to OpenCV."""
     try:
         container = look(source)

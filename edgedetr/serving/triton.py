@@ -95,7 +95,7 @@ def write_repository(
         largest = LARGEST_BATCH if inputs[0].dims[0] == -1 and rows_agree(model, bundle.manifest) else 0
     else:
         platform, kind, target, path = "tensorrt_plan", "KIND_GPU", ENGINE_NAME, engine.path
-        least, _, most = engine.told.arguments.batch
+        least, _, most = engine.metadata.arguments.batch
         # Only edgedetr verify, which runs equal images through the engine, opens the gate.
         gate = engine.measured is not None and engine.measured.passed
         largest = most if least == 1 < most and gate else 0

@@ -6,6 +6,7 @@ every reader of such a file goes through here, so that a user always gets one me
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -121,3 +122,49 @@ def shown(value: object, most: int = 60) -> str:
     except (ValueError, RecursionError):  # a number of more than 4300 digits, or one inside; nested too deep
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a value too large to show"
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def read_plain_file(
+    path: Path,
+    largest: int,
+    expected: str,
+    *,
+    code: bool = False,
+    error: type[EdgedetrError],
+    begins: frozenset[int] | None = None,
+) -> bytes:
+    """The bytes of a plain file with one name: no link, and what is `code` must not be writable by everyone.
+
+    error    the kind of error to raise
+    begins   first bytes that such a file can have: anything else is not read whole
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError as reason:
+        raise error(f"{path}: no such file; {expected}") from reason
+    except (OSError, ValueError) as reason:  # ValueError: a NUL byte in the name
+        linked = isinstance(reason, OSError) and reason.errno == errno.ELOOP
+        said = "a symbolic link, which may lead anywhere" if linked else getattr(reason, "strerror", None) or reason
+        raise error(f"{path}: cannot be opened: {said}; {expected}") from reason
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise error(f"{path}: not a plain file; {expected}")
+        if found.st_nlink > 1:
+            raise error(
+                f"{path}: has {found.st_nlink} names (a hard link), so it can change from elsewhere; "
+                f"copy it to a file of its own; {expected}"
+            )
+        if code and found.st_mode & stat.S_IWOTH:
+            raise error(f"{path}: everyone may write to it; run: chmod o-w {path}; {expected}")
+        if found.st_size > largest:
+            raise error(f"{path}: {found.st_size} bytes, more than the {largest} that are accepted; {expected}")
+        with os.fdopen(handle, "rb", closefd=False) as stream:
+            first = stream.peek(1)[:1]
+            if begins is not None and first and first[0] not in begins:
+                raise error(f"{path}: not an ONNX file (it begins with 0x{first[0]:02x}); {expected}")
+            return stream.read()
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({reason.strerror}); {expected}") from reason
+    finally:
+        os.close(handle)

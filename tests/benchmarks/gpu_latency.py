@@ -24,7 +24,7 @@ from edgedetr.errors import EdgedetrError
 from edgedetr.models.deploy import load_bundle_model
 from edgedetr.runtime.backends.onnxruntime_cuda import OrtCudaRunner
 from edgedetr.runtime.latency import rotated, timed
-from edgedetr.runtime.tensorrt import builder, cudart
+from edgedetr.runtime.tensorrt import build, gpu
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
 from edgedetr.runtime.tensorrt.trt_runner import Session
 
@@ -56,8 +56,8 @@ def onnx_runtime(bundle: Bundle, name: str) -> Run:
 
 
 def engine(bundle: Bundle, precision: str) -> Run:
-    device = cudart.probe()
-    plan = builder.build_plan(
+    device = gpu.probe()
+    plan = build.build_serialized(
         bundle.require(ENGINE_GRAPHS[precision].file).read_bytes(),
         BuildArguments(precision, (1, 1, 1), 4096, 3, "strong"),
         device,

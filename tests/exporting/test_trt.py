@@ -14,6 +14,7 @@ from edgedetr.exporting.config import ExportConfig
 from edgedetr.exporting.export import export
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.runtime.tensorrt import build as engine
+from edgedetr.runtime.tensorrt import gpu
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_the_fp16_graph_is_made_from_the_float_graph_and_says_what_stayed_float3
 
 
 def test_without_tensorrt_the_graphs_stay_and_the_exit_code_is_4(prepared, capsys, monkeypatch):
-    monkeypatch.setattr(engine, "available", lambda: "tensorrt is not installed")
+    monkeypatch.setattr(gpu, "why_unavailable", lambda: "tensorrt is not installed")
     before = {name: os.stat(prepared.path / name).st_mtime_ns for name in ("model.onnx", "model.fp16.onnx")}
     assert cli.run(["export", str(prepared.path), "--trt"]) == 4
     said = capsys.readouterr().err
@@ -55,7 +56,7 @@ def test_where_tensorrt_is_the_engines_are_built(prepared, capsys, monkeypatch):
         built.append((bundle.path, precision))
         return Made()
 
-    monkeypatch.setattr(engine, "available", lambda: None)
+    monkeypatch.setattr(gpu, "why_unavailable", lambda: "")
     monkeypatch.setattr(engine, "build", build)
     assert cli.run(["export", str(prepared.path), "--trt"]) == 0
     assert built == [(prepared.path, "fp16")]

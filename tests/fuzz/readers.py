@@ -107,10 +107,9 @@ def _engine(folder: Path) -> None:
 def _engine_seeds() -> list[bytes]:
     from dataclasses import asdict
 
-    from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, Sidecar
-    from edgedetr.runtime.tensorrt.inspector import LayerSummary
+    from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata, LayerSummary
 
-    made = Sidecar(
+    made = EngineMetadata(
         "e.plan",
         "0" * 64,
         10,
@@ -132,7 +131,7 @@ def _engine_seeds() -> list[bytes]:
 
 
 def _layers(folder: Path) -> None:
-    from edgedetr.runtime.tensorrt.inspector import summarize
+    from edgedetr.runtime.tensorrt.engine_metadata import summarize
 
     summarize((folder / "layers.json").read_bytes().decode("utf-8", "replace"))
 
@@ -259,7 +258,7 @@ def _onnx(folder: Path) -> None:
 
 
 def _device_onnx(folder: Path) -> None:
-    from edgedetr.runtime.onnx_facts import facts
+    from edgedetr.runtime.backends.onnx_bytes import facts
 
     facts((folder / "model.onnx").read_bytes())
 

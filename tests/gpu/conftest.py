@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from edgedetr.errors import DeviceError, MissingDependency
-from edgedetr.runtime.tensorrt import cudart, library
-from edgedetr.runtime.tensorrt.cudart import Device
+from edgedetr.runtime.tensorrt.gpu import Device, probe, tensorrt
 
 
 @pytest.fixture(scope="session", autouse=True)
 def gpu() -> Device:
     try:
-        return cudart.probe()
+        return probe()
     except DeviceError as reason:
         pytest.skip(f"needs an NVIDIA GPU: {reason}")
 
@@ -38,7 +37,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 def trt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """TensorRT; where it is not installed TensorRT-RTX in its place, which has the interface of TensorRT 11."""
     try:
-        return library.tensorrt()
+        return tensorrt()
     except MissingDependency as reason:
         rtx = pytest.importorskip("tensorrt_rtx_bindings", reason=f"needs TensorRT or TensorRT-RTX: {reason}")
         monkeypatch.setitem(sys.modules, "tensorrt", rtx)

@@ -17,7 +17,7 @@ from edgedetr.errors import EngineError
 from edgedetr.models import FAMILY
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
-from edgedetr.runtime.tensorrt import builder, selftest
+from edgedetr.runtime.tensorrt import build, selftest
 from edgedetr.runtime.tensorrt.cudart import Cuda
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
 from edgedetr.runtime.tensorrt.trt_runner import Session
@@ -31,7 +31,7 @@ def session(trt, gpu):
     def start(path: Path, batch: tuple[int, int, int] = (1, 1, 1), precision: str = "fp32") -> Session:
         arguments = BuildArguments(precision, batch, 1024, 3, "strong")
         try:
-            plan = builder.build_plan(path.read_bytes(), arguments, gpu)
+            plan = build.build_serialized(path.read_bytes(), arguments, gpu)
         except EngineError as error:
             if "TensorRT-RTX does not support this compute capability" in str(error):
                 pytest.skip(f"TensorRT-RTX {trt.__version__} does not take this chip: {error}")

@@ -114,7 +114,7 @@ def graph(tmp_path, tiny_graph):
 
 @pytest.fixture
 def plan(graph, cuda):
-    """A plan with the sidecar that `edgedetr build` leaves; batch 1, 4 or "n"."""
+    """A plan with the metadata that `edgedetr build` writes; batch 1, 4 or "n"."""
 
     def write(batch=1):
         return fake_tensorrt.write_plan(graph(batch), batch=(1, 2, 4) if batch == "n" else batch)

@@ -142,3 +142,20 @@ def test_doctor_on_a_board_that_is_ready(on_board, monkeypatch, bindings, capsys
     said = capsys.readouterr().err
     assert "Orin (sm_87), 8.0 GiB shared with the CPU" in said and "12.6; the driver runs up to 12.6" in said
     assert "check TensorRT with: edgedetr selftest" in said and "nvidia-jetpack" not in said
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64", "R36.4.3"),
+        ("# R39 (release), REVISION: 2.0, GCID: 1", "R39.2.0"),
+        ("something else", ""),
+    ],
+)
+def test_the_release_of_jetson_linux_is_read(tmp_path, text, expected):
+    path = tmp_path / "etc" / "nv_tegra_release"
+    path.parent.mkdir()
+    path.write_text(text)
+    assert jetson.linux_release(tmp_path) == expected
+    path.unlink()
+    assert jetson.linux_release(tmp_path) == ""

@@ -120,14 +120,14 @@ def test_an_engine_that_fits_is_served(copied, tmp_path, as_it_is, monkeypatch, 
     asked = []
     plan = tmp_path / "int8.plan"
     plan.write_bytes(b"a plan")
-    told = SimpleNamespace(arguments=SimpleNamespace(batch=(1, 1, 1)))
-    fits = SimpleNamespace(path=plan, told=told, stage="int8", batch=1, measured=None)
+    metadata = SimpleNamespace(arguments=SimpleNamespace(batch=(1, 1, 1)))
+    fits = SimpleNamespace(path=plan, metadata=metadata, stage="int8", batch=1, measured=None)
 
-    def survey(bundle, files):
+    def find(bundle, files):
         asked.append(files)
-        return select.Survey(fitting=(fits,))
+        return select.EngineSearch(fitting=(fits,))
 
-    monkeypatch.setattr(select, "survey", survey)
+    monkeypatch.setattr(select, "find_engines", find)
     assert run(["export", str(copied.path), "--int8", *frame, "--triton", str(tmp_path / "models")]) == 0
     name, source = (
         ("copied-int8-frame-150x201", "model.int8.frame-150x201.onnx") if frame else ("copied-int8", "model.int8.onnx")
@@ -138,7 +138,7 @@ def test_an_engine_that_fits_is_served(copied, tmp_path, as_it_is, monkeypatch, 
 
 
 def test_without_tensorrt_frames_are_written_and_the_engines_left_to_the_device(copied, as_it_is, monkeypatch, capsys):
-    monkeypatch.setattr("edgedetr.runtime.tensorrt.build.available", lambda: "no TensorRT")
+    monkeypatch.setattr("edgedetr.runtime.tensorrt.gpu.why_unavailable", lambda: "no TensorRT")
     with copied.add("model.fp16.onnx", stage="export") as temporary:
         shutil.copy(copied.require("model.onnx"), temporary)
     assert run(["export", str(copied.path), "--trt", "--frame", "150x201"]) == 4

@@ -7,19 +7,46 @@ without the onnx package. Files that other people exported, with weights beside 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedetr.errors import BundleError, EdgedetrError, MissingDependency
+from edgedetr.errors import BundleError, EdgedetrError, EngineError, MissingDependency
 from edgedetr.packages import missing
-from edgedetr.runtime.onnx_facts import EXPECTED, OnnxFacts, facts, parse
-from edgedetr.runtime.tensorrt.engine_validation import read_regular
+from edgedetr.storage.reading import read_plain_file
 
 LARGEST = (1 << 31) - 1  # bytes; a protobuf message cannot be longer
 # Beginnings of a ModelProto: a field with a number of 1 to 25 and one of the wire types in use.
 FIRST_BYTES = frozenset(field << 3 | kind for field in range(1, 26) for kind in (0, 2) if field << 3 < 128) | {
     field << 3 & 0x7F | 0x80 | kind for field in range(16, 26) for kind in (0, 2)
 }
+DEEPEST = 32  # subgraphs in subgraphs
+EXPECTED = "expected an ONNX graph written by edgedetr export or edgedetr import"
+
+# Field numbers. ModelProto: graph, opset_import. GraphProto: node, initializer, sparse_initializer, input, output.
+MODEL_GRAPH, MODEL_OPSET, MODEL_TRAINING, MODEL_FUNCTIONS = 7, 8, 20, 25
+NODE, INITIALIZER, SPARSE_INITIALIZER, INPUT, OUTPUT = 1, 5, 15, 11, 12
+NODE_OP, NODE_ATTRIBUTE, FUNCTION_NODE, FUNCTION_ATTRIBUTE = 4, 5, 7, 11
+TRAINING_GRAPHS = 1, 2  # of TrainingInfoProto: initialization, algorithm
+ATTRIBUTE_TENSOR, ATTRIBUTE_GRAPH, ATTRIBUTE_TENSORS, ATTRIBUTE_GRAPHS = 5, 6, 10, 11
+ATTRIBUTE_SPARSE, ATTRIBUTE_SPARSES = 22, 23
+TENSOR_NAME, TENSOR_EXTERNAL, TENSOR_LOCATION, EXTERNAL = 8, 13, 14, 1
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+
+
+@dataclass(frozen=True)
+class OnnxFacts:
+    """Of the whole file: opset of the standard domain, input and output shapes (an open size is its name), operators.
+
+    external   where tensors lie that are not in the file itself
+    """
+
+    opset: int
+    inputs: dict[str, tuple[int | str, ...]]
+    outputs: dict[str, tuple[int | str, ...]]
+    operators: frozenset[str]
+    external: tuple[str, ...]
 
 
 def read(path: str | Path, error: type[EdgedetrError] = BundleError) -> tuple[bytes, OnnxFacts]:
@@ -28,7 +55,7 @@ def read(path: str | Path, error: type[EdgedetrError] = BundleError) -> tuple[by
     Errors: `error` for what is no plain file (a link), is too large, no ONNX graph, or keeps weights elsewhere.
     """
     path = Path(path)
-    data = read_regular(path, LARGEST, EXPECTED, error=error, begins=FIRST_BYTES)
+    data = read_plain_file(path, LARGEST, EXPECTED, error=error, begins=FIRST_BYTES)
     found = facts(data, str(path), error)
     _refuse_external(found, str(path), error)
     return data, found
@@ -60,3 +87,164 @@ def _refuse_external(found: OnnxFacts, what: str, error: type[EdgedetrError]) ->
             f"anywhere; {EXPECTED}, which holds everything in one file; edgedetr import FILE.onnx --out BUNDLE "
             "puts weights beside a file into it"
         )
+
+
+def facts(data: bytes, what: str = "the graph", error: type[EdgedetrError] = EngineError) -> OnnxFacts:
+    """What a serialized ONNX model says; `error` when it is none, or has no inputs or outputs."""
+    found = parse(data, what, error)
+    if not found.opset or not found.inputs or not found.outputs:
+        raise error(f"{what}: no ONNX graph with inputs and outputs ({len(data)} bytes); {EXPECTED}")
+    return found
+
+
+def parse(data: bytes, what: str = "the graph", error: type[EdgedetrError] = EngineError) -> OnnxFacts:
+    """As `facts`, for any one graph: what is folded into a constant has no inputs."""
+    opset, graphs, training, functions = 0, [], [], []
+    try:
+        for number, value in _fields(memoryview(data)):
+            if number == MODEL_GRAPH:
+                graphs.append(_bytes(value))
+            elif number == MODEL_FUNCTIONS:
+                functions.append(_bytes(value))
+            elif number == MODEL_TRAINING:
+                training += [_bytes(v) for n, v in _fields(_bytes(value)) if n in TRAINING_GRAPHS]
+            elif number == MODEL_OPSET:
+                told = dict(_fields(_bytes(value)))
+                if not bytes(_bytes(told.get(1, memoryview(b"")))) or bytes(_bytes(told[1])) == b"ai.onnx":
+                    opset = _int(told.get(2, 0))
+        if len(graphs) != 1:
+            raise ValueError(f"{len(graphs)} graphs")
+        inputs, outputs = (
+            dict(_value(_bytes(v)) for n, v in _fields(graphs[0]) if n == field) for field in (INPUT, OUTPUT)
+        )
+        operators: set[str] = set()
+        external: list[str] = []
+        for graph in (graphs[0], *training):
+            _walk(graph, NODE, operators, external, 0)
+        for function in functions:
+            _walk(function, FUNCTION_NODE, operators, external, 0)
+            for number, value in _fields(function):
+                if number == FUNCTION_ATTRIBUTE:
+                    _attribute(_bytes(value), operators, external, 0)
+    except (ValueError, IndexError) as reason:  # also UnicodeDecodeError
+        raise error(f"{what}: not an ONNX file, or cut off ({reason}); {EXPECTED}") from reason
+    return OnnxFacts(opset, inputs, outputs, frozenset(operators), tuple(external))
+
+
+def _walk(graph: memoryview, node_field: int, operators: set[str], external: list[str], depth: int) -> None:
+    """Collect operators, and tensors outside the file, of a graph and all graphs in it."""
+    if depth > DEEPEST:
+        raise ValueError(f"graphs nested more than {DEEPEST} deep")
+    for number, value in _fields(graph):
+        if number == node_field:
+            for inner, told in _fields(_bytes(value)):
+                if inner == NODE_OP:
+                    operators.add(_text(told))
+                elif inner == NODE_ATTRIBUTE:
+                    _attribute(_bytes(told), operators, external, depth)
+        elif number == INITIALIZER and node_field == NODE:
+            external += _outside(_bytes(value))
+        elif number == SPARSE_INITIALIZER and node_field == NODE:
+            external += _sparse(_bytes(value))
+
+
+def _attribute(attribute: memoryview, operators: set[str], external: list[str], depth: int) -> None:
+    for number, value in _fields(attribute):
+        if number in (ATTRIBUTE_TENSOR, ATTRIBUTE_TENSORS):
+            external += _outside(_bytes(value))
+        elif number in (ATTRIBUTE_SPARSE, ATTRIBUTE_SPARSES):
+            external += _sparse(_bytes(value))
+        elif number in (ATTRIBUTE_GRAPH, ATTRIBUTE_GRAPHS):
+            _walk(_bytes(value), NODE, operators, external, depth + 1)
+
+
+def _sparse(tensor: memoryview) -> list[str]:
+    """A sparse tensor is two tensors: values and indices."""
+    return [where for number, value in _fields(tensor) if number in (1, 2) for where in _outside(_bytes(value))]
+
+
+def _outside(tensor: memoryview) -> list[str]:
+    """`[location]` of a tensor whose values are in another file, else `[]`."""
+    location, is_outside = "", False
+    for number, value in _fields(tensor):
+        if number == TENSOR_EXTERNAL:
+            is_outside = True
+            entry = {n: _text(v) for n, v in _fields(_bytes(value)) if n in (1, 2)}
+            location = entry.get(2, "") if entry.get(1) == "location" else location
+        elif number == TENSOR_LOCATION:
+            is_outside |= _int(value) == EXTERNAL
+    return [location] if is_outside else []
+
+
+def _value(info: memoryview) -> tuple[str, tuple[int | str, ...]]:
+    """Name and shape of a ValueInfoProto (name=1, type=2 > tensor=1 > shape=2 > dim=1, which is value=1 or name=2)."""
+    name, shape = "", []
+    for number, value in _fields(info):
+        if number == 1:
+            name = _text(value)
+        elif number == 2:
+            for dimension in _inside(_bytes(value), 1, 2, 1):
+                told = dict(_fields(dimension))
+                shape.append(_int(told[1]) if 1 in told else _text(told.get(2, memoryview(b""))) or "?")
+    return name, tuple(shape)
+
+
+def _inside(message: memoryview, *path: int) -> Iterator[memoryview]:
+    """The messages at a path of field numbers."""
+    for number, value in _fields(message):
+        if number == path[0]:
+            if len(path) == 1:
+                yield _bytes(value)
+            else:
+                yield from _inside(_bytes(value), *path[1:])
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """Field numbers and values of a protobuf message: integers, or the bytes of anything with a length."""
+    at, end = 0, len(message)
+    while at < end:
+        tag, at = _varint(message, at)
+        number, kind = tag >> 3, tag & 7
+        if number == 0:
+            raise ValueError("a field with number 0")
+        if kind == VARINT:
+            value, at = _varint(message, at)
+            yield number, value
+            continue
+        if kind == BYTES:
+            length, at = _varint(message, at)
+        elif kind in (FIXED64, FIXED32):
+            length = 8 if kind == FIXED64 else 4
+        else:
+            raise ValueError(f"wire type {kind}")
+        if at + length > end:
+            raise ValueError(f"a field of {length} bytes where {end - at} are left")
+        yield number, message[at : at + length]
+        at += length
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("a number of more than ten bytes")
+
+
+def _bytes(value: memoryview | int) -> memoryview:
+    if isinstance(value, int):
+        raise ValueError("a number where a message belongs")
+    return value
+
+
+def _int(value: memoryview | int) -> int:
+    if not isinstance(value, int):
+        raise ValueError("a message where a number belongs")
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _text(value: memoryview | int) -> str:
+    return bytes(_bytes(value)).decode("utf-8")

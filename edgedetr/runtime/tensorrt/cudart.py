@@ -7,19 +7,11 @@ the driver's libcuda says what the device is, libcudart of CUDA 11, 12 or 13 doe
 from __future__ import annotations
 
 import ctypes
-import site
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 from edgedetr.errors import DeviceError
-
-DRIVER = "libcuda.so.1"
-RUNTIMES = {13: "libcudart.so.13", 12: "libcudart.so.12", 11: "libcudart.so.11.0"}  # CUDA 11 numbers it so
-DOCTOR = "run: edgedetr doctor"
+from edgedetr.runtime.tensorrt.gpu import DOCTOR, Device, load_cudart, probe
 
 # enum cudaError, cudaMemcpyKind and flags of driver_types.h, the same in CUDA 11, 12 and 13.
 OUT_OF_MEMORY = 2
@@ -28,116 +20,10 @@ COPY_DEFAULT = 4  # the direction follows from the addresses
 NON_BLOCKING = 1  # the stream does not wait for the default stream
 HOST_ALLOC_MAPPED = 2
 CAPTURE_THREAD_LOCAL = 1  # other threads may go on using CUDA while this one records
-# enum CUdevice_attribute
-INTEGRATED, MAJOR, MINOR = 18, 75, 76
 
 
 class CaptureError(DeviceError):
     """Work on a stream could not be recorded as a graph."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """The GPU.
-
-    sm            compute capability as one number: 87 for 8.7
-    total_bytes   its memory; on an integrated device, what it shares with the CPU
-    integrated    whether it shares memory with the CPU (Jetson)
-    driver        newest CUDA version that the driver runs, "12.6"
-    runtime       CUDA version of libcudart, "12.6"
-    """
-
-    name: str
-    sm: int
-    total_bytes: int
-    integrated: bool
-    driver: str
-    runtime: str
-
-
-def probe() -> Device:
-    """What the GPU is; DeviceError where there is no driver, no device or no libcudart.
-
-    It makes no CUDA context and is safe to call first: TensorRT's Runtime ends the process where there is no driver.
-    """
-    library = _open([DRIVER])
-    if library is None:
-        raise DeviceError(f"no NVIDIA driver: {DRIVER} is not here; expected a machine with an NVIDIA GPU; {DOCTOR}")
-    text = c_char_p()
-
-    def call(name: str, *arguments: object) -> None:
-        code = getattr(library, name)(*arguments)
-        if code:
-            library.cuGetErrorString(c_int(code), ctypes.byref(text))
-            said = text.value.decode() if text.value else "no text"
-            raise DeviceError(f"the NVIDIA driver does not work: {name} gave {code} ({said}); {DOCTOR}")
-
-    count, device, value, total = c_int(), c_int(), c_int(), c_size_t()
-    name = ctypes.create_string_buffer(256)
-    call("cuInit", c_uint(0))
-    call("cuDeviceGetCount", ctypes.byref(count))
-    if count.value < 1:
-        raise DeviceError(f"the NVIDIA driver sees no device; expected one (is CUDA_VISIBLE_DEVICES empty?); {DOCTOR}")
-    call("cuDriverGetVersion", ctypes.byref(value))
-    driver = _version(value.value)
-    call("cuDeviceGet", ctypes.byref(device), c_int(0))
-    call("cuDeviceGetName", name, c_int(len(name)), device)
-    call("cuDeviceTotalMem_v2", ctypes.byref(total), device)
-    facts = {}
-    for attribute in (INTEGRATED, MAJOR, MINOR):
-        call("cuDeviceGetAttribute", ctypes.byref(value), c_int(attribute), device)
-        facts[attribute] = value.value
-    return Device(
-        name.value.decode(errors="replace"),
-        10 * facts[MAJOR] + facts[MINOR],
-        total.value,
-        bool(facts[INTEGRATED]),
-        driver,
-        runtime_version(int(driver.partition(".")[0])),
-    )
-
-
-def runtime_version(driver_major: int) -> str:
-    """Version of the libcudart that fits the driver; DeviceError where there is none."""
-    value = c_int()
-    code = _runtime(driver_major).cudaRuntimeGetVersion(ctypes.byref(value))
-    if code:
-        raise DeviceError(f"libcudart does not work: cudaRuntimeGetVersion gave {code}; {DOCTOR}")
-    return _version(value.value)
-
-
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"  # 12060 is 12.6
-
-
-@lru_cache(maxsize=4)
-def _runtime(driver_major: int) -> ctypes.CDLL:
-    """The newest libcudart that this driver runs: a newer major would refuse every call."""
-    names = [name for major, name in RUNTIMES.items() if major <= driver_major]
-    library = _open([where for name in names for where in (name, *_beside(name))])
-    if library is None:
-        raise DeviceError(
-            f"no libcudart for this driver (CUDA {driver_major}): looked for {', '.join(names)}; on a "
-            f"Jetson run: sudo apt install nvidia-jetpack; elsewhere: "
-            f"pip install nvidia-cuda-runtime{'-cu12' if driver_major < 13 else ''}"
-        )
-    return library
-
-
-def _beside(name: str) -> list[str]:
-    """Where NVIDIA's wheels and the toolkit put a library that the loader does not know."""
-    folders = [Path(entry) for entry in dict.fromkeys([*sys.path, *site.getsitepackages()]) if entry]
-    found = [str(path) for folder in folders for path in sorted(folder.glob(f"nvidia/*/lib/{name}"))]
-    return [*found, f"/usr/local/cuda/lib64/{name}"]
-
-
-def _open(names: Sequence[str]) -> ctypes.CDLL | None:
-    for name in names:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    return None
 
 
 # Every function that is called, with its arguments; all return an int of enum cudaError unless RESULTS says otherwise.
@@ -177,7 +63,7 @@ class Cuda:
 
     def __init__(self, device: Device | None = None) -> None:
         self.device = device or probe()
-        library = _runtime(int(self.device.driver.partition(".")[0]))
+        library = load_cudart(int(self.device.driver.partition(".")[0]))
         self.old_graphs = self.device.runtime.startswith("11.")
         signatures = {**SIGNATURES, "cudaGraphInstantiate": INSTANTIATE_11 if self.old_graphs else INSTANTIATE_12}
         self.functions: dict[str, Callable[..., object]] = {}

@@ -9,20 +9,61 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgedetr.artifacts import ENGINE_GRAPHS
 from edgedetr.errors import EngineError
-from edgedetr.runtime.tensorrt.cudart import Device
-from edgedetr.runtime.tensorrt.inspector import LayerSummary
-from edgedetr.storage.reading import read_json
+from edgedetr.runtime.tensorrt.gpu import Device
+from edgedetr.storage.reading import parse_json, read_json
 
 SCHEMA = 1
-LARGEST = 1 << 20  # bytes of a sidecar; a real one has some thousand
+LARGEST = 1 << 20  # bytes of the metadata; a real file has some thousand
 LONGEST = 2000  # characters of a text in it
 REBUILD = "run: edgedetr build BUNDLE --force"
+
+# In the order of the check: a layer that takes any INT8 tensor runs as INT8.
+DATATYPES = (
+    ("int8", re.compile(r"\bint8\b|\bi8\b", re.I)),
+    ("fp8", re.compile(r"\bfp8\b|\be4m3\b", re.I)),
+    ("fp16", re.compile(r"\b(fp16|half|float16|bf16|bfloat16)\b", re.I)),
+    ("fp32", re.compile(r"\b(fp32|float|float32)\b", re.I)),
+)
+# TensorRT 10 words an INT64 tensor so; INT8 tensors are "Row major Int8 format" (NVIDIA/TensorRT issues 4048, 4020).
+INT64 = "Row major linear INT8 format"
+# Layers with weights or products of matrices, where the time goes: convolutions, GEMMs, fused attention.
+WEIGHTED = re.compile(r"conv|gemm|matmul|matrix.?mult|fully.?connected|\bmha|attention", re.I)
+# Types that hide what is inside; `kgen` is not one: such kernels are generated for everything but products of matrices.
+FUSED = ("", "myelin", "foreignnode", "caskfusion", "fusion")
+# The operators among ONNX node names like /encoder/0/MatMul_7, which end such a name; folders may be called anything.
+PRODUCTS = re.compile(r"/(Conv|ConvTranspose|MatMul|Gemm)(_\d+)?(?![\w/])")
+NOT_COUNTED = re.compile(r"^(reformat|noop|constant|shape.?host.?to.?device|shape|signal|wait)", re.I)
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """Layers by the precision they run in: "int8", "fp8", "fp16" (bfloat16 too), "fp32" or "other" (integers).
+
+    precision    all layers that compute
+    weighted     those of them that are convolutions, products of matrices or attention
+    reformats    layers that only change layout or type
+    """
+
+    precision: dict[str, int] = field(default_factory=dict)
+    weighted: dict[str, int] = field(default_factory=dict)
+    reformats: int = 0
+
+    @property
+    def layers(self) -> int:
+        return sum(self.precision.values())
+
+    def share(self, precision: str) -> float | None:
+        """Share of the weighted layers that run in this precision, 0..1; None when there are none."""
+        total = sum(self.weighted.values())
+        return self.weighted.get(precision, 0) / total if total else None
 
 
 @dataclass(frozen=True)
@@ -45,10 +86,10 @@ class BuildArguments:
 
 
 @dataclass(frozen=True)
-class Sidecar:
+class EngineMetadata:
     """Everything that is known of one plan.
 
-    host       digest of the id of the machine that built it (see machine.py); empty where that has none
+    host       digest of the id of the machine that built it (see engine_validation.py); empty where that has none
     typing     what the network was in the end: "strong" or "weak"
     warnings   known defects that may concern this engine
     """
@@ -73,12 +114,12 @@ class Sidecar:
     schema: int = field(default=SCHEMA)
 
 
-def beside(plan: Path) -> Path:
-    """The sidecar's path."""
+def metadata_path(plan: Path) -> Path:
+    """The path of the metadata of an engine: `<name>.json` next to `<name>.plan`."""
     return plan.with_suffix(".json")
 
 
-def stem(arguments: BuildArguments, device: Device, tensorrt: str, onnx_sha256: str) -> str:
+def engine_name(arguments: BuildArguments, device: Device, tensorrt: str, onnx_sha256: str) -> str:
     """`int8-b1-sm87-trt10.3.0-cu12.6-orin-1a2b3c4d-5e6f7a8b`: equal for equal engines, different for different ones."""
     told = json.dumps(asdict(arguments), sort_keys=True)
     name = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-") or "gpu"
@@ -88,14 +129,14 @@ def stem(arguments: BuildArguments, device: Device, tensorrt: str, onnx_sha256: 
     )
 
 
-def to_bytes(sidecar: Sidecar) -> bytes:
+def to_bytes(metadata: EngineMetadata) -> bytes:
     """What stands in the file."""
-    return (json.dumps(asdict(sidecar), indent=1) + "\n").encode()
+    return (json.dumps(asdict(metadata), indent=1) + "\n").encode()
 
 
-def read(plan: Path) -> Sidecar | None:
-    """The sidecar of `plan`; None when there is none, EngineError when it is damaged or of another kind."""
-    path = beside(plan)
+def read(plan: Path) -> EngineMetadata | None:
+    """The metadata of `plan`; None where the file is missing, EngineError when it is damaged or of another kind."""
+    path = metadata_path(plan)
     if not os.path.lexists(path):
         return None
     raw = read_json(path, EngineError, limit=LARGEST, fix=REBUILD)
@@ -104,7 +145,7 @@ def read(plan: Path) -> Sidecar | None:
             found = repr(raw.get("schema"))[:40] if isinstance(raw, dict) else type(raw).__name__
             raise ValueError(f"schema is {found}, this version reads {SCHEMA}")
         arguments, summary = (_mapping(raw, name) for name in ("arguments", "layers"))
-        made = Sidecar(
+        made = EngineMetadata(
             **{
                 **raw,
                 "arguments": BuildArguments(**{**arguments, "batch": tuple(arguments["batch"])}),
@@ -127,7 +168,7 @@ def _mapping(raw: dict[str, Any], name: str) -> dict[str, Any]:
     return raw[name]  # type: ignore[no-any-return]  # checked above
 
 
-def _require_types(made: Sidecar) -> None:
+def _require_types(made: EngineMetadata) -> None:
     texts = {
         name: getattr(made, name)
         for name in ("plan plan_sha256 onnx onnx_sha256 tensorrt cuda driver jetpack device host typing").split()
@@ -159,3 +200,60 @@ def _require_types(made: Sidecar) -> None:
         raise TypeError("seconds is no number")
     if len(made.arguments.batch) != 3 or not 1 <= min(made.arguments.batch):
         raise ValueError("batch is not three numbers")
+
+
+def summarize_layers(text: str) -> LayerSummary:
+    """Count the layers of `get_engine_information(LayerInformationFormat.JSON)`."""
+    try:
+        layers = parse_json(text, "its JSON", EngineError)["Layers"]
+        if not isinstance(layers, list):
+            raise TypeError("Layers is no list")
+    except (EngineError, KeyError, TypeError) as error:
+        raise EngineError(
+            f"the engine inspector answered something unreadable ({error}); expected JSON with Layers; "
+            "build with this version's own TensorRT: edgedetr build BUNDLE --force"
+        ) from error
+    precision: Counter[str] = Counter()
+    weighted: Counter[str] = Counter()
+    reformats = 0
+    for layer in layers:
+        if not isinstance(layer, Mapping):  # only names: the engine was built without detailed verbosity
+            precision["unknown"] += 1
+            continue
+        kind = str(layer.get("LayerType", ""))
+        if kind.lower().startswith("reformat"):
+            reformats += 1
+        elif not NOT_COUNTED.match(kind):
+            found = _precision(layer)
+            precision[found] += 1
+            weighted[found] += _is_weighted(layer, kind)
+    return LayerSummary(dict(precision), {name: count for name, count in weighted.items() if count}, reformats)
+
+
+def _is_weighted(layer: Mapping[str, object], kind: str) -> bool:
+    if WEIGHTED.search(kind) or WEIGHTED.search(str(layer.get("ParameterType", ""))):
+        return True
+    return kind.lower() in FUSED and bool(PRODUCTS.search(f"{layer.get('Name', '')} {layer.get('Metadata', '')}"))
+
+
+def _precision(layer: Mapping[str, object]) -> str:
+    """By the type of the weights where it is told; a residual input of a convolution may have another one."""
+    weights = layer.get("Weights")
+    if isinstance(weights, Mapping) and weights.get("Type") and weights.get("Count"):
+        told = [str(weights["Type"])]
+    else:
+        tensors = [*_list(layer.get("Inputs")), *([] if layer.get("Inputs") else _list(layer.get("Outputs")))]
+        told = [_datatype(tensor) for tensor in tensors if isinstance(tensor, Mapping)]
+    for name, pattern in DATATYPES:
+        if any(pattern.search(text) for text in told):
+            return name
+    return "other"
+
+
+def _datatype(tensor: Mapping[str, object]) -> str:
+    text = str(tensor.get("Datatype") or tensor.get("DataType") or tensor.get("Format/Datatype") or "")
+    return "" if text.startswith(INT64) else text
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []

@@ -24,7 +24,7 @@ LEGACY_STREAM = 1  # the handle of the default stream, which producers that name
 
 
 @dataclass(frozen=True)
-class Port:
+class IoTensor:
     """An input or output of an engine. `shape` has -1 where it is open; `largest` is what its profile allows."""
 
     name: str
@@ -71,10 +71,12 @@ class Buffer:
         self.cuda.release_host(self.host)
 
 
-class Lane:
+class ContextSlot:
     """One context with its buffers. Not for two threads at a time."""
 
-    def __init__(self, cuda: Cuda, context: Any, ports: Mapping[str, Port], errors: Any, *, use_graph: bool) -> None:
+    def __init__(
+        self, cuda: Cuda, context: Any, ports: Mapping[str, IoTensor], errors: Any, *, use_graph: bool
+    ) -> None:
         self.cuda, self.context, self.ports, self.errors, self.use_graph = cuda, context, ports, errors, use_graph
         self.buffers: dict[str, Buffer] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -136,7 +138,7 @@ class Lane:
         self._require(not self.context.infer_shapes(), "inferring shapes")
         self.shapes = {name: self._shape(name) for name in self.ports}
 
-    def _feed(self, port: Port, feed: Any) -> None:
+    def _feed(self, port: IoTensor, feed: Any) -> None:
         buffer, shape = self.buffers[port.name], self.shapes[port.name]
         nbytes = math.prod(shape) * port.dtype.itemsize
         if isinstance(feed, np.ndarray):

@@ -1,4 +1,4 @@
-"""Versions of TensorRT known to go wrong on such a graph or device: the list is known_bad.json, with sources."""
+"""Versions of TensorRT known to go wrong on such a graph or device: the list is known_issues.json, with sources."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from edgedetr.runtime.onnx_facts import OnnxFacts
+from edgedetr.runtime.backends.onnx_bytes import OnnxFacts
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
-from edgedetr.runtime.tensorrt.library import version
+from edgedetr.runtime.tensorrt.gpu import version
 
 DATA = Path(__file__).with_name("known_issues.json")
 
 
 @dataclass(frozen=True)
-class KnownBad:
+class KnownIssue:
     """One defect and when it concerns an engine; an empty condition holds always.
 
     tensorrt      half-open ranges of versions [from, before)
@@ -46,7 +46,7 @@ class KnownBad:
     def __str__(self) -> str:
         return f"{self.text}; {self.fix} ({self.source})"
 
-    def concerns(self, facts: OnnxFacts, tensorrt: str, sm: int, arguments: BuildArguments) -> bool:
+    def affects(self, facts: OnnxFacts, tensorrt: str, sm: int, arguments: BuildArguments) -> bool:
         here = version(tensorrt)
         return (
             any(version(first) <= here < version(before) for first, before in self.tensorrt)
@@ -59,16 +59,16 @@ class KnownBad:
         )
 
 
-def concerning(facts: OnnxFacts, tensorrt: str, sm: int, arguments: BuildArguments) -> Sequence[KnownBad]:
+def affecting(facts: OnnxFacts, tensorrt: str, sm: int, arguments: BuildArguments) -> Sequence[KnownIssue]:
     """The defects that may concern an engine of this graph with these arguments on this device."""
-    return [entry for entry in entries() if entry.concerns(facts, tensorrt, sm, arguments)]
+    return [entry for entry in all_issues() if entry.affects(facts, tensorrt, sm, arguments)]
 
 
 @lru_cache(maxsize=1)
-def entries() -> tuple[KnownBad, ...]:
+def all_issues() -> tuple[KnownIssue, ...]:
     """The whole list."""
     return tuple(
-        KnownBad(
+        KnownIssue(
             **{
                 **raw,
                 "tensorrt": tuple((first, before) for first, before in raw["tensorrt"]),

@@ -13,11 +13,10 @@ from pathlib import Path
 from edgedetr.artifacts import ENGINE_GRAPHS
 from edgedetr.bundle import Bundle, atomic_write
 from edgedetr.errors import DeviceError, EngineError, MissingDependency
-from edgedetr.runtime import machine
-from edgedetr.runtime.tensorrt import cache as store
-from edgedetr.runtime.tensorrt import cudart, engine_metadata, engine_validation, library
-from edgedetr.runtime.tensorrt.cudart import Device
-from edgedetr.runtime.tensorrt.engine_metadata import Sidecar
+from edgedetr.runtime import jetson
+from edgedetr.runtime.tensorrt import engine_cache, engine_metadata, engine_validation, gpu
+from edgedetr.runtime.tensorrt.engine_metadata import EngineMetadata
+from edgedetr.runtime.tensorrt.gpu import Device
 from edgedetr.storage.locks import locked
 from edgedetr.storage.reading import read_json
 
@@ -29,7 +28,7 @@ MEASURED = "verified.json"  # beside the engines: what edgedetr verify found on 
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What `edgedetr verify` found of one engine: whether it passed, and its milliseconds (median of one run).
 
     under   driver and release of Jetson Linux at that time (see `surroundings`); empty in records of before
@@ -50,60 +49,60 @@ class Engine:
     """
 
     path: Path
-    told: Sidecar
+    metadata: EngineMetadata
     stage: str
     batch: int | None
-    measured: Measured | None
+    measured: Measurement | None
     drift: str = ""
 
     @property
     def stage_name(self) -> str:
         """The stage, with the batch where it is not single images: "int8", "int8 batch 4"."""
-        return self.stage if self.batch == 1 else f"{self.stage} batch {self.told.arguments.batch_name}"
+        return self.stage if self.batch == 1 else f"{self.stage} batch {self.metadata.arguments.batch_name}"
 
     @property
     def rank(self) -> tuple[int, float, int, int]:
         """Smaller is better: verified, then fast, then INT8 before FP16 before float32; single images first."""
         trusted = 1 if self.measured is None else 0 if self.measured.passed else 2
         speed = self.measured.p50_ms if self.measured and self.measured.p50_ms else 0.0
-        guess = list(ENGINE_GRAPHS).index(self.told.arguments.precision)
+        guess = list(ENGINE_GRAPHS).index(self.metadata.arguments.precision)
         return trusted, speed / (self.batch or 1), guess, self.batch or 1 << 30
 
 
 @dataclass(frozen=True)
-class Survey:
+class EngineSearch:
     """`fitting` engines, the best first; `refused`: a sentence about each other one, or about all of them."""
 
     fitting: tuple[Engine, ...] = ()
     refused: tuple[str, ...] = ()
 
 
-def survey(bundle: Bundle, files: Mapping[str, str] = FILES, *, trust: bool = False) -> Survey:
+def find_engines(bundle: Bundle, files: Mapping[str, str] = FILES, *, trust: bool = False) -> EngineSearch:
     """Look at every plan that may be this bundle's; opens none. Costs nothing where there are none.
 
     files   stage -> name of the graph: engines of other graphs are passed over in silence
     trust   take engines that were built on another machine of the same kind
     """
-    plans = store.plans(bundle)
+    plans = engine_cache.plans(bundle)
     if not plans:
-        return Survey()
+        return EngineSearch()
     try:
-        device = cudart.probe()
-        version = library.tensorrt().__version__
+        device = gpu.probe()
+        version = gpu.tensorrt().__version__
     except (DeviceError, MissingDependency) as reason:
         ours = sum(plan.is_relative_to(bundle.path) for plan in plans)  # the user's cache holds other bundles' too
-        return Survey(refused=(f"{ours} engine{'s' * (ours > 1)} not used: {reason}",) if ours else ())
+        return EngineSearch(refused=(f"{ours} engine{'s' * (ours > 1)} not used: {reason}",) if ours else ())
     fitting, refused = [], []
     for plan in plans:
-        found = _look(bundle, plan, files, device, version, trust)
+        found = _examine(bundle, plan, files, device, version, trust)
         if isinstance(found, Engine):
             fitting.append(found)
         elif found:
             refused.append(f"{plan.name} not used: {found}")
-    return Survey(tuple(sorted(fitting, key=lambda engine: engine.rank)), tuple(refused))
+    return EngineSearch(tuple(sorted(fitting, key=lambda engine: engine.rank)), tuple(refused))
 
 
-def _look(
+def _examine(
     bundle: Bundle, plan: Path, files: Mapping[str, str], device: Device, version: str, trust: bool
 ) -> Engine | str:
     """The engine, or why it is not one for this place; an empty reason for engines of other graphs or bundles."""
@@ -112,7 +111,7 @@ def _look(
     except EngineError as error:
         return str(error)
     if told is None:
-        return f"no {engine_metadata.beside(plan).name} beside it; run: edgedetr build {bundle.path}"
+        return f"no {engine_metadata.metadata_path(plan).name} beside it; run: edgedetr build {bundle.path}"
     stage = next((stage for stage, name in files.items() if name == told.onnx), None)
     entry = bundle.manifest.files.get(told.onnx)
     ours = plan.is_relative_to(bundle.path)
@@ -122,7 +121,7 @@ def _look(
         return ""  # of another kind: for whole camera frames, or for batches of images
     if entry.sha256 != told.onnx_sha256 and not ours:
         return ""  # the user's cache holds the engines of all read-only bundles
-    reason = ("" if trust else engine_validation.foreign(told)) or engine_validation.mismatch(
+    reason = ("" if trust else engine_validation.untrusted(told)) or engine_validation.mismatch(
         told, device, version, entry.sha256
     )
     if reason:
@@ -130,14 +129,14 @@ def _look(
     batch = told.arguments.batch
     drift = engine_validation.drift(told, device)
     measured = _measurements(plan.parent).get(told.plan_sha256)
-    if measured is not None and (drift if not measured.under else measured.under != surroundings(device)):
+    if measured is not None and (drift if not measured.under else measured.under != environment(device)):
         measured = None  # of another driver: it may be faster, slower or wrong now
     return Engine(plan, told, stage, batch[0] if len(set(batch)) == 1 else None, measured, drift)
 
 
-def surroundings(device: Device) -> str:
+def environment(device: Device) -> str:
     """What a measurement depends on besides the engine: "driver 12.6, R36.4.3"."""
-    return ", ".join(filter(None, [f"driver {device.driver}", machine.jetpack()]))
+    return ", ".join(filter(None, [f"driver {device.driver}", jetson.linux_release()]))
 
 
 def pick(engines: Sequence[Engine], *, stage: str | None = None, batch: int | None = None) -> Engine | None:
@@ -147,7 +146,7 @@ def pick(engines: Sequence[Engine], *, stage: str | None = None, batch: int | No
     return next(iter(singles or fitting), None)
 
 
-def why(engine: Engine) -> str:
+def reason_for(engine: Engine) -> str:
     """Why this one, in words."""
     if engine.measured is None:
         changed = f"; {engine.drift}: verify it, or build it again with --force" if engine.drift else ""
@@ -156,7 +155,7 @@ def why(engine: Engine) -> str:
     return ("verified on this device" if engine.measured.passed else "did not pass edgedetr verify here") + speed
 
 
-def record(folder: Path, found: Mapping[str, Measured]) -> None:
+def record_measurements(folder: Path, found: Mapping[str, Measurement]) -> None:
     """Keep what was measured beside the engines, by digest of the plan; on read-only storage it is only not kept."""
     try:
         with locked(folder / f".{MEASURED}.lock", wait=60, busy=_busy):  # two verify side by side, of other engines
@@ -174,7 +173,7 @@ def _busy(owner: str) -> EngineError:
     return EngineError(f"{owner} has been writing {MEASURED} for a minute; end it, then run: edgedetr verify BUNDLE")
 
 
-def _measurements(folder: Path) -> dict[str, Measured]:
+def _measurements(folder: Path) -> dict[str, Measurement]:
     """By digest of the plan; a damaged record counts as none, for the next verify writes it again."""
     if not os.path.lexists(folder / MEASURED):
         return {}
@@ -186,7 +185,7 @@ def _measurements(folder: Path) -> dict[str, Measured]:
         return {}
 
 
-def _measured(value: dict[str, object]) -> Measured:
+def _measured(value: dict[str, object]) -> Measurement:
     passed, speed, under = value["passed"], value["p50_ms"], value.get("under", "")
     if not isinstance(passed, bool) or not isinstance(under, str):
         raise TypeError("passed is no truth value, or under no text")
@@ -194,4 +193,4 @@ def _measured(value: dict[str, object]) -> Measured:
         isinstance(speed, bool) or not isinstance(speed, (int, float)) or not math.isfinite(speed) or speed < 0
     ):
         raise TypeError("p50_ms is no number of milliseconds")
-    return Measured(passed, None if speed is None else float(speed), under)
+    return Measurement(passed, None if speed is None else float(speed), under)

@@ -14,10 +14,10 @@ import numpy as np
 
 from edgedetr.errors import DeviceError, EngineError
 from edgedetr.progress import Progress
-from edgedetr.runtime.tensorrt import builder, inspector
-from edgedetr.runtime.tensorrt.cudart import Cuda, Device, probe
+from edgedetr.runtime.tensorrt import build, engine_metadata
+from edgedetr.runtime.tensorrt.cudart import Cuda
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
-from edgedetr.runtime.tensorrt.library import tensorrt
+from edgedetr.runtime.tensorrt.gpu import Device, probe, tensorrt
 from edgedetr.runtime.tensorrt.trt_runner import Session
 
 FOLDER = Path(__file__).parent / "selftest_models"
@@ -27,7 +27,7 @@ EQUAL_ROWS_DB = 80.0  # of equal rows in one batch: different kernels for them w
 
 
 @dataclass(frozen=True)
-class Canary:
+class SelfTestModel:
     """floor_db: least signal-to-noise ratio of an honest computation, decibels."""
 
     name: str
@@ -36,18 +36,18 @@ class Canary:
     about: str
 
 
-CANARIES = (
+SELFTEST_MODELS = (
     # float32 sums in another order leave above 110 dB, FP16 would leave 60; issue 4813 left about 10
-    Canary("grid_sample", "fp32", 80.0, "GridSample in deformable attention, equal rows"),
+    SelfTestModel("grid_sample", "fp32", 80.0, "GridSample in deformable attention, equal rows"),
     # FP16 rounding leaves about 65 dB; sums of squares in FP16 overflow and leave none
-    Canary("layer_norm", "fp16", 50.0, "LayerNormalization in FP16 of large values"),
+    SelfTestModel("layer_norm", "fp16", 50.0, "LayerNormalization in FP16 of large values"),
     # a value that rounds to the neighboring level leaves about 40 dB; a wrong scale leaves less than 10
-    Canary("concat", "int8", 25.0, "INT8 convolutions joined by Concat"),
+    SelfTestModel("concat", "int8", 25.0, "INT8 convolutions joined by Concat"),
 )
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SelfTestResult:
     """What one canary did. sqnr_db: worst of all runs, None where it gave nothing; note: what is wrong, or empty.
 
     share   of the layers with weights that run in the canary's precision, 0..1
@@ -66,12 +66,12 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Selftest:
+class SelfTestReport:
     """All canaries on one device."""
 
     tensorrt: str
     device: Device
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[SelfTestResult, ...]
 
     @property
     def passed(self) -> bool:
@@ -81,15 +81,15 @@ class Selftest:
         return {"passed": self.passed, **asdict(self)}
 
 
-def selftest(progress: Progress | None = None) -> Selftest:
+def selftest(progress: Progress | None = None) -> SelfTestReport:
     """Build and run every canary; an error only where there is no TensorRT or no device."""
     device, trt = probe(), tensorrt()
     outcomes = []
-    for number, canary in enumerate(CANARIES):
+    for number, canary in enumerate(SELFTEST_MODELS):
         outcomes.append(_try(canary, device))
         if progress:
-            progress("selftest", number + 1, len(CANARIES))
-    return Selftest(trt.__version__, device, tuple(outcomes))
+            progress("selftest", number + 1, len(SELFTEST_MODELS))
+    return SelfTestReport(trt.__version__, device, tuple(outcomes))
 
 
 def stored(name: str) -> tuple[bytes, np.ndarray, np.ndarray]:
@@ -98,14 +98,14 @@ def stored(name: str) -> tuple[bytes, np.ndarray, np.ndarray]:
         return (FOLDER / f"{name}.onnx").read_bytes(), arrays["x"], arrays["y"]
 
 
-def _try(canary: Canary, device: Device) -> Outcome:
+def _try(canary: SelfTestModel, device: Device) -> SelfTestResult:
     model, x, expected = stored(canary.name)
     begun = time.perf_counter()
 
     def outcome(
         passed: bool, note: str, sqnr: float | None = None, share: float | None = None, graph: bool = False
-    ) -> Outcome:
-        return Outcome(
+    ) -> SelfTestResult:
+        return SelfTestResult(
             canary.name,
             canary.about,
             canary.precision,
@@ -120,7 +120,7 @@ def _try(canary: Canary, device: Device) -> Outcome:
 
     batch = (len(x),) * 3
     try:
-        plan = builder.build_plan(
+        plan = build.build_serialized(
             model,
             BuildArguments(canary.precision, batch, WORKSPACE_MB, 3, "auto"),
             device,
@@ -131,7 +131,7 @@ def _try(canary: Canary, device: Device) -> Outcome:
             graph = session.graphs > 0
     except (DeviceError, EngineError) as error:  # this one cannot be built or run; the others still can
         return outcome(False, str(error))
-    share = inspector.summarize(plan.layers).share(canary.precision)
+    share = engine_metadata.summarize_layers(plan.layers).share(canary.precision)
     ratios = [sqnr_db(expected, y) for y in found]
     problems = []
     if min(ratios) < canary.floor_db:

@@ -11,10 +11,11 @@ import numpy as np
 
 from edgedetr.errors import EngineError, UsageError
 from edgedetr.runtime.backends.base import RawOutputs
-from edgedetr.runtime.tensorrt import engine_validation, library
-from edgedetr.runtime.tensorrt.cudart import Cuda, probe
-from edgedetr.runtime.tensorrt.engine_metadata import Sidecar
-from edgedetr.runtime.tensorrt.execution_context import Lane, Port
+from edgedetr.runtime.tensorrt import engine_validation, gpu
+from edgedetr.runtime.tensorrt.cudart import Cuda
+from edgedetr.runtime.tensorrt.engine_metadata import EngineMetadata
+from edgedetr.runtime.tensorrt.execution_context import ContextSlot, IoTensor
+from edgedetr.runtime.tensorrt.gpu import probe
 
 # By the names of trt.DataType: trt.nptype raises for types that numpy lacks, and says not which tensor has it.
 DTYPES = {
@@ -39,10 +40,10 @@ class Session:
 
     def __init__(self, data: bytes, *, cuda: Cuda | None = None, use_graph: bool = True, what: str = "engine") -> None:
         self.cuda = cuda or Cuda()  # first: TensorRT's Runtime would end the process where there is no driver
-        trt = library.tensorrt()
+        trt = gpu.tensorrt()
         self.what, self.use_graph = what, use_graph
         self._make_recorder = lambda: _recorder(trt)
-        self._logger = library.make_logger(trt)
+        self._logger = gpu.make_logger(trt)
         self._errors = self._make_recorder()
         try:
             self._runtime: Any = trt.Runtime(self._logger)
@@ -62,7 +63,7 @@ class Session:
             )
         self._engine.error_recorder = self._errors
         self._own = threading.local()
-        self._lanes: list[Lane] = []
+        self._lanes: list[ContextSlot] = []
         self._lock = threading.Lock()
         self._closed = False
         problem = ""
@@ -89,9 +90,9 @@ class Session:
                 )
         return self._lane().run(feeds)
 
-    def _lane(self) -> Lane:
+    def _lane(self) -> ContextSlot:
         """This thread's lane; a thread that comes for the first time gets a context of its own."""
-        lane: Lane | None = getattr(self._own, "lane", None)
+        lane: ContextSlot | None = getattr(self._own, "lane", None)
         if lane is None:
             with self._lock:
                 if self._closed:
@@ -105,7 +106,7 @@ class Session:
                         "close other programs that use the GPU, or use fewer threads"
                     )
                 context.error_recorder = errors
-                lane = Lane(self.cuda, context, self.ports, errors, use_graph=self.use_graph)
+                lane = ContextSlot(self.cuda, context, self.ports, errors, use_graph=self.use_graph)
                 self._lanes.append(lane)
             self._own.lane = lane
         if lane.context is None:
@@ -154,7 +155,7 @@ class TrtRunner:
         trust: bool = False,
         onnx_sha256: str | None = None,
     ) -> None:
-        self.session, self.sidecar = _open(Path(path), use_graph, trust, onnx_sha256)
+        self.session, self.metadata = _open(Path(path), use_graph, trust, onnx_sha256)
         port = _one_input(self.session, "images", 4, ("logits", "boxes"), "images [B, 3, H, W] -> logits, boxes")
         if port.dtype != np.float32 or port.shape[1] != 3:
             self.session.close()
@@ -210,7 +211,7 @@ class TrtFrameRunner:
         trust: bool = False,
         onnx_sha256: str | None = None,
     ) -> None:
-        self.session, self.sidecar = _open(Path(path), use_graph, trust, onnx_sha256)
+        self.session, self.metadata = _open(Path(path), use_graph, trust, onnx_sha256)
         port = _one_input(self.session, "frames", 4, self.outputs, "frames [1, H, W, 3] -> boxes, scores, labels")
         self.height, self.width = port.shape[1], port.shape[2]
 
@@ -223,14 +224,14 @@ class TrtFrameRunner:
         self.session.close()
 
 
-def _open(path: Path, use_graph: bool, trust: bool, onnx_sha256: str | None) -> tuple[Session, Sidecar | None]:
+def _open(path: Path, use_graph: bool, trust: bool, onnx_sha256: str | None) -> tuple[Session, EngineMetadata | None]:
     device = probe()  # before anything of TensorRT
-    trt = library.tensorrt()
+    trt = gpu.tensorrt()
     checked = engine_validation.check(path, device, trt.__version__, onnx_sha256=onnx_sha256, trust=trust)
-    return Session(checked.data, cuda=Cuda(device), use_graph=use_graph, what=str(path)), checked.sidecar
+    return Session(checked.data, cuda=Cuda(device), use_graph=use_graph, what=str(path)), checked.metadata
 
 
-def _one_input(session: Session, name: str, rank: int, outputs: tuple[str, ...], expected: str) -> Port:
+def _one_input(session: Session, name: str, rank: int, outputs: tuple[str, ...], expected: str) -> IoTensor:
     inputs = [port for port in session.ports.values() if port.is_input]
     given = {port.name for port in session.ports.values() if not port.is_input}
     if [port.name for port in inputs] != [name] or not set(outputs) <= given or len(inputs[0].shape) != rank:
@@ -242,7 +243,7 @@ def _one_input(session: Session, name: str, rank: int, outputs: tuple[str, ...],
     return inputs[0]
 
 
-def _ports(trt: Any, engine: Any, what: str) -> dict[str, Port]:
+def _ports(trt: Any, engine: Any, what: str) -> dict[str, IoTensor]:
     found = {}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
@@ -266,11 +267,11 @@ def _ports(trt: Any, engine: Any, what: str) -> dict[str, Port]:
         largest = shape
         if is_input and -1 in shape:
             largest = tuple(int(size) for size in engine.get_tensor_profile_shape(name, 0)[2])  # min, opt, max
-        found[name] = Port(name, np.dtype(DTYPES[kind]), shape, largest, is_input)
+        found[name] = IoTensor(name, np.dtype(DTYPES[kind]), shape, largest, is_input)
     return found
 
 
-def _fits(shape: tuple[int, ...], port: Port) -> bool:
+def _fits(shape: tuple[int, ...], port: IoTensor) -> bool:
     return len(shape) == len(port.shape) and all(
         0 < size <= most if told < 0 else size == told for size, told, most in zip(shape, port.shape, port.largest)
     )

@@ -11,14 +11,13 @@ import pytest
 from building import ORIN, command
 
 from edgedetr.errors import BundleError, EngineError, UsageError
-from edgedetr.runtime.tensorrt import build, cudart
-from edgedetr.runtime.tensorrt import cache as engine_store
+from edgedetr.runtime.tensorrt import build, engine_cache, gpu
 
 
 def test_an_engine_is_built_strongly_typed_and_its_sidecar_says_everything(fake, bundle):
     made = build.build(bundle)
     assert made.made and made.path.read_bytes() == b"a plan"
-    told = made.sidecar
+    told = made.metadata
     assert fake.flags == [1 << int(fake.spec.NetworkDefinitionCreationFlag.STRONGLY_TYPED)]
     assert fake.models == [(bundle.path / "model.int8.onnx").read_bytes()]
     assert (told.onnx, told.onnx_sha256) == ("model.int8.onnx", bundle.manifest.files["model.int8.onnx"].sha256)
@@ -51,14 +50,14 @@ def test_a_float32_engine_does_not_round_to_tf32(fake, bundle):
 )
 def test_a_board_keeps_memory_for_everything_else(old, bundle, monkeypatch, total, integrated, expected):
     device = dataclasses.replace(ORIN, total_bytes=total, integrated=integrated)
-    monkeypatch.setattr(cudart, "probe", lambda: device)
-    assert build.build(bundle).sidecar.arguments.workspace_mb == expected
+    monkeypatch.setattr(gpu, "probe", lambda: device)
+    assert build.build(bundle).metadata.arguments.workspace_mb == expected
 
 
 def test_an_engine_that_fits_is_kept_and_force_builds_it_again(fake, bundle):
     first = build.build(bundle)
     again = build.build(bundle)  # the fake has one plan only: a second build would fail
-    assert (first.made, again.made) == (True, False) and again.sidecar == first.sidecar
+    assert (first.made, again.made) == (True, False) and again.metadata == first.metadata
     fake.plans = [b"another plan"]
     assert build.build(bundle, force=True).path.read_bytes() == b"another plan"
 
@@ -66,7 +65,7 @@ def test_an_engine_that_fits_is_kept_and_force_builds_it_again(fake, bundle):
 def test_other_arguments_graphs_and_precisions_are_other_engines(fake, bundle):
     fake.plans, fake.parses = [b"1", b"2", b"3"], [True] * 3
     made = [build.build(bundle), build.build(bundle, optimization_level=4), build.build(bundle, "fp16")]
-    assert len({one.path for one in made}) == 3 and len(engine_store.plans(bundle)) == 3
+    assert len({one.path for one in made}) == 3 and len(engine_cache.plans(bundle)) == 3
 
 
 def test_parser_errors_arrive_whole_with_node_names(fake, bundle):
@@ -82,7 +81,7 @@ def test_parser_errors_arrive_whole_with_node_names(fake, bundle):
         "edgedetr lint",
     ):
         assert word in str(caught.value)
-    assert not engine_store.plans(bundle)
+    assert not engine_cache.plans(bundle)
 
 
 def test_a_build_that_gives_nothing_repeats_what_tensorrt_said(fake, bundle):
@@ -107,14 +106,14 @@ def test_weak_typing_stands_in_on_10_3_alone(fake, bundle):
         return
     made = build.build(bundle)
     flag = fake.spec.BuilderFlag
-    assert made.sidecar.typing == "weak" and made.path.read_bytes() == b"weak plan" and fake.flags[1] == 0
+    assert made.metadata.typing == "weak" and made.path.read_bytes() == b"weak plan" and fake.flags[1] == 0
     assert [call.args[0] for call in fake.configs[1].set_flag.call_args_list] == [flag.FP16, flag.INT8]
-    assert "could not be built strongly typed" in made.sidecar.warnings[0]
+    assert "could not be built strongly typed" in made.metadata.warnings[0]
 
 
 def test_weak_typing_is_built_where_it_exists_and_refused_where_not(fake, bundle):
     if hasattr(fake.spec.BuilderFlag, "INT8"):
-        assert build.build(bundle, "fp16", typing="weak").sidecar.typing == "weak"
+        assert build.build(bundle, "fp16", typing="weak").metadata.typing == "weak"
         fake.configs[0].set_flag.assert_called_once_with(fake.spec.BuilderFlag.FP16)
     else:
         with pytest.raises(EngineError, match="no weakly typed networks any more"):
@@ -186,7 +185,7 @@ def test_ctrl_c_stops_the_build_and_not_the_process(fake, bundle):
 
     with pytest.raises(KeyboardInterrupt):
         build.build(bundle, progress=interrupt)
-    assert all(fake.stopped) and not engine_store.plans(bundle)
+    assert all(fake.stopped) and not engine_cache.plans(bundle)
 
 
 def test_a_version_without_a_progress_monitor_builds_without_progress(old, bundle):
@@ -206,7 +205,7 @@ def test_timings_are_kept_for_the_next_build_on_this_device(fake, bundle, cache)
 
 
 def test_timings_that_do_not_fit_are_left_out(fake, bundle, cache, caplog):
-    path = engine_store.timing_cache_path(ORIN, fake.spec.__version__)
+    path = engine_cache.timing_cache_path(ORIN, fake.spec.__version__)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"of another world")
     fake.timing_cache_fits = False
@@ -218,11 +217,11 @@ def test_a_builder_without_timings_builds_and_keeps_none(fake, bundle, cache, ca
     fake.timing_caches = False
     assert build.build(bundle).made and not caplog.text
     fake.configs[0].set_timing_cache.assert_not_called()
-    assert not engine_store.timing_cache_path(ORIN, fake.spec.__version__).exists()
+    assert not engine_cache.timing_cache_path(ORIN, fake.spec.__version__).exists()
 
 
 def test_timings_behind_a_link_are_not_read(fake, bundle, cache, tmp_path, caplog):
-    path = engine_store.timing_cache_path(ORIN, fake.spec.__version__)
+    path = engine_cache.timing_cache_path(ORIN, fake.spec.__version__)
     path.parent.mkdir(parents=True)
     (tmp_path / "elsewhere").write_bytes(b"x")
     path.symlink_to(tmp_path / "elsewhere")
@@ -245,8 +244,8 @@ def test_the_engine_for_whole_frames_is_built_from_its_own_graph(fake, bundle, c
         frames_graph(path)
     fake.inputs = {"frames": (1, 48, 64, 3)}
     made = build.build(bundle, frame=(48, 64))
-    assert made.sidecar.onnx == "model.int8.frame-48x64.onnx"
-    assert fake.models == [(bundle.path / made.sidecar.onnx).read_bytes()]
+    assert made.metadata.onnx == "model.int8.frame-48x64.onnx"
+    assert fake.models == [(bundle.path / made.metadata.onnx).read_bytes()]
     code, out, _ = command(capsys, str(bundle.path), "--frame", "48x64", "--precision", "int8", "--json")
     assert code == 0 and json.loads(out)[0]["path"] == str(made.path) and not json.loads(out)[0]["made"]
     with pytest.raises(UsageError, match="one frame at a time"):

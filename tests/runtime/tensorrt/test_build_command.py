@@ -64,6 +64,6 @@ def test_build_without_tensorrt_is_one_error_that_says_where_to_run_it(bundle, c
 def test_warnings_of_known_defects_reach_the_reader(old, bundle, capsys, monkeypatch):
     from edgedetr.runtime.tensorrt import known_issues
 
-    entry = known_issues.KnownBad("x", (("10.3", "10.4"),), "it is slow", "wait", "https://example.org")
-    monkeypatch.setattr(known_issues, "entries", lambda: (entry,))
+    entry = known_issues.KnownIssue("x", (("10.3", "10.4"),), "it is slow", "wait", "https://example.org")
+    monkeypatch.setattr(known_issues, "all_issues", lambda: (entry,))
     assert "it is slow; wait (https://example.org)" in command(capsys, str(bundle.path), "--precision", "int8")[2]

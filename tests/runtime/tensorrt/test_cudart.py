@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from edgedetr.errors import DeviceError
-from edgedetr.runtime.tensorrt import cudart
-from edgedetr.runtime.tensorrt.cudart import CaptureError, Cuda, Device
+from edgedetr.runtime.tensorrt import cudart, gpu
+from edgedetr.runtime.tensorrt.cudart import CaptureError, Cuda
+from edgedetr.runtime.tensorrt.gpu import Device
 
 
 @pytest.fixture(params=[11080, 12060, 13020], ids=["cuda11", "cuda12", "cuda13"])
@@ -30,59 +31,59 @@ def nothing_left(fake) -> bool:
 def test_the_device_is_read_from_the_driver_and_the_version_from_libcudart(fake):
     fake.device(integrated=True, cuda=13020)
     version = {"11": "11.8", "12": "12.6", "13": "13.2"}[fake.path.stem.removeprefix("libfakecuda")[:2]]
-    assert cudart.probe() == Device("Orin", 87, 8 << 30, True, "13.2", version)
+    assert gpu.probe() == Device("Orin", 87, 8 << 30, True, "13.2", version)
     assert "cudaMalloc" not in fake.log
 
 
 def test_probing_makes_no_context(fake12):
-    cudart.probe()
+    gpu.probe()
     assert [name for name in fake12.log if name.startswith("cuda")] == ["cudaRuntimeGetVersion"]
 
 
 def test_without_a_driver_one_sentence_says_so(monkeypatch):
-    monkeypatch.setattr(cudart, "DRIVER", "libcuda-that-is-not-there.so.1")
+    monkeypatch.setattr(gpu, "DRIVER", "libcuda-that-is-not-there.so.1")
     with pytest.raises(DeviceError, match="no NVIDIA driver: libcuda-that-is-not-there.so.1 .*edgedetr doctor"):
-        cudart.probe()
+        gpu.probe()
 
 
 def test_a_driver_that_does_not_work_is_quoted(fake12):
     fake12.fail("cuInit", 803)
     with pytest.raises(DeviceError, match="cuInit gave 803 .system has unsupported display driver"):
-        cudart.probe()
+        gpu.probe()
 
 
 def test_a_driver_without_a_device_says_so(fake12):
     fake12.device(count=0)
     with pytest.raises(DeviceError, match="sees no device.*CUDA_VISIBLE_DEVICES"):
-        cudart.probe()
+        gpu.probe()
 
 
 def test_without_libcudart_the_package_is_named(fake12, monkeypatch):
-    monkeypatch.setattr(cudart, "RUNTIMES", {13: "libcudart-none.so.13", 12: "libcudart-none.so.12"})
+    monkeypatch.setattr(gpu, "RUNTIMES", {13: "libcudart-none.so.13", 12: "libcudart-none.so.12"})
     with pytest.raises(DeviceError, match=r"no libcudart .*CUDA 12.*libcudart-none.so.12; .*runtime-cu12"):
-        cudart.probe()
+        gpu.probe()
 
 
 def test_a_libcudart_newer_than_the_driver_is_not_taken(fake12, monkeypatch):
-    monkeypatch.setattr(cudart, "RUNTIMES", {13: str(fake_cuda.built(13020)), 12: str(fake12.path)})
+    monkeypatch.setattr(gpu, "RUNTIMES", {13: str(fake_cuda.built(13020)), 12: str(fake12.path)})
     fake12.device(cuda=12060)
-    assert cudart.probe().runtime == "12.6"
+    assert gpu.probe().runtime == "12.6"
 
 
 def test_a_libcudart_of_a_wheel_is_found(fake12, monkeypatch, tmp_path):
     inside = tmp_path / "nvidia" / "cuda_runtime" / "lib"
     inside.mkdir(parents=True)
     (inside / "libcudart-wheel.so.12").write_bytes(fake12.path.read_bytes())
-    monkeypatch.setattr(cudart, "RUNTIMES", {12: "libcudart-wheel.so.12"})
+    monkeypatch.setattr(gpu, "RUNTIMES", {12: "libcudart-wheel.so.12"})
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    assert cudart.probe().runtime == "12.6"
+    assert gpu.probe().runtime == "12.6"
 
 
 def test_a_damaged_libcudart_is_as_good_as_none(fake12, monkeypatch, tmp_path):
     (tmp_path / "libcudart.so.12").write_bytes(b"\x7fELF and nothing")
-    monkeypatch.setattr(cudart, "RUNTIMES", {12: str(tmp_path / "libcudart.so.12")})
+    monkeypatch.setattr(gpu, "RUNTIMES", {12: str(tmp_path / "libcudart.so.12")})
     with pytest.raises(DeviceError, match="no libcudart"):
-        cudart.probe()
+        gpu.probe()
 
 
 def test_bytes_go_to_the_device_and_back_and_only_when_waited_for(fake, rng):
@@ -197,7 +198,7 @@ def test_a_capture_without_a_graph_is_an_error(fake12, monkeypatch):
 def test_a_libcudart_that_fails_at_once_says_so(fake12):
     fake12.fail("cudaRuntimeGetVersion", 3)
     with pytest.raises(DeviceError, match="libcudart does not work: cudaRuntimeGetVersion gave 3"):
-        cudart.probe()
+        gpu.probe()
 
 
 CALLS = {

@@ -11,15 +11,13 @@ from dataclasses import asdict
 import pytest
 
 from edgedetr.errors import EngineError
-from edgedetr.runtime import machine
 from edgedetr.runtime.tensorrt import engine_metadata
-from edgedetr.runtime.tensorrt.cudart import Device
-from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, Sidecar
-from edgedetr.runtime.tensorrt.inspector import LayerSummary
+from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata, LayerSummary
+from edgedetr.runtime.tensorrt.gpu import Device
 
 ORIN = Device("Orin (nvgpu)", 87, 8 << 30, True, "12.6", "12.6")
 ARGUMENTS = BuildArguments("int8", (1, 4, 8), 1024, 3, "auto")
-TOLD = Sidecar(
+TOLD = EngineMetadata(
     "e.plan",
     "0" * 64,
     7,
@@ -43,7 +41,7 @@ TOLD = Sidecar(
 def test_what_is_written_is_read(tmp_path):
     plan = tmp_path / "e.plan"
     assert engine_metadata.read(plan) is None
-    engine_metadata.beside(plan).write_bytes(engine_metadata.to_bytes(TOLD))
+    engine_metadata.metadata_path(plan).write_bytes(engine_metadata.to_bytes(TOLD))
     assert engine_metadata.read(plan) == TOLD
 
 
@@ -112,9 +110,9 @@ def test_a_sidecar_that_cannot_be_opened_is_one_error(tmp_path):
 
 
 def test_the_name_of_an_engine_says_what_it_is_for():
-    name = engine_metadata.stem(ARGUMENTS, ORIN, "10.3.0", "1a2b3c4d" + "0" * 56)
+    name = engine_metadata.engine_name(ARGUMENTS, ORIN, "10.3.0", "1a2b3c4d" + "0" * 56)
     assert re.fullmatch(r"int8-b1\.4\.8-sm87-trt10\.3\.0-cu12\.6-orin-nvgpu-1a2b3c4d-[0-9a-f]{8}", name)
-    assert name == engine_metadata.stem(ARGUMENTS, ORIN, "10.3.0", "1a2b3c4d" + "0" * 56)
+    assert name == engine_metadata.engine_name(ARGUMENTS, ORIN, "10.3.0", "1a2b3c4d" + "0" * 56)
 
 
 @pytest.mark.parametrize(
@@ -132,29 +130,14 @@ def test_the_name_of_an_engine_says_what_it_is_for():
     ],
 )
 def test_whatever_decides_about_an_engine_is_in_its_name(arguments, device, version):
-    assert engine_metadata.stem(arguments, device, version, "a" * 64) != engine_metadata.stem(
+    assert engine_metadata.engine_name(arguments, device, version, "a" * 64) != engine_metadata.engine_name(
         ARGUMENTS, ORIN, "10.3.0", "a" * 64
     )
 
 
 def test_a_device_cannot_name_a_file_elsewhere():
-    name = engine_metadata.stem(ARGUMENTS, dataclasses.replace(ORIN, name="../../etc/x\0y" * 20), "10.3.0", "a" * 64)
+    name = engine_metadata.engine_name(
+        ARGUMENTS, dataclasses.replace(ORIN, name="../../etc/x\0y" * 20), "10.3.0", "a" * 64
+    )
     assert "/" not in name and "\0" not in name and ".." not in name.replace("1.4.8", "") and len(name) < 150
-    assert "-gpu-" in engine_metadata.stem(ARGUMENTS, dataclasses.replace(ORIN, name="()"), "10.3.0", "a" * 64)
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64", "R36.4.3"),
-        ("# R39 (release), REVISION: 2.0, GCID: 1", "R39.2.0"),
-        ("something else", ""),
-    ],
-)
-def test_the_release_of_jetson_linux_is_read(tmp_path, monkeypatch, text, expected):
-    path = tmp_path / "nv_tegra_release"
-    path.write_text(text)
-    monkeypatch.setattr(machine, "L4T_RELEASE", path)
-    assert machine.jetpack() == expected
-    path.unlink()
-    assert machine.jetpack() == ""
+    assert "-gpu-" in engine_metadata.engine_name(ARGUMENTS, dataclasses.replace(ORIN, name="()"), "10.3.0", "a" * 64)

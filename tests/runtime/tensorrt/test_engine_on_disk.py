@@ -20,10 +20,8 @@ from tensorrt_spec.fake import FakeTensorRT
 
 from edgedetr.bundle import Bundle
 from edgedetr.errors import BundleError, EngineError
-from edgedetr.runtime import onnx_facts
 from edgedetr.runtime.backends import onnx_bytes
-from edgedetr.runtime.tensorrt import build
-from edgedetr.runtime.tensorrt import cache as engine_store
+from edgedetr.runtime.tensorrt import build, engine_cache
 
 
 def failing_again(bundle: Bundle, fake: FakeTensorRT, error: str) -> None:
@@ -39,7 +37,7 @@ def test_a_failed_build_keeps_the_previous_engine(fake, bundle):
     first = build.build(bundle)
     fake.plans, fake.parses = [None, None], [True, True]
     failing_again(bundle, fake, "gives no engine")
-    assert build.build(bundle).sidecar == first.sidecar
+    assert build.build(bundle).metadata == first.metadata
 
 
 @pytest.mark.parametrize("at", ["mkstemp", "fsync", "replace"])
@@ -50,8 +48,8 @@ def test_a_full_disk_is_one_error_and_keeps_the_previous_engine(old, bundle, mon
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(engine_store.tempfile if at == "mkstemp" else engine_store.os, at, full)
-    monkeypatch.setattr(engine_store, "write_timing_cache", lambda path, data: None)
+    monkeypatch.setattr(engine_cache.tempfile if at == "mkstemp" else engine_cache.os, at, full)
+    monkeypatch.setattr(engine_cache, "write_timing_cache", lambda path, data: None)
     failing_again(bundle, old, "No space left on device.*kept")
 
 
@@ -113,7 +111,7 @@ def test_nowhere_to_write_is_one_error(old, bundle, without_root, monkeypatch):
 
 def test_too_little_space_is_said_before_the_build(old, bundle, monkeypatch):
     usage = shutil.disk_usage(bundle.path)
-    monkeypatch.setattr(engine_store.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    monkeypatch.setattr(engine_cache.shutil, "disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(EngineError, match="No space left on device"):
         build.build(bundle)
     assert not old.flags
@@ -125,12 +123,12 @@ def test_a_builder_that_is_killed_leaves_the_previous_engine_and_an_open_lock(ol
     begun = context.Event()
 
     def hang(files: object) -> None:
-        (first.path.parent / f".half{engine_store.UNFINISHED}").write_bytes(b"half of a plan")
+        (first.path.parent / f".half{engine_cache.UNFINISHED}").write_bytes(b"half of a plan")
         begun.set()
         time.sleep(60)
 
     def child() -> None:
-        engine_store.publish, old.plans, old.parses = hang, [b"new"], [True]
+        engine_cache.publish, old.plans, old.parses = hang, [b"new"], [True]
         build.build(bundle, force=True)
 
     process = context.Process(target=child)
@@ -138,10 +136,10 @@ def test_a_builder_that_is_killed_leaves_the_previous_engine_and_an_open_lock(ol
     assert begun.wait(60)
     os.kill(process.pid, signal.SIGKILL)
     process.join(60)
-    assert build.build(bundle).sidecar == first.sidecar
+    assert build.build(bundle).metadata == first.metadata
     old.plans, old.parses = [b"newer"], [True]
     assert build.build(bundle, force=True).path.read_bytes() == b"newer"
-    assert not list(first.path.parent.glob(f".*{engine_store.UNFINISHED}"))
+    assert not list(first.path.parent.glob(f".*{engine_cache.UNFINISHED}"))
 
 
 def test_engines_of_a_graph_that_is_gone_are_named(old, bundle, tiny_graph, capsys):
@@ -160,7 +158,7 @@ def _build_in_process(path: str, barrier, answers) -> None:  # type: ignore[no-u
     barrier.wait(60)
     try:
         made = build.build(path)
-        answers.put((made.made, made.sidecar.plan_sha256))
+        answers.put((made.made, made.metadata.plan_sha256))
     except EngineError as error:
         answers.put(("failed", str(error)))
 
@@ -177,7 +175,7 @@ def test_a_plan_whose_sidecar_is_damaged_is_not_called_outdated(old, bundle, tin
 def test_a_graph_that_changes_while_it_is_read_is_not_built(old, bundle, monkeypatch):
     read = onnx_bytes.read
 
-    def changed(path: Path, error: type[EngineError]) -> tuple[bytes, onnx_facts.OnnxFacts]:
+    def changed(path: Path, error: type[EngineError]) -> tuple[bytes, onnx_bytes.OnnxFacts]:
         model, facts = read(path, error)
         return model + b" ", facts
 
@@ -212,17 +210,17 @@ def test_eight_processes_at_once_make_one_engine(old, bundle):
     assert not list((bundle.path / "engines").glob(".*.building"))
 
 
-@pytest.mark.parametrize("harm", ["truncate", "flip", "empty", "no sidecar", "sidecar"])
+@pytest.mark.parametrize("harm", ["truncate", "flip", "empty", "no metadata", "metadata"])
 def test_a_damaged_engine_is_built_again(old, bundle, harm):
     first = build.build(bundle)
     old.plans, old.parses = [b"a plan"], [True]
-    target = first.path.with_suffix(".json") if "sidecar" in harm else first.path
+    target = first.path.with_suffix(".json") if "metadata" in harm else first.path
     data = target.read_bytes()
-    if harm == "no sidecar":
+    if harm == "no metadata":
         target.unlink()
     else:
         target.write_bytes(
-            {"truncate": data[:-1], "flip": bytes([data[0] ^ 1]) + data[1:], "empty": b"", "sidecar": data[:40]}[harm]
+            {"truncate": data[:-1], "flip": bytes([data[0] ^ 1]) + data[1:], "empty": b"", "metadata": data[:40]}[harm]
         )
     again = build.build(bundle)
     assert again.made and again.path == first.path and again.path.read_bytes() == b"a plan"

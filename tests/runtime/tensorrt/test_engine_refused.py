@@ -13,30 +13,29 @@ import pytest
 from building import install
 
 from edgedetr.errors import BundleError, DeviceError, EngineError, MissingDependency
-from edgedetr.runtime.tensorrt import build, cudart, library
-from edgedetr.runtime.tensorrt import cache as engine_store
-from edgedetr.runtime.tensorrt.cudart import Device
+from edgedetr.runtime.tensorrt import build, engine_cache, gpu
+from edgedetr.runtime.tensorrt.gpu import Device
 
 
 def test_an_engine_that_cannot_be_loaded_is_not_kept(fake, bundle):
     fake.loads = False
     with pytest.raises(EngineError, match="built an engine that it cannot load"):
         build.build(bundle)
-    assert not engine_store.plans(bundle)
+    assert not engine_cache.plans(bundle)
 
 
 def test_an_unreadable_answer_of_the_inspector_is_an_error(fake, bundle):
     fake.inspector = "not json"
     with pytest.raises(EngineError, match="inspector"):
         build.build(bundle)
-    assert not engine_store.plans(bundle)
+    assert not engine_cache.plans(bundle)
 
 
 @pytest.mark.parametrize("silence", ["", " \n", None])
 def test_an_inspector_that_says_nothing_leaves_the_engine_without_layers(fake, bundle, silence):
     fake.inspector = silence
     made = build.build(bundle)
-    assert made.made and made.sidecar.layers.weighted == {}
+    assert made.made and made.metadata.layers.weighted == {}
 
 
 def test_a_builder_that_does_not_start_is_one_error(old, bundle):
@@ -52,7 +51,7 @@ def test_without_tensorrt_the_error_says_where_to_build(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingDependency, match="TensorRT is not installed.*apt install.*run: edgedetr build"):
         build.build(bundle)
-    assert "not installed" in library.why_unavailable()
+    assert "not installed" in gpu.why_unavailable()
 
 
 @pytest.mark.parametrize("error", [ImportError("libnvdla_compiler.so: cannot open shared object file"), OSError("x")])
@@ -65,27 +64,27 @@ def test_a_tensorrt_that_cannot_be_loaded_says_which_library(monkeypatch, error)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     with pytest.raises(MissingDependency, match=f"cannot be loaded .{error}"):
-        library.tensorrt()
+        gpu.tensorrt()
 
 
 def test_another_package_of_that_name_is_not_taken(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
     with pytest.raises(MissingDependency, match="is not NVIDIA's"):
-        library.tensorrt()
+        gpu.tensorrt()
 
 
 def test_without_a_driver_tensorrt_is_never_started(old, bundle, monkeypatch):
     def no_driver() -> Device:
         raise DeviceError("no NVIDIA driver: libcuda.so.1 is not here")
 
-    monkeypatch.setattr(cudart, "probe", no_driver)
+    monkeypatch.setattr(gpu, "probe", no_driver)
     with pytest.raises(DeviceError, match="no NVIDIA driver"):
         build.build(bundle)
-    assert not old.flags and "no NVIDIA driver" in library.why_unavailable()
+    assert not old.flags and "no NVIDIA driver" in gpu.why_unavailable()
 
 
 def test_available_says_nothing_where_engines_can_be_built(fake):
-    assert library.why_unavailable() == ""
+    assert gpu.why_unavailable() == ""
 
 
 def test_a_graph_that_has_not_been_made_names_its_command(old, make_bundle):
@@ -133,10 +132,10 @@ def test_known_defects_are_said_and_a_certainly_wrong_graph_is_refused(bindings,
     from edgedetr.runtime.tensorrt import known_issues
 
     install(bindings.module("10.3.0"), monkeypatch)
-    entry = known_issues.KnownBad("x", (("10.3", "10.4"),), "it is slow", "wait", "https://example.org")
-    monkeypatch.setattr(known_issues, "entries", lambda: (entry,))
-    assert build.build(bundle).sidecar.warnings == ("it is slow; wait (https://example.org)",)
-    monkeypatch.setattr(known_issues, "entries", lambda: (dataclasses.replace(entry, refuse=True),))
+    entry = known_issues.KnownIssue("x", (("10.3", "10.4"),), "it is slow", "wait", "https://example.org")
+    monkeypatch.setattr(known_issues, "all_issues", lambda: (entry,))
+    assert build.build(bundle).metadata.warnings == ("it is slow; wait (https://example.org)",)
+    monkeypatch.setattr(known_issues, "all_issues", lambda: (dataclasses.replace(entry, refuse=True),))
     with pytest.raises(EngineError, match="it is slow; wait"):
         build.build(bundle, force=True)
 
@@ -146,8 +145,10 @@ def test_hints_for_failures_are_only_said_then(bindings, bundle, cache, monkeypa
 
     fake = install(bindings.module("11.4.0"), monkeypatch)
     fake.plans, fake.parses = [b"plan", None], [True, True]
-    entry = known_issues.KnownBad("x", (("11", "12"),), "needs more", "give it", "https://example.org", on_failure=True)
-    monkeypatch.setattr(known_issues, "entries", lambda: (entry,))
-    assert build.build(bundle).sidecar.warnings == ()
+    entry = known_issues.KnownIssue(
+        "x", (("11", "12"),), "needs more", "give it", "https://example.org", on_failure=True
+    )
+    monkeypatch.setattr(known_issues, "all_issues", lambda: (entry,))
+    assert build.build(bundle).metadata.warnings == ()
     with pytest.raises(EngineError, match="known: needs more; give it"):
         build.build(bundle, force=True)

@@ -12,19 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgedetr.errors import EngineError
-from edgedetr.runtime import machine
+from edgedetr.runtime import jetson
 from edgedetr.runtime.tensorrt import engine_metadata, engine_validation
-from edgedetr.runtime.tensorrt.cudart import Device
-from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, Sidecar
-from edgedetr.runtime.tensorrt.inspector import LayerSummary
+from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata, LayerSummary
+from edgedetr.runtime.tensorrt.gpu import Device
 
 ORIN = Device("Orin", 87, 8 << 30, True, "12.6", "12.6")
 DATA = b"ftrt" + bytes(range(256)) * 4
 ARGUMENTS = BuildArguments("int8", (1, 1, 1), 1024, 3, "auto")
 
 
-def told(plan: Path, data: bytes = DATA, **changes: object) -> Sidecar:
-    made = Sidecar(
+def told(plan: Path, data: bytes = DATA, **changes: object) -> EngineMetadata:
+    made = EngineMetadata(
         plan=plan.name,
         plan_sha256=hashlib.sha256(data).hexdigest(),
         plan_bytes=len(data),
@@ -36,7 +35,7 @@ def told(plan: Path, data: bytes = DATA, **changes: object) -> Sidecar:
         jetpack="R36.4.3",
         device="Orin",
         sm=87,
-        host=machine.host(),
+        host=engine_validation.host(),
         arguments=ARGUMENTS,
         typing="strong",
         seconds=1.0,
@@ -49,17 +48,17 @@ def told(plan: Path, data: bytes = DATA, **changes: object) -> Sidecar:
 def plan(tmp_path: Path) -> Path:
     path = tmp_path / "engine.plan"
     path.write_bytes(DATA)
-    engine_metadata.beside(path).write_bytes(engine_metadata.to_bytes(told(path)))
+    engine_metadata.metadata_path(path).write_bytes(engine_metadata.to_bytes(told(path)))
     return path
 
 
 def rewrite(plan: Path, **changes: object) -> None:
-    engine_metadata.beside(plan).write_bytes(engine_metadata.to_bytes(told(plan, **changes)))
+    engine_metadata.metadata_path(plan).write_bytes(engine_metadata.to_bytes(told(plan, **changes)))
 
 
 def test_an_engine_of_this_place_is_read(plan):
     found = engine_validation.check(plan, ORIN, "10.3.0", onnx_sha256="a" * 64)
-    assert found.data == DATA and found.sidecar == told(plan)
+    assert found.data == DATA and found.metadata == told(plan)
 
 
 @pytest.mark.parametrize(
@@ -82,22 +81,22 @@ def test_a_mismatch_says_what_was_found_what_is_needed_and_the_command(plan, cha
 
 
 def test_a_foreign_plan_is_refused_unless_trusted(plan):
-    engine_metadata.beside(plan).unlink()
+    engine_metadata.metadata_path(plan).unlink()
     with pytest.raises(EngineError, match="a plan is executable code; build it here.*trust=True"):
         engine_validation.check(plan, ORIN, "10.3.0")
-    assert engine_validation.check(plan, ORIN, "10.3.0", trust=True) == engine_validation.CheckedPlan(DATA, None)
+    assert engine_validation.check(plan, ORIN, "10.3.0", trust=True) == engine_validation.ValidatedEngine(DATA, None)
 
 
 def test_a_plan_of_another_machine_is_foreign_although_all_else_fits(plan, tmp_path, monkeypatch):
     identity = tmp_path / "machine-id"
     identity.write_text("fedcba9876543210fedcba9876543210\n")
-    monkeypatch.setattr(machine, "MACHINE_ID", identity)
+    monkeypatch.setattr(engine_validation, "MACHINE_ID", identity)
     theirs = engine_metadata.read(plan).host
-    assert machine.host() not in ("", theirs)
+    assert engine_validation.host() not in ("", theirs)
     with pytest.raises(EngineError, match="built on another machine; a plan is executable code") as caught:
         engine_validation.check(plan, ORIN, "10.3.0")
     # Whoever reads the refusal in a bug report could write an engine that passes for one of this machine.
-    assert machine.host() not in str(caught.value) and theirs not in str(caught.value)
+    assert engine_validation.host() not in str(caught.value) and theirs not in str(caught.value)
     assert engine_validation.check(plan, ORIN, "10.3.0", trust=True).data == DATA
 
 
@@ -111,7 +110,7 @@ def test_a_plan_that_names_no_machine_is_foreign(plan):
 @pytest.mark.parametrize("content", [None, "", "uninitialized\n", "0" * 32, "short", "x" * 32, "\xff"])
 @pytest.mark.parametrize("host", ["", "0123456789abcdef"])
 def test_on_a_machine_without_an_id_every_plan_is_foreign(plan, tmp_path, monkeypatch, cache, content, host):
-    monkeypatch.setattr(machine, "MACHINE_ID", tmp_path / "id")
+    monkeypatch.setattr(engine_validation, "MACHINE_ID", tmp_path / "id")
     if content is not None:
         (tmp_path / "id").write_text(content, encoding="latin-1")
     rewrite(plan, host=host)
@@ -121,20 +120,20 @@ def test_on_a_machine_without_an_id_every_plan_is_foreign(plan, tmp_path, monkey
 
 
 def test_who_builds_without_an_id_gets_one_of_the_user_that_loads_again(plan, tmp_path, monkeypatch, cache):
-    monkeypatch.setattr(machine, "MACHINE_ID", tmp_path / "none")
-    assert machine.host() == ""
-    made = machine.host(make=True)
+    monkeypatch.setattr(engine_validation, "MACHINE_ID", tmp_path / "none")
+    assert engine_validation.host() == ""
+    made = engine_validation.host(make=True)
     rewrite(plan, host=made)
     assert made and engine_validation.check(plan, ORIN, "10.3.0").data == DATA
-    own = cache / machine.OWN_ID
-    assert own.stat().st_mode & 0o777 == 0o600 and machine.host(make=True) == made
+    own = cache / engine_validation.OWN_ID
+    assert own.stat().st_mode & 0o777 == 0o600 and engine_validation.host(make=True) == made
     text = own.read_text()
     own.chmod(0o666)  # anybody may have put it there
-    assert machine.host() == ""
+    assert engine_validation.host() == ""
     own.unlink()
     (tmp_path / "elsewhere").write_text(text)
     own.symlink_to(tmp_path / "elsewhere")
-    assert machine.host() == ""
+    assert engine_validation.host() == ""
 
 
 @pytest.mark.parametrize(
@@ -148,9 +147,9 @@ def test_who_builds_without_an_id_gets_one_of_the_user_that_loads_again(plan, tm
     ],
 )
 def test_a_change_of_driver_or_release_is_said_and_no_reason_to_refuse(plan, monkeypatch, changes, release, words):
-    monkeypatch.setattr(machine, "jetpack", lambda: release)
+    monkeypatch.setattr(jetson, "linux_release", lambda: release)
     rewrite(plan, **changes)
-    found = engine_validation.check(plan, ORIN, "10.3.0").sidecar
+    found = engine_validation.check(plan, ORIN, "10.3.0").metadata
     assert words in engine_validation.drift(found, ORIN) and bool(words) == bool(engine_validation.drift(found, ORIN))
 
 
@@ -186,13 +185,13 @@ def test_a_damaged_sidecar_is_one_error_or_the_plan_is_still_the_one_it_describe
     harmed = bytearray(good[: len(good) - cut])
     if harmed:
         harmed[flip // 8 % len(harmed)] ^= 1 << flip % 8
-    engine_metadata.beside(plan).write_bytes(bytes(harmed))
+    engine_metadata.metadata_path(plan).write_bytes(bytes(harmed))
     try:
         found = engine_validation.check(plan, ORIN, "10.3.0")
     except EngineError:
         return
-    assert found.data == DATA and found.sidecar.plan_sha256 == hashlib.sha256(DATA).hexdigest()
-    assert (found.sidecar.tensorrt, found.sidecar.sm, found.sidecar.device) == ("10.3.0", 87, "Orin")
+    assert found.data == DATA and found.metadata.plan_sha256 == hashlib.sha256(DATA).hexdigest()
+    assert (found.metadata.tensorrt, found.metadata.sm, found.metadata.device) == ("10.3.0", 87, "Orin")
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from edgedetr.runtime.onnx_facts import OnnxFacts
+from edgedetr.runtime.backends.onnx_bytes import OnnxFacts
 from edgedetr.runtime.tensorrt import known_issues
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
-from edgedetr.runtime.tensorrt.library import version
+from edgedetr.runtime.tensorrt.gpu import version
 
 
-def concerning(
+def issues(
     tensorrt: str,
     *,
     sm: int = 87,
@@ -23,7 +23,7 @@ def concerning(
 ) -> set[str]:
     facts = OnnxFacts(opset, {}, {}, frozenset(operators), ())
     arguments = BuildArguments(precision, batch, 1024, 3, "auto")
-    return {entry.id for entry in known_issues.concerning(facts, tensorrt, sm, arguments) if not entry.on_failure}
+    return {entry.id for entry in known_issues.affecting(facts, tensorrt, sm, arguments) if not entry.on_failure}
 
 
 @pytest.mark.parametrize(
@@ -40,8 +40,8 @@ def concerning(
     ],
 )
 def test_grid_sample_is_warned_about_in_the_versions_that_miscompile_it(tensorrt, concerned):
-    assert ("gridsample-miscompiled" in concerning(tensorrt, operators=("Conv", "GridSample"))) is concerned
-    assert "gridsample-miscompiled" not in concerning(tensorrt)  # sampling by gather has no GridSample
+    assert ("gridsample-miscompiled" in issues(tensorrt, operators=("Conv", "GridSample"))) is concerned
+    assert "gridsample-miscompiled" not in issues(tensorrt)  # sampling by gather has no GridSample
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_grid_sample_is_warned_about_in_the_versions_that_miscompile_it(tensorrt
 def test_grid_sample_of_opset_20_is_refused_where_it_would_be_read_as_nearest(tensorrt, opset, refused):
     facts = OnnxFacts(opset, {}, {}, frozenset({"GridSample"}), ())
     arguments = BuildArguments("fp16", (1, 1, 1), 1024, 3, "auto")
-    assert any(entry.refuse for entry in known_issues.concerning(facts, tensorrt, 87, arguments)) is refused
+    assert any(entry.refuse for entry in known_issues.affecting(facts, tensorrt, 87, arguments)) is refused
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_grid_sample_of_opset_20_is_refused_where_it_would_be_read_as_nearest(te
     ],
 )
 def test_an_entry_concerns_its_version_device_precision_and_batch(words, expected):
-    assert concerning(**words) == expected
+    assert issues(**words) == expected
 
 
 def test_the_list_is_whole():
-    entries = known_issues.entries()
+    entries = known_issues.all_issues()
     assert len({entry.id for entry in entries}) == len(entries) == len(json.loads(known_issues.DATA.read_text()))
     for entry in entries:
         assert entry.source.startswith("https://") and entry.text and entry.fix and entry.source in str(entry)

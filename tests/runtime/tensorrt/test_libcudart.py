@@ -16,8 +16,9 @@ import pytest
 from tensorrt_spec import bindings as wheels
 
 from edgedetr.errors import DeviceError
-from edgedetr.runtime.tensorrt import cudart
-from edgedetr.runtime.tensorrt.cudart import Cuda, Device
+from edgedetr.runtime.tensorrt import cudart, gpu
+from edgedetr.runtime.tensorrt.cudart import Cuda
+from edgedetr.runtime.tensorrt.gpu import Device
 
 WHEELS = {
     "11.8": "nvidia-cuda-runtime-cu11==11.8.89",
@@ -34,9 +35,9 @@ NUMBERS = {  # in driver_types.h and cuda.h -> here
     "cudaStreamNonBlocking": cudart.NON_BLOCKING,
     "cudaHostAllocMapped": cudart.HOST_ALLOC_MAPPED,
     "cudaStreamCaptureModeThreadLocal": cudart.CAPTURE_THREAD_LOCAL,
-    "CU_DEVICE_ATTRIBUTE_INTEGRATED": cudart.INTEGRATED,
-    "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR": cudart.MAJOR,
-    "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR": cudart.MINOR,
+    "CU_DEVICE_ATTRIBUTE_INTEGRATED": gpu.INTEGRATED,
+    "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR": gpu.MAJOR,
+    "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR": gpu.MINOR,
 }
 
 
@@ -69,9 +70,9 @@ def header(folders, version):
 def real(monkeypatch, folders, version):
     """The real libcudart, found where the wheel puts it, under a fake driver of the same version."""
     fake = fake_cuda.install(monkeypatch)
-    monkeypatch.setattr(cudart, "RUNTIMES", {int(re.search(r"so\.(\d+)", name)[1]): name for name in NAMES})
+    monkeypatch.setattr(gpu, "RUNTIMES", {int(re.search(r"so\.(\d+)", name)[1]): name for name in NAMES})
     monkeypatch.setattr(sys, "path", [str(folders[version])])
-    monkeypatch.setattr(cudart.site, "getsitepackages", list)
+    monkeypatch.setattr(gpu.site, "getsitepackages", list)
     major, minor = version.split(".")
     fake.device(cuda=1000 * int(major) + 10 * int(minor))
 
@@ -79,9 +80,9 @@ def real(monkeypatch, folders, version):
 def test_it_is_found_in_the_wheel_and_says_its_version(real, version):
     if version == "11.8" and not DRIVER.exists():  # CUDA 11 asks the driver even for this
         with pytest.raises(DeviceError, match="cudaRuntimeGetVersion gave 35"):
-            cudart.probe()
+            gpu.probe()
     else:
-        assert cudart.probe().runtime == version
+        assert gpu.probe().runtime == version
 
 
 def test_every_function_is_there_and_errors_come_back_in_words(real, version):

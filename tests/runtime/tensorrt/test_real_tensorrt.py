@@ -19,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 import edgedetr
 from edgedetr.bundle import Bundle
 from edgedetr.errors import DeviceError, EngineError
-from edgedetr.runtime.tensorrt import builder, cudart
-from edgedetr.runtime.tensorrt.cudart import Device
+from edgedetr.runtime.tensorrt import build, gpu
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
+from edgedetr.runtime.tensorrt.gpu import Device
 
 NOWHERE = Device("no device", 89, 8 << 30, False, "13.0", "13.0")
 LEAN = {"bindings": "tensorrt-lean-cu13-bindings==11.4.0.106", "libs": "tensorrt-lean-cu13-libs==11.4.0.106"}
@@ -51,9 +51,9 @@ def attempt(
     *,
     precision: str = "fp32",
     timing_cache: bytes = b"",
-    progress: builder.Progress | None = None,
-) -> builder._Built:
-    return builder._attempt(rtx, model, arguments(precision, batch), "strong", timing_cache, progress)
+    progress: build.Progress | None = None,
+) -> build._Built:
+    return build._attempt(rtx, model, arguments(precision, batch), "strong", timing_cache, progress)
 
 
 def test_the_builder_builds_a_static_and_a_dynamic_engine_and_tells_of_it(rtx, graph):
@@ -97,25 +97,25 @@ def test_the_real_parser_names_the_node_it_refuses(rtx):
     )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 19)], ir_version=9).SerializeToString()
     with pytest.raises(EngineError, match=r"node /stem/D?Q .*ero point"):
-        builder.build_plan(model, arguments(), NOWHERE)
+        build.build_serialized(model, arguments(), NOWHERE)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.97])
 def test_a_graph_that_is_cut_off_is_refused_by_the_real_parser(rtx, graph, keep):
     with pytest.raises(EngineError, match="parser refuses the graph"):
-        builder.build_plan(graph[: int(keep * len(graph))], arguments("fp32"), NOWHERE)
+        build.build_serialized(graph[: int(keep * len(graph))], arguments("fp32"), NOWHERE)
 
 
 def test_the_real_runtime_without_a_driver_is_one_error(rtx, graph):
     if has_gpu():
         pytest.skip("needs a machine without a GPU")
     with pytest.raises(EngineError, match="built an engine that it cannot load"):
-        builder.build_plan(graph, arguments("fp32", (1, 1, 4)), NOWHERE)
+        build.build_serialized(graph, arguments("fp32", (1, 1, 4)), NOWHERE)
 
 
 def has_gpu() -> bool:
     try:
-        cudart.probe()
+        gpu.probe()
     except DeviceError:
         return False
     return True
@@ -139,8 +139,8 @@ GUARDED = (
     LOAD
     + """
     from edgedetr.errors import EdgedetrError
-    from edgedetr.runtime.tensorrt import library, trt_runner as trt
-    print(library.why_unavailable())
+    from edgedetr.runtime.tensorrt import gpu, trt_runner as trt
+    print(gpu.why_unavailable())
     for run in (lambda: trt.TrtRunner(sys.argv[4]), lambda: trt.Session(b"a plan")):
         try:
             run()

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 from edgedetr.errors import EngineError, MissingDependency, UsageError
-from edgedetr.runtime import load, machine
+from edgedetr.runtime import load
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.backends.onnxruntime import OrtFrameRunner
 from edgedetr.runtime.frame_detector import load_frames
-from edgedetr.runtime.tensorrt import cache as engine_store
-from edgedetr.runtime.tensorrt import engine_metadata, select
-from edgedetr.runtime.tensorrt.select import Measured
+from edgedetr.runtime.tensorrt import engine_cache, engine_metadata, engine_validation, select
+from edgedetr.runtime.tensorrt.select import Measurement
 
 FILES = ("model.onnx", "model.fp16.onnx", "model.int8.onnx")
 
@@ -67,23 +66,23 @@ def test_int8_goes_before_fp16_before_float32_until_something_was_measured(fake,
 @pytest.mark.parametrize(
     "int8, fp16, best, words",
     [
-        (Measured(True, 3.0), Measured(True, 2.0), "fp16", "verified on this device, 2.00 ms"),
-        (Measured(True, 2.0), Measured(True, 3.0), "int8", "verified on this device, 2.00 ms"),
-        (Measured(False, 1.0), Measured(True, 3.0), "fp16", "verified on this device, 3.00 ms"),
-        (Measured(False, 1.0), None, "fp16", "fits this device; not verified here yet"),
-        (Measured(True, 9.0), None, "int8", "verified on this device, 9.00 ms"),
-        (None, Measured(True, 9.0), "fp16", "verified on this device, 9.00 ms"),
-        (Measured(False, 1.0), Measured(False, 2.0), "int8", "did not pass edgedetr verify here, 1.00 ms"),
+        (Measurement(True, 3.0), Measurement(True, 2.0), "fp16", "verified on this device, 2.00 ms"),
+        (Measurement(True, 2.0), Measurement(True, 3.0), "int8", "verified on this device, 2.00 ms"),
+        (Measurement(False, 1.0), Measurement(True, 3.0), "fp16", "verified on this device, 3.00 ms"),
+        (Measurement(False, 1.0), None, "fp16", "fits this device; not verified here yet"),
+        (Measurement(True, 9.0), None, "int8", "verified on this device, 9.00 ms"),
+        (None, Measurement(True, 9.0), "fp16", "verified on this device, 9.00 ms"),
+        (Measurement(False, 1.0), Measurement(False, 2.0), "int8", "did not pass edgedetr verify here, 1.00 ms"),
     ],
 )
 def test_what_was_measured_decides(fake, bundle, int8, fp16, best, words):
     for precision, measured in (("int8", int8), ("fp16", fp16)):
         made = plan(bundle, precision, plan_sha256=digest_of(precision))
         if measured:
-            select.record(made.parent, {digest_of(precision): measured})
-    chosen = select.pick(select.survey(bundle).fitting)
+            select.record_measurements(made.parent, {digest_of(precision): measured})
+    chosen = select.pick(select.find_engines(bundle).fitting)
     assert chosen.stage == best
-    assert select.why(chosen) == words
+    assert select.reason_for(chosen) == words
 
 
 def digest_of(word):
@@ -104,7 +103,7 @@ def digest_of(word):
     ],
 )
 def test_an_engine_of_another_place_is_left_and_the_reason_is_said(fake, bundle, monkeypatch, change, reason):
-    monkeypatch.setattr(machine, "host", lambda **_: "fedcba9876543210")
+    monkeypatch.setattr(engine_validation, "host", lambda **_: "fedcba9876543210")
     plan(bundle, "int8", **change)
     detector = load(bundle, threads=1)
     assert detector.backend == "onnxruntime"
@@ -117,7 +116,7 @@ def test_an_engine_of_another_place_is_left_and_the_reason_is_said(fake, bundle,
 
 
 def test_trust_takes_an_engine_of_another_machine_and_nothing_that_does_not_fit(fake, bundle, monkeypatch):
-    monkeypatch.setattr(machine, "host", lambda **_: "fedcba9876543210")
+    monkeypatch.setattr(engine_validation, "host", lambda **_: "fedcba9876543210")
     plan(bundle, "int8", host="0123456789abcdef")
     plan(bundle, "fp16", host="0123456789abcdef", sm=110)
     assert load(bundle, trust=True).description.startswith("int8 on tensorrt")
@@ -126,8 +125,8 @@ def test_trust_takes_an_engine_of_another_machine_and_nothing_that_does_not_fit(
 
 
 def test_without_a_sidecar_or_with_a_damaged_one_it_is_left(fake, bundle):
-    engine_metadata.beside(plan(bundle, "int8")).unlink()
-    engine_metadata.beside(plan(bundle, "fp16")).write_text("{")
+    engine_metadata.metadata_path(plan(bundle, "int8")).unlink()
+    engine_metadata.metadata_path(plan(bundle, "fp16")).write_text("{")
     said = load(bundle).description
     assert "int8.plan not used: no int8.json beside it" in said
     assert "fp16.json: not readable as JSON" in said
@@ -159,7 +158,7 @@ def test_without_a_driver_or_tensorrt_engines_are_left_with_one_sentence(fake, b
 
 
 def test_without_engines_nothing_of_a_gpu_is_asked(bundle, monkeypatch):
-    monkeypatch.setattr(select.cudart, "probe", lambda: pytest.fail("was asked"))
+    monkeypatch.setattr(select.gpu, "probe", lambda: pytest.fail("was asked"))
     assert load(bundle).backend == "onnxruntime"
 
 
@@ -190,22 +189,22 @@ def test_engines_of_a_read_only_bundle_are_found_in_the_users_cache_and_others_t
     fake, bundle, tmp_path
 ):
     folder = tmp_path / "cache" / "edgedetr" / "engines"
-    assert folder in engine_store.folders(bundle)
+    assert folder in engine_cache.folders(bundle)
     plan(bundle, "int8", folder=folder)
     plan(bundle, "fp16", folder=folder, onnx_sha256="1" * 64)  # of another bundle
     assert "int8.plan" in load(bundle).description
-    assert select.survey(bundle).refused == ()
+    assert select.find_engines(bundle).refused == ()
     fake.fake.fail("cuInit", 100)
-    assert select.survey(bundle) == select.Survey()
+    assert select.find_engines(bundle) == select.EngineSearch()
 
 
 def test_a_damaged_record_of_measurements_counts_as_none(fake, bundle, caplog):
     made = plan(bundle, "int8", plan_sha256=digest_of("int8"))
-    select.record(made.parent, {digest_of("int8"): Measured(True, 1.0)})
-    assert select.survey(bundle).fitting[0].measured == Measured(True, 1.0)
+    select.record_measurements(made.parent, {digest_of("int8"): Measurement(True, 1.0)})
+    assert select.find_engines(bundle).fitting[0].measured == Measurement(True, 1.0)
     for text in ("{", "[]", json.dumps({digest_of("int8"): {"passed": True}})):
         (made.parent / select.MEASURED).write_text(text)
-        assert select.survey(bundle).fitting[0].measured is None
+        assert select.find_engines(bundle).fitting[0].measured is None
     assert "run: edgedetr verify" in caplog.text
 
 
@@ -242,17 +241,17 @@ def test_whole_frames_run_on_their_own_engine_and_detectors_pass_it_over(fake, m
     )
     np.testing.assert_array_equal(on_gpu(frame).xyxy, on_cpu(frame).xyxy)
     assert load_frames(bundle, make=OrtFrameRunner).runner.name == "onnxruntime"
-    assert select.survey(bundle) == select.Survey()
+    assert select.find_engines(bundle) == select.EngineSearch()
     assert load(bundle, threads=1).backend == "onnxruntime"
 
 
 @pytest.mark.parametrize("under, counts", [("driver 12.4", False), ("driver 12.6", True), ("", False)])
 def test_what_was_measured_with_another_driver_counts_no_more(fake, bundle, under, counts):
     made = plan(bundle, "int8", plan_sha256=digest_of("int8"), driver="12.4")  # 12.6 is here
-    select.record(made.parent, {digest_of("int8"): Measured(True, 1.0, under)})
-    found = select.survey(bundle).fitting[0]
+    select.record_measurements(made.parent, {digest_of("int8"): Measurement(True, 1.0, under)})
+    found = select.find_engines(bundle).fitting[0]
     assert (found.measured is not None) == counts
-    assert ("built with driver 12.4, which is now 12.6" in select.why(found)) != counts
+    assert ("built with driver 12.4, which is now 12.6" in select.reason_for(found)) != counts
 
 
 @pytest.mark.parametrize(

@@ -18,19 +18,19 @@ from edgedetr.lint.lint import lint_file
 from edgedetr.lint.rtx import check_all
 from edgedetr.onnx_graph import selftest_models
 from edgedetr.runtime.backends import onnxruntime
-from edgedetr.runtime.tensorrt import builder, library, selftest
-from edgedetr.runtime.tensorrt.builder import Plan
-from edgedetr.runtime.tensorrt.selftest import CANARIES, sqnr_db, stored
+from edgedetr.runtime.tensorrt import build, gpu, selftest
+from edgedetr.runtime.tensorrt.build import SerializedEngine
+from edgedetr.runtime.tensorrt.selftest import SELFTEST_MODELS, sqnr_db, stored
 
 torch = pytest.importorskip("torch", reason="GridSample is compared with PyTorch's")
-FLOORS = {canary.name: canary.floor_db for canary in CANARIES}
+FLOORS = {canary.name: canary.floor_db for canary in SELFTEST_MODELS}
 
 
 def constants(model: bytes) -> dict[str, np.ndarray]:
     return {c.name: numpy_helper.to_array(c) for c in onnx.load_from_string(model).graph.initializer}
 
 
-@pytest.mark.parametrize("name", selftest_models.CANARIES)
+@pytest.mark.parametrize("name", selftest_models.SELFTEST_MODELS)
 def test_what_is_stored_is_what_the_generator_makes(name):
     data, x, y = selftest_models.make(name)
     model, kept_x, kept_y = stored(name)
@@ -41,7 +41,7 @@ def test_what_is_stored_is_what_the_generator_makes(name):
 
 
 def test_there_is_a_graph_for_every_canary_and_no_other():
-    assert {path.stem for path in selftest.FOLDER.iterdir()} == set(FLOORS) == set(selftest_models.CANARIES)
+    assert {path.stem for path in selftest.FOLDER.iterdir()} == set(FLOORS) == set(selftest_models.SELFTEST_MODELS)
 
 
 def test_nvidias_parser_and_builder_take_them():
@@ -157,23 +157,23 @@ def fake(monkeypatch, trt):
 
 
 @pytest.fixture
-def build(monkeypatch):
+def built(monkeypatch):
     """A builder whose engines are the graphs themselves, or what the test puts in their place."""
     plans: dict[str, bytes] = {}
 
-    def build_plan(model, arguments, device, *, what, **rest):
+    def build_serialized(model, arguments, device, *, what, **rest):
         assert set(arguments.batch) == {len(stored(what.split()[1])[1])} and not rest
         plan = plans.get(what.split()[1], model)
         if plan == b"":
             raise EngineError(f"{what}: TensorRT cannot build it")
         layer = {"Name": "conv", "LayerType": "CaskConvolution", "Inputs": [{"Format/Datatype": "Int8"}]}
-        return Plan(plan, json.dumps({"Layers": [layer]}), b"", "strong", 0.1)
+        return SerializedEngine(plan, json.dumps({"Layers": [layer]}), b"", "strong", 0.1)
 
-    monkeypatch.setattr(builder, "build_plan", build_plan)
+    monkeypatch.setattr(build, "build_serialized", build_serialized)
     return plans
 
 
-def test_a_right_tensorrt_passes_every_canary_plainly_and_as_a_graph(fake, build, capsys):
+def test_a_right_tensorrt_passes_every_canary_plainly_and_as_a_graph(fake, built, capsys):
     assert cli.run(["selftest", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["passed"] and [o["name"] for o in said["outcomes"]] == list(FLOORS)
@@ -184,21 +184,21 @@ def test_a_right_tensorrt_passes_every_canary_plainly_and_as_a_graph(fake, build
 
 
 @pytest.mark.parametrize("name", FLOORS)
-def test_a_wrong_result_gives_exit_code_3_and_names_the_canary(fake, build, name, capsys):
-    build[name] = faulty(name)
+def test_a_wrong_result_gives_exit_code_3_and_names_the_canary(fake, built, name, capsys):
+    built[name] = faulty(name)
     assert cli.run(["selftest"]) == 3
     said = capsys.readouterr().err
     assert f"{name}: wrong: " in said and said.count("WRONG") == 1
     assert ("gathers" in said) == (name == "grid_sample")
 
 
-def test_equal_rows_that_come_out_different_are_named(fake, build, capsys):
+def test_equal_rows_that_come_out_different_are_named(fake, built, capsys):
     fake.shift = 1e-3  # 60 dB: above what a float32 floor would forgive
     assert cli.run(["selftest"]) == 3
     assert "equal rows of one batch give different results (TensorRT issue 4813)" in capsys.readouterr().err
 
 
-def test_a_graph_that_goes_wrong_only_when_replayed_is_told_apart(fake, build, monkeypatch):
+def test_a_graph_that_goes_wrong_only_when_replayed_is_told_apart(fake, built, monkeypatch):
     def run(self, feeds, original=selftest.Session.run):
         found = original(self, feeds)
         return {name: value + bool(self.graphs) for name, value in found.items()}
@@ -208,15 +208,15 @@ def test_a_graph_that_goes_wrong_only_when_replayed_is_told_apart(fake, build, m
     assert all(not o.passed and o.note.startswith("wrong as a CUDA graph only") for o in outcomes)
 
 
-def test_a_canary_that_cannot_be_built_fails_and_the_others_are_still_run(fake, build):
-    build["layer_norm"] = b""
+def test_a_canary_that_cannot_be_built_fails_and_the_others_are_still_run(fake, built):
+    built["layer_norm"] = b""
     found = selftest.selftest()
     assert [o.passed for o in found.outcomes] == [True, False, True]
     assert found.outcomes[1].note == "canary layer_norm: TensorRT cannot build it"
     assert found.outcomes[1].sqnr_db is None and not found.passed
 
 
-def test_a_canary_that_the_device_has_no_memory_for_fails_and_the_others_are_still_run(fake, build):
+def test_a_canary_that_the_device_has_no_memory_for_fails_and_the_others_are_still_run(fake, built):
     fake.fake.fail("cudaMalloc", 2, after=5)  # the second buffer of the third canary is too much
     found = selftest.selftest()
     assert [o.passed for o in found.outcomes] == [True, True, False]
@@ -229,6 +229,6 @@ def test_without_a_device_or_tensorrt_one_error_says_so(monkeypatch, capsys):
     assert cli.run(["selftest"]) == 1
     assert "no NVIDIA driver" in capsys.readouterr().err
     monkeypatch.setattr(selftest, "probe", lambda: None)
-    monkeypatch.setattr(selftest, "tensorrt", lambda: (_ for _ in ()).throw(MissingDependency(library.NEEDED)))
+    monkeypatch.setattr(selftest, "tensorrt", lambda: (_ for _ in ()).throw(MissingDependency(gpu.NEEDED)))
     assert cli.run(["selftest"]) == 1
     assert "python3-libnvinfer" in capsys.readouterr().err

@@ -21,7 +21,7 @@ GUARDED = {"trt.IErrorRecorder.take": "our recorder's own method, which only we 
 
 # What the builder and the runner cannot do without: if these were not found, the collector would have gone blind.
 ESSENTIAL = {
-    "builder.py": {
+    "build.py": {
         "trt.Builder",
         "trt.Builder.create_network",
         "trt.OnnxParser.parse",
@@ -38,7 +38,7 @@ ESSENTIAL = {
         "trt.INetworkDefinition.get_input",
         "trt.ITensor.shape",
     },
-    "library.py": {"trt.ILogger.Severity", "trt.ILogger.Severity.INTERNAL_ERROR", "trt.ILogger.log"},
+    "gpu.py": {"trt.ILogger.Severity", "trt.ILogger.Severity.INTERNAL_ERROR", "trt.ILogger.log"},
     "trt_runner.py": {
         "trt.Runtime.deserialize_cuda_engine",
         "trt.ICudaEngine.create_execution_context",

@@ -114,7 +114,7 @@ def test_an_output_whose_shape_depends_on_the_data_is_refused(plan, latest, rng)
 def test_an_engine_of_another_contract_is_refused(plan, latest, tmp_path, tiny_graph, monkeypatch):
     path = plan()
     tiny_graph.write(path, np.zeros((3, 6)), np.zeros((3, 2)), names=("points", "boxes"))
-    (engine_metadata.beside(path)).unlink()
+    (engine_metadata.metadata_path(path)).unlink()
     with pytest.raises(EngineError, match=r"outputs \['boxes', 'points'\]; expected images"):
         TrtRunner(path, trust=True)
     assert latest.gone == ["engine", "runtime"]

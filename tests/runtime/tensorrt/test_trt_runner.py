@@ -202,7 +202,7 @@ def test_outputs_in_half_precision_come_back_as_float32(plan, latest, rng):
         next(o for o in graph.graph.output if o.name == name).type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
     images = pictures(rng)
     expected = TrtRunner(path).run(images)
-    engine_metadata.beside(path).unlink()
+    engine_metadata.metadata_path(path).unlink()
     path.write_bytes(graph.SerializeToString())
     half = TrtRunner(path, trust=True)
     assert half.session.ports["logits"].dtype == np.float16

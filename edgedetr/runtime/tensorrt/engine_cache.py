@@ -18,9 +18,8 @@ from pathlib import Path
 
 from edgedetr.bundle import Bundle, atomic_write
 from edgedetr.errors import EngineError
-from edgedetr.runtime.machine import user_cache
-from edgedetr.runtime.tensorrt.cudart import Device
-from edgedetr.runtime.tensorrt.engine_validation import read_regular
+from edgedetr.runtime.tensorrt.gpu import Device
+from edgedetr.storage.reading import read_plain_file
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +27,12 @@ FOLDER = "engines"
 UNFINISHED = ".building"  # ending of files that are being written; those of a process that was killed stay
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 LARGEST_CACHE = 256 << 20  # bytes of a timing cache; a real one has a few million
+
+
+def user_cache() -> Path:
+    """The user's cache folder of edgedetr."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "edgedetr"
 
 
 def folders(bundle: Bundle) -> tuple[Path, Path]:
@@ -123,7 +128,9 @@ def read_timing_cache(path: Path) -> bytes:
     if not path.exists():
         return b""
     try:
-        return read_regular(path, LARGEST_CACHE, "expected the timings of earlier builds", code=True)
+        return read_plain_file(
+            path, LARGEST_CACHE, "expected the timings of earlier builds", code=True, error=EngineError
+        )
     except EngineError as error:
         log.warning("building without the timings of earlier builds: %s", error)
         return b""

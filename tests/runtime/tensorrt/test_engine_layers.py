@@ -7,7 +7,7 @@ import json
 import pytest
 
 from edgedetr.errors import EngineError
-from edgedetr.runtime.tensorrt.inspector import LayerSummary, summarize
+from edgedetr.runtime.tensorrt.engine_metadata import LayerSummary, summarize_layers
 
 # (layer type, name, datatype of the first input as 10.x words it, as 11.x words it)
 LAYERS = [
@@ -53,7 +53,7 @@ def in_words_of(version: int) -> str:
 
 @pytest.mark.parametrize("version", [10, 11])
 def test_both_forms_of_the_inspector_give_the_same_counts(version):
-    found = summarize(in_words_of(version))
+    found = summarize_layers(in_words_of(version))
     assert found == EXPECTED
     assert found.layers == 12 and found.share("int8") == 3 / 7 and found.share("fp8") == 0
 
@@ -71,16 +71,16 @@ def test_the_type_of_the_weights_decides_where_it_is_told(weights, inputs, expec
     layer = {"LayerType": "CaskConvolution", "Inputs": [{"Format/Datatype": text} for text in inputs], "Outputs": []}
     if weights:
         layer["Weights"] = {"Type": weights, "Count": 864}
-    assert summarize(json.dumps({"Layers": [layer]})).weighted == {expected: 1}
+    assert summarize_layers(json.dumps({"Layers": [layer]})).weighted == {expected: 1}
 
 
 def test_a_layer_without_inputs_counts_by_its_outputs_and_names_alone_are_unknown():
     fill = {"LayerType": "Fill", "Inputs": [], "Outputs": [{"Format/Datatype": "Row major linear FP32"}]}
-    found = summarize(json.dumps({"Layers": [fill, "only a name"]}))
+    found = summarize_layers(json.dumps({"Layers": [fill, "only a name"]}))
     assert found.precision == {"fp32": 1, "unknown": 1} and found.share("int8") is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"Layers": 3}', "not json", "null"])
 def test_an_answer_without_layers_is_one_error(text):
     with pytest.raises(EngineError, match="inspector answered something unreadable"):
-        summarize(text)
+        summarize_layers(text)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from edgedetr.errors import EngineError
-from edgedetr.runtime import onnx_facts
 from edgedetr.runtime.backends import onnx_bytes
 
 value = helper.make_tensor_value_info
@@ -40,7 +39,7 @@ def model(opset: int = 19) -> onnx.ModelProto:
 
 def test_the_facts_are_those_of_the_onnx_package():
     made = model()
-    found = onnx_facts.facts(made.SerializeToString())
+    found = onnx_bytes.facts(made.SerializeToString())
     assert found.opset == 19
     assert found.inputs == {"images": ("batch", 2), "cond": ()}
     assert found.outputs == {"logits": (1, 3), "boxes": ("?", 3)}
@@ -51,7 +50,7 @@ def test_the_facts_are_those_of_the_onnx_package():
 def test_the_standard_domain_may_be_written_out():
     made = model()
     made.opset_import[1].domain = "ai.onnx"
-    assert onnx_facts.facts(made.SerializeToString()).opset == 19
+    assert onnx_bytes.facts(made.SerializeToString()).opset == 19
 
 
 @pytest.mark.parametrize("place", ["initializer", "attribute", "subgraph", "sparse"])
@@ -83,7 +82,7 @@ def test_weights_in_another_file_are_found_wherever_they_hide(tmp_path, place, l
 def test_external_data_without_the_flag_is_external_too():
     made = model()
     made.graph.initializer[0].external_data.add(key="location", value="elsewhere")
-    assert onnx_facts.facts(made.SerializeToString()).external == ("elsewhere",)
+    assert onnx_bytes.facts(made.SerializeToString()).external == ("elsewhere",)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +114,7 @@ def test_an_oversized_file_is_not_read(tmp_path):
 )
 def test_what_is_no_onnx_file_is_one_error(data):
     with pytest.raises(EngineError, match="not an ONNX file|no ONNX graph"):
-        onnx_facts.facts(data)
+        onnx_bytes.facts(data)
 
 
 def test_graphs_nested_without_end_are_refused():
@@ -126,7 +125,7 @@ def test_graphs_nested_without_end_are_refused():
         node = b"\x2a" + _length(attribute) + attribute
     graph = b"\x0a" + _length(node) + node
     with pytest.raises(EngineError, match="nested more than 32 deep"):
-        onnx_facts.facts(b"\x3a" + _length(graph) + graph)
+        onnx_bytes.facts(b"\x3a" + _length(graph) + graph)
 
 
 def _length(data: bytes) -> bytes:
@@ -146,10 +145,10 @@ def test_damage_gives_facts_or_one_error(cut, flips):
         if bit // 8 < len(data):
             data[bit // 8] ^= 1 << bit % 8
     try:
-        said = f"{onnx_facts.facts(bytes(data))}"
+        said = f"{onnx_bytes.facts(bytes(data))}"
     except EngineError as error:
         said = str(error)
-    assert "OnnxFacts(" in said or onnx_facts.EXPECTED in said
+    assert "OnnxFacts(" in said or onnx_bytes.EXPECTED in said
 
 
 @pytest.mark.parametrize("seed", range(3))
