@@ -24,6 +24,12 @@ class EdgedetrError(Exception):
         super().__init__(message, *others)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, at most 300 characters, to be quoted in ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:300]
+
+
 class UsageError(EdgedetrError):
     """The words of the command were not usable."""
 

@@ -9,15 +9,15 @@ import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 from onnx.inliner import inline_local_functions
 
-from edgedetr.errors import ExportError, UsageError
+from edgedetr.errors import ExportError, UsageError, first_line
 from edgedetr.importing import io_contract, surgery
 from edgedetr.importing.onnx_sidecars import PROCESSOR, Beside
-from edgedetr.onnx_graph.control_flow import first_line, sort_nodes
+from edgedetr.onnx_graph.fold import fold_at_fixed_size
+from edgedetr.onnx_graph.fp32 import convert_to_fp32
+from edgedetr.onnx_graph.graph_edit import sort_nodes
 from edgedetr.onnx_graph.index import GraphIndex, display_name
 from edgedetr.onnx_graph.io import open_onnx, tensors
 from edgedetr.onnx_graph.opset import OPSET, to_opset
-from edgedetr.onnx_graph.settle_sizes import settle
-from edgedetr.onnx_graph.widen import widen
 
 LARGEST_SIDE = 8192  # pixels; images and tensors of a larger input would not fit into memory
 # What no TensorRT takes: control flow that the size does not decide, lists, text, and results of open length.
@@ -143,8 +143,8 @@ def fixed(
     sizes = {taken.image: [1, 3, height, width], **({taken.sizes: [1, 2]} if taken.sizes else {})}
     masks = {taken.mask: np.ones((1, height, width), dtype_of(original, taken.mask))} if taken.mask else {}
     surgery.fix_inputs(model, sizes, masks)
-    half = widen(model)
-    model = settle(to_opset(model, OPSET))
+    half = convert_to_fp32(model)
+    model = fold_at_fixed_size(to_opset(model, OPSET))
     surgery.name_nodes(model)
     for node in model.graph.node:
         if node.op_type in _REFUSED:

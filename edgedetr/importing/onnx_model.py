@@ -19,7 +19,7 @@ from onnx import ModelProto, numpy_helper
 from edgedetr.artifacts import ONNX, WEIGHTS
 from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract, digest
 from edgedetr.data.layouts import load, splits
-from edgedetr.errors import DataError, ExportError, UsageError
+from edgedetr.errors import DataError, ExportError, UsageError, first_line
 from edgedetr.importing import io_contract, surgery
 from edgedetr.importing.choice import SPEAKS, Judge, choose
 from edgedetr.importing.import_options import ImportOptions, Kept, Normalization, columns_of, read_names, usual
@@ -30,12 +30,12 @@ from edgedetr.importing.original_model import NOISE, SIDE, Agreement, Original, 
 from edgedetr.importing.output_meaning import Asked, Understood, understand
 from edgedetr.importing.trace_outputs import run
 from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX, check_graph, model_metadata
-from edgedetr.onnx_graph.control_flow import first_line
-from edgedetr.onnx_graph.fold import fold, remove_unused
-from edgedetr.onnx_graph.gather_sampling import gather_samples
+from edgedetr.onnx_graph.fold import fold
+from edgedetr.onnx_graph.fp32 import remove_redundant_casts
+from edgedetr.onnx_graph.graph_edit import prune
+from edgedetr.onnx_graph.grid_sample import replace_grid_samples
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.opset import IR_VERSION, OPSET
-from edgedetr.onnx_graph.widen import drop_idle_casts
 from edgedetr.runtime.arguments import as_path
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.detections import Detections
@@ -195,13 +195,13 @@ def import_onnx_model(path: str | Path, out: str | Path, options: ImportOptions 
         queries=found.queries,
         width=found.width,
     )
-    drop_idle_casts(result)
+    remove_redundant_casts(result)
     result = fold(result)
     folded = surgery.absorb_scales(result)
     surgery.name_nodes(result)
-    gathered = gather_samples(result) if options.sampling != "grid_sample" else 0
+    gathered = replace_grid_samples(result) if options.sampling != "grid_sample" else 0
     prefix_nodes(result, found.queries)
-    remove_unused(result)
+    prune(result)
     manifest = Manifest(MODEL, kept.classes, contract, output, data=record)
     opset = GraphIndex(original).opset
     _finish(result, manifest, path, opset)

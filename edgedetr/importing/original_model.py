@@ -11,13 +11,12 @@ from onnx import ModelProto, helper
 from edgedetr.bundle import ClassInfo, InputContract, OutputContract
 from edgedetr.data.detection_set import DetectionSet
 from edgedetr.data.images import decode as decode_image
-from edgedetr.errors import ExportError, ModelError
+from edgedetr.errors import ExportError, ModelError, first_line
 from edgedetr.evaluation.agreement import compare_detections
 from edgedetr.importing.box_format import from_corners
 from edgedetr.importing.io_contract import Inputs
 from edgedetr.importing.output_meaning import Understood
 from edgedetr.importing.output_roles import Chosen
-from edgedetr.onnx_graph.control_flow import first_line
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnxruntime import plain_session
 from edgedetr.runtime.detections import Detections

@@ -11,8 +11,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.importing.box_format import BoxForm
 from edgedetr.importing.trace_outputs import Block
-from edgedetr.onnx_graph.control_flow import rename
 from edgedetr.onnx_graph.graph_builder import GraphBuilder
+from edgedetr.onnx_graph.graph_edit import rename_tensors
 from edgedetr.onnx_graph.index import GraphIndex
 
 OURS = ("images", "logits", "boxes")  # names of a bundle's inputs and outputs
@@ -154,13 +154,13 @@ def dress(
     )
     graph = result.graph
     size = [dim.dim_value for item in graph.input if item.name == image for dim in item.type.tensor_type.shape.dim]
-    before, name = GraphBuilder("normalize"), "images"
+    before, name = GraphBuilder("/normalize"), "images"
     for kind, value in (("Mul", scale), ("Add", shift)):
         if not np.all(value == (1 if kind == "Mul" else 0)):
             name = before.add(kind, name, before.constant(value.reshape(3, 1, 1), np.float32))
     for node in graph.node:
-        rename(node, {image: name})
-    classes, places = GraphBuilder("logits"), GraphBuilder("boxes")
+        rename_tensors(node, {image: name})
+    classes, places = GraphBuilder("/logits"), GraphBuilder("/boxes")
     found = _rows(classes, logits, queries, width)
     if list(columns) == list(range(width)):
         classes.add("Identity", found, output="logits")
@@ -216,6 +216,6 @@ def _shares(part: GraphBuilder, boxes: str, form: BoxForm) -> str:
 
 def _rename(model: ModelProto, names: Mapping[str, str]) -> None:
     for node in model.graph.node:
-        rename(node, names)
+        rename_tensors(node, names)
     for item in [*model.graph.initializer, *model.graph.input, *model.graph.output]:
         item.name = names.get(item.name, item.name)

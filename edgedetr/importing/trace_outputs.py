@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
-from edgedetr.errors import ExportError
+from edgedetr.errors import ExportError, first_line
 from edgedetr.importing.box_format import LAYOUTS, Layout, from_corners, to_corners
 from edgedetr.importing.class_format import BOTH, Activation, apply
-from edgedetr.onnx_graph.control_flow import first_line
 from edgedetr.onnx_graph.index import FLOATS, GraphIndex
 from edgedetr.runtime.backends.onnxruntime import plain_session
 

@@ -82,12 +82,9 @@ class _Simulation:
     def __init__(self, onnx: Any, model: Any, rounded: bool) -> None:
         self.onnx, self.model, self.rounded = onnx, model, rounded
         self.fp32, self.fp16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
-        inferred = onnx.shape_inference.infer_shapes(model).graph
-        self.fp16_tensors = {
-            item.name
-            for item in (*inferred.value_info, *inferred.output, *inferred.input)
-            if item.type.tensor_type.elem_type == self.fp16
-        }
+        from edgedetr.onnx_graph.infer import infer_types  # needs onnx, which this module does not until it converts
+
+        self.fp16_tensors = {name for name, kind in infer_types(model).types.items() if kind == self.fp16}
         self.nodes: list[Any] = []
 
     def write(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Pieces that are put in front of a graph or behind it: nodes, their constants, and the joining."""
+"""Build pieces of a graph, nodes with their constants, and merge them with a graph before and after it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
+from edgedetr.onnx_graph.infer import checked
 
 
 class GraphBuilder:
-    """Nodes and constants under one prefix, in the order in which they run."""
+    """Nodes in the order in which they run, and their constants; the names of all of them begin with `prefix`."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
@@ -21,19 +21,19 @@ class GraphBuilder:
         self.constants: list[TensorProto] = []
 
     def add(self, op: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        """One node with one output, which is returned; an empty input is one that the operator may lack."""
+        """One node with one output, whose name is returned; "" leaves out an optional input."""
         return self.add_many(op, *inputs, outputs=(output,), **attributes)[0]
 
     def add_many(self, op: str, *inputs: str, outputs: Sequence[str], **attributes: Any) -> list[str]:
-        """One node with several outputs; those named "" get a name of their own."""
-        name = f"/{self.prefix}/{op}_{len(self.nodes)}"
+        """One node with several outputs, whose names are returned; for "" a name is made up."""
+        name = f"{self.prefix}/{op}_{len(self.nodes)}"
         found = [item or f"{name}_output_{number}" for number, item in enumerate(outputs)]
         self.nodes.append(helper.make_node(op, list(inputs), found, name=name, **attributes))
         return found
 
     def constant(self, value: object, dtype: type = np.int64) -> str:
         """The name of a constant tensor."""
-        name = f"/{self.prefix}/constant_{len(self.constants)}"
+        name = f"{self.prefix}/constant_{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.asarray(value, dtype=dtype), name))
         return name
 
@@ -49,12 +49,12 @@ def merge(
 ) -> ModelProto:
     """front -> the nodes of `model` -> back as one graph of the same opset.
 
-    renamed    tensors of `model` that get another name, so that an output may have the old one
-    metadata   key-value texts that the file gets besides its own
+    renamed    new names for tensors of `model`, so that an output of the result may take the old one
+    metadata   key-value texts added to the file's own
     """
-    joined = ModelProto()
-    joined.CopyFrom(model)
-    graph = joined.graph
+    merged = ModelProto()
+    merged.CopyFrom(model)
+    graph = merged.graph
     for node in graph.node:
         for names in (node.input, node.output):
             names[:] = [renamed.get(name, name) for name in names]
@@ -65,13 +65,8 @@ def merge(
     graph.input.extend(inputs)
     graph.output.extend(outputs)
     for key, value in metadata.items():
-        joined.metadata_props.add(key=key, value=value)
-    try:
-        onnx.checker.check_model(joined)
-        # Strict: a shape or a type that does not fit is an error here and not on the device.
-        return onnx.shape_inference.infer_shapes(joined, check_type=True, strict_mode=True, data_prop=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the joined graph is not valid ONNX ({error}); report this, it is a defect") from error
+        merged.metadata_props.add(key=key, value=value)
+    return checked(merged)
 
 
 def output_shape(model: ModelProto, name: str) -> list[int]:

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from edgedetr.onnx_graph.evaluate_node import OPERATORS, evaluate
-from edgedetr.onnx_graph.infer import Inferred, in_order, infer_types, walk
-from edgedetr.onnx_graph.tensor_checks import tensor_fault
+from edgedetr.onnx_graph.graph_walk import all_nodes, in_order
+from edgedetr.onnx_graph.infer import Inferred, infer_types
+from edgedetr.onnx_graph.io import tensor_error
 
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
 # Operators whose output has no negative value when their first input has none.
@@ -86,7 +87,7 @@ class GraphIndex:
     @cached_property
     def all_nodes(self) -> list[NodeProto]:
         functions = (node for function in self.model.functions for node in function.node)
-        return [*walk(self.model.graph), *functions]
+        return [*all_nodes(self.model.graph), *functions]
 
     @cached_property
     def sorted_nodes(self) -> list[NodeProto]:
@@ -119,7 +120,7 @@ class GraphIndex:
     @property
     def inference_error(self) -> str:
         """Why types and shapes could not be inferred, or ""."""
-        return self._inferred.fault
+        return self._inferred.error
 
     def shape(self, name: str) -> list[int | None] | None:
         """Sizes of a tensor, or None where not even its rank is known."""
@@ -138,7 +139,7 @@ class GraphIndex:
         """
         if name not in self._values:
             tensor = self.constants.get(name)
-            readable = tensor is not None and not tensor_fault(tensor)
+            readable = tensor is not None and not tensor_error(tensor)
             self._values[name] = numpy_helper.to_array(tensor) if readable and tensor is not None else None
         return self._values[name]
 
@@ -226,14 +227,14 @@ def constant_tensor(node: NodeProto) -> TensorProto | None:
         if item.name == "value" and item.type == AttributeProto.TENSOR:
             return item.t
         written = {
-            "value_float": (TensorProto.FLOAT, [item.f], []),
-            "value_int": (TensorProto.INT64, [item.i], []),
-            "value_floats": (TensorProto.FLOAT, list(item.floats), [len(item.floats)]),
-            "value_ints": (TensorProto.INT64, list(item.ints), [len(item.ints)]),
+            "value_float": (np.float32, item.f),
+            "value_int": (np.int64, item.i),
+            "value_floats": (np.float32, list(item.floats)),
+            "value_ints": (np.int64, list(item.ints)),
         }.get(item.name)
         if written is not None:
-            kind, numbers, sizes = written
-            return helper.make_tensor(next(iter(node.output), ""), kind, sizes, numbers)
+            dtype, value = written
+            return numpy_helper.from_array(np.array(value, dtype), next(iter(node.output), ""))
     return None
 
 

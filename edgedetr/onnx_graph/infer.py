@@ -1,29 +1,29 @@
-"""Types and shapes of a graph from its inputs, its weights and its operators alone.
+"""Infer the types and shapes of a graph from its inputs, its weights and its operators.
 
-onnx.shape_inference does it on a copy from which everything is gone that the file says of its inner tensors and
-outputs; where that leaves a type open, the operator's own schema says which input has the same.
+onnx.shape_inference runs on a copy without the file's own claims about its inner tensors and outputs, which may be
+wrong. Where it leaves a type open, the operator's schema names the input with the same type.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, shape_inference
 
-from edgedetr.onnx_graph.tensor_checks import tensor_fault
+from edgedetr.errors import ExportError, first_line
+from edgedetr.onnx_graph.graph_walk import all_nodes, in_order, inner_graphs
+from edgedetr.onnx_graph.io import tensor_error
 
 DEEPEST = 16  # graphs inside graphs; exporters write two or three
 MOST_CALLS = 100_000  # nodes of a local function with those of all that it calls
 _LONGEST = 2**31 - 1  # elements along one axis
 _MOST_AXES = 64  # of an input whose sizes are followed; TensorRT has 8
 _SMALL = 4096  # elements; larger weights take part by their type and shape alone
-# What onnx and protobuf raise for graphs that are not one, besides InferenceError.
-_FAULTS = shape_inference.InferenceError, RuntimeError, ValueError, IndexError, TypeError, OverflowError, KeyError
+# What onnx and protobuf raise for damaged graphs.
+_ERRORS = shape_inference.InferenceError, RuntimeError, ValueError, IndexError, TypeError, OverflowError, KeyError
 _TENSOR = {
     f"tensor({name})": TensorProto.DataType.Value(name.upper())
     for name in ("float", "float16", "bfloat16", "double", "int64", "int32", "int8", "uint8", "bool", "string")
@@ -32,67 +32,34 @@ _TENSOR = {
 
 @dataclass
 class Inferred:
-    """types, shapes   by tensor; `fault` says why there may be fewer than there could be."""
+    """Types and shapes by tensor.
+
+    error     why there may be fewer of them than there could be, or ""
+    failed    ONNX's inference gave nothing at all
+    """
 
     types: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, list[int | None]] = field(default_factory=dict)
-    fault: str = ""
+    error: str = ""
+    failed: bool = False
 
 
-def walk(graph: GraphProto) -> Iterator[NodeProto]:
-    """Every node, also inside control flow, however deep."""
-    waiting = [graph]
-    while waiting:
-        for node in waiting.pop().node:
-            yield node
-            waiting += inner_graphs(node)
+def infer_types(model: ModelProto, nodes: list[NodeProto] | None = None, *, open_size: int | None = None) -> Inferred:
+    """Types and shapes of every tensor of the main graph.
 
-
-def inner_graphs(node: NodeProto) -> list[GraphProto]:
-    return [inner for item in node.attribute for inner in ([item.g] if item.HasField("g") else item.graphs)]
-
-
-def in_order(nodes: list[NodeProto]) -> list[NodeProto]:
-    """Each node behind those it reads, otherwise as they stand; those of a circle last."""
-    maker = {name: place for place, node in enumerate(nodes) for name in node.output if name}
-    readers: dict[int, list[int]] = defaultdict(list)
-    missing = []
-    for place, node in enumerate(nodes):
-        before = {maker[name] for name in _reads(node) if name in maker}
-        missing.append(len(before))
-        for other in before:
-            readers[other].append(place)
-    ready = [place for place, count in enumerate(missing) if not count]
-    order = []
-    while ready:
-        place = heapq.heappop(ready)
-        order.append(place)
-        for reader in readers[place]:
-            missing[reader] -= 1
-            if not missing[reader]:
-                heapq.heappush(ready, reader)
-    done = set(order)
-    return [nodes[place] for place in [*order, *(place for place in range(len(nodes)) if place not in done)]]
-
-
-def _reads(node: NodeProto) -> Iterator[str]:
-    """Names that a node reads, also from inside its graphs."""
-    yield from node.input
-    for graph in inner_graphs(node):
-        for inner in walk(graph):
-            yield from inner.input
-
-
-def infer_types(model: ModelProto, nodes: list[NodeProto]) -> Inferred:
-    """Types and shapes of every tensor of the main graph; `nodes` are its nodes in order."""
-    found = Inferred(fault=_too_deep(model))
+    nodes       its nodes in order, where they have been sorted already
+    open_size   named dimensions of the inputs take this size; None leaves them open
+    """
+    nodes = in_order(list(model.graph.node)) if nodes is None else nodes
+    found = Inferred(error=_too_deep(model))
     for tensor in model.graph.initializer:
         found.types[tensor.name] = tensor.data_type
-    if not found.fault:
-        inferred, found.fault = _infer(_bare(model, nodes))
-        _take(found, [*inferred.value_info, *inferred.input, *inferred.output] if inferred else model.graph.input)
-    else:
-        _take(found, model.graph.input)
+    light = _without_claims(model, nodes, open_size)
+    inferred: GraphProto | None = None
+    if not found.error:
+        inferred, found.error = _infer(light)
+    found.failed = inferred is None
+    _take(found, [*inferred.value_info, *inferred.input, *inferred.output] if inferred else light.graph.input)
     for node in nodes:
         if node.op_type == "Constant" and node.output:
             held = [item.t.data_type for item in node.attribute if item.HasField("t")]
@@ -103,57 +70,71 @@ def infer_types(model: ModelProto, nodes: list[NodeProto]) -> Inferred:
     for node in nodes:
         _by_schema(found.types, node, versions)
     _take(found, (item for item in model.graph.input if item.name not in found.shapes))
-    # An output that follows from nothing: the file's word is all there is, and the parser takes it too.
+    # An output that no node computes: only the file knows its type, and the parser believes it too.
     for item in model.graph.output:
         if item.name not in found.types and item.type.tensor_type.elem_type:
             _take(found, [item])
     return found
 
 
-def _infer(bare: ModelProto) -> tuple[GraphProto | None, str]:
-    """What onnx infers, and what it says of sizes that do not fit."""
+def checked(model: ModelProto) -> ModelProto:
+    """A copy with the types and shapes of its inner tensors (value_info); ExportError where ONNX's checker refuses it.
+
+    Strict: a shape or a type that does not fit is an error here and not on the device.
+    """
     try:
-        return shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True).graph, ""
-    except _FAULTS as error:
-        fault = _first_line(error)
+        onnx.checker.check_model(model)
+        return shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    except (onnx.checker.ValidationError, shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"the graph that was put together is not valid ONNX ({first_line(error)}); report this, it is a defect"
+        ) from error
+
+
+def _infer(light: ModelProto) -> tuple[GraphProto | None, str]:
+    """The graph with what ONNX infers, and its complaint about sizes that do not fit."""
     try:
-        graph = shape_inference.infer_shapes(bare, data_prop=True).graph
-    except _FAULTS as error:
-        return None, _first_line(error)
-    # Of an operator that ONNX itself writes as a function, the strict inference of 1.23 trips over a Constant inside.
-    whole = all(len(node.attribute) == 1 for node in walk(bare.graph) if node.op_type == "Constant")
-    return graph, "" if whole and "One and only one of the attributes" in fault else fault
+        return shape_inference.infer_shapes(light, strict_mode=True, data_prop=True).graph, ""
+    except _ERRORS as error:
+        complaint = first_line(error)
+    try:
+        graph = shape_inference.infer_shapes(light, data_prop=True).graph
+    except _ERRORS as error:
+        return None, first_line(error)
+    # The strict inference of onnx 1.23 fails at a Constant inside operators that ONNX itself defines as functions.
+    whole = all(len(node.attribute) == 1 for node in all_nodes(light.graph) if node.op_type == "Constant")
+    return graph, "" if whole and "One and only one of the attributes" in complaint else complaint
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or ["no reason given"])[0][:300]
-
-
-def _bare(model: ModelProto, nodes: list[NodeProto]) -> ModelProto:
-    """A copy in order, without large weights, and without what the file says of what it computes."""
-    light = ModelProto()
-    light.CopyFrom(model)
-    del light.graph.initializer[:], light.graph.value_info[:], light.graph.node[:]
-    light.graph.node.extend(nodes)
-    for node in walk(light.graph):
-        for graph in inner_graphs(node):
-            del graph.value_info[:]
-    for item in light.graph.output:
-        item.ClearField("type")
-    for item in light.graph.input:
+def _without_claims(model: ModelProto, nodes: list[NodeProto], open_size: int | None) -> ModelProto:
+    """A copy without large weights and without the file's claims about inner tensors and outputs."""
+    light = ModelProto(ir_version=model.ir_version)
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    graph = light.graph
+    graph.name = "inference"
+    graph.node.extend(nodes)
+    graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(helper.make_empty_tensor_value_info(item.name) for item in model.graph.output)
+    for node in all_nodes(graph):
+        for inner in inner_graphs(node):
+            del inner.value_info[:]
+    for item in graph.input:
         if len(item.type.tensor_type.shape.dim) > _MOST_AXES:
             item.type.tensor_type.ClearField("shape")
         for size in item.type.tensor_type.shape.dim:
             if size.HasField("dim_value") and not 0 <= size.dim_value <= _LONGEST:  # onnx 1.23 crashes on some
                 size.ClearField("dim_value")
+            if open_size is not None and size.HasField("dim_param"):
+                size.dim_value = open_size
     inputs = {item.name for item in model.graph.input}
     for tensor in model.graph.initializer:
-        if 0 <= math.prod(tensor.dims) <= _SMALL and not tensor_fault(tensor):
-            light.graph.initializer.append(tensor)
+        if 0 <= math.prod(tensor.dims) <= _SMALL and not tensor_error(tensor):
+            graph.initializer.append(tensor)
         elif tensor.name not in inputs:
             sizes = [size if 0 <= size <= _LONGEST else None for size in tensor.dims]
-            light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, sizes))
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, sizes))
     return light
 
 

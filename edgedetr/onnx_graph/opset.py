@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, defs, helper, version_converter
 
-from edgedetr.errors import ExportError
+from edgedetr.errors import ExportError, first_line
 from edgedetr.onnx_graph.graph_builder import GraphBuilder
-from edgedetr.onnx_graph.index import GraphIndex, int_attribute, string_attribute
+from edgedetr.onnx_graph.graph_edit import replace_nodes
+from edgedetr.onnx_graph.index import GraphIndex, int_attribute, opset_of, string_attribute
 
 OPSET = 19  # of every graph that is written: see ExportConfig
 IR_VERSION = 9  # the file format that came with opset 19
@@ -20,7 +21,7 @@ _MODES = {b"linear": b"bilinear", b"cubic": b"bicubic"}  # GridSample's modes we
 
 def to_opset(model: ModelProto, wanted: int) -> ModelProto:
     """The same function at another opset; ExportError that names the operator which cannot be written there."""
-    present = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
+    present = opset_of(model)
     if present == wanted:
         return model
     if present < wanted:
@@ -28,7 +29,8 @@ def to_opset(model: ModelProto, wanted: int) -> ModelProto:
             return version_converter.convert_version(model, wanted)
         except Exception as error:  # a C++ library's RuntimeError, or protobuf's own kinds
             raise ExportError(
-                f"opset {present} cannot be converted to {wanted} ({_line(error)}); export the model at opset {wanted}"
+                f"opset {present} cannot be converted to {wanted} ({first_line(error)}); "
+                f"export the model at opset {wanted}"
             ) from error
     result = ModelProto()
     result.CopyFrom(model)
@@ -44,9 +46,8 @@ def to_opset(model: ModelProto, wanted: int) -> ModelProto:
                     f"export the model at opset {wanted}"
                 )
         nodes += [node] if written is None else written
-    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del result.graph.node[:], result.opset_import[:], result.graph.value_info[:]
-    result.graph.node.extend(copies)
+    replace_nodes(result, nodes)
+    del result.opset_import[:], result.graph.value_info[:]
     result.opset_import.append(helper.make_opsetid("", wanted))
     result.ir_version = min(result.ir_version, IR_VERSION)
     return result
@@ -59,7 +60,7 @@ def _written(
     write = _WRITERS.get(node.op_type)
     if write is None or (node.op_type == "GroupNormalization" and present < 21):  # its parameters: per group, then
         return None
-    part = GraphBuilder(f"{node.name.lstrip('/') or node.op_type}_{number}")
+    part = GraphBuilder(f"/{node.name.lstrip('/') or node.op_type}_{number}")
     write(_Rewrite(part, graph, node))
     model.graph.initializer.extend(part.constants)
     return part.nodes
@@ -237,7 +238,3 @@ _WRITERS: dict[str, Callable[[_Rewrite], Any]] = {
     "Attention": _attention,
     "RotaryEmbedding": _rotary,
 }
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0]

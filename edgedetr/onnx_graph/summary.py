@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from edgedetr.onnx_graph.index import type_name
+from edgedetr.onnx_graph.index import opset_of, type_name
 from edgedetr.onnx_graph.io import open_onnx
 
 QUANTIZABLE = ("Conv", "MatMul", "Gemm")
@@ -66,7 +66,7 @@ def inspect_onnx(path: Path) -> GraphContents:
     return GraphContents(
         path=str(path),
         size=path.stat().st_size,
-        opset=next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0),
+        opset=opset_of(model),
         inputs=tuple(_signature(graph.input)),
         outputs=tuple(_signature(graph.output)),
         operators=dict(Counter(node.op_type for node in graph.node)),

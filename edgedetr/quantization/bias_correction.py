@@ -17,7 +17,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.onnx_graph.fold import remove_unused
+from edgedetr.onnx_graph.graph_edit import prune
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.policy import Layer, QuantizationPlan
 from edgedetr.quantization.qdq import bias_input
@@ -136,5 +136,5 @@ def _model_of(
     graph.node.extend(nodes)
     graph.initializer.extend(constants.values())
     graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
-    remove_unused(result)
+    prune(result)
     return result

@@ -13,7 +13,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.onnx_graph.fold import remove_unused
+from edgedetr.onnx_graph.graph_edit import prune
 from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 from edgedetr.quantization.policy import Layer, QuantizationPlan
 from edgedetr.quantization.targets import CPU, MIN_SCALE, TENSORRT, Target, fp16_scales, scale_of
@@ -42,7 +42,7 @@ def split_concats(model: ModelProto) -> ModelProto:
     copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del result.graph.node[:]
     result.graph.node.extend(copies)
-    remove_unused(result)
+    prune(result)
     return result
 
 

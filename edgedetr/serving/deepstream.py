@@ -59,7 +59,7 @@ def with_parser_outputs(model: ModelProto, manifest: Manifest, frame: tuple[int,
     contract, batch = manifest.input, batch_of(model)
     height, width = frame or (contract.height, contract.width)
     queries, classes = output_shape(model, "logits")
-    front, back = GraphBuilder("frame"), GraphBuilder("objects")
+    front, back = GraphBuilder("/frame"), GraphBuilder("/objects")
     factors = (1.0, 1.0)
     if frame is not None:
         batch = 1

@@ -36,7 +36,7 @@ def with_frames(model: ModelProto, manifest: Manifest, height: int, width: int) 
     """The graph `images` -> `logits`, `boxes` of a bundle, for frames of height x width pixels."""
     geometry = Geometry.of(*check_size((height, width), "frame"), manifest.input)
     queries, classes = output_shape(model, "logits")
-    front, back = GraphBuilder("frame"), GraphBuilder("objects")
+    front, back = GraphBuilder("/frame"), GraphBuilder("/objects")
     pre_post_graph.resize(front, pre_post_graph.planes_of_frames(front, "frames"), geometry, output="images")
     chosen = pre_post_graph.choose(back, "logits", "boxes_of_input", queries, classes, manifest.output)
     factors = (

@@ -9,10 +9,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
 from edgedetr.importing.surgery import absorb_scales, name_nodes
-from edgedetr.onnx_graph.fold import fold
-from edgedetr.onnx_graph.gather_sampling import gather_samples
+from edgedetr.onnx_graph.fold import fold, fold_at_fixed_size
+from edgedetr.onnx_graph.grid_sample import replace_grid_samples
 from edgedetr.onnx_graph.opset import to_opset
-from edgedetr.onnx_graph.settle_sizes import settle
 
 torch = pytest.importorskip("torch")
 
@@ -108,7 +107,7 @@ def test_gathers_give_the_numbers_of_grid_sample(shape, points, mode, padding, a
     model = graph_of([node], {"g": grid}, shape=shape, opset=19)
     values = rng.normal(size=shape).astype(np.float32)
     expected = run(model, x=values)[0]
-    assert gather_samples(model) == 1
+    assert replace_grid_samples(model) == 1
     assert "GridSample" not in {item.op_type for item in model.graph.node}
     # float32: places are scaled in another order; measured 2e-6 on values around 1
     np.testing.assert_allclose(run(model, x=values)[0], expected, atol=2e-5)
@@ -131,7 +130,7 @@ def test_a_sampling_that_cannot_be_written_as_gathers_is_named(told, shape, mess
     grid = rng.uniform(-1, 1, (1, *[2] * sides, sides))
     model = graph_of([node], {"g": grid}, shape=shape, opset=20 if sides == 3 else 19)
     with pytest.raises(ExportError, match=message):
-        gather_samples(model)
+        replace_grid_samples(model)
 
 
 def test_sizes_that_no_inference_tells_do_not_keep_a_sampling(rng):
@@ -153,9 +152,9 @@ def test_sizes_that_no_inference_tells_do_not_keep_a_sampling(rng):
     expected = run(model, x=image)[0]
     assert expected.shape == (1, 4, 2, 3)
     unfolded = ModelProto.FromString(model.SerializeToString())
-    assert gather_samples(unfolded) == 1
+    assert replace_grid_samples(unfolded) == 1
     np.testing.assert_allclose(run(unfolded, x=image)[0], expected, atol=2e-5)
-    folded = settle(model)
+    folded = fold_at_fixed_size(model)
     assert {node.op_type for node in folded.graph.node} == {"GridSample"}
 
 

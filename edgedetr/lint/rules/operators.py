@@ -10,9 +10,9 @@ from onnx import NodeProto
 from edgedetr.lint.lint_issue import LintIssue, node_issue
 from edgedetr.lint.lint_targets import Target
 from edgedetr.lint.operator_table import read_since
+from edgedetr.onnx_graph.graph_walk import inner_graphs
 from edgedetr.onnx_graph.hardware_limits import LARGEST_TOP_K
 from edgedetr.onnx_graph.index import GraphIndex, int_attribute, string_attribute
-from edgedetr.onnx_graph.infer import inner_graphs
 
 DATA_DEPENDENT = {"NonMaxSuppression", "NonZero", "Unique", "Compress"}
 CONTROL_FLOW = {"If", "Loop", "Scan"}

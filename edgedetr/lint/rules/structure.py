@@ -11,8 +11,7 @@ from edgedetr.lint.lint_issue import LintIssue, node_issue
 from edgedetr.lint.lint_targets import Target
 from edgedetr.onnx_graph.index import GraphIndex, onnx_name, type_name
 from edgedetr.onnx_graph.infer import schema_of
-from edgedetr.onnx_graph.io import tensors
-from edgedetr.onnx_graph.tensor_checks import tensor_fault
+from edgedetr.onnx_graph.io import tensor_error, tensors
 
 CHECK = "check the file: python -m onnx.checker FILE"
 AGAIN = "export the model again"
@@ -111,7 +110,7 @@ def inner_types(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
 
 def damaged_weights(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for tensor in tensors(graph.model):
-        fault = "" if tensor.data_location == TensorProto.EXTERNAL else tensor_fault(tensor)
+        fault = "" if tensor.data_location == TensorProto.EXTERNAL else tensor_error(tensor)
         if fault:
             yield LintIssue(
                 tensor.name or "(a constant without a name)", f"a weight that cannot be read: {fault}", AGAIN
