@@ -14,6 +14,7 @@ from onnx import ModelProto, ValueInfoProto, helper
 from edgedetr.errors import ExportError, first_line
 from edgedetr.onnx_graph.graph_walk import captured
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.options import one_of
 from edgedetr.runtime.backends.onnxruntime import plain_session
 
 EXPORT_AGAIN = "export the model again"
@@ -58,6 +59,7 @@ class GraphSession:
         spin: bool = True,
         fix: str = EXPORT_AGAIN,
     ) -> None:
+        one_of("optimize", optimize, (False, "basic", True))
         self.outputs = [item.name for item in model.graph.output] if outputs is None else list(outputs)
         self.fix = fix
         data = with_outputs(model, self.outputs).SerializeToString()
