@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgedetr.layers.cpu_kernels.cpu_features import mixed
+from edgedetr.layers.cpu_kernels.dispatch import autocast_dtype
 from edgedetr.layers.linear import Linear
 
 
@@ -31,15 +31,15 @@ class MultiHeadAttention(nn.Module):
         """
         q = self._split(self.q(query))  # [B, M, N, D]
         k, v = self._split(self.k(key)), self._split(self.v(value))  # [B, M, S, D]
-        mixed = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        attended = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
+        return self.out(attended.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
-    """softmax(scale q k^T) v: the mean of the values as each query weighs them.
+    """softmax(scale q k^T) v: a weighted mean of the values for each query.
 
     q [B, M, N, D], k [B, M, S, D], v [B, M, S, E] -> [B, M, N, E]
     mask  bool, broadcasts to [B, M, N, S]; True = this query must not see that key
@@ -50,14 +50,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
             # The lowest finite number, not -inf: a row that is masked everywhere stays finite.
             scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)
         return scores.softmax(-1) @ v
-    if mixed(q):  # torch's kernel for a CPU: its gradients in bfloat16 take three times as long as in float32
+    if autocast_dtype(q):  # on a CPU the gradients of torch's kernel take three times as long in bfloat16 as in float32
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, scale, dropout)
-    # The same in one kernel; exported graphs hold the plain products, which every runtime knows.
-    share = None
+    # The same in one kernel; exported graphs contain the plain products, which every runtime supports.
+    bias = None
     if mask is not None:
-        share = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, torch.finfo(q.dtype).min)
-    width, wanted = v.shape[-1], q.shape[-1]
-    if width < wanted:  # the kernel takes one width; what is filled up is cut off again
-        v = F.pad(v, (0, wanted - width))
-    return F.scaled_dot_product_attention(q, k, v, share, dropout, scale=scale)[..., :width]
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, torch.finfo(q.dtype).min)
+    width, needed = v.shape[-1], q.shape[-1]
+    if width < needed:  # the kernel needs one width; the padding is cut off again
+        v = F.pad(v, (0, needed - width))
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)[..., :width]

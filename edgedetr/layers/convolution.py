@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgedetr.layers.cpu_kernels.packed import convolve, packs
-from edgedetr.layers.norm import FrozenBatchNorm2d, fold_batch_norm
+from edgedetr.layers.cpu_kernels.frozen_convolution import FoldedKernel, applies, convolve
+from edgedetr.layers.norm import FrozenBatchNorm2d, fold_batch_norm, padding_of, pair
 from edgedetr.options import one_of
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -39,32 +39,35 @@ class ConvNorm(nn.Module):
         self.norm = norm(outputs)
         one_of("activation", activation, ACTIVATIONS)
         self.activation = ACTIVATIONS[activation]()
+        self._folded = FoldedKernel()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C', H/stride, W/stride]."""
         if not isinstance(self.norm, FrozenBatchNorm2d):
             return self.activation(self.norm(self.conv(x)))
-        if self.packs(x):
+        if self.is_frozen(x):
             relu = isinstance(self.activation, nn.ReLU)
-            x = self.packed(x, relu)
+            x = self.frozen_forward(x, relu)
             return x if relu else self.activation(x)
-        # A frozen scale goes into the kernel, which is smaller than the map by far.
+        # A frozen scale is multiplied into the kernel, which is much smaller than the map.
         conv, (scale, shift) = self.conv, self.norm.affine()
         kernel = conv.weight * scale[:, None, None, None]
-        x = F.conv2d(x, kernel, shift, conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]  # torch's stubs
+        x = F.conv2d(x, kernel, shift, pair(conv.stride), padding_of(conv), pair(conv.dilation))
         return self.activation(x)
 
-    def packs(self, x: Tensor) -> bool:
-        """Whether nothing learns here, so that `convolve` gives the same faster."""
-        return isinstance(self.norm, FrozenBatchNorm2d) and packs(x, self.conv)
+    def is_frozen(self, x: Tensor) -> bool:
+        """Whether no gradient is needed here, so that `frozen_forward` computes the same faster."""
+        return isinstance(self.norm, FrozenBatchNorm2d) and applies(x, self.conv)
 
-    def packed(self, x: Tensor, relu: bool, plus: Tensor | None = None) -> Tensor:
-        """Where `packs`: convolution and normalization, plus a map where there is one, then ReLU if asked for."""
-        return convolve(x, self.conv, self.norm, relu, plus)  # type: ignore[arg-type]  # frozen, as `packs` has seen
+    def frozen_forward(self, x: Tensor, relu: bool, plus: Tensor | None = None) -> Tensor:
+        """If `is_frozen`: convolution and normalization, plus a map if given, then ReLU if asked for."""
+        if not isinstance(self.norm, FrozenBatchNorm2d):
+            raise TypeError(f"a frozen normalization is needed here, not {type(self.norm).__name__}")
+        return convolve(x, self.conv, self.norm, self._folded, relu, plus)
 
     def fused(self) -> nn.Module:
         """The same function in evaluation mode, as convolution with bias -> activation."""
-        return nn.Sequential(fold_batch_norm(self.conv, self.norm), self.activation)  # type: ignore[arg-type]
+        return nn.Sequential(fold_batch_norm(self.conv, self.norm), self.activation)
 
 
 class RepVgg(nn.Module):
@@ -83,8 +86,9 @@ class RepVgg(nn.Module):
     @torch.no_grad()
     def fused(self) -> nn.Module:
         """The same function in evaluation mode: the 1x1 kernel is added to the center of the 3x3 one."""
-        wide = fold_batch_norm(self.wide.conv, self.wide.norm)  # type: ignore[arg-type]  # not known to mypy
-        narrow = fold_batch_norm(self.narrow.conv, self.narrow.norm)  # type: ignore[arg-type]  # not known to mypy
+        wide = fold_batch_norm(self.wide.conv, self.wide.norm)
+        narrow = fold_batch_norm(self.narrow.conv, self.narrow.norm)
         wide.weight += F.pad(narrow.weight, (1, 1, 1, 1))
-        wide.bias += narrow.bias  # type: ignore[operator]  # not known to mypy
+        if wide.bias is not None and narrow.bias is not None:  # fold_batch_norm gives both
+            wide.bias += narrow.bias
         return nn.Sequential(wide, self.activation)

@@ -1,9 +1,9 @@
 """Multi-scale deformable attention: each query samples a few points around its reference in every level.
 
 Zhu et al. 2021, "Deformable DETR", section 4.1, eq. 3; the discrete form is RT-DETRv2's (Lv et al. 2024, section 3.2).
-Two ways to read the bilinear samples give the same numbers: `gather` (row gathers: what exported graphs hold; on a CPU
-in float32 they are sums that never copy a row, and faster) and `grid_sample` (torch's own); `auto` is the faster one.
-Where many are read on a CPU, loops that numba compiles take the place of `gather`.
+Two forms give the same numbers: `gather` (gathers of rows: the form of exported graphs) and `grid_sample` (torch's own
+operator); `auto` takes the faster one. On a CPU in float32, training uses kernels of `gather` that copy no rows:
+`weighted_rows`, and for many samples `bilinear_sum`. cpu_kernels/feature_atlas.py has the measurements.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgedetr.layers.batched_gather import around
-from edgedetr.layers.bilinear_sampling import Sheet, bilinear_sum, compiled_here
-from edgedetr.layers.cpu_kernels.cpu_features import eager, mixed, quick
+from edgedetr.layers.batched_gather import bilinear_corners
+from edgedetr.layers.cpu_kernels.dispatch import autocast_dtype, is_eager, is_eager_fp32
+from edgedetr.layers.cpu_kernels.feature_atlas import FeatureAtlas, bilinear_sum, compiled_here
 from edgedetr.layers.cpu_kernels.weighted_rows import weighted_rows
 from edgedetr.layers.linear import Linear
 from edgedetr.options import one_of
@@ -26,11 +26,11 @@ Shapes = Sequence[tuple[int, int]]
 
 SAMPLINGS = ("auto", "gather", "grid_sample")
 METHODS = ("default", "discrete")
-WORTH = 1 << 19  # channels of all samples from which loops are compiled, which takes seconds, but once
+LARGE = 1 << 19  # samples x channels from which compiling the loops is worth its seconds
 
 
 class DeformableAttention(nn.Module):
-    """Offsets and weights from the query, values from the memory; one sum over all points of all levels."""
+    """Offsets and weights from the query, values from the memory; one weighted sum over all points of all levels."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class DeformableAttention(nn.Module):
         method: str = "default",
         offset_scale: float = 0.5,
     ) -> None:
-        """points  per level; offset_scale: share of the box side that an offset of `points` covers"""
+        """points  per level; offset_scale: fraction of the box side that an offset of `points` covers"""
         super().__init__()
         one_of("model.sampling", sampling, SAMPLINGS)
         one_of("model.method", method, METHODS)
@@ -52,11 +52,11 @@ class DeformableAttention(nn.Module):
         self.offsets = Linear(dim, heads * self.total * 2)
         self.weights = Linear(dim, heads * self.total)
         self.value, self.out = Linear(dim, dim), Linear(dim, dim)
-        share = torch.tensor([1 / count for count in points for _ in range(count)])
-        self.register_buffer("share", share[:, None], persistent=False)
+        per_point = torch.tensor([1 / count for count in points for _ in range(count)])
+        self.register_buffer("per_point", per_point[:, None], persistent=False)
         self._initialize()
 
-    share: Tensor  # [P, 1] 1 / points of that level
+    per_point: Tensor  # [P, 1] 1 / points of that level
 
     @torch.no_grad()
     def _initialize(self) -> None:
@@ -86,37 +86,42 @@ class DeformableAttention(nn.Module):
         reference  [1 or B, N, 2|4]  cx, cy(, w, h) in 0..1 of the image
         tokens     [B, S, C]     memory, level after level, row by row; shapes [(H_l, W_l)]
         padding    [B, S] bool   True = read as zero
-        valid      [B, L, 2]     share of each level's width and height that is image; None: all of it
+        valid      [B, L, 2]     fraction of each level's width and height that is image; None: all of it
         return     [B, N, C]
         """
-        kind = mixed(query)
+        kind = autocast_dtype(query)
         if kind is not None:
-            query = query.to(kind)  # once for both of its Linears
+            query = query.to(kind)  # cast once for both Linears
         value = self.value(tokens)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
-        offset = self.offsets(query).unflatten(-1, (self.heads, self.total, 2))  # [B, N, M, P, 2]
-        weight = self.weights(query).unflatten(-1, (self.heads, self.total)).softmax(-1)
-        if kind is not None:  # sums without copies exist in float32 alone
-            offset, weight = offset.float(), weight.float()
+        sampling_offsets = self.offsets(query).unflatten(-1, (self.heads, self.total, 2))  # [B, N, M, P, 2]
+        attention_weights = self.weights(query).unflatten(-1, (self.heads, self.total)).softmax(-1)
+        if kind is not None:  # the kernels without copies are float32 only
+            sampling_offsets, attention_weights = sampling_offsets.float(), attention_weights.float()
         reference = reference[:, :, None, None]  # [B, N, 1, 1, 2|4]
         if valid is not None:
             parts = [valid[:, level : level + 1].expand(-1, count, -1) for level, count in enumerate(self.points)]
-            share = torch.cat(parts, dim=1)[:, None, None]  # [B, 1, 1, P, 2]
-            reference = reference * torch.cat([share] * (reference.shape[-1] // 2), dim=-1)
+            fraction = torch.cat(parts, dim=1)[:, None, None]  # [B, 1, 1, P, 2]
+            reference = reference * torch.cat([fraction] * (reference.shape[-1] // 2), dim=-1)
         if reference.shape[-1] == 4:
-            reach = reference[..., 2:] * (self.share * self.offset_scale)
+            reach = reference[..., 2:] * (self.per_point * self.offset_scale)
         else:
-            reach = self._per_point([(1 / w, 1 / h) for h, w in shapes], offset)
-        on_cpu = self.method == "default" and self.sampling != "grid_sample" and eager(value) and quick(weight)
-        if on_cpu and compiled_here() and weight.numel() * value.shape[-1] >= WORTH * self.heads:
-            summed = self._sum(value, reference[..., :2], offset, reach, weight, shapes)
+            reach = self._per_point([(1 / w, 1 / h) for h, w in shapes], sampling_offsets)
+        on_cpu = (
+            self.method == "default"
+            and self.sampling != "grid_sample"
+            and is_eager(value)
+            and is_eager_fp32(attention_weights)
+        )
+        if on_cpu and compiled_here() and attention_weights.numel() * value.shape[-1] >= LARGE * self.heads:
+            summed = self._bilinear_sum(value, reference[..., :2], sampling_offsets, reach, attention_weights, shapes)
             return self.out(summed.to(kind or summed.dtype).flatten(2))
-        location = reference[..., :2] + offset * reach  # 0..1 of the map, x then y
+        location = reference[..., :2] + sampling_offsets * reach  # 0..1 of the map, x then y
         if self.method == "default" and self.sampling != "gather" and not on_cpu:
-            sampled = self._grid_sample(value, location, weight, shapes)
+            sampled = self._grid_sample(value, location, attention_weights, shapes)
         else:
-            sampled = self._gather(value, location, weight, shapes)
+            sampled = self._gather(value, location, attention_weights, shapes)
         return self.out(sampled)
 
     def _per_point(self, per_level: Sequence[tuple[float, float]], like: Tensor) -> Tensor:
@@ -124,16 +129,16 @@ class DeformableAttention(nn.Module):
         pairs = [pair for pair, count in zip(per_level, self.points) for _ in range(count)]
         return torch.tensor(pairs, device=like.device, dtype=like.dtype)
 
-    def _sum(
+    def _bilinear_sum(
         self, value: Tensor, reference: Tensor, offset: Tensor, reach: Tensor, weight: Tensor, shapes: Shapes
     ) -> Tensor:
-        """As `_gather` in float32 on a CPU, without a sample in memory: [B, N, M, D]."""
-        sheet = Sheet.of(shapes, self.points, offset)
+        """`_gather` in float32 on a CPU, without a copy of the samples: [B, N, M, D]."""
+        atlas = FeatureAtlas.of(shapes, self.points, offset)
         size = self._per_point([(w, h) for h, w in shapes], offset)
-        base, scale = reference * size + (sheet.corner - 0.5), reach * size  # in cells, [1 or B, N, 1, P, 2]
+        base, scale = reference * size + (atlas.corner - 0.5), reach * size  # in cells, [1 or B, N, 1, P, 2]
         moved = zip(base.unbind(-1), offset.unbind(-1), scale.unbind(-1))
-        x, y = (torch.addcmul(place, by, cells) for place, by, cells in moved)
-        return bilinear_sum(value, x, y, weight, sheet)
+        x, y = (torch.addcmul(start, by, cells) for start, by, cells in moved)
+        return bilinear_sum(value, x, y, weight, atlas)
 
     def _grid_sample(self, value: Tensor, location: Tensor, weight: Tensor, shapes: Shapes) -> Tensor:
         batch, queries = location.shape[:2]
@@ -148,7 +153,7 @@ class DeformableAttention(nn.Module):
         return summed.reshape(batch, -1, queries).transpose(1, 2)
 
     def _gather(self, value: Tensor, location: Tensor, weight: Tensor, shapes: Shapes) -> Tensor:
-        """The rows of `value` that the points touch, times their weights, summed."""
+        """The weighted sum of the rows of `value` that the points sample."""
         batch, queries = location.shape[:2]
         tokens = value.shape[1]
         size = self._per_point([(float(w), float(h)) for h, w in shapes], location)  # [P, 2]
@@ -160,7 +165,7 @@ class DeformableAttention(nn.Module):
             cell = torch.minimum((location * size + 0.5).floor().clamp(min=0), last).detach()
             rows, weights = [start + cell[..., 1] * row + cell[..., 0]], [weight]
         else:
-            low, high, weight_low, weight_high = around(location * size - 0.5, size)
+            low, high, weight_low, weight_high = bilinear_corners(location * size - 0.5, size)
             (x0, y0), (x1, y1) = low.unbind(-1), high.unbind(-1)
             (wx0, wy0), (wx1, wy1) = weight_low.unbind(-1), weight_high.unbind(-1)
             rows = [start + y * row + x for y in (y0, y1) for x in (x0, x1)]

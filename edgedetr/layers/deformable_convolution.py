@@ -1,7 +1,7 @@
-"""The reading half of a deformable 3x3 convolution: nine taps that look where they are told to, each with a weight.
+"""The sampling half of a deformable 3x3 convolution: nine taps at learned offsets, each with a weight.
 
-Zhu et al. 2019, "Deformable ConvNets v2", section 3.1. A Linear over the nine taps' channels is the other half, so that
-it can be quantized and no operator is needed that runtimes lack. Several maps are read in one call.
+Zhu et al. 2019, "Deformable ConvNets v2", section 3.1. The other half is a Linear over the nine taps' channels, so that
+it can be quantized and needs no operator that runtimes lack. One call samples several maps.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgedetr.layers.batched_gather import around
-from edgedetr.layers.cpu_kernels.cpu_features import mixed, quick
+from edgedetr.layers.batched_gather import bilinear_corners
+from edgedetr.layers.cpu_kernels.dispatch import autocast_dtype, is_eager_fp32
 from edgedetr.layers.cpu_kernels.weighted_rows import weighted_rows
 from edgedetr.layers.deformable_attention import SAMPLINGS
 from edgedetr.options import one_of
 
 TAPS = 9
-OFFSETS, MASKS = 2 * TAPS, TAPS  # what tells the taps, per cell: y, x of each tap; the weight of each tap
+OFFSETS, MASKS = 2 * TAPS, TAPS  # predicted per cell: y, x of each tap; the weight of each tap
 
 
 @dataclass(frozen=True)
 class Source:
-    """A map within a table of tokens, and the grid of cells that look at it.
+    """A map within a table of tokens, and the grid of cells that sample it.
 
-    shape   (H, W) of the map; start: its first row in the table
-    out     (h, w) of the grid; cell (i, j) looks about cell (stride i, stride j) of the map
+    shape   (H, W) of the map
+    start   its first row in the table
+    out     (h, w) of the grid; cell (i, j) samples around cell (stride i, stride j) of the map
     """
 
     shape: tuple[int, int]
@@ -37,8 +38,8 @@ class Source:
     stride: int = 1
 
 
-class TapPlaces(nn.Module):
-    """Where taps look before they are moved, which depends on the shapes alone."""
+class TapPositions(nn.Module):
+    """Positions of the taps without offsets; they depend on the shapes only."""
 
     shape_only = True
 
@@ -60,32 +61,32 @@ class TapPlaces(nn.Module):
 
 
 class DeformRead(nn.Module):
-    """`sampling`: "grid_sample" (torch's own), "gather" (row gathers), or "auto", the faster one here; one result."""
+    """`sampling`: "grid_sample" (torch's own), "gather" (row gathers), or "auto" (the faster one); the same result."""
 
     def __init__(self, sampling: str = "auto") -> None:
         super().__init__()
         one_of("model.sampling", sampling, SAMPLINGS)
-        self.sampling, self.places = sampling, TapPlaces()
+        self.sampling, self.positions = sampling, TapPositions()
 
     def forward(self, table: Tensor, sources: Sequence[Source], offset: Tensor, mask: Tensor) -> Tensor:
-        """What the taps of every cell read; outside a map is zero.
+        """The taps' samples for every cell; outside of a map they are zero.
 
         table    [B, S, C]   maps, one after the other, row by row
         offset   [B, Q, 18]  y, x of every tap in cells of its map, grid after grid in the order of `sources`
         mask     [B, Q, 9]   weight of every tap, 0..1
         return   [B, Q, 9 C]  tap after tap, row by row
         """
-        if mixed(table):  # sums without copies exist in float32 alone
+        if autocast_dtype(table):  # the kernels without copies are float32 only
             table = table.float()
-        row, column, height, width, start = self.places(sources, offset)
+        row, column, height, width, start = self.positions(sources, offset)
         move = offset.to(row.dtype).unflatten(-1, (TAPS, 2))
         row, column = row + move[..., 0], column + move[..., 1]  # [B, Q, 9]
-        if self.sampling == "grid_sample" or (self.sampling == "auto" and not quick(table)):
+        if self.sampling == "grid_sample" or (self.sampling == "auto" and not is_eager_fp32(table)):
             read = self._grid_sample(table, sources, (2 * column + 1) / width - 1, (2 * row + 1) / height - 1)
             return (read * mask.to(table.dtype)[..., None]).flatten(2)
         batch, rows = table.shape[:2]
-        y0, y1, wy0, wy1 = around(row, height)
-        x0, x1, wx0, wx1 = around(column, width)
+        y0, y1, wy0, wy1 = bilinear_corners(row, height)
+        x0, x1, wx0, wx1 = bilinear_corners(column, width)
         first = torch.arange(batch, device=table.device)[:, None, None, None] * rows
         cell = torch.stack([start + y * width + x for y in (y0, y1) for x in (x0, x1)], dim=-1).long() + first
         weight = torch.stack([wy * wx * mask for wy in (wy0, wy1) for wx in (wx0, wx1)], dim=-1).to(table.dtype)

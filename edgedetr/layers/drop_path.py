@@ -1,6 +1,6 @@
-"""Stochastic depth: whole residual branches are left out at random while training, deeper ones more often.
+"""Stochastic depth: whole residual branches are dropped at random while training, deeper ones more often.
 
-Huang et al. 2016, "Deep Networks with Stochastic Depth"; identity in evaluation, so no exported graph holds a trace.
+Huang et al. 2016, "Deep Networks with Stochastic Depth"; identity in evaluation, so exported graphs do not contain it.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def rate_at(depth: float, highest: float, schedule: Schedule) -> float:
 
 
 def set_rates(root: nn.Module, highest: float, schedule: Schedule) -> tuple[float, ...]:
-    """Give every block of `root` its rate, in the order in which the blocks were built: the last gets the highest.
+    """Set the rate of every block of `root`, in construction order: the last block gets the highest rate.
 
-    A block is a module that owns a DropPath; the paths of one block share its rate. A single block is the last.
-    -> the rates, block by block; none where there is no block
+    A block is a module with a DropPath child; all its paths get its rate. A single block gets the highest rate.
+    -> the rates, block by block; empty if there is no block
     """
     blocks = [[child for child in module.children() if isinstance(child, DropPath)] for module in root.modules()]
     blocks = [paths for paths in blocks if paths]

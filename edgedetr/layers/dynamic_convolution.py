@@ -16,7 +16,7 @@ from edgedetr.options import one_of
 
 
 class DynamicInteraction(nn.Module):
-    """1x1 convolutions of a box's features with weights that its query predicts, then one Linear over all of it.
+    """1x1 convolutions of a box's features with weights predicted from its query, then one Linear over all bins.
 
     layers 2: C -> hidden -> C, as in Sparse R-CNN; 1: C -> C, the full matrix of Dynamic DETR's figure 4.
     """
@@ -42,7 +42,7 @@ class DynamicInteraction(nn.Module):
 
 
 class DynamicRelu(nn.Module):
-    """max(a1 x + b1, a2 x + b2) per channel, with a and b from the mean of the map; ReLU where it learned nothing."""
+    """max(a1 x + b1, a2 x + b2) per channel, with a and b predicted from the mean of the map; ReLU if they are zero."""
 
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
@@ -52,16 +52,16 @@ class DynamicRelu(nn.Module):
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """maps: P of [B, C, cells] -> the same shapes."""
         mean = torch.stack([x.mean(2) for x in maps], dim=1)  # [B, P, C]
-        share = hard_sigmoid(self.excite(F.relu(self.squeeze(mean)))) - 0.5  # [B, P, 4 C] in -0.5..0.5
+        coefficients = hard_sigmoid(self.excite(F.relu(self.squeeze(mean)))) - 0.5  # [B, P, 4 C] in -0.5..0.5
         out = []
-        for x, told in zip(maps, share[..., None].unbind(1)):
-            a1, b1, a2, b2 = told.chunk(4, dim=1)  # [B, C, 1]
+        for x, predicted in zip(maps, coefficients[..., None].unbind(1)):
+            a1, b1, a2, b2 = predicted.chunk(4, dim=1)  # [B, C, 1]
             out.append(torch.maximum(x * (2 * a1 + 1) + b1, x * (2 * a2) + b2))
         return out
 
 
 class ScaleAttention(nn.Module):
-    """One weight in 0..1 for a whole map, from its mean: how much of it goes into a sum."""
+    """One weight in 0..1 for a whole map, predicted from its mean."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from edgedetr.layers.convolution import ACTIVATIONS
-from edgedetr.layers.cpu_kernels.cpu_features import eager, mixed, onednn
-from edgedetr.layers.linear import Linear, gradients, pointwise, rows_of
+from edgedetr.layers.cpu_kernels import private_operators
+from edgedetr.layers.cpu_kernels.dispatch import autocast_dtype, is_eager
+from edgedetr.layers.linear import Linear, gradients, rows_of
 from edgedetr.options import one_of
 
-SMALL = 1 << 18  # numbers between the two Linears under which a pass over them is not worth saving
+SMALL = 1 << 18  # with fewer hidden values, saving a pass over them is not worth the call
 
 
 class FeedForward(nn.Module):
@@ -29,32 +30,32 @@ class FeedForward(nn.Module):
         one_of("activation", activation, ACTIVATIONS)
         self.activation = ACTIVATIONS[activation]()
         if isinstance(self.activation, (nn.ReLU, nn.SiLU)):
-            # What a Linear gives for [B, N, C] is a view, and the gradient of a change in place copies all of it.
+            # A Linear returns a view for [B, N, C], and the gradient of an in-place change copies all of it.
             self.activation.inplace = False
         self.dropout, self.activation_dropout = nn.Dropout(dropout), nn.Dropout(activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] -> the same shape."""
         if self._fuses(x):
-            kind = mixed(x) or torch.float32
+            kind = autocast_dtype(x) or torch.float32
             tensors = (x, self.up.weight, self.up.bias, self.down.weight, self.down.bias)
             y: Tensor = _FeedForward.apply(*(tensor.to(kind) for tensor in tensors))
             return self.dropout(y)
         return self.dropout(self.down(self.activation_dropout(self.activation(self.up(x)))))
 
     def _fuses(self, x: Tensor) -> bool:
-        """Whether what lies between the Linears is passed over fewer times: plain ones that learn, on a CPU, ReLU."""
+        """Whether the fused form applies: plain Linears that learn, ReLU, on a CPU, and large enough."""
         plain = type(self.up) is Linear and type(self.down) is Linear and isinstance(self.activation, nn.ReLU)
-        kind = mixed(x) or torch.float32
+        kind = autocast_dtype(x) or torch.float32
         return (
             plain
             and torch.is_grad_enabled()
-            and eager(x)
+            and is_eager(x)
             and x.dtype in (torch.float32, kind)
             and self.up.weight.dtype == torch.float32
             and x.numel() // x.shape[-1] * len(self.up.weight) >= SMALL
             and not (self.activation_dropout.training and self.activation_dropout.p)
-            and onednn("_linear_pointwise", kind)
+            and private_operators.supports("linear", kind)
         )
 
 
@@ -77,26 +78,19 @@ class _FeedForward(torch.autograd.Function):
     """down(relu(up(x))): ReLU in one pass with its product, its gradient in place; x [..., C], weights and biases."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        up: Tensor,
-        up_bias: Tensor,
-        down: Tensor,  # type: ignore[override]
-        down_bias: Tensor,
-    ) -> Tensor:
-        hidden = pointwise(rows_of(x), up, up_bias, "relu")  # [N, hidden]
+    def forward(ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
+        hidden = private_operators.linear(rows_of(x), up, up_bias, relu=True)  # [N, hidden]
         ctx.save_for_backward(x, hidden, up, down)
-        return pointwise(hidden, down, down_bias).view(*x.shape[:-1], len(down))
+        return private_operators.linear(hidden, down, down_bias).view(*x.shape[:-1], len(down))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, up, down = ctx.saved_tensors
         needs, gradient = ctx.needs_input_grad, rows_of(gradient)
         of_hidden, of_down, of_down_bias = gradients(gradient, hidden, down, (any(needs[:3]), needs[3], needs[4]))
         of_x = of_up = of_up_bias = None
         if of_hidden is not None:
-            torch.ops.aten.threshold_backward.grad_input(of_hidden, hidden, 0, grad_input=of_hidden)
+            private_operators.relu_gradient_(of_hidden, hidden)
             of_x, of_up, of_up_bias = gradients(of_hidden, rows_of(x), up, needs)
         return of_x if of_x is None else of_x.view(x.shape), of_up, of_up_bias, of_down, of_down_bias

@@ -1,6 +1,6 @@
-"""A Linear whose products are made by oneDNN while it learns on a CPU that MKL underuses; the same up to rounding.
+"""A Linear that uses oneDNN for its products while it learns, on CPUs where MKL is slow; the same up to rounding.
 
-torch's own Linear calls MKL, which gives AMD's processors kernels of half their width.
+torch's own Linear calls MKL, which runs AMD's processors with kernels of half their width.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from edgedetr.layers.cpu_kernels.cpu_features import mixed, onednn, quick
+from edgedetr.layers.cpu_kernels import private_operators
+from edgedetr.layers.cpu_kernels.dispatch import autocast_dtype, is_eager_fp32
 from edgedetr.runtime.cpu import mkl_is_narrow
 
-SMALL = 1 << 21  # multiplications under which calling from Python costs more than the product saves
+SMALL = 1 << 21  # with fewer multiplications the call from Python costs more than the product saves
 
 
 class Linear(nn.Linear):
@@ -29,40 +30,41 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in], weight [out, in], bias [out] or None -> x weight^T + bias, [..., out]."""
-    if not by_onednn(x, weight):
+    if not uses_onednn(x, weight):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return]  # torch's stubs
+    y: Tensor = _Linear.apply(x, weight, bias)
+    return y
 
 
-def by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN makes this product: large, in float32, on such a CPU, and with gradients to come."""
+def uses_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN computes this product: it is large, in float32, on such a CPU, and needs gradients."""
     return (
         mkl_is_narrow()
         and torch.is_grad_enabled()
-        and quick(x)
-        and quick(weight)
+        and is_eager_fp32(x)
+        and is_eager_fp32(weight)
         and x.numel() * len(weight) >= SMALL
-        and mixed(x) is None
-        and onednn("_linear_pointwise")
+        and autocast_dtype(x) is None
+        and private_operators.supports("linear")
     )
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return pointwise(rows_of(x), weight, bias).view(*x.shape[:-1], len(weight))
+        return private_operators.linear(rows_of(x), weight, bias).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, *of_parameters = gradients(rows_of(gradient), rows_of(x), weight, ctx.needs_input_grad)
         return of_x if of_x is None else of_x.view(x.shape), *of_parameters
 
 
 def gradients(gradient: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
-    """What `gradient` [N, out] of a Linear is for x [N, in], weight [out, in] and bias [out], those that are needed."""
+    """The gradients of x [N, in], weight [out, in] and bias [out] of a Linear; `gradient` [N, out] is its output's."""
     of_x = of_weight = None
     if needed[0]:
         of_x = product(gradient, weight.t())
@@ -74,12 +76,7 @@ def gradients(gradient: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a [N, K], b [M, K] -> a b^T [N, M], by the faster library; without gradients."""
-    return pointwise(a, b) if mkl_is_narrow() and a.dtype == torch.float32 else a @ b.t()
-
-
-def pointwise(a: Tensor, b: Tensor, bias: Tensor | None = None, last: str = "none") -> Tensor:
-    """a [N, K], b [M, K], bias [M] -> a b^T + bias, [N, M], then ReLU if last is "relu"; by oneDNN, no gradients."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, last, [], "")  # type: ignore[no-any-return]  # by name
+    return private_operators.linear(a, b) if mkl_is_narrow() and a.dtype == torch.float32 else a @ b.t()
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -56,25 +56,42 @@ class Normalize(nn.Module):
 
 
 @torch.no_grad()
-def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> nn.Conv2d:
-    """One convolution with bias that equals `norm(conv(x))` in evaluation mode."""
+def fold_batch_norm(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
+    """One convolution with bias that equals `norm(conv(x))` in evaluation mode.
+
+    norm  a BatchNorm2d or FrozenBatchNorm2d with running statistics
+    """
+    if not isinstance(norm, (nn.BatchNorm2d, FrozenBatchNorm2d)):
+        raise TypeError(f"a batch normalization can be folded, {type(norm).__name__} cannot")
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a BatchNorm without running statistics cannot be folded")
     # In float64: the fold is done once, and its rounding would stay in the exported weights.
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    bias = 0.0 if conv.bias is None else conv.bias.double()
+    bias = torch.zeros_like(scale) if conv.bias is None else conv.bias.double()
     folded = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
-        (conv.kernel_size[0], conv.kernel_size[1]),
-        (conv.stride[0], conv.stride[1]),
-        conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
-        (conv.dilation[0], conv.dilation[1]),
+        pair(conv.kernel_size),
+        pair(conv.stride),
+        padding_of(conv),
+        pair(conv.dilation),
         conv.groups,
-        bias=True,
+        bias=False,
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )
     folded.weight.copy_(conv.weight.double() * scale[:, None, None, None])
-    folded.bias.copy_((bias - norm.running_mean.double()) * scale + norm.bias.double())  # type: ignore[union-attr]
+    shift = (bias - norm.running_mean.double()) * scale + norm.bias.double()
+    folded.bias = nn.Parameter(shift.to(conv.weight.dtype))
     return folded.requires_grad_(False)
+
+
+def pair(sizes: tuple[int, ...]) -> tuple[int, int]:
+    """Kernel, stride or dilation of a Conv2d: (height, width)."""
+    height, width = sizes
+    return height, width
+
+
+def padding_of(conv: nn.Conv2d) -> str | tuple[int, int]:
+    """The padding of a Conv2d: (height, width), or a word such as "same"."""
+    return conv.padding if isinstance(conv.padding, str) else pair(conv.padding)

@@ -1,4 +1,4 @@
-"""An image as patches: their embedding, where they lie, and windows of them.
+"""Patches of an image: their position embedding, and windows of them.
 
 Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1; windows: Li et al. 2022, "ViTDet", section 3.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class PatchPosition(nn.Module):
     """A learned vector per patch of a square grid, and one for the class token; other grids are interpolated.
 
-    Without padding it depends on the shape alone, so deployment replaces the module by its output.
+    Without padding it depends only on the shape, so deployment replaces the module by its output.
     """
 
     shape_only = True
@@ -31,13 +31,13 @@ class PatchPosition(nn.Module):
             return self.table
         first, cells = self.table.split([int(self.class_token), self.grid**2], dim=1)
         square = cells.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        # float32: there is no bicubic in half precision on a CPU, and this is computed once.
+        # float32: a CPU has no bicubic interpolation in half precision, and this is computed once.
         resized = F.interpolate(square.float(), size=shape, mode="bicubic", align_corners=False).to(cells.dtype)
         return torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1)
 
 
 def to_windows(tokens: Tensor, shape: tuple[int, int], side: int) -> Tensor:
-    """Tokens of a map, row by row, as windows; the map is filled up with zeros at the right and the bottom.
+    """Tokens of a map, row by row, as windows; the map is padded with zeros at the right and the bottom.
 
     tokens  [B, h * w, C];  shape (h, w)
     return  [B * windows, side * side, C]

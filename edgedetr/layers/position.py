@@ -1,4 +1,4 @@
-"""Where a cell of a feature map lies, as a vector that attention can add to its queries and keys.
+"""Position embeddings: the position of a feature map's cell as a vector that attention adds to queries and keys.
 
 Every class maps `shape` (H, W) and an optional padding mask to [1 or B, H*W, C]; tokens run row by row. Without a
 mask the result depends on the shape alone (`shape_only`), so deployment replaces the module by its output.
@@ -14,31 +14,31 @@ from torch import Tensor, nn
 from edgedetr.errors import ModelError
 
 
-def sine(places: Tensor, width: int, temperature: float = 10000.0) -> Tensor:
-    """Numbers as waves: sine and cosine interleaved, the wavelength growing from 1 to `temperature`.
+def sine(positions: Tensor, width: int, temperature: float = 10000.0) -> Tensor:
+    """Sine embedding of numbers: sine and cosine interleaved, with wavelengths from 1 to `temperature`.
 
-    places  [..., P]  1 is a full turn of the fastest wave
-    return  [..., P * width]  place after place
+    positions  [..., P]  1 is a full turn of the fastest wave
+    return     [..., P * width]  position after position
     """
     turns = [2 * math.pi / temperature ** (2 * pair / width) for pair in range(width // 2)]
-    angle = places[..., None] * torch.tensor(turns, device=places.device, dtype=places.dtype)
+    angle = positions[..., None] * torch.tensor(turns, device=positions.device, dtype=positions.dtype)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)
 
 
 def sine_of_boxes(reference: Tensor, width: int) -> Tensor:
-    """Points or boxes as waves, y first as in SinePosition; in float32 or better.
+    """Sine embedding of points or boxes, y first as in SinePosition; in float32 or better.
 
     reference  [..., 2|4]  cx, cy(, w, h) in 0..1
     width      numbers per coordinate
     return     [..., 2|4 * width]
     """
     x, y = reference[..., :1], reference[..., 1:2]
-    places = torch.cat([y, x, reference[..., 2:]], dim=-1)
-    return sine(places.to(torch.promote_types(places.dtype, torch.float32)), width)
+    positions = torch.cat([y, x, reference[..., 2:]], dim=-1)
+    return sine(positions.to(torch.promote_types(positions.dtype, torch.float32)), width)
 
 
 class SinePosition(nn.Module):
-    """Interleaved sine and cosine of the cell's place among the unmasked cells, y first (DETR, section A.4)."""
+    """Interleaved sine and cosine of the cell's position among the unmasked cells, y first (DETR, section A.4)."""
 
     shape_only = True
 
@@ -48,7 +48,7 @@ class SinePosition(nn.Module):
         self.per_axis, self.temperature, self.offset = dim // 2, temperature, offset
 
     def forward(self, like: Tensor, shape: tuple[int, int], padding: Tensor | None = None) -> Tensor:
-        """like: any tensor with the device and type wanted; padding [B, H, W] bool -> [1 or B, H*W, C]."""
+        """like: any tensor with the device and type of the result; padding [B, H, W] bool -> [1 or B, H*W, C]."""
         seen = torch.ones(1, *shape, device=like.device) if padding is None else (~padding).float()
         y, x = seen.cumsum(1), seen.cumsum(2)
         eps = 1e-6  # a row or column that is all padding
@@ -57,8 +57,8 @@ class SinePosition(nn.Module):
         power = torch.arange(self.per_axis, device=like.device) // 2 * 2 / self.per_axis
         wave = self.temperature**power  # [C/2]
         parts = []
-        for place in (y, x):
-            angle = place[..., None] / wave  # [B, H, W, C/2]
+        for axis in (y, x):
+            angle = axis[..., None] / wave  # [B, H, W, C/2]
             parts.append(torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2))
         return torch.cat(parts, dim=-1).flatten(1, 2).to(like.dtype)
 
@@ -83,7 +83,7 @@ class GridPosition(nn.Module):
 
 
 class LearnedPosition(nn.Module):
-    """One learned vector per column and per row, concatenated, x first (DETR's `learned`, which has 50 of each too)."""
+    """One learned vector per column and per row, concatenated, x first (DETR's `learned`, also 50 of each)."""
 
     shape_only = True
 
@@ -130,7 +130,7 @@ class SequencePosition(nn.Module):
 
 
 class NoPosition(nn.Module):
-    """Zero: the tokens are a set (for the ablation of DETR, table 3)."""
+    """Zero: the tokens are a set (DETR, ablation in table 3)."""
 
     shape_only = True
 

@@ -1,7 +1,7 @@
-"""RoIAlign over a pyramid: the content of a box as a small square of features, read from the level that fits its size.
+"""RoIAlign over a pyramid: a small square of features for each box, sampled from the level that fits its size.
 
 He et al. 2017, "Mask R-CNN", section 3; the level of a box: Lin et al. 2017, "Feature Pyramid Networks", eq. 1.
-All boxes are read from one table of all levels' tokens by one gather, so that no level is pooled in vain.
+One gather samples all boxes from one table of all levels' tokens, so that no level is pooled without need.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CELLS = 14.0
 class RoiAlign(nn.Module):
     """`size` x `size` bins per box, each the mean of `samples` x `samples` bilinear points; half-pixel coordinates.
 
-    A point more than a cell outside the map reads zero, one nearer than that reads the border cell: the standard's
+    A point more than a cell outside the map is zero, a nearer one is the border cell, as in ONNX's
     operator RoiAlign with coordinate_transformation_mode "half_pixel".
     """
 
@@ -56,31 +56,31 @@ class RoiAlign(nn.Module):
         bins, reads = self.size, 2 * self.samples
         index = row.reshape(-1, bins, 1, reads, 1) + column.reshape(-1, 1, bins, 1, reads)
         across, down = weight.to(tokens.dtype).split(1, dim=2)
-        share = down.reshape(-1, bins, 1, reads, 1) * across.reshape(-1, 1, bins, 1, reads)
-        index, share = index.long().reshape(-1, bins**2, reads**2), share.reshape(-1, bins**2, reads**2)
-        return weighted_rows(tokens.flatten(0, 1), index, share).reshape(batch, -1, bins**2, tokens.shape[2])
+        weight = down.reshape(-1, bins, 1, reads, 1) * across.reshape(-1, 1, bins, 1, reads)
+        index, weight = index.long().reshape(-1, bins**2, reads**2), weight.reshape(-1, bins**2, reads**2)
+        return weighted_rows(tokens.flatten(0, 1), index, weight).reshape(batch, -1, bins**2, tokens.shape[2])
 
     def _along(self, center: Tensor, extent: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Along both axes: the two cells about each sample, and their weights in the mean of the bin.
+        """Along both axes: the two cells next to each sample, and their weights in the mean of the bin.
 
         center, extent, cells  [B, N, 2]  x, y of the box in cells of its level; cells of that level
         return                 [B, N, 2, 2 * samples * size] cell numbers and weights, bin after bin
         """
         count = self.size * self.samples
         step = (torch.arange(count, device=center.device, dtype=center.dtype) + 0.5) / count - 0.5
-        place = center[..., None] + (extent[..., None] * step - 0.5)  # cell centers are whole numbers
+        position = center[..., None] + (extent[..., None] * step - 0.5)  # cell centers are whole numbers
         cells = cells[..., None]
         last = cells - 1
-        inside = ((place >= -1) & (place <= cells)).to(place.dtype) / self.samples
-        place = torch.minimum(place.clamp(min=0), last)
-        low = place.floor()
-        part = (place - low) * inside
+        inside = ((position >= -1) & (position <= cells)).to(position.dtype) / self.samples
+        position = torch.minimum(position.clamp(min=0), last)
+        low = position.floor()
+        part = (position - low) * inside
         cell = torch.stack([low, torch.minimum(low + 1, last)], dim=-1)
         return cell.flatten(3), torch.stack([inside - part, part], dim=-1).flatten(3)
 
 
 def level_of(boxes: Tensor, strides: Sequence[int]) -> Tensor:
-    """Index of the level that a box is read from: floor(4 + log2(sqrt(area) / 224)), kept within the pyramid.
+    """Index of the level that a box is sampled from: floor(4 + log2(sqrt(area) / 224)), kept within the pyramid.
 
     boxes   [..., 4]  cx, cy, w, h in pixels
     return  [...] int64, 0 for the finest level

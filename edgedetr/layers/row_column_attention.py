@@ -1,7 +1,7 @@
 """Row-column decoupled attention: one softmax over the columns of a map, one over its rows, instead of one over cells.
 
 Wang et al. 2021, "Anchor DETR: Query Design for Transformer-Based Object Detection", section 3.4. A cell's weight is
-the product of its column's and its row's, so keys are as many as columns and rows, H + W instead of H W.
+the product of its column's and its row's weight, so there are H + W keys instead of H W.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from edgedetr.layers.position import sine
 
 Axes = tuple[Tensor, Tensor]  # position of each column [1 or B, W, C], and of each row [1 or B, H, C]
 
-LARGEST = 2**25  # numbers that the inner product of one image may take at once (128 MiB); more go in parts
+LARGEST = 2**25  # largest size of the inner product of one image (128 MiB); larger ones are split
 
 
 class AxisPosition(nn.Module):
-    """A learned position of a place along one axis; the same network for columns, rows and query points."""
+    """A learned embedding of a position along one axis; the same network for columns, rows and query points."""
 
     shape_only = True
 
@@ -28,16 +28,16 @@ class AxisPosition(nn.Module):
         super().__init__()
         self.dim, self.adapt = dim, Mlp(dim, dim, dim, 2)
 
-    def along(self, places: Tensor) -> Tensor:
-        """places [..., P] in 0..1 -> [..., P, C]."""
-        return self.adapt(sine(places[..., None], self.dim))
+    def along(self, positions: Tensor) -> Tensor:
+        """positions [..., P] in 0..1 -> [..., P, C]."""
+        return self.adapt(sine(positions[..., None], self.dim))
 
     def forward(self, like: Tensor, shape: tuple[int, int], padding: Tensor | None = None) -> Axes:
-        """Of every column and row of a map: the cell centers, as shares of the columns and rows that are image.
+        """Embeddings of a map's columns and rows: cell centers, as fractions of the columns and rows that are image.
 
-        padding  [B, H, W] bool; each image lies in the upper left corner
+        padding  [B, H, W] bool; each image is in the upper left corner
         """
-        kind = torch.promote_types(like.dtype, torch.float32)  # a bfloat16 cell center is 1/256 off
+        kind = torch.promote_types(like.dtype, torch.float32)  # bfloat16 would move a cell center by up to 1/256
         if padding is None:
             height, width = (torch.ones(1, n, device=like.device, dtype=kind) for n in shape)
         else:
@@ -69,10 +69,10 @@ class RowColumnAttention(nn.Module):
         shape: tuple[int, int],
         padding: Tensor | None = None,
     ) -> Tensor:
-        """One sum of values per query.
+        """One weighted sum of values per query.
 
         along_x, along_y  [B, N, C]   content + position along x (compared with columns), and along y (with rows)
-        tokens            [B, H*W, C] row by row, without position; axes: theirs
+        tokens            [B, H*W, C] row by row, without position; axes: position of columns and rows
         padding           [B, H*W] bool, True = padding: outside the image's columns and rows
         return            [B, N, C]
         """
@@ -84,15 +84,15 @@ class RowColumnAttention(nn.Module):
         else:
             seen = ~padding.unflatten(1, shape)
             hidden_x, hidden_y = (~seen.any(1))[:, None, None], (~seen.any(2))[:, None, None]
-            # The mean is of the image's cells. (The paper's code also counts the padding's, which then changes it.)
+            # The mean over the image's cells only. (The paper's code includes padding, which changes the result.)
             maps = maps * seen[..., None]
             columns = maps.sum(1) / seen.sum(1)[..., None].clamp(min=1)
             rows = maps.sum(2) / seen.sum(2)[..., None].clamp(min=1)
-        # Projected after the mean: the same numbers as before it, from fewer vectors.
+        # Projection after the mean gives the same result as before it, with fewer vectors.
         a_x = self._weights(self.q_x(along_x), self.k_x(columns + axes[0]), hidden_x)  # [B, M, N, W]
         a_y = self._weights(self.q_y(along_y), self.k_y(rows + axes[1]), hidden_y)  # [B, M, N, H]
         value = self.v(tokens).unflatten(1, shape).unflatten(-1, (self.heads, -1))  # [B, H, W, M, D]
-        if width > height:  # the longer axis first: what is left between is shorter
+        if width > height:  # the longer axis first: the intermediate result is smaller
             first, second, value = a_x, a_y, value.permute(0, 3, 2, 1, 4)  # [B, M, W, H, D]
         else:
             first, second, value = a_y, a_x, value.permute(0, 3, 1, 2, 4)  # [B, M, H, W, D]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
-from edgedetr.layers.cpu_kernels.exact_arithmetic import exactly
 from edgedetr.layers.dynamic_convolution import DynamicInteraction
+from edgedetr.layers.full_precision import in_float32
 from edgedetr.layers.linear import Linear
 from edgedetr.layers.roi_align import RoiAlign
 from edgedetr.models.detector import Memory, Queries
@@ -84,11 +84,11 @@ class DeltaBoxes(nn.Module):
 
     def classify(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> logits [B, N, K]."""
-        return exactly(self.score[layer], self.class_tower[layer](features))
+        return in_float32(self.score[layer], self.class_tower[layer](features))
 
     def delta(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> [B, N, 4], shift and logarithmic growth of the box, times DELTA_WEIGHTS."""
-        return exactly(self.box[layer], self.box_tower[layer](features))
+        return in_float32(self.box[layer], self.box_tower[layer](features))
 
     def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
         """delta, reference [B, N, 4] -> boxes [B, N, 4], cx, cy, w, h in 0..1, float32."""

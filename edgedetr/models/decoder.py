@@ -12,10 +12,10 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.box_ops import inverse_sigmoid
 from edgedetr.layers.conditional_attention import ConditionalAttention, ConditionalSelfAttention
-from edgedetr.layers.cpu_kernels.exact_arithmetic import exactly
 from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward, Mlp
+from edgedetr.layers.full_precision import in_float32
 from edgedetr.layers.linear import Linear
 from edgedetr.layers.row_column_attention import RowColumnAttention
 from edgedetr.models.detector import Memory, Outputs, Queries
@@ -164,11 +164,11 @@ class AbsoluteBoxes(nn.Module):
 
     def classify(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> logits [B, N, K*]."""
-        return exactly(self.score, features)
+        return in_float32(self.score, features)
 
     def delta(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> box logits [B, N, 4], to be added to those of the reference where there is one."""
-        return exactly(self.box, features)
+        return in_float32(self.box, features)
 
     def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
         return move(delta, reference)
@@ -188,11 +188,11 @@ class IterativeBoxes(nn.Module):
 
     def classify(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> logits [B, N, K]."""
-        return exactly(self.score[layer], features)
+        return in_float32(self.score[layer], features)
 
     def delta(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> box logits [B, N, 4], to be added to those of the reference."""
-        return exactly(self.box[layer], features)
+        return in_float32(self.box[layer], features)
 
     def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
         return move(delta, reference)
@@ -246,7 +246,7 @@ class Decoder(nn.Module):
             last = index == len(self.layers) - 1
             position = queries.position
             if self.query_position is not None:
-                position = exactly(self.query_position, reference)  # type: ignore[arg-type]  # there is one with it
+                position = in_float32(self.query_position, reference)  # type: ignore[arg-type]  # there is one with it
             if self.spatial is not None:
                 spatial = self.spatial(index, queries.content, reference, start)
             queries = replace(queries, position=position, reference=reference, spatial=spatial)

@@ -9,7 +9,7 @@ from members import SMALL, pictures, small
 from torch import Tensor, nn
 
 from edgedetr.layers import linear as linear_module
-from edgedetr.layers.linear import Linear, by_onednn, linear
+from edgedetr.layers.linear import Linear, linear, uses_onednn
 from edgedetr.layers.lora import adapt
 
 
@@ -47,7 +47,7 @@ def in_float64(tensors: list[Tensor], gradient: Tensor) -> list[Tensor]:
 )
 def test_products_and_gradients_equal_float64(shape: tuple[int, ...], outputs: int, bias: bool) -> None:
     tensors = inputs(shape, outputs, bias)
-    assert by_onednn(*tensors[:2]), "else this test compares torch with itself"
+    assert uses_onednn(*tensors[:2]), "else this test compares torch with itself"
     y = linear(tensors[0], tensors[1], tensors[2] if bias else None)
     assert y.grad_fn is not None and "_Linear" in type(y.grad_fn).__name__
     gradient = torch.randn_like(y)
@@ -125,17 +125,17 @@ def test_low_rank_adaptation_takes_the_same_way() -> None:
 
 def test_torchs_own_product_is_taken_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, _ = inputs((3, 4), 5)
-    assert by_onednn(x, weight)
+    assert uses_onednn(x, weight)
     with torch.no_grad():
-        assert not by_onednn(x, weight), "evaluation, calibration and counting of operations stay as they are"
+        assert not uses_onednn(x, weight), "evaluation, calibration and counting of operations stay as they are"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not by_onednn(x, weight)
+        assert not uses_onednn(x, weight)
         assert linear(x, weight).dtype == torch.bfloat16
-    assert not by_onednn(x.double(), weight.double())
+    assert not uses_onednn(x.double(), weight.double())
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not by_onednn(x, weight)
+        assert not uses_onednn(x, weight)
     monkeypatch.setattr(linear_module, "SMALL", 61)
-    assert not by_onednn(x, weight), "3 x 4 x 5 = 60 multiplications"
+    assert not uses_onednn(x, weight), "3 x 4 x 5 = 60 multiplications"
 
 
 def test_a_traced_graph_holds_the_plain_product() -> None:

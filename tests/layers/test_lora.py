@@ -57,5 +57,5 @@ def test_the_exported_graph_has_no_node_more(tmp_path) -> None:  # type: ignore[
 
 
 def test_a_pattern_that_fits_nothing_is_named() -> None:
-    with pytest.raises(ModelError, match=r"train.lora_on \['\*.query'\] fits no Linear .* like encoder"):
+    with pytest.raises(ModelError, match=r"train.lora_on \['\*.query'\] matches no Linear .* like encoder"):
         adapt(small("detr"), ("*.query",), 2, 2.0)

@@ -1,8 +1,8 @@
-"""Weighted sums of rows of a table: what sampling from a feature map comes down to, and the most of its cost.
+"""Weighted sums of rows of a table: the core of sampling from a feature map, and most of its cost.
 
-In an exported graph, on a GPU and in half precision this is a Gather and a matrix product. On a CPU in float32 the rows
-are never copied out: forward is torch's embedding bag, the gradient of the table a product with a sparse matrix, and
-the gradient of the weights a product of two matrices of which only the entries that were read are made.
+In an exported graph, on a GPU and in half precision this is a Gather and a matrix product. On a CPU in float32 no row
+is copied: forward is torch's embedding bag, the gradient of the table is a product with a sparse matrix, and the
+gradient of the weights is a matrix product of which only the needed entries are computed (feature_atlas.py has times).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from edgedetr.layers.cpu_kernels.cpu_features import mixed, quick
+from edgedetr.layers.cpu_kernels.dispatch import autocast_dtype, is_eager_fp32
 
 
 def weighted_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -28,9 +28,9 @@ def weighted_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     weight  [..., K]
     return  [..., D]
     """
-    if mixed(table):
-        table, weight = table.float(), weight.float()  # sums without copies exist in float32 alone
-    if not (quick(table) and quick(weight)):
+    if autocast_dtype(table):
+        table, weight = table.float(), weight.float()  # the kernels without copies are float32 only
+    if not (is_eager_fp32(table) and is_eager_fp32(weight)):
         return (weight.unsqueeze(-2) @ F.embedding(index, table)).squeeze(-2)
     bags = index.shape[-1]
     summed = _WeightedRows.apply(table, index.reshape(-1, bags).int(), weight.reshape(-1, bags))
@@ -41,13 +41,13 @@ class _WeightedRows(torch.autograd.Function):
     """table [R, D], index [N, K] int32, weight [N, K] -> [N, D]."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(table, index, weight)
         return sum_rows(table, index, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         table, index, weight = ctx.saved_tensors
         of_table = of_weight = None
         if ctx.needs_input_grad[0]:
@@ -63,16 +63,16 @@ def sum_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 
 def table_gradient(index: Tensor, weight: Tensor, gradient: Tensor, rows: int) -> Tensor:
-    """What `gradient` [N, D] of the sums is for the table: [R, D]; index [N, K] int32, weight [N, K]."""
+    """The gradient [R, D] of the table, given that of the sums [N, D]; index [N, K] int32, weight [N, K]."""
     sums, width = index.shape
-    cells, shares, seeds = (tensor.numpy() for tensor in (index, weight, gradient.contiguous()))
+    cells, weights, seeds = (tensor.numpy() for tensor in (index, weight, gradient.contiguous()))
     ends = np.arange(0, sums * width + 1, width, dtype=np.int32)
-    samples = csr_matrix((shares.ravel(), cells.ravel(), ends), shape=(sums, rows))
+    samples = csr_matrix((weights.ravel(), cells.ravel(), ends), shape=(sums, rows))
     return torch.from_numpy(samples.T @ seeds)
 
 
 def weight_gradient(index: Tensor, table: Tensor, gradient: Tensor) -> Tensor:
-    """What `gradient` [N, D] of the sums is for the weights: gradient[n] . table[index[n, k]], [N, K]."""
+    """The gradient [N, K] of the weights, given that of the sums [N, D]: gradient[n] . table[index[n, k]]."""
     bags, width = index.shape
     ends = torch.arange(0, bags * width + 1, width, dtype=torch.int32)
     with warnings.catch_warnings():

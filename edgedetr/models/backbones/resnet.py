@@ -84,11 +84,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         *first, last = self.body
-        if all(isinstance(part, ConvNorm) and part.packs(x) for part in self.body):
+        if all(isinstance(part, ConvNorm) and part.is_frozen(x) for part in self.body):
             inner = x
             for part in first:
                 inner = part(inner)
-            return last.packed(inner, relu=True, plus=self.shortcut(x))  # type: ignore[operator, no-any-return]  # a ConvNorm
+            return last.frozen_forward(inner, relu=True, plus=self.shortcut(x))  # type: ignore[operator, no-any-return]  # a ConvNorm
         # In place: neither a convolution nor a normalization looks at what it gave when gradients are made.
         return self.activation(self.body(x).add_(self.shortcut(x)))
 

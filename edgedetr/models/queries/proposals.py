@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
-from edgedetr.layers.batched_gather import take_rows
-from edgedetr.layers.cpu_kernels.exact_arithmetic import exactly
+from edgedetr.layers.batched_gather import batched_gather
 from edgedetr.layers.deformable_attention import Shapes
 from edgedetr.layers.feedforward import Mlp
+from edgedetr.layers.full_precision import in_float32
 from edgedetr.layers.linear import Linear
 from edgedetr.layers.position import sine
 from edgedetr.models.detector import Memory, Queries
@@ -41,7 +41,7 @@ class PointQueries(nn.Module):
 
     def forward(self, memory: Memory) -> Queries:
         position, content = self.embed.weight.expand(memory.tokens.shape[0], -1, -1).chunk(2, dim=-1)
-        reference = exactly(self.reference, position)
+        reference = in_float32(self.reference, position)
         reference = reference.to(torch.promote_types(reference.dtype, torch.float32)).sigmoid()
         return Queries(content, position=position, reference=reference)
 
@@ -105,17 +105,17 @@ class Proposals(nn.Module):
             usable = usable * (~memory.padding[..., None]).to(usable.dtype)
             starts = starts.masked_fill(memory.padding[..., None], INVALID)
         tokens = self.norm(self.project(memory.tokens * usable))  # [B, S, C]
-        logits = exactly(self.score, tokens)
+        logits = in_float32(self.score, tokens)
         rank = logits[..., 0] if self.foreground else logits.amax(-1)
         best = rank.topk(self.count, dim=1).indices  # [B, N]
         # The chosen boxes are computed apart from all boxes, of which the deployed graph has no use. Same numbers: the
         # head is per token.
-        chosen = take_rows(tokens, best)
-        start = take_rows(starts, best) if len(starts) > 1 else F.embedding(best, starts[0])
+        chosen = batched_gather(tokens, best)
+        start = batched_gather(starts, best) if len(starts) > 1 else F.embedding(best, starts[0])
         return chosen, self._boxes(chosen, start), (logits, self._boxes(tokens, starts))
 
     def _boxes(self, tokens: Tensor, start: Tensor) -> Tensor:
-        delta = exactly(self.box, tokens)
+        delta = in_float32(self.box, tokens)
         return (delta.to(torch.promote_types(delta.dtype, torch.float32)) + start).sigmoid()
 
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
-from edgedetr.layers.batched_gather import take_rows
-from edgedetr.layers.cpu_kernels.exact_arithmetic import exactly
+from edgedetr.layers.batched_gather import batched_gather
 from edgedetr.layers.feedforward import Mlp
+from edgedetr.layers.full_precision import in_float32
 from edgedetr.layers.linear import Linear
 from edgedetr.models.detector import Memory, Queries
 
@@ -104,11 +104,11 @@ class TopKQueries(nn.Module):
             )
         anchors, valid = self.anchors(memory.tokens, memory.shapes)
         tokens = self.norm(self.project(memory.tokens * valid))  # [B, S, C]
-        best = exactly(self.score, tokens).amax(-1).topk(self.queries, dim=1).indices  # [B, N]
+        best = in_float32(self.score, tokens).amax(-1).topk(self.queries, dim=1).indices  # [B, N]
         # Boxes of the chosen tokens only: the head is per token, so choosing first gives the same numbers.
-        chosen = take_rows(tokens, best)
+        chosen = batched_gather(tokens, best)
         start = F.embedding(best, anchors[0])
-        logits, boxes = exactly(self.score, chosen), (exactly(self.box, chosen) + start).sigmoid()
+        logits, boxes = in_float32(self.score, chosen), (in_float32(self.box, chosen) + start).sigmoid()
         content = chosen.detach() if self.content is None else self.content.weight.expand(chosen.shape[0], -1, -1)
         return Queries(content, reference=boxes.detach(), encoder=(logits, boxes))
 

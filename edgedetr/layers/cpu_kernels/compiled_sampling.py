@@ -1,7 +1,7 @@
-"""Sums of bilinear samples and their gradients as loops that numba compiles for this processor, for training on a CPU.
+"""Sums of bilinear samples and their gradients as loops that numba compiles, for training on a CPU.
 
-One pass per query and head, in which nothing but the result goes to memory. Compiled once per number of channels, which
-takes seconds, and kept on disk. Import this module where it is needed: numba takes half a second, and may not be there.
+One pass per query and head, which writes only the result to memory. Compiled once per number of channels, which takes
+seconds, and cached on disk. Import this module only where it is needed: numba is optional and takes half a second.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 Loop = Callable[..., None]
 
 
-def spread(loop: Loop, units: int, *arguments: Any) -> None:
-    """loop(*arguments, first, last) over all units, in equal parts on as many threads as torch has."""
+def parallel_for(loop: Loop, units: int, *arguments: Any) -> None:
+    """loop(*arguments, first, last) over all units, in equal parts on torch's number of threads."""
     threads = min(torch.get_num_threads(), units)
     bounds = [units * part // threads for part in range(threads + 1)]
     if threads == 1:
@@ -34,16 +34,16 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "edgedetr-sampling")
 
 
-if hasattr(os, "register_at_fork"):  # threads do not come along into a fork
+if hasattr(os, "register_at_fork"):  # a forked process has none of these threads
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    # No flag lets the compiler assume that there is no NaN: one must come out where it went in.
+    # No flag lets the compiler assume that there is no NaN: NaN must propagate.
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
     try:
         return numba.njit(function, cache=True, **options)
-    except RuntimeError:  # there is no folder that it may write to
+    except RuntimeError:  # no writable cache folder
         return numba.njit(function, **options)
 
 
@@ -51,7 +51,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 def _find(
     x: Any, y: Any, low: Any, high: Any, line: Any, last: Any, size: Any, first: Any, right: Any, down: Any
 ) -> None:
-    """For each point: where its first cell begins in the table, and how far right and down of it the place is."""
+    """For each point: the offset of its upper left cell in the table, and the point's distance right and down of it."""
     kind = right.dtype.type
     for p in range(len(first)):
         across, along = x[p], y[p]
@@ -61,13 +61,13 @@ def _find(
         along = high[1, p] if along > high[1, p] else along
         column, line_ = np.int32(across), np.int32(along)  # both are above 0: as floor
         right[p], down[p] = across - kind(column), along - kind(line_)
-        # NaN is in no cell; whatever it reads, the sum is NaN
+        # NaN is in no cell; whichever cell it reads, the sum is NaN
         first[p] = np.uint32(min(max(line_ * line + column, np.int32(0)), last)) * size
 
 
 @numba.njit(inline="always")
-def _shares(weight: Any, right: Any, down: Any) -> tuple[Any, Any, Any, Any]:
-    """What each of a place's four cells weighs: upper left and right, lower left and right."""
+def _bilinear_weights(weight: Any, right: Any, down: Any) -> tuple[Any, Any, Any, Any]:
+    """The bilinear weights of a point's four cells: upper left and right, lower left and right."""
     lower = weight * down
     upper = weight - lower
     lower_right, upper_right = lower * right, upper * right
@@ -88,15 +88,15 @@ def sums(
     begin: int,
     end: int,
 ) -> None:
-    """Per unit from `begin` to `end`, the weighted sum of what its points see.
+    """Per unit from `begin` to `end`, the weighted sum of its points' bilinear samples.
 
-    A unit is an image's head; its table has a row per cell of the sheet, see layers/bilinear_sampling.py.
+    A unit is one head of one image; its table has a row per cell of the atlas, see feature_atlas.py.
 
     channels      a tuple as long as a row: the compiler knows the length of a tuple, and unrolls loops over it
     table         [B M, cells, channels]
-    x, y, weight  [B, N, M, P]   places in cells of the sheet, and what they weigh
-    low, high     [2, P]         least and greatest x and y
-    line          cells of a line of the sheet
+    x, y, weight  [B, N, M, P]   positions in cells of the atlas, and weights
+    low, high     [2, P]         x and y are clamped to these
+    line          cells of a line of the atlas
     out           [B, N, M, channels], written
     """
     queries, heads, points = x.shape[1:]
@@ -106,13 +106,13 @@ def sums(
     first, right, down = np.empty(points, np.uint32), np.empty(points, table.dtype), np.empty(points, table.dtype)
     total = np.empty(len(channels), table.dtype)
     for unit in range(begin, end):
-        picture, head = unit // heads, unit % heads
+        image, head = unit // heads, unit % heads
         cells = table[unit].reshape(-1)
         for n in range(queries):
-            share, written = weight[picture, n, head], out[picture, n, head]
+            factor, written = weight[image, n, head], out[image, n, head]
             _find(
-                x[picture, n, head],
-                y[picture, n, head],
+                x[image, n, head],
+                y[image, n, head],
                 low,
                 high,
                 np.int32(line),
@@ -125,9 +125,9 @@ def sums(
             for d in range(size):
                 total[d] = kind(0)
             for p in range(points):
-                upper_left, upper_right, lower_left, lower_right = _shares(share[p], right[p], down[p])
+                upper_left, upper_right, lower_left, lower_right = _bilinear_weights(factor[p], right[p], down[p])
                 a = np.uintp(first[p])  # a b
-                b, c = a + size, a + below  # c e: the four cells as they lie
+                b, c = a + size, a + below  # c e: the four cells
                 e = c + size
                 for d in range(size):
                     total[d] += (
@@ -158,15 +158,15 @@ def gradients(
     begin: int,
     end: int,
 ) -> None:
-    """What the sums' gradient is for all that they were made from.
+    """The gradients of the table, the positions and the weights, given that of the sums.
 
-    A unit is an image's head; its table has a row per cell of the sheet, see layers/bilinear_sampling.py.
+    A unit is one head of one image; its table has a row per cell of the atlas, see feature_atlas.py.
 
     channels      a tuple as long as a row: the compiler knows the length of a tuple, and unrolls loops over it
     table         [B M, cells, channels]
-    x, y, weight  [B, N, M, P]   places in cells of the sheet, and what they weigh
-    low, high     [2, P]         least and greatest x and y
-    line          cells of a line of the sheet
+    x, y, weight  [B, N, M, P]   positions in cells of the atlas, and weights
+    low, high     [2, P]         x and y are clamped to these
+    line          cells of a line of the atlas
     gradient      [B, N, M, channels]
     of_table      as table, added to; of_x, of_y, of_weight [B, N, M, P], written
     """
@@ -178,13 +178,13 @@ def gradients(
     seed, seen = np.empty(len(channels), table.dtype), np.empty((4, points), table.dtype)
     seen_a, seen_b, seen_c, seen_e = seen[0], seen[1], seen[2], seen[3]
     for unit in range(begin, end):
-        picture, head = unit // heads, unit % heads
+        image, head = unit // heads, unit % heads
         cells, of_cells = table[unit].reshape(-1), of_table[unit].reshape(-1)
         for n in range(queries):
-            share, given = weight[picture, n, head], gradient[picture, n, head]
+            factor, given = weight[image, n, head], gradient[image, n, head]
             _find(
-                x[picture, n, head],
-                y[picture, n, head],
+                x[image, n, head],
+                y[image, n, head],
                 low,
                 high,
                 np.int32(line),
@@ -197,9 +197,9 @@ def gradients(
             for d in range(size):
                 seed[d] = given[d]
             for p in range(points):
-                upper_left, upper_right, lower_left, lower_right = _shares(share[p], right[p], down[p])
+                upper_left, upper_right, lower_left, lower_right = _bilinear_weights(factor[p], right[p], down[p])
                 a = np.uintp(first[p])  # a b
-                b, c = a + size, a + below  # c e: the four cells as they lie
+                b, c = a + size, a + below  # c e: the four cells
                 e = c + size
                 at_a, at_b, at_c, at_e = kind(0), kind(0), kind(0), kind(0)
                 for d in range(size):
@@ -215,11 +215,11 @@ def gradients(
                 for d in range(size):
                     of_cells[c + d] += lower_left * seed[d]
                     of_cells[e + d] += lower_right * seed[d]
-            to_x, to_y, to_weight = of_x[picture, n, head], of_y[picture, n, head], of_weight[picture, n, head]
+            to_x, to_y, to_weight = of_x[image, n, head], of_y[image, n, head], of_weight[image, n, head]
             for p in range(points):
                 across, across_below = seen_b[p] - seen_a[p], seen_e[p] - seen_c[p]
                 above = seen_a[p] + across * right[p]
                 step = seen_c[p] + across_below * right[p] - above
                 to_weight[p] = above + step * down[p]
-                to_y[p] = step * share[p]
-                to_x[p] = (across + (across_below - across) * down[p]) * share[p]
+                to_y[p] = step * factor[p]
+                to_x[p] = (across + (across_below - across) * down[p]) * factor[p]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edgedetr.layers.bilinear_sampling import Sheet, bilinear_sum
+from edgedetr.layers.cpu_kernels.feature_atlas import FeatureAtlas, bilinear_sum
 from edgedetr.layers.deformable_attention import DeformableAttention
 
 SHAPES, POINTS = [(4, 6), (2, 3), (1, 2)], [3, 2, 1]
@@ -40,8 +40,8 @@ def by_grid_sample(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight
 
 
 def by_sheet(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    sheet = Sheet.of(SHAPES, POINTS, x)
-    return bilinear_sum(value, x + sheet.corner[:, 0], y + sheet.corner[:, 1], weight, sheet)
+    atlas = FeatureAtlas.of(SHAPES, POINTS, x)
+    return bilinear_sum(value, x + atlas.corner[:, 0], y + atlas.corner[:, 1], weight, atlas)
 
 
 def agree(inputs: list[torch.Tensor]) -> None:
@@ -88,7 +88,7 @@ def test_without_numba_attention_reads_rows(monkeypatch: pytest.MonkeyPatch) -> 
 
     torch.manual_seed(1)
     made, query, tokens = DeformableAttention(16, 2, POINTS), torch.randn(2, 9, 16), torch.randn(2, TOKENS, 16)
-    monkeypatch.setattr(deformable_attention, "WORTH", 0)
+    monkeypatch.setattr(deformable_attention, "LARGE", 0)
     expected = made(query, torch.rand(2, 9, 4, generator=torch.Generator().manual_seed(2)), tokens, SHAPES)
     monkeypatch.setattr(deformable_attention, "compiled_here", lambda: False)
     monkeypatch.setattr(deformable_attention, "bilinear_sum", None)
@@ -104,16 +104,18 @@ def test_without_numba_attention_reads_rows(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_sheet_holds_every_map_among_zeros(shapes: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)
     value = torch.randn(2, sum(h * w for h, w in shapes), 2 * 3)
-    sheet = Sheet.of(shapes, [1] * len(shapes), value)
-    laid = sheet.laid(value, heads=2)
-    assert torch.equal(sheet.taken(laid), value)
-    assert laid.count_nonzero() == value.numel(), "zeros elsewhere"
+    atlas = FeatureAtlas.of(shapes, [1] * len(shapes), value)
+    packed = atlas.pack(value, heads=2)
+    assert torch.equal(atlas.unpack(packed), value)
+    assert packed.count_nonzero() == value.numel(), "zeros elsewhere"
     map_0 = value[1, : shapes[0][0] * shapes[0][1], 3:].unflatten(0, shapes[0])
-    left, top = sheet.corner[0].int().tolist()
-    assert torch.equal(laid[1, 1, top : top + shapes[0][0], left : left + shapes[0][1]], map_0), "head 1, channels 3.."
-    for (height, width), (left, top) in zip(shapes, sheet.corner.int().tolist()):
-        around = laid[:, :, top - 2 : top + height + 2, left - 2 : left + width + 2]
-        assert around.shape[2:4] == (height + 4, width + 4), "two cells on each side are on the sheet"
+    left, top = atlas.corner[0].int().tolist()
+    assert torch.equal(packed[1, 1, top : top + shapes[0][0], left : left + shapes[0][1]], map_0), (
+        "head 1, channels 3.."
+    )
+    for (height, width), (left, top) in zip(shapes, atlas.corner.int().tolist()):
+        around = packed[:, :, top - 2 : top + height + 2, left - 2 : left + width + 2]
+        assert around.shape[2:4] == (height + 4, width + 4), "two cells on each side are on the atlas"
         assert around.count_nonzero() == 2 * height * width * 6, "and are zeros"
 
 
@@ -143,7 +145,7 @@ def test_attention_gives_the_same_in_every_sampling(coordinates: int, monkeypatc
     """The first by compiled loops, whatever its size."""
     results = []
     for sampling in ("auto", "auto", "gather", "grid_sample"):
-        monkeypatch.setattr("edgedetr.layers.deformable_attention.WORTH", 1 << 19 if results else 0)
+        monkeypatch.setattr("edgedetr.layers.deformable_attention.LARGE", 1 << 19 if results else 0)
         torch.manual_seed(1)
         made = DeformableAttention(16, 2, POINTS, sampling)
         with torch.no_grad():
@@ -163,7 +165,7 @@ def test_under_autocast_attention_samples_in_float32(monkeypatch: pytest.MonkeyP
     """Places and values are those that the Linears give in bfloat16; what is read there is not rounded again."""
     torch.manual_seed(1)
     made, seen = DeformableAttention(16, 2, POINTS, "auto"), []
-    monkeypatch.setattr("edgedetr.layers.deformable_attention.WORTH", 0)
+    monkeypatch.setattr("edgedetr.layers.deformable_attention.LARGE", 0)
     monkeypatch.setattr(
         "edgedetr.layers.deformable_attention.bilinear_sum",
         lambda *tensors: seen.append(tensors) or bilinear_sum(*tensors),

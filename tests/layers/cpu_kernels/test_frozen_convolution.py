@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from edgedetr.layers import convolution as conv_module
 from edgedetr.layers.convolution import ConvNorm
-from edgedetr.layers.cpu_kernels.packed import packs
+from edgedetr.layers.cpu_kernels.frozen_convolution import applies
 from edgedetr.layers.norm import FrozenBatchNorm2d
 from edgedetr.models.backbones.resnet import resnet
 
@@ -54,7 +54,7 @@ def by_hand(made: ConvNorm, x: Tensor) -> Tensor:
 )
 def test_one_pass_equals_float64_steps(words: dict[str, object], layout: str) -> None:
     made, x = block(**words), torch.randn(2, 6, 9, 7).contiguous(memory_format=LAYOUTS[layout])
-    assert made.packs(x), "else this test compares nothing"
+    assert made.is_frozen(x), "else this test compares nothing"
     wanted = made.activation(by_hand(made, x))
     torch.testing.assert_close(made(x).double(), wanted, atol=1e-5, rtol=1e-5)  # float32 sums of 54 products
 
@@ -93,13 +93,13 @@ def test_changed_weights_are_packed_again() -> None:
 
 def test_gradients_reach_what_learns_before_and_inside() -> None:
     made, x = block(kernel=3, activation="relu"), torch.randn(1, 6, 5, 5, requires_grad=True)
-    assert not made.packs(x), "the images' side wants a gradient"
+    assert not made.is_frozen(x), "the images' side wants a gradient"
     made(x).sum().backward()
     twin = copy.deepcopy(x.detach()).requires_grad_()
     by_hand(made, twin).relu().sum().backward()
     torch.testing.assert_close(x.grad, twin.grad, atol=1e-5, rtol=1e-5)
     made.conv.weight.requires_grad_(True)
-    assert not made.packs(x.detach()), "the kernel wants a gradient"
+    assert not made.is_frozen(x.detach()), "the kernel wants a gradient"
 
 
 @torch.no_grad()
@@ -109,10 +109,10 @@ def test_under_autocast_one_pass_is_within_bfloat16_of_float64_steps() -> None:
     exact = made(x)
     with torch.autocast("cpu", torch.bfloat16):
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            assert not made.packs(x)
+            assert not made.is_frozen(x)
             pytest.skip("no products of bfloat16 on this CPU")
-        assert made.packs(x) and made.packs(x.bfloat16())
-        alone, summed = made(x), made.packed(x.bfloat16(), True, plus.bfloat16())
+        assert made.is_frozen(x) and made.is_frozen(x.bfloat16())
+        alone, summed = made(x), made.frozen_forward(x.bfloat16(), True, plus.bfloat16())
     for got, wanted in ((alone, by_hand(made, x).relu()), (summed, (by_hand(made, x) + plus).relu())):
         assert got.dtype == torch.bfloat16
         # Kernel, image and sum are rounded to 8 bits; relative to the largest number.
@@ -123,8 +123,8 @@ def test_under_autocast_one_pass_is_within_bfloat16_of_float64_steps() -> None:
 def test_half_precision_and_graphs_take_plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     made, x = block(kernel=3), torch.randn(1, 6, 5, 5)
     with torch.autocast("cpu", dtype=torch.float16):
-        assert not packs(x, made.conv) and made(x).dtype == torch.float16
-    assert not packs(x.double(), made.conv) and not packs(x.bfloat16(), made.conv)
+        assert not applies(x, made.conv) and made(x).dtype == torch.float16
+    assert not applies(x.double(), made.conv) and not applies(x.bfloat16(), made.conv)
     called = []
     monkeypatch.setattr(conv_module, "convolve", lambda *args: called.append(args))
     torch.jit.trace(made, x, check_trace=False)
