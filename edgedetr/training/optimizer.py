@@ -155,6 +155,8 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average towards the weights after `step` steps (counted from 1)."""
-        torch._foreach_lerp_(self._average, self._weights, 1 - self.decay_at(step))
-        if self._counters:
-            torch._foreach_copy_(self._counters, self._live_counters)
+        fraction = 1 - self.decay_at(step)
+        for average, weight in zip(self._average, self._weights):
+            average.lerp_(weight, fraction)
+        for counter, live in zip(self._counters, self._live_counters):
+            counter.copy_(live)
