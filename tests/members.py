@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch.nn.functional import interpolate
 
-from edgedetr.bundle import atomic_write
 from edgedetr.exporting.to_onnx import write_onnx
 from edgedetr.models import FAMILY, build
 from edgedetr.models.backbones.resnet import Block
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.models.detector import DetrModel
+from edgedetr.storage.atomic import atomic_write
 
 CLASSES = 3
 HEIGHT, WIDTH = 96, 128  # rectangular, so that a swap of x and y shows

@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputContract, atomic_write
+from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputContract
 from edgedetr.errors import BundleError
+from edgedetr.storage.atomic import atomic_write
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_creating_over_an_existing_bundle_keeps_its_files(bundle, manifest):
 def test_a_folder_of_somebody_elses_is_not_made_a_bundle(tmp_path, manifest, name):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("years of work")
-    told = f"mine holds '{name}' and is no bundle; .* name another --out"
+    told = f"mine holds '{name}' and is not a bundle; .* choose another --out"
     with pytest.raises(BundleError, match=told):
         Bundle.create(tmp_path / "mine", manifest)
     with pytest.raises(BundleError, match=told), Bundle.training(tmp_path / "mine"):
@@ -141,7 +142,7 @@ def test_a_folder_in_which_a_training_began_becomes_a_bundle(tmp_path, manifest)
 WRITER = """
 import sys
 from pathlib import Path
-from edgedetr.bundle import atomic_write
+from edgedetr.storage.atomic import atomic_write
 n = 0
 while True:
     n += 1

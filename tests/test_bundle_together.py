@@ -96,7 +96,7 @@ def test_a_file_made_from_what_was_replaced_meanwhile_is_stale_and_not_taken_for
 HOLD = """
     import os, sys, time
     from edgedetr.bundle import Bundle
-    with Bundle.training(sys.argv[1]) if sys.argv[2] == "train" else Bundle.open(sys.argv[1])._turn():
+    with Bundle.training(sys.argv[1]) if sys.argv[2] == "train" else Bundle.open(sys.argv[1])._lock():
         if sys.argv[3] == "fork" and os.fork() == 0:
             print("ready", flush=True)
             time.sleep(60)

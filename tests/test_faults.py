@@ -14,8 +14,9 @@ import click
 import pytest
 
 from edgedetr import cli, packages
-from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputContract, atomic_write
+from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputContract
 from edgedetr.errors import EdgedetrError
+from edgedetr.storage.atomic import atomic_write
 
 
 @pytest.fixture

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from edgedetr.bundle import ClassInfo, digest
+from edgedetr.bundle import ClassInfo
 from edgedetr.data.detection_set import DetectionSet
 from edgedetr.errors import BundleError
 from edgedetr.evaluation import npz_reading as npz
 from edgedetr.evaluation.npz_reading import Column
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.postprocess import named
+from edgedetr.storage.digests import digest
 
 SCHEMA = 1
 MOST_NAMES = 1 << 30  # bytes of the class names of all detections, one each

@@ -17,7 +17,7 @@ import onnx
 from onnx import ModelProto, numpy_helper
 
 from edgedetr.artifacts import ONNX, WEIGHTS
-from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract, digest
+from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract
 from edgedetr.data.layouts import load, splits
 from edgedetr.errors import DataError, ExportError, UsageError, first_line
 from edgedetr.importing import io_contract, surgery
@@ -39,6 +39,7 @@ from edgedetr.onnx_graph.opset import IR_VERSION, OPSET
 from edgedetr.runtime.arguments import as_path
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.detections import Detections
+from edgedetr.storage.digests import digest
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import numpy as np
 from onnx import ModelProto, helper
 
 from edgedetr.artifacts import RANGES, REFERENCE
-from edgedetr.bundle import Bundle, InputContract, digest
+from edgedetr.bundle import Bundle, InputContract
 from edgedetr.data.images import decode
 from edgedetr.data.layouts import load, splits
 from edgedetr.data.listing import images_in
@@ -30,6 +30,7 @@ from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import Histogram
 from edgedetr.runtime.backends.onnxruntime import plain_session
 from edgedetr.runtime.preprocess import prepare
+from edgedetr.storage.digests import digest
 from edgedetr.storage.reading import MEBIBYTE, read_json, shown
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedetr.artifacts import REPORT
-from edgedetr.bundle import Bundle, atomic_write
+from edgedetr.bundle import Bundle
 from edgedetr.data.detection_set import display_names
 from edgedetr.errors import MissingDependency
 from edgedetr.packages import missing
@@ -17,6 +17,7 @@ from edgedetr.reporting import tables
 from edgedetr.reporting.contents import inspect_bundle
 from edgedetr.reporting.differences import CONFIDENCE, OVERLAP, DrawnImage, draw, most_different
 from edgedetr.reporting.evidence import RECALL, Evidence, precision_recall, read_evidence
+from edgedetr.storage.atomic import atomic_write
 
 IMAGES = 12  # drawn at the end of the page
 PACKAGES = ("edgedetr", "numpy", "onnxruntime", "openvino", "torch", "onnx", "pycocotools")

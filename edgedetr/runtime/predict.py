@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from edgedetr.bundle import atomic_write
 from edgedetr.errors import DataError, UsageError
 from edgedetr.printable import json_text
 from edgedetr.runtime import video
@@ -24,6 +23,7 @@ from edgedetr.runtime.bundle_detector import Detector
 from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.draw import draw
 from edgedetr.runtime.video_container import look
+from edgedetr.storage.atomic import atomic_write
 
 log = logging.getLogger(__name__)
 

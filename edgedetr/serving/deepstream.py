@@ -19,7 +19,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from edgedetr.artifacts import ENGINE_GRAPHS, ONNX
-from edgedetr.bundle import Bundle, InputContract, Manifest, atomic_write
+from edgedetr.bundle import Bundle, InputContract, Manifest
 from edgedetr.errors import ExportError
 from edgedetr.image_size import check_size
 from edgedetr.lint.lint import require_no_errors
@@ -30,6 +30,7 @@ from edgedetr.runtime.backends.onnx_bytes import load
 from edgedetr.runtime.preprocess import Geometry
 from edgedetr.serving import pre_post_graph
 from edgedetr.serving.labels import write_labels
+from edgedetr.storage.atomic import atomic_write
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgedetr.bundle import ClassInfo, atomic_write
+from edgedetr.bundle import ClassInfo
 from edgedetr.printable import one_line
+from edgedetr.storage.atomic import atomic_write
 
 
 def label(name: str) -> str:

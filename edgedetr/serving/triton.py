@@ -20,7 +20,7 @@ import onnx
 from onnx import ModelProto, TensorProto
 
 from edgedetr.artifacts import INT8_CPU
-from edgedetr.bundle import Bundle, Manifest, atomic_write
+from edgedetr.bundle import Bundle, Manifest
 from edgedetr.errors import ExportError, UsageError
 from edgedetr.evaluation.agreement import detections_allclose
 from edgedetr.runtime.arguments import check_count, check_text, shown
@@ -31,6 +31,7 @@ from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import Geometry
 from edgedetr.runtime.tensorrt.select import Engine
 from edgedetr.serving.labels import label, write_labels
+from edgedetr.storage.atomic import atomic_write
 
 log = logging.getLogger(__name__)
 

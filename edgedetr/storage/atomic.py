@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that no link leads out of."""
+"""Writes files completely or not at all, and keeps names inside a folder: no "..", no links."""
 
 from __future__ import annotations
 
@@ -16,43 +16,30 @@ from pathlib import Path
 from edgedetr.errors import BundleError
 from edgedetr.storage.locks import host
 
-# Hidden, and with its owner in the name, so that the next command can tell what a killed one left: .NAME.HOST-PID.x.tmp
+# .NAME.HOST-PID.x.tmp: hidden, with its owner in the name, so that a later command can tell what a killed one left.
 TEMPORARY = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]{1,18})\.[^.]+\.tmp", re.DOTALL)
-OLD_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp", re.DOTALL)  # of version 0.1, which named no owner
-FORGOTTEN = 24 * 3600  # seconds after which no command can still be writing
+OLD_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp", re.DOTALL)  # of version 0.1, without the owner
+ABANDONED_AFTER = 24 * 3600  # seconds; no command writes one file for so long
 NAME_BYTES = 255  # of one name, in every usual file system
-_mine: set[str] = set()  # temporary files of this process
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-
-
-def _digest(stream) -> str:  # type: ignore[no-untyped-def]  # Python 3.10 has no hashlib.file_digest
-    state = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        state.update(block)
-    return state.hexdigest()
+_own_files: set[str] = set()  # temporary files that this process writes now
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`.
+    """Yield a temporary path next to `path`; on success flush it to disk and rename it over `path`.
 
-    After an exception the temporary file is removed and `path` is as it was.
-    Errors: OSError that names `path` where the disk is full or fails.
+    After an exception the temporary file is removed and `path` is unchanged.
+    Errors: OSError that names `path`, where the disk is full or fails.
     """
-    with temporary_beside(path) as temporary:
+    with temporary_file_for(path) as temporary:
         yield temporary
-        flush(temporary)
-        put(temporary, path)
+        flush_to_disk(temporary)
+        move_into_place(temporary, path)
 
 
 @contextmanager
-def temporary_beside(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary file in `path`'s folder, which is made; what is still there at the end is removed."""
+def temporary_file_for(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary file in the folder of `path`, which is created; it is removed at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     short = path.name.encode()[:64].decode("utf-8", "ignore")
     try:
@@ -61,7 +48,7 @@ def temporary_beside(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     os.close(handle)
     temporary = Path(name)
-    _mine.add(name)
+    _own_files.add(name)
     try:
         yield temporary
     except Exception as error:
@@ -71,17 +58,17 @@ def temporary_beside(path: Path) -> Iterator[Path]:
         raise fault from error
     finally:
         temporary.unlink(missing_ok=True)
-        _mine.discard(name)
+        _own_files.discard(name)
 
 
-def flush(temporary: Path) -> None:
+def flush_to_disk(temporary: Path) -> None:
     """Wait until a finished temporary file is on disk."""
     with open(temporary, "rb") as stream:
         os.fsync(stream.fileno())
     temporary.chmod(0o644)
 
 
-def put(temporary: Path, path: Path) -> None:
+def move_into_place(temporary: Path, path: Path) -> None:
     """Rename a flushed temporary file over `path`."""
     os.replace(temporary, path)
     handle = os.open(path.parent, os.O_RDONLY)
@@ -92,8 +79,8 @@ def put(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """A fault of writing that names no file (a full disk is found by a number, not by a name) gets this one."""
+def with_path_in_errors(path: Path) -> Iterator[None]:
+    """Put `path` into an OSError that names no file: errors of a file descriptor, such as a full disk, do not."""
     try:
         yield
     except OSError as error:
@@ -103,7 +90,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _write_fault(error: Exception, temporary: Path, path: Path) -> OSError | None:
-    """The same fault with the name of the file that was to be written; None for any other error."""
+    """The same error with the name of the file to be written, for errors of the disk; None for any other error."""
     number, named = None, None
     if isinstance(error, OSError):
         number, named = error.errno, error.filename
@@ -123,7 +110,7 @@ def _write_fault(error: Exception, temporary: Path, path: Path) -> OSError | Non
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files in a folder whose owner is gone; those of other machines when they are a day old."""
+    """Remove the temporary files in a folder whose process has ended; those of other machines after a day."""
     try:
         entries = list(os.scandir(folder))
     except OSError:
@@ -132,23 +119,23 @@ def remove_leftovers(folder: Path) -> None:
         try:
             if _is_leftover(entry):
                 os.unlink(entry.path)
-        except OSError:  # gone by now, or not ours to remove
+        except OSError:  # already gone, or no permission
             continue
 
 
 def _is_leftover(entry: os.DirEntry[str]) -> bool:
-    if not entry.name.endswith(".tmp") or entry.path in _mine or not entry.is_file(follow_symlinks=False):
+    if not entry.name.endswith(".tmp") or entry.path in _own_files or not entry.is_file(follow_symlinks=False):
         return False
     found, age = TEMPORARY.fullmatch(entry.name), time.time() - entry.stat(follow_symlinks=False).st_mtime
     if found is None:
-        return OLD_TEMPORARY.fullmatch(entry.name) is not None and age > FORGOTTEN
+        return OLD_TEMPORARY.fullmatch(entry.name) is not None and age > ABANDONED_AFTER
     if found["host"] != _host():
-        return age > FORGOTTEN
-    # In a container that was started again, this process may have the number of the one that was killed.
-    return int(found["pid"]) == os.getpid() or not _runs(int(found["pid"])) or age > FORGOTTEN
+        return age > ABANDONED_AFTER
+    # In a restarted container, this process may have the number of the one that was killed.
+    return int(found["pid"]) == os.getpid() or not _is_running(int(found["pid"])) or age > ABANDONED_AFTER
 
 
-def _runs(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -162,13 +149,13 @@ def _host() -> str:
     return hashlib.sha256(host().encode()).hexdigest()[:8]
 
 
-def fault_of_name(name: str) -> str:
-    """What is wrong with the relative name of a file in a bundle, or ""."""
+def name_problem(name: str) -> str:
+    """What is wrong with a relative file name in a bundle; "" for a good one."""
     parts = name.split("/")
     if not name or name.startswith("/") or ".." in parts:
         return "points outside the bundle; expected a relative name"
     if "\0" in name or not name.isprintable() or "." in parts or "" in parts:
-        return "is no plain relative name"
+        return "is not a plain relative name"
     try:
         longest = max(len(part.encode()) for part in parts)
     except UnicodeEncodeError:
@@ -176,13 +163,13 @@ def fault_of_name(name: str) -> str:
     return f"has a part of {longest} bytes; expected at most {NAME_BYTES}" if longest > NAME_BYTES else ""
 
 
-def inside(root: Path, name: str) -> Path:
-    """The path of `name` below `root`, which may be a link itself; nothing below it may be one.
+def path_inside(root: Path, name: str) -> Path:
+    """The path of `name` below `root`. `root` may be a link; nothing below it may be one.
 
-    Errors: BundleError for a name that leads out of the folder, and where a link stands on the way.
+    Errors: BundleError for a name that leads out of the folder, and for a link on the path.
     """
-    if fault := fault_of_name(name):
-        raise BundleError(f"{root}: {name!r} {fault}")
+    if problem := name_problem(name):
+        raise BundleError(f"{root}: {name!r} {problem}")
     path = root
     for part in name.split("/"):
         path = path / part
@@ -192,7 +179,7 @@ def inside(root: Path, name: str) -> Path:
             break  # nothing further down can be a link
         if is_link:
             raise BundleError(
-                f"{path}: a link; expected plain files and folders in a bundle, for what is behind a "
-                "link is not the bundle's to read or to replace; put a copy in its place"
+                f"{path}: a link; expected plain files and folders in a bundle, because a command must not read or "
+                "replace files outside of it; put a copy in its place"
             )
     return root / name

@@ -1,4 +1,4 @@
-"""bundle.json, typed: what it may hold, read strictly, with a digest of its own content."""
+"""The content of bundle.json as dataclasses, read strictly, with a digest of its own content."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edgedetr.errors import BundleError
-from edgedetr.storage.atomic import fault_of_name
+from edgedetr.storage.atomic import name_problem
 from edgedetr.storage.reading import shown
 
 SCHEMA = 2  # 1 is the same without `digest`
@@ -68,7 +68,7 @@ class OutputContract:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file of the bundle: digest, size in bytes, the stage that made it, digests of what it was made from."""
+    """A file of the bundle: digest, size in bytes, the step that made it (`stage`), digests of its sources."""
 
     sha256: str
     size: int
@@ -78,7 +78,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class DataRecord:
-    """Where the data of this bundle lies, and the splits used for verifying and for calibrating."""
+    """The folder of this bundle's data set, and the splits for verification and calibration."""
 
     path: str
     verify_split: str
@@ -96,26 +96,26 @@ class Manifest:
     config: dict[str, object] = field(default_factory=dict)  # the model's own configuration, as in its dataclass
     data: DataRecord | None = None
     budget: float = 1.0  # largest accepted AP drop, points
-    synthetic: bool = False  # the data are rendered, not photographed
+    synthetic: bool = False  # the images are rendered, not photographs
     files: dict[str, FileEntry] = field(default_factory=dict)
     schema: int = SCHEMA
 
 
-def to_text(manifest: Manifest) -> str:
+def manifest_to_text(manifest: Manifest) -> str:
     """bundle.json of a manifest; ValueError for one that could not be read back."""
     raw = json.loads(json.dumps({**asdict(manifest), "schema": SCHEMA}, allow_nan=False))
-    from_json(raw)
+    manifest_from_json(raw)
     return json.dumps({**raw, DIGEST: _digest(raw)}, indent=1) + "\n"
 
 
-def from_json(raw: Any) -> Manifest:
+def manifest_from_json(raw: Any) -> Manifest:
     """The manifest of parsed JSON; ValueError (or BundleError) that names the first key that is wrong."""
     raw = dict(_mapping(raw, "it"))
     recorded = raw.pop(DIGEST, None)
     if recorded is not None and recorded != _digest(raw):
         raise ValueError(
-            f"its content does not fit its {DIGEST}: damaged, or edited by hand; whoever means the edit "
-            f'takes the line "{DIGEST}" out'
+            f"its content does not match its {DIGEST}: damaged, or edited by hand; to keep your edit, remove "
+            f'the line "{DIGEST}"'
         )
     _keys(raw, Manifest, "it")
     if raw.get("schema") not in (1, SCHEMA) or isinstance(raw["schema"], bool):
@@ -208,8 +208,8 @@ def _files(raw: Any) -> dict[str, FileEntry]:
     files = {}
     for name, entry in _mapping(raw, "files").items():
         where = f"files[{shown(name)}]"
-        if fault := fault_of_name(name):
-            raise ValueError(f"file name {shown(name)} {fault}")
+        if problem := name_problem(name):
+            raise ValueError(f"file name {shown(name)} {problem}")
         _keys(_mapping(entry, where), FileEntry, where)
         sources = dict(_mapping(entry.get("made_from", {}), f"{where}.made_from"))
         for source, old in sources.items():

@@ -19,14 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgedetr.artifacts import WEIGHTS
-from edgedetr.bundle import Bundle, ClassInfo, DataRecord, Manifest, OutputContract, atomic_write
+from edgedetr.bundle import Bundle, ClassInfo, DataRecord, Manifest, OutputContract
 from edgedetr.data.detection_set import DataConfig, DetectionSet
 from edgedetr.errors import TrainingError
 from edgedetr.layers.lora import merged
 from edgedetr.models.detector import DetrModel
 from edgedetr.packages import missing
 from edgedetr.recipe import Recipe
-from edgedetr.storage.atomic import naming
+from edgedetr.storage.atomic import atomic_write, with_path_in_errors
 from edgedetr.storage.reading import parse_json, read_bytes
 
 log = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         """One line {"kind": "plan", "train", "skip" or "eval", "step": ..., values...}."""
-        with naming(self._path), open(self._path, "a", encoding="utf-8") as stream:
+        with with_path_in_errors(self._path), open(self._path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from edgedetr.bundle import Bundle, DataRecord, digest
+from edgedetr.bundle import Bundle, DataRecord
 from edgedetr.errors import BundleError, DataError, ExportError
 from edgedetr.evaluation.reference import Reference
 from edgedetr.exporting.config import ExportConfig
@@ -28,6 +28,7 @@ from edgedetr.quantization.policy import load_policy, make_plan
 from edgedetr.quantization.qdq import split_concats
 from edgedetr.quantization.targets import weight_bits
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
+from edgedetr.storage.digests import digest
 
 MADE = ["reference.npz", "model.onnx", "ranges.json", "model.int8.onnx", "model.int8-cpu.onnx"]
 QUANT = QuantConfig(images=8)

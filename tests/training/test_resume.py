@@ -18,9 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edgedetr.bundle import Bundle, digest
+from edgedetr.bundle import Bundle
 from edgedetr.data import layouts
 from edgedetr.recipe import Recipe
+from edgedetr.storage.digests import digest
 from edgedetr.training.output import fingerprint
 from edgedetr.training.train import train
 from edgedetr.training.trainer import Trainer

@@ -10,9 +10,9 @@ import micro
 import pytest
 from safetensors.torch import load_file
 
-from edgedetr.bundle import digest
 from edgedetr.errors import RecipeError, TrainingError
 from edgedetr.progress import SilentTraining
+from edgedetr.storage.digests import digest
 from edgedetr.training import time_budget
 from edgedetr.training.config import TrainConfig
 from edgedetr.training.optimizer import Schedule

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edgedetr.bundle import Bundle, digest
+from edgedetr.bundle import Bundle
 from edgedetr.data import layouts
 from edgedetr.errors import DataError, TrainingError
 from edgedetr.progress import SilentTraining
 from edgedetr.recipe import Recipe
+from edgedetr.storage.digests import digest
 from edgedetr.training import trainer as trainer_module
 from edgedetr.training.data.dataset import batches, epoch_order, open_splits
 from edgedetr.training.output import DECISIVE_SECTIONS, SCHEMA, fingerprint, load_checkpoint

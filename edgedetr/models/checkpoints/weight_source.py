@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from edgedetr.bundle import digest
 from edgedetr.errors import ModelError
 from edgedetr.models.checkpoints import weight_files
 from edgedetr.models.checkpoints.weight_files import NAMES
 from edgedetr.packages import missing
+from edgedetr.storage.digests import digest
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgedetr.bundle import Bundle, atomic_write
+from edgedetr.bundle import Bundle
 from edgedetr.errors import EngineError
 from edgedetr.runtime.tensorrt.gpu import Device
+from edgedetr.storage.atomic import atomic_write
 from edgedetr.storage.reading import read_plain_file
 
 log = logging.getLogger(__name__)

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgedetr.artifacts import ENGINE_GRAPHS
-from edgedetr.bundle import Bundle, atomic_write
+from edgedetr.bundle import Bundle
 from edgedetr.errors import DeviceError, EngineError, MissingDependency
 from edgedetr.runtime import jetson
 from edgedetr.runtime.tensorrt import engine_cache, engine_metadata, engine_validation, gpu
 from edgedetr.runtime.tensorrt.engine_metadata import EngineMetadata
 from edgedetr.runtime.tensorrt.gpu import Device
+from edgedetr.storage.atomic import atomic_write
 from edgedetr.storage.locks import locked
 from edgedetr.storage.reading import read_json
 
