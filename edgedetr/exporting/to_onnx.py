@@ -7,8 +7,9 @@ which their roles follow, and it takes a tenth of the time of torch.export's. Op
 from __future__ import annotations
 
 import logging
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from edgedetr.models.deploy import DeployGraph
 from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX, check_graph
 from edgedetr.onnx_graph.fold import fold
 from edgedetr.onnx_graph.opset import OPSET
+from edgedetr.quantization.node_roles import set_role
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnx_bytes import load
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
@@ -85,8 +87,10 @@ def write_onnx(
             dynamo=False,
             dynamic_axes=open_axes,
         )
-    model = load(path, ExportError)
-    model = fold(model)
+    model = fold(load(path, ExportError))
+    modules = {name for name, _ in graph.detector.named_modules()}
+    for node in model.graph.node:
+        set_role(node, graph.detector.member.role_of(module_path(node.name, modules)) or "")
     model.producer_name, model.producer_version = "edgedetr", edgedetr.__version__
     model.graph.name = "edgedetr"
     del model.metadata_props[:]
@@ -94,6 +98,32 @@ def write_onnx(
     check_graph(model, opset)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def module_path(node: str, modules: Collection[str]) -> str:
+    """The dotted path of the module that made a node; "" for a node of the DetrModel itself.
+
+    node      its name: "/detector/encoder/layers.0/attention/q/MatMul" is of encoder.layers.0.attention.q
+    modules   paths of all modules of the DetrModel
+
+    The exporter abbreviates: containers are repeated (blocks.1.0 is "blocks.1/blocks.1.0"), the second call of a module
+    has the suffix "_1", and a module whose method is called, not itself, is left out (decoder.boxes.score is
+    "decoder/score").
+    """
+    path, parent, previous = "", "", ""
+    for part in node.strip("/").split("/")[1:-1]:  # without "detector" and the operator
+        names = [part, re.sub(r"_\d+$", "", part)]
+        start = parent if previous and part.startswith(f"{previous}.") else path
+        found = next((step for name in names if (step := f"{start}.{name}".lstrip(".")) in modules), "")
+        if not found:
+            inside = [
+                module for module in modules if module.startswith(f"{start}.") and module.endswith(f".{names[1]}")
+            ]
+            if len(inside) != 1:
+                return start
+            found = inside[0]
+        path, parent, previous = found, start, names[1]
+    return path
 
 
 class _Reshapes(TorchFunctionMode):

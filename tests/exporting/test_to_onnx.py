@@ -99,6 +99,10 @@ class TwoRows(torch.nn.Module):
         super().__init__()
         self.graph = graph
 
+    @property
+    def detector(self):
+        return self.graph.detector
+
     def forward(self, images):
         logits, boxes = self.graph(images[:1])
         return logits.repeat(2, 1, 1), boxes.repeat(2, 1, 1)

@@ -20,10 +20,12 @@ from onnx import ModelProto
 
 from edgedetr.bundle import ClassInfo, InputContract, OutputContract
 from edgedetr.evaluation.agreement import compare_detections
+from edgedetr.exporting.to_onnx import module_path
 from edgedetr.models import FAMILY
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.calibration import calibrate, share_pool_ranges
 from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.node_roles import get_role, set_role
 from edgedetr.quantization.policy import load_policy, make_plan
 from edgedetr.quantization.qdq import insert_qdq, split_concats, tensors_to_observe
 from edgedetr.quantization.targets import CPU, TENSORRT, weight_bits
@@ -176,10 +178,39 @@ def test_the_layers_that_become_int8_are_the_listed_ones(name: str) -> None:
         assert found == golden[name]
 
 
-def test_every_pattern_of_the_default_policy_fits_some_member() -> None:
-    names = [node.name for name in FAMILY for node in split_concats(onnx.load(exported(name, 1))).graph.node]
-    patterns = [pattern for rule in load_policy("default").all_rules() for pattern in (*rule.match, *rule.unless)]
+def test_every_pattern_and_every_role_of_the_default_policy_fits_some_member() -> None:
+    models = [split_concats(onnx.load(exported(name, 1))) for name in FAMILY]
+    names = [node.name for model in models for node in model.graph.node]
+    rules = load_policy("default").all_rules()
+    patterns = [pattern for rule in rules for pattern in (*rule.match, *rule.unless)]
     assert [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)] == []
+    present = {get_role(node) for model in models for node in model.graph.node}
+    assert {role for rule in rules for role in rule.roles} <= present
+
+
+@member
+def test_every_weight_is_in_the_module_that_its_node_is_said_to_come_from(name: str) -> None:
+    """The role of a node follows from its module, so a wrong path would give a decoder layer to INT8."""
+    model, modules = onnx.load(exported(name, 1)), dict(deployed(name).detector.named_modules())
+    sizes = {item.name: int(np.prod(item.dims)) for item in model.graph.initializer}
+    checked = 0
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "MatMul", "Gemm") and node.input[1] in sizes:
+            path = module_path(node.name, modules)
+            assert get_role(node) == (FAMILY[name].role_of(path) or "")
+            if not path.endswith("interaction"):  # the first one's weights are computed from constant queries
+                assert modules[path].weight.numel() == sizes[node.input[1]], (node.name, path)
+                checked += 1
+    assert checked > 20
+
+
+def test_without_roles_in_the_file_the_names_of_0_2_give_the_same_plan() -> None:
+    for name in FAMILY:
+        model = split_concats(onnx.load(exported(name, 1)))
+        plan = make_plan(GraphIndex(model), load_policy("default"))
+        for node in model.graph.node:
+            set_role(node, "")
+        assert make_plan(GraphIndex(model), load_policy("default")) == plan
 
 
 def run_all(runner: Runner, images: np.ndarray) -> RawOutputs:

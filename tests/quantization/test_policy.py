@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.node_roles import set_role
 from edgedetr.quantization.policy import Policy, PolicyRule, check_policy, load_policy, make_plan
 
 
@@ -75,6 +76,20 @@ def test_a_rule_keeps_what_it_matches_except_its_exceptions():
     assert found.float_layers == {"/decoder/out/MatMul": "boxes"}
 
 
+def test_a_rule_keeps_the_layers_that_have_one_of_its_roles():
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], "one"),
+        helper.make_node("MatMul", ["h", "b"], ["i"], "two"),
+        helper.make_node("MatMul", ["i", "c"], ["y"], "three"),
+    ]
+    for node, role in zip(nodes, ("refinement", "decoder", "")):
+        set_role(node, role)
+    model = graph_of(nodes, {"x": [1, 4, 32]}, a=W, b=W, c=W)
+    found = make_plan(GraphIndex(model), Policy("p", float_rules=(PolicyRule("boxes", roles=("decoder", "other")),)))
+    assert [layer.node for layer in found.layers] == ["one", "three"]
+    assert found.float_layers == {"two": "boxes"}
+
+
 def test_the_default_keeps_float_where_a_deformable_encoder_samples():
     chain = zip(["value", "offsets", "weights", "out"], ["x", "h0", "h1", "h2"], "abcd")
     nodes = [
@@ -137,3 +152,22 @@ def test_a_pattern_that_fits_nothing_is_an_error_that_names_the_nearest_part():
         for policy in (Policy("mine", float_rules=(rule,)), Policy("mine", float32_rules=(rule,))):
             with pytest.raises(ExportError, match=r"policy 'mine': .*'\*/selecter/.*; did you mean 'selector'"):
                 check_policy(model, policy)
+
+
+def test_a_role_that_no_node_has_is_an_error_that_names_the_nearest():
+    node = helper.make_node("MatMul", ["x", "a"], ["y"], "one")
+    set_role(node, "refinement")
+    model = graph_of([node], {"x": [1, 4, 32]}, a=W)
+    check_policy(model, Policy("mine", float_rules=(PolicyRule("r", roles=("refinement", "query_selection")),)))
+    with pytest.raises(ExportError, match="policy 'mine': no node .* role 'refinment'; did you mean 'refinement'"):
+        check_policy(model, Policy("mine", float_rules=(PolicyRule("r", roles=("refinment",)),)))
+
+
+def test_a_copy_of_the_default_policy_of_0_2_is_accepted_for_every_member():
+    model = graph_of([helper.make_node("MatMul", ["x", "a"], ["y"], "one")], {"x": [1, 4, 32]}, a=W)
+    rules = (
+        PolicyRule("r", match=("*/decoder/*",), unless=("*/cross_attention/value/*", "*/interaction/out/*")),
+        PolicyRule("r", match=("*/selector/*",), unless=("*/selector/project/*",)),
+        PolicyRule("r", match=("*/attention/offsets/*", "*/attention/weights/*")),
+    )
+    check_policy(model, Policy("mine", float_rules=rules))
