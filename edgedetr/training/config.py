@@ -1,4 +1,8 @@
-"""Settings of training and of augmentation, with a reason per number."""
+"""Settings of training and of augmentation, with a reason for every number.
+
+`TrainConfig` has the keys of the recipe's section [train]. Its parts group the keys by what reads them, so that a
+function can take the part that it needs; a TrainConfig is also a value of every part.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ TRAIN_RANGES = {
     "lora_rank": (0, 4096),
     "lora_alpha": (1e-6, 10**6),
 }
-SHARES = (
+FRACTIONS = (
     "flip_horizontal",
     "flip_vertical",
     "crop",
@@ -55,7 +59,7 @@ SHARES = (
     "off_for_last",
 )
 AUGMENT_RANGES = {
-    **dict.fromkeys(SHARES, (0, 1)),
+    **dict.fromkeys(FRACTIONS, (0, 1)),
     "magnitude": (0, 10),
     "mixup_beta": (0.01, 100),
     "rand_augment": (0, 20),
@@ -66,14 +70,17 @@ AUGMENT_RANGES = {
     "crop_aspect": (0.1, 10.0),
 }
 
-CLASS_LOSSES = {"softmax_ce": "softmax", "focal": "sigmoid", "vfl": "sigmoid", "mal": "sigmoid"}  # of which logits
+# Class losses, and the activation of the logits that each of them is for.
+CLASS_LOSSES = {"softmax_ce": "softmax", "focal": "sigmoid", "vfl": "sigmoid", "mal": "sigmoid"}
 
 
 def require_loss_of(class_loss: str, activation: str) -> None:
-    """Errors: RecipeError where train.class_loss ("": the member's own) is none of a member's activation of logits.
+    """Errors: RecipeError where train.class_loss does not fit the activation of a member's logits.
 
-    Cross-entropy takes the last logit of a sigmoid member, which is a class, for "no object"; the other losses know no
-    such logit.
+    Cross-entropy would take the last logit of a sigmoid member, which is a class, for "no object"; the other losses
+    have no such logit.
+
+    class_loss  "" means the member's own
     """
     if class_loss and CLASS_LOSSES[class_loss] != activation:
         fitting = [name for name, kind in CLASS_LOSSES.items() if kind == activation]
@@ -84,22 +91,34 @@ def require_loss_of(class_loss: str, activation: str) -> None:
         )
 
 
+class _Part:
+    """A part of the section [train] of a recipe."""
+
+    def __post_init__(self) -> None:
+        check(self, "train", TRAIN_RANGES)
+
+
 @dataclass(frozen=True)
-class TrainConfig:
-    """How a detector is trained; the defaults fine-tune RT-DETR on a set of some thousand images."""
+class LengthConfig(_Part):
+    """What a training starts from, and how long it is."""
 
-    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
-
-    start: str = ""  # weights of a whole detector: a bundle, file or hub name; "" = the backbone's
+    start: str = ""  # weights of a whole detector: a bundle, file or hub name; "" = only the backbone's
     epochs: int = 72  # RT-DETR, 6x schedule
     minutes: float = 0.0  # fewer epochs where they would take longer than this here; 0 = all of them
     batch: int = 16  # images per step over all devices (RT-DETR: 4 on each of 4)
-    accumulate: int = 1  # the batch goes through in this many parts, where memory is short
+    accumulate: int = 1  # the batch is processed in so many parts, where memory is short
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(_Part):
+    """AdamW and its learning rate."""
+
     lr: float = 1e-4  # RT-DETR and DETR
     backbone_lr_factor: float = 0.1  # both; 1.0 where the backbone starts from random weights
     slow_lr_factor: float = 0.1  # sampling offsets, reference points (Deformable DETR, A.4); other members: none
-    weight_decay: float = 1e-4  # both; on what `decay` says
-    # What decays: weights of two and more dimensions, all but norms (RT-DETR-R18), or all (DETR and its heirs).
+    weight_decay: float = 1e-4  # both; of the parameters that `decay` selects
+    # The parameters with weight decay: matrices (two dimensions and more), all but norms (RT-DETR-R18), or all (DETR
+    # and its successors).
     decay: Literal["matrices", "not_norms", "all"] = field(default="matrices", metadata=LATER)
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     clip: float = 0.1  # gradient norm, both; 0 = no clipping
@@ -107,25 +126,49 @@ class TrainConfig:
     warmup_steps: int = 2000  # RT-DETR
     schedule: Literal["constant", "step", "cosine"] = "constant"  # RT-DETR; DETR is "step"
     step_epochs: tuple[int, ...] = ()  # "step": the rate falls to a tenth at these epochs (DETR: 200 of 300)
-    final_lr_factor: float = 0.01  # "cosine" ends at this share of lr
-    growth: tuple[float, ...] = ()  # sides in each equal part of the epochs, share of the input's; [0.6, 0.8, 1.0]
-    # is twice as fast at first (Tan and Le 2021, "EfficientNetV2", section 4)
-    # Sides of a batch, share of the input's, in multiples of 32: one is drawn for each; () = always the input's own, as
-    # in the last epochs, of which augment.off_for_last says how many (RT-DETR-R50: 480 to 800 px of 640).
+    final_lr_factor: float = 0.01  # "cosine" ends at this fraction of lr
+
+
+@dataclass(frozen=True)
+class SizeConfig(_Part):
+    """The sizes of training images."""
+
+    growth: tuple[float, ...] = ()  # progressive resizing: sides in each equal part of the epochs, as fractions of
+    # the input's; [0.6, 0.8, 1.0] is twice as fast at first (Tan and Le 2021, "EfficientNetV2", section 4)
+    # Sides of a batch, as fractions of the input's, rounded to multiples of 32: one is drawn for each; () = always the
+    # input's own, as in the last epochs (augment.off_for_last) in any case (RT-DETR-R50: 480 to 800 px of 640).
     sizes: tuple[float, ...] = field(default=(), metadata=LATER)
+
+
+@dataclass(frozen=True)
+class EmaConfig(_Part):
+    """The moving average of the weights."""
+
     ema_decay: float = 0.9999  # RT-DETR; 0 = no moving average
     ema_warmup: int = 2000  # steps; decay grows as 1 - exp(-step / ema_warmup) (RT-DETR)
+
+
+@dataclass(frozen=True)
+class RunConfig(_Part):
+    """Evaluation, seed, devices, memory and checkpoints."""
+
     eval_every: int = 1  # epochs between evaluations on the select split; the last is always evaluated
     patience: int = 0  # evaluations without a better AP before training stops; 0 = never
     seed: int = 0
     precision: Literal["32", "bf16", "16"] = "32"
     devices: int = 1  # per machine: GPUs where there are any, else processes on the CPU
     nodes: int = 1  # machines; start with torchrun
-    workers: int = 0  # processes that prepare images; 0 is fastest beside CPU training
+    workers: int = 0  # processes that prepare images; 0 is the fastest for training on a CPU
     threads: int = 0  # of torch on the CPU; 0 = torch's own choice
     cache_mb: int = 2048  # decoded training images kept in memory; the rest is decoded each epoch
     checkpoint_every: int = 500  # steps between checkpoints for --resume; also after every evaluation
     compile: bool = False  # torch.compile; its gain has not been measured
+
+
+@dataclass(frozen=True)
+class LossConfig(_Part):
+    """Matching costs and losses."""
+
     cost_class: float | None = None  # matcher; None: 1 for softmax (DETR), 2 for the others (Deformable DETR)
     cost_l1: float = 5.0  # DETR
     cost_giou: float = 2.0  # DETR
@@ -139,26 +182,57 @@ class TrainConfig:
     gamma: float = 2.0  # both
     class_loss: Literal["", "softmax_ce", "focal", "vfl", "mal"] = ""  # "" = the member's own; "mal" is DEIM's
     label_smoothing: float = 0.0  # 0.1 where labels are noisy (Szegedy et al. 2016)
+
+
+@dataclass(frozen=True)
+class AdaptationConfig(_Part):
+    """Which weights learn, and how much: stochastic depth, layer-wise decay, frozen parts, LoRA."""
+
     drop_path: float = 0.0  # stochastic depth of the decoder's last block; earlier ones less, down to 0
-    # in the first of the encoder, or of the ViT (0.1 to 0.3); ResNets have none
+    # in the first block of the encoder, or of the ViT (0.1 to 0.3); ResNets have none
     drop_path_schedule: Literal["linear", "exponential"] = "linear"  # from the first block to the last
-    layer_decay: float = 1.0  # of the rate from block to block of a ViT towards its input (ViTDet: 0.7-0.8)
-    freeze: tuple[str, ...] = ()  # patterns of parameter names that do not learn, for example ["backbone.*"]
+    layer_decay: float = 1.0  # of the learning rate, per block of a ViT towards its input (ViTDet: 0.7-0.8)
+    freeze: tuple[str, ...] = ()  # patterns of names of parameters that do not learn, for example ["backbone.*"]
     lora_rank: int = 0  # rank of low-rank adapters (LoRA: 4 to 16); 0 = all weights learn
-    lora_alpha: float = 16.0  # their weight is lora_alpha / lora_rank (LoRA, section 4.1)
+    lora_alpha: float = 16.0  # the adapters have weight lora_alpha / lora_rank (LoRA, section 4.1)
     lora_on: tuple[str, ...] = ("*.q", "*.v")  # names of the Linears that get one (LoRA, section 4.2)
     lora_beside: tuple[str, ...] = ("*norm*", "decoder.boxes.*", "selector.score.*", "selector.box.*")  # learn as well
-    denoising: int = 100  # noised queries beside the real ones (RT-DETR); 0 = none
+
+
+@dataclass(frozen=True)
+class DenoisingConfig(_Part):
+    """Denoising queries."""
+
+    denoising: int = 100  # noised queries in addition to the real ones (RT-DETR); 0 = none
     denoising_mode: Literal["cdn", "dn"] = "cdn"  # with negative copies (DINO, RT-DETR), or without (DN-DETR)
-    denoising_groups: int = 0  # copies of every object, whatever `denoising` says (DN-DETR: 5); 0 = that many
-    label_noise: float = 0.5  # share of their labels drawn anew; "cdn": half of this share (RT-DETR)
+    denoising_groups: int = 0  # copies of every object, whatever `denoising` is (DN-DETR: 5); 0 = from `denoising`
+    label_noise: float = 0.5  # fraction of their labels drawn anew; "cdn": half of this fraction (RT-DETR)
     box_noise: float = 1.0  # "cdn": shift of each side in half box sizes (RT-DETR); "dn": of the center in
     # half box sizes, of width and height in box sizes
+
+
+@dataclass(frozen=True)
+class TrainConfig(
+    # From right to left: the order of the keys in recipe.toml, on which the fingerprints of checkpoints depend.
+    DenoisingConfig,
+    AdaptationConfig,
+    LossConfig,
+    RunConfig,
+    EmaConfig,
+    SizeConfig,
+    OptimizerConfig,
+    LengthConfig,
+):
+    """How a model is trained; the defaults fine-tune RT-DETR on a set of some thousand images."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         check(self, "train", TRAIN_RANGES)
         if self.growth and self.growth[-1] != 1:
-            raise RecipeError(f"train.growth is {list(self.growth)}; expected shares from 0.1 to 1, and 1 at the end")
+            raise RecipeError(
+                f"train.growth is {list(self.growth)}; expected fractions from 0.1 to 1, and 1 at the end"
+            )
         if self.batch % (self.devices * self.nodes * self.accumulate):
             raise RecipeError(
                 f"train.batch is {self.batch}, which does not divide into {self.nodes} machines x "
@@ -177,7 +251,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How training images are varied; the defaults follow RT-DETR, with milder crops."""
+    """How training images are augmented; the defaults follow RT-DETR, with milder crops."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
@@ -186,25 +260,25 @@ class AugmentConfig:
     crop: float = 0.5  # probability of a random crop; by `crop_kind`
     # "iou": SSD's, by crop_scale and crop_aspect; "size": DETR's, 384 to 600 px of an image of 400, 500 or 600 px.
     crop_kind: Literal["iou", "size"] = field(default="iou", metadata=LATER)
-    crop_scale: tuple[float, float] = (0.3, 1.0)  # side of the crop, share of the image's (SSD)
+    crop_scale: tuple[float, float] = (0.3, 1.0)  # side of the crop, as a fraction of the image's (SSD)
     crop_aspect: tuple[float, float] = (0.5, 2.0)  # width to height of the crop, relative to the image's (SSD)
-    min_visible: float = 0.4  # boxes of which less than this share of the area is left are dropped
+    min_visible: float = 0.4  # a box is dropped when a smaller fraction of its area is left
     zoom_out: float = 0.3  # probability of placing the image in a larger gray field
     zoom_out_scale: float = 2.0  # largest side of that field, in images (SSD: 4)
-    scale_jitter: float = 0.1  # the seen window grows or shrinks by up to this share
+    scale_jitter: float = 0.1  # the crop grows or shrinks by up to this fraction
     color: float = field(default=0.8, metadata=renamed("colour"))  # probability of changing the colors
-    brightness: float = 0.2  # largest change, share
+    brightness: float = 0.2  # largest change, as a fraction
     contrast: float = 0.2
     saturation: float = 0.3
     hue: float = 0.03  # turns of the color wheel
     mosaic: float = 0.0  # probability of four images in one (DEIM: 0.5 and more)
-    mixup: float = 0.0  # probability of a second image laid over (DEIM: 0.5)
-    mixup_beta: float = 1.5  # its share is drawn from Beta(b, b): 1.5 keeps it near one half
-    cutmix: float = 0.0  # probability of a part of a second image pasted in
+    mixup: float = 0.0  # probability of blending in a second image (DEIM: 0.5)
+    mixup_beta: float = 1.5  # its weight is drawn from Beta(b, b): 1.5 keeps it near one half
+    cutmix: float = 0.0  # probability of pasting in a part of a second image
     rand_augment: int = 0  # operations of RandAugment on each image (Cubuk et al. 2020: 2)
     magnitude: float = 9.0  # their strength, 0..10 (the same: 9)
     erase: float = 0.0  # probability of a rectangle of noise (Zhong et al. 2020: 0.5; DeiT: 0.25)
-    off_for_last: float = 0.1  # share of the epochs, at the end, with flips only (RT-DETR: the last epochs)
+    off_for_last: float = 0.1  # fraction of the epochs, at the end, with flips only (RT-DETR: the last epochs)
 
     def __post_init__(self) -> None:
         check(self, "augment", AUGMENT_RANGES)

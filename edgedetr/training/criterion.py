@@ -15,7 +15,7 @@ from torch import Tensor
 from edgedetr.layers.box_ops import cxcywh_to_xyxy, paired_giou, paired_iou
 from edgedetr.models.detector import Outputs
 from edgedetr.options import one_of
-from edgedetr.training.config import CLASS_LOSSES, TrainConfig, require_loss_of
+from edgedetr.training.config import CLASS_LOSSES, LossConfig, require_loss_of
 from edgedetr.training.data.dataset import PaddedTargets, Target, pad
 from edgedetr.training.matcher import Assignment, Costs, match
 
@@ -65,7 +65,7 @@ class Criterion:
     class_agnostic_encoder  the proposals of the encoder have one class, 0, for every object (two-stage Deformable DETR)
     """
 
-    def __init__(self, config: TrainConfig, class_loss: str, class_agnostic_encoder: bool = False) -> None:
+    def __init__(self, config: LossConfig, class_loss: str, class_agnostic_encoder: bool = False) -> None:
         self.class_agnostic_encoder = class_agnostic_encoder
         one_of("class_loss", class_loss, CLASS_LOSSES)
         # The member's own loss determines the activation of its logits.

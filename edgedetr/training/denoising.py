@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edgedetr.models.detector import Outputs, Queries
-from edgedetr.training.config import TrainConfig
+from edgedetr.training.config import DenoisingConfig
 from edgedetr.training.criterion import DenoisingOutputs
 from edgedetr.training.data.dataset import PaddedTargets
 from edgedetr.training.matcher import Assignment
@@ -44,7 +44,7 @@ class Noised:
         return self.labels.shape[1]
 
 
-def noise(padded: PaddedTargets, classes: int, config: TrainConfig) -> Noised | None:
+def noise(padded: PaddedTargets, classes: int, config: DenoisingConfig) -> Noised | None:
     """Noised copies of the objects of a batch; None where there are no objects, or train.denoising is 0.
 
     As many groups as `config.denoising` positive queries allow (at least one), or `config.denoising_groups`.

@@ -21,7 +21,7 @@ from edgedetr.progress import SilentTraining, TrainingProgress
 from edgedetr.recipe import Recipe
 from edgedetr.runtime.cpu import bounded, tiles_bfloat16
 from edgedetr.training import time_budget
-from edgedetr.training.config import TrainConfig
+from edgedetr.training.config import RunConfig
 from edgedetr.training.data.dataset import open_splits, warn_of_crowded_images
 from edgedetr.training.output import CHECKPOINT, FOLDER
 from edgedetr.training.trainer import Learner, Trainer
@@ -95,7 +95,7 @@ def require_no_overwrite(out: Path, *, resume: bool) -> None:
         raise TrainingError(f"{out} holds a training already; continue it with --resume, or name another --out")
 
 
-def start_devices(config: TrainConfig) -> Fabric:
+def start_devices(config: RunConfig) -> Fabric:
     """Start the processes of a training, in its precision. Further devices of this machine are started from here.
 
     For several machines, run on each: torchrun --nnodes N --nproc-per-node D --rdzv-endpoint HOST:PORT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from edgedetr.errors import ModelError, RecipeError
 from edgedetr.models import build
 from edgedetr.models.members.detr import DetrConfig
 from edgedetr.models.members.rt_detr import RtDetrConfig
-from edgedetr.training.config import AugmentConfig, TrainConfig
+from edgedetr.training.config import AugmentConfig, LossConfig, TrainConfig
 from edgedetr.training.optimizer import Ema, Schedule, adamw, parameter_groups, set_lr
 
 MEMBERS = {
@@ -153,3 +154,12 @@ def test_what_decays_is_what_the_setting_says(decay):
     assert {seen[id(p)] for p in trained if expected[decay](p)} == {0.05}
     assert {seen[id(p)] for p in trained if not expected[decay](p)} <= {0.0}
     assert any(id(p) in norms for p in trained) and any(p.ndim < 2 and id(p) not in norms for p in trained)
+
+
+def test_a_part_of_the_configuration_is_checked_as_the_whole_is() -> None:
+    """A part may be made alone, as `Criterion(LossConfig())` does."""
+    for part in TrainConfig.__bases__:
+        names = [item.name for item in fields(part)]
+        assert names and all(getattr(part(), name) == getattr(TrainConfig(), name) for name in names)
+    with pytest.raises(RecipeError, match=r"train\.gamma is -1"):
+        LossConfig(gamma=-1.0)
