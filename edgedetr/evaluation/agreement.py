@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from edgedetr import boxes as box
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,8 @@ from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.runtime.bundle_detector import Detector, load, load_engine
 from edgedetr.runtime.cpu import int8_saturates
-from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.latency import rotated, timed
-from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.postprocess import Detections, decode
 from edgedetr.runtime.tensorrt.select import Engine
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from edgedetr.errors import DataError, MissingDependency
 from edgedetr.evaluation.duplicate_detections import duplicate_percentage
 from edgedetr.evaluation.reference import GroundTruth
 from edgedetr.packages import missing
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 
 MAX_DETECTIONS = 100  # per image and class, pycocotools' own
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from edgedetr import boxes as box
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 
 CONFIDENCE = 0.3  # detections below it are not shown to a user
 OVERLAP = 0.7  # IoU from which two boxes of one class mean one object

@@ -13,8 +13,7 @@ from edgedetr.data.detection_set import DetectionSet
 from edgedetr.errors import BundleError
 from edgedetr.evaluation import npz_reading as npz
 from edgedetr.evaluation.npz_reading import Column
-from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.postprocess import named
+from edgedetr.runtime.postprocess import Detections, named
 from edgedetr.storage.digests import digest
 
 SCHEMA = 1

@@ -19,8 +19,7 @@ from edgedetr.models.deploy import DeployGraph
 from edgedetr.progress import Progress
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.bundle_detector import load as load_detector
-from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.postprocess import Detections, decode
 from edgedetr.runtime.preprocess import prepare
 
 log = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.opset import IR_VERSION, OPSET
 from edgedetr.runtime.arguments import as_path
 from edgedetr.runtime.backends.base import RawOutputs
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 from edgedetr.storage.digests import digest
 
 log = logging.getLogger(__name__)

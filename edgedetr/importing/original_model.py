@@ -19,8 +19,7 @@ from edgedetr.importing.output_meaning import Understood
 from edgedetr.importing.output_roles import Chosen
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnxruntime import plain_session
-from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.postprocess import Detections, decode
 from edgedetr.runtime.preprocess import Geometry, prepare
 
 PICTURES = 2  # of the verify split, besides NOISE

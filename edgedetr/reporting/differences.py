@@ -16,7 +16,7 @@ from edgedetr.data.images import decode
 from edgedetr.errors import DataError
 from edgedetr.evaluation.agreement import matched_pairs
 from edgedetr.evaluation.reference import GroundTruth
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 from edgedetr.storage.reading import MEBIBYTE, read_bytes
 
 CONFIDENCE = 0.3  # detections below it are not shown to a user

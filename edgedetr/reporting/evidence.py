@@ -12,7 +12,7 @@ from edgedetr.bundle import Bundle
 from edgedetr.evaluation.coco_metrics import ClassMatches, Metrics, evaluate
 from edgedetr.evaluation.reference import Reference, load_detections
 from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict, read_verdict
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 
 RECALL = np.linspace(0, 1, 101)  # the 101 points of pycocotools
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgedetr.runtime.bundle_detector import Detector, load
-    from edgedetr.runtime.detections import Detections
+    from edgedetr.runtime.postprocess import Detections
 
 __all__ = ["Detections", "Detector", "load"]
 
 # Imported when they are asked for: the command line reads the names of backends without numpy.
-HOME = {"Detections": "detections", "Detector": "bundle_detector", "load": "bundle_detector"}
+HOME = {"Detections": "postprocess", "Detector": "bundle_detector", "load": "bundle_detector"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,8 +16,7 @@ from edgedetr.runtime.arguments import as_path, check_count, check_word, kind, s
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.backends.base import Backend, RawOutputs, Runner
 from edgedetr.runtime.cpu import int8_dot_product, int8_saturates
-from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.postprocess import Detections, decode
 from edgedetr.runtime.tensorrt import select
 from edgedetr.runtime.tensorrt.trt_runner import TrtRunner
 
@@ -98,18 +97,7 @@ class Detector:
                 f"batch is {batch.dtype} {list(batch.shape)}; expected float32 [B, 3, "
                 f"{expected[1]}, {expected[2]}], as runtime.preprocess.prepare gives it"
             )
-        fixed = self.runner.batch
-        if fixed is None or len(batch) == fixed:
-            return self.runner.run(np.ascontiguousarray(batch))
-        parts = [self._run_padded(batch[start : start + fixed], fixed) for start in range(0, len(batch), fixed)]
-        return RawOutputs(np.concatenate([p.logits for p in parts]), np.concatenate([p.boxes for p in parts]))
-
-    def _run_padded(self, batch: np.ndarray, size: int) -> RawOutputs:
-        n = len(batch)
-        if n < size:  # the last image again: its results are cut off
-            batch = np.concatenate([batch, np.repeat(batch[-1:], size - n, axis=0)])
-        raw = self.runner.run(np.ascontiguousarray(batch))
-        return RawOutputs(raw.logits[:n], raw.boxes[:n])
+        return base.run_in_batches(self.runner.run, np.ascontiguousarray(batch), self.runner.batch)
 
 
 def check_image(image: object, what: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from edgedetr.errors import MissingDependency
 from edgedetr.packages import missing
 from edgedetr.printable import one_line
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 
 if TYPE_CHECKING:
     from PIL import ImageDraw

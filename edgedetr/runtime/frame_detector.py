@@ -19,8 +19,7 @@ from edgedetr.image_size import check_size
 from edgedetr.runtime.arguments import check_count, shown
 from edgedetr.runtime.backends.onnxruntime import OrtFrameRunner
 from edgedetr.runtime.bundle_detector import check_image, open_bundle
-from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.postprocess import named
+from edgedetr.runtime.postprocess import Detections, named
 from edgedetr.runtime.tensorrt import select
 from edgedetr.runtime.tensorrt.trt_runner import TrtFrameRunner
 

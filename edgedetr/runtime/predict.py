@@ -20,8 +20,8 @@ from edgedetr.printable import json_text
 from edgedetr.runtime import video
 from edgedetr.runtime.arguments import as_path, check_fraction, shown
 from edgedetr.runtime.bundle_detector import Detector
-from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.draw import draw
+from edgedetr.runtime.postprocess import Detections
 from edgedetr.runtime.video_container import look
 from edgedetr.storage.atomic import atomic_write
 

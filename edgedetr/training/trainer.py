@@ -23,7 +23,7 @@ from edgedetr.errors import TrainingError
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.progress import TrainingProgress
 from edgedetr.recipe import Recipe
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 from edgedetr.training.criterion import Losses
 from edgedetr.training.data.dataset import Batch, Splits, TrainingSet, batches, draw_sizes, epoch_order, pad
 from edgedetr.training.optimizer import Ema, Schedule, adamw, set_lr

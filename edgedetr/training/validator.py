@@ -14,7 +14,7 @@ from edgedetr.models.deploy import DeployGraph
 from edgedetr.models.detector import DetrModel
 from edgedetr.runtime import postprocess
 from edgedetr.runtime.backends.base import RawOutputs
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 from edgedetr.runtime.preprocess import Geometry, resize
 
 

@@ -42,8 +42,7 @@ from edgedetr.quantization.targets import CPU, TENSORRT, Target, weight_bits
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.runtime.backends.openvino import OpenVinoRunner
 from edgedetr.runtime.cpu import int8_saturates
-from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.postprocess import Detections, decode
 from edgedetr.runtime.preprocess import prepare
 
 OBSERVERS = ("mse", "percentile=99.99", "percentile=99.999", "minmax")

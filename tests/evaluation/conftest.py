@@ -15,7 +15,7 @@ from PIL import Image
 from edgedetr.bundle import Bundle, ClassInfo, DataRecord, InputContract, Manifest, OutputContract
 from edgedetr.evaluation import artifacts_run
 from edgedetr.evaluation.reference import GroundTruth
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 
 
 def truth_of(images: list[dict], annotations: list[dict], categories: list[dict]) -> GroundTruth:

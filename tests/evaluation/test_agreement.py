@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 
 from edgedetr.boxes import iou
 from edgedetr.evaluation.agreement import compare_detections, matched_pairs
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 
 
 def found(*rows: tuple[float, float, float, float, float, int]) -> Detections:

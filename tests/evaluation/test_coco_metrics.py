@@ -9,7 +9,7 @@ from edgedetr.bundle import ClassInfo
 from edgedetr.errors import DataError
 from edgedetr.evaluation.coco_metrics import Metrics, evaluate
 from edgedetr.evaluation.reference import GroundTruth
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 
 NUMBERS = {
     "AP": "ap",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgedetr.evaluation.duplicate_detections import duplicate_percentage
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 
 
 def found(*rows: tuple[float, float, float, float, float, int]) -> Detections:

@@ -19,7 +19,7 @@ from edgedetr.data import layouts
 from edgedetr.errors import BundleError
 from edgedetr.evaluation.coco_metrics import evaluate
 from edgedetr.evaluation.reference import GroundTruth, Reference, load_detections, save_detections
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 
 COLUMNS = ("image_ids", "names", "digests", "sizes", "image", "boxes", "labels", "crowd", "areas")
 

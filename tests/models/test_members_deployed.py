@@ -32,8 +32,7 @@ from edgedetr.quantization.targets import CPU, TENSORRT, weight_bits
 from edgedetr.runtime.backends.base import RawOutputs, Runner
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.runtime.backends.openvino import OpenVinoRunner
-from edgedetr.runtime.detections import Detections
-from edgedetr.runtime.postprocess import decode
+from edgedetr.runtime.postprocess import Detections, decode
 from edgedetr.runtime.preprocess import Geometry
 
 member = pytest.mark.parametrize("name", FAMILY)

@@ -191,7 +191,7 @@ def test_a_named_video_with_the_suffix_of_something_else_is_played(tmp_path, avi
 
 def test_frames_of_another_size_go_into_a_file_of_their_own(tmp_path, monkeypatch):
     from edgedetr.runtime import predict
-    from edgedetr.runtime.detections import Detections
+    from edgedetr.runtime.postprocess import Detections
 
     sizes = [(48, 64)] * 3 + [(60, 80)] * 2
     made = [predict.Frame("a.mp4", n, np.zeros((*size, 3), np.uint8), 20.0) for n, size in enumerate(sizes)]

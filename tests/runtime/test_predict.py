@@ -11,8 +11,8 @@ from PIL import Image
 
 from edgedetr.errors import DataError, MissingDependency, UsageError
 from edgedetr.runtime import load
-from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.draw import color_of, draw
+from edgedetr.runtime.postprocess import Detections
 from edgedetr.runtime.predict import frames, predict
 
 

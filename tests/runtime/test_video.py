@@ -14,7 +14,7 @@ from edgedetr import cli
 from edgedetr.errors import DataError
 from edgedetr.runtime import video
 from edgedetr.runtime.bundle_detector import Detector
-from edgedetr.runtime.detections import Detections
+from edgedetr.runtime.postprocess import Detections
 from edgedetr.runtime.predict import frames, predict
 from edgedetr.runtime.video import WAITING, is_live, play, shown
 

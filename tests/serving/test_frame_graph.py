@@ -15,8 +15,8 @@ from edgedetr.data.images import decode
 from edgedetr.errors import BundleError, DataError, ExportError, ModelError, UsageError
 from edgedetr.evaluation.agreement import detections_allclose
 from edgedetr.runtime import load
-from edgedetr.runtime.detections import Detections
 from edgedetr.runtime.frame_detector import FrameDetector, load_frames
+from edgedetr.runtime.postprocess import Detections
 from edgedetr.runtime.preprocess import prepare
 from edgedetr.serving.frame_graph import check, with_frames, write_frames
 

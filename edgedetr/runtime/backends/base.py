@@ -6,20 +6,18 @@ of edgedetr/artifacts.py, and a test. The module of "some-name" is some_name.py.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
 
 from edgedetr.artifacts import BACKENDS
 from edgedetr.errors import UsageError, did_you_mean
 from edgedetr.packages import missing
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import numpy as np
 
 MADE_BY = "edgedetr.quantization"  # metadata key of an INT8 graph: the settings that it was made with, as JSON
 
@@ -103,6 +101,29 @@ class Backend:
         if self.why_unavailable is not None:
             return self.why_unavailable()
         return "" if find_spec(self.library) else missing(self.library)
+
+
+def run_in_batches(
+    run: Callable[[np.ndarray], RawOutputs], images: np.ndarray, fixed: int | None, largest: int | None = None
+) -> RawOutputs:
+    """Run any number of images on a model that takes only certain batch sizes.
+
+    run       one run of the model
+    images    [B, 3, height, width], B at least 1
+    fixed     the only batch size of the model, or None; a smaller last batch is padded with its last image, and the
+              outputs of the padding are cut off
+    largest   the largest batch where the size is open; None: any
+    """
+    step = fixed or largest or len(images)
+    outputs = []
+    for start in range(0, len(images), step):
+        part = images[start : start + step]
+        padding = fixed - len(part) if fixed else 0
+        raw = run(np.concatenate([part, np.repeat(part[-1:], padding, axis=0)]) if padding else part)
+        outputs.append(RawOutputs(raw.logits[: len(part)], raw.boxes[: len(part)]) if padding else raw)
+    if len(outputs) == 1:
+        return outputs[0]
+    return RawOutputs(np.concatenate([raw.logits for raw in outputs]), np.concatenate([raw.boxes for raw in outputs]))
 
 
 def get(name: str) -> Backend:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgedetr.errors import EngineError, UsageError
-from edgedetr.runtime.backends.base import RawOutputs
+from edgedetr.runtime.backends.base import RawOutputs, run_in_batches
 from edgedetr.runtime.tensorrt import engine_validation, gpu
 from edgedetr.runtime.tensorrt.cudart import Cuda
 from edgedetr.runtime.tensorrt.engine_metadata import EngineMetadata
@@ -175,18 +175,7 @@ class TrtRunner:
         """
         if not isinstance(images, np.ndarray):
             return self._once(images)
-        step = self.batch or self.largest_batch
-        parts = [self._padded(images[start : start + step]) for start in range(0, len(images), step)]
-        if len(parts) == 1:
-            return parts[0]
-        return RawOutputs(np.concatenate([p.logits for p in parts]), np.concatenate([p.boxes for p in parts]))
-
-    def _padded(self, images: np.ndarray) -> RawOutputs:
-        n = len(images)
-        if self.batch is None or n == self.batch:
-            return self._once(images)
-        raw = self._once(np.concatenate([images, np.repeat(images[-1:], self.batch - n, axis=0)]))
-        return RawOutputs(raw.logits[:n], raw.boxes[:n])
+        return run_in_batches(self._once, images, self.batch, self.largest_batch)
 
     def _once(self, images: Any) -> RawOutputs:
         found = self.session.run({"images": images})
