@@ -18,6 +18,7 @@ from edgedetr.errors import MissingDependency, UsageError
 from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
 from edgedetr.packages import missing
 from edgedetr.runtime.backends import base, onnxruntime
+from edgedetr.runtime.sqnr import sqnr_db
 
 GROUP = 12  # tensors exposed at a time
 SQNR_FLOOR = 20.0  # dB; different rounding leaves 25 or more, broken kernels were measured at 1 to 6
@@ -82,15 +83,6 @@ def search(
         group = sorted({*first, *samples}, key=graph.order.__getitem__)
         graph.measure(group)
         bad = next((name for name in group if graph.sqnr[name] < floor), bad)
-
-
-def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
-    """10 log10 of the reference's power over the difference's; infinite where they are equal."""
-    reference, other = reference.astype(np.float64), other.astype(np.float64)
-    noise, signal = float(((reference - other) ** 2).mean()), float((reference**2).mean())
-    if noise == 0:
-        return float("inf")
-    return float(10 * np.log10(signal / noise)) if signal > 0 and np.isfinite(noise) else float("-inf")
 
 
 class _Graph:

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgedetr.errors import MissingDependency, UsageError
 from edgedetr.evaluation import first_divergence
-from edgedetr.evaluation.first_divergence import find_first_divergence, search, sqnr_db
+from edgedetr.evaluation.first_divergence import find_first_divergence, search
 from edgedetr.runtime.backends import onnxruntime
 
 DEPTH = 40
@@ -117,13 +117,3 @@ def test_unknown_backends_and_a_missing_onnx_say_so(graph, images, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(MissingDependency, match="run: pip install onnx"):
         find_first_divergence(graph, "onnxruntime", images)
-
-
-@pytest.mark.parametrize("noise, decibels", [(0.1, 20), (1.0, 0), (0.0, float("inf"))])
-def test_decibels_by_hand(noise, decibels):
-    signal = np.ones(10)
-    assert sqnr_db(signal, signal + noise) == pytest.approx(decibels)
-
-
-def test_nan_is_the_worst_and_not_unknown():
-    assert sqnr_db(np.ones(3), np.array([1, np.nan, 1])) == float("-inf")

@@ -14,6 +14,7 @@ import numpy as np
 
 from edgedetr.errors import DeviceError, EngineError
 from edgedetr.progress import Progress
+from edgedetr.runtime.sqnr import sqnr_db
 from edgedetr.runtime.tensorrt import build, engine_metadata
 from edgedetr.runtime.tensorrt.cudart import Cuda
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
@@ -132,26 +133,22 @@ def _try(canary: SelfTestModel, device: Device) -> SelfTestResult:
     except (DeviceError, EngineError) as error:  # this one cannot be built or run; the others still can
         return outcome(False, str(error))
     share = engine_metadata.summarize_layers(plan.layers).share(canary.precision)
-    ratios = [sqnr_db(expected, y) for y in found]
+    ratios = [_decibels(expected, y) for y in found]
     problems = []
     if min(ratios) < canary.floor_db:
         first = next(run for run, ratio in enumerate(ratios) if ratio < canary.floor_db)
         how = "" if first == 0 else " as a CUDA graph only"
         problems.append(f"wrong{how}: {ratios[first]:.0f} dB, expected at least {canary.floor_db:.0f}")
-    if _equal_rows(x) and min(sqnr_db(y[0], y[-1]) for y in found) < EQUAL_ROWS_DB:
+    if _equal_rows(x) and min(_decibels(y[0], y[-1]) for y in found) < EQUAL_ROWS_DB:
         problems.append("equal rows of one batch give different results (TensorRT issue 4813)")
     if problems and canary.name == "grid_sample":
         problems.append("engines must not use GridSample here: edgedetr export writes gathers for engines")
     return outcome(not problems, "; ".join(problems), min(ratios), share, graph)
 
 
-def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
-    """10 log10 of the reference's power over the difference's; 300 where they are equal, -300 for NaN or infinity."""
-    noise = float(((reference.astype(np.float64) - other) ** 2).mean())
-    signal = float((reference.astype(np.float64) ** 2).mean())
-    if not np.isfinite(noise):
-        return -300.0
-    return float(np.clip(10 * np.log10(max(signal, 1e-30) / max(noise, 1e-60)), -300, 300))
+def _decibels(reference: np.ndarray, other: np.ndarray) -> float:
+    """The signal-to-noise ratio as a finite number, for JSON: 300 where they are equal, -300 for NaN or infinity."""
+    return float(np.clip(sqnr_db(reference, other), -300, 300))
 
 
 def _equal_rows(x: np.ndarray) -> bool:

@@ -18,9 +18,10 @@ from edgedetr.lint.lint import lint_file
 from edgedetr.lint.rtx import check_all
 from edgedetr.onnx_graph import selftest_models
 from edgedetr.runtime.backends import onnxruntime
+from edgedetr.runtime.sqnr import sqnr_db
 from edgedetr.runtime.tensorrt import build, gpu, selftest
 from edgedetr.runtime.tensorrt.build import SerializedEngine
-from edgedetr.runtime.tensorrt.selftest import SELFTEST_MODELS, sqnr_db, stored
+from edgedetr.runtime.tensorrt.selftest import SELFTEST_MODELS, _decibels, stored
 
 torch = pytest.importorskip("torch", reason="GridSample is compared with PyTorch's")
 FLOORS = {canary.name: canary.floor_db for canary in SELFTEST_MODELS}
@@ -148,7 +149,7 @@ def test_the_fault_that_a_canary_is_there_for_is_far_below_its_floor(name):
     [([1.0], [1.0], 300), ([1.0], [1.1], 20), ([1.0], [np.nan], -300), ([1.0], [np.inf], -300), ([0.0], [1.0], -300)],
 )
 def test_the_ratio_is_in_decibels_and_always_a_number(a, b, ratio):
-    assert sqnr_db(np.array(a), np.array(b)) == pytest.approx(ratio, abs=1e-6)
+    assert _decibels(np.array(a), np.array(b)) == pytest.approx(ratio, abs=1e-6)
 
 
 @pytest.fixture
