@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -18,20 +19,7 @@ from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputCo
 from edgedetr.cli import _options, _output, app
 from edgedetr.errors import EdgedetrError, PreparedNotFinished
 
-COMMANDS = [
-    "train",
-    "export",
-    "verify",
-    "eval",
-    "bench",
-    "report",
-    "predict",
-    "inspect",
-    "data",
-    "demo",
-    "doctor",
-    "models",
-]
+COMMANDS = list(app.cli.commands)
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -56,6 +44,7 @@ def test_help_answers_at_once():
     took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     for command in COMMANDS:
         assert f"\n  {command} " in done.stdout
+    assert "..." not in done.stdout.replace("[ARGS]...", "")  # no line is cut off
     # 0.3 s is the promise. Processor time, which other work on the machine hardly changes: 0.09 s were measured.
     assert took < 0.9
     asked = "import sys, edgedetr.cli.app; print(sorted({'numpy', 'torch', 'onnx', 'pydantic'} & set(sys.modules)))"
@@ -73,6 +62,32 @@ def test_every_command_explains_itself_and_its_options(command, capsys):
     for option in found.params:
         if isinstance(option, click.Option):
             assert option.help, f"{command} {option.opts} has no help"
+
+
+def test_help_lists_every_command_once_in_sections(capsys):
+    assert app.run(["--help"]) == 0
+    text = capsys.readouterr().out
+    listed = [line.split()[0] for line in text.splitlines() if re.match(r"  [a-z]+  ", line)]
+    assert listed == COMMANDS
+    assert [title for title in ("Work:", "Device:", "Tools:") if f"\n{title}\n" in text] == [
+        "Work:",
+        "Device:",
+        "Tools:",
+    ]
+
+
+def test_advanced_options_come_after_the_others(capsys):
+    assert app.run(["export", "--help"]) == 0
+    usual, advanced = capsys.readouterr().out.split("Advanced options:")
+    assert "--int8" in usual and "--help" in usual
+    assert "--triton" in advanced and "--triton" not in usual
+
+
+def test_the_default_recipe_in_the_help_is_the_one_that_is_used(capsys):
+    from edgedetr.recipe import DEFAULT
+
+    assert app.run(["train", "--help"]) == 0
+    assert f"[default: {DEFAULT}]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

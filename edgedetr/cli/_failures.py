@@ -1,4 +1,4 @@
-"""What ends a command besides its own errors: the system's refusals, memory, and signals; one message for each."""
+"""Messages for errors of the system: files, memory, signals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from types import FrameType
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-# How libraries say that there is no memory, in errors of their own.
+# How libraries report that there is no memory, in their own errors.
 NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -30,7 +30,7 @@ ENDING = ("SIGTERM", "SIGHUP")
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that ends the command as Ctrl-C does; `number` is the signal's."""
+    """A signal that ends the command like Ctrl-C does; `number` is the number of the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")
@@ -39,12 +39,12 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def ending_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Stopped, so that what is being written is cleaned up; nohup stays nohup."""
+    """Let SIGTERM and SIGHUP raise Stopped, so that temporary files are removed; nohup keeps its effect."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
-    # Whoever ignores a signal (nohup), or handles it already, is left alone.
+    # A signal that is ignored (nohup) or handled already is left alone.
     before = {number: signal.getsignal(number) for number in numbers}
     ours = [number for number, handler in before.items() if handler == signal.SIG_DFL]
     for number in ours:
@@ -57,12 +57,12 @@ def ending_like_ctrl_c() -> Iterator[None]:
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # once is enough; the cleaning up is not to be interrupted
+    signal.signal(number, signal.SIG_IGN)  # the cleaning up must not be interrupted
     raise Stopped(number)
 
 
-def _as_usual() -> None:
-    """In a forked worker: a signal ends it without a word, as its parent expects."""
+def _default_handlers() -> None:
+    """In a forked worker: a signal ends it silently, as its parent expects."""
     for name in ENDING:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is _stop:
@@ -70,23 +70,23 @@ def _as_usual() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_as_usual)
+    os.register_at_fork(after_in_child=_default_handlers)
 
 
 def explain(error: BaseException) -> str | None:
-    """The one message for a fault that is nobody's mistake in this code; None for what may be one."""
+    """The message for an error of the system; None for an error that may be a mistake in this code."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or _names_memory(error):
         words = "" if isinstance(error, (MemoryError, OSError)) else f": {(str(error).splitlines() or [''])[0][:200]}"
         return (
-            f"not enough memory{_available()}{words}; close other programs, or ask for less at a time (--set "
+            f"not enough memory{_available()}{words}; close other programs, or use less at a time (--set "
             "train.batch=..., a smaller --input, fewer --threads)"
         )
     if isinstance(error, RecursionError):
-        return "a file, or a name in one, is nested too deep to be read; run again with --debug to see which"
+        return "a file, or a name in one, is nested too deep; run again with --debug to see which"
     if isinstance(error, UnicodeError):
         return (
             f"text that cannot be written or read here ({error}); expected UTF-8: set LC_ALL=C.UTF-8, or rename "
-            "what has other letters"
+            "the file"
         )
     return _of_system(error) if isinstance(error, OSError) else None
 
@@ -102,13 +102,13 @@ def _of_system(error: OSError) -> str | None:
             "is kept; free some space, then run the same command again"
         )
     if error.errno is None and not path:
-        return None  # not the system's, but a library's word
+        return None  # raised by a library, not by the system
     why = error.strerror or str(error)
     where = path or "a file"
     if error.errno in REFUSED:
         return (
-            f"{where}: {why}; expected a place that this user may read and write: change its permissions, or name "
-            "another by --out"
+            f"{where}: {why}; expected a path that this user may read and write: change its permissions, or choose "
+            "another --out"
         )
     if error.errno == errno.ENAMETOOLONG:
         return f"{path[:120]}...: {why}; expected names of at most 255 bytes"
@@ -130,9 +130,9 @@ def _written(error: OSError) -> str:
 
 
 def _free(folder: Path) -> str:
-    for place in (folder, *folder.parents):
+    for parent in (folder, *folder.parents):
         try:
-            return f"{shutil.disk_usage(place).free:,} bytes are"
+            return f"{shutil.disk_usage(parent).free:,} bytes are"
         except OSError:
             continue
     return "nothing is"
@@ -155,9 +155,9 @@ def _available() -> str:
 
 @contextmanager
 def writing_out() -> Iterator[None]:
-    """Names standard output in the fault of writing to it; it gets no more then, or the exit of Python would fail too.
+    """Put "standard output" into errors of writing to it, and write no more, or the exit of Python would fail too.
 
-    A reader that has gone (BrokenPipeError) is no fault.
+    A reader that has gone (BrokenPipeError) is not an error.
     """
     try:
         yield
@@ -169,8 +169,8 @@ def writing_out() -> Iterator[None]:
 
 
 def quiet() -> None:
-    """Nothing more goes to standard output, at exit neither."""
+    """Write nothing more to standard output, not even at exit."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # no real file, as in tests
+    except (OSError, ValueError):  # not a real file, as in tests
         return

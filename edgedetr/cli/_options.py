@@ -1,24 +1,47 @@
-"""Which bundle a command means: the one that was named, or the newest under runs/."""
+"""Options that several commands share, how --help lists them, and which bundle a command works on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from edgedetr.api import RUNS
 from edgedetr.bundle import MANIFEST, Bundle
 from edgedetr.cli._output import say
 from edgedetr.errors import UsageError
 from edgedetr.printable import printable
 
-RUNS = Path("runs")
+
+class Command(click.Command):
+    """A command whose --help lists advanced options after the others."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        usual: list[tuple[str, str]] = []
+        advanced: list[tuple[str, str]] = []
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                (advanced if isinstance(parameter, AdvancedOption) else usual).append(record)
+        for title, records in (("Options", usual), ("Advanced options", advanced)):
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+class AdvancedOption(click.Option):
+    """An option that few users need."""
+
+
+command = partial(click.command, cls=Command)
+advanced_option = partial(click.option, cls=AdvancedOption)
 
 
 def expect(what: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
-    """Callback of arguments that take a path: what is known to be something else is refused, by its own name.
+    """Callback of arguments that take a path: refuses a file or folder that is known to be something else.
 
     what    a key of edgedetr.storage.file_kinds.EXPECTED
     """
@@ -33,15 +56,19 @@ def expect(what: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
     return check
 
 
+# Without it, the newest bundle under runs/.
 bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
 json_option = click.option("--json", "as_json_", is_flag=True, help="Print the result as JSON on standard output.")
 data_option = click.option(
     "--data",
     type=click.Path(path_type=Path),
     callback=expect("data"),
-    help="Data directory (COCO, YOLO or VOC); default: the one recorded in the bundle.",
+    help="Folder of the data set: COCO, YOLO or VOC layout.  [default: the one that the bundle records]",
 )
-threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads of the inference libraries.")
+threads_option = advanced_option(
+    "--threads", type=click.IntRange(1), help="CPU threads of one inference.  [default: all cores]"
+)
+sets_option = partial(click.option, "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE")
 
 
 class LazyChoice(click.ParamType):
@@ -76,7 +103,7 @@ def read_size(_: click.Context, parameter: click.Parameter, text: str | None) ->
 
 
 def open_bundle(path: Path | None) -> Bundle:
-    """The bundle at `path`, or the newest one under runs/, which is said on standard error."""
+    """The bundle at `path`; without a path the newest one under runs/, which is named on standard error."""
     if path is not None:
         return Bundle.open(path)
     found = sorted(RUNS.glob(f"*/{MANIFEST}"), key=lambda manifest: manifest.lstat().st_mtime)

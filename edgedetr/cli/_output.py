@@ -1,4 +1,4 @@
-"""How results reach the reader: tables and progress on standard error, data on standard output."""
+"""Output of all commands: tables, messages and progress on standard error, data on standard output."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", err: bool = True) -> None:
-    """A plain aligned table; numbers to the right, None as a dash. Needs no library.
+    """A plain aligned table; numbers to the right, None as a dash.
 
-    What is in a cell stays in it: line ends and characters that steer a terminal are shown as escapes.
+    Rich's tables are not used: a device has no rich, and the same command must print the same table everywhere. Line
+    ends and control characters in a cell are shown as escapes.
     """
     body = [["-" if value is None else printable(value) for value in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(head), *body]) for i in range(len(head))]
@@ -45,7 +46,7 @@ def as_json(value: object) -> None:
 
 
 def write_out(text: str) -> None:
-    """One piece of JSON on standard output; letters that it cannot show are written as JSON's escapes."""
+    """One piece of JSON on standard output; letters outside its encoding are written as JSON escapes."""
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
@@ -55,16 +56,16 @@ def write_out(text: str) -> None:
 
 
 def say(text: str, *, fg: str | None = None) -> None:
-    """A line, or a few, for the human reader; whatever steers a terminal is shown as an escape.
+    """Print a message for people on standard error; control characters are shown as escapes.
 
-    fg   color of the whole text, where a terminal reads it
+    fg   color of the whole text, in a terminal
     """
     safe = printable(text, lines=True)
     click.echo(click.style(safe, fg=fg) if fg else safe, err=True)
 
 
 class SafeFormatter(logging.Formatter):
-    """Log lines without characters that steer a terminal."""
+    """Log lines in which control characters are escapes."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), lines=True)
@@ -72,7 +73,7 @@ class SafeFormatter(logging.Formatter):
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """Bars on standard error, one for each kind of work; plain lines where rich is not installed."""
+    """Progress bars on standard error, one for each step; plain lines where rich is not installed."""
     try:
         from rich.console import Console
         from rich.progress import (
@@ -103,19 +104,16 @@ def progress_bars() -> Iterator[Progress]:
                 tasks[what] = bars.add_task(what, total=total or None)
             bars.update(tasks[what], completed=done, total=total or None)  # type: ignore[arg-type]  # rich's TaskID
 
-        if console.is_terminal:
-            yield report
-        else:  # a log file gets the finished bars only
-            yield report
+        yield report  # in a log file rich prints the finished bars only
 
 
 def _plain_progress() -> Progress:
-    said: dict[str, int] = {}
+    tenths: dict[str, int] = {}
 
     def report(what: str, done: int, total: int) -> None:
         step = 10 * done // total if total else 0
-        if said.get(what) != step:
-            said[what] = step
+        if tenths.get(what) != step:
+            tenths[what] = step
             say(f"{what}: {done}/{total}" if total else what)
 
     return report

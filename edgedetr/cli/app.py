@@ -1,4 +1,4 @@
-"""The command line: each command is options, one library call and one table."""
+"""The command line: each command takes options, calls the library once, and prints one table."""
 
 from __future__ import annotations
 
@@ -30,14 +30,20 @@ from edgedetr.cli.verify_command import verify
 from edgedetr.errors import EdgedetrError, did_you_mean
 
 EXIT_CODES = """
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verified and not within tolerance,
-4 prepared here and to be finished on the device; 130, 143 and 129 stopped by
-Ctrl-C, SIGTERM and SIGHUP.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verified and not within tolerance, 4 prepared here and to be finished on
+the device; stopped by: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
+WIDTH = 100  # columns of --help in a wide terminal
+# The sections of --help; in each the commands in the order in which they are used.
+SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Work": (train, export, verify, report, predict, import_, demo),
+    "Device": (build, selftest, bench, doctor),
+    "Tools": (evaluate, inspect, lint, data, models),
+}
 
 
 class Commands(click.Group):
-    """A group that names the nearest command for an unknown one, and knows aliases."""
+    """A group with sections in --help and aliases, which names the nearest command for an unknown one."""
 
     aliases: ClassVar[dict[str, str]] = {"val": "eval"}
 
@@ -55,7 +61,12 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of the work, not of the alphabet
+        return list(self.commands)  # in the order of SECTIONS, not of the alphabet
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(str(one.name), one.get_short_help_str(WIDTH)) for one in commands])
 
 
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -69,58 +80,46 @@ def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
+)
 @click.option("--debug", is_flag=True, help="Show the full traceback of an error, and log messages.")
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
 )
 def cli(debug: bool) -> None:
-    """Train DETR-family detectors, export to ONNX, quantize to INT8, and state what it cost with a bound.
+    """Train DETR detectors, convert them to FP16 and INT8 ONNX files, and measure the AP that this loses.
 
-    On your own data, a folder `cells` in COCO, YOLO or VOC layout, in this order:
+    With your data set, a folder `cells` in COCO, YOLO or VOC layout:
 
     \b
       edgedetr train --data cells
-      edgedetr export --trt --int8
+      edgedetr export --fp16 --int8
       edgedetr verify
       edgedetr report
     """
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, force=True)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
-    if debug:  # matplotlib and friends have much to say that nobody asked
+    if debug:  # these log too much
         for noisy in ("matplotlib", "PIL", "onnxscript", "torch.onnx"):
             logging.getLogger(noisy).setLevel(logging.INFO)
 
 
-for command in (
-    train,
-    export,
-    verify,
-    evaluate,
-    bench,
-    report,
-    predict,
-    inspect,
-    import_,
-    lint,
-    build,
-    selftest,
-    data,
-    demo,
-    doctor,
-    models,
-):  # in the order of the work
-    cli.add_command(command)
+for commands in SECTIONS.values():
+    for command in commands:
+        cli.add_command(command)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and leave with its exit code; an expected error is one message, without a traceback."""
+    """Run the command line and exit with its code; an expected error is one message, without a traceback."""
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command; the exit code is returned."""
+    """Run one command and return the exit code."""
     debug = "--debug" in arguments[:1]
     try:
         with _failures.ending_like_ctrl_c():
@@ -132,14 +131,12 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as leave:
         return leave.exit_code
     except (click.Abort, KeyboardInterrupt) as stop:
-        if isinstance(stop.__cause__, EOFError):  # click takes it for the end of an answer; nothing is asked here
+        if isinstance(stop.__cause__, EOFError):  # click expects answers; no command asks questions
             if debug:
                 raise
             click.echo(f"edgedetr: a file ends before it should ({stop.__cause__})", err=True)
             return 1
-        click.echo(
-            "\nstopped; what was finished is on disk, `edgedetr train --resume` goes on with a training", err=True
-        )
+        click.echo("\nstopped; finished files are on disk; go on with a training: edgedetr train --resume", err=True)
         return 128 + _signal(stop)
     except click.ClickException as error:
         error.show()
@@ -150,7 +147,7 @@ def run(arguments: list[str]) -> int:
         say(f"edgedetr: {error}")
         return error.exit_code
     except BrokenPipeError:
-        _failures.quiet()  # the reader (head, less) has gone: nothing to say, and nothing may be flushed at exit
+        _failures.quiet()  # the reader (head, less) has gone: nothing to report, and nothing may be flushed at exit
         return 1
     except Exception as error:
         if debug:
@@ -169,7 +166,7 @@ def _signal(stop: BaseException) -> int:
 
 
 def _require_text(arguments: list[str]) -> None:
-    """A name that is no UTF-8 could not be written into bundle.json, a report or JSON output."""
+    """Refuse names that are not UTF-8: they could not be written into bundle.json, a report or JSON output."""
     for argument in arguments:
         try:
             argument.encode()
@@ -184,7 +181,7 @@ def _require_text(arguments: list[str]) -> None:
 
 
 def _missing(error: ImportError) -> str:
-    """What is wrong with a package that cannot be imported; an empty string for a module that is none of them."""
+    """What is wrong with a package that cannot be imported; "" for a module that edgedetr does not know."""
     from edgedetr.packages import PACKAGES, missing
 
     name = (error.name or "").partition(".")[0]

@@ -1,4 +1,4 @@
-"""Commands about TensorRT engines: build."""
+"""edgedetr build: builds TensorRT engines for this device."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import click
 
 from edgedetr.artifacts import ENGINE_GRAPHS
-from edgedetr.cli._options import bundle_argument, json_option, open_bundle, read_size
+from edgedetr.cli._options import advanced_option, bundle_argument, command, json_option, open_bundle, read_size
 from edgedetr.cli._output import as_json, progress_bars, say, table
 from edgedetr.errors import UsageError
 
 
-def _three(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int, int] | None:
-    """`1,4,8` -> (1, 4, 8)."""
+def _batch_range(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int, int] | None:
+    """Callback of --dynamic: `1,4,8` -> (1, 4, 8)."""
     if text is None:
         return None
     try:
@@ -24,31 +24,39 @@ def _three(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int
     return least, usual, largest
 
 
-@click.command()
+@command()
 @bundle_argument
 @click.option(
     "--precision",
     multiple=True,
     type=click.Choice([*reversed(ENGINE_GRAPHS)]),
-    help="Which graph; repeatable.  [default: fp16 and int8, as far as the bundle has them]",
+    help="Precision; repeatable.  [default: fp16 and int8, if the bundle has them]",
 )
-@click.option("--batch", type=click.IntRange(1), multiple=True, help="Images of a run; repeatable.  [default: 1]")
-@click.option(
-    "--dynamic", metavar="MIN,OPT,MAX", callback=_three, help="One engine for several batch sizes, instead of --batch."
-)
-@click.option("--frame", metavar="HxW", callback=read_size, help="The engine for whole camera frames of this size.")
-@click.option("--workspace", type=click.IntRange(1), metavar="MB", help="Memory for kernels.  [default: a safe share]")
-@click.option(
-    "--optimization-level", type=click.IntRange(0, 5), default=3, show_default=True, help="How long kernels are sought."
+@click.option("--batch", type=click.IntRange(1), multiple=True, help="Images per run; repeatable.  [default: 1]")
+@advanced_option(
+    "--dynamic", metavar="MIN,OPT,MAX", callback=_batch_range, help="One engine for a range of batch sizes."
 )
 @click.option(
+    "--frame", metavar="HxW", callback=read_size, help="Build the engine for whole camera frames of this size."
+)
+@advanced_option(
+    "--workspace", type=click.IntRange(1), metavar="MB", help="Memory for kernels.  [default: a part of the device's]"
+)
+@advanced_option(
+    "--optimization-level",
+    type=click.IntRange(0, 5),
+    default=3,
+    show_default=True,
+    help="How long TensorRT searches for fast kernels.",
+)
+@advanced_option(
     "--typing",
     type=click.Choice(["auto", "strong", "weak"]),
     default="auto",
     show_default=True,
-    help="Whether the graph decides about types, or TensorRT 10 does.",
+    help="strong: the types of the graph; weak: TensorRT 10 chooses; auto: weak if strong fails.",
 )
-@click.option("--force", is_flag=True, help="Build again what is there and fits.")
+@click.option("--force", is_flag=True, help="Build again, even if the engine is up to date.")
 @json_option
 def build(
     bundle: Path | None,
@@ -64,14 +72,15 @@ def build(
 ) -> None:
     """Build TensorRT engines for this device.
 
-    An engine belongs to one device and one version of TensorRT, so run this where it will work. What fits is kept."""
+    An engine works on one kind of device with one version of TensorRT: run this on the device. Engines that are up to
+    date are kept."""
     from edgedetr.runtime.tensorrt import build as engine
 
     opened = open_bundle(bundle)
     if batch and dynamic:
-        raise UsageError("--batch and --dynamic exclude each other: an engine is for one batch size or for several")
-    there = tuple(one for one in ("fp16", "int8") if ENGINE_GRAPHS[one].file in opened.manifest.files)
-    wanted = precision or there or ("int8",)
+        raise UsageError("--batch and --dynamic exclude each other: an engine takes one batch size or a range of them")
+    present = tuple(one for one in ("fp16", "int8") if ENGINE_GRAPHS[one].file in opened.manifest.files)
+    wanted = precision or present or ("int8",)
     built = []
     with progress_bars() as progress:
         for one in wanted:
@@ -91,17 +100,17 @@ def build(
                 )
     rows = []
     for made in built:
-        told, share = made.metadata, made.metadata.layers.share(made.metadata.arguments.precision)
-        kept = f"{told.seconds:.0f} s" if made.made else "kept"
+        metadata = made.metadata
+        fraction = metadata.layers.share(metadata.arguments.precision)
         rows.append(
             [
                 made.path.name,
-                f"{told.plan_bytes / 1e6:.1f}",
-                kept,
-                told.typing,
-                told.layers.layers,
-                None if share is None else f"{100 * share:.0f} %",
-                told.layers.reformats,
+                f"{metadata.plan_bytes / 1e6:.1f}",
+                f"{metadata.seconds:.0f} s" if made.made else "kept",
+                metadata.typing,
+                metadata.layers.layers,
+                None if fraction is None else f"{100 * fraction:.0f} %",
+                metadata.layers.reformats,
             ]
         )
     table(["engine", "MB", "built in", "typing", "layers", "in its precision", "reformats"], rows)
@@ -112,7 +121,7 @@ def build(
     if old:
         megabytes = sum(path.stat().st_size for path in old) / 1e6
         say(
-            f"engines of graphs that are gone, which may be deleted ({megabytes:.0f} MB; each has a .plan, a .json "
+            f"engines of older graphs, which you may delete ({megabytes:.0f} MB; each has a .plan, a .json "
             f"and a .layers.json): {', '.join(path.stem for path in old)}"
         )
     say(f"engines: {built[0].path.parent}\nnext: edgedetr verify {opened.path}")

@@ -1,4 +1,4 @@
-"""edgedetr data: look at a data set."""
+"""edgedetr data: checks a data set."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from edgedetr.printable import printable
 
 @click.group()
 def data() -> None:
-    """Look at a data set."""
+    """Check a data set (edgedetr data check DIR)."""
 
 
 @data.command()
 @click.argument("directory", type=click.Path(path_type=Path), callback=expect("data"))
-@click.option("--strict", is_flag=True, help="Exit 1 when anything had to be left out.")
+@click.option("--strict", is_flag=True, help="Exit code 1 if anything had to be left out.")
 @json_option
 def check(directory: Path, strict: bool, as_json_: bool) -> int:
-    """Print splits, classes, box sizes and everything odd in a data set.
+    """Print splits, classes, box sizes, and every problem of a data set.
 
-    Exit 1 where no split can be used."""
+    Exit code 1 if no split can be used."""
     from edgedetr.data.check import check as run
 
     with progress_bars() as progress:

@@ -1,4 +1,4 @@
-"""edgedetr demo: the whole way on a rendered set."""
+"""edgedetr demo: all steps, end to end, on rendered images."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from edgedetr.cli._options import json_option
+from edgedetr.cli._options import command, json_option
 from edgedetr.cli._output import as_json, progress_bars, say
 from edgedetr.errors import NotWithinTolerance
 
 
-@click.command()
+@command()
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -20,13 +20,13 @@ from edgedetr.errors import NotWithinTolerance
     show_default=True,
     help="The bundle to write.",
 )
-@click.option("--fresh", is_flag=True, help="Remove what an earlier demonstration left there, and start again.")
+@click.option("--fresh", is_flag=True, help="Remove the files of an earlier demo, and start again.")
 @json_option
 def demo(out: Path, fresh: bool, as_json_: bool) -> int:
-    """The whole way on a rendered set, in minutes.
+    """Run all steps on rendered images, in minutes.
 
-    Renders, trains, exports, quantizes, verifies and reports; everything lands in one bundle. A demonstration that was
-    stopped goes on where it was.
+    Renders, trains, exports, quantizes, verifies and reports, into one bundle. A demo that was stopped goes on where it
+    stopped.
     """
     from edgedetr.cli._training_bar import training_bar
     from edgedetr.cli.verify_command import show_verdict
@@ -34,7 +34,7 @@ def demo(out: Path, fresh: bool, as_json_: bool) -> int:
 
     if fresh and (out / DATA / "params.json").is_file():
         shutil.rmtree(out)
-    say("synthetic data: rendered shapes on clutter; the figures below say nothing about photographs")
+    say("synthetic data: rendered shapes on clutter; the figures below do not apply to photographs")
     outcome = run(out, training=training_bar(), bars=progress_bars)
     say("")
     show_verdict(outcome.verdict)

@@ -1,17 +1,15 @@
-"""edgedetr doctor: what this machine has and what is missing."""
+"""edgedetr doctor: shows what this machine has and what is missing."""
 
 from __future__ import annotations
 
-import click
-
-from edgedetr.cli._options import json_option
+from edgedetr.cli._options import command, json_option
 from edgedetr.cli._output import as_json, say, table
 
 
-@click.command()
+@command()
 @json_option
 def doctor(as_json_: bool) -> None:
-    """Say what this machine has and what is missing."""
+    """Show what this machine has, and what is missing."""
     from edgedetr.doctor import examine
 
     found = examine()

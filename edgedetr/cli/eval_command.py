@@ -1,26 +1,22 @@
-"""edgedetr eval: AP of one file of a bundle."""
+"""edgedetr eval: measures the AP of one model version."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from edgedetr.artifacts import BACKENDS, GRAPHS, ONNX
-from edgedetr.cli._options import bundle_argument, data_option, json_option, open_bundle, threads_option
+from edgedetr.cli._options import bundle_argument, command, data_option, json_option, open_bundle, threads_option
 from edgedetr.cli._output import as_json, progress_bars, table
 
-if TYPE_CHECKING:
-    pass
 
-
-@click.command("eval")
+@command("eval")
 @bundle_argument
 @data_option
-@click.option("--split", help="The split to evaluate.  [default: the bundle's verify split]")
-@click.option("--stage", default=ONNX.id, show_default=True, help=f"torch, {', '.join(GRAPHS)}.")
-@click.option("--backend", type=click.Choice(BACKENDS), help="Inference library.  [default: the stage's own]")
+@click.option("--split", help="Split of the data set.  [default: the bundle's verify split]")
+@click.option("--stage", default=ONNX.id, show_default=True, help=f"Model version: torch, {', '.join(GRAPHS)}.")
+@click.option("--backend", type=click.Choice(BACKENDS), help="Inference library.  [default: the usual one]")
 @threads_option
 @json_option
 def evaluate(
@@ -32,7 +28,7 @@ def evaluate(
     threads: int | None,
     as_json_: bool,
 ) -> None:
-    """Measure one stage on labeled images; alias: val."""
+    """Measure the AP of one model version (alias: val)."""
     opened = open_bundle(bundle)
     from edgedetr.evaluation.verify import evaluate_artifact
 

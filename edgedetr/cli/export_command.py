@@ -1,4 +1,4 @@
-"""edgedetr export: ONNX graphs in FP32, FP16 and INT8, engines, and files for servers."""
+"""edgedetr export: writes ONNX files in FP32, FP16 and INT8, engines, and files for servers."""
 
 from __future__ import annotations
 
@@ -7,43 +7,37 @@ from typing import Literal
 
 import click
 
-from edgedetr.cli._options import bundle_argument, expect, open_bundle, read_size
+from edgedetr.cli._options import advanced_option, bundle_argument, command, expect, open_bundle, read_size, sets_option
 from edgedetr.cli._output import progress_bars, say, table
 from edgedetr.errors import PreparedNotFinished
 
 
-@click.command()
+@command()
 @bundle_argument
-@click.option("--int8", is_flag=True, help="Calibrate, and write the INT8 graphs as well.")
-@click.option("--fp16", is_flag=True, help="Write model.fp16.onnx as well, for TensorRT.")
-@click.option("--trt", is_flag=True, help="As --fp16, and build the engines where TensorRT is.")
+@click.option("--int8", is_flag=True, help="Write the INT8 files too; calibrates on the training images.")
+@click.option("--fp16", is_flag=True, help="Write the FP16 file too, for TensorRT.")
+@click.option("--trt", is_flag=True, help="Like --fp16, and build the engines if TensorRT is on this machine.")
 @click.option(
     "--calib",
     type=click.Path(path_type=Path),
     callback=expect("data"),
-    help="Calibration images.  [default: the train split of the bundle's data]",
+    help="Folder of calibration images.  [default: the training images]",
 )
-@click.option(
+@advanced_option(
     "--sampling",
     type=click.Choice(["gather", "grid_sample"]),
-    help="How deformable attention samples.  [default: the recipe's]",
+    help="Operators of deformable attention.  [default: gather for TensorRT, else the recipe's]",
 )
-@click.option(
-    "--set",
-    "sets",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="Change one value of quant or export, also in the bundle's recipe; repeatable.",
-)
-@click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open: for engines of several images.")
-@click.option(
+@sets_option(help="Change one value of [quant] or [export] in the bundle's recipe; repeatable.")
+@advanced_option("--dynamic-batch", is_flag=True, help="Leave the batch size open, for engines of several images.")
+@advanced_option(
     "--frame",
     metavar="HxW",
     callback=read_size,
-    help="Also graphs for whole camera frames of this size, e.g. 1080x1920.",
+    help="Write files that take whole camera frames of this size too, for example 1080x1920.",
 )
-@click.option("--triton", type=click.Path(path_type=Path), help="Add the model to this Triton repository.")
-@click.option("--deepstream", type=click.Path(path_type=Path), help="Write graph, labels and nvinfer file here.")
+@advanced_option("--triton", type=click.Path(path_type=Path), help="Add the model to this Triton model repository.")
+@advanced_option("--deepstream", type=click.Path(path_type=Path), help="Write DeepStream's files into this folder.")
 def export(
     bundle: Path | None,
     int8: bool,
@@ -57,9 +51,9 @@ def export(
     triton: Path | None,
     deepstream: Path | None,
 ) -> None:
-    """Write model.onnx; with --int8, INT8 graphs too; with --trt, engines.
+    """Convert the model to ONNX in FP32, FP16 and INT8.
 
-    Exit 4 when the engines are still to be built, on the device."""
+    Exit code 4 if engines were asked for and must still be built on the device."""
     import edgedetr
 
     with progress_bars() as progress:

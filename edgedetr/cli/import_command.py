@@ -1,4 +1,4 @@
-"""edgedetr import: detectors made elsewhere become bundles."""
+"""edgedetr import: makes a bundle of a model trained elsewhere."""
 
 from __future__ import annotations
 
@@ -7,51 +7,55 @@ from typing import Literal
 
 import click
 
-from edgedetr.cli._options import expect, json_option, read_size
+from edgedetr.cli._options import advanced_option, command, expect, json_option, read_size, sets_option
 from edgedetr.cli._output import as_json, say
 
 BOXES = ("cxcywh", "xyxy", "xywh", "cxcywh-pixels", "xyxy-pixels", "xywh-pixels")
 
 
-@click.command("import")
+@command("import")
 @click.argument("source", metavar="SOURCE", callback=expect("model"))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle to write.")
-@click.option("--model", help="Member of the family that the weights belong to; not for an ONNX file.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle to write.")
+@click.option("--model", help="Which model the weights are of (edgedetr models); not for an ONNX file.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
     callback=expect("data"),
-    help="Data directory: its classes, and what to calibrate and verify on.",
+    help="Folder of a data set: its classes, and images for calibration and verification.",
 )
 @click.option(
     "--classes",
     type=click.Path(path_type=Path),
-    help="Names of the class logits, one a line; `-` is one that is not used.  [default: the data set's]",
+    help="File with the name of each class logit, one per line; `-`: not used.  [default: the data set's]",
 )
-@click.option("--input", "size", metavar="HxW", callback=read_size, help="Input size.  [default: the model's own]")
-@click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a recipe value (weights).")
-@click.option("--scale", type=float, help="What the ONNX file wants pixels multiplied by.  [default: 1/255]")
-@click.option("--mean", type=float, nargs=3, help="Mean that it wants subtracted then, R G B.  [default: 0 0 0]")
-@click.option("--std", type=float, nargs=3, help="Deviation to divide by then, R G B.  [default: 1 1 1]")
-@click.option(
-    "--resize", type=click.Choice(["stretch", "letterbox"]), help="How it wants images fitted.  [default: stretch]"
+@click.option("--input", "size", metavar="HxW", callback=read_size, help="Size of the input.  [default: the model's]")
+@sets_option(help="Change one value of the recipe; only for weights; repeatable.")
+@advanced_option("--scale", type=float, help="The ONNX file expects (pixel * scale - mean) / std.  [default: 1/255]")
+@advanced_option("--mean", type=float, nargs=3, help="Mean in that, R G B.  [default: 0 0 0]")
+@advanced_option("--std", type=float, nargs=3, help="Standard deviation in that, R G B.  [default: 1 1 1]")
+@advanced_option(
+    "--resize",
+    type=click.Choice(["stretch", "letterbox"]),
+    help="How images are resized for the ONNX file.  [default: stretch]",
 )
-@click.option("--activation", type=click.Choice(["sigmoid", "softmax"]), help="Of its class logits.")
-@click.option(
-    "--boxes",
-    type=click.Choice(BOXES),
-    help="How it writes boxes, where their numbers leave two ways open.  [default: as the file shows]",
+@advanced_option(
+    "--activation",
+    type=click.Choice(["sigmoid", "softmax"]),
+    help="Activation of the class logits.  [default: as the file shows]",
 )
-@click.option("--outputs", help="Its outputs that count, with commas: CLASSES,BOXES.  [default: as the file shows]")
-@click.option(
+@advanced_option("--boxes", type=click.Choice(BOXES), help="Format of the boxes.  [default: as the file shows]")
+@advanced_option(
+    "--outputs", metavar="CLASSES,BOXES", help="Names of the outputs to use.  [default: as the file shows]"
+)
+@advanced_option(
     "--columns",
     type=click.Choice(["index", "category-id"]),
-    help="Where a class of the data set stands among its logits.  [default: index]",
+    help="Which logit belongs to a class of the data set: number index, or category-id.  [default: index]",
 )
-@click.option(
+@advanced_option(
     "--sampling",
     type=click.Choice(["gather", "grid_sample"]),
-    help="How its GridSamples are written; TensorRT 10.14 to 11.1 get the operator wrong.  [default: gather]",
+    help="Write GridSample as gathers, because TensorRT 10.14 to 11.1 compute it wrongly.  [default: gather]",
 )
 @json_option
 def import_(
@@ -75,8 +79,8 @@ def import_(
 ) -> None:
     """Make a bundle of a model trained elsewhere.
 
-    SOURCE is an ONNX file of a DETR-like detector (RT-DETR, D-FINE, RF-DETR), or weights for one of the family: a
-    .safetensors or .pth file, a folder of transformers, or a name on the Hugging Face hub, with --model."""
+    SOURCE is an ONNX file of a DETR-like detector (RT-DETR, D-FINE, RF-DETR). With --model it is weights: a
+    .safetensors or .pth file, a folder of transformers, or a Hugging Face id."""
     import edgedetr
 
     options = edgedetr.ImportOptions(

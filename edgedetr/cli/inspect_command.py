@@ -1,4 +1,4 @@
-"""edgedetr inspect: what is in a bundle or an ONNX file."""
+"""edgedetr inspect: shows what a bundle or an ONNX file contains."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from pathlib import Path
 
 import click
 
-from edgedetr.cli._options import json_option, open_bundle
+from edgedetr.cli._options import command, json_option, open_bundle
 from edgedetr.cli._output import as_json, table
 
 
-@click.command()
+@command()
 @click.argument("target", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE|FILE.onnx]")
 @json_option
 def inspect(target: Path | None, as_json_: bool) -> None:
-    """Say what a bundle or an ONNX file contains.
+    """Show what a bundle or an ONNX file contains.
 
-    Of a bundle: files, sizes, what is stale. Of an ONNX file: inputs, outputs, operators, Q/DQ pairs."""
+    A bundle: files, sizes, what is out of date. An ONNX file: inputs, outputs, operators, Q/DQ pairs."""
     if target is not None and target.suffix == ".onnx":
         from edgedetr.onnx_graph.summary import inspect_onnx
 

@@ -1,4 +1,4 @@
-"""edgedetr lint: what TensorRT would refuse, compute wrongly or run slowly in a graph."""
+"""edgedetr lint: checks ONNX files for what TensorRT refuses, computes wrongly or runs slowly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgedetr.artifacts import ONNX
-from edgedetr.cli._options import LazyChoice, json_option, open_bundle
+from edgedetr.cli._options import LazyChoice, command, json_option, open_bundle
 from edgedetr.cli._output import as_json, count, say, table
 from edgedetr.errors import NotWithinTolerance
 
@@ -22,21 +22,21 @@ def known_targets() -> tuple[str, ...]:
     return tuple(TARGETS)
 
 
-@click.command()
+@command()
 @click.argument("target", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE|FILE.onnx]")
 @click.option(
     "--target",
     "targets",
     multiple=True,
     type=LazyChoice(known_targets),
-    help="TensorRT to check for; repeatable.  [default: all of them]",
+    help="Version of TensorRT; repeatable.  [default: all of them]",
 )
-@click.option("--parse", is_flag=True, help="Parse and build with TensorRT-RTX too, which needs no GPU.")
+@click.option("--parse", is_flag=True, help="Also parse and build with TensorRT-RTX, which needs no GPU.")
 @json_option
 def lint(target: Path | None, targets: tuple[str, ...], parse: bool, as_json_: bool) -> int:
-    """Say what TensorRT would refuse or get wrong.
+    """Check ONNX files for problems with TensorRT.
 
-    Of a bundle: the graphs that engines are built from. Needs no GPU. Exit 3 when there is an error."""
+    Of a bundle, the files that engines are built from. Needs no GPU. Exit code 3 if there is an error."""
     from edgedetr.lint.lint import for_tensorrt, lint_file
 
     if target is not None and target.suffix == ".onnx":
@@ -53,7 +53,7 @@ def lint(target: Path | None, targets: tuple[str, ...], parse: bool, as_json_: b
             f"for {', '.join(chosen)}"
         )
         if report.findings:
-            table(["severity", "rule", "for", "node", "what"], report.rows())
+            table(["severity", "rule", "for", "node", "problem"], report.rows())
             for rule, fix in report.fixes().items():
                 say(f"{rule}: {fix}")
     verdicts = _parse(files) if parse else []

@@ -1,24 +1,24 @@
-"""edgedetr models: the family as a table."""
+"""edgedetr models: lists the models of the family."""
 
 from __future__ import annotations
 
 import click
 
-from edgedetr.cli._options import json_option
+from edgedetr.cli._options import command, json_option
 from edgedetr.cli._output import as_json, table
 
 
-@click.command()
+@command()
 @click.option(
     "--pixels",
     default=640,
     show_default=True,
     type=click.IntRange(64, 4096),
-    help="Side of the image that the multiply-accumulates are counted for; a multiple of 64.",
+    help="Side of the image for which operations are counted, a multiple of 64.",
 )
 @json_option
 def models(pixels: int, as_json_: bool) -> None:
-    """List the family: papers, sizes, cost, feature levels, queries, dialects."""
+    """List the models: paper, size, cost, queries."""
     from edgedetr.catalogue import describe
     from edgedetr.models import FAMILY
 

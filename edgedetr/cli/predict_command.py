@@ -1,4 +1,4 @@
-"""edgedetr predict: detections in images, videos and cameras."""
+"""edgedetr predict: detects objects in images, videos and cameras."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 import click
 
 from edgedetr.artifacts import BACKENDS, GRAPHS
-from edgedetr.cli._options import expect, threads_option
+from edgedetr.cli._options import advanced_option, command, expect, threads_option
 from edgedetr.cli._output import say, write_out
 
 
-@click.command()
+@command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", callback=expect("source"))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for images with the boxes drawn in.")
-@click.option("--conf", default=0.25, show_default=True, type=click.FloatRange(0, 1), help="Least confidence.")
-@click.option("--stage", help=f"One of {', '.join(GRAPHS)}.  [default: the fastest that is safe on this machine]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for copies of the images with the boxes drawn.")
+@click.option("--conf", default=0.25, show_default=True, type=click.FloatRange(0, 1), help="Lowest confidence.")
+@click.option("--stage", help=f"Model version: {', '.join(GRAPHS)}.  [default: the fastest that is safe here]")
 @click.option(
     "--backend",
     type=click.Choice(BACKENDS),
-    help="Inference library.  [default: an engine that fits this device, else ONNX Runtime, on a GPU where it can]",
+    help="Inference library.  [default: an engine for this device, else ONNX Runtime]",
 )
-@click.option("--trust", is_flag=True, help="Take an engine that was built on another machine: it is code from there.")
-@click.option("--drop-late", is_flag=True, help="Leave out frames that come while the detector is busy.")
+@advanced_option("--trust", is_flag=True, help="Load an engine that another machine built; it is executable code.")
+@advanced_option("--drop-late", is_flag=True, help="Skip video frames that arrive while the detector is busy.")
 @threads_option
 def predict(
     bundle: Path,
@@ -37,9 +37,9 @@ def predict(
     drop_late: bool,
     threads: int | None,
 ) -> int:
-    """Detect objects in images, folders, videos, cameras and streams.
+    """Detect objects in images, videos, cameras and streams.
 
-    One JSON line for each image on standard output. Ctrl-C (or SIGTERM) ends a camera or a stream."""
+    Prints one line of JSON for each image. Stop a camera or a stream with Ctrl-C (or SIGTERM)."""
     from edgedetr.runtime import load
     from edgedetr.runtime.predict import predict as run
     from edgedetr.runtime.video import is_live

@@ -1,20 +1,18 @@
-"""Commands for the device itself: selftest."""
+"""edgedetr selftest: checks that TensorRT on this device computes correctly."""
 
 from __future__ import annotations
 
-import click
-
-from edgedetr.cli._options import json_option
+from edgedetr.cli._options import command, json_option
 from edgedetr.cli._output import as_json, progress_bars, say, table
 from edgedetr.errors import NotWithinTolerance
 
 
-@click.command()
+@command()
 @json_option
 def selftest(as_json_: bool) -> int:
-    """Check that TensorRT here computes what it should.
+    """Check that TensorRT computes correctly here.
 
-    Builds and runs three small graphs of kinds that some versions got wrong. Exit 3 when one of them is wrong."""
+    Builds and runs three small graphs that some versions of TensorRT computed wrongly. Exit code 3 if one is wrong."""
     from edgedetr.runtime.tensorrt.selftest import selftest as run
 
     with progress_bars() as progress:

@@ -1,4 +1,4 @@
-"""edgedetr train: from labeled images to a bundle."""
+"""edgedetr train: trains a detector on labeled images and writes a bundle."""
 
 from __future__ import annotations
 
@@ -6,44 +6,40 @@ from pathlib import Path
 
 import click
 
-from edgedetr.cli._options import expect
+from edgedetr.cli._options import advanced_option, command, expect, sets_option
 from edgedetr.cli._output import say
 
-set_option = click.option(
-    "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one value of the recipe; repeatable."
-)
 
-
-@click.command()
+@command()
 @click.option(
     "--data",
     required=True,
     type=click.Path(path_type=Path),
     callback=expect("data"),
-    help="Data directory: COCO, YOLO or VOC layout.",
+    help="Folder of the data set: COCO, YOLO or VOC layout.",
 )
 @click.option(
     "--recipe",
     "recipe_name",
     callback=expect("recipe"),
-    help="A shipped recipe by name, or a TOML file.  [default: the edge default]",
+    help="Name of a shipped recipe, or a TOML file.  [default: rtdetr-r18]",
 )
 @click.option(
     "--preset",
     default="",
     metavar="parity|strong",
-    help="Values over the recipe: the originals' training, or much regularisation.  [default: neither]",
+    help="Change the recipe: as the paper trains, or with strong augmentation.  [default: neither]",
 )
 @click.option(
     "--start",
     metavar="BUNDLE|FILE|HUB_ID",
     callback=expect("start"),
-    help="Start from a whole detector's weights.  [default: the recipe's, else the backbone's]",
+    help="Weights of a detector to start from.  [default: the recipe's, else a pretrained backbone]",
 )
-@set_option
+@sets_option(help="Change one value of the recipe, for example train.epochs=30; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), help="The bundle to write.  [default: runs/DATA.bundle]")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the bundle, also after a crash.")
-@click.option("--strict", is_flag=True, help="Fail on an unreadable image or annotation instead of leaving it out.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the bundle.")
+@advanced_option("--strict", is_flag=True, help="Fail on an unreadable image or annotation instead of leaving it out.")
 def train(
     data: Path,
     recipe_name: str | None,
@@ -56,14 +52,14 @@ def train(
 ) -> None:
     """Train a detector on labeled images.
 
-    Writes a bundle: one directory that the other commands add to."""
+    Writes a bundle: one folder with the weights, to which the other commands add their files."""
     import edgedetr
     from edgedetr.api import default_bundle
     from edgedetr.cli._training_bar import training_bar
     from edgedetr.recipe import DEFAULT
 
     if recipe_name is None:
-        say(f"recipe: {DEFAULT} (the default; --recipe chooses another)")
+        say(f"recipe: {DEFAULT} (the default; choose another with --recipe)")
     out = out or default_bundle(data)
     say(f"bundle: {out}")
     bundle = edgedetr.train(

@@ -1,4 +1,4 @@
-"""edgedetr verify: what each file of a bundle lost against PyTorch."""
+"""edgedetr verify: measures the AP that each file of a bundle loses against PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from edgedetr.artifacts import BACKENDS
-from edgedetr.cli._options import bundle_argument, data_option, json_option, open_bundle, threads_option
+from edgedetr.cli._options import (
+    advanced_option,
+    bundle_argument,
+    command,
+    data_option,
+    json_option,
+    open_bundle,
+    threads_option,
+)
 from edgedetr.cli._output import as_json, progress_bars, say, table
 from edgedetr.errors import NotWithinTolerance
 
@@ -16,22 +24,22 @@ if TYPE_CHECKING:
     from edgedetr.evaluation.verdict import DeviceVerdict, Verdict
 
 
-@click.command()
+@command()
 @bundle_argument
 @data_option
 @click.option(
     "--max-drop",
     type=click.FloatRange(0),
     metavar="AP",
-    help="Largest accepted AP drop, points.  [default: the bundle's]",
+    help="Largest accepted loss of AP, in points of 0 to 100.  [default: the bundle's]",
 )
-@click.option("--live", is_flag=True, help="Run the PyTorch model again instead of reading its recorded detections.")
-@click.option(
+@advanced_option("--live", is_flag=True, help="Run the PyTorch model again instead of reading its recorded detections.")
+@advanced_option(
     "--backend",
     "backends",
     multiple=True,
     type=click.Choice(BACKENDS),
-    help="Only these libraries; repeatable.  [default: the engines that fit this device, else those that run here]",
+    help="Only these libraries; repeatable.  [default: engines of this device, else what is installed]",
 )
 @threads_option
 @json_option
@@ -44,12 +52,13 @@ def verify(
     threads: int | None,
     as_json_: bool,
 ) -> int:
-    """Bound what each stage loses against PyTorch.
+    """Measure the AP that each file loses against PyTorch.
 
-    On a device with engines these are verified, without PyTorch: at batch 1, in full batches of equal images, INT8
-    beside FP16, and the precision that they really run in.
+    For each file it reports the AP lost, and the worst loss to expect at 95 % confidence. On a device with engines, the
+    engines are verified, without PyTorch: with single images and full batches, INT8 against FP16, and the precision
+    that their layers really run in.
 
-    Exit 3 when a delivered stage is not shown to be within the budget."""
+    Exit code 3 if we cannot prove that every file loses at most --max-drop."""
     import edgedetr
 
     with progress_bars() as progress:
