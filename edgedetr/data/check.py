@@ -13,13 +13,13 @@ import numpy as np
 
 from edgedetr.data import images, layouts, near_duplicates
 from edgedetr.data.cleaning import UnusableSplit, summary
-from edgedetr.data.detection_set import DetectionSet, Finding, Sample, display_names, matched
+from edgedetr.data.detection_set import DataIssue, DetectionSet, Sample, display_names, match_classes
 from edgedetr.data.unlisted_files import leftovers
 from edgedetr.errors import DataError
 
 SMALL, MEDIUM = 32.0**2, 96.0**2  # COCO's borders between small, medium and large, pixels^2 of the source image
 IMBALANCE = 10.0  # times more objects of the most frequent class than of the rarest: worth a word
-SHOWN = 20  # findings of one kind that `lines` spells out; JSON has them all
+SHOWN = 20  # issues of one kind that `lines` spells out; JSON has them all
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class CheckReport:
     root: Path
     layout: str
     splits: tuple[SplitReport, ...]
-    findings: tuple[Finding, ...]
+    issues: tuple[DataIssue, ...]
 
     @property
     def fatal(self) -> int:
         """How many items were left out."""
-        return sum(finding.fatal for finding in self.findings)
+        return sum(issue.fatal for issue in self.issues)
 
     @property
     def objects_left_out(self) -> int:
         """How many annotated objects were left out, alone or with their image."""
-        return sum(finding.objects for finding in self.findings if finding.fatal)
+        return sum(issue.objects for issue in self.issues if issue.fatal)
 
     def to_json(self) -> dict[str, object]:
         """Plain types for json.dumps."""
@@ -67,8 +67,8 @@ class CheckReport:
             "splits": [asdict(split) for split in self.splits],
             "left_out": self.fatal,
             "objects_left_out": self.objects_left_out,
-            "counts": dict(Counter(finding.kind for finding in self.findings)),
-            "findings": [asdict(finding) for finding in self.findings],
+            "counts": dict(Counter(issue.kind for issue in self.issues)),
+            "findings": [asdict(issue) for issue in self.issues],
         }
 
     def lines(self) -> list[str]:
@@ -88,12 +88,12 @@ class CheckReport:
             text.append("  classes: " + ", ".join(f"{name} {count}" for name, count in split.per_class.items()))
             pictures = list(split.sizes.items())[:5]
             text.append("  images: " + ", ".join(f"{size} ({count})" for size, count in pictures))
-        text.append(f"findings: {summary(self.findings) or 'none'}")
+        text.append(f"issues: {summary(self.issues) or 'none'}")
         if self.fatal:
             text.append(f"left out: {self.fatal} items, with them or alone {self.objects_left_out} objects")
-        by_kind: dict[str, list[Finding]] = defaultdict(list)
-        for finding in self.findings:
-            by_kind[finding.kind].append(finding)
+        by_kind: dict[str, list[DataIssue]] = defaultdict(list)
+        for issue in self.issues:
+            by_kind[issue.kind].append(issue)
         for kind, found in by_kind.items():
             for one in found[:SHOWN]:
                 text.append(f"  {'left out' if one.fatal else 'note'}: {kind}: {one.where}: {one.what}")
@@ -108,27 +108,27 @@ def check(
     """Read every split and decode every image.
 
     progress   called with (images looked at, images in all)
-    Errors: DataError where `path` is no data set or an annotation file is damaged; anything less becomes a finding.
+    Errors: DataError where `path` is no data set or an annotation file is damaged; anything less becomes a issue.
     """
     root = Path(path)
     kind = layout or layouts.detect(root)
     listed = layouts.splits(root, layout=layout)
-    findings: list[Finding] = []
+    issues: list[DataIssue] = []
     sets, known = [], True
     for name in listed:
         try:
             sets.append(layouts.load(root, name, layout=layout))
         except UnusableSplit as error:
-            findings += [Finding("unusable-split", name, str(error).split("\n")[0], True), *error.findings]
+            issues += [DataIssue("unusable-split", name, str(error).split("\n")[0], True), *error.issues]
         except DataError as error:
             known = False  # which images are this split's is not known
-            findings.append(Finding("unusable-split", name, str(error), True))
+            issues.append(DataIssue("unusable-split", name, str(error), True))
     done, total = 0, sum(len(found) for found in sets)
     digests: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     hashes: dict[str, list[tuple[Sample, np.ndarray | None]]] = {}
     reports = []
     for found in sets:
-        findings += found.findings
+        issues += found.issues
         hashes[found.name] = []
         for sample in found.samples:
             try:
@@ -137,7 +137,7 @@ def check(
                 hashes[found.name].append((sample, near_duplicates.fingerprint(images.decode(sample.path))))
                 digests[hashlib.sha256(content).hexdigest()].append((found.name, sample.path))
             except (DataError, OSError) as error:
-                findings.append(Finding("unreadable-image", str(sample.path), str(error), True, len(sample.boxes)))
+                issues.append(DataIssue("unreadable-image", str(sample.path), str(error), True, len(sample.boxes)))
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -145,18 +145,18 @@ def check(
         if whole:
             reports.append(_report(replace(found, samples=whole), listed[found.name]))
         else:
-            findings.append(Finding("unusable-split", found.name, "no image of it can be decoded", True))
+            issues.append(DataIssue("unusable-split", found.name, "no image of it can be decoded", True))
     if known:
         listing = [sample.path for found in sets for sample in found.samples]
         try:
-            findings += leftovers(root, kind, listing, findings)
+            issues += leftovers(root, kind, listing, issues)
         except DataError as error:  # a folder of somebody else's in the root
-            findings.append(Finding("unreadable-folder", str(root), f"{error}; what lies there was not looked at"))
-    findings += _duplicates(digests)
+            issues.append(DataIssue("unreadable-folder", str(root), f"{error}; what lies there was not looked at"))
+    issues += _duplicates(digests)
     same = {frozenset(path for _, path in places) for places in digests.values() if len(places) > 1}
-    findings += _near_copies(hashes, same)
-    findings += _classes(sets, reports)
-    return CheckReport(root, kind, tuple(reports), tuple(dict.fromkeys(findings)))
+    issues += _near_copies(hashes, same)
+    issues += _classes(sets, reports)
+    return CheckReport(root, kind, tuple(reports), tuple(dict.fromkeys(issues)))
 
 
 def _report(found: DetectionSet, listed: int) -> SplitReport:
@@ -183,16 +183,16 @@ def _report(found: DetectionSet, listed: int) -> SplitReport:
 
 def _near_copies(
     hashes: dict[str, list[tuple[Sample, np.ndarray | None]]], same: set[frozenset[Path]]
-) -> list[Finding]:
+) -> list[DataIssue]:
     """Notes on images of a later split that nearly copy one of an earlier; `same` holds files of equal bytes."""
-    findings = []
+    issues = []
     for first, second in combinations([name for name in hashes if name != "trainval"], 2):
         (one, ours), (other, theirs) = (([s for s, _ in hashes[n]], [h for _, h in hashes[n]]) for n in (first, second))
         for a, b, bits in near_duplicates.nearest(ours, theirs):
             pair = {one[a].path, other[b].path}
             if not any(pair <= known for known in same):
-                findings.append(
-                    Finding(
+                issues.append(
+                    DataIssue(
                         "near-copy-across-splits",
                         str(other[b].path),
                         f"shows nearly the same as "
@@ -200,11 +200,11 @@ def _near_copies(
                         f"{second} counts an image that was all but seen before",
                     )
                 )
-    return findings
+    return issues
 
 
-def _duplicates(digests: dict[str, list[tuple[str, Path]]]) -> list[Finding]:
-    findings = []
+def _duplicates(digests: dict[str, list[tuple[str, Path]]]) -> list[DataIssue]:
+    issues = []
     for places in digests.values():
         # VOC's trainval holds train and val by design.
         apart = [(split, path) for split, path in places if split != "trainval"]
@@ -213,8 +213,8 @@ def _duplicates(digests: dict[str, list[tuple[str, Path]]]) -> list[Finding]:
         (first_split, first), *others = apart
         for split, path in others:
             if split != first_split:
-                findings.append(
-                    Finding(
+                issues.append(
+                    DataIssue(
                         "duplicate-across-splits",
                         str(path),
                         f"the same bytes as {first} of {first_split}; a score "
@@ -222,12 +222,12 @@ def _duplicates(digests: dict[str, list[tuple[str, Path]]]) -> list[Finding]:
                     )
                 )
             else:
-                findings.append(Finding("duplicate-image", str(path), f"the same bytes as {first}, both in {split}"))
-    return findings
+                issues.append(DataIssue("duplicate-image", str(path), f"the same bytes as {first}, both in {split}"))
+    return issues
 
 
-def _classes(sets: Sequence[DetectionSet], reports: Sequence[SplitReport]) -> list[Finding]:
-    findings = []
+def _classes(sets: Sequence[DetectionSet], reports: Sequence[SplitReport]) -> list[DataIssue]:
+    issues = []
     for found in sets[1:]:
         if found.classes == sets[0].classes:
             continue
@@ -236,18 +236,18 @@ def _classes(sets: Sequence[DetectionSet], reports: Sequence[SplitReport]) -> li
             f"{[info.name for info in sets[0].classes][:20]} (names, ids or order)"
         )
         try:
-            matched(found, sets[0].classes, sets[0].name)
-            findings.append(Finding("classes-differ", found.name, f"{what}; they are matched by name"))
+            match_classes(found, sets[0].classes, sets[0].name)
+            issues.append(DataIssue("classes-differ", found.name, f"{what}; they are matched by name"))
         except DataError as error:
-            findings.append(Finding("classes-differ", found.name, f"{what}: {error}", True))
+            issues.append(DataIssue("classes-differ", found.name, f"{what}: {error}", True))
     for report in reports:
         absent = [name for name, count in report.per_class.items() if count == 0]
         if absent:
-            findings.append(Finding("class-without-objects", report.name, f"no object of {', '.join(absent[:20])}"))
+            issues.append(DataIssue("class-without-objects", report.name, f"no object of {', '.join(absent[:20])}"))
         present = {name: count for name, count in report.per_class.items() if count}
         if present and max(present.values()) > IMBALANCE * min(present.values()):
             most, least = max(present, key=present.__getitem__), min(present, key=present.__getitem__)
-            findings.append(
-                Finding("imbalance", report.name, f"{present[most]} objects of {most}, {present[least]} of {least}")
+            issues.append(
+                DataIssue("imbalance", report.name, f"{present[most]} objects of {most}, {present[least]} of {least}")
             )
-    return findings
+    return issues

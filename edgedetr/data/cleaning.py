@@ -1,13 +1,13 @@
-"""From what a layout says to samples that can be trusted: every odd item is named, every unusable one is left out.
+"""Check and clean what a reader of a layout returns: every problem is reported, unusable items are left out.
 
-Policy. Left out, with a fatal finding: an image that is missing, unreadable, too large, or of another size than its
-annotation says; every image of an id that several have, for nothing says whose the boxes are; a box that is no four
-finite numbers, has no area, or lies outside the image; an object of an unknown class; all boxes of a split where they
-look like 0..1 instead of pixels. Boxes that stick out are cut to the image, and of equal boxes one is kept, both with
-a finding. `strict` turns fatal findings into a DataError.
+Left out, with a fatal issue: an image that is missing, unreadable, too large, or of another size than annotated; all
+images that share one id, because their boxes cannot be assigned; a box that is not four finite numbers, has no area, or
+is outside the image; an object of an unknown class; all boxes of a split whose values look like 0..1 instead of pixels.
+Boxes that extend beyond the image are clipped, and of equal boxes one is kept, both with an issue. `strict` turns fatal
+issues into a DataError.
 
-An annotated size that is the file's size before its EXIF rotation is another size too: some tools write such files with
-boxes on the stored image, others on the upright one, and nothing in the file tells which.
+An annotated size equal to the file's size before its EXIF rotation also counts as another size: some tools write boxes
+on the stored image, others on the upright one, and the file does not record which.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ import numpy as np
 from edgedetr import boxes as box
 from edgedetr.bundle import ClassInfo
 from edgedetr.data import images
-from edgedetr.data.detection_set import DetectionSet, Finding, Sample
+from edgedetr.data.detection_set import DataIssue, DetectionSet, Sample
 from edgedetr.errors import DataError
 from edgedetr.storage.reading import read_text
 
 log = logging.getLogger(__name__)
 
-STICKS_OUT = 0.5  # pixels beyond the border that are cut without a word: writers round (YOLO has six decimals)
+ROUNDING = 0.5  # pixels beyond the border that are clipped without an issue: writers round (YOLO has six decimals)
 NUMBER = re.compile(r"[+-]?([0-9]{1,20}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][+-]?[0-9]{1,3})?")
-SHOWN = 5  # findings spelled out in a message
+SHOWN = 5  # issues listed in a message
 
 
 class UnusableSplit(DataError):
-    """Nothing of a split can be used; `findings` say why."""
+    """No image of a split is usable; `issues` are the reasons."""
 
-    def __init__(self, message: str, findings: Iterable[Finding]) -> None:
+    def __init__(self, message: str, issues: Iterable[DataIssue]) -> None:
         super().__init__(message)
-        self.findings = tuple(findings)
+        self.issues = tuple(issues)
 
 
 @dataclass(frozen=True)
 class RawObject:
-    """One object as the layout gives it. xyxy in pixels, or in 0..1 where the image says `relative`."""
+    """One object as read from the layout. xyxy in pixels, or in 0..1 where the image is `relative`."""
 
     label: int
     xyxy: tuple[float, float, float, float]
@@ -56,7 +56,7 @@ class RawObject:
 
 @dataclass
 class RawImage:
-    """One image as the layout gives it; `size` is the (height, width) it states, if it states one."""
+    """One image as read from the layout; `size` is the annotated (height, width), if there is one."""
 
     image_id: int
     path: Path
@@ -68,11 +68,11 @@ class RawImage:
 
 @dataclass
 class RawSplit:
-    """One split as read, before any image file was looked at."""
+    """One split as read, before any image file is opened."""
 
     classes: tuple[ClassInfo, ...]
     images: list[RawImage]
-    findings: list[Finding]
+    issues: list[DataIssue]
     listed: int | None = None  # images in the annotations, where some are not among `images`
 
 
@@ -90,113 +90,113 @@ def numbers(values: object, count: int) -> tuple[float, ...] | None:
 
 
 def as_number(value: object) -> object:
-    """The number that a short text writes ("12.5", "1e1"), anything else as it is: some writers quote every value."""
+    """The number in a short text ("12.5", "1e1"), any other value unchanged: some writers quote every value."""
     if not isinstance(value, str) or not NUMBER.fullmatch(text := value.strip()):
         return value
     return float(text)
 
 
 def read_names(file: Path) -> list[str]:
-    """Class names, one a line. Errors: DataError where there is none."""
+    """Class names, one per line. Errors: DataError where there is none."""
     names = [line.strip() for line in read_text(file, DataError).splitlines() if line.strip()]
     if not names:
-        raise DataError(f"{file}: empty; expected class names, one a line")
+        raise DataError(f"{file}: empty; expected class names, one per line")
     return names
 
 
 def class_infos(names: Iterable[str]) -> tuple[ClassInfo, ...]:
-    """Classes of a layout that has no ids of its own: the index is the id."""
+    """Classes of a layout without category ids: the index is the id."""
     return tuple(ClassInfo(index, index, name) for index, name in enumerate(names))
 
 
-def finish(raw: RawSplit, *, name: str, root: Path, strict: bool) -> DetectionSet:
-    """Look at every image file and clean every box.
+def clean(raw: RawSplit, *, name: str, root: Path, strict: bool) -> DetectionSet:
+    """Open every image file and clean every box.
 
-    Errors: DataError where nothing is left, and under `strict` where anything was left out.
+    Errors: DataError where no image is usable, and with `strict` where anything is left out.
     """
-    findings = list(raw.findings)
-    findings += equal_names(raw.classes)
+    issues = list(raw.issues)
+    issues += equal_names(raw.classes)
     samples = []
-    fractions = _fractions(raw.images)
+    fractions = _all_fractions(raw.images)
     for image in raw.images:
-        sample = _sample(image, findings, fractions)
+        sample = _sample(image, issues, fractions)
         if sample is not None:
             samples.append(sample)
-    fatal = [finding for finding in findings if finding.fatal]
+    fatal = [issue for issue in issues if issue.fatal]
     if strict and fatal:
         raise DataError(
             f"{root} [{name}]: {summary(fatal)}; strict reading accepts none; "
-            f"run: edgedetr data check {root}\n" + _listed(fatal)
+            f"run: edgedetr data check {root}\n" + _listing(fatal)
         )
     if not samples:
         listed = raw.listed if raw.listed is not None else len(raw.images)
         raise UnusableSplit(
             f"{root} [{name}]: no usable image ({listed} listed, "
             f"{summary(fatal) or 'none left out'}); expected at least one; "
-            f"run: edgedetr data check {root}\n" + _listed(fatal),
-            findings,
+            f"run: edgedetr data check {root}\n" + _listing(fatal),
+            issues,
         )
     if fatal:
         log.warning("%s [%s]: left out %s; for the list, run: edgedetr data check %s", root, name, summary(fatal), root)
-    return DetectionSet(name, root, tuple(samples), raw.classes, tuple(findings))
+    return DetectionSet(name, root, tuple(samples), raw.classes, tuple(issues))
 
 
-def summary(findings: Iterable[Finding]) -> str:
+def summary(issues: Iterable[DataIssue]) -> str:
     """`2 degenerate-box, 1 missing-image with 4 objects`, the most frequent first."""
     counts: Counter[str] = Counter()
     objects: Counter[str] = Counter()
-    for finding in findings:
-        counts[finding.kind] += 1
-        # A finding about one box is that object, and needs no second number.
-        objects[finding.kind] += finding.objects
+    for issue in issues:
+        counts[issue.kind] += 1
+        # An issue about one box is one object: a second number would repeat it.
+        objects[issue.kind] += issue.objects
     return ", ".join(
         f"{count} {kind}" + (f" with {objects[kind]} objects" if objects[kind] not in (0, count) else "")
         for kind, count in counts.most_common()
     )
 
 
-def equal_names(classes: Sequence[ClassInfo]) -> list[Finding]:
-    """A note for each name that several classes have, and for each class without one."""
+def equal_names(classes: Sequence[ClassInfo]) -> list[DataIssue]:
+    """One issue for each name that several classes share, and for each class with an empty name."""
     counts = Counter(info.name for info in classes)
     ids = {name: [info.category_id for info in classes if info.name == name] for name in counts if counts[name] > 1}
     empty = [info.category_id for info in classes if not info.name.strip()]
     return [
-        Finding("empty-class-name", str(number), f"the class with the id {number} has an empty name; give it one")
+        DataIssue("empty-class-name", str(number), f"the class with the id {number} has an empty name; give it one")
         for number in empty
     ] + [
-        Finding(
+        DataIssue(
             "equal-class-names",
             name,
             f"the classes with the ids {', '.join(map(str, of))} are all called "
-            f"{name!r}; they are kept apart by their ids",
+            f"{name!r}; they are distinguished by their ids",
         )
         for name, of in ids.items()
     ]
 
 
-def _fractions(found: Iterable[RawImage]) -> bool:
-    """Whether all boxes lie within 0..1 although the layout gives pixels: a writer has divided by the size."""
-    corners = [thing.xyxy for image in found if not image.relative for thing in image.objects]
+def _all_fractions(found: Iterable[RawImage]) -> bool:
+    """Whether all boxes are within 0..1 although the layout has pixels: the writer divided by the image size."""
+    corners = [item.xyxy for image in found if not image.relative for item in image.objects]
     return bool(corners) and all(min(box) >= -0.01 and max(box) <= 1.01 for box in corners)
 
 
-def _listed(findings: list[Finding]) -> str:
-    lines = [f"  {finding.kind}: {finding.where}: {finding.what}" for finding in findings[:SHOWN]]
-    return "\n".join(lines + ([f"  and {len(findings) - SHOWN} more"] if len(findings) > SHOWN else []))
+def _listing(issues: list[DataIssue]) -> str:
+    lines = [f"  {issue.kind}: {issue.where}: {issue.what}" for issue in issues[:SHOWN]]
+    return "\n".join(lines + ([f"  and {len(issues) - SHOWN} more"] if len(issues) > SHOWN else []))
 
 
-def _sample(image: RawImage, findings: list[Finding], fractions: bool) -> Sample | None:
+def _sample(image: RawImage, issues: list[DataIssue], fractions: bool) -> Sample | None:
     where, count = str(image.path), len(image.objects)
     try:
         height, width = images.probe(image.path)
     except images.ImageMissing as error:
-        findings.append(Finding("missing-image", where, str(error), True, count))
+        issues.append(DataIssue("missing-image", where, str(error), True, count))
         return None
     except images.ImageTooLarge as error:
-        findings.append(Finding("too-large-image", where, str(error), True, count))
+        issues.append(DataIssue("too-large-image", where, str(error), True, count))
         return None
     except (DataError, OSError) as error:
-        findings.append(Finding("unreadable-image", where, str(error), True, count))
+        issues.append(DataIssue("unreadable-image", where, str(error), True, count))
         return None
     if image.size is not None and image.size != (height, width):
         what = (
@@ -208,50 +208,52 @@ def _sample(image: RawImage, findings: list[Finding], fractions: bool) -> Sample
                 if image.size == (width, height)
                 else "the boxes belong to another image"
             )
-            findings.append(Finding("size-mismatch", where, f"{what}; {why}", True, count))
+            issues.append(DataIssue("size-mismatch", where, f"{what}; {why}", True, count))
             return None
-        findings.append(Finding("size-mismatch", where, what + "; one pixel, boxes taken as they are"))
-    things = image.objects
-    if fractions and things and max(height, width) > 2:
-        findings.append(
-            Finding(
+        issues.append(DataIssue("size-mismatch", where, what + "; one pixel, the boxes are used unchanged"))
+    objects = image.objects
+    if fractions and objects and max(height, width) > 2:
+        issues.append(
+            DataIssue(
                 "box-in-fractions",
                 where,
-                "all boxes of this split lie within 0..1, as "
-                f"{_shown(things[0].xyxy)} does; expected pixels of {width} x {height}; "
+                "all boxes of this split are within 0..1, as "
+                f"{_shown(objects[0].xyxy)} does; expected pixels of {width} x {height}; "
                 "multiply them by the size",
                 True,
                 count,
             )
         )
-        things = []
-    return _cleaned(image, things, height, width, findings)
+        objects = []
+    return _clean_sample(image, objects, height, width, issues)
 
 
-def _cleaned(image: RawImage, things: list[RawObject], height: int, width: int, findings: list[Finding]) -> Sample:
+def _clean_sample(
+    image: RawImage, objects: list[RawObject], height: int, width: int, issues: list[DataIssue]
+) -> Sample:
     where = str(image.path)
     rows, labels, crowd, areas = [], [], [], []
-    met: set[tuple[object, ...]] = set()
+    seen: set[tuple[object, ...]] = set()
     repeated = below = 0
-    for thing in things:
-        found = _clipped(thing, image.relative, height, width, where, findings)
+    for item in objects:
+        found = _clipped(item, image.relative, height, width, where, issues)
         if found is None:
             continue
-        # Two objects of one class in one place, to a hundredth of a pixel, are one object written twice.
-        same = (thing.label, thing.crowd, *(round(float(value), 2) for value in found))
-        if same in met:
+        # Two objects of one class with equal boxes, to a hundredth of a pixel, are one object written twice.
+        same = (item.label, item.crowd, *(round(float(value), 2) for value in found))
+        if same in seen:
             repeated += 1
             continue
-        met.add(same)
+        seen.add(same)
         below += bool(min(found[2] - found[0], found[3] - found[1]) < 1)
         rows.append(found)
-        labels.append(thing.label)
-        crowd.append(thing.crowd)
+        labels.append(item.label)
+        crowd.append(item.crowd)
         full = float(box.area(found))
-        areas.append(min(thing.area, full) if thing.area is not None else full)
+        areas.append(min(item.area, full) if item.area is not None else full)
     if repeated:
-        findings.append(
-            Finding(
+        issues.append(
+            DataIssue(
                 "duplicate-box",
                 where,
                 f"{repeated} of {repeated + len(rows)} objects repeat another's box and class; one of each was kept",
@@ -260,12 +262,12 @@ def _cleaned(image: RawImage, things: list[RawObject], height: int, width: int, 
             )
         )
     if below:
-        findings.append(
-            Finding(
+        issues.append(
+            DataIssue(
                 "box-below-a-pixel",
                 where,
                 f"{below} of {len(rows)} boxes are less than a pixel wide "
-                "or high; no detector finds them, and they count in AP",
+                "or high; no detector can detect them, and they count in AP",
             )
         )
     return Sample(
@@ -286,23 +288,21 @@ def _shown(corners: Iterable[float]) -> list[float]:
 
 
 def _clipped(
-    thing: RawObject, relative: bool, height: int, width: int, where: str, findings: list[Finding]
+    item: RawObject, relative: bool, height: int, width: int, where: str, issues: list[DataIssue]
 ) -> np.ndarray | None:
-    corners = np.array(thing.xyxy, dtype=np.float64)
+    corners = np.array(item.xyxy, dtype=np.float64)
     if relative:
         corners *= [width, height, width, height]
     shown = _shown(corners)
     if corners[2] <= corners[0] or corners[3] <= corners[1]:
-        findings.append(Finding("degenerate-box", where, f"box {shown} (x0, y0, x1, y1) has no area", True, 1))
+        issues.append(DataIssue("degenerate-box", where, f"box {shown} (x0, y0, x1, y1) has no area", True, 1))
         return None
     cut = box.clip(corners, height, width)
     if cut[2] <= cut[0] or cut[3] <= cut[1]:
-        findings.append(
-            Finding("box-outside", where, f"box {shown} lies outside the {width} x {height} image", True, 1)
-        )
+        issues.append(DataIssue("box-outside", where, f"box {shown} is outside the {width} x {height} image", True, 1))
         return None
-    if np.abs(cut - corners).max() > STICKS_OUT:
-        findings.append(
-            Finding("box-cut", where, f"box {shown} sticks out of the {width} x {height} image and was cut to it")
+    if np.abs(cut - corners).max() > ROUNDING:
+        issues.append(
+            DataIssue("box-cut", where, f"box {shown} extends beyond the {width} x {height} image and was clipped")
         )
     return cut

@@ -1,5 +1,5 @@
 """COCO layout: annotations/<split>.json with images/<split>/ or images/; instances_<split>2017.json; Roboflow's
-<split>/_annotations.coco.json beside the images; one JSON file (Label Studio, FiftyOne, labelme2coco) in the root.
+<split>/_annotations.coco.json unlisted the images; one JSON file (Label Studio, FiftyOne, labelme2coco) in the root.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from pathlib import Path
 from edgedetr.bundle import ClassInfo
 from edgedetr.data import coco_boxes
 from edgedetr.data.cleaning import RawImage, RawObject, RawSplit, as_number, numbers
-from edgedetr.data.detection_set import Finding
-from edgedetr.data.image_paths import Places
+from edgedetr.data.detection_set import DataIssue, canonical_split_name
+from edgedetr.data.image_paths import PathResolver
 from edgedetr.data.images import is_image
 from edgedetr.data.listing import child, children, files
-from edgedetr.data.split_names import canonical
 from edgedetr.errors import DataError
 from edgedetr.storage.reading import read_json
 
@@ -28,31 +27,31 @@ OTHER_TASKS = ("captions_", "person_keypoints_", "image_info_", "stuff_", "panop
 TABLES = ("images", "annotations", "categories")
 LIMIT = 4 << 30  # bytes of one annotation file; COCO's own has 470 MB
 WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,38})")
-NAMED = 8  # files that a finding about many of them names
+NAMED = 8  # files that one issue lists by name
 
 Identity = int | str  # of an image or a category
 
 
 def find(root: Path) -> dict[str, Path]:
-    """Annotation file of each split; empty where this is no COCO layout."""
+    """Annotation file of each split; empty where this is not a COCO layout."""
     found: dict[str, Path] = {}
     for file in _json_files(child(root, "annotations")):
         if not file.name.startswith(OTHER_TASKS):
-            _put(found, canonical(file.stem.removeprefix("instances_")), file)
+            _put(found, canonical_split_name(file.stem.removeprefix("instances_")), file)
     entries = children(root)
     for folder in entries:
         if os.path.isfile(folder / ROBOFLOW):
-            _put(found, canonical(folder.name), folder / ROBOFLOW)
+            _put(found, canonical_split_name(folder.name), folder / ROBOFLOW)
     for file in _json_files(root):
-        if canonical(file.stem.removeprefix("instances_")) in SPLITS:
-            _put(found, canonical(file.stem.removeprefix("instances_")), file)
+        if canonical_split_name(file.stem.removeprefix("instances_")) in SPLITS:
+            _put(found, canonical_split_name(file.stem.removeprefix("instances_")), file)
     if list(found) == ["default"]:  # CVAT's name for a set that has no splits
         return {"train": found["default"]}
     if not found:
         found = {
-            canonical(folder.name): file
+            canonical_split_name(folder.name): file
             for folder in entries
-            if canonical(folder.name) in SPLITS
+            if canonical_split_name(folder.name) in SPLITS
             for name in IN_SPLIT
             if os.path.isfile(file := folder / name) and is_coco(file)
         }
@@ -91,35 +90,35 @@ def count(root: Path, split: str, source: Path) -> int:
 
 
 def read(root: Path, split: str, source: Path) -> RawSplit:
-    """Read one annotation file; ids are the file's own where they are whole numbers of 64 bits, else counted from 1.
+    """Read one annotation file; ids are those of the file if they are integers of 64 bits, else they count from 1.
 
-    Classes stand in the order of their ids.
+    Classes are in the order of their ids.
     """
     tables = _tables(source)
-    findings: list[Finding] = []
-    classes, index = _classes(tables["categories"], source, findings)
+    issues: list[DataIssue] = []
+    classes, index = _classes(tables["categories"], source, issues)
     objects = Counter(identity(row.get("image_id")) for row in tables["annotations"] if isinstance(row, dict))
-    own, places = _places(root, split, source)
-    images, left_out, listed = _images(tables["images"], places, source, objects, findings)
-    without = 0
+    own, paths = _image_paths(root, split, source)
+    images, left_out, listed = _images(tables["images"], paths, source, objects, issues)
+    from_segmentation = 0
     for row in tables["annotations"]:
-        without += _annotate(row, images, index, left_out, source, findings)
-    if without:
-        findings.append(
-            Finding(
+        from_segmentation += _annotate(row, images, index, left_out, source, issues)
+    if from_segmentation:
+        issues.append(
+            DataIssue(
                 "box-from-segmentation",
                 str(source),
-                f"{without} annotations have no usable bbox; the box around their polygon or mask was taken",
+                f"{from_segmentation} annotations have no usable bbox; the box of their polygon or mask is used",
             )
         )
-    coco_boxes.drop_corners(list(images.values()), findings)
-    findings += _unlisted(own, listed)
-    findings += _empty_parents(tables["categories"], classes, images, source)
-    return RawSplit(classes, list(images.values()), findings, listed=len(tables["images"]))
+    coco_boxes.drop_corners(list(images.values()), issues)
+    issues += _unlisted(own, listed)
+    issues += _empty_parents(tables["categories"], classes, images, source)
+    return RawSplit(classes, list(images.values()), issues, listed=len(tables["images"]))
 
 
 def identity(value: object) -> Identity | None:
-    """An id as a key: 7, 7.0 and "7" are one; any other text stands for itself; None for what is no id."""
+    """An id as a key: 7, 7.0 and "7" are equal; any other text is its own key; None for values that are no id."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -150,7 +149,7 @@ def _tables(source: Path) -> dict[str, list]:  # type: ignore[type-arg]  # rows 
 
 
 def _classes(
-    rows: Sequence[object], source: Path, findings: list[Finding]
+    rows: Sequence[object], source: Path, issues: list[DataIssue]
 ) -> tuple[tuple[ClassInfo, ...], dict[Identity, int]]:
     """The classes, and the index of each by its id in the file."""
     pairs: dict[Identity, str] = {}
@@ -160,8 +159,8 @@ def _classes(
             raise DataError(f"{source}: category {str(row)[:80]}; expected a whole number 'id' and a text 'name'")
         if pairs.setdefault(key, row["name"]) != row["name"]:
             raise DataError(
-                f"{source}: category ids {[str(k)[:40] for k in pairs][:20]}, of which {str(key)[:40]} is "
-                "of two names; expected each once"
+                f"{source}: category ids {[str(k)[:40] for k in pairs][:20]}, of which {str(key)[:40]} has "
+                "two names; expected each once"
             )
     if not pairs:
         raise DataError(f"{source}: category ids []; expected at least one, each once")
@@ -171,37 +170,41 @@ def _classes(
     else:
         order = list(pairs.items())
         classes = tuple(ClassInfo(n, n + 1, name) for n, (_, name) in enumerate(order))
-        findings.append(
-            Finding(
+        issues.append(
+            DataIssue(
                 "renumbered-class-ids",
                 str(source),
-                f"category ids like {str(order[0][0])[:40]!r} are no whole numbers of 64 bits; they count from 1 here",
+                f"category ids like {str(order[0][0])[:40]!r} are not integers of 64 bits; they count from 1 here",
             )
         )
     return classes, {key: n for n, (key, _) in enumerate(order)}
 
 
-def _places(root: Path, split: str, source: Path) -> tuple[list[Path], Places]:
+def _image_paths(root: Path, split: str, source: Path) -> tuple[list[Path], PathResolver]:
     """Folders that are this split's alone, and everywhere that its images may lie."""
     if source.name in (ROBOFLOW, *IN_SPLIT) and source.parent != root:
         inner = [path for name in ("data", "images") if (path := child(source.parent, name)) is not None]
-        return [source.parent], Places(root, [*inner, source.parent])
+        return [source.parent], PathResolver(root, [*inner, source.parent])
     raw = source.stem.removeprefix("instances_")
     names = [raw, split] + (["valid", "validation"] if split == "val" else [])
     found = []
-    pictures = child(root, "images")
-    for parent in (pictures, root):
+    image_folder = child(root, "images")
+    for parent in (image_folder, root):
         found += [child(parent, name) for name in names] if parent is not None and os.path.isdir(parent) else []
-    own = list(dict.fromkeys(place for place in found if place is not None and os.path.isdir(place)))
-    shared = [place for place in (pictures, root) if place is not None and os.path.isdir(place)]
+    own = list(dict.fromkeys(folder for folder in found if folder is not None and os.path.isdir(folder)))
+    shared = [folder for folder in (image_folder, root) if folder is not None and os.path.isdir(folder)]
     loose = [path for name in ("data", "JPEGImages") if (path := child(root, name)) is not None and os.path.isdir(path)]
-    return own, Places(root, list(dict.fromkeys([*own, *shared, *loose])))
+    return own, PathResolver(root, list(dict.fromkeys([*own, *shared, *loose])))
 
 
 def _images(
-    rows: Sequence[object], places: Places, source: Path, objects: Counter[Identity | None], findings: list[Finding]
+    rows: Sequence[object],
+    paths: PathResolver,
+    source: Path,
+    objects: Counter[Identity | None],
+    issues: list[DataIssue],
 ) -> tuple[dict[Identity, RawImage], set[Identity | None], set[str]]:
-    """Images by their id in the file, the ids of those that are left out, and every path that is named."""
+    """Images by their id in the file, the ids of those that are left out, and every listed path."""
     listed: set[str] = set()
     found: dict[Identity, RawImage] = {}
     left_out: set[Identity | None] = set()
@@ -209,8 +212,8 @@ def _images(
     for row in rows:
         key = identity(row.get("id")) if isinstance(row, dict) else None
         if key is None or not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            findings.append(
-                Finding(
+            issues.append(
+                DataIssue(
                     "bad-image-entry",
                     str(source),
                     f"image {str(row)[:80]}; expected a whole 'id' and a 'file_name'",
@@ -221,14 +224,14 @@ def _images(
             left_out.add(key)
             continue
         names.setdefault(key, []).append(row["file_name"])
-        path = places.find(row["file_name"])
+        path = paths.find(row["file_name"])
         if path is None:
-            findings.append(
-                Finding(
+            issues.append(
+                DataIssue(
                     "path-outside",
                     str(source),
                     f"file_name {row['file_name'][:200]!r} leaves the data"
-                    " directory; write it as it stands there, as in train/a.jpg",
+                    " directory; write the path inside it, as in train/a.jpg",
                     True,
                     objects[key],
                 )
@@ -239,8 +242,8 @@ def _images(
         size = _numbers([row.get("height"), row.get("width")], 2)
         stated = (int(size[0]), int(size[1])) if size is not None and min(size) > 0 else None
         if stated is None:
-            findings.append(
-                Finding("no-size", str(path), "no usable width and height in the annotations; the file's are taken")
+            issues.append(
+                DataIssue("no-size", str(path), "no usable width and height in the annotations; the file's are used")
             )
         found[key] = RawImage(0, path, stated)
     for key, of in names.items():
@@ -249,26 +252,26 @@ def _images(
         found.pop(key, None)
         left_out.add(key)
         for number, name in enumerate(dict.fromkeys(of)):
-            findings.append(
-                Finding(
+            issues.append(
+                DataIssue(
                     "duplicate-image-id",
                     name[:200],
-                    f"image id {str(key)[:40]} is that of "
-                    f"{len(set(of))} images, and nothing says whose its {objects[key]} objects are; "
-                    "give every image an id of its own",
+                    f"image id {str(key)[:40]} is shared by "
+                    f"{len(set(of))} images, so its {objects[key]} objects cannot be assigned; "
+                    "give every image its own id",
                     True,
                     objects[key] if number == 0 else 0,
                 )
             )
     _number(found)
-    twice = [path for path, times in Counter(image.path for image in found.values()).items() if times > 1]
-    findings += [
-        Finding(
+    repeated = [path for path, times in Counter(image.path for image in found.values()).items() if times > 1]
+    issues += [
+        DataIssue(
             "image-listed-twice",
             str(path),
-            "listed under several ids, each with objects of its own; expected one entry with all of them",
+            "listed under several ids with separate objects; expected one entry with all of them",
         )
-        for path in twice
+        for path in repeated
     ]
     return found, left_out, listed
 
@@ -286,22 +289,22 @@ def _annotate(
     index: dict[Identity, int],
     left_out: set[Identity | None],
     source: Path,
-    findings: list[Finding],
+    issues: list[DataIssue],
 ) -> int:
-    """Add one object; 1 where its box had to be taken from its segmentation."""
+    """Add one object; returns 1 where its box was computed from its segmentation, else 0."""
     if not isinstance(row, dict):
-        findings.append(Finding("bad-box", str(source), f"annotation {str(row)[:80]}; expected an object", True, 1))
+        issues.append(DataIssue("bad-box", str(source), f"annotation {str(row)[:80]}; expected an object", True, 1))
         return 0
     key, category = identity(row.get("image_id")), identity(row.get("category_id"))
     image = images.get(key) if key is not None else None
     shown = str(row.get("id"))[:40]
     if image is None:
         if key is None or key not in left_out:
-            findings.append(
-                Finding(
+            issues.append(
+                DataIssue(
                     "unknown-image",
                     str(source),
-                    f"annotation {shown} is of image {str(row.get('image_id'))[:80]!r}, which is not listed",
+                    f"annotation {shown} belongs to image {str(row.get('image_id'))[:80]!r}, which is not listed",
                     True,
                     1,
                 )
@@ -311,8 +314,8 @@ def _annotate(
     label = index.get(category) if category is not None else None
     corner = _numbers(row.get("bbox"), 4)
     if label is None:
-        findings.append(
-            Finding(
+        issues.append(
+            DataIssue(
                 "unknown-class",
                 where,
                 f"annotation {shown} has category_id "
@@ -322,16 +325,16 @@ def _annotate(
             )
         )
         return 0
-    around = coco_boxes.around(row.get("segmentation")) if coco_boxes.is_empty(corner) else None
+    segmentation = coco_boxes.segmentation_box(row.get("segmentation")) if coco_boxes.is_empty(corner) else None
     area = _numbers([row.get("area")], 1)
     size = area[0] if area is not None and area[0] > 0 else None
     crowd = identity(row.get("iscrowd")) == 1 or row.get("iscrowd") is True
-    if around is not None:
-        image.objects.append(RawObject(label, around, crowd=crowd, area=size))
+    if segmentation is not None:
+        image.objects.append(RawObject(label, segmentation, crowd=crowd, area=size))
         return 1
     if corner is None:
-        findings.append(
-            Finding(
+        issues.append(
+            DataIssue(
                 "bad-box",
                 where,
                 f"annotation {shown} has bbox {str(row.get('bbox'))[:80]}; expected "
@@ -346,19 +349,19 @@ def _annotate(
     return 0
 
 
-def _unlisted(own: list[Path], listed: set[str]) -> list[Finding]:
-    """One note for each folder of the split that holds images which the annotations do not list."""
+def _unlisted(own: list[Path], listed: set[str]) -> list[DataIssue]:
+    """One issue for each folder of the split with images that the annotations do not list."""
     notes = []
     for folder in own:
-        beside = [path for path in files(folder) if is_image(path) and os.path.abspath(path) not in listed]
-        if beside:
+        unlisted = [path for path in files(folder) if is_image(path) and os.path.abspath(path) not in listed]
+        if unlisted:
             notes.append(
-                Finding(
+                DataIssue(
                     "unlisted-image",
                     str(folder),
-                    f"{len(beside)} images are not in the annotations: "
-                    f"{', '.join(path.name for path in beside[:NAMED])}"
-                    f"{', ...' if len(beside) > NAMED else ''}",
+                    f"{len(unlisted)} images are not in the annotations: "
+                    f"{', '.join(path.name for path in unlisted[:NAMED])}"
+                    f"{', ...' if len(unlisted) > NAMED else ''}",
                 )
             )
     return notes
@@ -366,9 +369,9 @@ def _unlisted(own: list[Path], listed: set[str]) -> list[Finding]:
 
 def _empty_parents(
     rows: Sequence[object], classes: tuple[ClassInfo, ...], images: dict[Identity, RawImage], source: Path
-) -> list[Finding]:
-    """Roboflow writes the project's name as a class that others have as their supercategory and no object has."""
-    used = {thing.label for image in images.values() for thing in image.objects}
+) -> list[DataIssue]:
+    """Roboflow writes the project's name as a class without objects, the supercategory of the other classes."""
+    used = {item.label for image in images.values() for item in image.objects}
     parents = {
         row.get("supercategory")
         for row in rows
@@ -378,12 +381,12 @@ def _empty_parents(
     }
     counts = Counter(info.name for info in classes)
     return [
-        Finding(
+        DataIssue(
             "empty-parent-class",
             str(source),
             f"the class {info.name!r} (id {info.category_id}) has no object "
-            "and is the parent or the namesake of another; the model would learn to detect it: leave it out "
-            "with --set data.drop_empty_classes=true",
+            "and is the supercategory or the namesake of another; the model would get an unused class: leave it "
+            "out with --set data.drop_empty_classes=true",
         )
         for info in classes
         if info.index not in used and (info.name in parents or counts[info.name] > 1)

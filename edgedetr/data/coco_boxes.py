@@ -1,4 +1,4 @@
-"""Boxes of COCO: those of segmentations (polygons, and masks in run-length encoding), and corners taken for sizes."""
+"""Bounding boxes of COCO segmentations (polygons, run-length encoded masks), and detection of x0, y0, x1, y1 boxes."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from itertools import chain
 import numpy as np
 
 from edgedetr.data.cleaning import RawImage, numbers
-from edgedetr.data.detection_set import Finding
+from edgedetr.data.detection_set import DataIssue
 
 Corners = tuple[float, float, float, float]
 
 MAX_RUNS = 1_000_000  # of one mask
-FEWEST = 4  # boxes that tell corners from sizes
+FEWEST = 4  # boxes from which corners can be distinguished from sizes
 
 
-def around(segmentation: object) -> Corners | None:
-    """x0, y0, x1, y1 in pixels around polygons (a list of lists of x, y) or a mask ({"size", "counts"}); None: neither.
+def segmentation_box(segmentation: object) -> Corners | None:
+    """x0, y0, x1, y1 in pixels of polygons (a list of lists of x, y) or a mask ({"size", "counts"}); None for others.
 
-    A mask's box ends behind its last pixel, so that one pixel has a width of 1.
+    The box of a mask ends after its last pixel, so that one pixel has a width of 1.
     """
     if isinstance(segmentation, dict):
         return _mask(segmentation)
@@ -64,7 +64,7 @@ def _mask(mask: dict[str, object]) -> Corners | None:
 
 
 def _decompressed(text: str) -> np.ndarray | None:
-    """Runs of COCO's text: five bits a character from "0" on, from the fourth run on the difference to two before."""
+    """Runs of compressed text: 5 bits per character from "0" on; from the fourth run on, differences to two before."""
     runs: list[int] = []
     value = shift = 0
     for letter in text:
@@ -84,17 +84,17 @@ def _decompressed(text: str) -> np.ndarray | None:
 
 
 def is_empty(corner: tuple[float, ...] | None) -> bool:
-    """Whether a bbox (x, y, width, height) says nothing: missing, or without area."""
+    """Whether a bbox (x, y, width, height) is missing or without area."""
     return corner is None or corner[2] <= 0 or corner[3] <= 0
 
 
-def drop_corners(images: list[RawImage], findings: list[Finding]) -> None:
-    """Leave out every box of a file whose bbox are two corners instead of a corner and a size.
+def drop_corners(images: list[RawImage], issues: list[DataIssue]) -> None:
+    """Leave out every box of a file whose bbox holds two corners instead of a corner and a size.
 
-    Boxes of both kinds look alike one by one. Together they do not: as corners all of them have an area and end inside
-    their images, and as sizes many stick out.
+    A single box can be either. All boxes together cannot: read as corners, all have an area and end inside of their
+    images; read as sizes, many extend beyond them.
     """
-    sized = [(image.size, thing.xyxy) for image in images if image.size is not None for thing in image.objects]
+    sized = [(image.size, item.xyxy) for image in images if image.size is not None for item in image.objects]
     out = 0
     for (height, width), (x0, y0, x1, y1) in sized:
         if not (x0 < x1 - x0 <= width + 1 and y0 < y1 - y0 <= height + 1):
@@ -105,13 +105,13 @@ def drop_corners(images: list[RawImage], findings: list[Finding]) -> None:
     for image in images:
         if image.objects:
             x0, y0, x1, y1 = image.objects[0].xyxy
-            findings.append(
-                Finding(
+            issues.append(
+                DataIssue(
                     "box-in-corners",
                     str(image.path),
-                    "the bbox of all annotations fit as x0, y0, x1, "
-                    f"y1 and stick out as x, y, width, height, as {[x0, y0, x1 - x0, y1 - y0]} here; "
-                    "COCO means the latter; write width and height",
+                    "the bbox values of all annotations fit as x0, y0, x1, "
+                    f"y1 and extend beyond the images as x, y, width, height, as {[x0, y0, x1 - x0, y1 - y0]} here; "
+                    "COCO defines the latter; write width and height",
                     True,
                     len(image.objects),
                 )

@@ -1,4 +1,4 @@
-"""The 80 classes of COCO with their category ids: published heads have 91 rows (by id) or 80 (in order)."""
+"""The 80 classes of COCO with their category ids: pretrained class heads have 91 rows (by id) or 80 (in order)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BY_ID = """
 COCO: dict[int, str] = {
     int(number): name for number, _, name in (entry.strip().partition(" ") for entry in _BY_ID.split(","))
 }
-UNUSED = "N/A"  # a row that no category has, under the name that published files give it
+UNUSED = "N/A"  # the name that pretrained models give to rows without a category
 
 
 def coco_classes(count: int) -> list[tuple[int, str]] | None:

@@ -1,8 +1,9 @@
-"""The one in-memory form of a detection set, whatever layout it was read from."""
+"""A detection set in memory, the same for every layout on disk: samples, classes, splits, and issues found."""
 
 from __future__ import annotations
 
 import logging
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,14 +20,17 @@ from edgedetr.options import LATER, check
 log = logging.getLogger(__name__)
 
 
+_SPLIT_SYNONYMS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image and its objects, in pixels of the EXIF-upright image.
 
     boxes   [T, 4]  float64, x0, y0, x1, y1, inside the image
     labels  [T]     int64, contiguous class index
-    crowd   [T]     bool, regions that a detector may hit without gain or loss
-    areas   [T]     float64, the annotation's own area (a mask's, where the set has masks), pixels^2
+    crowd   [T]     bool, regions in which detections count neither as true nor as false positives
+    areas   [T]     float64, the annotated area (of the mask, where the set has masks), pixels^2
     """
 
     image_id: int
@@ -37,45 +41,55 @@ class Sample:
     labels: np.ndarray
     crowd: np.ndarray
     areas: np.ndarray
-    original_id: int | str | None = None  # the set's own id, where it is no whole number of 64 bits; else None
+    original_id: int | str | None = None  # the id in the file, where it is not an integer of 64 bits; else None
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something wrong or odd in a set: `kind` is a stable word (for counting), `where` a file, `what` a sentence."""
+class DataIssue:
+    """A problem in a data set: `kind` is a stable identifier (for counting), `where` a file, `what` a sentence."""
 
     kind: str
     where: str
     what: str
-    fatal: bool = False  # the item was left out (and --strict fails)
-    objects: int = 0  # how many annotated objects were left out with it
+    fatal: bool = False  # the item was left out (and strict reading fails)
+    objects: int = 0  # number of annotated objects left out with it
 
 
 @dataclass(frozen=True)
 class DetectionSet:
-    """One split: samples in a stable order, classes in index order, and what was found while reading."""
+    """One split: samples in a stable order, classes in index order, and the issues found while reading."""
 
     name: str
     root: Path
     samples: tuple[Sample, ...]
     classes: tuple[ClassInfo, ...]
-    findings: tuple[Finding, ...] = field(default=())
+    issues: tuple[DataIssue, ...] = field(default=())
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
+def canonical_split_name(name: str) -> str:
+    """train, val or test for their usual names (valid, train2017, ...); any other name in lower case."""
+    lower = name.lower()
+    bare = re.sub(r"[-_]?(19|20)\d\d$", "", lower)
+    bare = _SPLIT_SYNONYMS.get(bare, bare)
+    return bare if bare in ("train", "val", "test") else lower
+
+
 def display_names(classes: Sequence[ClassInfo]) -> list[str]:
-    """One name for each class, all different: `helmet (id 3)` where two classes are called helmet."""
+    """A unique name for each class: `helmet (id 3)` where two classes are called helmet."""
     counts = Counter(info.name for info in classes)
     return [info.name if counts[info.name] == 1 else f"{info.name} (id {info.category_id})" for info in classes]
 
 
-def matched(found: DetectionSet, classes: Sequence[ClassInfo], whose: str) -> DetectionSet:
-    """The same set with the classes of `whose` (a model, another split), matched by name whatever ids and order are.
+def match_classes(found: DetectionSet, classes: Sequence[ClassInfo], owner: str) -> DetectionSet:
+    """The set with `classes` as its classes, matched by name; ids and order may differ.
 
-    A class that only one side has is no error where it has no object here.
-    Errors: DataError where an object's class is not among `classes`, or where a name that is there twice does not tell.
+    owner   "the model", or the split that has `classes`: for messages
+
+    A class that only one side has is an error only where this set has objects of it.
+    Errors: DataError where an object's class is not among `classes`, or where its name is ambiguous.
     """
     if found.classes == tuple(classes):
         return found
@@ -100,24 +114,24 @@ def matched(found: DetectionSet, classes: Sequence[ClassInfo], whose: str) -> De
                 else f"is not among {', '.join(names[:20])}{did_you_mean(info.name, names)}"
             )
             raise DataError(
-                f"{found.root} [{found.name}]: has objects of the class {info.name!r}, which in {whose} "
+                f"{found.root} [{found.name}]: has objects of the class {info.name!r}, which in {owner} "
                 f"{what}; rename the class in the data set, or take another --data"
             )
     samples = tuple(replace(sample, labels=index[sample.labels]) for sample in found.samples)
     lacking = [info.name for name, info in zip(there, classes) if name not in here]
     if lacking:
         log.warning(
-            "%s [%s]: does not name the class %s of %s; an object of it that is shown counts as false",
+            "%s [%s]: does not have the class %s of %s; detections of it count as false positives",
             found.root,
             found.name,
             ", ".join(map(repr, lacking[:20])),
-            whose,
+            owner,
         )
     return replace(found, samples=samples, classes=tuple(classes))
 
 
 def without_empty_classes(found: DetectionSet) -> DetectionSet:
-    """The same set without the classes that have no object in it; indices move up, original ids stay."""
+    """The set without the classes that have no object in it; indices move up, category ids stay."""
     present = sorted({int(label) for sample in found.samples for label in np.unique(sample.labels)})
     if not present:
         return found
@@ -130,22 +144,22 @@ def without_empty_classes(found: DetectionSet) -> DetectionSet:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which splits serve which purpose; an empty name means "the usual one that is there"."""
+    """Which split has which purpose; an empty name means the usual split that is present."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
     train_split: str = "train"
-    select_split: str = ""  # picks the best epoch while training; usual: val, else the verify split
-    verify_split: str = ""  # the drop is measured here, and nothing is chosen by it; usual: test, else val
+    select_split: str = ""  # selects the best epoch while training; usual: val, else the verify split
+    verify_split: str = ""  # the AP drop is measured on it, and nothing is selected by it; usual: test, else val
     strict: bool = False  # fail on the first unreadable or degenerate item instead of leaving it out
-    # Classes without an object in the train split are none of the model's.
+    # Classes without an object in the train split are not classes of the model.
     drop_empty_classes: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         check(self, "data")
 
     def resolve(self, present: Iterable[str]) -> DataConfig:
-        """The same with every empty name filled in from the splits that are present.
+        """The configuration with every empty name filled in from the splits that are present.
 
         Errors: DataError when a named or needed split is missing.
         """

@@ -1,4 +1,4 @@
-"""Load a detection set from a folder: COCO, YOLO or VOC layout, recognized by what lies in it."""
+"""Load a detection set from a folder in COCO, YOLO or VOC layout, which is detected from its files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from edgedetr.bundle import ClassInfo
 from edgedetr.data import coco, voc, yolo
-from edgedetr.data.cleaning import finish
-from edgedetr.data.detection_set import DetectionSet, matched
+from edgedetr.data.cleaning import clean
+from edgedetr.data.detection_set import DetectionSet, match_classes
 from edgedetr.data.images import is_image
 from edgedetr.data.listing import children
 from edgedetr.errors import DataError, did_you_mean
@@ -19,7 +19,7 @@ Layout = Literal["coco", "yolo", "voc"]
 # Each reader: find(root) -> {split: source}, count(root, split, source) -> int, read(root, split, source) -> RawSplit.
 READERS: dict[str, Any] = {"coco": coco, "yolo": yolo, "voc": voc}
 
-FEW = 20  # folders that are looked into for a set
+FEW = 20  # sub-folders in which a data set is searched
 EXPECTED = (
     "expected one of: COCO (annotations/train.json and images/train/), YOLO (data.yaml, or images/train/ and "
     "labels/train/), VOC (Annotations/ and JPEGImages/)"
@@ -27,12 +27,12 @@ EXPECTED = (
 
 
 def detect(path: str | Path) -> str:
-    """ "coco", "yolo" or "voc"; DataError where none or several fit."""
+    """ "coco", "yolo" or "voc". Errors: DataError where none or several fit."""
     root = _root(path)
     fitting = [name for name, reader in READERS.items() if reader.find(root)]
     if len(fitting) != 1:
         what = (
-            f"looks like {' and '.join(fitting)} at once; expected one layout; move the other's annotations away"
+            f"has annotations of {' and '.join(fitting)}; expected one layout; move the other's annotations away"
             if fitting
             else f"no annotations of a known layout; {EXPECTED}{_deeper(root)}"
         )
@@ -57,14 +57,15 @@ def load(
     strict: bool = False,
     layout: Layout | None = None,
     classes: Sequence[ClassInfo] | None = None,
-    whose: str = "the model",
+    owner: str = "the model",
 ) -> DetectionSet:
     """One split of the set in `path`.
 
     split    "train", "val", "test", or another name that the set itself uses
-    strict   DataError for anything that would be left out (clean.py says what)
-    layout   "coco", "yolo" or "voc" where it should not be recognized from the files
-    classes  those of `whose`: the set comes back with them, matched by name whatever its own ids and order are
+    strict   DataError for anything that would be left out (see cleaning.py)
+    layout   "coco", "yolo" or "voc"; None = detected from the files
+    classes  classes that the set gets, matched by name; None = its own
+    owner    who has `classes`, for messages
     """
     root = _root(path)
     reader = READERS[_layout(root, layout)]
@@ -73,15 +74,15 @@ def load(
         raise DataError(
             f"{root}: no split {split!r}; this set has {', '.join(sorted(found)) or 'none'}{did_you_mean(split, found)}"
         )
-    loaded = finish(reader.read(root, split, found[split]), name=split, root=root, strict=strict)
-    return loaded if classes is None else matched(loaded, classes, whose)
+    loaded = clean(reader.read(root, split, found[split]), name=split, root=root, strict=strict)
+    return loaded if classes is None else match_classes(loaded, classes, owner)
 
 
 def _deeper(root: Path) -> str:
-    """Where an unpacked archive hides the set one or two folders below (pets/pets, VOCdevkit/VOC2012), a word on it."""
+    """A hint for the message: a data set one or two folders below (pets/pets, VOCdevkit/VOC2012), or loose files."""
     if any("\\" in path.name for path in children(root)):
         return (
-            "; names of files hold backslashes, as an archive made on Windows and unpacked elsewhere leaves them: "
+            "; file names contain backslashes, because an archive made on Windows was unpacked elsewhere: "
             "unpack it with a program that makes folders of them"
         )
     several = [path.name for path in children(root) if path.suffix.lower() == ".json" and coco.is_coco(path)]
@@ -89,7 +90,7 @@ def _deeper(root: Path) -> str:
         return f"; {', '.join(several[:8])} are COCO files: call them train.json, val.json and test.json"
     stems = {path.stem for path in children(root) if is_image(path)}
     if any(path.suffix.lower() == ".txt" and path.stem in stems for path in children(root)):
-        return "; label files lie beside the images: put classes.txt beside them, with the name of a class on each line"
+        return "; label files are next to the images: put classes.txt next to them, with one class name per line"
     near = [folder for folder in children(root) if os.path.isdir(folder)][:FEW]
     for folder in [*near, *(inner for one in near for inner in children(one)[:FEW] if os.path.isdir(inner))]:
         try:

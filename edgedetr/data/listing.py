@@ -1,6 +1,6 @@
-"""Which files lie below a folder: hidden ones are left out, and links are followed once.
+"""List the files below a folder, without hidden ones; links are followed once.
 
-Training, calibration, `data check` and `predict` all list through here, so that they see the same images.
+Training, calibration, `data check` and `predict` all use these functions, so that they find the same images.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from edgedetr.data import images
 from edgedetr.errors import DataError
 
-LINK = 200  # bytes of a link that became a text
-# Folders that systems make beside people's files: a Mac's zip, a Synology disk, a Windows disk, a Linux disk.
+LINK = 200  # most bytes of a text file that is checked for being a link
+# Folders that systems create next to the files of users: macOS (zip), Synology, Windows, Linux.
 SYSTEM = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"})
 
 
 def hidden(name: str) -> bool:
-    """Whether a file's or folder's own name is nobody's data (`._a.jpg`, `.ipynb_checkpoints`, `__MACOSX`)."""
+    """Whether the name of a file or folder shows that it is not data (`._a.jpg`, `.ipynb_checkpoints`, `__MACOSX`)."""
     return name.startswith(".") or name.lower() in SYSTEM
 
 
@@ -34,26 +34,26 @@ def children(folder: Path) -> list[Path]:
 def files(folder: Path, broken: list[Path] | None = None) -> list[Path]:
     """Every visible plain file below `folder`, sorted by path.
 
-    broken   takes the links that lead nowhere, or to themselves
+    broken   receives the links whose target does not exist
 
-    A linked folder is followed where its content was not met before: real folders come first, so a link to a folder
-    that is listed anyway adds nothing, and a loop ends.
+    A linked folder is followed unless it was listed already: real folders come first, so a link to a listed folder adds
+    nothing, and loops end.
 
-    Errors: DataError where `folder` cannot be read; a folder below it that cannot be read is an error too.
+    Errors: DataError where `folder` cannot be read; this includes folders below it.
     """
     found: list[Path] = []
-    met: set[tuple[int, int]] = set()
+    listed_folders: set[tuple[int, int]] = set()
     waiting = [folder]
     while waiting:
         links: list[Path] = []
         for start in waiting:
-            _walk(start, found, met, links, [] if broken is None else broken)
+            _walk(start, found, listed_folders, links, [] if broken is None else broken)
         waiting = links
     return sorted(found)
 
 
 def links_as_text(folder: Path) -> list[Path]:
-    """Small files whose text is the path of a folder: links, as git on Windows and some archives unpack them."""
+    """Small files that contain the path of a folder: git on Windows and some archive tools write links in this way."""
     found = []
     for path in files(folder):
         try:
@@ -63,7 +63,7 @@ def links_as_text(folder: Path) -> list[Path]:
                 and os.path.isdir(path.parent / path.read_text(encoding="utf-8").strip())
             ):
                 found.append(path)
-        except (OSError, ValueError):  # no text, or no path
+        except (OSError, ValueError):  # not a text, or not a path
             continue
     return found
 
@@ -71,28 +71,30 @@ def links_as_text(folder: Path) -> list[Path]:
 def images_in(folder: Path, also: Iterable[str] = (), broken: list[Path] | None = None) -> list[Path]:
     """Every visible image below `folder`, by name, sorted.
 
-    also     further endings that count, in lower case (".mp4")
+    also     further suffixes to include, in lower case (".mp4")
     broken   as of `files`
     """
     wanted = images.suffixes() | frozenset(also)
     return [path for path in files(folder, broken) if path.suffix.lower() in wanted]
 
 
-def leads_nowhere(path: Path) -> bool:
-    """Whether it is a link whose target is not there."""
+def is_broken_link(path: Path) -> bool:
+    """Whether it is a link whose target does not exist."""
     return os.path.islink(path) and not os.path.exists(path)
 
 
-def _walk(start: Path, found: list[Path], met: set[tuple[int, int]], links: list[Path], broken: list[Path]) -> None:
-    """Add the files below `start` to `found`, the linked folders to `links`, and links to nothing to `broken`."""
+def _walk(
+    start: Path, found: list[Path], listed_folders: set[tuple[int, int]], links: list[Path], broken: list[Path]
+) -> None:
+    """Add the files below `start` to `found`, linked folders to `links`, and links without a target to `broken`."""
     todo = [start]
     while todo:
         folder = todo.pop()
         try:
             state = os.stat(folder)
-            if (state.st_dev, state.st_ino) in met:
+            if (state.st_dev, state.st_ino) in listed_folders:
                 continue
-            met.add((state.st_dev, state.st_ino))
+            listed_folders.add((state.st_dev, state.st_ino))
             with os.scandir(folder) as entries:
                 listed = [entry for entry in entries if not hidden(entry.name)]
         except OSError as error:
@@ -105,13 +107,13 @@ def _walk(start: Path, found: list[Path], met: set[tuple[int, int]], links: list
                 links.append(path)
             elif os.path.isfile(path):
                 found.append(path)
-            elif leads_nowhere(path):
+            elif is_broken_link(path):
                 broken.append(path)
     links.sort()
 
 
 def child(folder: Path, name: str) -> Path | None:
-    """The visible entry of that name, or else the first whose name differs in case or Unicode form alone."""
+    """The visible entry of that name, else the first whose name differs only in case or Unicode form."""
     exact = folder / name
     if os.path.exists(exact):
         return exact
@@ -121,5 +123,5 @@ def child(folder: Path, name: str) -> Path | None:
 
 
 def fold(name: str) -> str:
-    """A name without its case and Unicode form: a Mac writes é as two characters, and Windows knows no case."""
+    """A name without differences in case and Unicode form: macOS writes é as two characters, Windows ignores case."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

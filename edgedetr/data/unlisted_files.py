@@ -11,24 +11,24 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from edgedetr.data.detection_set import Finding
+from edgedetr.data.detection_set import DataIssue
 from edgedetr.data.listing import files, images_in
 from edgedetr.data.yolo_labels import Labels, object_lines
 
-NAMED = 8  # files that a finding about many of them names
+NAMED = 8  # files that a issue about many of them names
 
 
-def leftovers(root: Path, layout: str, listed: Iterable[Path], said: Iterable[Finding]) -> list[Finding]:
+def leftovers(root: Path, layout: str, listed: Iterable[Path], said: Iterable[DataIssue]) -> list[DataIssue]:
     """Findings about a set's own folder, one for each folder in it.
 
     listed   images of every split
-    said     findings up to now: what they are about is not said again
+    said     issues up to now: what they are about is not said again
     """
     broken: list[Path] = []
     there = images_in(root, broken=broken)
     told = list(said)
-    known = {os.path.realpath(path) for path in listed} | {os.path.realpath(finding.where) for finding in told}
-    counted = {os.path.abspath(finding.where) for finding in told if finding.kind == "unlisted-image"}
+    known = {os.path.realpath(path) for path in listed} | {os.path.realpath(issue.where) for issue in told}
+    counted = {os.path.abspath(issue.where) for issue in told if issue.kind == "unlisted-image"}
     loose = [
         path
         for path in there
@@ -41,7 +41,7 @@ def leftovers(root: Path, layout: str, listed: Iterable[Path], said: Iterable[Fi
         texts = [file for path in paths if labels is not None and (file := labels.file_of(path)) is not None]
         objects = sum(map(object_lines, texts))
         found.append(
-            Finding(
+            DataIssue(
                 "unlisted-image",
                 str(folder),
                 f"{len(paths)} images are in no split{f', with {objects} objects' if objects else ''}: {_names(paths)}",
@@ -57,7 +57,7 @@ def leftovers(root: Path, layout: str, listed: Iterable[Path], said: Iterable[Fi
             objects = sum(map(object_lines, paths))
             if objects:
                 found.append(
-                    Finding(
+                    DataIssue(
                         "label-without-image",
                         str(folder),
                         f"{len(paths)} label files with {objects} "
@@ -67,9 +67,9 @@ def leftovers(root: Path, layout: str, listed: Iterable[Path], said: Iterable[Fi
                         objects,
                     )
                 )
-    told_links = {os.path.abspath(finding.where) for finding in told}
+    told_links = {os.path.abspath(issue.where) for issue in told}
     found += [
-        Finding("broken-link", str(path), "a link to what is not there; copy the file, or make the link anew", True)
+        DataIssue("broken-link", str(path), "a link to what is not there; copy the file, or make the link anew", True)
         for path in broken
         if os.path.abspath(path) not in told_links
     ]

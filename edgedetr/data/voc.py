@@ -17,9 +17,8 @@ from xml.etree import ElementTree
 
 from edgedetr.data import listing
 from edgedetr.data.cleaning import RawImage, RawObject, RawSplit, class_infos, numbers, read_names
-from edgedetr.data.detection_set import Finding
+from edgedetr.data.detection_set import DataIssue, canonical_split_name
 from edgedetr.data.listing import child, children, fold
-from edgedetr.data.split_names import canonical
 from edgedetr.data.voc_xml import parse
 from edgedetr.errors import DataError, did_you_mean
 from edgedetr.storage.reading import read_text
@@ -29,7 +28,7 @@ FLAGGED = re.compile(r"(?P<name>.+?)\s+-?[01]")  # 000012 -1: the lists of one c
 ENDINGS = (".xml", ".jpg", ".jpeg", ".png", ".bmp", ".jfif", ".webp", ".tif", ".tiff")
 TEXTS = ("annotations", "labels", "xmls", "xml")
 PICTURES = ("jpegimages", "images", "data", "imgs", "img")
-NAMED = 8  # files that a finding about many of them names
+NAMED = 8  # files that a issue about many of them names
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def find(root: Path) -> dict[str, Source]:
             if file.suffix.lower() == ".txt" and os.path.isfile(file)
         ]
         for file in lists:
-            split = canonical(file.stem)
+            split = canonical_split_name(file.stem)
             # Others are one class's (aeroplane_train.txt).
             if split in SPLITS:
                 found[split] = Source(_listed(texts, file, annotated), pictures, whole=False)
@@ -76,7 +75,7 @@ def find(root: Path) -> dict[str, Source]:
         return found or _split_folders(texts, pictures) or {"train": Source(annotated, pictures, ignored=ignored)}
     for folder in folders.values():
         if files := _own_xml(folder):
-            found[canonical(folder.name)] = Source(files, folder)
+            found[canonical_split_name(folder.name)] = Source(files, folder)
     if not found and (files := _own_xml(root)):
         return {"train": Source(files, root)}
     return found
@@ -85,13 +84,13 @@ def find(root: Path) -> dict[str, Source]:
 def _split_folders(texts: Path, pictures: Path) -> dict[str, Source]:
     """Splits that are folders of the annotations: Annotations/train/*.xml, with JPEGImages/train/ or JPEGImages/."""
     within = {path: files for path in children(texts) if os.path.isdir(path) and (files := _xml(path))}
-    if not any(canonical(path.name) in SPLITS for path in within):
+    if not any(canonical_split_name(path.name) in SPLITS for path in within):
         return {}
     found: dict[str, Source] = {}
     for path, files in within.items():
-        there = {canonical(inner.name): inner for inner in children(pictures) if os.path.isdir(inner)}
-        own = there.get(canonical(path.name))
-        found[canonical(path.name)] = Source(files, own or pictures, whole=own is not None)
+        there = {canonical_split_name(inner.name): inner for inner in children(pictures) if os.path.isdir(inner)}
+        own = there.get(canonical_split_name(path.name))
+        found[canonical_split_name(path.name)] = Source(files, own or pictures, whole=own is not None)
     if loose := _own_xml(texts):  # beside the folders: for training, as without any folder
         more = found["train"].files if "train" in found else ()
         found["train"] = Source((*loose, *more), pictures, whole=False)
@@ -105,34 +104,32 @@ def count(root: Path, split: str, source: Source) -> int:
 
 def read(root: Path, split: str, source: Source) -> RawSplit:
     """Read the files of one split; image ids count from 1 in the split's order."""
-    findings: list[Finding] = []
+    issues: list[DataIssue] = []
     names = _class_names(root)
     index = {name: position for position, name in enumerate(names)}
     trees: dict[Path, ElementTree.Element] = {}
     for file in source.files:
         if not os.path.isfile(file):
-            findings.append(
-                Finding("missing-annotation", str(file), "listed in the split, but there is no such file", True)
+            issues.append(
+                DataIssue("missing-annotation", str(file), "listed in the split, but there is no such file", True)
             )
             continue
         try:
             trees[file] = parse(file)
         except DataError as error:
-            findings.append(Finding("unreadable-annotation", str(file), str(error), True))
+            issues.append(DataIssue("unreadable-annotation", str(file), str(error), True))
     pictures = _Pictures(source.pictures, [_text(tree, "filename") for tree in trees.values()])
     found = []
     for position, file in enumerate(source.files, start=1):
         if file not in trees:
             continue
-        image = RawImage(
-            position, pictures.of(file, _text(trees[file], "filename"), findings), _stated_size(trees[file])
-        )
+        image = RawImage(position, pictures.of(file, _text(trees[file], "filename"), issues), _stated_size(trees[file]))
         for thing in trees[file].findall("object"):
-            _annotate(thing, image, index, file, findings)
+            _annotate(thing, image, index, file, issues)
         found.append(image)
     twice = [path for path, times in Counter(image.path for image in found).items() if times > 1]
-    findings += [
-        Finding(
+    issues += [
+        DataIssue(
             "image-listed-twice",
             str(path),
             "several XML files are about this image, each with objects of its own; expected one",
@@ -140,8 +137,8 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
         for path in twice
     ]
     if source.ignored:
-        findings.append(
-            Finding(
+        issues.append(
+            DataIssue(
                 "unused-list",
                 str(source.ignored[0].parent),
                 f"{len(source.ignored)} lists are of no "
@@ -150,8 +147,8 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
             )
         )
     if source.whole:
-        findings += pictures.without({image.path for image in found})
-    return RawSplit(class_infos(names), found, findings, listed=len(source.files))
+        issues += pictures.without({image.path for image in found})
+    return RawSplit(class_infos(names), found, issues, listed=len(source.files))
 
 
 class _Pictures:
@@ -169,7 +166,7 @@ class _Pictures:
             self.by_stem[fold(path.stem)].append(path)
         self.wanted = Counter(fold(PurePosixPath(name.replace("\\", "/")).name) for name in wanted)
 
-    def of(self, file: Path, said: str, findings: list[Finding]) -> Path:
+    def of(self, file: Path, said: str, issues: list[DataIssue]) -> Path:
         """The image that an annotation file is about."""
         own = self._nearest(self.by_stem.get(fold(file.stem), []), file, file.stem)
         beside = [path for path in own if path.parent.name == file.parent.name]
@@ -179,8 +176,8 @@ class _Pictures:
         if named and (self.wanted[fold(name)] == 1 or not own):
             return self._nearest(named, file, name)[0]
         if named and own and self.wanted[fold(name)] > 1 and own[0] != self._nearest(named, file, name)[0]:
-            findings.append(
-                Finding(
+            issues.append(
+                DataIssue(
                     "filename-repeated",
                     str(file),
                     f"<filename> is {name!r} in "
@@ -188,8 +185,8 @@ class _Pictures:
                 )
             )
         if len(own) > 1:
-            findings.append(
-                Finding(
+            issues.append(
+                DataIssue(
                     "same-name",
                     str(file),
                     f"{', '.join(path.name for path in own)}: nothing says "
@@ -202,12 +199,12 @@ class _Pictures:
         """Those of the exact name and of the same sub-folder first."""
         return sorted(found, key=lambda path: (path.parent.name != file.parent.name, path.name != name, path))
 
-    def without(self, used: set[Path]) -> list[Finding]:
+    def without(self, used: set[Path]) -> list[DataIssue]:
         beside = sorted(path for paths in self.by_name.values() for path in paths if path not in used)
         if not beside:
             return []
         return [
-            Finding(
+            DataIssue(
                 "unlisted-image",
                 str(self.folder),
                 f"{len(beside)} images have no XML file and are left out: "
@@ -282,7 +279,7 @@ def _stated_size(tree: ElementTree.Element) -> tuple[int, int] | None:
 
 
 def _annotate(
-    thing: ElementTree.Element, image: RawImage, index: dict[str, int], file: Path, findings: list[Finding]
+    thing: ElementTree.Element, image: RawImage, index: dict[str, int], file: Path, issues: list[DataIssue]
 ) -> None:
     name = _text(thing, "name")
     corners = numbers([_number(_text(thing, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")], 4)
@@ -292,10 +289,10 @@ def _annotate(
             if name
             else "an object has no name"
         )
-        findings.append(Finding("unknown-class", str(file), what, True, 1))
+        issues.append(DataIssue("unknown-class", str(file), what, True, 1))
     elif corners is None:
-        findings.append(
-            Finding("bad-box", str(file), f"an object {name!r} has no bndbox of four finite numbers", True, 1)
+        issues.append(
+            DataIssue("bad-box", str(file), f"an object {name!r} has no bndbox of four finite numbers", True, 1)
         )
     else:
         image.objects.append(

@@ -16,11 +16,10 @@ from typing import Any
 
 from edgedetr.data import data_yaml
 from edgedetr.data.cleaning import RawImage, RawSplit, class_infos, read_names
-from edgedetr.data.detection_set import Finding
-from edgedetr.data.image_paths import Places
+from edgedetr.data.detection_set import DataIssue, canonical_split_name
+from edgedetr.data.image_paths import PathResolver
 from edgedetr.data.images import is_image
 from edgedetr.data.listing import child, children, images_in, links_as_text
-from edgedetr.data.split_names import canonical
 from edgedetr.data.yolo_labels import Labels
 from edgedetr.errors import DataError
 from edgedetr.storage.reading import read_text
@@ -50,24 +49,24 @@ def find(root: Path) -> dict[str, Source]:
     if pictures is not None and os.path.isdir(pictures) and child(root, "labels") is not None:
         for folder in children(pictures):
             if os.path.isdir(folder):
-                found[canonical(folder.name)] = Source((folder,))
+                found[canonical_split_name(folder.name)] = Source((folder,))
         return found or {"train": Source((pictures,))}
     for folder in folders:
         inner = child(folder, "images")
         if inner is not None and os.path.isdir(inner) and child(folder, "labels") is not None:
-            found[canonical(folder.name)] = Source((inner,))
+            found[canonical_split_name(folder.name)] = Source((inner,))
     if found or _names_file(root) is None:
         return found
     lists = {
-        canonical(path.stem): Source((path,))
+        canonical_split_name(path.stem): Source((path,))
         for path in children(root)
-        if path.suffix.lower() == ".txt" and canonical(path.stem) in SPLITS
+        if path.suffix.lower() == ".txt" and canonical_split_name(path.stem) in SPLITS
     }
     if lists:
         return lists
     for folder in [root, *folders]:
         if _side_by_side(folder):
-            found["train" if folder == root else canonical(folder.name)] = Source((folder,))
+            found["train" if folder == root else canonical_split_name(folder.name)] = Source((folder,))
     return found
 
 
@@ -78,29 +77,29 @@ def count(root: Path, split: str, source: Source) -> int:
 
 def read(root: Path, split: str, source: Source) -> RawSplit:
     """Read the label files of one split; image ids count from 1 in the order of the paths."""
-    findings: list[Finding] = []
+    issues: list[DataIssue] = []
     description = _description(root)
     if description is not None:
-        _named_splits(root, description, findings)
+        _named_splits(root, description, issues)
     names, points = _class_names(root)
-    pictures = _pictures(root, source, findings)
+    pictures = _pictures(root, source, issues)
     labels = Labels(root, len(names), points)
     found = []
     for position, picture in enumerate(pictures, start=1):
         image = RawImage(position, picture, relative=True)
-        labels.fill(image, findings)
+        labels.fill(image, issues)
         found.append(image)
     nowhere: list[Path] = []
     for place in source.places:
         if os.path.isdir(place):
             images_in(place, broken=nowhere)
-    findings += [
-        Finding("broken-link", str(path), "a link to what is not there; copy the file, or make the link anew", True)
+    issues += [
+        DataIssue("broken-link", str(path), "a link to what is not there; copy the file, or make the link anew", True)
         for path in nowhere
     ]
     for link in (path for place in source.places if os.path.isdir(place) for path in links_as_text(place)):
-        findings.append(
-            Finding(
+        issues.append(
+            DataIssue(
                 "link-as-text",
                 str(link),
                 "a text that names a folder, as a link becomes where links "
@@ -108,8 +107,8 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
                 True,
             )
         )
-    labels.close([place for place in source.places if os.path.isdir(place)], pictures, findings)
-    return RawSplit(class_infos(names), found, findings)
+    labels.close([place for place in source.places if os.path.isdir(place)], pictures, issues)
+    return RawSplit(class_infos(names), found, issues)
 
 
 def _side_by_side(folder: Path) -> bool:
@@ -147,7 +146,7 @@ def _describes(file: Path) -> bool:
     return "names" in found and any(key in found for key in ("train", "val", "valid"))
 
 
-def _named_splits(root: Path, description: Path, absent: list[Finding] | None = None) -> dict[str, Source]:
+def _named_splits(root: Path, description: Path, absent: list[DataIssue] | None = None) -> dict[str, Source]:
     """The splits of a data.yaml; `absent` takes a word on a test split that it names and that is not there.
 
     Roboflow names ../test/images whether or not the project has one, so that a set without it is no mistake.
@@ -156,9 +155,9 @@ def _named_splits(root: Path, description: Path, absent: list[Finding] | None = 
     base = root
     if isinstance(described.get("path"), str):
         # `path` often names the author's own folder; it counts only where it lies inside this one.
-        candidate = Places(root, [root]).find(described["path"], folder=True)
+        candidate = PathResolver(root, [root]).find(described["path"], folder=True)
         base = candidate if candidate is not None and os.path.isdir(candidate) else root
-    places = Places(root, list(dict.fromkeys([base, root])))
+    places = PathResolver(root, list(dict.fromkeys([base, root])))
     found: dict[str, Source] = {}
     for key in ("train", "val", "valid", "validation", "test"):
         value = described.get(key)
@@ -170,14 +169,16 @@ def _named_splits(root: Path, description: Path, absent: list[Finding] | None = 
             if key != "test" or not found:
                 raise
             if absent is not None:
-                absent.append(Finding("missing-split", str(description), f"{error}; there is no test split now", True))
+                absent.append(
+                    DataIssue("missing-split", str(description), f"{error}; there is no test split now", True)
+                )
             continue
-        if there and canonical(key) not in found:
-            found[canonical(key)] = Source(there)
+        if there and canonical_split_name(key) not in found:
+            found[canonical_split_name(key)] = Source(there)
     return found
 
 
-def _place(places: Places, text: Any, key: str, description: Path) -> Path:
+def _place(places: PathResolver, text: Any, key: str, description: Path) -> Path:
     place = places.find(text, folder=True)
     if place is not None and not os.path.exists(place):
         place = _any_case(places, text)
@@ -189,7 +190,7 @@ def _place(places: Places, text: Any, key: str, description: Path) -> Path:
     return place
 
 
-def _any_case(places: Places, text: str) -> Path | None:
+def _any_case(places: PathResolver, text: str) -> Path | None:
     """The folder that `text` names but for its case: images/train where the disk has Images/Train."""
     for base in places.folders:
         place: Path | None = base
@@ -200,20 +201,20 @@ def _any_case(places: Places, text: str) -> Path | None:
     return None
 
 
-def _pictures(root: Path, source: Source, findings: list[Finding]) -> list[Path]:
+def _pictures(root: Path, source: Source, issues: list[DataIssue]) -> list[Path]:
     found: list[Path] = []
     for place in source.places:
         if os.path.isdir(place):
             found += images_in(place)
             continue
-        places = Places(root, list(dict.fromkeys([root, place.parent])))
+        places = PathResolver(root, list(dict.fromkeys([root, place.parent])))
         for line in filter(None, map(str.strip, read_text(place, DataError).splitlines())):
             path = places.find(line)
             if path is not None:
                 found.append(path)
             else:
-                findings.append(
-                    Finding(
+                issues.append(
+                    DataIssue(
                         "path-outside",
                         str(place),
                         f"{line[:200]!r} leaves the data directory; "

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from edgedetr.data.cleaning import RawImage, RawObject, numbers
-from edgedetr.data.detection_set import Finding
+from edgedetr.data.detection_set import DataIssue
 from edgedetr.data.images import is_image
 from edgedetr.data.listing import child, children, files, fold
 from edgedetr.errors import DataError
 from edgedetr.storage.reading import read_text
 
 LIMIT = 2 << 20  # bytes; 20,000 boxes
-SPELLED = 20  # bad lines of one file that are findings of their own
+SPELLED = 20  # bad lines of one file that are issues of their own
 NOTES = frozenset({"classes", "notes", "labels", "predefined_classes", "train", "val", "valid", "test", "obj"})
 
 
@@ -33,12 +33,12 @@ class Labels:
         self.lengths: Counter[int] = Counter()  # words of the lines that were read as polygons
         self.poses = self.found = 0
 
-    def fill(self, image: RawImage, findings: list[Finding]) -> None:
+    def fill(self, image: RawImage, issues: list[DataIssue]) -> None:
         """Read the image's label file into it."""
         file = self.file_of(image.path)
         if file is None:
-            findings.append(
-                Finding(
+            issues.append(
+                DataIssue(
                     "no-label-file", str(image.path), f"no {image.path.stem}.txt; taken as an image without objects"
                 )
             )
@@ -48,8 +48,8 @@ class Labels:
         try:
             lines = read_text(file, DataError, limit=LIMIT).splitlines()
         except DataError as error:
-            findings.append(
-                Finding(
+            issues.append(
+                DataIssue(
                     "unreadable-annotation", str(file), f"{error}; its objects are left out", True, object_lines(file)
                 )
             )
@@ -62,21 +62,21 @@ class Labels:
             if isinstance(what, RawObject):
                 image.objects.append(what)
             else:
-                bad.append(Finding(what[0], f"{file}:{number}", f"{line.strip()[:60]!r}: {what[1]}", True, 1))
-        findings += bad[:SPELLED]
+                bad.append(DataIssue(what[0], f"{file}:{number}", f"{line.strip()[:60]!r}: {what[1]}", True, 1))
+        issues += bad[:SPELLED]
         if len(bad) > SPELLED:
-            findings.append(
-                Finding(
+            issues.append(
+                DataIssue(
                     bad[SPELLED].kind, str(file), f"and {len(bad) - SPELLED} more such lines", True, len(bad) - SPELLED
                 )
             )
 
-    def close(self, places: Sequence[Path], pictures: Sequence[Path], findings: list[Finding]) -> None:
+    def close(self, places: Sequence[Path], pictures: Sequence[Path], issues: list[DataIssue]) -> None:
         """What only shows when all images were read: label files without an image, shared ones, poses."""
         if len(pictures) > 1 and not self.found:
             there = self._labels_of(pictures[0].parent) or f"{self._expected(pictures[0].parent)}, which is not there"
-            findings.append(
-                Finding(
+            issues.append(
+                DataIssue(
                     "no-labels",
                     str(places[0] if places else self.root),
                     f"none of {len(pictures)} images has a label file; they were looked for in {there}",
@@ -86,8 +86,8 @@ class Labels:
         for path in pictures:
             if (file := self.file_of(path)) is not None:
                 owners.setdefault(file, []).append(path)
-        findings += [
-            Finding(
+        issues += [
+            DataIssue(
                 "same-name",
                 str(of[0].parent / of[0].stem),
                 "several images of this name but for the "
@@ -97,10 +97,10 @@ class Labels:
             if len(of) > 1
         ]
         for folder in dict.fromkeys([*places, *(path.parent for path in pictures)]):
-            self._orphans(folder, findings)
+            self._orphans(folder, issues)
         if self.poses:
-            findings.append(
-                Finding(
+            issues.append(
+                DataIssue(
                     "pose-labels",
                     str(self.root),
                     f"{self.poses} lines hold the points of a pose; their boxes are read and the points are not",
@@ -110,8 +110,8 @@ class Labels:
             (length,) = self.lengths
             # Corners of turned boxes (9 words) are always four; polygons drawn by people differ in their corners.
             if length != 9:
-                findings.append(
-                    Finding(
+                issues.append(
+                    DataIssue(
                         "perhaps-pose-labels",
                         str(self.root),
                         f"every line has {length} words and was "
@@ -119,7 +119,7 @@ class Labels:
                     )
                 )
 
-    def _orphans(self, folder: Path, findings: list[Finding]) -> None:
+    def _orphans(self, folder: Path, issues: list[DataIssue]) -> None:
         labels = self._labels_of(folder)
         if labels is None:
             return
@@ -135,8 +135,8 @@ class Labels:
                 continue
             count = object_lines(file)
             if count or labels != folder:  # beside images, a text without objects may be anything
-                findings.append(
-                    Finding(
+                issues.append(
+                    DataIssue(
                         "label-without-image",
                         str(file),
                         f"no image {file.stem} lies in {folder}; its {count} objects are left out",

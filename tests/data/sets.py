@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 
-def picture(path: Path, seed: int = 0) -> Path:
+def put_image(path: Path, seed: int = 0) -> Path:
     """Noise of 40 x 30 pixels, different for each seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
@@ -38,10 +38,10 @@ def tables(count: int = 2, **changes: object) -> dict:
     }
 
 
-def coco(root: Path, split: str = "train", content: dict | None = None, pictures: int = 2, seed: int = 0) -> Path:
-    for number in range(pictures):
-        picture(root / "images" / split / f"{number}.jpg", seed + number)
-    text(root / "annotations" / f"{split}.json", json.dumps(tables(pictures) if content is None else content))
+def coco(root: Path, split: str = "train", content: dict | None = None, count: int = 2, seed: int = 0) -> Path:
+    for number in range(count):
+        put_image(root / "images" / split / f"{number}.jpg", seed + number)
+    text(root / "annotations" / f"{split}.json", json.dumps(tables(count) if content is None else content))
     return root
 
 
@@ -54,7 +54,7 @@ def yolo(
     line: str = "1 0.5 0.5 0.25 0.2\n",
 ) -> Path:
     for seed, name in enumerate(names):
-        picture(root / images / f"{name}.jpg", seed)
+        put_image(root / images / f"{name}.jpg", seed)
         text(root / labels / f"{name}.txt", line)
     text(root / "data.yaml", yaml)
     return root
@@ -70,7 +70,7 @@ def xml(filename: str = "", name: str = "dog") -> str:
 
 def voc(root: Path, names: tuple[str, ...] = ("a", "b"), listing: str | bytes | None = None) -> Path:
     for seed, name in enumerate(names):
-        picture(root / "JPEGImages" / f"{name}.jpg", seed)
+        put_image(root / "JPEGImages" / f"{name}.jpg", seed)
         text(root / "Annotations" / f"{name}.xml", xml(f"{name}.jpg"))
     if listing is not None:
         text(root / "ImageSets" / "Main" / "train.txt", listing)

@@ -75,7 +75,7 @@ FATAL = [
     ("missing-image", spoil_image(file_name="c.jpg")),
     ("path-outside", spoil_image(file_name="../../../secret.jpg")),
     ("path-outside", spoil_image(file_name="/etc/passwd")),
-    ("path-outside", spoil_image(file_name="C:\\pictures\\a.jpg")),
+    ("path-outside", spoil_image(file_name="C:\\images\\a.jpg")),
     ("bad-image-entry", spoil_image(file_name=3)),
     ("bad-image-entry", spoil_image(id=[2])),
     ("size-mismatch", spoil_image(width=80, height=60)),
@@ -89,7 +89,7 @@ def test_an_unusable_item_is_named_and_left_out_and_strict_fails(coco, kind, spo
     spoil(content)
     write(coco, content)
     found = layouts.load(coco, "train")
-    assert kind in [finding.kind for finding in found.findings if finding.fatal]
+    assert kind in [issue.kind for issue in found.issues if issue.fatal]
     assert kind in caplog.text
     good = next(sample for sample in found.samples if sample.image_id == 1)
     assert good.boxes.tolist() == [[4, 5, 14, 17]]
@@ -111,7 +111,7 @@ def test_an_odd_item_is_noted_and_kept_even_when_strict(coco, kind, spoil, box):
     spoil(content)
     write(coco, content)
     found = layouts.load(coco, "train", strict=True)
-    assert [finding.kind for finding in found.findings] == [kind]
+    assert [issue.kind for issue in found.issues] == [kind]
     assert found.samples[1].boxes.tolist() == [box]
 
 
@@ -120,7 +120,7 @@ def test_rounding_at_the_border_is_cut_without_a_word(coco):
     content["annotations"][1]["bbox"] = [-0.3, 0, 40.6, 30.2]
     write(coco, content)
     found = layouts.load(coco, "train", strict=True)
-    assert found.findings == ()
+    assert found.issues == ()
     assert found.samples[1].boxes.tolist() == [[0, 0, 40, 30]]
 
 
@@ -130,7 +130,7 @@ def test_a_truncated_image_is_left_out(coco):
     file.write_bytes(file.read_bytes()[:-400])
     found = layouts.load(coco, "train")
     assert [sample.image_id for sample in found.samples] == [1]
-    assert [finding.kind for finding in found.findings] == ["unreadable-image"]
+    assert [issue.kind for issue in found.issues] == ["unreadable-image"]
 
 
 BROKEN_FILES = {
@@ -173,7 +173,7 @@ def test_a_set_in_which_nothing_is_usable_says_what_was_wrong(coco):
         ("missing", "no such directory"),
         ("empty", "empty directory"),
         ("file", "a file; expected"),
-        ("pictures", "no annotations of a known layout"),
+        ("images only", "no annotations of a known layout"),
     ],
 )
 def test_what_is_no_set_says_what_one_looks_like(tmp_path, what, message):
@@ -182,7 +182,7 @@ def test_what_is_no_set_says_what_one_looks_like(tmp_path, what, message):
         path.write_text("x")
     elif what != "missing":
         path.mkdir()
-    if what == "pictures":
+    if what == "images only":
         Image.new("RGB", (4, 4)).save(path / "a.jpg")
     for read in (lambda: layouts.load(path, "train"), lambda: layouts.splits(path)):
         with pytest.raises(DataError, match=message):

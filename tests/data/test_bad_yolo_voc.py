@@ -39,7 +39,7 @@ def yolo(tmp_path) -> Path:
 def test_a_bad_label_line_is_named_and_left_out(yolo, line, kind):
     (yolo / "labels" / "train" / "a.txt").write_text(f"1 0.5 0.5 0.5 0.5\n{line}\n")
     found = layouts.load(yolo, "train")
-    assert [finding.kind for finding in found.findings] == [kind]
+    assert [issue.kind for issue in found.issues] == [kind]
     assert found.samples[0].boxes.tolist() == [[10, 7.5, 30, 22.5]]
 
 
@@ -66,7 +66,7 @@ def test_a_bad_data_yaml_stops_with_its_name_and_line(yolo, text, message):
 
 def test_binary_labels_and_yaml_are_named(yolo):
     (yolo / "labels" / "train" / "a.txt").write_bytes(b"0 0.5 0.5 0.1 \x81")
-    assert [finding.kind for finding in layouts.load(yolo, "train").findings] == ["unreadable-annotation"]
+    assert [issue.kind for issue in layouts.load(yolo, "train").issues] == ["unreadable-annotation"]
     (yolo / "data.yaml").write_bytes(b"names: [\x81]")
     with pytest.raises(DataError, match=r"data\.yaml: not UTF-8"):
         layouts.load(yolo, "train")
@@ -77,7 +77,7 @@ def test_a_listed_path_that_leaves_the_set_is_refused(yolo):
     (yolo / "data.yaml").write_text("names: [cat]\ntrain: train.txt\n")
     found = layouts.load(yolo, "train")
     assert len(found) == 1
-    assert [finding.kind for finding in found.findings] == ["path-outside", "path-outside", "no-label-file"]
+    assert [issue.kind for issue in found.issues] == ["path-outside", "path-outside", "no-label-file"]
 
 
 BOMB = (
@@ -123,10 +123,10 @@ def test_voc_defects_are_named_and_left_out(tmp_path):
     (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("a\nb\nc\n")
     (tmp_path / "classes.txt").write_text("cat\n")
     found = layouts.load(tmp_path, "train")
-    assert sorted(finding.kind for finding in found.findings) == sorted(
+    assert sorted(issue.kind for issue in found.issues) == sorted(
         ["unknown-class", "bad-box", "bad-box", "degenerate-box", "unreadable-annotation", "missing-annotation"]
     )
-    assert "did you mean 'cat'" in next(finding.what for finding in found.findings if finding.kind == "unknown-class")
+    assert "did you mean 'cat'" in next(issue.what for issue in found.issues if issue.kind == "unknown-class")
     assert found.samples[0].boxes.tolist() == [[4, 5, 14, 17]]
     (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("../../../etc/passwd\n")
     with pytest.raises(DataError, match="is a path"):

@@ -35,12 +35,12 @@ def put_split(
     )
 
 
-def picture(seed: int) -> np.ndarray:
+def random_pixels(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (150, 200, 3), dtype=np.uint8)
 
 
 def kinds(report) -> list[str]:
-    return sorted(finding.kind for finding in report.findings)
+    return sorted(issue.kind for issue in report.issues)
 
 
 def test_the_counts_of_bccd_are_its_readme_s(shared_data):
@@ -53,7 +53,7 @@ def test_the_counts_of_bccd_are_its_readme_s(shared_data):
         "trainval": (17, 238),
     }
     assert report.layout == "voc"
-    assert [finding.kind for finding in report.findings if finding.fatal] == ["degenerate-box"] * 2
+    assert [issue.kind for issue in report.issues if issue.fatal] == ["degenerate-box"] * 2
     assert report.fatal == 2
     assert "duplicate-across-splits" not in kinds(report)
     assert any("left out 1 degenerate-box" in line or "degenerate-box" in line for line in report.lines())
@@ -61,42 +61,42 @@ def test_the_counts_of_bccd_are_its_readme_s(shared_data):
 
 def test_box_sizes_follow_coco_s_borders(tmp_path):
     for split, side in (("train", 31.9), ("val", 32), ("test", 96)):
-        put_split(tmp_path, split, {split: picture(len(split) + int(side))}, box=[0, 0, side, side])
+        put_split(tmp_path, split, {split: random_pixels(len(split) + int(side))}, box=[0, 0, side, side])
     found = [(split.small, split.medium, split.large) for split in check(tmp_path).splits]
     assert found == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
 
 
 def test_duplicates_are_found_within_and_across_splits(tmp_path):
-    put_split(tmp_path, "train", {"a": picture(1), "b": picture(2), "c": picture(1)})
-    put_split(tmp_path, "test", {"d": picture(2), "e": picture(3)})
+    put_split(tmp_path, "train", {"a": random_pixels(1), "b": random_pixels(2), "c": random_pixels(1)})
+    put_split(tmp_path, "test", {"d": random_pixels(2), "e": random_pixels(3)})
     report = check(tmp_path)
-    found = {finding.kind: finding for finding in report.findings}
+    found = {issue.kind: issue for issue in report.issues}
     assert found["duplicate-image"].where.endswith("c.png")
     assert found["duplicate-across-splits"].where.endswith("d.png")
     assert report.fatal == 0
 
 
 def test_an_image_that_only_fails_when_decoded_is_found(tmp_path):
-    put_split(tmp_path, "train", {"a": picture(1), "b": picture(2)})
+    put_split(tmp_path, "train", {"a": random_pixels(1), "b": random_pixels(2)})
     file = tmp_path / "images" / "train" / "b.png"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 255  # inside the pixel data: its checksum no longer fits
     file.write_bytes(content)
     seen = []
     report = check(tmp_path, progress=lambda done, total: seen.append((done, total)))
-    assert [finding.kind for finding in report.findings if finding.fatal] == ["unreadable-image"]
+    assert [issue.kind for issue in report.issues if issue.fatal] == ["unreadable-image"]
     assert (report.splits[0].listed, report.splits[0].images, report.splits[0].objects) == (2, 1, 1)
     assert seen[-1] == (2, 2)
 
 
 def test_classes_that_differ_between_splits_are_found(tmp_path):
-    put_split(tmp_path, "train", {"a": picture(1)})
-    put_split(tmp_path, "test", {"b": picture(2)}, classes=("dog", "cat"))
+    put_split(tmp_path, "train", {"a": random_pixels(1)})
+    put_split(tmp_path, "test", {"b": random_pixels(2)}, classes=("dog", "cat"))
     assert "classes-differ" in kinds(check(tmp_path))
 
 
 def test_imbalance_and_absent_classes_are_notes(tmp_path):
-    put_split(tmp_path, "train", {str(i): picture(i) for i in range(11)})
+    put_split(tmp_path, "train", {str(i): random_pixels(i) for i in range(11)})
     tables = json.loads((tmp_path / "annotations" / "train.json").read_text())
     assert "class-without-objects" in kinds(check(tmp_path))
     tables["annotations"].append({"id": 99, "image_id": 0, "category_id": 2, "bbox": [1, 1, 5, 5]})
@@ -107,8 +107,8 @@ def test_imbalance_and_absent_classes_are_notes(tmp_path):
 
 
 def test_a_split_without_usable_images_is_one_finding(tmp_path):
-    put_split(tmp_path, "train", {"a": picture(1)})
-    put_split(tmp_path, "test", {"b": picture(2)})
+    put_split(tmp_path, "train", {"a": random_pixels(1)})
+    put_split(tmp_path, "test", {"b": random_pixels(2)})
     (tmp_path / "images" / "test" / "b.png").unlink()
     report = check(tmp_path)
     assert [split.name for split in report.splits] == ["train"]
@@ -116,7 +116,7 @@ def test_a_split_without_usable_images_is_one_finding(tmp_path):
 
 
 def test_the_report_is_plain_json_and_text(tmp_path):
-    put_split(tmp_path, "train", {"a": picture(1)})
+    put_split(tmp_path, "train", {"a": random_pixels(1)})
     report = check(tmp_path)
     again = json.loads(json.dumps(report.to_json()))
     assert again["splits"][0]["images"] == 1

@@ -45,7 +45,7 @@ def photographs(root: Path, split: str, seeds: dict[int, int]) -> None:
 def test_an_image_saved_again_in_another_split_is_named_once(tmp_path):
     photographs(tmp_path, "train", {1: 95, 2: 95, 3: 95})
     photographs(tmp_path, "val", {2: 40, 3: 95, 4: 95})
-    found = {finding.kind: finding for finding in check(tmp_path).findings}
+    found = {issue.kind: issue for issue in check(tmp_path).issues}
     assert sorted(found) == ["duplicate-across-splits", "near-copy-across-splits"]
     assert found["near-copy-across-splits"].where.endswith("val/0.jpg")
     assert "train/1.jpg" in found["near-copy-across-splits"].what
@@ -63,14 +63,14 @@ def test_a_set_of_which_no_split_can_be_used_ends_with_exit_1(tmp_path, capsys):
 
 
 def test_a_split_whose_images_only_fail_when_they_are_decoded_cannot_be_used(tmp_path):
-    coco(tmp_path, pictures=1)
+    coco(tmp_path, count=1)
     file = tmp_path / "images" / "train" / "0.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(file, "PNG")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 255
     file.write_bytes(content)
     report = check(tmp_path)
-    assert [finding.kind for finding in report.findings] == ["unreadable-image", "unusable-split"]
+    assert [issue.kind for issue in report.issues] == ["unreadable-image", "unusable-split"]
     assert report.objects_left_out == 2
     assert report.splits == ()
 
@@ -84,17 +84,17 @@ def test_splits_whose_classes_stand_in_another_order_are_matched_by_name(tmp_pat
         .replace('"id": 1, "name": "cat"', '"id": 7, "name": "cat"')
         .replace('"category_id": 1', '"category_id": 7')
     )
-    (note,) = check(tmp_path).findings
+    (note,) = check(tmp_path).issues
     assert (note.kind, note.fatal) == ("classes-differ", False)
     assert "matched by name" in note.what
 
 
 def test_objects_of_a_split_that_cannot_be_used_are_counted(tmp_path):
-    coco(tmp_path, pictures=3)
-    coco(tmp_path, split="val", pictures=2, seed=9)
+    coco(tmp_path, count=3)
+    coco(tmp_path, split="val", count=2, seed=9)
     for file in (tmp_path / "images" / "val").iterdir():
         file.unlink()
     report = check(tmp_path)
     assert report.objects_left_out == 4
     assert [split.name for split in report.splits] == ["train"]
-    assert sorted(finding.kind for finding in report.findings) == ["missing-image"] * 2 + ["unusable-split"]
+    assert sorted(issue.kind for issue in report.issues) == ["missing-image"] * 2 + ["unusable-split"]

@@ -192,8 +192,8 @@ def fuzz(examples: int):
     @often
     @given(value=ODD)
     def segmentation(root: Path, value: object) -> None:
-        in_time(lambda: coco_boxes.around(value))
-        in_time(lambda: coco_boxes.around({"size": value, "counts": value}))
+        in_time(lambda: coco_boxes.segmentation_box(value))
+        in_time(lambda: coco_boxes.segmentation_box({"size": value, "counts": value}))
 
     @often
     @given(
@@ -236,7 +236,7 @@ def fuzz(examples: int):
 
     @often
     @given(content=st.sampled_from(sorted(PICTURES)).flatmap(lambda form: damaged(PICTURES[form])), tga=st.booleans())
-    def pictures(root: Path, content: bytes, tga: bool) -> None:
+    def image_files(root: Path, content: bytes, tga: bool) -> None:
         path = text(root / ("x.tga" if tga else "x.jpg"), content)
         in_time(lambda: images.probe(path, max_pixels=1_000_000))
         in_time(lambda: images.decode(path, max_pixels=1_000_000))
@@ -250,7 +250,7 @@ def fuzz(examples: int):
         "lists": (yolo, lists),
         "xml": (voc, xml_bytes),
         "voc_lists": (voc, voc_lists),
-        "pictures": (coco, pictures),
+        "images": (coco, image_files),
     }
 
 

@@ -19,7 +19,7 @@ from edgedetr.errors import DataError
 REFUSED_TOO = {"pillow/truncated_end_chunk.png", "pillow/broken_data_stream.png"}
 
 
-def picture(height: int = 20, width: int = 30) -> np.ndarray:
+def random_pixels(height: int = 20, width: int = 30) -> np.ndarray:
     """Smooth, so that JPEG keeps it to a few levels; its corners differ, so that every rotation shows."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x * 255 // width, y * 255 // height, 255 - x * 255 // width], axis=-1).astype(np.uint8)
@@ -62,7 +62,7 @@ def test_the_nine_orientations_show_one_image(shared_data):
 def test_orientation_is_applied_once_in_every_format(form, orientation):
     exif = Image.Exif()
     exif[images.ORIENTATION] = orientation
-    stored = picture()
+    stored = random_pixels()
     content = encoded(Image.fromarray(stored), form, exif=exif, **({} if form == "TIFF" else {"quality": 95}))
     # Written out with numpy: what a viewer shows for each value of the tag.
     upright = {
@@ -109,8 +109,8 @@ def test_sixteen_bits_are_scaled_and_not_clipped(shared_data):
 
 
 def test_alpha_is_dropped_and_colors_stay():
-    rgba = np.dstack([picture(), np.zeros((20, 30), np.uint8)])
-    assert (images.decode(encoded(Image.fromarray(rgba), "PNG")) == picture()).all()
+    rgba = np.dstack([random_pixels(), np.zeros((20, 30), np.uint8)])
+    assert (images.decode(encoded(Image.fromarray(rgba), "PNG")) == random_pixels()).all()
 
 
 def test_the_first_frame_of_an_animation_is_taken():
@@ -154,7 +154,10 @@ def test_probe_sees_a_truncated_jpeg_that_its_header_hides(shared_data, tmp_path
 
 
 def test_random_bytes_never_crash(rng):
-    whole = encoded(Image.fromarray(picture(64, 64)), "PNG"), encoded(Image.fromarray(picture(64, 64)), "JPEG")
+    whole = (
+        encoded(Image.fromarray(random_pixels(64, 64)), "PNG"),
+        encoded(Image.fromarray(random_pixels(64, 64)), "JPEG"),
+    )
     outcomes = set()
     for _ in range(200):
         damaged = bytearray(whole[int(rng.integers(2))])

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from edgedetr.data import layouts
-from edgedetr.data.split_names import canonical
+from edgedetr.data.detection_set import canonical_split_name
 from edgedetr.errors import DataError
 
 
@@ -51,7 +51,7 @@ def test_three_copies_of_one_set_agree(shared_data, split, images, objects):
             np.testing.assert_allclose(sample.boxes, source.boxes, atol=1e-3)
             np.testing.assert_array_equal(sample.labels, source.labels)
             assert (sample.height, sample.width) == (480, 640)
-    degenerate = [finding for finding in voc.findings if finding.kind == "degenerate-box"]
+    degenerate = [issue for issue in voc.issues if issue.kind == "degenerate-box"]
     assert len(degenerate) == {"train": 1, "val": 1, "test": 0}[split]
 
 
@@ -154,8 +154,8 @@ def test_usual_yolo_trees_are_found(tmp_path, tree, description):
         ("train", "train", False),
     ],
 )
-def test_usual_voc_trees_are_found(tmp_path, texts, pictures, listing):
-    put_image(tmp_path / pictures / "a.png")
+def test_usual_voc_trees_are_found(tmp_path, texts, images, listing):
+    put_image(tmp_path / images / "a.png")
     thing = (
         "<object><name>{}</name><difficult>{}</difficult>"
         "<bndbox><xmin>4</xmin><ymin>5</ymin><xmax>14</xmax><ymax>17</ymax></bndbox></object>"
@@ -177,14 +177,14 @@ def test_an_image_without_a_label_file_has_no_objects(tmp_path):
     put_text(tmp_path / "classes.txt", "cat\n")
     found = layouts.load(tmp_path, "train", strict=True)
     assert found.samples[0].boxes.shape == (0, 4)
-    assert [finding.kind for finding in found.findings] == ["no-label-file", "label-without-image"]
+    assert [issue.kind for issue in found.issues] == ["no-label-file", "label-without-image"]
 
 
 def test_two_layouts_at_once_are_not_guessed(tmp_path):
     put_image(tmp_path / "images" / "train" / "a.jpg")
     put_text(tmp_path / "annotations" / "train.json", json.dumps(coco_tables()))
     put_text(tmp_path / "data.yaml", "names: [cat]\ntrain: images/train\n")
-    with pytest.raises(DataError, match="looks like coco and yolo"):
+    with pytest.raises(DataError, match="has annotations of coco and yolo"):
         layouts.load(tmp_path, "train")
     assert layouts.load(tmp_path, "train", layout="coco").classes[1].name == "dog"
 
@@ -202,4 +202,4 @@ def test_two_layouts_at_once_are_not_guessed(tmp_path):
     ],
 )
 def test_usual_names_of_splits(name, split):
-    assert canonical(name) == split
+    assert canonical_split_name(name) == split

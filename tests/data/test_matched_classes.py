@@ -15,7 +15,7 @@ from sets import coco, tables, text, yolo
 
 from edgedetr.bundle import Bundle, ClassInfo, DataRecord, InputContract, Manifest, OutputContract
 from edgedetr.data import layouts
-from edgedetr.data.detection_set import DetectionSet, matched, without_empty_classes
+from edgedetr.data.detection_set import DetectionSet, match_classes, without_empty_classes
 from edgedetr.errors import DataError
 from edgedetr.evaluation.artifacts_run import load_split
 from edgedetr.evaluation.coco_metrics import evaluate
@@ -49,16 +49,16 @@ def test_a_class_of_the_set_alone_is_dropped_without_objects_and_refused_with(tm
 
 def test_a_class_that_the_set_does_not_name_is_said(tmp_path, caplog):
     layouts.load(coco(tmp_path), "train", classes=classes("cat", "dog", "cow"))
-    assert "does not name the class 'cow' of the model" in caplog.text
+    assert "does not have the class 'cow' of the model" in caplog.text
 
 
 def test_equal_names_are_matched_by_id_or_refused(tmp_path):
     content = tables(categories=[{"id": 1, "name": "helmet"}, {"id": 2, "name": "helmet"}])
     found = layouts.load(coco(tmp_path, content=content), "train")
-    turned = matched(found, classes("helmet", "helmet", ids=(2, 1)), "the model")
+    turned = match_classes(found, classes("helmet", "helmet", ids=(2, 1)), "the model")
     assert [sample.labels.tolist() for sample in turned.samples] == [[1, 0]] * 2
     with pytest.raises(DataError, match="the name of several classes"):
-        matched(found, classes("helmet", "helmet", ids=(7, 8)), "the model")
+        match_classes(found, classes("helmet", "helmet", ids=(7, 8)), "the model")
 
 
 def test_empty_classes_can_be_dropped_and_ids_stay(tmp_path):

@@ -15,7 +15,7 @@ from pycocotools import mask as oracle
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from sets import coco, picture, tables, text, voc, xml, yolo
+from sets import coco, put_image, tables, text, voc, xml, yolo
 
 from edgedetr.data import coco_boxes, layouts
 from edgedetr.data.check import check
@@ -24,7 +24,7 @@ from edgedetr.errors import DataError
 
 
 def kinds(found: DetectionSet) -> list[str]:
-    return [finding.kind for finding in found.findings]
+    return [issue.kind for issue in found.issues]
 
 
 def load(root: Path, split: str = "train") -> DetectionSet:
@@ -98,13 +98,13 @@ def test_class_ids_in_any_writing_are_taken(tmp_path, ids, kept):
 def test_every_image_of_a_shared_id_is_left_out_by_name(tmp_path):
     content = tables(3)
     content["images"][2]["id"] = 1
-    found = load(coco(tmp_path, content=content, pictures=3))
+    found = load(coco(tmp_path, content=content, count=3))
     assert [sample.path.name for sample in found.samples] == ["0.jpg"]
-    left = [finding for finding in found.findings if finding.kind == "duplicate-image-id"]
-    assert sorted(finding.where for finding in left) == ["1.jpg", "2.jpg"]
-    assert all(finding.fatal for finding in left)
+    left = [issue for issue in found.issues if issue.kind == "duplicate-image-id"]
+    assert sorted(issue.where for issue in left) == ["1.jpg", "2.jpg"]
+    assert all(issue.fatal for issue in left)
     # The two objects of id 1 belong to one or the other; those of id 2 are of an image that is not there.
-    assert sum(finding.objects for finding in found.findings) == 2 + 2
+    assert sum(issue.objects for issue in found.issues) == 2 + 2
 
 
 def test_one_image_listed_twice_alike_is_one_image(tmp_path):
@@ -134,7 +134,7 @@ def test_classes_of_equal_names_are_kept_apart_by_id(tmp_path):
     )
     report = check(coco(tmp_path, content=content))
     assert report.splits[0].per_class == {"helmet (id 1)": 2, "vest": 2, "helmet (id 3)": 0}
-    found = {finding.kind: finding.what for finding in report.findings}
+    found = {issue.kind: issue.what for issue in report.issues}
     assert "1, 3" in found["equal-class-names"]
     assert "id 3" in found["empty-parent-class"] and "drop_empty_classes" in found["empty-parent-class"]
 
@@ -147,9 +147,7 @@ def test_roboflow_s_parent_class_is_named(tmp_path):
             {"id": 2, "name": "dog", "supercategory": "pets"},
         ]
     )
-    parents = [
-        finding for finding in load(coco(tmp_path, content=content)).findings if finding.kind == "empty-parent-class"
-    ]
+    parents = [issue for issue in load(coco(tmp_path, content=content)).issues if issue.kind == "empty-parent-class"]
     assert len(parents) == 1 and "'pets' (id 0)" in parents[0].what
 
 
@@ -190,7 +188,7 @@ def test_the_box_of_a_mask_is_pycocotools(compressed, rng):
             ends = np.flatnonzero(np.diff(flat.astype(int)) != 0)
             counts = np.diff(np.concatenate([[0], ends])).tolist()
             segmentation = {"size": list(pixels.shape), "counts": counts if flat[1] == 0 else [0, *counts[1:]]}
-        assert coco_boxes.around(segmentation) == (x, y, x + w, y + h)
+        assert coco_boxes.segmentation_box(segmentation) == (x, y, x + w, y + h)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +213,7 @@ def test_the_box_of_a_mask_is_pycocotools(compressed, rng):
     ],
 )
 def test_what_is_no_segmentation_has_no_box(segmentation):
-    assert coco_boxes.around(segmentation) is None
+    assert coco_boxes.segmentation_box(segmentation) is None
 
 
 def test_equal_boxes_are_found_and_one_is_kept(tmp_path):
@@ -224,7 +222,7 @@ def test_equal_boxes_are_found_and_one_is_kept(tmp_path):
     content["annotations"].append(dict(content["annotations"][0], id=99, category_id=2))  # another class
     found = load(coco(tmp_path, content=content))
     assert len(found.samples[0].boxes) == 3
-    (note,) = found.findings
+    (note,) = found.issues
     assert (note.kind, note.objects, note.fatal) == ("duplicate-box", 3, False)
 
 
@@ -235,7 +233,7 @@ def test_boxes_in_fractions_are_named_left_out_and_refused_by_strict(tmp_path):
         row["bbox"] = [x / 40, y / 30, w / 40, h / 30]
     coco(tmp_path, content=content)
     report = check(tmp_path)
-    assert [finding.kind for finding in report.findings if finding.fatal] == ["box-in-fractions"] * 2
+    assert [issue.kind for issue in report.issues if issue.fatal] == ["box-in-fractions"] * 2
     assert report.objects_left_out == 4
     with pytest.raises(DataError, match="box-in-fractions"):
         layouts.load(tmp_path, "train", strict=True)
@@ -258,15 +256,15 @@ def test_the_other_unicode_form_of_a_name_is_found(tmp_path, on_disk, in_file):
     content = tables(1)
     content["images"][0]["file_name"] = unicodedata.normalize(in_file, name)
     text(tmp_path / "coco" / "annotations" / "train.json", json.dumps(content))
-    picture(tmp_path / "coco" / "images" / "train" / unicodedata.normalize(on_disk, name))
+    put_image(tmp_path / "coco" / "images" / "train" / unicodedata.normalize(on_disk, name))
     assert len(load(tmp_path / "coco").samples[0].boxes) == 2
     there = unicodedata.normalize(on_disk, "é")
     yolo(tmp_path / "yolo", names=())
-    picture(tmp_path / "yolo" / "images" / "train" / f"{there}.jpg")
+    put_image(tmp_path / "yolo" / "images" / "train" / f"{there}.jpg")
     text(tmp_path / "yolo" / "labels" / "train" / f"{unicodedata.normalize(in_file, 'é')}.txt", "0 0.5 0.5 0.5 0.5")
     assert len(load(tmp_path / "yolo").samples[0].boxes) == 1
     voc(tmp_path / "voc", ())
-    picture(tmp_path / "voc" / "JPEGImages" / f"{there}.jpg")
+    put_image(tmp_path / "voc" / "JPEGImages" / f"{there}.jpg")
     text(tmp_path / "voc" / "Annotations" / "x.xml", xml(unicodedata.normalize(in_file, "é.jpg")))
     assert len(load(tmp_path / "voc").samples[0].boxes) == 1
 
@@ -298,13 +296,13 @@ def test_a_file_name_of_another_machine_that_lies_in_this_folder_is_found(tmp_pa
     "written", ["../../../secret.jpg", "/etc/hosts", "/images/train/0.jpg", "D:\\0.jpg", "a\0.jpg", " "]
 )
 def test_a_file_name_outside_of_the_folder_is_not_opened(tmp_path, written):
-    picture(tmp_path / "secret.jpg")
+    put_image(tmp_path / "secret.jpg")
     content = tables()
     content["images"][0]["file_name"] = written
     root = coco(tmp_path / "pets", content=content)
     found = load(root)
-    assert [finding.kind for finding in found.findings if finding.fatal] == ["path-outside"]
-    assert [finding.objects for finding in found.findings if finding.fatal] == [2]
+    assert [issue.kind for issue in found.issues if issue.fatal] == ["path-outside"]
+    assert [issue.objects for issue in found.issues if issue.fatal] == [2]
 
 
 def test_names_too_long_for_a_disk_are_missing_images(tmp_path):
@@ -343,14 +341,14 @@ def test_one_annotation_file_in_the_root_is_the_train_split(tmp_path, file, imag
     text(tmp_path / file, json.dumps(tables()))
     text(tmp_path / "notes.json", "{}")
     for number in range(2):
-        picture(tmp_path / images / f"{number}.jpg", number)
+        put_image(tmp_path / images / f"{number}.jpg", number)
     assert [len(sample.boxes) for sample in load(tmp_path).samples] == [2, 2]
 
 
 def test_images_that_the_annotations_do_not_list_are_counted(tmp_path):
-    coco(tmp_path, pictures=2)
-    picture(tmp_path / "images" / "train" / "extra.jpg", 9)
-    (note,) = load(tmp_path).findings
+    coco(tmp_path, count=2)
+    put_image(tmp_path / "images" / "train" / "extra.jpg", 9)
+    (note,) = load(tmp_path).issues
     assert note.kind == "unlisted-image" and "1 images" in note.what and "extra.jpg" in note.what
 
 
@@ -358,11 +356,11 @@ def test_images_that_the_annotations_do_not_list_are_counted(tmp_path):
 
 
 def test_the_filename_in_an_xml_decides(tmp_path):
-    picture(tmp_path / "JPEGImages" / "IMG_7.png")
-    picture(tmp_path / "JPEGImages" / "IMG_7.jpg", 1)
+    put_image(tmp_path / "JPEGImages" / "IMG_7.png")
+    put_image(tmp_path / "JPEGImages" / "IMG_7.jpg", 1)
     for name, said in (("000000", "IMG_7.png"), ("000001", "C:\\photos\\img_7.JPG"), ("000002", "")):
         text(tmp_path / "Annotations" / f"{name}.xml", xml(said))
-    picture(tmp_path / "JPEGImages" / "000002.jfif", 2)
+    put_image(tmp_path / "JPEGImages" / "000002.jfif", 2)
     found = load(tmp_path)
     assert [sample.path.name for sample in found.samples] == ["IMG_7.png", "IMG_7.jpg", "000002.jfif"]
     assert kinds(found) == []
@@ -370,7 +368,7 @@ def test_the_filename_in_an_xml_decides(tmp_path):
 
 def test_two_images_of_one_name_without_a_filename_are_named(tmp_path):
     voc(tmp_path, ("a",))
-    picture(tmp_path / "JPEGImages" / "a.png", 3)
+    put_image(tmp_path / "JPEGImages" / "a.png", 3)
     text(tmp_path / "Annotations" / "a.xml", xml())
     assert "same-name" in kinds(load(tmp_path))
     text(tmp_path / "Annotations" / "a.xml", xml("a.png"))
@@ -405,14 +403,14 @@ def test_a_line_of_a_list_is_one_name(tmp_path, line):
 
 def test_images_without_an_xml_file_are_counted(tmp_path):
     voc(tmp_path)
-    picture(tmp_path / "JPEGImages" / "c.jpg", 5)
-    (note,) = load(tmp_path).findings
+    put_image(tmp_path / "JPEGImages" / "c.jpg", 5)
+    (note,) = load(tmp_path).issues
     assert note.kind == "unlisted-image" and "c.jpg" in note.what
 
 
 @pytest.mark.parametrize("texts, images", [("labels", "data"), ("xmls", "images"), ("Annotations", "imgs"), (".", ".")])
-def test_xml_files_of_other_writers_are_found(tmp_path, texts, pictures):
-    picture(tmp_path / pictures / "a.jpg")
+def test_xml_files_of_other_writers_are_found(tmp_path, texts, images):
+    put_image(tmp_path / images / "a.jpg")
     text(tmp_path / texts / "a.xml", xml("a.jpg"))
     assert [len(sample.boxes) for sample in load(tmp_path).samples] == [1]
 
@@ -420,13 +418,13 @@ def test_xml_files_of_other_writers_are_found(tmp_path, texts, pictures):
 def test_cvat_s_only_split_is_the_train_split(tmp_path):
     text(tmp_path / "annotations" / "instances_default.json", json.dumps(tables()))
     for number in range(2):
-        picture(tmp_path / "images" / "default" / f"{number}.jpg", number)
+        put_image(tmp_path / "images" / "default" / f"{number}.jpg", number)
     assert list(layouts.splits(tmp_path)) == ["train"]
     assert kinds(load(tmp_path)) == []
 
 
 def test_an_archive_of_windows_without_folders_is_named(tmp_path):
-    picture(tmp_path / "images\\train\\a.jpg")
+    put_image(tmp_path / "images\\train\\a.jpg")
     with pytest.raises(DataError, match="archive made on Windows"):
         load(tmp_path)
 

@@ -31,17 +31,17 @@ def test_the_set_reads_strictly_and_says_that_it_is_synthetic(tmp_path):
     assert layouts.splits(root) == {"train": 6, "val": 2, "test": 3}
     for split in layouts.splits(root):
         found = layouts.load(root, split, strict=True)
-        assert found.findings == ()
+        assert found.issues == ()
         assert [info.name for info in found.classes] == list(synthetic.SHAPES)
     assert json.loads((root / "params.json").read_text())["synthetic"] is True
     assert json.loads((root / "annotations" / "test.json").read_text())["info"]["synthetic"] is True
 
 
 def test_no_two_images_are_the_same(tmp_path):
-    pictures = [
+    files = [
         data for name, data in contents(synthetic.render(tmp_path / "set", **SMALL)).items() if name.endswith(".jpg")
     ]
-    assert len(set(pictures)) == 11
+    assert len(set(files)) == 11
 
 
 @pytest.mark.parametrize("shape", synthetic.SHAPES)

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from sets import picture, text, yolo
+from sets import put_image, text, yolo
 
 from edgedetr.data import data_yaml, layouts
 from edgedetr.data.check import check
@@ -23,7 +23,7 @@ def load(root: Path, split: str = "train") -> DetectionSet:
 
 
 def kinds(found: DetectionSet) -> list[str]:
-    return [finding.kind for finding in found.findings]
+    return [issue.kind for issue in found.issues]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_path_counts_where_it_is_this_folder_and_does_no_harm_elsewhere(tmp_path
 )
 def test_lines_of_a_list_are_names_of_images(tmp_path, line, path):
     yolo(tmp_path, "names: [cat, dog]\ntrain: lists/train.txt\n", names=("a",))
-    picture(tmp_path / path)
+    put_image(tmp_path / path)
     text(tmp_path / "lists" / "train.txt", line + "\n")
     assert [sample.path for sample in load(tmp_path).samples] == [tmp_path / path]
 
@@ -159,7 +159,7 @@ def test_label_files_without_an_image_are_findings_with_their_objects(tmp_path):
     text(tmp_path / "labels" / "train" / "classes.txt", "cat\ndog\n")
     (tmp_path / "images" / "train" / "b.jpg").unlink()
     report = check(tmp_path)
-    found = {Path(f.where).name: (f.objects, f.fatal) for f in report.findings if f.kind == "label-without-image"}
+    found = {Path(f.where).name: (f.objects, f.fatal) for f in report.issues if f.kind == "label-without-image"}
     assert found == {"gone.txt": (3, True), "b.txt": (1, True), "empty.txt": (0, False)}
     assert report.objects_left_out == 4
     assert any("4 objects" in line for line in report.lines())
@@ -171,7 +171,7 @@ def test_labels_of_images_that_a_list_leaves_out_are_no_orphans(tmp_path):
     yolo(tmp_path, "names: [cat, dog]\ntrain: train.txt\n")
     text(tmp_path / "train.txt", "images/train/a.jpg\n")
     text(tmp_path / "labels" / "train" / "gone.txt", "0 0.5 0.5 0.1 0.1\n")
-    orphans = [finding.where for finding in load(tmp_path).findings if finding.kind == "label-without-image"]
+    orphans = [issue.where for issue in load(tmp_path).issues if issue.kind == "label-without-image"]
     assert [Path(where).name for where in orphans] == ["gone.txt"]
 
 
@@ -180,12 +180,12 @@ def test_objects_of_unreadable_images_and_labels_are_counted(tmp_path):
     text(tmp_path / "images" / "train" / "a.jpg", b"no image")
     text(tmp_path / "labels" / "train" / "b.txt", "9 0.5 0.5 0.1 0.1\n0 0.5 0.5 0.1 0.1\n")
     report = check(tmp_path)
-    assert {f.kind: f.objects for f in report.findings if f.fatal} == {"unreadable-image": 2, "unknown-class": 1}
+    assert {f.kind: f.objects for f in report.issues if f.fatal} == {"unreadable-image": 2, "unknown-class": 1}
     assert report.to_json()["objects_left_out"] == 3
 
 
 def test_two_images_of_one_name_share_a_label_file_and_are_named(tmp_path):
-    picture(yolo(tmp_path) / "images" / "train" / "a.png", 7)
+    put_image(yolo(tmp_path) / "images" / "train" / "a.png", 7)
     assert kinds(load(tmp_path)) == ["same-name"]
 
 
@@ -230,7 +230,7 @@ def test_lines_of_one_length_may_be_poses_and_are_named(tmp_path):
 def test_label_files_beside_their_images_are_found(tmp_path, names, folder, split):
     text(tmp_path / names, "cat\ndog\n")
     for seed, name in enumerate("ab"):
-        picture(tmp_path / folder / f"{name}.jpg", seed)
+        put_image(tmp_path / folder / f"{name}.jpg", seed)
         text(tmp_path / folder / f"{name}.txt", "1 0.5 0.5 0.25 0.2\n")
     found = load(tmp_path, split)
     assert [len(sample.boxes) for sample in found.samples] == [1, 1]
@@ -239,7 +239,7 @@ def test_label_files_beside_their_images_are_found(tmp_path, names, folder, spli
 
 def test_linked_folders_of_images_and_labels_are_followed(tmp_path):
     yolo(tmp_path, names=("a",))
-    picture(tmp_path / "pool" / "x.jpg", 5)
+    put_image(tmp_path / "pool" / "x.jpg", 5)
     text(tmp_path / "poollabels" / "x.txt", "0 0.5 0.5 0.5 0.5\n")
     (tmp_path / "images" / "train" / "more").symlink_to("../../pool")
     (tmp_path / "labels" / "train" / "more").symlink_to("../../poollabels")
@@ -257,7 +257,7 @@ def test_a_label_file_of_200_000_lines_is_refused_at_once(tmp_path):
 
 def test_a_split_without_any_label_file_says_where_they_were_looked_for(tmp_path):
     yolo(tmp_path, labels="label/train")
-    said = [finding for finding in load(tmp_path).findings if finding.kind == "no-labels"]
+    said = [issue for issue in load(tmp_path).issues if issue.kind == "no-labels"]
     assert len(said) == 1 and "none of 2 images" in said[0].what and "labels/" in said[0].what
 
 
@@ -269,8 +269,8 @@ def test_without_pyyaml_the_message_says_what_to_install(tmp_path, monkeypatch):
 
 def test_a_link_that_was_unpacked_as_text_is_named(tmp_path):
     yolo(tmp_path, names=("a",))
-    picture(tmp_path / "pool" / "x.jpg", 5)
+    put_image(tmp_path / "pool" / "x.jpg", 5)
     link = text(tmp_path / "images" / "train" / "more", "../../pool")
     text(tmp_path / "images" / "train" / "LICENSE", "free")
-    (named,) = load(tmp_path).findings
+    (named,) = load(tmp_path).issues
     assert (named.kind, named.where, named.fatal) == ("link-as-text", str(link), True)

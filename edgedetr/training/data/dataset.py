@@ -56,7 +56,7 @@ def open_splits(folder: Path, config: DataConfig) -> Splits:
     config = config.resolve(layouts.splits(folder))
     train = layouts.load(folder, config.train_split, strict=config.strict)
     train = without_empty_classes(train) if config.drop_empty_classes else train
-    select = layouts.load(folder, config.select_split, strict=config.strict, classes=train.classes, whose=train.name)
+    select = layouts.load(folder, config.select_split, strict=config.strict, classes=train.classes, owner=train.name)
     if not _has_objects(train):
         raise DataError(
             f"{train.root}: the split {train.name!r} has {len(train)} usable images and no objects "
