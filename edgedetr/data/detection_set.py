@@ -68,6 +68,11 @@ class DetectionSet:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def evenly_spaced(self, count: int) -> tuple[Sample, ...]:
+        """At most `count` samples at equal distances, with the first and the last; none of an empty set."""
+        chosen = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+        return tuple(self.samples[index] for index in chosen)
+
 
 def canonical_split_name(name: str) -> str:
     """train, val or test for their usual names (valid, train2017, ...); any other name in lower case."""

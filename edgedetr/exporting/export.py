@@ -130,8 +130,8 @@ def _probes(manifest: Manifest, dataset: DetectionSet | None) -> np.ndarray:
     noise = np.random.default_rng(0).integers(0, 256, (1, 3, height, width)).astype(np.float32)
     if dataset is None or not len(dataset):
         return noise
-    chosen = [dataset.samples[i] for i in np.linspace(0, len(dataset) - 1, min(CHECK_IMAGES, len(dataset))).astype(int)]
-    return np.concatenate([noise, prepare([decode(sample.path) for sample in chosen], manifest.input)[0]])
+    images = [decode(sample.path) for sample in dataset.evenly_spaced(CHECK_IMAGES)]
+    return np.concatenate([noise, prepare(images, manifest.input)[0]])
 
 
 def _recipe(bundle: Bundle) -> tuple[ExportConfig, QuantConfig]:

@@ -1,7 +1,8 @@
-"""What an image processor of transformers does to an image, as resize and normalization of a bundle.
+"""Read an image processor of transformers: how it resizes and normalizes an image.
 
-Every key of preprocessor_config.json (or of `image_processor` in processor_config.json) is read, has no effect on the
-pixels of one image, or makes the import refuse with its name. Sources: the image processors of transformers 4.57, 5.23.
+It is in preprocessor_config.json, or in `image_processor` of processor_config.json. Both imports, of weights and of
+ONNX files, read it here. Every key is read, or refused or reported by name, or has no effect on the pixels of an image.
+Sources: the image processors of transformers 4.57 and 5.23.
 """
 
 from __future__ import annotations
@@ -9,35 +10,42 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from edgedetr.errors import ModelError, did_you_mean
+from edgedetr.errors import EdgedetrError, ModelError, did_you_mean
 from edgedetr.models import FAMILY
+from edgedetr.models.checkpoints.transformers_config import read_json_object
 from edgedetr.models.checkpoints.transformers_keys import Key, NoEffect, Only, Special
+from edgedetr.models.member import PublishedResize
 
+PROCESSOR = "preprocessor_config.json"
 STEP = 32  # input sides are multiples of the coarsest stride
-SIDE = 1 << 14  # pixels; longer sides are a mistake
-# Sizes where a processor's configuration has none: RT-DETR's stretches to a square, the others scale by the sides.
-SQUARE, SHORT, LONG = 640, 800, 1333
-IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+MAX_SIDE = 1 << 14  # pixels; a longer side is an error in the file
+# Sizes if a file gives none, by class of processor: RT-DETR's stretches to a square, the others scale by the sides.
+SQUARE, SHORT, LONG = 640, 800, 1333  # pixels
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TYPE = re.compile(r"(RTDetr|Detr|ConditionalDetr|DeformableDetr)(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)$")
 
 _PIXELS = Special("scale, mean and deviation")
 _SIZE = Special("how images are brought to one size")
 _ANNOTATIONS = NoEffect("of annotations, in training")
-_FORM = NoEffect("in which form arrays come and go")
+_FORM = NoEffect("format of arrays in and out")
 KEYS: dict[str, Key] = {
     **dict.fromkeys(("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"), _PIXELS),
     **dict.fromkeys(("do_resize", "size", "max_size", "do_pad", "pad_and_return_pixel_mask", "pad_size"), _SIZE),
     **dict.fromkeys(("image_processor_type", "feature_extractor_type"), Special("whose defaults hold")),
     "resample": Only("the bundle's resize is bilinear", (2, None)),
     "do_center_crop": Only("nothing is cut off", (False, None)),
+    "do_flip_channel_order": Only("a bundle takes RGB", (False, None)),
     "crop_size": NoEffect("nothing is cropped, see do_center_crop"),
     "default_to_square": NoEffect("these processors make no square of a single number"),
     "do_convert_rgb": NoEffect("images come as RGB in any case"),
-    **dict.fromkeys(("format", "do_convert_annotations"), _ANNOTATIONS),
+    **dict.fromkeys(
+        ("format", "do_convert_annotations", "annotations", "return_segmentation_masks", "masks_path"), _ANNOTATIONS
+    ),
     **dict.fromkeys(
         (
             "data_format",
@@ -60,12 +68,114 @@ KEYS: dict[str, Key] = {
 
 
 @dataclass(frozen=True)
-class Pixels:
-    """What reaches the network: (value / 255 - mean) / std of an image at height x width.
+class TargetSize:
+    """Size of a processor's images.
+
+    kind    "sides": exactly first x second (height, width); "edges": the shorter side is `first`, the longer at most
+            `second`; "bounds": at most first x second
+    """
+
+    kind: Literal["sides", "edges", "bounds"]
+    first: int
+    second: int
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """What a processor does to an image: resize, then (value * scale - mean) / std per RGB channel.
+
+    size       None if the file gives none and the class of the processor is unknown
+    resizes    False: images keep their sizes
+    padding    (height, width) that images are padded to; None: not padded, or to the largest of a batch
+    """
+
+    where: str
+    scale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    size: TargetSize | None
+    resizes: bool
+    padding: tuple[int, int] | None
+
+
+def find_processor(find: Callable[[str], Path | None], error: type[EdgedetrError]) -> tuple[dict[str, Any], str] | None:
+    """The processor's configuration next to a model, and its file; the newer form first, as in transformers.
+
+    find    path of a file next to the model by its name, or None
+    Errors: `error` for a file that is not a JSON object.
+    """
+    for name, inner in (("processor_config.json", "image_processor"), (PROCESSOR, None)):
+        path = find(name)
+        if path is None:
+            continue
+        content = read_json_object(path, error)
+        nested = content if inner is None else content.get(inner)
+        if isinstance(nested, dict):
+            return nested, str(path)
+    return None
+
+
+def read_processor(
+    raw: Mapping[str, Any], where: str, error: type[EdgedetrError], published: PublishedResize | None = None
+) -> ImageProcessor:
+    """Scale, mean, deviation and size of a processor, with the defaults of its class in transformers.
+
+    published   resize of a member of the family, whose class holds if the file names none; None: not of the family
+    Errors: `error` that names the key, its value and what is expected.
+    """
+    read = _Reader(raw, where, error)
+    kind = raw.get("image_processor_type", raw.get("feature_extractor_type"))
+    known = TYPE.match(kind) if isinstance(kind, str) else None
+    if kind is not None and published is not None and not known:
+        raise error(
+            f"{where}: image_processor_type is {_shown(kind)}; expected that of DETR, Conditional "
+            "DETR, Deformable DETR or RT-DETR"
+        )
+    is_known = known is not None or (kind is None and published is not None)
+    if known:
+        stretched = known[1] == "RTDetr"
+    else:
+        stretched = str(kind).startswith("RTDetr") or (published is not None and published.square > 0)
+    scale = 1.0
+    if read.flag("do_rescale", True):
+        scale = 1 / 255
+        if raw.get("rescale_factor") is not None:
+            scale = read.number(raw["rescale_factor"], "rescale_factor", positive=True)
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    given = "image_mean" in raw and "image_std" in raw
+    if read.flag("do_normalize", not stretched) and (given or is_known):
+        mean = read.three("image_mean", IMAGENET[0])
+        std = read.three("image_std", IMAGENET[1], positive=True)
+    elif raw.get("do_normalize") and not given:
+        raise error(
+            f"{where}: do_normalize is true without image_mean and image_std; add them, or say "
+            "--mean and --std and move the file away"
+        )
+    size = read.size(stretched, is_known)
+    pads = read.flag("do_pad", read.flag("pad_and_return_pixel_mask", is_known))
+    padding = read.padding() if pads else None
+    return ImageProcessor(where, scale, mean, std, size, read.flag("do_resize", True), padding)
+
+
+def unsupported(raw: Mapping[str, Any]) -> dict[str, str]:
+    """For each key that is unknown, or has a value that a bundle does not compute: the reason."""
+    found = {}
+    for key, value in raw.items():
+        entry = KEYS.get(key)
+        if entry is None:
+            found[key] = ""
+        elif isinstance(entry, Only) and (value not in entry.values or (isinstance(value, bool) and value)):
+            found[key] = entry.why
+    return found
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What reaches the network of imported weights: (value / 255 - mean) / std of an image at height x width.
 
     resize     "stretch" or "letterbox"
-    mean, std  of R, G, B; None: as the member's published weights take them
-    notes      what the reader should know
+    mean, std  of R, G, B; None: those that the member's published weights were trained with
+    notes      for the user
     """
 
     height: int
@@ -76,188 +186,177 @@ class Pixels:
     notes: tuple[str, ...] = ()
 
 
-def pixels(raw: Mapping[str, Any] | None, member: str, where: str, asked: tuple[int, int] | None) -> Pixels:
-    """Read a processor's configuration, or take the member's published one where there is none.
+def preprocessing_of(
+    raw: Mapping[str, Any] | None, member: str, where: str, asked: tuple[int, int] | None
+) -> Preprocessing:
+    """The preprocessing of a member's weights: as the processor next to them does, or as published if there is none.
 
-    asked   height, width that the user wants instead
+    asked   (height, width) that the user wants instead
 
     Errors: ModelError that names the key, its value and what is read.
     """
     published = FAMILY[member].resize
-    stretched = published.square > 0
     if raw is None:
         size = (
-            {"height": published.square, "width": published.square}
-            if stretched
-            else {"shortest_edge": published.shortest, "longest_edge": published.longest}
+            TargetSize("sides", published.square, published.square)
+            if published.square
+            else TargetSize("edges", published.shortest, published.longest)
         )
         height, width, resize, note = _target(size, "")
-        note = f"no preprocessor_config.json: {note}, as published"
-        return _asked(Pixels(height, width, resize, None, None, (note,)), asked, "that were published")
-    for key, value in raw.items():
+        note = f"no {PROCESSOR}: {note}, as published"
+        return _with_size(Preprocessing(height, width, resize, None, None, (note,)), asked, "that were published")
+    for key, why in unsupported(raw).items():
         entry = KEYS.get(key)
-        if entry is None:
+        if not isinstance(entry, Only):
             raise ModelError(
-                f"{where}: unknown key {key!r} = {_shown(value)}{did_you_mean(key, KEYS)}; the pixels may "
+                f"{where}: unknown key {key!r} = {_shown(raw[key])}{did_you_mean(key, KEYS)}; the pixels may "
                 "depend on it; if they do not, remove it from a copy of the file"
             )
-        if isinstance(entry, Only) and (value not in entry.values or (isinstance(value, bool) and value)):
-            raise ModelError(f"{where}: {key} is {_shown(value)}; expected {_shown(entry.values[0])} ({entry.why})")
-    kind = raw.get("image_processor_type", raw.get("feature_extractor_type"))
-    if kind is not None:
-        found = TYPE.match(kind) if isinstance(kind, str) else None
-        if not found:
-            raise ModelError(
-                f"{where}: image_processor_type is {_shown(kind)}; expected that of DETR, Conditional "
-                "DETR, Deformable DETR or RT-DETR"
-            )
-        stretched = found[1] == "RTDetr"
-    mean, std = _colors(raw, where, normalize=not stretched)
-    size = _size(raw, where, stretched)
-    if not _flag(raw, "do_resize", True, where):
+        raise ModelError(f"{where}: {key} is {_shown(raw[key])}; expected {_shown(entry.values[0])} ({why})")
+    found = read_processor(raw, where, ModelError, published)
+    # (x f - m) / s with x in 0..255 is (x / 255 - m / 255 f) / (s / 255 f).
+    levels = 1.0 if found.scale == 1 / 255 else 255 * found.scale
+    mean, std = ([value / levels for value in values] for values in (found.mean, found.std))
+    if not found.resizes:
         if asked is None:
             raise ModelError(
                 f"{where}: do_resize is false, so images keep their sizes, and a bundle has one; name it by --input HxW"
             )
         note = "the processor keeps every image's size; images of other sizes are stretched to the input"
-        return Pixels(*asked, "stretch", mean, std, (note,))
-    height, width, resize, note = _target(size, where)
-    _padding(raw, size, where)
-    return _asked(Pixels(height, width, resize, mean, std, (note,) if resize == "letterbox" else ()), asked)
+        return Preprocessing(*asked, "stretch", mean, std, (note,))
+    if found.size is None:
+        raise ModelError(f"{where}: no size; expected one; or name it by --input HxW")
+    height, width, resize, note = _target(found.size, where)
+    if found.padding is not None and (
+        found.size.kind == "edges" or found.padding != (found.size.first, found.size.second)
+    ):
+        raise ModelError(
+            f"{where}: pad_size is {_shown(raw.get('pad_size'))}; expected that of size, {_shown(raw.get('size'))}: a "
+            "bundle pads to what it resizes to"
+        )
+    notes = (note,) if resize == "letterbox" else ()
+    return _with_size(Preprocessing(height, width, resize, mean, std, notes), asked)
 
 
-def _asked(found: Pixels, asked: tuple[int, int] | None, whose: str = "that it was trained with") -> Pixels:
+def _with_size(
+    found: Preprocessing, asked: tuple[int, int] | None, whose: str = "that it was trained with"
+) -> Preprocessing:
     if asked is None:
         return found
     note = f"input {asked[0]} x {asked[1]} instead of the {found.height} x {found.width} {whose}"
-    return Pixels(*asked, found.resize, found.mean, found.std, (*found.notes, note))
+    return Preprocessing(*asked, found.resize, found.mean, found.std, (*found.notes, note))
 
 
-def _colors(raw: Mapping[str, Any], where: str, normalize: bool) -> tuple[list[float], list[float]]:
-    """Mean and deviation of values / 255, whatever factor the processor scales by before it normalizes."""
-    factor = 1 / 255
-    if not _flag(raw, "do_rescale", True, where):
-        factor = 1.0
-    elif raw.get("rescale_factor") is not None:
-        factor = _number(raw["rescale_factor"], f"{where}: rescale_factor", positive=True)
-    mean, std = [0.0] * 3, [1.0] * 3
-    if _flag(raw, "do_normalize", normalize, where):
-        mean = _three(raw.get("image_mean"), IMAGENET[0], f"{where}: image_mean")
-        std = _three(raw.get("image_std"), IMAGENET[1], f"{where}: image_std", positive=True)
-    # (x f - m) / s with x in 0..255 is (x / 255 - m / 255 f) / (s / 255 f).
-    levels = 255 * factor
-    return (
-        [value if factor == 1 / 255 else value / levels for value in mean],
-        [value if factor == 1 / 255 else value / levels for value in std],
-    )
+def _default_size(stretched: bool) -> TargetSize:
+    return TargetSize("sides", SQUARE, SQUARE) if stretched else TargetSize("edges", SHORT, LONG)
 
 
-def _size(raw: Mapping[str, Any], where: str, stretched: bool) -> dict[str, int]:
-    """The size as a pair of edges, of sides, or of largest sides."""
-    size = raw.get("size")
-    if size is None:
-        size = {"height": SQUARE, "width": SQUARE} if stretched else {"shortest_edge": SHORT, "longest_edge": LONG}
-    elif isinstance(size, int) and not isinstance(size, bool) and not stretched:
-        longest = raw.get("max_size")
-        size = {"shortest_edge": size, "longest_edge": LONG if longest is None else longest}
-    elif isinstance(size, list) and len(size) == 2:
-        size = {"height": size[0], "width": size[1]}
-    if isinstance(size, dict):
-        named = {name: value for name, value in size.items() if value is not None}
-        for pair in (("shortest_edge", "longest_edge"), ("max_height", "max_width"), ("height", "width")):
-            if set(named) == set(pair):
-                return {name: _side(named[name], f"{where}: size: {name}") for name in pair}
-    raise ModelError(
-        f"{where}: size is {_shown(raw.get('size'))}; expected shortest_edge and longest_edge, max_height "
-        f"and max_width, or height and width{'' if stretched else ', or one number and max_size'}"
-    )
-
-
-def _target(size: Mapping[str, int], where: str) -> tuple[int, int, str, str]:
-    """Height, width, way of the resize, and the sentence about it."""
-    if "height" in size:
-        return size["height"], size["width"], "stretch", f"stretched to {size['height']} x {size['width']}"
-    if "max_height" in size:
-        height, width = _up(size["max_height"]), _up(size["max_width"])
-        return (
-            height,
-            width,
-            "letterbox",
-            (
-                f"trained at up to {size['max_height']} x {size['max_width']} px, the "
-                f"aspect kept: letterbox to {height} x {width}"
-            ),
-        )
-    short, long = size["shortest_edge"], size["longest_edge"]
-    if long < short:
+def _target(size: TargetSize, where: str) -> tuple[int, int, str, str]:
+    """Height, width, kind of resize, and a sentence about it."""
+    first, second = size.first, size.second
+    if size.kind == "sides":
+        return first, second, "stretch", f"stretched to {first} x {second}"
+    height, width = _round_up(first), _round_up(second)
+    if size.kind == "bounds":
+        note = f"trained at up to {first} x {second} px, the aspect kept: letterbox to {height} x {width}"
+        return height, width, "letterbox", note
+    if second < first:
         raise ModelError(
-            f"{where}: size has longest_edge {long} below shortest_edge {short}; expected at least as much"
+            f"{where}: size has longest_edge {second} below shortest_edge {first}; expected at least as much"
         )
-    height, width = _up(short), _up(long)
-    return (
-        height,
-        width,
-        "letterbox",
-        (
-            f"trained with the shorter side at {short} px and the longer at most {long}: "
-            f"letterbox to {height} x {width} keeps that for wide images; for upright ones "
-            f"use --input {width}x{height}"
-        ),
+    note = (
+        f"trained with the shorter side at {first} px and the longer at most {second}: "
+        f"letterbox to {height} x {width} keeps that for wide images; for upright ones "
+        f"use --input {width}x{height}"
     )
+    return height, width, "letterbox", note
 
 
-def _padding(raw: Mapping[str, Any], size: Mapping[str, int], where: str) -> None:
-    """Padding of one image: none, or up to the very size that the letterbox fills."""
-    pads = _flag(raw, "do_pad", _flag(raw, "pad_and_return_pixel_mask", True, where), where)
-    padded = raw.get("pad_size")
-    if not pads or padded is None:
-        return
-    sides = tuple(size.values()) if "shortest_edge" not in size else ()
-    given = (padded.get("height"), padded.get("width")) if isinstance(padded, dict) else ()
-    if given != sides or not sides:
-        raise ModelError(
-            f"{where}: pad_size is {_shown(padded)}; expected that of size, {_shown(dict(size))}: a "
-            "bundle pads to what it resizes to"
-        )
-
-
-def _up(pixels: int) -> int:
+def _round_up(pixels: int) -> int:
     return -(-pixels // STEP) * STEP
 
 
-def _side(value: Any, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= SIDE:
-        raise ModelError(f"{where} is {_shown(value)}; expected pixels, 1 to {SIDE}")
-    return value
+@dataclass(frozen=True)
+class _Reader:
+    """Typed values of a processor's keys; each method raises `error` with the key, its value and what is expected."""
 
+    raw: Mapping[str, Any]
+    where: str
+    error: type[EdgedetrError]
 
-def _flag(raw: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
-    value = raw.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise ModelError(f"{where}: {key} is {_shown(value)}; expected true or false")
-    return value
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.raw.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(f"{self.where}: {key} is {_shown(value)}; expected true or false")
+        return value
 
+    def number(self, value: Any, key: str, positive: bool = False) -> float:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+        if not fits or not math.isfinite(value) or (positive and value < 1e-9):
+            raise self.error(
+                f"{self.where}: {key} is {_shown(value)}; expected a {'positive ' if positive else ''}number"
+            )
+        return float(value)
 
-def _number(value: Any, where: str, positive: bool = False) -> float:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
-    if not fits or not math.isfinite(value) or (positive and value < 1e-9):
-        raise ModelError(f"{where} is {_shown(value)}; expected a {'positive ' if positive else ''}number")
-    return float(value)
+    def three(
+        self, key: str, default: tuple[float, float, float], positive: bool = False
+    ) -> tuple[float, float, float]:
+        """One number per channel, or one for all."""
+        value = self.raw.get(key)
+        if value is None:
+            return default
+        if isinstance(value, list) and len(value) != 3:
+            raise self.error(f"{self.where}: {key} is {_shown(value)}; expected three numbers, of R, G and B")
+        listed = value if isinstance(value, list) else [value] * 3
+        red, green, blue = (self.number(item, key, positive) for item in listed)
+        return red, green, blue
 
+    def size(self, stretched: bool, is_known: bool) -> TargetSize | None:
+        """The size; for a single number and for none, as the processor's class takes it."""
+        size, longest = self.raw.get("size"), self.raw.get("max_size")
+        if size is None:
+            return _default_size(stretched) if is_known else None
+        if isinstance(size, int) and not isinstance(size, bool) and not stretched:
+            is_square = not is_known and longest is None  # what most classes take a single number for
+            size = (
+                {"height": size, "width": size}
+                if is_square
+                else {"shortest_edge": size, "longest_edge": LONG if longest is None else longest}
+            )
+        elif isinstance(size, list) and len(size) == 2:
+            size = {"height": size[0], "width": size[1]}
+        if isinstance(size, dict):
+            named = {name: value for name, value in size.items() if value is not None}
+            kinds: tuple[tuple[Literal["sides", "edges", "bounds"], str, str], ...] = (
+                ("edges", "shortest_edge", "longest_edge"),
+                ("bounds", "max_height", "max_width"),
+                ("sides", "height", "width"),
+            )
+            for kind, first, second in kinds:
+                if set(named) == {first, second}:
+                    return TargetSize(kind, *(self._side(named[name], f"size: {name}") for name in (first, second)))
+        raise self.error(
+            f"{self.where}: size is {_shown(self.raw.get('size'))}; expected shortest_edge and longest_edge, "
+            f"max_height and max_width, or height and width{'' if stretched else ', or one number and max_size'}"
+        )
 
-def _three(value: Any, default: list[float], where: str, positive: bool = False) -> list[float]:
-    """One number per channel, or one for all."""
-    if value is None:
-        return default
-    if isinstance(value, list) and len(value) == 3:
-        return [_number(item, where, positive) for item in value]
-    if isinstance(value, list):
-        raise ModelError(f"{where} is {_shown(value)}; expected three numbers, of R, G and B")
-    return [_number(value, where, positive)] * 3
+    def padding(self) -> tuple[int, int] | None:
+        padded = self.raw.get("pad_size")
+        if padded is None:
+            return None
+        if not isinstance(padded, dict):
+            raise self.error(f"{self.where}: pad_size is {_shown(padded)}; expected height and width")
+        return self._side(padded.get("height"), "pad_size: height"), self._side(padded.get("width"), "pad_size: width")
+
+    def _side(self, value: Any, key: str) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_SIDE:
+            raise self.error(f"{self.where}: {key} is {_shown(value)}; expected pixels, 1 to {MAX_SIDE}")
+        return value
 
 
 def _shown(value: Any) -> str:
+    """A value as JSON, cut to a length that a message can hold."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

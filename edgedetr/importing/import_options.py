@@ -10,10 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from edgedetr.bundle import ClassInfo
 from edgedetr.errors import UsageError
 from edgedetr.image_size import check_size
-from edgedetr.importing.box_format import OPTIONS as BOX_FORMATS
+from edgedetr.importing.output_formats import BOX_FORMATS
 from edgedetr.options import one_of
 from edgedetr.runtime.arguments import as_path, check_texts, shown
 
@@ -70,7 +69,7 @@ class ImportOptions:
     scale, mean, std, resize   the preprocessing outside of the file, see `Normalization`. None: as in
                 preprocessor_config.json next to it, else the usual one of models with such outputs
     activation  "sigmoid" or "softmax": what turns its class logits into scores
-    boxes       format of its boxes, one of box_format.OPTIONS
+    boxes       format of its boxes, one of output_formats.BOX_FORMATS
     outputs     names of the outputs to use: class logits, boxes
     columns     where a class of the data set is among the logits, if nothing names them: at its "index", or at its
                 "category-id"
@@ -153,78 +152,8 @@ FOR_WEIGHTS = ("model", "sets")
 FOR_ONNX = ("scale", "mean", "std", "resize", "activation", "boxes", "outputs", "columns", "sampling")
 
 
-@dataclass(frozen=True)
-class Kept:
-    """The class logits that the bundle keeps: `places` in the file, in the order of `classes` ("no object" last)."""
-
-    activation: str
-    classes: tuple[ClassInfo, ...]
-    places: tuple[int, ...]
-
-
-def usual(outputs: Sequence[str]) -> Normalization:
+def default_normalization(outputs: Sequence[str]) -> Normalization:
     """The normalization that models with outputs of these names are published with."""
     return (
         Normalization(mean=IMAGENET[0], std=IMAGENET[1]) if set(outputs) == {"dets", "labels"} else Normalization()
     )  # RF-DETR
-
-
-def read_names(path: Path) -> list[str]:
-    """One name per line; "-" for a class logit that is not used."""
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path}: cannot be read ({error}); expected a text file with one class name per line"
-        ) from error
-    names = names[: len(names) - next((i for i, name in enumerate(reversed(names)) if name), len(names))]
-    used = [name for name in names if name != "-"]
-    if not used or "" in names or len(set(used)) < len(used):
-        raise UsageError(
-            f"{path}: {len(used)} names, of which some are empty or twice there; expected one line for "
-            "each class logit of the file, in order, `-` for one that is not used"
-        )
-    return names
-
-
-def columns_of(
-    width: int,
-    activation: Literal["sigmoid", "softmax"],
-    names: Sequence[str] | None,
-    known: tuple[ClassInfo, ...] | None,
-    columns: str,
-    source: str = "--classes",
-) -> Kept:
-    """What the `width` class logits of the file stand for, and which of them the bundle keeps.
-
-    names    of the logits, in order, as `source` says; None = the data set's classes, `known`, as `columns` says
-    Errors: UsageError where they cannot stand for that under this activation.
-    """
-    usable = width - (activation == "softmax")
-    if names is not None:
-        given = {name: place for place, name in enumerate(names) if name != "-"}
-        lost = [item.name for item in known or () if item.name not in given]
-        if lost:
-            way = "" if source == "--classes" else "; or say --columns index where they stand in the data set's order"
-            raise UsageError(
-                f"{source} does not name {', '.join(lost[:5])}, which the data set has; expected one "
-                f"line of --classes for each class logit of the file, in order, `-` for one that is not "
-                f"used{way}"
-            )
-        known = known or tuple(ClassInfo(index, place, name) for index, (name, place) in enumerate(given.items()))
-        places, count = [given[item.name] for item in known], len(names)
-    else:
-        known = known or tuple(ClassInfo(index, index, f"class {index}") for index in range(usable))
-        places, count = [item.category_id if columns == "category-id" else item.index for item in known], len(known)
-    if not places or min(places) < 0 or max(places) >= usable:
-        raise UsageError(
-            f"the file has {usable} class logits{' besides no object' if usable < width else ''}, and a "
-            f"class stands at place {max(places, default=0)}; expected one line of --classes for each "
-            "logit of the file, or --columns index"
-        )
-    if width > count + 1 and columns == "index":
-        raise UsageError(
-            f"the file has {width} class logits for {count} classes; say which is which: --classes FILE, "
-            "or --columns category-id where they stand at the category ids (COCO: 91 for 80)"
-        )
-    return Kept(activation, known, tuple(places + ([width - 1] if activation == "softmax" else [])))

@@ -1,6 +1,6 @@
-"""Published weights of a detector to a bundle: architecture from the tensors, classes and resize from what lies beside.
+"""Import pretrained weights: the architecture from the tensors, classes and preprocessing from the files next to them.
 
-Nothing in the file is executed, and nothing in it is skipped without a word: a tensor that has no place is an error.
+Nothing in the files is executed, and nothing is ignored silently: a tensor that the model does not have is an error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from edgedetr.data import layouts
 from edgedetr.data.coco_classes import COCO, UNUSED, coco_classes
 from edgedetr.data.detection_set import without_empty_classes
 from edgedetr.errors import DataError, ModelError
-from edgedetr.importing.image_processor import Pixels, pixels
+from edgedetr.importing.class_names import config_labels
+from edgedetr.importing.image_processor import find_processor, preprocessing_of
 from edgedetr.importing.import_options import ImportOptions
 from edgedetr.models import build, member
 from edgedetr.models.checkpoints import conversion, pretrained
@@ -35,7 +36,7 @@ from edgedetr.recipe import Recipe
 from edgedetr.runtime.arguments import as_path
 from edgedetr.storage.reading import read_text
 
-LAYER = re.compile(r"decoder\.(?:layers|boxes\.(?:score|box|class_tower|box_tower))\.(\d+)\.")
+DECODER_LAYER = re.compile(r"decoder\.(?:layers|boxes\.(?:score|box|class_tower|box_tower))\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def import_weights(source: str | Path, out: str | Path, options: ImportOptions) 
     read = architecture(origin, model, size, sets)
     recipe, weights, notes = read.recipe, read.weights, list(read.notes)
     config = recipe.model.config
-    published = _classes(num_classes(weights, config.activation), read.told, classes, source, notes)
+    published = _classes(num_classes(weights, config.activation), read.config, classes, source, notes)
     record, wanted = None, published
     if data is not None:
         place = recipe.data.resolve(layouts.splits(data))
@@ -104,7 +105,7 @@ def import_weights(source: str | Path, out: str | Path, options: ImportOptions) 
     rows = pretrained.rows_by_name([c.name for c in published], [c.name for c in wanted])
     loaded = pretrained.load_weights(detector, weights, source, None if wanted == published else rows)
     contract = recipe.input.contract()
-    DeployGraph(detector, contract.height, contract.width)  # what cannot be deployed fails before it is written
+    DeployGraph(detector, contract.height, contract.width)  # fails before anything is written
     kept = tuple(c.name for c, row in zip(wanted, rows) if row is not None)
     fresh = tuple(c.name for c, row in zip(wanted, rows) if row is None)
     if fresh:
@@ -137,38 +138,46 @@ def import_weights(source: str | Path, out: str | Path, options: ImportOptions) 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model as its files describe it: recipe and weights under our names; `told` of its config.json, or None."""
+    """A model as its files describe it.
+
+    layout    whose tensor names the file uses
+    recipe    with the configuration of the model and its input
+    weights   under our names
+    config    config.json of transformers; None without
+    notes     for the user
+    """
 
     layout: str
     recipe: Recipe
     weights: conversion.Weights
-    told: TransformersConfig | None
+    config: TransformersConfig | None
     notes: tuple[str, ...]
 
 
 def architecture(
     origin: WeightSource, model: str, size: tuple[int, int] | None = None, sets: Sequence[str] = ()
 ) -> Architecture:
-    """What a source's tensors, config.json and preprocessor_config.json say together.
+    """The model that a source's tensors, config.json and preprocessor_config.json describe together.
 
-    Errors: ModelError where they disagree, and for whatever our networks would not compute; it names the key.
+    Errors: ModelError, which names the key, if they disagree, or for a model that this package would not compute.
     """
     source, chosen = origin.source, member(model)
     raw = origin.weights()
     layout, notes = conversion.layout_of(model, raw, source), list(origin.notes)
-    told = _told(origin, model, layout, notes)
+    config = _config_next_to(origin, model, layout, notes)
     weights = conversion.translate(model, raw, source)
-    values = dict(told.values) if told else {}
-    for assignment in sets:  # samples per head follow from it, so it is needed at once
+    values = dict(config.values) if config else {}
+    for assignment in sets:  # needed now, because the number of samples per head follows from it
         if assignment.replace(" ", "").startswith("model.heads="):
-            values["heads"] = _whole(assignment)
+            values["heads"] = _heads_of(assignment)
     values.setdefault("heads", 8)
     found = config_from_state_dict(chosen, weights, values["heads"])
     if chosen.refuse_import is not None and layout != "edgedetr" and (refused := chosen.refuse_import(found)):
         raise ModelError(f"{source}: {refused}")
-    if told:
-        told.agree(found)
-    image = _pixels(origin, model, size)
+    if config:
+        config.require_agreement(found)
+    raw_processor, where = find_processor(origin.file_next_to, ModelError) or (None, source)
+    image = preprocessing_of(raw_processor, model, where, size)
     notes += image.notes
     colors = {"mean": image.mean, "std": image.std} if image.mean and image.std else {}
     known = chosen.config.__dataclass_fields__
@@ -178,35 +187,36 @@ def architecture(
         "input": {"height": image.height, "width": image.width, "resize": image.resize},
     }
     recipe = Recipe.from_dict(sections, where=source, sets=sets)
-    if not told:
+    if not config:
         notes.append(_unreadable(chosen, recipe.model.config, found))
     weights = _first_layers(weights, getattr(recipe.model.config, "decoder_layers", len(weights)), notes)
-    return Architecture(layout, recipe, weights, told, tuple(notes))
+    return Architecture(layout, recipe, weights, config, tuple(notes))
 
 
 def _first_layers(weights: conversion.Weights, count: int, notes: list[str]) -> conversion.Weights:
-    """Without the decoder layers from `count` on, which a file may hold and its model not use (eval_idx)."""
-    later = {name for name in weights if (found := LAYER.match(name)) and int(found[1]) >= count}
+    """The weights without decoder layers from `count` on, which a file may hold and its model not use (eval_idx)."""
+    later = {name for name in weights if (found := DECODER_LAYER.match(name)) and int(found[1]) >= count}
     if later:
         notes.append(f"decoder layers from {count} on are left out, as model.decoder_layers says: {len(later)} tensors")
     return {name: tensor for name, tensor in weights.items() if name not in later}
 
 
-def _whole(assignment: str) -> int:
+def _heads_of(assignment: str) -> int:
+    """The number in `model.heads=N`."""
     value = assignment.partition("=")[2].strip()
     if not value.isdecimal() or not 0 < int(value[:9]) < 1 << 16:
         raise ModelError(f"--set {assignment}: expected a whole number from 1")
     return int(value)
 
 
-def _told(origin: WeightSource, model: str, layout: str, notes: list[str]) -> TransformersConfig | None:
-    """config.json beside the weights: of transformers' files always, of others only where it speaks of this model."""
+def _config_next_to(origin: WeightSource, model: str, layout: str, notes: list[str]) -> TransformersConfig | None:
+    """config.json next to weights of transformers; that of other files is not read, and `notes` says so."""
     if layout.startswith("transformers"):
-        told = pretrained.transformers_config_of(origin, model)
-        if told is None:
-            notes.append("no config.json beside the weights")
-        return told
-    path = origin.beside("config.json")
+        config = pretrained.transformers_config_of(origin, model)
+        if config is None:
+            notes.append("no config.json next to the weights")
+        return config
+    path = origin.file_next_to("config.json")
     if path is not None:
         notes.append(f"{path} was not read: the weights are not transformers', but those of {layout}")
     return None
@@ -220,36 +230,23 @@ def _unreadable(model: Member, config: Any, found: dict[str, Any]) -> str:
         if name not in found or (name == "ffn_activation" and found[name] != "prelu")
     }
     listed = ", ".join(f"{name}={value}".lower() for name, value in taken.items())
-    said = "whether C5 is dilated (DC5), " if "dilate_last" in taken else ""
-    said += (
+    unknown = "whether C5 is dilated (DC5), " if "dilate_last" in taken else ""
+    unknown += (
         "whether sampling is discrete, which decoder layer is the last one used (eval_idx), "
         if "method" in taken
         else ""
     )
     return (
-        f"no tensor says {said}and no file beside it does; taken as usual: {listed}; change by --set "
+        f"no tensor shows {unknown}and no file next to it does; taken as usual: {listed}; change by --set "
         f"model.{next(iter(taken), 'heads')}=VALUE, and so on"
     )
 
 
-def _pixels(origin: WeightSource, model: str, size: tuple[int, int] | None) -> Pixels:
-    """What the image processor beside the weights does; its newer file goes first, as in transformers."""
-    for name, inner in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
-        path = origin.beside(name)
-        if path is None:
-            continue
-        content = pretrained.config_json(path)
-        nested = content if inner is None else content.get(inner)
-        if isinstance(nested, dict):
-            return pixels(nested, model, str(path), size)
-    return pixels(None, model, origin.source, size)
-
-
 def _classes(
-    count: int, told: TransformersConfig | None, file: Path | None, source: str, notes: list[str]
+    count: int, config: TransformersConfig | None, file: Path | None, source: str, notes: list[str]
 ) -> tuple[ClassInfo, ...]:
-    """The classes of the file's head: named by `file`, by config.json, by COCO where the count fits, or by number."""
-    labels = _labels(told, count) if told and file is None else None
+    """Classes of the class head: named by `file`, by config.json, by COCO if the count fits, or numbered."""
+    labels = _labels(config, count) if config and file is None else None
     if file is not None:
         text = read_text(file, DataError, fix="expected a class name per line")
         listed = [UNUSED if line == "-" else line for line in (line.strip() for line in text.splitlines()) if line]
@@ -275,21 +272,15 @@ def _classes(
     return tuple(ClassInfo(index, numbers[index], name) for index, name in enumerate(listed))
 
 
-def _labels(told: TransformersConfig, count: int) -> list[str] | None:
-    """Names in config.json, as many as the class head has rows; None where it has none."""
-    number, labels = told.raw.get("num_labels"), told.raw.get("id2label")
+def _labels(config: TransformersConfig, count: int) -> list[str] | None:
+    """Names in config.json, as many as the class head has rows; None if it has none."""
+    number = config.raw.get("num_labels")
     if number is not None and (isinstance(number, bool) or number != count):
-        raise ModelError(f"{told.where}: num_labels is {number!r:.60}, but the class head has {count} rows")
-    if labels is None:
-        return None
-    if not isinstance(labels, dict) or set(labels) != {str(index) for index in range(count)}:
-        there = f"has {len(labels)} entries" if isinstance(labels, dict) else f"is a {type(labels).__name__}"
+        raise ModelError(f"{config.where}: num_labels is {number!r:.60}, but the class head has {count} rows")
+    listed = config_labels(config.raw, config.where, ModelError)
+    if listed is not None and len(listed) != count:
         raise ModelError(
-            f"{told.where}: id2label {there}; expected one for each of the class head's {count} rows, 0 "
-            f"to {count - 1}; or name the classes by --classes FILE"
+            f"{config.where}: id2label has {len(listed)} entries; expected one for each of the class head's {count} "
+            "rows; or name the classes by --classes FILE"
         )
-    listed = [labels[str(index)] for index in range(count)]
-    odd = next((name for name in listed if not isinstance(name, (str, int, float)) or isinstance(name, bool)), None)
-    if odd is not None or None in listed:
-        raise ModelError(f"{told.where}: id2label holds a {type(odd).__name__}; expected names")
-    return [str(name) for name in listed]
+    return listed

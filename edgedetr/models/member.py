@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_args
 from edgedetr.errors import ModelError
 from edgedetr.models.checkpoints.config_from_state_dict import Reader
 from edgedetr.models.checkpoints.rename_rules import Layout
-from edgedetr.models.checkpoints.transformers_keys import Source
+from edgedetr.models.checkpoints.transformers_keys import TransformersClass
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.initialization import InitRule, redraw
 from edgedetr.options import one_of
@@ -90,7 +90,7 @@ class Member:
     per_class: tuple[str, ...] = PER_CLASS
     original_init: Mapping[str, InitRule] | None = None
     layouts: tuple[Layout, ...] = ()
-    transformers: Mapping[str, Source] = field(default_factory=dict)
+    transformers: Mapping[str, TransformersClass] = field(default_factory=dict)
     readers: Mapping[str, Reader] = field(default_factory=dict)
     unreadable: tuple[str, ...] = ("heads", "dilate_last")
     resize: PublishedResize = PublishedResize()

@@ -13,8 +13,8 @@ from references import transformers
 
 from edgedetr.bundle import InputContract
 from edgedetr.errors import ModelError
-from edgedetr.importing.image_processor import KEYS, Pixels, pixels
-from edgedetr.importing.weights import _pixels
+from edgedetr.importing.image_processor import KEYS, Preprocessing, find_processor, preprocessing_of
+from edgedetr.importing.onnx_model import read_model_files
 from edgedetr.models.checkpoints.transformers_keys import NoEffect, Only
 from edgedetr.models.checkpoints.weight_source import WeightSource
 from edgedetr.runtime.preprocess import resize
@@ -45,7 +45,7 @@ def theirs(kind: str, **options: Any) -> np.ndarray:
 
 def ours(kind: str, raw: dict[str, Any]) -> np.ndarray:
     """What reaches the network of the bundle."""
-    found = pixels(raw, MEMBERS[kind], "p.json", None)
+    found = preprocessing_of(raw, MEMBERS[kind], "p.json", None)
     assert found.mean is not None and found.std is not None
     sized, _ = resize(IMAGE, InputContract(found.height, found.width, found.resize), backend="numpy")
     return ((sized / 255 - np.array(found.mean)) / np.array(found.std)).transpose(2, 0, 1)
@@ -101,7 +101,7 @@ def test_one_number_is_the_shorter_side_and_max_size_the_longer(
 ) -> None:
     made = getattr(transformers, f"{kind}Pil")(**raw)
     assert (made.size["shortest_edge"], made.size["longest_edge"]) == (short, long), "the processor's own reading"
-    found = pixels(raw, MEMBERS[kind], "p.json", None)
+    found = preprocessing_of(raw, MEMBERS[kind], "p.json", None)
     assert (found.height, found.width) == (-(-short // 32) * 32, -(-long // 32) * 32)
     assert f"shorter side at {short} px and the longer at most {long}" in found.notes[0]
 
@@ -109,16 +109,18 @@ def test_one_number_is_the_shorter_side_and_max_size_the_longer(
 @kinds
 def test_no_sentence_about_edges_where_a_file_says_something_else(kind: str) -> None:
     for size in ({"height": 320, "width": 320}, {"max_height": 480, "max_width": 640}):
-        found = pixels(written(kind, size=size), MEMBERS[kind], "p.json", None)
+        found = preprocessing_of(written(kind, size=size), MEMBERS[kind], "p.json", None)
         assert not any("1333" in note or "800" in note for note in found.notes), found.notes
 
 
-def test_without_a_file_the_published_resize_is_taken_and_said() -> None:
-    assert "no preprocessor_config.json" in pixels(None, "rt_detr", "x", None).notes[0]
-    assert pixels(None, "rt_detr", "x", None) == Pixels(
+def test_without_a_file_the_published_resize_is_taken_and_reported() -> None:
+    assert "no preprocessor_config.json" in preprocessing_of(None, "rt_detr", "x", None).notes[0]
+    assert preprocessing_of(None, "rt_detr", "x", None) == Preprocessing(
         640, 640, "stretch", None, None, ("no preprocessor_config.json: stretched to 640 x 640, as published",)
     )
-    assert pixels(None, "detr", "x", (320, 320)).notes[1].startswith("input 320 x 320 instead of the 800 x 1344")
+    assert (
+        preprocessing_of(None, "detr", "x", (320, 320)).notes[1].startswith("input 320 x 320 instead of the 800 x 1344")
+    )
 
 
 @kinds
@@ -143,12 +145,14 @@ def test_keys_without_effect_change_no_pixel_there_and_nothing_here(kind: str) -
     np.testing.assert_array_equal(theirs(kind, **size, **other), theirs(kind, **size))
     raw = written(kind, **size)
     named = {key: other.get(key, "anything") for key, entry in KEYS.items() if isinstance(entry, NoEffect)}
-    assert pixels({**raw, **named}, MEMBERS[kind], "p", None) == pixels(raw, MEMBERS[kind], "p", None)
+    assert preprocessing_of({**raw, **named}, MEMBERS[kind], "p", None) == preprocessing_of(
+        raw, MEMBERS[kind], "p", None
+    )
 
 
 @kinds
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"resample": 3}, "resample is 3"),
         ({"resample": 0}, "resample is 0"),
@@ -178,28 +182,34 @@ def test_keys_without_effect_change_no_pixel_there_and_nothing_here(kind: str) -
         ({"do_color": 1}, "unknown key 'do_color' = 1"),
     ],
 )
-def test_what_a_bundle_cannot_do_is_refused_by_name(kind: str, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ModelError, match=f"p.json: {said}"):
-        pixels({**written(kind), **changes}, MEMBERS[kind], "p.json", None)
+def test_what_a_bundle_cannot_do_is_refused_by_name(kind: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=f"p.json: {message}"):
+        preprocessing_of({**written(kind), **changes}, MEMBERS[kind], "p.json", None)
 
 
 def test_a_processor_that_does_not_resize_needs_a_size_and_gets_it() -> None:
-    found = pixels({"do_resize": False}, "detr", "p.json", (96, 128))
+    found = preprocessing_of({"do_resize": False}, "detr", "p.json", (96, 128))
     assert (found.height, found.width, found.resize) == (96, 128, "stretch")
     assert "keeps every image's size" in found.notes[0]
 
 
 def test_one_number_is_no_size_to_rt_detr() -> None:
     with pytest.raises(ModelError, match="size is 640"):
-        pixels({"size": 640}, "rt_detr", "p.json", None)
-    found = pixels({"size": 640, "image_processor_type": "DetrImageProcessor"}, "rt_detr", "p", None)
+        preprocessing_of({"size": 640}, "rt_detr", "p.json", None)
+    found = preprocessing_of({"size": 640, "image_processor_type": "DetrImageProcessor"}, "rt_detr", "p", None)
     assert found.resize == "letterbox"
 
 
 @kinds
 def test_every_suffix_of_a_class_is_known(kind: str) -> None:
     for name in (kind, f"{kind}Fast", f"{kind}Pil", kind.replace("ImageProcessor", "FeatureExtractor")):
-        pixels({"image_processor_type": name}, MEMBERS[kind], "p.json", None)
+        preprocessing_of({"image_processor_type": name}, MEMBERS[kind], "p.json", None)
+
+
+def size_of_processor(origin: WeightSource) -> dict[str, int]:
+    found = find_processor(origin.file_next_to, ModelError)
+    assert found is not None
+    return found[0]["size"]
 
 
 def test_the_newer_file_goes_first_and_the_older_is_taken_where_it_nests_nothing(tmp_path: Path) -> None:
@@ -208,18 +218,57 @@ def test_the_newer_file_goes_first_and_the_older_is_taken_where_it_nests_nothing
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 64, "width": 64}}))
     origin = WeightSource(str(tmp_path))
     (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "X"}))
-    assert _pixels(origin, "detr", None).height == 64
+    assert size_of_processor(origin) == {"height": 64, "width": 64}
     nested = {"image_processor": {"size": {"height": 32, "width": 32}}}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
-    assert _pixels(origin, "detr", None).height == 32
+    assert size_of_processor(origin) == {"height": 32, "width": 32}
     (tmp_path / "processor_config.json").write_text("[" * 100_000)
     with pytest.raises(ModelError, match="processor_config.json: nested too deep"):
-        _pixels(origin, "detr", None)
+        size_of_processor(origin)
     (tmp_path / "processor_config.json").write_text("[]")
     with pytest.raises(ModelError, match="processor_config.json: list; expected an object"):
-        _pixels(origin, "detr", None)
+        size_of_processor(origin)
+
+
+@kinds
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"size": 600, "max_size": 900},
+        {"size": {"height": 64, "width": 96}},
+        {"do_normalize": True, "image_mean": 0.5},
+        {
+            "do_normalize": True,
+            "rescale_factor": 1 / 127.5,
+            "image_mean": [1.0, 0.9, 0.8],
+            "image_std": [0.5, 1.0, 2.0],
+        },
+        {"do_rescale": False, "do_normalize": False},
+    ],
+    ids=str,
+)
+def test_imports_of_weights_and_of_onnx_files_read_a_processor_alike(
+    kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    if kind == "RTDetrImageProcessor" and isinstance(options.get("size"), int):
+        pytest.skip("RT-DETR's processor takes no single number")
+    raw = {"image_processor_type": kind, **options}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(raw))
+    weights = preprocessing_of(raw, MEMBERS[kind], "p.json", None)
+    onnx = read_model_files(tmp_path / "model.onnx").normalization
+    assert onnx is not None and weights.mean is not None and weights.std is not None
+    assert onnx.resize == weights.resize
+    for value in (0, 100, 255):
+        expected = (value / 255 - np.array(weights.mean)) / np.array(weights.std)
+        np.testing.assert_allclose(value * onnx.factor + onnx.shift, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_tables_say_why() -> None:
     assert all(entry.why for entry in KEYS.values())
-    assert {key for key, entry in KEYS.items() if isinstance(entry, Only)} == {"resample", "do_center_crop", "auto_map"}
+    assert {key for key, entry in KEYS.items() if isinstance(entry, Only)} == {
+        "resample",
+        "do_center_crop",
+        "do_flip_channel_order",
+        "auto_map",
+    }

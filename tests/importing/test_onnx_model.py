@@ -1,4 +1,4 @@
-"""Bring your own: foreign ONNX files of every contract become bundles that find what the files find."""
+"""ONNX files of every contract that were made elsewhere become bundles that find the same objects."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def scenes(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     """One file of each contract. Three are the library's exporter's, three differ from these in their last nodes."""
-    folder = tmp_path_factory.mktemp("foreign")
+    folder = tmp_path_factory.mktemp("external")
     detr = hugging_face_detr()
     sizes = (torch.tensor([[WIDTH, HEIGHT]]),)
     pixels, two = ("pixel_values",), ("images", "orig_target_sizes")
@@ -176,8 +176,8 @@ def test_the_graph_is_one_of_ours(brought):
     assert result.gathered == (0 if "softmax" in kind else 6)  # two layers, three levels
 
 
-def test_selection_and_decoder_are_known_by_their_place(brought):
-    """Names by another exporter would not say it: the rows and the reach of each node do."""
+def test_selection_and_decoder_are_recognized_in_the_graph(brought):
+    """Names of another exporter do not show it; the rows of each node and its paths to the outputs do."""
     from edgedetr.onnx_graph.index import GraphIndex
     from edgedetr.quantization.policy import load_policy, make_plan
 
@@ -204,7 +204,7 @@ def test_names_are_not_needed_for_that(files, scenes, tmp_path):
     assert sum(name.startswith("/selector/") for name in names) > 5
 
 
-# ---- the whole way
+# ---- end to end
 
 
 @pytest.mark.parametrize("kind", ["raw", "decoded"])
@@ -212,9 +212,9 @@ def test_import_int8_lint_and_verify_by_the_command_line(kind, files, scenes, tm
     out = str(tmp_path / "b.bundle")
     size = f"{HEIGHT}x{WIDTH}"
     assert cli.run(["import", str(files[kind]), "--out", out, "--data", str(scenes), "--input", size]) == 0
-    said = capsys.readouterr().err
-    assert "there is no PyTorch model" in said
-    assert "normalization taken: (pixel x 0.00392157 - 0 0 0) / 1 1 1" in said
+    err = capsys.readouterr().err
+    assert "there is no PyTorch model" in err
+    assert "normalization taken: (pixel x 0.00392157 - 0 0 0) / 1 1 1" in err
     assert cli.run(["export", out, "--int8"]) == 0
     assert cli.run(["lint", out]) == 0
     bundle = Bundle.open(out)
@@ -280,8 +280,8 @@ def test_without_data_classes_come_from_the_file_of_names(files, tmp_path):
     "text, message",
     [
         ("", "0 names"),
-        ("a\n\nb", "empty or twice"),
-        ("a\na", "empty or twice"),
+        ("a\n\nb", "empty or repeated"),
+        ("a\na", "empty or repeated"),
         ("a\nb\nc", "6 class logits for 3 classes|line for each|does not name"),
     ],
 )
@@ -304,7 +304,7 @@ def test_an_open_size_must_be_said_and_a_fixed_one_kept(files, scenes, tmp_path)
 
 def test_rf_detr_gets_the_statistics_it_was_published_with(brought):
     kind, _, result = brought
-    if kind != "softmax":  # that one is told others
+    if kind != "softmax":  # its options give other values
         assert result.normalization.mean == ((0.485, 0.456, 0.406) if kind == "rf" else (0, 0, 0))
 
 

@@ -41,7 +41,7 @@ def _dangling(model):
 @pytest.mark.parametrize(
     "model, message",
     [
-        (detector_of(image=(1, 32, 32, 3)), "32 channels at its second place; .*channels first"),
+        (detector_of(image=(1, 32, 32, 3)), "32 channels in its second dimension; .*channels first"),
         (detector_of(image=(4, 3, 32, 32)), "takes 4 images at a time"),
         (detector_of(kind=TensorProto.FLOAT16), "input 'x' is float16; expected float32"),
         (
@@ -52,7 +52,7 @@ def _dangling(model):
         (replaced(_quantized), "quantized already"),
         (replaced(_no_boxes), "the graph gives logits .*; expected one of: logits"),
         (replaced(_dangling), "not valid ONNX"),
-        (detector_of(boxes=640.0), "far outside of it in every reading; expected cx, cy, w, h as shares"),
+        (detector_of(boxes=640.0), "far outside of it in every reading; expected cx, cy, w, h as fractions"),
     ],
 )
 def test_what_cannot_be_imported_is_said_and_leaves_nothing(tmp_path, model, message):
@@ -123,7 +123,7 @@ def test_a_trained_bundle_is_not_overwritten(tmp_path):
         (["m.onnx", "--std", "0", "1", "1"], "std"),
     ],
 )
-def test_wrong_words_are_told(tmp_path, words, message, capsys, monkeypatch):
+def test_wrong_words_are_refused(tmp_path, words, message, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     onnx.save(detector_of(), tmp_path / "m.onnx")
     assert cli.run(["import", *words, "--out", "b"]) == 2

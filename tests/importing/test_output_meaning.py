@@ -1,4 +1,4 @@
-"""What the outputs of a foreign file mean is found out, said, and refused where two readings fit."""
+"""The meaning of an external file's outputs is found and reported, and refused where two readings fit."""
 
 from __future__ import annotations
 
@@ -261,8 +261,8 @@ def test_a_file_that_finds_nothing_on_the_labeled_images_says_so(tmp_path, data,
 # ---- forms
 
 
-def test_which_outputs_count_can_be_said(tmp_path):
-    """Three classes and "no object" are four numbers too: the boxes are told by their numbers, or by name."""
+def test_which_outputs_count_can_be_given(tmp_path):
+    """Three classes and "no object" are four numbers too: the boxes are recognized by their values, or by name."""
     made = planted(softmax=True)
     made.add("Abs", "l", out="l2")
     with pytest.raises(ExportError, match="pairs of outputs may be classes and boxes; say which: --outputs"):
@@ -366,7 +366,7 @@ def test_boxes_with_their_score_beside_labels(tmp_path):
     assert_finds_what_was_planted(result)
 
 
-def test_labels_that_are_numbered_otherwise_are_said(tmp_path):
+def test_labels_that_are_numbered_otherwise_are_reported(tmp_path):
     made = planted()
     names = chosen(made, add=1)
     result = imported(made.model([("labels", TensorProto.INT64), *names[1:]]), tmp_path)
@@ -374,7 +374,7 @@ def test_labels_that_are_numbered_otherwise_are_said(tmp_path):
     assert_finds_what_was_planted(result)
 
 
-def test_one_class_of_each_query_is_said(tmp_path):
+def test_one_class_of_each_query_is_reported(tmp_path):
     made = planted()
     names = chosen(made, per_query=True)
     result = imported(made.model([("labels", TensorProto.INT64), *names[1:]]), tmp_path)
@@ -416,10 +416,10 @@ def test_the_reading_is_in_the_json(tmp_path, data, capsys):
     words = ["import", str(tmp_path / "m.onnx"), "--out", str(tmp_path / "b"), "--data", str(data), "--json"]
     assert cli.run(words) == 0
     captured = capsys.readouterr()
-    told = json.loads(captured.out)
-    assert (told["boxes"], told["activation"], told["contract"]) == ("xyxy", "sigmoid", "raw")
-    assert told["ap"] > 95
-    assert all(reason in captured.err for reason in told["why"])
+    result = json.loads(captured.out)
+    assert (result["boxes"], result["activation"], result["contract"]) == ("xyxy", "sigmoid", "raw")
+    assert result["ap"] > 95
+    assert all(reason in captured.err for reason in result["why"])
 
 
 def test_the_file_keeps_no_constant_that_nothing_reads(tmp_path):

@@ -1,4 +1,4 @@
-"""Surgery on foreign graphs leaves their numbers as they were."""
+"""Surgery on external graphs keeps their results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from external_models import open_session
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.importing.surgery import absorb_scales, name_nodes
+from edgedetr.importing.surgery import fold_scales, name_nodes
 from edgedetr.onnx_graph.fold import fold, fold_at_fixed_size
 from edgedetr.onnx_graph.grid_sample import replace_grid_samples
 from edgedetr.onnx_graph.opset import to_opset
@@ -51,7 +51,7 @@ def test_scales_are_folded_into_the_convolution(form, biased, rng):
     model = graph_of([*nodes, helper.make_node("Relu", ["n"], ["y"], "relu")], constants)
     image = rng.normal(size=(1, 4, 6, 6)).astype(np.float32)
     before = run(model, x=image)[0]
-    assert absorb_scales(model) == len(nodes) - 1
+    assert fold_scales(model) == len(nodes) - 1
     assert [node.op_type for node in model.graph.node] == ["Conv", "Relu"]
     # float32 rounding of weights that were folded in float64; values are around 10
     np.testing.assert_allclose(run(model, x=image)[0], before, atol=1e-4)
@@ -66,12 +66,12 @@ def test_what_is_read_twice_or_is_no_scale_stays(rng):
         ],
         {"w": rng.normal(size=(5, 4, 3, 3)), "g": rng.normal(size=(1, 5, 1, 1))},
     )
-    assert absorb_scales(shared) == 0
+    assert fold_scales(shared) == 0
     along_width = graph_of(
         [helper.make_node("Conv", ["x", "w"], ["c"], "conv"), helper.make_node("Mul", ["c", "g"], ["y"], "m")],
         {"w": rng.normal(size=(5, 4, 3, 3)), "g": rng.normal(size=(1, 1, 1, 4))},
     )
-    assert absorb_scales(along_width) == 0
+    assert fold_scales(along_width) == 0
 
 
 @pytest.mark.parametrize("mode, older", [("linear", b"bilinear"), ("cubic", b"bicubic"), ("nearest", b"nearest")])
@@ -117,15 +117,15 @@ def test_gathers_give_the_numbers_of_grid_sample(shape, points, mode, padding, a
 
 
 @pytest.mark.parametrize(
-    "told, shape, message",
+    "attributes, shape, message",
     [
         ({"mode": "bicubic"}, (1, 4, 6, 6), "GridSample the_sample has mode 'bicubic'"),
         ({"padding_mode": "reflection"}, (1, 4, 6, 6), "GridSample the_sample has padding_mode 'reflection'"),
         ({}, (1, 4, 5, 6, 6), "GridSample the_sample takes \\[1, 4, 5, 6, 6\\]"),
     ],
 )
-def test_a_sampling_that_cannot_be_written_as_gathers_is_named(told, shape, message, rng):
-    node = helper.make_node("GridSample", ["x", "g"], ["y"], "the_sample", **told)
+def test_a_sampling_that_cannot_be_written_as_gathers_is_named(attributes, shape, message, rng):
+    node = helper.make_node("GridSample", ["x", "g"], ["y"], "the_sample", **attributes)
     sides = len(shape) - 2
     grid = rng.uniform(-1, 1, (1, *[2] * sides, sides))
     model = graph_of([node], {"g": grid}, shape=shape, opset=20 if sides == 3 else 19)

@@ -1,4 +1,4 @@
-"""Published weights become bundles: architecture from tensors, classes and resize from what lies beside them."""
+"""Pretrained weights become bundles: architecture from tensors, classes and resize from the files next to them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-import original_names
+import author_state_dicts
 import pytest
 import torch
 from references import reference_resnet, transformers, with_spread
@@ -50,12 +50,12 @@ HEADS = ("model.heads=4",)
 def detr_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small DETR of 91 classes in facebookresearch's names."""
     path = tmp_path_factory.mktemp("detr") / "detr.pth"
-    torch.save({"model": original_names.detr(build("detr", DETR, 91).state_dict(), 2)}, path)
+    torch.save({"model": author_state_dicts.detr(build("detr", DETR, 91).state_dict(), 2)}, path)
     return path
 
 
 def rt_detr_folder(path: Path) -> torch.nn.Module:
-    """A small RT-DETR as transformers saves it, with the files that the hub has beside the weights."""
+    """A small RT-DETR as transformers saves it, with the files that the hub has next to the weights."""
     backbone = transformers.RTDetrResNetConfig(
         embedding_size=32,
         hidden_sizes=[32, 64, 128, 256],
@@ -135,19 +135,21 @@ def test_an_authors_file_keeps_its_resize_and_classes_are_coco_by_their_number(d
     assert Bundle.open(imported.bundle.path).require("recipe.toml").is_file()
 
 
-def test_what_a_file_of_tensors_cannot_say_is_said(detr_file: Path, tmp_path: Path) -> None:
+def test_what_no_tensor_shows_is_reported(detr_file: Path, tmp_path: Path) -> None:
     notes = import_weights(str(detr_file), tmp_path / "a", ImportOptions(model="detr", size=(64, 64), sets=HEADS)).notes
-    untold = next(note for note in notes if "no tensor says" in note)
-    assert "whether C5 is dilated (DC5)" in untold and "heads=4" in untold and "ffn_activation=relu" in untold
-    assert "--set model.heads=VALUE" in untold
+    unreadable = next(note for note in notes if "no tensor shows" in note)
+    assert (
+        "whether C5 is dilated (DC5)" in unreadable and "heads=4" in unreadable and "ffn_activation=relu" in unreadable
+    )
+    assert "--set model.heads=VALUE" in unreadable
     path = tmp_path / "rt.pth"
     config = RtDetrConfig(backbone_width=0.25, hidden=32, heads=4, encoder_ffn=48, decoder_ffn=48, decoder_layers=3)
-    torch.save({"ema": {"module": original_names.rt_detr(build("rt_detr", config, 80).state_dict(), 2)}}, path)
+    torch.save({"ema": {"module": author_state_dicts.rt_detr(build("rt_detr", config, 80).state_dict(), 2)}}, path)
     sets = ("model.heads=4", "model.queries=7")
     notes = import_weights(str(path), tmp_path / "b", ImportOptions(model="rt_detr", size=(64, 64), sets=sets)).notes
-    untold = next(note for note in notes if "no tensor says" in note)
-    assert "whether sampling is discrete" in untold and "eval_idx" in untold and "method=default" in untold
-    assert "queries=7" in untold, "as set"
+    unreadable = next(note for note in notes if "no tensor shows" in note)
+    assert "whether sampling is discrete" in unreadable and "eval_idx" in unreadable and "method=default" in unreadable
+    assert "queries=7" in unreadable, "as set"
     fewer = import_weights(
         str(path), tmp_path / "c", ImportOptions(model="rt_detr", size=(64, 64), sets=(*sets, "model.decoder_layers=2"))
     )
@@ -176,15 +178,19 @@ def test_a_model_of_another_kind_is_refused_by_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, content, said",
+    "name, content, message",
     [
         ("config.json", "[" * 200_000, "config.json: nested too deep"),
         ("config.json", "{", "config.json: not readable as JSON"),
         ("config.json", "[]", "config.json: list; expected an object"),
         ("config.json", "\xff", "config.json: not UTF-8"),
-        ("config.json", {"id2label": ["a", "b"]}, "id2label is a list; expected one for each of the class head's 2"),
-        ("config.json", {"id2label": {"0": "a"}}, "id2label has 1 entries"),
-        ("config.json", {"id2label": {"0": "a", "7": "b"}}, "id2label has 2 entries; .*0 to 1"),
+        ("config.json", {"id2label": ["a", "b"]}, "id2label is a list; expected a name for each class"),
+        (
+            "config.json",
+            {"id2label": {"0": "a"}},
+            "id2label has 1 entries; expected one for each of the class head's 2",
+        ),
+        ("config.json", {"id2label": {"0": "a", "7": "b"}}, "id2label has 2 entries, which are not those from 0 to 1"),
         ("config.json", {"id2label": {"0": "a", "1": {"x": 1}}}, "id2label holds a dict"),
         ("config.json", {"id2label": {"0": "a", "1": None}}, "id2label holds a NoneType"),
         ("config.json", {"num_labels": 5}, "num_labels is 5"),
@@ -197,14 +203,14 @@ def test_a_model_of_another_kind_is_refused_by_its_name(tmp_path: Path) -> None:
     ],
 )
 def test_hub_files_of_wrong_types_are_one_error_and_nothing_is_written(
-    name: str, content: object, said: str, rt_folder: Path, tmp_path: Path
+    name: str, content: object, message: str, rt_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "hub"
     shutil.copytree(rt_folder, folder)
     if isinstance(content, dict):
         content = json.dumps({**json.loads((folder / name).read_text()), **content})
     (folder / name).write_bytes(str(content).encode("latin-1"))
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         import_weights(str(folder), tmp_path / "b", ImportOptions(model="rt_detr"))
     assert not (tmp_path / "b").exists()
 
@@ -222,7 +228,7 @@ def test_rt_detr_r101_has_an_encoder_wider_than_its_decoder(tmp_path: Path) -> N
         expansion=1.0,
     )
     ours = build("rt_detr", config, 80).state_dict()
-    torch.save({"ema": {"module": original_names.rt_detr(ours, 2)}}, tmp_path / "r101.pth")
+    torch.save({"ema": {"module": author_state_dicts.rt_detr(ours, 2)}}, tmp_path / "r101.pth")
     imported = import_weights(
         str(tmp_path / "r101.pth"),
         tmp_path / "b",
@@ -255,7 +261,7 @@ def test_timms_names_of_a_backbone_are_read_with_its_config(tmp_path: Path) -> N
     theirs.save_pretrained(tmp_path)
     ours = names.translate("detr", read_weights(str(tmp_path)))
     rest = {name: value for name, value in read_weights(str(tmp_path)).items() if ".backbone." not in name}
-    inside = original_names.torchvision_resnet(ours, "model.backbone.conv_encoder.model.")
+    inside = author_state_dicts.torchvision_resnet(ours, "model.backbone.conv_encoder.model.")
     save_file({name: value.contiguous() for name, value in {**rest, **inside}.items()}, tmp_path / "model.safetensors")
     raw = json.loads((tmp_path / "config.json").read_text())
     timm = {"backbone_config": None, "use_timm_backbone": True, "backbone": "resnet18", "backbone_kwargs": None}
@@ -284,7 +290,7 @@ def test_an_imported_bundle_exports(detr_file: Path, tmp_path: Path) -> None:
 
 def test_deformable_two_stage_is_recognized_and_says_what_it_cannot_know(tmp_path: Path) -> None:
     ours = build("deformable_detr", DEFORMABLE, 80).state_dict()
-    torch.save({"model": original_names.deformable_detr(ours, 2)}, tmp_path / "d.pth")
+    torch.save({"model": author_state_dicts.deformable_detr(ours, 2)}, tmp_path / "d.pth")
     imported = import_weights(
         str(tmp_path / "d.pth"),
         tmp_path / "b.bundle",
@@ -298,7 +304,7 @@ def test_deformable_two_stage_is_recognized_and_says_what_it_cannot_know(tmp_pat
     assert imported.bundle.manifest.classes[79].category_id == 90
 
 
-def test_other_classes_keep_their_rows_by_name_and_the_rest_is_said(detr_file: Path, tmp_path: Path) -> None:
+def test_other_classes_keep_their_rows_by_name_and_the_rest_is_reported(detr_file: Path, tmp_path: Path) -> None:
     data = render(tmp_path / "data", train=2, val=2, verify=2, size=64)
     names = tmp_path / "names.txt"
     names.write_text("\n".join(["circle", "-", *(f"thing {i}" for i in range(2, 91))]), encoding="utf-8")
@@ -355,9 +361,9 @@ def test_the_command_says_what_it_did(detr_file: Path, tmp_path: Path, capsys: p
         )
         == 0
     )
-    told = capsys.readouterr()
-    assert "facebookresearch/detr" in told.err and "instead of the 800 x 1344" in told.err
-    assert json.loads(told.out)["layout"] == "facebookresearch/detr"
+    captured = capsys.readouterr()
+    assert "facebookresearch/detr" in captured.err and "instead of the 800 x 1344" in captured.err
+    assert json.loads(captured.out)["layout"] == "facebookresearch/detr"
 
 
 def test_coco_has_eighty_classes_up_to_ninety() -> None:

@@ -20,7 +20,7 @@ from edgedetr.models.checkpoints.rename_rules import (
     untie_heads,
 )
 
-# torch.nn.Transformer's names of a layer, which all of them keep; the order of the decoder's norms is not shared.
+# Names of a layer in torch.nn.Transformer, which all authors keep; the order of the decoder's norms differs.
 LAYER: list[RenameRule] = [
     (r"\.linear1\.", ".feedforward.up."),
     (r"\.linear2\.", ".feedforward.down."),
@@ -189,7 +189,7 @@ def detr(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def deformable_detr(weights: Mapping[str, Tensor]) -> Weights:
-    """fundamentalvision/Deformable-DETR; its first norm of a decoder layer follows the cross-attention."""
+    """fundamentalvision/Deformable-DETR; the first norm of a decoder layer follows the cross-attention."""
     renamed = untie_heads(rename(weights, [*DEFORMABLE, *LAYER, *CROSS_FIRST]))
     return apply_to_prefix(split_packed(renamed), "backbone.", rename_backbone)
 

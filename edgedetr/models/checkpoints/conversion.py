@@ -1,4 +1,4 @@
-"""Names of tensors in other people's files -> ours: per member, the layouts that are known, told apart by a mark."""
+"""Convert the tensor names of checkpoints of other libraries to ours, by the layouts that a member declares."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from edgedetr.models import FAMILY
 from edgedetr.models.checkpoints.backbone_names import VIT_MARK, rename_backbone, rename_vit
 from edgedetr.models.checkpoints.rename_rules import Layout, Weights
 
-# Of the loss, and of torch's averaged models: nothing that a trained model computes with.
-BESIDE = re.compile(r"^(?:(?:\w+\.)?(?:criterion|loss|loss_fn|matcher|metrics?|val_metrics?)\.|n_averaged$|updates$)")
-# DistributedDataParallel, torch.compile, Lightning modules, averaged models: the names of the field inside.
+# Tensors of losses and of torch's averaged models, which a trained model does not use.
+NOT_THE_MODEL = re.compile(
+    r"^(?:(?:\w+\.)?(?:criterion|loss|loss_fn|matcher|metrics?|val_metrics?)\.|n_averaged$|updates$)"
+)
+# Prefixes added by DistributedDataParallel, torch.compile, Lightning modules and averaged models.
 PREFIX = re.compile(r"^(?:module|model|net|network|detector|_orig_mod|ema|ema_model|model_ema)\.")
 
 
 def translate(member: str, weights: Mapping[str, Tensor], source: str = "the file") -> Weights:
-    """A file's tensors under the names of a member; what is ours already passes as it is.
+    """A file's tensors under our names of a member; those that have our names already are unchanged.
 
-    Errors: ModelError where no layout of the member fits, which shows some names.
+    Errors: ModelError, which shows some names, if no layout of the member fits.
     """
-    weights = _bare(weights)
-    if _ours(weights):
+    weights = _without_prefixes(weights)
+    if _has_our_names(weights):
         return dict(weights)
-    return _layout(member, weights, source).translate(weights)
+    return _find_layout(member, weights, source).translate(weights)
 
 
 def layout_of(member: str, weights: Mapping[str, Tensor], source: str = "the file") -> str:
-    """Whose names a file uses: "edgedetr" or the source of a layout; ModelError as in `translate`."""
-    weights = _bare(weights)
-    return "edgedetr" if _ours(weights) else _layout(member, weights, source).source
+    """Whose names a file uses: "edgedetr", or the source of a layout. Errors: as in `translate`."""
+    weights = _without_prefixes(weights)
+    return "edgedetr" if _has_our_names(weights) else _find_layout(member, weights, source).source
 
 
-def _layout(member: str, weights: Mapping[str, Tensor], source: str) -> Layout:
+def _find_layout(member: str, weights: Mapping[str, Tensor], source: str) -> Layout:
     layouts = FAMILY[member].layouts
     for layout in layouts:
         if layout.fits(weights):
@@ -50,10 +52,10 @@ def _layout(member: str, weights: Mapping[str, Tensor], source: str) -> Layout:
 
 
 def backbone_of(weights: Mapping[str, Tensor]) -> Weights:
-    """The backbone's tensors of a file that holds a backbone alone, or a detector in any layout that is known."""
-    weights = _bare(weights)
+    """The backbone's tensors of a file that holds only a backbone, or a detector in any known layout."""
+    weights = _without_prefixes(weights)
     whole: Mapping[str, Tensor] = weights
-    if not _ours(weights):
+    if not _has_our_names(weights):
         layout = next((one for one in _all_layouts() if one.fits(weights)), None)
         if layout is None:
             plain = any(re.search(VIT_MARK, name) for name in weights)
@@ -62,12 +64,12 @@ def backbone_of(weights: Mapping[str, Tensor]) -> Weights:
     return {name.removeprefix("backbone."): tensor for name, tensor in whole.items() if name.startswith("backbone.")}
 
 
-def _bare(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Without what training frameworks put around the names, for any layout or backbone that is known."""
+def _without_prefixes(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors without the prefixes of training frameworks, for any known layout or backbone."""
 
     def known(names: Mapping[str, Tensor]) -> bool:
         return (
-            _ours(names)
+            _has_our_names(names)
             or any(one.fits(names) for one in _all_layouts())
             or any(re.match(r"conv1\.|embedder\.|stem\.|cls_token$|patch_embed\.|embeddings\.", name) for name in names)
         )
@@ -75,7 +77,7 @@ def _bare(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return unwrapped(weights, known)
 
 
-def _ours(weights: Mapping[str, Tensor]) -> bool:
+def _has_our_names(weights: Mapping[str, Tensor]) -> bool:
     return any(name.startswith(("selector.", "decoder.boxes.")) for name in weights)
 
 
@@ -84,11 +86,11 @@ def _all_layouts() -> list[Layout]:
 
 
 def unwrapped(weights: Mapping[str, Tensor], known: Callable[[Mapping[str, Tensor]], bool]) -> Mapping[str, Tensor]:
-    """The tensors without prefixes, as soon as `known` says yes to the names; as they are where it never does.
+    """The tensors without prefixes, as soon as `known` accepts the names; unchanged if it never does.
 
-    A prefix goes only where every name has it: `model.` is a part of transformers' own names.
+    A prefix is removed only if every name has it: `model.` is a part of transformers' own names.
     """
-    inside: Mapping[str, Tensor] = {name: tensor for name, tensor in weights.items() if not BESIDE.match(name)}
+    inside: Mapping[str, Tensor] = {name: tensor for name, tensor in weights.items() if not NOT_THE_MODEL.match(name)}
     for _ in range(4):
         if known(inside):
             return inside

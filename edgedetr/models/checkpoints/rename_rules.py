@@ -1,6 +1,6 @@
-"""What every layout of names is made of: rules that rename, packed projections that are split, copies that must agree.
+"""Building blocks of checkpoint conversion: rename tensors, split packed projections, assign copies of heads.
 
-Names of ours are those of a member's `state_dict`; a layout is how another library names the same tensors.
+Our names are those in a member's `state_dict`; a layout is how another library names the same tensors.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from edgedetr.errors import ModelError
 Weights = dict[str, Tensor]
 RenameRule = tuple[str, "str | Callable[[re.Match[str]], str]"]  # pattern, replacement; applied wherever it matches
 
-# Nothing of ours: ImageNet's classifier, counters of BatchNorm, and constants that follow from the configuration.
+# Not part of our models: ImageNet's classifier, counters of BatchNorm, constants that follow from the configuration.
 IGNORED = re.compile(r"^fc\.|^classifier\.|num_batches_tracked$|n_points_scale$|num_points_scale$|anchors$|valid_mask$")
 QKV = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which files name a member's tensors.
+    """A naming of a member's tensors in files.
 
-    source     whose names these are, for messages
-    mark       pattern; the first layout of a member whose mark is found in some name of the file is taken
-    translate  the file's tensors -> the same under our names; raises ModelError where copies differ
+    source     who uses these names, for messages
+    mark       pattern of a tensor name; a file has the first of a member's layouts whose mark one of its names matches
+    translate  the file's tensors -> the same tensors under our names; raises ModelError if copies differ
     """
 
     source: str
@@ -40,7 +40,7 @@ class Layout:
 
 
 def rename(weights: Mapping[str, Tensor], rules: Iterable[RenameRule]) -> Weights:
-    """Every rule in order on every name. Two names may become one only where their tensors are equal (tied weights)."""
+    """Apply every rule, in order, to every name. Two names may become one only if their tensors are equal (tied)."""
     rules = list(rules)
     renamed: Weights = {}
     origin: dict[str, str] = {}
@@ -62,7 +62,7 @@ def rename(weights: Mapping[str, Tensor], rules: Iterable[RenameRule]) -> Weight
 def split_packed(weights: Mapping[str, Tensor], parts: Sequence[str] = QKV) -> Weights:
     """Packed projections `*.in_proj_weight` [n C, C] and `*.in_proj_bias` [n C] as n Linears named by `parts`.
 
-    parts   all projections of the file that are packed this many times; others stay for another call
+    parts   names of the n parts; tensors that are packed from another number of parts stay unchanged
     """
     split: Weights = {}
     for name, tensor in weights.items():
@@ -77,7 +77,7 @@ def split_packed(weights: Mapping[str, Tensor], parts: Sequence[str] = QKV) -> W
 
 
 def apply_to_prefix(weights: Mapping[str, Tensor], prefix: str, change: Callable[[Weights], Weights]) -> Weights:
-    """`change` applied to the tensors whose names begin with `prefix`, which it does not see; the rest as it is."""
+    """Apply `change` to the tensors whose names begin with `prefix`, without the prefix; the others are unchanged."""
     inner = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     rest = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
     return {**rest, **{prefix + name: tensor for name, tensor in change(inner).items()}}

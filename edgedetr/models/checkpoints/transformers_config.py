@@ -1,6 +1,6 @@
-"""What config.json of transformers says of a model: every key is read, compared with the tensors, or refused by name.
+"""Read config.json of transformers: every key is read, compared with the tensors, or refused by name.
 
-The tables are in `hub_keys`. Nothing of it is executed, and no value is trusted to be of the type it should be.
+The tables of keys are in transformers_keys.py. The types of all values are checked.
 """
 
 from __future__ import annotations
@@ -9,15 +9,27 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from edgedetr.errors import ModelError, did_you_mean
+from edgedetr.errors import EdgedetrError, ModelError, did_you_mean
 from edgedetr.models import FAMILY
 from edgedetr.models.backbones.resnet import DEPTHS
-from edgedetr.models.checkpoints.transformers_keys import ALONE, BACKBONES, VIT_HEAD, Key, Only, Read, Same, Source
+from edgedetr.models.checkpoints.transformers_keys import (
+    ALONE,
+    BACKBONES,
+    VIT_HEAD,
+    Key,
+    Only,
+    Read,
+    Same,
+    TransformersClass,
+)
+from edgedetr.storage.reading import read_json
 
+JSON_LIMIT = 4 << 20  # bytes of a configuration; one of a thousand classes has 60 kB
 STAGES = 5  # stem and four stages, which out_indices count from 0, or from the end below 0
-# Of every class of transformers that some member reads, by its model_type.
+# By model_type in config.json: the member that reads it, and the class of transformers.
 MEMBER_OF = {kind: member.name for member in FAMILY.values() for kind in member.transformers}
 SOURCES = {kind: source for member in FAMILY.values() for kind, source in member.transformers.items()}
 TIMM = re.compile(r"(resnet(?:18|34|50|101))(d?)(?:\.\w+)?$")
@@ -35,32 +47,35 @@ FIX = "import an ONNX export of it: edgedetr import FILE.onnx"
 
 @dataclass(frozen=True)
 class TransformersConfig:
-    """config.json of a model, looked through once.
+    """A checked config.json.
 
-    values    fields of the member's configuration, and what they are
-    backbone  name of the backbone where config.json says one of timm's or of the hub, else ""
+    where     the file, for messages
+    raw       its keys
+    source    the class of transformers that it configures
+    values    of fields of the member's configuration
+    backbone  our name of the backbone, if the file names one of timm or of the hub; else ""
     """
 
     where: str
     raw: Mapping[str, Any]
-    source: Source
+    source: TransformersClass
     values: dict[str, Any] = field(default_factory=dict)
     backbone: str = ""
 
-    def agree(self, found: Mapping[str, Any]) -> None:
-        """Compare with what the tensors say. Errors: ModelError that names the key and both values."""
+    def require_agreement(self, found: Mapping[str, Any]) -> None:
+        """Compare with the configuration of the tensors. Errors: ModelError that names the key and both values."""
         width = found.get("encoder_width") or found.get("hidden")
         for key, entry in self.source.keys.items():
             if not isinstance(entry, (Read, Same)) or (key not in self.raw and not _has_default(entry)):
                 continue
             ours = width if entry.field == "encoder_width" else found.get(entry.field)
-            said = self.raw.get(key, entry.default)
-            theirs = self.values.get(entry.field) if isinstance(entry, Read) else entry.of(said)
+            stated = self.raw.get(key, entry.default)
+            theirs = self.values.get(entry.field) if isinstance(entry, Read) else entry.of(stated)
             unknown = ours is None and (isinstance(entry, Read) or key not in self.raw)
             if unknown or _equal(entry.field, ours, theirs, width):
                 continue
             raise ModelError(
-                f"{self.where}: {key} is {_shown(said)}, but the tensors say "
+                f"{self.where}: {key} is {_shown(stated)}, but the tensors say "
                 f"{'none' if ours is None else _shown(ours)}{_reason(entry)}; expected the config.json "
                 "that belongs to the weights"
             )
@@ -70,10 +85,10 @@ class TransformersConfig:
                 f"{found.get('backbone')} at width {found.get('backbone_width')}; expected the "
                 "config.json that belongs to the weights"
             )
-        self._agree_on_stages(found)
+        self._require_agreement_of_stages(found)
 
-    def _agree_on_stages(self, found: Mapping[str, Any]) -> None:
-        """Sizes of a nested ResNet, with transformers' own where it names none; the tensors built ours."""
+    def _require_agreement_of_stages(self, found: Mapping[str, Any]) -> None:
+        """Compare the sizes of a nested ResNet, or transformers' defaults of them, with those of the tensors."""
         nested = self.raw.get("backbone_config")
         name = str(found.get("backbone")).removesuffix("vd")
         if not isinstance(nested, dict) or nested.get("model_type") not in STAGED or name not in DEPTHS:
@@ -86,23 +101,31 @@ class TransformersConfig:
             "hidden_sizes": [stem * 2**stage * (4 if bottleneck else 1) for stage in range(4)],
         }
         for key, value in ours.items():
-            said = nested.get(key, STAGED_DEFAULTS[key])
-            if said != value:
+            stated = nested.get(key, STAGED_DEFAULTS[key])
+            if stated != value:
                 raise ModelError(
-                    f"{self.where}: backbone_config: {key} is {_shown(said)}, but the tensors say "
+                    f"{self.where}: backbone_config: {key} is {_shown(stated)}, but the tensors say "
                     f"{_shown(value)}; expected the config.json that belongs to the weights"
                 )
 
 
-def read_config(raw: Mapping[str, Any], member: str, where: str) -> TransformersConfig:
-    """Go through every key of config.json for `member`.
+def read_json_object(path: Path, error: type[EdgedetrError]) -> dict[str, Any]:
+    """The object in a configuration file. Errors: `error`."""
+    content = read_json(path, error, limit=JSON_LIMIT, fix="repair it, or remove it")
+    if not isinstance(content, dict):
+        raise error(f"{path}: {type(content).__name__}; expected an object; repair it, or remove it")
+    return content
 
-    Errors: ModelError that names the key, its value and what is read, for whatever our networks would not compute.
+
+def read_config(raw: Mapping[str, Any], member: str, where: str) -> TransformersConfig:
+    """Check and read every key of a member's config.json.
+
+    Errors: ModelError that names the key, its value and what is read, for a model that this package would not compute.
     """
     source = _source(raw, member, where)
     values: dict[str, Any] = {}
-    said: dict[str, str] = {}
-    _walk(raw, source.keys, where)
+    stated: dict[str, str] = {}
+    _check_keys(raw, source.keys, where)
     for key, entry in source.keys.items():
         if not isinstance(entry, Read):
             continue
@@ -111,10 +134,10 @@ def read_config(raw: Mapping[str, Any], member: str, where: str) -> Transformers
             continue
         if entry.field in values and values[entry.field] != value:
             raise ModelError(
-                f"{where}: {said[entry.field]} and {key} = {_shown(value)} differ; this package builds "
+                f"{where}: {stated[entry.field]} and {key} = {_shown(value)} differ; this package builds "
                 f"{entry.why or 'one for both'}; {FIX}"
             )
-        values[entry.field], said[entry.field] = value, f"{key} = {_shown(value)}"
+        values[entry.field], stated[entry.field] = value, f"{key} = {_shown(value)}"
     if source.queries_key is not None:
         name = source.queries_key(raw)
         values["queries"] = _read(raw.get(name, 300), Read("", "queries", 300), f"{where}: {name}")
@@ -125,17 +148,17 @@ def read_config(raw: Mapping[str, Any], member: str, where: str) -> Transformers
 
 
 def check_backbone_config(raw: Mapping[str, Any], where: str) -> None:
-    """Go through the config.json beside weights of which the backbone alone is taken.
+    """Check the config.json next to weights of which only the backbone is used.
 
-    Files of other libraries (timm's have no model_type) say nothing that the tensors do not.
+    Files of other libraries (timm's have no model_type) contain nothing that the tensors do not show.
 
-    Errors: ModelError that names the key, as in `look`.
+    Errors: ModelError that names the key, as in `read_config`.
     """
     kind = raw.get("model_type")
     if kind is None:
         return
     if isinstance(kind, str) and kind in ALONE:
-        _walk(raw, ALONE[kind], where)
+        _check_keys(raw, ALONE[kind], where)
         heads = raw.get("num_attention_heads")
         if kind == "vit" and not (isinstance(heads, int) and raw.get("hidden_size") == VIT_HEAD * heads):
             raise ModelError(
@@ -150,8 +173,8 @@ def check_backbone_config(raw: Mapping[str, Any], where: str) -> None:
     _backbone(raw, SOURCES[kind], where)
 
 
-def _source(raw: Mapping[str, Any], member: str, where: str) -> Source:
-    """The class of transformers that a config.json belongs to. Errors: ModelError where it is none of the member's."""
+def _source(raw: Mapping[str, Any], member: str, where: str) -> TransformersClass:
+    """The class of transformers that a config.json configures. Errors: ModelError if the member reads another one."""
     known = FAMILY[member].transformers
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in known:
@@ -167,8 +190,8 @@ def _source(raw: Mapping[str, Any], member: str, where: str) -> Source:
     return known[kind]
 
 
-def _walk(raw: Mapping[str, Any], keys: Mapping[str, Key], where: str) -> None:
-    """Every key is in the table, and those of one value have it."""
+def _check_keys(raw: Mapping[str, Any], keys: Mapping[str, Key], where: str) -> None:
+    """ModelError for a key that is not in the table, or whose value is not one of those that it may have."""
     for key, value in raw.items():
         entry = keys.get(key)
         if entry is None:
@@ -184,7 +207,7 @@ def _walk(raw: Mapping[str, Any], keys: Mapping[str, Key], where: str) -> None:
 
 
 def _read(value: Any, entry: Read, where: str) -> Any:
-    """A value in our words. Errors: ModelError for one of another type or without a word of ours."""
+    """The value of our field. Errors: ModelError for a value of another type or without a counterpart."""
     if entry.words is not None:
         if isinstance(value, str) and value in entry.words:
             return entry.words[value]
@@ -201,8 +224,8 @@ def _read(value: Any, entry: Read, where: str) -> Any:
     raise ModelError(f"{where} is {_shown(value)}; expected a whole number from 1")
 
 
-def _backbone(raw: Mapping[str, Any], source: Source, where: str) -> tuple[str, bool]:
-    """Name of a backbone of timm or of the hub ("" = the tensors tell), and whether C5 is dilated."""
+def _backbone(raw: Mapping[str, Any], source: TransformersClass, where: str) -> tuple[str, bool]:
+    """Name of a backbone of timm or of the hub ("": the tensors show it), and whether C5 is dilated."""
     nested = raw.get("backbone_config")
     if nested is not None:
         if not isinstance(nested, dict):
@@ -211,10 +234,10 @@ def _backbone(raw: Mapping[str, Any], source: Source, where: str) -> tuple[str, 
         kind = nested.get("model_type")
         if not isinstance(kind, str) or kind not in BACKBONES:
             raise ModelError(f"{where}: model_type is {_shown(kind)}; expected {', '.join(BACKBONES)}; {FIX}")
-        _walk(nested, BACKBONES[kind], where)
-        _levels(nested, raw, source, where, [STAGES - 1])
+        _check_keys(nested, BACKBONES[kind], where)
+        _check_levels(nested, raw, source, where, [STAGES - 1])
         if kind == "timm_backbone":
-            return _timm(nested.get("backbone"), where), _dilated(nested.get("output_stride"), where)
+            return _timm_name(nested.get("backbone"), where), _dilated(nested.get("output_stride"), where)
         return "", False  # transformers' own ResNets have no dilation, whatever `dilation` says
     name = raw.get("backbone")
     if raw.get("use_timm_backbone", source.timm) is True:
@@ -227,18 +250,20 @@ def _backbone(raw: Mapping[str, Any], source: Source, where: str) -> tuple[str, 
         where = f"{where}: backbone_kwargs" if options else where
         if options.get("num_channels", 3) != 3:
             raise ModelError(f"{where}: num_channels is {_shown(options['num_channels'])}; expected 3")
-        _levels(options, raw, source, where, None)
+        _check_levels(options, raw, source, where, None)
         dilation = raw.get("dilation", False)
         if not isinstance(dilation, bool):
             raise ModelError(f"{where}: dilation is {_shown(dilation)}; expected true or false")
-        return _timm(name or "resnet50", where), _dilated(options.get("output_stride", 16 if dilation else None), where)
+        return _timm_name(name or "resnet50", where), _dilated(
+            options.get("output_stride", 16 if dilation else None), where
+        )
     if name is not None and not (isinstance(name, str) and HUB.match(name)):
         raise ModelError(f"{where}: backbone is {_shown(name)}; expected microsoft/resnet-50 or another ResNet; {FIX}")
     return (name.partition("/")[2].replace("-", "") if name else ""), False
 
 
-def _timm(name: Any, where: str) -> str:
-    """timm's name of a ResNet, as ours."""
+def _timm_name(name: Any, where: str) -> str:
+    """Our name of a ResNet of timm."""
     found = TIMM.match(name) if isinstance(name, str) else None
     if not found:
         raise ModelError(
@@ -253,15 +278,15 @@ def _dilated(stride: Any, where: str) -> bool:
     return stride == 16
 
 
-def _levels(
-    told: Mapping[str, Any], raw: Mapping[str, Any], source: Source, where: str, absent: list[int] | None
+def _check_levels(
+    options: Mapping[str, Any], raw: Mapping[str, Any], source: TransformersClass, where: str, absent: list[int] | None
 ) -> None:
-    """Feature levels that the backbone gives: all that the model takes, and nothing after them.
+    """ModelError unless the backbone gives the feature levels that the model takes, and none after them.
 
-    absent   what is given where none are named; None: what the model takes
+    absent   the levels given if none are named; None: those that the model takes
     """
     wanted = source.levels(raw)
-    listed = {key: told[key] for key in ("out_indices", "out_features") if told.get(key) is not None}
+    listed = {key: options[key] for key in ("out_indices", "out_features") if options.get(key) is not None}
     for key, given in listed.items():
         stages = [_stage(item) for item in given] if isinstance(given, list) else [-1]
         if -1 in stages or (stages != wanted if len(wanted) > 1 else stages[-1:] != wanted):
@@ -274,7 +299,7 @@ def _levels(
 
 
 def _stage(item: Any) -> int:
-    """Number of a stage, 0..4, by number, "stage3" or "layer3"; -1 for what is none."""
+    """Number 0..4 of a stage given as a number, "stage3" or "layer3"; -1 for anything else."""
     if isinstance(item, str):
         found = re.fullmatch(r"(?:stage|layer)([1-4])", item)
         return int(found[1]) if found else -1
@@ -289,9 +314,9 @@ def _has_default(entry: Key) -> bool:
 
 def _equal(name: str, ours: Any, theirs: Any, width: Any) -> bool:
     if name == "ffn_activation":
-        return bool((ours == "prelu") == (theirs == "prelu"))  # of the others, no tensor tells which
+        return bool((ours == "prelu") == (theirs == "prelu"))  # no tensor shows which of the others
     if isinstance(theirs, float) and isinstance(ours, float) and 0 <= theirs < 64:
-        return int(width * theirs) == int(width * ours)  # a share of the width, in whole channels
+        return int(width * theirs) == int(width * ours)  # a fraction of the width, in whole channels
     return bool(ours == theirs)
 
 

@@ -1,8 +1,9 @@
-"""Every key that a config.json of transformers may hold for the models that we import, and what is done with it.
+"""Tables of every key in transformers' config.json for the models that can be imported, and how each is handled.
 
-A key is read into a field of ours, or must agree with what the tensors say, or has one value that our networks compute,
-or changes nothing that a trained model computes (with the reason). A key in no table makes the import refuse.
-tests/models/test_hub_config.py compares the tables with the configuration classes, and every entry numerically.
+A key is read into a field of the member's configuration, must agree with the tensors, must have a value that our
+networks compute, or has no effect on a trained model (with the reason). The import refuses a key that is in no table.
+tests/models/checkpoints/test_transformers_config.py compares the tables with the configuration classes, and every entry
+numerically.
 Sources: the configuration and modeling files of transformers 4.57 and 5.23.
 """
 
@@ -23,18 +24,18 @@ def _length(value: Any) -> int:
 
 @dataclass(frozen=True)
 class Key:
-    """What is done with a key; `why` is for whoever reads a refusal or wonders why a key is left out."""
+    """How a key is handled, and why: for messages and for readers of the table."""
 
     why: str = ""
 
 
 @dataclass(frozen=True)
 class Read(Key):
-    """Its value becomes a field of ours.
+    """Its value is read into a field of the member's configuration.
 
     field    of the member's configuration
-    default  what transformers takes where config.json does not have the key
-    words    their words and ours; none: a whole number from 1, or a truth value, as the default is
+    default  of transformers, if config.json does not have the key
+    words    their words and ours; None: a whole number from 1, or true and false, as the default
     """
 
     field: str = ""
@@ -44,9 +45,9 @@ class Read(Key):
 
 @dataclass(frozen=True)
 class Same(Key):
-    """The tensors decide this field of ours; the key must say the same, through `of` where it counts otherwise.
+    """The tensors decide this field; the key must agree, after `of` if it counts differently.
 
-    default  what transformers takes where config.json does not have the key; None where a wrong one fails there too
+    default  of transformers, if config.json does not have the key; None if a wrong one fails there too
     """
 
     field: str = ""
@@ -56,7 +57,7 @@ class Same(Key):
 
 @dataclass(frozen=True)
 class Only(Key):
-    """The only values that our networks compute, of what `of` makes of it."""
+    """The only values that our networks compute, after `of`."""
 
     values: tuple[Any, ...] = ()
     of: Callable[[Any], Any] = _itself
@@ -64,12 +65,12 @@ class Only(Key):
 
 @dataclass(frozen=True)
 class NoEffect(Key):
-    """What a trained model computes does not depend on it, for the reason in `why`."""
+    """A trained model computes the same whatever its value is, for the reason in `why`."""
 
 
 @dataclass(frozen=True)
 class Special(Key):
-    """Looked at by code of its own, because several keys decide together: `hub_config` or `export.published`."""
+    """Read by special code, in transformers_config.py or importing/, because several keys decide together."""
 
 
 def _all(entry: Key, *names: str) -> dict[str, Key]:
@@ -383,7 +384,7 @@ def three_levels(raw: Mapping[str, Any]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Source:
+class TransformersClass:
     """A class of transformers that a member reads, under its model_type in Member.transformers.
 
     architecture  name of the class in config.json

@@ -1,7 +1,7 @@
-"""Weight files of others: which file of a folder it is, what it holds, and no more memory than its size promises.
+"""Read weight files of unknown origin, without executing anything and within memory of about their size.
 
-Reads safetensors, whole or in shards, and torch files. The names that a torch file's pickle asks for are looked at
-before anything is loaded, and it is loaded with `weights_only`: nothing in a weight file is executed.
+Reads safetensors, whole or in shards, and torch files. The names that the pickle of a torch file refers to are checked
+before anything is loaded, and it is loaded with `weights_only`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from edgedetr.storage.reading import read_json
 
 Weights = dict[str, Tensor]
 
-# What a model's folder may hold, in the order in which it is looked for.
+# Weight files of a folder, in the order of preference.
 NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# What published files keep their tensors under; the averaged weights first, which are those that were evaluated.
+# Keys of published files under which the tensors are; averaged weights first, because those were evaluated.
 AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema")
 WRAPPERS = (*AVERAGED, "module", "model", "state_dict", "model_state_dict")
 SHARDS = 500
 PICKLE_LIMIT = 64 << 20  # bytes of a torch file's structure, without its tensors
-SLACK = 1 << 20  # bytes that a torch file may promise beyond its size
-# Names in a pickle that stand for tensors and plain values. A Namespace holds the arguments of a training.
-HARMLESS = {
+SLACK = 1 << 20  # bytes that a torch file may declare beyond its size
+# Names in a pickle of tensors and plain values. A Namespace holds the arguments of a training.
+SAFE_GLOBALS = {
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
@@ -39,7 +39,7 @@ HARMLESS = {
     "argparse Namespace",
     "torch.serialization _get_layout",
 }
-OTHER = {  # files that are no weights, by suffix: what they are, and what takes them
+NOT_WEIGHTS = {  # other files by suffix: what they are, and what to do with them
     ".onnx": "an ONNX graph; run: edgedetr import {path} --out BUNDLE, without --model",
     ".engine": "a TensorRT engine, which belongs to one device; import the ONNX file that it was built from",
     ".plan": "a TensorRT engine, which belongs to one device; import the ONNX file that it was built from",
@@ -52,8 +52,8 @@ OTHER = {  # files that are no weights, by suffix: what they are, and what takes
 }
 
 
-def choose(folder: Path) -> Path:
-    """The weight file in a folder. Errors: ModelError that says what is there instead."""
+def find_weight_file(folder: Path) -> Path:
+    """The weight file in a folder. Errors: ModelError that lists what the folder holds instead."""
     for name in NAMES:
         if (folder / name).is_file():
             return folder / name
@@ -78,7 +78,7 @@ def choose(folder: Path) -> Path:
 
 
 def shards(index: Path) -> dict[str, set[str]]:
-    """Files that an index names, beside it, and the tensors that it says are in each."""
+    """Files that an index names, and the tensors which it lists for each."""
     content = read_json(index, ModelError)
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
@@ -86,7 +86,7 @@ def shards(index: Path) -> dict[str, set[str]]:
     files: dict[str, set[str]] = {}
     for tensor, file in places.items():
         if Path(file).name != file or file in (".", ".."):
-            raise ModelError(f"{index}: {tensor} is said to be in {file!r}; expected a file beside the index")
+            raise ModelError(f"{index}: {tensor} is in {file!r}; expected a file in the folder of the index")
         files.setdefault(file, set()).add(tensor)
     if len(files) > SHARDS:
         raise ModelError(f"{index}: {len(files)} files; expected at most {SHARDS}")
@@ -94,7 +94,7 @@ def shards(index: Path) -> dict[str, set[str]]:
 
 
 def read_shards(index: Path, files: Mapping[str, Path]) -> Weights:
-    """All tensors of the files that an index names. Errors: ModelError where one holds others than the index says."""
+    """All tensors of the files that an index names. Errors: ModelError for a file that differs from it."""
     weights: Weights = {}
     for name, tensors in shards(index).items():
         found = load(files[name])
@@ -109,26 +109,26 @@ def read_shards(index: Path, files: Mapping[str, Path]) -> Weights:
 
 
 def load(path: Path, notes: list[str] | None = None) -> Weights:
-    """Tensors of one file, without what wraps them; `notes` gets a sentence where it holds several sets.
+    """Tensors of one file, taken out of their wrappers; `notes` gets a sentence if it holds several sets.
 
-    Errors: ModelError for whatever is no file of tensors.
+    Errors: ModelError for a file that holds no tensors.
     """
-    if path.suffix in OTHER:
-        raise ModelError(f"{path} is {OTHER[path.suffix].format(path=path)}")
+    if path.suffix in NOT_WEIGHTS:
+        raise ModelError(f"{path} is {NOT_WEIGHTS[path.suffix].format(path=path)}")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         try:
             return load_file(path)
-        except Exception as error:  # safetensors raises its own kinds, without a common base
+        except Exception as error:  # safetensors has no common base class of its errors
             raise ModelError(
                 f"{path}: not readable as weights ({_first(error)}); expected a whole file of safetensors"
             ) from error
-    _look(path)
+    _check_torch_file(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds, and its text advises to execute the file
+    except Exception as error:  # torch raises many types, and its message advises to execute the file
         raise ModelError(
             f"{path}: not readable as weights ({type(error).__name__}); expected safetensors, or a torch "
             "file that holds nothing but tensors"
@@ -137,7 +137,7 @@ def load(path: Path, notes: list[str] | None = None) -> Weights:
 
 
 def wrapped_in(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    """The innermost of the known wrappers, and the keys on the way to it."""
+    """The mapping inside of all known wrappers, and the keys that lead to it."""
     way: list[str] = []
     while len(way) < 8:
         key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
@@ -178,8 +178,8 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else 0
 
 
-def _look(path: Path) -> None:
-    """Whether a torch file asks for anything but tensors, or for more memory than it has bytes; nothing is loaded."""
+def _check_torch_file(path: Path) -> None:
+    """ModelError for a torch file that refers to anything but tensors, or declares more bytes than it has."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as stream:
@@ -190,19 +190,19 @@ def _look(path: Path) -> None:
                 names = set()
                 for _ in range(4):
                     names.update(_globals(stream))
-                    if stream.peek(1) == b"" or names - HARMLESS:
+                    if stream.peek(1) == b"" or names - SAFE_GLOBALS:
                         break
     except ModelError:
         raise
-    except Exception as error:  # a damaged zip or pickle raises whatever its bytes lead to
+    except Exception as error:  # a damaged zip or pickle raises errors of any type
         raise ModelError(
             f"{path}: not readable as weights ({_first(error)}); expected safetensors, or a torch file "
             "that holds nothing but tensors"
         ) from error
-    strange = sorted(name for name in names if name not in HARMLESS and not _plain(name))
-    if strange:
-        shown = ", ".join(name.replace(" ", ".") for name in strange[:4])
-        more = f" and {len(strange) - 4} more" if len(strange) > 4 else ""
+    unknown = sorted(name for name in names if name not in SAFE_GLOBALS and not _is_torch_type(name))
+    if unknown:
+        shown = ", ".join(name.replace(" ", ".") for name in unknown[:4])
+        more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
         raise ModelError(
             f"{path}: not readable as weights: it holds objects of {shown}{more}, and making them could "
             "execute anything, so nothing was loaded; save its tensors alone, with the library that wrote "
@@ -237,7 +237,7 @@ def _zip_names(path: Path, size: int) -> set[str]:
 
 
 def _globals(stream: IO[bytes]) -> Iterator[str]:
-    """Names that one pickle asks for, as "module name"; its opcodes are read, none is carried out."""
+    """Names that one pickle refers to, as "module name"; its opcodes are parsed and not executed."""
     for code, value, _ in pickletools.genops(stream):
         if code.name in ("GLOBAL", "INST"):
             yield str(value)
@@ -245,8 +245,8 @@ def _globals(stream: IO[bytes]) -> Iterator[str]:
             yield "a newer pickle"
 
 
-def _plain(name: str) -> bool:
-    """A type of torch's numbers or of their storage."""
+def _is_torch_type(name: str) -> bool:
+    """Whether a name is a dtype or a storage class of torch."""
     module, _, kind = name.partition(" ")
     return module == "torch" and (kind.endswith("Storage") or isinstance(getattr(torch, kind, None), torch.dtype))
 

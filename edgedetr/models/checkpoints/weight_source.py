@@ -1,4 +1,4 @@
-"""Where published weights come from: a file, a folder, or a name on the Hugging Face hub, all of one revision."""
+"""A source of pretrained weights: a file, a folder, or a model on the Hugging Face hub, at one revision."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SCRATCH = "--set model.backbone_weights=random --set model.backbone_norm=trainab
 
 
 class WeightSource:
-    """A source of weights, and the files beside them.
+    """Weights, and the files next to them.
 
-    revision   commit of the hub that all its files are of; "" for files on disk
+    revision   commit on the hub of all files; "" for files on disk
     files      every file that was read for the weights, by name
-    notes      what of a weight file was taken, where it holds several sets
+    notes      which weights were read, if a file holds several sets
     """
 
     def __init__(self, source: str) -> None:
@@ -38,13 +38,13 @@ class WeightSource:
             raise ModelError(f"{source!r:.80}: no file and no name on the hub ({error})") from error
         if not self.on_disk and (
             self.path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".json")
-            or self.path.suffix in weight_files.OTHER
+            or self.path.suffix in weight_files.NOT_WEIGHTS
             or self.path.is_absolute()
         ):
             raise ModelError(f"{self.path}: no such file; expected weights there, or train from scratch: {SCRATCH}")
 
     def weights(self) -> dict[str, Tensor]:
-        """All tensors. Errors: ModelError for whatever is no file of tensors, or cannot be had."""
+        """All tensors. Errors: ModelError for a file that holds no tensors, or that cannot be read or downloaded."""
         path = self._main()
         if path.name.endswith(".index.json"):
             parts = {name: self._part(path, name) for name in weight_files.shards(path)}
@@ -53,16 +53,16 @@ class WeightSource:
         self.files = {path.name: path}
         return weight_files.load(path, self.notes)
 
-    def beside(self, name: str) -> Path | None:
-        """Another file of the same folder or revision; None where there is none."""
+    def file_next_to(self, name: str) -> Path | None:
+        """Another file of the same folder or revision; None if it does not exist."""
         if self.on_disk:
             found = (self.path if self.path.is_dir() else self.path.parent) / name
             return found if found.is_file() else None
         return self._download(name)
 
     def record(self) -> dict[str, Any]:
-        """What came from where, for the bundle: source, revision and the sha256 of every weight file."""
-        # A path says more of this machine than of the weights, so a bundle gets the name alone.
+        """The origin of the weights, for the bundle: source, revision and the SHA-256 of every weight file."""
+        # A path describes this machine rather than the weights, so a bundle gets the file name only.
         source = self.path.name if self.on_disk else self.source
         return {
             "source": source,
@@ -72,7 +72,7 @@ class WeightSource:
 
     def _main(self) -> Path:
         if self.on_disk:
-            path = weight_files.choose(self.path) if self.path.is_dir() else self.path
+            path = weight_files.find_weight_file(self.path) if self.path.is_dir() else self.path
             if not path.is_file():
                 raise ModelError(f"{path}: not a plain file; expected weights")
             return path
@@ -96,7 +96,7 @@ class WeightSource:
         return found
 
     def _download(self, file: str) -> Path | None:
-        """A file of a model on the hub; None where the hub says that there is no such file."""
+        """A file of a model on the hub; None if the hub has no such file."""
         try:
             from huggingface_hub import constants, hf_hub_download
             from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
@@ -135,7 +135,7 @@ class WeightSource:
 
 
 def _known_missing(source: str, file: str, revision: str) -> bool:
-    """Whether the cache knows, from the last time online, that the hub has no such file."""
+    """Whether the cache has recorded, when it was last online, that the hub has no such file."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(source, file, revision=revision or None)

@@ -17,7 +17,7 @@ from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import SinePosition
 from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.rename_rules import Layout
-from edgedetr.models.checkpoints.transformers_keys import Source
+from edgedetr.models.checkpoints.transformers_keys import TransformersClass
 from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import DenseEncoder, EncoderLayer
@@ -112,6 +112,8 @@ MEMBER = Member(
         Layout("transformers", r"^model\.query_position_embeddings\.", transformers_names.conditional_detr),
         Layout("Atten4Vis/ConditionalDETR", r"^transformer\.decoder\.ref_point_head\.", author_names.conditional_detr),
     ),
-    transformers={"conditional_detr": Source("ConditionalDetrForObjectDetection", transformers_keys.CONDITIONAL)},
+    transformers={
+        "conditional_detr": TransformersClass("ConditionalDetrForObjectDetection", transformers_keys.CONDITIONAL)
+    },
     unreadable=("heads", "dilate_last", "ffn_activation"),
 )

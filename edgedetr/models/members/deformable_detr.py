@@ -19,7 +19,7 @@ from edgedetr.layers.norm import Normalize
 from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.config_from_state_dict import Reader, StateDict, has, rows_of
 from edgedetr.models.checkpoints.rename_rules import Layout
-from edgedetr.models.checkpoints.transformers_keys import Source
+from edgedetr.models.checkpoints.transformers_keys import TransformersClass
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
@@ -151,7 +151,7 @@ MEMBER = Member(
         Layout("fundamentalvision/Deformable-DETR", r"^transformer\.level_embed$", author_names.deformable_detr),
     ),
     transformers={
-        "deformable_detr": Source(
+        "deformable_detr": TransformersClass(
             "DeformableDetrForObjectDetection",
             transformers_keys.DEFORMABLE,
             levels=lambda raw: [4] if raw.get("num_feature_levels", 4) == 1 else [2, 3, 4],

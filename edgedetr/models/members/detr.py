@@ -19,7 +19,7 @@ from edgedetr.layers.position import LearnedPosition, NoPosition, SequencePositi
 from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.config_from_state_dict import StateDict, has
 from edgedetr.models.checkpoints.rename_rules import Layout
-from edgedetr.models.checkpoints.transformers_keys import Source
+from edgedetr.models.checkpoints.transformers_keys import TransformersClass
 from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DenseCrossAttention
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import DenseEncoder, EncoderLayer
@@ -132,8 +132,8 @@ MEMBER = Member(
         Layout("facebookresearch/detr", r"^query_embed\.", author_names.detr),
     ),
     transformers={
-        "detr": Source("DetrForObjectDetection", transformers_keys.DETR),
-        "table-transformer": Source("TableTransformerForObjectDetection", transformers_keys.DETR),
+        "detr": TransformersClass("DetrForObjectDetection", transformers_keys.DETR),
+        "table-transformer": TransformersClass("TableTransformerForObjectDetection", transformers_keys.DETR),
     },
     readers={"position": _position, "pre_norm": has("encoder.norm.weight")},
     unreadable=("heads", "dilate_last", "ffn_activation", "position"),

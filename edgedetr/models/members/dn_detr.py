@@ -18,7 +18,7 @@ from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import SinePosition
 from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.rename_rules import Layout
-from edgedetr.models.checkpoints.transformers_keys import Source
+from edgedetr.models.checkpoints.transformers_keys import TransformersClass
 from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import DenseEncoder, EncoderLayer
@@ -119,6 +119,6 @@ MEMBER = Member(
         Layout("transformers (DAB-DETR)", r"^model\.query_refpoint_embeddings\.", transformers_names.dab_detr),
         Layout("IDEA-Research/DAB-DETR, DN-DETR", r"^refpoint_embed\.", author_names.dab_detr),
     ),
-    transformers={"dab-detr": Source("DabDetrForObjectDetection", transformers_keys.DAB)},
+    transformers={"dab-detr": TransformersClass("DabDetrForObjectDetection", transformers_keys.DAB)},
     unreadable=("heads", "dilate_last", "ffn_activation"),
 )

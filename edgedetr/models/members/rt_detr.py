@@ -17,7 +17,7 @@ from edgedetr.layers.norm import Normalize
 from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.config_from_state_dict import StateDict, count_of, has, rows_of
 from edgedetr.models.checkpoints.rename_rules import Layout
-from edgedetr.models.checkpoints.transformers_keys import Source, three_levels
+from edgedetr.models.checkpoints.transformers_keys import TransformersClass, three_levels
 from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import EncoderLayer
@@ -168,8 +168,10 @@ MEMBER = Member(
         Layout("lyuwenyu/RT-DETR", r"^decoder\.enc_score_head\.", author_names.rt_detr),
     ),
     transformers={
-        "rt_detr": Source("RTDetrForObjectDetection", transformers_keys.RT_DETR, timm=False, levels=three_levels),
-        "rt_detr_v2": Source(
+        "rt_detr": TransformersClass(
+            "RTDetrForObjectDetection", transformers_keys.RT_DETR, timm=False, levels=three_levels
+        ),
+        "rt_detr_v2": TransformersClass(
             "RTDetrV2ForObjectDetection", transformers_keys.RT_DETR_V2, timm=False, levels=three_levels
         ),
     },

@@ -88,7 +88,7 @@ def original(detector: DetrModel) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_every_tensor_finds_its_place(tmp_path: Path) -> None:
+def test_every_tensor_is_converted(tmp_path: Path) -> None:
     path, source, target = tmp_path / "model_final.pth", varied(0), varied(1)
     torch.save({"model": original(source), "iteration": 270000}, path)
     loaded = load_detector(target, "sparse_rcnn", str(path))
@@ -121,5 +121,5 @@ def test_other_classes_keep_all_but_the_class_heads(tmp_path: Path) -> None:
 
 
 def test_the_configuration_is_read_from_the_tensors() -> None:
-    told = config_from_state_dict(FAMILY["sparse_rcnn"], translate("sparse_rcnn", original(varied(0))), CONFIG.heads)
-    assert replace(SparseRcnnConfig(heads=CONFIG.heads), **told) == CONFIG
+    found = config_from_state_dict(FAMILY["sparse_rcnn"], translate("sparse_rcnn", original(varied(0))), CONFIG.heads)
+    assert replace(SparseRcnnConfig(heads=CONFIG.heads), **found) == CONFIG

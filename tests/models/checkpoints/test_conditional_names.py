@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from original_names import Weights, both, encoder_layer, mlp, packed, torchvision_resnet
+from author_state_dicts import Weights, both, encoder_layer, mlp, packed, torchvision_resnet
 from references import reference_resnet, transformers
 
 from edgedetr.errors import ModelError

@@ -1,4 +1,4 @@
-"""Every layout of names finds its place: the authors' files, those of transformers, tied copies, packed tensors."""
+"""Every layout is converted: the authors' files, those of transformers, tied copies, packed tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-import original_names
+import author_state_dicts
 import pytest
 import torch
 from members import SMALL
@@ -37,40 +37,44 @@ RT = {"backbone_width": 0.25, "hidden": 32, "heads": 4, "encoder_ffn": 48, "deco
 
 # name of the case: member, configuration, its weights under the authors' names
 ORIGINALS = {
-    "detr": ("detr", DetrConfig(**PLAIN), lambda ours: original_names.detr(ours, 2)),
-    "detr r50": ("detr", DetrConfig(**{**PLAIN, "backbone": "resnet50"}), lambda ours: original_names.detr(ours, 2)),
-    "detr pre-norm": ("detr", DetrConfig(**PLAIN, pre_norm=True), lambda ours: original_names.detr(ours, 2)),
+    "detr": ("detr", DetrConfig(**PLAIN), lambda ours: author_state_dicts.detr(ours, 2)),
+    "detr r50": (
+        "detr",
+        DetrConfig(**{**PLAIN, "backbone": "resnet50"}),
+        lambda ours: author_state_dicts.detr(ours, 2),
+    ),
+    "detr pre-norm": ("detr", DetrConfig(**PLAIN, pre_norm=True), lambda ours: author_state_dicts.detr(ours, 2)),
     "deformable": (
         "deformable_detr",
         DeformableDetrConfig(**PLAIN),
-        lambda ours: original_names.deformable_detr(ours, 2),
+        lambda ours: author_state_dicts.deformable_detr(ours, 2),
     ),
     "deformable single-scale": (
         "deformable_detr",
         DeformableDetrConfig(**PLAIN, levels=1),
-        lambda ours: original_names.deformable_detr(ours, 2),
+        lambda ours: author_state_dicts.deformable_detr(ours, 2),
     ),
     "deformable refined": (
         "deformable_detr",
         DeformableDetrConfig(**PLAIN, refine=True),
-        lambda ours: original_names.deformable_detr(ours, 2),
+        lambda ours: author_state_dicts.deformable_detr(ours, 2),
     ),
     "deformable two-stage": (
         "deformable_detr",
         DeformableDetrConfig(**PLAIN, refine=True, two_stage=True),
-        lambda ours: original_names.deformable_detr(ours, 2),
+        lambda ours: author_state_dicts.deformable_detr(ours, 2),
     ),
-    "rt_detr v1": ("rt_detr", RtDetrConfig(**RT, version=1), lambda ours: original_names.rt_detr(ours, 1)),
-    "rt_detr v2": ("rt_detr", RtDetrConfig(**RT), lambda ours: original_names.rt_detr(ours, 2)),
+    "rt_detr v1": ("rt_detr", RtDetrConfig(**RT, version=1), lambda ours: author_state_dicts.rt_detr(ours, 1)),
+    "rt_detr v2": ("rt_detr", RtDetrConfig(**RT), lambda ours: author_state_dicts.rt_detr(ours, 2)),
     "rt_detr v2, learned content": (
         "rt_detr",
         RtDetrConfig(**RT, learned_content=True),
-        lambda ours: original_names.rt_detr(ours, 2),
+        lambda ours: author_state_dicts.rt_detr(ours, 2),
     ),
     "rt_detr v2 r50": (
         "rt_detr",
         RtDetrConfig(**RT, backbone="resnet50vd", expansion=1.0),
-        lambda ours: original_names.rt_detr(ours, 2),
+        lambda ours: author_state_dicts.rt_detr(ours, 2),
     ),
 }
 original = pytest.mark.parametrize("case", ORIGINALS)
@@ -109,11 +113,11 @@ def test_the_architecture_follows_from_the_tensors(case: str) -> None:
     member, config, written = ORIGINALS[case]
     found = config_from_state_dict(FAMILY[member], translate(member, written(random_state(member, config))), heads=4)
     # What no tensor tells: heads, and how many proposals a two-stage model selects.
-    untold = {"heads", "dropout", "version"} | ({"queries"} if "queries" not in found else set())
+    not_in_tensors = {"heads", "dropout", "version"} | ({"queries"} if "queries" not in found else set())
     for name, value in found.items():
         assert value == getattr(config, name), name
     assert {"backbone", "backbone_width", "hidden", "decoder_layers"} <= found.keys()
-    rebuilt = type(config)(**found, **{name: getattr(config, name) for name in untold if hasattr(config, name)})
+    rebuilt = type(config)(**found, **{name: getattr(config, name) for name in not_in_tensors if hasattr(config, name)})
     assert build(member, rebuilt, CLASSES).state_dict().keys() == build(member, config, CLASSES).state_dict().keys()
 
 
@@ -121,13 +125,13 @@ def test_the_architecture_follows_from_the_tensors(case: str) -> None:
 def test_every_members_architecture_follows_from_its_tensors(member: str) -> None:
     config = SMALL[member]
     found = config_from_state_dict(FAMILY[member], build(member, config, CLASSES).state_dict(), heads=4)
-    untold = {"heads", "backbone_norm", "frozen_stages", "dilate_last", "first_queries", "points"}
+    not_in_tensors = {"heads", "backbone_norm", "frozen_stages", "dilate_last", "first_queries", "points"}
     if member in ("deformable_detr", "efficient_detr", "rt_detr"):
-        untold.add("queries")  # selected, not learned
+        not_in_tensors.add("queries")  # selected, not learned
     default = type(config)()
     for field in fields(config):
         wanted = getattr(config, field.name)
-        if field.name not in untold and wanted != getattr(default, field.name):
+        if field.name not in not_in_tensors and wanted != getattr(default, field.name):
             assert found[field.name] == wanted, field.name
 
 
@@ -170,7 +174,7 @@ def test_files_of_transformers_deformable_detr_load(form: str, tmp_path: Path) -
 
 
 def test_copies_of_one_tensor_that_differ_are_an_error_that_names_both() -> None:
-    weights = original_names.deformable_detr(random_state("deformable_detr", DeformableDetrConfig(**PLAIN)), 2)
+    weights = author_state_dicts.deformable_detr(random_state("deformable_detr", DeformableDetrConfig(**PLAIN)), 2)
     weights["class_embed.1.bias"] = weights["class_embed.1.bias"] + 1
     with pytest.raises(ModelError, match=r"class_embed.0.bias and class_embed.1.bias differ.*decoder.boxes.score.bias"):
         translate("deformable_detr", weights)
@@ -178,7 +182,7 @@ def test_copies_of_one_tensor_that_differ_are_an_error_that_names_both() -> None
 
 def test_a_tensor_without_a_place_is_named() -> None:
     config = DetrConfig(**PLAIN)
-    weights = original_names.detr(random_state("detr", config), 2)
+    weights = author_state_dicts.detr(random_state("detr", config), 2)
     weights["mask_head.lay1.weight"] = torch.zeros(3)
     del weights["bbox_embed.layers.1.bias"]
     with pytest.raises(ModelError, match=r"missing \(1\): decoder.boxes.box.layers.1.bias; left over \(1\): mask_head"):

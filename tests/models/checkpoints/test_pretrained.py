@@ -1,4 +1,4 @@
-"""Published weights: every layout finds its place, and what does not fit is named."""
+"""Pretrained weights: every layout is converted, and what does not fit is named."""
 
 from __future__ import annotations
 

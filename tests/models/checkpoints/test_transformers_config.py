@@ -405,11 +405,11 @@ def test_a_key_that_contradicts_the_tensors_is_refused_by_name(name: str) -> Non
         if entry.default not in (None, before.raw[key]):
             lacking = read_config({k: v for k, v in before.raw.items() if k != key}, one.member, "config.json")
             with pytest.raises(ModelError, match=f"{key} is {json.dumps(entry.default)}, but the tensors say"):
-                lacking.agree(config_from_state_dict(member(one.member), weights, 4))
+                lacking.require_agreement(config_from_state_dict(member(one.member), weights, 4))
         raw = {**before.raw, key: other(key, before.raw[key])}
-        told = read_config(raw, one.member, "config.json")
+        config = read_config(raw, one.member, "config.json")
         with pytest.raises(ModelError, match=f"{key} is {json.dumps(raw[key])}, but the tensors say"):
-            told.agree(config_from_state_dict(member(one.member), weights, 4))
+            config.require_agreement(config_from_state_dict(member(one.member), weights, 4))
 
 
 def test_heads_that_differ_between_encoder_and_decoder_are_refused() -> None:
@@ -422,7 +422,7 @@ TIMM = {"backbone_config": None, "use_timm_backbone": True}
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         (
             {"model_type": "d_fine"},
@@ -442,8 +442,8 @@ TIMM = {"backbone_config": None, "use_timm_backbone": True}
         ({**TIMM, "dilation": "yes"}, 'dilation is "yes"'),
     ],
 )
-def test_another_architecture_is_refused_by_its_name(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+def test_another_architecture_is_refused_by_its_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         read_config({**plain("rt").raw, **changes}, "rt_detr", "config.json")
 
 
@@ -487,13 +487,13 @@ def test_sizes_of_a_nested_backbone_are_those_of_the_tensors(name: str, key: str
     found = config_from_state_dict(
         member(one.member), conversion.translate(one.member, WeightSource(str(before.folder)).weights()), 4
     )
-    read_config(before.raw, one.member, "c").agree(found)
+    read_config(before.raw, one.member, "c").require_agreement(found)
     inner = {**before.raw["backbone_config"], key: value}
     with pytest.raises(ModelError, match=f"backbone_config: {key} is .*, but the tensors say"):
-        read_config({**before.raw, "backbone_config": inner}, one.member, "c").agree(found)
+        read_config({**before.raw, "backbone_config": inner}, one.member, "c").require_agreement(found)
     del inner[key]
     with pytest.raises(ModelError, match=f"backbone_config: {key} is .*, but the tensors say"):
-        read_config({**before.raw, "backbone_config": inner}, one.member, "c").agree(found)
+        read_config({**before.raw, "backbone_config": inner}, one.member, "c").require_agreement(found)
 
 
 def test_levels_that_contradict_each_other_are_refused() -> None:
@@ -531,7 +531,9 @@ def test_timm_dilates_and_transformers_own_resnet_does_not() -> None:
     )
     assert read_config({**old, "use_timm_backbone": True}, "detr", "c").backbone == "resnet50"
     with pytest.raises(ModelError, match="backbone is resnet50, but the tensors are those of resnet18 at width 0.25"):
-        read_config({"model_type": "detr"}, "detr", "c").agree({"backbone": "resnet18", "backbone_width": 0.25})
+        read_config({"model_type": "detr"}, "detr", "c").require_agreement(
+            {"backbone": "resnet18", "backbone_width": 0.25}
+        )
 
 
 def test_a_backbone_alone_is_looked_at_as_well() -> None:
@@ -606,7 +608,7 @@ OLD = {
 def test_files_of_older_versions_have_more_keys_and_are_read(name: str) -> None:
     raw = plain(name).raw
     inner = {**raw["backbone_config"], **OLD}
-    told = read_config(
+    config = read_config(
         {
             **raw,
             **OLD,
@@ -622,7 +624,7 @@ def test_files_of_older_versions_have_more_keys_and_are_read(name: str) -> None:
         CASES[name].member,
         "config.json",
     )
-    assert told.values == read_config(raw, CASES[name].member, "config.json").values
+    assert config.values == read_config(raw, CASES[name].member, "config.json").values
 
 
 def test_what_is_read_defaults_to_what_transformers_takes() -> None:
@@ -674,7 +676,7 @@ def test_learned_queries_are_read_although_transformers_itself_does_not_run_them
     assert read.recipe.model.config.learned_content
     with pytest.raises(ModelError, match="learn_initial_query is false, but the tensors say true"):
         raw = {"model_type": "rt_detr", "learn_initial_query": False}
-        read_config(raw, "rt_detr", "c").agree({"learned_content": True})
+        read_config(raw, "rt_detr", "c").require_agreement({"learned_content": True})
 
 
 def test_a_training_that_starts_from_another_configuration_says_which_key(caplog: pytest.LogCaptureFixture) -> None:
@@ -738,7 +740,7 @@ def test_odd_values_of_every_key_are_read_or_one_error(name: str) -> None:
         changed += [{**raw, "backbone_config": {**raw["backbone_config"], key: value}} for key in BACKBONES["resnet"]]
         for content in changed:
             try:
-                read_config(content, one.member, "config.json").agree(found)
+                read_config(content, one.member, "config.json").require_agreement(found)
             except ModelError as error:
                 said.append(str(error))
     assert len(said) > 1000 and max(map(len, said)) < 600

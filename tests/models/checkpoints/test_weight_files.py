@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import original_names
+import author_state_dicts
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -41,7 +41,7 @@ def ours() -> Weights:
 
 @pytest.fixture(scope="module")
 def authors(ours: Weights) -> Weights:
-    return original_names.detr(ours, 1)
+    return author_state_dicts.detr(ours, 1)
 
 
 def comes_back(source: Path, ours: Weights) -> None:
@@ -80,8 +80,8 @@ def test_an_index_is_believed_about_nothing(authors: Weights, tmp_path: Path) ->
     places = json.loads(index.read_text())["weight_map"]
     first = sorted(places)[0]
     for wrong, said in [
-        ({"weight_map": {**places, first: "../x.safetensors"}}, "expected a file beside the index"),
-        ({"weight_map": {**places, first: "/etc/passwd"}}, "expected a file beside the index"),
+        ({"weight_map": {**places, first: "../x.safetensors"}}, "expected a file in the folder of the index"),
+        ({"weight_map": {**places, first: "/etc/passwd"}}, "expected a file in the folder of the index"),
         ({"weight_map": {**places, first: 7}}, "no weight_map"),
         ({}, "no weight_map"),
         ([1], "no weight_map"),
@@ -251,7 +251,7 @@ def test_a_configuration_that_the_tensors_do_not_fill_is_never_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A norm of 8000 channels has 32 kB; the attentions beside it would have gigabytes."""
-    weights = original_names.detr(build("detr", CONFIG, 3).state_dict(), 1)
+    weights = author_state_dicts.detr(build("detr", CONFIG, 3).state_dict(), 1)
     for name in [name for name in weights if name.startswith("transformer.decoder") and ".norm" in name]:
         weights[name] = torch.ones(8000)
     torch.save(weights, tmp_path / "w.pth")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import original_names
+import author_state_dicts
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -68,7 +68,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
 def weights() -> dict[str, torch.Tensor]:
     return {
         name: value.contiguous()
-        for name, value in original_names.detr(build("detr", CONFIG, 91).state_dict(), 1).items()
+        for name, value in author_state_dicts.detr(build("detr", CONFIG, 91).state_dict(), 1).items()
     }
 
 
@@ -105,7 +105,7 @@ def test_all_files_are_of_the_commit_of_the_first(cache: Cache, weights: dict[st
     origin = WeightSource(NAME)
     origin.weights()
     cache.point(LATER)
-    found = origin.beside("config.json")
+    found = origin.file_next_to("config.json")
     assert found is not None and json.loads(found.read_text()) == {"from": "first"}
     assert origin.revision == COMMIT
 
@@ -139,9 +139,9 @@ def test_a_configuration_that_could_not_be_looked_up_is_not_taken_for_none(
     origin = WeightSource(NAME)
     origin.weights()
     with pytest.raises(ModelError, match=r"config.json could not be downloaded.*go online once"):
-        origin.beside("config.json")
+        origin.file_next_to("config.json")
     cache.missing("config.json")
-    assert origin.beside("config.json") is None
+    assert origin.file_next_to("config.json") is None
 
 
 def test_an_endpoint_without_encryption_is_refused_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""config.json and preprocessor_config.json beside a foreign ONNX file are read and said, or refused."""
+"""config.json and preprocessor_config.json next to an external ONNX file are read and reported, or refused."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from planted_onnx import BOXES, LABELS, SIZE, corners, labeled, planted
 
 from edgedetr import cli
 from edgedetr.errors import ExportError, UsageError
-from edgedetr.importing.import_options import ImportOptions
-from edgedetr.importing.onnx_model import import_onnx_model
-from edgedetr.importing.onnx_sidecars import read_beside
+from edgedetr.importing.import_options import ImportOptions, Normalization
+from edgedetr.importing.onnx_model import import_onnx_model, read_model_files
 from edgedetr.runtime.bundle_detector import load
 
 pytest.importorskip("torch")
@@ -22,7 +21,7 @@ NAMES = {"0": "red", "1": "green", "2": "blue"}
 
 
 def folder(path: Path, model: onnx.ModelProto | None = None, **files: dict | str) -> Path:
-    """A file with JSON beside it; returns the file."""
+    """A file with JSON next to it; returns the file."""
     path.mkdir(parents=True, exist_ok=True)
     if model is not None:
         onnx.save(model, path / "model.onnx")
@@ -38,9 +37,9 @@ def test_a_softmax_detector_is_known_by_its_configuration(tmp_path, capsys):
     made.constants["l0"][..., -1] -= 5.6  # what noise shows would not tell it
     path = folder(tmp_path / "m", made.model(["l", "b"]), config={"model_type": "detr", "id2label": NAMES})
     assert cli.run(["import", str(path), "--out", str(tmp_path / "b")]) == 0
-    said = capsys.readouterr().err
-    assert "config.json says model_type detr: softmax" in said
-    assert "3 class names are those of config.json" in said
+    err = capsys.readouterr().err
+    assert "config.json says model_type detr: softmax" in err
+    assert "3 class names are those of config.json" in err
     detector = load(tmp_path / "b", backend="onnxruntime", stage="onnx", threads=1)
     found = detector([np.zeros((64, 96, 3), np.uint8)])[0]
     assert found.data["class_name"][:6].tolist() == [("red", "green", "blue")[label] for label in LABELS]
@@ -98,8 +97,8 @@ def test_the_processor_says_pixels_and_size_and_options_go_over_it(tmp_path, cap
     words = ["import", str(path), "--out", str(tmp_path / "b"), "--std", "1", "1", "2"]
     assert cli.run([*words, "--activation", "sigmoid", "--json"]) == 0
     captured = capsys.readouterr()
-    told = json.loads(captured.out)
-    assert told["pixels"] == {"scale": 0.5, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 2], "resize": "stretch"}
+    result = json.loads(captured.out)
+    assert result["pixels"] == {"scale": 0.5, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 2], "resize": "stretch"}
     assert "not read: sharpen" in captured.err
     assert "resample 3 is not kept" in captured.err
     sides = onnx.load(tmp_path / "b" / "model.onnx").graph.input[0].type.tensor_type.shape.dim
@@ -117,9 +116,10 @@ def test_the_processor_says_pixels_and_size_and_options_go_over_it(tmp_path, cap
     ],
 )
 def test_each_form_of_a_processor(tmp_path, processor, expected, resize):
-    told = read_beside(folder(tmp_path, processor=processor))
-    assert told.pixels["scale"] == pytest.approx(expected)
-    assert told.pixels["resize"] == resize
+    found = read_model_files(folder(tmp_path, processor=processor)).normalization
+    assert found is not None
+    assert found.scale == pytest.approx(expected)
+    assert found.resize == resize
 
 
 def test_a_whole_processor_holds_that_of_images(tmp_path):
@@ -135,12 +135,7 @@ def test_a_whole_processor_holds_that_of_images(tmp_path):
             }
         )
     )
-    assert read_beside(tmp_path / "m.onnx").pixels == {
-        "scale": 1.0,
-        "mean": (0, 0, 0),
-        "std": (1, 1, 1),
-        "resize": "stretch",
-    }
+    assert read_model_files(tmp_path / "m.onnx").normalization == Normalization(1.0)
 
 
 @pytest.mark.parametrize(
@@ -149,31 +144,34 @@ def test_a_whole_processor_holds_that_of_images(tmp_path):
         ({"processor": {"do_center_crop": True}}, "do_center_crop is true"),
         ({"processor": {"do_flip_channel_order": True}}, "do_flip_channel_order is true"),
         ({"processor": {"do_normalize": True}}, "do_normalize is true without image_mean"),
-        ({"processor": {"image_mean": [1, 2], "image_std": [1, 1, 1]}}, "image_mean is .* expected a number for each"),
-        ({"processor": {"rescale_factor": "1/255"}}, "rescale_factor is '1/255'"),
-        ({"processor": {"size": {"width": 3}}}, "size .* is not known"),
-        ({"processor": {"size": {"height": 0, "width": 3}}}, "expected a height and a width"),
+        (
+            {"processor": {"image_mean": [1, 2], "image_std": [1, 1, 1]}},
+            "image_mean is .* expected three numbers, of R, G and B",
+        ),
+        ({"processor": {"rescale_factor": "1/255"}}, 'rescale_factor is "1/255"; expected a positive number'),
+        ({"processor": {"size": {"width": 3}}}, "size is .*; expected shortest_edge"),
+        ({"processor": {"size": {"height": 0, "width": 3}}}, "size: height is 0; expected pixels"),
         ({"processor": "{"}, "preprocessor_config.json.*JSON"),
         ({"config": "["}, "config.json.*JSON"),
-        ({"config": {"id2label": ["a"]}}, "id2label is not a name for each number"),
-        ({"config": {"id2label": {"0": "a", "2": "b"}}}, "id2label has no name for some"),
+        ({"config": {"id2label": ["a"]}}, "id2label is a list; expected a name for each class"),
+        ({"config": {"id2label": {"0": "a", "2": "b"}}}, "id2label has 2 entries, which are not those from 0 to 1"),
         ({"config": {"id2label": {"0": "a", "1": "a"}}}, "one name twice"),
         ({"config": {"id2label": {"0": "a", "1": "b"}, "num_labels": 3}}, "num_labels is 3, and id2label names 2"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_with_its_key(tmp_path, files, message):
     with pytest.raises(ExportError, match=message):
-        read_beside(folder(tmp_path, **files))
+        read_model_files(folder(tmp_path, **files))
 
 
 def test_names_that_were_never_filled_in_say_nothing(tmp_path):
-    assert read_beside(folder(tmp_path, config={"id2label": {"0": "LABEL_0", "1": "LABEL_1"}})).names is None
-    assert read_beside(folder(tmp_path, config=[1])).names is None  # another program's
+    assert read_model_files(folder(tmp_path, config={"id2label": {"0": "LABEL_0", "1": "LABEL_1"}})).names is None
+    assert read_model_files(folder(tmp_path, config=[1])).names is None  # another program's
     holes = {"0": "N/A", "1": "person"}
-    assert read_beside(folder(tmp_path, config={"id2label": holes})).names == ("-", "person")
+    assert read_model_files(folder(tmp_path, config={"id2label": holes})).names == ("-", "person")
 
 
 def test_the_folder_above_one_called_onnx_counts(tmp_path):
     folder(tmp_path, config={"model_type": "detr", "id2label": NAMES})
-    assert read_beside(folder(tmp_path / "onnx")).model_type == "detr"
-    assert read_beside(folder(tmp_path / "other")).model_type is None
+    assert read_model_files(folder(tmp_path / "onnx")).model_type == "detr"
+    assert read_model_files(folder(tmp_path / "other")).model_type is None

@@ -1,0 +1,111 @@
+"""Names of the class logits of a model made elsewhere, and which of its logits a bundle keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edgedetr.bundle import ClassInfo
+from edgedetr.errors import EdgedetrError, UsageError
+
+
+@dataclass(frozen=True)
+class ClassColumns:
+    """The class logits that the bundle keeps.
+
+    columns   their indices among the file's logits, in the order of `classes`; that of "no object" last
+    """
+
+    activation: str
+    classes: tuple[ClassInfo, ...]
+    columns: tuple[int, ...]
+
+
+def read_names(path: Path) -> list[str]:
+    """Names in a text file, one per line; "-" for a class logit that is not used. Errors: UsageError."""
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error}); expected a text file with one class name per line"
+        ) from error
+    names = names[: len(names) - next((i for i, name in enumerate(reversed(names)) if name), len(names))]
+    used = [name for name in names if name != "-"]
+    if not used or "" in names or len(set(used)) < len(used):
+        raise UsageError(
+            f"{path}: {len(used)} names, of which some are empty or repeated; expected one line for "
+            "each class logit of the file, in order, `-` for one that is not used"
+        )
+    return names
+
+
+def config_labels(config: Mapping[str, Any], where: str, error: type[EdgedetrError]) -> list[str] | None:
+    """Names of the classes in id2label of transformers' config.json, by index; None if it has none.
+
+    Errors: `error` for labels that are not one name for each number from 0.
+    """
+    labels = config.get("id2label")
+    if labels is None:
+        return None
+    if not isinstance(labels, dict):
+        raise error(
+            f"{where}: id2label is a {type(labels).__name__}; expected a name for each class; repair or remove it, "
+            "or name the classes by --classes FILE"
+        )
+    if set(labels) != {str(index) for index in range(len(labels))}:
+        raise error(
+            f"{where}: id2label has {len(labels)} entries, which are not those from 0 to {len(labels) - 1}; repair it, "
+            "or name the classes by --classes FILE and move it away"
+        )
+    listed = [labels[str(index)] for index in range(len(labels))]
+    for name in listed:
+        if not isinstance(name, (str, int, float)) or isinstance(name, bool):
+            raise error(f"{where}: id2label holds a {type(name).__name__}; expected names")
+    return [str(name) for name in listed]
+
+
+def class_columns(
+    width: int,
+    activation: Literal["sigmoid", "softmax"],
+    names: Sequence[str] | None,
+    known: tuple[ClassInfo, ...] | None,
+    order: str,
+    source: str = "--classes",
+) -> ClassColumns:
+    """The classes of the file's `width` class logits, and which of the logits the bundle keeps.
+
+    names    of the logits in order, from `source`; None: the logits have the classes `known` in the given order
+    known    classes of the data set; None without
+    order    "index" or "category-id": where a class of the data set is among the logits, if there are no names
+    Errors: UsageError if the classes do not fit the logits under this activation.
+    """
+    usable = width - (activation == "softmax")
+    if names is not None:
+        given = {name: index for index, name in enumerate(names) if name != "-"}
+        lost = [item.name for item in known or () if item.name not in given]
+        if lost:
+            way = "" if source == "--classes" else "; or say --columns index where they stand in the data set's order"
+            raise UsageError(
+                f"{source} does not name {', '.join(lost[:5])}, which the data set has; expected one "
+                f"line of --classes for each class logit of the file, in order, `-` for one that is not "
+                f"used{way}"
+            )
+        known = known or tuple(ClassInfo(index, column, name) for index, (name, column) in enumerate(given.items()))
+        columns, count = [given[item.name] for item in known], len(names)
+    else:
+        known = known or tuple(ClassInfo(index, index, f"class {index}") for index in range(usable))
+        columns, count = [item.category_id if order == "category-id" else item.index for item in known], len(known)
+    if not columns or min(columns) < 0 or max(columns) >= usable:
+        raise UsageError(
+            f"the file has {usable} class logits{' besides no object' if usable < width else ''}, and a "
+            f"class is at index {max(columns, default=0)}; expected one line of --classes for each "
+            "logit of the file, or --columns index"
+        )
+    if width > count + 1 and order == "index":
+        raise UsageError(
+            f"the file has {width} class logits for {count} classes; say which is which: --classes FILE, "
+            "or --columns category-id where they stand at the category ids (COCO: 91 for 80)"
+        )
+    return ClassColumns(activation, known, tuple(columns + ([width - 1] if activation == "softmax" else [])))
