@@ -1,9 +1,7 @@
-"""The graphs of `edgedetr selftest`: small ones of the kinds that versions of TensorRT have got wrong.
+"""Make the self-test models of `edgedetr selftest`: small graphs of kinds that versions of TensorRT computed wrongly.
 
-They are stored in runtime/tensorrt/selftest_models with inputs and outputs, because a device has no onnx
-package to make them with.
-After a change here run `python -m edgedetr.onnx_graph.selftest_models`; a test
-compares the stored files with what this file makes.
+They are stored with inputs and outputs in runtime/tensorrt/selftest_models, because a device has no onnx package.
+After a change here run `python -m edgedetr.onnx_graph.selftest_models`; a test compares the stored files with it.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper
 
 from edgedetr.onnx_graph.opset import IR_VERSION, OPSET
-from edgedetr.runtime.backends import onnxruntime
+from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.runtime.tensorrt.selftest import FOLDER
 
 QUERIES, POINTS, CHANNELS, SIDE = 48, 4, 16, 20
@@ -24,9 +22,9 @@ FEED = "x"
 
 
 def grid_sample(rng: np.random.Generator) -> tuple[ModelProto, np.ndarray]:
-    """Deformable attention in small: locations and weights by projections of the queries, GridSample, weighted sum.
+    """Small deformable attention: locations and weights are projections of the queries; GridSample; weighted sum.
 
-    The batch is one row twice: TensorRT 10.14 and 11.1 gave different answers to equal rows (TensorRT issue 4813).
+    The batch holds one row twice: TensorRT 10.14 and 11.1 gave different answers to equal rows (TensorRT issue 4813).
     """
     row = rng.standard_normal((1, QUERIES + SIDE * SIDE, CHANNELS)).astype(np.float32)
     constants = {
@@ -108,7 +106,7 @@ def make(name: str) -> tuple[bytes, np.ndarray, np.ndarray]:
     model, x = SELFTEST_MODELS[name](np.random.default_rng(len(name)))
     checker.check_model(model, full_check=True)
     data = model.SerializeToString(deterministic=True)
-    return data, x, onnxruntime.tensors(data, x, ["y"], optimize=False, threads=1, feed=FEED)["y"]
+    return data, x, GraphSession(model, ["y"], threads=1).run({FEED: x})["y"]
 
 
 def write(folder: Path) -> None:

@@ -1,12 +1,12 @@
-"""Files for DeepStream's nvinfer: a graph that a parser shipped with DeepStream reads, a configuration, the labels.
+"""Write the files of DeepStream's nvinfer: a graph for a parser that DeepStream ships, a configuration, the labels.
 
 The parser is NvDsInferParseCustomTfSSD of libnvds_infercustomparser.so (source: sources/libs/nvdsinfer_customparser/
 nvdsinfer_custombboxparser.cpp of the SDK; the same function in DeepStream 5 and in 9). It finds its tensors by name,
 all float32 and without the batch axis: `num_detections` [1], `detection_boxes` [k, 4] (y0, x0, y1, x1 in 0..1 of the
-network's input), `detection_scores` [k] and `detection_classes` [k]. Others of that library take outputs by position
-(EfficientDetTAO, BatchedNMSTLT), or are written for four classes of which the first is dropped (DDETRTAO).
+network's input), `detection_scores` [k] and `detection_classes` [k]. Other parsers of that library find outputs by
+position (EfficientDetTAO, BatchedNMSTLT), or have four fixed classes of which they drop the first (DDETRTAO).
 
-nvinfer hands over y = net-scale-factor * (x - offset) of RGB planes; ours is the identity, since the graph normalizes.
+nvinfer's input is y = net-scale-factor * (x - offset) of RGB planes; here the identity, since the graph normalizes.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ LIBRARY = "/opt/nvidia/deepstream/deepstream/lib/libnvds_infercustomparser.so"
 OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
 NETWORK_MODES = {"fp32": 0, "int8": 1, "fp16": 2}  # nvinfer's numbers
 MODES = {graph.file: NETWORK_MODES[precision] for precision, graph in ENGINE_GRAPHS.items()}
-MODEL = "model.onnx"  # written beside the configuration
-CONFIDENCE = 0.25  # least score that is passed on, as edgedetr predict has it
+MODEL = "model.onnx"  # written next to the configuration
+CONFIDENCE = 0.25  # lowest score that nvinfer passes on; the default of edgedetr predict
 
 
 @dataclass(frozen=True)
 class DeepStreamFiles:
-    """What was written: the configuration of nvinfer, the graph, the labels."""
+    """The written files: the configuration of nvinfer, the graph, the labels."""
 
     config: Path
     model: Path
@@ -55,7 +55,8 @@ class DeepStreamFiles:
 def with_parser_outputs(model: ModelProto, manifest: Manifest, frame: tuple[int, int] | None = None) -> ModelProto:
     """The graph `images` -> `logits`, `boxes` of a bundle, with the outputs of the parser.
 
-    frame   height and width: the input is then a whole frame (float32 planes), and our own resize is inside
+    frame   height and width of the camera's frames: the input is then a whole frame (float32 planes), and the graph
+            contains the resize
     """
     contract, batch = manifest.input, batch_of(model)
     height, width = frame or (contract.height, contract.width)
@@ -70,15 +71,15 @@ def with_parser_outputs(model: ModelProto, manifest: Manifest, frame: tuple[int,
             geometry.width * geometry.used_width / geometry.content_width / width,
             geometry.height * geometry.used_height / geometry.content_height / height,
         )
-    chosen = pre_post_graph.choose(back, "logits", "boxes", queries, classes, manifest.output)
-    boxes = pre_post_graph.corners(back, chosen.boxes, factors, (1.0, 1.0), order=(1, 0, 3, 2))
-    labels = back.add("Cast", chosen.labels, to=TensorProto.FLOAT)
-    # The parser takes the first so many. A score of zero is no object: FP16 may round far ones to it.
-    some = back.add("Greater", chosen.scores, back.constant([[0.0]], np.float32))
-    count = back.add("ReduceSum", back.add("Cast", some, to=TensorProto.FLOAT), back.constant([1]), keepdims=1)
-    for made, name in zip((count, boxes, chosen.scores, labels), OUTPUTS):
-        back.add("Identity", made, output=name)
-    shapes = ([batch, 1], [batch, chosen.count, 4], [batch, chosen.count], [batch, chosen.count])
+    selected = pre_post_graph.select_top_k(back, "logits", "boxes", queries, classes, manifest.output)
+    boxes = pre_post_graph.corners(back, selected.boxes, factors, (1.0, 1.0), order=(1, 0, 3, 2))
+    labels = back.add("Cast", selected.labels, to=TensorProto.FLOAT)
+    # The parser reads the first `count`. A score of zero is no detection: FP16 may round small scores to zero.
+    positive = back.add("Greater", selected.scores, back.constant([[0.0]], np.float32))
+    count = back.add("ReduceSum", back.add("Cast", positive, to=TensorProto.FLOAT), back.constant([1]), keepdims=1)
+    for tensor, name in zip((count, boxes, selected.scores, labels), OUTPUTS):
+        back.add("Identity", tensor, output=name)
+    shapes = ([batch, 1], [batch, selected.count, 4], [batch, selected.count], [batch, selected.count])
     value = helper.make_tensor_value_info
     return merge(
         model,
@@ -94,10 +95,10 @@ def with_parser_outputs(model: ModelProto, manifest: Manifest, frame: tuple[int,
 def write_deepstream(
     bundle: Bundle, folder: Path, source: str = ONNX.file, frame: tuple[int, int] | None = None
 ) -> DeepStreamFiles:
-    """model.onnx, labels.txt and config_infer_primary.txt for `nvinfer config-file-path=...`.
+    """Write model.onnx, labels.txt and config_infer_primary.txt for `nvinfer config-file-path=...`.
 
     source   which of the bundle's graphs
-    frame    height and width of what nvstreammux gives, for our own resize; None leaves the resize to nvinfer
+    frame    height and width of nvstreammux's frames, to resize inside the graph; None leaves the resize to nvinfer
     """
     check_word(source, MODES, "source")
     frame = None if frame is None else check_size(frame, "frame")

@@ -1,4 +1,4 @@
-"""labels.txt: the class names in the order of the model's indices, one a line, as Triton and DeepStream read them."""
+"""labels.txt: the class names by index, one per line, as Triton and DeepStream read them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgedetr.storage.atomic import atomic_write
 
 
 def label(name: str) -> str:
-    """A name as one line of one field; nvinfer takes what stands after a semicolon for another field."""
+    """A name as one line; its semicolons become commas, because nvinfer separates fields by semicolons."""
     return one_line(name.replace(";", ","))
 
 

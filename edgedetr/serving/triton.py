@@ -1,8 +1,8 @@
-"""A model repository for Triton Inference Server: NAME/config.pbtxt, NAME/labels.txt, NAME/1/model.onnx or model.plan.
+"""Write a model repository of Triton Inference Server: NAME/{config.pbtxt, labels.txt, 1/model.onnx or model.plan}.
 
 The fields of config.pbtxt are those of triton-inference-server/common, protobuf/model_config.proto. Where the batch is
-fixed, max_batch_size is 0 and the dimensions say the whole shape. Where it is open, the server may join requests, but
-only after a gate: equal images in one batch must give equal answers, and the same ones as alone.
+fixed, max_batch_size is 0 and the dimensions are the whole shape. Where it is open, the server may batch requests, if a
+check has passed: an image must have the same detections in every row of a batch as alone.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from edgedetr.artifacts import INT8_CPU
 from edgedetr.bundle import Bundle, Manifest
 from edgedetr.errors import ExportError, UsageError
 from edgedetr.evaluation.agreement import detections_allclose
+from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.runtime.arguments import check_count, check_text, shown
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnx_bytes import load
-from edgedetr.runtime.backends.onnxruntime import tensors
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import Geometry
 from edgedetr.runtime.tensorrt.select import Engine
@@ -35,10 +35,10 @@ from edgedetr.storage.atomic import atomic_write
 
 log = logging.getLogger(__name__)
 
-LARGEST_BATCH = 8  # requests joined at once where the batch is open, as runtime.detector has it
+LARGEST_BATCH = 8  # requests in one batch where the batch is open, as in runtime.load
 LARGEST_COUNT = 1024  # instances; a typing error must not start thousands of sessions
-LONGEST = 200  # characters of a name that is made from a folder's
-SCORE, PIXELS = 1e-3, 0.5  # by which objects of equal rows may differ; float32 kernels of two batch sizes: 1e-5
+LONGEST = 200  # characters of a name that is made from a folder's name
+SCORE, PIXELS = 1e-3, 0.5  # accepted differences between rows; float32 kernels of two batch sizes: 1e-5
 TYPES: dict[int, str] = {
     TensorProto.FLOAT: "TYPE_FP32",
     TensorProto.UINT8: "TYPE_UINT8",
@@ -49,7 +49,7 @@ ONNX_NAME, ENGINE_NAME = "model.onnx", "model.plan"  # Triton's own names of the
 
 @dataclass(frozen=True)
 class Repository:
-    """What was written: the model's folder, its name, the platform, and the largest batch (0: no batching)."""
+    """The written model: its folder, its name, the platform, and the largest batch (0: no batching)."""
 
     folder: Path
     name: str
@@ -78,8 +78,8 @@ def write_repository(
     """Add the model to the repository `root`.
 
     source      which of the bundle's graphs
-    engine      an engine built from it, which is then what is served
-    instances   how many run at the same time, on each GPU or on the CPU
+    engine      an engine built from it, to be served instead
+    instances   copies of the model that run at the same time, on each GPU or on the CPU
     """
     check_text(source, "source", "the name of a graph of the bundle")
     name = model_name(bundle, source) if name is None else name
@@ -93,13 +93,13 @@ def write_repository(
         # ONNX Runtime serves the float graph on whatever the server has, and INT8 in its CPU form on the CPU.
         kind = "KIND_CPU" if source == INT8_CPU.file else "KIND_AUTO"
         platform, target = "onnxruntime_onnx", ONNX_NAME
-        largest = LARGEST_BATCH if inputs[0].dims[0] == -1 and rows_agree(model, bundle.manifest) else 0
+        largest = LARGEST_BATCH if inputs[0].dims[0] == -1 and batching_is_exact(model, bundle.manifest) else 0
     else:
         platform, kind, target, path = "tensorrt_plan", "KIND_GPU", ENGINE_NAME, engine.path
         least, _, most = engine.metadata.arguments.batch
-        # Only edgedetr verify, which runs equal images through the engine, opens the gate.
-        gate = engine.measured is not None and engine.measured.passed
-        largest = most if least == 1 < most and gate else 0
+        # The server may batch only what edgedetr verify, which runs equal images through the engine, has passed.
+        verified = engine.measured is not None and engine.measured.passed
+        largest = most if least == 1 < most and verified else 0
         first = least if least == most else -1
         inputs, outputs = (
             [Tensor(t.name, t.data_type, (first, *t.dims[1:])) for t in side] for side in (inputs, outputs)
@@ -109,9 +109,8 @@ def write_repository(
         shutil.copyfile(path, temporary)
     write_labels(folder / "labels.txt", bundle.manifest.classes)
     with atomic_write(folder / "config.pbtxt") as temporary:
-        temporary.write_text(
-            config(name, platform, largest, inputs, outputs, kind, instances, bundle.manifest), encoding="utf-8"
-        )
+        config = ModelConfig(name, platform, kind, largest, instances, tuple(inputs), tuple(outputs))
+        temporary.write_text(config.text(bundle.manifest), encoding="utf-8")
     return Repository(folder, name, platform, largest)
 
 
@@ -124,7 +123,7 @@ def model_name(bundle: Bundle, source: str) -> str:
 
 
 def signature(values: Sequence[onnx.ValueInfoProto]) -> list[Tensor]:
-    """Inputs or outputs as Triton names them; ExportError for what it could not serve."""
+    """Inputs or outputs in Triton's terms; ExportError for types that it cannot serve."""
     found = []
     for value in values:
         kind, dims = value.type.tensor_type.elem_type, value.type.tensor_type.shape.dim
@@ -138,60 +137,66 @@ def signature(values: Sequence[onnx.ValueInfoProto]) -> list[Tensor]:
     return found
 
 
-def rows_agree(model: ModelProto, manifest: Manifest) -> bool:
-    """Whether an image gives the same objects in every row of a batch as alone, in ONNX Runtime."""
+def batching_is_exact(model: ModelProto, manifest: Manifest) -> bool:
+    """Whether an image has the same detections in every row of a batch as alone, in ONNX Runtime."""
     contract = manifest.input
     one = np.random.default_rng(0).integers(0, 256, (1, 3, contract.height, contract.width)).astype(np.float32)
     whole = Geometry.of(contract.height, contract.width, contract)
-    found = []
+    session, found = GraphSession(model, ["logits", "boxes"], optimize=True), []
     for batch in (1, LARGEST_BATCH):
-        raw = tensors(model.SerializeToString(), np.repeat(one, batch, axis=0), ("logits", "boxes"), optimize=True)
+        raw = session.run({"images": np.repeat(one, batch, axis=0)})
         found += decode(RawOutputs(raw["logits"], raw["boxes"]), [whole] * batch, manifest.classes, manifest.output)
-    apart = [row for row in found[1:] if not detections_allclose(row, found[0], pixels=PIXELS, score=SCORE)]
-    if apart:
+    different = [row for row in found[1:] if not detections_allclose(row, found[0], pixels=PIXELS, score=SCORE)]
+    if different:
         log.warning(
-            "%d of %d rows with the same image give other objects than the image alone; "
-            "Triton will not join requests (max_batch_size 0)",
-            len(apart),
+            "%d of %d rows with the same image have other detections than the image alone; "
+            "Triton will not batch requests (max_batch_size 0)",
+            len(different),
             LARGEST_BATCH,
         )
-    return not apart
+    return not different
 
 
-def config(
-    name: str,
-    platform: str,
-    largest: int,
-    inputs: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    kind: str,
-    instances: int,
-    manifest: Manifest,
-) -> str:
-    """The text of config.pbtxt."""
-    told = {
-        "labels": "\n".join(label(item.name) for item in manifest.classes),
-        "input": json.dumps(
-            {
-                "height": manifest.input.height,
-                "width": manifest.input.width,
-                "resize": manifest.input.resize,
-                "color": "RGB",
-                "range": [0, 255],
-            }
-        ),
-        "output": json.dumps({"activation": manifest.output.activation, "top_k": manifest.output.top_k}),
-    }
-    lines = [f"name: {_text(name)}", f"platform: {_text(platform)}", f"max_batch_size: {largest}"]
-    lines += [_tensors("input", inputs, bool(largest)), _tensors("output", outputs, bool(largest))]
-    lines.append(f"instance_group [\n  {{\n    count: {instances}\n    kind: {kind}\n  }}\n]")
-    if largest:
-        lines.append("dynamic_batching {\n}")
-    lines += [
-        f"parameters {{\n  key: {_text(key)}\n  value {{\n    string_value: {_text(value)}\n  }}\n}}"
-        for key, value in told.items()
-    ]
-    return "\n".join(lines) + "\n"
+@dataclass(frozen=True)
+class ModelConfig:
+    """The fields of config.pbtxt; `kind` is Triton's KIND_AUTO, KIND_CPU or KIND_GPU."""
+
+    name: str
+    platform: str
+    kind: str
+    max_batch_size: int
+    instances: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    def text(self, manifest: Manifest) -> str:
+        """The text of config.pbtxt; its parameters carry the labels and the input and output contracts."""
+        contract = manifest.input
+        parameters = {
+            "labels": "\n".join(label(item.name) for item in manifest.classes),
+            "input": json.dumps(
+                {
+                    "height": contract.height,
+                    "width": contract.width,
+                    "resize": contract.resize,
+                    "color": "RGB",
+                    "range": [0, 255],
+                }
+            ),
+            "output": json.dumps({"activation": manifest.output.activation, "top_k": manifest.output.top_k}),
+        }
+        batched = bool(self.max_batch_size)
+        lines = [f"name: {_text(self.name)}", f"platform: {_text(self.platform)}"]
+        lines.append(f"max_batch_size: {self.max_batch_size}")
+        lines += [_tensors("input", self.inputs, batched), _tensors("output", self.outputs, batched)]
+        lines.append(f"instance_group [\n  {{\n    count: {self.instances}\n    kind: {self.kind}\n  }}\n]")
+        if batched:
+            lines.append("dynamic_batching {\n}")
+        lines += [
+            f"parameters {{\n  key: {_text(key)}\n  value {{\n    string_value: {_text(value)}\n  }}\n}}"
+            for key, value in parameters.items()
+        ]
+        return "\n".join(lines) + "\n"
 
 
 def _tensors(what: str, found: Sequence[Tensor], batched: bool) -> str:

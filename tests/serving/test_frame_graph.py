@@ -186,13 +186,14 @@ def smallest(model, node):
 
 
 @pytest.mark.parametrize(
-    "op, change, told", [("Resize", nearest, "resize"), ("Mul", other_factor, "objects"), ("TopK", smallest, "objects")]
+    "op, change, message",
+    [("Resize", nearest, "resize"), ("Mul", other_factor, "detections"), ("TopK", smallest, "detections")],
 )
-def test_a_graph_that_computes_something_else_is_refused(tmp_path, op, change, told):
+def test_a_graph_that_computes_something_else_is_refused(tmp_path, op, change, message):
     made = patch_detector.bundle(tmp_path / "b", activation="softmax")
     model = with_frames(onnx.load(made.path / "model.onnx"), made.manifest, 70, 100)
     check(model, made.manifest, 70, 100)
-    with pytest.raises(ExportError, match=told):
+    with pytest.raises(ExportError, match=message):
         check(planted(model, op, change), made.manifest, 70, 100)
 
 
