@@ -1,1 +1,1 @@
-"""Lint: what in an ONNX graph TensorRT would refuse, compute wrongly or run slowly, found without a GPU."""
+"""Lint: what TensorRT would refuse, compute wrongly or run slowly in an ONNX graph, found without a GPU."""

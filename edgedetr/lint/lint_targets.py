@@ -1,4 +1,4 @@
-"""The places that lint checks a graph for: the names of `edgedetr lint --target`, each with its oldest TensorRT."""
+"""The targets that lint checks a graph for: the names of `edgedetr lint --target`, each with its oldest TensorRT."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""operators.json: which operators the parser of a TensorRT reads, of which types, and with which limits.
+"""Read operators.json: which operators the parser of each TensorRT supports, with which types and limits.
 
-Words of an entry, each of them optional:
-types       element types of its data, a group's name or a list; float64 is read as float32
-refused     a type that is not taken although `types` would let it pass
-typed       the input whose type that is (default 0)
+Keys of an entry, all of them optional:
+types       element types of its data, as the name of a group or a list; float64 is read as float32
+refused     a type that is refused although `types` contains it
+typed       the input that `types` applies to (default 0)
 ranks       numbers of dimensions that its first input may have
-inputs, outputs   how many of them are read
+inputs, outputs   how many of them the parser reads
 attributes  name -> values that it may have (each number of a list)
-absent      attributes that may not be there
+absent      attributes that must be absent
 constant    inputs that must be known when the engine is built
-static      its first input needs fixed sizes
-plugin      it is read only where this plugin is loaded
+static      its first input must have fixed sizes
+plugin      the plugin that must be loaded to read it
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_name("operators.json")
-# Nodes of a quantized graph pass int8 on: the parser takes it wherever it takes integers.
+# Nodes of a quantized graph pass int8 on: the parser accepts it wherever it accepts integers.
 _WITH_INT8 = {"int32", "int64"}
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One entry; `source` is where it can be read. Empty fields set no limit."""
+    """One entry; `source` documents it. Empty fields set no limit."""
 
     source: str
     types: frozenset[str] = frozenset()
@@ -45,7 +45,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class OperatorTable:
-    """What one TensorRT reads: operators by name, and opsets from the first to the last documented one."""
+    """The operators that one TensorRT supports, by name, and its first and last documented opset."""
 
     operators: dict[str, Operator]
     opsets: tuple[int, int]
@@ -71,8 +71,8 @@ def operator_table(version: tuple[int, int], *, rtx: bool = False) -> OperatorTa
 
 
 @cache
-def read_since(name: str) -> str:
-    """The first release whose parser reads an operator, "" where none is known to."""
+def supported_since(name: str) -> str:
+    """The first release whose parser supports an operator, "" where none is known."""
     raw = _raw()
     if raw["table"].get(name) is not None:
         return str(raw["release"])
@@ -93,18 +93,18 @@ def _take(
 
 
 def _operator(entry: dict[str, Any], source: str, groups: dict[str, list[str]]) -> Operator:
-    words = dict(entry)
-    kinds, refused = words.pop("types", []), set(words.pop("refused", []))
+    keys = dict(entry)
+    kinds, refused = keys.pop("types", []), set(keys.pop("refused", []))
     types = set(groups[kinds] if isinstance(kinds, str) else kinds)
     if types & _WITH_INT8:
         types.add("int8")
     if "float32" in types:
         types.add("float64")
-    values = {name: tuple(allowed) for name, allowed in words.pop("attributes", {}).items()}
-    kept: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in words.items()}
+    values = {name: tuple(allowed) for name, allowed in keys.pop("attributes", {}).items()}
+    kept: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in keys.items()}
     unknown = set(kept) - {item.name for item in fields(Operator)}
     if unknown:
-        raise ValueError(f"{FILE}: unknown words {sorted(unknown)}")
+        raise ValueError(f"{FILE}: unknown keys {sorted(unknown)}")
     return Operator(source, frozenset(types - refused), attributes=values, **kept)
 
 

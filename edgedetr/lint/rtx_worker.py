@@ -1,6 +1,6 @@
-"""Parses and builds ONNX files with TensorRT-RTX, and writes one line of JSON per file; see rtx.py.
+"""Parse and build ONNX files with TensorRT-RTX, and write one line of JSON per file; see rtx.py.
 
-It runs as a process of its own, with whichever bindings come first: nothing here comes from the rest of edgedetr.
+It runs in its own process, with the first bindings on the path, and imports nothing from the rest of edgedetr.
 Arguments: a JSON object {"files": [...], "build": true}.
 """
 
@@ -27,8 +27,8 @@ def bindings() -> Any:
 
 
 def examine(trt: Any, path: str, build: bool) -> dict[str, Any]:
-    """What the parser and the builder say of one file."""
-    said: list[str] = []
+    """The results of the parser and the builder for one file."""
+    logged: list[str] = []
 
     class Logger(trt.ILogger):  # type: ignore[misc]  # the base is only known at run time
         def __init__(self) -> None:
@@ -36,7 +36,7 @@ def examine(trt: Any, path: str, build: bool) -> dict[str, Any]:
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR:
-                said.append(message.strip())
+                logged.append(message.strip())
 
     begun, logger = time.perf_counter(), Logger()
     builder = trt.Builder(logger)
@@ -68,7 +68,7 @@ def examine(trt: Any, path: str, build: bool) -> dict[str, Any]:
         if any(-1 in tuple(item.shape) or item.is_shape_tensor for item in inputs):
             profile = builder.create_optimization_profile()
             for item in inputs:
-                shape = tuple(size if size != -1 else OPEN if place else 1 for place, size in enumerate(item.shape))
+                shape = tuple(size if size != -1 else OPEN if axis else 1 for axis, size in enumerate(item.shape))
                 if item.is_shape_tensor:
                     values = [1] * math.prod(shape)
                     profile.set_shape_input(item.name, values, values, values)
@@ -82,12 +82,12 @@ def examine(trt: Any, path: str, build: bool) -> dict[str, Any]:
             "plan_bytes": None if plan is None else plan.nbytes,
         }
         if plan is None:
-            errors += list(dict.fromkeys(said)) or ["the builder gave nothing and did not say why"]
+            errors += list(dict.fromkeys(logged)) or ["the builder returned nothing and logged no reason"]
     return result
 
 
-def main(order: str) -> int:
-    wanted, trt = json.loads(order), bindings()
+def main(request: str) -> int:
+    wanted, trt = json.loads(request), bindings()
     if trt is None:
         return 3
     for path in wanted["files"]:

@@ -90,14 +90,14 @@ def test_what_is_no_onnx_is_one_error_and_a_crash_does_not_hide_the_other_files(
     crash = tmp_path / "crash.py"
     crash.write_text(
         "import json, os, sys, runpy\n"
-        f"module = runpy.run_path({str(rtx.PROCESS)!r})\n"
-        "order = json.loads(sys.argv[1])\n"
+        f"module = runpy.run_path({str(rtx.WORKER)!r})\n"
+        "request = json.loads(sys.argv[1])\n"
         "trt = module['bindings']()\n"
-        "for path in order['files']:\n"
+        "for path in request['files']:\n"
         "    if 'bad' in path: os.abort()\n"
         "    print(json.dumps(module['examine'](trt, path, False)), flush=True)\n"
     )
-    monkeypatch.setattr(rtx, "PROCESS", crash)
+    monkeypatch.setattr(rtx, "WORKER", crash)
     bad.write_bytes(Path(good).read_bytes())
     first, second, third = check_all([good, bad, good])
     assert first.ok and third.ok and not second.ok

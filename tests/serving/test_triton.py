@@ -167,7 +167,7 @@ def engine(path: Path, batch: tuple[int, int, int], passed: bool | None) -> Simp
     path.write_bytes(b"a plan")
     return SimpleNamespace(
         path=path,
-        told=SimpleNamespace(arguments=SimpleNamespace(batch=batch)),
+        metadata=SimpleNamespace(arguments=SimpleNamespace(batch=batch)),
         measured=None if passed is None else SimpleNamespace(passed=passed),
     )
 

@@ -1,4 +1,7 @@
-"""The rules of lint: each a small function of the graph and the target, with the place where its claim can be read."""
+"""The table of lint rules: each a function of the graph and the target, with the source of its claim.
+
+To add a rule: write the function in a file of this folder, add its entry here, add a case to tests/lint/test_lint.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the table of operators says beyond a name: types, ranks, attributes, inputs and outputs."""
+"""Check nodes against the operator table: types, ranks, attributes, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -20,37 +20,38 @@ def operator_type(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for node, operator in _known(graph.nodes, target):
         name = node.input[operator.typed] if operator.typed < len(node.input) else ""
         kind = type_name(graph.types[name]) if name in graph.types else ""
-        maker = graph.producers.get(name)
-        told = node.op_type == "DequantizeLinear" and maker is not None and maker.op_type == "QuantizeLinear"
-        if operator.types and kind and kind not in operator.types and not told:
+        producer = graph.producers.get(name)
+        # The rules of Q/DQ pairs report a wrong type at the QuantizeLinear.
+        pair = node.op_type == "DequantizeLinear" and producer is not None and producer.op_type == "QuantizeLinear"
+        if operator.types and kind and kind not in operator.types and not pair:
             yield node_issue(
                 node,
-                f"{node.op_type} of {kind}; the parser reads it of {', '.join(sorted(operator.types))}",
+                f"{node.op_type} of {kind}; the parser supports {', '.join(sorted(operator.types))}",
                 "put a Cast to one of these before it",
                 source=operator.source,
             )
 
 
 def operator_limit(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Attributes, numbers of inputs and outputs, plugins: what stands at the node itself, wherever the node is."""
+    """Attributes, numbers of inputs and outputs, plugins; also of nodes inside control flow and local functions."""
     for node, operator in _known(graph.all_nodes, target):
         for item in node.attribute:
             allowed = operator.attributes.get(item.name)
             wrong = [value for value in _values(item) if allowed is not None and value not in allowed]
             if wrong:
-                told = " or ".join(map(str, allowed or ()))
+                expected = " or ".join(map(str, allowed or ()))
                 yield node_issue(
                     node,
-                    f"{item.name} of {node.op_type} is {wrong[0]!r}; the parser takes {told}",
+                    f"{item.name} of {node.op_type} is {wrong[0]!r}; the parser supports {expected}",
                     "export the model without it",
                     source=operator.source,
                 )
             if item.name in operator.absent:
-                # Written out although it says nothing new, it may pass.
+                # The default value, written out, may pass.
                 default = (item.type, item.s) == (AttributeProto.STRING, b"none")
                 yield node_issue(
                     node,
-                    f"{item.name} of {node.op_type} is not read",
+                    f"{item.name} of {node.op_type} is not supported",
                     "export the model without it",
                     "warning" if default else "error",
                     operator.source,
@@ -58,7 +59,7 @@ def operator_limit(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         if operator.outputs is not None and len(node.output) > operator.outputs:
             yield node_issue(
                 node,
-                f"{node.op_type} with {len(node.output)} outputs; the parser takes only the first"
+                f"{node.op_type} with {len(node.output)} outputs; the parser reads only the first"
                 + (f" {operator.outputs}" if operator.outputs > 1 else ""),
                 "export the model without the others",
                 source=operator.source,
@@ -73,8 +74,7 @@ def operator_limit(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         if operator.plugin:
             yield node_issue(
                 node,
-                f"{node.op_type} is read only where TensorRT's plugin {operator.plugin} is loaded, which "
-                "edgedetr does not do",
+                f"{node.op_type} needs TensorRT's plugin {operator.plugin} to be loaded, which edgedetr does not do",
                 "export the model without it, written as other operators",
                 source=operator.source,
             )
@@ -87,7 +87,8 @@ def operator_input(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         if operator.ranks and shape is not None and len(shape) not in operator.ranks:
             yield node_issue(
                 node,
-                f"{node.op_type} of {len(shape)} dimensions; the parser takes " + ", ".join(map(str, operator.ranks)),
+                f"{node.op_type} of {len(shape)} dimensions; the parser supports "
+                + ", ".join(map(str, operator.ranks)),
                 "reshape to one of these",
                 source=operator.source,
             )
@@ -108,7 +109,7 @@ def operator_input(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
 
 
 def combinations(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """What each word of a node allows, and both together do not."""
+    """Combinations that the parser refuses although it supports each part."""
     for node in graph.nodes:
         kinds = [type_name(graph.types.get(name, 0)) for name in node.input]
         if node.op_type == "Mod" and not int_attribute(node, "fmod", 0) and any("float" in kind for kind in kinds):
@@ -118,13 +119,13 @@ def combinations(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
             if int_attribute(node, "is_causal", 0) and len(node.input) > 3 and node.input[3]:
                 yield node_issue(
                     node,
-                    "Attention with is_causal and a mask; the parser takes one of them",
+                    "Attention with is_causal and a mask; the parser supports one of them",
                     "put the causal mask into the mask",
                 )
             if all(shapes) and None not in [*(shapes[0] or []), *(shapes[1] or [])] and shapes[0] != shapes[1]:
                 yield node_issue(
                     node,
-                    f"Attention of keys {shapes[0]} and values {shapes[1]}; the parser takes equal sizes",
+                    f"Attention of keys {shapes[0]} and values {shapes[1]}; the parser supports equal sizes",
                     "write it as MatMul and Softmax",
                 )
 
@@ -140,23 +141,23 @@ def dimensions(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
 
 
 def _follows_from_sizes(graph: GraphIndex, name: str) -> bool:
-    """Whether no value of an input is in it, only sizes: the parser may know more of these than is known here."""
+    """Whether a tensor is computed only from sizes: the parser may know sizes that are unknown here."""
     waiting, seen = [name], set[str]()
     while waiting:
         name = waiting.pop()
         if name in seen or not name or name in graph.constants:
             continue
         seen.add(name)
-        maker = graph.producers.get(name)
-        if maker is None:
+        producer = graph.producers.get(name)
+        if producer is None:
             return False
-        if maker.op_type not in ("Shape", "Size"):
-            waiting += maker.input
+        if producer.op_type not in ("Shape", "Size"):
+            waiting += producer.input
     return True
 
 
 def _values(item: AttributeProto) -> list[object]:
-    """The numbers or words of an attribute; of another kind, its kind, which is in no list."""
+    """The values of an attribute; for one that is no number or string, its kind, which no list contains."""
     if item.type in _SINGLE:
         found = [getattr(item, _SINGLE[item.type])]
     elif item.type in _LISTS:
@@ -167,7 +168,7 @@ def _values(item: AttributeProto) -> list[object]:
 
 
 def _known(nodes: list[NodeProto], target: Target) -> Iterator[tuple[NodeProto, Operator]]:
-    """Nodes that the parser reads, with what it says of them; it goes by the name, whatever the domain."""
+    """Nodes that the parser supports, with their entry; it looks only at the name, whatever the domain."""
     for node in nodes:
         operator = target.table.operators.get(node.op_type)
         if operator is not None:

@@ -1,4 +1,4 @@
-"""Operators that TensorRT does not have, reads otherwise than ONNX means them, or is slow or wrong at."""
+"""Operators that TensorRT does not support, interprets differently from ONNX, or runs slowly or wrongly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from onnx import NodeProto
 
 from edgedetr.lint.lint_issue import LintIssue, node_issue
 from edgedetr.lint.lint_targets import Target
-from edgedetr.lint.operator_table import read_since
+from edgedetr.lint.operator_table import supported_since
 from edgedetr.onnx_graph.graph_walk import inner_graphs
 from edgedetr.onnx_graph.hardware_limits import LARGEST_TOP_K
 from edgedetr.onnx_graph.index import GraphIndex, int_attribute, string_attribute
@@ -17,7 +17,7 @@ from edgedetr.onnx_graph.index import GraphIndex, int_attribute, string_attribut
 DATA_DEPENDENT = {"NonMaxSuppression", "NonZero", "Unique", "Compress"}
 CONTROL_FLOW = {"If", "Loop", "Scan"}
 INTEGER = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
-MEANT = {"linear": "bilinear", "cubic": "bicubic"}  # names of opset 20 -> names of opset 16
+OPSET_16_MODES = {"linear": "bilinear", "cubic": "bicubic"}  # names of opset 20 -> names of opset 16
 OWN = ("", "ai.onnx")
 
 
@@ -36,21 +36,21 @@ def foreign_domain(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         elif node.op_type in target.table.operators:
             yield node_issue(
                 node,
-                f"{node.op_type} of domain {node.domain!r}: the parser goes by the name alone and takes it "
+                f"{node.op_type} of domain {node.domain!r}: the parser looks only at the name and takes it "
                 "for ONNX's own",
-                "export the model with operators of ONNX alone",
+                "export the model with ONNX's own operators",
                 "warning",
             )
         else:
             yield node_issue(
                 node,
                 f"{node.op_type} of domain {node.domain!r} is unknown to TensorRT",
-                "export the model with operators of ONNX alone",
+                "export the model with ONNX's own operators",
             )
 
 
 def unknown_operator(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Operators that no known parser reads, and names that ONNX does not have."""
+    """Operators that no known parser supports, and names that ONNX does not have."""
     for node in graph.all_nodes:
         elsewhere = node.op_type in INTEGER or node.op_type in DATA_DEPENDENT
         if (
@@ -62,8 +62,8 @@ def unknown_operator(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         ):
             yield node_issue(
                 node,
-                f"{node.op_type} is not among the operators that the parser reads",
-                "export the model without it, written as operators that are",
+                f"{node.op_type} is not among the operators that the parser supports",
+                "export the model with supported operators in its place",
                 source=target.table.source,
             )
 
@@ -74,7 +74,7 @@ def data_dependent(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         if node.op_type in DATA_DEPENDENT:
             yield node_issue(
                 node,
-                f"{node.op_type} gives as many rows as the values ask for, so buffers and CUDA graphs cannot be fixed",
+                f"the size of {node.op_type}'s output depends on values, so buffers and CUDA graphs cannot be fixed",
                 "cut the graph before it (edgedetr import does), or use a fixed TopK",
             )
 
@@ -86,7 +86,7 @@ def control_flow(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         yield node_issue(
             node,
             f"{node.op_type} decides at run time, so no CUDA graph can be captured",
-            "export for one fixed size, so that the decision falls at export (edgedetr import folds it)",
+            "export for one fixed size, so that the branch is chosen at export (edgedetr import folds it)",
             "warning",
         )
         branches = inner_graphs(node) if node.op_type == "If" else []
@@ -97,7 +97,7 @@ def control_flow(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
                 yield node_issue(
                     node,
                     "its branches give tensors of different ranks or types",
-                    "export for one fixed size, so that the decision falls at export",
+                    "export for one fixed size, so that the branch is chosen at export",
                 )
 
 
@@ -106,7 +106,7 @@ def integer_operators(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         if node.op_type in INTEGER:
             yield node_issue(
                 node,
-                f"{node.op_type} is ONNX Runtime's way to write INT8, which TensorRT does not read",
+                f"{node.op_type} is an INT8 operator that TensorRT does not support",
                 "quantize the float model with Q/DQ pairs: edgedetr export B --int8",
             )
 
@@ -117,13 +117,13 @@ def too_new(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         if later:
             yield node_issue(
                 node,
-                f"{node.op_type} is read from TensorRT {later} on",
+                f"{node.op_type} is supported from TensorRT {later} on",
                 "export at opset 19, where it is written as other operators",
             )
 
 
 def topk_bound(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """K as it is written, or as it follows from sizes that are fixed: sorting a whole axis is a TopK of its length."""
+    """K as a constant, or as computed from fixed sizes: sorting a whole axis is a TopK of its length."""
     for node in graph.nodes:
         if node.op_type != "TopK":
             continue
@@ -135,7 +135,7 @@ def topk_bound(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         if not found.size:
             yield node_issue(
                 node,
-                "K is computed, so the size of everything behind it is open",
+                "K is computed, so the sizes of all tensors after it are open",
                 "export for one fixed size, so that K is a constant",
                 "warning",
             )
@@ -150,14 +150,14 @@ def topk_bound(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
 
 
 def grid_sample_mode(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Opset 20 renamed the modes; parsers before TensorRT 11 take a name they do not know for "nearest"."""
+    """Opset 20 renamed the modes; parsers before TensorRT 11 read an unknown name as "nearest"."""
     for node in _grid_samples(graph):
         mode = string_attribute(node, "mode", "linear" if graph.opset >= 20 else "bilinear")
-        if mode in MEANT:
+        if mode in OPSET_16_MODES:
             yield node_issue(
                 node,
-                f"mode {mode!r}, the name of opset 20, which TensorRT 10 silently takes for 'nearest'",
-                f"export at opset 19, where it is called {MEANT[mode]!r} (edgedetr import renames it)",
+                f"mode {mode!r}, the name of opset 20, which TensorRT 10 silently reads as 'nearest'",
+                f"export at opset 19, where it is called {OPSET_16_MODES[mode]!r} (edgedetr import renames it)",
                 "error" if target.tensorrt < (11, 0) else "warning",
             )
 
@@ -168,7 +168,7 @@ def grid_sample_rank(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         if shape is not None and len(shape) != 4:
             yield node_issue(
                 node,
-                f"samples a tensor of {len(shape)} dimensions; before TensorRT 11.2 only 4 can be",
+                f"samples a tensor of {len(shape)} dimensions; before TensorRT 11.2 only 4 are supported",
                 "fold the further dimensions into the batch",
                 "error" if target.tensorrt < (11, 0) else "warning",
             )
@@ -179,21 +179,21 @@ def grid_sample_wrong(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         if target.tensorrt >= (10, 14):
             yield node_issue(
                 node,
-                "engines of TensorRT 10.14 to 11.1 with GridSample have given wrong detections in silence",
+                "engines of TensorRT 10.14 to 11.1 with GridSample have given wrong detections without an error",
                 "export with --sampling gather, or compare the engine with the graph: edgedetr verify",
                 "warning",
             )
 
 
 def batch_norm(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Normalization that is not part of the convolution's weights, so that these are quantized without it."""
+    """Normalization that was not folded into the convolution's weights before they are quantized."""
     for node in graph.nodes:
-        maker = graph.producers.get(node.input[0]) if node.input else None
-        after = maker is not None and maker.op_type == "Conv"
+        producer = graph.producers.get(node.input[0]) if node.input else None
+        after = producer is not None and producer.op_type == "Conv"
         if node.op_type == "BatchNormalization":
             yield node_issue(
                 node,
-                "BatchNormalization is left" + (" behind a Conv" if after else ""),
+                "BatchNormalization is left" + (" after a Conv" if after else ""),
                 "export in evaluation mode with constant folding, before quantizing (edgedetr import folds it)",
                 "warning",
             )
@@ -221,6 +221,6 @@ def _functions(graph: GraphIndex) -> set[tuple[str, str]]:
 
 
 def _later(node: NodeProto, target: Target) -> str:
-    """The release that reads an operator which this one does not, or an empty string."""
-    unread = node.domain in OWN and node.op_type not in target.table.operators and not target.rtx
-    return read_since(node.op_type) if unread else ""
+    """The later release that supports an operator which the target does not, or an empty string."""
+    unsupported = node.domain in OWN and node.op_type not in target.table.operators and not target.rtx
+    return supported_since(node.op_type) if unsupported else ""

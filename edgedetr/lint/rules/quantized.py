@@ -1,4 +1,4 @@
-"""Q/DQ pairs: what TensorRT's explicit quantization accepts, and what it accepts and runs slower than without."""
+"""Q/DQ pairs that TensorRT's explicit quantization refuses, or accepts and runs slower than float."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ AGAIN = "quantize the float model again: edgedetr export B --int8"
 
 
 def zero_point(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Of a signed type, all zeros, a constant, as many as there are scales; not needed where the type is known."""
+    """Constant zeros of a signed type, as many as there are scales; may be absent where the type is known."""
     for node in _pairs(graph):
         if node.op_type == "QuantizeLinear":
             made = _quantized_type(graph, node)
             if made not in SIGNED:
                 how = (
-                    "no zero point and no output_dtype, which ONNX reads as uint8 0"
+                    "no zero point and no output_dtype, which means uint8 0 in ONNX"
                     if len(node.input) < 3 and not (int_attribute(node, "output_dtype", 0))
                     else f"quantized to {type_name(made)}"
                 )
                 yield node_issue(
                     node,
-                    f"{how}; TensorRT has signed types alone (it takes uint8 0 for int8 in silence)",
+                    f"{how}; TensorRT supports signed types only (it silently reads uint8 0 as int8)",
                     f"write an int8 zero point of 0; {AGAIN}",
                 )
         name = node.input[2] if len(node.input) > 2 else ""
         zero, scale = graph.folded(name) if name else None, graph.folded(node.input[1])
         if name and zero is None:
-            # One that cannot be read is said by another rule; that of FP8 is not looked at.
+            # Another rule reports a damaged one; that of FP8 is not checked.
             if name not in graph.constants and graph.types.get(name) != TensorProto.FLOAT8E4M3FN:
                 yield node_issue(node, "the zero point is computed; expected a constant", AGAIN)
         elif zero is not None and np.asarray(zero, np.float32).any():
@@ -54,19 +54,19 @@ def zero_point(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
 
 
 def _quantized_type(graph: GraphIndex, node: NodeProto) -> int:
-    """The type that a QuantizeLinear gives; uint8 where nothing says another."""
-    told = int_attribute(node, "output_dtype", 0)
+    """The output type of a QuantizeLinear, uint8 by default."""
+    kind = int_attribute(node, "output_dtype", 0)
     if len(node.input) > 2 and node.input[2]:
-        told = graph.types.get(node.input[2], told or TensorProto.INT8)
-    return told or TensorProto.UINT8
+        kind = graph.types.get(node.input[2], kind or TensorProto.INT8)
+    return kind or TensorProto.UINT8
 
 
 def scale_value(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Constant, finite, positive; as FP16 not below its smallest normal number."""
+    """Constant, finite and positive; in FP16 at least its smallest normal number."""
     for node in _pairs(graph):
         scale = graph.folded(node.input[1])
         if scale is None:
-            # TensorRT 11 takes scales that are computed.
+            # TensorRT 11 accepts computed scales.
             if target.tensorrt < (11, 0) and node.input[1] not in graph.constants:
                 yield node_issue(node, "the scale is computed; expected a constant", AGAIN)
         elif not np.isfinite(scale).all() or (scale <= 0).any():
@@ -89,7 +89,7 @@ def scale_value(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
 
 
 def scale_type(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """The type of the tensor that is quantized; TensorRT 11 allows others."""
+    """The scale has the type of the quantized tensor; TensorRT 11 allows others."""
     for node in _pairs(graph):
         if node.op_type != "QuantizeLinear":
             continue
@@ -99,13 +99,13 @@ def scale_type(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         yield node_issue(
             node,
             f"a {type_name(tensor)} tensor has a {type_name(scale)} scale",
-            "write the scale in the tensor's own type",
+            "store the scale in the tensor's own type",
             "warning" if target.tensorrt >= (11, 0) else "error",
         )
 
 
 def scale_axis(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Scales run along an axis that is there, and are as many as it is long."""
+    """The axis of the scales exists, and its size is their number."""
     for node in _pairs(graph):
         scale, shape = graph.folded(node.input[1]), graph.shape(node.input[0])
         if scale is None or scale.size <= 1 or shape is None or int_attribute(node, "block_size", 0):
@@ -125,12 +125,12 @@ def per_channel_activation(graph: GraphIndex, target: Target) -> Iterator[LintIs
         if int_attribute(node, "block_size", 0):
             continue
         if node.op_type == "DequantizeLinear" and source in graph.producers:
-            continue  # its QuantizeLinear is told
-        yield node_issue(node, f"an activation has {scale.size} scales; expected one in all", AGAIN)
+            continue  # reported at its QuantizeLinear
+        yield node_issue(node, f"an activation has {scale.size} scales; expected a single one", AGAIN)
 
 
 def weight_axis(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Scales of a weight run along its output channels; TensorRT 11 restores others too, and multiplies in float."""
+    """Scales of a weight are along its output channels; TensorRT 11 accepts others, but multiplies in float."""
     for node in graph.nodes:
         restore = graph.dequantizer(node, 1) if node.op_type in WEIGHTED else None
         scale = graph.folded(restore.input[1]) if restore is not None else None
@@ -159,7 +159,7 @@ def weight_axis(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
 
 
 def one_side_quantized(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """A product runs on integers when its data and its weight both come through Q/DQ."""
+    """A layer runs on integers when its data and its weight both come from Q/DQ."""
     for node in graph.nodes:
         if node.op_type not in WEIGHTED:
             continue
@@ -168,7 +168,7 @@ def one_side_quantized(graph: GraphIndex, target: Target) -> Iterator[LintIssue]
             yield node_issue(
                 node,
                 f"only the {'data' if sides[0] else 'weight'} of this {node.op_type} is quantized, so it "
-                "runs in float with a conversion more",
+                "runs in float with an additional conversion",
                 f"quantize both or neither; {AGAIN}",
                 "warning",
             )
@@ -191,41 +191,41 @@ def small_product(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
 
 
 def before_relu(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Conv and Relu are one kernel only when nothing stands between them."""
+    """Conv and Relu are fused only when no node is between them."""
     for node in graph.nodes:
-        maker = graph.producers.get(node.input[0]) if node.op_type == "QuantizeLinear" and node.input else None
-        if maker is None or maker.op_type not in ("Conv", "ConvTranspose"):
+        layer = graph.producers.get(node.input[0]) if node.op_type == "QuantizeLinear" and node.input else None
+        if layer is None or layer.op_type not in ("Conv", "ConvTranspose"):
             continue
-        restored = [name for made in node.output for reader in graph.consumers[made] for name in reader.node.output]
-        # A Relu that reads the Conv itself, beside the pair, is another branch: both values are needed.
-        if any(reader.node.op_type in ("Relu", "Clip") for name in restored for reader in graph.consumers[name]):
+        dequantized = [name for made in node.output for other in graph.consumers[made] for name in other.node.output]
+        # A Relu that reads the Conv's own output is another branch: both values are needed.
+        if any(other.node.op_type in ("Relu", "Clip") for name in dequantized for other in graph.consumers[name]):
             yield node_issue(
                 node,
-                f"stands between {maker.op_type} {maker.name} and its Relu, so that they are two kernels",
-                f"quantize behind the Relu; {AGAIN}",
+                f"is between {layer.op_type} {layer.name} and its Relu, so that they are not fused",
+                f"quantize after the Relu; {AGAIN}",
                 "warning",
             )
 
 
 def concat_scales(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """A Concat whose output is quantized runs on integers when its inputs share one scale."""
+    """A Concat with a quantized output runs on integers when its inputs share one scale."""
     for node in graph.nodes:
         if node.op_type != "Concat":
             continue
-        makers = [graph.producers.get(name) for name in node.input]
+        producers = [graph.producers.get(name) for name in node.input]
         scales = [
-            graph.folded(maker.input[1])
-            for maker in makers
-            if maker is not None and maker.op_type == "DequantizeLinear" and len(maker.input) > 1
+            graph.folded(producer.input[1])
+            for producer in producers
+            if producer is not None and producer.op_type == "DequantizeLinear" and len(producer.input) > 1
         ]
         known = {float(scale.reshape(-1)[0]) for scale in scales if scale is not None and scale.size == 1}
         requantized = any(
-            reader.node.op_type == "QuantizeLinear" for name in node.output for reader in graph.consumers[name]
+            other.node.op_type == "QuantizeLinear" for name in node.output for other in graph.consumers[name]
         )
-        if len(scales) == len(makers) and len(known) > 1 and requantized:
+        if len(scales) == len(producers) and len(known) > 1 and requantized:
             yield node_issue(
                 node,
-                f"its {len(makers)} inputs have {len(known)} scales, so each is converted once more",
+                f"its {len(producers)} inputs have {len(known)} scales, so each is converted again",
                 "give them one scale, the largest",
                 "warning",
             )
@@ -238,14 +238,14 @@ def transposed_convolution(graph: GraphIndex, target: Target) -> Iterator[LintIs
         if scale is not None and scale.size > 1:
             yield node_issue(
                 node,
-                "an INT8 ConvTranspose with a scale per channel has been without any kernel",
+                "an INT8 ConvTranspose with a scale per channel had no kernel in some releases",
                 "one scale for its weight, or leave it float",
                 "warning",
             )
 
 
 def _pairs(graph: GraphIndex) -> Iterator[NodeProto]:
-    """Those with what such a node must have; of others the shape inference says what is missing."""
+    """Q and DQ nodes with their scale and output; the inference rule reports incomplete ones."""
     return (node for node in graph.nodes if node.op_type in PAIR and len(node.input) > 1 and node.output)
 
 

@@ -1,4 +1,4 @@
-"""The file as a whole: its opset, its inputs, sizes that are left open, weights that lie elsewhere."""
+"""The file as a whole: its opset, its inputs, open sizes, and weights in other files."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from edgedetr.onnx_graph.opset import OPSET
 
 
 def opset(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """The parser reads on beyond what is documented, and takes each operator as it knows it."""
+    """The parser also reads opsets beyond the documented ones, and interprets each operator as it knows it."""
     oldest, newest = target.table.opsets
     if not oldest <= graph.opset <= newest:
         yield LintIssue(
             "the graph",
-            f"opset {graph.opset}; this parser is documented to read {oldest} to {newest}",
+            f"opset {graph.opset}; this parser is documented for {oldest} to {newest}",
             f"export at opset {OPSET}",
             "warning",
         )
     elif graph.opset != OPSET:
         yield LintIssue(
             "the graph",
-            f"opset {graph.opset}; {OPSET} is the one that fits everything (FP16 Q/DQ need 19, "
+            f"opset {graph.opset}; {OPSET} is the one that fits all needs (FP16 Q/DQ need 19, "
             "LayerNormalization 17, and 20 renames the modes of GridSample)",
             f"export at opset {OPSET}",
             "warning",
@@ -33,7 +33,7 @@ def opset(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
 
 
 def quantized_opset(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Scales per channel exist from opset 13, FP16 scales from 19; the parser takes both in older files too."""
+    """Scales per channel exist from opset 13, FP16 scales from 19; the parser accepts both in older files too."""
     for node in graph.nodes:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 2:
             continue
@@ -64,22 +64,22 @@ def open_input(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         if any(index > 0 for index in free):
             yield LintIssue(
                 item.name,
-                "height, width or channels are open: INT8 and the positions want fixed sizes",
+                "height, width or channels are open: INT8 and position embeddings need fixed sizes",
                 "export for one size (edgedetr import --input HxW fixes it)",
                 "warning",
             )
         elif free:
             yield LintIssue(
                 item.name,
-                "the batch size is open: engines over a range of batches are slower, and have been "
-                "wrong in silence at the sizes between",
+                "the batch size is open: engines for a range of batches are slower, and some were wrong at "
+                "sizes within the range, without an error",
                 "one engine for each batch size; compare it at full batch: edgedetr verify",
                 "warning",
             )
 
 
 def untyped_output(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """The parser reads the types of the outputs from the file; what could be inferred does not help it."""
+    """The parser reads the types of the outputs from the file, even where they could be inferred."""
     for item in graph.model.graph.output:
         if not item.type.tensor_type.elem_type:
             yield LintIssue(
@@ -90,7 +90,7 @@ def untyped_output(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
 
 
 def shape_arithmetic(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Sizes computed at run time although the input is fixed; one finding for the whole graph."""
+    """Sizes that are computed at run time although the input is fixed; one issue for the whole graph."""
     left = [node for node in graph.nodes if node.op_type == "Shape"]
     free = any(
         not size.HasField("dim_value") for item in graph.model.graph.input for size in item.type.tensor_type.shape.dim
@@ -111,7 +111,7 @@ def open_channels(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         if node.op_type != "Conv" or not node.input:
             continue
         integer, shape = graph.dequantizer(node, 0) is not None, graph.shape(node.input[0])
-        # Of a float tensor inside, the parser may know more than is known here.
+        # The parser may know sizes of inner float tensors that are unknown here.
         if shape is not None and len(shape) == 4 and shape[1] is None and (integer or node.input[0] in inputs):
             yield node_issue(
                 node,
@@ -121,11 +121,11 @@ def open_channels(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
 
 
 def external_data(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Weights beside the file that were not read: lint_file says why; here those that a model in memory still names."""
+    """Weights in other files that were not read; lint_file reports why."""
     left = [tensor.name for tensor in graph.model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
     if left:
         yield LintIssue(
             left[0],
-            f"{len(left)} weights lie outside the file and could not be read",
-            "put the data file beside the model, as a plain file, and name it without a path",
+            f"{len(left)} weights are outside the file and could not be read",
+            "put the data file next to the model, as a plain file, and name it without a path",
         )

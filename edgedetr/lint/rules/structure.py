@@ -1,4 +1,4 @@
-"""The graph as ONNX defines it: every name made once and before it is read, every tensor of a type and a size."""
+"""Validity by ONNX's own definition: names, element types, readable weights, required attributes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TYPES = {
     getattr(TensorProto, "FLOAT4E2M1", TensorProto.FLOAT8E4M3FN),
 }
 PACKED = {TensorProto.FLOAT8E4M3FN, TensorProto.INT4, getattr(TensorProto, "FLOAT4E2M1", TensorProto.INT4)}
-# Makers of uint8 of which something else is said, or which only pass on the bytes that came in.
+# Producers of uint8 that other rules report, or that pass on the bytes of an input.
 BYTES = {"QuantizeLinear", "Identity", "Flatten", "Constant"}
 CLASSES = {
     "bool": "bool",
@@ -42,7 +42,7 @@ CLASSES = {
 
 
 def names(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Names that are made twice, never, or in a circle; one fault for each."""
+    """Tensors that are produced twice, never, or in a cycle; one issue for each."""
     made = Counter(name for node in graph.nodes for name in node.output if name)
     given = (
         {item.name for item in graph.model.graph.input}
@@ -50,40 +50,40 @@ def names(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         | {tensor.values.name for tensor in graph.model.graph.sparse_initializer}
     )
     for name in [name for name, count in made.items() if count > 1 or name in given]:
-        yield LintIssue(name, "a tensor that is made twice", AGAIN)
+        yield LintIssue(name, "a tensor that is produced twice", AGAIN)
     for node in graph.nodes:
         for name in dict.fromkeys(node.input):
             if name and name not in made and name not in given:
-                yield node_issue(node, f"reads {name!r}, which nothing makes", AGAIN)
+                yield node_issue(node, f"reads {name!r}, which no node produces", AGAIN)
     for item in graph.model.graph.output:
         if item.name not in made and item.name not in given:
-            yield LintIssue(item.name, "an output that nothing makes", AGAIN)
-    for node in _circle(graph):
-        yield node_issue(node, "reads what follows from itself", AGAIN)
+            yield LintIssue(item.name, "an output that no node produces", AGAIN)
+    for node in _cycle(graph):
+        yield node_issue(node, "depends on its own output", AGAIN)
         break
 
 
-def _circle(graph: GraphIndex) -> Iterator[NodeProto]:
-    """Nodes that stand before one that they read, in the best order there is."""
-    for place, node in enumerate(graph.sorted_nodes):
-        if any(graph.order.get(name, -1) >= place for name in node.input):
+def _cycle(graph: GraphIndex) -> Iterator[NodeProto]:
+    """Nodes that come before one they read, even in sorted order."""
+    for position, node in enumerate(graph.sorted_nodes):
+        if any(graph.order.get(name, -1) >= position for name in node.input):
             yield node
 
 
 def element_types(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Types that TensorRT does not have, in inputs, weights, attributes and what is computed."""
+    """Types that TensorRT does not support, in inputs, weights, attributes and computed tensors."""
     for name, kind in graph.types.items():
         if kind not in TYPES:
             yield LintIssue(
                 name,
-                f"a tensor of {type_name(kind)}, a type that TensorRT does not have",
+                f"a tensor of {type_name(kind)}, a type that TensorRT does not support",
                 "cast it at export, or export without it",
             )
     for item in _not_tensors([*graph.model.graph.input, *graph.model.graph.output]):
         yield LintIssue(
             item.name,
-            f"a {item.type.WhichOneof('value')[:-5].replace('_', ' ')}; TensorRT has tensors alone",
-            "export the model with tensors alone",
+            f"a {item.type.WhichOneof('value')[:-5].replace('_', ' ')}; TensorRT supports tensors only",
+            "export the model with tensors only",
         )
 
 
@@ -92,15 +92,15 @@ def _not_tensors(items: Iterable[ValueInfoProto]) -> Iterator[ValueInfoProto]:
 
 
 def inner_types(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Bytes may come in and go out, and between there are none; FP8 and INT4 are made by QuantizeLinear alone."""
+    """uint8 is supported only for inputs and outputs; FP8 and INT4 are produced only by QuantizeLinear."""
     for node in graph.nodes:
         for name in node.output:
             kind = graph.types.get(name, 0)
             if kind == TensorProto.UINT8 and name not in graph.outputs and node.op_type not in BYTES:
                 yield node_issue(
                     node,
-                    "makes a uint8 tensor inside the graph; TensorRT has these only as inputs and outputs",
-                    "cast to float32 or int32 where the bytes come in",
+                    "produces a uint8 tensor inside the graph; TensorRT supports it only for inputs and outputs",
+                    "cast the input to float32 or int32",
                 )
             elif kind in PACKED and node.op_type in ("Cast", "CastLike"):
                 yield node_issue(
@@ -118,7 +118,7 @@ def damaged_weights(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
 
 
 def by_schema(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Attributes that an operator must have, and inputs of a kind that it cannot have: floats as indices and such."""
+    """Missing required attributes, and inputs of a wrong kind, such as floats as indices."""
     versions = {item.domain: item.version for item in graph.model.opset_import}
     classes: dict[tuple[str, str, int], dict[str, set[str]]] = {}
     for node in graph.nodes:
@@ -126,25 +126,25 @@ def by_schema(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         if schema is None:
             continue
         written = {item.name for item in node.attribute}
-        for name, told in schema.attributes.items():
-            if told.required and name not in written:
-                yield node_issue(node, f"{node.op_type} has no {name}, which it must have", CHECK)
+        for name, declared in schema.attributes.items():
+            if declared.required and name not in written:
+                yield node_issue(node, f"{node.op_type} has no {name}, which is required", CHECK)
         key = schema.domain, schema.name, schema.since_version
         if key not in classes:
             classes[key] = {item.type_param_str: _classes(item.allowed_type_strs) for item in schema.type_constraints}
         allowed = classes[key]
-        for place, name in zip(schema.inputs, node.input):
+        for parameter, name in zip(schema.inputs, node.input):
             found = _classes([f"tensor({onnx_name(graph.types.get(name, 0))})"])
-            wanted = allowed.get(place.type_str) or _classes([place.type_str])
+            wanted = allowed.get(parameter.type_str) or _classes([parameter.type_str])
             if found and wanted and not found & wanted:
                 yield node_issue(
                     node,
-                    f"{place.name} of {node.op_type} is {type_name(graph.types[name])}; ONNX allows "
+                    f"{parameter.name} of {node.op_type} is {type_name(graph.types[name])}; ONNX allows "
                     f"{', '.join(sorted(wanted))}",
                     CHECK,
                 )
 
 
 def _classes(texts: Iterable[str]) -> set[str]:
-    """float, integer, bool, string of texts such as `tensor(float16)`; nothing of others."""
+    """Classes (float, integer, bool, string) of types such as `tensor(float16)`; other types have none."""
     return {CLASSES[text[7:-1]] for text in texts if text[7:-1] in CLASSES}

@@ -1,4 +1,4 @@
-"""Weights, targets and bounds that do not fit what they are used on, where ONNX's own inference does not look."""
+"""Sizes that do not fit each other, where ONNX's own inference does not check them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Shape = list[int | None]
 
 
 def sizes(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Weights, targets and bounds that do not fit what they are used on, where ONNX's own inference does not look."""
+    """Convolution weights, targets of Reshape, and bounds of Slice against their data."""
     for node in graph.nodes:
         shapes = [graph.shape(name) if name else None for name in node.input]
         data, other = [*shapes, None, None][:2]
         if node.op_type in ("Conv", "ConvTranspose") and data and other and len(data) == len(other) > 2:
-            groups, turned = max(int_attribute(node, "group", 1), 1), node.op_type == "ConvTranspose"
-            wanted = other[0] if turned else None if other[1] is None else other[1] * groups
+            groups, transposed = max(int_attribute(node, "group", 1), 1), node.op_type == "ConvTranspose"
+            wanted = other[0] if transposed else None if other[1] is None else other[1] * groups
             if None not in (data[1], wanted) and data[1] != wanted:
                 yield node_issue(
                     node, f"the weight of {node.op_type} is for {wanted} channels, and its data has {data[1]}", AGAIN
@@ -32,31 +32,31 @@ def sizes(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
         if folded is None or data is None or folded.dtype.kind not in "iu":
             continue
         if node.op_type == "Reshape" and None not in data:
-            kept = [] if int_attribute(node, "allowzero", 0) else data  # a 0 stands for the size that is there
+            kept = [] if int_attribute(node, "allowzero", 0) else data  # 0 means the size of the data there
             target_sizes = [
-                kept[place] if size == 0 and place < len(kept) else int(size)
-                for place, size in enumerate(folded.reshape(-1))
+                kept[axis] if size == 0 and axis < len(kept) else int(size)
+                for axis, size in enumerate(folded.reshape(-1))
             ]
             have = math.prod(size or 0 for size in data)
             want = math.prod(size or 0 for size in target_sizes if size != -1)
             if (have % want if want else have) if -1 in target_sizes else have != want:
-                yield node_issue(node, f"reshapes {data} to {target_sizes}, which has not as many elements", AGAIN)
+                yield node_issue(node, f"reshapes {data} to {target_sizes}, of another number of elements", AGAIN)
         if node.op_type == "Slice" and (len(node.input) < 4 or not node.input[3]) and folded.size != len(data):
             yield node_issue(node, f"slices {len(data)} dimensions with {folded.size} starts and names no axes", AGAIN)
 
 
 def parameters(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """Scales, shifts, slopes, groups, blocks and windows against the tensor that they are for."""
+    """Scales, shifts, slopes, groups, blocks and windows against their data."""
     for node in graph.nodes:
         shapes = [graph.shape(name) if name else None for name in node.input]
         data = shapes[0] if shapes else None
-        fault = _parameter_fault(node, data, shapes[1:]) if data else ""
-        if fault:
-            yield node_issue(node, f"{node.op_type} of {data}: {fault}", AGAIN)
+        error = _parameter_error(node, data, shapes[1:]) if data else ""
+        if error:
+            yield node_issue(node, f"{node.op_type} of {data}: {error}", AGAIN)
 
 
-def _parameter_fault(node: NodeProto, data: Shape, rest: list[Shape | None]) -> str:
-    """What does not fit, or an empty string."""
+def _parameter_error(node: NodeProto, data: Shape, rest: list[Shape | None]) -> str:
+    """The misfit, or an empty string."""
     kind, known = node.op_type, [shape for shape in rest if shape is not None and None not in shape]
     channels = data[1] if len(data) > 1 else None
     if kind == "LayerNormalization":
@@ -79,11 +79,11 @@ def _parameter_fault(node: NodeProto, data: Shape, rest: list[Shape | None]) -> 
         if None not in (made, rest[1][0]) and rest[1] != [made]:
             return f"a bias of {rest[1]} for {made} channels"
     if kind in _WINDOWS and string_attribute(node, "auto_pad", "NOTSET") == "NOTSET":
-        return _window_fault(node, data[2:], rest[0][2:] if kind == "Conv" and rest and rest[0] else [])
-    return _einsum_fault(string_attribute(node, "equation", ""), [data, *rest]) if kind == "Einsum" else ""
+        return _window_error(node, data[2:], rest[0][2:] if kind == "Conv" and rest and rest[0] else [])
+    return _einsum_error(string_attribute(node, "equation", ""), [data, *rest]) if kind == "Einsum" else ""
 
 
-def _window_fault(node: NodeProto, sizes: Shape, weight: Shape) -> str:
+def _window_error(node: NodeProto, sizes: Shape, weight: Shape) -> str:
     window: Shape = [*ints_attribute(node, "kernel_shape")] or weight
     steps, pads = (
         ints_attribute(node, "dilations") or [1] * len(sizes),
@@ -91,14 +91,14 @@ def _window_fault(node: NodeProto, sizes: Shape, weight: Shape) -> str:
     )
     if not len(window) == len(steps) == len(sizes) == len(pads) / 2:
         return ""
-    for place, (size, length, step) in enumerate(zip(sizes, window, steps)):
-        room = None if size is None else size + pads[place] + pads[place + len(sizes)]
+    for axis, (size, length, step) in enumerate(zip(sizes, window, steps)):
+        room = None if size is None else size + pads[axis] + pads[axis + len(sizes)]
         if None not in (room, length) and (length or 0) * step - step + 1 > (room or 0):
             return f"a window of {window} that is larger than it"
     return ""
 
 
-def _einsum_fault(equation: str, shapes: list[Shape | None]) -> str:
+def _einsum_error(equation: str, shapes: list[Shape | None]) -> str:
     terms = equation.replace(" ", "").split("->")[0].split(",")
     if "." in equation or len(terms) != len(shapes):
         return ""
@@ -106,13 +106,14 @@ def _einsum_fault(equation: str, shapes: list[Shape | None]) -> str:
     for term, shape in zip(terms, shapes):
         if shape is not None and len(term) == len(shape):
             for letter, size in zip(term, shape):
-                seen.setdefault(letter, set()).update({size} - {None, 1})  # type: ignore[arg-type]
+                if size not in (None, 1):
+                    seen.setdefault(letter, set()).add(size)
     wrong = [letter for letter, lengths in seen.items() if len(lengths) > 1]
     return f"{equation}, where {wrong[0]} is {' and '.join(map(str, sorted(seen[wrong[0]])))} long" if wrong else ""
 
 
 def _broadcasts(shape: Shape, onto: Shape) -> bool:
-    """Whether a shape can be repeated to fill another, in which an open size fits any."""
+    """Whether a shape can be broadcast to another; an open size fits any."""
     if len(shape) > len(onto):
         return False
-    return all(size == 1 or there is None or size == there for size, there in zip(shape[::-1], onto[::-1]))
+    return all(size == 1 or other is None or size == other for size, other in zip(shape[::-1], onto[::-1]))

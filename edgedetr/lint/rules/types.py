@@ -1,4 +1,4 @@
-"""Element types: a strongly typed network takes the graph at its word, so operands must have one type."""
+"""Element types: a strongly typed network casts nothing implicitly, so operands must have one type."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def equal_types(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for node in graph.nodes:
         if node.op_type not in EQUAL and target.tensorrt >= MIXED_FROM.get(node.op_type, (0, 0)):
             continue
-        places = EQUAL.get(node.op_type)
-        names = [node.input[i] for i in (range(len(node.input)) if places is None else places) if i < len(node.input)]
+        positions = EQUAL.get(node.op_type) or range(len(node.input))
+        names = [node.input[i] for i in positions if i < len(node.input)]
         kinds = [_computed_as(graph.types[name]) for name in names if name and name in graph.types]
         if len(set(kinds)) > 1:
-            told = " and ".join(type_name(kind) for kind in dict.fromkeys(kinds))
+            found = " and ".join(type_name(kind) for kind in dict.fromkeys(kinds))
             yield node_issue(
                 node,
-                f"{node.op_type} of {told}; a strongly typed network takes operands of one type",
-                "put a Cast where the types part",
+                f"{node.op_type} of {found}; a strongly typed network requires operands of one type",
+                "cast one of them",
             )
 
 
@@ -78,7 +78,7 @@ def double(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
 
 
 def not_a_number(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
-    """NaN in a constant; and infinity in FP16, which is what a number above 65504 became."""
+    """NaN in a constant; and infinity in FP16, which a number above 65504 becomes."""
     for name, tensor in graph.constants.items():
         if tensor.data_type not in FLOATS - {TensorProto.BFLOAT16}:
             continue
@@ -91,7 +91,7 @@ def not_a_number(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
             yield LintIssue(
                 name,
                 "an FP16 constant is infinite: the number was above 65504",
-                "keep it and what reads it float32",
+                "keep it and its consumers float32",
                 "warning",
             )
 
@@ -100,6 +100,6 @@ def uninferable(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     if graph.inference_error:
         yield LintIssue(
             "the graph",
-            f"its types and shapes cannot be inferred ({graph.inference_error}), so some rules saw nothing",
+            f"its types and shapes cannot be inferred ({graph.inference_error}), so some rules could not check it",
             "check the file: python -m onnx.checker FILE",
         )
