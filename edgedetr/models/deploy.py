@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from edgedetr.models.detector import DetrModel
 from edgedetr.options import one_of
 
 
-class Baked(nn.Module):
-    """What a module that depends on shapes alone gave, as constants."""
+class ConstantFolded(nn.Module):
+    """The outputs of a module that depends on shapes alone, as constants."""
 
     def __init__(self, value: Tensor | tuple[Tensor, ...]) -> None:
         super().__init__()
@@ -32,7 +32,14 @@ class Baked(nn.Module):
             self.register_buffer(f"value{index}", tensor.detach().clone(), persistent=False)
 
     def forward(self, *inputs: object) -> Tensor | tuple[Tensor, ...]:
-        return self.value0 if self.single else tuple(self.buffers())  # type: ignore[return-value]  # not known to mypy
+        return next(self.buffers()) if self.single else tuple(self.buffers())
+
+
+@runtime_checkable
+class Fusable(Protocol):
+    """A module with a cheaper equal at inference: BatchNorm folded into its convolution, RepVGG's branches added."""
+
+    def fused(self) -> nn.Module: ...
 
 
 class DeployGraph(nn.Module):
@@ -61,17 +68,18 @@ class DeployGraph(nn.Module):
             if isinstance(module, (DeformableAttention, DeformRead)):
                 module.sampling = sampling
         if decoder_layers:
-            layers: nn.ModuleList = self.detector.decoder.layers  # type: ignore[assignment]  # every decoder has them
+            layers = self.detector.decoder.layers
             if decoder_layers > len(layers):
                 raise ModelError(
                     f"{decoder_layers} decoder layers asked for, the model has {len(layers)}; expected "
                     f"--set export.decoder_layers={len(layers)} at most, or 0 for all"
                 )
-            self.detector.decoder.layers = layers[:decoder_layers]
-        # (mypy takes what it does not know of a module for tensors)
-        fused = {name: module.fused() for name, module in _outermost(self.detector, "fused")}  # type: ignore[operator]
+            self.detector.decoder.layers = nn.ModuleList(list(layers)[:decoder_layers])
+        fused = {
+            name: module.fused() for name, module in _outermost(self.detector, "fused") if isinstance(module, Fusable)
+        }
         _replace(self.detector, fused)
-        _replace(self.detector, self._bake())
+        _replace(self.detector, self._constants())
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,23 +87,23 @@ class DeployGraph(nn.Module):
         return outputs.logits[0], outputs.boxes[0]
 
     @torch.no_grad()
-    def _bake(self) -> dict[str, nn.Module]:
-        """Run once, and keep what every module marked `shape_only` gave."""
-        baked: dict[str, nn.Module] = {}
+    def _constants(self) -> dict[str, nn.Module]:
+        """Runs once, and keeps the output of every module marked `shape_only`."""
+        folded: dict[str, nn.Module] = {}
         hooks = []
         for name, module in _outermost(self.detector, "shape_only"):
 
             def keep(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
-                if name in baked:
+                if name in folded:
                     raise ModelError(f"{name} is called for more than one shape, so it cannot be made a constant")
-                baked[name] = Baked(output)
+                folded[name] = ConstantFolded(output)
 
             hooks.append(module.register_forward_hook(keep))
         device = next(self.detector.parameters()).device
         self(torch.zeros(1, 3, self.height, self.width, device=device))
         for hook in hooks:
             hook.remove()
-        return baked
+        return folded
 
 
 def load_bundle_model(bundle: Bundle, sampling: str = "gather") -> tuple[DetrModel, DeployGraph]:

@@ -1,4 +1,4 @@
-"""The one detector: encode images to memory, select queries, decode them to boxes. Start reading here."""
+"""DetrModel, the network of every member: encode images to memory, select queries, decode them. Start reading here."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from edgedetr.errors import ModelError
+from edgedetr.models.protocols import DenoisingSelector, ProposalSelector, QuerySelector
+
 if TYPE_CHECKING:
+    from edgedetr.models.decoder import Decoder
     from edgedetr.models.member import Member
 
 
 @dataclass
 class Memory:
-    """What the image became: one token per cell, level after level.
+    """The encoded image: one token per cell, level after level.
 
     tokens    [B, S, C]
     position  [1 or B, S, C] or None   added to queries and keys, never to values
     padding   [B, S] bool or None, True = padding
     shapes    [(H_l, W_l)] as Python ints, sum of H_l * W_l = S
     strides   input pixels per cell of each level
-    valid     [B, L, 2] or None   share of each level's width and height that is image, 0..1 (x, y)
+    valid     [B, L, 2] or None   fraction of each level's width and height that is image, 0..1 (x, y)
     axes      position of each column [1 or B, W, C] and of each row [1 or B, H, C], for row-column attention, or None
     """
 
@@ -40,13 +44,13 @@ class Memory:
 
 @dataclass
 class Queries:
-    """What the decoder starts from.
+    """The input of the decoder.
 
     content    [B, N, C]
     position   [1 or B, N, C] or None   where it is fixed for all layers
     reference  [1 or B, N, 2|4] or None, cx, cy(, w, h) in 0..1
-    spatial    what cross-attention alone takes of the place, or None: [1 or B, N, C] the sine of the center
-               (conditional), [B, N, 2C] the position along x, then along y (row-column)
+    spatial    positions for cross-attention alone, or None: [1 or B, N, C] the sine of the center (conditional),
+               [B, N, 2C] the position along x, then along y (row-column)
     self_mask  [N, N] bool or None, True = this query (row) must not see that one (column)
     encoder    (logits [B, N, K], boxes [B, N, 4]) of the proposals the queries came from, or None
     """
@@ -61,7 +65,7 @@ class Queries:
 
 @dataclass
 class Outputs:
-    """Predictions of every decoder layer; the last of L is the answer.
+    """Predictions of every decoder layer; the last of L are the detections.
 
     logits   [L, B, N, K*]
     boxes    [L, B, N, 4]  cx, cy, w, h in 0..1 of the input image
@@ -73,20 +77,27 @@ class Outputs:
     encoder: tuple[Tensor, Tensor] | None = None
 
 
+def with_pos_embed(content: Tensor, position: Tensor | None) -> Tensor:
+    """Content with its position added, where there is one."""
+    return content if position is None else content + position
+
+
 class DetrModel(nn.Module):
     """backbone -> neck and encoder -> query selection -> decoder.
 
-    encoder   images' feature maps -> Memory        (neck, position encoding and encoder layers)
-    selector  Memory -> Queries
-    decoder   (Queries, Memory) -> Outputs            (layers, box update, heads)
-    normalize pixels 0..255 -> what the backbone takes; called by whoever has pixels (training, DeployGraph)
-    member    the record of the family's member that this is; `Member.build` sets it
+    encoder    images' feature maps -> Memory        (neck, position encoding and encoder layers)
+    selector   Memory -> Queries
+    decoder    (Queries, Memory) -> Outputs            (layers, box update, heads)
+    normalize  pixels 0..255 -> the backbone's input; called by the owner of the pixels (training, DeployGraph)
+    member     the member's record; `Member.build` sets it
     """
 
     member: Member
+    selector: QuerySelector
+    decoder: Decoder
 
     def __init__(
-        self, backbone: nn.Module, encoder: nn.Module, selector: nn.Module, decoder: nn.Module, normalize: nn.Module
+        self, backbone: nn.Module, encoder: nn.Module, selector: QuerySelector, decoder: Decoder, normalize: nn.Module
     ) -> None:
         super().__init__()
         self.backbone, self.encoder, self.selector, self.decoder = backbone, encoder, selector, decoder
@@ -99,11 +110,6 @@ class DetrModel(nn.Module):
     def select(self, memory: Memory) -> Queries:
         return self.selector(memory)
 
-    def progress(self, share: float) -> None:
-        """How far training is, 0..1: some selectors take fewer queries as they learn."""
-        if hasattr(self.selector, "progress"):
-            self.selector.progress(share)  # type: ignore[operator]  # mypy takes what it does not know for tensors
-
     def decode(self, queries: Queries, memory: Memory, *, last_only: bool = False) -> Outputs:
         """last_only: predictions of the last layer alone, L = 1."""
         return self.decoder(queries, memory, last_only=last_only)
@@ -111,3 +117,27 @@ class DetrModel(nn.Module):
     def forward(self, images: Tensor, padding: Tensor | None = None, *, last_only: bool = False) -> Outputs:
         memory = self.encode(images, padding)
         return self.decode(self.select(memory), memory, last_only=last_only)
+
+    def progress(self, fraction: float) -> None:
+        """Informs the selector how far training is, 0..1: some select fewer queries towards the end."""
+        if isinstance(self.selector, ProposalSelector):
+            self.selector.progress(fraction)
+
+    @property
+    def class_agnostic_proposals(self) -> bool:
+        """Whether the proposals in `Outputs.encoder` know one class, 0, for every object."""
+        return isinstance(self.selector, ProposalSelector) and self.selector.class_agnostic
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the model was built with vectors for noised labels (model.denoising)."""
+        return getattr(self.selector, "denoising_class_embed", None) is not None
+
+    def noised_queries(self, labels: Tensor, boxes: Tensor) -> Queries:
+        """Queries of known objects, for denoising: labels [B, D] (K = filling), boxes [B, D, 4].
+
+        Errors: ModelError where the model has no vectors for noised labels.
+        """
+        if not isinstance(self.selector, DenoisingSelector):
+            raise ModelError(f"{self.member.name} has no noised queries; use train.denoising=0")
+        return self.selector.noised(labels, boxes)

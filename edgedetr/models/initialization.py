@@ -31,6 +31,12 @@ def xavier(*parts: nn.Module) -> None:
                 nn.init.xavier_uniform_(parameter)
 
 
+def zero_bias(*modules: nn.Conv2d | nn.Linear) -> None:
+    for module in modules:
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 def head_outputs(owner: nn.Module, name: str) -> list[nn.Linear]:
     """The last Linear of each head under an attribute `name`: one per decoder layer, one for all layers, or none."""
     found = getattr(owner, name, None)

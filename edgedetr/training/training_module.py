@@ -33,7 +33,7 @@ class TrainingModule(nn.Module):
     def __init__(self, model: DetrModel, config: TrainConfig, class_loss: str, classes: int) -> None:
         super().__init__()
         self.model, self.config, self.classes = model, config, classes
-        self.criterion = Criterion(config, class_loss, getattr(model.selector, "foreground", False))
+        self.criterion = Criterion(config, class_loss, model.class_agnostic_proposals)
         self.encode = torch.compile(model.encode) if config.compile else model.encode
         self.decode = torch.compile(model.decode) if config.compile else model.decode
 
@@ -49,13 +49,11 @@ class TrainingModule(nn.Module):
         pixels = images.float().contiguous(memory_format=torch.channels_last)
         memory = self.encode(self.model.normalize(pixels))
         queries = self.model.select(memory)
-        selector, noised = self.model.selector, None
-        if getattr(selector, "denoising_class_embed", None) is not None:  # a member that is trained with denoising
-            noised = denoising.noise(padded, self.classes, self.config)
+        noised = denoising.noise(padded, self.classes, self.config) if self.model.denoises else None
         if noised is None:
             losses = self.criterion(self.decode(queries, memory), padded, None, objects_per_process)
         else:
-            known = selector.noised(noised.labels, noised.boxes)  # type: ignore[operator]  # a method, not a tensor
+            known = self.model.noised_queries(noised.labels, noised.boxes)
             outputs = self.decode(denoising.prepend(queries, known, noised), memory)
             outputs, denoised = denoising.split(outputs, noised, padded)
             losses = self.criterion(outputs, padded, denoised, objects_per_process)

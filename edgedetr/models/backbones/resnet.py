@@ -83,13 +83,13 @@ class Block(nn.Module):
         self.activation = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        *first, last = self.body
-        if all(isinstance(part, ConvNorm) and part.is_frozen(x) for part in self.body):
+        frozen = [part for part in self.body if isinstance(part, ConvNorm) and part.is_frozen(x)]
+        if len(frozen) == len(self.body):
             inner = x
-            for part in first:
+            for part in frozen[:-1]:
                 inner = part(inner)
-            return last.frozen_forward(inner, relu=True, plus=self.shortcut(x))  # type: ignore[operator, no-any-return]  # a ConvNorm
-        # In place: neither a convolution nor a normalization looks at what it gave when gradients are made.
+            return frozen[-1].frozen_forward(inner, relu=True, plus=self.shortcut(x))
+        # In place: neither a convolution nor a normalization needs its output for its gradient.
         return self.activation(self.body(x).add_(self.shortcut(x)))
 
 

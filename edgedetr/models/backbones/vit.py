@@ -16,6 +16,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.patch_embedding import PatchPosition, from_windows, to_windows
+from edgedetr.models.initialization import zero_bias
 
 # channels, heads, blocks (the ViT paper's table 1; tiny and small: Touvron et al. 2021, "DeiT", table 1)
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -105,7 +106,7 @@ class VisionTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # all have one
+                zero_bias(module)
         if self.class_token is not None:
             nn.init.trunc_normal_(self.class_token, std=0.02)
 

@@ -112,10 +112,10 @@ def load_weights(
         if name not in fresh:
             tensor.copy_(weights[name])
     if rows is not None:
-        foreground = getattr(getattr(module, "selector", None), "foreground", False)
+        class_agnostic = isinstance(module, DetrModel) and module.class_agnostic_proposals
         for name in fresh:
             # A class-agnostic head uses its first row only.
-            first = foreground and name.startswith("selector.score.")
+            first = class_agnostic and name.startswith("selector.score.")
             _copy_rows(own[name], weights[name], [0] + [None] * (len(rows) - 1) if first else rows)
     elif fresh:
         log.warning(

@@ -19,6 +19,7 @@ from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.position import SinePosition
 from edgedetr.models.detector import Memory
 from edgedetr.models.encoders.dense import shrink
+from edgedetr.models.initialization import zero_bias
 
 if TYPE_CHECKING:
     from edgedetr.models.member import Role
@@ -50,8 +51,8 @@ class DeformableLayer(nn.Module):
         return self.feedforward_norm(tokens + self.path(self.feedforward(tokens)))
 
 
-class CellPlaces(nn.Module):
-    """Of every cell: the sine of its place plus a learned vector of its level, and its center in the image."""
+class CellPositions(nn.Module):
+    """Of every cell: the sine of its position plus a learned vector of its level, and its center in the image."""
 
     shape_only = True
 
@@ -64,13 +65,13 @@ class CellPlaces(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Position [1 or B, S, C] and centers [1 or B, S, 2] (x, y in 0..1 of the image).
 
-        padding  [B, H_l, W_l] bool per level;  valid [B, L, 2], share of each level that is image
+        padding  [B, H_l, W_l] bool per level;  valid [B, L, 2], fraction of each level that is image
         """
-        position, kind = [], torch.promote_types(like.dtype, torch.float32)
+        position, dtype = [], torch.promote_types(like.dtype, torch.float32)
         for level, shape in enumerate(shapes):
             mask = None if padding is None else padding[level]
             position.append(self.sine(like, shape, mask) + self.level[level].to(like.dtype))
-        return torch.cat(position, dim=1), cell_centers(like.to(kind), shapes, valid)
+        return torch.cat(position, dim=1), cell_centers(like.to(dtype), shapes, valid)
 
 
 def cell_centers(like: Tensor, shapes: Shapes, valid: Tensor | None = None) -> Tensor:
@@ -103,12 +104,12 @@ class DeformableEncoder(nn.Module):
             inputs = dim if level > len(channels) else widths[min(level, len(channels) - 1)]
             conv = nn.Conv2d(inputs, dim, 3, 2, 1) if extra else nn.Conv2d(inputs, dim, 1)
             nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # not known to mypy
+            zero_bias(conv)
             self.project.append(nn.Sequential(conv, nn.GroupNorm(math.gcd(min(GROUPS, dim // 2), dim), dim)))
             if extra:
                 steps.append(2 * steps[-1])
         self.backbone_levels, self.strides = len(channels), steps[:levels]
-        self.place, self.layers = CellPlaces(dim, levels), nn.ModuleList(layers)
+        self.place, self.layers = CellPositions(dim, levels), nn.ModuleList(layers)
 
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
         """maps: one [B, C_l, H_l, W_l] per level of the backbone; padding [B, H, W] of the input image -> Memory."""
@@ -123,17 +124,17 @@ class DeformableEncoder(nn.Module):
         if padding is not None:
             masks = [shrink(padding, shape) for shape in shapes]
             flat = torch.cat([mask.flatten(1) for mask in masks], dim=1)
-            valid = torch.stack([_share(mask) for mask in masks], dim=1)
+            valid = torch.stack([_image_fraction(mask) for mask in masks], dim=1)
         tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
         position, centers = self.place(tokens, shapes, masks, valid)
-        # Without position: the decoder samples tokens by place.
+        # Without position: the decoder samples tokens by their location.
         memory = Memory(tokens, shapes, self.strides, padding=flat, valid=valid)
         for layer in self.layers:
             memory = replace(memory, tokens=layer(memory, position, centers))
         return memory
 
 
-def _share(mask: Tensor) -> Tensor:
-    """Padding [B, H, W] -> share of the first row and of the first column that is image: [B, 2] (x, y)."""
+def _image_fraction(mask: Tensor) -> Tensor:
+    """Padding [B, H, W] -> fraction of the first row and of the first column that is image: [B, 2] (x, y)."""
     seen = (~mask).float()
     return torch.stack([seen[:, 0].mean(-1), seen[:, :, 0].mean(-1)], dim=-1)

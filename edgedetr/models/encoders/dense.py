@@ -12,7 +12,8 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.row_column_attention import AxisPosition
-from edgedetr.models.detector import Memory
+from edgedetr.models.detector import Memory, with_pos_embed
+from edgedetr.models.initialization import zero_bias
 
 
 class EncoderLayer(nn.Module):
@@ -35,8 +36,8 @@ class EncoderLayer(nn.Module):
         """tokens [B, S, C], position [1 or B, S, C] or None, padding [B, S] (True = padding) -> [B, S, C]."""
         mask = None if padding is None else padding[:, None, None]
         inner = self.attention_norm(tokens) if self.pre_norm else tokens
-        place = inner if position is None else inner + position
-        tokens = tokens + self.path(self.dropout(self.attention(place, place, inner, mask)))
+        query = with_pos_embed(inner, position)
+        tokens = tokens + self.path(self.dropout(self.attention(query, query, inner, mask)))
         if self.pre_norm:
             return tokens + self.path(self.feedforward(self.feedforward_norm(tokens)))
         tokens = self.attention_norm(tokens)
@@ -59,7 +60,7 @@ class DenseEncoder(nn.Module):
     ) -> None:
         """channels        of the backbone's map
         norm            after the last layer (pre-LN) or nn.Identity
-        position_scale  C -> C: the tokens scale their own position, anew in every layer (DAB-DETR); None: as it is
+        position_scale  C -> C: the tokens scale their own position, anew in every layer (DAB-DETR); None: unscaled
         once            the position is added to the input alone, and no layer adds it again (DETR, table 3)
         """
         super().__init__()
@@ -67,7 +68,7 @@ class DenseEncoder(nn.Module):
         self.project = nn.Conv2d(channels, dim, 1)
         self.position, self.layers, self.norm, self.stride = position, nn.ModuleList(layers), norm, stride
         nn.init.xavier_uniform_(self.project.weight)
-        nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]  # not known to mypy
+        zero_bias(self.project)
 
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
         """maps: the last is used; padding [B, H, W] of the input image -> Memory of one level."""
@@ -81,8 +82,8 @@ class DenseEncoder(nn.Module):
         if self.once:
             tokens, position = tokens + position, None
         for layer in self.layers:
-            place = position if self.position_scale is None else position * self.position_scale(tokens)
-            tokens = layer(tokens, place, flat)
+            scaled = position if self.position_scale is None else position * self.position_scale(tokens)
+            tokens = layer(tokens, scaled, flat)
         return Memory(self.norm(tokens), [shape], [self.stride], position=position, padding=flat)
 
 
@@ -92,10 +93,11 @@ class RowColumnEncoder(nn.Module):
     def __init__(self, channels: int, stride: int, dim: int, position: AxisPosition, layers: list[nn.Module]) -> None:
         super().__init__()
         # 32 groups of 8 channels, as published; fewer where C is not a multiple of 32.
-        self.project = nn.Sequential(nn.Conv2d(channels, dim, 1), nn.GroupNorm(math.gcd(32, dim), dim))
+        project = nn.Conv2d(channels, dim, 1)
+        self.project = nn.Sequential(project, nn.GroupNorm(math.gcd(32, dim), dim))
         self.position, self.layers, self.stride = position, nn.ModuleList(layers), stride
-        nn.init.xavier_uniform_(self.project[0].weight)  # type: ignore[arg-type]  # mypy does not know its children
-        nn.init.zeros_(self.project[0].bias)  # type: ignore[arg-type]  # not known to mypy
+        nn.init.xavier_uniform_(project.weight)
+        zero_bias(project)
 
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
         """maps: the last is used; padding [B, H, W] of the input image -> Memory of one level, with axes."""

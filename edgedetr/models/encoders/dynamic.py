@@ -1,4 +1,4 @@
-"""The encoder layer of Dynamic DETR: every level is a sum of itself and its neighbors, as it asks for.
+"""The encoder layer of Dynamic DETR: every level becomes a weighted sum of itself and its neighbors.
 
 Dai et al. 2021, "Dynamic DETR", section 3.2, after the authors' "Dynamic Head" (Dai et al. 2021), section 3. The
 offsets of a level steer the deformable convolutions of all that flows into it.
@@ -16,6 +16,7 @@ from edgedetr.layers.deformable_convolution import MASKS, OFFSETS, TAPS, DeformR
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.dynamic_convolution import ChannelAttention, DynamicRelu, ScaleAttention
 from edgedetr.layers.linear import Linear
+from edgedetr.models.initialization import zero_bias
 from edgedetr.options import one_of
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class DynamicPyramidLayer(nn.Module):
         self.path = DropPath()
         # Taps begin near the cells of a plain 3x3 convolution (Dynamic Head's code).
         nn.init.normal_(self.offset.weight, std=0.01)
-        nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]  # it is there
+        zero_bias(self.offset)
         for linear in (self.same, self.finer, self.coarser):
             bound = (TAPS * dim) ** -0.5
             nn.init.uniform_(linear.weight, -bound, bound)
@@ -71,10 +72,10 @@ class DynamicPyramidLayer(nn.Module):
             for level, shape in zip(maps[1:], shapes)
         ]
         table = torch.cat([level.flatten(2).transpose(1, 2) for level in maps + large], dim=1)
-        told = torch.cat([self.offset(level).flatten(2) for level in maps], dim=2).transpose(1, 2)  # [B, S, 27]
+        offsets = torch.cat([self.offset(level).flatten(2) for level in maps], dim=2).transpose(1, 2)  # [B, S, 27]
         total, first, last = sum(cells), cells[0], cells[-1]
-        told = torch.cat([told, told[:, first:], told[:, : total - last]], dim=1)
-        offset, mask = told.split([OFFSETS, MASKS], dim=2)
+        offsets = torch.cat([offsets, offsets[:, first:], offsets[:, : total - last]], dim=1)
+        offset, mask = offsets.split([OFFSETS, MASKS], dim=2)
         starts = [sum(cells[:level]) for level in range(levels)]
         sources = [Source(shape, start, shape) for shape, start in zip(shapes, starts)]
         sources += [Source(shapes[level - 1], starts[level - 1], shapes[level], 2) for level in range(1, levels)]

@@ -1,4 +1,4 @@
-"""The feature pyramid: every level of the backbone as C channels, each knowing what the coarser ones saw.
+"""The feature pyramid: every level of the backbone as C channels, with features of the coarser levels added.
 
 Lin et al. 2017, "Feature Pyramid Networks for Object Detection", section 3.
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
 from edgedetr.models.detector import Memory
+from edgedetr.models.initialization import zero_bias
 from edgedetr.options import one_of
 
 
@@ -29,15 +30,16 @@ class FeaturePyramid(nn.Module):
         """extra  "conv": two levels more by 3x3 convolutions (P6 and P7)"""
         super().__init__()
         one_of("extra", extra, ("none", "conv"))
-        self.lateral = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in channels)
-        self.smooth = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in channels)
-        self.coarser = nn.ModuleList(nn.Conv2d(dim, dim, 3, 2, 1) for _ in range(2 if extra == "conv" else 0))
+        lateral = [nn.Conv2d(c, dim, 1) for c in channels]
+        smooth = [nn.Conv2d(dim, dim, 3, padding=1) for _ in channels]
+        coarser = [nn.Conv2d(dim, dim, 3, 2, 1) for _ in range(2 if extra == "conv" else 0)]
         self.extra, self.strides = extra, list(strides)
-        for _ in range({"none": 0, "conv": 2}[extra]):
+        for _ in coarser:
             self.strides.append(2 * self.strides[-1])
-        for conv in [*self.lateral, *self.smooth, *self.coarser]:
-            nn.init.kaiming_uniform_(conv.weight, a=1)  # type: ignore[arg-type]  # a module's attributes are not known
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # not known to mypy
+        for conv in (*lateral, *smooth, *coarser):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            zero_bias(conv)
+        self.lateral, self.smooth, self.coarser = map(nn.ModuleList, (lateral, smooth, coarser))
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """One [B, C_l, H_l, W_l] per level, each twice the size of the next -> one [B, C, H_l, W_l] per level."""

@@ -13,10 +13,12 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.row_column_attention import AxisPosition, RowColumnAttention, RowColumnLayer
+from edgedetr.models.box_heads import AbsoluteBoxes
 from edgedetr.models.checkpoints import author_names
 from edgedetr.models.checkpoints.config_from_state_dict import StateDict, rows_of
 from edgedetr.models.checkpoints.rename_rules import Layout
-from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, RowColumnCrossAttention
+from edgedetr.models.cross_attention import RowColumnCrossAttention
+from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import RowColumnEncoder
 from edgedetr.models.initialization import (
@@ -29,7 +31,7 @@ from edgedetr.models.initialization import (
 )
 from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
-from edgedetr.models.queries.anchors import AnchorPoints, AnchorQueries
+from edgedetr.models.queries.learned import AnchorPoints, AnchorQueries
 
 SIZE_LOGIT = -2.0  # width and height that every box starts from: 0.12 of the image
 

@@ -15,10 +15,12 @@ from edgedetr.layers.conditional_attention import ConditionalSelfAttention, Spat
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import SinePosition
+from edgedetr.models.box_heads import AbsoluteBoxes
 from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.rename_rules import Layout
 from edgedetr.models.checkpoints.transformers_keys import TransformersClass
-from edgedetr.models.decoder import AbsoluteBoxes, ConditionalCrossAttention, Decoder, DecoderLayer
+from edgedetr.models.cross_attention import ConditionalCrossAttention
+from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import DenseEncoder, EncoderLayer
 from edgedetr.models.initialization import (
@@ -32,7 +34,7 @@ from edgedetr.models.initialization import (
 )
 from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
-from edgedetr.models.queries.anchors import ConditionalQueries
+from edgedetr.models.queries.learned import ConditionalQueries
 from edgedetr.options import LATER
 
 

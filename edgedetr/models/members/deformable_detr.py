@@ -16,17 +16,20 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
+from edgedetr.models.box_heads import AbsoluteBoxes, IterativeBoxes
 from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.config_from_state_dict import Reader, StateDict, has, rows_of
 from edgedetr.models.checkpoints.rename_rules import Layout
 from edgedetr.models.checkpoints.transformers_keys import TransformersClass
-from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
+from edgedetr.models.cross_attention import DeformableCrossAttention
+from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
 from edgedetr.models.initialization import box_size_init, packed_qkv, prior_bias_init, xavier_rule, zero_box_init
 from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
-from edgedetr.models.queries.proposals import PointQueries, TwoStageQueries
+from edgedetr.models.queries.learned import PointQueries
+from edgedetr.models.queries.two_stage import ProposalQueries
 
 SIZE_LOGIT = -2.0  # width and height that every box starts from: 0.12 of the image
 
@@ -94,12 +97,12 @@ def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> DetrModel
         backbone.channels, backbone.strides, c.hidden, c.levels, [encoder_layer() for _ in range(c.encoder_layers)]
     )
     selector = (
-        TwoStageQueries(c.hidden, num_classes, c.queries, c.denoising)
+        ProposalQueries(c.hidden, num_classes, c.queries, c.denoising)
         if c.two_stage
         else PointQueries(c.queries, c.hidden)
     )
     heads = (
-        IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False)
+        IterativeBoxes(c.hidden, num_classes, c.decoder_layers, look_forward_twice=False)
         if c.refine
         else AbsoluteBoxes(c.hidden, num_classes)
     )
@@ -142,7 +145,7 @@ MEMBER = Member(
     roles={
         **at("encoder.layers.*", DeformableLayer),
         **at("decoder.layers.*.cross_attention", DeformableCrossAttention),
-        **at("selector", TwoStageQueries),
+        **at("selector", ProposalQueries),
     },
     slow_parameters=("*.offsets.*", "selector.reference.*"),  # a tenth of the rate (section A.4)
     original_init=packed_qkv("decoder.layers.*.self_attention") | {"*.feedforward.*.weight": xavier_rule},

@@ -16,17 +16,19 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import LearnedPosition, NoPosition, SequencePosition, SinePosition
+from edgedetr.models.box_heads import AbsoluteBoxes
 from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.config_from_state_dict import StateDict, has
 from edgedetr.models.checkpoints.rename_rules import Layout
 from edgedetr.models.checkpoints.transformers_keys import TransformersClass
-from edgedetr.models.decoder import AbsoluteBoxes, Decoder, DecoderLayer, DenseCrossAttention
+from edgedetr.models.cross_attention import DenseCrossAttention
+from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import DenseEncoder, EncoderLayer
 from edgedetr.models.initialization import PROJECTION, packed_qkv, xavier
 from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
-from edgedetr.models.queries.selection import LearnedQueries
+from edgedetr.models.queries.learned import LearnedQueries
 from edgedetr.options import LATER
 
 

@@ -18,8 +18,9 @@ from edgedetr.layers.dynamic_convolution import DynamicInteraction
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.roi_align import RoiAlign
-from edgedetr.models.cascade import DeltaBoxes, LearnedProposals, RoiCrossAttention
+from edgedetr.models.box_heads import DeltaBoxes
 from edgedetr.models.checkpoints.config_from_state_dict import StateDict
+from edgedetr.models.cross_attention import RoiCrossAttention
 from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dynamic import GROUPS, DynamicPyramidLayer
@@ -27,6 +28,7 @@ from edgedetr.models.encoders.fpn import FeaturePyramid, PyramidEncoder
 from edgedetr.models.initialization import prior_bias_init, xavier, zero_box_init
 from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
+from edgedetr.models.queries.learned import LearnedProposals
 from edgedetr.options import LATER
 
 

@@ -14,14 +14,16 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
-from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
+from edgedetr.models.box_heads import IterativeBoxes
+from edgedetr.models.cross_attention import DeformableCrossAttention
+from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
 from edgedetr.models.initialization import prior_bias_init, zero_box_init
 from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.members.deformable_detr import SAMPLING_READERS
-from edgedetr.models.queries.proposals import DenseQueries
+from edgedetr.models.queries.two_stage import DenseQueries
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> DetrModel:
             for _ in range(c.encoder_layers)
         ],
     )
-    heads = IterativeBoxes(c.hidden, num_classes, c.decoder_layers, twice=False)
+    heads = IterativeBoxes(c.hidden, num_classes, c.decoder_layers, look_forward_twice=False)
     decoder = Decoder(
         [
             DecoderLayer(

@@ -14,11 +14,13 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalize
+from edgedetr.models.box_heads import IterativeBoxes
 from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.config_from_state_dict import StateDict, count_of, has, rows_of
 from edgedetr.models.checkpoints.rename_rules import Layout
 from edgedetr.models.checkpoints.transformers_keys import TransformersClass, three_levels
-from edgedetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, IterativeBoxes
+from edgedetr.models.cross_attention import DeformableCrossAttention
+from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import EncoderLayer
 from edgedetr.models.encoders.hybrid import HybridEncoder
@@ -33,7 +35,7 @@ from edgedetr.models.initialization import (
 )
 from edgedetr.models.member import Member, PublishedResize, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
-from edgedetr.models.queries.selection import TopKQueries
+from edgedetr.models.queries.two_stage import TopKQueries
 from edgedetr.options import LATER
 
 

@@ -15,15 +15,17 @@ from edgedetr.layers.dynamic_convolution import DynamicInteraction
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.roi_align import RoiAlign
-from edgedetr.models.cascade import DeltaBoxes, LearnedProposals, RoiCrossAttention
+from edgedetr.models.box_heads import DeltaBoxes
 from edgedetr.models.checkpoints import author_names
 from edgedetr.models.checkpoints.rename_rules import Layout
+from edgedetr.models.cross_attention import RoiCrossAttention
 from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.fpn import FeaturePyramid, PyramidEncoder
 from edgedetr.models.initialization import packed_qkv, prior_bias_init, xavier
 from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
+from edgedetr.models.queries.learned import LearnedProposals
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from edgedetr.models.backbones.resnet import make_backbone
 from edgedetr.models.backbones.vit import VisionTransformer, VitPyramid
 from edgedetr.models.checkpoints.backbone_names import rename_vit
 from edgedetr.models.checkpoints.pretrained import load_backbone, load_weights
-from edgedetr.models.deploy import Baked, DeployGraph
+from edgedetr.models.deploy import ConstantFolded, DeployGraph
 
 DIM, HEADS, DEPTH = 24, 3, 4
 
@@ -256,7 +256,7 @@ def test_a_member_trains_and_deploys_on_it(name: str) -> None:
     assert [key for key in dead if not key.endswith(".k.bias")] == []  # softmax does not see a key's bias
     detector = varied(detector)
     graph = DeployGraph(detector, 64, 96)
-    assert isinstance(graph.detector.backbone.transformer.position, Baked)
+    assert isinstance(graph.detector.backbone.transformer.position, ConstantFolded)
     with torch.no_grad():
         expected, actual = detector(detector.normalize(images)), graph(images)
     torch.testing.assert_close(actual[0], expected.logits[-1], atol=1e-4, rtol=0)

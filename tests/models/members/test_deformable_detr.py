@@ -16,7 +16,7 @@ from edgedetr.models.checkpoints.pretrained import load_weights
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.deformable import cell_centers
 from edgedetr.models.members.deformable_detr import DeformableDetrConfig
-from edgedetr.models.queries.proposals import Starts
+from edgedetr.models.queries.two_stage import Anchors
 from edgedetr.training.config import TrainConfig
 from edgedetr.training.criterion import Criterion
 from edgedetr.training.data.dataset import Target
@@ -131,7 +131,7 @@ def test_the_loss_equals_that_of_transformers() -> None:
 def test_proposals_of_the_two_stage_form_learn_objects_and_not_classes() -> None:
     """Every object is of class 0 to the encoder's head; by hand: the loss with all labels 0, and no other change."""
     ours = build("deformable_detr", replace(FORMS["two-stage"], **SMALL), CLASSES)
-    assert ours.selector.foreground
+    assert ours.selector.class_agnostic
     outputs = ours(torch.randn(1, 3, *PIXELS))
     boxes = torch.tensor([[0.3, 0.4, 0.2, 0.2], [0.7, 0.5, 0.1, 0.3]])
     config = TrainConfig()
@@ -181,7 +181,7 @@ def test_cells_of_a_padded_image_are_placed_in_the_image() -> None:
     valid = torch.tensor([[[0.5, 1.0]]])  # the left half of 4 x 2 cells is image
     centers = cell_centers(torch.zeros(1), [(2, 4)], valid)[0]
     assert centers[:4].tolist() == [[0.25, 0.25], [0.75, 0.25], [1.25, 0.25], [1.75, 0.25]]
-    logits, usable = Starts()(torch.zeros(1), [(2, 4)], valid)
+    logits, usable = Anchors()(torch.zeros(1), [(2, 4)], valid)
     assert usable[0, :, 0].tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
     torch.testing.assert_close(logits[0, 0].sigmoid(), torch.tensor([0.25, 0.25, 0.05, 0.05]))
     assert (logits[0, 2].sigmoid() == 1).all()  # off the image: finite, and a box nobody takes

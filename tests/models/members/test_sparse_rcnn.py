@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from members import CLASSES, HEIGHT, WIDTH, pictures, small
 
 from edgedetr.models import build
-from edgedetr.models.cascade import DeltaBoxes
+from edgedetr.models.box_heads import DeltaBoxes
 from edgedetr.models.members.sparse_rcnn import SparseRcnnConfig
 
 

@@ -1,4 +1,4 @@
-"""Queries that stand at a learned place: a point that a vector means, a grid of anchor points, or a box."""
+"""Learned queries: vectors (DETR), points, anchor points with patterns, or boxes, the same for every image."""
 
 from __future__ import annotations
 
@@ -10,15 +10,57 @@ from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
 from edgedetr.layers.feedforward import Mlp
+from edgedetr.layers.full_precision import in_float32
+from edgedetr.layers.linear import Linear
 from edgedetr.layers.position import sine_of_boxes
 from edgedetr.layers.row_column_attention import AxisPosition
 from edgedetr.models.detector import Memory, Queries
-from edgedetr.models.queries.selection import label_content
 from edgedetr.options import one_of
 
 
-class MeantPoint(nn.Module):
-    """The point that a learned position means, and its sine (Conditional DETR, section 3.3)."""
+def label_content(embedding: nn.Embedding | None, labels: Tensor) -> Tensor:
+    """The content that noised queries of known objects start from: labels [B, D] (K = filling) -> [B, D, C].
+
+    embedding  [K + 1, C] of a model that was built with model.denoising, else None
+    """
+    if embedding is None:
+        raise ModelError(
+            "this model was built without model.denoising, so it has no vectors for noised labels; "
+            "use train.denoising=0"
+        )
+    return embedding(labels)
+
+
+class LearnedQueries(nn.Module):
+    """Zero content, learned position: DETR's object queries."""
+
+    def __init__(self, queries: int, dim: int) -> None:
+        super().__init__()
+        self.position = nn.Embedding(queries, dim)
+
+    def forward(self, memory: Memory) -> Queries:
+        position = self.position.weight.expand(memory.tokens.shape[0], -1, -1)
+        return Queries(torch.zeros_like(position), position=position)
+
+
+class PointQueries(nn.Module):
+    """Learned content and position; the reference point is a linear function of the position (Deformable DETR)."""
+
+    def __init__(self, queries: int, dim: int) -> None:
+        super().__init__()
+        self.embed, self.reference = nn.Embedding(queries, 2 * dim), Linear(dim, 2)
+        nn.init.xavier_uniform_(self.reference.weight)
+        nn.init.zeros_(self.reference.bias)
+
+    def forward(self, memory: Memory) -> Queries:
+        position, content = self.embed.weight.expand(memory.tokens.shape[0], -1, -1).chunk(2, dim=-1)
+        reference = in_float32(self.reference, position)
+        reference = reference.to(torch.promote_types(reference.dtype, torch.float32)).sigmoid()
+        return Queries(content, position=position, reference=reference)
+
+
+class ReferencePointHead(nn.Module):
+    """The reference point of a learned position, and the sine of that point (Conditional DETR, section 3.3)."""
 
     shape_only = True
 
@@ -34,16 +76,16 @@ class MeantPoint(nn.Module):
 
 
 class ConditionalQueries(nn.Module):
-    """Zero content, learned position, and the point that follows from it: Conditional DETR's."""
+    """Zero content, learned position, and the reference point that follows from it (Conditional DETR)."""
 
     def __init__(self, queries: int, dim: int) -> None:
         super().__init__()
-        self.position, self.point = nn.Embedding(queries, dim), MeantPoint(dim)
+        self.position, self.point = nn.Embedding(queries, dim), ReferencePointHead(dim)
 
     def forward(self, memory: Memory) -> Queries:
         batch, position = memory.tokens.shape[0], self.position.weight
         points, wave = self.point(position)
-        # The same for all images until the memory is seen, so that what is made of it alone is made once.
+        # A batch of one until the memory is read: what is computed from these alone is computed once for all images.
         position, points, wave = position[None], points[None], wave[None]
         content = position.new_zeros(batch, *position.shape[1:])
         return Queries(content, position=position, reference=points, spatial=wave)
@@ -85,7 +127,7 @@ class AnchorPoints(nn.Module):
 class AnchorQueries(nn.Module):
     """Every pattern at every anchor point: pattern 0 at all points, then pattern 1 (Anchor DETR, section 3.3).
 
-    Noised queries stand at the center of their box and start from the vector of their label instead of a pattern; the
+    Noised queries are at the center of their box and start from the vector of their label instead of a pattern; the
     box's size is lost, because an anchor point has none.
     """
 
@@ -103,14 +145,13 @@ class AnchorQueries(nn.Module):
         return Queries(content, position=position, reference=points, spatial=along)
 
     def noised(self, labels: Tensor, boxes: Tensor) -> Queries:
-        """Queries of objects that are known, for denoising: labels [B, D] (K = filling), boxes [B, D, 4]."""
         content, points = label_content(self.denoising_class_embed, labels), boxes[..., :2]
         position, along = self.points.embed(points)
         return Queries(content, position=position, reference=points, spatial=along)
 
 
 class BoxQueries(nn.Module):
-    """Learned boxes, refined layer by layer (DAB-DETR); with denoising, content says "label unknown" (DN-DETR).
+    """Learned boxes, refined layer by layer (DAB-DETR); with denoising, the content is "label unknown" (DN-DETR).
 
     denoising_class_embed  [K + 1, C - 1]; row K is the content of every query that looks for an object, whose last
                            channel is 0; noised queries have their label's row and 1
@@ -131,7 +172,6 @@ class BoxQueries(nn.Module):
         return Queries(content.expand(batch, boxes.shape[0], -1), reference=boxes.expand(batch, -1, -1))
 
     def noised(self, labels: Tensor, boxes: Tensor) -> Queries:
-        """Queries of objects that are known, for denoising: labels [B, D] (K = filling), boxes [B, D, 4]."""
         content = label_content(self.denoising_class_embed, labels)
         return Queries(torch.cat([content, torch.ones_like(content[..., :1])], dim=-1), reference=boxes)
 
@@ -146,3 +186,21 @@ class BoxPosition(nn.Module):
     def forward(self, reference: Tensor) -> Tensor:
         """reference [B, N, 4] in 0..1 -> [B, N, C]."""
         return self.head(sine_of_boxes(reference, self.per_axis))
+
+
+class LearnedProposals(nn.Module):
+    """N boxes and N vectors; every box starts as the whole image (Sparse R-CNN, section 3.2)."""
+
+    def __init__(self, queries: int, dim: int, num_classes: int, denoising: bool = False) -> None:
+        super().__init__()
+        self.content, self.box = nn.Embedding(queries, dim), nn.Embedding(queries, 4)
+        self.denoising_class_embed = nn.Embedding(num_classes + 1, dim) if denoising else None
+        with torch.no_grad():
+            self.box.weight.copy_(torch.tensor([0.5, 0.5, 1.0, 1.0]))
+
+    def forward(self, memory: Memory) -> Queries:
+        batch = memory.tokens.shape[0]
+        return Queries(self.content.weight.expand(batch, -1, -1), reference=self.box.weight.expand(batch, -1, -1))
+
+    def noised(self, labels: Tensor, boxes: Tensor) -> Queries:
+        return Queries(label_content(self.denoising_class_embed, labels), reference=boxes)

@@ -1,0 +1,75 @@
+"""The slots that members fill differently, as protocols: query selection, cross-attention, box update."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from edgedetr.models.detector import Memory, Queries
+
+
+class QuerySelector(Protocol):
+    """Where the decoder's queries come from: learned, or selected in the memory."""
+
+    def __call__(self, memory: Memory) -> Queries: ...
+
+
+@runtime_checkable
+class DenoisingSelector(Protocol):
+    """A selector whose member can be trained with noised queries.
+
+    Its attribute denoising_class_embed has one vector per class and one for filling, or is None: built without
+    model.denoising.
+    """
+
+    def noised(self, labels: Tensor, boxes: Tensor) -> Queries:
+        """Queries of known objects: labels [B, D] (K = filling), boxes [B, D, 4]."""
+        ...
+
+
+@runtime_checkable
+class ProposalSelector(Protocol):
+    """A selector that scores every token of the memory (two-stage)."""
+
+    @property
+    def class_agnostic(self) -> bool:
+        """Whether its proposals know one class, 0, for every object."""
+        ...
+
+    def progress(self, fraction: float) -> None:
+        """Sets the number of queries for a fraction (0..1) of the training."""
+        ...
+
+
+class CrossAttention(Protocol):
+    """How queries read the memory."""
+
+    def __call__(self, queries: Queries, memory: Memory) -> Tensor:
+        """-> what is added to the content, [B, N, C]."""
+        ...
+
+
+class BoxUpdate(Protocol):
+    """The class and box heads, and how a layer's box follows from their output.
+
+    iterative           every layer moves the box of the layer before, so each needs its delta, also where only the last
+                        layer is asked for
+    look_forward_twice  the loss of a layer reaches the box of the layer before as well (DINO, section 3.5)
+    """
+
+    iterative: bool
+    look_forward_twice: bool
+
+    def classify(self, layer: int, features: Tensor) -> Tensor:
+        """features [B, N, C] -> logits [B, N, K*]."""
+        ...
+
+    def delta(self, layer: int, features: Tensor) -> Tensor:
+        """features [B, N, C] -> what `move` takes, [B, N, 4]."""
+        ...
+
+    def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
+        """The reference [B, N, 2|4] moved by the delta -> boxes [B, N, 4], cx, cy, w, h in 0..1."""
+        ...
