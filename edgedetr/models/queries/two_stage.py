@@ -110,8 +110,9 @@ class TwoStageSelector(nn.Module):
         logits = in_float32(self.score, tokens)
         rank = logits[..., 0] if self.class_agnostic else logits.amax(-1)
         top_k = rank.topk(self.count, dim=1).indices  # [B, N]
-        start = batched_gather(anchors, top_k) if len(anchors) > 1 else F.embedding(top_k, anchors[0])
-        return Candidates(tokens, logits, anchors, batched_gather(tokens, top_k), start)
+        best = batched_gather(tokens, top_k)
+        best_anchors = batched_gather(anchors, top_k) if len(anchors) > 1 else F.embedding(top_k, anchors[0])
+        return Candidates(tokens, logits, anchors, best, best_anchors)
 
     def boxes(self, tokens: Tensor, anchors: Tensor) -> Tensor:
         """tokens [B, M, C] and their anchors [1 or B, M, 4] -> boxes [B, M, 4] in 0..1."""
