@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from torch import nn
+
 from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.deformable_attention import DeformableAttention
@@ -82,20 +84,18 @@ def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> DetrModel:
             for _ in range(c.encoder_layers)
         ],
     )
+    layers: list[nn.Module] = [
+        DecoderLayer(
+            MultiHeadAttention(c.hidden, c.heads, c.dropout),
+            DeformableCrossAttention(c.hidden, c.heads, points, c.sampling),
+            feedforward(),
+            c.hidden,
+            c.dropout,
+        )
+        for _ in range(c.decoder_layers)
+    ]
     heads = IterativeBoxes(c.hidden, num_classes, c.decoder_layers, look_forward_twice=False)
-    decoder = Decoder(
-        [
-            DecoderLayer(
-                MultiHeadAttention(c.hidden, c.heads, c.dropout),
-                DeformableCrossAttention(c.hidden, c.heads, points, c.sampling),
-                feedforward(),
-                c.hidden,
-                c.dropout,
-            )
-            for _ in range(c.decoder_layers)
-        ],
-        heads,
-    )
+    decoder = Decoder(layers, heads)
     selector = DenseQueries(c.hidden, num_classes, c.queries, c.first_queries, c.coordinates, c.denoising)
     prior_bias_init(selector, heads)
     zero_box_init(selector, heads)

@@ -118,10 +118,9 @@ def rt_detr(config: RtDetrConfig, num_classes: int) -> DetrModel:
         c.hidden,
     )
     selector = TopKQueries(c.hidden, num_classes, c.queries, c.denoising, c.learned_content)
+    layers = [decoder_layer() for _ in range(c.decoder_layers)]
     heads = IterativeBoxes(c.hidden, num_classes, c.decoder_layers)
-    decoder = Decoder(
-        [decoder_layer() for _ in range(c.decoder_layers)], heads, query_position=Mlp(4, 2 * c.hidden, c.hidden, 2)
-    )
+    decoder = Decoder(layers, heads, query_position=Mlp(4, 2 * c.hidden, c.hidden, 2))
     detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
     xavier(*head_outputs(selector, "score"), *head_outputs(heads, "score"))
     prior_bias_init(selector, heads)
