@@ -206,7 +206,7 @@ class DenoisingConfig(_Part):
     denoising: int = 100  # noised queries in addition to the real ones (RT-DETR); 0 = none
     denoising_mode: Literal["cdn", "dn"] = "cdn"  # with negative copies (DINO, RT-DETR), or without (DN-DETR)
     denoising_groups: int = 0  # copies of every object, whatever `denoising` is (DN-DETR: 5); 0 = from `denoising`
-    label_noise: float = 0.5  # fraction of their labels drawn anew; "cdn": half of this fraction (RT-DETR)
+    label_noise: float = 0.5  # fraction of their labels that become random; "cdn": half of this fraction (RT-DETR)
     box_noise: float = 1.0  # "cdn": shift of each side in half box sizes (RT-DETR); "dn": of the center in
     # half box sizes, of width and height in box sizes
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from edgedetr.errors import ModelError, RecipeError
 from edgedetr.models.detector import DetrModel
 from edgedetr.training.config import TrainConfig
 
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (nn.LayerNorm, nn.GroupNorm, *BATCH_NORMS)
 # Parameters of a ViT backbone, for the layer-wise decay of the learning rate.
 BLOCK = re.compile(r"^backbone\.transformer\.blocks\.(\d+)\.")
 EMBEDDING = re.compile(r"^backbone\.transformer\.(patch|position|class_token)")
@@ -155,8 +157,6 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average towards the weights after `step` steps (counted from 1)."""
-        fraction = 1 - self.decay_at(step)
-        for average, weight in zip(self._average, self._weights):
-            average.lerp_(weight, fraction)
+        get_ema_multi_avg_fn(self.decay_at(step))(self._average, self._weights, step)
         for counter, live in zip(self._counters, self._live_counters):
             counter.copy_(live)

@@ -26,7 +26,7 @@ from edgedetr.recipe import Recipe
 from edgedetr.runtime.postprocess import Detections
 from edgedetr.training.criterion import Losses
 from edgedetr.training.data.dataset import Batch, Splits, TrainingSet, batches, draw_sizes, epoch_order, pad
-from edgedetr.training.optimizer import Ema, Schedule, adamw, set_lr
+from edgedetr.training.optimizer import BATCH_NORMS, Ema, Schedule, adamw, set_lr
 from edgedetr.training.output import (
     CHECKPOINT,
     FOLDER,
@@ -122,7 +122,7 @@ class BatchNormBackup:
     """Running statistics of BatchNorm from before a step: the forward pass of a bad batch would leave a NaN in them."""
 
     def __init__(self, model: nn.Module) -> None:
-        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
         self._live = [buffer for norm in norms for buffer in norm.buffers()]
         self._stored = [buffer.clone() for buffer in self._live]
 

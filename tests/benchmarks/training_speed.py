@@ -115,13 +115,13 @@ def our_step(
     detector = build(member, config, CLASSES).train().to(device).to(memory_format=torch.channels_last)
     if backbone == "frozen":
         detector.backbone.requires_grad_(False)
-    trainee = TrainingModule(detector, settings, config.class_loss, CLASSES)
+    training_module = TrainingModule(detector, settings, config.class_loss, CLASSES)
     optimizer, padded = adamw(detector, settings), pad(targets(batch)).to(torch.device(device))
     images = torch.randint(0, 256, (batch, 3, pixels, pixels), dtype=torch.uint8).to(device)
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            loss = trainee(images, lambda: padded, float(batch * OBJECTS))[0]
+            loss = training_module(images, lambda: padded, float(batch * OBJECTS))[0]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

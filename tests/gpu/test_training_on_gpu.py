@@ -74,14 +74,14 @@ def test_the_loss_of_every_member_falls(name, cuda):
     torch.manual_seed(0)
     config, settings = SMALL[name], TrainConfig(lr=2e-3, backbone_lr_factor=1.0, clip=0.1)
     detector = build(name, config, 3).train().to(cuda).to(memory_format=torch.channels_last)
-    trainee, optimizer = TrainingModule(detector, settings, config.class_loss, 3), adamw(detector, settings)
+    training_module, optimizer = TrainingModule(detector, settings, config.class_loss, 3), adamw(detector, settings)
     for group in optimizer.param_groups:
         group["lr"] = 2e-3
     images = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8).to(cuda)
     padded = pad([Target(torch.randint(0, 3, (5,)), torch.rand(5, 4) * 0.2 + 0.3) for _ in range(2)]).to(cuda)
     told = []
     for _ in range(40):
-        loss = trainee(images, lambda: padded, 10.0)[0]
+        loss = training_module(images, lambda: padded, 10.0)[0]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), settings.clip)
         optimizer.step()

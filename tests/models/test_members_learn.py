@@ -29,9 +29,9 @@ def objects(count: int, seed: int = 0) -> Target:
 
 def losses(name: str, detector: DetrModel, targets: Sequence[Target]) -> torch.Tensor:
     """The losses [7] of one training step's forward half on noise images, with denoising where the member has it."""
-    trainee = TrainingModule(detector, TrainConfig(denoising=4), SMALL[name].class_loss, CLASSES)
+    training_module = TrainingModule(detector, TrainConfig(denoising=4), SMALL[name].class_loss, CLASSES)
     seed_step(0, 0, 0)
-    return trainee(pictures(len(targets)).to(torch.uint8), lambda: pad(targets), 1.0)
+    return training_module(pictures(len(targets)).to(torch.uint8), lambda: pad(targets), 1.0)
 
 
 @member
@@ -72,14 +72,14 @@ def test_the_loss_falls_to_a_fifth_within_60_steps(name: str) -> None:
     still = {"dropout": 0.0} if hasattr(SMALL[name], "dropout") else {}
     detector = build(name, replace(SMALL[name], **still), CLASSES).train()
     config = TrainConfig(lr=2e-3, backbone_lr_factor=1.0, weight_decay=0.0, clip=1.0, warmup_steps=5, denoising=0)
-    trainee = TrainingModule(detector, config, SMALL[name].class_loss, CLASSES)
+    training_module = TrainingModule(detector, config, SMALL[name].class_loss, CLASSES)
     optimizer, targets = adamw(detector, config), [objects(2), objects(1, 1)]
     images, padded = drawn(targets), pad(targets)
     history = []
     for step in range(60):
         seed_step(0, step, 0)
         set_lr(optimizer, min(1.0, (step + 1) / 6) * (1.0 if step < 45 else 0.3))
-        found = trainee(images, lambda: padded, 3.0)
+        found = training_module(images, lambda: padded, 3.0)
         found[0].backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), config.clip)
         optimizer.step()

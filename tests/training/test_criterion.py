@@ -68,8 +68,8 @@ def test_rt_detr_losses_equal_transformers_with_auxiliary_encoder_and_denoising(
 
     image = torch.cat([torch.full_like(p, row) for row, p in enumerate(positive)])
     target = torch.cat([torch.arange(len(t)).repeat(groups) for t in targets])
-    matches = Assignment(image, torch.cat(positive).expand(LAYERS, -1), target.expand(LAYERS, -1))
-    ours = Criterion(TrainConfig(), "vfl")(outputs, targets, DenoisingOutputs(dn_logits, dn_boxes, matches, groups))
+    assignment = Assignment(image, torch.cat(positive).expand(LAYERS, -1), target.expand(LAYERS, -1))
+    ours = Criterion(TrainConfig(), "vfl")(outputs, targets, DenoisingOutputs(dn_logits, dn_boxes, assignment, groups))
 
     def part(*suffixes):
         return sum(v for k, v in expected.items() if k.endswith(suffixes))
@@ -162,9 +162,11 @@ def test_label_smoothing_reaches_every_class_loss(class_loss):
     outputs, targets, _ = case(3, (2, 0, 3), extra=class_loss == "softmax_ce", encoder=False)
     for row, target in enumerate(targets):
         outputs.boxes[:, row, : len(target)] = target.boxes  # matched with an overlap of 1
-    plain, smooth = (Criterion(TrainConfig(label_smoothing=share), class_loss)(outputs, targets) for share in (0, 0.1))
-    assert abs(float(plain.class_ - smooth.class_)) > 1e-3
-    assert float(plain.l1) == float(smooth.l1)
+    sharp, smooth = (
+        Criterion(TrainConfig(label_smoothing=fraction), class_loss)(outputs, targets) for fraction in (0, 0.1)
+    )
+    assert abs(float(sharp.class_ - smooth.class_)) > 1e-3
+    assert float(sharp.l1) == float(smooth.l1)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def prepended(detector, queries, noised):
 def moved(found, truth):
     """How far both sides of each axis lie from the object's, and from the object's other side: [..., 2, 2] each.
 
-    A pair of sides that changed places was drawn as the second says.
+    A pair of sides that were swapped was drawn as the second formula has it.
     """
     low, high = found.unflatten(-1, (2, 2)).unbind(-2)
     first, last = truth.unflatten(-1, (2, 2)).unbind(-2)
@@ -133,12 +133,12 @@ def test_a_step_with_noised_queries_is_finite_in_half_precision(name):
     )
     torch.manual_seed(0)
     detector = build(name, NOISED[name], CLASSES).train()
-    trainee = TrainingModule(detector, TrainConfig(denoising=6), NOISED[name].class_loss, CLASSES)
+    training_module = TrainingModule(detector, TrainConfig(denoising=6), NOISED[name].class_loss, CLASSES)
     for seed in range(3):
         torch.manual_seed(seed)
         images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
         with torch.autocast("cpu", dtype=torch.float16):
-            losses = trainee(images, lambda: padded, 3.0)
+            losses = training_module(images, lambda: padded, 3.0)
         assert torch.isfinite(losses).all(), (seed, losses)
 
 
@@ -154,12 +154,12 @@ def test_half_of_the_share_of_labels_is_drawn_anew():
 def test_without_noise_every_positive_query_is_its_object():
     padded = targets(3, 0, 5)
     noised = noise(padded, denoising=20, label_noise=0.0, box_noise=0.0)
-    matches = denoising.assign_positives(noised, padded, layers=1)
-    assert len(matches.image) == noised.groups * 8
-    query, target = (matches.image, matches.query[0]), (matches.image, matches.target[0])
+    assignment = denoising.assign_positives(noised, padded, layers=1)
+    assert len(assignment.image) == noised.groups * 8
+    query, target = (assignment.image, assignment.query[0]), (assignment.image, assignment.target[0])
     torch.testing.assert_close(noised.boxes[query], padded.boxes[target])
     assert torch.equal(noised.labels[query], padded.labels[target])
-    assert torch.bincount(matches.image, minlength=3).tolist() == [3 * noised.groups, 0, 5 * noised.groups]
+    assert torch.bincount(assignment.image, minlength=3).tolist() == [3 * noised.groups, 0, 5 * noised.groups]
 
 
 def test_a_batch_without_objects_has_no_denoising():
@@ -204,10 +204,10 @@ def test_dn_moves_centers_by_half_a_side_and_sizes_by_their_share_at_most():
     truth = padded.boxes.repeat(1, 200, 1)
     moved = (noised.boxes[..., :2] - truth[..., :2]) / (truth[..., 2:] / 2)
     grown = noised.boxes[..., 2:] / truth[..., 2:] - 1
-    for share in (moved, grown):
-        assert share.abs().max() <= 0.4 + 1e-4  # float32 of a quotient
-        assert share.abs().max() > 0.399 and abs(float(share.mean())) < 0.01
-        assert float(share.std()) == pytest.approx(0.4 / 3**0.5, rel=0.02)  # of a uniform distribution
+    for fraction in (moved, grown):
+        assert fraction.abs().max() <= 0.4 + 1e-4  # float32 of a quotient
+        assert fraction.abs().max() > 0.399 and abs(float(fraction.mean())) < 0.01
+        assert float(fraction.std()) == pytest.approx(0.4 / 3**0.5, rel=0.02)  # of a uniform distribution
     assert torch.equal(noised.labels, padded.labels.repeat(1, 200))
 
 
@@ -229,8 +229,8 @@ def test_noised_boxes_stay_in_the_image_and_every_copy_answers_for_its_object():
     )
     noised = noise(whole, denoising_mode="dn", denoising_groups=5, label_noise=0.0, box_noise=1.0)
     assert noised.boxes.min() >= 0 and noised.boxes.max() <= 1
-    matches = denoising.assign_positives(noised, whole, layers=2)
-    pairs = set(zip(matches.image.tolist(), matches.query[0].tolist(), matches.target[0].tolist()))
+    assignment = denoising.assign_positives(noised, whole, layers=2)
+    pairs = set(zip(assignment.image.tolist(), assignment.query[0].tolist(), assignment.target[0].tolist()))
     assert pairs == {(0, group * 2, 0) for group in range(5)} | {
         (1, group * 2 + t, t) for group in range(5) for t in range(2)
     }
@@ -283,7 +283,7 @@ def test_noised_queries_change_nothing_for_the_real_ones(name, mode):
             noised = noise(padded, denoising=12, denoising_mode=mode)
             together = detector.decode(prepended(detector, queries, noised), memory)
             real, denoised = denoising.split(together, noised, padded)
-            # The same sums with more rows beside them: float32 in another blocking.
+            # The same sums with more rows in the same call: float32 sums in another order.
             torch.testing.assert_close(real.logits, alone.logits, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(real.boxes, alone.boxes, rtol=1e-4, atol=1e-5)
             assert denoised.logits.shape == (NOISED[name].decoder_layers, 2, len(noised), CLASSES)
@@ -311,9 +311,11 @@ def test_real_queries_are_bit_for_bit_the_same_whatever_the_noise(name):
 @pytest.mark.parametrize("name", NOISED)
 def test_a_step_with_noise_trains_the_vectors_of_the_labels(name):
     detector = build(name, NOISED[name], CLASSES).train()
-    trainee = TrainingModule(detector, TrainConfig(denoising=8, label_noise=0.0), NOISED[name].class_loss, CLASSES)
+    training_module = TrainingModule(
+        detector, TrainConfig(denoising=8, label_noise=0.0), NOISED[name].class_loss, CLASSES
+    )
     padded = targets(3, 1)
-    found = trainee(torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8), lambda: padded, 4.0)
+    found = training_module(torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8), lambda: padded, 4.0)
     assert found[-1] > 0
     found[0].backward()
     gradient, seen = detector.selector.denoising_class_embed.weight.grad, padded.labels[padded.valid].unique()

@@ -37,8 +37,8 @@ def test_every_trainable_parameter_is_in_exactly_one_group_with_its_rate_and_dec
     for parameter_name, parameter in trainable.items():
         group = where[id(parameter)]
         assert group["base_lr"] == pytest.approx(1e-4 if parameter_name.startswith("backbone.") else 1e-3)
-        plain = parameter_name.endswith("bias") or parameter_name.rpartition(".")[0] in norms
-        assert group["weight_decay"] == (0.0 if plain else 0.05), parameter_name
+        no_decay = parameter_name.endswith("bias") or parameter_name.rpartition(".")[0] in norms
+        assert group["weight_decay"] == (0.0 if no_decay else 0.05), parameter_name
 
 
 def test_the_rate_reaches_every_group():
@@ -143,7 +143,7 @@ def test_rates_fall_from_block_to_block_of_a_vision_transformer_towards_its_inpu
 
 
 @pytest.mark.parametrize("decay", ["matrices", "not_norms", "all"])
-def test_what_decays_is_what_the_setting_says(decay):
+def test_the_setting_selects_the_parameters_with_decay(decay):
     detector = build("rt_detr", MEMBERS["rt_detr"], 3)
     norms = {id(p) for m in detector.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)}
     expected = {"matrices": lambda p: p.ndim >= 2, "not_norms": lambda p: id(p) not in norms, "all": lambda p: True}

@@ -59,7 +59,7 @@ def wait_for(happened, child) -> None:
 
 
 def kill_once(processes, data: Path, out: Path, moment: str, chance: random.Random) -> None:
-    """Start or resume the training and kill it; afterwards what lies there is whole."""
+    """Start or resume the training and kill it; afterwards every file is complete."""
     child = processes.Process(target=micro.child, args=(str(data), str(out), {}))
     child.start()
     folder = out / "train"
@@ -185,7 +185,7 @@ def test_a_training_goes_on_with_another_quantization_and_ends_in_the_same_weigh
 
 
 def two(data: str, out: str, rank: int, port: int, settings: dict) -> None:
-    """One of two processes, told so by the variables that torchrun sets."""
+    """One of two processes, with the variables that torchrun sets."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -204,7 +204,7 @@ def alone(data: str, out: str, settings: dict) -> None:
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     trainer.LOG_EVERY = 1
-    # What a process computes by itself must be the same in halves: no BatchNorm, no random parts, no weighted mean.
+    # Both halves of a batch must give the result of the whole: no BatchNorm, no random parts, no weighted mean.
     model = {
         "name": "conditional_detr",
         "backbone": "resnet18",
@@ -241,7 +241,7 @@ def test_two_processes_lose_like_one_with_the_same_batches(processes, micro_data
         child.join()
     assert [child.exitcode for child in children] == [0, 0, 0]
     ones, (plan, *twos) = lines(tmp_path / "one"), lines(tmp_path / "two")
-    assert plan["epochs"] == 1  # both have undone the same steps, taken for their time
+    assert plan["epochs"] == 1  # both processes have chosen the same number
     assert len(ones) == len(twos) == 4  # three steps, one evaluation
     for one, both in zip(ones, twos):
         for name in ("loss", "class", "l1", "giou", "auxiliary") if one["kind"] == "train" else ("ap", "ap50"):

@@ -1,4 +1,4 @@
-"""train.minutes: the epochs there is time for, and nothing else of a training is another."""
+"""train.minutes sets the number of epochs and changes nothing else of a training."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_most_epochs_that_fit(left: float, expected: int) -> None:
     assert time_budget.most_epochs(schedule, {0.5: 1.0, 1.0: 4.0}, 6.0, left) == expected
 
 
-def test_steps_that_were_timed_leave_no_trace(micro_data: Path, tmp_path: Path) -> None:
+def test_timed_steps_do_not_change_the_training(micro_data: Path, tmp_path: Path) -> None:
     settings = {"growth": [0.5, 1.0], "epochs": 2}
     asked = train(micro.recipe(**settings), micro_data, tmp_path / "asked")
     found = train(micro.recipe(**settings, minutes=60), micro_data, tmp_path / "found")
@@ -68,7 +68,7 @@ def test_a_shorter_time_is_a_shorter_training_and_a_resume_keeps_to_it(
     limited = micro.recipe(minutes=9)  # 8.5 min are usable; three epochs take 10
     with pytest.raises(KeyboardInterrupt):
         train(limited, micro_data, tmp_path / "limited", progress=Interrupted(after=4))
-    monkeypatch.setattr(time_budget, "time_step", lambda *inputs: pytest.fail("measured anew"))
+    monkeypatch.setattr(time_budget, "time_step", lambda *inputs: pytest.fail("measured again"))
     train(limited, micro_data, tmp_path / "limited", resume=True)
     train(micro.recipe(epochs=2), micro_data, tmp_path / "two")
     assert weights(tmp_path / "limited") == weights(tmp_path / "two")

@@ -214,12 +214,12 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(trained, micro_data, tmp_pat
     trainer = new_trainer(micro.recipe(), micro_data, trained.path)
     trainer.checkpoint = path
     header = int.from_bytes(good[:8], "little")
-    places = [chance.randrange(len(good)) for _ in range(15)] + [chance.randrange(8, header) for _ in range(15)]
+    offsets = [chance.randrange(len(good)) for _ in range(15)] + [chance.randrange(8, header) for _ in range(15)]
     start = good.index(b'"schema":"2"')
-    places += [start + 2, start + 10, good.index(b'"digest"') + 3]
-    for place in places:
+    offsets += [start + 2, start + 10, good.index(b'"digest"') + 3]
+    for offset in offsets:
         flipped = bytearray(good)
-        flipped[place] ^= 1 << chance.randrange(8)
+        flipped[offset] ^= 1 << chance.randrange(8)
         path.write_bytes(flipped)
         with pytest.raises(TrainingError, match="checkpoint|another recipe"):
             trainer.resume()
@@ -227,7 +227,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(trained, micro_data, tmp_pat
     trainer.resume()
 
 
-def test_a_position_of_another_kind_is_a_damaged_checkpoint(tmp_path):
+def test_a_state_of_another_kind_is_a_damaged_checkpoint(tmp_path):
     from safetensors.torch import save_file
 
     for number, position in enumerate(("[" * 100_000, "9" * 5000, '{"step": "3"}', '{"stop": 3}', "[]", "null")):

@@ -8,13 +8,13 @@ import pytest
 from edgedetr.training import train
 
 
-@pytest.mark.parametrize("precision, tiles, told", [("32", True, True), ("32", False, False), ("bf16", True, False)])
+@pytest.mark.parametrize("precision, tiles, advised", [("32", True, True), ("32", False, False), ("bf16", True, False)])
 def test_bfloat16_is_advised_where_it_is_faster_and_not_asked_for(
-    precision: str, tiles: bool, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    precision: str, tiles: bool, advised: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(train, "tiles_bfloat16", lambda: tiles)
     with caplog.at_level("INFO"):
         fabric = train.start_devices(micro.recipe(precision=precision).train)
     if fabric.device.type != "cpu":
         pytest.skip("this machine trains on a GPU")
-    assert ("--set train.precision=bf16" in caplog.text) is told
+    assert ("--set train.precision=bf16" in caplog.text) is advised

@@ -11,7 +11,7 @@ import pytest
 FAULTS = """
 import resource
 from edgedetr.training.train import keep_freed_memory
-if {told}:
+if {keep}:
     print(keep_freed_memory())
 for count in range(11):
     if count == 1:      # the first one is new memory in any case
@@ -21,15 +21,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def run(told: bool) -> list[str]:
-    script = FAULTS.format(told=told)
+def run(keep: bool) -> list[str]:
+    script = FAULTS.format(keep=keep)
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library of Linux has this setting")
 def test_freed_blocks_are_not_asked_for_again():
-    untold, (could, told) = int(run(False)[-1]), run(True)
+    without, (could, keep) = int(run(False)[-1]), run(True)
     if could == "False":
-        pytest.skip("this C library cannot be told")
-    assert untold > 1000
-    assert int(told) < untold / 20
+        pytest.skip("this C library has no such option")
+    assert without > 1000
+    assert int(keep) < without / 20

@@ -1,4 +1,4 @@
-"""What a training starts from: weights of another detector, parts that do not learn, adapters, stochastic depth."""
+"""The model that is trained: pretrained weights, frozen parameters, adapters, stochastic depth."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_training_starts_from_the_weights_of_a_bundle(trained: Path) -> None:
     assert all(name.endswith("num_batches_tracked") for name in other), other  # counters, which nothing reads
 
 
-def test_other_classes_start_anew_and_the_rest_is_kept(trained: Path) -> None:
+def test_other_classes_are_reinitialized_and_the_rest_is_kept(trained: Path) -> None:
     three = (ClassInfo(0, 9, "huge"), *(replace(item, index=item.index + 1) for item in CLASSES))
     detector = training_module.build_model(micro.recipe(start=str(trained)), three, load_weights=True)
     weights = load_file(trained / "weights.safetensors")
@@ -50,18 +50,18 @@ def test_other_classes_start_anew_and_the_rest_is_kept(trained: Path) -> None:
         ({"lora_rank": 2, "lora_on": ["*.q"], "lora_beside": ["selector.*", "decoder.boxes.*"]}, None),
     ],
 )
-def test_what_starts_anew_and_does_not_learn_is_said(trained: Path, caplog, settings, advice) -> None:
+def test_reinitialized_but_frozen_parameters_are_reported(trained: Path, caplog, settings, advice) -> None:
     three = (ClassInfo(0, 9, "huge"), *(replace(item, index=item.index + 1) for item in CLASSES))
-    for classes in (three, CLASSES):  # no word where the classes are the same
+    for classes in (three, CLASSES):  # no warning where the classes are the same
         caplog.clear()
         training_module.build_model(micro.recipe(start=str(trained), **settings), classes, load_weights=True)
-        said = [
+        warnings = [
             record.getMessage()
             for record in caplog.records
             if "reinitialized for these classes, but frozen" in record.getMessage()
         ]
-        assert bool(said) == (classes is three and advice is not None)
-        assert all("selector.denoising_class_embed.weight" in line and line.endswith(str(advice)) for line in said)
+        assert bool(warnings) == (classes is three and advice is not None)
+        assert all("selector.denoising_class_embed.weight" in line and line.endswith(str(advice)) for line in warnings)
 
 
 def test_adapters_train_alone_with_heads_and_norms_and_are_merged_into_the_bundle(
@@ -82,16 +82,18 @@ def test_adapters_train_alone_with_heads_and_norms_and_are_merged_into_the_bundl
     load_bundle_model(bundle)
 
 
-def test_all_that_starts_anew_learns_beside_adapters(trained: Path) -> None:
+def test_untrained_parameters_learn_beside_adapters(trained: Path) -> None:
     """Classes of a denoised query have vectors of their own, and without train.start the decoder is random."""
     three = (ClassInfo(0, 9, "huge"), *(replace(item, index=item.index + 1) for item in CLASSES))
     recipe = micro.recipe(lora_rank=2, start=str(trained))
     detector = training_module.build_model(recipe, three, load_weights=True)
     weights = load_file(trained / "weights.safetensors")
     parameters = dict(detector.named_parameters())
-    anew = {name for name, value in parameters.items() if name not in weights or value.shape != weights[name].shape}
-    assert "selector.denoising_class_embed.weight" in anew
-    assert all(parameters[name].requires_grad for name in anew)
+    untrained = {
+        name for name, value in parameters.items() if name not in weights or value.shape != weights[name].shape
+    }
+    assert "selector.denoising_class_embed.weight" in untrained
+    assert all(parameters[name].requires_grad for name in untrained)
     assert not parameters["selector.project.weight"].requires_grad
 
     with pytest.raises(ModelError, match="fits no Linear that starts from trained weights; expected train.start"):
@@ -102,7 +104,7 @@ def test_all_that_starts_anew_learns_beside_adapters(trained: Path) -> None:
             recipe.model.config,
             backbone="vit_tiny",
             backbone_width=0.125,
-            backbone_weights="a file that a checkpoint stands for",
+            backbone_weights="a file that a checkpoint replaces",
         ),
     )
     recipe = replace(recipe, model=vit, train=replace(recipe.train, start=""))

@@ -1,4 +1,4 @@
-"""Reads the splits of a training, and makes batches of their images, augmented anew in each epoch.
+"""Reads the splits of a training, and makes batches of their images, augmented differently in each epoch.
 
 What an image becomes is a function of (seed, epoch, index) alone, and the order of an epoch of (seed, epoch): a resumed
 training sees exactly the batches that it would have seen, with any number of workers.
@@ -176,7 +176,7 @@ class SampleKey:
 class TrainingSet(Dataset):
     """The augmented images of a split. `set_[SampleKey]` -> (pixels [3, H, W] uint8, Target, index).
 
-    strict    an image that cannot be decoded is an error; otherwise the next one takes its place
+    strict    an image that cannot be decoded is an error; otherwise the next one replaces it
     cache_mb  decoded images are kept in memory up to this size
     """
 

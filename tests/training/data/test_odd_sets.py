@@ -54,7 +54,7 @@ def scores(bundle: Bundle) -> list[dict]:
     ]
 
 
-def test_the_same_set_in_odd_writing_trains_to_the_same_weights(plain, tmp_path):
+def test_the_same_set_in_an_unusual_form_trains_to_the_same_weights(plain, tmp_path):
     root = micro.write_data(tmp_path / "data", 4, 2)
     for split in ("train", "val", "test"):
         rewrite(root, split, huge)
@@ -62,15 +62,15 @@ def test_the_same_set_in_odd_writing_trains_to_the_same_weights(plain, tmp_path)
     rewrite(root, "val", turned)
     recipe = micro.recipe(epochs=1)
     recipe = replace(recipe, data=replace(recipe.data, drop_empty_classes=True))
-    odd = train(recipe, root, tmp_path / "odd.bundle")
-    assert odd.manifest.classes == plain.manifest.classes
-    assert odd.manifest.files["weights.safetensors"].sha256 == plain.manifest.files["weights.safetensors"].sha256
-    assert scores(odd) == scores(plain) != []
+    unusual = train(recipe, root, tmp_path / "unusual.bundle")
+    assert unusual.manifest.classes == plain.manifest.classes
+    assert unusual.manifest.files["weights.safetensors"].sha256 == plain.manifest.files["weights.safetensors"].sha256
+    assert scores(unusual) == scores(plain) != []
 
 
 def test_a_class_with_objects_in_val_alone_is_refused_before_the_first_epoch(tmp_path):
     root = micro.write_data(tmp_path / "data", 4, 2)
     rewrite(root, "val", lambda content: content["categories"][0].update(name="huge"))
     with pytest.raises(DataError, match=r"\[val\]: has objects of the class 'huge', which in train is not among"):
-        train(micro.recipe(epochs=1), root, tmp_path / "odd.bundle")
-    assert not (tmp_path / "odd.bundle").exists()
+        train(micro.recipe(epochs=1), root, tmp_path / "unusual.bundle")
+    assert not (tmp_path / "unusual.bundle").exists()
