@@ -29,7 +29,7 @@ from edgedetr.models.deploy import DeployGraph
 from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX, check_graph
 from edgedetr.onnx_graph.fold import fold
 from edgedetr.onnx_graph.opset import OPSET
-from edgedetr.quantization.node_roles import set_role
+from edgedetr.quantization.policy import set_role
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnx_bytes import load
 from edgedetr.runtime.backends.onnxruntime import OrtRunner

@@ -26,8 +26,7 @@ from edgedetr.quantization.bias_correction import IMAGES, PARTS, bias_shifts
 from edgedetr.quantization.calibration import Ranges, choose_images, evenly_spaced, ranges_of
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.policy import Policy, QuantizationPlan, check_policy, load_policy, make_plan
-from edgedetr.quantization.qdq import insert_qdq, split_concats, tensors_to_observe
-from edgedetr.quantization.targets import CPU, TENSORRT, Target, weight_bits
+from edgedetr.quantization.qdq import CPU, TENSORRT, Target, insert_qdq, split_concats, tensors_to_observe, weight_bits
 from edgedetr.runtime.backends import onnx_bytes
 from edgedetr.runtime.backends.base import MADE_BY
 from edgedetr.runtime.preprocess import prepare

@@ -36,9 +36,8 @@ from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.bias_correction import IMAGES, bias_shifts
 from edgedetr.quantization.calibration import choose_images, observe, share_pool_ranges
 from edgedetr.quantization.policy import load_policy, make_plan
-from edgedetr.quantization.qdq import insert_qdq, split_concats, tensors_to_observe
+from edgedetr.quantization.qdq import CPU, TENSORRT, Target, insert_qdq, split_concats, tensors_to_observe, weight_bits
 from edgedetr.quantization.quantize import ABSMAX_IMAGES, read_onnx
-from edgedetr.quantization.targets import CPU, TENSORRT, Target, weight_bits
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.runtime.backends.openvino import OpenVinoRunner
 from edgedetr.runtime.cpu import int8_saturates

@@ -25,8 +25,7 @@ from edgedetr.quantization.bias_correction import PARTS
 from edgedetr.quantization.calibration import Ranges
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.policy import load_policy, make_plan
-from edgedetr.quantization.qdq import split_concats
-from edgedetr.quantization.targets import weight_bits
+from edgedetr.quantization.qdq import split_concats, weight_bits
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.storage.digests import digest
 

@@ -28,8 +28,7 @@ from edgedetr.onnx_graph.fp16 import convert_to_fp16, float_tensors
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.calibration import share_pool_ranges
 from edgedetr.quantization.policy import load_policy, make_plan
-from edgedetr.quantization.qdq import insert_qdq, split_concats, tensors_to_observe
-from edgedetr.quantization.targets import TENSORRT
+from edgedetr.quantization.qdq import TENSORRT, insert_qdq, split_concats, tensors_to_observe
 
 pytest.importorskip("torch")
 members = pytest.importorskip("members")

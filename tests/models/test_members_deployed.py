@@ -25,10 +25,8 @@ from edgedetr.models import FAMILY
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.calibration import calibrate, share_pool_ranges
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.node_roles import get_role, set_role
-from edgedetr.quantization.policy import load_policy, make_plan
-from edgedetr.quantization.qdq import insert_qdq, split_concats, tensors_to_observe
-from edgedetr.quantization.targets import CPU, TENSORRT, weight_bits
+from edgedetr.quantization.policy import get_role, load_policy, make_plan, set_role
+from edgedetr.quantization.qdq import CPU, TENSORRT, insert_qdq, split_concats, tensors_to_observe, weight_bits
 from edgedetr.runtime.backends.base import RawOutputs, Runner
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.runtime.backends.openvino import OpenVinoRunner

@@ -8,8 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.quantization.node_roles import set_role
-from edgedetr.quantization.policy import Policy, PolicyRule, check_policy, load_policy, make_plan
+from edgedetr.quantization.policy import Policy, PolicyRule, check_policy, load_policy, make_plan, set_role
 
 
 def graph_of(nodes, shapes, **constants):

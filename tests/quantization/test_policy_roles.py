@@ -11,8 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.quantization.node_roles import get_role, node_roles, role_from_name, set_role
-from edgedetr.quantization.policy import load_policy, make_plan
+from edgedetr.quantization.policy import get_role, load_policy, make_plan, node_roles, role_from_name, set_role
 from edgedetr.quantization.qdq import split_concats
 
 BUNDLE = Path(__file__).parents[1] / "fixtures" / "bundle-0.1"
