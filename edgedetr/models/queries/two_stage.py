@@ -114,11 +114,6 @@ class TwoStageSelector(nn.Module):
         best_anchors = batched_gather(anchors, top_k) if len(anchors) > 1 else F.embedding(top_k, anchors[0])
         return Candidates(tokens, logits, anchors, best, best_anchors)
 
-    def boxes(self, tokens: Tensor, anchors: Tensor) -> Tensor:
-        """tokens [B, M, C] and their anchors [1 or B, M, 4] -> boxes [B, M, 4] in 0..1."""
-        delta = in_float32(self.box, tokens)
-        return (delta.to(torch.promote_types(delta.dtype, torch.float32)) + anchors).sigmoid()
-
     def proposals(self, memory: Memory) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Tokens of the best cells [B, N, C], their boxes [B, N, 4] in 0..1, and (logits, boxes) of all cells.
 
@@ -126,8 +121,13 @@ class TwoStageSelector(nn.Module):
         is per token.
         """
         found = self.candidates(memory)
-        boxes = self.boxes(found.best, found.best_anchors)
-        return found.best, boxes, (found.logits, self.boxes(found.tokens, found.anchors))
+        boxes = self._boxes(found.best, found.best_anchors)
+        return found.best, boxes, (found.logits, self._boxes(found.tokens, found.anchors))
+
+    def _boxes(self, tokens: Tensor, anchors: Tensor) -> Tensor:
+        """tokens [B, M, C] and their anchors [1 or B, M, 4] -> boxes [B, M, 4] in 0..1."""
+        delta = in_float32(self.box, tokens)
+        return (delta.to(torch.promote_types(delta.dtype, torch.float32)) + anchors).sigmoid()
 
 
 class TopKQueries(TwoStageSelector):
@@ -154,7 +154,9 @@ class TopKQueries(TwoStageSelector):
         """Gradients reach the tokens through `encoder` only: content and reference start the decoder as constants."""
         found = self.candidates(memory)
         # Of the best tokens only: the heads are per token, so selecting first gives the same numbers.
-        logits, boxes = in_float32(self.score, found.best), self.boxes(found.best, found.best_anchors)
+        # (Without the cast of `_boxes`, which the anchors' type makes needless: exported graphs stay as they were.)
+        logits = in_float32(self.score, found.best)
+        boxes = (in_float32(self.box, found.best) + found.best_anchors).sigmoid()
         content = found.best.detach()
         if self.content is not None:
             content = self.content.weight.expand(content.shape[0], -1, -1)
