@@ -1,10 +1,15 @@
-"""What a data set holds and what is odd in it: splits, classes, box sizes, unreadable files, copies and near-copies."""
+"""Check a data set: statistics of splits and classes, and issues: unreadable or unlisted files, copies, near-copies.
+
+Unlisted files are images in no split and label files of no image: a loose images/a.jpg next to images/train/, a
+labels/test/ without its images, a split that data.yaml does not list.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -14,21 +19,23 @@ import numpy as np
 from edgedetr.data import images, layouts, near_duplicates
 from edgedetr.data.cleaning import UnusableSplit, summary
 from edgedetr.data.detection_set import DataIssue, DetectionSet, Sample, display_names, match_classes
-from edgedetr.data.unlisted_files import leftovers
+from edgedetr.data.listing import BROKEN_LINK, files, images_in
+from edgedetr.data.yolo_labels import Labels, object_lines
 from edgedetr.errors import DataError
 
-SMALL, MEDIUM = 32.0**2, 96.0**2  # COCO's borders between small, medium and large, pixels^2 of the source image
-IMBALANCE = 10.0  # times more objects of the most frequent class than of the rarest: worth a word
-SHOWN = 20  # issues of one kind that `lines` spells out; JSON has them all
+SMALL, MEDIUM = 32.0**2, 96.0**2  # COCO's limits of small and medium, pixels^2 of the source image
+IMBALANCE = 10.0  # objects of the most frequent class per object of the rarest, from which it is an issue
+SHOWN = 20  # issues of one kind that `lines` lists; JSON has all
+NAMED = 8  # files that one issue lists by name
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One split after the unusable was left out."""
+    """One split without what was left out."""
 
     name: str
     listed: int  # images in the annotations
-    images: int  # of them usable
+    images: int  # usable ones
     without_objects: int
     objects: int
     crowd: int
@@ -36,7 +43,7 @@ class SplitReport:
     small: int  # objects by COCO's area classes
     medium: int
     large: int
-    objects_per_image: tuple[int, float, int]  # least, median, most
+    objects_per_image: tuple[int, float, int]  # smallest, median, largest number
     sizes: dict[str, int]  # images of each "width x height", the ten most frequent
 
 
@@ -51,12 +58,12 @@ class CheckReport:
 
     @property
     def fatal(self) -> int:
-        """How many items were left out."""
+        """Number of items that were left out."""
         return sum(issue.fatal for issue in self.issues)
 
     @property
     def objects_left_out(self) -> int:
-        """How many annotated objects were left out, alone or with their image."""
+        """Number of annotated objects that were left out, alone or with their image."""
         return sum(issue.objects for issue in self.issues if issue.fatal)
 
     def to_json(self) -> dict[str, object]:
@@ -78,19 +85,19 @@ class CheckReport:
             least, median, most = split.objects_per_image
             text.append(
                 f"{split.name}: {split.images} images ({split.without_objects} without objects), "
-                f"{split.objects} objects, {least} / {median:g} / {most} an image (least / median / most)"
+                f"{split.objects} objects, {least} / {median:g} / {most} per image (least / median / most)"
             )
-            share = 100 / max(split.objects, 1)
+            percent = 100 / max(split.objects, 1)
             text.append(
-                f"  sizes: {split.small * share:.0f} % small, {split.medium * share:.0f} % medium, "
-                f"{split.large * share:.0f} % large (below 32, below 96 px, above; COCO)"
+                f"  sizes: {split.small * percent:.0f} % small, {split.medium * percent:.0f} % medium, "
+                f"{split.large * percent:.0f} % large (below 32, below 96 px, above; COCO)"
             )
             text.append("  classes: " + ", ".join(f"{name} {count}" for name, count in split.per_class.items()))
-            pictures = list(split.sizes.items())[:5]
-            text.append("  images: " + ", ".join(f"{size} ({count})" for size, count in pictures))
+            sizes = list(split.sizes.items())[:5]
+            text.append("  images: " + ", ".join(f"{size} ({count})" for size, count in sizes))
         text.append(f"issues: {summary(self.issues) or 'none'}")
         if self.fatal:
-            text.append(f"left out: {self.fatal} items, with them or alone {self.objects_left_out} objects")
+            text.append(f"left out: {self.fatal} items, {self.objects_left_out} objects (alone or with their image)")
         by_kind: dict[str, list[DataIssue]] = defaultdict(list)
         for issue in self.issues:
             by_kind[issue.kind].append(issue)
@@ -107,8 +114,8 @@ def check(
 ) -> CheckReport:
     """Read every split and decode every image.
 
-    progress   called with (images looked at, images in all)
-    Errors: DataError where `path` is no data set or an annotation file is damaged; anything less becomes a issue.
+    progress   called with (images checked, total images)
+    Errors: DataError where `path` is not a data set or an annotation file is damaged; other problems become issues.
     """
     root = Path(path)
     kind = layout or layouts.detect(root)
@@ -121,7 +128,7 @@ def check(
         except UnusableSplit as error:
             issues += [DataIssue("unusable-split", name, str(error).split("\n")[0], True), *error.issues]
         except DataError as error:
-            known = False  # which images are this split's is not known
+            known = False  # the images of this split are unknown
             issues.append(DataIssue("unusable-split", name, str(error), True))
     done, total = 0, sum(len(found) for found in sets)
     digests: dict[str, list[tuple[str, Path]]] = defaultdict(list)
@@ -145,13 +152,13 @@ def check(
         if whole:
             reports.append(_report(replace(found, samples=whole), listed[found.name]))
         else:
-            issues.append(DataIssue("unusable-split", found.name, "no image of it can be decoded", True))
+            issues.append(DataIssue("unusable-split", found.name, "none of its images can be decoded", True))
     if known:
         listing = [sample.path for found in sets for sample in found.samples]
         try:
-            issues += leftovers(root, kind, listing, issues)
-        except DataError as error:  # a folder of somebody else's in the root
-            issues.append(DataIssue("unreadable-folder", str(root), f"{error}; what lies there was not looked at"))
+            issues += _unlisted_files(root, kind, listing, issues)
+        except DataError as error:  # a folder in the root that belongs to another user
+            issues.append(DataIssue("unreadable-folder", str(root), f"{error}; its content was not checked"))
     issues += _duplicates(digests)
     same = {frozenset(path for _, path in places) for places in digests.values() if len(places) > 1}
     issues += _near_copies(hashes, same)
@@ -184,7 +191,7 @@ def _report(found: DetectionSet, listed: int) -> SplitReport:
 def _near_copies(
     hashes: dict[str, list[tuple[Sample, np.ndarray | None]]], same: set[frozenset[Path]]
 ) -> list[DataIssue]:
-    """Notes on images of a later split that nearly copy one of an earlier; `same` holds files of equal bytes."""
+    """Issues for images of a later split that are near-copies of one of an earlier; `same`: files with equal bytes."""
     issues = []
     for first, second in combinations([name for name in hashes if name != "trainval"], 2):
         (one, ours), (other, theirs) = (([s for s, _ in hashes[n]], [h for _, h in hashes[n]]) for n in (first, second))
@@ -195,9 +202,9 @@ def _near_copies(
                     DataIssue(
                         "near-copy-across-splits",
                         str(other[b].path),
-                        f"shows nearly the same as "
+                        f"is nearly the same image as "
                         f"{one[a].path} of {first} ({bits} of {near_duplicates.BITS} bits differ); a score on "
-                        f"{second} counts an image that was all but seen before",
+                        f"{second} counts an image that is almost seen in training",
                     )
                 )
     return issues
@@ -206,7 +213,7 @@ def _near_copies(
 def _duplicates(digests: dict[str, list[tuple[str, Path]]]) -> list[DataIssue]:
     issues = []
     for places in digests.values():
-        # VOC's trainval holds train and val by design.
+        # VOC's trainval contains train and val by design.
         apart = [(split, path) for split, path in places if split != "trainval"]
         if len(apart) < 2:
             continue
@@ -251,3 +258,74 @@ def _classes(sets: Sequence[DetectionSet], reports: Sequence[SplitReport]) -> li
                 DataIssue("imbalance", report.name, f"{present[most]} objects of {most}, {present[least]} of {least}")
             )
     return issues
+
+
+def _unlisted_files(
+    root: Path, layout: str, listed: Iterable[Path], known_issues: Iterable[DataIssue]
+) -> list[DataIssue]:
+    """Issues for files that belong to no split, one for each folder; unlisted images are not fatal.
+
+    listed         images of every split
+    known_issues   issues up to now: their files are not reported again
+    """
+    broken: list[Path] = []
+    present = images_in(root, broken=broken)
+    reported = list(known_issues)
+    known = {os.path.realpath(path) for path in listed} | {os.path.realpath(issue.where) for issue in reported}
+    counted = {os.path.abspath(issue.where) for issue in reported if issue.kind == "unlisted-image"}
+    loose = [
+        path
+        for path in present
+        if os.path.realpath(path) not in known
+        and not any(os.path.abspath(parent) in counted for parent in path.parents)
+    ]
+    labels = Labels(root, 0, None) if layout == "yolo" else None
+    found = []
+    for folder, paths in _by_folder(loose).items():
+        texts = [file for path in paths if labels is not None and (file := labels.file_of(path)) is not None]
+        objects = sum(map(object_lines, texts))
+        found.append(
+            DataIssue(
+                "unlisted-image",
+                str(folder),
+                f"{len(paths)} images are in no split{f', with {objects} objects' if objects else ''}: {_names(paths)}",
+                False,
+                objects,
+            )
+        )
+    if labels is not None:
+        used = {os.path.realpath(file) for path in present if (file := labels.file_of(path)) is not None}
+        texts = [path for path in files(root) if path.suffix.lower() == ".txt" and path.parent != root]
+        alone = [path for path in texts if (real := os.path.realpath(path)) not in used and real not in known]
+        for folder, paths in _by_folder(alone).items():
+            objects = sum(map(object_lines, paths))
+            if objects:
+                found.append(
+                    DataIssue(
+                        "label-without-image",
+                        str(folder),
+                        f"{len(paths)} label files with {objects} "
+                        f"objects belong to no image: {_names(paths)}; expected next to their "
+                        "images, or in labels/ where the images are in images/",
+                        True,
+                        objects,
+                    )
+                )
+    reported_links = {os.path.abspath(issue.where) for issue in reported}
+    found += [
+        DataIssue("broken-link", str(path), BROKEN_LINK, True)
+        for path in broken
+        if os.path.abspath(path) not in reported_links
+    ]
+    return found
+
+
+def _by_folder(paths: Iterable[Path]) -> dict[Path, list[Path]]:
+    found = defaultdict(list)
+    for path in paths:
+        found[path.parent].append(path)
+    return found
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths[:NAMED]) + (", ..." if len(paths) > NAMED else "")

@@ -1,7 +1,9 @@
-"""YOLO's data.yaml: any YAML, whose scalars all stay text ("no" is a class name here, and 1e3 too).
+"""Read YOLO's data.yaml with PyYAML's parser; all scalars stay text (class names may be "no" or 1e3).
 
-The document is read event by event: no tag makes an object, an alias repeats text or a flat list and nothing more, and
-nesting is bounded.
+The values are built here from the parser's events, not by a PyYAML loader, because the file may come from a stranger:
+its loaders recurse without a limit, keep the last of repeated keys, and expand aliases of aliases, whose text can be
+gigabytes. Here nesting is bounded, repeated keys are errors, an alias repeats a text or a flat list, and tags have no
+effect.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from edgedetr.storage.reading import read_text
 
 Value = str | list[Any] | dict[str, Any]
 
-LIMIT = 1 << 20  # bytes; 20,000 class names are some 400 kB
+LIMIT = 1 << 20  # bytes; 20,000 class names take about 400 kB
 DEPTH = 20  # levels of lists and mappings
 EXPECTED = "expected YAML like 'names: [cat, dog]' and 'train: images/train'"
 
@@ -23,7 +25,7 @@ EXPECTED = "expected YAML like 'names: [cat, dog]' and 'train: images/train'"
 def read(file: Path) -> dict[str, Value]:
     """The mapping in a data.yaml; scalars are text, an empty one is "".
 
-    Errors: DataError with file and line where it is no YAML, no mapping, or names a key twice; MissingDependency.
+    Errors: DataError with file and line where it is not YAML, not a mapping, or repeats a key; MissingDependency.
     """
     try:
         import yaml
@@ -36,7 +38,7 @@ def read(file: Path) -> dict[str, Value]:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
         what = getattr(error, "problem", None) or str(error).split("\n")[0]
-        raise DataError(f"{file}{line}: no YAML ({what}); {EXPECTED}") from error
+        raise DataError(f"{file}{line}: not YAML ({what}); {EXPECTED}") from error
     if not isinstance(found, dict):
         raise DataError(f"{file}, line 1: holds {str(found)[:60]!r}; {EXPECTED}")
     return found
@@ -48,7 +50,7 @@ class _Builder:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.open: list[Any] = []  # lists and mappings that are not closed yet
-        self.keys: list[str | None] = []  # of each open mapping the key whose value is next
+        self.keys: list[str | None] = []  # for each of `open`: the key of a mapping whose value is next
         self.anchors: dict[str, Value] = {}
         self.root: Value | None = None
 
@@ -63,9 +65,9 @@ class _Builder:
                 self.keys.pop()
             elif kind == "AliasEvent":
                 if event.anchor not in self.anchors:
-                    raise DataError(f"{self.file}, line {line}: nothing is named &{event.anchor}; {EXPECTED}")
+                    raise DataError(f"{self.file}, line {line}: there is no anchor &{event.anchor}; {EXPECTED}")
                 again = self.anchors[event.anchor]
-                # Lists of lists by alias are how a kilobyte becomes a gigabyte when somebody prints it.
+                # Aliases of lists of lists can turn a kilobyte into gigabytes of text.
                 if not isinstance(again, str) and not all(
                     isinstance(item, str) for item in (again.values() if isinstance(again, dict) else again)
                 ):
@@ -92,7 +94,7 @@ class _Builder:
             if not isinstance(value, str):
                 raise DataError(f"{self.file}, line {line}: a list or mapping as a key; {EXPECTED}")
             if value in self.open[-1]:
-                raise DataError(f"{self.file}, line {line}: {value!r} stands twice; expected each key once")
+                raise DataError(f"{self.file}, line {line}: the key {value!r} is repeated; expected each key once")
             self.keys[-1] = value
         else:
             self.open[-1][self.keys[-1]] = value

@@ -1,9 +1,9 @@
-"""Image files to EXIF-upright RGB arrays: a fixed list of formats, limits before decoding, errors that name the file.
+"""Decode image files to EXIF-upright RGB arrays: fixed formats, limits before decoding, errors with the file name.
 
 - The content decides the format, not the name. Only formats that Pillow decodes within this process are opened: a
   PostScript file named photo.jpg would make Pillow start Ghostscript.
-- EXIF orientation (tag 274; also from XMP) is applied; 0, invalid or unreadable means no rotation. In a PNG only what
-  stands before the pixel data counts, so that a header is enough to know the size.
+- EXIF orientation (tag 274; also from XMP) is applied; 0, invalid or unreadable means no rotation. In a PNG only
+  chunks before the pixel data count, so that the header is enough to know the size.
 - Alpha and palette transparency are dropped and the stored colors kept, as OpenCV and other detectors' loaders do.
 - Gray becomes three equal channels; 16-bit gray is scaled (v / 257), not clipped. CMYK and YCbCr go through Pillow.
 - The first frame of an animation, page of a TIFF or image of an MPO is taken.
@@ -27,13 +27,13 @@ from PIL import Image, UnidentifiedImageError
 
 from edgedetr.errors import DataError, EdgedetrError
 
-MAX_PIXELS = 64_000_000  # 8000 x 8000; 192 MB as RGB. Pillow itself refuses above 179 million
+MAX_PIXELS = 64_000_000  # 8000 x 8000; 192 MB as RGB. Pillow's own limit is 179 million
 ORIENTATION = 0x0112
-TAIL = 4096  # bytes looked at for an end marker; some cameras append a few of their own
-BAND = 256  # rows that are converted at a time, so that no second whole image is in memory
+TAIL = 4096  # bytes searched for an end marker; some cameras append data after it
+BAND = 256  # rows converted at a time, so that memory holds no second copy of the image
 
-# None of these starts another program. EPS (Ghostscript), WMF (Windows' own renderer) and the stubs of HDF5, GRIB and
-# BUFR, which other packages fill, are left out on purpose.
+# None of these starts another program. EPS (Ghostscript), WMF (a Windows renderer) and the stubs of HDF5, GRIB and
+# BUFR, which other packages implement, are left out on purpose.
 FORMATS = (
     "JPEG",
     "MPO",
@@ -51,15 +51,20 @@ FORMATS = (
     "SGI",
     "SUN",
 )
-NAMED_FORMATS = {".tga": "TGA", ".icb": "TGA", ".vda": "TGA", ".vst": "TGA"}  # TGA has no mark: the name must say it
-NOT_IMAGES = frozenset({".bw", ".rgb", ".rgba"})  # SGI's by right, raw pixels or masks of other programs in practice
-# Formats that Pillow reads with a package of its own: where that is missing, the message says what to install.
+NAMED_FORMATS = {
+    ".tga": "TGA",
+    ".icb": "TGA",
+    ".vda": "TGA",
+    ".vst": "TGA",
+}  # TGA has no signature: only the name identifies it
+NOT_IMAGES = frozenset({".bw", ".rgb", ".rgba"})  # registered by SGI; in practice raw pixels or masks of other programs
+# Formats that Pillow reads with another package: where it is missing, the message says what to install.
 PLUGINS = {
     "HEIC": ("pillow_heif", "register_heif_opener", "pillow-heif", ("HEIF",)),
     "JPEG XL": ("pillow_jxl", "", "pillow-jxl-plugin", ("JXL",)),
     "AVIF": ("pillow_avif", "", "'pillow>=11.3'", ("AVIF",)),
 }
-# What a box "ftyp" says in HEIF (ISO/IEC 23008-12, annex B and C); with other words it opens a video.
+# Brands in the "ftyp" box of HEIF (ISO/IEC 23008-12, annex B and C); other brands are videos.
 HEIF_BRANDS = frozenset(
     {
         b"heic",
@@ -85,26 +90,26 @@ class ImageMissing(DataError):
 
 
 class ImageTooLarge(DataError):
-    """The file claims more pixels than the limit (a decompression bomb, or an image to be tiled first)."""
+    """The header has more pixels than the limit (a decompression bomb, or an image that must be tiled)."""
 
 
 class ImageUnreadable(DataError):
-    """The file is no image, is truncated or damaged, or has pixels that cannot be read as colors."""
+    """The file is not an image, is truncated or damaged, or has pixels that are not colors."""
 
 
 class OutOfMemory(EdgedetrError):
-    """There is no room for the pixels. The file is not to blame: this is no DataError, which readers skip."""
+    """Not enough memory for the pixels. The file is fine, so this is not a DataError, which readers skip."""
 
 
 @lru_cache(maxsize=1)
 def suffixes() -> frozenset[str]:
-    """Endings of names that mean an image: what Pillow registers for FORMATS, TGA's, and those that need a package."""
+    """Suffixes of image files: those that Pillow registers for FORMATS, TGA's, and those that need a package."""
     registered = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     return frozenset(registered - NOT_IMAGES | NAMED_FORMATS.keys() | PLUGIN_SUFFIXES.keys())
 
 
 def is_image(path: Path) -> bool:
-    """Whether the name ends like an image's (.jpg, .JPG, .jfif, .png, ...)."""
+    """Whether the name has the suffix of an image (.jpg, .JPG, .jfif, .png, ...)."""
     return path.suffix.lower() in suffixes()
 
 
@@ -120,7 +125,7 @@ def decode(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> np.nd
         orientation = _orientation(image)
         try:
             image.load()
-            return _turned(_rgb(image, name), orientation)
+            return _upright(_rgb(image, name), orientation)
         except DataError:
             raise
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... for bad bytes
@@ -129,7 +134,7 @@ def decode(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> np.nd
                 name,
                 image.size,
                 "cannot be decoded",
-                "expected a whole image file; replace the file or take it out of the data set",
+                "expected a whole image file; replace the file or remove it from the data set",
             ) from error
 
 
@@ -141,7 +146,7 @@ def size(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[i
 
 
 def probe(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) like `size`; a JPEG or PNG without its end marker is decoded too, so that truncation is seen."""
+    """(height, width) like `size`; a JPEG or PNG without its end marker is decoded, to detect truncation."""
     found = size(path, max_pixels=max_pixels)
     with open_plain(path) as stream:
         head = stream.read(8)
@@ -155,7 +160,7 @@ def probe(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 def open_plain(path: str | Path) -> IO[bytes]:
-    """A plain file, opened to be read; ImageMissing for anything else (a pipe or a device would block or worse)."""
+    """Open a plain file for reading. Errors: ImageMissing for anything else (a pipe or a device could block)."""
     try:
         state = os.stat(path)
         if stat.S_ISREG(state.st_mode):
@@ -169,7 +174,7 @@ def open_plain(path: str | Path) -> IO[bytes]:
             stream.close()
         kind = "a directory" if stat.S_ISDIR(state.st_mode) else "not a plain file"
     except FileNotFoundError:
-        kind = "a link to a file that is not there" if os.path.islink(path) else "missing"
+        kind = "a link to a file that does not exist" if os.path.islink(path) else "missing"
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         kind = f"cannot be read ({getattr(error, 'strerror', None) or error})"
     raise ImageMissing(f"{path}: {kind}; expected an image file")
@@ -181,7 +186,7 @@ def _name(source: str | Path | bytes) -> str:
 
 @contextmanager
 def _open(source: str | Path | bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """The image with its header read and its size within the limit; closed with its file."""
+    """The image with its header read and its size within the limit; the file is closed at the end."""
     name = _name(source)
     stream = io.BytesIO(source) if isinstance(source, bytes) else open_plain(source)
     with stream:
@@ -234,7 +239,7 @@ def _installed() -> tuple[str, ...]:
 
 
 def _plugin(head: bytes) -> str | None:
-    """Which of PLUGINS a file's first 16 bytes belong to."""
+    """The entry of PLUGINS that matches the first 16 bytes of a file."""
     if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return "JPEG XL"
     if head[4:8] != b"ftyp":
@@ -249,28 +254,28 @@ def _expected(head: bytes) -> str:
     if head[4:8] == b"ftyp":
         return "this is a video (MP4 or MOV); name it .mp4, and give it to edgedetr predict"
     if head.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6", b"%PDF")):
-        return "this is PostScript or PDF, which is never run; save it as PNG"
+        return "this is PostScript or PDF, which is never executed; save it as PNG"
     return "expected JPEG, PNG, WebP, BMP, TIFF or another of " + ", ".join(FORMATS)
 
 
 def _fault(error: Exception, name: str, shape: tuple[int, int], what: str, expected: str) -> EdgedetrError:
-    """The error to raise; a lack of memory is the machine's only where the pixels' room cannot be had indeed."""
+    """The error to raise: OutOfMemory only if the memory for the pixels cannot be allocated."""
     out = isinstance(error, MemoryError) or "out of memory" in str(error)
-    if out and not _room(8 * shape[0] * shape[1] + (64 << 20)):
+    if out and not _can_allocate(8 * shape[0] * shape[1] + (64 << 20)):
         return OutOfMemory(
             f"{name}: no memory left to decode {shape[0]} x {shape[1]} pixels; "
-            "expected some 8 bytes a pixel; end other programs or lower train.workers"
+            "expected about 8 bytes per pixel; end other programs or lower train.workers"
         )
-    # Pillow's own text for this one shows a Python object, and nothing that helps.
+    # Pillow's text for this error shows a Python object and no reason.
     reason = (
-        "its content is of no known format"
+        "its content has no known format"
         if isinstance(error, UnidentifiedImageError)
         else f"{type(error).__name__}: {str(error)[:120]}"
     )
     return ImageUnreadable(f"{name}: {what} ({reason}); {expected}")
 
 
-def _room(count: int) -> bool:
+def _can_allocate(count: int) -> bool:
     try:
         np.empty(count, np.uint8)
     except MemoryError:
@@ -279,19 +284,19 @@ def _room(count: int) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1..8; 1 where there is none, where it is invalid, and for TIFF, which Pillow turns by itself."""
+    """1..8; 1 where it is missing or invalid, and for TIFF, which Pillow rotates automatically."""
     if image.format == "TIFF":
         return 1
     try:
-        # The base class's method: PNG's own would decode the whole image to look for chunks after it.
+        # The method of the base class: PNG's would decode the whole image to search chunks after it.
         value = Image.Image.getexif(image).get(ORIENTATION, 1)
     except Exception:  # noqa: BLE001  # parsers of EXIF raise many types, and a damaged block leaves the pixels usable
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Rows and columns as a viewer shows them for this value of the tag; [H, W, 3]."""
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Rows and columns as a viewer displays them for this value of the tag; [H, W, 3]."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):

@@ -13,6 +13,7 @@ from pathlib import Path
 from edgedetr.data import images
 from edgedetr.errors import DataError
 
+BROKEN_LINK = "a link whose target does not exist; copy the file, or create the link again"  # for messages
 LINK = 200  # most bytes of a text file that is checked for being a link
 # Folders that systems create next to the files of users: macOS (zip), Synology, Windows, Linux.
 SYSTEM = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"})

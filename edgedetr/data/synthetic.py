@@ -1,8 +1,8 @@
-"""A rendered detection set for demos and tests: flat shapes on cluttered ground, with occlusion, noise and distractors.
+"""Render a detection set for demos and tests: flat shapes on cluttered ground, with occlusion, noise and distractors.
 
-Everything is drawn with numpy and Pillow from one seed, in COCO layout, and marked as synthetic in its files. An
-object's box is the tight extent of its whole shape, cut to the image; an object of which less than 30 % is seen is
-not annotated.
+It is drawn with numpy and Pillow from one seed, in COCO layout, and marked as synthetic in its files. The box of an
+object is the tight extent of its whole shape, clipped to the image; an object of which less than 30 % is visible is not
+annotated.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from PIL import Image, ImageDraw
 
 from edgedetr.errors import DataError, did_you_mean
 
-VERSION = 1  # of the drawing: part of the digest, so that an older set is drawn again
+VERSION = 1  # of the drawing; part of the digest, so that an older set is rendered again
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-OVERSAMPLE = 2  # masks are drawn this much larger and averaged: smooth edges
-SEEN = 0.3  # least share of a shape that must be seen for it to be annotated
+OVERSAMPLE = 2  # masks are drawn at this scale and averaged, for smooth edges
+VISIBLE = 0.3  # smallest visible fraction of an annotated shape
 QUALITY = 92  # JPEG
 
 Point = tuple[float, float]
@@ -32,10 +32,10 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class SceneParams:
-    """What a rendered set was drawn from; written beside it as params.json."""
+    """Parameters of a rendered set; written into it as params.json."""
 
     train: int  # images to train on
-    val: int  # images to choose the best epoch by
+    val: int  # images to select the best epoch
     verify: int  # images of the split "test"
     classes: tuple[str, ...]
     size: int  # pixels per side
@@ -48,7 +48,7 @@ class SceneParams:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class RenderedImage:
     """One image and its objects.
 
     pixels   [size, size, 3]  uint8
@@ -74,9 +74,9 @@ def render(
 ) -> Path:
     """Write the set to `root` in COCO layout (splits train, val and test) and return the path.
 
-    A set that is already there with the same parameters is left as it is. A new one is drawn in a folder beside it and
-    renamed, so that `root` is never half a set. `progress` is called with (images done, images in all).
-    Errors: DataError where `root` holds anything but a rendered set.
+    An existing set with the same parameters is kept. A new one is rendered in a folder next to `root` and renamed, so
+    that `root` is never incomplete. `progress` is called with (images done, total images).
+    Errors: DataError where `root` contains anything else than a rendered set.
     """
     root = Path(root)
     params = SceneParams(train, val, verify, tuple(classes), size, seed)
@@ -84,7 +84,7 @@ def render(
     if _digest_of(root) == params.digest():
         return root
     if root.exists() and _digest_of(root) is None and (not root.is_dir() or any(root.iterdir())):
-        raise DataError(f"{root}: holds something else than a rendered set; expected a new or empty folder")
+        raise DataError(f"{root}: contains something else than a rendered set; expected a new or empty folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
     try:
@@ -111,11 +111,11 @@ def render(
     return root
 
 
-def draw(rng: np.random.Generator, classes: tuple[str, ...], size: int) -> Drawn:
+def draw(rng: np.random.Generator, classes: tuple[str, ...], size: int) -> RenderedImage:
     """One image of `size` x `size` pixels: 1 to 5 shapes of 15 to 50 % of the side, later ones over earlier ones."""
-    canvas = _ground(rng, size)
+    canvas = _background(rng, size)
     for _ in range(rng.integers(2, 6)):
-        _distract(rng, canvas, size)
+        _draw_distractor(rng, canvas, size)
     count = int(rng.integers(1, 6))
     labels = rng.integers(0, len(classes), count)
     owner = np.full((size, size), -1)
@@ -127,12 +127,12 @@ def draw(rng: np.random.Generator, classes: tuple[str, ...], size: int) -> Drawn
         owner[window][solid] = index
         boxes.append(box)
         whole.append(int(solid.sum()))
-    seen = np.bincount(owner[owner >= 0], minlength=count) / np.maximum(whole, 1)
-    keep = (seen >= SEEN) & (np.array(whole) > 0)
+    visible = np.bincount(owner[owner >= 0], minlength=count) / np.maximum(whole, 1)
+    keep = (visible >= VISIBLE) & (np.array(whole) > 0)
     noise = np.float32(rng.uniform(2, 9))  # of the sensor, levels
     canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * noise
     pixels = np.clip(np.rint(canvas, out=canvas), 0, 255, out=canvas).astype(np.uint8)
-    return Drawn(pixels, np.array(boxes, dtype=np.float64).reshape(-1, 4)[keep], labels[keep].astype(np.int64))
+    return RenderedImage(pixels, np.array(boxes, dtype=np.float64).reshape(-1, 4)[keep], labels[keep].astype(np.int64))
 
 
 def _check(params: SceneParams) -> None:
@@ -187,7 +187,7 @@ def _write_coco(file: Path, drawn: list[tuple[np.ndarray, np.ndarray]], params: 
     file.write_text(json.dumps(tables))
 
 
-def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
+def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     """A background [size, size, 3] float32: soft color clouds plus fine grain, muted so that shapes stand out."""
     cells = int(rng.integers(3, 8))
     clouds = rng.integers(30, 226, (cells, cells, 3), dtype=np.int64)
@@ -198,8 +198,8 @@ def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
     return np.asarray(soft, dtype=np.float32) + ((fine - 128) * np.float32(rng.uniform(0.05, 0.3)))[..., None]
 
 
-def _distract(rng: np.random.Generator, canvas: np.ndarray, size: int) -> None:
-    """A line, an arc or a blob that belongs to no class."""
+def _draw_distractor(rng: np.random.Generator, canvas: np.ndarray, size: int) -> None:
+    """Draw a line, an arc or a blob that belongs to no class."""
     layer = Image.new("L", (size, size))
     pen = ImageDraw.Draw(layer)
     x, y = rng.uniform(0, size, 2)
@@ -218,9 +218,9 @@ def _distract(rng: np.random.Generator, canvas: np.ndarray, size: int) -> None:
             width=int(rng.integers(1, 4)),
         )
     else:
-        around = np.sort(rng.uniform(0, 2 * math.pi, 7))
+        angles = np.sort(rng.uniform(0, 2 * math.pi, 7))
         reaches = rng.uniform(0.02, 0.07, 7) * size
-        pen.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a, r in zip(around, reaches)], fill=255)
+        pen.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a, r in zip(angles, reaches)], fill=255)
     color, opacity = rng.uniform(20, 235, 3).astype(np.float32), rng.uniform(0.5, 1.0)
     left, top, right, bottom = layer.getbbox() or (0, 0, 0, 0)
     part = canvas[top:bottom, left:right]
@@ -229,12 +229,12 @@ def _distract(rng: np.random.Generator, canvas: np.ndarray, size: int) -> None:
 
 
 def _shape(rng: np.random.Generator, name: str, size: int) -> tuple[tuple[slice, slice], np.ndarray, tuple[float, ...]]:
-    """A window of the image, the coverage 0..1 of one shape in it, and the box of its extent, cut to the image."""
+    """A window of the image, the coverage 0..1 of one shape in it, and the box of its extent, clipped to the image."""
     radius = rng.uniform(0.15, 0.5) * size / 2
-    # The center stays inside: at most about a third of a shape is cut by the border.
+    # The center stays inside: at most about a third of a shape is beyond the border.
     center = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
-    squeeze, turn = rng.uniform(0.8, 1.0), rng.uniform(0, 2 * math.pi)
-    outlines = [_placed(outline, center, radius, squeeze, turn) for outline in _OUTLINES[name]()]
+    squeeze, rotation = rng.uniform(0.8, 1.0), rng.uniform(0, 2 * math.pi)
+    outlines = [_transformed(outline, center, radius, squeeze, rotation) for outline in _OUTLINES[name]()]
     layer = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE))
     pen = ImageDraw.Draw(layer)
     for fill, outline in zip((255, 0), outlines):  # a second outline is a hole
@@ -245,15 +245,17 @@ def _shape(rng: np.random.Generator, name: str, size: int) -> tuple[tuple[slice,
     return window, coverage[window], (*low.tolist(), *high.tolist())
 
 
-def _placed(outline: list[Point], center: np.ndarray, radius: float, squeeze: float, turn: float) -> np.ndarray:
-    """An outline of radius 1 -> points [n, 2] in pixels: squeezed along one axis, turned, scaled, moved."""
+def _transformed(
+    outline: list[Point], center: np.ndarray, radius: float, squeeze: float, rotation: float
+) -> np.ndarray:
+    """An outline of radius 1 -> points [n, 2] in pixels: squeezed along one axis, rotated, scaled, moved."""
     points = np.array(outline) * [1.0, squeeze]
-    rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
-    return points @ rotation * radius + center
+    matrix = np.array([[math.cos(rotation), math.sin(rotation)], [-math.sin(rotation), math.cos(rotation)]])
+    return points @ matrix * radius + center
 
 
 def _paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> None:
-    """Fill a shape with a color that differs from what lies under it, lit unevenly; both arrays are its window."""
+    """Fill a shape with a color that differs from the background, unevenly lit; both arrays are its window."""
     under = canvas.mean(axis=(0, 1))
     colors = rng.uniform(10, 245, (6, 3))
     color = colors[np.abs(colors - under).sum(axis=1).argmax()]

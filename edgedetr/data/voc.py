@@ -1,9 +1,9 @@
-"""Pascal VOC layout: Annotations/*.xml, JPEGImages/ (or images/), ImageSets/Main/<split>.txt; or <split>/*.xml beside
-the images; FiftyOne's labels/*.xml and data/; or one folder with all of it.
+"""Read the Pascal VOC layout: Annotations/*.xml, JPEGImages/ (or images/), ImageSets/Main/<split>.txt; or <split>/*.xml
+next to the images; FiftyOne's labels/*.xml and data/; or one folder with all files.
 
-Corners are read as x = xmin, width = xmax - xmin, as the usual converters do. `difficult` objects become crowd: a
-detector may find them without gain or loss, as the VOC evaluation has it. Class names come from classes.txt, or sorted
-from the files. `<filename>` says which image a file is about; where there is none of that name, the file's own name.
+Corners are read as x = xmin, width = xmax - xmin, as the usual converters do. `difficult` objects become crowd, because
+the VOC evaluation ignores them. Class names come from classes.txt, else from the files, sorted. An XML file describes
+the image of its `<filename>`, else the image of its own name.
 """
 
 from __future__ import annotations
@@ -24,41 +24,42 @@ from edgedetr.errors import DataError, did_you_mean
 from edgedetr.storage.reading import read_text
 
 SPLITS = ("train", "val", "test", "trainval")
-FLAGGED = re.compile(r"(?P<name>.+?)\s+-?[01]")  # 000012 -1: the lists of one class say whether it is there
+FLAGGED = re.compile(r"(?P<name>.+?)\s+-?[01]")  # "000012 -1": lists of one class flag whether it is present
 ENDINGS = (".xml", ".jpg", ".jpeg", ".png", ".bmp", ".jfif", ".webp", ".tif", ".tiff")
-TEXTS = ("annotations", "labels", "xmls", "xml")
-PICTURES = ("jpegimages", "images", "data", "imgs", "img")
-NAMED = 8  # files that a issue about many of them names
+ANNOTATION_FOLDERS = ("annotations", "labels", "xmls", "xml")
+IMAGE_FOLDERS = ("jpegimages", "images", "data", "imgs", "img")
+NAMED = 8  # files that one issue lists by name
 
 
 @dataclass(frozen=True)
 class Source:
-    """A split: its annotation files, the folder of its images, and whether every image there is to have a file.
+    """A split: its annotation files and the folder of its images.
 
-    ignored   lists of ImageSets/Main that are of no known split
+    complete  every image of the folder should have an annotation file
+    ignored   lists of ImageSets/Main that belong to no known split
     """
 
     files: tuple[Path, ...]
-    pictures: Path
-    whole: bool = True
+    image_folder: Path
+    complete: bool = True
     ignored: tuple[Path, ...] = ()
 
 
 def find(root: Path) -> dict[str, Source]:
-    """Annotation files of each split; empty where this is no VOC layout."""
+    """Annotation files of each split; empty where this is not a VOC layout."""
     found: dict[str, Source] = {}
     folders = {path.name.lower(): path for path in children(root) if os.path.isdir(path)}
-    pictures = next((folders[name] for name in PICTURES if name in folders), None)
-    texts = next(
+    image_folder = next((folders[name] for name in IMAGE_FOLDERS if name in folders), None)
+    annotations = next(
         (
             folders[name]
-            for name in TEXTS
+            for name in ANNOTATION_FOLDERS
             if name in folders and (_own_xml(folders[name]) or (name == "annotations" and _xml(folders[name])))
         ),
         None,
     )
-    annotated = _xml(texts) if texts is not None and pictures is not None else ()
-    if texts is not None and pictures is not None:
+    annotated = _xml(annotations) if annotations is not None and image_folder is not None else ()
+    if annotations is not None and image_folder is not None:
         sets = child(root, "ImageSets")
         main = child(sets, "Main") if sets is not None else None
         lists = [
@@ -68,11 +69,15 @@ def find(root: Path) -> dict[str, Source]:
         ]
         for file in lists:
             split = canonical_split_name(file.stem)
-            # Others are one class's (aeroplane_train.txt).
+            # Other lists are of one class (aeroplane_train.txt).
             if split in SPLITS:
-                found[split] = Source(_listed(texts, file, annotated), pictures, whole=False)
-        ignored = tuple(file for file in lists if file.stem.lower() != "default")  # CVAT's, of all images
-        return found or _split_folders(texts, pictures) or {"train": Source(annotated, pictures, ignored=ignored)}
+                found[split] = Source(_listed(annotations, file, annotated), image_folder, complete=False)
+        ignored = tuple(file for file in lists if file.stem.lower() != "default")  # CVAT's list of all images
+        return (
+            found
+            or _split_folders(annotations, image_folder)
+            or {"train": Source(annotated, image_folder, ignored=ignored)}
+        )
     for folder in folders.values():
         if files := _own_xml(folder):
             found[canonical_split_name(folder.name)] = Source(files, folder)
@@ -81,19 +86,19 @@ def find(root: Path) -> dict[str, Source]:
     return found
 
 
-def _split_folders(texts: Path, pictures: Path) -> dict[str, Source]:
+def _split_folders(annotations: Path, image_folder: Path) -> dict[str, Source]:
     """Splits that are folders of the annotations: Annotations/train/*.xml, with JPEGImages/train/ or JPEGImages/."""
-    within = {path: files for path in children(texts) if os.path.isdir(path) and (files := _xml(path))}
+    within = {path: files for path in children(annotations) if os.path.isdir(path) and (files := _xml(path))}
     if not any(canonical_split_name(path.name) in SPLITS for path in within):
         return {}
     found: dict[str, Source] = {}
     for path, files in within.items():
-        there = {canonical_split_name(inner.name): inner for inner in children(pictures) if os.path.isdir(inner)}
+        there = {canonical_split_name(inner.name): inner for inner in children(image_folder) if os.path.isdir(inner)}
         own = there.get(canonical_split_name(path.name))
-        found[canonical_split_name(path.name)] = Source(files, own or pictures, whole=own is not None)
-    if loose := _own_xml(texts):  # beside the folders: for training, as without any folder
+        found[canonical_split_name(path.name)] = Source(files, own or image_folder, complete=own is not None)
+    if loose := _own_xml(annotations):  # files next to the folders: the train split, as without folders
         more = found["train"].files if "train" in found else ()
-        found["train"] = Source((*loose, *more), pictures, whole=False)
+        found["train"] = Source((*loose, *more), image_folder, complete=False)
     return found
 
 
@@ -111,77 +116,76 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
     for file in source.files:
         if not os.path.isfile(file):
             issues.append(
-                DataIssue("missing-annotation", str(file), "listed in the split, but there is no such file", True)
+                DataIssue("missing-annotation", str(file), "listed in the split, but the file does not exist", True)
             )
             continue
         try:
             trees[file] = parse(file)
         except DataError as error:
             issues.append(DataIssue("unreadable-annotation", str(file), str(error), True))
-    pictures = _Pictures(source.pictures, [_text(tree, "filename") for tree in trees.values()])
+    image_index = _ImageIndex(source.image_folder, [_text(tree, "filename") for tree in trees.values()])
     found = []
     for position, file in enumerate(source.files, start=1):
         if file not in trees:
             continue
-        image = RawImage(position, pictures.of(file, _text(trees[file], "filename"), issues), _stated_size(trees[file]))
-        for thing in trees[file].findall("object"):
-            _annotate(thing, image, index, file, issues)
+        path = image_index.of(file, _text(trees[file], "filename"), issues)
+        image = RawImage(position, path, _stated_size(trees[file]))
+        for item in trees[file].findall("object"):
+            _annotate(item, image, index, file, issues)
         found.append(image)
-    twice = [path for path, times in Counter(image.path for image in found).items() if times > 1]
+    repeated = [path for path, times in Counter(image.path for image in found).items() if times > 1]
     issues += [
         DataIssue(
-            "image-listed-twice",
-            str(path),
-            "several XML files are about this image, each with objects of its own; expected one",
+            "image-listed-twice", str(path), "several XML files describe this image with separate objects; expected one"
         )
-        for path in twice
+        for path in repeated
     ]
     if source.ignored:
         issues.append(
             DataIssue(
                 "unused-list",
                 str(source.ignored[0].parent),
-                f"{len(source.ignored)} lists are of no "
+                f"{len(source.ignored)} lists belong to no "
                 f"known split and were not used: {', '.join(p.name for p in source.ignored[:NAMED])}; "
-                f"every XML file was taken for train; call them {', '.join(SPLITS[:3])}",
+                f"every XML file is in the train split; name them {', '.join(SPLITS[:3])}",
             )
         )
-    if source.whole:
-        issues += pictures.without({image.path for image in found})
+    if source.complete:
+        issues += image_index.without({image.path for image in found})
     return RawSplit(class_infos(names), found, issues, listed=len(source.files))
 
 
-class _Pictures:
-    """The images of a split, by name and by name without its ending.
+class _ImageIndex:
+    """The images of a split, by name and by stem.
 
-    wanted   what the annotations of the split say in <filename>
+    file_names   the <filename> of each annotation of the split
     """
 
-    def __init__(self, folder: Path, wanted: list[str]) -> None:
+    def __init__(self, folder: Path, file_names: list[str]) -> None:
         self.folder = folder
         self.by_name: dict[str, list[Path]] = defaultdict(list)
         self.by_stem: dict[str, list[Path]] = defaultdict(list)
         for path in listing.images_in(folder):
             self.by_name[fold(path.name)].append(path)
             self.by_stem[fold(path.stem)].append(path)
-        self.wanted = Counter(fold(PurePosixPath(name.replace("\\", "/")).name) for name in wanted)
+        self.references = Counter(fold(PurePosixPath(name.replace("\\", "/")).name) for name in file_names)
 
-    def of(self, file: Path, said: str, issues: list[DataIssue]) -> Path:
-        """The image that an annotation file is about."""
+    def of(self, file: Path, file_name: str, issues: list[DataIssue]) -> Path:
+        """The image that an annotation file describes."""
         own = self._nearest(self.by_stem.get(fold(file.stem), []), file, file.stem)
-        beside = [path for path in own if path.parent.name == file.parent.name]
-        own = beside or own  # Annotations/a/1.xml is about JPEGImages/a/1.jpg, not b/1.jpg
-        name = PurePosixPath(said.replace("\\", "/")).name
+        same_folder = [path for path in own if path.parent.name == file.parent.name]
+        own = same_folder or own  # Annotations/a/1.xml describes JPEGImages/a/1.jpg, not b/1.jpg
+        name = PurePosixPath(file_name.replace("\\", "/")).name
         named = self.by_name.get(fold(name), []) or self.by_stem.get(fold(name), [])
-        if named and (self.wanted[fold(name)] == 1 or not own):
+        if named and (self.references[fold(name)] == 1 or not own):
             return self._nearest(named, file, name)[0]
-        if named and own and self.wanted[fold(name)] > 1 and own[0] != self._nearest(named, file, name)[0]:
+        if named and own and self.references[fold(name)] > 1 and own[0] != self._nearest(named, file, name)[0]:
             issues.append(
                 DataIssue(
                     "filename-repeated",
                     str(file),
                     f"<filename> is {name!r} in "
-                    f"{self.wanted[fold(name)]} files; {own[0].name}, of this file's name, was taken",
+                    f"{self.references[fold(name)]} files; {own[0].name}, which has this file's name, is used",
                 )
             )
         if len(own) > 1:
@@ -189,26 +193,25 @@ class _Pictures:
                 DataIssue(
                     "same-name",
                     str(file),
-                    f"{', '.join(path.name for path in own)}: nothing says "
-                    f"which of them it is about; {own[0].name} was taken",
+                    f"{', '.join(path.name for path in own)}: its image is ambiguous; {own[0].name} is used",
                 )
             )
         return own[0] if own else self.folder / (name or f"{file.stem}.jpg")
 
     def _nearest(self, found: list[Path], file: Path, name: str) -> list[Path]:
-        """Those of the exact name and of the same sub-folder first."""
+        """Sorted: the same sub-folder and the exact name first."""
         return sorted(found, key=lambda path: (path.parent.name != file.parent.name, path.name != name, path))
 
     def without(self, used: set[Path]) -> list[DataIssue]:
-        beside = sorted(path for paths in self.by_name.values() for path in paths if path not in used)
-        if not beside:
+        unlisted = sorted(path for paths in self.by_name.values() for path in paths if path not in used)
+        if not unlisted:
             return []
         return [
             DataIssue(
                 "unlisted-image",
                 str(self.folder),
-                f"{len(beside)} images have no XML file and are left out: "
-                f"{', '.join(path.name for path in beside[:NAMED])}{', ...' if len(beside) > NAMED else ''}",
+                f"{len(unlisted)} images have no XML file and are left out: "
+                f"{', '.join(path.name for path in unlisted[:NAMED])}{', ...' if len(unlisted) > NAMED else ''}",
             )
         ]
 
@@ -221,9 +224,9 @@ def _xml(folder: Path) -> tuple[Path, ...]:
     return tuple(path for path in listing.files(folder) if path.suffix.lower() == ".xml")
 
 
-def _listed(texts: Path, file: Path, annotated: tuple[Path, ...]) -> tuple[Path, ...]:
-    """The annotation files that the lines of a list name: whole lines, for names may hold spaces."""
-    there = {fold(path.relative_to(texts).with_suffix("").as_posix()): path for path in annotated}
+def _listed(annotations: Path, file: Path, annotated: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The annotation files that the lines of a list name: complete lines, because names may contain spaces."""
+    there = {fold(path.relative_to(annotations).with_suffix("").as_posix()): path for path in annotated}
     found = []
     for line in filter(None, map(str.strip, read_text(file, DataError).splitlines())):
         name = line.replace("\\", "/")
@@ -233,8 +236,8 @@ def _listed(texts: Path, file: Path, annotated: tuple[Path, ...]) -> tuple[Path,
         spellings += [PurePosixPath(spelling).name for spelling in spellings]
         path = next((there[fold(spelling)] for spelling in spellings if fold(spelling) in there), None)
         if path is None and ("/" in name or "\0" in name):
-            raise DataError(f"{file}: {line[:200]!r} is a path; expected the bare names of files in {texts.name}/")
-        found.append(path or texts / f"{name[:200]}.xml")
+            raise DataError(f"{file}: {line[:200]!r} is a path; expected names of files in {annotations.name}/")
+        found.append(path or annotations / f"{name[:200]}.xml")
     return tuple(dict.fromkeys(found))
 
 
@@ -251,7 +254,7 @@ def _class_names(root: Path) -> list[str]:
         if not os.path.isfile(path):
             continue
         try:
-            found.update(_text(thing, "name") for thing in parse(path).findall("object"))
+            found.update(_text(item, "name") for item in parse(path).findall("object"))
         except DataError as error:
             faults.append(error)  # `read` names this file
     found.discard("")
@@ -279,10 +282,10 @@ def _stated_size(tree: ElementTree.Element) -> tuple[int, int] | None:
 
 
 def _annotate(
-    thing: ElementTree.Element, image: RawImage, index: dict[str, int], file: Path, issues: list[DataIssue]
+    item: ElementTree.Element, image: RawImage, index: dict[str, int], file: Path, issues: list[DataIssue]
 ) -> None:
-    name = _text(thing, "name")
-    corners = numbers([_number(_text(thing, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")], 4)
+    name = _text(item, "name")
+    corners = numbers([_number(_text(item, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")], 4)
     if name not in index:
         what = (
             f"object {name[:80]!r} is not in classes.txt{did_you_mean(name[:80], index)}"
@@ -299,6 +302,6 @@ def _annotate(
             RawObject(
                 index[name],
                 (corners[0], corners[1], corners[2], corners[3]),
-                crowd=_text(thing, "difficult").lower() in ("1", "true"),
+                crowd=_text(item, "difficult").lower() in ("1", "true"),
             )
         )

@@ -1,9 +1,9 @@
-"""YOLO layout: data.yaml, images/<split>/ with labels/<split>/, <split>/images/ with <split>/labels/, or label files
-beside the images (LabelImg, Darknet, CVAT).
+"""Read the YOLO layout: data.yaml, images/<split>/ with labels/<split>/, <split>/images/ with <split>/labels/, or label
+files next to the images (LabelImg, Darknet, CVAT).
 
-A label file has one line an object: `class cx cy w h`, or a class and a polygon's corners, all in 0..1 of the upright
-image; a polygon becomes its bounding box. Where data.yaml has kpt_shape, the box of a pose is read and its points are
-not. An image without a label file has no objects. Class ids are the indices.
+A label file has one line per object: `class cx cy w h`, or a class and the corners of a polygon, all in 0..1 of the
+upright image; a polygon becomes its bounding box. Where data.yaml has kpt_shape, the box of a pose is read and its
+points are not. An image without a label file has no objects. Class ids are the indices.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from edgedetr.data.cleaning import RawImage, RawSplit, class_infos, read_names
 from edgedetr.data.detection_set import DataIssue, canonical_split_name
 from edgedetr.data.image_paths import PathResolver
 from edgedetr.data.images import is_image
-from edgedetr.data.listing import child, children, images_in, links_as_text
+from edgedetr.data.listing import BROKEN_LINK, child, children, images_in, links_as_text
 from edgedetr.data.yolo_labels import Labels
 from edgedetr.errors import DataError
 from edgedetr.storage.reading import read_text
 
 SPLITS = ("train", "val", "test")
 NAMES = ("classes.txt", "obj.names", "_darknet.labels")
-NOTHING = ("null", "Null", "NULL", "~", "None")  # YAML's for no value, and Python's
+NO_VALUE = ("null", "Null", "NULL", "~", "None")  # of YAML, and of Python
 CONFIGURATIONS = (".yaml", ".yml")
 
 
@@ -34,23 +34,23 @@ CONFIGURATIONS = (".yaml", ".yml")
 class Source:
     """A split: folders of images, or text files that list images."""
 
-    places: tuple[Path, ...]
+    paths: tuple[Path, ...]
 
 
 def find(root: Path) -> dict[str, Source]:
-    """Where each split's images lie; empty where this is no YOLO layout."""
+    """The image folders or lists of each split; empty where this is not a YOLO layout."""
     description = _description(root)
     if description is not None:
         named = _named_splits(root, description)
         if named:
             return named
     found: dict[str, Source] = {}
-    pictures, folders = child(root, "images"), [path for path in children(root) if os.path.isdir(path)]
-    if pictures is not None and os.path.isdir(pictures) and child(root, "labels") is not None:
-        for folder in children(pictures):
+    images, folders = child(root, "images"), [path for path in children(root) if os.path.isdir(path)]
+    if images is not None and os.path.isdir(images) and child(root, "labels") is not None:
+        for folder in children(images):
             if os.path.isdir(folder):
                 found[canonical_split_name(folder.name)] = Source((folder,))
-        return found or {"train": Source((pictures,))}
+        return found or {"train": Source((images,))}
     for folder in folders:
         inner = child(folder, "images")
         if inner is not None and os.path.isdir(inner) and child(folder, "labels") is not None:
@@ -72,7 +72,7 @@ def find(root: Path) -> dict[str, Source]:
 
 def count(root: Path, split: str, source: Source) -> int:
     """Images listed in a split."""
-    return len(_pictures(root, source, []))
+    return len(_image_files(root, source, []))
 
 
 def read(root: Path, split: str, source: Source) -> RawSplit:
@@ -82,44 +82,34 @@ def read(root: Path, split: str, source: Source) -> RawSplit:
     if description is not None:
         _named_splits(root, description, issues)
     names, points = _class_names(root)
-    pictures = _pictures(root, source, issues)
+    paths = _image_files(root, source, issues)
     labels = Labels(root, len(names), points)
     found = []
-    for position, picture in enumerate(pictures, start=1):
-        image = RawImage(position, picture, relative=True)
+    for position, path in enumerate(paths, start=1):
+        image = RawImage(position, path, relative=True)
         labels.fill(image, issues)
         found.append(image)
-    nowhere: list[Path] = []
-    for place in source.places:
-        if os.path.isdir(place):
-            images_in(place, broken=nowhere)
-    issues += [
-        DataIssue("broken-link", str(path), "a link to what is not there; copy the file, or make the link anew", True)
-        for path in nowhere
-    ]
-    for link in (path for place in source.places if os.path.isdir(place) for path in links_as_text(place)):
-        issues.append(
-            DataIssue(
-                "link-as-text",
-                str(link),
-                "a text that names a folder, as a link becomes where links "
-                "cannot be made; what lies there is left out; put the link or the folder in its place",
-                True,
-            )
-        )
-    labels.close([place for place in source.places if os.path.isdir(place)], pictures, issues)
+    folders = [path for path in source.paths if os.path.isdir(path)]
+    broken: list[Path] = []
+    for folder in folders:
+        images_in(folder, broken=broken)
+    issues += [DataIssue("broken-link", str(link), BROKEN_LINK, True) for link in broken]
+    for link in (link for folder in folders for link in links_as_text(folder)):
+        what = "a text file that contains the path of a folder, in place of a link; the folder is left out; "
+        issues.append(DataIssue("link-as-text", str(link), what + "replace the file by the link or the folder", True))
+    labels.close(folders, paths, issues)
     return RawSplit(class_infos(names), found, issues)
 
 
 def _side_by_side(folder: Path) -> bool:
-    """Whether images and label files of the same names lie in one folder."""
+    """Whether a folder has images and label files of the same names."""
     entries = children(folder)
     stems = {path.stem for path in entries if is_image(path)}
     return any(path.suffix.lower() == ".txt" and path.stem in stems for path in entries)
 
 
 def _names_file(root: Path) -> Path | None:
-    """A list of class names, one a line: in the root, beside the labels, or in a folder of images and labels."""
+    """A list of class names, one per line: in the root, next to the labels, or in a folder of images and labels."""
     for folder in [root, *(path for path in children(root) if os.path.isdir(path))]:
         for name in NAMES:
             if os.path.isfile(folder / name):
@@ -147,78 +137,76 @@ def _describes(file: Path) -> bool:
 
 
 def _named_splits(root: Path, description: Path, absent: list[DataIssue] | None = None) -> dict[str, Source]:
-    """The splits of a data.yaml; `absent` takes a word on a test split that it names and that is not there.
+    """The splits of a data.yaml; `absent` receives an issue where its test split does not exist.
 
-    Roboflow names ../test/images whether or not the project has one, so that a set without it is no mistake.
+    Roboflow writes ../test/images into every data.yaml, so a missing test split is not an error.
     """
     described = data_yaml.read(description)
     base = root
     if isinstance(described.get("path"), str):
-        # `path` often names the author's own folder; it counts only where it lies inside this one.
+        # `path` is often a folder of the author's machine; it is used only where it is inside the root.
         candidate = PathResolver(root, [root]).find(described["path"], folder=True)
         base = candidate if candidate is not None and os.path.isdir(candidate) else root
-    places = PathResolver(root, list(dict.fromkeys([base, root])))
+    resolver = PathResolver(root, list(dict.fromkeys([base, root])))
     found: dict[str, Source] = {}
     for key in ("train", "val", "valid", "validation", "test"):
         value = described.get(key)
         texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        texts = [text for text in texts if text not in NOTHING]
+        texts = [text for text in texts if text not in NO_VALUE]
         try:
-            there = tuple(_place(places, text, key, description) for text in texts if text)
+            there = tuple(_image_source(resolver, text, key, description) for text in texts if text)
         except DataError as error:
             if key != "test" or not found:
                 raise
             if absent is not None:
-                absent.append(
-                    DataIssue("missing-split", str(description), f"{error}; there is no test split now", True)
-                )
+                absent.append(DataIssue("missing-split", str(description), f"{error}; the set has no test split", True))
             continue
         if there and canonical_split_name(key) not in found:
             found[canonical_split_name(key)] = Source(there)
     return found
 
 
-def _place(places: PathResolver, text: Any, key: str, description: Path) -> Path:
-    place = places.find(text, folder=True)
-    if place is not None and not os.path.exists(place):
-        place = _any_case(places, text)
-    if place is None or not (os.path.isdir(place) or (os.path.isfile(place) and not is_image(place))):
+def _image_source(resolver: PathResolver, text: Any, key: str, description: Path) -> Path:
+    path = resolver.find(text, folder=True)
+    if path is not None and not os.path.exists(path):
+        path = _any_case(resolver, text)
+    if path is None or not (os.path.isdir(path) or (os.path.isfile(path) and not is_image(path))):
         raise DataError(
-            f"{description}: {key}: {str(text)[:200]!r} is no folder or list inside {places.root}; "
-            "expected one, as in 'train: images/train'; correct the line or take it out"
+            f"{description}: {key}: {str(text)[:200]!r} is not a folder or list inside {resolver.root}; "
+            "expected one, as in 'train: images/train'; correct or remove the line"
         )
-    return place
+    return path
 
 
-def _any_case(places: PathResolver, text: str) -> Path | None:
-    """The folder that `text` names but for its case: images/train where the disk has Images/Train."""
-    for base in places.folders:
-        place: Path | None = base
+def _any_case(resolver: PathResolver, text: str) -> Path | None:
+    """The folder that `text` names, ignoring case: images/train where the disk has Images/Train."""
+    for base in resolver.folders:
+        path: Path | None = base
         for part in Path(text.replace("\\", "/")).parts:
-            place = child(place, part) if place is not None and part not in ("..", "/") else None
-        if place is not None:
-            return place
+            path = child(path, part) if path is not None and part not in ("..", "/") else None
+        if path is not None:
+            return path
     return None
 
 
-def _pictures(root: Path, source: Source, issues: list[DataIssue]) -> list[Path]:
+def _image_files(root: Path, source: Source, issues: list[DataIssue]) -> list[Path]:
     found: list[Path] = []
-    for place in source.places:
-        if os.path.isdir(place):
-            found += images_in(place)
+    for folder_or_list in source.paths:
+        if os.path.isdir(folder_or_list):
+            found += images_in(folder_or_list)
             continue
-        places = PathResolver(root, list(dict.fromkeys([root, place.parent])))
-        for line in filter(None, map(str.strip, read_text(place, DataError).splitlines())):
-            path = places.find(line)
+        resolver = PathResolver(root, list(dict.fromkeys([root, folder_or_list.parent])))
+        for line in filter(None, map(str.strip, read_text(folder_or_list, DataError).splitlines())):
+            path = resolver.find(line)
             if path is not None:
                 found.append(path)
             else:
                 issues.append(
                     DataIssue(
                         "path-outside",
-                        str(place),
+                        str(folder_or_list),
                         f"{line[:200]!r} leaves the data directory; "
-                        f"write it as it stands below {root}, as in images/train/a.jpg",
+                        f"write the path below {root}, as in images/train/a.jpg",
                         True,
                     )
                 )
@@ -226,7 +214,7 @@ def _pictures(root: Path, source: Source, issues: list[DataIssue]) -> list[Path]
 
 
 def _class_names(root: Path) -> tuple[list[str], tuple[int, int] | None]:
-    """The names, and how many points of how many numbers each pose has, where data.yaml has kpt_shape."""
+    """The names, and (points, numbers per point) of poses, where data.yaml has kpt_shape."""
     description = _description(root)
     if description is not None:
         described = data_yaml.read(description)
@@ -248,10 +236,10 @@ def _class_names(root: Path) -> tuple[list[str], tuple[int, int] | None]:
     several = [path.name for path in children(root) if path.suffix.lower() in CONFIGURATIONS and _describes(path)]
     if description is None and len(several) > 1:
         raise DataError(
-            f"{root}: {', '.join(several[:8])} describe a set each; expected one; call the right one data.yaml"
+            f"{root}: {', '.join(several[:8])} each describe a data set; expected one; name the right one data.yaml"
         )
     raise DataError(
-        f"{root}: no class names; expected 'names: [first, second]' in data.yaml, or classes.txt with one a line"
+        f"{root}: no class names; expected 'names: [first, second]' in data.yaml, or classes.txt with one per line"
     )
 
 

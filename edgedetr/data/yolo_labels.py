@@ -1,4 +1,4 @@
-"""Label files of the YOLO layout: where each image's lies, what its lines say, and which have no image."""
+"""Label files of the YOLO layout: find the one of each image, parse its lines, report those without an image."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from edgedetr.errors import DataError
 from edgedetr.storage.reading import read_text
 
 LIMIT = 2 << 20  # bytes; 20,000 boxes
-SPELLED = 20  # bad lines of one file that are issues of their own
+SEPARATE = 20  # invalid lines of one file that are reported one by one
 NOTES = frozenset({"classes", "notes", "labels", "predefined_classes", "train", "val", "valid", "test", "obj"})
 
 
 class Labels:
     """The label files of one split.
 
-    points   how many points of how many numbers each pose has; None = lines are boxes or polygons
+    points   (points, numbers per point) of each pose; None = lines are boxes or polygons
     """
 
     def __init__(self, root: Path, classes: int, points: tuple[int, int] | None) -> None:
         self.root, self.classes, self.points = root, classes, points
         self.used: set[str] = set()
-        self.beside: dict[Path, Path | None] = {}  # folder of images -> folder of labels
+        self.label_folders: dict[Path, Path | None] = {}  # folder of images -> folder of labels
         self.listed: dict[Path, dict[str, Path]] = {}  # folder of labels -> label files by folded name
         self.lengths: Counter[int] = Counter()  # words of the lines that were read as polygons
         self.poses = self.found = 0
@@ -38,9 +38,7 @@ class Labels:
         file = self.file_of(image.path)
         if file is None:
             issues.append(
-                DataIssue(
-                    "no-label-file", str(image.path), f"no {image.path.stem}.txt; taken as an image without objects"
-                )
+                DataIssue("no-label-file", str(image.path), f"no {image.path.stem}.txt; the image has no objects")
             )
             return
         self.found += 1
@@ -58,57 +56,53 @@ class Labels:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            what = self._parse(line.split())
-            if isinstance(what, RawObject):
-                image.objects.append(what)
+            parsed = self._parse(line.split())
+            if isinstance(parsed, RawObject):
+                image.objects.append(parsed)
             else:
-                bad.append(DataIssue(what[0], f"{file}:{number}", f"{line.strip()[:60]!r}: {what[1]}", True, 1))
-        issues += bad[:SPELLED]
-        if len(bad) > SPELLED:
-            issues.append(
-                DataIssue(
-                    bad[SPELLED].kind, str(file), f"and {len(bad) - SPELLED} more such lines", True, len(bad) - SPELLED
-                )
-            )
+                bad.append(DataIssue(parsed[0], f"{file}:{number}", f"{line.strip()[:60]!r}: {parsed[1]}", True, 1))
+        issues += bad[:SEPARATE]
+        if len(bad) > SEPARATE:
+            rest = len(bad) - SEPARATE
+            issues.append(DataIssue(bad[SEPARATE].kind, str(file), f"and {rest} more such lines", True, rest))
 
-    def close(self, places: Sequence[Path], pictures: Sequence[Path], issues: list[DataIssue]) -> None:
-        """What only shows when all images were read: label files without an image, shared ones, poses."""
-        if len(pictures) > 1 and not self.found:
-            there = self._labels_of(pictures[0].parent) or f"{self._expected(pictures[0].parent)}, which is not there"
+    def close(self, folders: Sequence[Path], images: Sequence[Path], issues: list[DataIssue]) -> None:
+        """Issues that are known after all images: label files without an image, shared label files, poses."""
+        if len(images) > 1 and not self.found:
+            there = self._labels_of(images[0].parent) or f"{self._expected(images[0].parent)}, which does not exist"
             issues.append(
                 DataIssue(
                     "no-labels",
-                    str(places[0] if places else self.root),
-                    f"none of {len(pictures)} images has a label file; they were looked for in {there}",
+                    str(folders[0] if folders else self.root),
+                    f"none of {len(images)} images has a label file; they were expected in {there}",
                 )
             )
         owners: dict[Path, list[Path]] = {}
-        for path in pictures:
+        for path in images:
             if (file := self.file_of(path)) is not None:
                 owners.setdefault(file, []).append(path)
         issues += [
             DataIssue(
                 "same-name",
                 str(of[0].parent / of[0].stem),
-                "several images of this name but for the "
-                "ending share one label file; nothing says whose its objects are",
+                "several images with this stem share one label file; its objects cannot be assigned",
             )
             for of in owners.values()
             if len(of) > 1
         ]
-        for folder in dict.fromkeys([*places, *(path.parent for path in pictures)]):
+        for folder in dict.fromkeys([*folders, *(path.parent for path in images)]):
             self._orphans(folder, issues)
         if self.poses:
             issues.append(
                 DataIssue(
                     "pose-labels",
                     str(self.root),
-                    f"{self.poses} lines hold the points of a pose; their boxes are read and the points are not",
+                    f"{self.poses} lines have the points of a pose; their boxes are read and the points are not",
                 )
             )
         elif len(self.lengths) == 1 and sum(self.lengths.values()) > 3:
             (length,) = self.lengths
-            # Corners of turned boxes (9 words) are always four; polygons drawn by people differ in their corners.
+            # Rotated boxes (9 words) always have four corners; polygons drawn by people have different numbers of them.
             if length != 9:
                 issues.append(
                     DataIssue(
@@ -129,47 +123,47 @@ class Labels:
             absolute = os.path.abspath(file)
             if file.suffix.lower() != ".txt" or absolute in self.used or not os.path.isfile(file):
                 continue
-            self.used.add(absolute)  # folders may lie in one another
+            self.used.add(absolute)  # folders may contain each other
             name = fold(str(file.relative_to(labels).with_suffix("")))
             if name in images or file.stem.lower() in NOTES or file.stem.lower().startswith("readme"):
                 continue
             count = object_lines(file)
-            if count or labels != folder:  # beside images, a text without objects may be anything
+            if count or labels != folder:  # next to images, a text file without objects may be anything
                 issues.append(
                     DataIssue(
                         "label-without-image",
                         str(file),
-                        f"no image {file.stem} lies in {folder}; its {count} objects are left out",
+                        f"no image {file.stem} is in {folder}; its {count} objects are left out",
                         count > 0,
                         count,
                     )
                 )
 
-    def file_of(self, picture: Path) -> Path | None:
-        """The label file of an image: in the folder of labels, else beside the image."""
-        labels = self._labels_of(picture.parent)
-        for folder in dict.fromkeys(place for place in (labels, picture.parent) if place is not None):
-            exact = folder / f"{picture.stem}.txt"
+    def file_of(self, image: Path) -> Path | None:
+        """The label file of an image: in the folder of labels, else next to the image."""
+        labels = self._labels_of(image.parent)
+        for folder in filter(None, dict.fromkeys((labels, image.parent))):
+            exact = folder / f"{image.stem}.txt"
             if os.path.isfile(exact):
                 return exact
             if folder not in self.listed:
                 self.listed[folder] = (
                     {fold(path.name): path for path in children(folder)} if os.path.isdir(folder) else {}
                 )
-            other = self.listed[folder].get(fold(f"{picture.stem}.txt"))
+            other = self.listed[folder].get(fold(f"{image.stem}.txt"))
             if other is not None and os.path.isfile(other):
                 return other
         return None
 
     def _labels_of(self, folder: Path) -> Path | None:
-        """Where the labels of a folder's images lie: .../images/a -> .../labels/a, whatever the case; else beside."""
-        if folder not in self.beside:
-            self.beside[folder] = self._find_labels(folder)
-        return self.beside[folder]
+        """The label folder of a folder of images: .../images/a -> .../labels/a, ignoring case; else the same folder."""
+        if folder not in self.label_folders:
+            self.label_folders[folder] = self._find_labels(folder)
+        return self.label_folders[folder]
 
     def _find_labels(self, folder: Path) -> Path | None:
         parts = folder.relative_to(self.root).parts if folder.is_relative_to(self.root) else ()
-        at = [place for place, part in enumerate(parts) if part.lower() == "images"]
+        at = [index for index, part in enumerate(parts) if part.lower() == "images"]
         if not at:
             return folder
         labels = child(self.root.joinpath(*parts[: at[-1]]), "labels")
@@ -178,13 +172,13 @@ class Labels:
         return labels
 
     def _expected(self, folder: Path) -> Path:
-        """Where the labels of a folder's images belong, be there one or not."""
+        """The folder where the labels of a folder's images belong; it may not exist."""
         parts = list(folder.relative_to(self.root).parts)
-        at = max(place for place, part in enumerate(parts) if part.lower() == "images")
+        at = max(index for index, part in enumerate(parts) if part.lower() == "images")
         return self.root.joinpath(*parts[:at], "labels", *parts[at + 1 :])
 
     def _parse(self, words: list[str]) -> RawObject | tuple[str, str]:
-        """The object of a line, or the kind and sentence of what is wrong with it."""
+        """The object of a line, or the kind and the sentence of an issue."""
         values = numbers(_floats(words), len(words))
         pose = self._is_pose(words, values)
         polygon = not pose and len(words) >= 7 and len(words) % 2 == 1
@@ -196,7 +190,7 @@ class Labels:
         if values[0] != int(values[0]) or not 0 <= values[0] < self.classes:
             return "unknown-class", f"class {words[0][:40]}; known are 0..{self.classes - 1}"
         if max(abs(value) for value in (values[1:] if polygon else values[1:5])) > 2:
-            return "bad-box", "coordinates far beyond 1; expected 0..1 of the image, not pixels"
+            return "bad-box", "coordinates far above 1; expected 0..1 of the image, not pixels"
         self.poses += pose
         if polygon:
             self.lengths[len(words)] += 1
@@ -206,18 +200,18 @@ class Labels:
         return RawObject(int(values[0]), (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
 
     def _is_pose(self, words: list[str], values: tuple[float, ...] | None) -> bool:
-        """Whether a line is a box and points: as kpt_shape says, or by visibilities of exactly 0, 1 or 2."""
+        """Whether a line is a box with points: by kpt_shape, or by visibilities that are exactly 0, 1 or 2."""
         if self.points is not None:
             return len(words) == 5 + self.points[0] * self.points[1]
         if values is None or len(words) < 8 or len(words) % 3 != 2:
             return False
         seen = set(values[7::3])
-        # A polygon along the border has zeros and ones too, but no two, and an odd number of words.
+        # A polygon along the border has zeros and ones too, but no 2, and an odd number of words.
         return seen <= {0.0, 1.0, 2.0} and (len(words) % 2 == 0 or 2.0 in seen)
 
 
 def object_lines(file: Path) -> int:
-    """How many lines of a file look like an object."""
+    """Number of lines of a file that look like an object."""
     try:
         lines = [line.split() for line in read_text(file, DataError, limit=LIMIT).splitlines() if line.strip()]
     except DataError:

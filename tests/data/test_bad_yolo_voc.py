@@ -46,13 +46,13 @@ def test_a_bad_label_line_is_named_and_left_out(yolo, line, kind):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("names: [cat\ntrain: images/train\n", "line 2: no YAML"),
+        ("names: [cat\ntrain: images/train\n", "line 2: not YAML"),
         ("names: {0: cat, 2: dog}\ntrain: images/train\n", "without a gap"),
         ("nc: 3\nnames: [cat, dog]\ntrain: images/train\n", "nc is 3"),
-        ("names: [cat]\ntrain: ../../elsewhere\n", "no folder or list inside"),
-        ("names: [cat]\ntrain: /tmp\n", "no folder or list inside"),
-        ("names: [cat]\ntrain: images/tran\n", "no folder or list inside"),
-        ("names: [cat]\nnames: [dog]\n", "stands twice"),
+        ("names: [cat]\ntrain: ../../elsewhere\n", "not a folder or list inside"),
+        ("names: [cat]\ntrain: /tmp\n", "not a folder or list inside"),
+        ("names: [cat]\ntrain: images/tran\n", "not a folder or list inside"),
+        ("names: [cat]\nnames: [dog]\n", "is repeated"),
         ("train: images/train\n", "no class names"),
         ("%%%\n", "line 1"),
         ("names: [[cat]]\ntrain: images/train\n", "flat list"),
@@ -90,10 +90,10 @@ BOMB = (
     [
         (BOMB.encode(), "document type"),
         (BOMB.encode("utf-16"), "document type"),
-        (b"<annotation><object>", "no whole XML"),
-        (b"", "no whole XML"),
-        (b"\x00\x01", "no whole XML"),
-        (b'<?xml version="1.0" encoding="klingon"?><a/>', "no whole XML"),
+        (b"<annotation><object>", "not complete XML"),
+        (b"", "not complete XML"),
+        (b"\x00\x01", "not complete XML"),
+        (b'<?xml version="1.0" encoding="klingon"?><a/>', "not complete XML"),
         (b'<!DOCTYPE a SYSTEM "file:///etc/passwd"><annotation/>', "document type"),
     ],
 )

@@ -74,7 +74,7 @@ def test_names_that_differ_in_case_and_have_a_label_file_each_are_not_shared(tmp
 
 
 def test_an_image_in_place_of_a_list_of_images_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"a\.jpg' is no folder or list"):
+    with pytest.raises(DataError, match=r"a\.jpg' is not a folder or list"):
         layouts.load(yolo(tmp_path, "names: [cat, dog]\ntrain: images/train/a.jpg\n"), "train")
 
 
@@ -204,7 +204,7 @@ def test_a_split_that_is_not_there_is_never_the_folder_of_all_images(tmp_path, w
 def test_two_descriptions_are_named(tmp_path):
     yolo(tmp_path).joinpath("data.yaml").rename(tmp_path / "a.yaml")
     text(tmp_path / "b.yaml", (tmp_path / "a.yaml").read_text())
-    with pytest.raises(DataError, match=r"a\.yaml, b\.yaml describe"):
+    with pytest.raises(DataError, match=r"a\.yaml, b\.yaml each describe"):
         layouts.load(tmp_path, "train")
 
 

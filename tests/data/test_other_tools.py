@@ -474,7 +474,7 @@ def test_xml_in_another_encoding_than_it_says_is_named_first(tmp_path, declared)
     voc(tmp_path, ("a", "b"))
     for name in "ab":
         text(tmp_path / "Annotations" / f"{name}.xml", declared.encode() + xml("a.jpg", "狗").encode("gbk"))
-    with pytest.raises(DataError, match=r"a\.xml: no whole XML.*save it as UTF-8.*2 XML files"):
+    with pytest.raises(DataError, match=r"a\.xml: not complete XML.*save it as UTF-8.*2 XML files"):
         load(tmp_path)
 
 

@@ -73,9 +73,9 @@ def test_objects_that_are_mostly_covered_are_not_annotated(monkeypatch):
 
     def _count(seed: int) -> int:
         state = np.random.default_rng(seed)
-        synthetic._ground(state, 64)
+        synthetic._background(state, 64)
         for _ in range(state.integers(2, 6)):
-            synthetic._distract(state, np.zeros((64, 64, 3), np.float32), 64)
+            synthetic._draw_distractor(state, np.zeros((64, 64, 3), np.float32), 64)
         return int(state.integers(1, 6))
 
     assert covered(0.5) == 2
@@ -114,7 +114,7 @@ def test_an_interrupted_rendering_leaves_nothing_behind(tmp_path):
 def test_a_folder_of_something_else_is_never_replaced(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.txt").write_text("dear")
-    with pytest.raises(DataError, match="holds something else"):
+    with pytest.raises(DataError, match="contains something else"):
         synthetic.render(tmp_path / "photos", **SMALL)
     assert (tmp_path / "photos" / "holiday.txt").read_text() == "dear"
 

@@ -65,20 +65,20 @@ def test_an_alias_bomb_is_neither_expanded_nor_followed(tmp_path):
 @pytest.mark.parametrize(
     "yaml, said",
     [
-        ("train: images/train\n\tnames: [cat]\n", "line 2: no YAML"),
-        ("names: !!python/object/apply:os.system [touch x]\ntrain: *none\n", "nothing is named &none|no YAML"),
+        ("train: images/train\n\tnames: [cat]\n", "line 2: not YAML"),
+        ("names: !!python/object/apply:os.system [touch x]\ntrain: *none\n", "there is no anchor &none|not YAML"),
         ("- cat\n- dog\n", "line 1: holds"),
         ("names: " + "[" * 100, "line 1: nested more than 20 deep"),
-        ("names: " + "[" * 200_000, "nested more than 20 deep|no YAML"),
-        ("names: [cat]\nnames: [dog]\n", "'names' stands twice"),
+        ("names: " + "[" * 200_000, "nested more than 20 deep|not YAML"),
+        ("names: [cat]\nnames: [dog]\n", "'names' is repeated"),
         ("[a, b]: c\n", "a list or mapping as a key"),
-        ("names: [cat]\n" + " " * 40_000 + "x", "no YAML|no class|no folder"),
-        ("names: [\x01cat]", "no YAML"),
+        ("names: [cat]\n" + " " * 40_000 + "x", "not YAML|no class|no folder"),
+        ("names: [\x01cat]", "not YAML"),
         ("names: [\0cat]", "zero bytes"),
         ("x" * (1 << 20) + "x", "expected at most 1 MiB"),
-        ("nc: " + "1" * 5000 + "\nnames: [cat]\ntrain: " + "n" * 5000, "no folder or list"),
+        ("nc: " + "1" * 5000 + "\nnames: [cat]\ntrain: " + "n" * 5000, "not a folder or list"),
         ("nc: ²\nnames: [cat]\ntrain: images/train\nkpt_shape: [²³, 3]", "kpt_shape"),
-        ("names: [cat]\ntrain: {a: b}\nval: [[images]]", "no folder or list"),
+        ("names: [cat]\ntrain: {a: b}\nval: [[images]]", "not a folder or list"),
     ],
 )
 def test_bad_yaml_is_one_error_at_once(tmp_path, yaml, said):
