@@ -61,12 +61,12 @@ class DenoisingOutputs:
 class Criterion:
     """The loss of one batch.
 
-    class_loss        the member's own, used unless config.class_loss names another
-    class_agnostic_encoder  the proposals of the encoder have one class, 0, for every object (two-stage Deformable DETR)
+    class_loss                the member's own, used unless config.class_loss names another
+    class_agnostic_proposals  the encoder's proposals have one class, 0, for all objects (two-stage Deformable DETR)
     """
 
-    def __init__(self, config: LossConfig, class_loss: str, class_agnostic_encoder: bool = False) -> None:
-        self.class_agnostic_encoder = class_agnostic_encoder
+    def __init__(self, config: LossConfig, class_loss: str, class_agnostic_proposals: bool = False) -> None:
+        self.class_agnostic_proposals = class_agnostic_proposals
         one_of("class_loss", class_loss, CLASS_LOSSES)
         # The member's own loss determines the activation of its logits.
         require_loss_of(config.class_loss, "softmax" if class_loss == "softmax_ce" else "sigmoid")
@@ -118,13 +118,13 @@ class Criterion:
             groups = [decoder]
         else:
             encoder = (outputs.encoder[0][None].float(), outputs.encoder[1][None].float())
-            if encoder[0].shape[1:] == decoder[0].shape[1:] and not self.class_agnostic_encoder:
+            if encoder[0].shape[1:] == decoder[0].shape[1:] and not self.class_agnostic_proposals:
                 # Equally many queries: the encoder is one more layer in the same calls.
                 groups = [(torch.cat([decoder[0], encoder[0]]), torch.cat([decoder[1], encoder[1]]))]
             else:
                 groups = [decoder, encoder]
         targets = [padded] * len(groups)
-        if outputs.encoder is not None and self.class_agnostic_encoder:
+        if outputs.encoder is not None and self.class_agnostic_proposals:
             targets[-1] = replace(padded, labels=torch.zeros_like(padded.labels))
             assignments = [match([group], wanted, self.costs)[0] for group, wanted in zip(groups, targets)]
         else:

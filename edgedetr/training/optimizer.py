@@ -35,7 +35,8 @@ def parameter_groups(model: DetrModel, config: TrainConfig) -> list[dict[str, ob
     what decays: by default not norms and biases (all that has fewer than two dimensions). Within a ViT the learning
     rate falls from block to block towards the input.
     """
-    if config.layer_decay < 1 and not any(BLOCK.match(name) for name, _ in model.named_parameters()):
+    blocks = len({block[1] for name, _ in model.named_parameters() if (block := BLOCK.match(name))})
+    if config.layer_decay < 1 and not blocks:
         raise ModelError(f"train.layer_decay is {config.layer_decay}, but the backbone is not a ViT; expected 1")
     norms = {
         f"{owner}.{name}"
@@ -49,7 +50,7 @@ def parameter_groups(model: DetrModel, config: TrainConfig) -> list[dict[str, ob
             decays = {"matrices": parameter.ndim >= 2, "not_norms": name not in norms, "all": True}[config.decay]
             lr_multiplier = config.slow_lr_factor if model.member.is_slow(name) else 1.0
             if name.startswith("backbone."):
-                lr_multiplier = config.backbone_lr_factor * config.layer_decay ** _layers_above(name, model)
+                lr_multiplier = config.backbone_lr_factor * config.layer_decay ** _layers_above(name, blocks)
             groups.setdefault((lr_multiplier, decays), []).append(parameter)
     return [
         {
@@ -61,16 +62,14 @@ def parameter_groups(model: DetrModel, config: TrainConfig) -> list[dict[str, ob
     ]
 
 
-def _layers_above(name: str, model: DetrModel) -> int:
+def _layers_above(name: str, blocks: int) -> int:
     """The exponent of train.layer_decay: L - i for block i (from 0) of a ViT with L blocks, else 0.
 
     Patch and position embeddings have L + 1.
     """
-    block, embedding = BLOCK.match(name), EMBEDDING.match(name)
-    if not block and not embedding:
-        return 0
-    depth = len(model.backbone.transformer.blocks)  # type: ignore[union-attr, arg-type]  # a ViT, by the names
-    return depth - int(block[1]) if block else depth + 1
+    if block := BLOCK.match(name):
+        return blocks - int(block[1])
+    return blocks + 1 if EMBEDDING.match(name) else 0
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -9,6 +9,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -28,7 +29,11 @@ from edgedetr.training.trainer import Learner, Trainer
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}  # Fabric's words
+PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
+    "32": "32-true",
+    "bf16": "bf16-mixed",
+    "16": "16-mixed",
+}  # Fabric's words
 
 
 def train(
@@ -112,7 +117,7 @@ def start_devices(config: RunConfig) -> Fabric:
         devices=config.devices,
         num_nodes=config.nodes,
         strategy=strategy,
-        precision=PRECISIONS[config.precision],  # type: ignore[arg-type]  # a Literal of the same words
+        precision=PRECISIONS[config.precision],
     )
     fabric.launch()
     if config.threads:

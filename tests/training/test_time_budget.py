@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import micro
 import pytest
@@ -82,6 +83,22 @@ def test_no_time_for_one_epoch_says_how_long_one_takes(
     with pytest.raises(TrainingError, match=r"train\.minutes is 2, and one epoch takes about 3\.3 minutes here"):
         train(micro.recipe(minutes=2), micro_data, tmp_path / "none")
     assert not list((tmp_path / "none").rglob("*.safetensors"))
+
+
+def test_the_gradient_scaler_that_learners_share_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaler = {"scale": 65536.0, "_growth_tracker": 3}
+    precision = SimpleNamespace(state_dict=lambda: dict(scaler), load_state_dict=scaler.update)
+    fabric = SimpleNamespace(strategy=SimpleNamespace(precision=precision), broadcast=lambda value: value)
+
+    def time_step(*inputs: object) -> float:
+        scaler.update(scale=1.0, _growth_tracker=0)
+        return 0.01
+
+    monkeypatch.setattr(time_budget, "time_step", time_step)
+    schedule = Schedule(TrainConfig(minutes=1), epochs=2, steps_per_epoch=3)
+    learner, images = SimpleNamespace(fabric=fabric), SimpleNamespace()
+    assert time_budget.choose_epochs(learner, images, schedule, select_images=4, spent=0.0) == 2
+    assert scaler == {"scale": 65536.0, "_growth_tracker": 3}
 
 
 def test_settings_that_cannot_be_kept_are_refused() -> None:

@@ -135,7 +135,7 @@ def test_proposals_of_the_two_stage_form_learn_objects_and_not_classes() -> None
     outputs = ours(torch.randn(1, 3, *PIXELS))
     boxes = torch.tensor([[0.3, 0.4, 0.2, 0.2], [0.7, 0.5, 0.1, 0.3]])
     config = TrainConfig()
-    wanted = Criterion(config, "focal", class_agnostic_encoder=True)(outputs, [Target(torch.tensor([3, 4]), boxes)])
+    wanted = Criterion(config, "focal", class_agnostic_proposals=True)(outputs, [Target(torch.tensor([3, 4]), boxes)])
     as_zero = Criterion(config, "focal")(outputs, [Target(torch.tensor([0, 0]), boxes)])
     as_is = Criterion(config, "focal")(outputs, [Target(torch.tensor([3, 4]), boxes)])
     assert wanted.encoder == pytest.approx(float(as_zero.encoder))
