@@ -1,4 +1,4 @@
-"""Boxes as numpy arrays: forms, areas, overlap. Origin top-left, x to the right, y downwards."""
+"""Boxes as numpy arrays: formats, areas, overlap. Origin top-left, x to the right, y downwards."""
 
 from __future__ import annotations
 

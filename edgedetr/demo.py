@@ -1,4 +1,4 @@
-"""The demonstration: render a set, train on it, export, quantize, verify and report, everything in one bundle."""
+"""The demo: renders a data set, trains, exports, quantizes, verifies and reports, everything in one bundle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgedetr.recipe import Recipe
 log = logging.getLogger(__name__)
 
 RECIPE = "demo"
-DATA = "data"  # inside the bundle, so that the demonstration is one folder
+DATA = "data"  # inside the bundle, so that the demo is one folder
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ def run(
     training: TrainingProgress | None = None,
     bars: Callable[[], Any] | None = None,
 ) -> Outcome:
-    """Go the whole way; a run that was stopped goes on where it was.
+    """Run all steps; a run that was stopped goes on where it stopped.
 
     recipe    the shipped recipe "demo" by default
-    training  told about the training
+    training  called while the training runs
     bars      makes a context manager that yields a progress callback (what, done, total), one for each other step
     """
     recipe, scenes = recipe or Recipe.load(RECIPE), scenes or Scenes()
     if out.exists() and any(out.iterdir()) and not (out / DATA).is_dir():
-        raise UsageError(f"{out} holds something else than a demonstration; name another folder by --out")
+        raise UsageError(f"{out} holds other files than a demo; choose another folder with --out")
     bars = bars or _silent
     seconds: dict[str, float] = {}
     with _timed(seconds, "render"), bars() as progress:

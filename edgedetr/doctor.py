@@ -1,4 +1,4 @@
-"""What this machine has for edgedetr: Python, CPU, packages; what is missing, and the command that installs it."""
+"""Examines this machine: Python, CPU, GPU, packages; what is missing, and the command that installs it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Package:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What of TensorRT's needs is here.
+    """The GPU and TensorRT.
 
-    device      None: `no_device` says why
-    tensorrt    version, or None: `no_tensorrt` says why
+    device      None: `no_device` has the reason
+    tensorrt    version; None: `no_tensorrt` has the reason
     """
 
     device: Device | None
@@ -56,20 +56,20 @@ class Gpu:
         return [*rows, ["tensorrt", self.tensorrt or f"none: {self.no_tensorrt.partition(';')[0]}"]]
 
     def advice(self, on_jetson: bool) -> list[str]:
-        """What stands between this machine and engines; nothing where no NVIDIA GPU was ever expected."""
+        """What is missing to build and run engines; nothing on a machine without NVIDIA GPU and TensorRT."""
         if self.device and self.tensorrt:
             return ["engines can be built and run here: edgedetr build BUNDLE; check TensorRT with: edgedetr selftest"]
         if not (on_jetson or self.device or self.tensorrt):
             return []
         missing = [self.no_device] * (self.device is None) + [self.no_tensorrt] * (self.tensorrt is None)
         if on_jetson:
-            missing.append("JetPack's own packages bring both: sudo apt install nvidia-jetpack")
+            missing.append("JetPack's packages contain both: sudo apt install nvidia-jetpack")
         return missing
 
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found. `instructions` are the CPU's that decide how fast INT8 is, e.g. avx512_vnni."""
+    """The result. `instructions` are those of the CPU that decide the speed of INT8, e.g. avx512_vnni."""
 
     edgedetr: str
     python: str
@@ -83,7 +83,7 @@ class Examination:
 
     @property
     def has_vnni(self) -> bool:
-        """Whether the CPU multiplies int8 without saturating pairs (x86), which full-range INT8 needs."""
+        """Whether the CPU (x86) sums int8 products without 16-bit saturation, which full-range INT8 needs."""
         return any("vnni" in name for name in self.instructions)
 
     def to_json(self) -> dict[str, object]:
@@ -122,17 +122,15 @@ class Examination:
         if missing:
             lines.append(f"missing: {', '.join(p.name for p in missing)}; run: {install(p.name for p in missing)}")
         else:
-            what = "running and verifying" if self.board.is_jetson else "training, export, verifying and reporting"
-            lines.append(f"everything that {what} need is here")
+            what = "running and verification" if self.board.is_jetson else "training, export, verification and reports"
+            lines.append(f"everything for {what} is installed")
         if platform.machine() in ("x86_64", "AMD64") and not self.has_vnni:
-            lines.append(
-                "this CPU has no VNNI: INT8 on it is slower than it could be, and full-range weights can saturate"
-            )
+            lines.append("this CPU has no VNNI: INT8 is slower than on newer CPUs, and full-range weights can saturate")
         return [*lines, *self.gpu.advice(self.board.is_jetson), *self.board.advice()]
 
 
 def examine(root: Path = Path("/")) -> Examination:
-    """Look at this machine; of heavy packages only TensorRT is imported. `root` is where a Jetson's files begin."""
+    """Examine this machine. Of the heavy packages only TensorRT is imported. `root` is the root of a Jetson's files."""
     packages = tuple(Package(name, extra, purpose, _version(name)) for name, extra, purpose in _packages().values())
     return Examination(
         edgedetr=_version("edgedetr") or "checkout, not installed",
@@ -155,7 +153,7 @@ def _version(package: str) -> str | None:
 
 
 def _state(package: Package) -> str:
-    """`ok`, or how to get it; how to get TensorRT depends on the machine, and `advice` says it."""
+    """`ok`, or how to install it; for TensorRT that depends on the machine, see `advice`."""
     if package.version:
         return "ok"
     return "missing" if package.name == "tensorrt" else f"missing; pip install {package.name}"

@@ -1,11 +1,11 @@
-"""Errors that a person can act on: each says what happened, what was expected and the next command."""
+"""Errors for users: each message says what happened, what was expected and the next command."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-LONGEST = 10_000  # characters of a message; what is longer quotes a damaged file, and only its ends help
+LONGEST = 10_000  # characters of a message; a longer one quotes a damaged file, and only its ends help
 
 
 class EdgedetrError(Exception):
@@ -25,13 +25,13 @@ class EdgedetrError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message, at most 300 characters, to be quoted in ours."""
+    """The first line of a library's message, at most 300 characters, to quote it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:300]
 
 
 class UsageError(EdgedetrError):
-    """The words of the command were not usable."""
+    """Wrong arguments of a command or a function."""
 
     exit_code = 2
 
@@ -45,11 +45,11 @@ class DataError(EdgedetrError):
 
 
 class BundleError(EdgedetrError):
-    """A bundle is missing something, or something in it is stale or damaged."""
+    """A file of a bundle is missing, stale or damaged."""
 
 
 class ModelError(EdgedetrError):
-    """Weights do not fit the model, or a model cannot be built as asked."""
+    """Weights do not fit the model, or a model cannot be built with these settings."""
 
 
 class TrainingError(EdgedetrError):
@@ -61,11 +61,11 @@ class ExportError(EdgedetrError):
 
 
 class DeviceError(EdgedetrError):
-    """The GPU, its driver or its libraries are not there or do not work."""
+    """The GPU, its driver or its libraries are missing or do not work."""
 
 
 class EngineError(EdgedetrError):
-    """A TensorRT engine could not be built, or the one that is there must not be loaded here."""
+    """A TensorRT engine could not be built, or must not be loaded here."""
 
 
 class MissingDependency(EdgedetrError):
@@ -73,7 +73,7 @@ class MissingDependency(EdgedetrError):
 
 
 class NotWithinTolerance(EdgedetrError):
-    """Verified, and not within the budget."""
+    """Verified, and not within the tolerance."""
 
     exit_code = 3
 

@@ -1,4 +1,4 @@
-"""Sizes that people write: HEIGHTxWIDTH in pixels, read in one place for every option and argument."""
+"""Reads sizes of images, HEIGHTxWIDTH in pixels, for every option and argument."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 
 from edgedetr.errors import UsageError
 
-LARGEST_SIDE = 16384  # pixels; larger than any camera, and a typing error costs gigabytes
+LARGEST_SIDE = 16_384  # pixels; 8K video is 7,680 wide, and a typing error would cost gigabytes
 EXPECTED = f"expected HEIGHTxWIDTH in pixels, each side 1 to {LARGEST_SIDE}, for example 1080x1920"
 
 
 def parse_size(text: str, what: str = "size") -> tuple[int, int]:
     """ "1080x1920" -> (1080, 1920): height, width; `what` opens the message. Errors: UsageError."""
-    # [0-9], for other digits (², ١) are digits to Python; at most five, for int() refuses thousands.
+    # [0-9], because \d also matches other digits (², ١); at most five, because int() refuses thousands.
     found = re.fullmatch(r"\s*([0-9]{1,5})\s*[xX]\s*([0-9]{1,5})\s*", text) if isinstance(text, str) else None
     if found is None:
         raise UsageError(f"{what} is {str(text)[:40]!r}; {EXPECTED}")
@@ -20,7 +20,7 @@ def parse_size(text: str, what: str = "size") -> tuple[int, int]:
 
 
 def check_size(size: object, what: str = "size") -> tuple[int, int]:
-    """Two whole numbers of pixels, (height, width), as they were given. Errors: UsageError."""
+    """Check two whole numbers of pixels, (height, width), and return them. Errors: UsageError."""
     if not (
         isinstance(size, (tuple, list))
         and len(size) == 2

@@ -1,7 +1,7 @@
-"""The one check of configurations: types, words and ranges of every field, however the configuration was made.
+"""Checks configurations: type, allowed words and range of every field, for Python callers and for TOML alike.
 
-A dataclass calls `check` from `__post_init__`, so that Python and TOML are refused alike; a function that takes one of
-a few words calls `one_of` before it uses the word, so that no misspelt word becomes the last choice.
+A configuration dataclass calls `check` from `__post_init__`. A function that takes one of a few words calls `one_of`
+before it uses the word, so that a misspelled word is an error and not the last choice.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from edgedetr.errors import EdgedetrError, RecipeError, did_you_mean
 
-# Metadata of a field that came after 0.1, whose default is what 0.1 did: `field(default=..., metadata=LATER)`. At that
-# default it is left out of a training's fingerprint, so that checkpoints made before it can still be resumed.
+# Metadata of a field that is newer than 0.1 and whose default does what 0.1 did: `field(default=..., metadata=LATER)`.
+# At its default it is not part of the fingerprint of a training, so that older checkpoints can be resumed.
 LATER = {"later": True}
 
 
 def renamed(was: str) -> dict[str, object]:
-    """Metadata of a field whose recipe key had another name in 0.1: that name is still read, with a warning.
+    """Metadata of a field whose recipe key had the name `was` in 0.1: that name is still read, with a warning.
 
-    A training's fingerprint keeps the old name, so that checkpoints made before the change can still be resumed.
+    The fingerprint of a training keeps the old name, so that older checkpoints can be resumed.
     """
     return {"was": was}
 
@@ -35,16 +35,17 @@ _recorded: ContextVar[dict[str, Range] | None] = ContextVar("recorded", default=
 
 
 def check(config: Any, section: str, ranges: Mapping[str, Range] | None = None) -> None:
-    """Every field of a frozen dataclass: its type, one of its words where it is a Literal, and within its range.
+    """Check the type, the allowed words (Literal) and the range of every field of a frozen dataclass.
 
-    section  what opens the message, "train" for train.lr
-    ranges   by field name; of a tuple, each of its numbers; names of fields that the class lacks are passed over
+    section  the first part of names in messages: "train" for train.lr
+    ranges   by field name; for a tuple, of each number; names of fields that the class does not have are ignored
 
     Errors: RecipeError that names the field, what it is and what was expected.
     """
     if (recorded := _recorded.get()) is not None:
         recorded.update(ranges or {})
-    hints = _hints(type(config))  # type: ignore[arg-type]  # every class has a hash
+    kind: Any = type(config)
+    hints = _hints(kind)
     for item in fields(config):
         name, value = f"{section}.{item.name}", getattr(config, item.name)
         _typed(name, value, hints[item.name])
@@ -107,7 +108,7 @@ def _typed(name: str, value: object, hint: Any) -> None:
         if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
             raise RecipeError(f"{name} is {value!r}; expected {words}")
     else:
-        raise TypeError(f"{name} is annotated {hint}, which no check knows")
+        raise TypeError(f"{name} is annotated {hint}, which `check` does not support")
 
 
 KINDS: dict[Any, tuple[Any, str]] = {

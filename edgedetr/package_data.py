@@ -1,6 +1,6 @@
-"""Where the data files that come with the package lie: recipes and quantization policies.
+"""Finds the data files of the package: recipes and quantization policies.
 
-In a checkout they are `recipes/` and `calib/policy/` at the top; the wheel carries them inside the package.
+In a checkout they are in `recipes/` and `calib/policy/` at the top; in the wheel they are inside the package.
 """
 
 from __future__ import annotations

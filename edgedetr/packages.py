@@ -1,7 +1,7 @@
-"""The packages that some command needs, and the sentence that says how to install one that is missing.
+"""The packages that commands need, and the message that tells how to install a missing one.
 
-No package index has edgedetr itself yet, so that sentence names the missing library and never an extra of ours: whoever
-took our name there would be installed.
+edgedetr is not on any package index yet, so the message names the missing library and never an extra of edgedetr:
+somebody else's package of that name would be installed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Names that others chose, written where they can do no harm: terminals, logs, JSON lines, configuration files.
+"""Makes text of unknown origin safe for terminals, logs, JSON lines and configuration files.
 
-A class may be called anything. Control characters move the cursor, color or hide text and answer terminals' questions;
-marks of direction let `a` look like `b`; line ends begin lines that nobody wrote; halves of surrogate pairs, from file
-names that are not UTF-8, cannot be encoded at all. All of them are shown as escapes, as Python writes them.
+A class can have any name. Control characters move the cursor, and color or hide text; marks of direction let `a` look
+like `b`; line ends begin new lines; halves of surrogate pairs, from file names that are not UTF-8, cannot be encoded.
+All of them are written as Python's escapes.
 """
 
 from __future__ import annotations
@@ -38,8 +38,17 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     if text.isascii() and "\x7f" not in text:  # all else below a space is escaped by now
         return text
-    # A raw line feed stands between values alone: in a string it is escaped.
+    # A raw line feed is only between values: in a string it is escaped.
     return "".join(json.dumps(c)[1:-1] if _unsafe(c) and c != "\n" else c for c in text).replace("\x7f", "\\u007f")
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value for a message: as Python writes it, in ASCII, cut at `most` characters; huge numbers by their size."""
+    try:
+        text = ascii(value)
+    except (ValueError, RecursionError):  # a number of more than 4300 digits, or one inside; nested too deep
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a value too large to show"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _unsafe(character: str) -> bool:

@@ -1,7 +1,7 @@
-"""A recipe: strict TOML laid over the defaults of each part, and `--set key=value` laid over that.
+"""Reads and writes recipes: strict TOML over the defaults, and `--set section.key=value` over that.
 
-Defaults live in the dataclass beside what they configure; a recipe says only what differs. A preset (recipes/presets)
-is a named set of values that is asked for by name, and lies over the recipe: defaults < recipe < preset < `--set`.
+Defaults are in the configuration dataclass next to the code that they configure; a recipe has only what differs. A
+preset (recipes/presets) is a set of values with a name. Later ones win: defaults < recipe < preset < `--set`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from edgedetr.exporting.config import ExportConfig
 from edgedetr.models import FAMILY
 from edgedetr.options import check
 from edgedetr.package_data import recipes_directory
+from edgedetr.printable import shown
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.storage.manifest import LARGEST_AREA, LARGEST_SIDE
 from edgedetr.storage.reading import read_toml
@@ -86,9 +87,9 @@ class Recipe:
 
     @classmethod
     def load(cls, source: str | Path = DEFAULT, sets: Iterable[str] = (), *, preset: str = "") -> Recipe:
-        """Read a recipe by file or by the name of a shipped one, then lay `section.key=value` strings over it.
+        """Read a recipe by file or by the name of a shipped one, then apply `section.key=value` strings.
 
-        preset   "parity" or "strong": values that lie over the recipe, and under `sets`; "" = none
+        preset   "parity" or "strong": values over the recipe and under `sets`; "" = none
 
         Errors: RecipeError that names file, section, key and the nearest known key.
         """
@@ -103,7 +104,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, where: str, sets: Iterable[str] = (), preset: str = "") -> Recipe:
-        """Build from parsed TOML; `where` opens every error message."""
+        """Build from parsed TOML; `where` is the start of every error message."""
         sections = {str(name): values for name, values in raw.items()}
         known = [f.name for f in fields(cls)]
         for name, values in sections.items():
@@ -113,12 +114,12 @@ class Recipe:
                 )
             if not isinstance(values, Mapping):
                 raise RecipeError(
-                    f"{where}: {name!r} stands outside any section; expected [section] headers: {', '.join(known)}"
+                    f"{where}: {name!r} is outside any section; expected [section] headers: {', '.join(known)}"
                 )
         sections = {name: dict(values) for name, values in sections.items()}
-        asked = [_parse_set(assignment, known) for assignment in sets]
+        assigned = [_parse_set(assignment, known) for assignment in sets]
         name = next(
-            (value for section, key, value in asked[::-1] if (section, key) == ("model", "name")),
+            (value for section, key, value in assigned[::-1] if (section, key) == ("model", "name")),
             sections.get("model", {}).get("name", "rt_detr"),
         )
         if name not in FAMILY:
@@ -126,8 +127,8 @@ class Recipe:
                 f"{where} [model]: unknown model {name!r}{did_you_mean(str(name), FAMILY)}; known: {', '.join(FAMILY)}"
             )
         for section, values in (read_preset(preset, name) if preset else {}).items():
-            sections.setdefault(section, {}).update(values)  # what was asked for by name lies over the recipe
-        for section, key, value in asked:
+            sections.setdefault(section, {}).update(values)  # a preset changes the recipe
+        for section, key, value in assigned:
             sections.setdefault(section, {})[key] = value
         model = {key: value for key, value in sections.pop("model", {}).items() if key != "name"}
         parts: dict[str, Any] = {"model": ModelChoice(name, _build(FAMILY[name].config, model, f"{where} [model]"))}
@@ -228,13 +229,13 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
             return _build(kind, {**values, key: str(first["input"])}, where)  # --set train.precision=16
         words = re.findall("'([^']+)'", str(first.get("ctx", {}).get("expected", "")))
         near = did_you_mean(str(first.get("input")), words)
-        raise RecipeError(f"{where}: {key} = {_short(first.get('input'))}: {first['msg']}{near}") from error
+        raise RecipeError(f"{where}: {key} = {shown(first.get('input'))}: {first['msg']}{near}") from error
     except (TypeError, RecursionError) as error:
         raise RecipeError(f"{where}: {error}") from error
 
 
 def _with_new_names(kind: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The section with today's key names; an older name is said once."""
+    """The section with today's key names; a warning names each older one."""
     now = {f.metadata["was"]: f.name for f in fields(kind) if "was" in f.metadata}
     found = {}
     for key, value in values.items():
@@ -252,10 +253,10 @@ def _parse_set(assignment: str, sections: list[str]) -> tuple[str, str, Any]:
     target, equals, text = assignment.partition("=")
     section, dot, key = target.strip().partition(".")
     if not equals or not dot or not key:
-        raise RecipeError(f"--set {_short(assignment)}: expected section.key=value, for example train.lr=2e-4")
+        raise RecipeError(f"--set {shown(assignment)}: expected section.key=value, for example train.lr=2e-4")
     if section not in sections:
         raise RecipeError(
-            f"--set {_short(assignment)}: unknown section {section!r}{did_you_mean(section, sections)}; "
+            f"--set {shown(assignment)}: unknown section {section!r}{did_you_mean(section, sections)}; "
             f"known: {', '.join(sections)}"
         )
     try:
@@ -263,18 +264,12 @@ def _parse_set(assignment: str, sections: list[str]) -> tuple[str, str, Any]:
     except tomllib.TOMLDecodeError:
         parsed = {"value": text.strip()}
     except (ValueError, RecursionError) as error:  # whole numbers of more than 4300 digits, endless brackets
-        raise RecipeError(f"--set {_short(assignment)}: not readable as a value ({error})") from error
+        raise RecipeError(f"--set {shown(assignment)}: not readable as a value ({error})") from error
     if len(parsed) > 1:
         raise RecipeError(
-            f"--set {_short(assignment)}: more than one value; expected section.key=value, one --set for each"
+            f"--set {shown(assignment)}: more than one value; expected section.key=value, one --set for each"
         )
     return section, key.strip(), parsed["value"]
-
-
-def _short(value: object) -> str:
-    """A value as it stands in a message, of at most 80 letters."""
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown)} letters)"
 
 
 def _toml(value: Any) -> str:

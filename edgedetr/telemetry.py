@@ -1,8 +1,8 @@
-"""No library that we load reports to its maker, unless the user says so: EDGEDETR_TELEMETRY=1.
+"""Switches off the telemetry of the libraries that edgedetr loads; EDGEDETR_TELEMETRY=1 allows it.
 
 ONNX Runtime (1.30 and later) sends names of models and graphs, a device number and texts of errors, and keeps a
-database in the user's cache. OpenVINO tells an analytics host that it was imported. Both decide while they are
-imported, so both are told before.
+database in the user's cache. OpenVINO contacts an analytics host when it is imported. Both decide this during their
+import, so the switches are set before it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import importlib
 import os
 import sys
 import threading
+from collections.abc import MutableMapping
 from types import ModuleType
+from typing import Any
 
 VARIABLE = "EDGEDETR_TELEMETRY"
-# What is set where the user has not set it; Hugging Face's hub reads the second.
+# Set where the user has not set them; Hugging Face's hub reads the second one.
 SWITCHES = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 OPENVINO_REPORTS = "openvino_telemetry"  # an optional package; without it, OpenVINO has a stub that does nothing
 
@@ -22,7 +24,7 @@ _lock = threading.Lock()
 
 
 def allowed() -> bool:
-    """Whether the user wants the libraries to report."""
+    """Whether the user allows telemetry."""
     return os.environ.get(VARIABLE, "").strip().lower() in ("1", "true", "yes", "on")
 
 
@@ -34,23 +36,24 @@ def switch_off() -> None:
 
 
 def import_openvino() -> ModuleType:
-    """The module openvino, imported without the package that reports; ImportError where it is not installed."""
+    """The module openvino, imported without its telemetry package; ImportError where openvino is not installed."""
     with _lock:
         if allowed() or "openvino" in sys.modules:
             return importlib.import_module("openvino")
+        modules: MutableMapping[str, Any] = sys.modules
         missing = object()
-        before = sys.modules.get(OPENVINO_REPORTS, missing)
-        sys.modules[OPENVINO_REPORTS] = None  # type: ignore[assignment]  # documented: its import raises ImportError
+        before = modules.get(OPENVINO_REPORTS, missing)
+        modules[OPENVINO_REPORTS] = None  # its import now raises ImportError, as documented
         try:
             return importlib.import_module("openvino")
         finally:
-            del sys.modules[OPENVINO_REPORTS]
+            del modules[OPENVINO_REPORTS]
             if before is not missing:
-                sys.modules[OPENVINO_REPORTS] = before  # type: ignore[assignment]  # a module, as it was found
+                modules[OPENVINO_REPORTS] = before
 
 
 def import_onnxruntime() -> ModuleType:
-    """The module onnxruntime, which reports nothing even where something else had imported it before edgedetr."""
+    """The module onnxruntime, without telemetry even if it was imported before edgedetr."""
     with _lock:
         early = "onnxruntime" in sys.modules
         module = importlib.import_module("onnxruntime")

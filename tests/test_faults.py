@@ -45,10 +45,7 @@ def system(number: int, path: str | None = "/data/cells.bundle/model.onnx") -> O
     [
         (system(errno.ENOSPC), ["/data/cells.bundle/model.onnx: the disk is full (", "bytes are free"]),
         (system(errno.EDQUOT), ["/data/cells.bundle/model.onnx: the disk is full"]),
-        (
-            system(errno.EROFS),
-            ["model.onnx: Read-only file system; expected a place that this user may read and write"],
-        ),
+        (system(errno.EROFS), ["model.onnx: Read-only file system; expected a path that this user may read and write"]),
         (system(errno.EACCES), ["model.onnx: Permission denied"]),
         (system(errno.EIO), ["/data/cells.bundle/model.onnx: Input/output error"]),
         (system(errno.ENAMETOOLONG, "a" * 300), ["aaa", "File name too long; expected names of at most 255 bytes"]),
@@ -213,7 +210,7 @@ def test_a_signal_ends_a_command_cleanly_and_with_its_own_code(bundle, number, c
     process.send_signal(number)
     _, told = process.communicate(timeout=30)
     assert process.returncode == code, told
-    assert "stopped; what was finished is on disk" in told and "Traceback" not in told
+    assert "stopped; finished files are on disk" in told and "Traceback" not in told
     assert {path.name for path in bundle.path.rglob("*") if path.is_file()} == {"bundle.json"}
 
 

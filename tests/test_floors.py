@@ -19,7 +19,7 @@ FLOOR = {
     "errors": -1,  # everyone may fail
     "telemetry": -1,
     "artifacts": -0.5,
-    "image_size": 0,
+    "image_size": -0.8,
     "printable": -1,
     "progress": 0,
     "boxes": 0,
@@ -43,7 +43,6 @@ FLOOR = {
     "exporting": 5,
     "importing": 5,
     "reporting": 5,
-    "catalogue": 5,
     "api": 5.5,
     "demo": 5.7,
     "doctor": 5.5,

@@ -80,6 +80,7 @@ def progress_bars() -> Iterator[Progress]:
             BarColumn,
             MofNCompleteColumn,
             Progress,
+            TaskID,
             TextColumn,
             TimeElapsedColumn,
             TimeRemainingColumn,
@@ -96,13 +97,13 @@ def progress_bars() -> Iterator[Progress]:
         TextColumn("eta"),
         TimeRemainingColumn(),
     )
-    tasks: dict[str, object] = {}
+    tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console, transient=False) as bars:
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total or None)
-            bars.update(tasks[what], completed=done, total=total or None)  # type: ignore[arg-type]  # rich's TaskID
+            bars.update(tasks[what], completed=done, total=total or None)
 
         yield report  # in a log file rich prints the finished bars only
 

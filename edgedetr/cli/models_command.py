@@ -19,10 +19,10 @@ from edgedetr.cli._output import as_json, table
 @json_option
 def models(pixels: int, as_json_: bool) -> None:
     """List the models: paper, size, cost, queries."""
-    from edgedetr.catalogue import describe
     from edgedetr.models import FAMILY
+    from edgedetr.models.catalogue import summarize
 
-    members = [describe(name, pixels=pixels) for name in FAMILY]
+    members = [summarize(name, pixels=pixels) for name in FAMILY]
     table(
         ["name", "M parameters", f"GMACs at {pixels}", "levels (strides)", "queries", "exports to", "paper"],
         [

@@ -14,7 +14,8 @@ from edgedetr.errors import UsageError
 from edgedetr.image_size import check_size
 from edgedetr.importing.output_formats import BOX_FORMATS
 from edgedetr.options import one_of
-from edgedetr.runtime.arguments import as_path, check_texts, shown
+from edgedetr.printable import shown
+from edgedetr.runtime.arguments import as_path, check_texts
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

@@ -25,13 +25,14 @@ from edgedetr.data.listing import images_in
 from edgedetr.data.near_duplicates import near_copies
 from edgedetr.errors import DataError, ExportError
 from edgedetr.evaluation.reference import Reference
+from edgedetr.printable import shown
 from edgedetr.progress import Progress
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import Histogram
 from edgedetr.runtime.backends.onnxruntime import plain_session
 from edgedetr.runtime.preprocess import prepare
 from edgedetr.storage.digests import digest
-from edgedetr.storage.reading import MEBIBYTE, read_json, shown
+from edgedetr.storage.reading import MEBIBYTE, read_json
 
 log = logging.getLogger(__name__)
 

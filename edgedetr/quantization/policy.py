@@ -18,7 +18,8 @@ from edgedetr.errors import ExportError, did_you_mean
 from edgedetr.onnx_graph.hardware_limits import SMALLEST_INT8_PRODUCT
 from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 from edgedetr.package_data import policies_directory
-from edgedetr.storage.reading import read_toml, shown
+from edgedetr.printable import shown
+from edgedetr.storage.reading import read_toml
 
 _WEIGHTED = ("Conv", "MatMul", "Gemm")
 

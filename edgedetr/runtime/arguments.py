@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from pathlib import Path
 
 from edgedetr.errors import UsageError, did_you_mean
+from edgedetr.printable import shown
 
 
 def check_count(number: object, what: str, most: int | None = None) -> None:
@@ -55,14 +56,6 @@ def check_texts(texts: object, what: str, expected: str) -> None:
 def is_whole(number: object) -> bool:
     """Whether it is a whole number; True and False are none."""
     return isinstance(number, Integral) and not isinstance(number, bool)
-
-
-def shown(value: object) -> str:
-    """The beginning of what Python writes for a value."""
-    try:
-        return repr(value)[:60]
-    except ValueError:  # whole numbers of more than 4300 digits
-        return "a number of thousands of digits"
 
 
 def kind(value: object) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 from edgedetr.artifacts import BACKENDS, GRAPHS, INT8_CPU, ONNX
 from edgedetr.bundle import Bundle, ClassInfo, InputContract, OutputContract
 from edgedetr.errors import BundleError, DataError, DeviceError, EngineError, MissingDependency, UsageError
+from edgedetr.printable import shown
 from edgedetr.runtime import preprocess
-from edgedetr.runtime.arguments import as_path, check_count, check_word, kind, shown
+from edgedetr.runtime.arguments import as_path, check_count, check_word, kind
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.backends.base import Backend, RawOutputs, Runner
 from edgedetr.runtime.cpu import int8_dot_product, int8_saturates

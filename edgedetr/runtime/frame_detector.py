@@ -16,7 +16,8 @@ from edgedetr.artifacts import ONNX, frame_graph
 from edgedetr.bundle import Bundle, ClassInfo
 from edgedetr.errors import BundleError, DataError, ModelError, UsageError, did_you_mean
 from edgedetr.image_size import check_size
-from edgedetr.runtime.arguments import check_count, shown
+from edgedetr.printable import shown
+from edgedetr.runtime.arguments import check_count
 from edgedetr.runtime.backends.onnxruntime import OrtFrameRunner
 from edgedetr.runtime.bundle_detector import check_image, open_bundle
 from edgedetr.runtime.postprocess import Detections, named

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from edgedetr.errors import DataError, UsageError
-from edgedetr.printable import json_text
+from edgedetr.printable import json_text, shown
 from edgedetr.runtime import video
-from edgedetr.runtime.arguments import as_path, check_fraction, shown
+from edgedetr.runtime.arguments import as_path, check_fraction
 from edgedetr.runtime.bundle_detector import Detector
 from edgedetr.runtime.draw import draw
 from edgedetr.runtime.postprocess import Detections

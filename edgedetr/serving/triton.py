@@ -24,7 +24,8 @@ from edgedetr.bundle import Bundle, Manifest
 from edgedetr.errors import ExportError, UsageError
 from edgedetr.evaluation.agreement import detections_allclose
 from edgedetr.onnx_graph.session import GraphSession
-from edgedetr.runtime.arguments import check_count, check_text, shown
+from edgedetr.printable import shown
+from edgedetr.runtime.arguments import check_count, check_text
 from edgedetr.runtime.backends.base import RawOutputs
 from edgedetr.runtime.backends.onnx_bytes import load
 from edgedetr.runtime.postprocess import decode

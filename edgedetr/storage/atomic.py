@@ -24,6 +24,14 @@ NAME_BYTES = 255  # of one name, in every usual file system
 _own_files: set[str] = set()  # temporary files that this process writes now
 
 
+class WriteError(OSError):
+    """A file could not be written because of the disk; `written` is the number of bytes until then, None = unknown."""
+
+    def __init__(self, number: int, message: str, path: Path, written: int | None) -> None:
+        super().__init__(number, message, str(path))
+        self.written = written
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; on success flush it to disk and rename it over `path`.
@@ -101,12 +109,11 @@ def _write_fault(error: Exception, temporary: Path, path: Path) -> OSError | Non
         str(temporary),
     ):
         return None
-    fault = OSError(number, os.strerror(number), str(path))
     try:
-        fault.written = temporary.stat().st_size  # type: ignore[attr-defined]  # bytes, for the message
+        written = temporary.stat().st_size
     except OSError:
-        return fault
-    return fault
+        written = None
+    return WriteError(number, os.strerror(number), path, written)
 
 
 def remove_leftovers(folder: Path) -> None:

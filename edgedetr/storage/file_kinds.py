@@ -1,6 +1,6 @@
-"""What a file or folder is, by its content first and its name second: for whoever names the wrong one.
+"""Recognizes what a file or folder is, so that a wrong path gets a helpful error: by its content, then by its name.
 
-`what_is` opens nothing but plain files, reads at most 64 kB of them, and executes nothing.
+`recognize` opens only plain files, reads at most 64 kB of each, and executes nothing.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from pathlib import Path
 
 from edgedetr.errors import BundleError, DataError, EdgedetrError, ModelError, RecipeError
 
-HEAD = 64 << 10  # bytes that are looked at
-MOST = 2000  # names of a folder that are looked at
+HEAD = 64 << 10  # bytes that are read
+MOST = 2000  # names that are read of a folder
 IMPORT = "edgedetr import FILE.onnx --out NEW.bundle"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """name: one word; words: what it is, with its article; use: what to do with it, "{path}" standing for itself."""
+    """A kind of file or folder.
+
+    name    one word
+    words   what it is, with an article, for messages
+    use     what to do with it; "{path}" is its path
+    """
 
     name: str
     words: str
@@ -41,8 +46,8 @@ ONNX = Kind("onnx", "an ONNX model", "run: edgedetr import {path} --out NEW.bund
 ENGINE = Kind(
     "engine",
     "a TensorRT engine, built elsewhere",
-    "an engine is code, and is loaded from the bundle it was built for alone: name that bundle, or build it "
-    "on its device: edgedetr build BUNDLE",
+    "an engine is code, and is only loaded from the bundle that it was built for: name that bundle, or build the "
+    "engine on its device: edgedetr build BUNDLE",
 )
 WEIGHTS = Kind("weights", "a file of weights", "run: edgedetr import {path} --model MEMBER --out NEW.bundle")
 CHECKPOINT = Kind(
@@ -62,7 +67,7 @@ TRAINING = Kind(
 OUR_TRAINING = Kind(
     "training",
     "the checkpoint folder of a training",
-    "its bundle is the folder that it lay in; go on training with: edgedetr train --data DIR --resume --out BUNDLE",
+    "its bundle is the folder around it; go on training with: edgedetr train --data DIR --resume --out BUNDLE",
 )
 ARRAYS = Kind("arrays", "a file of numpy arrays", "in a bundle, reference.npz is made by: edgedetr export BUNDLE")
 ARCHIVE = Kind("archive", "an archive", "unpack it, and name the folder that comes out")
@@ -73,7 +78,7 @@ def other(words: str) -> Kind:
     return Kind("other", words, f"no command takes it; export its model to ONNX, then {IMPORT}")
 
 
-# Where in the file, bytes, what they mean.
+# Offset in the file, bytes there, what they mean.
 MAGIC: tuple[tuple[int, bytes, Kind], ...] = (
     (0, b"ftrt", ENGINE),
     (0, b"ptrt", ENGINE),
@@ -98,7 +103,7 @@ MAGIC: tuple[tuple[int, bytes, Kind], ...] = (
     (257, b"ustar", ARCHIVE),
     (0, b"\x93NUMPY", ARRAYS),
 )
-# Names that decide where the content does not.
+# By suffix, where the content does not decide.
 SUFFIXES = {
     ".onnx": ONNX,
     ".engine": ENGINE,
@@ -125,7 +130,7 @@ SUFFIXES = {
     ".tar": ARCHIVE,
 }
 TRAINED = re.compile(r"(best|last|checkpoint|model_final|epoch)[\w.=-]*\.(pt|pth|ckpt)|events\.out\.tfevents.*")
-# For each thing that is expected: what may be given, its words, and the error.
+# For each expected kind: the kinds that are accepted, words for messages, and the error.
 EXPECTED: dict[str, tuple[frozenset[str], str, Callable[[str], EdgedetrError]]] = {
     "bundle": (frozenset({"bundle"}), "a bundle", BundleError),
     "data": (frozenset({"data", "images"}), "the folder of a data set", DataError),
@@ -137,25 +142,25 @@ EXPECTED: dict[str, tuple[frozenset[str], str, Callable[[str], EdgedetrError]]] 
 
 
 def require(path: str | Path, expected: str) -> None:
-    """Refuse what is known to be something else than expected (a key of EXPECTED); what is unknown is let through.
+    """Refuse a path that is recognized as another kind than `expected` (a key of EXPECTED); unknown kinds pass.
 
-    Errors: the kind of EXPECTED, with what the path is and what to do with it.
+    Errors: that of EXPECTED, with what the path is and what to do with it.
     """
     accepted, wanted, error = EXPECTED[expected]
     path = Path(path)
     if expected == "recipe" and path.is_dir():
         return  # a folder may have the name of a shipped recipe
-    kind = what_is(path)
+    kind = recognize(path)
     if kind is PART and expected != "bundle" and path.name != "bundle.json":
-        return  # of no kind that is known, wherever it lies
+        return  # of an unknown kind, in the folder of a bundle
     if expected == "bundle" and kind is not BUNDLE and path.exists() and _bundle_above(path) is not None:
         kind = PART
     if kind is not None and kind.name not in accepted:
         raise error(f"{path}: this is {_filled(kind.words, path)}; expected {wanted}; {_filled(kind.use, path)}")
 
 
-def what_is(path: str | Path) -> Kind | None:
-    """The kind of a file or folder; None for one that is not there or that nothing is known of."""
+def recognize(path: str | Path) -> Kind | None:
+    """The kind of a file or folder; None for a missing one, and for an unknown kind."""
     path = Path(path)
     try:
         mode = os.stat(path).st_mode
@@ -172,7 +177,7 @@ def _filled(text: str, path: Path) -> str:
 
 
 def _bundle_above(path: Path) -> Path | None:
-    """The bundle that a file or folder lies in, at most three folders up."""
+    """The bundle that contains a file or folder, at most three folders up."""
     above = [*list(path.parents)[:3], *list(Path(os.path.abspath(path)).parents)[:3]]
     return next((folder for folder in above if (folder / "bundle.json").is_file()), None)
 
@@ -204,7 +209,7 @@ def _folder(path: Path) -> Kind | None:
 
 
 def _is_data(path: Path, names: set[str]) -> bool:
-    """Whether annotations of one of the three layouts lie here."""
+    """Whether the folder has annotations in one of the three layouts."""
     if (
         names & {"data.yaml", "data.yml", "dataset.yaml", "_annotations.coco.json"}
         or {"Annotations", "JPEGImages"} <= names
@@ -224,8 +229,8 @@ def _file(path: Path) -> Kind | None:
     if path.name == "bundle.json":
         return PART
     suffix = path.suffix.lower()
-    for place, magic, kind in MAGIC:
-        if head[place : place + len(magic)] == magic:
+    for offset, magic, kind in MAGIC:
+        if head[offset : offset + len(magic)] == magic:
             return kind
     if head.startswith(b"PK\x03\x04"):
         first = head[30 : 30 + int.from_bytes(head[26:28], "little")]

@@ -1,7 +1,7 @@
-"""Locks between processes: one at a time changes a bundle or trains into it; a killed owner blocks nobody.
+"""Locks between processes: only one at a time changes a bundle or trains into it; a killed owner blocks nobody.
 
-The lock is the system's (flock) on a small hidden file that names its owner, so that it ends with the process, however
-that ends. The file is taken away with the lock. Where the file system has no locks, that is said and work goes on.
+The lock is a flock on a small hidden file that names its owner, so it ends with the process. The file is removed with
+the lock. On a file system without locks a warning is logged, and the work goes on.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ except ImportError:  # not a Unix
 
 log = logging.getLogger(__name__)
 
-# What flock says on file systems that have no locks (some network and user-space ones).
+# Errors of flock on file systems without locks (some network and user-space ones).
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-_open: set[int] = set()  # a forked worker must not keep its parent's locks alive
+_open: set[int] = set()  # file descriptors; a forked worker must not keep its parent's locks alive
 
 
 @contextmanager
 def locked(path: Path, *, wait: float, busy: Callable[[str], EdgedetrError]) -> Iterator[None]:
     """Hold the lock file `path`.
 
-    wait    seconds to wait for another owner; 0 = none
-    busy    makes the error to raise then, from words for the owner ("process 1234", or with its host)
+    wait    seconds to wait for another owner; 0 = do not wait
+    busy    makes the error that is raised after that, from a text for the owner ("process 1234", or with its host)
 
-    Errors: what `busy` makes; OSError where the file cannot be made (read-only, full, no such folder).
+    Errors: that of `busy`; OSError where the file cannot be created (read-only, full, no such folder).
     """
-    handle = _take(path, wait, busy)
+    handle = _acquire(path, wait, busy)
     try:
         yield
     finally:
         if handle is not None:
             _open.discard(handle)
-            path.unlink(missing_ok=True)  # while it is still ours, so that nobody else's is taken away
+            path.unlink(missing_ok=True)  # while the lock is held, so that it is not another owner's file
             os.close(handle)
 
 
-def _take(path: Path, wait: float, busy: Callable[[str], EdgedetrError]) -> int | None:
+def _acquire(path: Path, wait: float, busy: Callable[[str], EdgedetrError]) -> int | None:
     """An open, locked file at `path`; None where there are no locks."""
     if fcntl is None:
         log.warning("%s: no locks on this system; do not run two commands on one bundle at a time", path.parent)
@@ -57,8 +57,8 @@ def _take(path: Path, wait: float, busy: Callable[[str], EdgedetrError]) -> int 
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_there(path, handle):  # else its last owner took it away between opening and locking
-                with suppress(OSError):  # a full disk: then the lock holds without a name
+            if _is_there(path, handle):  # otherwise its last owner removed it between opening and locking
+                with suppress(OSError):  # a full disk: the lock works without the owner's name
                     os.ftruncate(handle, 0)
                     os.pwrite(handle, f"{os.getpid()} {host()}\n".encode(), 0)
                 _open.add(handle)
@@ -92,10 +92,10 @@ def _is_there(path: Path, handle: int) -> bool:
 
 
 def _owner(handle: int) -> str:
-    """Words for who holds the lock."""
+    """A text for the owner of the lock."""
     pid, _, where = os.pread(handle, 300, 0).decode("utf-8", "replace").strip().partition(" ")
     if not pid.isdecimal():
-        return "another process"  # it has not written its number yet
+        return "another process"  # it has not written its id yet
     return f"process {pid}" + (f" on {where!r}" if where != host() else "")
 
 
@@ -104,8 +104,8 @@ def host() -> str:
     return os.uname().nodename if hasattr(os, "uname") else "here"
 
 
-def _forget() -> None:
-    """In a forked child: closing the copies leaves the parent's locks as they are."""
+def _close_in_child() -> None:
+    """In a forked child: close the copies of the descriptors; the parent keeps its locks."""
     for handle in _open:
         try:
             os.close(handle)
@@ -115,4 +115,4 @@ def _forget() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_close_in_child)

@@ -6,17 +6,17 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from edgedetr.errors import BundleError
+from edgedetr.image_size import LARGEST_SIDE
+from edgedetr.printable import shown
 from edgedetr.storage.atomic import name_problem
-from edgedetr.storage.reading import shown
 
 SCHEMA = 2  # 1 is the same without `digest`
 DIGEST = "digest"
-LARGEST_SIDE = 16_384  # pixels of the input; 8k video is 7,680 wide
 LARGEST_AREA = 1 << 25  # pixels of the input: a frame of 8k video; the maps of a larger one would not fit into memory
 LARGEST_TOP_K = 100_000
 MOST_CLASSES = 100_000
@@ -261,7 +261,7 @@ def _list(value: Any, where: str, most: int) -> list[Any]:
     return value
 
 
-def _keys(raw: Mapping[str, Any], kind: Callable[..., Any], where: str) -> None:
-    unknown = set(raw) - set(kind.__dataclass_fields__)  # type: ignore[attr-defined]  # dataclasses all
+def _keys(raw: Mapping[str, Any], kind: Any, where: str) -> None:
+    unknown = set(raw) - {item.name for item in fields(kind)}
     if unknown:
         raise ValueError(f"unknown key {shown(min(unknown))} in {where}")

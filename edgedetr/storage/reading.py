@@ -1,7 +1,7 @@
-"""Reading small text files that others wrote: plain files only, bounded in size and depth, with one error each.
+"""Reads files of unknown origin: plain files only, limited in size and depth, with one error message that has the path.
 
-JSON and TOML that are nested too deep, hold endless numbers or are not text make Python raise many different things;
-every reader of such a file goes through here, so that a user always gets one message with the path.
+JSON and TOML that are nested too deep, contain numbers of thousands of digits or are not text make Python raise many
+different errors. Every such file is read here, so that a user always gets one message.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ else:
 MEBIBYTE = 1 << 20
 TOML_LIMIT = 4 * MEBIBYTE  # bytes; the largest recipe of this package has 6 kB
 JSON_LIMIT = 64 * MEBIBYTE  # bytes; annotation files may be larger, and say so
-# UTF-32 before UTF-16: its mark begins with the same two bytes.
+# UTF-32 before UTF-16, because its mark begins with the same two bytes.
 MARKS = (
     (b"\xef\xbb\xbf", "utf-8-sig"),
     (b"\xff\xfe\x00\x00", "utf-32"),
@@ -43,7 +43,7 @@ def read_bytes(path: str | Path, error: type[EdgedetrError], *, limit: int = JSO
     """
     path, fix = Path(path), f"; {fix}" if fix else ""
     try:
-        # Opened without waiting: a pipe without a writer would block for ever.
+        # Opened without blocking: a pipe without a writer would block forever.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError) as reason:  # ValueError: a NUL byte in the name
         raise error(f"{path}: cannot be read ({getattr(reason, 'strerror', None) or reason}){fix}") from reason
@@ -64,15 +64,15 @@ def read_bytes(path: str | Path, error: type[EdgedetrError], *, limit: int = JSO
 def read_text(path: str | Path, error: type[EdgedetrError], *, limit: int = JSON_LIMIT, fix: str = "") -> str:
     """The text of a UTF-8 file, or of a UTF-16 or UTF-32 file that begins with a byte order mark.
 
-    Errors: as `read_bytes`, and `error` that names the file and says "save it as UTF-8" for any other encoding.
+    Errors: as `read_bytes`, and `error` with the advice to save the file as UTF-8 for any other encoding.
     """
     raw = read_bytes(path, error, limit=limit, fix=fix)
     encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "utf-8")
     try:
         text = raw.decode(encoding)
-        if "\0" in text:  # UTF-16 of plain letters, without its mark, is valid UTF-8 full of zeros
+        if "\0" in text:  # UTF-16 without its mark is often valid UTF-8 full of zeros
             raise error(
-                f"{path}: holds zero bytes, as a binary file or UTF-16 without its byte order mark does; "
+                f"{path}: contains zero bytes, like a binary file or UTF-16 without its byte order mark; "
                 f"save it as UTF-8{f'; {fix}' if fix else ''}"
             )
         return text
@@ -113,15 +113,6 @@ def _parsed(parse: Any, text: str | bytes, where: str, kind: str, error: type[Ed
         raise error(f"{where}: nested too deep to be read as {kind}{f'; {fix}' if fix else ''}") from reason
     except ValueError as reason:  # also UnicodeDecodeError, and whole numbers of more than 4300 digits
         raise error(f"{where}: not readable as {kind} ({reason}){f'; {fix}' if fix else ''}") from reason
-
-
-def shown(value: object, most: int = 60) -> str:
-    """A value for a message: as Python writes it, in ASCII, cut at `most` characters; huge numbers by their size."""
-    try:
-        text = ascii(value)
-    except (ValueError, RecursionError):  # a number of more than 4300 digits, or one inside; nested too deep
-        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a value too large to show"
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def read_plain_file(

@@ -16,7 +16,7 @@ from PIL import Image
 from edgedetr import cli
 from edgedetr.bundle import Bundle
 from edgedetr.errors import BundleError
-from edgedetr.storage.file_kinds import require, what_is
+from edgedetr.storage.file_kinds import recognize, require
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -169,13 +169,13 @@ def test_every_argument_names_what_it_was_given(place, words, code, told, capsys
 
 def test_what_is_meant_is_let_through():
     data = FIXTURES / "scenes-0.1"
-    assert what_is(FIXTURES / "bundle-0.1").name == "bundle"
-    assert what_is(data).name == "data"
-    assert what_is(data / "images" / "test").name == "images"
-    assert what_is(next((data / "images" / "test").iterdir())).name == "image"
-    assert what_is(FIXTURES / "bundle-0.1" / "recipe.toml").name == "recipe"  # --recipe BUNDLE/recipe.toml
-    assert what_is(FIXTURES / "bundle-0.1" / "weights.safetensors").name == "weights"
-    assert what_is(FIXTURES / "nowhere") is None
+    assert recognize(FIXTURES / "bundle-0.1").name == "bundle"
+    assert recognize(data).name == "data"
+    assert recognize(data / "images" / "test").name == "images"
+    assert recognize(next((data / "images" / "test").iterdir())).name == "image"
+    assert recognize(FIXTURES / "bundle-0.1" / "recipe.toml").name == "recipe"  # --recipe BUNDLE/recipe.toml
+    assert recognize(FIXTURES / "bundle-0.1" / "weights.safetensors").name == "weights"
+    assert recognize(FIXTURES / "nowhere") is None
 
 
 def test_a_folder_with_the_name_of_a_shipped_recipe_does_not_hide_it(tmp_path, monkeypatch):
@@ -191,9 +191,9 @@ def test_images_of_many_formats_are_images(tmp_path):
     for suffix in ("jpg", "png", "gif", "bmp", "tiff", "webp"):
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / f"a.{suffix}")
         os.rename(tmp_path / f"a.{suffix}", tmp_path / f"{suffix}-without-suffix")
-        assert what_is(tmp_path / f"{suffix}-without-suffix").name == "image"
+        assert recognize(tmp_path / f"{suffix}-without-suffix").name == "image"
 
 
 def test_a_pipe_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "model.onnx")
-    assert what_is(tmp_path / "model.onnx") is None
+    assert recognize(tmp_path / "model.onnx") is None

@@ -27,7 +27,7 @@ def test_text_of_another_encoding_is_one_error_that_says_what_to_do(tmp_path, ra
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
 def test_text_with_zero_bytes_is_not_taken_for_utf_8(tmp_path, encoding):
     (tmp_path / "a.txt").write_bytes("cat\r\n".encode(encoding))
-    with pytest.raises(DataError, match=r"a\.txt: holds zero bytes.*save it as UTF-8"):
+    with pytest.raises(DataError, match=r"a\.txt: contains zero bytes.*save it as UTF-8"):
         read_text(tmp_path / "a.txt", DataError)
 
 

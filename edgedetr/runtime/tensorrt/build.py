@@ -15,9 +15,10 @@ from edgedetr.artifacts import ENGINE_GRAPHS, FrameGraph, frame_graph
 from edgedetr.bundle import Bundle
 from edgedetr.errors import BundleError, EngineError, MissingDependency, UsageError
 from edgedetr.image_size import check_size
+from edgedetr.printable import shown
 from edgedetr.progress import Progress
 from edgedetr.runtime import jetson
-from edgedetr.runtime.arguments import check_count, check_word, is_whole, shown
+from edgedetr.runtime.arguments import check_count, check_word, is_whole
 from edgedetr.runtime.backends import onnx_bytes
 from edgedetr.runtime.backends.onnx_bytes import OnnxFacts
 from edgedetr.runtime.bundle_detector import open_bundle

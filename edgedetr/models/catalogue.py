@@ -1,4 +1,4 @@
-"""The family as a table: each member's paper, size, cost and settings at its default configuration."""
+"""Describes each member of the family at its default configuration: paper, size, cost, settings."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from edgedetr.artifacts import GRAPHS
 from edgedetr.models import FAMILY, build
 
-DIALECTS = tuple(GRAPHS)  # every member exports to each; tests keep it so
-
 
 @dataclass(frozen=True)
-class Entry:
+class MemberSummary:
     """One member of the family at its default configuration.
 
     gmacs    multiply-accumulates of one image of `pixels` x `pixels`, in 1e9: convolutions and matrix products
     levels   (height, width, stride) of each feature map that the decoder reads, at that size
+    dialects ids of the graphs that it exports to (edgedetr/artifacts.py); the name is that of `models --json`
     """
 
     name: str
@@ -29,13 +28,13 @@ class Entry:
     levels: tuple[tuple[int, int, int], ...]
     queries: int
     activation: str
-    dialects: tuple[str, ...] = DIALECTS
+    dialects: tuple[str, ...] = tuple(GRAPHS)
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 
-def describe(name: str, classes: int = 80, pixels: int = 640) -> Entry:
+def summarize(name: str, classes: int = 80, pixels: int = 640) -> MemberSummary:
     """One member; counted for 80 classes (COCO), without downloading weights."""
     member = FAMILY[name]
     config = member.config()
@@ -48,7 +47,7 @@ def describe(name: str, classes: int = 80, pixels: int = 640) -> Entry:
             memory = model.encode(images)
             model.decode(model.select(memory), memory, last_only=True)
     levels = tuple((h, w, stride) for (h, w), stride in zip(memory.shapes, memory.strides))
-    return Entry(
+    return MemberSummary(
         name,
         member.paper,
         sum(p.numel() for p in model.parameters()),
