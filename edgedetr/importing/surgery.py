@@ -5,6 +5,7 @@ One image of one size, float32, opset 19, sizes folded; scales folded into convo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from edgedetr.onnx_graph.graph_builder import GraphBuilder
 from edgedetr.onnx_graph.graph_edit import rename_tensors
 from edgedetr.onnx_graph.index import GraphIndex, display_name
 from edgedetr.onnx_graph.opset import OPSET, to_opset
+from edgedetr.quantization.node_roles import role_from_name, set_role
 
 # What no version of TensorRT runs, and why; what the input's size decides has been folded before.
 _REFUSED = {
@@ -300,30 +302,33 @@ def _rename(model: ModelProto, names: Mapping[str, str]) -> None:
         item.name = names.get(item.name, item.name)
 
 
+_PARTS = ("memory_projection", "dynamic_head")  # roles of layers inside a decoder or a selection
 _GATHERS = ("Gather", "GatherElements", "GatherND")
 
 
 def annotate_nodes(model: ModelProto, queries: int) -> dict[str, int]:
-    """Mark the nodes that work on queries and those that select them, by a prefix of their names; count them.
+    """Write into each node's metadata the role that it has for quantization policies; return how often each occurs.
 
-    decoder    the output has one row per query. An image feature with the same number of tokens counts as well
-    selector   every path to an output of the graph goes through a TopK, or a Gather at the indices of a TopK
+    decoder           the output has one row per query. An image feature with the same number of tokens counts as well
+    query_selection   every path to an output of the graph goes through a TopK, or a Gather at the indices of a TopK
+
+    A name that shows a role, as in our own exports, counts if the graph shows none, or if its role is a part of these.
     """
     graph = GraphIndex(model)
     selecting = _selecting_nodes(graph)
     reaching = _reaching_an_output(graph, selecting)
-    counts = {"decoder": 0, "selector": 0}
+    counts: Counter[str] = Counter()
     for node in model.graph.node:
-        role = ""
-        if any(_has_rows(graph, name, queries) for name in node.output):
-            role = "decoder"
-        elif selecting and node.name not in reaching:
-            role = "selector"
+        role = role_from_name(node.name)
+        if role not in _PARTS:
+            if any(_has_rows(graph, name, queries) for name in node.output):
+                role = "decoder"
+            elif selecting and node.name not in reaching:
+                role = "query_selection"
+        set_role(node, role)
         if role:
             counts[role] += 1
-            if f"/{role}/" not in node.name:
-                node.name = f"/{role}/{node.name.lstrip('/')}"
-    return counts
+    return dict(counts)
 
 
 def _has_rows(graph: GraphIndex, name: str, queries: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from edgedetr.errors import ExportError, UsageError
 from edgedetr.importing.import_options import ImportOptions, Normalization
 from edgedetr.importing.onnx_model import import_onnx_model
 from edgedetr.lint.lint import lint
+from edgedetr.quantization.node_roles import get_role
 from edgedetr.runtime.bundle_detector import load
 
 torch = pytest.importorskip("torch")
@@ -199,9 +201,10 @@ def test_names_are_not_needed_for_that(files, scenes, tmp_path):
     result = import_onnx_model(
         tmp_path / "nameless.onnx", tmp_path / "b", ImportOptions(data=scenes, size=(HEIGHT, WIDTH))
     )
-    names = [node.name for node in onnx.load(result.bundle.require("model.onnx")).graph.node]
-    assert sum(name.startswith("/decoder/") for name in names) > 50
-    assert sum(name.startswith("/selector/") for name in names) > 5
+    roles = Counter(get_role(node) for node in onnx.load(result.bundle.require("model.onnx")).graph.node)
+    assert roles["decoder"] > 50
+    assert roles["query_selection"] > 5
+    assert set(roles) <= {"", "decoder", "query_selection"}
 
 
 # ---- end to end

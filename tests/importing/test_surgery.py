@@ -8,10 +8,11 @@ from external_models import open_session
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.importing.surgery import fold_scales, name_nodes
+from edgedetr.importing.surgery import annotate_nodes, fold_scales, name_nodes
 from edgedetr.onnx_graph.fold import fold, fold_at_fixed_size
 from edgedetr.onnx_graph.grid_sample import replace_grid_samples
 from edgedetr.onnx_graph.opset import to_opset
+from edgedetr.quantization.node_roles import get_role
 
 torch = pytest.importorskip("torch")
 
@@ -242,3 +243,47 @@ def test_every_node_gets_a_name_of_its_own():
     assert names[0] == "same"
     assert len(set(names)) == 3
     assert all(names)
+
+
+def test_roles_follow_from_rows_and_paths_and_from_names_of_our_own_exports():
+    """Five tokens of four channels; the two with the best scores become queries."""
+    nodes = [
+        helper.make_node("Relu", ["x"], ["tokens"], "backbone"),
+        helper.make_node("MatMul", ["tokens", "w1"], ["projected"], "/selector/project/MatMul"),
+        helper.make_node("MatMul", ["projected", "w1"], ["scores"], "score_head"),
+        helper.make_node("ReduceMax", ["scores"], ["best"], "best", axes=[2], keepdims=0),
+        helper.make_node("TopK", ["best", "k"], ["top", "index"], "top_k"),
+        helper.make_node("Gather", ["projected", "index"], ["picked"], "pick", axis=1),
+        helper.make_node("Squeeze", ["picked", "one"], ["queries"], "squeeze"),
+        helper.make_node("MatMul", ["queries", "w1"], ["hidden"], "layer"),
+        helper.make_node("MatMul", ["tokens", "w1"], ["values"], "memory"),
+        helper.make_node("ReduceMean", ["values"], ["mean"], "pool", axes=[1], keepdims=1),
+        helper.make_node("Add", ["hidden", "mean"], ["y"], "add"),
+    ]
+    constants = {
+        "w1": numpy_helper.from_array(np.eye(4, dtype=np.float32), "w1"),
+        "k": numpy_helper.from_array(np.array([2]), "k"),
+        "one": numpy_helper.from_array(np.array([0]), "one"),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 5, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        list(constants.values()),
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    annotate_nodes(model, 2)
+    assert {node.name: get_role(node) for node in model.graph.node} == {
+        "backbone": "",
+        "/selector/project/MatMul": "memory_projection",
+        "score_head": "query_selection",
+        "best": "query_selection",
+        "top_k": "query_selection",
+        "pick": "query_selection",
+        "squeeze": "decoder",
+        "layer": "decoder",
+        "memory": "",
+        "pool": "",
+        "add": "decoder",
+    }
