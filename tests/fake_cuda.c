@@ -10,7 +10,7 @@ typedef struct { op_t *ops; int count, capacity, capturing; } list_t;       // a
 
 static char log_text[1 << 20];
 static char failing[64];
-static int fail_code, fail_after, live_device, live_host, live_streams, live_graphs, live_events, version = FAKE_VERSION;
+static int fail_code, fail_after, live_device, live_host, live_streams, live_graphs, version = FAKE_VERSION;
 static int device_count = 1, integrated = 0;
 static list_t *streams[64];
 
@@ -39,12 +39,12 @@ static void perform(const list_t *list) {
 const char *fake_log(void) { return log_text; }
 void fake_reset(void) {
     log_text[0] = failing[0] = 0; device_count = 1; integrated = 0; version = FAKE_VERSION;
-    live_device = live_host = live_streams = live_graphs = live_events = 0;
+    live_device = live_host = live_streams = live_graphs = 0;
     for (int i = 0; i < 64; i++) streams[i] = NULL;
 }
 void fake_fail(const char *name, int code, int after) { strcpy(failing, name); fail_code = code; fail_after = after; }
 void fake_device(int count, int is_integrated, int cuda) { device_count = count; integrated = is_integrated; version = cuda; }
-int fake_live(int kind) { int all[] = {live_device, live_host, live_streams, live_graphs, live_events}; return all[kind]; }
+int fake_live(int kind) { int all[] = {live_device, live_host, live_streams, live_graphs}; return all[kind]; }
 void fake_enqueue(void *stream, work_t work) { push(stream, (op_t){.work = work}); }
 int fake_capturing(void *stream) { return ((list_t *)stream)->capturing; }
 
@@ -138,12 +138,3 @@ int cudaGraphLaunch(void *graph, void *stream) {
     for (int i = 0; i < list->count; i++) push(stream, list->ops[i]);
     return 0;
 }
-int cudaEventCreateWithFlags(void **made, unsigned flags) { CALLED("cudaEventCreateWithFlags"); *made = malloc(1); live_events++; return 0; }
-int cudaEventRecord(void *event, void *stream) { CALLED("cudaEventRecord"); return 0; }
-int cudaEventSynchronize(void *event) {
-    CALLED("cudaEventSynchronize");
-    for (int i = 0; i < 64; i++) if (streams[i]) { perform(streams[i]); streams[i]->count = 0; }
-    return 0;
-}
-int cudaEventElapsedTime(float *value, void *start, void *end) { CALLED("cudaEventElapsedTime"); *value = 1.5f; return 0; }
-int cudaEventDestroy(void *event) { CALLED("cudaEventDestroy"); free(event); live_events--; return 0; }

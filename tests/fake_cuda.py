@@ -16,7 +16,7 @@ import pytest
 
 from edgedetr.runtime.tensorrt import gpu
 
-LIVE = ("device", "host", "streams", "graphs", "events")
+LIVE = ("device", "host", "streams", "graphs")
 WORK = ctypes.CFUNCTYPE(None)
 
 

@@ -101,7 +101,7 @@ def build(
     rows = []
     for made in built:
         metadata = made.metadata
-        fraction = metadata.layers.share(metadata.arguments.precision)
+        fraction = metadata.layers.fraction(metadata.arguments.precision)
         rows.append(
             [
                 made.path.name,

@@ -59,7 +59,7 @@ def judge_engine(run: ArtifactRun, engine: Engine, verdict: ArtifactVerdict) -> 
     """Add to the verdict on an artifact the checks that apply to engines only."""
     metadata = engine.metadata
     precision = metadata.arguments.precision
-    fraction, rows_matched = metadata.layers.share(precision), _rows_matched(run)
+    fraction, rows_matched = metadata.layers.fraction(precision), _rows_matched(run)
     problems, notes = [verdict.note] * bool(verdict.note), []
     if fraction is None:
         notes.append("the inspector lists no layer with weights, so the precision of the engine is unknown")

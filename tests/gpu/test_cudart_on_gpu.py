@@ -80,20 +80,6 @@ def test_what_cannot_be_recorded_is_told_and_the_stream_works_on(api):
     api.destroy_stream(stream)
 
 
-def test_events_measure_the_device(api):
-    stream, (begin, end) = api.stream(), (api.event(), api.event())
-    buffer, size = Buffer(api, 64 << 20), 64 << 20
-    api.record(begin, stream)
-    buffer.upload(stream, size)
-    api.record(end, stream)
-    took = api.milliseconds(begin, end)
-    assert 64 / 1000 < took < 1000  # 64 MiB cannot come faster than at 1 TB/s
-    for event in (begin, end):
-        api.destroy_event(event)
-    buffer.free()
-    api.destroy_stream(stream)
-
-
 def test_more_memory_than_there_is_names_what_is_free(api):
     with pytest.raises(DeviceError, match=rf"{api.device.name} is out of memory: .* MiB are free"):
         api.allocate(1 << 50)

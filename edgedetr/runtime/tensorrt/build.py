@@ -1,4 +1,9 @@
-"""Build TensorRT engines from a bundle, on the device that will run them. Like make: one that fits is kept."""
+"""Build TensorRT engines from a bundle, on the device that runs them; an engine that fits is kept, as make does.
+
+This is the only file that calls TensorRT's builder. Every name used exists in 10.3, 10.16 and 11.4, or is checked with
+hasattr. Flags are looked up by name, because their numbers changed in 11. The network is strongly typed: only the types
+of the graph decide. TensorRT 11 has no other kind.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +39,9 @@ LARGEST_BATCH = 1024
 SMALLEST_WORKSPACE = 64  # MB; below it convolutions lose their fast kernels
 LARGEST_DEFAULT = 4096  # MB; detectors use far less, and more only makes the search longer
 
-STRONG_SINCE = (10, 12)  # before it strong typing exists and is little tested: weak typing may stand in
+STRONG_SINCE = (10, 12)  # earlier versions have strong typing, little tested: weak typing is the fallback
 WEAK_FLAGS = {"fp32": (), "fp16": ("FP16",), "int8": ("FP16", "INT8")}
-SAID = 12  # error lines of TensorRT that a message repeats; the first ones name the cause
+MOST_LINES = 12  # error lines of TensorRT that a message repeats; the first ones name the cause
 MEMORY_WORDS = ("out of memory", "insufficient memory", "outofmemory", "cuda error 2", "memory allocation")
 
 
@@ -44,7 +49,7 @@ MEMORY_WORDS = ("out of memory", "insufficient memory", "outofmemory", "cuda err
 class BuiltEngine:
     """An engine that fits this device.
 
-    made   whether it was built now; False: it was there
+    made   whether it was built by this call; False: an engine that fits was kept
     """
 
     path: Path
@@ -64,13 +69,13 @@ def build(
     force: bool = False,
     progress: Progress | None = None,
 ) -> BuiltEngine:
-    """Build the engine of one precision, or keep the one that is there and fits.
+    """Build the engine of one precision, or keep an existing one that fits.
 
     precision            "fp32", "fp16" or "int8": which graph of the bundle
-    batch                number of images of a run, or (least, usual, largest) for an engine that takes several
-    frame                (height, width): the engine for whole camera frames instead, see runtime/frame_detector.py
-    workspace_mb         memory that kernels may use while they run; None = a safe share of the device's
-    optimization_level   0..5, how long kernels are searched for
+    batch                batch size, or (minimum, optimum, maximum) for an engine with a dynamic batch size
+    frame                (height, width): the engine for whole camera frames, see runtime/frame_detector.py
+    workspace_mb         scratch memory of kernels; None = a safe fraction of the device's memory
+    optimization_level   0..5, how long TensorRT searches for kernels
     typing               "strong": the graph's types decide; "weak": TensorRT 10 chooses; "auto": weak if strong fails
     force                build it again
     """
@@ -79,7 +84,7 @@ def build(
         frame = check_size(frame, "frame")
     check_count(workspace_mb, "workspace_mb")
     bundle = open_bundle(bundle)
-    trt = _here(bundle)
+    trt = _tensorrt_for(bundle)
     device = gpu.probe()
     graph = ENGINE_GRAPHS[precision]
     name = graph.file if frame is None else FrameGraph(graph, *frame).file
@@ -101,9 +106,9 @@ def build(
         if kept is not None:
             return kept
     issues = known_issues.affecting(facts, trt.__version__, device.sm, arguments)
-    for entry in issues:
-        if entry.refuse:
-            raise EngineError(f"{bundle.path / name}, TensorRT {trt.__version__}: {entry}")
+    for issue in issues:
+        if issue.refuse:
+            raise EngineError(f"{bundle.path / name}, TensorRT {trt.__version__}: {issue}")
     folder = engine_cache.writable_folder(bundle, needed=len(model))
     with engine_cache.one_at_a_time(folder):
         plan = folder / f"{stem}.plan"
@@ -112,7 +117,7 @@ def build(
             return kept
         cache = engine_cache.timing_cache_path(device, trt.__version__)
         try:
-            made = build_serialized(
+            engine = build_serialized(
                 model,
                 arguments,
                 device,
@@ -121,14 +126,14 @@ def build(
                 progress=progress,
             )
         except EngineError as error:
-            hints = "".join(f"\nknown: {entry}" for entry in issues if entry.on_failure)
+            hints = "".join(f"\nknown issue: {issue}" for issue in issues if issue.on_failure)
             raise EngineError(f"{error}{hints}") from error
-        engine_cache.write_timing_cache(cache, made.timing_cache)
-        warnings = tuple(str(entry) for entry in issues if not entry.on_failure) + made.notes
-        told = EngineMetadata(
+        engine_cache.write_timing_cache(cache, engine.timing_cache)
+        warnings = tuple(str(issue) for issue in issues if not issue.on_failure) + engine.notes
+        metadata = EngineMetadata(
             plan=plan.name,
-            plan_sha256=hashlib.sha256(made.data).hexdigest(),
-            plan_bytes=len(made.data),
+            plan_sha256=hashlib.sha256(engine.data).hexdigest(),
+            plan_bytes=len(engine.data),
             onnx=name,
             onnx_sha256=digest,
             tensorrt=trt.__version__,
@@ -139,56 +144,57 @@ def build(
             sm=device.sm,
             host=engine_validation.host(make=True),
             arguments=arguments,
-            typing=made.typing,
-            seconds=round(made.seconds, 1),
-            layers=engine_metadata.summarize_layers(made.layers),
+            typing=engine.typing,
+            seconds=round(engine.seconds, 1),
+            layers=engine_metadata.summarize_layers(engine.layers),
             warnings=warnings,
         )
-        _publish(plan, made, told)
-    log.info("%s: built in %.0f s", plan, made.seconds)
-    return BuiltEngine(plan, told, True)
+        _publish(plan, engine, metadata)
+    log.info("%s: built in %.0f s", plan, engine.seconds)
+    return BuiltEngine(plan, metadata, True)
 
 
 def outdated(bundle: Bundle) -> list[Path]:
-    """Plans in the bundle that were built from a graph it no longer has; nothing will ever load them."""
+    """Plans in the bundle whose graph it no longer has, so that nothing loads them."""
     found = []
     for plan in sorted((bundle.path / engine_cache.FOLDER).glob("*.plan")):
         try:
-            told = engine_metadata.read(plan)
+            metadata = engine_metadata.read(plan)
         except EngineError:
             continue
-        entry = bundle.manifest.files.get(told.onnx) if told is not None else None
-        if told is not None and (entry is None or entry.sha256 != told.onnx_sha256):
+        entry = bundle.manifest.files.get(metadata.onnx) if metadata is not None else None
+        if metadata is not None and (entry is None or entry.sha256 != metadata.onnx_sha256):
             found.append(plan)
     return found
 
 
-def _publish(plan: Path, made: SerializedEngine, told: EngineMetadata) -> None:
+def _publish(plan: Path, engine: SerializedEngine, metadata: EngineMetadata) -> None:
     engine_cache.publish(
         {
-            plan.with_suffix(".layers.json"): made.layers.encode(),
-            plan: made.data,
-            engine_metadata.metadata_path(plan): engine_metadata.to_bytes(told),
+            plan.with_suffix(".layers.json"): engine.layers.encode(),
+            plan: engine.data,
+            engine_metadata.metadata_path(plan): engine_metadata.to_bytes(metadata),
         }
     )
 
 
 def _kept(plan: Path, device: Device, version: str, digest: str) -> BuiltEngine | None:
-    """The engine that is there, if it may be used."""
+    """An existing engine, if it is valid and fits; None: build it."""
     if not plan.exists():
         return None
     try:
-        told = engine_validation.check(plan, device, version, onnx_sha256=digest).metadata
+        metadata = engine_validation.check(plan, device, version, onnx_sha256=digest).metadata
     except EngineError as reason:
         log.warning("building again: %s", reason)
         return None
-    if told is not None and (changed := engine_validation.drift(told, device)):
+    if metadata is not None and (changed := engine_validation.drift(metadata, device)):
         log.warning("building again: %s: %s", plan, changed)
         return None
-    return BuiltEngine(plan, told, False) if told is not None else None
+    return BuiltEngine(plan, metadata, False) if metadata is not None else None
 
 
-def _here(bundle: Bundle):  # type: ignore[no-untyped-def]  # a module, or an error
+def _tensorrt_for(bundle: Bundle) -> Any:
+    """The module tensorrt. Errors: MissingDependency that tells to copy the bundle to the device."""
     try:
         return tensorrt()
     except MissingDependency as error:
@@ -200,25 +206,25 @@ def _here(bundle: Bundle):  # type: ignore[no-untyped-def]  # a module, or an er
 
 
 def _check_words(precision: str, batch: int | tuple[int, int, int], level: int, typing: str) -> tuple[int, int, int]:
-    """Batch sizes as (least, usual, largest); UsageError for words that mean nothing."""
+    """Batch sizes as (minimum, optimum, maximum). Errors: UsageError for an unknown or impossible option."""
     check_word(precision, ENGINE_GRAPHS, "precision")
     check_word(typing, TYPINGS, "typing")
     if not is_whole(level) or level not in LEVELS:
         raise UsageError(f"optimization_level is {shown(level)}; expected a whole number from 0 to {LEVELS[-1]}")
     sizes: list[Any] = [batch] * 3 if is_whole(batch) else list(batch) if isinstance(batch, (tuple, list)) else []
     if len(sizes) != 3 or not all(map(is_whole, sizes)):
-        raise UsageError(f"batch is {shown(batch)}; expected a whole number, or three: least, usual, largest")
-    least, usual, largest = sizes
-    if not 1 <= least <= usual <= largest <= LARGEST_BATCH:
+        raise UsageError(f"batch is {shown(batch)}; expected a whole number, or three: minimum, optimum, maximum")
+    minimum, optimum, maximum = sizes
+    if not 1 <= minimum <= optimum <= maximum <= LARGEST_BATCH:
         raise UsageError(
-            f"batch is {shown(batch)} (least, usual, largest); expected numbers in ascending order, from "
+            f"batch is {shown(batch)} (minimum, optimum, maximum); expected numbers in ascending order, from "
             f"1 to {LARGEST_BATCH}"
         )
-    return least, usual, largest
+    return minimum, optimum, maximum
 
 
 def _check_batch(bundle: Bundle, name: str, precision: str, facts: OnnxFacts, sizes: tuple[int, int, int]) -> None:
-    """The graph must take these batch sizes; most graphs are written for one image."""
+    """Check that the graph takes these batch sizes; most graphs take one image. Errors: UsageError, BundleError."""
     whole_frames = frame_graph(name) is not None
     taken, given = ("frames", ("boxes", "scores", "labels")) if whole_frames else ("images", ("logits", "boxes"))
     shape = facts.inputs.get(taken)
@@ -233,33 +239,33 @@ def _check_batch(bundle: Bundle, name: str, precision: str, facts: OnnxFacts, si
     if isinstance(fixed, int) and set(sizes) != {fixed}:
         wanted = sizes[0] if len(set(sizes)) == 1 else "{}, {}, {}".format(*sizes)
         raise UsageError(
-            f"{bundle.path / name} takes batches of {fixed} only, {wanted} was asked for; expected a "
+            f"{bundle.path / name} takes batches of {fixed} only, {wanted} was requested; expected a "
             f"graph whose batch size is open; "
             f"run: {ENGINE_GRAPHS[precision].command.format(path=bundle.path)} --dynamic-batch"
         )
 
 
-def _workspace(asked: int | None, device: Device) -> int:
-    """MB. A board shares its memory with everything else: an eighth of it is 1 GB on one of 8 GB."""
+def _workspace(requested: int | None, device: Device) -> int:
+    """Workspace in MB. A Jetson shares its memory with the CPU: the default is an eighth of it, 1 GB of 8 GB."""
     total = device.total_bytes >> 20
-    if asked is None:
+    if requested is None:
         return max(SMALLEST_WORKSPACE, min(LARGEST_DEFAULT, total // (8 if device.integrated else 4)))
-    if not SMALLEST_WORKSPACE <= asked <= total:
+    if not SMALLEST_WORKSPACE <= requested <= total:
         raise UsageError(
-            f"workspace is {asked} MB; expected from {SMALLEST_WORKSPACE} to the {total} MB of {device.name}"
+            f"workspace is {requested} MB; expected from {SMALLEST_WORKSPACE} to the {total} MB of {device.name}"
         )
-    return asked
+    return requested
 
 
 @dataclass(frozen=True)
 class SerializedEngine:
-    """A serialized engine, and what was learned by building it.
+    """A serialized engine, and the results of its build.
 
     layers         the engine inspector's JSON
-    timing_cache   to be given to the next build on this device; empty where there is none
+    timing_cache   input of the next build on this device; empty where there is none
     typing         "strong" or "weak"
     seconds        of the build alone
-    notes          what a user should know of how it was built
+    notes          messages for the user about the build
     """
 
     data: bytes
@@ -283,9 +289,9 @@ def build_serialized(
     timing_cache: bytes = b"",
     progress: Progress | None = None,
 ) -> SerializedEngine:
-    """Build an engine; EngineError with everything that TensorRT said when it cannot be built.
+    """Build an engine. Errors: EngineError with TensorRT's own messages.
 
-    device   what gpu.probe gave: TensorRT must not be touched where there is no driver
+    device   the result of gpu.probe: TensorRT must not be used without a driver
     what     the graph's name in messages
     """
     trt = tensorrt()
@@ -337,15 +343,16 @@ def _attempt(
     logger = make_logger(trt)  # must outlive everything below
     try:
         builder = trt.Builder(logger)
-    except TypeError as error:  # how the bindings say that the library gave nothing
+    except TypeError as error:  # the bindings raise it where the library returned a null pointer
         raise EngineError(
-            f"TensorRT {trt.__version__} does not start here ({_said(logger.errors) or error}); run: edgedetr doctor"
+            f"TensorRT {trt.__version__} does not start here ({_error_lines(logger.errors) or error}); "
+            "run: edgedetr doctor"
         ) from error
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if typing == "strong" else 0
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(model):
-        raise _BuildFailed("the parser refuses the graph:\n" + _parser_errors(parser))
+        raise _BuildFailed("the parser rejects the graph:\n" + _parser_errors(parser))
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, arguments.workspace_mb << 20)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -364,23 +371,32 @@ def _attempt(
     if monitor is not None and monitor.stopped is not None:
         raise monitor.stopped
     if data is None:
-        raise _BuildFailed("the builder gives no engine:\n" + (_said(logger.errors) or "and does not say why"))
+        raise _BuildFailed("the builder returns no engine:\n" + (_error_lines(logger.errors) or "without a reason"))
     updated = config.get_timing_cache() if cache is not None else None
     saved = updated.serialize() if updated is not None else None
     made = _Built(bytes(data), bytes(saved) if saved is not None else b"", time.perf_counter() - begun)
-    del data, saved, updated, cache, config, parser, network, builder  # the engine is loaded next: memory, and order
+    del (
+        data,
+        saved,
+        updated,
+        cache,
+        config,
+        parser,
+        network,
+        builder,
+    )  # frees memory for loading the engine next; the order matters
     return made
 
 
 def _add_profile(builder: Any, network: Any, config: Any, batch: tuple[int, int, int]) -> None:
-    """A range of batch sizes for every input that leaves its first size open; other open sizes are refused."""
+    """Set the range of dynamic batch sizes. Errors: EngineError for an input with another dynamic size."""
     profile, needed = builder.create_optimization_profile(), False
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         shape = tuple(tensor.shape)
         if -1 in shape[1:]:
             raise EngineError(
-                f"input {tensor.name} is {list(shape)}: sizes besides the batch are open; expected one "
+                f"input {tensor.name} is {list(shape)}: sizes other than the batch size are dynamic; expected one "
                 "image size; write the graph again: edgedetr export BUNDLE"
             )
         if shape and shape[0] == -1:
@@ -388,13 +404,13 @@ def _add_profile(builder: Any, network: Any, config: Any, batch: tuple[int, int,
             profile.set_shape(tensor.name, *((size, *shape[1:]) for size in batch))
     if needed and config.add_optimization_profile(profile) < 0:
         raise EngineError(
-            f"TensorRT refuses batch sizes {batch[0]}, {batch[1]}, {batch[2]} (least, usual, largest); "
+            f"TensorRT rejects batch sizes {batch[0]}, {batch[1]}, {batch[2]} (minimum, optimum, maximum); "
             "expected sizes that the graph can take; build for one size: edgedetr build BUNDLE"
         )
 
 
 def _use_timing_cache(config: Any, data: bytes) -> Any:
-    """Start from the timings of earlier builds; from none where they are damaged or of another kind."""
+    """Start from the kernel timings of earlier builds; without them where they are damaged or do not fit."""
     cache = config.create_timing_cache(data)
     if cache is not None and config.set_timing_cache(cache, False):
         return cache
@@ -406,7 +422,7 @@ def _use_timing_cache(config: Any, data: bytes) -> Any:
 
 
 def _make_monitor(trt: Any, progress: Progress) -> Any:
-    """Tells `progress` of the outermost phases of the build. Ctrl-C stops the build, not the process."""
+    """Reports the outermost phases of the build to `progress`. Ctrl-C stops the build, and not the process."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the base is only known at run time
         def __init__(self) -> None:
@@ -417,19 +433,19 @@ def _make_monitor(trt: Any, progress: Progress) -> Any:
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if not parent_phase:
                 self.steps[phase_name] = num_steps
-                self._tell(phase_name, 0)
+                self._report(phase_name, 0)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self.steps:
-                self._tell(phase_name, step + 1)
+                self._report(phase_name, step + 1)
             return self.stopped is None  # False asks TensorRT to stop
 
         def phase_finish(self, phase_name: str) -> None:
             if phase_name in self.steps:
-                self._tell(phase_name, self.steps.pop(phase_name))
+                self._report(phase_name, self.steps.pop(phase_name))
 
-        def _tell(self, phase: str, done: int) -> None:
-            # An exception must not pass through TensorRT's C++ frames: it is kept, and raised after the build.
+        def _report(self, phase: str, done: int) -> None:
+            # An exception must not pass through TensorRT's C++ frames: it is stored, and raised after the build.
             try:
                 progress(f"build: {phase}", done, self.steps.get(phase, done))
             except BaseException as error:  # noqa: BLE001  # Ctrl-C too
@@ -439,20 +455,20 @@ def _make_monitor(trt: Any, progress: Progress) -> Any:
 
 
 def _parser_errors(parser: Any) -> str:
-    """Every error of the parser with the node it is about."""
+    """Every error of the parser, with its node."""
     lines = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
         name, kind = error.node_name(), error.node_operator()
         lines.append(f"  node {name or '(no name)'} ({kind or 'no operator'}): {error.desc()}")
-    return "\n".join(lines) or "  and does not say why"
+    return "\n".join(lines) or "  without a reason"
 
 
-def _said(errors: list[str]) -> str:
-    """What the logger kept, without repetitions."""
+def _error_lines(errors: list[str]) -> str:
+    """The logger's error lines without repetitions, at most MOST_LINES of them."""
     different = list(dict.fromkeys(errors))
-    more = f"\n  and {len(different) - SAID} more" if len(different) > SAID else ""
-    return "\n".join(f"  {line}" for line in different[:SAID]) + more
+    more = f"\n  and {len(different) - MOST_LINES} more" if len(different) > MOST_LINES else ""
+    return "\n".join(f"  {line}" for line in different[:MOST_LINES]) + more
 
 
 def _advice(text: str, arguments: BuildArguments) -> str:
@@ -461,18 +477,18 @@ def _advice(text: str, arguments: BuildArguments) -> str:
             f"\nthe device ran out of memory: close other programs, add swap, or use less than "
             f"--workspace {arguments.workspace_mb} MB or a smaller batch"
         )
-    return "\nwhat TensorRT does not take in this graph: edgedetr lint BUNDLE"
+    return "\nsee what TensorRT does not support in this graph: edgedetr lint BUNDLE"
 
 
 def _inspect(trt: Any, data: bytes, what: str) -> str:
-    """Load the engine once, which proves that it loads, and ask what its layers are."""
+    """The inspector's JSON about the layers; loading the engine for it also proves that it loads."""
     logger = make_logger(trt)
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise EngineError(
             f"{what}: TensorRT {trt.__version__} built an engine that it cannot load:\n"
-            f"{_said(logger.errors)}{_advice(_said(logger.errors), _NO_ARGUMENTS)}"
+            f"{_error_lines(logger.errors)}{_advice(_error_lines(logger.errors), _NO_ARGUMENTS)}"
         )
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)

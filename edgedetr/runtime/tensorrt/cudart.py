@@ -1,14 +1,13 @@
-"""CUDA by ctypes: what the device is, memory, streams, events and graphs; every return code is looked at.
+"""CUDA's runtime library by ctypes: memory, copies, streams and graphs; every return code is checked.
 
-Only the first visible device is used (CUDA_VISIBLE_DEVICES chooses which). No CUDA package for Python is needed:
-the driver's libcuda says what the device is, libcudart of CUDA 11, 12 or 13 does the work.
+Works with libcudart of CUDA 11, 12 and 13, without a CUDA package for Python.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import POINTER, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 
 from edgedetr.errors import DeviceError
 from edgedetr.runtime.tensorrt.gpu import DOCTOR, Device, load_cudart, probe
@@ -46,11 +45,6 @@ SIGNATURES: dict[str, list[object]] = {
     "cudaGraphLaunch": [c_void_p, c_void_p],
     "cudaGraphExecDestroy": [c_void_p],
     "cudaGraphDestroy": [c_void_p],
-    "cudaEventCreateWithFlags": [POINTER(c_void_p), c_uint],
-    "cudaEventRecord": [c_void_p, c_void_p],
-    "cudaEventSynchronize": [c_void_p],
-    "cudaEventElapsedTime": [POINTER(c_float), c_void_p, c_void_p],
-    "cudaEventDestroy": [c_void_p],
 }
 RESULTS: dict[str, object] = {"cudaGetErrorName": c_char_p, "cudaGetErrorString": c_char_p}
 # CUDA 12 put flags where CUDA 11 had the node and the text of an error.
@@ -59,7 +53,7 @@ INSTANTIATE_12: list[object] = [POINTER(c_void_p), c_void_p, c_ulonglong]
 
 
 class Cuda:
-    """Calls into libcudart. Addresses, streams, events and graphs are plain integers; `device` is what was probed."""
+    """Calls into libcudart. Addresses, streams and graphs are plain integers; `device` is the result of probe."""
 
     def __init__(self, device: Device | None = None) -> None:
         self.device = device or probe()
@@ -78,17 +72,17 @@ class Cuda:
             self._fail(name, int(code), what)  # type: ignore[call-overload]  # c_int comes back as int
 
     def _fail(self, name: str, code: int, what: str) -> None:
-        said = [
+        texts = [
             str(self.functions[f"cudaGetError{kind}"](code), "ascii", "replace")  # type: ignore[call-overload]
             for kind in ("Name", "String")
         ]  # c_char_p comes back as bytes
-        self.functions["cudaGetLastError"]()  # the next call must not report this error again
+        self.functions["cudaGetLastError"]()  # so that the next call does not report this error again
         if code == OUT_OF_MEMORY:
             raise DeviceError(
                 f"{self.device.name} is out of memory: {what or name} failed, {self._memory()}; "
                 f"close other programs that use the GPU, or use a smaller batch"
             )
-        text = f"{name} gave {said[0]} ({code}): {said[1]}"
+        text = f"{name} returned {texts[0]} ({code}): {texts[1]}"
         raise CaptureError(text) if code in CAPTURE_ERRORS else DeviceError(f"{text}; {DOCTOR}")
 
     def _memory(self) -> str:
@@ -97,31 +91,32 @@ class Cuda:
             return "free memory unknown"
         return f"{free.value / 2**20:.0f} of {total.value / 2**20:.0f} MiB are free"
 
-    def _made(self, name: str, *arguments: object, what: str = "") -> int:
-        """What a function writes through its first argument."""
+    def _created(self, name: str, *arguments: object, what: str = "") -> int:
+        """The value that a function writes through its first argument."""
         made = c_void_p()
         self._call(name, ctypes.byref(made), *arguments, what=what)
         return made.value or 0
 
     def free_bytes(self) -> int:
+        """Free memory of the device."""
         free, total = c_size_t(), c_size_t()
         self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
         return free.value
 
     def allocate(self, nbytes: int) -> int:
         """Device memory; its address."""
-        return self._made("cudaMalloc", nbytes, what=f"a buffer of {nbytes} bytes on the device")
+        return self._created("cudaMalloc", nbytes, what=f"a buffer of {nbytes} bytes on the device")
 
     def release(self, address: int) -> None:
         self._call("cudaFree", address)
 
     def allocate_host(self, nbytes: int) -> int:
         """Page-locked host memory that the device can address too; its address for the CPU."""
-        return self._made("cudaHostAlloc", nbytes, HOST_ALLOC_MAPPED, what=f"a page-locked buffer of {nbytes} bytes")
+        return self._created("cudaHostAlloc", nbytes, HOST_ALLOC_MAPPED, what=f"a page-locked buffer of {nbytes} bytes")
 
     def device_address(self, host: int) -> int:
-        """The device's address of what `allocate_host` gave."""
-        return self._made("cudaHostGetDevicePointer", host, 0)
+        """The device's address of memory from `allocate_host`."""
+        return self._created("cudaHostGetDevicePointer", host, 0)
 
     def release_host(self, address: int) -> None:
         self._call("cudaFreeHost", address)
@@ -131,34 +126,18 @@ class Cuda:
         self._call("cudaMemcpyAsync", target, source, nbytes, COPY_DEFAULT, stream)
 
     def stream(self) -> int:
-        """A stream of its own: the default stream would synchronize the whole device at every step."""
-        return self._made("cudaStreamCreateWithFlags", NON_BLOCKING)
+        """A new stream: the default stream would synchronize the whole device at every step."""
+        return self._created("cudaStreamCreateWithFlags", NON_BLOCKING)
 
     def wait(self, stream: int) -> None:
-        """Until everything on the stream is done; errors of queued work appear here."""
+        """Wait until everything on the stream is done; errors of queued work are raised here."""
         self._call("cudaStreamSynchronize", stream)
 
     def destroy_stream(self, stream: int) -> None:
         self._call("cudaStreamDestroy", stream)
 
-    def event(self) -> int:
-        return self._made("cudaEventCreateWithFlags", 0)
-
-    def record(self, event: int, stream: int) -> None:
-        self._call("cudaEventRecord", event, stream)
-
-    def milliseconds(self, start: int, end: int) -> float:
-        """Time on the device between two recorded events; waits for the second."""
-        value = c_float()
-        self._call("cudaEventSynchronize", end)
-        self._call("cudaEventElapsedTime", ctypes.byref(value), start, end)
-        return value.value
-
-    def destroy_event(self, event: int) -> None:
-        self._call("cudaEventDestroy", event)
-
     def capture(self, stream: int, work: Callable[[], object]) -> int:
-        """Record what `work` queues on the stream, as a graph that can be launched; CaptureError where that fails."""
+        """Record what `work` queues on the stream as a graph that can be launched. Errors: CaptureError."""
         self._call("cudaStreamBeginCapture", stream, CAPTURE_THREAD_LOCAL)
         try:
             work()
@@ -171,7 +150,7 @@ class Cuda:
             raise CaptureError("nothing was recorded: cudaStreamEndCapture gave no graph")
         try:
             rest = (None, None, 0) if self.old_graphs else (0,)
-            return self._made("cudaGraphInstantiate", graph.value, *rest, what="a CUDA graph")
+            return self._created("cudaGraphInstantiate", graph.value, *rest, what="a CUDA graph")
         finally:
             self._call("cudaGraphDestroy", graph.value)
 

@@ -1,7 +1,7 @@
-"""Where engines and timings of kernels are kept: in the bundle, or in the user's cache where that is read-only.
+"""The folders of engines and kernel timings: in the bundle, or in the user's cache where the bundle is read-only.
 
-Everything is written beside its place, flushed and renamed, and one process at a time builds in a folder: eight that
-are started together make one engine, and whatever fails leaves the engine that was there.
+A file is written under a temporary name, flushed and renamed, and one process at a time builds in a folder. So eight
+processes that start together build one engine, and a failure keeps the previous engine.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from edgedetr.storage.reading import read_plain_file
 log = logging.getLogger(__name__)
 
 FOLDER = "engines"
-UNFINISHED = ".building"  # ending of files that are being written; those of a process that was killed stay
+UNFINISHED = ".building"  # suffix of files that are being written; those of a killed process remain
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-LARGEST_CACHE = 256 << 20  # bytes of a timing cache; a real one has a few million
+LARGEST_CACHE = 256 << 20  # bytes of a timing cache; a typical one has a few million
 
 
 def user_cache() -> Path:
@@ -37,19 +37,19 @@ def user_cache() -> Path:
 
 
 def folders(bundle: Bundle) -> tuple[Path, Path]:
-    """Where engines of a bundle may lie: in it, and in the user's cache. The names of engines tell graphs apart."""
+    """The folders that can have engines of a bundle: its own, and the user's cache, where names identify the graph."""
     return bundle.inside(FOLDER), user_cache() / FOLDER
 
 
 def plans(bundle: Bundle) -> list[Path]:
-    """All plans that may be this bundle's, of any device and version; guards.check says which fit."""
+    """All plans that may belong to this bundle, of any device and version; engine_validation.check tells which fit."""
     return [plan for folder in folders(bundle) if folder.is_dir() for plan in sorted(folder.glob("*.plan"))]
 
 
 def writable_folder(bundle: Bundle, needed: int = 0) -> Path:
-    """The first of `folders` that can be written to, made if it is not there.
+    """The first of `folders` that is writable; it is created if it is missing.
 
-    needed   bytes that an engine takes at the least: better to fail before the minutes of a build than after them
+    needed   minimum size of an engine, bytes: a full disk fails before the build, which takes minutes, and not after it
     """
     refused = []
     for folder in folders(bundle):
@@ -65,14 +65,14 @@ def writable_folder(bundle: Bundle, needed: int = 0) -> Path:
                 raise _unwritable(folder, error) from error
             refused.append(f"{folder} ({error.strerror})")
     raise EngineError(
-        f"no place for an engine: {' and '.join(refused)} cannot be written to; expected one of them "
+        f"no folder for an engine: {' and '.join(refused)} are not writable; expected one of them "
         "writable; set XDG_CACHE_HOME to a folder that is"
     )
 
 
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait for other builds in this folder: they share the GPU, and would disturb each other's timing of kernels."""
+    """Wait for other builds in this folder: they share the GPU, and builds side by side distort kernel timings."""
     import fcntl  # of Linux, which is where engines are built
 
     try:
@@ -83,15 +83,15 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.warning("%s: another process builds here; waiting for it", folder)
+            log.warning("%s: another process builds here; waiting for it to end", folder)
             fcntl.flock(stream, fcntl.LOCK_EX)
-        for left in folder.glob(f".*{UNFINISHED}"):  # nobody else writes here now
+        for left in folder.glob(f".*{UNFINISHED}"):  # this process has the lock
             left.unlink(missing_ok=True)
-        yield  # closing the file opens the lock, also after a crash
+        yield  # closing the file releases the lock, also after a crash
 
 
 def publish(files: Mapping[Path, bytes]) -> None:
-    """Write files of one folder so that all are on disk before the first one takes its place, in the given order."""
+    """Write the files of one folder: first all to disk under temporary names, then renamed in the given order."""
     staged: list[tuple[Path, Path]] = []
     target = Path()
     try:
@@ -114,8 +114,8 @@ def publish(files: Mapping[Path, bytes]) -> None:
 
 def _unwritable(path: Path, error: OSError) -> EngineError:
     return EngineError(
-        f"{path}: cannot be written ({error.strerror}); what was there before is kept; free some space "
-        "or set XDG_CACHE_HOME to another place, then run the same command again"
+        f"{path}: cannot be written ({error.strerror}); the previous file is kept; free some space "
+        "or set XDG_CACHE_HOME to another folder, then run the same command again"
     )
 
 
@@ -125,7 +125,7 @@ def timing_cache_path(device: Device, tensorrt: str) -> Path:
 
 
 def read_timing_cache(path: Path) -> bytes:
-    """Timings of earlier builds on this device; empty when there are none or they cannot be used."""
+    """Kernel timings of earlier builds on this device; empty where there are none or they cannot be used."""
     if not path.exists():
         return b""
     try:
@@ -138,11 +138,11 @@ def read_timing_cache(path: Path) -> bytes:
 
 
 def write_timing_cache(path: Path, data: bytes) -> None:
-    """Keep timings for the next build; that they cannot be kept only costs time."""
+    """Store kernel timings for the next build; without them, it only takes longer."""
     if not data:
         return
     try:
         with atomic_write(path) as temporary:
             temporary.write_bytes(data)
     except OSError as error:
-        log.warning("%s: the timings of this build are not kept (%s)", path, error.strerror)
+        log.warning("%s: the kernel timings of this build are not stored (%s)", path, error.strerror)

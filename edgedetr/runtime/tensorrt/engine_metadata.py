@@ -1,6 +1,9 @@
-"""The JSON file beside a plan: what the engine was built from, with what, for which device, and what it became.
+"""The metadata of an engine, a JSON file next to its plan: its graph, arguments, device, versions and layers.
 
-The plan itself stays raw, so that trtexec, Triton and DeepStream can open it.
+The plan itself has no header, so that trtexec, Triton and DeepStream can open it. The layers are read from TensorRT's
+engine inspector. A builder may run INT8 nodes with FP16 kernels without a message, and lose the gain to Reformat
+layers. The inspector of TensorRT 10 gives each tensor one key `Format/Datatype` and lists `Bindings`; that of 11 has
+`Format` and `Datatype` and lists `I/O Tensors`.
 """
 
 from __future__ import annotations
@@ -22,23 +25,23 @@ from edgedetr.storage.reading import parse_json, read_json
 
 SCHEMA = 1
 LARGEST = 1 << 20  # bytes of the metadata; a real file has some thousand
-LONGEST = 2000  # characters of a text in it
+LONGEST = 2000  # characters of a string in it
 REBUILD = "run: edgedetr build BUNDLE --force"
 
-# In the order of the check: a layer that takes any INT8 tensor runs as INT8.
+# Checked in this order: a layer with any INT8 input runs as INT8.
 DATATYPES = (
     ("int8", re.compile(r"\bint8\b|\bi8\b", re.I)),
     ("fp8", re.compile(r"\bfp8\b|\be4m3\b", re.I)),
     ("fp16", re.compile(r"\b(fp16|half|float16|bf16|bfloat16)\b", re.I)),
     ("fp32", re.compile(r"\b(fp32|float|float32)\b", re.I)),
 )
-# TensorRT 10 words an INT64 tensor so; INT8 tensors are "Row major Int8 format" (NVIDIA/TensorRT issues 4048, 4020).
+# TensorRT 10 describes INT64 tensors like this; INT8 tensors are "Row major Int8 format" (TensorRT issues 4048, 4020).
 INT64 = "Row major linear INT8 format"
-# Layers with weights or products of matrices, where the time goes: convolutions, GEMMs, fused attention.
+# Layers with weights or matrix products, which take most of the time: convolutions, GEMMs, fused attention.
 WEIGHTED = re.compile(r"conv|gemm|matmul|matrix.?mult|fully.?connected|\bmha|attention", re.I)
-# Types that hide what is inside; `kgen` is not one: such kernels are generated for everything but products of matrices.
+# Layer types whose name does not tell their content. Not `kgen`: such kernels are never matrix products.
 FUSED = ("", "myelin", "foreignnode", "caskfusion", "fusion")
-# The operators among ONNX node names like /encoder/0/MatMul_7, which end such a name; folders may be called anything.
+# The operator at the end of an ONNX node name such as /encoder/0/MatMul_7; the parts before it can be anything.
 PRODUCTS = re.compile(r"/(Conv|ConvTranspose|MatMul|Gemm)(_\d+)?(?![\w/])")
 NOT_COUNTED = re.compile(r"^(reformat|noop|constant|shape.?host.?to.?device|shape|signal|wait)", re.I)
 
@@ -48,7 +51,7 @@ class LayerSummary:
     """Layers by the precision they run in: "int8", "fp8", "fp16" (bfloat16 too), "fp32" or "other" (integers).
 
     precision    all layers that compute
-    weighted     those of them that are convolutions, products of matrices or attention
+    weighted     the convolutions, matrix products and attention layers among them
     reformats    layers that only change layout or type
     """
 
@@ -60,17 +63,17 @@ class LayerSummary:
     def layers(self) -> int:
         return sum(self.precision.values())
 
-    def share(self, precision: str) -> float | None:
-        """Share of the weighted layers that run in this precision, 0..1; None when there are none."""
+    def fraction(self, precision: str) -> float | None:
+        """Fraction of the weighted layers that run in this precision, 0..1; None where there are none."""
         total = sum(self.weighted.values())
         return self.weighted.get(precision, 0) / total if total else None
 
 
 @dataclass(frozen=True)
 class BuildArguments:
-    """What decides about an engine besides its ONNX file and the device.
+    """The build settings of an engine, besides its ONNX file and the device.
 
-    batch    least, usual and largest number of images of a run; three equal numbers: one batch size
+    batch    minimum, optimum and maximum batch size; three equal numbers: one fixed batch size
     typing   "strong", "weak", or "auto": strong, and weak where that fails on TensorRT 10
     """
 
@@ -87,11 +90,11 @@ class BuildArguments:
 
 @dataclass(frozen=True)
 class EngineMetadata:
-    """Everything that is known of one plan.
+    """The metadata of one plan.
 
     host       digest of the id of the machine that built it (see engine_validation.py); empty where that has none
-    typing     what the network was in the end: "strong" or "weak"
-    warnings   known defects that may concern this engine
+    typing     of the network that was built: "strong" or "weak"
+    warnings   known issues of TensorRT that may affect this engine
     """
 
     plan: str
@@ -120,22 +123,22 @@ def metadata_path(plan: Path) -> Path:
 
 
 def engine_name(arguments: BuildArguments, device: Device, tensorrt: str, onnx_sha256: str) -> str:
-    """`int8-b1-sm87-trt10.3.0-cu12.6-orin-1a2b3c4d-5e6f7a8b`: equal for equal engines, different for different ones."""
-    told = json.dumps(asdict(arguments), sort_keys=True)
+    """`int8-b1-sm87-trt10.3.0-cu12.6-orin-1a2b3c4d-5e6f7a8b`, the same for the same graph, device and settings."""
+    settings = json.dumps(asdict(arguments), sort_keys=True)
     name = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-") or "gpu"
     return (
         f"{arguments.precision}-b{arguments.batch_name}-sm{device.sm}-trt{tensorrt}-cu{device.runtime}-{name[:40]}-"
-        f"{onnx_sha256:.8}-{hashlib.sha256(told.encode()).hexdigest():.8}"
+        f"{onnx_sha256:.8}-{hashlib.sha256(settings.encode()).hexdigest():.8}"
     )
 
 
 def to_bytes(metadata: EngineMetadata) -> bytes:
-    """What stands in the file."""
+    """The content of the metadata file."""
     return (json.dumps(asdict(metadata), indent=1) + "\n").encode()
 
 
 def read(plan: Path) -> EngineMetadata | None:
-    """The metadata of `plan`; None where the file is missing, EngineError when it is damaged or of another kind."""
+    """The metadata of `plan`; None where the file is missing. Errors: EngineError for a damaged file."""
     path = metadata_path(plan)
     if not os.path.lexists(path):
         return None
@@ -145,7 +148,7 @@ def read(plan: Path) -> EngineMetadata | None:
             found = repr(raw.get("schema"))[:40] if isinstance(raw, dict) else type(raw).__name__
             raise ValueError(f"schema is {found}, this version reads {SCHEMA}")
         arguments, summary = (_mapping(raw, name) for name in ("arguments", "layers"))
-        made = EngineMetadata(
+        metadata = EngineMetadata(
             **{
                 **raw,
                 "arguments": BuildArguments(**{**arguments, "batch": tuple(arguments["batch"])}),
@@ -153,13 +156,13 @@ def read(plan: Path) -> EngineMetadata | None:
                 "warnings": tuple(raw["warnings"]),
             }
         )
-        _require_types(made)
+        _require_types(metadata)
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError(
-            f"{path}: damaged or of another kind ({error}); expected what edgedetr build writes beside "
-            f"an engine; {REBUILD}"
+            f"{path}: damaged or of another kind ({error}); expected the metadata that edgedetr build writes next "
+            f"to an engine; {REBUILD}"
         ) from error
-    return made
+    return metadata
 
 
 def _mapping(raw: dict[str, Any], name: str) -> dict[str, Any]:
@@ -168,37 +171,43 @@ def _mapping(raw: dict[str, Any], name: str) -> dict[str, Any]:
     return raw[name]  # type: ignore[no-any-return]  # checked above
 
 
-def _require_types(made: EngineMetadata) -> None:
+def _require_types(metadata: EngineMetadata) -> None:
     texts = {
-        name: getattr(made, name)
+        name: getattr(metadata, name)
         for name in ("plan plan_sha256 onnx onnx_sha256 tensorrt cuda driver jetpack device host typing").split()
     }
-    texts |= {"precision": made.arguments.precision, "typing asked for": made.arguments.typing}
-    for name, text in [*texts.items(), *(("a warning", warning) for warning in made.warnings)]:
+    texts |= {"precision": metadata.arguments.precision, "typing asked for": metadata.arguments.typing}
+    for name, text in [*texts.items(), *(("a warning", warning) for warning in metadata.warnings)]:
         if not isinstance(text, str) or len(text) > LONGEST:
             raise TypeError(f"{name} is no text of at most {LONGEST} characters")
-    if made.arguments.precision not in ENGINE_GRAPHS:
-        raise ValueError(f"precision is {made.arguments.precision[:20]!r}")
-    if not re.fullmatch(r"[0-9a-f]{64}", made.plan_sha256) or not re.fullmatch(r"[0-9a-f]{64}", made.onnx_sha256):
+    if metadata.arguments.precision not in ENGINE_GRAPHS:
+        raise ValueError(f"precision is {metadata.arguments.precision[:20]!r}")
+    if not re.fullmatch(r"[0-9a-f]{64}", metadata.plan_sha256) or not re.fullmatch(
+        r"[0-9a-f]{64}", metadata.onnx_sha256
+    ):
         raise ValueError("a digest is not 64 hexadecimal digits")
-    counts = [made.layers.reformats]
-    for counted in (made.layers.precision, made.layers.weighted):
+    counts = [metadata.layers.reformats]
+    for counted in (metadata.layers.precision, metadata.layers.weighted):
         if not isinstance(counted, dict):
             raise TypeError("a count of layers is no object")
         counts += counted.values()
     for number in (
-        made.plan_bytes,
-        made.sm,
-        *made.arguments.batch,
-        made.arguments.workspace_mb,
-        made.arguments.optimization_level,
+        metadata.plan_bytes,
+        metadata.sm,
+        *metadata.arguments.batch,
+        metadata.arguments.workspace_mb,
+        metadata.arguments.optimization_level,
         *counts,
     ):
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 63:
             raise TypeError(f"{str(number)[:20]!r} is no whole number")
-    if isinstance(made.seconds, bool) or not isinstance(made.seconds, (int, float)) or not 0 <= made.seconds < 1e9:
+    if (
+        isinstance(metadata.seconds, bool)
+        or not isinstance(metadata.seconds, (int, float))
+        or not 0 <= metadata.seconds < 1e9
+    ):
         raise TypeError("seconds is no number")
-    if len(made.arguments.batch) != 3 or not 1 <= min(made.arguments.batch):
+    if len(metadata.arguments.batch) != 3 or not 1 <= min(metadata.arguments.batch):
         raise ValueError("batch is not three numbers")
 
 
@@ -217,7 +226,7 @@ def summarize_layers(text: str) -> LayerSummary:
     weighted: Counter[str] = Counter()
     reformats = 0
     for layer in layers:
-        if not isinstance(layer, Mapping):  # only names: the engine was built without detailed verbosity
+        if not isinstance(layer, Mapping):  # the engine was built without detailed verbosity, which gives only names
             precision["unknown"] += 1
             continue
         kind = str(layer.get("LayerType", ""))
@@ -237,15 +246,15 @@ def _is_weighted(layer: Mapping[str, object], kind: str) -> bool:
 
 
 def _precision(layer: Mapping[str, object]) -> str:
-    """By the type of the weights where it is told; a residual input of a convolution may have another one."""
+    """By the type of the weights, where the inspector gives it: a residual input may have another type."""
     weights = layer.get("Weights")
     if isinstance(weights, Mapping) and weights.get("Type") and weights.get("Count"):
-        told = [str(weights["Type"])]
+        types = [str(weights["Type"])]
     else:
         tensors = [*_list(layer.get("Inputs")), *([] if layer.get("Inputs") else _list(layer.get("Outputs")))]
-        told = [_datatype(tensor) for tensor in tensors if isinstance(tensor, Mapping)]
+        types = [_datatype(tensor) for tensor in tensors if isinstance(tensor, Mapping)]
     for name, pattern in DATATYPES:
-        if any(pattern.search(text) for text in told):
+        if any(pattern.search(text) for text in types):
             return name
     return "other"
 

@@ -1,8 +1,8 @@
-"""Before a plan is deserialized: it is of this machine, whole, and built for this device and this TensorRT.
+"""Checks before a plan is deserialized: built on this machine, undamaged, for this device and this TensorRT.
 
-A serialized engine is executable code: whoever writes one decides what the process does that loads it. And TensorRT's
-own checks come late: a Runtime on a machine without a driver ends the process. So the driver is asked first (see
-gpu.probe), then the metadata, then the digest; what is deserialized are the very bytes that were checked.
+A plan (a serialized engine) is executable code: its author controls the process that loads it. TensorRT's own checks
+come too late: a Runtime on a machine without a driver ends the process. So the driver is probed first (see gpu.probe),
+then the metadata is checked, then the digest; exactly the bytes that were checked are deserialized.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BUILD = "build it here, from the ONNX file: edgedetr build BUNDLE"
 
 @dataclass(frozen=True)
 class ValidatedEngine:
-    """The bytes that may be deserialized, and what is known of them (None: a foreign plan that was trusted)."""
+    """The bytes that may be deserialized, and their metadata (None: a plan without metadata that was trusted)."""
 
     data: bytes
     metadata: EngineMetadata | None
@@ -41,67 +41,71 @@ class ValidatedEngine:
 def check(
     plan: Path, device: Device, tensorrt: str, *, onnx_sha256: str | None = None, trust: bool = False
 ) -> ValidatedEngine:
-    """Read a plan that may be deserialized on this device with this version of TensorRT; EngineError otherwise.
+    """Read a plan that may be deserialized on this device with this version of TensorRT. Errors: EngineError.
 
-    onnx_sha256   what it must have been built from; None: whatever it was
-    trust         take a plan without metadata, or of another machine: its author's code will run here
+    onnx_sha256   digest of the graph that it must have been built from; None: any graph
+    trust         accept a plan without metadata, or from another machine: its author's code will run here
     """
-    told = None if trust and not engine_metadata.metadata_path(plan).exists() else engine_metadata.read(plan)
-    if told is None and not trust:
+    metadata = None if trust and not engine_metadata.metadata_path(plan).exists() else engine_metadata.read(plan)
+    if metadata is None and not trust:
         raise EngineError(
-            f"{plan}: no {engine_metadata.metadata_path(plan).name} beside it, so nobody knows where this plan is "
-            f"from; a plan is executable code; {BUILD} (in Python, trust=True takes it all the same)"
+            f"{plan}: there is no {engine_metadata.metadata_path(plan).name} next to it, so the origin of this plan is "
+            f"unknown; a plan is executable code; {BUILD} (in Python, trust=True accepts it)"
         )
-    if told is not None:
-        reason = untrusted(told) if not trust else ""
-        reason = reason or mismatch(told, device, tensorrt, onnx_sha256)
+    if metadata is not None:
+        reason = untrusted(metadata) if not trust else ""
+        reason = reason or mismatch(metadata, device, tensorrt, onnx_sha256)
         if reason:
             raise EngineError(f"{plan}: {reason}")
     data = read_plain_file(plan, LARGEST, f"expected an engine; {BUILD}", code=True, error=EngineError)
     if not data:
         raise EngineError(f"{plan}: empty; expected an engine; {BUILD}")
-    if told is not None and (len(data) != told.plan_bytes or hashlib.sha256(data).hexdigest() != told.plan_sha256):
+    if metadata is not None and (
+        len(data) != metadata.plan_bytes or hashlib.sha256(data).hexdigest() != metadata.plan_sha256
+    ):
         raise EngineError(
             f"{plan}: damaged or replaced: it has {len(data)} bytes and another sha256 than the "
-            f"{told.plan_bytes} bytes {told.plan_sha256:.8} that were built; {engine_metadata.REBUILD}"
+            f"{metadata.plan_bytes} bytes {metadata.plan_sha256:.8} that were built; {engine_metadata.REBUILD}"
         )
-    return ValidatedEngine(data, told)
+    return ValidatedEngine(data, metadata)
 
 
-def untrusted(told: EngineMetadata) -> str:
-    """Why this plan counts as another machine's; empty when it is this one's. Ids are not shown: they are no secret
-    any more once they stand in somebody's bug report."""
+def untrusted(metadata: EngineMetadata) -> str:
+    """Why this plan counts as built on another machine; empty where it was built on this one.
+
+    Machine ids are not shown, because a bug report would then publish them.
+    """
     here = host()
-    if here and told.host and secrets.compare_digest(here.encode(), told.host.encode()):
+    if here and metadata.host and secrets.compare_digest(here.encode(), metadata.host.encode()):
         return ""
-    if not told.host:
-        why = "nothing says which machine built it"
+    if not metadata.host:
+        why = "the metadata does not name the machine that built it"
     elif not here:
-        why = "this machine has no id, so nobody can tell whether it was built here"
+        why = "this machine has no id, so it is unknown whether it was built here"
     else:
         why = "built on another machine"
-    return f"{why}; a plan is executable code; {BUILD} (--trust takes it all the same)"
+    return f"{why}; a plan is executable code; {BUILD} (--trust accepts it)"
 
 
-def drift(told: EngineMetadata, device: Device) -> str:
-    """What has changed under an engine that still loads: its kernels were chosen, and timed, with something else."""
-    pairs = [("driver", told.driver, device.driver), ("Jetson Linux", told.jetpack, jetson.linux_release())]
+def drift(metadata: EngineMetadata, device: Device) -> str:
+    """What has changed since an engine was built that still loads; its kernels were selected and timed before that."""
+    pairs = [("driver", metadata.driver, device.driver), ("Jetson Linux", metadata.jetpack, jetson.linux_release())]
     changed = [
         f"{what} {before}, which is now {now}" for what, before, now in pairs if before and now and before != now
     ]
     return f"built with {' and '.join(changed)}" if changed else ""
 
 
-def mismatch(told: EngineMetadata, device: Device, tensorrt: str, onnx_sha256: str | None = None) -> str:
-    """What does not fit this place, as "found, needed, command"; empty when all fits. Reads no file."""
+def mismatch(metadata: EngineMetadata, device: Device, tensorrt: str, onnx_sha256: str | None = None) -> str:
+    """What does not fit this device, as "found, needed, command"; empty where everything fits. Reads no file."""
     pairs = [
-        ("TensorRT", told.tensorrt, tensorrt),
-        ("CUDA", told.cuda, device.runtime),
-        ("compute capability", f"sm_{told.sm}", f"sm_{device.sm}"),
-        ("device", told.device, device.name),
+        ("TensorRT", metadata.tensorrt, tensorrt),
+        ("CUDA", metadata.cuda, device.runtime),
+        ("compute capability", f"sm_{metadata.sm}", f"sm_{device.sm}"),
+        ("device", metadata.device, device.name),
     ]
     if onnx_sha256 is not None:
-        pairs.append((told.onnx, f"sha256 {told.onnx_sha256:.8}", f"sha256 {onnx_sha256:.8}"))
+        pairs.append((metadata.onnx, f"sha256 {metadata.onnx_sha256:.8}", f"sha256 {onnx_sha256:.8}"))
     wrong = [(what, found, needed) for what, found, needed in pairs if found != needed]
     if not wrong:
         return ""
@@ -111,19 +115,19 @@ def mismatch(told: EngineMetadata, device: Device, tensorrt: str, onnx_sha256: s
 
 
 def host(*, make: bool = False) -> str:
-    """A digest that is this machine's own; empty where it has no id.
+    """A digest that identifies this machine; empty where it has no id.
 
-    The id itself is confidential (man machine-id), so only a digest with a word of our own is kept, and not even that
-    is shown: with it, a stranger could write an engine that seems to have been built here.
+    The id itself is confidential (man machine-id), so only a salted digest is stored. The digest is not shown either:
+    a stranger who knows it could write an engine that seems to have been built here.
 
-    make   give the machine an id in the user's cache where the system has none: whoever builds an engine needs one
+    make   create an id in the user's cache where the system has none; building an engine requires one
     """
     identity = _system_id() or _own_id(make)
     return hashlib.sha256(f"edgedetr engine {identity}".encode()).hexdigest()[:16] if identity else ""
 
 
 def _system_id() -> str:
-    """Empty too where it is no id: systemd writes "uninitialized" into images, which all their machines would share."""
+    """The system's id; also empty for "uninitialized", which systemd writes into images that many machines share."""
     try:
         text = MACHINE_ID.read_text(encoding="ascii").strip().lower()
     except (OSError, ValueError):
@@ -132,7 +136,7 @@ def _system_id() -> str:
 
 
 def _own_id(make: bool) -> str:
-    """The id in the user's cache: a file that nobody else can have written."""
+    """The id in the user's cache, from a file that only this user or root can write."""
     try:
         path = user_cache() / OWN_ID
         if make and not path.exists():

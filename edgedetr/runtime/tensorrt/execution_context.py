@@ -1,7 +1,7 @@
-"""What one thread needs to run an engine: an execution context, a stream, fixed buffers and a CUDA graph.
+"""An execution context slot: what one thread needs to run an engine (context, stream, fixed buffers, CUDA graph).
 
-A context must not be used by two threads, and a graph holds the addresses it was recorded with; so both belong to a
-lane, and nothing in a lane moves until the shapes change.
+Two threads must not use one context, and a CUDA graph contains the addresses that it was recorded with. So each slot
+has both, and its buffers keep their addresses until it is closed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from edgedetr.runtime.tensorrt.cudart import CaptureError, Cuda
 
 log = logging.getLogger(__name__)
 
-LEGACY_STREAM = 1  # the handle of the default stream, which producers that name no stream work on
+LEGACY_STREAM = 1  # handle of the default stream, which producers use that name no stream
 
 
 @dataclass(frozen=True)
 class IoTensor:
-    """An input or output of an engine. `shape` has -1 where it is open; `largest` is what its profile allows."""
+    """An input or output of an engine. `shape` has -1 for a dynamic size; `largest` is the maximum of the profile."""
 
     name: str
     dtype: np.dtype
@@ -35,10 +35,10 @@ class IoTensor:
 
 
 class Buffer:
-    """Memory that the CPU sees as `array` and the device at `address`.
+    """Memory that the CPU accesses as `array` and the device at `address`.
 
-    Where CPU and GPU share memory (Jetson) it is one piece, mapped and cached for both, and no copy is made; elsewhere
-    it is a page-locked half and a half on the device.
+    Where CPU and GPU share memory (Jetson), it is one allocation, mapped and cached for both, without copies. Elsewhere
+    there are two: page-locked on the host, and on the device.
     """
 
     def __init__(self, cuda: Cuda, nbytes: int) -> None:
@@ -52,7 +52,7 @@ class Buffer:
             raise
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """The CPU's view; valid until `free`."""
+        """The host memory as an array; valid until `free`."""
         count = math.prod(shape)
         memory = memoryview((ctypes.c_char * self.nbytes).from_address(self.host))
         return np.frombuffer(memory, dtype, count).reshape(shape)
@@ -72,12 +72,12 @@ class Buffer:
 
 
 class ContextSlot:
-    """One context with its buffers. Not for two threads at a time."""
+    """One execution context with its buffers; not for two threads at a time."""
 
     def __init__(
-        self, cuda: Cuda, context: Any, ports: Mapping[str, IoTensor], errors: Any, *, use_graph: bool
+        self, cuda: Cuda, context: Any, tensors: Mapping[str, IoTensor], errors: Any, *, use_graph: bool
     ) -> None:
-        self.cuda, self.context, self.ports, self.errors, self.use_graph = cuda, context, ports, errors, use_graph
+        self.cuda, self.context, self.tensors, self.errors, self.use_graph = cuda, context, tensors, errors, use_graph
         self.buffers: dict[str, Buffer] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.graph = 0
@@ -90,28 +90,29 @@ class ContextSlot:
             raise
 
     def _allocate(self) -> None:
-        """Buffers for the largest shapes, whose addresses the context keeps."""
-        for port in self.ports.values():
-            if port.is_input:
+        """Allocate buffers for the largest shapes, and bind their addresses to the context."""
+        for tensor in self.tensors.values():
+            if tensor.is_input:
                 self._require(
-                    self.context.set_input_shape(port.name, port.largest), f"input {port.name} of {list(port.largest)}"
+                    self.context.set_input_shape(tensor.name, tensor.largest),
+                    f"input {tensor.name} of {list(tensor.largest)}",
                 )
         self._require(not self.context.infer_shapes(), "inferring shapes")
-        for port in self.ports.values():
-            shape = self._shape(port.name)
-            self.buffers[port.name] = Buffer(self.cuda, math.prod(shape) * port.dtype.itemsize)
+        for tensor in self.tensors.values():
+            shape = self._shape(tensor.name)
+            self.buffers[tensor.name] = Buffer(self.cuda, math.prod(shape) * tensor.dtype.itemsize)
             self._require(
-                self.context.set_tensor_address(port.name, self.buffers[port.name].address),
-                f"the address of {port.name}",
+                self.context.set_tensor_address(tensor.name, self.buffers[tensor.name].address),
+                f"the address of {tensor.name}",
             )
-            self.shapes[port.name] = shape
+            self.shapes[tensor.name] = shape
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shape = tuple(int(size) for size in self.context.get_tensor_shape(name))
         if any(size < 0 for size in shape):
             raise EngineError(
                 f"tensor {name} has the shape {list(shape)}, which depends on the data; expected shapes "
-                "that follow from the input's, as edgedetr export writes them"
+                "that depend on the input shapes only, as edgedetr export writes them"
             )
         return shape
 
@@ -119,11 +120,11 @@ class ContextSlot:
         """Copies of all outputs; a feed is a numpy array, or anything on the device with __cuda_array_interface__."""
         self._reshape({name: tuple(int(size) for size in feed.shape) for name, feed in feeds.items()})
         for name, feed in feeds.items():
-            self._feed(self.ports[name], feed)
+            self._feed(self.tensors[name], feed)
         self._execute()
-        outputs = [port for port in self.ports.values() if not port.is_input]
-        for port in outputs:
-            self.buffers[port.name].download(self.stream, math.prod(self.shapes[port.name]) * port.dtype.itemsize)
+        outputs = [tensor for tensor in self.tensors.values() if not tensor.is_input]
+        for tensor in outputs:
+            self.buffers[tensor.name].download(self.stream, math.prod(self.shapes[tensor.name]) * tensor.dtype.itemsize)
         self.cuda.wait(self.stream)
         self._raise_reported("running the engine")
         return {p.name: np.array(self.buffers[p.name].array(self.shapes[p.name], p.dtype)) for p in outputs}
@@ -136,28 +137,28 @@ class ContextSlot:
         for name, shape in shapes.items():
             self._require(self.context.set_input_shape(name, shape), f"input {name} of {list(shape)}")
         self._require(not self.context.infer_shapes(), "inferring shapes")
-        self.shapes = {name: self._shape(name) for name in self.ports}
+        self.shapes = {name: self._shape(name) for name in self.tensors}
 
-    def _feed(self, port: IoTensor, feed: Any) -> None:
-        buffer, shape = self.buffers[port.name], self.shapes[port.name]
-        nbytes = math.prod(shape) * port.dtype.itemsize
+    def _feed(self, tensor: IoTensor, feed: Any) -> None:
+        buffer, shape = self.buffers[tensor.name], self.shapes[tensor.name]
+        nbytes = math.prod(shape) * tensor.dtype.itemsize
         if isinstance(feed, np.ndarray):
-            buffer.array(shape, port.dtype)[...] = feed
+            buffer.array(shape, tensor.dtype)[...] = feed
             buffer.upload(self.stream, nbytes)
             return
-        told = feed.__cuda_array_interface__
-        if np.dtype(told["typestr"]) != port.dtype or not _contiguous(told, port.dtype):
+        array = feed.__cuda_array_interface__
+        if np.dtype(array["typestr"]) != tensor.dtype or not _contiguous(array, tensor.dtype):
             raise UsageError(
-                f"{port.name} on the device is {told['typestr']} with strides {told.get('strides')}; "
-                f"expected {port.dtype} in C order, without gaps"
+                f"{tensor.name} on the device is {array['typestr']} with strides {array.get('strides')}; "
+                f"expected {tensor.dtype} in C order, without gaps"
             )
-        producer = told.get("stream", LEGACY_STREAM)
+        producer = array.get("stream", LEGACY_STREAM)
         if producer is not None:  # None: the producer has already waited
             self.cuda.wait(int(producer))
-        self.cuda.copy(buffer.address, int(told["data"][0]), nbytes, self.stream)
+        self.cuda.copy(buffer.address, int(array["data"][0]), nbytes, self.stream)
 
     def _execute(self) -> None:
-        """Plainly the first time, for TensorRT sets itself up then; from the second time as a graph."""
+        """Queue the first run layer by layer, because TensorRT initializes itself then; later runs as a CUDA graph."""
         if self.warm and self.use_graph and not self.graph:
             self._record()
         if self.graph:
@@ -167,17 +168,17 @@ class ContextSlot:
         self.warm = True
 
     def _record(self) -> None:
-        self.cuda.wait(self.stream)  # the copies that are queued are not part of the graph
+        self.cuda.wait(self.stream)  # queued copies must not become part of the graph
         try:
             self.graph = self.cuda.capture(self.stream, self._queue)
-        except DeviceError as error:  # a plain run will say whether the device itself is ill
+        except DeviceError as error:  # the next run without a graph shows whether the device itself fails
             self.use_graph = False
             self.errors.take()
-            log.warning("no CUDA graph for this engine, it is queued layer by layer: %s", error)
+            log.warning("no CUDA graph for this engine; it is queued layer by layer: %s", error)
 
     def _queue(self) -> None:
         if not self.context.execute_async_v3(self.stream):
-            raise CaptureError(f"TensorRT refused: {self.errors.take() or 'no reason given'}")
+            raise CaptureError(f"TensorRT returned an error: {self.errors.take() or 'no reason given'}")
 
     def _require(self, worked: Any, what: str) -> None:
         if not worked:
@@ -187,9 +188,9 @@ class ContextSlot:
             )
 
     def _raise_reported(self, what: str) -> None:
-        said = self.errors.take()
-        if said:
-            raise EngineError(f"TensorRT reported at {what}: {said}")
+        reported = self.errors.take()
+        if reported:
+            raise EngineError(f"TensorRT reported at {what}: {reported}")
 
     def _drop_graph(self) -> None:
         if self.graph:
@@ -197,7 +198,7 @@ class ContextSlot:
         self.graph = 0
 
     def close(self) -> None:
-        """Give everything back; the context goes first, because it holds the addresses."""
+        """Free everything; the context first, because it uses the addresses."""
         self.context = None
         self._drop_graph()
         for buffer in self.buffers.values():
@@ -208,9 +209,9 @@ class ContextSlot:
         self.stream = 0
 
 
-def _contiguous(told: Mapping[str, Any], dtype: np.dtype) -> bool:
-    strides, expected = told.get("strides"), dtype.itemsize
-    for size, stride in zip(reversed(told["shape"]), reversed(strides or ())):
+def _contiguous(array: Mapping[str, Any], dtype: np.dtype) -> bool:
+    strides, expected = array.get("strides"), dtype.itemsize
+    for size, stride in zip(reversed(array["shape"]), reversed(strides or ())):
         if size != 1 and stride != expected:
             return False
         expected *= size

@@ -1,4 +1,8 @@
-"""TensorRT's Python package, imported when it is first needed: JetPack brings it, most machines do not have it."""
+"""The GPU, its driver and CUDA runtime, and TensorRT's Python package: probed before anything else of them is used.
+
+TensorRT is imported when it is first needed: JetPack has it, most machines do not. No CUDA package for Python is used:
+the driver's libcuda describes the device. Only the first visible device is used (CUDA_VISIBLE_DEVICES selects it).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from edgedetr.errors import DeviceError, MissingDependency
 log = logging.getLogger(__name__)
 
 DRIVER = "libcuda.so.1"
-RUNTIMES = {13: "libcudart.so.13", 12: "libcudart.so.12", 11: "libcudart.so.11.0"}  # CUDA 11 numbers it so
+RUNTIMES = {13: "libcudart.so.13", 12: "libcudart.so.12", 11: "libcudart.so.11.0"}  # as CUDA 11 names it
 DOCTOR = "run: edgedetr doctor"
 # enum CUdevice_attribute
 INTEGRATED, MAJOR, MINOR = 18, 75, 76
@@ -48,21 +52,23 @@ class Device:
 
 
 def probe() -> Device:
-    """What the GPU is; DeviceError where there is no driver, no device or no libcudart.
+    """Describe the GPU. Errors: DeviceError where there is no driver, no device or no libcudart.
 
-    It makes no CUDA context and is safe to call first: TensorRT's Runtime ends the process where there is no driver.
+    It creates no CUDA context and must be called first: TensorRT's Runtime ends the process where there is no driver.
     """
     library = _open([DRIVER])
     if library is None:
-        raise DeviceError(f"no NVIDIA driver: {DRIVER} is not here; expected a machine with an NVIDIA GPU; {DOCTOR}")
+        raise DeviceError(
+            f"no NVIDIA driver: {DRIVER} is not installed; expected a machine with an NVIDIA GPU; {DOCTOR}"
+        )
     text = c_char_p()
 
     def call(name: str, *arguments: object) -> None:
         code = getattr(library, name)(*arguments)
         if code:
             library.cuGetErrorString(c_int(code), ctypes.byref(text))
-            said = text.value.decode() if text.value else "no text"
-            raise DeviceError(f"the NVIDIA driver does not work: {name} gave {code} ({said}); {DOCTOR}")
+            message = text.value.decode() if text.value else "no text"
+            raise DeviceError(f"the NVIDIA driver does not work: {name} returned {code} ({message}); {DOCTOR}")
 
     count, device, value, total = c_int(), c_int(), c_int(), c_size_t()
     name = ctypes.create_string_buffer(256)
@@ -90,11 +96,11 @@ def probe() -> Device:
 
 
 def runtime_version(driver_major: int) -> str:
-    """Version of the libcudart that fits the driver; DeviceError where there is none."""
+    """Version of the newest libcudart that the driver supports. Errors: DeviceError where there is none."""
     value = c_int()
     code = load_cudart(driver_major).cudaRuntimeGetVersion(ctypes.byref(value))
     if code:
-        raise DeviceError(f"libcudart does not work: cudaRuntimeGetVersion gave {code}; {DOCTOR}")
+        raise DeviceError(f"libcudart does not work: cudaRuntimeGetVersion returned {code}; {DOCTOR}")
     return _version(value.value)
 
 
@@ -104,9 +110,9 @@ def _version(number: int) -> str:
 
 @lru_cache(maxsize=4)
 def load_cudart(driver_major: int) -> ctypes.CDLL:
-    """The newest libcudart that this driver runs: a newer major would refuse every call."""
+    """The newest libcudart that this driver supports: with a newer major version, every call fails."""
     names = [name for major, name in RUNTIMES.items() if major <= driver_major]
-    library = _open([where for name in names for where in (name, *_beside(name))])
+    library = _open([path for name in names for path in (name, *_other_paths(name))])
     if library is None:
         raise DeviceError(
             f"no libcudart for this driver (CUDA {driver_major}): looked for {', '.join(names)}; on a "
@@ -116,8 +122,8 @@ def load_cudart(driver_major: int) -> ctypes.CDLL:
     return library
 
 
-def _beside(name: str) -> list[str]:
-    """Where NVIDIA's wheels and the toolkit put a library that the loader does not know."""
+def _other_paths(name: str) -> list[str]:
+    """Paths of a library in NVIDIA's wheels and in the toolkit, where the loader does not search."""
     folders = [Path(entry) for entry in dict.fromkeys([*sys.path, *site.getsitepackages()]) if entry]
     found = [str(path) for folder in folders for path in sorted(folder.glob(f"nvidia/*/lib/{name}"))]
     return [*found, f"/usr/local/cuda/lib64/{name}"]
@@ -133,12 +139,15 @@ def _open(names: Sequence[str]) -> ctypes.CDLL | None:
 
 
 def tensorrt() -> Any:
-    """The module `tensorrt`; MissingDependency says where it comes from when it cannot be imported."""
+    """The module `tensorrt`. Errors: MissingDependency with the way to install it."""
     try:
         import tensorrt as trt
     except ModuleNotFoundError as error:
         raise MissingDependency(f"TensorRT is not installed here ({error}); {NEEDED}") from error
-    except (ImportError, OSError) as error:  # a library beside it is missing, as libnvdla_compiler.so in containers
+    except (
+        ImportError,
+        OSError,
+    ) as error:  # a library that it needs is missing, such as libnvdla_compiler.so in containers
         raise MissingDependency(f"TensorRT is installed but cannot be loaded ({error}); {NEEDED}") from error
     if not hasattr(trt, "Runtime"):
         raise MissingDependency(f"the Python package 'tensorrt' that was found is not NVIDIA's; {NEEDED}")
@@ -156,7 +165,7 @@ def why_unavailable() -> str:
 
 
 def version(text: str) -> tuple[int, ...]:
-    """`10.16.1.11` -> (10, 16, 1, 11); a suffix that is no number ends it."""
+    """`10.16.1.11` -> (10, 16, 1, 11); the first part that is no number ends it."""
     numbers = []
     for part in text.split("."):
         if not part.isdigit():
@@ -166,9 +175,9 @@ def version(text: str) -> tuple[int, ...]:
 
 
 def make_logger(trt: Any) -> Any:
-    """A logger for TensorRT that hands every message to `logging`; its `errors` are the error texts so far.
+    """A logger for TensorRT that passes every message to `logging`; its `errors` are the error messages so far.
 
-    It must outlive everything that was made with it.
+    It must outlive every object that was created with it.
     """
     severity = trt.ILogger.Severity
     levels = {
@@ -187,6 +196,6 @@ def make_logger(trt: Any) -> Any:
             level = levels.get(severity, logging.DEBUG)
             if level >= logging.ERROR:
                 self.errors.append(msg.strip())
-            log.log(min(level, logging.INFO), "TensorRT: %s", msg)  # what matters reaches the user as an error
+            log.log(min(level, logging.INFO), "TensorRT: %s", msg)  # important messages reach the user in exceptions
 
     return Log()

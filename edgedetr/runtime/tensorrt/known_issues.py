@@ -1,4 +1,4 @@
-"""Versions of TensorRT known to go wrong on such a graph or device: the list is known_issues.json, with sources."""
+"""Known issues of TensorRT versions with certain graphs or devices: the list is known_issues.json, with sources."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ DATA = Path(__file__).with_name("known_issues.json")
 
 @dataclass(frozen=True)
 class KnownIssue:
-    """One defect and when it concerns an engine; an empty condition holds always.
+    """One issue and the conditions under which it affects an engine; an empty condition always holds.
 
     tensorrt      half-open ranges of versions [from, before)
-    operators     any of them in the graph
+    operators     the graph has at least one of them
     opset_from    the graph's opset is at least this
     sm            compute capability, 87 for 8.7
     batch_above   the largest batch is above this
     dynamic       the engine takes several batch sizes
-    refuse        the answer would be wrong for certain, so nothing is built
-    on_failure    only said when a build has failed
+    refuse        the engine would certainly be wrong, so none is built
+    on_failure    shown only after a build has failed
     """
 
     id: str
@@ -60,7 +60,7 @@ class KnownIssue:
 
 
 def affecting(facts: OnnxFacts, tensorrt: str, sm: int, arguments: BuildArguments) -> Sequence[KnownIssue]:
-    """The defects that may concern an engine of this graph with these arguments on this device."""
+    """The issues that may affect an engine of this graph with these arguments on this device."""
     return [entry for entry in all_issues() if entry.affects(facts, tensorrt, sm, arguments)]
 
 

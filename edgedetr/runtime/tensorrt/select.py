@@ -1,4 +1,4 @@
-"""Which engines a bundle has for this device, which of them is the best, and why the others are not used."""
+"""Find the engines of a bundle that fit this device, select the best, and give the reasons against the others."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 # Artifact -> the graph that engines for batches of images are built from.
 FILES = {graph.id: graph.file for graph in ENGINE_GRAPHS.values()}
-MEASURED = "verified.json"  # beside the engines: what edgedetr verify found on this device
+MEASURED = "verified.json"  # next to the engines: results of edgedetr verify on this device
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `edgedetr verify` found of one engine: whether it passed, and its milliseconds (median of one run).
+    """The result of `edgedetr verify` for one engine: whether it passed, and its latency (median of one run, ms).
 
-    under   driver and release of Jetson Linux at that time (see `surroundings`); empty in records of before
+    under   driver and Jetson Linux of that run (see `environment`); empty in older records
     """
 
     passed: bool
@@ -42,11 +42,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine that fits.
+    """An engine that fits this device.
 
-    batch      the only size it takes, or None
-    measured   None until `edgedetr verify` has run with the driver that is here
-    drift      what has changed since it was built, and does not keep it from loading
+    batch      its fixed batch size, or None
+    measured   None until `edgedetr verify` has run with the present driver
+    drift      what has changed on the device since it was built; it still loads
     """
 
     path: Path
@@ -58,7 +58,7 @@ class Engine:
 
     @property
     def stage_name(self) -> str:
-        """The stage, with the batch where it is not single images: "int8", "int8 batch 4"."""
+        """The artifact that it was built from, and the batch size unless it is 1: "int8", "int8 batch 4"."""
         return self.stage if self.batch == 1 else f"{self.stage} batch {self.metadata.arguments.batch_name}"
 
     @property
@@ -72,17 +72,17 @@ class Engine:
 
 @dataclass(frozen=True)
 class EngineSearch:
-    """`fitting` engines, the best first; `refused`: a sentence about each other one, or about all of them."""
+    """`fitting` engines, the best first; `refused`: the reason against each other engine, or against all of them."""
 
     fitting: tuple[Engine, ...] = ()
     refused: tuple[str, ...] = ()
 
 
 def find_engines(bundle: Bundle, files: Mapping[str, str] = FILES, *, trust: bool = False) -> EngineSearch:
-    """Look at every plan that may be this bundle's; opens none. Costs nothing where there are none.
+    """Check every plan that may belong to this bundle, without opening it. The GPU is probed only if there are plans.
 
-    files   stage -> name of the graph: engines of other graphs are passed over in silence
-    trust   take engines that were built on another machine of the same kind
+    files   stage -> name of the graph: engines of other graphs are left out without a reason
+    trust   accept engines that were built on another machine of the same kind
     """
     plans = engine_cache.plans(bundle)
     if not plans:
@@ -91,7 +91,8 @@ def find_engines(bundle: Bundle, files: Mapping[str, str] = FILES, *, trust: boo
         device = gpu.probe()
         version = gpu.tensorrt().__version__
     except (DeviceError, MissingDependency) as reason:
-        ours = sum(plan.is_relative_to(bundle.path) for plan in plans)  # the user's cache holds other bundles' too
+        # The user's cache also has engines of other bundles.
+        ours = sum(plan.is_relative_to(bundle.path) for plan in plans)
         return EngineSearch(refused=(f"{ours} engine{'s' * (ours > 1)} not used: {reason}",) if ours else ())
     fitting, refused = [], []
     for plan in plans:
@@ -106,49 +107,49 @@ def find_engines(bundle: Bundle, files: Mapping[str, str] = FILES, *, trust: boo
 def _examine(
     bundle: Bundle, plan: Path, files: Mapping[str, str], device: Device, version: str, trust: bool
 ) -> Engine | str:
-    """The engine, or why it is not one for this place; an empty reason for engines of other graphs or bundles."""
+    """The engine, or the reason why it does not fit; an empty reason for engines of other graphs or bundles."""
     try:
-        told = engine_metadata.read(plan)
+        metadata = engine_metadata.read(plan)
     except EngineError as error:
         return str(error)
-    if told is None:
-        return f"no {engine_metadata.metadata_path(plan).name} beside it; run: edgedetr build {bundle.path}"
-    stage = next((stage for stage, name in files.items() if name == told.onnx), None)
-    entry = bundle.manifest.files.get(told.onnx)
+    if metadata is None:
+        return f"there is no {engine_metadata.metadata_path(plan).name} next to it; run: edgedetr build {bundle.path}"
+    stage = next((stage for stage, name in files.items() if name == metadata.onnx), None)
+    entry = bundle.manifest.files.get(metadata.onnx)
     ours = plan.is_relative_to(bundle.path)
     if entry is None:
-        return f"built from {told.onnx}, which is not in this bundle" if ours else ""
+        return f"built from {metadata.onnx}, which is not in this bundle" if ours else ""
     if stage is None:
-        return ""  # of another kind: for whole camera frames, or for batches of images
-    if entry.sha256 != told.onnx_sha256 and not ours:
-        return ""  # the user's cache holds the engines of all read-only bundles
-    reason = ("" if trust else engine_validation.untrusted(told)) or engine_validation.mismatch(
-        told, device, version, entry.sha256
+        return ""  # for whole camera frames where batches are wanted, or the other way round
+    if entry.sha256 != metadata.onnx_sha256 and not ours:
+        return ""  # the user's cache has the engines of all read-only bundles
+    reason = ("" if trust else engine_validation.untrusted(metadata)) or engine_validation.mismatch(
+        metadata, device, version, entry.sha256
     )
     if reason:
         return reason
-    batch = told.arguments.batch
-    drift = engine_validation.drift(told, device)
-    measured = _measurements(plan.parent).get(told.plan_sha256)
+    batch = metadata.arguments.batch
+    drift = engine_validation.drift(metadata, device)
+    measured = _measurements(plan.parent).get(metadata.plan_sha256)
     if measured is not None and (drift if not measured.under else measured.under != environment(device)):
-        measured = None  # of another driver: it may be faster, slower or wrong now
-    return Engine(plan, told, stage, batch[0] if len(set(batch)) == 1 else None, measured, drift)
+        measured = None  # measured with another driver: it may be faster, slower or wrong now
+    return Engine(plan, metadata, stage, batch[0] if len(set(batch)) == 1 else None, measured, drift)
 
 
 def environment(device: Device) -> str:
-    """What a measurement depends on besides the engine: "driver 12.6, R36.4.3"."""
+    """Driver and Jetson Linux, on which a measurement depends: "driver 12.6, R36.4.3"."""
     return ", ".join(filter(None, [f"driver {device.driver}", jetson.linux_release()]))
 
 
 def pick(engines: Sequence[Engine], *, stage: str | None = None, batch: int | None = None) -> Engine | None:
-    """The best of them for a stage and a batch size; without a size, one for single images if there is one."""
+    """The best engine for an artifact and a batch size; without a size, one for single images if there is one."""
     fitting = [e for e in engines if stage in (None, e.stage) and (batch is None or e.batch in (None, batch))]
     singles = [e for e in fitting if e.batch in (None, 1)] if batch is None else fitting
     return next(iter(singles or fitting), None)
 
 
 def reason_for(engine: Engine) -> str:
-    """Why this one, in words."""
+    """Why this engine was selected, as text."""
     if engine.measured is None:
         changed = f"; {engine.drift}: verify it, or build it again with --force" if engine.drift else ""
         return f"fits this device; not verified here yet{changed}"
@@ -157,7 +158,7 @@ def reason_for(engine: Engine) -> str:
 
 
 def record_measurements(folder: Path, found: Mapping[str, Measurement]) -> None:
-    """Keep what was measured beside the engines, by digest of the plan; on read-only storage it is only not kept."""
+    """Store measurements next to the engines, by digest of the plan; on read-only storage, only warn."""
     try:
         with locked(folder / f".{MEASURED}.lock", wait=60, busy=_busy):  # two verify side by side, of other engines
             known = {**_measurements(folder), **found}
@@ -167,7 +168,7 @@ def record_measurements(folder: Path, found: Mapping[str, Measurement]) -> None:
                     encoding="utf-8",
                 )
     except OSError as error:
-        log.warning("%s: what was measured could not be recorded (%s)", folder / MEASURED, error)
+        log.warning("%s: the measurements could not be stored (%s)", folder / MEASURED, error)
 
 
 def _busy(owner: str) -> EngineError:
@@ -175,7 +176,7 @@ def _busy(owner: str) -> EngineError:
 
 
 def _measurements(folder: Path) -> dict[str, Measurement]:
-    """By digest of the plan; a damaged record counts as none, for the next verify writes it again."""
+    """Measurements by digest of the plan; a damaged file counts as none, and the next verify writes it again."""
     if not os.path.lexists(folder / MEASURED):
         return {}
     try:

@@ -1,7 +1,7 @@
-"""Does the TensorRT that is installed here compute what it should? Three small graphs, built, run and compared.
+"""Test whether the installed TensorRT computes correctly: three small graphs are built, run and compared.
 
-Each is of a kind that some version got wrong (see onnx_graph/selftest_models.py). Inputs and expected outputs, by ONNX
-Runtime without optimizations, are stored beside the graphs, so that nothing but numpy and TensorRT is needed.
+Some version of TensorRT computes each of them wrongly (see onnx_graph/selftest_models.py). The inputs and the expected
+outputs, by ONNX Runtime without optimizations, are stored next to the graphs, so only numpy and TensorRT are needed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from edgedetr.runtime.tensorrt.trt_runner import Session
 
 FOLDER = Path(__file__).parent / "selftest_models"
 WORKSPACE_MB = 256
-RUNS = 3  # the first is queued plainly, the others run as a CUDA graph
+RUNS = 3  # the first is queued layer by layer, the others run as a CUDA graph
 EQUAL_ROWS_DB = 80.0  # of equal rows in one batch: different kernels for them would leave about 100 dB in float32
 
 
 @dataclass(frozen=True)
 class SelfTestModel:
-    """floor_db: least signal-to-noise ratio of an honest computation, decibels."""
+    """floor_db: minimum signal-to-noise ratio of a correct computation, decibels."""
 
     name: str
     precision: str
@@ -49,9 +49,12 @@ SELFTEST_MODELS = (
 
 @dataclass(frozen=True)
 class SelfTestResult:
-    """What one canary did. sqnr_db: worst of all runs, None where it gave nothing; note: what is wrong, or empty.
+    """The result of one model.
 
-    share   of the layers with weights that run in the canary's precision, 0..1
+    sqnr_db   the worst of all runs; None where it did not run
+    share     fraction of the layers with weights that run in the model's precision, 0..1
+    graph     whether it ran as a CUDA graph
+    note      what is wrong, or empty
     """
 
     name: str
@@ -68,7 +71,7 @@ class SelfTestResult:
 
 @dataclass(frozen=True)
 class SelfTestReport:
-    """All canaries on one device."""
+    """The results of all models on one device."""
 
     tensorrt: str
     device: Device
@@ -83,11 +86,11 @@ class SelfTestReport:
 
 
 def selftest(progress: Progress | None = None) -> SelfTestReport:
-    """Build and run every canary; an error only where there is no TensorRT or no device."""
+    """Build and run every model. Errors: MissingDependency without TensorRT, DeviceError without a GPU."""
     device, trt = probe(), tensorrt()
     outcomes = []
-    for number, canary in enumerate(SELFTEST_MODELS):
-        outcomes.append(_try(canary, device))
+    for number, tested in enumerate(SELFTEST_MODELS):
+        outcomes.append(_try(tested, device))
         if progress:
             progress("selftest", number + 1, len(SELFTEST_MODELS))
     return SelfTestReport(trt.__version__, device, tuple(outcomes))
@@ -99,20 +102,20 @@ def stored(name: str) -> tuple[bytes, np.ndarray, np.ndarray]:
         return (FOLDER / f"{name}.onnx").read_bytes(), arrays["x"], arrays["y"]
 
 
-def _try(canary: SelfTestModel, device: Device) -> SelfTestResult:
-    model, x, expected = stored(canary.name)
+def _try(tested: SelfTestModel, device: Device) -> SelfTestResult:
+    model, x, expected = stored(tested.name)
     begun = time.perf_counter()
 
     def outcome(
         passed: bool, note: str, sqnr: float | None = None, share: float | None = None, graph: bool = False
     ) -> SelfTestResult:
         return SelfTestResult(
-            canary.name,
-            canary.about,
-            canary.precision,
+            tested.name,
+            tested.about,
+            tested.precision,
             passed,
             sqnr,
-            canary.floor_db,
+            tested.floor_db,
             share,
             graph,
             time.perf_counter() - begun,
@@ -121,27 +124,27 @@ def _try(canary: SelfTestModel, device: Device) -> SelfTestResult:
 
     batch = (len(x),) * 3
     try:
-        plan = build.build_serialized(
+        engine = build.build_serialized(
             model,
-            BuildArguments(canary.precision, batch, WORKSPACE_MB, 3, "auto"),
+            BuildArguments(tested.precision, batch, WORKSPACE_MB, 3, "auto"),
             device,
-            what=f"canary {canary.name}",
+            what=f"self-test model {tested.name}",
         )
-        with Session(plan.data, cuda=Cuda(device), what=f"canary {canary.name}") as session:
+        with Session(engine.data, cuda=Cuda(device), what=f"self-test model {tested.name}") as session:
             found = [session.run({"x": x})["y"] for _ in range(RUNS)]
             graph = session.graphs > 0
-    except (DeviceError, EngineError) as error:  # this one cannot be built or run; the others still can
+    except (DeviceError, EngineError) as error:  # a failure of one model does not stop the others
         return outcome(False, str(error))
-    share = engine_metadata.summarize_layers(plan.layers).share(canary.precision)
+    share = engine_metadata.summarize_layers(engine.layers).fraction(tested.precision)
     ratios = [_decibels(expected, y) for y in found]
     problems = []
-    if min(ratios) < canary.floor_db:
-        first = next(run for run, ratio in enumerate(ratios) if ratio < canary.floor_db)
+    if min(ratios) < tested.floor_db:
+        first = next(run for run, ratio in enumerate(ratios) if ratio < tested.floor_db)
         how = "" if first == 0 else " as a CUDA graph only"
-        problems.append(f"wrong{how}: {ratios[first]:.0f} dB, expected at least {canary.floor_db:.0f}")
+        problems.append(f"wrong{how}: {ratios[first]:.0f} dB, expected at least {tested.floor_db:.0f}")
     if _equal_rows(x) and min(_decibels(y[0], y[-1]) for y in found) < EQUAL_ROWS_DB:
         problems.append("equal rows of one batch give different results (TensorRT issue 4813)")
-    if problems and canary.name == "grid_sample":
+    if problems and tested.name == "grid_sample":
         problems.append("engines must not use GridSample here: edgedetr export writes gathers for engines")
     return outcome(not problems, "; ".join(problems), min(ratios), share, graph)
 

@@ -1,4 +1,4 @@
-"""TensorRT engines on the device: numpy, TensorRT and libcudart by ctypes; no torch, no CUDA package for Python."""
+"""Run TensorRT engines with numpy, TensorRT and libcudart (by ctypes); no torch and no CUDA package for Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgedetr.runtime.tensorrt.engine_metadata import EngineMetadata
 from edgedetr.runtime.tensorrt.execution_context import ContextSlot, IoTensor
 from edgedetr.runtime.tensorrt.gpu import probe
 
-# By the names of trt.DataType: trt.nptype raises for types that numpy lacks, and says not which tensor has it.
+# By the names of trt.DataType: trt.nptype raises for types that numpy lacks without naming the tensor.
 DTYPES = {
     "FLOAT": np.float32,
     "HALF": np.float16,
@@ -27,19 +27,19 @@ DTYPES = {
     "UINT8": np.uint8,
     "BOOL": np.bool_,
 }
-LONGEST = 400  # characters of an error text of TensorRT that are kept
+LONGEST = 400  # characters of an error message of TensorRT that are kept
 
 
 class Session:
     """A deserialized engine: named arrays in, named arrays out, from any number of threads.
 
-    data        the plan; whoever made it decides what this process does, so check it first (see guards.check)
-    use_graph   record a CUDA graph after one run of each shape, where the engine allows it
-    ports       inputs and outputs by name
+    data        the plan; it is executable code, so check it first (see engine_validation.check)
+    use_graph   record a CUDA graph after the first run of a shape, where the engine allows it
+    tensors     inputs and outputs by name
     """
 
     def __init__(self, data: bytes, *, cuda: Cuda | None = None, use_graph: bool = True, what: str = "engine") -> None:
-        self.cuda = cuda or Cuda()  # first: TensorRT's Runtime would end the process where there is no driver
+        self.cuda = cuda or Cuda()  # first: TensorRT's Runtime ends the process where there is no driver
         trt = gpu.tensorrt()
         self.what, self.use_graph = what, use_graph
         self._make_recorder = lambda: _recorder(trt)
@@ -47,53 +47,53 @@ class Session:
         self._errors = self._make_recorder()
         try:
             self._runtime: Any = trt.Runtime(self._logger)
-        except TypeError as error:  # how the bindings say that the library gave nothing
-            said = "; ".join(self._logger.errors) or error
+        except TypeError as error:  # the bindings raise it where the library returned a null pointer
+            reasons = "; ".join(self._logger.errors) or error
             raise EngineError(
-                f"TensorRT {trt.__version__} does not start here ({said}); run: edgedetr doctor"
+                f"TensorRT {trt.__version__} does not start here ({reasons}); run: edgedetr doctor"
             ) from error
         self._runtime.error_recorder = self._errors
         self._engine: Any = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
-            said = "; ".join(filter(None, [self._errors.take(), *self._logger.errors])) or "no reason given"
+            reasons = "; ".join(filter(None, [self._errors.take(), *self._logger.errors])) or "no reason given"
             self._runtime = None
             raise EngineError(
-                f"{what}: TensorRT {trt.__version__} cannot deserialize it ({said}); "
+                f"{what}: TensorRT {trt.__version__} cannot deserialize it ({reasons}); "
                 "build it here: edgedetr build BUNDLE --force"
             )
         self._engine.error_recorder = self._errors
-        self._own = threading.local()
-        self._lanes: list[ContextSlot] = []
+        self._thread = threading.local()
+        self._slots: list[ContextSlot] = []
         self._lock = threading.Lock()
         self._closed = False
         problem = ""
         try:
-            self.ports = _ports(trt, self._engine, what)
+            self.tensors = _io_tensors(trt, self._engine, what)
         except EngineError as error:
             problem = str(error)
-        if problem:  # outside of `except`: a traceback would keep the engine alive beyond its runtime
+        if problem:  # outside of `except`: the traceback would keep the engine alive longer than its runtime
             self.close()
             raise EngineError(problem)
 
     def run(self, feeds: dict[str, Any]) -> dict[str, np.ndarray]:
         """All outputs for these inputs: numpy arrays, or arrays on the device with __cuda_array_interface__."""
-        expected = {port.name for port in self.ports.values() if port.is_input}
+        expected = {tensor.name for tensor in self.tensors.values() if tensor.is_input}
         if feeds.keys() != expected:
-            raise UsageError(f"{self.what} takes {sorted(expected)}, given were {sorted(feeds)}")
+            raise UsageError(f"{self.what} takes {sorted(expected)}, not {sorted(feeds)}")
         for name, feed in feeds.items():
-            port = self.ports[name]
+            tensor = self.tensors[name]
             shape = tuple(int(size) for size in feed.shape)
-            if (isinstance(feed, np.ndarray) and feed.dtype != port.dtype) or not _fits(shape, port):
-                most = f" up to {list(port.largest)}" if -1 in port.shape else ""
+            if (isinstance(feed, np.ndarray) and feed.dtype != tensor.dtype) or not _fits(shape, tensor):
+                most = f" up to {list(tensor.largest)}" if -1 in tensor.shape else ""
                 raise UsageError(
-                    f"{name} is {feed.dtype} {list(shape)}; {self.what} takes {port.dtype} {list(port.shape)}{most}"
+                    f"{name} is {feed.dtype} {list(shape)}; {self.what} takes {tensor.dtype} {list(tensor.shape)}{most}"
                 )
-        return self._lane().run(feeds)
+        return self._slot().run(feeds)
 
-    def _lane(self) -> ContextSlot:
-        """This thread's lane; a thread that comes for the first time gets a context of its own."""
-        lane: ContextSlot | None = getattr(self._own, "lane", None)
-        if lane is None:
+    def _slot(self) -> ContextSlot:
+        """The context slot of this thread, created at its first run."""
+        slot: ContextSlot | None = getattr(self._thread, "slot", None)
+        if slot is None:
             with self._lock:
                 if self._closed:
                     raise UsageError(f"{self.what} has been closed")
@@ -106,24 +106,24 @@ class Session:
                         "close other programs that use the GPU, or use fewer threads"
                     )
                 context.error_recorder = errors
-                lane = ContextSlot(self.cuda, context, self.ports, errors, use_graph=self.use_graph)
-                self._lanes.append(lane)
-            self._own.lane = lane
-        if lane.context is None:
+                slot = ContextSlot(self.cuda, context, self.tensors, errors, use_graph=self.use_graph)
+                self._slots.append(slot)
+            self._thread.slot = slot
+        if slot.context is None:
             raise UsageError(f"{self.what} has been closed")
-        return lane
+        return slot
 
     @property
     def graphs(self) -> int:
         """How many threads run this engine as a CUDA graph now."""
-        return sum(bool(lane.graph) for lane in self._lanes)
+        return sum(bool(slot.graph) for slot in self._slots)
 
     def close(self) -> None:
-        """Contexts, then the engine, then the runtime; nobody may be running it any more."""
+        """Free the contexts, then the engine, then the runtime; no thread may be running the engine."""
         with self._lock:
             self._closed = True
-            while self._lanes:
-                self._lanes.pop().close()
+            while self._slots:
+                self._slots.pop().close()
             self._engine = None
             self._runtime = None
 
@@ -137,11 +137,11 @@ class Session:
 
 
 class TrtRunner:
-    """An engine of a detector, checked before it is deserialized (see guards.check).
+    """An engine of a detector, checked before it is deserialized (see engine_validation.check).
 
-    batch       its number of images per run; None where it is open, up to `largest_batch`
-    onnx_sha256 what it must have been built from; None: whatever it was
-    trust       run a plan that was not built here: its author's code runs then
+    batch         its fixed batch size; None where it is dynamic, up to `largest_batch`
+    onnx_sha256   digest of the graph that it must have been built from; None: any graph
+    trust         run a plan that was not built here: its author's code runs then
     """
 
     name = "tensorrt"
@@ -156,22 +156,21 @@ class TrtRunner:
         onnx_sha256: str | None = None,
     ) -> None:
         self.session, self.metadata = _open(Path(path), use_graph, trust, onnx_sha256)
-        port = _one_input(self.session, "images", 4, ("logits", "boxes"), "images [B, 3, H, W] -> logits, boxes")
-        if port.dtype != np.float32 or port.shape[1] != 3:
+        tensor = _one_input(self.session, "images", 4, ("logits", "boxes"), "images [B, 3, H, W] -> logits, boxes")
+        if tensor.dtype != np.float32 or tensor.shape[1] != 3:
             self.session.close()
             raise EngineError(
-                f"{path}: images is {port.dtype} {list(port.shape)}; expected float32 [B, 3, H, W]; "
+                f"{path}: images is {tensor.dtype} {list(tensor.shape)}; expected float32 [B, 3, H, W]; "
                 "build it from a graph that edgedetr export wrote"
             )
-        self.batch: int | None = port.shape[0] if port.shape[0] > 0 else None
-        self.largest_batch = port.largest[0]
-        self.height, self.width = port.shape[2], port.shape[3]
+        self.batch: int | None = tensor.shape[0] if tensor.shape[0] > 0 else None
+        self.largest_batch = tensor.largest[0]
+        self.height, self.width = tensor.shape[2], tensor.shape[3]
 
     def run(self, images: Any) -> RawOutputs:
         """images float32 [B, 3, height, width] as numpy array or on the device -> RawOutputs.
 
-        Fewer images than a fixed batch has are filled up with the last one, and its results cut off; more than an
-        open batch allows go in parts. Arrays on the device must have a batch that the engine takes.
+        numpy batches of any size are padded or split to what the engine takes; arrays on the device must fit it.
         """
         if not isinstance(images, np.ndarray):
             return self._once(images)
@@ -201,8 +200,8 @@ class TrtFrameRunner:
         onnx_sha256: str | None = None,
     ) -> None:
         self.session, self.metadata = _open(Path(path), use_graph, trust, onnx_sha256)
-        port = _one_input(self.session, "frames", 4, self.outputs, "frames [1, H, W, 3] -> boxes, scores, labels")
-        self.height, self.width = port.shape[1], port.shape[2]
+        tensor = _one_input(self.session, "frames", 4, self.outputs, "frames [1, H, W, 3] -> boxes, scores, labels")
+        self.height, self.width = tensor.shape[1], tensor.shape[2]
 
     def run(self, frame: Any) -> dict[str, np.ndarray]:
         """frame [1, H, W, 3] uint8 RGB, numpy or on the device -> boxes [1, k, 4], scores [1, k], labels [1, k]."""
@@ -221,9 +220,9 @@ def _open(path: Path, use_graph: bool, trust: bool, onnx_sha256: str | None) -> 
 
 
 def _one_input(session: Session, name: str, rank: int, outputs: tuple[str, ...], expected: str) -> IoTensor:
-    inputs = [port for port in session.ports.values() if port.is_input]
-    given = {port.name for port in session.ports.values() if not port.is_input}
-    if [port.name for port in inputs] != [name] or not set(outputs) <= given or len(inputs[0].shape) != rank:
+    inputs = [tensor for tensor in session.tensors.values() if tensor.is_input]
+    given = {tensor.name for tensor in session.tensors.values() if not tensor.is_input}
+    if [tensor.name for tensor in inputs] != [name] or not set(outputs) <= given or len(inputs[0].shape) != rank:
         session.close()
         raise EngineError(
             f"{session.what}: inputs {[p.name for p in inputs]} and outputs {sorted(given)}; expected "
@@ -232,7 +231,7 @@ def _one_input(session: Session, name: str, rank: int, outputs: tuple[str, ...],
     return inputs[0]
 
 
-def _ports(trt: Any, engine: Any, what: str) -> dict[str, IoTensor]:
+def _io_tensors(trt: Any, engine: Any, what: str) -> dict[str, IoTensor]:
     found = {}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
@@ -243,8 +242,8 @@ def _ports(trt: Any, engine: Any, what: str) -> dict[str, IoTensor]:
             )
         if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
             raise EngineError(
-                f"{what}: tensor {name} must lie in host memory (a shape input); expected a graph whose "
-                "shapes follow from the input's"
+                f"{what}: tensor {name} must be in host memory (a shape input); expected a graph whose "
+                "shapes depend on the input shapes only"
             )
         if engine.get_tensor_format(name) != trt.TensorFormat.LINEAR:
             raise EngineError(
@@ -260,14 +259,15 @@ def _ports(trt: Any, engine: Any, what: str) -> dict[str, IoTensor]:
     return found
 
 
-def _fits(shape: tuple[int, ...], port: IoTensor) -> bool:
-    return len(shape) == len(port.shape) and all(
-        0 < size <= most if told < 0 else size == told for size, told, most in zip(shape, port.shape, port.largest)
+def _fits(shape: tuple[int, ...], tensor: IoTensor) -> bool:
+    return len(shape) == len(tensor.shape) and all(
+        0 < size <= most if declared < 0 else size == declared
+        for size, declared, most in zip(shape, tensor.shape, tensor.largest)
     )
 
 
 def _recorder(trt: Any) -> Any:
-    """An error recorder that keeps texts until they are taken; TensorRT calls it from threads of its own."""
+    """An error recorder that stores messages until `take`; TensorRT calls it from its own threads."""
 
     class Recorder(trt.IErrorRecorder):  # type: ignore[misc]  # the base is only known at run time
         def __init__(self) -> None:
@@ -275,9 +275,9 @@ def _recorder(trt: Any) -> Any:
             self.found: list[tuple[Any, str]] = []
 
         def take(self) -> str:
-            """What was reported since the last time, and forget it."""
-            told, self.found = self.found, []
-            return "; ".join(text[:LONGEST] for _, text in told)
+            """The messages since the last call, which are then removed."""
+            messages, self.found = self.found, []
+            return "; ".join(text[:LONGEST] for _, text in messages)
 
         def num_errors(self) -> int:
             return len(self.found)
@@ -296,6 +296,6 @@ def _recorder(trt: Any) -> Any:
 
         def report_error(self, arg0: Any, arg1: str) -> bool:
             self.found.append((arg0, str(arg1).strip()))
-            return True  # the call that reported it must end
+            return True  # the call that reported the error fails
 
     return Recorder()

@@ -22,7 +22,7 @@ def test_an_engine_is_built_strongly_typed_and_its_sidecar_says_everything(fake,
     assert fake.models == [(bundle.path / "model.int8.onnx").read_bytes()]
     assert (told.onnx, told.onnx_sha256) == ("model.int8.onnx", bundle.manifest.files["model.int8.onnx"].sha256)
     assert (told.tensorrt, told.cuda, told.sm, told.device) == (fake.spec.__version__, "12.6", 87, "Orin")
-    assert told.layers.weighted == {"int8": 1} and told.layers.share("int8") == 1 and told.typing == "strong"
+    assert told.layers.weighted == {"int8": 1} and told.layers.fraction("int8") == 1 and told.typing == "strong"
     assert json.loads(made.path.with_suffix(".layers.json").read_text())["Layers"]
     assert made.path.name.startswith(f"int8-b1-sm87-trt{fake.spec.__version__}-cu12.6-orin-{told.onnx_sha256:.8}-")
     assert not list(made.path.parent.glob(".*.building"))
@@ -135,10 +135,10 @@ def test_an_open_batch_size_gets_one_profile(fake, make_bundle):
 def test_a_refused_profile_and_an_open_image_size_are_errors(fake, make_bundle):
     bundle = make_bundle("model.int8.onnx", batch="B")
     fake.inputs, fake.profile_index = {"images": (-1, 3, 32, 48)}, -1
-    with pytest.raises(EngineError, match="refuses batch sizes 1, 2, 4"):
+    with pytest.raises(EngineError, match="rejects batch sizes 1, 2, 4"):
         build.build(bundle, batch=(1, 2, 4))
     fake.inputs, fake.parses = {"images": (-1, 3, -1, -1)}, [True]
-    with pytest.raises(EngineError, match="sizes besides the batch are open"):
+    with pytest.raises(EngineError, match="sizes other than the batch size are dynamic"):
         build.build(bundle, batch=2)
 
 

@@ -55,7 +55,7 @@ def in_words_of(version: int) -> str:
 def test_both_forms_of_the_inspector_give_the_same_counts(version):
     found = summarize_layers(in_words_of(version))
     assert found == EXPECTED
-    assert found.layers == 12 and found.share("int8") == 3 / 7 and found.share("fp8") == 0
+    assert found.layers == 12 and found.fraction("int8") == 3 / 7 and found.fraction("fp8") == 0
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_type_of_the_weights_decides_where_it_is_told(weights, inputs, expec
 def test_a_layer_without_inputs_counts_by_its_outputs_and_names_alone_are_unknown():
     fill = {"LayerType": "Fill", "Inputs": [], "Outputs": [{"Format/Datatype": "Row major linear FP32"}]}
     found = summarize_layers(json.dumps({"Layers": [fill, "only a name"]}))
-    assert found.precision == {"fp32": 1, "unknown": 1} and found.share("int8") is None
+    assert found.precision == {"fp32": 1, "unknown": 1} and found.fraction("int8") is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"Layers": 3}', "not json", "null"])

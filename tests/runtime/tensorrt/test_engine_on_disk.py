@@ -36,7 +36,7 @@ def failing_again(bundle: Bundle, fake: FakeTensorRT, error: str) -> None:
 def test_a_failed_build_keeps_the_previous_engine(fake, bundle):
     first = build.build(bundle)
     fake.plans, fake.parses = [None, None], [True, True]
-    failing_again(bundle, fake, "gives no engine")
+    failing_again(bundle, fake, "returns no engine")
     assert build.build(bundle).metadata == first.metadata
 
 
@@ -105,7 +105,7 @@ def test_nowhere_to_write_is_one_error(old, bundle, without_root, monkeypatch):
     shutil.copytree(bundle.path, without_root / "b")
     monkeypatch.setenv("XDG_CACHE_HOME", str(without_root))
     become_reader(without_root)
-    with pytest.raises(EngineError, match="no place for an engine.*set XDG_CACHE_HOME"):
+    with pytest.raises(EngineError, match="no folder for an engine.*set XDG_CACHE_HOME"):
         build.build(without_root / "b")
 
 
@@ -194,7 +194,7 @@ def test_a_lock_that_cannot_be_opened_is_one_error(old, bundle):
 def test_timings_that_cannot_be_kept_only_cost_time(old, bundle, cache, caplog):
     cache.mkdir(parents=True, exist_ok=True)
     (cache / "timing").write_text("a file where the folder should be")
-    assert build.build(bundle).made and "are not kept" in caplog.text
+    assert build.build(bundle).made and "are not stored" in caplog.text
 
 
 def test_eight_processes_at_once_make_one_engine(old, bundle):

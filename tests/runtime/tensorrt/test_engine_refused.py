@@ -150,5 +150,5 @@ def test_hints_for_failures_are_only_said_then(bindings, bundle, cache, monkeypa
     )
     monkeypatch.setattr(known_issues, "all_issues", lambda: (entry,))
     assert build.build(bundle).metadata.warnings == ()
-    with pytest.raises(EngineError, match="known: needs more; give it"):
+    with pytest.raises(EngineError, match="known issue: needs more; give it"):
         build.build(bundle, force=True)

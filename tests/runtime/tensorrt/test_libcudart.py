@@ -79,7 +79,7 @@ def real(monkeypatch, folders, version):
 
 def test_it_is_found_in_the_wheel_and_says_its_version(real, version):
     if version == "11.8" and not DRIVER.exists():  # CUDA 11 asks the driver even for this
-        with pytest.raises(DeviceError, match="cudaRuntimeGetVersion gave 35"):
+        with pytest.raises(DeviceError, match="cudaRuntimeGetVersion returned 35"):
             gpu.probe()
     else:
         assert gpu.probe().runtime == version
@@ -93,7 +93,7 @@ def test_every_function_is_there_and_errors_come_back_in_words(real, version):
         # 35: no driver for this version; 100: no device; which of them depends on the machine of the test
         with pytest.raises(
             DeviceError,
-            match=r"cuda\w+ gave cudaError(InsufficientDriver .35.|NoDevice .100.): \w+.*; "
+            match=r"cuda\w+ returned cudaError(InsufficientDriver .35.|NoDevice .100.): \w+.*; "
             r"run: edgedetr doctor",
         ):
             act()

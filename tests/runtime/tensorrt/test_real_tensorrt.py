@@ -69,7 +69,7 @@ def test_timings_of_another_kind_do_not_stop_the_real_builder(rtx, graph):
 
 
 def test_an_impossible_range_of_batch_sizes_is_one_error(rtx, graph):
-    with pytest.raises(EngineError, match="refuses batch sizes 4, 2, 1"):
+    with pytest.raises(EngineError, match="rejects batch sizes 4, 2, 1"):
         attempt(rtx, graph, (4, 2, 1))
 
 

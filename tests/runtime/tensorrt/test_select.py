@@ -128,7 +128,7 @@ def test_without_a_sidecar_or_with_a_damaged_one_it_is_left(fake, bundle):
     engine_metadata.metadata_path(plan(bundle, "int8")).unlink()
     engine_metadata.metadata_path(plan(bundle, "fp16")).write_text("{")
     said = load(bundle).description
-    assert "int8.plan not used: no int8.json beside it" in said
+    assert "int8.plan not used: there is no int8.json next to it" in said
     assert "fp16.json: not readable as JSON" in said
 
 

@@ -24,7 +24,7 @@ from edgedetr.runtime.tensorrt.build import SerializedEngine
 from edgedetr.runtime.tensorrt.selftest import SELFTEST_MODELS, _decibels, stored
 
 torch = pytest.importorskip("torch", reason="GridSample is compared with PyTorch's")
-FLOORS = {canary.name: canary.floor_db for canary in SELFTEST_MODELS}
+FLOORS = {model.name: model.floor_db for model in SELFTEST_MODELS}
 
 
 def constants(model: bytes) -> dict[str, np.ndarray]:
@@ -41,7 +41,7 @@ def test_what_is_stored_is_what_the_generator_makes(name):
     assert sqnr_db(kept_y, y) >= 100
 
 
-def test_there_is_a_graph_for_every_canary_and_no_other():
+def test_there_is_a_graph_for_every_model_and_no_other():
     assert {path.stem for path in selftest.FOLDER.iterdir()} == set(FLOORS) == set(selftest_models.SELFTEST_MODELS)
 
 
@@ -104,7 +104,7 @@ def test_concat_is_what_integer_arithmetic_gives():
 
 
 def faulty(name: str) -> bytes:
-    """The canary with the fault that it is there to find."""
+    """The model with the fault that it is there to find."""
     model = onnx.load_from_string(stored(name)[0])
     for node in model.graph.node:
         if name == "grid_sample" and node.op_type == "GridSample":
@@ -138,7 +138,7 @@ def faulty(name: str) -> bytes:
 
 
 @pytest.mark.parametrize("name", FLOORS)
-def test_the_fault_that_a_canary_is_there_for_is_far_below_its_floor(name):
+def test_the_fault_that_a_model_is_there_for_is_far_below_its_floor(name):
     _, x, y = stored(name)
     wrong = onnxruntime.tensors(faulty(name), x, ["y"], optimize=False, threads=1, feed="x")["y"]
     assert sqnr_db(y, wrong) < FLOORS[name] - 5
@@ -163,8 +163,8 @@ def built(monkeypatch):
     plans: dict[str, bytes] = {}
 
     def build_serialized(model, arguments, device, *, what, **rest):
-        assert set(arguments.batch) == {len(stored(what.split()[1])[1])} and not rest
-        plan = plans.get(what.split()[1], model)
+        assert set(arguments.batch) == {len(stored(what.split()[-1])[1])} and not rest
+        plan = plans.get(what.split()[-1], model)
         if plan == b"":
             raise EngineError(f"{what}: TensorRT cannot build it")
         layer = {"Name": "conv", "LayerType": "CaskConvolution", "Inputs": [{"Format/Datatype": "Int8"}]}
@@ -174,7 +174,7 @@ def built(monkeypatch):
     return plans
 
 
-def test_a_right_tensorrt_passes_every_canary_plainly_and_as_a_graph(fake, built, capsys):
+def test_a_right_tensorrt_passes_every_model_plainly_and_as_a_graph(fake, built, capsys):
     assert cli.run(["selftest", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["passed"] and [o["name"] for o in said["outcomes"]] == list(FLOORS)
@@ -185,7 +185,7 @@ def test_a_right_tensorrt_passes_every_canary_plainly_and_as_a_graph(fake, built
 
 
 @pytest.mark.parametrize("name", FLOORS)
-def test_a_wrong_result_gives_exit_code_3_and_names_the_canary(fake, built, name, capsys):
+def test_a_wrong_result_gives_exit_code_3_and_names_the_model(fake, built, name, capsys):
     built[name] = faulty(name)
     assert cli.run(["selftest"]) == 3
     said = capsys.readouterr().err
@@ -209,16 +209,16 @@ def test_a_graph_that_goes_wrong_only_when_replayed_is_told_apart(fake, built, m
     assert all(not o.passed and o.note.startswith("wrong as a CUDA graph only") for o in outcomes)
 
 
-def test_a_canary_that_cannot_be_built_fails_and_the_others_are_still_run(fake, built):
+def test_a_model_that_cannot_be_built_fails_and_the_others_are_still_run(fake, built):
     built["layer_norm"] = b""
     found = selftest.selftest()
     assert [o.passed for o in found.outcomes] == [True, False, True]
-    assert found.outcomes[1].note == "canary layer_norm: TensorRT cannot build it"
+    assert found.outcomes[1].note == "self-test model layer_norm: TensorRT cannot build it"
     assert found.outcomes[1].sqnr_db is None and not found.passed
 
 
-def test_a_canary_that_the_device_has_no_memory_for_fails_and_the_others_are_still_run(fake, built):
-    fake.fake.fail("cudaMalloc", 2, after=5)  # the second buffer of the third canary is too much
+def test_a_model_that_the_device_has_no_memory_for_fails_and_the_others_are_still_run(fake, built):
+    fake.fake.fail("cudaMalloc", 2, after=5)  # the second buffer of the third model is too much
     found = selftest.selftest()
     assert [o.passed for o in found.outcomes] == [True, True, False]
     assert "Orin is out of memory" in found.outcomes[2].note

@@ -25,7 +25,7 @@ def test_arrays_that_the_engine_does_not_take_are_refused_before_any_copy(plan, 
     runner = TrtRunner(plan())
     with pytest.raises(UsageError, match=f"images is .*{what}.* takes float32 .1, 3, 32, 48."):
         runner.session.run({"images": images})
-    with pytest.raises(UsageError, match=r"takes \['images'\], given were \['pictures'\]"):
+    with pytest.raises(UsageError, match=r"takes \['images'\], not \['pictures'\]"):
         runner.session.run({"pictures": images})
     assert "cudaMemcpyAsync" not in latest.fake.log
 
@@ -60,7 +60,7 @@ def test_what_tensorrt_refuses_is_said_with_its_own_words_and_nothing_stays_allo
 def test_an_error_that_the_recorder_was_told_while_running_is_not_lost(plan, latest, rng):
     runner = TrtRunner(plan())
     runner.run(pictures(rng))
-    runner.session._lanes[0].errors.report_error(7, " Cask: an asynchronous failure ")
+    runner.session._slots[0].errors.report_error(7, " Cask: an asynchronous failure ")
     with pytest.raises(EngineError, match="reported at running the engine: Cask: an asynchronous failure"):
         runner.run(pictures(rng))
     runner.run(pictures(rng))  # told once
@@ -87,7 +87,7 @@ def test_a_device_without_memory_says_so_and_keeps_nothing(plan, latest, rng):
 @pytest.mark.parametrize(
     "change, error",
     [
-        ({"location": "HOST"}, "must lie in host memory"),
+        ({"location": "HOST"}, "must be in host memory"),
         ({"layout": "CHW4"}, "has the layout CHW4; expected LINEAR"),
         (
             {"kinds": {"logits": "BF16"}},

@@ -116,7 +116,7 @@ def test_every_thread_has_a_context_a_stream_and_buffers_of_its_own(plan, graph,
 def test_an_engine_that_was_closed_before_it_ran_says_so_and_closing_again_changes_nothing(plan, latest, rng):
     runner = TrtRunner(plan())
     runner.run(pictures(rng))
-    lane = runner.session._lanes[0]
+    lane = runner.session._slots[0]
     for _ in range(2):
         lane.close()
         runner.close()
@@ -205,7 +205,7 @@ def test_outputs_in_half_precision_come_back_as_float32(plan, latest, rng):
     engine_metadata.metadata_path(path).unlink()
     path.write_bytes(graph.SerializeToString())
     half = TrtRunner(path, trust=True)
-    assert half.session.ports["logits"].dtype == np.float16
+    assert half.session.tensors["logits"].dtype == np.float16
     raw = half.run(images)
     assert raw.logits.dtype == raw.boxes.dtype == np.float32
     np.testing.assert_array_equal(raw.logits, expected.logits.astype(np.float16).astype(np.float32))
