@@ -121,17 +121,17 @@ def test_an_export_again_keeps_everything_and_says_what_is_missing(bundle):
 def test_progress_is_called_with_the_step_and_how_far_it_is(bundle):
     seen = []
     verdict = edgedetr.verify(
-        str(bundle.path), stages=["onnx"], threads=1, progress=lambda *progress: seen.append(progress)
+        str(bundle.path), artifacts=["onnx"], threads=1, progress=lambda *progress: seen.append(progress)
     )
-    assert verdict.stages[0].name == "torch"
+    assert verdict.artifacts[0].name == "torch"
     assert ("verify", 8, 8) in seen
     assert json.loads(json.dumps(verdict.to_json()))["passed"] is verdict.passed
 
 
 def test_a_live_verification_gives_the_recorded_detections_again(bundle):
-    recorded, live = (edgedetr.verify(bundle, stages=["onnx"], live=live) for live in (False, True))
-    assert recorded.stages[0].ap == live.stages[0].ap
-    assert recorded.stages[1].drop == live.stages[1].drop
+    recorded, live = (edgedetr.verify(bundle, artifacts=["onnx"], live=live) for live in (False, True))
+    assert recorded.artifacts[0].ap == live.artifacts[0].ap
+    assert recorded.artifacts[1].drop == live.artifacts[1].drop
 
 
 def test_an_onnx_file_is_imported_with_options(bundle, folder, tmp_path):

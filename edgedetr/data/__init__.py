@@ -1,1 +1,1 @@
-"""Images and boxes: readers for COCO, YOLO and VOC layouts, decoding, checks, the rendered demo set."""
+"""Data sets: readers of COCO, YOLO and VOC layouts, image decoding, checks, the rendered demo set."""

@@ -160,7 +160,7 @@ def check(
         except DataError as error:  # a folder in the root that belongs to another user
             issues.append(DataIssue("unreadable-folder", str(root), f"{error}; its content was not checked"))
     issues += _duplicates(digests)
-    same = {frozenset(path for _, path in places) for places in digests.values() if len(places) > 1}
+    same = {frozenset(path for _, path in files) for files in digests.values() if len(files) > 1}
     issues += _near_copies(hashes, same)
     issues += _classes(sets, reports)
     return CheckReport(root, kind, tuple(reports), tuple(dict.fromkeys(issues)))
@@ -212,9 +212,9 @@ def _near_copies(
 
 def _duplicates(digests: dict[str, list[tuple[str, Path]]]) -> list[DataIssue]:
     issues = []
-    for places in digests.values():
+    for copies in digests.values():
         # VOC's trainval contains train and val by design.
-        apart = [(split, path) for split, path in places if split != "trainval"]
+        apart = [(split, path) for split, path in copies if split != "trainval"]
         if len(apart) < 2:
             continue
         (first_split, first), *others = apart

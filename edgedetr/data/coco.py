@@ -138,7 +138,7 @@ def _in_64_bits(keys: Sequence[Identity]) -> bool:
     return all(isinstance(key, int) and -(2**63) <= key < 2**63 for key in keys)
 
 
-def _tables(source: Path) -> dict[str, list]:  # type: ignore[type-arg]  # rows are checked one by one below
+def _tables(source: Path) -> dict[str, list[object]]:
     if os.path.isfile(source) and source.stat().st_size == 0:
         raise DataError(f"{source}: empty; expected COCO annotations; restore the file")
     raw = read_json(source, DataError, limit=LIMIT, fix="expected COCO annotations; restore the file")
@@ -165,7 +165,7 @@ def _classes(
     if not pairs:
         raise DataError(f"{source}: category ids []; expected at least one, each once")
     if _in_64_bits(list(pairs)):
-        order = sorted(pairs.items(), key=lambda pair: pair[0])  # type: ignore[arg-type,return-value]  # all are int
+        order = sorted(pairs.items(), key=lambda pair: int(pair[0]))
         classes = tuple(ClassInfo(n, int(key), name) for n, (key, name) in enumerate(order))
     else:
         order = list(pairs.items())
@@ -181,7 +181,7 @@ def _classes(
 
 
 def _image_paths(root: Path, split: str, source: Path) -> tuple[list[Path], PathResolver]:
-    """Folders that are this split's alone, and everywhere that its images may lie."""
+    """The folders of this split alone, and a resolver over all folders that may contain its images."""
     if source.name in (ROBOFLOW, *IN_SPLIT) and source.parent != root:
         inner = [path for name in ("data", "images") if (path := child(source.parent, name)) is not None]
         return [source.parent], PathResolver(root, [*inner, source.parent])

@@ -1,1 +1,1 @@
-"""Measuring: COCO metrics, paired bootstrap, matched-detection parity, the verdict."""
+"""Evaluation: COCO metrics, paired bootstrap, agreement of detections, the verdict on each file of a bundle."""

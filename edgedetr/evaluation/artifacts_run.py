@@ -136,12 +136,11 @@ def load_split(bundle: Bundle, data: str | Path | None = None, split: str | None
     Classes are matched by name. Errors: DataError for objects of a class that the model does not have.
     """
     record = bundle.manifest.data
-    if data is None and record is None:
-        raise UsageError(f"{bundle.path} records no data set; name one with --data DIR")
+    folder = data if data is not None else record.path if record is not None else None
+    if folder is None:
+        raise UsageError(f"{bundle.path} records no data set; give one with --data DIR")
     dataset = layouts.load(
-        data if data is not None else record.path,  # type: ignore[union-attr]  # above
-        split or (record.verify_split if record else "test"),
-        classes=bundle.manifest.classes,
+        folder, split or (record.verify_split if record else "test"), classes=bundle.manifest.classes
     )
     if not len(dataset):
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
@@ -11,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -118,16 +119,16 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, column:
     with archive.open(member) as stream:
         start = stream.read(10)
         if start[:8] != b"\x93NUMPY\x01\x00":
-            raise ValueError(f"{name} is no array of numpy's format 1.0")
+            raise ValueError(f"{name} is not an array of numpy's format 1.0")
         length = struct.unpack("<H", start[8:])[0]
         found = HEADER.fullmatch(stream.read(length))
         if found is None:
-            raise ValueError(f"{name} is no plain array")
+            raise ValueError(f"{name} is not a plain array")
         order, kind, width, fortran, shape = (part.decode() for part in found.groups())
         if kind == "O":
             raise ValueError(f"{name} holds Python objects, which are never read (allow_pickle is off)")
         if not width:
-            raise ValueError(f"{name} is no plain array")
+            raise ValueError(f"{name} is not a plain array")
         dims = tuple(int(dim) for dim in shape.replace(" ", "").split(",") if dim)
         dtype = np.dtype(f"{order}{kind}{width}")
         wanted = len(dims) == len(column.shape) and all(w in (-1, d) for d, w in zip(dims, column.shape))
@@ -144,7 +145,8 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, column:
         if member.file_size != 10 + length + count:
             raise ValueError(f"{name} has {member.file_size} bytes, expected {10 + length + count}")
         data = bytearray(count)
-        if stream.readinto(data) != count or stream.read(1):  # type: ignore[attr-defined]  # missing in the stub
+        # The stub has IO[bytes], which lacks readinto; it is a zipfile.ZipExtFile.
+        if cast(io.BufferedIOBase, stream).readinto(data) != count or stream.read(1):
             raise ValueError(f"{name} is cut short")
     values = np.frombuffer(data, dtype) if count else np.zeros(dims, dtype)
     return values.reshape(dims, order="F" if fortran == "True" else "C")

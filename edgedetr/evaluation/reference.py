@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -137,7 +138,7 @@ class Reference:
     def save(self, path: str | Path) -> None:
         """Write plain arrays (no pickles); equal content gives equal bytes."""
         t = self.truth
-        arrays = {
+        arrays: dict[str, Any] = {
             "schema": np.array(SCHEMA),
             "split": np.array(self.split),
             "model": np.array(self.model),
@@ -155,7 +156,7 @@ class Reference:
             **_columns(self.detections, t.image_ids),
         }
         with open(path, "wb") as stream:
-            np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]  # stub
+            np.savez_compressed(stream, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Reference:
@@ -199,8 +200,8 @@ def save_detections(path: str | Path, detections: Mapping[int, Detections]) -> N
     """Detections by image id as plain arrays."""
     ids = np.array(sorted(detections), np.int64)
     with open(path, "wb") as stream:
-        arrays = {"schema": np.array(SCHEMA), "image_id": ids, **_columns(detections, ids)}
-        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]  # stub
+        arrays: dict[str, Any] = {"schema": np.array(SCHEMA), "image_id": ids, **_columns(detections, ids)}
+        np.savez_compressed(stream, **arrays)
 
 
 def load_detections(path: str | Path, classes: Sequence[ClassInfo]) -> dict[int, Detections]:

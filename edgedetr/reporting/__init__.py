@@ -1,1 +1,1 @@
-"""The report: tables, figures and one HTML page; it runs no model."""
+"""The report of a verified bundle: tables, figures and one HTML page; it runs no model."""

@@ -168,7 +168,7 @@ def encoded(form: str) -> bytes:
 
 
 FORMS = ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM", "JPEG2000", "PCX", "TGA")
-PICTURES = {form: encoded(form) for form in FORMS}
+ENCODED = {form: encoded(form) for form in FORMS}
 
 
 def fuzz(examples: int):
@@ -235,7 +235,7 @@ def fuzz(examples: int):
         in_time(reads(root))
 
     @often
-    @given(content=st.sampled_from(sorted(PICTURES)).flatmap(lambda form: damaged(PICTURES[form])), tga=st.booleans())
+    @given(content=st.sampled_from(sorted(ENCODED)).flatmap(lambda form: damaged(ENCODED[form])), tga=st.booleans())
     def image_files(root: Path, content: bytes, tga: bool) -> None:
         path = text(root / ("x.tga" if tga else "x.jpg"), content)
         in_time(lambda: images.probe(path, max_pixels=1_000_000))

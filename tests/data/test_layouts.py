@@ -57,12 +57,12 @@ def test_three_copies_of_one_set_agree(shared_data, split, images, objects):
 
 @pytest.mark.parametrize("name, split", [("bccd", "test"), ("cards", "test")])
 def test_coco_reading_equals_pycocotools(shared_data, name, split):
-    oracle = COCO(str(shared_data / name / "annotations" / f"{split}.json"))
+    reference = COCO(str(shared_data / name / "annotations" / f"{split}.json"))
     found = layouts.load(shared_data / name, split)
-    assert sorted(sample.image_id for sample in found.samples) == sorted(oracle.getImgIds())
+    assert sorted(sample.image_id for sample in found.samples) == sorted(reference.getImgIds())
     ids = {info.index: info.category_id for info in found.classes}
     for sample in found.samples:
-        rows = oracle.loadAnns(oracle.getAnnIds(sample.image_id))
+        rows = reference.loadAnns(reference.getAnnIds(sample.image_id))
         boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (row["bbox"] for row in rows)])
         np.testing.assert_array_equal(sample.boxes, boxes)
         assert [ids[label] for label in sample.labels.tolist()] == [row["category_id"] for row in rows]

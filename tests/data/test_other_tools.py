@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pycocotools import mask as oracle
+from pycocotools import mask as coco_mask
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -179,8 +179,8 @@ def test_the_box_of_a_mask_is_pycocotools(compressed, rng):
         for _ in range(int(rng.integers(1, 4))):
             y, x = int(rng.integers(pixels.shape[0])), int(rng.integers(pixels.shape[1]))
             pixels[y : y + int(rng.integers(1, 40)), x : x + int(rng.integers(1, 40))] = 1
-        encoded = oracle.encode(np.asfortranarray(pixels))
-        x, y, w, h = oracle.toBbox(encoded).tolist()
+        encoded = coco_mask.encode(np.asfortranarray(pixels))
+        x, y, w, h = coco_mask.toBbox(encoded).tolist()
         if compressed:
             segmentation = {"size": list(pixels.shape), "counts": encoded["counts"].decode()}
         else:

@@ -145,9 +145,9 @@ def colors(tmp_path: Path) -> Path:
     for n in range(24):
         name, label = f"{n:02}.png", n % 2
         shade = 130 + 5 * n
-        picture = np.zeros((32, 48, 3), np.uint8)
-        picture[..., 0 if label == 0 else 2] = shade
-        Image.fromarray(picture).save(root / "images" / "test" / name)
+        pixels = np.zeros((32, 48, 3), np.uint8)
+        pixels[..., 0 if label == 0 else 2] = shade
+        Image.fromarray(pixels).save(root / "images" / "test" / name)
         images.append({"id": n + 1, "file_name": name, "height": 32, "width": 48})
         cx, cy, w, h = PLACES[0] * [48, 32, 48, 32]
         annotations.append(

@@ -1,4 +1,4 @@
-"""Doubled boxes, counted by hand."""
+"""Duplicate detections, counted by hand."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def build(bundle: Bundle, tiny_graph, precision: str, likes=GOOD, batch=1, **opt
 @pytest.fixture
 def speeds(monkeypatch):
     """Milliseconds by the engine's file name, instead of the clock of a busy machine."""
-    told: dict[str, float] = {}
+    milliseconds: dict[str, float] = {}
     original = ArtifactRun.__post_init__ if hasattr(ArtifactRun, "__post_init__") else None
 
     class Seconds(list):
@@ -82,14 +82,16 @@ def speeds(monkeypatch):
             self.run = run
 
         def append(self, value):
-            super().append(told.get(self.run.engine.path.stem, 1000 * value) / 1000 if self.run.engine else value)
+            super().append(
+                milliseconds.get(self.run.engine.path.stem, 1000 * value) / 1000 if self.run.engine else value
+            )
 
     def post_init(self):
         self.seconds = Seconds(self)
 
     assert original is None
     monkeypatch.setattr(ArtifactRun, "__init__", _with(ArtifactRun.__init__, post_init))
-    return told
+    return milliseconds
 
 
 def _with(init, after):
@@ -221,8 +223,8 @@ def test_nan_and_a_damaged_plan_are_the_engines_faults_and_the_others_are_judged
 def test_other_backends_can_be_asked_for_and_then_no_engine_is_touched(fake, bundle, tiny_graph, capsys):
     build(bundle, tiny_graph, "fp16")
     assert cli.run(["verify", str(bundle.path), "--backend", "onnxruntime", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert {s["backend"] for s in told["stages"]} == {"pytorch", "onnxruntime"}
+    document = json.loads(capsys.readouterr().out)
+    assert {s["backend"] for s in document["stages"]} == {"pytorch", "onnxruntime"}
     assert fake.contexts == 0
     both = verify(bundle.path, backends=["onnxruntime", "tensorrt"], artifacts=["onnx", "fp16"])
     assert {s.backend for s in both.artifacts} == {"pytorch", "onnxruntime", "tensorrt"}
@@ -243,8 +245,8 @@ def test_eval_and_predict_can_be_sent_to_an_engine(fake, bundle, tiny_graph, col
     build(bundle, tiny_graph, "int8")
     assert cli.run(["eval", str(bundle.path), "--stage", "int8", "--backend", "tensorrt", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ap"] == pytest.approx(100)
-    picture = str(colors / "images" / "test" / "00.png")
-    assert cli.run(["predict", str(bundle.path), picture, "--backend", "tensorrt"]) == 0
+    image = str(colors / "images" / "test" / "00.png")
+    assert cli.run(["predict", str(bundle.path), image, "--backend", "tensorrt"]) == 0
     captured = capsys.readouterr()
     assert "int8 on tensorrt" in captured.err and json.loads(captured.out)["detections"][0]["class_name"] == "red"
 

@@ -202,7 +202,7 @@ def test_a_list_of_a_million_members_is_not_read(tmp_path):
         (header("<f8", "3,") + bytes(24), "image_id is float64"),
         (header("<i8", "999999999999999, ") + bytes(24), "has 152 bytes"),
         (header("|O8", "3,") + bytes(24), "Python objects"),
-        (header("<i8", "__import__,") + bytes(24), "no plain array"),
+        (header("<i8", "__import__,") + bytes(24), "not a plain array"),
         (b"", "format 1.0"),
     ],
 )

@@ -51,33 +51,33 @@ def bad(make_bundle, colors) -> Bundle:
 
 def test_sound_stages_pass_and_the_json_has_the_promised_form(good):
     result = verify(good.path, threads=1)
-    told = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert set(told) == {"passed", "budget", "certifiable", "stages"}
-    assert told["passed"] is True
-    assert told["budget"] == 1.0
-    assert [(s["name"], s["backend"]) for s in told["stages"]] == [
+    document = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert set(document) == {"passed", "budget", "certifiable", "stages"}
+    assert document["passed"] is True
+    assert document["budget"] == 1.0
+    assert [(s["name"], s["backend"]) for s in document["stages"]] == [
         ("torch", "pytorch"),
         ("onnx", "onnxruntime"),
         ("int8", "onnxruntime"),
         ("int8", "openvino"),
         ("int8-cpu", "onnxruntime"),
     ]
-    for stage in told["stages"]:
+    for stage in document["stages"]:
         assert set(stage) >= KEYS
         assert stage["ap"] == pytest.approx(100)
         assert stage["drop"] == pytest.approx(0)
         assert stage["images"] == 24
         assert stage["note"] == ""
-        # ONNX Runtime runs the twin of what is made for TensorRT: its own oracle, and its time says nothing.
-        twin = (stage["name"], stage["backend"]) == ("int8", "onnxruntime")
-        assert (stage["p50_ms"] is None) == (twin or stage["name"] == "torch")
+        # ONNX Runtime runs a simulation of what is made for TensorRT: its own reference run, and not timed.
+        simulated = (stage["name"], stage["backend"]) == ("int8", "onnxruntime")
+        assert (stage["p50_ms"] is None) == (simulated or stage["name"] == "torch")
         if stage["name"] != "torch":
             assert stage["parity"]["matched"] == 1.0
-        if stage["name"] != "torch" and not twin:
+        if stage["name"] != "torch" and not simulated:
             assert 0 < stage["p50_ms"] <= stage["p99_ms"]
             assert stage["oracle"]["matched"] == 1.0
-    assert told["stages"][0]["p50_ms"] is None
-    assert json.loads((good.path / "results" / "verify.json").read_text()) == told
+    assert document["stages"][0]["p50_ms"] is None
+    assert json.loads((good.path / "results" / "verify.json").read_text()) == document
 
 
 def test_the_command_exits_with_0_where_all_pass_and_with_3_where_one_does_not(good, tiny_graph, capsys):
@@ -156,9 +156,9 @@ def test_a_model_that_finds_nothing_does_not_pass_whatever_the_budget(good, colo
     assert [s.drop for s in result.artifacts] == [0] * len(result.artifacts)
     assert not result.passed and not any(s.passed for s in result.artifacts)
     assert cli.run(["verify", str(bundle.path), "--max-drop", str(budget), "--threads", "1"]) == 3
-    told = capsys.readouterr().err
-    assert "NOT PASSED, NOTHING TO LOSE: the model itself reaches AP 0" in told
-    assert "within" not in told
+    document = capsys.readouterr().err
+    assert "NOT PASSED, NOTHING TO LOSE: the model itself reaches AP 0" in document
+    assert "within" not in document
     recorded = json.loads((bundle.path / "results" / "verify.json").read_text())
     assert recorded["passed"] is False and recorded["stages"][0]["passed"] is False
     assert cli.run(["report", str(bundle.path)]) == 0
@@ -196,7 +196,7 @@ class LossyOpenVino(OpenVinoRunner):
         return raw
 
 
-def test_a_backend_that_departs_from_the_oracle_is_named_with_how_much(good, monkeypatch):
+def test_a_backend_that_differs_from_the_reference_run_is_named_with_how_much(good, monkeypatch):
     monkeypatch.setattr(openvino, "BACKEND", replace(openvino.BACKEND, open=LossyOpenVino))
     result = verify(good, threads=1)
     by_backend = {(s.name, s.backend): s for s in result.artifacts}
@@ -210,7 +210,7 @@ def test_a_backend_that_departs_from_the_oracle_is_named_with_how_much(good, mon
     assert all(s.passed and s.note == "" for key, s in by_backend.items() if key != ("int8", "openvino"))
 
 
-def test_the_node_where_it_departs_is_in_the_note(good, monkeypatch):
+def test_the_node_of_the_first_divergence_is_in_the_note(good, monkeypatch):
     monkeypatch.setattr(openvino, "BACKEND", replace(openvino.BACKEND, open=LossyOpenVino))
     monkeypatch.setattr(judge, "find_first_divergence", lambda *a, **k: "Conv 'fpn': 1.0 dB")
     assert verify(good, threads=1).artifacts[3].note.endswith("first divergence at Conv 'fpn': 1.0 dB")

@@ -26,7 +26,7 @@ class Verified:
     """The bundle and what is in it."""
 
     bundle: Bundle
-    pictures: Path
+    image_root: Path
     reference: Reference
     lost: dict[int, int]  # image id -> boxes that the INT8 stage dropped
 
@@ -34,18 +34,18 @@ class Verified:
 def verified_bundle(root: Path, images: int = 8) -> Verified:
     """Images under root/data, bundle under root/made.bundle."""
     rng = np.random.default_rng(5)
-    pictures, samples, reference, quantized, lost = root / "data", [], {}, {}, {}
-    (pictures / "images").mkdir(parents=True)
+    image_root, samples, reference, quantized, lost = root / "data", [], {}, {}, {}
+    (image_root / "images").mkdir(parents=True)
     for image_id in range(1, images + 1):
         low = rng.uniform(5, 60, (4, 2))
         boxes = np.concatenate([low, low + rng.uniform(20, 55, (4, 2))], axis=1)
         labels = rng.integers(0, 2, 4)
-        picture = Image.fromarray(rng.integers(150, 190, (*SIZE, 3), dtype=np.uint8))
-        pen = ImageDraw.Draw(picture)
+        image = Image.fromarray(rng.integers(150, 190, (*SIZE, 3), dtype=np.uint8))
+        pen = ImageDraw.Draw(image)
         for box, label in zip(boxes, labels):
             pen.ellipse([float(v) for v in box], fill=(200, 60, 60) if label else (70, 90, 190))
-        path = pictures / "images" / f"{image_id:03}.png"
-        picture.save(path)
+        path = image_root / "images" / f"{image_id:03}.png"
+        image.save(path)
         samples.append(
             Sample(
                 image_id, path, *SIZE, boxes, labels, np.zeros(4, bool), np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
@@ -65,7 +65,7 @@ def verified_bundle(root: Path, images: int = 8) -> Verified:
             labels[keep].astype(np.int64),
             CLASSES,
         )
-    dataset = DetectionSet("test", pictures, tuple(samples), CLASSES)
+    dataset = DetectionSet("test", image_root, tuple(samples), CLASSES)
     made = Reference.of(dataset, reference, model="0" * 64)
     bundle = Bundle.create(
         root / "made.bundle",
@@ -74,7 +74,7 @@ def verified_bundle(root: Path, images: int = 8) -> Verified:
             CLASSES,
             InputContract(96, 128),
             OutputContract(),
-            data=DataRecord(str(pictures), "test"),
+            data=DataRecord(str(image_root), "test"),
             synthetic=True,
         ),
     )
@@ -119,7 +119,7 @@ def verified_bundle(root: Path, images: int = 8) -> Verified:
             "p50_ms": 9.0,
             "p99_ms": 11.0,
             "size_mb": 0.3,
-            "note": "departs <b>here</b>",
+            "note": "diverges <b>here</b>",
         },
     ]
     for name, found in (("onnx", reference), ("int8-cpu", quantized)):
@@ -129,7 +129,7 @@ def verified_bundle(root: Path, images: int = 8) -> Verified:
             save_detections(path, found)
     with bundle.add("results/verify.json", stage="verify") as path:
         path.write_text(json.dumps({"passed": False, "budget": 1.0, "certifiable": 2.5, "stages": stages}))
-    return Verified(bundle, pictures, made, lost)
+    return Verified(bundle, image_root, made, lost)
 
 
 @pytest.fixture(scope="session")

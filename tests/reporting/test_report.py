@@ -68,7 +68,7 @@ def test_every_stage_and_its_verdict_is_in_the_table(page, verified):
             assert cell is None or cell in page.text
     assert "beyond" in page.text
     assert "synthetic data" in page.text
-    assert "int8-cpu (onnxruntime): departs <b>here</b>" in page.text
+    assert "int8-cpu (onnxruntime): diverges <b>here</b>" in page.text
 
 
 def test_all_four_figures_are_drawn(page):
@@ -98,7 +98,7 @@ def test_images_that_are_gone_are_named_and_the_page_is_still_written(verified, 
 
 
 def test_an_image_that_changed_since_verifying_is_not_shown(verified, tmp_path):
-    shutil.copytree(verified.pictures, tmp_path / "copy")
+    shutil.copytree(verified.image_root, tmp_path / "copy")
     Image.new("RGB", (160, 120)).save(tmp_path / "copy" / "images" / "003.png")
     text = Page(write_report(verified.bundle, data=tmp_path / "copy").path.read_text(encoding="utf-8")).text
     assert "images/003.png" in text
@@ -130,9 +130,9 @@ def test_an_image_outside_of_the_data_is_never_embedded(verified, tmp_path, name
 
 
 def test_an_image_is_embedded_only_with_its_digest(verified):
-    assert jpeg_data_url(verified.pictures, "images/001.png", "", 120, 160)[0] == ""
-    sha256 = hashlib.sha256((verified.pictures / "images" / "001.png").read_bytes()).hexdigest()
-    assert jpeg_data_url(verified.pictures, "images/001.png", sha256, 120, 160)[0].startswith("data:image/jpeg")
+    assert jpeg_data_url(verified.image_root, "images/001.png", "", 120, 160)[0] == ""
+    sha256 = hashlib.sha256((verified.image_root / "images" / "001.png").read_bytes()).hexdigest()
+    assert jpeg_data_url(verified.image_root, "images/001.png", sha256, 120, 160)[0].startswith("data:image/jpeg")
 
 
 def test_a_linked_report_folder_is_not_written_through(tmp_path, verified):
