@@ -88,7 +88,13 @@ def test_every_number_has_limits(kind, name):
 
 
 def test_every_range_belongs_to_a_field():
-    for kinds, ranges in (([TrainConfig], TRAIN_RANGES), ([AugmentConfig], AUGMENT_RANGES), (CONFIGS[7:], RANGES)):
+    members = [member.config for member in FAMILY.values()]
+    for kinds, ranges in (
+        ([TrainConfig], TRAIN_RANGES),
+        ([AugmentConfig], AUGMENT_RANGES),
+        (members, RANGES),
+        *(([kind], kind.ranges) for kind in members),
+    ):
         assert set(ranges) <= {item.name for kind in kinds for item in fields(kind)}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
@@ -75,6 +77,12 @@ class Outputs:
     logits: Tensor
     boxes: Tensor
     encoder: tuple[Tensor, Tensor] | None = None
+
+
+def flatten_maps(maps: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """One [B, C, H_l, W_l] per level -> tokens [B, S, C], level after level and row by row, and the levels' (H, W)."""
+    tokens = [level.flatten(2).transpose(1, 2) for level in maps]
+    return torch.cat(tokens, dim=1), [(level.shape[2], level.shape[3]) for level in maps]
 
 
 def with_pos_embed(content: Tensor, position: Tensor | None) -> Tensor:

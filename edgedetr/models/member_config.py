@@ -1,44 +1,35 @@
-"""What all members have in common: the words of their configurations, their backbone, their first weights."""
+"""The part of a configuration that all members share: backbone, width of the tokens, ranges of numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from edgedetr.errors import ModelError
 from edgedetr.models.backbones.resnet import BackboneConfig, ResNet, make_backbone
 from edgedetr.models.backbones.vit import VitPyramid
-from edgedetr.options import LATER, check
+from edgedetr.options import LATER, Range, check
 
-# Of the members' numbers, by name; wide enough for any paper, and narrow enough that no typing error fills the memory.
-_LAYERS, _WIDTH, _QUERIES, _SHARE = (1, 100), (1, 32768), (1, 10000), (0, 0.99)
-RANGES = {
+# Ranges of the numbers that several members have, by field name; wide enough for any paper, and narrow enough that no
+# typing error fills the memory. Those of one member alone are in its `ranges`.
+WIDTHS, FRACTIONS = (1, 32768), (0, 0.99)
+RANGES: dict[str, Range] = {
     "backbone_width": (0.05, 8),
     "frozen_stages": (0, 5),
     "mean": (-1000, 1000),
     "std": (1e-6, 1000),
     "layer_scale": (0, 1),
     "hidden": (4, 8192),
-    "encoder_width": (0, 8192),
     "heads": (1, 256),
-    "dropout": _SHARE,
-    "queries": _QUERIES,
-    "first_queries": _QUERIES,
+    "dropout": FRACTIONS,
+    "queries": (1, 10000),
     "encoder_layers": (0, 100),
-    "decoder_layers": _LAYERS,
-    "box_layers": _LAYERS,
-    "fusion_blocks": (0, 100),
-    "class_tower": (0, 100),
-    "box_tower": (0, 100),
-    "ffn": _WIDTH,
-    "encoder_ffn": _WIDTH,
-    "decoder_ffn": _WIDTH,
-    "dynamic_hidden": _WIDTH,
-    "patterns": (1, 1000),
+    "decoder_layers": (1, 100),
+    "ffn": WIDTHS,
+    "dynamic_hidden": WIDTHS,
     "levels": (1, 10),
     "points": (1, 100),
-    "expansion": (0.05, 8),
     "roi_px": (1, 64),
     "roi_samples": (1, 16),
 }
@@ -46,7 +37,9 @@ RANGES = {
 
 @dataclass(frozen=True)
 class TransformerConfig(BackboneConfig):
-    """A backbone and the width of the tokens after it; a member's own configuration goes on from here."""
+    """A backbone and the width of the tokens after it; members extend it with their own fields."""
+
+    ranges: ClassVar[Mapping[str, Range]] = {}  # of the fields that the member alone has
 
     hidden: int = 256  # C, channels of every token
     heads: int = 8  # of every attention: 32 channels each
@@ -54,7 +47,7 @@ class TransformerConfig(BackboneConfig):
     init: Literal["default", "original"] = field(default="default", metadata=LATER, kw_only=True)
 
     def __post_init__(self) -> None:
-        check(self, "model", RANGES)
+        check(self, "model", {**RANGES, **self.ranges})
         if self.hidden % self.heads or self.hidden % 4:  # a quarter each for sine and cosine of x and y
             raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
 

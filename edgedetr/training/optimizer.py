@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +11,12 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from edgedetr.errors import ModelError, RecipeError
+from edgedetr.models.backbones.vit import VitPyramid
 from edgedetr.models.detector import DetrModel
 from edgedetr.training.config import TrainConfig
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS = (nn.LayerNorm, nn.GroupNorm, *BATCH_NORMS)
-# Parameters of a ViT backbone, for the layer-wise decay of the learning rate.
-BLOCK = re.compile(r"^backbone\.transformer\.blocks\.(\d+)\.")
-EMBEDDING = re.compile(r"^backbone\.transformer\.(patch|position|class_token)")
 
 
 def adamw(model: DetrModel, config: TrainConfig) -> torch.optim.AdamW:
@@ -35,8 +32,8 @@ def parameter_groups(model: DetrModel, config: TrainConfig) -> list[dict[str, ob
     what decays: by default not norms and biases (all that has fewer than two dimensions). Within a ViT the learning
     rate falls from block to block towards the input.
     """
-    blocks = len({block[1] for name, _ in model.named_parameters() if (block := BLOCK.match(name))})
-    if config.layer_decay < 1 and not blocks:
+    vit = model.backbone if isinstance(model.backbone, VitPyramid) else None
+    if config.layer_decay < 1 and vit is None:
         raise ModelError(f"train.layer_decay is {config.layer_decay}, but the backbone is not a ViT; expected 1")
     norms = {
         f"{owner}.{name}"
@@ -50,7 +47,8 @@ def parameter_groups(model: DetrModel, config: TrainConfig) -> list[dict[str, ob
             decays = {"matrices": parameter.ndim >= 2, "not_norms": name not in norms, "all": True}[config.decay]
             lr_multiplier = config.slow_lr_factor if model.member.is_slow(name) else 1.0
             if name.startswith("backbone."):
-                lr_multiplier = config.backbone_lr_factor * config.layer_decay ** _layers_above(name, blocks)
+                layers_above = vit.layers_above(name.removeprefix("backbone.")) if vit else 0
+                lr_multiplier = config.backbone_lr_factor * config.layer_decay**layers_above
             groups.setdefault((lr_multiplier, decays), []).append(parameter)
     return [
         {
@@ -60,16 +58,6 @@ def parameter_groups(model: DetrModel, config: TrainConfig) -> list[dict[str, ob
         }
         for (multiplier, decays), parameters in sorted(groups.items())
     ]
-
-
-def _layers_above(name: str, blocks: int) -> int:
-    """The exponent of train.layer_decay: L - i for block i (from 0) of a ViT with L blocks, else 0.
-
-    Patch and position embeddings have L + 1.
-    """
-    if block := BLOCK.match(name):
-        return blocks - int(block[1])
-    return blocks + 1 if EMBEDDING.match(name) else 0
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -6,6 +6,7 @@ Transformer Backbones for Object Detection" (ViTDet), section 3.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -151,6 +152,16 @@ class VitPyramid(nn.Module):
             tokens = tokens[:, 1:]
         last = tokens.transpose(1, 2).unflatten(2, shape)
         return [level(last) for level in self.levels]
+
+    def layers_above(self, parameter: str) -> int:
+        """The exponent of train.layer_decay for one of its parameters: L - i in block i (from 0) of L, else 0.
+
+        Patch and position embeddings and the class token have L + 1.
+        """
+        depth, block = len(self.transformer.blocks), re.match(r"transformer\.blocks\.(\d+)\.", parameter)
+        if block:
+            return depth - int(block[1])
+        return depth + 1 if re.match(r"transformer\.(patch|position|class_token)", parameter) else 0
 
     def freeze(self, stages: int) -> None:
         """Stop training of the patch embedding (1) and of each quarter of the blocks after it (2 = the first, ...)."""

@@ -17,7 +17,7 @@ from edgedetr.layers.deformable_attention import DeformableAttention, Shapes
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.position import SinePosition
-from edgedetr.models.detector import Memory
+from edgedetr.models.detector import Memory, flatten_maps
 from edgedetr.models.encoders.dense import shrink
 from edgedetr.models.initialization import zero_bias
 
@@ -119,13 +119,12 @@ class DeformableEncoder(nn.Module):
                 levels.append(project(maps[index]))
             else:  # the first from the backbone's last map, every other from the one before it
                 levels.append(project(maps[-1] if index == self.backbone_levels else levels[-1]))
-        shapes = [(level.shape[2], level.shape[3]) for level in levels]
+        tokens, shapes = flatten_maps(levels)
         masks = flat = valid = None
         if padding is not None:
             masks = [shrink(padding, shape) for shape in shapes]
             flat = torch.cat([mask.flatten(1) for mask in masks], dim=1)
             valid = torch.stack([_image_fraction(mask) for mask in masks], dim=1)
-        tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
         position, centers = self.place(tokens, shapes, masks, valid)
         # Without position: the decoder samples tokens by their location.
         memory = Memory(tokens, shapes, self.strides, padding=flat, valid=valid)

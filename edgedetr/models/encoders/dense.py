@@ -72,13 +72,8 @@ class DenseEncoder(nn.Module):
 
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
         """maps: the last is used; padding [B, H, W] of the input image -> Memory of one level."""
-        features = self.project(maps[-1])
-        shape = (features.shape[2], features.shape[3])
-        if padding is not None:
-            padding = shrink(padding, shape)
-        tokens = features.flatten(2).transpose(1, 2)  # [B, S, C]
+        tokens, shape, padding, flat = _tokens(self.project(maps[-1]), padding)
         position = self.position(tokens, shape, padding)
-        flat = None if padding is None else padding.flatten(1)
         if self.once:
             tokens, position = tokens + position, None
         for layer in self.layers:
@@ -101,16 +96,21 @@ class RowColumnEncoder(nn.Module):
 
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
         """maps: the last is used; padding [B, H, W] of the input image -> Memory of one level, with axes."""
-        features = self.project(maps[-1])
-        shape = (features.shape[2], features.shape[3])
-        if padding is not None:
-            padding = shrink(padding, shape)
-        tokens = features.flatten(2).transpose(1, 2)  # [B, S, C]
+        tokens, shape, padding, flat = _tokens(self.project(maps[-1]), padding)
         axes = self.position(tokens, shape, padding)
-        flat = None if padding is None else padding.flatten(1)
         for layer in self.layers:
             tokens = layer(tokens, axes, shape, flat)
         return Memory(tokens, [shape], [self.stride], padding=flat, axes=axes)
+
+
+def _tokens(features: Tensor, padding: Tensor | None) -> tuple[Tensor, tuple[int, int], Tensor | None, Tensor | None]:
+    """One map [B, C, H_l, W_l], padding [B, H, W] of the image -> tokens, (H_l, W_l), the level's padding, [B, S]."""
+    shape = (features.shape[2], features.shape[3])
+    tokens = features.flatten(2).transpose(1, 2)  # [B, S, C]
+    if padding is None:
+        return tokens, shape, None, None
+    padding = shrink(padding, shape)
+    return tokens, shape, padding, padding.flatten(1)
 
 
 def shrink(padding: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
-from edgedetr.models.detector import Memory
+from edgedetr.models.detector import Memory, flatten_maps
 from edgedetr.models.initialization import zero_bias
 from edgedetr.options import one_of
 
@@ -70,6 +69,5 @@ class PyramidEncoder(nn.Module):
         maps = self.pyramid(maps)
         for layer in self.layers:
             maps = layer(maps)
-        shapes = [(level.shape[2], level.shape[3]) for level in maps]
-        tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+        tokens, shapes = flatten_maps(maps)
         return Memory(tokens, shapes, self.pyramid.strides)

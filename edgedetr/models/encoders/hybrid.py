@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from edgedetr.errors import ModelError
 from edgedetr.layers.convolution import ConvNorm, RepVgg
 from edgedetr.layers.position import GridPosition
-from edgedetr.models.detector import Memory
+from edgedetr.models.detector import Memory, flatten_maps
 
 
 class CspRep(nn.Module):
@@ -46,7 +46,7 @@ class HybridEncoder(nn.Module):
         activation: str,
         outputs: int,
     ) -> None:
-        """layers: EncoderLayers for the coarsest map; expansion, blocks: width share and depth of each CspRep
+        """layers: EncoderLayers for the coarsest map; expansion, blocks: relative width and depth of each CspRep
 
         outputs  channels of the memory, where `dim` are those inside
         """
@@ -83,8 +83,7 @@ class HybridEncoder(nn.Module):
             if level.requires_grad:
                 # The gradient of a concatenation is a slice with gaps, on which BatchNorm's backward is 8 times slower.
                 level.register_hook(_dense)
-        shapes = [(level.shape[2], level.shape[3]) for level in out]
-        tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in out], dim=1)
+        tokens, shapes = flatten_maps(out)
         return Memory(tokens, shapes, self.strides)
 
     def _within(self, level: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Wang et al. 2021, "Anchor DETR: Query Design for Transformer-Based Object Detect
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -32,6 +33,7 @@ from edgedetr.models.initialization import (
 from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.queries.learned import AnchorPoints, AnchorQueries
+from edgedetr.options import Range
 
 SIZE_LOGIT = -2.0  # width and height that every box starts from: 0.12 of the image
 
@@ -42,6 +44,7 @@ class AnchorDetrConfig(TransformerConfig):
 
     activation: ClassVar[str] = "sigmoid"  # of the class logits
     class_loss: ClassVar[str] = "focal"
+    ranges: ClassVar[Mapping[str, Range]] = {"patterns": (1, 1000)}
 
     dilate_last: bool = True  # C5 at stride 16 (DC5): 2.2 AP more than stride 32
     ffn: int = 1024  # 4 C

@@ -5,7 +5,7 @@ Carion et al. 2020, "End-to-End Object Detection with Transformers".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -29,7 +29,7 @@ from edgedetr.models.initialization import PROJECTION, packed_qkv, xavier
 from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.queries.learned import LearnedQueries
-from edgedetr.options import LATER
+from edgedetr.options import LATER, Range
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class DetrConfig(TransformerConfig):
 
     activation: ClassVar[str] = "softmax"  # of the class logits; the last one is "no object"
     class_loss: ClassVar[str] = "softmax_ce"
+    ranges: ClassVar[Mapping[str, Range]] = {"box_layers": (1, 100)}
 
     dilate_last: bool = False  # C5 at stride 16 (DC5): better on small objects, 4x the tokens
     ffn: int = 2048  # 8 C

@@ -6,6 +6,7 @@ authors; where the paper leaves a choice, the comment at the number says what wa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -26,6 +27,7 @@ from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.members.deformable_detr import SAMPLING_READERS
 from edgedetr.models.queries.two_stage import DenseQueries
+from edgedetr.options import Range
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class EfficientDetrConfig(TransformerConfig):
 
     activation: ClassVar[str] = "sigmoid"  # of the class logits
     class_loss: ClassVar[str] = "focal"  # in the dense and in the sparse part, both matched one to one
+    ranges: ClassVar[Mapping[str, Range]] = {"first_queries": (1, 10000)}
 
     levels: int = 4  # C3, C4, C5 and a stride-2 convolution of C5
     points: int = 4  # samples per head and level (Deformable DETR)

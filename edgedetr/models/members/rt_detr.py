@@ -5,6 +5,7 @@ Zhao et al. 2024, "DETRs Beat YOLOs on Real-time Object Detection"; version 2: L
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -34,9 +35,9 @@ from edgedetr.models.initialization import (
     zero_box_init,
 )
 from edgedetr.models.member import Member, PublishedResize, at
-from edgedetr.models.member_config import TransformerConfig, backbone_of
+from edgedetr.models.member_config import WIDTHS, TransformerConfig, backbone_of
 from edgedetr.models.queries.two_stage import TopKQueries
-from edgedetr.options import LATER
+from edgedetr.options import LATER, Range
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,13 @@ class RtDetrConfig(TransformerConfig):
 
     activation: ClassVar[str] = "sigmoid"  # of the class logits
     class_loss: ClassVar[str] = "vfl"  # IoU-aware: a query's score says how good its box is (section 4.3)
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "encoder_ffn": WIDTHS,
+        "encoder_width": (0, 8192),
+        "expansion": (0.05, 8),
+        "fusion_blocks": (0, 100),
+        "decoder_ffn": WIDTHS,
+    }
 
     version: Literal[1, 2] = 2  # 2 allows `points` to differ per level, and method "discrete"
     backbone: str = "resnet18vd"  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]

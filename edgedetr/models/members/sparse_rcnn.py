@@ -5,6 +5,7 @@ Sun et al. 2021, "Sparse R-CNN: End-to-End Object Detection with Learnable Propo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +27,7 @@ from edgedetr.models.initialization import packed_qkv, prior_bias_init, xavier
 from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig, backbone_of
 from edgedetr.models.queries.learned import LearnedProposals
+from edgedetr.options import Range
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class SparseRcnnConfig(TransformerConfig):
 
     activation: ClassVar[str] = "sigmoid"  # of the class logits
     class_loss: ClassVar[str] = "focal"
+    ranges: ClassVar[Mapping[str, Range]] = {"class_tower": (0, 100), "box_tower": (0, 100)}
 
     ffn: int = 2048  # 8 C
     decoder_layers: int = 6  # stages of the cascade; each has its own weights (table 5)
