@@ -63,7 +63,7 @@ def keys_of(config_class: Any, names: set[str] | None = None, ranges: Mapping[st
             item.name,
             _toml(_default(item)),
             _values(hints[item.name], ranges.get(item.name)),
-            reasons.get(item.name, "") + _older_name(item),
+            reasons.get(item.name, "") + _meanings(item) + _older_name(item),
         )
         for item in fields(config_class)
         if item.init and (names is None or item.name in names)
@@ -146,6 +146,11 @@ def _range(low: float, high: float) -> str:
     if high == math.nextafter(1, 0):
         return f"{low:g} to less than 1"
     return f"at least {low:g}" if high >= UNLIMITED else f"{low:g} to {high:g}"
+
+
+def _meanings(item: Field[Any]) -> str:
+    """What each word that the key accepts does, where the field's metadata has it under "words"."""
+    return "".join(f"; `{word}`: {meaning}" for word, meaning in item.metadata.get("words", {}).items())
 
 
 def _older_name(item: Field[Any]) -> str:

@@ -12,7 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from edgedetr.quantization.qdq import TENSORRT
 
 CHANNELS = 16
-SIGNED = replace(TENSORRT, fp16=False)  # the same places and integers, with float32 steps
+SIGNED = replace(TENSORRT, fp16=False)  # the same pairs and integers, with float32 scales
 # Every normal FP16 number above zero, in order: what a step may be.
 STEPS = np.arange(1 << 10, 31 << 10, dtype=np.uint16).view(np.float16).astype(np.float64)
 

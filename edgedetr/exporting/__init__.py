@@ -1,1 +1,1 @@
-"""From PyTorch to ONNX, and the reference detections that travel with it."""
+"""Export from PyTorch to ONNX, with the reference detections that the files are judged by."""

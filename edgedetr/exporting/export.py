@@ -57,7 +57,7 @@ def export(
         config, quant = config or recorded[0], quant or recorded[1]
     if (sampling == "grid_sample" or dynamic_batch) and is_imported(bundle):
         raise UsageError(
-            f"{bundle.path} holds an imported graph: sampling and batch size are settled; leave "
+            f"{bundle.path} holds an imported graph: sampling and batch size are fixed; leave "
             "--sampling and --dynamic-batch out, or import it again: edgedetr import --sampling "
             "grid_sample"
         )
@@ -74,7 +74,7 @@ def export(
 
 
 def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None = None) -> None:
-    """reference.npz and model.onnx; the ONNX file is compared with PyTorch before it enters the bundle."""
+    """Write reference.npz and model.onnx. The ONNX file is compared with PyTorch before it enters the bundle."""
     if is_imported(bundle):
         write_reference_of_graph(bundle, progress)
         return

@@ -37,7 +37,7 @@ class ServingFiles:
             batches = f"up to {largest} requests joined" if largest else "requests one by one"
             lines.append(f"for Triton: {self.triton.folder} ({self.triton.platform}, {batches})")
         if self.deepstream is not None:
-            lines.append(f"for DeepStream: {self.deepstream.config}; build its engine first, as that file says")
+            lines.append(f"for DeepStream: {self.deepstream.config}; build its engine first, as described in that file")
         return lines
 
 

@@ -1,4 +1,4 @@
-"""Settings given at an export: checked before it, and written into the bundle's recipe after it."""
+"""Settings given to an export: checked before it, and written into the bundle's recipe after it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECTIONS = ("quant", "export")  # what an export can change; the rest is in the 
 
 
 def settings(bundle: Bundle, sets: Sequence[str]) -> Recipe:
-    """The bundle's recipe with `section.key=value` strings laid over it; the defaults where the bundle has none.
+    """The bundle's recipe, changed by `section.key=value` strings; the defaults where the bundle has none.
 
     Errors: UsageError for a section that no export changes, RecipeError for unknown sections, keys and values.
     """
@@ -23,7 +23,7 @@ def settings(bundle: Bundle, sets: Sequence[str]) -> Recipe:
         section = assignment.partition("=")[0].partition(".")[0].strip()
         if section == "export" and is_imported(bundle):
             raise UsageError(
-                f"--set {assignment!r}: {bundle.path} holds an imported graph, whose form is settled; "
+                f"--set {assignment!r}: {bundle.path} holds an imported graph, whose form is fixed; "
                 "expected keys of quant; or import it again: edgedetr import"
             )
         if section not in SECTIONS and section in [part.name for part in fields(Recipe)]:
@@ -43,7 +43,7 @@ def settings(bundle: Bundle, sets: Sequence[str]) -> Recipe:
 
 
 def record(bundle: Bundle, recipe: Recipe) -> None:
-    """Write these settings into the bundle's recipe, so that later commands use them; an equal recipe is left alone.
+    """Write these settings into the bundle's recipe, so that later commands use them; an equal recipe is not rewritten.
 
     The weights do not depend on them and stay fresh. A bundle without a recipe, which is an imported graph, gets one
     of these sections alone.

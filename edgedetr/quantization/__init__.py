@@ -1,1 +1,1 @@
-"""INT8 as Q/DQ pairs in the ONNX graph: observe, choose ranges, insert, translate to dialects."""
+"""Quantization: observe ranges, decide which layers become INT8, and write Q/DQ pairs for each target."""

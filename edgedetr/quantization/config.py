@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from edgedetr.options import check
@@ -21,7 +21,10 @@ class QuantConfig:
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
     images: int = 128  # evenly spaced over the split; published INT8 detectors use 96 to 300
-    observer: ObserverName = "mse"  # of the INT8 error itself, per tensor; see quantization/observers.py
+    # How a range follows from the observed values of a tensor
+    observer: ObserverName = field(
+        default="mse", metadata={"words": {name: observer.summary for name, observer in OBSERVERS.items()}}
+    )
     percentile: float = 99.99  # only for observer = "percentile": per cent of the magnitudes inside the range
     bias_correction: bool = True  # rounding shifts the mean of each channel; the layer's bias takes it back
     policy: str = "default"  # a shipped policy by name (calib/policy), or a TOML file

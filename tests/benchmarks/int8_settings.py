@@ -6,7 +6,7 @@ usage: python tests/benchmarks/int8_settings.py BUNDLE [--split val] [--observer
 Nothing in the bundle changes. Settings are chosen on a split that neither trains nor verifies: "val", not the one that
 the verdict is measured on. Every row is one graph on one backend; the drop of AP and the distance of the detections are
 against model.onnx in ONNX Runtime, on the same images. The distance needs no labels: detections above 0.3 matched one
-to one. "oracle" is ONNX Runtime without optimizations, the arithmetic that the graph says. OpenVINO is left out on a
+to one. "exact" is ONNX Runtime without optimizations, which computes as the graph is written. OpenVINO is left out on a
 CPU that saturates its INT8.
 """
 
@@ -24,7 +24,7 @@ import numpy as np
 from onnx import ModelProto
 
 from edgedetr.bundle import Bundle
-from edgedetr.data import images
+from edgedetr.data import images as image_files
 from edgedetr.data.detection_set import DetectionSet
 from edgedetr.data.layouts import load as load_split
 from edgedetr.evaluation.agreement import compare_detections
@@ -47,7 +47,7 @@ from edgedetr.runtime.preprocess import prepare
 OBSERVERS = ("mse", "percentile=99.99", "percentile=99.999", "minmax")
 
 
-class GraphMaker:
+class GraphWriter:
     """The quantized graphs of a bundle; activations are observed once, for all observers."""
 
     def __init__(self, bundle: Bundle) -> None:
@@ -63,7 +63,7 @@ class GraphMaker:
 
     def batches(self, count: int) -> Iterator[np.ndarray]:
         for i in np.unique(np.linspace(0, len(self.paths) - 1, count).round().astype(int)):
-            yield prepare([images.decode(self.paths[i])], self.contract)[0]
+            yield prepare([image_files.decode(self.paths[i])], self.contract)[0]
 
     def make(self, observer: str, corrected: bool, target: Target) -> bytes:
         kind, _, percentile = observer.partition("=")
@@ -78,16 +78,16 @@ class GraphMaker:
         ).SerializeToString()
 
 
-def rows(maker: GraphMaker, observer: str, corrected: bool, folder: Path, threads: int) -> dict[str, OrtRunner]:
+def rows(writer: GraphWriter, observer: str, corrected: bool, folder: Path, threads: int) -> dict[str, OrtRunner]:
     """{name of a graph on a backend: what runs it}."""
     found = {}
     path = folder / "int8.onnx"
-    path.write_bytes(maker.make(observer, corrected, TENSORRT))
-    found["int8, oracle"] = OrtRunner(simulate_fp16(path), threads=threads, optimize=False)
+    path.write_bytes(writer.make(observer, corrected, TENSORRT))
+    found["int8, exact"] = OrtRunner(simulate_fp16(path), threads=threads, optimize=False)
     if not int8_saturates():
         found["int8, openvino"] = OpenVinoRunner(path, threads=threads)
     bits = weight_bits("auto")
-    cpu = maker.make(observer, corrected, replace(CPU, weight_bits=bits))
+    cpu = writer.make(observer, corrected, replace(CPU, weight_bits=bits))
     found[f"int8-cpu {bits} bit, onnxruntime"] = OrtRunner(cpu, threads=threads)
     return found
 
@@ -97,7 +97,7 @@ def detect(bundle: Bundle, runners: dict[str, OrtRunner], samples: DetectionSet)
     manifest = bundle.manifest
     found: dict[str, dict[int, Detections]] = {name: {} for name in runners}
     for sample in samples.samples:
-        batch, geometry = prepare([images.decode(sample.path)], manifest.input)
+        batch, geometry = prepare([image_files.decode(sample.path)], manifest.input)
         for name, runner in runners.items():
             found[name][sample.image_id] = decode(runner.run(batch), geometry, manifest.classes, manifest.output)[0]
     return found
@@ -113,42 +113,48 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--split", default="val")
     parser.add_argument("--observer", nargs="+", default=OBSERVERS)
-    parser.add_argument("--pictures", type=int, default=0, help="only so many of the split; 0 = all")
+    parser.add_argument("--images", type=int, default=0, help="only so many of the split; 0 = all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
     dataset = load_split(bundle.manifest.data.path, options.split)
-    if options.pictures:
-        dataset = replace(dataset, samples=dataset.samples[: options.pictures])
-    maker = GraphMaker(bundle)
+    if options.images:
+        dataset = replace(dataset, samples=dataset.samples[: options.images])
+    writer = GraphWriter(bundle)
     exact = detect(bundle, {"onnx": OrtRunner(bundle.require("model.onnx"), threads=options.threads)}, dataset)["onnx"]
     before = evaluate(dataset, exact, by_size=False).ap
     print(f"model.onnx: AP {before:.2f} on {len(dataset)} images of {options.split}", file=sys.stderr)
     names = ("observer", "bias correction", "graph", "drop", "matched", "spurious", "score", "box px")
     print(head(*names), file=sys.stderr)
-    told = []
+    table = []
     for observer in options.observer:
         for corrected in (False, True):
             with tempfile.TemporaryDirectory() as folder:
-                runners = rows(maker, observer, corrected, Path(folder), options.threads)
+                runners = rows(writer, observer, corrected, Path(folder), options.threads)
                 for name, found in detect(bundle, runners, dataset).items():
                     drop = before - evaluate(dataset, found, by_size=False).ap
-                    parity = compare_detections(exact, found)
-                    told.append(
-                        {"observer": observer, "corrected": corrected, "graph": name, "drop": drop, **parity.to_json()}
+                    agreement = compare_detections(exact, found)
+                    table.append(
+                        {
+                            "observer": observer,
+                            "corrected": corrected,
+                            "graph": name,
+                            "drop": drop,
+                            **agreement.to_json(),
+                        }
                     )
-                    shares = (parity.matched, parity.spurious, parity.score_mean, parity.box_mean)
+                    fractions = (agreement.matched, agreement.spurious, agreement.score_mean, agreement.box_mean)
                     cells = (
                         observer,
                         "on" if corrected else "off",
                         name,
                         f"{drop:.2f}",
-                        *("-" if share is None else f"{share:.4f}" for share in shares),
+                        *("-" if fraction is None else f"{fraction:.4f}" for fraction in fractions),
                     )
                     print("| " + " | ".join(cells) + " |", file=sys.stderr, flush=True)
     if options.json:
-        print(json.dumps({"ap": before, "pictures": len(dataset), "split": options.split, "rows": told}, indent=1))
+        print(json.dumps({"ap": before, "images": len(dataset), "split": options.split, "rows": table}, indent=1))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def times(bundle: Bundle) -> dict[str, int]:
     return {name: os.stat(bundle.path / name).st_mtime_ns for name in MADE}
 
 
-def pictures_of(bundle: Bundle, count: int) -> np.ndarray:
+def verify_images(bundle: Bundle, count: int) -> np.ndarray:
     rng = np.random.default_rng(1)
     size = bundle.manifest.input
     return rng.integers(0, 256, (count, 3, size.height, size.width)).astype(np.float32)
@@ -57,7 +57,7 @@ def test_all_files_are_listed_with_what_they_were_made_from(exported):
 
 def test_int8_files_are_smaller_and_stay_near_the_float_model(exported):
     files = exported.manifest.files
-    images = pictures_of(exported, 1)
+    images = verify_images(exported, 1)
     reference = OrtRunner(exported.require("model.onnx"), threads=1).run(images)
     for name in ("model.int8.onnx", "model.int8-cpu.onnx"):
         assert files[name].size < 0.7 * files["model.onnx"].size
@@ -90,13 +90,13 @@ def test_a_graph_with_an_error_never_enters_the_bundle(fresh, tmp_path, monkeypa
 
 
 def test_policy_keeps_decoder_heads_and_selection_float_and_quantizes_the_rest(exported):
-    chosen = make_plan(GraphIndex(split_concats(onnx.load(exported.require("model.onnx")))), load_policy("default"))
-    quantized = [layer.node for layer in chosen.layers]
+    plan = make_plan(GraphIndex(split_concats(onnx.load(exported.require("model.onnx")))), load_policy("default"))
+    quantized = [layer.node for layer in plan.layers]
     assert [name for name in quantized if "/decoder/" in name and "/cross_attention/" not in name] == []
     assert [name for name in quantized if "/selector/" in name and "/selector/project/" not in name] == []
     memory = [name for name in quantized if "/decoder/" in name]
     assert len(memory) == (2 if exported.manifest.model == "rt_detr" else 4)  # value, or k and v, of two layers
-    convolutions = [name for name in chosen.float_layers if name.endswith("/Conv")]
+    convolutions = [name for name in plan.float_layers if name.endswith("/Conv")]
     assert convolutions == []
     assert sum("/backbone/" in name for name in quantized) >= 20
 
@@ -123,15 +123,15 @@ def test_a_second_export_does_nothing(exported):
 
 
 def test_progress_tells_each_kind_of_work_to_its_end(fresh, tmp_path):
-    told = {}
+    metadata = {}
     export(
         fresh("detr", tmp_path / "b"),
         int8=True,
         config=ExportConfig(),
         quant=QUANT,
-        progress=lambda what, done, total: told.__setitem__(what, (done, total)),
+        progress=lambda what, done, total: metadata.__setitem__(what, (done, total)),
     )
-    assert told == {
+    assert metadata == {
         "reference": (3, 3),
         "onnx": (1, 1),
         "calibrate": (8, 8),
@@ -336,18 +336,18 @@ def test_settings_come_from_the_recipe_in_the_bundle(copy):
 
 
 def test_an_int8_graph_says_why_each_float_layer_is_float(exported):
-    told = {item.key: item.value for item in onnx.load(exported.require("model.int8.onnx")).metadata_props}
-    layers = json.loads(told["edgedetr.float_layers"])
+    metadata = {item.key: item.value for item in onnx.load(exported.require("model.int8.onnx")).metadata_props}
+    layers = json.loads(metadata["edgedetr.float_layers"])
     assert any("decoder" in reason for reason in layers)
-    counted = json.loads(told["edgedetr.quantization"])
+    counted = json.loads(metadata["edgedetr.quantization"])
     assert sum(map(len, layers.values())) == counted["layers_float"] > 0
 
 
 def test_one_file_on_disk_describes_itself(exported):
-    told = {item.key: item.value for item in onnx.load(exported.require("model.onnx")).metadata_props}
-    assert [item["name"] for item in json.loads(told["edgedetr.classes"])] == ["cat", "dog"]
-    assert json.loads(told["edgedetr.input"]) == {"height": 64, "width": 64, "resize": "stretch"}
-    assert told["edgedetr.weights_sha256"] == exported.manifest.files["weights.safetensors"].sha256
+    metadata = {item.key: item.value for item in onnx.load(exported.require("model.onnx")).metadata_props}
+    assert [item["name"] for item in json.loads(metadata["edgedetr.classes"])] == ["cat", "dog"]
+    assert json.loads(metadata["edgedetr.input"]) == {"height": 64, "width": 64, "resize": "stretch"}
+    assert metadata["edgedetr.weights_sha256"] == exported.manifest.files["weights.safetensors"].sha256
 
 
 def test_data_may_be_missing_once_everything_is_made(detr, tmp_path):
@@ -362,7 +362,7 @@ def test_pytorch_and_onnx_agree_on_an_image(exported):
     _, graph = load_bundle_model(exported)
     import torch
 
-    images = pictures_of(exported, 1)
+    images = verify_images(exported, 1)
     with torch.no_grad():
         logits, boxes = graph(torch.from_numpy(images))
     found = OrtRunner(exported.require("model.onnx"), threads=1).run(images)

@@ -102,7 +102,7 @@ def test_an_imported_graph_gets_a_recipe_of_these_sections_alone(fresh, tmp_path
     with bundle.add("model.onnx", stage="import") as path:
         path.write_bytes(graph)
     assert cli.run(["export", str(bundle.path), "--set", "export.sampling=grid_sample"]) == 2
-    assert "an imported graph, whose form is settled" in " ".join(capsys.readouterr().err.split())
+    assert "an imported graph, whose form is fixed" in " ".join(capsys.readouterr().err.split())
     words = ["--set", "quant.images=9", "--set", "quant.observer=minmax"]
     assert cli.run(["export", str(bundle.path), "--int8", *words]) == 0
     text = (bundle.path / "recipe.toml").read_text()

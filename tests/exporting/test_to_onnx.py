@@ -33,7 +33,7 @@ def static(case, tmp_path_factory):
     return path
 
 
-def pictures(count: int) -> np.ndarray:
+def noise_images(count: int) -> np.ndarray:
     return np.random.default_rng(2).integers(0, 256, (count, 3, 64, 64)).astype(np.float32)
 
 
@@ -55,7 +55,7 @@ def test_the_same_weights_give_the_same_bytes(case, static, tmp_path):
 
 def test_parity_holds_for_the_graph_and_fails_for_another(case, static, tmp_path):
     bundle, detector, graph = case
-    found = compare_with_pytorch(graph, static, pictures(3), bundle.manifest)
+    found = compare_with_pytorch(graph, static, noise_images(3), bundle.manifest)
     assert found.logits < 1e-3
     assert found.boxes < 1e-4
     other = DeployGraph(detector, 64, 64)
@@ -64,7 +64,7 @@ def test_parity_holds_for_the_graph_and_fails_for_another(case, static, tmp_path
             if "decoder" in name:
                 value.mul_(1.1)
     with pytest.raises(ExportError, match="differs from PyTorch by up to"):
-        compare_with_pytorch(other, static, pictures(3), bundle.manifest)
+        compare_with_pytorch(other, static, noise_images(3), bundle.manifest)
 
 
 @pytest.mark.parametrize("member", ["rt_detr", "detr"])
@@ -79,7 +79,7 @@ def test_open_batch_gives_identical_images_identical_rows_and_equals_batch_one(m
     check_graph(model)
     plan, fixed = (make_plan(GraphIndex(split_concats(m)), load_policy("default")) for m in (model, onnx.load(static)))
     assert len(plan.layers) == len(fixed.layers), "the policy must know the nodes by name here too"
-    one, other = pictures(2)
+    one, other = noise_images(2)
     found = runner.run(np.stack([one, one, other, one]))
     for values in (found.logits, found.boxes):
         np.testing.assert_array_equal(values[0], values[1])
@@ -112,11 +112,11 @@ def test_an_open_batch_that_the_tracer_fixed_is_not_taken_for_equal(fresh, tmp_p
     bundle = fresh("detr", tmp_path / "b")
     _, graph = load_bundle_model(bundle)
     write_onnx(graph, tmp_path / "open.onnx", batch=None)
-    found = compare_with_pytorch(graph, tmp_path / "open.onnx", pictures(1), bundle.manifest)
+    found = compare_with_pytorch(graph, tmp_path / "open.onnx", noise_images(1), bundle.manifest)
     assert found.logits < 1e-3 and found.boxes < 1e-4 and found.as_objects == 0
     write_onnx(TwoRows(graph), tmp_path / "fixed.onnx", batch=None)
     with pytest.raises(ExportError, match="2 results for 1 images"):
-        compare_with_pytorch(graph, tmp_path / "fixed.onnx", pictures(1), bundle.manifest)
+        compare_with_pytorch(graph, tmp_path / "fixed.onnx", noise_images(1), bundle.manifest)
 
 
 def test_both_ways_of_sampling_give_the_same_detector(fresh, tmp_path):
@@ -127,7 +127,7 @@ def test_both_ways_of_sampling_give_the_same_detector(fresh, tmp_path):
     modes = [item.s for node in nodes if node.op_type == "GridSample" for item in node.attribute if item.name == "mode"]
     assert len(modes) >= 2
     assert set(modes) == {b"bilinear"}
-    compare_with_pytorch(graph, tmp_path / "grid.onnx", pictures(2), bundle.manifest)
+    compare_with_pytorch(graph, tmp_path / "grid.onnx", noise_images(2), bundle.manifest)
 
 
 def test_a_wrong_opset_or_sampling_mode_is_refused(static):

@@ -1,4 +1,4 @@
-"""export --trt: everything up to the engine, kept; then an engine, or exit 4 with the place where it is to be built."""
+"""export --trt: everything up to the engine, kept; then an engine, or exit 4 and the machine that builds it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def prepared(fresh, tmp_path_factory) -> Bundle:
 def test_the_fp16_graph_is_made_from_the_float_graph_and_says_what_stayed_float32(prepared):
     files = prepared.manifest.files
     assert files["model.fp16.onnx"].made_from == {"model.onnx": files["model.onnx"].sha256}
-    told = {item.key: item.value for item in onnx.load(str(prepared.require("model.fp16.onnx"))).metadata_props}
-    assert json.loads(told["edgedetr.quantization"])["dialect"] == "fp16"
-    reasons = json.loads(told["edgedetr.float32_nodes"])
+    metadata = {item.key: item.value for item in onnx.load(str(prepared.require("model.fp16.onnx"))).metadata_props}
+    assert json.loads(metadata["edgedetr.quantization"])["dialect"] == "fp16"
+    reasons = json.loads(metadata["edgedetr.float32_nodes"])
     assert any("boxes" in reason for reason in reasons)
-    assert "edgedetr.classes" in told  # what model.onnx says of itself stays
+    assert "edgedetr.classes" in metadata  # what model.onnx says of itself stays
 
 
 def test_without_tensorrt_the_graphs_stay_and_the_exit_code_is_4(prepared, capsys, monkeypatch):

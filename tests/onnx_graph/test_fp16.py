@@ -19,7 +19,7 @@ from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.policy import Policy, PolicyRule, load_policy, make_plan
 from edgedetr.quantization.qdq import TENSORRT, insert_qdq
 
-FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+FP32, FP16 = TensorProto.FLOAT, TensorProto.FLOAT16
 SIZE = (1, 16, 8, 8)
 
 
@@ -29,8 +29,8 @@ def graph(nodes: list[NodeProto], outputs: dict[str, list[int]] | None = None, *
     made = helper.make_graph(
         nodes,
         "g",
-        [helper.make_tensor_value_info("images", FLOAT, SIZE)],
-        [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in outputs.items()],
+        [helper.make_tensor_value_info("images", FP32, SIZE)],
+        [helper.make_tensor_value_info(name, FP32, shape) for name, shape in outputs.items()],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
@@ -83,50 +83,50 @@ def member(request) -> tuple[str, ModelProto, ModelProto, np.ndarray]:
 
 
 def test_every_node_of_every_member_reads_and_gives_one_float_type(member):
-    _, model, half, images = member
-    onnx.checker.check_model(half)
-    found = types(half)
-    for node in half.graph.node:
+    _, model, fp16, images = member
+    onnx.checker.check_model(fp16)
+    found = types(fp16)
+    for node in fp16.graph.node:
         if node.op_type == "Cast":
             assert found[node.input[0]] != found[node.output[0]], f"{node.name} casts to what it reads"
             continue
         fixed = {1, 2} if node.op_type == "Resize" else set()
         used = {found[name] for i, name in enumerate(node.input) if name and i not in fixed}
-        assert len((used | {found[name] for name in node.output if name}) & {FLOAT, HALF}) <= 1, node.name
-    assert [found[item.name] for item in (*half.graph.input, *half.graph.output)] == [FLOAT] * 3
-    run(half, images)  # ONNX Runtime refuses a graph in which types do not fit
-    assert {node.name for node in model.graph.node if node.op_type != "Cast"} <= {node.name for node in half.graph.node}
+        assert len((used | {found[name] for name in node.output if name}) & {FP32, FP16}) <= 1, node.name
+    assert [found[item.name] for item in (*fp16.graph.input, *fp16.graph.output)] == [FP32] * 3
+    run(fp16, images)  # ONNX Runtime refuses a graph in which types do not fit
+    assert {node.name for node in model.graph.node if node.op_type != "Cast"} <= {node.name for node in fp16.graph.node}
 
 
 def test_layers_are_fp16_and_indices_boxes_and_ranks_are_not(member):
     _, model, _, _ = member
-    half = convert_to_fp16(model, {}).model  # without the ranges of random weights, which do leave FP16
+    fp16 = convert_to_fp16(model, {}).model  # without the ranges of random weights, which do leave FP16
     kinds: dict[str, Counter[int]] = {}
-    found = types(half)
-    for node in half.graph.node:
+    found = types(fp16)
+    for node in fp16.graph.node:
         kinds.setdefault(node.op_type, Counter())[found[node.output[0]]] += 1
     for layer in ("Conv", "MatMul", "Gemm", "LayerNormalization", "Softmax"):
-        assert kinds.get(layer, Counter())[FLOAT] == 0, layer
+        assert kinds.get(layer, Counter())[FP32] == 0, layer
     for exact in ("TopK", "Floor", "Log", "Exp", "Sin", "Cos", "GridSample"):
-        assert kinds.get(exact, Counter())[HALF] == 0, exact
-    for node in half.graph.node:
+        assert kinds.get(exact, Counter())[FP16] == 0, exact
+    for node in fp16.graph.node:
         if node.op_type == "Cast" and found[node.output[0]] in (TensorProto.INT64, TensorProto.INT32):
-            assert found[node.input[0]] != HALF, f"{node.name}: an index from FP16, which has no odd integer above 2048"
-    assert len(half.SerializeToString()) < 0.75 * len(model.SerializeToString())
+            assert found[node.input[0]] != FP16, f"{node.name}: an index from FP16, which has no odd integer above 2048"
+    assert len(fp16.SerializeToString()) < 0.75 * len(model.SerializeToString())
 
 
-def test_the_twin_of_every_member_stays_near_the_float_graph(member):
-    _, model, half, images = member
+def test_the_simulation_of_every_member_stays_near_the_float_graph(member):
+    _, model, fp16, images = member
     exact = run(model, images)
-    rounded = run(_twin(half.SerializeToString()), images)
-    assert all(np.isfinite(value).all() for value in rounded.values())
+    simulated = run(_simulated(fp16.SerializeToString()), images)
+    assert all(np.isfinite(value).all() for value in simulated.values())
     # Queries of two-stage members may come in another order: compare what is found, sorted by class logit.
     for key, limit in (("logits", 0.06), ("boxes", 0.03)):
-        one, other = (np.sort(found[key].reshape(-1)) for found in (exact, rounded))
+        one, other = (np.sort(found[key].reshape(-1)) for found in (exact, simulated))
         assert np.abs(one - other).mean() <= limit * max(1.0, np.abs(one).max()), key
 
 
-def _twin(data: bytes) -> bytes:
+def _simulated(data: bytes) -> bytes:
     import tempfile
     from pathlib import Path
 
@@ -151,12 +151,12 @@ def test_a_tensor_that_was_seen_too_large_stays_float32_with_all_that_reads_it()
     found = convert_to_fp16(model, {**fine, "r": 2 * MAX_ABSMAX}).fp32_nodes
     assert set(found) == {"relu", "two"}
     assert "r reaches 6e+04, FP16 ends at 65504" in found["two"]
-    half = convert_to_fp16(model, {**fine, "r": 2 * MAX_ABSMAX}).model
-    assert [kind_of(half, name) for name in ("one", "relu", "two", "three")] == [HALF, FLOAT, FLOAT, HALF]
+    fp16 = convert_to_fp16(model, {**fine, "r": 2 * MAX_ABSMAX}).model
+    assert [kind_of(fp16, name) for name in ("one", "relu", "two", "three")] == [FP16, FP32, FP32, FP16]
 
 
-def test_the_island_keeps_an_overflow_away(rng):
-    """300 * 300 * 1e-3 with nothing to say that it is large is infinite; with the peak seen it is 90."""
+def test_a_float32_node_keeps_an_overflow_away(rng):
+    """300 * 300 * 1e-3 is infinite where no magnitude was observed; with the observed one it is 90."""
     model = graph(
         [
             conv("images", "a", "one"),
@@ -169,10 +169,12 @@ def test_the_island_keeps_an_overflow_away(rng):
     )
     images = np.full(SIZE, 300, np.float32)
     # The last layer multiplies the infinity by its zeros as well.
-    assert not np.isfinite(run(_twin(convert_to_fp16(model, {}).model.SerializeToString()), images)["logits"]).any()
-    seen = activation_absmax(model, [images])
-    assert seen["square"] == pytest.approx(90000)
-    kept = run(_twin(convert_to_fp16(model, seen).model.SerializeToString()), images)["logits"]
+    assert not np.isfinite(
+        run(_simulated(convert_to_fp16(model, {}).model.SerializeToString()), images)["logits"]
+    ).any()
+    absmax = activation_absmax(model, [images])
+    assert absmax["square"] == pytest.approx(90000)
+    kept = run(_simulated(convert_to_fp16(model, absmax).model.SerializeToString()), images)["logits"]
     np.testing.assert_allclose(kept, 90, rtol=1e-3)
 
 
@@ -198,9 +200,9 @@ def test_constants_that_fp16_cannot_hold_keep_their_node_in_float32(value, stays
         c=np.array(value, np.float32),
     )
     assert ("sum" in convert_to_fp16(model, {}).fp32_nodes) == stays
-    half = convert_to_fp16(model, {}).model
-    constant = next(item for item in half.graph.initializer if item.name in ("c", "c_half"))
-    assert (constant.data_type == FLOAT) == stays
+    fp16 = convert_to_fp16(model, {}).model
+    constant = next(item for item in fp16.graph.initializer if item.name in ("c", "c_half"))
+    assert (constant.data_type == FP32) == stays
 
 
 def test_what_the_policy_names_stays_float32_and_gets_casts_around_it():
@@ -208,10 +210,10 @@ def test_what_the_policy_names_stays_float32_and_gets_casts_around_it():
     rule = PolicyRule("a reason", match=("head/*",))
     found = convert_to_fp16(model, {}, Policy("p", float32_rules=(rule,)).float32_nodes(model))
     assert found.fp32_nodes == {"head/two": "a reason"}
-    half = found.model
-    assert [kind_of(half, name) for name in ("body/one", "head/two")] == [HALF, FLOAT]
-    weights = {item.name: item.data_type for item in half.graph.initializer}
-    assert weights == {"w": FLOAT, "w_half": HALF}
+    fp16 = found.model
+    assert [kind_of(fp16, name) for name in ("body/one", "head/two")] == [FP16, FP32]
+    weights = {item.name: item.data_type for item in fp16.graph.initializer}
+    assert weights == {"w": FP32, "w_half": FP16}
 
 
 def test_pixels_are_normalized_before_they_are_rounded():
@@ -226,22 +228,22 @@ def test_pixels_are_normalized_before_they_are_rounded():
 def test_a_pair_of_int8_has_fp16_scales_and_the_type_of_its_layer(rng):
     nodes = [conv("images", "a", "one"), conv("a", "b", "two"), conv("b", "logits", "three")]
     model = graph(nodes, w=rng.normal(0, 0.2, (16, 16, 1, 1)).astype(np.float32))
-    seen = activation_absmax(model, [rng.normal(0, 2, SIZE).astype(np.float32)])
-    quantized = insert_qdq(GraphIndex(model), make_plan(GraphIndex(model), Policy("all")), seen, TENSORRT)
-    for peak, kind in ((seen["a"], HALF), (2 * MAX_ABSMAX, FLOAT)):
-        half = convert_to_fp16(quantized, {**seen, "a": peak}).model
-        scales = {item.name: numpy_helper.to_array(item) for item in half.graph.initializer if "_scale" in item.name}
+    absmax = activation_absmax(model, [rng.normal(0, 2, SIZE).astype(np.float32)])
+    quantized = insert_qdq(GraphIndex(model), make_plan(GraphIndex(model), Policy("all")), absmax, TENSORRT)
+    for largest, kind in ((absmax["a"], FP16), (2 * MAX_ABSMAX, FP32)):
+        fp16 = convert_to_fp16(quantized, {**absmax, "a": largest}).model
+        scales = {item.name: numpy_helper.to_array(item) for item in fp16.graph.initializer if "_scale" in item.name}
         # Both nodes of a pair have one type; a layer in float32 has its pairs in float32.
-        assert kind_of(half, "two") == kind_of(half, "a_DequantizeLinear") == kind
-        assert kind_of(half, "three") == kind_of(half, "b_DequantizeLinear") == HALF
+        assert kind_of(fp16, "two") == kind_of(fp16, "a_DequantizeLinear") == kind
+        assert kind_of(fp16, "three") == kind_of(fp16, "b_DequantizeLinear") == FP16
         assert all((scale >= 2.0**-14).all() for scale in scales.values())
         before = {item.name: numpy_helper.to_array(item) for item in quantized.graph.initializer}
         for name, scale in scales.items():  # no scale has changed by its type
             np.testing.assert_array_equal(scale.astype(np.float32), before[name.removesuffix("_half")])
-        run(half, np.zeros(SIZE, np.float32))
+        run(fp16, np.zeros(SIZE, np.float32))
 
 
-def test_a_scale_that_is_no_fp16_number_is_a_defect_that_is_told(rng):
+def test_a_scale_that_is_no_fp16_number_is_a_defect_that_is_reported(rng):
     from dataclasses import replace
 
     model = graph([conv("images", "a", "one"), conv("a", "logits", "two")], w=W)
@@ -257,7 +259,7 @@ def test_a_scale_that_is_no_fp16_number_is_a_defect_that_is_told(rng):
 
 def test_branches_and_unknown_operators_are_refused():
     inner = helper.make_graph(
-        [helper.make_node("Relu", ["images"], ["y"])], "inner", [], [helper.make_tensor_value_info("y", FLOAT, SIZE)]
+        [helper.make_node("Relu", ["images"], ["y"])], "inner", [], [helper.make_tensor_value_info("y", FP32, SIZE)]
     )
     branch = helper.make_node("If", ["flag"], ["logits"], "choice", then_branch=inner, else_branch=inner)
     with pytest.raises(ExportError, match="choice: If contains a subgraph"):
@@ -278,7 +280,7 @@ def test_a_tensor_that_is_not_finite_is_named(bad):
         activation_absmax(model, [images])
 
 
-def test_peaks_are_the_largest_magnitudes_over_all_images(rng):
+def test_absmax_is_the_largest_magnitude_over_all_images(rng):
     model = graph([conv("images", "a", "one"), helper.make_node("Relu", ["a"], ["logits"], "relu")], w=-W)
     batches = [rng.normal(0, 1, SIZE).astype(np.float32), rng.normal(0, 3, SIZE).astype(np.float32)]
     found = activation_absmax(model, batches)

@@ -1,4 +1,4 @@
-"""The twin rounds where a GPU rounds; CPU libraries do not, which is why it exists."""
+"""The simulation rounds where a GPU rounds; CPU libraries do not, which is why it exists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgedetr.errors import BundleError
 from edgedetr.onnx_graph.fp16_simulation import MOVES, simulate_fp16
 from edgedetr.runtime.backends import onnxruntime, openvino
 
-HALF = TensorProto.FLOAT16
+FP16 = TensorProto.FLOAT16
 
 
 def graph(nodes: list[onnx.NodeProto], shape: tuple[int, ...], **constants: np.ndarray) -> ModelProto:
@@ -37,7 +37,7 @@ def overflow() -> ModelProto:
     """images * 300 * 1e-3, in FP16."""
     return graph(
         [
-            helper.make_node("Cast", ["images"], ["x"], "to_half", to=HALF),
+            helper.make_node("Cast", ["images"], ["x"], "to_half", to=FP16),
             helper.make_node("Mul", ["x", "large"], ["product"], "product"),
             helper.make_node("Mul", ["product", "small"], ["y"], "scaled"),
             helper.make_node("Cast", ["y"], ["logits"], "to_float", to=TensorProto.FLOAT),
@@ -53,7 +53,7 @@ def run(model: bytes, images: np.ndarray, optimize: bool = False) -> np.ndarray:
 
 
 @pytest.mark.parametrize("optimize", [False, True], ids=["as written", "optimized"])
-def test_an_overflow_is_infinite_in_the_twin_and_hidden_in_the_graph_itself(optimize, tmp_path):
+def test_an_overflow_is_infinite_in_the_simulation_and_hidden_in_the_graph_itself(optimize, tmp_path):
     path, images = saved(overflow(), tmp_path), np.full((1, 4), 300, np.float32)
     with np.errstate(over="ignore"):
         expected = np.float16(300) * np.float16(300) * np.float16(1e-3)
@@ -70,12 +70,12 @@ def test_openvino_takes_the_pairs_out_so_it_must_not_score_fp16(tmp_path):
 
 
 def test_every_value_is_what_numpy_computes_in_float16(tmp_path, rng):
-    """One rounding per operation, also in the weights: numpy's float16 arithmetic is the oracle."""
+    """One rounding per operation, also in the weights: numpy's float16 arithmetic is the reference."""
     weight, bias = rng.normal(size=4).astype(np.float16), rng.normal(size=4).astype(np.float16)
     path = saved(
         graph(
             [
-                helper.make_node("Cast", ["images"], ["x"], "to_half", to=HALF),
+                helper.make_node("Cast", ["images"], ["x"], "to_half", to=FP16),
                 helper.make_node("Mul", ["x", "w"], ["m"], "mul"),
                 helper.make_node("Relu", ["m"], ["r"], "relu"),
                 helper.make_node("Add", ["r", "b"], ["a"], "add"),
@@ -101,7 +101,7 @@ def test_small_numbers_are_lost_as_on_a_gpu(tmp_path):
     path = saved(
         graph(
             [
-                helper.make_node("Cast", ["images"], ["x"], "to_half", to=HALF),
+                helper.make_node("Cast", ["images"], ["x"], "to_half", to=FP16),
                 helper.make_node("Cast", ["x"], ["logits"], "to_float", to=TensorProto.FLOAT),
             ],
             (1, 3),
@@ -119,7 +119,7 @@ def test_integers_are_not_rounded_again_behind_a_pair_of_int8(tmp_path):
     path = saved(
         graph(
             [
-                helper.make_node("Cast", ["images"], ["x"], "to_half", to=HALF),
+                helper.make_node("Cast", ["images"], ["x"], "to_half", to=FP16),
                 helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], "q"),
                 helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"], "d"),
                 helper.make_node("Cast", ["d"], ["logits"], "to_float", to=TensorProto.FLOAT),
@@ -138,7 +138,7 @@ def test_operators_that_only_move_values_get_no_pair(tmp_path):
     path = saved(
         graph(
             [
-                helper.make_node("Cast", ["images"], ["x"], "to_half", to=HALF),
+                helper.make_node("Cast", ["images"], ["x"], "to_half", to=FP16),
                 helper.make_node("Transpose", ["x"], ["t"], "turn"),
                 helper.make_node("Exp", ["t"], ["e"], "exp"),
                 helper.make_node("Cast", ["e"], ["logits"], "to_float", to=TensorProto.FLOAT),

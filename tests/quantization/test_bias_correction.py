@@ -22,7 +22,7 @@ TARGETS = pytest.mark.parametrize(
 LAYERS = {"body/conv0": "c0", "body/conv1": "c1", "head/conv2": "logits", "head/matmul": "boxes"}
 
 
-def pictures(rng: np.random.Generator, count: int) -> list[np.ndarray]:
+def brighter_images(rng: np.random.Generator, count: int) -> list[np.ndarray]:
     """Darker and lighter ones, so that each has another shift."""
     return [rng.uniform(0, 255 * (i + 1) / count, (1, 3, 8, 8)).astype(np.float32) for i in range(count)]
 
@@ -61,14 +61,14 @@ def mean_errors(model: ModelProto, graph: ModelProto, images: list[np.ndarray]) 
 @pytest.fixture(params=[False, True], ids=["chain", "residual"])
 def case(request, rng):
     model = network(rng, request.param)
-    images = pictures(rng, 4)
+    images = brighter_images(rng, 4)
     plan = make_plan(GraphIndex(model), Policy("all"))
     return model, images, plan, ranges(model, plan, images)
 
 
 def test_shifts_equal_loops_over_images_layers_and_channels(rng):
     model = network(rng, residual=False)
-    images = pictures(rng, 3)
+    images = brighter_images(rng, 3)
     plan = make_plan(GraphIndex(model), Policy("all"))
     amax = ranges(model, plan, images)
     w = {item.name: numpy_helper.to_array(item).astype(np.float64) for item in model.graph.initializer}
@@ -212,7 +212,7 @@ def bare(rng: np.random.Generator) -> ModelProto:
 
 @pytest.mark.parametrize("target", [TENSORRT, CPU], ids=lambda d: d.name)
 def test_a_convolution_or_gemm_without_a_bias_gets_one_and_a_bare_product_is_left_alone(rng, target: Target):
-    model, images = bare(rng), pictures(rng, 1)
+    model, images = bare(rng), brighter_images(rng, 1)
     plan = make_plan(GraphIndex(model), Policy("all"))
     amax = ranges(model, plan, images)
     before = insert_qdq(GraphIndex(model), plan, amax, target)

@@ -19,6 +19,7 @@ from edgedetr.quantization.calibration import (
     outlier_images,
 )
 from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.observers import OBSERVERS
 
 TENSORS, IMAGES = 400, 128
 
@@ -36,17 +37,17 @@ def test_ordinary_images_are_not_named(seed):
 
 @pytest.mark.parametrize("bad", [[3], [0, 127], [5, 6, 7, 8, 9, 10]])
 def test_images_that_exceed_the_others_are_named_however_many_up_to_a_twentieth(bad, rng):
-    peaks = ordinary(rng)
-    peaks[: TENSORS // 2, bad] *= 3
-    found = outlier_images(peaks)
+    absmax = ordinary(rng)
+    absmax[: TENSORS // 2, bad] *= 3
+    found = outlier_images(absmax)
     assert sorted(found) == bad
     assert all(share == pytest.approx(0.5, abs=0.1) for share in found.values())
 
 
 def test_images_of_another_kind_are_not_called_a_few(rng):
-    peaks = ordinary(rng)
-    peaks[:, : IMAGES // 4] *= 3  # a quarter: they are what the detector will see
-    assert outlier_images(peaks) == {}
+    absmax = ordinary(rng)
+    absmax[:, : IMAGES // 4] *= 3  # a quarter: they are what the detector will see
+    assert outlier_images(absmax) == {}
 
 
 def test_no_images_no_tensors_and_zeros_are_no_trouble():
@@ -83,7 +84,7 @@ def graph():
     )
 
 
-@pytest.mark.parametrize("observer", ["minmax", "mse", "percentile", "entropy"])
+@pytest.mark.parametrize("observer", OBSERVERS)
 def test_saturated_frames_among_dull_ones_raise_the_alarm_and_are_named(observer, tmp_path, rng, caplog):
     paths = []
     for number in range(40):
@@ -111,11 +112,11 @@ def test_saturated_frames_among_dull_ones_raise_the_alarm_and_are_named(observer
     [(0, True, False), (7, True, False), (8, False, True), (31, False, True), (32, False, False)],
 )
 def test_too_few_images_are_refused_and_few_are_warned_of(count, refused, warned, tmp_path, caplog):
-    pictures = CalibrationSet(tuple(tmp_path / str(i) for i in range(count)), ())
+    images = CalibrationSet(tuple(tmp_path / str(i) for i in range(count)), ())
     with caplog.at_level(logging.WARNING):
         if refused:
             with pytest.raises(ExportError, match=f"{count} calibration images are too few.*at least 8"):
-                check_image_count(pictures)
+                check_image_count(images)
         else:
-            check_image_count(pictures)
+            check_image_count(images)
     assert bool(caplog.text) == warned

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 
-from edgedetr.errors import ExportError
-from edgedetr.quantization.observers import BINS, Histogram, divergence, squared_error
+from edgedetr.errors import ExportError, RecipeError
+from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.observers import BINS, OBSERVERS, Histogram, divergence, squared_error
 
 
 def histogram(*batches: np.ndarray, per_image: int | None = None) -> Histogram:
@@ -99,10 +102,10 @@ def test_entropy_clips_lone_outliers_and_keeps_a_flat_distribution(rng):
     assert histogram(flat).amax("entropy") > 0.95
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
-def test_entropy_takes_the_range_that_it_takes_without_the_zeros_of_a_relu(rng, share):
+@pytest.mark.parametrize("fraction", [0.3, 0.6, 0.95])
+def test_entropy_takes_the_range_that_it_takes_without_the_zeros_of_a_relu(rng, fraction):
     alive = np.abs(rng.normal(size=40_000)).astype(np.float32) + np.float32(1e-3)
-    zeros = np.zeros(round(len(alive) * share / (1 - share)), np.float32)
+    zeros = np.zeros(round(len(alive) * fraction / (1 - fraction)), np.float32)
     mixed = rng.permutation(np.concatenate([alive, zeros]))
     batches = [mixed * np.float32(scale) for scale in (0.2, 1.0)]  # the second doubles the reach of the first
     chosen = histogram(*batches).amax("entropy")
@@ -123,9 +126,40 @@ def test_nan_and_infinity_are_refused_with_the_tensors_name(poison):
         Histogram("conv7").observe(np.array([1.0, poison], dtype=np.float32))
 
 
-@pytest.mark.parametrize("observer", ["minmax", "percentile", "entropy", "mse"])
+def test_the_table_of_observers_is_what_a_recipe_accepts():
+    hint = get_type_hints(QuantConfig)["observer"]
+    assert get_args(hint) == tuple(OBSERVERS) == ("minmax", "percentile", "entropy", "mse")
+    options = {name: observer.option for name, observer in OBSERVERS.items()}
+    assert options == {"minmax": None, "percentile": "percentile", "entropy": None, "mse": None}
+    for name, observer in OBSERVERS.items():
+        config = QuantConfig(observer=name, percentile=95)
+        assert config.observer_option == (95 if observer.option else None)
+        assert config.observer_label == ("percentile 95" if observer.option else name)
+        assert 10 < len(observer.summary) < 100
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_every_observer_chooses_a_range_within_the_observed_one_and_in_its_unit(rng, observer, scale):
+    values = rng.laplace(size=20_000).astype(np.float32)
+    option = QuantConfig(observer=observer).observer_option
+    chosen = histogram(values * np.float32(scale)).amax(observer, option)
+    assert 0 < chosen <= float(np.abs(values * np.float32(scale)).max())
+    assert chosen / scale == pytest.approx(histogram(values).amax(observer, option), rel=0.02)  # a bin, a candidate
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
 def test_a_tensor_that_is_always_zero_has_range_zero(observer):
-    assert histogram(np.zeros(100, np.float32), np.zeros(100, np.float32)).amax(observer) == 0.0
+    option = QuantConfig(observer=observer).observer_option
+    assert histogram(np.zeros(100, np.float32), np.zeros(100, np.float32)).amax(observer, option) == 0.0
+
+
+def test_percentile_without_its_number_and_unknown_observers_are_errors():
+    values = histogram(np.ones(100, np.float32))
+    with pytest.raises(ExportError, match="'percentile' was called without its percentile"):
+        values.amax("percentile")
+    with pytest.raises(RecipeError, match="quant.observer is 'mean'; expected one of 'minmax'"):
+        values.amax("mean")
 
 
 def test_large_tensors_are_sampled_evenly_and_their_extremes_are_still_exact(rng):

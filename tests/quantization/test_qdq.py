@@ -1,4 +1,4 @@
-"""Q/DQ graphs of a tiny network against an oracle in plain numpy."""
+"""Q/DQ graphs of a tiny network against a reference in plain numpy."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def integer_weights(model: ModelProto) -> dict[str, np.ndarray]:
     return {item.name: numpy_helper.to_array(item) for item in weights}
 
 
-def test_tensorrt_graph_without_optimizations_equals_the_numpy_oracle(rng):
+def test_tensorrt_graph_without_optimizations_equals_the_numpy_reference(rng):
     model = network(rng, residual=True)
     images = rng.uniform(0, 255, (1, 3, 8, 8)).astype(np.float32)
     plan = make_plan(GraphIndex(model), Policy("all"))
@@ -57,7 +57,7 @@ def test_tensorrt_graph_without_optimizations_equals_the_numpy_oracle(rng):
     matrix = fake_weight(w["m"].T[:, :, None, None])[:, :, 0, 0].T
     boxes = fake(second.reshape(1, 64, CHANNELS), amax["tokens"]) @ matrix + w["mb"]
     actual = run(insert_qdq(GraphIndex(model), plan, amax, TENSORRT), images)
-    # A value within float32 rounding of a tie may fall to the other level: a step of r1 times a weight, in few places.
+    # A value within float32 rounding of a tie may fall to the other level: a step of r1 times a weight, at few pixels.
     for expected, value in ((logits[None], actual[0]), (boxes, actual[1])):
         assert np.quantile(np.abs(expected - value), 0.98) < 1e-3
         assert np.abs(expected - value).max() < 300 / 127
@@ -96,7 +96,7 @@ def test_steps_for_tensorrt_are_normal_fp16_numbers_and_larger_by_a_thousandth_a
     assert (found[~normal] == np.float32(2.0**-14)).all()
 
 
-def test_both_dialects_store_the_same_weights_and_the_cpu_grid_holds_every_level_of_the_signed_one(case):
+def test_both_targets_store_the_same_weights_and_the_cpu_grid_holds_every_level_of_the_signed_one(case):
     model, _, plan, amax = case
     signed, unsigned = insert_qdq(GraphIndex(model), plan, amax, SIGNED), insert_qdq(GraphIndex(model), plan, amax, CPU)
     a, b = integer_weights(signed), integer_weights(unsigned)
@@ -119,7 +119,7 @@ def test_both_dialects_store_the_same_weights_and_the_cpu_grid_holds_every_level
         assert np.isclose(theirs[None], ours[:, None], rtol=1e-6, atol=1e-9).any(axis=1).all(), name
 
 
-def test_dialects_agree_within_a_step_of_the_output_on_a_chain(rng):
+def test_targets_agree_within_a_step_of_the_output_on_a_chain(rng):
     model = network(rng, residual=False)
     images = rng.uniform(0, 255, (1, 3, 8, 8)).astype(np.float32)
     plan = make_plan(GraphIndex(model), Policy("all"))
@@ -133,14 +133,14 @@ def test_dialects_agree_within_a_step_of_the_output_on_a_chain(rng):
 
 
 @pytest.mark.parametrize("target", [TENSORRT, CPU], ids=lambda d: d.name)
-def test_optimized_kernels_stay_near_the_oracle(case, target: Target):
+def test_optimized_kernels_stay_near_the_unoptimized_graph(case, target: Target):
     model, images, plan, amax = case
     if target is CPU:  # 7 bits where this CPU's 16-bit sums would saturate: a fifth of the largest value
         target = replace(CPU, weight_bits=weight_bits("auto"))
     graph = insert_qdq(GraphIndex(model), plan, amax, target)
-    for oracle, fast in zip(run(graph, images), run(graph, images, optimize=True)):
+    for exact, fast in zip(run(graph, images), run(graph, images, optimize=True)):
         # Integer kernels round ties their own way: one step of the last quantized tensor through the last weights.
-        assert np.abs(oracle - fast).max() <= 0.02 * np.abs(oracle).max()
+        assert np.abs(exact - fast).max() <= 0.02 * np.abs(exact).max()
 
 
 def test_cpu_graph_runs_integer_kernels_only_for_what_the_plan_names(case, tmp_path):
@@ -155,7 +155,7 @@ def test_cpu_graph_runs_integer_kernels_only_for_what_the_plan_names(case, tmp_p
     assert "MatMulIntegerToFloat" in kinds or "MatMulInteger" in kinds, kinds
 
 
-def test_tensorrt_dialect_is_legal_and_the_cpu_dialect_is_not_mistaken_for_it(case):
+def test_the_graph_for_tensorrt_is_legal_and_the_one_for_a_cpu_is_not_mistaken_for_it(case):
     model, _, plan, amax = case
     assert lint(insert_qdq(GraphIndex(model), plan, amax, SIGNED)) == ()
     found = lint(insert_qdq(GraphIndex(model), plan, amax, CPU))

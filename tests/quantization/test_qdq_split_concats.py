@@ -77,10 +77,10 @@ def test_the_split_graph_computes_the_same_and_has_no_concat(rng, branches, mode
 
 def test_a_nearest_branch_is_convolved_before_it_is_enlarged(rng):
     split = split_concats(network(rng))
-    makers = {name: node for node in split.graph.node for name in node.output}
+    producers = {name: node for node in split.graph.node for name in node.output}
     resizes = [node for node in split.graph.node if node.op_type == "Resize"]
     assert len(resizes) == 2
-    assert all(makers[node.input[0]].op_type == "Conv" for node in resizes)
+    assert all(producers[node.input[0]].op_type == "Conv" for node in resizes)
 
 
 @pytest.mark.parametrize("options", [{"kernel": 3}, {"strides": 2}])
