@@ -1,1 +1,1 @@
-"""Training: data pipeline, matching, losses, optimizer, checkpoints, the loop."""
+"""Training. Start reading in train.py, the one public function, then trainer.py, the loop."""

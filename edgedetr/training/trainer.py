@@ -48,9 +48,10 @@ MAX_SKIPS = 5  # in a row: one bad image is in one batch of an epoch, damaged we
 
 @dataclass(frozen=True)
 class StepResult:
-    """losses: [7] on the CPU, in the order of Losses.NAMES; nonfinite: what was NaN or infinite, "" if nothing was.
+    """What a step gave. A step with a nonfinite loss or gradient changes no weight.
 
-    A step with a nonfinite loss or gradient changes no weight.
+    losses     [7] float32 on the CPU, in the order of Losses.NAMES
+    nonfinite  what was NaN or infinite, "the loss" or "the gradient"; "" for neither
     """
 
     losses: Tensor
@@ -103,16 +104,15 @@ class Learner:
         """Gradients of a batch, in train.accumulate parts; losses [7] on the device."""
         fabric, parts = self.fabric, self.config.accumulate
         size = len(batch.targets) // parts
-        objects = (
-            float(sum_over_processes(fabric, torch.tensor(float(sum(map(len, batch.targets)))))) / fabric.world_size
-        )
+        objects = torch.tensor(float(sum(map(len, batch.targets))))
+        per_process = float(sum_over_processes(fabric, objects)) / fabric.world_size
         losses = torch.zeros(len(Losses.NAMES), device=fabric.device)
         for part in range(parts):
             chunk = slice(part * size, (part + 1) * size)
             padded = pad(batch.targets[chunk]).to(fabric.device)
             images = batch.images[chunk].to(fabric.device, non_blocking=True)
             with fabric.no_backward_sync(self._module, enabled=fabric.world_size > 1 and part < parts - 1):
-                result = self._module(images, lambda padded=padded: padded, max(objects / parts, 1.0))
+                result = self._module(images, lambda padded=padded: padded, max(per_process / parts, 1.0))
                 fabric.backward(result[0] / parts)
             losses += result.detach() / parts
         return losses

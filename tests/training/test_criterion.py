@@ -1,4 +1,4 @@
-"""The criterion against transformers' losses on the same outputs, and against what the papers promise."""
+"""The criterion against transformers' losses on the same outputs, and against properties that the papers state."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_losses_are_divided_by_the_objects_per_process():
     torch.testing.assert_close(criterion(outputs, targets, objects_per_process=20.0).total, one / 2)  # 10 objects here
 
 
-def test_encoder_proposals_of_another_count_are_matched_by_themselves():
+def test_encoder_proposals_of_another_count_are_matched_separately():
     outputs, targets, generator = case(6)
     together = Criterion(TrainConfig(), "focal")(outputs, targets)
     far = torch.full((BATCH, 5, CLASSES), -20.0), torch.tensor([0.0, 0.0, 1e-3, 1e-3]).repeat(BATCH, 5, 1)

@@ -1,4 +1,4 @@
-"""Label smoothing against hand-worked sums; without it the losses are what they were."""
+"""Label smoothing against hand-worked sums; without it, the losses do not change."""
 
 from __future__ import annotations
 

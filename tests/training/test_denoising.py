@@ -1,4 +1,4 @@
-"""Denoising queries: what they are made of, what they cost, and that the real queries never notice them."""
+"""Denoising queries: their labels and boxes, their loss, and that they never change the real queries."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def moved(found, truth):
     return (torch.stack([low - first, high - last], -2).abs(), torch.stack([high - first, low - last], -2).abs())
 
 
-def test_groups_fill_the_wish_and_positive_copies_stay_nearer_than_negative_ones():
+def test_groups_fill_the_requested_number_and_positive_copies_stay_nearer_than_negative_ones():
     padded = targets(4, 2)
     noised = noise(padded, denoising=10, label_noise=0.0)
     assert (noised.groups, noised.per_group, len(noised)) == (2, 4, 16)
@@ -107,7 +107,7 @@ def test_no_copy_has_a_negative_side_and_every_side_of_a_negative_one_was_moved_
                 assert (far[0] | far[1]).all(), seed
 
 
-def test_directions_of_negative_copies_are_dinos_and_sides_that_cross_change_places():
+def test_directions_of_negative_copies_are_dinos_and_crossed_sides_are_swapped():
     """DINO draws both directions of a pair of sides evenly: a quarter moves inwards, and crosses."""
     torch.manual_seed(0)
     padded = pad([Target(torch.zeros(5, dtype=torch.int64), torch.tensor([[0.5, 0.5, 0.1, 0.1]] * 5))])
@@ -122,7 +122,7 @@ def test_directions_of_negative_copies_are_dinos_and_sides_that_cross_change_pla
 
 
 @pytest.mark.parametrize("name", NOISED)
-def test_a_step_with_noised_queries_is_finite_in_half_precision(name):
+def test_a_step_with_noised_queries_is_finite_in_float16(name):
     padded = pad(
         [
             Target(
@@ -142,7 +142,7 @@ def test_a_step_with_noised_queries_is_finite_in_half_precision(name):
         assert torch.isfinite(losses).all(), (seed, losses)
 
 
-def test_half_of_the_share_of_labels_is_drawn_anew():
+def test_cdn_redraws_half_of_the_fraction_of_labels():
     torch.manual_seed(0)
     padded = targets(50, 50)
     noised = noise(padded, 10, denoising=5000, box_noise=0.0)
@@ -168,7 +168,7 @@ def test_a_batch_without_objects_has_no_denoising():
 
 
 @pytest.mark.parametrize("mode, copies", [("cdn", 2), ("dn", 1)])
-def test_the_mask_is_what_the_rule_says_pair_by_pair(mode, copies):
+def test_the_mask_follows_its_rule_pair_by_pair(mode, copies):
     noised = noise(targets(2, 1), denoising_mode=mode, denoising_groups=3)
     queries = Queries(torch.zeros(2, 3, 8), reference=torch.full((2, 3, 4), 0.5))
     known = Queries(torch.ones(2, len(noised), 8), reference=noised.boxes)
@@ -195,7 +195,7 @@ def test_queries_with_different_fields_are_refused():
         denoising.prepend(queries, known, noised)
 
 
-def test_dn_moves_centers_by_half_a_side_and_sizes_by_their_share_at_most():
+def test_dn_moves_centers_and_sizes_by_at_most_their_fraction():
     """DN-DETR, section 4.1: |dx| < l w / 2, and a width of (1 - l) w to (1 + l) w; here l = 0.4 and 20,000 draws."""
     torch.manual_seed(0)
     padded = targets(50, 50)
@@ -211,7 +211,7 @@ def test_dn_moves_centers_by_half_a_side_and_sizes_by_their_share_at_most():
     assert torch.equal(noised.labels, padded.labels.repeat(1, 200))
 
 
-def test_dn_draws_its_whole_share_of_labels_anew():
+def test_dn_redraws_the_whole_fraction_of_labels():
     torch.manual_seed(0)
     padded = targets(50, 50)
     noised = noise(padded, 10, denoising_mode="dn", denoising_groups=200, label_noise=0.2)
@@ -220,7 +220,7 @@ def test_dn_draws_its_whole_share_of_labels_anew():
     assert abs(float(changed) - 0.2 * 0.9) < 0.01
 
 
-def test_noised_boxes_stay_in_the_image_and_every_copy_answers_for_its_object():
+def test_noised_boxes_stay_in_the_image_and_every_copy_is_assigned_to_its_object():
     whole = pad(
         [
             Target(torch.tensor([1]), torch.tensor([[0.05, 0.9, 0.1, 0.2]])),
@@ -322,7 +322,7 @@ def test_a_step_with_noise_trains_the_vectors_of_the_labels(name):
     assert (gradient[seen].abs().sum(1) > 0).all()
 
 
-def test_members_whose_queries_are_no_boxes_say_so():
+def test_members_without_box_queries_refuse_denoising():
     with pytest.raises(ModelError, match="model.denoising needs queries that start from boxes"):
         replace(SMALL["deformable_detr"], two_stage=False, denoising=True)
     detector = build("deformable_detr", SMALL["deformable_detr"], CLASSES)
@@ -330,7 +330,7 @@ def test_members_whose_queries_are_no_boxes_say_so():
         detector.selector.noised(torch.zeros(1, 1, dtype=torch.int64), torch.rand(1, 1, 4))
 
 
-def test_settings_that_make_no_sense_are_refused():
+def test_invalid_settings_are_refused():
     with pytest.raises(RecipeError, match="train.denoising_groups is -1"):
         TrainConfig(denoising_groups=-1)
 

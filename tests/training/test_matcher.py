@@ -68,7 +68,7 @@ def test_images_without_objects_match_nothing():
     assert matches.image.shape == (0,) and matches.query.shape == (3, 0)
 
 
-def test_a_query_that_is_not_a_number_is_matched_last():
+def test_a_query_of_nan_is_matched_last():
     generator = torch.Generator().manual_seed(3)
     padded = pad([random_target(generator, 3, 3)])
     logits, boxes = random_predictions(generator, 1, 1, 4, 3)

@@ -41,7 +41,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group_with_its_rate_and_dec
         assert group["weight_decay"] == (0.0 if no_decay else 0.05), parameter_name
 
 
-def test_the_rate_reaches_every_group():
+def test_the_learning_rate_reaches_every_group():
     optimizer = adamw(build("rt_detr", MEMBERS["rt_detr"], 3), TrainConfig(lr=1e-3))
     set_lr(optimizer, 0.5)
     assert sorted({g["lr"] for g in optimizer.param_groups}) == pytest.approx([5e-5, 5e-4])

@@ -1,4 +1,4 @@
-"""A training killed by SIGKILL at any moment, also while it saves, ends in the same bytes as one left alone."""
+"""A training killed by SIGKILL at any moment, also while it saves, ends in the same bytes as one that ran through."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def other_settings(recipe: Recipe) -> Recipe:
         ("verify", {"budget": 2.0}),
     ],
 )
-def test_only_what_decides_the_weights_is_in_the_fingerprint(micro_data, section, changes):
+def test_only_settings_that_determine_the_weights_are_in_the_fingerprint(micro_data, section, changes):
     recipe, samples = micro.recipe(), layouts.load(micro_data, "train")
     part = getattr(recipe, section)
     part = replace(part, config=replace(part.config, **changes)) if section == "model" else replace(part, **changes)
@@ -147,7 +147,7 @@ def test_only_what_decides_the_weights_is_in_the_fingerprint(micro_data, section
     assert same == (section in ("quant", "export", "verify"))
 
 
-def test_a_finished_training_keeps_its_weights_and_takes_the_recipe_as_it_is_now(straight, micro_data, tmp_path):
+def test_a_finished_training_keeps_its_weights_and_takes_the_new_recipe(straight, micro_data, tmp_path):
     out = shutil.copytree(straight, tmp_path / "b")
     weights = digest(out / "weights.safetensors")
     changed = other_settings(micro.recipe())
@@ -160,7 +160,7 @@ def test_a_finished_training_keeps_its_weights_and_takes_the_recipe_as_it_is_now
     assert ((out / "bundle.json").read_bytes(), (out / "recipe.toml").stat().st_mtime_ns) == before
 
 
-def test_a_training_goes_on_with_another_quantization_and_ends_in_the_same_weights(
+def test_a_training_resumed_with_another_quantization_ends_in_the_same_weights(
     straight, micro_data, tmp_path, monkeypatch
 ):
     class Stop(Exception):
@@ -223,7 +223,7 @@ def alone(data: str, out: str, settings: dict) -> None:
     train(Recipe.from_dict(sections, where="two"), data, out)
 
 
-def test_two_processes_lose_like_one_with_the_same_batches(processes, micro_data, tmp_path):
+def test_two_processes_have_the_losses_of_one_with_the_same_batches(processes, micro_data, tmp_path):
     settings = {"epochs": 1, "lr": 1e-5, "denoising": 0}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -62,7 +62,7 @@ def test_timed_steps_do_not_change_the_training(micro_data: Path, tmp_path: Path
     assert plan == {"kind": "plan", "step": 0, "epochs": 2, "minutes": 60.0} and rest == lines(asked.path)
 
 
-def test_a_shorter_time_is_a_shorter_training_and_a_resume_keeps_to_it(
+def test_less_time_means_fewer_epochs_and_a_resume_keeps_their_number(
     micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time_budget, "time_step", lambda *inputs: 60.0)  # 3 steps an epoch; 20 s for 4 images
@@ -76,7 +76,7 @@ def test_a_shorter_time_is_a_shorter_training_and_a_resume_keeps_to_it(
     assert lines(tmp_path / "limited")[1:] == lines(tmp_path / "two")
 
 
-def test_no_time_for_one_epoch_says_how_long_one_takes(
+def test_too_little_time_for_one_epoch_is_an_error_with_the_time_of_one(
     micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time_budget, "time_step", lambda *inputs: 60.0)
@@ -101,7 +101,7 @@ def test_the_gradient_scaler_that_learners_share_is_put_back(monkeypatch: pytest
     assert scaler == {"scale": 65536.0, "_growth_tracker": 3}
 
 
-def test_settings_that_cannot_be_kept_are_refused() -> None:
+def test_contradictory_settings_are_refused() -> None:
     with pytest.raises(RecipeError, match="step_epochs"):
         TrainConfig(minutes=5, schedule="step", step_epochs=(2,))
     with pytest.raises(RecipeError, match="minutes"):

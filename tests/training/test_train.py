@@ -59,7 +59,7 @@ def test_metrics_have_one_evaluation_per_epoch_and_points(trained):
     assert [line["step"] for line in lines(trained.path) if line["kind"] == "train"] == [3, 6, 9]
 
 
-def test_a_taken_place_is_refused_and_a_finished_training_is_returned_as_it_is(trained, micro_data):
+def test_an_existing_training_is_not_overwritten_and_a_finished_one_is_returned_unchanged(trained, micro_data):
     before = digest(trained.path / "weights.safetensors")
     with pytest.raises(TrainingError, match="--resume"):
         train(micro.recipe(), micro_data, trained.path)
@@ -76,7 +76,7 @@ def test_resume_with_another_recipe_or_other_data_is_refused(trained, micro_data
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "foreign"])
-def test_a_damaged_checkpoint_is_refused_with_the_way_out(micro_data, tmp_path, damage):
+def test_a_damaged_checkpoint_is_refused_with_advice(micro_data, tmp_path, damage):
     path = tmp_path / "b" / "train" / "last.safetensors"
     path.parent.mkdir(parents=True)
     if damage == "foreign":
@@ -175,7 +175,7 @@ def test_resume_never_starts_over_on_top_of_good_weights(trained, micro_data, tm
     assert digest(copy / "weights.safetensors") == before
 
 
-def test_a_finished_training_whose_weights_are_gone_writes_its_last_ones_and_says_so(
+def test_a_finished_training_whose_weights_are_gone_writes_its_last_ones_with_a_warning(
     trained, micro_data, tmp_path, caplog
 ):
     import shutil
@@ -273,7 +273,7 @@ def test_the_case_of_background_alone_in_val_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not here")
-def test_more_objects_than_queries_is_said_with_both_numbers_before_training(tmp_path, caplog):
+def test_more_objects_than_queries_is_reported_with_both_numbers_before_training(tmp_path, caplog):
     from edgedetr.training.data.dataset import warn_of_crowded_images
 
     samples = layouts.load(CASES / "17-400-objects", "train")
@@ -381,7 +381,7 @@ def test_options_of_later_versions_leave_the_fingerprint_of_older_checkpoints(mi
     assert same != fingerprint(micro.recipe(decay="all"), samples)
 
 
-def test_where_only_the_verify_split_is_there_nothing_is_chosen_by_it(tmp_path):
+def test_no_epoch_is_selected_by_the_verify_split(tmp_path):
     data = micro.write_data(tmp_path / "data")
     (data / "annotations" / "val.json").unlink()
     bundle = train(micro.recipe(epochs=2), data, tmp_path / "b")
@@ -396,7 +396,7 @@ def test_workers_change_nothing(trained, micro_data, tmp_path):
     assert digest(bundle.path / "weights.safetensors") == digest(trained.path / "weights.safetensors")
 
 
-def test_bf16_trains_and_delivers_float32(micro_data, tmp_path):
+def test_bf16_trains_and_writes_float32_weights(micro_data, tmp_path):
     bundle = train(micro.recipe(epochs=1, precision="bf16"), micro_data, tmp_path / "b")
     weights = load_file(bundle.path / "weights.safetensors")
     counters = {torch.int64}  # of BatchNorm

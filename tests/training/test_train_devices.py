@@ -9,7 +9,7 @@ from edgedetr.training import train
 
 
 @pytest.mark.parametrize("precision, tiles, advised", [("32", True, True), ("32", False, False), ("bf16", True, False)])
-def test_bfloat16_is_advised_where_it_is_faster_and_not_asked_for(
+def test_bfloat16_is_advised_where_it_is_faster_and_not_set(
     precision: str, tiles: bool, advised: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(train, "tiles_bfloat16", lambda: tiles)

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: the kernel counts the pages that it has to hand out."""
+"""Freed memory stays with the process, by the page faults that the kernel counts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(keep: bool) -> list[str]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library of Linux has this setting")
-def test_freed_blocks_are_not_asked_for_again():
+def test_freed_blocks_are_not_requested_again():
     without, (could, keep) = int(run(False)[-1]), run(True)
     if could == "False":
         pytest.skip("this C library has no such option")

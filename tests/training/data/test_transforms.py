@@ -1,4 +1,4 @@
-"""Augmentation: a drawn rectangle and its box must stay together, whatever is done to the image."""
+"""Augmentation: a drawn rectangle and its box must match after every augmentation."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_box_bounds_the_drawn_rectangle_within_a_pixel(kind, form, rng):
     assert seen >= 15  # of 25; a crop may leave too little of the rectangle
 
 
-def test_without_variation_the_image_is_the_one_resize_gives(rng, tmp_path):
+def test_without_augmentation_the_image_is_the_one_that_resize_gives(rng, tmp_path):
     for number, (contract, size) in enumerate(
         [
             (InputContract(64, 64), (50, 70)),
@@ -83,7 +83,7 @@ def test_without_variation_the_image_is_the_one_resize_gives(rng, tmp_path):
         np.testing.assert_allclose(boxes, geometry.to_input(box), atol=1e-9)
 
 
-def test_boxes_of_which_little_is_left_are_dropped(rng):
+def test_boxes_with_little_area_left_are_dropped(rng):
     source = SourceImage(
         torch.zeros(3, 100, 100, dtype=torch.uint8),
         np.array([[0, 0, 10, 10], [80, 80, 100, 100.0]]),
@@ -184,7 +184,7 @@ def test_a_crop_by_size_is_detrs(rng):
     assert side.mean(0) == pytest.approx(means, abs=0.01)
 
 
-def test_a_crop_by_size_keeps_every_box_of_which_a_pixel_is_left(rng):
+def test_a_crop_by_size_keeps_every_box_with_a_pixel_left(rng):
     config = replace(STILL, crop=1.0, crop_kind="size", min_visible=0.0)
     pixels, whole = torch.zeros(3, 480, 640, dtype=torch.uint8), np.array([[0.0, 0, 640, 480]])
     source = SourceImage(pixels, whole, np.array([1]), 480, 640)

@@ -1,4 +1,4 @@
-"""Mosaic, mixup and cutmix: what can be seen of an object is in its box, and nothing else is."""
+"""Mosaic, mixup and cutmix: a box holds the visible part of its object and nothing else."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_cutmix_pastes_clips_and_drops() -> None:
     assert ((made.pixels[0] == 255) == inside).all()
 
 
-def test_what_remains_of_a_box_is_the_extent_of_its_uncovered_pixels() -> None:
+def test_a_covered_box_shrinks_to_the_extent_of_its_uncovered_pixels() -> None:
     """Against counting pixels, for many boxes and holes."""
     rng = np.random.default_rng(0)
     for _ in range(300):

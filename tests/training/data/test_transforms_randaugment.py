@@ -1,4 +1,4 @@
-"""RandAugment and random erasing: boxes go where their pixels go."""
+"""RandAugment and random erasing: boxes follow their pixels."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_no_strength_is_no_geometry() -> None:
         assert torch.equal(apply_operation(square(), name, 0.0, 1.0).pixels, square().pixels)
 
 
-def test_a_box_of_which_less_than_a_fifth_is_left_goes() -> None:
+def test_a_box_with_less_than_a_fifth_of_its_area_left_is_dropped() -> None:
     shift = np.array([[1, 0, -55.0], [0, 1, 0], [0, 0, 1]])
     boxes = np.array([[40.0, 10, 60, 30], [30, 10, 70, 30], [50, 10, 90, 30]])  # keep 1/4, 3/8, 7/8 of the width
     seen, keep = move_boxes(boxes, shift, 128, 96)
@@ -80,7 +80,7 @@ def test_every_operation_is_drawn_and_numbers_of_them_add_up() -> None:
     assert torch.equal(a.pixels, b.pixels), "the same generator, the same image"
 
 
-def test_erasing_keeps_within_its_shares_and_drops_what_it_hides() -> None:
+def test_erasing_stays_within_its_limits_and_drops_hidden_boxes() -> None:
     dropped = 0
     for seed in range(60):
         before = square(10, 10, 30, 30)
