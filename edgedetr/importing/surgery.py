@@ -23,7 +23,7 @@ from edgedetr.onnx_graph.graph_builder import GraphBuilder
 from edgedetr.onnx_graph.graph_edit import rename_tensors
 from edgedetr.onnx_graph.index import GraphIndex, display_name
 from edgedetr.onnx_graph.opset import OPSET, to_opset
-from edgedetr.quantization.node_roles import role_from_name, set_role
+from edgedetr.quantization.policy import role_from_name, set_role
 
 # What no version of TensorRT runs, and why; what the input's size decides has been folded before.
 _REFUSED = {
@@ -82,7 +82,7 @@ def normalize(original: ModelProto, inputs: GraphInputs, height: int, width: int
     if graph.inference_error:
         raise ExportError(
             f"sizes cannot be inferred for a {height} x {width} image ({graph.inference_error}); expected a model "
-            "that takes this size; say another with --input HxW"
+            "that takes this size; give another by --input HxW"
         )
     text = next((name for name, kind in graph.types.items() if kind == TensorProto.STRING), None)
     if text is not None:

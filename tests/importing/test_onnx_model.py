@@ -36,7 +36,7 @@ from edgedetr.errors import ExportError, UsageError
 from edgedetr.importing.import_options import ImportOptions, Normalization
 from edgedetr.importing.onnx_model import import_onnx_model
 from edgedetr.lint.lint import lint
-from edgedetr.quantization.node_roles import get_role
+from edgedetr.quantization.policy import get_role
 from edgedetr.runtime.bundle_detector import load
 
 torch = pytest.importorskip("torch")

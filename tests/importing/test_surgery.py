@@ -12,7 +12,7 @@ from edgedetr.importing.surgery import annotate_nodes, fold_scales, name_nodes
 from edgedetr.onnx_graph.fold import fold, fold_at_fixed_size
 from edgedetr.onnx_graph.grid_sample import replace_grid_samples
 from edgedetr.onnx_graph.opset import to_opset
-from edgedetr.quantization.node_roles import get_role
+from edgedetr.quantization.policy import get_role
 
 torch = pytest.importorskip("torch")
 
