@@ -1,4 +1,4 @@
-"""Checks of what Python callers pass: a wrong argument is one UsageError that says what was given and expected."""
+"""Checks of arguments from Python callers: a wrong one is a UsageError with the given and the expected value."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_fraction(number: object, what: str) -> None:
 
 
 def as_path(value: object, what: str, expected: str = "a path") -> Path:
-    """The path; UsageError for what is none."""
+    """The value as a Path. Errors: UsageError for another type."""
     if not isinstance(value, (str, os.PathLike)):
         raise UsageError(f"{what} is {kind(value)}; expected {expected}")
     return Path(value)
@@ -54,10 +54,10 @@ def check_texts(texts: object, what: str, expected: str) -> None:
 
 
 def is_whole(number: object) -> bool:
-    """Whether it is a whole number; True and False are none."""
+    """Whether it is a whole number; True and False are not."""
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def kind(value: object) -> str:
-    """What a value is: None, or its type."""
+    """The type of a value, for messages: "None" or "of type str"."""
     return "None" if value is None else f"of type {type(value).__name__}"

@@ -23,14 +23,14 @@ from edgedetr.runtime.tensorrt.trt_runner import TrtRunner
 
 log = logging.getLogger(__name__)
 
-LARGEST_BATCH = 8  # images per run where the graph's batch is open: more gains nothing on a CPU
+LARGEST_BATCH = 8  # images per run where the batch size is dynamic: larger batches are not faster on a CPU
 
 
 class Detector:
     """Images in, detections out.
 
-    stage, backend   what runs, e.g. "int8-cpu", "onnxruntime"
-    description      the same in words, with the reason of the choice
+    stage, backend   id of the artifact and name of the backend, e.g. "int8-cpu", "onnxruntime"
+    description      both as text, with the reason of the choice
     class_names      names in the order of class_id
     """
 
@@ -49,7 +49,7 @@ class Detector:
         self.class_names = [c.name for c in classes]
         if (runner.height, runner.width) != (contract.height, contract.width):
             raise BundleError(
-                f"the graph takes {runner.height} x {runner.width} pixels, bundle.json says "
+                f"the graph takes {runner.height} x {runner.width} pixels, bundle.json has "
                 f"{contract.height} x {contract.width}; run: edgedetr export BUNDLE"
             )
 
@@ -57,9 +57,10 @@ class Detector:
         return f"Detector({self.description}, {len(self.classes)} classes)"
 
     def __call__(self, images: Iterable[np.ndarray]) -> list[Detections]:
-        """Detections of each image; images are uint8 RGB [H, W, 3] of any sizes, [] of none.
+        """Detections of each image; images are uint8 RGB arrays [H, W, 3] of any sizes.
 
-        Any iterable will do; all of its images are in memory at a time. edgedetr.data.images.decode reads files.
+        Any iterable is accepted; all its images are in memory at the same time. An empty one gives an empty list.
+        edgedetr.data.images.decode reads files.
         """
         if isinstance(images, np.ndarray) and images.ndim == 3:
             raise UsageError("one image was given; expected a list of them: detector([image])")
@@ -79,9 +80,9 @@ class Detector:
         return found
 
     def run_raw(self, batch: np.ndarray) -> RawOutputs:
-        """batch [B, 3, height, width] float32 RGB 0..255, as `preprocess.prepare` gives it -> RawOutputs.
+        """batch [B, 3, height, width] float32 RGB 0..255, as `preprocess.prepare` returns it -> RawOutputs.
 
-        On TensorRT it may lie on the device already: anything with __cuda_array_interface__.
+        TensorRT also accepts an array on the device: anything with __cuda_array_interface__.
         """
         if self.backend == "tensorrt" and hasattr(batch, "__cuda_array_interface__"):
             return self.runner.run(batch)
@@ -89,20 +90,20 @@ class Detector:
         if not isinstance(batch, np.ndarray):
             raise UsageError(
                 f"batch is {kind(batch)}; expected a float32 array [B, 3, {expected[1]}, {expected[2]}], "
-                "as runtime.preprocess.prepare gives it"
+                "as runtime.preprocess.prepare returns it"
             )
         if not len(batch.shape) or not len(batch):
             raise UsageError("batch has no images; expected at least one")
         if batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != expected:
             raise UsageError(
                 f"batch is {batch.dtype} {list(batch.shape)}; expected float32 [B, 3, "
-                f"{expected[1]}, {expected[2]}], as runtime.preprocess.prepare gives it"
+                f"{expected[1]}, {expected[2]}], as runtime.preprocess.prepare returns it"
             )
         return base.run_in_batches(self.runner.run, np.ascontiguousarray(batch), self.runner.batch)
 
 
 def check_image(image: object, what: str) -> None:
-    """UsageError unless `image` is a uint8 array [H, W, 3] with pixels in it."""
+    """Check that `image` is a uint8 array [H, W, 3] with pixels. Errors: UsageError, DataError."""
     if not isinstance(image, np.ndarray):
         raise UsageError(
             f"{what} is {type(image).__name__}; expected a uint8 RGB array [H, W, 3] "
@@ -115,7 +116,7 @@ def check_image(image: object, what: str) -> None:
 
 
 def open_bundle(bundle: str | Path | Bundle) -> Bundle:
-    """A bundle by its path, or one that is open already; UsageError for anything else."""
+    """The bundle at a path, or an open bundle itself. Errors: UsageError for anything else."""
     if isinstance(bundle, Bundle):
         return bundle
     return Bundle.open(as_path(bundle, "bundle", "the path of a bundle, or an open Bundle"))
@@ -130,16 +131,16 @@ def load(
     batch: int | None = None,
     trust: bool = False,
 ) -> Detector:
-    """Open a bundle and load its best stage for this machine, or the one that is asked for.
+    """Open a bundle and load the best artifact for this machine, or the requested one.
 
     backend   "onnxruntime", "openvino", "onnxruntime-cuda" or "tensorrt"; None = an engine that fits this device, else
-              ONNX Runtime, on a GPU where it can
+              ONNX Runtime, on a GPU where possible
     stage     "onnx" (float32), "fp16", "int8" or "int8-cpu"
     threads   threads of one inference on the CPU; None = all cores
-    batch     the engine for so many images at a time; None = the one for single images
-    trust     take an engine that was built on another machine; an engine is code, so know who built it
+    batch     batch size of the engine; None = one for single images
+    trust     accept an engine that was built on another machine; it is executable code, so you must trust its author
 
-    The detector's `description` says what was chosen and why, and why an engine was not used.
+    The detector's `description` has the choice with its reason, and the reason why an engine was not used.
     """
     bundle = open_bundle(bundle)
     for word, known, what in ((backend, BACKENDS, "backend"), (stage, GRAPHS, "stage")):
@@ -163,14 +164,14 @@ def load(
             )
     if backend is not None:
         chosen = base.get(backend)
-        stage, reason = (stage, "as asked") if stage is not None else _stage_for(bundle, chosen)
+        stage, reason = (stage, "as requested") if stage is not None else _stage_for(bundle, chosen)
         return _on_file(bundle, chosen, stage, threads, [reason, *refused])
     for gpu in on_files:
         if gpu.device != "cpu" and gpu.name in GRAPHS[stage or ONNX.id].backends and not gpu.unavailable():
-            reason = "as asked" if stage else "float32: this ONNX Runtime can use the GPU"
+            reason = "as requested" if stage else "float32: this ONNX Runtime can use the GPU"
             try:
                 return _on_file(bundle, gpu, stage or ONNX.id, threads, [reason, *refused])
-            except DeviceError as error:  # the CPU can do it too
+            except DeviceError as error:  # the CPU can run it too
                 log.warning("%s", error)
                 refused = (*refused, f"the GPU not used: {error}")
     cpu = next(filter(_on_cpu, on_files), None)
@@ -179,7 +180,7 @@ def load(
         raise MissingDependency(
             f"neither {names} is installed, and no engine fits; run: pip install {base.reference().library}"
         )
-    stage, reason = (stage, "as asked") if stage is not None else _stage_for(bundle, cpu)
+    stage, reason = (stage, "as requested") if stage is not None else _stage_for(bundle, cpu)
     return _on_file(bundle, cpu, stage, threads, [reason, *refused])
 
 
@@ -196,8 +197,8 @@ def _on_file(bundle: Bundle, backend: Backend, stage: str, threads: int | None, 
     if backend.name not in GRAPHS[stage].backends and backend.caveat:
         caveat = backend.caveat.format(bundle=bundle.path)
         log.warning("%s: %s on %s, which %s", bundle.path, stage, backend.name, caveat)
-    if int8_saturates() and (how := _saturation(runner, backend, stage, bundle)):
-        log.warning("%s: this CPU has no 8-bit dot product, %s", bundle.path, how)
+    if int8_saturates() and (problem := _saturation(runner, backend, stage, bundle)):
+        log.warning("%s: this CPU has no 8-bit dot product, %s", bundle.path, problem)
     return _detector(bundle, runner, stage, description)
 
 
@@ -231,7 +232,7 @@ def load_engine(bundle: Bundle, engine: select.Engine, *, trust: bool = False) -
 def _load_engine(
     bundle: Bundle, stage: str | None, batch: int | None, trust: bool
 ) -> tuple[Detector | None, tuple[str, ...]]:
-    """The best engine that can be opened, or why there is none."""
+    """The best engine that can be opened, or the reasons why there is none."""
     found = select.find_engines(bundle, trust=trust)
     fitting, refused = list(found.fitting), list(found.refused)
     while (engine := select.pick(fitting, stage=stage, batch=batch)) is not None:
@@ -250,7 +251,7 @@ def _detector(bundle: Bundle, runner: Runner, stage: str, description: str) -> D
 
 
 def _stage_for(bundle: Bundle, backend: Backend) -> tuple[str, str]:
-    """(stage, why) for a backend that runs ONNX files, where no stage was asked for."""
+    """(artifact id, reason) for a backend that runs ONNX files, where no artifact was requested."""
     if backend.name not in INT8_CPU.backends:
         return ONNX.id, "float32, the default of this backend"
     instruction = int8_dot_product()

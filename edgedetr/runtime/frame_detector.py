@@ -1,7 +1,7 @@
-"""Whole camera frames: a graph that resizes, detects and chooses by itself, and the detector around it.
+"""Detect in whole camera frames: one graph resizes, detects and selects the best detections.
 
 `edgedetr export BUNDLE --frame HxW` writes such a graph for one size of frame: `frames` [1, H, W, 3] uint8 RGB in,
-`boxes`, `scores` and `labels` out. On a GPU the frame is copied once, as bytes, and the CPU has nothing to compute.
+`boxes`, `scores` and `labels` out. On a GPU the frame is copied once, as bytes, and the CPU computes nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FrameDetector:
         return f"FrameDetector({self.description}, {len(self.classes)} classes)"
 
     def __call__(self, frame: np.ndarray) -> Detections:
-        """Detections in pixels of the frame; frame is uint8 RGB [H, W, 3] of the one size that the graph takes."""
+        """Detections in pixels of the frame; frame is uint8 RGB [H, W, 3] of the fixed size of the graph."""
         check_image(frame, "the frame")
         if frame.shape[:2] != (self.height, self.width):
             height, width = frame.shape[:2]
@@ -70,7 +70,7 @@ class FrameDetector:
                 f"run: edgedetr export BUNDLE --frame {self.height}x{self.width}"
             )
         if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
-            raise ModelError("the model gave NaN or infinity; run: edgedetr verify BUNDLE to see which stage does")
+            raise ModelError("the model gave NaN or infinity; run: edgedetr verify BUNDLE to see which artifact does")
         return named(boxes, scores, labels.astype(np.int64), self.classes)
 
 
@@ -84,9 +84,9 @@ def load_frames(
 ) -> FrameDetector:
     """The detector for whole frames of a bundle: an engine that fits this device, else the graph in ONNX Runtime.
 
-    size        height and width of the frames; may be left out where the bundle has graphs for one size alone
-    precision   "float32", "fp16" or "int8"; None = float32 where it is there, else the first of the others
-    make        opens the graph, and no engine is looked for: OrtFrameRunner, or another of the same protocol
+    size        height and width of the frames; optional where the bundle has graphs for one size only
+    precision   "float32", "fp16" or "int8"; None = float32 where the bundle has it, else the first of the others
+    make        opens the graph, and no engine is searched for: OrtFrameRunner, or another FrameRunner
     """
     if size is not None:
         size = check_size(size)
@@ -102,7 +102,7 @@ def load_frames(
     listed = ", ".join(f"{height}x{width}" for height, width in sizes)
     if size is None:
         if len(sizes) > 1:
-            raise UsageError(f"{bundle.path} has graphs for frames of {listed}; say which: size=(height, width)")
+            raise UsageError(f"{bundle.path} has graphs for frames of {listed}; give one of them: size=(height, width)")
         size = sizes[0]
     fitting = {
         "float32" if found.source is ONNX else found.source.id: found.file

@@ -1,7 +1,7 @@
-"""A Jetson's release, power mode, clocks, memory and temperature, read from files; nothing is changed or run.
+"""A Jetson's release, power mode, clocks, memory and temperature, read from files; nothing is changed or executed.
 
-Latencies mean little without them: the same engine is several times slower in a 7 W mode, and varies from run to run
-while the clocks follow the load.
+Latencies depend on them: the same engine is several times slower in a 7 W mode, and varies from run to run while the
+clocks follow the load.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# Jetson Linux -> JetPack, longest match first; 36.4 was shipped with both.
+# Start of the Jetson Linux release -> JetPack. 36.4 is in two versions of JetPack.
 JETPACKS = {
     "35.": "5",
     "36.2": "6.0 preview",
@@ -22,13 +22,13 @@ JETPACKS = {
     "39.2": "7.2",
 }
 GPU_NAMES = re.compile(r"gpu|gv11b|gp10b|ga10b|gb10b", re.I)
-COMFORT = 1 << 30  # bytes of free memory: below it, building an engine on a board is likely to fail
-HOT = 85.0  # degrees Celsius: boards begin to throttle some ten degrees above
+MEMORY_TO_BUILD = 1 << 30  # bytes; with less free memory, building an engine is likely to fail
+HOT = 85.0  # degrees Celsius; throttling begins about ten degrees above
 
 
 @dataclass(frozen=True)
 class Clock:
-    """MHz; `fixed`: the least is the most, as after jetson_clocks."""
+    """MHz; `fixed`: minimum and maximum are equal, as after jetson_clocks."""
 
     now: int
     least: int
@@ -41,7 +41,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Board:
-    """What the files say; None or empty where they are not there.
+    """The values in the files; None or empty where a file is missing.
 
     model        "NVIDIA Jetson Orin Nano Developer Kit"
     release      of Jetson Linux, "36.4.3"
@@ -64,16 +64,16 @@ class Board:
 
     @property
     def jetpack(self) -> str:
-        """By the release of Jetson Linux; empty where it is not known."""
+        """Version of JetPack for this release of Jetson Linux; empty where it is unknown."""
         return next((name for start, name in JETPACKS.items() if self.release.startswith(start)), "")
 
     @property
     def clocks_fixed(self) -> bool | None:
-        """Whether latencies can be compared from run to run; None where nothing is known."""
+        """Whether the clock is fixed, so that latencies of different runs can be compared; None where it is unknown."""
         return None if self.gpu is None else self.gpu.fixed
 
     def conditions(self) -> str:
-        """One line to write beside a latency; empty where this is no Jetson."""
+        """Power mode, clocks and temperature in one line, for a table of latencies; empty where this is no Jetson."""
         if not self.is_jetson:
             return ""
         parts = [f"power mode {self.power_mode or 'unknown'}"]
@@ -102,7 +102,7 @@ class Board:
         return rows
 
     def advice(self) -> list[str]:
-        """What to do about it, one sentence each."""
+        """Recommendations, one sentence each."""
         if not self.is_jetson:
             return []
         lines = []
@@ -110,21 +110,21 @@ class Board:
             lines.append("clocks follow the load, so latencies vary; before measuring run: sudo jetson_clocks")
         if self.power_mode and "maxn" not in self.power_mode.lower():
             lines.append(
-                f"power mode {self.power_mode} holds the clocks down; see what there is: "
-                "grep POWER_MODEL /etc/nvpmodel.conf, choose with: sudo nvpmodel -m ID"
+                f"power mode {self.power_mode} limits the clocks; list the modes: "
+                "grep POWER_MODEL /etc/nvpmodel.conf, select one: sudo nvpmodel -m ID"
             )
-        if self.memory is not None and self.memory[1] < COMFORT:
+        if self.memory is not None and self.memory[1] < MEMORY_TO_BUILD:
             lines.append(
                 f"only {self.memory[1] / 1e9:.1f} GB of memory are free; before building engines close the "
                 "desktop (sudo systemctl isolate multi-user.target) and add swap"
             )
         if self.celsius is not None and self.celsius >= HOT:
-            lines.append(f"{self.celsius:.0f} C: the board throttles soon; look after its fan")
+            lines.append(f"{self.celsius:.0f} C: the board is close to throttling; check its fan")
         return lines
 
 
 def read(root: Path = Path("/")) -> Board:
-    """Look; `root` is where the file system begins."""
+    """Read the files below `root`, the root of the file system."""
     return Board(
         model=_text(root / "proc/device-tree/model").rstrip("\0\n"),
         release=linux_release(root).removeprefix("R"),
@@ -145,7 +145,7 @@ def linux_release(root: Path = Path("/")) -> str:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not there, or only root may read it
+    except OSError:  # missing, or readable by root only
         return ""
 
 
@@ -155,7 +155,7 @@ def _number(path: Path) -> int | None:
 
 
 def _power_mode(root: Path) -> str:
-    """nvpmodel keeps the number of its mode in a status file; the names stand in its configuration."""
+    """Name and number of the mode: nvpmodel has the number in a status file, the names in its configuration."""
     now = re.search(r"pmode:\s*(\d+)", _text(root / "var/lib/nvpmodel/status"))
     configuration = _text(root / "etc/nvpmodel.conf")
     default = re.search(r"PM_CONFIG\s+DEFAULT=(\d+)", configuration)
@@ -184,7 +184,7 @@ def _gpu(root: Path) -> Clock | None:
 
 
 def _cpu(root: Path) -> Clock | None:
-    """Of the fastest core that is online."""
+    """Clock of the fastest core that is online."""
     policies = sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*"))
     clocks = [
         _clock(*(path / f"scaling_{name}_freq" for name in ("cur", "min", "max")), hertz=1000) for path in policies
@@ -193,7 +193,7 @@ def _cpu(root: Path) -> Clock | None:
 
 
 def _clock(*paths: Path, hertz: int) -> Clock | None:
-    """From files that hold numbers of `hertz` Hz each."""
+    """Clock from three files with numbers in units of `hertz` Hz."""
     values = [_number(path) for path in paths]
     if any(value is None for value in values):
         return None

@@ -1,4 +1,4 @@
-"""How long an inference takes: candidates take turns in one process, so that a noisy machine disturbs all alike."""
+"""Measure latency: candidates run alternately in one process, so that disturbances affect all of them equally."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 UNSTEADY = 1.3  # a run's last third over its first: a board that throttles loses a third of its clock and more
-FEW_RUNS = 12  # below it a third is too short to tell
-WARM_UP = 5  # runs before the first that counts: memory is planned, caches and clocks settle
+FEW_RUNS = 12  # with fewer runs, a third is too short
+WARM_UP = 5  # runs before the first timed one: memory is planned, caches and clocks settle
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def measure(
     warm_up: int = WARM_UP,
     progress: Progress | None = None,
 ) -> dict[str, Latency]:
-    """Latency of each candidate; in every round each runs once, in an order that moves on by one."""
+    """Latency of each candidate; in every round each runs once, in an order that is rotated by one."""
     if rounds < 1:
         raise UsageError(f"rounds is {rounds}; expected at least 1")
     names = list(candidates)
@@ -61,7 +61,7 @@ def measure(
 
 
 def drift(seconds: Sequence[float]) -> float:
-    """Median of the last third over the median of the first: 1 on a steady machine, above it where it slows down."""
+    """Median of the last third over the median of the first: 1 on a steady machine, more where it slows down."""
     third = max(1, len(seconds) // 3)
     return float(np.median(seconds[-third:]) / np.median(seconds[:third]))
 
@@ -69,14 +69,14 @@ def drift(seconds: Sequence[float]) -> float:
 def warn_if_unsteady(seconds: Mapping[str, Sequence[float]]) -> bool:
     """Warn, and return True, where all candidates together became slower or faster while they were timed.
 
-    They take turns, so what changes for all of them is the machine: a clock that throttles, or other work.
+    They run alternately, so a change of all of them is a change of the machine: a throttled clock, or other work.
     """
     drifts = [drift(values) for values in seconds.values() if len(values) >= FEW_RUNS]
     if not drifts or 1 / UNSTEADY < (change := float(np.median(drifts))) < UNSTEADY:
         return False
     log.warning(
         "the machine became %s while latencies were measured (the last third took %.1f times as long as the "
-        "first), so they are no figures to compare: look for other work and for throttling (heat, power mode), "
+        "first), so they cannot be compared: look for other processes and for throttling (heat, power mode), "
         "then measure again",
         "slower" if change > 1 else "faster",
         change,

@@ -1,4 +1,4 @@
-"""From a model's logits and boxes to detections in pixels of the original image."""
+"""Detections of an image, and how a model's logits and boxes become detections in pixels of the original image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Detections:
     class_id     [n]     int64, contiguous class index
     data                 "class_name" [n] str, "category_id" [n] int64 (the data set's own id)
 
-    `supervision.Detections(xyxy=d.xyxy, confidence=d.confidence, class_id=d.class_id, data=d.data)` takes it as it is.
+    `supervision.Detections(xyxy=d.xyxy, confidence=d.confidence, class_id=d.class_id, data=d.data)` converts it.
     """
 
     xyxy: np.ndarray
@@ -35,7 +35,7 @@ class Detections:
         return len(self.xyxy)
 
     def above(self, confidence: float) -> Detections:
-        """Those with at least this confidence."""
+        """The detections with at least this confidence."""
         keep = self.confidence >= confidence
         return Detections(
             self.xyxy[keep],
@@ -72,7 +72,7 @@ def decode(
             f"[B, N, {width}] and [B, N, 4]; run: edgedetr export BUNDLE"
         )
     if not (np.isfinite(raw.logits).all() and np.isfinite(raw.boxes).all()):
-        raise ModelError("the model gave NaN or infinity; run: edgedetr verify BUNDLE to see which stage does")
+        raise ModelError("the model gave NaN or infinity; run: edgedetr verify BUNDLE to see which artifact does")
     select = {"sigmoid": _best_of_all, "softmax": _best_class_per_query}[output.activation]
     found = []
     for logits, boxes, geometry in zip(raw.logits, raw.boxes, geometries):
@@ -85,10 +85,7 @@ def decode(
 
 
 def named(xyxy: np.ndarray, confidence: np.ndarray, class_id: np.ndarray, classes: Sequence[ClassInfo]) -> Detections:
-    """Detections with the class names and original category ids filled in.
-
-    Errors: BundleError for a class that is not there.
-    """
+    """Detections with class names and original category ids. Errors: BundleError for an unknown class."""
     if class_id.size and not 0 <= int(class_id.min()) <= int(class_id.max()) < len(classes):
         raise BundleError(
             f"the graph gives classes {int(class_id.min())} to {int(class_id.max())}, and the bundle has "
@@ -120,5 +117,5 @@ def _best_class_per_query(logits: np.ndarray, top_k: int) -> tuple[np.ndarray, n
 
 
 def _top(scores: np.ndarray, k: int) -> np.ndarray:
-    """Indices of the k largest of scores [n], largest first, equal ones in their own order."""
+    """Indices of the k largest of scores [n], largest first; equal scores keep their order."""
     return np.argsort(-scores, kind="stable")[:k]

@@ -1,11 +1,11 @@
 """The one resize: how an image becomes the input of a model, and how boxes go back.
 
 Evaluation, calibration, verification and the device all call this file; `edgedetr.serving.pre_post_graph` is the same
-in ONNX. The definition, for each axis by itself, with S source pixels and T target pixels:
+in ONNX. The definition for one axis, with S source pixels and T target pixels:
 
 1. if S / T > 2, the axis is cut to a multiple of k = floor(S / T) (fewer than k pixels fall off at the right or bottom)
-   and every k pixels are averaged, so that nothing aliases;
-2. half-pixel bilinear interpolation brings the rest to T (no further low-pass; the factor is below 2 by now);
+   and every k pixels are averaged, to avoid aliasing;
+2. half-pixel bilinear interpolation resizes the rest to T (without low-pass; the factor is below 2);
 3. the result is rounded to whole levels 0..255.
 
 "stretch" takes T from the contract. "letterbox" keeps the aspect, takes the T that fits, and pads right and bottom with
@@ -34,7 +34,7 @@ Backend = Literal["auto", "numpy", "opencv"]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where an image went: its used part fills the content part of the input.
+    """How an image was placed into the input: the used part of the image fills the content part of the input.
 
     source_*    the EXIF-upright image, pixels
     used_*      its part that was sampled, from the top-left corner (see step 1 above)
@@ -99,9 +99,9 @@ def resize(image: np.ndarray, contract: InputContract, *, backend: Backend = "au
 
     image     [H, W, 3]            uint8, RGB, EXIF-upright
     backend   "auto" takes OpenCV where it is installed (within 1 of 255 of the definition), otherwise numpy
-    return    [height, width, 3]   uint8, RGB, and the geometry that brings boxes back
+    return    [height, width, 3]   uint8, RGB, and the geometry that maps boxes back
     """
-    _require_picture(image)
+    _require_image(image)
     one_of("backend", backend, get_args(Backend))
     geometry = Geometry.of(image.shape[0], image.shape[1], contract)
     used = image[: geometry.used_height, : geometry.used_width]
@@ -139,13 +139,13 @@ def prepare(
     return batch, geometries
 
 
-def _require_picture(image: np.ndarray) -> None:
-    picture = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-    if not picture or image.size == 0:
+def _require_image(image: np.ndarray) -> None:
+    valid = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    if not valid or image.size == 0:
         found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
         raise DataError(
-            f"an image came as {found}; expected a uint8 array [H, W, 3] in RGB order, "
-            "as edgedetr.data.images.decode(path) gives it"
+            f"an image is {found}; expected a uint8 array [H, W, 3] in RGB order, "
+            "as edgedetr.data.images.decode(path) returns it"
         )
 
 
@@ -175,7 +175,7 @@ def _sum_strided(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 def _mix(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    high -= low  # both are fresh copies made by the gather
+    high -= low  # both are new copies, made by the indexing
     high *= weight
     low += high
     return low
@@ -191,7 +191,7 @@ def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def _resize_opencv(cv2: ModuleType, used: np.ndarray, height: int, width: int) -> np.ndarray:
     rows, columns = averaged(used.shape[0], height), averaged(used.shape[1], width)
-    if rows * columns > 1:  # whole factors: INTER_AREA is the plain mean, rounded
+    if rows * columns > 1:  # with whole factors, INTER_AREA is the mean, rounded
         used = cv2.resize(used, (used.shape[1] // columns, used.shape[0] // rows), interpolation=cv2.INTER_AREA)
     if used.shape[:2] != (height, width):
         used = cv2.resize(used, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -205,7 +205,7 @@ def _opencv(required: bool) -> ModuleType | None:
     except ImportError as error:  # also a broken install, which must not stop the numpy path
         if required:
             raise MissingDependency(
-                "OpenCV was asked for and is not installed; run: pip install opencv-python-headless"
+                "OpenCV was requested and is not installed; run: pip install opencv-python-headless"
             ) from error
         return None
     return cv2

@@ -159,7 +159,7 @@ def test_a_graph_of_another_size_than_the_bundle_says_is_refused(make_bundle, ti
     bundle = make_bundle()
     with bundle.add("model.onnx", stage="export") as path:
         tiny_graph.write(path, np.zeros((3, 6)), np.zeros((3, 2)), height=64)
-    with pytest.raises(BundleError, match=r"takes 64 x 48 pixels, bundle.json says 32 x 48"):
+    with pytest.raises(BundleError, match=r"takes 64 x 48 pixels, bundle.json has 32 x 48"):
         load(bundle, stage="onnx")
 
 
@@ -221,4 +221,4 @@ def test_a_detector_loads_and_runs_without_torch_onnx_click_pydantic_or_matplotl
 def test_repr_and_names_help_the_reader(make_bundle):
     detector = load(Bundle.open(make_bundle().path), backend="onnxruntime", stage="onnx")
     assert detector.class_names == ["red cell", "platelet"]
-    assert "onnx on onnxruntime (as asked), 2 classes" in repr(detector)
+    assert "onnx on onnxruntime (as requested), 2 classes" in repr(detector)

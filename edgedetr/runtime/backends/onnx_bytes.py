@@ -1,8 +1,14 @@
-"""The one reader of ONNX files of a bundle: everything is in the file itself, and nothing elsewhere is opened.
+"""The one reader of a bundle's ONNX files: plain files that contain all their weights, read without the onnx package.
 
-A graph may say that its weights lie in another file, and name any file of this machine; inference libraries open it,
-each with checks of its own or none. So a library never sees a path: it is given bytes that were read and checked here,
-without the onnx package. Files that other people exported, with weights beside them, are read by onnx_graph/io.py.
+A graph can store its weights in another file and name any file of this machine; inference libraries open it, with few
+checks or none. So a library gets no path: it gets bytes that were read and checked here. Files that other people
+exported, with weights in files next to them, are read by onnx_graph/io.py.
+
+This check must read the graph itself, because whoever made a bundle also wrote its bundle.json. So the other facts that
+the device needs (opset, inputs, outputs, operators) are read here too, and are not repeated in bundle.json.
+
+An ONNX file is one protobuf message. Only lengths and a few fields are read, and weights are skipped. The field numbers
+are those of onnx.proto3, which cannot change.
 """
 
 from __future__ import annotations
@@ -17,11 +23,11 @@ from edgedetr.packages import missing
 from edgedetr.storage.reading import read_plain_file
 
 LARGEST = (1 << 31) - 1  # bytes; a protobuf message cannot be longer
-# Beginnings of a ModelProto: a field with a number of 1 to 25 and one of the wire types in use.
+# First bytes of a ModelProto: a field number from 1 to 25 with one of its wire types.
 FIRST_BYTES = frozenset(field << 3 | kind for field in range(1, 26) for kind in (0, 2) if field << 3 < 128) | {
     field << 3 & 0x7F | 0x80 | kind for field in range(16, 26) for kind in (0, 2)
 }
-DEEPEST = 32  # subgraphs in subgraphs
+DEEPEST = 32  # nesting of subgraphs
 EXPECTED = "expected an ONNX graph written by edgedetr export or edgedetr import"
 
 # Field numbers. ModelProto: graph, opset_import. GraphProto: node, initializer, sparse_initializer, input, output.
@@ -37,9 +43,9 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 @dataclass(frozen=True)
 class OnnxFacts:
-    """Of the whole file: opset of the standard domain, input and output shapes (an open size is its name), operators.
+    """Opset of the standard domain, shapes of inputs and outputs (a dynamic size is its name), operators of all graphs.
 
-    external   where tensors lie that are not in the file itself
+    external   paths of tensors that are stored in other files
     """
 
     opset: int
@@ -50,9 +56,9 @@ class OnnxFacts:
 
 
 def read(path: str | Path, error: type[EdgedetrError] = BundleError) -> tuple[bytes, OnnxFacts]:
-    """The bytes of a graph that may go to a library, and what they say.
+    """The bytes of a graph that a library may load, and the facts in them.
 
-    Errors: `error` for what is no plain file (a link), is too large, no ONNX graph, or keeps weights elsewhere.
+    Errors: `error` for a link or another special file, a file that is too large or no ONNX graph, and external weights.
     """
     path = Path(path)
     data = read_plain_file(path, LARGEST, EXPECTED, error=error, begins=FIRST_BYTES)
@@ -62,7 +68,7 @@ def read(path: str | Path, error: type[EdgedetrError] = BundleError) -> tuple[by
 
 
 def require_whole(data: bytes, what: str = "the graph", error: type[EdgedetrError] = BundleError) -> bytes:
-    """The serialized graph `data` itself; `error` where it is none, or keeps weights in a file."""
+    """`data` unchanged. Errors: `error` where it is no serialized graph, or has external weights."""
     _refuse_external(parse(data, what, error), what, error)
     return data
 
@@ -76,7 +82,7 @@ def load(path: str | Path, error: type[EdgedetrError] = BundleError) -> Any:
     data, _ = read(path, error)
     try:
         return onnx.load_model_from_string(data)
-    except Exception as reason:  # protobuf raises types of its own, which differ between its versions
+    except Exception as reason:  # protobuf's exception types differ between its versions
         raise error(f"{path}: not readable as ONNX ({reason}); {EXPECTED}") from reason
 
 
@@ -84,13 +90,13 @@ def _refuse_external(found: OnnxFacts, what: str, error: type[EdgedetrError]) ->
     if found.external:
         raise error(
             f"{what}: keeps weights in another file ({found.external[0]!r}), and such a name can point "
-            f"anywhere; {EXPECTED}, which holds everything in one file; edgedetr import FILE.onnx --out BUNDLE "
-            "puts weights beside a file into it"
+            f"anywhere; {EXPECTED}, which has everything in one file; edgedetr import FILE.onnx --out BUNDLE "
+            "puts external weights into it"
         )
 
 
 def facts(data: bytes, what: str = "the graph", error: type[EdgedetrError] = EngineError) -> OnnxFacts:
-    """What a serialized ONNX model says; `error` when it is none, or has no inputs or outputs."""
+    """The facts of a serialized ONNX model. Errors: `error` for anything else, or missing inputs or outputs."""
     found = parse(data, what, error)
     if not found.opset or not found.inputs or not found.outputs:
         raise error(f"{what}: no ONNX graph with inputs and outputs ({len(data)} bytes); {EXPECTED}")
@@ -98,7 +104,7 @@ def facts(data: bytes, what: str = "the graph", error: type[EdgedetrError] = Eng
 
 
 def parse(data: bytes, what: str = "the graph", error: type[EdgedetrError] = EngineError) -> OnnxFacts:
-    """As `facts`, for any one graph: what is folded into a constant has no inputs."""
+    """As `facts`, but also for a graph without inputs, as constant folding leaves one."""
     opset, graphs, training, functions = 0, [], [], []
     try:
         for number, value in _fields(memoryview(data)):
@@ -109,9 +115,9 @@ def parse(data: bytes, what: str = "the graph", error: type[EdgedetrError] = Eng
             elif number == MODEL_TRAINING:
                 training += [_bytes(v) for n, v in _fields(_bytes(value)) if n in TRAINING_GRAPHS]
             elif number == MODEL_OPSET:
-                told = dict(_fields(_bytes(value)))
-                if not bytes(_bytes(told.get(1, memoryview(b"")))) or bytes(_bytes(told[1])) == b"ai.onnx":
-                    opset = _int(told.get(2, 0))
+                parts = dict(_fields(_bytes(value)))
+                if not bytes(_bytes(parts.get(1, memoryview(b"")))) or bytes(_bytes(parts[1])) == b"ai.onnx":
+                    opset = _int(parts.get(2, 0))
         if len(graphs) != 1:
             raise ValueError(f"{len(graphs)} graphs")
         inputs, outputs = (
@@ -132,16 +138,16 @@ def parse(data: bytes, what: str = "the graph", error: type[EdgedetrError] = Eng
 
 
 def _walk(graph: memoryview, node_field: int, operators: set[str], external: list[str], depth: int) -> None:
-    """Collect operators, and tensors outside the file, of a graph and all graphs in it."""
+    """Collect the operators and the external tensors of a graph and its subgraphs."""
     if depth > DEEPEST:
         raise ValueError(f"graphs nested more than {DEEPEST} deep")
     for number, value in _fields(graph):
         if number == node_field:
-            for inner, told in _fields(_bytes(value)):
+            for inner, parts in _fields(_bytes(value)):
                 if inner == NODE_OP:
-                    operators.add(_text(told))
+                    operators.add(_text(parts))
                 elif inner == NODE_ATTRIBUTE:
-                    _attribute(_bytes(told), operators, external, depth)
+                    _attribute(_bytes(parts), operators, external, depth)
         elif number == INITIALIZER and node_field == NODE:
             external += _outside(_bytes(value))
         elif number == SPARSE_INITIALIZER and node_field == NODE:
@@ -184,8 +190,8 @@ def _value(info: memoryview) -> tuple[str, tuple[int | str, ...]]:
             name = _text(value)
         elif number == 2:
             for dimension in _inside(_bytes(value), 1, 2, 1):
-                told = dict(_fields(dimension))
-                shape.append(_int(told[1]) if 1 in told else _text(told.get(2, memoryview(b""))) or "?")
+                parts = dict(_fields(dimension))
+                shape.append(_int(parts[1]) if 1 in parts else _text(parts.get(2, memoryview(b""))) or "?")
     return name, tuple(shape)
 
 

@@ -26,7 +26,7 @@ class OrtRunner:
 
     path       the file, or a serialized graph
     threads    threads of one operator; None = all cores
-    optimize   False: every node runs as written, Q/DQ in float arithmetic: what the graph means
+    optimize   False: every node runs as written, Q/DQ in float arithmetic
     """
 
     name = "onnxruntime"
@@ -37,7 +37,7 @@ class OrtRunner:
         shape = self.session.get_inputs()[0].shape
         self.batch: int | None = shape[0] if isinstance(shape[0], int) else None
         self.height, self.width = int(shape[2]), int(shape[3])
-        self.weight_bits = _weight_bits(self.session)  # None where the graph was not quantized by us
+        self.weight_bits = _weight_bits(self.session)  # None where edgedetr did not quantize the graph
 
     def _open(self, path: str | Path | bytes, threads: int | None, optimize: bool) -> Any:
         return open_session(path, threads, optimize)
@@ -48,7 +48,7 @@ class OrtRunner:
 
 
 class OrtFrameRunner:
-    """A graph for whole camera frames in an ONNX Runtime session (see runtime/frame_detector.py)."""
+    """A graph for whole camera frames (see runtime/frame_detector.py)."""
 
     name = "onnxruntime"
     outputs = ("boxes", "scores", "labels")
@@ -96,14 +96,14 @@ def plain_session(
 ) -> Any:
     """A session of a serialized graph on the CPU, for any inputs and outputs.
 
-    optimize   True: all that ONNX Runtime knows; "basic": what is quick to do; False: every node runs as written
-    spin       whether threads wait hot for the next run
-    error      raised where the graph keeps weights in a file, or ONNX Runtime does not take it, with `fix` at the end
+    optimize   True: all optimizations; "basic": the quick ones; False: every node runs as written
+    spin       whether threads spin between runs
+    error      raised for external weights, and where ONNX Runtime rejects the graph, with `fix` at the end
     """
     onnxruntime = library()
     levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it cannot do is raised; its lines help nobody here
+    options.log_severity_level = 4  # errors are raised as exceptions, so its log lines add nothing
     options.intra_op_num_threads = bounded(threads)  # 0 = one per core
     options.inter_op_num_threads = 1
     options.graph_optimization_level = {
@@ -153,10 +153,10 @@ def open_session(
     what = "the graph" if isinstance(model, bytes) else str(model)
     data = require_whole(model) if isinstance(model, bytes) else read(model)[0]
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: warnings about constant folding help nobody here
+    options.log_severity_level = 3  # errors only: its warnings about constant folding do not matter
     options.intra_op_num_threads = bounded(threads)  # 0 = one per core
     options.inter_op_num_threads = 1
-    # Threads that spin on after a run would take the cores from the backend that is timed next.
+    # Threads that spin after a run would slow down the backend that is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
