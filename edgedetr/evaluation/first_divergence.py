@@ -91,6 +91,8 @@ class _Graph:
     def __init__(self, model: Path, run: Tensors, images: np.ndarray, threads: int | None) -> None:
         try:
             import onnx
+
+            from edgedetr.onnx_graph.infer import infer_types
         except ImportError as error:
             raise MissingDependency(missing("onnx", error)) from error
         self.onnx, self.run, self.images, self.threads = onnx, run, images, threads
@@ -99,15 +101,11 @@ class _Graph:
         graph = self.model.graph
         self.outputs = [output.name for output in graph.output]
         self.producer = {name: node for node in graph.node for name in node.output}
-        self.types = self._types()
+        self.types = infer_types(self.model).types
         nodes = [node for node in graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear", "Constant")]
         floats = [name for node in nodes for name in node.output if self.types.get(name) == onnx.TensorProto.FLOAT]
         self.order = {name: number for number, name in enumerate(floats)}
         self.sqnr: dict[str, float] = {}
-
-    def _types(self) -> dict[str, int]:
-        inferred = self.onnx.shape_inference.infer_shapes(self.model).graph
-        return {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.output)}
 
     def parents(self, name: str) -> list[str]:
         """The nearest float tensors before the producer of `name`, through Q, DQ and constants."""

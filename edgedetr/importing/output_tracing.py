@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto
 
-from edgedetr.errors import ExportError, first_line
 from edgedetr.importing.output_formats import (
     ACTIVATIONS,
     LAYOUTS,
@@ -23,8 +22,10 @@ from edgedetr.importing.output_formats import (
     to_corners,
 )
 from edgedetr.onnx_graph.index import FLOATS, GraphIndex
-from edgedetr.runtime.backends.onnxruntime import plain_session
+from edgedetr.onnx_graph.session import GraphSession
 
+# What the user can do where a file does not load or run in ONNX Runtime.
+RUN_FIX = "name its size with --input HxW, or export the model again, as float32 and with ONNX's own operators"
 # Operators of which only the first input carries values; the other inputs are indices and sizes.
 _FIRST_INPUT_ONLY = {
     "Gather",
@@ -144,24 +145,8 @@ def run_graph(
     model: ModelProto, names: Sequence[str], feeds: Sequence[dict[str, np.ndarray]]
 ) -> list[dict[str, np.ndarray]]:
     """Values of the named tensors of a graph, for each feed."""
-    probe = ModelProto()
-    probe.CopyFrom(model)
-    del probe.graph.output[:]
-    probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
-    session = plain_session(
-        probe.SerializeToString(),
-        optimize="basic",
-        spin=False,
-        error=ExportError,
-        fix="export the model again, as float32 and with operators of ONNX alone",
-    )
-    try:
-        return [dict(zip(names, session.run(list(names), feed))) for feed in feeds]
-    except Exception as error:  # the library's exceptions share no public base class
-        raise ExportError(
-            f"the graph does not run on an image in ONNX Runtime ({first_line(error)}); say its size "
-            "with --input HxW, or export the model again"
-        ) from error
+    session = GraphSession(model, names, optimize="basic", spin=False, fix=RUN_FIX)
+    return [session.run(feed) for feed in feeds]
 
 
 def slices_of(name: str, value: np.ndarray, rows: int, widths: Sequence[int]) -> list[TensorSlice]:

@@ -11,14 +11,15 @@ from onnx import ModelProto, helper
 from edgedetr.bundle import ClassInfo, InputContract, OutputContract
 from edgedetr.data.detection_set import DetectionSet
 from edgedetr.data.images import decode as decode_image
-from edgedetr.errors import ExportError, ModelError, first_line
+from edgedetr.errors import ExportError, ModelError
 from edgedetr.evaluation.agreement import compare_detections
 from edgedetr.importing.import_options import Normalization
 from edgedetr.importing.io_contract import DenseOutputs, GraphInputs, SelectedOutputs
 from edgedetr.importing.output_formats import from_corners
 from edgedetr.importing.output_meaning import OutputMeaning
+from edgedetr.importing.output_tracing import RUN_FIX
+from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.runtime.backends.base import RawOutputs
-from edgedetr.runtime.backends.onnxruntime import plain_session
 from edgedetr.runtime.postprocess import Detections, decode
 from edgedetr.runtime.preprocess import Geometry, prepare
 
@@ -76,15 +77,8 @@ class SourceModel:
         self.types = {
             item.name: helper.tensor_dtype_to_np_dtype(item.type.tensor_type.elem_type) for item in model.graph.input
         }
-        self.names = [item.name for item in model.graph.output]
         # For a few runs: threads need not spin, and a full optimization takes longer than the runs.
-        self.session = plain_session(
-            model.SerializeToString(),
-            optimize="basic",
-            spin=False,
-            error=ExportError,
-            fix="export the model again, as float32 and with operators of ONNX alone",
-        )
+        self.session = GraphSession(model, optimize="basic", spin=False, fix=RUN_FIX)
 
     def feed(self, image: np.ndarray, *, mask: bool = False) -> dict[str, np.ndarray]:
         """Inputs for one image [1, 3, H, W], RGB 0..255."""
@@ -97,16 +91,10 @@ class SourceModel:
 
     def outputs(self, image: np.ndarray) -> dict[str, np.ndarray]:
         """All outputs for one image [1, 3, H, W]; float16 as float32."""
-        try:
-            found = self.session.run(self.names, self.feed(image, mask=True))
-        except Exception as error:  # the library's exceptions share no public base class
-            raise ExportError(
-                f"the file does not run on an image of {image.shape[2]} x {image.shape[3]} in ONNX "
-                f"Runtime ({first_line(error)}); say its size with --input HxW"
-            ) from error
+        found = self.session.run(self.feed(image, mask=True))
         return {
             name: np.asarray(value, np.float32 if np.asarray(value).dtype == np.float16 else None)
-            for name, value in zip(self.names, found)
+            for name, value in found.items()
         }
 
     def detect(self, images: np.ndarray, meaning: OutputMeaning, output: OutputContract) -> dict[int, Detections]:

@@ -22,7 +22,7 @@ from edgedetr.onnx_graph.fp32 import convert_to_fp32
 from edgedetr.onnx_graph.graph_builder import GraphBuilder
 from edgedetr.onnx_graph.graph_edit import rename_tensors
 from edgedetr.onnx_graph.index import GraphIndex, display_name
-from edgedetr.onnx_graph.opset import OPSET, to_opset
+from edgedetr.onnx_graph.opset import OPSET, convert_opset
 from edgedetr.quantization.policy import role_from_name, set_role
 
 # What no version of TensorRT runs, and why; what the input's size decides has been folded before.
@@ -70,7 +70,7 @@ def normalize(original: ModelProto, inputs: GraphInputs, height: int, width: int
     masks = {inputs.mask: np.ones((1, height, width), dtype_of(original, inputs.mask))} if inputs.mask else {}
     fix_inputs(model, sizes, masks)
     is_fp16 = convert_to_fp32(model)
-    model = fold_at_fixed_size(to_opset(model, OPSET))
+    model = fold_at_fixed_size(convert_opset(model, OPSET))
     name_nodes(model)
     for node in model.graph.node:
         if node.op_type in _REFUSED:

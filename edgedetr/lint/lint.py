@@ -13,6 +13,7 @@ from pathlib import Path
 
 from onnx import ModelProto
 
+from edgedetr.artifacts import BY_FILE, TENSORRT, frame_graph
 from edgedetr.errors import ExportError
 from edgedetr.lint.lint_issue import LintFinding, LintIssue
 from edgedetr.lint.lint_targets import TARGETS, target
@@ -21,7 +22,6 @@ from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.io import open_onnx
 
 SHOWN = 3  # reasons of one rule in the table and in an error; further ones are counted
-_FOR_CPU = "-cpu.onnx"  # end of the names of a bundle's graphs that TensorRT never reads
 
 
 @dataclass(frozen=True)
@@ -125,5 +125,11 @@ def require_no_errors(model: ModelProto, name: str) -> None:
 
 
 def for_tensorrt(names: Iterable[str]) -> list[str]:
-    """The files of a bundle that engines are built from."""
-    return [name for name in names if name.endswith(".onnx") and not name.endswith(_FOR_CPU)]
+    """Those of a bundle's files that engines are built from: graphs and frame graphs, except in the form for CPUs."""
+    found = []
+    for name in names:
+        frame = frame_graph(name)
+        artifact = frame.source if frame else BY_FILE.get(name)
+        if artifact is not None and artifact.is_graph and TENSORRT in artifact.backends:
+            found.append(name)
+    return found

@@ -1,1 +1,1 @@
-"""ONNX graphs: read, indexed, inferred, rewritten and written."""
+"""ONNX graphs: read them (io), index them (index), edit and convert them, and run them (session)."""

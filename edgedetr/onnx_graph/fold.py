@@ -1,4 +1,4 @@
-"""Constant folding: sizes that are known, and everything that is computed from constants alone.
+"""Constant folding: sizes that are known, and everything that is computed from constants only.
 
 The PyTorch exporter writes `x.shape` as nodes even where the size is fixed. Folding turns positions, anchors and the
 sizes of reshapes into plain constants.
@@ -113,18 +113,18 @@ def _fold_constants(model: ModelProto) -> None:
 def _evaluate(
     model: ModelProto, nodes: list[NodeProto], constants: list[TensorProto], wanted: list[str]
 ) -> dict[str, np.ndarray]:
-    """Values of the wanted tensors, which follow from constants alone."""
+    """Values of the wanted tensors, which follow from constants only."""
     if not wanted:
         return {}
     outputs = [helper.make_empty_tensor_value_info(name) for name in wanted]
     graph = helper.make_graph(nodes, "constants", [], outputs, constants)
     part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    fix = f"what it computes from constants alone is not valid; {EXPORT_AGAIN}"
+    fix = f"what it computes from constants only is not valid; {EXPORT_AGAIN}"
     return GraphSession(part, threads=1, fix=fix).run({})
 
 
 def _fold_shapes(model: ModelProto) -> bool:
-    """Fold the Shape of a tensor whose size is known; where the batch alone is open, one known dimension of it.
+    """Fold the Shape of a tensor whose size is known; where only the batch is open, one known dimension of it.
 
     return  whether the target sizes of a Reshape or an Expand became constants, so that more may be known now
     """

@@ -15,7 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.hardware_limits import SMALLEST_FP16
 from edgedetr.onnx_graph.index import GraphIndex
-from edgedetr.runtime.backends.onnxruntime import plain_session
+from edgedetr.onnx_graph.session import GraphSession
 
 MAX_ABSMAX = 3e4  # a tensor that was observed larger stays float32: half of 65504, since other images exceed it
 FP32, FP16 = TensorProto.FLOAT, TensorProto.FLOAT16
@@ -81,7 +81,6 @@ def activation_absmax(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[
     names = sorted(float_tensors(model))
     probe = ModelProto()
     probe.CopyFrom(model)
-    del probe.graph.output[:]
     for number, name in enumerate(names):
         # ReduceMax can ignore NaN, ReduceSum cannot.
         magnitude = f"{name}_magnitude"
@@ -93,13 +92,13 @@ def activation_absmax(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[
             ]
         )
     outputs = [f"{name}_{suffix}" for suffix in ("largest", "sum") for name in names]
-    probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
     # Only a few images: to optimize a graph in which every tensor is an output takes longer than it saves.
-    session = plain_session(probe.SerializeToString(), error=ExportError)
+    session = GraphSession(probe, outputs)
     found = dict.fromkeys(names, 0.0)
     for batch in batches:
-        values = session.run(outputs, {"images": batch})
-        for name, largest, total in zip(names, values[: len(names)], values[len(names) :]):
+        values = session.run({"images": batch})
+        for name in names:
+            largest, total = values[f"{name}_largest"], values[f"{name}_sum"]
             if not np.isfinite(total):
                 raise ExportError(
                     f"tensor {name!r} is {float(total)} on an image; expected finite activations; "

@@ -144,7 +144,7 @@ class GraphIndex:
         return self._values[name]
 
     def folded(self, name: str) -> np.ndarray | None:
-        """As `value`, and also the value of a small tensor that is computed from constants and sizes alone."""
+        """As `value`, and also the value of a small tensor that is computed from constants and sizes."""
         return self.value(name) if name in self.constants else self._folded_values.get(name)
 
     def only_consumer(self, tensor: str) -> NodeProto | None:

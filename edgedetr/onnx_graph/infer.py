@@ -20,8 +20,8 @@ from edgedetr.onnx_graph.io import tensor_error
 DEEPEST = 16  # graphs inside graphs; exporters write two or three
 MOST_CALLS = 100_000  # nodes of a local function with those of all that it calls
 _LONGEST = 2**31 - 1  # elements along one axis
-_MOST_AXES = 64  # of an input whose sizes are followed; TensorRT has 8
-_SMALL = 4096  # elements; larger weights take part by their type and shape alone
+_MOST_AXES = 64  # of an input whose sizes are used; TensorRT supports 8
+_SMALL = 4096  # elements; larger weights take part only by type and shape
 # What onnx and protobuf raise for damaged graphs.
 _ERRORS = shape_inference.InferenceError, RuntimeError, ValueError, IndexError, TypeError, OverflowError, KeyError
 _TENSOR = {
@@ -139,7 +139,7 @@ def _without_claims(model: ModelProto, nodes: list[NodeProto], open_size: int | 
 
 
 def _too_deep(model: ModelProto) -> str:
-    """What onnx would crash on or not end with: graphs in graphs in graphs, functions that call themselves."""
+    """Why ONNX's inference would crash or not end, or "": deeply nested graphs, functions that call themselves."""
     level = [model.graph, *(graph for item in model.functions for node in item.node for graph in inner_graphs(node))]
     for _ in range(DEEPEST):
         level = [inner for graph in level for node in graph.node for inner in inner_graphs(node)]
@@ -175,24 +175,24 @@ def _take(found: Inferred, items: Iterable[ValueInfoProto]) -> None:
 
 
 def _by_schema(types: dict[str, int], node: NodeProto, versions: dict[str, int]) -> None:
-    """Types of outputs from the operator's schema: that of an input, or the only one there is."""
+    """Types of outputs from the operator's schema: that of an input, or the only allowed one."""
     if all(name in types for name in node.output if name):
         return
     schema = schema_of(node, versions)
     if schema is None:
         return
-    known = {place.type_str: types[name] for place, name in zip(schema.inputs, node.input) if name in types}
+    known = {parameter.type_str: types[name] for parameter, name in zip(schema.inputs, node.input) if name in types}
     to = next((item.i for item in node.attribute if item.name == "to" and item.type == AttributeProto.INT), 0)
-    for place, name in zip(schema.outputs, node.output):
-        kind = known.get(place.type_str) or _TENSOR.get(place.type_str) or (to if node.op_type == "Cast" else 0)
+    for parameter, name in zip(schema.outputs, node.output):
+        kind = known.get(parameter.type_str) or _TENSOR.get(parameter.type_str) or (to if node.op_type == "Cast" else 0)
         if name and kind:
             types.setdefault(name, kind)
 
 
 def schema_of(node: NodeProto, versions: dict[str, int]) -> onnx.defs.OpSchema | None:
-    """What ONNX says of an operator at the opset of the file, None for one it does not know."""
+    """ONNX's definition of an operator at the opset of the file, None for an unknown one."""
     version = versions.get(node.domain, versions.get("ai.onnx", 0) if not node.domain else 0)
-    # A file may claim any number; beyond the newest, the newest is the best there is.
+    # A file may claim any opset; beyond the newest known one, that is used.
     version = min(version, onnx.defs.onnx_opset_version()) if node.domain in ("", "ai.onnx") else version
     try:
         return onnx.defs.get_schema(node.op_type, version, "" if node.domain == "ai.onnx" else node.domain)

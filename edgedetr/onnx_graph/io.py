@@ -1,4 +1,7 @@
-"""Read an ONNX file that somebody else made: nothing outside its folder is opened, and nothing is executed."""
+"""Read an ONNX file of any origin, with weights in files next to it: nothing outside its folder is opened.
+
+Graphs of a bundle, which hold their weights themselves, are read by runtime/backends/onnx_bytes.py.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +54,10 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A graph and where its weights lie.
+    """A graph and the files of its weights.
 
-    external   names of the files beside it that hold weights
-    faults     why those may not be read; their tensors are then without values
+    external   names of the files next to it that hold weights
+    faults     why these were not read; their tensors then have no values
     """
 
     path: Path
@@ -64,9 +67,9 @@ class OnnxFile:
 
 
 def open_onnx(path: str | Path, *, weights: bool = True) -> OnnxFile:
-    """The graph with its weights, or with the reasons why they were not read; ExportError when it is no ONNX file.
+    """The graph with its weights, or with the reasons why they were not read. Errors: ExportError for no ONNX file.
 
-    weights   False: what lies in other files is looked at and not read
+    weights   False: weights in other files are checked but not read
     """
     path = Path(path)
     if not path.is_file():
@@ -86,7 +89,7 @@ def open_onnx(path: str | Path, *, weights: bool = True) -> OnnxFile:
     outside = [tensor for tensor in tensors(model) if tensor.data_location == TensorProto.EXTERNAL]
     for tensor in tensors(model):
         if tensor.data_location != TensorProto.EXTERNAL:
-            del tensor.external_data[:]  # without a meaning where the values are in the file
+            del tensor.external_data[:]  # meaningless where the values are in the file itself
     names = tuple(dict.fromkeys(_entry(tensor, "location") for tensor in outside))
     faults = tuple(dict.fromkeys(fault for name in names if (fault := _file_fault(path.parent, name))))
     if not faults:
@@ -98,8 +101,8 @@ def open_onnx(path: str | Path, *, weights: bool = True) -> OnnxFile:
 
 
 def tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Every tensor in a model, wherever it stands: initializers (sparse ones are two tensors), attributes of nodes,
-    subgraphs, functions, training graphs."""
+    """Every tensor in a model: initializers (sparse ones are two tensors), also those in attributes of nodes,
+    subgraphs, functions and training graphs."""
     waiting: list[Any] = [model]
     while waiting:
         for field, value in waiting.pop().ListFields():
@@ -113,9 +116,9 @@ def tensors(model: ModelProto) -> Iterator[TensorProto]:
 
 
 def tensor_error(tensor: TensorProto) -> str:
-    """Why a tensor has no values that can be read, or an empty string."""
+    """Why the values of a tensor do not match its type and sizes, or an empty string."""
     if tensor.data_location == TensorProto.EXTERNAL:
-        return "its values lie in another file"
+        return "its values are in another file"
     if any(size < 0 for size in tensor.dims):
         return f"it has sizes {list(tensor.dims)}"
     count = math.prod(tensor.dims)
@@ -123,15 +126,15 @@ def tensor_error(tensor: TensorProto) -> str:
         return "" if len(tensor.string_data) == count else f"it has {len(tensor.string_data)} texts, not {count}"
     if tensor.data_type not in _FIELDS:
         return f"its type is {tensor.data_type}, which is not known"
-    bits, place = _FIELDS[tensor.data_type]
+    bits, field = _FIELDS[tensor.data_type]
     if tensor.HasField("raw_data"):
         wanted = -(-count * bits // 8)
         found = len(tensor.raw_data)
-        return "" if found == wanted else f"it has {found} bytes; its sizes ask for {wanted}"
-    # Numbers of 4 bits stand two in one entry, complex ones are two.
+        return "" if found == wanted else f"it has {found} bytes; its sizes need {wanted}"
+    # One entry holds two numbers of 4 bits; a complex number takes two entries.
     twice = tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
-    wanted, found = (-(-count // 2) if bits == 4 else count * (1 + twice)), len(getattr(tensor, place))
-    return "" if found == wanted else f"it has {found} numbers; its sizes ask for {wanted}"
+    wanted, found = (-(-count // 2) if bits == 4 else count * (1 + twice)), len(getattr(tensor, field))
+    return "" if found == wanted else f"it has {found} numbers; its sizes need {wanted}"
 
 
 def _entry(tensor: TensorProto, key: str) -> str:
@@ -144,10 +147,10 @@ def _file_fault(folder: Path, name: str) -> str:
         return "weights outside the file, without saying where"
     if os.path.isabs(name) or ".." in Path(name).parts or "\\" in name or "\0" in name:
         return f"weights in {name!r}, outside the folder of the model"
-    place = folder
+    path = folder
     for part in Path(name).parts:
-        place = place / part
-        if place.is_symlink():
+        path = path / part
+        if path.is_symlink():
             return f"weights in {name!r}, which is a symbolic link"
     try:
         found = os.lstat(folder / name)
@@ -163,7 +166,7 @@ def _file_fault(folder: Path, name: str) -> str:
 
 
 def _extent_faults(folder: Path, outside: list[TensorProto], size: int) -> tuple[str, ...]:
-    """Tensors that reach beyond their file, or hold more bytes in all than one graph may."""
+    """Tensors that extend beyond their file, or hold more bytes in total than one graph may."""
     total = size
     for tensor in outside:
         name = _entry(tensor, "location")
@@ -176,7 +179,7 @@ def _extent_faults(folder: Path, outside: list[TensorProto], size: int) -> tuple
 
 
 def _extent(folder: Path, tensor: TensorProto) -> tuple[int, int]:
-    """First byte and number of bytes; (-1, 0) where they are no numbers."""
+    """First byte and number of bytes of a tensor; (-1, 0) where the file gives no numbers."""
     offset, length = _entry(tensor, "offset") or "0", _entry(tensor, "length")
     if not offset.isdecimal() or not (length or "0").isdecimal():
         return -1, 0
@@ -186,7 +189,7 @@ def _extent(folder: Path, tensor: TensorProto) -> tuple[int, int]:
 
 def _load(folder: Path, tensor: TensorProto) -> None:
     start, length = _extent(folder, tensor)
-    # Not followed if it has become a link since it was looked at.
+    # Not followed if it has become a link since it was checked.
     handle = os.open(folder / _entry(tensor, "location"), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     with os.fdopen(handle, "rb") as stream:
         stream.seek(start)

@@ -1,4 +1,4 @@
-"""What is in an ONNX file: opset, inputs and outputs, operators, and how much of it is quantized."""
+"""Summarize an ONNX file: opset, inputs and outputs, operators, and how much of it is quantized."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ QUANTIZABLE = ("Conv", "MatMul", "Gemm")
 
 @dataclass(frozen=True)
 class GraphContents:
-    """One ONNX file.
+    """The contents of one ONNX file.
 
-    quantized   how many multiplying nodes take data and weight through Q/DQ
-    external    files beside it that hold weights
-    faults      why those must not be read
+    quantized     number of Conv, MatMul and Gemm nodes whose data and weight come from Q/DQ
+    quantizable   number of all such nodes
+    external      files next to it that hold weights
+    faults        why these must not be read
     """
 
     path: str
@@ -57,12 +58,12 @@ class GraphContents:
 
 
 def inspect_onnx(path: Path) -> GraphContents:
-    """Read an ONNX file; ExportError when it is none."""
+    """Errors: ExportError where the file is no ONNX graph."""
     opened = open_onnx(path, weights=False)
     model, graph = opened.model, opened.model.graph
     producer = {output: node.op_type for node in graph.node for output in node.output}
-    weighty = [node for node in graph.node if node.op_type in QUANTIZABLE]
-    both = [node for node in weighty if all(producer.get(name) == "DequantizeLinear" for name in node.input[:2])]
+    quantizable = [node for node in graph.node if node.op_type in QUANTIZABLE]
+    quantized = [n for n in quantizable if all(producer.get(name) == "DequantizeLinear" for name in n.input[:2])]
     return GraphContents(
         path=str(path),
         size=path.stat().st_size,
@@ -70,8 +71,8 @@ def inspect_onnx(path: Path) -> GraphContents:
         inputs=tuple(_signature(graph.input)),
         outputs=tuple(_signature(graph.output)),
         operators=dict(Counter(node.op_type for node in graph.node)),
-        quantized=len(both),
-        quantizable=len(weighty),
+        quantized=len(quantized),
+        quantizable=len(quantizable),
         metadata={entry.key: entry.value for entry in model.metadata_props},
         external=opened.external,
         faults=opened.faults,
@@ -79,7 +80,7 @@ def inspect_onnx(path: Path) -> GraphContents:
 
 
 def _signature(values: Iterable[onnx.ValueInfoProto]) -> list[str]:
-    """`images float32 [1, 3, 640, 640]` of each input or output."""
+    """One line for each input or output: `images float32 [1, 3, 640, 640]`."""
     lines = []
     for value in values:
         tensor = value.type.tensor_type

@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.graph_edit import prune
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.quantization.policy import Layer, QuantizationPlan
 from edgedetr.quantization.qdq import bias_input
-from edgedetr.runtime.backends.onnxruntime import plain_session
 
 IMAGES = 64  # at most; of the demonstration's 96, 32 leave twice the error in the means that all leave
 PARTS = 4  # passes over the images, each over the layers up to the end of its part
@@ -59,12 +58,13 @@ def _mean_outputs(
 ) -> dict[str, np.ndarray]:
     """{layer: [O] float32, mean of its output over the images}; outputs: {layer: name of an output}."""
     # Without optimizations: Q/DQ in float arithmetic, as the graph is written, on every CPU.
-    session = plain_session(model.SerializeToString(), error=ExportError)
+    session = GraphSession(model, list(outputs.values()))
     sums = {layer: np.zeros(0) for layer in outputs}
     count = 0
     for batch in batches:
-        for layer, value in zip(outputs, session.run(list(outputs.values()), {"images": batch})):
-            flat = value.reshape(-1).astype(np.float64)
+        values = session.run({"images": batch})
+        for layer, output in outputs.items():
+            flat = values[output].reshape(-1).astype(np.float64)
             sums[layer] = sums[layer] + flat if count else flat
         count += 1
     return {layer: (total / count).astype(np.float32) for layer, total in sums.items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, helper
+from onnx import ModelProto
 
 from edgedetr.artifacts import RANGES, REFERENCE
 from edgedetr.bundle import Bundle, InputContract
@@ -25,11 +25,11 @@ from edgedetr.data.listing import images_in
 from edgedetr.data.near_duplicates import near_copies
 from edgedetr.errors import DataError, ExportError
 from edgedetr.evaluation.reference import Reference
+from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.printable import shown
 from edgedetr.progress import Progress
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import Histogram
-from edgedetr.runtime.backends.onnxruntime import plain_session
 from edgedetr.runtime.preprocess import prepare
 from edgedetr.storage.digests import digest
 from edgedetr.storage.reading import MEBIBYTE, read_json
@@ -381,7 +381,8 @@ def observe(
     Errors: DataError for an image that cannot be decoded; ExportError that names a tensor with NaN or infinity.
     """
     observed = [name for name in tensors if name != "images"]
-    session = _session_with_outputs(model, observed)
+    outputs = dict.fromkeys([*(item.name for item in model.graph.output), *observed])
+    session = GraphSession(model, list(outputs), optimize=True)
     histograms = {name: Histogram(name) for name in tensors}
     for done, path in enumerate(paths):
         if progress:
@@ -389,20 +390,12 @@ def observe(
         batch, _ = prepare([decode(path)], contract)
         if "images" in histograms:
             histograms["images"].observe(batch)
-        for name, values in zip(observed, session.run(observed, {"images": batch})):
-            histograms[name].observe(values)
+        values = session.run({"images": batch})
+        for name in observed:
+            histograms[name].observe(values[name])
     if progress:
         progress("calibrate", len(paths), len(paths))
     return histograms
-
-
-def _session_with_outputs(model: ModelProto, tensors: Sequence[str]) -> Any:
-    """A session of the float graph in which these tensors are outputs."""
-    exposed = ModelProto()
-    exposed.CopyFrom(model)
-    present = {item.name for item in exposed.graph.output}
-    exposed.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in tensors if name not in present)
-    return plain_session(exposed.SerializeToString(), optimize=True, error=ExportError)
 
 
 # ------------------------------------------------------------------------------------------------------ outlier images

@@ -11,7 +11,7 @@ from edgedetr.errors import ExportError
 from edgedetr.importing.surgery import annotate_nodes, fold_scales, name_nodes
 from edgedetr.onnx_graph.fold import fold, fold_at_fixed_size
 from edgedetr.onnx_graph.grid_sample import replace_grid_samples
-from edgedetr.onnx_graph.opset import to_opset
+from edgedetr.onnx_graph.opset import convert_opset
 from edgedetr.quantization.policy import get_role
 
 torch = pytest.importorskip("torch")
@@ -82,7 +82,7 @@ def test_the_modes_of_grid_sample_are_renamed_on_the_way_down(mode, older, rng):
     model.ir_version = 9
     image = rng.normal(size=(1, 4, 6, 6)).astype(np.float32)
     expected = run(model, x=image)[0]
-    lower = to_opset(model, 19)
+    lower = convert_opset(model, 19)
     assert lower.graph.node[0].attribute[0].s == older
     assert (lower.ir_version, lower.opset_import[0].version) == (9, 19)
     np.testing.assert_array_equal(run(lower, x=image)[0], expected)
@@ -91,7 +91,7 @@ def test_the_modes_of_grid_sample_are_renamed_on_the_way_down(mode, older, rng):
 def test_an_older_file_is_converted_upwards(rng):
     model = graph_of([helper.make_node("ReduceMean", ["x"], ["y"], "mean", axes=[2, 3])], {}, opset=13)
     image = rng.normal(size=(1, 4, 6, 6)).astype(np.float32)
-    lifted = to_opset(model, 19)
+    lifted = convert_opset(model, 19)
     assert lifted.opset_import[0].version == 19
     np.testing.assert_array_equal(run(lifted, x=image)[0], run(model, x=image)[0])
 

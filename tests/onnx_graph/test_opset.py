@@ -8,7 +8,7 @@ from external_models import open_session
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
-from edgedetr.onnx_graph.opset import to_opset
+from edgedetr.onnx_graph.opset import convert_opset
 
 
 def graph_of(op: str, values: list[np.ndarray | None], opset: int, **attributes) -> ModelProto:
@@ -96,7 +96,7 @@ def test_an_operator_gives_the_same_numbers_at_opset_19(form):
     op, values, opset, attributes = FORMS[form]
     model = graph_of(op, values, opset, **attributes)
     expected = open_session(model.SerializeToString()).run(None, {"x": values[0]})[0]
-    lower = to_opset(model, 19)
+    lower = convert_opset(model, 19)
     assert (lower.ir_version, lower.opset_import[0].version) == (9, 19)
     actual = open_session(lower.SerializeToString()).run(None, {"x": values[0]})[0]
     # float32 in another order of summation, on values around 1; measured 5e-7
@@ -124,4 +124,4 @@ def test_an_operator_gives_the_same_numbers_at_opset_19(form):
 )
 def test_what_cannot_be_written_at_opset_19_is_named(op, values, attributes, message):
     with pytest.raises(ExportError, match=message):
-        to_opset(graph_of(op, values, 23, **attributes), 19)
+        convert_opset(graph_of(op, values, 23, **attributes), 19)
