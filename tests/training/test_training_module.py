@@ -96,7 +96,7 @@ def test_untrained_parameters_learn_beside_adapters(trained: Path) -> None:
     assert all(parameters[name].requires_grad for name in untrained)
     assert not parameters["selector.project.weight"].requires_grad
 
-    with pytest.raises(ModelError, match="fits no Linear that starts from trained weights; expected train.start"):
+    with pytest.raises(ModelError, match="matches no Linear that starts from trained weights; expected train.start"):
         training_module.build_model(micro.recipe(lora_rank=2), CLASSES, load_weights=True)
     vit = replace(
         recipe.model,
@@ -116,7 +116,7 @@ def test_untrained_parameters_learn_beside_adapters(trained: Path) -> None:
         f"backbone.transformer.blocks.0.attention.{part}.{side}" for part in "qv" for side in ("down", "up")
     }
     random = replace(vit, config=replace(vit.config, backbone_weights="random"))
-    with pytest.raises(ModelError, match="fits no Linear that starts from trained weights"):
+    with pytest.raises(ModelError, match="matches no Linear that starts from trained weights"):
         training_module.build_model(replace(recipe, model=random), CLASSES, load_weights=True)
 
 
