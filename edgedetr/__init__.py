@@ -2,12 +2,14 @@
 
 The Python API, imported on first use:
 
-    load           open a bundle as a detector            edgedetr.runtime
-    train          data set -> bundle                     edgedetr.api
+    load           opens a bundle as a detector
+    train          data set -> bundle
     export         bundle -> ONNX files in FP32, FP16, INT8
     verify         bundle -> verdict on each file
     report         bundle -> one HTML page
-    import_model   a model made elsewhere -> bundle       edgedetr.importing
+    import_model   a model made elsewhere -> bundle
+
+docs/api.md describes them.
 """
 
 from __future__ import annotations
@@ -18,28 +20,29 @@ from typing import TYPE_CHECKING, Any
 from edgedetr import telemetry
 
 if TYPE_CHECKING:
-    from edgedetr.api import ExportResult, export, report, train, verify
+    from edgedetr.api import ExportResult, export, train, verify
     from edgedetr.bundle import Bundle
     from edgedetr.errors import EdgedetrError
     from edgedetr.importing.import_model import import_model
     from edgedetr.importing.import_options import ImportOptions
+    from edgedetr.reporting.report import write_report as report
     from edgedetr.runtime import Detector, load
 
 __version__ = "0.2.0"
 
-# Name -> module that has it.
+# Where each name is defined.
 _LAZY = {
-    "load": "edgedetr.runtime",
-    "train": "edgedetr.api",
-    "export": "edgedetr.api",
-    "verify": "edgedetr.api",
-    "report": "edgedetr.api",
-    "import_model": "edgedetr.importing.import_model",
-    "Bundle": "edgedetr.bundle",
-    "Detector": "edgedetr.runtime",
-    "EdgedetrError": "edgedetr.errors",
-    "ExportResult": "edgedetr.api",
-    "ImportOptions": "edgedetr.importing.import_options",
+    "load": "edgedetr.runtime:load",
+    "train": "edgedetr.api:train",
+    "export": "edgedetr.api:export",
+    "verify": "edgedetr.api:verify",
+    "report": "edgedetr.reporting.report:write_report",
+    "import_model": "edgedetr.importing.import_model:import_model",
+    "Bundle": "edgedetr.bundle:Bundle",
+    "Detector": "edgedetr.runtime:Detector",
+    "EdgedetrError": "edgedetr.errors:EdgedetrError",
+    "ExportResult": "edgedetr.api:ExportResult",
+    "ImportOptions": "edgedetr.importing.import_options:ImportOptions",
 }
 
 __all__ = [
@@ -64,7 +67,8 @@ def __getattr__(name: str) -> Any:
     """The API, by PEP 562: a name's module is imported when the name is first used."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    module, _, attribute = _LAZY[name].partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The Python API: train, export, verify and report, as `edgedetr.train`, `edgedetr.export`, ...
+"""The steps that need several parts of the package: `edgedetr.train`, `edgedetr.export` and `edgedetr.verify`.
 
 The commands with these names call exactly these functions. Heavy libraries are imported when a function runs, so a
 device without PyTorch can verify, and `import edgedetr` is quick. Arguments that name a bundle take its path or an open
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from edgedetr.exporting.serving_files import ServingFiles
     from edgedetr.progress import Progress, TrainingProgress
     from edgedetr.recipe import Recipe
-    from edgedetr.reporting.report import Report
     from edgedetr.runtime.tensorrt.build import BuiltEngine
 
 RUNS = Path("runs")  # where bundles go that are given no path
@@ -218,16 +217,3 @@ def _live_reference(progress: Progress | None) -> Callable[[Bundle, DetectionSet
         return Reference.of(dataset, detect_with_pytorch(bundle.manifest, graph, dataset, progress))
 
     return make
-
-
-def report(bundle: Bundle | str | Path, *, data: str | Path | None = None) -> Report:
-    """Write one HTML page about a verified bundle. It measures nothing.
-
-    data   folder of the verify images, where they have moved since; None = the one that the bundle records
-    return `path` of the page, and `missing`: why images could not be drawn
-    Errors: BundleError before `verify` has run, MissingDependency.
-    """
-    from edgedetr.reporting.report import write_report
-    from edgedetr.runtime.bundle_detector import open_bundle
-
-    return write_report(open_bundle(bundle), data=data)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedetr.api import export, report, train, verify
+from edgedetr.api import export, train, verify
 from edgedetr.data.synthetic import render
 from edgedetr.errors import UsageError
 from edgedetr.evaluation.verdict import Verdict
 from edgedetr.progress import Progress, TrainingProgress
 from edgedetr.recipe import Recipe
+from edgedetr.reporting.report import write_report
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,8 @@ def run(
     with _timed(seconds, "verify"), bars() as progress:
         verdict = verify(bundle, config=recipe.verify, progress=progress)
     with _timed(seconds, "report"):
-        page = report(bundle)
-    return Outcome(seconds, verdict, page.path)
+        page = write_report(bundle).path
+    return Outcome(seconds, verdict, page)
 
 
 @contextmanager

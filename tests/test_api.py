@@ -28,7 +28,7 @@ LIGHT = """
     import sys
     heavy = {"torch", "onnx", "onnxruntime", "openvino", "numpy", "click", "pydantic", "rich", "PIL"}
     print(took, *sorted(heavy & set(sys.modules)))
-    dir(edgedetr), edgedetr.train, edgedetr.export, edgedetr.verify, edgedetr.report, edgedetr.Bundle
+    dir(edgedetr), edgedetr.train, edgedetr.export, edgedetr.verify, edgedetr.Bundle
     print(*sorted(heavy & set(sys.modules)))
 """
 # The program of the page, in a process where the packages of the command line cannot be imported.
