@@ -117,6 +117,16 @@ def test_module_imports_from_below_or_from_its_own_folder(part, path):
         )
 
 
+def test_every_module_of_the_package_that_is_imported_exists():
+    """Mypy takes a missing module of the package for one of another package without types."""
+    for _, path in modules():
+        for name, _ in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            if name.startswith("edgedetr."):
+                whole = PACKAGE.parent.joinpath(*name.split("."))
+                found = [whole, whole.with_suffix(".py"), whole.parent.with_suffix(".py"), whole.parent / "__init__.py"]
+                assert any(one.exists() for one in found), f"{path.relative_to(PACKAGE)} imports {name}"
+
+
 @pytest.mark.parametrize("part, path", [case for case in CASES if FLOOR[case.values[0]] <= WITHOUT_TORCH])
 def test_lower_floors_never_import_torch(part, path):
     for name, _ in imports(ast.parse(path.read_text(encoding="utf-8"))):
