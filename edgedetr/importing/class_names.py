@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgedetr.bundle import ClassInfo
+from edgedetr.data.coco_classes import UNUSED
 from edgedetr.errors import EdgedetrError, UsageError
+from edgedetr.storage.reading import read_text
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,12 @@ class ClassColumns:
 
 
 def read_names(path: Path) -> list[str]:
-    """Names in a text file, one per line; "-" for a class logit that is not used. Errors: UsageError."""
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path}: cannot be read ({error}); expected a text file with one class name per line"
-        ) from error
+    """Names in a text file, one per line; "-" for a class logit that is not used, also if it is "N/A" there.
+
+    Errors: UsageError.
+    """
+    text = read_text(path, UsageError, fix="expected a text file with one class name per line")
+    names = ["-" if line.strip() == UNUSED else line.strip() for line in text.splitlines()]
     names = names[: len(names) - next((i for i, name in enumerate(reversed(names)) if name), len(names))]
     used = [name for name in names if name != "-"]
     if not used or "" in names or len(set(used)) < len(used):
@@ -86,7 +87,7 @@ def class_columns(
         given = {name: index for index, name in enumerate(names) if name != "-"}
         lost = [item.name for item in known or () if item.name not in given]
         if lost:
-            way = "" if source == "--classes" else "; or say --columns index where they stand in the data set's order"
+            way = "" if source == "--classes" else "; or give --columns index if they are in the data set's order"
             raise UsageError(
                 f"{source} does not name {', '.join(lost[:5])}, which the data set has; expected one "
                 f"line of --classes for each class logit of the file, in order, `-` for one that is not "
@@ -106,6 +107,6 @@ def class_columns(
     if width > count + 1 and order == "index":
         raise UsageError(
             f"the file has {width} class logits for {count} classes; say which is which: --classes FILE, "
-            "or --columns category-id where they stand at the category ids (COCO: 91 for 80)"
+            "or --columns category-id if they are at the category ids (COCO: 91 for 80)"
         )
     return ClassColumns(activation, known, tuple(columns + ([width - 1] if activation == "softmax" else [])))

@@ -148,7 +148,7 @@ def read_processor(
         std = read.three("image_std", IMAGENET[1], positive=True)
     elif raw.get("do_normalize") and not given:
         raise error(
-            f"{where}: do_normalize is true without image_mean and image_std; add them, or say "
+            f"{where}: do_normalize is true without image_mean and image_std; add them, or give "
             "--mean and --std and move the file away"
         )
     size = read.size(stretched, is_known)

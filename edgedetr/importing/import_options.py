@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Literal
@@ -64,7 +64,7 @@ class ImportOptions:
 
     Weights only:
     model       member of the family that the weights belong to; required
-    sets        "section.key=value" of the recipe, applied over what the weight files say
+    sets        "section.key=value" of the recipe, applied over the values in the files
 
     ONNX files only:
     scale, mean, std, resize   the preprocessing outside of the file, see `Normalization`. None: as in
@@ -112,15 +112,14 @@ class ImportOptions:
         one_of("sampling", self.sampling, (None, "gather", "grid_sample"), UsageError)
         if self.columns is not None and (self.data is None or self.classes is not None):
             raise UsageError(
-                f"--columns {self.columns} says where the data set's classes stand among the logits; give --data "
-                "with it, and no --classes, which says the same"
+                f"--columns {self.columns} gives the positions of the data set's classes among the logits; give --data "
+                "with it, and no --classes, which gives them too"
             )
 
     def require_only_for(self, source: str, *, is_onnx: bool) -> None:
         """UsageError for an option that only the other kind of source has."""
-        defaults = {item.name: item.default for item in fields(self)}
         for name in FOR_WEIGHTS if is_onnx else FOR_ONNX:
-            if getattr(self, name) != defaults[name]:
+            if getattr(self, name) not in (None, (), []):
                 raise UsageError(
                     f"--{'set' if name == 'sets' else name} is for "
                     f"{'weights' if is_onnx else 'an ONNX file'}, and {source} is "
@@ -154,7 +153,7 @@ FOR_ONNX = ("scale", "mean", "std", "resize", "activation", "boxes", "outputs", 
 
 
 def default_normalization(outputs: Sequence[str]) -> Normalization:
-    """The normalization that models with outputs of these names are published with."""
+    """The normalization of published models whose outputs have these names."""
     return (
         Normalization(mean=IMAGENET[0], std=IMAGENET[1]) if set(outputs) == {"dets", "labels"} else Normalization()
     )  # RF-DETR

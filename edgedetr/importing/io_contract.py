@@ -37,7 +37,7 @@ def read_model(path: Path) -> ModelProto:
     opened = open_onnx(path)
     if opened.faults:
         raise ExportError(
-            f"{path}: {opened.faults[0]}; expected weights in the file, or in a plain file beside it; "
+            f"{path}: {opened.faults[0]}; expected weights in the file, or in a plain file next to it; "
             "copy both into one folder (cp -L follows links)"
         )
     model = opened.model
@@ -180,7 +180,7 @@ def input_size(
     height, width = asked or (preferred if fits and preferred else fixed)
     if height is None or width is None:
         raise UsageError(
-            f"the file leaves height and width open, and no {PROCESSOR} beside it says them; say which to "
+            f"the file leaves height and width open, and no {PROCESSOR} next to it gives them; say which to "
             "use: --input 640x640 (height x width)"
         )
     if max(height, width) > LARGEST_SIDE:
@@ -278,9 +278,9 @@ def classify_outputs(
     else:
         pairs = [(one, other) for one in used for other in used if one != other and _is_pair(shapes, one, other)]
         pairs = [pair for pair in pairs if _may_be_boxes(pair[1], values)]
-    chosen = _find_selected(used, values) if len(asked) != 2 else None
-    if chosen is not None:
-        return chosen
+    selected = _find_selected(used, values) if len(asked) != 2 else None
+    if selected is not None:
+        return selected
     if len(pairs) > 1:
         pairs = _filter_by_name(pairs)
     if len(pairs) == 1 and _is_pair(shapes, *pairs[0]):

@@ -120,17 +120,17 @@ class ImportedOnnxModel:
         if self.contract == "decoded":
             lines.append(
                 f"checked on {self.images} images: all of {self.objects} "
-                "objects that the file itself chooses are found again"
+                "objects that the file itself selects are found again"
             )
         else:
             lines.append(
                 f"checked on {self.images} images: the graph gives what the file gives, read the same way "
-                f"({self.objects} objects); that says nothing of the reading"
+                f"({self.objects} objects); that does not show that the reading is right"
             )
         if not self.stated:
             lines.append(
-                f"normalization taken: {self.normalization.describe()}; the file itself does not say it, so check it, "
-                "and change it by --scale, --mean, --std and --resize"
+                f"normalization taken: {self.normalization.describe()}; the file itself does not contain it, so "
+                "check it, and change it by --scale, --mean, --std and --resize"
             )
         lines.append("the reference of this bundle is the ONNX file itself: there is no PyTorch model")
         return "\n".join(lines)
@@ -205,7 +205,7 @@ def import_onnx_model(path: str | Path, out: str | Path, options: ImportOptions 
     notes = [*meaning.reasons, *files.notes]
     if files.size not in (None, (height, width)):
         listed = " x ".join(str(side) for side in files.size or ())
-        notes.append(f"{PROCESSOR} says {listed}; the input is {height} x {width}")
+        notes.append(f"{PROCESSOR} has size {listed}; the input is {height} x {width}")
     imported = _detect(result, images, output, meaning)
     if graph.is_fp16:  # rounding decides what the file selects: the graph is compared with itself in float32
         widened = SourceModel(graph.model, replace(inputs, mask=""), normalization)
@@ -307,7 +307,7 @@ def _config_normalization(
         if key in reasons:
             raise ExportError(
                 f"{where}: {key} is true, which a bundle cannot do; expected a whole image in RGB; "
-                "move the file away and say --scale, --mean, --std and --resize"
+                "move the file away and give --scale, --mean, --std and --resize"
             )
     found = read_processor(raw, where, ExportError)
     name = Path(where).name
@@ -321,7 +321,7 @@ def _config_normalization(
             f"{name} keeps the aspect of images ({found.size.first} to {found.size.second} px): they are letterboxed "
             "into the input"
         )
-    notes.append(f"pixels go in as {name} says")
+    notes.append(f"the normalization is that of {name}")
     if "resample" in reasons:
         notes.append(f"{name}: resample {raw['resample']} is not kept: {reasons['resample']}")
     if not found.resizes:

@@ -232,7 +232,7 @@ def activation_from_logits(logits: np.ndarray) -> Evidence | None:
 def activation_from_model_type(name: str | None) -> Evidence | None:
     """The activation of a model_type of config.json; None if it is unknown."""
     if name in SOFTMAX_MODELS:
-        return Evidence("softmax", f"config.json says model_type {name}: softmax, the last logit is 'no object'")
+        return Evidence("softmax", f"config.json has model_type {name}: softmax, the last logit is 'no object'")
     if name in SIGMOID_MODELS:
-        return Evidence("sigmoid", f"config.json says model_type {name}: sigmoid")
+        return Evidence("sigmoid", f"config.json has model_type {name}: sigmoid")
     return None

@@ -22,7 +22,7 @@ from edgedetr.data import layouts
 from edgedetr.data.coco_classes import COCO, UNUSED, coco_classes
 from edgedetr.data.detection_set import without_empty_classes
 from edgedetr.errors import DataError, ModelError
-from edgedetr.importing.class_names import config_labels
+from edgedetr.importing.class_names import config_labels, read_names
 from edgedetr.importing.image_processor import find_processor, preprocessing_of
 from edgedetr.importing.import_options import ImportOptions
 from edgedetr.models import build, member
@@ -34,7 +34,6 @@ from edgedetr.models.deploy import DeployGraph
 from edgedetr.models.member import Member
 from edgedetr.recipe import Recipe
 from edgedetr.runtime.arguments import as_path
-from edgedetr.storage.reading import read_text
 
 DECODER_LAYER = re.compile(r"decoder\.(?:layers|boxes\.(?:score|box|class_tower|box_tower))\.(\d+)\.")
 
@@ -91,19 +90,19 @@ def import_weights(source: str | Path, out: str | Path, options: ImportOptions) 
     read = architecture(origin, model, size, sets)
     recipe, weights, notes = read.recipe, read.weights, list(read.notes)
     config = recipe.model.config
-    published = _classes(num_classes(weights, config.activation), read.config, classes, source, notes)
-    record, wanted = None, published
+    in_file = _classes(num_classes(weights, config.activation), read.config, classes, source, notes)
+    record, wanted = None, in_file
     if data is not None:
-        place = recipe.data.resolve(layouts.splits(data))
-        wanted = layouts.load(data, place.verify_split).classes
-        if place.drop_empty_classes:
-            wanted = without_empty_classes(layouts.load(data, place.train_split)).classes
-        record = DataRecord(str(data.resolve()), place.verify_split, place.train_split)
+        splits = recipe.data.resolve(layouts.splits(data))
+        wanted = layouts.load(data, splits.verify_split).classes
+        if splits.drop_empty_classes:
+            wanted = without_empty_classes(layouts.load(data, splits.train_split)).classes
+        record = DataRecord(str(data.resolve()), splits.verify_split, splits.train_split)
     with torch.device("meta"):
-        pretrained.check_weights(build(model, config, len(published)), weights, source)  # before it takes any memory
+        pretrained.check_weights(build(model, config, len(in_file)), weights, source)  # before any memory is allocated
     detector = build(model, config, len(wanted))
-    rows = pretrained.rows_by_name([c.name for c in published], [c.name for c in wanted])
-    loaded = pretrained.load_weights(detector, weights, source, None if wanted == published else rows)
+    rows = pretrained.rows_by_name([c.name for c in in_file], [c.name for c in wanted])
+    loaded = pretrained.load_weights(detector, weights, source, None if wanted == in_file else rows)
     contract = recipe.input.contract()
     DeployGraph(detector, contract.height, contract.width)  # fails before anything is written
     kept = tuple(c.name for c, row in zip(wanted, rows) if row is not None)
@@ -161,7 +160,7 @@ def architecture(
 
     Errors: ModelError, which names the key, if they disagree, or for a model that this package would not compute.
     """
-    source, chosen = origin.source, member(model)
+    source, family_member = origin.source, member(model)
     raw = origin.weights()
     layout, notes = conversion.layout_of(model, raw, source), list(origin.notes)
     config = _config_next_to(origin, model, layout, notes)
@@ -171,8 +170,12 @@ def architecture(
         if assignment.replace(" ", "").startswith("model.heads="):
             values["heads"] = _heads_of(assignment)
     values.setdefault("heads", 8)
-    found = config_from_state_dict(chosen, weights, values["heads"])
-    if chosen.refuse_import is not None and layout != "edgedetr" and (refused := chosen.refuse_import(found)):
+    found = config_from_state_dict(family_member, weights, values["heads"])
+    if (
+        family_member.refuse_import is not None
+        and layout != "edgedetr"
+        and (refused := family_member.refuse_import(found))
+    ):
         raise ModelError(f"{source}: {refused}")
     if config:
         config.require_agreement(found)
@@ -180,7 +183,7 @@ def architecture(
     image = preprocessing_of(raw_processor, model, where, size)
     notes += image.notes
     colors = {"mean": image.mean, "std": image.std} if image.mean and image.std else {}
-    known = chosen.config.__dataclass_fields__
+    known = family_member.config.__dataclass_fields__
     inside = {name: value for name, value in {**found, **values}.items() if name in known}
     sections = {
         "model": {"name": model, **inside, **colors},
@@ -188,7 +191,7 @@ def architecture(
     }
     recipe = Recipe.from_dict(sections, where=source, sets=sets)
     if not config:
-        notes.append(_unreadable(chosen, recipe.model.config, found))
+        notes.append(_unreadable(family_member, recipe.model.config, found))
     weights = _first_layers(weights, getattr(recipe.model.config, "decoder_layers", len(weights)), notes)
     return Architecture(layout, recipe, weights, config, tuple(notes))
 
@@ -223,22 +226,22 @@ def _config_next_to(origin: WeightSource, model: str, layout: str, notes: list[s
 
 
 def _unreadable(model: Member, config: Any, found: dict[str, Any]) -> str:
-    """The note about the fields that follow from no tensor, and how they were taken."""
-    taken = {
+    """The note about fields that no tensor shows, and the values assumed for them."""
+    assumed = {
         name: getattr(config, name)
         for name in model.unreadable
         if name not in found or (name == "ffn_activation" and found[name] != "prelu")
     }
-    listed = ", ".join(f"{name}={value}".lower() for name, value in taken.items())
-    unknown = "whether C5 is dilated (DC5), " if "dilate_last" in taken else ""
+    listed = ", ".join(f"{name}={value}".lower() for name, value in assumed.items())
+    unknown = "whether C5 is dilated (DC5), " if "dilate_last" in assumed else ""
     unknown += (
         "whether sampling is discrete, which decoder layer is the last one used (eval_idx), "
-        if "method" in taken
+        if "method" in assumed
         else ""
     )
     return (
         f"no tensor shows {unknown}and no file next to it does; taken as usual: {listed}; change by --set "
-        f"model.{next(iter(taken), 'heads')}=VALUE, and so on"
+        f"model.{next(iter(assumed), 'heads')}=VALUE, and so on"
     )
 
 
@@ -248,8 +251,7 @@ def _classes(
     """Classes of the class head: named by `file`, by config.json, by COCO if the count fits, or numbered."""
     labels = _labels(config, count) if config and file is None else None
     if file is not None:
-        text = read_text(file, DataError, fix="expected a class name per line")
-        listed = [UNUSED if line == "-" else line for line in (line.strip() for line in text.splitlines()) if line]
+        listed = [UNUSED if name == "-" else name for name in read_names(file)]
         if len(listed) != count:
             raise DataError(
                 f"{file} names {len(listed)} classes, but the class head of {source} has {count}; "

@@ -38,7 +38,7 @@ def test_a_softmax_detector_is_known_by_its_configuration(tmp_path, capsys):
     path = folder(tmp_path / "m", made.model(["l", "b"]), config={"model_type": "detr", "id2label": NAMES})
     assert cli.run(["import", str(path), "--out", str(tmp_path / "b")]) == 0
     err = capsys.readouterr().err
-    assert "config.json says model_type detr: softmax" in err
+    assert "config.json has model_type detr: softmax" in err
     assert "3 class names are those of config.json" in err
     detector = load(tmp_path / "b", backend="onnxruntime", stage="onnx", threads=1)
     found = detector([np.zeros((64, 96, 3), np.uint8)])[0]

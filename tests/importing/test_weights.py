@@ -16,7 +16,7 @@ from edgedetr.bundle import Bundle
 from edgedetr.cli import run
 from edgedetr.data.coco_classes import COCO, coco_classes
 from edgedetr.data.synthetic import render
-from edgedetr.errors import DataError, ModelError
+from edgedetr.errors import DataError, ModelError, UsageError
 from edgedetr.exporting.export import export
 from edgedetr.importing.import_options import ImportOptions
 from edgedetr.importing.weights import import_weights
@@ -329,6 +329,9 @@ def test_what_cannot_be_imported_says_why_and_leaves_nothing(detr_file: Path, tm
     short = tmp_path / "names.txt"
     short.write_text("a\nb\n", encoding="utf-8")
     with pytest.raises(DataError, match="names 2 classes, but the class head of .* has 91"):
+        import_weights(str(detr_file), out, ImportOptions(model="detr", classes=short, sets=HEADS))
+    short.write_text("\n".join(["a", *(f"class {number}" for number in range(89)), "a"]), encoding="utf-8")
+    with pytest.raises(UsageError, match="91 names, of which some are empty or repeated"):
         import_weights(str(detr_file), out, ImportOptions(model="detr", classes=short, sets=HEADS))
     with pytest.raises(ModelError, match="no known layout of rt_detr"):
         import_weights(str(detr_file), out, ImportOptions(model="rt_detr"))

@@ -109,7 +109,7 @@ CONDITIONAL_PROJECTIONS: list[RenameRule] = [
     (r"\.qpos_sine_proj\.", ".q_spatial."),
     (r"\.([qk])pos_proj\.", r".\1_position."),
 ]
-# What the decoder owns beside its layers; `model.` on the hub, `transformer.` in the authors' files.
+# Parts of the decoder outside of its layers; `model.` on the hub, `transformer.` in the authors' files.
 CONDITIONAL_DECODER: list[RenameRule] = [
     (r"^(?:model|transformer)\.encoder\.query_scale\.", "encoder.position_scale."),
     (r"^(?:model|transformer)\.decoder\.query_scale\.", "decoder.spatial.scale."),

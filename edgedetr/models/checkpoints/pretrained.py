@@ -107,7 +107,7 @@ def load_weights(
     rows    for each of our classes, the index of its class in the file, or None if it stays newly initialized; without
             rows, class heads of another size stay newly initialized
     """
-    own, weights, fresh = _compare(module, weights, source, anew=rows is not None)
+    own, weights, fresh = _compare(module, weights, source, reset=rows is not None)
     for name, tensor in own.items():
         if name not in fresh:
             tensor.copy_(weights[name])
@@ -129,11 +129,11 @@ def load_weights(
 
 def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """The check of `load_weights`, also for a module on the meta device. Errors: as `load_weights`."""
-    _compare(module, weights, source, anew=False)
+    _compare(module, weights, source, reset=False)
 
 
 def _compare(
-    module: nn.Module, weights: Mapping[str, Tensor], source: str, anew: bool
+    module: nn.Module, weights: Mapping[str, Tensor], source: str, reset: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     """Tensors of the module and of the file, and the names of class heads that stay newly initialized."""
     own = {name: tensor for name, tensor in module.state_dict().items() if not IGNORED.search(name)}
@@ -146,7 +146,7 @@ def _compare(
         and name in weights
         and own[name].shape[1:] == weights[name].shape[1:]
     ]
-    fresh = [name for name in per_class if own[name].shape[0] != weights[name].shape[0] or anew]
+    fresh = [name for name in per_class if own[name].shape[0] != weights[name].shape[0] or reset]
     shapes = [
         f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
         for name in own

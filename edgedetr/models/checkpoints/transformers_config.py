@@ -35,7 +35,7 @@ SOURCES = {kind: source for member in FAMILY.values() for kind, source in member
 TIMM = re.compile(r"(resnet(?:18|34|50|101))(d?)(?:\.\w+)?$")
 HUB = re.compile(r"microsoft/(resnet-(?:18|34|50|101))$")
 STAGED = ("resnet", "rt_detr_resnet")
-# What transformers takes where a ResNet's configuration says nothing: ResNet-50.
+# Defaults of transformers for a ResNet: ResNet-50.
 STAGED_DEFAULTS: dict[str, Any] = {
     "depths": [3, 4, 6, 3],
     "layer_type": "bottleneck",

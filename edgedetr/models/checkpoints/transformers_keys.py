@@ -91,7 +91,7 @@ GENERIC: dict[str, Key] = {
         "use_bfloat16",
     ),
     **_all(
-        NoEffect("what else is given back beside logits and boxes"),
+        NoEffect("what else is returned next to logits and boxes"),
         "output_attentions",
         "output_hidden_states",
         "output_scores",
@@ -159,7 +159,7 @@ GENERIC: dict[str, Key] = {
         NoEffect("the file holds each tensor, or one for all copies; copies that differ are refused"),
         "tie_word_embeddings",
     ),
-    "pruned_heads": Only("heads that were cut out have no place here", ({}, None)),
+    "pruned_heads": Only("pruned heads are not supported", ({}, None)),
     "per_layer_config": Only("all layers are built alike", ({}, None)),
     "quantization_config": Only("weights that are stored quantized are not read", (None,)),
     "auto_map": Only("code that comes with a model is not executed", (None,)),
@@ -203,7 +203,7 @@ _TRAINING: dict[str, Key] = {
     "use_pretrained_backbone": NoEffect("the first weights of the backbone, which training replaced"),
 }
 _BACKBONE = _all(
-    Special("together they say which backbone, of which levels, dilated or not"),
+    Special("together they determine the backbone, its levels and its dilation"),
     "backbone_config",
     "backbone",
     "use_timm_backbone",
@@ -244,7 +244,9 @@ DAB: dict[str, Key] = {
     "activation_function": Read(
         "of all feed-forward parts", "ffn_activation", "prelu", {**_ACTIVATIONS, "prelu": "prelu"}
     ),
-    **_all(Only("waves of the positions, as published", (20,)), "temperature_height", "temperature_width"),
+    **_all(
+        Only("temperatures of the position encoding, as published", (20,)), "temperature_height", "temperature_width"
+    ),
     "query_dim": Only("a query is a box", (4,)),
     "random_refpoints_xy": NoEffect("the first weights, which training replaced"),
     "keep_query_pos": Only("positions of the queries join the content in the first layer alone", (False,)),
@@ -261,7 +263,7 @@ DEFORMABLE: dict[str, Key] = {
     "num_feature_levels": Same("", "levels", default=4),
     "encoder_n_points": Same("as many in the encoder as in the decoder", "points"),
     "decoder_n_points": Same("as many in the encoder as in the decoder", "points"),
-    "return_intermediate": NoEffect("what else is given back beside logits and boxes"),
+    "return_intermediate": NoEffect("what else is returned next to logits and boxes"),
     "auxiliary_loss": NoEffect("layers are not normalized for their predictions, with it and without"),
 }
 RT_DETR: dict[str, Key] = {
@@ -321,7 +323,7 @@ RT_DETR_V2: dict[str, Key] = {
 _RESNET: dict[str, Key] = {
     **GENERIC,
     "num_channels": Only("images have three channels", (3,)),
-    **_all(Special("the tensors must say the same"), "embedding_size", "hidden_sizes", "depths", "layer_type"),
+    **_all(Special("must agree with the tensors"), "embedding_size", "hidden_sizes", "depths", "layer_type"),
     "hidden_act": Only("as published", ("relu",)),
     "downsample_in_first_stage": Only("as published", (False,)),
     "downsample_in_bottleneck": Only("the 3x3 convolution has the stride", (False,)),
@@ -341,7 +343,7 @@ _TIMM: dict[str, Key] = {
 }
 BACKBONES: dict[str, dict[str, Key]] = {"resnet": _RESNET, "rt_detr_resnet": _RESNET, "timm_backbone": _TIMM}
 
-# A backbone whose weights are taken for a training (model.backbone_weights), by its own config.json.
+# config.json of a backbone whose weights a training starts from (model.backbone_weights).
 VIT_HEAD = 64  # channels per head, in all sizes of the paper
 _VIT: dict[str, Key] = {
     **GENERIC,
@@ -389,7 +391,7 @@ class TransformersClass:
 
     architecture  name of the class in config.json
     keys          of its configuration
-    timm          whether the backbone is timm's where config.json does not say
+    timm          whether the backbone is timm's if config.json does not say
     levels        config.json -> the stages of the backbone that the model takes
     queries_key   config.json -> the key that counts its queries, where several could
     """

@@ -80,11 +80,15 @@ def find_weight_file(folder: Path) -> Path:
 def shards(index: Path) -> dict[str, set[str]]:
     """Files that an index names, and the tensors which it lists for each."""
     content = read_json(index, ModelError)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
         raise ModelError(f"{index}: no weight_map of tensors and files; expected the index that save_pretrained writes")
     files: dict[str, set[str]] = {}
-    for tensor, file in places.items():
+    for tensor, file in weight_map.items():
         if Path(file).name != file or file in (".", ".."):
             raise ModelError(f"{index}: {tensor} is in {file!r}; expected a file in the folder of the index")
         files.setdefault(file, set()).add(tensor)
@@ -99,17 +103,17 @@ def read_shards(index: Path, files: Mapping[str, Path]) -> Weights:
     for name, tensors in shards(index).items():
         found = load(files[name])
         if set(found) != tensors:
-            odd = sorted(set(found) ^ tensors)
+            different = sorted(set(found) ^ tensors)
             raise ModelError(
-                f"{files[name]}: {odd[0]} is {'missing' if odd[0] in tensors else 'not in the index'} "
-                f"({len(odd)} such tensors); expected the files that belong to {index}"
+                f"{files[name]}: {different[0]} is {'missing' if different[0] in tensors else 'not in the index'} "
+                f"({len(different)} such tensors); expected the files that belong to {index}"
             )
         weights.update(found)
     return weights
 
 
 def load(path: Path, notes: list[str] | None = None) -> Weights:
-    """Tensors of one file, taken out of their wrappers; `notes` gets a sentence if it holds several sets.
+    """Tensors of one file, without their wrappers; `notes` gets a sentence if it holds several sets.
 
     Errors: ModelError for a file that holds no tensors.
     """
@@ -152,14 +156,14 @@ def _tensors(content: Any, path: Path, notes: list[str]) -> Weights:
     inner, way = wrapped_in(content) if isinstance(content, dict) else ({}, [])
     others = [key for key in WRAPPERS if way and key != way[0] and isinstance(content.get(key), dict)]
     if others:
-        notes.append(f"weights under {way[0]!r} were taken, and not those under {', '.join(map(repr, others))}")
+        notes.append(f"weights under {way[0]!r} were read, and not those under {', '.join(map(repr, others))}")
     found = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not found:
         what = "an adapter's or optimizer's file?" if isinstance(content, dict) else type(content).__name__
         raise ModelError(f"{path}: no tensors inside ({what}); expected a state dict")
     if any(".lora_A." in name or ".lora_B." in name for name in found):
         raise ModelError(
-            f"{path} holds an adapter (LoRA) beside or without the model's weights; merge it into them "
+            f"{path} holds an adapter (LoRA) next to or without the model's weights; merge it into them "
             "first: model.merge_and_unload()"
         )
     if sum(tensor.numel() * tensor.element_size() for tensor in found.values()) > 16 * path.stat().st_size + SLACK:

@@ -160,7 +160,7 @@ def test_averaged_weights_are_taken_and_said(wrapper: str, ours: Weights, author
     comes_back(path, ours)
     origin = WeightSource(str(path))
     origin.weights()
-    assert origin.notes == [f"weights under {wrapper!r} were taken, and not those under 'model'"]
+    assert origin.notes == [f"weights under {wrapper!r} were read, and not those under 'model'"]
 
 
 class Detector(torch.nn.Module):
