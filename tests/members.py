@@ -74,22 +74,7 @@ RESIDUAL = 0.3  # share of a ResNet block's branch
 SELECTING = ("deformable_detr", "efficient_detr", "rt_detr")
 
 # Parameters without a gradient from predictions alone, per member, and why.
-_FIRST_SELF_ATTENTION = tuple(
-    f"decoder.layers.0.self_attention.{part}" for part in ("q.weight", "q.bias", "k.weight", "k.bias", "v.weight")
-)
 UNUSED: dict[str, tuple[str, ...]] = {
-    # The first self-attention among queries of zero content has equal values everywhere: weights do not matter.
-    "detr": _FIRST_SELF_ATTENTION,
-    "conditional_detr": (
-        *_FIRST_SELF_ATTENTION,
-        *(f"decoder.layers.0.self_attention.{part}_position.{kind}" for part in "qk" for kind in ("weight", "bias")),
-    ),
-    # All queries begin with the same content, so that the first self-attention has equal values everywhere.
-    "dn_detr": tuple(
-        f"decoder.layers.0.self_attention.{part}.{kind}"
-        for part in ("q", "q_position", "k", "k_position")
-        for kind in ("weight", "bias")
-    ),
     # No box of these images is large enough for P5, and P7 is further from P4 than two layers carry.
     "sparse_rcnn": ("encoder.pyramid.smooth.3.weight", "encoder.pyramid.smooth.3.bias"),
     "dynamic_detr": ("encoder.pyramid.coarser.1.weight", "encoder.pyramid.coarser.1.bias"),
