@@ -53,7 +53,7 @@ FROM_10_14 = {"jetpack-7.2": "warning", "trt-11": "warning"}
 
 @dataclass(frozen=True)
 class Case:
-    """A planted fault, its repaired twin, and what each target is told."""
+    """A planted fault, its repaired form, and the severity that each target gets."""
 
     rule: str
     bad: ModelProto
@@ -244,7 +244,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.rule)
-def test_a_planted_fault_is_found_and_its_repaired_twin_is_not(case):
+def test_a_planted_fault_is_found_and_its_repaired_form_is_not(case):
     found = [finding for finding in lint(case.bad) if finding.rule == case.rule]
     assert {name: kind for finding in found for name, kind in finding.severity.items()} == case.severity
     assert all(finding.node and finding.reason and finding.fix and finding.source for finding in found)
@@ -320,14 +320,14 @@ def test_the_table_follows_the_releases_and_names_its_source():
     assert found.source.startswith("https://github.com/onnx/onnx-tensorrt/blob/release/10.1-GA/")
 
 
-def test_one_target_alone_is_asked():
+def test_one_target_can_be_chosen():
     assert lint(grid_sample(mode="bilinear"), ["jetpack-6"]) == ()
     assert [finding.rule for finding in lint(grid_sample(mode="bilinear"), ["trt-11"])] == ["grid-sample-wrong"]
     with pytest.raises(UsageError, match="target is 'jetpack-5'; expected one of .* did you mean 'jetpack-6'"):
         lint(one("Relu"), ["jetpack-5"])
 
 
-def test_a_node_without_a_name_is_called_by_what_it_makes():
+def test_a_node_without_a_name_is_called_by_its_output():
     model = top_k(4000)
     model.graph.node[0].name = ""
     assert lint(model)[0].node == "TopK -> y"
@@ -374,7 +374,7 @@ def test_of_many_reasons_of_one_rule_the_table_names_three(tmp_path):
     assert [row[3] for row in rows] == ["best0", "best1", "best2", "(2 other reasons of this rule)"]
 
 
-def test_a_real_parser_is_asked_on_demand(tmp_path, capsys):
+def test_a_real_parser_runs_on_demand(tmp_path, capsys):
     pytest.importorskip("tensorrt_rtx_bindings")
     onnx.save(top_k(300), tmp_path / "good.onnx")
     assert cli.run(["lint", str(tmp_path / "good.onnx"), "--parse", "--json"]) == 0

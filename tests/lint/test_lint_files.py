@@ -18,10 +18,10 @@ def with_external_data(folder, location: str = "weights.bin", **entries) -> str:
     tensor = model.graph.initializer[0]
     folder.mkdir(exist_ok=True)
     (folder / "weights.bin").write_bytes(tensor.raw_data)
-    told = {"location": location, "length": str(len(tensor.raw_data)), **entries}
+    stated = {"location": location, "length": str(len(tensor.raw_data)), **entries}
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    for key, value in told.items():
+    for key, value in stated.items():
         if value is not None:
             tensor.external_data.add(key=key, value=value)
     path = folder / "m.onnx"
@@ -29,7 +29,7 @@ def with_external_data(folder, location: str = "weights.bin", **entries) -> str:
     return str(path)
 
 
-def test_weights_in_a_file_beside_it_are_read(tmp_path):
+def test_weights_in_a_file_next_to_it_are_read(tmp_path):
     assert lint_file(with_external_data(tmp_path / "a")).findings == ()
     assert lint_file(with_external_data(tmp_path / "b", length=None)).findings == ()
 
@@ -93,7 +93,7 @@ def test_a_tensor_that_is_named_often_does_not_fill_the_memory(tmp_path):
         (one("Relu").SerializeToString()[:-9], "readable|no graph"),
     ],
 )
-def test_what_is_no_onnx_file_is_said(tmp_path, content, message):
+def test_what_is_no_onnx_file_is_an_error(tmp_path, content, message):
     (tmp_path / "m.onnx").write_bytes(content)
     with pytest.raises(ExportError, match=message):
         lint_file(tmp_path / "m.onnx")

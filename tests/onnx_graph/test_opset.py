@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from external_models import open_session
+from graphs import graph_of, run_model
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.opset import convert_opset
 
 
-def graph_of(op: str, values: list[np.ndarray | None], opset: int, **attributes) -> ModelProto:
+def one_node(op: str, values: list[np.ndarray | None], opset: int, **attributes) -> ModelProto:
     """One node whose first input is the graph's, and the others constants."""
     names = ["x", *(f"c{i}" if value is not None else "" for i, value in enumerate(values[1:]))]
     constants = [numpy_helper.from_array(value, name) for value, name in zip(values[1:], names[1:]) if name]
@@ -94,7 +95,7 @@ FORMS = {
 @pytest.mark.parametrize("form", list(FORMS))
 def test_an_operator_gives_the_same_numbers_at_opset_19(form):
     op, values, opset, attributes = FORMS[form]
-    model = graph_of(op, values, opset, **attributes)
+    model = one_node(op, values, opset, **attributes)
     expected = open_session(model.SerializeToString()).run(None, {"x": values[0]})[0]
     lower = convert_opset(model, 19)
     assert (lower.ir_version, lower.opset_import[0].version) == (9, 19)
@@ -124,4 +125,25 @@ def test_an_operator_gives_the_same_numbers_at_opset_19(form):
 )
 def test_what_cannot_be_written_at_opset_19_is_named(op, values, attributes, message):
     with pytest.raises(ExportError, match=message):
-        convert_opset(graph_of(op, values, 23, **attributes), 19)
+        convert_opset(one_node(op, values, 23, **attributes), 19)
+
+
+@pytest.mark.parametrize("mode, older", [("linear", b"bilinear"), ("cubic", b"bicubic"), ("nearest", b"nearest")])
+def test_the_modes_of_grid_sample_are_renamed_on_the_way_down(mode, older, rng):
+    grid = rng.uniform(-1.1, 1.1, (1, 3, 5, 2))
+    model = graph_of([helper.make_node("GridSample", ["x", "g"], ["y"], "s", mode=mode)], {"g": grid}, opset=20)
+    model.ir_version = 9
+    image = rng.normal(size=(1, 4, 6, 6)).astype(np.float32)
+    expected = run_model(model, x=image)[0]
+    lower = convert_opset(model, 19)
+    assert lower.graph.node[0].attribute[0].s == older
+    assert (lower.ir_version, lower.opset_import[0].version) == (9, 19)
+    np.testing.assert_array_equal(run_model(lower, x=image)[0], expected)
+
+
+def test_an_older_file_is_converted_upwards(rng):
+    model = graph_of([helper.make_node("ReduceMean", ["x"], ["y"], "mean", axes=[2, 3])], {}, opset=13)
+    image = rng.normal(size=(1, 4, 6, 6)).astype(np.float32)
+    lifted = convert_opset(model, 19)
+    assert lifted.opset_import[0].version == 19
+    np.testing.assert_array_equal(run_model(lifted, x=image)[0], run_model(model, x=image)[0])

@@ -64,7 +64,7 @@ def run(path: Path, images: np.ndarray) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("contract", [STRETCH, LETTERBOX], ids=lambda contract: contract.resize)
 @pytest.mark.parametrize("frame", [None, (130, 190)], ids=str)
-def test_the_configuration_says_what_the_graph_is(tmp_path, contract, frame):
+def test_the_configuration_matches_the_graph(tmp_path, contract, frame):
     made = patch_detector.bundle(tmp_path / "b", contract=contract)
     files = write_deepstream(made, tmp_path / "ds", frame=frame)
     config = read(files.config)["property"]
@@ -101,7 +101,7 @@ def test_the_parser_finds_the_boxes_of_our_decode(tmp_path, contract, activation
 
 @pytest.mark.parametrize("contract", [STRETCH, LETTERBOX], ids=lambda contract: contract.resize)
 @pytest.mark.parametrize("size", [(130, 190), (300, 210)], ids=str)
-def test_with_a_whole_frame_our_resize_is_inside(tmp_path, contract, size):
+def test_with_a_whole_frame_the_resize_is_in_the_graph(tmp_path, contract, size):
     made = patch_detector.bundle(tmp_path / "b", contract=contract)
     files = write_deepstream(made, tmp_path / "ds", frame=size)
     config, seen = read(files.config), 0
@@ -129,7 +129,7 @@ def same_objects(made, frame: np.ndarray, outputs: dict[str, np.ndarray], config
     return len(found)
 
 
-def test_the_number_of_objects_leaves_out_scores_of_zero(tmp_path):
+def test_the_number_of_detections_leaves_out_scores_of_zero(tmp_path):
     made = patch_detector.bundle(tmp_path / "b", classes=1, top_k=16)
     with made.add("model.onnx", stage="export") as temporary:
         patch_detector.write(temporary, made.manifest.input, 1)
@@ -174,7 +174,7 @@ def test_a_letterbox_without_frame_is_warned_about(tmp_path, caplog):
     assert not caplog.text
 
 
-def test_more_objects_than_tensorrt_can_choose_are_refused(tmp_path):
+def test_more_detections_than_tensorrt_can_select_are_refused(tmp_path):
     made = patch_detector.bundle(tmp_path / "b", top_k=4000)
     with pytest.raises(ExportError, match="at most 3840"):
         write_deepstream(made, tmp_path / "ds")

@@ -62,7 +62,7 @@ def test_the_network_is_the_exported_one(copied, source):
 
 
 @pytest.mark.parametrize("source", ["model.onnx", "model.int8.onnx"])
-def test_lint_is_silent_about_what_was_added(copied, source):
+def test_lint_is_silent_about_frame_graphs(copied, source):
     name = write_frames(copied, 150, 201, [source])[0]
     findings = lint(onnx.load(str(copied.require(name))))
     assert not [finding for finding in findings if finding.node.startswith(("/frame", "/objects"))]

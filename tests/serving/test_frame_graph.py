@@ -42,7 +42,7 @@ def within(frame: np.ndarray) -> dict[str, float]:
 
 @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.resize)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_resize_inside_is_the_cpus_to_one_level(tmp_path, contract, size):
+def test_the_resize_in_the_graph_equals_the_cpus_within_one_level(tmp_path, contract, size):
     made = patch_detector.bundle(tmp_path / "b", contract=contract)
     model = with_frames(onnx.load(made.path / "model.onnx"), made.manifest, *size)
     frame = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -56,7 +56,7 @@ def test_the_resize_inside_is_the_cpus_to_one_level(tmp_path, contract, size):
 @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.resize)
 @pytest.mark.parametrize("activation, classes", [("sigmoid", 3), ("sigmoid", 1), ("softmax", 3), ("softmax", 1)])
 @pytest.mark.parametrize("top_k", [5, 100])
-def test_objects_are_those_of_the_cpu(tmp_path, contract, activation, classes, top_k):
+def test_detections_are_those_of_the_cpu(tmp_path, contract, activation, classes, top_k):
     made = patch_detector.bundle(tmp_path / "b", contract=contract, activation=activation, classes=classes, top_k=top_k)
     write_frames(made, 130, 191)
     detector = load(made, backend="onnxruntime", stage="onnx")
@@ -77,7 +77,7 @@ def test_objects_are_those_of_the_cpu(tmp_path, contract, activation, classes, t
     "contract", [InputContract(320, 320), InputContract(320, 416, "letterbox")], ids=lambda contract: contract.resize
 )
 @pytest.mark.parametrize("file", ["sahi/small-vehicles1.jpeg", "exif/Landscape_6.jpg", "pillow/hopper.png"])
-def test_real_images_give_the_same_objects(tmp_path, shared_data, contract, file):
+def test_real_images_give_the_same_detections(tmp_path, shared_data, contract, file):
     frame = decode(shared_data / "edge" / file)
     made = patch_detector.bundle(tmp_path / "b", contract=contract)
     write_frames(made, *frame.shape[:2])

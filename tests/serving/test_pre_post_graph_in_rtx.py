@@ -22,7 +22,7 @@ needs_rtx = pytest.mark.skipif(
 
 
 @needs_rtx
-def test_every_form_of_the_ends_parses_and_builds(tmp_path):
+def test_every_form_of_the_pre_post_graph_parses_and_builds(tmp_path):
     """Bytes in, pooled, interpolated, padded or as they are; both activations; DeepStream's outputs."""
     made = patch_detector.bundle(tmp_path / "stretch")
     paths = [made.path / write_frames(made, *size)[0] for size in ((300, 500), (64, 96))]
@@ -45,15 +45,15 @@ builder = trt.Builder(logger)
 network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 parser = trt.OnnxParser(network, logger)
 assert parser.parse_from_file(sys.argv[1])
-told = {}
+found = {}
 for layer in (network.get_layer(i) for i in range(network.num_layers)):
     if layer.type == trt.LayerType.RESIZE:
         layer.__class__ = trt.IResizeLayer
-        told["resize"] = [layer.resize_mode.name, layer.coordinate_transformation.name]
+        found["resize"] = [layer.resize_mode.name, layer.coordinate_transformation.name]
     if layer.type == trt.LayerType.POOLING:
         layer.__class__ = trt.IPoolingLayer
-        told["pool"] = [layer.type.name, layer.padding_mode.name]
-print(json.dumps(told))
+        found["pool"] = [layer.type.name, layer.padding_mode.name]
+print(json.dumps(found))
 """
 
 
@@ -63,5 +63,5 @@ def test_the_parser_reads_the_resize_as_it_is_meant(tmp_path):
     made = patch_detector.bundle(tmp_path / "b", contract=InputContract(96, 64, "letterbox"))
     path = made.path / write_frames(made, 130, 191)[0]
     out = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=True).stdout
-    told = json.loads(out.splitlines()[-1])
-    assert told == {"resize": ["LINEAR", "HALF_PIXEL"], "pool": ["AVERAGE", "EXPLICIT_ROUND_DOWN"]}
+    found = json.loads(out.splitlines()[-1])
+    assert found == {"resize": ["LINEAR", "HALF_PIXEL"], "pool": ["AVERAGE", "EXPLICIT_ROUND_DOWN"]}

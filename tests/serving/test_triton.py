@@ -60,10 +60,10 @@ def require_fits(schema: ModuleType, config, path: Path) -> None:
     """Names, types and shapes of the configuration are those of the file, and it runs as the configuration says."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name_of = schema.DataType.Name
-    for told, real in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
-        assert [item.name for item in told] == [item.name for item in real]
-        assert [NUMPY[name_of(item.data_type)][0] for item in told] == [item.type for item in real]
-        assert [dims(config, item) for item in told] == [shape(item) for item in real]
+    for stated, real in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        assert [item.name for item in stated] == [item.name for item in real]
+        assert [NUMPY[name_of(item.data_type)][0] for item in stated] == [item.type for item in real]
+        assert [dims(config, item) for item in stated] == [shape(item) for item in real]
     batch = config.max_batch_size or 1
     feed = {
         item.name: np.full([batch if d == -1 else d for d in dims(config, item)], 90, NUMPY[name_of(item.data_type)][1])
@@ -91,19 +91,19 @@ def test_a_fixed_batch_is_served_one_by_one(tmp_path, schema, source, kind):
     require_fits(schema, config, found.folder / "1" / "model.onnx")
 
 
-def test_the_server_can_tell_classes_and_contracts(tmp_path, schema):
+def test_classes_and_contracts_are_parameters_of_the_model(tmp_path, schema):
     made = patch_detector.bundle(tmp_path / "b.bundle", contract=InputContract(96, 64, "letterbox"))
     found = write_repository(made, tmp_path / "models", "model.onnx")
-    told = {key: value.string_value for key, value in parse(schema, found.folder).parameters.items()}
-    assert told["labels"].split("\n") == (found.folder / "labels.txt").read_text().splitlines()
-    assert json.loads(told["input"]) == {
+    stated = {key: value.string_value for key, value in parse(schema, found.folder).parameters.items()}
+    assert stated["labels"].split("\n") == (found.folder / "labels.txt").read_text().splitlines()
+    assert json.loads(stated["input"]) == {
         "height": 96,
         "width": 64,
         "resize": "letterbox",
         "color": "RGB",
         "range": [0, 255],
     }
-    assert json.loads(told["output"]) == {"activation": "sigmoid", "top_k": 20}
+    assert json.loads(stated["output"]) == {"activation": "sigmoid", "top_k": 20}
 
 
 def test_any_name_of_a_class_survives(tmp_path, schema):
@@ -125,7 +125,7 @@ def test_frames_are_served_as_bytes(tmp_path, schema):
     require_fits(schema, config, found.folder / "1" / "model.onnx")
 
 
-def test_an_open_batch_whose_rows_agree_is_batched(tmp_path, schema):
+def test_an_open_batch_whose_rows_are_equal_is_batched(tmp_path, schema):
     made = patch_detector.bundle(tmp_path / "b.bundle", batch="batch")
     found = write_repository(made, tmp_path / "models", "model.onnx")
     config = parse(schema, found.folder)
@@ -134,7 +134,7 @@ def test_an_open_batch_whose_rows_agree_is_batched(tmp_path, schema):
     require_fits(schema, config, found.folder / "1" / "model.onnx")
 
 
-def test_rows_that_differ_close_the_gate(tmp_path, schema, caplog):
+def test_rows_that_differ_are_not_batched(tmp_path, schema, caplog):
     """A fault as TensorRT issue 4813 has it: what stands at another row of the batch comes out otherwise."""
     made = patch_detector.bundle(tmp_path / "b.bundle", batch="batch")
     with made.add("model.onnx", stage="export") as temporary:
