@@ -33,7 +33,7 @@ LONGEST_NAME = 24  # characters of a class name in a tag
 
 
 def color_of(class_id: int) -> tuple[int, int, int]:
-    """The same class has the same color in every image; RGB."""
+    """RGB color of a class, the same in every image."""
     if class_id < len(PALETTE):
         return PALETTE[class_id]
     r, g, b = colorsys.hsv_to_rgb(class_id * GOLDEN % 1, 0.75, 0.9)
@@ -51,12 +51,12 @@ def draw(image: np.ndarray, detections: Detections, *, confidence: float = 0.0) 
     except ImportError as error:
         raise MissingDependency(missing("PIL", error)) from error
     shown = detections.above(confidence)
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    pen = ImageDraw.Draw(picture, "RGB")
+    canvas = Image.fromarray(np.ascontiguousarray(image))
+    pen = ImageDraw.Draw(canvas, "RGB")
     height, width = image.shape[:2]
     line = max(1, round(min(height, width) / 220))
     font = _font(max(10, round(min(height, width) / 32)))
-    # The most confident is drawn last and lies on top; its tag is placed first and gets the best place.
+    # The most confident box is drawn last, on top; its tag is placed first, at the best position.
     for n in reversed(range(len(shown))):
         pen.rectangle(_inside(shown.xyxy[n], width, height), outline=color_of(int(shown.class_id[n])), width=line)
     tags: list[Box] = []
@@ -72,11 +72,11 @@ def draw(image: np.ndarray, detections: Detections, *, confidence: float = 0.0) 
                 (width, height),
             )
         )
-    return np.asarray(picture)
+    return np.asarray(canvas)
 
 
 def _inside(box: np.ndarray, width: int, height: int) -> Box:
-    """Pixel corners that PIL can draw: inside the image and not inside out."""
+    """Pixel corners that PIL can draw: inside the image, and ordered."""
     x0, y0, x1, y1 = (float(v) for v in box)
     x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
     return x0, y0, min(max(x1, x0), width - 1), min(max(y1, y0), height - 1)
@@ -96,22 +96,22 @@ def _tag(
     text: str,
     box: Box,
     color: tuple[int, int, int],
-    taken: list[Box],
+    tags: list[Box],
     size: tuple[int, int],
 ) -> Box:
-    """Draw the tag above, inside or below the box: the first place in the image that no other tag has."""
+    """Draw the tag above, inside or below the box, at the first position in the image that no other tag covers."""
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     pad = max(1, round((bottom - top) / 5))
     w, h = right - left + 2 * pad, bottom - top + 2 * pad
     x = min(max(box[0], 0), max(0, size[0] - w))
     free = [(x, y, x + w, y + h) for y in (box[1] - h, box[1], box[3] - h, box[3]) if 0 <= y <= size[1] - h]
-    place = next((f for f in free if not any(_overlap(f, t) for t in taken)), (free or [(x, 0, x + w, h)])[0])
-    pen.rectangle(place, fill=color)
+    position = next((f for f in free if not any(_overlap(f, t) for t in tags)), (free or [(x, 0, x + w, h)])[0])
+    pen.rectangle(position, fill=color)
     # Rec. 601 luma: dark letters on bright tags
     luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
     ink = (0, 0, 0) if luma > 140 else (255, 255, 255)
-    pen.text((place[0] + pad - left, place[1] + pad - top), text, font=font, fill=ink)
-    return place
+    pen.text((position[0] + pad - left, position[1] + pad - top), text, font=font, fill=ink)
+    return position
 
 
 def _overlap(a: Box, b: Box) -> bool:

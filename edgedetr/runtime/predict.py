@@ -22,7 +22,7 @@ from edgedetr.runtime.arguments import as_path, check_fraction
 from edgedetr.runtime.bundle_detector import Detector
 from edgedetr.runtime.draw import draw
 from edgedetr.runtime.postprocess import Detections
-from edgedetr.runtime.video_container import look
+from edgedetr.runtime.video_container import read_container
 from edgedetr.storage.atomic import atomic_write
 
 log = logging.getLogger(__name__)
@@ -55,9 +55,9 @@ def predict(
 ) -> Generator[str, None, None]:
     """JSON lines of the detections at or above `confidence`; `out` is a folder for annotated images and videos.
 
-    drop_late   frames of videos and cameras that come while the detector is busy give way to newer ones
+    drop_late   drop frames of videos and cameras that arrive while the detector is busy
 
-    Errors: as `frames`, behind the last line.
+    Errors: as `frames`, after the last line.
     """
     check_fraction(confidence, "confidence")
     with _Writer(None if out is None else as_path(out, "out")) as writer:
@@ -70,8 +70,8 @@ def predict(
 def json_line(frame: Frame, detections: Detections) -> str:
     """{"source", "frame", "height", "width", "detections": [{"xyxy", "confidence", "class_id", ...}]}.
 
-    Of a video also "frames_lost": how many before this one could not be decoded; their numbers are left out.
-    xyxy are pixels of the image; class_id is the model's index, category_id the data set's own.
+    For a video also "frames_lost": the frames before this one that could not be decoded; their indices are missing.
+    xyxy are pixels of the image; class_id is the model's index, category_id the one of the data set.
     """
     rows = zip(
         detections.xyxy,
@@ -107,23 +107,23 @@ def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterato
     A source may be an image, a folder, a glob, a video, a camera (/dev/video0), a stream (rtsp://...) or a GStreamer
     pipeline.
 
-    What cannot be read is left out with a warning and counted, and the others are given first.
+    Files that cannot be read are left out with a warning, and counted.
 
-    Errors: DataError at the end, where a source that was named, a video, or everything could not be read, or not whole.
+    Errors: DataError at the end where a named source or a video could not be read completely, or no file at all.
     """
     if isinstance(sources, (str, bytes, Path, Mapping)) or not isinstance(sources, Iterable):
         raise UsageError(f"sources is {shown(sources)}; expected a list of them: [source]")
     sources = list(sources)
     for index, source in enumerate(sources):
         as_path(source, f"sources[{index}]", "a path, or the text of a camera, stream or pipeline")
-        if not str(source).strip():  # a variable of the shell that is not set; Path would make it this folder
+        if not str(source).strip():  # an unset shell variable; Path("") would be this folder
             raise UsageError(f"sources[{index}] is an empty text; expected a path, or . for this folder")
-    faults = _Faults(alone=len(sources) == 1)
+    errors = _ReadErrors(alone=len(sources) == 1)
     for source in sources:
         try:
             found: list[Path | str] = [source] if video.is_live(source) else [*_files(Path(source))]
         except DataError as error:
-            faults.add(error, counts=True)
+            errors.add(error, counts=True)
             continue
         named = len(found) == 1 and str(found[0]) == str(Path(source))
         for file in found:
@@ -133,58 +133,58 @@ def frames(sources: Sequence[str | Path], *, drop_late: bool = False) -> Iterato
                     yield from _video(file, drop_late)
                 else:
                     yield Frame(file, None, _decode(Path(file)))
-                faults.whole += 1
+                errors.complete += 1
             except DataError as error:
-                faults.add(error, counts=named or moving)
-    faults.say()
+                errors.add(error, counts=named or moving)
+    errors.finish()
 
 
-class _Faults:
-    """What could not be read: said at once, counted, and an error at the end where it has to be one."""
+class _ReadErrors:
+    """Files that could not be read: a warning for each, and an error at the end where required."""
 
     def __init__(self, alone: bool) -> None:
-        self.alone, self.whole, self.left_out = alone, 0, 0
+        self.alone, self.complete, self.left_out = alone, 0, 0
         self.errors: list[DataError] = []
 
     def add(self, error: DataError, *, counts: bool) -> None:
-        """counts   whether it makes an error of the whole call"""
+        """counts   whether the whole call fails because of it"""
         self.left_out += 1
         if counts:
             self.errors.append(error)
-        if not (counts and self.alone and self.whole + self.left_out == 1):  # else it is what is said at the end
+        if not (counts and self.alone and self.complete + self.left_out == 1):  # else it is raised at the end
             log.warning("left out: %s" if not isinstance(error, video.VideoDamaged) else "%s", error)
 
-    def say(self) -> None:
-        total = self.whole + self.left_out
+    def finish(self) -> None:
+        total = self.complete + self.left_out
         if not self.left_out:
             return
         if total == 1 and self.errors:
             raise self.errors[0]
-        text = f"{self.left_out} of {total} files could not be read, or not whole"
-        if self.errors or not self.whole:
+        text = f"{self.left_out} of {total} files could not be read, or not completely"
+        if self.errors or not self.complete:
             first = f"; the first: {self.errors[0]}" if self.errors else ""
-            raise DataError(f"{text}, as said above{first}")
+            raise DataError(f"{text}, see the warnings{first}")
         log.warning("%s, and were left out", text)
 
 
 def _files(path: Path) -> list[Path]:
-    """The file itself, or images and videos of a folder or a glob, sorted; DataError where there are none."""
+    """The file itself, or images and videos of a folder or a glob, sorted. Errors: DataError where there are none."""
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
-        # As training lists them: hidden files are left out, links are followed once.
+        # Listed as in training: without hidden files, links are followed once.
         found, what = _listed(path), "a folder without images or videos"
     else:
         inside, what = (Path(name) for name in glob.glob(str(path), recursive=True)), "no such file, folder or match"
         usable = (file for file in inside if _is_image(file) or file.suffix.lower() in video.VIDEOS)
-        # A link to nothing is kept: what decodes it says so.
+        # A broken link is kept: decoding it raises the error.
         found = sorted(file for file in usable if os.path.isfile(file) or os.path.islink(file))
     if not found:
         raise DataError(f"{path}: {what}; expected images, a folder of them, a pattern in quotes or a video")
     return found
 
 
-# Reading files is the data floor's work; the detector itself takes arrays and needs neither it nor Pillow.
+# Files are read by edgedetr.data; a detector takes arrays and needs neither it nor Pillow.
 def _decode(path: Path) -> np.ndarray:
     from edgedetr.data.images import decode
 
@@ -205,15 +205,15 @@ def _is_image(path: Path) -> bool:
 
 
 def _is_video(path: Path, named: bool) -> bool:
-    """By the name; of a file that was named by its content too, where the name says otherwise."""
+    """Whether it is a video, by its suffix; for a named file, also by its content."""
     if path.suffix.lower() in video.VIDEOS:
         return True
     if not named:
         return False
     try:
-        return look(path).kind in MOVING
+        return read_container(path).kind in MOVING
     except (OSError, ValueError):
-        return False  # what reads it says why
+        return False  # reading it raises the error
 
 
 def _video(source: str | Path, drop_late: bool) -> Iterator[Frame]:
@@ -229,7 +229,7 @@ class _Writer:
         if folder is not None and os.path.exists(folder) and not os.path.isdir(folder):
             raise UsageError(f"{folder} is a file; expected a folder; name another with --out")
         self.folder = folder
-        self.taken: set[Path] = set()
+        self.used: set[Path] = set()
         self.video: Any = None
         self.last: int | None = None  # number of the last frame of the video that is being written
         self.playing: Path | str | None = None
@@ -246,23 +246,23 @@ class _Writer:
     def write(self, frame: Frame, detections: Detections) -> None:
         if self.folder is None:
             return
-        picture = draw(frame.image, detections)
+        drawn = draw(frame.image, detections)
         if frame.index is None:
             self._close()
-            self._still(self._target(frame.source, ".jpg"), picture)
+            self._still(self._target(frame.source, ".jpg"), drawn)
             return
         other = self.playing != frame.source or self.last is None or frame.index <= self.last
-        if other or self.size != picture.shape[:2]:  # a video has one size: another one begins another file
+        if other or self.size != drawn.shape[:2]:  # a video has one size: a new size starts a new file
             self._close()
             self._start(frame, self._target(frame.source, ".mp4"))
-        self.last, self.size = frame.index, picture.shape[:2]
-        self.video.write(np.ascontiguousarray(picture[..., ::-1]))
+        self.last, self.size = frame.index, drawn.shape[:2]
+        self.video.write(np.ascontiguousarray(drawn[..., ::-1]))
 
-    def _still(self, target: Path, picture: np.ndarray) -> None:
+    def _still(self, target: Path, drawn: np.ndarray) -> None:
         from PIL import Image
 
         with atomic_write(target) as temporary:
-            Image.fromarray(picture).save(temporary, format="JPEG", quality=92)
+            Image.fromarray(drawn).save(temporary, format="JPEG", quality=92)
 
     def _start(self, frame: Frame, target: Path) -> None:
         cv2 = video.opencv()
@@ -270,13 +270,11 @@ class _Writer:
         height, width = frame.image.shape[:2]
         self.video = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*"mp4v"), frame.rate, (width, height))
         if not self.video.isOpened():
-            raise DataError(
-                f"{target}: OpenCV {cv2.__version__} cannot write MP4 video here; leave --out away for videos"
-            )
+            raise DataError(f"{target}: OpenCV {cv2.__version__} cannot write MP4 video here; use no --out for videos")
         self.playing = frame.source
 
     def _target(self, named: Path | str, suffix: str) -> Path:
-        """A name in the folder that no other source of this call has."""
+        """A path in the folder that no other source of this call uses."""
         folder = self.folder if self.folder is not None else Path()
         source = Path(re.sub(r"[^A-Za-z0-9.]+", "-", video.shown(named))[:80]) if video.is_live(named) else Path(named)
         if not video.is_live(named) and folder.resolve() == source.parent.resolve():
@@ -285,10 +283,10 @@ class _Writer:
                 f"name another folder with --out"
             )
         number, target = 1, folder / f"{source.stem}{suffix}"
-        while target in self.taken:
+        while target in self.used:
             number += 1
             target = folder / f"{source.stem}-{number}{suffix}"
-        self.taken.add(target)
+        self.used.add(target)
         return target
 
     def _close(self) -> None:

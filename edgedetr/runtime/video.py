@@ -1,10 +1,10 @@
-"""Frames of a video file, a camera or a stream: read in a thread of its own, through a queue that cannot grow.
+"""Read the frames of a video file, a camera or a stream in a second thread, through a queue of fixed length.
 
-While one frame is detected the next ones are decoded. A full queue makes the reader wait, so that no frame of a file is
-lost; with `drop_late` the oldest waiting frame gives way instead, so that a slow detector always sees what is new.
+While one frame is detected, the next ones are decoded. A full queue makes the reader wait, so that no frame of a file
+is lost; with `drop_late` the oldest waiting frame is dropped instead, so that a slow detector always gets new frames.
 
-A frame that cannot be decoded is skipped and counted. A file whose end is missing, or of which more than a tenth cannot
-be decoded, gives what it has and ends with an error that has the numbers.
+A frame that cannot be decoded is skipped and counted. After the last frame of a file whose end is missing, or of which
+more than a tenth cannot be decoded, an error with the numbers is raised.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from edgedetr.errors import DataError, MissingDependency
 from edgedetr.packages import missing
 from edgedetr.runtime.arguments import as_path
-from edgedetr.runtime.video_container import Container, look
+from edgedetr.runtime.video_container import Container, read_container
 
 log = logging.getLogger(__name__)
 
@@ -58,15 +58,15 @@ VIDEOS = frozenset(
     }
 )
 WAITING = 4  # frames between reader and detector: hides a slow frame, and is 24 MB at 1080p
-USUAL_RATE = 25.0  # frames per second where a container does not say
-FASTEST = 240.0  # more is a container's mistake; it would only matter for pacing and for written videos
+USUAL_RATE = 25.0  # frames per second where the container has no rate
+FASTEST = 240.0  # frames per second; a higher rate is an error of the container
 STREAM = re.compile(r"^(rtsps?|rtmps?|https?|udp|tcp|srt)://", re.I)
 CAMERA = re.compile(r"^/dev/video(\d+)$")
-PATIENCE = 16  # failed reads in a row after which a file without a believable count is taken to be at its end
-MOST_FAILED = 5000  # failed reads in a row after which any file is: a count may be a lie of a thousand million
-HARMLESS = 0.1  # fraction of frames that may be lost before it is an error
-ESTIMATED = 0.1  # by which a number of frames, or a duration, is off that was not counted
-RETRIES, PAUSE = 5, 0.05  # of a live source, and seconds between them: a camera may miss a frame
+PATIENCE = 16  # failed reads in a row that are the end of a file without a plausible frame count
+MOST_FAILED = 5000  # failed reads in a row that are the end of any file: a damaged count can be thousands of millions
+HARMLESS = 0.1  # fraction of lost frames up to which there is no error
+ESTIMATED = 0.1  # relative error of a frame count, or a duration, that was not counted
+RETRIES, PAUSE = 5, 0.05  # reads of a live source, and seconds between them: a camera can miss a frame
 PIPELINE = re.compile(r"\s!\s")  # GStreamer's, as the cameras on a Jetson's CSI connector need it
 CREDENTIALS = re.compile(r"//[^/@\s]*@")
 
@@ -85,9 +85,9 @@ class VideoFrame:
 
 
 class VideoDamaged(DataError):
-    """A video file was played as far as it can be, and something is missing.
+    """A video file was played to its end, and frames are missing.
 
-    read, lost, claimed   frames that were decoded, that could not be, and that the file says it has (0: it does not)
+    read, lost, claimed   frames that were decoded, that could not be decoded, and in the file's header (0: no count)
     """
 
     def __init__(self, message: str, read: int, lost: int, claimed: int) -> None:
@@ -96,13 +96,13 @@ class VideoDamaged(DataError):
 
 
 def is_live(source: str | Path) -> bool:
-    """Whether it is a camera, a stream or a GStreamer pipeline: what has no end and cannot be read again."""
+    """Whether it is a camera, a stream or a GStreamer pipeline, which cannot be read again."""
     text = str(source)
     return bool(CAMERA.match(text)) or (isinstance(source, str) and bool(STREAM.match(text) or PIPELINE.search(text)))
 
 
 def shown(source: str | Path) -> str:
-    """The source as it may be printed: without user name and password."""
+    """The source for messages: without user name and password."""
     return CREDENTIALS.sub("//", str(source))
 
 
@@ -118,15 +118,15 @@ def opencv() -> Any:
 def play(source: str | Path, *, drop_late: bool = False) -> Generator[VideoFrame, None, None]:
     """The frames of a source.
 
-    Errors: DataError where none can be read; VideoDamaged behind the last frame of a file whose end is missing, or of
-    which more than a tenth could not be decoded.
+    Errors: DataError where no frame can be read; VideoDamaged after the last frame of a file whose end is missing, or
+    of which more than a tenth could not be decoded.
 
-    drop_late   a frame that was not taken in time gives way to a newer one; a file then plays at its own rate
+    drop_late   drop a frame that was not taken in time; a file then plays at its own rate
     """
     reader = _Reader(source, drop_late)
     try:
         yield from reader
-    finally:  # also when the caller stops early: by an error, by closing the iterator, by Ctrl-C
+    finally:  # also when the caller stops early: an error, a closed iterator, Ctrl-C
         reader.stop()
     if reader.note:
         log.warning("%s", reader.note)
@@ -142,10 +142,10 @@ def play(source: str | Path, *, drop_late: bool = False) -> Generator[VideoFrame
 class _Reader:
     """A thread that decodes ahead.
 
-    count     frames up to now, decoded or lost
-    lost      those of them that could not be decoded
-    dropped   those of them that were decoded and never shown
-    note      what is to be said at the end
+    count     frames so far, decoded or lost
+    lost      those that could not be decoded
+    dropped   those that were decoded and dropped
+    note      message to log at the end
     """
 
     def __init__(self, source: str | Path, drop_late: bool) -> None:
@@ -153,7 +153,7 @@ class _Reader:
         self.source, self.drop_late, self.live = source, drop_late, is_live(source)
         self.count = self.lost = self.dropped = 0
         self.note = ""
-        self.container = Container("") if self.live else _read_container(source)
+        self.container = Container("") if self.live else _checked_container(source)
         self.waiting: queue.Queue[VideoFrame | BaseException | None] = queue.Queue(WAITING)
         self.stopped = threading.Event()
         self.cv2 = opencv()
@@ -161,7 +161,7 @@ class _Reader:
         rate = self.capture.get(self.cv2.CAP_PROP_FPS)
         self.rate = rate if rate and 0 < rate <= FASTEST else USUAL_RATE
         claimed = self.capture.get(self.cv2.CAP_PROP_FRAME_COUNT)
-        # Cameras say -1 or infinity, damaged headers anything; an estimate from an impossible rate is worth nothing.
+        # Cameras report -1 or infinity, damaged headers anything; an estimate from an impossible rate is useless.
         believable = not self.live and 0 < claimed < 1 << 40 and (self.container.exact or self.rate == rate)
         self.claimed = int(claimed) if believable else 0
         self.thread = threading.Thread(target=self._read, name=f"reader of {shown(source)}", daemon=True)
@@ -173,17 +173,17 @@ class _Reader:
             capture = self.cv2.VideoCapture(text, self.cv2.CAP_GSTREAMER)
         else:
             camera = CAMERA.match(text)
-            # A whole path: FFmpeg takes what stands before a colon for a protocol.
+            # An absolute path: FFmpeg takes the part before a colon for a protocol.
             capture = self.cv2.VideoCapture(int(camera[1]) if camera else text if self.live else os.path.abspath(text))
         if self.live and not capture.isOpened():
             capture.release()
             raise DataError(
                 f"{shown(self.source)}: OpenCV {self.cv2.__version__} cannot open it; expected a camera, "
-                "an address or a GStreamer pipeline that this OpenCV plays; is it there? look with: "
+                "an address or a GStreamer pipeline that this OpenCV plays; is it connected? check with: "
                 "ls /dev/video*, or ffplay ADDRESS"
             )
         if self.live and self.drop_late:
-            capture.set(self.cv2.CAP_PROP_BUFFERSIZE, 1)  # old frames must not wait in the driver either
+            capture.set(self.cv2.CAP_PROP_BUFFERSIZE, 1)  # no old frames in the driver's buffer
         return capture
 
     def __iter__(self) -> Iterator[VideoFrame]:
@@ -193,11 +193,11 @@ class _Reader:
             yield frame
 
     def stop(self) -> None:
-        """End the thread, whatever it is doing; it releases the source."""
+        """End the thread, which releases the source."""
         self.stopped.set()
         while self.thread.is_alive():
             try:
-                self.waiting.get_nowait()  # room, in case it waits for some
+                self.waiting.get_nowait()  # makes room, in case the thread waits for it
             except queue.Empty:
                 self.thread.join(0.05)
 
@@ -220,14 +220,14 @@ class _Reader:
                 self.count += 1
             if not self.stopped.is_set():
                 self._judge(seconds)
-        except Exception as error:  # noqa: BLE001  # it belongs to whoever takes the frames
+        except Exception as error:  # noqa: BLE001  # raised again in the thread that takes the frames
             last = error
         finally:
             self.capture.release()
         self._put(last)
 
     def _ends(self, failed: int) -> bool:
-        """Whether so many failed reads in a row are the end. A damaged frame is one failed read, and others follow."""
+        """Whether this number of failed reads in a row is the end; a damaged frame is one failed read."""
         if self.live:
             self.stopped.wait(PAUSE)
             return failed > RETRIES
@@ -249,36 +249,36 @@ class _Reader:
                 f"{name}: no frame could be read ({self._why_nothing()}); expected a video that OpenCV "
                 f"{self.cv2.__version__} decodes"
             )
-        expected, cut = round(self.claimed * self.container.shown), self.container.cut
+        expected, truncated = round(self.claimed * self.container.shown), self.container.truncated
         counted = self.container.exact and self.container.shown == 1.0
         if counted and read >= expected > 0:
-            cut = ""  # what is missing holds no frame
-        missing = max(0, expected - read) if counted or cut else 0
-        # Frames that are shown for long make a count from a duration wrong, so only an early last frame is believed.
+            truncated = ""  # the missing part has no frame
+        missing = max(0, expected - read) if counted or truncated else 0
+        # Long frames make a count from a duration wrong, so only an early last frame proves a missing end.
         late = expected / self.rate - (1.5 / self.rate if counted else max(1.0, ESTIMATED * expected / self.rate))
-        if not cut and (missing > self.lost or not counted) and seconds < late:
-            cut = "the frames at its end are missing, or it says that it has more than were written"
+        if not truncated and (missing > self.lost or not counted) and seconds < late:
+            truncated = "the frames at its end are missing, or its header has more frames than were written"
             missing = max(0, expected - read)
         self.lost = lost = max(missing, self.lost)
         numbers = f"{read} frames were read, {lost} lost"
-        numbers += f", of {expected} that the file says it has" if expected else ""
-        if cut or lost > HARMLESS * (read + lost):
-            why = f"; {cut}" if cut else ""
+        numbers += f", of {expected} in its header" if expected else ""
+        if truncated or lost > HARMLESS * (read + lost):
+            why = f"; {truncated}" if truncated else ""
             raise VideoDamaged(
-                f"{name}: {'cut or ' if cut else ''}damaged: {numbers}{why}; expected a whole file; "
+                f"{name}: {'cut or ' if truncated else ''}damaged: {numbers}{why}; expected a whole file; "
                 "copy or record it again",
                 read,
                 lost,
                 expected,
             )
-        self.note = f"{name}: {numbers}; what cannot be decoded was skipped" if lost else ""
+        self.note = f"{name}: {numbers}; frames that cannot be decoded were skipped" if lost else ""
 
     def _why_nothing(self) -> str:
-        kinds = {"empty": "the file is empty", "image": "it is an image", "text": "it is text, and names no video here"}
+        kinds = {"empty": "the file is empty", "image": "it is an image", "text": "it is a text without a video"}
         if self.container.kind in kinds:
             return kinds[self.container.kind]
-        if self.container.cut:
-            return self.container.cut
+        if self.container.truncated:
+            return self.container.truncated
         return "there is no video in it, perhaps sound alone" if self.container.kind else "it is no known kind of video"
 
     def _offer(self, frame: VideoFrame) -> None:
@@ -286,7 +286,7 @@ class _Reader:
             try:
                 self.waiting.get_nowait()
                 self.dropped += 1
-            except queue.Empty:  # it was taken at this very moment
+            except queue.Empty:  # the other thread has just taken it
                 break
         self._put(frame)
 
@@ -299,10 +299,10 @@ class _Reader:
         return None
 
 
-def _read_container(source: str | Path) -> Container:
-    """What a file says of itself; DataError for what must not be given to OpenCV."""
+def _checked_container(source: str | Path) -> Container:
+    """The headers of a file. Errors: DataError for files that OpenCV must not open."""
     try:
-        container = look(source)
+        container = read_container(source)
     except (OSError, ValueError) as error:
         raise DataError(f"{shown(source)}: cannot be read ({error}); expected a video file") from error
     if container.kind == "text":
@@ -315,7 +315,7 @@ def _read_container(source: str | Path) -> Container:
 
 
 def _rgb(pixels: np.ndarray) -> np.ndarray:
-    """[H, W, 3] RGB of what OpenCV gives: BGR, or gray where a camera's driver does not convert."""
+    """RGB [H, W, 3] of OpenCV's frame, which is BGR, or gray where a camera's driver does not convert."""
     if pixels.ndim == 2:
         return np.repeat(pixels[..., None], 3, axis=2)
     return np.ascontiguousarray(pixels[..., 2::-1] if pixels.shape[2] > 1 else np.repeat(pixels, 3, axis=2))

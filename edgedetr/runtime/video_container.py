@@ -1,7 +1,7 @@
-"""What a video file says of itself before it is decoded: whether it is whole, and how far its count can be believed.
+"""Read the headers of a video container: whether the file is complete, and how reliable its frame count is.
 
-OpenCV says at the end of a file only that there is no further frame. Whether the end is missing stands in the file: a
-cut one is shorter than the boxes, chunks or segments in it say. Only their headers are read, a few bytes each.
+At the end of a file OpenCV reports only that there is no further frame. The headers tell whether the end is missing: a
+truncated file is shorter than the sizes in its boxes, chunks or segments. Only the headers are read, some bytes each.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-MOST_BOXES = 100_000  # of one level; real files have some ten, fragmented ones two for each second
+MOST_BOXES = 100_000  # per level; usual files have about ten, fragmented ones two per second
 DEEPEST = 8
-LARGEST_BOX = 1 << 20  # bytes of a box that is read whole
+LARGEST_BOX = 1 << 20  # bytes of a box that is read completely
 NEST = (b"moov", b"trak", b"mdia", b"edts")
 ISO = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof")
 # `ftyp` of still images, which Pillow and its plugins read.
@@ -26,20 +26,22 @@ EBML, SEGMENT = 0x1A45DFA3, 0x18538067
 
 @dataclass(frozen=True)
 class Container:
-    """kind    "mp4", "avi", "mkv", another kind of video, or "" where the file begins with none that is known
-    cut     what is missing, in words; empty where nothing is known to be
-    exact   whether the number of frames that is claimed was counted, and not estimated from the duration
-    shown   fraction of the frames in the file that are to be shown: less than 1 in files that were trimmed
+    """The headers of a video file.
+
+    kind        "mp4", "avi", "mkv", another kind of video, or "" where the kind is unknown
+    truncated   what is missing, as text; empty where nothing is known to be missing
+    exact       whether the frame count in the header was counted, and not estimated from the duration
+    shown       fraction of the frames that players show: less than 1 in trimmed files
     """
 
     kind: str
-    cut: str = ""
+    truncated: str = ""
     exact: bool = False
     shown: float = 1.0
 
 
-def look(path: str | Path) -> Container:
-    """Read the headers of a file; Container("text") and Container("empty") for what is certainly no video.
+def read_container(path: str | Path) -> Container:
+    """Read the headers of a file; Container("text") and Container("empty") for files that are certainly no video.
 
     Errors: OSError where it cannot be read, or is no plain file.
     """
@@ -60,7 +62,7 @@ def look(path: str | Path) -> Container:
 
 
 def kind_of(head: bytes) -> str:
-    """The kind of a file by its first bytes (a kilobyte or all there are)."""
+    """The kind of a file by its first bytes (up to a kilobyte)."""
     if not head:
         return "empty"
     if head[4:8] in ISO:
@@ -80,29 +82,29 @@ def kind_of(head: bytes) -> str:
             return kind
     if len(head) > 376 and any(head[at] == head[at + step] == 0x47 for at, step in ((0, 188), (4, 192))):
         return "mpeg"
-    # FFmpeg takes lists of files and addresses (HLS, concat, SDP, DASH) for videos, whatever their name, and opens what
-    # they name. They are text, and no video is.
+    # FFmpeg accepts lists of files and addresses (HLS, concat, SDP, DASH) as videos, whatever their name, and opens the
+    # files in them. Such lists are text; videos never are.
     text = head.removeprefix(b"\xef\xbb\xbf")
     return "text" if all(byte >= 32 or byte in b"\t\r\n\f" for byte in text) else ""
 
 
 def _iso(stream: BinaryIO, size: int) -> Container:
-    cut, top = "", set()
+    truncated, top = "", set()
     for name, _start, end in _boxes(stream, 0, size):
         top.add(name)
         if end > size:
-            cut = f"its {name.decode('latin-1')} box ends {end - size} bytes behind the end of the file"
+            truncated = f"its {name.decode('latin-1')} box ends {end - size} bytes after the end of the file"
             break
-    if not cut and not top & {b"moov", b"moof"}:
-        cut = "it has no index (moov), which is written last: the recording was not finished"
+    if not truncated and not top & {b"moov", b"moof"}:
+        truncated = "it has no index (moov), which is written last: the recording was not finished"
     try:
-        return Container("mp4", cut, b"moof" not in top, _shown(stream, size))
+        return Container("mp4", truncated, b"moof" not in top, _shown(stream, size))
     except (struct.error, ValueError):
-        return Container("mp4", cut)
+        return Container("mp4", truncated)
 
 
 def _boxes(stream: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Name, first byte of the content, and end of each box, as they say it."""
+    """Name, first byte of the content, and end of each box, according to its header."""
     for _ in range(MOST_BOXES):
         if at + 8 > end:
             return
@@ -120,7 +122,7 @@ def _boxes(stream: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, int, in
 
 
 def _shown(stream: BinaryIO, size: int) -> float:
-    """Of the video track: the time that its edit list shows, as a fraction of the time that is in the file."""
+    """Of the video track: the duration in its edit list, as a fraction of the duration in the file."""
     scale, tracks = 0, list[dict[str, float]]()
     for name, start, end in _inside(stream, 0, size, 0):
         if name == b"trak":
@@ -159,7 +161,7 @@ def _inside(stream: BinaryIO, at: int, end: int, depth: int) -> Iterator[tuple[b
 
 def _riff(stream: BinaryIO, size: int) -> Container:
     at = 0
-    for _ in range(MOST_BOXES):  # files beyond 1 GB are several RIFF chunks
+    for _ in range(MOST_BOXES):  # files of more than 1 GB have several RIFF chunks
         stream.seek(at)
         head = stream.read(12)
         if len(head) < 12 or head[:4] != b"RIFF":
@@ -169,25 +171,25 @@ def _riff(stream: BinaryIO, size: int) -> Container:
             return Container("avi", "its length was never written: the recording was not finished", True)
         at += 8 + length + length % 2
         if at > size + 1:
-            return Container("avi", f"it says that it has {at} bytes, of which {size} are there", True)
+            return Container("avi", f"its header has {at} bytes, the file {size}", True)
     return Container("avi", "", True)
 
 
 def _matroska(stream: BinaryIO, size: int) -> Container:
     at = 0
-    for _ in range(4):  # the header, perhaps something void, the segment
+    for _ in range(4):  # the header, sometimes a Void element, the segment
         stream.seek(at)
         head = stream.read(16)
         identity, length = _vint(head, 0, keep=True)
-        told, more = _vint(head, length)
+        size_field, more = _vint(head, length)
         if not length or not more:
             return Container("mkv")
-        unknown = told == (1 << 7 * more) - 1  # as live recordings are written
-        at += length + more + (0 if unknown else told)
+        unknown = size_field == (1 << 7 * more) - 1  # as in live recordings
+        at += length + more + (0 if unknown else size_field)
         if identity == SEGMENT:
             missing = 0 if unknown else at - size
             return Container(
-                "mkv", f"its segment ends {missing} bytes behind the end of the file" if missing > 0 else ""
+                "mkv", f"its segment ends {missing} bytes after the end of the file" if missing > 0 else ""
             )
         if unknown:
             break
@@ -195,7 +197,7 @@ def _matroska(stream: BinaryIO, size: int) -> Container:
 
 
 def _vint(data: bytes, at: int, keep: bool = False) -> tuple[int, int]:
-    """A number of EBML and how many bytes it takes; 0 bytes where there is none."""
+    """A variable-length integer of EBML and its size in bytes; size 0 where there is none."""
     if at >= len(data) or not data[at]:
         return 0, 0
     length = 9 - data[at].bit_length()

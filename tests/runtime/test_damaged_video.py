@@ -15,7 +15,7 @@ from edgedetr.errors import DataError
 from edgedetr.runtime import video
 from edgedetr.runtime.predict import frames
 from edgedetr.runtime.video import VideoDamaged, play
-from edgedetr.runtime.video_container import look
+from edgedetr.runtime.video_container import read_container
 
 cv2 = pytest.importorskip("cv2", reason="needs OpenCV, as reading videos does")
 
@@ -100,11 +100,11 @@ def test_a_cut_file_gives_what_it_has_and_ends_with_the_numbers(tmp_path, avi, p
 
 def test_a_file_that_lacks_its_last_bytes_and_no_frame_is_whole(tmp_path, avi):
     (tmp_path / "cut.avi").write_bytes(avi[:-9])
-    assert look(tmp_path / "cut.avi").cut and played(tmp_path / "cut.avi") == (list(range(COUNT)), None)
+    assert read_container(tmp_path / "cut.avi").truncated and played(tmp_path / "cut.avi") == (list(range(COUNT)), None)
 
 
 def test_a_file_whose_index_is_missing_says_so(tmp_path, mp4):
-    assert look_at(tmp_path, mp4).cut == ""
+    assert look_at(tmp_path, mp4).truncated == ""
     (tmp_path / "cut.mp4").write_bytes(mp4[: mp4.index(b"moov") - 4])
     with pytest.raises(DataError, match=r"no frame could be read \(it has no index \(moov\).*was not finished"):
         list(play(tmp_path / "cut.mp4"))
@@ -112,14 +112,14 @@ def test_a_file_whose_index_is_missing_says_so(tmp_path, mp4):
 
 def look_at(folder: Path, data: bytes):
     (folder / "a").write_bytes(data)
-    return look(folder / "a")
+    return read_container(folder / "a")
 
 
 @pytest.mark.parametrize("claim", [1_000_000, 4_000_000_000])
 def test_a_count_that_is_a_lie_ends_soon_and_is_named(tmp_path, avi, claim):
     (tmp_path / "lie.avi").write_bytes(claiming(avi, claim))
     found, end = played(tmp_path / "lie.avi")
-    assert len(found) == COUNT and "it says that it has more than were written" in str(end)
+    assert len(found) == COUNT and "its header has more frames than were written" in str(end)
     assert end.read == COUNT and end.claimed == claim
 
 
@@ -135,7 +135,7 @@ def test_a_trimmed_file_is_whole_although_it_shows_fewer_frames_than_it_has(tmp_
     unit = struct.unpack(">I", data[mp4.index(b"mdhd") + 16 : mp4.index(b"mdhd") + 20])[0]
     data[at + 12 : at + 24] = struct.pack(">Iii", length // 2, first + unit, rate)  # begins after one second of two
     (tmp_path / "trimmed.mp4").write_bytes(data)
-    assert look(tmp_path / "trimmed.mp4").shown == pytest.approx(0.5)
+    assert read_container(tmp_path / "trimmed.mp4").shown == pytest.approx(0.5)
     found = list(play(tmp_path / "trimmed.mp4"))
     assert 15 <= len(found) < COUNT and not found[-1].lost
 
@@ -228,7 +228,7 @@ def test_predict_on_a_cut_video_exits_1_with_the_numbers_behind_all_that_there_i
     cut = sum(line["source"].endswith("cut.avi") for line in lines)
     assert code == 1 and len(lines) == cut + COUNT and 0 < cut < COUNT
     assert f"{cut} frames were read, {COUNT - cut} lost, of 40" in said
-    assert "1 of 2 files could not be read, or not whole" in said
+    assert "1 of 2 files could not be read, or not completely" in said
 
 
 def test_damaged_images_among_many_are_left_out_and_counted(tmp_path, capsys, make_bundle):
@@ -240,7 +240,11 @@ def test_damaged_images_among_many_are_left_out_and_counted(tmp_path, capsys, ma
     (folder / "3.png").write_text("no image")
     code, lines, said = predicted(capsys, bundle, folder)
     assert code == 0 and len(lines) == 3
-    assert "left out: " in said and "1.png" in said and "2 of 5 files could not be read, or not whole, and were" in said
+    assert (
+        "left out: " in said
+        and "1.png" in said
+        and "2 of 5 files could not be read, or not completely, and were" in said
+    )
     # Named by the shell: what was asked for by name and cannot be had is exit 1, behind all the others.
     code, lines, said = predicted(capsys, bundle, *sorted(folder.iterdir()), tmp_path / "none.png")
     assert code == 1 and len(lines) == 3 and "3 of 6 files could not be read" in said and "none.png" in said

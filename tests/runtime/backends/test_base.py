@@ -27,7 +27,8 @@ def test_every_backend_has_a_record_of_its_name():
 
 
 def test_what_is_verified_is_in_the_order_of_the_recorded_verdicts():
-    assert list(verified_pairs()) == [
+    known = {"onnxruntime", "openvino", "onnxruntime-cuda"}  # of the recorded verdicts; newer backends come besides
+    assert [pair for pair in verified_pairs() if pair[1] in known] == [
         ("onnx", "onnxruntime"),
         ("fp16", "onnxruntime"),
         ("int8", "onnxruntime"),
@@ -69,7 +70,7 @@ def test_a_registered_backend_is_loaded_and_named_in_errors(make_bundle, red, lo
     assert (detector.backend, detector.stage, loud) == ("loud", "onnx", ["model.onnx"])
     assert detector([red])[0].data["class_name"][0] == "red cell"
     assert candidates(bundle, [("int8", "loud")]) == [("int8", "loud")]
-    with pytest.raises(UsageError, match=r"expected one of .*tensorrt, loud"):
+    with pytest.raises(UsageError, match=r"expected one of .*tensorrt.*, loud"):
         load(bundle, backend="quiet")
     with pytest.raises(UsageError, match="'loud', which cannot read tensors"):
         find_first_divergence(bundle.path / "model.onnx", "loud", np.zeros((1, 3, 32, 48), np.float32))
