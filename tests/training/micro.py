@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from edgedetr.progress import SilentTraining
 from edgedetr.recipe import Recipe
-from edgedetr.training.train import train
+from edgedetr.training.data.dataset import open_splits
+from edgedetr.training.train import start_devices, train
+from edgedetr.training.trainer import Trainer
 
 TOML = {
     "model": {
@@ -96,3 +99,8 @@ def child(data: str, out: str, settings: dict[str, object]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     train(recipe(**settings), data, out, resume=True)
+
+
+def new_trainer(recipe: Recipe, data: Path, out: Path) -> Trainer:
+    """A training that has not begun."""
+    return Trainer(recipe, open_splits(data, recipe.data), out, start_devices(recipe.train), SilentTraining())

@@ -14,20 +14,13 @@ from safetensors.torch import load_file
 from edgedetr.bundle import Bundle
 from edgedetr.data import layouts
 from edgedetr.errors import DataError, TrainingError
-from edgedetr.progress import SilentTraining
 from edgedetr.recipe import Recipe
 from edgedetr.storage.digests import digest
 from edgedetr.training import trainer as trainer_module
-from edgedetr.training.data.dataset import batches, epoch_order, open_splits
-from edgedetr.training.output import DECISIVE_SECTIONS, SCHEMA, fingerprint, load_checkpoint
-from edgedetr.training.train import start_devices, train
-from edgedetr.training.trainer import MAX_SKIPS, Trainer
+from edgedetr.training.data.dataset import batches, epoch_order
+from edgedetr.training.train import train
+from edgedetr.training.trainer import MAX_SKIPS
 from edgedetr.training.training_module import TrainingModule
-
-
-@pytest.fixture(scope="module")
-def trained(micro_data, tmp_path_factory) -> Bundle:
-    return train(micro.recipe(), micro_data, tmp_path_factory.mktemp("trained") / "micro.bundle")
 
 
 def lines(bundle: Path) -> list[dict]:
@@ -73,22 +66,6 @@ def test_resume_with_another_recipe_or_other_data_is_refused(trained, micro_data
     other = micro.write_data(tmp_path / "other", train_images=15)
     with pytest.raises(TrainingError, match="other training data"):
         train(micro.recipe(), other, trained.path, resume=True)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "text", "foreign"])
-def test_a_damaged_checkpoint_is_refused_with_advice(micro_data, tmp_path, damage):
-    path = tmp_path / "b" / "train" / "last.safetensors"
-    path.parent.mkdir(parents=True)
-    if damage == "foreign":
-        from safetensors.torch import save_file
-
-        save_file({"a": torch.zeros(1)}, path)
-    else:
-        path.write_bytes(b"not a checkpoint" if damage == "text" else (100).to_bytes(8, "little") + b"{")
-    before = digest(path)
-    with pytest.raises(TrainingError, match="start from the beginning"):
-        train(micro.recipe(), micro_data, tmp_path / "b", resume=True)
-    assert digest(path) == before
 
 
 def poison(monkeypatch, steps, how=lambda result: result * float("nan")):
@@ -206,37 +183,6 @@ def test_a_training_has_a_checkpoint_before_its_first_weights(micro_data, tmp_pa
     assert digest(resumed.path / "weights.safetensors") == digest(straight.path / "weights.safetensors")
 
 
-def test_any_flipped_bit_of_a_checkpoint_is_noticed(trained, micro_data, tmp_path):
-    import random
-
-    path, chance = tmp_path / "last.safetensors", random.Random(0)
-    good = (trained.path / "train" / "last.safetensors").read_bytes()
-    trainer = new_trainer(micro.recipe(), micro_data, trained.path)
-    trainer.checkpoint = path
-    header = int.from_bytes(good[:8], "little")
-    offsets = [chance.randrange(len(good)) for _ in range(15)] + [chance.randrange(8, header) for _ in range(15)]
-    start = good.index(b'"schema":"2"')
-    offsets += [start + 2, start + 10, good.index(b'"digest"') + 3]
-    for offset in offsets:
-        flipped = bytearray(good)
-        flipped[offset] ^= 1 << chance.randrange(8)
-        path.write_bytes(flipped)
-        with pytest.raises(TrainingError, match="checkpoint|another recipe"):
-            trainer.resume()
-    path.write_bytes(good)
-    trainer.resume()
-
-
-def test_a_state_of_another_kind_is_a_damaged_checkpoint(tmp_path):
-    from safetensors.torch import save_file
-
-    for number, position in enumerate(("[" * 100_000, "9" * 5000, '{"step": "3"}', '{"stop": 3}', "[]", "null")):
-        path = tmp_path / f"{number}.safetensors"
-        save_file({"a": torch.zeros(1)}, path, {"schema": "1", "fingerprint": "x", "position": position})
-        with pytest.raises(TrainingError, match="damaged or not a checkpoint"):
-            load_checkpoint(path, "x", None, None, None)
-
-
 def test_two_trainings_into_one_bundle_the_second_is_refused_at_once(micro_data, tmp_path):
     with Bundle.training(tmp_path / "b"), pytest.raises(TrainingError, match=r"another training writes here"):
         train(micro.recipe(), micro_data, tmp_path / "b")
@@ -323,14 +269,9 @@ def test_accumulated_parts_give_the_step_of_the_whole_batch(micro_data, tmp_path
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
 
 
-def new_trainer(recipe: Recipe, data: Path, out: Path) -> Trainer:
-    """A training that has not begun."""
-    return Trainer(recipe, open_splits(data, recipe.data), out, start_devices(recipe.train), SilentTraining())
-
-
 def _first_step(recipe: Recipe, data: Path, out: Path) -> torch.Tensor:
     """Losses of the first step with every BatchNorm at its initial statistics."""
-    trainer = new_trainer(recipe, data, out)
+    trainer = micro.new_trainer(recipe, data, out)
     for module in trainer.learner.model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
@@ -371,16 +312,6 @@ def test_a_size_is_drawn_for_every_batch_and_a_resume_draws_the_same(micro_data,
     assert digest(tmp_path / "a" / "weights.safetensors") == digest(tmp_path / "b" / "weights.safetensors")
 
 
-def test_options_of_later_versions_leave_the_fingerprint_of_older_checkpoints(micro_data):
-    samples = layouts.load(micro_data, "train")
-    names = ("decay", "sizes", "init", "crop_kind")
-    assert not any(f"\n{name} = " in micro.recipe().to_toml(DECISIVE_SECTIONS, later=False) for name in names)
-    assert all(f"\n{name} = " in micro.recipe().to_toml() for name in names)
-    same = fingerprint(micro.recipe(decay="matrices"), samples)
-    assert same == fingerprint(micro.recipe(), samples)
-    assert same != fingerprint(micro.recipe(decay="all"), samples)
-
-
 def test_no_epoch_is_selected_by_the_verify_split(tmp_path):
     data = micro.write_data(tmp_path / "data")
     (data / "annotations" / "val.json").unlink()
@@ -402,16 +333,3 @@ def test_bf16_trains_and_writes_float32_weights(micro_data, tmp_path):
     counters = {torch.int64}  # of BatchNorm
     assert {value.dtype for value in weights.values()} == {torch.float32} | counters
     assert all(torch.isfinite(value).all() for value in weights.values())
-
-
-def test_the_checkpoint_holds_no_pickle(trained):
-    path = trained.path / "train" / checkpoint_name()
-    assert path.read_bytes()[8:9] == b"{"  # safetensors: a length, then a JSON header
-    assert set(path.parent.iterdir()) >= {path} and not list(path.parent.glob("*.pt"))
-
-
-def checkpoint_name() -> str:
-    from edgedetr.training.output import CHECKPOINT
-
-    assert SCHEMA == 2
-    return CHECKPOINT
