@@ -64,23 +64,21 @@ def convert_to_fp16(
     return _Fp16Converter(model, absmax, keep_fp32 or {}).convert()
 
 
-def float_tensors(model: ModelProto) -> set[str]:
+def float_tensors(graph: GraphIndex) -> set[str]:
     """Names of all float32 tensors that are no initializers."""
-    return {name for name, kind in _types(GraphIndex(model)).items() if kind == FP32} - {
-        tensor.name for tensor in model.graph.initializer
-    }
+    return {name for name, kind in _types(graph).items() if kind == FP32} - graph.initializers.keys()
 
 
-def activation_absmax(model: ModelProto, batches: Iterable[np.ndarray]) -> dict[str, float]:
+def activation_absmax(graph: GraphIndex, batches: Iterable[np.ndarray]) -> dict[str, float]:
     """{float32 tensor: largest magnitude over the batches}. Errors: ExportError that names a NaN or infinite tensor.
 
     batches   [B, 3, H, W] float32, as the graph takes them
 
     The maxima are computed inside the graph, so that no tensor is kept.
     """
-    names = sorted(float_tensors(model))
+    names = sorted(float_tensors(graph))
     probe = ModelProto()
-    probe.CopyFrom(model)
+    probe.CopyFrom(graph.model)
     for number, name in enumerate(names):
         # ReduceMax can ignore NaN, ReduceSum cannot.
         magnitude = f"{name}_magnitude"

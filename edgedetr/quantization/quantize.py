@@ -42,12 +42,12 @@ ABSMAX_IMAGES = 8  # on these the magnitudes for FP16 are observed; fp16.MAX_ABS
 class _Job:
     """What one export of FP16 or INT8 graphs reads.
 
-    model    the float graph
+    graph    the float graph
     calib    where the calibration images are; None = the calibration split of the bundle's data
     """
 
     bundle: Bundle
-    model: ModelProto
+    graph: GraphIndex
     policy: Policy
     config: QuantConfig
     calib: Path | None
@@ -72,9 +72,9 @@ def quantize(
     plan = make_plan(graph, policy)
     tensors = tensors_to_observe(graph, plan)
     ranges = ranges_of(bundle, model, tensors, config, policy.name, calib=calib, progress=progress)
-    job = _Job(bundle, model, policy, config, calib, progress)
+    job = _Job(bundle, graph, policy, config, calib, progress)
     for target in (TENSORRT, replace(CPU, weight_bits=weight_bits(config.cpu_weights))):
-        _write_int8(job, graph, plan, ranges, target)
+        _write_int8(job, plan, ranges, target)
     log.info("%d layers INT8, %d float", len(plan.layers), len(plan.float_layers))
     return plan
 
@@ -100,7 +100,8 @@ def export_fp16(
         return
     model = read_onnx(bundle.require(ONNX.file))
     check_policy(model, policy)
-    result, float32_nodes = _convert_to_fp16(_Job(bundle, model, policy, config, calib, progress), model)
+    job = _Job(bundle, GraphIndex(model), policy, config, calib, progress)
+    result, float32_nodes = _convert_to_fp16(job, model)
     metadata = {**_metadata(model), MADE_BY: made_by, FLOAT32_NODES: float32_nodes}
     _add_graph(bundle, FP16, result, metadata)
 
@@ -116,7 +117,7 @@ def read_onnx(path: Path) -> ModelProto:
     return model
 
 
-def _write_int8(job: _Job, graph: GraphIndex, plan: QuantizationPlan, ranges: Ranges, target: Target) -> None:
+def _write_int8(job: _Job, plan: QuantizationPlan, ranges: Ranges, target: Target) -> None:
     """The INT8 graph for one target, unless the bundle has it already."""
     about: dict[str, object] = {
         "dialect": target.name,
@@ -132,12 +133,12 @@ def _write_int8(job: _Job, graph: GraphIndex, plan: QuantizationPlan, ranges: Ra
     made_by = json.dumps({**about, "bias_correction": [IMAGES, PARTS]} if job.config.bias_correction else about)
     if _is_made_by(job.bundle, target.artifact.file, made_by):
         return
-    result = insert_qdq(graph, plan, ranges.amax, target)
+    result = insert_qdq(job.graph, plan, ranges.amax, target)
     if job.config.bias_correction:
         paths = _images_of(job.bundle, ranges)
         if paths:
-            shifts = bias_shifts(graph, result, plan, _passes(job, paths, f"bias {target.name}"))
-            result = insert_qdq(graph, plan, ranges.amax, target, shifts)
+            shifts = bias_shifts(job.graph, result, plan, _passes(job, paths, f"bias {target.name}"))
+            result = insert_qdq(job.graph, plan, ranges.amax, target, shifts)
         else:
             made_by = json.dumps(about)
     metadata = {**_metadata(result), MADE_BY: made_by, FLOAT_LAYERS: _by_reason(plan.float_layers)}
@@ -158,7 +159,7 @@ def _add_graph(bundle: Bundle, artifact: Artifact, model: ModelProto, metadata: 
 
 def _convert_to_fp16(job: _Job, model: ModelProto) -> tuple[ModelProto, str]:
     """The float graph of the job, or its quantized form, with FP16 inside; and FLOAT32_NODES of it."""
-    absmax = activation_absmax(job.model, _absmax_batches(job))
+    absmax = activation_absmax(job.graph, _absmax_batches(job))
     found = convert_to_fp16(model, absmax, job.policy.float32_nodes(model))
     return found.model, _by_reason(found.fp32_nodes)
 

@@ -59,7 +59,7 @@ class GraphWriter:
         self.plan = make_plan(self.graph, self.policy)
         self.paths = choose_images(bundle, None, self.config.images).paths
         self.histograms = observe(self.model, tensors_to_observe(self.graph, self.plan), self.paths, self.contract)
-        self.absmax = activation_absmax(self.model, self.batches(ABSMAX_IMAGES))
+        self.absmax = activation_absmax(self.graph, self.batches(ABSMAX_IMAGES))
 
     def batches(self, count: int) -> Iterator[np.ndarray]:
         for i in np.unique(np.linspace(0, len(self.paths) - 1, count).round().astype(int)):

@@ -51,7 +51,7 @@ def magnitudes(model: ModelProto) -> dict[str, float]:
 
     At most 1000, because these weights are noise: what does not fit into FP16 is tested in test_half.py.
     """
-    probe, names = ModelProto(), sorted(float_tensors(model) - {"images"})
+    probe, names = ModelProto(), sorted(float_tensors(GraphIndex(model)) - {"images"})
     probe.CopyFrom(model)
     del probe.graph.output[:]
     probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)

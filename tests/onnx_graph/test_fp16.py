@@ -77,7 +77,9 @@ def member(request) -> tuple[str, ModelProto, ModelProto, np.ndarray]:
     return (
         request.param,
         model,
-        convert_to_fp16(model, activation_absmax(model, [images]), load_policy("default").float32_nodes(model)).model,
+        convert_to_fp16(
+            model, activation_absmax(GraphIndex(model), [images]), load_policy("default").float32_nodes(model)
+        ).model,
         images,
     )
 
@@ -172,7 +174,7 @@ def test_a_float32_node_keeps_an_overflow_away(rng):
     assert not np.isfinite(
         run(_simulated(convert_to_fp16(model, {}).model.SerializeToString()), images)["logits"]
     ).any()
-    absmax = activation_absmax(model, [images])
+    absmax = activation_absmax(GraphIndex(model), [images])
     assert absmax["square"] == pytest.approx(90000)
     kept = run(_simulated(convert_to_fp16(model, absmax).model.SerializeToString()), images)["logits"]
     np.testing.assert_allclose(kept, 90, rtol=1e-3)
@@ -228,7 +230,7 @@ def test_pixels_are_normalized_before_they_are_rounded():
 def test_a_pair_of_int8_has_fp16_scales_and_the_type_of_its_layer(rng):
     nodes = [conv("images", "a", "one"), conv("a", "b", "two"), conv("b", "logits", "three")]
     model = graph(nodes, w=rng.normal(0, 0.2, (16, 16, 1, 1)).astype(np.float32))
-    absmax = activation_absmax(model, [rng.normal(0, 2, SIZE).astype(np.float32)])
+    absmax = activation_absmax(GraphIndex(model), [rng.normal(0, 2, SIZE).astype(np.float32)])
     quantized = insert_qdq(GraphIndex(model), make_plan(GraphIndex(model), Policy("all")), absmax, TENSORRT)
     for largest, kind in ((absmax["a"], FP16), (2 * MAX_ABSMAX, FP32)):
         fp16 = convert_to_fp16(quantized, {**absmax, "a": largest}).model
@@ -277,12 +279,12 @@ def test_a_tensor_that_is_not_finite_is_named(bad):
     images = np.zeros(SIZE, np.float32)
     images[0, 3, 2, 2] = bad
     with pytest.raises(ExportError, match="tensor '(images|a)' is (nan|inf)"):
-        activation_absmax(model, [images])
+        activation_absmax(GraphIndex(model), [images])
 
 
 def test_absmax_is_the_largest_magnitude_over_all_images(rng):
     model = graph([conv("images", "a", "one"), helper.make_node("Relu", ["a"], ["logits"], "relu")], w=-W)
     batches = [rng.normal(0, 1, SIZE).astype(np.float32), rng.normal(0, 3, SIZE).astype(np.float32)]
-    found = activation_absmax(model, batches)
+    found = activation_absmax(GraphIndex(model), batches)
     assert found["images"] == found["a"] == max(float(np.abs(batch).max()) for batch in batches)
     assert found["logits"] == max(float((-batch).max()) for batch in batches)
