@@ -122,9 +122,8 @@ def export(
     from edgedetr.exporting.export import export as run
     from edgedetr.exporting.serving_files import write_serving_files
     from edgedetr.exporting.settings import record, settings
-    from edgedetr.runtime.bundle_detector import open_bundle
 
-    opened, sets, fp16 = open_bundle(bundle), tuple(sets), fp16 or engines
+    opened, sets, fp16 = Bundle.open(bundle), tuple(sets), fp16 or engines
     if calib is not None and not (int8 or fp16):
         raise UsageError("--calib names images for FP16 and INT8; add --int8, --fp16 or --trt")
     if fp16 and sampling is None and not any(text.startswith("export.sampling=") for text in sets):
@@ -188,9 +187,8 @@ def verify(
     """
     from edgedetr.evaluation.config import VerifyConfig
     from edgedetr.evaluation.verify import verify as run
-    from edgedetr.runtime.bundle_detector import open_bundle
 
-    opened = open_bundle(bundle)
+    opened = Bundle.open(bundle)
     return run(
         opened,
         data=data,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedetr import artifacts
-from edgedetr.errors import BundleError, EdgedetrError, TrainingError
+from edgedetr.errors import BundleError, EdgedetrError, TrainingError, UsageError
 from edgedetr.storage import file_kinds
 from edgedetr.storage.atomic import (
     atomic_write,
@@ -93,14 +93,17 @@ class Bundle:
         return bundle
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Read and check bundle.json. Errors: BundleError."""
-        if not isinstance(path, (str, os.PathLike)):
-            raise BundleError(
-                f"bundle is {'None' if path is None else f'of type {type(path).__name__}'}; expected the "
-                "path of a bundle"
-            )
-        path = Path(path)
+    def open(cls, bundle: str | Path | Bundle) -> Bundle:
+        """Read and check bundle.json; an open bundle is returned unchanged.
+
+        Errors: BundleError; UsageError for anything that is neither a path nor a Bundle.
+        """
+        if isinstance(bundle, Bundle):
+            return bundle
+        if not isinstance(bundle, (str, os.PathLike)):
+            kind = "None" if bundle is None else f"of type {type(bundle).__name__}"
+            raise UsageError(f"bundle is {kind}; expected the path of a bundle, or an open Bundle")
+        path = Path(bundle)
         return cls(path, _read(path))
 
     @staticmethod

@@ -48,7 +48,7 @@ def bench(
     backends   None = the engines that fit this device; without engines the CPU libraries
     rounds     timed inferences of each artifact
     """
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    bundle = Bundle.open(bundle)
     engines = fitting_engines(bundle, artifacts, backends)
     on_cpu = [name for name in backends or () if not base.get(name).runs_engines]
     pairs = candidates(bundle, benched_pairs(), artifacts, on_cpu or None) if on_cpu or not engines else []

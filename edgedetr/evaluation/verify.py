@@ -62,7 +62,7 @@ def verify(
     Where engines are verified, the result is a DeviceVerdict (see engine_verdict.py).
     Errors: BundleError, DataError, UsageError, EngineError before anything is measured.
     """
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    bundle = Bundle.open(bundle)
     bundle.inside(VERDICT.file)  # refuse a linked folder before the work, not after it
     config = config or VerifyConfig(budget=bundle.manifest.budget)
     config = replace(config, budget=config.budget if max_drop is None else max_drop, threads=threads or config.threads)
@@ -126,7 +126,7 @@ def evaluate_artifact(
     progress: Progress | None = None,
 ) -> Metrics:
     """Metrics of one artifact on a labeled split; "torch" ("reference" of an import) is read from reference.npz."""
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    bundle = Bundle.open(bundle)
     if artifact in ("torch", "reference"):
         reference = Reference.load(bundle.require(REFERENCE.file))
         if (split is not None and split != reference.split) or data is not None:

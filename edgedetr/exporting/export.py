@@ -51,7 +51,7 @@ def export(
     dynamic_batch   leave the batch size open, even where the recipe fixes it
     config, quant   settings; None = those of the recipe in the bundle
     """
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    bundle = Bundle.open(bundle)
     if config is None or quant is None:
         recorded = _recipe(bundle)
         config, quant = config or recorded[0], quant or recorded[1]

@@ -51,7 +51,7 @@ def write_report(bundle: str | Path | Bundle, *, data: str | Path | None = None)
         from edgedetr.reporting import figures
     except ImportError as error:
         raise MissingDependency(missing((error.name or "matplotlib").partition(".")[0], error)) from error
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    bundle = Bundle.open(bundle)
     path = bundle.inside(REPORT.file)
     evidence = read_evidence(bundle)
     verdict, manifest = evidence.verdict, bundle.manifest

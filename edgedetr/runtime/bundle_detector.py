@@ -13,7 +13,7 @@ from edgedetr.bundle import Bundle, ClassInfo, InputContract, OutputContract
 from edgedetr.errors import BundleError, DataError, DeviceError, EngineError, MissingDependency, UsageError
 from edgedetr.printable import shown
 from edgedetr.runtime import preprocess
-from edgedetr.runtime.arguments import as_path, check_count, check_word, kind
+from edgedetr.runtime.arguments import check_count, check_word, kind
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.backends.base import Backend, RawOutputs, Runner
 from edgedetr.runtime.cpu import int8_dot_product, int8_saturates
@@ -115,13 +115,6 @@ def check_image(image: object, what: str) -> None:
         )
 
 
-def open_bundle(bundle: str | Path | Bundle) -> Bundle:
-    """The bundle at a path, or an open bundle itself. Errors: UsageError for anything else."""
-    if isinstance(bundle, Bundle):
-        return bundle
-    return Bundle.open(as_path(bundle, "bundle", "the path of a bundle, or an open Bundle"))
-
-
 def load(
     bundle: str | Path | Bundle,
     *,
@@ -142,7 +135,7 @@ def load(
 
     The detector's `description` has the choice with its reason, and the reason why an engine was not used.
     """
-    bundle = open_bundle(bundle)
+    bundle = Bundle.open(bundle)
     for word, known, what in ((backend, BACKENDS, "backend"), (stage, GRAPHS, "stage")):
         if word is not None:
             check_word(word, known, what)

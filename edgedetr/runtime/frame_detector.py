@@ -19,7 +19,7 @@ from edgedetr.image_size import check_size
 from edgedetr.printable import shown
 from edgedetr.runtime.arguments import check_count
 from edgedetr.runtime.backends.onnxruntime import OrtFrameRunner
-from edgedetr.runtime.bundle_detector import check_image, open_bundle
+from edgedetr.runtime.bundle_detector import check_image
 from edgedetr.runtime.postprocess import Detections, named
 from edgedetr.runtime.tensorrt import select
 from edgedetr.runtime.tensorrt.trt_runner import TrtFrameRunner
@@ -91,7 +91,7 @@ def load_frames(
     if size is not None:
         size = check_size(size)
     check_count(threads, "threads")
-    bundle = open_bundle(bundle)
+    bundle = Bundle.open(bundle)
     there = [found for name in bundle.manifest.files if (found := frame_graph(name))]
     if not there:
         raise BundleError(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from edgedetr.bundle import Bundle
-from edgedetr.errors import BundleError, EdgedetrError, UsageError
+from edgedetr.errors import EdgedetrError, UsageError
 from edgedetr.importing.import_model import import_model
 from edgedetr.importing.import_options import ImportOptions
 
@@ -16,7 +16,7 @@ PATHS: list[Any] = [None, 3, b"x", []]
 
 @pytest.mark.parametrize("value", PATHS, ids=repr)
 def test_what_is_no_path_is_one_error(value: Any, tmp_path) -> None:
-    with pytest.raises(BundleError, match="bundle is .*; expected the path of a bundle"):
+    with pytest.raises(UsageError, match="bundle is .*; expected the path of a bundle"):
         Bundle.open(value)
     options = ImportOptions(model="detr")
     for wrong in ({"source": value}, {"out": value}):

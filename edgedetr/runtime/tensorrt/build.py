@@ -26,7 +26,6 @@ from edgedetr.runtime import jetson
 from edgedetr.runtime.arguments import check_count, check_word, is_whole
 from edgedetr.runtime.backends import onnx_bytes
 from edgedetr.runtime.backends.onnx_bytes import OnnxFacts
-from edgedetr.runtime.bundle_detector import open_bundle
 from edgedetr.runtime.tensorrt import engine_cache, engine_metadata, engine_validation, gpu, known_issues
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata
 from edgedetr.runtime.tensorrt.gpu import Device, make_logger, tensorrt, version
@@ -83,7 +82,7 @@ def build(
     if frame is not None:
         frame = check_size(frame, "frame")
     check_count(workspace_mb, "workspace_mb")
-    bundle = open_bundle(bundle)
+    bundle = Bundle.open(bundle)
     trt = _tensorrt_for(bundle)
     device = gpu.probe()
     graph = ENGINE_GRAPHS[precision]
