@@ -53,12 +53,13 @@ def drops(verdict: Verdict) -> str:
             axes.plot(row.drop, y, "o", color=color, markersize=8)
         axes.axvline(tolerance, color=BAD, linewidth=1.4, linestyle="--")
         axes.axvline(0, color=INK, linewidth=0.8)
-        axes.text(tolerance, len(rows) - 0.42, f" tolerance {tolerance:g}", color=BAD, va="bottom", ha="left")
+        label = {"color": BAD, "va": "bottom", "ha": "left", "xytext": (4, 0), "textcoords": "offset points"}
+        axes.annotate(f"tolerance {tolerance:g}", (tolerance, len(rows) - 0.42), **label)
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.set_ylim(-0.6, len(rows) - 0.2)
         low, high = axes.get_xlim()
         axes.set_xlim(low, max(high, tolerance + 0.25 * (max(high, tolerance) - low)))
-        axes.set_xlabel("AP points lost against PyTorch: measured, and upper 95 % bound")
+        axes.set_xlabel("AP points lost: measured, and upper 95 % bound")
         axes.grid(visible=False, axis="y")
         return _svg(figure, "AP points lost by each artifact, with the tolerance")
 
