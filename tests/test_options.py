@@ -224,7 +224,7 @@ HANDED_ON = {
         "made by the import's own reading, which one_of guards",
     ),
     "models/member.py:Block ROLES": "Member checks the roles that its blocks declare",
-    "models/backbones/resnet.py:BackboneConfig backbone_norm": "its members' configurations check all fields",
+    "models/backbones/backbone.py:BackboneConfig backbone_norm": "its members' configurations check all fields",
 }
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from edgedetr.errors import ModelError
-from edgedetr.models.backbones.resnet import BackboneConfig, ResNet, make_backbone
-from edgedetr.models.backbones.vit import VitPyramid
+from edgedetr.models.backbones.backbone import BackboneConfig
 from edgedetr.options import LATER, Range, check
 
 # Ranges of the numbers that several members have, by field name; wide enough for any paper, and narrow enough that no
@@ -50,16 +49,3 @@ class TransformerConfig(BackboneConfig):
         check(self, "model", {**RANGES, **self.ranges})
         if self.hidden % self.heads or self.hidden % 4:  # a quarter each for sine and cosine of x and y
             raise ModelError(f"model.hidden is {self.hidden}; expected a multiple of 4 and of {self.heads} heads")
-
-
-def backbone_of(config: BackboneConfig, levels: Sequence[int], dilate_last: bool = False) -> ResNet | VitPyramid:
-    """The backbone that a configuration names, with random weights; see `make_backbone`."""
-    return make_backbone(
-        config.backbone,
-        levels,
-        width=config.backbone_width,
-        frozen_norm=config.backbone_norm == "frozen",
-        frozen_stages=config.frozen_stages,
-        dilate_last=dilate_last,
-        layer_scale=config.layer_scale,
-    )

@@ -1,4 +1,4 @@
-"""Backbones by name; ResNet: torchvision's (v1.5, stride in the 3x3) and "vd" (deep stem, average-pooled shortcut).
+"""ResNet as a backbone: torchvision's (v1.5, stride in the 3x3) and "vd" (deep stem, average-pooled shortcut).
 
 He et al. 2015; He et al. 2018, "Bag of Tricks", figure 2 (C and D); the vd form as RT-DETR builds it.
 """
@@ -6,17 +6,12 @@ He et al. 2015; He et al. 2018, "Bag of Tricks", figure 2 (C and D); the vd form
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from edgedetr.errors import ModelError, did_you_mean
+from edgedetr.errors import ModelError
 from edgedetr.layers.convolution import ConvNorm
 from edgedetr.layers.norm import FrozenBatchNorm2d
-from edgedetr.models.backbones import vit
-from edgedetr.models.backbones.vit import VitPyramid
-from edgedetr.options import LATER
 
 # blocks per stage, and whether a block is 1x1-3x3-1x1 with four times the channels at its end
 DEPTHS: dict[str, tuple[tuple[int, int, int, int], bool]] = {
@@ -25,26 +20,9 @@ DEPTHS: dict[str, tuple[tuple[int, int, int, int], bool]] = {
     "resnet50": ((3, 4, 6, 3), True),
     "resnet101": ((3, 4, 23, 3), True),
 }
-NAMES = (*DEPTHS, *(f"{name}vd" for name in DEPTHS), *vit.NAMES)
+NAMES = (*DEPTHS, *(f"{name}vd" for name in DEPTHS))
 
 Norm = Callable[[int], nn.Module]
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """What every member says of its backbone; a member's own configuration goes on from here."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    backbone: str = "resnet50"  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
-    backbone_width: float = 1.0  # 0.5 halves every channel count: for small data and CPUs
-    backbone_weights: str = "auto"  # "auto", "random", a hub name, or a .safetensors file
-    backbone_norm: Literal["frozen", "trainable"] = "frozen"  # trainable where weights are random
-    layer_scale: float = field(default=0.0, metadata=LATER)  # a ViT's LayerScale: start of its factors (CaiT:
-    # 1e-5); also for weights that have them (DINOv2); 0 = none
-    frozen_stages: int = 2  # stem and first stage keep their ImageNet weights
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet, as torchvision's weights were trained
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
 class Shortcut(nn.Module):
@@ -96,7 +74,7 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """Images to feature maps of the stages asked for.
 
-    channels, strides  of those maps, for whoever builds on them
+    channels, strides  of those maps, for the modules that read them
     """
 
     def __init__(
@@ -189,31 +167,3 @@ def resnet(
     )
     net.freeze(frozen_stages)
     return net
-
-
-def make_backbone(
-    name: str,
-    levels: Sequence[int],
-    *,
-    width: float = 1.0,
-    frozen_norm: bool = True,
-    frozen_stages: int = 0,
-    dilate_last: bool = False,
-    layer_scale: float = 0.0,
-) -> ResNet | VitPyramid:
-    """A backbone by its name: a ResNet, or a vision transformer, "vit_tiny" .. "vit_base", each also as "..._window".
-
-    levels  stages to return, 2..5, which is strides 4..32;  frozen_norm, dilate_last  of a ResNet;
-    layer_scale  of a vision transformer
-    """
-    if name not in NAMES:
-        raise ModelError(f"model.backbone is {name!r}; expected one of {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
-    if name not in vit.NAMES:
-        if layer_scale:
-            raise ModelError(f"model.layer_scale belongs to vision transformers, not to {name}; expected 0")
-        return resnet(
-            name, levels, width=width, frozen_norm=frozen_norm, frozen_stages=frozen_stages, dilate_last=dilate_last
-        )
-    if dilate_last:
-        raise ModelError(f"model.dilate_last needs a bottleneck ResNet, not {name}; use resnet50 or resnet101")
-    return vit.vit(name, levels, width=width, frozen_stages=frozen_stages, layer_scale=layer_scale)

@@ -14,6 +14,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.row_column_attention import AxisPosition, RowColumnAttention, RowColumnLayer
+from edgedetr.models.backbones.backbone import make_backbone
 from edgedetr.models.box_heads import AbsoluteBoxes
 from edgedetr.models.checkpoints import author_names
 from edgedetr.models.checkpoints.config_from_state_dict import StateDict, rows_of
@@ -31,7 +32,7 @@ from edgedetr.models.initialization import (
     zero_box_init,
 )
 from edgedetr.models.member import Member, at
-from edgedetr.models.member_config import TransformerConfig, backbone_of
+from edgedetr.models.member_config import TransformerConfig
 from edgedetr.models.queries.learned import AnchorPoints, AnchorQueries
 from edgedetr.options import Range
 
@@ -65,7 +66,7 @@ class AnchorDetrConfig(TransformerConfig):
 def anchor_detr(config: AnchorDetrConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figure 3, with random weights."""
     c = config
-    backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
+    backbone = make_backbone(c, levels=(5,), dilate_last=c.dilate_last)
 
     def feedforward() -> FeedForward:
         return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)

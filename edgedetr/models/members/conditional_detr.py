@@ -15,6 +15,7 @@ from edgedetr.layers.conditional_attention import ConditionalSelfAttention, Spat
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import SinePosition
+from edgedetr.models.backbones.backbone import make_backbone
 from edgedetr.models.box_heads import AbsoluteBoxes
 from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.rename_rules import Layout
@@ -33,7 +34,7 @@ from edgedetr.models.initialization import (
     zero_box_init,
 )
 from edgedetr.models.member import Member, at
-from edgedetr.models.member_config import TransformerConfig, backbone_of
+from edgedetr.models.member_config import TransformerConfig
 from edgedetr.models.queries.learned import ConditionalQueries
 from edgedetr.options import LATER
 
@@ -59,7 +60,7 @@ class ConditionalDetrConfig(TransformerConfig):
 def conditional_detr(config: ConditionalDetrConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figures 3 and 4, with random weights."""
     c = config
-    backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
+    backbone = make_backbone(c, levels=(5,), dilate_last=c.dilate_last)
 
     def feedforward() -> FeedForward:
         return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)

@@ -16,6 +16,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
+from edgedetr.models.backbones.backbone import make_backbone
 from edgedetr.models.box_heads import AbsoluteBoxes, IterativeBoxes
 from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.config_from_state_dict import Reader, StateDict, has, rows_of
@@ -27,7 +28,7 @@ from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
 from edgedetr.models.initialization import box_size_init, packed_qkv, prior_bias_init, xavier_rule, zero_box_init
 from edgedetr.models.member import Member, at
-from edgedetr.models.member_config import TransformerConfig, backbone_of
+from edgedetr.models.member_config import TransformerConfig
 from edgedetr.models.queries.learned import PointQueries
 from edgedetr.models.queries.two_stage import ProposalQueries
 
@@ -73,7 +74,7 @@ class DeformableDetrConfig(TransformerConfig):
 def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figure 1, with random weights."""
     c = config
-    backbone = backbone_of(c, levels=(5,) if c.levels == 1 else (3, 4, 5), dilate_last=c.dilate_last)
+    backbone = make_backbone(c, levels=(5,) if c.levels == 1 else (3, 4, 5), dilate_last=c.dilate_last)
     points = (c.points,) * c.levels
 
     def feedforward() -> FeedForward:

@@ -16,6 +16,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import LearnedPosition, NoPosition, SequencePosition, SinePosition
+from edgedetr.models.backbones.backbone import make_backbone
 from edgedetr.models.box_heads import AbsoluteBoxes
 from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.config_from_state_dict import StateDict, has
@@ -27,7 +28,7 @@ from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import DenseEncoder, EncoderLayer
 from edgedetr.models.initialization import PROJECTION, packed_qkv, xavier
 from edgedetr.models.member import Member, at
-from edgedetr.models.member_config import TransformerConfig, backbone_of
+from edgedetr.models.member_config import TransformerConfig
 from edgedetr.models.queries.learned import LearnedQueries
 from edgedetr.options import LATER, Range
 
@@ -74,7 +75,7 @@ POSITIONS: dict[str, Callable[[int], nn.Module]] = {
 def detr(config: DetrConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figure 2, with random weights."""
     c = config
-    backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
+    backbone = make_backbone(c, levels=(5,), dilate_last=c.dilate_last)
 
     def feedforward() -> FeedForward:
         return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)

@@ -16,6 +16,7 @@ from edgedetr.layers.conditional_attention import ConditionalSelfAttention, Spat
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.position import SinePosition
+from edgedetr.models.backbones.backbone import make_backbone
 from edgedetr.models.box_heads import AbsoluteBoxes
 from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.rename_rules import Layout
@@ -34,7 +35,7 @@ from edgedetr.models.initialization import (
     zero_box_init,
 )
 from edgedetr.models.member import Member, at
-from edgedetr.models.member_config import TransformerConfig, backbone_of
+from edgedetr.models.member_config import TransformerConfig
 from edgedetr.models.queries.learned import BoxPosition, BoxQueries
 
 TEMPERATURE = 20.0  # of the image's position: shorter waves than DETR's 10000 (DAB-DETR, section 4.5)
@@ -60,7 +61,7 @@ class DnDetrConfig(TransformerConfig):
 def dn_detr(config: DnDetrConfig, num_classes: int) -> DetrModel:
     """The network of DAB-DETR's figure 5 with DN-DETR's label vectors, with random weights."""
     c = config
-    backbone = backbone_of(c, levels=(5,), dilate_last=c.dilate_last)
+    backbone = make_backbone(c, levels=(5,), dilate_last=c.dilate_last)
 
     def feedforward() -> FeedForward:
         return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)

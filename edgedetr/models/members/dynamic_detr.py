@@ -18,6 +18,7 @@ from edgedetr.layers.dynamic_convolution import DynamicInteraction
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.roi_align import RoiAlign
+from edgedetr.models.backbones.backbone import make_backbone
 from edgedetr.models.box_heads import DeltaBoxes
 from edgedetr.models.checkpoints.config_from_state_dict import StateDict
 from edgedetr.models.cross_attention import RoiCrossAttention
@@ -27,7 +28,7 @@ from edgedetr.models.encoders.dynamic import GROUPS, DynamicPyramidLayer
 from edgedetr.models.encoders.fpn import FeaturePyramid, PyramidEncoder
 from edgedetr.models.initialization import prior_bias_init, xavier, zero_box_init
 from edgedetr.models.member import Member, at
-from edgedetr.models.member_config import TransformerConfig, backbone_of
+from edgedetr.models.member_config import TransformerConfig
 from edgedetr.models.queries.learned import LearnedProposals
 from edgedetr.options import LATER
 
@@ -66,7 +67,7 @@ class DynamicDetrConfig(TransformerConfig):
 def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figure 2, with random weights."""
     c = config
-    backbone = backbone_of(c, levels=(3, 4, 5))
+    backbone = make_backbone(c, levels=(3, 4, 5))
 
     def decoder_layer() -> nn.Module:
         read = RoiCrossAttention(

@@ -17,6 +17,7 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
+from edgedetr.models.backbones.backbone import make_backbone
 from edgedetr.models.box_heads import IterativeBoxes
 from edgedetr.models.cross_attention import DeformableCrossAttention
 from edgedetr.models.decoder import Decoder, DecoderLayer
@@ -24,7 +25,7 @@ from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
 from edgedetr.models.initialization import prior_bias_init, zero_box_init
 from edgedetr.models.member import Member, at
-from edgedetr.models.member_config import TransformerConfig, backbone_of
+from edgedetr.models.member_config import TransformerConfig
 from edgedetr.models.members.deformable_detr import SAMPLING_READERS
 from edgedetr.models.queries.two_stage import DenseQueries
 from edgedetr.options import Range
@@ -69,7 +70,7 @@ class EfficientDetrConfig(TransformerConfig):
 def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figure 4, with random weights."""
     c = config
-    backbone = backbone_of(c, levels=(3, 4, 5))
+    backbone = make_backbone(c, levels=(3, 4, 5))
     points = (c.points,) * c.levels
 
     def feedforward() -> FeedForward:

@@ -15,6 +15,7 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalize
+from edgedetr.models.backbones.backbone import make_backbone
 from edgedetr.models.box_heads import IterativeBoxes
 from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.config_from_state_dict import StateDict, count_of, has, rows_of
@@ -35,7 +36,7 @@ from edgedetr.models.initialization import (
     zero_box_init,
 )
 from edgedetr.models.member import Member, PublishedResize, at
-from edgedetr.models.member_config import WIDTHS, TransformerConfig, backbone_of
+from edgedetr.models.member_config import WIDTHS, TransformerConfig
 from edgedetr.models.queries.two_stage import TopKQueries
 from edgedetr.options import LATER, Range
 
@@ -96,7 +97,7 @@ class RtDetrConfig(TransformerConfig):
 def rt_detr(config: RtDetrConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figure 4, with random weights."""
     c = config
-    backbone, width = backbone_of(c, levels=(3, 4, 5)), c.encoder_width or c.hidden
+    backbone, width = make_backbone(c, levels=(3, 4, 5)), c.encoder_width or c.hidden
 
     def encoder_layer() -> nn.Module:
         return EncoderLayer(

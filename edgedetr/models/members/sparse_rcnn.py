@@ -16,6 +16,7 @@ from edgedetr.layers.dynamic_convolution import DynamicInteraction
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.layers.roi_align import RoiAlign
+from edgedetr.models.backbones.backbone import make_backbone
 from edgedetr.models.box_heads import DeltaBoxes
 from edgedetr.models.checkpoints import author_names
 from edgedetr.models.checkpoints.rename_rules import Layout
@@ -25,7 +26,7 @@ from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.fpn import FeaturePyramid, PyramidEncoder
 from edgedetr.models.initialization import packed_qkv, prior_bias_init, xavier
 from edgedetr.models.member import Member, at
-from edgedetr.models.member_config import TransformerConfig, backbone_of
+from edgedetr.models.member_config import TransformerConfig
 from edgedetr.models.queries.learned import LearnedProposals
 from edgedetr.options import Range
 
@@ -53,7 +54,7 @@ class SparseRcnnConfig(TransformerConfig):
 def sparse_rcnn(config: SparseRcnnConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figures 3 and 4, with random weights."""
     c = config
-    backbone = backbone_of(c, levels=(2, 3, 4, 5))
+    backbone = make_backbone(c, levels=(2, 3, 4, 5))
 
     def stage() -> nn.Module:
         read = RoiCrossAttention(

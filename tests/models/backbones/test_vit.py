@@ -15,13 +15,17 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.drop_path import DropPath, set_rates
 from edgedetr.layers.patch_embedding import PatchPosition, from_windows, to_windows
 from edgedetr.models import FAMILY, build
-from edgedetr.models.backbones.resnet import make_backbone
+from edgedetr.models.backbones.backbone import BackboneConfig, make_backbone
 from edgedetr.models.backbones.vit import VisionTransformer, VitPyramid
 from edgedetr.models.checkpoints.backbone_names import rename_vit
 from edgedetr.models.checkpoints.pretrained import load_backbone, load_weights
 from edgedetr.models.deploy import ConstantFolded, DeployGraph
 
 DIM, HEADS, DEPTH = 24, 3, 4
+
+
+def backbone(name, levels, dilate_last=False, **options):
+    return make_backbone(BackboneConfig(backbone=name, **{"frozen_stages": 0, **options}), levels, dilate_last)
 
 
 @torch.no_grad()
@@ -197,7 +201,7 @@ def test_positions_are_interpolated_as_an_image() -> None:
 @pytest.mark.parametrize("name", ["vit_tiny", "vit_tiny_window"])
 @torch.no_grad()
 def test_the_pyramid_has_the_strides_of_a_resnet(name: str) -> None:
-    net = make_backbone(name, (2, 3, 4, 5), width=0.125).eval()
+    net = backbone(name, (2, 3, 4, 5), backbone_width=0.125).eval()
     maps = net(torch.randn(1, 3, 64, 96))
     assert net.strides == [4, 8, 16, 32]
     assert net.channels == [32] * 4
@@ -210,13 +214,13 @@ def test_sizes_are_those_of_the_papers() -> None:
     """Without the classifier, as transformers counts ViTModel: 5.5, 21.7 and 85.8 M."""
     for name, million in (("vit_tiny", 5.52), ("vit_small", 21.67), ("vit_base", 85.80)):
         with torch.device("meta"):
-            trunk = make_backbone(name, (4,)).transformer
+            trunk = backbone(name, (4,)).transformer
         assert sum(p.numel() for p in trunk.parameters()) / 1e6 == pytest.approx(million, rel=0.002)
 
 
 @pytest.mark.parametrize("stages, blocks", [(0, 0), (1, 0), (2, 3), (5, 12)])
 def test_freezing_goes_from_the_patches_up(stages: int, blocks: int) -> None:
-    net = make_backbone("vit_tiny", (5,), width=0.125, frozen_stages=stages)
+    net = backbone("vit_tiny", (5,), backbone_width=0.125, frozen_stages=stages)
     trunk = net.transformer
     frozen = [not any(p.requires_grad for p in block.parameters()) for block in trunk.blocks]
     assert frozen == [True] * blocks + [False] * (12 - blocks)
@@ -266,10 +270,10 @@ def test_a_member_trains_and_deploys_on_it(name: str) -> None:
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: make_backbone("vit_tinny", (5,)), "did you mean 'vit_tiny'"),
-        (lambda: make_backbone("resnet18", (5,), layer_scale=1e-5), "belongs to vision transformers, not to resnet18"),
-        (lambda: make_backbone("vit_tiny", (5,), dilate_last=True), "use resnet50 or resnet101"),
-        (lambda: make_backbone("vit_tiny", (5,), width=0.26), "50 channels with 3 heads; .*model.backbone_width"),
+        (lambda: backbone("vit_tinny", (5,)), "did you mean 'vit_tiny'"),
+        (lambda: backbone("resnet18", (5,), layer_scale=1e-5), "belongs to vision transformers, not to resnet18"),
+        (lambda: backbone("vit_tiny", (5,), dilate_last=True), "use resnet50 or resnet101"),
+        (lambda: backbone("vit_tiny", (5,), backbone_width=0.26), "50 channels with 3 heads; .*model.backbone_width"),
     ],
 )
 def test_what_cannot_be_built_says_why(make: object, message: str) -> None:
