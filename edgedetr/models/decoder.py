@@ -70,8 +70,8 @@ class Decoder(nn.Module):
 
     query_position  Mlp(4 -> C) of the reference, anew in every layer; None: the position in Queries stays
     norm            on every layer's features before the heads (DETR), or None
-    norm_between    the next layer takes these features as well, and the last are normalized twice: so transformers
-                    computes models with auxiliary_loss, and so they were trained; not in the papers
+    norm_between    the next layer takes these features as well, and the last are normalized twice: transformers
+                    computes models with auxiliary_loss this way, as they were trained; not in the papers
     spatial         (layer, content, reference, Queries.spatial) -> this layer's positions for cross-attention alone;
                     None: Queries.spatial stays
     """

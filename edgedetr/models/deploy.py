@@ -1,6 +1,6 @@
-"""The graph that is deployed: pixels in, logits and boxes of the last layer out, at one fixed size.
+"""The deployed graph: pixels in, logits and boxes of the last layer out, at one fixed size.
 
-It is the PyTorch reference and what is exported, so there is no deploy mode inside the model.
+It is both the PyTorch reference and the exported graph, so models need no deploy mode.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class DeployGraph(nn.Module):
             raise ModelError(f"input is {height} x {width} pixels; expected multiples of {coarsest}")
         self.height, self.width = height, width
         self.detector = copy.deepcopy(detector).eval().requires_grad_(False)
-        self.detector.progress(1.0)  # as many queries as at the end of training
+        self.detector.progress(1.0)  # the number of queries at the end of training
         for module in self.detector.modules():
             if isinstance(module, (DeformableAttention, DeformRead)):
                 module.sampling = sampling
@@ -95,7 +95,7 @@ class DeployGraph(nn.Module):
 
             def keep(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
                 if name in folded:
-                    raise ModelError(f"{name} is called for more than one shape, so it cannot be made a constant")
+                    raise ModelError(f"{name} is called for more than one shape, so it cannot become a constant")
                 folded[name] = ConstantFolded(output)
 
             hooks.append(module.register_forward_hook(keep))
@@ -115,7 +115,7 @@ def load_bundle_model(bundle: Bundle, sampling: str = "gather") -> tuple[DetrMod
     manifest = bundle.manifest
     chosen = member(manifest.model)
     try:
-        # Lists of JSON back to the tuples that they were.
+        # JSON has lists where the configuration has tuples.
         config = chosen.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in manifest.config.items()})
     except TypeError as error:
         raise ModelError(

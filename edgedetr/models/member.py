@@ -2,8 +2,8 @@
 
 Whatever is true of one member alone is declared here and read by the rest of the package: how it is built, which of its
 layers may be INT8, which of its parameters learn more slowly or depend on the classes, and which files of pretrained
-weights it reads. What a block that several members share says about its own layers is a class attribute ROLES of that
-block; `at` gives it the path where a member puts the block.
+weights it reads. A block that several members share declares the roles of its own layers in a class attribute
+ROLES; `at` puts them under the path where a member uses the block.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class TransformerConfig(BackboneConfig):
 
     hidden: int = 256  # C, channels of every token
     heads: int = 8  # of every attention: 32 channels each
-    # First weights: ours, or as the authors' code draws them (models/initialization.py says which is better).
+    # First weights: ours, or as the authors' code draws them (models/initialization.py compares them).
     init: Literal["default", "original"] = field(default="default", metadata=LATER, kw_only=True)
 
     def __post_init__(self) -> None:

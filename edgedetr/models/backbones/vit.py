@@ -32,7 +32,7 @@ PATCH = 16  # pixels per side
 GRID = 14  # patches per side of a 224 px image, which published weights were trained on
 EPS = 1e-6  # of every LayerNorm
 WINDOW_SIDE = 14  # patches (ViTDet)
-GLOBAL_BLOCKS = 4  # evenly spread blocks that see the whole image (ViTDet)
+GLOBAL_BLOCKS = 4  # evenly spread blocks that attend to the whole image (ViTDet)
 PYRAMID = 256  # channels of every level that comes out (ViTDet)
 
 
@@ -134,7 +134,7 @@ class ChannelNorm(nn.LayerNorm):
 class VitPyramid(nn.Module):
     """Images to maps of several strides, each from the transformer's last map (ViTDet's simple feature pyramid).
 
-    channels, strides  of those maps, for whoever builds on them
+    channels, strides  of those maps, for the modules that read them
     """
 
     def __init__(self, transformer: VisionTransformer, levels: Sequence[int], channels: int) -> None:

@@ -1,1 +1,1 @@
-"""What stands between backbone and queries: necks and encoders."""
+"""Necks and encoders: feature maps of the backbone to the memory that queries read."""

@@ -1,4 +1,4 @@
-"""The dense transformer encoder over one feature map: DETR's, and the layer that RT-DETR uses within a level."""
+"""The dense transformer encoder over one feature map: DETR's, and the layer that RT-DETR uses within one level."""
 
 from __future__ import annotations
 

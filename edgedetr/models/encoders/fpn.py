@@ -20,13 +20,13 @@ from edgedetr.options import one_of
 class FeaturePyramid(nn.Module):
     """Maps of a backbone, finest first -> as many maps of C channels, and coarser ones where asked for.
 
-    strides  of the maps that come out
+    strides  of the resulting maps
     """
 
     def __init__(
         self, channels: Sequence[int], strides: Sequence[int], dim: int, extra: Literal["none", "conv"] = "none"
     ) -> None:
-        """extra  "conv": two levels more by 3x3 convolutions (P6 and P7)"""
+        """extra  "conv": two more levels by 3x3 convolutions (P6 and P7)"""
         super().__init__()
         one_of("extra", extra, ("none", "conv"))
         lateral = [nn.Conv2d(c, dim, 1) for c in channels]
@@ -52,10 +52,10 @@ class FeaturePyramid(nn.Module):
 
 
 class PyramidEncoder(nn.Module):
-    """Pyramid, then layers that see all its levels at once; the maps become one Memory."""
+    """Pyramid, then layers that work on all its levels at once; the maps become one Memory."""
 
     def __init__(self, pyramid: FeaturePyramid, layers: Sequence[nn.Module] = ()) -> None:
-        """layers  each takes and gives the list of maps"""
+        """layers  each maps the list of maps to a list of the same shapes"""
         super().__init__()
         self.pyramid, self.layers = pyramid, nn.ModuleList(layers)
 

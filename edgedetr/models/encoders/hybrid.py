@@ -68,7 +68,7 @@ class HybridEncoder(nn.Module):
             raise ModelError("rt_detr takes images without padding; expected one fixed size (stretch or letterbox)")
         maps = [project(level) for project, level in zip(self.project, maps)]
         maps[-1] = self._within(maps[-1])
-        # Coarse to fine: each map meets the next finer one at twice its size.
+        # Coarse to fine: each map is enlarged to twice its size and fused with the next finer one.
         fine = [maps[-1]]
         for lateral, fuse, level in zip(self.lateral, self.top_down, maps[-2::-1]):
             fine[-1] = lateral(fine[-1])

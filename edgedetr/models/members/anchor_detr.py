@@ -1,4 +1,4 @@
-"""Anchor DETR: queries are patterns at anchor points, and attention goes by rows and columns.
+"""Anchor DETR: queries are patterns at anchor points, and attention is decoupled into rows and columns.
 
 Wang et al. 2021, "Anchor DETR: Query Design for Transformer-Based Object Detection".
 """
@@ -52,10 +52,10 @@ class AnchorDetrConfig(TransformerConfig):
     encoder_layers: int = 6
     decoder_layers: int = 6
     queries: int = 900  # 300 anchor points x 3 patterns; 300 and 1 pattern for the edge
-    patterns: int = 3  # objects that one point can answer for (table 3)
+    patterns: int = 3  # objects that one point can detect (table 3)
     points: Literal["learned", "grid"] = "learned"
     dropout: float = 0.0  # none, as published
-    denoising: bool = False  # vectors for noised labels, which stand at points; not in the paper
+    denoising: bool = False  # vectors for noised labels, at points; not in the paper
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +107,7 @@ def anchor_detr(config: AnchorDetrConfig, num_classes: int) -> DetrModel:
 
 
 def _queries(state: StateDict) -> int | None:
-    """Every pattern at every anchor point; points on a grid are no tensor."""
+    """Every pattern at every anchor point; points on a grid are not stored."""
     patterns, points = state.rows("selector.pattern.weight"), state.rows("selector.points.points")
     return patterns * points if patterns and points else None
 

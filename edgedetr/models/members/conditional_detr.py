@@ -1,4 +1,4 @@
-"""Conditional DETR: DETR whose queries stand at a point, and whose heads compare places apart from content.
+"""Conditional DETR: DETR whose queries have a reference point; attention compares positions and content separately.
 
 Meng et al. 2021, "Conditional DETR for Fast Training Convergence".
 """
@@ -53,7 +53,7 @@ class ConditionalDetrConfig(TransformerConfig):
     queries: int = 300  # as published; DETR's 100 cost little less (table 3)
     dropout: float = 0.1
     ffn_activation: Literal["relu", "gelu", "silu"] = "relu"
-    # Decoder layers begin with normalized content (see models/decoder.py).
+    # The decoder normalizes the content between its layers (Decoder.norm_between).
     norm_between: bool = field(default=False, metadata=LATER)
 
 

@@ -1,4 +1,4 @@
-"""Deformable DETR: attention that samples a few points, so that several levels of a ResNet can be attended.
+"""Deformable DETR: attention samples a few points, which makes several feature levels affordable.
 
 Zhu et al. 2021, "Deformable DETR: Deformable Transformers for End-to-End Object Detection".
 """
@@ -48,9 +48,9 @@ class DeformableDetrConfig(TransformerConfig):
     ffn: int = 1024  # 4 C
     encoder_layers: int = 6
     decoder_layers: int = 6
-    queries: int = 300  # as many boxes as come out
-    refine: bool = False  # every layer moves the box of the layer before, with heads of its own
-    two_stage: bool = False  # queries start at the best boxes of a head on the memory
+    queries: int = 300  # boxes per image
+    refine: bool = False  # every layer moves the box of the layer before, with its own heads
+    two_stage: bool = False  # queries start at the best boxes that a head proposes in the memory
     sampling: Literal["auto", "gather", "grid_sample"] = (
         "auto"  # in training: the faster one; export has its own choice
     )
@@ -127,7 +127,7 @@ SAMPLING_READERS: dict[str, Reader] = {"levels": rows_of("encoder.place.level"),
 
 
 def _refuse_import(values: Mapping[str, Any]) -> str:
-    """Ours normalizes in groups of at least two channels."""
+    """Why a model with few channels is not imported: our GroupNorm has at least two channels per group."""
     hidden = values.get("hidden", 64)
     if hidden >= 64:
         return ""

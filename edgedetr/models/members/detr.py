@@ -55,7 +55,7 @@ class DetrConfig(TransformerConfig):
     pre_norm: bool = False  # LayerNorm before each part (Table Transformer) instead of after
     dropout: float = 0.1
     ffn_activation: Literal["relu", "gelu", "silu"] = "relu"
-    # Decoder layers begin with normalized content (see models/decoder.py).
+    # The decoder normalizes the content between its layers (Decoder.norm_between).
     norm_between: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""DN-DETR: DAB-DETR, whose queries are boxes that every layer moves, with noised objects beside them in training.
+"""DN-DETR: DAB-DETR, whose queries are boxes that every layer moves, trained with noised queries (denoising).
 
 Li et al. 2022, "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising"; Liu et al. 2022, "DAB-DETR: Dynamic
 Anchor Boxes are Better Queries for DETR". The noise is drawn in training/denoising.py; the label embedding is here.

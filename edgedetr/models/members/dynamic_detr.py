@@ -1,4 +1,4 @@
-"""Dynamic DETR: a pyramid whose levels exchange features as they ask for, and a decoder that reads boxes.
+"""Dynamic DETR: an encoder of dynamic convolutions on a pyramid, and a decoder that reads the content of boxes.
 
 Dai et al. 2021, "Dynamic DETR: End-to-End Object Detection with Dynamic Attention". There is no published code. Where
 the paper leaves it open, this follows the authors' Dynamic Head (encoder) and Sparse R-CNN (decoder): box deltas as in
@@ -44,7 +44,7 @@ class DynamicDetrConfig(TransformerConfig):
     encoder_layers: int = 6
     dynamic_relu: bool = True  # False: plain ReLU, which is cheaper and fuses into the convolution
     # How much of each level goes into a sum: one number per map (the authors' Dynamic Head), or one per channel by
-    # squeeze-and-excitation, as this paper has it (section 3.2); recipe dynamic-detr-r50 takes the paper's.
+    # squeeze-and-excitation, as this paper has it (section 3.2); recipe dynamic-detr-r50 uses the paper's.
     scale_attention: Literal["scalar", "channel"] = field(default="scalar", metadata=LATER)
     sampling: Literal["auto", "gather", "grid_sample"] = (
         "auto"  # in training: the faster one; export has its own choice
@@ -92,7 +92,7 @@ def dynamic_detr(config: DynamicDetrConfig, num_classes: int) -> DetrModel:
     )
     xavier(decoder)
     prior_bias_init(boxes)
-    # With xavier's weights and no towers before them, most boxes leave the image, where there is nothing to read.
+    # With Xavier's weights and no towers before the heads, most boxes would leave the image and read nothing.
     zero_box_init(boxes)
     selector = LearnedProposals(c.queries, c.hidden, num_classes, c.denoising)
     return DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))

@@ -1,7 +1,7 @@
-"""Efficient DETR: a dense head proposes boxes, and one decoder layer is enough to tell them apart.
+"""Efficient DETR: a dense head proposes boxes, and one decoder layer refines them.
 
 Yao et al. 2021, "Efficient DETR: Improving End-to-End Object DetrModel with Dense Prior". There is no code by its
-authors; where the paper leaves a choice, the comment at the number says what was chosen.
+authors; where the paper leaves a choice open, the comment at the number states ours.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class EfficientDetrConfig(TransformerConfig):
     points: int = 4  # samples per head and level (Deformable DETR)
     ffn: int = 1024  # 4 C
     encoder_layers: int = 3  # half of Deformable DETR's
-    decoder_layers: int = 1  # with dense proposals more give little (figure 2)
+    decoder_layers: int = 1  # with dense proposals more layers gain little (figure 2)
     queries: int = 100  # proposals that are kept at the end of training and deployed
-    first_queries: int = 300  # at its beginning; they fall linearly (section 4.3)
+    first_queries: int = 300  # proposals at the beginning of training; they fall linearly (section 4.3)
     coordinates: Literal[2, 4] = 4  # the decoder starts from the proposed box, or from its center
     sampling: Literal["auto", "gather", "grid_sample"] = (
         "auto"  # in training: the faster one; export has its own choice

@@ -46,7 +46,7 @@ class RtDetrConfig(TransformerConfig):
     """RT-DETR-R18 as published; the nano recipe narrows it."""
 
     activation: ClassVar[str] = "sigmoid"  # of the class logits
-    class_loss: ClassVar[str] = "vfl"  # IoU-aware: a query's score says how good its box is (section 4.3)
+    class_loss: ClassVar[str] = "vfl"  # IoU-aware: a query's score predicts the IoU of its box (section 4.3)
     ranges: ClassVar[Mapping[str, Range]] = {
         "encoder_ffn": WIDTHS,
         "encoder_width": (0, 8192),
@@ -58,9 +58,9 @@ class RtDetrConfig(TransformerConfig):
     version: Literal[1, 2] = 2  # 2 allows `points` to differ per level, and method "discrete"
     backbone: str = "resnet18vd"  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
     frozen_stages: int = 0  # 1 = stem, 2 = stem and first stage, ...; R50 and larger use 1
-    encoder_layers: int = 1  # attention within C5; more cost time and gave nothing (table 3)
+    encoder_layers: int = 1  # attention within C5; more layers cost time without gain (table 3)
     encoder_ffn: int = 1024  # 4 C
-    # Channels of the hybrid encoder; 0: C. R101 has 384, and 256 after it.
+    # Channels of the hybrid encoder; 0: as `hidden`. R101 has 384, and a hidden of 256.
     encoder_width: int = field(default=0, metadata=LATER)
     expansion: float = 0.5  # width of the fusion blocks; R18 0.5, R34 0.5, R50 and larger 1.0
     fusion_blocks: int = 3  # RepVGG blocks in each
@@ -69,7 +69,7 @@ class RtDetrConfig(TransformerConfig):
     decoder_layers: int = 3  # R18 3, R34 4, R50 and larger 6
     decoder_ffn: int = 1024  # 4 C
     decoder_activation: Literal["relu", "gelu", "silu"] = "relu"
-    queries: int = 300  # as many boxes as come out
+    queries: int = 300  # boxes per image
     learned_content: bool = False  # queries start from learned vectors and not from their tokens (DINO)
     points: tuple[int, ...] = (4, 4, 4)  # samples per head in C3, C4, C5
     method: Literal["default", "discrete"] = "default"  # bilinear, or the nearest cell
@@ -78,7 +78,7 @@ class RtDetrConfig(TransformerConfig):
     )
     dropout: float = 0.0  # none, as published
     denoising: bool = True  # class embedding for noised queries in training
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # the published weights take pixels / 255
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # the published weights expect pixels / 255
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:

@@ -41,10 +41,10 @@ class SparseRcnnConfig(TransformerConfig):
 
     ffn: int = 2048  # 8 C
     decoder_layers: int = 6  # stages of the cascade; each has its own weights (table 5)
-    queries: int = 100  # proposals; 300 give 2 AP more
+    queries: int = 100  # proposals; 300 have 2 AP more
     dynamic_hidden: int = 64  # width between the two predicted products
     roi_px: int = 7  # bins per side
-    roi_samples: int = 2  # bilinear points per side of a bin; 1 takes a quarter of the time
+    roi_samples: int = 2  # bilinear points per side of a bin; 1 needs a quarter of the time
     class_tower: int = 1  # blocks before the class head
     box_tower: int = 3  # and before the box head
     dropout: float = 0.0  # none, as published

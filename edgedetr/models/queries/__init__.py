@@ -1,1 +1,1 @@
-"""Where queries start, and how they are selected."""
+"""Query selectors: learned queries, and two-stage selection in the memory."""

@@ -100,7 +100,7 @@ class AnchorPoints(nn.Module):
         super().__init__()
         one_of("layout", layout, ("learned", "grid"))
         self.per_axis, self.adapt = dim // 2, Mlp(dim, dim, dim, 2)
-        # The encoder owns that network; in a tuple it is not registered here a second time, and saved once.
+        # The encoder owns that network; in a tuple it is not registered here a second time, and is saved once.
         self.axis = (axis,)
         if layout == "learned":
             self.points: Tensor = nn.Parameter(torch.rand(points, 2))

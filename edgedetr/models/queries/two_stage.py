@@ -63,11 +63,11 @@ class Candidates:
 
 
 class TwoStageSelector(nn.Module):
-    """A class score and a box for every token; what members share.
+    """A class score and a box for every token, and the best N of them; the part that all two-stage members share.
 
     rank    "foreground": by the first class logit, which means any object (Deformable DETR, section A.4);
             "best": by the best class (Efficient DETR, RT-DETR)
-    first   queries at the beginning of training, falling linearly to `queries`, which is what is deployed
+    first   queries at the beginning of training, falling linearly to `queries`, as deployed
     """
 
     ROLES: ClassVar[dict[str, Role]] = {"project": "memory_projection"}
@@ -117,8 +117,8 @@ class TwoStageSelector(nn.Module):
     def proposals(self, memory: Memory) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Tokens of the best cells [B, N, C], their boxes [B, N, 4] in 0..1, and (logits, boxes) of all cells.
 
-        The best boxes are computed apart from all boxes, which the deployed graph does not need. Same numbers: the head
-        is per token.
+        The best boxes are computed separately from all boxes, which the deployed graph does not need. The numbers are
+        the same: the head works per token.
         """
         found = self.candidates(memory)
         boxes = self._boxes(found.best, found.best_anchors)
@@ -134,7 +134,7 @@ class TopKQueries(TwoStageSelector):
     """Content is the token of the cell, or a learned vector per rank; RT-DETR's.
 
     denoising_class_embed [K + 1, C] is content for noised queries in training (its last row is padding). content
-    [N, C], where learned, is what the best, the second best, ... starts from in the place of its token (Zhang et al.
+    [N, C], where learned, is what the best, the second best, ... starts from instead of its token (Zhang et al.
     2022, "DINO", section 3.4; `learnt_init_query` of RT-DETR's code).
     """
 
