@@ -6,8 +6,11 @@ supports is decided here. `make_plan` is the entry.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 from edgedetr.package_data import policies_directory
 from edgedetr.printable import shown
 from edgedetr.storage.reading import read_toml
+
+log = logging.getLogger(__name__)
 
 _WEIGHTED = ("Conv", "MatMul", "Gemm")
 
@@ -83,6 +88,15 @@ def node_roles(model: ModelProto) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------- the policy
 
 
+# {digest of this version's default policy: of the one, by node names, that kept the same layers float}. A device that
+# has a bundle but no calibration images would otherwise write its graphs again without bias correction.
+_SAME_LAYERS = {
+    "ec5f1dbfe7c93a19aa9e32147aaabfe40cf248229341728dc8428224dd5383c8": (
+        "62eb5149a85aecf325711ae1902ce48a4d0197de1e1a95836c7a3aff4b1bd8dd"
+    )
+}
+
+
 @dataclass(frozen=True)
 class PolicyRule:
     """Nodes that stay float: every condition given must hold. See calib/policy/default.toml.
@@ -131,6 +145,20 @@ class Policy:
 
     def all_rules(self) -> tuple[PolicyRule, ...]:
         return (*self.float_rules, *self.float32_rules)
+
+    def sha256(self) -> str:
+        """Digest of the policy: graphs that were made with the same one are fresh.
+
+        Computed from the names and values that 0.1 wrote, so that a graph made with a user's policy stays fresh.
+        """
+        values = asdict(self)
+        values["quantise"] = values.pop("quantize")
+        values["rules"], values["float32"] = (
+            [{key: value for key, value in rule.items() if key != "roles" or value} for rule in values.pop(name)]
+            for name in ("float_rules", "float32_rules")
+        )
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return _SAME_LAYERS.get(digest, digest)
 
     def float32_nodes(self, model: ModelProto) -> dict[str, str]:
         """{name of a node that must stay float32 in an FP16 graph: reason}."""
@@ -188,6 +216,9 @@ def load_policy(name_or_path: str | Path) -> Policy:
     raw = read_toml(
         path, ExportError, fix="so it cannot be read as a policy; expected TOML like calib/policy/default.toml"
     )
+    if "quantise" in raw:
+        log.warning("%s: `quantise` is `quantize` now; it is still read", path)
+        raw["quantize"] = raw.pop("quantise")
     float_rules, float32_rules = (_rules(raw, key, path) for key in ("float", "float32"))
     values = _checked(raw, Policy, path, {"name": path.stem})
     return Policy(**values, float_rules=float_rules, float32_rules=float32_rules)

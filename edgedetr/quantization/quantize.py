@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +91,7 @@ def export_fp16(
         {
             "dialect": FP16.id,
             "policy": policy.name,
-            "policy_sha256": _sha256(policy),
+            "policy_sha256": policy.sha256(),
             "calib": "" if calib is None else str(calib),
         }
     )
@@ -124,7 +123,7 @@ def _write_int8(job: _Job, plan: QuantizationPlan, ranges: Ranges, target: Targe
         "weight_bits": target.weight_bits,
         "observer": ranges.observer,
         "policy": job.policy.name,
-        "policy_sha256": _sha256(job.policy),
+        "policy_sha256": job.policy.sha256(),
         **({"half": True} if target.fp16 else {}),
         "image_list": ranges.image_list,
         "layers_int8": len(plan.layers),
@@ -229,10 +228,6 @@ def _is_made_by(bundle: Bundle, name: str, made_by: str) -> bool:
 
 def _metadata(model: ModelProto) -> dict[str, str]:
     return {item.key: item.value for item in model.metadata_props}
-
-
-def _sha256(policy: Policy) -> str:
-    return hashlib.sha256(json.dumps(asdict(policy), sort_keys=True).encode()).hexdigest()
 
 
 def _by_reason(nodes: dict[str, str]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -32,7 +35,7 @@ def test_the_shipped_default_gives_a_reason_for_every_rule():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("quantise = ['Conv']", "unknown key 'quantise'; did you mean 'quantize'"),
+        ("quantizes = ['Conv']", "unknown key 'quantizes'; did you mean 'quantize'"),
         ("quantize = 'Conv'", "quantize is 'Conv'; expected a list of strings"),
         ("residuals = 'yes'", "residuals is 'yes'; expected bool"),
         ("[[float]]\nmatch = ['*']", "has no reason"),
@@ -170,3 +173,25 @@ def test_a_copy_of_the_default_policy_of_0_2_is_accepted_for_every_member():
         PolicyRule("r", match=("*/attention/offsets/*", "*/attention/weights/*")),
     )
     check_policy(model, Policy("mine", float_rules=rules))
+
+
+def test_the_default_has_the_digest_of_the_one_by_names_that_kept_the_same_layers_float():
+    """A bundle of 0.1 stays fresh. Where golden_layers.json changes, its digest must not be in the table."""
+    assert load_policy("default").sha256() == "62eb5149a85aecf325711ae1902ce48a4d0197de1e1a95836c7a3aff4b1bd8dd"
+
+
+def test_a_users_policy_keeps_its_digest_of_0_1_and_roles_change_it(tmp_path):
+    text = 'quantize = ["Conv"]\nresiduals = false\n[[float]]\nmatch = ["*/decoder/*"]\nreason = "boxes"\n'
+    (tmp_path / "mine.toml").write_text(text)
+    mine = load_policy(tmp_path / "mine.toml")
+    rule = {"match": ["*/decoder/*"], "ops": [], "reads": [], "reason": "boxes", "unless": []}
+    as_in_0_1 = {"float32": [], "name": "mine", "quantise": ["Conv"], "residuals": False, "rules": [rule]}
+    assert mine.sha256() == hashlib.sha256(json.dumps(as_in_0_1).encode()).hexdigest()
+    (tmp_path / "mine.toml").write_text(text + 'roles = ["decoder"]\n')
+    assert load_policy(tmp_path / "mine.toml").sha256() != mine.sha256()
+
+
+def test_the_spelling_of_0_1_is_still_read(tmp_path, caplog):
+    (tmp_path / "mine.toml").write_text('quantise = ["Conv"]')
+    assert load_policy(tmp_path / "mine.toml").quantize == ("Conv",)
+    assert "`quantise` is `quantize` now" in caplog.text
