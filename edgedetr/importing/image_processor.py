@@ -7,7 +7,6 @@ Sources: the image processors of transformers 4.57 and 5.23.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgedetr.errors import EdgedetrError, ModelError, did_you_mean
+from edgedetr.importing.import_options import IMAGENET
 from edgedetr.models import FAMILY
-from edgedetr.models.checkpoints.transformers_config import read_json_object
+from edgedetr.models.checkpoints.transformers_config import as_text, read_json_object
 from edgedetr.models.checkpoints.transformers_keys import Key, NoEffect, Only, Special
 from edgedetr.models.member import PublishedResize
 
@@ -26,7 +26,6 @@ STEP = 32  # input sides are multiples of the coarsest stride
 MAX_SIDE = 1 << 14  # pixels; a longer side is an error in the file
 # Sizes if a file gives none, by class of processor: RT-DETR's stretches to a square, the others scale by the sides.
 SQUARE, SHORT, LONG = 640, 800, 1333  # pixels
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TYPE = re.compile(r"(RTDetr|Detr|ConditionalDetr|DeformableDetr)(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)$")
 
 _PIXELS = Special("scale, mean and deviation")
@@ -128,7 +127,7 @@ def read_processor(
     known = TYPE.match(kind) if isinstance(kind, str) else None
     if kind is not None and published is not None and not known:
         raise error(
-            f"{where}: image_processor_type is {_shown(kind)}; expected that of DETR, Conditional "
+            f"{where}: image_processor_type is {as_text(kind)}; expected that of DETR, Conditional "
             "DETR, Deformable DETR or RT-DETR"
         )
     is_known = known is not None or (kind is None and published is not None)
@@ -209,10 +208,10 @@ def preprocessing_of(
         entry = KEYS.get(key)
         if not isinstance(entry, Only):
             raise ModelError(
-                f"{where}: unknown key {key!r} = {_shown(raw[key])}{did_you_mean(key, KEYS)}; the pixels may "
+                f"{where}: unknown key {key!r} = {as_text(raw[key])}{did_you_mean(key, KEYS)}; the pixels may "
                 "depend on it; if they do not, remove it from a copy of the file"
             )
-        raise ModelError(f"{where}: {key} is {_shown(raw[key])}; expected {_shown(entry.values[0])} ({why})")
+        raise ModelError(f"{where}: {key} is {as_text(raw[key])}; expected {as_text(entry.values[0])} ({why})")
     found = read_processor(raw, where, ModelError, published)
     # (x f - m) / s with x in 0..255 is (x / 255 - m / 255 f) / (s / 255 f).
     levels = 1.0 if found.scale == 1 / 255 else 255 * found.scale
@@ -231,8 +230,8 @@ def preprocessing_of(
         found.size.kind == "edges" or found.padding != (found.size.first, found.size.second)
     ):
         raise ModelError(
-            f"{where}: pad_size is {_shown(raw.get('pad_size'))}; expected that of size, {_shown(raw.get('size'))}: a "
-            "bundle pads to what it resizes to"
+            f"{where}: pad_size is {as_text(raw.get('pad_size'))}; expected that of size, {as_text(raw.get('size'))}: "
+            "a bundle pads to what it resizes to"
         )
     notes = (note,) if resize == "letterbox" else ()
     return _with_size(Preprocessing(height, width, resize, mean, std, notes), asked)
@@ -289,14 +288,14 @@ class _Reader:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self.error(f"{self.where}: {key} is {_shown(value)}; expected true or false")
+            raise self.error(f"{self.where}: {key} is {as_text(value)}; expected true or false")
         return value
 
     def number(self, value: Any, key: str, positive: bool = False) -> float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
         if not fits or not math.isfinite(value) or (positive and value < 1e-9):
             raise self.error(
-                f"{self.where}: {key} is {_shown(value)}; expected a {'positive ' if positive else ''}number"
+                f"{self.where}: {key} is {as_text(value)}; expected a {'positive ' if positive else ''}number"
             )
         return float(value)
 
@@ -308,7 +307,7 @@ class _Reader:
         if value is None:
             return default
         if isinstance(value, list) and len(value) != 3:
-            raise self.error(f"{self.where}: {key} is {_shown(value)}; expected three numbers, of R, G and B")
+            raise self.error(f"{self.where}: {key} is {as_text(value)}; expected three numbers, of R, G and B")
         listed = value if isinstance(value, list) else [value] * 3
         red, green, blue = (self.number(item, key, positive) for item in listed)
         return red, green, blue
@@ -338,7 +337,7 @@ class _Reader:
                 if set(named) == {first, second}:
                     return TargetSize(kind, *(self._side(named[name], f"size: {name}") for name in (first, second)))
         raise self.error(
-            f"{self.where}: size is {_shown(self.raw.get('size'))}; expected shortest_edge and longest_edge, "
+            f"{self.where}: size is {as_text(self.raw.get('size'))}; expected shortest_edge and longest_edge, "
             f"max_height and max_width, or height and width{'' if stretched else ', or one number and max_size'}"
         )
 
@@ -347,16 +346,10 @@ class _Reader:
         if padded is None:
             return None
         if not isinstance(padded, dict):
-            raise self.error(f"{self.where}: pad_size is {_shown(padded)}; expected height and width")
+            raise self.error(f"{self.where}: pad_size is {as_text(padded)}; expected height and width")
         return self._side(padded.get("height"), "pad_size: height"), self._side(padded.get("width"), "pad_size: width")
 
     def _side(self, value: Any, key: str) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_SIDE:
-            raise self.error(f"{self.where}: {key} is {_shown(value)}; expected pixels, 1 to {MAX_SIDE}")
+            raise self.error(f"{self.where}: {key} is {as_text(value)}; expected pixels, 1 to {MAX_SIDE}")
         return value
-
-
-def _shown(value: Any) -> str:
-    """A value as JSON, cut to a length that a message can hold."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

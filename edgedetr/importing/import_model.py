@@ -34,7 +34,7 @@ def import_model(source: str | Path, out: str | Path, options: ImportOptions | N
     is_onnx = name.endswith(".onnx")
     options.require_only_for(name, is_onnx=is_onnx)
     if is_onnx:
-        from edgedetr.importing.onnx_model import import_onnx_model  # needs no torch
+        from edgedetr.importing.onnx_model import import_onnx_model
 
         return import_onnx_model(name, out, options)
     if options.model is None:

@@ -17,7 +17,7 @@ from edgedetr.options import one_of
 from edgedetr.printable import shown
 from edgedetr.runtime.arguments import as_path, check_texts
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of R, G, B in 0..1
 
 
 @dataclass(frozen=True)

@@ -91,13 +91,7 @@ def import_weights(source: str | Path, out: str | Path, options: ImportOptions) 
     recipe, weights, notes = read.recipe, read.weights, list(read.notes)
     config = recipe.model.config
     in_file = _classes(num_classes(weights, config.activation), read.config, classes, source, notes)
-    record, wanted = None, in_file
-    if data is not None:
-        splits = recipe.data.resolve(layouts.splits(data))
-        wanted = layouts.load(data, splits.verify_split).classes
-        if splits.drop_empty_classes:
-            wanted = without_empty_classes(layouts.load(data, splits.train_split)).classes
-        record = DataRecord(str(data.resolve()), splits.verify_split, splits.train_split)
+    record, wanted = (None, in_file) if data is None else _data_classes(recipe, data)
     with torch.device("meta"):
         pretrained.check_weights(build(model, config, len(in_file)), weights, source)  # before any memory is allocated
     detector = build(model, config, len(wanted))
@@ -133,6 +127,15 @@ def import_weights(source: str | Path, out: str | Path, options: ImportOptions) 
         about: dict[str, Any] = {**origin.record(), "layout": read.layout, "notes": notes}
         path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return ImportedWeights(source, bundle, read.layout, loaded.tensors, kept, fresh, tuple(notes))
+
+
+def _data_classes(recipe: Recipe, data: Path) -> tuple[DataRecord, tuple[ClassInfo, ...]]:
+    """The splits and the classes of a data set, as a training of the recipe would take them."""
+    splits = recipe.data.resolve(layouts.splits(data))
+    classes = layouts.load(data, splits.verify_split).classes
+    if splits.drop_empty_classes:
+        classes = without_empty_classes(layouts.load(data, splits.train_split)).classes
+    return DataRecord(str(data.resolve()), splits.verify_split, splits.train_split), classes
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ class TransformersConfig:
             if unknown or _equal(entry.field, ours, theirs, width):
                 continue
             raise ModelError(
-                f"{self.where}: {key} is {_shown(stated)}, but the tensors say "
-                f"{'none' if ours is None else _shown(ours)}{_reason(entry)}; expected the config.json "
+                f"{self.where}: {key} is {as_text(stated)}, but the tensors say "
+                f"{'none' if ours is None else as_text(ours)}{_reason(entry)}; expected the config.json "
                 "that belongs to the weights"
             )
         if self.backbone and (found.get("backbone"), found.get("backbone_width")) != (self.backbone, 1):
@@ -104,8 +104,8 @@ class TransformersConfig:
             stated = nested.get(key, STAGED_DEFAULTS[key])
             if stated != value:
                 raise ModelError(
-                    f"{self.where}: backbone_config: {key} is {_shown(stated)}, but the tensors say "
-                    f"{_shown(value)}; expected the config.json that belongs to the weights"
+                    f"{self.where}: backbone_config: {key} is {as_text(stated)}, but the tensors say "
+                    f"{as_text(value)}; expected the config.json that belongs to the weights"
                 )
 
 
@@ -134,10 +134,10 @@ def read_config(raw: Mapping[str, Any], member: str, where: str) -> Transformers
             continue
         if entry.field in values and values[entry.field] != value:
             raise ModelError(
-                f"{where}: {stated[entry.field]} and {key} = {_shown(value)} differ; this package builds "
+                f"{where}: {stated[entry.field]} and {key} = {as_text(value)} differ; this package builds "
                 f"{entry.why or 'one for both'}; {FIX}"
             )
-        values[entry.field], stated[entry.field] = value, f"{key} = {_shown(value)}"
+        values[entry.field], stated[entry.field] = value, f"{key} = {as_text(value)}"
     if source.queries_key is not None:
         name = source.queries_key(raw)
         values["queries"] = _read(raw.get(name, 300), Read("", "queries", 300), f"{where}: {name}")
@@ -162,13 +162,13 @@ def check_backbone_config(raw: Mapping[str, Any], where: str) -> None:
         heads = raw.get("num_attention_heads")
         if kind == "vit" and not (isinstance(heads, int) and raw.get("hidden_size") == VIT_HEAD * heads):
             raise ModelError(
-                f"{where}: num_attention_heads is {_shown(heads)} for hidden_size "
-                f"{_shown(raw.get('hidden_size'))}; expected heads of {VIT_HEAD} channels"
+                f"{where}: num_attention_heads is {as_text(heads)} for hidden_size "
+                f"{as_text(raw.get('hidden_size'))}; expected heads of {VIT_HEAD} channels"
             )
         return
     if not isinstance(kind, str) or kind not in SOURCES:
         raise ModelError(
-            f"{where}: model_type is {_shown(kind)}; a backbone is read from {', '.join([*ALONE, *SOURCES])}"
+            f"{where}: model_type is {as_text(kind)}; a backbone is read from {', '.join([*ALONE, *SOURCES])}"
         )
     _backbone(raw, SOURCES[kind], where)
 
@@ -181,12 +181,12 @@ def _source(raw: Mapping[str, Any], member: str, where: str) -> TransformersClas
         other = MEMBER_OF.get(kind, "") if isinstance(kind, str) else ""
         advice = f"use --model {other}" if other else FIX
         raise ModelError(
-            f"{where}: model_type is {_shown(kind)}; {member} is read from "
+            f"{where}: model_type is {as_text(kind)}; {member} is read from "
             f"{' or '.join(known) or 'no class of transformers'}; {advice}"
         )
     classes = raw.get("architectures")
     if classes is not None and not (isinstance(classes, list) and known[kind].architecture in classes):
-        raise ModelError(f"{where}: architectures is {_shown(classes)}; expected {known[kind].architecture}; {FIX}")
+        raise ModelError(f"{where}: architectures is {as_text(classes)}; expected {known[kind].architecture}; {FIX}")
     return known[kind]
 
 
@@ -196,13 +196,14 @@ def _check_keys(raw: Mapping[str, Any], keys: Mapping[str, Key], where: str) -> 
         entry = keys.get(key)
         if entry is None:
             raise ModelError(
-                f"{where}: unknown key {key!r} = {_shown(value)}{did_you_mean(key, keys)}; detections may "
+                f"{where}: unknown key {key!r} = {as_text(value)}{did_you_mean(key, keys)}; detections may "
                 "depend on it; if they do not, remove it from a copy of the file"
             )
         if isinstance(entry, Only) and not any(_same(entry.of(value), one) for one in entry.values):
-            wanted = "" if entry.of(value) != value else f"; expected {' or '.join(map(_shown, entry.values))}"
+            wanted = "" if entry.of(value) != value else f"; expected {' or '.join(map(as_text, entry.values))}"
             raise ModelError(
-                f"{where}: {key} is {_shown(value)}, which this package does not compute{_reason(entry)}{wanted}; {FIX}"
+                f"{where}: {key} is {as_text(value)}, which this package does not compute{_reason(entry)}{wanted}; "
+                f"{FIX}"
             )
 
 
@@ -212,16 +213,16 @@ def _read(value: Any, entry: Read, where: str) -> Any:
         if isinstance(value, str) and value in entry.words:
             return entry.words[value]
         raise ModelError(
-            f"{where} is {_shown(value)}, which this package does not compute{_reason(entry)}; expected "
+            f"{where} is {as_text(value)}, which this package does not compute{_reason(entry)}; expected "
             f"{' or '.join(entry.words)}; {FIX}"
         )
     if isinstance(entry.default, bool):
         if isinstance(value, bool):
             return value
-        raise ModelError(f"{where} is {_shown(value)}; expected true or false")
+        raise ModelError(f"{where} is {as_text(value)}; expected true or false")
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31:
         return value
-    raise ModelError(f"{where} is {_shown(value)}; expected a whole number from 1")
+    raise ModelError(f"{where} is {as_text(value)}; expected a whole number from 1")
 
 
 def _backbone(raw: Mapping[str, Any], source: TransformersClass, where: str) -> tuple[str, bool]:
@@ -229,11 +230,11 @@ def _backbone(raw: Mapping[str, Any], source: TransformersClass, where: str) -> 
     nested = raw.get("backbone_config")
     if nested is not None:
         if not isinstance(nested, dict):
-            raise ModelError(f"{where}: backbone_config is {_shown(nested)}; expected an object")
+            raise ModelError(f"{where}: backbone_config is {as_text(nested)}; expected an object")
         where = f"{where}: backbone_config"
         kind = nested.get("model_type")
         if not isinstance(kind, str) or kind not in BACKBONES:
-            raise ModelError(f"{where}: model_type is {_shown(kind)}; expected {', '.join(BACKBONES)}; {FIX}")
+            raise ModelError(f"{where}: model_type is {as_text(kind)}; expected {', '.join(BACKBONES)}; {FIX}")
         _check_keys(nested, BACKBONES[kind], where)
         _check_levels(nested, raw, source, where, [STAGES - 1])
         if kind == "timm_backbone":
@@ -244,21 +245,21 @@ def _backbone(raw: Mapping[str, Any], source: TransformersClass, where: str) -> 
         options = raw.get("backbone_kwargs") or {}
         if not isinstance(options, dict) or set(options) - {"out_indices", "num_channels", "output_stride"}:
             raise ModelError(
-                f"{where}: backbone_kwargs is {_shown(options)}; expected out_indices, num_channels and "
+                f"{where}: backbone_kwargs is {as_text(options)}; expected out_indices, num_channels and "
                 f"output_stride alone; {FIX}"
             )
         where = f"{where}: backbone_kwargs" if options else where
         if options.get("num_channels", 3) != 3:
-            raise ModelError(f"{where}: num_channels is {_shown(options['num_channels'])}; expected 3")
+            raise ModelError(f"{where}: num_channels is {as_text(options['num_channels'])}; expected 3")
         _check_levels(options, raw, source, where, None)
         dilation = raw.get("dilation", False)
         if not isinstance(dilation, bool):
-            raise ModelError(f"{where}: dilation is {_shown(dilation)}; expected true or false")
+            raise ModelError(f"{where}: dilation is {as_text(dilation)}; expected true or false")
         return _timm_name(name or "resnet50", where), _dilated(
             options.get("output_stride", 16 if dilation else None), where
         )
     if name is not None and not (isinstance(name, str) and HUB.match(name)):
-        raise ModelError(f"{where}: backbone is {_shown(name)}; expected microsoft/resnet-50 or another ResNet; {FIX}")
+        raise ModelError(f"{where}: backbone is {as_text(name)}; expected microsoft/resnet-50 or another ResNet; {FIX}")
     return (name.partition("/")[2].replace("-", "") if name else ""), False
 
 
@@ -267,14 +268,14 @@ def _timm_name(name: Any, where: str) -> str:
     found = TIMM.match(name) if isinstance(name, str) else None
     if not found:
         raise ModelError(
-            f"{where}: backbone is {_shown(name)}; expected resnet18, 34, 50 or 101, or one with a d; {FIX}"
+            f"{where}: backbone is {as_text(name)}; expected resnet18, 34, 50 or 101, or one with a d; {FIX}"
         )
     return found[1] + ("vd" if found[2] else "")
 
 
 def _dilated(stride: Any, where: str) -> bool:
     if stride not in (None, 16, 32) or isinstance(stride, bool):
-        raise ModelError(f"{where}: output_stride is {_shown(stride)}; expected 32, or 16 for a dilated C5; {FIX}")
+        raise ModelError(f"{where}: output_stride is {as_text(stride)}; expected 32, or 16 for a dilated C5; {FIX}")
     return stride == 16
 
 
@@ -291,7 +292,7 @@ def _check_levels(
         stages = [_stage(item) for item in given] if isinstance(given, list) else [-1]
         if -1 in stages or (stages != wanted if len(wanted) > 1 else stages[-1:] != wanted):
             raise ModelError(
-                f"{where}: {key} is {_shown(given)}; expected the stages {wanted} of {STAGES - 1}, which the model "
+                f"{where}: {key} is {as_text(given)}; expected the stages {wanted} of {STAGES - 1}, which the model "
                 f"takes; {FIX}"
             )
     if not listed and absent is not None and absent != wanted:
@@ -328,7 +329,7 @@ def _reason(entry: Key) -> str:
     return f" ({entry.why})" if entry.why else ""
 
 
-def _shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     """A value as JSON, cut to a length that a message can hold."""
     try:
         text = json.dumps(value)
