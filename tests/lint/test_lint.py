@@ -1,4 +1,4 @@
-"""Lint: every rule finds its planted fault and nothing in the good twin; our own graphs are clean."""
+"""Lint: every rule finds its planted fault and nothing in the repaired graph; our own graphs are clean."""
 
 from __future__ import annotations
 

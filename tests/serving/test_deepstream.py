@@ -1,4 +1,4 @@
-"""Files for DeepStream: the configuration read back against its graph, and the shipped parser's algorithm as oracle."""
+"""Files for DeepStream: the configuration against its graph, and the shipped parser's algorithm as reference."""
 
 from __future__ import annotations
 
@@ -118,14 +118,14 @@ def same_objects(made, frame: np.ndarray, outputs: dict[str, np.ndarray], config
     threshold = float(config["class-attrs-all"]["pre-cluster-threshold"])
     found = ssd_parser(outputs, width, height, [threshold] * 3)
     ours = load(made, backend="onnxruntime", stage="onnx")([frame])[0].above(threshold)
-    ends = np.clip(ours.xyxy, 0, [width - 1, height - 1] * 2)  # the parser knows pixels up to the last one
-    keep = (ends[:, 2] > ends[:, 0]) & (ends[:, 3] > ends[:, 1])
+    clipped = np.clip(ours.xyxy, 0, [width - 1, height - 1] * 2)  # the parser knows pixels up to the last one
+    keep = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
     assert [label for label, *_ in found] == ours.class_id[keep].tolist()
     # OpenCV's resize rounds once more than the graph's: see test_frame.within.
     np.testing.assert_allclose([item[1] for item in found], ours.confidence[keep], atol=1e-3)
     sides = np.array([item[2:] for item in found]).reshape(-1, 4)
     corners = np.concatenate([sides[:, :2], sides[:, :2] + sides[:, 2:]], axis=1)
-    np.testing.assert_allclose(corners, ends[keep], atol=2e-3 * max(height, width))
+    np.testing.assert_allclose(corners, clipped[keep], atol=2e-3 * max(height, width))
     return len(found)
 
 

@@ -1,4 +1,4 @@
-"""Members with whole frames: between the two ends is the exported network; and the command line writes it all."""
+"""Members with whole frames: between preprocessing and postprocessing is the exported network; the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two ends in a real TensorRT parser and builder: TensorRT-RTX, on a CPU."""
+"""The pre/post graph in a real TensorRT parser and builder: TensorRT-RTX, on a CPU."""
 
 from __future__ import annotations
 
