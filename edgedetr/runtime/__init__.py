@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Detections", "Detector", "load"]
 
-# Imported when they are asked for: the command line reads the names of backends without numpy.
+# Imported on first use, so that `edgedetr --help` does not import numpy.
 HOME = {"Detections": "postprocess", "Detector": "bundle_detector", "load": "bundle_detector"}
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import Path
+from typing import TypeGuard, cast
 
 from edgedetr.errors import UsageError, did_you_mean
 from edgedetr.printable import shown
@@ -13,7 +14,7 @@ from edgedetr.printable import shown
 
 def check_count(number: object, what: str, most: int | None = None) -> None:
     """UsageError unless it is None or a whole number of at least 1, and of at most `most`."""
-    fits = is_whole(number) and number >= 1 and (most is None or number <= most)  # type: ignore[operator]  # is_whole
+    fits = is_whole(number) and number >= 1 and (most is None or number <= most)
     if number is not None and not fits:
         limit = f"from 1 to {most}" if most is not None else "of at least 1"
         raise UsageError(f"{what} is {shown(number)}; expected a whole number {limit}")
@@ -35,8 +36,8 @@ def check_text(text: object, what: str, expected: str) -> None:
 
 def check_fraction(number: object, what: str) -> None:
     """UsageError unless it is a number from 0 to 1."""
-    fits = isinstance(number, Real) and not isinstance(number, bool) and 0 <= number <= 1  # type: ignore[operator]
-    if not fits:  # Real has no order in the stubs
+    fits = isinstance(number, Real) and not isinstance(number, bool) and 0 <= cast(float, number) <= 1
+    if not fits:
         raise UsageError(f"{what} is {shown(number)}; expected a number from 0 to 1")
 
 
@@ -53,7 +54,7 @@ def check_texts(texts: object, what: str, expected: str) -> None:
         raise UsageError(f"{what} is {shown(texts)}; expected {expected}")
 
 
-def is_whole(number: object) -> bool:
+def is_whole(number: object) -> TypeGuard[int]:
     """Whether it is a whole number; True and False are not."""
     return isinstance(number, Integral) and not isinstance(number, bool)
 

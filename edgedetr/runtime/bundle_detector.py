@@ -136,13 +136,7 @@ def load(
     The detector's `description` has the choice with its reason, and the reason why an engine was not used.
     """
     bundle = Bundle.open(bundle)
-    for word, known, what in ((backend, BACKENDS, "backend"), (stage, GRAPHS, "stage")):
-        if word is not None:
-            check_word(word, known, what)
-    for number, what in ((threads, "threads"), (batch, "batch")):
-        check_count(number, what)
-    if not isinstance(trust, bool):  # "no" and "false" are true
-        raise UsageError(f"trust is {shown(trust)}; expected True or False")
+    _check_arguments(backend, stage, threads, batch, trust)
     refused: tuple[str, ...] = ()
     on_files = [known for known in base.backends() if not known.runs_engines]
     engines_only = backend is not None and base.get(backend).runs_engines
@@ -167,14 +161,31 @@ def load(
             except DeviceError as error:  # the CPU can run it too
                 log.warning("%s", error)
                 refused = (*refused, f"the GPU not used: {error}")
-    cpu = next(filter(_on_cpu, on_files), None)
-    if cpu is None:
-        names = " nor ".join(known.name for known in on_files if known.device == "cpu")
-        raise MissingDependency(
-            f"neither {names} is installed, and no engine fits; run: pip install {base.reference().library}"
-        )
+    cpu = _first_on_cpu(on_files)
     stage, reason = (stage, "as requested") if stage is not None else _stage_for(bundle, cpu)
     return _on_file(bundle, cpu, stage, threads, [reason, *refused])
+
+
+def _check_arguments(
+    backend: str | None, stage: str | None, threads: int | None, batch: int | None, trust: bool
+) -> None:
+    for word, known, what in ((backend, BACKENDS, "backend"), (stage, GRAPHS, "stage")):
+        if word is not None:
+            check_word(word, known, what)
+    for number, what in ((threads, "threads"), (batch, "batch")):
+        check_count(number, what)
+    if not isinstance(trust, bool):  # "no" and "false" are true
+        raise UsageError(f"trust is {shown(trust)}; expected True or False")
+
+
+def _first_on_cpu(on_files: Sequence[Backend]) -> Backend:
+    for backend in on_files:
+        if _on_cpu(backend):
+            return backend
+    names = " nor ".join(backend.name for backend in on_files if backend.device == "cpu")
+    raise MissingDependency(
+        f"neither {names} is installed, and no engine fits; run: pip install {base.reference().library}"
+    )
 
 
 def _on_cpu(backend: Backend) -> bool:

@@ -203,8 +203,8 @@ def _clock(*paths: Path, hertz: int) -> Clock | None:
 
 def _memory(root: Path) -> tuple[int, int] | None:
     text = _text(root / "proc/meminfo")
-    found = [re.search(rf"^{name}:\s+(\d+) kB", text, re.M) for name in ("MemTotal", "MemAvailable")]
-    return None if None in found else (int(found[0][1]) * 1024, int(found[1][1]) * 1024)  # type: ignore[index]  # above
+    total, available = (re.search(rf"^{name}:\s+(\d+) kB", text, re.M) for name in ("MemTotal", "MemAvailable"))
+    return None if total is None or available is None else (int(total[1]) * 1024, int(available[1]) * 1024)
 
 
 def _celsius(root: Path) -> float | None:

@@ -115,9 +115,7 @@ def parse(data: bytes, what: str = "the graph", error: type[EdgedetrError] = Eng
             elif number == MODEL_TRAINING:
                 training += [_bytes(v) for n, v in _fields(_bytes(value)) if n in TRAINING_GRAPHS]
             elif number == MODEL_OPSET:
-                parts = dict(_fields(_bytes(value)))
-                if not bytes(_bytes(parts.get(1, memoryview(b"")))) or bytes(_bytes(parts[1])) == b"ai.onnx":
-                    opset = _int(parts.get(2, 0))
+                opset = _standard_opset(_bytes(value)) or opset
         if len(graphs) != 1:
             raise ValueError(f"{len(graphs)} graphs")
         inputs, outputs = (
@@ -135,6 +133,13 @@ def parse(data: bytes, what: str = "the graph", error: type[EdgedetrError] = Eng
     except (ValueError, IndexError) as reason:  # also UnicodeDecodeError
         raise error(f"{what}: not an ONNX file, or cut off ({reason}); {EXPECTED}") from reason
     return OnnxFacts(opset, inputs, outputs, frozenset(operators), tuple(external))
+
+
+def _standard_opset(message: memoryview) -> int:
+    """The version in an OperatorSetIdProto of the standard domain; 0 for another domain."""
+    parts = dict(_fields(message))
+    domain = bytes(_bytes(parts.get(1, memoryview(b""))))
+    return _int(parts.get(2, 0)) if domain in (b"", b"ai.onnx") else 0
 
 
 def _walk(graph: memoryview, node_field: int, operators: set[str], external: list[str], depth: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
+from typing import Any
 
 from edgedetr.errors import DeviceError
 from edgedetr.runtime.tensorrt.gpu import DOCTOR, Device, load_cudart, probe
@@ -60,7 +61,7 @@ class Cuda:
         library = load_cudart(int(self.device.driver.partition(".")[0]))
         self.old_graphs = self.device.runtime.startswith("11.")
         signatures = {**SIGNATURES, "cudaGraphInstantiate": INSTANTIATE_11 if self.old_graphs else INSTANTIATE_12}
-        self.functions: dict[str, Callable[..., object]] = {}
+        self.functions: dict[str, Callable[..., Any]] = {}  # c_int comes back as int, c_char_p as bytes
         for name, arguments in signatures.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, RESULTS.get(name, c_int)
@@ -69,13 +70,10 @@ class Cuda:
     def _call(self, name: str, *arguments: object, what: str = "") -> None:
         code = self.functions[name](*arguments)
         if code:
-            self._fail(name, int(code), what)  # type: ignore[call-overload]  # c_int comes back as int
+            self._fail(name, int(code), what)
 
     def _fail(self, name: str, code: int, what: str) -> None:
-        texts = [
-            str(self.functions[f"cudaGetError{kind}"](code), "ascii", "replace")  # type: ignore[call-overload]
-            for kind in ("Name", "String")
-        ]  # c_char_p comes back as bytes
+        texts = [str(self.functions[f"cudaGetError{kind}"](code), "ascii", "replace") for kind in ("Name", "String")]
         self.functions["cudaGetLastError"]()  # so that the next call does not report this error again
         if code == OUT_OF_MEMORY:
             raise DeviceError(

@@ -166,9 +166,10 @@ def read(plan: Path) -> EngineMetadata | None:
 
 
 def _mapping(raw: dict[str, Any], name: str) -> dict[str, Any]:
-    if not isinstance(raw.get(name), dict):
+    value = raw.get(name)
+    if not isinstance(value, dict):
         raise TypeError(f"{name} is no object")
-    return raw[name]  # type: ignore[no-any-return]  # checked above
+    return value
 
 
 def _require_types(metadata: EngineMetadata) -> None:
@@ -176,7 +177,7 @@ def _require_types(metadata: EngineMetadata) -> None:
         name: getattr(metadata, name)
         for name in ("plan plan_sha256 onnx onnx_sha256 tensorrt cuda driver jetpack device host typing").split()
     }
-    texts |= {"precision": metadata.arguments.precision, "typing asked for": metadata.arguments.typing}
+    texts |= {"precision": metadata.arguments.precision, "requested typing": metadata.arguments.typing}
     for name, text in [*texts.items(), *(("a warning", warning) for warning in metadata.warnings)]:
         if not isinstance(text, str) or len(text) > LONGEST:
             raise TypeError(f"{name} is no text of at most {LONGEST} characters")
