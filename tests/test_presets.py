@@ -208,6 +208,6 @@ def test_parity_is_the_authors_configuration_with_and_without_the_members_recipe
 
 def test_parity_says_what_it_cannot_hold_and_claims_nothing_for_members_without_code():
     head = Path(recipes_directory() / "presets" / "parity.toml").read_text(encoding="utf-8").split("\n[")[0]
-    for word in ("keep the image's aspect", "zoom-out and crop exclude", "dynamic_detr and efficient_detr"):
+    for word in ("keep the aspect ratio", "zoom-out and crop exclude", "dynamic_detr and efficient_detr"):
         assert word in re.sub(r"\n# ?", " ", head)
     assert set(PARITY) == set(FAMILY) - {"dynamic_detr", "efficient_detr"}

@@ -42,7 +42,7 @@ def content(name: str) -> bytes:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Path:
     """A folder with one thing of every kind, where the commands run."""
     for name, form in (
         ("model.onnx", "onnx"),
@@ -118,7 +118,7 @@ NOT_A_BUNDLE = [
 
 
 @pytest.mark.parametrize("name, words, use", NOT_A_BUNDLE)
-def test_what_is_given_in_the_place_of_a_bundle_is_named(place, name, words, use):
+def test_what_is_given_instead_of_a_bundle_is_named(folder, name, words, use):
     with pytest.raises(BundleError) as caught:
         Bundle.open(name)
     assert f"{name}: this is {words}; expected a bundle; " in str(caught.value)
@@ -159,12 +159,12 @@ def test_what_is_given_in_the_place_of_a_bundle_is_named(place, name, words, use
         (["import", "model.onnx", "--out", "new", "--data", "runs/cells.bundle"], 1, "this is a bundle"),
     ],
 )
-def test_every_argument_names_what_it_was_given(place, words, code, told, capsys):
-    (place / "set" / "annotations" / "train.json").write_bytes(content("json"))
+def test_every_argument_names_what_it_was_given(folder, words, code, told, capsys):
+    (folder / "set" / "annotations" / "train.json").write_bytes(content("json"))
     assert cli.run(words) == code
     error = capsys.readouterr().err
     assert told in error and "Traceback" not in error
-    assert not (place / "new").exists()
+    assert not (folder / "new").exists()
 
 
 def test_what_is_meant_is_let_through():

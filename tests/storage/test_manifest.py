@@ -88,17 +88,17 @@ def test_spaces_and_order_of_keys_are_no_damage(bundle):
     assert Bundle.open(bundle.path).manifest == bundle.manifest
 
 
-def places(value: object, at: tuple = ()) -> list[tuple]:
+def key_paths(value: object, at: tuple = ()) -> list[tuple]:
     """The way to every value of a JSON document, the document itself included."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [at, *(place for key, item in inner for place in places(item, (*at, key)))]
+    return [at, *(key_path for key, item in inner for key_path in key_paths(item, (*at, key)))]
 
 
 WHOLE = json.loads(manifest_to_text(MANIFEST)) | {
     "files": {"model.onnx": {"sha256": "0" * 64, "size": 5, "stage": "export", "made_from": {"ranges.json": "1" * 64}}}
 }
 del WHOLE["digest"]
-PLACES = places(WHOLE)
+KEY_PATHS = key_paths(WHOLE)
 OTHERS = st.one_of(
     st.none(),
     st.booleans(),
@@ -137,14 +137,14 @@ OTHERS = st.one_of(
 
 
 @settings(max_examples=250, deadline=None)
-@given(st.sampled_from(PLACES), OTHERS)
-def test_any_value_in_any_place_is_read_as_it_is_or_is_one_error(place, value):
+@given(st.sampled_from(KEY_PATHS), OTHERS)
+def test_any_value_at_any_key_is_read_unchanged_or_is_one_error(key_path, value):
     raw = copy.deepcopy(WHOLE)
-    if place:
+    if key_path:
         inner = raw
-        for key in place[:-1]:
+        for key in key_path[:-1]:
             inner = inner[key]
-        inner[place[-1]] = value
+        inner[key_path[-1]] = value
     else:
         raw = value
     try:
