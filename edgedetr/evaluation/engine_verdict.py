@@ -149,7 +149,7 @@ def record(bundle: Bundle, verdict: DeviceVerdict, runs: Sequence[ArtifactRun]) 
     try:
         write_verdict(bundle, f"results/verify-{slug}.json", verdict, made_from=list(dict.fromkeys(sources)))
     except OSError as error:
-        log.warning("%s: the verdict could not be recorded (%s)", bundle.path, error)
+        log.warning("%s: the verdict could not be stored (%s)", bundle.path, error)
 
 
 def _rows_matched(run: ArtifactRun) -> float | None:

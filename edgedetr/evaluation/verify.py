@@ -182,4 +182,4 @@ def _record(bundle: Bundle, verdict: Verdict, runs: Sequence[ArtifactRun]) -> No
         sources += dict.fromkeys(GRAPHS[run.artifact].file for run in runs)
         write_verdict(bundle, VERDICT.file, verdict, made_from=sources)
     except OSError as error:
-        log.warning("%s: the verdict could not be recorded (%s)", bundle.path, error)
+        log.warning("%s: the verdict could not be stored (%s)", bundle.path, error)

@@ -278,7 +278,7 @@ def test_a_read_only_bundle_only_loses_the_record(fake, bundle, tiny_graph, monk
     monkeypatch.setattr(Bundle, "add", refuse)
     monkeypatch.setattr(select, "atomic_write", refuse)
     assert verify(bundle.path).passed
-    assert caplog.text.count("could not be recorded") == 2
+    assert caplog.text.count("could not be stored") == 2
 
 
 def test_verifying_engines_needs_neither_torch_nor_onnx_nor_onnxruntime():

@@ -131,9 +131,9 @@ def _engine_seeds() -> list[bytes]:
 
 
 def _layers(folder: Path) -> None:
-    from edgedetr.runtime.tensorrt.engine_metadata import summarize
+    from edgedetr.runtime.tensorrt.engine_metadata import summarize_layers
 
-    summarize((folder / "layers.json").read_bytes().decode("utf-8", "replace"))
+    summarize_layers((folder / "layers.json").read_bytes().decode("utf-8", "replace"))
 
 
 def _layer_seeds() -> list[bytes]:

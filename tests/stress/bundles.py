@@ -206,7 +206,7 @@ def full(work: Path, _: int) -> Counter[str]:
                 seen["runs"] += 1
                 seen["done"] += code in (0, 3, 4)
                 seen["refused with bytes"] += code == 1 and "the disk is full" in told and "bytes are free" in told
-                seen["verdict not recorded"] += "could not be recorded" in told
+                seen["verdict not recorded"] += "could not be stored" in told
                 seen["tracebacks"] += "Traceback" in told
                 seen["other ends"] += code not in (0, 1, 3, 4)
                 seen["damaged afterwards"] += problems(path) != before and any(
