@@ -174,7 +174,7 @@ INT8 = ("model.int8.onnx", "model.int8-cpu.onnx")
 
 def made_by(bundle: Bundle, name: str) -> dict:
     model = onnx.load(bundle.require(name))
-    return json.loads(next(item.value for item in model.metadata_props if item.key == "edgedetr.quantization"))
+    return json.loads(next(item.value for item in model.metadata_props if item.key == "edgedetr.quantisation"))
 
 
 def biases(bundle: Bundle, name: str) -> dict[str, bytes]:
@@ -339,7 +339,7 @@ def test_an_int8_graph_says_why_each_float_layer_is_float(exported):
     metadata = {item.key: item.value for item in onnx.load(exported.require("model.int8.onnx")).metadata_props}
     layers = json.loads(metadata["edgedetr.float_layers"])
     assert any("decoder" in reason for reason in layers)
-    counted = json.loads(metadata["edgedetr.quantization"])
+    counted = json.loads(metadata["edgedetr.quantisation"])
     assert sum(map(len, layers.values())) == counted["layers_float"] > 0
 
 

@@ -28,7 +28,7 @@ def test_the_fp16_graph_is_made_from_the_float_graph_and_says_what_stayed_float3
     files = prepared.manifest.files
     assert files["model.fp16.onnx"].made_from == {"model.onnx": files["model.onnx"].sha256}
     metadata = {item.key: item.value for item in onnx.load(str(prepared.require("model.fp16.onnx"))).metadata_props}
-    assert json.loads(metadata["edgedetr.quantization"])["dialect"] == "fp16"
+    assert json.loads(metadata["edgedetr.quantisation"])["dialect"] == "fp16"
     reasons = json.loads(metadata["edgedetr.float32_nodes"])
     assert any("boxes" in reason for reason in reasons)
     assert "edgedetr.classes" in metadata  # what model.onnx says of itself stays

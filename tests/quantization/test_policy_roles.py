@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.policy import get_role, load_policy, make_plan, node_roles, role_from_name, set_role
 from edgedetr.quantization.qdq import split_concats
+from edgedetr.runtime.backends.base import MADE_BY
 
 BUNDLE = Path(__file__).parents[1] / "fixtures" / "bundle-0.1"
 
@@ -78,3 +80,10 @@ def test_the_bundle_that_0_1_wrote_gets_the_same_int8_layers_as_then():
     }
     now = {layer.node for layer in make_plan(GraphIndex(model), load_policy("default")).layers}
     assert now == then and len(then) > 10
+
+
+@pytest.mark.parametrize("name, target", [("model.int8.onnx", "tensorrt"), ("model.int8-cpu.onnx", "cpu")])
+def test_what_a_graph_of_0_1_was_made_with_is_still_read(name, target):
+    metadata = {item.key: item.value for item in onnx.load(BUNDLE / name).metadata_props}
+    made_by = json.loads(metadata[MADE_BY])
+    assert (made_by["dialect"], made_by["weight_bits"], made_by["policy"]) == (target, 8, "default")

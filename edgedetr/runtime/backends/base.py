@@ -19,7 +19,8 @@ from edgedetr.artifacts import BACKENDS
 from edgedetr.errors import UsageError, did_you_mean
 from edgedetr.packages import missing
 
-MADE_BY = "edgedetr.quantization"  # metadata key of an INT8 graph: the settings that it was made with, as JSON
+# Metadata key of an INT8 or FP16 graph: the settings that it was made with, as JSON. Spelled as in files of 0.1.
+MADE_BY = "edgedetr.quantisation"
 
 
 @dataclass(frozen=True)
