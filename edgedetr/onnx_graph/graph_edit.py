@@ -60,7 +60,7 @@ def rename_tensors(node: NodeProto, names: Mapping[str, str]) -> None:
 
 
 def inline_branch(model: ModelProto, node: NodeProto, condition: bool) -> list[NodeProto]:
-    """The nodes of one branch of an If, to stand in its place; the branch's initializers are added to the model."""
+    """The nodes of one branch of an If, to replace it; the branch's initializers are added to the model."""
     wanted = "then_branch" if condition else "else_branch"
     graph = next(item.g for item in node.attribute if item.name == wanted)
     inside = {name: f"{node.output[0]}/{wanted}/{name}" for one in graph.node for name in one.output if name}

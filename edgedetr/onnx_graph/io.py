@@ -132,8 +132,8 @@ def tensor_error(tensor: TensorProto) -> str:
         found = len(tensor.raw_data)
         return "" if found == wanted else f"it has {found} bytes; its sizes need {wanted}"
     # One entry holds two numbers of 4 bits; a complex number takes two entries.
-    twice = tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
-    wanted, found = (-(-count // 2) if bits == 4 else count * (1 + twice)), len(getattr(tensor, field))
+    is_complex = tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
+    wanted, found = (-(-count // 2) if bits == 4 else count * (1 + is_complex)), len(getattr(tensor, field))
     return "" if found == wanted else f"it has {found} numbers; its sizes need {wanted}"
 
 

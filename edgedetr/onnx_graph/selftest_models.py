@@ -102,7 +102,7 @@ SELFTEST_MODELS: dict[str, Callable[[np.random.Generator], tuple[ModelProto, np.
 
 
 def make(name: str) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """(ONNX file, input, output by ONNX Runtime without optimizations) of one canary; the same ones every time."""
+    """ONNX file, input, and output by ONNX Runtime without optimizations, of one self-test model; always the same."""
     model, x = SELFTEST_MODELS[name](np.random.default_rng(len(name)))
     checker.check_model(model, full_check=True)
     data = model.SerializeToString(deterministic=True)

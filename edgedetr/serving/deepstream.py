@@ -128,8 +128,8 @@ def config(manifest: Manifest, source: str, frame: tuple[int, int] | None, batch
     model = one_line(manifest.model)[:80]
     return f"""# nvinfer configuration of a {model} with {len(manifest.classes)} classes, written by edgedetr.
 #
-# Build the engine first, on the device that runs it. The graph says itself which parts are FP16 and INT8, and nvinfer's
-# own builder does not keep to that (without a calibration table it turns INT8 into FP16):
+# Build the engine first, on the device that runs it. The graph itself defines which parts are FP16 and INT8, and the
+# builder inside nvinfer does not follow it (without a calibration table it turns INT8 into FP16):
 #   /usr/src/tensorrt/bin/trtexec --onnx={MODEL} --saveEngine=model.engine --stronglyTyped
 # (TensorRT 11 always is, and needs no --stronglyTyped.) An engine is executable code: run none that you did not build.
 

@@ -37,13 +37,13 @@ def quantized_opset(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
     for node in graph.nodes:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 2:
             continue
-        half = graph.types.get(node.input[1]) == TensorProto.FLOAT16
+        fp16 = graph.types.get(node.input[1]) == TensorProto.FLOAT16
         axis = any(item.name == "axis" for item in node.attribute)
-        if (half and graph.opset < 19) or (axis and graph.opset < 13):
-            what = "an FP16 scale" if half else "a scale per channel"
+        if (fp16 and graph.opset < 19) or (axis and graph.opset < 13):
+            what = "an FP16 scale" if fp16 else "a scale per channel"
             yield node_issue(
                 node,
-                f"{what} at opset {graph.opset}; it exists from opset {19 if half else 13}, and ONNX Runtime "
+                f"{what} at opset {graph.opset}; it exists from opset {19 if fp16 else 13}, and ONNX Runtime "
                 "refuses the file",
                 f"export at opset {OPSET}",
                 "warning",
