@@ -203,7 +203,7 @@ def test_what_load_frames_says_when_it_has_no_fitting_graph(tmp_path):
         load_frames(made)
     write_frames(made, 64, 96, ["model.onnx", "model.int8.onnx"])
     write_frames(made, 70, 100)
-    with pytest.raises(UsageError, match="64x96, 70x100; say which"):
+    with pytest.raises(UsageError, match="64x96, 70x100; give one of them"):
         load_frames(made)
     with pytest.raises(BundleError, match="none for 10x10"):
         load_frames(made, size=(10, 10))
