@@ -42,28 +42,28 @@ class Spec:
         object.__setattr__(self, "_self", behavior)
 
     def __getattr__(self, name: str) -> Any:
-        told = inspect.getattr_static(self._real, name, None)
-        if told is None:
+        attribute = inspect.getattr_static(self._real, name, None)
+        if attribute is None:
             raise AttributeError(f"{self._real.__name__} of this TensorRT has no {name}")
         found = getattr(self._self, name)
-        if not callable(told):
+        if not callable(attribute):
             return found
 
         def call(*arguments: Any, **named: Any) -> Any:
-            inspect.signature(told).bind(self, *arguments, **named)
+            inspect.signature(attribute).bind(self, *arguments, **named)
             return found(*arguments, **named)
 
         return call
 
     def __setattr__(self, name: str, value: Any) -> None:
-        told = inspect.getattr_static(self._real, name, None)
-        if not isinstance(told, property) or told.fset is None:
+        attribute = inspect.getattr_static(self._real, name, None)
+        if not isinstance(attribute, property) or attribute.fset is None:
             raise AttributeError(f"{name} of {self._real.__name__} cannot be set in this TensorRT")
         setattr(self._self, name, value)
 
 
 class Behavior:
-    """What the fake does, and how it is told to misbehave.
+    """What the fake does, and the faults that a test sets.
 
     fake            the CUDA under it
     gone            "context", "engine", "runtime" in the order in which they were destroyed
@@ -226,7 +226,7 @@ def write_plan(
     digest = hashlib.sha256(target.read_bytes()).hexdigest()
     sizes = batch if isinstance(batch, tuple) else (batch,) * 3
     layers = layers or LayerSummary({precision: 3}, {precision: 1}, 0)
-    told = EngineMetadata(
+    metadata = EngineMetadata(
         target.name,
         digest,
         target.stat().st_size,
@@ -244,7 +244,7 @@ def write_plan(
         1.0,
         layers,
     )
-    engine_metadata.metadata_path(target).write_bytes(engine_metadata.to_bytes(replace(told, **changes)))
+    engine_metadata.metadata_path(target).write_bytes(engine_metadata.to_bytes(replace(metadata, **changes)))
     return target
 
 

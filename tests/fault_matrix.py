@@ -51,7 +51,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "data/test_images.py::test_truncated_files_are_named_and_never_crash",
         "data/test_bad_coco.py",
         "data/test_bad_yolo_voc.py",
-        "quantization/test_outliers.py::test_too_few_images_are_refused_and_few_are_warned_of",
+        "quantization/test_calibration.py::test_too_few_images_are_refused_and_few_are_warned_of",
     ),
     "decompression bombs and huge images": (
         "data/test_images.py::test_bombs_are_refused_before_decoding",
@@ -61,7 +61,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "a pickle that runs code": (
         "models/checkpoints/test_pretrained.py::test_damaged_and_malicious_files_are_refused_unexecuted",
         "evaluation/test_reference.py::test_foreign_files_are_refused_and_never_executed",
-        "training/test_train.py::test_the_checkpoint_holds_no_pickle",
+        "training/test_output.py::test_the_checkpoint_holds_no_pickle",
     ),
     "archives and links that lead out of a bundle": (
         "storage/test_manifest.py::test_a_linked_folder_is_neither_read_nor_written_through",
@@ -91,7 +91,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "a GPU without memory, lost, or throttling": (
         "runtime/tensorrt/test_cudart.py::test_out_of_memory_says_how_much_is_free_and_what_to_do",
         "runtime/tensorrt/test_trt_refused.py::test_a_device_without_memory_says_so_and_keeps_nothing",
-        "runtime/tensorrt/test_trt_refused.py::test_an_error_that_the_recorder_was_told_while_running_is_not_lost",
+        "runtime/tensorrt/test_trt_refused.py::test_an_error_that_is_recorded_while_running_is_not_lost",
         "runtime/test_latency.py::test_a_machine_that_changes_its_pace_is_said",
     ),
     "clock, locale, odd and long paths, no inodes": (
@@ -99,13 +99,13 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "test_faults.py::test_a_name_that_is_no_utf8_is_refused_before_anything_is_done",
     ),
     "a compiler that miscompiles": (
-        "runtime/tensorrt/test_selftest.py::test_a_wrong_result_gives_exit_code_3_and_names_the_canary",
-        "runtime/tensorrt/test_selftest.py::test_the_fault_that_a_canary_is_there_for_is_far_below_its_floor",
-        "runtime/tensorrt/test_selftest.py::test_a_graph_that_goes_wrong_only_when_replayed_is_told_apart",
+        "runtime/tensorrt/test_selftest.py::test_a_wrong_result_gives_exit_code_3_and_names_the_model",
+        "runtime/tensorrt/test_selftest.py::test_the_fault_that_a_model_is_there_for_is_far_below_its_floor",
+        "runtime/tensorrt/test_selftest.py::test_a_model_that_is_wrong_only_as_a_cuda_graph_is_named_so",
     ),
     "poisoned calibration": (
-        "quantization/test_outliers.py::test_saturated_frames_among_dull_ones_raise_the_alarm_and_are_named",
-        "quantization/test_outliers.py::test_ordinary_images_are_not_named",
+        "quantization/test_calibration.py::test_saturated_frames_among_dull_ones_raise_the_alarm_and_are_named",
+        "quantization/test_calibration.py::test_ordinary_images_are_not_named",
     ),
     "one image in calibration and verification": (
         "exporting/test_export.py::test_a_calibration_image_of_the_verify_split_is_refused_by_its_bytes",

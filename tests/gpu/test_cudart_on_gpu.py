@@ -19,10 +19,10 @@ def api(gpu):
 
 
 def test_the_device_is_the_one_that_pytorch_sees(gpu, cuda):
-    told = torch.cuda.get_device_properties(0)
-    assert (gpu.name, gpu.sm) == (told.name, 10 * told.major + told.minor)
-    assert gpu.total_bytes == pytest.approx(told.total_memory, rel=0.02)
-    assert gpu.integrated == bool(told.is_integrated)
+    properties = torch.cuda.get_device_properties(0)
+    assert (gpu.name, gpu.sm) == (properties.name, 10 * properties.major + properties.minor)
+    assert gpu.total_bytes == pytest.approx(properties.total_memory, rel=0.02)
+    assert gpu.integrated == bool(properties.is_integrated)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["copied", "mapped"])
@@ -67,7 +67,7 @@ def test_a_graph_does_again_what_was_recorded(api, rng):
     api.destroy_stream(stream)
 
 
-def test_what_cannot_be_recorded_is_told_and_the_stream_works_on(api):
+def test_work_that_cannot_be_recorded_is_an_error_and_the_stream_still_works(api):
     stream, buffer = api.stream(), Buffer(api, 64)
     with pytest.raises(CaptureError, match="cudaErrorStreamCapture"):
         api.capture(stream, lambda: api.wait(stream))

@@ -147,7 +147,7 @@ def test_a_damaged_graph_is_named(make_bundle, backend, content):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_foreign_graph_is_told_from_ours(tmp_path, tiny_graph, backend):
+def test_a_graph_with_other_outputs_is_refused(tmp_path, tiny_graph, backend):
     tiny_graph.write(tmp_path / "x.onnx", np.zeros((3, 6)), np.zeros((3, 2)), names=("scores_out", "boxes_out"))
     with pytest.raises(BundleError, match=r"expected images .* logits, boxes"):
         base.get(backend).open(tmp_path / "x.onnx")

@@ -289,10 +289,10 @@ def test_the_cases_that_people_reported(shared_data, caplog):
 
 
 class Camera:
-    """A live source whose reads succeed as told."""
+    """A live source whose reads succeed as listed."""
 
-    def __init__(self, told: list[bool]) -> None:
-        self.told = told
+    def __init__(self, reads: list[bool]) -> None:
+        self.reads = reads
 
     def isOpened(self) -> bool:
         return True
@@ -301,7 +301,7 @@ class Camera:
         return -1.0
 
     def read(self):
-        return (self.told.pop(0) if self.told else False), np.zeros((4, 4, 3), np.uint8)
+        return (self.reads.pop(0) if self.reads else False), np.zeros((4, 4, 3), np.uint8)
 
     def release(self) -> None:
         pass

@@ -129,9 +129,9 @@ def test_doctor_says_what_a_board_lacks_and_the_command(on_board, capsys):
     assert "no NVIDIA driver" in captured.err and "sudo apt install nvidia-jetpack" in captured.err
     assert "sudo apt install python3-libnvinfer" in captured.err
     assert "pip install torch" not in captured.err.partition("everything that running and verifying need is here")[2]
-    told = json.loads(captured.out)
-    assert told["board"]["gpu"] == {"now": 306, "least": 306, "most": 625}
-    assert told["gpu"]["device"] is None and "libcuda" in told["gpu"]["no_device"]
+    printed = json.loads(captured.out)
+    assert printed["board"]["gpu"] == {"now": 306, "least": 306, "most": 625}
+    assert printed["gpu"]["device"] is None and "libcuda" in printed["gpu"]["no_device"]
 
 
 def test_doctor_on_a_board_that_is_ready(on_board, monkeypatch, bindings, capsys):

@@ -93,7 +93,7 @@ def test_the_variable_lets_the_libraries_report(watcher, tmp_path):
     assert "look-up" in network and kept
 
 
-def test_every_process_that_imports_the_package_is_told_before_it_can_import_a_library():
+def test_importing_the_package_sets_the_variables_before_a_library_can_be_imported():
     code = "import os, edgedetr; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     clean = {name: value for name, value in os.environ.items() if name not in OF_CI}
     for variables, expected in (({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")):

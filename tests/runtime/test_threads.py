@@ -51,7 +51,7 @@ def slow_graph(path: Path) -> None:
         for name, array in values.items()
     ]
     graph = helper.make_graph(
-        [helper.make_node(kind, given, made, **told) for kind, given, made, told in nodes],
+        [helper.make_node(kind, given, made, **attributes) for kind, given, made, attributes in nodes],
         "slow",
         [value("images", TensorProto.FLOAT, [1, 3, SIDE, SIDE])],
         [value("logits", TensorProto.FLOAT, [1, 2, 2]), value("boxes", TensorProto.FLOAT, [1, 2, 4])],
@@ -74,7 +74,7 @@ def detectors(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Detecto
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[np.ndarray]:
+def images() -> list[np.ndarray]:
     """Of four sizes, so that threads also meet in the tables of the resize and in the letterbox."""
     rng = np.random.default_rng(1)
     sizes = [(96, 96), (60, 200), (250, 96), (64, 48)]
@@ -99,12 +99,12 @@ def wrong(call: Callable[[int], tuple[np.ndarray, ...]], number: int = IMAGES) -
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_eight_threads_share_a_detector(detectors, pictures, backend):
+def test_eight_threads_share_a_detector(detectors, images, backend):
     pytest.importorskip(backend)
     detector = detectors(backend)
 
     def call(i: int) -> tuple[np.ndarray, ...]:
-        found = detector([pictures[i]])[0]
+        found = detector([images[i]])[0]
         return found.xyxy, found.confidence, found.class_id
 
     assert wrong(call) == 0
@@ -138,9 +138,9 @@ def test_eight_threads_share_a_detector_of_whole_frames(detectors):
     assert wrong(call) == 0
 
 
-def test_eight_threads_prepare_images(pictures):
+def test_eight_threads_prepare_images(images):
     contract = InputContract(64, 64, "letterbox")
-    assert wrong(lambda i: (prepare([pictures[i]], contract, backend="numpy")[0],)) == 0
+    assert wrong(lambda i: (prepare([images[i]], contract, backend="numpy")[0],)) == 0
 
 
 @pytest.mark.parametrize("runner", [OrtRunner, OpenVinoRunner])

@@ -230,7 +230,7 @@ def test_an_error_of_the_reader_reaches_whoever_takes_the_frames(tmp_path):
 
 @pytest.fixture
 def heeded():
-    """Ctrl-C as a shell's foreground has it: what runs in the background may have been told to ignore it."""
+    """Ctrl-C as a shell's foreground has it: what runs in the background may ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -246,11 +246,11 @@ def test_a_signal_ends_predict_cleanly_and_a_stream_ends_no_other_way(
     bundle, seen = make_bundle("model.onnx"), []
     detect = Detector.__call__
 
-    def interrupted(self, pictures):
+    def interrupted(self, images):
         seen.append(1)
         if len(seen) == 4:
             signal.raise_signal(number)
-        return detect(self, pictures)
+        return detect(self, images)
 
     monkeypatch.setattr(Detector, "__call__", interrupted)
     before = signal.getsignal(signal.SIGTERM)

@@ -116,7 +116,7 @@ def build(
             return kept
         cache = engine_cache.timing_cache_path(device, trt.__version__)
         try:
-            engine = build_serialized(
+            serialized = build_serialized(
                 model,
                 arguments,
                 device,
@@ -127,12 +127,12 @@ def build(
         except EngineError as error:
             hints = "".join(f"\nknown issue: {issue}" for issue in issues if issue.on_failure)
             raise EngineError(f"{error}{hints}") from error
-        engine_cache.write_timing_cache(cache, engine.timing_cache)
-        warnings = tuple(str(issue) for issue in issues if not issue.on_failure) + engine.notes
+        engine_cache.write_timing_cache(cache, serialized.timing_cache)
+        warnings = tuple(str(issue) for issue in issues if not issue.on_failure) + serialized.notes
         metadata = EngineMetadata(
             plan=plan.name,
-            plan_sha256=hashlib.sha256(engine.data).hexdigest(),
-            plan_bytes=len(engine.data),
+            plan_sha256=hashlib.sha256(serialized.data).hexdigest(),
+            plan_bytes=len(serialized.data),
             onnx=name,
             onnx_sha256=digest,
             tensorrt=trt.__version__,
@@ -143,13 +143,13 @@ def build(
             sm=device.sm,
             host=engine_validation.host(make=True),
             arguments=arguments,
-            typing=engine.typing,
-            seconds=round(engine.seconds, 1),
-            layers=engine_metadata.summarize_layers(engine.layers),
+            typing=serialized.typing,
+            seconds=round(serialized.seconds, 1),
+            layers=engine_metadata.summarize_layers(serialized.layers),
             warnings=warnings,
         )
-        _publish(plan, engine, metadata)
-    log.info("%s: built in %.0f s", plan, engine.seconds)
+        _publish(plan, serialized, metadata)
+    log.info("%s: built in %.0f s", plan, serialized.seconds)
     return BuiltEngine(plan, metadata, True)
 
 
@@ -167,11 +167,11 @@ def outdated(bundle: Bundle) -> list[Path]:
     return found
 
 
-def _publish(plan: Path, engine: SerializedEngine, metadata: EngineMetadata) -> None:
+def _publish(plan: Path, serialized: SerializedEngine, metadata: EngineMetadata) -> None:
     engine_cache.publish(
         {
-            plan.with_suffix(".layers.json"): engine.layers.encode(),
-            plan: engine.data,
+            plan.with_suffix(".layers.json"): serialized.layers.encode(),
+            plan: serialized.data,
             engine_metadata.metadata_path(plan): engine_metadata.to_bytes(metadata),
         }
     )

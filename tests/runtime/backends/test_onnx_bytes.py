@@ -174,7 +174,7 @@ def test_a_bundle_with_weights_elsewhere_is_refused_by_every_path_that_opens_it(
         "frames": lambda: write_frames(bundle, 64, 96),
         "triton": lambda: write_repository(bundle, tmp_path, "model.onnx"),
         "deepstream": lambda: write_deepstream(bundle, tmp_path),
-        "twin": lambda: simulate_fp16(path),
+        "simulated FP16": lambda: simulate_fp16(path),
         "quantize": lambda: read_onnx(path),
         "load_frames": lambda: load_frames(bundle, make=OrtFrameRunner),
     }

@@ -52,7 +52,7 @@ def test_without_a_gpu_the_driver_is_named(make_bundle):
     assert candidates(bundle, verified_pairs()) == [("onnx", "onnxruntime")]
 
 
-def test_an_onnx_runtime_without_cuda_is_told_with_the_command(cuda, monkeypatch):
+def test_an_onnx_runtime_without_cuda_is_named_with_the_command(cuda, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     assert "has no CUDAExecutionProvider; run: pip uninstall -y onnxruntime && pip install onnxruntime-gpu" in (
         ort.no_gpu()
@@ -85,8 +85,8 @@ def test_what_the_library_prints_while_it_looks_for_cuda_is_no_output(make_bundl
     """Standard output belongs to predict's lines of JSON."""
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcudnn.so.9"), raising=False)
     load(make_bundle())
-    told = capsys.readouterr()
-    assert not told.out and "libcudnn" in told.err
+    printed = capsys.readouterr()
+    assert not printed.out and "libcudnn" in printed.err
 
 
 def test_quantized_graphs_stay_on_the_cpu_and_are_warned_of_where_asked_for(make_bundle, working, caplog):

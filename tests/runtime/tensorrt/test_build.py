@@ -14,17 +14,26 @@ from edgedetr.errors import BundleError, EngineError, UsageError
 from edgedetr.runtime.tensorrt import build, engine_cache, gpu
 
 
-def test_an_engine_is_built_strongly_typed_and_its_sidecar_says_everything(fake, bundle):
+def test_an_engine_is_built_strongly_typed_and_its_metadata_are_complete(fake, bundle):
     made = build.build(bundle)
     assert made.made and made.path.read_bytes() == b"a plan"
-    told = made.metadata
+    metadata = made.metadata
     assert fake.flags == [1 << int(fake.spec.NetworkDefinitionCreationFlag.STRONGLY_TYPED)]
     assert fake.models == [(bundle.path / "model.int8.onnx").read_bytes()]
-    assert (told.onnx, told.onnx_sha256) == ("model.int8.onnx", bundle.manifest.files["model.int8.onnx"].sha256)
-    assert (told.tensorrt, told.cuda, told.sm, told.device) == (fake.spec.__version__, "12.6", 87, "Orin")
-    assert told.layers.weighted == {"int8": 1} and told.layers.fraction("int8") == 1 and told.typing == "strong"
+    assert (metadata.onnx, metadata.onnx_sha256) == ("model.int8.onnx", bundle.manifest.files["model.int8.onnx"].sha256)
+    assert (metadata.tensorrt, metadata.cuda, metadata.sm, metadata.device) == (
+        fake.spec.__version__,
+        "12.6",
+        87,
+        "Orin",
+    )
+    assert (
+        metadata.layers.weighted == {"int8": 1}
+        and metadata.layers.fraction("int8") == 1
+        and metadata.typing == "strong"
+    )
     assert json.loads(made.path.with_suffix(".layers.json").read_text())["Layers"]
-    assert made.path.name.startswith(f"int8-b1-sm87-trt{fake.spec.__version__}-cu12.6-orin-{told.onnx_sha256:.8}-")
+    assert made.path.name.startswith(f"int8-b1-sm87-trt{fake.spec.__version__}-cu12.6-orin-{metadata.onnx_sha256:.8}-")
     assert not list(made.path.parent.glob(".*.building"))
 
 

@@ -27,8 +27,8 @@ def test_build_options_reach_the_builder(fake, make_bundle, capsys):
     code, out, _ = command(capsys, str(bundle.path), *words, "--batch", "1", "--batch", "4")
     assert code == 0 and [made["arguments"]["batch"] for made in json.loads(out)] == [[1, 1, 1], [4, 4, 4]]
     code, out, _ = command(capsys, str(bundle.path), *words, "--dynamic", "1,4,8")
-    told = json.loads(out)[0]["arguments"]
-    assert code == 0 and told == {
+    arguments = json.loads(out)[0]["arguments"]
+    assert code == 0 and arguments == {
         "precision": "fp32",
         "batch": [1, 4, 8],
         "workspace_mb": 200,

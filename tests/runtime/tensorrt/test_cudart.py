@@ -123,7 +123,7 @@ def test_a_graph_does_the_recorded_work_again_in_every_version(fake):
 
 
 @pytest.mark.parametrize("where", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"])
-def test_a_capture_that_fails_is_told_apart_and_leaves_nothing(fake12, where):
+def test_a_capture_that_fails_has_its_own_error_and_leaves_nothing(fake12, where):
     cuda = Cuda()
     stream = cuda.stream()
     fake12.fail(where, 900)
@@ -206,7 +206,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_every_return_code_is_looked_at(fake12, name):
+def test_every_return_code_is_checked(fake12, name):
     cuda = Cuda()
     stream = cuda.stream()
     fake12.fail(name, 700)

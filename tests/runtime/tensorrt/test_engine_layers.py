@@ -35,8 +35,8 @@ EXPECTED = LayerSummary(
 
 def in_words_of(version: int) -> str:
     def tensor(old: str, new: str) -> dict[str, object]:
-        told = {"Name": "t", "Location": "Device", "Dimensions": [1, 8, 4, 4]}
-        return {**told, "Format/Datatype": old} if version == 10 else {**told, "Format": "Row major", "Datatype": new}
+        base = {"Name": "t", "Location": "Device", "Dimensions": [1, 8, 4, 4]}
+        return {**base, "Format/Datatype": old} if version == 10 else {**base, "Format": "Row major", "Datatype": new}
 
     layers = [
         {
@@ -67,7 +67,7 @@ def test_both_forms_of_the_inspector_give_the_same_counts(version):
         (None, ["Half", "Int8"], "int8"),
     ],
 )
-def test_the_type_of_the_weights_decides_where_it_is_told(weights, inputs, expected):
+def test_the_type_of_the_weights_decides_where_the_inspector_gives_it(weights, inputs, expected):
     layer = {"LayerType": "CaskConvolution", "Inputs": [{"Format/Datatype": text} for text in inputs], "Outputs": []}
     if weights:
         layer["Weights"] = {"Type": weights, "Count": 864}

@@ -80,7 +80,7 @@ def test_what_is_written_is_read(tmp_path):
         {"arguments": {**asdict(ARGUMENTS), "typing": 1}},
     ],
 )
-def test_a_sidecar_of_another_kind_is_refused(tmp_path, change):
+def test_metadata_of_another_kind_are_refused(tmp_path, change):
     raw = {**json.loads(engine_metadata.to_bytes(TOLD)), **change}
     (tmp_path / "e.json").write_text(json.dumps(raw))
     with pytest.raises(EngineError, match="e.json: damaged or of another kind.*edgedetr build"):
@@ -97,13 +97,13 @@ def test_anything_else_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     "harm", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink("nowhere", path)]
 )
-def test_a_sidecar_that_is_no_plain_file_is_one_error_at_once(tmp_path, harm):
+def test_metadata_that_are_no_plain_file_are_one_error_at_once(tmp_path, harm):
     harm(tmp_path / "e.json")
     with pytest.raises(EngineError, match="e.json: (not a plain file|cannot be read)"):
         engine_metadata.read(tmp_path / "e.plan")
 
 
-def test_a_sidecar_that_cannot_be_opened_is_one_error(tmp_path):
+def test_metadata_that_cannot_be_opened_are_one_error(tmp_path):
     (tmp_path / "e.json").mkdir()
     with pytest.raises(EngineError, match="cannot be read|not a plain file"):
         engine_metadata.read(tmp_path / "e.plan")

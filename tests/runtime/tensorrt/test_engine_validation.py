@@ -22,7 +22,7 @@ DATA = b"ftrt" + bytes(range(256)) * 4
 ARGUMENTS = BuildArguments("int8", (1, 1, 1), 1024, 3, "auto")
 
 
-def told(plan: Path, data: bytes = DATA, **changes: object) -> EngineMetadata:
+def metadata_of(plan: Path, data: bytes = DATA, **changes: object) -> EngineMetadata:
     made = EngineMetadata(
         plan=plan.name,
         plan_sha256=hashlib.sha256(data).hexdigest(),
@@ -48,17 +48,17 @@ def told(plan: Path, data: bytes = DATA, **changes: object) -> EngineMetadata:
 def plan(tmp_path: Path) -> Path:
     path = tmp_path / "engine.plan"
     path.write_bytes(DATA)
-    engine_metadata.metadata_path(path).write_bytes(engine_metadata.to_bytes(told(path)))
+    engine_metadata.metadata_path(path).write_bytes(engine_metadata.to_bytes(metadata_of(path)))
     return path
 
 
 def rewrite(plan: Path, **changes: object) -> None:
-    engine_metadata.metadata_path(plan).write_bytes(engine_metadata.to_bytes(told(plan, **changes)))
+    engine_metadata.metadata_path(plan).write_bytes(engine_metadata.to_bytes(metadata_of(plan, **changes)))
 
 
 def test_an_engine_of_this_place_is_read(plan):
     found = engine_validation.check(plan, ORIN, "10.3.0", onnx_sha256="a" * 64)
-    assert found.data == DATA and found.metadata == told(plan)
+    assert found.data == DATA and found.metadata == metadata_of(plan)
 
 
 @pytest.mark.parametrize(
@@ -80,14 +80,14 @@ def test_a_mismatch_says_what_was_found_what_is_needed_and_the_command(plan, cha
         assert word in str(caught.value)
 
 
-def test_a_foreign_plan_is_refused_unless_trusted(plan):
+def test_a_plan_without_metadata_is_refused_unless_trusted(plan):
     engine_metadata.metadata_path(plan).unlink()
     with pytest.raises(EngineError, match="a plan is executable code; build it here.*trust=True"):
         engine_validation.check(plan, ORIN, "10.3.0")
     assert engine_validation.check(plan, ORIN, "10.3.0", trust=True) == engine_validation.ValidatedEngine(DATA, None)
 
 
-def test_a_plan_of_another_machine_is_foreign_although_all_else_fits(plan, tmp_path, monkeypatch):
+def test_a_plan_of_another_machine_is_refused_although_all_else_fits(plan, tmp_path, monkeypatch):
     identity = tmp_path / "machine-id"
     identity.write_text("fedcba9876543210fedcba9876543210\n")
     monkeypatch.setattr(engine_validation, "MACHINE_ID", identity)
@@ -100,7 +100,7 @@ def test_a_plan_of_another_machine_is_foreign_although_all_else_fits(plan, tmp_p
     assert engine_validation.check(plan, ORIN, "10.3.0", trust=True).data == DATA
 
 
-def test_a_plan_that_names_no_machine_is_foreign(plan):
+def test_a_plan_that_names_no_machine_is_refused(plan):
     rewrite(plan, host="")
     with pytest.raises(EngineError, match="does not name the machine that built it.*--trust accepts it"):
         engine_validation.check(plan, ORIN, "10.3.0")
@@ -109,7 +109,7 @@ def test_a_plan_that_names_no_machine_is_foreign(plan):
 
 @pytest.mark.parametrize("content", [None, "", "uninitialized\n", "0" * 32, "short", "x" * 32, "\xff"])
 @pytest.mark.parametrize("host", ["", "0123456789abcdef"])
-def test_on_a_machine_without_an_id_every_plan_is_foreign(plan, tmp_path, monkeypatch, cache, content, host):
+def test_on_a_machine_without_an_id_every_plan_is_refused(plan, tmp_path, monkeypatch, cache, content, host):
     monkeypatch.setattr(engine_validation, "MACHINE_ID", tmp_path / "id")
     if content is not None:
         (tmp_path / "id").write_text(content, encoding="latin-1")
@@ -180,8 +180,8 @@ def test_every_flipped_bit_of_a_plan_is_noticed(plan, bit):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 900), flip=st.integers(0, 7000))
-def test_a_damaged_sidecar_is_one_error_or_the_plan_is_still_the_one_it_describes(plan, cut, flip):
-    good = engine_metadata.to_bytes(told(plan))
+def test_damaged_metadata_are_one_error_or_still_describe_the_plan(plan, cut, flip):
+    good = engine_metadata.to_bytes(metadata_of(plan))
     harmed = bytearray(good[: len(good) - cut])
     if harmed:
         harmed[flip // 8 % len(harmed)] ^= 1 << flip % 8

@@ -106,11 +106,11 @@ def test_numbers_are_those_of_the_headers(header):
 
 
 def test_arguments_are_those_of_the_headers(header, version):
-    told = {
+    documented = {
         **cudart.SIGNATURES,
         "cudaGraphInstantiate": cudart.INSTANTIATE_11 if version < "12" else cudart.INSTANTIATE_12,
     }
-    for name, arguments in told.items():
+    for name, arguments in documented.items():
         found = re.search(rf"CUDARTAPI\s+{name}\(([^;]*?)\)\s*;", header, re.S)
         assert found, name
         words = [word.strip() for word in re.sub(r"__dv\(\w+\)", "", found[1]).split(",")]

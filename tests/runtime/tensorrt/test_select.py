@@ -124,7 +124,7 @@ def test_trust_takes_an_engine_of_another_machine_and_nothing_that_does_not_fit(
         load(bundle, backend="tensorrt", stage="fp16", trust=True)
 
 
-def test_without_a_sidecar_or_with_a_damaged_one_it_is_left(fake, bundle):
+def test_an_engine_without_metadata_or_with_damaged_ones_is_not_used(fake, bundle):
     engine_metadata.metadata_path(plan(bundle, "int8")).unlink()
     engine_metadata.metadata_path(plan(bundle, "fp16")).write_text("{")
     said = load(bundle).description

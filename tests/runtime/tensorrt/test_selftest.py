@@ -1,4 +1,4 @@
-"""The canaries are what their generator makes, right by independent arithmetic, and a planted fault is seen."""
+"""The self-test models equal their generator's output, are right by independent arithmetic, and show planted faults."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_equal_rows_that_come_out_different_are_named(fake, built, capsys):
     assert "equal rows of one batch give different results (TensorRT issue 4813)" in capsys.readouterr().err
 
 
-def test_a_graph_that_goes_wrong_only_when_replayed_is_told_apart(fake, built, monkeypatch):
+def test_a_model_that_is_wrong_only_as_a_cuda_graph_is_named_so(fake, built, monkeypatch):
     def run(self, feeds, original=selftest.Session.run):
         found = original(self, feeds)
         return {name: value + bool(self.graphs) for name, value in found.items()}

@@ -56,9 +56,9 @@ def uses(path: Path, bindings: ModuleType) -> list[contract.Use]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 @pytest.mark.parametrize("version", ["10.3.0", "10.16.1", "11.4.0"])
 def test_every_name_and_argument_exists_in_this_version(bindings, path, version):
-    told = bindings.described()[version]
+    names = bindings.described()[version]
     wrong = [
-        reason for use in uses(path, bindings) if str(use) not in GUARDED and (reason := contract.missing(use, told))
+        reason for use in uses(path, bindings) if str(use) not in GUARDED and (reason := contract.missing(use, names))
     ]
     assert not wrong, f"TensorRT {version}, {path.name}: " + "; ".join(wrong)
 
@@ -104,7 +104,7 @@ def test_a_planted_name_is_caught_in_the_versions_that_lack_it(bindings, source,
     versions = bindings.described()
     found = contract.uses(source, versions)
     assert found
-    assert {v for v, told in versions.items() if any(contract.missing(use, told) for use in found)} == expected
+    assert {v for v, names in versions.items() if any(contract.missing(use, names) for use in found)} == expected
 
 
 def test_every_guarded_name_is_needed(bindings):
@@ -113,6 +113,6 @@ def test_every_guarded_name_is_needed(bindings):
         str(use)
         for path in SOURCES
         for use in uses(path, bindings)
-        if any(contract.missing(use, told) for told in versions.values())
+        if any(contract.missing(use, names) for names in versions.values())
     }
     assert set(GUARDED) == lacking

@@ -25,8 +25,8 @@ def test_arrays_that_the_engine_does_not_take_are_refused_before_any_copy(plan, 
     runner = TrtRunner(plan())
     with pytest.raises(UsageError, match=f"images is .*{what}.* takes float32 .1, 3, 32, 48."):
         runner.session.run({"images": images})
-    with pytest.raises(UsageError, match=r"takes \['images'\], not \['pictures'\]"):
-        runner.session.run({"pictures": images})
+    with pytest.raises(UsageError, match=r"takes \['images'\], not \['frames'\]"):
+        runner.session.run({"frames": images})
     assert "cudaMemcpyAsync" not in latest.fake.log
 
 
@@ -57,13 +57,13 @@ def test_what_tensorrt_refuses_is_said_with_its_own_words_and_nothing_stays_allo
     assert not any(latest.fake.live().values())
 
 
-def test_an_error_that_the_recorder_was_told_while_running_is_not_lost(plan, latest, rng):
+def test_an_error_that_is_recorded_while_running_is_not_lost(plan, latest, rng):
     runner = TrtRunner(plan())
     runner.run(pictures(rng))
     runner.session._slots[0].errors.report_error(7, " Cask: an asynchronous failure ")
     with pytest.raises(EngineError, match="reported at running the engine: Cask: an asynchronous failure"):
         runner.run(pictures(rng))
-    runner.run(pictures(rng))  # told once
+    runner.run(pictures(rng))  # reported once
 
 
 def test_the_recorder_speaks_the_protocol_of_tensorrt(plan, behavior):

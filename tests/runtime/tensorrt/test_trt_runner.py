@@ -116,9 +116,9 @@ def test_every_thread_has_a_context_a_stream_and_buffers_of_its_own(plan, graph,
 def test_an_engine_that_was_closed_before_it_ran_says_so_and_closing_again_changes_nothing(plan, latest, rng):
     runner = TrtRunner(plan())
     runner.run(pictures(rng))
-    lane = runner.session._slots[0]
+    slot = runner.session._slots[0]
     for _ in range(2):
-        lane.close()
+        slot.close()
         runner.close()
     assert not any(latest.fake.live().values())
     other = TrtRunner(plan())
@@ -153,14 +153,14 @@ class OnDevice:
 
     @property
     def __cuda_array_interface__(self):
-        told = {
+        interface = {
             "shape": self.shape,
             "typestr": self.typestr,
             "data": (self.address, False),
             "version": 3,
             "strides": self.strides,
         }
-        return told if self.stream is None and not self.strides else {**told, "stream": self.stream}
+        return interface if self.stream is None and not self.strides else {**interface, "stream": self.stream}
 
 
 def test_images_that_are_on_the_device_stay_there(plan, graph, latest, rng):
