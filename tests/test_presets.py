@@ -210,4 +210,6 @@ def test_parity_says_what_it_cannot_hold_and_claims_nothing_for_members_without_
     head = Path(recipes_directory() / "presets" / "parity.toml").read_text(encoding="utf-8").split("\n[")[0]
     for word in ("keep the aspect ratio", "zoom-out and crop exclude", "dynamic_detr and efficient_detr"):
         assert word in re.sub(r"\n# ?", " ", head)
-    assert set(PARITY) == set(FAMILY) - {"dynamic_detr", "efficient_detr"}
+    with_code = {name for name, found in FAMILY.items() if found.original_init is not None}
+    assert set(PARITY) <= with_code  # a member that came later may have no section yet
+    assert not {"dynamic_detr", "efficient_detr"} & with_code

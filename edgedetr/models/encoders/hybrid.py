@@ -65,7 +65,9 @@ class HybridEncoder(nn.Module):
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
         """maps: one [B, C_l, H_l, W_l] per level, finest first -> Memory."""
         if padding is not None:
-            raise ModelError("rt_detr takes images without padding; expected one fixed size (stretch or letterbox)")
+            raise ModelError(
+                "this encoder takes images without padding; expected one fixed size (stretch or letterbox)"
+            )
         maps = [project(level) for project, level in zip(self.project, maps)]
         maps[-1] = self._within(maps[-1])
         # Coarse to fine: each map is enlarged to twice its size and fused with the next finer one.
