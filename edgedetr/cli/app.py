@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import click
 
-from edgedetr.cli import _failures
+import edgedetr.cli._failures as _failures
 from edgedetr.cli._output import SafeFormatter, say
 from edgedetr.cli.bench_command import bench
 from edgedetr.cli.build_command import build

@@ -165,18 +165,18 @@ def import_onnx_model(path: str | Path, out: str | Path, options: ImportOptions 
     path, out = as_path(path, "path", "that of an ONNX file"), as_path(out, "out")
     if (out / WEIGHTS.file).exists():
         raise UsageError(f"{out} holds a trained model; name another --out")
-    original = io_contract.read_model(path)
+    source_model = io_contract.read_model(path)
     files = read_model_files(path)
-    inputs = io_contract.classify_inputs(original)
-    height, width = io_contract.input_size(original, inputs.image, options.size, files.size)
-    graph = surgery.normalize(original, inputs, height, width)
+    inputs = io_contract.classify_inputs(source_model)
+    height, width = io_contract.input_size(source_model, inputs.image, options.size, files.size)
+    graph = surgery.normalize(source_model, inputs, height, width)
     usual = default_normalization([item.name for item in graph.model.graph.output])
     normalization = options.normalization(files.normalization or usual)
     contract = InputContract(height, width, normalization.resize)
     record = _data_record(options.data)
     dataset = load(record.path, record.verify_split) if record is not None else None
     images = probe_images(dataset, contract)
-    source = SourceModel(original, inputs, normalization)
+    source = SourceModel(source_model, inputs, normalization)
     feeds = [source.feed(images[number : number + 1]) for number in range(len(images))]
     meaning = find_output_meaning(graph.model, graph.index, feeds, options, ORIGINAL_SIDE)
 
@@ -199,7 +199,7 @@ def import_onnx_model(path: str | Path, out: str | Path, options: ImportOptions 
     output = OutputContract(columns.activation, meaning.top_k or OutputContract().top_k)
     result, folded, gathered = _rewrite(graph.model, inputs, meaning, columns, normalization, options)
     manifest = Manifest(MODEL, columns.classes, contract, output, data=record)
-    opset = GraphIndex(original).opset
+    opset = GraphIndex(source_model).opset
     _write_metadata(result, manifest, path, opset)
 
     notes = [*meaning.reasons, *files.notes]
@@ -351,8 +351,8 @@ def _rewrite(
 ) -> tuple[ModelProto, int, int]:
     """The bundle's graph, the number of scales folded into convolutions, and of GridSamples rewritten as gathers."""
     if inputs.sizes:
-        original = np.full((1, 2), ORIGINAL_SIDE, io_contract.dtype_of(model, inputs.sizes))
-        model.graph.initializer.append(numpy_helper.from_array(original, inputs.sizes))
+        side = np.full((1, 2), ORIGINAL_SIDE, io_contract.dtype_of(model, inputs.sizes))
+        model.graph.initializer.append(numpy_helper.from_array(side, inputs.sizes))
     outputs = surgery.ContractOutputs(
         meaning.logits, meaning.boxes, meaning.box_format, meaning.queries, meaning.width, columns.columns
     )

@@ -59,15 +59,15 @@ class NormalizedGraph:
     is_fp16: bool
 
 
-def normalize(original: ModelProto, inputs: GraphInputs, height: int, width: int) -> NormalizedGraph:
+def normalize(source_model: ModelProto, inputs: GraphInputs, height: int, width: int) -> NormalizedGraph:
     """The file's graph for one image of height x width, in float32 and opset 19, without control flow.
 
     Errors: ExportError where the graph does not run at that size, or needs what TensorRT does not run.
     """
     model = ModelProto()
-    model.CopyFrom(original)
+    model.CopyFrom(source_model)
     sizes = {inputs.image: [1, 3, height, width], **({inputs.sizes: [1, 2]} if inputs.sizes else {})}
-    masks = {inputs.mask: np.ones((1, height, width), dtype_of(original, inputs.mask))} if inputs.mask else {}
+    masks = {inputs.mask: np.ones((1, height, width), dtype_of(source_model, inputs.mask))} if inputs.mask else {}
     fix_inputs(model, sizes, masks)
     is_fp16 = convert_to_fp32(model)
     model = fold_at_fixed_size(convert_opset(model, OPSET))

@@ -30,7 +30,7 @@ def examine(trt: Any, path: str, build: bool) -> dict[str, Any]:
     """The results of the parser and the builder for one file."""
     logged: list[str] = []
 
-    class Logger(trt.ILogger):  # type: ignore[misc]  # the base is only known at run time
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SIDE = 0.05  # an anchor's side in the finest level, as a fraction of the image; it doubles per level
 MARGIN = 0.01  # an anchor with a number closer to 0 or 1 than this is not usable
-INVALID = 1e4  # logit of an anchor that is not usable: its sigmoid is exactly 1, and it is finite in float16
+IGNORED_LOGIT = 1e4  # logit of an anchor that is not usable: its sigmoid is exactly 1, and it is finite in float16
 
 
 class Anchors(nn.Module):
@@ -39,13 +39,13 @@ class Anchors(nn.Module):
     shape_only = True
 
     def forward(self, like: Tensor, shapes: Shapes, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """-> logits [1 or B, S, 4] (INVALID where not usable) and usability [1 or B, S, 1], 0 or 1."""
+        """-> logits [1 or B, S, 4] (IGNORED_LOGIT where not usable) and usability [1 or B, S, 1], 0 or 1."""
         centers = cell_centers(like.to(torch.promote_types(like.dtype, torch.float32)), shapes, valid)
         side = torch.cat([torch.full((h * w, 2), SIDE * 2.0**level) for level, (h, w) in enumerate(shapes)])
         boxes = torch.cat([centers, side.to(centers).expand_as(centers)], dim=-1)
         usable = ((boxes > MARGIN) & (boxes < 1 - MARGIN)).all(-1, keepdim=True)
         inside = boxes.clamp(MARGIN, 1 - MARGIN)
-        return torch.where(usable, torch.log(inside / (1 - inside)), INVALID), usable.to(like.dtype)
+        return torch.where(usable, torch.log(inside / (1 - inside)), IGNORED_LOGIT), usable.to(like.dtype)
 
 
 @dataclass
@@ -105,7 +105,7 @@ class TwoStageSelector(nn.Module):
         anchors, usable = self.anchors(memory.tokens, memory.shapes, memory.valid)
         if memory.padding is not None:
             usable = usable * (~memory.padding[..., None]).to(usable.dtype)
-            anchors = anchors.masked_fill(memory.padding[..., None], INVALID)
+            anchors = anchors.masked_fill(memory.padding[..., None], IGNORED_LOGIT)
         tokens = self.norm(self.project(memory.tokens * usable))  # [B, S, C]
         logits = in_float32(self.score, tokens)
         rank = logits[..., 0] if self.class_agnostic else logits.amax(-1)

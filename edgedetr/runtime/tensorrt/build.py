@@ -423,7 +423,7 @@ def _use_timing_cache(config: Any, data: bytes) -> Any:
 def _make_monitor(trt: Any, progress: Progress) -> Any:
     """Reports the outermost phases of the build to `progress`. Ctrl-C stops the build, and not the process."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the base is only known at run time
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.stopped: BaseException | None = None

@@ -187,7 +187,7 @@ def make_logger(trt: Any) -> Any:
         severity.INFO: logging.INFO,
     }
 
-    class Log(trt.ILogger):  # type: ignore[misc]  # the base is only known at run time
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

@@ -269,7 +269,7 @@ def _fits(shape: tuple[int, ...], tensor: IoTensor) -> bool:
 def _recorder(trt: Any) -> Any:
     """An error recorder that stores messages until `take`; TensorRT calls it from its own threads."""
 
-    class Recorder(trt.IErrorRecorder):  # type: ignore[misc]  # the base is only known at run time
+    class Recorder(trt.IErrorRecorder):
         def __init__(self) -> None:
             trt.IErrorRecorder.__init__(self)
             self.found: list[tuple[Any, str]] = []
