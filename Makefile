@@ -20,6 +20,8 @@ test: lint types pytest
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python tests/style.py
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy

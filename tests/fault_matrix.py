@@ -69,8 +69,8 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "end_to_end/test_odd_surroundings.py::test_an_archive_is_named_and_nothing_is_unpacked",
     ),
     "ONNX weights outside of the file": (
-        "runtime/backends/test_onnx_bytes.py::test_weights_elsewhere_are_refused_wherever_the_name_hides",
-        "runtime/backends/test_onnx_bytes.py::test_a_bundle_with_weights_elsewhere_is_refused_by_every_path_that_opens_it",
+        "runtime/test_onnx_bytes.py::test_weights_elsewhere_are_refused_wherever_the_name_hides",
+        "runtime/test_onnx_bytes.py::test_a_bundle_with_weights_elsewhere_is_refused_by_every_path_that_opens_it",
     ),
     "eight processes build one engine": (
         "runtime/tensorrt/test_engine_on_disk.py::test_eight_processes_at_once_make_one_engine",

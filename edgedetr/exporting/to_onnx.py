@@ -28,10 +28,10 @@ from edgedetr.evaluation.agreement import compare_detections
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX, check_graph
 from edgedetr.onnx_graph.fold import fold
+from edgedetr.onnx_graph.io import read_bundle_graph
 from edgedetr.onnx_graph.opset import OPSET
 from edgedetr.quantization.policy import set_role
 from edgedetr.runtime.backends.base import RawOutputs
-from edgedetr.runtime.backends.onnx_bytes import load
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import Geometry
@@ -87,7 +87,7 @@ def write_onnx(
             dynamo=False,
             dynamic_axes=open_axes,
         )
-    model = fold(load(path, ExportError))
+    model = fold(read_bundle_graph(path, ExportError))
     modules = {name for name, _ in graph.detector.named_modules()}
     for node in model.graph.node:
         set_role(node, graph.detector.member.role_of(module_path(node.name, modules)) or "")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from edgedetr.errors import MissingDependency
+from edgedetr.onnx_graph.io import read_bundle_graph
 from edgedetr.packages import missing
-from edgedetr.runtime.backends.onnx_bytes import load
 
 # Operators whose output values are input values, and so are already FP16.
 MOVES = {
@@ -55,7 +55,7 @@ def simulate_fp16(path: Path, *, rounded: bool = True) -> bytes:
     rounded   False: without the pairs, the same function in float32
     """
     onnx = _onnx()
-    model = load(path)
+    model = read_bundle_graph(path)
     return _Simulation(onnx, model, rounded).write() if _has_fp16(onnx, model) else model.SerializeToString()
 
 

@@ -1,6 +1,6 @@
 """Read an ONNX file of any origin, with weights in files next to it: nothing outside its folder is opened.
 
-Graphs of a bundle, which hold their weights themselves, are read by runtime/backends/onnx_bytes.py.
+Graphs of a bundle contain all their weights: `read_bundle_graph`, on top of runtime/onnx_bytes.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import onnx
 from onnx import ModelProto, TensorProto
 
-from edgedetr.errors import ExportError
+from edgedetr.errors import BundleError, EdgedetrError, ExportError
+from edgedetr.runtime import onnx_bytes
 
 # A protobuf message cannot be longer, and a bundle's graph is one message.
 LARGEST = 2**31 - 1  # bytes, of the file and of its external data together
@@ -50,6 +51,15 @@ _FIELDS = {
         (TensorProto.INT4, TensorProto.UINT4, getattr(TensorProto, "FLOAT4E2M1", TensorProto.INT4)), (4, "int32_data")
     ),
 }
+
+
+def read_bundle_graph(path: str | Path, error: type[EdgedetrError] = BundleError) -> ModelProto:
+    """The graph of a bundle's ONNX file. Errors: `error`, as `onnx_bytes.read`, and for a file that is damaged."""
+    data, _ = onnx_bytes.read(path, error)
+    try:
+        return onnx.load_model_from_string(data)
+    except Exception as reason:  # protobuf's exception types differ between its versions
+        raise error(f"{path}: not readable as ONNX ({reason}); {onnx_bytes.EXPECTED}") from reason
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from edgedetr.errors import DataError, ExportError
 from edgedetr.lint.lint import require_no_errors
 from edgedetr.onnx_graph.fp16 import activation_absmax, convert_to_fp16
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.onnx_graph.io import read_bundle_graph
 from edgedetr.progress import Progress
 from edgedetr.quantization.bias_correction import IMAGES, PARTS, bias_shifts
 from edgedetr.quantization.calibration import Ranges, choose_images, evenly_spaced, ranges_of
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.policy import Policy, QuantizationPlan, check_policy, load_policy, make_plan
 from edgedetr.quantization.qdq import CPU, TENSORRT, Target, insert_qdq, split_concats, tensors_to_observe, weight_bits
-from edgedetr.runtime.backends import onnx_bytes
 from edgedetr.runtime.backends.base import MADE_BY
 from edgedetr.runtime.preprocess import prepare
 
@@ -107,7 +107,7 @@ def export_fp16(
 
 def read_onnx(path: Path) -> ModelProto:
     """A valid ONNX file. Errors: ExportError."""
-    model: ModelProto = onnx_bytes.load(path, ExportError)
+    model: ModelProto = read_bundle_graph(path, ExportError)
     try:
         onnx.checker.check_model(model)  # the following steps rely on each node's inputs and attributes
     except (onnx.checker.ValidationError, ValueError) as error:

@@ -24,9 +24,9 @@ from edgedetr.errors import ExportError
 from edgedetr.image_size import check_size
 from edgedetr.lint.lint import require_no_errors
 from edgedetr.onnx_graph.graph_builder import GraphBuilder, batch_of, merge, output_shape
+from edgedetr.onnx_graph.io import read_bundle_graph
 from edgedetr.printable import one_line
 from edgedetr.runtime.arguments import check_word
-from edgedetr.runtime.backends.onnx_bytes import load
 from edgedetr.runtime.preprocess import Geometry
 from edgedetr.serving import pre_post_graph
 from edgedetr.serving.labels import write_labels
@@ -103,7 +103,7 @@ def write_deepstream(
     check_word(source, MODES, "source")
     frame = None if frame is None else check_size(frame, "frame")
     manifest = bundle.manifest
-    model = with_parser_outputs(load(bundle.require(source), ExportError), manifest, frame)
+    model = with_parser_outputs(read_bundle_graph(bundle.require(source), ExportError), manifest, frame)
     require_no_errors(model, "the graph for DeepStream")
     if frame is None and manifest.input.resize == "letterbox":
         log.warning(

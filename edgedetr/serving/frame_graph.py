@@ -20,10 +20,10 @@ from edgedetr.image_size import check_size
 from edgedetr.lint.lint import require_no_errors
 from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX
 from edgedetr.onnx_graph.graph_builder import GraphBuilder, merge, output_shape
+from edgedetr.onnx_graph.io import read_bundle_graph
 from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.runtime.arguments import check_word
 from edgedetr.runtime.backends.base import RawOutputs
-from edgedetr.runtime.backends.onnx_bytes import load
 from edgedetr.runtime.postprocess import decode, named
 from edgedetr.runtime.preprocess import Geometry, prepare
 from edgedetr.serving import pre_post_graph
@@ -73,7 +73,7 @@ def write_frames(bundle: Bundle, height: int, width: int, sources: Sequence[str]
         names.append(name)
         if bundle.has(name):
             continue
-        model = load(bundle.require(source), ExportError)
+        model = read_bundle_graph(bundle.require(source), ExportError)
         graph = with_frames(model, bundle.manifest, height, width)
         require_no_errors(graph, name)
         check(graph, bundle.manifest, height, width)

@@ -23,11 +23,11 @@ from edgedetr.artifacts import INT8_CPU
 from edgedetr.bundle import Bundle, Manifest
 from edgedetr.errors import ExportError, UsageError
 from edgedetr.evaluation.agreement import detections_allclose
+from edgedetr.onnx_graph.io import read_bundle_graph
 from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.printable import shown
 from edgedetr.runtime.arguments import check_count, check_text
 from edgedetr.runtime.backends.base import RawOutputs
-from edgedetr.runtime.backends.onnx_bytes import load
 from edgedetr.runtime.postprocess import decode
 from edgedetr.runtime.preprocess import Geometry
 from edgedetr.runtime.tensorrt.select import Engine
@@ -88,7 +88,7 @@ def write_repository(
         raise UsageError(f"the model's name is {shown(name)}; expected letters, digits, '_', '-' and '.', at most 250")
     check_count(instances, "instances", LARGEST_COUNT)
     path = bundle.require(source)
-    model = load(path, ExportError)
+    model = read_bundle_graph(path, ExportError)
     inputs, outputs = signature(model.graph.input), signature(model.graph.output)
     if engine is None:
         # ONNX Runtime serves the float graph on whatever the server has, and INT8 in its CPU form on the CPU.

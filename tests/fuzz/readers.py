@@ -258,7 +258,7 @@ def _onnx(folder: Path) -> None:
 
 
 def _device_onnx(folder: Path) -> None:
-    from edgedetr.runtime.backends.onnx_bytes import facts
+    from edgedetr.runtime.onnx_bytes import facts
 
     facts((folder / "model.onnx").read_bytes())
 

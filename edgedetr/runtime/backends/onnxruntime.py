@@ -12,8 +12,8 @@ from edgedetr.artifacts import ORT
 from edgedetr.errors import BundleError, EdgedetrError, MissingDependency
 from edgedetr.packages import missing
 from edgedetr.runtime.backends.base import MADE_BY, Backend, RawOutputs
-from edgedetr.runtime.backends.onnx_bytes import read, require_whole
 from edgedetr.runtime.cpu import bounded
+from edgedetr.runtime.onnx_bytes import read, require_whole
 from edgedetr.storage.reading import parse_json
 from edgedetr.telemetry import import_onnxruntime
 

@@ -14,8 +14,8 @@ from edgedetr.artifacts import INT8, OPENVINO
 from edgedetr.errors import BundleError, MissingDependency
 from edgedetr.packages import missing
 from edgedetr.runtime.backends.base import Backend, RawOutputs
-from edgedetr.runtime.backends.onnx_bytes import read, require_whole
 from edgedetr.runtime.cpu import bounded
+from edgedetr.runtime.onnx_bytes import read, require_whole
 from edgedetr.telemetry import import_openvino
 
 

@@ -22,10 +22,9 @@ from edgedetr.errors import BundleError, EngineError, MissingDependency, UsageEr
 from edgedetr.image_size import check_size
 from edgedetr.printable import shown
 from edgedetr.progress import Progress
-from edgedetr.runtime import jetson
+from edgedetr.runtime import jetson, onnx_bytes
 from edgedetr.runtime.arguments import check_count, check_word, is_whole
-from edgedetr.runtime.backends import onnx_bytes
-from edgedetr.runtime.backends.onnx_bytes import OnnxFacts
+from edgedetr.runtime.onnx_bytes import OnnxFacts
 from edgedetr.runtime.tensorrt import engine_cache, engine_metadata, engine_validation, gpu, known_issues
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments, EngineMetadata
 from edgedetr.runtime.tensorrt.gpu import Device, make_logger, tensorrt, version

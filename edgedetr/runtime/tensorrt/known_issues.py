@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from edgedetr.runtime.backends.onnx_bytes import OnnxFacts
+from edgedetr.runtime.onnx_bytes import OnnxFacts
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
 from edgedetr.runtime.tensorrt.gpu import version
 

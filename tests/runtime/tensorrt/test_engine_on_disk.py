@@ -20,7 +20,7 @@ from tensorrt_spec.fake import FakeTensorRT
 
 from edgedetr.bundle import Bundle
 from edgedetr.errors import BundleError, EngineError
-from edgedetr.runtime.backends import onnx_bytes
+from edgedetr.runtime import onnx_bytes
 from edgedetr.runtime.tensorrt import build, engine_cache
 
 

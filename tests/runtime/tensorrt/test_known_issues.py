@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from edgedetr.runtime.backends.onnx_bytes import OnnxFacts
+from edgedetr.runtime.onnx_bytes import OnnxFacts
 from edgedetr.runtime.tensorrt import known_issues
 from edgedetr.runtime.tensorrt.engine_metadata import BuildArguments
 from edgedetr.runtime.tensorrt.gpu import version

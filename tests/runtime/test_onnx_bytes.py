@@ -15,10 +15,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 import edgedetr
 from edgedetr.bundle import Bundle
 from edgedetr.errors import EdgedetrError, ExportError
-from edgedetr.onnx_graph.io import open_onnx
+from edgedetr.onnx_graph.io import open_onnx, read_bundle_graph
 from edgedetr.onnx_graph.summary import inspect_onnx
-from edgedetr.runtime import load
-from edgedetr.runtime.backends import onnx_bytes
+from edgedetr.runtime import load, onnx_bytes
 from edgedetr.runtime.backends.onnxruntime import OrtFrameRunner, OrtRunner, plain_session
 from edgedetr.runtime.backends.onnxruntime import tensors as ort_tensors
 from edgedetr.runtime.backends.openvino import OpenVinoRunner
@@ -203,7 +202,7 @@ def test_looking_into_such_a_file_says_so_and_opens_nothing(make_bundle, where):
         (lambda path, other: path.write_bytes(b"\x89PNG\r\n"), "not an ONNX file"),
     ],
 )
-@pytest.mark.parametrize("opens", [OrtRunner, OpenVinoRunner, onnx_bytes.load])
+@pytest.mark.parametrize("opens", [OrtRunner, OpenVinoRunner, read_bundle_graph])
 def test_a_graph_that_is_no_plain_file_is_refused(make_bundle, tmp_path, harm, words, opens):
     other, path = make_bundle("model.onnx").path / "model.onnx", tmp_path / "m.onnx"
     harm(path, other)
@@ -227,7 +226,7 @@ ALLOWED = {
     ("runtime/backends/openvino.py", "compile_model"),
     ("lint/rtx_worker.py", "parse_from_file"),
     ("onnx_graph/io.py", "load"),
-    ("runtime/backends/onnx_bytes.py", "load_model_from_string"),
+    ("onnx_graph/io.py", "load_model_from_string"),
 }
 OPENS = {
     "InferenceSession",

@@ -16,10 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from edgedetr.errors import BundleError, EdgedetrError, EngineError, MissingDependency
-from edgedetr.packages import missing
+from edgedetr.errors import BundleError, EdgedetrError, EngineError
 from edgedetr.storage.reading import read_plain_file
 
 LARGEST = (1 << 31) - 1  # bytes; a protobuf message cannot be longer
@@ -71,19 +69,6 @@ def require_whole(data: bytes, what: str = "the graph", error: type[EdgedetrErro
     """`data` unchanged. Errors: `error` where it is no serialized graph, or has external weights."""
     _refuse_external(parse(data, what, error), what, error)
     return data
-
-
-def load(path: str | Path, error: type[EdgedetrError] = BundleError) -> Any:
-    """The ModelProto of a bundle's graph. Errors: as `read`, and MissingDependency without the onnx package."""
-    try:
-        import onnx
-    except ImportError as reason:
-        raise MissingDependency(missing("onnx", reason)) from reason
-    data, _ = read(path, error)
-    try:
-        return onnx.load_model_from_string(data)
-    except Exception as reason:  # protobuf's exception types differ between its versions
-        raise error(f"{path}: not readable as ONNX ({reason}); {EXPECTED}") from reason
 
 
 def _refuse_external(found: OnnxFacts, what: str, error: type[EdgedetrError]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from edgedetr.errors import EngineError
-from edgedetr.runtime.backends import onnx_bytes
+from edgedetr.runtime import onnx_bytes
 
 value = helper.make_tensor_value_info
 
