@@ -42,7 +42,7 @@ SMALL = {
 CLASSES = (ClassInfo(0, 7, "cat"), ClassInfo(1, 3, "dog"))
 
 
-def write_pictures(root: Path) -> Path:
+def write_dataset(root: Path) -> Path:
     """A COCO-layout set of random images: 10 in train, 3 in val."""
     rng = np.random.default_rng(5)
     for split, count in (("train", 10), ("val", 3)):
@@ -104,18 +104,18 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def dataset(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset"))
 
 
 @pytest.fixture(scope="session")
-def fresh(tmp_path_factory, pictures):
+def fresh(tmp_path_factory, dataset):
     """A function (member, path) -> a new bundle with weights only; they are made once."""
     made: dict[str, Bundle] = {}
 
     def copy(member: str, path: Path) -> Bundle:
         if member not in made:
-            made[member] = write_bundle(tmp_path_factory.mktemp(member) / "weights.bundle", member, pictures)
+            made[member] = write_bundle(tmp_path_factory.mktemp(member) / "weights.bundle", member, dataset)
         shutil.copytree(made[member].path, path)
         return Bundle.open(path)
 

@@ -226,7 +226,7 @@ def open_session(model: str | bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def pictures(count: int) -> np.ndarray:
+def sample_images(count: int) -> np.ndarray:
     """[count, 3, H, W] noise, 0..255."""
     return np.random.default_rng(7).integers(0, 256, (count, 3, HEIGHT, WIDTH)).astype(np.float32)
 

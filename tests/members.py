@@ -108,13 +108,13 @@ def _measured(detector: DetrModel) -> DetrModel:
     norms = [module for module in detector.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.train().momentum = None  # the mean of all batches, of which there is one
-    detector(detector.normalize(pictures(4)))
+    detector(detector.normalize(sample_images(4)))
     for norm in norms:
         norm.eval().momentum = 0.1
     return detector
 
 
-def pictures(batch: int = 2) -> torch.Tensor:
+def sample_images(batch: int = 2) -> torch.Tensor:
     """[batch, 3, HEIGHT, WIDTH], 0..255: spots of color as large as objects, and noise."""
     generator = torch.Generator().manual_seed(3)
     spots = torch.rand(batch, 3, HEIGHT // 16, WIDTH // 16, generator=generator)

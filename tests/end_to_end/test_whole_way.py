@@ -118,11 +118,11 @@ def test_report_names_every_stage(bundle, verdict, capsys):
 
 
 def test_predict_writes_json_lines_and_images(bundle, data, tmp_path, capsys):
-    pictures = sorted((data / "images" / "test").iterdir())[:2]
-    words = ["predict", str(bundle), *map(str, pictures), "--out", str(tmp_path / "drawn"), "--conf", "0"]
+    paths = sorted((data / "images" / "test").iterdir())[:2]
+    words = ["predict", str(bundle), *map(str, paths), "--out", str(tmp_path / "drawn"), "--conf", "0"]
     assert cli.run(words) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [Path(line["source"]).name for line in lines] == [picture.name for picture in pictures]
+    assert [Path(line["source"]).name for line in lines] == [path.name for path in paths]
     for line in lines:
         assert (line["height"], line["width"]) == (64, 64)
         boxes = np.array([found["xyxy"] for found in line["detections"]])
@@ -149,10 +149,10 @@ def test_a_changed_verify_image_is_noticed(bundle, data, tmp_path, capsys):
     import shutil
 
     shutil.copytree(data, tmp_path / "copy")
-    picture = sorted((tmp_path / "copy" / "images" / "test").iterdir())[0]
-    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(picture)
+    path = sorted((tmp_path / "copy" / "images" / "test").iterdir())[0]
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(path)
     assert cli.run(["verify", str(bundle), "--data", str(tmp_path / "copy")]) == 1
-    assert picture.name in capsys.readouterr().err
+    assert path.name in capsys.readouterr().err
 
 
 def test_the_demonstration_runs_and_goes_on_where_it_was(tmp_path):

@@ -101,17 +101,17 @@ def test_policy_keeps_decoder_heads_and_selection_float_and_quantizes_the_rest(e
     assert sum("/backbone/" in name for name in quantized) >= 20
 
 
-def test_reference_holds_the_verify_split_with_digests(exported, pictures):
+def test_reference_holds_the_verify_split_with_digests(exported, dataset):
     reference = Reference.load(exported.require("reference.npz"))
-    paths = [pictures / "images" / "val" / f"val{i}.png" for i in range(3)]
+    paths = [dataset / "images" / "val" / f"val{i}.png" for i in range(3)]
     assert sorted(reference.truth.digests) == sorted(digest(path) for path in paths)
     assert all(len(found) for found in reference.detections.values())
     assert reference.model == exported.manifest.files["weights.safetensors"].sha256
 
 
-def test_ranges_name_train_images_only(exported, pictures):
+def test_ranges_name_train_images_only(exported, dataset):
     ranges = Ranges.load(exported.require("ranges.json"))
-    train = {digest(path) for path in (pictures / "images" / "train").iterdir()}
+    train = {digest(path) for path in (dataset / "images" / "train").iterdir()}
     assert len(ranges.images) == 8
     assert {image.sha256 for image in ranges.images} <= train
 
@@ -208,11 +208,11 @@ def test_without_correction_the_graphs_say_and_hold_what_they_did_before_there_w
 
 
 def test_where_the_images_have_gone_a_graph_is_written_without_correction_and_with_it_when_they_are_back(
-    copy, pictures, caplog
+    copy, dataset, caplog
 ):
     record = copy.manifest.data
     before = (copy.path / "model.int8.onnx").read_bytes()
-    copy.update(data=replace(record, path=str(pictures / "gone")))
+    copy.update(data=replace(record, path=str(dataset / "gone")))
     with caplog.at_level(logging.WARNING):
         export(copy, int8=True, config=ExportConfig(), quant=replace(QUANT, cpu_weights=other_bits()))
     assert "biases are not corrected: the calibration images are not here" in caplog.text
@@ -245,20 +245,20 @@ def test_new_weights_make_everything_again(copy, tmp_path):
     assert all(copy.has(name) for name in MADE)
 
 
-def test_a_calibration_image_of_the_verify_split_is_refused_by_its_bytes(copy, pictures, tmp_path):
+def test_a_calibration_image_of_the_verify_split_is_refused_by_its_bytes(copy, dataset, tmp_path):
     folder = tmp_path / "calib"
     folder.mkdir()
-    shutil.copy(pictures / "images" / "train" / "train0.png", folder / "a.png")
-    shutil.copy(pictures / "images" / "val" / "val1.png", folder / "renamed.png")
+    shutil.copy(dataset / "images" / "train" / "train0.png", folder / "a.png")
+    shutil.copy(dataset / "images" / "val" / "val1.png", folder / "renamed.png")
     before = times(copy)
     with pytest.raises(ExportError, match=r"renamed\.png: this calibration image is also in the verify split"):
         export(copy, int8=True, calib=folder, config=ExportConfig(), quant=QUANT)
     assert times(copy) == before
 
 
-def test_calibration_images_saved_again_from_the_verify_split_are_named(copy, pictures, tmp_path, caplog):
-    data, folder = shutil.copytree(pictures, tmp_path / "data"), tmp_path / "calib"
-    shutil.copytree(pictures / "images" / "train", folder)
+def test_calibration_images_saved_again_from_the_verify_split_are_named(copy, dataset, tmp_path, caplog):
+    data, folder = shutil.copytree(dataset, tmp_path / "data"), tmp_path / "calib"
+    shutil.copytree(dataset / "images" / "train", folder)
     y, x = np.mgrid[:50, :80]
     scene = Image.fromarray(np.stack([y * 5, x * 3, (x * y) % 256], axis=-1).astype(np.uint8))
     scene.save(data / "images" / "val" / "val1.png")
@@ -270,9 +270,9 @@ def test_calibration_images_saved_again_from_the_verify_split_are_named(copy, pi
     assert "again.jpg = images/val/val1.png" in caplog.text
 
 
-def test_a_plain_folder_of_images_calibrates(copy, pictures, tmp_path, caplog):
+def test_a_plain_folder_of_images_calibrates(copy, dataset, tmp_path, caplog):
     folder = tmp_path / "calib"
-    shutil.copytree(pictures / "images" / "train", folder)
+    shutil.copytree(dataset / "images" / "train", folder)
     with caplog.at_level(logging.WARNING):
         export(copy, int8=True, calib=folder, config=ExportConfig(), quant=QuantConfig(images=50))
     ranges = Ranges.load(copy.require("ranges.json"))
@@ -300,14 +300,14 @@ def test_unusable_calibration_images_are_one_clear_error(copy, tmp_path, make, e
         export(copy, int8=True, calib=tmp_path / "calib", config=ExportConfig(), quant=QuantConfig(images=8))
 
 
-def test_without_recorded_data_quantizing_asks_for_images(fresh, tmp_path, pictures):
+def test_without_recorded_data_quantizing_asks_for_images(fresh, tmp_path, dataset):
     bundle = fresh("detr", tmp_path / "b")
     bundle.update(data=None)
     with pytest.raises(ExportError, match="does not record where its data are.*--calib DIR"):
         export(bundle, int8=True, config=ExportConfig(), quant=QUANT)
     assert bundle.has("model.onnx")
     assert not bundle.has("reference.npz")
-    export(bundle, int8=True, calib=pictures, config=ExportConfig(), quant=QUANT)
+    export(bundle, int8=True, calib=dataset, config=ExportConfig(), quant=QUANT)
     assert bundle.has("model.int8.onnx")
 
 
@@ -370,7 +370,7 @@ def test_pytorch_and_onnx_agree_on_an_image(exported):
     np.testing.assert_allclose(found.boxes, boxes.numpy(), atol=1e-4)
 
 
-def test_a_large_image_set_is_sampled_evenly(pictures, tmp_path, copy):
+def test_a_large_image_set_is_sampled_evenly(dataset, tmp_path, copy):
     folder = tmp_path / "many"
     folder.mkdir()
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from members import exported, pictures
+from members import exported, sample_images
 
 from edgedetr.errors import EngineError
 from edgedetr.models import FAMILY
@@ -51,7 +51,7 @@ def run(session: Session, images: object) -> RawOutputs:
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_engine_of_a_member_detects_what_onnx_runtime_detects(name, session):
-    path, images = exported(name, 1), pictures(1).numpy()
+    path, images = exported(name, 1), sample_images(1).numpy()
     expected, engine = OrtRunner(path).run(images), session(path)
     for turn in range(3):  # plainly, then recorded, then as a graph
         found = run(engine, images)
@@ -61,7 +61,7 @@ def test_the_engine_of_a_member_detects_what_onnx_runtime_detects(name, session)
 
 
 def test_an_open_batch_takes_every_size_and_equal_images_give_equal_detections(session):
-    path, images = exported("rt_detr", None), pictures(4).numpy()
+    path, images = exported("rt_detr", None), sample_images(4).numpy()
     images[2] = images[0]
     engine, runner = session(path, (1, 2, 4)), OrtRunner(path)
     for count in (1, 4, 2, 3):
@@ -73,7 +73,7 @@ def test_an_open_batch_takes_every_size_and_equal_images_give_equal_detections(s
 
 
 def test_images_that_lie_on_the_gpu_are_taken_from_there(session, cuda):
-    path, images = exported("rt_detr", 1), pictures(1)
+    path, images = exported("rt_detr", 1), sample_images(1)
     engine = session(path)
     there = images.to(cuda)
     torch.cuda.synchronize()
@@ -83,8 +83,8 @@ def test_images_that_lie_on_the_gpu_are_taken_from_there(session, cuda):
 
 def test_threads_have_contexts_of_their_own(session):
     path = exported("rt_detr", 1)
-    engine, images = session(path), [pictures(1).numpy() + shift for shift in range(4)]
-    expected = [run(engine, picture).logits for picture in images]
+    engine, images = session(path), [sample_images(1).numpy() + shift for shift in range(4)]
+    expected = [run(engine, image).logits for image in images]
     wrong: list[int] = []
 
     def work(number: int) -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from members import HEIGHT, WIDTH, deployed, pictures, small
+from members import HEIGHT, WIDTH, deployed, sample_images, small
 
 from edgedetr.models import FAMILY
 
@@ -22,7 +22,7 @@ def both(name, cuda):
 @member
 @torch.no_grad()
 def test_detections_are_those_of_the_cpu(name, cuda):
-    (here, there), images = both(name, cuda), pictures()
+    (here, there), images = both(name, cuda), sample_images()
     expected, found = here(here.normalize(images)), there(there.normalize(images.to(cuda)))
     # float32 sums in another order, as between kernels of the CPU
     torch.testing.assert_close(found.logits.cpu(), expected.logits, atol=1e-4, rtol=0)
@@ -33,7 +33,7 @@ def test_detections_are_those_of_the_cpu(name, cuda):
 @pytest.mark.parametrize("sampling", ["gather", "grid_sample"])
 @torch.no_grad()
 def test_the_deployed_graph_runs_there(name, sampling, cuda):
-    graph, images = deployed(name, sampling), pictures()
+    graph, images = deployed(name, sampling), sample_images()
     expected = graph(images)
     found = copy.deepcopy(graph).to(cuda)(images.to(cuda))
     torch.testing.assert_close(found[0].cpu(), expected[0], atol=1e-4, rtol=0)
@@ -44,7 +44,7 @@ def test_the_deployed_graph_runs_there(name, sampling, cuda):
 @member
 def test_gradients_are_those_of_the_cpu(name, cuda):
     """In float64: in float32 a ReLU or a cell of a map that flips is worth up to 2e-3 of the gradient, on a CPU too."""
-    images, gradients = pictures().double(), []
+    images, gradients = sample_images().double(), []
     for detector in both(name, cuda):
         detector.double().train()
         for part in detector.modules():
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_cpu(name, cuda):
 def test_half_precision_trains_and_what_is_detected_stays_float32(name, kind, cuda):
     detector = small(name).train().to(cuda)
     with torch.autocast("cuda", kind):
-        out = detector(detector.normalize(pictures().to(cuda)))
+        out = detector(detector.normalize(sample_images().to(cuda)))
     assert torch.isfinite(out.logits).all() and torch.isfinite(out.boxes).all()
     assert out.boxes.dtype == out.logits.dtype == torch.float32
     (out.logits.square().mean() + out.boxes.square().mean()).backward()

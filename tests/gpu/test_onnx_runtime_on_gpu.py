@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from members import exported, pictures
+from members import exported, sample_images
 
 from edgedetr.models import FAMILY
 from edgedetr.runtime.backends import onnxruntime_cuda
@@ -20,7 +20,7 @@ def provider():
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_detections_are_those_of_the_cpu(name):
-    path, images = exported(name, None), pictures(2).numpy()
+    path, images = exported(name, None), sample_images(2).numpy()
     expected, found = OrtRunner(path).run(images), OrtCudaRunner(path).run(images)
     np.testing.assert_allclose(found.logits, expected.logits, atol=2e-3, rtol=0)
     np.testing.assert_allclose(found.boxes, expected.boxes, atol=2e-4, rtol=0)

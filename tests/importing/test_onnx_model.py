@@ -23,8 +23,8 @@ from external_models import (
     hugging_face_rt_detr,
     joined,
     open_session,
-    pictures,
     rf_detr,
+    sample_images,
 )
 from onnx import helper, numpy_helper
 
@@ -91,8 +91,8 @@ FOUND = {
 
 
 @pytest.fixture(scope="module", params=list(ASKED))
-def brought(request, files, scenes, tmp_path_factory):
-    out = tmp_path_factory.mktemp("brought") / "b.bundle"
+def imported(request, files, scenes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("imported") / "b.bundle"
     return (
         request.param,
         files[request.param],
@@ -131,10 +131,10 @@ def answers(kind: str, path: Path, image: np.ndarray, pixels: Normalization):
     return label, cxcywh_to_xyxy(boxes[query]) * [WIDTH, HEIGHT, WIDTH, HEIGHT], scores[query, label]
 
 
-def test_the_bundle_finds_what_the_file_finds(brought):
-    kind, path, result = brought
+def test_the_bundle_finds_what_the_file_finds(imported):
+    kind, path, result = imported
     detector = load(result.bundle, backend="onnxruntime", stage="onnx", threads=1)
-    for image in pictures(2):
+    for image in sample_images(2):
         labels, boxes, scores = answers(kind, path, image[None], result.normalization)
         found = detector([image.transpose(1, 2, 0).astype(np.uint8)])[0]
         # Float32 through another order of summation, after folding: measured 2e-5 in scores, 3e-3 px in boxes.
@@ -149,8 +149,8 @@ def test_the_bundle_finds_what_the_file_finds(brought):
         assert (there[:10].any(axis=1) & there[:, :10].any(axis=0)).all()
 
 
-def test_the_contract_and_the_activation_are_recognized(brought):
-    kind, _, result = brought
+def test_the_contract_and_the_activation_are_recognized(imported):
+    kind, _, result = imported
     assert result.contract == FOUND[kind]
     assert result.activation == ("softmax" if "softmax" in kind else "sigmoid")
     assert result.queries == QUERIES
@@ -159,8 +159,8 @@ def test_the_contract_and_the_activation_are_recognized(brought):
     assert output.top_k == (15 if result.contract == "decoded" else 100)
 
 
-def test_the_graph_is_one_of_ours(brought):
-    kind, _, result = brought
+def test_the_graph_is_one_of_ours(imported):
+    kind, _, result = imported
     model = onnx.load(result.bundle.require("model.onnx"))
     assert {item.domain: item.version for item in model.opset_import} == {"": 19}
     shapes = {
@@ -178,12 +178,12 @@ def test_the_graph_is_one_of_ours(brought):
     assert result.gathered == (0 if "softmax" in kind else 6)  # two layers, three levels
 
 
-def test_selection_and_decoder_are_recognized_in_the_graph(brought):
+def test_selection_and_decoder_are_recognized_in_the_graph(imported):
     """Names of another exporter do not show it; the rows of each node and its paths to the outputs do."""
     from edgedetr.onnx_graph.index import GraphIndex
     from edgedetr.quantization.policy import load_policy, make_plan
 
-    kind, _, result = brought
+    kind, _, result = imported
     plan = make_plan(GraphIndex(onnx.load(result.bundle.require("model.onnx"))), load_policy("default"))
     names = [layer.node for layer in plan.layers]
     assert sum("/backbone/" in name for name in names) >= 8
@@ -258,7 +258,7 @@ def test_names_put_the_logits_in_the_order_of_the_data_set(files, scenes, tmp_pa
     )
     assert [item.name for item in result.bundle.manifest.classes] == known
     detector = load(result.bundle, backend="onnxruntime", stage="onnx", threads=1)
-    image = pictures(1)
+    image = sample_images(1)
     labels, _, _ = answers("raw", files["raw"], image, result.normalization)
     found = detector([image[0].transpose(1, 2, 0).astype(np.uint8)])[0]
     assert found.class_id[:10].tolist() == [(label - 1) % 6 for label in labels[:10]]
@@ -305,8 +305,8 @@ def test_an_open_size_must_be_said_and_a_fixed_one_kept(files, scenes, tmp_path)
         import_onnx_model(files["rf"], tmp_path / "b", ImportOptions(data=scenes, size=(96, 96)))
 
 
-def test_rf_detr_gets_the_statistics_it_was_published_with(brought):
-    kind, _, result = brought
+def test_rf_detr_gets_the_statistics_it_was_published_with(imported):
+    kind, _, result = imported
     if kind != "softmax":  # its options give other values
         assert result.normalization.mean == ((0.485, 0.456, 0.406) if kind == "rf" else (0, 0, 0))
 

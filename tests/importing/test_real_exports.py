@@ -18,7 +18,7 @@ from external_models import (
     hugging_face_detr,
     hugging_face_rt_detr,
     open_session,
-    pictures,
+    sample_images,
     spread,
 )
 
@@ -157,7 +157,7 @@ def test_the_bundle_finds_what_the_export_finds(case, tmp_path):
     assert "GridSample" not in {node.op_type for node in onnx.load(result.bundle.require("model.onnx")).graph.node}
     detector = load(result.bundle, backend="onnxruntime", stage="onnx", threads=1)
     session = open_session(str(path))
-    for image in pictures(2):
+    for image in sample_images(2):
         logits, boxes = (
             value[0].astype(np.float64)
             for value in session.run(["logits", "pred_boxes"], {"pixel_values": (image / 255)[None].astype(np.float32)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from members import SMALL, pictures, small
+from members import SMALL, sample_images, small
 from torch import Tensor, nn
 
 from edgedetr.layers import linear as linear_module
@@ -90,7 +90,7 @@ def test_a_step_of_every_member_is_the_same_either_way(name: str, monkeypatch: p
     def step() -> list[Tensor]:
         detector.zero_grad()
         torch.manual_seed(0)  # of dropout
-        found = detector(pictures())
+        found = detector(sample_images())
         (found.logits.square().mean() + found.boxes.square().mean()).backward()
         return [found.logits, found.boxes, *(p.grad for p in detector.parameters() if p.grad is not None)]
 

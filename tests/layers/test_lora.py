@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import pytest
 import torch
-from members import HEIGHT, WIDTH, pictures, small
+from members import HEIGHT, WIDTH, sample_images, small
 from torch import nn
 
 from edgedetr.errors import ModelError
@@ -41,7 +41,7 @@ def adapted(name: str = "detr") -> nn.Module:
 @torch.no_grad()
 def test_merged_equals_unmerged() -> None:
     detector = adapted().double()  # in float32 rounding alone is 2e-6 of a logit
-    images = detector.normalize(pictures().double())
+    images = detector.normalize(sample_images().double())
     before, after = detector(images), merged(detector).double()(images)
     torch.testing.assert_close(after.boxes, before.boxes, atol=1e-6, rtol=0)
     torch.testing.assert_close(after.logits, before.logits, atol=1e-6, rtol=0)

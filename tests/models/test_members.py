@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from members import BEYOND, CLASSES, HEIGHT, SMALL, UNUSED, WIDTH, pictures, small
+from members import BEYOND, CLASSES, HEIGHT, SMALL, UNUSED, WIDTH, sample_images, small
 
 from edgedetr.errors import ModelError
 from edgedetr.layers.deformable_attention import DeformableAttention
@@ -33,7 +33,7 @@ def test_every_member_is_tested(name: str) -> None:
 @torch.no_grad()
 def test_shapes_and_ranges(name: str) -> None:
     detector, config = small(name), SMALL[name]
-    out = detector(detector.normalize(pictures()))
+    out = detector(detector.normalize(sample_images()))
     layers, queries = config.decoder_layers, config.queries
     assert out.logits.shape == (layers, 2, queries, STAR[config.activation])
     assert out.boxes.shape == (layers, 2, queries, 4)
@@ -53,7 +53,7 @@ def test_shapes_and_ranges(name: str) -> None:
 def test_what_is_detected_depends_on_the_image(name: str) -> None:
     """Else export, batch, deployment and INT8 of the member would be compared on constants."""
     detector = small(name)
-    memory = detector.encode(detector.normalize(pictures()))
+    memory = detector.encode(detector.normalize(sample_images()))
     out = detector.decode(detector.select(memory), memory)
     for level in memory.maps():  # a typical cell differs by a good share of what cells are
         assert torch.isfinite(level).all()
@@ -86,7 +86,7 @@ def test_stochastic_depth_reaches_every_layer_at_the_asked_rate(name: str, sched
 def test_a_layer_that_is_left_out_passes_its_input_on(name: str) -> None:
     """In training alone: then what the layer would compute makes no difference, but for its last norms."""
     detector = small(name)
-    images = detector.normalize(pictures())
+    images = detector.normalize(sample_images())
     before = detector(images)
     set_rates(detector, 0.3, "linear")
     assert torch.equal(detector(images).logits, before.logits), "evaluation is unchanged"
@@ -115,7 +115,7 @@ def without_effect_in_the_first_self_attention(detector: DetrModel) -> set[str]:
     """Where all queries begin with the same content, all values are equal, so that attention weights do not matter;
     where that content is zero, the weight of the values does not matter either."""
     with torch.no_grad():
-        content = detector.select(detector.encode(detector.normalize(pictures()))).content
+        content = detector.select(detector.encode(detector.normalize(sample_images()))).content
     if not torch.equal(content, content[:1, :1].expand_as(content)):
         return set()
     parts = ["q", "q_position", "k", "k_position"]
@@ -126,7 +126,7 @@ def without_effect_in_the_first_self_attention(detector: DetrModel) -> set[str]:
 @member
 def test_gradients_reach_every_trainable_parameter(name: str) -> None:
     detector = small(name).train()
-    out = detector(detector.normalize(pictures()))
+    out = detector(detector.normalize(sample_images()))
     loss = out.logits.square().sum() + out.boxes.square().sum()
     if out.encoder is not None:
         loss = loss + out.encoder[0].square().sum() + out.encoder[1].square().sum()
@@ -140,7 +140,7 @@ def test_gradients_reach_every_trainable_parameter(name: str) -> None:
 @member
 @torch.no_grad()
 def test_images_of_a_batch_do_not_see_each_other(name: str) -> None:
-    detector, images = small(name), pictures(3)
+    detector, images = small(name), sample_images(3)
     together = detector(detector.normalize(images))
     alone = detector(detector.normalize(images[1:2]))
     # Other batch sizes take other convolution kernels: float32 rounding, measured 3e-6.
@@ -152,7 +152,7 @@ def test_images_of_a_batch_do_not_see_each_other(name: str) -> None:
 @pytest.mark.parametrize("sampling", ["gather", "grid_sample"])
 @torch.no_grad()
 def test_deploy_graph_equals_the_last_layer(name: str, sampling: str) -> None:
-    detector, images = small(name), pictures()
+    detector, images = small(name), sample_images()
     before = {key: value.clone() for key, value in detector.state_dict().items()}
     graph = DeployGraph(detector, HEIGHT, WIDTH, sampling)
     expected = detector(detector.normalize(images))
@@ -168,7 +168,7 @@ def test_deploy_graph_equals_the_last_layer(name: str, sampling: str) -> None:
 def test_half_precision_trains_and_what_is_detected_stays_float32(name: str, kind: torch.dtype) -> None:
     detector = small(name).train()
     with torch.autocast("cpu", kind):
-        out = detector(detector.normalize(pictures()))
+        out = detector(detector.normalize(sample_images()))
     assert torch.isfinite(out.logits).all()
     # A box in bfloat16 has steps of 1/256 of the image; references are carried in float32.
     assert out.boxes.dtype == out.logits.dtype == torch.float32
@@ -204,7 +204,7 @@ def test_masked_tokens_do_not_change_detections() -> None:
 def test_queries_that_a_mask_hides_do_not_change_the_others() -> None:
     """What denoising relies on: noised queries in front, hidden from the rest, sliced off again."""
     detector = small("rt_detr")
-    memory = detector.encode(detector.normalize(pictures()))
+    memory = detector.encode(detector.normalize(sample_images()))
     queries = detector.select(memory)
     plain = detector.decode(queries, memory)
     noise = 5

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from members import CLASSES, HEIGHT, MOVING, SELECTING, SMALL, WIDTH, deployed, exported, pictures
+from members import CLASSES, HEIGHT, MOVING, SELECTING, SMALL, WIDTH, deployed, exported, sample_images
 from onnx import ModelProto
 
 from edgedetr.bundle import ClassInfo, InputContract, OutputContract
@@ -71,13 +71,13 @@ def assert_same(name: str, one: RawOutputs, other: RawOutputs) -> None:
 def test_onnx_runtime_finds_what_pytorch_finds(name: str, batch: int) -> None:
     runner = OrtRunner(exported(name, None if batch == 4 else 1))
     assert runner.batch == (None if batch == 4 else 1)
-    images = pictures(batch)
+    images = sample_images(batch)
     assert_same(name, expected(name, images), runner.run(images.numpy()))
 
 
 @member
 def test_identical_images_of_a_batch_get_identical_detections(name: str) -> None:
-    images = pictures(1).repeat(4, 1, 1, 1)
+    images = sample_images(1).repeat(4, 1, 1, 1)
     raw = OrtRunner(exported(name, None)).run(images.numpy())
     first = detections(name, RawOutputs(raw.logits[:1], raw.boxes[:1]))[0]
     for row in range(1, 4):
@@ -119,7 +119,7 @@ def quantized(name: str, folder: Path) -> tuple[ModelProto, ModelProto]:
     from PIL import Image
 
     paths = []
-    for number, image in enumerate(pictures(4).to(torch.uint8)):
+    for number, image in enumerate(sample_images(4).to(torch.uint8)):
         paths.append(folder / f"{name}-{number}.png")
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(paths[-1])
     model = split_concats(onnx.load(exported(name, 1)))
@@ -140,7 +140,7 @@ def test_the_quantized_graph_runs(name: str, runner: type, folder: Path, tmp_pat
     assert any(node.op_type == "DequantizeLinear" for node in model.graph.node)
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
-    images = pictures(4).numpy()
+    images = sample_images(4).numpy()
     float_, raw = (run_all(OrtRunner(exported(name, 1)), images), run_all(runner(path), images))
     # The backend's optimized kernels do what the graph says, which ONNX Runtime shows node by node.
     plain = run_all(OrtRunner(path, optimize=False), images)

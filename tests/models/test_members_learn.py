@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from members import CLASSES, HEIGHT, SMALL, WIDTH, pictures, small
+from members import CLASSES, HEIGHT, SMALL, WIDTH, sample_images, small
 
 from edgedetr.models import FAMILY, build
 from edgedetr.models.detector import DetrModel
@@ -31,13 +31,13 @@ def losses(name: str, detector: DetrModel, targets: Sequence[Target]) -> torch.T
     """The losses [7] of one training step's forward half on noise images, with denoising where the member has it."""
     training_module = TrainingModule(detector, TrainConfig(denoising=4), SMALL[name].class_loss, CLASSES)
     seed_step(0, 0, 0)
-    return training_module(pictures(len(targets)).to(torch.uint8), lambda: pad(targets), 1.0)
+    return training_module(sample_images(len(targets)).to(torch.uint8), lambda: pad(targets), 1.0)
 
 
 @member
 def test_box_gradients_of_unmatched_queries_are_exactly_zero(name: str) -> None:
     detector, targets = small(name).train(), [objects(2), objects(5, 1)]
-    outputs = detector(detector.normalize(pictures()))
+    outputs = detector(detector.normalize(sample_images()))
     outputs.boxes.retain_grad()
     outputs.logits.retain_grad()
     Criterion(TrainConfig(), SMALL[name].class_loss)(outputs, targets).total.backward()

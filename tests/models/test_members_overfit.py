@@ -17,7 +17,7 @@ from edgedetr.models import FAMILY
 from edgedetr.recipe import Recipe
 from edgedetr.training.train import train
 
-PICTURES = 8
+IMAGE_COUNT = 8
 SIDE = 256  # pixels: platelets are 15 to 20 of them wide
 MINUTES = 15  # of CPU time
 
@@ -89,7 +89,9 @@ def eight(source: Path, root: Path) -> Path:
     whole = json.loads((source / "annotations" / "train.json").read_text())
     classes = {category["id"] for category in whole["categories"]}
     of = {image["id"]: [a for a in whole["annotations"] if a["image_id"] == image["id"]] for image in whole["images"]}
-    chosen = [image for image in whole["images"] if {a["category_id"] for a in of[image["id"]]} == classes][:PICTURES]
+    chosen = [image for image in whole["images"] if {a["category_id"] for a in of[image["id"]]} == classes][
+        :IMAGE_COUNT
+    ]
     (root / "annotations").mkdir(parents=True)
     for split in ("train", "val", "test"):
         (root / "images" / split).mkdir(parents=True)
@@ -118,7 +120,7 @@ def recipe(name: str) -> Recipe:
             "input": {"height": side, "width": side},
             "train": {
                 "epochs": STEPS[name],
-                "batch": PICTURES,
+                "batch": IMAGE_COUNT,
                 "lr": 1e-3,
                 "backbone_lr_factor": 1.0,
                 "weight_decay": 0.0,

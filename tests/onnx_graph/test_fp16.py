@@ -73,7 +73,7 @@ def kind_of(model: ModelProto, name: str) -> int:
 def member(request) -> tuple[str, ModelProto, ModelProto, np.ndarray]:
     """(name, float graph, its FP16 form, an image)."""
     model = onnx.load(str(members.exported(request.param)))
-    images = members.pictures(1).numpy()
+    images = members.sample_images(1).numpy()
     return (
         request.param,
         model,

@@ -19,7 +19,7 @@ from edgedetr.runtime.predict import frames, predict
 @pytest.fixture
 def folder(tmp_path, red, blue):
     """b.png red, sub/a.JPG blue, notes.txt, broken.png"""
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     (root / "sub").mkdir(parents=True)
     Image.fromarray(red).save(root / "b.png")
     Image.fromarray(blue).save(root / "sub" / "a.JPG", quality=95)

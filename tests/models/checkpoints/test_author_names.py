@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from members import CLASSES, pictures
+from members import CLASSES, sample_images
 
 from edgedetr.errors import ModelError
 from edgedetr.models import FAMILY, build
@@ -93,7 +93,7 @@ def test_every_tensor_is_converted(tmp_path: Path) -> None:
     torch.save({"model": original(source), "iteration": 270000}, path)
     loaded = load_detector(target, "sparse_rcnn", str(path))
     assert loaded.tensors == len([name for name in source.state_dict() if "num_batches" not in name])
-    one, other = (made(made.normalize(pictures())) for made in (source, target))
+    one, other = (made(made.normalize(sample_images())) for made in (source, target))
     assert torch.equal(one.logits, other.logits)
     assert torch.equal(one.boxes, other.boxes)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from members import CLASSES, HEIGHT, SMALL, WIDTH, pictures
+from members import CLASSES, HEIGHT, SMALL, WIDTH, sample_images
 
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.models import build
@@ -59,17 +59,17 @@ def test_skipping_it_leaves_out_its_weights_and_still_detects() -> None:
     assert gone and all(
         name.startswith(("decoder.layers.0.self_attention.", "decoder.layers.0.self_norm.")) for name in gone
     )
-    logits, boxes = DeployGraph(skipped, HEIGHT, WIDTH)(pictures())
+    logits, boxes = DeployGraph(skipped, HEIGHT, WIDTH)(sample_images())
     assert torch.isfinite(logits).all() and torch.isfinite(boxes).all()
 
 
 @torch.no_grad()
 def test_position_at_the_input_alone_is_seen_by_no_layer_again() -> None:
     once = make(position_at="input")
-    memory = once.encode(once.normalize(pictures()))
+    memory = once.encode(once.normalize(sample_images()))
     assert memory.position is None
     # By hand: the projected map plus its position, through the layers without one.
-    tokens = once.encoder.project(once.backbone(once.normalize(pictures()))[-1]).flatten(2).transpose(1, 2)
+    tokens = once.encoder.project(once.backbone(once.normalize(sample_images()))[-1]).flatten(2).transpose(1, 2)
     tokens = tokens + once.encoder.position(tokens, memory.shapes[0], None)
     for layer in once.encoder.layers:
         tokens = layer(tokens, torch.zeros_like(tokens))
@@ -80,7 +80,7 @@ def test_position_at_the_input_alone_is_seen_by_no_layer_again() -> None:
 def test_values_carry_a_position_only_when_asked() -> None:
     plain, carrying = make(), make(position_on_value=True)
     carrying.load_state_dict(plain.state_dict())
-    memory = plain.encode(plain.normalize(pictures()))
+    memory = plain.encode(plain.normalize(sample_images()))
     for detector, shifts in ((plain, False), (carrying, True)):
         attention, queries = detector.decoder.layers[0].cross_attention, detector.select(memory)
         before = attention(queries, memory)

@@ -100,13 +100,13 @@ def test_selection_equals_loops_over_cells(coordinates: int) -> None:
     seen = memory()
     queries = detector.select(seen)
     assert queries.reference.shape == (2, KEPT, coordinates)
-    for picture in range(2):
-        expected = reference(detector, seen.tokens[picture].double().numpy(), KEPT, coordinates)
+    for row in range(2):
+        expected = reference(detector, seen.tokens[row].double().numpy(), KEPT, coordinates)
         for number, one in enumerate(expected):
             # float32 against float64; measured 8e-7
-            np.testing.assert_allclose(queries.content[picture, number].numpy(), one["token"], atol=1e-4)
-            np.testing.assert_allclose(queries.reference[picture, number].numpy(), one["box"], atol=1e-5)
-            np.testing.assert_allclose(queries.position[picture, number].numpy(), one["position"], atol=1e-4)
+            np.testing.assert_allclose(queries.content[row, number].numpy(), one["token"], atol=1e-4)
+            np.testing.assert_allclose(queries.reference[row, number].numpy(), one["box"], atol=1e-5)
+            np.testing.assert_allclose(queries.position[row, number].numpy(), one["position"], atol=1e-4)
 
 
 def test_gradients_go_through_features_and_not_through_coordinates() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from members import CLASSES, HEIGHT, SMALL, WIDTH, pictures
+from members import CLASSES, HEIGHT, SMALL, WIDTH, sample_images
 
 from edgedetr.exporting.to_onnx import write_onnx
 from edgedetr.models import build
@@ -24,7 +24,7 @@ def detector() -> DetrModel:
 
 
 def memory(detector: DetrModel) -> Memory:
-    return detector.encode(detector.normalize(pictures()))
+    return detector.encode(detector.normalize(sample_images()))
 
 
 def test_learned_content_goes_by_rank_and_the_boxes_by_token() -> None:
@@ -43,7 +43,7 @@ def test_learned_content_goes_by_rank_and_the_boxes_by_token() -> None:
 
 def test_learned_content_learns() -> None:
     learned = detector().train()
-    learned(pictures() / 255).logits.square().sum().backward()
+    learned(sample_images() / 255).logits.square().sum().backward()
     assert (learned.selector.content.weight.grad.abs().sum(-1) > 0).all()
 
 
@@ -51,7 +51,7 @@ def test_learned_content_is_deployed(tmp_path: Path) -> None:
     graph = DeployGraph(detector(), HEIGHT, WIDTH)
     write_onnx(graph, tmp_path / "model.onnx", batch=None)
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    images = pictures(3)
+    images = sample_images(3)
     with torch.no_grad():
         wanted = graph(images)
     for got, expected in zip(session.run(["logits", "boxes"], {"images": images.numpy()}), wanted):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from members import CLASSES, HEIGHT, WIDTH, pictures, small
+from members import CLASSES, HEIGHT, WIDTH, sample_images, small
 
 from edgedetr.models import build
 from edgedetr.models.box_heads import DeltaBoxes
@@ -43,7 +43,7 @@ def test_deltas_move_boxes_as_in_pixels() -> None:
 def test_the_cascade_is_that_of_the_specification() -> None:
     """Stage by stage with torch's own attention and functional layers; the reading of boxes has its own test."""
     detector = small("sparse_rcnn").double()
-    memory = detector.encode(detector.normalize(pictures().double()))
+    memory = detector.encode(detector.normalize(sample_images().double()))
     queries = detector.select(memory)
     actual = detector.decode(queries, memory)
     content, boxes, heads = queries.content, queries.reference, detector.decoder.boxes
@@ -101,16 +101,16 @@ def test_proposals_start_as_the_whole_image_and_learn() -> None:
         ),
         CLASSES,
     )
-    queries = detector.select(detector.encode(detector.normalize(pictures())))
+    queries = detector.select(detector.encode(detector.normalize(sample_images())))
     assert queries.reference.tolist() == [[[0.5, 0.5, 1.0, 1.0]] * 7] * 2
-    outputs = detector.decode(queries, detector.encode(detector.normalize(pictures())))
+    outputs = detector.decode(queries, detector.encode(detector.normalize(sample_images())))
     outputs.boxes[0].sum().backward()
     assert detector.selector.box.weight.grad.abs().sum() > 0
 
 
 def test_a_stage_does_not_pull_at_the_boxes_of_the_stage_before() -> None:
     detector = small("sparse_rcnn").train()
-    detector(detector.normalize(pictures())).boxes[1].sum().backward()
+    detector(detector.normalize(sample_images())).boxes[1].sum().backward()
     assert not detector.decoder.boxes.box[0].weight.grad.any()
     assert detector.decoder.boxes.box[1].weight.grad.any()
     assert not detector.selector.box.weight.grad.any()

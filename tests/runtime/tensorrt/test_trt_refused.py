@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from running import pictures
+from running import random_images
 
 from edgedetr.errors import DeviceError, EngineError, UsageError
 from edgedetr.runtime.tensorrt import engine_metadata
@@ -51,7 +51,7 @@ def test_what_tensorrt_refuses_is_said_with_its_own_words_and_nothing_stays_allo
     with pytest.raises(EngineError, match=error):
         runner = TrtRunner(plan())
         try:
-            runner.run(pictures(rng))
+            runner.run(random_images(rng))
         finally:
             runner.close()
     assert not any(latest.fake.live().values())
@@ -59,11 +59,11 @@ def test_what_tensorrt_refuses_is_said_with_its_own_words_and_nothing_stays_allo
 
 def test_an_error_that_is_recorded_while_running_is_not_lost(plan, latest, rng):
     runner = TrtRunner(plan())
-    runner.run(pictures(rng))
+    runner.run(random_images(rng))
     runner.session._slots[0].errors.report_error(7, " Cask: an asynchronous failure ")
     with pytest.raises(EngineError, match="reported at running the engine: Cask: an asynchronous failure"):
-        runner.run(pictures(rng))
-    runner.run(pictures(rng))  # reported once
+        runner.run(random_images(rng))
+    runner.run(random_images(rng))  # reported once
 
 
 def test_the_recorder_speaks_the_protocol_of_tensorrt(plan, behavior):
@@ -79,7 +79,7 @@ def test_a_device_without_memory_says_so_and_keeps_nothing(plan, latest, rng):
     runner = TrtRunner(plan())
     latest.fake.fail("cudaMalloc", 2, after=1)  # the second buffer does not fit
     with pytest.raises(DeviceError, match="Orin is out of memory: a buffer of"):
-        runner.run(pictures(rng))
+        runner.run(random_images(rng))
     runner.close()
     assert not any(latest.fake.live().values())
 
@@ -108,7 +108,7 @@ def test_an_output_whose_shape_depends_on_the_data_is_refused(plan, latest, rng)
     latest.open_output = True
     runner = TrtRunner(plan())
     with pytest.raises(EngineError, match="tensor boxes has the shape .-1, 3, 4., which depends on the data"):
-        runner.run(pictures(rng))
+        runner.run(random_images(rng))
 
 
 def test_an_engine_of_another_contract_is_refused(plan, latest, tmp_path, tiny_graph, monkeypatch):
