@@ -135,10 +135,10 @@ def deformable_detr(ours: Weights, layers: int) -> Weights:
         mine = "selector" if index == layers else "decoder.boxes"
         which = f".{index}" if refined and index < layers else ""
         # Modules that are attributes twice are written twice.
-        for place in ["", *(["transformer.decoder."] if refined else [])]:
-            names |= mlp(f"{place}bbox_embed.{index}", f"{mine}.box{which}", ours)
-            if two_stage or not place:
-                names |= both(f"{place}class_embed.{index}", f"{mine}.score{which}", ours)
+        for prefix in ["", *(["transformer.decoder."] if refined else [])]:
+            names |= mlp(f"{prefix}bbox_embed.{index}", f"{mine}.box{which}", ours)
+            if two_stage or not prefix:
+                names |= both(f"{prefix}class_embed.{index}", f"{mine}.score{which}", ours)
     return names
 
 

@@ -187,8 +187,8 @@ def renamed(path: Path, **names: str) -> ModelProto:
     model = onnx.load(path)
     for node in model.graph.node:
         for tensors in (node.input, node.output):
-            for place, name in enumerate(tensors):
-                tensors[place] = names.get(name, name)
+            for index, name in enumerate(tensors):
+                tensors[index] = names.get(name, name)
     for item in (*model.graph.input, *model.graph.output):
         item.name = names.get(item.name, item.name)
     return model

@@ -47,7 +47,7 @@ class FakeCuda:
 
     def live(self) -> dict[str, int]:
         """What is allocated and has not been given back."""
-        return {kind: self.library.fake_live(place) for place, kind in enumerate(LIVE)}
+        return {kind: self.library.fake_live(index) for index, kind in enumerate(LIVE)}
 
     def enqueue(self, stream: int, work: Callable[[], None]) -> None:
         """Queue Python work on a stream, as a kernel would be: done when somebody waits, or recorded."""

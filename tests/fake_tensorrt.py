@@ -115,8 +115,8 @@ class _Engine:
     def __init__(self, runtime: _Runtime, session: onnxruntime.InferenceSession) -> None:
         self.trt, self.behavior, self.session, self.error_recorder = runtime.trt, runtime.behavior, session, None
         self.tensors = {
-            v.name: (v, place < len(session.get_inputs()))
-            for place, v in enumerate([*session.get_inputs(), *session.get_outputs()])
+            v.name: (v, index < len(session.get_inputs()))
+            for index, v in enumerate([*session.get_inputs(), *session.get_outputs()])
         }
         self.num_io_tensors = len(self.tensors)
 

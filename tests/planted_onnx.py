@@ -88,17 +88,17 @@ def planted(
     """
     rng = np.random.default_rng(3)
     every = np.concatenate([rng.uniform(0.3, 0.7, (QUERIES, 2)), rng.uniform(0.02, 0.3, (QUERIES, 2))], 1)
-    places = np.arange(0, QUERIES, QUERIES // len(boxes))[: len(boxes)]
-    every[places] = boxes
+    rows = np.arange(0, QUERIES, QUERIES // len(boxes))[: len(boxes)]
+    every[rows] = boxes
     width = 3 + (softmax or spare)
     logits = rng.normal(quiet, 0.3, (QUERIES, width))
     if softmax:
         logits = rng.normal(0, 0.3, (QUERIES, width))
         logits[:, -1] = 6
-        logits[places] = 0
-        logits[places, LABELS[: len(boxes)]] = 4 + SCORES[: len(boxes)] * 3
+        logits[rows] = 0
+        logits[rows, LABELS[: len(boxes)]] = 4 + SCORES[: len(boxes)] * 3
     else:
-        logits[places, LABELS[: len(boxes)]] = np.log(SCORES / (1 - SCORES))[: len(boxes)]
+        logits[rows, LABELS[: len(boxes)]] = np.log(SCORES / (1 - SCORES))[: len(boxes)]
     value = written(every, layout) * (SIZE if pixels else 1)
     made = Planted(
         [],

@@ -35,10 +35,10 @@ def test_the_backends_of_the_table_are_those_that_exist():
 
 def test_every_graph_is_verified_somewhere_and_float_before_what_is_compared_with_it():
     pairs = artifacts.verified_pairs()
-    assert {stage for stage, _ in pairs} == set(GRAPHS)
+    assert {artifact for artifact, _ in pairs} == set(GRAPHS)
     assert pairs[0] == ("onnx", "onnxruntime")
-    for stage, backend in artifacts.benched_pairs():
-        assert ("onnx", backend) in artifacts.benched_pairs(), f"{stage} on {backend} has no float32 beside it"
+    for artifact, backend in artifacts.benched_pairs():
+        assert ("onnx", backend) in artifacts.benched_pairs(), f"{artifact} on {backend} has no float32 beside it"
 
 
 def test_one_graph_of_each_precision_becomes_engines():

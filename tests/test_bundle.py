@@ -61,8 +61,8 @@ def test_a_file_made_from_something_that_changed_is_stale(bundle):
     put(bundle, "model.int8.onnx", "q", made_from=["ranges.json"])
     assert bundle.has("model.int8.onnx")
     put(bundle, "ranges.json", "2")
-    told = r"made from ranges\.json [0-9a-f]{8}, which is now [0-9a-f]{8}; run: edgedetr export"
-    with pytest.raises(BundleError, match=told):
+    message = r"made from ranges\.json [0-9a-f]{8}, which is now [0-9a-f]{8}; run: edgedetr export"
+    with pytest.raises(BundleError, match=message):
         bundle.require("model.int8.onnx")
 
 
@@ -101,11 +101,11 @@ def test_a_damaged_manifest_is_one_clear_error(bundle, damage):
         Bundle.open(bundle.path)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_a_truncated_manifest_is_one_clear_error(bundle, share):
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_manifest_is_one_clear_error(bundle, fraction):
     where = bundle.path / "bundle.json"
     text = where.read_text()
-    where.write_text(text[: int(len(text) * share)])
+    where.write_text(text[: int(len(text) * fraction)])
     with pytest.raises(BundleError, match="bundle.json"):
         Bundle.open(bundle.path)
 
@@ -124,10 +124,10 @@ def test_creating_over_an_existing_bundle_keeps_its_files(bundle, manifest):
 def test_a_folder_of_somebody_elses_is_not_made_a_bundle(tmp_path, manifest, name):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("years of work")
-    told = f"mine holds '{name}' and is not a bundle; .* choose another --out"
-    with pytest.raises(BundleError, match=told):
+    message = f"mine holds '{name}' and is not a bundle; .* choose another --out"
+    with pytest.raises(BundleError, match=message):
         Bundle.create(tmp_path / "mine", manifest)
-    with pytest.raises(BundleError, match=told), Bundle.training(tmp_path / "mine"):
+    with pytest.raises(BundleError, match=message), Bundle.training(tmp_path / "mine"):
         pass
     assert [(path.name, path.read_text()) for path in (tmp_path / "mine").iterdir()] == [(name, "years of work")]
 

@@ -134,7 +134,7 @@ def test_without_a_bundle_the_command_that_makes_one_is_named(words, here, capsy
 
 
 @pytest.mark.parametrize(
-    "command, tells",
+    "command, message",
     [
         ("export", "run: edgedetr train"),
         ("verify", "run: edgedetr export"),
@@ -143,11 +143,11 @@ def test_without_a_bundle_the_command_that_makes_one_is_named(words, here, capsy
         ("report", "run: edgedetr verify"),
     ],
 )
-def test_a_bundle_that_lacks_a_step_names_the_command(command, tells, here, capsys):
+def test_a_bundle_that_lacks_a_step_names_the_command(command, message, here, capsys):
     bundle = empty_bundle(here / "runs" / "cells.bundle")
     assert app.run([command, str(bundle.path)]) in (1, 2)
     error = capsys.readouterr().err
-    assert tells in error
+    assert message in error
     assert "Traceback" not in error
 
 

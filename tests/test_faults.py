@@ -74,10 +74,10 @@ def system(number: int, path: str | None = "/data/cells.bundle/model.onnx") -> O
 )
 def test_a_fault_of_the_system_is_one_message(error, words, monkeypatch, capsys):
     assert fails_with(error, monkeypatch) == 1
-    told = capsys.readouterr().err.strip()
-    assert "Traceback" not in told
-    assert len(told.splitlines()) == 1 and told.startswith("edgedetr: ")
-    assert all(one in told for one in words), told
+    output = capsys.readouterr().err.strip()
+    assert "Traceback" not in output
+    assert len(output.splitlines()) == 1 and output.startswith("edgedetr: ")
+    assert all(one in output for one in words), output
 
 
 def test_a_mistake_in_the_code_stays_a_traceback(monkeypatch):
@@ -208,9 +208,9 @@ def test_a_signal_ends_a_command_cleanly_and_with_its_own_code(bundle, number, c
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == code, told
-    assert "stopped; finished files are on disk" in told and "Traceback" not in told
+    _, output = process.communicate(timeout=30)
+    assert process.returncode == code, output
+    assert "stopped; finished files are on disk" in output and "Traceback" not in output
     assert {path.name for path in bundle.path.rglob("*") if path.is_file()} == {"bundle.json"}
 
 

@@ -200,10 +200,10 @@ def test_parity_is_the_authors_configuration_with_and_without_the_members_recipe
     ]
     assert shipped
     for recipe in [bare, *shipped]:
-        for place, (value, source) in PARITY[name].items():
-            section, key = place.split(".")
+        for key_path, (value, source) in PARITY[name].items():
+            section, key = key_path.split(".")
             config = recipe.model.config if section == "model" else getattr(recipe, section)
-            assert getattr(config, key) == value, f"{place}: {source}"
+            assert getattr(config, key) == value, f"{key_path}: {source}"
 
 
 def test_parity_says_what_it_cannot_hold_and_claims_nothing_for_members_without_code():

@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 def installed(tmp_path_factory) -> Path:
     """The unpacked wheel, as `pip install --no-deps --target` leaves it."""
     pytest.importorskip("hatchling", reason="building the wheel offline needs hatchling: pip install hatchling")
-    place = tmp_path_factory.mktemp("wheel")
+    folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(place / "dist")],
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")],
         cwd=ROOT,
         check=True,
         capture_output=True,
     )
-    wheel = next((place / "dist").glob("edgedetr-*.whl"))
+    wheel = next((folder / "dist").glob("edgedetr-*.whl"))
     subprocess.run(
         [
             sys.executable,
@@ -35,13 +35,13 @@ def installed(tmp_path_factory) -> Path:
             "--no-deps",
             "--no-index",
             "--target",
-            str(place / "site"),
+            str(folder / "site"),
             str(wheel),
         ],
         check=True,
         capture_output=True,
     )
-    return place
+    return folder
 
 
 def run(installed: Path, *words: str, code: str = "") -> str:

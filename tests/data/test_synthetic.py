@@ -63,8 +63,8 @@ def test_the_box_is_the_tight_extent_of_what_is_painted(shape, rng):
 def test_objects_that_are_mostly_covered_are_not_annotated(monkeypatch):
     whole = ((slice(10, 50), slice(10, 50)), np.ones((40, 40), np.float32), (10.0, 10.0, 50.0, 50.0))
 
-    def covered(share: float) -> int:
-        cut = round(40 * share)
+    def covered(fraction: float) -> int:
+        cut = round(40 * fraction)
         top = ((slice(10, 50), slice(10, 10 + cut)), np.ones((40, cut), np.float32), (10.0, 10.0, 10.0 + cut, 50.0))
         shapes = iter([whole, top])
         monkeypatch.setattr(synthetic, "_shape", lambda *_: next(shapes))
@@ -86,9 +86,11 @@ def test_objects_that_are_mostly_covered_are_not_annotated(monkeypatch):
 def test_images_hold_one_to_five_objects_of_every_class():
     drawn = [synthetic.draw(np.random.default_rng([5, i]), synthetic.SHAPES, 96) for i in range(120)]
     assert {len(scene.labels) for scene in drawn} == {1, 2, 3, 4, 5}
-    share = np.bincount(np.concatenate([scene.labels for scene in drawn])) / sum(len(scene.labels) for scene in drawn)
+    fraction = np.bincount(np.concatenate([scene.labels for scene in drawn])) / sum(
+        len(scene.labels) for scene in drawn
+    )
     # 330 objects of 6 classes: 1/6 each, standard deviation 0.02.
-    assert np.abs(share - 1 / 6).max() < 0.08
+    assert np.abs(fraction - 1 / 6).max() < 0.08
 
 
 def test_a_finished_set_is_not_drawn_again_and_changed_parameters_are(tmp_path):

@@ -1,4 +1,4 @@
-"""Odd places and times: spaces and letters in paths, a locale without UTF-8, a clock that jumps, no free inodes."""
+"""Unusual environments: spaces and letters in paths, a locale without UTF-8, a clock that jumps, no free inodes."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 @pytest.fixture
-def place(tmp_path) -> Path:
+def folder(tmp_path) -> Path:
     """A folder whose name has spaces, quotes, brackets and letters that ASCII lacks, with a bundle and its data."""
-    place = tmp_path / "my cells (2)" / "Größe 木 'x' [1]"
-    shutil.copytree(FIXTURES / "bundle-0.1", place / "a b.bundle")
-    shutil.copytree(FIXTURES / "scenes-0.1", place / "da ta")
-    return place
+    folder = tmp_path / "my cells (2)" / "Größe 木 'x' [1]"
+    shutil.copytree(FIXTURES / "bundle-0.1", folder / "a b.bundle")
+    shutil.copytree(FIXTURES / "scenes-0.1", folder / "da ta")
+    return folder
 
 
 @pytest.mark.parametrize("locale", ["C", pytest.param("C.UTF-8", marks=pytest.mark.slow)])
-def test_paths_with_spaces_and_letters_work_in_any_locale(place, locale):
+def test_paths_with_spaces_and_letters_work_in_any_locale(folder, locale):
     code = """
         import sys
         from edgedetr import cli
-        place = sys.argv[1]
-        bundle, data = place + "/a b.bundle", place + "/da ta"
-        codes = [cli.run(["predict", bundle, data + "/images/test", "--conf", "0", "--out", place + "/dra wn"]),
+        folder = sys.argv[1]
+        bundle, data = folder + "/a b.bundle", folder + "/da ta"
+        codes = [cli.run(["predict", bundle, data + "/images/test", "--conf", "0", "--out", folder + "/dra wn"]),
                  cli.run(["inspect", bundle]), cli.run(["data", "check", data]),
                  cli.run(["verify", bundle, "--data", data, "--backend", "onnxruntime"]), cli.run(["report", bundle])]
         print(codes, file=sys.stderr)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(place)],
+        [sys.executable, "-c", textwrap.dedent(code), str(folder)],
         capture_output=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": locale},
     )
     assert done.stderr.decode("utf-8", "replace").splitlines()[-1] == "[0, 0, 0, 3, 0]", done.stderr.decode()
     lines = [json.loads(line) for line in done.stdout.decode("utf-8", "replace").splitlines() if line.startswith("{")]
-    assert len(lines) == 8 == len(list((place / "dra wn").iterdir()))
+    assert len(lines) == 8 == len(list((folder / "dra wn").iterdir()))
 
 
-def test_where_names_cannot_be_read_the_message_says_how_to_read_them(place):
+def test_where_names_cannot_be_read_the_message_says_how_to_read_them(folder):
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "edgedetr", "inspect", str(place / "a b.bundle")],
+        [sys.executable, "-m", "edgedetr", "inspect", str(folder / "a b.bundle")],
         capture_output=True,
         check=False,
         env=environment,
@@ -73,11 +73,11 @@ def test_a_path_of_300_characters_works_and_a_name_of_300_is_one_error(tmp_path,
     assert "n" * 300 in said.replace("\n", "") and "Traceback" not in said
 
 
-def test_a_clock_that_jumps_back_and_far_ahead_changes_nothing(place, monkeypatch, capsys):
+def test_a_clock_that_jumps_back_and_far_ahead_changes_nothing(folder, monkeypatch, capsys):
     import time
 
-    bundle = place / "a b.bundle"
-    image = sorted((place / "da ta" / "images" / "test").iterdir())[0]
+    bundle = folder / "a b.bundle"
+    image = sorted((folder / "da ta" / "images" / "test").iterdir())[0]
     assert cli.run(["predict", str(bundle), str(image), "--conf", "0"]) == 0
     before = json.loads(capsys.readouterr().out)["detections"]
     times = iter([4e9, 1.0, 5e9, -1.0, 1.7e9] * 10_000)

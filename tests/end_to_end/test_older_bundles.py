@@ -33,11 +33,11 @@ def test_an_older_bundle_verifies_with_the_figures_it_was_recorded_with(bundle, 
     recorded = json.loads((bundle / "results" / "verify.json").read_text(encoding="utf-8"))
     words = ["verify", str(bundle), "--data", str(DATA), "--max-drop", "100", "--backend", "onnxruntime", "--json"]
     assert cli.run(words) in (0, 3)  # 3: a model of AP 0.1 may be refused a verdict; the figures stay
-    stages = {stage["name"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
-    assert {"torch", "onnx", "fp16", "int8", "int8-cpu"} <= set(stages)
+    artifacts = {artifact["name"]: artifact for artifact in json.loads(capsys.readouterr().out)["stages"]}
+    assert {"torch", "onnx", "fp16", "int8", "int8-cpu"} <= set(artifacts)
     for old in recorded["stages"]:  # the float ones: rounding to INT8 differs between CPUs, and AP is low here
         if old["name"] in ("torch", "onnx"):
-            assert stages[old["name"]]["ap"] == pytest.approx(old["ap"], abs=1e-6)
+            assert artifacts[old["name"]]["ap"] == pytest.approx(old["ap"], abs=1e-6)
 
 
 def test_an_older_bundle_predicts(bundle, capsys):

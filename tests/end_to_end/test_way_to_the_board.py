@@ -40,10 +40,10 @@ def lines(page: str, start: str, end: str) -> list[str]:
 def laptop(tmp_path_factory) -> Path:
     """A folder in which the README's commands were pasted, beside a data set called cells."""
     pytest.importorskip("torch")
-    place = tmp_path_factory.mktemp("laptop")
-    render(place / "cells", train=16, val=4, verify=10, size=64, seed=3)
+    folder = tmp_path_factory.mktemp("laptop")
+    render(folder / "cells", train=16, val=4, verify=10, size=64, seed=3)
     here = Path.cwd()
-    os.chdir(place)
+    os.chdir(folder)
     try:
         for line in lines("README.md", "Your images", "On a Jetson"):
             if not line.startswith("edgedetr ") or line.startswith("edgedetr predict"):
@@ -55,7 +55,7 @@ def laptop(tmp_path_factory) -> Path:
             assert cli.run(words) in {"train": (0,), "export": (0,), "verify": (0, 3), "report": (0,)}[words[0]]
     finally:
         os.chdir(here)
-    return place
+    return folder
 
 
 class Inspected(FakeTensorRT):

@@ -77,8 +77,8 @@ def test_verify_prints_the_documented_json(bundle, verdict, capsys):
     assert set(found) == {"passed", "budget", "certifiable", "stages"}
     assert found["budget"] == 100
     keys = {"name", "backend", "passed", "ap", "ap50", "drop", "drop_upper95", "p50_ms", "p99_ms", "size_mb"}
-    assert all(keys <= set(stage) for stage in found["stages"])
-    assert {(stage["name"], stage["backend"]) for stage in found["stages"]} >= {
+    assert all(keys <= set(artifact) for artifact in found["stages"])
+    assert {(artifact["name"], artifact["backend"]) for artifact in found["stages"]} >= {
         ("torch", "pytorch"),
         ("onnx", "onnxruntime"),
         ("int8", "onnxruntime"),
@@ -99,7 +99,7 @@ def test_a_live_reference_gives_the_recorded_accuracy(bundle, verdict, capsys):
 @pytest.mark.parametrize("command", ["eval", "val"])
 def test_eval_agrees_with_verify(command, bundle, verdict, capsys):
     assert cli.run([command, str(bundle), "--stage", "int8-cpu", "--json"]) == 0
-    recorded = next(stage for stage in verdict["stages"] if stage["name"] == "int8-cpu")
+    recorded = next(artifact for artifact in verdict["stages"] if artifact["name"] == "int8-cpu")
     assert json.loads(capsys.readouterr().out)["ap"] == pytest.approx(recorded["ap"], abs=1e-9)
 
 
@@ -113,8 +113,8 @@ def test_bench_times_every_stage(bundle, capsys):
 def test_report_names_every_stage(bundle, verdict, capsys):
     assert cli.run(["report", str(bundle)]) == 0
     page = (bundle / "report" / "index.html").read_text(encoding="utf-8")
-    for stage in verdict["stages"]:
-        assert f"<td>{stage['name']}</td><td>{stage['backend']}</td>" in page
+    for artifact in verdict["stages"]:
+        assert f"<td>{artifact['name']}</td><td>{artifact['backend']}</td>" in page
 
 
 def test_predict_writes_json_lines_and_images(bundle, data, tmp_path, capsys):

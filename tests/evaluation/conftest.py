@@ -22,14 +22,14 @@ def truth_of(images: list[dict], annotations: list[dict], categories: list[dict]
     """Ground truth from COCO records, xywh boxes."""
     categories = sorted(categories, key=lambda c: c["id"])
     index = {c["id"]: n for n, c in enumerate(categories)}
-    place = {image["id"]: n for n, image in enumerate(images)}
+    index = {image["id"]: n for n, image in enumerate(images)}
     return GroundTruth(
         tuple(ClassInfo(n, c["id"], c["name"]) for n, c in enumerate(categories)),
         np.array([image["id"] for image in images], np.int64),
         np.array([f"{image['id']}.jpg" for image in images], str),
         np.array([f"{image['id']:064x}" for image in images], str),
         np.array([(image["height"], image["width"]) for image in images], np.int64).reshape(-1, 2),
-        np.array([place[a["image_id"]] for a in annotations], np.int64),
+        np.array([index[a["image_id"]] for a in annotations], np.int64),
         xyxy([a["bbox"] for a in annotations]),
         np.array([index[a["category_id"]] for a in annotations], np.int64),
         np.array([a.get("iscrowd", 0) for a in annotations], bool),
@@ -132,7 +132,7 @@ def tiny_graph() -> ModuleType:
 
 
 CLASSES = ("red", "blue")
-PLACES = np.array([[0.25, 0.5, 0.3, 0.6], [0.7, 0.4, 0.4, 0.4], [0.5, 0.5, 0.8, 0.2]])  # cx, cy, w, h
+BOXES = np.array([[0.25, 0.5, 0.3, 0.6], [0.7, 0.4, 0.4, 0.4], [0.5, 0.5, 0.8, 0.2]])  # cx, cy, w, h
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def colors(tmp_path: Path) -> Path:
         pixels[..., 0 if label == 0 else 2] = shade
         Image.fromarray(pixels).save(root / "images" / "test" / name)
         images.append({"id": n + 1, "file_name": name, "height": 32, "width": 48})
-        cx, cy, w, h = PLACES[0] * [48, 32, 48, 32]
+        cx, cy, w, h = BOXES[0] * [48, 32, 48, 32]
         annotations.append(
             {
                 "id": n + 1,
@@ -177,7 +177,7 @@ def exact_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_bundle(tmp_path: Path, colors: Path, tiny_graph: ModuleType) -> Callable[..., Bundle]:
     """A bundle over `colors`; `weights` maps a file name to (liking of red by class red, of blue by class blue)."""
 
-    def make(budget: float = 1.0, **likes: tuple[float, float]) -> Bundle:
+    def make(tolerance: float = 1.0, **likes: tuple[float, float]) -> Bundle:
         classes = tuple(ClassInfo(n, n + 1, name) for n, name in enumerate(CLASSES))
         bundle = Bundle.create(
             tmp_path / "colors.bundle",
@@ -186,16 +186,16 @@ def make_bundle(tmp_path: Path, colors: Path, tiny_graph: ModuleType) -> Callabl
                 classes,
                 InputContract(32, 48),
                 OutputContract(),
-                budget=budget,
+                budget=tolerance,
                 data=DataRecord(str(colors), "test", "test"),
             ),
         )
-        for stage, (red, blue) in likes.items():
+        for artifact, (red, blue) in likes.items():
             weight = np.zeros((3, 3, 2))
             weight[0, :, 0] = [red, 1, 0.5]
             weight[2, :, 1] = [blue, 1, 0.5]
-            with bundle.add(FILES[stage], stage="export") as path:
-                tiny_graph.write(path, weight.reshape(3, -1), np.full((3, 2), -3.0), boxes=PLACES)
+            with bundle.add(FILES[artifact], stage="export") as path:
+                tiny_graph.write(path, weight.reshape(3, -1), np.full((3, 2), -3.0), boxes=BOXES)
         return bundle
 
     return make

@@ -57,10 +57,10 @@ def build(bundle: Bundle, tiny_graph, precision: str, likes=GOOD, batch=1, **opt
         weight[0, :, 0], weight[2, :, 1] = [likes[0], 1, 0.5], [likes[1], 1, 0.5]
         # one graph for each precision; the bias tells their bytes apart and moves nothing
         bias = np.full((3, 2), -3.0 - 1e-5 * ("fp16", "int8").index(precision))
-        places = np.array([[0.25, 0.5, 0.3, 0.6], [0.7, 0.4, 0.4, 0.4], [0.5, 0.5, 0.8, 0.2]])
+        boxes = np.array([[0.25, 0.5, 0.3, 0.6], [0.7, 0.4, 0.4, 0.4], [0.5, 0.5, 0.8, 0.2]])
         if name not in bundle.manifest.files:
             with bundle.add(name, stage="export") as path:
-                tiny_graph.write(path, weight.reshape(3, -1), bias, boxes=places, batch="n" if batch != 1 else 1)
+                tiny_graph.write(path, weight.reshape(3, -1), bias, boxes=boxes, batch="n" if batch != 1 else 1)
     return fake_tensorrt.write_plan(
         bundle.path / name,
         bundle.path / "engines" / f"{precision}-{batch}.plan",
@@ -180,14 +180,14 @@ def test_an_engine_that_loses_objects_fails_and_is_not_loaded_by_itself_where_an
 def test_equal_images_in_a_full_batch_must_give_equal_objects(fake, bundle, tiny_graph, batch, shift):
     build(bundle, tiny_graph, "int8", batch=batch)
     fake.shift = shift  # row n is off by n times this, so row 0, which is scored, is right
-    stage = verify(bundle.path).artifacts[1]
-    assert stage.ap == pytest.approx(100)
-    assert stage.name == f"int8 batch {'1.2.4' if isinstance(batch, tuple) else 4}"
+    artifact = verify(bundle.path).artifacts[1]
+    assert artifact.ap == pytest.approx(100)
+    assert artifact.name == f"int8 batch {'1.2.4' if isinstance(batch, tuple) else 4}"
     if shift:
-        assert not stage.passed and stage.rows_matched == 0
-        assert "equal images in a batch of 4 give different objects: 0 % in common" in stage.note
+        assert not artifact.passed and artifact.rows_matched == 0
+        assert "equal images in a batch of 4 give different objects: 0 % in common" in artifact.note
     else:
-        assert stage.passed and stage.rows_matched == 1.0
+        assert artifact.passed and artifact.rows_matched == 1.0
 
 
 def test_an_engine_that_cannot_run_a_full_batch_has_a_fault(fake, bundle, tiny_graph, monkeypatch):
@@ -200,8 +200,8 @@ def test_an_engine_that_cannot_run_a_full_batch_has_a_fault(fake, bundle, tiny_g
         return original(self, batch)
 
     monkeypatch.setattr(TrtRunner, "run", run)
-    stage = verify(bundle.path).artifacts[1]
-    assert not stage.passed and "batch of 4: no memory for so many" in stage.note
+    artifact = verify(bundle.path).artifacts[1]
+    assert not artifact.passed and "batch of 4: no memory for so many" in artifact.note
 
 
 def test_nan_and_a_damaged_plan_are_the_engines_faults_and_the_others_are_judged(fake, bundle, tiny_graph, monkeypatch):

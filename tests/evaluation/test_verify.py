@@ -62,20 +62,20 @@ def test_sound_stages_pass_and_the_json_has_the_promised_form(good):
         ("int8", "openvino"),
         ("int8-cpu", "onnxruntime"),
     ]
-    for stage in document["stages"]:
-        assert set(stage) >= KEYS
-        assert stage["ap"] == pytest.approx(100)
-        assert stage["drop"] == pytest.approx(0)
-        assert stage["images"] == 24
-        assert stage["note"] == ""
+    for artifact in document["stages"]:
+        assert set(artifact) >= KEYS
+        assert artifact["ap"] == pytest.approx(100)
+        assert artifact["drop"] == pytest.approx(0)
+        assert artifact["images"] == 24
+        assert artifact["note"] == ""
         # ONNX Runtime runs a simulation of what is made for TensorRT: its own reference run, and not timed.
-        simulated = (stage["name"], stage["backend"]) == ("int8", "onnxruntime")
-        assert (stage["p50_ms"] is None) == (simulated or stage["name"] == "torch")
-        if stage["name"] != "torch":
-            assert stage["parity"]["matched"] == 1.0
-        if stage["name"] != "torch" and not simulated:
-            assert 0 < stage["p50_ms"] <= stage["p99_ms"]
-            assert stage["oracle"]["matched"] == 1.0
+        simulated = (artifact["name"], artifact["backend"]) == ("int8", "onnxruntime")
+        assert (artifact["p50_ms"] is None) == (simulated or artifact["name"] == "torch")
+        if artifact["name"] != "torch":
+            assert artifact["parity"]["matched"] == 1.0
+        if artifact["name"] != "torch" and not simulated:
+            assert 0 < artifact["p50_ms"] <= artifact["p99_ms"]
+            assert artifact["oracle"]["matched"] == 1.0
     assert document["stages"][0]["p50_ms"] is None
     assert json.loads((good.path / "results" / "verify.json").read_text()) == document
 
@@ -127,9 +127,11 @@ def test_a_stage_that_loses_points_is_the_one_that_fails(bad):
 def test_detections_of_every_stage_are_kept_for_the_report(bad):
     result = verify(bad, threads=1)
     truth = Reference.load(bad.require("reference.npz")).truth
-    for stage in result.artifacts[1:]:
-        found = load_detections(bad.require(f"results/detections-{stage.name}-{stage.backend}.npz"), truth.classes)
-        assert evaluate(truth, found).ap == pytest.approx(stage.ap)
+    for artifact in result.artifacts[1:]:
+        found = load_detections(
+            bad.require(f"results/detections-{artifact.name}-{artifact.backend}.npz"), truth.classes
+        )
+        assert evaluate(truth, found).ap == pytest.approx(artifact.ap)
 
 
 def test_a_budget_of_the_certifiable_size_passes_and_a_smaller_one_does_not(bad):
@@ -146,16 +148,16 @@ def test_a_reference_with_nothing_to_lose_does_not_pass_though_no_stage_loses_an
     assert "AP 100.00, no more than the tolerance of 100" in result.artifacts[0].note
 
 
-@pytest.mark.parametrize("budget", [0.0, 1.0])
-def test_a_model_that_finds_nothing_does_not_pass_whatever_the_budget(good, colors, tiny_graph, budget, capsys):
+@pytest.mark.parametrize("tolerance", [0.0, 1.0])
+def test_a_model_that_finds_nothing_does_not_pass_whatever_the_budget(good, colors, tiny_graph, tolerance, capsys):
     for name in ("model.onnx", "model.int8.onnx", "model.int8-cpu.onnx"):
         with good.add(name, stage="export") as path:  # boxes where no object is
             tiny_graph.write(path, np.ones((3, 6)), np.zeros((3, 2)), boxes=np.full((3, 4), [0.9, 0.1, 0.1, 0.1]))
     bundle = with_reference(good, colors)
-    result = verify(bundle, threads=1, max_drop=budget)
+    result = verify(bundle, threads=1, max_drop=tolerance)
     assert [s.drop for s in result.artifacts] == [0] * len(result.artifacts)
     assert not result.passed and not any(s.passed for s in result.artifacts)
-    assert cli.run(["verify", str(bundle.path), "--max-drop", str(budget), "--threads", "1"]) == 3
+    assert cli.run(["verify", str(bundle.path), "--max-drop", str(tolerance), "--threads", "1"]) == 3
     document = capsys.readouterr().err
     assert "NOT PASSED, NOTHING TO LOSE: the model itself reaches AP 0" in document
     assert "within" not in document
@@ -241,10 +243,10 @@ def test_a_graph_that_is_nan_itself_fails_with_advice_that_helps(good, tiny_grap
     with good.add("model.int8.onnx", stage="export") as path:
         tiny_graph.write(path, np.full((3, 6), np.nan), np.full((3, 2), -3.0))
     result = verify(good, threads=1)
-    for stage in result.artifacts:
-        assert stage.passed == (stage.name != "int8")
-        if stage.name == "int8":
-            assert "gives NaN or infinity" in stage.note and "run: edgedetr export" in stage.note
+    for artifact in result.artifacts:
+        assert artifact.passed == (artifact.name != "int8")
+        if artifact.name == "int8":
+            assert "gives NaN or infinity" in artifact.note and "run: edgedetr export" in artifact.note
 
 
 def test_a_missing_backend_is_left_out_unless_named(good, monkeypatch):
@@ -359,8 +361,8 @@ def test_results_behind_a_link_are_refused_before_anything_is_measured(good, tmp
 
 def test_one_stage_alone_is_measured_like_in_the_verdict(bad):
     result = verify(bad, threads=1)
-    for stage in result.artifacts:
-        backend = None if stage.name == "torch" else stage.backend
-        assert evaluate_artifact(bad, artifact=stage.name, backend=backend).ap == pytest.approx(stage.ap)
+    for artifact in result.artifacts:
+        backend = None if artifact.name == "torch" else artifact.backend
+        assert evaluate_artifact(bad, artifact=artifact.name, backend=backend).ap == pytest.approx(artifact.ap)
     with pytest.raises(DataError, match="no split 'val'"):
         evaluate_artifact(bad, artifact="torch", split="val")

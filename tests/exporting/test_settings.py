@@ -67,7 +67,7 @@ def test_a_setting_of_the_float_graph_makes_it_again(bundle):
 
 
 @pytest.mark.parametrize(
-    "word, tells",
+    "word, message",
     [
         ("quant.observr=mse", "unknown key 'observr'; did you mean 'observer'"),
         ("qant.images=3", "unknown section 'qant'; did you mean 'quant'"),
@@ -79,10 +79,10 @@ def test_a_setting_of_the_float_graph_makes_it_again(bundle):
         ("quant", "expected section.key=value"),
     ],
 )
-def test_wrong_words_are_usage_errors_and_change_nothing(bundle, word, tells, capsys):
+def test_wrong_words_are_usage_errors_and_change_nothing(bundle, word, message, capsys):
     before = everything(bundle)
     assert cli.run(["export", str(bundle.path), "--set", word]) == 2
-    assert tells in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())
     assert everything(bundle) == before
 
 

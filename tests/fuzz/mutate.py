@@ -74,7 +74,7 @@ def mutate(seed: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
     return found[:4_000_000]
 
 
-def _place(data: bytes, rng: random.Random) -> int:
+def _position(data: bytes, rng: random.Random) -> int:
     # Heads decide more than bodies do.
     return rng.randint(0, min(len(data), 200)) if rng.random() < 0.4 else rng.randint(0, len(data))
 
@@ -82,38 +82,38 @@ def _place(data: bytes, rng: random.Random) -> int:
 def _flip(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
     if not data:
         return data
-    at = min(_place(data, rng), len(data) - 1)
+    at = min(_position(data, rng), len(data) - 1)
     return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
 
 
 def _bytes(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
-    at, count = _place(data, rng), rng.choice([1, 2, 4, 8])
+    at, count = _position(data, rng), rng.choice([1, 2, 4, 8])
     new = bytes(rng.choice([0, 255, 127, 128, rng.randrange(256)]) for _ in range(count))
     return data[:at] + new + data[at + count :]
 
 
 def _cut(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
-    return data[: _place(data, rng)]
+    return data[: _position(data, rng)]
 
 
 def _remove(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
-    at = _place(data, rng)
+    at = _position(data, rng)
     return data[:at] + data[at + rng.choice([1, 4, 16, 200]) :]
 
 
 def _repeat(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
-    at, count = _place(data, rng), rng.choice([1, 16, 200])
+    at, count = _position(data, rng), rng.choice([1, 16, 200])
     return data[:at] + data[at : at + count] * rng.choice([2, 3, 50]) + data[at + count :]
 
 
 def _word(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
-    at = _place(data, rng)
+    at = _position(data, rng)
     return data[:at] + rng.choice(WORDS) + data[at + rng.choice([0, 0, 1, 4]) :]
 
 
 def _splice(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
     other = rng.choice(others)
-    return data[: _place(data, rng)] + other[_place(other, rng) :]
+    return data[: _position(data, rng)] + other[_position(other, rng) :]
 
 
 def _line(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:

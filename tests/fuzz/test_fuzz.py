@@ -28,8 +28,8 @@ LONG = int(os.environ.get("EDGEDETR_FUZZ", "100000"))
 
 def attempt(reader: Reader, content: bytes, folder: Path) -> str:
     """Give the reader these bytes; an empty string, or what went wrong."""
-    place = folder / reader.file
-    place.write_bytes(content)
+    path = folder / reader.file
+    path.write_bytes(content)
     start = time.monotonic()
     try:
         reader.read(folder)

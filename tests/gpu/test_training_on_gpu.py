@@ -38,8 +38,8 @@ def test_training_learns_and_delivers_float32(precision, data, tmp_path, cuda):
     recipe = micro.recipe(precision=precision, epochs=30, lr=4e-3)
     assert start_devices(recipe.train).device.type == "cuda"
     bundle = train(recipe, data, tmp_path / "b")
-    told = losses(bundle)
-    assert sum(told[-3:]) / 3 < 0.75 * told[0]  # 32 on a CPU: 0.55
+    history = losses(bundle)
+    assert sum(history[-3:]) / 3 < 0.75 * history[0]  # 32 on a CPU: 0.55
     weights = load_file(bundle.path / "weights.safetensors")
     assert {value.dtype for value in weights.values()} <= {torch.float32, torch.int64}
     assert all(torch.isfinite(value).all() for value in weights.values())
@@ -79,12 +79,12 @@ def test_the_loss_of_every_member_falls(name, cuda):
         group["lr"] = 2e-3
     images = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8).to(cuda)
     padded = pad([Target(torch.randint(0, 3, (5,)), torch.rand(5, 4) * 0.2 + 0.3) for _ in range(2)]).to(cuda)
-    told = []
+    history = []
     for _ in range(40):
         loss = training_module(images, lambda: padded, 10.0)[0]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        told.append(loss.item())
-    assert sum(told[-5:]) / 5 < 0.7 * told[0]
+        history.append(loss.item())
+    assert sum(history[-5:]) / 5 < 0.7 * history[0]

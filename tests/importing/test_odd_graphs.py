@@ -152,8 +152,8 @@ def mutated(raw: bytes, dice: random.Random) -> bytes:
     if dice.random() < 0.15:
         changed = bytearray(raw)
         for _ in range(dice.randint(1, 4)):
-            place = dice.randrange(len(changed))
-            changed[place : place + dice.choice((0, 1, 1, 9))] = dice.choice((b"", b"\0", b"\xff" * 5, b"\x12\x34"))
+            offset = dice.randrange(len(changed))
+            changed[offset : offset + dice.choice((0, 1, 1, 9))] = dice.choice((b"", b"\0", b"\xff" * 5, b"\x12\x34"))
         return bytes(changed)[: dice.choice((len(changed), len(changed), dice.randrange(len(changed))))]
     model = ModelProto.FromString(raw)
     graph = model.graph

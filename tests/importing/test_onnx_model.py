@@ -233,10 +233,10 @@ def test_import_int8_lint_and_verify_by_the_command_line(kind, files, scenes, tm
     assert cli.run(["verify", out, "--max-drop", "100", "--threads", "1", "--json"]) == 3
     captured = capsys.readouterr()
     assert "NOTHING TO LOSE" in captured.err
-    stages = {(s["name"], s["backend"]): s for s in json.loads(captured.out)["stages"]}
-    assert ("reference", "onnxruntime") in stages
-    assert stages["onnx", "onnxruntime"]["drop"] == 0  # the same file, the same library
-    assert stages["onnx", "onnxruntime"]["parity"]["matched"] in (None, 1.0)
+    artifacts = {(s["name"], s["backend"]): s for s in json.loads(captured.out)["stages"]}
+    assert ("reference", "onnxruntime") in artifacts
+    assert artifacts["onnx", "onnxruntime"]["drop"] == 0  # the same file, the same library
+    assert artifacts["onnx", "onnxruntime"]["parity"]["matched"] in (None, 1.0)
     assert "an imported graph has no PyTorch model" in captured.err
     assert cli.run(["export", out, "--sampling", "grid_sample"]) == 2
 

@@ -9,7 +9,7 @@ from torch import nn
 from edgedetr.layers.attention import MultiHeadAttention, attend
 
 
-def twins(dim: int, heads: int) -> tuple[MultiHeadAttention, nn.MultiheadAttention]:
+def equal_pair(dim: int, heads: int) -> tuple[MultiHeadAttention, nn.MultiheadAttention]:
     torch.manual_seed(0)
     ours, theirs = MultiHeadAttention(dim, heads), nn.MultiheadAttention(dim, heads, batch_first=True)
     nn.init.normal_(theirs.in_proj_bias)
@@ -26,7 +26,7 @@ def twins(dim: int, heads: int) -> tuple[MultiHeadAttention, nn.MultiheadAttenti
 @pytest.mark.parametrize("dim, heads", [(32, 1), (32, 8), (96, 8)])
 @pytest.mark.parametrize("masked", ["nothing", "keys", "pairs"])
 def test_equals_torch(dim: int, heads: int, masked: str) -> None:
-    ours, theirs = twins(dim, heads)
+    ours, theirs = equal_pair(dim, heads)
     query, key, value = torch.randn(2, 5, dim), torch.randn(2, 7, dim), torch.randn(2, 7, dim)
     padding = torch.zeros(2, 7, dtype=torch.bool)
     padding[0, 5:] = True
@@ -43,7 +43,7 @@ def test_equals_torch(dim: int, heads: int, masked: str) -> None:
 
 
 def test_a_query_that_may_see_nothing_stays_finite() -> None:
-    ours, _ = twins(32, 4)
+    ours, _ = equal_pair(32, 4)
     x = torch.randn(1, 3, 32, requires_grad=True)
     out = ours(x, x, x, torch.ones(3, 3, dtype=torch.bool))
     out.sum().backward()

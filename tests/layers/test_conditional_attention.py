@@ -38,19 +38,19 @@ def test_cross_attention_compares_content_with_content_and_place_with_place(firs
     torch.manual_seed(0)
     layer = ConditionalAttention(DIM, HEADS, first=first).double()
     content, position, spatial = (torch.randn(2, 3, DIM).double() for _ in range(3))
-    tokens, place = torch.randn(2, 5, DIM).double(), torch.randn(1, 5, DIM).double()
+    tokens, memory_position = torch.randn(2, 5, DIM).double(), torch.randn(1, 5, DIM).double()
     padding = torch.tensor([[False] * 5, [False, True, False, False, True]])
-    got = layer(content, position, spatial, tokens, place, padding)
+    got = layer(content, position, spatial, tokens, memory_position, padding)
     for image in range(2):
-        q, k, where = layer.q(content[image]), layer.k(tokens[image]), layer.k_position(place[0])
+        q, k, where = layer.q(content[image]), layer.k(tokens[image]), layer.k_position(memory_position[0])
         if first:
             q, k = q + layer.q_position(position[image]), k + where
         heads = (x.unflatten(-1, (HEADS, EACH)) for x in (q, k, layer.q_spatial(spatial[image]), where))
-        q, k, place_q, place_k = heads
+        q, k, position_q, position_k = heads
         # The original concatenates per head, so that the scale is of twice the channels of a head.
         expected = by_hand(
-            torch.cat([q, place_q], -1),
-            torch.cat([k, place_k], -1),
+            torch.cat([q, position_q], -1),
+            torch.cat([k, position_k], -1),
             layer.v(tokens[image]).unflatten(-1, (HEADS, EACH)),
             (2 * EACH) ** -0.5,
             lambda n, s, row=padding[image]: bool(row[s]),
@@ -115,12 +115,12 @@ def test_one_place_for_all_images_is_that_place_for_each_also_in_gradients(first
     among = ConditionalSelfAttention(DIM, HEADS).double()
     across = ConditionalAttention(DIM, HEADS, first=first).double()
     content, tokens = torch.randn(3, 4, DIM).double(), torch.randn(3, 5, DIM).double()
-    place = torch.randn(1, 5, DIM).double()
+    memory_position = torch.randn(1, 5, DIM).double()
     shared = [torch.randn(1, 4, DIM).double().requires_grad_() for _ in range(2)]
     repeated = [x.detach().repeat(3, 1, 1).requires_grad_() for x in shared]
 
     def step(position: torch.Tensor, spatial: torch.Tensor) -> list[torch.Tensor]:
-        got = across(among(content, position), position, spatial, tokens, place)
+        got = across(among(content, position), position, spatial, tokens, memory_position)
         weights = [*among.parameters(), *across.parameters()]
         return [got, *torch.autograd.grad((got * torch.arange(DIM)).sum(), [position, spatial, *weights])]
 

@@ -65,10 +65,10 @@ def by_loops(
                                 for di in (0, 1)
                                 for dj in (0, 1)
                             ]
-                        for i, j, share in cells:
+                        for i, j, fraction in cells:
                             if 0 <= i < width and 0 <= j < height:
                                 row = value[b, start + j * width + i, m * dim : (m + 1) * dim]
-                                out[b, n, m * dim : (m + 1) * dim] += weights[m, p] * share * row
+                                out[b, n, m * dim : (m + 1) * dim] += weights[m, p] * fraction * row
                         p += 1
                     start += height * width
     return made.out(out)

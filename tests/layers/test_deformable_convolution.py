@@ -40,11 +40,11 @@ def convolved(
     tokens = [item.flatten(2).transpose(1, 2) for item in (x.new_zeros(2, 4, 3, 2), x, x.new_ones(2, 4, 1, 1))]
     out = (offset.shape[2], offset.shape[3])
     sources = [Source((1, 1), 6 + height * width, (1, 2)), Source((height, width), 6, out, stride)]
-    told = [
+    predictions = [
         torch.cat([item.new_zeros(2, 2, item.shape[1]), item.flatten(2).transpose(1, 2)], dim=1)
         for item in (offset, mask)
     ]
-    taps = read(torch.cat(tokens, dim=1), sources, *told)[:, 2:]  # [B, h w, 9 C]
+    taps = read(torch.cat(tokens, dim=1), sources, *predictions)[:, 2:]  # [B, h w, 9 C]
     matrix = weight.flatten(2).transpose(1, 2).flatten(1)  # [O, 9 C], tap after tap
     return (taps @ matrix.T + bias).transpose(1, 2).unflatten(2, out)
 

@@ -52,10 +52,10 @@ def test_dynamic_relu_is_the_larger_of_two_predicted_lines() -> None:
     for image in range(2):
         mean = x[image].mean(1)
         inner = F.relu(made.squeeze.weight @ mean + made.squeeze.bias)
-        told = ((made.excite.weight @ inner + made.excite.bias + 3).clamp(0, 6) / 6).reshape(4, 8)
+        coefficients = ((made.excite.weight @ inner + made.excite.bias + 3).clamp(0, 6) / 6).reshape(4, 8)
         for channel in range(8):
-            a1, b1 = (told[0, channel] - 0.5) * 2 + 1, told[1, channel] - 0.5
-            a2, b2 = (told[2, channel] - 0.5) * 2, told[3, channel] - 0.5
+            a1, b1 = (coefficients[0, channel] - 0.5) * 2 + 1, coefficients[1, channel] - 0.5
+            a2, b2 = (coefficients[2, channel] - 0.5) * 2, coefficients[3, channel] - 0.5
             line = x[image, channel]
             torch.testing.assert_close(actual[image, channel], torch.maximum(line * a1 + b1, line * a2 + b2))
 
@@ -74,10 +74,10 @@ def test_a_map_has_one_weight_by_its_mean() -> None:
     maps = [torch.randn(3, 8, cells).double() for cells in (20, 6, 1)]
     weights = made(maps)
     assert weights.shape == (3, 3, 1)
-    for place, x in enumerate(maps):
+    for level, x in enumerate(maps):
         for image in range(3):
             score = (made.score.weight.flatten() * x[image].mean(1)).sum() + made.score.bias[0]
-            torch.testing.assert_close(weights[image, place, 0], torch.clamp(F.relu(score) + 3, max=6) / 6)
+            torch.testing.assert_close(weights[image, level, 0], torch.clamp(F.relu(score) + 3, max=6) / 6)
     assert len(set(weights.flatten().tolist())) > 1
 
 

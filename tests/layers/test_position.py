@@ -19,9 +19,9 @@ def test_sine_position_is_y_then_x_in_interleaved_sines(offset: float) -> None:
     got = SinePosition(16, offset=offset)(LIKE, SHAPE)[0]
     for row in range(2):
         for column in range(3):
-            for part, place in enumerate([(row + 1 - offset) / (2 + 1e-6), (column + 1 - offset) / (3 + 1e-6)]):
+            for part, position in enumerate([(row + 1 - offset) / (2 + 1e-6), (column + 1 - offset) / (3 + 1e-6)]):
                 for channel in range(8):
-                    angle = place * 2 * math.pi / 10000 ** (channel // 2 * 2 / 8)
+                    angle = position * 2 * math.pi / 10000 ** (channel // 2 * 2 / 8)
                     wave = math.sin(angle) if channel % 2 == 0 else math.cos(angle)
                     # float32 division of angles up to 2 pi
                     assert got[row * 3 + column, part * 8 + channel].item() == pytest.approx(wave, abs=2e-6)
@@ -39,7 +39,7 @@ def test_grid_position_is_sin_cos_of_row_then_column() -> None:
     for row in range(2):
         for column in range(3):
             waves = [1 / 10000 ** (k / 4) for k in range(4)]
-            expected = [f(place * w) for place in (row, column) for f in (math.sin, math.cos) for w in waves]
+            expected = [f(position * w) for position in (row, column) for f in (math.sin, math.cos) for w in waves]
             assert got[row * 3 + column].tolist() == pytest.approx(expected, abs=1e-6)  # float64 inside, float32 out
 
 

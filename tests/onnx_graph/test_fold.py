@@ -30,8 +30,8 @@ def test_a_part_of_a_shape_is_folded(part):
     assert run_model(model, x=image)[0].flat[0] == sum((1, 4, 6, 5)[part.get("start") : part.get("end")])
 
 
-@pytest.mark.parametrize("shape, doubled", [((1, 1, 3), False), ((1, 2, 3), True)])
-def test_a_branch_that_the_size_decides_is_taken(shape, doubled):
+@pytest.mark.parametrize("shape, is_doubled", [((1, 1, 3), False), ((1, 2, 3), True)])
+def test_a_branch_that_the_size_decides_is_taken(shape, is_doubled):
     """TorchScript writes squeeze of an open size as If; it reads tensors from outside, and its names are used twice."""
     x = helper.make_tensor_value_info
     branches = [
@@ -54,9 +54,9 @@ def test_a_branch_that_the_size_decides_is_taken(shape, doubled):
     model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "one"))
     image = np.ones(shape, np.float32)
     folded = fold(model)
-    assert folded.graph.node[0].op_type == ("Mul" if doubled else "Add")
+    assert folded.graph.node[0].op_type == ("Mul" if is_doubled else "Add")
     assert "If" not in {node.op_type for node in folded.graph.node}
-    np.testing.assert_array_equal(run_model(folded, x=image)[0], np.full(shape, 2.5 if doubled else 3.5))
+    np.testing.assert_array_equal(run_model(folded, x=image)[0], np.full(shape, 2.5 if is_doubled else 3.5))
 
 
 def test_a_branch_that_the_image_decides_keeps_what_it_reads():

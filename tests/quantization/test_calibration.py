@@ -41,7 +41,7 @@ def test_images_that_exceed_the_others_are_named_however_many_up_to_a_twentieth(
     absmax[: TENSORS // 2, bad] *= 3
     found = outlier_images(absmax)
     assert sorted(found) == bad
-    assert all(share == pytest.approx(0.5, abs=0.1) for share in found.values())
+    assert all(fraction == pytest.approx(0.5, abs=0.1) for fraction in found.values())
 
 
 def test_images_of_another_kind_are_not_called_a_few(rng):

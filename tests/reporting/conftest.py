@@ -83,7 +83,7 @@ def verified_bundle(root: Path, images: int = 8) -> Verified:
     ap = evaluate(made.truth, reference).ap
     after = evaluate(made.truth, quantized)
     assert ap is not None and after.ap is not None
-    stages = [
+    artifacts = [
         {
             "name": "torch",
             "backend": "pytorch",
@@ -128,7 +128,7 @@ def verified_bundle(root: Path, images: int = 8) -> Verified:
         ) as path:
             save_detections(path, found)
     with bundle.add("results/verify.json", stage="verify") as path:
-        path.write_text(json.dumps({"passed": False, "budget": 1.0, "certifiable": 2.5, "stages": stages}))
+        path.write_text(json.dumps({"passed": False, "budget": 1.0, "certifiable": 2.5, "stages": artifacts}))
     return Verified(bundle, image_root, made, lost)
 
 

@@ -154,7 +154,7 @@ def test_without_a_verdict_the_error_names_the_command(tmp_path, verified):
         write_report(bundle)
 
 
-STAGE = '{"name": "onnx", "backend": "onnxruntime", "passed": true, "drop": 0, "drop_upper95": 0, "ap": 1'
+ARTIFACT = '{"name": "onnx", "backend": "onnxruntime", "passed": true, "drop": 0, "drop_upper95": 0, "ap": 1'
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,12 @@ STAGE = '{"name": "onnx", "backend": "onnxruntime", "passed": true, "drop": 0, "
         '{"stages": [{}], "budget": 1, "passed": true}',
         "[" * 100_000,
         '{"stages": [], "budget": 1, "passed": true}',
-        '{"stages": [' + STAGE + ', "ap50": 1}], "budget": "1", "passed": true}',
-        '{"stages": [' + STAGE + ', "ap50": 1}], "budget": NaN, "passed": true}',
-        '{"stages": [' + STAGE + ', "ap50": 1, "note": 3}], "budget": 1, "passed": true}',
-        '{"stages": [' + STAGE + ', "ap50": 1, "p50_ms": "x"}], "budget": 1, "passed": true}',
-        '{"stages": [' + STAGE + ', "ap50": 1e999}], "budget": 1, "passed": true}',
-        '{"stages": [' + STAGE + ', "ap50": 1}], "budget": 1, "passed": 1}',
+        '{"stages": [' + ARTIFACT + ', "ap50": 1}], "budget": "1", "passed": true}',
+        '{"stages": [' + ARTIFACT + ', "ap50": 1}], "budget": NaN, "passed": true}',
+        '{"stages": [' + ARTIFACT + ', "ap50": 1, "note": 3}], "budget": 1, "passed": true}',
+        '{"stages": [' + ARTIFACT + ', "ap50": 1, "p50_ms": "x"}], "budget": 1, "passed": true}',
+        '{"stages": [' + ARTIFACT + ', "ap50": 1e999}], "budget": 1, "passed": true}',
+        '{"stages": [' + ARTIFACT + ', "ap50": 1}], "budget": 1, "passed": 1}',
         '{"budget": ' + "9" * 5000 + "}",
     ],
 )
@@ -187,10 +187,10 @@ def test_a_damaged_verdict_is_refused(tmp_path, verified, text):
 
 @pytest.mark.parametrize("threshold, name", [(0, "ap50"), (5, "ap75")])
 def test_area_under_the_drawn_curve_is_the_average_precision_of_pycocotools(verified, threshold, name):
-    for stage in read_evidence(verified.bundle).artifacts:
-        curve = precision_recall(stage.metrics, threshold)
+    for artifact in read_evidence(verified.bundle).artifacts:
+        curve = precision_recall(artifact.metrics, threshold)
         # float64 means of 101 values in another order
-        assert 100 * curve.mean() == pytest.approx(getattr(stage.metrics, name), abs=1e-9)
+        assert 100 * curve.mean() == pytest.approx(getattr(artifact.metrics, name), abs=1e-9)
 
 
 def test_the_most_different_images_lost_the_most_boxes(verified):
@@ -313,6 +313,6 @@ def test_figures_do_not_fix_a_color_for_text(verified):
 
 def test_evaluation_of_the_recorded_detections_is_the_recorded_ap(verified):
     evidence = read_evidence(verified.bundle)
-    for stage in evidence.artifacts:
-        if stage.verdict.name == "int8-cpu":
-            assert evaluate(evidence.reference.truth, stage.detections).ap == stage.verdict.ap
+    for artifact in evidence.artifacts:
+        if artifact.verdict.name == "int8-cpu":
+            assert evaluate(evidence.reference.truth, artifact.detections).ap == artifact.verdict.ap

@@ -84,8 +84,8 @@ def test_eight_bit_weights_are_warned_of_where_the_cpu_saturates_them(
     bundle = make_bundle("model.onnx")
     with bundle.add("model.int8-cpu.onnx", stage="quantize") as path:
         model = onnx.load(bundle.require("model.onnx"))
-        told = {"dialect": "cpu"} if bits is None else {"dialect": "cpu", "weight_bits": bits}
-        onnx.helper.set_model_props(model, {"edgedetr.quantisation": json.dumps(told)})
+        settings = {"dialect": "cpu"} if bits is None else {"dialect": "cpu", "weight_bits": bits}
+        onnx.helper.set_model_props(model, {"edgedetr.quantisation": json.dumps(settings)})
         onnx.save(model, path)
     monkeypatch.setattr(module, "int8_saturates", lambda: saturates)
     assert load(bundle, stage="int8-cpu").stage == "int8-cpu"

@@ -53,17 +53,17 @@ def test_the_standard_domain_may_be_written_out():
     assert onnx_bytes.facts(made.SerializeToString()).opset == 19
 
 
-@pytest.mark.parametrize("place", ["initializer", "attribute", "subgraph", "sparse"])
+@pytest.mark.parametrize("holder", ["initializer", "attribute", "subgraph", "sparse"])
 @pytest.mark.parametrize("location", ["weights.bin", "../../etc/passwd", "/etc/passwd", ""])
-def test_weights_in_another_file_are_found_wherever_they_hide(tmp_path, place, location):
+def test_weights_in_another_file_are_found_wherever_they_hide(tmp_path, holder, location):
     made = model()
-    if place == "initializer":
+    if holder == "initializer":
         tensor = made.graph.initializer[0]
-    elif place == "sparse":
+    elif holder == "sparse":
         sparse = made.graph.sparse_initializer.add()
         tensor = sparse.values
         sparse.indices.CopyFrom(numpy_helper.from_array(np.int64([0]), ""))
-    elif place == "attribute":
+    elif holder == "attribute":
         made.graph.node.append(helper.make_node("Constant", [], ["k"], value=numpy_helper.from_array(np.zeros(2), "")))
         tensor = made.graph.node[-1].attribute[0].t
     else:

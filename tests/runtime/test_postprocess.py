@@ -40,13 +40,13 @@ def test_sigmoid_takes_the_best_of_all_queries_and_classes(rng, queries, count, 
     for logits, boxes, geometry, detections in zip(raw.logits, raw.boxes, geometries, found):
         by_score = sorted(((float(logits[n, k]), n, k) for n in range(queries) for k in range(count)), reverse=True)
         assert len(detections) == min(top_k, queries * count)
-        for place, (logit, n, k) in enumerate(by_score[:top_k]):
+        for rank, (logit, n, k) in enumerate(by_score[:top_k]):
             # float32 corners of up to 777 pixels: a few units in the last place
-            np.testing.assert_allclose(detections.xyxy[place], corners(boxes[n], geometry), atol=2e-4)
-            assert detections.confidence[place] == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-6)
-            assert detections.class_id[place] == k
-            assert detections.data["class_name"][place] == f"class {k}"
-            assert detections.data["category_id"][place] == 10 + k
+            np.testing.assert_allclose(detections.xyxy[rank], corners(boxes[n], geometry), atol=2e-4)
+            assert detections.confidence[rank] == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-6)
+            assert detections.class_id[rank] == k
+            assert detections.data["class_name"][rank] == f"class {k}"
+            assert detections.data["category_id"][rank] == 10 + k
 
 
 def test_softmax_takes_the_best_class_of_each_query_and_never_no_object(rng):
@@ -60,10 +60,10 @@ def test_softmax_takes_the_best_class_of_each_query_and_never_no_object(rng):
         rows.append((p.max(), n, int(p.argmax())))
     rows.sort(reverse=True)
     assert len(found) == 12
-    for place, (p, n, k) in enumerate(rows[:12]):
-        assert found.confidence[place] == pytest.approx(p, abs=1e-6)  # float32 softmax of four values
-        assert found.class_id[place] == k
-        np.testing.assert_allclose(found.xyxy[place], corners(raw.boxes[0, n], geometry), atol=1e-4)  # float32 pixels
+    for rank, (p, n, k) in enumerate(rows[:12]):
+        assert found.confidence[rank] == pytest.approx(p, abs=1e-6)  # float32 softmax of four values
+        assert found.class_id[rank] == k
+        np.testing.assert_allclose(found.xyxy[rank], corners(raw.boxes[0, n], geometry), atol=1e-4)  # float32 pixels
 
 
 def test_letterbox_boxes_come_back_by_hand():

@@ -66,8 +66,8 @@ def watched(watcher: Path, folder: Path, *arguments: str, **variables: str) -> t
 def test_load_predict_and_verify_look_up_no_host_and_leave_nothing_in_the_home(watcher, tmp_path, make_bundle):
     own, trained = make_bundle("model.onnx").path, tmp_path / "trained.bundle"
     shutil.copytree(FIXTURES / "bundle-0.1", trained)
-    places = (str(own), str(trained), str(FIXTURES / "scenes-0.1"))
-    assert watched(watcher, tmp_path, "-c", EVERYTHING, *places) == ("", [])
+    paths = (str(own), str(trained), str(FIXTURES / "scenes-0.1"))
+    assert watched(watcher, tmp_path, "-c", EVERYTHING, *paths) == ("", [])
 
 
 def test_the_watcher_sees_what_it_is_there_to_see(watcher, tmp_path):

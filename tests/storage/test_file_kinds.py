@@ -126,7 +126,7 @@ def test_what_is_given_instead_of_a_bundle_is_named(folder, name, words, use):
 
 
 @pytest.mark.parametrize(
-    "words, code, told",
+    "words, code, message",
     [
         (["verify", "model.onnx"], 1, "this is an ONNX model; expected a bundle"),
         (["export", "a.engine"], 1, "this is a TensorRT engine"),
@@ -159,11 +159,11 @@ def test_what_is_given_instead_of_a_bundle_is_named(folder, name, words, use):
         (["import", "model.onnx", "--out", "new", "--data", "runs/cells.bundle"], 1, "this is a bundle"),
     ],
 )
-def test_every_argument_names_what_it_was_given(folder, words, code, told, capsys):
+def test_every_argument_names_what_it_was_given(folder, words, code, message, capsys):
     (folder / "set" / "annotations" / "train.json").write_bytes(content("json"))
     assert cli.run(words) == code
     error = capsys.readouterr().err
-    assert told in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error
     assert not (folder / "new").exists()
 
 

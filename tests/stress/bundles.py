@@ -171,13 +171,13 @@ def kill(work: Path, kills: int, only: tuple[str, ...] = ()) -> Counter[str]:
 
 
 @contextlib.contextmanager
-def small_disk(place: Path, kilobytes: int) -> Iterator[Path]:
-    place.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)], check=True)
+def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)], check=True)
     try:
-        yield place
+        yield folder
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def full(work: Path, _: int) -> Counter[str]:
@@ -202,18 +202,18 @@ def full(work: Path, _: int) -> Counter[str]:
                 shutil.copytree(source, path)
                 before = problems(path)
                 code = run([words[0], str(path), *words[1:]], log)
-                told = log.read_text()
+                output = log.read_text()
                 seen["runs"] += 1
                 seen["done"] += code in (0, 3, 4)
-                seen["refused with bytes"] += code == 1 and "the disk is full" in told and "bytes are free" in told
-                seen["verdict not recorded"] += "could not be stored" in told
-                seen["tracebacks"] += "Traceback" in told
+                seen["refused with bytes"] += code == 1 and "the disk is full" in output and "bytes are free" in output
+                seen["verdict not recorded"] += "could not be stored" in output
+                seen["tracebacks"] += "Traceback" in output
                 seen["other ends"] += code not in (0, 1, 3, 4)
                 seen["damaged afterwards"] += problems(path) != before and any(
                     why != "stale" for why in problems(path).values()
                 )
                 seen["temporary files"] += len(list(path.rglob(".*.tmp")))
-                if code == 1 and "the disk is full" not in told:
+                if code == 1 and "the disk is full" not in output:
                     seen["other messages"] += 1
                 report(seen, log, path)
     return seen

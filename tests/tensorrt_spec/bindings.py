@@ -50,24 +50,26 @@ def module(version: str) -> ModuleType:
 
     def build(name: str) -> type:
         if name not in built:
-            told = names[name]
+            description = names[name]
             built[name] = (
-                _enum(name, told)
-                if told["kind"] == "enum"
-                else _class(name, told, tuple(build(base) for base in told["bases"] if base in names) or (object,))
+                _enum(name, description)
+                if description["kind"] == "enum"
+                else _class(
+                    name, description, tuple(build(base) for base in description["bases"] if base in names) or (object,)
+                )
             )
         return built[name]
 
-    for name, told in names.items():
-        if told["kind"] in ("enum", "class"):
+    for name, description in names.items():
+        if description["kind"] in ("enum", "class"):
             setattr(made, name, build(name))
-        elif told["kind"] == "method":
-            setattr(made, name, _function(name, told["parameters"]))
-        elif told["kind"] == "member":
-            outer, *nested = told["of"].split(".")
-            setattr(made, name, functools.reduce(getattr, [*nested, told["name"]], build(outer)))
+        elif description["kind"] == "method":
+            setattr(made, name, _function(name, description["parameters"]))
+        elif description["kind"] == "member":
+            outer, *nested = description["of"].split(".")
+            setattr(made, name, functools.reduce(getattr, [*nested, description["name"]], build(outer)))
         else:
-            setattr(made, name, told["value"])
+            setattr(made, name, description["value"])
     return made
 
 
@@ -186,13 +188,13 @@ class _Enum(enum.Enum):
     __index__ = __int__
 
 
-def _enum(name: str, told: dict[str, Any]) -> type:
-    return _Enum(name, told["members"])  # type: ignore[return-value]  # the functional form of Enum
+def _enum(name: str, description: dict[str, Any]) -> type:
+    return _Enum(name, description["members"])  # type: ignore[return-value]  # the functional form of Enum
 
 
-def _class(name: str, told: dict[str, Any], bases: tuple[type, ...]) -> type:
+def _class(name: str, description: dict[str, Any], bases: tuple[type, ...]) -> type:
     inside: dict[str, Any] = {}
-    for key, value in told["members"].items():
+    for key, value in description["members"].items():
         if value["kind"] == "method":
             inside[key] = _function(key, value["parameters"])
         elif value["kind"] == "property":

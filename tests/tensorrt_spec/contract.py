@@ -47,10 +47,10 @@ def uses(source: str, versions: Mapping[str, Mapping[str, Any]], given: Mapping[
 
 def missing(use: Use, described: Mapping[str, Any]) -> str:
     """Why this version does not have what is used, or nothing."""
-    told = _find(use.owner, use.name, described)
-    if told is None:
+    description = _find(use.owner, use.name, described)
+    if description is None:
         return f"line {use.line}: {use} does not exist"
-    forms = told.get("parameters") if told["kind"] == "method" else None
+    forms = description.get("parameters") if description["kind"] == "method" else None
     if use.arguments is None or not forms:
         return ""
     number, keywords = use.arguments
@@ -125,8 +125,8 @@ class _Reader:
             found = {(path, True) for path, instance in self.types(node.func) if path and not instance}
             for owner, _ in self.types(node.func.value):
                 for described in self.versions.values():
-                    told = _find(owner, node.func.attr, described) or {}
-                    returned = RENAMED.get(told.get("returns", ""), told.get("returns", ""))
+                    description = _find(owner, node.func.attr, described) or {}
+                    returned = RENAMED.get(description.get("returns", ""), description.get("returns", ""))
                     if returned in described:
                         found.add((returned, True))
             return found

@@ -21,9 +21,9 @@ def signature(doc: str) -> dict[str, Any]:
     """
     lines = doc.strip().splitlines() or [""]
     forms = [line.partition(". ")[2] for line in lines if re.match(r"\d+\. \w+\(", line)] or lines[:1]
-    told = [form for form in map(parameters, forms) if form is not None]
+    overloads = [form for form in map(parameters, forms) if form is not None]
     returned = re.search(r"\) -> (?:\w+(?:\.|::))*(\w+)", forms[0])
-    return {"parameters": told, "returns": returned[1] if returned else ""}
+    return {"parameters": overloads, "returns": returned[1] if returned else ""}
 
 
 def parameters(form: str) -> list[str] | None:
@@ -67,11 +67,11 @@ def describe(module: Any) -> dict[str, Any]:
         if isinstance(value, type):
             found[name] = describe_class(value)
         elif inspect.isfunction(value):
-            told = inspect.signature(value).parameters.values()
+            arguments = inspect.signature(value).parameters.values()
             found[name] = {
                 "kind": "method",
                 "returns": "",
-                "parameters": [[p.name + ("" if p.default is p.empty else "=None") for p in told]],
+                "parameters": [[p.name + ("" if p.default is p.empty else "=None") for p in arguments]],
             }
         elif callable(value) and inspect.isroutine(value):
             found[name] = {"kind": "method", **signature(value.__doc__ or "")}

@@ -18,12 +18,12 @@ def case(kind: torch.dtype) -> list[torch.Tensor]:
     """Values, x, y, weight; places reach more than two cells beyond every border."""
     torch.manual_seed(0)
     shape = (BATCH, QUERIES, HEADS, sum(POINTS))
-    places = []
+    coordinates = []
     for axis in (1, 0):
         cells = torch.tensor([s[axis] for s, count in zip(SHAPES, POINTS) for _ in range(count)])
-        places.append(torch.rand(shape, dtype=kind) * (cells + 6) - 3.5)
+        coordinates.append(torch.rand(shape, dtype=kind) * (cells + 6) - 3.5)
     value = torch.randn(BATCH, TOKENS, HEADS * WIDTH, dtype=kind)
-    return [tensor.requires_grad_() for tensor in (value, *places, torch.randn(shape, dtype=kind))]
+    return [tensor.requires_grad_() for tensor in (value, *coordinates, torch.randn(shape, dtype=kind))]
 
 
 def by_grid_sample(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -63,8 +63,8 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def test_on_a_cells_center_the_gradient_is_that_just_above_it() -> None:
     """As grid_sample's; attention starts there, because the first offsets are whole cells."""
     value, x, y, weight = case(torch.float64)
-    x, y = (place.detach().floor().requires_grad_() for place in (x, y))
-    above = [place.detach().add(1e-9).requires_grad_() for place in (x, y)]
+    x, y = (coordinate.detach().floor().requires_grad_() for coordinate in (x, y))
+    above = [coordinate.detach().add(1e-9).requires_grad_() for coordinate in (x, y)]
     exact = torch.autograd.grad(by_sheet(value, x, y, weight).square().sum(), (x, y))
     moved = torch.autograd.grad(by_sheet(value, *above, weight).square().sum(), above)
     outside = (x < 0) | (y < 0)  # half in the image: a border is a kink of its own

@@ -95,9 +95,9 @@ def test_gradients_reach_what_learns_before_and_inside() -> None:
     made, x = block(kernel=3, activation="relu"), torch.randn(1, 6, 5, 5, requires_grad=True)
     assert not made.is_frozen(x), "the images' side wants a gradient"
     made(x).sum().backward()
-    twin = copy.deepcopy(x.detach()).requires_grad_()
-    by_hand(made, twin).relu().sum().backward()
-    torch.testing.assert_close(x.grad, twin.grad, atol=1e-5, rtol=1e-5)
+    copied = copy.deepcopy(x.detach()).requires_grad_()
+    by_hand(made, copied).relu().sum().backward()
+    torch.testing.assert_close(x.grad, copied.grad, atol=1e-5, rtol=1e-5)
     made.conv.weight.requires_grad_(True)
     assert not made.is_frozen(x.detach()), "the kernel wants a gradient"
 

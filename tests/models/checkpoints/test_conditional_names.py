@@ -187,9 +187,9 @@ def test_the_architecture_follows_from_the_tensors(case: str) -> None:
     member, config, written = ORIGINALS[case]
     found = config_from_state_dict(FAMILY[member], translate(member, written(random_state(member, config))), heads=4)
     # What no tensor tells: heads, dilation, and how many points a grid has.
-    untold = {name: getattr(config, name) for name in ("heads", "dilate_last", "queries") if hasattr(config, name)}
+    not_stored = {name: getattr(config, name) for name in ("heads", "dilate_last", "queries") if hasattr(config, name)}
     assert found.get("queries", config.queries) == config.queries
-    rebuilt = type(config)(**{**found, **untold})
+    rebuilt = type(config)(**{**found, **not_stored})
     assert build(member, rebuilt, CLASSES).state_dict().keys() == build(member, config, CLASSES).state_dict().keys()
     for name in ("backbone", "backbone_width", "hidden", "ffn", "encoder_layers", "decoder_layers"):
         assert found[name] == getattr(config, name), name

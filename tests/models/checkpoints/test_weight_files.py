@@ -54,14 +54,14 @@ def sharded(folder: Path, weights: Weights, suffix: str) -> Path:
     """Two shards and their index, as save_pretrained(max_shard_size=...) writes them."""
     stem = "model" if suffix == "safetensors" else "pytorch_model"
     listed = sorted(weights)
-    places = {}
+    weight_map = {}
     for number, part in enumerate((listed[: len(listed) // 2], listed[len(listed) // 2 :]), start=1):
         name = f"{stem}-0000{number}-of-00002.{suffix}"
         tensors = {key: weights[key].contiguous() for key in part}
         save_file(tensors, folder / name) if suffix == "safetensors" else torch.save(tensors, folder / name)
-        places.update(dict.fromkeys(part, name))
+        weight_map.update(dict.fromkeys(part, name))
     index = folder / f"{stem}.{suffix}.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}), encoding="utf-8")
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}), encoding="utf-8")
     return index
 
 
@@ -77,17 +77,17 @@ def test_shards_are_put_together(suffix: str, ours: Weights, authors: Weights, t
 
 def test_an_index_is_believed_about_nothing(authors: Weights, tmp_path: Path) -> None:
     index = sharded(tmp_path, authors, "safetensors")
-    places = json.loads(index.read_text())["weight_map"]
-    first = sorted(places)[0]
+    weight_map = json.loads(index.read_text())["weight_map"]
+    first = sorted(weight_map)[0]
     for wrong, said in [
-        ({"weight_map": {**places, first: "../x.safetensors"}}, "expected a file in the folder of the index"),
-        ({"weight_map": {**places, first: "/etc/passwd"}}, "expected a file in the folder of the index"),
-        ({"weight_map": {**places, first: 7}}, "no weight_map"),
+        ({"weight_map": {**weight_map, first: "../x.safetensors"}}, "expected a file in the folder of the index"),
+        ({"weight_map": {**weight_map, first: "/etc/passwd"}}, "expected a file in the folder of the index"),
+        ({"weight_map": {**weight_map, first: 7}}, "no weight_map"),
         ({}, "no weight_map"),
         ([1], "no weight_map"),
-        ({"weight_map": {**places, "extra": places[first]}}, "extra is missing"),
-        ({"weight_map": {k: v for k, v in places.items() if k != first}}, f"{first} is not in the index"),
-        ({"weight_map": {**places, first: "gone.safetensors"}}, "names gone.safetensors, which is not"),
+        ({"weight_map": {**weight_map, "extra": weight_map[first]}}, "extra is missing"),
+        ({"weight_map": {k: v for k, v in weight_map.items() if k != first}}, f"{first} is not in the index"),
+        ({"weight_map": {**weight_map, first: "gone.safetensors"}}, "names gone.safetensors, which is not"),
         ({"weight_map": {f"a{i}": f"f{i}" for i in range(501)}}, "501 files"),
     ]:
         index.write_text(json.dumps(wrong), encoding="utf-8")

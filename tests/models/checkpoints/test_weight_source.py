@@ -112,14 +112,14 @@ def test_all_files_are_of_the_commit_of_the_first(cache: Cache, weights: dict[st
 
 def test_shards_come_from_the_hub_as_well(cache: Cache, weights: dict[str, torch.Tensor]) -> None:
     listed = sorted(weights)
-    places = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(listed)}
+    weight_map = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(listed)}
     cache.missing("model.safetensors")
-    cache.add("model.safetensors.index.json", {"weight_map": places})
-    for file in set(places.values()):
-        cache.add(file, {name: weights[name] for name in listed if places[name] == file})
+    cache.add("model.safetensors.index.json", {"weight_map": weight_map})
+    for file in set(weight_map.values()):
+        cache.add(file, {name: weights[name] for name in listed if weight_map[name] == file})
     origin = WeightSource(NAME)
     assert origin.weights().keys() == weights.keys()
-    assert sorted(origin.record()["files"]) == sorted({*places.values(), "model.safetensors.index.json"})
+    assert sorted(origin.record()["files"]) == sorted({*weight_map.values(), "model.safetensors.index.json"})
 
 
 def test_a_model_without_weights_says_what_was_looked_for(cache: Cache) -> None:

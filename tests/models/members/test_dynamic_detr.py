@@ -48,8 +48,8 @@ def test_levels_flow_into_each_other_as_the_middle_one_asks(dynamic_relu: bool, 
     maps = [torch.randn(1, DIM, *shape, dtype=torch.float64) for shape in ((6, 8), (3, 4), (2, 2))]
     actual = layer(maps)
     for level, features in enumerate(maps):
-        told = F.conv2d(features, layer.offset.weight, layer.offset.bias, padding=1)[0]
-        offset, mask = told[:18], told[18:].sigmoid()
+        predicted = F.conv2d(features, layer.offset.weight, layer.offset.bias, padding=1)[0]
+        offset, mask = predicted[:18], predicted[18:].sigmoid()
         sources = [(layer.same, layer.same_norm, features[0], 1)]
         if level > 0:
             sources.append((layer.finer, layer.finer_norm, maps[level - 1][0], 2))

@@ -123,8 +123,8 @@ def test_proposals_fall_linearly_in_training_and_the_copies_keep_the_last_number
     detector = spread()
     images = torch.rand(1, 3, 96, 128)
     counts = []
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        detector.progress(share)
+    for fraction in (0.0, 0.25, 0.5, 0.75, 1.0):
+        detector.progress(fraction)
         outputs = detector(images)
         counts.append(outputs.logits.shape[2])
         assert outputs.encoder is not None and outputs.encoder[0].shape[1] == 12 * 16 + 6 * 8 + 3 * 4 + 2 * 2

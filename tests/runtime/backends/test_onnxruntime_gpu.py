@@ -101,4 +101,4 @@ def test_quantized_graphs_stay_on_the_cpu_and_are_warned_of_where_asked_for(make
 def test_verify_takes_its_stages_where_it_works(make_bundle, working, monkeypatch):
     bundle = make_bundle("model.onnx", "model.fp16.onnx", "model.int8.onnx")
     found = candidates(bundle, verified_pairs())
-    assert [stage for stage, backend in found if backend == "onnxruntime-cuda"] == ["onnx", "fp16"]
+    assert [artifact for artifact, backend in found if backend == "onnxruntime-cuda"] == ["onnx", "fp16"]

@@ -17,7 +17,7 @@ from edgedetr.runtime.tensorrt.gpu import Device
 
 ORIN = Device("Orin (nvgpu)", 87, 8 << 30, True, "12.6", "12.6")
 ARGUMENTS = BuildArguments("int8", (1, 4, 8), 1024, 3, "auto")
-TOLD = EngineMetadata(
+METADATA = EngineMetadata(
     "e.plan",
     "0" * 64,
     7,
@@ -41,8 +41,8 @@ TOLD = EngineMetadata(
 def test_what_is_written_is_read(tmp_path):
     plan = tmp_path / "e.plan"
     assert engine_metadata.read(plan) is None
-    engine_metadata.metadata_path(plan).write_bytes(engine_metadata.to_bytes(TOLD))
-    assert engine_metadata.read(plan) == TOLD
+    engine_metadata.metadata_path(plan).write_bytes(engine_metadata.to_bytes(METADATA))
+    assert engine_metadata.read(plan) == METADATA
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_is_written_is_read(tmp_path):
     ],
 )
 def test_metadata_of_another_kind_are_refused(tmp_path, change):
-    raw = {**json.loads(engine_metadata.to_bytes(TOLD)), **change}
+    raw = {**json.loads(engine_metadata.to_bytes(METADATA)), **change}
     (tmp_path / "e.json").write_text(json.dumps(raw))
     with pytest.raises(EngineError, match="e.json: damaged or of another kind.*edgedetr build"):
         engine_metadata.read(tmp_path / "e.plan")

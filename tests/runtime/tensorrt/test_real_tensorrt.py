@@ -127,7 +127,7 @@ LOAD = """
     import tensorrt_lean_bindings as lean
     sys.modules["tensorrt"] = lean
 """
-UNGUARDED = (
+UNCHECKED = (
     LOAD
     + """
     runtime = lean.Runtime(lean.Logger())
@@ -135,7 +135,7 @@ UNGUARDED = (
     runtime.deserialize_cuda_engine(b"a plan")
 """
 )
-GUARDED = (
+CHECKED = (
     LOAD
     + """
     from edgedetr.errors import EdgedetrError
@@ -172,10 +172,10 @@ def test_without_a_driver_the_guard_speaks_before_the_runtime_crashes(bindings, 
             check=False,
         )
 
-    guarded = run(GUARDED)
-    assert guarded.returncode == 0, guarded.stderr
-    lines = guarded.stdout.splitlines()
+    checked = run(CHECKED)
+    assert checked.returncode == 0, checked.stderr
+    lines = checked.stdout.splitlines()
     assert len(lines) == 3 and all("no NVIDIA driver" in line for line in lines)
     assert [line.split()[0] for line in lines[1:]] == ["DeviceError"] * 2
-    crashed = run(UNGUARDED)
+    crashed = run(UNCHECKED)
     assert "a Runtime is there: True" in crashed.stdout and crashed.returncode < 0  # by a signal: SIGSEGV here

@@ -52,9 +52,9 @@ def test_an_engine_that_fits_is_used_and_named(fake, bundle, red):
     assert detector.description == (
         "int8 on tensorrt (int8.plan fits this device; not verified here yet: Orin, TensorRT 10.3.0)"
     )
-    found, oracle = detector([red, red])[1], load(bundle, backend="onnxruntime", stage="int8", threads=1)([red])[0]
-    np.testing.assert_array_equal(found.xyxy, oracle.xyxy)
-    np.testing.assert_array_equal(found.class_id, oracle.class_id)
+    found, expected = detector([red, red])[1], load(bundle, backend="onnxruntime", stage="int8", threads=1)([red])[0]
+    np.testing.assert_array_equal(found.xyxy, expected.xyxy)
+    np.testing.assert_array_equal(found.class_id, expected.class_id)
 
 
 def test_int8_goes_before_fp16_before_float32_until_something_was_measured(fake, bundle):

@@ -113,7 +113,7 @@ def faulty(name: str) -> bytes:
             node.input[1] = "b_relu_scale"  # one branch's scale for both
     if name == "layer_norm":  # squares beyond FP16 are infinite, as in a norm that was decomposed in FP16
         norm = next(n for n in model.graph.node if n.op_type == "LayerNormalization")
-        place, make = list(model.graph.node).index(norm), onnx.helper.make_node
+        index, make = list(model.graph.node).index(norm), onnx.helper.make_node
         model.graph.node.remove(norm)
         new = [
             make("Cast", ["half"], ["full"], to=1),
@@ -130,7 +130,7 @@ def faulty(name: str) -> bytes:
             make("Add", ["scaled", "bias"], ["normed"]),
         ]
         for node in reversed(new):
-            model.graph.node.insert(place, node)
+            model.graph.node.insert(index, node)
         values = {"last": np.array([-1]), "largest": np.float32(65504), "infinite": np.float32(np.inf)}
         for key, value in values.items():
             model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), key))

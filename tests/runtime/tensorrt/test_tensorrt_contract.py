@@ -17,7 +17,7 @@ SOURCES = sorted(
     path for path in RUNTIME.glob("*.py") if path.name in GIVEN or "trt." in path.read_text(encoding="utf-8")
 )
 # Names that are not in all versions, and why that is right. Flags asked for by hasattr and getattr need no entry.
-GUARDED = {"trt.IErrorRecorder.take": "our recorder's own method, which only we call"}
+EXEMPT = {"trt.IErrorRecorder.take": "our recorder's own method, which only we call"}
 
 # What the builder and the runner cannot do without: if these were not found, the collector would have gone blind.
 ESSENTIAL = {
@@ -58,7 +58,7 @@ def uses(path: Path, bindings: ModuleType) -> list[contract.Use]:
 def test_every_name_and_argument_exists_in_this_version(bindings, path, version):
     names = bindings.described()[version]
     wrong = [
-        reason for use in uses(path, bindings) if str(use) not in GUARDED and (reason := contract.missing(use, names))
+        reason for use in uses(path, bindings) if str(use) not in EXEMPT and (reason := contract.missing(use, names))
     ]
     assert not wrong, f"TensorRT {version}, {path.name}: " + "; ".join(wrong)
 
@@ -115,4 +115,4 @@ def test_every_guarded_name_is_needed(bindings):
         for use in uses(path, bindings)
         if any(contract.missing(use, names) for names in versions.values())
     }
-    assert set(GUARDED) == lacking
+    assert set(EXEMPT) == lacking
