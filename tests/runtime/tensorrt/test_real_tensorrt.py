@@ -102,7 +102,7 @@ def test_the_real_parser_names_the_node_it_refuses(rtx):
 
 @pytest.mark.parametrize("keep", [0.3, 0.97])
 def test_a_graph_that_is_cut_off_is_refused_by_the_real_parser(rtx, graph, keep):
-    with pytest.raises(EngineError, match="parser refuses the graph"):
+    with pytest.raises(EngineError, match="parser rejects the graph"):
         build.build_serialized(graph[: int(keep * len(graph))], arguments("fp32"), NOWHERE)
 
 
