@@ -60,7 +60,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
     ),
     "a pickle that runs code": (
         "models/checkpoints/test_pretrained.py::test_damaged_and_malicious_files_are_refused_unexecuted",
-        "evaluation/test_reference.py::test_foreign_files_are_refused_and_never_executed",
+        "evaluation/test_reference.py::test_files_of_another_kind_are_refused_and_never_executed",
         "training/test_output.py::test_the_checkpoint_holds_no_pickle",
     ),
     "archives and links that lead out of a bundle": (
@@ -81,7 +81,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "runtime/tensorrt/test_select.py::test_what_was_measured_with_another_driver_counts_no_more",
         "runtime/test_bundle_detector.py::test_a_stale_graph_is_refused",
         "runtime/tensorrt/test_engine_validation.py",
-        "evaluation/test_verify.py::test_the_verdict_is_stale_once_a_stage_is_made_again",
+        "evaluation/test_verify.py::test_the_verdict_is_stale_once_an_artifact_is_made_again",
     ),
     "a CPU without the instructions of another": (
         "runtime/test_cpu.py::test_only_x86_without_the_instruction_saturates",

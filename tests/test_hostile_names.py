@@ -98,7 +98,7 @@ def test_the_terminal_gets_no_character_that_steers_it(hostile, tmp_path, capsys
     assert "\\x1b[2J" in said.err
 
 
-def test_the_json_lines_bring_the_names_back_as_they_were(hostile, tmp_path, capsys):
+def test_the_json_lines_return_the_names_unchanged(hostile, tmp_path, capsys):
     image = tmp_path / "image.png"
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(image)
     assert run(["predict", str(hostile), str(image), "--backend", "onnxruntime"]) == 0

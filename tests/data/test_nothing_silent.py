@@ -73,7 +73,7 @@ def test_names_that_differ_in_case_and_have_a_label_file_each_are_not_shared(tmp
         assert found(tmp_path, "same-name") == []
 
 
-def test_an_image_in_place_of_a_list_of_images_is_named(tmp_path):
+def test_an_image_instead_of_a_list_of_images_is_named(tmp_path):
     with pytest.raises(DataError, match=r"a\.jpg' is not a folder or list"):
         layouts.load(yolo(tmp_path, "names: [cat, dog]\ntrain: images/train/a.jpg\n"), "train")
 

@@ -481,7 +481,7 @@ def test_xml_in_another_encoding_than_it_says_is_named_first(tmp_path, declared)
 # what is not a plain file
 
 
-def test_pipes_in_the_place_of_annotations_never_block(tmp_path):
+def test_pipes_named_like_annotations_never_block(tmp_path):
     root = yolo(tmp_path / "y")
     (root / "data.yaml").unlink()
     os.mkfifo(root / "data.yaml")

@@ -109,7 +109,7 @@ def test_an_empty_yaml_is_no_description(tmp_path):
         "train.txt",
     ],
 )
-def test_places_that_lie_in_this_very_folder_are_found(tmp_path, train):
+def test_paths_into_this_folder_are_found(tmp_path, train):
     root = tmp_path / "own"
     yolo(root, f"names: [cat, dog]\ntrain: {train.format(root=root, name='own')}\n")
     text(root / "train.txt", f"{root}/images/train/a.jpg\n../own/images/train/b.jpg\n")

@@ -41,7 +41,7 @@ def verdict(bundle) -> dict:
     return json.loads((bundle / "results" / "verify.json").read_text(encoding="utf-8"))
 
 
-def test_the_bundle_holds_every_stage(bundle):
+def test_the_bundle_holds_every_artifact(bundle):
     opened = Bundle.open(bundle)
     for name in (
         "recipe.toml",
@@ -103,14 +103,14 @@ def test_eval_agrees_with_verify(command, bundle, verdict, capsys):
     assert json.loads(capsys.readouterr().out)["ap"] == pytest.approx(recorded["ap"], abs=1e-9)
 
 
-def test_bench_times_every_stage(bundle, capsys):
+def test_bench_times_every_artifact(bundle, capsys):
     assert cli.run(["bench", str(bundle), "--rounds", "2", "--threads", "1", "--json"]) == 0
     timings = json.loads(capsys.readouterr().out)
     assert {t["name"] for t in timings} == {"onnx", "int8", "int8-cpu"}
     assert all(0 < t["p50_ms"] <= t["p99_ms"] for t in timings)
 
 
-def test_report_names_every_stage(bundle, verdict, capsys):
+def test_report_names_every_artifact(bundle, verdict, capsys):
     assert cli.run(["report", str(bundle)]) == 0
     page = (bundle / "report" / "index.html").read_text(encoding="utf-8")
     for artifact in verdict["stages"]:

@@ -85,7 +85,7 @@ def coins(outcome: np.ndarray) -> DetectionMatches:
     return DetectionMatches((ClassMatches(images, hit, ~hit, np.ones(len(outcome), np.int64)),), len(outcome))
 
 
-def test_standard_error_is_the_binomial_one_where_ap_is_a_share(rng):
+def test_standard_error_is_the_binomial_one_where_ap_is_a_fraction(rng):
     n = 400
     first, second = np.ones(n, bool), rng.uniform(size=n) < 0.8
     result = bootstrap.paired(coins(first), coins(second), resamples=2000, seed=1)

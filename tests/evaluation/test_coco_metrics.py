@@ -84,7 +84,7 @@ def test_a_set_of_crowds_has_no_ap():
     assert "matches" not in metrics.to_json()
 
 
-def test_missing_images_count_as_empty_and_foreign_ones_are_refused(random_set):
+def test_missing_images_count_as_empty_and_unknown_ones_are_refused(random_set):
     truth, found = random_set(3)
     first = int(truth.image_ids[0])
     empty = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))

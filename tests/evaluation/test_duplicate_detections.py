@@ -28,5 +28,5 @@ def test_a_second_box_on_the_same_object_counts_once_and_other_classes_or_faint_
     assert duplicate_percentage({1: one, 2: two}) == pytest.approx(100 * 2 / 7)
 
 
-def test_nothing_shown_is_no_share() -> None:
+def test_without_detections_there_is_no_percentage() -> None:
     assert duplicate_percentage({1: found((0, 0, 10, 10, 0.1, 0)), 2: found()}) is None

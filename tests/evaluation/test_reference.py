@@ -95,7 +95,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no archive", pickle.dumps(Evil())])
-def test_foreign_files_are_refused_and_never_executed(tmp_path, content):
+def test_files_of_another_kind_are_refused_and_never_executed(tmp_path, content):
     (tmp_path / "reference.npz").write_bytes(content)
     with pytest.raises(BundleError, match=r"reference.npz: damaged or of another kind.*edgedetr export"):
         Reference.load(tmp_path / "reference.npz")

@@ -49,7 +49,7 @@ def bad(make_bundle, colors) -> Bundle:
     return with_reference(make_bundle(onnx=GOOD, int8=GOOD, int8_cpu=BAD), colors)
 
 
-def test_sound_stages_pass_and_the_json_has_the_promised_form(good):
+def test_sound_artifacts_pass_and_the_json_has_the_documented_form(good):
     result = verify(good.path, threads=1)
     document = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert set(document) == {"passed", "budget", "certifiable", "stages"}
@@ -107,7 +107,7 @@ def test_a_cpu_that_saturates_int8_judges_no_file_by_openvino_unless_asked(good,
     assert asked == [("torch", "pytorch"), ("int8", "openvino")]
 
 
-def test_a_stage_that_loses_points_is_the_one_that_fails(bad):
+def test_an_artifact_that_loses_points_is_the_one_that_fails(bad):
     result = verify(bad, threads=1)
     assert not result.passed
     assert [s.passed for s in result.artifacts] == [True, True, True, True, False]
@@ -124,7 +124,7 @@ def test_a_stage_that_loses_points_is_the_one_that_fails(bad):
     assert lost.note == ""  # the graph itself is bad, and its backend computes it faithfully
 
 
-def test_detections_of_every_stage_are_kept_for_the_report(bad):
+def test_detections_of_every_artifact_are_kept_for_the_report(bad):
     result = verify(bad, threads=1)
     truth = Reference.load(bad.require("reference.npz")).truth
     for artifact in result.artifacts[1:]:
@@ -134,14 +134,14 @@ def test_detections_of_every_stage_are_kept_for_the_report(bad):
         assert evaluate(truth, found).ap == pytest.approx(artifact.ap)
 
 
-def test_a_budget_of_the_certifiable_size_passes_and_a_smaller_one_does_not(bad):
+def test_a_tolerance_of_the_certifiable_size_passes_and_a_smaller_one_does_not(bad):
     needed = verify(bad, threads=1).certifiable
     assert verify(bad, threads=1, max_drop=needed).passed
     assert not verify(bad, threads=1, max_drop=needed - 0.01).passed
     assert verify(bad, threads=1, max_drop=needed).tolerance == needed
 
 
-def test_a_reference_with_nothing_to_lose_does_not_pass_though_no_stage_loses_anything(good):
+def test_a_reference_with_nothing_to_lose_does_not_pass_though_no_artifact_loses_anything(good):
     result = verify(good, threads=1, max_drop=100, artifacts=["onnx"])
     assert [s.drop for s in result.artifacts] == [0, 0]
     assert not result.passed and not any(s.passed for s in result.artifacts)
@@ -149,7 +149,7 @@ def test_a_reference_with_nothing_to_lose_does_not_pass_though_no_stage_loses_an
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1.0])
-def test_a_model_that_finds_nothing_does_not_pass_whatever_the_budget(good, colors, tiny_graph, tolerance, capsys):
+def test_a_model_that_finds_nothing_does_not_pass_whatever_the_tolerance(good, colors, tiny_graph, tolerance, capsys):
     for name in ("model.onnx", "model.int8.onnx", "model.int8-cpu.onnx"):
         with good.add(name, stage="export") as path:  # boxes where no object is
             tiny_graph.write(path, np.ones((3, 6)), np.zeros((3, 2)), boxes=np.full((3, 4), [0.9, 0.1, 0.1, 0.1]))
@@ -168,7 +168,7 @@ def test_a_model_that_finds_nothing_does_not_pass_whatever_the_budget(good, colo
     assert "NOTHING TO LOSE" in page and 'class="verdict fail"' in page and 'class="word within"' not in page
 
 
-def test_the_verdict_is_stale_once_a_stage_is_made_again(good, tiny_graph):
+def test_the_verdict_is_stale_once_an_artifact_is_made_again(good, tiny_graph):
     verify(good, threads=1)
     assert good.has("results/verify.json")
     with good.add("model.int8.onnx", stage="export") as path:
@@ -182,7 +182,7 @@ def test_only_what_is_asked_for_runs_and_a_partial_verdict_is_not_recorded(good)
     assert not (good.path / "results").exists()
 
 
-def test_stages_not_yet_exported_are_left_out_unless_named(make_bundle, colors):
+def test_artifacts_not_yet_exported_are_left_out_unless_named(make_bundle, colors):
     bundle = with_reference(make_bundle(onnx=GOOD), colors)
     assert [s.name for s in verify(bundle, threads=1).artifacts] == ["torch", "onnx"]
     with pytest.raises(BundleError, match=r"model.int8.onnx has not been made yet; run: edgedetr export .* --int8"):
@@ -359,7 +359,7 @@ def test_results_behind_a_link_are_refused_before_anything_is_measured(good, tmp
     assert list((tmp_path / "outside").iterdir()) == []
 
 
-def test_one_stage_alone_is_measured_like_in_the_verdict(bad):
+def test_one_artifact_alone_is_measured_like_in_the_verdict(bad):
     result = verify(bad, threads=1)
     for artifact in result.artifacts:
         backend = None if artifact.name == "torch" else artifact.backend

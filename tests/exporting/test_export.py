@@ -122,7 +122,7 @@ def test_a_second_export_does_nothing(exported):
     assert times(exported) == before
 
 
-def test_progress_tells_each_kind_of_work_to_its_end(fresh, tmp_path):
+def test_progress_reports_each_kind_of_work_to_its_end(fresh, tmp_path):
     metadata = {}
     export(
         fresh("detr", tmp_path / "b"),

@@ -100,7 +100,7 @@ def test_threads_have_contexts_of_their_own(session):
     assert wrong == []
 
 
-def test_the_canaries_are_right_here(trt, gpu, session):
+def test_the_self_test_models_are_right_here(trt, gpu, session):
     session(exported("detr", 1))  # skips where the chip is not taken
     found = selftest.selftest()
     assert found.passed, [outcome.note for outcome in found.outcomes if not outcome.passed]

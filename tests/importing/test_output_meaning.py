@@ -293,7 +293,7 @@ def test_boxes_and_classes_in_one_are_taken_apart(tmp_path, turned, logits, firs
 
 @pytest.mark.parametrize("first", ["boxes", "classes"])
 @pytest.mark.parametrize("softmax", [False, True])
-def test_four_classes_beside_four_sides_are_told_apart(tmp_path, softmax, first):
+def test_four_classes_are_distinguished_from_four_sides(tmp_path, softmax, first):
     made = planted(softmax=softmax, spare=not softmax)
     scores = made.add("Softmax" if softmax else "Sigmoid", "l", out="p")
     made.add("Concat", *(("b", scores) if first == "boxes" else (scores, "b")), out="output0", axis=2)
@@ -346,7 +346,7 @@ def test_chosen_objects_are_traced_to_all_queries(tmp_path, layout, labels):
         ("boxes", "label", "score"),
     ],
 )
-def test_six_columns_are_told_apart_by_their_numbers(tmp_path, order):
+def test_six_columns_are_distinguished_by_their_numbers(tmp_path, order):
     made = planted()
     chosen(made, labels=TensorProto.FLOAT)
     made.add("Unsqueeze", "scores", "last", out="score")

@@ -34,7 +34,7 @@ def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, hid
 
 @pytest.mark.parametrize("first", [True, False])
 @torch.no_grad()
-def test_cross_attention_compares_content_with_content_and_place_with_place(first: bool) -> None:
+def test_cross_attention_compares_content_with_content_and_position_with_position(first: bool) -> None:
     torch.manual_seed(0)
     layer = ConditionalAttention(DIM, HEADS, first=first).double()
     content, position, spatial = (torch.randn(2, 3, DIM).double() for _ in range(3))
@@ -110,7 +110,7 @@ def test_a_box_without_area_keeps_the_spatial_query_finite() -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_one_place_for_all_images_is_that_place_for_each_also_in_gradients(first: bool) -> None:
+def test_one_position_for_all_images_is_that_position_for_each_also_in_gradients(first: bool) -> None:
     torch.manual_seed(4)
     among = ConditionalSelfAttention(DIM, HEADS).double()
     across = ConditionalAttention(DIM, HEADS, first=first).double()

@@ -58,6 +58,6 @@ def test_the_others_have_their_shapes() -> None:
     "position, shape",
     [(LearnedPosition(16, cells=4), (5, 2)), (LearnedPosition(16), (2, 51)), (SequencePosition(16, 10), (3, 4))],
 )
-def test_maps_beyond_the_learned_places_are_refused(position: torch.nn.Module, shape: tuple[int, int]) -> None:
+def test_maps_beyond_the_learned_positions_are_refused(position: torch.nn.Module, shape: tuple[int, int]) -> None:
     with pytest.raises(ModelError, match=rf"the map has {shape[0]} x {shape[1]}.*model.position=sine"):
         position(LIKE, shape)

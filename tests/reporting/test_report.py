@@ -62,7 +62,7 @@ def test_hostile_class_names_stay_text(page):
     assert '<img src=x onerror="alert(1)">' in page.text
 
 
-def test_every_stage_and_its_verdict_is_in_the_table(page, verified):
+def test_every_artifact_and_its_verdict_is_in_the_table(page, verified):
     for row in artifact_rows(read_evidence(verified.bundle).verdict)[1]:
         for cell in row:
             assert cell is None or cell in page.text

@@ -123,7 +123,7 @@ def test_wrong_words_name_the_right_ones(make_bundle, arguments, error, message)
         (np.zeros((0, 4, 3), np.uint8), DataError, "at least one pixel"),
     ],
 )
-def test_images_of_another_kind_are_refused_by_place(make_bundle, red, image, error, message):
+def test_images_of_another_kind_are_refused_with_their_index(make_bundle, red, image, error, message):
     with pytest.raises(error, match=r"images\[1\].*" + message):
         load(make_bundle())([red, image])
 

@@ -111,7 +111,7 @@ def test_importing_the_package_sets_the_variables_before_a_library_can_be_import
     assert done.stdout.strip() == "False"
 
 
-def test_openvino_is_imported_in_one_place_alone():
+def test_inference_libraries_are_imported_by_name_in_no_module():
     package = Path(telemetry.__file__).parent
     words = ("import openvino", "from openvino", "import onnxruntime", "from onnxruntime")
     found = {

@@ -203,7 +203,7 @@ def test_hostile_json_is_one_error(bundle, text):
         Bundle.open(bundle.path)
 
 
-def test_a_pipe_in_the_place_of_bundle_json_does_not_hang(bundle):
+def test_a_pipe_named_bundle_json_does_not_hang(bundle):
     (bundle.path / "bundle.json").unlink()
     os.mkfifo(bundle.path / "bundle.json")
     with pytest.raises(BundleError, match="not a plain file"):

@@ -119,7 +119,7 @@ def test_a_sheet_holds_every_map_among_zeros(shapes: list[tuple[int, int]]) -> N
         assert around.count_nonzero() == 2 * height * width * 6, "and are zeros"
 
 
-def test_a_place_that_is_no_number_gives_nan_and_nothing_else() -> None:
+def test_a_nan_coordinate_gives_nan_at_its_sample_alone() -> None:
     """A training that diverges ends with its own message, not inside a kernel."""
     value, x, y, weight = (tensor.detach() for tensor in case(torch.float32))
     wanted = by_sheet(value, x, y, weight)

@@ -244,7 +244,7 @@ def test_dn_detr_of_other_classes_keeps_all_but_what_belongs_to_classes() -> Non
     }
 
 
-def test_dab_detr_in_the_place_of_dn_detr_names_what_is_missing() -> None:
+def test_dab_detr_weights_loaded_as_dn_detr_name_what_is_missing() -> None:
     weights = translate("dn_detr", dab(random_state("dn_detr", DnDetrConfig(**PLAIN, denoising=False))))
     with pytest.raises(ModelError, match=r"missing \(1\): selector.denoising_class_embed.weight"):
         load_weights(build("dn_detr", DnDetrConfig(**PLAIN), CLASSES), weights, "DAB-DETR")

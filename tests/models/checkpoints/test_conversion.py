@@ -180,7 +180,7 @@ def test_copies_of_one_tensor_that_differ_are_an_error_that_names_both() -> None
         translate("deformable_detr", weights)
 
 
-def test_a_tensor_without_a_place_is_named() -> None:
+def test_missing_and_unused_tensors_are_named() -> None:
     config = DetrConfig(**PLAIN)
     weights = author_state_dicts.detr(random_state("detr", config), 2)
     weights["mask_head.lay1.weight"] = torch.zeros(3)

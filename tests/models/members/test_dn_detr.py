@@ -115,7 +115,7 @@ def test_the_deployed_graph_is_that_of_dab_detr() -> None:
     assert not any("rand" in name or "embedding" in name or "where" in name for name in graphs[0])
 
 
-def test_a_layer_hands_on_a_box_but_no_gradient_through_the_sampled_place() -> None:
+def test_a_layer_hands_on_a_box_but_no_gradient_through_the_sampled_position() -> None:
     """The loss of the second layer reaches the first layer's box ("look forward twice"), the reference is constant."""
     detector = build("dn_detr", DnDetrConfig(**SMALL), CLASSES)
     with torch.no_grad():

@@ -108,7 +108,7 @@ def test_proposals_start_as_the_whole_image_and_learn() -> None:
     assert detector.selector.box.weight.grad.abs().sum() > 0
 
 
-def test_a_stage_does_not_pull_at_the_boxes_of_the_stage_before() -> None:
+def test_a_stage_sends_no_gradient_to_the_boxes_of_the_stage_before() -> None:
     detector = small("sparse_rcnn").train()
     detector(detector.normalize(sample_images())).boxes[1].sum().backward()
     assert not detector.decoder.boxes.box[0].weight.grad.any()

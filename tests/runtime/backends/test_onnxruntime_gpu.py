@@ -98,7 +98,7 @@ def test_quantized_graphs_stay_on_the_cpu_and_are_warned_of_where_asked_for(make
     assert "does not compute quantized graphs as they are written" in caplog.text and "edgedetr build" in caplog.text
 
 
-def test_verify_takes_its_stages_where_it_works(make_bundle, working, monkeypatch):
+def test_verify_takes_its_artifacts_where_it_works(make_bundle, working, monkeypatch):
     bundle = make_bundle("model.onnx", "model.fp16.onnx", "model.int8.onnx")
     found = candidates(bundle, verified_pairs())
     assert [artifact for artifact, backend in found if backend == "onnxruntime-cuda"] == ["onnx", "fp16"]

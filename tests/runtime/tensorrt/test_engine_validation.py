@@ -56,7 +56,7 @@ def rewrite(plan: Path, **changes: object) -> None:
     engine_metadata.metadata_path(plan).write_bytes(engine_metadata.to_bytes(metadata_of(plan, **changes)))
 
 
-def test_an_engine_of_this_place_is_read(plan):
+def test_an_engine_of_this_environment_is_read(plan):
     found = engine_validation.check(plan, ORIN, "10.3.0", onnx_sha256="a" * 64)
     assert found.data == DATA and found.metadata == metadata_of(plan)
 

@@ -56,7 +56,7 @@ def attempt(
     return build._attempt(rtx, model, arguments(precision, batch), "strong", timing_cache, progress)
 
 
-def test_the_builder_builds_a_static_and_a_dynamic_engine_and_tells_of_it(rtx, graph):
+def test_the_builder_builds_a_static_and_a_dynamic_engine_and_reports_progress(rtx, graph):
     heard: list[tuple[str, int, int]] = []
     static = attempt(rtx, graph, (4, 4, 4), progress=lambda *words: heard.append(words))
     dynamic = attempt(rtx, graph, (1, 2, 4), timing_cache=static.timing_cache)
@@ -150,7 +150,7 @@ CHECKED = (
 )
 
 
-def test_without_a_driver_the_guard_speaks_before_the_runtime_crashes(bindings, tmp_path):
+def test_without_a_driver_the_check_reports_before_the_runtime_crashes(bindings, tmp_path):
     """Run for real: the lean runtime gives an object that ends the process when it is used; ours says one sentence."""
     if has_gpu():
         pytest.skip("needs a machine without a GPU")

@@ -102,7 +102,7 @@ def digest_of(word):
         ({"onnx": "model.other.onnx"}, "built from model.other.onnx, which is not in this bundle"),
     ],
 )
-def test_an_engine_of_another_place_is_left_and_the_reason_is_said(fake, bundle, monkeypatch, change, reason):
+def test_an_engine_of_another_environment_is_not_used_and_the_reason_is_said(fake, bundle, monkeypatch, change, reason):
     monkeypatch.setattr(engine_validation, "host", lambda **_: "fedcba9876543210")
     plan(bundle, "int8", **change)
     detector = load(bundle, threads=1)
@@ -162,7 +162,7 @@ def test_without_engines_nothing_of_a_gpu_is_asked(bundle, monkeypatch):
     assert load(bundle).backend == "onnxruntime"
 
 
-def test_a_stage_that_is_asked_for_stays_with_onnx_runtime_where_it_is_installed(fake, bundle, monkeypatch):
+def test_an_artifact_that_is_asked_for_stays_with_onnx_runtime_where_it_is_installed(fake, bundle, monkeypatch):
     plan(bundle, "int8")
     assert load(bundle, stage="int8").backend == "onnxruntime"
     assert load(bundle, stage="int8", backend="tensorrt").backend == "tensorrt"

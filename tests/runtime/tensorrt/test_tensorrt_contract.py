@@ -107,7 +107,7 @@ def test_a_planted_name_is_caught_in_the_versions_that_lack_it(bindings, source,
     assert {v for v, names in versions.items() if any(contract.missing(use, names) for use in found)} == expected
 
 
-def test_every_guarded_name_is_needed(bindings):
+def test_every_exempt_name_is_needed(bindings):
     versions = bindings.described()
     lacking = {
         str(use)
