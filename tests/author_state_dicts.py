@@ -171,7 +171,7 @@ def rt_detr(ours: Weights, version: int) -> Weights:
         elif name.startswith("backbone.stem."):
             renamed[".".join(["backbone.conv1", f"conv1_{int(part[2]) + 1}", *part[3:]])] = tensor
         elif part[0] == "backbone" and part[4] == "shortcut":
-            # Where the shortcut pools first, its convolution has a name of its own.
+            # Where the shortcut pools first, its convolution has its own name.
             pooled = "short.conv" if part[2] != "0" else "short"
             renamed[".".join(["backbone.res_layers", part[2], "blocks", part[3], pooled, *part[6:]])] = tensor
         elif part[0] == "backbone":

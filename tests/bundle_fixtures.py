@@ -96,7 +96,7 @@ def write_bundle(path: Path, member: str, data: Path | None) -> Bundle:
 
 @pytest.fixture(scope="session")
 def one_thread():
-    """Tiny networks are slower on several threads, much slower where other work runs beside."""
+    """Tiny networks are slower on several threads, much slower where other work runs at the same time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

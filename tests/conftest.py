@@ -51,7 +51,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def machine_id(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The machine has an id, whatever container the tests run in: without one, engines count as foreign."""
+    """The machine has an id, whatever container the tests run in: without one, engines count as another machine's."""
     from edgedetr.runtime.tensorrt import engine_validation
 
     engine_validation.MACHINE_ID = tmp_path_factory.mktemp("machine") / "machine-id"
@@ -61,7 +61,7 @@ def machine_id(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The real data sets beside the checkout; tests that need them say why they skip where they are missing."""
+    """The real data sets next to the checkout; tests that need them say why they skip where they are missing."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the real data sets in {SHARED_DATA}, which are not part of the repository")
     return SHARED_DATA

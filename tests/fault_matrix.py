@@ -119,7 +119,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> int:
-    """Run each row by itself; the exit code is 0 where every row holds."""
+    """Run each row alone; the exit code is 0 where every row holds."""
     failed = []
     for fault, tests in MATRIX.items():
         words = [str(HERE / test) for test in tests]

@@ -68,7 +68,7 @@ NOISE = 1.0  # standard deviation that the added noise alone gives to what a lay
 # Members whose queries' positions follow from boxes that depend on the image.
 MOVING = ("dn_detr", "deformable_detr", "efficient_detr")
 
-RESIDUAL = 0.3  # share of a ResNet block's branch
+RESIDUAL = 0.3  # scale of a ResNet block's branch
 
 # Members whose queries are the best of the image's cells.
 SELECTING = ("deformable_detr", "efficient_detr", "rt_detr")
@@ -133,7 +133,7 @@ def exported(name: str, batch: int | None = 1, sampling: str = "gather") -> Path
     return _exported(name, batch, sampling)
 
 
-@cache  # which tells f(x) from f(x, 1): hence behind a function that always gives all three
+@cache  # which distinguishes f(x) from f(x, 1): hence behind a function that always gives all three
 def _exported(name: str, batch: int | None, sampling: str) -> Path:
     path = _folder() / f"{name}-{batch}-{sampling}.onnx"
     if not path.exists():  # another process of this run may have written it
@@ -144,7 +144,7 @@ def _exported(name: str, batch: int | None, sampling: str) -> Path:
 
 @cache
 def _folder() -> Path:
-    """The folder that all processes of a test run share (tests/conftest.py makes it), or one of our own."""
+    """The folder that all processes of a test run share (tests/conftest.py makes it), or a new one."""
     if "EDGEDETR_TEST_EXPORTS" in os.environ:
         return Path(os.environ["EDGEDETR_TEST_EXPORTS"])
     folder = tempfile.mkdtemp(prefix="members-")

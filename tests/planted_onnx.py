@@ -12,7 +12,7 @@ from PIL import Image
 
 HEIGHT, WIDTH = 64, 96  # of the input: a swapped x and y would show
 QUERIES = 30
-# cx, cy, w, h in shares: small ones and some at the borders, so that no other reading of the numbers is possible.
+# cx, cy, w, h in fractions: small ones and some at the borders, so that no other reading of the numbers is possible.
 BOXES = np.array(
     [
         [0.10, 0.12, 0.20, 0.24],
@@ -42,7 +42,7 @@ def written(boxes: np.ndarray, layout: str) -> np.ndarray:
 
 @dataclass
 class Planted:
-    """logits [1, N, K*] and boxes [1, N, 4] (cx, cy, w, h in shares), both moved a little by the image."""
+    """logits [1, N, K*] and boxes [1, N, 4] (cx, cy, w, h in fractions), both moved a little by the image."""
 
     nodes: list
     constants: dict[str, np.ndarray]
@@ -113,7 +113,7 @@ def planted(
 
 
 def convert(made: Planted, layout: str, *, pixels: bool = False) -> str:
-    """Nodes from "b", cx, cy, w, h in shares, to another layout."""
+    """Nodes from "b", cx, cy, w, h in fractions, to another layout."""
     made.const("two_two", np.array([2, 2]))
     made.const("half", np.float32(0.5))
     made.nodes.append(helper.make_node("Split", ["b", "two_two"], ["c", "s"], "split", axis=2))

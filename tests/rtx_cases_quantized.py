@@ -186,7 +186,7 @@ WZ = floats("wz", 4, kind="int8", value=0)
 
 
 def bias(model: ModelProto) -> None:
-    """An int32 bias behind a DequantizeLinear of its own, as ONNX Runtime's quantizer writes it."""
+    """An int32 bias behind its own DequantizeLinear, as ONNX Runtime's quantizer writes it."""
     node = helper.make_node("DequantizeLinear", ["b", "ws"], ["bd"], axis=0)
     model.graph.node.insert(len(model.graph.node) - 1, node)
     model.graph.node[-1].input.append("bd")

@@ -1,4 +1,4 @@
-"""The table of artifacts: complete, free of contradictions, and the only place that names the files."""
+"""The table of artifacts: complete, free of contradictions, and the only module that names the files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_graph_is_verified_somewhere_and_float_before_what_is_compared_wit
     assert {artifact for artifact, _ in pairs} == set(GRAPHS)
     assert pairs[0] == ("onnx", "onnxruntime")
     for artifact, backend in artifacts.benched_pairs():
-        assert ("onnx", backend) in artifacts.benched_pairs(), f"{artifact} on {backend} has no float32 beside it"
+        assert ("onnx", backend) in artifacts.benched_pairs(), f"{artifact} on {backend} has no float32 pair"
 
 
 def test_one_graph_of_each_precision_becomes_engines():

@@ -142,7 +142,7 @@ CLICK_CHECKS = "cli"  # click.Choice refuses other words before a command's func
 
 
 def choices(tree: ast.Module) -> set[str]:
-    """Names of this module that stand for a Literal: Observer = Literal[...]."""
+    """Names of this module that are a Literal: Observer = Literal[...]."""
     return {
         node.targets[0].id
         for node in tree.body

@@ -59,7 +59,7 @@ def test_the_command_in_a_head_names_a_recipe_and_a_preset_that_are_there(path):
 # ------------------------------------------------------------------- the authors' values, each with where it stands
 
 SIZES = (0.6, 0.64, 0.68, 0.72, 0.76, 0.8, 0.84, 0.88, 0.92, 0.96, 1.0)  # [480, 512 .. 800] / 800
-HEIR = {  # of main.py and datasets/coco.py, which DETR's heirs share but for what stands below
+HEIR = {  # of main.py and datasets/coco.py, which DETR's heirs have in common, except for the values below
     "train.weight_decay": (1e-4, "main.py --weight_decay"),
     "train.decay": ("all", "main.py param_dicts: every parameter by name, one weight_decay"),
     "train.clip": (0.1, "main.py --clip_max_norm"),

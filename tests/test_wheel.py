@@ -1,4 +1,4 @@
-"""The wheel works from an empty place: no checkout on the path, only what it brings and what it declares."""
+"""The wheel works from an empty folder: no checkout on the path, only what it contains and what it declares."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def installed(tmp_path_factory) -> Path:
 
 def run(installed: Path, *words: str, code: str = "") -> str:
     """Run the installed command, or some code, away from the checkout; standard output and error together."""
-    # -S and -P would hide the test environment's own packages (numpy, click, torch), which stand for the declared ones.
+    # -S and -P would hide the test environment's own packages (numpy, click, torch), which replace the declared ones.
     environment = {"PATH": os.environ["PATH"], "HOME": str(installed), "PYTHONPATH": str(installed / "site")}
     command = (
         [sys.executable, "-c", code] if code else [sys.executable, str(installed / "site" / "bin" / "edgedetr"), *words]

@@ -1,4 +1,4 @@
-"""What one image takes on an NVIDIA GPU: PyTorch, ONNX Runtime's CUDA provider and engines, timed in turns.
+"""What one image takes on an NVIDIA GPU: PyTorch, ONNX Runtime's CUDA provider and engines, timed alternately.
 
 usage: python tests/benchmarks/gpu_latency.py BUNDLE [BUNDLE ...] [--rounds 200] [--json]
 

@@ -1,4 +1,4 @@
-"""How much faster INT8 is than float32: every member at 640 px with random weights, timed in turns in one process.
+"""How much faster INT8 is than float32: every member at 640 px with random weights, timed alternately in one process.
 
 usage: python tests/benchmarks/int8_latency.py --data DIR [--member rt_detr detr] [--threads 2] [--rounds 30] [--json]
 

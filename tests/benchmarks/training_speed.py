@@ -1,4 +1,4 @@
-"""How fast a training step is, beside the Hugging Face class of the same size: forward, loss, backward, AdamW.
+"""How fast a training step is, compared with the Hugging Face class of the same size: forward, loss, backward, AdamW.
 
 usage: python tests/benchmarks/training_speed.py [--member rt_detr detr ...] [--pixels 320] [--batch 4] [--steps 5]
        [--threads 2] [--backbone frozen|trained] [--precision 32|bf16] [--device cpu|cuda] [--json]
@@ -146,7 +146,7 @@ def steps(
     threads: int,
     pipe: Connection,
 ) -> None:
-    """One side, in a process of its own: a step, timed, each time that it is told True."""
+    """One side, in its own process: a step, timed, each time that it receives True."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
     torch.manual_seed(0)

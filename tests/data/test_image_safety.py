@@ -1,4 +1,4 @@
-"""Image files that want to start programs, block a reader, eat memory, or that a package of its own must read."""
+"""Image files that want to start programs, block a reader, eat memory, or that another package must read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YOLO sets as people have them: any YAML, labels without images, poses, other cases and places, Darknet, LabelImg."""
+"""YOLO sets as people have them: any YAML, labels without images, poses, other cases and folders, Darknet, LabelImg."""
 
 from __future__ import annotations
 

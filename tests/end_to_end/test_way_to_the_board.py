@@ -38,7 +38,7 @@ def lines(page: str, start: str, end: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def laptop(tmp_path_factory) -> Path:
-    """A folder in which the README's commands were pasted, beside a data set called cells."""
+    """A folder in which the README's commands were pasted, next to a data set called cells."""
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("laptop")
     render(folder / "cells", train=16, val=4, verify=10, size=64, seed=3)
@@ -49,7 +49,7 @@ def laptop(tmp_path_factory) -> Path:
             if not line.startswith("edgedetr ") or line.startswith("edgedetr predict"):
                 continue
             words = shlex.split(line)[1:]
-            if words[0] == "train":  # a recipe that is trained in a second, in place of hours
+            if words[0] == "train":  # a recipe that is trained in a second instead of hours
                 words += ["--recipe", str(RECIPE)]
             # 3: what this little model loses is not the question here.
             assert cli.run(words) in {"train": (0,), "export": (0,), "verify": (0, 3), "report": (0,)}[words[0]]

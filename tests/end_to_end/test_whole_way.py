@@ -1,4 +1,4 @@
-"""The whole way by the command line: train, export, quantize, verify, report, predict, on a few rendered images."""
+"""End to end by the command line: train, export, quantize, verify, report, predict, on a few rendered images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bundle(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def verdict(bundle) -> dict:
-    # After one epoch the micro model finds nothing, so that nothing passes, whatever the budget. That a model that does
+    # After one epoch the micro model finds nothing, so that nothing passes at any tolerance. That a model that does
     # find something passes, with exit code 0, is held by tests/evaluation/test_verify.py.
     assert cli.run(["verify", str(bundle), "--max-drop", "100"]) == 3
     return json.loads((bundle / "results" / "verify.json").read_text(encoding="utf-8"))

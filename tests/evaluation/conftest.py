@@ -21,17 +21,17 @@ from edgedetr.runtime.postprocess import Detections
 def truth_of(images: list[dict], annotations: list[dict], categories: list[dict]) -> GroundTruth:
     """Ground truth from COCO records, xywh boxes."""
     categories = sorted(categories, key=lambda c: c["id"])
-    index = {c["id"]: n for n, c in enumerate(categories)}
-    index = {image["id"]: n for n, image in enumerate(images)}
+    class_index = {c["id"]: n for n, c in enumerate(categories)}
+    image_index = {image["id"]: n for n, image in enumerate(images)}
     return GroundTruth(
         tuple(ClassInfo(n, c["id"], c["name"]) for n, c in enumerate(categories)),
         np.array([image["id"] for image in images], np.int64),
         np.array([f"{image['id']}.jpg" for image in images], str),
         np.array([f"{image['id']:064x}" for image in images], str),
         np.array([(image["height"], image["width"]) for image in images], np.int64).reshape(-1, 2),
-        np.array([index[a["image_id"]] for a in annotations], np.int64),
+        np.array([image_index[a["image_id"]] for a in annotations], np.int64),
         xyxy([a["bbox"] for a in annotations]),
-        np.array([index[a["category_id"]] for a in annotations], np.int64),
+        np.array([class_index[a["category_id"]] for a in annotations], np.int64),
         np.array([a.get("iscrowd", 0) for a in annotations], bool),
         np.array([a["area"] for a in annotations], np.float64),
     )
@@ -137,7 +137,7 @@ BOXES = np.array([[0.25, 0.5, 0.3, 0.6], [0.7, 0.4, 0.4, 0.4], [0.5, 0.5, 0.8, 0
 
 @pytest.fixture
 def colors(tmp_path: Path) -> Path:
-    """A COCO set of 24 one-colored images; each has one object, always at the first place, of its color's class."""
+    """A COCO set of 24 one-colored images; each has one object, always at the first position, of its color's class."""
     root = tmp_path / "colors"
     (root / "images" / "test").mkdir(parents=True)
     (root / "annotations").mkdir()

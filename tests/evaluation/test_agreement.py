@@ -29,7 +29,7 @@ def test_equal_systems_are_equal():
 def test_a_hand_worked_difference():
     other = found(
         (0, 0, 10, 12, 0.8, 0),  # A: corner off by 2, score by 0.1
-        (50, 50, 70, 70, 0.5, 0),  # B's place, another class: missed and spurious
+        (50, 50, 70, 70, 0.5, 0),  # B's position, another class: missed and spurious
         (90, 90, 95, 95, 0.2, 0),
     )  # below the threshold: nobody minds
     result = compare_detections({1: found(A, B)}, {1: other})

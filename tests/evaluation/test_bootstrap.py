@@ -28,7 +28,7 @@ def test_identity_equals_pycocotools_on_random_sets(random_set, seed, quality):
 
 
 def repeated(truth: GroundTruth, found: dict, counts: np.ndarray) -> tuple[GroundTruth, dict]:
-    """The resample written out as a data set of its own: copies of images under new ids.
+    """The resample written out as its own data set: copies of images under new ids.
 
     Copies of one image stand side by side in the order of the original ids, because pycocotools ranks detections of
     equal score by image id. Within one image equal scores would be ranked copy by copy, which a resample by counts
@@ -79,7 +79,7 @@ def test_a_resample_without_any_object_is_not_counted():
 
 
 def coins(outcome: np.ndarray) -> DetectionMatches:
-    """One object per image, of one class; detected or not, no false alarms: AP is near the share of detected ones."""
+    """One object per image, of one class; detected or not, no false alarms: AP is near the recall."""
     images = np.flatnonzero(outcome)
     hit = np.ones((1, len(images)), bool)  # one IoU threshold is enough here
     return DetectionMatches((ClassMatches(images, hit, ~hit, np.ones(len(outcome), np.int64)),), len(outcome))
@@ -90,7 +90,7 @@ def test_standard_error_is_the_binomial_one_where_ap_is_a_fraction(rng):
     first, second = np.ones(n, bool), rng.uniform(size=n) < 0.8
     result = bootstrap.paired(coins(first), coins(second), resamples=2000, seed=1)
     lost = 1 - second.mean()
-    # AP counts recall thresholds reached, in steps of 1/101 of a point's share: at most 1 point off
+    # AP counts recall thresholds reached, in steps of 1/101 of a point: at most 1 point off
     assert result.drop == pytest.approx(100 * lost, abs=1)
     # 2000 resamples know the standard error to 1.6 %; the steps of 1/101 add about 3 %
     assert result.se == pytest.approx(100 * np.sqrt(lost * (1 - lost) / n), rel=0.1)

@@ -101,11 +101,11 @@ def test_no_images_is_an_error(random_set):
 
 
 def test_leaving_sizes_out_changes_nothing_else(random_set):
-    whole, quick = evaluate(*random_set(4)), evaluate(*random_set(4), by_size=False)
+    whole, without_sizes = evaluate(*random_set(4)), evaluate(*random_set(4), by_size=False)
     names = ("ap", "ap50", "ap75", "ar100", "per_class")
-    assert [getattr(quick, n) for n in names] == [getattr(whole, n) for n in names]
-    assert (quick.ap_small, quick.ap_medium, quick.ap_large) == (None, None, None)
-    for a, b in zip(quick.matches.classes, whole.matches.classes):
+    assert [getattr(without_sizes, n) for n in names] == [getattr(whole, n) for n in names]
+    assert (without_sizes.ap_small, without_sizes.ap_medium, without_sizes.ap_large) == (None, None, None)
+    for a, b in zip(without_sizes.matches.classes, whole.matches.classes):
         np.testing.assert_array_equal(a.hit, b.hit)
         np.testing.assert_array_equal(a.objects, b.objects)
 

@@ -55,7 +55,7 @@ def build(bundle: Bundle, tiny_graph, precision: str, likes=GOOD, batch=1, **opt
     if name != "model.onnx":
         weight = np.zeros((3, 3, 2))
         weight[0, :, 0], weight[2, :, 1] = [likes[0], 1, 0.5], [likes[1], 1, 0.5]
-        # one graph for each precision; the bias tells their bytes apart and moves nothing
+        # one graph for each precision; the bias makes their bytes differ and moves nothing
         bias = np.full((3, 2), -3.0 - 1e-5 * ("fp16", "int8").index(precision))
         boxes = np.array([[0.25, 0.5, 0.3, 0.6], [0.7, 0.4, 0.4, 0.4], [0.5, 0.5, 0.8, 0.2]])
         if name not in bundle.manifest.files:

@@ -1,4 +1,4 @@
-"""The verdict over a labeled set with stages that lose a known amount, and over sets that do not fit."""
+"""The verdict over a labeled set with artifacts that lose a known amount, and over sets that do not fit."""
 
 from __future__ import annotations
 

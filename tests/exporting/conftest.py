@@ -1,4 +1,4 @@
-"""One thread: tiny networks are slower on several, much slower where other work runs beside."""
+"""One thread: tiny networks are slower on several, much slower where other work runs at the same time."""
 
 import pytest
 

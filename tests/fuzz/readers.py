@@ -24,7 +24,7 @@ BUNDLE, SCENES = FIXTURES / "bundle-0.1", FIXTURES / "scenes-0.1"
 class Reader:
     """`prepare(folder)` lays out what stands around the file; `read(folder)` reads the file that was put at `name`.
 
-    weight   share of a long run; slow readers get less
+    weight   fraction of a long run; slow readers get less
     """
 
     name: str

@@ -35,7 +35,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 @pytest.fixture
 def trt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """TensorRT; where it is not installed TensorRT-RTX in its place, which has the interface of TensorRT 11."""
+    """TensorRT; where it is not installed TensorRT-RTX instead, which has the interface of TensorRT 11."""
     try:
         return tensorrt()
     except MissingDependency as reason:

@@ -148,7 +148,7 @@ def test_local_functions_are_written_into_the_graph(tmp_path):
 
 
 def mutated(raw: bytes, dice: random.Random) -> bytes:
-    """Bytes changed, cut or doubled; or the message changed in its fields, which stays readable."""
+    """Bytes changed, cut or repeated; or the message changed in its fields, which stays readable."""
     if dice.random() < 0.15:
         changed = bytearray(raw)
         for _ in range(dice.randint(1, 4)):

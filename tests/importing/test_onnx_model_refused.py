@@ -63,7 +63,7 @@ def test_what_cannot_be_imported_is_said_and_leaves_nothing(tmp_path, model, mes
 
 
 def test_the_smallest_file_passes(tmp_path):
-    """The twin of the refused ones."""
+    """The same file without what is refused."""
     onnx.save(detector_of(), tmp_path / "m.onnx")
     result = import_onnx_model(tmp_path / "m.onnx", tmp_path / "b", ImportOptions(activation="sigmoid"))
     assert [item.name for item in result.bundle.manifest.classes] == ["class 0", "class 1", "class 2"]

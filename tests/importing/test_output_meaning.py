@@ -121,7 +121,7 @@ def test_a_sigmoid_keeps_no_corners_in_order(tmp_path):
 )
 def test_what_is_asked_for_must_be_possible(tmp_path, asked, message):
     model = planted().model(["l", "b"])
-    if message is None:  # a share of a pixel: the objects are nowhere near, which only the caller can know
+    if message is None:  # a fraction of a pixel: the objects are nowhere near, which only the caller can know
         assert imported(model, tmp_path, boxes=asked).boxes == asked
     else:
         with pytest.raises(ExportError, match=message):

@@ -16,7 +16,7 @@ def some_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def giou_of_one_pair(a: np.ndarray, b: np.ndarray) -> float:
-    """Straight from the definition: IoU minus the share of the hull that neither covers."""
+    """Straight from the definition: IoU minus the fraction of the hull that neither covers."""
     width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     overlap = width * height

@@ -75,7 +75,7 @@ def test_self_attention_sums_what_it_projects_apart() -> None:
 
 @torch.no_grad()
 def test_a_box_is_four_waves_y_before_x() -> None:
-    """Every number times 2 pi, over 10000 to the even share of the channel, sine and cosine in turns."""
+    """Every number times 2 pi, over 10000 to the even fraction of the channel, alternating sine and cosine."""
     box, width = torch.tensor([0.3, 0.7, 0.1, 0.2], dtype=torch.float64), 6
     expected = []
     for number in (0.7, 0.3, 0.1, 0.2):

@@ -55,7 +55,7 @@ def test_values_and_gradients_equal_float64(shape: tuple[int, ...]) -> None:
     gradient = torch.randn_like(y)
     kept = gradient.clone()
     y.backward(gradient)
-    assert torch.equal(gradient, kept), "in place is what the block made itself, not what it was given"
+    assert torch.equal(gradient, kept), "only tensors that the block made are changed in place, not its input"
     found = [y.detach(), x.grad, *(p.grad for p in block.parameters())]
     for got, wanted in zip(found, by_hand(block, x, gradient), strict=True):
         assert got is not None

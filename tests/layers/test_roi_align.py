@@ -37,7 +37,7 @@ def tokens(channels: int = 3) -> torch.Tensor:
 
 
 def sample(level: torch.Tensor, y: float, x: float) -> torch.Tensor:
-    """One bilinear sample of a map [H, W, C]; places in cells, whose centers are whole numbers."""
+    """One bilinear sample of a map [H, W, C]; positions in cells, whose centers are whole numbers."""
     height, width = level.shape[:2]
     if y < -1 or y > height or x < -1 or x > width:
         return torch.zeros_like(level[0, 0])
@@ -106,7 +106,7 @@ def test_it_is_the_standards_operator() -> None:
     )[0]
     actual = RoiAlign(7, 2)(table, [(12, 16)], [8], boxes)  # [2, N, 49, C]
     actual = actual.flatten(0, 1).transpose(1, 2).unflatten(2, (7, 7))
-    np.testing.assert_allclose(actual.numpy(), expected, atol=2e-5)  # places in float32; measured 4e-6
+    np.testing.assert_allclose(actual.numpy(), expected, atol=2e-5)  # positions in float32; measured 4e-6
 
 
 def test_gradients_reach_the_tokens_and_not_the_boxes() -> None:

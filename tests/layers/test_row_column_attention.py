@@ -76,7 +76,7 @@ def test_padding_is_neither_attended_nor_averaged() -> None:
     got = layer(x, y, tokens, axes, shape, padding.flatten(1))
     for image, (height, width) in enumerate(real):
         own = position(tokens, (height, width))
-        torch.testing.assert_close(axes[0][image, :width], own[0][0])  # places count real cells only
+        torch.testing.assert_close(axes[0][image, :width], own[0][0])  # positions count real cells only
         expected = by_loops(
             layer, x[image], y[image], tokens[image].unflatten(0, shape), axes[0][image], axes[1][image], width, height
         )

@@ -48,7 +48,7 @@ EXCEPTIONS = {
     "quantized/activation-per-channel": "NVIDIA documents one scale for activations (NvInfer.h, IQuantizeLayer)",
     "quantized/conv-weight-input": "NVIDIA documents scales per channel for constants alone (NvInfer.h)",
 }
-# The same for TensorRT 11 beside RTX, which has fewer kernels for a CPU.
+# The same for TensorRT 11 compared with RTX, which has fewer kernels for a CPU.
 OTHERS = {"kinds/ConvTranspose-bfloat16": "NVIDIA documents bfloat16 for it"}
 
 

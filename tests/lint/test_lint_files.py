@@ -1,4 +1,4 @@
-"""Lint reads what stands in a file and beside it, and nothing elsewhere."""
+"""Lint reads a file and the files next to it, and nothing elsewhere."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def write(name: str, sampling: str, folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Written]]:
-    """(member, sampling) -> its files, made once; RTX begins with them at once, beside the tests of lint.
+    """(member, sampling) -> its files, made once; RTX begins with them at once, at the same time as the tests of lint.
 
     One process per member, so that the library starts ten times and not thirty.
     """

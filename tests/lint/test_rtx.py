@@ -21,12 +21,12 @@ needs_rtx = pytest.mark.skipif(
 )
 
 
-def model(nodes: list[onnx.NodeProto], half: bool = False, **constants: np.ndarray) -> ModelProto:
+def model(nodes: list[onnx.NodeProto], fp16: bool = False, **constants: np.ndarray) -> ModelProto:
     graph = helper.make_graph(
         nodes,
         "g",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 4, 8, 8])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT16 if half else TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT16 if fp16 else TensorProto.FLOAT, None)],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)

@@ -67,7 +67,7 @@ def test_what_reads_the_memory_once_for_all_queries_has_a_role_of_its_own(name: 
             module.register_forward_pre_hook(note)
     with torch.no_grad():
         model(images)
-    # The position of the tokens is projected apart, by a layer that is small beside those of their content.
+    # The position of the tokens is projected apart, by a layer that is small compared with those of their content.
     found = {path for path in read if not path.endswith("k_position")}
     declared = {
         path

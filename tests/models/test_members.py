@@ -55,7 +55,7 @@ def test_what_is_detected_depends_on_the_image(name: str) -> None:
     detector = small(name)
     memory = detector.encode(detector.normalize(sample_images()))
     out = detector.decode(detector.select(memory), memory)
-    for level in memory.maps():  # a typical cell differs by a good share of what cells are
+    for level in memory.maps():  # a typical cell differs by a large fraction of a cell's value
         assert torch.isfinite(level).all()
         assert level.abs().max() < 100
         assert (level[0] - level[1]).abs().mean() > 0.2 * level.std()  # measured 0.4 to 1.1

@@ -57,7 +57,7 @@ def expected(name: str, images: torch.Tensor) -> RawOutputs:
 
 
 def assert_same(name: str, one: RawOutputs, other: RawOutputs) -> None:
-    """Every detection of one in the other, and none beside it: compared as sets, because top-k may order ties."""
+    """Every detection of one in the other, and no others: compared as sets, because top-k may order ties."""
     found = compare_detections(detections(name, one), detections(name, other), confidence=0.05, iou=0.9)
     assert found.objects > 0
     assert found.matched == 1
@@ -106,7 +106,7 @@ def test_the_graph_is_plain_opset_19(name: str) -> None:
             "Einsum",
             "NonMaxSuppression",
         }, kinds
-        # Waves of places that are known beforehand are constants.
+        # Waves of positions that are known beforehand are constants.
         assert name in MOVING or not kinds & {"Sin", "Cos"}, kinds
 
 
@@ -152,7 +152,7 @@ def test_the_quantized_graph_runs(name: str, runner: type, folder: Path, tmp_pat
         assert found > 0.6  # measured 0.83 to 1.0
         assert meant > other + 0.1  # 0.3 (rt_detr, whose 40 random layers amplify what 8 bits lose) to 0.98
         assert other < 0.15  # what two images have in common by chance; measured 0 to 0.06
-    else:  # query by query, beside what distinguishes two images
+    else:  # query by query, relative to what distinguishes two images
         assert distance(plain, raw) < 0.3 * distance(float_, shifted(float_))  # measured 0 to 0.11
         assert alike(float_, plain) > 0.8  # measured 0.94 to 0.997, with weights of 7 or of 8 bits
 

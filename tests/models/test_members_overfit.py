@@ -21,7 +21,7 @@ IMAGE_COUNT = 8
 SIDE = 256  # pixels: platelets are 15 to 20 of them wide
 MINUTES = 15  # of CPU time
 
-# Half-width ResNet-18 and 96 channels, where a member has no others of its own.
+# Half-width ResNet-18 and 96 channels, where a member has no other settings.
 COMMON = {
     "backbone": "resnet18",
     "backbone_width": 0.5,

@@ -12,7 +12,7 @@ from edgedetr.quantization.qdq import split_concats
 
 
 def network(rng, kernel=1, mode="nearest", branches=2, strides=1):
-    """A strided Conv, enlarged, beside Convs of the full size -> Concat -> two Convs that read it."""
+    """A strided Conv, enlarged, and Convs of the full size -> Concat -> two Convs that read it."""
     constants = {"ws": rng.normal(size=(8, 3, 2, 2)), "scales": np.array([1, 1, 2, 2])}
     nodes = [
         helper.make_node("Conv", ["images", "ws"], ["small"], "small", strides=[2, 2]),

@@ -1,4 +1,4 @@
-"""A verified bundle made by hand: drawn images, a reference, and an INT8 stage that misses and invents boxes."""
+"""A verified bundle made by hand: drawn images, a reference, and an INT8 artifact that misses and invents boxes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Verified:
     bundle: Bundle
     image_root: Path
     reference: Reference
-    lost: dict[int, int]  # image id -> boxes that the INT8 stage dropped
+    lost: dict[int, int]  # image id -> boxes that the INT8 artifact dropped
 
 
 def verified_bundle(root: Path, images: int = 8) -> Verified:

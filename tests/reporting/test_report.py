@@ -222,7 +222,7 @@ def test_difference_by_hand(verified):
     found = difference(1, a, b)
     assert found.pairs.tolist() == [[0, 0]]  # IoU 0.9, same class
     assert found.only_reference.tolist() == [1]
-    assert found.only_other.tolist() == [1]  # same place as the other's second, but of another class
+    assert found.only_other.tolist() == [1]  # same position as the other's second, but of another class
     assert found.score == pytest.approx(0.2 + 0.4 + 0.5, abs=1e-6)  # float32 confidences
 
 

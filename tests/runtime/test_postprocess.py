@@ -25,7 +25,7 @@ def random_raw(rng: np.random.Generator, batch: int, queries: int, columns: int)
 
 
 def corners(box: np.ndarray, geometry: Geometry) -> list[float]:
-    """By hand, for a stretched image: input shares -> source pixels, cut to the image."""
+    """By hand, for a stretched image: input fractions -> source pixels, cut to the image."""
     cx, cy, w, h = (float(v) for v in box)
     x = [np.clip((cx + s * w / 2) * geometry.used_width, 0, geometry.source_width) for s in (-1, 1)]
     y = [np.clip((cy + s * h / 2) * geometry.used_height, 0, geometry.source_height) for s in (-1, 1)]

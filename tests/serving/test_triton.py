@@ -108,8 +108,8 @@ def test_classes_and_contracts_are_parameters_of_the_model(tmp_path, schema):
 
 def test_any_name_of_a_class_survives(tmp_path, schema):
     made = patch_detector.bundle(tmp_path / "b.bundle", classes=1)
-    odd = 'Zelle "rot" \\ ß;\n細胞'
-    made.update(classes=(made.manifest.classes[0].__class__(0, 1, odd),))
+    name = 'Zelle "rot" \\ ß;\n細胞'
+    made.update(classes=(made.manifest.classes[0].__class__(0, 1, name),))
     found = write_repository(made, tmp_path / "models", "model.onnx")
     assert parse(schema, found.folder).parameters["labels"].string_value == 'Zelle "rot" \\ ß, 細胞'
 

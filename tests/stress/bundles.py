@@ -50,7 +50,7 @@ VERIFIED = {"results/verify.json", "results/detections-onnx-onnxruntime.npz"}
 
 
 def start(words: list[str], log: Path) -> int:
-    """A command in a process of its own; its number."""
+    """A command in its own process; its number."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -101,7 +101,7 @@ def problems(path: Path) -> dict[str, str]:
 
 
 def together(work: Path, rounds: int) -> Counter[str]:
-    """export --int8 beside verify beside export --trt."""
+    """export --int8, verify and export --trt at the same time."""
     seen: Counter[str] = Counter()
     for number in range(rounds):
         path, log = work / f"together{number}.bundle", work / f"together{number}.log"

@@ -1,4 +1,4 @@
-"""Run in a process of its own: import one version of NVIDIA's bindings over stub libraries and print all their names.
+"""Run in its own process: import one version of NVIDIA's bindings over stub libraries and print all their names.
 
 Two versions cannot share a process (both register the same C++ types), and nothing of TensorRT may leak into the tests.
 Usage: describe.py BINDINGS_FOLDER STUB_LIBRARY...

@@ -24,7 +24,7 @@ LAYERS_10 = {
 
 
 class FakeTensorRT:
-    """`module` stands for `tensorrt`; the attributes below say how it behaves, `made` is what was asked of it.
+    """`module` replaces `tensorrt`; the attributes below say how it behaves, `made` is what was asked of it.
 
     plans      answers of the builder, one for each attempt; None: the build fails
     parses     answers of the parser, one for each attempt

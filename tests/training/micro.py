@@ -95,7 +95,7 @@ def write_data(root: Path, train_images: int = 14, others: int = 4) -> Path:
 
 
 def child(data: str, out: str, settings: dict[str, object]) -> None:
-    """One training in a process of its own, to be killed or not; always with --resume."""
+    """One training in its own process, to be killed or not; always with --resume."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     train(recipe(**settings), data, out, resume=True)

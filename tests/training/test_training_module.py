@@ -71,8 +71,8 @@ def test_adapters_train_alone_with_heads_and_norms_and_are_merged_into_the_bundl
     detector = training_module.build_model(recipe, CLASSES, load_weights=True)
     learning = {name for name, parameter in detector.named_parameters() if parameter.requires_grad}
     assert any(isinstance(module, LoraLinear) for module in detector.modules())
-    beside = ("decoder.boxes.", "selector.score.", "selector.box.", "selector.denoising_class_embed.")
-    assert all("norm" in n or n.endswith((".down", ".up")) or n.startswith(beside) for n in learning)
+    also_trained = ("decoder.boxes.", "selector.score.", "selector.box.", "selector.denoising_class_embed.")
+    assert all("norm" in n or n.endswith((".down", ".up")) or n.startswith(also_trained) for n in learning)
     bundle = train(recipe, micro_data, tmp_path / "lora.bundle")
     before, after = load_file(trained / "weights.safetensors"), load_file(bundle.require("weights.safetensors"))
     assert sorted(after) == sorted(before), "nothing is left of the adapters' own weights"
@@ -89,11 +89,11 @@ def test_untrained_parameters_learn_beside_adapters(trained: Path) -> None:
     detector = training_module.build_model(recipe, three, load_weights=True)
     weights = load_file(trained / "weights.safetensors")
     parameters = dict(detector.named_parameters())
-    untrained = {
+    also_trained = {
         name for name, value in parameters.items() if name not in weights or value.shape != weights[name].shape
     }
-    assert "selector.denoising_class_embed.weight" in untrained
-    assert all(parameters[name].requires_grad for name in untrained)
+    assert "selector.denoising_class_embed.weight" in also_trained
+    assert all(parameters[name].requires_grad for name in also_trained)
     assert not parameters["selector.project.weight"].requires_grad
 
     with pytest.raises(ModelError, match="matches no Linear that starts from trained weights; expected train.start"):

@@ -15,7 +15,7 @@ TOKENS = sum(h * w for h, w in SHAPES)
 
 
 def case(kind: torch.dtype) -> list[torch.Tensor]:
-    """Values, x, y, weight; places reach more than two cells beyond every border."""
+    """Values, x, y, weight; positions reach more than two cells beyond every border."""
     torch.manual_seed(0)
     shape = (BATCH, QUERIES, HEADS, sum(POINTS))
     coordinates = []
@@ -39,17 +39,17 @@ def by_grid_sample(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight
     return out
 
 
-def by_sheet(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def by_atlas(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     atlas = FeatureAtlas.of(SHAPES, POINTS, x)
     return bilinear_sum(value, x + atlas.corner[:, 0], y + atlas.corner[:, 1], weight, atlas)
 
 
 def agree(inputs: list[torch.Tensor]) -> None:
-    got, wanted = by_sheet(*inputs), by_grid_sample(*inputs)
+    got, wanted = by_atlas(*inputs), by_grid_sample(*inputs)
     torch.testing.assert_close(got, wanted)
     seed = torch.randn_like(wanted)
     for one, other in zip(torch.autograd.grad(got, inputs, seed), torch.autograd.grad(wanted, inputs, seed)):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)  # float32: places are scaled to -1..1 and back
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)  # float32: positions are scaled to -1..1 and back
 
 
 def test_values_and_gradients_are_those_of_grid_sample() -> None:
@@ -57,7 +57,7 @@ def test_values_and_gradients_are_those_of_grid_sample() -> None:
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
-    assert torch.autograd.gradcheck(by_sheet, case(torch.float64))
+    assert torch.autograd.gradcheck(by_atlas, case(torch.float64))
 
 
 def test_on_a_cells_center_the_gradient_is_that_just_above_it() -> None:
@@ -65,9 +65,9 @@ def test_on_a_cells_center_the_gradient_is_that_just_above_it() -> None:
     value, x, y, weight = case(torch.float64)
     x, y = (coordinate.detach().floor().requires_grad_() for coordinate in (x, y))
     above = [coordinate.detach().add(1e-9).requires_grad_() for coordinate in (x, y)]
-    exact = torch.autograd.grad(by_sheet(value, x, y, weight).square().sum(), (x, y))
-    moved = torch.autograd.grad(by_sheet(value, *above, weight).square().sum(), above)
-    outside = (x < 0) | (y < 0)  # half in the image: a border is a kink of its own
+    exact = torch.autograd.grad(by_atlas(value, x, y, weight).square().sum(), (x, y))
+    moved = torch.autograd.grad(by_atlas(value, *above, weight).square().sum(), above)
+    outside = (x < 0) | (y < 0)  # half in the image: a border is another kink
     for one, other in zip(exact, moved):
         torch.testing.assert_close(one[~outside], other[~outside], atol=1e-6, rtol=1e-6)
 
@@ -77,7 +77,7 @@ def test_any_number_of_threads_gives_the_same_bytes(monkeypatch: pytest.MonkeyPa
     for threads in (1, 2, 4, 7):  # six heads of images: parts of unequal size, and fewer than threads
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         inputs = case(torch.float32)
-        out = by_sheet(*inputs)
+        out = by_atlas(*inputs)
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
@@ -114,17 +114,17 @@ def test_a_sheet_holds_every_map_among_zeros(shapes: list[tuple[int, int]]) -> N
         "head 1, channels 3.."
     )
     for (height, width), (left, top) in zip(shapes, atlas.corner.int().tolist()):
-        around = packed[:, :, top - 2 : top + height + 2, left - 2 : left + width + 2]
-        assert around.shape[2:4] == (height + 4, width + 4), "two cells on each side are on the atlas"
-        assert around.count_nonzero() == 2 * height * width * 6, "and are zeros"
+        with_border = packed[:, :, top - 2 : top + height + 2, left - 2 : left + width + 2]
+        assert with_border.shape[2:4] == (height + 4, width + 4), "two cells on each side are on the atlas"
+        assert with_border.count_nonzero() == 2 * height * width * 6, "and are zeros"
 
 
 def test_a_nan_coordinate_gives_nan_at_its_sample_alone() -> None:
     """A training that diverges ends with its own message, not inside a kernel."""
     value, x, y, weight = (tensor.detach() for tensor in case(torch.float32))
-    wanted = by_sheet(value, x, y, weight)
+    wanted = by_atlas(value, x, y, weight)
     x[0, 1, 2, 3], y[1, 0, 0, 0] = torch.nan, torch.nan
-    out = by_sheet(value, x.requires_grad_(), y, weight)
+    out = by_atlas(value, x.requires_grad_(), y, weight)
     broken = torch.zeros_like(wanted, dtype=torch.bool)
     broken[0, 1, 2], broken[1, 0, 0] = True, True
     assert torch.equal(out.isnan(), broken)
@@ -136,7 +136,7 @@ def test_a_nan_coordinate_gives_nan_at_its_sample_alone() -> None:
 @pytest.mark.parametrize("needed", [0, 1, 3])
 def test_only_the_gradients_that_are_needed_are_made(needed: int) -> None:
     inputs = [tensor.detach().requires_grad_(index == needed) for index, tensor in enumerate(case(torch.float32))]
-    by_sheet(*inputs).sum().backward()
+    by_atlas(*inputs).sum().backward()
     assert [tensor.grad is not None for tensor in inputs] == [index == needed for index in range(4)]
 
 

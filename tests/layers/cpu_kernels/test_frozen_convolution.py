@@ -84,7 +84,7 @@ def test_changed_weights_are_packed_again() -> None:
     torch.testing.assert_close(made(x).double(), by_hand(other, x), atol=1e-5, rtol=1e-5)
     made.norm.bias.add_(1)  # type: ignore[operator, union-attr]
     torch.testing.assert_close(made(x).double(), by_hand(other, x) + 1, atol=1e-5, rtol=1e-5)
-    made.conv.weight.data = made.conv.weight.data * 2  # another tensor in its place, as .to() does
+    made.conv.weight.data = made.conv.weight.data * 2  # replaced by another tensor, as .to() does
     made.norm.running_mean.mul_(2)  # type: ignore[operator, union-attr]
     shift = made.norm.bias.double()[:, None, None]  # type: ignore[operator, union-attr]
     wanted = 2 * (by_hand(other, x) + 1 - shift) + shift

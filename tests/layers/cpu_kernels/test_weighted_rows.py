@@ -39,9 +39,9 @@ def test_gradients_that_nobody_needs_are_not_made(which: int) -> None:
 
 def test_half_precision_and_tracing_take_the_plain_form() -> None:
     table, index, weight = case()
-    half = weighted_rows(table.bfloat16(), index, weight.bfloat16())
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), (weight[..., None] * table[index]).sum(-2), atol=0.1, rtol=0.05)  # 8 bits
+    bf16 = weighted_rows(table.bfloat16(), index, weight.bfloat16())
+    assert bf16.dtype == torch.bfloat16
+    torch.testing.assert_close(bf16.float(), (weight[..., None] * table[index]).sum(-2), atol=0.1, rtol=0.05)  # 8 bits
     traced = torch.jit.trace(lambda t, w: weighted_rows(t, index, w), (table.detach(), weight.detach()))
     kinds = {node.kind() for node in traced.graph.nodes()}
     assert "aten::embedding" in kinds and "aten::embedding_bag" not in kinds

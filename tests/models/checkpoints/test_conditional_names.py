@@ -1,4 +1,4 @@
-"""Files of Conditional, DAB-, DN- and Anchor DETR: the authors' and transformers' names find their place."""
+"""Files of Conditional, DAB-, DN- and Anchor DETR: the authors' and transformers' names are converted to ours."""
 
 from __future__ import annotations
 

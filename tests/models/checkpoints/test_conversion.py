@@ -112,7 +112,7 @@ def test_the_authors_files_come_back_tensor_by_tensor(case: str, tmp_path: Path)
 def test_the_architecture_follows_from_the_tensors(case: str) -> None:
     member, config, written = ORIGINALS[case]
     found = config_from_state_dict(FAMILY[member], translate(member, written(random_state(member, config))), heads=4)
-    # What no tensor tells: heads, and how many proposals a two-stage model selects.
+    # What no tensor shows: heads, and how many proposals a two-stage model selects.
     not_in_tensors = {"heads", "dropout", "version"} | ({"queries"} if "queries" not in found else set())
     for name, value in found.items():
         assert value == getattr(config, name), name

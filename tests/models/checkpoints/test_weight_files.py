@@ -250,7 +250,7 @@ def test_a_compressed_archive_is_refused_before_it_takes_memory(
 def test_a_configuration_that_the_tensors_do_not_fill_is_never_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A norm of 8000 channels has 32 kB; the attentions beside it would have gigabytes."""
+    """A norm of 8000 channels has 32 kB; the attentions of that width would have gigabytes."""
     weights = author_state_dicts.detr(build("detr", CONFIG, 3).state_dict(), 1)
     for name in [name for name in weights if name.startswith("transformer.decoder") and ".norm" in name]:
         weights[name] = torch.ones(8000)

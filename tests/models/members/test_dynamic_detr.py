@@ -1,4 +1,4 @@
-"""The encoder of Dynamic DETR against loops over cells, taps and levels; what its decoder shares is tested there."""
+"""The encoder of Dynamic DETR against loops over cells, taps and levels; its decoder reuses layers with own tests."""
 
 from __future__ import annotations
 

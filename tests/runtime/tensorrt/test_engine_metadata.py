@@ -1,4 +1,4 @@
-"""The file beside a plan comes back as it was written, and anything else is refused with one sentence."""
+"""The metadata file next to a plan is read back unchanged, and anything else is refused with one message."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def arguments(precision: str = "int8", batch: tuple[int, int, int] = (1, 1, 1)) 
 
 @pytest.fixture
 def rtx(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """TensorRT-RTX in the place of TensorRT."""
+    """TensorRT-RTX instead of TensorRT."""
     module = pytest.importorskip("tensorrt_rtx_bindings", reason="needs edgedetr[trt-check]: NVIDIA's builder on a CPU")
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     return module

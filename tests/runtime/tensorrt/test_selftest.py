@@ -76,9 +76,9 @@ def test_grid_sample_is_what_pytorch_computes():
 def test_layer_norm_is_what_the_definition_says_in_double_precision():
     model, x, y = stored("layer_norm")
     c = {name: value.astype(np.float64) for name, value in constants(model).items()}
-    half = x.astype(np.float16).astype(np.float64)
-    assert ((half - half.mean(-1, keepdims=True)) ** 2).max() > 65504  # what FP16 cannot hold
-    normed = (half - half.mean(-1, keepdims=True)) / np.sqrt(half.var(-1, keepdims=True) + 1e-5)
+    fp16 = x.astype(np.float16).astype(np.float64)
+    assert ((fp16 - fp16.mean(-1, keepdims=True)) ** 2).max() > 65504  # what FP16 cannot hold
+    normed = (fp16 - fp16.mean(-1, keepdims=True)) / np.sqrt(fp16.var(-1, keepdims=True) + 1e-5)
     assert sqnr_db((normed * c["scale"] + c["bias"]) @ c["weight"], y) >= FLOORS["layer_norm"]
 
 
@@ -97,8 +97,8 @@ def test_concat_is_what_integer_arithmetic_gives():
             torch.from_numpy(values), torch.from_numpy(weight), padding=weight.shape[2] // 2
         ).numpy()
 
-    half = quantized(x.astype(np.float16).astype(np.float64), c["half_scale"])
-    a, b = (quantized(np.maximum(conv(half, n), 0), c[f"{n}_relu_scale"]) for n in "ab")
+    fp16 = quantized(x.astype(np.float16).astype(np.float64), c["half_scale"])
+    a, b = (quantized(np.maximum(conv(fp16, n), 0), c[f"{n}_relu_scale"]) for n in "ab")
     expected = conv(quantized(np.concatenate([a, b], axis=1), c["joined_scale"]), "c")
     assert sqnr_db(expected, y) >= FLOORS["concat"]
 
@@ -159,7 +159,7 @@ def fake(monkeypatch, trt):
 
 @pytest.fixture
 def built(monkeypatch):
-    """A builder whose engines are the graphs themselves, or what the test puts in their place."""
+    """A builder whose engines are the graphs themselves, or what the test gives instead."""
     plans: dict[str, bytes] = {}
 
     def build_serialized(model, arguments, device, *, what, **rest):

@@ -183,11 +183,11 @@ def test_a_producer_that_still_works_on_its_stream_is_waited_for(plan, graph, la
     agree(runner.run(OnDevice(images, address, stream=theirs)), reference.run(images))
 
 
-@pytest.mark.parametrize("odd", [{"typestr": "<f2"}, {"strides": (4, 8, 16, 32)}])
-def test_device_arrays_of_another_type_or_order_are_refused(plan, latest, rng, odd):
+@pytest.mark.parametrize("change", [{"typestr": "<f2"}, {"strides": (4, 8, 16, 32)}])
+def test_device_arrays_of_another_type_or_order_are_refused(plan, latest, rng, change):
     images = random_images(rng)
     with pytest.raises(UsageError, match="expected float32 in C order"):
-        TrtRunner(plan()).run(OnDevice(images, Cuda().allocate(images.nbytes), **odd))
+        TrtRunner(plan()).run(OnDevice(images, Cuda().allocate(images.nbytes), **change))
 
 
 def test_outputs_in_half_precision_come_back_as_float32(plan, latest, rng):
@@ -204,9 +204,9 @@ def test_outputs_in_half_precision_come_back_as_float32(plan, latest, rng):
     expected = TrtRunner(path).run(images)
     engine_metadata.metadata_path(path).unlink()
     path.write_bytes(graph.SerializeToString())
-    half = TrtRunner(path, trust=True)
-    assert half.session.tensors["logits"].dtype == np.float16
-    raw = half.run(images)
+    fp16_runner = TrtRunner(path, trust=True)
+    assert fp16_runner.session.tensors["logits"].dtype == np.float16
+    raw = fp16_runner.run(images)
     assert raw.logits.dtype == raw.boxes.dtype == np.float32
     np.testing.assert_array_equal(raw.logits, expected.logits.astype(np.float16).astype(np.float32))
 

@@ -57,7 +57,7 @@ def test_cutmix_pastes_clips_and_drops() -> None:
                 [30.0, 20, 50, 40],  # inside the paste: gone
                 [0, 25, 40, 35],  # its right end is under the paste: ends at 20
                 [10, 10, 30, 50],  # bitten, but not across: whole
-                [0, 0, 10, 10],  # beside it: whole
+                [0, 0, 10, 10],  # outside: whole
             ]
         ),
         np.array([0, 1, 2, 3]),
