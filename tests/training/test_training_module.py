@@ -89,11 +89,11 @@ def test_untrained_parameters_learn_beside_adapters(trained: Path) -> None:
     detector = training_module.build_model(recipe, three, load_weights=True)
     weights = load_file(trained / "weights.safetensors")
     parameters = dict(detector.named_parameters())
-    also_trained = {
+    untrained = {
         name for name, value in parameters.items() if name not in weights or value.shape != weights[name].shape
     }
-    assert "selector.denoising_class_embed.weight" in also_trained
-    assert all(parameters[name].requires_grad for name in also_trained)
+    assert "selector.denoising_class_embed.weight" in untrained
+    assert all(parameters[name].requires_grad for name in untrained)
     assert not parameters["selector.project.weight"].requires_grad
 
     with pytest.raises(ModelError, match="matches no Linear that starts from trained weights; expected train.start"):

@@ -59,8 +59,8 @@ def loud(monkeypatch) -> list[str]:
     module = ModuleType("loud")
     module.BACKEND = Backend("loud", "numpy", LoudRunner)
     monkeypatch.setitem(sys.modules, "edgedetr.runtime.backends.loud", module)
-    for module in (artifacts, base, bundle_detector):
-        monkeypatch.setattr(module, "BACKENDS", (*BACKENDS, "loud"))
+    for table in (artifacts, base, bundle_detector):
+        monkeypatch.setattr(table, "BACKENDS", (*BACKENDS, "loud"))
     return opened
 
 

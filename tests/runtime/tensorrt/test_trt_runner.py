@@ -11,7 +11,7 @@ import frame_graph
 import numpy as np
 import onnx
 import pytest
-from running import agree, random_images
+from running import assert_equal_outputs, random_images
 
 from edgedetr.errors import UsageError
 from edgedetr.runtime.backends.onnxruntime import OrtFrameRunner, OrtRunner
@@ -27,7 +27,7 @@ def test_an_engine_computes_its_graph_and_from_the_second_run_as_a_cuda_graph(pl
     assert (runner.name, runner.batch, runner.height, runner.width) == ("tensorrt", 1, 32, 48)
     for run in range(4):
         images = random_images(rng)
-        agree(runner.run(images), reference.run(images))
+        assert_equal_outputs(runner.run(images), reference.run(images))
         assert runner.session.graphs == (run > 0)
     assert behavior.fake.log.count("cudaGraphInstantiate") == 1
     assert behavior.fake.log.count("cudaGraphLaunch") == 3
@@ -56,7 +56,7 @@ def test_without_a_graph_the_engine_is_queued_plainly(plan, graph, latest, rng, 
     runner, reference = TrtRunner(plan(), use_graph=reason != "not asked"), OrtRunner(graph(), threads=1)
     for _ in range(3):
         images = random_images(rng)
-        agree(runner.run(images), reference.run(images))
+        assert_equal_outputs(runner.run(images), reference.run(images))
     assert runner.session.graphs == 0
     assert latest.fake.log.count("cudaStreamBeginCapture") == (reason != "not asked")  # tried once, not each time
     assert ("no CUDA graph" in caplog.text) == (reason != "not asked")
@@ -80,7 +80,7 @@ def test_an_open_batch_takes_any_size_and_records_anew_for_each(plan, graph, lat
     assert runner.batch is None and runner.largest_batch == 4
     for n in (2, 2, 2, 3, 3, 1, 1):
         images = random_images(rng, n)
-        agree(runner.run(images), reference.run(images))
+        assert_equal_outputs(runner.run(images), reference.run(images))
     assert latest.fake.log.count("cudaGraphInstantiate") == 3
     assert latest.fake.live()["graphs"] == 1  # the graph of the last shape
     assert len(runner.run(random_images(rng, 9)).logits) == 9  # in parts of 4
@@ -170,7 +170,9 @@ def test_images_that_are_on_the_device_stay_there(plan, graph, latest, rng):
         address = cuda.allocate(images.nbytes)
         fake_cuda.at(address, images.shape)[...] = images
         before = latest.fake.log.count("cudaMemcpyAsync")
-        agree(runner.run(OnDevice(images, address, stream=stream, strides=strides)), reference.run(images))
+        assert_equal_outputs(
+            runner.run(OnDevice(images, address, stream=stream, strides=strides)), reference.run(images)
+        )
         assert latest.fake.log.count("cudaMemcpyAsync") - before == 3  # device to device, and two outputs back
 
 
@@ -180,7 +182,7 @@ def test_a_producer_that_still_works_on_its_stream_is_waited_for(plan, graph, la
     address, source = cuda.allocate(images.nbytes), cuda.allocate_host(images.nbytes)
     fake_cuda.at(source, images.shape)[...] = images
     cuda.copy(address, source, images.nbytes, theirs)  # queued by the producer, not done
-    agree(runner.run(OnDevice(images, address, stream=theirs)), reference.run(images))
+    assert_equal_outputs(runner.run(OnDevice(images, address, stream=theirs)), reference.run(images))
 
 
 @pytest.mark.parametrize("change", [{"typestr": "<f2"}, {"strides": (4, 8, 16, 32)}])
