@@ -66,7 +66,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "archives and links that lead out of a bundle": (
         "storage/test_manifest.py::test_a_linked_folder_is_neither_read_nor_written_through",
         "storage/test_manifest.py::test_a_linked_file_is_refused_though_its_content_fits",
-        "end_to_end/test_odd_surroundings.py::test_an_archive_is_named_and_nothing_is_unpacked",
+        "end_to_end/test_environments.py::test_an_archive_is_named_and_nothing_is_unpacked",
     ),
     "ONNX weights outside of the file": (
         "runtime/test_onnx_bytes.py::test_weights_elsewhere_are_refused_wherever_the_name_hides",
@@ -95,7 +95,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "runtime/test_latency.py::test_a_machine_that_changes_its_pace_is_said",
     ),
     "clock, locale, odd and long paths, no inodes": (
-        "end_to_end/test_odd_surroundings.py",
+        "end_to_end/test_environments.py",
         "test_faults.py::test_a_name_that_is_no_utf8_is_refused_before_anything_is_done",
     ),
     "a compiler that miscompiles": (

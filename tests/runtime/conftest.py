@@ -11,7 +11,7 @@ import fake_cuda
 import fake_tensorrt
 import numpy as np
 import pytest
-from building import install
+from engine_build import install
 from tensorrt_spec.fake import FakeTensorRT
 
 from edgedetr.bundle import Bundle, ClassInfo, InputContract, Manifest, OutputContract

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from building import ORIN, command
+from engine_build import ORIN, command
 
 from edgedetr.errors import BundleError, EngineError, UsageError
 from edgedetr.runtime.tensorrt import build, engine_cache, gpu

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from building import command
+from engine_build import command
 
 
 def test_build_makes_every_precision_there_is_and_prints_what_became_of_it(fake, bundle, capsys):

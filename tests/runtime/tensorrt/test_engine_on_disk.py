@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from building import command
+from engine_build import command
 from tensorrt_spec.fake import FakeTensorRT
 
 from edgedetr.bundle import Bundle

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import onnx
 import pytest
-from building import install
+from engine_build import install
 
 from edgedetr.errors import BundleError, DeviceError, EngineError, MissingDependency
 from edgedetr.runtime.tensorrt import build, engine_cache, gpu

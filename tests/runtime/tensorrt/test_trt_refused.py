@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from running import random_images
+from engine_outputs import random_images
 
 from edgedetr.errors import DeviceError, EngineError, UsageError
 from edgedetr.runtime.tensorrt import engine_metadata

@@ -11,7 +11,7 @@ import frame_graph
 import numpy as np
 import onnx
 import pytest
-from running import assert_equal_outputs, random_images
+from engine_outputs import assert_equal_outputs, random_images
 
 from edgedetr.errors import UsageError
 from edgedetr.runtime.backends.onnxruntime import OrtFrameRunner, OrtRunner

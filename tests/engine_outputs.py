@@ -1,4 +1,4 @@
-"""Images for an engine, and when two answers are equal."""
+"""Images for an engine, and the comparison of its outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README and docs/jetson.md work as pasted: every line of their way to the board is run, up to the hardware.
+"""README and docs/jetson.md work as pasted: every command of their deployment is run, up to the hardware.
 
 The board is a folder that the documented copy goes to, and a TensorRT whose engines compute what their graphs say.
 """
@@ -92,7 +92,7 @@ def on_board(words: list[str], board: Path, names, monkeypatch) -> int:
 @pytest.mark.parametrize(
     "page, start, end", [("README.md", "On a Jetson", "Which model"), ("docs/jetson.md", "Install", "As a service")]
 )
-def test_the_way_to_the_board_works_as_pasted(page, start, end, laptop, tmp_path, bindings, monkeypatch, capsys):
+def test_the_documented_deployment_works_as_pasted(page, start, end, laptop, tmp_path, bindings, monkeypatch, capsys):
     written = lines(page, start, end)
     board = tmp_path / "board"
     board.mkdir()
