@@ -226,7 +226,7 @@ def conv_then(*, batch_norm: bool = False, scaled: tuple[int, ...] | None = None
 
 
 def damaged() -> ModelProto:
-    """A weight of fewer bytes than its sizes say."""
+    """A weight of fewer bytes than its sizes need."""
     model = conv_then()
     model.graph.initializer[0].raw_data = b"short"
     return model

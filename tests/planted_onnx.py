@@ -81,7 +81,7 @@ def planted(
     boxes: np.ndarray = BOXES,
     quiet: float = -6.0,
 ) -> Planted:
-    """Tensors "l" (class logits) and "b" (boxes, written as the arguments say, without a conversion in the graph).
+    """Tensors "l" (class logits) and "b" (boxes, written as the arguments select, without a conversion in the graph).
 
     spare   one logit more than classes, which is never used
     quiet   the logit of what is no object, under sigmoid

@@ -1,4 +1,4 @@
-"""Reference models of transformers, small, with random weights that say something."""
+"""Reference models of transformers, small, with random weights whose outputs depend on the input."""
 
 from __future__ import annotations
 

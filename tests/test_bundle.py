@@ -51,7 +51,7 @@ def test_a_missing_file_names_the_command_that_makes_it(bundle):
 
 def test_an_edited_file_is_refused(bundle):
     put(bundle, "model.onnx", "graph")
-    (bundle.path / "model.onnx").write_text("Graph")  # same length: only the digest can tell
+    (bundle.path / "model.onnx").write_text("Graph")  # same length: only the digest differs
     with pytest.raises(BundleError, match="damaged or edited"):
         bundle.require("model.onnx")
 

@@ -1,4 +1,4 @@
-"""HEIGHTxWIDTH is read in one way, whichever option or argument it stands in."""
+"""HEIGHTxWIDTH is read in one way, whichever option or argument holds it."""
 
 from __future__ import annotations
 

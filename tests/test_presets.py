@@ -1,4 +1,4 @@
-"""Presets do what they say: `strong` reaches every recipe, `parity` is the authors' configuration value by value."""
+"""Presets keep their promise: `strong` reaches every recipe, `parity` is the authors' configuration value by value."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_command_in_a_head_names_a_recipe_and_a_preset_that_are_there(path):
             assert set(named) <= set(known), command
 
 
-# ------------------------------------------------------------------- the authors' values, each with where it stands
+# ------------------------------------------------------------------- the authors' values, each with its source
 
 SIZES = (0.6, 0.64, 0.68, 0.72, 0.76, 0.8, 0.84, 0.88, 0.92, 0.96, 1.0)  # [480, 512 .. 800] / 800
 HEIR = {  # of main.py and datasets/coco.py, which DETR's heirs have in common, except for the values below

@@ -1,4 +1,4 @@
-"""Every shipped recipe loads, says what it is, and is the one its results stand under."""
+"""Every shipped recipe loads, has a description, and is the one its results are listed under."""
 
 from __future__ import annotations
 

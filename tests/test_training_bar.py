@@ -1,4 +1,4 @@
-"""The bar of a training: its lines, and what stands in for it where rich is not installed."""
+"""The bar of a training: its lines, and what replaces it where rich is not installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `data check` says beyond counts: near-copies, splits that cannot be used, its exit code."""
+"""What `data check` reports beyond counts: near-copies, splits that cannot be used, its exit code."""
 
 from __future__ import annotations
 

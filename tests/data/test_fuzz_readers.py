@@ -1,4 +1,4 @@
-"""Readers of data sets against damaged and odd files: DataError or a result, within a second, whatever the bytes."""
+"""Readers of data sets against damaged and unusual files: DataError or a result, within a second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The three layouts: one set in three copies gives one form; odd spellings of each; splits and classes."""
+"""The three layouts: one set in three copies gives one form; unusual spellings of each; splits and classes."""
 
 from __future__ import annotations
 

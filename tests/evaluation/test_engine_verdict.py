@@ -1,4 +1,4 @@
-"""The verdict on engines, on a fake device whose engines compute what their graphs say, or not quite."""
+"""The verdict on engines, on a fake device whose engines compute what their graphs compute, or nearly."""
 
 from __future__ import annotations
 

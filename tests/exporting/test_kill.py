@@ -46,7 +46,7 @@ def killed(path: Path, word: str, delay: float) -> bool:
 
 
 def check(path: Path) -> None:
-    """Whatever is listed is whole; nothing half-written has a final name."""
+    """Whatever is listed is complete; nothing half-written has a final name."""
     bundle = Bundle.open(path)
     for name in bundle.manifest.files:
         bundle.require(name)

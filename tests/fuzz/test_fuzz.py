@@ -45,7 +45,7 @@ def attempt(reader: Reader, content: bytes, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def around(tmp_path_factory):
-    """A folder for each reader with what stands around its file."""
+    """A folder for each reader with the files next to its file."""
     made: dict[str, Path] = {}
 
     def folder(reader: Reader) -> Path:

@@ -1,4 +1,4 @@
-"""What needs an NVIDIA GPU; on a machine without one everything here is skipped and says so."""
+"""What needs an NVIDIA GPU; on a machine without one everything here is skipped with the reason."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_a_graph_does_again_what_was_recorded(api, rng):
             target.download(stream, 4096),
         ),
     )
-    for turn in range(3):  # the addresses are the graph's, what lies there is new each time
+    for turn in range(3):  # the addresses are the graph's, the content is new each time
         source.array((4096,), np.dtype(np.uint8))[...] = numbers + np.uint8(turn)
         api.launch(graph, stream)
         api.wait(stream)

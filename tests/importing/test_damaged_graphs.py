@@ -1,4 +1,4 @@
-"""Graphs that are no detectors, or damaged ones: one ExportError each, that says what to do, and nothing is left."""
+"""Graphs that are no detectors, or damaged ones: one ExportError each, with what to do, and no file is left."""
 
 from __future__ import annotations
 

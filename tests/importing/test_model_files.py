@@ -34,7 +34,7 @@ def folder(path: Path, model: onnx.ModelProto | None = None, **files: dict | str
 def test_a_softmax_detector_is_known_by_its_configuration(tmp_path, capsys):
     """Without data, without options: DETR's "no object" is no class, and classes have their names."""
     made = planted(softmax=True)
-    made.constants["l0"][..., -1] -= 5.6  # what noise shows would not tell it
+    made.constants["l0"][..., -1] -= 5.6  # the logits of noise do not reveal softmax
     path = folder(tmp_path / "m", made.model(["l", "b"]), config={"model_type": "detr", "id2label": NAMES})
     assert cli.run(["import", str(path), "--out", str(tmp_path / "b")]) == 0
     err = capsys.readouterr().err

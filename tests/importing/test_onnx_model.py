@@ -140,7 +140,7 @@ def test_the_bundle_finds_what_the_file_finds(imported):
         # Float32 through another order of summation, after folding: measured 2e-5 in scores, 3e-3 px in boxes.
         np.testing.assert_allclose(found.confidence[:10], scores[:10], atol=1e-3)
         clipped = np.clip(boxes, 0, [WIDTH, HEIGHT, WIDTH, HEIGHT])
-        # Objects of almost one score may stand in either order: each of one list is in the other.
+        # Objects of almost one score may be in either order: each of one list is in the other.
         there = (
             (found.class_id[:, None] == labels)
             & (np.abs(found.xyxy[:, None] - clipped).max(-1) <= 0.1)

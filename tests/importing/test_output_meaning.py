@@ -53,7 +53,7 @@ def assert_finds_what_was_planted(
     "layout, traced", [("cxcywh", False), ("xyxy", False), ("xywh", False), ("xyxy", True), ("xywh", True)]
 )
 def test_boxes_are_read_as_they_are_written(tmp_path, layout, pixels, traced):
-    """By their numbers, or by the conversion in the graph; names of outputs say nothing here."""
+    """By their numbers, or by the conversion in the graph; names of outputs have no meaning here."""
     made = planted(**({} if traced else {"layout": layout, "pixels": pixels}))
     boxes = convert(made, layout, pixels=pixels) if traced else "b"
     asked = {"boxes": "xywh-pixels" if pixels else "xywh"} if layout == "xywh" and not traced else {}
@@ -221,7 +221,7 @@ def test_an_asked_activation_against_the_graph_is_refused(tmp_path):
 
 
 def doubtful(*, softmax: bool):
-    """Four logits for three classes, of a size that says nothing of the training."""
+    """Four logits for three classes, whose values do not reveal how the model was trained."""
     made = planted(softmax=softmax, spare=True, quiet=-0.5)
     if softmax:
         made.constants["l0"][..., -1] -= 5.6

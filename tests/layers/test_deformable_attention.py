@@ -109,7 +109,7 @@ def test_padded_tokens_read_as_zero(sampling: str) -> None:
 
 
 def test_points_start_on_squares_around_the_reference() -> None:
-    """Eight heads look in the eight directions; point k lies on the square of radius k (Deformable DETR, A.4)."""
+    """Eight heads look in the eight directions; point k is on the square of radius k (Deformable DETR, A.4)."""
     bias = DeformableAttention(64, 8, [4, 4]).offsets.bias.detach().view(8, 2, 4, 2)
     directions = torch.tensor([[1, 0], [1, 1], [0, 1], [-1, 1], [-1, 0], [-1, -1], [0, -1], [1, -1]])
     expected = directions[:, None, None] * torch.arange(1.0, 5)[:, None]

@@ -35,7 +35,7 @@ def convolved(
     offset: torch.Tensor,
     mask: torch.Tensor,
 ) -> torch.Tensor:
-    """The whole convolution, weight [O, C, 3, 3]; two other maps stand in the table and are read as well."""
+    """The whole convolution, weight [O, C, 3, 3]; two other maps are in the table and are read as well."""
     height, width = x.shape[2:]
     tokens = [item.flatten(2).transpose(1, 2) for item in (x.new_zeros(2, 4, 3, 2), x, x.new_ones(2, 4, 1, 1))]
     out = (offset.shape[2], offset.shape[3])

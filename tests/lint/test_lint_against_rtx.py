@@ -1,4 +1,4 @@
-"""Lint says an error where NVIDIA's parser or builder refuses a graph, and none where it builds it.
+"""Lint reports an error where NVIDIA's parser or builder refuses a graph, and none where it builds it.
 
 rtx_answers.json holds what TensorRT-RTX 1.7.1.116 answered to each of the graphs of rtx_cases: true where it built
 an engine. Asking takes a minute or two, so the slow test asks again and compares; after a change of the graphs, write
@@ -59,7 +59,7 @@ def record() -> dict[str, bool]:
 
 
 def differing(target: str) -> dict[str, str]:
-    """Graphs about which lint and the record differ, with what lint says."""
+    """Graphs on which lint and the record differ, with lint's findings."""
     found = {}
     for name, model in CASES.items():
         errors = [finding for finding in lint(model, [target]) if finding.worst == "error"]

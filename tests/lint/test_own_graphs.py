@@ -40,7 +40,7 @@ OLD = ("tensorrt-rtx-cu13-bindings==1.4.0.76", "tensorrt-rtx-cu13-libs==1.4.0.76
 
 
 class Written(NamedTuple):
-    """A member's file in each precision, and what RTX says of them when it is done with them (None: not installed)."""
+    """A member's file in each precision, and RTX's answer once it has read them (None: not installed)."""
 
     paths: dict[str, Path]
     results: Future[list[RtxResult]] | None

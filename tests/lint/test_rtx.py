@@ -1,4 +1,4 @@
-"""What NVIDIA's own parser and builder say of a file, and what becomes of what they say."""
+"""The messages of NVIDIA's own parser and builder about a file, and what is made of them."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_percentiles_are_numpys_to_one_bin(rng, kind, percentile):
     values = np.maximum(values, 0) if kind == "relu" else values
     found = histogram(*np.split(values, 10))
     expected = float(np.percentile(np.abs(values), percentile))
-    # One bin is all that the histogram knows; in the tail, half a rank of 200,000 values lies between two samples.
+    # One bin is all that the histogram knows; in the tail, half a rank of 200,000 values is between two samples.
     gap = np.diff(np.percentile(np.abs(values), [max(percentile - 1e-3, 0), min(percentile + 1e-3, 100)]))[0]
     assert found.amax("percentile", percentile) == pytest.approx(expected, abs=found.limit / BINS + gap)
 

@@ -123,7 +123,7 @@ def test_an_image_outside_of_the_data_is_never_embedded(verified, tmp_path, name
     Image.new("RGB", (160, 120), (200, 30, 30)).save(outside / "secret.png")
     (data / "images" / "link.png").symlink_to(outside / "secret.png")
     (data / "linked").symlink_to(outside)
-    # The digest fits: a stranger who knows the file's bytes still learns nothing from where it lies.
+    # The digest fits: a stranger who knows the file's bytes still learns nothing from its location.
     sha256 = hashlib.sha256((outside / "secret.png").read_bytes()).hexdigest()
     embedded, trouble = jpeg_data_url(data, name.format(outside=outside), sha256, 120, 160)
     assert embedded == "" and words in trouble.lower()

@@ -68,7 +68,7 @@ def test_there_is_at_least_one_core():
 
 
 def processor(vendor: str, family: int, flags: str) -> str:
-    """One of two cores; the second tells another story, which must not be heard."""
+    """One of two cores; the second has other flags, which must be ignored."""
     return (
         f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel name\t: x\nflags\t\t: {flags}\n\n"
         "processor\t: 1\nvendor_id\t: Other\ncpu family\t: 1\nflags\t\t: fpu\n"

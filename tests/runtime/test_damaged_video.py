@@ -54,7 +54,7 @@ def spoiled(avi: bytes, *numbers: int) -> bytes:
 
 
 def claiming(avi: bytes, count: int) -> bytes:
-    """Both headers that say how many frames there are say another number."""
+    """Both headers that hold the number of frames hold another number."""
     data = bytearray(avi)
     struct.pack_into("<I", data, avi.index(b"avih") + 8 + 16, count)
     struct.pack_into("<I", data, avi.index(b"strh") + 8 + 32, count)
@@ -62,7 +62,7 @@ def claiming(avi: bytes, count: int) -> bytes:
 
 
 def played(path: Path) -> tuple[list[int], VideoDamaged | None]:
-    """Numbers of the frames, and how it ended; each frame is the one that its number says."""
+    """Numbers of the frames, and how it ended; each frame is the one with its number."""
     found: list[int] = []
     try:
         for frame in play(path):

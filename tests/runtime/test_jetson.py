@@ -1,4 +1,4 @@
-"""What a board says of itself, from files laid out as on an Orin Nano with JetPack 6."""
+"""What is read about a board, from files laid out as on an Orin Nano with JetPack 6."""
 
 from __future__ import annotations
 

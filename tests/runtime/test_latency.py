@@ -1,4 +1,4 @@
-"""Timing: turns are fair and percentiles are numpy's."""
+"""Timing: candidates alternate fairly and percentiles are numpy's."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ WHERE = ["above", "absolute", "link", "hard link", "linked folder", "over 2 GB",
 
 
 def planted(bundle: Bundle, find: Callable[[ModelProto], TensorProto], where: str, name: str = "model.onnx") -> Path:
-    """The bundle's graph with a tensor that lies elsewhere, listed with its digest as a stranger would."""
+    """The bundle's graph with a tensor in another file, listed with its digest as an attacker would."""
     path = bundle.path / name
     model = onnx.load(str(path))
     tensor = find(model)

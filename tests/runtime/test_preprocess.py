@@ -70,7 +70,7 @@ def torch_resize(image: np.ndarray, contract: InputContract) -> np.ndarray:
 
 
 def graph_resize(frames: np.ndarray, contract: InputContract) -> np.ndarray:
-    """The resize as it stands in graphs for whole frames, [B, 3, height, width]."""
+    """The resize in graphs for whole frames, [B, 3, height, width]."""
     part, size = GraphBuilder("/frame"), frames.shape[1:3]
     resize_nodes(part, planes_of_frames(part, "frames"), Geometry.of(*size, contract), "images", len(frames))
     value = helper.make_tensor_value_info

@@ -36,7 +36,7 @@ def as_it_is(monkeypatch):
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    """Every node as it is written, so that a graph and a part of it are computed alike."""
+    """Every node unchanged, so that a graph and a part of it are computed alike."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1

@@ -59,7 +59,7 @@ print(json.dumps(found))
 
 @needs_rtx
 def test_the_parser_reads_the_resize_as_it_is_meant(tmp_path):
-    """Of GridSample it is known that a parser takes one mode for another and says nothing; so it is looked at here."""
+    """A parser may silently take one mode of GridSample for another; so its results are compared here."""
     made = patch_detector.bundle(tmp_path / "b", contract=InputContract(96, 64, "letterbox"))
     path = made.path / write_frames(made, 130, 191)[0]
     out = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""Triton's repository: config.pbtxt read with Triton's own schema, and its ONNX file loaded as it says."""
+"""Triton's repository: config.pbtxt read with Triton's own schema, and its ONNX file loaded with it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def parse(schema: ModuleType, folder: Path):
 
 
 def dims(config, tensor) -> list[int]:
-    """The whole shape of a tensor: where the server batches, the batch stands before what the configuration says."""
+    """The whole shape of a tensor: where the server batches, the batch comes before the configured dimensions."""
     return [-1, *tensor.dims] if config.max_batch_size else list(tensor.dims)
 
 
@@ -57,7 +57,7 @@ def shape(value) -> list[int]:
 
 
 def require_fits(schema: ModuleType, config, path: Path) -> None:
-    """Names, types and shapes of the configuration are those of the file, and it runs as the configuration says."""
+    """Names, types and shapes of the configuration are those of the file, and it runs with the configuration."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name_of = schema.DataType.Name
     for stated, real in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
@@ -135,7 +135,7 @@ def test_an_open_batch_whose_rows_are_equal_is_batched(tmp_path, schema):
 
 
 def test_rows_that_differ_are_not_batched(tmp_path, schema, caplog):
-    """A fault as TensorRT issue 4813 has it: what stands at another row of the batch comes out otherwise."""
+    """A fault as in TensorRT issue 4813: the other rows of the batch get other results."""
     made = patch_detector.bundle(tmp_path / "b.bundle", batch="batch")
     with made.add("model.onnx", stage="export") as temporary:
         patch_detector.write(temporary, made.manifest.input, 3, batch="batch")

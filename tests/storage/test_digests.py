@@ -16,7 +16,7 @@ from edgedetr.storage.digests import BLOCK, DigestCache, digest
 
 @pytest.fixture
 def hashed(monkeypatch) -> Counter:
-    """How often each file was read whole, by name."""
+    """How often each file was read completely, by name."""
     found: Counter = Counter()
 
     def counting(path):

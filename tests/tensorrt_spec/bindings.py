@@ -216,7 +216,7 @@ def _accept(_: object, value: object) -> None:
 
 
 def _function(name: str, forms: list[list[str]]) -> Any:
-    """A function of these parameters that does nothing; it takes anything where it has several forms, or says none."""
+    """A function of these parameters that does nothing; it takes anything where it documents several forms or none."""
     parameters = forms[0] if len(forms) == 1 else ["*args", "**kwargs"]
     if any(keyword.iskeyword(word) for word in parameters):
         parameters = ["*args", "**kwargs"]

@@ -15,7 +15,7 @@ from typing import Any
 
 
 def signature(doc: str) -> dict[str, Any]:
-    """What a pybind11 docstring says: parameters of each overload, and the class that is returned, if any.
+    """What a pybind11 docstring holds: parameters of each overload, and the class that is returned, if any.
 
     An overloaded function has one numbered line for each form, `2. set_input_shape(self: ..., name: str, ...) -> bool`.
     """

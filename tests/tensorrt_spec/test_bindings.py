@@ -1,4 +1,4 @@
-"""The rebuilt modules say what NVIDIA's bindings say: facts of three versions that were read by hand."""
+"""The rebuilt modules equal NVIDIA's bindings: facts of three versions that were read by hand."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def prepended(detector, queries, noised):
 
 
 def moved(found, truth):
-    """How far both sides of each axis lie from the object's, and from the object's other side: [..., 2, 2] each.
+    """The distance of both sides of each axis from the object's, and from the object's other side: [..., 2, 2] each.
 
     A pair of sides that were swapped was drawn as the second formula has it.
     """

@@ -32,7 +32,7 @@ PLAIN = {
 
 
 def conditional_layer(theirs: str, mine: str, ours: Weights, first: bool) -> Weights:
-    """A decoder layer of Conditional DETR; projections stand in the layer, what remains of attention is out_proj."""
+    """A decoder layer of Conditional DETR; projections are in the layer, what remains of attention is out_proj."""
     names = {
         "sa_qcontent_proj": "self_attention.q",
         "sa_qpos_proj": "self_attention.q_position",
@@ -75,7 +75,7 @@ def conditional(ours: Weights) -> Weights:
 
 
 def dab(ours: Weights) -> Weights:
-    """IDEA-Research/DAB-DETR, and with `label_enc` DN-DETR; the box head stands there twice."""
+    """IDEA-Research/DAB-DETR, and with `label_enc` DN-DETR; it holds the box head twice."""
     names = {
         **torchvision_resnet(ours, "backbone.0.body."),
         **both("input_proj", "encoder.project", ours),
@@ -186,7 +186,7 @@ def test_the_authors_files_come_back_tensor_by_tensor(case: str, tmp_path: Path)
 def test_the_architecture_follows_from_the_tensors(case: str) -> None:
     member, config, written = ORIGINALS[case]
     found = config_from_state_dict(FAMILY[member], translate(member, written(random_state(member, config))), heads=4)
-    # What no tensor tells: heads, dilation, and how many points a grid has.
+    # What no tensor shows: heads, dilation, and how many points a grid has.
     not_stored = {name: getattr(config, name) for name in ("heads", "dilate_last", "queries") if hasattr(config, name)}
     assert found.get("queries", config.queries) == config.queries
     rebuilt = type(config)(**{**found, **not_stored})
@@ -220,7 +220,7 @@ def of_transformers(member: str) -> torch.nn.Module:
     [("conditional_detr", ConditionalDetrConfig(**PLAIN)), ("dn_detr", DnDetrConfig(**PLAIN, denoising=False))],
 )
 def test_files_and_modules_of_transformers_load(member: str, config: object, tmp_path: Path) -> None:
-    """As `save_pretrained` writes them, which is how they lie on the hub, and as they are named in memory."""
+    """As `save_pretrained` writes them, which is how they are stored on the hub, and as they are named in memory."""
     theirs = of_transformers(member)
     theirs.save_pretrained(tmp_path)
     states = []

@@ -78,7 +78,7 @@ def test_backbones_of_torchvision_and_timm_fit(name: str, deep: bool) -> None:
 
 @pytest.mark.parametrize("member", ["detr", "rt_detr"])
 def test_files_of_transformers_load(member: str, tmp_path: Path) -> None:
-    """As `save_pretrained` writes them, which is how they lie on the hub."""
+    """As `save_pretrained` writes them, which is how they are stored on the hub."""
     transformers = pytest.importorskip("transformers")
     if member == "detr":
         backbone = transformers.ResNetConfig(

@@ -482,7 +482,7 @@ def test_a_nested_backbone_is_read_as_strictly(name: str, key: str, value: Any) 
     ],
 )
 def test_sizes_of_a_nested_backbone_are_those_of_the_tensors(name: str, key: str, value: Any) -> None:
-    """Transformers builds what they say, and leaves out or draws the tensors that do not fit."""
+    """Transformers builds what they describe, and leaves out or draws the tensors that do not fit."""
     one, before = CASES[name], plain(name)
     found = config_from_state_dict(
         member(one.member), conversion.translate(one.member, WeightSource(str(before.folder)).weights()), 4

@@ -1,4 +1,4 @@
-"""Names on the hub: one revision, over https, recorded in the bundle; a cache as huggingface_hub fills it stands in."""
+"""Names on the hub: one revision, over https, stored in the bundle; a filled huggingface_hub cache replaces it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conditional DETR: the same detections as transformers' class, and where its queries stand."""
+"""Conditional DETR: the same detections as transformers' class, and the positions of its queries."""
 
 from __future__ import annotations
 

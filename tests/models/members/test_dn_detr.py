@@ -77,7 +77,7 @@ def test_without_knowledge_the_content_is_the_vector_of_an_unknown_label() -> No
     assert torch.equal(content, torch.cat([table[CLASSES], torch.zeros(1)]).expand(2, 10, 32))
     boxes = torch.rand(2, 3, 4)
     known = selector.noised(torch.tensor([[0, 4, CLASSES], [2, 2, 1]]), boxes)
-    assert torch.equal(known.content[0, 1], torch.cat([table[4], torch.ones(1)]))  # the last channel tells them apart
+    assert torch.equal(known.content[0, 1], torch.cat([table[4], torch.ones(1)]))  # the last channel distinguishes them
     assert torch.equal(known.reference, boxes)
 
 

@@ -36,7 +36,7 @@ def test_what_is_verified_is_in_the_order_of_the_recorded_verdicts():
         ("onnx", "onnxruntime-cuda"),
         ("fp16", "onnxruntime-cuda"),
     ]
-    assert [pair for pair in verified_pairs() if pair in recorded] == recorded  # newer ones stand between them
+    assert [pair for pair in verified_pairs() if pair in recorded] == recorded  # newer ones are between them
 
 
 def test_an_unknown_backend_is_a_usage_error_with_the_nearest_name():

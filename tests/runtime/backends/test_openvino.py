@@ -1,4 +1,4 @@
-"""Signals still reach Python after OpenVINO's graphs have come and gone."""
+"""Signals still reach Python after OpenVINO's graphs are built and released."""
 
 from __future__ import annotations
 

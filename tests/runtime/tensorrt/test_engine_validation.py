@@ -1,4 +1,4 @@
-"""Nothing is deserialized that is not whole, of this machine, and built for this device and this TensorRT."""
+"""Nothing is deserialized that is not complete, of this machine, and built for this device and this TensorRT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The list of versions that go wrong is whole, and each entry concerns exactly what it says."""
+"""The list of versions that go wrong is complete, and each entry matches exactly its versions."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ CHECKED = (
 
 
 def test_without_a_driver_the_check_reports_before_the_runtime_crashes(bindings, tmp_path):
-    """Run for real: the lean runtime gives an object that ends the process when it is used; ours says one sentence."""
+    """Run for real: the lean runtime gives an object that ends the process when it is used; ours raises one error."""
     if has_gpu():
         pytest.skip("needs a machine without a GPU")
     try:

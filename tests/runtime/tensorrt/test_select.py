@@ -86,7 +86,7 @@ def test_what_was_measured_decides(fake, bundle, int8, fp16, best, words):
 
 
 def digest_of(word):
-    """The tiny plans of two precisions are the same bytes; a record must tell them apart."""
+    """The tiny plans of two precisions are the same bytes; a record must distinguish them."""
     return hashlib.sha256(str(word).encode()).hexdigest()
 
 

@@ -95,7 +95,7 @@ def test_boxes_with_little_area_left_are_dropped(rng):
     for _ in range(20):
         found = augment(source, InputContract(100, 100), config, rng)
         boxes, labels = found.boxes, found.labels
-        assert len(boxes) <= 1  # the two lie further apart than a crop is wide
+        assert len(boxes) <= 1  # the two are further apart than a crop is wide
         for box, label in zip(boxes, labels):
             whole = 625 if label == 0 else 2500  # their areas, 2.5 times longer on each side
             assert (box[2] - box[0]) * (box[3] - box[1]) >= 0.85 * whole
