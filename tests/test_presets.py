@@ -27,7 +27,7 @@ def test_no_recipe_empties_a_preset(name, preset):
             assert (list(found) if isinstance(found, tuple) else found) == value, f"{section}.{key}"
 
 
-def test_a_set_lies_over_a_preset_and_a_preset_over_a_recipe():
+def test_a_set_overrides_a_preset_and_a_preset_a_recipe():
     recipe = Recipe.load("dn-detr-r50", sets=["train.warmup_steps=7", "augment.mosaic=0"], preset="strong")
     assert (recipe.train.schedule, recipe.train.ema_decay) == ("cosine", 0.9998)  # the preset's, not the recipe's
     assert (recipe.train.warmup_steps, recipe.augment.mosaic) == (7, 0)  # as set

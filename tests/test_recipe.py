@@ -32,7 +32,7 @@ def test_a_number_among_words_is_that_word():
         Recipe.load(sets=["train.precision=64"])
 
 
-def test_set_lies_over_the_recipe_and_keeps_its_types(tmp_path):
+def test_set_overrides_the_recipe_and_keeps_its_types(tmp_path):
     recipe = load(tmp_path, "[train]\nlr = 1e-3\n", ["train.lr=2e-4", "train.epochs=3", "input.resize=letterbox"])
     assert (recipe.train.lr, recipe.train.epochs, recipe.input.resize) == (2e-4, 3, "letterbox")
 

@@ -106,7 +106,7 @@ NOTED = [
 
 
 @pytest.mark.parametrize("kind, spoil, box", NOTED, ids=[f"{kind}-{i}" for i, (kind, *_) in enumerate(NOTED)])
-def test_an_odd_item_is_noted_and_kept_even_when_strict(coco, kind, spoil, box):
+def test_an_unusual_item_is_noted_and_kept_even_when_strict(coco, kind, spoil, box):
     content = tables()
     spoil(content)
     write(coco, content)

@@ -75,7 +75,7 @@ def test_a_split_whose_images_only_fail_when_they_are_decoded_cannot_be_used(tmp
     assert report.splits == ()
 
 
-def test_splits_whose_classes_stand_in_another_order_are_matched_by_name(tmp_path):
+def test_splits_with_classes_in_another_order_are_matched_by_name(tmp_path):
     photographs(tmp_path, "train", {1: 95})
     photographs(tmp_path, "val", {2: 95})
     path = tmp_path / "annotations" / "val.json"

@@ -26,7 +26,7 @@ from edgedetr.errors import DataError
 FEW, MANY = 25, 12_000  # examples of each test: in every run, and marked slow
 PER_FILE = 1.0  # seconds; five times as much is allowed where the machine is busy
 
-ODD = st.one_of(
+UNUSUAL = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
@@ -120,7 +120,7 @@ def odd_tables(draw) -> object:
     """COCO tables in which some value, at any depth, is another thing."""
     content = tables()
     content["annotations"][0]["segmentation"] = draw(
-        st.one_of(ODD, st.just([[1, 1, 5, 1, 5, 5]]), st.just({"size": [30, 40], "counts": "52X"}))
+        st.one_of(UNUSUAL, st.just([[1, 1, 5, 1, 5, 5]]), st.just({"size": [30, 40], "counts": "52X"}))
     )
     for _ in range(draw(st.integers(1, 3))):
         node = content
@@ -135,7 +135,7 @@ def odd_tables(draw) -> object:
             if isinstance(node, dict) and not draw(st.integers(0, 4)):
                 del node[key]
             else:
-                node[key] = copy.deepcopy(draw(ODD))  # samples are shared, and would be put into themselves
+                node[key] = copy.deepcopy(draw(UNUSUAL))  # samples are shared, and would be put into themselves
             break
     return content
 
@@ -190,7 +190,7 @@ def fuzz(examples: int):
         in_time(reads(root))
 
     @often
-    @given(value=ODD)
+    @given(value=UNUSUAL)
     def segmentation(root: Path, value: object) -> None:
         in_time(lambda: coco_boxes.segmentation_box(value))
         in_time(lambda: coco_boxes.segmentation_box({"size": value, "counts": value}))

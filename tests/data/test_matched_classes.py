@@ -123,7 +123,7 @@ def test_the_bundle_s_own_set_is_as_it_was(bundle):
     assert seen(found) == [["cat", "dog"]] * 2
 
 
-def test_metrics_of_equal_names_stand_apart(tmp_path):
+def test_metrics_of_equal_names_are_separate(tmp_path):
     content = tables(categories=[{"id": 1, "name": "helmet"}, {"id": 2, "name": "helmet"}])
     found = layouts.load(coco(tmp_path, content=content), "train")
     answers = perfect(found)

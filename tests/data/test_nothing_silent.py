@@ -25,7 +25,7 @@ def found(root, kind):
     ]
 
 
-def test_images_beside_the_splits_are_named_with_their_objects(tmp_path):
+def test_images_outside_the_splits_are_named_with_their_objects(tmp_path):
     yolo(tmp_path)
     put_image(tmp_path / "images" / "loose.jpg", 7)
     text(tmp_path / "labels" / "loose.txt", LINE * 3)
@@ -40,7 +40,7 @@ def test_labels_of_a_split_whose_images_are_gone_are_counted_in_objects(tmp_path
     assert check(tmp_path).objects_left_out == 3
 
 
-def test_label_files_beside_the_folder_where_they_belong_are_counted(tmp_path):
+def test_label_files_next_to_the_folder_where_they_belong_are_counted(tmp_path):
     yolo(tmp_path, labels="labels")
     assert found(tmp_path, "label-without-image") == [("labels", 2, True)]
     (said,) = (one.what for one in check(tmp_path).issues if one.kind == "no-labels")
@@ -85,7 +85,7 @@ def test_images_that_cvat_s_only_file_does_not_list_are_named(tmp_path):
     assert found(tmp_path, "unlisted-image") == [("images", 0, False)]
 
 
-def test_what_lies_in_a_split_under_a_link_is_not_said_to_be_left_over(tmp_path):
+def test_files_in_a_split_under_a_link_are_not_reported_as_left_over(tmp_path):
     yolo(tmp_path / "set", images="raw/images", labels="raw/labels")
     (tmp_path / "set" / "images").mkdir()
     (tmp_path / "set" / "images" / "train").symlink_to("../raw/images")
@@ -125,7 +125,7 @@ def test_folders_of_annotations_are_splits(tmp_path):
     assert check(tmp_path).issues == ()
 
 
-def test_annotations_beside_a_folder_of_val_are_train(tmp_path):
+def test_annotations_next_to_a_folder_of_val_are_train(tmp_path):
     voc(tmp_path)
     put_image(tmp_path / "JPEGImages" / "val" / "c.jpg", 4)
     text(tmp_path / "Annotations" / "val" / "c.xml", xml("c.jpg"))

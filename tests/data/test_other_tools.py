@@ -66,7 +66,7 @@ def test_ids_that_are_whole_numbers_in_any_writing_stay(tmp_path, change, kept):
         lambda n: 10**400 + n,
     ],
 )
-def test_other_ids_are_renumbered_inside_and_kept_beside(tmp_path, change):
+def test_other_ids_are_renumbered_inside_and_kept_as_original(tmp_path, change):
     found = load(coco(tmp_path, content=with_ids(change)))
     assert kinds(found) == []
     assert [sample.image_id for sample in found.samples] == [1, 2]
@@ -284,7 +284,7 @@ def test_the_other_unicode_form_of_a_name_is_found(tmp_path, on_disk, in_file):
         "../../../{name}/images/train/0.jpg",
     ],
 )
-def test_a_file_name_of_another_machine_that_lies_in_this_folder_is_found(tmp_path, written):
+def test_a_file_name_of_another_machine_is_found_in_this_folder(tmp_path, written):
     root = coco(tmp_path / "pets")
     content = tables()
     content["images"][0]["file_name"] = written.format(root=root, name=root.name)

@@ -227,7 +227,7 @@ def test_lines_of_one_length_may_be_poses_and_are_named(tmp_path):
         ("train/classes.txt", "train", "train"),
     ],
 )
-def test_label_files_beside_their_images_are_found(tmp_path, names, folder, split):
+def test_label_files_next_to_their_images_are_found(tmp_path, names, folder, split):
     text(tmp_path / names, "cat\ndog\n")
     for seed, name in enumerate("ab"):
         put_image(tmp_path / folder / f"{name}.jpg", seed)

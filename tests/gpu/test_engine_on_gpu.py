@@ -72,7 +72,7 @@ def test_an_open_batch_takes_every_size_and_equal_images_give_equal_detections(s
     np.testing.assert_allclose(whole.boxes[2], whole.boxes[0], atol=1e-5, rtol=0)
 
 
-def test_images_that_lie_on_the_gpu_are_taken_from_there(session, cuda):
+def test_images_on_the_gpu_are_read_from_there(session, cuda):
     path, images = exported("rt_detr", 1), sample_images(1)
     engine = session(path)
     there = images.to(cuda)

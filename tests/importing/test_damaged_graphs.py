@@ -274,7 +274,7 @@ def test_many_damaged_files_end_in_one_error_of_ours(tmp_path):
     assert fuzz(tmp_path, 5000, seed=2) < 5000
 
 
-def test_nodes_may_stand_in_any_order_but_not_in_a_circle(tmp_path):
+def test_nodes_may_be_in_any_order_but_not_in_a_cycle(tmp_path):
     """Converters to float16 append their casts behind the nodes that read them; ONNX Runtime takes that."""
     made = planted()
     made.add("Sigmoid", "l", out="p")

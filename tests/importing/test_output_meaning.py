@@ -357,7 +357,7 @@ def test_six_columns_are_distinguished_by_their_numbers(tmp_path, order):
     assert_finds_what_was_planted(result)
 
 
-def test_boxes_with_their_score_beside_labels(tmp_path):
+def test_boxes_with_their_score_and_labels_apart(tmp_path):
     made = planted()
     chosen(made)
     made.add("Unsqueeze", "scores", "last", out="score")
@@ -385,12 +385,12 @@ def test_one_class_of_each_query_is_reported(tmp_path):
 # ---- float16
 
 
-def test_a_graph_of_halves_with_ends_of_float32_becomes_float32(tmp_path):
+def test_an_fp16_graph_with_float32_inputs_and_outputs_becomes_float32(tmp_path):
     made = planted()
     for name in ("l0", "b0", "tiny"):
         made.constants[name] = made.constants[name].astype(np.float16)
-    made.nodes.insert(0, helper.make_node("Cast", ["pixel_values"], ["half_pixels"], "down", to=TensorProto.FLOAT16))
-    made.nodes[1].input[0] = "half_pixels"
+    made.nodes.insert(0, helper.make_node("Cast", ["pixel_values"], ["fp16_pixels"], "down", to=TensorProto.FLOAT16))
+    made.nodes[1].input[0] = "fp16_pixels"
     made.add("Sigmoid", "l", out="p")
     made.add("Cast", "p", out="scores", to=TensorProto.FLOAT)
     made.add("Cast", "b", out="boxes", to=TensorProto.FLOAT)

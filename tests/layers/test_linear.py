@@ -58,7 +58,7 @@ def test_products_and_gradients_equal_float64(shape: tuple[int, ...], outputs: i
 
 
 @pytest.mark.parametrize("order", ["transposed", "expanded", "sliced"])
-def test_rows_may_lie_anywhere_in_memory(order: str) -> None:
+def test_rows_may_have_any_memory_layout(order: str) -> None:
     """Tokens come as views of maps, as one row for all images, and as a part of wider ones."""
     torch.manual_seed(0)
     x = {

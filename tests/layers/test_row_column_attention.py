@@ -106,7 +106,7 @@ def test_queries_in_parts_give_the_same_and_no_part_is_larger_than_allowed(monke
 
 
 @torch.no_grad()
-def test_what_lies_between_the_sums_is_as_long_as_the_shorter_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_product_between_the_sums_is_as_long_as_the_shorter_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     part = row_column_attention._part
     monkeypatch.setattr(row_column_attention, "_part", lambda *given: (seen.append(given[3]), part(*given))[1])

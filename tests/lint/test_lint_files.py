@@ -44,7 +44,7 @@ def test_weights_in_a_file_next_to_it_are_read(tmp_path):
         ("", {}, "without saying where"),
         ("link.bin", {}, "symbolic link"),
         ("folder/weights.bin", {}, "symbolic link"),
-        ("twin.bin", {}, "hard link"),
+        ("second-name.bin", {}, "hard link"),
         ("pipe", {}, "no plain file"),
         ("large.bin", {}, "at most"),
         ("weights.bin", {"offset": "4000"}, "which has 4096"),
@@ -61,7 +61,7 @@ def test_weights_elsewhere_are_refused_unread(tmp_path, location, entries, messa
     (folder / "link.bin").symlink_to(folder / "weights.bin")
     (folder / "folder").symlink_to(tmp_path)
     (tmp_path / "far.bin").write_bytes(b"x" * 4096)
-    os.link(tmp_path / "far.bin", folder / "twin.bin")
+    os.link(tmp_path / "far.bin", folder / "second-name.bin")
     os.mkfifo(folder / "pipe")
     with open(folder / "large.bin", "wb") as stream:
         stream.truncate(2**31)

@@ -118,7 +118,7 @@ def test_a_word_that_is_none_is_a_usage_error(make_bundle, option, value):
         load(make_bundle("model.onnx"), **{option: value})
 
 
-ODD = [
+UNUSUAL = [
     None,
     -1,
     2.5,
@@ -141,7 +141,7 @@ def test_sources_are_a_list_of_paths(value):
         list(frames(value))
 
 
-@pytest.mark.parametrize("value", ODD)
+@pytest.mark.parametrize("value", UNUSUAL)
 def test_options_of_every_entry_are_checked_before_anything_is_done(make_bundle, detector, tmp_path, value):
     from edgedetr.runtime.predict import predict
     from edgedetr.runtime.tensorrt import build

@@ -116,7 +116,7 @@ def look_at(folder: Path, data: bytes):
 
 
 @pytest.mark.parametrize("claim", [1_000_000, 4_000_000_000])
-def test_a_count_that_is_a_lie_ends_soon_and_is_named(tmp_path, avi, claim):
+def test_a_wrong_count_ends_soon_and_is_named(tmp_path, avi, claim):
     (tmp_path / "lie.avi").write_bytes(claiming(avi, claim))
     found, end = played(tmp_path / "lie.avi")
     assert len(found) == COUNT and "its header has more frames than were written" in str(end)

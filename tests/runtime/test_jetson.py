@@ -104,7 +104,7 @@ def test_another_machine_has_no_board_and_gets_no_advice(tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe nonsense \x00", None])
-def test_files_that_are_odd_or_missing_never_stop_it(root, name, content):
+def test_unusual_or_missing_files_never_stop_it(root, name, content):
     (root / name).unlink()
     if content is not None:
         (root / name).write_bytes(content)

@@ -197,7 +197,7 @@ def test_letterbox_keeps_the_aspect_and_pads_right_and_bottom():
     assert (thin[:, 1:] == PADDING).all()
 
 
-def test_a_marked_pixel_lies_where_the_geometry_says(rng):
+def test_a_marked_pixel_is_where_the_geometry_maps_it(rng):
     for contract in CONTRACTS:
         for size in [(640, 480), (90, 400), (50, 60)]:
             y, x = int(rng.integers(20, size[0] - 20)), int(rng.integers(20, size[1] - 20))

@@ -82,7 +82,7 @@ def test_adapters_train_alone_with_heads_and_norms_and_are_merged_into_the_bundl
     load_bundle_model(bundle)
 
 
-def test_untrained_parameters_learn_beside_adapters(trained: Path) -> None:
+def test_untrained_parameters_learn_with_adapters(trained: Path) -> None:
     """Classes of a denoised query have vectors of their own, and without train.start the decoder is random."""
     three = (ClassInfo(0, 9, "huge"), *(replace(item, index=item.index + 1) for item in CLASSES))
     recipe = micro.recipe(lora_rank=2, start=str(trained))

@@ -705,7 +705,7 @@ def test_a_backbone_of_another_architecture_is_refused_where_a_training_names_it
         load_backbone(detector, dataclasses.replace(config, backbone_weights=str(tmp_path)))
 
 
-ODD: list[Any] = [
+UNUSUAL: list[Any] = [
     None,
     True,
     0,
@@ -730,12 +730,12 @@ ODD: list[Any] = [
 
 
 @pytest.mark.parametrize("name", ["detr", "deformable", "rt v2"])
-def test_odd_values_of_every_key_are_read_or_one_error(name: str) -> None:
+def test_unusual_values_of_every_key_are_read_or_one_error(name: str) -> None:
     """Every key and every nested key, twenty values each."""
     one, raw = CASES[name], plain(name).raw
     found = {"hidden": 32, "ffn": 48, "encoder_layers": 2, "points": 4, "expansion": 0.5, "backbone": "resnet18"}
     said: list[str] = []
-    for value in ODD:
+    for value in UNUSUAL:
         changed = [{**raw, key: value} for key in SOURCES[one.kind].keys]
         changed += [{**raw, "backbone_config": {**raw["backbone_config"], key: value}} for key in BACKBONES["resnet"]]
         for content in changed:

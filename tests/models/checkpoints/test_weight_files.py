@@ -307,7 +307,7 @@ def test_folders_without_weights_say_what_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "/nowhere/w", "../x y"])
-def test_odd_names_are_one_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusual_names_are_one_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError):

@@ -32,7 +32,7 @@ def waves(number: float, width: int) -> list[float]:
 
 
 @torch.no_grad()
-def test_every_pattern_stands_at_every_point() -> None:
+def test_every_pattern_is_at_every_point() -> None:
     detector = anchor_detr(AnchorDetrConfig(**SMALL), CLASSES)
     memory = detector.encode(torch.randn(2, 3, 64, 96))
     selector, queries = detector.selector, detector.select(memory)
@@ -50,7 +50,7 @@ def test_every_pattern_stands_at_every_point() -> None:
 
 
 @torch.no_grad()
-def test_keys_lie_at_the_centers_of_cells() -> None:
+def test_keys_are_at_the_centers_of_cells() -> None:
     detector = anchor_detr(AnchorDetrConfig(**SMALL), CLASSES)
     memory = detector.encode(torch.randn(1, 3, 64, 96))  # 2 x 3 cells
     adapt = detector.encoder.position.adapt
@@ -73,7 +73,7 @@ def test_the_network_of_the_axes_is_saved_once_and_learns_from_keys_and_queries(
     assert encoder_only.abs().max() > 0 and queries_only.abs().max() > 0
 
 
-def test_fresh_boxes_stand_at_their_points_and_are_small() -> None:
+def test_fresh_boxes_are_at_their_points_and_small() -> None:
     detector = anchor_detr(AnchorDetrConfig(**SMALL), CLASSES).eval()
     with torch.no_grad():
         boxes = detector(torch.randn(1, 3, 64, 64)).boxes
@@ -94,7 +94,7 @@ def test_a_grid_of_points_covers_the_image() -> None:
 
 
 @torch.no_grad()
-def test_a_noised_object_stands_at_its_center() -> None:
+def test_a_noised_object_is_at_its_center() -> None:
     detector = anchor_detr(AnchorDetrConfig(**SMALL, denoising=True), CLASSES)
     boxes, labels = torch.rand(2, 5, 4), torch.randint(CLASSES + 1, (2, 5))
     known = detector.selector.noised(labels, boxes)
@@ -105,7 +105,7 @@ def test_a_noised_object_stands_at_its_center() -> None:
 
 
 @torch.no_grad()
-def test_padding_changes_nothing_that_is_not_beside_it() -> None:
+def test_padding_changes_nothing_that_is_not_next_to_it() -> None:
     """Garbage behind the mask; and a padded map gives what the map without its padding gives."""
     detector = anchor_detr(AnchorDetrConfig(**SMALL), CLASSES).eval()
     for parameter in detector.parameters():

@@ -90,7 +90,7 @@ def test_only_the_first_layer_adds_the_position_to_the_content() -> None:
     assert [layer.cross_attention.q_position is None for layer in detector.decoder.layers] == [False, True, True]
 
 
-def test_a_fresh_box_stands_at_the_point_that_its_query_means() -> None:
+def test_a_fresh_box_is_at_the_reference_point_of_its_query() -> None:
     detector = build("conditional_detr", ConditionalDetrConfig(**SMALL), CLASSES).eval()
     with torch.no_grad():
         memory = detector.encode(torch.randn(1, 3, 64, 64))

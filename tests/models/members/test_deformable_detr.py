@@ -188,7 +188,7 @@ def test_cells_of_a_padded_image_are_placed_in_the_image() -> None:
 
 
 @torch.no_grad()
-def test_what_lies_in_the_padding_changes_nothing() -> None:
+def test_the_content_of_the_padding_changes_nothing() -> None:
     ours, padding = pair("two-stage")[0], torch.zeros(1, *PIXELS, dtype=torch.bool)
     padding[0, :, 64:] = True
     maps = ours.backbone(torch.randn(1, 3, *PIXELS))

@@ -107,7 +107,7 @@ def test_out_of_memory_names_the_workspace(fake, bundle):
         build.build(bundle)
 
 
-def test_weak_typing_stands_in_on_10_3_alone(fake, bundle):
+def test_weak_typing_is_the_fallback_on_10_3_alone(fake, bundle):
     fake.plans = [None, b"weak plan"]
     if not fake.spec.__version__.startswith("10.3"):
         with pytest.raises(EngineError, match="strongly typed"):

@@ -66,7 +66,7 @@ def test_an_error_that_is_recorded_while_running_is_not_lost(plan, latest, rng):
     runner.run(random_images(rng))  # reported once
 
 
-def test_the_recorder_speaks_the_protocol_of_tensorrt(plan, behavior):
+def test_the_recorder_follows_the_protocol_of_tensorrt(plan, behavior):
     recorder = TrtRunner(plan()).session._errors
     recorder.report_error("code", " text ")
     assert (recorder.num_errors(), recorder.get_error_code(0), recorder.get_error_desc(0)) == (1, "code", "text")
@@ -96,7 +96,7 @@ def test_a_device_without_memory_says_so_and_keeps_nothing(plan, latest, rng):
         ({"kinds": {"images": "HALF"}}, "images is float16 .1, 3, 32, 48.; expected float32 .B, 3, H, W."),
     ],
 )
-def test_engines_with_odd_tensors_are_refused(plan, latest, change, error):
+def test_engines_with_unexpected_tensors_are_refused(plan, latest, change, error):
     for name, value in change.items():
         setattr(latest, name, value)
     with pytest.raises(EngineError, match=error):

@@ -106,7 +106,7 @@ def test_a_covered_box_shrinks_to_the_extent_of_its_uncovered_pixels() -> None:
         assert left.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
 
-def test_drawn_rectangles_lie_in_the_image() -> None:
+def test_drawn_rectangles_are_in_the_image() -> None:
     for seed in range(50):
         x0, y0, x1, y1 = draw_rectangle(60, 80, np.random.default_rng(seed))
         assert 0 <= x0 < x1 <= 80 and 0 <= y0 < y1 <= 60
