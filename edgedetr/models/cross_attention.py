@@ -13,7 +13,7 @@ from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.dynamic_convolution import DynamicInteraction
 from edgedetr.layers.roi_align import RoiAlign
 from edgedetr.layers.row_column_attention import RowColumnAttention
-from edgedetr.models.detector import Memory, Queries, with_pos_embed
+from edgedetr.models.records import Memory, Queries, with_pos_embed
 
 if TYPE_CHECKING:
     from edgedetr.models.member import Role

@@ -13,8 +13,8 @@ from edgedetr.layers.conditional_attention import ConditionalSelfAttention
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.full_precision import in_float32
-from edgedetr.models.detector import Memory, Outputs, Queries, with_pos_embed
 from edgedetr.models.protocols import BoxUpdate, CrossAttention
+from edgedetr.models.records import Memory, Outputs, Queries, with_pos_embed
 
 SelfAttention = MultiHeadAttention | ConditionalSelfAttention
 

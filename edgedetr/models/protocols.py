@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from edgedetr.models.detector import Memory, Queries
+from edgedetr.models.records import Memory, Queries
 
 
 class QuerySelector(Protocol):
@@ -72,4 +71,25 @@ class BoxUpdate(Protocol):
 
     def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
         """The reference [B, N, 2|4] moved by the delta -> boxes [B, N, 4], cx, cy, w, h in 0..1."""
+        ...
+
+
+class Declaration(Protocol):
+    """What a model knows of its member: the part of `models.member.Member` that is asked of a built model."""
+
+    @property
+    def name(self) -> str:
+        """Of the recipe key model.name."""
+        ...
+
+    def role_of(self, path: str) -> str | None:
+        """The role of a module by its dotted path, or None."""
+        ...
+
+    def is_slow(self, parameter: str) -> bool:
+        """Whether a parameter's learning rate is multiplied by train.slow_lr_factor."""
+        ...
+
+    def is_per_class(self, parameter: str) -> bool:
+        """Whether the size of a parameter depends on the number of classes."""
         ...

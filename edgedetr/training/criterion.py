@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgedetr.layers.box_ops import cxcywh_to_xyxy, paired_giou, paired_iou
-from edgedetr.models.detector import Outputs
+from edgedetr.models.records import Outputs
 from edgedetr.options import one_of
 from edgedetr.training.config import CLASS_LOSSES, LossConfig, require_loss_of
 from edgedetr.training.data.dataset import PaddedTargets, Target, pad

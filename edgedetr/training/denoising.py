@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from edgedetr.models.detector import Outputs, Queries
+from edgedetr.models.records import Outputs, Queries
 from edgedetr.training.config import DenoisingConfig
 from edgedetr.training.criterion import DenoisingOutputs
 from edgedetr.training.data.dataset import PaddedTargets

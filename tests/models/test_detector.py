@@ -8,7 +8,7 @@ from members import CLASSES, SMALL, small
 
 from edgedetr.errors import ModelError
 from edgedetr.models import FAMILY, build
-from edgedetr.models.detector import Memory, flatten_maps
+from edgedetr.models.records import Memory, flatten_maps
 
 
 def test_maps_become_tokens_level_by_level_and_row_by_row_and_back() -> None:

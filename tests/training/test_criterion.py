@@ -7,7 +7,7 @@ import torch
 
 from edgedetr.errors import RecipeError
 from edgedetr.models import FAMILY
-from edgedetr.models.detector import Outputs
+from edgedetr.models.records import Outputs
 from edgedetr.recipe import ModelChoice, Recipe
 from edgedetr.training import criterion as criterion_module
 from edgedetr.training.config import TrainConfig

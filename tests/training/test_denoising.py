@@ -13,7 +13,7 @@ from edgedetr.boxes import iou
 from edgedetr.errors import ModelError, RecipeError
 from edgedetr.layers.box_ops import cxcywh_to_xyxy
 from edgedetr.models import build
-from edgedetr.models.detector import Outputs, Queries
+from edgedetr.models.records import Outputs, Queries
 from edgedetr.training import denoising
 from edgedetr.training.config import TrainConfig
 from edgedetr.training.criterion import Criterion

@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from edgedetr.errors import ModelError
 from edgedetr.models.backbones.resnet import DEPTHS
-
-if TYPE_CHECKING:
-    from edgedetr.models.member import Member
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,21 @@ SHARED: dict[str, Reader] = {
 }
 
 
-def config_from_state_dict(member: Member, weights: Mapping[str, Tensor], heads: int = 8) -> dict[str, Any]:
+class ReadableMember(Protocol):
+    """What is needed of a `models.member.Member`."""
+
+    @property
+    def config(self) -> type[Any]:
+        """Its configuration, a dataclass."""
+        ...
+
+    @property
+    def readers(self) -> Mapping[str, Reader]:
+        """Field -> its value from the tensors, beside those of all members."""
+        ...
+
+
+def config_from_state_dict(member: ReadableMember, weights: Mapping[str, Tensor], heads: int = 8) -> dict[str, Any]:
     """Values of the fields of a member's configuration that its tensors decide; the others keep their defaults.
 
     weights   under our names

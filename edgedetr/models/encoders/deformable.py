@@ -17,9 +17,9 @@ from edgedetr.layers.deformable_attention import DeformableAttention, Shapes
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.position import SinePosition
-from edgedetr.models.detector import Memory, flatten_maps
 from edgedetr.models.encoders.dense import shrink
 from edgedetr.models.initialization import zero_bias
+from edgedetr.models.records import Memory, flatten_maps
 
 if TYPE_CHECKING:
     from edgedetr.models.member import Role

@@ -12,8 +12,8 @@ from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.row_column_attention import AxisPosition
-from edgedetr.models.detector import Memory, with_pos_embed
 from edgedetr.models.initialization import zero_bias
+from edgedetr.models.records import Memory, with_pos_embed
 
 
 class EncoderLayer(nn.Module):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
-from edgedetr.models.detector import Memory, flatten_maps
 from edgedetr.models.initialization import zero_bias
+from edgedetr.models.records import Memory, flatten_maps
 from edgedetr.options import one_of
 
 

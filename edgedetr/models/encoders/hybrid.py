@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from edgedetr.errors import ModelError
 from edgedetr.layers.convolution import ConvNorm, RepVgg
 from edgedetr.layers.position import GridPosition
-from edgedetr.models.detector import Memory, flatten_maps
+from edgedetr.models.records import Memory, flatten_maps
 
 
 class CspRep(nn.Module):

@@ -14,7 +14,7 @@ from edgedetr.layers.full_precision import in_float32
 from edgedetr.layers.linear import Linear
 from edgedetr.layers.position import sine_of_boxes
 from edgedetr.layers.row_column_attention import AxisPosition
-from edgedetr.models.detector import Memory, Queries
+from edgedetr.models.records import Memory, Queries
 from edgedetr.options import one_of
 
 

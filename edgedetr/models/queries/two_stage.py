@@ -20,9 +20,9 @@ from edgedetr.layers.feedforward import Mlp
 from edgedetr.layers.full_precision import in_float32
 from edgedetr.layers.linear import Linear
 from edgedetr.layers.position import sine
-from edgedetr.models.detector import Memory, Queries
 from edgedetr.models.encoders.deformable import cell_centers
 from edgedetr.models.queries.learned import label_content
+from edgedetr.models.records import Memory, Queries
 from edgedetr.options import one_of
 
 if TYPE_CHECKING:

@@ -122,7 +122,7 @@ def test_padding_changes_nothing_that_is_not_next_to_it() -> None:
         flat = None if padding is None else padding.flatten(1)
         for layer in encoder.layers:
             tokens = layer(tokens, axes, shape, flat)
-        from edgedetr.models.detector import Memory
+        from edgedetr.models.records import Memory
 
         memory = Memory(tokens, [shape], [32], padding=flat, axes=axes)
         return detector.decode(detector.select(memory), memory)

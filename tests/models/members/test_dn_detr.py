@@ -90,7 +90,7 @@ def test_dab_starts_from_zero_and_has_nothing_for_labels() -> None:
 
 
 def memory_of(batch: int):
-    from edgedetr.models.detector import Memory
+    from edgedetr.models.records import Memory
 
     return Memory(torch.zeros(batch, 4, 32), [(2, 2)], [32])
 

@@ -12,8 +12,9 @@ import torch
 from edgedetr.errors import ModelError
 from edgedetr.models import build
 from edgedetr.models.deploy import DeployGraph
-from edgedetr.models.detector import DetrModel, Memory
+from edgedetr.models.detector import DetrModel
 from edgedetr.models.members.efficient_detr import EfficientDetrConfig
+from edgedetr.models.records import Memory
 from edgedetr.training.config import TrainConfig
 from edgedetr.training.criterion import Criterion
 from edgedetr.training.data.dataset import Target

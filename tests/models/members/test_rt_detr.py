@@ -13,7 +13,8 @@ from members import CLASSES, HEIGHT, SMALL, WIDTH, sample_images
 from edgedetr.exporting.to_onnx import write_onnx
 from edgedetr.models import build
 from edgedetr.models.deploy import DeployGraph
-from edgedetr.models.detector import DetrModel, Memory
+from edgedetr.models.detector import DetrModel
+from edgedetr.models.records import Memory
 
 CONFIG = replace(SMALL["rt_detr"], learned_content=True)
 
