@@ -29,7 +29,7 @@ SQUARE, SHORT, LONG = 640, 800, 1333  # pixels
 TYPE = re.compile(r"(RTDetr|Detr|ConditionalDetr|DeformableDetr)(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)$")
 
 _PIXELS = Special("scale, mean and deviation")
-_SIZE = Special("how images are brought to one size")
+_SIZE = Special("how images are resized to one size")
 _ANNOTATIONS = NoEffect("of annotations, in training")
 _FORM = NoEffect("format of arrays in and out")
 KEYS: dict[str, Key] = {

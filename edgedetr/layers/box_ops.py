@@ -12,12 +12,6 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     return torch.cat([center - size / 2, center + size / 2], dim=-1)
 
 
-def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Corners [..., 4] (x0, y0, x1, y1) -> center and size [..., 4] (cx, cy, w, h), in the same unit."""
-    low, high = boxes.split(2, dim=-1)
-    return torch.cat([(low + high) / 2, high - low], dim=-1)
-
-
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Logit of x, finite at 0 and 1: log(max(x, eps) / max(1 - x, eps)) of x clamped to [0, 1]."""
     x = x.clamp(0, 1)
@@ -46,16 +40,6 @@ def paired_giou(a: Tensor, b: Tensor) -> Tensor:
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0)
     enclosing = (hull[..., 0] * hull[..., 1]).clamp(min=_tiny(union))
     return overlap / union.clamp(min=_tiny(union)) - (enclosing - union) / enclosing
-
-
-def iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of every pair: xyxy [N, 4] and [M, 4] -> [N, M]."""
-    return paired_iou(a[:, None], b[None])
-
-
-def giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalized IoU of every pair: xyxy [N, 4] and [M, 4] -> [N, M]."""
-    return paired_giou(a[:, None], b[None])
 
 
 def _overlap_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,10 +79,6 @@ class Geometry:
         """xyxy boxes [..., 4] from pixels of the input to pixels of the source image (not clipped to it)."""
         return np.asarray(boxes) * self._factors(boxes)
 
-    def to_input(self, boxes: np.ndarray) -> np.ndarray:
-        """xyxy boxes [..., 4] from pixels of the source image to pixels of the input (not clipped to it)."""
-        return np.asarray(boxes) / self._factors(boxes)
-
     def _factors(self, boxes: np.ndarray) -> np.ndarray:
         x, y = self.used_width / self.content_width, self.used_height / self.content_height
         dtype = np.asarray(boxes).dtype
