@@ -47,7 +47,8 @@ def export(module, path: Path, *, names, results, opset=17, open_size=True, extr
     return path
 
 
-def hugging_face_rt_detr():
+def hugging_face_rt_detr(version: str = ""):
+    """version  "" or "V2" of transformers' RTDetr."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     backbone = transformers.RTDetrResNetConfig(
@@ -57,7 +58,7 @@ def hugging_face_rt_detr():
         layer_type="basic",
         out_features=["stage2", "stage3", "stage4"],
     )
-    config = transformers.RTDetrConfig(
+    config = getattr(transformers, f"RTDetr{version}Config")(
         backbone_config=backbone,
         encoder_in_channels=[32, 64, 64],
         d_model=32,
@@ -75,7 +76,7 @@ def hugging_face_rt_detr():
         use_pretrained_backbone=False,
         anchor_image_size=None,
     )
-    return spread(transformers.RTDetrForObjectDetection(config))
+    return spread(getattr(transformers, f"RTDetr{version}ForObjectDetection")(config))
 
 
 def hugging_face_detr():

@@ -39,36 +39,7 @@ def resnet(**changes):
 
 
 def rt_detr_v2():
-    torch.manual_seed(0)
-    backbone = transformers.RTDetrResNetConfig(
-        embedding_size=16,
-        hidden_sizes=[16, 32, 64, 64],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
-    return spread(
-        transformers.RTDetrV2ForObjectDetection(
-            transformers.RTDetrV2Config(
-                backbone_config=backbone,
-                encoder_in_channels=[32, 64, 64],
-                d_model=32,
-                encoder_hidden_dim=32,
-                encoder_ffn_dim=48,
-                encoder_attention_heads=4,
-                decoder_in_channels=[32, 32, 32],
-                decoder_ffn_dim=48,
-                decoder_attention_heads=4,
-                num_queries=QUERIES,
-                decoder_layers=2,
-                decoder_n_points=2,
-                num_denoising=0,
-                num_labels=CLASSES,
-                use_pretrained_backbone=False,
-                anchor_image_size=None,
-            )
-        )
-    )
+    return hugging_face_rt_detr("V2")
 
 
 def conditional():
