@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from edgedetr.errors import DataError, did_you_mean
 
 VERSION = 1  # of the drawing; part of the digest, so that an older set is rendered again
-SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")  # drawn by default; ALL_SHAPES has more
 OVERSAMPLE = 2  # masks are drawn at this scale and averaged, for smooth edges
 VISIBLE = 0.3  # smallest visible fraction of an annotated shape
 QUALITY = 92  # JPEG
@@ -40,6 +40,8 @@ class SceneParams:
     classes: tuple[str, ...]
     size: int  # pixels per side
     seed: int
+    objects: int = 5  # most in an image
+    sides: tuple[float, float] = (0.15, 0.5)  # smallest and largest diameter, as fractions of the image's side
     version: int = VERSION
     synthetic: bool = True
 
@@ -70,16 +72,23 @@ def render(
     classes: tuple[str, ...] = SHAPES,
     size: int = 192,
     seed: int = 0,
+    objects: int = 5,
+    sides: tuple[float, float] = (0.15, 0.5),
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write the set to `root` in COCO layout (splits train, val and test) and return the path.
+
+    classes   some of ALL_SHAPES
+    size      pixels of a side of the square images
+    objects   most objects in an image
+    sides     smallest and largest diameter of an object, as fractions of `size`
 
     An existing set with the same parameters is kept. A new one is rendered in a folder next to `root` and renamed, so
     that `root` is never incomplete. `progress` is called with (images done, total images).
     Errors: DataError where `root` contains anything else than a rendered set.
     """
     root = Path(root)
-    params = SceneParams(train, val, verify, tuple(classes), size, seed)
+    params = SceneParams(train, val, verify, tuple(classes), size, seed, objects, sides)
     _check(params)
     if _digest_of(root) == params.digest():
         return root
@@ -94,7 +103,8 @@ def render(
             drawn = []
             for index in range(count):
                 # One generator per image: images do not depend on how many others there are.
-                scene = draw(np.random.default_rng([seed, number, index]), params.classes, size)
+                generator = np.random.default_rng([seed, number, index])
+                scene = draw(generator, params.classes, size, objects, sides)
                 Image.fromarray(scene.pixels).save(work / "images" / split / _file_name(index), quality=QUALITY)
                 drawn.append((scene.boxes, scene.labels))
                 done += 1
@@ -111,17 +121,23 @@ def render(
     return root
 
 
-def draw(rng: np.random.Generator, classes: tuple[str, ...], size: int) -> RenderedImage:
-    """One image of `size` x `size` pixels: 1 to 5 shapes of 15 to 50 % of the side, later ones over earlier ones."""
+def draw(
+    rng: np.random.Generator,
+    classes: tuple[str, ...],
+    size: int,
+    objects: int = 5,
+    sides: tuple[float, float] = (0.15, 0.5),
+) -> RenderedImage:
+    """One image of `size` x `size` pixels: 1 to `objects` shapes, later ones over earlier ones."""
     canvas = _background(rng, size)
     for _ in range(rng.integers(2, 6)):
         _draw_distractor(rng, canvas, size)
-    count = int(rng.integers(1, 6))
+    count = int(rng.integers(1, objects + 1))
     labels = rng.integers(0, len(classes), count)
     owner = np.full((size, size), -1)
     boxes, whole = [], []
     for index, label in enumerate(labels):
-        window, mask, box = _shape(rng, classes[label], size)
+        window, mask, box = _shape(rng, classes[label], size, sides)
         _paint(rng, canvas[window], mask)
         solid = mask > 0.5
         owner[window][solid] = index
@@ -141,9 +157,15 @@ def _check(params: SceneParams) -> None:
             f"a rendered set of {params.train} + {params.val} + {params.verify} images of {params.size} "
             "px; expected at least one image in each split, of 32 to 2048 px"
         )
+    if params.objects < 1 or not 0 < params.sides[0] <= params.sides[1] <= 1:
+        raise DataError(
+            f"at most {params.objects} objects with diameters of {params.sides} of the image; expected at least one "
+            "object, and two ascending fractions above 0 and at most 1"
+        )
     for name in params.classes:
-        if name not in SHAPES:
-            raise DataError(f"cannot draw {name!r}; expected some of {', '.join(SHAPES)}{did_you_mean(name, SHAPES)}")
+        if name not in ALL_SHAPES:
+            known = ", ".join(ALL_SHAPES)
+            raise DataError(f"cannot draw {name!r}; expected some of {known}{did_you_mean(name, ALL_SHAPES)}")
     if not params.classes or len(set(params.classes)) != len(params.classes):
         raise DataError(f"classes {params.classes}; expected at least one, each once")
 
@@ -228,9 +250,11 @@ def _draw_distractor(rng: np.random.Generator, canvas: np.ndarray, size: int) ->
     part += (color - part) * mask
 
 
-def _shape(rng: np.random.Generator, name: str, size: int) -> tuple[tuple[slice, slice], np.ndarray, tuple[float, ...]]:
+def _shape(
+    rng: np.random.Generator, name: str, size: int, sides: tuple[float, float] = (0.15, 0.5)
+) -> tuple[tuple[slice, slice], np.ndarray, tuple[float, ...]]:
     """A window of the image, the coverage 0..1 of one shape in it, and the box of its extent, clipped to the image."""
-    radius = rng.uniform(0.15, 0.5) * size / 2
+    radius = rng.uniform(*sides) * size / 2
     # The center stays inside: at most about a third of a shape is beyond the border.
     center = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
     squeeze, rotation = rng.uniform(0.8, 1.0), rng.uniform(0, 2 * math.pi)
@@ -279,6 +303,26 @@ def _cross() -> list[Point]:
     return [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]
 
 
+def _arc(start: float, end: float, radius: float = 1.0) -> list[Point]:
+    """24 points of a circle around the origin, between two angles in degrees."""
+    angles = np.radians(np.linspace(start, end, 24)).tolist()
+    return [(radius * math.cos(angle), radius * math.sin(angle)) for angle in angles]
+
+
+def _drop() -> list[Point]:
+    return [(1.0, 0.0), *_arc(60, 300, 0.6)]
+
+
+def _crescent() -> list[Point]:
+    inner = [(0.75 * x + 0.5, 0.75 * y) for x, y in _arc(230, 130)]
+    return [*_arc(50, 310), *inner]
+
+
+def _heart() -> list[Point]:
+    left, right = ([(0.45 * x + shift, 0.45 * y - 0.3) for x, y in _arc(180, 360)] for shift in (-0.45, 0.45))
+    return [*left, *right, (0.0, 0.95)]
+
+
 # Outlines in a circle of radius 1: the shape, then its hole.
 _OUTLINES: dict[str, Callable[[], list[list[Point]]]] = {
     "circle": lambda: [_regular(48)],
@@ -287,4 +331,23 @@ _OUTLINES: dict[str, Callable[[], list[list[Point]]]] = {
     "star": lambda: [_star()],
     "ring": lambda: [_regular(48), _regular(48, 0.55)],
     "cross": lambda: [_cross()],
+    "pentagon": lambda: [_regular(5)],
+    "half_disc": lambda: [[(x, y - 0.42) for x, y in _arc(0, 180, 0.9)]],
+    "quarter_disc": lambda: [[(1.3 * x - 0.55, 1.3 * y - 0.55) for x, y in ((0.0, 0.0), *_arc(0, 90))]],
+    "crescent": lambda: [_crescent()],
+    "drop": lambda: [_drop()],
+    "heart": lambda: [_heart()],
+    "frame": lambda: [_regular(4), _regular(4, 0.55)],
+    "burst": lambda: [
+        [(r * math.cos(math.pi * i / 10), r * math.sin(math.pi * i / 10)) for i, r in enumerate([1.0, 0.6] * 10)]
+    ],
+    "bar": lambda: [[(-0.97, -0.22), (0.97, -0.22), (0.97, 0.22), (-0.97, 0.22)]],
+    "ell": lambda: [[(-0.7, -0.7), (-0.2, -0.7), (-0.2, 0.2), (0.7, 0.2), (0.7, 0.7), (-0.7, 0.7)]],
+    "tee": lambda: [
+        [(-0.8, -0.6), (0.8, -0.6), (0.8, -0.1), (0.25, -0.1), (0.25, 0.9), (-0.25, 0.9), (-0.25, -0.1), (-0.8, -0.1)]
+    ],
+    "arrow": lambda: [[(1.0, 0.0), (0.2, 0.7), (0.2, 0.25), (-0.9, 0.25), (-0.9, -0.25), (0.2, -0.25), (0.2, -0.7)]],
+    "bowtie": lambda: [[(-0.85, -0.5), (0.0, -0.12), (0.85, -0.5), (0.85, 0.5), (0.0, 0.12), (-0.85, 0.5)]],
+    "chevron": lambda: [[(-0.8, -0.6), (0.0, 0.0), (0.8, -0.6), (0.8, 0.0), (0.0, 0.6), (-0.8, 0.0)]],
 }
+ALL_SHAPES = tuple(_OUTLINES)

@@ -44,11 +44,15 @@ def test_no_two_images_are_the_same(tmp_path):
     assert len(set(files)) == 11
 
 
-@pytest.mark.parametrize("shape", synthetic.SHAPES)
+@pytest.mark.parametrize("shape", synthetic.ALL_SHAPES)
 def test_the_box_is_the_tight_extent_of_what_is_painted(shape, rng):
     size = 120
-    for _ in range(25):
+    whole = 0
+    for _ in range(40):
         window, mask, box = synthetic._shape(rng, shape, size)
+        if min(box) == 0 or max(box) == size:  # the border cuts it, perhaps through the corner that another side is at
+            continue
+        whole += 1
         painted = np.zeros((size, size))
         painted[window] = mask
         y, x = np.nonzero(painted > 0)
@@ -58,6 +62,7 @@ def test_the_box_is_the_tight_extent_of_what_is_painted(shape, rng):
         np.testing.assert_allclose(box, tight, atol=2.0)
         side = max(box[2] - box[0], box[3] - box[1])
         assert 0.05 * size < side <= 0.5 * size + 1
+    assert whole > 10
 
 
 def test_objects_that_are_mostly_covered_are_not_annotated(monkeypatch):
@@ -91,6 +96,22 @@ def test_images_hold_one_to_five_objects_of_every_class():
     )
     # 330 objects of 6 classes: 1/6 each, standard deviation 0.02.
     assert np.abs(fraction - 1 / 6).max() < 0.08
+
+
+def test_twenty_shapes_can_be_drawn_in_other_sizes_and_numbers():
+    assert len(set(synthetic.ALL_SHAPES)) == 20 and synthetic.ALL_SHAPES[:6] == synthetic.SHAPES
+    drawn = [
+        synthetic.draw(np.random.default_rng([5, i]), synthetic.ALL_SHAPES, 200, 16, (0.05, 0.1)) for i in range(60)
+    ]
+    assert max(len(scene.labels) for scene in drawn) > 12
+    sides = np.concatenate([(scene.boxes[:, 2:] - scene.boxes[:, :2]).max(1) for scene in drawn])
+    assert sides.max() <= 21 and np.percentile(sides, 5) > 5  # diameters of 10 to 20 px; the border cuts some
+
+
+@pytest.mark.parametrize("wrong", [{"objects": 0}, {"sides": (0.5, 0.2)}, {"sides": (0.1, 1.5)}])
+def test_impossible_numbers_and_sizes_are_refused(tmp_path, wrong):
+    with pytest.raises(DataError, match="at least one object, and two ascending fractions"):
+        synthetic.render(tmp_path / "set", **SMALL, **wrong)
 
 
 def test_a_finished_set_is_not_drawn_again_and_changed_parameters_are(tmp_path):
