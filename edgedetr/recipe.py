@@ -84,6 +84,18 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require_loss_of(self.train.class_loss, self.model.config.activation)
+        self._require_size_multiple()
+
+    def _require_size_multiple(self) -> None:
+        """Errors: RecipeError with the nearest sizes, where the model cannot read an input of this size."""
+        multiple, sides = self.model.config.size_multiple, (self.input.height, self.input.width)
+        if any(side % multiple for side in sides):
+            above, below = ([max(side // multiple + up, 1) * multiple for side in sides] for up in (1, 0))
+            near = [a if 2 * (a - side) <= multiple else b for side, a, b in zip(sides, above, below)]
+            raise RecipeError(
+                f"input is {sides[0]} x {sides[1]} pixels (height x width); {self.model.name} reads multiples of "
+                f"{multiple}; the nearest: --set input.height={near[0]} --set input.width={near[1]}"
+            )
 
     @classmethod
     def load(cls, source: str | Path = DEFAULT, sets: Iterable[str] = (), *, preset: str = "") -> Recipe:

@@ -125,6 +125,19 @@ def test_an_input_larger_than_a_frame_of_8k_video_is_refused():
     assert Recipe.load("demo", ["input.height=4320", "input.width=7680"]).input.width == 7680
 
 
+@pytest.mark.parametrize(
+    "sides, nearest", [((600, 650), (608, 640)), ((15, 33), (32, 32)), ((48, 64), (64, 64)), ((640, 47), (640, 32))]
+)
+def test_an_input_that_the_model_cannot_read_is_refused_with_the_nearest_size(sides, nearest):
+    sets = [f"input.{name}={side}" for name, side in zip(("height", "width"), sides)]
+    expected = (
+        f"rt_detr reads multiples of 32; the nearest: --set input.height={nearest[0]} --set input.width={nearest[1]}"
+    )
+    with pytest.raises(RecipeError, match=expected):
+        Recipe.load(sets=sets)
+    Recipe.load(sets=expected.partition("nearest: ")[2].replace("--set ", "").split())
+
+
 def test_a_key_of_0_1_with_another_name_is_read_with_a_warning_and_keeps_older_trainings(tmp_path, caplog):
     old = tmp_path / "old.toml"
     old.write_text("[augment]\ncolour = 0.25\n")

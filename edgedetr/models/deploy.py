@@ -58,9 +58,9 @@ class DeployGraph(nn.Module):
         """
         super().__init__()
         one_of("sampling", sampling, SAMPLINGS)
-        coarsest = 32
-        if height % coarsest or width % coarsest or min(height, width) <= 0:
-            raise ModelError(f"input is {height} x {width} pixels; expected multiples of {coarsest}")
+        multiple = detector.size_multiple
+        if height % multiple or width % multiple or min(height, width) <= 0:
+            raise ModelError(f"input is {height} x {width} pixels; expected multiples of {multiple}")
         self.height, self.width = height, width
         self.detector = copy.deepcopy(detector).eval().requires_grad_(False)
         self.detector.progress(1.0)  # the number of queries at the end of training

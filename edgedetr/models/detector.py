@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
+from edgedetr.models.backbones.backbone import SIZE_MULTIPLE
 from edgedetr.models.decoder import Decoder
 from edgedetr.models.protocols import Declaration, DenoisingSelector, ProposalSelector, QuerySelector
 from edgedetr.models.records import Memory, Outputs, Queries
@@ -17,6 +18,7 @@ class DetrModel(nn.Module):
     selector   Memory -> Queries
     decoder    (Queries, Memory) -> Outputs            (layers, box update, heads)
     normalize  pixels 0..255 -> the backbone's input; called by the owner of the pixels (training, DeployGraph)
+    size_multiple  what both sides of the input are multiples of, in pixels
     member     the member's record; `Member.build` sets it
     """
 
@@ -30,6 +32,7 @@ class DetrModel(nn.Module):
         super().__init__()
         self.backbone, self.encoder, self.selector, self.decoder = backbone, encoder, selector, decoder
         self.normalize = normalize
+        self.size_multiple: int = getattr(backbone, "size_multiple", SIZE_MULTIPLE)
 
     def encode(self, images: Tensor, padding: Tensor | None = None) -> Memory:
         """images [B, 3, H, W], normalized; padding [B, H, W] bool, True = padding."""

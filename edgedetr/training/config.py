@@ -135,8 +135,9 @@ class SizeConfig(_Part):
 
     growth: tuple[float, ...] = ()  # progressive resizing: sides in each equal part of the epochs, as fractions of
     # the input's; [0.6, 0.8, 1.0] is twice as fast at first (Tan and Le 2021, "EfficientNetV2", section 4)
-    # Sides of a batch, as fractions of the input's, rounded to multiples of 32: one is drawn for each; () = always the
-    # input's own, as in the last epochs (augment.off_for_last) in any case (RT-DETR-R50: 480 to 800 px of 640).
+    # Sides of a batch, as fractions of the input's, rounded to multiples of 32 px (of patch times windows, for a
+    # windowed ViT): one is drawn for each; () = always the input's own, as in the last epochs (augment.off_for_last)
+    # in any case (RT-DETR-R50: 480 to 800 px of 640).
     sizes: tuple[float, ...] = field(default=(), metadata=LATER)
 
 

@@ -90,7 +90,7 @@ def time_step(learner: Learner, images: TrainingSet, schedule: Schedule, fractio
     first = fabric.global_rank * per_process
     rows = np.resize(rows[:WARMUP], (WARMUP + TIMED, config.batch))[:, first : first + per_process]
     seconds, before = [], time.monotonic()
-    contracts = [scaled(images.contract, fraction)] * len(rows)
+    contracts = [scaled(images.contract, fraction, images.multiple)] * len(rows)
     for number, batch in enumerate(batches(images, rows, 0, workers=config.workers, contracts=contracts)):
         learner.step(batch, number, schedule)  # copies its losses to the CPU, and so waits for a GPU
         seconds.append(time.monotonic() - before)

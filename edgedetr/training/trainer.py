@@ -165,6 +165,7 @@ class Trainer:
             seed=config.seed,
             strict=splits.config.strict,
             cache_mb=config.cache_mb,
+            multiple=recipe.model.config.size_multiple,
         )
         self.validator = Validator(
             splits.select, contract, output, batch=min(config.batch, 16), cache_mb=config.cache_mb // 2
@@ -259,7 +260,14 @@ class Trainer:
         rows = rows[self.state.step % steps_per_epoch :, first : first + per_process]
         strong = epoch < self.schedule.epochs * (1 - self.recipe.augment.off_for_last)
         fractions = self.schedule.size_fractions(epoch, strong=strong)
-        contracts = draw_sizes(self.images.contract, fractions, steps_per_epoch, seed=config.seed, epoch=epoch)
+        contracts = draw_sizes(
+            self.images.contract,
+            fractions,
+            steps_per_epoch,
+            multiple=self.images.multiple,
+            seed=config.seed,
+            epoch=epoch,
+        )
         return batches(
             self.images, rows, epoch, strong=strong, workers=config.workers, contracts=contracts[-len(rows) :]
         )

@@ -11,6 +11,7 @@ from edgedetr.models.backbones import resnet, vit
 from edgedetr.options import LATER
 
 NAMES = (*resnet.NAMES, *vit.NAMES)
+SIZE_MULTIPLE = 32  # pixels: the stride of C5, so that every level of a pyramid is twice as large as the next
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class BackboneConfig:
     frozen_stages: int = 2  # stem and first stage keep their ImageNet weights
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet, as torchvision's weights were trained
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def size_multiple(self) -> int:
+        """What both sides of the input are multiples of, in pixels."""
+        return SIZE_MULTIPLE
 
 
 def make_backbone(

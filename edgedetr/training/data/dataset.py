@@ -24,6 +24,7 @@ from edgedetr.data import layouts
 from edgedetr.data.detection_set import DataConfig, DetectionSet, Sample, without_empty_classes
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError
+from edgedetr.models.backbones.backbone import SIZE_MULTIPLE
 from edgedetr.runtime.cpu import bounded
 from edgedetr.runtime.preprocess import Geometry, averaged, resize
 from edgedetr.training.config import AugmentConfig
@@ -178,6 +179,7 @@ class TrainingSet(Dataset):
 
     strict    an image that cannot be decoded is an error; otherwise the next one replaces it
     cache_mb  decoded images are kept in memory up to this size
+    multiple  of the model's input sides, pixels: drawn sizes are rounded to it
     """
 
     def __init__(
@@ -188,9 +190,11 @@ class TrainingSet(Dataset):
         *,
         seed: int,
         cache_mb: int,
+        multiple: int = SIZE_MULTIPLE,
         strict: bool = False,
     ) -> None:
         self.samples, self.contract, self.config, self.seed, self.strict = samples, contract, config, seed, strict
+        self.multiple = multiple
         self.cache: dict[int, SourceImage] = {}
         self._free_bytes = cache_mb * 2**20
 
@@ -307,16 +311,19 @@ def _collate(items: list[tuple[Tensor, Target, int]]) -> Batch:
 
 
 def draw_sizes(
-    contract: InputContract, fractions: Sequence[float], steps: int, *, seed: int, epoch: int
+    contract: InputContract, fractions: Sequence[float], steps: int, *, multiple: int, seed: int, epoch: int
 ) -> list[InputContract]:
-    """The input size of every batch of an epoch, drawn from fractions of its sides; the same in every process."""
+    """The input size of every batch of an epoch, drawn from fractions of its sides; the same in every process.
+
+    multiple  what the sides are rounded to, pixels
+    """
     drawn = np.random.default_rng((seed, epoch, len(fractions))).choice(fractions, steps)
-    return [scaled(contract, float(fraction)) for fraction in drawn]
+    return [scaled(contract, float(fraction), multiple) for fraction in drawn]
 
 
-def scaled(contract: InputContract, fraction: float) -> InputContract:
-    """The contract with both sides multiplied by `fraction` and rounded to 32 pixels, the coarsest stride."""
+def scaled(contract: InputContract, fraction: float, multiple: int) -> InputContract:
+    """The contract with both sides multiplied by `fraction` and rounded to multiples of `multiple` pixels."""
     if fraction == 1:
         return contract
-    height, width = (max(round(side * fraction / 32), 1) * 32 for side in (contract.height, contract.width))
+    height, width = (max(round(side * fraction / multiple), 1) * multiple for side in (contract.height, contract.width))
     return replace(contract, height=height, width=width)
