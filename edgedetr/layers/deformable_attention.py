@@ -40,8 +40,12 @@ class DeformableAttention(nn.Module):
         sampling: str = "gather",
         method: str = "default",
         offset_scale: float = 0.5,
+        project: bool = True,
     ) -> None:
-        """points  per level; offset_scale: fraction of the box side that an offset of `points` covers"""
+        """points  per level; offset_scale: fraction of the box side that an offset of `points` covers
+        project  values are a projection of the tokens, and so is the output of the sum; without, they are used as they
+                 are (D-FINE)
+        """
         super().__init__()
         one_of("model.sampling", sampling, SAMPLINGS)
         one_of("model.method", method, METHODS)
@@ -51,7 +55,8 @@ class DeformableAttention(nn.Module):
         self.offset_scale, self.total = offset_scale, sum(points)
         self.offsets = Linear(dim, heads * self.total * 2)
         self.weights = Linear(dim, heads * self.total)
-        self.value, self.out = Linear(dim, dim), Linear(dim, dim)
+        self.value = Linear(dim, dim) if project else nn.Identity()
+        self.out = Linear(dim, dim) if project else nn.Identity()
         per_point = torch.tensor([1 / count for count in points for _ in range(count)])
         self.register_buffer("per_point", per_point[:, None], persistent=False)
         self._initialize()
@@ -66,10 +71,12 @@ class DeformableAttention(nn.Module):
         direction = direction / direction.abs().amax(-1, keepdim=True)  # [M, 2] on the unit square
         radius = torch.tensor([float(p + 1) for count in self.points for p in range(count)])
         self.offsets.bias.copy_((direction[:, None] * radius[:, None]).flatten())
-        for zero in (self.offsets.weight, self.weights.weight, self.weights.bias, self.value.bias, self.out.bias):
+        for zero in (self.offsets.weight, self.weights.weight, self.weights.bias):
             nn.init.zeros_(zero)
-        nn.init.xavier_uniform_(self.value.weight)
-        nn.init.xavier_uniform_(self.out.weight)
+        for projection in (self.value, self.out):
+            if isinstance(projection, Linear):
+                nn.init.zeros_(projection.bias)
+                nn.init.xavier_uniform_(projection.weight)
 
     def forward(
         self,
@@ -92,7 +99,7 @@ class DeformableAttention(nn.Module):
         kind = autocast_dtype(query)
         if kind is not None:
             query = query.to(kind)  # cast once for both Linears
-        value = self.value(tokens)
+        value = self.value(tokens if kind is None else tokens.to(kind))
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
         sampling_offsets = self.offsets(query).unflatten(-1, (self.heads, self.total, 2))  # [B, N, M, P, 2]

@@ -30,6 +30,10 @@ class DropPath(nn.Module):
         keep = torch.rand(branch.shape[0], *[1] * (branch.dim() - 1), device=branch.device) >= self.rate
         return branch * (keep.to(branch.dtype) / (1 - self.rate))
 
+    def change(self, old: Tensor, new: Tensor) -> Tensor:
+        """`new`, seen as a branch beside `old` that may be dropped: [B, ...] each -> the same shape."""
+        return old + self(new - old) if self.training and self.rate else new
+
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"
 

@@ -62,8 +62,10 @@ class FeedForward(nn.Module):
 class Mlp(nn.Module):
     """`layers` Linears with ReLU between them."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, layers: int) -> None:
+    def __init__(self, inputs: int, hidden: int, outputs: int, layers: int, limit: float | None = None) -> None:
+        """limit  of the outputs' magnitude, or None"""
         super().__init__()
+        self.limit = limit
         sizes = [inputs] + [hidden] * (layers - 1) + [outputs]
         self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(sizes))
 
@@ -71,7 +73,7 @@ class Mlp(nn.Module):
         """x [..., inputs] -> [..., outputs]."""
         for index, layer in enumerate(self.layers):
             x = layer(x) if index == 0 else layer(F.relu(x))
-        return x
+        return x if self.limit is None else x.clamp(-self.limit, self.limit)
 
 
 class _FeedForward(torch.autograd.Function):

@@ -13,7 +13,8 @@ from edgedetr.layers.conditional_attention import ConditionalSelfAttention
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.full_precision import in_float32
-from edgedetr.models.protocols import BoxUpdate, CrossAttention
+from edgedetr.layers.gate import Gate
+from edgedetr.models.protocols import BoxState, BoxUpdate, CrossAttention, StatefulBoxUpdate
 from edgedetr.models.records import Memory, Outputs, Queries, with_pos_embed
 
 SelfAttention = MultiHeadAttention | ConditionalSelfAttention
@@ -32,12 +33,16 @@ class DecoderLayer(nn.Module):
         dim: int,
         dropout: float = 0.0,
         pre_norm: bool = False,
+        gate: Gate | None = None,
     ) -> None:
-        """self_attention  None: none in this layer, as may be in the first, whose queries have no content yet"""
+        """self_attention  None: none in this layer, as may be in the first, whose queries have no content yet
+        gate            joins the content with what cross-attention read, in place of their sum and its norm (post-norm)
+        """
         super().__init__()
         self.self_attention, self.cross_attention, self.feedforward = self_attention, cross_attention, feedforward
         self.self_norm = None if self_attention is None else nn.LayerNorm(dim)
-        self.cross_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.cross_norm = nn.LayerNorm(dim) if gate is None else None
+        self.gate, self.feedforward_norm = gate, nn.LayerNorm(dim)
         self.dropout, self.path, self.pre_norm = nn.Dropout(dropout), DropPath(), pre_norm
 
     def forward(self, queries: Queries, memory: Memory) -> Tensor:
@@ -47,12 +52,20 @@ class DecoderLayer(nn.Module):
             inner = self.self_norm(content) if self.pre_norm else content
             content = content + self.path(self.dropout(_self_attend(self.self_attention, inner, queries)))
             content = content if self.pre_norm else self.self_norm(content)
-        inner = self.cross_norm(content) if self.pre_norm else content
-        content = content + self.path(self.dropout(self.cross_attention(replace(queries, content=inner), memory)))
+        content = self._cross_attend(content, queries, memory)
         if self.pre_norm:
             return content + self.path(self.feedforward(self.feedforward_norm(content)))
-        content = self.cross_norm(content)
         return self.feedforward_norm(content + self.path(self.feedforward(content)))
+
+    def _cross_attend(self, content: Tensor, queries: Queries, memory: Memory) -> Tensor:
+        """The content [B, N, C], joined with what it reads in the memory."""
+        inner = self.cross_norm(content) if self.pre_norm and self.cross_norm is not None else content
+        read = self.dropout(self.cross_attention(replace(queries, content=inner), memory))
+        if self.gate is not None:
+            joined: Tensor = self.gate(content, read, self.path)
+            return joined
+        content = content + self.path(read)
+        return content if self.pre_norm or self.cross_norm is None else self.cross_norm(content)
 
 
 def _self_attend(attention: SelfAttention, content: Tensor, queries: Queries) -> Tensor:
@@ -76,12 +89,12 @@ class Decoder(nn.Module):
                     None: Queries.spatial stays
     """
 
-    boxes: BoxUpdate
+    boxes: BoxUpdate | StatefulBoxUpdate
 
     def __init__(
         self,
         layers: list[nn.Module],
-        boxes: BoxUpdate,
+        boxes: BoxUpdate | StatefulBoxUpdate,
         query_position: nn.Module | None = None,
         norm: nn.Module | None = None,
         spatial: nn.Module | None = None,
@@ -94,32 +107,54 @@ class Decoder(nn.Module):
 
     def forward(self, queries: Queries, memory: Memory, *, last_only: bool = False) -> Outputs:
         """Predictions of every layer; with `last_only` of the last one alone (L = 1), and only what it depends on."""
+        heads = self.boxes
+        if isinstance(heads, StatefulBoxUpdate):
+            return self._with_state(heads, queries, memory, last_only)
         logits, boxes = [], []
         reference = before = queries.reference
-        start = spatial = queries.spatial
+        start = queries.spatial
         for index, layer in enumerate(self.layers):
             last = index == len(self.layers) - 1
-            position = queries.position
-            if self.query_position is not None:
-                if reference is None:
-                    raise ModelError("the query position is computed from a reference; this selector gives none")
-                position = in_float32(self.query_position, reference)
-            if self.spatial is not None:
-                spatial = self.spatial(index, queries.content, reference, start)
-            queries = replace(queries, position=position, reference=reference, spatial=spatial)
+            queries = self._placed(index, queries, reference, start)
             queries = replace(queries, content=layer(queries, memory))
             if self.norm is not None and self.norm_between:
                 queries = replace(queries, content=self.norm(queries.content))
             features = queries.content if self.norm is None else self.norm(queries.content)
             shown = last or not last_only
             if shown:
-                logits.append(self.boxes.classify(index, features))
-                delta = self.boxes.delta(index, features)
-                boxes.append(self.boxes.move(delta, before if self.boxes.look_forward_twice else reference))
-            if self.boxes.iterative and not last:
+                logits.append(heads.classify(index, features))
+                delta = heads.delta(index, features)
+                boxes.append(heads.move(delta, before if heads.look_forward_twice else reference))
+            if heads.iterative and not last:
                 # With a norm, the step to the next reference is taken from the features before it (DAB-DETR).
-                step = delta if shown and self.norm is None else self.boxes.delta(index, queries.content)
+                step = delta if shown and self.norm is None else heads.delta(index, queries.content)
                 # The reference that the next layer samples around is a constant, whatever the loss reaches.
-                before = self.boxes.move(step, reference)
+                before = heads.move(step, reference)
                 reference = before.detach()
         return Outputs(torch.stack(logits), torch.stack(boxes), encoder=queries.encoder)
+
+    def _placed(self, index: int, queries: Queries, reference: Tensor | None, start: Tensor | None) -> Queries:
+        """The queries as a layer gets them, with their positions; start: Queries.spatial of the first layer."""
+        position, spatial = queries.position, queries.spatial
+        if self.query_position is not None:
+            if reference is None:
+                raise ModelError("the query position is computed from a reference; this selector gives none")
+            position = in_float32(self.query_position, reference)
+        if self.spatial is not None:
+            spatial = self.spatial(index, queries.content, reference, start)
+        return replace(queries, position=position, reference=reference, spatial=spatial)
+
+    def _with_state(self, heads: StatefulBoxUpdate, queries: Queries, memory: Memory, last_only: bool) -> Outputs:
+        """The same for boxes with a state; each layer's features go to the heads as they are."""
+        states: list[BoxState] = []
+        reference, start = queries.reference, queries.spatial
+        for index, layer in enumerate(self.layers):
+            queries = self._placed(index, queries, reference, start)
+            queries = replace(queries, content=layer(queries, memory))
+            shown = not last_only or index == len(self.layers) - 1
+            states.append(heads.refine(index, queries.content, reference, states[-1] if states else None, shown=shown))
+            reference = states[-1].boxes.detach()
+        shown_states = states[-1:] if last_only else states
+        logits = torch.stack([state.logits for state in shown_states if state.logits is not None])
+        boxes = torch.stack([state.boxes for state in shown_states])
+        return Outputs(logits, boxes, encoder=queries.encoder, sides=None if last_only else heads.sides(states))

@@ -29,6 +29,7 @@ Role = Literal[
     "sampling_offsets",  # where deformable attention or a deformable convolution samples
     "attention_weights",  # how strongly deformable attention weighs each sample
     "dynamic_relu",  # predicts the slopes of a dynamic ReLU
+    "box_distribution",  # predicts and integrates the distributions of a box's sides
     "dynamic_head",  # predicts and applies the weights with which a query reads its box
 ]
 ROLES: tuple[Role, ...] = get_args(Role)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from edgedetr.models.records import Memory, Queries
+from edgedetr.models.records import Memory, Queries, Sides
 
 
 class QuerySelector(Protocol):
@@ -71,6 +73,46 @@ class BoxUpdate(Protocol):
 
     def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
         """The reference [B, N, 2|4] moved by the delta -> boxes [B, N, 4], cx, cy, w, h in 0..1."""
+        ...
+
+
+@dataclass
+class BoxState:
+    """What a layer of a `StatefulBoxUpdate` leaves to the next one.
+
+    logits    [B, N, K*], or None where they were not asked for
+    boxes     [B, N, 4]   cx, cy, w, h in 0..1; the next layer samples around them
+    features  [B, N, C]   the layer's, without gradient
+    sides     [B, N, 4 (R + 1)]   logits of the distributions of the sides, accumulated over the layers
+    start     [B, N, 4]   the boxes whose sides move, without gradient
+    matrix    [4 (R + 1), 4]   from the distributions to what they mean
+    first     (logits, boxes) of the plain head before the first layer's distributions; logits as above
+    """
+
+    logits: Tensor | None
+    boxes: Tensor
+    features: Tensor
+    sides: Tensor
+    start: Tensor
+    matrix: Tensor
+    first: tuple[Tensor | None, Tensor]
+
+
+@runtime_checkable
+class StatefulBoxUpdate(Protocol):
+    """A box update that carries a state from layer to layer, in place of `BoxUpdate`."""
+
+    def refine(
+        self, layer: int, features: Tensor, reference: Tensor | None, state: BoxState | None, *, shown: bool
+    ) -> BoxState:
+        """A layer's features [B, N, C], the box that it sampled around, the state of the layer before -> its own.
+
+        shown   class logits are asked for; the state and the boxes are computed in any case
+        """
+        ...
+
+    def sides(self, states: Sequence[BoxState]) -> Sides:
+        """What the losses need, of the states of all layers."""
         ...
 
 

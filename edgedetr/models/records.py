@@ -58,17 +58,48 @@ class Queries:
 
 
 @dataclass
+class Sides:
+    """What the losses need of a decoder that predicts boxes by distributions of their sides (D-FINE).
+
+    logits  [L, B, N, 4, R + 1]   left, top, right, bottom of every layer, over the bins
+    start   [B, N, 4]             the boxes whose sides move, the same for all layers, without gradient
+    first   (logits [B, N, K], boxes [B, N, 4]) of the plain head before the first layer's distributions
+    values  [R + 1]               the movement W that each bin means, in box sides times scale
+    scale   [1]
+    """
+
+    logits: Tensor
+    start: Tensor
+    first: tuple[Tensor, Tensor]
+    values: Tensor
+    scale: Tensor
+
+    def of(self, queries: slice) -> Sides:
+        """Those of some queries."""
+        logits, boxes = self.first
+        return Sides(
+            self.logits[:, :, queries],
+            self.start[:, queries],
+            (logits[:, queries], boxes[:, queries]),
+            self.values,
+            self.scale,
+        )
+
+
+@dataclass
 class Outputs:
     """Predictions of every decoder layer; the last of L are the detections.
 
     logits   [L, B, N, K*]
     boxes    [L, B, N, 4]  cx, cy, w, h in 0..1 of the input image
     encoder  (logits [B, M, K], boxes [B, M, 4]) of two-stage members, or None
+    sides    of members whose boxes are distributions, or None; None also where only the last layer was asked for
     """
 
     logits: Tensor
     boxes: Tensor
     encoder: tuple[Tensor, Tensor] | None = None
+    sides: Sides | None = None
 
 
 def flatten_maps(maps: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
