@@ -38,6 +38,32 @@ class AbsoluteBoxes(nn.Module):
         return move_by_logits(delta, reference)
 
 
+class ExpDeltaBoxes(AbsoluteBoxes):
+    """One pair of heads for all layers, whose boxes are all relative to the first reference and its size.
+
+    Chen et al. 2024, "LW-DETR", section 3.1 (`bbox_reparam` and `lite_refpoint_refine` of its code): the center moves
+    by fractions of the sides, and the sides grow by a factor.
+    """
+
+    def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
+        """delta, reference [B, N, 4] -> boxes [B, N, 4], cx, cy, w, h in 0..1, float32."""
+        return move_by_deltas(delta, reference)
+
+
+def move_by_deltas(delta: Tensor, reference: Tensor | None) -> Tensor:
+    """The reference [B, N, 4] (cx, cy, w, h) moved by delta [B, N, 4] -> [B, N, 4], float32.
+
+    x and y by fractions of the reference's sides, the sides by logarithmic growth. Boxes are not clipped to the image:
+    a side that is cut off has no gradient. The runtime clips them.
+    """
+    if reference is None:
+        raise ModelError("deltas move a box; this selector gives none")
+    dtype = torch.promote_types(delta.dtype, torch.float32)
+    shift, growth = delta.to(dtype).split(2, dim=-1)
+    center, size = reference.to(dtype).split(2, dim=-1)
+    return torch.cat([center + shift * size, size * growth.clamp(max=LARGEST_GROWTH).exp()], dim=-1)
+
+
 class IterativeBoxes(nn.Module):
     """Each layer has its own heads and moves the box of the layer before (Deformable DETR, section 4.2)."""
 
@@ -78,8 +104,7 @@ def move_by_logits(delta: Tensor, reference: Tensor | None) -> Tensor:
 class DeltaBoxes(nn.Module):
     """Each layer has its own towers and heads, and moves the box of the layer before relative to the box's size.
 
-    Sun et al. 2021, "Sparse R-CNN", section 3; deltas as in Girshick et al. 2014, "R-CNN", appendix C. Boxes are not
-    clipped to the image: a side that is cut off has no gradient. The runtime clips them.
+    Sun et al. 2021, "Sparse R-CNN", section 3; deltas as in Girshick et al. 2014, "R-CNN", appendix C.
     """
 
     iterative = True
@@ -103,12 +128,8 @@ class DeltaBoxes(nn.Module):
 
     def move(self, delta: Tensor, reference: Tensor | None) -> Tensor:
         """delta, reference [B, N, 4] -> boxes [B, N, 4], cx, cy, w, h in 0..1, float32."""
-        if reference is None:
-            raise ModelError("R-CNN deltas move a box; this selector gives none")
         dtype = torch.promote_types(delta.dtype, torch.float32)
-        shift, growth = (delta.to(dtype) / delta.new_tensor(DELTA_WEIGHTS, dtype=dtype)).split(2, dim=-1)
-        center, size = reference.to(dtype).split(2, dim=-1)
-        return torch.cat([center + shift * size, size * growth.clamp(max=LARGEST_GROWTH).exp()], dim=-1)
+        return move_by_deltas(delta.to(dtype) / delta.new_tensor(DELTA_WEIGHTS, dtype=dtype), reference)
 
 
 def _tower(dim: int, blocks: int) -> nn.Sequential:

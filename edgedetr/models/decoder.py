@@ -69,13 +69,21 @@ class DecoderLayer(nn.Module):
 
 
 def _self_attend(attention: SelfAttention, content: Tensor, queries: Queries) -> Tensor:
-    """Self-attention of the content [B, N, C], with the position added to it or projected separately."""
+    """Self-attention of the content [B, N, C], with the position added to it or projected separately.
+
+    Each group of queries attends to itself (Chen et al. 2023, "Group DETR", section 3.2).
+    """
     if isinstance(attention, ConditionalSelfAttention):
         if queries.position is None:
             raise ModelError("conditional self-attention projects the position separately; this decoder gives none")
         return attention(content, queries.position, queries.self_mask)
     query = with_pos_embed(content, queries.position)
-    return attention(query, query, content, queries.self_mask)
+    if queries.groups == 1:
+        return attention(query, query, content, queries.self_mask)
+    # A group is a batch element of its own: attention over 13 x 300 queries would be 13 times the work.
+    apart = (x.unflatten(1, (queries.groups, -1)).flatten(0, 1) for x in (query, content))
+    query, content = apart
+    return attention(query, query, content, queries.self_mask).unflatten(0, (-1, queries.groups)).flatten(1, 2)
 
 
 class Decoder(nn.Module):
@@ -131,7 +139,7 @@ class Decoder(nn.Module):
                 # The reference that the next layer samples around is a constant, whatever the loss reaches.
                 before = heads.move(step, reference)
                 reference = before.detach()
-        return Outputs(torch.stack(logits), torch.stack(boxes), encoder=queries.encoder)
+        return Outputs(torch.stack(logits), torch.stack(boxes), encoder=queries.encoder, groups=queries.groups)
 
     def _placed(self, index: int, queries: Queries, reference: Tensor | None, start: Tensor | None) -> Queries:
         """The queries as a layer gets them, with their positions; start: Queries.spatial of the first layer."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from edgedetr.errors import ModelError
 from edgedetr.models.backbones.backbone import SIZE_MULTIPLE
 from edgedetr.models.decoder import Decoder
-from edgedetr.models.protocols import Declaration, DenoisingSelector, ProposalSelector, QuerySelector
+from edgedetr.models.protocols import Declaration, DenoisingSelector, GroupSelector, ProposalSelector, QuerySelector
 from edgedetr.models.records import Memory, Outputs, Queries
 
 
@@ -40,6 +40,10 @@ class DetrModel(nn.Module):
 
     def select(self, memory: Memory) -> Queries:
         return self.selector(memory)
+
+    def select_to_train(self, memory: Memory) -> Queries:
+        """As `select`, with the groups of queries that training alone has (Queries.groups)."""
+        return self.selector.every_group(memory) if isinstance(self.selector, GroupSelector) else self.selector(memory)
 
     def decode(self, queries: Queries, memory: Memory, *, last_only: bool = False) -> Outputs:
         """last_only: predictions of the last layer alone, L = 1."""

@@ -44,6 +44,15 @@ class ProposalSelector(Protocol):
         ...
 
 
+@runtime_checkable
+class GroupSelector(Protocol):
+    """A selector that trains several groups of queries, of which one is deployed (group DETR)."""
+
+    def every_group(self, memory: Memory) -> Queries:
+        """The queries of all groups, one group after the other."""
+        ...
+
+
 class CrossAttention(Protocol):
     """How queries read the memory."""
 

@@ -47,6 +47,7 @@ class Queries:
                [B, N, 2C] the position along x, then along y (row-column)
     self_mask  [N, N] bool or None, True = this query (row) must not see that one (column)
     encoder    (logits [B, N, K], boxes [B, N, 4]) of the proposals the queries came from, or None
+    groups     the N queries are so many equal groups, which do not see each other; more than one in training alone
     """
 
     content: Tensor
@@ -55,6 +56,7 @@ class Queries:
     spatial: Tensor | None = None
     self_mask: Tensor | None = None
     encoder: tuple[Tensor, Tensor] | None = None
+    groups: int = 1
 
 
 @dataclass
@@ -94,12 +96,14 @@ class Outputs:
     boxes    [L, B, N, 4]  cx, cy, w, h in 0..1 of the input image
     encoder  (logits [B, M, K], boxes [B, M, 4]) of two-stage members, or None
     sides    of members whose boxes are distributions, or None; None also where only the last layer was asked for
+    groups   the N queries, and the M proposals, are so many equal groups, each of which finds every object
     """
 
     logits: Tensor
     boxes: Tensor
     encoder: tuple[Tensor, Tensor] | None = None
     sides: Sides | None = None
+    groups: int = 1
 
 
 def flatten_maps(maps: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:

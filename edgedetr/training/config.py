@@ -71,7 +71,7 @@ AUGMENT_RANGES = {
 }
 
 # Class losses, and the activation of the logits that each of them is for.
-CLASS_LOSSES = {"softmax_ce": "softmax", "focal": "sigmoid", "vfl": "sigmoid", "mal": "sigmoid"}
+CLASS_LOSSES = {"softmax_ce": "softmax", **dict.fromkeys(("focal", "vfl", "mal", "ia_bce"), "sigmoid")}
 
 
 def require_loss_of(class_loss: str, activation: str) -> None:
@@ -181,7 +181,8 @@ class LossConfig(_Part):
     focal_alpha: float = 0.25  # focal loss (Lin et al. 2017); varifocal uses vfl_alpha
     vfl_alpha: float = 0.75  # varifocal loss (Zhang et al. 2021)
     gamma: float = 2.0  # both
-    class_loss: Literal["", "softmax_ce", "focal", "vfl", "mal"] = ""  # "" = the member's own; "mal" is DEIM's
+    # "" = the member's own; "mal" is DEIM's, "ia_bce" LW-DETR's
+    class_loss: Literal["", "softmax_ce", "focal", "vfl", "mal", "ia_bce"] = ""
     label_smoothing: float = 0.0  # 0.1 where labels are noisy (Szegedy et al. 2016)
 
 

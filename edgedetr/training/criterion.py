@@ -19,6 +19,8 @@ from edgedetr.training.config import CLASS_LOSSES, LossConfig, require_loss_of
 from edgedetr.training.data.dataset import PaddedTargets, Target, pad
 from edgedetr.training.matcher import Assignment, Costs, match
 
+LEAST_SCORE = 0.01  # that a matched query learns with iou_aware_bce, however poor its box (LW-DETR's code)
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -92,8 +94,9 @@ class Criterion:
         """
         with torch.autocast(outputs.logits.device.type, enabled=False):
             padded = targets if isinstance(targets, PaddedTargets) else pad(targets)
-            count = max(float(sum(padded.counts)) if objects_per_process is None else objects_per_process, 1.0)
-            parts = self._matched_losses(outputs, padded, count)  # [3, L] or, with an encoder, [3, L + 1]
+            objects = float(sum(padded.counts)) if objects_per_process is None else objects_per_process
+            count = max(objects, 1.0)
+            parts = self._matched_losses(outputs, padded, max(objects * outputs.groups, 1.0))  # [3, L (+ 1)]
             layers = len(outputs.logits)
             noise = parts.new_zeros(())
             if denoising is not None:
@@ -112,12 +115,20 @@ class Criterion:
             )
 
     def _matched_losses(self, outputs: Outputs, padded: PaddedTargets, count: float) -> Tensor:
-        """Weighted class, L1 and GIoU losses of the L decoder layers, then of the encoder, if any: [3, L (+ 1)]."""
-        decoder = (outputs.logits.float(), outputs.boxes.float())
+        """Weighted class, L1 and GIoU losses of the L decoder layers, then of the encoder, if any: [3, L (+ 1)].
+
+        Each group of queries finds all objects. A group is matched as a layer of its own, and the loss is the groups'
+        mean (Chen et al. 2023, "Group DETR", eq. 6).
+
+        count   objects in all groups
+        """
+        copies = outputs.groups
+        decoder = (by_group(outputs.logits.float(), copies), by_group(outputs.boxes.float(), copies))
         if outputs.encoder is None:
             groups = [decoder]
         else:
-            encoder = (outputs.encoder[0][None].float(), outputs.encoder[1][None].float())
+            logits, boxes = (part[None].float() for part in outputs.encoder)
+            encoder = (by_group(logits, copies), by_group(boxes, copies))
             if encoder[0].shape[1:] == decoder[0].shape[1:] and not self.class_agnostic_proposals:
                 # Equally many queries: the encoder is one more layer in the same calls.
                 groups = [(torch.cat([decoder[0], encoder[0]]), torch.cat([decoder[1], encoder[1]]))]
@@ -133,7 +144,8 @@ class Criterion:
             self._layer_losses(*group, assignment, wanted, count)
             for group, assignment, wanted in zip(groups, assignments, targets)
         ]
-        return torch.cat(losses, 1)
+        parts = torch.cat(losses, 1)
+        return parts if copies == 1 else parts.unflatten(1, (-1, copies)).sum(-1)
 
     def _layer_losses(
         self, logits: Tensor, boxes: Tensor, assignment: Assignment, padded: PaddedTargets, count: float
@@ -173,7 +185,15 @@ class Criterion:
             return loss / count
         if self.class_loss == "mal":
             return matchability(logits, onehot, quality, config.gamma, config.label_smoothing) / count
+        if self.class_loss == "ia_bce":
+            loss = iou_aware_bce(logits, onehot, quality, config.focal_alpha, config.gamma, config.label_smoothing)
+            return loss / count
         raise ValueError(f"class loss {self.class_loss!r}; expected one of {CLASS_LOSSES}")
+
+
+def by_group(values: Tensor, groups: int) -> Tensor:
+    """values [L, B, G N, ...] of G groups of queries -> [L G, B, N, ...], as if each group were a layer."""
+    return values if groups == 1 else values.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 # The class losses, one number per layer G.
@@ -230,6 +250,25 @@ def matchability(logits: Tensor, onehot: Tensor, quality: Tensor, gamma: float, 
     wanted = _smoothed(onehot, smoothing) * quality[..., None] ** gamma
     weight = torch.where(onehot > 0, 1.0, logits.detach().sigmoid() ** gamma)
     return F.binary_cross_entropy_with_logits(logits, wanted, weight, reduction="none").flatten(1).sum(1)
+
+
+def iou_aware_bce(
+    logits: Tensor, onehot: Tensor, quality: Tensor, alpha: float, gamma: float, smoothing: float = 0.0
+) -> Tensor:
+    """IoU-aware cross-entropy (Chen et al. 2024, "LW-DETR", eq. 2 and 3; Cai et al. 2023, "Align-DETR").
+
+    The score p of a matched query learns t = p^alpha IoU^(1 - alpha), which is a constant to the gradient; every other
+    score is pushed down with the weight p^gamma.
+
+    logits, onehot  [G, B, N, K];  quality [G, B, N], IoU of matched queries, else 0;  return [G], summed
+    smoothing       as in `varifocal`: of 0 and t towards half of t; the weights do not change
+    """
+    prob = logits.sigmoid()
+    score = (prob.detach() ** alpha * quality[..., None] ** (1 - alpha)).clamp(min=LEAST_SCORE)
+    wanted = _smoothed(onehot, smoothing) * (onehot * score).sum(-1, keepdim=True)
+    down = torch.where(onehot > 0, 1 - wanted, prob**gamma)  # its gradient is part of the loss
+    # -wanted log(p) - down log(1 - p), of which logsigmoid keeps the digits where p is near 0 or 1.
+    return (down * logits - F.logsigmoid(logits) * (wanted + down)).flatten(1).sum(1)
 
 
 def _smoothed(onehot: Tensor, smoothing: float) -> Tensor:

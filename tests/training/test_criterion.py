@@ -84,7 +84,42 @@ def test_rt_detr_losses_equal_transformers_with_auxiliary_encoder_and_denoising(
     torch.testing.assert_close(ours.total, sum(expected.values()), **close)
 
 
-@pytest.mark.parametrize("counts", [(4, 0, 6), (0, 0, 0), (15, 1, 2)], ids=["mixed", "empty", "more than queries"])
+COUNTS = pytest.mark.parametrize(
+    "counts", [(4, 0, 6), (0, 0, 0), (15, 1, 2)], ids=["mixed", "empty", "more than queries"]
+)
+
+
+@COUNTS
+def test_lw_detr_losses_of_groups_and_their_gradients_equal_transformers(counts):
+    """Four groups of three queries; the loss is the groups' mean, whatever layer it is of."""
+    from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher, LwDetrImageLoss
+
+    outputs, targets, _ = case(7, counts)
+    outputs.groups = 4
+    leaves = [outputs.logits, outputs.boxes, *outputs.encoder]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    theirs = LwDetrImageLoss(LwDetrHungarianMatcher(2, 5, 2), CLASSES, 0.25, ["labels", "boxes"], group_detr=4)
+    layers = [{"logits": logits, "pred_boxes": boxes} for logits, boxes in zip(outputs.logits, outputs.boxes)]
+    encoder = {"logits": outputs.encoder[0], "pred_boxes": outputs.encoder[1]}
+    expected = theirs({**layers[-1], "auxiliary_outputs": layers[:-1], "enc_outputs": encoder}, as_theirs(targets))
+    weights = {"ce": 1.0, "bbox": 5.0, "giou": 2.0}
+    weighted = {name: value * weights[name.split("_")[1]] for name, value in expected.items()}
+    ours = Criterion(TrainConfig(), "ia_bce")(outputs, targets)
+
+    def part(*suffixes):
+        return sum(v for k, v in weighted.items() if k.endswith(suffixes))
+
+    close = {"rtol": 1e-5, "atol": 1e-5}  # float32, another order of summation
+    torch.testing.assert_close(ours.class_, expected["loss_ce"], **close)
+    torch.testing.assert_close(ours.auxiliary, part("_0", "_1"), **close)
+    torch.testing.assert_close(ours.encoder, part("_enc"), **close)
+    torch.testing.assert_close(ours.total, sum(weighted.values()), **close)
+    gradients = [torch.autograd.grad(loss, leaves) for loss in (ours.total, sum(weighted.values()))]
+    torch.testing.assert_close(*gradients, **close)
+
+
+@COUNTS
 def test_detr_losses_equal_transformers(counts):
     from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
@@ -107,13 +142,13 @@ def test_detr_losses_equal_transformers(counts):
     torch.testing.assert_close(ours.class_, expected["loss_ce"], rtol=1e-5, atol=1e-6)
 
 
-def test_focal_varifocal_and_matchability_follow_their_formulas_element_by_element():
+def test_focal_varifocal_matchability_and_iou_aware_bce_follow_their_formulas_element_by_element():
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(1, 2, 3, CLASSES, generator=generator)
     onehot, quality = torch.zeros_like(logits), torch.zeros(1, 2, 3)
     onehot[0, 0, 1, 2], quality[0, 0, 1] = 1, 0.7
     onehot[0, 1, 0, 0], quality[0, 1, 0] = 1, 0.2
-    focal = vfl = mal = 0.0
+    focal = vfl = mal = aware = 0.0
     for index in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(CLASSES)).tolist():
         b, n, k = index
         p = logits[0, b, n, k].double().sigmoid()
@@ -125,6 +160,7 @@ def test_focal_varifocal_and_matchability_follow_their_formulas_element_by_eleme
         focal += 0.25 * (1 - p) ** 2 * -p.log() if y else 0.75 * p**2 * -(1 - p).log()
         vfl += q * bce(q) if y else 0.75 * p**2 * bce(0.0)
         mal += bce(q**1.5) if y else p**1.5 * bce(0.0)
+        aware += bce(p**0.25 * q**0.75) if y else p**2 * bce(0.0)
 
     def close(a, b):
         torch.testing.assert_close(a.double().sum(), b, rtol=1e-5, atol=0)  # float32 against float64
@@ -132,9 +168,10 @@ def test_focal_varifocal_and_matchability_follow_their_formulas_element_by_eleme
     close(criterion_module.focal(logits, onehot, 0.25, 2.0), focal)
     close(criterion_module.varifocal(logits, onehot, quality, 0.75, 2.0), vfl)
     close(criterion_module.matchability(logits, onehot, quality, 1.5), mal)
+    close(criterion_module.iou_aware_bce(logits, onehot, quality, 0.25, 2.0), aware)
 
 
-@pytest.mark.parametrize("class_loss", ["softmax_ce", "focal", "vfl", "mal"])
+@pytest.mark.parametrize("class_loss", ["softmax_ce", "focal", "vfl", "mal", "ia_bce"])
 def test_unmatched_queries_learn_their_class_but_get_no_box_gradient(class_loss):
     outputs, targets, _ = case(3, (2, 0, 3), extra=class_loss == "softmax_ce", encoder=False)
     outputs.logits.requires_grad_()
@@ -145,7 +182,7 @@ def test_unmatched_queries_learn_their_class_but_get_no_box_gradient(class_loss)
     assert (outputs.logits.grad != 0).any(-1).all()
 
 
-@pytest.mark.parametrize("class_loss", ["softmax_ce", "focal", "vfl", "mal"])
+@pytest.mark.parametrize("class_loss", ["softmax_ce", "focal", "vfl", "mal", "ia_bce"])
 def test_a_batch_without_objects_has_a_finite_loss_that_reaches_every_output(class_loss):
     outputs, targets, _ = case(4, (0, 0, 0), extra=class_loss == "softmax_ce", encoder=class_loss != "softmax_ce")
     leaves = [outputs.logits, outputs.boxes, *(outputs.encoder or ())]
@@ -157,7 +194,7 @@ def test_a_batch_without_objects_has_a_finite_loss_that_reaches_every_output(cla
     assert all(leaf.grad is not None and torch.isfinite(leaf.grad).all() for leaf in leaves)
 
 
-@pytest.mark.parametrize("class_loss", ["softmax_ce", "focal", "vfl", "mal"])
+@pytest.mark.parametrize("class_loss", ["softmax_ce", "focal", "vfl", "mal", "ia_bce"])
 def test_label_smoothing_reaches_every_class_loss(class_loss):
     outputs, targets, _ = case(3, (2, 0, 3), extra=class_loss == "softmax_ce", encoder=False)
     for row, target in enumerate(targets):
@@ -175,6 +212,7 @@ def test_label_smoothing_reaches_every_class_loss(class_loss):
         ("softmax_ce", "focal"),
         ("softmax_ce", "vfl"),
         ("softmax_ce", "mal"),
+        ("softmax_ce", "ia_bce"),
         ("focal", "softmax_ce"),
         ("vfl", "softmax_ce"),
     ],
@@ -187,7 +225,7 @@ def test_a_class_loss_of_other_logits_is_refused(own, asked):
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_recipe_refuses_the_class_losses_that_its_member_cannot_have(name):
     own = FAMILY[name].config.class_loss
-    for asked in ("softmax_ce", "focal", "vfl", "mal"):
+    for asked in ("softmax_ce", "focal", "vfl", "mal", "ia_bce"):
         sets = [f"train.class_loss={asked}"]
         if (asked == "softmax_ce") == (own == "softmax_ce"):
             assert Recipe.from_dict({"model": {"name": name}}, where="x", sets=sets).train.class_loss == asked

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from edgedetr.training.criterion import focal, matchability, softmax_ce, varifocal
+from edgedetr.training.criterion import focal, iou_aware_bce, matchability, softmax_ce, varifocal
 
 LOGITS = torch.tensor([[[[1.0, 0.0, -1.0], [0.5, 0.5, 2.0]]]])  # [1, 1, 2, 3]: two classes and none
 
@@ -58,3 +58,25 @@ def test_smoothed_varifocal_and_matchability_move_the_targets_of_matched_queries
 
     assert loss(fraction) == pytest.approx(expected, rel=1e-6)
     assert loss(0.0) != pytest.approx(expected, rel=1e-3)
+
+
+def test_smoothed_iou_aware_bce_moves_the_targets_of_matched_queries_alone() -> None:
+    onehot, quality = torch.tensor([[[[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]]), torch.tensor([[[0.7, 0.0]]])
+    alpha, gamma, fraction, expected = 0.25, 2.0, 0.1, 0.0
+    probabilities = [[1 / (1 + math.exp(-float(x))) for x in row] for row in LOGITS[0, 0]]
+    learned = probabilities[0][1] ** alpha * 0.7 ** (1 - alpha)
+    for query in range(2):
+        for label in range(3):
+            p, hard = probabilities[query][label], float(onehot[0, 0, query, label])
+            target = learned * (hard * (1 - fraction) + fraction / 2) if query == 0 else 0.0
+            expected -= target * math.log(p) + (1 - target if hard else p**gamma) * math.log(1 - p)
+    assert float(iou_aware_bce(LOGITS, onehot, quality, alpha, gamma, fraction)[0]) == pytest.approx(expected, rel=1e-6)
+    assert float(iou_aware_bce(LOGITS, onehot, quality, alpha, gamma)[0]) != pytest.approx(expected, rel=1e-3)
+
+
+def test_a_matched_query_with_no_overlap_still_learns_a_hundredth() -> None:
+    onehot, quality = torch.tensor([[[[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]]), torch.zeros(1, 1, 2)
+    logits = LOGITS.clone().requires_grad_()
+    iou_aware_bce(logits, onehot, quality, 0.25, 2.0).sum().backward()
+    # d/dx of -t log p - (1 - t) log(1 - p) is p - t.
+    assert float(logits.grad[0, 0, 0, 1]) == pytest.approx(0.5 - 0.01, abs=1e-6)

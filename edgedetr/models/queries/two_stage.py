@@ -33,17 +33,25 @@ MARGIN = 0.01  # an anchor with a number closer to 0 or 1 than this is not usabl
 IGNORED_LOGIT = 1e4  # logit of an anchor that is not usable: its sigmoid is exactly 1, and it is finite in float16
 
 
+def cell_boxes(like: Tensor, shapes: Shapes, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The box that every cell starts from, [1 or B, S, 4] in 0..1, and whether it is usable, bool [1 or B, S, 1].
+
+    Its center, and a side that doubles per level.
+    """
+    centers = cell_centers(like.to(torch.promote_types(like.dtype, torch.float32)), shapes, valid)
+    side = torch.cat([torch.full((h * w, 2), SIDE * 2.0**level) for level, (h, w) in enumerate(shapes)])
+    boxes = torch.cat([centers, side.to(centers).expand_as(centers)], dim=-1)
+    return boxes, ((boxes > MARGIN) & (boxes < 1 - MARGIN)).all(-1, keepdim=True)
+
+
 class Anchors(nn.Module):
-    """The box that every cell starts from, as logits: its center, and a side that doubles per level."""
+    """The box that every cell starts from, as logits."""
 
     shape_only = True
 
     def forward(self, like: Tensor, shapes: Shapes, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """-> logits [1 or B, S, 4] (IGNORED_LOGIT where not usable) and usability [1 or B, S, 1], 0 or 1."""
-        centers = cell_centers(like.to(torch.promote_types(like.dtype, torch.float32)), shapes, valid)
-        side = torch.cat([torch.full((h * w, 2), SIDE * 2.0**level) for level, (h, w) in enumerate(shapes)])
-        boxes = torch.cat([centers, side.to(centers).expand_as(centers)], dim=-1)
-        usable = ((boxes > MARGIN) & (boxes < 1 - MARGIN)).all(-1, keepdim=True)
+        boxes, usable = cell_boxes(like, shapes, valid)
         inside = boxes.clamp(MARGIN, 1 - MARGIN)
         return torch.where(usable, torch.log(inside / (1 - inside)), IGNORED_LOGIT), usable.to(like.dtype)
 
@@ -52,12 +60,14 @@ class Anchors(nn.Module):
 class Candidates:
     """All tokens as the head sees them, and the best N.
 
-    tokens [B, S, C], logits [B, S, K], anchors [1 or B, S, 4] (logits);  best [B, N, C], best_anchors [B, N, 4]
+    tokens [B, S, C], logits [B, S, K], anchors [1 or B, S, 4] as the selector has them
+    top_k [B, N] of the best, in descending order;  best [B, N, C], best_anchors [B, N, 4]
     """
 
     tokens: Tensor
     logits: Tensor
     anchors: Tensor
+    top_k: Tensor
     best: Tensor
     best_anchors: Tensor
 
@@ -79,7 +89,7 @@ class TwoStageSelector(nn.Module):
         one_of("rank", rank, ("foreground", "best"))
         self.rank, self.queries, self.first = rank, queries, first or queries
         self.count = queries
-        self.anchors = Anchors()
+        self.anchors: nn.Module = Anchors()
         self.project, self.norm = Linear(dim, dim), nn.LayerNorm(dim)
         self.score, self.box = Linear(dim, num_classes), Mlp(dim, dim, 4, 3)
 
@@ -96,23 +106,35 @@ class TwoStageSelector(nn.Module):
         self.count = round(self.first + (self.queries - self.first) * fraction)
 
     def candidates(self, memory: Memory) -> Candidates:
+        return self.rate(memory, *self.start_boxes(memory))
+
+    def start_boxes(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """The anchor of every token [1 or B, S, 4], and whether it is usable [1 or B, S, 1], 0 or 1."""
+        anchors, usable = self.anchors(memory.tokens, memory.shapes, memory.valid)
+        if memory.padding is not None:
+            usable = usable * (~memory.padding[..., None]).to(usable.dtype)
+            anchors = anchors.masked_fill(memory.padding[..., None], IGNORED_LOGIT)
+        return anchors, usable
+
+    def rate(self, memory: Memory, anchors: Tensor, usable: Tensor) -> Candidates:
+        """Score every token, from what `start_boxes` gives."""
         count = memory.tokens.shape[1]
         if count < self.count:
             raise ModelError(
                 f"{self.count} queries asked for, but the image has {count} cells; "
                 f"use a larger input or --set model.queries={count}"
             )
-        anchors, usable = self.anchors(memory.tokens, memory.shapes, memory.valid)
-        if memory.padding is not None:
-            usable = usable * (~memory.padding[..., None]).to(usable.dtype)
-            anchors = anchors.masked_fill(memory.padding[..., None], IGNORED_LOGIT)
         tokens = self.norm(self.project(memory.tokens * usable))  # [B, S, C]
         logits = in_float32(self.score, tokens)
         rank = logits[..., 0] if self.class_agnostic else logits.amax(-1)
-        top_k = rank.topk(self.count, dim=1).indices  # [B, N]
+        top_k = self.usable_first(rank, usable).topk(self.count, dim=1).indices  # [B, N]
         best = batched_gather(tokens, top_k)
         best_anchors = batched_gather(anchors, top_k) if len(anchors) > 1 else F.embedding(top_k, anchors[0])
-        return Candidates(tokens, logits, anchors, best, best_anchors)
+        return Candidates(tokens, logits, anchors, top_k, best, best_anchors)
+
+    def usable_first(self, rank: Tensor, usable: Tensor) -> Tensor:
+        """rank [B, S], and usable [1 or B, S, 1] -> the rank that decides; here an unusable token has its own score."""
+        return rank
 
     def proposals(self, memory: Memory) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Tokens of the best cells [B, N, C], their boxes [B, N, 4] in 0..1, and (logits, boxes) of all cells.
