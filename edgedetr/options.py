@@ -95,7 +95,7 @@ def _typed(name: str, value: object, hint: Any) -> None:
         one_of(name, value, inside)
     elif origin in (Union, types.UnionType):
         if value is not None or type(None) not in inside:
-            _typed(name, value, next(kind for kind in inside if kind is not type(None)))
+            _typed_union(name, value, [kind for kind in inside if kind is not type(None)])
     elif origin is tuple:
         many = len(inside) == 2 and inside[1] is Ellipsis
         if not isinstance(value, tuple) or (not many and len(value) != len(inside)):
@@ -109,6 +109,18 @@ def _typed(name: str, value: object, hint: Any) -> None:
             raise RecipeError(f"{name} is {value!r}; expected {words}")
     else:
         raise TypeError(f"{name} is annotated {hint}, which `check` does not support")
+
+
+def _typed_union(name: str, value: object, kinds: list[Any]) -> None:
+    """A value of one of several types: of the only one, or a word ("auto") in place of a number or a list."""
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    other = next(kind for kind in kinds if get_origin(kind) is not Literal)
+    if words and isinstance(value, str):
+        if value not in words:
+            expected = f"{KINDS[other][1] if other in KINDS else 'a list of numbers'} or {words[0]!r}"
+            raise RecipeError(f"{name} is {value!r}; expected {expected}{did_you_mean(value, words)}")
+    else:
+        _typed(name, value, other)
 
 
 KINDS: dict[Any, tuple[Any, str]] = {

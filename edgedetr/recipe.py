@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from edgedetr.artifacts import RECIPE, WEIGHTS
 from edgedetr.bundle import Bundle, InputContract
@@ -235,8 +236,8 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
         # Through JSON, whose arrays may become tuples, while a string stays no number ("1e-4" is an error here).
         return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        first = _clearest(error.errors(), values)
+        key = ".".join(str(part) for number, part in enumerate(first["loc"]) if number == 0 or isinstance(part, int))
         if first["type"] == "literal_error" and type(first["input"]) is int and key in values:
             return _build(kind, {**values, key: str(first["input"])}, where)  # --set train.precision=16
         words = re.findall("'([^']+)'", str(first.get("ctx", {}).get("expected", "")))
@@ -244,6 +245,15 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
         raise RecipeError(f"{where}: {key} = {shown(first.get('input'))}: {first['msg']}{near}") from error
     except (TypeError, RecursionError) as error:
         raise RecipeError(f"{where}: {error}") from error
+
+
+def _clearest(errors: list[ErrorDetails], values: Mapping[str, Any]) -> ErrorDetails:
+    """The error to show where a key takes a number or a word: a text was meant as the word, all else as a number."""
+    same = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    words = [error for error in same if error["type"] == "literal_error"]
+    others = [error for error in same if error["type"] != "literal_error"]
+    is_text = same[0]["loc"] and isinstance(values.get(str(same[0]["loc"][0])), str)
+    return ((words if is_text else others) or same)[0]
 
 
 def _with_new_names(kind: Any, values: dict[str, Any], where: str) -> dict[str, Any]:

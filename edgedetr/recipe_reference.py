@@ -134,7 +134,12 @@ def _values(hint: Any, limits: Range | None) -> str:
     if origin is Literal:
         return ", ".join(f"`{_toml(word)}`" for word in inside)
     if origin in (Union, types.UnionType):
-        return _values(next(kind for kind in inside if kind is not type(None)), limits) + ", or not set"
+        kinds = [kind for kind in inside if kind is not type(None)]
+        rest = ", or not set" if len(kinds) < len(inside) else ""
+        return (
+            ", or ".join(_values(kind, limits) for kind in sorted(kinds, key=lambda kind: get_origin(kind) is Literal))
+            + rest
+        )
     if origin is tuple:
         many = len(inside) == 2 and inside[1] is Ellipsis
         return f"list of {'any length' if many else len(inside)}: {_values(inside[0], limits)}"

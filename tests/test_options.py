@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -17,8 +18,9 @@ from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.exporting.config import ExportConfig
 from edgedetr.models import FAMILY
 from edgedetr.models.member_config import RANGES
+from edgedetr.options import check
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.recipe import InputSize, Recipe
+from edgedetr.recipe import InputSize, Recipe, _build
 from edgedetr.training.config import AUGMENT_RANGES, TRAIN_RANGES, AugmentConfig, TrainConfig
 
 CONFIGS = [
@@ -103,6 +105,42 @@ def test_a_misspelt_word_in_a_recipe_is_answered_with_the_right_one():
         Recipe.load(sets=["train.schedule=cosinus"])
     with pytest.raises(RecipeError, match="quant.observer is 'mean'; expected one of 'minmax'"):
         QuantConfig(observer="mean")
+
+
+@dataclass(frozen=True)
+class NumberOrWord:
+    """Keys that take a number, or a word in its place."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
+
+    steps: int | Literal["auto"] = "auto"
+    sizes: tuple[float, ...] | Literal["auto"] = ()
+
+    def __post_init__(self) -> None:
+        check(self, "train", {"steps": (1, 9), "sizes": (0.1, 4)})
+
+
+def test_a_key_takes_a_number_or_the_word_and_says_so_of_anything_else():
+    for good in ({"steps": 3}, {"steps": "auto"}, {"sizes": "auto"}, {"sizes": (0.5, 1.0)}, {"sizes": ()}):
+        assert NumberOrWord(**good) == _build(NumberOrWord, json.loads(json.dumps(good)), "x [train]")
+    for key, wrong, expected in (
+        ("steps", "aut", r"'aut'; expected a whole number or 'auto'; did you mean 'auto'"),
+        ("steps", 0, "0; expected 1 to 9"),
+        ("steps", 1.5, "1.5; expected a whole number"),
+        ("steps", True, "True; expected a whole number"),
+        ("steps", None, "None; expected a whole number"),
+        ("sizes", "atuo", "'atuo'; expected a list of numbers or 'auto'; did you mean 'auto'"),
+        ("sizes", (7.0,), "7.0; expected 0.1 to 4"),
+    ):
+        with pytest.raises(RecipeError, match=rf"train\.{key} is {expected}"):
+            NumberOrWord(**{key: wrong})
+    for values, message in (
+        ({"steps": "aut"}, r"x \[train\]: steps = 'aut': Input should be 'auto'; did you mean 'auto'"),
+        ({"steps": 1.5}, r"x \[train\]: steps = 1\.5: Input should be a valid integer"),
+        ({"sizes": [0.5, "half"]}, r"x \[train\]: sizes\.1 = 'half': Input should be a valid number"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            _build(NumberOrWord, values, "x [train]")
 
 
 # Options of version 0.1 of what decides weights, by name (models: of any member).

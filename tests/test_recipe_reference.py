@@ -48,9 +48,10 @@ class Settings:
     word: Literal["a|b", "c"] = field(default="c", metadata=options.renamed("term"))
     limit: int | None = None  # on the line
     on: bool = True
+    steps: int | Literal["auto"] = "auto"  # a number or a word
 
     def __post_init__(self) -> None:
-        options.check(self, "example", {"least": (0, 1), "limit": (1, 9)})
+        options.check(self, "example", {"least": (0, 1), "limit": (1, 9), "steps": (0, 9)})
 
 
 def test_keys_have_their_default_their_values_and_the_reason_in_the_source():
@@ -60,10 +61,11 @@ def test_keys_have_their_default_their_values_and_the_reason_in_the_source():
         Key("word", '"c"', '`"a|b"`, `"c"`', "A reason above, of the next field. (named `term` in 0.1)"),
         Key("limit", "not set", "whole number, 1 to 9, or not set", "on the line"),
         Key("on", "true", "true, false", ""),
+        Key("steps", '"auto"', 'whole number, 0 to 9, or `"auto"`', "a number or a word"),
     ]
 
 
 def test_ranges_are_recorded_only_while_they_are_asked_for():
-    assert options.ranges_of(Settings) == {"least": (0, 1), "limit": (1, 9)}
+    assert options.ranges_of(Settings) == {"least": (0, 1), "limit": (1, 9), "steps": (0, 9)}
     Settings()
-    assert options.ranges_of(Settings) == {"least": (0, 1), "limit": (1, 9)}
+    assert options.ranges_of(Settings) == {"least": (0, 1), "limit": (1, 9), "steps": (0, 9)}
