@@ -41,6 +41,7 @@ def train(
     recipe: Recipe | str | Path | None = None,
     preset: str = "",
     start: str | Path | None = None,
+    device: str | None = None,
     sets: Iterable[str] = (),
     resume: bool = False,
     strict: bool = False,
@@ -50,9 +51,11 @@ def train(
 
     data       folder in COCO, YOLO or VOC layout
     out        folder of the bundle; None = runs/DATA.bundle
-    recipe     name of a shipped recipe, path of a TOML file, or a `Recipe`; None = the edge default
+    recipe     name of a shipped recipe or of a member, path of a TOML file, or a `Recipe`; None = the edge default
     preset     values over the recipe: "parity" (the published training) or "strong" (much regularization); "" = none
     start      start from a whole detector's weights: a bundle, a file, or a Hugging Face id; None = the recipe's choice
+    device     where to train: "cpu", "cuda", "mps", or numbers of GPUs as "0,1"; None = the GPUs where there are any,
+               else the CPU. Several GPUs also set train.devices
     sets       single values over recipe and preset, as `section.key=value`: ["train.epochs=30", "train.lr=2e-4"]
     resume     go on from the last checkpoint in `out`; without one, start
     strict     fail on an unreadable image or annotation instead of leaving it out
@@ -60,16 +63,19 @@ def train(
     Errors: RecipeError, DataError, ModelError, TrainingError (NaN, a checkpoint of another training, `out` in use).
     """
     from edgedetr.recipe import DEFAULT, Recipe
+    from edgedetr.training.device_choice import choose_device, with_devices
     from edgedetr.training.train import train as run
 
+    chosen = choose_device(device)
     if isinstance(recipe, Recipe):
         if preset or start is not None or tuple(sets):
             raise UsageError("preset, start and sets change a recipe given by name or path; put them into the Recipe")
     else:
         starts = () if start is None else (f"train.start={json.dumps(str(start))}",)
         recipe = Recipe.load(recipe or DEFAULT, sets=(*sets, *starts), preset=preset)
+    recipe = with_devices(recipe, chosen)
     out = default_bundle(data) if out is None else out
-    return run(recipe, data, out, resume=resume, strict=strict, progress=progress)
+    return run(recipe, data, out, device=chosen, resume=resume, strict=strict, progress=progress)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Recipe:
 
     @classmethod
     def load(cls, source: str | Path = DEFAULT, sets: Iterable[str] = (), *, preset: str = "") -> Recipe:
-        """Read a recipe by file or by the name of a shipped one, then apply `section.key=value` strings.
+        """Read a recipe, found as by `find`, then apply `section.key=value` strings.
 
         preset   "parity" or "strong": values over the recipe and under `sets`; "" = none
 
@@ -208,18 +208,50 @@ def read_preset(preset: str, member: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The files of the shipped recipes by name, in the order of the alphabet."""
+    return {path.stem: path for path in sorted(recipes_directory().glob("*.toml"))}
+
+
 def find(source: str | Path) -> Path:
-    """The file of a recipe given by path or by the name of a shipped one."""
+    """The file of a recipe given by its path, by the name of a shipped one, or by the name of a member.
+
+    Capitals and the signs - _ . are ignored in names where nothing has exactly that name: "RTDETR-R18" is rtdetr-r18,
+    "rtdetr" is the member rt_detr, and a member is its recipe, see `recipe_of`.
+    """
     path = Path(source)
     if path.is_file():
         return path
-    shipped = {p.stem: p for p in sorted(recipes_directory().glob("*.toml"))}
-    if str(source) in shipped:
-        return shipped[str(source)]
-    near = did_you_mean(str(source), shipped)
+    shipped, name = shipped_recipes(), str(source)
+    near = {_plain(stem): stem for stem in shipped}
+    members = {_plain(member): member for member in FAMILY}
+    stem = name if name in shipped else near.get(_plain(name))
+    if stem is None and _plain(name) in members:
+        stem = recipe_of(members[_plain(name)])
+    if stem is not None:
+        return shipped[stem]
     raise RecipeError(
-        f"no recipe {str(source)!r}: neither a file nor a shipped recipe{near}; shipped: {', '.join(shipped)}"
+        f"no recipe {name!r}: neither a file nor a shipped recipe nor a model"
+        f"{did_you_mean(name, [*shipped, *FAMILY])}; shipped: {', '.join(shipped)} (edgedetr recipes); "
+        f"models: {', '.join(FAMILY)}"
     )
+
+
+def recipe_of(member: str) -> str:
+    """The name of the shipped recipe that a member's name stands for.
+
+    It is the one that changes the fewest settings of the model, so the member as it was published; of several such
+    the one with the shortest name. Errors: RecipeError where no recipe is shipped.
+    """
+    models = {name: read_toml(path, RecipeError).get("model", {}) for name, path in shipped_recipes().items()}
+    own = [name for name, model in models.items() if model.get("name") == member]
+    if not own:
+        raise RecipeError(f"no recipe is shipped for the model {member!r}; expected a recipe, see: edgedetr recipes")
+    return min(own, key=lambda name: (len(models[name]), len(name), name))
+
+
+def _plain(name: str) -> str:
+    return re.sub("[-_. ]", "", name.lower())
 
 
 def _build(kind: Any, values: dict[str, Any], where: str) -> Any:

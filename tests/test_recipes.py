@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from edgedetr.cli import app
 from edgedetr.models import FAMILY, build
 from edgedetr.package_data import policies_directory, recipes_directory
 from edgedetr.recipe import DEFAULT, Recipe
@@ -49,6 +51,30 @@ def test_the_nano_recipe_keeps_its_promised_size():
     with torch.device("meta"):
         model = build(recipe.model.name, recipe.model.config, 3)
     assert sum(p.numel() for p in model.parameters()) <= 4_500_000
+
+
+def test_the_list_has_every_recipe_with_the_facts_of_its_file(capsys):
+    assert app.run(["recipes", "--json"]) == 0
+    captured = capsys.readouterr()
+    found = {one["name"]: one for one in json.loads(captured.out)}
+    assert set(found) == {path.stem for path in RECIPES}
+    for path in RECIPES:
+        one, written = found[path.stem], path.read_text(encoding="utf-8")
+        assert f'name = "{one["model"]}"' in written
+        assert written.startswith(f"# {one['about']}\n")
+        height = re.search(r"^height = (\d+)", written, re.M)
+        assert one["height"] == (int(height[1]) if height else 640)
+        assert f"\n{path.stem} " in f"\n{captured.err}"
+    assert found["rtdetr-r18"]["parameters"] == 20_174_608  # 20 M as published, for 80 classes
+    assert (found["demo"]["start"], found["detr-r50"]["start"]) == ("random", "backbone")
+
+
+def test_one_recipe_is_printed_as_it_is_written(capsys):
+    assert app.run(["recipes", "demo"]) == 0
+    written = next(path for path in RECIPES if path.stem == "demo").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == written
+    assert app.run(["recipes", "rtdter-r18"]) == 2
+    assert "did you mean 'rtdetr-r18'?" in capsys.readouterr().err
 
 
 def test_policies_are_shipped():

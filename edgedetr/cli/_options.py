@@ -56,6 +56,21 @@ def expect(what: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
     return check
 
 
+def once(check: Callable[[click.Context, click.Parameter, Any], Any]) -> Callable[..., Any]:
+    """Callback of an option with two names, declared with multiple=True: its one value, or None; refuses two values.
+
+    check   callback that the value then goes to
+    """
+
+    def single(ctx: click.Context, parameter: click.Parameter, given: tuple[Any, ...]) -> Any:
+        if len(given) > 1:
+            names = " and ".join(name for name in parameter.opts)
+            raise UsageError(f"{names} are one option, which was given {len(given)} times; keep one of them")
+        return check(ctx, parameter, given[0] if given else None)
+
+    return single
+
+
 # Without it, the newest bundle under runs/.
 bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
 json_option = click.option("--json", "as_json_", is_flag=True, help="Print the result as JSON on standard output.")

@@ -23,6 +23,7 @@ from edgedetr.cli.inspect_command import inspect
 from edgedetr.cli.lint_command import lint
 from edgedetr.cli.models_command import models
 from edgedetr.cli.predict_command import predict
+from edgedetr.cli.recipes_command import recipes
 from edgedetr.cli.report_command import report
 from edgedetr.cli.selftest_command import selftest
 from edgedetr.cli.train_command import train
@@ -36,9 +37,9 @@ the device; stopped by: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 WIDTH = 100  # columns of --help in a wide terminal
 # The sections of --help; in each the commands in the order in which they are used.
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
-    "Work": (train, export, verify, report, predict, import_, demo),
+    "Start": (train, export, verify, report, predict, import_, demo),
     "Device": (build, selftest, bench, doctor),
-    "Tools": (evaluate, inspect, lint, data, models),
+    "Tools": (evaluate, inspect, lint, data, models, recipes),
 }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from edgedetr.cli._options import advanced_option, command, expect, sets_option
+from edgedetr.cli._options import advanced_option, command, expect, once, sets_option
 from edgedetr.cli._output import say
+from edgedetr.cli._words import merge, word_options
 
 
 @command()
@@ -19,10 +21,13 @@ from edgedetr.cli._output import say
     help="Folder of the data set: COCO, YOLO or VOC layout.",
 )
 @click.option(
+    "--model",
     "--recipe",
     "recipe_name",
-    callback=expect("recipe"),
-    help="Name of a shipped recipe, or a TOML file.  [default: rtdetr-r18]",
+    metavar="NAME|FILE",
+    multiple=True,
+    callback=once(expect("recipe")),
+    help="Name of a shipped recipe (edgedetr recipes) or of a model, or a TOML file.  [default: rtdetr-r18]",
 )
 @click.option(
     "--preset",
@@ -31,10 +36,19 @@ from edgedetr.cli._output import say
     help="Change the recipe: as the paper trains, or with strong augmentation.  [default: neither]",
 )
 @click.option(
+    "--weights",
     "--start",
+    "start",
     metavar="BUNDLE|FILE|HUB_ID",
-    callback=expect("start"),
+    multiple=True,
+    callback=once(expect("start")),
     help="Weights of a detector to start from.  [default: the recipe's, else a pretrained backbone]",
+)
+@word_options
+@click.option(
+    "--device",
+    metavar="cpu|cuda|0,1",
+    help="Where to train; numbers choose GPUs.  [default: a GPU if there is one, else the CPU]",
 )
 @sets_option(help="Change one value of the recipe, for example train.epochs=30; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), help="The bundle to write.  [default: runs/DATA.bundle]")
@@ -45,10 +59,12 @@ def train(
     recipe_name: str | None,
     preset: str,
     start: str | None,
+    device: str | None,
     sets: tuple[str, ...],
     out: Path | None,
     resume: bool,
     strict: bool,
+    **words: Any,
 ) -> None:
     """Train a detector on labeled images.
 
@@ -56,10 +72,14 @@ def train(
     import edgedetr
     from edgedetr.api import default_bundle
     from edgedetr.cli._training_bar import training_bar
-    from edgedetr.recipe import DEFAULT
+    from edgedetr.recipe import DEFAULT, find
 
+    others = {"train.start": "--start"} if start is not None else {}
+    sets = merge(words, sets, others)
     if recipe_name is None:
-        say(f"recipe: {DEFAULT} (the default; choose another with --recipe)")
+        say(f"recipe: {DEFAULT} (the default; choose another with --model)")
+    elif (found := find(recipe_name)).stem != recipe_name and str(found) != str(Path(recipe_name)):
+        say(f"recipe: {found.stem} (of --model {recipe_name})")
     out = out or default_bundle(data)
     say(f"bundle: {out}")
     bundle = edgedetr.train(
@@ -68,6 +88,7 @@ def train(
         recipe=recipe_name,
         preset=preset,
         start=start,
+        device=device,
         sets=sets,
         resume=resume,
         strict=strict,

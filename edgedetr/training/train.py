@@ -24,6 +24,7 @@ from edgedetr.runtime.cpu import bounded, tiles_bfloat16
 from edgedetr.training import time_budget
 from edgedetr.training.config import RunConfig
 from edgedetr.training.data.dataset import open_splits, warn_of_crowded_images
+from edgedetr.training.device_choice import ANY_DEVICE, DeviceChoice
 from edgedetr.training.output import CHECKPOINT, FOLDER
 from edgedetr.training.trainer import Learner, Trainer
 
@@ -41,6 +42,7 @@ def train(
     data: str | Path,
     out: str | Path,
     *,
+    device: DeviceChoice = ANY_DEVICE,
     resume: bool = False,
     progress: TrainingProgress | None = None,
     strict: bool = False,
@@ -49,6 +51,7 @@ def train(
 
     data      a folder in COCO, YOLO or VOC layout
     out       the folder of the bundle; its subfolder train/ holds the checkpoint, metrics.jsonl and TensorBoard's files
+    device    where to train; it is no part of the recipe, so a resume may choose another
     resume    continue from the last checkpoint in `out` (from the beginning where there is none); on several
               machines, `data` and `out` must be the same folders for all
     progress  called on the main process
@@ -64,7 +67,7 @@ def train(
         require_no_overwrite(out, resume=resume)
         splits = open_splits(data, replace(recipe.data, strict=strict or recipe.data.strict))
         warn_of_crowded_images(splits.train, recipe.model.config.queries)
-        fabric = start_devices(recipe.train)
+        fabric = start_devices(recipe.train, device)
         if progress is None or not fabric.is_global_zero:
             progress = SilentTraining()
         trainer = Trainer(recipe, splits, out, fabric, progress)
@@ -100,7 +103,7 @@ def require_no_overwrite(out: Path, *, resume: bool) -> None:
         raise TrainingError(f"{out} holds a training already; continue it with --resume, or name another --out")
 
 
-def start_devices(config: RunConfig) -> Fabric:
+def start_devices(config: RunConfig, device: DeviceChoice = ANY_DEVICE) -> Fabric:
     """Start the processes of a training, in its precision. Further devices of this machine are started from here.
 
     For several machines, run on each: torchrun --nnodes N --nproc-per-node D --rdzv-endpoint HOST:PORT
@@ -113,8 +116,8 @@ def start_devices(config: RunConfig) -> Fabric:
     # Without objects in a batch, the denoising embedding gets no gradient, which DDP allows only with this option.
     strategy = DDPStrategy(find_unused_parameters=True) if several else "auto"
     fabric = Fabric(
-        accelerator="auto",
-        devices=config.devices,
+        accelerator=device.accelerator,
+        devices=device.of_fabric(config),
         num_nodes=config.nodes,
         strategy=strategy,
         precision=PRECISIONS[config.precision],

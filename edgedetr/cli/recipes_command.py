@@ -1,0 +1,46 @@
+"""edgedetr recipes: lists the shipped recipes, or prints one."""
+
+from __future__ import annotations
+
+import click
+
+from edgedetr.cli._options import command, json_option
+from edgedetr.cli._output import as_json, say, table, write_out
+
+
+@command()
+@click.argument("name", required=False)
+@json_option
+def recipes(name: str | None, as_json_: bool) -> None:
+    """List the recipes for `train --model`, or print one.
+
+    A recipe is a TOML file with what a training changes of the defaults. `edgedetr recipes NAME > mine.toml` is a
+    start for your own."""
+    from edgedetr.recipe import find
+    from edgedetr.recipe_list import summaries, summarize
+
+    if name is not None:
+        path = find(name)
+        if as_json_:
+            as_json(summarize(path.stem, path).to_json())
+        else:
+            write_out(path.read_text(encoding="utf-8").rstrip())
+        return
+    found = summaries()
+    table(
+        ["name", "model", "input", "M parameters", "starts from", "what it is"],
+        [
+            [
+                one.name,
+                one.model,
+                f"{one.height}x{one.width}",
+                f"{one.parameters / 1e6:.1f}",
+                one.start,
+                one.about.partition(":")[0],  # the whole line is in the file, and in --json
+            ]
+            for one in found
+        ],
+    )
+    say("train one: edgedetr train --data DIR --model NAME; print one: edgedetr recipes NAME")
+    if as_json_:
+        as_json([one.to_json() for one in found])
