@@ -12,17 +12,43 @@ from edgedetr.layers.cpu_kernels.frozen_convolution import FoldedKernel, applies
 from edgedetr.layers.norm import FrozenBatchNorm2d, fold_batch_norm, padding_of, pair
 from edgedetr.options import one_of
 
+
+class AffineRelu(nn.Module):
+    """scale * ReLU(x) + bias, with one learned number each for all channels (PP-HGNetV2's learnable affine block)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.relu(x) + self.bias
+
+
+class ReluPlus(nn.Module):
+    """ReLU(x) + bias: what is left of an AffineRelu whose scale is part of the convolution before it."""
+
+    bias: Tensor
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("bias", bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x) + self.bias
+
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
     "silu": lambda: nn.SiLU(inplace=True),
     "gelu": nn.GELU,
     "none": nn.Identity,
     "prelu": nn.PReLU,  # one learned slope for all channels, starting at 0.25 (DAB-DETR)
+    "affine_relu": AffineRelu,
 }
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias -> normalization -> activation; "same" padding."""
+    """Convolution without bias -> normalization -> activation; "same" padding if the kernel is odd, none if it is 2."""
 
     def __init__(
         self,
@@ -33,9 +59,11 @@ class ConvNorm(nn.Module):
         dilation: int = 1,
         activation: str = "none",
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        groups: int = 1,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
+        padding = dilation * ((kernel - 1) // 2)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias=False)
         self.norm = norm(outputs)
         one_of("activation", activation, ACTIVATIONS)
         self.activation = ACTIVATIONS[activation]()
@@ -52,7 +80,7 @@ class ConvNorm(nn.Module):
         # A frozen scale is multiplied into the kernel, which is much smaller than the map.
         conv, (scale, shift) = self.conv, self.norm.affine()
         kernel = conv.weight * scale[:, None, None, None]
-        x = F.conv2d(x, kernel, shift, pair(conv.stride), padding_of(conv), pair(conv.dilation))
+        x = F.conv2d(x, kernel, shift, pair(conv.stride), padding_of(conv), pair(conv.dilation), conv.groups)
         return self.activation(x)
 
     def is_frozen(self, x: Tensor) -> bool:
@@ -65,9 +93,17 @@ class ConvNorm(nn.Module):
             raise TypeError(f"a frozen normalization is needed here, not {type(self.norm).__name__}")
         return convolve(x, self.conv, self.norm, self._folded, relu, plus)
 
+    @torch.no_grad()
     def fused(self) -> nn.Module:
         """The same function in evaluation mode, as convolution with bias -> activation."""
-        return nn.Sequential(fold_batch_norm(self.conv, self.norm), self.activation)
+        conv, activation = fold_batch_norm(self.conv, self.norm), self.activation
+        if isinstance(activation, AffineRelu) and float(activation.scale) > 0:
+            # s ReLU(x) = ReLU(s x) for s > 0, so that only an addition is left after the convolution.
+            scale = activation.scale.double()
+            for tensor in conv.parameters():
+                tensor.copy_(tensor.double() * scale)
+            activation = ReluPlus(activation.bias)
+        return nn.Sequential(conv, activation)
 
 
 class RepVgg(nn.Module):

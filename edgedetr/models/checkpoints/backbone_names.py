@@ -1,4 +1,4 @@
-"""Tensor names of backbones: ResNets and vision transformers of torchvision, timm, transformers and RT-DETR."""
+"""Tensor names of backbones (ResNet, HGNetV2, ViT) in torchvision, timm, transformers, RT-DETR and D-FINE."""
 
 from __future__ import annotations
 
@@ -37,6 +37,21 @@ RESNET: list[RenameRule] = [
     (r"\.convolution\.", ".conv."),
     (r"\.normalization\.", ".norm."),
 ]
+HGNETV2_MARK = r"^(?:stem|embedder)\.stem1\."
+HGNETV2: list[RenameRule] = [
+    # transformers
+    (r"^embedder\.", "stem."),
+    (r"^encoder\.stages\.", "stages."),
+    (r"\.convolution\.", ".conv."),
+    (r"\.normalization\.", ".norm."),
+    # timm, D-FINE, RT-DETR
+    (r"\.bn\.", ".norm."),
+    # all of them
+    (r"\.lab\.", ".activation."),
+    (r"\.conv1\.", ".point."),
+    (r"\.conv2\.", ".depth."),
+    (r"\.aggregation\.", ".aggregate."),
+]
 VIT_MARK = r"(?:^|\.)(?:patch_embed|patch_embeddings)\."
 # Nothing of ours: classifiers, and transformers' layer for the class token alone.
 UNUSED = re.compile(r"^head\.|^fc_norm\.|^pooler\.|^classifier\.")
@@ -73,7 +88,9 @@ VIT: list[RenameRule] = [
 
 
 def rename_backbone(weights: Mapping[str, Tensor]) -> Weights:
-    """Tensors of a ResNet under our backbone's names."""
+    """Tensors of a ResNet or an HGNetV2 under our backbone's names; a classifier's are left out."""
+    if any(re.search(HGNETV2_MARK, name) for name in weights):
+        return rename({name: tensor for name, tensor in weights.items() if not UNUSED.search(name)}, HGNETV2)
     # The last convolution of the stem has no number of its own in timm's deep stem: count it.
     last = "2" if "conv1.6.weight" in weights else "0"
     pooled = any(re.match(r"layer\d\.\d+\.downsample\.2\.", name) for name in weights)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from edgedetr.errors import ModelError
+from edgedetr.models.backbones import hgnetv2
 from edgedetr.models.backbones.resnet import DEPTHS
 
 
@@ -98,7 +99,9 @@ def num_classes(weights: Mapping[str, Tensor], activation: str) -> int:
 
 
 def _backbone(state: StateDict) -> dict[str, Any]:
-    """Name and width of the ResNet."""
+    """Name and width of the ResNet or HGNetV2."""
+    if state.has("backbone.stem.stem1.conv.weight"):
+        return _hgnetv2(state)
     stem = state.count(r"backbone\.stem\.(\d)\.conv")
     if stem is None:
         return {}
@@ -111,4 +114,39 @@ def _backbone(state: StateDict) -> dict[str, Any]:
     raise ModelError(
         f"the backbone has {' + '.join(map(str, blocks))} blocks, which is no ResNet of this package; "
         f"expected one of {', '.join(DEPTHS)}"
+    )
+
+
+def _hgnetv2(state: StateDict) -> dict[str, Any]:
+    """Name and width of the HGNetV2."""
+
+    def rows(stage: int, part: str) -> int:
+        return state.rows(f"backbone.stages.{stage}.blocks.0.{part}.conv.weight") or 0
+
+    stages = range(state.count(r"backbone\.stages\.(\d+)\.") or 0)
+    blocks = tuple(state.count(rf"backbone\.stages\.{stage}\.blocks\.(\d+)\.") or 0 for stage in stages)
+    layers = state.count(r"backbone\.stages\.0\.blocks\.0\.layers\.(\d+)\.")
+    affine = state.has("backbone.stem.stem1.activation.scale")
+    stem = [state.rows(f"backbone.stem.{part}.conv.weight") or 0 for part in ("stem1", "stem4")]
+    middle = [rows(stage, "layers.0.depth") or rows(stage, "layers.0") for stage in stages]
+    outputs = [rows(stage, "aggregate.1") for stage in stages]
+    for name, size in hgnetv2.SIZES.items():
+        width = outputs[-1] / size.outputs[-1] if outputs else 0.0
+        expected = [
+            [hgnetv2.scaled(channels, width) for channels in counts]
+            for counts in (size.stem, size.middle, size.outputs)
+        ]
+        same = (size.blocks, size.layers, size.affine) == (blocks, layers, affine)
+        kernel = state.weights.get("backbone.stages.2.blocks.0.layers.0.depth.conv.weight")
+        if (
+            same
+            and expected == [stem, middle, outputs]
+            and kernel is not None
+            and kernel.shape[-1] == size.light_kernel
+        ):
+            return {"backbone": name, "backbone_width": width}
+    raise ModelError(
+        f"the backbone is an HGNetV2 of {' + '.join(map(str, blocks))} blocks with {layers} layers each and outputs of "
+        f"{', '.join(map(str, outputs))} channels, which is none of this package; expected one of "
+        f"{', '.join(hgnetv2.NAMES)}"
     )

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 PRETRAINED_BACKBONES = {
     **{f"resnet{depth}": f"timm/resnet{depth}.tv_in1k" for depth in (18, 34, 50, 101)},
     **{f"resnet{depth}vd": f"PekingU/rtdetr_r{depth}vd" for depth in (18, 34, 50, 101)},
+    # timm's copies of PaddleClas' weights, distilled on ImageNet-1k; D-FINE starts from the stage before.
+    **{f"hgnetv2_b{size}": f"timm/hgnetv2_b{size}.ssld_stage2_ft_in1k" for size in range(7)},
     # Trained on ImageNet-21k with pixels in -1..1: model.mean and model.std are 0.5 each.
     **{f"vit_{size}": f"timm/vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("tiny", "small", "base")},
 }

@@ -14,6 +14,7 @@ from typing import Any
 
 from edgedetr.errors import EdgedetrError, ModelError, did_you_mean
 from edgedetr.models import FAMILY
+from edgedetr.models.backbones import hgnetv2
 from edgedetr.models.backbones.resnet import DEPTHS
 from edgedetr.models.checkpoints.transformers_keys import (
     ALONE,
@@ -34,13 +35,27 @@ MEMBER_OF = {kind: member.name for member in FAMILY.values() for kind in member.
 SOURCES = {kind: source for member in FAMILY.values() for kind, source in member.transformers.items()}
 TIMM = re.compile(r"(resnet(?:18|34|50|101))(d?)(?:\.\w+)?$")
 HUB = re.compile(r"microsoft/(resnet-(?:18|34|50|101))$")
-STAGED = ("resnet", "rt_detr_resnet")
-# Defaults of transformers for a ResNet: ResNet-50.
-STAGED_DEFAULTS: dict[str, Any] = {
+# By model_type of a nested backbone: transformers' defaults of the keys that tell its sizes.
+_RESNET_50: dict[str, Any] = {
     "depths": [3, 4, 6, 3],
     "layer_type": "bottleneck",
     "embedding_size": 64,
     "hidden_sizes": [256, 512, 1024, 2048],
+}
+STAGED_DEFAULTS: dict[str, dict[str, Any]] = {
+    "resnet": _RESNET_50,
+    "rt_detr_resnet": _RESNET_50,
+    "hgnet_v2": {
+        "stem_channels": [3, 32, 48],
+        "stage_in_channels": [48, 128, 512, 1024],
+        "stage_mid_channels": [48, 96, 192, 384],
+        "stage_out_channels": [128, 512, 1024, 2048],
+        "stage_num_blocks": [1, 1, 3, 1],
+        "stage_numb_of_layers": [6, 6, 6, 6],
+        "stage_light_block": [False, False, True, True],
+        "stage_kernel_size": [3, 3, 5, 5],
+        "use_learnable_affine_block": False,
+    },
 }
 FIX = "import an ONNX export of it: edgedetr import FILE.onnx"
 
@@ -88,25 +103,53 @@ class TransformersConfig:
         self._require_agreement_of_stages(found)
 
     def _require_agreement_of_stages(self, found: Mapping[str, Any]) -> None:
-        """Compare the sizes of a nested ResNet, or transformers' defaults of them, with those of the tensors."""
+        """Compare the sizes of a nested backbone, or transformers' defaults of them, with those of the tensors."""
         nested = self.raw.get("backbone_config")
-        name = str(found.get("backbone")).removesuffix("vd")
-        if not isinstance(nested, dict) or nested.get("model_type") not in STAGED or name not in DEPTHS:
+        if not isinstance(nested, dict) or nested.get("model_type") not in STAGED_DEFAULTS:
             return
-        (depths, bottleneck), stem = DEPTHS[name], round(64 * found.get("backbone_width", 1))
-        ours = {
-            "depths": list(depths),
-            "layer_type": "bottleneck" if bottleneck else "basic",
-            "embedding_size": stem,
-            "hidden_sizes": [stem * 2**stage * (4 if bottleneck else 1) for stage in range(4)],
-        }
-        for key, value in ours.items():
-            stated = nested.get(key, STAGED_DEFAULTS[key])
+        kind, name = str(nested["model_type"]), str(found.get("backbone"))
+        if (kind == "hgnet_v2") != (name in hgnetv2.NAMES):
+            raise ModelError(
+                f"{self.where}: backbone_config: model_type is {kind}, but the tensors are those of {name}; expected "
+                "the config.json that belongs to the weights"
+            )
+        for key, value in _stages(name, found.get("backbone_width", 1)).items():
+            stated = nested.get(key, STAGED_DEFAULTS[kind][key])
             if stated != value:
                 raise ModelError(
                     f"{self.where}: backbone_config: {key} is {as_text(stated)}, but the tensors say "
                     f"{as_text(value)}; expected the config.json that belongs to the weights"
                 )
+
+
+def _stages(name: str, width: float) -> dict[str, Any]:
+    """The sizes of one of our backbones under transformers' keys; none for a backbone that is no ResNet or HGNetV2."""
+    if name.removesuffix("vd") in DEPTHS:
+        (depths, bottleneck), stem = DEPTHS[name.removesuffix("vd")], round(64 * width)
+        return {
+            "depths": list(depths),
+            "layer_type": "bottleneck" if bottleneck else "basic",
+            "embedding_size": stem,
+            "hidden_sizes": [stem * 2**stage * (4 if bottleneck else 1) for stage in range(4)],
+        }
+    if name not in hgnetv2.SIZES:
+        return {}
+    size = hgnetv2.SIZES[name]
+    inside, middle, outputs = (
+        [hgnetv2.scaled(item, width) for item in part] for part in (size.stem, size.middle, size.outputs)
+    )
+    light = [stage in hgnetv2.LIGHT for stage in range(len(outputs))]
+    return {
+        "stem_channels": [3, *inside],
+        "stage_in_channels": [inside[1], *outputs[:-1]],
+        "stage_mid_channels": middle,
+        "stage_out_channels": outputs,
+        "stage_num_blocks": list(size.blocks),
+        "stage_numb_of_layers": [size.layers] * len(outputs),
+        "stage_light_block": light,
+        "stage_kernel_size": [size.light_kernel if item else 3 for item in light],
+        "use_learnable_affine_block": size.affine,
+    }
 
 
 def read_json_object(path: Path, error: type[EdgedetrError]) -> dict[str, Any]:
@@ -239,7 +282,7 @@ def _backbone(raw: Mapping[str, Any], source: TransformersClass, where: str) -> 
         _check_levels(nested, raw, source, where, [STAGES - 1])
         if kind == "timm_backbone":
             return _timm_name(nested.get("backbone"), where), _dilated(nested.get("output_stride"), where)
-        return "", False  # transformers' own ResNets have no dilation, whatever `dilation` says
+        return "", False  # transformers' own backbones have no dilation, whatever `dilation` says
     name = raw.get("backbone")
     if raw.get("use_timm_backbone", source.timm) is True:
         options = raw.get("backbone_kwargs") or {}

@@ -319,7 +319,7 @@ RT_DETR_V2: dict[str, Key] = {
     "decoder_method": Read("", "method", "default", {"default": "default", "discrete": "discrete"}),
 }
 
-# Of a nested backbone_config. Sizes of a ResNet must be those of its tensors, as `TransformersConfig.agree` compares.
+# Of a nested backbone_config. Its sizes must be those of the tensors, as `TransformersConfig.agree` compares.
 _RESNET: dict[str, Key] = {
     **GENERIC,
     "num_channels": Only("images have three channels", (3,)),
@@ -329,6 +329,31 @@ _RESNET: dict[str, Key] = {
     "downsample_in_bottleneck": Only("the 3x3 convolution has the stride", (False,)),
     **_all(Special("the levels that the model takes"), "out_features", "out_indices"),
     "stage_names": Only("", (["stem", "stage1", "stage2", "stage3", "stage4"],)),
+}
+_HGNETV2: dict[str, Key] = {
+    **GENERIC,
+    "num_channels": Only("images have three channels", (3,)),
+    **_all(NoEffect("numbers for other modules; stem_channels and stage_... build the network"), "depths"),
+    **_all(NoEffect("numbers for other modules; the tensors tell the widths"), "embedding_size", "hidden_sizes"),
+    "hidden_act": Only("as published", ("relu",)),
+    **_all(
+        Special("must agree with the tensors"),
+        "stem_channels",
+        "stage_in_channels",
+        "stage_mid_channels",
+        "stage_out_channels",
+        "stage_num_blocks",
+        "stage_numb_of_layers",
+        "stage_light_block",
+        "stage_kernel_size",
+        "use_learnable_affine_block",
+    ),
+    "stem_strides": Only("as published", ([2, 1, 1, 2, 1],)),
+    "stage_downsample": Only("as published", ([False, True, True, True], [False, True, True])),
+    "stage_downsample_strides": Only("as published", ([2, 2, 2, 2], [2, 2, 2])),
+    "initializer_range": NoEffect("the first weights, which training replaced"),
+    **_all(Special("the levels that the model takes"), "out_features", "out_indices"),
+    "stage_names": Only("", (["stem", "stage1", "stage2", "stage3", "stage4"], ["stem", "stage1", "stage2", "stage3"])),
 }
 _TIMM: dict[str, Key] = {
     **GENERIC,
@@ -341,7 +366,12 @@ _TIMM: dict[str, Key] = {
     **_all(Special("the levels that the model takes"), "out_features", "out_indices"),
     "stage_names": NoEffect("timm's names of the stages"),
 }
-BACKBONES: dict[str, dict[str, Key]] = {"resnet": _RESNET, "rt_detr_resnet": _RESNET, "timm_backbone": _TIMM}
+BACKBONES: dict[str, dict[str, Key]] = {
+    "resnet": _RESNET,
+    "rt_detr_resnet": _RESNET,
+    "hgnet_v2": _HGNETV2,
+    "timm_backbone": _TIMM,
+}
 
 # config.json of a backbone whose weights a training starts from (model.backbone_weights).
 VIT_HEAD = 64  # channels per head, in all sizes of the paper
@@ -373,7 +403,7 @@ _VIT: dict[str, Key] = {
         "pooler_act",
     ),
 }
-ALONE: dict[str, dict[str, Key]] = {"resnet": _RESNET, "rt_detr_resnet": _RESNET, "vit": _VIT}
+ALONE: dict[str, dict[str, Key]] = {"resnet": _RESNET, "rt_detr_resnet": _RESNET, "hgnet_v2": _HGNETV2, "vit": _VIT}
 
 
 def last_level(raw: Mapping[str, Any]) -> list[int]:

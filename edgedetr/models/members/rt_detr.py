@@ -56,7 +56,8 @@ class RtDetrConfig(TransformerConfig):
     }
 
     version: Literal[1, 2] = 2  # 2 allows `points` to differ per level, and method "discrete"
-    backbone: str = "resnet18vd"  # resnet{18,34,50,101}[vd], vit_{tiny,small,base}[_window]
+    backbone: str = "resnet18vd"  # resnet{18,34,50,101}[vd], hgnetv2_{atto,femto,pico,b0..b6},
+    # vit_{tiny,small,base}[_window]
     frozen_stages: int = 0  # 1 = stem, 2 = stem and first stage, ...; R50 and larger use 1
     encoder_layers: int = 1  # attention within C5; more layers cost time without gain (table 3)
     encoder_ffn: int = 1024  # 4 C

@@ -319,6 +319,7 @@ def test_every_key_of_the_configuration_class_is_in_the_table(name: str) -> None
     [
         ("resnet", lambda: transformers.ResNetConfig()),
         ("rt_detr_resnet", lambda: transformers.RTDetrResNetConfig()),
+        ("hgnet_v2", lambda: transformers.HGNetV2Config()),
         ("timm_backbone", lambda: transformers.TimmBackboneConfig()),
         ("vit", lambda: transformers.ViTConfig()),
     ],
@@ -434,7 +435,7 @@ TIMM = {"backbone_config": None, "use_timm_backbone": True}
         ({"architectures": ["RTDetrModel"]}, "architectures is .*RTDetrModel.*expected RTDetrForObjectDetection"),
         ({"architectures": "RTDetrForObjectDetection"}, "architectures is "),
         ({"backbone_config": "resnet"}, 'backbone_config is "resnet"; expected an object'),
-        ({"backbone_config": {"model_type": "hgnet_v2"}}, 'backbone_config: model_type is "hgnet_v2"'),
+        ({"backbone_config": {"model_type": "swin"}}, 'backbone_config: model_type is "swin"'),
         ({"backbone_config": None, "backbone": "microsoft/swin-tiny"}, 'backbone is "microsoft/swin-tiny"'),
         ({**TIMM, "backbone": "efficientnet_b0"}, 'backbone is "efficientnet_b0"'),
         ({**TIMM, "backbone_kwargs": {"output_stride": 8}}, "output_stride is 8"),
