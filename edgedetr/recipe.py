@@ -32,7 +32,7 @@ from edgedetr.printable import shown
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.storage.manifest import LARGEST_AREA, LARGEST_SIDE
 from edgedetr.storage.reading import read_toml
-from edgedetr.training.config import AugmentConfig, TrainConfig, require_loss_of
+from edgedetr.training.config import AugmentConfig, TrainConfig, require_loss_of, require_sides_for
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -85,6 +85,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require_loss_of(self.train.class_loss, self.model.config.activation)
+        require_sides_for(self.train, self.model.name, self.model.config.has_sides)
         self._require_size_multiple()
 
     def _require_size_multiple(self) -> None:

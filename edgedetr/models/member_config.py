@@ -39,6 +39,7 @@ class TransformerConfig(BackboneConfig):
     """A backbone and the width of the tokens after it; members extend it with their own fields."""
 
     ranges: ClassVar[Mapping[str, Range]] = {}  # of the fields that the member alone has
+    has_sides: ClassVar[bool] = False  # boxes are distributions of their sides, with losses of their own (D-FINE)
 
     hidden: int = 256  # C, channels of every token
     heads: int = 8  # of every attention: 32 channels each

@@ -24,6 +24,7 @@ TRAIN_RANGES = {
     "seed": (0, 2**63 - 1),
     **dict.fromkeys(("warmup_steps", "patience", "cache_mb", "ema_warmup", "minutes"), (0, 10**9)),
     **dict.fromkeys(("cost_class", "cost_l1", "cost_giou", "weight_class", "weight_l1", "weight_giou"), (0, INF)),
+    **dict.fromkeys(("weight_fgl", "weight_ddf"), (0, INF)),
     "clip": (0, INF),
     "lr": (1e-12, 10),
     "backbone_lr_factor": (0, 1000),
@@ -88,6 +89,16 @@ def require_loss_of(class_loss: str, activation: str) -> None:
             f"train.class_loss is {class_loss!r}, a loss of {CLASS_LOSSES[class_loss]} logits, and this "
             f"model's are {activation}; expected {' or '.join(map(repr, fitting))}, or nothing for the "
             "model's own"
+        )
+
+
+def require_sides_for(config: LossConfig, model: str, has_sides: bool) -> None:
+    """Errors: RecipeError where a weight of the losses of sides is given for a member without such boxes."""
+    given = [name for name in ("weight_fgl", "weight_ddf") if getattr(config, name) is not None]
+    if given and not has_sides:
+        raise RecipeError(
+            f"train.{given[0]} is {getattr(config, given[0])}, but boxes of {model} are no distributions of their "
+            "sides; expected no such weight, or model.name 'd_fine'"
         )
 
 
@@ -184,6 +195,10 @@ class LossConfig(_Part):
     # "" = the member's own; "mal" is DEIM's, "ia_bce" LW-DETR's
     class_loss: Literal["", "softmax_ce", "focal", "vfl", "mal", "ia_bce"] = ""
     label_smoothing: float = 0.0  # 0.1 where labels are noisy (Szegedy et al. 2016)
+    # Losses of boxes by distributions of their sides, fine-grained localization and distillation from the last layer
+    # (D-FINE); None: 0.15 and 1.5 (its dfine_hgnetv2.yml). Other members have none, and refuse a weight.
+    weight_fgl: float | None = field(default=None, metadata=LATER)
+    weight_ddf: float | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)

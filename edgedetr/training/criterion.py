@@ -13,11 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgedetr.layers.box_ops import cxcywh_to_xyxy, paired_giou, paired_iou
-from edgedetr.models.records import Outputs
+from edgedetr.models.records import Outputs, Sides
 from edgedetr.options import one_of
 from edgedetr.training.config import CLASS_LOSSES, LossConfig, require_loss_of
 from edgedetr.training.data.dataset import PaddedTargets, Target, pad
-from edgedetr.training.matcher import Assignment, Costs, match
+from edgedetr.training.matcher import Assignment, Costs, match, match_and_join
+from edgedetr.training.side_losses import side_losses
+
+# Weights of the losses of sides (the authors' dfine_hgnetv2.yml), where train.weight_fgl and weight_ddf name none.
+WEIGHT_FGL, WEIGHT_DDF = 0.15, 1.5
 
 LEAST_SCORE = 0.01  # that a matched query learns with iou_aware_bce, however poor its box (LW-DETR's code)
 
@@ -30,6 +34,7 @@ class Losses:
     auxiliary           of the other decoder layers
     encoder             of the proposals of two-stage members
     denoising           of the noised queries
+    sides               of the distributions of boxes' sides in all layers, where the member has them, else 0
     """
 
     total: Tensor
@@ -39,25 +44,36 @@ class Losses:
     auxiliary: Tensor
     encoder: Tensor
     denoising: Tensor
+    sides: Tensor
 
-    NAMES = ("loss", "class", "l1", "giou", "auxiliary", "encoder", "denoising")
+    NAMES = ("loss", "class", "l1", "giou", "auxiliary", "encoder", "denoising", "sides")
 
     def stacked(self) -> Tensor:
-        """[7] float32 in the order of NAMES, so that one copy from the device brings them all."""
-        return torch.stack([self.total, self.class_, self.l1, self.giou, self.auxiliary, self.encoder, self.denoising])
+        """[8] float32 in the order of NAMES, so that one copy from the device brings them all."""
+        own = [self.total, self.class_, self.l1, self.giou, self.auxiliary, self.encoder, self.denoising, self.sides]
+        return torch.stack(own)
 
 
 @dataclass(frozen=True)
 class DenoisingOutputs:
     """Predictions of the noised queries, and the object that each positive one was made from.
 
-    logits [L, B, D, K], boxes [L, B, D, 4];  groups: copies of every object
+    logits [L, B, D, K], boxes [L, B, D, 4];  groups: copies of every object;  sides: as in Outputs
     """
 
     logits: Tensor
     boxes: Tensor
     assignment: Assignment
     groups: int
+    sides: Sides | None = None
+
+
+@dataclass(frozen=True)
+class _Located:
+    """The pairs that the losses of boxes count, where they are not those of the class loss, and how many there are."""
+
+    assignment: Assignment
+    count: Tensor
 
 
 class Criterion:
@@ -76,6 +92,8 @@ class Criterion:
         softmax = self.class_loss == "softmax_ce"
         default_weight = 2.0 if self.class_loss == "focal" else 1.0
         self.weight_class = config.weight_class if config.weight_class is not None else default_weight
+        self.weight_fgl = WEIGHT_FGL if config.weight_fgl is None else config.weight_fgl
+        self.weight_ddf = WEIGHT_DDF if config.weight_ddf is None else config.weight_ddf
         cost = config.cost_class if config.cost_class is not None else (1.0 if softmax else 2.0)
         self.costs = Costs(
             "softmax" if softmax else "focal", cost, config.cost_l1, config.cost_giou, corners=config.l1 == "xyxy"
@@ -96,6 +114,8 @@ class Criterion:
             padded = targets if isinstance(targets, PaddedTargets) else pad(targets)
             objects = float(sum(padded.counts)) if objects_per_process is None else objects_per_process
             count = max(objects, 1.0)
+            if outputs.sides is not None:
+                return self._with_sides(outputs, outputs.sides, padded, denoising, count)
             parts = self._matched_losses(outputs, padded, max(objects * outputs.groups, 1.0))  # [3, L (+ 1)]
             layers = len(outputs.logits)
             noise = parts.new_zeros(())
@@ -112,7 +132,50 @@ class Criterion:
                 auxiliary=shown[:, : layers - 1].sum(),
                 encoder=shown[:, layers:].sum(),
                 denoising=noise.detach(),
+                sides=shown.new_zeros(()),
             )
+
+    def _with_sides(
+        self, outputs: Outputs, sides: Sides, padded: PaddedTargets, denoising: DenoisingOutputs | None, count: float
+    ) -> Losses:
+        """The same for boxes by distributions of their sides (Peng et al. 2024, "D-FINE", section 4).
+
+        The plain head before the first layer is one more layer. Each layer's classes are matched on their own; boxes
+        and sides have the pairs that any layer, the plain head or the encoder found.
+        """
+        if outputs.encoder is None or outputs.encoder[0].shape[1] != outputs.logits.shape[2]:
+            raise ValueError("a member with distributions of sides has as many proposals as queries")
+        layers = len(outputs.logits)
+        logits = torch.cat([sides.first[0][None], outputs.logits, outputs.encoder[0][None]]).float()
+        boxes = torch.cat([sides.first[1][None], outputs.boxes, outputs.encoder[1][None]]).float()
+        assignment, union = match_and_join((logits, boxes), padded, self.costs)
+        pairs = mean_over_processes(logits.new_tensor(float(len(union.image))))
+        located = _Located(union.for_layers(len(logits)), pairs.clamp(min=1))
+        parts = self._layer_losses(logits, boxes, assignment, padded, count, located)  # [3, L + 2]
+        decoder = slice(1, 1 + layers)
+        side = side_losses(sides, logits[decoder], boxes[decoder], union, padded, located.count)
+        of_sides = (self.weight_fgl * side.fine + self.weight_ddf * side.distilled).sum()
+        noise = parts.new_zeros(())
+        if denoising is not None and denoising.sides is not None:
+            first, copies = denoising.sides.first, count * denoising.groups
+            noised = torch.cat([first[0][None], denoising.logits]).float()
+            noised_boxes = torch.cat([first[1][None], denoising.boxes]).float()
+            known = denoising.assignment.for_layers(1 + layers)
+            noise = self._layer_losses(noised, noised_boxes, known, padded, copies).sum()
+            share = side.matched_share
+            side = side_losses(denoising.sides, noised[1:], noised_boxes[1:], known, padded, copies, share)
+            noise = noise + (self.weight_fgl * side.fine + self.weight_ddf * side.distilled).sum()
+        shown = parts.detach()
+        return Losses(
+            parts.sum() + of_sides + noise,
+            shown[0, layers],
+            shown[1, layers],
+            shown[2, layers],
+            auxiliary=shown[:, :layers].sum(),
+            encoder=shown[:, 1 + layers :].sum(),
+            denoising=noise.detach(),
+            sides=of_sides.detach(),
+        )
 
     def _matched_losses(self, outputs: Outputs, padded: PaddedTargets, count: float) -> Tensor:
         """Weighted class, L1 and GIoU losses of the L decoder layers, then of the encoder, if any: [3, L (+ 1)].
@@ -148,17 +211,28 @@ class Criterion:
         return parts if copies == 1 else parts.unflatten(1, (-1, copies)).sum(-1)
 
     def _layer_losses(
-        self, logits: Tensor, boxes: Tensor, assignment: Assignment, padded: PaddedTargets, count: float
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        assignment: Assignment,
+        padded: PaddedTargets,
+        count: float,
+        located: _Located | None = None,
     ) -> Tensor:
         """Weighted class, L1 and GIoU losses of each layer: [3, G]."""
         predicted = assignment.take(boxes)  # [G, P, 4]
         wanted = padded.boxes[assignment.image[None], assignment.target]
         corners, wanted_corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)
-        difference = corners - wanted_corners if self.costs.corners else predicted - wanted
-        l1 = difference.abs().sum((1, 2)) / count
-        giou = (1 - paired_giou(corners, wanted_corners)).sum(1) / count
         quality = paired_iou(corners.detach(), wanted_corners)  # [G, P]
         class_ = self._class_loss(logits, quality, assignment, padded, count)
+        box_count: float | Tensor = count
+        if located is not None:
+            box_count, predicted = located.count, located.assignment.take(boxes)
+            wanted = padded.boxes[located.assignment.image[None], located.assignment.target]
+            corners, wanted_corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)
+        difference = corners - wanted_corners if self.costs.corners else predicted - wanted
+        l1 = difference.abs().sum((1, 2)) / box_count
+        giou = (1 - paired_giou(corners, wanted_corners)).sum(1) / box_count
         config = self.config
         return torch.stack([class_ * self.weight_class, l1 * config.weight_l1, giou * config.weight_giou])
 
@@ -194,6 +268,14 @@ class Criterion:
 def by_group(values: Tensor, groups: int) -> Tensor:
     """values [L, B, G N, ...] of G groups of queries -> [L G, B, N, ...], as if each group were a layer."""
     return values if groups == 1 else values.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a number [] that every process has; the number itself where there is one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+        value = value / torch.distributed.get_world_size()
+    return value
 
 
 # The class losses, one number per layer G.

@@ -129,12 +129,22 @@ def split(outputs: Outputs, noised: Noised, padded: PaddedTargets) -> tuple[Outp
     """Outputs of decode with prepended queries -> outputs of the real queries, and those of the noised ones."""
     count = len(noised)
     assignment, logits = assign_positives(noised, padded, layers=len(outputs.logits)), outputs.logits[:, :, :count]
+    sides = None if outputs.sides is None else outputs.sides.of(slice(0, count))
     if noised.copies == 1:
         # DN-DETR has no loss for padding: a probability of 0 costs nothing. RT-DETR trains it to "no object".
         padding = ~padded.valid.repeat(1, noised.groups)
         logits = logits.masked_fill(padding[None, ..., None], BACKGROUND_LOGIT)
-    denoising = DenoisingOutputs(logits, outputs.boxes[:, :, :count], assignment, noised.groups)
-    return replace(outputs, logits=outputs.logits[:, :, count:], boxes=outputs.boxes[:, :, count:]), denoising
+        if sides is not None:
+            of_first = sides.first[0].masked_fill(padding[..., None], BACKGROUND_LOGIT)
+            sides = replace(sides, first=(of_first, sides.first[1]))
+    denoising = DenoisingOutputs(logits, outputs.boxes[:, :, :count], assignment, noised.groups, sides)
+    real = replace(
+        outputs,
+        logits=outputs.logits[:, :, count:],
+        boxes=outputs.boxes[:, :, count:],
+        sides=None if outputs.sides is None else outputs.sides.of(slice(count, None)),
+    )
+    return real, denoising
 
 
 def assign_positives(noised: Noised, padded: PaddedTargets, layers: int) -> Assignment:

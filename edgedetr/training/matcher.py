@@ -56,12 +56,41 @@ class Assignment:
         layer = torch.arange(len(self.query), device=values.device)[:, None]
         return values[layer, self.image[None], self.query]
 
+    def for_layers(self, layers: int) -> Assignment:
+        """The pairs of the first layer, for so many layers."""
+        return Assignment(self.image, self.query[:1].expand(layers, -1), self.target[:1].expand(layers, -1))
+
 
 def match(predictions: Sequence[tuple[Tensor, Tensor]], padded: PaddedTargets, costs: Costs) -> list[Assignment]:
     """Assign objects to queries in every group of layers, with one copy from the device for all of them.
 
     predictions  groups of layers with equally many queries: logits [G, B, N, K*], boxes [G, B, N, 4] cx, cy, w, h
     """
+    return [_packed(pairs, padded) for pairs in _match(predictions, padded, costs)]
+
+
+def match_and_join(
+    prediction: tuple[Tensor, Tensor], padded: PaddedTargets, costs: Costs
+) -> tuple[Assignment, Assignment]:
+    """The assignment of one group of layers, and its union over the layers: [1, P'].
+
+    In the union, a query that any layer chose has the object that most layers gave it; of several, the first of the
+    image (Peng et al. 2024, "D-FINE", section 4.2; the authors leave open which).
+    """
+    pairs = _match([prediction], padded, costs)[0]
+    return _packed(pairs, padded), _packed(_union(pairs, padded, prediction[0].shape[2]), padded)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """An Assignment on the host."""
+
+    image: np.ndarray
+    query: np.ndarray
+    target: np.ndarray
+
+
+def _match(predictions: Sequence[tuple[Tensor, Tensor]], padded: PaddedTargets, costs: Costs) -> list[_Pairs]:
     with torch.no_grad():
         tables = [cost_table(logits, boxes, padded, costs) for logits, boxes in predictions]
         flat = torch.cat([table.flatten() for table in tables]).cpu().numpy()
@@ -94,7 +123,7 @@ def cost_table(logits: Tensor, boxes: Tensor, padded: PaddedTargets, costs: Cost
     return table.nan_to_num(nan=UNUSABLE, posinf=UNUSABLE, neginf=UNUSABLE)
 
 
-def _assign(table: np.ndarray, padded: PaddedTargets) -> Assignment:
+def _assign(table: np.ndarray, padded: PaddedTargets) -> _Pairs:
     """table [G, B, N, T]; the padding of an image gets no query."""
     image: list[int] = []
     query: list[list[int]] = [[] for _ in table]
@@ -105,6 +134,23 @@ def _assign(table: np.ndarray, padded: PaddedTargets) -> Assignment:
             query[layer] += rows.tolist()
             target[layer] += columns.tolist()
         image += [row] * len(rows)
-    device, layers = padded.labels.device, len(table)
-    packed = torch.tensor([image, *query, *target], dtype=torch.int64).to(device, non_blocking=True)
+    return _Pairs(*(np.asarray(numbers, dtype=np.int64) for numbers in (image, query, target)))
+
+
+def _union(pairs: _Pairs, padded: PaddedTargets, queries: int) -> _Pairs:
+    """See match_and_join."""
+    images, objects = padded.labels.shape
+    if not len(pairs.image):
+        return _Pairs(pairs.image, pairs.query[:1], pairs.target[:1])
+    chosen = np.zeros((images, queries, objects), dtype=np.int16)  # by how many layers
+    np.add.at(chosen, (np.broadcast_to(pairs.image, pairs.query.shape), pairs.query, pairs.target), 1)
+    image, query = np.nonzero(chosen.any(-1))
+    return _Pairs(image, query[None], chosen[image, query].argmax(-1)[None])
+
+
+def _packed(pairs: _Pairs, padded: PaddedTargets) -> Assignment:
+    """On the device of the targets, by one copy."""
+    device, layers = padded.labels.device, len(pairs.query)
+    together = np.concatenate([pairs.image[None], pairs.query, pairs.target])
+    packed = torch.from_numpy(together).to(device, non_blocking=True)
     return Assignment(packed[0], packed[1 : 1 + layers], packed[1 + layers :])

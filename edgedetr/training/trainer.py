@@ -50,7 +50,7 @@ MAX_SKIPS = 5  # in a row: one bad image is in one batch of an epoch, damaged we
 class StepResult:
     """What a step gave. A step with a nonfinite loss or gradient changes no weight.
 
-    losses     [7] float32 on the CPU, in the order of Losses.NAMES
+    losses     [8] float32 on the CPU, in the order of Losses.NAMES
     nonfinite  what was NaN or infinite, "the loss" or "the gradient"; "" for neither
     """
 
@@ -101,7 +101,7 @@ class Learner:
         return StepResult(losses.float().cpu(), nonfinite)
 
     def _backward(self, batch: Batch) -> Tensor:
-        """Gradients of a batch, in train.accumulate parts; losses [7] on the device."""
+        """Gradients of a batch, in train.accumulate parts; losses [8] on the device."""
         fabric, parts = self.fabric, self.config.accumulate
         size = len(batch.targets) // parts
         objects = torch.tensor(float(sum(map(len, batch.targets))))

@@ -38,7 +38,7 @@ class TrainingModule(nn.Module):
         self.decode = torch.compile(model.decode) if config.compile else model.decode
 
     def forward(self, images: Tensor, targets: Callable[[], PaddedTargets], objects_per_process: float) -> Tensor:
-        """Losses [7] in the order of Losses.NAMES; only the first has a gradient.
+        """Losses [8] in the order of Losses.NAMES; only the first has a gradient.
 
         images   [B, 3, H, W] uint8, RGB
         targets  a function, because autocast rounds float arguments of a module to 16 bits

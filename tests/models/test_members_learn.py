@@ -28,7 +28,7 @@ def objects(count: int, seed: int = 0) -> Target:
 
 
 def losses(name: str, detector: DetrModel, targets: Sequence[Target]) -> torch.Tensor:
-    """The losses [7] of one training step's forward half on noise images, with denoising where the member has it."""
+    """The losses [8] of one training step's forward half on noise images, with denoising where the member has it."""
     training_module = TrainingModule(detector, TrainConfig(denoising=4), SMALL[name].class_loss, CLASSES)
     seed_step(0, 0, 0)
     return training_module(sample_images(len(targets)).to(torch.uint8), lambda: pad(targets), 1.0)
