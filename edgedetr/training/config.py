@@ -30,7 +30,7 @@ TRAIN_RANGES = {
     "backbone_lr_factor": (0, 1000),
     "slow_lr_factor": (0, 1000),
     "weight_decay": (0, 10),
-    **dict.fromkeys(("final_lr_factor", "no_object", "focal_alpha", "vfl_alpha", "label_noise"), (0, 1)),
+    **dict.fromkeys(("flat", "final_lr_factor", "no_object", "focal_alpha", "vfl_alpha", "label_noise"), (0, 1)),
     "betas": (0, ALMOST_ONE),
     "ema_decay": (0, ALMOST_ONE),
     "drop_path": (0, ALMOST_ONE),
@@ -57,12 +57,17 @@ FRACTIONS = (
     "mixup",
     "cutmix",
     "erase",
+    "off_for_first",
+    "mix_until",
     "off_for_last",
 )
 AUGMENT_RANGES = {
     **dict.fromkeys(FRACTIONS, (0, 1)),
     "magnitude": (0, 10),
-    "mixup_beta": (0.01, 100),
+    "mixup_beta": (0.01, 1000),
+    "mosaic_degrees": (0, 180),
+    "mosaic_shift": (0, 1),
+    "mosaic_scale": (0.1, 4),
     "rand_augment": (0, 20),
     **dict.fromkeys(("scale_jitter", "brightness", "contrast", "saturation"), (0, 0.95)),
     "hue": (0, 0.5),
@@ -133,11 +138,15 @@ class OptimizerConfig(_Part):
     decay: Literal["matrices", "not_norms", "all"] = field(default="matrices", metadata=LATER)
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     clip: float = 0.1  # gradient norm, both; 0 = no clipping
-    warmup: Literal["linear", "exponential"] = "linear"
+    warmup: Literal["linear", "exponential", "quadratic"] = "linear"  # DEIM is "quadratic"
     warmup_steps: int = 2000  # RT-DETR
-    schedule: Literal["constant", "step", "cosine"] = "constant"  # RT-DETR; DETR is "step"
+    # "constant" is RT-DETR's, "step" DETR's, "flat_cosine" DEIM's: the full rate, a cosine, then the last rate while
+    # strong augmentation is off (augment.off_for_last).
+    schedule: Literal["constant", "step", "cosine", "flat_cosine"] = "constant"
     step_epochs: tuple[int, ...] = ()  # "step": the rate falls to a tenth at these epochs (DETR: 200 of 300)
-    final_lr_factor: float = 0.01  # "cosine" ends at this fraction of lr
+    final_lr_factor: float = 0.01  # "cosine" and "flat_cosine" end at this fraction of lr (DEIM: 0.5)
+    # "flat_cosine": fraction of the epochs at the full rate (DEIM: 4 epochs more than half).
+    flat: float = field(default=0.5, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -288,18 +297,40 @@ class AugmentConfig:
     contrast: float = 0.2
     saturation: float = 0.3
     hue: float = 0.03  # turns of the color wheel
-    mosaic: float = 0.0  # probability of four images in one (DEIM: 0.5 and more)
+    mosaic: float = 0.0  # probability of four images in one (DEIM: 0.5)
+    # "corners": four augmented images that meet anywhere (YOLOv4); "affine": DEIM's, four whole images that are turned,
+    # shifted and scaled as one.
+    mosaic_kind: Literal["corners", "affine"] = field(default="corners", metadata=LATER)
+    mosaic_degrees: float = field(default=10.0, metadata=LATER)  # largest turn of "affine" (DEIM)
+    mosaic_shift: float = field(default=0.1, metadata=LATER)  # its largest shift, as a fraction of the side (DEIM)
+    mosaic_scale: tuple[float, float] = field(default=(0.5, 1.5), metadata=LATER)  # its scale (DEIM)
     mixup: float = 0.0  # probability of blending in a second image (DEIM: 0.5)
-    mixup_beta: float = 1.5  # its weight is drawn from Beta(b, b): 1.5 keeps it near one half
+    mixup_beta: float = 1.5  # its weight is drawn from Beta(b, b): the larger b, the nearer to one half (DEIM: 150)
     cutmix: float = 0.0  # probability of pasting in a part of a second image
     rand_augment: int = 0  # operations of RandAugment on each image (Cubuk et al. 2020: 2)
     magnitude: float = 9.0  # their strength, 0..10 (the same: 9)
     erase: float = 0.0  # probability of a rectangle of noise (Zhong et al. 2020: 0.5; DeiT: 0.25)
     off_for_last: float = 0.1  # fraction of the epochs, at the end, with flips only (RT-DETR: the last epochs)
+    # Fraction of the epochs, at the beginning, with flips only (DEIM: 4 epochs).
+    off_for_first: float = field(default=0.0, metadata=LATER)
+    # Mosaic, mixup and cutmix are used before this fraction of the epochs (DEIM: 4 epochs more than half).
+    mix_until: float = field(default=1.0, metadata=LATER)
 
     def __post_init__(self) -> None:
         check(self, "augment", AUGMENT_RANGES)
-        for name in ("crop_scale", "crop_aspect"):
+        for name in ("crop_scale", "crop_aspect", "mosaic_scale"):
             low, high = getattr(self, name)
             if low > high:
                 raise RecipeError(f"augment.{name} is {[low, high]}; expected [low, high]")
+
+    def last_epochs_from(self, epochs: int) -> int:
+        """The first of the last epochs, which have flips only, of so many in all; counted from 0."""
+        return math.ceil(epochs * (1 - self.off_for_last))
+
+    def is_strong(self, epoch: int, epochs: int) -> bool:
+        """Whether an epoch (counted from 0) of so many has more than flips."""
+        return round(epochs * self.off_for_first) <= epoch < self.last_epochs_from(epochs)
+
+    def mixes(self, epoch: int, epochs: int) -> bool:
+        """Whether an epoch (counted from 0) of so many may join several images in one."""
+        return epoch < round(epochs * self.mix_until)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from edgedetr.errors import ModelError, RecipeError
 from edgedetr.models.backbones.vit import VitPyramid
 from edgedetr.models.detector import DetrModel
-from edgedetr.training.config import TrainConfig
+from edgedetr.training.config import AugmentConfig, TrainConfig
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS = (nn.LayerNorm, nn.GroupNorm, *BATCH_NORMS)
@@ -72,25 +72,28 @@ class Schedule:
 
     epochs           epochs in all; train.minutes may make them fewer than train.epochs
     steps_per_epoch  optimizer steps of an epoch
+    augment          when strong augmentation is off, which the images' sizes and "flat_cosine" follow
     """
 
     config: TrainConfig
     epochs: int
     steps_per_epoch: int
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     @property
     def steps(self) -> int:
         """Optimizer steps in all."""
         return self.epochs * self.steps_per_epoch
 
-    def size_fractions(self, epoch: int, *, strong: bool = True) -> list[float]:
+    def size_fractions(self, epoch: int) -> list[float]:
         """The image sizes of an epoch (counted from 0), as fractions of the input's sides; one is drawn per batch.
 
-        strong  False: an epoch without strong augmentation, which has one size
+        The last epochs, without strong augmentation, have one size.
         """
         growth, sizes = self.config.growth, self.config.sizes
         base = growth[min(epoch * len(growth) // self.epochs, len(growth) - 1)] if growth else 1.0
-        return [base * fraction for fraction in sizes] if sizes and strong else [base]
+        several = sizes and epoch < self.augment.last_epochs_from(self.epochs)
+        return [base * fraction for fraction in sizes] if several else [base]
 
     def lr_factor(self, step: int) -> float:
         """Learning rate at a step (counted from 0), as a fraction of the full rate: warm-up times schedule."""
@@ -104,7 +107,9 @@ class Schedule:
             return fraction
         if self.config.warmup == "exponential":
             return 1000.0 ** (fraction - 1)  # from about a thousandth
-        raise RecipeError(f"train.warmup is {self.config.warmup!r}; expected 'linear' or 'exponential'")
+        if self.config.warmup == "quadratic":
+            return fraction**2
+        raise RecipeError(f"train.warmup is {self.config.warmup!r}; expected 'linear', 'exponential' or 'quadratic'")
 
     def _decay(self, step: int) -> float:
         config = self.config
@@ -114,10 +119,19 @@ class Schedule:
             return 0.1 ** sum(step >= epoch * self.steps_per_epoch for epoch in config.step_epochs)
         if config.schedule == "cosine":
             begin = min(config.warmup_steps, self.steps - 1)
-            fraction = max(0.0, (step - begin) / (self.steps - begin))
-            final = config.final_lr_factor
-            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * fraction))
-        raise RecipeError(f"train.schedule is {config.schedule!r}; expected 'constant', 'step' or 'cosine'")
+            return self._cosine(max(0.0, (step - begin) / (self.steps - begin)))
+        if config.schedule == "flat_cosine":  # RTMDet's, with DEIM's last part
+            begin = round(self.epochs * config.flat) * self.steps_per_epoch
+            end = self.augment.last_epochs_from(self.epochs) * self.steps_per_epoch
+            return 1.0 if step <= begin else self._cosine(min(1.0, (step - begin) / max(end - begin, 1)))
+        raise RecipeError(
+            f"train.schedule is {config.schedule!r}; expected 'constant', 'step', 'cosine' or 'flat_cosine'"
+        )
+
+    def _cosine(self, fraction: float) -> float:
+        """From 1 to the final factor, at a fraction of the way."""
+        final = self.config.final_lr_factor
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
 class Ema:

@@ -39,7 +39,7 @@ def choose_epochs(
     Errors: TrainingError where there is no time for one epoch.
     """
     config, begun = schedule.config, time.monotonic()
-    fractions = sorted({part * size for part in config.growth or (1.0,) for size in config.sizes or (1.0,)} | {1.0})
+    fractions = sorted({part * size for part in config.growth or (1.0,) for size in (*config.sizes, 1.0)} | {1.0})
     precision = learner.fabric.strategy.precision
     scaler = precision.state_dict()
     step_seconds = {fraction: time_step(learner, images, schedule, fraction) for fraction in fractions}

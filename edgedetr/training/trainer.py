@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -173,7 +173,8 @@ class Trainer:
         self.writer = BundleWriter(out, recipe, splits.config, splits.folder, classes, self.learner.ema.model)
         self.metrics: MetricsLog | None = None  # of the main process, while `fit` runs
         self.fingerprint = fingerprint(recipe, splits.train)
-        self.schedule = Schedule(config, config.epochs, max(len(splits.train) // config.batch, 1))
+        steps_per_epoch = max(len(splits.train) // config.batch, 1)
+        self.schedule = Schedule(config, config.epochs, steps_per_epoch, recipe.augment)
         self.state = TrainState()
 
     def resume(self) -> None:
@@ -195,7 +196,7 @@ class Trainer:
         self._apply_epochs()
 
     def _apply_epochs(self) -> None:
-        self.schedule = Schedule(self.config, self.state.epochs or self.config.epochs, self.schedule.steps_per_epoch)
+        self.schedule = replace(self.schedule, epochs=self.state.epochs or self.config.epochs)
 
     def fit(self) -> None:
         """Train all epochs that are left, then write today's recipe into the bundle, also where no epoch was left."""
@@ -258,8 +259,8 @@ class Trainer:
         first = fabric.global_rank * per_process
         rows = epoch_order(len(self.images), config.batch, seed=config.seed, epoch=epoch)
         rows = rows[self.state.step % steps_per_epoch :, first : first + per_process]
-        strong = epoch < self.schedule.epochs * (1 - self.recipe.augment.off_for_last)
-        fractions = self.schedule.size_fractions(epoch, strong=strong)
+        augment, epochs = self.recipe.augment, self.schedule.epochs
+        fractions = self.schedule.size_fractions(epoch)
         contracts = draw_sizes(
             self.images.contract,
             fractions,
@@ -269,7 +270,13 @@ class Trainer:
             epoch=epoch,
         )
         return batches(
-            self.images, rows, epoch, strong=strong, workers=config.workers, contracts=contracts[-len(rows) :]
+            self.images,
+            rows,
+            epoch,
+            strong=augment.is_strong(epoch, epochs),
+            mixes=augment.mixes(epoch, epochs),
+            workers=config.workers,
+            contracts=contracts[-len(rows) :],
         )
 
     def _count(self, result: StepResult, batch: Batch) -> None:

@@ -53,8 +53,10 @@ def schedule(steps_per_epoch: int, **settings: object) -> Schedule:
 
 
 @pytest.mark.parametrize("step", [0, 1, 49, 99, 100, 5000])
-def test_warm_up_is_linear_or_exponential(step):
-    linear, exponential = (schedule(10, warmup_steps=100, warmup=kind) for kind in ("linear", "exponential"))
+def test_warm_up_is_linear_quadratic_or_exponential(step):
+    kinds = ("linear", "quadratic", "exponential")
+    linear, quadratic, exponential = (schedule(10, warmup_steps=100, warmup=kind) for kind in kinds)
+    assert quadratic.lr_factor(step) == pytest.approx(linear.lr_factor(step) ** 2)
     fraction = min((step + 1) / 101, 1.0)
     assert linear.lr_factor(step) == pytest.approx(fraction)
     assert exponential.lr_factor(step) == pytest.approx(math.exp(-(1 - fraction) * math.log(1000)))
@@ -68,6 +70,36 @@ def test_cosine_starts_full_is_half_way_in_the_middle_and_ends_at_its_factor():
     for step in range(100, 1100, 83):
         expected = 0.1 + 0.9 * math.cos((step - 100) / 1000 * math.pi / 2) ** 2  # cos^2(x/2) = (1 + cos x) / 2
         assert cosine.lr_factor(step) == pytest.approx(expected)
+
+
+def deim_rate(step: int, warmup: int, flat: int, total: int, last: int, final: float) -> float:
+    """Huang et al. 2024, engine/optim/lr_scheduler.py, of a full rate of 1, after the warm-up; all in steps."""
+    assert step > warmup
+    if step <= flat:
+        return 1.0
+    if step >= total - last:
+        return final
+    return final + (1 - final) * (1 + math.cos(math.pi * (step - flat) / (total - flat - last))) / 2
+
+
+@pytest.mark.parametrize(
+    ("epochs", "flat", "last"), [(120, 64, 3), (60, 34, 2), (132, 64, 12), (102, 49, 12), (58, 29, 8)]
+)
+def test_flat_cosine_is_deims(epochs, flat, last):
+    """R18, R50, S, M, L of its configurations: the last rate begins where strong augmentation ends."""
+    config = TrainConfig(
+        epochs=epochs, schedule="flat_cosine", flat=round(flat / epochs, 4), final_lr_factor=0.5, warmup_steps=50
+    )
+    ours = Schedule(config, epochs, 10, AugmentConfig(off_for_last=math.ceil(last / epochs * 1e4) / 1e4))
+    for step in range(51, 10 * epochs, 7):
+        assert ours.lr_factor(step) == pytest.approx(deim_rate(step, 50, 10 * flat, 10 * epochs, 10 * last, 0.5))
+
+
+def test_strong_augmentation_is_off_in_deims_first_and_last_epochs():
+    """deim_r18vd_120e_coco.yml: policy [4, 64, 117], of 120; mixup_epochs [4, 64]."""
+    augment = AugmentConfig(off_for_first=0.0333, mix_until=0.5333, off_for_last=0.025)
+    assert [epoch for epoch in range(120) if augment.is_strong(epoch, 120)] == list(range(4, 117))
+    assert [epoch for epoch in range(120) if augment.mixes(epoch, 120)] == list(range(64))
 
 
 def test_steps_fall_to_a_tenth_at_their_epochs():

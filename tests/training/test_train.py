@@ -17,7 +17,7 @@ from edgedetr.errors import DataError, TrainingError
 from edgedetr.recipe import Recipe
 from edgedetr.storage.digests import digest
 from edgedetr.training import trainer as trainer_module
-from edgedetr.training.data.dataset import batches, epoch_order
+from edgedetr.training.data.dataset import TrainingSet, batches, epoch_order
 from edgedetr.training.train import train
 from edgedetr.training.trainer import MAX_SKIPS
 from edgedetr.training.training_module import TrainingModule
@@ -310,6 +310,21 @@ def test_a_size_is_drawn_for_every_batch_and_a_resume_draws_the_same(micro_data,
     train(recipe, micro_data, tmp_path / "b", resume=True)
     assert seen[:5] + seen[6:] == straight
     assert digest(tmp_path / "a" / "weights.safetensors") == digest(tmp_path / "b" / "weights.safetensors")
+
+
+def test_strong_augmentation_has_its_epochs_and_mixing_ends_earlier(micro_data, tmp_path, monkeypatch):
+    seen, real = set(), TrainingSet.__getitem__
+
+    def watched(self, key):
+        seen.add((key.epoch, key.strong, key.mixes))
+        return real(self, key)
+
+    monkeypatch.setattr(TrainingSet, "__getitem__", watched)
+    recipe = micro.recipe(epochs=4, schedule="flat_cosine", flat=0.25)
+    windows = {"off_for_first": 0.25, "mix_until": 0.5, "off_for_last": 0.25}
+    mosaic = {"mosaic": 1.0, "mosaic_kind": "affine", "mixup": 1.0}
+    train(replace(recipe, augment=replace(recipe.augment, **windows, **mosaic)), micro_data, tmp_path / "a")
+    assert seen == {(0, False, True), (1, True, True), (2, True, False), (3, False, False)}
 
 
 def test_no_epoch_is_selected_by_the_verify_split(tmp_path):

@@ -166,11 +166,13 @@ class SampleKey:
     """What `TrainingSet` is indexed with: epoch, index in the set, input size (None: the set's), and augmentation.
 
     strong  all augmentations; False: flips only
+    mixes   several images may become one
     """
 
     epoch: int
     index: int
     strong: bool = True
+    mixes: bool = True
     contract: InputContract | None = None
 
 
@@ -207,7 +209,12 @@ class TrainingSet(Dataset):
         contract = key.contract or self.contract
         if key.strong:
             example = transform(
-                image, lambda: self._readable(int(rng.integers(len(self))))[1], contract, self.config, rng
+                image,
+                lambda: self._readable(int(rng.integers(len(self))))[1],
+                contract,
+                self.config,
+                rng,
+                mixes=key.mixes,
             )
         else:
             example = augment(image, contract, self.config, rng, flips_only=True)
@@ -283,15 +290,17 @@ def batches(
     epoch: int,
     *,
     strong: bool = True,
+    mixes: bool = True,
     workers: int = 0,
     contracts: Sequence[InputContract] | None = None,
 ) -> Iterator[Batch]:
     """One batch per row of indices [steps, batch of this process].
 
-    contracts  the input size of each batch; None: the set's
+    strong, mixes  as in `SampleKey`
+    contracts      the input size of each batch; None: the set's
     """
     sizes = contracts or [dataset.contract] * len(rows)
-    keys = [[SampleKey(epoch, int(index), strong, size) for index in row] for row, size in zip(rows, sizes)]
+    keys = [[SampleKey(epoch, int(index), strong, mixes, size) for index in row] for row, size in zip(rows, sizes)]
     workers = bounded(workers, "train.workers")
     return iter(
         DataLoader(

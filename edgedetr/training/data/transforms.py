@@ -6,7 +6,7 @@ switched on; the boxes follow exactly. Every random number comes from the genera
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,10 +61,13 @@ def transform(
     contract: InputContract,
     config: AugmentConfig,
     rng: np.random.Generator,
+    *,
+    mixes: bool = True,
 ) -> Example:
     """One training example from an image, and from others where mosaic, mixup or cutmix is drawn.
 
     draw_other  returns another image of the set, drawn with `rng`
+    mixes       False: no mosaic, mixup or cutmix
 
     A technique that is off draws no number, so switching one on does not change what was drawn before it.
     """
@@ -72,11 +75,19 @@ def transform(
     def take(size: InputContract) -> Example:
         return augment(draw_other(), size, config, rng)
 
-    mixed = bool(config.mosaic) and rng.random() < config.mosaic
-    example = mosaic(take, contract, rng) if mixed else augment(image, contract, config, rng)
-    if config.mixup and rng.random() < config.mixup:
-        example = mixup(example, take(contract), rng.beta(config.mixup_beta, config.mixup_beta))
-    elif config.cutmix and rng.random() < config.cutmix:
+    def one(source: SourceImage) -> Example:
+        if not (mixes and config.mosaic and rng.random() < config.mosaic):
+            return augment(source, contract, config, rng)
+        if config.mosaic_kind == "affine":
+            return affine_mosaic([source, draw_other(), draw_other(), draw_other()], contract, config, rng)
+        return mosaic(take, contract, rng)
+
+    example = one(image)
+    if mixes and config.mixup and rng.random() < config.mixup:
+        # DEIM blends two images of a batch, and so two mosaics too.
+        other = one(draw_other()) if config.mosaic_kind == "affine" else take(contract)
+        example = mixup(example, other, rng.beta(config.mixup_beta, config.mixup_beta))
+    elif mixes and config.cutmix and rng.random() < config.cutmix:
         example = cutmix(example, take(contract), draw_rectangle(contract.height, contract.width, rng))
     if config.rand_augment:
         example = rand_augment(example, config.rand_augment, config.magnitude, rng)
@@ -96,18 +107,26 @@ def augment(
     """One training example from one image: a window on it, flips, colors."""
     whole = np.array([0.0, 0.0, image.frame_width, image.frame_height])
     window = whole if flips_only else draw_window(image, config, rng)
-    pixels, boxes, labels = crop_window(image, window, contract, config.min_visible)
+    example = Example(*crop_window(image, window, contract, config.min_visible))
+    return _flip_and_recolor(example, config, rng, flips_only=flips_only)
+
+
+def _flip_and_recolor(
+    example: Example, config: AugmentConfig, rng: np.random.Generator, *, flips_only: bool = False
+) -> Example:
+    pixels, boxes = example.pixels, example.boxes
+    height, width = pixels.shape[1:]
     # Both numbers are drawn whatever the probabilities are, so that one setting does not change the other's draw.
     horizontal, vertical = rng.random(2) < (config.flip_horizontal, config.flip_vertical)
     if horizontal:
         pixels = pixels.flip(2)
-        boxes[:, [0, 2]] = contract.width - boxes[:, [2, 0]]
+        boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
     if vertical:
         pixels = pixels.flip(1)
-        boxes[:, [1, 3]] = contract.height - boxes[:, [3, 1]]
+        boxes[:, [1, 3]] = height - boxes[:, [3, 1]]
     if not flips_only and rng.random() < config.color:
         pixels = recolor(pixels, config, rng)
-    return Example(pixels, boxes, labels)
+    return Example(pixels, boxes, example.labels)
 
 
 # Windows. One window on the image replaces crop, zoom-out and scale jitter.
@@ -248,6 +267,38 @@ def mosaic(take: Take, contract: InputContract, rng: np.random.Generator) -> Exa
     return Example(pixels, np.concatenate(boxes), np.concatenate(labels))
 
 
+def affine_mosaic(
+    images: Sequence[SourceImage], contract: InputContract, config: AugmentConfig, rng: np.random.Generator
+) -> Example:
+    """Four whole images, each a quarter, turned, scaled and shifted as one, then flipped and recolored (DEIM's code).
+
+    It has no crop and no zoom-out.
+    """
+    x, y = contract.width // 2, contract.height // 2
+    pixels = torch.empty(3, contract.height, contract.width, dtype=torch.uint8)
+    boxes, labels = [], []
+    corners = [
+        (top, bottom, left, right)
+        for top, bottom in ((0, y), (y, contract.height))
+        for left, right in ((0, x), (x, contract.width))
+    ]
+    for image, (top, bottom, left, right) in zip(images, corners):
+        whole = np.array([0.0, 0.0, image.frame_width, image.frame_height])
+        part = Example(*crop_window(image, whole, InputContract(bottom - top, right - left), config.min_visible))
+        pixels[:, top:bottom, left:right] = part.pixels
+        boxes.append(part.boxes + [left, top, left, top])
+        labels.append(part.labels)
+    angle, scale = (
+        np.radians(rng.uniform(-config.mosaic_degrees, config.mosaic_degrees)),
+        rng.uniform(*config.mosaic_scale),
+    )
+    shift = rng.uniform(-config.mosaic_shift, config.mosaic_shift, 2) * [contract.width, contract.height]
+    cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
+    matrix = np.array([[cosine, -sine, shift[0]], [sine, cosine, shift[1]], [0, 0, 1]])
+    joined = Example(pixels, np.concatenate(boxes), np.concatenate(labels))
+    return _flip_and_recolor(warp(joined, matrix, config.min_visible), config, rng)
+
+
 def mixup(one: Example, other: Example, weight: float) -> Example:
     """`weight` times the first image plus the rest of the second, with the objects of both (Zhang et al. 2018)."""
     blended = one.pixels.float() * weight + other.pixels.float() * (1 - weight)
@@ -352,12 +403,19 @@ def apply_operation(example: Example, name: str, strength: float, sign: float) -
     """One operation at strength 0..1; `sign` is its direction where it has two."""
     if name == "identity":
         return example
-    image = Image.fromarray(example.pixels.permute(1, 2, 0).contiguous().numpy())
     if name in COLORS:
-        return Example(_to_tensor(COLORS[name](image, strength, sign)), example.boxes, example.labels)
+        recolored = COLORS[name](_to_image(example.pixels), strength, sign)
+        return Example(_to_tensor(recolored), example.boxes, example.labels)
+    height, width = example.pixels.shape[1:]
+    return warp(example, GEOMETRIES[name](sign * strength, width, height), MIN_VISIBLE)
+
+
+def warp(example: Example, matrix: np.ndarray, min_visible: float) -> Example:
+    """The image and its boxes moved by a matrix [3, 3], relative to the center of the image; gray where nothing is."""
+    image = _to_image(example.pixels)
     width, height = image.size
     center = np.array([[1, 0, width / 2], [0, 1, height / 2], [0, 0, 1]])
-    forward = center @ GEOMETRIES[name](sign * strength, width, height) @ np.linalg.inv(center)
+    forward = center @ matrix @ np.linalg.inv(center)
     backward = np.linalg.inv(forward)  # Pillow takes the matrix from output to input pixels
     moved = image.transform(
         image.size,
@@ -366,17 +424,19 @@ def apply_operation(example: Example, name: str, strength: float, sign: float) -
         Image.Resampling.BILINEAR,
         fillcolor=(PADDING,) * 3,
     )
-    boxes, keep = move_boxes(example.boxes, forward, width, height)
+    boxes, keep = move_boxes(example.boxes, forward, width, height, min_visible)
     return Example(_to_tensor(moved), boxes[keep], example.labels[keep])
 
 
-def move_boxes(boxes: np.ndarray, forward: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+def move_boxes(
+    boxes: np.ndarray, forward: np.ndarray, width: int, height: int, min_visible: float = MIN_VISIBLE
+) -> tuple[np.ndarray, np.ndarray]:
     """The boxes [T, 4] around the four moved corners, clipped to the image, and which of them to keep, [T] bool."""
     corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
     corners = corners @ forward[:2, :2].T + forward[:2, 2]
     around = np.concatenate([corners.min(1), corners.max(1)], axis=1).reshape(-1, 4)
     visible = np.clip(around, 0, [width, height, width, height])
-    keep = (area(visible) >= MIN_VISIBLE * area(around)) & (visible[:, 2:] - visible[:, :2] >= MIN_PIXELS).all(axis=1)
+    keep = (area(visible) >= min_visible * area(around)) & (visible[:, 2:] - visible[:, :2] >= MIN_PIXELS).all(axis=1)
     return visible, keep
 
 
@@ -398,6 +458,10 @@ def erase(example: Example, rng: np.random.Generator) -> Example:
     pixels[:, y : y + h, x : x + w] = torch.from_numpy(rng.integers(0, 256, (3, h, w), dtype=np.uint8))
     keep = _overlap(example.boxes, (x, y, x + w, y + h)) <= MAX_ERASED * area(example.boxes)
     return Example(pixels, example.boxes[keep], example.labels[keep])
+
+
+def _to_image(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from edgedetr.training.config import AugmentConfig
 from edgedetr.training.data.transforms import (
     Example,
     SourceImage,
+    affine_mosaic,
     cutmix,
     draw_rectangle,
     mixup,
@@ -40,6 +43,57 @@ def test_mosaic_puts_four_images_into_four_corners_with_their_boxes() -> None:
         assert (made.pixels[:, y0:y1, x0:x1] == 50 * label).all(), "a box holds pixels of its own image"
     assert sorted(made.labels) == [1, 2, 3, 4]
     assert set(made.pixels.unique().tolist()) == {50, 100, 150, 200}
+
+
+def color(number: int) -> list[int]:
+    """Of the bits of a number: no blend of two of them, or of one and the background, is a third."""
+    return [250 if number >> bit & 1 else 10 for bit in range(3)]
+
+
+def marked(number: int) -> SourceImage:
+    """60 x 80 dark pixels, and a square of 20 in a color of its own at (30, 20), which is the object."""
+    pixels = torch.full((3, 60, 80), 10, dtype=torch.uint8)
+    pixels[:, 20:40, 30:50] = torch.tensor(color(number), dtype=torch.uint8)[:, None, None]
+    return SourceImage(pixels, np.array([[30.0, 20, 50, 40]]), np.array([number]), 60.0, 80.0)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "shift", "scale"), [(0, 0.0, 1.0), (0, 0.0, 0.5), (10, 0.1, 1.3), (180, 0.05, 0.8)]
+)
+def test_deims_mosaic_moves_four_whole_images_and_their_boxes_as_one(
+    degrees: float, shift: float, scale: float
+) -> None:
+    moved = replace(STILL, mosaic_degrees=degrees, mosaic_shift=shift, mosaic_scale=(scale, scale), min_visible=0.99)
+    for seed in range(5):
+        made = affine_mosaic(
+            [marked(n) for n in (1, 2, 3, 4)], InputContract(120, 160), moved, np.random.default_rng(seed)
+        )
+        assert made.pixels.shape == (3, 120, 160)
+        for label, (x0, y0, x1, y1) in zip(made.labels, made.boxes):
+            distance = made.pixels.float() - torch.tensor(color(int(label)), dtype=torch.float32)[:, None, None]
+            rows, columns = np.nonzero((distance.abs().amax(0) < 60).numpy())
+            seen = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert np.abs(seen - [x0, y0, x1, y1]).max() <= 2.5  # bilinear pixels at the rim of a turned square
+        if not degrees and not shift:
+            quarter = [np.array([30, 20, 50, 40]) + [x, y, x, y] for y in (0, 60) for x in (0, 80)]
+            center = np.array([80, 60, 80, 60])
+            assert made.boxes.tolist() == [((box - center) * scale + center).tolist() for box in quarter]
+
+
+def test_deims_mosaic_starts_with_the_image_itself_and_is_blended_with_another() -> None:
+    config = replace(STILL, mosaic=1.0, mosaic_kind="affine", mosaic_degrees=0.0, mosaic_shift=0.0, mosaic_scale=(1, 1))
+    labels = iter(range(2, 9))
+
+    def made(**settings: object) -> Example:
+        return transform(
+            marked(1), lambda: marked(next(labels)), InputContract(120, 160), replace(config, **settings), rng
+        )
+
+    rng = np.random.default_rng(0)
+    assert made().labels.tolist() == [1, 2, 3, 4]
+    assert made(mixup=1.0, mosaic=0.0).labels.tolist() == [1, 5]
+    alone = transform(marked(1), pytest.fail, InputContract(120, 160), replace(config, mixup=1.0), rng, mixes=False)
+    assert alone.labels.tolist() == [1]
 
 
 def test_mixup_blends_pixels_and_keeps_the_objects_of_both() -> None:
