@@ -31,7 +31,9 @@ RUNS = Path("runs")  # where bundles go that are given no path
 
 def default_bundle(data: str | Path) -> Path:
     """Where the bundle of a data set is written when no path is given: runs/DATA.bundle in the working directory."""
-    return RUNS / f"{Path(data).resolve().name}.bundle"
+    folder = Path(data).resolve()
+    folder = folder.parent if folder.is_file() else folder  # a data.yaml stands for its folder
+    return RUNS / f"{folder.name}.bundle"
 
 
 def train(
@@ -49,7 +51,7 @@ def train(
 ) -> Bundle:
     """Train a detector on a data set and return its bundle, which has recipe.toml and weights.safetensors.
 
-    data       folder in COCO, YOLO or VOC layout
+    data       folder in COCO, YOLO or VOC layout, or its data.yaml
     out        folder of the bundle; None = runs/DATA.bundle
     recipe     name of a shipped recipe or of a member, path of a TOML file, or a `Recipe`; None = the edge default
     preset     values over the recipe: "parity" (the published training) or "strong" (much regularization); "" = none

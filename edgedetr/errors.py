@@ -79,7 +79,7 @@ class NotWithinTolerance(EdgedetrError):
 
 
 class PreparedNotFinished(EdgedetrError):
-    """Everything that can be done here was done; the rest runs on the device."""
+    """Everything that can be done here was done, the rest runs on the device, and --strict asks for an error."""
 
     exit_code = 4
 

@@ -190,6 +190,73 @@ def test_the_newest_bundle_is_taken_and_named(here, capsys):
     assert "new.bundle (the newest under runs/)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place, said", [("cells.bundle", "the newest in this folder"), (".", "this folder")])
+def test_a_bundle_beside_or_around_is_found_too(place, said, here, capsys):
+    empty_bundle(here / place)
+    assert _options.open_bundle(None).path.resolve() == (here / place).resolve()
+    assert f"({said})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given, bundle, sources",
+    [
+        (("photo.jpg",), None, 1),
+        (("photo.jpg", "other.PNG"), None, 2),
+        (("absent.jpg",), None, 1),
+        (("absent.mp4", "photo.jpg"), None, 2),
+        (("/dev/video0",), None, 1),
+        (("rtsp://camera/1", "/dev/video1"), None, 2),
+        (("photos",), None, 1),
+        (("photos/*.jpg",), None, 1),
+        (("runs/cells.bundle", "photo.jpg"), "runs/cells.bundle", 1),
+        (("runs/cells.bundle", "photos", "photo.jpg"), "runs/cells.bundle", 2),
+        (("absent.bundle", "photo.jpg"), "absent.bundle", 1),
+        (("absent", "photo.jpg"), "absent", 1),
+    ],
+)
+def test_predict_knows_a_bundle_from_a_source(given, bundle, sources, here):
+    from PIL import Image
+
+    from edgedetr.cli.predict_command import bundle_and_sources
+
+    empty_bundle(here / "runs" / "cells.bundle")
+    (here / "photos").mkdir()
+    for name in ("photo.jpg", "photos/a.jpg", "other.PNG"):
+        Image.new("RGB", (8, 8)).save(here / name)
+    found, rest = bundle_and_sources(given)
+    assert (None if found is None else str(found), len(rest)) == (bundle, sources)
+
+
+def test_predict_with_a_bundle_alone_asks_for_an_image(here, capsys):
+    empty_bundle(here / "runs" / "cells.bundle")
+    assert app.run(["predict", "runs/cells.bundle"]) == 2
+    assert "run: edgedetr predict runs/cells.bundle photo.jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_a_precision_and_a_stage_are_one_word(engine):
+    kind = _options.Graph(engine=engine)
+    words = {word: kind.convert(word, None, None) for word in ("onnx", "fp32", "fp16", "int8")}
+    whole = "fp32" if engine else "onnx"
+    assert words == {"onnx": whole, "fp32": whole, "fp16": "fp16", "int8": "int8"}
+
+
+@pytest.mark.parametrize("word, why", [("int8-cpu", "runs without an engine"), ("fp8", "is no precision of an engine")])
+def test_an_engine_is_built_in_three_precisions_only(word, why, here, capsys):
+    empty_bundle(here / "runs" / "cells.bundle")
+    assert app.run(["build", "--stage", word]) == 2
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, "data check"])
+def test_no_help_is_cut_off_or_wider_than_80_columns(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert app.run([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert not re.search(r"[a-z,]\.\.\.", text.replace("SOURCE...", ""))
+
+
 def test_inspect_prints_json_on_standard_output_and_text_on_standard_error(here, capsys):
     bundle = empty_bundle(here / "runs" / "cells.bundle")
     with bundle.add("model.onnx", stage="export") as path:

@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from edgedetr.api import RUNS
+from edgedetr.artifacts import ENGINE_GRAPHS, GRAPHS
 from edgedetr.bundle import MANIFEST, Bundle
 from edgedetr.cli._output import say
 from edgedetr.errors import UsageError
@@ -43,7 +44,7 @@ advanced_option = partial(click.option, cls=AdvancedOption)
 def expect(what: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
     """Callback of arguments that take a path: refuses a file or folder that is known to be something else.
 
-    what    a key of edgedetr.storage.file_kinds.EXPECTED
+    what    a key of edgedetr.storage.file_kinds.EXPECTED; "data": a data.yaml becomes the folder that it describes
     """
 
     def check(_: click.Context, __: click.Parameter, given: Any) -> Any:
@@ -51,12 +52,20 @@ def expect(what: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
 
         for path in given if isinstance(given, tuple) else () if given is None else (given,):
             require(path, what)
-        return given
+        return _data_folder(given) if what == "data" and given is not None else given
 
     return check
 
 
-def once(check: Callable[[click.Context, click.Parameter, Any], Any]) -> Callable[..., Any]:
+def _data_folder(given: Path) -> Path:
+    if given.suffix.lower() not in (".yaml", ".yml"):
+        return given
+    from edgedetr.data.layouts import folder_of
+
+    return folder_of(given)
+
+
+def once(check: Callable[[click.Context, click.Parameter, Any], Any] | None = None) -> Callable[..., Any]:
     """Callback of an option with two names, declared with multiple=True: its one value, or None; refuses two values.
 
     check   callback that the value then goes to
@@ -66,7 +75,8 @@ def once(check: Callable[[click.Context, click.Parameter, Any], Any]) -> Callabl
         if len(given) > 1:
             names = " and ".join(name for name in parameter.opts)
             raise UsageError(f"{names} are one option, which was given {len(given)} times; keep one of them")
-        return check(ctx, parameter, given[0] if given else None)
+        value = given[0] if given else None
+        return value if check is None else check(ctx, parameter, value)
 
     return single
 
@@ -78,12 +88,34 @@ data_option = click.option(
     "--data",
     type=click.Path(path_type=Path),
     callback=expect("data"),
-    help="Folder of the data set: COCO, YOLO or VOC layout.  [default: the one that the bundle records]",
+    help="Folder of the data set (COCO, YOLO, VOC), or its data.yaml.  [default: the one that the bundle records]",
 )
 threads_option = advanced_option(
     "--threads", type=click.IntRange(1), help="CPU threads of one inference.  [default: all cores]"
 )
 sets_option = partial(click.option, "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE")
+
+
+class Graph(click.ParamType):
+    """A model version: the id of a graph, or a precision that one graph alone has; "fp32" and "onnx" are one.
+
+    engine   passes on the precision of the graph that an engine is built from, instead of the graph's id
+    """
+
+    name = "version"
+
+    def __init__(self, *, engine: bool = False) -> None:
+        self._engine = engine
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        ids = {precision: artifact.id for precision, artifact in ENGINE_GRAPHS.items()}
+        if not self._engine:
+            return ids.get(value, value)
+        precisions = {artifact: precision for precision, artifact in ids.items()} | {one: one for one in ids}
+        if value in precisions:
+            return precisions[value]
+        why = f"{value} runs without an engine" if value in GRAPHS else f"{value!r} is no precision of an engine"
+        return self.fail(f"{why}; expected one of {', '.join(reversed(ids))} (fp32 is also called onnx)", param, ctx)
 
 
 class LazyChoice(click.ParamType):
@@ -118,11 +150,23 @@ def read_size(_: click.Context, parameter: click.Parameter, text: str | None) ->
 
 
 def open_bundle(path: Path | None) -> Bundle:
-    """The bundle at `path`; without a path the newest one under runs/, which is named on standard error."""
+    """The bundle at `path`; without a path the newest one, which is named on standard error.
+
+    Searched are runs/ and the working directory, in which a bundle may be, or which may be one itself.
+    """
     if path is not None:
         return Bundle.open(path)
-    found = sorted(RUNS.glob(f"*/{MANIFEST}"), key=lambda manifest: manifest.lstat().st_mtime)
+    here = Path()
+    if (here / MANIFEST).is_file():
+        say(f"bundle: {printable(here.resolve())} (this folder)")
+        return Bundle.open(here.resolve())
+    found = sorted(
+        [*RUNS.glob(f"*/{MANIFEST}"), *here.glob(f"*/{MANIFEST}")], key=lambda manifest: manifest.lstat().st_mtime
+    )
     if not found:
-        raise UsageError(f"no bundle named, and none under {RUNS.resolve()}; run: edgedetr train --data DIR")
-    say(f"bundle: {printable(found[-1].parent)} (the newest under {RUNS}/)")
-    return Bundle.open(found[-1].parent)
+        raise UsageError(
+            f"no bundle named, and none under {RUNS.resolve()} or in {here.resolve()}; run: edgedetr train --data DIR"
+        )
+    newest = found[-1].parent
+    say(f"bundle: {printable(newest)} (the newest {f'under {RUNS}/' if newest.parent == RUNS else 'in this folder'})")
+    return Bundle.open(newest)

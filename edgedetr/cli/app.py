@@ -31,8 +31,8 @@ from edgedetr.cli.verify_command import verify
 from edgedetr.errors import EdgedetrError, did_you_mean
 
 EXIT_CODES = """
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verified and not within tolerance, 4 prepared here and to be finished on
-the device; stopped by: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verified and not within tolerance, 4 (with --strict) prepared here
+and to be finished on the device; stopped by: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
 WIDTH = 100  # columns of --help in a wide terminal
 # The sections of --help; in each the commands in the order in which they are used.

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from edgedetr.artifacts import ENGINE_GRAPHS
-from edgedetr.cli._options import advanced_option, bundle_argument, command, json_option, open_bundle, read_size
+from edgedetr.cli._options import Graph, advanced_option, bundle_argument, command, json_option, open_bundle, read_size
 from edgedetr.cli._output import as_json, progress_bars, say, table
 from edgedetr.errors import UsageError
 
@@ -28,8 +28,11 @@ def _batch_range(_: click.Context, __: click.Parameter, text: str | None) -> tup
 @bundle_argument
 @click.option(
     "--precision",
+    "--stage",
+    "precision",
     multiple=True,
-    type=click.Choice([*reversed(ENGINE_GRAPHS)]),
+    type=Graph(engine=True),
+    metavar=f"[{'|'.join(reversed(ENGINE_GRAPHS))}]",
     help="Precision; repeatable.  [default: fp16 and int8, if the bundle has them]",
 )
 @click.option("--batch", type=click.IntRange(1), multiple=True, help="Images per run; repeatable.  [default: 1]")

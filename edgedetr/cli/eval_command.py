@@ -7,7 +7,16 @@ from pathlib import Path
 import click
 
 from edgedetr.artifacts import BACKENDS, GRAPHS, ONNX
-from edgedetr.cli._options import bundle_argument, command, data_option, json_option, open_bundle, threads_option
+from edgedetr.cli._options import (
+    Graph,
+    bundle_argument,
+    command,
+    data_option,
+    json_option,
+    once,
+    open_bundle,
+    threads_option,
+)
 from edgedetr.cli._output import as_json, progress_bars, table
 
 
@@ -15,7 +24,16 @@ from edgedetr.cli._output import as_json, progress_bars, table
 @bundle_argument
 @data_option
 @click.option("--split", help="Split of the data set.  [default: the bundle's verify split]")
-@click.option("--stage", default=ONNX.id, show_default=True, help=f"Model version: torch, {', '.join(GRAPHS)}.")
+@click.option(
+    "--stage",
+    "--precision",
+    "stage",
+    multiple=True,
+    type=Graph(),
+    callback=once(),
+    metavar="VERSION",
+    help=f"Model version: torch, {', '.join(GRAPHS)} (onnx is also called fp32).  [default: {ONNX.id}]",
+)
 @click.option("--backend", type=click.Choice(BACKENDS), help="Inference library.  [default: the usual one]")
 @threads_option
 @json_option
@@ -23,7 +41,7 @@ def evaluate(
     bundle: Path | None,
     data: Path | None,
     split: str | None,
-    stage: str,
+    stage: str | None,
     backend: str | None,
     threads: int | None,
     as_json_: bool,
@@ -34,7 +52,13 @@ def evaluate(
 
     with progress_bars() as progress:
         metrics = evaluate_artifact(
-            opened, artifact=stage, backend=backend, data=data, split=split, threads=threads, progress=progress
+            opened,
+            artifact=stage or ONNX.id,
+            backend=backend,
+            data=data,
+            split=split,
+            threads=threads,
+            progress=progress,
         )
     rows = [
         ["AP", metrics.ap],

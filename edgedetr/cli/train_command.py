@@ -18,7 +18,7 @@ from edgedetr.cli._words import merge, word_options
     required=True,
     type=click.Path(path_type=Path),
     callback=expect("data"),
-    help="Folder of the data set: COCO, YOLO or VOC layout.",
+    help="Folder of the data set (COCO, YOLO or VOC layout), or its data.yaml.",
 )
 @click.option(
     "--model",

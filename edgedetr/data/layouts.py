@@ -78,6 +78,24 @@ def load(
     return loaded if classes is None else match_classes(loaded, classes, owner)
 
 
+def folder_of(path: str | Path) -> Path:
+    """The folder of a data set that is named by its data.yaml; any other path unchanged.
+
+    Errors: DataError where the folder is read by another YAML file.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in yolo.CONFIGURATIONS or not os.path.isfile(path):
+        return path
+    used = yolo.describing_file(path.parent)
+    if used is None or used.name != path.name:
+        which = f"is read by its {used.name}" if used is not None else "has several such files, or none with names"
+        raise DataError(
+            f"{path}: the folder {path.parent} {which}; expected one file with names and splits in the folder of the "
+            "images; call it data.yaml"
+        )
+    return path.parent
+
+
 def _deeper(root: Path) -> str:
     """A hint for the message: a data set one or two folders below (pets/pets, VOCdevkit/VOC2012), or loose files."""
     if any("\\" in path.name for path in children(root)):
@@ -102,9 +120,9 @@ def _deeper(root: Path) -> str:
 
 
 def _root(path: str | Path) -> Path:
-    root = Path(path)
+    root = folder_of(path)
     if os.path.isfile(root):
-        raise DataError(f"{root}: a file; expected the directory of a data set, perhaps {root.parent}")
+        raise DataError(f"{root}: a file; expected the directory of a data set or its data.yaml, perhaps {root.parent}")
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such directory; {EXPECTED}")
     if not children(root):

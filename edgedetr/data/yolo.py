@@ -39,7 +39,7 @@ class Source:
 
 def find(root: Path) -> dict[str, Source]:
     """The image folders or lists of each split; empty where this is not a YOLO layout."""
-    description = _description(root)
+    description = describing_file(root)
     if description is not None:
         named = _named_splits(root, description)
         if named:
@@ -78,7 +78,7 @@ def count(root: Path, split: str, source: Source) -> int:
 def read(root: Path, split: str, source: Source) -> RawSplit:
     """Read the label files of one split; image ids count from 1 in the order of the paths."""
     issues: list[DataIssue] = []
-    description = _description(root)
+    description = describing_file(root)
     if description is not None:
         _named_splits(root, description, issues)
     names, points = _class_names(root)
@@ -117,7 +117,8 @@ def _names_file(root: Path) -> Path | None:
     return next((path for path in children(root) if path.suffix == ".names" and os.path.isfile(path)), None)
 
 
-def _description(root: Path) -> Path | None:
+def describing_file(root: Path) -> Path | None:
+    """The YAML file of a folder that describes its splits and classes: data.yaml, or the only one; None without."""
     for name in ("data.yaml", "data.yml", "dataset.yaml"):
         if os.path.isfile(root / name):
             return root / name
@@ -215,7 +216,7 @@ def _image_files(root: Path, source: Source, issues: list[DataIssue]) -> list[Pa
 
 def _class_names(root: Path) -> tuple[list[str], tuple[int, int] | None]:
     """The names, and (points, numbers per point) of poses, where data.yaml has kpt_shape."""
-    description = _description(root)
+    description = describing_file(root)
     if description is not None:
         described = data_yaml.read(description)
         names = described.get("names")

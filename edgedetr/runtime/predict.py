@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from edgedetr.runtime.bundle_detector import Detector
 from edgedetr.runtime.draw import draw
 from edgedetr.runtime.postprocess import Detections
 from edgedetr.runtime.video_container import read_container
+from edgedetr.runtime.window import Window
 from edgedetr.storage.atomic import atomic_write
 
 log = logging.getLogger(__name__)
@@ -52,19 +53,24 @@ def predict(
     out: str | Path | None = None,
     confidence: float = 0.25,
     drop_late: bool = False,
+    show: bool = False,
 ) -> Generator[str, None, None]:
     """JSON lines of the detections at or above `confidence`; `out` is a folder for annotated images and videos.
 
     drop_late   drop frames of videos and cameras that arrive while the detector is busy
+    show        show each image in a window, and end where the user ends it (see runtime/window.py)
 
     Errors: as `frames`, after the last line.
     """
     check_fraction(confidence, "confidence")
-    with _Writer(None if out is None else as_path(out, "out")) as writer:
+    folder = None if out is None else as_path(out, "out")
+    with Window() if show else nullcontext() as window, _Writer(folder) as writer:
         for frame in frames(sources, drop_late=drop_late):
             found = detector([frame.image])[0].above(confidence)
             writer.write(frame, found)
             yield json_line(frame, found)
+            if window and not window.show(draw(frame.image, found), still=frame.index is None):
+                return
 
 
 def json_line(frame: Frame, detections: Detections) -> str:

@@ -38,6 +38,7 @@ PART = Kind("part", "a part of the bundle {parent}", "name the bundle itself: {p
 BUNDLES = Kind("bundles", "a folder of bundles", "name one of them: {inside}")
 DATA = Kind("data", "a data set", "run: edgedetr train --data {path}")
 DATA_FILE = Kind("data-file", "a list of a data set", "name the folder of the data set: {folder}")
+DATA_YAML = Kind("data-yaml", "the description of a YOLO data set", "run: edgedetr train --data {path}")
 IMAGES = Kind("images", "a folder of images", "run: edgedetr predict BUNDLE {path}")
 IMAGE = Kind("image", "an image", "run: edgedetr predict BUNDLE {path}")
 VIDEO = Kind("video", "a video", "run: edgedetr predict BUNDLE {path}")
@@ -133,7 +134,7 @@ TRAINED = re.compile(r"(best|last|checkpoint|model_final|epoch)[\w.=-]*\.(pt|pth
 # For each expected kind: the kinds that are accepted, words for messages, and the error.
 EXPECTED: dict[str, tuple[frozenset[str], str, Callable[[str], EdgedetrError]]] = {
     "bundle": (frozenset({"bundle"}), "a bundle", BundleError),
-    "data": (frozenset({"data", "images"}), "the folder of a data set", DataError),
+    "data": (frozenset({"data", "data-yaml", "images"}), "the folder of a data set, or its data.yaml", DataError),
     "recipe": (frozenset({"recipe"}), "a recipe: a TOML file, or the name of a shipped one", RecipeError),
     "source": (frozenset({"image", "images", "video", "data"}), "an image, a video or a folder of them", DataError),
     "model": (frozenset({"onnx", "weights"}), "an ONNX file, or weights of the family", ModelError),
@@ -246,7 +247,7 @@ def _file(path: Path) -> Kind | None:
     if text.startswith(b"{") and (b'"annotations"' in head or b'"images"' in head):
         return DATA_FILE
     if suffix in (".yaml", ".yml") and re.search(rb"^\s*(names|nc|train|val)\s*:", head, re.MULTILINE):
-        return DATA_FILE
+        return DATA_YAML
     if suffix == ".xml" and b"<net" not in head:
         return None
     return SUFFIXES.get(suffix)

@@ -111,7 +111,7 @@ def test_the_documented_deployment_works_as_pasted(page, start, end, laptop, tmp
                     shutil.copytree(laptop / source, board / Path(source).name)
         elif words[:2] in (["edgedetr", "export"], ["edgedetr", "lint"]):
             monkeypatch.chdir(laptop)
-            assert cli.run(words[1:]) == {"export": 4, "lint": 0}[words[1]]
+            assert cli.run(words[1:]) == 0
         elif words[:2] in (["edgedetr", "doctor"], ["edgedetr", "selftest"]):
             continue  # they ask the hardware itself
         elif words[0] == "edgedetr":

@@ -1,4 +1,4 @@
-"""export --trt: everything up to the engine, kept; then an engine, or exit 4 and the machine that builds it."""
+"""export --trt: everything up to the engine, kept; then an engine, or the machine that builds it (--strict: exit 4)."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ def test_the_fp16_graph_is_made_from_the_float_graph_and_says_what_stayed_float3
     assert "edgedetr.classes" in metadata  # what model.onnx says of itself stays
 
 
-def test_without_tensorrt_the_graphs_stay_and_the_exit_code_is_4(prepared, capsys, monkeypatch):
+@pytest.mark.parametrize("strict, code", [([], 0), (["--strict"], 4)])
+def test_without_tensorrt_the_graphs_stay_and_only_strict_exits_with_4(prepared, strict, code, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "why_unavailable", lambda: "tensorrt is not installed")
     before = {name: os.stat(prepared.path / name).st_mtime_ns for name in ("model.onnx", "model.fp16.onnx")}
-    assert cli.run(["export", str(prepared.path), "--trt"]) == 4
+    assert cli.run(["export", str(prepared.path), "--trt", *strict]) == code
     said = capsys.readouterr().err
     assert "the engines are not" in said and "tensorrt is not installed" in said
     assert "run: edgedetr build b.bundle" in said

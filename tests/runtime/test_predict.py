@@ -159,3 +159,25 @@ def test_weak_detections_are_not_drawn():
 
 def test_classes_have_their_own_colors():
     assert len({color_of(k) for k in range(60)}) == 60
+
+
+def test_a_user_who_ends_the_window_ends_the_detection(detector, folder, monkeypatch):
+    from edgedetr.runtime import predict as module
+
+    shown = []
+
+    class Window:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            shown.append("closed")
+
+        def show(self, image, *, still):
+            shown.append((image.shape, still))
+            return len(shown) < 2
+
+    monkeypatch.setattr(module, "Window", Window)
+    names = [folder / "b.png"] * 3
+    assert len(list(predict(detector, names, show=True))) == 2
+    assert [still for _, still in shown[:2]] == [True, True] and shown[2:] == ["closed"]

@@ -84,7 +84,7 @@ def untrusted(metadata: EngineMetadata) -> str:
         why = "this machine has no id, so it is unknown whether it was built here"
     else:
         why = "built on another machine"
-    return f"{why}; a plan is executable code; {BUILD} (--trust accepts it)"
+    return f"{why}; a plan is executable code; {BUILD} (--allow-foreign-engine accepts it)"
 
 
 def drift(metadata: EngineMetadata, device: Device) -> str:

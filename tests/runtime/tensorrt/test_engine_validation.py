@@ -102,7 +102,7 @@ def test_a_plan_of_another_machine_is_refused_although_all_else_fits(plan, tmp_p
 
 def test_a_plan_that_names_no_machine_is_refused(plan):
     rewrite(plan, host="")
-    with pytest.raises(EngineError, match="does not name the machine that built it.*--trust accepts it"):
+    with pytest.raises(EngineError, match="does not name the machine that built it.*--allow-foreign-engine accepts it"):
         engine_validation.check(plan, ORIN, "10.3.0")
     assert engine_validation.check(plan, ORIN, "10.3.0", trust=True).data == DATA
 
