@@ -106,6 +106,27 @@ class ConvNorm(nn.Module):
         return nn.Sequential(conv, activation)
 
 
+class SeparableConvNorm(nn.Module):
+    """A 1x1 convolution without activation, then a depthwise one (HGNetV2's light layers, D-FINE's downsampling)."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        activation: str = "none",
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.point = ConvNorm(inputs, outputs, norm=norm)
+        self.depth = ConvNorm(outputs, outputs, kernel, stride, activation=activation, norm=norm, groups=outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C', H/stride, W/stride]."""
+        return self.depth(self.point(x))
+
+
 class RepVgg(nn.Module):
     """A 3x3 and a 1x1 branch, summed, then the activation (Ding et al. 2021); one 3x3 convolution when fused."""
 

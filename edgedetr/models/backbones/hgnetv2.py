@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
-from edgedetr.layers.convolution import ConvNorm
+from edgedetr.layers.convolution import ConvNorm, SeparableConvNorm
 from edgedetr.layers.norm import FrozenBatchNorm2d
 
 LIGHT = (2, 3)  # stages whose layers are a 1x1 and a depthwise convolution; the first two have 3x3 convolutions
@@ -77,18 +77,6 @@ class HgStem(nn.Module):
         return self.stem4(self.stem3(torch.cat([self.pool(x), self.stem2b(_pad(self.stem2a(x)))], dim=1)))
 
 
-class LightLayer(nn.Module):
-    """A 1x1 convolution without activation, and a depthwise one."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, activation: str, norm: Norm) -> None:
-        super().__init__()
-        self.point = ConvNorm(inputs, outputs, norm=norm)
-        self.depth = ConvNorm(outputs, outputs, kernel, activation=activation, norm=norm, groups=outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.depth(self.point(x))
-
-
 class HgBlock(nn.Module):
     """Layers in a row; the input and the map of every layer are concatenated and mixed; plus the input, if residual."""
 
@@ -107,7 +95,7 @@ class HgBlock(nn.Module):
         super().__init__()
         widths = [inputs, *[middle] * (layers - 1)]
         self.layers = nn.ModuleList(
-            LightLayer(width, middle, light_kernel, activation, norm)
+            SeparableConvNorm(width, middle, light_kernel, activation=activation, norm=norm)
             if light_kernel
             else ConvNorm(width, middle, 3, activation=activation, norm=norm)
             for width in widths

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from edgedetr.models.checkpoints.backbone_names import rename_backbone
+from edgedetr.models.checkpoints.hybrid_names import HYBRID
 from edgedetr.models.checkpoints.rename_rules import (
     RenameRule,
     Weights,
@@ -66,18 +67,6 @@ DEFORMABLE: list[RenameRule] = [
     (r"^enc_output_norm\.", "selector.norm."),
     (r"^pos_trans\.", "selector.place."),
     (r"^pos_trans_norm\.", "selector.place_norm."),
-]
-# The hybrid encoder's inner names are those of RT-DETR's own files.
-HYBRID: list[RenameRule] = [
-    (r"^encoder\.lateral_convs\.", "encoder.lateral."),
-    (r"^encoder\.downsample_convs\.", "encoder.downsample."),
-    (r"^encoder\.fpn_blocks\.", "encoder.top_down."),
-    (r"^encoder\.pan_blocks\.", "encoder.bottom_up."),
-    (r"\.bottlenecks\.(\d)\.conv1\.", r".blocks.\1.wide."),
-    (r"\.bottlenecks\.(\d)\.conv2\.", r".blocks.\1.narrow."),
-    (r"^(encoder\.(?:top_down|bottom_up)\.\d)\.conv1\.", r"\1.deep."),
-    (r"^(encoder\.(?:top_down|bottom_up)\.\d)\.conv2\.", r"\1.flat."),
-    (r"^(encoder\.(?:top_down|bottom_up)\.\d)\.conv3\.", r"\1.merge."),
 ]
 RT_DETR: list[RenameRule] = [
     (

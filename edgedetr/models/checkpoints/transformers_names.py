@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from edgedetr.models.checkpoints.author_names import CONDITIONAL_PROJECTIONS, HYBRID, REFERENCE_BOX, REFERENCE_POINT
+from edgedetr.models.checkpoints.author_names import CONDITIONAL_PROJECTIONS, REFERENCE_BOX, REFERENCE_POINT
 from edgedetr.models.checkpoints.backbone_names import rename_backbone
+from edgedetr.models.checkpoints.hybrid_names import HYBRID
 from edgedetr.models.checkpoints.rename_rules import RenameRule, Weights, apply_to_prefix, rename, untie_heads
 
 # Parts that transformers names alike in all its detectors.

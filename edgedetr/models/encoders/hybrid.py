@@ -1,18 +1,21 @@
-"""RT-DETR's hybrid encoder: attention within the coarsest level, convolutions across levels.
+"""Hybrid encoders: attention within the coarsest level, convolutions across levels.
 
-Zhao et al. 2024, "DETRs Beat YOLOs on Real-time Object Detection", section 4.2 and figure 4 (AIFI and CCFF).
+Zhao et al. 2024, "DETRs Beat YOLOs on Real-time Object Detection", section 4.2 and figure 4 (AIFI and CCFF); with other
+convolutions across levels: Peng et al. 2024, "D-FINE", section 5.1 and appendix, and Huang et al. 2025, "DEIMv2".
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
-from edgedetr.layers.convolution import ConvNorm, RepVgg
+from edgedetr.layers.convolution import ConvNorm, RepVgg, SeparableConvNorm
 from edgedetr.layers.position import GridPosition
 from edgedetr.models.records import Memory, flatten_maps
 
@@ -32,8 +35,78 @@ class CspRep(nn.Module):
         return self.merge(self.blocks(self.deep(x)) + self.flat(x))
 
 
+class RepElan(nn.Module):
+    """One map in two halves, the second through two CspReps in a row; all four maps are concatenated and mixed.
+
+    D-FINE's and DEIMv2's fusion block (RepNCSPELAN4), after Wang et al. 2024, "YOLOv9", section 4.2 (GELAN).
+    """
+
+    def __init__(self, inputs: int, outputs: int, inner: int, blocks: int, activation: str, smooth: bool) -> None:
+        """inner, blocks  channels and RepVGG blocks of each CspRep; smooth: a 3x3 convolution follows each"""
+        super().__init__()
+        # Two convolutions, where the authors have one and split its output: deployed graphs then need no split.
+        self.keep, self.deep = (ConvNorm(inputs, outputs, activation=activation) for _ in range(2))
+        self.first, self.second = (
+            nn.Sequential(
+                CspRep(channels, inner, inner, blocks, activation),
+                ConvNorm(inner, inner, 3, activation=activation) if smooth else nn.Identity(),
+            )
+            for channels in (outputs, inner)
+        )
+        self.merge = ConvNorm(2 * outputs + 2 * inner, outputs, activation=activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C', H, W]."""
+        maps = [self.keep(x), self.deep(x)]
+        for part in (self.first, self.second):
+            maps.append(part(maps[-1]))
+        return self.merge(torch.cat(maps, dim=1))
+
+
+@dataclass(frozen=True)
+class FusionParts:
+    """What a hybrid encoder has between its levels; every call makes a new module.
+
+    lateral     a map of C channels before it is enlarged -> C
+    fuse        two neighbors, concatenated (2 C channels) or added (C) -> C
+    downsample  C channels -> C at half the size
+    summed      whether the neighbors are added
+    """
+
+    lateral: Callable[[], nn.Module]
+    fuse: Callable[[], nn.Module]
+    downsample: Callable[[], nn.Module]
+    summed: bool = False
+
+
+def rt_detr_fusion(dim: int, expansion: float, blocks: int, activation: str) -> FusionParts:
+    """expansion, blocks: width of each fusion block relative to `dim`, and its number of RepVGG blocks."""
+    return FusionParts(
+        partial(ConvNorm, dim, dim, activation=activation),
+        partial(CspRep, 2 * dim, dim, int(dim * expansion), blocks, activation),
+        partial(ConvNorm, dim, dim, 3, 2, activation=activation),
+    )
+
+
+def d_fine_fusion(
+    dim: int, expansion: float, blocks: int, activation: str, *, summed: bool = False, smooth: bool = True
+) -> FusionParts:
+    """D-FINE's parts; `summed` for DEIMv2, and `smooth` False for its sizes on vision transformers."""
+    return FusionParts(
+        partial(ConvNorm, dim, dim),
+        partial(RepElan, dim if summed else 2 * dim, dim, elan_width(dim, expansion), blocks, activation, smooth),
+        partial(SeparableConvNorm, dim, dim, 3, 2),
+        summed,
+    )
+
+
+def elan_width(dim: int, expansion: float) -> int:
+    """Channels inside a RepElan, rounded as the authors do: down to a whole number after halving."""
+    return round(expansion * dim // 2)
+
+
 class HybridEncoder(nn.Module):
-    """Maps of C3..C5 -> Memory of as many levels, all C channels wide."""
+    """Maps of a backbone's levels -> Memory of as many levels, all C channels wide."""
 
     def __init__(
         self,
@@ -41,26 +114,25 @@ class HybridEncoder(nn.Module):
         strides: Sequence[int],
         dim: int,
         layers: list[nn.Module],
-        expansion: float,
-        blocks: int,
-        activation: str,
-        outputs: int,
+        parts: FusionParts,
+        outputs: int | None,
     ) -> None:
-        """layers: EncoderLayers for the coarsest map; expansion, blocks: relative width and depth of each CspRep
+        """layers: EncoderLayers for the coarsest map
 
-        outputs  channels of the memory, where `dim` are those inside
+        outputs  channels of the memory, to which each level is projected; None: they are the `dim` inside, as they are
         """
         super().__init__()
-        levels, hidden = len(channels), int(dim * expansion)
-        self.strides = list(strides)
+        steps = range(len(channels) - 1)
+        self.strides, self.summed = list(strides), parts.summed
         self.project = nn.ModuleList(ConvNorm(c, dim) for c in channels)
         self.position, self.attention = GridPosition(dim), nn.ModuleList(layers)
-        steps = range(levels - 1)
-        self.lateral = nn.ModuleList(ConvNorm(dim, dim, activation=activation) for _ in steps)
-        self.top_down = nn.ModuleList(CspRep(2 * dim, dim, hidden, blocks, activation) for _ in steps)
-        self.downsample = nn.ModuleList(ConvNorm(dim, dim, 3, 2, activation=activation) for _ in steps)
-        self.bottom_up = nn.ModuleList(CspRep(2 * dim, dim, hidden, blocks, activation) for _ in steps)
-        self.memory_project = nn.ModuleList(ConvNorm(dim, outputs) for _ in channels)
+        self.lateral = nn.ModuleList(parts.lateral() for _ in steps)
+        self.top_down = nn.ModuleList(parts.fuse() for _ in steps)
+        self.downsample = nn.ModuleList(parts.downsample() for _ in steps)
+        self.bottom_up = nn.ModuleList(parts.fuse() for _ in steps)
+        self.memory_project = nn.ModuleList(
+            nn.Identity() if outputs is None else ConvNorm(dim, outputs) for _ in channels
+        )
 
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
         """maps: one [B, C_l, H_l, W_l] per level, finest first -> Memory."""
@@ -75,11 +147,11 @@ class HybridEncoder(nn.Module):
         for lateral, fuse, level in zip(self.lateral, self.top_down, maps[-2::-1]):
             fine[-1] = lateral(fine[-1])
             large = F.interpolate(fine[-1], scale_factor=2.0, mode="nearest")
-            fine.append(fuse(torch.cat([large, level], dim=1)))
+            fine.append(fuse(self._join(large, level)))
         # Fine to coarse again.
         out = [fine.pop()]
         for downsample, fuse in zip(self.downsample, self.bottom_up):
-            out.append(fuse(torch.cat([downsample(out[-1]), fine.pop()], dim=1)))
+            out.append(fuse(self._join(downsample(out[-1]), fine.pop())))
         out = [project(level) for project, level in zip(self.memory_project, out)]
         for level in out:
             if level.requires_grad:
@@ -87,6 +159,9 @@ class HybridEncoder(nn.Module):
                 level.register_hook(_dense)
         tokens, shapes = flatten_maps(out)
         return Memory(tokens, shapes, self.strides)
+
+    def _join(self, one: Tensor, other: Tensor) -> Tensor:
+        return one + other if self.summed else torch.cat([one, other], dim=1)
 
     def _within(self, level: Tensor) -> Tensor:
         """Self-attention among the cells of one map [B, C, H, W] -> the same shape."""

@@ -25,7 +25,7 @@ from edgedetr.models.cross_attention import DeformableCrossAttention
 from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import EncoderLayer
-from edgedetr.models.encoders.hybrid import HybridEncoder
+from edgedetr.models.encoders.hybrid import HybridEncoder, rt_detr_fusion
 from edgedetr.models.initialization import (
     head_outputs,
     packed_qkv,
@@ -122,9 +122,7 @@ def rt_detr(config: RtDetrConfig, num_classes: int) -> DetrModel:
         backbone.strides,
         width,
         [encoder_layer() for _ in range(c.encoder_layers)],
-        c.expansion,
-        c.fusion_blocks,
-        c.conv_activation,
+        rt_detr_fusion(width, c.expansion, c.fusion_blocks, c.conv_activation),
         c.hidden,
     )
     selector = TopKQueries(c.hidden, num_classes, c.queries, c.denoising, c.learned_content)
