@@ -95,7 +95,12 @@ class ConvNorm(nn.Module):
 
     @torch.no_grad()
     def fused(self) -> nn.Module:
-        """The same function in evaluation mode, as convolution with bias -> activation."""
+        """The same function in evaluation mode, as convolution with bias -> activation.
+
+        A norm that depends on the input (LayerNorm) cannot be folded: the module itself.
+        """
+        if isinstance(self.norm, nn.LayerNorm):
+            return self
         conv, activation = fold_batch_norm(self.conv, self.norm), self.activation
         if isinstance(activation, AffineRelu) and float(activation.scale) > 0:
             # s ReLU(x) = ReLU(s x) for s > 0, so that only an addition is left after the convolution.

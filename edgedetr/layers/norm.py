@@ -1,4 +1,4 @@
-"""Batch normalization that is frozen, and its folding into the convolution before it."""
+"""Normalizations: BatchNorm that is frozen, its folding into the convolution before it, LayerNorm of a map's cells."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ class FrozenBatchNorm2d(nn.Module):
         """x [B, C, H, W] -> the same shape."""
         scale, shift = self.affine()
         return x * scale[:, None, None] + shift[:, None, None]
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of every cell of a map [B, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Normalize(nn.Module):

@@ -16,7 +16,7 @@ from edgedetr.layers.row_column_attention import RowColumnAttention
 from edgedetr.models.records import Memory, Queries, with_pos_embed
 
 if TYPE_CHECKING:
-    from edgedetr.models.member import Role
+    from edgedetr.models.roles import Role
 
 
 class DenseCrossAttention(MultiHeadAttention):

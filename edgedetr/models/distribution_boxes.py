@@ -22,7 +22,7 @@ from edgedetr.models.protocols import BoxState
 from edgedetr.models.records import Sides
 
 if TYPE_CHECKING:
-    from edgedetr.models.member import Role
+    from edgedetr.models.roles import Role
 
 
 class DistributionBoxes(nn.Module):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Protocol
 
 from edgedetr.errors import ModelError
 from edgedetr.models.checkpoints.config_from_state_dict import Reader
@@ -19,20 +19,9 @@ from edgedetr.models.checkpoints.rename_rules import Layout
 from edgedetr.models.checkpoints.transformers_keys import TransformersClass
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.initialization import InitRule, redraw
+from edgedetr.models.roles import ROLES, Role
 from edgedetr.options import one_of
 
-# What a layer is for. A quantization policy (calib/policy/*.toml) decides by it which layers stay float.
-Role = Literal[
-    "decoder",  # refines queries and boxes
-    "query_selection",  # scores and selects the queries
-    "memory_projection",  # the part of the decoder or of the selection that is computed once per memory token
-    "sampling_offsets",  # where deformable attention or a deformable convolution samples
-    "attention_weights",  # how strongly deformable attention weighs each sample
-    "dynamic_relu",  # predicts the slopes of a dynamic ReLU
-    "box_distribution",  # predicts and integrates the distributions of a box's sides
-    "dynamic_head",  # predicts and applies the weights with which a query reads its box
-]
-ROLES: tuple[Role, ...] = get_args(Role)
 # The slots of every DetrModel; a member's own roles go before these.
 SLOT_ROLES: dict[str, Role] = {"decoder": "decoder", "selector": "query_selection"}
 # The parameters whose size depends on the number of classes, in the blocks that all members share.

@@ -31,7 +31,7 @@ _WEIGHTED = ("Conv", "MatMul", "Gemm")
 
 # ------------------------------------------------------------------------------------------------------ roles of nodes
 # What a node's layer is for in the detector: "decoder", "query_selection", "memory_projection", ... `edgedetr export`
-# writes the role that the member declares (Role in edgedetr/models/member.py) into the node's metadata in model.onnx,
+# writes the role that the member declares (Role in edgedetr/models/roles.py) into the node's metadata in model.onnx,
 # `edgedetr import` the role that it infers from the graph. Policies decide by roles, so they hold for every member,
 # whatever its modules are called.
 

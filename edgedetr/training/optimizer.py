@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,6 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from edgedetr.errors import ModelError, RecipeError
-from edgedetr.models.backbones.vit import VitPyramid
 from edgedetr.models.detector import DetrModel
 from edgedetr.training.config import AugmentConfig, TrainConfig
 
@@ -32,8 +32,8 @@ def parameter_groups(model: DetrModel, config: TrainConfig) -> list[dict[str, ob
     what decays: by default not norms and biases (all that has fewer than two dimensions). Within a ViT the learning
     rate falls from block to block towards the input.
     """
-    vit = model.backbone if isinstance(model.backbone, VitPyramid) else None
-    if config.layer_decay < 1 and vit is None:
+    layers_above: Callable[[str], int] | None = getattr(model.backbone, "layers_above", None)  # of a ViT
+    if config.layer_decay < 1 and layers_above is None:
         raise ModelError(f"train.layer_decay is {config.layer_decay}, but the backbone is not a ViT; expected 1")
     norms = {
         f"{owner}.{name}"
@@ -47,8 +47,8 @@ def parameter_groups(model: DetrModel, config: TrainConfig) -> list[dict[str, ob
             decays = {"matrices": parameter.ndim >= 2, "not_norms": name not in norms, "all": True}[config.decay]
             lr_multiplier = config.slow_lr_factor if model.member.is_slow(name) else 1.0
             if name.startswith("backbone."):
-                layers_above = vit.layers_above(name.removeprefix("backbone.")) if vit else 0
-                lr_multiplier = config.backbone_lr_factor * config.layer_decay**layers_above
+                above = layers_above(name.removeprefix("backbone.")) if layers_above else 0
+                lr_multiplier = config.backbone_lr_factor * config.layer_decay**above
             groups.setdefault((lr_multiplier, decays), []).append(parameter)
     return [
         {

@@ -16,6 +16,7 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward
+from edgedetr.layers.norm import ChannelNorm
 from edgedetr.layers.patch_embedding import PatchPosition, from_windows, to_windows
 from edgedetr.models.initialization import zero_bias
 
@@ -124,13 +125,6 @@ class VisionTransformer(nn.Module):
         return self.norm(tokens)
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of every cell of a map [B, C, H, W]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class VitPyramid(nn.Module):
     """Images to maps of several strides, each from the transformer's last map (ViTDet's simple feature pyramid).
 
@@ -154,24 +148,35 @@ class VitPyramid(nn.Module):
         return [level(last) for level in self.levels]
 
     def layers_above(self, parameter: str) -> int:
-        """The exponent of train.layer_decay for one of its parameters: L - i in block i (from 0) of L, else 0.
-
-        Patch and position embeddings and the class token have L + 1.
-        """
-        depth, block = len(self.transformer.blocks), re.match(r"transformer\.blocks\.(\d+)\.", parameter)
-        if block:
-            return depth - int(block[1])
-        return depth + 1 if re.match(r"transformer\.(patch|position|class_token)", parameter) else 0
+        """The exponent of train.layer_decay for one of its parameters; 0 in the pyramid."""
+        trunk = "transformer."
+        inside = parameter.startswith(trunk)
+        return layers_above(parameter.removeprefix(trunk), len(self.transformer.blocks)) if inside else 0
 
     def freeze(self, stages: int) -> None:
         """Stop training of the patch embedding (1) and of each quarter of the blocks after it (2 = the first, ...)."""
-        trunk = self.transformer
-        for part in [trunk.patch, trunk.position][: 2 * min(stages, 1)]:
-            part.requires_grad_(False)
-        if stages and trunk.class_token is not None:
-            trunk.class_token.requires_grad_(False)
-        for block in trunk.blocks[: max(stages - 1, 0) * len(trunk.blocks) // 4]:
-            block.requires_grad_(False)
+        freeze_trunk(self.transformer, stages)
+
+
+def layers_above(parameter: str, depth: int) -> int:
+    """The exponent of train.layer_decay for a parameter of a transformer of `depth` blocks.
+
+    depth - i in block i (from 0); patch and position embeddings and the tokens that are no patches: depth + 1; else 0
+    """
+    block = re.match(r"blocks\.(\d+)\.", parameter)
+    if block:
+        return depth - int(block[1])
+    return depth + 1 if re.match(r"patch|position|class_token|register_tokens", parameter) else 0
+
+
+def freeze_trunk(trunk: nn.Module, stages: int) -> None:
+    """Stop training of a transformer's embeddings (1) and of each quarter of its blocks after them (2 = the first)."""
+    blocks = list(trunk.get_submodule("blocks").children())
+    frozen = {f"blocks.{index}." for index in range(max(stages - 1, 0) * len(blocks) // 4)}
+    for name, parameter in trunk.named_parameters():
+        embedding = stages and re.match(r"patch|position|class_token|register_tokens", name)
+        if embedding or any(name.startswith(block) for block in frozen):
+            parameter.requires_grad_(False)
 
 
 def _level(number: int, dim: int, channels: int) -> nn.Sequential:

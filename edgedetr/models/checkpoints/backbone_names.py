@@ -1,10 +1,15 @@
-"""Tensor names of backbones (ResNet, HGNetV2, ViT) in torchvision, timm, transformers, RT-DETR and D-FINE."""
+"""Tensor names of backbones (ResNet, HGNetV2, ViT) in torchvision, timm, transformers, RT-DETR, D-FINE and LW-DETR.
+
+Also of the projector behind LW-DETR's and RF-DETR's, which both call a part of the backbone.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from edgedetr.models.checkpoints.rename_rules import RenameRule, Weights, rename
@@ -53,11 +58,12 @@ HGNETV2: list[RenameRule] = [
     (r"\.aggregation\.", ".aggregate."),
 ]
 VIT_MARK = r"(?:^|\.)(?:patch_embed|patch_embeddings)\."
-# Nothing of ours: classifiers, and transformers' layer for the class token alone.
-UNUSED = re.compile(r"^head\.|^fc_norm\.|^pooler\.|^classifier\.")
+# Nothing of ours: classifiers, transformers' layer for the class token alone, and DINOv2's token for hidden patches.
+UNUSED = re.compile(r"^head\.|^fc_norm\.|^pooler\.|^classifier\.|(?:^|\.)mask_token$")
 
 VIT: list[RenameRule] = [
-    # timm
+    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    # timm, LW-DETR's own files, and transformers' DINOv2
     (r"^cls_token$", "class_token"),
     (r"^pos_embed$", "position.table"),
     (r"^patch_embed\.proj\.", "patch."),
@@ -65,25 +71,49 @@ VIT: list[RenameRule] = [
     (r"^(blocks\.\d+)\.norm2\.", r"\1.feedforward_norm."),
     (r"^(blocks\.\d+)\.attn\.proj\.", r"\1.attention.out."),
     (r"^(blocks\.\d+)\.attn\.", r"\1.attention."),
-    (r"^(blocks\.\d+)\.ls1\.", r"\1.attention_scale."),
-    (r"^(blocks\.\d+)\.ls2\.", r"\1.feedforward_scale."),
+    (r"\.attention\.([qv])_bias$", r".attention.\1.bias"),
+    (r"^(blocks\.\d+)\.(?:ls1\.gamma|gamma_1|layer_scale1\.lambda1)$", r"\1.attention_scale.gamma"),
+    (r"^(blocks\.\d+)\.(?:ls2\.gamma|gamma_2|layer_scale2\.lambda1)$", r"\1.feedforward_scale.gamma"),
     # transformers, as files and as in memory
     (r"^embeddings\.cls_token$", "class_token"),
     (r"^embeddings\.position_embeddings$", "position.table"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch."),
-    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"^embeddings\.register_tokens$", "register_tokens"),
+    (r"^embeddings\.(?:patch_embeddings\.)?projection\.", "patch."),
     (r"^layernorm\.", "norm."),
     (r"\.layernorm_before\.", ".attention_norm."),
     (r"\.layernorm_after\.", ".feedforward_norm."),
     (r"\.attention\.attention\.(query|key|value)\.", lambda m: f".attention.{m[1][0]}."),
     (r"\.attention\.([qkv])_proj\.", r".attention.\1."),
     (r"\.attention\.o_proj\.", ".attention.out."),
-    (r"\.attention\.output\.dense\.", ".attention.out."),
-    (r"\.intermediate\.dense\.", ".feedforward.up."),
+    (r"\.attention\.output\.(?:dense\.)?", ".attention.out."),
+    (r"\.intermediate\.(?:dense|fc1)\.", ".feedforward.up."),
+    (r"\.intermediate\.fc2\.", ".feedforward.down."),
     (r"(blocks\.\d+)\.output\.dense\.", r"\1.feedforward.down."),
     # both
     (r"\.mlp\.fc1\.", ".feedforward.up."),
     (r"\.mlp\.fc2\.", ".feedforward.down."),
+]
+PROJECTOR: list[RenameRule] = [
+    # the authors' files, which are RF-DETR's on the hub as well
+    (r"^stages_sampling\.", "sampling."),
+    (r"^stages\.(\d+)\.1\.", r"norms.\1."),
+    (r"^stages\.(\d+)\.0\.", r"fuse.\1."),
+    (r"\.cv1\.(?=conv\.|bn\.)", ".0."),
+    (r"\.cv2\.(?=conv\.|bn\.)", ".1."),
+    (r"\.m\.", ".blocks."),
+    (r"\.bn\.", ".norm."),
+    # transformers; RF-DETR in memory has one level without a number
+    (r"^projector_layer\.", "fuse.0."),
+    (r"^layer_norm\.", "norms.0."),
+    (r"^scale_layers\.(\d+)\.sampling_layers\.(\d+)\.layers\.", r"sampling.\1.\2."),
+    (r"^scale_layers\.(\d+)\.projector_layer\.", r"fuse.\1."),
+    (r"^scale_layers\.(\d+)\.layer_norm\.", r"norms.\1."),
+    (r"\.bottlenecks\.", ".blocks."),
+    (r"\.conv1\.", ".0."),
+    (r"\.conv2\.", ".1."),
+    # both
+    (r"^(fuse\.\d+)\.0\.", r"\1.spread."),
+    (r"^(fuse\.\d+)\.1\.", r"\1.merge."),
 ]
 
 
@@ -116,4 +146,22 @@ def rename_vit(weights: Mapping[str, Tensor]) -> Weights:
             split |= {name.replace("qkv", part): chunk.clone() for part, chunk in zip("qkv", tensor.chunk(3))}
         else:
             split[name] = tensor
-    return rename(split, VIT)
+    return _completed(rename(split, VIT))
+
+
+def _completed(weights: Weights) -> Weights:
+    """A transformer without a class token (LW-DETR) has a position for one all the same, and its keys have no bias.
+
+    A bias of all keys adds one number to all scores of a query, which softmax takes out again.
+    """
+    table = weights.get("position.table")
+    if "class_token" not in weights and table is not None and math.isqrt(table.shape[1]) ** 2 != table.shape[1]:
+        weights["position.table"] = table[:, 1:].clone()
+    for name in [name for name in weights if name.endswith(".attention.q.bias")]:
+        weights.setdefault(name.replace(".q.", ".k."), torch.zeros_like(weights[name]))
+    return weights
+
+
+def rename_projector(weights: Mapping[str, Tensor]) -> Weights:
+    """Tensors of LW-DETR's or RF-DETR's projector under the names of ours (models/encoders/projector.py)."""
+    return rename(weights, PROJECTOR)

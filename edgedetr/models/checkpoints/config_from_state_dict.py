@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -12,6 +13,7 @@ from torch import Tensor
 from edgedetr.errors import ModelError
 from edgedetr.models.backbones import hgnetv2
 from edgedetr.models.backbones.resnet import DEPTHS
+from edgedetr.models.backbones.vit_designs import DESIGNS
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class StateDict:
     def rows(self, *names: str) -> int | None:
         """First dimension of the first of these tensors that exists; None where there is none of them."""
         return next((self.weights[name].shape[0] for name in names if name in self.weights), None)
+
+    def rows_of_table(self, name: str) -> int | None:
+        """Second dimension of a tensor [1, rows, C], or None."""
+        return self.weights[name].shape[1] if name in self.weights else None
 
     def count(self, pattern: str) -> int | None:
         """How many different values the group of `pattern` has among the names; None where no name fits."""
@@ -99,9 +105,11 @@ def num_classes(weights: Mapping[str, Tensor], activation: str) -> int:
 
 
 def _backbone(state: StateDict) -> dict[str, Any]:
-    """Name and width of the ResNet or HGNetV2."""
+    """Name and width of the ResNet or HGNetV2, or of the windowed transformer with what its tensors show."""
     if state.has("backbone.stem.stem1.conv.weight"):
         return _hgnetv2(state)
+    if state.has("backbone.patch.weight"):
+        return _windowed_vit(state)
     stem = state.count(r"backbone\.stem\.(\d)\.conv")
     if stem is None:
         return {}
@@ -150,3 +158,24 @@ def _hgnetv2(state: StateDict) -> dict[str, Any]:
         f"{', '.join(map(str, outputs))} channels, which is none of this package; expected one of "
         f"{', '.join(hgnetv2.NAMES)}"
     )
+
+
+def _windowed_vit(state: StateDict) -> dict[str, Any]:
+    """Name, width, patch and grid of positions; no tensor shows windows, nor which maps are read."""
+    patch = state.weights["backbone.patch.weight"]  # [C, 3, P, P]
+    classes, registers = state.has("backbone.class_token"), state.has("backbone.register_tokens")
+    cells = (state.rows_of_table("backbone.position.table") or 0) - classes
+    fitting = {
+        name: design.dim
+        for name, design in DESIGNS.items()
+        if design.class_token == classes and bool(design.registers) == registers
+    }
+    # An exact width if there is one; else the smallest design, whose heads another width keeps.
+    name = next((name for name, dim in fitting.items() if dim == patch.shape[0]), min(fitting, key=fitting.__getitem__))
+    width = patch.shape[0] / fitting[name]
+    return {
+        "backbone": name,
+        "backbone_width": width,
+        "backbone_patch": patch.shape[2],
+        "backbone_grid": math.isqrt(cells) or None,
+    }

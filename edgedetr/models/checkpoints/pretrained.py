@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
+from edgedetr.layers.patch_embedding import PatchPosition
 from edgedetr.models.backbones.vit import VitPyramid
+from edgedetr.models.backbones.windowed_vit import WindowedVit
 from edgedetr.models.checkpoints import conversion
 from edgedetr.models.checkpoints.rename_rules import IGNORED
 from edgedetr.models.checkpoints.transformers_config import (
@@ -34,7 +37,10 @@ PRETRAINED_BACKBONES = {
     **{f"hgnetv2_b{size}": f"timm/hgnetv2_b{size}.ssld_stage2_ft_in1k" for size in range(7)},
     # Trained on ImageNet-21k with pixels in -1..1: model.mean and model.std are 0.5 each.
     **{f"vit_{size}": f"timm/vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("tiny", "small", "base")},
+    **{f"dinov2_{size}": f"facebook/dinov2-{size}" for size in ("small", "base")},
+    **{f"dinov2_{size}_registers": f"facebook/dinov2-with-registers-{size}" for size in ("small", "base")},
 }
+DINOV2_PATCH = 14  # pixels, of the weights above
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -89,6 +95,12 @@ def load_backbone(detector: DetrModel, config: Any) -> LoadedWeights | None:
                 f"use model.backbone_width=1, or train from scratch: {SCRATCH}"
             )
         source = PRETRAINED_BACKBONES[config.backbone]
+        if isinstance(detector.backbone, WindowedVit) and config.backbone_patch != DINOV2_PATCH:
+            raise ModelError(
+                f"no published weights for {config.backbone} with patches of {config.backbone_patch} px: {source} has "
+                f"{DINOV2_PATCH}; start from a whole detector, use model.backbone_patch={DINOV2_PATCH}, or "
+                f"train from scratch: {SCRATCH}"
+            )
     origin = WeightSource(source)
     weights, backbone = conversion.backbone_of(origin.weights()), detector.backbone
     # Weights of "auto" are known to fit, and a cache filled by an earlier version has no config.json of them.
@@ -97,7 +109,17 @@ def load_backbone(detector: DetrModel, config: Any) -> LoadedWeights | None:
         check_backbone_config(read_json_object(path, ModelError), str(path))
     if isinstance(backbone, VitPyramid) and not any(name.startswith("transformer.") for name in weights):
         return load_weights(backbone.transformer, weights, source)  # pretrained weights do not contain its pyramid
+    if isinstance(backbone, WindowedVit):
+        # A detector that reads the maps of earlier blocks alone has no others.
+        depth = len(backbone.blocks)
+        weights = {name: tensor for name, tensor in weights.items() if _block(name) < depth}
     return load_weights(backbone, weights, source)
+
+
+def _block(name: str) -> int:
+    """The number of a transformer's block, from 0, in a parameter's name; -1 outside the blocks."""
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else -1
 
 
 @torch.no_grad()
@@ -129,6 +151,12 @@ def load_weights(
     return LoadedWeights(source, len(own) - len(fresh), tuple(fresh))
 
 
+def _with_fitting_positions(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with the position tables of vision transformers interpolated to the grids of the module."""
+    tables = {f"{name}.table": part for name, part in module.named_modules() if isinstance(part, PatchPosition)}
+    return {name: tables[name].fitted(tensor) if name in tables else tensor for name, tensor in weights.items()}
+
+
 def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """The check of `load_weights`, also for a module on the meta device. Errors: as `load_weights`."""
     _compare(module, weights, source, reset=False)
@@ -140,6 +168,7 @@ def _compare(
     """Tensors of the module and of the file, and the names of class heads that stay newly initialized."""
     own = {name: tensor for name, tensor in module.state_dict().items() if not IGNORED.search(name)}
     weights = {name: tensor for name, tensor in weights.items() if not IGNORED.search(name)}
+    weights = _with_fitting_positions(module, weights)
     per_class = [
         name
         for name in own

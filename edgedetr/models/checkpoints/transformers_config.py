@@ -57,6 +57,7 @@ STAGED_DEFAULTS: dict[str, dict[str, Any]] = {
         "use_learnable_affine_block": False,
     },
 }
+HEADS_OF_64 = ("vit", "dinov2", "dinov2_with_registers")
 FIX = "import an ONNX export of it: edgedetr import FILE.onnx"
 
 
@@ -203,7 +204,7 @@ def check_backbone_config(raw: Mapping[str, Any], where: str) -> None:
     if isinstance(kind, str) and kind in ALONE:
         _check_keys(raw, ALONE[kind], where)
         heads = raw.get("num_attention_heads")
-        if kind == "vit" and not (isinstance(heads, int) and raw.get("hidden_size") == VIT_HEAD * heads):
+        if kind in HEADS_OF_64 and not (isinstance(heads, int) and raw.get("hidden_size") == VIT_HEAD * heads):
             raise ModelError(
                 f"{where}: num_attention_heads is {as_text(heads)} for hidden_size "
                 f"{as_text(raw.get('hidden_size'))}; expected heads of {VIT_HEAD} channels"

@@ -403,7 +403,28 @@ _VIT: dict[str, Key] = {
         "pooler_act",
     ),
 }
-ALONE: dict[str, dict[str, Key]] = {"resnet": _RESNET, "rt_detr_resnet": _RESNET, "hgnet_v2": _HGNETV2, "vit": _VIT}
+_DINOV2: dict[str, Key] = {
+    **{key: entry for key, entry in _VIT.items() if key != "layer_norm_eps"},
+    "layer_norm_eps": Only("as published", (1e-6,)),
+    "mlp_ratio": Special("the tensors tell it"),
+    "layerscale_value": NoEffect("the first factors, which training replaced"),
+    "drop_path_rate": NoEffect("nothing is dropped at inference; training has its own"),
+    "use_swiglu_ffn": Only("small and base have none", (False,)),
+    "num_register_tokens": Special("the tensors tell it"),
+    **_all(NoEffect("of a pyramid, which a detector has of its own"), "apply_layernorm", "reshape_hidden_states"),
+    **_all(
+        NoEffect("which outputs are read, which the detector decides"), "out_features", "out_indices", "stage_names"
+    ),
+    "use_mask_token": NoEffect("for hidden patches in pretraining"),
+}
+ALONE: dict[str, dict[str, Key]] = {
+    "resnet": _RESNET,
+    "rt_detr_resnet": _RESNET,
+    "hgnet_v2": _HGNETV2,
+    "vit": _VIT,
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+}
 
 
 def last_level(raw: Mapping[str, Any]) -> list[int]:

@@ -22,7 +22,7 @@ from edgedetr.models.initialization import zero_bias
 from edgedetr.models.records import Memory, flatten_maps
 
 if TYPE_CHECKING:
-    from edgedetr.models.member import Role
+    from edgedetr.models.roles import Role
 
 GROUPS = 32  # of the GroupNorm after each projection, as published; of at least two channels each
 

@@ -20,7 +20,7 @@ from edgedetr.models.initialization import zero_bias
 from edgedetr.options import one_of
 
 if TYPE_CHECKING:
-    from edgedetr.models.member import Role
+    from edgedetr.models.roles import Role
 
 GROUPS = 16  # of the normalization after each convolution (Dynamic Head)
 

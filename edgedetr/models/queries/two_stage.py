@@ -26,7 +26,7 @@ from edgedetr.models.records import Memory, Queries
 from edgedetr.options import one_of
 
 if TYPE_CHECKING:
-    from edgedetr.models.member import Role
+    from edgedetr.models.roles import Role
 
 SIDE = 0.05  # an anchor's side in the finest level, as a fraction of the image; it doubles per level
 MARGIN = 0.01  # an anchor with a number closer to 0 or 1 than this is not usable
