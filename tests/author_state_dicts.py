@@ -27,6 +27,16 @@ def torchvision_resnet(ours: Weights, prefix: str) -> Weights:
     return names
 
 
+def hgnetv2(ours: Weights, prefix: str) -> Weights:
+    """`backbone.*` of an HGNetV2 as RT-DETR, D-FINE, DEIMv2 and timm name it, without BatchNorm's counters."""
+    theirs = {"norm": "bn", "activation": "lab", "point": "conv1", "depth": "conv2", "aggregate": "aggregation"}
+    return {
+        prefix + ".".join(theirs.get(part, part) for part in name.split(".")[1:]): tensor
+        for name, tensor in ours.items()
+        if name.startswith("backbone.") and not name.endswith("num_batches_tracked")
+    }
+
+
 def both(theirs: str, mine: str, ours: Weights) -> Weights:
     return {f"{theirs}.{kind}": ours[f"{mine}.{kind}"] for kind in ("weight", "bias")}
 
@@ -163,9 +173,13 @@ def rt_detr(ours: Weights, version: int) -> Weights:
         "selector.project.": f"decoder.enc_output.{'0' if version == 1 else 'proj'}.",
         "selector.norm.": f"decoder.enc_output.{'1' if version == 1 else 'norm'}.",
     }
+    hgnet = "backbone.stem.stem1.conv.weight" in ours
+    renamed |= hgnetv2(ours, "backbone.") if hgnet else {}
     for name, tensor in ours.items():
         part = name.split(".")
         prefix = next((old for old in plain if name.startswith(old)), "")
+        if hgnet and part[0] == "backbone":
+            continue
         if prefix:
             renamed[plain[prefix] + name.removeprefix(prefix)] = tensor
         elif name.startswith("backbone.stem."):
