@@ -39,7 +39,7 @@ def test_every_word_sets_its_key_and_the_same_with_set_is_refused(option, key, a
     section, _, name = key.partition(".")
     code, _, recipe = asked(option, value)
     assert code == 0
-    expected = {"lr": 0.5, "height": 96, "width": 128}.get(name, 3)
+    expected = {"lr": 0.5, "height": 96, "width": 128, "teacher": "3"}.get(name, 3)
     assert getattr(getattr(recipe, section), name) == expected
     assert asked(option, value, "--set", f"{key}=3")[:2] == (2, {})
     assert f"{option} and --set {key} both set {key}" in capsys.readouterr().err

@@ -108,6 +108,12 @@ class DeployGraph(nn.Module):
 
 def load_bundle_model(bundle: Bundle, sampling: str = "gather") -> tuple[DetrModel, DeployGraph]:
     """The trained detector of a bundle (evaluation mode), and its deployed graph at the bundle's input size."""
+    detector, size = bundle_detector(bundle), bundle.manifest.input
+    return detector, DeployGraph(detector, size.height, size.width, sampling)
+
+
+def bundle_detector(bundle: Bundle) -> DetrModel:
+    """The trained detector of a bundle, in evaluation mode. Errors: ModelError, BundleError."""
     from safetensors.torch import load_file
 
     from edgedetr.models import build, member
@@ -135,7 +141,7 @@ def load_bundle_model(bundle: Bundle, sampling: str = "gather") -> tuple[DetrMod
             f"{path}: the weights do not fit the {manifest.model} that bundle.json describes ({error}); "
             "run: edgedetr train --data DIR"
         ) from error
-    return detector.eval(), DeployGraph(detector, manifest.input.height, manifest.input.width, sampling)
+    return detector.eval()
 
 
 def _same_shapes(detector: nn.Module, path: Path) -> None:

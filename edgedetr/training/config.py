@@ -45,6 +45,8 @@ TRAIN_RANGES = {
     "box_noise": (0, 10),
     "lora_rank": (0, 4096),
     "lora_alpha": (1e-6, 10**6),
+    "teacher_weight": (0, 1000),
+    "teacher_score": (0.01, 1),
 }
 FRACTIONS = (
     "flip_horizontal",
@@ -238,8 +240,21 @@ class DenoisingConfig(_Part):
 
 
 @dataclass(frozen=True)
+class DistillConfig(_Part):
+    """A teacher, whose detections are learned beside the objects."""
+
+    # A bundle with a detector of any member that knows some of the classes by name; "" = none.
+    teacher: str = field(default="", metadata=LATER)
+    # Of the distillation loss; its L1 and GIoU have weight_l1 and weight_giou, as those of objects (DETRDistill, 3.2).
+    teacher_weight: float = field(default=1.0, metadata=LATER)
+    # The teacher's detections from this score on are taught, each with its score as weight: most others are background.
+    teacher_score: float = field(default=0.3, metadata=LATER)
+
+
+@dataclass(frozen=True)
 class TrainConfig(
     # From right to left: the order of the keys in recipe.toml, on which the fingerprints of checkpoints depend.
+    DistillConfig,
     DenoisingConfig,
     AdaptationConfig,
     LossConfig,

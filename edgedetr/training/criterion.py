@@ -35,6 +35,7 @@ class Losses:
     encoder             of the proposals of two-stage members
     denoising           of the noised queries
     sides               of the distributions of boxes' sides in all layers, where the member has them, else 0
+    teacher             of the distance from a teacher's detections (distillation.py), where there is one, else None
     """
 
     total: Tensor
@@ -45,13 +46,18 @@ class Losses:
     encoder: Tensor
     denoising: Tensor
     sides: Tensor
+    teacher: Tensor | None = None
 
-    NAMES = ("loss", "class", "l1", "giou", "auxiliary", "encoder", "denoising", "sides")
+    NAMES = ("loss", "class", "l1", "giou", "auxiliary", "encoder", "denoising", "sides", "teacher")
+
+    def with_teacher(self, distance: Tensor) -> Losses:
+        """These losses and one more: [] with a gradient."""
+        return replace(self, total=self.total + distance, teacher=distance.detach())
 
     def stacked(self) -> Tensor:
-        """[8] float32 in the order of NAMES, so that one copy from the device brings them all."""
+        """[9] float32 in the order of NAMES, so that one copy from the device brings them all."""
         own = [self.total, self.class_, self.l1, self.giou, self.auxiliary, self.encoder, self.denoising, self.sides]
-        return torch.stack(own)
+        return torch.stack([*own, self.total.new_zeros(()) if self.teacher is None else self.teacher])
 
 
 @dataclass(frozen=True)

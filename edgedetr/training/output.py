@@ -96,13 +96,16 @@ STORED_KEYS = {
 }
 
 
-def fingerprint(recipe: Recipe, samples: DetectionSet) -> str:
+def fingerprint(recipe: Recipe, samples: DetectionSet, teacher: str = "") -> str:
     """Digest of everything that determines the weights: recipe sections and training data; a resume must match it.
+
+    teacher   digest of the teacher's weights, where there is one
 
     Settings of export, quantization and verification are not part of it, so they may change before a resume. An option
     that a later version added is not part of it either while it is at its default.
     """
     state = hashlib.sha256(recipe.to_toml(DECISIVE_SECTIONS, later=False).encode())
+    state.update(teacher.encode())
     for sample in samples.samples:
         state.update(f"{sample.path.name}|{sample.image_id}|".encode())
         state.update(sample.boxes.tobytes() + sample.labels.tobytes() + sample.crowd.tobytes())

@@ -37,6 +37,7 @@ from edgedetr.training.output import (
     load_checkpoint,
     save_checkpoint,
 )
+from edgedetr.training.teacher import load_teacher, teacher_digest
 from edgedetr.training.training_module import TrainingModule, build_model, seed_step
 from edgedetr.training.validator import Validator
 
@@ -50,7 +51,7 @@ MAX_SKIPS = 5  # in a row: one bad image is in one batch of an epoch, damaged we
 class StepResult:
     """What a step gave. A step with a nonfinite loss or gradient changes no weight.
 
-    losses     [8] float32 on the CPU, in the order of Losses.NAMES
+    losses     [9] float32 on the CPU, in the order of Losses.NAMES
     nonfinite  what was NaN or infinite, "the loss" or "the gradient"; "" for neither
     """
 
@@ -70,7 +71,11 @@ class Learner:
         seed_step(self.config.seed, 0, 0)  # the same initial weights in every process
         self.model = build_model(recipe, classes, load_weights=load_weights)
         self.model.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-        module = TrainingModule(self.model, self.config, recipe.model.config.class_loss, len(classes))
+        teacher = None
+        if self.config.teacher:
+            names = [item.name for item in classes]
+            teacher = load_teacher(self.config.teacher, names, fabric.device, self.config.teacher_score)
+        module = TrainingModule(self.model, self.config, recipe.model.config.class_loss, len(classes), teacher)
         self.ema = Ema(self.model, self.config.ema_decay, self.config.ema_warmup)
         self.optimizer = adamw(self.model, self.config)
         self._statistics = BatchNormBackup(self.model)
@@ -172,7 +177,7 @@ class Trainer:
         )
         self.writer = BundleWriter(out, recipe, splits.config, splits.folder, classes, self.learner.ema.model)
         self.metrics: MetricsLog | None = None  # of the main process, while `fit` runs
-        self.fingerprint = fingerprint(recipe, splits.train)
+        self.fingerprint = fingerprint(recipe, splits.train, teacher_digest(config.teacher) if config.teacher else "")
         steps_per_epoch = max(len(splits.train) // config.batch, 1)
         self.schedule = Schedule(config, config.epochs, steps_per_epoch, recipe.augment)
         self.state = TrainState()

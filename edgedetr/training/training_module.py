@@ -23,22 +23,30 @@ from edgedetr.training import denoising
 from edgedetr.training.config import TrainConfig
 from edgedetr.training.criterion import Criterion
 from edgedetr.training.data.dataset import PaddedTargets
+from edgedetr.training.distillation import distillation_loss
+from edgedetr.training.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
 
 class TrainingModule(nn.Module):
-    """The model and its criterion as one module: DistributedDataParallel and autocast must wrap both."""
+    """The model and its criterion as one module: DistributedDataParallel and autocast must wrap both.
 
-    def __init__(self, model: DetrModel, config: TrainConfig, class_loss: str, classes: int) -> None:
+    teacher  asked about every batch, without being a part of the module
+    """
+
+    def __init__(
+        self, model: DetrModel, config: TrainConfig, class_loss: str, classes: int, teacher: Teacher | None = None
+    ) -> None:
         super().__init__()
+        self.teacher = teacher
         self.model, self.config, self.classes = model, config, classes
         self.criterion = Criterion(config, class_loss, model.class_agnostic_proposals)
         self.encode = torch.compile(model.encode) if config.compile else model.encode
         self.decode = torch.compile(model.decode) if config.compile else model.decode
 
     def forward(self, images: Tensor, targets: Callable[[], PaddedTargets], objects_per_process: float) -> Tensor:
-        """Losses [8] in the order of Losses.NAMES; only the first has a gradient.
+        """Losses [9] in the order of Losses.NAMES; only the first has a gradient.
 
         images   [B, 3, H, W] uint8, RGB
         targets  a function, because autocast rounds float arguments of a module to 16 bits
@@ -51,12 +59,16 @@ class TrainingModule(nn.Module):
         queries = self.model.select_to_train(memory)
         noised = denoising.noise(padded, self.classes, self.config) if self.model.denoises else None
         if noised is None:
-            losses = self.criterion(self.decode(queries, memory), padded, None, objects_per_process)
+            outputs = self.decode(queries, memory)
+            losses = self.criterion(outputs, padded, None, objects_per_process)
         else:
             known = self.model.noised_queries(noised.labels, noised.boxes)
             outputs = self.decode(denoising.prepend(queries, known, noised), memory)
             outputs, denoised = denoising.split(outputs, noised, padded)
             losses = self.criterion(outputs, padded, denoised, objects_per_process)
+        if self.teacher is not None:
+            taught, weight = self.teacher(pixels), self.config.teacher_weight
+            losses = losses.with_teacher(distillation_loss(outputs, taught, self.criterion.costs, self.config, weight))
         return losses.stacked()
 
 
