@@ -59,6 +59,18 @@ class FeedForward(nn.Module):
         )
 
 
+class GatedFeedForward(nn.Module):
+    """Linear(hidden, C) of SiLU(gate) * up, both Linear(C, hidden) (SwiGLU; Shazeer 2020, "GLU Variants", eq. 6)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = Linear(dim, hidden), Linear(dim, hidden), Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> the same shape."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
 class Mlp(nn.Module):
     """`layers` Linears with ReLU between them."""
 

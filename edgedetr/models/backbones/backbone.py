@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from edgedetr.errors import ModelError, did_you_mean
-from edgedetr.models.backbones import hgnetv2, resnet, vit
+from edgedetr.models.backbones import dinov3, hgnetv2, resnet, vit
 from edgedetr.options import LATER
 
-NAMES = (*resnet.NAMES, *hgnetv2.NAMES, *vit.NAMES)
+NAMES = (*resnet.NAMES, *hgnetv2.NAMES, *vit.NAMES, *dinov3.NAMES)
 SIZE_MULTIPLE = 32  # pixels: the stride of C5, so that every level of a pyramid is twice as large as the next
 
 
@@ -21,7 +21,7 @@ class BackboneConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     backbone: str = "resnet50"  # resnet{18,34,50,101}[vd], hgnetv2_{atto,femto,pico,b0..b6},
-    # vit_{tiny,small,base}[_window]
+    # vit_{tiny,small,base}[_window], dinov3_{tiny,small}[_plus]
     backbone_width: float = 1.0  # 0.5 halves every channel count: for small data and CPUs
     backbone_weights: str = "auto"  # "auto", "random", a hub name, or a .safetensors file
     backbone_norm: Literal["frozen", "trainable"] = "frozen"  # trainable where weights are random
@@ -39,7 +39,7 @@ class BackboneConfig:
 
 def make_backbone(
     config: BackboneConfig, levels: Sequence[int], dilate_last: bool = False
-) -> resnet.ResNet | hgnetv2.HgNetV2 | vit.VitPyramid:
+) -> resnet.ResNet | hgnetv2.HgNetV2 | vit.VitPyramid | dinov3.SpatialTuning:
     """The backbone that a configuration names, with random weights.
 
     levels       stages to return, 2..5, which is strides 4..32
@@ -48,7 +48,7 @@ def make_backbone(
     name, width = config.backbone, config.backbone_width
     if name not in NAMES:
         raise ModelError(f"model.backbone is {name!r}; expected one of {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
-    if name not in vit.NAMES and config.layer_scale:
+    if name not in (*vit.NAMES, *dinov3.NAMES) and config.layer_scale:
         raise ModelError(f"model.layer_scale belongs to vision transformers, not to {name}; expected 0")
     if name in resnet.NAMES:
         return resnet.resnet(
@@ -64,4 +64,5 @@ def make_backbone(
     if name in hgnetv2.NAMES:
         frozen_norm = config.backbone_norm == "frozen"
         return hgnetv2.hgnetv2(name, levels, width=width, frozen_norm=frozen_norm, frozen_stages=config.frozen_stages)
-    return vit.vit(name, levels, width=width, frozen_stages=config.frozen_stages, layer_scale=config.layer_scale)
+    build = dinov3.dinov3 if name in dinov3.NAMES else vit.vit
+    return build(name, levels, width=width, frozen_stages=config.frozen_stages, layer_scale=config.layer_scale)

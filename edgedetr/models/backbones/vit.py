@@ -51,23 +51,40 @@ class LayerScale(nn.Module):
 class VitBlock(nn.Module):
     """x + attention(LN(x)), then x + feed-forward(LN(x)); attention over all tokens or within windows."""
 
-    def __init__(self, dim: int, heads: int, window: int = 0, layer_scale: float = 0.0) -> None:
-        """window  patches per side, 0 = all of the image; layer_scale: start of the factors, 0 = none"""
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window: int = 0,
+        layer_scale: float = 0.0,
+        *,
+        attention: nn.Module | None = None,
+        feedforward: nn.Module | None = None,
+        eps: float = EPS,
+    ) -> None:
+        """window  patches per side, 0 = all of the image; layer_scale: start of the factors, 0 = none
+
+        attention, feedforward  in place of the plain ones
+        """
         super().__init__()
         self.window = window
-        self.attention_norm, self.feedforward_norm = nn.LayerNorm(dim, EPS), nn.LayerNorm(dim, EPS)
-        self.attention, self.feedforward = MultiHeadAttention(dim, heads), FeedForward(dim, 4 * dim, "gelu")
+        self.attention_norm, self.feedforward_norm = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
+        self.attention = attention or MultiHeadAttention(dim, heads)
+        self.feedforward = feedforward or FeedForward(dim, 4 * dim, "gelu")
         self.attention_scale, self.feedforward_scale = (
             LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2)
         )
         self.attention_path, self.feedforward_path = DropPath(), DropPath()
 
-    def forward(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
-        """tokens [B, (1 +) h * w, C], shape (h, w) in patches -> the same shape."""
+    def forward(self, tokens: Tensor, shape: tuple[int, int], *rotation: Tensor) -> Tensor:
+        """tokens [B, (1 +) h * w, C], shape (h, w) in patches -> the same shape.
+
+        rotation  cosine and sine for an attention that turns its queries and keys
+        """
         inner = self.attention_norm(tokens)
         if self.window:
             inner = to_windows(inner, shape, self.window)
-        inner = self.attention(inner, inner, inner)
+        inner = self.attention(inner, *rotation) if rotation else self.attention(inner, inner, inner)
         if self.window:
             inner = from_windows(inner, shape, self.window)
         tokens = tokens + self.attention_path(self.attention_scale(inner))

@@ -1,4 +1,4 @@
-"""Vision transformers that detectors cut into windows: widths, heads and what their blocks have, by name."""
+"""Vision transformers of detectors that read several blocks: widths, heads and what the blocks have, by name."""
 
 from __future__ import annotations
 
@@ -43,4 +43,34 @@ DESIGNS: dict[str, Design] = {
     "lw_vit_tiny": _lw_vit(192),
     "lw_vit_small": _lw_vit(384),
     "lw_vit_base": _lw_vit(768),
+}
+
+
+@dataclass(frozen=True)
+class RotaryDesign:
+    """A transformer of DINOv3's kind (12 blocks, 2-d RoPE) with DEIMv2's spatial tuning adapter beside it.
+
+    dim, heads   of every block
+    maps         blocks, from 0, whose outputs are read, for strides 8, 16 and 32
+    gated        SwiGLU in the blocks
+    pretrained   as Meta's: LayerNorm on every map, registers, LayerScale, keys without a bias, eps 1e-5
+    prior        channels of the adapter's stem
+    outputs      channels of every level that comes out
+    """
+
+    dim: int
+    heads: int
+    maps: tuple[int, int, int]
+    gated: bool
+    pretrained: bool
+    prior: int
+    outputs: int
+
+
+# Intellindust-AI-Lab/DEIMv2, configs/deimv2/deimv2_dinov3_{s,m,l,x}_coco.yml
+ROTARY_DESIGNS: dict[str, RotaryDesign] = {
+    "dinov3_tiny": RotaryDesign(192, 3, (3, 7, 11), gated=False, pretrained=False, prior=16, outputs=192),
+    "dinov3_tiny_plus": RotaryDesign(256, 4, (3, 7, 11), gated=False, pretrained=False, prior=16, outputs=256),
+    "dinov3_small": RotaryDesign(384, 6, (5, 8, 11), gated=False, pretrained=True, prior=32, outputs=224),
+    "dinov3_small_plus": RotaryDesign(384, 6, (5, 8, 11), gated=True, pretrained=True, prior=64, outputs=256),
 }

@@ -1,6 +1,7 @@
 """Tensor names of backbones (ResNet, HGNetV2, ViT) in torchvision, timm, transformers, RT-DETR, D-FINE and LW-DETR.
 
-Also of the projector behind LW-DETR's and RF-DETR's, which both call a part of the backbone.
+Also of the projector behind LW-DETR's and RF-DETR's, and of the adapter beside DEIMv2's, which their authors call
+parts of the backbone.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ VIT_MARK = r"(?:^|\.)(?:patch_embed|patch_embeddings)\."
 UNUSED = re.compile(r"^head\.|^fc_norm\.|^pooler\.|^classifier\.|(?:^|\.)mask_token$")
 
 VIT: list[RenameRule] = [
-    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"^(?:encoder\.|model\.)?layers?\.(\d+)\.", r"blocks.\1."),
     # timm, LW-DETR's own files, and transformers' DINOv2
     (r"^cls_token$", "class_token"),
     (r"^pos_embed$", "position.table"),
@@ -78,7 +79,9 @@ VIT: list[RenameRule] = [
     (r"^embeddings\.cls_token$", "class_token"),
     (r"^embeddings\.position_embeddings$", "position.table"),
     (r"^embeddings\.register_tokens$", "register_tokens"),
+    (r"^storage_tokens$", "register_tokens"),
     (r"^embeddings\.(?:patch_embeddings\.)?projection\.", "patch."),
+    (r"^embeddings\.patch_embeddings\.", "patch."),
     (r"^layernorm\.", "norm."),
     (r"\.layernorm_before\.", ".attention_norm."),
     (r"\.layernorm_after\.", ".feedforward_norm."),
@@ -89,9 +92,26 @@ VIT: list[RenameRule] = [
     (r"\.intermediate\.(?:dense|fc1)\.", ".feedforward.up."),
     (r"\.intermediate\.fc2\.", ".feedforward.down."),
     (r"(blocks\.\d+)\.output\.dense\.", r"\1.feedforward.down."),
-    # both
-    (r"\.mlp\.fc1\.", ".feedforward.up."),
-    (r"\.mlp\.fc2\.", ".feedforward.down."),
+    # both; w1, w2, w3 and *_proj are DINOv3's
+    (r"\.mlp\.(?:w1|gate_proj)\.", ".feedforward.gate."),
+    (r"\.mlp\.(?:fc1|w2|up_proj)\.", ".feedforward.up."),
+    (r"\.mlp\.(?:fc2|w3|down_proj)\.", ".feedforward.down."),
+]
+# DEIMv2's adapter: the authors' Sequentials, and transformers' modules
+ADAPTER: list[RenameRule] = [
+    (r"^sta\.", "prior."),
+    (r"^spatial_tuning_adapter\.", "prior."),
+    (r"^prior\.stem_conv\.", "prior.stem."),
+    (r"^prior\.stem\.0\.", "prior.stem.conv."),
+    (r"^prior\.stem\.1\.", "prior.stem.norm."),
+    (r"^prior\.conv([234])\.", lambda m: f"prior.down.{int(m[1]) - 2}."),
+    (r"^(prior\.down\.0)\.0\.", r"\1.conv."),
+    (r"^(prior\.down\.0)\.1\.", r"\1.norm."),
+    (r"^(prior\.down\.[12])\.1\.", r"\1.conv."),
+    (r"^(prior\.down\.[12])\.2\.", r"\1.norm."),
+    (r"^fusion_proj\.", "fuse."),
+    (r"^convs\.(\d)\.", r"fuse.\1.conv."),
+    (r"^norms\.(\d)\.", r"fuse.\1.norm."),
 ]
 PROJECTOR: list[RenameRule] = [
     # the authors' files, which are RF-DETR's on the hub as well
@@ -142,7 +162,15 @@ def rename_vit(weights: Mapping[str, Tensor]) -> Weights:
         name = name.removeprefix("vit.")
         if UNUSED.search(name):
             continue
-        if ".attn.qkv." in name:
+        if name.endswith((".attn.qkv.bias_mask", "rope_embed.periods")):
+            continue  # the mask is read with its bias; the periods follow from the width of a head
+        if name.endswith(".attn.qkv.bias") and f"{name}_mask" in weights:
+            # DINOv3's keys have no bias: their part of it is multiplied by 0.
+            tensor, mask = tensor * weights[f"{name}_mask"], weights[f"{name}_mask"].chunk(3)
+            parts = dict(zip("qkv", tensor.chunk(3)))
+            kept = [part for part, factor in zip("qkv", mask) if factor.any()]
+            split |= {name.replace("qkv", part): parts[part].clone() for part in kept}
+        elif ".attn.qkv." in name:
             split |= {name.replace("qkv", part): chunk.clone() for part, chunk in zip("qkv", tensor.chunk(3))}
         else:
             split[name] = tensor
@@ -157,9 +185,20 @@ def _completed(weights: Weights) -> Weights:
     table = weights.get("position.table")
     if "class_token" not in weights and table is not None and math.isqrt(table.shape[1]) ** 2 != table.shape[1]:
         weights["position.table"] = table[:, 1:].clone()
-    for name in [name for name in weights if name.endswith(".attention.q.bias")]:
+    # With positions that turn the keys (no table), a bias would count.
+    unread = [name for name in weights if table is not None and name.endswith(".attention.q.bias")]
+    for name in unread:
         weights.setdefault(name.replace(".q.", ".k."), torch.zeros_like(weights[name]))
     return weights
+
+
+def rename_tuned_vit(weights: Mapping[str, Tensor]) -> Weights:
+    """Tensors of DEIMv2's transformer and adapter under the names of ours (models/backbones/dinov3.py)."""
+    trunk = re.compile(r"^(?:dinov3\.(?:_model\.)?|backbone\.)")
+    inside = {trunk.sub("", name): tensor for name, tensor in weights.items() if trunk.match(name)}
+    beside = {name: tensor for name, tensor in weights.items() if not trunk.match(name)}
+    named = {f"transformer.{name}": tensor for name, tensor in rename_vit(inside).items()}
+    return {**named, **rename(beside, ADAPTER)}
 
 
 def rename_projector(weights: Mapping[str, Tensor]) -> Weights:

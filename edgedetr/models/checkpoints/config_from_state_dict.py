@@ -13,7 +13,7 @@ from torch import Tensor
 from edgedetr.errors import ModelError
 from edgedetr.models.backbones import hgnetv2
 from edgedetr.models.backbones.resnet import DEPTHS
-from edgedetr.models.backbones.vit_designs import DESIGNS
+from edgedetr.models.backbones.vit_designs import DESIGNS, ROTARY_DESIGNS
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ def _backbone(state: StateDict) -> dict[str, Any]:
     """Name and width of the ResNet or HGNetV2, or of the windowed transformer with what its tensors show."""
     if state.has("backbone.stem.stem1.conv.weight"):
         return _hgnetv2(state)
+    if state.has("backbone.prior.stem.conv.weight"):
+        return _dinov3(state)
     if state.has("backbone.patch.weight"):
         return _windowed_vit(state)
     stem = state.count(r"backbone\.stem\.(\d)\.conv")
@@ -179,3 +181,21 @@ def _windowed_vit(state: StateDict) -> dict[str, Any]:
         "backbone_patch": patch.shape[2],
         "backbone_grid": math.isqrt(cells) or None,
     }
+
+
+def _dinov3(state: StateDict) -> dict[str, Any]:
+    """Name and width of a backbone of DEIMv2: the first whose channels all fit, at the width of its patches."""
+    dim, prior, outputs = (
+        state.rows(f"backbone.{part}.weight") or 0 for part in ("transformer.patch", "prior.stem.conv", "fuse.0.conv")
+    )
+    registers = state.has("backbone.transformer.register_tokens")
+    gated = state.has("backbone.transformer.blocks.0.feedforward.gate.weight")
+    for name, design in ROTARY_DESIGNS.items():
+        width = dim / design.dim
+        scaled = [round(channels * width) for channels in (design.prior, design.outputs)]
+        if (design.pretrained, design.gated) == (registers, gated) and scaled == [prior, outputs]:
+            return {"backbone": name, "backbone_width": width}
+    raise ModelError(
+        f"the backbone is a vision transformer of {dim} channels with an adapter of {prior} and levels of {outputs}, "
+        f"which is none of this package; expected one of {', '.join(ROTARY_DESIGNS)}"
+    )

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
 from edgedetr.layers.patch_embedding import PatchPosition
+from edgedetr.models.backbones.dinov3 import SpatialTuning
 from edgedetr.models.backbones.vit import VitPyramid
+from edgedetr.models.backbones.vit_designs import ROTARY_DESIGNS
 from edgedetr.models.backbones.windowed_vit import WindowedVit
 from edgedetr.models.checkpoints import conversion
 from edgedetr.models.checkpoints.rename_rules import IGNORED
@@ -88,6 +90,11 @@ def load_backbone(detector: DetrModel, config: Any) -> LoadedWeights | None:
     source = config.backbone_weights
     if source == "random":
         return None
+    if source == "auto" and config.backbone in ROTARY_DESIGNS:
+        raise ModelError(
+            f"no weights of {config.backbone} are downloaded unasked: DINOv3's are under a licence of their own; "
+            f"use model.backbone_weights=FILE, or train from scratch: {SCRATCH}"
+        )
     if source == "auto":
         if config.backbone_width != 1 or config.backbone not in PRETRAINED_BACKBONES:
             raise ModelError(
@@ -107,8 +114,11 @@ def load_backbone(detector: DetrModel, config: Any) -> LoadedWeights | None:
     path = None if config.backbone_weights == "auto" else origin.file_next_to("config.json")
     if path is not None:
         check_backbone_config(read_json_object(path, ModelError), str(path))
-    if isinstance(backbone, VitPyramid) and not any(name.startswith("transformer.") for name in weights):
-        return load_weights(backbone.transformer, weights, source)  # pretrained weights do not contain its pyramid
+    if isinstance(backbone, (VitPyramid, SpatialTuning)) and not any(
+        name.startswith("transformer.") for name in weights
+    ):
+        # Pretrained weights do not contain its pyramid or adapter.
+        return load_weights(backbone.transformer, weights, source)
     if isinstance(backbone, WindowedVit):
         # A detector that reads the maps of earlier blocks alone has no others.
         depth = len(backbone.blocks)

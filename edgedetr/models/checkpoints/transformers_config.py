@@ -57,7 +57,7 @@ STAGED_DEFAULTS: dict[str, dict[str, Any]] = {
         "use_learnable_affine_block": False,
     },
 }
-HEADS_OF_64 = ("vit", "dinov2", "dinov2_with_registers")
+HEADS_OF_64 = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 FIX = "import an ONNX export of it: edgedetr import FILE.onnx"
 
 

@@ -417,6 +417,16 @@ _DINOV2: dict[str, Key] = {
     ),
     "use_mask_token": NoEffect("for hidden patches in pretraining"),
 }
+_DINOV3: dict[str, Key] = {
+    **{key: entry for key, entry in _DINOV2.items() if key not in ("layer_norm_eps", "hidden_act", "use_swiglu_ffn")},
+    "layer_norm_eps": Only("as published", (1e-5,)),
+    "hidden_act": Only("as published, SiLU in a gated block", ("gelu", "silu")),
+    "use_gated_mlp": Special("the tensors tell it"),
+    "rope_theta": Only("as published", (100.0, 100)),
+    **_all(Special("the tensors tell them"), "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias"),
+    **_all(NoEffect("of training"), "pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale", "attention_dropout"),
+    "return_class_token": NoEffect("which outputs are read, which the detector decides"),
+}
 ALONE: dict[str, dict[str, Key]] = {
     "resnet": _RESNET,
     "rt_detr_resnet": _RESNET,
@@ -424,6 +434,7 @@ ALONE: dict[str, dict[str, Key]] = {
     "vit": _VIT,
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2,
+    "dinov3_vit": _DINOV3,
 }
 
 

@@ -1,0 +1,65 @@
+"""Attention whose queries and keys are turned by the position of their patch, along y and x (2-d RoPE).
+
+Su et al. 2021, "RoFormer", section 3.2; along two axes: Simeoni et al. 2025, "DINOv3", section 3.2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from edgedetr.layers.attention import attend
+from edgedetr.layers.linear import Linear
+
+
+class RotaryPosition(nn.Module):
+    """Cosine and sine of the angles by which the halves of a head turn; tokens that are no patches do not turn.
+
+    It depends only on the shape, so deployment replaces the module by its outputs.
+    """
+
+    shape_only = True
+
+    def __init__(self, width: int, before: int, base: float = 100.0) -> None:
+        """width  channels of a head, a multiple of 4; before: tokens in front of the patches
+
+        base  the slowest of width / 4 frequencies is nearly so many times slower than the fastest
+        """
+        super().__init__()
+        self.width, self.before, self.base = width, before, base
+
+    def forward(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """shape (h, w) in patches -> cosine and sine, each [before + h * w, width], float32, on the CPU."""
+        frequencies = self.base ** -torch.arange(0, 1, 4 / self.width)  # [width / 4]
+        y, x = ((torch.arange(side) + 0.5) / side * 2 - 1 for side in shape)  # centers of the patches, -1..1
+        centers = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)  # [h * w, 2]
+        angles = (2 * math.pi * centers[:, :, None] * frequencies).flatten(1).repeat(1, 2)  # [h * w, width]
+        angles = torch.cat([torch.zeros(self.before, self.width), angles])
+        return angles.cos(), angles.sin()
+
+
+class RotaryAttention(nn.Module):
+    """softmax(q k^T / sqrt(D)) v per head among the tokens of one image, with q and k turned."""
+
+    def __init__(self, dim: int, heads: int, key_bias: bool = True) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
+        self.q, self.v, self.out = (Linear(dim, dim) for _ in range(3))
+        self.k = Linear(dim, dim, bias=key_bias)
+
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """x [B, N, C]; cosine, sine [N, C / heads] -> [B, N, C]."""
+        q, k, v = (self._split(part(x)) for part in (self.q, self.k, self.v))  # [B, M, N, D]
+        q, k = (turned(part, cosine, sine).to(v.dtype) for part in (q, k))
+        return self.out(attend(q, k, v, None, self.scale).transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The pairs of x [..., N, D], one half of the channels with the other, turned by angles [N, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat([-second, first], dim=-1) * sine
