@@ -152,6 +152,37 @@ def deformable_detr(ours: Weights, layers: int) -> Weights:
     return names
 
 
+def dino(ours: Weights, layers: int) -> Weights:
+    """IDEA-Research/DINO: one pair of heads, an attribute of every layer, of the model and of the decoder alike."""
+    names = {
+        **torchvision_resnet(ours, "backbone.0.body."),
+        "transformer.level_embed": ours["encoder.place.level"],
+        "transformer.tgt_embed.weight": ours["selector.content.weight"],
+        "label_enc.weight": ours["selector.denoising_class_embed.weight"],
+        **both("transformer.enc_output", "selector.project", ours),
+        **both("transformer.enc_output_norm", "selector.norm", ours),
+        **both("transformer.enc_out_class_embed", "selector.score", ours),
+        **mlp("transformer.enc_out_bbox_embed", "selector.box", ours),
+        **both("transformer.decoder.norm", "decoder.norm", ours),
+        **mlp("transformer.decoder.ref_point_head", "decoder.query_position.head", ours, 2),
+    }
+    level = 0
+    while f"encoder.project.{level}.0.weight" in ours:
+        for part in "01":
+            names |= both(f"input_proj.{level}.{part}", f"encoder.project.{level}.{part}", ours)
+        level += 1
+    for index in range(len({name.split(".")[2] for name in ours if name.startswith("encoder.layers.")})):
+        names |= encoder_layer(f"transformer.encoder.layers.{index}", f"encoder.layers.{index}", ours, sampled)
+    for index in range(layers):
+        names |= decoder_layer(
+            f"transformer.decoder.layers.{index}", f"decoder.layers.{index}", ours, "cross_attn", sampled, "cross self"
+        )
+        for prefix in ("", "transformer.decoder."):
+            names |= both(f"{prefix}class_embed.{index}", "decoder.boxes.score", ours)
+            names |= mlp(f"{prefix}bbox_embed.{index}", "decoder.boxes.box", ours)
+    return names
+
+
 def rt_detr(ours: Weights, version: int) -> Weights:
     """lyuwenyu/RT-DETR; version 1 numbers the parts of its projections, version 2 names them."""
     conv, norm = ("0", "1") if version == 1 else ("conv", "norm")

@@ -66,12 +66,12 @@ BEYOND = ("dynamic_detr", "sparse_rcnn")
 NOISE = 1.0  # standard deviation that the added noise alone gives to what a layer makes of inputs of deviation 1
 
 # Members whose queries' positions follow from boxes that depend on the image.
-MOVING = ("dn_detr", "deformable_detr", "efficient_detr")
+MOVING = ("dn_detr", "dino", "deformable_detr", "efficient_detr")
 
 RESIDUAL = 0.3  # scale of a ResNet block's branch
 
 # Members whose queries are the best of the image's cells.
-SELECTING = ("deformable_detr", "efficient_detr", "rt_detr")
+SELECTING = ("deformable_detr", "dino", "efficient_detr", "rt_detr")
 
 # Parameters without a gradient from predictions alone, per member, and why.
 UNUSED: dict[str, tuple[str, ...]] = {
@@ -80,6 +80,7 @@ UNUSED: dict[str, tuple[str, ...]] = {
     "dynamic_detr": ("encoder.pyramid.coarser.1.weight", "encoder.pyramid.coarser.1.bias"),
     # The class embedding of noised queries is used by training's denoising alone.
     "rt_detr": ("selector.denoising_class_embed.weight",),
+    "dino": ("selector.denoising_class_embed.weight",),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.full_precision import in_float32
 from edgedetr.layers.gate import Gate
+from edgedetr.models.cross_attention import DeformableCrossAttention
 from edgedetr.models.protocols import BoxState, BoxUpdate, CrossAttention, StatefulBoxUpdate
 from edgedetr.models.records import Memory, Outputs, Queries, with_pos_embed
 
@@ -66,6 +68,29 @@ class DecoderLayer(nn.Module):
             return joined
         content = content + self.path(read)
         return content if self.pre_norm or self.cross_norm is None else self.cross_norm(content)
+
+
+def deformable_decoder_layers(
+    count: int,
+    dim: int,
+    heads: int,
+    points: Sequence[int],
+    feedforward: Callable[[], FeedForward],
+    sampling: str = "auto",
+    dropout: float = 0.0,
+    method: str = "default",
+) -> list[nn.Module]:
+    """`count` layers whose queries sample the memory; points: samples per head in each level."""
+    return [
+        DecoderLayer(
+            MultiHeadAttention(dim, heads, dropout),
+            DeformableCrossAttention(dim, heads, points, sampling, method),
+            feedforward(),
+            dim,
+            dropout,
+        )
+        for _ in range(count)
+    ]
 
 
 def _self_attend(attention: SelfAttention, content: Tensor, queries: Queries) -> Tensor:

@@ -68,6 +68,7 @@ OWN: dict[str, dict[str, object]] = {
         "roi_samples": 1,
     },
     "sparse_rcnn": {"ffn": 256, "decoder_layers": 3, "dynamic_hidden": 24},
+    "dino": {"ffn": 256, "levels": 3, "encoder_layers": 2, "decoder_layers": 3},
     "rt_detr": {"backbone": "resnet18vd", "encoder_ffn": 256, "decoder_ffn": 256, "fusion_blocks": 1},
 }
 SIDES = {"detr": 192, "conditional_detr": 192, "dn_detr": 192}  # pixels, where not SIDE
@@ -81,6 +82,7 @@ STEPS = {
     "dynamic_detr": 300,
     "sparse_rcnn": 300,
     "rt_detr": 220,
+    "dino": 250,
 }
 
 

@@ -1,13 +1,14 @@
 """Tensor names in the checkpoints that the authors of each paper published.
 
-facebookresearch/detr, Deformable-DETR, RT-DETR versions 1 and 2, Conditional DETR, DAB-DETR and DN-DETR, Anchor DETR,
-Sparse R-CNN (detectron2's names).
+facebookresearch/detr, Deformable-DETR, RT-DETR versions 1 and 2, Conditional DETR, DAB-DETR and DN-DETR, DINO,
+Anchor DETR, Sparse R-CNN (detectron2's names).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from edgedetr.models.checkpoints.backbone_names import rename_backbone
@@ -67,6 +68,16 @@ DEFORMABLE: list[RenameRule] = [
     (r"^enc_output_norm\.", "selector.norm."),
     (r"^pos_trans\.", "selector.place."),
     (r"^pos_trans_norm\.", "selector.place_norm."),
+]
+DINO: list[RenameRule] = [
+    (r"^(?:transformer\.decoder\.)?class_embed\.\d+\.", "decoder.boxes.score."),
+    (r"^(?:transformer\.decoder\.)?bbox_embed\.\d+\.", "decoder.boxes.box."),
+    (r"^transformer\.enc_out_class_embed\.", "selector.score."),
+    (r"^transformer\.enc_out_bbox_embed\.", "selector.box."),
+    (r"^transformer\.tgt_embed\.", "selector.content."),
+    (r"^transformer\.decoder\.ref_point_head\.", "decoder.query_position.head."),
+    (r"^label_enc\.", "selector.denoising_class_embed."),
+    *DEFORMABLE,
 ]
 RT_DETR: list[RenameRule] = [
     (
@@ -181,6 +192,18 @@ def deformable_detr(weights: Mapping[str, Tensor]) -> Weights:
     """fundamentalvision/Deformable-DETR; the first norm of a decoder layer follows the cross-attention."""
     renamed = untie_heads(rename(weights, [*DEFORMABLE, *LAYER, *CROSS_FIRST]))
     return apply_to_prefix(split_packed(renamed), "backbone.", rename_backbone)
+
+
+def dino(weights: Mapping[str, Tensor]) -> Weights:
+    """IDEA-Research/DINO, one pair of heads for all layers; the first norm of a layer follows the cross-attention.
+
+    The last label vector belongs to filling, whose content is zero: their file has a row there that nothing reads.
+    """
+    renamed = split_packed(rename(weights, [*DINO, *LAYER, *CROSS_FIRST]))
+    labels = renamed.get("selector.denoising_class_embed.weight")
+    if labels is not None:
+        renamed["selector.denoising_class_embed.weight"] = torch.cat([labels[:-1], torch.zeros_like(labels[-1:])])
+    return apply_to_prefix(renamed, "backbone.", rename_backbone)
 
 
 def rt_detr(weights: Mapping[str, Tensor]) -> Weights:

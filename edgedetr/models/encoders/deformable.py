@@ -6,7 +6,7 @@ Zhu et al. 2021, "Deformable DETR", section 4.1 and A.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -51,14 +51,32 @@ class DeformableLayer(nn.Module):
         return self.feedforward_norm(tokens + self.path(self.feedforward(tokens)))
 
 
+def deformable_encoder_layers(
+    count: int,
+    dim: int,
+    heads: int,
+    points: Sequence[int],
+    feedforward: Callable[[], FeedForward],
+    sampling: str = "auto",
+    dropout: float = 0.0,
+) -> list[nn.Module]:
+    """`count` layers; points: samples per head in each level."""
+    return [
+        DeformableLayer(DeformableAttention(dim, heads, points, sampling), feedforward(), dim, dropout)
+        for _ in range(count)
+    ]
+
+
 class CellPositions(nn.Module):
     """Of every cell: the sine of its position plus a learned vector of its level, and its center in the image."""
 
     shape_only = True
 
-    def __init__(self, dim: int, levels: int) -> None:
+    def __init__(self, dim: int, levels: int, temperature: float = 10000.0, offset: float = 0.5) -> None:
+        """temperature, offset  of the sine: see SinePosition; as in Deformable DETR"""
         super().__init__()
-        self.sine, self.level = SinePosition(dim, offset=0.5), nn.Parameter(torch.randn(levels, dim))
+        self.sine = SinePosition(dim, temperature, offset)
+        self.level = nn.Parameter(torch.randn(levels, dim))
 
     def forward(
         self, like: Tensor, shapes: Shapes, padding: Sequence[Tensor] | None = None, valid: Tensor | None = None
@@ -93,9 +111,18 @@ class DeformableEncoder(nn.Module):
     """Maps of the backbone, and coarser ones made from the last of them, through deformable layers."""
 
     def __init__(
-        self, channels: Sequence[int], strides: Sequence[int], dim: int, levels: int, layers: list[nn.Module]
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        dim: int,
+        levels: int,
+        layers: list[nn.Module],
+        temperature: float = 10000.0,
+        offset: float = 0.5,
     ) -> None:
-        """channels, strides  of the backbone's maps, at most `levels`; the others come from stride-2 convolutions"""
+        """channels, strides    of the backbone's maps, at most `levels`; the others come from stride-2 convolutions
+        temperature, offset  of the cells' positions: see SinePosition
+        """
         super().__init__()
         widths, steps = list(channels), list(strides)
         self.project = nn.ModuleList()
@@ -109,7 +136,7 @@ class DeformableEncoder(nn.Module):
             if extra:
                 steps.append(2 * steps[-1])
         self.backbone_levels, self.strides = len(channels), steps[:levels]
-        self.place, self.layers = CellPositions(dim, levels), nn.ModuleList(layers)
+        self.place, self.layers = CellPositions(dim, levels, temperature, offset), nn.ModuleList(layers)
 
     def forward(self, maps: list[Tensor], padding: Tensor | None = None) -> Memory:
         """maps: one [B, C_l, H_l, W_l] per level of the backbone; padding [B, H, W] of the input image -> Memory."""

@@ -6,14 +6,10 @@ Zhu et al. 2021, "Deformable DETR: Deformable Transformers for End-to-End Object
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from torch import nn
-
 from edgedetr.errors import ModelError
-from edgedetr.layers.attention import MultiHeadAttention
-from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.models.backbones.backbone import make_backbone
@@ -23,14 +19,15 @@ from edgedetr.models.checkpoints.config_from_state_dict import Reader, StateDict
 from edgedetr.models.checkpoints.rename_rules import Layout
 from edgedetr.models.checkpoints.transformers_keys import TransformersClass
 from edgedetr.models.cross_attention import DeformableCrossAttention
-from edgedetr.models.decoder import Decoder, DecoderLayer
+from edgedetr.models.decoder import Decoder, deformable_decoder_layers
 from edgedetr.models.detector import DetrModel
-from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
+from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer, deformable_encoder_layers
 from edgedetr.models.initialization import box_size_init, packed_qkv, prior_bias_init, xavier_rule, zero_box_init
 from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig
 from edgedetr.models.queries.learned import PointQueries
 from edgedetr.models.queries.two_stage import ProposalQueries
+from edgedetr.options import LATER
 
 SIZE_LOGIT = -2.0  # width and height that every box starts from: 0.12 of the image
 
@@ -57,11 +54,15 @@ class DeformableDetrConfig(TransformerConfig):
     dropout: float = 0.1
     denoising: bool = False  # vectors for noised labels, for two_stage; not in the paper
     ffn_activation: Literal["relu", "gelu", "silu"] = "relu"
+    # A layer's loss also trains the box of the layer before; for refine (Zhang et al. 2022, "DINO", section 3.5).
+    look_forward_twice: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.two_stage and not self.refine:
             raise ModelError("model.two_stage refines the boxes it starts from; add --set model.refine=true")
+        if self.look_forward_twice and not self.refine:
+            raise ModelError("model.look_forward_twice needs boxes that every layer moves; add --set model.refine=true")
         if self.denoising and not self.two_stage:
             raise ModelError("model.denoising needs queries that start from boxes; add --set model.two_stage=true")
         if self.levels not in (1, 3, 4, 5) or self.points < 1:
@@ -80,34 +81,24 @@ def deformable_detr(config: DeformableDetrConfig, num_classes: int) -> DetrModel
     def feedforward() -> FeedForward:
         return FeedForward(c.hidden, c.ffn, c.ffn_activation, c.dropout, c.dropout)
 
-    def encoder_layer() -> nn.Module:
-        return DeformableLayer(
-            DeformableAttention(c.hidden, c.heads, points, c.sampling), feedforward(), c.hidden, c.dropout
-        )
-
-    def decoder_layer() -> nn.Module:
-        return DecoderLayer(
-            MultiHeadAttention(c.hidden, c.heads, c.dropout),
-            DeformableCrossAttention(c.hidden, c.heads, points, c.sampling),
-            feedforward(),
-            c.hidden,
-            c.dropout,
-        )
-
-    encoder = DeformableEncoder(
-        backbone.channels, backbone.strides, c.hidden, c.levels, [encoder_layer() for _ in range(c.encoder_layers)]
+    encoder_layers = deformable_encoder_layers(
+        c.encoder_layers, c.hidden, c.heads, points, feedforward, c.sampling, c.dropout
     )
+    encoder = DeformableEncoder(backbone.channels, backbone.strides, c.hidden, c.levels, encoder_layers)
     selector = (
         ProposalQueries(c.hidden, num_classes, c.queries, c.denoising)
         if c.two_stage
         else PointQueries(c.queries, c.hidden)
     )
     heads = (
-        IterativeBoxes(c.hidden, num_classes, c.decoder_layers, look_forward_twice=False)
+        IterativeBoxes(c.hidden, num_classes, c.decoder_layers, c.look_forward_twice)
         if c.refine
         else AbsoluteBoxes(c.hidden, num_classes)
     )
-    decoder = Decoder([decoder_layer() for _ in range(c.decoder_layers)], heads)
+    decoder_layers = deformable_decoder_layers(
+        c.decoder_layers, c.hidden, c.heads, points, feedforward, c.sampling, c.dropout
+    )
+    decoder = Decoder(decoder_layers, heads)
     detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
     prior_bias_init(selector, heads)
     zero_box_init(selector, heads)

@@ -10,19 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import nn
-
 from edgedetr.errors import ModelError
-from edgedetr.layers.attention import MultiHeadAttention
-from edgedetr.layers.deformable_attention import DeformableAttention
 from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.norm import Normalize
 from edgedetr.models.backbones.backbone import make_backbone
 from edgedetr.models.box_heads import IterativeBoxes
 from edgedetr.models.cross_attention import DeformableCrossAttention
-from edgedetr.models.decoder import Decoder, DecoderLayer
+from edgedetr.models.decoder import Decoder, deformable_decoder_layers
 from edgedetr.models.detector import DetrModel
-from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer
+from edgedetr.models.encoders.deformable import DeformableEncoder, DeformableLayer, deformable_encoder_layers
 from edgedetr.models.initialization import prior_bias_init, zero_box_init
 from edgedetr.models.member import Member, at
 from edgedetr.models.member_config import TransformerConfig
@@ -76,28 +72,11 @@ def efficient_detr(config: EfficientDetrConfig, num_classes: int) -> DetrModel:
     def feedforward() -> FeedForward:
         return FeedForward(c.hidden, c.ffn, "relu", c.dropout, c.dropout)
 
-    encoder = DeformableEncoder(
-        backbone.channels,
-        backbone.strides,
-        c.hidden,
-        c.levels,
-        [
-            DeformableLayer(
-                DeformableAttention(c.hidden, c.heads, points, c.sampling), feedforward(), c.hidden, c.dropout
-            )
-            for _ in range(c.encoder_layers)
-        ],
+    encoder_layers = deformable_encoder_layers(
+        c.encoder_layers, c.hidden, c.heads, points, feedforward, c.sampling, c.dropout
     )
-    layers: list[nn.Module] = [
-        DecoderLayer(
-            MultiHeadAttention(c.hidden, c.heads, c.dropout),
-            DeformableCrossAttention(c.hidden, c.heads, points, c.sampling),
-            feedforward(),
-            c.hidden,
-            c.dropout,
-        )
-        for _ in range(c.decoder_layers)
-    ]
+    encoder = DeformableEncoder(backbone.channels, backbone.strides, c.hidden, c.levels, encoder_layers)
+    layers = deformable_decoder_layers(c.decoder_layers, c.hidden, c.heads, points, feedforward, c.sampling, c.dropout)
     heads = IterativeBoxes(c.hidden, num_classes, c.decoder_layers, look_forward_twice=False)
     decoder = Decoder(layers, heads)
     selector = DenseQueries(c.hidden, num_classes, c.queries, c.first_queries, c.coordinates, c.denoising)

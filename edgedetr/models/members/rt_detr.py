@@ -22,7 +22,7 @@ from edgedetr.models.checkpoints.config_from_state_dict import StateDict, count_
 from edgedetr.models.checkpoints.rename_rules import Layout
 from edgedetr.models.checkpoints.transformers_keys import TransformersClass, three_levels
 from edgedetr.models.cross_attention import DeformableCrossAttention
-from edgedetr.models.decoder import Decoder, DecoderLayer
+from edgedetr.models.decoder import Decoder, deformable_decoder_layers
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import EncoderLayer
 from edgedetr.models.encoders.hybrid import HybridEncoder, rt_detr_fusion
@@ -108,14 +108,8 @@ def rt_detr(config: RtDetrConfig, num_classes: int) -> DetrModel:
             c.dropout,
         )
 
-    def decoder_layer() -> nn.Module:
-        return DecoderLayer(
-            MultiHeadAttention(c.hidden, c.heads, c.dropout),
-            DeformableCrossAttention(c.hidden, c.heads, c.points, c.sampling, c.method),
-            FeedForward(c.hidden, c.decoder_ffn, c.decoder_activation, c.dropout),
-            c.hidden,
-            c.dropout,
-        )
+    def feedforward() -> FeedForward:
+        return FeedForward(c.hidden, c.decoder_ffn, c.decoder_activation, c.dropout)
 
     encoder = HybridEncoder(
         backbone.channels,
@@ -126,7 +120,9 @@ def rt_detr(config: RtDetrConfig, num_classes: int) -> DetrModel:
         c.hidden,
     )
     selector = TopKQueries(c.hidden, num_classes, c.queries, c.denoising, c.learned_content)
-    layers = [decoder_layer() for _ in range(c.decoder_layers)]
+    layers = deformable_decoder_layers(
+        c.decoder_layers, c.hidden, c.heads, c.points, feedforward, c.sampling, c.dropout, c.method
+    )
     heads = IterativeBoxes(c.hidden, num_classes, c.decoder_layers)
     decoder = Decoder(layers, heads, query_position=Mlp(4, 2 * c.hidden, c.hidden, 2))
     detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
