@@ -36,6 +36,15 @@ def default_bundle(data: str | Path) -> Path:
     return RUNS / f"{folder.name}.bundle"
 
 
+def default_recipe(start: str | Path | None = None) -> str:
+    """The recipe of a training that names none: the one for the published detector `start`, else the edge default."""
+    from edgedetr.published.published_detectors import known
+    from edgedetr.recipe import DEFAULT
+
+    row = None if start is None or Path(start).exists() else known(str(start))
+    return DEFAULT if row is None or not row.recipe else row.recipe
+
+
 def train(
     data: str | Path,
     out: str | Path | None = None,
@@ -43,6 +52,7 @@ def train(
     recipe: Recipe | str | Path | None = None,
     preset: str = "",
     start: str | Path | None = None,
+    accept_license: Iterable[str] = (),
     device: str | None = None,
     sets: Iterable[str] = (),
     resume: bool = False,
@@ -53,9 +63,13 @@ def train(
 
     data       folder in COCO, YOLO or VOC layout, or its data.yaml
     out        folder of the bundle; None = runs/DATA.bundle
-    recipe     name of a shipped recipe or of a member, path of a TOML file, or a `Recipe`; None = the edge default
+    recipe     name of a shipped recipe or of a member, path of a TOML file, or a `Recipe`; None = that of a published
+               detector in `start`, else the edge default
     preset     values over the recipe: "parity" (the published training) or "strong" (much regularization); "" = none
-    start      start from a whole detector's weights: a bundle, a file, or a Hugging Face id; None = the recipe's choice
+    start      start from a whole detector's weights: a bundle, a file, a published detector (`edgedetr models
+               --published`) or a Hugging Face id; "none" = from the backbone's alone, "random" = from nothing;
+               None = the recipe's choice
+    accept_license  names of licenses whose terms the user has read and accepts: ["DINOv3"]
     device     where to train: "cpu", "cuda", "mps", or numbers of GPUs as "0,1"; None = the GPUs where there are any,
                else the CPU. Several GPUs also set train.devices
     sets       single values over recipe and preset, as `section.key=value`: ["train.epochs=30", "train.lr=2e-4"]
@@ -64,17 +78,19 @@ def train(
     progress   called while the training runs; None = silent
     Errors: RecipeError, DataError, ModelError, TrainingError (NaN, a checkpoint of another training, `out` in use).
     """
-    from edgedetr.recipe import DEFAULT, Recipe
+    from edgedetr.recipe import Recipe
     from edgedetr.training.device_choice import choose_device, with_devices
     from edgedetr.training.train import train as run
 
     chosen = choose_device(device)
     if isinstance(recipe, Recipe):
-        if preset or start is not None or tuple(sets):
+        if preset or start is not None or tuple(sets) or tuple(accept_license):
             raise UsageError("preset, start and sets change a recipe given by name or path; put them into the Recipe")
     else:
-        starts = () if start is None else (f"train.start={json.dumps(str(start))}",)
-        recipe = Recipe.load(recipe or DEFAULT, sets=(*sets, *starts), preset=preset)
+        starts = [] if start is None else [f"train.start={json.dumps(str(start))}"]
+        if accepted := list(accept_license):
+            starts.append(f"train.accept_license={json.dumps(accepted)}")
+        recipe = Recipe.load(recipe or default_recipe(start), sets=(*sets, *starts), preset=preset)
     recipe = with_devices(recipe, chosen)
     out = default_bundle(data) if out is None else out
     return run(recipe, data, out, device=chosen, resume=resume, strict=strict, progress=progress)

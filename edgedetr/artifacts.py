@@ -138,6 +138,13 @@ ARTIFACTS: tuple[Artifact, ...] = (
         "import",
         "edgedetr import SOURCE --model NAME --out {path}",
     ),
+    START := Artifact(
+        "start",
+        "results/start.json",
+        "the weights that a training started from: source, revision, digests, license, classes kept",
+        "train",
+        TRAIN,
+    ),
     VERDICT := Artifact("verdict", "results/verify.json", "the verdict on each graph", "verify", VERIFY),
     REPORT := Artifact("report", "report/index.html", "the report as one page", "report", "edgedetr report {path}"),
 )

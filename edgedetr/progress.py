@@ -12,6 +12,12 @@ Progress = Callable[[str, int, int], None]
 class TrainingProgress(Protocol):
     """What `train` calls on the main process. A class may inherit from `SilentTraining` and override one method."""
 
+    def loaded(self, text: str) -> None:
+        """Before anything else: which weights the training starts from, what stays and what starts anew, in some lines.
+
+        It is not called where a training is resumed, or starts from a backbone's weights alone.
+        """
+
     def start(self, total: int, done: int, epochs: int) -> None:
         """Before the first step: steps in all, steps done before a resume, epochs in all."""
 
@@ -31,6 +37,7 @@ class TrainingProgress(Protocol):
 class SilentTraining:
     """Reports nothing: the default of `train`."""
 
+    def loaded(self, text: str) -> None: ...
     def start(self, total: int, done: int, epochs: int) -> None: ...
     def step(self, step: int, losses: Mapping[str, float], rate: float) -> None: ...
     def evaluated(self, epoch: int, ap: float | None, ap50: float | None, best: bool) -> None: ...

@@ -131,7 +131,9 @@ class Recipe:
                     f"{where}: {name!r} is outside any section; expected [section] headers: {', '.join(known)}"
                 )
         sections = {name: dict(values) for name, values in sections.items()}
-        assigned = [_parse_set(assignment, known) for assignment in sets]
+        assigned = [_with_start_of_training(*_parse_set(assignment, known)) for assignment in sets]
+        if "start" in sections.get("model", {}):
+            sections.setdefault("train", {}).setdefault("start", sections["model"].pop("start"))
         name = next(
             (value for section, key, value in assigned[::-1] if (section, key) == ("model", "name")),
             sections.get("model", {}).get("name", "rt_detr"),
@@ -142,8 +144,12 @@ class Recipe:
             )
         for section, values in (read_preset(preset, name) if preset else {}).items():
             sections.setdefault(section, {}).update(values)  # a preset changes the recipe
+        given = {(section, key) for section, key, _ in assigned}
+        if ("model", "backbone_weights") in given and ("train", "start") not in given:
+            assigned.append(("train", "start", BACKBONE_ALONE))  # who chooses them starts from them
         for section, key, value in assigned:
             sections.setdefault(section, {})[key] = value
+        _resolve_start(sections, name, where)
         model = {key: value for key, value in sections.pop("model", {}).items() if key != "name"}
         parts: dict[str, Any] = {"model": ModelChoice(name, _build(FAMILY[name].config, model, f"{where} [model]"))}
         for part in fields(cls):
@@ -194,6 +200,40 @@ class Recipe:
             lines += [f"{key} = {_toml(item)}" for key, item in values.items() if item is not None]
             lines.append("")
         return "\n".join(lines)
+
+
+# Words for train.start that name no weights.
+BACKBONE_ALONE, NOTHING = "none", "random"
+
+
+def _with_start_of_training(section: str, key: str, value: Any) -> tuple[str, str, Any]:
+    """`model.start` is another name of `train.start`."""
+    return ("train", key, value) if (section, key) == ("model", "start") else (section, key, value)
+
+
+def _resolve_start(sections: dict[str, dict[str, Any]], member: str, where: str) -> None:
+    """Write what train.start = "none" (the backbone's weights alone) and "random" (no weights) mean into other keys.
+
+    A network of random weights needs norms that learn, no frozen stage, and one learning rate.
+    """
+    model, train = sections.get("model", {}), sections.get("train", {})
+    start = train.get("start")
+    if start not in (BACKBONE_ALONE, NOTHING):
+        return
+    train["start"] = ""
+    if start == NOTHING:
+        if model.get("backbone_weights", "random") != "random":
+            raise RecipeError(
+                f"{where}: train.start is 'random', and model.backbone_weights {shown(model['backbone_weights'])}; "
+                f"expected 'random' for both, or train.start = {BACKBONE_ALONE!r} for the backbone's weights alone"
+            )
+        known = {item.name for item in fields(FAMILY[member].config)}
+        model = sections.setdefault("model", {})
+        model["backbone_weights"] = "random"
+        for key, value in (("backbone_norm", "trainable"), ("frozen_stages", 0)):
+            if key in known:
+                model.setdefault(key, value)
+        train.setdefault("backbone_lr_factor", 1.0)
 
 
 def read_preset(preset: str, member: str) -> dict[str, dict[str, Any]]:

@@ -93,6 +93,13 @@ data_option = click.option(
 threads_option = advanced_option(
     "--threads", type=click.IntRange(1), help="CPU threads of one inference.  [default: all cores]"
 )
+license_option = advanced_option(
+    "--accept-license",
+    "--accept-licence",
+    multiple=True,
+    metavar="NAME",
+    help="Accept the terms of this license, where weights have one that not everybody may use; repeatable.",
+)
 sets_option = partial(click.option, "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from edgedetr.cli._output import say
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -33,6 +35,9 @@ class RichTrainingBar:
         self._task = self._bar.add_task("train", total=None, note="")
         self._epochs = 0
 
+    def loaded(self, text: str) -> None:
+        say(text)
+
     def start(self, total: int, done: int, epochs: int) -> None:
         self._epochs = epochs
         self._bar.update(self._task, total=total, completed=done)
@@ -55,14 +60,15 @@ class EvaluationLines:
     def __init__(self) -> None:
         self._epochs = 0
 
+    def loaded(self, text: str) -> None:
+        say(text)
+
     def start(self, total: int, done: int, epochs: int) -> None:
         self._epochs = epochs
 
     def step(self, step: int, losses: Mapping[str, float], rate: float) -> None: ...
 
     def evaluated(self, epoch: int, ap: float | None, ap50: float | None, best: bool) -> None:
-        from edgedetr.cli._output import say
-
         say(evaluation_line(epoch, self._epochs, ap, ap50, best))
 
     def finish(self) -> None: ...

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgedetr.cli._options import advanced_option, command, expect, once, sets_option
+from edgedetr.cli._options import advanced_option, command, expect, license_option, once, sets_option
 from edgedetr.cli._output import say
 from edgedetr.cli._words import merge, word_options
 
@@ -39,11 +39,13 @@ from edgedetr.cli._words import merge, word_options
     "--weights",
     "--start",
     "start",
-    metavar="BUNDLE|FILE|HUB_ID",
+    metavar="NAME|BUNDLE|FILE",
     multiple=True,
     callback=once(expect("start")),
-    help="Weights of a detector to start from.  [default: the recipe's, else a pretrained backbone]",
+    help="Weights to start from: a published detector (edgedetr models --published), a bundle, a file or a Hugging "
+    "Face id; none: a pretrained backbone; random: nothing.  [default: the recipe's]",
 )
+@license_option
 @word_options
 @click.option(
     "--device",
@@ -59,6 +61,7 @@ def train(
     recipe_name: str | None,
     preset: str,
     start: str | None,
+    accept_license: tuple[str, ...],
     device: str | None,
     sets: tuple[str, ...],
     out: Path | None,
@@ -70,14 +73,15 @@ def train(
 
     Writes a bundle: one folder with the weights, to which the other commands add their files."""
     import edgedetr
-    from edgedetr.api import default_bundle
+    from edgedetr.api import default_bundle, default_recipe
     from edgedetr.cli._training_bar import training_bar
     from edgedetr.recipe import DEFAULT, find
 
     others = {"train.start": "--start"} if start is not None else {}
     sets = merge(words, sets, others)
     if recipe_name is None:
-        say(f"recipe: {DEFAULT} (the default; choose another with --model)")
+        chosen = default_recipe(start)
+        say(f"recipe: {chosen} ({'the default; choose another with --model' if chosen == DEFAULT else f'of {start}'})")
     elif (found := find(recipe_name)).stem != recipe_name and str(found) != str(Path(recipe_name)):
         say(f"recipe: {found.stem} (of --model {recipe_name})")
     out = out or default_bundle(data)
@@ -88,6 +92,7 @@ def train(
         recipe=recipe_name,
         preset=preset,
         start=start,
+        accept_license=accept_license,
         device=device,
         sets=sets,
         resume=resume,

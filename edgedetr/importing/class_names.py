@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from edgedetr.bundle import ClassInfo
 from edgedetr.data.coco_classes import UNUSED
-from edgedetr.errors import EdgedetrError, UsageError
+from edgedetr.errors import UsageError
 from edgedetr.storage.reading import read_text
 
 
@@ -40,31 +40,6 @@ def read_names(path: Path) -> list[str]:
             "each class logit of the file, in order, `-` for one that is not used"
         )
     return names
-
-
-def config_labels(config: Mapping[str, Any], where: str, error: type[EdgedetrError]) -> list[str] | None:
-    """Names of the classes in id2label of transformers' config.json, by index; None if it has none.
-
-    Errors: `error` for labels that are not one name for each number from 0.
-    """
-    labels = config.get("id2label")
-    if labels is None:
-        return None
-    if not isinstance(labels, dict):
-        raise error(
-            f"{where}: id2label is a {type(labels).__name__}; expected a name for each class; repair or remove it, "
-            "or name the classes by --classes FILE"
-        )
-    if set(labels) != {str(index) for index in range(len(labels))}:
-        raise error(
-            f"{where}: id2label has {len(labels)} entries, which are not those from 0 to {len(labels) - 1}; repair it, "
-            "or name the classes by --classes FILE and move it away"
-        )
-    listed = [labels[str(index)] for index in range(len(labels))]
-    for name in listed:
-        if not isinstance(name, (str, int, float)) or isinstance(name, bool):
-            raise error(f"{where}: id2label holds a {type(name).__name__}; expected names")
-    return [str(name) for name in listed]
 
 
 def class_columns(

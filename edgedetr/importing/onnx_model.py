@@ -22,7 +22,7 @@ from edgedetr.data.coco_classes import UNUSED
 from edgedetr.data.layouts import load, splits
 from edgedetr.errors import DataError, ExportError, UsageError, first_line
 from edgedetr.importing import io_contract, surgery
-from edgedetr.importing.class_names import ClassColumns, class_columns, config_labels, read_names
+from edgedetr.importing.class_names import ClassColumns, class_columns, read_names
 from edgedetr.importing.disambiguation import DECISIVE_AP, Clues, LabeledImages, resolve_ambiguity
 from edgedetr.importing.image_processor import PROCESSOR, find_processor, read_processor, unsupported
 from edgedetr.importing.import_options import ImportOptions, Normalization, default_normalization
@@ -41,6 +41,7 @@ from edgedetr.importing.source_model import (
     probe_images,
     select_classes,
 )
+from edgedetr.models.checkpoints.transformers_config import config_labels
 from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX, check_graph, model_metadata
 from edgedetr.onnx_graph.fold import fold
 from edgedetr.onnx_graph.fp32 import remove_redundant_casts

@@ -22,13 +22,13 @@ from edgedetr.data import layouts
 from edgedetr.data.coco_classes import COCO, UNUSED, coco_classes
 from edgedetr.data.detection_set import without_empty_classes
 from edgedetr.errors import DataError, ModelError
-from edgedetr.importing.class_names import config_labels, read_names
+from edgedetr.importing.class_names import read_names
 from edgedetr.importing.image_processor import find_processor, preprocessing_of
 from edgedetr.importing.import_options import ImportOptions
 from edgedetr.models import build, member
 from edgedetr.models.checkpoints import conversion, pretrained
 from edgedetr.models.checkpoints.config_from_state_dict import config_from_state_dict, num_classes
-from edgedetr.models.checkpoints.transformers_config import TransformersConfig
+from edgedetr.models.checkpoints.transformers_config import TransformersConfig, config_labels
 from edgedetr.models.checkpoints.weight_source import WeightSource
 from edgedetr.models.deploy import DeployGraph
 from edgedetr.models.member import Member

@@ -120,7 +120,10 @@ class _Part:
 class LengthConfig(_Part):
     """What a training starts from, and how long it is."""
 
-    start: str = ""  # weights of a whole detector: a bundle, file or hub name; "" = only the backbone's
+    # Weights of a whole detector: a bundle, a file, a published detector or an id on the hub; "" or "none" = only the
+    # backbone's, "random" = no weights.
+    start: str = ""
+    accept_license: tuple[str, ...] = field(default=(), metadata=LATER)  # of the weights, where its terms bind the user
     epochs: int = 72  # RT-DETR, 6x schedule
     minutes: float = 0.0  # fewer epochs where they would take longer than this here; 0 = all of them
     batch: int = 16  # images per step over all devices (RT-DETR: 4 on each of 4)

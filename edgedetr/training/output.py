@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edgedetr.artifacts import WEIGHTS
+from edgedetr.artifacts import START, WEIGHTS
 from edgedetr.bundle import Bundle, ClassInfo, DataRecord, Manifest, OutputContract
 from edgedetr.data.detection_set import DataConfig, DetectionSet
 from edgedetr.errors import TrainingError
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 FOLDER = "train"  # of the bundle; not needed on the device
 CHECKPOINT = "last.safetensors"
 METRICS = "metrics.jsonl"
+START_RECORD = "start.json"  # what the training started from, until the bundle has it
 SCHEMA = 2  # of a checkpoint; 1 had no digest and is still read
 DECISIVE_SECTIONS = ("model", "input", "data", "train", "augment")  # of a recipe: they determine the weights
 
@@ -283,6 +284,10 @@ class BundleWriter:
         recipe.to_bundle(bundle, stage="train")
         with bundle.add(WEIGHTS.file, stage=WEIGHTS.step, made_from=WEIGHTS.made_from) as path:
             save_file({name: value.contiguous() for name, value in merged(self.model).state_dict().items()}, path)
+        started = self.out / FOLDER / START_RECORD
+        if started.is_file() and not bundle.has(START.file):
+            with bundle.add(START.file, stage=START.step) as path:
+                path.write_bytes(read_bytes(started, TrainingError))
 
     def finish(self) -> None:
         """Write the recipe as it is now: settings that do not determine the weights may have changed since `write`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,12 +24,14 @@ from edgedetr.models.deploy import DeployGraph
 from edgedetr.progress import TrainingProgress
 from edgedetr.recipe import Recipe
 from edgedetr.runtime.postprocess import Detections
+from edgedetr.storage.atomic import atomic_write
 from edgedetr.training.criterion import Losses
 from edgedetr.training.data.dataset import Batch, Splits, TrainingSet, batches, draw_sizes, epoch_order, pad
 from edgedetr.training.optimizer import BATCH_NORMS, Ema, Schedule, adamw, set_lr
 from edgedetr.training.output import (
     CHECKPOINT,
     FOLDER,
+    START_RECORD,
     BundleWriter,
     MetricsLog,
     TrainState,
@@ -37,6 +39,7 @@ from edgedetr.training.output import (
     load_checkpoint,
     save_checkpoint,
 )
+from edgedetr.training.start_weights import Start
 from edgedetr.training.teacher import load_teacher, teacher_digest
 from edgedetr.training.training_module import TrainingModule, build_model, seed_step
 from edgedetr.training.validator import Validator
@@ -64,12 +67,21 @@ class Learner:
 
     load_weights  load pretrained weights; False where a checkpoint replaces all weights
     fabric        devices and precision; its fp16 gradient scaler is shared by all learners of a process
+    on_start      called with what was loaded of a whole detector
     """
 
-    def __init__(self, recipe: Recipe, classes: tuple[ClassInfo, ...], fabric: Fabric, *, load_weights: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        classes: tuple[ClassInfo, ...],
+        fabric: Fabric,
+        *,
+        load_weights: bool,
+        on_start: Callable[[Start], None] | None = None,
+    ) -> None:
         self.config, self.fabric = recipe.train, fabric
         seed_step(self.config.seed, 0, 0)  # the same initial weights in every process
-        self.model = build_model(recipe, classes, load_weights=load_weights)
+        self.model = build_model(recipe, classes, load_weights=load_weights, on_start=on_start)
         self.model.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
         teacher = None
         if self.config.teacher:
@@ -160,7 +172,7 @@ class Trainer:
                 splits.config.verify_split,
             )
         classes = splits.train.classes
-        self.learner = Learner(recipe, classes, fabric, load_weights=self.fresh)
+        self.learner = Learner(recipe, classes, fabric, load_weights=self.fresh, on_start=self._loaded)
         contract, output = recipe.input.contract(), OutputContract(recipe.model.config.activation)
         DeployGraph(self.learner.model, contract.height, contract.width)  # a model that cannot be deployed fails now
         self.images = TrainingSet(
@@ -181,6 +193,13 @@ class Trainer:
         steps_per_epoch = max(len(splits.train) // config.batch, 1)
         self.schedule = Schedule(config, config.epochs, steps_per_epoch, recipe.augment)
         self.state = TrainState()
+
+    def _loaded(self, start: Start) -> None:
+        """Say what was loaded, and record it beside the checkpoint for the bundle."""
+        if self.fabric.is_global_zero:
+            self.progress.loaded(start.describe())
+            with atomic_write(self.checkpoint.parent / START_RECORD) as path:
+                start.write(path)
 
     def resume(self) -> None:
         """Load the checkpoint. Errors: TrainingError."""

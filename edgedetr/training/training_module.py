@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgedetr.artifacts import WEIGHTS
-from edgedetr.bundle import MANIFEST, Bundle, ClassInfo
+from edgedetr.bundle import ClassInfo
 from edgedetr.errors import ModelError, TrainingError
 from edgedetr.layers import drop_path, lora
 from edgedetr.models import build, member
@@ -24,6 +22,7 @@ from edgedetr.training.config import TrainConfig
 from edgedetr.training.criterion import Criterion
 from edgedetr.training.data.dataset import PaddedTargets
 from edgedetr.training.distillation import distillation_loss
+from edgedetr.training.start_weights import Start, load_start
 from edgedetr.training.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -77,17 +76,27 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
-def build_model(recipe: Recipe, classes: tuple[ClassInfo, ...], *, load_weights: bool) -> DetrModel:
+def build_model(
+    recipe: Recipe,
+    classes: tuple[ClassInfo, ...],
+    *,
+    load_weights: bool,
+    on_start: Callable[[Start], None] | None = None,
+) -> DetrModel:
     """The recipe's model in training mode, with frozen parts, adapters and stochastic depth as the recipe asks.
 
     load_weights  load pretrained weights; False where a checkpoint replaces all of them
+    on_start      called with what was loaded of a whole detector
     Errors: ModelError, TrainingError where nothing would learn.
     """
     config = recipe.train
     model = build(recipe.model.name, recipe.model.config, len(classes))
     reinitialized: tuple[str, ...] = ()
     if load_weights and config.start:
-        reinitialized = _load_detector(model, recipe, config.start, [item.name for item in classes])
+        start = load_start(model, recipe, [item.name for item in classes])
+        reinitialized = start.loaded.fresh
+        if on_start is not None:
+            on_start(start)
     elif load_weights:
         pretrained.load_backbone(model, recipe.model.config)
     if config.drop_path:
@@ -139,32 +148,3 @@ def freeze(model: nn.Module, patterns: tuple[str, ...], but: tuple[str, ...] = (
     for name, parameter in model.named_parameters():
         if any(fnmatchcase(name, p) for p in patterns) and not any(fnmatchcase(name, p) for p in but):
             parameter.requires_grad_(False)
-
-
-def _load_detector(model: DetrModel, recipe: Recipe, source: str, classes: list[str]) -> tuple[str, ...]:
-    """Load the weights of a whole detector: from a bundle (class rows by name), a file or a name on the hub.
-
-    return  names of the tensors that were reinitialized for at least one class
-    """
-    name = recipe.model.name
-    if not (Path(source) / MANIFEST).is_file():
-        return pretrained.load_detector(model, name, source, recipe.model.config).fresh
-    bundle = Bundle.open(source)
-    if bundle.manifest.model != name:
-        raise ModelError(f"{source} holds a {bundle.manifest.model}; expected a {name}, or another --recipe")
-    path = bundle.require(WEIGHTS.file)
-    theirs = [item.name for item in bundle.manifest.classes]
-    if theirs == classes:
-        pretrained.load_weights(model, pretrained.read_weights(str(path)), str(path))
-        return ()
-    rows = pretrained.rows_by_name(theirs, classes)
-    loaded = pretrained.load_weights(model, pretrained.read_weights(str(path)), str(path), rows)
-    kept = [own for own, row in zip(classes, rows) if row is not None]
-    fresh = [own for own, row in zip(classes, rows) if row is None]
-    log.warning(
-        "%s: class rows kept by name: %s; reinitialized: %s",
-        source,
-        ", ".join(kept) or "none",
-        ", ".join(fresh) or "none",
-    )
-    return loaded.fresh if fresh else ()

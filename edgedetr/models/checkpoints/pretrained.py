@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edgedetr.data.coco_classes import coco_classes
 from edgedetr.errors import ModelError
 from edgedetr.layers.patch_embedding import PatchPosition
 from edgedetr.models.backbones.dinov3 import SpatialTuning
@@ -18,10 +19,12 @@ from edgedetr.models.backbones.vit import VitPyramid
 from edgedetr.models.backbones.vit_designs import ROTARY_DESIGNS
 from edgedetr.models.backbones.windowed_vit import WindowedVit
 from edgedetr.models.checkpoints import conversion
+from edgedetr.models.checkpoints.config_from_state_dict import num_classes
 from edgedetr.models.checkpoints.rename_rules import IGNORED
 from edgedetr.models.checkpoints.transformers_config import (
     TransformersConfig,
     check_backbone_config,
+    config_labels,
     read_config,
     read_json_object,
 )
@@ -48,35 +51,102 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """Number of tensors that were copied, and names of those newly initialized because the classes differ."""
+    """What was loaded.
+
+    tensors         number of tensors that were copied
+    fresh           names of those newly initialized, in whole or in rows, because the classes differ
+    kept_classes    classes whose rows of the class heads were found by name; empty where no names are known
+    fresh_classes   the other classes, likewise
+    """
 
     source: str
     tensors: int
     fresh: tuple[str, ...] = ()
+    kept_classes: tuple[str, ...] = ()
+    fresh_classes: tuple[str, ...] = ()
 
 
-def load_detector(detector: DetrModel, member: str, source: str, config: Any = None) -> LoadedWeights:
-    """Load pretrained weights of a whole detector; class heads stay newly initialized if the number of classes differs.
+def load_detector(
+    detector: DetrModel,
+    member: str,
+    source: str | WeightSource,
+    config: Any = None,
+    classes: Sequence[str] | None = None,
+) -> LoadedWeights:
+    """Load pretrained weights of a whole detector.
 
-    config   of the detector; if given, a config.json next to the weights must agree with it
+    config    of the detector; if given, a config.json next to the weights must agree with it
+    classes   names of the detector's classes: rows of the class heads are kept by name, where the weights' classes are
+              known; else they stay newly initialized if the number of classes differs
 
     Errors: ModelError for weights that do not fit, and for a config.json that does not agree.
     """
-    origin = WeightSource(source)
+    origin = WeightSource(source) if isinstance(source, str) else source
     weights = origin.weights()
-    translated = conversion.translate(member, weights, source)
-    if config is not None and conversion.layout_of(member, weights, source).startswith("transformers"):
+    translated = conversion.translate(member, weights, origin.source)
+    stored = None
+    if config is not None and conversion.layout_of(member, weights, origin.source).startswith("transformers"):
         stored = transformers_config_of(origin, member)
         for name, value in stored.values.items() if stored else ():
             ours = getattr(config, name, value)
             if ours != value and name == "queries":  # of selected queries, a training may use fewer
-                log.warning("%s: its model has %s queries, and this one %s", source, value, ours)
+                log.warning("%s: its model has %s queries, and this one %s", origin.source, value, ours)
             elif ours != value:
                 raise ModelError(
-                    f"{stored.where if stored else source}: its model has {name} = {value!r}, and this one "
+                    f"{stored.where if stored else origin.source}: its model has {name} = {value!r}, and this one "
                     f"{ours!r}; use --set model.{name}={str(value).lower()}"
                 )
-    return load_weights(detector, translated, source)
+    theirs = None if classes is None or config is None else class_names(origin, stored, translated, config.activation)
+    if classes is None or theirs is None:
+        return load_weights(detector, translated, origin.source)
+    return load_by_name(detector, translated, origin.source, theirs, classes)
+
+
+def load_by_name(
+    detector: DetrModel, weights: Mapping[str, Tensor], source: str, theirs: Sequence[str], ours: Sequence[str]
+) -> LoadedWeights:
+    """Copy the tensors of a detector of the classes `theirs` into one of `ours`: rows of the class heads by name.
+
+    Errors: as `load_weights`.
+    """
+    rows = rows_by_name(theirs, ours)
+    loaded = load_weights(detector, weights, source, None if list(theirs) == list(ours) else rows)
+    return replace(
+        loaded,
+        fresh=loaded.fresh if None in rows else (),
+        kept_classes=tuple(name for name, row in zip(ours, rows) if row is not None),
+        fresh_classes=tuple(name for name, row in zip(ours, rows) if row is None),
+    )
+
+
+def class_names(
+    origin: WeightSource, stored: TransformersConfig | None, weights: Mapping[str, Tensor], activation: str
+) -> list[str] | None:
+    """Names of the rows of the class heads: of the published detector, else of config.json; None where nothing says.
+
+    weights   under our names
+
+    Errors: ModelError where there are more or fewer rows than names.
+    """
+    row = origin.published
+    count = num_classes(weights, activation)
+    if row is not None:
+        coco = coco_classes(80 if row.classes == "coco80" else 91) or []
+        if count != len(coco):
+            raise ModelError(
+                f"{origin.source}: its class head has {count} rows, and that of {row.name} {len(coco)}; expected the "
+                "published weights: name a file of other weights by its path"
+            )
+        return [name for _, name in coco]
+    labels = None if stored is None else config_labels(stored.raw, stored.where, ModelError)
+    if labels is None or labels == [f"LABEL_{index}" for index in range(len(labels))]:
+        return None
+    if len(labels) != count:
+        raise ModelError(
+            f"{stored.where if stored else origin.source}: id2label has {len(labels)} entries; expected one for each "
+            f"of the class head's {count} rows"
+        )
+    return labels
 
 
 def transformers_config_of(origin: WeightSource, member: str) -> TransformersConfig | None:
@@ -195,9 +265,10 @@ def _compare(
     ]
     lacking, extra = set(own) - set(weights), set(weights) - set(own)
     if lacking or extra or shapes:
+        other = ", or start from a backbone alone: --start none" if isinstance(module, DetrModel) else ""
         raise ModelError(
             f"{source} does not fit this model: {_list('missing', lacking)}{_list('left over', extra)}"
-            f"{_list('of another size', shapes)}expected the same architecture; check the [model] section"
+            f"{_list('of another size', shapes)}expected the same architecture; check the [model] section{other}"
         )
     _check_values(weights, source)
     return own, weights, fresh

@@ -161,6 +161,31 @@ def read_json_object(path: Path, error: type[EdgedetrError]) -> dict[str, Any]:
     return content
 
 
+def config_labels(config: Mapping[str, Any], where: str, error: type[EdgedetrError]) -> list[str] | None:
+    """Names of the classes in id2label of transformers' config.json, by index; None if it has none.
+
+    Errors: `error` for labels that are not one name for each number from 0.
+    """
+    labels = config.get("id2label")
+    if labels is None:
+        return None
+    if not isinstance(labels, dict):
+        raise error(
+            f"{where}: id2label is a {type(labels).__name__}; expected a name for each class; repair or remove it, "
+            "or name the classes by --classes FILE"
+        )
+    if set(labels) != {str(index) for index in range(len(labels))}:
+        raise error(
+            f"{where}: id2label has {len(labels)} entries, which are not those from 0 to {len(labels) - 1}; repair it, "
+            "or name the classes by --classes FILE and move it away"
+        )
+    listed = [labels[str(index)] for index in range(len(labels))]
+    for name in listed:
+        if not isinstance(name, (str, int, float)) or isinstance(name, bool):
+            raise error(f"{where}: id2label holds a {type(name).__name__}; expected names")
+    return [str(name) for name in listed]
+
+
 def read_config(raw: Mapping[str, Any], member: str, where: str) -> TransformersConfig:
     """Check and read every key of a member's config.json.
 

@@ -1,8 +1,7 @@
-"""A source of pretrained weights: a file, a folder, or a model on the Hugging Face hub, at one revision."""
+"""A source of pretrained weights: a file, a folder, a published detector, or a model on the hub at one revision."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,64 +10,137 @@ from torch import Tensor
 from edgedetr.errors import ModelError
 from edgedetr.models.checkpoints import weight_files
 from edgedetr.models.checkpoints.weight_files import NAMES
-from edgedetr.packages import missing
+from edgedetr.progress import Progress
+from edgedetr.published import hub_files
+from edgedetr.published.address_files import address_file
+from edgedetr.published.hub_files import NotHere
+from edgedetr.published.published_detectors import LISTED, known, nearest
 from edgedetr.storage.digests import digest
 
-log = logging.getLogger(__name__)
-
-SCRATCH = "--set model.backbone_weights=random --set model.backbone_norm=trainable --set model.frozen_stages=0"
+SCRATCH = "--start random"
+CONFIGURATIONS = ("config.json", "preprocessor_config.json", "processor_config.json")
 
 
 class WeightSource:
     """Weights, and the files next to them.
 
-    revision   commit on the hub of all files; "" for files on disk
+    published  the detector of the table of published ones; None for other weights
+    revision   commit on the hub of all files; "" for other files
     files      every file that was read for the weights, by name
-    notes      which weights were read, if a file holds several sets
+    notes      which weights were read, if a file holds several sets, or the cache another revision
+    cache      the folder to look in and to download to; None = the hub's own cache
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *, cache: Path | None = None, progress: Progress | None = None) -> None:
         self.source, self.path = source, Path(source)
         self.revision = ""
         self.notes: list[str] = []
         self.files: dict[str, Path] = {}
+        self._cache, self._progress = cache, progress
         try:
             self.on_disk = self.path.exists()
         except (OSError, ValueError) as error:  # a name that no file system takes
             raise ModelError(f"{source!r:.80}: no file and no name on the hub ({error})") from error
-        if not self.on_disk and (
+        self.published = None if self.on_disk else known(source)
+        if self.on_disk or self.published is not None:
+            return
+        if (
             self.path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".json")
             or self.path.suffix in weight_files.NOT_WEIGHTS
             or self.path.is_absolute()
         ):
             raise ModelError(f"{self.path}: no such file; expected weights there, or train from scratch: {SCRATCH}")
+        if source.count("/") != 1:
+            raise ModelError(
+                f"{source!r:.200}: no such file or bundle, and no published detector{nearest(source)}; they are listed "
+                f"by: {LISTED}"
+            )
 
     def weights(self) -> dict[str, Tensor]:
         """All tensors. Errors: ModelError for a file that holds no tensors, or that cannot be read or downloaded."""
-        path = self._main()
-        if path.name.endswith(".index.json"):
-            parts = {name: self._part(path, name) for name in weight_files.shards(path)}
-            self.files = {path.name: path, **parts}
-            return weight_files.read_shards(path, parts)
-        self.files = {path.name: path}
-        return weight_files.load(path, self.notes)
+        return weight_files.read_shards(*self._shards()) if self._is_sharded() else self._load()
+
+    def download(self) -> None:
+        """Bring all files into the cache without reading the tensors. Errors: ModelError."""
+        if self._is_sharded():
+            self._shards()
+        if self.on_hub:
+            for name in CONFIGURATIONS:
+                self.file_next_to(name)
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the files are those of a model on the hub."""
+        return not self.on_disk and (self.published is None or bool(self.published.hub))
 
     def file_next_to(self, name: str) -> Path | None:
         """Another file of the same folder or revision; None if it does not exist."""
         if self.on_disk:
             found = (self.path if self.path.is_dir() else self.path.parent) / name
             return found if found.is_file() else None
-        return self._download(name)
+        if not self.on_hub:
+            return None
+        try:
+            return self._download(name)
+        except ModelError as error:
+            # The table of published detectors has what the configuration of an image processor says.
+            if self.published is not None and isinstance(error.__cause__, NotHere) and name != "config.json":
+                return None
+            raise
 
     def record(self) -> dict[str, Any]:
         """The origin of the weights, for the bundle: source, revision and the SHA-256 of every weight file."""
         # A path describes this machine rather than the weights, so a bundle gets the file name only.
-        source = self.path.name if self.on_disk else self.source
-        return {
-            "source": source,
+        about: dict[str, Any] = {
+            "source": self.path.name if self.on_disk else self.source,
             "revision": self.revision or None,
             "files": {name: digest(path) for name, path in self.files.items()},
         }
+        if (row := self.published) is not None:
+            about |= {
+                "published": row.name,
+                "where": row.where,
+                "license": row.license.name,
+                "terms": row.license.terms,
+            }
+        return about
+
+    def _is_sharded(self) -> bool:
+        """Find the weight file, and say whether it is an index of several."""
+        path = self._main()
+        self.files = {path.name: path}
+        self._check_digest(path)
+        return path.name.endswith(".index.json")
+
+    def _load(self) -> dict[str, Tensor]:
+        (path,) = self.files.values()
+        try:
+            return weight_files.load(path, self.notes)
+        except ModelError as error:
+            if self.on_disk or self.published is None:
+                raise
+            raise ModelError(
+                f"{error}; if the file is damaged, remove it, then run: edgedetr fetch {self.published.name}"
+            ) from error
+
+    def _shards(self) -> tuple[Path, dict[str, Path]]:
+        """The index, and the files that it names."""
+        (index,) = self.files.values()
+        parts = {name: self._part(index, name) for name in weight_files.shards(index)}
+        self.files = {index.name: index, **parts}
+        return index, parts
+
+    def _check_digest(self, path: Path) -> None:
+        """Errors: ModelError for a file that is not the one of the table of published detectors."""
+        row = self.published
+        if row is None or not row.sha256 or (self.on_hub and self.revision != row.revision):
+            return  # of another revision, nothing is known
+        found = digest(path)
+        if not found.startswith(row.sha256):
+            raise ModelError(
+                f"{path}: its sha256 is {found}, and that of {row.name} is {row.sha256} ({row.pinned}): it is damaged, "
+                f"incomplete or another file; remove it, then run: edgedetr fetch {row.name}"
+            )
 
     def _main(self) -> Path:
         if self.on_disk:
@@ -76,6 +148,8 @@ class WeightSource:
             if not path.is_file():
                 raise ModelError(f"{path}: not a plain file; expected weights")
             return path
+        if self.published is not None and not self.on_hub:
+            return address_file(self.published, self._cache, self._progress)
         for name in NAMES:
             found = self._download(name)
             if found is not None:
@@ -97,46 +171,27 @@ class WeightSource:
 
     def _download(self, file: str) -> Path | None:
         """A file of a model on the hub; None if the hub has no such file."""
+        row = self.published
+        repo = self.source if row is None else row.hub
+        cache = self._cache or hub_files.hub_cache()
         try:
-            from huggingface_hub import constants, hf_hub_download
-            from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
-        except ImportError as error:
-            raise ModelError(
-                f"{self.source} is no file here but a name on the Hugging Face hub, and "
-                f"{missing('huggingface_hub', error)}; or train from scratch: {SCRATCH}"
-            ) from error
-        if not constants.ENDPOINT.startswith("https://"):
-            raise ModelError(
-                f"HF_ENDPOINT is {constants.ENDPOINT}; expected https://: over http, anybody on the way "
-                "could read the token and replace the weights"
+            found = hub_files.hub_file(
+                repo, file, self.revision or self._first_revision(repo, cache), cache, self._progress
             )
-        try:
-            path = Path(hf_hub_download(self.source, file, revision=self.revision or None))
-        except LocalEntryNotFoundError as error:
-            if _known_missing(self.source, file, self.revision):
-                return None
-            raise self._unreachable(file, error) from error
-        except EntryNotFoundError:
-            log.info("%s has no %s", self.source, file)
-            return None
-        except Exception as error:  # offline, no such name, no access: the hub client's and its transport's own kinds
-            raise self._unreachable(file, error) from error
-        parts = path.parts
-        self.revision = parts[len(parts) - 1 - parts[::-1].index("snapshots") + 1] if "snapshots" in parts else ""
-        return path
+        except NotHere as error:
+            raise ModelError(hub_files.advice(self.source, repo, file, str(error), cache)) from error
+        self.revision = found.commit or self.revision
+        return found.path
 
-    def _unreachable(self, file: str, error: Exception) -> ModelError:
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        return ModelError(
-            f"weights {self.source!r}: {file} could not be downloaded "
-            f"({type(error).__name__}: {reason}); go online once, name a .safetensors file, or train "
-            f"from scratch: {SCRATCH}"
-        )
-
-
-def _known_missing(source: str, file: str, revision: str) -> bool:
-    """Whether the cache has recorded, when it was last online, that the hub has no such file."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(source, file, revision=revision or None)
-    return found is not None and not isinstance(found, str)
+    def _first_revision(self, repo: str, cache: Path) -> str:
+        """The commit that the table names; "" for the newest, and where the cache has another one and nothing can be
+        downloaded."""
+        row = self.published
+        if row is None or not row.revision or hub_files.has_commit(repo, row.revision, cache):
+            return row.revision if row else ""
+        if hub_files.has_commit(repo, hub_files.MAIN, cache) and (reason := hub_files.why_offline()):
+            note = f"{repo}: the cache has another commit than the table ({row.revision:.8}), which is taken ({reason})"
+            if note not in self.notes:
+                self.notes.append(note)
+            return ""
+        return row.revision

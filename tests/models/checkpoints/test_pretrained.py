@@ -20,6 +20,7 @@ from edgedetr.models.checkpoints.pretrained import load_backbone, load_detector,
 from edgedetr.models.deploy import load_bundle_model
 from edgedetr.models.members.detr import DetrConfig
 from edgedetr.models.members.rt_detr import RtDetrConfig
+from edgedetr.published import hub_files
 
 TINY = {"hidden": 32, "heads": 4, "encoder_ffn": 48, "decoder_ffn": 48, "decoder_layers": 1, "queries": 5}
 
@@ -171,17 +172,21 @@ def test_whatever_does_not_fit_is_listed() -> None:
         load_weights(detector, weights, "file")
 
 
-def test_offline_the_error_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_error_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
 
     def unreachable(*args: object, **options: object) -> str:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_files, "why_offline", lambda: "")
     config = DetrConfig(backbone="resnet18")
     with torch.device("meta"):
         detector = build("detr", config, 3)
-    with pytest.raises(ModelError, match=r"no route to host.*--set model.backbone_weights=random"):
+    with pytest.raises(
+        ModelError, match=r"no route to host.*edgedetr fetch timm/resnet18.tv_in1k --to DIR.*--start random"
+    ):
         load_backbone(detector, config)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModelError, match="pip install huggingface-hub"):
@@ -191,7 +196,7 @@ def test_offline_the_error_names_the_way_out(monkeypatch: pytest.MonkeyPatch) ->
 def test_random_loads_nothing_and_a_narrow_backbone_has_no_published_weights() -> None:
     narrow = RtDetrConfig(backbone_width=0.25, **TINY)
     detector = build("rt_detr", narrow, 3)
-    with pytest.raises(ModelError, match=r"no published weights for resnet18vd at width 0.25; .*weights=random"):
+    with pytest.raises(ModelError, match=r"no published weights for resnet18vd at width 0.25; .*--start random"):
         load_backbone(detector, narrow)
     assert load_backbone(detector, RtDetrConfig(backbone_weights="random", backbone_width=0.25, **TINY)) is None
 

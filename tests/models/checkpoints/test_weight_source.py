@@ -138,7 +138,9 @@ def test_a_configuration_that_could_not_be_looked_up_is_not_taken_for_none(
     cache.add("model.safetensors", weights)
     origin = WeightSource(NAME)
     origin.weights()
-    with pytest.raises(ModelError, match=r"config.json could not be downloaded.*go online once"):
+    with pytest.raises(
+        ModelError, match=r"config.json is not on this machine.*edgedetr fetch someone/small-detr --to DIR"
+    ):
         origin.file_next_to("config.json")
     cache.missing("config.json")
     assert origin.file_next_to("config.json") is None
@@ -146,6 +148,6 @@ def test_a_configuration_that_could_not_be_looked_up_is_not_taken_for_none(
 
 def test_an_endpoint_without_encryption_is_refused_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://mirror.example")
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: pytest.fail("it was asked"))
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda *_, **__: pytest.fail("it was asked"))
     with pytest.raises(ModelError, match=r"HF_ENDPOINT is http://mirror.example; expected https://.*token"):
         WeightSource(NAME).weights()
