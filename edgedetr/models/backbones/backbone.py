@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from edgedetr.errors import ModelError, did_you_mean
 from edgedetr.models.backbones import dinov3, hgnetv2, resnet, vit
+from edgedetr.models.backbones.vit_designs import DESIGNS
 from edgedetr.options import LATER
 
 NAMES = (*resnet.NAMES, *hgnetv2.NAMES, *vit.NAMES, *dinov3.NAMES)
@@ -46,6 +47,11 @@ def make_backbone(
     dilate_last  C5 of a ResNet at stride 16 (DC5)
     """
     name, width = config.backbone, config.backbone_width
+    if name in DESIGNS:
+        raise ModelError(
+            f"model.backbone {name} has the maps of several blocks at one stride, which rf_detr and lw_detr read; "
+            f"expected one of {', '.join(NAMES)}"
+        )
     if name not in NAMES:
         raise ModelError(f"model.backbone is {name!r}; expected one of {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
     if name not in (*vit.NAMES, *dinov3.NAMES) and config.layer_scale:

@@ -166,7 +166,12 @@ def load_backbone(detector: DetrModel, config: Any) -> LoadedWeights | None:
             f"use model.backbone_weights=FILE, or train from scratch: {SCRATCH}"
         )
     if source == "auto":
-        if config.backbone_width != 1 or config.backbone not in PRETRAINED_BACKBONES:
+        if config.backbone not in PRETRAINED_BACKBONES:
+            raise ModelError(
+                f"no published weights for {config.backbone} alone; start from a whole detector, use "
+                f"model.backbone_weights=FILE, or train from scratch: {SCRATCH}"
+            )
+        if config.backbone_width != 1:
             raise ModelError(
                 f"no published weights for {config.backbone} at width {config.backbone_width}; "
                 f"use model.backbone_width=1, or train from scratch: {SCRATCH}"

@@ -224,6 +224,8 @@ def test_published_dinov2_weights_start_a_backbone_of_another_grid_and_fewer_blo
     auto = replace(ours, backbone_weights="auto", backbone_width=1.0, backbone_patch=16)
     with pytest.raises(ModelError, match="no published weights for dinov2_small with patches of 16 px"):
         load_backbone(detector, auto)
+    with pytest.raises(ModelError, match="no published weights for lw_vit_tiny alone; start from a whole detector"):
+        load_backbone(detector, replace(auto, backbone="lw_vit_tiny"))
 
 
 def test_a_table_that_is_no_square_grid_is_left_for_the_comparison() -> None:
@@ -275,6 +277,11 @@ def test_the_learning_rate_falls_from_block_to_block_and_quarters_freeze() -> No
 def test_what_cannot_be_built_says_why(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message), torch.device("meta"):
         make_windowed_backbone(WindowedVitConfig(**changes))
+
+
+def test_another_member_says_whose_backbone_it_is() -> None:
+    with pytest.raises(ModelError, match="dinov2_small .* which rf_detr and lw_detr read; expected one of resnet18"):
+        build("detr", replace(SMALL["detr"], backbone="dinov2_small"), CLASSES)
 
 
 def test_a_number_out_of_range_is_refused() -> None:

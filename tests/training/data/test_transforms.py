@@ -13,7 +13,7 @@ from edgedetr.bundle import ClassInfo, InputContract
 from edgedetr.data.detection_set import DetectionSet, Sample
 from edgedetr.runtime.preprocess import resize
 from edgedetr.training.config import AugmentConfig
-from edgedetr.training.data.dataset import SampleKey, TrainingSet, batches, epoch_order, load
+from edgedetr.training.data.dataset import SampleKey, TrainingSet, batches, draw_sizes, epoch_order, load
 from edgedetr.training.data.transforms import SourceImage, augment, recolor
 
 STILL = AugmentConfig(flip_horizontal=0, crop=0, zoom_out=0, scale_jitter=0, color=0)
@@ -153,6 +153,14 @@ def test_crowd_regions_are_not_learned(rendered):
     config = replace(STILL, color=0)
     data = TrainingSet(rendered, InputContract(32, 32), config, seed=0, cache_mb=1)
     assert [len(data[SampleKey(0, index, True)][1]) for index in (2, 3)] == [2, 1]
+
+
+def test_drawn_sizes_are_multiples_of_what_the_model_reads():
+    """By hand: 0.75 and 1.25 of 560 x 448 px, patches of 14 px in 4 windows per side."""
+    contract = InputContract(560, 448)
+    sizes = draw_sizes(contract, [0.75, 1.0, 1.25], 50, multiple=56, seed=0, epoch=0)
+    # 420 / 56 = 7.5, of which Python's round takes the even side, 8; 336 = 6 x 56; 700 = 12.5 x 56; 560 = 10 x 56
+    assert {(size.height, size.width) for size in sizes} == {(448, 336), (560, 448), (672, 560)}
 
 
 def test_an_epoch_shows_each_image_once_and_epochs_differ():
