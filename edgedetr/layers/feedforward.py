@@ -18,6 +18,8 @@ from edgedetr.options import one_of
 
 SMALL = 1 << 18  # with fewer hidden values, saving a pass over them is not worth the call
 
+BETWEEN = {"relu": F.relu, "silu": F.silu}  # the Linears of an Mlp
+
 
 class FeedForward(nn.Module):
     """Linear(C, hidden) -> activation -> Linear(hidden, C), with dropout after each."""
@@ -72,19 +74,22 @@ class GatedFeedForward(nn.Module):
 
 
 class Mlp(nn.Module):
-    """`layers` Linears with ReLU between them."""
+    """`layers` Linears with ReLU, or SiLU, between them."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, layers: int, limit: float | None = None) -> None:
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, layers: int, limit: float | None = None, activation: str = "relu"
+    ) -> None:
         """limit  of the outputs' magnitude, or None"""
         super().__init__()
-        self.limit = limit
+        one_of("activation", activation, tuple(BETWEEN))
+        self.limit, self.activate = limit, BETWEEN[activation]
         sizes = [inputs] + [hidden] * (layers - 1) + [outputs]
         self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
         for index, layer in enumerate(self.layers):
-            x = layer(x) if index == 0 else layer(F.relu(x))
+            x = layer(x) if index == 0 else layer(self.activate(x))
         return x if self.limit is None else x.clamp(-self.limit, self.limit)
 
 

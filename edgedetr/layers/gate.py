@@ -5,6 +5,8 @@ Peng et al. 2024, "D-FINE", section 4.3 and the authors' code ("gateway"); it re
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,11 +15,11 @@ from edgedetr.layers.linear import Linear
 
 
 class Gate(nn.Module):
-    """LayerNorm(g1 * content + g2 * read), where (g1, g2) = sigmoid(Linear(content, read)); both start at one half."""
+    """norm(g1 * content + g2 * read), where (g1, g2) = sigmoid(Linear(content, read)); both start at one half."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
-        self.weights, self.norm = Linear(2 * dim, 2 * dim), nn.LayerNorm(dim)
+        self.weights, self.norm = Linear(2 * dim, 2 * dim), norm(dim)
         nn.init.zeros_(self.weights.weight)
         nn.init.zeros_(self.weights.bias)
 

@@ -1,4 +1,4 @@
-"""Normalizations: BatchNorm that is frozen, its folding into the convolution before it, LayerNorm of a map's cells."""
+"""Normalizations: frozen BatchNorm, its folding into the convolution before it, LayerNorm of cells, RMSNorm."""
 
 from __future__ import annotations
 
@@ -39,6 +39,22 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class RmsNorm(nn.Module):
+    """Division by the root mean square of the channels, and a factor per channel (Zhang and Sennrich 2019, eq. 4).
+
+    Written out, because torch's own has no form in ONNX before opset 23.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> the same shape; the mean is computed in float32 or better."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype) * self.weight
 
 
 class Normalize(nn.Module):

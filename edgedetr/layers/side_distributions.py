@@ -84,10 +84,10 @@ class SideQuality(nn.Module):
     largest probabilities of each side, and their mean.
     """
 
-    def __init__(self, top: int = 4, hidden: int = 64, layers: int = 2) -> None:
+    def __init__(self, top: int = 4, hidden: int = 64, layers: int = 2, activation: str = "relu") -> None:
         super().__init__()
         self.top = top
-        self.confidence = Mlp(4 * (top + 1), hidden, 1, layers)
+        self.confidence = Mlp(4 * (top + 1), hidden, 1, layers, activation=activation)
         for parameter in self.confidence.layers[-1].parameters():
             nn.init.zeros_(parameter)
 

@@ -12,7 +12,7 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.conditional_attention import ConditionalSelfAttention
 from edgedetr.layers.drop_path import DropPath
-from edgedetr.layers.feedforward import FeedForward
+from edgedetr.layers.feedforward import FeedForward, GatedFeedForward
 from edgedetr.layers.full_precision import in_float32
 from edgedetr.layers.gate import Gate
 from edgedetr.models.cross_attention import DeformableCrossAttention
@@ -23,7 +23,7 @@ SelfAttention = MultiHeadAttention | ConditionalSelfAttention
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, cross-attention, feed-forward; LayerNorm after (post) or before (pre) each."""
+    """Self-attention, cross-attention, feed-forward; a norm after (post) or before (pre) each."""
 
     cross_attention: CrossAttention
 
@@ -31,20 +31,22 @@ class DecoderLayer(nn.Module):
         self,
         self_attention: SelfAttention | None,
         cross_attention: CrossAttention,
-        feedforward: FeedForward,
+        feedforward: FeedForward | GatedFeedForward,
         dim: int,
         dropout: float = 0.0,
         pre_norm: bool = False,
         gate: Gate | None = None,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
     ) -> None:
         """self_attention  None: none in this layer, as may be in the first, whose queries have no content yet
         gate            joins the content with what cross-attention read, in place of their sum and its norm (post-norm)
+        norm            makes a normalization of so many channels
         """
         super().__init__()
         self.self_attention, self.cross_attention, self.feedforward = self_attention, cross_attention, feedforward
-        self.self_norm = None if self_attention is None else nn.LayerNorm(dim)
-        self.cross_norm = nn.LayerNorm(dim) if gate is None else None
-        self.gate, self.feedforward_norm = gate, nn.LayerNorm(dim)
+        self.self_norm = None if self_attention is None else norm(dim)
+        self.cross_norm = norm(dim) if gate is None else None
+        self.gate, self.feedforward_norm = gate, norm(dim)
         self.dropout, self.path, self.pre_norm = nn.Dropout(dropout), DropPath(), pre_norm
 
     def forward(self, queries: Queries, memory: Memory) -> Tensor:
@@ -120,6 +122,7 @@ class Decoder(nn.Module):
                     computes models with auxiliary_loss this way, as they were trained; not in the papers
     spatial         (layer, content, reference, Queries.spatial) -> this layer's positions for cross-attention alone;
                     None: Queries.spatial stays
+    position_once   the first layer's position serves all layers (DEIMv2)
     """
 
     boxes: BoxUpdate | StatefulBoxUpdate
@@ -132,9 +135,10 @@ class Decoder(nn.Module):
         norm: nn.Module | None = None,
         spatial: nn.Module | None = None,
         norm_between: bool = False,
+        position_once: bool = False,
     ) -> None:
         super().__init__()
-        self.norm_between = norm_between
+        self.norm_between, self.position_once = norm_between, position_once
         self.layers, self.boxes = nn.ModuleList(layers), boxes
         self.query_position, self.norm, self.spatial = query_position, norm, spatial
 
@@ -169,7 +173,7 @@ class Decoder(nn.Module):
     def _placed(self, index: int, queries: Queries, reference: Tensor | None, start: Tensor | None) -> Queries:
         """The queries as a layer gets them, with their positions; start: Queries.spatial of the first layer."""
         position, spatial = queries.position, queries.spatial
-        if self.query_position is not None:
+        if self.query_position is not None and (index == 0 or not self.position_once):
             if reference is None:
                 raise ModelError("the query position is computed from a reference; this selector gives none")
             position = in_float32(self.query_position, reference)

@@ -30,29 +30,42 @@ class DistributionBoxes(nn.Module):
 
     ROLES: ClassVar[dict[str, Role]] = dict.fromkeys(("first", "box", "integral", "quality"), "box_distribution")
 
-    def __init__(self, dim: int, logits: int, layers: int, bins: int = 32, up: float = 0.5, scale: float = 4.0) -> None:
-        """bins  R;  up, scale  of `SideBins`"""
+    def __init__(
+        self,
+        dim: int,
+        logits: int,
+        layers: int,
+        bins: int = 32,
+        up: float = 0.5,
+        scale: float = 4.0,
+        activation: str = "relu",
+        shared: bool = False,
+    ) -> None:
+        """bins  R;  up, scale  of `SideBins`;  activation  of the box heads;  shared  one of them serves all layers"""
         super().__init__()
         self.bins, self.integral = SideBins(bins, up, scale), SideIntegral()
-        self.first = Mlp(dim, dim, 4, 3)
+        self.first = Mlp(dim, dim, 4, 3, activation=activation)
         self.score = nn.ModuleList(Linear(dim, logits) for _ in range(layers))
-        self.box = nn.ModuleList(Mlp(dim, dim, 4 * (bins + 1), 3) for _ in range(layers))
-        self.quality = nn.ModuleList(SideQuality() for _ in range(layers))
+        self.box = nn.ModuleList(
+            Mlp(dim, dim, 4 * (bins + 1), 3, activation=activation) for _ in range(1 if shared else layers)
+        )
+        self.quality = nn.ModuleList(SideQuality(activation=activation) for _ in range(layers))
 
     def refine(
         self, layer: int, features: Tensor, reference: Tensor | None, state: BoxState | None, *, shown: bool
     ) -> BoxState:
         """See protocols.StatefulBoxUpdate. features [B, N, C], reference [B, N, 4]."""
         score = in_float32(self.score[layer], features) if shown else None
+        box = self.box[min(layer, len(self.box) - 1)]
         if state is None:
             if reference is None:
                 raise ModelError("sides of boxes move from a box; this selector gives none")
             plain = move_by_logits(in_float32(self.first, features), reference)
             start, first, matrix = plain.detach(), (score, plain), self.bins()
-            sides = in_float32(self.box[layer], features)
+            sides = in_float32(box, features)
         else:
             start, first, matrix = state.start, state.first, state.matrix
-            sides = in_float32(self.box[layer], features + state.features) + state.sides
+            sides = in_float32(box, features + state.features) + state.sides
         probability, boxes = self.integral(sides, matrix, start)
         if score is not None:
             score = score + in_float32(self.quality[layer], probability)

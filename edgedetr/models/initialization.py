@@ -52,9 +52,9 @@ def prior_bias_init(*owners: nn.Module) -> None:
 
 
 def zero_box_init(*owners: nn.Module) -> None:
-    """Box heads (`box`) start by leaving every box where its reference is."""
+    """Box heads (`box`, and the plain head before distributions, `first`) start by leaving every box where it is."""
     for owner in owners:
-        for box in head_outputs(owner, "box"):
+        for box in (*head_outputs(owner, "box"), *head_outputs(owner, "first")):
             nn.init.zeros_(box.weight)
             nn.init.zeros_(box.bias)
 

@@ -116,15 +116,17 @@ class HybridEncoder(nn.Module):
         layers: list[nn.Module],
         parts: FusionParts,
         outputs: int | None,
+        project: bool = True,
     ) -> None:
         """layers: EncoderLayers for the coarsest map
 
         outputs  channels of the memory, to which each level is projected; None: they are the `dim` inside, as they are
+        project  the backbone's maps are projected to `dim` channels; False: they have as many and are taken as they are
         """
         super().__init__()
         steps = range(len(channels) - 1)
         self.strides, self.summed = list(strides), parts.summed
-        self.project = nn.ModuleList(ConvNorm(c, dim) for c in channels)
+        self.project = nn.ModuleList(ConvNorm(c, dim) if project else nn.Identity() for c in channels)
         self.position, self.attention = GridPosition(dim), nn.ModuleList(layers)
         self.lateral = nn.ModuleList(parts.lateral() for _ in steps)
         self.top_down = nn.ModuleList(parts.fuse() for _ in steps)

@@ -16,6 +16,7 @@ from edgedetr.layers.feedforward import Mlp
 from edgedetr.layers.full_precision import in_float32
 from edgedetr.layers.position import sine_of_boxes
 from edgedetr.models.box_heads import move_by_deltas
+from edgedetr.models.initialization import xavier
 from edgedetr.models.queries.two_stage import IGNORED_LOGIT, TwoStageSelector, cell_boxes
 from edgedetr.models.records import Memory, Queries
 
@@ -42,7 +43,7 @@ class QueryGroup(TwoStageSelector):
         super().__init__(dim, num_classes, queries, "best")
         self.anchors = CellBoxes()
         self.content, self.offset = nn.Embedding(queries, dim), nn.Embedding(queries, 4)
-        nn.init.xavier_uniform_(self.project.weight)
+        xavier(self.project)
         nn.init.zeros_(self.offset.weight)
 
     def start(self, memory: Memory, anchors: Tensor, usable: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

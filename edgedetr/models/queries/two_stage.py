@@ -21,6 +21,7 @@ from edgedetr.layers.full_precision import in_float32
 from edgedetr.layers.linear import Linear
 from edgedetr.layers.position import sine
 from edgedetr.models.encoders.deformable import cell_centers
+from edgedetr.models.initialization import xavier
 from edgedetr.models.queries.learned import label_content
 from edgedetr.models.records import Memory, Queries
 from edgedetr.options import one_of
@@ -78,20 +79,30 @@ class TwoStageSelector(nn.Module):
     rank    "foreground": by the first class logit, which means any object (Deformable DETR, section A.4);
             "best": by the best class (Efficient DETR, RT-DETR)
     first   queries at the beginning of training, falling linearly to `queries`, as deployed
+    projected   tokens are projected and normalized before they are scored; otherwise taken as they are (DEIMv2)
+    activation  of the box head
     """
 
     ROLES: ClassVar[dict[str, Role]] = {"project": "memory_projection"}
 
     def __init__(
-        self, dim: int, num_classes: int, queries: int, rank: Literal["foreground", "best"], first: int | None = None
+        self,
+        dim: int,
+        num_classes: int,
+        queries: int,
+        rank: Literal["foreground", "best"],
+        first: int | None = None,
+        projected: bool = True,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         one_of("rank", rank, ("foreground", "best"))
         self.rank, self.queries, self.first = rank, queries, first or queries
         self.count = queries
         self.anchors: nn.Module = Anchors()
-        self.project, self.norm = Linear(dim, dim), nn.LayerNorm(dim)
-        self.score, self.box = Linear(dim, num_classes), Mlp(dim, dim, 4, 3)
+        self.project: nn.Module = Linear(dim, dim) if projected else nn.Identity()
+        self.norm: nn.Module = nn.LayerNorm(dim) if projected else nn.Identity()
+        self.score, self.box = Linear(dim, num_classes), Mlp(dim, dim, 4, 3, activation=activation)
 
     @property
     def class_agnostic(self) -> bool:
@@ -161,12 +172,19 @@ class TopKQueries(TwoStageSelector):
     """
 
     def __init__(
-        self, dim: int, num_classes: int, queries: int, denoising: bool = True, learned_content: bool = False
+        self,
+        dim: int,
+        num_classes: int,
+        queries: int,
+        denoising: bool = True,
+        learned_content: bool = False,
+        projected: bool = True,
+        activation: str = "relu",
     ) -> None:
-        super().__init__(dim, num_classes, queries, "best")
+        super().__init__(dim, num_classes, queries, "best", projected=projected, activation=activation)
         self.denoising_class_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes) if denoising else None
         self.content = nn.Embedding(queries, dim) if learned_content else None
-        nn.init.xavier_uniform_(self.project.weight)
+        xavier(self.project)
         if self.denoising_class_embed is not None:
             nn.init.normal_(self.denoising_class_embed.weight[:-1])
         if self.content is not None:
@@ -193,7 +211,7 @@ class ProposalQueries(TwoStageSelector):
 
     def __init__(self, dim: int, num_classes: int, queries: int, denoising: bool = False) -> None:
         super().__init__(dim, num_classes, queries, "foreground")
-        nn.init.xavier_uniform_(self.project.weight)
+        xavier(self.project)
         self.denoising_class_embed = nn.Embedding(num_classes + 1, dim) if denoising else None
         self.place, self.place_norm = Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim)
         nn.init.xavier_uniform_(self.place.weight)
@@ -224,7 +242,7 @@ class DenseQueries(TwoStageSelector):
     ) -> None:
         """coordinates  4: the decoder starts from the proposed box; 2: from its center"""
         super().__init__(dim, num_classes, queries, "best", first)
-        nn.init.xavier_uniform_(self.project.weight)
+        xavier(self.project)
         self.denoising_class_embed = nn.Embedding(num_classes + 1, dim) if denoising else None
         self.coordinates = coordinates
         self.place = Mlp(coordinates * dim // 2, dim, dim, 2)
