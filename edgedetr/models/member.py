@@ -3,13 +3,13 @@
 Whatever is true of one member alone is declared here and read by the rest of the package: how it is built, which of its
 layers may be INT8, which of its parameters learn more slowly or depend on the classes, and which files of pretrained
 weights it reads. A block that several members share declares the roles of its own layers in a class attribute
-ROLES; `at` puts them under the path where a member uses the block.
+ROLES; `at` puts them under the path where a member uses the block, and `Member.build` those of its backbone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Protocol
 
@@ -97,7 +97,9 @@ class Member:
         if num_classes < 1:
             raise ModelError(f"{num_classes} classes; expected at least one")
         model = self.builder(config, num_classes)
-        model.member = self
+        backbone: Any = type(model.backbone)
+        declared = at("backbone", backbone) if hasattr(backbone, "ROLES") else {}
+        model.member = replace(self, roles={**self.roles, **declared}) if declared else self
         if config.init == "original":
             if self.original_init is None:
                 raise ModelError(

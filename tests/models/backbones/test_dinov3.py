@@ -112,7 +112,7 @@ def test_a_pair_of_channels_turns_by_the_angle_of_its_frequency() -> None:
     height, width, wide = 2, 3, 8
     cosine, sine = RotaryPosition(wide, before=2)((height, width))
     x = torch.randn(2 + height * width, wide)
-    actual = turned(x, cosine, sine)
+    actual = turned(x, cosine, sine, wide)
     assert torch.equal(actual[:2], x[:2]), "tokens that are no patches do not turn"
     for row in range(height):
         for column in range(width):
@@ -134,7 +134,7 @@ def test_attention_depends_on_the_distance_between_patches_alone() -> None:
     attention = RotaryAttention(8, 1)
     cosine, sine = RotaryPosition(8, before=0)((1, 6))
     q, k = torch.randn(8), torch.randn(8)
-    scores = turned(q.expand(6, 8), cosine, sine) @ turned(k.expand(6, 8), cosine, sine).T
+    scores = turned(q.expand(6, 8), cosine, sine, 8) @ turned(k.expand(6, 8), cosine, sine, 8).T
     for step in range(-5, 6):
         diagonal = scores.diagonal(step)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)
@@ -245,6 +245,8 @@ def test_weights_of_a_transformer_alone_start_it(tmp_path: Path) -> None:
     loaded = load_backbone(detector, ours)
     assert loaded is not None and loaded.tensors == len(detector.backbone.transformer.state_dict())
     assert torch.equal(detector.backbone.transformer.register_tokens, reference.embeddings.register_tokens)
+    assert detector.member.role_of("backbone.transformer.patch") == "patch_embedding"
+    assert detector.member.role_of("backbone.transformer.blocks.0.attention.q") is None
     with pytest.raises(ModelError, match="no weights of dinov3_small are downloaded unasked: .* licence of their own"):
         load_backbone(detector, replace(ours, backbone_weights="auto"))
 
