@@ -59,7 +59,7 @@ class RotaryAttention(nn.Module):
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """x [B, N, C]; cosine, sine [N, C / heads] of RotaryPosition -> [B, N, C]."""
         q, k, v = (self._split(part(x)) for part in (self.q, self.k, self.v))  # [B, M, N, D]
-        q, k = (turned(part, cosine, sine, self.width).to(v.dtype) for part in (q, k))
+        q, k = (turned(part, cosine, sine, self.width) for part in (q, k))
         return self.out(attend(q, k, v, None, self.scale).transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -70,4 +70,5 @@ def turned(x: Tensor, cosine: Tensor, sine: Tensor, width: int) -> Tensor:
     """The pairs of channels of x [..., N, width] turned by the angles of RotaryPosition, [N, width]."""
     # width is a number and not read from x: an exported graph then has slices with constant ends.
     exchanged = torch.cat([x[..., width // 2 :], x[..., : width // 2]], dim=-1)
-    return x * cosine + exchanged * sine
+    result = x * cosine + exchanged * sine
+    return result if result.dtype == x.dtype else result.to(x.dtype)  # the angles are float32, under autocast as well

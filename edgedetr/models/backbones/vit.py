@@ -16,6 +16,7 @@ from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.drop_path import DropPath
 from edgedetr.layers.feedforward import FeedForward
+from edgedetr.layers.lora import merged
 from edgedetr.layers.norm import ChannelNorm
 from edgedetr.layers.patch_embedding import PatchPosition, from_windows, to_windows
 from edgedetr.models.initialization import zero_bias
@@ -90,6 +91,18 @@ class VitBlock(nn.Module):
         tokens = tokens + self.attention_path(self.attention_scale(inner))
         inner = self.feedforward_scale(self.feedforward(self.feedforward_norm(tokens)))
         return tokens + self.feedforward_path(inner)
+
+    @torch.no_grad()
+    def fused(self) -> nn.Module:
+        """The same function in evaluation mode, with LayerScale's factors in the last Linear of each branch."""
+        block = merged(self)  # low-rank adapters first: their sum with the weights is what is scaled
+        for branch, last in (("attention", "attention.out"), ("feedforward", "feedforward.down")):
+            scale, linear = block.get_submodule(f"{branch}_scale"), block.get_submodule(last)
+            if isinstance(scale, LayerScale) and isinstance(linear, nn.Linear):
+                linear.weight.mul_(scale.gamma[:, None])
+                linear.bias.mul_(scale.gamma)
+                setattr(block, f"{branch}_scale", nn.Identity())
+        return block
 
 
 class VisionTransformer(nn.Module):

@@ -13,10 +13,11 @@ from members import CLASSES, SMALL
 
 from edgedetr.errors import ModelError
 from edgedetr.layers.drop_path import DropPath, set_rates
+from edgedetr.layers.lora import LoraLinear, adapt
 from edgedetr.layers.patch_embedding import PatchPosition, from_windows, to_windows
 from edgedetr.models import FAMILY, build
 from edgedetr.models.backbones.backbone import BackboneConfig, make_backbone
-from edgedetr.models.backbones.vit import VisionTransformer, VitPyramid
+from edgedetr.models.backbones.vit import LayerScale, VisionTransformer, VitPyramid
 from edgedetr.models.checkpoints.backbone_names import rename_vit
 from edgedetr.models.checkpoints.pretrained import load_backbone, load_weights
 from edgedetr.models.deploy import ConstantFolded, DeployGraph
@@ -238,6 +239,17 @@ def test_a_recipe_reaches_layer_scale_and_the_factors_scale_each_branch() -> Non
     block.feedforward_scale.gamma.fill_(2.0)
     expected = tokens + 2 * block.feedforward(block.feedforward_norm(tokens))
     torch.testing.assert_close(block(tokens, (2, 3)), expected)
+
+
+@torch.no_grad()
+def test_a_deployed_block_has_its_factors_in_the_weights_and_adapters_merged() -> None:
+    trunk = varied(VisionTransformer(DIM, HEADS, 1, layer_scale=0.5))
+    adapt(trunk, ("*.q", "*.out"), rank=2, alpha=4)
+    block, tokens = varied(trunk).blocks[0], torch.randn(2, 7, DIM)
+    fused = block.fused()
+    assert not any(isinstance(module, (LayerScale, LoraLinear)) for module in fused.modules())
+    torch.testing.assert_close(fused(tokens, (2, 3)), block(tokens, (2, 3)), atol=1e-5, rtol=0)
+    assert isinstance(block.attention_scale, LayerScale), "the block itself is unchanged"
 
 
 def test_every_block_can_be_left_out_at_random() -> None:
