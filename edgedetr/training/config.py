@@ -45,7 +45,8 @@ TRAIN_RANGES = {
     "box_noise": (0, 10),
     "lora_rank": (0, 4096),
     "lora_alpha": (1e-6, 10**6),
-    "teacher_weight": (0, 1000),
+    **dict.fromkeys(("teacher_weight", "feature_weight", "feature_weight_last"), (0, 1000)),
+    "feature_share": (0.01, 99.99),
     "teacher_score": (0.01, 1),
 }
 FRACTIONS = (
@@ -252,6 +253,24 @@ class DistillConfig(_Part):
     teacher_weight: float = field(default=1.0, metadata=LATER)
     # The teacher's detections from this score on are taught, each with its score as weight: most others are background.
     teacher_score: float = field(default=0.3, metadata=LATER)
+    # A frozen vision transformer whose patches the encoder's coarsest map learns to resemble (RT-DETRv4), for models
+    # with attention within that map: dinov2_{small,base}[_registers]; "" = none. Its weights: "auto", hub name or file.
+    feature_teacher: str = field(default="", metadata=LATER)
+    feature_teacher_weights: str = field(default="auto", metadata=LATER)
+    feature_weight: float = field(default=5.0, metadata=LATER)  # of this loss in the first epoch (RT-DETRv4 S and M)
+    # The weight follows the encoder's share of the gradient, in percent, to stay between these (S; M: [3.25, 3.75], L:
+    # [1.9, 2.1], X: [1.75, 2.25]); [] = it stays.
+    feature_share: tuple[float, ...] = field(default=(10.0, 12.0), metadata=LATER)
+    # In the last epochs, with weak augmentation, and where no gradient reaches the encoder (S and X; M and L: 15).
+    feature_weight_last: float = field(default=20.0, metadata=LATER)
+
+    def require_share(self) -> None:
+        """Errors: RecipeError where feature_share is no range."""
+        if self.feature_share and not (len(self.feature_share) == 2 and self.feature_share[0] < self.feature_share[1]):
+            raise RecipeError(
+                f"train.feature_share is {list(self.feature_share)}; expected [least, most] percent, or [] for a "
+                "weight that stays"
+            )
 
 
 @dataclass(frozen=True)
@@ -273,6 +292,7 @@ class TrainConfig(
 
     def __post_init__(self) -> None:
         check(self, "train", TRAIN_RANGES)
+        self.require_share()
         if self.growth and self.growth[-1] != 1:
             raise RecipeError(
                 f"train.growth is {list(self.growth)}; expected fractions from 0.1 to 1, and 1 at the end"

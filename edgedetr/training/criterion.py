@@ -35,7 +35,7 @@ class Losses:
     encoder             of the proposals of two-stage members
     denoising           of the noised queries
     sides               of the distributions of boxes' sides in all layers, where the member has them, else 0
-    teacher             of the distance from a teacher's detections (distillation.py), where there is one, else None
+    teacher             of the distances from a teacher's detections and features, where there is one, else None
     """
 
     total: Tensor
@@ -52,7 +52,8 @@ class Losses:
 
     def with_teacher(self, distance: Tensor) -> Losses:
         """These losses and one more: [] with a gradient."""
-        return replace(self, total=self.total + distance, teacher=distance.detach())
+        known = distance.detach() if self.teacher is None else self.teacher + distance.detach()
+        return replace(self, total=self.total + distance, teacher=known)
 
     def stacked(self) -> Tensor:
         """[9] float32 in the order of NAMES, so that one copy from the device brings them all."""

@@ -19,10 +19,16 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS = (nn.LayerNorm, nn.GroupNorm, *BATCH_NORMS)
 
 
-def adamw(model: DetrModel, config: TrainConfig) -> torch.optim.AdamW:
-    """The optimizer; `set_lr` gives each group its learning rate before every step."""
+def adamw(model: DetrModel, config: TrainConfig, beside: nn.Module | None = None) -> torch.optim.AdamW:
+    """The optimizer; `set_lr` gives each group its learning rate before every step.
+
+    beside   a module that is trained with the model, as one further group
+    """
     fused = config.precision != "16"  # a fused step would unscale fp16 gradients after they were clipped
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, fused=fused)
+    groups = parameter_groups(model, config)
+    if beside is not None:
+        groups.append({"params": list(beside.parameters()), "base_lr": config.lr, "weight_decay": config.weight_decay})
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 
 
 def parameter_groups(model: DetrModel, config: TrainConfig) -> list[dict[str, object]]:

@@ -120,9 +120,15 @@ def save_checkpoint(
     model: nn.Module,
     ema_model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    beside: nn.Module | None = None,
 ) -> None:
-    """Write everything that a resume needs, without pickle; a kill at any moment leaves the old file or the new one."""
+    """Write everything that a resume needs, without pickle; a kill at any moment leaves the old file or the new one.
+
+    beside   a module that is trained with the model and is no part of it
+    """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    if beside is not None:
+        tensors |= {f"beside.{name}": value for name, value in beside.state_dict().items()}
     tensors |= {f"ema.{name}": value for name, value in ema_model.state_dict().items()}
     for number, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
@@ -142,9 +148,14 @@ def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_checkpoint(
-    path: Path, fingerprint: str, model: nn.Module, ema_model: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path,
+    fingerprint: str,
+    model: nn.Module,
+    ema_model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    beside: nn.Module | None = None,
 ) -> TrainState:
-    """Load a checkpoint into model, average and optimizer.
+    """Load a checkpoint into model, average and optimizer, and into what is trained beside the model.
 
     Errors: TrainingError for a damaged file, another version, another recipe or other data.
     """
@@ -174,6 +185,8 @@ def load_checkpoint(
     try:
         model.load_state_dict(_with_prefix(tensors, "model."))
         ema_model.load_state_dict(_with_prefix(tensors, "ema."))
+        if beside is not None:
+            beside.load_state_dict(_with_prefix(tensors, "beside."))
         _load_optimizer(optimizer, _with_prefix(tensors, "optimizer."))
     except (RuntimeError, KeyError, ValueError) as error:
         raise TrainingError(f"the checkpoint does not fit this model ({error}); {restart}") from error

@@ -27,6 +27,7 @@ from edgedetr.runtime.postprocess import Detections
 from edgedetr.storage.atomic import atomic_write
 from edgedetr.training.criterion import Losses
 from edgedetr.training.data.dataset import Batch, Splits, TrainingSet, batches, draw_sizes, epoch_order, pad
+from edgedetr.training.feature_distillation import FeatureDistillation, load_feature_teacher
 from edgedetr.training.optimizer import BATCH_NORMS, Ema, Schedule, adamw, set_lr
 from edgedetr.training.output import (
     CHECKPOINT,
@@ -35,6 +36,7 @@ from edgedetr.training.output import (
     BundleWriter,
     MetricsLog,
     TrainState,
+    digest,
     fingerprint,
     load_checkpoint,
     save_checkpoint,
@@ -87,9 +89,18 @@ class Learner:
         if self.config.teacher:
             names = [item.name for item in classes]
             teacher = load_teacher(self.config.teacher, names, fabric.device, self.config.teacher_score)
-        module = TrainingModule(self.model, self.config, recipe.model.config.class_loss, len(classes), teacher)
+        seen = load_feature_teacher(self.config, fabric.device)
+        self.features = None if seen is None else FeatureDistillation(self.model, seen, self.config).to(fabric.device)
+        module = TrainingModule(
+            self.model,
+            self.config,
+            recipe.model.config.class_loss,
+            len(classes),
+            teacher=teacher,
+            features=self.features,
+        )
         self.ema = Ema(self.model, self.config.ema_decay, self.config.ema_warmup)
-        self.optimizer = adamw(self.model, self.config)
+        self.optimizer = adamw(self.model, self.config, beside=self.features)
         self._statistics = BatchNormBackup(self.model)
         self._module, self._fabric_optimizer = fabric.setup(module, self.optimizer)
 
@@ -112,6 +123,8 @@ class Learner:
         if nonfinite:
             self._statistics.restore()
         else:
+            if self.features is not None:
+                self.features.count(self._module.parameters())
             self._fabric_optimizer.step()
             self.ema.update(step + 1)
         self._fabric_optimizer.zero_grad(set_to_none=True)
@@ -189,7 +202,10 @@ class Trainer:
         )
         self.writer = BundleWriter(out, recipe, splits.config, splits.folder, classes, self.learner.ema.model)
         self.metrics: MetricsLog | None = None  # of the main process, while `fit` runs
-        self.fingerprint = fingerprint(recipe, splits.train, teacher_digest(config.teacher) if config.teacher else "")
+        teachers = teacher_digest(config.teacher) if config.teacher else ""
+        if self.learner.features is not None:
+            teachers += digest({}, self.learner.features.teacher.model.state_dict())
+        self.fingerprint = fingerprint(recipe, splits.train, teachers)
         steps_per_epoch = max(len(splits.train) // config.batch, 1)
         self.schedule = Schedule(config, config.epochs, steps_per_epoch, recipe.augment)
         self.state = TrainState()
@@ -205,7 +221,7 @@ class Trainer:
         """Load the checkpoint. Errors: TrainingError."""
         learner = self.learner
         self.state = load_checkpoint(
-            self.checkpoint, self.fingerprint, learner.model, learner.ema.model, learner.optimizer
+            self.checkpoint, self.fingerprint, learner.model, learner.ema.model, learner.optimizer, learner.features
         )
         self._apply_epochs()
         precision = self.fabric.strategy.precision
@@ -244,6 +260,8 @@ class Trainer:
             for epoch in range(state.step // schedule.steps_per_epoch, schedule.epochs):
                 self._train_epoch(epoch)
                 done = epoch + 1
+                if self.learner.features is not None:
+                    self.learner.features.adapt(last=epoch >= self.recipe.augment.last_epochs_from(schedule.epochs))
                 if done % self.config.eval_every == 0 or done == schedule.epochs:
                     self._evaluate(done)
                     self._save()
@@ -393,7 +411,13 @@ class Trainer:
                 self.state.gradient_scale_growth = int(scaler["_growth_tracker"])
             learner = self.learner
             save_checkpoint(
-                self.checkpoint, self.state, self.fingerprint, learner.model, learner.ema.model, learner.optimizer
+                self.checkpoint,
+                self.state,
+                self.fingerprint,
+                learner.model,
+                learner.ema.model,
+                learner.optimizer,
+                learner.features,
             )
         self.fabric.barrier()
 
