@@ -6,7 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -60,6 +60,19 @@ def micro(name: str) -> object:
 
 SMALL: dict[str, object] = {name: micro(name) for name in FAMILY}
 
+
+def variant(name: str, **options: object) -> str:
+    """A member with other options at micro size, as a name that `small`, `deployed` and `exported` take as well."""
+    found = f"{name}+{'+'.join(map(str, options.values()))}"
+    SMALL[found] = replace(micro(name), **options)  # type: ignore[type-var]
+    return found
+
+
+def member_of(name: str) -> str:
+    """The member of a variant, or of a member."""
+    return name.partition("+")[0]
+
+
 # Members whose boxes may reach beyond the image: R-CNN's deltas have no bound.
 BEYOND = ("dynamic_detr", "sparse_rcnn")
 
@@ -88,13 +101,15 @@ UNUSED: dict[str, tuple[str, ...]] = {
 def small(name: str) -> DetrModel:
     """A little detector whose detections depend on the image, and whose best tokens have a decided order."""
     torch.manual_seed(0)
-    detector = build(name, SMALL[name], CLASSES)
+    detector = build(member_of(name), SMALL[name], CLASSES)
     for parameter in detector.parameters():  # as much as the scale of its inputs allows, so that no map grows
         parameter.add_(torch.randn_like(parameter) * min(0.1, NOISE * max(parameter[0].numel(), 1) ** -0.5))
     for key, parameter in detector.named_parameters():
         if key.startswith("decoder.boxes.score") and key.endswith("bias"):
             parameter.clamp_(min=-2)  # heads start with every class rare; here detections are to be seen
-    if name in BEYOND:  # every other box spans three images, to be read from another level; all move a little
+    if (
+        member_of(name) in BEYOND
+    ):  # every other box spans three images, to be read from another level; all move a little
         detector.selector.box.weight[::2, 2:] *= 3
         for head in detector.decoder.boxes.box:
             head.weight.mul_(0.2)

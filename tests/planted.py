@@ -57,6 +57,7 @@ def quantized_conv(
     relu_between=False,
     opset: int = 19,
     missing_zero: bool = False,
+    groups: int = 1,
 ) -> ModelProto:
     """x -> Q -> DQ -> Conv <- DQ <- integer weight; each part as asked for."""
     element = F16 if kind is np.float16 else F32
@@ -64,17 +65,18 @@ def quantized_conv(
     constants = {
         "s": scale,
         "z": np.asarray(zero),
-        "w": RNG.integers(-9, 9, (out, channels, 1, 1), dtype=np.int8),
+        "w": RNG.integers(-9, 9, (out, channels // groups, 1, 1), dtype=np.int8),
         "ws": np.full((out, channels)[axis], 0.1, kind) if weight_scale is None else weight_scale,
     }
     constants["wz"] = np.zeros(constants["ws"].shape, np.int8)
-    constants["f"] = np.ones((out, channels, 1, 1), kind)
+    constants["f"] = np.ones((out, channels // groups, 1, 1), kind)
+    grouped = {"group": groups} if groups > 1 else {}
     third = "" if missing_zero else " z"
     nodes = [
         node("QuantizeLinear", f"x s{third}", "q"),
         node("DequantizeLinear", f"q s{third}", "d"),
         node("DequantizeLinear", "w ws wz", "wd", axis=axis),
-        node("Conv", f"{'d' if data else 'x'} {'wd' if weight else 'f'}", "c"),
+        node("Conv", f"{'d' if data else 'x'} {'wd' if weight else 'f'}", "c", **grouped),
     ]
     if relu_between:
         constants.update({"cs": np.asarray(0.2, kind), "cz": np.int8(0)})

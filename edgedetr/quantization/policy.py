@@ -18,7 +18,7 @@ from typing import Any
 from onnx import ModelProto, NodeProto
 
 from edgedetr.errors import ExportError, did_you_mean
-from edgedetr.onnx_graph.hardware_limits import SMALLEST_INT8_PRODUCT
+from edgedetr.onnx_graph.hardware_limits import SMALLEST_INT8_CHANNELS, SMALLEST_INT8_PRODUCT, is_narrow
 from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 from edgedetr.package_data import policies_directory
 from edgedetr.printable import shown
@@ -318,6 +318,8 @@ def _why_float(node: NodeProto, graph: GraphIndex, policy: Policy, roles: Mappin
         return "its data input is a constant"
     if node.op_type == "Conv" and int_attribute(node, "group", 1) != 1:
         return "grouped convolution: no fast INT8 kernel"
+    if node.op_type == "Conv" and is_narrow(shape[1], shape[0]):
+        return f"fewer than {SMALLEST_INT8_CHANNELS} channels on one side: an INT8 kernel fills them up to 32"
     added = len(node.input) > 2 and node.input[2] and node.input[2] not in graph.initializers
     if node.op_type == "Gemm" and (int_attribute(node, "transA", 0) or added):
         return "Gemm with a transposed or added activation"

@@ -164,6 +164,10 @@ CASES = [
     Case("one-side-quantized", quantized_conv(data=False), quantized_conv(), WARN),
     Case("small-product", quantized_product(32, 4), quantized_product(32, 16), WARN),
     Case("small-product", quantized_product(4, 32), quantized_product(16, 32), WARN),
+    Case("narrow-convolution", quantized_conv(channels=4), quantized_conv(channels=8), WARN),
+    Case("narrow-convolution", quantized_conv(channels=2), quantized_conv(channels=3), WARN),  # 3: an image's
+    Case("narrow-convolution", quantized_conv(out=1), quantized_conv(out=8), WARN),
+    Case("grouped-convolution", quantized_conv(groups=32), quantized_conv(data=False, weight=False, groups=32), WARN),
     Case("before-relu", quantized_conv(relu_between=True), quantized_conv(), WARN),
     Case("concat-scales", concat(0.1, 0.2), concat(0.1, 0.1), WARN),
     Case("transposed-convolution", transposed_conv(16), transposed_conv(1), WARN),

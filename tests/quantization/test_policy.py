@@ -126,6 +126,7 @@ def test_a_rule_can_depend_on_what_the_node_reads():
         (helper.make_node("MatMul", ["x", "x2"], ["y"], "bmm"), {}, "two activations"),
         (helper.make_node("MatMul", ["x", "w"], ["y"], "box"), {"w": np.ones((32, 4))}, "fewer than 16"),
         (helper.make_node("Conv", ["m", "w"], ["y"], "depthwise", group=32), {"w": np.ones((32, 1, 1, 1))}, "grouped"),
+        (helper.make_node("Conv", ["m", "w"], ["y"], "narrow"), {"w": np.ones((4, 32, 1, 1))}, "fewer than 8 channels"),
     ],
 )
 def test_what_no_integer_kernel_takes_stays_float(node, constants, reason):

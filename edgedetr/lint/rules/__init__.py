@@ -60,6 +60,8 @@ RULES: tuple[LintRule, ...] = (
     LintRule("weight-axis", quantized.weight_axis, _MODELOPT, by_target=True),
     LintRule("one-side-quantized", quantized.one_side_quantized, _QUANTIZED),
     LintRule("small-product", quantized.small_product, _MODELOPT),
+    LintRule("narrow-convolution", quantized.narrow_convolution, _MODELOPT),
+    LintRule("grouped-convolution", quantized.grouped_convolution, f"{_ISSUES}/4529"),
     LintRule("before-relu", quantized.before_relu, _QUANTIZED),
     LintRule("concat-scales", quantized.concat_scales, _QUANTIZED),
     LintRule("transposed-convolution", quantized.transposed_convolution, _MODELOPT),

@@ -9,7 +9,7 @@ from onnx import NodeProto, TensorProto
 
 from edgedetr.lint.lint_issue import LintIssue, node_issue
 from edgedetr.lint.lint_targets import Target
-from edgedetr.onnx_graph.hardware_limits import SMALLEST_FP16, SMALLEST_INT8_PRODUCT
+from edgedetr.onnx_graph.hardware_limits import SMALLEST_FP16, SMALLEST_INT8_CHANNELS, SMALLEST_INT8_PRODUCT, is_narrow
 from edgedetr.onnx_graph.index import FLOATS, GraphIndex, int_attribute, ints_attribute, type_name
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
@@ -185,6 +185,37 @@ def small_product(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
                 node,
                 f"an INT8 product of {' x '.join(str(size) for size in sides)}; below {SMALLEST_INT8_PRODUCT} "
                 "inputs or outputs it is slower than FP16",
+                "leave it float (a policy's [[float]] rule)",
+                "warning",
+            )
+
+
+def narrow_convolution(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
+    """INT8 convolutions with 1, 2 or 4 channels on a side: slower than in float, and converted on the way in or out."""
+    for node in graph.nodes:
+        if node.op_type != "Conv" or not (graph.dequantizer(node, 0) and graph.dequantizer(node, 1)):
+            continue
+        shape = graph.shape(node.input[1])
+        if shape is None or len(shape) < 3 or None in shape[:2] or int_attribute(node, "group", 1) != 1:
+            continue
+        outputs, inputs = int(shape[0] or 0), int(shape[1] or 0)
+        if is_narrow(inputs, outputs):
+            yield node_issue(
+                node,
+                f"an INT8 convolution from {inputs} to {outputs} channels; with fewer than {SMALLEST_INT8_CHANNELS} on "
+                "a side, its kernel fills them up to 32",
+                "leave it float (a policy's [[float]] rule)",
+                "warning",
+            )
+
+
+def grouped_convolution(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
+    for node in graph.nodes:
+        groups = int_attribute(node, "group", 1) if node.op_type == "Conv" else 1
+        if groups > 1 and graph.dequantizer(node, 0) and graph.dequantizer(node, 1):
+            yield node_issue(
+                node,
+                f"an INT8 convolution in {groups} groups; such ones have been slower than in FP16",
                 "leave it float (a policy's [[float]] rule)",
                 "warning",
             )
