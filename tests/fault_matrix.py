@@ -27,12 +27,17 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "runtime/tensorrt/test_engine_on_disk.py::test_a_full_disk_is_one_error_and_keeps_the_previous_engine",
         "runtime/tensorrt/test_engine_on_disk.py::test_a_write_that_breaks_off_in_the_middle_keeps_the_previous_engine",
         "runtime/tensorrt/test_engine_on_disk.py::test_engines_of_a_read_only_bundle_go_to_the_users_cache",
+        "published/test_download.py::test_a_full_disk_is_said_before_anything_is_written",
+        "published/test_fetch.py::test_a_disk_without_room_is_one_error",
     ),
     "truncated or corrupt graph, engine, cache, ranges": (
         "runtime/tensorrt/test_engine_validation.py::test_every_flipped_bit_of_a_plan_is_noticed",
         "runtime/tensorrt/test_engine_validation.py::test_a_cut_longer_empty_or_changed_plan_is_refused",
         "storage/test_manifest.py::test_a_flipped_bit_never_changes_the_meaning_unnoticed",
         "evaluation/test_reference.py::test_a_truncated_file_is_refused",
+        "published/test_download.py::test_another_digest_leaves_nothing",
+        "published/test_fetch.py::test_a_download_that_broke_off_is_one_error_and_goes_on",
+        "published/test_fetch.py::test_a_damaged_file_in_the_cache_is_refused_and_replaced",
         "fuzz/test_fuzz.py::test_a_damaged_file_is_read_or_refused_in_one_message",
     ),
     "NaN in weights or activations, a channel of zeros, a constant tensor": (

@@ -18,6 +18,7 @@ from edgedetr.cli.demo_command import demo
 from edgedetr.cli.doctor_command import doctor
 from edgedetr.cli.eval_command import evaluate
 from edgedetr.cli.export_command import export
+from edgedetr.cli.fetch_command import fetch
 from edgedetr.cli.import_command import import_
 from edgedetr.cli.inspect_command import inspect
 from edgedetr.cli.lint_command import lint
@@ -39,7 +40,7 @@ WIDTH = 100  # columns of --help in a wide terminal
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Start": (train, export, verify, report, predict, import_, demo),
     "Device": (build, selftest, bench, doctor),
-    "Tools": (evaluate, inspect, lint, data, models, recipes),
+    "Tools": (evaluate, inspect, lint, data, models, recipes, fetch),
 }
 
 

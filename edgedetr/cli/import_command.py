@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from edgedetr.cli._options import advanced_option, command, expect, json_option, read_size, sets_option
+from edgedetr.cli._options import advanced_option, command, expect, json_option, license_option, read_size, sets_option
 from edgedetr.cli._output import as_json, say
 
 BOXES = ("cxcywh", "xyxy", "xywh", "cxcywh-pixels", "xyxy-pixels", "xywh-pixels")
@@ -16,7 +16,9 @@ BOXES = ("cxcywh", "xyxy", "xywh", "cxcywh-pixels", "xyxy-pixels", "xywh-pixels"
 @command("import")
 @click.argument("source", metavar="SOURCE", callback=expect("model"))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle to write.")
-@click.option("--model", help="Which model the weights are of (edgedetr models); not for an ONNX file.")
+@click.option(
+    "--model", help="Which model the weights are of (edgedetr models); not for an ONNX file or a published detector."
+)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -30,6 +32,7 @@ BOXES = ("cxcywh", "xyxy", "xywh", "cxcywh-pixels", "xyxy-pixels", "xywh-pixels"
 )
 @click.option("--input", "size", metavar="HxW", callback=read_size, help="Size of the input.  [default: the model's]")
 @sets_option(help="Change one value of the recipe; only for weights; repeatable.")
+@license_option
 @advanced_option("--scale", type=float, help="The ONNX file expects (pixel * scale - mean) / std.  [default: 1/255]")
 @advanced_option("--mean", type=float, nargs=3, help="Mean in that, R G B.  [default: 0 0 0]")
 @advanced_option("--std", type=float, nargs=3, help="Standard deviation in that, R G B.  [default: 1 1 1]")
@@ -66,6 +69,7 @@ def import_(
     classes: Path | None,
     size: tuple[int, int] | None,
     sets: tuple[str, ...],
+    accept_license: tuple[str, ...],
     scale: float | None,
     mean: tuple[float, float, float] | None,
     std: tuple[float, float, float] | None,
@@ -79,8 +83,9 @@ def import_(
 ) -> None:
     """Make a bundle of a model trained elsewhere.
 
-    SOURCE is an ONNX file of a DETR-like detector (RT-DETR, D-FINE, RF-DETR). With --model it is weights: a
-    .safetensors or .pth file, a folder of transformers, or a Hugging Face id."""
+    SOURCE is an ONNX file of a DETR-like detector (RT-DETR, D-FINE, RF-DETR), or a published detector (edgedetr models
+    --published). With --model it is weights: a .safetensors or .pth file, a folder of transformers, or a Hugging Face
+    id."""
     import edgedetr
 
     options = edgedetr.ImportOptions(
@@ -89,6 +94,7 @@ def import_(
         size=size,
         model=model,
         sets=sets,
+        accept_license=accept_license,
         scale=scale,
         mean=mean,
         std=std,

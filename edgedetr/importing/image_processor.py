@@ -20,6 +20,7 @@ from edgedetr.models import FAMILY
 from edgedetr.models.checkpoints.transformers_config import as_text, read_json_object
 from edgedetr.models.checkpoints.transformers_keys import Key, NoEffect, Only, Special
 from edgedetr.models.member import PublishedResize
+from edgedetr.published.published_detectors import PublishedDetector
 
 PROCESSOR = "preprocessor_config.json"
 STEP = 32  # input sides are multiples of the coarsest stride
@@ -235,6 +236,18 @@ def preprocessing_of(
         )
     notes = (note,) if resize == "letterbox" else ()
     return _with_size(Preprocessing(height, width, resize, mean, std, notes), asked)
+
+
+def preprocessing_of_published(row: PublishedDetector, asked: tuple[int, int] | None) -> Preprocessing:
+    """The preprocessing of a published detector that has no processor beside its weights: as the table says.
+
+    asked   (height, width) that the user wants instead
+    """
+    kind: Literal["sides", "edges"] = "sides" if row.resize == "stretch" else "edges"
+    height, width, resize, note = _target(TargetSize(kind, *row.input), row.name)
+    mean, std = row.mean_and_std
+    notes = (f"no {PROCESSOR}: {note}, as the table of published detectors says",)
+    return _with_size(Preprocessing(height, width, resize, list(mean), list(std), notes), asked)
 
 
 def _with_size(

@@ -63,8 +63,9 @@ class ImportOptions:
     size        (height, width) of the input in pixels
 
     Weights only:
-    model       member of the family that the weights belong to; required
+    model       member of the family that the weights belong to; None: that of a published detector
     sets        "section.key=value" of the recipe, applied over the values in the files
+    accept_license  names of licenses whose terms the user accepts, where weights have one that not everybody may use
 
     ONNX files only:
     scale, mean, std, resize   the preprocessing outside of the file, see `Normalization`. None: as in
@@ -85,6 +86,7 @@ class ImportOptions:
     size: tuple[int, int] | None = None
     model: str | None = None
     sets: Sequence[str] = ()
+    accept_license: Sequence[str] = ()
     scale: float | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -102,6 +104,7 @@ class ImportOptions:
         if self.size is not None:
             check_size(self.size)
         check_texts(self.sets, "sets", "a list of section.key=value")
+        check_texts(self.accept_license, "accept_license", "a list of names of licenses")
         check_texts(self.outputs, "outputs", "a list of names")
         for name, count in (("scale", 1), ("mean", 3), ("std", 3)):
             _check_numbers(name, getattr(self, name), count)
@@ -121,7 +124,7 @@ class ImportOptions:
         for name in FOR_WEIGHTS if is_onnx else FOR_ONNX:
             if getattr(self, name) not in (None, (), []):
                 raise UsageError(
-                    f"--{'set' if name == 'sets' else name} is for "
+                    f"--{OPTION_OF.get(name, name)} is for "
                     f"{'weights' if is_onnx else 'an ONNX file'}, and {source} is "
                     f"{'an ONNX file' if is_onnx else 'none'}; leave it out"
                 )
@@ -148,7 +151,8 @@ def _check_numbers(name: str, value: object, count: int) -> None:
         raise UsageError(f"{name} is {shown(value)}; expected {'a number' if count == 1 else f'{count} numbers'}")
 
 
-FOR_WEIGHTS = ("model", "sets")
+OPTION_OF = {"sets": "set", "accept_license": "accept-license"}  # where the option has another name
+FOR_WEIGHTS = ("model", "sets", "accept_license")
 FOR_ONNX = ("scale", "mean", "std", "resize", "activation", "boxes", "outputs", "columns", "sampling")
 
 

@@ -23,7 +23,7 @@ from edgedetr.data.coco_classes import COCO, UNUSED, coco_classes
 from edgedetr.data.detection_set import without_empty_classes
 from edgedetr.errors import DataError, ModelError
 from edgedetr.importing.class_names import read_names
-from edgedetr.importing.image_processor import find_processor, preprocessing_of
+from edgedetr.importing.image_processor import find_processor, preprocessing_of, preprocessing_of_published
 from edgedetr.importing.import_options import ImportOptions
 from edgedetr.models import build, member
 from edgedetr.models.checkpoints import conversion, pretrained
@@ -46,6 +46,7 @@ class ImportedWeights:
     tensors     number of tensors that were copied
     kept, fresh  classes whose rows of the class heads were found by name, and those whose rows are newly initialized
     notes       for the user: where classes and resize come from, what the files do not contain
+    revision    commit on the hub; "" for other files
     """
 
     source: str
@@ -55,6 +56,7 @@ class ImportedWeights:
     kept: tuple[str, ...]
     fresh: tuple[str, ...]
     notes: tuple[str, ...]
+    revision: str = ""
 
     def describe(self) -> str:
         """What was found, in some sentences."""
@@ -87,10 +89,12 @@ def import_weights(source: str | Path, out: str | Path, options: ImportOptions) 
     if (out / MANIFEST).exists():
         raise ModelError(f"{out} is a bundle already; name another --out")
     origin = WeightSource(source)
+    if origin.published is not None:
+        origin.published.require_accepted(options.accept_license)
     read = architecture(origin, model, size, sets)
     recipe, weights, notes = read.recipe, read.weights, list(read.notes)
     config = recipe.model.config
-    in_file = _classes(num_classes(weights, config.activation), read.config, classes, source, notes)
+    in_file = _classes(num_classes(weights, config.activation), read.config, classes, origin, notes)
     record, wanted = (None, in_file) if data is None else _data_classes(recipe, data)
     with torch.device("meta"):
         pretrained.check_weights(build(model, config, len(in_file)), weights, source)  # before any memory is allocated
@@ -126,7 +130,7 @@ def import_weights(source: str | Path, out: str | Path, options: ImportOptions) 
     with bundle.add(IMPORT_RECORD.file, stage=IMPORT_RECORD.step) as path:
         about: dict[str, Any] = {**origin.record(), "layout": read.layout, "notes": notes}
         path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    return ImportedWeights(source, bundle, read.layout, loaded.tensors, kept, fresh, tuple(notes))
+    return ImportedWeights(source, bundle, read.layout, loaded.tensors, kept, fresh, tuple(notes), origin.revision)
 
 
 def _data_classes(recipe: Recipe, data: Path) -> tuple[DataRecord, tuple[ClassInfo, ...]]:
@@ -183,7 +187,10 @@ def architecture(
     if config:
         config.require_agreement(found)
     raw_processor, where = find_processor(origin.file_next_to, ModelError) or (None, source)
-    image = preprocessing_of(raw_processor, model, where, size)
+    if raw_processor is None and origin.published is not None:
+        image = preprocessing_of_published(origin.published, size)
+    else:
+        image = preprocessing_of(raw_processor, model, where, size)
     notes += image.notes
     colors = {"mean": image.mean, "std": image.std} if image.mean and image.std else {}
     known = family_member.config.__dataclass_fields__
@@ -249,10 +256,17 @@ def _unreadable(model: Member, config: Any, found: dict[str, Any]) -> str:
 
 
 def _classes(
-    count: int, config: TransformersConfig | None, file: Path | None, source: str, notes: list[str]
+    count: int, config: TransformersConfig | None, file: Path | None, origin: WeightSource, notes: list[str]
 ) -> tuple[ClassInfo, ...]:
-    """Classes of the class head: named by `file`, by config.json, by COCO if the count fits, or numbered."""
-    labels = _labels(config, count) if config and file is None else None
+    """Classes of the class head: named by `file`, by the table of published detectors, by config.json, by COCO if the
+    count fits, or numbered."""
+    source, row = origin.source, origin.published
+    labels = _labels(config, count) if config and file is None and row is None else None
+    if file is None and row is not None and count != row.class_rows:
+        raise ModelError(
+            f"{source}: its class head has {count} rows, and that of {row.name} {row.class_rows}; expected "
+            "the published weights; name a file of other weights by its path"
+        )
     if file is not None:
         listed = [UNUSED if name == "-" else name for name in read_names(file)]
         if len(listed) != count:

@@ -13,11 +13,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from edgedetr.errors import ModelError, first_line
 from edgedetr.packages import missing
 from edgedetr.progress import Progress
-from edgedetr.published.download import download
+from edgedetr.published import download as downloads
 from edgedetr.published.network import told_offline, why_unreachable
 from edgedetr.storage.atomic import atomic_write
 
@@ -93,7 +94,7 @@ def why_offline() -> str:
     constants = _constants()
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    if not constants.ENDPOINT.startswith("https://"):
+    if not constants.ENDPOINT.startswith(downloads.SCHEME):
         raise ModelError(
             f"HF_ENDPOINT is {constants.ENDPOINT}; expected https://: over http, anybody on the way could read the "
             "token and replace the weights"
@@ -131,7 +132,7 @@ def hub_file(
 def _from_hub(repo: str, file: str, revision: str, cache: Path, progress: Progress | None) -> HubFile:
     """Ask the hub for a file, and download it unless the cache has it."""
     _constants()  # NotHere where huggingface_hub is not installed
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata
     from huggingface_hub.utils import (
         EntryNotFoundError,
         GatedRepoError,
@@ -142,7 +143,7 @@ def _from_hub(repo: str, file: str, revision: str, cache: Path, progress: Progre
 
     folder = model_folder(repo, cache)
     try:
-        url = hf_hub_url(repo, file, revision=revision or MAIN)
+        url = address(repo, file, revision or MAIN)
         about = get_hf_file_metadata(url, timeout=TIMEOUT)
     except GatedRepoError as error:
         raise ModelError(
@@ -170,8 +171,8 @@ def _from_hub(repo: str, file: str, revision: str, cache: Path, progress: Progre
     path = folder / "snapshots" / commit / file
     if not path.is_file():
         etag = about.etag or ""
-        download(
-            hf_hub_url(repo, file, revision=commit),
+        downloads.download(
+            address(repo, file, commit),
             path,
             sha256=etag if re.fullmatch(r"[0-9a-f]{64}", etag) else "",  # of large files; of small ones it is git's
             headers=build_hf_headers(),
@@ -197,6 +198,11 @@ def copy_advice(name: str, reason: str, cache: Path) -> str:
         f"could not be downloaded ({reason}); on a machine with a network run: edgedetr fetch {name} --to DIR; then "
         f"copy what is in DIR into {cache} here; or start without them: --start random"
     )
+
+
+def address(repo: str, file: str, revision: str) -> str:
+    """The address of a file of the hub."""
+    return f"{_constants().ENDPOINT}/{repo}/resolve/{quote(revision, safe='')}/{quote(file)}"
 
 
 def _note(path: Path, text: str) -> None:

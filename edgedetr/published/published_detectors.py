@@ -83,6 +83,11 @@ class PublishedDetector:
         return self.url.rsplit("/", 1)[-1]
 
     @property
+    def class_rows(self) -> int:
+        """Rows of its class head: COCO's 80 classes in order, or 91 by category id."""
+        return 80 if self.classes == "coco80" else 91
+
+    @property
     def mean_and_std(self) -> tuple[Three, Three]:
         """What is taken from a pixel / 255, and what it is divided by then, for R, G and B."""
         return NORMALIZATIONS[self.normalize]

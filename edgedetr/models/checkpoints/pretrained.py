@@ -131,13 +131,12 @@ def class_names(
     row = origin.published
     count = num_classes(weights, activation)
     if row is not None:
-        coco = coco_classes(80 if row.classes == "coco80" else 91) or []
-        if count != len(coco):
+        if count != row.class_rows:
             raise ModelError(
-                f"{origin.source}: its class head has {count} rows, and that of {row.name} {len(coco)}; expected the "
-                "published weights: name a file of other weights by its path"
+                f"{origin.source}: its class head has {count} rows, and that of {row.name} {row.class_rows}; expected "
+                "the published weights: name a file of other weights by its path"
             )
-        return [name for _, name in coco]
+        return [name for _, name in coco_classes(count) or ()]
     labels = None if stored is None else config_labels(stored.raw, stored.where, ModelError)
     if labels is None or labels == [f"LABEL_{index}" for index in range(len(labels))]:
         return None

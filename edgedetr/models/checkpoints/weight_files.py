@@ -112,6 +112,21 @@ def read_shards(index: Path, files: Mapping[str, Path]) -> Weights:
     return weights
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a weight file or an index ends where it should, as far as its first or last bytes tell."""
+    if path.suffix == ".json":
+        return True  # its readers say what is wrong
+    if path.suffix != ".safetensors":
+        return zipfile.is_zipfile(path) or path.stat().st_size > PICKLE_LIMIT  # torch's older files have no end mark
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
 def load(path: Path, notes: list[str] | None = None) -> Weights:
     """Tensors of one file, without their wrappers; `notes` gets a sentence if it holds several sets.
 

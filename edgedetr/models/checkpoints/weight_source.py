@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,18 @@ from edgedetr.published.hub_files import NotHere
 from edgedetr.published.published_detectors import LISTED, known, nearest
 from edgedetr.storage.digests import digest
 
+log = logging.getLogger(__name__)
+
 SCRATCH = "--start random"
 CONFIGURATIONS = ("config.json", "preprocessor_config.json", "processor_config.json")
+
+
+class AnotherDigest(ModelError):
+    """A file in the cache is not the one of the table of published detectors."""
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class WeightSource:
@@ -61,9 +72,21 @@ class WeightSource:
         return weight_files.read_shards(*self._shards()) if self._is_sharded() else self._load()
 
     def download(self) -> None:
-        """Bring all files into the cache without reading the tensors. Errors: ModelError."""
-        if self._is_sharded():
+        """Bring all files into the cache without reading the tensors; a damaged or incomplete one is replaced.
+
+        Errors: ModelError.
+        """
+        try:
+            sharded = self._is_sharded()
+        except AnotherDigest as error:
+            self._remove(error.path)
+            sharded = self._is_sharded()
+        if sharded:
             self._shards()
+        for name, path in list(self.files.items()):
+            if not weight_files.is_whole(path):
+                self._remove(path)
+                self.files[name] = self._part(path, name) if sharded else self._main()
         if self.on_hub:
             for name in CONFIGURATIONS:
                 self.file_next_to(name)
@@ -120,7 +143,7 @@ class WeightSource:
             if self.on_disk or self.published is None:
                 raise
             raise ModelError(
-                f"{error}; if the file is damaged, remove it, then run: edgedetr fetch {self.published.name}"
+                f"{error}; a damaged or incomplete file is replaced by: edgedetr fetch {self.published.name}"
             ) from error
 
     def _shards(self) -> tuple[Path, dict[str, Path]]:
@@ -130,16 +153,26 @@ class WeightSource:
         self.files = {index.name: index, **parts}
         return index, parts
 
+    def _remove(self, path: Path) -> None:
+        """Remove a damaged file of a cache; what the user named by its path stays."""
+        if self.on_disk:
+            raise ModelError(f"{path}: damaged or incomplete; expected a whole weight file")
+        log.warning("%s: damaged or incomplete; it is downloaded again", path)
+        target = path.resolve()
+        path.unlink()
+        target.unlink(missing_ok=True)  # in the hub's own cache, files of a commit are links
+
     def _check_digest(self, path: Path) -> None:
-        """Errors: ModelError for a file that is not the one of the table of published detectors."""
+        """Errors: AnotherDigest for a file that is not the one of the table of published detectors."""
         row = self.published
         if row is None or not row.sha256 or (self.on_hub and self.revision != row.revision):
             return  # of another revision, nothing is known
         found = digest(path)
         if not found.startswith(row.sha256):
-            raise ModelError(
+            raise AnotherDigest(
                 f"{path}: its sha256 is {found}, and that of {row.name} is {row.sha256} ({row.pinned}): it is damaged, "
-                f"incomplete or another file; remove it, then run: edgedetr fetch {row.name}"
+                f"incomplete or another file; run: edgedetr fetch {row.name}, which replaces it",
+                path,
             )
 
     def _main(self) -> Path:
