@@ -16,7 +16,7 @@ from edgedetr.bundle import Bundle
 from edgedetr.cli import run
 from edgedetr.data.coco_classes import COCO, coco_classes
 from edgedetr.data.synthetic import render
-from edgedetr.errors import DataError, ModelError, UsageError
+from edgedetr.errors import DataError, ModelError, RecipeError, UsageError
 from edgedetr.exporting.export import export
 from edgedetr.importing.import_options import ImportOptions
 from edgedetr.importing.weights import import_weights
@@ -337,7 +337,7 @@ def test_what_cannot_be_imported_says_why_and_leaves_nothing(detr_file: Path, tm
         import_weights(str(detr_file), out, ImportOptions(model="rt_detr"))
     with pytest.raises(ModelError, match="of another size .*expected the same architecture"):
         import_weights(str(detr_file), out, ImportOptions(model="detr", sets=(*HEADS, "model.queries=7")))
-    with pytest.raises(ModelError, match="multiples of 32"):
+    with pytest.raises(RecipeError, match="multiples of 32"):
         import_weights(str(detr_file), out, ImportOptions(model="detr", sets=HEADS, size=(70, 70)))
     assert not out.exists()
     import_weights(str(detr_file), out, ImportOptions(model="detr", sets=HEADS, size=(64, 64)))
