@@ -22,6 +22,14 @@ from edgedetr.errors import EdgedetrError, RecipeError, did_you_mean
 LATER = {"later": True}
 
 
+def later(as_before: object) -> dict[str, object]:
+    """Metadata of a field that is newer than 0.1 and whose default does something else than 0.1 did.
+
+    as_before  the value that does what 0.1 did; with it, the field is not part of the fingerprint of a training
+    """
+    return {**LATER, "as_before": as_before}
+
+
 def renamed(was: str) -> dict[str, object]:
     """Metadata of a field whose recipe key had the name `was` in 0.1: that name is still read, with a warning.
 

@@ -18,6 +18,9 @@ class TrainingProgress(Protocol):
         It is not called where a training is resumed, or starts from a backbone's weights alone.
         """
 
+    def note(self, text: str) -> None:
+        """What the training chose or decided, one sentence: before `start`, or after an evaluation."""
+
     def start(self, total: int, done: int, epochs: int) -> None:
         """Before the first step: steps in all, steps done before a resume, epochs in all."""
 
@@ -38,6 +41,7 @@ class SilentTraining:
     """Reports nothing: the default of `train`."""
 
     def loaded(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
     def start(self, total: int, done: int, epochs: int) -> None: ...
     def step(self, step: int, losses: Mapping[str, float], rate: float) -> None: ...
     def evaluated(self, epoch: int, ap: float | None, ap50: float | None, best: bool) -> None: ...

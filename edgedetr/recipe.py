@@ -176,7 +176,7 @@ class Recipe:
         """The fully resolved recipe; `load` reads it back to an equal Recipe.
 
         sections   only these; None = all
-        later      False: without options that came after 0.1 and are at their default, and with the key names of 0.1
+        later      False: without options that came after 0.1 and do what 0.1 did, and with the key names of 0.1
         """
         lines = []
         for part in fields(self):
@@ -190,7 +190,8 @@ class Recipe:
                 else [
                     item.name
                     for item in fields(config)
-                    if item.metadata.get("later") and getattr(config, item.name) == item.default
+                    if item.metadata.get("later")
+                    and getattr(config, item.name) == item.metadata.get("as_before", item.default)
                 ]
             )
             values = {"name": value.name} if part.name == "model" else {}

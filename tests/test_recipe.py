@@ -28,7 +28,7 @@ def test_a_recipe_says_only_what_differs(tmp_path):
 def test_a_number_among_words_is_that_word():
     assert Recipe.load(sets=["train.precision=16"]).train.precision == "16"
     assert Recipe.load(sets=['train.precision="32"']).train.precision == "32"
-    with pytest.raises(RecipeError, match="precision = '64': Input should be '32', 'bf16' or '16'"):
+    with pytest.raises(RecipeError, match="precision = '64': Input should be '32', 'bf16', '16' or 'auto'"):
         Recipe.load(sets=["train.precision=64"])
 
 

@@ -36,6 +36,7 @@ def test_without_rich_every_evaluation_is_one_plain_line() -> None:
     done = run(
         "from edgedetr.cli._training_bar import training_bar\n"
         "bar = training_bar()\n"
+        "bar.note('warm-up 1 steps [5 % of 20]')\n"
         "bar.start(10, 0, 5)\n"
         "bar.step(1, {'loss': 1.0}, 3.0)\n"
         "bar.evaluated(1, 12.34, None, True)\n"
@@ -43,7 +44,11 @@ def test_without_rich_every_evaluation_is_one_plain_line() -> None:
         "bar.finish()\n"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == ["epoch 1/5: AP 12.3  AP50 -  best so far", "epoch 2/5: AP -  AP50 5.0"]
+    assert done.stderr.splitlines() == [
+        "warm-up 1 steps [5 % of 20]",
+        "epoch 1/5: AP 12.3  AP50 -  best so far",
+        "epoch 2/5: AP -  AP50 5.0",
+    ]
 
 
 def test_the_bar_shows_steps_and_losses_and_prints_evaluations() -> None:

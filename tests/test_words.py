@@ -200,4 +200,4 @@ def test_a_training_runs_on_the_device_that_was_named(monkeypatch):
     from edgedetr.training.device_choice import DeviceChoice
     from edgedetr.training.train import start_devices
 
-    assert start_devices(Recipe.load().train, DeviceChoice("cpu")).device.type == "cpu"
+    assert start_devices(Recipe.load(sets=["train.precision=32"]).train, DeviceChoice("cpu")).device.type == "cpu"

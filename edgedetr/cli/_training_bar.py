@@ -38,6 +38,9 @@ class RichTrainingBar:
     def loaded(self, text: str) -> None:
         say(text)
 
+    def note(self, text: str) -> None:
+        self._bar.console.print(text, highlight=False, markup=False)
+
     def start(self, total: int, done: int, epochs: int) -> None:
         self._epochs = epochs
         self._bar.update(self._task, total=total, completed=done)
@@ -61,6 +64,9 @@ class EvaluationLines:
         self._epochs = 0
 
     def loaded(self, text: str) -> None:
+        say(text)
+
+    def note(self, text: str) -> None:
         say(text)
 
     def start(self, total: int, done: int, epochs: int) -> None:

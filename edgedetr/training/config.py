@@ -7,11 +7,13 @@ function can take the part that it needs; a TrainConfig is also a value of every
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 from edgedetr.errors import RecipeError
-from edgedetr.options import LATER, check, renamed
+from edgedetr.options import LATER, check, later, renamed
+
+Auto = Literal["auto"]  # a number that training/fine_tuning.py chooses
 
 INF, ALMOST_ONE = math.inf, math.nextafter(1, 0)
 TRAIN_RANGES = {
@@ -125,9 +127,10 @@ class LengthConfig(_Part):
     # backbone's, "random" = no weights.
     start: str = ""
     accept_license: tuple[str, ...] = field(default=(), metadata=LATER)  # of the weights, where its terms bind the user
-    epochs: int = 72  # RT-DETR, 6x schedule
+    epochs: int | Auto = "auto"  # from the images and the start
     minutes: float = 0.0  # fewer epochs where they would take longer than this here; 0 = all of them
-    batch: int = 16  # images per step over all devices (RT-DETR: 4 on each of 4)
+    # Images per step over all devices (RT-DETR: 4 on each of 4); "auto": as many as fit a GPU's memory, measured.
+    batch: int | Auto = 16
     accumulate: int = 1  # the batch is processed in so many parts, where memory is short
 
 
@@ -135,8 +138,8 @@ class LengthConfig(_Part):
 class OptimizerConfig(_Part):
     """AdamW and its learning rate."""
 
-    lr: float = 1e-4  # RT-DETR and DETR
-    backbone_lr_factor: float = 0.1  # both; 1.0 where the backbone starts from random weights
+    lr: float | Auto = "auto"  # from the start and the batch (RT-DETR and DETR: 1e-4)
+    backbone_lr_factor: float | Auto = "auto"  # 0.1 (both), 1.0 where the backbone starts from random weights
     slow_lr_factor: float = 0.1  # sampling offsets, reference points (Deformable DETR, A.4); other members: none
     weight_decay: float = 1e-4  # both; of the parameters that `decay` selects
     # The parameters with weight decay: matrices (two dimensions and more), all but norms (RT-DETR-R18), or all (DETR
@@ -145,10 +148,10 @@ class OptimizerConfig(_Part):
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     clip: float = 0.1  # gradient norm, both; 0 = no clipping
     warmup: Literal["linear", "exponential", "quadratic"] = "linear"  # DEIM is "quadratic"
-    warmup_steps: int = 2000  # RT-DETR
+    warmup_steps: int | Auto = "auto"  # a fraction of the steps (RT-DETR: 2000)
     # "constant" is RT-DETR's, "step" DETR's, "flat_cosine" DEIM's: the full rate, a cosine, then the last rate while
     # strong augmentation is off (augment.off_for_last).
-    schedule: Literal["constant", "step", "cosine", "flat_cosine"] = "constant"
+    schedule: Literal["constant", "step", "cosine", "flat_cosine", "auto"] = "auto"
     step_epochs: tuple[int, ...] = ()  # "step": the rate falls to a tenth at these epochs (DETR: 200 of 300)
     final_lr_factor: float = 0.01  # "cosine" and "flat_cosine" end at this fraction of lr (DEIM: 0.5)
     # "flat_cosine": fraction of the epochs at the full rate (DEIM: 4 epochs more than half).
@@ -164,32 +167,34 @@ class SizeConfig(_Part):
     # Sides of a batch, as fractions of the input's, rounded to multiples of 32 px (of patch times windows, for a
     # windowed ViT): one is drawn for each; () = always the input's own, as in the last epochs (augment.off_for_last)
     # in any case (RT-DETR-R50: 480 to 800 px of 640).
-    sizes: tuple[float, ...] = field(default=(), metadata=LATER)
+    # "auto": several sizes from a whole detector, else one.
+    sizes: tuple[float, ...] | Auto = field(default="auto", metadata=later(as_before=()))
 
 
 @dataclass(frozen=True)
 class EmaConfig(_Part):
     """The moving average of the weights."""
 
-    ema_decay: float = 0.9999  # RT-DETR; 0 = no moving average
-    ema_warmup: int = 2000  # steps; decay grows as 1 - exp(-step / ema_warmup) (RT-DETR)
+    ema_decay: float | Auto = "auto"  # from the steps (RT-DETR: 0.9999); 0 = no moving average
+    # Steps; decay grows as 1 - exp(-step / ema_warmup) (RT-DETR: 2000).
+    ema_warmup: int | Auto = "auto"
 
 
 @dataclass(frozen=True)
 class RunConfig(_Part):
     """Evaluation, seed, devices, memory and checkpoints."""
 
-    eval_every: int = 1  # epochs between evaluations on the select split; the last is always evaluated
-    patience: int = 0  # evaluations without a better AP before training stops; 0 = never
+    eval_every: int | Auto = "auto"  # epochs between evaluations on the select split; the last is always evaluated
+    patience: int | Auto = "auto"  # evaluations without a better AP before training stops; 0 = never
     seed: int = 0
-    precision: Literal["32", "bf16", "16"] = "32"
+    precision: Literal["32", "bf16", "16", "auto"] = "auto"  # bf16 where a GPU has it, else 32
     devices: int = 1  # per machine: GPUs where there are any, else processes on the CPU
     nodes: int = 1  # machines; start with torchrun
-    workers: int = 0  # processes that prepare images; 0 is the fastest for training on a CPU
+    workers: int | Auto = "auto"  # processes that prepare images; none for training on a CPU, where 0 is the fastest
     threads: int = 0  # of torch on the CPU; 0 = torch's own choice
     cache_mb: int = 2048  # decoded training images kept in memory; the rest is decoded each epoch
     checkpoint_every: int = 500  # steps between checkpoints for --resume; also after every evaluation
-    compile: bool = False  # torch.compile; its gain has not been measured
+    compile: bool = False  # torch.compile; off, because its gain has not been measured
 
 
 @dataclass(frozen=True)
@@ -286,7 +291,7 @@ class TrainConfig(
     OptimizerConfig,
     LengthConfig,
 ):
-    """How a model is trained; the defaults fine-tune RT-DETR on a set of some thousand images."""
+    """How a model is trained; what is "auto" follows from the set, the start and the machine (fine_tuning.py)."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}
 
@@ -297,10 +302,15 @@ class TrainConfig(
             raise RecipeError(
                 f"train.growth is {list(self.growth)}; expected fractions from 0.1 to 1, and 1 at the end"
             )
-        if self.batch % (self.devices * self.nodes * self.accumulate):
+        if self.batch != "auto" and self.batch % (self.devices * self.nodes * self.accumulate):
             raise RecipeError(
                 f"train.batch is {self.batch}, which does not divide into {self.nodes} machines x "
                 f"{self.devices} devices x {self.accumulate} parts"
+            )
+        if self.batch == "auto" and self.devices * self.nodes > 1:
+            raise RecipeError(
+                f"train.batch is 'auto', which is measured on one device, and there are {self.nodes} machines x "
+                f"{self.devices} devices; expected a number"
             )
         if self.schedule == "step" and not self.step_epochs:
             raise RecipeError("train.schedule is 'step' without step_epochs; for example --set train.step_epochs=[40]")
@@ -311,6 +321,32 @@ class TrainConfig(
             )
         if list(self.step_epochs) != sorted(set(self.step_epochs)):
             raise RecipeError(f"train.step_epochs is {self.step_epochs}; expected epochs that ascend, each at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedTrainConfig(TrainConfig):
+    """[train] with a number for every "auto": what the training itself reads."""
+
+    epochs: int
+    batch: int
+    lr: float
+    backbone_lr_factor: float
+    warmup_steps: int
+    schedule: Literal["constant", "step", "cosine", "flat_cosine"]
+    sizes: tuple[float, ...]
+    ema_decay: float
+    ema_warmup: int
+    eval_every: int
+    patience: int
+    precision: Literal["32", "bf16", "16"]
+    workers: int
+
+
+def resolved(config: TrainConfig) -> ResolvedTrainConfig:
+    """The same settings, where all are given. Errors: RecipeError that names one that is still "auto"."""
+    if isinstance(config, ResolvedTrainConfig):
+        return config
+    return ResolvedTrainConfig(**{item.name: getattr(config, item.name) for item in fields(config)})
 
 
 @dataclass(frozen=True)

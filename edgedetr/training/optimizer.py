@@ -13,13 +13,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from edgedetr.errors import ModelError, RecipeError
 from edgedetr.models.detector import DetrModel
-from edgedetr.training.config import AugmentConfig, TrainConfig
+from edgedetr.training.config import AugmentConfig, ResolvedTrainConfig
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS = (nn.LayerNorm, nn.GroupNorm, *BATCH_NORMS)
 
 
-def adamw(model: DetrModel, config: TrainConfig, beside: nn.Module | None = None) -> torch.optim.AdamW:
+def adamw(model: DetrModel, config: ResolvedTrainConfig, beside: nn.Module | None = None) -> torch.optim.AdamW:
     """The optimizer; `set_lr` gives each group its learning rate before every step.
 
     beside   a module that is trained with the model, as one further group
@@ -31,7 +31,7 @@ def adamw(model: DetrModel, config: TrainConfig, beside: nn.Module | None = None
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 
 
-def parameter_groups(model: DetrModel, config: TrainConfig) -> list[dict[str, object]]:
+def parameter_groups(model: DetrModel, config: ResolvedTrainConfig) -> list[dict[str, object]]:
     """Trainable parameters, grouped by learning rate and weight decay; each parameter is in exactly one group.
 
     The backbone learns more slowly, and so do the parameters that the member declares as slow. `config.decay` selects
@@ -81,7 +81,7 @@ class Schedule:
     augment          when strong augmentation is off, which the images' sizes and "flat_cosine" follow
     """
 
-    config: TrainConfig
+    config: ResolvedTrainConfig
     epochs: int
     steps_per_epoch: int
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class TrainState:
     gradient_scale, gradient_scale_growth  of the fp16 gradient scaler, and its steps since it last grew; else 0
     epochs        the number of epochs that train.minutes has time for; 0 where it is not set, or not measured yet
     loss_sums, summed_steps  losses since the last line of the metrics log, and over how many steps
+    chosen          keys of [train] that the machine chose (fine_tuning.MACHINE), stored only where there are any
     skipped, skipped_in_a_row  steps that changed nothing because the loss or the gradient was NaN or infinite: all of
                   them, and those since the last good step
     """
@@ -67,9 +69,11 @@ class TrainState:
     summed_steps: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    chosen: dict[str, int | str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps({STORED_KEYS.get(name, name): value for name, value in asdict(self).items()})
+        values = {name: value for name, value in asdict(self).items() if name != "chosen" or value}
+        return json.dumps({STORED_KEYS.get(name, name): value for name, value in values.items()})
 
     @classmethod
     def from_json(cls, text: str) -> TrainState:
@@ -147,6 +151,25 @@ def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     return state.hexdigest()
 
 
+def read_state(path: Path) -> TrainState:
+    """How far the training of a checkpoint is. Errors: TrainingError for a damaged file."""
+    with _damaged(path), safe_open(path, framework="pt") as file:
+        return TrainState.from_json((file.metadata() or {})["position"])
+
+
+def _restart(path: Path) -> str:
+    return f"remove it to start from the beginning, or restore it from a copy: {path}"
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Errors: TrainingError for whatever a file that is no checkpoint raises."""
+    try:
+        yield
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, TrainingError) as error:
+        raise TrainingError(f"the checkpoint is damaged or not a checkpoint ({error}); {_restart(path)}") from error
+
+
 def load_checkpoint(
     path: Path,
     fingerprint: str,
@@ -159,14 +182,11 @@ def load_checkpoint(
 
     Errors: TrainingError for a damaged file, another version, another recipe or other data.
     """
-    restart = f"remove it to start from the beginning, or restore it from a copy: {path}"
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    restart = _restart(path)
+    with _damaged(path), safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
         state = TrainState.from_json(metadata["position"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, TrainingError) as error:
-        raise TrainingError(f"the checkpoint is damaged or not a checkpoint ({error}); {restart}") from error
     if metadata.get("schema") not in ("1", str(SCHEMA)):
         raise TrainingError(
             f"the checkpoint has schema {metadata.get('schema')}, this version reads 1 and {SCHEMA}; {restart}"

@@ -21,12 +21,12 @@ from edgedetr.errors import TrainingError
 from edgedetr.progress import SilentTraining, TrainingProgress
 from edgedetr.recipe import Recipe
 from edgedetr.runtime.cpu import bounded, tiles_bfloat16
-from edgedetr.training import time_budget
 from edgedetr.training.config import RunConfig
 from edgedetr.training.data.dataset import open_splits, warn_of_crowded_images
 from edgedetr.training.device_choice import ANY_DEVICE, DeviceChoice
-from edgedetr.training.output import CHECKPOINT, FOLDER
-from edgedetr.training.trainer import Learner, Trainer
+from edgedetr.training.output import CHECKPOINT, FOLDER, read_state
+from edgedetr.training.planning import for_machine, plan_training
+from edgedetr.training.trainer import Trainer, training_set
 
 log = logging.getLogger(__name__)
 
@@ -67,22 +67,19 @@ def train(
         require_no_overwrite(out, resume=resume)
         splits = open_splits(data, replace(recipe.data, strict=strict or recipe.data.strict))
         warn_of_crowded_images(splits.train, recipe.model.config.queries)
-        fabric = start_devices(recipe.train, device)
+        checkpoint = out / FOLDER / CHECKPOINT
+        past = read_state(checkpoint) if checkpoint.exists() else None  # before any process can have written one
+        machine = for_machine(recipe.train, device, len(splits.train), past)
+        fabric = start_devices(machine.config, device)
         if progress is None or not fabric.is_global_zero:
             progress = SilentTraining()
-        trainer = Trainer(recipe, splits, out, fabric, progress)
-        if not trainer.fresh:
-            trainer.resume()
+        images = training_set(recipe, splits)
+        planned = plan_training(recipe, machine, splits, images, fabric, past, begun)
+        trainer = Trainer(planned.recipe, splits, out, fabric, progress, images)
+        trainer.begin(planned.epochs, planned.chosen)
         try:
-            if recipe.train.minutes and not trainer.state.epochs:
-                epochs = time_budget.choose_epochs(
-                    Learner(recipe, splits.train.classes, fabric, load_weights=False),
-                    trainer.images,
-                    trainer.schedule,
-                    select_images=len(splits.select),
-                    spent=time.monotonic() - begun,
-                )
-                trainer.limit_epochs(epochs)
+            for note in planned.notes:
+                progress.note(note)
             trainer.fit()
         finally:
             progress.finish()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,9 +25,11 @@ from edgedetr.progress import TrainingProgress
 from edgedetr.recipe import Recipe
 from edgedetr.runtime.postprocess import Detections
 from edgedetr.storage.atomic import atomic_write
+from edgedetr.training.config import resolved
 from edgedetr.training.criterion import Losses
 from edgedetr.training.data.dataset import Batch, Splits, TrainingSet, batches, draw_sizes, epoch_order, pad
 from edgedetr.training.feature_distillation import FeatureDistillation, load_feature_teacher
+from edgedetr.training.fine_tuning import steps_of_an_epoch
 from edgedetr.training.optimizer import BATCH_NORMS, Ema, Schedule, adamw, set_lr
 from edgedetr.training.output import (
     CHECKPOINT,
@@ -81,7 +83,7 @@ class Learner:
         load_weights: bool,
         on_start: Callable[[Start], None] | None = None,
     ) -> None:
-        self.config, self.fabric = recipe.train, fabric
+        self.config, self.fabric = resolved(recipe.train), fabric
         seed_step(self.config.seed, 0, 0)  # the same initial weights in every process
         self.model = build_model(recipe, classes, load_weights=load_weights, on_start=on_start)
         self.model.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
@@ -167,14 +169,38 @@ class BatchNormBackup:
             live.copy_(stored)
 
 
+def training_set(recipe: Recipe, splits: Splits) -> TrainingSet:
+    """The augmented images of the train split."""
+    return TrainingSet(
+        splits.train,
+        recipe.input.contract(),
+        recipe.augment,
+        seed=recipe.train.seed,
+        strict=splits.config.strict,
+        cache_mb=recipe.train.cache_mb,
+        multiple=recipe.model.config.size_multiple,
+    )
+
+
 class Trainer:
     """One training in this process: `fit` trains from `state` on and writes the bundle at `out`.
 
-    With a checkpoint in `out`, call `resume` first.
+    Call `begin` first.
+
+    recipe  without "auto" (`fine_tuning.resolve`)
     """
 
-    def __init__(self, recipe: Recipe, splits: Splits, out: Path, fabric: Fabric, progress: TrainingProgress) -> None:
-        config = recipe.train
+    def __init__(
+        self,
+        recipe: Recipe,
+        splits: Splits,
+        out: Path,
+        fabric: Fabric,
+        progress: TrainingProgress,
+        images: TrainingSet | None = None,
+    ) -> None:
+        """images  those of `training_set`, where they were made before"""
+        config = resolved(recipe.train)
         self.recipe, self.config, self.splits, self.fabric, self.progress = recipe, config, splits, fabric, progress
         self.checkpoint = out / FOLDER / CHECKPOINT
         self.fresh = not self.checkpoint.exists()  # read before any process can have written one
@@ -188,15 +214,7 @@ class Trainer:
         self.learner = Learner(recipe, classes, fabric, load_weights=self.fresh, on_start=self._loaded)
         contract, output = recipe.input.contract(), OutputContract(recipe.model.config.activation)
         DeployGraph(self.learner.model, contract.height, contract.width)  # a model that cannot be deployed fails now
-        self.images = TrainingSet(
-            splits.train,
-            contract,
-            recipe.augment,
-            seed=config.seed,
-            strict=splits.config.strict,
-            cache_mb=config.cache_mb,
-            multiple=recipe.model.config.size_multiple,
-        )
+        self.images = images or training_set(recipe, splits)
         self.validator = Validator(
             splits.select, contract, output, batch=min(config.batch, 16), cache_mb=config.cache_mb // 2
         )
@@ -206,8 +224,8 @@ class Trainer:
         if self.learner.features is not None:
             teachers += digest({}, self.learner.features.teacher.model.state_dict())
         self.fingerprint = fingerprint(recipe, splits.train, teachers)
-        steps_per_epoch = max(len(splits.train) // config.batch, 1)
-        self.schedule = Schedule(config, config.epochs, steps_per_epoch, recipe.augment)
+        steps = steps_of_an_epoch(len(splits.train), config.batch)
+        self.schedule = Schedule(config, config.epochs, steps, recipe.augment)
         self.state = TrainState()
 
     def _loaded(self, start: Start) -> None:
@@ -230,9 +248,17 @@ class Trainer:
             precision.load_state_dict({**precision.state_dict(), **stored})
         log.info("resuming at step %d of %d", self.state.step, self.schedule.steps)
 
-    def limit_epochs(self, epochs: int) -> None:
-        """Train so many epochs instead of train.epochs; a resume keeps to it."""
-        self.state.epochs = epochs
+    def begin(self, epochs: int = 0, chosen: Mapping[str, int | str] | None = None) -> None:
+        """Load the checkpoint where there is one, else start at the first step. Errors: TrainingError.
+
+        epochs  to train instead of train.epochs, which a resume keeps to; 0 = all
+        chosen  what the machine chose, for the checkpoint
+        """
+        if self.fresh:
+            self.state = TrainState(chosen=dict(chosen or {}))
+        else:
+            self.resume()
+        self.state.epochs = self.state.epochs or epochs
         self._apply_epochs()
 
     def _apply_epochs(self) -> None:
@@ -389,6 +415,11 @@ class Trainer:
             numbers = {name: value for name, value in metrics.to_json().items() if name != "per_class"}
             self.metrics.write("eval", state.step, {"epoch": epoch, "split": self.splits.select.name, **numbers})
         self.progress.evaluated(epoch, metrics.ap, metrics.ap50, best)
+        if stop and epoch < self.schedule.epochs:
+            self.progress.note(
+                f"stopped after epoch {epoch} of {self.schedule.epochs}: no better AP in {self.config.patience} "
+                f"evaluations (train.patience); the weights of epoch {state.best_epoch}, AP {state.best:.1f}, are kept"
+            )
 
     def _detect(self) -> dict[int, Detections]:
         """Detections of the moving average on the select split by image id; each process takes a part of the images."""

@@ -111,7 +111,7 @@ def our_step(
     if device == "cpu":
         keep_freed_memory()  # as `train` does
     config = FAMILY[member].config(backbone_weights="random", dropout=0.0)
-    settings = TrainConfig()
+    settings = TrainConfig(lr=1e-4, backbone_lr_factor=0.1, precision="32")
     detector = build(member, config, CLASSES).train().to(device).to(memory_format=torch.channels_last)
     if backbone == "frozen":
         detector.backbone.requires_grad_(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ from PIL import Image
 
 from edgedetr.progress import SilentTraining
 from edgedetr.recipe import Recipe
+from edgedetr.training.config import ResolvedTrainConfig, TrainConfig, resolved
 from edgedetr.training.data.dataset import open_splits
+from edgedetr.training.device_choice import ANY_DEVICE
+from edgedetr.training.planning import for_machine, plan_training
 from edgedetr.training.train import start_devices, train
-from edgedetr.training.trainer import Trainer
+from edgedetr.training.trainer import Trainer, training_set
 
 TOML = {
     "model": {
@@ -47,8 +51,35 @@ TOML = {
         "checkpoint_every": 1,
         "threads": 1,
         "seed": 7,
+        # What would be "auto": the same on every machine.
+        "eval_every": 1,
+        "patience": 0,
+        "sizes": [],
+        "precision": "32",
+        "workers": 0,
     },
 }
+
+
+# [train] without "auto", for tests of one part; RT-DETR's numbers.
+PUBLISHED = {
+    "epochs": 72,
+    "lr": 1e-4,
+    "backbone_lr_factor": 0.1,
+    "warmup_steps": 2000,
+    "schedule": "constant",
+    "sizes": (),
+    "ema_decay": 0.9999,
+    "ema_warmup": 2000,
+    "eval_every": 1,
+    "patience": 0,
+    "precision": "32",
+    "workers": 0,
+}
+
+
+def numbers(**train_settings: object) -> ResolvedTrainConfig:
+    return resolved(TrainConfig(**{**PUBLISHED, **train_settings}))
 
 
 def recipe(**train_settings: object) -> Recipe:
@@ -103,4 +134,8 @@ def child(data: str, out: str, settings: dict[str, object]) -> None:
 
 def new_trainer(recipe: Recipe, data: Path, out: Path) -> Trainer:
     """A training that has not begun."""
-    return Trainer(recipe, open_splits(data, recipe.data), out, start_devices(recipe.train), SilentTraining())
+    splits = open_splits(data, recipe.data)
+    images, machine = training_set(recipe, splits), for_machine(recipe.train, ANY_DEVICE, len(splits.train))
+    fabric = start_devices(machine.config)
+    planned = plan_training(recipe, machine, splits, images, fabric, None, time.monotonic())
+    return Trainer(planned.recipe, splits, out, fabric, SilentTraining(), images)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 
+import micro
 import pytest
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ MEMBERS = {
 @pytest.mark.parametrize("name", MEMBERS)
 def test_every_trainable_parameter_is_in_exactly_one_group_with_its_rate_and_decay(name):
     detector = build(name, MEMBERS[name], 3)
-    config = TrainConfig(lr=1e-3, backbone_lr_factor=0.1, weight_decay=0.05)
+    config = micro.numbers(lr=1e-3, backbone_lr_factor=0.1, weight_decay=0.05)
     where = {id(p): g for g in parameter_groups(detector, config) for p in g["params"]}
     assert sum(len(g["params"]) for g in parameter_groups(detector, config)) == len(where)
     trainable = {n: p for n, p in detector.named_parameters() if p.requires_grad}
@@ -42,13 +43,13 @@ def test_every_trainable_parameter_is_in_exactly_one_group_with_its_rate_and_dec
 
 
 def test_the_learning_rate_reaches_every_group():
-    optimizer = adamw(build("rt_detr", MEMBERS["rt_detr"], 3), TrainConfig(lr=1e-3))
+    optimizer = adamw(build("rt_detr", MEMBERS["rt_detr"], 3), micro.numbers(lr=1e-3))
     set_lr(optimizer, 0.5)
     assert sorted({g["lr"] for g in optimizer.param_groups}) == pytest.approx([5e-5, 5e-4])
 
 
 def schedule(steps_per_epoch: int, **settings: object) -> Schedule:
-    config = TrainConfig(**settings)
+    config = micro.numbers(**settings)
     return Schedule(config, config.epochs, steps_per_epoch)
 
 
@@ -87,7 +88,7 @@ def deim_rate(step: int, warmup: int, flat: int, total: int, last: int, final: f
 )
 def test_flat_cosine_is_deims(epochs, flat, last):
     """R18, R50, S, M, L of its configurations: the last rate begins where strong augmentation ends."""
-    config = TrainConfig(
+    config = micro.numbers(
         epochs=epochs, schedule="flat_cosine", flat=round(flat / epochs, 4), final_lr_factor=0.5, warmup_steps=50
     )
     ours = Schedule(config, epochs, 10, AugmentConfig(off_for_last=math.ceil(last / epochs * 1e4) / 1e4))
@@ -161,7 +162,7 @@ def test_rates_fall_from_block_to_block_of_a_vision_transformer_towards_its_inpu
             DetrConfig(backbone="vit_tiny", hidden=32, heads=4, encoder_layers=1, decoder_layers=1, frozen_stages=0),
             3,
         )
-    config = TrainConfig(lr=1.0, backbone_lr_factor=0.5, layer_decay=0.8)
+    config = micro.numbers(lr=1.0, backbone_lr_factor=0.5, layer_decay=0.8)
     where = {id(p): g["base_lr"] for g in parameter_groups(detector, config) for p in g["params"]}
     rates = {name: where[id(p)] for name, p in detector.named_parameters()}
     trunk = "backbone.transformer."
@@ -179,7 +180,7 @@ def test_the_setting_selects_the_parameters_with_decay(decay):
     detector = build("rt_detr", MEMBERS["rt_detr"], 3)
     norms = {id(p) for m in detector.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)}
     expected = {"matrices": lambda p: p.ndim >= 2, "not_norms": lambda p: id(p) not in norms, "all": lambda p: True}
-    listed = parameter_groups(detector, TrainConfig(decay=decay, weight_decay=0.05))
+    listed = parameter_groups(detector, micro.numbers(decay=decay, weight_decay=0.05))
     seen = {id(p): group["weight_decay"] for group in listed for p in group["params"]}
     trained = [p for p in detector.parameters() if p.requires_grad]
     assert len(seen) == sum(len(group["params"]) for group in listed) == len(trained)

@@ -47,7 +47,7 @@ def test_the_most_epochs_that_fit(left: float, expected: int) -> None:
 
     16, 56, 72 and 112 s for one to four.
     """
-    schedule = Schedule(TrainConfig(growth=(0.5, 1.0), eval_every=2), epochs=4, steps_per_epoch=10)
+    schedule = Schedule(micro.numbers(growth=(0.5, 1.0), eval_every=2), epochs=4, steps_per_epoch=10)
     assert time_budget.most_epochs(schedule, {0.5: 1.0, 1.0: 4.0}, 6.0, left) == expected
 
 
@@ -95,7 +95,7 @@ def test_the_gradient_scaler_that_learners_share_is_put_back(monkeypatch: pytest
         return 0.01
 
     monkeypatch.setattr(time_budget, "time_step", time_step)
-    schedule = Schedule(TrainConfig(minutes=1), epochs=2, steps_per_epoch=3)
+    schedule = Schedule(micro.numbers(minutes=1), epochs=2, steps_per_epoch=3)
     learner, images = SimpleNamespace(fabric=fabric), SimpleNamespace()
     assert time_budget.choose_epochs(learner, images, schedule, select_images=4, spent=0.0) == 2
     assert scaler == {"scale": 65536.0, "_growth_tracker": 3}

@@ -1,0 +1,205 @@
+"""Chooses the numbers of a training that the recipe leaves at "auto": they follow from the set, the start, the machine.
+
+A published schedule is made for the 118,000 images of COCO. On 500 images RT-DETR's warm-up of 2,000 steps would take
+most of the training, and an average over 10,000 steps would never leave the first weights. So every such number is here
+a fraction of the steps, up to the published number. `resolve` is a function of its arguments alone: a resumed training
+chooses the same numbers, and a recipe or `--set` that gives a number keeps it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from edgedetr.options import one_of
+from edgedetr.recipe import Recipe
+from edgedetr.training.config import TrainConfig
+
+StartKind = Literal["whole", "backbone", "random"]
+STARTS: dict[StartKind, str] = {
+    "whole": "a whole detector",
+    "backbone": "a pretrained backbone",
+    "random": "random weights",
+}
+
+
+@dataclass(frozen=True)
+class FineTuningDefaults:
+    """What "auto" stands for; not tuned on sets of ours yet.
+
+    Others take the same for every set: rf-detr 100 epochs in batches of 16 at 1e-4, without warm-up and early stop
+    (its documentation, November 2026); ultralytics 100 epochs in batches of 16, a warm-up of 3 epochs, and a stop after
+    100 without improvement (cfg/default.yaml).
+    """
+
+    # Images seen: 100 epochs of 500 images from a whole detector (rf-detr, ultralytics). A start that knows less sees
+    # more: encoder and decoder, and then the backbone too, begin at random.
+    whole_images: int = 50_000
+    backbone_images: int = 100_000
+    random_images: int = 200_000
+    fewest_steps: int = 1_500  # few images: AdamW needs steps, however few images each of them sees
+    fewest_epochs: int = 12  # many images: the shortest published training (Dai et al. 2021)
+    batch: int = 16  # RT-DETR, rf-detr, ultralytics; where there is no memory to measure
+    most_batch: int = 64  # of a measured one: from here on a larger batch gives fewer steps and no more speed
+    least_steps: int = 8  # of an epoch, which a measured batch leaves
+
+    warmup: float = 0.05  # of the steps
+    most_warmup_steps: int = 2_000  # RT-DETR
+    ema_horizon: float = 0.05  # steps that the average looks back on, 1 / (1 - ema_decay), as a fraction of all
+    most_ema_horizon: int = 10_000  # RT-DETR's decay of 0.9999
+    ema_warmup: float = 0.01  # of the steps: a fifth of the horizon, as RT-DETR's 2,000 of 10,000
+    most_ema_warmup: int = 2_000  # RT-DETR
+
+    evaluations: int = 40  # at most, in equal distances; each costs a third of a training epoch of as many images
+    patience: float = 0.3  # of the evaluations, without a better AP, before training stops
+    fewest_patience: int = 10  # evaluations: the AP of a small split goes up and down (rf-detr's, where it is on)
+
+    # Learning rates for batches of `batch` images; a whole detector moves less far from where it starts. RT-DETR and
+    # DETR train at 1e-4 from a pretrained backbone, and D-FINE at 2e-4 or 2.5e-4 with batches of 32.
+    whole_lr: float = 5e-5
+    backbone_lr: float = 1e-4
+    random_lr: float = 2e-4
+    lr_power: float = 0.5  # lr grows as this power of the batch (Malladi et al. 2022, section 4: 1/2 for Adam)
+    backbone_lr_factor: float = 0.1  # RT-DETR and DETR; 1 where the backbone has random weights
+    schedule: Literal["constant", "cosine", "flat_cosine"] = "flat_cosine"  # DEIM, RTMDet
+
+    # Sides of training images from a whole detector, as fractions of the input's: 480 to 800 px of 640, three times 640
+    # (RT-DETR-R34 and larger, D-FINE-L; rf-detr and LW-DETR have several sizes as well). Other starts: one size, the
+    # cheapest way to learn the most at first.
+    sizes: tuple[float, ...] = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.0, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
+
+    workers: int = 8  # of a GPU's process, at most; one core is left for the process itself
+    worker_steps: int = 4  # of an epoch for each worker: they are started anew in every epoch
+
+
+DEFAULTS = FineTuningDefaults()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of a training without "auto", and one sentence for each that was chosen here."""
+
+    config: TrainConfig
+    notes: tuple[str, ...] = ()
+
+    def choose(self, key: str, value: Any, note: str) -> Plan:
+        """The plan with a value for a key, and what to say of it, where the key is "auto"."""
+        if getattr(self.config, key) != "auto":
+            return self
+        return Plan(replace(self.config, **{key: value}), (*self.notes, note) if note else self.notes)
+
+
+def start_of(recipe: Recipe) -> StartKind:
+    """What the weights of a training come from."""
+    if recipe.train.start:
+        return "whole"
+    return "random" if recipe.model.config.backbone_weights == "random" else "backbone"
+
+
+def fit_to_machine(config: TrainConfig, *, gpu: bool, bf16: bool, cores: int, images: int) -> Plan:
+    """Precision and workers of this machine. The batch stays "auto" on a GPU, where it is measured.
+
+    bf16    whether the GPU computes in bfloat16
+    cores   of the CPU, for each process of the training
+    images  of the train split
+    """
+    plan = Plan(config)
+    if not gpu:
+        plan = plan.choose("precision", "32", "").choose("workers", 0, "")
+        note = f"batch {DEFAULTS.batch}: train.batch 'auto' measures the memory of a GPU, and there is none here"
+        return plan.choose("batch", DEFAULTS.batch, note)
+    plan = plan.choose("precision", "bf16" if bf16 else "32", f"precision {'bf16' if bf16 else '32'}: as this GPU can")
+    batch = config.batch if isinstance(config.batch, int) else DEFAULTS.batch
+    workers = max(min(DEFAULTS.workers, cores - 1, images // batch // DEFAULTS.worker_steps), 0)
+    return plan.choose("workers", workers, f"{workers} workers prepare images: for {cores} cores")
+
+
+def resolve(
+    config: TrainConfig,
+    *,
+    images: int,
+    start: StartKind,
+    selects: bool,
+    epochs: int = 0,
+    defaults: FineTuningDefaults = DEFAULTS,
+) -> Plan:
+    """The numbers that follow from the steps of a training.
+
+    config   its batch, precision and workers are given (`fit_to_machine`)
+    images   of the train split
+    selects  whether there is a split to select the best epoch on, and so to stop early
+    epochs   that train.minutes has time for; 0 = all
+    """
+    one_of("start", start, STARTS)
+    batch = config.batch if isinstance(config.batch, int) else defaults.batch
+    per_epoch = steps_of_an_epoch(images, batch)
+    seen = {"whole": defaults.whole_images, "backbone": defaults.backbone_images, "random": defaults.random_images}
+    asked = max(math.ceil(max(seen[start] / batch, defaults.fewest_steps) / per_epoch), defaults.fewest_epochs)
+    plan = Plan(config).choose("epochs", asked, f"{asked} epochs of {per_epoch} steps: for {STARTS[start]}")
+    planned = epochs or int(plan.config.epochs)
+    plan = _follow_steps(plan, planned * per_epoch, defaults)
+    plan = _evaluate(plan, planned, selects, defaults)
+    rate = {"whole": defaults.whole_lr, "backbone": defaults.backbone_lr, "random": defaults.random_lr}[start]
+    rate = float(f"{rate * (batch / defaults.batch) ** defaults.lr_power:.3g}")
+    plan = plan.choose("lr", rate, f"learning rate {rate:g}: for {STARTS[start]} and {batch} images a step")
+    factor = 1.0 if start == "random" else defaults.backbone_lr_factor
+    plan = plan.choose("backbone_lr_factor", factor, "")
+    sizes = defaults.sizes if start == "whole" else ()
+    shown = (
+        f"images of {min(sizes):g} to {max(sizes):g} times the input's sides, but in the last epochs" if sizes else ""
+    )
+    return plan.choose("sizes", sizes, shown)
+
+
+def steps_of_an_epoch(images: int, batch: int) -> int:
+    """Optimizer steps: an incomplete batch is left out, too few images are repeated."""
+    return max(images // batch, 1)
+
+
+def _follow_steps(plan: Plan, steps: int, defaults: FineTuningDefaults) -> Plan:
+    """Schedule, warm-up and moving average of so many steps."""
+    warmup = min(int(steps * defaults.warmup), defaults.most_warmup_steps)
+    plan = plan.choose("warmup_steps", warmup, f"warm-up {warmup} steps ({_share(warmup, steps)} of {steps})")
+    horizon = min(max(steps * defaults.ema_horizon, 1), defaults.most_ema_horizon)
+    decay = round(1 - 1 / horizon, 6)
+    note = f"average of the weights over {horizon:.0f} steps ({_share(horizon, steps)}; ema_decay {decay:g})"
+    plan = plan.choose("ema_decay", decay, note)
+    plan = plan.choose("ema_warmup", min(int(steps * defaults.ema_warmup), defaults.most_ema_warmup), "")
+    return plan.choose("schedule", defaults.schedule, f"schedule {defaults.schedule}")
+
+
+def _evaluate(plan: Plan, epochs: int, selects: bool, defaults: FineTuningDefaults) -> Plan:
+    """How often to evaluate, and when to stop early."""
+    every = max(math.ceil(epochs / defaults.evaluations), 1)
+    plan = plan.choose("eval_every", every, f"evaluation every {every} epochs" if every > 1 else "")
+    evaluations = math.ceil(epochs / int(plan.config.eval_every))
+    patience = max(math.ceil(evaluations * defaults.patience), defaults.fewest_patience)
+    # Before a step of the rate AP stands still, and rises after it; and a stop after the last evaluation is none.
+    if not selects or plan.config.schedule == "step" or patience >= evaluations:
+        return plan.choose("patience", 0, "")
+    return plan.choose("patience", patience, f"early stop after {patience} evaluations without a better AP")
+
+
+def _share(part: float, steps: int) -> str:
+    return f"{100 * part / max(steps, 1):.2g} %"
+
+
+# What a machine chose, in a checkpoint: a resume on another one keeps it.
+MACHINE = ("batch", "precision", "workers")
+BEFORE: Mapping[str, int | str] = {"batch": DEFAULTS.batch, "precision": "32", "workers": 0}
+
+
+def recorded(config: TrainConfig, asked: TrainConfig) -> dict[str, int | str]:
+    """What the machine chose of what was asked for as "auto", where it is not what every machine takes."""
+    values = asdict(config)
+    return {key: values[key] for key in MACHINE if getattr(asked, key) == "auto" and values[key] != BEFORE[key]}
+
+
+def as_recorded(config: TrainConfig, chosen: Mapping[str, int | str]) -> TrainConfig:
+    """The settings with what another run chose, where they are "auto"."""
+    plan = Plan(config)
+    for key in MACHINE:
+        plan = plan.choose(key, chosen.get(key, BEFORE[key]), "")
+    return plan.config
