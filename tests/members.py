@@ -40,6 +40,15 @@ MICRO: dict[str, object] = {
     "queries": 12,
     "dynamic_hidden": 8,
 }
+# A windowed transformer of two blocks, the second of which attends to the whole image.
+WINDOWED: dict[str, object] = {
+    "backbone_windows": 2,
+    "backbone_maps": (0, 1),
+    "backbone_full_attention": (1,),
+    "backbone_grid": 4,
+    "cross_heads": 8,
+    "groups": 3,
+}
 # What differs for one member.
 OWN: dict[str, dict[str, object]] = {
     "anchor_detr": {"dilate_last": False, "patterns": 3},
@@ -47,6 +56,9 @@ OWN: dict[str, dict[str, object]] = {
     # Wider than the others: it learns by heart more slowly (a fifth of the loss after 65 steps at 32, before 40 at 64).
     "dn_detr": {"hidden": 64},
     "efficient_detr": {"encoder_layers": 1, "decoder_layers": 1, "first_queries": 20},
+    # As wide as dn_detr, for the same reason.
+    "lw_detr": {**WINDOWED, "backbone": "lw_vit_tiny", "backbone_width": 0.25, "scales": (2, 0.5), "hidden": 64},
+    "rf_detr": {**WINDOWED, "backbone": "dinov2_small", "backbone_width": 0.25, "hidden": 64},
     "rt_detr": {"backbone": "resnet18vd", "encoder_layers": 1, "points": (4, 2, 3)},
 }
 
@@ -73,18 +85,22 @@ def member_of(name: str) -> str:
     return name.partition("+")[0]
 
 
-# Members whose boxes may reach beyond the image: R-CNN's deltas have no bound.
-BEYOND = ("dynamic_detr", "sparse_rcnn")
+# Members with groups of queries in training.
+GROUPED = ("lw_detr", "rf_detr")
+
+# Members whose boxes may reach beyond the image: deltas relative to a box have no bound.
+RCNN = ("dynamic_detr", "sparse_rcnn")
+BEYOND = (*RCNN, *GROUPED)
 
 NOISE = 1.0  # standard deviation that the added noise alone gives to what a layer makes of inputs of deviation 1
 
 # Members whose queries' positions follow from boxes that depend on the image.
-MOVING = ("dn_detr", "dino", "deformable_detr", "efficient_detr")
+MOVING = ("dn_detr", "dino", "deformable_detr", "efficient_detr", *GROUPED)
 
 RESIDUAL = 0.3  # scale of a ResNet block's branch
 
 # Members whose queries are the best of the image's cells.
-SELECTING = ("deformable_detr", "dino", "efficient_detr", "rt_detr")
+SELECTING = ("deformable_detr", "dino", "efficient_detr", "rt_detr", *GROUPED)
 
 # Parameters without a gradient from predictions alone, per member, and why.
 UNUSED: dict[str, tuple[str, ...]] = {
@@ -107,9 +123,7 @@ def small(name: str) -> DetrModel:
     for key, parameter in detector.named_parameters():
         if key.startswith("decoder.boxes.score") and key.endswith("bias"):
             parameter.clamp_(min=-2)  # heads start with every class rare; here detections are to be seen
-    if (
-        member_of(name) in BEYOND
-    ):  # every other box spans three images, to be read from another level; all move a little
+    if member_of(name) in RCNN:  # every other box spans three images, to be read from another level; all move a little
         detector.selector.box.weight[::2, 2:] *= 3
         for head in detector.decoder.boxes.box:
             head.weight.mul_(0.2)

@@ -226,7 +226,8 @@ def undoored() -> list[str]:
                     item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__post_init__"
                 ]
                 inherits = any(
-                    ast.unparse(base) in ("TransformerConfig", "BackboneConfig", "_Part") for base in node.bases
+                    ast.unparse(base) in ("TransformerConfig", "WindowedVitConfig", "BackboneConfig", "_Part")
+                    for base in node.bases
                 )
                 if words and not inherits and not (posts and DOORS & calls(posts[0])):
                     found.append(f"{inside}:{node.name} {', '.join(words)}")

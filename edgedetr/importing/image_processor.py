@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from edgedetr.errors import EdgedetrError, ModelError, did_you_mean
 from edgedetr.importing.import_options import IMAGENET
-from edgedetr.models import FAMILY
 from edgedetr.models.checkpoints.transformers_config import as_text, read_json_object
 from edgedetr.models.checkpoints.transformers_keys import Key, NoEffect, Only, Special
 from edgedetr.models.member import PublishedResize
@@ -27,7 +26,9 @@ STEP = 32  # input sides are multiples of the coarsest stride
 MAX_SIDE = 1 << 14  # pixels; a longer side is an error in the file
 # Sizes if a file gives none, by class of processor: RT-DETR's stretches to a square, the others scale by the sides.
 SQUARE, SHORT, LONG = 640, 800, 1333  # pixels
-TYPE = re.compile(r"(RTDetr|Detr|ConditionalDetr|DeformableDetr)(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)$")
+TYPE = re.compile(
+    r"(RTDetr|RfDetr|Detr|ConditionalDetr|DeformableDetr)(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)$"
+)
 
 _PIXELS = Special("scale, mean and deviation")
 _SIZE = Special("how images are resized to one size")
@@ -129,7 +130,7 @@ def read_processor(
     if kind is not None and published is not None and not known:
         raise error(
             f"{where}: image_processor_type is {as_text(kind)}; expected that of DETR, Conditional "
-            "DETR, Deformable DETR or RT-DETR"
+            "DETR, Deformable DETR, RT-DETR or RF-DETR"
         )
     is_known = known is not None or (kind is None and published is not None)
     if known:
@@ -187,15 +188,15 @@ class Preprocessing:
 
 
 def preprocessing_of(
-    raw: Mapping[str, Any] | None, member: str, where: str, asked: tuple[int, int] | None
+    raw: Mapping[str, Any] | None, published: PublishedResize, where: str, asked: tuple[int, int] | None
 ) -> Preprocessing:
     """The preprocessing of a member's weights: as the processor next to them does, or as published if there is none.
 
-    asked   (height, width) that the user wants instead
+    published  how images reached the published weights
+    asked      (height, width) that the user wants instead
 
     Errors: ModelError that names the key, its value and what is read.
     """
-    published = FAMILY[member].resize
     if raw is None:
         size = (
             TargetSize("sides", published.square, published.square)

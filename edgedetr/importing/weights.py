@@ -174,10 +174,10 @@ def architecture(
     weights = conversion.translate(model, raw, source)
     values = dict(config.values) if config else {}
     for assignment in sets:  # needed now, because the number of samples per head follows from it
-        if assignment.replace(" ", "").startswith("model.heads="):
-            values["heads"] = _heads_of(assignment)
-    values.setdefault("heads", 8)
-    found = config_from_state_dict(family_member, weights, values["heads"])
+        for name in ("heads", "cross_heads"):
+            if assignment.replace(" ", "").startswith(f"model.{name}="):
+                values[name] = _heads_of(assignment)
+    found = config_from_state_dict(family_member, weights, values.get("heads", 8), values)
     if (
         family_member.refuse_import is not None
         and layout != "edgedetr"
@@ -190,7 +190,7 @@ def architecture(
     if raw_processor is None and origin.published is not None:
         image = preprocessing_of_published(origin.published, size)
     else:
-        image = preprocessing_of(raw_processor, model, where, size)
+        image = preprocessing_of(raw_processor, family_member.resize_of(found), where, size)
     notes += image.notes
     colors = {"mean": image.mean, "std": image.std} if image.mean and image.std else {}
     known = family_member.config.__dataclass_fields__
@@ -203,6 +203,9 @@ def architecture(
     if not config:
         notes.append(_unreadable(family_member, recipe.model.config, found))
     weights = _first_layers(weights, getattr(recipe.model.config, "decoder_layers", len(weights)), notes)
+    weights, unread = pretrained.without_unread_blocks(weights, recipe.model.config)
+    if unread:
+        notes.append(f"{unread} tensors of the blocks after the last map that is read are left out")
     return Architecture(layout, recipe, weights, config, tuple(notes))
 
 

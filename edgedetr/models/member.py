@@ -67,6 +67,7 @@ class Member:
     readers          field of the configuration -> its value from the sizes of the tensors, beside those of all members
     unreadable       fields that change detections and follow from no tensor, in the order of the note about them
     resize           how images reached the published models
+    resize_by        the same where the sizes differ: from the configuration that was read in the tensors
     refuse_import    configuration read from other people's tensors -> why such a model is not computed here, or ""
     """
 
@@ -84,6 +85,7 @@ class Member:
     readers: Mapping[str, Reader] = field(default_factory=dict)
     unreadable: tuple[str, ...] = ("heads", "dilate_last")
     resize: PublishedResize = PublishedResize()
+    resize_by: Callable[[Mapping[str, Any]], PublishedResize] | None = None
     refuse_import: Callable[[Mapping[str, Any]], str] | None = None
 
     def __post_init__(self) -> None:
@@ -107,6 +109,10 @@ class Member:
                 )
             redraw(model, self.original_init)
         return model
+
+    def resize_of(self, values: Mapping[str, Any]) -> PublishedResize:
+        """How images reached the published model with this configuration, as far as its tensors show it."""
+        return self.resize if self.resize_by is None else self.resize_by(values)
 
     def role_of(self, path: str) -> Role | None:
         """The role of a module by its dotted path in the DetrModel, for example "decoder.layers.0.self_attention.q".

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgedetr.models.backbones.windowed_vit import WindowedVit, windowed_vit
 from edgedetr.models.member_config import TransformerConfig
-from edgedetr.options import Range, check
+from edgedetr.options import LATER, Range, check
 
 VIT_RANGES: dict[str, Range] = {
     "backbone_patch": (4, 64),
@@ -24,11 +24,14 @@ class WindowedVitConfig(TransformerConfig):
     """
 
     backbone: str = "dinov2_small"  # dinov2_{small,base}[_registers], lw_vit_{tiny,small,base}
-    backbone_patch: int = 16  # pixels per side of a patch, which is the stride of the maps
-    backbone_windows: int = 2  # per side: blocks attend within a quarter of the image, but for those below
-    backbone_maps: tuple[int, ...] = (2, 5, 8, 11)  # blocks, from 0, whose maps are read; after the last one: none
-    backbone_full_attention: tuple[int, ...] = (3, 6, 9)  # blocks, from 0, that attend to the whole image
-    backbone_grid: int = 24  # patches per side of the images that the positions are for (384 px); others interpolate
+    backbone_patch: int = field(default=16, metadata=LATER)  # pixels per side of a patch: the stride of the maps
+    # Per side: a block attends within a window, here a quarter of the image, but for those of backbone_full_attention.
+    backbone_windows: int = field(default=2, metadata=LATER)
+    # Blocks, from 0, whose maps are read; there are none after the last.
+    backbone_maps: tuple[int, ...] = field(default=(2, 5, 8, 11), metadata=LATER)
+    backbone_full_attention: tuple[int, ...] = field(default=(3, 6, 9), metadata=LATER)  # blocks, from 0
+    # Patches per side of the images that the positions are for (384 px); others interpolate.
+    backbone_grid: int = field(default=24, metadata=LATER)
     frozen_stages: int = 0  # all of it learns
 
     def __post_init__(self) -> None:

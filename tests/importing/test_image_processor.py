@@ -15,6 +15,7 @@ from edgedetr.bundle import InputContract
 from edgedetr.errors import ModelError
 from edgedetr.importing.image_processor import KEYS, Preprocessing, find_processor, preprocessing_of
 from edgedetr.importing.onnx_model import read_model_files
+from edgedetr.models import FAMILY
 from edgedetr.models.checkpoints.transformers_keys import NoEffect, Only
 from edgedetr.models.checkpoints.weight_source import WeightSource
 from edgedetr.runtime.preprocess import resize
@@ -45,7 +46,7 @@ def theirs(kind: str, **options: Any) -> np.ndarray:
 
 def ours(kind: str, raw: dict[str, Any]) -> np.ndarray:
     """What reaches the network of the bundle."""
-    found = preprocessing_of(raw, MEMBERS[kind], "p.json", None)
+    found = preprocessing_of(raw, FAMILY[MEMBERS[kind]].resize, "p.json", None)
     assert found.mean is not None and found.std is not None
     sized, _ = resize(IMAGE, InputContract(found.height, found.width, found.resize), backend="numpy")
     return ((sized / 255 - np.array(found.mean)) / np.array(found.std)).transpose(2, 0, 1)
@@ -101,7 +102,7 @@ def test_one_number_is_the_shorter_side_and_max_size_the_longer(
 ) -> None:
     made = getattr(transformers, f"{kind}Pil")(**raw)
     assert (made.size["shortest_edge"], made.size["longest_edge"]) == (short, long), "the processor's own reading"
-    found = preprocessing_of(raw, MEMBERS[kind], "p.json", None)
+    found = preprocessing_of(raw, FAMILY[MEMBERS[kind]].resize, "p.json", None)
     assert (found.height, found.width) == (-(-short // 32) * 32, -(-long // 32) * 32)
     assert f"shorter side at {short} px and the longer at most {long}" in found.notes[0]
 
@@ -109,17 +110,19 @@ def test_one_number_is_the_shorter_side_and_max_size_the_longer(
 @kinds
 def test_no_sentence_about_edges_where_a_file_says_something_else(kind: str) -> None:
     for size in ({"height": 320, "width": 320}, {"max_height": 480, "max_width": 640}):
-        found = preprocessing_of(written(kind, size=size), MEMBERS[kind], "p.json", None)
+        found = preprocessing_of(written(kind, size=size), FAMILY[MEMBERS[kind]].resize, "p.json", None)
         assert not any("1333" in note or "800" in note for note in found.notes), found.notes
 
 
 def test_without_a_file_the_published_resize_is_taken_and_reported() -> None:
-    assert "no preprocessor_config.json" in preprocessing_of(None, "rt_detr", "x", None).notes[0]
-    assert preprocessing_of(None, "rt_detr", "x", None) == Preprocessing(
+    assert "no preprocessor_config.json" in preprocessing_of(None, FAMILY["rt_detr"].resize, "x", None).notes[0]
+    assert preprocessing_of(None, FAMILY["rt_detr"].resize, "x", None) == Preprocessing(
         640, 640, "stretch", None, None, ("no preprocessor_config.json: stretched to 640 x 640, as published",)
     )
     assert (
-        preprocessing_of(None, "detr", "x", (320, 320)).notes[1].startswith("input 320 x 320 instead of the 800 x 1344")
+        preprocessing_of(None, FAMILY["detr"].resize, "x", (320, 320))
+        .notes[1]
+        .startswith("input 320 x 320 instead of the 800 x 1344")
     )
 
 
@@ -145,8 +148,8 @@ def test_keys_without_effect_change_no_pixel_there_and_nothing_here(kind: str) -
     np.testing.assert_array_equal(theirs(kind, **size, **other), theirs(kind, **size))
     raw = written(kind, **size)
     named = {key: other.get(key, "anything") for key, entry in KEYS.items() if isinstance(entry, NoEffect)}
-    assert preprocessing_of({**raw, **named}, MEMBERS[kind], "p", None) == preprocessing_of(
-        raw, MEMBERS[kind], "p", None
+    assert preprocessing_of({**raw, **named}, FAMILY[MEMBERS[kind]].resize, "p", None) == preprocessing_of(
+        raw, FAMILY[MEMBERS[kind]].resize, "p", None
     )
 
 
@@ -184,26 +187,28 @@ def test_keys_without_effect_change_no_pixel_there_and_nothing_here(kind: str) -
 )
 def test_what_a_bundle_cannot_do_is_refused_by_name(kind: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=f"p.json: {message}"):
-        preprocessing_of({**written(kind), **changes}, MEMBERS[kind], "p.json", None)
+        preprocessing_of({**written(kind), **changes}, FAMILY[MEMBERS[kind]].resize, "p.json", None)
 
 
 def test_a_processor_that_does_not_resize_needs_a_size_and_gets_it() -> None:
-    found = preprocessing_of({"do_resize": False}, "detr", "p.json", (96, 128))
+    found = preprocessing_of({"do_resize": False}, FAMILY["detr"].resize, "p.json", (96, 128))
     assert (found.height, found.width, found.resize) == (96, 128, "stretch")
     assert "keeps every image's size" in found.notes[0]
 
 
 def test_one_number_is_no_size_to_rt_detr() -> None:
     with pytest.raises(ModelError, match="size is 640"):
-        preprocessing_of({"size": 640}, "rt_detr", "p.json", None)
-    found = preprocessing_of({"size": 640, "image_processor_type": "DetrImageProcessor"}, "rt_detr", "p", None)
+        preprocessing_of({"size": 640}, FAMILY["rt_detr"].resize, "p.json", None)
+    found = preprocessing_of(
+        {"size": 640, "image_processor_type": "DetrImageProcessor"}, FAMILY["rt_detr"].resize, "p", None
+    )
     assert found.resize == "letterbox"
 
 
 @kinds
 def test_every_suffix_of_a_class_is_known(kind: str) -> None:
     for name in (kind, f"{kind}Fast", f"{kind}Pil", kind.replace("ImageProcessor", "FeatureExtractor")):
-        preprocessing_of({"image_processor_type": name}, MEMBERS[kind], "p.json", None)
+        preprocessing_of({"image_processor_type": name}, FAMILY[MEMBERS[kind]].resize, "p.json", None)
 
 
 def size_of_processor(origin: WeightSource) -> dict[str, int]:
@@ -255,7 +260,7 @@ def test_imports_of_weights_and_of_onnx_files_read_a_processor_alike(
         pytest.skip("RT-DETR's processor takes no single number")
     raw = {"image_processor_type": kind, **options}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(raw))
-    weights = preprocessing_of(raw, MEMBERS[kind], "p.json", None)
+    weights = preprocessing_of(raw, FAMILY[MEMBERS[kind]].resize, "p.json", None)
     onnx = read_model_files(tmp_path / "model.onnx").normalization
     assert onnx is not None and weights.mean is not None and weights.std is not None
     assert onnx.resize == weights.resize

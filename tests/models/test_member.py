@@ -36,7 +36,7 @@ def test_every_pattern_of_a_role_names_a_module(name: str) -> None:
 
 
 @every
-def test_decoder_and_selection_have_a_role_and_the_backbone_has_none(name: str) -> None:
+def test_decoder_and_selection_have_a_role_and_the_backbone_has_none_but_for_patches(name: str) -> None:
     for path, _ in forms(name)[0].named_modules():
         slot = path.partition(".")[0]
         role = FAMILY[name].role_of(path)
@@ -45,9 +45,9 @@ def test_decoder_and_selection_have_a_role_and_the_backbone_has_none(name: str) 
         elif slot == "selector":
             assert role in ("query_selection", "memory_projection"), path
         elif slot == "encoder":
-            assert role in (None, "sampling_offsets", "attention_weights", "dynamic_relu"), path
+            assert role in (None, "sampling_offsets", "attention_weights", "dynamic_relu", "projector"), path
         else:
-            assert role is None, path
+            assert role == ("patch_embedding" if path.startswith("backbone.patch") else None), path
 
 
 @every

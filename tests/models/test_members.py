@@ -70,7 +70,8 @@ def test_stochastic_depth_reaches_every_layer_at_the_asked_rate(name: str, sched
     detector = build(name, SMALL[name], CLASSES)
     layers = layers_of(detector)
     config = SMALL[name]
-    assert len(layers) == getattr(config, "encoder_layers", 0) + config.decoder_layers
+    blocks = len(getattr(config, "backbone_maps", ()))  # of which each gives a map
+    assert len(layers) == blocks + getattr(config, "encoder_layers", 0) + config.decoder_layers
     rates = set_rates(detector, 0.3, schedule)
     depths = [number / (len(layers) - 1) for number in range(len(layers))]
     expected = [0.3 * (d if schedule == "linear" else (math.e**d - 1) / (math.e - 1)) for d in depths]
@@ -106,9 +107,10 @@ def test_a_layer_that_is_left_out_passes_its_input_on(name: str) -> None:
 
 
 def layers_of(detector: DetrModel) -> list[torch.nn.Module]:
-    """Layers of the encoder, whatever holds them, and of the decoder."""
-    encoder = detector.encoder.attention if isinstance(detector.encoder, HybridEncoder) else detector.encoder.layers
-    return [*encoder, *detector.decoder.layers]
+    """Blocks of a backbone that has some, layers of the encoder, whatever holds them, and of the decoder."""
+    name = "attention" if isinstance(detector.encoder, HybridEncoder) else "layers"
+    blocks, layers = getattr(detector.backbone, "blocks", ()), getattr(detector.encoder, name, ())
+    return [*blocks, *layers, *detector.decoder.layers]
 
 
 def without_effect_in_the_first_self_attention(detector: DetrModel) -> set[str]:
@@ -126,7 +128,8 @@ def without_effect_in_the_first_self_attention(detector: DetrModel) -> set[str]:
 @member
 def test_gradients_reach_every_trainable_parameter(name: str) -> None:
     detector = small(name).train()
-    out = detector(detector.normalize(sample_images()))
+    memory = detector.encode(detector.normalize(sample_images()))
+    out = detector.decode(detector.select_to_train(memory), memory)
     loss = out.logits.square().sum() + out.boxes.square().sum()
     if out.encoder is not None:
         loss = loss + out.encoder[0].square().sum() + out.encoder[1].square().sum()

@@ -209,7 +209,7 @@ def test_every_weight_is_in_the_module_that_its_node_is_said_to_come_from(name: 
 
 
 def test_without_roles_in_the_file_the_names_of_0_2_give_the_same_plan() -> None:
-    for name in FAMILY:
+    for name in (name for name in FAMILY if name not in ("lw_detr", "rf_detr")):  # which 0.2 did not have
         model = split_concats(onnx.load(exported(name, 1)))
         plan = make_plan(GraphIndex(model), load_policy("default"))
         for node in model.graph.node:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -21,10 +21,12 @@ class StateDict:
     """Tensors under our names, and what a configuration is read from.
 
     heads   of attention; no tensor's size shows them, and the samples per head follow from them
+    known   fields of the configuration that another file tells
     """
 
     weights: Mapping[str, Tensor]
     heads: int = 8
+    known: Mapping[str, Any] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         return name in self.weights
@@ -86,14 +88,17 @@ class ReadableMember(Protocol):
         ...
 
 
-def config_from_state_dict(member: ReadableMember, weights: Mapping[str, Tensor], heads: int = 8) -> dict[str, Any]:
+def config_from_state_dict(
+    member: ReadableMember, weights: Mapping[str, Tensor], heads: int = 8, known: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Values of the fields of a member's configuration that its tensors decide; the others keep their defaults.
 
     weights   under our names
+    known     fields that another file tells, for those that no tensor shows alone
     """
-    state, known = StateDict(weights, heads), {field.name for field in fields(member.config)}
-    found = {name: reader(state) for name, reader in {**SHARED, **member.readers}.items() if name in known}
-    return {name: value for name, value in {**found, **_backbone(state)}.items() if value is not None and name in known}
+    state, names = StateDict(weights, heads, known or {}), {item.name for item in fields(member.config)}
+    found = {name: reader(state) for name, reader in {**SHARED, **member.readers}.items() if name in names}
+    return {name: value for name, value in {**found, **_backbone(state)}.items() if value is not None and name in names}
 
 
 def num_classes(weights: Mapping[str, Tensor], activation: str) -> int:

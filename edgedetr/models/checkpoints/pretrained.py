@@ -96,6 +96,8 @@ def load_detector(
                     f"{stored.where if stored else origin.source}: its model has {name} = {value!r}, and this one "
                     f"{ours!r}; use --set model.{name}={str(value).lower()}"
                 )
+    if config is not None:
+        translated, _ = without_unread_blocks(translated, config)
     theirs = None if classes is None or config is None else class_names(origin, stored, translated, config.activation)
     if classes is None or theirs is None:
         return load_weights(detector, translated, origin.source)
@@ -194,16 +196,20 @@ def load_backbone(detector: DetrModel, config: Any) -> LoadedWeights | None:
         # Pretrained weights do not contain its pyramid or adapter.
         return load_weights(backbone.transformer, weights, source)
     if isinstance(backbone, WindowedVit):
-        # A detector that reads the maps of earlier blocks alone has no others.
-        depth = len(backbone.blocks)
-        weights = {name: tensor for name, tensor in weights.items() if _block(name) < depth}
+        inside = {f"backbone.{name}": tensor for name, tensor in weights.items()}
+        weights = {name.removeprefix("backbone."): t for name, t in without_unread_blocks(inside, config)[0].items()}
     return load_weights(backbone, weights, source)
 
 
-def _block(name: str) -> int:
-    """The number of a transformer's block, from 0, in a parameter's name; -1 outside the blocks."""
-    found = re.match(r"blocks\.(\d+)\.", name)
-    return int(found[1]) if found else -1
+def without_unread_blocks(weights: Mapping[str, Tensor], config: Any) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a detector without the blocks of its transformer after the last whose map is read.
+
+    return   the tensors, and the number of those left out
+    """
+    last = max(getattr(config, "backbone_maps", ()), default=len(weights))
+    found = {name: re.match(r"backbone\.blocks\.(\d+)\.", name) for name in weights}
+    kept = {name: weights[name] for name, block in found.items() if block is None or int(block[1]) <= last}
+    return kept, len(weights) - len(kept)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ The tables of keys are in transformers_keys.py. The types of all values are chec
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ from edgedetr.errors import EdgedetrError, ModelError, did_you_mean
 from edgedetr.models import FAMILY
 from edgedetr.models.backbones import hgnetv2
 from edgedetr.models.backbones.resnet import DEPTHS
+from edgedetr.models.backbones.vit_designs import DESIGNS
 from edgedetr.models.checkpoints.transformers_keys import (
     ALONE,
     BACKBONES,
     VIT_HEAD,
+    WINDOWED_VITS,
     Key,
     Only,
     Read,
@@ -58,6 +61,11 @@ STAGED_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 HEADS_OF_64 = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+# Of a windowed transformer: LwDetrViTConfig and RfDetrDinov2Config.
+WINDOWED_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lw_detr_vit": {"hidden_size": 768, "num_attention_heads": 12, "patch_size": 16, "num_windows": 16},
+    "rf_detr_dinov2": {"hidden_size": 768, "num_attention_heads": 12, "patch_size": 14, "num_windows": 4},
+}
 FIX = "import an ONNX export of it: edgedetr import FILE.onnx"
 
 
@@ -102,6 +110,7 @@ class TransformersConfig:
                 "config.json that belongs to the weights"
             )
         self._require_agreement_of_stages(found)
+        self._require_agreement_of_windowed_vit(found)
 
     def _require_agreement_of_stages(self, found: Mapping[str, Any]) -> None:
         """Compare the sizes of a nested backbone, or transformers' defaults of them, with those of the tensors."""
@@ -120,6 +129,25 @@ class TransformersConfig:
                 raise ModelError(
                     f"{self.where}: backbone_config: {key} is {as_text(stated)}, but the tensors say "
                     f"{as_text(value)}; expected the config.json that belongs to the weights"
+                )
+
+    def _require_agreement_of_windowed_vit(self, found: Mapping[str, Any]) -> None:
+        """Compare the sizes of a nested windowed transformer with those of the tensors."""
+        nested = self.raw.get("backbone_config")
+        if not self.source.windowed_vit or not isinstance(nested, dict):
+            return
+        design = DESIGNS[found["backbone"]]
+        ours = {
+            "hidden_size": round(design.dim * found["backbone_width"]),
+            "num_attention_heads": design.heads,
+            "patch_size": found["backbone_patch"],
+        }
+        for key, value in ours.items():
+            stated = nested.get(key, WINDOWED_DEFAULTS[self.source.windowed_vit][key])
+            if stated != value:
+                raise ModelError(
+                    f"{self.where}: backbone_config: {key} is {as_text(stated)}, but the tensors are those of a "
+                    f"{found['backbone']} with {as_text(value)}; expected the config.json that belongs to the weights"
                 )
 
 
@@ -210,6 +238,8 @@ def read_config(raw: Mapping[str, Any], member: str, where: str) -> Transformers
     if source.queries_key is not None:
         name = source.queries_key(raw)
         values["queries"] = _read(raw.get(name, 300), Read("", "queries", 300), f"{where}: {name}")
+    if source.windowed_vit:
+        return TransformersConfig(where, raw, source, {**values, **_windowed_vit(raw, source.windowed_vit, where)})
     backbone, dilated = _backbone(raw, source, where)
     if dilated:
         values["dilate_last"] = True
@@ -330,6 +360,71 @@ def _backbone(raw: Mapping[str, Any], source: TransformersClass, where: str) -> 
     if name is not None and not (isinstance(name, str) and HUB.match(name)):
         raise ModelError(f"{where}: backbone is {as_text(name)}; expected microsoft/resnet-50 or another ResNet; {FIX}")
     return (name.partition("/")[2].replace("-", "") if name else ""), False
+
+
+def _windowed_vit(raw: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """Windows and blocks of a nested windowed transformer, as fields of the member's configuration.
+
+    Their stages count from 1, the output of the first block, and ours from 0.
+    """
+    nested = raw.get("backbone_config")
+    if not isinstance(nested, dict) or nested.get("model_type") != kind:
+        shown = nested.get("model_type") if isinstance(nested, dict) else nested
+        raise ModelError(f"{where}: the model_type of backbone_config is {as_text(shown)}; expected {kind}; {FIX}")
+    scales, levels = raw.get("projector_scale_factors"), raw.get("num_feature_levels")
+    if isinstance(scales, list) and levels not in (None, len(scales)):
+        raise ModelError(
+            f"{where}: num_feature_levels is {as_text(levels)}; expected one for each of the {len(scales)} "
+            "projector_scale_factors"
+        )
+    where = f"{where}: backbone_config"
+    _check_keys(nested, WINDOWED_VITS[kind], where)
+    stages = _stage_numbers(nested, where)
+    windows = nested.get("num_windows", WINDOWED_DEFAULTS[kind]["num_windows"])
+    side = windows
+    if kind == "lw_detr_vit" and isinstance(windows, int) and not isinstance(windows, bool) and windows > 0:
+        side = math.isqrt(windows) if math.isqrt(windows) ** 2 == windows else -1
+    if not isinstance(side, int) or isinstance(side, bool) or side < 1:
+        raise ModelError(f"{where}: num_windows is {as_text(windows)}; expected a number of windows that fill a square")
+    blocks = range(stages[-1])
+    if kind == "rf_detr_dinov2":  # computed by transformers, whatever the file says: the others are those of the stages
+        whole = [block for block in blocks if block in stages]
+    else:
+        windowed = nested.get("window_block_indices", [])
+        if not isinstance(windowed, list) or not all(isinstance(block, int) for block in windowed):
+            raise ModelError(f"{where}: window_block_indices is {as_text(windowed)}; expected numbers of blocks")
+        whole = [block for block in blocks if block not in windowed]
+    return {
+        "backbone_windows": side,
+        "backbone_maps": tuple(stage - 1 for stage in stages),
+        "backbone_full_attention": tuple(whole),
+    }
+
+
+def _stage_numbers(nested: Mapping[str, Any], where: str) -> list[int]:
+    """The stages whose maps are read, from 1, by out_indices or out_features, which must agree."""
+    found: list[int] = []
+    for key in ("out_indices", "out_features"):
+        given = nested.get(key)
+        if given is None:
+            continue
+        numbers = [_block_stage(item) for item in given] if isinstance(given, list) else []
+        if not numbers or numbers[0] < 1 or numbers != sorted(set(numbers)) or (found and found != numbers):
+            raise ModelError(
+                f"{where}: {key} is {as_text(given)}; expected stages from 1 that ascend, the same in both keys"
+            )
+        found = numbers
+    if not found:
+        raise ModelError(f"{where}: neither out_indices nor out_features; expected the stages whose maps are read")
+    return found
+
+
+def _block_stage(item: Any) -> int:
+    """The number of a stage given as a number from 0, or as "stage3"; -1 for anything else."""
+    if isinstance(item, str):
+        match = re.fullmatch(r"stage(\d{1,3})", item)
+        return int(match[1]) if match else -1
+    return item if isinstance(item, int) and not isinstance(item, bool) else -1
 
 
 def _timm_name(name: Any, where: str) -> str:

@@ -319,6 +319,52 @@ RT_DETR_V2: dict[str, Key] = {
     "decoder_method": Read("", "method", "default", {"default": "default", "discrete": "discrete"}),
 }
 
+# LW-DETR and RF-DETR, whose configurations differ in the projector and in their nested backbone.
+_GROUP_DETR: dict[str, Key] = {
+    **GENERIC,
+    **_TRAINING,
+    **_all(
+        NoEffect("of the loss and its matching, which training has and inference has not"),
+        "class_loss_coefficient",
+        "auxiliary_loss",
+    ),
+    "backbone_config": Special("the windowed transformer, by its own table"),
+    "d_model": Same("channels of every token", "hidden"),
+    "decoder_layers": Same("", "decoder_layers", default=3),
+    "decoder_ffn_dim": Same("", "ffn"),
+    "decoder_n_points": Same("", "points"),
+    "decoder_self_attention_heads": Read("", "heads", 8),
+    "decoder_cross_attention_heads": Read("", "cross_heads", 16),
+    "decoder_activation_function": Only("as published", ("relu",)),
+    "num_queries": Same("in each group", "queries"),
+    "group_detr": Same("groups of queries", "groups"),
+    "attention_bias": Only("as published", (True,)),
+    "activation_function": Only("of the projector, as published", ("silu",)),
+    "hidden_expansion": Only("of the projector, as published", (0.5,)),
+    "c2f_num_blocks": Only("of the projector, as published", (3,)),
+}
+LW_DETR: dict[str, Key] = {
+    **_GROUP_DETR,
+    "projector_scale_factors": Same("", "scales", lambda value: tuple(value) if isinstance(value, list) else value),
+    "batch_norm_eps": Only("as published", (1e-5,)),
+    "num_feature_levels": Special("as many as projector_scale_factors"),
+    **_all(NoEffect("follow from d_model"), "projector_in_channels", "projector_out_channels"),
+}
+RF_DETR: dict[str, Key] = {
+    **_GROUP_DETR,
+    "num_feature_levels": Only("the maps' own stride", (1,)),
+    "layer_norm_eps": Only("of the projector: 1e-6 by its authors, 1e-5 by transformers", (1e-5, 1e-6)),
+    **_all(
+        NoEffect("of masks, which a model with boxes alone has not"),
+        "mask_point_sample_ratio",
+        "mask_downsample_ratio",
+        "mask_class_loss_coefficient",
+        "mask_dice_loss_coefficient",
+        "segmentation_head_activation_function",
+        "intermediate_size",
+    ),
+}
+
 # Of a nested backbone_config. Its sizes must be those of the tensors, as `TransformersConfig.agree` compares.
 _RESNET: dict[str, Key] = {
     **GENERIC,
@@ -371,6 +417,50 @@ BACKBONES: dict[str, dict[str, Key]] = {
     "rt_detr_resnet": _RESNET,
     "hgnet_v2": _HGNETV2,
     "timm_backbone": _TIMM,
+}
+_WINDOWED: dict[str, Key] = {
+    **GENERIC,
+    "num_channels": Only("images have three channels", (3,)),
+    "hidden_size": Special("must agree with the tensors"),
+    "patch_size": Special("must agree with the tensors"),
+    "num_attention_heads": Special("must be those of the transformer with this width"),
+    "num_hidden_layers": NoEffect("the last map that is read tells how many blocks there are"),
+    **_all(Special("the blocks whose maps are read"), "out_features", "out_indices"),
+    "stage_names": NoEffect("follow from num_hidden_layers"),
+    "num_windows": Special("per side here"),
+    "mlp_ratio": Only("as published", (4,)),
+    "hidden_act": Only("as published", ("gelu",)),
+    "layer_norm_eps": Only("as published", (1e-6,)),
+    "qkv_bias": Only("as published", (True,)),
+    "image_size": NoEffect("the tensor of positions tells its size, and other sizes are interpolated"),
+    "initializer_range": NoEffect("the first weights, which training replaced"),
+}
+WINDOWED_VITS: dict[str, dict[str, Key]] = {
+    "lw_detr_vit": {
+        **_WINDOWED,
+        "pretrain_image_size": NoEffect("the tensor of positions tells its size, and other sizes are interpolated"),
+        "window_block_indices": Special("the other blocks attend to the whole image"),
+        "num_windows_side": NoEffect("follows from num_windows"),
+        "use_absolute_position_embeddings": Only("as published", (True,)),
+        "cae_init_values": NoEffect("the first weights, which training replaced"),
+        "dropout_prob": NoEffect("nothing is dropped at inference"),
+    },
+    "rf_detr_dinov2": {
+        **_WINDOWED,
+        "window_block_indexes": Special("follow from out_indices: transformers computes them anew"),
+        "apply_layernorm": Only("maps are normalized", (True,)),
+        "reshape_hidden_states": Only("maps, and not tokens", (True,)),
+        "use_mask_token": NoEffect("of hidden patches, which a detector has not"),
+        "use_swiglu_ffn": Only("as published", (False,)),
+        "layerscale_value": NoEffect("the first weights, which training replaced"),
+        **_all(
+            NoEffect("nothing is dropped at inference"),
+            "drop_path_rate",
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+        ),
+        "num_register_tokens": Only("transformers' RF-DETR has none", (0,)),
+    },
 }
 
 # config.json of a backbone whose weights a training starts from (model.backbone_weights).
@@ -455,6 +545,7 @@ class TransformersClass:
     keys          of its configuration
     timm          whether the backbone is timm's if config.json does not say
     levels        config.json -> the stages of the backbone that the model takes
+    windowed_vit  model_type of its nested backbone where that is a windowed transformer, or ""
     queries_key   config.json -> the key that counts its queries, where several could
     """
 
@@ -463,3 +554,4 @@ class TransformersClass:
     timm: bool = True
     levels: Callable[[Mapping[str, Any]], list[int]] = last_level
     queries_key: Callable[[Mapping[str, Any]], str] | None = None
+    windowed_vit: str = ""

@@ -53,7 +53,7 @@ class QueryGroup(TwoStageSelector):
         """
         found = self.rate(memory, anchors, usable)
         boxes = self._boxes(found.best, found.best_anchors)
-        content = self.content.weight.expand(len(boxes), -1, -1)
+        content = self.content.weight.expand(boxes.shape[0], -1, -1)
         logits = batched_gather(found.logits, found.top_k)
         return content, move_by_deltas(self.offset.weight, boxes.detach()), logits, boxes
 
