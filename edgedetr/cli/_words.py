@@ -76,7 +76,7 @@ WORDS = (
     Word("--batch", ("train.batch",), NumberOr("auto"), "N|auto", "Images per step, over all devices."),
     Word("--imgsz", ("input.height", "input.width"), ImageSize(), "N|HxW", "Input size in pixels: 640 or 480x640."),
     Word("--lr", ("train.lr",), click.FloatRange(0, min_open=True), "RATE", "Learning rate."),
-    Word("--teacher", ("train.teacher",), click.STRING, "BUNDLE", "A trained detector whose detections to learn."),
+    Word("--teacher", ("train.teacher",), click.STRING, "NAME|BUNDLE", "A trained detector whose detections to learn."),
     Word(
         "--patience", ("train.patience",), click.IntRange(0), "N", "Stop after N evaluations without a better AP.", True
     ),

@@ -252,7 +252,7 @@ class DenoisingConfig(_Part):
 class DistillConfig(_Part):
     """A teacher, whose detections are learned beside the objects."""
 
-    # A bundle with a detector of any member that knows some of the classes by name; "" = none.
+    # A bundle or a published detector, of any member, that knows some of the classes by name; "" = none.
     teacher: str = field(default="", metadata=LATER)
     # Of the distillation loss; its L1 and GIoU have weight_l1 and weight_giou, as those of objects (DETRDistill, 3.2).
     teacher_weight: float = field(default=1.0, metadata=LATER)

@@ -44,7 +44,7 @@ from edgedetr.training.output import (
     save_checkpoint,
 )
 from edgedetr.training.start_weights import Start
-from edgedetr.training.teacher import load_teacher, teacher_digest
+from edgedetr.training.teacher import load_teacher
 from edgedetr.training.training_module import TrainingModule, build_model, seed_step
 from edgedetr.training.validator import Validator
 
@@ -87,10 +87,10 @@ class Learner:
         seed_step(self.config.seed, 0, 0)  # the same initial weights in every process
         self.model = build_model(recipe, classes, load_weights=load_weights, on_start=on_start)
         self.model.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-        teacher = None
+        self.teacher = None
         if self.config.teacher:
-            names = [item.name for item in classes]
-            teacher = load_teacher(self.config.teacher, names, fabric.device, self.config.teacher_score)
+            names, c = [item.name for item in classes], self.config
+            self.teacher = load_teacher(c.teacher, names, fabric.device, c.teacher_score, c.accept_license)
         seen = load_feature_teacher(self.config, fabric.device)
         self.features = None if seen is None else FeatureDistillation(self.model, seen, self.config).to(fabric.device)
         module = TrainingModule(
@@ -98,7 +98,7 @@ class Learner:
             self.config,
             recipe.model.config.class_loss,
             len(classes),
-            teacher=teacher,
+            teacher=self.teacher,
             features=self.features,
         )
         self.ema = Ema(self.model, self.config.ema_decay, self.config.ema_warmup)
@@ -220,7 +220,7 @@ class Trainer:
         )
         self.writer = BundleWriter(out, recipe, splits.config, splits.folder, classes, self.learner.ema.model)
         self.metrics: MetricsLog | None = None  # of the main process, while `fit` runs
-        teachers = teacher_digest(config.teacher) if config.teacher else ""
+        teachers = self.learner.teacher.digest if self.learner.teacher is not None else ""
         if self.learner.features is not None:
             teachers += digest({}, self.learner.features.teacher.model.state_dict())
         self.fingerprint = fingerprint(recipe, splits.train, teachers)

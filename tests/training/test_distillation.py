@@ -10,6 +10,7 @@ from itertools import permutations
 import micro
 import pytest
 import torch
+from hub_folder import SETS, small_rt_detr_v2, write_hub_folder
 from safetensors.torch import load_file
 
 from edgedetr import cli
@@ -17,8 +18,10 @@ from edgedetr.bundle import Bundle
 from edgedetr.errors import ModelError, TrainingError
 from edgedetr.models import build
 from edgedetr.models.records import Outputs
+from edgedetr.published.published_detectors import LicenseError
 from edgedetr.recipe import Recipe
 from edgedetr.storage.digests import digest
+from edgedetr.training import teacher as teacher_module
 from edgedetr.training.config import LossConfig
 from edgedetr.training.criterion import Criterion
 from edgedetr.training.distillation import detections_of, distillation_loss
@@ -258,7 +261,34 @@ def test_classes_that_the_teacher_does_not_know_are_named(trained, caplog):
 def test_what_is_no_bundle_is_no_teacher(micro_data, tmp_path, capsys):
     words = ["train", "--data", str(micro_data), "--model", "demo", "--out", str(tmp_path / "b")]
     assert cli.run([*words, "--teacher", "yolo11n"]) == 1
-    assert "train.teacher is 'yolo11n', which is no bundle" in capsys.readouterr().err
+    assert "train.teacher is 'yolo11n', which is no bundle and no published detector" in capsys.readouterr().err
+    with pytest.raises(ModelError, match="did you mean 'rtdetrv2-r18'"):
+        load_teacher("rtdetrv2-r81", ["cat"], CPU, 0.3)
+    with pytest.raises(ModelError, match="import it, and name the bundle: edgedetr import .* --model detr"):
+        load_teacher("detr-r101-dc5", ["cat"], CPU, 0.3)
+    with pytest.raises(LicenseError, match="--accept-license"):
+        load_teacher("rfdetr-2xlarge", ["cat"], CPU, 0.3)
+
+
+def test_a_published_detector_teaches_by_its_name(tmp_path, monkeypatch, caplog):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    theirs = small_rt_detr_v2()
+    write_hub_folder(tmp_path, "PekingU/rtdetr_v2_r18vd", theirs)
+    small = Recipe.load("rtdetr-r18", SETS).model.config
+    monkeypatch.setattr(
+        teacher_module, "published_config", lambda row: replace(small, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    )
+    teacher = load_teacher("rtdetrv2-r18", ["gadget", "cat"], CPU, 0.01)
+    assert teacher.columns == (None, 15) and len(teacher.digest) == 64  # cat is the 16th of COCO's 80 classes
+    pixels = torch.randint(0, 256, (1, 3, 64, 64), generator=generator()).float()
+    taught = teacher(pixels)
+    with torch.no_grad():
+        expected = theirs(pixels / 255)
+    scores = expected.logits[0, :, 15].sigmoid().sort(descending=True)
+    found = taught.probabilities[0, : taught.counts[0], 1]
+    torch.testing.assert_close(found, scores.values[: taught.counts[0]], rtol=1e-3, atol=1e-4)
 
 
 def test_without_a_teacher_the_recipe_of_a_bundle_and_its_fingerprint_are_those_of_before(trained):
