@@ -36,13 +36,30 @@ def default_bundle(data: str | Path) -> Path:
     return RUNS / f"{folder.name}.bundle"
 
 
-def default_recipe(start: str | Path | None = None) -> str:
-    """The recipe of a training that names none: the one for the published detector `start`, else the edge default."""
-    from edgedetr.published.published_detectors import known
-    from edgedetr.recipe import DEFAULT
+def recipe_and_start(model: str | Path | None, start: str | Path | None) -> tuple[str | Path, str | Path | None]:
+    """The recipe and the start of a training by the name of its model, and what it starts from.
 
-    row = None if start is None or Path(start).exists() else known(str(start))
-    return DEFAULT if row is None or not row.recipe else row.recipe
+    Without a model, a published detector in `start` has its recipe. A model that is no recipe and no member may be a
+    published detector: then it is also what the training starts from, unless `start` says otherwise.
+
+    Errors: UsageError for a published detector whose size no shipped recipe has.
+    """
+    from edgedetr.published.published_detectors import known
+    from edgedetr.recipe import DEFAULT, lookup
+
+    if model is None:
+        row = None if start is None or Path(start).exists() else known(str(start))
+        return DEFAULT if row is None or not row.recipe else row.recipe, start
+    row = known(str(model)) if lookup(model) is None else None
+    if row is None:
+        return model, start
+    if not row.recipe:
+        raise UsageError(
+            f"{row.name} is a published {row.member} of a size that no shipped recipe has; import it, and start from "
+            f"the bundle: edgedetr import {row.where} --model {row.member} --out B, then edgedetr train --recipe "
+            "B/recipe.toml --start B"
+        )
+    return row.recipe, row.name if start is None else start
 
 
 def train(
@@ -63,8 +80,8 @@ def train(
 
     data       folder in COCO, YOLO or VOC layout, or its data.yaml
     out        folder of the bundle; None = runs/DATA.bundle
-    recipe     name of a shipped recipe or of a member, path of a TOML file, or a `Recipe`; None = that of a published
-               detector in `start`, else the edge default
+    recipe     name of a shipped recipe, of a member or of a published detector, path of a TOML file, or a `Recipe`;
+               None = that of a published detector in `start`, else the edge default
     preset     values over the recipe: "parity" (the published training) or "strong" (much regularization); "" = none
     start      start from a whole detector's weights: a bundle, a file, a published detector (`edgedetr models
                --published`) or a Hugging Face id; "none" = from the backbone's alone, "random" = from nothing;
@@ -87,10 +104,15 @@ def train(
         if preset or start is not None or tuple(sets) or tuple(accept_license):
             raise UsageError("preset, start and sets change a recipe given by name or path; put them into the Recipe")
     else:
-        starts = [] if start is None else [f"train.start={json.dumps(str(start))}"]
+        name, begin = recipe_and_start(recipe, start)
+        begins = [] if begin is None else [f"train.start={json.dumps(str(begin))}"]
+        if start is None:  # a start that only follows from the model's name: `sets` may say otherwise
+            sets = (*begins, *sets)
+        else:
+            sets = (*sets, *begins)
         if accepted := list(accept_license):
-            starts.append(f"train.accept_license={json.dumps(accepted)}")
-        recipe = Recipe.load(recipe or default_recipe(start), sets=(*sets, *starts), preset=preset)
+            sets = (*sets, f"train.accept_license={json.dumps(accepted)}")
+        recipe = Recipe.load(name, sets=sets, preset=preset)
     recipe = with_devices(recipe, chosen)
     out = default_bundle(data) if out is None else out
     return run(recipe, data, out, device=chosen, resume=resume, strict=strict, progress=progress)

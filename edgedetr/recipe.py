@@ -261,6 +261,19 @@ def find(source: str | Path) -> Path:
     Capitals and the signs - _ . are ignored in names where nothing has exactly that name: "RTDETR-R18" is rtdetr-r18,
     "rtdetr" is the member rt_detr, and a member is its recipe, see `recipe_of`.
     """
+    found = lookup(source)
+    if found is not None:
+        return found
+    shipped, name = shipped_recipes(), str(source)
+    raise RecipeError(
+        f"no recipe {name!r}: neither a file nor a shipped recipe nor a model"
+        f"{did_you_mean(name, [*shipped, *FAMILY])}; shipped: {', '.join(shipped)} (edgedetr recipes); "
+        f"models: {', '.join(FAMILY)}"
+    )
+
+
+def lookup(source: str | Path) -> Path | None:
+    """As `find`; None where nothing has this name."""
     path = Path(source)
     if path.is_file():
         return path
@@ -270,13 +283,7 @@ def find(source: str | Path) -> Path:
     stem = name if name in shipped else near.get(_plain(name))
     if stem is None and _plain(name) in members:
         stem = recipe_of(members[_plain(name)])
-    if stem is not None:
-        return shipped[stem]
-    raise RecipeError(
-        f"no recipe {name!r}: neither a file nor a shipped recipe nor a model"
-        f"{did_you_mean(name, [*shipped, *FAMILY])}; shipped: {', '.join(shipped)} (edgedetr recipes); "
-        f"models: {', '.join(FAMILY)}"
-    )
+    return None if stem is None else shipped[stem]
 
 
 def recipe_of(member: str) -> str:

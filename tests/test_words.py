@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 import edgedetr
+from edgedetr.api import recipe_and_start
+from edgedetr.api import train as api_train
 from edgedetr.cli import _words, app
 from edgedetr.errors import DeviceError, RecipeError, UsageError
 from edgedetr.recipe import Recipe, find, recipe_of
@@ -27,7 +29,8 @@ def asked(monkeypatch, tmp_path):
         monkeypatch.setattr(edgedetr, "train", train, raising=False)
         (tmp_path / "cells").mkdir(exist_ok=True)
         code = app.run(["train", "--data", str(tmp_path / "cells"), *words])
-        recipe = Recipe.load(seen["recipe"] or "rtdetr-r18", seen["sets"]) if seen else None
+        chosen, _ = recipe_and_start(seen["recipe"], seen["start"]) if seen else ("", None)
+        recipe = Recipe.load(chosen, seen["sets"]) if seen else None
         return code, seen, recipe
 
     return run
@@ -105,6 +108,31 @@ def test_a_model_or_recipe_is_found_as_people_type_it(typed, recipe, asked, caps
     assert asked("--model", typed)[0] == 0
     said = capsys.readouterr().err
     assert (f"recipe: {recipe} (of --model {typed})" in said) is (typed != recipe)
+
+
+def test_a_published_detector_as_model_is_its_recipe_and_its_start(asked, capsys):
+    assert recipe_and_start("rtdetrv2-r18", None) == ("rtdetr-r18", "rtdetrv2-r18")
+    assert recipe_and_start("rtdetrv2-r18", "none") == ("rtdetr-r18", "none")
+    assert recipe_and_start("rtdetr-r18", None) == ("rtdetr-r18", None)  # a recipe comes before a published name
+    assert recipe_and_start(None, "rtdetrv2-r18") == ("rtdetr-r18", "rtdetrv2-r18")
+    assert recipe_and_start(None, None) == ("rtdetr-r18", None)
+    assert asked("--model", "rtdetrv2-r18")[0] == 0
+    assert "recipe: rtdetr-r18 (of --model rtdetrv2-r18)" in capsys.readouterr().err
+    assert asked("--model", "detr-r101-dc5")[:2] == (2, {})
+    assert "edgedetr import https://dl.fbaipublicfiles.com/detr/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, start", [({}, "rtdetrv2-r18"), ({"start": "other"}, "other"), ({"sets": ["train.start=mine"]}, "mine")]
+)
+def test_what_a_user_says_of_the_start_is_kept_beside_a_published_model(options, start, monkeypatch, tmp_path):
+    pytest.importorskip("torch")
+    from edgedetr.training import train as module
+
+    seen: list[Recipe] = []
+    monkeypatch.setattr(module, "train", lambda recipe, *others, **rest: seen.append(recipe))
+    api_train(tmp_path, recipe="rtdetrv2-r18", **options)
+    assert seen[0].train.start == start
 
 
 def test_every_member_has_a_recipe_by_its_name():

@@ -27,7 +27,8 @@ from edgedetr.cli._words import merge, word_options
     metavar="NAME|FILE",
     multiple=True,
     callback=once(expect("recipe")),
-    help="Name of a shipped recipe (edgedetr recipes) or of a model, or a TOML file.  [default: rtdetr-r18]",
+    help="Name of a shipped recipe (edgedetr recipes), a model or a published detector, or a TOML file.  "
+    "[default: rtdetr-r18]",
 )
 @click.option(
     "--preset",
@@ -73,16 +74,17 @@ def train(
 
     Writes a bundle: one folder with the weights, to which the other commands add their files."""
     import edgedetr
-    from edgedetr.api import default_bundle, default_recipe
+    from edgedetr.api import default_bundle, recipe_and_start
     from edgedetr.cli._training_bar import training_bar
     from edgedetr.recipe import DEFAULT, find
 
     others = {"train.start": "--start"} if start is not None else {}
     sets = merge(words, sets, others)
+    chosen, _ = recipe_and_start(recipe_name, start)
+    found = find(chosen)
     if recipe_name is None:
-        chosen = default_recipe(start)
         say(f"recipe: {chosen} ({'the default; choose another with --model' if chosen == DEFAULT else f'of {start}'})")
-    elif (found := find(recipe_name)).stem != recipe_name and str(found) != str(Path(recipe_name)):
+    elif found.stem != recipe_name and str(found) != str(Path(recipe_name)):
         say(f"recipe: {found.stem} (of --model {recipe_name})")
     out = out or default_bundle(data)
     say(f"bundle: {out}")
