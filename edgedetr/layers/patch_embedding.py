@@ -61,14 +61,15 @@ def to_windows(tokens: Tensor, shape: tuple[int, int], side: int) -> Tensor:
     """
     height, width = shape
     x = tokens.unflatten(1, shape)
-    x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
-    return _cut(x, -(-width // side), (side, side))
+    rows, columns = _windows(height, side), _windows(width, side)
+    x = F.pad(x, (0, 0, 0, columns * side - width, 0, rows * side - height))
+    return _cut(x, columns, (side, side))
 
 
 def from_windows(windows: Tensor, shape: tuple[int, int], side: int) -> Tensor:
     """The inverse of `to_windows`: [B * windows, side * side, C] -> [B, h * w, C]."""
     height, width = shape
-    rows, columns = -(-height // side), -(-width // side)
+    rows, columns = _windows(height, side), _windows(width, side)
     channels = windows.shape[2]
     x = _joined(windows, columns, (side, side)).reshape(-1, rows * side, columns * side, channels)
     return x[:, :height, :width].flatten(1, 2)
@@ -87,6 +88,15 @@ def merge_windows(windows: Tensor, shape: tuple[int, int], count: int) -> Tensor
     """The inverse of `split_windows`: [B * count * count, n, C] -> [B, h * w, C]."""
     joined = _joined(windows, count, (shape[0] // count, shape[1] // count))
     return joined.reshape(-1, shape[0] * shape[1], windows.shape[2])
+
+
+def _windows(cells: int, side: int) -> int:
+    """Windows of `side` that hold so many cells.
+
+    In torch's tracing `cells` is a tensor: rounding a negative quotient up, as -(-a // b), kills its exporter, which
+    divides by the 0 that it takes for the result.
+    """
+    return (cells + side - 1) // side
 
 
 # At most four dimensions: a row of a window, with its channels, moves as one.

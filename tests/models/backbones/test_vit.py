@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -186,6 +188,30 @@ def test_windows_are_squares_of_the_map_filled_up_with_zeros(shape: tuple[int, i
                 expected = tokens[image, y * shape[1] + x] if inside else torch.zeros(3)
                 assert torch.equal(windows[window, y % side * side + x % side], expected)
     assert torch.equal(from_windows(windows, shape, side), tokens)
+
+
+class Windows(torch.nn.Module):
+    """A map [B, C, H, W] cut into windows twice, and back."""
+
+    def forward(self, cells: torch.Tensor) -> torch.Tensor:
+        shape = (cells.shape[2], cells.shape[3])  # tensors while torch traces
+        tokens = cells.flatten(2).transpose(1, 2)
+        for _ in range(2):
+            tokens = from_windows(to_windows(tokens, shape, 14) * 2, shape, 14)
+        return tokens
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (12, 12), (20, 16)])
+@torch.no_grad()
+def test_a_map_that_does_not_fill_its_windows_is_exported(shape: tuple[int, int], tmp_path: Path) -> None:
+    """Inputs of 96 or 192 px, less than the 224 px of one window, ended the process."""
+    cells = torch.randn(1, 3, *shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Windows(), (cells,), tmp_path / "x.onnx", opset_version=19, dynamo=False)
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    (out,) = session.run(None, {session.get_inputs()[0].name: cells.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), 4 * cells.flatten(2).transpose(1, 2))
 
 
 @torch.no_grad()
