@@ -56,8 +56,7 @@ def recipe_and_start(model: str | Path | None, start: str | Path | None) -> tupl
     if not row.recipe:
         raise UsageError(
             f"{row.name} is a published {row.member} of a size that no shipped recipe has; import it, and start from "
-            f"the bundle: edgedetr import {row.where} --model {row.member} --out B, then edgedetr train --recipe "
-            "B/recipe.toml --start B"
+            f"the bundle: edgedetr import {row.name} --out B, then edgedetr train --recipe B/recipe.toml --start B"
         )
     return row.recipe, row.name if start is None else start
 

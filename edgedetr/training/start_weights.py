@@ -12,7 +12,7 @@ from edgedetr.artifacts import IMPORT_RECORD, START, WEIGHTS
 from edgedetr.bundle import MANIFEST, Bundle
 from edgedetr.errors import ModelError
 from edgedetr.models.checkpoints import pretrained
-from edgedetr.models.checkpoints.pretrained import LoadedWeights
+from edgedetr.models.checkpoints.pretrained import LoadedWeights, WeightsDoNotFit
 from edgedetr.models.checkpoints.weight_source import WeightSource
 from edgedetr.models.detector import DetrModel
 from edgedetr.published.published_detectors import PublishedDetector
@@ -81,7 +81,17 @@ def load_start(model: DetrModel, recipe: Recipe, classes: Sequence[str]) -> Star
             notes.append(
                 f"it was trained at {shown} px, and this training has {recipe.input.height} x {recipe.input.width}"
             )
-    loaded = pretrained.load_detector(model, recipe.model.name, origin, recipe.model.config, classes)
+    try:
+        loaded = pretrained.load_detector(model, recipe.model.name, origin, recipe.model.config, classes)
+    except WeightsDoNotFit as error:
+        if row is None:
+            raise
+        use = (
+            f"--model {row.recipe}"
+            if row.recipe
+            else f"the recipe that is written by: edgedetr import {row.name} --out B"
+        )
+        raise WeightsDoNotFit(f"{error}; or train a model of its size: {use}") from error
     record = origin.record()
     if row is not None:
         record["published_ap"] = row.ap

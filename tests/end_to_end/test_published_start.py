@@ -119,7 +119,14 @@ REFUSED = {
     "a name that nobody published": (["--start", "rtdetrv2_r18"], "did you mean 'rtdetrv2-r18'.*--published"),
     "a license that was not accepted": (["--start", "rfdetr-xlarge"], "--accept-license PML-1.0"),
     "another model": (["--start", "detr-r50", "--model", "rtdetr-r18"], "is a detr, and the recipe's model a rt_detr"),
-    "another size": (sets("model.decoder_layers=3"), r"missing \(34\): .*decoder.layers.2.*--start none"),
+    "another size": (
+        sets("model.decoder_layers=3"),
+        r"missing \(34\): .*decoder.layers.2.*--start none; or .*: --model rtdetr-r18",
+    ),
+    "a published detector without a recipe, as a recipe": (
+        ["--model", "rtdetr-r101"],
+        "edgedetr import rtdetr-r101 --out B, then edgedetr train --recipe B/recipe.toml --start B",
+    ),
     "other pixels": (sets("model.mean=[0.5, 0.5, 0.5]"), r"--set model.mean=\[0.0, 0.0, 0.0\]"),
     "a file that only a person can download": (
         ["--start", "deim-rtdetrv2-r18"],

@@ -49,6 +49,10 @@ DINOV2_PATCH = 14  # pixels, of the weights above
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+class WeightsDoNotFit(ModelError):
+    """Weights of another architecture, or of another size."""
+
+
 @dataclass(frozen=True)
 class LoadedWeights:
     """What was loaded.
@@ -276,7 +280,7 @@ def _compare(
     lacking, extra = set(own) - set(weights), set(weights) - set(own)
     if lacking or extra or shapes:
         other = ", or start from a backbone alone: --start none" if isinstance(module, DetrModel) else ""
-        raise ModelError(
+        raise WeightsDoNotFit(
             f"{source} does not fit this model: {_list('missing', lacking)}{_list('left over', extra)}"
             f"{_list('of another size', shapes)}expected the same architecture; check the [model] section{other}"
         )
