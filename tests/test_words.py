@@ -119,7 +119,7 @@ def test_a_published_detector_as_model_is_its_recipe_and_its_start(asked, capsys
     assert asked("--model", "rtdetrv2-r18")[0] == 0
     assert "recipe: rtdetr-r18 (of --model rtdetrv2-r18)" in capsys.readouterr().err
     assert asked("--model", "detr-r101-dc5")[:2] == (2, {})
-    assert "edgedetr import https://dl.fbaipublicfiles.com/detr/" in capsys.readouterr().err
+    assert "edgedetr import detr-r101-dc5 --out B" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
