@@ -247,6 +247,8 @@ def read_preset(preset: str, member: str) -> dict[str, dict[str, Any]]:
     for whose in ("all", member):
         for section, values in raw.get(whose, {}).items():
             found.setdefault(section, {}).update(values)
+    if not found:
+        raise RecipeError(f"preset {preset!r} has no values for {member}; it is for {', '.join(raw)}")
     return found
 
 

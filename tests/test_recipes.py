@@ -79,3 +79,12 @@ def test_one_recipe_is_printed_as_it_is_written(capsys):
 
 def test_policies_are_shipped():
     assert Path(policies_directory() / "default.toml").is_file()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_that_gives_the_epochs_gives_what_depends_on_their_number(path):
+    """Otherwise published epochs would come with a warm-up or a schedule for small sets."""
+    config = Recipe.load(path.stem).train
+    keys = ("epochs", "lr", "warmup_steps", "schedule", "ema_decay")
+    automatic = [key for key in keys if getattr(config, key) == "auto"]
+    assert automatic in ([], list(keys)), f"{path.stem} leaves {automatic} at 'auto'"

@@ -69,11 +69,13 @@ class IterativeBoxes(nn.Module):
 
     iterative = True
 
-    def __init__(self, dim: int, logits: int, layers: int, look_forward_twice: bool = True) -> None:
+    def __init__(
+        self, dim: int, logits: int, layers: int, look_forward_twice: bool = True, activation: str = "relu"
+    ) -> None:
         super().__init__()
         self.look_forward_twice = look_forward_twice
         self.score = nn.ModuleList(Linear(dim, logits) for _ in range(layers))
-        self.box = nn.ModuleList(Mlp(dim, dim, 4, 3) for _ in range(layers))
+        self.box = nn.ModuleList(Mlp(dim, dim, 4, 3, activation=activation) for _ in range(layers))
 
     def classify(self, layer: int, features: Tensor) -> Tensor:
         """features [B, N, C] -> logits [B, N, K]."""

@@ -70,6 +70,10 @@ class RtDetrConfig(TransformerConfig):
     decoder_layers: int = 3  # R18 3, R34 4, R50 and larger 6
     decoder_ffn: int = 1024  # 4 C
     decoder_activation: Literal["relu", "gelu", "silu"] = "relu"
+    # Between the Linears of box heads and query position (DEIM: silu).
+    head_activation: Literal["relu", "silu"] = field(default="relu", metadata=LATER)
+    # Linears of the query position: 2, the first to 2 C channels; or 3 of C channels (DEIM, `as_reg`).
+    position_layers: Literal[2, 3] = field(default=2, metadata=LATER)
     queries: int = 300  # boxes per image
     learned_content: bool = False  # queries start from learned vectors and not from their tokens (DINO)
     points: tuple[int, ...] = (4, 4, 4)  # samples per head in C3, C4, C5
@@ -119,12 +123,16 @@ def rt_detr(config: RtDetrConfig, num_classes: int) -> DetrModel:
         rt_detr_fusion(width, c.expansion, c.fusion_blocks, c.conv_activation),
         c.hidden,
     )
-    selector = TopKQueries(c.hidden, num_classes, c.queries, c.denoising, c.learned_content)
+    selector = TopKQueries(
+        c.hidden, num_classes, c.queries, c.denoising, c.learned_content, activation=c.head_activation
+    )
     layers = deformable_decoder_layers(
         c.decoder_layers, c.hidden, c.heads, c.points, feedforward, c.sampling, c.dropout, c.method
     )
-    heads = IterativeBoxes(c.hidden, num_classes, c.decoder_layers)
-    decoder = Decoder(layers, heads, query_position=Mlp(4, 2 * c.hidden, c.hidden, 2))
+    heads = IterativeBoxes(c.hidden, num_classes, c.decoder_layers, activation=c.head_activation)
+    inside = 2 * c.hidden if c.position_layers == 2 else c.hidden
+    position = Mlp(4, inside, c.hidden, c.position_layers, activation=c.head_activation)
+    decoder = Decoder(layers, heads, query_position=position)
     detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
     xavier(*head_outputs(selector, "score"), *head_outputs(heads, "score"))
     prior_bias_init(selector, heads)
@@ -188,8 +196,17 @@ MEMBER = Member(
         "fusion_blocks": count_of(r"encoder\.top_down\.0\.blocks\.(\d+)\."),
         "decoder_ffn": rows_of("decoder.layers.0.feedforward.up.weight"),
         "learned_content": has("selector.content.weight"),
+        "position_layers": count_of(r"decoder\.query_position\.layers\.(\d+)\."),
         "points": _points,
     },
-    unreadable=("heads", "queries", "encoder_activation", "conv_activation", "decoder_activation", "method"),
+    unreadable=(
+        "heads",
+        "queries",
+        "encoder_activation",
+        "conv_activation",
+        "decoder_activation",
+        "head_activation",
+        "method",
+    ),
     resize=PublishedResize(square=640),
 )
