@@ -59,6 +59,15 @@ OWN: dict[str, dict[str, object]] = {
     # As wide as dn_detr, for the same reason.
     "lw_detr": {**WINDOWED, "backbone": "lw_vit_tiny", "backbone_width": 0.25, "scales": (2, 0.5), "hidden": 64},
     "rf_detr": {**WINDOWED, "backbone": "dinov2_small", "backbone_width": 0.25, "hidden": 64},
+    # Its own backbone has tests of its own; at random weights its many norms in a row make rounding errors large.
+    "d_fine": {
+        "backbone": "resnet18vd",
+        "encoder_layers": 1,
+        "encoder_width": 40,
+        "fusion_blocks": 1,
+        "points": (3, 4, 2),
+        "reg_max": 8,
+    },
     "rt_detr": {"backbone": "resnet18vd", "encoder_layers": 1, "points": (4, 2, 3)},
 }
 
@@ -88,9 +97,10 @@ def member_of(name: str) -> str:
 # Members with groups of queries in training.
 GROUPED = ("lw_detr", "rf_detr")
 
-# Members whose boxes may reach beyond the image: deltas relative to a box have no bound.
+# Members whose boxes may reach beyond the image: deltas relative to a box have no bound, and sides that move by
+# distributions reach as far as half a box.
 RCNN = ("dynamic_detr", "sparse_rcnn")
-BEYOND = (*RCNN, *GROUPED)
+BEYOND = (*RCNN, *GROUPED, "d_fine")
 
 NOISE = 1.0  # standard deviation that the added noise alone gives to what a layer makes of inputs of deviation 1
 
@@ -100,7 +110,7 @@ MOVING = ("dn_detr", "dino", "deformable_detr", "efficient_detr", *GROUPED)
 RESIDUAL = 0.3  # scale of a ResNet block's branch
 
 # Members whose queries are the best of the image's cells.
-SELECTING = ("deformable_detr", "dino", "efficient_detr", "rt_detr", *GROUPED)
+SELECTING = ("deformable_detr", "dino", "efficient_detr", "rt_detr", *GROUPED, "d_fine")
 
 # Parameters without a gradient from predictions alone, per member, and why.
 UNUSED: dict[str, tuple[str, ...]] = {
@@ -110,6 +120,11 @@ UNUSED: dict[str, tuple[str, ...]] = {
     # The class embedding of noised queries is used by training's denoising alone.
     "rt_detr": ("selector.denoising_class_embed.weight",),
     "dino": ("selector.denoising_class_embed.weight",),
+    # The losses of the sides alone reach the first layer's plain head.
+    "d_fine": (
+        "selector.denoising_class_embed.weight",
+        *(f"decoder.boxes.first.layers.{layer}.{kind}" for layer in range(3) for kind in ("weight", "bias")),
+    ),
 }
 
 

@@ -35,7 +35,7 @@ from edgedetr.models.member import Member
 from edgedetr.recipe import Recipe
 from edgedetr.runtime.arguments import as_path
 
-DECODER_LAYER = re.compile(r"decoder\.(?:layers|boxes\.(?:score|box|class_tower|box_tower))\.(\d+)\.")
+DECODER_LAYER = re.compile(r"decoder\.(?:layers|boxes\.(?:score|box|quality|class_tower|box_tower))\.(\d+)\.")
 
 
 @dataclass(frozen=True)

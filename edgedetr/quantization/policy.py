@@ -91,7 +91,7 @@ def node_roles(model: ModelProto) -> dict[str, str]:
 # {digest of this version's default policy: of the one, by node names, that kept the same layers float}. A device that
 # has a bundle but no calibration images would otherwise write its graphs again without bias correction.
 _SAME_LAYERS = {
-    "ec5f1dbfe7c93a19aa9e32147aaabfe40cf248229341728dc8428224dd5383c8": (
+    "bbb463e77815b46ab9b5bffd03ae49113759553a6d7f70bd02fc5791af1b6930": (
         "62eb5149a85aecf325711ae1902ce48a4d0197de1e1a95836c7a3aff4b1bd8dd"
     )
 }

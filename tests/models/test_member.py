@@ -41,7 +41,7 @@ def test_decoder_and_selection_have_a_role_and_the_backbone_has_none_but_for_pat
         slot = path.partition(".")[0]
         role = FAMILY[name].role_of(path)
         if slot == "decoder":
-            assert role in ("decoder", "memory_projection", "dynamic_head"), path
+            assert role in ("decoder", "memory_projection", "dynamic_head", "box_distribution"), path
         elif slot == "selector":
             assert role in ("query_selection", "memory_projection"), path
         elif slot == "encoder":

@@ -44,7 +44,11 @@ def test_box_gradients_of_unmatched_queries_are_exactly_zero(name: str) -> None:
     outputs.logits.retain_grad()
     Criterion(TrainConfig(), SMALL[name].class_loss)(outputs, targets).total.backward()
     pulled = (outputs.boxes.grad != 0).any(-1).sum(-1)  # [L, B] queries with a box gradient
-    assert pulled.tolist() == [[2, 5]] * len(outputs.boxes)
+    if SMALL[name].has_sides:  # the queries that any layer matched, in every layer
+        assert (pulled == pulled[0]).all() and (pulled[0] >= torch.tensor([2, 5])).all()
+        assert (pulled[0] < outputs.boxes.shape[2]).all()
+    else:
+        assert pulled.tolist() == [[2, 5]] * len(outputs.boxes)
     assert (outputs.logits.grad != 0).any(-1).all(), "every query learns whether it is an object"
 
 
@@ -87,7 +91,8 @@ def test_the_loss_falls_to_a_fifth_within_60_steps_or_100(name: str) -> None:
         torch.nn.utils.clip_grad_norm_(detector.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad()
-        history.append(float(found[0].detach()))
+        # Without the part of the sides, which starts at 0: a target between two bins has an entropy.
+        history.append(float((found[0] - found[Losses.NAMES.index("sides")]).detach()))
     assert min(history[-3:]) < history[0] / 5, f"{history[0]:.2f} -> {history[-1]:.2f}"
 
 

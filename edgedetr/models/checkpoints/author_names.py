@@ -1,7 +1,7 @@
 """Tensor names in the checkpoints that the authors of each paper published.
 
-facebookresearch/detr, Deformable-DETR, RT-DETR versions 1 and 2, Conditional DETR, DAB-DETR and DN-DETR, DINO,
-Anchor DETR, Sparse R-CNN (detectron2's names).
+facebookresearch/detr, Deformable-DETR, RT-DETR versions 1 and 2, D-FINE, Conditional DETR, DAB-DETR and DN-DETR,
+DINO, Anchor DETR, Sparse R-CNN (detectron2's names).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edgedetr.models.checkpoints.backbone_names import rename_backbone
-from edgedetr.models.checkpoints.hybrid_names import HYBRID
+from edgedetr.models.checkpoints.hybrid_names import D_FINE_AUTHORS, HYBRID, split_pairs
 from edgedetr.models.checkpoints.rename_rules import (
     RenameRule,
     Weights,
@@ -79,7 +79,8 @@ DINO: list[RenameRule] = [
     (r"^label_enc\.", "selector.denoising_class_embed."),
     *DEFORMABLE,
 ]
-RT_DETR: list[RenameRule] = [
+# RT-DETR and D-FINE, beside the parts of the hybrid encoder.
+SELECTING: list[RenameRule] = [
     (
         r"^(encoder|decoder)\.input_proj\.(\d)\.(?:0|conv)\.",
         lambda m: f"encoder.{'project' if m[1] == 'encoder' else 'memory_project'}.{m[2]}.conv.",
@@ -89,7 +90,6 @@ RT_DETR: list[RenameRule] = [
         lambda m: f"encoder.{'project' if m[1] == 'encoder' else 'memory_project'}.{m[2]}.norm.",
     ),
     (r"^encoder\.encoder\.0\.layers\.", "encoder.attention."),
-    *HYBRID,
     (r"^decoder\.decoder\.layers\.", "decoder.layers."),
     (r"^decoder\.enc_output\.(?:0|proj)\.", "selector.project."),
     (r"^decoder\.enc_output\.(?:1|norm)\.", "selector.norm."),
@@ -100,6 +100,14 @@ RT_DETR: list[RenameRule] = [
     (r"^decoder\.query_pos_head\.", "decoder.query_position."),
     (r"^decoder\.denoising_class_embed\.", "selector.denoising_class_embed."),
     (r"^decoder\.tgt_embed\.", "selector.content."),
+]
+D_FINE: list[RenameRule] = [
+    (r"^decoder\.pre_bbox_head\.", "decoder.boxes.first."),
+    (r"^decoder\.decoder\.lqe_layers\.(\d+)\.reg_conf\.", r"decoder.boxes.quality.\1.confidence."),
+    (r"^decoder\.(?:decoder\.)?reg_scale$", "decoder.boxes.bins.scale"),
+    (r"^decoder\.(?:decoder\.)?up$", "decoder.boxes.bins.up"),
+    (r"\.gateway\.gate\.", ".gate.weights."),
+    (r"\.gateway\.norm\.", ".gate.norm."),
 ]
 # sa_qcontent_proj, sa_kpos_proj, ca_v_proj, ca_qpos_sine_proj of the authors -> q, k_position, v, q_spatial.
 CONDITIONAL_PROJECTIONS: list[RenameRule] = [
@@ -208,7 +216,14 @@ def dino(weights: Mapping[str, Tensor]) -> Weights:
 
 def rt_detr(weights: Mapping[str, Tensor]) -> Weights:
     """lyuwenyu/RT-DETR, versions 1 and 2."""
-    return apply_to_prefix(split_packed(rename(weights, [*RT_DETR, *LAYER, *SELF_FIRST])), "backbone.", rename_backbone)
+    renamed = rename(weights, [*SELECTING, *HYBRID, *LAYER, *SELF_FIRST])
+    return apply_to_prefix(split_packed(renamed), "backbone.", rename_backbone)
+
+
+def d_fine(weights: Mapping[str, Tensor]) -> Weights:
+    """Peterande/D-FINE; DEIM and RT-DETRv4 keep the names."""
+    renamed = rename(weights, [*D_FINE, *SELECTING, *D_FINE_AUTHORS, *LAYER, *SELF_FIRST])
+    return apply_to_prefix(split_packed(split_pairs(renamed)), "backbone.", rename_backbone)
 
 
 def conditional_detr(weights: Mapping[str, Tensor]) -> Weights:

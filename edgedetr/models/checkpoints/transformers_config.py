@@ -226,7 +226,8 @@ def read_config(raw: Mapping[str, Any], member: str, where: str) -> Transformers
     for key, entry in source.keys.items():
         if not isinstance(entry, Read):
             continue
-        value = _read(raw[key], entry, f"{where}: {key}") if key in raw else entry.default
+        stated_one = key in raw or entry.of is not None
+        value = _read(raw.get(key, entry.default), entry, f"{where}: {key}", raw) if stated_one else entry.default
         if value is None:
             continue
         if entry.field in values and values[entry.field] != value:
@@ -237,7 +238,7 @@ def read_config(raw: Mapping[str, Any], member: str, where: str) -> Transformers
         values[entry.field], stated[entry.field] = value, f"{key} = {as_text(value)}"
     if source.queries_key is not None:
         name = source.queries_key(raw)
-        values["queries"] = _read(raw.get(name, 300), Read("", "queries", 300), f"{where}: {name}")
+        values["queries"] = _read(raw.get(name, 300), Read("", "queries", 300), f"{where}: {name}", raw)
     if source.windowed_vit:
         return TransformersConfig(where, raw, source, {**values, **_windowed_vit(raw, source.windowed_vit, where)})
     backbone, dilated = _backbone(raw, source, where)
@@ -306,8 +307,13 @@ def _check_keys(raw: Mapping[str, Any], keys: Mapping[str, Key], where: str) -> 
             )
 
 
-def _read(value: Any, entry: Read, where: str) -> Any:
+def _read(value: Any, entry: Read, where: str, raw: Mapping[str, Any]) -> Any:
     """The value of our field. Errors: ModelError for a value of another type or without a counterpart."""
+    if entry.of is not None:
+        ours = entry.of(value, raw)
+        if ours is None:
+            raise ModelError(f"{where} is {as_text(value)}; expected a whole number from 1, or one for each level")
+        return ours
     if entry.words is not None:
         if isinstance(value, str) and value in entry.words:
             return entry.words[value]
@@ -478,6 +484,8 @@ def _has_default(entry: Key) -> bool:
 
 
 def _equal(name: str, ours: Any, theirs: Any, width: Any) -> bool:
+    if name == "points" and isinstance(theirs, tuple) and isinstance(ours, tuple):
+        return sum(ours) == sum(theirs)  # the tensors show the sum alone
     if name == "ffn_activation":
         return bool((ours == "prelu") == (theirs == "prelu"))  # no tensor shows which of the others
     if isinstance(theirs, float) and isinstance(ours, float) and 0 <= theirs < 64:

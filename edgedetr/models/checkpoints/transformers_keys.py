@@ -36,11 +36,13 @@ class Read(Key):
     field    of the member's configuration
     default  of transformers, if config.json does not have the key
     words    their words and ours; None: a whole number from 1, or true and false, as the default
+    of       (value or default, all keys) -> ours, or None for a value that is refused; None: itself
     """
 
     field: str = ""
     default: Any = None
     words: dict[str, Any] | None = None
+    of: Callable[[Any, Mapping[str, Any]], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -365,6 +367,58 @@ RF_DETR: dict[str, Key] = {
     ),
 }
 
+
+def _levels_of_strides(value: Any) -> int:
+    return next((levels for levels in (2, 3) if value in ([8, 16, 32][-levels:], (8, 16, 32)[-levels:])), -1)
+
+
+def _level_of_attention(value: Any) -> int:
+    """[2] -> 3 levels: attention within the third."""
+    return next((levels for levels in (2, 3) if value in ([levels - 1], (levels - 1,))), -1)
+
+
+def _three_times(value: Any) -> int:
+    return round(3 * value) if isinstance(value, (int, float)) and abs(value) < 1 << 16 else -1
+
+
+def _points_of_levels(value: Any, raw: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """One number for all levels, or one for each."""
+    each = value if isinstance(value, list) else [value] * len(raw.get("encoder_in_channels", (0, 0, 0)))
+    good = all(isinstance(number, int) and not isinstance(number, bool) and 0 < number < 1 << 16 for number in each)
+    return tuple(each) if each and good else None
+
+
+D_FINE: dict[str, Key] = {
+    **RT_DETR,
+    "decoder_offset_scale": RT_DETR_V2["decoder_offset_scale"],
+    "decoder_method": RT_DETR_V2["decoder_method"],
+    **_all(
+        NoEffect("of the loss and its matching, which training has and inference has not"),
+        "weight_loss_fgl",
+        "weight_loss_ddf",
+    ),
+    "encoder_in_channels": Only(
+        "one for each of C3, C4, C5, or of the last two; the widths are the backbone's own", (3, 2), _length
+    ),
+    "decoder_in_channels": Only("one for each level", (3, 2), _length),
+    "activation_function": Only("transformers gives another one to half of a fusion block alone", ("silu", "swish")),
+    "feat_strides": Same("C3, C4, C5, or the last two", "levels", _levels_of_strides, (8, 16, 32)),
+    "encode_proj_layers": Same("attention within C5 alone", "levels", _level_of_attention, (2,)),
+    "num_feature_levels": Same("as many as the encoder gives", "levels", default=3),
+    "hidden_expansion": Special("the tensors tell the width inside the fusion blocks"),
+    "depth_mult": Same("three times it, rounded", "fusion_blocks", _three_times, 1.0),
+    "decoder_n_points": Read("", "points", 4, of=_points_of_levels),
+    "eval_idx": Only("the last layer is the answer; for an earlier one use model.decoder_layers", (-1,)),
+    "layer_scale": Only("all layers are equally wide", (1,)),
+    "max_num_bins": Same("", "reg_max", default=32),
+    "reg_scale": Same("", "reg_scale", default=4.0),
+    "up": Same("", "reg_up", default=0.5),
+    "top_prob_values": Only("as published", (4,)),
+    "lqe_hidden_dim": Only("as published", (64,)),
+    "lqe_layers": Only("as published", (2,)),
+    "head_dim": Special("it follows from the width and the number of heads"),
+}
+
 # Of a nested backbone_config. Its sizes must be those of the tensors, as `TransformersConfig.agree` compares.
 _RESNET: dict[str, Key] = {
     **GENERIC,
@@ -535,6 +589,11 @@ def last_level(raw: Mapping[str, Any]) -> list[int]:
 
 def three_levels(raw: Mapping[str, Any]) -> list[int]:
     return [2, 3, 4]
+
+
+def levels_of_encoder(raw: Mapping[str, Any]) -> list[int]:
+    """The last stages, as many as the encoder reads."""
+    return [2, 3, 4][-max(_length(raw.get("encoder_in_channels", [0, 0, 0])), 1) :]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Tensor names of transformers' detectors, as in files on the Hugging Face hub and as in memory.
 
-DETR, Table Transformer, Deformable DETR, RT-DETR versions 1 and 2, Conditional DETR, DAB-DETR.
+DETR, Table Transformer, Deformable DETR, RT-DETR versions 1 and 2, D-FINE, Conditional DETR, DAB-DETR.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edgedetr.models.checkpoints.author_names import CONDITIONAL_PROJECTIONS, REFERENCE_BOX, REFERENCE_POINT
 from edgedetr.models.checkpoints.backbone_names import rename_backbone
-from edgedetr.models.checkpoints.hybrid_names import HYBRID
+from edgedetr.models.checkpoints.hybrid_names import D_FINE_HUB, HYBRID, split_pairs
 from edgedetr.models.checkpoints.rename_rules import RenameRule, Weights, apply_to_prefix, rename, untie_heads
 
 # Parts that transformers names alike in all its detectors.
@@ -45,14 +45,14 @@ DETR: list[RenameRule] = [
     (r"^model\.(?:backbone\.)?position_embedding\.row_embeddings\.", "encoder.position.row."),
     (r"^model\.(?:backbone\.)?position_embedding\.column_embeddings\.", "encoder.position.column."),
 ]
-RT_DETR: list[RenameRule] = [
+# RT-DETR and D-FINE, beside the parts of the hybrid encoder.
+SELECTING: list[RenameRule] = [
     (r"^model\.encoder_input_proj\.(\d)\.0\.", r"encoder.project.\1.conv."),
     (r"^model\.encoder_input_proj\.(\d)\.1\.", r"encoder.project.\1.norm."),
     (r"^model\.decoder_input_proj\.(\d)\.0\.", r"encoder.memory_project.\1.conv."),
     (r"^model\.decoder_input_proj\.(\d)\.1\.", r"encoder.memory_project.\1.norm."),
     (r"^model\.encoder\.(?:aifi|encoder)\.0\.layers\.(\d)\.", r"encoder.attention.\1."),
     (r"^model\.encoder\.(?=lateral|downsample|fpn|pan)", "encoder."),
-    *HYBRID,
     (r"^model\.enc_output\.0\.", "selector.project."),
     (r"^model\.enc_output\.1\.", "selector.norm."),
     (r"^model\.enc_score_head\.", "selector.score."),
@@ -62,6 +62,16 @@ RT_DETR: list[RenameRule] = [
     (r"^(?:model\.decoder\.)?class_embed\.", "decoder.boxes.score."),
     (r"^(?:model\.decoder\.)?bbox_embed\.", "decoder.boxes.box."),
     (r"^model\.decoder\.query_pos_head\.", "decoder.query_position."),
+]
+D_FINE: list[RenameRule] = [
+    (r"^model\.decoder\.pre_bbox_head\.", "decoder.boxes.first."),
+    (r"^model\.decoder\.lqe_layers\.(\d+)\.reg_conf\.", r"decoder.boxes.quality.\1.confidence."),
+    (r"^model\.decoder\.reg_scale$", "decoder.boxes.bins.scale"),
+    (r"^model\.decoder\.up$", "decoder.boxes.bins.up"),
+    (r"\.gateway\.gate\.", ".gate.weights."),
+    (r"\.gateway\.norm\.", ".gate.norm."),
+    (r"\.mlp\.layers\.0\.", ".feedforward.up."),  # in memory; fc1 and fc2 in files
+    (r"\.mlp\.layers\.1\.", ".feedforward.down."),
 ]
 DEFORMABLE: list[RenameRule] = [
     (r"^model\.input_proj\.", "encoder.project."),
@@ -111,7 +121,13 @@ def detr(weights: Mapping[str, Tensor]) -> Weights:
 
 def rt_detr(weights: Mapping[str, Tensor]) -> Weights:
     """RTDetrForObjectDetection and RTDetrV2ForObjectDetection."""
-    return apply_to_prefix(rename(weights, [*RT_DETR, *PARTS]), "backbone.", rename_backbone)
+    return apply_to_prefix(rename(weights, [*SELECTING, *HYBRID, *PARTS]), "backbone.", rename_backbone)
+
+
+def d_fine(weights: Mapping[str, Tensor]) -> Weights:
+    """DFineForObjectDetection."""
+    renamed = split_pairs(rename(weights, [*SELECTING, *D_FINE_HUB, *D_FINE, *PARTS]))
+    return apply_to_prefix(renamed, "backbone.", rename_backbone)
 
 
 def deformable_detr(weights: Mapping[str, Tensor]) -> Weights:

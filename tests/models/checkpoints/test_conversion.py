@@ -9,7 +9,7 @@ from pathlib import Path
 import author_state_dicts
 import pytest
 import torch
-from members import GROUPED, SMALL
+from members import GROUPED, SELECTING, SMALL
 from references import reference_resnet, transformers
 
 from edgedetr.errors import ModelError
@@ -126,7 +126,7 @@ def test_every_members_architecture_follows_from_its_tensors(member: str) -> Non
     config = SMALL[member]
     found = config_from_state_dict(FAMILY[member], build(member, config, CLASSES).state_dict(), heads=4)
     not_in_tensors = {"heads", "backbone_norm", "frozen_stages", "dilate_last", "first_queries", "points"}
-    if member in ("deformable_detr", "efficient_detr", "rt_detr"):
+    if member in SELECTING:
         not_in_tensors.add("queries")  # selected, not learned
     if member in GROUPED:  # how a transformer is cut and read, and the heads of another width than the published ones
         not_in_tensors |= {"backbone_windows", "backbone_maps", "backbone_full_attention", "cross_heads"}
