@@ -85,8 +85,8 @@ def load_feature_teacher(config: DistillConfig, device: torch.device) -> Feature
 class FeatureDistillation(nn.Module):
     """The linear layer between student and teacher, and the weight of the loss; it is trained beside the model.
 
-    weight   [] float64, of the loss
-    shares   [2] float64, sum and number of the encoder's shares of the gradient in this epoch, percent
+    weight   [] float32, of the loss
+    shares   [2] float32, sum and number of the encoder's shares of the gradient in this epoch, percent
 
     Errors: ModelError for a student without attention within its coarsest level.
     """
@@ -105,8 +105,8 @@ class FeatureDistillation(nn.Module):
         self.teacher, self.config, self._stride = teacher, config, encoder.strides[-1]
         own: Any = encoder.project[-1]
         self.project = nn.Linear(own.conv.out_channels, teacher.channels)
-        self.register_buffer("weight", torch.tensor(config.feature_weight, dtype=torch.float64))
-        self.register_buffer("shares", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("weight", torch.tensor(float(config.feature_weight)))
+        self.register_buffer("shares", torch.zeros(2))
         self._attention = (encoder.attention,)  # in a tuple, so that it is no part of this module
         self._seen: Tensor | None = None
 
@@ -129,7 +129,7 @@ class FeatureDistillation(nn.Module):
             raise RuntimeError("the student's encoder was not watched before its features were compared")
         shape = (pixels.shape[2] // self._stride, pixels.shape[3] // self._stride)
         wanted = self.teacher(pixels, shape)
-        return self.weight.float() * feature_distance(self.project(student), wanted)
+        return self.weight * feature_distance(self.project(student), wanted)
 
     def count(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add the encoder's share of the gradient of one step."""

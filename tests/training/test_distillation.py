@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from itertools import permutations
 
+import members
 import micro
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from edgedetr import cli
 from edgedetr.bundle import Bundle
 from edgedetr.errors import ModelError, TrainingError
-from edgedetr.models import build
+from edgedetr.models import FAMILY, build
 from edgedetr.models.records import Outputs
 from edgedetr.published.published_detectors import LicenseError
 from edgedetr.recipe import Recipe
@@ -296,3 +297,24 @@ def test_without_a_teacher_the_recipe_of_a_bundle_and_its_fingerprint_are_those_
     assert "teacher" not in recipe.to_toml(later=False)
     taught = replace(recipe, train=replace(recipe.train, teacher="t"))
     assert 'teacher = "t"' in taught.to_toml(later=False)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_member_teaches_its_most_certain_detection_and_learns_from_itself(name):
+    torch.manual_seed(0)
+    config = members.micro(name)
+    model, softmax = build(name, config, members.CLASSES).eval(), config.activation == "softmax"
+    pixels = torch.rand(1, 3, 64, 64, generator=generator()) * 255
+    teacher = Teacher(model, range(members.CLASSES), softmax=softmax, least_score=0.005)  # untrained: all are low
+    taught = teacher(pixels)
+    outputs = model.requires_grad_(True)(model.normalize(pixels))
+    logits = outputs.logits[-1, 0].detach()
+    scores = logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()
+    query = int(scores.amax(-1).argmax())
+    torch.testing.assert_close(taught.probabilities[0, 0], scores[query])
+    torch.testing.assert_close(taught.boxes[0, 0], outputs.boxes[-1, 0, query].detach())
+    distance = distillation_loss(outputs, taught, Criterion(LossConfig(), config.class_loss).costs, LossConfig())
+    distance.backward()
+    assert torch.isfinite(distance)
+    slopes = [p.grad for key, p in model.named_parameters() if key.startswith("decoder.") and p.grad is not None]
+    assert sum(float(slope.abs().sum()) for slope in slopes) > 0
