@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import members
 import micro
 import pytest
 import torch
@@ -14,6 +15,8 @@ from edgedetr.models.backbones.windowed_vit import WindowedVit
 from edgedetr.storage.digests import digest
 from edgedetr.training import feature_distillation, trainer
 from edgedetr.training.config import TrainConfig
+from edgedetr.training.criterion import Losses
+from edgedetr.training.data.dataset import PaddedTargets
 from edgedetr.training.feature_distillation import (
     FeatureDistillation,
     FeatureTeacher,
@@ -22,6 +25,8 @@ from edgedetr.training.feature_distillation import (
     gradient_share,
     load_feature_teacher,
 )
+from edgedetr.training.teacher import Teacher
+from edgedetr.training.training_module import TrainingModule
 
 
 def test_the_distance_is_one_minus_the_cosine_over_all_cells():
@@ -148,6 +153,28 @@ def test_a_resumed_training_with_a_feature_teacher_ends_in_the_same_bytes(taught
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     weights = [digest(bundle.path / "weights.safetensors") for bundle in (straight, resumed)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("name", ["rt_detr", "d_fine"])
+def test_both_teachers_are_parts_of_the_loss_of_a_step(name):
+    torch.manual_seed(0)
+    config = members.micro(name)
+    model = build(name, config, members.CLASSES)
+    seen = FeatureDistillation(model, tiny_teacher(), TrainConfig(feature_weight=2.0))
+    teacher = Teacher(build(name, config, members.CLASSES), range(members.CLASSES), softmax=False, least_score=0.005)
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    targets = PaddedTargets(torch.tensor([[1], [2]]), torch.tensor([[[0.5, 0.5, 0.4, 0.3]]] * 2), [1, 1])
+    found = {}
+    for which, parts in {"none": {}, "one": {"features": seen}, "both": {"features": seen, "teacher": teacher}}.items():
+        module = TrainingModule(model, TrainConfig(denoising=0), config.class_loss, members.CLASSES, **parts)
+        torch.manual_seed(1)
+        losses = dict(zip(Losses.NAMES, module(images, lambda: targets, 2.0)))
+        found[which] = (float(losses["loss"].detach()), float(losses["teacher"].detach()))
+        assert not any("teacher" in key for key in module.state_dict())
+    plain, one, both = (found[which] for which in ("none", "one", "both"))
+    assert plain[1] == 0 and 0 < one[1] <= 2 * 2.0 and both[1] > one[1]
+    for total, part in (one, both):  # BatchNorm's statistics do not enter a forward pass in training
+        assert total == pytest.approx(plain[0] + part, rel=1e-3)
 
 
 def test_without_a_share_the_weight_stays():
