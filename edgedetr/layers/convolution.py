@@ -23,6 +23,10 @@ class AffineRelu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * F.relu(x) + self.bias
 
+    def is_frozen(self) -> bool:
+        """Whether the scale can be a part of the layer before: it is positive, and nothing here learns."""
+        return not (self.scale.requires_grad or self.bias.requires_grad) and float(self.scale) > 0
+
 
 class ReluPlus(nn.Module):
     """ReLU(x) + bias: what is left of an AffineRelu whose scale is part of the convolution before it."""
@@ -74,9 +78,13 @@ class ConvNorm(nn.Module):
         if not isinstance(self.norm, FrozenBatchNorm2d):
             return self.activation(self.norm(self.conv(x)))
         if self.is_frozen(x):
-            relu = isinstance(self.activation, nn.ReLU)
+            activation = self.activation
+            if isinstance(activation, AffineRelu) and activation.is_frozen():
+                # s ReLU(x) = ReLU(s x) for s > 0, so that only an addition is left.
+                return self.frozen_forward(x, relu=True, factor=activation.scale).add_(activation.bias)
+            relu = isinstance(activation, nn.ReLU)
             x = self.frozen_forward(x, relu)
-            return x if relu else self.activation(x)
+            return x if relu else activation(x)
         # A frozen scale is multiplied into the kernel, which is much smaller than the map.
         conv, (scale, shift) = self.conv, self.norm.affine()
         kernel = conv.weight * scale[:, None, None, None]
@@ -87,11 +95,11 @@ class ConvNorm(nn.Module):
         """Whether no gradient is needed here, so that `frozen_forward` computes the same faster."""
         return isinstance(self.norm, FrozenBatchNorm2d) and applies(x, self.conv)
 
-    def frozen_forward(self, x: Tensor, relu: bool, plus: Tensor | None = None) -> Tensor:
-        """If `is_frozen`: convolution and normalization, plus a map if given, then ReLU if asked for."""
+    def frozen_forward(self, x: Tensor, relu: bool, plus: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+        """If `is_frozen`: convolution and normalization, times a factor, plus a map, if given; ReLU if asked for."""
         if not isinstance(self.norm, FrozenBatchNorm2d):
             raise TypeError(f"a frozen normalization is needed here, not {type(self.norm).__name__}")
-        return convolve(x, self.conv, self.norm, self._folded, relu, plus)
+        return convolve(x, self.conv, self.norm, self._folded, relu, plus, factor)
 
     @torch.no_grad()
     def fused(self) -> nn.Module:

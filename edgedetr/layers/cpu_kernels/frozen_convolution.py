@@ -32,15 +32,23 @@ class FoldedKernel:
         return FoldedKernel, ()
 
     def of(
-        self, conv: nn.Conv2d, norm: FrozenBatchNorm2d, size: Sequence[int], dtype: torch.dtype
+        self,
+        conv: nn.Conv2d,
+        norm: FrozenBatchNorm2d,
+        size: Sequence[int],
+        dtype: torch.dtype,
+        factor: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Kernel in oneDNN's order for inputs of `size` [B, C, H, W], and shift [C']."""
-        parts = (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        """Kernel in oneDNN's order for inputs of `size` [B, C, H, W], and shift [C'], both times `factor` [1]."""
+        parts = [conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        parts += [] if factor is None else [factor]
         stamps = tuple(private_operators.stamp(part) for part in parts)
         known = self._known
         if known is None or known[:2] != (stamps, dtype):
             with torch.no_grad():
                 scale, shift = norm.affine()
+                if factor is not None:
+                    scale, shift = scale * factor, shift * factor
                 folded = conv.weight * scale[:, None, None, None]
                 kernel = private_operators.reordered_kernel(folded, conv, size, dtype)
             known = self._known = stamps, dtype, kernel, shift.to(dtype)
@@ -63,12 +71,18 @@ def applies(x: Tensor, conv: nn.Conv2d) -> bool:
 
 
 def convolve(
-    x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm2d, folded: FoldedKernel, relu: bool, plus: Tensor | None = None
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: FrozenBatchNorm2d,
+    folded: FoldedKernel,
+    relu: bool,
+    plus: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """norm(conv(x)), plus a map if given, then ReLU if asked for; without gradients.
+    """norm(conv(x)) times a factor [1], plus a map, if given, then ReLU if asked for; without gradients.
 
     x [B, C, H, W], plus [B, C', H', W'] -> [B, C', H', W'], in autocast's type where that is on
     """
     dtype = autocast_dtype(x) or torch.float32
-    kernel, shift = folded.of(conv, norm, x.shape, dtype)
+    kernel, shift = folded.of(conv, norm, x.shape, dtype, factor)
     return private_operators.convolution(x.to(dtype), kernel, shift, conv, relu, plus)
