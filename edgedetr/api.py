@@ -81,7 +81,8 @@ def train(
     out        folder of the bundle; None = runs/DATA.bundle
     recipe     name of a shipped recipe, of a member or of a published detector, path of a TOML file, or a `Recipe`;
                None = that of a published detector in `start`, else the edge default
-    preset     values over the recipe: "parity" (the published training) or "strong" (much regularization); "" = none
+    preset     values over the recipe: "parity" (the published training), "strong" (much regularization) or "deim";
+               "" = none
     start      start from a whole detector's weights: a bundle, a file, a published detector (`edgedetr models
                --published`) or a Hugging Face id; "none" = from the backbone's alone, "random" = from nothing;
                None = the recipe's choice

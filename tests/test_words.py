@@ -48,6 +48,11 @@ def test_every_word_sets_its_key_and_the_same_with_set_is_refused(option, key, a
     assert f"{option} and --set {key} both set {key}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--epochs", "--batch", "--lr", "--patience", "--workers"])
+def test_what_the_training_can_choose_may_be_auto(option, asked):
+    assert getattr(asked(option, "auto")[2].train, option.removeprefix("--")) == "auto"
+
+
 def test_one_number_of_pixels_is_height_and_width(asked):
     recipe = asked("--imgsz", "320")[2]
     assert (recipe.input.height, recipe.input.width) == (320, 320)
@@ -64,6 +69,9 @@ def test_one_number_of_pixels_is_height_and_width(asked):
         ("--batch", "all"),
         ("--batch", "0"),
         ("--lr", "0"),
+        ("--lr", "nan"),
+        ("--lr", "1e999"),
+        ("--epochs", "9" * 5000),
         ("--workers", "-1"),
         ("--device", "tpu"),
         ("--device", "0,0,"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,18 +14,28 @@ from edgedetr.cli._options import AdvancedOption
 from edgedetr.errors import UsageError
 
 
-class NumberOr(click.ParamType):
-    """A whole number of at least 1, or one of a few words."""
+class NumberOrAuto(click.ParamType):
+    """A number from `least` on, or the word auto: the training chooses (training/fine_tuning.py).
 
-    def __init__(self, *words: str) -> None:
-        self.name, self._words = "number", words
+    whole   without a fraction; a number that is not must be more than `least`
+    """
+
+    name = "number"
+
+    def __init__(self, least: int = 0, *, whole: bool = True) -> None:
+        self._least, self._whole = least, whole
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value in self._words or isinstance(value, int):
+        if value == "auto" or not isinstance(value, str):
             return value
-        if isinstance(value, str) and value.isascii() and value.isdigit() and 1 <= len(value) < 10 and int(value) >= 1:
-            return int(value)
-        return self.fail(f"{value!r} is neither a whole number from 1 nor {' or '.join(self._words)}", param, ctx)
+        try:
+            number = int(value) if self._whole else float(value)
+        except ValueError:
+            number = None
+        if number is None or not (number >= self._least if self._whole else self._least < number < math.inf):
+            kind = f"a whole number from {self._least} on" if self._whole else f"a number above {self._least}"
+            return self.fail(f"{value[:40]!r} is neither {kind} nor auto", param, ctx)
+        return number
 
 
 class ImageSize(click.ParamType):
@@ -71,16 +82,21 @@ class Word:
 
 
 WORDS = (
-    Word("--epochs", ("train.epochs",), click.IntRange(1), "N", "Passes over the training images."),
+    Word("--epochs", ("train.epochs",), NumberOrAuto(1), "N|auto", "Passes over the training images."),
     Word("--minutes", ("train.minutes",), click.FloatRange(0), "M", "Train no longer: fewer epochs where needed."),
-    Word("--batch", ("train.batch",), NumberOr("auto"), "N|auto", "Images per step, over all devices."),
+    Word("--batch", ("train.batch",), NumberOrAuto(1), "N|auto", "Images per step, over all devices."),
     Word("--imgsz", ("input.height", "input.width"), ImageSize(), "N|HxW", "Input size in pixels: 640 or 480x640."),
-    Word("--lr", ("train.lr",), click.FloatRange(0, min_open=True), "RATE", "Learning rate."),
+    Word("--lr", ("train.lr",), NumberOrAuto(whole=False), "RATE|auto", "Learning rate."),
     Word("--teacher", ("train.teacher",), click.STRING, "NAME|BUNDLE", "A trained detector whose detections to learn."),
     Word(
-        "--patience", ("train.patience",), click.IntRange(0), "N", "Stop after N evaluations without a better AP.", True
+        "--patience",
+        ("train.patience",),
+        NumberOrAuto(),
+        "N|auto",
+        "Evaluations without a better AP before it stops.",
+        True,
     ),
-    Word("--workers", ("train.workers",), click.IntRange(0), "N", "Processes that prepare images.", True),
+    Word("--workers", ("train.workers",), NumberOrAuto(), "N|auto", "Processes that prepare images.", True),
     Word("--seed", ("train.seed",), click.IntRange(0), "N", "Seed of all random numbers.", True),
 )
 

@@ -33,8 +33,8 @@ from edgedetr.cli._words import merge, word_options
 @click.option(
     "--preset",
     default="",
-    metavar="parity|strong",
-    help="Change the recipe: as the paper trains, or with strong augmentation.  [default: neither]",
+    metavar="NAME",
+    help="Change the recipe: parity, as the paper trains; strong augmentation; or deim.  [default: none]",
 )
 @click.option(
     "--weights",
