@@ -39,7 +39,7 @@ class RichTrainingBar:
         say(text)
 
     def note(self, text: str) -> None:
-        self._bar.console.print(text, highlight=False, markup=False)
+        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, total: int, done: int, epochs: int) -> None:
         self._epochs = epochs

@@ -2,8 +2,8 @@
 
 A published schedule is made for the 118,000 images of COCO. On 500 images RT-DETR's warm-up of 2,000 steps would take
 most of the training, and an average over 10,000 steps would never leave the first weights. So every such number is here
-a fraction of the steps, up to the published number. `resolve` is a function of its arguments alone: a resumed training
-chooses the same numbers, and a recipe or `--set` that gives a number keeps it.
+a fraction of the steps, up to the published number. A recipe or `--set` that gives a number keeps it. The numbers are
+chosen once: a checkpoint holds them, and a resume reads them there.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class FineTuningDefaults:
     most_ema_warmup: int = 2_000  # RT-DETR
 
     evaluations: int = 40  # at most, in equal distances; each costs a third of a training epoch of as many images
-    patience: float = 0.3  # of the evaluations, without a better AP, before training stops
+    whole_patience: float = 0.3  # of the evaluations, without a better AP, before training stops
+    patience: float = 0.5  # the same for other starts, whose AP may be 0 for long
     fewest_patience: int = 10  # evaluations: the AP of a small split goes up and down (rf-detr's, where it is on)
 
     # Learning rates for batches of `batch` images; a whole detector moves less far from where it starts. RT-DETR and
@@ -140,7 +141,8 @@ def resolve(
     plan = Plan(config).choose("epochs", asked, f"{asked} epochs of {per_epoch} steps: for {STARTS[start]}")
     planned = epochs or int(plan.config.epochs)
     plan = _follow_steps(plan, planned * per_epoch, defaults)
-    plan = _evaluate(plan, planned, selects, defaults)
+    patience = defaults.whole_patience if start == "whole" else defaults.patience
+    plan = _evaluate(plan, planned, patience if selects else 0.0, defaults)
     rate = {"whole": defaults.whole_lr, "backbone": defaults.backbone_lr, "random": defaults.random_lr}[start]
     rate = float(f"{rate * (batch / defaults.batch) ** defaults.lr_power:.3g}")
     plan = plan.choose("lr", rate, f"learning rate {rate:g}: for {STARTS[start]} and {batch} images a step")
@@ -170,36 +172,51 @@ def _follow_steps(plan: Plan, steps: int, defaults: FineTuningDefaults) -> Plan:
     return plan.choose("schedule", defaults.schedule, f"schedule {defaults.schedule}")
 
 
-def _evaluate(plan: Plan, epochs: int, selects: bool, defaults: FineTuningDefaults) -> Plan:
-    """How often to evaluate, and when to stop early."""
+def _evaluate(plan: Plan, epochs: int, patience: float, defaults: FineTuningDefaults) -> Plan:
+    """How often to evaluate, and when to stop early: after a fraction of the evaluations, 0 = never."""
     every = max(math.ceil(epochs / defaults.evaluations), 1)
     plan = plan.choose("eval_every", every, f"evaluation every {every} epochs" if every > 1 else "")
     evaluations = math.ceil(epochs / int(plan.config.eval_every))
-    patience = max(math.ceil(evaluations * defaults.patience), defaults.fewest_patience)
+    waits = max(math.ceil(evaluations * patience), defaults.fewest_patience)
     # Before a step of the rate AP stands still, and rises after it; and a stop after the last evaluation is none.
-    if not selects or plan.config.schedule == "step" or patience >= evaluations:
+    if not patience or plan.config.schedule == "step" or waits >= evaluations:
         return plan.choose("patience", 0, "")
-    return plan.choose("patience", patience, f"early stop after {patience} evaluations without a better AP")
+    return plan.choose("patience", waits, f"early stop after {waits} evaluations without a better AP")
 
 
 def _share(part: float, steps: int) -> str:
     return f"{100 * part / max(steps, 1):.2g} %"
 
 
-# What a machine chose, in a checkpoint: a resume on another one keeps it.
-MACHINE = ("batch", "precision", "workers")
-BEFORE: Mapping[str, int | str] = {"batch": DEFAULTS.batch, "precision": "32", "workers": 0}
+# What version 0.1 took for each key that may be "auto". A checkpoint holds what differs from it, so that one of any
+# version is resumed with its own numbers.
+BEFORE: Mapping[str, Any] = {
+    "epochs": 72,
+    "batch": 16,
+    "lr": 1e-4,
+    "backbone_lr_factor": 0.1,
+    "warmup_steps": 2000,
+    "schedule": "constant",
+    "sizes": (),
+    "ema_decay": 0.9999,
+    "ema_warmup": 2000,
+    "eval_every": 1,
+    "patience": 0,
+    "precision": "32",
+    "workers": 0,
+}
 
 
-def recorded(config: TrainConfig, asked: TrainConfig) -> dict[str, int | str]:
-    """What the machine chose of what was asked for as "auto", where it is not what every machine takes."""
+def recorded(config: TrainConfig, asked: TrainConfig) -> dict[str, Any]:
+    """For the checkpoint: what was chosen of what was asked for as "auto", where it is not what 0.1 took."""
     values = asdict(config)
-    return {key: values[key] for key in MACHINE if getattr(asked, key) == "auto" and values[key] != BEFORE[key]}
+    return {key: values[key] for key in BEFORE if getattr(asked, key) == "auto" and values[key] != BEFORE[key]}
 
 
-def as_recorded(config: TrainConfig, chosen: Mapping[str, int | str]) -> TrainConfig:
-    """The settings with what another run chose, where they are "auto"."""
+def as_recorded(config: TrainConfig, chosen: Mapping[str, Any]) -> TrainConfig:
+    """The settings with what the resumed training chose, for each that is "auto"."""
     plan = Plan(config)
-    for key in MACHINE:
-        plan = plan.choose(key, chosen.get(key, BEFORE[key]), "")
+    for key, before in BEFORE.items():
+        value = chosen.get(key, before)
+        plan = plan.choose(key, tuple(value) if isinstance(value, list) else value, "")
     return plan.config

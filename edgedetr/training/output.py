@@ -52,7 +52,7 @@ class TrainState:
     gradient_scale, gradient_scale_growth  of the fp16 gradient scaler, and its steps since it last grew; else 0
     epochs        the number of epochs that train.minutes has time for; 0 where it is not set, or not measured yet
     loss_sums, summed_steps  losses since the last line of the metrics log, and over how many steps
-    chosen          keys of [train] that the machine chose (fine_tuning.MACHINE), stored only where there are any
+    chosen        what was chosen for keys of [train] that were "auto" (fine_tuning.py); stored where there are any
     skipped, skipped_in_a_row  steps that changed nothing because the loss or the gradient was NaN or infinite: all of
                   them, and those since the last good step
     """
@@ -69,7 +69,7 @@ class TrainState:
     summed_steps: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    chosen: dict[str, int | str] = field(default_factory=dict)
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         values = {name: value for name, value in asdict(self).items() if name != "chosen" or value}

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -30,18 +31,18 @@ class PlannedTraining:
     """A recipe without "auto", and what was decided beside it.
 
     epochs  that train.minutes has time for; 0 where it is not set
-    chosen  what the machine chose, for a resume on another one
+    chosen  what was chosen for "auto", for a resume
     notes   one sentence for each number that was chosen here
     """
 
     recipe: Recipe
     epochs: int
-    chosen: dict[str, int | str]
+    chosen: dict[str, Any]
     notes: tuple[str, ...]
 
 
 def for_machine(config: TrainConfig, device: DeviceChoice, images: int, past: TrainState | None = None) -> Plan:
-    """Precision and workers for the device; those of the checkpoint that is resumed, where there is one.
+    """Precision and workers for the device; all that was chosen before, where a training is resumed.
 
     images  of the train split
     """

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -248,11 +249,11 @@ class Trainer:
             precision.load_state_dict({**precision.state_dict(), **stored})
         log.info("resuming at step %d of %d", self.state.step, self.schedule.steps)
 
-    def begin(self, epochs: int = 0, chosen: Mapping[str, int | str] | None = None) -> None:
+    def begin(self, epochs: int = 0, chosen: Mapping[str, Any] | None = None) -> None:
         """Load the checkpoint where there is one, else start at the first step. Errors: TrainingError.
 
         epochs  to train instead of train.epochs, which a resume keeps to; 0 = all
-        chosen  what the machine chose, for the checkpoint
+        chosen  what was chosen for "auto", for the checkpoint
         """
         if self.fresh:
             self.state = TrainState(chosen=dict(chosen or {}))

@@ -15,8 +15,19 @@ from edgedetr.errors import RecipeError, TrainingError
 from edgedetr.progress import SilentTraining
 from edgedetr.recipe import Recipe
 from edgedetr.storage.digests import digest
+from edgedetr.training import planning
 from edgedetr.training.config import ResolvedTrainConfig, TrainConfig, resolved
-from edgedetr.training.fine_tuning import DEFAULTS, StartKind, as_recorded, fit_to_machine, recorded, resolve, start_of
+from edgedetr.training.fine_tuning import (
+    BEFORE,
+    DEFAULTS,
+    Plan,
+    StartKind,
+    as_recorded,
+    fit_to_machine,
+    recorded,
+    resolve,
+    start_of,
+)
 from edgedetr.training.train import train
 from edgedetr.training.validator import Validator
 
@@ -108,6 +119,7 @@ def test_early_stop_is_off_where_it_would_mislead() -> None:
     assert numbers(500, epochs=10).patience == 0  # ten evaluations, and ten without improvement are needed
     machine = fit_to_machine(TrainConfig(), gpu=False, bf16=False, cores=2, images=500).config
     assert resolve(machine, images=500, start="whole", selects=False).config.patience == 0  # only the verify split
+    assert numbers(500, "random").patience == 19  # half of 37, of 404 epochs: AP may be 0 for long
 
 
 def test_the_start_of_a_recipe() -> None:
@@ -141,15 +153,26 @@ def test_a_gpu_takes_bfloat16_and_workers_and_measures_its_batch() -> None:
         TrainConfig(batch="auto", devices=2)
 
 
-def test_a_resume_on_another_machine_keeps_what_the_first_one_chose() -> None:
-    asked = TrainConfig(batch="auto")
-    gpu = replace(asked, batch=48, precision="bf16", workers=8)
-    chosen = recorded(gpu, asked)
-    assert chosen == {"batch": 48, "precision": "bf16", "workers": 8}
-    assert as_recorded(asked, chosen) == gpu
-    cpu = replace(asked, batch=16, precision="32", workers=0)
-    assert recorded(cpu, asked) == {} and as_recorded(asked, {}) == cpu  # as every checkpoint of 0.1
-    assert recorded(gpu, gpu) == {} and as_recorded(gpu, {"batch": 4}) == gpu  # what was given is the recipe's
+def test_a_resume_keeps_what_was_chosen_before() -> None:
+    asked = TrainConfig(batch="auto", lr=1e-3)
+    first = resolve(
+        replace(asked, batch=48, precision="bf16", workers=8), images=500, start="whole", selects=True
+    ).config
+    chosen = json.loads(json.dumps(recorded(first, asked)))
+    assert {key: chosen[key] for key in ("batch", "precision", "workers")} == {
+        "batch": 48,
+        "precision": "bf16",
+        "workers": 8,
+    }
+    assert as_recorded(asked, chosen) == first  # on any machine, and whatever "auto" means by then
+    assert "lr" not in chosen and as_recorded(first, {"batch": 4}) == first  # what was given is the recipe's
+
+
+def test_a_checkpoint_of_version_0_1_is_resumed_with_the_numbers_of_0_1() -> None:
+    """Its defaults, which its recipes left out."""
+    assert set(BEFORE) == set(AUTO)
+    then = TrainConfig(**{**micro.PUBLISHED, "batch": 16})
+    assert as_recorded(TrainConfig(batch="auto"), {}) == then and recorded(then, TrainConfig(batch="auto")) == {}
 
 
 class Told(SilentTraining):
@@ -166,7 +189,9 @@ class Told(SilentTraining):
             raise KeyboardInterrupt
 
 
-def test_an_automatic_training_says_its_numbers_writes_them_down_and_resumes(micro_data: Path, tmp_path: Path) -> None:
+def test_an_automatic_training_says_its_numbers_writes_them_down_and_resumes(
+    micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """14 images in batches of 4: 3 steps an epoch, 24 in all."""
     auto = {"epochs": 8, "warmup_steps": "auto", "ema_decay": "auto", "ema_warmup": "auto", "schedule": "auto"}
     recipe = micro.recipe(**auto, eval_every="auto", patience="auto", lr="auto", sizes="auto", batch=4)
@@ -178,6 +203,7 @@ def test_an_automatic_training_says_its_numbers_writes_them_down_and_resumes(mic
     with pytest.raises(KeyboardInterrupt):
         train(recipe, micro_data, tmp_path / "b", progress=Told(stop=10))
     again = Recipe.load(tmp_path / "a" / "recipe.toml")  # the numbers, or "auto" once more: the same training
+    monkeypatch.setattr(planning.fine_tuning, "resolve", lambda config, **rest: Plan(config))  # and chosen only once
     train(again, micro_data, tmp_path / "b", resume=True)
     train(recipe, micro_data, tmp_path / "b", resume=True)
     assert digest(tmp_path / "a" / "weights.safetensors") == digest(tmp_path / "b" / "weights.safetensors")
