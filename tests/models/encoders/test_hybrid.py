@@ -118,7 +118,7 @@ def same(ours: Memory, theirs: list[Tensor]) -> None:
     assert len(mine) == len(theirs)
     for one, other in zip(mine, theirs):
         assert other.std() > 0.05, "the reference says something"
-        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)  # float32, sums of up to 300 products
+        torch.testing.assert_close(one, other, atol=5e-5, rtol=0)  # float32, sums of up to 300 products; 2.3e-5
 
 
 def options(levels: int, depth: float, expansion: float) -> dict[str, Any]:
