@@ -126,6 +126,24 @@ def quantized_product(
     return graph_of(nodes, {"x": (F32, (40, inputs) if kind == "Gemm" else (1, 40, inputs))}, constants)
 
 
+def attention(*, scores: bool, sums: bool) -> ModelProto:
+    """softmax(q k^T / 4) v of [1, 2, 9, 16], of which either product is of integers."""
+    nodes = [node("Transpose", "k", "kt", perm=[0, 1, 3, 2])]
+
+    def integer(name: str) -> str:
+        nodes.append(node("QuantizeLinear", f"{name} s z", f"{name}_q"))
+        nodes.append(node("DequantizeLinear", f"{name}_q s z", f"{name}_d"))
+        return f"{name}_d"
+
+    first = [integer(name) if scores else name for name in ("q", "kt")]
+    nodes.append(helper.make_node("MatMul", first, ["product"], "scores"))
+    nodes += [node("Mul", "product quarter", "scaled"), node("Softmax", "scaled", "weights", axis=-1)]
+    second = [integer(name) if sums else name for name in ("weights", "v")]
+    nodes.append(helper.make_node("MatMul", second, ["y"], "sums"))
+    constants = {"s": np.float32(0.1), "z": np.int8(0), "quarter": np.float32(0.25)}
+    return graph_of(nodes, dict.fromkeys("qkv", (F32, (1, 2, 9, 16))), constants)
+
+
 def activation(scale, zero) -> ModelProto:
     return graph_of(
         [node("QuantizeLinear", "x s z", "q", axis=1), node("DequantizeLinear", "q s z", "y", axis=1)],

@@ -13,6 +13,7 @@ from planted import (
     F16,
     F32,
     activation,
+    attention,
     binary,
     concat,
     control_flow,
@@ -164,6 +165,8 @@ CASES = [
     Case("one-side-quantized", quantized_conv(data=False), quantized_conv(), WARN),
     Case("small-product", quantized_product(32, 4), quantized_product(32, 16), WARN),
     Case("small-product", quantized_product(4, 32), quantized_product(16, 32), WARN),
+    Case("half-quantized-attention", attention(scores=True, sums=False), attention(scores=True, sums=True), WARN),
+    Case("half-quantized-attention", attention(scores=False, sums=True), attention(scores=False, sums=False), WARN),
     Case("narrow-convolution", quantized_conv(channels=4), quantized_conv(channels=8), WARN),
     Case("narrow-convolution", quantized_conv(channels=2), quantized_conv(channels=3), WARN),  # 3: an image's
     Case("narrow-convolution", quantized_conv(out=1), quantized_conv(out=8), WARN),

@@ -62,6 +62,7 @@ RULES: tuple[LintRule, ...] = (
     LintRule("small-product", quantized.small_product, _MODELOPT),
     LintRule("narrow-convolution", quantized.narrow_convolution, _MODELOPT),
     LintRule("grouped-convolution", quantized.grouped_convolution, f"{_ISSUES}/4529"),
+    LintRule("half-quantized-attention", quantized.half_quantized_attention, f"{_ISSUES}/3243"),
     LintRule("before-relu", quantized.before_relu, _QUANTIZED),
     LintRule("concat-scales", quantized.concat_scales, _QUANTIZED),
     LintRule("transposed-convolution", quantized.transposed_convolution, _MODELOPT),

@@ -275,6 +275,63 @@ def transposed_convolution(graph: GraphIndex, target: Target) -> Iterator[LintIs
             )
 
 
+def half_quantized_attention(graph: GraphIndex, target: Target) -> Iterator[LintIssue]:
+    """The two products of an attention, on either side of its Softmax, are both INT8 or both float."""
+    for node in graph.nodes:
+        if node.op_type != "Softmax":
+            continue
+        scores, sums = _product_before(graph, node), _product_after(graph, node)
+        if scores is None or sums is None:
+            continue
+        integer = [bool(graph.dequantizer(one, 0) and graph.dequantizer(one, 1)) for one in (scores, sums)]
+        if any(integer) and not all(integer):
+            yield node_issue(
+                node,
+                f"the attention around it has one INT8 product, {(scores if integer[0] else sums).name}, and one float "
+                "product, so that it is not fused",
+                f"quantize both products or neither; {AGAIN}",
+                "warning",
+            )
+
+
+ATTENTION_STEPS = 6  # at most between a product of attention and its Softmax: scale, mask, Q, DQ, casts
+
+
+def _product_before(graph: GraphIndex, softmax: NodeProto) -> NodeProto | None:
+    """The MatMul of two activations whose result reaches a Softmax through operators on each element."""
+    node = softmax
+    for _ in range(ATTENTION_STEPS):
+        makers = [graph.producers[name] for name in node.input if name in graph.producers]
+        if not makers:
+            return None
+        node = makers[0]
+        if node.op_type == "MatMul":
+            return node if _of_activations(graph, node) else None
+        if node.op_type not in ("Mul", "Div", "Add", "Where", "Cast", *PAIR):
+            return None
+    return None
+
+
+def _product_after(graph: GraphIndex, softmax: NodeProto) -> NodeProto | None:
+    """The MatMul of two activations that reads a Softmax."""
+    node = softmax
+    for _ in range(ATTENTION_STEPS):
+        reader = graph.only_consumer(node.output[0])
+        if reader is None or reader.op_type == "MatMul":
+            return reader if reader is not None and _of_activations(graph, reader) else None
+        if reader.op_type not in ("Cast", "Identity", *PAIR):
+            return None
+        node = reader
+    return None
+
+
+def _of_activations(graph: GraphIndex, node: NodeProto) -> bool:
+    """Whether neither factor is a weight, quantized or not."""
+    restores = [graph.dequantizer(node, index) for index in (0, 1)]
+    names = [restore.input[0] if restore else name for restore, name in zip(restores, node.input)]
+    return all(name not in graph.constants for name in names)
+
+
 def _pairs(graph: GraphIndex) -> Iterator[NodeProto]:
     """Q and DQ nodes with their scale and output; the inference rule reports incomplete ones."""
     return (node for node in graph.nodes if node.op_type in PAIR and len(node.input) > 1 and node.output)
