@@ -264,9 +264,8 @@ def _classes(
     """Classes of the class head: named by `file`, by the table of published detectors, by config.json, by COCO if the
     count fits, or numbered."""
     source, row = origin.source, origin.published
-    listed_in_table = row is not None and bool(row.classes)
-    labels = _labels(config, count) if config and file is None and not listed_in_table else None
-    if file is None and row is not None and row.classes and count != row.class_rows:
+    labels = _labels(config, count) if config and file is None and row is None else None
+    if file is None and row is not None and count != row.class_rows:
         raise ModelError(
             f"{source}: its class head has {count} rows, and that of {row.name} {row.class_rows}; expected "
             "the published weights; name a file of other weights by its path"

@@ -53,7 +53,7 @@ class PublishedDetector:
     input: tuple[int, int]
     resize: Literal["stretch", "aspect"]
     normalize: Literal["none", "imagenet"]
-    classes: Literal["coco80", "coco91", ""]
+    classes: Literal["coco80", "coco91"]
     ap: float
     source: str
     params: float | None = None
@@ -70,7 +70,7 @@ class PublishedDetector:
     def __post_init__(self) -> None:
         one_of("resize", self.resize, ("stretch", "aspect"), EdgedetrError)
         one_of("normalize", self.normalize, tuple(NORMALIZATIONS), EdgedetrError)
-        one_of("classes", self.classes, ("coco80", "coco91", ""), EdgedetrError)
+        one_of("classes", self.classes, ("coco80", "coco91"), EdgedetrError)
 
     @property
     def where(self) -> str:
@@ -84,8 +84,8 @@ class PublishedDetector:
 
     @property
     def class_rows(self) -> int:
-        """Rows of its class head: COCO's 80 classes in order, or 91 by category id; 0 where the sources do not say."""
-        return {"coco80": 80, "coco91": 91, "": 0}[self.classes]
+        """Rows of its class head: COCO's 80 classes in order, or 91 by category id."""
+        return 80 if self.classes == "coco80" else 91
 
     @property
     def mean_and_std(self) -> tuple[Three, Three]:

@@ -136,7 +136,7 @@ def class_names(
     """
     row = origin.published
     count = num_classes(weights, activation)
-    if row is not None and row.classes:
+    if row is not None:
         if count != row.class_rows:
             raise ModelError(
                 f"{origin.source}: its class head has {count} rows, and that of {row.name} {row.class_rows}; expected "

@@ -46,16 +46,18 @@ class QueryGroup(TwoStageSelector):
         xavier(self.project)
         nn.init.zeros_(self.offset.weight)
 
-    def start(self, memory: Memory, anchors: Tensor, usable: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def start(
+        self, memory: Memory, anchors: Tensor, usable: Tensor, wanted: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Content [B, N, C] and reference [B, N, 4] of the queries; logits [B, N, K] and boxes [B, N, 4] proposed.
 
         Content and reference are constants to the tokens, which have a gradient from the proposals alone.
         """
-        found = self.rate(memory, anchors, usable)
+        found = self.rate(memory, anchors, usable, wanted)
         boxes = self._boxes(found.best, found.best_anchors)
-        content = self.content.weight.expand(boxes.shape[0], -1, -1)
+        content, offset = self.content.weight[:wanted], self.offset.weight[:wanted]
         logits = batched_gather(found.logits, found.top_k)
-        return content, move_by_deltas(self.offset.weight, boxes.detach()), logits, boxes
+        return content.expand(boxes.shape[0], -1, -1), move_by_deltas(offset, boxes.detach()), logits, boxes
 
     def usable_first(self, rank: Tensor, usable: Tensor) -> Tensor:
         """A box of no size cannot grow, so that an unusable token is no candidate (as transformers computes it)."""
@@ -84,9 +86,12 @@ class GroupQueries(QueryGroup):
         return self._placed(content, reference, (logits, boxes))
 
     def every_group(self, memory: Memory) -> Queries:
-        """The queries of all groups, one group after the other; for training."""
-        boxes = self.start_boxes(memory)
-        parts = [group.start(memory, *boxes) for group in (self, *self.others)]
+        """The queries of all groups, one group after the other; for training.
+
+        An image that was drawn so small that it has fewer cells than queries gets as many queries as cells.
+        """
+        boxes, wanted = self.start_boxes(memory), min(self.count, memory.tokens.shape[1])
+        parts = [group.start(memory, *boxes, wanted) for group in (self, *self.others)]
         content, reference, logits, proposed = (torch.cat(same, dim=1) for same in zip(*parts))
         return self._placed(content, reference, (logits, proposed), len(parts))
 

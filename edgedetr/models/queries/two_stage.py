@@ -127,18 +127,18 @@ class TwoStageSelector(nn.Module):
             anchors = anchors.masked_fill(memory.padding[..., None], IGNORED_LOGIT)
         return anchors, usable
 
-    def rate(self, memory: Memory, anchors: Tensor, usable: Tensor) -> Candidates:
-        """Score every token, from what `start_boxes` gives."""
-        count = memory.tokens.shape[1]
-        if count < self.count:
+    def rate(self, memory: Memory, anchors: Tensor, usable: Tensor, wanted: int | None = None) -> Candidates:
+        """Score every token, from what `start_boxes` gives; wanted: of the best, by default as many as queries."""
+        count, wanted = memory.tokens.shape[1], self.count if wanted is None else wanted
+        if count < wanted:
             raise ModelError(
-                f"{self.count} queries asked for, but the image has {count} cells; "
+                f"{wanted} queries asked for, but the image has {count} cells; "
                 f"use a larger input or --set model.queries={count}"
             )
         tokens = self.norm(self.project(memory.tokens * usable))  # [B, S, C]
         logits = in_float32(self.score, tokens)
         rank = logits[..., 0] if self.class_agnostic else logits.amax(-1)
-        top_k = self.usable_first(rank, usable).topk(self.count, dim=1).indices  # [B, N]
+        top_k = self.usable_first(rank, usable).topk(wanted, dim=1).indices  # [B, N]
         best = batched_gather(tokens, top_k)
         best_anchors = batched_gather(anchors, top_k) if len(anchors) > 1 else F.embedding(top_k, anchors[0])
         return Candidates(tokens, logits, anchors, top_k, best, best_anchors)

@@ -141,6 +141,17 @@ def test_the_deployed_graph_has_one_group_and_is_the_same_whatever_the_others_ho
     assert deployed(name).detector.select_to_train(detector.encode(images)).groups == SMALL[name].groups
 
 
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_training_image_with_fewer_cells_than_queries_trains_the_best_of_them(name: str) -> None:
+    """RF-DETR nano is trained down to 224 px, 196 cells, with 300 queries."""
+    detector = build(name, replace(SMALL[name], queries=50, scales=(1,)), CLASSES).train()
+    memory = detector.encode(torch.rand(2, 3, 64, 96))
+    outputs = detector.decode(detector.select_to_train(memory), memory)
+    assert outputs.logits.shape[2] == SMALL[name].groups * 24
+    with pytest.raises(ModelError, match="50 queries asked for, but the image has 24 cells"):
+        detector(torch.rand(2, 3, 64, 96))
+
+
 def _conv(theirs: str, name: str, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """A convolution with its norm, which the authors call bn, whatever it is."""
     norm = {key.removeprefix(f"{name}.norm."): t for key, t in ours.items() if key.startswith(f"{name}.norm.")}
