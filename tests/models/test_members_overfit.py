@@ -44,6 +44,19 @@ FINE = {
 }
 # Dense attention finds its objects in any map, after many steps: a small map, and steps that take a fifth of a second.
 DENSE = {"backbone_width": 0.25, "ffn": 256, "encoder_layers": 2, "decoder_layers": 3, "dropout": 0.0}
+# Four blocks of 96 channels, the second and the fourth over the whole image; stride 8, for platelets.
+WINDOWED = {
+    "backbone_width": 0.25,
+    "backbone_windows": 2,
+    "backbone_maps": (1, 3),
+    "backbone_full_attention": (1, 3),
+    "backbone_grid": 16,
+    "hidden": 96,
+    "cross_heads": 8,
+    "ffn": 256,
+    "decoder_layers": 2,
+    "groups": 3,
+}
 OWN: dict[str, dict[str, object]] = {
     "detr": DENSE,
     "conditional_detr": DENSE,
@@ -69,6 +82,8 @@ OWN: dict[str, dict[str, object]] = {
     },
     "sparse_rcnn": {"ffn": 256, "decoder_layers": 3, "dynamic_hidden": 24},
     "dino": {"ffn": 256, "levels": 3, "encoder_layers": 2, "decoder_layers": 3},
+    "lw_detr": {**WINDOWED, "backbone": "lw_vit_tiny", "backbone_width": 0.5, "scales": (2.0, 0.5)},
+    "rf_detr": {**WINDOWED, "backbone": "dinov2_small", "scales": (2.0,)},
     "rt_detr": {"backbone": "resnet18vd", "encoder_ffn": 256, "decoder_ffn": 256, "fusion_blocks": 1},
 }
 SIDES = {"detr": 192, "conditional_detr": 192, "dn_detr": 192}  # pixels, where not SIDE
@@ -83,6 +98,8 @@ STEPS = {
     "sparse_rcnn": 300,
     "rt_detr": 220,
     "dino": 250,
+    "lw_detr": 400,
+    "rf_detr": 500,
 }
 
 
