@@ -34,7 +34,8 @@ from edgedetr.cli._words import merge, word_options
     "--preset",
     default="",
     metavar="NAME",
-    help="Change the recipe: parity, as the paper trains; strong augmentation; or deim.  [default: none]",
+    help="Change the recipe: parity, as the paper trains; strong; deim; or finetune, numbers that follow from your "
+    "images.  [default: none]",
 )
 @click.option(
     "--weights",

@@ -141,6 +141,12 @@ def resolve(
     plan = Plan(config).choose("epochs", asked, f"{asked} epochs of {per_epoch} steps: for {STARTS[start]}")
     planned = epochs or int(plan.config.epochs)
     plan = _follow_steps(plan, planned * per_epoch, defaults)
+    if start == "whole" and int(plan.config.warmup_steps) > max(planned * per_epoch * defaults.warmup, 1):
+        share = _share(int(plan.config.warmup_steps), planned * per_epoch)
+        note = (
+            f"the recipe's warm-up of {plan.config.warmup_steps} steps is {share} of all: for a set of this size, add"
+        )
+        plan = replace(plan, notes=(*plan.notes, f"{note} --preset finetune"))
     patience = defaults.whole_patience if start == "whole" else defaults.patience
     plan = _evaluate(plan, planned, patience if selects else 0.0, defaults)
     rate = {"whole": defaults.whole_lr, "backbone": defaults.backbone_lr, "random": defaults.random_lr}[start]
@@ -168,8 +174,21 @@ def _follow_steps(plan: Plan, steps: int, defaults: FineTuningDefaults) -> Plan:
     decay = round(1 - 1 / horizon, 6)
     note = f"average of the weights over {horizon:.0f} steps ({_share(horizon, steps)}; ema_decay {decay:g})"
     plan = plan.choose("ema_decay", decay, note)
-    plan = plan.choose("ema_warmup", min(int(steps * defaults.ema_warmup), defaults.most_ema_warmup), "")
+    ramp = _average_ramp(1 / (1 - float(plan.config.ema_decay)), steps, defaults)
+    plan = plan.choose("ema_warmup", ramp, "")
     return plan.choose("schedule", defaults.schedule, f"schedule {defaults.schedule}")
+
+
+def _average_ramp(horizon: float, steps: int, defaults: FineTuningDefaults) -> int:
+    """The ema_warmup of an average that looks back on `horizon` steps.
+
+    A horizon that was given and is long for so many steps would keep the first weights in the average. It then grows as
+    exp(step / ramp) up to the fraction of the steps that it would have if it were chosen.
+    """
+    wanted = max(steps * defaults.ema_horizon, 1)
+    if horizon <= 1.01 * wanted:
+        return min(int(steps * defaults.ema_warmup), defaults.most_ema_warmup)
+    return math.ceil(steps / max(math.log(wanted), 1))
 
 
 def _evaluate(plan: Plan, epochs: int, patience: float, defaults: FineTuningDefaults) -> Plan:

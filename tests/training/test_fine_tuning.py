@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -173,6 +174,30 @@ def test_a_checkpoint_of_version_0_1_is_resumed_with_the_numbers_of_0_1() -> Non
     assert set(BEFORE) == set(AUTO)
     then = TrainConfig(**{**micro.PUBLISHED, "batch": 16})
     assert as_recorded(TrainConfig(batch="auto"), {}) == then and recorded(then, TrainConfig(batch="auto")) == {}
+
+
+@pytest.mark.parametrize("decay", [0.9997, 0.9999, 0.99999])
+def test_an_average_that_was_given_a_long_horizon_still_leaves_the_first_weights(decay: float) -> None:
+    """LW-DETR's 0.9997 looks back on 3,333 steps, and there are 1,575."""
+    found = numbers(500, batch=32, ema_decay=decay)
+    steps = 15 * found.epochs
+    assert (steps, found.ema_decay) == (1575, decay)
+    rates = [decay * (1 - math.exp(-step / found.ema_warmup)) for step in range(1, steps + 1)]
+    assert 1 / (1 - rates[-1]) == pytest.approx(0.05 * steps, rel=0.05)
+    tenth = steps // 10
+    assert math.prod(rates[tenth:]) < 1e-6  # what the weights of the first tenth weigh in the last average
+    short = [decay * (1 - math.exp(-step / 15)) for step in range(1, steps + 1)]  # with a ramp of 1 % of the steps
+    assert math.prod(short[tenth:]) > 0.6
+
+
+def test_a_published_warm_up_on_a_small_set_is_noticed_and_the_preset_helps() -> None:
+    plan = resolve(Recipe.load("dfine-s").train, images=500, start="whole", selects=True)
+    assert plan.config.warmup_steps == 500  # of 132 epochs of 15 steps
+    assert any("warm-up of 500 steps is 25 % of all" in note and "--preset finetune" in note for note in plan.notes)
+    tuned = Recipe.load("dfine-s", preset="finetune").train
+    found = resolve(tuned, images=500, start="whole", selects=True)
+    assert (found.config.warmup_steps, found.config.epochs, found.config.batch) == (78, 105, 32)
+    assert not any("finetune" in note for note in found.notes)
 
 
 class Told(SilentTraining):

@@ -76,6 +76,8 @@ class DFineConfig(TransformerConfig):
     decoder_layers: int = 6  # N and S 3, M 4
     decoder_ffn: int = 1024  # 4 C; N 512
     decoder_activation: Literal["relu", "gelu", "silu"] = "relu"  # DEIM: silu
+    # Between the Linears of box heads and query position (DEIM: silu).
+    head_activation: Literal["relu", "silu"] = field(default="relu", metadata=LATER)
     queries: int = 300  # boxes per image
     learned_content: bool = False  # queries start from learned vectors and not from their tokens (DINO)
     points: tuple[int, ...] = (3, 6, 3)  # samples per head in C3, C4, C5; N 6 in C4 and C5
@@ -140,10 +142,14 @@ def d_fine(config: DFineConfig, num_classes: int) -> DetrModel:
         d_fine_fusion(width, c.expansion, c.fusion_blocks, c.conv_activation),
         None if width == c.hidden else c.hidden,
     )
-    selector = TopKQueries(c.hidden, num_classes, c.queries, c.denoising, c.learned_content)
+    selector = TopKQueries(
+        c.hidden, num_classes, c.queries, c.denoising, c.learned_content, activation=c.head_activation
+    )
     layers = [decoder_layer() for _ in range(c.decoder_layers)]
-    heads = DistributionBoxes(c.hidden, num_classes, c.decoder_layers, c.reg_max, c.reg_up, c.reg_scale)
-    position = Mlp(4, 2 * c.hidden, c.hidden, 2, limit=FARTHEST_POSITION)
+    heads = DistributionBoxes(
+        c.hidden, num_classes, c.decoder_layers, c.reg_max, c.reg_up, c.reg_scale, c.head_activation
+    )
+    position = Mlp(4, 2 * c.hidden, c.hidden, 2, limit=FARTHEST_POSITION, activation=c.head_activation)
     detector = DetrModel(
         backbone, encoder, selector, Decoder(layers, heads, query_position=position), Normalize(c.mean, c.std)
     )
@@ -237,6 +243,14 @@ MEMBER = Member(
         "reg_scale": _number("decoder.boxes.bins.scale"),
         "reg_up": _number("decoder.boxes.bins.up"),
     },
-    unreadable=("heads", "queries", "encoder_activation", "conv_activation", "decoder_activation", "method"),
+    unreadable=(
+        "heads",
+        "queries",
+        "encoder_activation",
+        "conv_activation",
+        "decoder_activation",
+        "head_activation",
+        "method",
+    ),
     resize=PublishedResize(square=640),
 )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from members import SMALL
 from references import with_spread
 from safetensors.torch import load_file, save_file
 
@@ -297,3 +299,17 @@ def test_a_number_of_bins_without_a_middle_is_refused() -> None:
         DFineConfig(reg_max=31)
     with pytest.raises(ModelError, match="expected one for each of the 2 levels"):
         DFineConfig(levels=2)
+
+
+def test_deims_heads_and_query_position_are_silu_networks() -> None:
+    torch.manual_seed(0)
+    model = build("d_fine", replace(SMALL["d_fine"], head_activation="silu"), CLASSES).eval()
+    boxes = model.decoder.boxes
+    for mlp in (boxes.first, *boxes.box, model.selector.box, model.decoder.query_position):
+        x = torch.randn(7, mlp.layers[0].weight.shape[1])
+        wanted = x
+        for layer in mlp.layers[:-1]:
+            wanted = wanted @ layer.weight.T + layer.bias
+            wanted = wanted * wanted.sigmoid()
+        wanted = wanted @ mlp.layers[-1].weight.T + mlp.layers[-1].bias
+        torch.testing.assert_close(mlp(x), wanted.clamp(-10, 10) if mlp.limit else wanted, atol=1e-6, rtol=1e-5)
