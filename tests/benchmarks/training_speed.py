@@ -7,9 +7,9 @@ Both sides train a COCO-sized network with random weights, a frozen BatchNorm ba
 image. Each has a process, as a training has, and they take their steps in turns, so that what else the machine does
 hits both, while neither works in memory that the other left in pieces. The Hugging Face classes freeze the whole of a
 backbone of their own library ("frozen"); "trained" trains the same stages on both sides: all but the stem and the first
-one, and all of RT-DETR's and RF-DETR's. "bf16" has both sides' forward passes under autocast, as `train.precision=bf16`
-has. On "cuda" a step ends when the GPU has finished it; TF32 is as PyTorch has it (in convolutions alone). Needs
-transformers.
+one, and all of RT-DETR's, D-FINE's and RF-DETR's. "bf16" has both sides' forward passes under autocast, as
+`train.precision=bf16` has. On "cuda" a step ends when the GPU has finished it; TF32 is as PyTorch has it (in
+convolutions alone). d_fine is compared at size S. Needs transformers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
@@ -34,7 +35,11 @@ from edgedetr.training.training_module import TrainingModule
 
 CLASSES, OBJECTS = 3, 14
 # Times as fast as the Hugging Face class.
-LIMITS = {"detr": 1.5, "conditional_detr": 1.5, "deformable_detr": 4.0, "rt_detr": 1.5, "rf_detr": 1.5}
+LIMITS = {"detr": 1.5, "conditional_detr": 1.5, "deformable_detr": 4.0, "rt_detr": 1.5, "rf_detr": 1.5, "d_fine": 1.5}
+# Our configuration, where the default of the member is not the size that is compared: D-FINE-S.
+OURS: dict[str, dict[str, Any]] = {
+    "d_fine": {"backbone": "hgnetv2_b0", "frozen_stages": 0, "expansion": 0.5, "fusion_blocks": 1, "decoder_layers": 3}
+}
 
 
 def theirs(member: str) -> torch.nn.Module:
@@ -61,6 +66,8 @@ def theirs(member: str) -> torch.nn.Module:
         return hf.DeformableDetrForObjectDetection(hf.DeformableDetrConfig(**resnet50("stage2", "stage3", "stage4")))
     if member == "rf_detr":
         return hf.RfDetrForObjectDetection(rf_detr_nano())
+    if member == "d_fine":
+        return hf.DFineForObjectDetection(d_fine_s())
     backbone = hf.RTDetrResNetConfig(
         embedding_size=64,
         hidden_sizes=[64, 128, 256, 512],
@@ -102,12 +109,38 @@ def rf_detr_nano() -> object:
     )
 
 
+def d_fine_s() -> object:
+    import transformers as hf
+
+    return hf.DFineConfig(
+        backbone_config=hf.HGNetV2Config(
+            stem_channels=[3, 16, 16],
+            stage_in_channels=[16, 64, 256, 512],
+            stage_mid_channels=[16, 32, 64, 128],
+            stage_out_channels=[64, 256, 512, 1024],
+            stage_num_blocks=[1, 1, 2, 1],
+            stage_numb_of_layers=[3, 3, 3, 3],
+            hidden_sizes=[64, 256, 512, 1024],
+            use_learnable_affine_block=True,
+            out_features=["stage2", "stage3", "stage4"],
+        ),
+        num_labels=CLASSES,
+        decoder_layers=3,
+        decoder_n_points=[3, 6, 3],
+        depth_mult=0.34,
+        hidden_expansion=0.5,
+        dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+    )
+
+
 def trains(name: str, member: str, backbone: str) -> bool:
     """Whether a parameter of the Hugging Face class learns, by its name."""
     if ".backbone." not in name or name.startswith("model.backbone.projector."):
         return True
     first = name.startswith("model.backbone.") and ("embedder" in name or "stages.0." in name)
-    return backbone == "trained" and (member in ("rt_detr", "rf_detr") or not first)
+    return backbone == "trained" and (member in ("rt_detr", "rf_detr", "d_fine") or not first)
 
 
 def their_step(
@@ -136,7 +169,7 @@ def our_step(
 ) -> Callable[[], None]:
     if device == "cpu":
         keep_freed_memory()  # as `train` does
-    config = FAMILY[member].config(backbone_weights="random", dropout=0.0)
+    config = FAMILY[member].config(**{"backbone_weights": "random", "dropout": 0.0, **OURS.get(member, {})})
     settings = TrainConfig(lr=1e-4, backbone_lr_factor=0.1, precision="32")
     detector = build(member, config, CLASSES).train().to(device).to(memory_format=torch.channels_last)
     if backbone == "frozen":
