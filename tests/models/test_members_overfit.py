@@ -85,6 +85,14 @@ OWN: dict[str, dict[str, object]] = {
     "lw_detr": {**WINDOWED, "backbone": "lw_vit_tiny", "backbone_width": 0.5, "scales": (2.0, 0.5)},
     "rf_detr": {**WINDOWED, "backbone": "dinov2_small", "scales": (2.0,)},
     "rt_detr": {"backbone": "resnet18vd", "encoder_ffn": 256, "decoder_ffn": 256, "fusion_blocks": 1},
+    "d_fine": {
+        "backbone": "hgnetv2_b0",
+        "encoder_ffn": 256,
+        "decoder_ffn": 256,
+        "expansion": 0.5,
+        "fusion_blocks": 1,
+        "decoder_layers": 3,
+    },
 }
 SIDES = {"detr": 192, "conditional_detr": 192, "dn_detr": 192}  # pixels, where not SIDE
 STEPS = {
@@ -97,6 +105,7 @@ STEPS = {
     "dynamic_detr": 300,
     "sparse_rcnn": 300,
     "rt_detr": 220,
+    "d_fine": 220,
     "dino": 250,
     "lw_detr": 400,
     "rf_detr": 500,
