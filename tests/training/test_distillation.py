@@ -12,10 +12,8 @@ import micro
 import pytest
 import torch
 from hub_folder import SETS, small_rt_detr_v2, write_hub_folder
-from safetensors.torch import load_file
 
 from edgedetr import cli
-from edgedetr.bundle import Bundle
 from edgedetr.errors import ModelError, TrainingError
 from edgedetr.models import FAMILY, build
 from edgedetr.models.records import Outputs
@@ -157,25 +155,6 @@ def test_each_group_of_queries_learns_all_detections():
     one = distillation_loss(Outputs(z, b), teacher, costs, config)
     three = distillation_loss(Outputs(z.repeat(1, 1, 3, 1), b.repeat(1, 1, 3, 1), groups=3), teacher, costs, config)
     torch.testing.assert_close(one, three)
-
-
-@pytest.fixture(scope="module")
-def teaching(trained: Bundle, tmp_path_factory) -> str:
-    """A teacher that finds something: the micro detector with class logits raised, so that many pass the score."""
-    from safetensors.torch import save_file
-
-    from edgedetr.artifacts import WEIGHTS
-
-    path = tmp_path_factory.mktemp("teacher") / "t.bundle"
-    shutil.copytree(trained.path, path)
-    bundle = Bundle.open(path)
-    weights = load_file(bundle.require(WEIGHTS.file))
-    for name in weights:
-        if name.startswith("decoder.boxes.score.") and name.endswith("bias"):
-            weights[name] = weights[name] + 4.5
-    with bundle.add(WEIGHTS.file, stage=WEIGHTS.step, made_from=WEIGHTS.made_from) as file:
-        save_file(weights, file)
-    return str(path)
 
 
 def test_a_student_that_is_taught_ends_nearer_to_its_teacher(teaching, micro_data, tmp_path):

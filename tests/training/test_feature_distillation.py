@@ -130,10 +130,10 @@ def test_the_features_come_nearer_and_the_weight_follows_the_share(taught, micro
     assert not any("project.bias" == name or "shares" in name for name in learner.model.state_dict())
 
 
-def test_a_resumed_training_with_both_teachers_ends_in_the_same_bytes(taught, trained, micro_data, tmp_path):
+def test_a_resumed_training_with_both_teachers_ends_in_the_same_bytes(taught, teaching, micro_data, tmp_path):
     from edgedetr.training.train import train
 
-    recipe = micro.recipe(epochs=2, teacher=str(trained.path), teacher_score=0.01, **taught)
+    recipe = micro.recipe(epochs=2, teacher=teaching, **taught)
     straight = micro.train(recipe, micro_data, tmp_path / "straight")
     halted = micro.new_trainer(recipe, micro_data, tmp_path / "halted")
     assert sum(halted.learner.teacher(next(iter(halted._batches(0))).images.float()).counts) > 0
