@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
 from edgedetr.layers.convolution import ConvNorm
-from edgedetr.models.encoders.hybrid import RepElan, elan_width
+from edgedetr.models.encoders.hybrid import RepElan, elan_width, keep_gradients_dense
 from edgedetr.models.records import Memory, flatten_maps
 
 
@@ -40,5 +40,5 @@ class LiteEncoder(nn.Module):
         coarse = self.coarser(fine)
         coarse = self.mix(coarse + coarse.mean((2, 3), keepdim=True))  # what is in the whole image reaches every cell
         fine = self.top_down(fine + F.interpolate(coarse, scale_factor=2.0, mode="nearest"))
-        tokens, shapes = flatten_maps([fine, self.bottom_up(coarse + self.downsample(fine))])
+        tokens, shapes = flatten_maps(keep_gradients_dense([fine, self.bottom_up(coarse + self.downsample(fine))]))
         return Memory(tokens, shapes, self.strides)
