@@ -31,7 +31,7 @@ def address_file(row: PublishedDetector, cache: Path | None = None, progress: Pr
     if path.is_file():
         return path
     if reason := why_unreachable(row.url):
-        raise ModelError(f"{row.name} is not on this machine and {copy_advice(row.name, reason, cache or hub_cache())}")
+        raise ModelError(f"{row.name} is not on this machine and {copy_advice(row.name, reason)}")
     download(row.url, path, sha256=row.sha256, what=row.name, progress=progress)
     return path
 

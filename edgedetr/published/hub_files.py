@@ -186,17 +186,17 @@ def _from_hub(repo: str, file: str, revision: str, cache: Path, progress: Progre
     return HubFile(path, commit)
 
 
-def advice(name: str, repo: str, file: str, reason: str, cache: Path) -> str:
+def advice(name: str, repo: str, file: str, reason: str) -> str:
     """What to do where a file of the hub is not here and cannot be downloaded; `edgedetr fetch` takes `name`."""
     shown = repo if name == repo else f"{name} ({repo})"
-    return f"{shown}: {file} is not on this machine and {copy_advice(name, reason, cache)}"
+    return f"{shown}: {file} is not on this machine and {copy_advice(name, reason)}"
 
 
-def copy_advice(name: str, reason: str, cache: Path) -> str:
+def copy_advice(name: str, reason: str) -> str:
     """The end of a sentence: why nothing can be downloaded, and how the files come here from another machine."""
     return (
         f"could not be downloaded ({reason}); on a machine with a network run: edgedetr fetch {name} --to DIR; then "
-        f"copy what is in DIR into {cache} here; or start without them: --start random"
+        f"copy what is in DIR into {hub_cache()} here; or start without them: --start random"
     )
 
 

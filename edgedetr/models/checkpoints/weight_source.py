@@ -212,7 +212,7 @@ class WeightSource:
                 repo, file, self.revision or self._first_revision(repo, cache), cache, self._progress
             )
         except NotHere as error:
-            raise ModelError(hub_files.advice(self.source, repo, file, str(error), cache)) from error
+            raise ModelError(hub_files.advice(self.source, repo, file, str(error))) from error
         self.revision = found.commit or self.revision
         return found.path
 
