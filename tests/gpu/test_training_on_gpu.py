@@ -16,6 +16,7 @@ import micro
 
 from edgedetr.models import FAMILY, build
 from edgedetr.models.deploy import load_bundle_model
+from edgedetr.recipe import Recipe
 from edgedetr.training.config import TrainConfig
 from edgedetr.training.data.dataset import Target, pad
 from edgedetr.training.optimizer import adamw
@@ -88,3 +89,14 @@ def test_the_loss_of_every_member_falls(name, cuda):
         optimizer.zero_grad(set_to_none=True)
         history.append(loss.item())
     assert sum(history[-5:]) / 5 < 0.7 * history[0]
+
+
+def test_what_is_automatic_fits_this_gpu(tmp_path, cuda):
+    """200 images leave a batch of up to 25 to the memory; the model is so small that all of them fit."""
+    data = micro.write_data(tmp_path / "data", train_images=200)
+    recipe = micro.recipe(batch="auto", precision="auto", workers="auto", epochs=1)
+    before = torch.cuda.memory_allocated()
+    found = Recipe.from_bundle(train(recipe, data, tmp_path / "b")).train
+    assert found.batch == 25 and found.precision == ("bf16" if torch.cuda.is_bf16_supported() else "32")
+    assert 0 <= found.workers <= 8
+    assert torch.cuda.memory_allocated() - before < 2**28  # the model that was thrown away is gone
