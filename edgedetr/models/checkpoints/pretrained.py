@@ -167,7 +167,7 @@ def load_backbone(detector: DetrModel, config: Any) -> LoadedWeights | None:
         return None
     if source == "auto" and config.backbone in ROTARY_DESIGNS:
         raise ModelError(
-            f"no weights of {config.backbone} are downloaded unasked: DINOv3's are under a licence of their own; "
+            f"no weights of {config.backbone} are downloaded unasked: DINOv3's are under a license of their own; "
             f"use model.backbone_weights=FILE, or train from scratch: {SCRATCH}"
         )
     if source == "auto":

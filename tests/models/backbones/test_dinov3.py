@@ -247,7 +247,7 @@ def test_weights_of_a_transformer_alone_start_it(tmp_path: Path) -> None:
     assert torch.equal(detector.backbone.transformer.register_tokens, reference.embeddings.register_tokens)
     assert detector.member.role_of("backbone.transformer.patch") == "patch_embedding"
     assert detector.member.role_of("backbone.transformer.blocks.0.attention.q") is None
-    with pytest.raises(ModelError, match="no weights of dinov3_small are downloaded unasked: .* licence of their own"):
+    with pytest.raises(ModelError, match="no weights of dinov3_small are downloaded unasked: .* license of their own"):
         load_backbone(detector, replace(ours, backbone_weights="auto"))
 
 
