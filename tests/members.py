@@ -68,6 +68,16 @@ OWN: dict[str, dict[str, object]] = {
         "points": (3, 4, 2),
         "reg_max": 8,
     },
+    # Three levels: with two, these images have 60 cells, of which half are off the middle.
+    "deimv2": {
+        "backbone": "resnet18vd",
+        "levels": 3,
+        "encoder_layers": 1,
+        "expansion": 0.5,
+        "fusion_blocks": 1,
+        "points": (3, 4, 2),
+        "reg_max": 8,
+    },
     "rt_detr": {"backbone": "resnet18vd", "encoder_layers": 1, "points": (4, 2, 3)},
 }
 
@@ -100,7 +110,7 @@ GROUPED = ("lw_detr", "rf_detr")
 # Members whose boxes may reach beyond the image: deltas relative to a box have no bound, and sides that move by
 # distributions reach as far as half a box.
 RCNN = ("dynamic_detr", "sparse_rcnn")
-BEYOND = (*RCNN, *GROUPED, "d_fine")
+BEYOND = (*RCNN, *GROUPED, "d_fine", "deimv2")
 
 NOISE = 1.0  # standard deviation that the added noise alone gives to what a layer makes of inputs of deviation 1
 
@@ -110,7 +120,9 @@ MOVING = ("dn_detr", "dino", "deformable_detr", "efficient_detr", *GROUPED)
 RESIDUAL = 0.3  # scale of a ResNet block's branch
 
 # Members whose queries are the best of the image's cells.
-SELECTING = ("deformable_detr", "dino", "efficient_detr", "rt_detr", *GROUPED, "d_fine")
+SELECTING = ("deformable_detr", "dino", "efficient_detr", "rt_detr", *GROUPED, "d_fine", "deimv2")
+
+SIDES = tuple(f"decoder.boxes.first.layers.{layer}.{kind}" for layer in range(3) for kind in ("weight", "bias"))
 
 # Parameters without a gradient from predictions alone, per member, and why.
 UNUSED: dict[str, tuple[str, ...]] = {
@@ -121,10 +133,8 @@ UNUSED: dict[str, tuple[str, ...]] = {
     "rt_detr": ("selector.denoising_class_embed.weight",),
     "dino": ("selector.denoising_class_embed.weight",),
     # The losses of the sides alone reach the first layer's plain head.
-    "d_fine": (
-        "selector.denoising_class_embed.weight",
-        *(f"decoder.boxes.first.layers.{layer}.{kind}" for layer in range(3) for kind in ("weight", "bias")),
-    ),
+    "d_fine": (*SIDES, "selector.denoising_class_embed.weight"),
+    "deimv2": (*SIDES, "selector.denoising_class_embed.weight"),
 }
 
 

@@ -1,6 +1,6 @@
 """Tensor names in the checkpoints that the authors of each paper published.
 
-facebookresearch/detr, Deformable-DETR, RT-DETR versions 1 and 2, D-FINE, Conditional DETR, DAB-DETR and DN-DETR,
+facebookresearch/detr, Deformable-DETR, RT-DETR versions 1 and 2, D-FINE, DEIMv2, Conditional DETR, DAB-DETR, DN-DETR,
 DINO, Anchor DETR, Sparse R-CNN (detectron2's names).
 """
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from edgedetr.models.checkpoints.backbone_names import rename_backbone
-from edgedetr.models.checkpoints.hybrid_names import D_FINE_AUTHORS, HYBRID, split_pairs
+from edgedetr.models.checkpoints.hybrid_names import D_FINE_AUTHORS, DEIMV2_AUTHORS, HYBRID, split_pairs
 from edgedetr.models.checkpoints.rename_rules import (
     RenameRule,
     Weights,
     apply_to_prefix,
+    one_box_head,
     rename,
     split_packed,
     untie_heads,
@@ -109,6 +110,13 @@ D_FINE: list[RenameRule] = [
     (r"\.gateway\.gate\.", ".gate.weights."),
     (r"\.gateway\.norm\.", ".gate.norm."),
 ]
+DEIMV2: list[RenameRule] = [
+    (r"\.swish_ffn\.w12\.", ".feedforward.gated."),
+    (r"\.swish_ffn\.w3\.", ".feedforward.down."),
+    *D_FINE,
+]
+RMS_SCALES: list[RenameRule] = [(r"(_norm|\.gate\.norm)\.scale$", r"\1.weight")]
+LITE: list[RenameRule] = [(r"^encoder\.project\.0\.", "encoder.project.")]  # one projection, not a list of them
 # sa_qcontent_proj, sa_kpos_proj, ca_v_proj, ca_qpos_sine_proj of the authors -> q, k_position, v, q_spatial.
 CONDITIONAL_PROJECTIONS: list[RenameRule] = [
     (r"\.sa_", ".self_attention."),
@@ -223,7 +231,19 @@ def rt_detr(weights: Mapping[str, Tensor]) -> Weights:
 def d_fine(weights: Mapping[str, Tensor]) -> Weights:
     """Peterande/D-FINE; DEIM and RT-DETRv4 keep the names."""
     renamed = rename(weights, [*D_FINE, *SELECTING, *D_FINE_AUTHORS, *LAYER, *SELF_FIRST])
-    return apply_to_prefix(split_packed(split_pairs(renamed)), "backbone.", rename_backbone)
+    return apply_to_prefix(split_packed(split_pairs(_of_floats(renamed))), "backbone.", rename_backbone)
+
+
+def deimv2(weights: Mapping[str, Tensor]) -> Weights:
+    """Intellindust-AI-Lab/DEIMv2, all sizes."""
+    lite = LITE if any(name.startswith("encoder.bi_fusion.") for name in weights) else []
+    renamed = rename(weights, [*DEIMV2, *SELECTING, *DEIMV2_AUTHORS, *LAYER, *SELF_FIRST, *RMS_SCALES, *lite])
+    return apply_to_prefix(one_box_head(split_packed(split_pairs(_of_floats(renamed)))), "backbone.", rename_backbone)
+
+
+def _of_floats(weights: Weights) -> Weights:
+    """Constants of the bins as float32: the authors' configurations write some as whole numbers, and so do files."""
+    return {name: tensor.float() if ".bins." in name else tensor for name, tensor in weights.items()}
 
 
 def conditional_detr(weights: Mapping[str, Tensor]) -> Weights:

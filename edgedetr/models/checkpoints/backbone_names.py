@@ -43,6 +43,7 @@ RESNET: list[RenameRule] = [
     (r"\.convolution\.", ".conv."),
     (r"\.normalization\.", ".norm."),
 ]
+TUNED_MARK = r"(?:sta|spatial_tuning_adapter)\."
 HGNETV2_MARK = r"^(?:stem|embedder)\.stem1\."
 HGNETV2: list[RenameRule] = [
     # transformers
@@ -138,7 +139,9 @@ PROJECTOR: list[RenameRule] = [
 
 
 def rename_backbone(weights: Mapping[str, Tensor]) -> Weights:
-    """Tensors of a ResNet or an HGNetV2 under our backbone's names; a classifier's are left out."""
+    """Tensors of a ResNet, an HGNetV2 or DEIMv2's transformer under our names; a classifier's are left out."""
+    if any(re.match(TUNED_MARK, name) for name in weights):
+        return rename_tuned_vit(weights)
     if any(re.search(HGNETV2_MARK, name) for name in weights):
         return rename({name: tensor for name, tensor in weights.items() if not UNUSED.search(name)}, HGNETV2)
     # The last convolution of the stem has no number of its own in timm's deep stem: count it.

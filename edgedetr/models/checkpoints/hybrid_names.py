@@ -83,14 +83,14 @@ DEIMV2_HUB: list[RenameRule] = [
     (_BLOCK + r"\.csp_rep2\.", r"\1.second.0."),
     *_PACKED_CSP,
 ]
-PAIRS = {"pair": ("keep", "deep"), "packed": ("flat", "deep")}
+PAIRS = {"pair": ("keep", "deep"), "packed": ("flat", "deep"), "gated": ("gate", "up")}
 
 
 def split_pairs(weights: Mapping[str, Tensor]) -> Weights:
-    """Convolutions whose output the authors split, as the two of ours, which PAIRS names."""
+    """Convolutions and Linears whose output the authors split, as the two of ours, which PAIRS names."""
     split: Weights = {}
     for name, tensor in weights.items():
-        found = re.match(r"(.*\.)(pair|packed)\.(.*)", name)
+        found = re.match(rf"(.*\.)({'|'.join(PAIRS)})\.(.*)", name)
         if found is None:
             split[name] = tensor
             continue

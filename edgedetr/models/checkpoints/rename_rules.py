@@ -83,6 +83,32 @@ def apply_to_prefix(weights: Mapping[str, Tensor], prefix: str, change: Callable
     return {**rest, **{prefix + name: tensor for name, tensor in change(inner).items()}}
 
 
+BOX_HEAD = re.compile(r"(decoder\.boxes\.box)\.(\d+)\.(.*)")
+
+
+def one_box_head(weights: Mapping[str, Tensor]) -> Weights:
+    """`decoder.boxes.box.N` as one head, where files show that it serves all layers.
+
+    The authors write it once for every layer, transformers under one number alone; class heads are as many as layers.
+    """
+    heads: dict[str, dict[str, Tensor]] = {}
+    rest: Weights = {}
+    for name, tensor in weights.items():
+        found = BOX_HEAD.fullmatch(name)
+        if found is None:
+            rest[name] = tensor
+        else:
+            heads.setdefault(found[2], {})[found[3]] = tensor
+    layers = len({name.split(".")[3] for name in rest if name.startswith("decoder.boxes.score.")})
+    first, *others = list(heads.values()) or [{}]
+    equal = all(
+        one.keys() == first.keys() and all(torch.equal(one[part], first[part]) for part in first) for one in others
+    )
+    if layers < 2 or not first or not equal:
+        return dict(weights)
+    return {**rest, **{f"decoder.boxes.box.0.{part}": tensor for part, tensor in first.items()}}
+
+
 COPY = re.compile(r"^(?:decoder\.)?(class|bbox)_embed\.(\d+)\.")
 
 

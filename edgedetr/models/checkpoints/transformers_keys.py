@@ -419,6 +419,44 @@ D_FINE: dict[str, Key] = {
     "head_dim": Special("it follows from the width and the number of heads"),
 }
 
+
+def _level_within(value: Any, raw: Mapping[str, Any]) -> int | None:
+    """Levels, of which the last has attention; the lite encoder has two, and none."""
+    if raw.get("encoder_type") == "lite":
+        return 2
+    levels = _level_of_attention(value)
+    return levels if levels > 0 else None
+
+
+def _points_of_feature_levels(value: Any, raw: Mapping[str, Any]) -> tuple[int, ...] | None:
+    return _points_of_levels(value, {"encoder_in_channels": [0] * int(raw.get("num_feature_levels", 3))})
+
+
+DEIMV2: dict[str, Key] = {
+    **{key: entry for key, entry in D_FINE.items() if key not in ("encoder_in_channels", "encoder_hidden_dim")},
+    **_all(
+        NoEffect("of the loss and its matching, which training has and inference has not"),
+        "weight_loss_mal",
+        "use_dense_one_to_one",
+        "mal_alpha",
+    ),
+    "encoder_ffn_dim": Special("the tensors tell it; the lite encoder has none"),
+    "encoder_type": Same("", "lite", lambda value: value == "lite", "hybrid"),
+    "encoder_in_channels": Special("one for each level that the encoder reads; the widths are the backbone's own"),
+    "encoder_hidden_dim": Same("as wide as the decoder", "hidden"),
+    "encoder_fuse_op": Only("levels are added", ("sum",)),
+    "encoder_has_trailing_conv": Same("", "smooth", default=True),
+    "feat_strides": NoEffect("the backbone's levels have the strides that they have"),
+    "encode_proj_layers": Read("levels, with attention within the last alone", "levels", [2], of=_level_within),
+    "use_gateway": Same("", "gate", default=True),
+    "share_bbox_head": Same("", "shared_boxes", default=False),
+    "spatial_tuning_adapter_inplanes": Special("the tensors tell the width of the adapter"),
+    "decoder_activation_function": Read(
+        "between the Linears of a position", "position_activation", "relu", {"relu": "relu", "silu": "silu"}
+    ),
+    "decoder_n_points": Read("", "points", 4, of=_points_of_feature_levels),
+}
+
 # Of a nested backbone_config. Its sizes must be those of the tensors, as `TransformersConfig.agree` compares.
 _RESNET: dict[str, Key] = {
     **GENERIC,
@@ -594,6 +632,11 @@ def three_levels(raw: Mapping[str, Any]) -> list[int]:
 def levels_of_encoder(raw: Mapping[str, Any]) -> list[int]:
     """The last stages, as many as the encoder reads."""
     return [2, 3, 4][-max(_length(raw.get("encoder_in_channels", [0, 0, 0])), 1) :]
+
+
+def levels_of_deimv2(raw: Mapping[str, Any]) -> list[int]:
+    """The lite encoder reads one stage, of stride 16; the others the last ones, as many as they read."""
+    return [3] if raw.get("encoder_type") == "lite" else levels_of_encoder(raw)
 
 
 @dataclass(frozen=True)

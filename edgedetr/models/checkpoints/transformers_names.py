@@ -1,6 +1,6 @@
 """Tensor names of transformers' detectors, as in files on the Hugging Face hub and as in memory.
 
-DETR, Table Transformer, Deformable DETR, RT-DETR versions 1 and 2, D-FINE, Conditional DETR, DAB-DETR.
+DETR, Table Transformer, Deformable DETR, RT-DETR versions 1 and 2, D-FINE, DEIMv2, Conditional DETR, DAB-DETR.
 """
 
 from __future__ import annotations
@@ -11,8 +11,15 @@ from torch import Tensor
 
 from edgedetr.models.checkpoints.author_names import CONDITIONAL_PROJECTIONS, REFERENCE_BOX, REFERENCE_POINT
 from edgedetr.models.checkpoints.backbone_names import rename_backbone
-from edgedetr.models.checkpoints.hybrid_names import D_FINE_HUB, HYBRID, split_pairs
-from edgedetr.models.checkpoints.rename_rules import RenameRule, Weights, apply_to_prefix, rename, untie_heads
+from edgedetr.models.checkpoints.hybrid_names import D_FINE_HUB, DEIMV2_HUB, HYBRID, split_pairs
+from edgedetr.models.checkpoints.rename_rules import (
+    RenameRule,
+    Weights,
+    apply_to_prefix,
+    one_box_head,
+    rename,
+    untie_heads,
+)
 
 # Parts that transformers names alike in all its detectors.
 PARTS: list[RenameRule] = [
@@ -73,6 +80,13 @@ D_FINE: list[RenameRule] = [
     (r"\.mlp\.layers\.0\.", ".feedforward.up."),  # in memory; fc1 and fc2 in files
     (r"\.mlp\.layers\.1\.", ".feedforward.down."),
 ]
+DEIMV2: list[RenameRule] = [
+    (r"^model\.conv_encoder\.encoder_input_proj\.(\d)\.", r"encoder.project.\1."),
+    (r"^model\.conv_encoder\.(?:model\.)?", "backbone."),
+    (r"^model\.encoder\.input_proj\.0\.", "encoder.project."),  # of the lite encoder
+    (r"^model\.encoder\.(?=down_conv|bi_fusion)", "encoder."),
+    (r"^(model\.decoder\.layers\.\d+)\.mlp\.(gate|up|down)_proj\.", r"\1.feedforward.\2."),
+]
 DEFORMABLE: list[RenameRule] = [
     (r"^model\.input_proj\.", "encoder.project."),
     (r"^model\.level_embed$", "encoder.place.level"),
@@ -128,6 +142,12 @@ def d_fine(weights: Mapping[str, Tensor]) -> Weights:
     """DFineForObjectDetection."""
     renamed = split_pairs(rename(weights, [*SELECTING, *D_FINE_HUB, *D_FINE, *PARTS]))
     return apply_to_prefix(renamed, "backbone.", rename_backbone)
+
+
+def deimv2(weights: Mapping[str, Tensor]) -> Weights:
+    """Deimv2ForObjectDetection, all sizes."""
+    renamed = split_pairs(rename(weights, [*DEIMV2, *SELECTING, *DEIMV2_HUB, *D_FINE, *PARTS]))
+    return apply_to_prefix(one_box_head(renamed), "backbone.", rename_backbone)
 
 
 def deformable_detr(weights: Mapping[str, Tensor]) -> Weights:

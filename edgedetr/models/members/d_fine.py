@@ -176,9 +176,9 @@ def _expansion(state: StateDict) -> float | None:
     return 2 * inside / width if inside and width else None
 
 
-def _points(state: StateDict) -> tuple[int, ...] | None:
+def points_of(state: StateDict, levels: int | None) -> tuple[int, ...] | None:
     """Samples per head in each level: the tensors show the sum alone, which is split as published."""
-    total, levels = state.rows("decoder.layers.0.cross_attention.weights.weight"), _levels(state)
+    total = state.rows("decoder.layers.0.cross_attention.weights.weight")
     if not total or not levels:
         return None
     if (total, levels) == (12 * state.heads, 3):
@@ -187,12 +187,12 @@ def _points(state: StateDict) -> tuple[int, ...] | None:
     return tuple(each + (level < left) for level in range(levels))
 
 
-def _number(name: str) -> Reader:
+def number_of(name: str) -> Reader:
     """The only number of a tensor."""
     return lambda state: round(float(state.weights[name]), 6) if state.has(name) else None
 
 
-def _reg_max(state: StateDict) -> int | None:
+def reg_max_of(state: StateDict) -> int | None:
     rows = state.rows("decoder.boxes.box.0.layers.2.weight")
     return None if rows is None else rows // 4 - 1
 
@@ -238,10 +238,10 @@ MEMBER = Member(
         "fusion_blocks": count_of(r"encoder\.top_down\.0\.first\.0\.blocks\.(\d+)\."),
         "decoder_ffn": rows_of("decoder.layers.0.feedforward.up.weight"),
         "learned_content": has("selector.content.weight"),
-        "points": _points,
-        "reg_max": _reg_max,
-        "reg_scale": _number("decoder.boxes.bins.scale"),
-        "reg_up": _number("decoder.boxes.bins.up"),
+        "points": lambda state: points_of(state, _levels(state)),
+        "reg_max": reg_max_of,
+        "reg_scale": number_of("decoder.boxes.bins.scale"),
+        "reg_up": number_of("decoder.boxes.bins.up"),
     },
     unreadable=(
         "heads",

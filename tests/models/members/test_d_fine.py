@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from members import SMALL
+from parameter_counts import deployed_parameters, parameters
 from references import with_spread
 from safetensors.torch import load_file, save_file
 
 from edgedetr.errors import ModelError
 from edgedetr.importing.weights import architecture
-from edgedetr.layers.convolution import ConvNorm, RepVgg
 from edgedetr.models import build
 from edgedetr.models.backbones import hgnetv2
 from edgedetr.models.checkpoints import pretrained
@@ -275,23 +275,6 @@ def test_parameter_counts_are_the_published_ones(size: str) -> None:
     constants = 2  # up and reg_scale, which are parameters there
     assert parameters(ours) == parameters(theirs) - constants
     assert round(deployed_parameters(ours) / 1e6) == million
-
-
-def parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def deployed_parameters(ours: DetrModel) -> int:
-    """What is left where norms and branches are folded into convolutions, and heads predict in the last layer alone."""
-    count = parameters(ours)
-    for module in ours.modules():
-        if isinstance(module, RepVgg):
-            count -= parameters(module.narrow)
-        if isinstance(module, ConvNorm):
-            count -= module.conv.out_channels  # of two numbers per channel a bias is left
-    heads = ours.decoder.boxes
-    early = [head for part in (heads.score, heads.quality) for head in part[:-1]]
-    return count - sum(map(parameters, early)) - ours.selector.denoising_class_embed.weight.numel()
 
 
 def test_a_number_of_bins_without_a_middle_is_refused() -> None:
