@@ -136,6 +136,7 @@ def as_authors(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         owner, kind = name.split(".q_proj.")
         parts = [renamed.pop(f"{owner}.{part}_proj.{kind}") for part in "qkv"]
         renamed[f"{owner}.in_proj_{kind}"] = torch.cat(parts)
+    renamed["decoder.reg_scale"] = renamed["decoder.reg_scale"].long()  # `reg_scale: 4` in their configurations
     renamed["decoder.decoder.up"] = renamed["decoder.up"].clone()
     renamed["decoder.decoder.reg_scale"] = renamed["decoder.reg_scale"].clone()
     renamed["decoder.anchors"], renamed["decoder.valid_mask"] = torch.zeros(1, 5, 4), torch.ones(1, 5, 1)
