@@ -183,8 +183,9 @@ def write(model: ModelProto, path: Path) -> Path:
     return path
 
 
-@each
-def test_lint_is_silent_and_tensorrt_rtx_builds_every_precision(name: str, folder: Path) -> None:
+def test_lint_is_silent_and_tensorrt_rtx_builds_every_precision(folder: Path) -> None:
+    """One size without learned scales; d_fine, which has them, is among the members that are all built."""
+    name = NAMES[0]
     model = onnx.load(exported(name, 1))
     files = {"fp32": model, "fp16": convert_to_fp16(model, {}).model}
     files["int8"] = convert_to_fp16(quantized(name, folder)[0][TENSORRT.name], {}).model
