@@ -96,6 +96,7 @@ def load_detector(
             if ours != value and name == "queries":  # of selected queries, a training may use fewer
                 log.warning("%s: its model has %s queries, and this one %s", origin.source, value, ours)
             elif ours != value:
+                value, ours = (list(one) if isinstance(one, tuple) else one for one in (value, ours))  # as in TOML
                 raise ModelError(
                     f"{stored.where if stored else origin.source}: its model has {name} = {value!r}, and this one "
                     f"{ours!r}; use --set model.{name}={str(value).lower()}"

@@ -849,3 +849,14 @@ def test_tables_say_why() -> None:
         for key, entry in source.keys.items():
             assert type(entry) is not Key and isinstance(entry, (Read, Same, Only, NoEffect, Special))
             assert entry.why or isinstance(entry, (Read, Same)), key
+
+
+def test_blocks_that_are_read_otherwise_than_in_the_file_are_refused_as_a_recipe_writes_them() -> None:
+    one = plain("rf")
+    config = dataclasses.replace(
+        architecture(WeightSource(str(one.folder)), "rf_detr").recipe.model.config, backbone_maps=(1, 2)
+    )
+    with pytest.raises(
+        ModelError, match=r"backbone_maps = \[0, 2\], and this one \[1, 2\]; use --set model.backbone_maps="
+    ):
+        load_detector(build("rf_detr", config, 3), "rf_detr", str(one.folder), config)
