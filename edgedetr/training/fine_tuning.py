@@ -140,13 +140,11 @@ def resolve(
     asked = max(math.ceil(max(seen[start] / batch, defaults.fewest_steps) / per_epoch), defaults.fewest_epochs)
     plan = Plan(config).choose("epochs", asked, f"{asked} epochs of {per_epoch} steps: for {STARTS[start]}")
     planned = epochs or int(plan.config.epochs)
-    plan = _follow_steps(plan, planned * per_epoch, defaults)
-    if start == "whole" and int(plan.config.warmup_steps) > max(planned * per_epoch * defaults.warmup, 1):
-        share = _share(int(plan.config.warmup_steps), planned * per_epoch)
-        note = (
-            f"the recipe's warm-up of {plan.config.warmup_steps} steps is {share} of all: for a set of this size, add"
-        )
-        plan = replace(plan, notes=(*plan.notes, f"{note} --preset finetune"))
+    steps = planned * per_epoch
+    plan = _follow_steps(plan, steps, defaults)
+    if start == "whole" and int(plan.config.warmup_steps) > max(steps * defaults.warmup, 1):
+        given = f"the recipe's warm-up takes {plan.config.warmup_steps} of {steps} steps"
+        plan = replace(plan, notes=(*plan.notes, f"{given}: for a set of this size, add --preset finetune"))
     patience = defaults.whole_patience if start == "whole" else defaults.patience
     plan = _evaluate(plan, planned, patience if selects else 0.0, defaults)
     rate = {"whole": defaults.whole_lr, "backbone": defaults.backbone_lr, "random": defaults.random_lr}[start]
