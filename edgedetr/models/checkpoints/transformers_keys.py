@@ -423,7 +423,7 @@ D_FINE: dict[str, Key] = {
 def _level_within(value: Any, raw: Mapping[str, Any]) -> int | None:
     """Levels, of which the last has attention; the lite encoder has two, and none."""
     if raw.get("encoder_type") == "lite":
-        return 2
+        return 2 if isinstance(value, list) and [type(level) for level in value] == [int] else None
     levels = _level_of_attention(value)
     return levels if levels > 0 else None
 
@@ -441,12 +441,12 @@ DEIMV2: dict[str, Key] = {
         "mal_alpha",
     ),
     "encoder_ffn_dim": Special("the tensors tell it; the lite encoder has none"),
-    "encoder_type": Same("", "lite", lambda value: value == "lite", "hybrid"),
+    "encoder_type": Same("", "lite", lambda value: {"lite": True, "hybrid": False}.get(str(value), -1), "hybrid"),
     "encoder_in_channels": Special("one for each level that the encoder reads; the widths are the backbone's own"),
     "encoder_hidden_dim": Same("as wide as the decoder", "hidden"),
     "encoder_fuse_op": Only("levels are added", ("sum",)),
     "encoder_has_trailing_conv": Same("", "smooth", default=True),
-    "feat_strides": NoEffect("the backbone's levels have the strides that they have"),
+    "feat_strides": Only("the backbone's levels", ([8, 16, 32], [16, 32], [16])),
     "encode_proj_layers": Read("levels, with attention within the last alone", "levels", [2], of=_level_within),
     "use_gateway": Same("", "gate", default=True),
     "share_bbox_head": Same("", "shared_boxes", default=False),

@@ -75,7 +75,11 @@ class Case:
 
     def config(self, **options: Any) -> Any:
         options = {**self.plain, **options}
-        levels = self.levels[-options.get("num_feature_levels", 3) :] if self.kind == "d_fine" else self.levels
+        levels = self.levels
+        if self.kind in ("d_fine", "deimv2"):
+            levels = levels[-options.get("num_feature_levels", 3) :]
+        if options.get("encoder_type") == "lite":
+            levels = (3,)
         options = {"backbone_config": backbone(self.member, levels), **options}
         return getattr(transformers, f"{self.name}Config")(**options)
 
@@ -232,6 +236,31 @@ CASES = {
         (2, 3, 4),
     ),
 }
+CASES["deimv2"] = Case(
+    "Deimv2",
+    "deimv2",
+    {**RT, "depth_mult": 0.67},
+    {
+        **{key: value for key, value in CASES["d_fine"].variant.items() if key != "hidden_expansion"},
+        "hidden_expansion": 0.7,
+        "encoder_hidden_dim": 48,
+        "decoder_in_channels": [48] * 2,
+        "encoder_has_trailing_conv": False,
+        "use_gateway": False,
+        "share_bbox_head": True,
+    },
+    (2, 3, 4),
+)
+LITE = {
+    "encoder_type": "lite",
+    "encoder_layers": 0,
+    "encoder_in_channels": [64],
+    "decoder_in_channels": [32] * 2,
+    "feat_strides": [16, 32],
+    "num_feature_levels": 2,
+    "decoder_n_points": [3, 2],
+}
+CASES["deimv2 lite"] = Case("Deimv2", "deimv2", {**RT, **LITE}, {**LITE, "decoder_n_points": [4, 2]}, (2, 3, 4))
 # The windowed transformers, with maps of two of their blocks, the last of which is not the last of all.
 WINDOWED: dict[str, dict[str, Any]] = {
     "lw_detr": {
@@ -257,7 +286,7 @@ WINDOWED: dict[str, dict[str, Any]] = {
 }
 # Other names of keys, and what no file can vary with transformers 5.23: its model of learned queries does not run.
 UNVARIED = {"num_attention_heads", "num_hidden_layers", "hidden_size", "learn_initial_query"}
-HYBRID = ("rt_detr", "d_fine")  # members whose encoder and decoder have sizes of their own
+HYBRID = ("rt_detr", "d_fine", "deimv2")  # members whose encoder and decoder have sizes of their own
 # Keys of D-FINE that change together.
 OF_LEVELS = ("encoder_in_channels", "feat_strides", "encode_proj_layers", "num_feature_levels", "decoder_n_points")
 case = pytest.mark.parametrize("name", CASES)
@@ -267,7 +296,7 @@ FILES = TemporaryDirectory(prefix="edgedetr-hub-")  # models are shared by tests
 def backbone(member: str, levels: tuple[int, ...], **options: Any) -> Any:
     if member in WINDOWED:
         return {**WINDOWED[member], **options}
-    kind = transformers.RTDetrResNetConfig if member in ("rt_detr", "d_fine") else transformers.ResNetConfig
+    kind = transformers.RTDetrResNetConfig if member in HYBRID else transformers.ResNetConfig
     return kind(
         **{
             "embedding_size": 16,
@@ -382,6 +411,7 @@ def other(key: str, value: Any) -> Any:
         "feat_strides": [4, 8, 16],
         "encode_proj_layers": [1],
         "eval_size": 64,
+        "mal_alpha": 0.3,
         "per_layer_config": {"0": {"x": 1}},
         "sine_position_embedding_scale": 5.0,
         "position_embedding_type": "learned",
@@ -493,8 +523,8 @@ def test_a_key_that_contradicts_the_tensors_is_refused_by_name(name: str) -> Non
     one, before = CASES[name], plain(name)
     weights = conversion.translate(one.member, WeightSource(str(before.folder)).weights())
     for key, entry in SOURCES[one.kind].keys.items():
-        if not isinstance(entry, Same) or key not in before.raw:
-            continue
+        if not isinstance(entry, Same) or key not in before.raw or key == "encoder_type":
+            continue  # the encoder's type decides which levels are read, so that another is refused before
         if entry.default is not None and json.dumps(entry.default) != json.dumps(before.raw[key]):
             lacking = read_config({k: v for k, v in before.raw.items() if k != key}, one.member, "config.json")
             with pytest.raises(ModelError, match=f"{key} is {json.dumps(entry.default)}, but the tensors say"):
@@ -738,6 +768,8 @@ def test_each_key_alone_is_read_as_transformers_does_and_acts_there(name: str) -
     """One model per key that is read: it changes the outputs there, and in the same way here."""
     one, base = CASES[name], outputs(plain(name).model)
     for key, value in one.variant.items():
+        if one.plain.get(key) == value:
+            continue
         options = {key: value}
         pair = key.replace("encoder", "decoder")
         if key.startswith("decoder") and key.replace("decoder", "encoder") in one.variant and one.member not in HYBRID:
@@ -747,10 +779,12 @@ def test_each_key_alone_is_read_as_transformers_does_and_acts_there(name: str) -
             options = {"encoder_attention_heads": value, "decoder_attention_heads": value}
         elif key.startswith("encoder") and pair in one.variant and one.member not in HYBRID and key != "encoder_layers":
             options[pair] = value
+        elif one.member == "deimv2" and key in ("d_model", "encoder_hidden_dim", "decoder_in_channels"):
+            options = {"d_model": 48, "encoder_hidden_dim": 48, "decoder_in_channels": [48] * 3}
         elif key in ("encoder_hidden_dim", "decoder_in_channels"):
             options = {"encoder_hidden_dim": 64, "decoder_in_channels": [64] * 3}
-        elif one.member == "d_fine" and key in OF_LEVELS:
-            options = {of: one.variant[of] for of in OF_LEVELS} | {"decoder_in_channels": [32] * 2}
+        elif one.member in ("d_fine", "deimv2") and key in OF_LEVELS:
+            options = {of: one.variant[of] for of in OF_LEVELS if of in one.variant} | {"decoder_in_channels": [32] * 2}
         theirs = saved(one, **options)
         found = outputs(theirs.model)
         ours = imported(one, theirs.folder)
