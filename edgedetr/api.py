@@ -36,35 +36,84 @@ def default_bundle(data: str | Path) -> Path:
     return RUNS / f"{folder.name}.bundle"
 
 
-def recipe_and_start(model: str | Path | None, start: str | Path | None) -> tuple[str | Path, str | Path | None]:
-    """The recipe and the start of a training by the name of its model, and what it starts from.
+@dataclass(frozen=True)
+class TrainingChoice:
+    """What a training is by the words of whoever starts it: recipe, preset over it, and start.
 
-    Without a model, a published detector in `start` has its recipe. A model that is no recipe and no member may be a
-    published detector: then it is also what the training starts from, unless `start` says otherwise.
+    start    None = the recipe's own
+    implied  whether start and preset follow from the model's name alone
+    """
 
-    Errors: UsageError for a published detector whose size no shipped recipe has.
+    recipe: str | Path
+    preset: str
+    start: str | Path | None
+    implied: bool = False
+
+
+def choose_training(
+    *,
+    model: str | Path | None = None,
+    recipe: str | Path | None = None,
+    start: str | Path | None = None,
+    preset: str = "",
+) -> TrainingChoice:
+    """The recipe, preset and start that a model, a recipe or a published detector to start from stands for.
+
+    model    "train this model on my set": the recipe of that name; where its size was published and the recipe is a
+             published training from a backbone, the published detector is the start and preset "finetune" the numbers
+    recipe   the recipe as it is written. A published detector that is no recipe is treated as a model
+    start    without a model or recipe, a published detector is the model
+
+    Errors: UsageError for both a model and a recipe, and for a published detector whose size no shipped recipe has.
     """
     from edgedetr.published.published_detectors import known
     from edgedetr.recipe import DEFAULT, lookup
 
+    if model is not None and recipe is not None:
+        raise UsageError(f"a model ({model}) and a recipe ({recipe}); name one: the model is trained by its own recipe")
+    if recipe is not None and (lookup(recipe) is not None or known(str(recipe)) is None):
+        return TrainingChoice(recipe, preset, start)
+    model = recipe if model is None else model
+    if model is None and start is not None and not Path(start).exists():
+        row = known(str(start))
+        model = None if row is None or not row.recipe else row.name
     if model is None:
-        row = None if start is None or Path(start).exists() else known(str(start))
-        return DEFAULT if row is None or not row.recipe else row.recipe, start
-    row = known(str(model)) if lookup(model) is None else None
-    if row is None:
-        return model, start
-    if not row.recipe:
-        raise UsageError(
-            f"{row.name} is a published {row.member} of a size that no shipped recipe has; import it, and start from "
-            f"the bundle: edgedetr import {row.name} --out B, then edgedetr train --recipe B/recipe.toml --start B"
-        )
-    return row.recipe, row.name if start is None else start
+        return TrainingChoice(DEFAULT, preset, start)
+    return _choose_for_model(model, start, preset)
+
+
+def _choose_for_model(model: str | Path, start: str | Path | None, preset: str) -> TrainingChoice:
+    from edgedetr.published.published_detectors import known, published
+    from edgedetr.recipe import BACKBONE_ALONE, NOTHING, Recipe, lookup, shipped_recipes
+
+    found = lookup(model)
+    if found is None and (row := known(str(model))) is not None:
+        if not row.recipe:
+            raise UsageError(
+                f"{row.name} is a published {row.member} of a size that no shipped recipe has; import it, and start "
+                f"from the bundle: edgedetr import {row.name} --out B, then edgedetr train --recipe B/recipe.toml "
+                "--start B"
+            )
+        recipe: str | Path = row.recipe
+    elif found is None or found != shipped_recipes().get(found.stem):
+        return TrainingChoice(model, preset, start)  # a file of the user's own, or a name to report as unknown
+    else:
+        recipe = model
+        row = next((one for one in published().values() if one.recipe == found.stem), None)
+    if row is None or start in (BACKBONE_ALONE, NOTHING):
+        return TrainingChoice(recipe, preset, start)
+    starts_whole = bool(Recipe.load(row.recipe).train.start)  # then its numbers are those of fine-tuning
+    if found is not None and starts_whole:
+        return TrainingChoice(recipe, preset, start)
+    chosen = preset or ("" if starts_whole else "finetune")
+    return TrainingChoice(recipe, chosen, row.name if start is None else start, implied=True)
 
 
 def train(
     data: str | Path,
     out: str | Path | None = None,
     *,
+    model: str | Path | None = None,
     recipe: Recipe | str | Path | None = None,
     preset: str = "",
     start: str | Path | None = None,
@@ -79,10 +128,12 @@ def train(
 
     data       folder in COCO, YOLO or VOC layout, or its data.yaml
     out        folder of the bundle; None = runs/DATA.bundle
-    recipe     name of a shipped recipe, of a member or of a published detector, path of a TOML file, or a `Recipe`;
-               None = that of a published detector in `start`, else the edge default
-    preset     values over the recipe: "parity" (the published training), "strong" (much regularization) or "deim";
-               "" = none
+    model      what to train on this set: name of a shipped recipe, of a member or of a published detector. Where its
+               size is published, training starts from those weights, with the numbers of preset "finetune"
+    recipe     the same names, or the path of a TOML file, or a `Recipe`: trains as the recipe is written. None for
+               both = the published detector in `start`, else the edge default
+    preset     values over the recipe: "parity" (the published training), "strong" (much regularization), "deim" or
+               "finetune" (numbers that follow from the set); "" = none
     start      start from a whole detector's weights: a bundle, a file, a published detector (`edgedetr models
                --published`) or a Hugging Face id; "none" = from the backbone's alone, "random" = from nothing;
                None = the recipe's choice
@@ -101,18 +152,20 @@ def train(
 
     chosen = choose_device(device)
     if isinstance(recipe, Recipe):
-        if preset or start is not None or tuple(sets) or tuple(accept_license):
-            raise UsageError("preset, start and sets change a recipe given by name or path; put them into the Recipe")
+        if model is not None or preset or start is not None or tuple(sets) or tuple(accept_license):
+            raise UsageError(
+                "model, preset, start and sets change a recipe given by name or path; put them into the Recipe"
+            )
     else:
-        name, begin = recipe_and_start(recipe, start)
-        begins = [] if begin is None else [f"train.start={json.dumps(str(begin))}"]
+        choice = choose_training(model=model, recipe=recipe, start=start, preset=preset)
+        begins = [] if choice.start is None else [f"train.start={json.dumps(str(choice.start))}"]
         if start is None:  # a start that only follows from the model's name: `sets` may say otherwise
             sets = (*begins, *sets)
         else:
             sets = (*sets, *begins)
         if accepted := list(accept_license):
             sets = (*sets, f"train.accept_license={json.dumps(accepted)}")
-        recipe = Recipe.load(name, sets=sets, preset=preset)
+        recipe = Recipe.load(choice.recipe, sets=sets, preset=choice.preset)
     recipe = with_devices(recipe, chosen)
     out = default_bundle(data) if out is None else out
     return run(recipe, data, out, device=chosen, resume=resume, strict=strict, progress=progress)

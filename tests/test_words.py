@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 import edgedetr
-from edgedetr.api import recipe_and_start
+from edgedetr.api import TrainingChoice, choose_training
 from edgedetr.api import train as api_train
 from edgedetr.cli import _words, app
 from edgedetr.errors import DeviceError, RecipeError, UsageError
+from edgedetr.published.published_detectors import published
 from edgedetr.recipe import Recipe, find, recipe_of
 
 KEYS = [(word.option, key) for word in _words.WORDS for key in word.keys]
@@ -29,8 +30,8 @@ def asked(monkeypatch, tmp_path):
         monkeypatch.setattr(edgedetr, "train", train, raising=False)
         (tmp_path / "cells").mkdir(exist_ok=True)
         code = app.run(["train", "--data", str(tmp_path / "cells"), *words])
-        chosen, _ = recipe_and_start(seen["recipe"], seen["start"]) if seen else ("", None)
-        recipe = Recipe.load(chosen, seen["sets"]) if seen else None
+        words_of_it = {key: seen[key] for key in ("model", "recipe", "start", "preset")} if seen else {}
+        recipe = Recipe.load(choose_training(**words_of_it).recipe, seen["sets"]) if seen else None
         return code, seen, recipe
 
     return run
@@ -91,11 +92,11 @@ def test_weights_and_start_are_one_option(asked, capsys):
     assert asked("--weights", "a/b", "--set", 'train.start="c/d"')[0] == 2
 
 
-def test_model_and_recipe_are_one_option(asked, capsys):
+def test_a_model_beside_a_recipe_is_refused(asked, capsys):
     assert asked("--recipe", "detr-r50")[2].model.name == "detr"
     assert asked("--model", "detr-r50")[2].model.name == "detr"
     assert asked("--model", "detr", "--recipe", "detr-r50")[:2] == (2, {})
-    assert "are one option" in capsys.readouterr().err
+    assert "a model (detr) and a recipe (detr-r50); name one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -115,19 +116,41 @@ def test_a_model_or_recipe_is_found_as_people_type_it(typed, recipe, asked, caps
     assert find(typed).stem == recipe
     assert asked("--model", typed)[0] == 0
     said = capsys.readouterr().err
-    assert (f"recipe: {recipe} (of --model {typed})" in said) is (typed != recipe)
+    assert (f"recipe: {recipe} (of {typed})" in said) is (typed != recipe)
 
 
 def test_a_published_detector_as_model_is_its_recipe_and_its_start(asked, capsys):
-    assert recipe_and_start("rtdetrv2-r18", None) == ("rtdetr-r18", "rtdetrv2-r18")
-    assert recipe_and_start("rtdetrv2-r18", "none") == ("rtdetr-r18", "none")
-    assert recipe_and_start("rtdetr-r18", None) == ("rtdetr-r18", None)  # a recipe comes before a published name
-    assert recipe_and_start(None, "rtdetrv2-r18") == ("rtdetr-r18", "rtdetrv2-r18")
-    assert recipe_and_start(None, None) == ("rtdetr-r18", None)
+    whole = TrainingChoice("rtdetr-r18", "", "rtdetrv2-r18", implied=True)
+    assert choose_training(model="rtdetrv2-r18") == choose_training(recipe="rtdetrv2-r18") == whole
+    assert choose_training(start="rtdetrv2-r18") == whole
+    assert choose_training(model="rtdetrv2-r18", start="none") == TrainingChoice("rtdetr-r18", "", "none")
+    assert choose_training(model="rtdetr-r18") == TrainingChoice("rtdetr-r18", "", None)  # which starts whole itself
+    assert choose_training() == TrainingChoice("rtdetr-r18", "", None)
     assert asked("--model", "rtdetrv2-r18")[0] == 0
-    assert "recipe: rtdetr-r18 (of --model rtdetrv2-r18)" in capsys.readouterr().err
+    assert "recipe: rtdetr-r18 (of rtdetrv2-r18)" in capsys.readouterr().err
     assert asked("--model", "detr-r101-dc5")[:2] == (2, {})
     assert "edgedetr import detr-r101-dc5 --out B" in capsys.readouterr().err
+
+
+def test_a_model_starts_whole_with_numbers_of_the_set_and_a_recipe_as_it_is_written(asked, capsys):
+    assert choose_training(model="dfine-s") == TrainingChoice("dfine-s", "finetune", "dfine-s", implied=True)
+    assert choose_training(model="dfine-s", start="mine").start == "mine"
+    assert choose_training(model="dfine-s", preset="parity").preset == "parity"
+    assert choose_training(model="dfine-s", start="random") == TrainingChoice("dfine-s", "", "random")
+    assert choose_training(recipe="dfine-s") == TrainingChoice("dfine-s", "", None)
+    assert choose_training(model="demo") == TrainingChoice("demo", "", None)  # no such size is published
+    assert asked("--model", "dfine-s")[0] == 0
+    said = capsys.readouterr().err
+    assert "preset: finetune, for the start from dfine-s; as published: --recipe dfine-s" in said
+    assert asked("--recipe", "dfine-s")[0] == 0 and "preset" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("row", [row for row in published().values() if row.recipe], ids=lambda row: row.name)
+def test_every_published_size_can_be_fine_tuned_by_its_name(row):
+    choice = choose_training(model=row.name)
+    start = [] if choice.start is None else [f'train.start="{choice.start}"']
+    train = Recipe.load(choice.recipe, start, preset=choice.preset).train
+    assert train.start and (train.epochs, train.warmup_steps, train.schedule) == ("auto", "auto", "auto")
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,16 @@ from edgedetr.cli._words import merge, word_options
 )
 @click.option(
     "--model",
+    metavar="NAME",
+    help="What to train: a shipped recipe (edgedetr recipes), a model or a published detector. Where its size is "
+    "published, training starts from those weights.  [default: rtdetr-r18]",
+)
+@click.option(
     "--recipe",
     "recipe_name",
     metavar="NAME|FILE",
-    multiple=True,
-    callback=once(expect("recipe")),
-    help="Name of a shipped recipe (edgedetr recipes), a model or a published detector, or a TOML file.  "
-    "[default: rtdetr-r18]",
+    callback=expect("recipe"),
+    help="Instead of --model: a shipped recipe or a TOML file, trained as it is written.",
 )
 @click.option(
     "--preset",
@@ -60,6 +63,7 @@ from edgedetr.cli._words import merge, word_options
 @advanced_option("--strict", is_flag=True, help="Fail on an unreadable image or annotation instead of leaving it out.")
 def train(
     data: Path,
+    model: str | None,
     recipe_name: str | None,
     preset: str,
     start: str | None,
@@ -75,23 +79,27 @@ def train(
 
     Writes a bundle: one folder with the weights, to which the other commands add their files."""
     import edgedetr
-    from edgedetr.api import default_bundle, recipe_and_start
+    from edgedetr.api import choose_training, default_bundle
     from edgedetr.cli._training_bar import training_bar
     from edgedetr.recipe import DEFAULT, find
 
     others = {"train.start": "--start"} if start is not None else {}
     sets = merge(words, sets, others)
-    chosen, _ = recipe_and_start(recipe_name, start)
-    found = find(chosen)
-    if recipe_name is None:
-        say(f"recipe: {chosen} ({'the default; choose another with --model' if chosen == DEFAULT else f'of {start}'})")
-    elif found.stem != recipe_name and str(found) != str(Path(recipe_name)):
-        say(f"recipe: {found.stem} (of --model {recipe_name})")
+    choice = choose_training(model=model, recipe=recipe_name, start=start, preset=preset)
+    found, named = find(choice.recipe), model or recipe_name
+    if named is None:
+        what = "the default; choose another with --model" if choice.recipe == DEFAULT else f"of {start}"
+        say(f"recipe: {found.stem} ({what})")
+    elif found.stem != named and str(found) != str(Path(named)):
+        say(f"recipe: {found.stem} (of {named})")
+    if choice.preset != preset:
+        say(f"preset: {choice.preset}, for the start from {choice.start}; as published: --recipe {found.stem}")
     out = out or default_bundle(data)
     say(f"bundle: {out}")
     bundle = edgedetr.train(
         data,
         out,
+        model=model,
         recipe=recipe_name,
         preset=preset,
         start=start,
