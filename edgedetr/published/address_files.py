@@ -47,5 +47,6 @@ def _put_there(row: PublishedDetector, folder: Path) -> Path:
         raise ModelError(f"{folder}: {', '.join(path.name for path in found)}; expected one weight file, of {row.name}")
     raise ModelError(
         f"{row.name}: its authors give it on a page that only a browser can download from; open {row.page}, save "
-        f"{row.file or 'its weight file'} into {folder}, then run the same command again; or name the file itself"
+        f"{row.file or 'its weight file'} into {folder}, then run the same command again; or name the "
+        "file itself; or train without it: --start none"
     )
