@@ -90,13 +90,19 @@ def micro(name: str) -> object:
 
 
 SMALL: dict[str, object] = {name: micro(name) for name in FAMILY}
+VARIANTS: dict[str, object] = {}  # of single test files; what goes over all members does not see them
 
 
 def variant(name: str, **options: object) -> str:
     """A member with other options at micro size, as a name that `small`, `deployed` and `exported` take as well."""
     found = f"{name}+{'+'.join(map(str, options.values()))}"
-    SMALL[found] = replace(micro(name), **options)  # type: ignore[type-var]
+    VARIANTS[found] = replace(micro(name), **options)  # type: ignore[type-var]
     return found
+
+
+def config_of(name: str) -> object:
+    """The configuration of a variant, or of a member at micro size."""
+    return VARIANTS[name] if name in VARIANTS else SMALL[name]
 
 
 def member_of(name: str) -> str:
@@ -142,7 +148,7 @@ UNUSED: dict[str, tuple[str, ...]] = {
 def small(name: str) -> DetrModel:
     """A little detector whose detections depend on the image, and whose best tokens have a decided order."""
     torch.manual_seed(0)
-    detector = build(member_of(name), SMALL[name], CLASSES)
+    detector = build(member_of(name), config_of(name), CLASSES)
     for parameter in detector.parameters():  # as much as the scale of its inputs allows, so that no map grows
         parameter.add_(torch.randn_like(parameter) * min(0.1, NOISE * max(parameter[0].numel(), 1) ** -0.5))
     for key, parameter in detector.named_parameters():

@@ -75,7 +75,7 @@ def test_the_installed_package_is_the_one_that_runs(installed):
 
 
 def test_the_installed_command_answers(installed):
-    assert "Work:" in run(installed, "--help")
+    assert "Start:" in run(installed, "--help")
     assert "edgedetr 0.2.0" in run(installed, "--version")
     assert "rt_detr" in run(installed, "models")
 

@@ -158,7 +158,7 @@ def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def gradient_share(part: Sequence[nn.Parameter], whole: Iterable[nn.Parameter]) -> float:
     """The L1 norm of some parameters' gradients, in percent of that of all; 0 without any gradient."""
     sums = [
-        float(torch.stack(torch._foreach_norm(gradients, 1)).sum()) if gradients else 0.0
+        float(torch.stack([gradient.abs().sum() for gradient in gradients]).sum()) if gradients else 0.0
         for gradients in ([p.grad for p in parameters if p.grad is not None] for parameters in (part, whole))
     ]
     return 100 * sums[0] / sums[1] if sums[1] > 0 else 0.0

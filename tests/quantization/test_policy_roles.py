@@ -70,7 +70,7 @@ def test_a_graph_with_roles_is_valid_and_runs():
     np.testing.assert_array_equal(session.run(None, {"t0": np.array([-1, 2], np.float32)})[0], [0, 2])
 
 
-def test_the_bundle_that_0_1_wrote_gets_the_same_int8_layers_as_then():
+def test_the_bundle_that_0_1_wrote_gets_the_same_int8_layers_as_then_but_for_narrow_ones():
     model = split_concats(onnx.load(BUNDLE / "model.onnx"))
     assert not any(node.metadata_props for node in model.graph.node)
     then = {
@@ -79,7 +79,13 @@ def test_the_bundle_that_0_1_wrote_gets_the_same_int8_layers_as_then():
         if item.name.endswith(".weight_quantized")
     }
     now = {layer.node for layer in make_plan(GraphIndex(model), load_policy("default")).layers}
-    assert now == then and len(then) > 10
+    sizes = {item.name: item.dims for item in model.graph.initializer}
+    narrow = {  # this bundle's network is so small that it has convolutions with 4 channels
+        node.name
+        for node in model.graph.node
+        if node.op_type == "Conv" and (sizes[node.input[1]][0] < 8 or sizes[node.input[1]][1] in (1, 2, 4, 5, 6, 7))
+    }
+    assert now == then - narrow and len(now) > 10 and narrow & then
 
 
 @pytest.mark.parametrize("name, target", [("model.int8.onnx", "tensorrt"), ("model.int8-cpu.onnx", "cpu")])

@@ -18,7 +18,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from members import CLASSES, HEIGHT, SMALL, WIDTH, deployed, exported, sample_images, small, variant
+from members import CLASSES, HEIGHT, WIDTH, config_of, deployed, exported, sample_images, small, variant
 from onnx import ModelProto, helper
 from PIL import Image
 
@@ -54,7 +54,7 @@ def folder() -> Iterator[Path]:
 def detections(name: str, raw: RawOutputs) -> dict[int, Detections]:
     classes = tuple(ClassInfo(i, i, f"c{i}") for i in range(CLASSES))
     whole = [Geometry.of(HEIGHT, WIDTH, CONTRACT)] * len(raw.logits)
-    return dict(enumerate(decode(raw, whole, classes, OutputContract(SMALL[name].activation))))
+    return dict(enumerate(decode(raw, whole, classes, OutputContract(config_of(name).activation))))
 
 
 def assert_same(name: str, one: RawOutputs, other: RawOutputs) -> None:
