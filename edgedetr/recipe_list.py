@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from edgedetr.api import choose_training
 from edgedetr.models import build
 from edgedetr.recipe import Recipe, shipped_recipes
 
@@ -18,7 +19,8 @@ class RecipeSummary:
     model       the member
     height, width  of the input, pixels
     parameters  for 80 classes
-    start       weights of a whole detector, or "backbone" or "random"
+    start       weights of a whole detector, or "backbone" or "random", of `train --recipe NAME`
+    model_start  the same of `train --model NAME`
     about       the first line of the file
     file        its path
     """
@@ -29,6 +31,7 @@ class RecipeSummary:
     width: int
     parameters: int
     start: str
+    model_start: str
     about: str
     file: str
 
@@ -50,7 +53,10 @@ def summarize(name: str, path: Path) -> RecipeSummary:
     start = recipe.train.start or ("random" if backbone == "random" else "backbone")
     size = recipe.input
     about = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-    return RecipeSummary(name, recipe.model.name, size.height, size.width, parameters, start, about, str(path))
+    model_start = str(choose_training(model=name).start or start) if name in shipped_recipes() else start
+    return RecipeSummary(
+        name, recipe.model.name, size.height, size.width, parameters, start, model_start, about, str(path)
+    )
 
 
 def summaries() -> list[RecipeSummary]:

@@ -67,6 +67,7 @@ def test_the_list_has_every_recipe_with_the_facts_of_its_file(capsys):
         assert f"\n{path.stem} " in f"\n{captured.err}"
     assert found["rtdetr-r18"]["parameters"] == 20_174_608  # 20 M as published, for 80 classes
     assert (found["demo"]["start"], found["detr-r50"]["start"]) == ("random", "backbone")
+    assert (found["demo"]["model_start"], found["dfine-s"]["model_start"]) == ("random", "dfine-s")
 
 
 def test_one_recipe_is_printed_as_it_is_written(capsys):

@@ -28,19 +28,22 @@ def recipes(name: str | None, as_json_: bool) -> None:
         return
     found = summaries()
     table(
-        ["name", "model", "input", "M parameters", "starts from", "what it is"],
+        ["name", "model", "input", "M parameters", "--model starts from", "what it is"],
         [
             [
                 one.name,
                 one.model,
                 f"{one.height}x{one.width}",
                 f"{one.parameters / 1e6:.1f}",
-                one.start,
+                one.model_start,
                 one.about.partition(":")[0],  # the whole line is in the file, and in --json
             ]
             for one in found
         ],
     )
-    say("train one: edgedetr train --data DIR --model NAME; print one: edgedetr recipes NAME")
+    say(
+        "fine-tune one: edgedetr train --data DIR --model NAME; train as it is written: --recipe NAME; print one: "
+        "edgedetr recipes NAME"
+    )
     if as_json_:
         as_json([one.to_json() for one in found])
