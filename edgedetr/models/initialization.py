@@ -112,3 +112,18 @@ def redraw(model: nn.Module, rules: Mapping[str, InitRule]) -> None:
             weight = modules[name.rpartition(".")[0]].weight
             if isinstance(weight, Tensor):  # of a Linear or Conv2d
                 rule(parameter, weight[0].numel())
+
+
+# What RT-DETR's authors draw anew in a hybrid encoder and a decoder; D-FINE and DEIMv2 keep it.
+HYBRID_INIT: dict[str, InitRule] = (
+    packed_qkv("decoder.layers.*.self_attention")
+    | packed_qkv("encoder.attention.*.attention")
+    | {
+        "encoder.attention.*.attention.out.weight": torch_default,
+        "decoder.layers.*.self_attention.out.weight": torch_default,
+        "decoder.layers.*.feedforward.*.weight": xavier_rule,
+        "selector.score.weight": torch_default,
+        "decoder.boxes.score.*.weight": torch_default,
+        "decoder.query_position.*.weight": xavier_rule,
+    }
+)

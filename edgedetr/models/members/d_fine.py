@@ -28,10 +28,9 @@ from edgedetr.models.distribution_boxes import DistributionBoxes
 from edgedetr.models.encoders.dense import EncoderLayer
 from edgedetr.models.encoders.hybrid import HybridEncoder, d_fine_fusion
 from edgedetr.models.initialization import (
+    HYBRID_INIT,
     head_outputs,
-    packed_qkv,
     prior_bias_init,
-    torch_default,
     xavier,
     xavier_rule,
     zero_box_init,
@@ -208,17 +207,7 @@ MEMBER = Member(
         **at("decoder.boxes", DistributionBoxes),
         **at("selector", TopKQueries),
     },
-    original_init=packed_qkv("decoder.layers.*.self_attention")
-    | packed_qkv("encoder.attention.*.attention")
-    | {
-        "encoder.attention.*.attention.out.weight": torch_default,
-        "decoder.layers.*.self_attention.out.weight": torch_default,
-        "decoder.layers.*.feedforward.*.weight": xavier_rule,
-        "selector.score.weight": torch_default,
-        "decoder.boxes.score.*.weight": torch_default,
-        "decoder.query_position.*.weight": xavier_rule,
-        "encoder.memory_project.*.conv.weight": xavier_rule,
-    },
+    original_init=HYBRID_INIT | {"encoder.memory_project.*.conv.weight": xavier_rule},
     layouts=(
         Layout("transformers", r"^model\.decoder\.pre_bbox_head\.", transformers_names.d_fine),
         Layout("Peterande/D-FINE", r"^decoder\.pre_bbox_head\.", author_names.d_fine),

@@ -31,15 +31,7 @@ from edgedetr.models.distribution_boxes import DistributionBoxes
 from edgedetr.models.encoders.dense import EncoderLayer
 from edgedetr.models.encoders.hybrid import HybridEncoder, d_fine_fusion, elan_width
 from edgedetr.models.encoders.lite import LiteEncoder
-from edgedetr.models.initialization import (
-    head_outputs,
-    packed_qkv,
-    prior_bias_init,
-    torch_default,
-    xavier,
-    xavier_rule,
-    zero_box_init,
-)
+from edgedetr.models.initialization import HYBRID_INIT, head_outputs, prior_bias_init, xavier, zero_box_init
 from edgedetr.models.member import Member, PublishedResize, at
 from edgedetr.models.member_config import WIDTHS, TransformerConfig
 from edgedetr.models.members.d_fine import FARTHEST_POSITION, NORM, number_of, points_of, reg_max_of
@@ -223,16 +215,7 @@ MEMBER = Member(
         **at("decoder.boxes", DistributionBoxes),
         **at("selector", TopKQueries),
     },
-    original_init=packed_qkv("decoder.layers.*.self_attention")
-    | packed_qkv("encoder.attention.*.attention")
-    | {
-        "encoder.attention.*.attention.out.weight": torch_default,
-        "decoder.layers.*.self_attention.out.weight": torch_default,
-        "decoder.layers.*.feedforward.*.weight": xavier_rule,
-        "selector.score.weight": torch_default,
-        "decoder.boxes.score.*.weight": torch_default,
-        "decoder.query_position.*.weight": xavier_rule,
-    },
+    original_init=HYBRID_INIT,
     layouts=(
         Layout("transformers", r"^model\.decoder\.layers\.0\.mlp\.gate_proj\.", transformers_names.deimv2),
         Layout("Intellindust-AI-Lab/DEIMv2", r"^decoder\.decoder\.layers\.0\.swish_ffn\.", author_names.deimv2),

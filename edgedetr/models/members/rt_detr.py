@@ -27,10 +27,9 @@ from edgedetr.models.detector import DetrModel
 from edgedetr.models.encoders.dense import EncoderLayer
 from edgedetr.models.encoders.hybrid import HybridEncoder, rt_detr_fusion
 from edgedetr.models.initialization import (
+    HYBRID_INIT,
     head_outputs,
-    packed_qkv,
     prior_bias_init,
-    torch_default,
     xavier,
     xavier_rule,
     zero_box_init,
@@ -165,17 +164,7 @@ MEMBER = Member(
     paper="Zhao et al. 2024, arXiv:2304.08069; Lv et al. 2024, arXiv:2407.17140",
     published=(2023, 4),
     roles={**at("decoder.layers.*.cross_attention", DeformableCrossAttention), **at("selector", TopKQueries)},
-    original_init=packed_qkv("decoder.layers.*.self_attention")
-    | packed_qkv("encoder.attention.*.attention")
-    | {
-        "encoder.attention.*.attention.out.weight": torch_default,
-        "decoder.layers.*.self_attention.out.weight": torch_default,
-        "decoder.layers.*.feedforward.*.weight": xavier_rule,
-        "selector.score.weight": torch_default,
-        "decoder.boxes.score.*.weight": torch_default,
-        "decoder.query_position.*.weight": xavier_rule,
-        "encoder.memory_project.*.conv.weight": xavier_rule,
-    },
+    original_init=HYBRID_INIT | {"encoder.memory_project.*.conv.weight": xavier_rule},
     layouts=(
         Layout("transformers", r"^model\.enc_score_head\.", transformers_names.rt_detr),
         Layout("lyuwenyu/RT-DETR", r"^decoder\.enc_score_head\.", author_names.rt_detr),
