@@ -96,6 +96,14 @@ ARTIFACTS: tuple[Artifact, ...] = (
         verified=(ORT, ORT_CUDA),
         benched=(ORT_CUDA,),
     ),
+    PLACEMENT := Artifact(
+        "placement",
+        "placement.json",
+        "which layers are INT8, and with which observers, where that is not the policy's choice",
+        "search",
+        EXPORT + " --int8",
+        made_from=(ONNX.file,),
+    ),
     RANGES := Artifact(
         "ranges",
         "ranges.json",

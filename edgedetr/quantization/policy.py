@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -190,15 +190,25 @@ class Residual:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A MatMul of two activations whose inputs are both quantized: of attention, or with weights that are predicted."""
+
+    node: str
+    inputs: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class QuantizationPlan:
     """What becomes INT8 in one graph, and the reason for every node with weights that does not.
 
     float_layers   {node name: reason}
+    products       only with a placement: a policy keeps products of two activations float
     """
 
     layers: tuple[Layer, ...]
     residuals: tuple[Residual, ...]
     float_layers: dict[str, str]
+    products: tuple[Product, ...] = ()
 
 
 def load_policy(name_or_path: str | Path) -> Policy:
@@ -288,32 +298,42 @@ def make_plan(graph: GraphIndex, policy: Policy) -> QuantizationPlan:
     roles = node_roles(graph.model)
     layers: list[Layer] = []
     float_layers: dict[str, str] = {}
-    for node in graph.nodes:
-        if node.op_type not in _WEIGHTED:
-            continue
-        reason = _why_float(node, graph, policy, roles)
+    for node in weighted_nodes(graph):
+        reason = why_float(node, graph, policy, roles)
         if reason:
             float_layers[node.name] = reason
         else:
-            layers.append(Layer(node.name, node.op_type, node.input[0], node.input[1], _channel_axis(node)))
+            layers.append(layer_of(node))
     if not layers:
         raise ExportError(
             f"policy {policy.name!r} leaves nothing to quantize in this graph; expected at least one of "
             f"{', '.join(policy.quantize)}"
         )
-    return QuantizationPlan(tuple(layers), tuple(_residuals(graph, layers) if policy.residuals else ()), float_layers)
+    return QuantizationPlan(tuple(layers), residual_sums(graph, layers) if policy.residuals else (), float_layers)
 
 
-def _why_float(node: NodeProto, graph: GraphIndex, policy: Policy, roles: Mapping[str, str]) -> str:
-    """Why a node with weights stays float; empty when it is quantized."""
+def weighted_nodes(graph: GraphIndex) -> list[NodeProto]:
+    """The nodes that a policy decides on: convolutions and products, in the order of the graph."""
+    return [node for node in graph.nodes if node.op_type in _WEIGHTED]
+
+
+def layer_of(node: NodeProto) -> Layer:
+    """The record of a node with a constant weight."""
+    return Layer(node.name, node.op_type, node.input[0], node.input[1], _channel_axis(node))
+
+
+def why_float(node: NodeProto, graph: GraphIndex, policy: Policy, roles: Mapping[str, str]) -> str:
+    """Why a policy leaves a convolution or product float; empty when it is quantized."""
     if node.op_type not in policy.quantize:
         return f"{node.op_type} is not quantized by policy {policy.name!r}"
     if node.input[1] not in graph.initializers:
         return "product of two activations: softmax and its neighbors keep float range"
+    return _reason(policy.float_rules, node, graph, roles) or why_no_kernel(node, graph)
+
+
+def why_no_kernel(node: NodeProto, graph: GraphIndex) -> str:
+    """Why no integer kernel is fast for a node with a constant weight; empty where one is."""
     shape = list(graph.initializers[node.input[1]].dims)
-    reason = _reason(policy.float_rules, node, graph, roles)
-    if reason:
-        return reason
     if node.input[0] in graph.initializers:
         return "its data input is a constant"
     if node.op_type == "Conv" and int_attribute(node, "group", 1) != 1:
@@ -340,7 +360,7 @@ def _channel_axis(node: NodeProto) -> int:
     return 0 if node.op_type == "Conv" or int_attribute(node, "transB", 0) else 1
 
 
-def _residuals(graph: GraphIndex, layers: list[Layer]) -> list[Residual]:
+def residual_sums(graph: GraphIndex, layers: Sequence[Layer]) -> tuple[Residual, ...]:
     """Adds of a quantized Conv's output and another activation, where the sum is quantized: the other one is, too.
 
     The Conv's output is not: TensorRT adds it in the convolution's accumulator. Where both branches end in a quantized
@@ -362,7 +382,7 @@ def _residuals(graph: GraphIndex, layers: list[Layer]) -> list[Residual]:
         if any(fused):
             index = 1 - fused.index(True)
             found.append(Residual(node.name, index, node.input[index]))
-    return found
+    return tuple(found)
 
 
 def _any(name: str, patterns: tuple[str, ...]) -> bool:

@@ -232,6 +232,9 @@ def quantized_tensors(graph: GraphIndex, plan: QuantizationPlan, target: Target)
         add(layer.data, layer.node, 0)
     for item in plan.residuals:
         add(item.tensor, item.node, item.index)
+    for product in plan.products:
+        for index, tensor in enumerate(product.inputs):
+            add(tensor, product.node, index)
     for node in graph.nodes:
         # A pool of integers is a quarter of the memory traffic, and exact: both sides share one scale.
         if node.op_type == "MaxPool" and node.output[0] in found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -23,8 +24,10 @@ from edgedetr.evaluation.agreement import compare_detections
 from edgedetr.exporting.to_onnx import module_path
 from edgedetr.models import FAMILY
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization import groups as groups_module
 from edgedetr.quantization.calibration import calibrate, share_pool_ranges
 from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.groups import floor_of, groups_of
 from edgedetr.quantization.policy import get_role, load_policy, make_plan, set_role
 from edgedetr.quantization.qdq import CPU, TENSORRT, insert_qdq, split_concats, tensors_to_observe, weight_bits
 from edgedetr.runtime.backends.base import RawOutputs, Runner
@@ -247,3 +250,48 @@ def alike(one: RawOutputs, other: RawOutputs) -> float:
 def distance(one: RawOutputs, other: RawOutputs) -> float:
     """Mean difference of the logits of a query."""
     return float(np.abs(one.logits - other.logits).mean())
+
+
+@member
+def test_every_weighted_node_is_in_one_group_or_in_the_floor_with_a_reason(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups_module, "SMALLEST_INT8_PRODUCT", 4)  # the micro members have heads of 8 channels
+    graph = GraphIndex(split_concats(onnx.load(exported(name, 1))))
+    found, floor = groups_of(graph, load_policy("default")), floor_of(graph)
+    placed = Counter([*(node for group in found for node in group.nodes), *floor])
+    assert placed == Counter(node.name for node in graph.nodes if node.op_type in ("Conv", "MatMul", "Gemm"))
+    assert all(floor.values())
+    assert len({group.id for group in found}) == len(found)
+    assert all(group.id == group.nodes[0] and group.macs > 0 for group in found)
+    plan = make_plan(graph, load_policy("default"))
+    assert {node for group in found if group.default for node in group.nodes} == {layer.node for layer in plan.layers}
+    # The branches of one split convolution are together, and only they.
+    for group in found:
+        assert len(group.nodes) == 1 or group.kind != "linear"
+        if group.kind == "convolution" and len(group.nodes) > 1:
+            assert {node.rsplit("/branch.", 1)[0] for node in group.nodes} == {group.id.rsplit("/branch.", 1)[0]}
+
+
+@pytest.mark.parametrize(
+    "name, encoder, decoder",
+    [("detr", 2, 3), ("dn_detr", 2, 3), ("rt_detr", 1, 2), ("rf_detr", 2, 2), ("d_fine", 1, 2), ("dino", 0, 2)],
+)
+def test_the_two_products_of_each_attention_are_one_group(
+    name: str, encoder: int, decoder: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the members' papers: one attention per encoder layer, and one or two dense ones per decoder layer.
+
+    The first decoder layer's queries, or values, do not depend on the image, so one product is left of that attention.
+    """
+    monkeypatch.setattr(groups_module, "SMALLEST_INT8_PRODUCT", 4)
+    graph = GraphIndex(split_concats(onnx.load(exported(name, 1))))
+    found = [group for group in groups_of(graph, load_policy("default")) if group.kind == "attention"]
+    assert sum("/decoder/" not in group.id for group in found) == encoder
+    assert sum("/decoder/" in group.id for group in found) == decoder
+    for group in found:
+        if "layers.0/" not in group.id:
+            assert [node.rsplit("/", 1)[1].split("_")[0] for node in group.nodes] == ["MatMul", "MatMul"]
+            assert len({node.rsplit("/", 1)[0].lstrip("/") for node in group.nodes}) == 1
+            softmax = graph.producers[graph.node_by_name[group.nodes[1]].input[0]]
+            assert softmax.op_type == "Softmax"
