@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import mean, median
 
@@ -21,7 +21,8 @@ from edgedetr.training.trainer import Learner
 
 log = logging.getLogger(__name__)
 
-# Steps at each image size, over WARMUP different batches in rotation: the timed ones find their images in the cache.
+# Steps at the smallest, the input's and the largest image size, over WARMUP different batches in rotation: the timed
+# ones find their images in the cache.
 WARMUP, TIMED = 4, 8
 USABLE = 0.95  # of the time; the rest is for checkpoints, and for steps slower than the timed ones
 FORWARD = 1 / 3  # an evaluation of one image takes this fraction of a training step's time for it: no backward pass
@@ -42,7 +43,9 @@ def choose_epochs(
     fractions = sorted({part * size for part in config.growth or (1.0,) for size in (*config.sizes, 1.0)} | {1.0})
     precision = learner.fabric.strategy.precision
     scaler = precision.state_dict()
-    step_seconds = {fraction: time_step(learner, images, schedule, fraction) for fraction in fractions}
+    timed = sorted({fractions[0], 1.0, fractions[-1]})
+    measured = [time_step(learner, images, schedule, fraction) for fraction in timed]
+    step_seconds = by_area(fractions, dict(zip(timed, measured)))
     precision.load_state_dict(scaler)
     evaluation = select_images / config.batch * step_seconds[1.0] * FORWARD
     left = (config.minutes * 60 - spent - (time.monotonic() - begun)) * USABLE
@@ -57,12 +60,26 @@ def choose_epochs(
     return epochs
 
 
+def by_area(fractions: Sequence[float], measured: Mapping[float, float]) -> dict[float, float]:
+    """Seconds of a step at each size, on a line between measured sizes: a step takes time for itself and its pixels.
+
+    fractions  image sizes as fractions of the input's sides, none outside of the measured ones
+    measured   seconds of a step at some of them, ascending
+    """
+    areas = [fraction**2 for fraction in measured]
+    seconds = np.interp([fraction**2 for fraction in fractions], areas, list(measured.values()))
+    return dict(zip(fractions, seconds.tolist()))
+
+
 def most_epochs(schedule: Schedule, step_seconds: Mapping[float, float], evaluation: float, left: float) -> int:
     """The most epochs, up to schedule.epochs, that end within `left` seconds; 0 where not even one does."""
+    # A small set is asked for thousands of epochs; no more than these fit if all steps are as quick as the quickest.
+    quickest = schedule.steps_per_epoch * min(step_seconds.values())
+    most = min(schedule.epochs, int(max(left, 0) / quickest) + 1)
     return next(
         (
             epochs
-            for epochs in range(schedule.epochs, 0, -1)
+            for epochs in range(most, 0, -1)
             if duration(replace(schedule, epochs=epochs), step_seconds, evaluation) <= left
         ),
         0,

@@ -51,6 +51,17 @@ def test_the_most_epochs_that_fit(left: float, expected: int) -> None:
     assert time_budget.most_epochs(schedule, {0.5: 1.0, 1.0: 4.0}, 6.0, left) == expected
 
 
+def test_sizes_between_the_timed_ones_take_time_by_their_pixels() -> None:
+    """0.2 s for a step and 0.8 s for the input's pixels: at half of the sides, a quarter of them."""
+    found = time_budget.by_area([0.5, 0.75, 1.0, 1.25], {0.5: 0.4, 1.0: 1.0, 1.25: 1.45})
+    assert found == pytest.approx({0.5: 0.4, 0.75: 0.2 + 0.8 * 0.5625, 1.0: 1.0, 1.25: 1.45})
+
+
+def test_thousands_of_epochs_of_a_small_set_are_decided_at_once() -> None:
+    schedule = Schedule(micro.numbers(sizes=(0.75, 1.0, 1.25)), epochs=10**9, steps_per_epoch=3)
+    assert time_budget.most_epochs(schedule, dict.fromkeys((0.75, 1.0, 1.25), 1.0), 0.0, 301.0) == 100
+
+
 def test_timed_steps_do_not_change_the_training(micro_data: Path, tmp_path: Path) -> None:
     settings = {"growth": [0.5, 1.0], "epochs": 2}
     asked = train(micro.recipe(**settings), micro_data, tmp_path / "asked")
