@@ -1,30 +1,24 @@
-"""What a start from a whole detector gains: trainings of equal minutes on few images, from three kinds of weights.
+"""What a start from a whole detector gains: trainings of equal epochs on few images, from three kinds of weights.
 
 usage: python tests/benchmarks/whole_start.py --recipe R.toml --start BUNDLE --data BCCD --out FOLDER
-       [--images 25 50 100 205] [--minutes 5] [--set key=value ...]
+       [--images 25 50 100 205] [--minutes 5 | --epochs N] [--threads 1] [--set key=value ...]
 
-Each training takes the first images of one random order of the train split, the minutes, and one start: "whole" (every
-weight of the bundle but the class rows), "backbone" (its backbone alone) or "random". The best epoch is chosen on the
-split "val"; AP is of the split "test". Finished trainings are kept, so that the script can be stopped. The last
-lines are a Markdown table; FOLDER/whole-start.svg is its picture.
+Each training takes the first images of one random order of the train split and one start: "whole" (every weight of the
+bundle but the class rows), "backbone" (its backbone alone) or "random". For every number of images, the first start
+measures how many epochs the minutes have time for, and the others are given that number: same network and images, so
+equal epochs are equal minutes. Early stop is off. The best epoch is chosen on the split "val"; AP is of the split
+"test". Finished trainings are kept, so that the script can be stopped; two of them with other --images or recipes may
+share FOLDER. The last lines are a Markdown table; FOLDER/RECIPE-whole-start.svg is its picture.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
-
-import edgedetr
-from edgedetr.data import images as image_files
-from edgedetr.data.layouts import load as load_split
-from edgedetr.evaluation.coco_metrics import evaluate
-from edgedetr.runtime.backends.onnxruntime import OrtRunner
-from edgedetr.runtime.postprocess import decode
-from edgedetr.runtime.preprocess import prepare
+from recorded_training import Length, Row, add_options, train_row
 
 STARTS = ("whole", "backbone", "random")
 
@@ -53,34 +47,25 @@ def settings_of(start: str, bundle: Path) -> list[str]:
     return ['train.start="none"', f"model.backbone_weights={json.dumps(source)}"]
 
 
-def test_ap(bundle: edgedetr.Bundle, data: Path) -> tuple[float, float]:
-    """AP and AP50 of model.onnx on the split "test", points."""
-    runner, manifest, found = OrtRunner(bundle.require("model.onnx"), threads=2), bundle.manifest, {}
-    samples = load_split(data, "test")
-    for sample in samples.samples:
-        batch, geometry = prepare([image_files.decode(sample.path)], manifest.input)
-        found[sample.image_id] = decode(runner.run(batch), geometry, manifest.classes, manifest.output)[0]
-    result = evaluate(samples, found, by_size=False)
-    return result.ap, result.ap50
+def rows_of(options: argparse.Namespace, count: int) -> dict[str, Row]:
+    """The trainings on so many images, by start."""
+    data = few_images(options.data, count, options.out / f"{options.recipe.stem}-{count}-images")
+    length, rows = Length(options.minutes, options.epochs), {}
+    for start in STARTS:
+        rows[start] = train_row(
+            f"{options.recipe.stem}-{start}-{count}",
+            data,
+            options.recipe,
+            ["train.patience=0", *settings_of(start, options.start), *options.sets],
+            length=length,
+            out=options.out,
+            threads=options.threads,
+        )
+        length = Length(options.minutes, rows[start].epochs)
+    return rows
 
 
-def train_one(options: argparse.Namespace, start: str, count: int) -> dict[str, object]:
-    """Train, export and measure one row; a finished one is read from its file."""
-    name = f"{options.recipe.stem}-{start}-{count}"
-    row = options.out / f"{name}.json"
-    if row.exists():
-        return dict(json.loads(row.read_text()))
-    data = few_images(options.data, count, options.out / f"data-{count}")
-    sets = [f"train.minutes={options.minutes}", *settings_of(start, options.start), *options.sets]
-    bundle = edgedetr.train(data, options.out / f"{name}.bundle", recipe=options.recipe, sets=sets, resume=True)
-    edgedetr.export(bundle)
-    ap, ap50 = test_ap(bundle, data)
-    found = {"recipe": options.recipe.stem, "start": start, "images": count, "ap": ap, "ap50": ap50}
-    row.write_text(json.dumps(found))
-    return found
-
-
-def draw(rows: list[dict[str, object]], minutes: float, path: Path) -> None:
+def draw(table: dict[int, dict[str, Row]], path: Path) -> None:
     """A line for each start: AP over the number of training images."""
     import matplotlib
 
@@ -89,9 +74,8 @@ def draw(rows: list[dict[str, object]], minutes: float, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
     for start in STARTS:
-        points = [(row["images"], row["ap"]) for row in rows if row["start"] == start]
-        axes.plot(*zip(*points), marker="o", label=start)
-    axes.set(xlabel="training images", ylabel="AP on test", title=f"{minutes:g} minutes of training", ylim=(0, None))
+        axes.plot(list(table), [rows[start].ap for rows in table.values()], marker="o", label=start)
+    axes.set(xlabel="training images", ylabel="AP on test", title="Equal epochs from three starts", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(title="start")
     figure.savefig(path, metadata={"Date": None})
@@ -102,22 +86,17 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--start", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, nargs="+", default=[25, 50, 100, 205])
-    parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--set", dest="sets", action="append", default=[])
+    add_options(parser)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for count in options.images:
-        for start in STARTS:
-            rows.append(train_one(options, start, count))
-            print(rows[-1], file=sys.stderr, flush=True)
-    draw(rows, options.minutes, options.out / "whole-start.svg")
-    print(f"| images | {' | '.join(STARTS)} |\n|---|---|---|---|")
-    for count in options.images:
-        cells = [f"{row['ap']:.1f} / {row['ap50']:.1f}" for row in rows if row["images"] == count]
-        print(f"| {count} | {' | '.join(cells)} |")
+    table = {count: rows_of(options, count) for count in options.images}
+    draw(table, options.out / f"{options.recipe.stem}-whole-start.svg")
+    print(f"AP / AP50 on test\n\n| images | epochs | {' | '.join(STARTS)} |\n|---|---|---|---|---|")
+    for count, rows in table.items():
+        cells = [f"{rows[start].ap:.1f} / {rows[start].ap50:.1f}" for start in STARTS]
+        print(f"| {count} | {rows[STARTS[0]].epochs} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
