@@ -31,7 +31,8 @@ EXPECTED = "expected an ONNX graph written by edgedetr export or edgedetr import
 # Field numbers. ModelProto: graph, opset_import. GraphProto: node, initializer, sparse_initializer, input, output.
 MODEL_GRAPH, MODEL_OPSET, MODEL_TRAINING, MODEL_FUNCTIONS = 7, 8, 20, 25
 NODE, INITIALIZER, SPARSE_INITIALIZER, INPUT, OUTPUT = 1, 5, 15, 11, 12
-NODE_OP, NODE_ATTRIBUTE, FUNCTION_NODE, FUNCTION_ATTRIBUTE = 4, 5, 7, 11
+NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP, NODE_ATTRIBUTE = 1, 2, 3, 4, 5
+FUNCTION_NODE, FUNCTION_ATTRIBUTE = 7, 11
 TRAINING_GRAPHS = 1, 2  # of TrainingInfoProto: initialization, algorithm
 ATTRIBUTE_TENSOR, ATTRIBUTE_GRAPH, ATTRIBUTE_TENSORS, ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 ATTRIBUTE_SPARSE, ATTRIBUTE_SPARSES = 22, 23
@@ -51,6 +52,16 @@ class OnnxFacts:
     outputs: dict[str, tuple[int | str, ...]]
     operators: frozenset[str]
     external: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """A node of the main graph, without its attributes."""
+
+    operator: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 def read(path: str | Path, error: type[EdgedetrError] = BundleError) -> tuple[bytes, OnnxFacts]:
@@ -118,6 +129,22 @@ def parse(data: bytes, what: str = "the graph", error: type[EdgedetrError] = Eng
     except (ValueError, IndexError) as reason:  # also UnicodeDecodeError
         raise error(f"{what}: not an ONNX file, or cut off ({reason}); {EXPECTED}") from reason
     return OnnxFacts(opset, inputs, outputs, frozenset(operators), tuple(external))
+
+
+def nodes(data: bytes, what: str = "the graph", error: type[EdgedetrError] = BundleError) -> list[GraphNode]:
+    """The nodes of the main graph, in its order. Errors: `error` for what is no ONNX graph."""
+    try:
+        return [_node(node) for node in _inside(memoryview(data), MODEL_GRAPH, NODE)]
+    except (ValueError, IndexError) as reason:  # also UnicodeDecodeError
+        raise error(f"{what}: not an ONNX file, or cut off ({reason}); {EXPECTED}") from reason
+
+
+def _node(message: memoryview) -> GraphNode:
+    texts: dict[int, list[str]] = {NODE_INPUT: [], NODE_OUTPUT: [], NODE_NAME: [""], NODE_OP: [""]}
+    for number, value in _fields(message):
+        if number in texts:
+            texts[number].append(_text(value))
+    return GraphNode(texts[NODE_OP][-1], texts[NODE_NAME][-1], tuple(texts[NODE_INPUT]), tuple(texts[NODE_OUTPUT]))
 
 
 def _standard_opset(message: memoryview) -> int:

@@ -6,8 +6,8 @@ of edgedetr/artifacts.py, and a test. The module of "some-name" is some_name.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 from edgedetr.artifacts import BACKENDS
 from edgedetr.errors import UsageError, did_you_mean
 from edgedetr.packages import missing
+from edgedetr.runtime.kernels import Kernel
 
 # Metadata key of an INT8 or FP16 graph: the settings that it was made with, as JSON. Spelled as in files of 0.1.
 MADE_BY = "edgedetr.quantisation"
@@ -63,6 +64,12 @@ class ReadTensors(Protocol):
     ) -> dict[str, np.ndarray]: ...
 
 
+class ReadKernels(Protocol):
+    """Loads a serialized model as `open` does, and lists the convolutions and matrix products that the library runs."""
+
+    def __call__(self, model: bytes, *, threads: int | None = None) -> list[Kernel]: ...
+
+
 class CheckLibrary(Protocol):
     """Why a backend cannot run here, with the command that helps; an empty text where it can."""
 
@@ -83,6 +90,8 @@ class Backend:
     is_reference       it can run every node as it is written; FP16 is simulated in it, the others are compared with it
     runs_engines       it runs engines that were built on this device, and no ONNX file
     tensors            reads any tensor of a graph, for the search for the first divergence; None: it cannot
+    kernels            lists what it runs a graph as, to tell integers from floats; None: it cannot
+    why_float          {operator of a kernel: why a quantized layer became this float kernel}, where that is known
     why_unavailable    None: the library is importable or not
     """
 
@@ -95,6 +104,8 @@ class Backend:
     is_reference: bool = False
     runs_engines: bool = False
     tensors: ReadTensors | None = None
+    kernels: ReadKernels | None = None
+    why_float: Mapping[str, str] = field(default_factory=dict)
     why_unavailable: CheckLibrary | None = None
 
     def unavailable(self) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,18 @@ from edgedetr.errors import BundleError, EdgedetrError, MissingDependency
 from edgedetr.packages import missing
 from edgedetr.runtime.backends.base import MADE_BY, Backend, RawOutputs
 from edgedetr.runtime.cpu import bounded
-from edgedetr.runtime.onnx_bytes import read, require_whole
+from edgedetr.runtime.kernels import PRODUCT, Kernel
+from edgedetr.runtime.onnx_bytes import GraphNode, nodes, read, require_whole
 from edgedetr.storage.reading import parse_json
 from edgedetr.telemetry import import_onnxruntime
 
 CPU = "CPUExecutionProvider"
 WRITE_AGAIN = "write it again with: edgedetr export"
+# Beginnings of the names of kernels that multiply integers.
+INTEGER = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantize", "QAttention")
+# Nodes that change the form of a tensor and not its values.
+MOVES = ("DequantizeLinear", "QuantizeLinear", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast")
+TOKEN = re.compile(r"_token_\d+$")  # ONNX Runtime adds it to the name of a node that it has replaced
 
 
 class OrtRunner:
@@ -82,7 +90,48 @@ def tensors(
     return dict(zip(names, session.run(list(names), {feed: images})))
 
 
-BACKEND = Backend(ORT, "onnxruntime", OrtRunner, is_reference=True, tensors=tensors)
+def kernels(model: bytes, *, threads: int | None = None, open_with: Callable[..., Any] | None = None) -> list[Kernel]:
+    """The convolutions and matrix products of the graph that ONNX Runtime has made of this one.
+
+    open_with   open_session, or another function of its kind
+    """
+    with TemporaryDirectory(prefix="edgedetr-") as folder:
+        path = Path(folder) / "optimized.onnx"
+        (open_with or open_session)(model, threads, True, optimized=path)
+        optimized = nodes(path.read_bytes())
+    producers = {name: node for node in optimized for name in node.outputs}
+    found = []
+    for node in optimized:
+        if PRODUCT.search(node.operator):
+            names = {TOKEN.sub("", node.name), *node.outputs}
+            for name in node.inputs:
+                names |= _sources(name, producers)
+            found.append(Kernel(node.operator, node.operator.startswith(INTEGER), frozenset(names - {""})))
+    return found
+
+
+def _sources(tensor: str, producers: Mapping[str, GraphNode]) -> set[str]:
+    """The tensor, and what it is made of by nodes that compute nothing."""
+    found = {tensor}
+    while (node := producers.get(tensor)) is not None and node.operator in MOVES and node.inputs:
+        tensor = node.inputs[0]
+        found.add(tensor)
+    return found
+
+
+BACKEND = Backend(
+    ORT,
+    "onnxruntime",
+    OrtRunner,
+    is_reference=True,
+    tensors=tensors,
+    kernels=kernels,
+    why_float={
+        "Gemm": "MatMul and the Add of its bias are fused to a Gemm of floats before integers are looked for",
+        "FusedGemm": "MatMul, Add and activation are fused to a Gemm of floats before integers are looked for",
+        "FusedConv": "its output is not quantized, or its activation is not one that the integer kernel has",
+    },
+)
 
 
 def plain_session(
@@ -141,13 +190,19 @@ def _open(
 
 
 def open_session(
-    model: bytes | str | Path, threads: int | None, optimize: bool, providers: Sequence[Any] = (CPU,)
+    model: bytes | str | Path,
+    threads: int | None,
+    optimize: bool,
+    providers: Sequence[Any] = (CPU,),
+    *,
+    optimized: Path | None = None,
 ) -> Any:
     """A session of one of our graphs, a file or its bytes.
 
     threads     of one operator; None = all cores
     optimize    False: every node runs as written
     providers   ONNX Runtime's execution providers, the preferred one first
+    optimized   a file to which the optimized graph is written
     """
     onnxruntime = library()
     what = "the graph" if isinstance(model, bytes) else str(model)
@@ -160,6 +215,9 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    if optimized is not None:
+        options.log_severity_level = 4  # it warns that the file holds for this kind of CPU only
+        options.optimized_model_filepath = str(optimized)
     return _open(onnxruntime, data, options, list(providers), what)
 
 

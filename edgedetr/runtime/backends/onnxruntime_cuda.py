@@ -12,8 +12,10 @@ import numpy as np
 
 from edgedetr.artifacts import ORT_CUDA
 from edgedetr.errors import DeviceError
+from edgedetr.runtime.backends import onnxruntime
 from edgedetr.runtime.backends.base import Backend
-from edgedetr.runtime.backends.onnxruntime import CPU, OrtRunner, library, open_session
+from edgedetr.runtime.backends.onnxruntime import CPU, OrtRunner, open_session
+from edgedetr.runtime.kernels import Kernel
 from edgedetr.runtime.tensorrt.cudart import probe
 from edgedetr.telemetry import import_onnxruntime
 
@@ -35,15 +37,15 @@ class OrtCudaRunner(OrtRunner):
 def no_gpu() -> str:
     """Why ONNX Runtime cannot use a GPU here, with the command that helps; an empty text where it can."""
     try:
-        onnxruntime = import_onnxruntime()
+        library = import_onnxruntime()
         probe()
     except ImportError:
         return "onnxruntime is not installed; run: pip install onnxruntime-gpu"
     except DeviceError as reason:
         return str(reason)
-    if CUDA not in onnxruntime.get_available_providers():
+    if CUDA not in library.get_available_providers():
         return (
-            f"ONNX Runtime {onnxruntime.__version__} here has no {CUDA}; run: pip uninstall -y onnxruntime && "
+            f"ONNX Runtime {library.__version__} here has no {CUDA}; run: pip uninstall -y onnxruntime && "
             "pip install onnxruntime-gpu"
         )
     return ""
@@ -56,17 +58,23 @@ def tensors(
     return dict(zip(names, _session(model, threads, True).run(list(names), {"images": images})))
 
 
-def _session(model: str | Path | bytes, threads: int | None, optimize: bool) -> Any:
-    onnxruntime = library()
+def kernels(model: bytes, *, threads: int | None = None) -> list[Kernel]:
+    """The convolutions and matrix products of the graph that ONNX Runtime has made of this one for the GPU."""
+    return onnxruntime.kernels(model, threads=threads, open_with=_session)
+
+
+def _session(model: str | Path | bytes, threads: int | None, optimize: bool, *, optimized: Path | None = None) -> Any:
+    library = onnxruntime.library()
     if reason := no_gpu():
         raise DeviceError(reason)
-    if hasattr(onnxruntime, "preload_dlls"):  # since 1.21: finds CUDA and cuDNN in NVIDIA's wheels
+    if hasattr(library, "preload_dlls"):  # since 1.21: finds CUDA and cuDNN in NVIDIA's wheels
         with redirect_stdout(sys.stderr):  # it prints the names of libraries that it does not find
-            onnxruntime.preload_dlls()
-    session = open_session(model, threads, optimize, [(CUDA, {"use_tf32": "0"}), CPU])
+            library.preload_dlls()
+    providers = [(CUDA, {"use_tf32": "0"}), CPU]
+    session = open_session(model, threads, optimize, providers, optimized=optimized)
     if CUDA not in session.get_providers():  # ONNX Runtime reports this on standard error only, and goes on
         raise DeviceError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load its {CUDA} and would run on the CPU; "
+            f"ONNX Runtime {library.__version__} cannot load its {CUDA} and would run on the CPU; "
             "expected the CUDA and cuDNN that it was built for; run: "
             "pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
@@ -81,5 +89,6 @@ BACKEND = Backend(
     caveat="does not compute quantized graphs as they are written (AP 3.0 instead of 59.2 was seen, ONNX Runtime "
     "1.31.1); take stage onnx or fp16, or build an engine: edgedetr build {bundle}",
     tensors=tensors,
+    kernels=kernels,
     why_unavailable=no_gpu,
 )

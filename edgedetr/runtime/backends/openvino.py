@@ -15,6 +15,7 @@ from edgedetr.errors import BundleError, MissingDependency
 from edgedetr.packages import missing
 from edgedetr.runtime.backends.base import Backend, RawOutputs
 from edgedetr.runtime.cpu import bounded
+from edgedetr.runtime.kernels import PRODUCT, Kernel
 from edgedetr.runtime.onnx_bytes import read, require_whole
 from edgedetr.telemetry import import_openvino
 
@@ -66,7 +67,21 @@ def tensors(
     return {name: np.array(request.get_tensor(name).data) for name in names}
 
 
-BACKEND = Backend(OPENVINO, "openvino", OpenVinoRunner, saturates=(INT8.id,), tensors=tensors)
+def kernels(model: bytes, *, threads: int | None = None) -> list[Kernel]:
+    """The convolutions and matrix products of the graph that OpenVINO has compiled this one to."""
+    found = []
+    for node in _compile(require_whole(model), threads, "f32").get_runtime_model().get_ops():
+        about = {key: str(value.astype(str)) for key, value in node.get_rt_info().items()}
+        operator = about.get("layerType", "")
+        if PRODUCT.search(operator):
+            names = about.get("originalLayersNames", "").split(",")
+            names = [name.removesuffix("/WithoutBiases").removesuffix("/DequantizationMultiply") for name in names]
+            integers = about.get("runtimePrecision", "") in ("i8", "u8")
+            found.append(Kernel(operator, integers, frozenset(filter(None, names))))
+    return found
+
+
+BACKEND = Backend(OPENVINO, "openvino", OpenVinoRunner, saturates=(INT8.id,), tensors=tensors, kernels=kernels)
 
 
 @functools.cache
