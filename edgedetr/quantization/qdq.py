@@ -18,6 +18,7 @@ from edgedetr.onnx_graph.graph_edit import prune
 from edgedetr.onnx_graph.hardware_limits import SMALLEST_FP16
 from edgedetr.onnx_graph.index import GraphIndex, int_attribute
 from edgedetr.options import one_of
+from edgedetr.quantization.integer_products import integer_products
 from edgedetr.quantization.policy import Layer, QuantizationPlan
 from edgedetr.runtime.cpu import int8_saturates
 
@@ -166,7 +167,7 @@ class Target:
     uint8             activations are uint8
     quantize_outputs  outputs of convolutions and of residual sums are quantized too, for every consumer
     int32_bias        biases of convolutions are int32 with scale = input scale x weight scale
-    rank3_bias        biases of matrix products have the shape [1, 1, O]
+    integer_products  matrix products are two-dimensional, with int32 biases (see integer_products.py)
     fp16              everything that is not INT8 is FP16, the scales too
     weight_bits       8, or 7 where products of two neighbors would saturate 16 bits (x86 without VNNI)
     """
@@ -175,7 +176,7 @@ class Target:
     uint8: bool
     quantize_outputs: bool
     int32_bias: bool
-    rank3_bias: bool
+    integer_products: bool
     fp16: bool = False
     weight_bits: int = 8
 
@@ -193,8 +194,8 @@ class Target:
         return QuantParams(np.float32(scale), np.uint8(128))
 
 
-TENSORRT = Target(INT8, uint8=False, quantize_outputs=False, int32_bias=False, rank3_bias=False, fp16=True)
-CPU = Target(INT8_CPU, uint8=True, quantize_outputs=True, int32_bias=True, rank3_bias=True)
+TENSORRT = Target(INT8, uint8=False, quantize_outputs=False, int32_bias=False, integer_products=False, fp16=True)
+CPU = Target(INT8_CPU, uint8=True, quantize_outputs=True, int32_bias=True, integer_products=True)
 
 
 def weight_bits(choice: str) -> int:
@@ -352,6 +353,14 @@ def insert_qdq(
     return _QdqWriter(graph, plan, amax, target, shifts or {}).write()
 
 
+def runnable(model: ModelProto, target: Target) -> ModelProto:
+    """A Q/DQ graph of `insert_qdq` in the form that its target's kernels run in integers; the same arithmetic.
+
+    The last step: it renames what `insert_qdq` and bias correction find by name.
+    """
+    return integer_products(model) if target.integer_products else model
+
+
 class _QdqWriter:
     """Builds the new node list, one float node after the other."""
 
@@ -403,28 +412,9 @@ class _QdqWriter:
             bias = self.graph.constant(source.input[index])
             self._add_constant(f"{source.name}.bias", bias + self.shifts[layer_name].reshape(bias.shape))
             node.input[index] = f"{source.name}.bias"
-        if self.target.rank3_bias:
-            self._reshape_bias(node)
         self.nodes.append(node)
         for name in source.output:
             self._add_pair(name)
-
-    def _reshape_bias(self, node: NodeProto) -> None:
-        """Give the bias behind a quantized MatMul the shape [1, 1, O].
-
-        ONNX Runtime turns MatMul + Add of a [O] bias into a float Gemm before it looks for Q/DQ, and the integer
-        product is lost; it does not do so for this shape.
-        """
-        if node.op_type != "Add":
-            return
-        producers = [self.graph.producers.get(name) for name in node.input]
-        for index, name in enumerate(node.input):
-            other = producers[1 - index]
-            is_product = other is not None and other.name in self.layers and other.op_type == "MatMul"
-            if is_product and name in self.graph.initializers and len(self.graph.initializers[name].dims) == 1:
-                bias = self.initializers.get(node.input[index], self.graph.initializers[name])
-                self._add_constant(f"{node.name}.bias", numpy_helper.to_array(bias).reshape(1, 1, -1))
-                node.input[index] = f"{node.name}.bias"
 
     def _reads_dequantized(self, node: str, index: int, tensor: str) -> bool:
         quantized = self.tensors.get(tensor)

@@ -26,7 +26,16 @@ from edgedetr.quantization.bias_correction import IMAGES, PARTS, bias_shifts
 from edgedetr.quantization.calibration import Ranges, choose_images, evenly_spaced, ranges_of
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.policy import Policy, QuantizationPlan, check_policy, load_policy, make_plan
-from edgedetr.quantization.qdq import CPU, TENSORRT, Target, insert_qdq, split_concats, tensors_to_observe, weight_bits
+from edgedetr.quantization.qdq import (
+    CPU,
+    TENSORRT,
+    Target,
+    insert_qdq,
+    runnable,
+    split_concats,
+    tensors_to_observe,
+    weight_bits,
+)
 from edgedetr.runtime.backends.base import MADE_BY
 from edgedetr.runtime.preprocess import prepare
 
@@ -34,6 +43,8 @@ log = logging.getLogger(__name__)
 
 FLOAT_LAYERS = "edgedetr.float_layers"  # metadata: layers that are not INT8, JSON {reason: [node names]}
 FLOAT32_NODES = "edgedetr.float32_nodes"  # metadata of a graph with FP16: nodes in float32, JSON {reason: [node names]}
+PRODUCTS = "products"  # in MADE_BY: how the graph for a CPU writes matrix products; up to 0.2 it did not say so
+NOT_CORRECTED = "biases are not corrected"
 ABSMAX_IMAGES = 8  # on these the magnitudes for FP16 are observed; fp16.MAX_ABSMAX leaves a factor of 2 for the others
 
 
@@ -125,6 +136,7 @@ def _write_int8(job: _Job, plan: QuantizationPlan, ranges: Ranges, target: Targe
         "policy": job.policy.name,
         "policy_sha256": job.policy.sha256(),
         **({"half": True} if target.fp16 else {}),
+        **({PRODUCTS: "integer"} if target.integer_products else {}),
         "image_list": ranges.image_list,
         "layers_int8": len(plan.layers),
         "layers_float": len(plan.float_layers),
@@ -134,12 +146,17 @@ def _write_int8(job: _Job, plan: QuantizationPlan, ranges: Ranges, target: Targe
         return
     result = insert_qdq(job.graph, plan, ranges.amax, target)
     if job.config.bias_correction:
-        paths = _images_of(job.bundle, ranges)
+        old = _is_made_by(job.bundle, target.artifact.file, _without_products(made_by))
+        otherwise = f"{target.artifact.file} is kept, with its matrix products in float" if old else NOT_CORRECTED
+        paths = _images_of(job.bundle, ranges, otherwise)
         if paths:
             shifts = bias_shifts(job.graph, result, plan, _passes(job, paths, f"bias {target.name}"))
             result = insert_qdq(job.graph, plan, ranges.amax, target, shifts)
+        elif old:
+            return
         else:
             made_by = json.dumps(about)
+    result = runnable(result, target)
     metadata = {**_metadata(result), MADE_BY: made_by, FLOAT_LAYERS: _by_reason(plan.float_layers)}
     if target.fp16:
         result, metadata[FLOAT32_NODES] = _convert_to_fp16(job, result)
@@ -183,11 +200,13 @@ def _absmax_batches(job: _Job) -> Iterator[np.ndarray]:
         job.progress(FP16.id, len(paths), len(paths))
 
 
-def _images_of(bundle: Bundle, ranges: Ranges) -> list[Path]:
+def _images_of(bundle: Bundle, ranges: Ranges, otherwise: str) -> list[Path]:
     """Some of the images that the ranges were observed on, evenly spaced; none, with a warning, where they are missing.
 
+    otherwise   what happens without them, for the warning
+
     Present ranges need no images, so a device can write the graph of its own target. It is written without bias
-    correction, and written again with it where the images are.
+    correction, and written again with it where the images are. A graph that 0.2 wrote with correction is kept.
     """
     try:
         found = choose_images(bundle, Path(ranges.source) if ranges.source else None, ranges.requested)
@@ -195,7 +214,7 @@ def _images_of(bundle: Bundle, ranges: Ranges) -> list[Path]:
     except (DataError, ExportError, OSError) as error:
         reason = str(error)
     if reason:
-        log.warning("INT8: biases are not corrected: the calibration images are not here (%s)", reason)
+        log.warning("INT8: %s: the calibration images are not here (%s)", otherwise, reason)
         return []
     return evenly_spaced(found.paths, IMAGES)
 
@@ -224,6 +243,11 @@ def _batches(bundle: Bundle, paths: Sequence[Path]) -> Iterator[np.ndarray]:
 def _is_made_by(bundle: Bundle, name: str, made_by: str) -> bool:
     """Whether the bundle has an undamaged, fresh graph that was made with these settings."""
     return bundle.has(name) and _metadata(read_onnx(bundle.require(name))).get(MADE_BY) == made_by
+
+
+def _without_products(made_by: str) -> str:
+    """What a graph of version 0.2 with these settings says it was made by."""
+    return json.dumps({key: value for key, value in json.loads(made_by).items() if key != PRODUCTS})
 
 
 def _metadata(model: ModelProto) -> dict[str, str]:

@@ -191,7 +191,7 @@ def test_without_correction_the_graphs_say_and_hold_what_they_did_before_there_w
     model = split_concats(onnx.load(copy.require("model.onnx")))
     floats = {item.name: item for item in model.graph.initializer}
     for name in INT8:
-        assert set(made_by(copy, name)) - {"half"} == {
+        assert set(made_by(copy, name)) - {"half", "products"} == {
             "dialect",
             "weight_bits",
             "observer",
@@ -223,6 +223,24 @@ def test_where_the_images_have_gone_a_graph_is_written_without_correction_and_wi
     export(copy, int8=True, config=ExportConfig(), quant=replace(QUANT, cpu_weights=other_bits()))
     assert "bias_correction" in made_by(copy, "model.int8-cpu.onnx")
     assert biases(copy, "model.int8-cpu.onnx") != plain
+
+
+def test_where_the_images_have_gone_a_corrected_graph_of_0_2_is_kept_and_elsewhere_written_again(copy, dataset, caplog):
+    path, record = copy.path / "model.int8-cpu.onnx", copy.manifest.data
+    new, model = path.read_bytes(), onnx.load(path)
+    item = next(item for item in model.metadata_props if item.key == "edgedetr.quantisation")
+    item.value = json.dumps({key: value for key, value in json.loads(item.value).items() if key != "products"})
+    with copy.add(path.name, stage="int8", made_from=["model.onnx", "ranges.json"]) as temporary:
+        onnx.save(model, temporary)
+    old = path.read_bytes()
+    copy.update(data=replace(record, path=str(dataset / "gone")))
+    with caplog.at_level(logging.WARNING):
+        export(copy, int8=True, config=ExportConfig(), quant=QUANT)
+    assert path.read_bytes() == old != new
+    assert "model.int8-cpu.onnx is kept, with its matrix products in float: the calibration images" in caplog.text
+    copy.update(data=record)
+    export(copy, int8=True, config=ExportConfig(), quant=QUANT)
+    assert path.read_bytes() == new
 
 
 def test_a_damaged_file_is_made_again(copy):

@@ -29,7 +29,15 @@ from edgedetr.quantization.calibration import calibrate, share_pool_ranges
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.groups import floor_of, groups_of
 from edgedetr.quantization.policy import get_role, load_policy, make_plan, set_role
-from edgedetr.quantization.qdq import CPU, TENSORRT, insert_qdq, split_concats, tensors_to_observe, weight_bits
+from edgedetr.quantization.qdq import (
+    CPU,
+    TENSORRT,
+    insert_qdq,
+    runnable,
+    split_concats,
+    tensors_to_observe,
+    weight_bits,
+)
 from edgedetr.runtime.backends.base import RawOutputs, Runner
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
 from edgedetr.runtime.backends.openvino import OpenVinoRunner
@@ -131,7 +139,8 @@ def quantized(name: str, folder: Path) -> tuple[ModelProto, ModelProto]:
     observed = calibrate(model, tensors_to_observe(graph, plan), paths, CONTRACT, QuantConfig())
     amax = share_pool_ranges(model, observed)
     bits = weight_bits("auto")
-    return tuple(insert_qdq(graph, plan, amax, replace(target, weight_bits=bits)) for target in (TENSORRT, CPU))
+    targets = [replace(target, weight_bits=bits) for target in (TENSORRT, CPU)]
+    return tuple(runnable(insert_qdq(graph, plan, amax, target), target) for target in targets)
 
 
 @member
