@@ -196,6 +196,7 @@ def export(
     calib: str | Path | None = None,
     sampling: Literal["gather", "grid_sample"] | None = None,
     dynamic_batch: bool = False,
+    quantizers: Iterable[str] = (),
     sets: Iterable[str] = (),
     frame: tuple[int, int] | None = None,
     triton: str | Path | None = None,
@@ -211,6 +212,8 @@ def export(
     sampling        how deformable attention samples; None = "gather" for FP16 (some versions of TensorRT compute
                     GridSample wrongly), else the recipe's choice
     dynamic_batch   leave the batch size open, for engines of several images
+    quantizers      other quantizers whose INT8 of the same float graph and images is written beside ours, to be
+                    measured: "modelopt", "onnxruntime", "nncf" (artifacts.QUANTIZERS has all); needs int8
     sets            values of [quant] and [export], as `section.key=value`; they are written into the bundle's recipe
     frame           (height, width) in pixels: graphs for whole camera frames of this size too
     triton          folder of a Triton model repository to add the model to
@@ -235,6 +238,7 @@ def export(
         calib=None if calib is None else Path(calib),
         sampling=sampling,
         dynamic_batch=dynamic_batch,
+        quantizers=tuple(quantizers),
         config=chosen.export if chosen else None,
         quant=chosen.quant if chosen else None,
         progress=progress,

@@ -27,6 +27,8 @@ class Artifact:
     made_from    names of the files it is made from: when one of them changes, this one is stale
     precision    of a graph: "fp32", "fp16" or "int8"; "" for other files
     target       of an INT8 graph: whose form of Q/DQ it has, "tensorrt" or "cpu"
+    quantizer    of an INT8 graph that another quantizer made: its name, as `export --quantizer` takes it. It is
+                 measured beside ours; it is never delivered to a device and has no part in the verdict
     fp16_inside  it computes in FP16 where it does not compute in INT8, so a CPU must simulate the rounding
     backends     the backends that compute it exactly as the graph is written
     verified     those of `backends` on which `edgedetr verify` judges the file (engines are judged on their device)
@@ -41,6 +43,7 @@ class Artifact:
     made_from: tuple[str, ...] = ()
     precision: str = ""
     target: str = ""
+    quantizer: str = ""
     fp16_inside: bool = False
     backends: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
@@ -55,6 +58,25 @@ class Artifact:
 EXPORT = "edgedetr export {path}"
 VERIFY = "edgedetr verify {path}"
 TRAIN = "edgedetr train --data DIR"
+
+
+def _of_quantizer(name: str, about: str, target: str) -> Artifact:
+    """The INT8 graph of another quantizer: float32 where it is not INT8, so both CPU libraries run it as it is."""
+    return Artifact(
+        f"int8-{name}",
+        f"model.int8-{name}.onnx",
+        about,
+        "quantize",
+        f"{EXPORT} --int8 --quantizer {name}",
+        made_from=(ONNX.file,),
+        precision="int8",
+        target=target,
+        quantizer=name,
+        backends=(ORT, OPENVINO),
+        verified=(ORT, OPENVINO),
+        benched=(ORT, OPENVINO),
+    )
+
 
 ARTIFACTS: tuple[Artifact, ...] = (
     RECIPE := Artifact("recipe", "recipe.toml", "the fully resolved recipe", "train", TRAIN),
@@ -139,6 +161,13 @@ ARTIFACTS: tuple[Artifact, ...] = (
         verified=(ORT,),
         benched=(ORT,),
     ),
+    # Other quantizers; how each is called is in quantization/peers.
+    _of_quantizer("modelopt", "INT8 by NVIDIA ModelOpt, entropy calibration", "tensorrt"),
+    _of_quantizer("modelopt-max", "INT8 by NVIDIA ModelOpt, max calibration", "tensorrt"),
+    _of_quantizer("onnxruntime", "INT8 by ONNX Runtime's quantize_static, defaults", "cpu"),
+    _of_quantizer("onnxruntime-s8s8", "INT8 by ONNX Runtime's quantize_static, signed and symmetric", "tensorrt"),
+    _of_quantizer("nncf", "INT8 by NNCF for transformers", "cpu"),
+    _of_quantizer("nncf-mixed", "INT8 by NNCF, preset MIXED", "cpu"),
     IMPORT_RECORD := Artifact(
         "import-record",
         "results/import.json",
@@ -158,6 +187,8 @@ ARTIFACTS: tuple[Artifact, ...] = (
 )
 
 GRAPHS = {artifact.id: artifact for artifact in ARTIFACTS if artifact.is_graph}
+DELIVERED = {name: graph for name, graph in GRAPHS.items() if not graph.quantizer}  # ours
+QUANTIZERS = {graph.quantizer: graph for graph in GRAPHS.values() if graph.quantizer}  # by the other quantizer's name
 # Engines are built from these, by precision; best guess first: INT8 until a measurement says otherwise.
 ENGINE_GRAPHS: dict[str, Artifact] = {
     precision: artifact

@@ -17,6 +17,7 @@ from edgedetr.runtime.jetson import Board
 from edgedetr.runtime.tensorrt import gpu
 from edgedetr.runtime.tensorrt.gpu import Device
 
+COMPARED = ("peers",)  # extras of what is only compared with
 ON_DEVICE = ("runtime", "verify")  # the extras of a board, which neither trains nor exports
 OPTIONAL = ("cv2", "numba", "tensorboard")  # and all backends but the reference
 
@@ -116,6 +117,7 @@ class Examination:
             for p in self.packages
             if p.version is None
             and _import_name(p.name) not in optional
+            and p.extra not in COMPARED
             and (p.extra in ON_DEVICE or not self.board.is_jetson)
         ]
         lines = []

@@ -31,6 +31,12 @@ PACKAGES: dict[str, tuple[str, str, str]] = {
     "onnxscript": ("onnxscript", "export", "export"),
     "matplotlib": ("matplotlib", "report", "the report's figures"),
     "jinja2": ("jinja2", "report", "the report"),
+    "modelopt": ("nvidia-modelopt", "peers", "NVIDIA ModelOpt's quantizer"),
+    "onnx_graphsurgeon": ("onnx-graphsurgeon", "peers", "NVIDIA ModelOpt's quantizer"),
+    "onnxslim": ("onnxslim", "peers", "NVIDIA ModelOpt's quantizer"),
+    "polygraphy": ("polygraphy", "peers", "NVIDIA ModelOpt's quantizer"),
+    "lief": ("lief", "peers", "NVIDIA ModelOpt's quantizer"),
+    "nncf": ("nncf", "peers", "NNCF's quantizer"),
     "tensorrt": ("tensorrt", "trt", "TensorRT engines (part of JetPack)"),
 }
 # NVIDIA's parser for the CPU, in the versions that the tests know.

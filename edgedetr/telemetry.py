@@ -1,8 +1,8 @@
 """Switches off the telemetry of the libraries that edgedetr loads; EDGEDETR_TELEMETRY=1 allows it.
 
 ONNX Runtime (1.30 and later) sends names of models and graphs, a device number and texts of errors, and keeps a
-database in the user's cache. OpenVINO contacts an analytics host when it is imported. Both decide this during their
-import, so the switches are set before it.
+database in the user's cache. OpenVINO and NNCF contact an analytics host when they are imported. All decide this during
+their import, so the switches are set before it.
 """
 
 from __future__ import annotations
@@ -37,15 +37,24 @@ def switch_off() -> None:
 
 def import_openvino() -> ModuleType:
     """The module openvino, imported without its telemetry package; ImportError where openvino is not installed."""
+    return _without_openvino_telemetry("openvino")
+
+
+def import_nncf() -> ModuleType:
+    """The module nncf, imported without the telemetry package of OpenVINO; ImportError where it is not installed."""
+    return _without_openvino_telemetry("nncf")
+
+
+def _without_openvino_telemetry(name: str) -> ModuleType:
     with _lock:
-        if allowed() or "openvino" in sys.modules:
-            return importlib.import_module("openvino")
+        if allowed() or name in sys.modules:
+            return importlib.import_module(name)
         modules: MutableMapping[str, Any] = sys.modules
         missing = object()
         before = modules.get(OPENVINO_REPORTS, missing)
         modules[OPENVINO_REPORTS] = None  # its import now raises ImportError, as documented
         try:
-            return importlib.import_module("openvino")
+            return importlib.import_module(name)
         finally:
             del modules[OPENVINO_REPORTS]
             if before is not missing:

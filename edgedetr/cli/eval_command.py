@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgedetr.artifacts import BACKENDS, GRAPHS, ONNX
+from edgedetr.artifacts import BACKENDS, DELIVERED, ONNX
 from edgedetr.cli._options import (
     Graph,
     bundle_argument,
@@ -32,7 +32,7 @@ from edgedetr.cli._output import as_json, progress_bars, table
     type=Graph(),
     callback=once(),
     metavar="VERSION",
-    help=f"Model version: torch, {', '.join(GRAPHS)} (onnx is also called fp32).  [default: {ONNX.id}]",
+    help=f"Model version: torch, {', '.join(DELIVERED)} (onnx is also called fp32).  [default: {ONNX.id}]",
 )
 @click.option("--backend", type=click.Choice(BACKENDS), help="Inference library.  [default: the usual one]")
 @threads_option

@@ -7,6 +7,7 @@ from typing import Literal
 
 import click
 
+from edgedetr.artifacts import QUANTIZERS
 from edgedetr.cli._options import advanced_option, bundle_argument, command, expect, open_bundle, read_size, sets_option
 from edgedetr.cli._output import progress_bars, say, table
 from edgedetr.errors import PreparedNotFinished
@@ -31,6 +32,15 @@ from edgedetr.errors import PreparedNotFinished
 @sets_option(help="Change one value of [quant] or [export] in the bundle's recipe; repeatable.")
 @advanced_option("--dynamic-batch", is_flag=True, help="Leave the batch size open, for engines of several images.")
 @advanced_option(
+    "--quantizer",
+    "quantizers",
+    multiple=True,
+    type=click.Choice(tuple(QUANTIZERS)),
+    metavar="NAME",
+    help="With --int8: write the INT8 of another quantizer too, to be measured beside ours; repeatable. "
+    f"One of {', '.join(QUANTIZERS)}.",
+)
+@advanced_option(
     "--frame",
     metavar="HxW",
     callback=read_size,
@@ -48,6 +58,7 @@ def export(
     sampling: Literal["gather", "grid_sample"] | None,
     sets: tuple[str, ...],
     dynamic_batch: bool,
+    quantizers: tuple[str, ...],
     frame: tuple[int, int] | None,
     triton: Path | None,
     deepstream: Path | None,
@@ -68,6 +79,7 @@ def export(
             calib=calib,
             sampling=sampling,
             dynamic_batch=dynamic_batch,
+            quantizers=quantizers,
             sets=sets,
             frame=frame,
             triton=triton,

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from edgedetr.api import RUNS
-from edgedetr.artifacts import BACKENDS, GRAPHS
+from edgedetr.artifacts import BACKENDS, DELIVERED
 from edgedetr.cli._options import Graph, advanced_option, command, expect, once, open_bundle, threads_option
 from edgedetr.cli._output import say, write_out
 from edgedetr.errors import UsageError
@@ -31,7 +31,7 @@ SAVED = RUNS / "predict"  # where --save puts copies without --out
     type=Graph(),
     callback=once(),
     metavar="VERSION",
-    help=f"Model version: {', '.join(GRAPHS)} (onnx is also called fp32).  [default: the fastest that is safe here]",
+    help=f"Model version: {', '.join(DELIVERED)} (onnx is also called fp32).  [default: the fastest that is safe here]",
 )
 @click.option(
     "--backend",

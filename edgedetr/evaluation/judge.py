@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from edgedetr.artifacts import GRAPHS, ONNX, WEIGHTS
+from edgedetr.artifacts import GRAPHS, ONNX, WEIGHTS, Artifact
 from edgedetr.bundle import Bundle
 from edgedetr.data import images
 from edgedetr.data.detection_set import DetectionSet
@@ -20,7 +20,9 @@ from edgedetr.evaluation.first_divergence import find_first_divergence
 from edgedetr.evaluation.reference import Reference
 from edgedetr.evaluation.verdict import ArtifactVerdict
 from edgedetr.runtime import preprocess
+from edgedetr.runtime.backends.base import PEER_NOTE
 from edgedetr.runtime.latency import Latency
+from edgedetr.runtime.onnx_bytes import metadata, read
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,9 @@ class Judge:
         bound = bootstrap.compare(self.resampled, bootstrap.resampled_ap(metrics.matches, self.counts))
         latency = Latency.of(run.seconds) if run.seconds and not run.fault else None
         reference_run, reference_run_drop, note = self._against_reference_run(run)
+        artifact = GRAPHS[run.artifact]
+        if artifact.quantizer:
+            note = "; ".join(filter(None, (self._about_peer(artifact), note)))
         return ArtifactVerdict(
             run.artifact,
             run.backend,
@@ -93,7 +98,7 @@ class Judge:
             drop_upper95=bound.upper,
             p50_ms=latency.p50_ms if latency else None,
             p99_ms=latency.p99_ms if latency else None,
-            size_mb=self.bundle.manifest.files[GRAPHS[run.artifact].file].size / 1e6,
+            size_mb=self.bundle.manifest.files[artifact.file].size / 1e6,
             drop_lower95=bound.lower,
             se=bound.se,
             margin=bound.margin,
@@ -104,7 +109,12 @@ class Judge:
             reference_run=reference_run,
             reference_run_drop=reference_run_drop,
             note=note,
+            quantizer=artifact.quantizer,
         )
+
+    def _about_peer(self, artifact: Artifact) -> str:
+        """What the export recorded in the graph of another quantizer."""
+        return metadata(read(self.bundle.require(artifact.file))[0]).get(PEER_NOTE, "")
 
     def _against_reference_run(self, run: ArtifactRun) -> tuple[Agreement | None, float | None, str]:
         """Compare with the unoptimized run of the same graph, on its images: agreement, AP drop in points, note."""

@@ -49,7 +49,9 @@ class ArtifactVerdict:
     agreement           detections compared with the reference's
     reference_run       detections compared with those of the same graph in ONNX Runtime without optimizations
     reference_run_drop  AP of that run minus AP of this backend, on the images of that run
-    note                what went wrong and where, or ""
+    note                what went wrong and where, or ""; of another quantizer's graph its version, and whether TensorRT
+                        takes it
+    quantizer           of a graph that another quantizer made: its name. Such a row has no part in the verdict
     """
 
     name: str
@@ -72,6 +74,7 @@ class ArtifactVerdict:
     reference_run: Agreement | None = None
     reference_run_drop: float | None = None
     note: str = ""
+    quantizer: str = ""
 
     @property
     def is_reference(self) -> bool:
@@ -105,6 +108,7 @@ class ArtifactVerdict:
             "agreement": record.agreement("agreement"),
             "reference_run": record.agreement("reference_run"),
             "note": record.text("note", ""),
+            "quantizer": record.text("quantizer", ""),
         }
         if "engine" not in record.raw:
             return cls(**common)
@@ -140,16 +144,21 @@ class EngineVerdict(ArtifactVerdict):
 class Verdict:
     """All artifacts of one run of `edgedetr verify`, the reference first.
 
-    passed        every artifact passed. Where the reference has no AP to lose (no more than the tolerance, or less
-                  than 1 point), no artifact passes, including the reference
+    passed        every artifact of ours passed. Where the reference has no AP to lose (no more than the tolerance, or
+                  less than 1 point), no artifact passes, including the reference
     tolerance     largest accepted AP drop
-    certifiable   the smallest tolerance that these artifacts pass on these images: the largest bound
+    certifiable   the smallest tolerance that our artifacts pass on these images: the largest bound
     """
 
     passed: bool
     tolerance: float
     certifiable: float
     artifacts: tuple[ArtifactVerdict, ...]
+
+    @property
+    def delivered(self) -> tuple[ArtifactVerdict, ...]:
+        """What is judged: all artifacts but those of other quantizers."""
+        return tuple(artifact for artifact in self.artifacts if not artifact.quantizer)
 
     def to_json(self) -> dict[str, object]:
         """The form in which the verdict is stored and printed; `from_json` reads it."""

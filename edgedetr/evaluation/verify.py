@@ -97,9 +97,8 @@ def verify(
         if complete and not on_cpu:
             engine_verdict.record(bundle, on_device, runs)
         return on_device
-    verdict = Verdict(
-        all(v.passed for v in verdicts), config.budget, max(v.drop_upper95 for v in verdicts), tuple(verdicts)
-    )
+    ours = [v for v in verdicts if not v.quantizer]
+    verdict = Verdict(all(v.passed for v in ours), config.budget, max(v.drop_upper95 for v in ours), tuple(verdicts))
     if complete and backends is None:
         _record(bundle, verdict, runs)
     return verdict

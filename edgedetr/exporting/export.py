@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from edgedetr.artifacts import ONNX, RECIPE, REFERENCE, WEIGHTS
+from edgedetr.artifacts import ONNX, QUANTIZERS, RECIPE, REFERENCE, WEIGHTS
 from edgedetr.bundle import Bundle, Manifest
 from edgedetr.data.detection_set import DetectionSet
 from edgedetr.data.images import decode
@@ -24,7 +25,10 @@ from edgedetr.models.detector import DetrModel
 from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX, model_metadata
 from edgedetr.progress import Progress
 from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.peers.quantize_with import quantize_with, require_installed
+from edgedetr.quantization.peers.registry import PEERS
 from edgedetr.quantization.quantize import export_fp16, quantize, read_onnx
+from edgedetr.runtime.arguments import check_word
 from edgedetr.runtime.preprocess import prepare
 
 log = logging.getLogger(__name__)
@@ -40,6 +44,7 @@ def export(
     calib: Path | None = None,
     sampling: Literal["gather", "grid_sample"] | None = None,
     dynamic_batch: bool = False,
+    quantizers: Sequence[str] = (),
     config: ExportConfig | None = None,
     quant: QuantConfig | None = None,
     progress: Progress | None = None,
@@ -49,9 +54,11 @@ def export(
     calib           calibration images; None = the calibration split of the bundle's data
     sampling        how deformable attention samples; None = as the recipe sets it
     dynamic_batch   leave the batch size open, even where the recipe fixes it
+    quantizers      peers that quantize model.onnx too, after our INT8 and on its images (artifacts.QUANTIZERS)
     config, quant   settings; None = those of the recipe in the bundle
     """
     bundle = Bundle.open(bundle)
+    _check_quantizers(quantizers, int8)
     if config is None or quant is None:
         recorded = _recipe(bundle)
         config, quant = config or recorded[0], quant or recorded[1]
@@ -70,7 +77,19 @@ def export(
         export_fp16(bundle, config=quant, calib=calib, progress=progress)
     if int8:
         quantize(bundle, config=quant, calib=calib, progress=progress)
+    for name in dict.fromkeys(quantizers):
+        quantize_with(bundle, name, progress=progress)
     return bundle
+
+
+def _check_quantizers(names: Sequence[str], int8: bool) -> None:
+    for name in names:
+        check_word(name, QUANTIZERS, "quantizer")
+        if not int8:
+            raise UsageError(
+                f"--quantizer {name} is measured beside our INT8 and uses its calibration images; add --int8"
+            )
+        require_installed(PEERS[name])
 
 
 def export_onnx(bundle: Bundle, config: ExportConfig, progress: Progress | None = None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from edgedetr.artifacts import GRAPHS
+from edgedetr.artifacts import DELIVERED
 from edgedetr.models import FAMILY, build
 
 
@@ -28,7 +28,7 @@ class MemberSummary:
     levels: tuple[tuple[int, int, int], ...]
     queries: int
     activation: str
-    dialects: tuple[str, ...] = tuple(GRAPHS)
+    dialects: tuple[str, ...] = tuple(DELIVERED)
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

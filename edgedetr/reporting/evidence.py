@@ -41,8 +41,8 @@ class Evidence:
 
     @property
     def worst(self) -> MeasuredArtifact | None:
-        """The INT8 artifact that loses most: its differences are shown as images."""
-        quantized = [artifact for artifact in self.artifacts if "int8" in artifact.verdict.name]
+        """The INT8 artifact of ours that loses most: its differences are shown as images."""
+        quantized = [one for one in self.artifacts if "int8" in one.verdict.name and not one.verdict.quantizer]
         return max(quantized, key=lambda artifact: artifact.verdict.drop, default=None)
 
     def class_drops(self) -> dict[str, list[float | None]]:

@@ -36,17 +36,25 @@ def failed_reference(verdict: Verdict) -> ArtifactVerdict | None:
 
 
 def verdict_word(artifact: ArtifactVerdict, tolerance: float) -> str:
-    """reference, within, not certified (the drop is within the tolerance, its bound is not) or beyond."""
+    """reference, within, not certified (the drop is within the tolerance, its bound is not) or beyond.
+
+    "peer: " stands before it for the graph of another quantizer, which has no part in the verdict.
+    """
     if artifact.is_reference:
         return "reference"
+    peer = "peer: " if artifact.quantizer else ""
     if artifact.passed:
-        return "within"
-    return "not certified" if artifact.drop <= tolerance else "beyond"
+        return f"{peer}within"
+    return peer + ("not certified" if artifact.drop <= tolerance else "beyond")
 
 
 def notes(verdict: Verdict) -> list[str]:
-    """The notes on single artifacts: faults, and backends that do not compute what the graph says."""
-    return [f"{artifact.label}: {artifact.note}" for artifact in verdict.artifacts if artifact.note]
+    """The notes on artifacts: faults, and backends that do not compute what the graph says; equal ones are one line."""
+    labels: dict[str, list[str]] = {}
+    for artifact in verdict.artifacts:
+        if artifact.note:
+            labels.setdefault(artifact.note, []).append(artifact.label)
+    return [f"{', '.join(artifacts)}: {note}" for note, artifacts in labels.items()]
 
 
 def verdict_sentence(verdict: Verdict) -> str:
@@ -58,7 +66,7 @@ def verdict_sentence(verdict: Verdict) -> str:
             f"{tolerance:g}, so the loss of the other files cannot be judged. Check the data (edgedetr data check "
             f"DIR) and train longer, or set a smaller tolerance with --max-drop."
         )
-    others = [artifact for artifact in verdict.artifacts if not artifact.is_reference]
+    others = [artifact for artifact in verdict.delivered if not artifact.is_reference]
     if verdict.passed:
         imported = any(artifact.name == "reference" for artifact in verdict.artifacts)
         largest = max((artifact.drop_upper95 for artifact in others), default=0.0)

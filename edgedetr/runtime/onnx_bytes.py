@@ -29,7 +29,7 @@ DEEPEST = 32  # nesting of subgraphs
 EXPECTED = "expected an ONNX graph written by edgedetr export or edgedetr import"
 
 # Field numbers. ModelProto: graph, opset_import. GraphProto: node, initializer, sparse_initializer, input, output.
-MODEL_GRAPH, MODEL_OPSET, MODEL_TRAINING, MODEL_FUNCTIONS = 7, 8, 20, 25
+MODEL_GRAPH, MODEL_OPSET, MODEL_METADATA, MODEL_TRAINING, MODEL_FUNCTIONS = 7, 8, 14, 20, 25
 NODE, INITIALIZER, SPARSE_INITIALIZER, INPUT, OUTPUT = 1, 5, 15, 11, 12
 NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP, NODE_ATTRIBUTE = 1, 2, 3, 4, 5
 FUNCTION_NODE, FUNCTION_ATTRIBUTE = 7, 11
@@ -145,6 +145,18 @@ def _node(message: memoryview) -> GraphNode:
         if number in texts:
             texts[number].append(_text(value))
     return GraphNode(texts[NODE_OP][-1], texts[NODE_NAME][-1], tuple(texts[NODE_INPUT]), tuple(texts[NODE_OUTPUT]))
+
+
+def metadata(data: bytes, what: str = "the graph", error: type[EdgedetrError] = BundleError) -> dict[str, str]:
+    """The metadata of a serialized ONNX model, by key. Errors: `error` for what is no ONNX model."""
+    entries = []
+    try:
+        for number, value in _fields(memoryview(data)):
+            if number == MODEL_METADATA:
+                entries.append({n: _text(v) for n, v in _fields(_bytes(value)) if n in (1, 2)})
+    except (ValueError, IndexError) as reason:  # also UnicodeDecodeError
+        raise error(f"{what}: not an ONNX file, or cut off ({reason}); {EXPECTED}") from reason
+    return {entry.get(1, ""): entry.get(2, "") for entry in entries}
 
 
 def _standard_opset(message: memoryview) -> int:

@@ -201,4 +201,9 @@ def make_bundle(tmp_path: Path, colors: Path, tiny_graph: ModuleType) -> Callabl
     return make
 
 
-FILES = {"onnx": "model.onnx", "int8": "model.int8.onnx", "int8_cpu": "model.int8-cpu.onnx"}
+FILES = {
+    "onnx": "model.onnx",
+    "int8": "model.int8.onnx",
+    "int8_cpu": "model.int8-cpu.onnx",
+    "nncf": "model.int8-nncf.onnx",
+}

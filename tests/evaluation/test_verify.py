@@ -20,7 +20,9 @@ from edgedetr.evaluation import artifacts_run, judge
 from edgedetr.evaluation.coco_metrics import evaluate
 from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.reference import Reference, load_detections
+from edgedetr.evaluation.verdict import Verdict
 from edgedetr.evaluation.verify import evaluate_artifact, verify
+from edgedetr.reporting.tables import verdict_sentence, verdict_word
 from edgedetr.runtime import load
 from edgedetr.runtime.backends import base, openvino
 from edgedetr.runtime.backends.base import RawOutputs
@@ -122,6 +124,23 @@ def test_an_artifact_that_loses_points_is_the_one_that_fails(bad):
     assert lost.per_class["blue"] == pytest.approx(100)
     assert lost.per_class["red"] < 80
     assert lost.note == ""  # the graph itself is bad, and its backend computes it faithfully
+
+
+def test_another_quantizers_file_that_loses_all_is_measured_and_decides_nothing(make_bundle, colors, tiny_graph):
+    bundle = with_reference(make_bundle(onnx=GOOD, int8_cpu=SLIGHTLY, nncf=BAD), colors)
+    result = verify(bundle.path, threads=1)
+    peers = [row for row in result.artifacts if row.quantizer]
+    assert [(row.name, row.quantizer, row.backend) for row in peers] == [
+        ("int8-nncf", "nncf", "onnxruntime"),
+        ("int8-nncf", "nncf", "openvino"),
+    ]
+    assert all(row.drop > 20 and not row.passed for row in peers)
+    assert result.passed and result.certifiable == pytest.approx(0)
+    assert [verdict_word(row, 1.0) for row in result.artifacts] == ["reference", "within", "within"] + [
+        "peer: beyond"
+    ] * 2
+    assert verdict_sentence(result).startswith("PASSED: no file loses more than 0.00 AP")
+    assert Verdict.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
 def test_detections_of_every_artifact_are_kept_for_the_report(bad):

@@ -133,3 +133,14 @@ def test_what_was_imported_before_is_found_again_after_openvino_came(monkeypatch
     monkeypatch.delenv(telemetry.VARIABLE, raising=False)
     telemetry.import_openvino()
     assert seen == [("openvino", None)] and sys.modules[telemetry.OPENVINO_REPORTS] is before
+
+
+def test_nncf_is_imported_without_the_telemetry_package_of_openvino(monkeypatch):
+    monkeypatch.delitem(sys.modules, "nncf", raising=False)
+    monkeypatch.delenv(telemetry.VARIABLE, raising=False)
+    seen = []
+    monkeypatch.setattr(
+        telemetry.importlib, "import_module", lambda name: seen.append((name, sys.modules[telemetry.OPENVINO_REPORTS]))
+    )
+    telemetry.import_nncf()
+    assert seen == [("nncf", None)]

@@ -22,6 +22,8 @@ from edgedetr.runtime.kernels import Kernel
 
 # Metadata key of an INT8 or FP16 graph: the settings that it was made with, as JSON. Spelled as in files of 0.1.
 MADE_BY = "edgedetr.quantisation"
+# Metadata key of a graph that another quantizer made: its package and version, and whether TensorRT takes the graph.
+PEER_NOTE = "edgedetr.peer"
 
 
 @dataclass(frozen=True)

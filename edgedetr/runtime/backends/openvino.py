@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedetr.artifacts import INT8, OPENVINO
+from edgedetr.artifacts import INT8, OPENVINO, QUANTIZERS
 from edgedetr.errors import BundleError, MissingDependency
 from edgedetr.packages import missing
 from edgedetr.runtime.backends.base import Backend, RawOutputs
@@ -81,7 +81,8 @@ def kernels(model: bytes, *, threads: int | None = None) -> list[Kernel]:
     return found
 
 
-BACKEND = Backend(OPENVINO, "openvino", OpenVinoRunner, saturates=(INT8.id,), tensors=tensors, kernels=kernels)
+SATURATES = (INT8.id, *(graph.id for graph in QUANTIZERS.values()))
+BACKEND = Backend(OPENVINO, "openvino", OpenVinoRunner, saturates=SATURATES, tensors=tensors, kernels=kernels)
 
 
 @functools.cache
