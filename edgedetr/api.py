@@ -179,12 +179,14 @@ class ExportResult:
     engines           the TensorRT engines that were built or kept
     engines_missing   why engines were asked for and cannot be built here; "" where nothing is missing
     serving           frame graphs, and files for Triton and DeepStream
+    notes             what else the export decided, a sentence each
     """
 
     bundle: Bundle
     engines: tuple[BuiltEngine, ...]
     engines_missing: str
     serving: ServingFiles
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -206,7 +208,8 @@ def export(
     """Write the ONNX graphs of a bundle, and what servers and engines need. Files that are up to date are kept.
 
     fp16            model.fp16.onnx too, for TensorRT
-    int8            calibrate, and write model.int8.onnx (TensorRT, OpenVINO) and model.int8-cpu.onnx (ONNX Runtime)
+    int8            calibrate, and write model.int8.onnx (TensorRT, OpenVINO) and model.int8-cpu.onnx (ONNX Runtime); a
+                    placement.json in the bundle decides which layers are INT8, unless `sets` names a quant.policy
     engines         FP16 too, and TensorRT engines of it (and of INT8), where TensorRT and a GPU are here
     calib           folder of calibration images; None = the train split of the bundle's data
     sampling        how deformable attention samples; None = "gather" for FP16 (some versions of TensorRT compute
@@ -224,6 +227,7 @@ def export(
     from edgedetr.exporting.export import export as run
     from edgedetr.exporting.serving_files import write_serving_files
     from edgedetr.exporting.settings import record, settings
+    from edgedetr.quantization.placement import placement_of
 
     opened, sets, fp16 = Bundle.open(bundle), tuple(sets), fp16 or engines
     if calib is not None and not (int8 or fp16):
@@ -231,6 +235,8 @@ def export(
     if fp16 and sampling is None and not any(text.startswith("export.sampling=") for text in sets):
         sampling = "gather"
     chosen = settings(opened, sets) if sets else None  # a mistyped value is an error before anything is made
+    by_policy = any(text.startswith("quant.policy=") for text in sets)
+    placement, note = placement_of(opened, "quant.policy was given" if by_policy else "") if int8 else (None, "")
     run(
         opened,
         int8=int8,
@@ -241,6 +247,7 @@ def export(
         quantizers=tuple(quantizers),
         config=chosen.export if chosen else None,
         quant=chosen.quant if chosen else None,
+        placement=placement,
         progress=progress,
     )
     if chosen:
@@ -248,7 +255,7 @@ def export(
     built, missing = _build_engines(opened, ("fp16", "int8") if int8 else ("fp16",), progress) if engines else ((), "")
     serving = write_serving_files(opened, fp16=fp16, int8=int8, frame=frame, triton=triton, deepstream=deepstream)
     opened.refresh()
-    return ExportResult(opened, built, missing, serving)
+    return ExportResult(opened, built, missing, serving, (note,) if note else ())
 
 
 def _build_engines(

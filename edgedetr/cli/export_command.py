@@ -86,6 +86,8 @@ def export(
             deepstream=deepstream,
             progress=progress,
         )
+    for note in result.notes:
+        say(note)
     for engine in result.engines:
         say(f"engine: {engine.path}{'' if engine.made else ' (kept)'}")
     for line in result.serving.lines():

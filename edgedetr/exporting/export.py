@@ -27,6 +27,7 @@ from edgedetr.progress import Progress
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.peers.quantize_with import quantize_with, require_installed
 from edgedetr.quantization.peers.registry import PEERS
+from edgedetr.quantization.placement import Placement
 from edgedetr.quantization.quantize import export_fp16, quantize, read_onnx
 from edgedetr.runtime.arguments import check_word
 from edgedetr.runtime.preprocess import prepare
@@ -47,6 +48,7 @@ def export(
     quantizers: Sequence[str] = (),
     config: ExportConfig | None = None,
     quant: QuantConfig | None = None,
+    placement: Placement | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Write reference.npz and model.onnx, with `fp16` model.fp16.onnx, with `int8` ranges.json and the two INT8 graphs.
@@ -56,6 +58,7 @@ def export(
     dynamic_batch   leave the batch size open, even where the recipe fixes it
     quantizers      peers that quantize model.onnx too, after our INT8 and on its images (artifacts.QUANTIZERS)
     config, quant   settings; None = those of the recipe in the bundle
+    placement       which groups are INT8; None = as the policy chooses
     """
     bundle = Bundle.open(bundle)
     _check_quantizers(quantizers, int8)
@@ -76,7 +79,7 @@ def export(
     if fp16:
         export_fp16(bundle, config=quant, calib=calib, progress=progress)
     if int8:
-        quantize(bundle, config=quant, calib=calib, progress=progress)
+        quantize(bundle, config=quant, calib=calib, placement=placement, progress=progress)
     for name in dict.fromkeys(quantizers):
         quantize_with(bundle, name, progress=progress)
     return bundle

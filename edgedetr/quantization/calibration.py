@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.printable import shown
 from edgedetr.progress import Progress
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.observers import Histogram
+from edgedetr.quantization.observers import Histogram, observer_of
 from edgedetr.runtime.preprocess import prepare
 from edgedetr.storage.digests import digest
 from edgedetr.storage.reading import MEBIBYTE, read_json
@@ -80,6 +80,7 @@ class Ranges:
     requested   number of images that was asked for (ranges.json: "wanted"); `images` can be fewer
     source      the folder given as --calib; "" = the calibration split of the bundle's data
     images      what was observed, in order
+    observers   {tensor: label of its observer} where a placement chose another than `observer`
     """
 
     amax: dict[str, float]
@@ -88,6 +89,7 @@ class Ranges:
     requested: int
     source: str
     images: tuple[CalibrationImage, ...]
+    observers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def image_list(self) -> str:
@@ -104,6 +106,7 @@ class Ranges:
             "wanted": self.requested,
             "source": self.source,
             "images": [{"sha256": image.sha256, "name": image.name} for image in self.images],
+            **({"observers": dict(self.observers)} if self.observers else {}),
         }
         path.write_text(json.dumps(raw, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -118,7 +121,9 @@ class Ranges:
             images = tuple(_checked_image(item) for item in raw["images"])
             if image_list_digest(images) != raw["image_list"]:
                 raise ValueError("image_list is not the digest of images")
-            return cls(amax, raw["observer"], raw["policy"], raw["wanted"], raw["source"], images)
+            return cls(
+                amax, raw["observer"], raw["policy"], raw["wanted"], raw["source"], images, raw.get("observers", {})
+            )
         except ValueError as error:
             raise ExportError(f"{path}: damaged or of another kind ({error}); {fix}") from error
 
@@ -141,13 +146,16 @@ _FIELDS: Mapping[str, tuple[type, str]] = {
 def _check_fields(raw: Any) -> None:
     """Errors: ValueError where the keys of ranges.json or the types of their values are not those of `Ranges.save`."""
     expected = {"schema", "wanted", *_FIELDS}
-    if not isinstance(raw, dict) or set(raw) != expected:
+    if not isinstance(raw, dict) or set(raw) - {"observers"} != expected:
         raise ValueError(f"expected the keys {', '.join(sorted(expected))}")
     if raw["schema"] != SCHEMA or isinstance(raw["schema"], bool):
         raise ValueError(f"schema is {shown(raw['schema'])}, this version reads {SCHEMA}")
     for key, (kind, words) in _FIELDS.items():
         if not isinstance(raw[key], kind):
             raise ValueError(f"{key} is {shown(raw[key])}; expected {words}")
+    named = raw.get("observers", {})
+    if not isinstance(named, dict) or not all(isinstance(label, str) for label in named.values()):
+        raise ValueError(f"observers is {shown(named)}; expected an object of labels")
     wanted = raw["wanted"]
     if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 < wanted < 1 << 31:
         raise ValueError(f"wanted is {shown(wanted)}; expected a number of images")
@@ -177,6 +185,7 @@ def ranges_of(
     config: QuantConfig,
     policy: str,
     *,
+    observers: Mapping[str, str] | None = None,
     calib: Path | None = None,
     progress: Progress | None = None,
 ) -> Ranges:
@@ -185,11 +194,13 @@ def ranges_of(
     model     the float graph
     tensors   names of the activations that are quantized for at least one target
     policy    the policy's name, for ranges.json
+    observers {tensor: label of its observer} where that is not the one of `config`
     calib     calibration images; None = the images of the present ranges.json, or the calibration split of the bundle's
               data
     """
+    observers = observers or {}
     present = Ranges.load(bundle.require(RANGES.file)) if bundle.has(RANGES.file) else None
-    if present is not None and _fits(present, tensors, config, policy):
+    if present is not None and _fits(present, tensors, config, policy, observers):
         # Without --calib the bundle keeps its calibration, so that a device needs no images.
         if calib is None or choose_images(bundle, calib, config.images).images == present.images:
             return present
@@ -198,17 +209,23 @@ def ranges_of(
         log.warning("%d calibration images, %d were asked for", len(chosen.paths), config.images)
     check_image_count(chosen)
     warn_of_near_copies(bundle, chosen)
-    amax = share_pool_ranges(model, calibrate(model, tensors, chosen.paths, bundle.manifest.input, config, progress))
+    contract = bundle.manifest.input
+    observed = calibrate(model, tensors, chosen.paths, contract, config, progress, observers=observers)
+    amax = share_pool_ranges(model, observed)
     source = "" if calib is None else str(calib)
-    ranges = Ranges(amax, config.observer_label, policy, config.images, source, chosen.images)
+    ranges = Ranges(amax, config.observer_label, policy, config.images, source, chosen.images, observers)
     with bundle.add(RANGES.file, stage=RANGES.step, made_from=RANGES.made_from) as temporary:
         ranges.save(temporary)
     return ranges
 
 
-def _fits(present: Ranges, tensors: Sequence[str], config: QuantConfig, policy: str) -> bool:
-    settings = (config.observer_label, policy, config.images)
-    return (present.observer, present.policy, present.requested) == settings and set(tensors) == set(present.amax)
+def _fits(
+    present: Ranges, tensors: Sequence[str], config: QuantConfig, policy: str, observers: Mapping[str, str]
+) -> bool:
+    settings = (config.observer_label, policy, config.images, observers)
+    return (present.observer, present.policy, present.requested, present.observers) == settings and (
+        set(tensors) == set(present.amax)
+    )
 
 
 def share_pool_ranges(model: ModelProto, amax: Mapping[str, float]) -> dict[str, float]:
@@ -340,14 +357,20 @@ def calibrate(
     contract: InputContract,
     config: QuantConfig,
     progress: Progress | None = None,
+    *,
+    observers: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
-    """amax of every tensor (see `observe`); a warning names the few images that alone decide many ranges."""
+    """amax of every tensor (see `observe`); a warning names the few images that alone decide many ranges.
+
+    observers   {tensor: label of its observer} where that is not the one of `config`
+    """
+    observers = observers or {}
     histograms = observe(model, tensors, paths, contract, progress)
-    amax = _amax(histograms, config)
+    amax = _amax(histograms, config, observers)
     outliers = outlier_images(np.array([histogram.image_absmax for histogram in histograms.values()]))
     if outliers:
         rest = [path for index, path in enumerate(paths) if index not in outliers]
-        changed = changed_ranges(amax, _amax(observe(model, tensors, rest, contract, progress), config))
+        changed = changed_ranges(amax, _amax(observe(model, tensors, rest, contract, progress), config, observers))
         names = ", ".join(f"{paths[index]} ({fraction:.0%})" for index, fraction in outliers.items())
         effect = f"without them {len(changed)} of {len(amax)} ranges change by more than {CHANGED - 1:.0%}"
         if changed:
@@ -364,8 +387,12 @@ def calibrate(
     return amax
 
 
-def _amax(histograms: Mapping[str, Histogram], config: QuantConfig) -> dict[str, float]:
-    return {name: histogram.amax(config.observer, config.observer_option) for name, histogram in histograms.items()}
+def _amax(histograms: Mapping[str, Histogram], config: QuantConfig, observers: Mapping[str, str]) -> dict[str, float]:
+    usual = (config.observer, config.observer_option)
+    return {
+        name: histogram.amax(*(observer_of(observers[name]) if name in observers else usual))
+        for name, histogram in histograms.items()
+    }
 
 
 def observe(

@@ -17,6 +17,7 @@ import numpy as np
 
 from edgedetr.errors import ExportError
 from edgedetr.options import one_of
+from edgedetr.printable import shown
 
 BINS = 2048  # after a doubling at least half of them are in use: 1,024 levels for 127 steps
 LEVELS = 127  # largest int8 magnitude of a symmetric grid
@@ -147,6 +148,23 @@ OBSERVERS: Mapping[str, Observer] = {
     "entropy": Observer(entropy, "smallest Kullback-Leibler divergence between float and INT8 values (Migacz 2017)"),
     "mse": Observer(mse, "smallest mean squared error between float and INT8 values"),
 }
+
+
+def observer_of(label: str) -> tuple[str, float | None]:
+    """Name and option of an observer from its label, as ranges.json and placements write it: "percentile 99.9".
+
+    Errors: ExportError for a label that no observer has.
+    """
+    name, _, option = label.partition(" ")
+    try:
+        value = float(option) if option else None
+    except ValueError:
+        value = None
+    known = OBSERVERS.get(name)
+    if known is None or (known.option is None) != (option == "") or (option and value is None):
+        labels = [word if one.option is None else f"{word} NUMBER" for word, one in OBSERVERS.items()]
+        raise ExportError(f"no observer {shown(label)}; expected one of {', '.join(labels)}")
+    return name, value
 
 
 def _smallest_loss(histogram: Histogram, loss: Callable[[float], float]) -> float:

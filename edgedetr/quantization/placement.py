@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
+from edgedetr.artifacts import ONNX, PLACEMENT
+from edgedetr.bundle import Bundle
 from edgedetr.errors import ExportError, did_you_mean
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.printable import shown
@@ -31,7 +33,7 @@ from edgedetr.quantization.policy import (
     residual_sums,
     why_float,
 )
-from edgedetr.quantization.qdq import Target, insert_qdq, quantized_tensors
+from edgedetr.quantization.qdq import Target, insert_qdq, runnable
 from edgedetr.storage.reading import MEBIBYTE, read_json
 
 SCHEMA = 1
@@ -97,6 +99,24 @@ def _check_fields(raw: Any) -> None:
             raise ValueError(f"smooth holds {shown(alpha)}; expected numbers from 0 to 1")
 
 
+def placement_of(bundle: Bundle, aside: str = "") -> tuple[Placement | None, str]:
+    """The placement that an export of this bundle follows, and a sentence about it; (None, "") where there is none.
+
+    aside   why the bundle's placement.json is not followed; "" = it is
+    """
+    if PLACEMENT.file not in bundle.manifest.files:
+        return None, ""
+    if aside:
+        return None, f"{PLACEMENT.file} is left aside: {aside}"
+    if not bundle.has(PLACEMENT.file):
+        return None, (
+            f"{PLACEMENT.file} is left aside, and the policy decides: it is damaged, or was made for another "
+            f"{ONNX.file}; search again, or remove it"
+        )
+    found = Placement.load(bundle.require(PLACEMENT.file))
+    return found, f"{PLACEMENT.file} decides which layers are INT8: {len(found.int8)} groups"
+
+
 # ------------------------------------------------------------------------------------------------------------ the plan
 
 
@@ -145,19 +165,18 @@ def _named_groups(graph: GraphIndex, policy: Policy, placement: Placement) -> tu
 
 
 def observers_of(
-    graph: GraphIndex, policy: Policy, placement: Placement | None, plan: QuantizationPlan, target: Target
+    graph: GraphIndex, policy: Policy, placement: Placement | None, plan: QuantizationPlan
 ) -> dict[str, str]:
-    """{tensor: label of its observer} for the tensors of a target whose observer is not that of quant.observer."""
+    """{tensor: label of its observer} for the quantized tensors whose observer is not that of quant.observer."""
     if placement is None or not placement.observers:
         return {}
     group_of = {name: group.id for group in groups_of(graph, policy) for name in group.nodes}
+    reading = {layer.node: (layer.data,) for layer in plan.layers} | {one.node: one.inputs for one in plan.products}
     found: dict[str, str] = {}
-    needed = quantized_tensors(graph, plan, target)
     for node in graph.nodes:
         label = placement.observers.get(group_of.get(node.name, ""))
-        for tensor in node.input if label else ():
-            if tensor in needed:
-                found.setdefault(tensor, str(label))
+        for tensor in reading.get(node.name, ()) if label else ():
+            found.setdefault(tensor, str(label))
     return found
 
 
@@ -204,5 +223,5 @@ def quantized_model(
     if placement is not None and placement.smooth:
         raise ExportError(f"placement: SmoothQuant is not supported; expected no alphas in `smooth`; {FIX}")
     plan = plan_for(graph, policy, placement)
-    amax = ranges.resolved(observers_of(graph, policy, placement, plan, target))
-    return insert_qdq(graph, plan, share_pool_ranges(graph.model, amax), target, shifts)
+    amax = ranges.resolved(observers_of(graph, policy, placement, plan))
+    return runnable(insert_qdq(graph, plan, share_pool_ranges(graph.model, amax), target, shifts), target)

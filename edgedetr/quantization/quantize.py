@@ -13,7 +13,7 @@ import onnx
 from onnx import ModelProto
 
 from edgedetr import artifacts
-from edgedetr.artifacts import FP16, ONNX, Artifact
+from edgedetr.artifacts import FP16, ONNX, PLACEMENT, Artifact
 from edgedetr.bundle import Bundle
 from edgedetr.data.images import decode
 from edgedetr.errors import DataError, ExportError
@@ -25,7 +25,8 @@ from edgedetr.progress import Progress
 from edgedetr.quantization.bias_correction import IMAGES, PARTS, bias_shifts
 from edgedetr.quantization.calibration import Ranges, choose_images, evenly_spaced, ranges_of
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.policy import Policy, QuantizationPlan, check_policy, load_policy, make_plan
+from edgedetr.quantization.placement import Placement, observers_of, plan_for
+from edgedetr.quantization.policy import Policy, QuantizationPlan, check_policy, load_policy
 from edgedetr.quantization.qdq import (
     CPU,
     TENSORRT,
@@ -54,6 +55,7 @@ class _Job:
 
     graph    the float graph
     calib    where the calibration images are; None = the calibration split of the bundle's data
+    placement  which groups are INT8; None = as the policy chooses
     """
 
     bundle: Bundle
@@ -62,15 +64,22 @@ class _Job:
     config: QuantConfig
     calib: Path | None
     progress: Progress | None
+    placement: Placement | None = None
 
 
 def quantize(
-    bundle: Bundle, *, config: QuantConfig | None = None, calib: Path | None = None, progress: Progress | None = None
+    bundle: Bundle,
+    *,
+    config: QuantConfig | None = None,
+    calib: Path | None = None,
+    placement: Placement | None = None,
+    progress: Progress | None = None,
 ) -> QuantizationPlan:
     """Write ranges.json, model.int8.onnx and model.int8-cpu.onnx; files made with the same settings are kept.
 
-    calib   where the calibration images are; None = the present ranges of these settings, or the calibration split of
-            the bundle's data
+    calib       where the calibration images are; None = the present ranges of these settings, or the calibration split
+                of the bundle's data
+    placement   which groups are INT8, and by which observers; None = as the policy chooses
 
     Errors: ExportError, DataError; also where the graph for TensorRT does not pass lint.
     """
@@ -79,10 +88,11 @@ def quantize(
     policy = load_policy(config.policy)
     check_policy(model, policy)
     graph = GraphIndex(model)
-    plan = make_plan(graph, policy)
+    plan = plan_for(graph, policy, placement)
     tensors = tensors_to_observe(graph, plan)
-    ranges = ranges_of(bundle, model, tensors, config, policy.name, calib=calib, progress=progress)
-    job = _Job(bundle, graph, policy, config, calib, progress)
+    observers = observers_of(graph, policy, placement, plan)
+    ranges = ranges_of(bundle, model, tensors, config, policy.name, observers=observers, calib=calib, progress=progress)
+    job = _Job(bundle, graph, policy, config, calib, progress, placement)
     for target in (TENSORRT, replace(CPU, weight_bits=weight_bits(config.cpu_weights))):
         _write_int8(job, plan, ranges, target)
     log.info("%d layers INT8, %d float", len(plan.layers), len(plan.float_layers))
@@ -140,6 +150,7 @@ def _write_int8(job: _Job, plan: QuantizationPlan, ranges: Ranges, target: Targe
         "image_list": ranges.image_list,
         "layers_int8": len(plan.layers),
         "layers_float": len(plan.float_layers),
+        **({"placement": job.placement.sha256()} if job.placement else {}),
     }
     made_by = json.dumps({**about, "bias_correction": [IMAGES, PARTS]} if job.config.bias_correction else about)
     if _is_made_by(job.bundle, target.artifact.file, made_by):
@@ -160,16 +171,26 @@ def _write_int8(job: _Job, plan: QuantizationPlan, ranges: Ranges, target: Targe
     metadata = {**_metadata(result), MADE_BY: made_by, FLOAT_LAYERS: _by_reason(plan.float_layers)}
     if target.fp16:
         result, metadata[FLOAT32_NODES] = _convert_to_fp16(job, result)
-    _add_graph(job.bundle, target.artifact, result, metadata)
+    _add_graph(job.bundle, target.artifact, result, metadata, _placement_file(job))
 
 
-def _add_graph(bundle: Bundle, artifact: Artifact, model: ModelProto, metadata: dict[str, str]) -> None:
+def _placement_file(job: _Job) -> tuple[str, ...]:
+    """The name of the bundle's placement.json, where the job follows it: the graph is out of date when it changes."""
+    if job.placement is None or not job.bundle.has(PLACEMENT.file):
+        return ()
+    same = Placement.load(job.bundle.require(PLACEMENT.file)).sha256() == job.placement.sha256()
+    return (PLACEMENT.file,) if same else ()
+
+
+def _add_graph(
+    bundle: Bundle, artifact: Artifact, model: ModelProto, metadata: dict[str, str], made_from: tuple[str, ...] = ()
+) -> None:
     """Check a graph and add it to the bundle. Errors: ExportError where lint finds an error for TensorRT."""
     onnx.helper.set_model_props(model, metadata)
     onnx.checker.check_model(model)
     if artifacts.TENSORRT in artifact.backends:
         require_no_errors(model, artifact.file)
-    with bundle.add(artifact.file, stage=artifact.step, made_from=artifact.made_from) as temporary:
+    with bundle.add(artifact.file, stage=artifact.step, made_from=(*artifact.made_from, *made_from)) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
 
 
