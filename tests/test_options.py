@@ -264,6 +264,8 @@ HANDED_ON = {
     ),
     "training/config.py:ResolvedTrainConfig schedule, precision": "TrainConfig checks all fields",
     "training/fine_tuning.py:FineTuningDefaults schedule": "made by the package alone; TrainConfig checks what follows",
+    "quantization/matched_distance.py:distances(activation)": "QueryOutputs.of",
+    "quantization/matched_distance.py:QueryOutputs activation": "made by QueryOutputs.of, which checks it",
     "quantization/groups.py:Group kind": "made by groups_of alone",
     "quantization/search/sequential.py:LookResult outcome": "made by judge_look alone",
     "models/member.py:Block ROLES": "Member checks the roles that its blocks declare",

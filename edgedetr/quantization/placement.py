@@ -33,7 +33,7 @@ from edgedetr.quantization.policy import (
     residual_sums,
     why_float,
 )
-from edgedetr.quantization.qdq import Target, insert_qdq, runnable
+from edgedetr.quantization.qdq import Target, insert_qdq
 from edgedetr.storage.reading import MEBIBYTE, read_json
 
 SCHEMA = 1
@@ -218,10 +218,11 @@ def quantized_model(
     graph    of a float model whose convolutions behind a Concat are split (qdq.split_concats)
     shifts   {layer: [O] to add to its bias}; None = biases are not corrected
 
-    Without a group it computes exactly what the float model does.
+    Without a group it computes exactly what the float model does. Export's last steps, `qdq.runnable` and FP16, are
+    left to the caller.
     """
     if placement is not None and placement.smooth:
         raise ExportError(f"placement: SmoothQuant is not supported; expected no alphas in `smooth`; {FIX}")
     plan = plan_for(graph, policy, placement)
     amax = ranges.resolved(observers_of(graph, policy, placement, plan))
-    return runnable(insert_qdq(graph, plan, share_pool_ranges(graph.model, amax), target, shifts), target)
+    return insert_qdq(graph, plan, share_pool_ranges(graph.model, amax), target, shifts)

@@ -16,7 +16,7 @@ from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.quantization.groups import floor_of, groups_of
 from edgedetr.quantization.placement import Placement, RangesByObserver, plan_for, quantized_model
 from edgedetr.quantization.policy import Policy, set_role
-from edgedetr.quantization.qdq import CPU, TENSORRT, tensors_to_observe
+from edgedetr.quantization.qdq import CPU, TENSORRT, runnable, tensors_to_observe
 
 
 def model_of(nodes, shape, **constants):
@@ -149,7 +149,7 @@ def test_switching_one_group_switches_its_own_kernels_and_no_others(rng, tmp_pat
     before = kernels(model, tmp_path / "m.onnx")
     for placement in (*(Placement((group.id,)) for group in found), every):
         switched = sum(len(group.nodes) for group in found if group.id in placement.int8)
-        after = kernels(quantized_model(graph, policy, placement, ranges, CPU), tmp_path / "m.onnx")
+        after = kernels(runnable(quantized_model(graph, policy, placement, ranges, CPU), CPU), tmp_path / "m.onnx")
         assert sum(after[kind] for kind in INTEGER) == switched, placement
         assert sum(before[kind] - after[kind] for kind in FLOAT) == switched, placement
 

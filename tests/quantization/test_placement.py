@@ -15,7 +15,7 @@ from edgedetr.quantization.calibration import share_pool_ranges
 from edgedetr.quantization.groups import groups_of
 from edgedetr.quantization.placement import Placement, RangesByObserver, plan_for, quantized_model
 from edgedetr.quantization.policy import Policy, make_plan
-from edgedetr.quantization.qdq import CPU, TENSORRT, insert_qdq, runnable, tensors_to_observe
+from edgedetr.quantization.qdq import CPU, TENSORRT, insert_qdq, tensors_to_observe
 
 POLICY = Policy("all")
 
@@ -50,7 +50,7 @@ def test_the_policys_own_placement_gives_the_graph_of_the_policy(case, target):
     _, graph, _, ranges = case
     same = Placement.of_policy(groups_of(graph, POLICY))
     amax = share_pool_ranges(graph.model, ranges.amax["minmax"])
-    expected = runnable(insert_qdq(graph, make_plan(graph, POLICY), amax, target), target)
+    expected = insert_qdq(graph, make_plan(graph, POLICY), amax, target)
     for placement in (same, None):
         assert quantized_model(graph, POLICY, placement, ranges, target) == expected
 
