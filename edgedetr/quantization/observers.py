@@ -29,7 +29,8 @@ class Histogram:
     """Distribution of the magnitudes of one tensor, image after image.
 
     counts          [BINS]  int64, magnitudes in [i, i + 1) * limit / BINS
-    zeros           how many of counts[0] are exactly 0
+    odd_counts      [BINS]  those of every second image alone: the second, fourth, ...
+    zeros           how many of counts[0] are exactly 0; odd_zeros: of odd_counts[0]
     limit           upper end, a power of two times the first image's largest value
     largest         exact largest magnitude over all images
     image_absmax    the largest magnitude of each image, in order
@@ -37,8 +38,8 @@ class Histogram:
 
     def __init__(self, name: str, per_image: int | None = PER_IMAGE) -> None:
         self.name, self.per_image = name, per_image
-        self.counts = np.zeros(BINS, dtype=np.int64)
-        self.zeros = 0
+        self.counts, self.odd_counts = np.zeros(BINS, dtype=np.int64), np.zeros(BINS, dtype=np.int64)
+        self.zeros, self.odd_zeros = 0, 0
         self.limit, self.largest = 0.0, 0.0
         self.image_absmax: list[float] = []
 
@@ -59,13 +60,22 @@ class Histogram:
         self.largest = max(self.largest, absmax)
         if self.per_image is not None and flat.size > self.per_image:
             flat = flat[:: _stride(flat.size, self.per_image)]
-        self.zeros += flat.size - int(np.count_nonzero(flat))
         self._extend(absmax)
+        self._add(self._counted(flat), flat.size - int(np.count_nonzero(flat)))
+
+    def _counted(self, flat: np.ndarray) -> np.ndarray:
+        """[BINS] how many of the values are in each bin."""
         if self.limit == 0.0:
-            self.counts[0] += flat.size
-            return
+            return np.bincount([0], weights=[flat.size], minlength=BINS).astype(np.int64)
         index = (np.abs(flat) * np.float32(BINS / self.limit)).astype(np.int32)
-        self.counts += np.bincount(np.minimum(index, BINS - 1), minlength=BINS)
+        return np.bincount(np.minimum(index, BINS - 1), minlength=BINS)
+
+    def _add(self, counts: np.ndarray, zeros: int) -> None:
+        self.counts += counts
+        self.zeros += zeros
+        if len(self.image_absmax) % 2 == 0:
+            self.odd_counts += counts
+            self.odd_zeros += zeros
 
     def _extend(self, absmax: float) -> None:
         """Double the limit until it covers `absmax`."""
@@ -73,8 +83,19 @@ class Histogram:
             self.limit = absmax
             return
         while absmax > self.limit:
-            self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(axis=1), np.zeros(BINS // 2, dtype=np.int64)])
+            self.counts, self.odd_counts = _with_wider_bins(self.counts), _with_wider_bins(self.odd_counts)
             self.limit *= 2
+
+    def halves(self) -> tuple[Histogram, Histogram]:
+        """The distributions over the first, third, ... image and over the second, fourth, ..., in the same bins."""
+        even, odd = Histogram(self.name), Histogram(self.name)
+        even.counts, odd.counts = self.counts - self.odd_counts, self.odd_counts
+        even.zeros, odd.zeros = self.zeros - self.odd_zeros, self.odd_zeros
+        for start, half in enumerate((even, odd)):
+            half.limit = self.limit
+            half.image_absmax = self.image_absmax[start::2]
+            half.largest = max(half.image_absmax, default=0.0)
+        return even, odd
 
     @property
     def centers(self) -> np.ndarray:
@@ -99,6 +120,11 @@ class Histogram:
         """
         one_of("quant.observer", observer, OBSERVERS)
         return 0.0 if self.largest == 0.0 else OBSERVERS[observer].choose(self, option)
+
+
+def _with_wider_bins(counts: np.ndarray) -> np.ndarray:
+    """[BINS] the same counts in bins of twice the width."""
+    return np.concatenate([counts.reshape(-1, 2).sum(axis=1), np.zeros(BINS // 2, dtype=np.int64)])
 
 
 def minmax(histogram: Histogram, option: float | None = None) -> float:

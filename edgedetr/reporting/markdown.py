@@ -1,0 +1,106 @@
+"""The verdicts of one or several bundles as one Markdown table: for READMEs, with other quantizers beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from edgedetr.artifacts import GRAPHS, ONNX, ORT, VERDICT
+from edgedetr.bundle import Bundle
+from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict, read_verdict
+from edgedetr.printable import printable
+
+HEAD = (
+    "bundle",
+    "model, images",
+    "artifact",
+    "backend",
+    "AP",
+    "drop (upper 95 %)",
+    "ms",
+    "of float32",
+    "MB",
+    "beside ours",
+)
+# Milliseconds of one inference, by (artifact, backend).
+Timings = Mapping[tuple[str, str], float]
+
+
+def markdown_table(bundles: Iterable[str | Path | Bundle], timings: Sequence[Timings] = ()) -> str:
+    """The stored verdicts of the bundles, one row for each artifact on each backend.
+
+    timings   for each bundle milliseconds that were measured apart; none = those of the verdicts
+
+    The column "of float32" is the time divided by that of model.onnx on the same backend; where a verdict has none, on
+    ONNX Runtime, which is then said. Errors: BundleError for a bundle without an up-to-date verdict.
+    """
+    lines = [_line(HEAD), _line(["---"] * len(HEAD))]
+    for number, one in enumerate(bundles):
+        bundle = Bundle.open(one)
+        verdict = read_verdict(bundle.require(VERDICT.file), bundle.path)
+        measured = timings[number] if timings else _timings(verdict)
+        lines += [_line(row) for row in _rows(bundle, verdict, measured)]
+    return "\n".join(lines) + "\n"
+
+
+def _timings(verdict: Verdict) -> Timings:
+    return {(row.name, row.backend): row.p50_ms for row in verdict.artifacts if row.p50_ms is not None}
+
+
+def _rows(bundle: Bundle, verdict: Verdict, timings: Timings) -> list[list[str]]:
+    manifest = bundle.manifest
+    first = [
+        bundle.path.name.removesuffix(".bundle"),
+        f"{manifest.model}, {manifest.input.width} x {manifest.input.height} px, {verdict.artifacts[0].images} images",
+    ]
+    rows = []
+    for artifact in verdict.artifacts:
+        time = timings.get((artifact.name, artifact.backend))
+        rows.append(
+            [
+                *first,
+                artifact.name,
+                artifact.backend,
+                f"{artifact.ap:.1f}",
+                "" if artifact.is_reference else f"{artifact.drop + 0.0:.2f} ({artifact.drop_upper95 + 0.0:.2f})",
+                "" if time is None else f"{time:.1f}",
+                "" if time is None or artifact.name == ONNX.id else _ratio(time, artifact.backend, timings),
+                "" if artifact.size_mb is None else f"{artifact.size_mb:.1f}",
+                beside_ours(artifact, verdict.artifacts, timings) if artifact.quantizer else "",
+            ]
+        )
+        first = ["", ""]
+    return rows
+
+
+def _ratio(time: float, backend: str, timings: Timings) -> str:
+    for other, words in ((backend, ""), (ORT, " (ONNX Runtime's)")):
+        if (whole := timings.get((ONNX.id, other))) is not None:
+            return f"{time / whole:.2f}{words}"
+    return ""
+
+
+def beside_ours(peer: ArtifactVerdict, artifacts: Iterable[ArtifactVerdict], timings: Timings) -> str:
+    """In what another quantizer's graph is better than our INT8 graph for the same backend, by the figures as printed.
+
+    A graph that its backend could not run has no time in the verdict.
+    """
+    if peer.p50_ms is None:
+        return "does not run"
+    for ours in artifacts:
+        graph = GRAPHS.get(ours.name)
+        if graph is None or graph.quantizer or graph.precision != "int8" or ours.backend != peer.backend:
+            continue
+        if ours.backend not in graph.benched:
+            continue
+        better = ["drop"] if round(peer.drop, 2) < round(ours.drop, 2) else []
+        times = [timings.get((row.name, row.backend)) for row in (peer, ours)]
+        if times[0] is not None and times[1] is not None and round(times[0], 1) < round(times[1], 1):
+            better.append("time")
+        return f"better: {', '.join(better)}" if better else "no better"
+    return ""
+
+
+def _line(cells: Sequence[str]) -> str:
+    escaped = [printable(cell).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
