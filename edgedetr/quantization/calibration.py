@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ from edgedetr.evaluation.reference import Reference
 from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.printable import shown
 from edgedetr.progress import Progress
+from edgedetr.quantization.calibration_checks import (
+    CLIPPED,
+    MOVED,
+    MOVED_FRACTION,
+    REFERENCE_IMAGES,
+    SHOWN,
+    Likeness,
+    clipped_tensors,
+    compare_images,
+    moved_ranges,
+)
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import Histogram, observer_of
 from edgedetr.runtime.preprocess import prepare
@@ -209,8 +221,10 @@ def ranges_of(
         log.warning("%d calibration images, %d were asked for", len(chosen.paths), config.images)
     check_image_count(chosen)
     warn_of_near_copies(bundle, chosen)
-    contract = bundle.manifest.input
-    observed = calibrate(model, tensors, chosen.paths, contract, config, progress, observers=observers)
+    contract, training = bundle.manifest.input, Training.of(bundle) if calib is not None else None
+    observed = calibrate(
+        model, tensors, chosen.paths, contract, config, progress, observers=observers, training=training
+    )
     amax = share_pool_ranges(model, observed)
     source = "" if calib is None else str(calib)
     ranges = Ranges(amax, config.observer_label, policy, config.images, source, chosen.images, observers)
@@ -350,6 +364,23 @@ def _name(path: Path, root: Path) -> str:
 # ------------------------------------------------------------------------------------------------------ observing them
 
 
+@dataclass(frozen=True)
+class Training:
+    """Some images of the training split, and the data set's folder."""
+
+    paths: tuple[Path, ...]
+    data: str
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Training | None:
+        """None where the bundle records no data set, or it is not on this machine."""
+        record = bundle.manifest.data
+        if record is None or not Path(record.path).is_dir():
+            return None
+        paths = [sample.path for sample in load(record.path, record.calib_split).samples]
+        return cls(tuple(evenly_spaced(paths, REFERENCE_IMAGES)), record.path)
+
+
 def calibrate(
     model: ModelProto,
     tensors: Sequence[str],
@@ -359,14 +390,24 @@ def calibrate(
     progress: Progress | None = None,
     *,
     observers: Mapping[str, str] | None = None,
+    training: Training | None = None,
 ) -> dict[str, float]:
-    """amax of every tensor (see `observe`); a warning names the few images that alone decide many ranges.
+    """amax of every tensor (see `observe`). What the calibration says against itself is logged.
 
     observers   {tensor: label of its observer} where that is not the one of `config`
+    training    images to compare with, where `paths` are others
+
+    Warnings: a few images that alone decide many ranges; many ranges that differ between the halves of the images;
+    ranges that clip more than a few values; images unlike those of the training.
     """
     observers = observers or {}
     histograms = observe(model, tensors, paths, contract, progress)
     amax = _amax(histograms, config, observers)
+    _say_what_moved(histograms, config, observers)
+    _warn_of_clipping(histograms, amax, config)
+    if training is not None:
+        seen = observe(model, tensors, training.paths, contract, progress)
+        _warn_of_another_kind(compare_images(histograms, seen), paths, training)
     outliers = outlier_images(np.array([histogram.image_absmax for histogram in histograms.values()]))
     if outliers:
         rest = [path for index, path in enumerate(paths) if index not in outliers]
@@ -388,11 +429,63 @@ def calibrate(
 
 
 def _amax(histograms: Mapping[str, Histogram], config: QuantConfig, observers: Mapping[str, str]) -> dict[str, float]:
-    usual = (config.observer, config.observer_option)
-    return {
-        name: histogram.amax(*(observer_of(observers[name]) if name in observers else usual))
-        for name, histogram in histograms.items()
-    }
+    return {name: _range(histogram, config, observers) for name, histogram in histograms.items()}
+
+
+def _range(histogram: Histogram, config: QuantConfig, observers: Mapping[str, str]) -> float:
+    own = observers.get(histogram.name)
+    return histogram.amax(*((config.observer, config.observer_option) if own is None else observer_of(own)))
+
+
+def _say_what_moved(histograms: Mapping[str, Histogram], config: QuantConfig, observers: Mapping[str, str]) -> None:
+    """Log the ranges that differ between the halves of the images; a warning where they are many."""
+    moved = moved_ranges(histograms, lambda histogram: _range(histogram, config, observers))
+    if not moved:
+        return
+    level = logging.WARNING if len(moved) > MOVED_FRACTION * len(histograms) else logging.INFO
+    log.log(
+        level,
+        "%d of %d ranges differ by more than %.0f%% between two halves of the calibration images: %s. More images, or "
+        "more kinds of scenes, make them steady: --set quant.images=N, --calib DIR",
+        len(moved),
+        len(histograms),
+        100 * (MOVED - 1),
+        _first(moved, "by a factor of {:.2f}"),
+    )
+
+
+def _warn_of_clipping(histograms: Mapping[str, Histogram], amax: Mapping[str, float], config: QuantConfig) -> None:
+    clipped = clipped_tensors(histograms, amax)
+    if clipped:
+        log.warning(
+            "the ranges that observer %s chose clip more than %.0f%% of the values of %d of %d tensors: %s. Another "
+            "observer keeps them: --set quant.observer=mse",
+            config.observer_label,
+            100 * CLIPPED,
+            len(clipped),
+            len(histograms),
+            _first(clipped, "{:.1%}"),
+        )
+
+
+def _warn_of_another_kind(likeness: Likeness, paths: Sequence[Path], training: Training) -> None:
+    if likeness.another_kind:
+        log.warning(
+            "the calibration images in %s are of another kind than the training images of %s: half of them are %.1f or "
+            "more spreads of the training images away (those themselves about 1), with largest magnitudes in %s. "
+            "Ranges that fit them may not fit what the detector was trained to see; leave --calib out, or name images "
+            "like those of the training",
+            paths[0].parent,
+            training.data,
+            likeness.distance,
+            _first(likeness.factors, "{:.2g} times as large"),
+        )
+
+
+def _first(figures: Mapping[str, float], words: str) -> str:
+    """The first tensors with their figures: 'a' 1.3, 'b' 1.2, ..."""
+    named = [f"{name!r} {words.format(figure)}" for name, figure in islice(figures.items(), SHOWN)]
+    return ", ".join([*named, "..."] if len(figures) > SHOWN else named)
 
 
 def observe(
@@ -419,7 +512,7 @@ def observe(
             histograms["images"].observe(batch)
         values = session.run({"images": batch})
         for name in observed:
-            histograms[name].observe(values[name])
+            histograms[name].observe(values[name], f"the calibration image {shown(path.name)}")
     if progress:
         progress("calibrate", len(paths), len(paths))
     return histograms

@@ -171,3 +171,26 @@ def test_large_tensors_are_sampled_evenly_and_their_extremes_are_still_exact(rng
     whole = histogram(values)
     # 5,000 of 160,000 values: the standard error of the median's rank is 0.7 %.
     assert found.amax("percentile", 50) == pytest.approx(whole.amax("percentile", 50), rel=0.05)
+
+
+def test_entropy_never_chooses_a_range_that_holds_almost_nothing():
+    """Pixels of bright images: none near 0, but for one; the smallest range alone has two equal distributions."""
+    bright = np.linspace(0.5, 1.0, 50_000, dtype=np.float32)
+    bright[0] = 127.5 / BINS  # in the last bin of the smallest range that is tried
+    found = histogram(bright)
+    assert divergence(found.counts, 128) == 0.0
+    assert found.amax("entropy") > 0.95
+
+
+@pytest.mark.parametrize("scales", [[1, 1, 1, 1], [0.1, 3, 0.5, 20, 1], [0, 0, 2, 1], [0, 0]])
+def test_the_halves_are_the_histograms_of_every_second_image(rng, scales):
+    batches = [rng.normal(0, 1, 3000).astype(np.float32) * np.float32(scale) for scale in scales]
+    found = histogram(*batches)
+    for start, half in enumerate(found.halves()):
+        values = np.abs(np.concatenate(batches[start::2]))
+        assert half.largest == values.max()
+        assert half.counts.sum() == len(values)
+        assert half.zeros == np.count_nonzero(values == 0)
+        edges = np.linspace(0, found.limit or 1, BINS + 1)
+        # A value on the border of two bins may fall into either of them.
+        assert np.abs(np.cumsum(half.counts) - np.cumsum(np.histogram(values, edges)[0])).max() <= 3
