@@ -7,9 +7,8 @@ which their roles follow, and it takes a tenth of the time of torch.export's. Op
 from __future__ import annotations
 
 import logging
-import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from edgedetr.bundle import Manifest
 from edgedetr.errors import ExportError
 from edgedetr.evaluation.agreement import compare_detections
 from edgedetr.models.deploy import DeployGraph
+from edgedetr.models.module_paths import module_path
 from edgedetr.onnx_graph.bundle_graph import METADATA_PREFIX, check_graph
 from edgedetr.onnx_graph.fold import fold
 from edgedetr.onnx_graph.io import read_bundle_graph
@@ -98,32 +98,6 @@ def write_onnx(
     check_graph(model, opset)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def module_path(node: str, modules: Collection[str]) -> str:
-    """The dotted path of the module that made a node; "" for a node of the DetrModel itself.
-
-    node      its name: "/detector/encoder/layers.0/attention/q/MatMul" is of encoder.layers.0.attention.q
-    modules   paths of all modules of the DetrModel
-
-    The exporter abbreviates: containers are repeated (blocks.1.0 is "blocks.1/blocks.1.0"), the second call of a module
-    has the suffix "_1", and a module whose method is called, not itself, is left out (decoder.boxes.score is
-    "decoder/score").
-    """
-    path, parent, previous = "", "", ""
-    for part in node.strip("/").split("/")[1:-1]:  # without "detector" and the operator
-        names = [part, re.sub(r"_\d+$", "", part)]
-        start = parent if previous and part.startswith(f"{previous}.") else path
-        found = next((step for name in names if (step := f"{start}.{name}".lstrip(".")) in modules), "")
-        if not found:
-            inside = [
-                module for module in modules if module.startswith(f"{start}.") and module.endswith(f".{names[1]}")
-            ]
-            if len(inside) != 1:
-                return start
-            found = inside[0]
-        path, parent, previous = found, start, names[1]
-    return path
 
 
 class _Reshapes(TorchFunctionMode):

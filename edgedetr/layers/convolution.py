@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.layers.cpu_kernels.frozen_convolution import FoldedKernel, applies, convolve
-from edgedetr.layers.norm import FrozenBatchNorm2d, fold_batch_norm, padding_of, pair
+from edgedetr.layers.norm import FrozenBatchNorm2d, fold_batch_norm, padding_of, pair, unfold_batch_norm
 from edgedetr.options import one_of
 
 
@@ -118,6 +118,22 @@ class ConvNorm(nn.Module):
             activation = ReluPlus(activation.bias)
         return nn.Sequential(conv, activation)
 
+    @torch.no_grad()
+    def load_fused(self, fused: nn.Module) -> None:
+        """The inverse of `fused`: take the function of a convolution with bias -> activation."""
+        if isinstance(self.norm, nn.LayerNorm):
+            self.load_state_dict(fused.state_dict())
+            return
+        conv, activation = fused.get_submodule("0"), fused.get_submodule("1")
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"a fused ConvNorm begins with a convolution, not with {type(conv).__name__}")
+        unfold_batch_norm(self.conv, self.norm, conv)
+        if isinstance(self.activation, AffineRelu) and isinstance(activation, ReluPlus):
+            self.activation.scale.fill_(1)
+            self.activation.bias.copy_(activation.bias)
+        else:
+            self.activation.load_state_dict(activation.state_dict())
+
 
 class SeparableConvNorm(nn.Module):
     """A 1x1 convolution without activation, then a depthwise one (HGNetV2's light layers, D-FINE's downsampling)."""
@@ -162,3 +178,16 @@ class RepVgg(nn.Module):
         if wide.bias is not None and narrow.bias is not None:  # fold_batch_norm gives both
             wide.bias += narrow.bias
         return nn.Sequential(wide, self.activation)
+
+    @torch.no_grad()
+    def load_fused(self, fused: nn.Module) -> None:
+        """The inverse of `fused`: the 3x3 branch takes all, the 1x1 branch gives 0."""
+        conv = fused.get_submodule("0")
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"a fused RepVgg begins with a convolution, not with {type(conv).__name__}")
+        unfold_batch_norm(self.wide.conv, self.wide.norm, conv)
+        narrow = fold_batch_norm(self.narrow.conv, self.narrow.norm)
+        for tensor in narrow.parameters():
+            tensor.zero_()
+        unfold_batch_norm(self.narrow.conv, self.narrow.norm, narrow)
+        self.activation.load_state_dict(fused.get_submodule("1").state_dict())

@@ -109,6 +109,24 @@ def fold_batch_norm(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
     return folded.requires_grad_(False)
 
 
+@torch.no_grad()
+def unfold_batch_norm(conv: nn.Conv2d, norm: nn.Module, folded: nn.Conv2d) -> None:
+    """The inverse of `fold_batch_norm`: give conv and norm values whose fold is exactly `folded`.
+
+    The normalization becomes an addition of the bias: mean 0, scale 1, and a variance that is 1 with its epsilon. In
+    float64 its square root differs from 1 by less than half a step of a float32, so no bit of the weights changes.
+    """
+    if not isinstance(norm, (nn.BatchNorm2d, FrozenBatchNorm2d)) or norm.running_mean is None or folded.bias is None:
+        raise TypeError(f"only a batch normalization with statistics can be unfolded, not {type(norm).__name__}")
+    if norm.running_var is None or conv.bias is not None:
+        raise TypeError("only a convolution without bias before a batch normalization with statistics can be unfolded")
+    conv.weight.copy_(folded.weight)
+    norm.weight.fill_(1)
+    norm.bias.copy_(folded.bias)
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1 - norm.eps)
+
+
 def pair(sizes: tuple[int, ...]) -> tuple[int, int]:
     """Kernel, stride or dilation of a Conv2d: (height, width)."""
     height, width = sizes

@@ -42,6 +42,16 @@ class Fusable(Protocol):
     def fused(self) -> nn.Module: ...
 
 
+@runtime_checkable
+class LoadsFused(Protocol):
+    """A Fusable with the inverse of `fused`: it takes the weights of such an equal, so that `fused` gives them again.
+
+    Every Fusable of a trained bundle is one; low-rank adapters, which are not, have been merged there.
+    """
+
+    def load_fused(self, fused: nn.Module) -> None: ...
+
+
 class DeployGraph(nn.Module):
     """A copy of the detector for one input size: normalization inside, BatchNorm and RepVGG fused, positions constant.
 
@@ -75,10 +85,7 @@ class DeployGraph(nn.Module):
                     f"--set export.decoder_layers={len(layers)} at most, or 0 for all"
                 )
             self.detector.decoder.layers = nn.ModuleList(list(layers)[:decoder_layers])
-        fused = {
-            name: module.fused() for name, module in _outermost(self.detector, "fused") if isinstance(module, Fusable)
-        }
-        _replace(self.detector, fused)
+        fuse(self.detector)
         _replace(self.detector, self._constants())
         self.eval()
 
@@ -104,6 +111,37 @@ class DeployGraph(nn.Module):
         for hook in hooks:
             hook.remove()
         return folded
+
+
+def fuse(detector: DetrModel) -> None:
+    """Replace every module that has a cheaper equal at inference by that equal."""
+    _replace(detector, {name: module.fused() for name, module in fusable(detector)})
+
+
+def load_fused(detector: DetrModel, fused: DetrModel) -> None:
+    """Give a detector the weights of another one of the same configuration, which was fused and may have learned since.
+
+    Weights outside of fused modules are copied by name. Afterwards `fuse` gives the same weights again.
+    """
+    own = dict(fusable(detector))
+    weights = {
+        name: value
+        for name, value in fused.state_dict().items()
+        if not any(name.startswith(f"{path}.") for path in own)
+    }
+    for path, module in own.items():
+        if not isinstance(module, LoadsFused):
+            raise ModelError(f"{path}: a {type(module).__name__} does not take fused weights back")
+        module.load_fused(fused.get_submodule(path))
+    present = detector.state_dict()
+    detector.load_state_dict({**present, **{name: value for name, value in weights.items() if name in present}})
+
+
+def fusable(detector: nn.Module) -> Iterator[tuple[str, Fusable]]:
+    """The outermost modules that `fuse` replaces, with their dotted names."""
+    for name, module in _outermost(detector, "fused"):
+        if isinstance(module, Fusable):
+            yield name, module
 
 
 def load_bundle_model(bundle: Bundle, sampling: str = "gather") -> tuple[DetrModel, DeployGraph]:

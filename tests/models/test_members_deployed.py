@@ -21,8 +21,8 @@ from onnx import ModelProto
 
 from edgedetr.bundle import ClassInfo, InputContract, OutputContract
 from edgedetr.evaluation.agreement import compare_detections
-from edgedetr.exporting.to_onnx import module_path
 from edgedetr.models import FAMILY
+from edgedetr.models.module_paths import module_path
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization import groups as groups_module
 from edgedetr.quantization.calibration import calibrate, share_pool_ranges

@@ -104,6 +104,12 @@ class VitBlock(nn.Module):
                 setattr(block, f"{branch}_scale", nn.Identity())
         return block
 
+    @torch.no_grad()
+    def load_fused(self, fused: nn.Module) -> None:
+        """The inverse of `fused`: LayerScale's factors become 1."""
+        ones = {name: torch.ones_like(value) for name, value in self.state_dict().items() if name.endswith(".gamma")}
+        self.load_state_dict({**ones, **fused.state_dict()})
+
 
 class VisionTransformer(nn.Module):
     """Patches to tokens of one size; a class token in front, unless blocks look through windows."""
