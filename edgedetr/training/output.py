@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -289,7 +289,7 @@ class BundleWriter:
 
     splits  names of the splits, with the defaults filled in
     data    the folder of the data set
-    model   the moving average; its weights are those at the moment of writing
+    model   gives the moving average with its weights of that moment
     """
 
     out: Path
@@ -297,7 +297,7 @@ class BundleWriter:
     splits: DataConfig
     data: Path
     classes: tuple[ClassInfo, ...]
-    model: DetrModel
+    model: Callable[[], DetrModel]
 
     def write(self) -> None:
         """Write the bundle with the weights as they are now."""
@@ -316,7 +316,7 @@ class BundleWriter:
         )
         recipe.to_bundle(bundle, stage="train")
         with bundle.add(WEIGHTS.file, stage=WEIGHTS.step, made_from=WEIGHTS.made_from) as path:
-            save_file({name: value.contiguous() for name, value in merged(self.model).state_dict().items()}, path)
+            save_file({name: value.contiguous() for name, value in merged(self.model()).state_dict().items()}, path)
         started = self.out / FOLDER / START_RECORD
         if started.is_file() and not bundle.has(START.file):
             with bundle.add(START.file, stage=START.step) as path:

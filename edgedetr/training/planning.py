@@ -21,7 +21,7 @@ from edgedetr.training.device_choice import DeviceChoice
 from edgedetr.training.fine_tuning import DEFAULTS, Plan, steps_of_an_epoch
 from edgedetr.training.optimizer import Schedule
 from edgedetr.training.output import TrainState
-from edgedetr.training.trainer import Learner
+from edgedetr.training.trainer import DETECTORS, Learner, TrainingKind
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ def plan_training(
     fabric: Fabric,
     past: TrainState | None,
     begun: float,
+    kind: TrainingKind = DETECTORS,
 ) -> PlannedTraining:
     """Batch, then epochs, then all that follows from the number of steps.
 
@@ -83,7 +84,8 @@ def plan_training(
 
     def throwaway(config: TrainConfig) -> tuple[Learner, Schedule]:
         numbers = resolved(config)
-        learner = Learner(replace(asked, train=config), splits.train.classes, fabric, load_weights=False)
+        recipe = replace(asked, train=config)
+        learner = Learner(recipe, splits.train.classes, fabric, load_weights=False, kind=kind)
         return learner, Schedule(numbers, numbers.epochs, steps_of_an_epoch(count, numbers.batch), asked.augment)
 
     if machine.config.batch == "auto":

@@ -26,7 +26,7 @@ from edgedetr.training.data.dataset import open_splits, warn_of_crowded_images
 from edgedetr.training.device_choice import ANY_DEVICE, DeviceChoice
 from edgedetr.training.output import CHECKPOINT, FOLDER, read_state
 from edgedetr.training.planning import for_machine, plan_training
-from edgedetr.training.trainer import Trainer, training_set
+from edgedetr.training.trainer import DETECTORS, Trainer, TrainingKind, training_set
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def train(
     resume: bool = False,
     progress: TrainingProgress | None = None,
     strict: bool = False,
+    kind: TrainingKind = DETECTORS,
 ) -> Bundle:
     """Train the recipe's model on a data set and write the bundle: recipe.toml and weights.safetensors.
 
@@ -56,6 +57,7 @@ def train(
               machines, `data` and `out` must be the same folders for all
     progress  called on the main process
     strict    an unreadable image or annotation is an error; otherwise it is left out with a warning
+    kind      what is trained in place of the recipe's detector
 
     Sets torch's threads and the C library's memory options for the whole process, see `start_devices`.
     Errors: DataError, TrainingError (NaN, unusable checkpoint, `out` in use), ModelError.
@@ -74,8 +76,8 @@ def train(
         if progress is None or not fabric.is_global_zero:
             progress = SilentTraining()
         images = training_set(recipe, splits)
-        planned = plan_training(recipe, machine, splits, images, fabric, past, begun)
-        trainer = Trainer(planned.recipe, splits, out, fabric, progress, images)
+        planned = plan_training(recipe, machine, splits, images, fabric, past, begun, kind)
+        trainer = Trainer(planned.recipe, splits, out, fabric, progress, images, kind)
         trainer.begin(planned.epochs, planned.chosen)
         try:
             for note in planned.notes:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from edgedetr.bundle import ClassInfo, OutputContract
 from edgedetr.errors import TrainingError
 from edgedetr.models.deploy import DeployGraph
+from edgedetr.models.detector import DetrModel
 from edgedetr.progress import TrainingProgress
 from edgedetr.recipe import Recipe
 from edgedetr.runtime.postprocess import Detections
@@ -67,6 +68,78 @@ class StepResult:
     nonfinite: str
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a Learner trains.
+
+    model      on the device
+    module     from images, targets and the number of objects to losses, as a `TrainingModule`; it holds the model
+    optimizer  of the model, and of what is trained beside it
+    features   what is trained beside the model, or None
+    teachers   digest of the weights of all teachers: with others a training cannot be resumed; "" = none
+    """
+
+    model: DetrModel
+    module: nn.Module
+    optimizer: torch.optim.AdamW
+    features: FeatureDistillation | None = None
+    teachers: str = ""
+
+
+class TrainingKind(Protocol):
+    """What is trained, and what of it becomes the bundle's weights."""
+
+    def parts(
+        self,
+        recipe: Recipe,
+        classes: tuple[ClassInfo, ...],
+        fabric: Fabric,
+        load_weights: bool,
+        on_start: Callable[[Start], None] | None,
+    ) -> Parts:
+        """The model that is trained, and what trains it. Arguments: see `Learner`."""
+        ...
+
+    def plain(self, model: DetrModel, folder: Path) -> DetrModel:
+        """A trained model as the detector of its recipe; `folder` is for what else a later step needs of it."""
+        ...
+
+
+class _Detectors:
+    """The detector that a recipe describes."""
+
+    def parts(
+        self,
+        recipe: Recipe,
+        classes: tuple[ClassInfo, ...],
+        fabric: Fabric,
+        load_weights: bool,
+        on_start: Callable[[Start], None] | None,
+    ) -> Parts:
+        config = resolved(recipe.train)
+        model = build_model(recipe, classes, load_weights=load_weights, on_start=on_start)
+        model.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        teacher = None
+        if config.teacher:
+            names = [item.name for item in classes]
+            teacher = load_teacher(config.teacher, names, fabric.device, config.teacher_score, config.accept_license)
+        seen = load_feature_teacher(config, fabric.device)
+        features = None if seen is None else FeatureDistillation(model, seen, config).to(fabric.device)
+        module = TrainingModule(
+            model, config, recipe.model.config.class_loss, len(classes), teacher=teacher, features=features
+        )
+        teachers = teacher.digest if teacher is not None else ""
+        if features is not None:
+            teachers += digest({}, features.teacher.model.state_dict())
+        return Parts(model, module, adamw(model, config, beside=features), features, teachers)
+
+    def plain(self, model: DetrModel, folder: Path) -> DetrModel:
+        return model
+
+
+DETECTORS: TrainingKind = _Detectors()
+
+
 class Learner:
     """A model in training with its optimizer and its moving average; `step` changes them, nothing else does.
 
@@ -83,27 +156,14 @@ class Learner:
         *,
         load_weights: bool,
         on_start: Callable[[Start], None] | None = None,
+        kind: TrainingKind = DETECTORS,
     ) -> None:
         self.config, self.fabric = resolved(recipe.train), fabric
         seed_step(self.config.seed, 0, 0)  # the same initial weights in every process
-        self.model = build_model(recipe, classes, load_weights=load_weights, on_start=on_start)
-        self.model.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-        self.teacher = None
-        if self.config.teacher:
-            names, c = [item.name for item in classes], self.config
-            self.teacher = load_teacher(c.teacher, names, fabric.device, c.teacher_score, c.accept_license)
-        seen = load_feature_teacher(self.config, fabric.device)
-        self.features = None if seen is None else FeatureDistillation(self.model, seen, self.config).to(fabric.device)
-        module = TrainingModule(
-            self.model,
-            self.config,
-            recipe.model.config.class_loss,
-            len(classes),
-            teacher=self.teacher,
-            features=self.features,
-        )
+        parts = kind.parts(recipe, classes, fabric, load_weights, on_start)
+        self.model, self.features, self.teachers = parts.model, parts.features, parts.teachers
         self.ema = Ema(self.model, self.config.ema_decay, self.config.ema_warmup)
-        self.optimizer = adamw(self.model, self.config, beside=self.features)
+        module, self.optimizer = parts.module, parts.optimizer
         self._statistics = BatchNormBackup(self.model)
         self._module, self._fabric_optimizer = fabric.setup(module, self.optimizer)
 
@@ -199,6 +259,7 @@ class Trainer:
         fabric: Fabric,
         progress: TrainingProgress,
         images: TrainingSet | None = None,
+        kind: TrainingKind = DETECTORS,
     ) -> None:
         """images  those of `training_set`, where they were made before"""
         config = resolved(recipe.train)
@@ -212,19 +273,19 @@ class Trainer:
                 splits.config.verify_split,
             )
         classes = splits.train.classes
-        self.learner = Learner(recipe, classes, fabric, load_weights=self.fresh, on_start=self._loaded)
+        self.learner = Learner(recipe, classes, fabric, load_weights=self.fresh, on_start=self._loaded, kind=kind)
         contract, output = recipe.input.contract(), OutputContract(recipe.model.config.activation)
         DeployGraph(self.learner.model, contract.height, contract.width)  # a model that cannot be deployed fails now
         self.images = images or training_set(recipe, splits)
         self.validator = Validator(
             splits.select, contract, output, batch=min(config.batch, 16), cache_mb=config.cache_mb // 2
         )
-        self.writer = BundleWriter(out, recipe, splits.config, splits.folder, classes, self.learner.ema.model)
+        average = self.learner.ema.model
+        self.writer = BundleWriter(
+            out, recipe, splits.config, splits.folder, classes, lambda: kind.plain(average, out / FOLDER)
+        )
         self.metrics: MetricsLog | None = None  # of the main process, while `fit` runs
-        teachers = self.learner.teacher.digest if self.learner.teacher is not None else ""
-        if self.learner.features is not None:
-            teachers += digest({}, self.learner.features.teacher.model.state_dict())
-        self.fingerprint = fingerprint(recipe, splits.train, teachers)
+        self.fingerprint = fingerprint(recipe, splits.train, self.learner.teachers)
         steps = steps_of_an_epoch(len(splits.train), config.batch)
         self.schedule = Schedule(config, config.epochs, steps, recipe.augment)
         self.state = TrainState()
