@@ -53,7 +53,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing [dev] and NVIDIA's parser for the CPU into $(VENV)"
-	$(PIP) -e ".[all,dev,trt-check]"
+	$(PIP) -e ".[all,dev,qat,trt-check]"
 	@touch $@
 
 # The report is also tested in a real browser. Without one (and without root on Debian to get one) that test skips.

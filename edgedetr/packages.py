@@ -31,7 +31,7 @@ PACKAGES: dict[str, tuple[str, str, str]] = {
     "onnxscript": ("onnxscript", "export", "export"),
     "matplotlib": ("matplotlib", "report", "the report's figures"),
     "jinja2": ("jinja2", "report", "the report"),
-    "modelopt": ("nvidia-modelopt", "peers", "NVIDIA ModelOpt's quantizer"),
+    "modelopt": ("nvidia-modelopt", "qat", "training for INT8; NVIDIA ModelOpt's quantizer"),
     "onnx_graphsurgeon": ("onnx-graphsurgeon", "peers", "NVIDIA ModelOpt's quantizer"),
     "onnxslim": ("onnxslim", "peers", "NVIDIA ModelOpt's quantizer"),
     "polygraphy": ("polygraphy", "peers", "NVIDIA ModelOpt's quantizer"),

@@ -41,7 +41,7 @@ from edgedetr.quantization.calibration_checks import (
     moved_ranges,
 )
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.observers import Histogram, observer_of
+from edgedetr.quantization.observers import LEARNED, Histogram, observer_of
 from edgedetr.runtime.preprocess import prepare
 from edgedetr.storage.digests import digest
 from edgedetr.storage.reading import MEBIBYTE, read_json
@@ -216,6 +216,12 @@ def ranges_of(
         # Without --calib the bundle keeps its calibration, so that a device needs no images.
         if calib is None or choose_images(bundle, calib, config.images).images == present.images:
             return present
+    if config.observer == LEARNED:
+        raise ExportError(
+            f"{bundle.path}: quant.observer is {LEARNED!r}, and no range was learned for this graph, policy and number "
+            "of images; expected the ranges of quantization-aware training: edgedetr train --qat B; or observe them: "
+            f"edgedetr export {bundle.path} --int8 --set quant.observer=mse"
+        )
     chosen = choose_images(bundle, calib, config.images)
     if len(chosen.paths) < config.images:
         log.warning("%d calibration images, %d were asked for", len(chosen.paths), config.images)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from edgedetr.options import check
-from edgedetr.quantization.observers import OBSERVERS
+from edgedetr.quantization.observers import LEARNED, OBSERVER_NAMES, OBSERVERS
 
 if TYPE_CHECKING:
     ObserverName = str  # a type checker does not evaluate the table
 else:
-    ObserverName = Literal[tuple(OBSERVERS)]
+    ObserverName = Literal[OBSERVER_NAMES]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,13 @@ class QuantConfig:
     images: int = 128  # evenly spaced over the split; published INT8 detectors use 96 to 300
     # How a range follows from the observed values of a tensor
     observer: ObserverName = field(
-        default="mse", metadata={"words": {name: observer.summary for name, observer in OBSERVERS.items()}}
+        default="mse",
+        metadata={
+            "words": {
+                **{name: observer.summary for name, observer in OBSERVERS.items()},
+                LEARNED: "no observer: the ranges that `edgedetr train --qat` learned",
+            }
+        },
     )
     percentile: float = 99.99  # only for observer = "percentile": per cent of the magnitudes inside the range
     bias_correction: bool = True  # rounding shifts the mean of each channel; the layer's bias takes it back
@@ -36,7 +42,7 @@ class QuantConfig:
     @property
     def observer_option(self) -> float | None:
         """The value of the chosen observer's option; None for an observer without one."""
-        option = OBSERVERS[self.observer].option
+        option = None if self.observer == LEARNED else OBSERVERS[self.observer].option
         return None if option is None else float(getattr(self, option))
 
     @property

@@ -190,6 +190,9 @@ OBSERVERS: Mapping[str, Observer] = {
     "mse": Observer(mse, "smallest mean squared error between float and INT8 values"),
 }
 
+LEARNED = "qat"  # in place of an observer: the ranges that quantization-aware training left in the bundle
+OBSERVER_NAMES = (*OBSERVERS, LEARNED)  # values of quant.observer
+
 
 def observer_of(label: str) -> tuple[str, float | None]:
     """Name and option of an observer from its label, as ranges.json and placements write it: "percentile 99.9".

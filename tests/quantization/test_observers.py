@@ -9,7 +9,7 @@ import pytest
 
 from edgedetr.errors import ExportError, RecipeError
 from edgedetr.quantization.config import QuantConfig
-from edgedetr.quantization.observers import BINS, OBSERVERS, Histogram, divergence, squared_error
+from edgedetr.quantization.observers import BINS, LEARNED, OBSERVERS, Histogram, divergence, squared_error
 
 
 def histogram(*batches: np.ndarray, per_image: int | None = None) -> Histogram:
@@ -128,7 +128,7 @@ def test_nan_and_infinity_are_refused_with_the_tensors_name(poison):
 
 def test_the_table_of_observers_is_what_a_recipe_accepts():
     hint = get_type_hints(QuantConfig)["observer"]
-    assert get_args(hint) == tuple(OBSERVERS) == ("minmax", "percentile", "entropy", "mse")
+    assert get_args(hint) == (*OBSERVERS, LEARNED) == ("minmax", "percentile", "entropy", "mse", "qat")
     options = {name: observer.option for name, observer in OBSERVERS.items()}
     assert options == {"minmax": None, "percentile": "percentile", "entropy": None, "mse": None}
     for name, observer in OBSERVERS.items():
