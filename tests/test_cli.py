@@ -292,13 +292,17 @@ def test_inspect_counts_the_operators_of_an_onnx_file(here, capsys):
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 3, 8, 8]) for name in ("images", "logits")
     )
     graph = helper.make_graph(nodes, "g", [images], [logits], weights)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)]), str(here / "m.onnx"))
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    onnx.save(made, str(here / "m.onnx"))
     assert app.run(["inspect", "m.onnx", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["opset"] == 19
     assert found["operators"] == {"QuantizeLinear": 1, "DequantizeLinear": 2, "Conv": 2}
     assert (found["quantized"], found["quantizable"]) == (1, 2)
     assert found["inputs"] == ["images float32 [B, 3, 8, 8]"]
+    # Its result is not quantized, so ONNX Runtime has no integer kernel for it.
+    realized = found["integers"]["onnxruntime"]
+    assert (realized["quantized"], realized["in_integers"], len(realized["in_floats"])) == (1, 0, 1)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x08"])

@@ -26,6 +26,9 @@ def bench(bundle: Path | None, rounds: int, threads: int | None, as_json_: bool)
         ["version", "backend", "p50 ms", "p99 ms", "MB"],
         [[t.name, t.backend, f"{t.p50_ms:.2f}", f"{t.p99_ms:.2f}", f"{t.size_mb:.2f}"] for t in timings],
     )
+    for timing in timings:
+        if timing.integers is not None:
+            say(f"{timing.name} ({timing.backend}): {timing.integers.finding() or timing.integers}")
     from edgedetr.runtime import jetson
 
     if conditions := jetson.read().conditions():

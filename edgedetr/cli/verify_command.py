@@ -83,10 +83,12 @@ def verify(
 
 def show_verdict(verdict: Verdict) -> None:
     """The closing table of verify and demo, the notes, and one sentence with the result."""
-    from edgedetr.reporting.tables import artifact_rows, notes, verdict_sentence
+    from edgedetr.reporting.tables import artifact_rows, integer_lines, notes, verdict_sentence
 
     head, rows = artifact_rows(verdict)
     table(head, rows)
+    for line in integer_lines(verdict):
+        say(line)
     for note in notes(verdict):
         say(note, fg="yellow")
     say(verdict_sentence(verdict), fg="green" if verdict.passed else "red")

@@ -12,6 +12,7 @@ from edgedetr.artifacts import GRAPHS, TENSORRT, benched_pairs
 from edgedetr.bundle import Bundle
 from edgedetr.evaluation.artifacts_run import candidates
 from edgedetr.evaluation.engine_verdict import fitting_engines
+from edgedetr.evaluation.realized_precision import RealizedPrecision, realized_precision
 from edgedetr.progress import Progress
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.backends import base
@@ -21,16 +22,20 @@ from edgedetr.runtime.latency import measure
 
 @dataclass(frozen=True)
 class ArtifactTiming:
-    """Milliseconds of one inference of one batch (one image, but for engines of a larger batch), and the file's MB."""
+    """Milliseconds of one inference of one batch (one image, but for engines of a larger batch), and the file's MB.
+
+    integers   which quantized layers really ran in integers; None where nothing is quantized, or nothing is known
+    """
 
     name: str
     backend: str
     p50_ms: float
     p99_ms: float
     size_mb: float
+    integers: RealizedPrecision | None = None
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        return {**asdict(self), "integers": self.integers.to_json() if self.integers else None}
 
 
 def bench(
@@ -69,5 +74,8 @@ def bench(
     timings = []
     for pair in detectors:
         latency = latencies[" ".join(pair)]
-        timings.append(ArtifactTiming(*pair, latency.p50_ms, latency.p99_ms, sizes[pair]))
+        integers = None
+        if pair in pairs:
+            integers = realized_precision(bundle.require(GRAPHS[pair[0]].file), pair[1], threads=threads)
+        timings.append(ArtifactTiming(*pair, latency.p50_ms, latency.p99_ms, sizes[pair], integers))
     return timings

@@ -10,19 +10,21 @@ from edgedetr.artifacts import GRAPHS, ONNX, WEIGHTS, Artifact
 from edgedetr.bundle import Bundle
 from edgedetr.data import images
 from edgedetr.data.detection_set import DetectionSet
-from edgedetr.errors import EdgedetrError
+from edgedetr.errors import EdgedetrError, EngineError
 from edgedetr.evaluation import bootstrap
 from edgedetr.evaluation.agreement import Agreement, compare_detections
 from edgedetr.evaluation.artifacts_run import ArtifactRun
 from edgedetr.evaluation.coco_metrics import Metrics, evaluate
 from edgedetr.evaluation.config import VerifyConfig
 from edgedetr.evaluation.first_divergence import find_first_divergence
+from edgedetr.evaluation.realized_precision import RealizedPrecision, realized_by_engine, realized_precision
 from edgedetr.evaluation.reference import Reference
 from edgedetr.evaluation.verdict import ArtifactVerdict
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.backends.base import PEER_NOTE
 from edgedetr.runtime.latency import Latency
 from edgedetr.runtime.onnx_bytes import metadata, read
+from edgedetr.storage.reading import read_text
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,9 @@ class Judge:
         artifact = GRAPHS[run.artifact]
         if artifact.quantizer:
             note = "; ".join(filter(None, (self._about_peer(artifact), note)))
+        integers = self._integers(run)
+        if integers is not None and integers.finding():
+            note = "; ".join(filter(None, [note, integers.finding()]))
         return ArtifactVerdict(
             run.artifact,
             run.backend,
@@ -110,11 +115,26 @@ class Judge:
             reference_run_drop=reference_run_drop,
             note=note,
             quantizer=artifact.quantizer,
+            integers=integers,
         )
 
     def _about_peer(self, artifact: Artifact) -> str:
         """What the export recorded in the graph of another quantizer."""
         return metadata(read(self.bundle.require(artifact.file))[0]).get(PEER_NOTE, "")
+
+    def _integers(self, run: ArtifactRun) -> RealizedPrecision | None:
+        """Which quantized layers the backend runs in integers; None also for a simulation, which runs none."""
+        if run.fault or run.simulated:
+            return None
+        graph = self.bundle.require(GRAPHS[run.artifact].file)
+        try:
+            if run.engine is None:
+                return realized_precision(graph, run.backend, threads=self.config.threads)
+            layers = run.engine.path.with_suffix(".layers.json")
+            return realized_by_engine(graph, read_text(layers, EngineError)) if layers.exists() else None
+        except EdgedetrError as error:
+            log.warning("%s on %s: which layers run in integers is not known: %s", run.artifact, run.backend, error)
+            return None
 
     def _against_reference_run(self, run: ArtifactRun) -> tuple[Agreement | None, float | None, str]:
         """Compare with the unoptimized run of the same graph, on its images: agreement, AP drop in points, note."""

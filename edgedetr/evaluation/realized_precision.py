@@ -7,18 +7,20 @@ message: then the layer has lost its accuracy and gained nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from edgedetr.runtime import onnx_bytes
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.kernels import Kernel
-from edgedetr.runtime.onnx_bytes import GraphNode, nodes, read
+from edgedetr.runtime.onnx_bytes import GraphNode, read
+from edgedetr.runtime.tensorrt import engine_metadata
 
 LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 # Nodes between DequantizeLinear and a layer that change the form of a tensor and not its values.
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast", "Identity")
 CHAIN = 4  # nodes behind a layer that a library may fuse with it: bias, activation (two for SiLU), QuantizeLinear
-NOT_LISTED = "not listed"  # the kernel of a layer that the library names nowhere
+MOST_NAMED = 3  # layers in one sentence
 
 
 @dataclass(frozen=True)
@@ -28,29 +30,32 @@ class RealizedPrecision:
     quantized     number of convolutions and matrix products whose two factors are quantized
     in_integers   number of those that run in integers
     in_floats     {node: the float kernel that it became, with the reason where it is known}
+    unknown       nodes of whose kernel the library says nothing
     """
 
     quantized: int
     in_integers: int
     in_floats: Mapping[str, str]
+    unknown: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.in_integers} of {self.quantized} quantized layers in integers"
+        unknown = f", {len(self.unknown)} unknown" if self.unknown else ""
+        return f"{self.in_integers} of {self.quantized} quantized layers in integers{unknown}"
 
     def to_json(self) -> dict[str, object]:
-        return {"quantized": self.quantized, "in_integers": self.in_integers, "in_floats": dict(self.in_floats)}
+        return {**asdict(self), "in_floats": dict(self.in_floats), "unknown": list(self.unknown)}
 
-    def finding(self, most: int = 3) -> str:
-        """One sentence about the layers that run in floats, of which `most` are named; "" where there are none."""
+    def finding(self) -> str:
+        """One sentence about the layers that run in floats, a few of them by name; "" where there are none."""
         if not self.in_floats:
             return ""
         by_kernel: dict[str, list[str]] = {}
         for node, kernel in self.in_floats.items():
             by_kernel.setdefault(kernel, []).append(node)
         parts = []
-        for kernel, layers in by_kernel.items():
-            more = f" and {len(layers) - most} more" if len(layers) > most else ""
-            parts.append(f"{', '.join(layers[:most])}{more} as {kernel}")
+        for kernel, nodes in by_kernel.items():
+            more = f" and {len(nodes) - MOST_NAMED} more" if len(nodes) > MOST_NAMED else ""
+            parts.append(f"{', '.join(nodes[:MOST_NAMED])}{more} as {kernel}")
         return f"{len(self.in_floats)} of {self.quantized} quantized layers run in floats: {'; '.join(parts)}"
 
 
@@ -63,11 +68,22 @@ def realized_precision(
     Errors: BundleError where the backend cannot load it.
     """
     data = model if isinstance(model, bytes) else read(model)[0]
-    layers = quantized_layers(nodes(data))
+    layers = quantized_layers(onnx_bytes.nodes(data))
     found = base.get(backend)
     if not layers or found.kernels is None:
         return None
     return compare(layers, found.kernels(data, threads=threads), found.why_float)
+
+
+def realized_by_engine(graph: Path, layers: str) -> RealizedPrecision | None:
+    """As realized_precision, for a TensorRT engine.
+
+    graph    the ONNX file that it was built from
+    layers   what the engine inspector says of it, JSON
+    Errors: BundleError, EngineError.
+    """
+    quantized = quantized_layers(onnx_bytes.nodes(read(graph)[0]))
+    return compare(quantized, engine_metadata.kernels(layers)) if quantized else None
 
 
 @dataclass(frozen=True)
@@ -133,12 +149,14 @@ def compare(
             # Two kernels can share a tensor, as one's output and the other's input; integers are the stronger claim.
             if name not in by_name or kernel.integers:
                 by_name[name] = kernel
-    in_floats = {}
+    in_floats: dict[str, str] = {}
+    unknown = []
     for layer in layers:
         found = next((by_name[name] for name in (layer.weight, layer.node, *layer.after) if name in by_name), None)
         if found is None:
-            in_floats[layer.node] = NOT_LISTED
+            unknown.append(layer.node)
         elif not found.integers:
             reason = (why_float or {}).get(found.operator)
             in_floats[layer.node] = f"{found.operator} ({reason})" if reason else found.operator
-    return RealizedPrecision(len(layers), len(layers) - len(in_floats), in_floats)
+    known = len(layers) - len(unknown)
+    return RealizedPrecision(len(layers), known - len(in_floats), in_floats, tuple(unknown))

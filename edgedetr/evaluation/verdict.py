@@ -14,6 +14,7 @@ from typing import Any
 from edgedetr.bundle import Bundle
 from edgedetr.errors import BundleError
 from edgedetr.evaluation.agreement import Agreement
+from edgedetr.evaluation.realized_precision import RealizedPrecision
 from edgedetr.storage.reading import MEBIBYTE, read_json
 
 LARGEST_FILE = 16 * MEBIBYTE  # bytes; 80 classes and 8 artifacts take about 30 kB
@@ -30,6 +31,9 @@ JSON_KEYS = {  # field -> key in the file, where they differ
     "precision_fraction": "share",
     "rows_matched": "rows",
 }
+# Left out of the file where they are None: versions up to 0.2 did not have them.
+OMITTED = ("integers",)
+MOST_LAYERS = 100_000
 OPTIONAL_NUMBERS = ("p50_ms", "p99_ms", "size_mb", "ap75", "reference_run_drop")
 
 
@@ -52,6 +56,8 @@ class ArtifactVerdict:
     note                what went wrong and where, or ""; of another quantizer's graph its version, and whether TensorRT
                         takes it
     quantizer           of a graph that another quantizer made: its name. Such a row has no part in the verdict
+    integers            which quantized layers really run in integers; None where nothing is quantized, or the backend
+                        cannot tell
     """
 
     name: str
@@ -75,6 +81,7 @@ class ArtifactVerdict:
     reference_run_drop: float | None = None
     note: str = ""
     quantizer: str = ""
+    integers: RealizedPrecision | None = None
 
     @property
     def is_reference(self) -> bool:
@@ -109,6 +116,7 @@ class ArtifactVerdict:
             "reference_run": record.agreement("reference_run"),
             "note": record.text("note", ""),
             "quantizer": record.text("quantizer", ""),
+            "integers": record.realized("integers"),
         }
         if "engine" not in record.raw:
             return cls(**common)
@@ -221,13 +229,18 @@ def write_verdict(bundle: Bundle, name: str, verdict: Verdict, *, made_from: Seq
 
 
 def _to_json(record: Any) -> dict[str, object]:
-    return {JSON_KEYS.get(field.name, field.name): _json_value(getattr(record, field.name)) for field in fields(record)}
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {
+        JSON_KEYS.get(name, name): _json_value(value)
+        for name, value in values.items()
+        if not (name in OMITTED and value is None)
+    }
 
 
 def _json_value(value: object) -> object:
     if isinstance(value, tuple):
         return [_json_value(item) for item in value]
-    if isinstance(value, (ArtifactVerdict, Agreement)):
+    if isinstance(value, (ArtifactVerdict, Agreement, RealizedPrecision)):
         return value.to_json()
     return dict(value) if isinstance(value, Mapping) else value
 
@@ -291,6 +304,20 @@ class _Record:
         record = _Record(value, f"{self.where}.{JSON_KEYS.get(name, name)}")
         numbers = (field.name for field in fields(Agreement) if field.name != "objects")
         return Agreement(record.integer("objects", 0), *(record.number(number, None) for number in numbers))
+
+    def realized(self, name: str) -> RealizedPrecision | None:
+        value = self._value(name, None)
+        if value is None:
+            return None
+        record = _Record(value, f"{self.where}.{name}")
+        floats, unknown = record.raw.get("in_floats"), record.raw.get("unknown")
+        if not isinstance(floats, dict) or not isinstance(unknown, list):
+            raise record._wrong("in_floats", "an object, or unknown no list")
+        texts = [*floats, *floats.values(), *unknown]
+        if len(texts) > MOST_LAYERS or not all(isinstance(text, str) and len(text) <= LONGEST_TEXT for text in texts):
+            raise record._wrong("in_floats", "an object of texts, or unknown no list of texts")
+        quantized, in_integers = record.integer("quantized", 0), record.integer("in_integers", 0)
+        return RealizedPrecision(quantized, in_integers, floats, tuple(unknown))
 
     def _finite(self, name: str, value: object) -> float:
         # NaN is not smaller than any number.

@@ -85,6 +85,7 @@ def write_report(bundle: str | Path | Bundle, *, data: str | Path | None = None)
         latency_figure=figures.latency(verdict.artifacts),
         class_figure=figures.class_drops(display_names(manifest.classes), evidence.class_drops()),
         curves_figure=figures.precision_recall(curves, RECALL) if curves else None,
+        integers=tables.integer_lines(verdict),
         notes=tables.notes(verdict),
         worst=evidence.worst,
         images=images,

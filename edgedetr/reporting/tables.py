@@ -57,6 +57,11 @@ def notes(verdict: Verdict) -> list[str]:
     return [f"{', '.join(artifacts)}: {note}" for note, artifacts in labels.items()]
 
 
+def integer_lines(verdict: Verdict) -> list[str]:
+    """How many quantized layers really ran in integers, for each artifact with quantized layers."""
+    return [f"{artifact.label}: {artifact.integers}" for artifact in verdict.artifacts if artifact.integers is not None]
+
+
 def verdict_sentence(verdict: Verdict) -> str:
     """The table's result in one sentence."""
     tolerance = verdict.tolerance

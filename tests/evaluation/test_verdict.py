@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from edgedetr.evaluation.agreement import Agreement
+from edgedetr.evaluation.realized_precision import RealizedPrecision
 from edgedetr.evaluation.verdict import ArtifactVerdict, DeviceVerdict, EngineVerdict, Verdict, read_verdict
 
 STORED = Path(__file__).parents[1] / "fixtures" / "bundle-0.1" / "results" / "verify.json"
 LEAST = {"name": "onnx", "backend": "onnxruntime", "passed": True, "ap": 50, "ap50": 70, "drop": 0, "drop_upper95": 0.5}
+
+REALIZED = {"quantized": 1, "in_integers": 1, "in_floats": {}, "unknown": []}
 
 
 def test_a_verdict_of_version_0_1_is_read_and_written_again_byte_for_byte():
@@ -51,12 +54,21 @@ def test_engines_and_the_device_are_read_back_equal():
         precision_fraction=0.8,
         reformats=2,
         rows_matched=1.0,
+        integers=RealizedPrecision(5, 3, {"/fc": "Gemm (fused)"}, ("/conv",)),
     )
     torch = ArtifactVerdict("torch", "pytorch", True, 50.1, 70.0, 0.0, 0.0, size_mb=1.5)
     verdict = DeviceVerdict(True, 1.0, 0.6, (torch, engine), "Orin (sm_87)", "10.3.0", "mode 15W", "int8-4.plan")
     raw = json.loads(json.dumps(verdict.to_json()))
     assert Verdict.from_json(raw) == verdict
     assert verdict.engines == (engine,)
+    # a key that 0.2 did not know is left out where there is nothing to say
+    assert "integers" not in raw["stages"][0]
+    assert raw["stages"][1]["integers"] == {
+        "quantized": 5,
+        "in_integers": 3,
+        "in_floats": {"/fc": "Gemm (fused)"},
+        "unknown": ["/conv"],
+    }
     # the keys of earlier versions
     assert (raw["budget"], raw["conditions"]) == (1.0, "mode 15W")
     stored = raw["stages"][1]
@@ -85,6 +97,10 @@ def test_keys_that_may_be_missing_have_their_defaults():
         ({"parity": 3}, r"stages\[0\].parity is not an object"),
         ({"oracle": {"matched": "all"}}, r"oracle.matched is not a finite number"),
         ({"engine": 7}, "engine is not a text"),
+        ({"integers": 3}, r"stages\[0\].integers is not an object"),
+        ({"integers": {**REALIZED, "in_floats": ["/fc"]}}, "in_floats is not an object"),
+        ({"integers": {**REALIZED, "in_floats": {"/fc": 2}}}, "in_floats is not an object of texts"),
+        ({"integers": {**REALIZED, "quantized": -1}}, "quantized is not a whole number"),
     ],
 )
 def test_what_is_missing_or_of_another_type_is_named(change, words):

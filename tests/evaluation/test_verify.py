@@ -19,10 +19,11 @@ from edgedetr.errors import BundleError, DataError, MissingDependency, RecipeErr
 from edgedetr.evaluation import artifacts_run, judge
 from edgedetr.evaluation.coco_metrics import evaluate
 from edgedetr.evaluation.config import VerifyConfig
+from edgedetr.evaluation.realized_precision import RealizedPrecision
 from edgedetr.evaluation.reference import Reference, load_detections
 from edgedetr.evaluation.verdict import Verdict
 from edgedetr.evaluation.verify import evaluate_artifact, verify
-from edgedetr.reporting.tables import verdict_sentence, verdict_word
+from edgedetr.reporting.tables import integer_lines, verdict_sentence, verdict_word
 from edgedetr.runtime import load
 from edgedetr.runtime.backends import base, openvino
 from edgedetr.runtime.backends.base import RawOutputs
@@ -235,6 +236,30 @@ def test_the_node_of_the_first_divergence_is_in_the_note(good, monkeypatch):
     monkeypatch.setattr(openvino, "BACKEND", replace(openvino.BACKEND, open=LossyOpenVino))
     monkeypatch.setattr(judge, "find_first_divergence", lambda *a, **k: "Conv 'fpn': 1.0 dB")
     assert verify(good, threads=1).artifacts[3].note.endswith("first divergence at Conv 'fpn': 1.0 dB")
+
+
+def test_layers_that_run_in_floats_are_a_finding_and_no_failure(good, monkeypatch):
+    seen = []
+
+    def realized(path, backend, threads):
+        seen.append((path.name, backend))
+        in_floats = {"/fc": "Gemm"} if backend == "onnxruntime" else {}
+        return RealizedPrecision(4, 4 - len(in_floats), in_floats) if "int8" in path.name else None
+
+    monkeypatch.setattr(judge, "realized_precision", realized)
+    result = verify(good, threads=1)
+    # The simulation of FP16 in ONNX Runtime runs nothing in integers, so it is not asked.
+    assert seen == [
+        ("model.onnx", "onnxruntime"),
+        ("model.int8.onnx", "openvino"),
+        ("model.int8-cpu.onnx", "onnxruntime"),
+    ]
+    assert result.passed
+    assert [s.note for s in result.artifacts] == [""] * 4 + ["1 of 4 quantized layers run in floats: /fc as Gemm"]
+    assert integer_lines(result) == [
+        "int8 (openvino): 4 of 4 quantized layers in integers",
+        "int8-cpu (onnxruntime): 3 of 4 quantized layers in integers",
+    ]
 
 
 class NanRunner(OpenVinoRunner):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,11 +14,11 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgedetr.artifacts import OPENVINO, ORT
 from edgedetr.evaluation.realized_precision import (
-    NOT_LISTED,
     QuantizedLayer,
     RealizedPrecision,
     compare,
     quantized_layers,
+    realized_by_engine,
     realized_precision,
 )
 from edgedetr.models import FAMILY
@@ -68,7 +70,7 @@ def test_quantized_layers_run_in_integers_or_are_listed_with_the_reason(name: st
         pytest.skip(reason)
     found = realized(name, backend)
     assert found.quantized == quantized(name, TARGETS[backend])[1] > 0  # the policy's own count
-    assert found.in_integers + len(found.in_floats) == found.quantized
+    assert found.in_integers + len(found.in_floats) == found.quantized and not found.unknown
     assert [node for node in found.in_floats if not node.endswith(tuple(IN_FLOATS[backend]))] == []
 
 
@@ -137,12 +139,19 @@ def test_a_layer_finds_its_kernel_by_weight_by_name_or_by_what_follows_it() -> N
         Kernel("Gemm", False, frozenset({"w3"})),
     ]
     found = compare(layers, kernels, {"Gemm": "fused too early"})
-    assert (found.quantized, found.in_integers) == (5, 2)
-    assert found.in_floats == {"n2": "FullyConnected", "n3": "Gemm (fused too early)", "n4": NOT_LISTED}
-    assert str(found) == "2 of 5 quantized layers in integers"
-    assert found.finding(most=1) == (
-        "3 of 5 quantized layers run in floats: n2 as FullyConnected; n3 as Gemm (fused too early); n4 as not listed"
+    assert (found.quantized, found.in_integers, found.unknown) == (5, 2, ("n4",))
+    assert found.in_floats == {"n2": "FullyConnected", "n3": "Gemm (fused too early)"}
+    assert str(found) == "2 of 5 quantized layers in integers, 1 unknown"
+    assert found.finding() == (
+        "2 of 5 quantized layers run in floats: n2 as FullyConnected; n3 as Gemm (fused too early)"
     )
+
+
+def test_many_layers_with_one_kernel_are_named_by_three_and_their_number() -> None:
+    layers = [QuantizedLayer(f"n{i}", f"w{i}", ()) for i in range(9)]
+    found = compare(layers, [Kernel("Gemm", False, frozenset(f"w{i}" for i in range(9)))])
+    assert found.finding() == "9 of 9 quantized layers run in floats: n0, n1, n2 and 6 more as Gemm"
+    assert compare(layers, []).finding() == ""  # nothing is known, so nothing is claimed
 
 
 @pytest.mark.parametrize(("bias", "in_integers"), [(np.float32([[range(8)]]), 1), (np.arange(8, dtype=np.float32), 0)])
@@ -158,6 +167,24 @@ def test_what_cannot_be_told_is_none() -> None:
     plain = graph("MatMul m: x v -> y", v=np.ones((8, 8), np.float32)).SerializeToString()
     assert realized_precision(plain, ORT) is None  # nothing is quantized
     assert realized_precision(quantized("detr", CPU)[0], "tensorrt") is None  # it runs engines, not graphs
+
+
+def test_the_layers_of_an_engine_are_found_by_the_names_of_their_nodes(tmp_path: Path) -> None:
+    model = graph(*PAIR, "MatMul /m: xd wd -> p", "Add /a: p b -> q", "MatMul /n: xd wd -> o", "Add /e: q o -> y")
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+
+    def layer(name: str, kind: str, **more: object) -> dict[str, object]:
+        return {"Name": name, "LayerType": "gemm", "Inputs": [{"Format/Datatype": kind}], "Outputs": [], **more}
+
+    first = layer("/m + /a", "Row major Int8 format")
+    for second, in_integers in (
+        (layer("__myl_Fc", "Int8", Metadata="[ONNX Layer: /n]\x1f[ONNX Layer: /e]"), 2),
+        (layer("/n", "Row major linear FP16 format"), 1),
+    ):
+        found = realized_by_engine(path, json.dumps({"Layers": [first, second, "a name alone"]}))
+        assert found is not None and (found.quantized, found.in_integers) == (2, in_integers)
+        assert list(found.in_floats) == ["/n"] * (2 - in_integers)
 
 
 def test_nodes_are_those_that_the_onnx_package_reads() -> None:

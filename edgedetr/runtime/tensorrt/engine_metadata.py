@@ -20,6 +20,7 @@ from typing import Any
 
 from edgedetr.artifacts import ENGINE_GRAPHS
 from edgedetr.errors import EngineError
+from edgedetr.runtime.kernels import Kernel
 from edgedetr.runtime.tensorrt.gpu import Device
 from edgedetr.storage.reading import parse_json, read_json
 
@@ -43,6 +44,7 @@ WEIGHTED = re.compile(r"conv|gemm|matmul|matrix.?mult|fully.?connected|\bmha|att
 FUSED = ("", "myelin", "foreignnode", "caskfusion", "fusion")
 # The operator at the end of an ONNX node name such as /encoder/0/MatMul_7; the parts before it can be anything.
 PRODUCTS = re.compile(r"/(Conv|ConvTranspose|MatMul|Gemm)(_\d+)?(?![\w/])")
+ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 NOT_COUNTED = re.compile(r"^(reformat|noop|constant|shape.?host.?to.?device|shape|signal|wait)", re.I)
 
 
@@ -214,15 +216,7 @@ def _require_types(metadata: EngineMetadata) -> None:
 
 def summarize_layers(text: str) -> LayerSummary:
     """Count the layers of `get_engine_information(LayerInformationFormat.JSON)`."""
-    try:
-        layers = parse_json(text, "its JSON", EngineError)["Layers"]
-        if not isinstance(layers, list):
-            raise TypeError("Layers is no list")
-    except (EngineError, KeyError, TypeError) as error:
-        raise EngineError(
-            f"the engine inspector answered something unreadable ({error}); expected JSON with Layers; "
-            "build with this version's own TensorRT: edgedetr build BUNDLE --force"
-        ) from error
+    layers = _layers(text)
     precision: Counter[str] = Counter()
     weighted: Counter[str] = Counter()
     reformats = 0
@@ -238,6 +232,37 @@ def summarize_layers(text: str) -> LayerSummary:
             precision[found] += 1
             weighted[found] += _is_weighted(layer, kind)
     return LayerSummary(dict(precision), {name: count for name, count in weighted.items() if count}, reformats)
+
+
+def kernels(text: str) -> list[Kernel]:
+    """The layers with weights or matrix products of `get_engine_information(LayerInformationFormat.JSON)`."""
+    found = []
+    for layer in _layers(text):
+        if isinstance(layer, Mapping):
+            kind = str(layer.get("LayerType", ""))
+            if not NOT_COUNTED.match(kind) and _is_weighted(layer, kind):
+                found.append(Kernel(kind, _precision(layer) == "int8", _node_names(layer)))
+    return found
+
+
+def _node_names(layer: Mapping[str, object]) -> frozenset[str]:
+    """The ONNX nodes of a layer: from its metadata, or else from its name, in which they are joined by " + "."""
+    texts = [str(layer.get(key, "")) for key in ("Metadata", "Name")]
+    named = [name for text in texts for name in ONNX_LAYER.findall(text)]
+    return frozenset(named or texts[1].split(" + ")) - {""}
+
+
+def _layers(text: str) -> list[object]:
+    try:
+        layers = parse_json(text, "its JSON", EngineError)["Layers"]
+        if not isinstance(layers, list):
+            raise TypeError("Layers is no list")
+    except (EngineError, KeyError, TypeError) as error:
+        raise EngineError(
+            f"the engine inspector answered something unreadable ({error}); expected JSON with Layers; "
+            "build with this version's own TensorRT: edgedetr build BUNDLE --force"
+        ) from error
+    return layers
 
 
 def _is_weighted(layer: Mapping[str, object], kind: str) -> bool:
