@@ -31,8 +31,8 @@ JSON_KEYS = {  # field -> key in the file, where they differ
     "precision_fraction": "share",
     "rows_matched": "rows",
 }
-# Left out of the file where they are None: versions up to 0.2 did not have them.
-OMITTED = ("integers",)
+# Left out of the file where there is nothing to say: versions up to 0.2 did not have them.
+OMITTED = ("integers", "quantizer")
 MOST_LAYERS = 100_000
 OPTIONAL_NUMBERS = ("p50_ms", "p99_ms", "size_mb", "ap75", "reference_run_drop")
 
@@ -231,9 +231,7 @@ def write_verdict(bundle: Bundle, name: str, verdict: Verdict, *, made_from: Seq
 def _to_json(record: Any) -> dict[str, object]:
     values = {field.name: getattr(record, field.name) for field in fields(record)}
     return {
-        JSON_KEYS.get(name, name): _json_value(value)
-        for name, value in values.items()
-        if not (name in OMITTED and value is None)
+        JSON_KEYS.get(name, name): _json_value(value) for name, value in values.items() if value or name not in OMITTED
     }
 
 

@@ -24,7 +24,16 @@ from edgedetr.evaluation.realized_precision import (
 from edgedetr.models import FAMILY
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.policy import load_policy, make_plan
-from edgedetr.quantization.qdq import CPU, TENSORRT, Target, bias_input, insert_qdq, split_concats, tensors_to_observe
+from edgedetr.quantization.qdq import (
+    CPU,
+    TENSORRT,
+    Target,
+    bias_input,
+    insert_qdq,
+    runnable,
+    split_concats,
+    tensors_to_observe,
+)
 from edgedetr.runtime.backends import base
 from edgedetr.runtime.kernels import Kernel
 from edgedetr.runtime.onnx_bytes import nodes
@@ -33,10 +42,7 @@ TARGETS = {ORT: CPU, OPENVINO: TENSORRT}
 
 # {backend: {end of a quantized layer's name: why it runs in floats there}}. A layer that is not listed must run in
 # integers, in every member.
-IN_FLOATS: dict[str, dict[str, str]] = {
-    ORT: {"/MatMul": "MatMul and Add become a Gemm of floats before ONNX Runtime looks for integers"},
-    OPENVINO: {},
-}
+IN_FLOATS: dict[str, dict[str, str]] = {ORT: {}, OPENVINO: {}}
 
 
 @cache
@@ -53,7 +59,7 @@ def quantized(name: str, target: Target) -> tuple[bytes, int]:
     shifts = {
         layer.node: np.zeros(graph.initializers[layer.weight].dims[layer.axis], np.float32) for layer in corrected
     }
-    return insert_qdq(graph, plan, amax, target, shifts).SerializeToString(), len(plan.layers)
+    return runnable(insert_qdq(graph, plan, amax, target, shifts), target).SerializeToString(), len(plan.layers)
 
 
 @cache
