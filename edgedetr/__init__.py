@@ -5,6 +5,7 @@ The Python API, imported on first use:
     load           opens a bundle as a detector
     train          data set -> bundle
     export         bundle -> ONNX files in FP32, FP16, INT8
+    sensitivity    bundle -> what each layer loses in INT8
     verify         bundle -> verdict on each file
     report         bundle -> one HTML page
     import_model   a model made elsewhere -> bundle
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from edgedetr import telemetry
 
 if TYPE_CHECKING:
-    from edgedetr.api import ExportResult, export, train, verify
+    from edgedetr.api import ExportResult, export, sensitivity, train, verify
     from edgedetr.bundle import Bundle
     from edgedetr.errors import EdgedetrError
     from edgedetr.importing.import_model import import_model
@@ -35,6 +36,7 @@ _LAZY = {
     "load": "edgedetr.runtime:load",
     "train": "edgedetr.api:train",
     "export": "edgedetr.api:export",
+    "sensitivity": "edgedetr.api:sensitivity",
     "verify": "edgedetr.api:verify",
     "report": "edgedetr.reporting.report:write_report",
     "import_model": "edgedetr.importing.import_model:import_model",
@@ -49,6 +51,7 @@ __all__ = [
     "load",
     "train",
     "export",
+    "sensitivity",
     "verify",
     "report",
     "import_model",

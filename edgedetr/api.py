@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgedetr.evaluation.verdict import Verdict
     from edgedetr.exporting.serving_files import ServingFiles
     from edgedetr.progress import Progress, TrainingProgress
+    from edgedetr.quantization.sensitivity import SensitivityResult
     from edgedetr.recipe import Recipe
     from edgedetr.runtime.tensorrt.build import BuiltEngine
 
@@ -385,3 +386,37 @@ def _live_reference(progress: Progress | None) -> Callable[[Bundle, DetectionSet
         return Reference.of(dataset, detect_with_pytorch(bundle.manifest, graph, dataset, progress))
 
     return make
+
+
+def sensitivity(
+    bundle: Bundle | str | Path,
+    *,
+    images: int | None = None,
+    level: Literal["layer", "part"] = "layer",
+    data: str | Path | None = None,
+    sets: Iterable[str] = (),
+    progress: Progress | None = None,
+) -> SensitivityResult:
+    """Measure how far each group of layers, alone in INT8, moves the detections of the float graph.
+
+    images     at most so many to compare on; None = 64
+    level      "layer": the smallest sets of nodes that a backend switches together; "part": stages and blocks
+    data       folder of images to compare on; None = those of the bundle's data that are neither for calibration nor
+               for verification
+    sets       values of [quant], as `quant.key=value`, for this measurement alone
+    progress   called with (step, done, total); None = silent
+    Errors: BundleError, ExportError, DataError, UsageError, RecipeError.
+    """
+    from edgedetr.exporting.settings import settings
+    from edgedetr.quantization.sensitivity import IMAGES
+    from edgedetr.quantization.sensitivity import sensitivity as run
+
+    opened = Bundle.open(bundle)
+    return run(
+        opened,
+        images=IMAGES if images is None else images,
+        level=level,
+        data=data,
+        config=settings(opened, tuple(sets)).quant,
+        progress=progress,
+    )

@@ -168,6 +168,14 @@ ARTIFACTS: tuple[Artifact, ...] = (
     _of_quantizer("onnxruntime-s8s8", "INT8 by ONNX Runtime's quantize_static, signed and symmetric", "tensorrt"),
     _of_quantizer("nncf", "INT8 by NNCF for transformers", "cpu"),
     _of_quantizer("nncf-mixed", "INT8 by NNCF, preset MIXED", "cpu"),
+    SENSITIVITY := Artifact(
+        "sensitivity",
+        "results/sensitivity.json",
+        "how far each group of layers alone in INT8 moves the detections",
+        "sensitivity",
+        "edgedetr sensitivity {path}",
+        made_from=(ONNX.file,),
+    ),
     IMPORT_RECORD := Artifact(
         "import-record",
         "results/import.json",

@@ -131,3 +131,11 @@ def exported(request, tmp_path_factory, fresh) -> Bundle:
 
     bundle = fresh(request.param, tmp_path_factory.mktemp("exported") / f"{request.param}.bundle")
     return export(bundle, int8=True, config=ExportConfig(), quant=QuantConfig(images=8))
+
+
+@pytest.fixture(scope="session")
+def float_detr(fresh, tmp_path_factory) -> Bundle:
+    """A detr with reference.npz and model.onnx; read only."""
+    from edgedetr.exporting.export import export
+
+    return export(fresh("detr", tmp_path_factory.mktemp("float") / "detr.bundle"))

@@ -27,6 +27,7 @@ from edgedetr.cli.predict_command import predict
 from edgedetr.cli.recipes_command import recipes
 from edgedetr.cli.report_command import report
 from edgedetr.cli.selftest_command import selftest
+from edgedetr.cli.sensitivity_command import sensitivity
 from edgedetr.cli.train_command import train
 from edgedetr.cli.verify_command import verify
 from edgedetr.errors import EdgedetrError, did_you_mean
@@ -40,7 +41,7 @@ WIDTH = 100  # columns of --help in a wide terminal
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Start": (train, export, verify, report, predict, import_, demo),
     "Device": (build, selftest, bench, doctor),
-    "Tools": (evaluate, inspect, lint, data, models, recipes, fetch),
+    "Tools": (evaluate, sensitivity, inspect, lint, data, models, recipes, fetch),
 }
 
 

@@ -46,6 +46,7 @@ class GraphSession:
     optimize   False: every node runs as written; "basic": quick optimizations; True: all of them
     threads    None = one per core
     spin       whether threads wait busily for the next run
+    integers   False: Q/DQ pairs are computed as written, in float arithmetic, while the rest is optimized
     fix        what the user can do where the graph cannot be loaded or run
     """
 
@@ -57,13 +58,16 @@ class GraphSession:
         optimize: bool | Literal["basic"] = False,
         threads: int | None = None,
         spin: bool = True,
+        integers: bool = True,
         fix: str = EXPORT_AGAIN,
     ) -> None:
         one_of("optimize", optimize, (False, "basic", True))
         self.outputs = [item.name for item in model.graph.output] if outputs is None else list(outputs)
         self.fix = fix
         data = with_outputs(model, self.outputs).SerializeToString()
-        self._session = plain_session(data, optimize=optimize, threads=threads, spin=spin, error=ExportError, fix=fix)
+        self._session = plain_session(
+            data, optimize=optimize, threads=threads, spin=spin, integers=integers, error=ExportError, fix=fix
+        )
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """{output: value}. Errors: ExportError where the graph does not run on these inputs."""

@@ -268,12 +268,12 @@ def choose_images(bundle: Bundle, directory: Path | None, count: int) -> Calibra
     Errors: ExportError for an image that is also in the verify split, by digest: INT8 would be judged on the images
     that it was fitted to.
     """
-    paths, root = _candidates(bundle, directory)
+    paths, root = candidates(bundle, directory)
     if not paths:
         raise ExportError(f"{root}: no images to calibrate on; expected at least one image file")
     chosen = evenly_spaced(paths, count)
     images = [CalibrationImage(digest(path), _name(path, root)) for path in chosen]
-    verify = _verify_digests(bundle)
+    verify = verify_digests(bundle)
     for path, image in zip(chosen, images):
         if image.sha256 in verify:
             raise ExportError(
@@ -332,7 +332,7 @@ def warn_of_near_copies(bundle: Bundle, images: CalibrationSet) -> None:
         )
 
 
-def _candidates(bundle: Bundle, directory: Path | None) -> tuple[list[Path], Path]:
+def candidates(bundle: Bundle, directory: Path | None) -> tuple[list[Path], Path]:
     """All images that could be calibrated on, and the folder that their names are relative to."""
     record = bundle.manifest.data
     if directory is None:
@@ -353,7 +353,7 @@ def _candidates(bundle: Bundle, directory: Path | None) -> tuple[list[Path], Pat
     return [sample.path for sample in load(directory, split).samples], directory
 
 
-def _verify_digests(bundle: Bundle) -> Collection[str]:
+def verify_digests(bundle: Bundle) -> Collection[str]:
     """sha256 of the verify images, from reference.npz where there is one, otherwise from the files."""
     if bundle.has(REFERENCE.file):
         return set(Reference.load(bundle.require(REFERENCE.file)).truth.digests.tolist())

@@ -50,11 +50,22 @@ class Group:
     default: bool
 
 
+def part_of(group: Group) -> str:
+    """The part of the detector that a group is in, by its module path: "backbone.stages.1", "decoder.layers.0"."""
+    words = [word for word in group.id.split("/") if word and word != "detector"]
+    deeper = len(words) > 2 and (words[0] == "backbone" or words[1].startswith("layers."))
+    return ".".join(words[:2] if deeper else words[:1])
+
+
 def groups_of(graph: GraphIndex, policy: Policy) -> tuple[Group, ...]:
     """All groups in the order of the graph: those that the policy makes INT8, and those that it keeps float.
 
     graph   of a float model whose convolutions behind a Concat are split (qdq.split_concats)
     """
+    return graph.cached(f"groups {policy.sha256()}", lambda: _find_groups(graph, policy))
+
+
+def _find_groups(graph: GraphIndex, policy: Policy) -> tuple[Group, ...]:
     floor, roles = floor_of(graph), node_roles(graph.model)
     attention = _attention_products(graph)
     members: dict[str, list[NodeProto]] = {}
@@ -77,6 +88,10 @@ def groups_of(graph: GraphIndex, policy: Policy) -> tuple[Group, ...]:
 
 def floor_of(graph: GraphIndex) -> dict[str, str]:
     """{name of a convolution or product that is in no group: why it is never INT8}."""
+    return dict(graph.cached("groups.floor", lambda: _find_floor(graph)))
+
+
+def _find_floor(graph: GraphIndex) -> dict[str, str]:
     roles, attention = node_roles(graph.model), _attention_products(graph)
     reasons = {node.name: _why_floor(node, graph, roles) for node in weighted_nodes(graph)}
     found = {name: reason for name, reason in reasons.items() if reason}

@@ -10,7 +10,6 @@ weights of the same criterion. Detections that only the student has are added. N
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -18,8 +17,6 @@ from scipy.optimize import linear_sum_assignment
 from edgedetr import boxes as box
 from edgedetr.options import one_of
 from edgedetr.runtime.backends.base import RawOutputs
-
-Activation = Literal["sigmoid", "softmax"]
 
 LEAST_SCORE, MOST_DETECTIONS = 0.05, 100  # of the teacher that count: fewer would ignore what recall is made of
 SPURIOUS = 0.3  # score from which an unmatched query of the student counts as a detection
@@ -34,15 +31,16 @@ class QueryOutputs:
     probabilities   [N, K] or, by softmax, [N, K + 1] with "no object" last; float64
     boxes           [N, 4] cx, cy, w, h in [0, 1]; float64
     scores          [N] of each query's best class
+    activation      "sigmoid" or "softmax"
     """
 
     probabilities: np.ndarray
     boxes: np.ndarray
     scores: np.ndarray
-    activation: Activation
+    activation: str
 
     @classmethod
-    def of(cls, logits: np.ndarray, boxes: np.ndarray, activation: Activation) -> QueryOutputs:
+    def of(cls, logits: np.ndarray, boxes: np.ndarray, activation: str) -> QueryOutputs:
         """logits [N, K] or [N, K + 1], boxes [N, 4]."""
         one_of("activation", activation, ("sigmoid", "softmax"))
         z = logits.astype(np.float64)
@@ -63,7 +61,7 @@ class QueryOutputs:
         return classes.argmax(axis=1)
 
 
-def distances(teacher: RawOutputs, student: RawOutputs, activation: Activation, *, by_identity: bool) -> np.ndarray:
+def distances(teacher: RawOutputs, student: RawOutputs, activation: str, *, by_identity: bool) -> np.ndarray:
     """[B] float64: the distance of each image of a batch; 0 where both outputs are equal.
 
     by_identity   query i of the one is query i of the other, as in members with fixed queries; otherwise they are

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from edgedetr.evaluation.verdict import ArtifactVerdict, Verdict
 from edgedetr.printable import one_line
+from edgedetr.quantization.sensitivity import Sensitive
 
 # Placeholder colors in the SVG, replaced by CSS colors of the page.
 INK, FAINT = "#010203", "#040506"
@@ -129,6 +130,40 @@ def precision_recall(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], recall
         axes.set_ylabel("precision, mean over classes")
         figure.legend(loc="outside lower center", ncols=2)
         return _svg(figure, "Precision over recall of each artifact")
+
+
+def sensitivity_bars(rows: Sequence[Sensitive], most: int = 40) -> str:
+    """What INT8 in one group of layers alone does, a bar each, colored by the layers' role; the `most` first rows."""
+    shown = rows[:most]
+    roles = sorted({row.role for row in shown})  # layers without a role, the backbone and the encoder, come first
+    with matplotlib.rc_context(_style("sensitivity")):
+        figure, axes = _axes(6.2, 1.4 + 0.2 * len(shown))
+        for number, role in enumerate(roles):
+            places = [y for y, row in enumerate(shown) if row.role == role]
+            bars = [shown[y] for y in places]
+            axes.barh(
+                places,
+                [row.distance for row in bars],
+                0.7,
+                xerr=[row.error for row in bars],
+                color=COLORS[number % len(COLORS)],
+                error_kw={"ecolor": INK, "elinewidth": 0.8},
+                label=role or "backbone, encoder",
+            )
+        axes.set_yticks(range(len(shown)), [_short(_end_of(row.name)) for row in shown], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(left=0)
+        axes.set_xlabel("distance from the float model's detections, with its standard error")
+        axes.grid(visible=False, axis="y")
+        figure.legend(loc="outside lower center", ncols=2)
+        return _svg(figure, "What INT8 in each group of layers alone does to the detections")
+
+
+def _end_of(name: str, most: int = 28) -> str:
+    """The end of a long node name, which tells layers apart: the operator and "/detector/" are left out."""
+    words = [word for word in name.split("/") if word and word != "detector"]
+    text = "/".join(words[:-1] if len(words) > 2 else words)
+    return text if len(text) <= most else "…" + text[1 - most :]
 
 
 def _style(salt: str) -> Any:

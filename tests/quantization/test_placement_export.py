@@ -11,7 +11,6 @@ import pytest
 import edgedetr
 from edgedetr.artifacts import ONNX, PLACEMENT
 from edgedetr.bundle import Bundle
-from edgedetr.exporting.export import export
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.calibration import Ranges
 from edgedetr.quantization.config import QuantConfig
@@ -26,10 +25,11 @@ SETS = ("quant.images=8",)
 
 
 @pytest.fixture(scope="module")
-def float_bundle(fresh, tmp_path_factory):
+def float_bundle(float_detr, tmp_path_factory):
     """A detr with model.onnx and a placement of its first convolution and one Linear of the decoder, by "minmax"."""
-    bundle = fresh("detr", tmp_path_factory.mktemp("placed") / "detr.bundle")
-    export(bundle, quant=QuantConfig(images=8))
+    path = tmp_path_factory.mktemp("placed") / "detr.bundle"
+    shutil.copytree(float_detr.path, path)
+    bundle = Bundle.open(path)
     model = split_concats(onnx.load(bundle.require(ONNX.file)))
     groups = groups_of(GraphIndex(model), load_policy("default"))
     linear = next(group for group in groups if group.role == "decoder" and group.kind == "linear")

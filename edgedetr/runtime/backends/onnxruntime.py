@@ -140,6 +140,7 @@ def plain_session(
     optimize: bool | str = False,
     threads: int | None = None,
     spin: bool = True,
+    integers: bool = True,
     error: type[EdgedetrError] = BundleError,
     fix: str = WRITE_AGAIN,
 ) -> Any:
@@ -147,6 +148,7 @@ def plain_session(
 
     optimize   True: all optimizations; "basic": the quick ones; False: every node runs as written
     spin       whether threads spin between runs
+    integers   False: Q/DQ pairs stay as they are written, and are computed in float arithmetic
     error      raised for external weights, and where ONNX Runtime rejects the graph, with `fix` at the end
     """
     onnxruntime = library()
@@ -162,6 +164,8 @@ def plain_session(
     }[optimize]
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not integers:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     data = require_whole(model, error=error)
     return _open(onnxruntime, data, options, [CPU], "the graph", error, fix)
 
