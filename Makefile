@@ -29,9 +29,10 @@ types: $(VENV)/.installed-dev
 pytest: $(VENV)/.installed-dev browser
 	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
 
-# Pages that are written from the source: docs/recipe-keys.md.
+# What is written from the source: docs/recipe-keys.md and edgedetr/recipe_list.json.
 docs: $(VENV)/.installed
 	$(BIN)/python -m edgedetr.recipe_reference
+	$(BIN)/python -m edgedetr.recipe_list
 
 install: $(VENV)/.installed
 

@@ -65,6 +65,7 @@ def test_the_wheel_carries_recipes_policies_template_and_types(installed):
         "edgedetr/reporting/page.html",
         "edgedetr/py.typed",
         "edgedetr/lint/operators.json",
+        "edgedetr/recipe_list.json",
     } <= names
     assert not [name for name in names if name.startswith(("tests", "runs")) or name.endswith(".pyc")]
 
@@ -77,7 +78,7 @@ def test_the_installed_package_is_the_one_that_runs(installed):
 def test_the_installed_command_answers(installed):
     assert "Start:" in run(installed, "--help")
     assert "edgedetr 0.2.0" in run(installed, "--version")
-    assert "rt_detr" in run(installed, "models")
+    assert "rt_detr" in run(installed, "recipes")
 
 
 def test_the_installed_package_finds_its_recipes_and_policies(installed):

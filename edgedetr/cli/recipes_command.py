@@ -16,10 +16,11 @@ def recipes(name: str | None, as_json_: bool) -> None:
 
     A recipe is a TOML file with what a training changes of the defaults. `edgedetr recipes NAME > mine.toml` is a
     start for your own."""
-    from edgedetr.recipe import find
     from edgedetr.recipe_list import summaries, summarize
 
     if name is not None:
+        from edgedetr.recipe import find  # imports torch, which the list needs not
+
         path = find(name)
         if as_json_:
             as_json(summarize(path.stem, path).to_json())
