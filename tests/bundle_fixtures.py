@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -122,15 +123,26 @@ def fresh(tmp_path_factory, dataset):
     return copy
 
 
-@pytest.fixture(scope="session", params=sorted(SMALL))
-def exported(request, tmp_path_factory, fresh) -> Bundle:
-    """A bundle of each member, exported and quantized; read only."""
+@pytest.fixture(scope="session")
+def exported_once(tmp_path_factory, fresh):
+    """A function member -> its bundle, exported and quantized, made once; read only."""
     from edgedetr.exporting.config import ExportConfig
     from edgedetr.exporting.export import export
     from edgedetr.quantization.config import QuantConfig
 
-    bundle = fresh(request.param, tmp_path_factory.mktemp("exported") / f"{request.param}.bundle")
-    return export(bundle, int8=True, config=ExportConfig(), quant=QuantConfig(images=8))
+    @cache
+    def once(member: str) -> Bundle:
+        bundle = fresh(member, tmp_path_factory.mktemp("exported") / f"{member}.bundle")
+        return export(bundle, int8=True, config=ExportConfig(), quant=QuantConfig(images=8))
+
+    return once
+
+
+# pytest keeps one value of a fixture with parameters, and makes it again after another: hence the function above.
+@pytest.fixture(scope="session", params=sorted(SMALL))
+def exported(request, exported_once) -> Bundle:
+    """A bundle of each member, exported and quantized; read only."""
+    return exported_once(request.param)
 
 
 @pytest.fixture(scope="session")

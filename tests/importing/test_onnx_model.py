@@ -228,6 +228,9 @@ def test_import_int8_lint_and_verify_by_the_command_line(kind, files, scenes, tm
     before = (tmp_path / "b.bundle" / "bundle.json").read_bytes()
     assert cli.run(["export", out, "--int8"]) == 0
     assert (tmp_path / "b.bundle" / "bundle.json").read_bytes() == before
+    assert cli.run(["export", out, "--sampling", "grid_sample"]) == 2
+    if kind == "raw":
+        return  # verify reads an imported bundle alike, whatever the file was
     capsys.readouterr()
     # A model of random weights finds nothing: nothing to lose, so that nothing passes.
     assert cli.run(["verify", out, "--max-drop", "100", "--threads", "1", "--json"]) == 3
@@ -238,7 +241,6 @@ def test_import_int8_lint_and_verify_by_the_command_line(kind, files, scenes, tm
     assert artifacts["onnx", "onnxruntime"]["drop"] == 0  # the same file, the same library
     assert artifacts["onnx", "onnxruntime"]["parity"]["matched"] in (None, 1.0)
     assert "an imported graph has no PyTorch model" in captured.err
-    assert cli.run(["export", out, "--sampling", "grid_sample"]) == 2
 
 
 # ---- what the file cannot say

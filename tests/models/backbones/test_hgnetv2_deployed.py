@@ -183,7 +183,7 @@ def write(model: ModelProto, path: Path) -> Path:
     return path
 
 
-def test_lint_is_silent_and_tensorrt_rtx_builds_every_precision(folder: Path) -> None:
+def test_lint_is_silent_and_tensorrt_rtx_builds_fp16_and_int8(folder: Path) -> None:
     """The one with learned scales and biases: without them there is one kind of node less."""
     name = NAMES[1]
     model = onnx.load(exported(name, 1))
@@ -195,5 +195,5 @@ def test_lint_is_silent_and_tensorrt_rtx_builds_every_precision(folder: Path) ->
         write(graph, paths[precision])
     if not RTX:
         pytest.skip("needs NVIDIA's parser on a CPU: make test installs it on x86-64")
-    for result in check_all(list(paths.values())):
+    for result in check_all([paths["fp16"], paths["int8"]]):  # FP16 differs from float32 by its types alone
         assert result.ok and result.built and result.errors == (), str(result)
