@@ -117,7 +117,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="a labeled image set, for ranges")
     parser.add_argument("--member", nargs="+", default=list(CONFIGS), choices=sorted(FAMILY))
     parser.add_argument("--pixels", type=int, default=640)
-    parser.add_argument("--images", type=int, default=4, help="calibration images")
+    parser.add_argument("--images", type=int, default=8, help="calibration images")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process instead of wall time")
