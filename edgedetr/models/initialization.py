@@ -59,6 +59,13 @@ def zero_box_init(*owners: nn.Module) -> None:
             nn.init.zeros_(box.bias)
 
 
+def two_stage_init(selector: nn.Module, heads: nn.Module) -> None:
+    """Both stages start with rare classes and boxes that stay; what predicts classes is Xavier-uniform (RT-DETR)."""
+    xavier(*head_outputs(selector, "score"), *head_outputs(heads, "score"))
+    prior_bias_init(selector, heads)
+    zero_box_init(selector, heads)
+
+
 def box_size_init(owner: nn.Module, logit: float) -> None:
     """The first box head starts with boxes of width and height sigmoid(logit); for references without a size."""
     nn.init.constant_(head_outputs(owner, "box")[0].bias[2:], logit)

@@ -34,6 +34,14 @@ RANGES: dict[str, Range] = {
 }
 
 
+def require_encoder_width(width: int, heads: int) -> None:
+    """Errors: ModelError for a width of a hybrid encoder that neither is 0 nor fits heads and positions."""
+    if width % heads or width % 4 or width < 0:
+        raise ModelError(
+            f"model.encoder_width is {width}; expected 0 (as model.hidden), or a multiple of 4 and of {heads} heads"
+        )
+
+
 @dataclass(frozen=True)
 class TransformerConfig(BackboneConfig):
     """A backbone and the width of the tokens after it; members extend it with their own fields."""

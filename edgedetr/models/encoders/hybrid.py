@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedetr.errors import ModelError
+from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.convolution import ConvNorm, RepVgg, SeparableConvNorm
+from edgedetr.layers.feedforward import FeedForward
 from edgedetr.layers.position import GridPosition
+from edgedetr.models.encoders.dense import EncoderLayer
 from edgedetr.models.records import Memory, flatten_maps
 
 
@@ -103,6 +106,21 @@ def d_fine_fusion(
 def elan_width(dim: int, expansion: float) -> int:
     """Channels inside a RepElan, rounded as the authors do: down to a whole number after halving."""
     return round(expansion * dim // 2)
+
+
+def layers_of_coarsest(
+    count: int, dim: int, heads: int, hidden: int, activation: str, dropout: float
+) -> list[nn.Module]:
+    """The layers of attention within the coarsest map.
+
+    hidden, activation  inside the feed-forward
+    """
+    return [
+        EncoderLayer(
+            MultiHeadAttention(dim, heads, dropout), FeedForward(dim, hidden, activation, dropout), dim, dropout
+        )
+        for _ in range(count)
+    ]
 
 
 class HybridEncoder(nn.Module):

@@ -17,26 +17,18 @@ from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.gate import Gate
 from edgedetr.layers.norm import Normalize
 from edgedetr.models.backbones.backbone import make_backbone
-from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
-from edgedetr.models.checkpoints.config_from_state_dict import Reader, StateDict, count_of, has, rows_of
+from edgedetr.models.checkpoints import author_names, hybrid_readers, transformers_keys, transformers_names
+from edgedetr.models.checkpoints.config_from_state_dict import StateDict, count_of, rows_of
 from edgedetr.models.checkpoints.rename_rules import Layout
 from edgedetr.models.checkpoints.transformers_keys import TransformersClass, levels_of_encoder
 from edgedetr.models.cross_attention import DeformableCrossAttention
 from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.distribution_boxes import DistributionBoxes
-from edgedetr.models.encoders.dense import EncoderLayer
-from edgedetr.models.encoders.hybrid import HybridEncoder, d_fine_fusion
-from edgedetr.models.initialization import (
-    HYBRID_INIT,
-    head_outputs,
-    prior_bias_init,
-    xavier,
-    xavier_rule,
-    zero_box_init,
-)
+from edgedetr.models.encoders.hybrid import HybridEncoder, d_fine_fusion, layers_of_coarsest
+from edgedetr.models.initialization import HYBRID_INIT, two_stage_init, xavier_rule
 from edgedetr.models.member import Member, PublishedResize, at
-from edgedetr.models.member_config import WIDTHS, TransformerConfig
+from edgedetr.models.member_config import WIDTHS, TransformerConfig, require_encoder_width
 from edgedetr.models.queries.two_stage import TopKQueries
 from edgedetr.options import LATER, Range
 
@@ -97,31 +89,22 @@ class DFineConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.points) != self.levels:
-            raise ModelError(
-                f"model.points has {len(self.points)} numbers; expected one for each of the {self.levels} levels"
-            )
-        if self.reg_max % 2:
-            raise ModelError(f"model.reg_max is {self.reg_max}; expected an even number, so that a bin means no step")
-        if self.encoder_width % self.heads or self.encoder_width % 4 or self.encoder_width < 0:
-            raise ModelError(
-                f"model.encoder_width is {self.encoder_width}; expected 0 (as model.hidden), or a "
-                f"multiple of 4 and of {self.heads} heads"
-            )
+        require_points_and_bins(self.points, self.levels, self.reg_max)
+        require_encoder_width(self.encoder_width, self.heads)
+
+
+def require_points_and_bins(points: tuple[int, ...], levels: int, reg_max: int) -> None:
+    """Errors: ModelError for another number of `points` than levels, or a number of bins without a middle."""
+    if len(points) != levels:
+        raise ModelError(f"model.points has {len(points)} numbers; expected one for each of the {levels} levels")
+    if reg_max % 2:
+        raise ModelError(f"model.reg_max is {reg_max}; expected an even number, so that a bin means no step")
 
 
 def d_fine(config: DFineConfig, num_classes: int) -> DetrModel:
     """The network of the paper's figure 2, with random weights."""
     c = config
     backbone, width = make_backbone(c, levels=(3, 4, 5)[-c.levels :]), c.encoder_width or c.hidden
-
-    def encoder_layer() -> nn.Module:
-        return EncoderLayer(
-            MultiHeadAttention(width, c.heads, c.dropout),
-            FeedForward(width, c.encoder_ffn, c.encoder_activation, c.dropout),
-            width,
-            c.dropout,
-        )
 
     def decoder_layer() -> nn.Module:
         return DecoderLayer(
@@ -137,7 +120,7 @@ def d_fine(config: DFineConfig, num_classes: int) -> DetrModel:
         backbone.channels,
         backbone.strides,
         width,
-        [encoder_layer() for _ in range(c.encoder_layers)],
+        layers_of_coarsest(c.encoder_layers, width, c.heads, c.encoder_ffn, c.encoder_activation, c.dropout),
         d_fine_fusion(width, c.expansion, c.fusion_blocks, c.conv_activation),
         None if width == c.hidden else c.hidden,
     )
@@ -152,20 +135,11 @@ def d_fine(config: DFineConfig, num_classes: int) -> DetrModel:
     detector = DetrModel(
         backbone, encoder, selector, Decoder(layers, heads, query_position=position), Normalize(c.mean, c.std)
     )
-    xavier(*head_outputs(selector, "score"), *head_outputs(heads, "score"))
-    prior_bias_init(selector, heads)
-    zero_box_init(selector, heads)
+    two_stage_init(selector, heads)
     return detector
 
 
-NORM = "decoder.layers.0.feedforward_norm.weight"
 _levels = count_of(r"encoder\.project\.(\d)\.")
-
-
-def _encoder_width(state: StateDict) -> int | None:
-    """Channels of the hybrid encoder where they are not those of the decoder; 0 where they are."""
-    encoder = state.rows("encoder.project.0.conv.weight")
-    return None if encoder is None else 0 if encoder == state.rows(NORM) else encoder
 
 
 def _expansion(state: StateDict) -> float | None:
@@ -184,16 +158,6 @@ def points_of(state: StateDict, levels: int | None) -> tuple[int, ...] | None:
         return DFineConfig.points
     each, left = divmod(total // state.heads, levels)
     return tuple(each + (level < left) for level in range(levels))
-
-
-def number_of(name: str) -> Reader:
-    """The only number of a tensor."""
-    return lambda state: round(float(state.weights[name]), 6) if state.has(name) else None
-
-
-def reg_max_of(state: StateDict) -> int | None:
-    rows = state.rows("decoder.boxes.box.0.layers.2.weight")
-    return None if rows is None else rows // 4 - 1
 
 
 MEMBER = Member(
@@ -218,19 +182,15 @@ MEMBER = Member(
         )
     },
     readers={
-        "hidden": rows_of(NORM),
+        "hidden": rows_of(hybrid_readers.NORM),
         "levels": _levels,
-        "encoder_layers": count_of(r"encoder\.attention\.(\d+)\."),
-        "encoder_ffn": rows_of("encoder.attention.0.feedforward.up.weight"),
-        "encoder_width": _encoder_width,
+        **hybrid_readers.ENCODER,
+        "encoder_width": hybrid_readers.encoder_width,
+        **hybrid_readers.DECODER,
+        **hybrid_readers.SIDES,
         "expansion": _expansion,
         "fusion_blocks": count_of(r"encoder\.top_down\.0\.first\.0\.blocks\.(\d+)\."),
-        "decoder_ffn": rows_of("decoder.layers.0.feedforward.up.weight"),
-        "learned_content": has("selector.content.weight"),
         "points": lambda state: points_of(state, _levels(state)),
-        "reg_max": reg_max_of,
-        "reg_scale": number_of("decoder.boxes.bins.scale"),
-        "reg_up": number_of("decoder.boxes.bins.up"),
     },
     unreadable=(
         "heads",

@@ -15,12 +15,12 @@ from torch import nn
 
 from edgedetr.errors import ModelError
 from edgedetr.layers.attention import MultiHeadAttention
-from edgedetr.layers.feedforward import FeedForward, GatedFeedForward, Mlp
+from edgedetr.layers.feedforward import GatedFeedForward, Mlp
 from edgedetr.layers.gate import Gate
 from edgedetr.layers.norm import Normalize, RmsNorm
 from edgedetr.models.backbones import dinov3
 from edgedetr.models.backbones.backbone import make_backbone
-from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
+from edgedetr.models.checkpoints import author_names, hybrid_readers, transformers_keys, transformers_names
 from edgedetr.models.checkpoints.config_from_state_dict import StateDict, count_of, has, rows_of
 from edgedetr.models.checkpoints.rename_rules import Layout
 from edgedetr.models.checkpoints.transformers_keys import TransformersClass, levels_of_deimv2
@@ -28,13 +28,12 @@ from edgedetr.models.cross_attention import DeformableCrossAttention
 from edgedetr.models.decoder import Decoder, DecoderLayer
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.distribution_boxes import DistributionBoxes
-from edgedetr.models.encoders.dense import EncoderLayer
-from edgedetr.models.encoders.hybrid import HybridEncoder, d_fine_fusion, elan_width
+from edgedetr.models.encoders.hybrid import HybridEncoder, d_fine_fusion, elan_width, layers_of_coarsest
 from edgedetr.models.encoders.lite import LiteEncoder
-from edgedetr.models.initialization import HYBRID_INIT, head_outputs, prior_bias_init, xavier, zero_box_init
+from edgedetr.models.initialization import HYBRID_INIT, two_stage_init
 from edgedetr.models.member import Member, PublishedResize, at
 from edgedetr.models.member_config import WIDTHS, TransformerConfig
-from edgedetr.models.members.d_fine import FARTHEST_POSITION, NORM, number_of, points_of, reg_max_of
+from edgedetr.models.members.d_fine import FARTHEST_POSITION, points_of, require_points_and_bins
 from edgedetr.models.queries.two_stage import TopKQueries
 from edgedetr.options import LATER, Range
 
@@ -99,12 +98,7 @@ class Deimv2Config(TransformerConfig):
         super().__post_init__()
         if self.lite and self.levels != 2:
             raise ModelError(f"model.levels is {self.levels}; the lite encoder (model.lite) makes 2")
-        if len(self.points) != self.levels:
-            raise ModelError(
-                f"model.points has {len(self.points)} numbers; expected one for each of the {self.levels} levels"
-            )
-        if self.reg_max % 2:
-            raise ModelError(f"model.reg_max is {self.reg_max}; expected an even number, so that a bin means no step")
+        require_points_and_bins(self.points, self.levels, self.reg_max)
 
 
 def deimv2(config: Deimv2Config, num_classes: int) -> DetrModel:
@@ -112,14 +106,6 @@ def deimv2(config: Deimv2Config, num_classes: int) -> DetrModel:
     c = config
     backbone = make_backbone(c, levels=(4,) if c.lite else (3, 4, 5)[-c.levels :])
     of_heads = "relu" if c.as_transformers else "silu"
-
-    def encoder_layer() -> nn.Module:
-        return EncoderLayer(
-            MultiHeadAttention(c.hidden, c.heads, c.dropout),
-            FeedForward(c.hidden, c.encoder_ffn, c.encoder_activation, c.dropout),
-            c.hidden,
-            c.dropout,
-        )
 
     def decoder_layer() -> nn.Module:
         return DecoderLayer(
@@ -141,7 +127,7 @@ def deimv2(config: Deimv2Config, num_classes: int) -> DetrModel:
             backbone.channels,
             backbone.strides,
             c.hidden,
-            [encoder_layer() for _ in range(c.encoder_layers)],
+            layers_of_coarsest(c.encoder_layers, c.hidden, c.heads, c.encoder_ffn, c.encoder_activation, c.dropout),
             d_fine_fusion(c.hidden, c.expansion, c.fusion_blocks, c.conv_activation, summed=True, smooth=c.smooth),
             None,
             project=c.backbone not in dinov3.NAMES,  # whose maps have the encoder's channels
@@ -156,9 +142,7 @@ def deimv2(config: Deimv2Config, num_classes: int) -> DetrModel:
     position = Mlp(4, c.hidden, c.hidden, 3, FARTHEST_POSITION, c.position_activation)
     decoder = Decoder(layers, heads, query_position=position, position_once=not c.as_transformers)
     detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
-    xavier(*head_outputs(selector, "score"), *head_outputs(heads, "score"))
-    prior_bias_init(selector, heads)
-    zero_box_init(selector, heads)
+    two_stage_init(selector, heads)
     return detector
 
 
@@ -181,7 +165,7 @@ def _encoder_layers(state: StateDict) -> int | None:
 def _expansion(state: StateDict) -> float | None:
     """Width inside the fusion blocks, twice as a fraction of C."""
     inside = state.rows(*(f"encoder.top_down{number}.first.0.deep.conv.weight" for number in (".0", "")))
-    width = state.rows(NORM)
+    width = state.rows(hybrid_readers.NORM)
     if not inside or not width:
         return None
     exact = 2 * inside / width
@@ -226,22 +210,20 @@ MEMBER = Member(
         )
     },
     readers={
-        "hidden": rows_of(NORM),
+        "hidden": rows_of(hybrid_readers.NORM),
         "lite": _lite,
         "levels": _levels,
+        **hybrid_readers.ENCODER,
         "encoder_layers": _encoder_layers,
-        "encoder_ffn": rows_of("encoder.attention.0.feedforward.up.weight"),
         "expansion": _expansion,
         "fusion_blocks": count_of(rf"{BLOCK}\.first\.0\.blocks\.(\d+)\."),
         "smooth": lambda state: state.count(rf"{BLOCK}\.first\.(1)\.") is not None,
+        **hybrid_readers.DECODER,
         "decoder_ffn": _decoder_ffn,
         "gate": has("decoder.layers.0.gate.weights.weight"),
         "shared_boxes": _shared_boxes,
-        "learned_content": has("selector.content.weight"),
         "points": _points,
-        "reg_max": reg_max_of,
-        "reg_scale": number_of("decoder.boxes.bins.scale"),
-        "reg_up": number_of("decoder.boxes.bins.up"),
+        **hybrid_readers.SIDES,
         "as_transformers": has("selector.project.weight"),
     },
     unreadable=("heads", "queries", "encoder_activation", "conv_activation", "position_activation", "method"),

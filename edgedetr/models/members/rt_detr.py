@@ -9,33 +9,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from torch import nn
-
 from edgedetr.errors import ModelError
-from edgedetr.layers.attention import MultiHeadAttention
 from edgedetr.layers.feedforward import FeedForward, Mlp
 from edgedetr.layers.norm import Normalize
 from edgedetr.models.backbones.backbone import make_backbone
 from edgedetr.models.box_heads import IterativeBoxes
-from edgedetr.models.checkpoints import author_names, transformers_keys, transformers_names
-from edgedetr.models.checkpoints.config_from_state_dict import StateDict, count_of, has, rows_of
+from edgedetr.models.checkpoints import author_names, hybrid_readers, transformers_keys, transformers_names
+from edgedetr.models.checkpoints.config_from_state_dict import StateDict, count_of
 from edgedetr.models.checkpoints.rename_rules import Layout
 from edgedetr.models.checkpoints.transformers_keys import TransformersClass, three_levels
 from edgedetr.models.cross_attention import DeformableCrossAttention
 from edgedetr.models.decoder import Decoder, deformable_decoder_layers
 from edgedetr.models.detector import DetrModel
-from edgedetr.models.encoders.dense import EncoderLayer
-from edgedetr.models.encoders.hybrid import HybridEncoder, rt_detr_fusion
-from edgedetr.models.initialization import (
-    HYBRID_INIT,
-    head_outputs,
-    prior_bias_init,
-    xavier,
-    xavier_rule,
-    zero_box_init,
-)
+from edgedetr.models.encoders.hybrid import HybridEncoder, layers_of_coarsest, rt_detr_fusion
+from edgedetr.models.initialization import HYBRID_INIT, two_stage_init, xavier_rule
 from edgedetr.models.member import Member, PublishedResize, at
-from edgedetr.models.member_config import WIDTHS, TransformerConfig
+from edgedetr.models.member_config import WIDTHS, TransformerConfig, require_encoder_width
 from edgedetr.models.queries.two_stage import TopKQueries
 from edgedetr.options import LATER, Range
 
@@ -89,11 +78,7 @@ class RtDetrConfig(TransformerConfig):
         super().__post_init__()
         if len(self.points) != 3:
             raise ModelError(f"model.points has {len(self.points)} numbers; expected one for each of C3, C4, C5")
-        if self.encoder_width % self.heads or self.encoder_width % 4 or self.encoder_width < 0:
-            raise ModelError(
-                f"model.encoder_width is {self.encoder_width}; expected 0 (as model.hidden), or a "
-                f"multiple of 4 and of {self.heads} heads"
-            )
+        require_encoder_width(self.encoder_width, self.heads)
         if self.version == 1 and (len(set(self.points)) > 1 or self.method != "default"):
             raise ModelError("model.version 1 samples equally many points per level, bilinearly; use version 2")
 
@@ -103,14 +88,6 @@ def rt_detr(config: RtDetrConfig, num_classes: int) -> DetrModel:
     c = config
     backbone, width = make_backbone(c, levels=(3, 4, 5)), c.encoder_width or c.hidden
 
-    def encoder_layer() -> nn.Module:
-        return EncoderLayer(
-            MultiHeadAttention(width, c.heads, c.dropout),
-            FeedForward(width, c.encoder_ffn, c.encoder_activation, c.dropout),
-            width,
-            c.dropout,
-        )
-
     def feedforward() -> FeedForward:
         return FeedForward(c.hidden, c.decoder_ffn, c.decoder_activation, c.dropout)
 
@@ -118,7 +95,7 @@ def rt_detr(config: RtDetrConfig, num_classes: int) -> DetrModel:
         backbone.channels,
         backbone.strides,
         width,
-        [encoder_layer() for _ in range(c.encoder_layers)],
+        layers_of_coarsest(c.encoder_layers, width, c.heads, c.encoder_ffn, c.encoder_activation, c.dropout),
         rt_detr_fusion(width, c.expansion, c.fusion_blocks, c.conv_activation),
         c.hidden,
     )
@@ -133,9 +110,7 @@ def rt_detr(config: RtDetrConfig, num_classes: int) -> DetrModel:
     position = Mlp(4, inside, c.hidden, c.position_layers, activation=c.head_activation)
     decoder = Decoder(layers, heads, query_position=position)
     detector = DetrModel(backbone, encoder, selector, decoder, Normalize(c.mean, c.std))
-    xavier(*head_outputs(selector, "score"), *head_outputs(heads, "score"))
-    prior_bias_init(selector, heads)
-    zero_box_init(selector, heads)
+    two_stage_init(selector, heads)
     return detector
 
 
@@ -143,12 +118,6 @@ def _expansion(state: StateDict) -> float | None:
     """Width of the fusion blocks, as a fraction of the encoder's."""
     inside, width = state.rows("encoder.top_down.0.deep.conv.weight"), state.rows("encoder.project.0.conv.weight")
     return inside / width if inside and width else None
-
-
-def _encoder_width(state: StateDict) -> int | None:
-    """Channels of the hybrid encoder where they are not those of the decoder; 0 where they are."""
-    encoder, decoder = state.rows("encoder.project.0.conv.weight"), state.rows("decoder.layers.0.cross_norm.weight")
-    return None if encoder is None else 0 if encoder == decoder else encoder
 
 
 def _points(state: StateDict) -> tuple[int, ...] | None:
@@ -178,13 +147,11 @@ MEMBER = Member(
         ),
     },
     readers={
-        "encoder_layers": count_of(r"encoder\.attention\.(\d+)\."),
-        "encoder_ffn": rows_of("encoder.attention.0.feedforward.up.weight"),
-        "encoder_width": _encoder_width,
+        **hybrid_readers.ENCODER,
+        "encoder_width": hybrid_readers.encoder_width,
+        **hybrid_readers.DECODER,
         "expansion": _expansion,
         "fusion_blocks": count_of(r"encoder\.top_down\.0\.blocks\.(\d+)\."),
-        "decoder_ffn": rows_of("decoder.layers.0.feedforward.up.weight"),
-        "learned_content": has("selector.content.weight"),
         "position_layers": count_of(r"decoder\.query_position\.layers\.(\d+)\."),
         "points": _points,
     },
