@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgedetr.evaluation.verdict import Verdict
     from edgedetr.exporting.serving_files import ServingFiles
     from edgedetr.progress import Progress, TrainingProgress
+    from edgedetr.quantization.search.search_report import SearchReport
     from edgedetr.quantization.sensitivity import SensitivityResult
     from edgedetr.recipe import Recipe
     from edgedetr.runtime.tensorrt.build import BuiltEngine
@@ -241,6 +242,7 @@ class ExportResult:
     engines_missing   why engines were asked for and cannot be built here; "" where nothing is missing
     serving           frame graphs, and files for Triton and DeepStream
     notes             what else the export decided, a sentence each
+    search            the search within a budget of AP; None where there was none
     """
 
     bundle: Bundle
@@ -248,6 +250,7 @@ class ExportResult:
     engines_missing: str
     serving: ServingFiles
     notes: tuple[str, ...] = ()
+    search: SearchReport | None = None
 
 
 def export(
@@ -260,6 +263,10 @@ def export(
     sampling: Literal["gather", "grid_sample"] | None = None,
     dynamic_batch: bool = False,
     quantizers: Iterable[str] = (),
+    max_drop: float | None = None,
+    target: str | None = None,
+    search_images: int | None = None,
+    threads: int | None = None,
     sets: Iterable[str] = (),
     frame: tuple[int, int] | None = None,
     triton: str | Path | None = None,
@@ -278,12 +285,18 @@ def export(
     dynamic_batch   leave the batch size open, for engines of several images
     quantizers      other quantizers whose INT8 of the same float graph and images is written beside ours, to be
                     measured: "modelopt", "onnxruntime", "nncf" (artifacts.QUANTIZERS has all); needs int8
+    max_drop        search for the fastest INT8 that is proved to lose at most so many points of AP, and write it as
+                    placement.json and the INT8 files; needs int8
+    target          what the search makes fast: "onnxruntime" (None), "openvino" or "tensorrt"
+    search_images   images that placements are compared on, beside those for calibration and verification; None = 64
+    threads         of one inference in the search; None = all cores
     sets            values of [quant] and [export], as `section.key=value`; they are written into the bundle's recipe
     frame           (height, width) in pixels: graphs for whole camera frames of this size too
     triton          folder of a Triton model repository to add the model to
     deepstream      folder to write a graph, labels and a configuration of nvinfer to
     progress        called with (step, done, total); None = silent
-    Errors: BundleError, ExportError, UsageError, RecipeError, DataError.
+    Errors: BundleError, ExportError, UsageError, RecipeError, DataError; NotWithinTolerance where no placement is
+    proved to be within max_drop: then no INT8 file is written.
     """
     from edgedetr.exporting.export import export as run
     from edgedetr.exporting.serving_files import write_serving_files
@@ -296,8 +309,32 @@ def export(
     if fp16 and sampling is None and not any(text.startswith("export.sampling=") for text in sets):
         sampling = "gather"
     chosen = settings(opened, sets) if sets else None  # a mistyped value is an error before anything is made
+    _check_search(int8, max_drop, target, search_images)
     by_policy = any(text.startswith("quant.policy=") for text in sets)
     placement, note = placement_of(opened, "quant.policy was given" if by_policy else "") if int8 else (None, "")
+    found = None
+    if max_drop is not None:
+        from edgedetr.exporting.budget import search_within
+
+        run(
+            opened,
+            sampling=sampling,
+            dynamic_batch=dynamic_batch,
+            config=chosen.export if chosen else None,
+            quant=chosen.quant if chosen else None,
+            progress=progress,
+        )
+        found = search_within(
+            opened,
+            max_drop,
+            target=target,
+            images=search_images,
+            calib=None if calib is None else Path(calib),
+            quant=chosen.quant if chosen else None,
+            threads=threads,
+            progress=progress,
+        )
+        placement, note = found.placement, found.sentence()
     run(
         opened,
         int8=int8,
@@ -316,7 +353,23 @@ def export(
     built, missing = _build_engines(opened, ("fp16", "int8") if int8 else ("fp16",), progress) if engines else ((), "")
     serving = write_serving_files(opened, fp16=fp16, int8=int8, frame=frame, triton=triton, deepstream=deepstream)
     opened.refresh()
-    return ExportResult(opened, built, missing, serving, (note,) if note else ())
+    return ExportResult(opened, built, missing, serving, (note,) if note else (), found)
+
+
+def _check_search(int8: bool, max_drop: float | None, target: str | None, search_images: int | None) -> None:
+    """Errors: UsageError for an unknown target, and for options of a search that have no effect."""
+    from edgedetr.artifacts import OPENVINO, ORT, TENSORRT
+    from edgedetr.runtime.arguments import check_word
+
+    if target is not None:
+        check_word(target, (ORT, OPENVINO, TENSORRT), "target")
+    if max_drop is not None and not int8:
+        raise UsageError("--max-drop is a budget for INT8; add --int8")
+    for name, value in (("--target", target), ("--search-images", search_images)):
+        if value is not None and max_drop is None:
+            raise UsageError(
+                f"{name} is for a search within a budget; add --max-drop POINTS, for example --max-drop 0.5"
+            )
 
 
 def _build_engines(

@@ -190,6 +190,14 @@ ARTIFACTS: tuple[Artifact, ...] = (
         "train",
         TRAIN,
     ),
+    SEARCH := Artifact(
+        "search",
+        "results/search.json",
+        "the search for the fastest INT8 within an accuracy budget: costs, front, every look",
+        "search",
+        EXPORT + " --int8 --max-drop POINTS",
+        made_from=(ONNX.file, REFERENCE.file),
+    ),
     VERDICT := Artifact("verdict", "results/verify.json", "the verdict on each graph", "verify", VERIFY),
     REPORT := Artifact("report", "report/index.html", "the report as one page", "report", "edgedetr report {path}"),
 )

@@ -267,6 +267,7 @@ HANDED_ON = {
     "training/fine_tuning.py:FineTuningDefaults schedule": "made by the package alone; TrainConfig checks what follows",
     "quantization/groups.py:Group kind": "made by groups_of alone",
     "quantization/search/sequential.py:LookResult outcome": "made by judge_look alone",
+    "quantization/search/search_report.py:SearchReport outcome": "made by the search alone",
     "models/member.py:Block ROLES": "Member checks the roles that its blocks declare",
     "models/backbones/backbone.py:BackboneConfig backbone_norm": "its members' configurations check all fields",
 }

@@ -8,7 +8,16 @@ from typing import Literal
 import click
 
 from edgedetr.artifacts import QUANTIZERS
-from edgedetr.cli._options import advanced_option, bundle_argument, command, expect, open_bundle, read_size, sets_option
+from edgedetr.cli._options import (
+    advanced_option,
+    bundle_argument,
+    command,
+    expect,
+    open_bundle,
+    read_size,
+    sets_option,
+    threads_option,
+)
 from edgedetr.cli._output import progress_bars, say, table
 from edgedetr.errors import PreparedNotFinished
 
@@ -24,6 +33,15 @@ from edgedetr.errors import PreparedNotFinished
     callback=expect("data"),
     help="Folder of calibration images.  [default: the training images]",
 )
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 100, min_open=True),
+    metavar="AP",
+    help="With --int8: search for the fastest INT8 that is proved to lose at most so many points of AP.",
+)
+@click.option("--target", metavar="[onnxruntime|openvino|tensorrt]", help="What to make fast.  [default: onnxruntime]")
+@advanced_option("--search-images", type=click.IntRange(8), help="Images to compare placements on.  [default: 64]")
+@threads_option
 @advanced_option(
     "--sampling",
     type=click.Choice(["gather", "grid_sample"]),
@@ -59,12 +77,19 @@ def export(
     sets: tuple[str, ...],
     dynamic_batch: bool,
     quantizers: tuple[str, ...],
+    max_drop: float | None,
+    target: str | None,
+    search_images: int | None,
+    threads: int | None,
     frame: tuple[int, int] | None,
     triton: Path | None,
     deepstream: Path | None,
     strict: bool,
 ) -> None:
     """Convert the model to ONNX in FP32, FP16 and INT8.
+
+    With --max-drop, layers go to INT8 as the budget allows: each is measured, and the fastest graph that is proved on
+    the verify images to keep the budget is written. Exit code 3 if none is.
 
     Engines are built on the device they run on. Where they cannot be built here, that is said; with --strict the exit
     code is then 4."""
@@ -80,12 +105,20 @@ def export(
             sampling=sampling,
             dynamic_batch=dynamic_batch,
             quantizers=quantizers,
+            max_drop=max_drop,
+            target=target,
+            search_images=search_images,
+            threads=threads,
             sets=sets,
             frame=frame,
             triton=triton,
             deepstream=deepstream,
             progress=progress,
         )
+    if result.search is not None:
+        from edgedetr.quantization.search.search_report import HEAD
+
+        table(HEAD, result.search.rows())
     for note in result.notes:
         say(note)
     for engine in result.engines:

@@ -73,7 +73,7 @@ def verify(
     pairs = candidates(bundle, verified_pairs(), artifacts, on_cpu or None) if on_cpu or not engines else []
     pairs = pairs if backends else without_saturating_int8(pairs)
     dataset = load_split(bundle, data)
-    reference = live(bundle, dataset) if live else _stored_reference(bundle, dataset)
+    reference = live(bundle, dataset) if live else stored_reference(bundle, dataset)
     metrics = evaluate(reference.truth, reference.detections, by_size=False)
     if metrics.ap is None:
         raise DataError(
@@ -141,7 +141,7 @@ def evaluate_artifact(
     return evaluate(dataset, found)
 
 
-def _stored_reference(bundle: Bundle, dataset: DetectionSet) -> Reference:
+def stored_reference(bundle: Bundle, dataset: DetectionSet) -> Reference:
     reference = Reference.load(bundle.require(REFERENCE.file))
     _require_same_images(reference, GroundTruth.of(dataset, digests=True), bundle)
     return reference

@@ -63,7 +63,7 @@ def export(
     bundle = Bundle.open(bundle)
     _check_quantizers(quantizers, int8)
     if config is None or quant is None:
-        recorded = _recipe(bundle)
+        recorded = recipe_settings(bundle)
         config, quant = config or recorded[0], quant or recorded[1]
     if (sampling == "grid_sample" or dynamic_batch) and is_imported(bundle):
         raise UsageError(
@@ -156,7 +156,7 @@ def _probes(manifest: Manifest, dataset: DetectionSet | None) -> np.ndarray:
     return np.concatenate([noise, prepare(images, manifest.input)[0]])
 
 
-def _recipe(bundle: Bundle) -> tuple[ExportConfig, QuantConfig]:
+def recipe_settings(bundle: Bundle) -> tuple[ExportConfig, QuantConfig]:
     """Export and quantization settings of the bundle's recipe; the defaults where it has none."""
     if RECIPE.file not in bundle.manifest.files:
         return ExportConfig(), QuantConfig()

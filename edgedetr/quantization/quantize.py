@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -155,23 +155,40 @@ def _write_int8(job: _Job, plan: QuantizationPlan, ranges: Ranges, target: Targe
     made_by = json.dumps({**about, "bias_correction": [IMAGES, PARTS]} if job.config.bias_correction else about)
     if _is_made_by(job.bundle, target.artifact.file, made_by):
         return
-    result = insert_qdq(job.graph, plan, ranges.amax, target)
+    passes = None
     if job.config.bias_correction:
         old = _is_made_by(job.bundle, target.artifact.file, _without_products(made_by))
         otherwise = f"{target.artifact.file} is kept, with its matrix products in float" if old else NOT_CORRECTED
         paths = _images_of(job.bundle, ranges, otherwise)
         if paths:
-            shifts = bias_shifts(job.graph, result, plan, _passes(job, paths, f"bias {target.name}"))
-            result = insert_qdq(job.graph, plan, ranges.amax, target, shifts)
+            passes = _passes(job, paths, f"bias {target.name}")
         elif old:
             return
         else:
             made_by = json.dumps(about)
-    result = runnable(result, target)
+    result = int8_graph(job.graph, plan, ranges.amax, target, passes)
     metadata = {**_metadata(result), MADE_BY: made_by, FLOAT_LAYERS: _by_reason(plan.float_layers)}
     if target.fp16:
         result, metadata[FLOAT32_NODES] = _convert_to_fp16(job, result)
     _add_graph(job.bundle, target.artifact, result, metadata, _placement_file(job))
+
+
+def int8_graph(
+    graph: GraphIndex,
+    plan: QuantizationPlan,
+    amax: Mapping[str, float],
+    target: Target,
+    batches: Callable[[], Iterable[np.ndarray]] | None = None,
+) -> ModelProto:
+    """The graph in INT8 for one target, float32 elsewhere, with corrected biases.
+
+    amax      {tensor: largest magnitude that INT8 represents}
+    batches   yields images as the graph takes them, once per call, to correct biases on; None = they stay as they are
+    """
+    result = insert_qdq(graph, plan, amax, target)
+    if batches is not None:
+        result = insert_qdq(graph, plan, amax, target, bias_shifts(graph, result, plan, batches))
+    return runnable(result, target)
 
 
 def _placement_file(job: _Job) -> tuple[str, ...]:

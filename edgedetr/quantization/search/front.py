@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix
 
 from edgedetr.errors import ExportError
 
-POINTS = 12  # at most, on one front
+POINTS = 10  # at most, on one front
 SECONDS = 30.0  # at most, for one point; a front of 200 groups takes a second
 # Relative to the largest value: the solver's own tolerance on constraints, so that a set which just fits is not lost.
 SLACK = 1e-9

@@ -25,7 +25,7 @@ misses 10 % with 128 images and 4 % with 400: few images cannot show what happen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from statistics import NormalDist
 from typing import Literal
@@ -77,13 +77,12 @@ class LookResult:
 class Certification:
     """accepted      position of the riskiest accepted graph; None = none was accepted
     looks         every look, in order
-    certifiable   the smallest budget that the last look at some graph would have passed, points: the least `upper`
-                  over the looks at all images; None where no graph reached that look
+    certifiable   the smallest budget that would have been certified, points: the least bound of all looks
     """
 
     accepted: int | None
     looks: tuple[LookResult, ...]
-    certifiable: float | None
+    certifiable: float
 
 
 def planned_looks(images: int, alpha: float, fractions: Sequence[float] = FRACTIONS) -> tuple[Look, ...]:
@@ -162,8 +161,13 @@ def certify(
     best = _last_accepted(range(start, candidates), lambda candidate: accepted(candidate, FIRST_SHARE))
     if best is None:
         best = _last_accepted(range(start), lambda candidate: accepted(candidate, 1 - FIRST_SHARE))
-    complete = [look.upper for look in looks if look.images == images]
-    return Certification(best, tuple(looks), min(complete) if complete else None)
+    if best is None and not any(look.images == images and look.candidate == 0 for look in looks):
+        # Nothing can be accepted any more; the safest on all images tells what could be certified.
+        last = planned_looks(images, alpha * (FIRST_SHARE if start == 0 else 1 - FIRST_SHARE))[-1]
+        looks.append(replace(judge_look(0, last, drops(0, images), budget, images), outcome="rejected"))
+        if seen is not None:
+            seen(looks[-1])
+    return Certification(best, tuple(looks), min(look.upper for look in looks))
 
 
 def judge_look(candidate: int, look: Look, drops: np.ndarray, budget: float, images: int) -> LookResult:

@@ -1,0 +1,363 @@
+"""`edgedetr export --int8 --max-drop B`: the fastest INT8 graph for a target whose loss of AP is proved to be within B.
+
+Costs and distances of single groups give a front of placements (front.py). Each of them is built as export builds it,
+timed against the float graph in turns, and compared with it on images for that purpose. Then the verify split decides,
+in the order of risk (sequential.py). Each result is kept in the bundle's folder search/, so that an interrupted search
+goes on, and a search for another budget only verifies.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+
+from edgedetr.artifacts import ONNX, PLACEMENT, REFERENCE, SEARCH
+from edgedetr.bundle import Bundle
+from edgedetr.errors import ExportError, UsageError, did_you_mean
+from edgedetr.evaluation.bootstrap import draw, resampled_ap, with_identity
+from edgedetr.evaluation.coco_metrics import evaluate
+from edgedetr.evaluation.config import VerifyConfig
+from edgedetr.evaluation.reference import GroundTruth
+from edgedetr.progress import Progress
+from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.placement import Placement
+from edgedetr.quantization.policy import load_policy
+from edgedetr.quantization.search import costs as costing
+from edgedetr.quantization.search.costs import Costs
+from edgedetr.quantization.search.front import front
+from edgedetr.quantization.search.image_sets import ImageSets, image_sets
+from edgedetr.quantization.search.search_report import Candidate, SearchReport
+from edgedetr.quantization.search.search_state import SearchState
+from edgedetr.quantization.search.sequential import LookResult, certify
+from edgedetr.quantization.search.workbench import TARGETS, Workbench, placement_key
+from edgedetr.runtime.latency import rotated
+from edgedetr.runtime.postprocess import Detections
+
+log = logging.getLogger(__name__)
+
+IMAGES = 64  # to compare placements on; their distances are means of smooth values, not AP
+ROUNDS, MOST_ROUNDS, STEADY = 20, 100, 0.01  # timing a candidate: until twice its error is below 1 % of the float time
+RANDOM = 4  # random placements that check whether distances of single groups add up
+EXPECTED_SHARE = 0.5  # verification begins at the fastest placement expected to lose no more of the budget than this
+CHUNK = 32  # verify images whose detections are kept together: an interruption repeats no more
+LEAST_AP = 1.0  # points; as for verify, a model below it has nothing to lose
+
+
+def search(
+    bundle: Bundle | str | Path,
+    *,
+    max_drop: float,
+    target: str = "onnxruntime",
+    images: int = IMAGES,
+    calib: Path | None = None,
+    config: QuantConfig | None = None,
+    verify: VerifyConfig | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> SearchReport:
+    """Search, and write results/search.json, and placement.json where a placement is faster and certified.
+
+    max_drop   points of AP that the graph may lose against PyTorch, with 95 % confidence
+    target     "onnxruntime", "openvino" or "tensorrt": which latency is minimized
+    images     to compare placements on: labeled, and neither for calibration nor for verification
+    calib      calibration images; None = those of the present ranges.json, or of the calibration split
+    threads    of one inference; None = all cores
+
+    Errors: UsageError, ExportError, BundleError, DataError.
+    """
+    bundle = Bundle.open(bundle)
+    if target not in TARGETS:
+        raise UsageError(f"target is {target!r}; expected one of {', '.join(TARGETS)}{did_you_mean(target, TARGETS)}")
+    if not 0 < max_drop <= 100:
+        raise UsageError(f"the budget is {max_drop:g}; expected points of AP, more than 0 and at most 100")
+    config, verify = config or QuantConfig(), verify or VerifyConfig.from_bundle(bundle)
+    sets = image_sets(bundle, config, calib, images, verify.seed)
+    policy = load_policy(config.policy)
+    state = SearchState(
+        bundle,
+        {
+            "model": bundle.manifest.files[ONNX.file].sha256,
+            "policy": policy.sha256(),
+            "settings": f"{config.observer_label} {config.cpu_weights} {config.bias_correction}",
+            "images": sets.digest(),
+        },
+    )
+    bench = Workbench(bundle, TARGETS[target], config, sets, state, threads=threads, progress=progress)
+    return _Search(bench, max_drop, verify).run()
+
+
+class _Search:
+    def __init__(self, bench: Workbench, budget: float, verify: VerifyConfig) -> None:
+        self.bench, self.budget, self.verify = bench, budget, verify
+        self.sets: ImageSets = bench.sets
+        truth, found = self.sets.reference.truth, self.sets.reference.detections
+        self.ap = evaluate(truth, found, by_size=False).ap or 0.0
+        if self.ap < max(LEAST_AP, budget):
+            raise ExportError(
+                f"{bench.bundle.path}: the model reaches AP {self.ap:.2f} on the verify split, so a budget of "
+                f"{budget:g} proves nothing; train it first, or give a smaller --max-drop"
+            )
+
+    def run(self) -> SearchReport:
+        bench = self.bench
+        costs = self._costs()
+        worth = [name for name in costs.worth_trying() if costs.groups[name].float_ms > 0]
+        distances = dict(zip(worth, self._distances([Placement((name,)) for name in worth])))
+        points = front(costs.choices(distances), [e for e in costs.edges if {e.first, e.second} <= distances.keys()])
+        candidates = [
+            Candidate(f"front {n + 1}", Placement(point.int8), point.gain, point.distance)
+            for n, point in enumerate(points)
+        ]
+        candidates.append(self._default(costs, distances))
+        candidates = [self._measured(candidate) for candidate in candidates]
+        report = SearchReport(
+            target=bench.target.name,
+            budget=self.budget,
+            images={
+                "calibration": len(self.sets.calibration.images),
+                "search": len(self.sets.search.digests),
+                "verify": len(self.sets.verify),
+            },
+            image_sets=self.sets.digest(),
+            reference_ap=self.ap,
+            costs=costs,
+            distances=distances,
+            rank_correlation=self._interaction(candidates, distances),
+            candidates=tuple(candidates),
+        )
+        order = in_order_of_risk([c for c in candidates if c.faster])
+        if not order:
+            return self._record(replace(report, outcome="float"))
+        start = expected_start(order, self.budget, self._slope(candidates))
+        found = certify(len(order), start, self.budget, self._drops(order), len(self.sets.verify), seen=self._tell)
+        named = tuple(order[i].name for i in range(len(order)))
+        report = replace(report, order=named, looks=found.looks, certifiable=found.certifiable, outcome="none")
+        if found.accepted is not None:
+            report = replace(report, outcome="accepted", accepted=order[found.accepted].name)
+        return self._record(report)
+
+    # ------------------------------------------------------------------------------------------ costs and distances
+
+    def _costs(self) -> Costs:
+        bench = self.bench
+        if not bench.target.here:
+            return costing.modelled_costs(bench.graph, bench.groups, bench.quantized_readers(), bench.target.name)
+
+        def make() -> dict[str, object]:
+            return costing.measured_costs(
+                bench.graph,
+                bench.groups,
+                bench.graph.model.SerializeToString(),
+                bench.model(bench.everything, corrected=False).SerializeToString(),
+                bench.quantized_readers(),
+                bench.target.backend,
+                bench.search_batches[0],
+                threads=bench.threads,
+                progress=bench.progress,
+            ).to_json()
+
+        return Costs.from_json(bench.state.value(["costs", bench.target.name, bench.threads], make))
+
+    def _distances(self, placements: Sequence[Placement]) -> list[float]:
+        """Mean distance of each placement's detections from the float graph's on the search images."""
+        bench, images = self.bench, len(self.sets.search.digests)
+
+        def about(placement: Placement) -> list[object]:
+            return ["distance", placement.sha256()]
+
+        missing = [placement for placement in placements if not bench.state.has(about(placement))]
+        parts: list[dict[int, float]] = [{} for _ in missing]
+
+        def report(number: int, image: int, distance: float) -> None:
+            parts[number][image] = distance
+            if len(parts[number]) == images:
+                values = [parts[number][i] for i in range(images)]
+                bench.state.value(about(missing[number]), lambda: values)
+
+        if missing:
+            bench.meter.measure(
+                missing, images, bench.search_batches.__getitem__, report=report, progress=bench.progress
+            )
+        return [float(np.mean(bench.state.value(about(one), list))) for one in placements]
+
+    def _default(self, costs: Costs, distances: dict[str, float]) -> Candidate:
+        """What the policy chooses, as one more candidate: the search must not end below it."""
+        placement = Placement.of_policy(self.bench.groups)
+        gain = sum(costs.groups[name].gain_ms for name in placement.int8)
+        chosen = set(placement.int8)
+        gain += sum(edge.penalty for edge in costs.edges if (edge.first in chosen) != (edge.second in chosen))
+        return Candidate("policy", placement, gain, sum(distances.get(name, 0.0) for name in placement.int8))
+
+    def _measured(self, candidate: Candidate) -> Candidate:
+        """A candidate with its latency, and with its distance and AP drop on the search images."""
+        bench = self.bench
+        key = placement_key(candidate.placement, bench.target.name)
+        times = bench.state.value(["latency", key, bench.threads], lambda: self._latency(candidate))
+        compared = bench.state.value(["compared", key], lambda: self._compared(candidate))
+        return replace(candidate, **times, **compared)
+
+    def _latency(self, candidate: Candidate) -> dict[str, float]:
+        """Milliseconds of the float graph and of the candidate, in turns, and the error of their difference."""
+        bench = self.bench
+        if not bench.target.here:  # predicted: the cost model's
+            return {"float_ms": 0.0, "int8_ms": candidate.predicted_ms, "error_ms": 0.0}
+        runners = [bench.open(bench.graph.model), bench.open_file(bench.candidate_graph(candidate.placement))]
+        batch = bench.search_batches[0]
+        # One thread: the time of the CPU, which other processes disturb less.
+        clock = time.process_time if bench.threads == 1 else time.perf_counter
+        times: list[list[float]] = [[], []]
+        for number in range(MOST_ROUNDS + 2):
+            for index in rotated((0, 1), number):
+                began = clock()
+                runners[index].run(batch)
+                if number >= 2:  # the first runs plan memory
+                    times[index].append(clock() - began)
+            if bench.progress:
+                bench.progress(f"time {candidate.name}", number + 1, MOST_ROUNDS + 2)
+            if number % ROUNDS == 1 and number > ROUNDS and 2 * _error(times) < STEADY * float(np.median(times[0])):
+                break
+        a, b = (np.asarray(values) for values in times)
+        middle = float(np.median(a))
+        return {
+            "float_ms": middle * 1e3,
+            "int8_ms": (middle + float(np.median(b - a))) * 1e3,
+            "error_ms": _error(times) * 1e3,
+        }
+
+    def _compared(self, candidate: Candidate) -> dict[str, float]:
+        """Distance from the float graph on the search images, and the AP lost against it there, points."""
+        bench = self.bench
+        outputs = bench.outputs(candidate.placement, f"compare {candidate.name}")
+        distances = bench.distances(outputs)
+        found = evaluate(self._search_truth, bench.search_detections(outputs), by_size=False).ap or 0.0
+        return {"distance": float(np.mean(distances)), "search_drop": self._float_ap - found}
+
+    @cached_property
+    def _search_truth(self) -> GroundTruth:
+        return GroundTruth.of(self.sets.search.dataset)
+
+    @cached_property
+    def _float_ap(self) -> float:
+        found = self.bench.search_detections(self.bench.float_outputs)
+        return evaluate(self._search_truth, found, by_size=False).ap or 0.0
+
+    def _interaction(self, candidates: Sequence[Candidate], distances: dict[str, float]) -> float | None:
+        """Rank correlation of summed and measured distances over the candidates and some random placements."""
+        if len(distances) < 2:
+            return None
+        rng = np.random.default_rng(0)
+        names = list(distances)
+        pairs = [(c.predicted_distance, c.distance) for c in candidates if c.distance is not None]
+        drawn = [tuple(name for name in names if rng.random() < 0.5) for _ in range(RANDOM)]
+        for chosen, measured in zip(drawn, self._distances([Placement(chosen) for chosen in drawn])):
+            pairs.append((sum(distances[name] for name in chosen), measured))
+        return rank_correlation(*zip(*pairs))
+
+    def _slope(self, candidates: Sequence[Candidate]) -> float:
+        """Points of AP per unit of distance: least squares through the origin over the candidates, at least 0."""
+        pairs = [(c.distance or 0.0, c.search_drop or 0.0) for c in candidates]
+        square = sum(d * d for d, _ in pairs)
+        return max(0.0, sum(d * drop for d, drop in pairs) / square) if square else 0.0
+
+    # ------------------------------------------------------------------------------------------------- verification
+
+    def _drops(self, order: Sequence[Candidate]) -> Callable[[int, int], np.ndarray]:
+        """What `certify` asks for: the resampled drops of a candidate on the first n verify images."""
+        truth = self.sets.reference.truth
+
+        @cache
+        def subset(n: int) -> tuple[GroundTruth, np.ndarray, np.ndarray]:
+            ids = [sample.image_id for sample in self.sets.verify[:n]]
+            part = truth.subset(ids)
+            counts = with_identity(draw(n, self.verify.bootstrap, self.verify.seed))
+            found = {i: self.sets.reference.detections[i] for i in ids}
+            return part, counts, resampled_ap(evaluate(part, found, by_size=False).matches, counts)
+
+        def drops(index: int, n: int) -> np.ndarray:
+            part, counts, reference = subset(n)
+            found = self._verified(order[index], n)
+            return reference - resampled_ap(evaluate(part, found, by_size=False).matches, counts)
+
+        return drops
+
+    def _verified(self, candidate: Candidate, n: int) -> dict[int, Detections]:
+        """Detections of a candidate on the first n verify images; what is kept is not computed again."""
+        bench = self.bench
+        key = placement_key(candidate.placement, bench.target.name)
+
+        @cache
+        def runner():  # type: ignore[no-untyped-def]
+            return bench.open_file(bench.candidate_graph(candidate.placement))
+
+        found: dict[int, Detections] = {}
+        for start in range(0, n, CHUNK):
+            chunk = self.sets.verify[start : start + CHUNK]
+
+            def make(chunk=chunk, start=start) -> dict[int, Detections]:  # type: ignore[no-untyped-def]
+                made = {}
+                for number, sample in enumerate(chunk):
+                    made[sample.image_id] = bench.detect(runner(), sample.path)
+                    if bench.progress:
+                        bench.progress(f"verify {candidate.name}", start + number + 1, len(self.sets.verify))
+                return made
+
+            classes = bench.bundle.manifest.classes
+            found |= bench.state.detections(["verify", key, start], classes, make)
+        return {sample.image_id: found[sample.image_id] for sample in self.sets.verify[:n]}
+
+    def _tell(self, look: LookResult) -> None:
+        seen = look.candidate, look.images, look.drop, look.upper, look.outcome
+        log.info("candidate %d, %d images: drop %.3f, bound %.3f: %s", *seen)
+
+    def _record(self, report: SearchReport) -> SearchReport:
+        bundle = self.bench.bundle
+        accepted = report.accepted_candidate
+        if accepted is not None:
+            with bundle.add(PLACEMENT.file, stage=PLACEMENT.step, made_from=PLACEMENT.made_from) as temporary:
+                accepted.placement.save(temporary)
+        with bundle.add(SEARCH.file, stage=SEARCH.step, made_from=(ONNX.file, REFERENCE.file)) as temporary:
+            report.save(temporary)
+        return report
+
+
+# ------------------------------------------------------------------------------------------------------------ decisions
+
+
+def in_order_of_risk(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates that are faster than every one with less distance, the least distance first."""
+    kept: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (c.distance or 0.0, c.int8_ms)):
+        if not kept or candidate.int8_ms < kept[-1].int8_ms:
+            kept.append(candidate)
+    return kept
+
+
+def expected_start(order: Sequence[Candidate], budget: float, slope: float) -> int:
+    """Position of the fastest candidate that is expected to lose at most EXPECTED_SHARE of the budget; 0 if none."""
+    fitting = [n for n, c in enumerate(order) if slope * (c.distance or 0.0) <= EXPECTED_SHARE * budget]
+    return max(fitting, default=0)
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Spearman's; None where one of them is constant."""
+    a, b = (_ranks(np.asarray(values, dtype=float)) for values in (one, other))
+    if a.std() == 0 or b.std() == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """[N] positions in ascending order; equal values share the mean of theirs."""
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[index]
+
+
+def _error(times: Sequence[Sequence[float]]) -> float:
+    """Standard error of the median difference of two candidates that were timed in turns, seconds."""
+    return costing.error_of_median(np.asarray(times[1]) - np.asarray(times[0]))

@@ -1,0 +1,221 @@
+"""What a search works with: the float graph and its groups, ranges for all of them, and the graphs of placements.
+
+A placement's graph is built as `edgedetr export --int8` builds it: the same plan, ranges, corrected biases and target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto
+
+from edgedetr.artifacts import INT8, INT8_CPU, ONNX, OPENVINO, ORT, TENSORRT, Artifact
+from edgedetr.bundle import Bundle
+from edgedetr.data.images import decode
+from edgedetr.evaluation.artifacts_run import SIMULATED_FP16
+from edgedetr.onnx_graph.fp16 import activation_absmax, convert_to_fp16
+from edgedetr.onnx_graph.fp16_simulation import simulate_fp16
+from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.progress import Progress
+from edgedetr.quantization import qdq
+from edgedetr.quantization.bias_correction import IMAGES
+from edgedetr.quantization.calibration import evenly_spaced, observe, share_pool_ranges
+from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.distance_meter import DistanceMeter
+from edgedetr.quantization.groups import Group, groups_of
+from edgedetr.quantization.matched_distance import distances
+from edgedetr.quantization.placement import Placement, RangesByObserver, observers_of, plan_for
+from edgedetr.quantization.policy import check_policy, load_policy
+from edgedetr.quantization.qdq import Target, quantized_tensors, split_concats, tensors_to_observe, weight_bits
+from edgedetr.quantization.quantize import ABSMAX_IMAGES, int8_graph, read_onnx
+from edgedetr.quantization.search.image_sets import ImageSets
+from edgedetr.quantization.search.search_state import SearchState
+from edgedetr.quantization.sensitivity import DIALECT
+from edgedetr.runtime.backends import base
+from edgedetr.runtime.backends.base import RawOutputs, Runner
+from edgedetr.runtime.backends.onnxruntime import OrtRunner
+from edgedetr.runtime.postprocess import Detections
+from edgedetr.runtime.postprocess import decode as decode_outputs
+from edgedetr.runtime.preprocess import prepare
+
+
+@dataclass(frozen=True)
+class SearchTarget:
+    """What a search minimizes the latency of.
+
+    name       as the user writes it
+    artifact   the INT8 file of the bundle that it runs
+    backend    which runs candidates here; TensorRT is simulated in ONNX Runtime
+    here       whether the latency can be measured on this machine
+    """
+
+    name: str
+    artifact: Artifact
+    backend: str
+    here: bool
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        SearchTarget(ORT, INT8_CPU, ORT, here=True),
+        SearchTarget(OPENVINO, INT8, OPENVINO, here=True),
+        SearchTarget(TENSORRT, INT8, ORT, here=False),
+    )
+}
+
+
+class Workbench:
+    """One bundle, one target, and what is computed once for all placements."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        target: SearchTarget,
+        config: QuantConfig,
+        sets: ImageSets,
+        state: SearchState,
+        *,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.bundle, self.target, self.config, self.sets, self.state = bundle, target, config, sets, state
+        self.threads, self.progress = threads, progress
+        model = split_concats(read_onnx(bundle.require(ONNX.file)))
+        self.policy = load_policy(config.policy)
+        check_policy(model, self.policy)
+        self.graph = GraphIndex(model)
+        self.groups: tuple[Group, ...] = groups_of(self.graph, self.policy)
+        cpu = replace(qdq.CPU, weight_bits=weight_bits(config.cpu_weights))
+        self.dialect: Target = cpu if target.artifact is INT8_CPU else qdq.TENSORRT
+        self.everything = Placement(tuple(group.id for group in self.groups))
+
+    @cached_property
+    def meter(self) -> DistanceMeter:
+        """Distances of placements with uncorrected biases, in the arithmetic of the pairs: one for all targets."""
+        activation = self.bundle.manifest.output.activation
+        return DistanceMeter(self.graph, self.policy, self.ranges, DIALECT, activation)
+
+    # ------------------------------------------------------------------------------------------------------- graphs
+
+    @cached_property
+    def ranges(self) -> RangesByObserver:
+        """Ranges of every tensor that any placement quantizes, observed on the calibration images."""
+        tensors = tensors_to_observe(self.graph, plan_for(self.graph, self.policy, self.everything))
+
+        def make() -> dict[str, float]:
+            paths = self.sets.calibration.paths
+            found = observe(self.graph.model, tensors, paths, self.bundle.manifest.input, self.progress)
+            return {n: h.amax(self.config.observer, self.config.observer_option) for n, h in found.items()}
+
+        label = self.config.observer_label
+        return RangesByObserver(label, {label: self.state.value(["ranges", label, *tensors], make)})
+
+    def model(self, placement: Placement, *, corrected: bool = True) -> ModelProto:
+        """The graph of a placement for the target. corrected: with corrected biases, as export writes it."""
+        if not placement.int8:
+            return self.graph.model
+        plan = plan_for(self.graph, self.policy, placement)
+        amax = self.ranges.resolved(observers_of(self.graph, self.policy, placement, plan))
+        batches = self._bias_batches if corrected and self.config.bias_correction else None
+        result = int8_graph(self.graph, plan, share_pool_ranges(self.graph.model, amax), self.dialect, batches)
+        if self.dialect.fp16 and corrected:
+            result = convert_to_fp16(result, self._absmax, self.policy.float32_nodes(result)).model
+        return result
+
+    @cached_property
+    def _absmax(self) -> Mapping[str, float]:
+        paths = evenly_spaced(self.sets.calibration.paths, ABSMAX_IMAGES)
+        return activation_absmax(self.graph, self._batches(paths))
+
+    def _bias_batches(self) -> Iterator[np.ndarray]:
+        return self._batches(evenly_spaced(self.sets.calibration.paths, IMAGES))
+
+    def _batches(self, paths: Iterable[Path]) -> Iterator[np.ndarray]:
+        for path in paths:
+            yield prepare([decode(path)], self.bundle.manifest.input)[0]
+
+    def quantized_readers(self) -> dict[str, list[str]]:
+        """{tensor that is quantized where every group is INT8: nodes that read it dequantized}."""
+        plan = plan_for(self.graph, self.policy, self.everything)
+        found = {}
+        for name, tensor in quantized_tensors(self.graph, plan, self.dialect).items():
+            readers = tensor.consumers
+            nodes = [consumer.node.name for consumer in self.graph.consumers[name]]
+            found[name] = nodes if readers is None else sorted({node for node, _ in readers})
+        return found
+
+    def candidate_graph(self, placement: Placement) -> Path:
+        """The graph of a placement as export writes it, built once."""
+        about = ["graph", placement_key(placement, self.target.name)]
+        return self.state.file(about, "onnx", lambda: self.model(placement).SerializeToString(deterministic=True))
+
+    # ------------------------------------------------------------------------------------------------------ running
+
+    def open(self, model: ModelProto) -> Runner:
+        """A graph on the target's backend, as `edgedetr verify` runs it; FP16 is simulated where a CPU runs it."""
+        with tempfile.TemporaryDirectory(prefix="edgedetr-") as folder:
+            path = Path(folder) / ONNX.file
+            path.write_bytes(model.SerializeToString())
+            return self.open_file(path)
+
+    def open_file(self, path: Path) -> Runner:
+        simulated = self.target.artifact.id in SIMULATED_FP16 and base.get(self.target.backend).is_reference
+        if simulated:
+            return OrtRunner(simulate_fp16(path), threads=self.threads, optimize=False)
+        return base.get(self.target.backend).open(path, threads=self.threads)
+
+    @cached_property
+    def search_batches(self) -> list[np.ndarray]:
+        """The search images as the graph takes them, [1, 3, H, W] each."""
+        return list(self._batches(sample.path for sample in self.sets.search.dataset.samples))
+
+    @cached_property
+    def float_outputs(self) -> list[RawOutputs]:
+        """What the float graph gives on the search images."""
+        runner = self.open(self.graph.model)
+        return [runner.run(batch) for batch in self.search_batches]
+
+    def outputs(self, placement: Placement, what: str) -> list[RawOutputs]:
+        """What the graph of a placement, as export writes it, gives on the search images. what: for the progress."""
+        runner = self.open_file(self.candidate_graph(placement))
+        found = []
+        for number, batch in enumerate(self.search_batches):
+            found.append(runner.run(batch))
+            if self.progress:
+                self.progress(what, number + 1, len(self.search_batches))
+        return found
+
+    def distances(self, outputs: Sequence[RawOutputs]) -> list[float]:
+        """[I] distance of outputs on the search images from the float graph's (quantization/matched_distance.py)."""
+        activation = self.bundle.manifest.output.activation
+        pairs = zip(self.float_outputs, outputs)
+        return [float(distances(a, b, activation, by_identity=self.meter.by_identity)[0]) for a, b in pairs]
+
+    def search_detections(self, outputs: Sequence[RawOutputs]) -> dict[int, Detections]:
+        """Detections on the search images, by image id."""
+        found = {}
+        for sample, raw in zip(self.sets.search.dataset.samples, outputs):
+            found[sample.image_id] = self._decode(raw, sample.path)
+        return found
+
+    def detect(self, runner: Runner, path: Path) -> Detections:
+        batch, geometry = prepare([decode(path)], self.bundle.manifest.input)
+        manifest = self.bundle.manifest
+        return decode_outputs(runner.run(batch), geometry, manifest.classes, manifest.output)[0]
+
+    def _decode(self, raw: RawOutputs, path: Path) -> Detections:
+        manifest = self.bundle.manifest
+        geometry = prepare([decode(path)], manifest.input)[1]
+        return decode_outputs(raw, geometry, manifest.classes, manifest.output)[0]
+
+
+def placement_key(placement: Placement, target: str) -> str:
+    """A short name of a placement on a target, equal for equal values."""
+    return hashlib.sha256(f"{target} {placement.sha256()}".encode()).hexdigest()[:16]
