@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
 from edgedetr.bundle import InputContract
+from edgedetr.data.layouts import load
 from edgedetr.errors import ExportError
-from edgedetr.quantization.calibration import Training, calibrate
+from edgedetr.quantization.calibration import Training, calibrate, evenly_spaced
 from edgedetr.quantization.calibration_checks import clipped_tensors, compare_images, moved_ranges
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import Histogram
@@ -133,3 +135,33 @@ def test_infinity_names_the_tensor_and_the_image(tmp_path, rng):
     Image.fromarray(np.full((16, 16, 3), 9, np.uint8)).save(paths[5])  # without contrast: 1 / 0
     with pytest.raises(ExportError, match=r"'inverse' holds NaN or infinity on the calibration image '05.png'"):
         calibrate(graph(), ["contrast", "inverse"], paths, InputContract(16, 16), QuantConfig())
+
+
+def convolutions() -> tuple[ModelProto, list[str]]:
+    """images [1, 3, 64, 64] -> four convolutions with random weights, each with ReLU; and the names of its tensors."""
+    rng = np.random.default_rng(0)
+    channels = (3, 8, 16, 16, 16)
+    constants = [numpy_helper.from_array(np.float32(255), "white")]
+    nodes = [helper.make_node("Div", ["images", "white"], ["x0"])]
+    for n, (before, after) in enumerate(pairwise(channels)):
+        weight = rng.normal(0, np.sqrt(2 / (9 * before)), (after, before, 3, 3)).astype(np.float32)
+        constants.append(numpy_helper.from_array(weight, f"w{n}"))
+        nodes.append(helper.make_node("Conv", [f"x{n}", f"w{n}"], [f"c{n}"], strides=[2, 2], pads=[1] * 4))
+        nodes.append(helper.make_node("Relu", [f"c{n}"], [f"x{n + 1}"]))
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 64, 64])
+    last = helper.make_tensor_value_info("x4", TensorProto.FLOAT, [1, 16, 4, 4])
+    body = helper.make_graph(nodes, "g", [images], [last], constants)
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model, [f"{kind}{n}" for n in range(4) for kind in "xc"] + ["x4"]
+
+
+def test_real_pictures_are_of_the_kind_of_their_own_set_and_cards_are_not_of_that_of_cells(shared_data, caplog):
+    def said_of(calibrated: str, split: str, trained: str) -> str:
+        caplog.clear()
+        paths = evenly_spaced([s.path for s in load(shared_data / calibrated, split).samples], 24)
+        own = evenly_spaced([s.path for s in load(shared_data / trained, "train").samples], 24)
+        calibrate(*convolutions(), paths, InputContract(64, 64), QuantConfig(), training=Training(tuple(own), trained))
+        return caplog.text
+
+    assert "another kind" not in said_of("bccd", "test", "bccd") + said_of("cards", "test", "cards")
+    assert "of another kind than the training images of bccd" in said_of("cards", "train", "bccd")
