@@ -47,6 +47,7 @@ class GraphSession:
     threads    None = one per core
     spin       whether threads wait busily for the next run
     integers   False: Q/DQ pairs are computed as written, in float arithmetic, while the rest is optimized
+    lean       less memory, a little slower: nodes run in the order of the graph
     fix        what the user can do where the graph cannot be loaded or run
     """
 
@@ -59,6 +60,7 @@ class GraphSession:
         threads: int | None = None,
         spin: bool = True,
         integers: bool = True,
+        lean: bool = False,
         fix: str = EXPORT_AGAIN,
     ) -> None:
         one_of("optimize", optimize, (False, "basic", True))
@@ -66,7 +68,14 @@ class GraphSession:
         self.fix = fix
         data = with_outputs(model, self.outputs).SerializeToString()
         self._session = plain_session(
-            data, optimize=optimize, threads=threads, spin=spin, integers=integers, error=ExportError, fix=fix
+            data,
+            optimize=optimize,
+            threads=threads,
+            spin=spin,
+            integers=integers,
+            lean=lean,
+            error=ExportError,
+            fix=fix,
         )
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

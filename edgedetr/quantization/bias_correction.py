@@ -58,7 +58,7 @@ def _mean_outputs(
 ) -> dict[str, np.ndarray]:
     """{layer: [O] float32, mean of its output over the images}; outputs: {layer: name of an output}."""
     # Without optimizations: Q/DQ in float arithmetic, as the graph is written, on every CPU.
-    session = GraphSession(model, list(outputs.values()))
+    session = GraphSession(model, list(outputs.values()), lean=True)
     sums = {layer: np.zeros(0) for layer in outputs}
     count = 0
     for batch in batches:
@@ -81,9 +81,17 @@ def _joint_model(
     layers = {layer.node: layer for layer in part}
     made = {name for node in quantized.graph.node for name in node.output}
     constants = {item.name: item for item in (*graph.model.graph.initializer, *quantized.graph.initializer)}
-    nodes = [NodeProto.FromString(node.SerializeToString()) for node in graph.nodes]
+    exact = [NodeProto.FromString(node.SerializeToString()) for node in graph.nodes]
+    place = {node.name: number for number, node in enumerate(exact)}
+    nodes: list[NodeProto] = []
+    taken = (
+        0  # of `exact`: each comes just before its quantized form, so that its output goes as soon as it is compared
+    )
     outputs: dict[str, str] = {}
     for source in quantized.graph.node:
+        upto = max(taken, place.get(source.name, -1) + 1)
+        nodes += exact[taken:upto]
+        taken = upto
         node = NodeProto.FromString(source.SerializeToString())
         node.name = INT8_PREFIX + source.name
         for names in (node.input, node.output):
@@ -101,6 +109,7 @@ def _joint_model(
             shift = known[source.name].reshape(-1, *[1] * trailing)
             constants[f"{corrected}/shift"] = numpy_helper.from_array(shift, f"{corrected}/shift")
             nodes.append(helper.make_node("Add", [f"{corrected}/raw", f"{corrected}/shift"], [corrected]))
+    nodes += exact[taken:]
     return _model_of(graph.model, nodes, constants, list(outputs.values())), outputs
 
 

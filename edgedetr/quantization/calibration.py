@@ -508,7 +508,7 @@ def observe(
     """
     observed = [name for name in tensors if name != "images"]
     outputs = dict.fromkeys([*(item.name for item in model.graph.output), *observed])
-    session = GraphSession(model, list(outputs), optimize=True)
+    session = GraphSession(model, list(outputs), optimize=True, lean=True)
     histograms = {name: Histogram(name) for name in tensors}
     for done, path in enumerate(paths):
         if progress:
@@ -519,6 +519,7 @@ def observe(
         values = session.run({"images": batch})
         for name in observed:
             histograms[name].observe(values[name], f"the calibration image {shown(path.name)}")
+        values.clear()  # before the next image, whose tensors are as large
     if progress:
         progress("calibrate", len(paths), len(paths))
     return histograms

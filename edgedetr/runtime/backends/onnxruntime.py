@@ -141,6 +141,7 @@ def plain_session(
     threads: int | None = None,
     spin: bool = True,
     integers: bool = True,
+    lean: bool = False,
     error: type[EdgedetrError] = BundleError,
     fix: str = WRITE_AGAIN,
 ) -> Any:
@@ -149,6 +150,8 @@ def plain_session(
     optimize   True: all optimizations; "basic": the quick ones; False: every node runs as written
     spin       whether threads spin between runs
     integers   False: Q/DQ pairs stay as they are written, and are computed in float arithmetic
+    lean       less memory, a little slower: nodes run in the order of the graph, each tensor goes once its readers
+               have run, and memory goes back after each run
     error      raised for external weights, and where ONNX Runtime rejects the graph, with `fix` at the end
     """
     onnxruntime = library()
@@ -162,6 +165,9 @@ def plain_session(
         False: levels.ORT_DISABLE_ALL,
         "basic": levels.ORT_ENABLE_BASIC,
     }[optimize]
+    if lean:
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = False
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not integers:
