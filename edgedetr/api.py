@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgedetr.evaluation.verdict import Verdict
     from edgedetr.exporting.serving_files import ServingFiles
     from edgedetr.progress import Progress, TrainingProgress
+    from edgedetr.quantization.localize import Localization
     from edgedetr.quantization.search.search_report import SearchReport
     from edgedetr.quantization.sensitivity import SensitivityResult
     from edgedetr.recipe import Recipe
@@ -267,6 +268,7 @@ def export(
     target: str | None = None,
     search_images: int | None = None,
     threads: int | None = None,
+    cures: Iterable[str] = (),
     sets: Iterable[str] = (),
     frame: tuple[int, int] | None = None,
     triton: str | Path | None = None,
@@ -290,6 +292,8 @@ def export(
     target          what the search makes fast: "onnxruntime" (None), "openvino" or "tensorrt"
     search_images   images that placements are compared on, beside those for calibration and verification; None = 64
     threads         of one inference in the search; None = all cores
+    cures           known patterns whose layers stay float (calib/patterns/known.toml), added to the policy: as
+                    quant.policy="default+NAME" in `sets`; needs int8
     sets            values of [quant] and [export], as `section.key=value`; they are written into the bundle's recipe
     frame           (height, width) in pixels: graphs for whole camera frames of this size too
     triton          folder of a Triton model repository to add the model to
@@ -300,12 +304,18 @@ def export(
     """
     from edgedetr.exporting.export import export as run
     from edgedetr.exporting.serving_files import write_serving_files
-    from edgedetr.exporting.settings import record, settings
+    from edgedetr.exporting.settings import record, settings, with_cures
     from edgedetr.quantization.placement import placement_of
 
     opened, sets, fp16 = Bundle.open(bundle), tuple(sets), fp16 or engines
     if calib is not None and not (int8 or fp16):
         raise UsageError("--calib names images for FP16 and INT8; add --int8, --fp16 or --trt")
+    if cures := tuple(cures):
+        if not int8:
+            raise UsageError("--cure changes which layers are INT8; add --int8")
+        if max_drop is not None:
+            raise UsageError("--cure and --max-drop both choose which layers are INT8; give one of them")
+        sets = (*sets, with_cures(opened, sets, cures))
     if fp16 and sampling is None and not any(text.startswith("export.sampling=") for text in sets):
         sampling = "gather"
     chosen = settings(opened, sets) if sets else None  # a mistyped value is an error before anything is made
@@ -424,6 +434,27 @@ def verify(
         config=config or VerifyConfig.from_bundle(opened),
         progress=progress,
     )
+
+
+def localize(
+    bundle: Bundle | str | Path,
+    *,
+    data: str | Path | None = None,
+    backends: Collection[str] | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Localization:
+    """Find where INT8 goes wrong: tensors that their own Q/DQ pairs damage, and nodes that a library computes wrongly.
+
+    data       folder of the data set; None = the one that the bundle records. Its first verify images are used
+    backends   only these libraries; None = those that run here
+    threads    CPU threads of one inference; None = all cores
+    progress   called with (step, done, total); None = silent
+    Errors: BundleError, DataError, UsageError, MissingDependency.
+    """
+    from edgedetr.quantization.localize import localize as run
+
+    return run(Bundle.open(bundle), data=data, backends=backends, threads=threads, progress=progress)
 
 
 def _live_reference(progress: Progress | None) -> Callable[[Bundle, DetectionSet], Reference]:

@@ -1,6 +1,6 @@
-"""Finds the data files of the package: recipes and quantization policies.
+"""Finds the data files of the package: recipes, quantization policies and known patterns of faults.
 
-In a checkout they are in `recipes/` and `calib/policy/` at the top; in the wheel they are inside the package.
+In a checkout they are in `recipes/` and `calib/` at the top; in the wheel they are inside the package.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ def recipes_directory() -> Path:
 def policies_directory() -> Path:
     """The folder of shipped quantization policies, *.toml."""
     return _find("_policy", "calib/policy")
+
+
+def patterns_file() -> Path:
+    """The known patterns at which INT8 goes wrong."""
+    return _find("_patterns", "calib/patterns") / "known.toml"
 
 
 def _find(installed: str, checkout: str) -> Path:

@@ -59,6 +59,13 @@ from edgedetr.errors import PreparedNotFinished
     f"One of {', '.join(QUANTIZERS)}.",
 )
 @advanced_option(
+    "--cure",
+    "cures",
+    multiple=True,
+    metavar="NAME",
+    help="With --int8: keep the layers of a known pattern float, as `verify --localize` advises; repeatable.",
+)
+@advanced_option(
     "--frame",
     metavar="HxW",
     callback=read_size,
@@ -81,6 +88,7 @@ def export(
     target: str | None,
     search_images: int | None,
     threads: int | None,
+    cures: tuple[str, ...],
     frame: tuple[int, int] | None,
     triton: Path | None,
     deepstream: Path | None,
@@ -109,6 +117,7 @@ def export(
             target=target,
             search_images=search_images,
             threads=threads,
+            cures=cures,
             sets=sets,
             frame=frame,
             triton=triton,

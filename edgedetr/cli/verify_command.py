@@ -22,6 +22,7 @@ from edgedetr.errors import NotWithinTolerance
 
 if TYPE_CHECKING:
     from edgedetr.evaluation.verdict import DeviceVerdict, Verdict
+    from edgedetr.quantization.localize import Localization
 
 
 @command()
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
     help="Largest accepted loss of AP, in points of 0 to 100.  [default: the bundle's]",
 )
 @advanced_option("--live", is_flag=True, help="Run the PyTorch model again instead of reading its recorded detections.")
+@click.option(
+    "--localize",
+    is_flag=True,
+    help="Say where INT8 goes wrong: the first bad node of each file and library, what is known of it, and the cure.",
+)
 @advanced_option(
     "--backend",
     "backends",
@@ -48,6 +54,7 @@ def verify(
     data: Path | None,
     max_drop: float | None,
     live: bool,
+    localize: bool,
     backends: tuple[str, ...],
     threads: int | None,
     as_json_: bool,
@@ -61,9 +68,10 @@ def verify(
     Exit code 3 if we cannot prove that every file loses at most --max-drop."""
     import edgedetr
 
+    opened = open_bundle(bundle)
     with progress_bars() as progress:
         verdict = edgedetr.verify(
-            open_bundle(bundle),
+            opened,
             data=data,
             max_drop=max_drop,
             live=live,
@@ -71,13 +79,20 @@ def verify(
             threads=threads,
             progress=progress,
         )
+        found = None
+        if localize:
+            from edgedetr.api import localize as search
+
+            found = search(opened, data=data, backends=backends or None, threads=threads, progress=progress)
     from edgedetr.evaluation.verdict import DeviceVerdict
 
     show_verdict(verdict)
     if isinstance(verdict, DeviceVerdict):
         show_engines(verdict)
+    if found is not None:
+        show_localization(found)
     if as_json_:
-        as_json(verdict.to_json())
+        as_json({**verdict.to_json(), **({"localized": found.to_json()} if found else {})})
     return 0 if verdict.passed else NotWithinTolerance.exit_code
 
 
@@ -103,6 +118,14 @@ def show_engines(verdict: DeviceVerdict) -> None:
         [[e.engine, _percent(e.precision_fraction), e.reformats, _percent(e.rows_matched)] for e in verdict.engines],
     )
     say(f"recommended: {verdict.recommended or 'none of them'}")
+
+
+def show_localization(found: Localization) -> None:
+    """What was looked at, and each node at which INT8 goes wrong."""
+    for line in found.checked:
+        say(line)
+    for finding in found.findings:
+        say(str(finding), fg="yellow")
 
 
 def _percent(fraction: float | None) -> str | None:

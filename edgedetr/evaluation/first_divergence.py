@@ -44,28 +44,47 @@ class Divergence:
 
 
 def find_first_divergence(
-    model: str | Path, backend: str, images: np.ndarray, *, floor: float = SQNR_FLOOR, threads: int | None = None
+    model: str | Path,
+    backend: str,
+    images: np.ndarray,
+    *,
+    floor: float = SQNR_FLOOR,
+    threads: int | None = None,
+    until_selection: bool = False,
 ) -> Divergence | None:
     """The first node at which `backend` differs from the reference run, or None where logits and boxes agree.
 
     model    an ONNX file
     backend  the name of a backend that can read tensors; ONNX Runtime is compared with optimized kernels
     images   [B, 3, H, W] float32, a few preprocessed images
+    until_selection   compare nothing that depends on a TopK: where two scores are nearly equal, rounding may exchange
+                      two queries, and each later tensor differs without a fault
     """
     tensors = base.get(backend).tensors
     if tensors is None:
         able = ", ".join(known.name for known in base.backends() if known.tensors is not None)
         raise UsageError(f"backend is {backend!r}, which cannot read tensors inside a graph; expected one of {able}")
-    return search(Path(model), lambda m, x, n: tensors(m, x, n, threads=threads), images, floor=floor, threads=threads)
+
+    def run(model: bytes, images: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+        return tensors(model, images, names, threads=threads)
+
+    return search(Path(model), run, images, floor=floor, threads=threads, until_selection=until_selection)
 
 
 def search(
-    model: Path, run: Tensors, images: np.ndarray, *, floor: float = SQNR_FLOOR, threads: int | None = None
+    model: Path,
+    run: Tensors,
+    images: np.ndarray,
+    *,
+    floor: float = SQNR_FLOOR,
+    threads: int | None = None,
+    until_selection: bool = False,
 ) -> Divergence | None:
     """As find_first_divergence, for any function that runs a serialized model and returns named tensors."""
     graph = _Graph(model, run, images, threads)
-    graph.measure(graph.outputs)
-    bad = next((name for name in graph.outputs if graph.sqnr[name] < floor), None)
+    ends = graph.until_selection() if until_selection else graph.outputs
+    graph.measure(ends)
+    bad = next((name for name in ends if graph.sqnr[name] < floor), None)
     if bad is None:
         return None
     while True:
@@ -121,6 +140,16 @@ class _Graph:
             else:
                 waiting.extend(self.producer[current].input)
         return list(found)
+
+    def until_selection(self) -> list[str]:
+        """The last float tensors that depend on no TopK; the outputs where there is none."""
+        behind: set[str] = set()
+        ends: dict[str, None] = {}
+        for node in self.model.graph.node:
+            if node.op_type == "TopK" or any(name in behind for name in node.input):
+                behind.update(node.output)
+                ends.update(dict.fromkeys(name for name in node.input if name in self.order and name not in behind))
+        return [*ends, *(name for name in self.outputs if name not in behind)]
 
     def ancestors(self, name: str) -> list[str]:
         """All float tensors that `name` depends on, in the order of the graph."""

@@ -9,6 +9,7 @@ from edgedetr.artifacts import RECIPE
 from edgedetr.bundle import Bundle
 from edgedetr.errors import UsageError
 from edgedetr.exporting.reference_run import is_imported
+from edgedetr.quantization.policy import CURE, without_cures
 from edgedetr.recipe import Recipe
 
 SECTIONS = ("quant", "export")  # what an export can change; the rest is in the weights, or verify's
@@ -51,3 +52,11 @@ def record(bundle: Bundle, recipe: Recipe) -> None:
     entry = bundle.manifest.files.get(RECIPE.file)
     whole = entry is not None and entry.stage != "export"
     recipe.to_bundle(bundle, stage=entry.stage if entry else "export", sections=None if whole else SECTIONS)
+
+
+def with_cures(bundle: Bundle, sets: Sequence[str], cures: Sequence[str]) -> str:
+    """The setting that adds the cures of known patterns to the policy that the bundle's recipe and `sets` name."""
+    policy = settings(bundle, sets).quant.policy
+    base = without_cures(policy)
+    names = dict.fromkeys([*policy[len(base) :].split(CURE), *cures])
+    return f"quant.policy={CURE.join([base, *filter(None, names)])}"

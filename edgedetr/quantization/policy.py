@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from onnx import ModelProto, NodeProto
 from edgedetr.errors import ExportError, did_you_mean
 from edgedetr.onnx_graph.hardware_limits import SMALLEST_INT8_CHANNELS, SMALLEST_INT8_PRODUCT, is_narrow
 from edgedetr.onnx_graph.index import GraphIndex, int_attribute
-from edgedetr.package_data import policies_directory
+from edgedetr.package_data import patterns_file, policies_directory
 from edgedetr.printable import shown
 from edgedetr.storage.reading import read_toml
 
@@ -211,8 +211,40 @@ class QuantizationPlan:
     products: tuple[Product, ...] = ()
 
 
+CURE = "+"  # between a policy and the cures of known patterns that are added to it: "default+openvino-concat"
+
+
 def load_policy(name_or_path: str | Path) -> Policy:
-    """A shipped policy by name, or a TOML file. Errors: ExportError, also for unknown keys."""
+    """A shipped policy by name, or a TOML file; with "+NAME" the cure of a known pattern is added to its rules.
+
+    Errors: ExportError, also for unknown keys, and for a pattern without a cure that export can apply.
+    """
+    base = without_cures(name_or_path)
+    policy = _load_policy(base)
+    for cure in filter(None, str(name_or_path)[len(base) :].split(CURE)):
+        name, rules = f"{policy.name}{CURE}{cure}", (*policy.float_rules, *_cure(cure))
+        policy = replace(policy, name=name, float_rules=rules)
+    return policy
+
+
+def without_cures(name_or_path: str | Path) -> str:
+    """The policy to which cures are added: "default" of "default+openvino-concat"."""
+    text = str(name_or_path)
+    return text if Path(text).is_file() else text.partition(CURE)[0]
+
+
+def _cure(name: str) -> tuple[PolicyRule, ...]:
+    """The [[pattern.float]] rules of one entry of calib/patterns/known.toml."""
+    path = patterns_file()
+    entries = read_toml(path, ExportError)["pattern"]
+    cures = {entry["name"]: entry for entry in entries if "float" in entry}
+    if name not in cures:
+        raise ExportError(f"no cure named {name!r}{did_you_mean(name, cures)}; expected one of {', '.join(cures)}")
+    return rules_of(cures[name], "float", path)
+
+
+def _load_policy(name_or_path: str) -> Policy:
+    """A shipped policy by name, or a TOML file."""
     path = Path(name_or_path)
     if path.suffix != ".toml":
         folder = policies_directory()
@@ -229,12 +261,12 @@ def load_policy(name_or_path: str | Path) -> Policy:
     if "quantise" in raw:
         log.warning("%s: `quantise` is `quantize` now; it is still read", path)
         raw["quantize"] = raw.pop("quantise")
-    float_rules, float32_rules = (_rules(raw, key, path) for key in ("float", "float32"))
+    float_rules, float32_rules = (rules_of(raw, key, path) for key in ("float", "float32"))
     values = _checked(raw, Policy, path, {"name": path.stem})
     return Policy(**values, float_rules=float_rules, float32_rules=float32_rules)
 
 
-def _rules(raw: dict[str, object], key: str, path: Path) -> tuple[PolicyRule, ...]:
+def rules_of(raw: dict[str, object], key: str, path: str | Path) -> tuple[PolicyRule, ...]:
     """The [[key]] tables of a policy file; the key is removed from `raw`."""
     tables = raw.pop(key, [])
     if not isinstance(tables, list):
@@ -245,7 +277,7 @@ def _rules(raw: dict[str, object], key: str, path: Path) -> tuple[PolicyRule, ..
     return tuple(PolicyRule(**_checked(table, PolicyRule, path, {})) for table in tables)
 
 
-def _checked(raw: dict[str, object], kind: type[Any], path: Path, defaults: dict[str, object]) -> dict[str, Any]:
+def _checked(raw: dict[str, object], kind: type[Any], path: str | Path, defaults: dict[str, object]) -> dict[str, Any]:
     """Keys and types of one table of a policy file, lists as tuples."""
     known = {item.name: str(item.type) for item in fields(kind) if not item.name.endswith("_rules")}
     values = {**defaults, **raw}

@@ -26,7 +26,7 @@ from edgedetr.quantization.bias_correction import IMAGES, PARTS, bias_shifts
 from edgedetr.quantization.calibration import Ranges, choose_images, evenly_spaced, ranges_of
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.placement import Placement, observers_of, plan_for
-from edgedetr.quantization.policy import Policy, QuantizationPlan, check_policy, load_policy
+from edgedetr.quantization.policy import Policy, QuantizationPlan, check_policy, load_policy, without_cures
 from edgedetr.quantization.qdq import (
     CPU,
     TENSORRT,
@@ -89,6 +89,9 @@ def quantize(
     check_policy(model, policy)
     graph = GraphIndex(model)
     plan = plan_for(graph, policy, placement)
+    base = load_policy(without_cures(config.policy))
+    if base.name != policy.name and len(plan_for(graph, base, placement).layers) == len(plan.layers):
+        log.warning("policy %s: the cure changes nothing in this graph, which has no such layer in INT8", policy.name)
     tensors = tensors_to_observe(graph, plan)
     observers = observers_of(graph, policy, placement, plan)
     ranges = ranges_of(bundle, model, tensors, config, policy.name, observers=observers, calib=calib, progress=progress)
