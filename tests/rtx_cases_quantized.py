@@ -345,3 +345,17 @@ add(
         ]
     ),
 )
+# Both products of an attention on integers; the probabilities between them are quantized as well.
+BOTH = "{0}q = QuantizeLinear({0}, s, z); {0}d = DequantizeLinear({0}q, s, z); "
+add(
+    "quantized/attention-products",
+    "float[1,2,16,16] x",
+    BOTH.format("x")
+    + "t = Transpose<perm=[0,1,3,2]>(xd); k = Identity(t); "
+    + BOTH.format("k")
+    + "a = MatMul(xd, kd); p = Softmax(a); "
+    + BOTH.format("p")
+    + "y = MatMul(pd, xd)",
+    weights=f"{S}, {Z}",
+    outputs="float[1,2,16,16] y",
+)

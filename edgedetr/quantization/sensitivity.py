@@ -145,7 +145,7 @@ def sensitivity(
     units = _units(groups_of(graph, policy), level)
     calibration = _calibration_images(bundle, config)
     chosen = probe_images(bundle, images, calibration, None if data is None else Path(data))
-    state = _State.open(bundle, policy, config, calibration)
+    state = State.open(bundle, policy, config, calibration)
     everything = Placement(tuple(group.id for group in groups_of(graph, policy)))
     tensors = tensors_to_observe(graph, plan_for(graph, policy, everything))
     label = config.observer_label
@@ -188,7 +188,7 @@ def _measure(
     meter: DistanceMeter,
     placements: Sequence[Placement],
     chosen: ProbeImages,
-    state: _State,
+    state: State,
     progress: Progress | None,
 ) -> np.ndarray:
     """[placements, images] distances; what the bundle has already is not measured again."""
@@ -346,7 +346,7 @@ def _calibration_images(bundle: Bundle, config: QuantConfig) -> CalibrationSet:
 
 
 @dataclass
-class _State:
+class State:
     """results/sensitivity.json: everything measured so far with one model, policy, observer and calibration.
 
     key         digest of those
@@ -363,7 +363,7 @@ class _State:
     saved: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def open(cls, bundle: Bundle, policy: Policy, config: QuantConfig, calibration: CalibrationSet) -> _State:
+    def open(cls, bundle: Bundle, policy: Policy, config: QuantConfig, calibration: CalibrationSet) -> State:
         """What the bundle has, where it was measured with the same things; otherwise nothing."""
         parts = [
             bundle.manifest.files[ONNX.file].sha256,
@@ -406,7 +406,7 @@ class _State:
 
 
 def _checked(raw: Any) -> dict[str, Any]:
-    """Errors: ValueError for what `_State.save` does not write."""
+    """Errors: ValueError for what `State.save` does not write."""
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA or not isinstance(raw.get("key"), str):
         raise ValueError(f"expected schema {SCHEMA} and a key")
     tables = [raw.get("ranges"), *_values(raw.get("distances"))]

@@ -21,6 +21,7 @@ from onnx import ModelProto
 
 from edgedetr.bundle import ClassInfo, InputContract, OutputContract
 from edgedetr.evaluation.agreement import compare_detections
+from edgedetr.lint.lint import lint
 from edgedetr.models import FAMILY
 from edgedetr.models.module_paths import module_path
 from edgedetr.onnx_graph.index import GraphIndex
@@ -28,6 +29,7 @@ from edgedetr.quantization import groups as groups_module
 from edgedetr.quantization.calibration import calibrate, share_pool_ranges
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.groups import floor_of, groups_of
+from edgedetr.quantization.placement import Placement, RangesByObserver, plan_for, quantized_model
 from edgedetr.quantization.policy import get_role, load_policy, make_plan, set_role
 from edgedetr.quantization.qdq import (
     CPU,
@@ -280,6 +282,19 @@ def test_every_weighted_node_is_in_one_group_or_in_the_floor_with_a_reason(
         assert len(group.nodes) == 1 or group.kind != "linear"
         if group.kind == "convolution" and len(group.nodes) > 1:
             assert {node.rsplit("/branch.", 1)[0] for node in group.nodes} == {group.id.rsplit("/branch.", 1)[0]}
+
+
+@pytest.mark.slow  # 3 s of lint a member
+@member
+def test_every_group_in_int8_at_once_is_legal_for_tensorrt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups_module, "SMALLEST_INT8_PRODUCT", 4)
+    graph, policy = GraphIndex(split_concats(onnx.load(exported(name, 1)))), load_policy("default")
+    every = Placement(tuple(group.id for group in groups_of(graph, policy)))
+    tensors = tensors_to_observe(graph, plan_for(graph, policy, every))
+    ranges = RangesByObserver("one", {"one": dict.fromkeys(tensors, 1.0)})
+    model = quantized_model(graph, policy, every, ranges, replace(TENSORRT, fp16=False))
+    assert [str(finding) for finding in lint(model, ["jetpack-6", "trt-11"]) if finding.worst == "error"] == []
+    assert sum(node.op_type == "QuantizeLinear" for node in model.graph.node) > 20
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,12 @@ from edgedetr.bundle import Bundle
 from edgedetr.cli import cli
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization.calibration import choose_images
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.groups import groups_of
 from edgedetr.quantization.policy import load_policy
 from edgedetr.quantization.qdq import split_concats
-from edgedetr.quantization.sensitivity import sensitivity, split_half_correlation
+from edgedetr.quantization.sensitivity import State, sensitivity, split_half_correlation
 from edgedetr.storage.digests import digest
 
 CONFIG = QuantConfig(images=8)  # of 10 in the train split, so that 2 are left
@@ -103,15 +104,23 @@ def test_parts_hold_all_groups(bundle, measured):
     assert {row.int8 for row in result.rows} == {"yes", "no", "partly"}
 
 
-def test_another_calibration_is_measured_anew_and_that_is_said(bundle, caplog):
-    sensitivity(bundle, config=QuantConfig(images=9), level="part")
-    assert "other calibration images; it is measured anew" in caplog.text
+def reopened(bundle, config=CONFIG):
+    return State.open(bundle, load_policy("default"), config, choose_images(bundle, None, config.images))
+
+
+@pytest.mark.parametrize("other", [QuantConfig(images=9), QuantConfig(images=8, observer="minmax")])
+def test_another_calibration_or_observer_is_measured_anew_and_that_is_said(bundle, caplog, other):
+    assert reopened(bundle).distances
+    assert not caplog.messages or "measured anew" not in caplog.text
+    state = reopened(bundle, other)
+    assert not state.distances and not state.ranges
+    assert "was measured with another model, policy, observer or other calibration images" in caplog.text
 
 
 def test_a_damaged_file_is_measured_anew_and_that_is_said(bundle, caplog):
     with bundle.add(SENSITIVITY.file, stage=SENSITIVITY.step, made_from=SENSITIVITY.made_from) as path:
         path.write_text('{"schema": 1, "key": "x", "ranges": {"a": "wide"}, "distances": {}}')
-    sensitivity(bundle, config=CONFIG, level="part")
+    assert not reopened(bundle).distances
     assert "cannot be read (expected finite numbers); it is measured anew" in caplog.text
 
 
