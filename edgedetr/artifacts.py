@@ -151,15 +151,15 @@ ARTIFACTS: tuple[Artifact, ...] = (
     INT8_CPU := Artifact(
         "int8-cpu",
         "model.int8-cpu.onnx",
-        "INT8 in the form that ONNX Runtime runs fast on a CPU",
+        "INT8 in the form that ONNX Runtime and OpenVINO run fast on a CPU",
         "quantize",
         EXPORT + " --int8",
         made_from=(ONNX.file, RANGES.file),
         precision="int8",
         target="cpu",
-        backends=(ORT,),  # OpenVINO refuses some of its Q/DQ
-        verified=(ORT,),
-        benched=(ORT,),
+        backends=(ORT, OPENVINO),
+        verified=(ORT, OPENVINO),
+        benched=(ORT, OPENVINO),
     ),
     # Other quantizers; how each is called is in quantization/peers.
     _of_quantizer("modelopt", "INT8 by NVIDIA ModelOpt, entropy calibration", "tensorrt"),

@@ -26,7 +26,9 @@ from edgedetr.runtime.cpu import int8_saturates
 # A 1x1 convolution that reads a Concat becomes one convolution per branch and a sum. Each branch then has its own
 # range, and nothing is quantized behind the Concat, where OpenVINO's kernels have been seen to diverge from the
 # arithmetic of the graph. A branch that comes from a nearest-neighbor Resize is convolved before it: the two commute,
-# and there it has fewer pixels.
+# and there it has fewer pixels. It costs no time: D-FINE-N, whose blocks of HGNetV2 join four branches, takes 20.7 ms
+# split, 21.1 with one range on all branches and 26.3 with these convolutions in float in ONNX Runtime (float32 29.3);
+# 15.8, 15.6 and 21.0 in OpenVINO (25.9); 320 px, CPU time of one thread, in turns.
 
 
 def split_concats(model: ModelProto) -> ModelProto:

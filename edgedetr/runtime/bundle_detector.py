@@ -211,7 +211,7 @@ def _saturation(runner: Runner, backend: Backend, stage: str, bundle: Bundle) ->
     if stage in backend.saturates:
         return (
             f"and the INT8 of {backend.name} saturates on it: detections may be far from what the graph computes; "
-            "take stage onnx, or int8-cpu in ONNX Runtime"
+            "take stage onnx or int8-cpu"
         )
     if stage == INT8_CPU.id and getattr(runner, "weight_bits", None) == 8:
         return (

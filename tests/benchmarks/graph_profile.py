@@ -44,7 +44,7 @@ PRODUCTS = ("Conv", "FusedConv", "QLinearConv", "ConvInteger", "Gemm", "FusedGem
 PRODUCTS += ("QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "FullyConnected", "Convolution")
 LEAST, MOST = 3, 30  # runs of a node: until they have taken ENOUGH seconds
 ENOUGH = 0.05
-FILES = {"onnxruntime": ("model.onnx", "model.int8-cpu.onnx"), "openvino": ("model.onnx", "model.int8.onnx")}
+FILES = {"onnxruntime": ("model.onnx", "model.int8-cpu.onnx"), "openvino": ("model.onnx", "model.int8-cpu.onnx")}
 
 
 @dataclass(frozen=True)

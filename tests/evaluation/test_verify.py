@@ -64,6 +64,7 @@ def test_sound_artifacts_pass_and_the_json_has_the_documented_form(good):
         ("int8", "onnxruntime"),
         ("int8", "openvino"),
         ("int8-cpu", "onnxruntime"),
+        ("int8-cpu", "openvino"),
     ]
     for artifact in document["stages"]:
         assert set(artifact) >= KEYS
@@ -104,16 +105,17 @@ def test_a_cpu_that_saturates_int8_judges_no_file_by_openvino_unless_asked(good,
         ("onnx", "onnxruntime"),
         ("int8", "onnxruntime"),
         ("int8-cpu", "onnxruntime"),
+        ("int8-cpu", "openvino"),
     ]
     assert "saturate" in caplog.text and "--backend openvino" in caplog.text
     asked = [(s.name, s.backend) for s in verify(good, threads=1, backends=["openvino"]).artifacts]
-    assert asked == [("torch", "pytorch"), ("int8", "openvino")]
+    assert asked == [("torch", "pytorch"), ("int8", "openvino"), ("int8-cpu", "openvino")]
 
 
 def test_an_artifact_that_loses_points_is_the_one_that_fails(bad):
     result = verify(bad, threads=1)
     assert not result.passed
-    assert [s.passed for s in result.artifacts] == [True, True, True, True, False]
+    assert [s.passed for s in result.artifacts] == [True, True, True, True, False, False]
     lost = result.artifacts[-1]
     detector = load(bad, stage="int8-cpu", backend="onnxruntime")
     dataset = layouts.load(bad.manifest.data.path, "test")
@@ -137,9 +139,8 @@ def test_another_quantizers_file_that_loses_all_is_measured_and_decides_nothing(
     ]
     assert all(row.drop > 20 and not row.passed for row in peers)
     assert result.passed and result.certifiable == pytest.approx(0)
-    assert [verdict_word(row, 1.0) for row in result.artifacts] == ["reference", "within", "within"] + [
-        "peer: beyond"
-    ] * 2
+    words = [verdict_word(row, 1.0) for row in result.artifacts]
+    assert words == ["reference", *["within"] * 3, *["peer: beyond"] * 2]
     assert verdict_sentence(result).startswith("PASSED: no file loses more than 0.00 AP")
     assert Verdict.from_json(json.loads(json.dumps(result.to_json()))) == result
 
@@ -229,7 +230,7 @@ def test_a_backend_that_differs_from_the_reference_run_is_named_with_how_much(go
     assert broken.reference_run.matched < 0.5
     assert "openvino does not compute what model.int8.onnx contains" in broken.note
     assert "on 24 images" in broken.note
-    assert all(s.passed and s.note == "" for key, s in by_backend.items() if key != ("int8", "openvino"))
+    assert all(s.passed == (s.backend != "openvino") == (s.note == "") for s in result.artifacts)
 
 
 def test_the_node_of_the_first_divergence_is_in_the_note(good, monkeypatch):
@@ -253,12 +254,15 @@ def test_layers_that_run_in_floats_are_a_finding_and_no_failure(good, monkeypatc
         ("model.onnx", "onnxruntime"),
         ("model.int8.onnx", "openvino"),
         ("model.int8-cpu.onnx", "onnxruntime"),
+        ("model.int8-cpu.onnx", "openvino"),
     ]
     assert result.passed
-    assert [s.note for s in result.artifacts] == [""] * 4 + ["1 of 4 quantized layers run in floats: /fc as Gemm"]
+    finding = "1 of 4 quantized layers run in floats: /fc as Gemm"
+    assert [s.note for s in result.artifacts] == ["", "", "", "", finding, ""]
     assert integer_lines(result) == [
         "int8 (openvino): 4 of 4 quantized layers in integers",
         "int8-cpu (onnxruntime): 3 of 4 quantized layers in integers",
+        "int8-cpu (openvino): 4 of 4 quantized layers in integers",
     ]
 
 
@@ -278,7 +282,7 @@ def test_a_backend_that_gives_nothing_fails_alone_and_says_why(good, monkeypatch
     broken = result.artifacts[3]
     assert (broken.passed, broken.ap, broken.p50_ms) == (False, 0.0, None)
     assert words in broken.note
-    assert [s.passed for s in result.artifacts] == [True, True, True, False, True]
+    assert all(s.passed == (s.backend != "openvino") for s in result.artifacts)
     assert "edgedetr verify" not in broken.note  # that is what runs here
     json.dumps(result.to_json(), allow_nan=False)
 
@@ -366,7 +370,7 @@ def test_live_makes_the_reference_anew(bad):
         ({"backends": ["tensorflow"]}, UsageError, "'tensorflow'; expected one of onnxruntime, openvino"),
         ({"max_drop": math.nan}, RecipeError, "verify.budget is nan"),
         ({"max_drop": -1}, RecipeError, "verify.budget is -1"),
-        ({"artifacts": ["int8-cpu"], "backends": ["openvino"]}, BundleError, "nothing to run"),
+        ({"artifacts": ["fp16"], "backends": ["openvino"]}, BundleError, "nothing to run"),
         ({"data": "/nowhere"}, DataError, "nowhere"),
     ],
 )

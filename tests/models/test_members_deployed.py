@@ -34,6 +34,7 @@ from edgedetr.quantization.policy import get_role, load_policy, make_plan, set_r
 from edgedetr.quantization.qdq import (
     CPU,
     TENSORRT,
+    Target,
     insert_qdq,
     runnable,
     split_concats,
@@ -145,12 +146,18 @@ def quantized(name: str, folder: Path) -> tuple[ModelProto, ModelProto]:
     return tuple(runnable(insert_qdq(graph, plan, amax, target), target) for target in targets)
 
 
-@member
-@pytest.mark.parametrize("runner", [OrtRunner, OpenVinoRunner], ids=["onnxruntime", "openvino"])
-def test_the_quantized_graph_runs(name: str, runner: type, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name, target, runner",
+    [
+        *((name, CPU, runner) for name in FAMILY for runner in (OrtRunner, OpenVinoRunner)),
+        *((name, TENSORRT, OpenVinoRunner) for name in ("detr", "rt_detr", "d_fine")),  # verify runs it there as well
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_the_quantized_graph_runs(name: str, target: Target, runner: type, folder: Path, tmp_path: Path) -> None:
     if runner is OpenVinoRunner:
         pytest.importorskip("openvino")
-    model = quantized(name, folder)[runner is OrtRunner]
+    model = quantized(name, folder)[target is CPU]
     assert any(node.op_type == "DequantizeLinear" for node in model.graph.node)
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
@@ -163,7 +170,9 @@ def test_the_quantized_graph_runs(name: str, runner: type, folder: Path, tmp_pat
     if name in SELECTING:  # rounding ties exchange a few of the queries, so detections are compared as sets
         found, meant = matched(name, plain, raw), matched(name, float_, plain)
         other = max(matched(name, plain, shifted(raw)), matched(name, float_, shifted(plain)))
-        assert found > 0.6  # measured 0.83 to 1.0
+        # Measured 0.83 to 1.0; OpenVINO rounds the graph for CPUs at other places: 0.47 (d_fine) and more.
+        assert found > (0.4 if (runner, target) == (OpenVinoRunner, CPU) else 0.6)
+        assert matched(name, float_, raw) > meant - 0.15  # no less of what the float graph finds
         assert meant > other + 0.1  # 0.3 (rt_detr, whose 40 random layers amplify what 8 bits lose) to 0.98
         assert other < 0.15  # what two images have in common by chance; measured 0 to 0.06
     else:  # query by query, relative to what distinguishes two images

@@ -96,7 +96,9 @@ def test_what_is_asked_for_is_what_runs(make_bundle):
     bundle = make_bundle("model.onnx", "model.int8.onnx", "model.int8-cpu.onnx")
     for stage in ("onnx", "int8", "int8-cpu"):
         assert load(bundle, stage=stage).stage == stage
-    assert load(bundle, backend="openvino").description.startswith("onnx on openvino")
+    both = [load(bundle, backend=backend) for backend in ("onnxruntime", "openvino")]
+    assert [detector.backend for detector in both] == ["onnxruntime", "openvino"]
+    assert both[0].stage == both[1].stage  # INT8 where this CPU has an instruction for it
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,24 @@ from typing import Any, Protocol
 import numpy as np
 
 from edgedetr.artifacts import BACKENDS
-from edgedetr.errors import UsageError, did_you_mean
+from edgedetr.errors import BundleError, UsageError, did_you_mean
 from edgedetr.packages import missing
 from edgedetr.runtime.kernels import Kernel
+from edgedetr.storage.reading import parse_json
 
 # Metadata key of an INT8 or FP16 graph: the settings that it was made with, as JSON. Spelled as in files of 0.1.
 MADE_BY = "edgedetr.quantisation"
 # Metadata key of a graph that another quantizer made: its package and version, and whether TensorRT takes the graph.
 PEER_NOTE = "edgedetr.peer"
+
+
+def weight_bits(metadata: Mapping[str, str]) -> int | None:
+    """Bits of an INT8 graph's weights, 8 or 7, from its metadata; None where edgedetr did not quantize the graph."""
+    try:
+        bits = parse_json(metadata[MADE_BY], MADE_BY, BundleError)["weight_bits"]
+    except (BundleError, KeyError, TypeError):
+        return None
+    return bits if isinstance(bits, int) else None
 
 
 @dataclass(frozen=True)

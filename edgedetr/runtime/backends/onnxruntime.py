@@ -13,11 +13,10 @@ import numpy as np
 from edgedetr.artifacts import ORT
 from edgedetr.errors import BundleError, EdgedetrError, MissingDependency
 from edgedetr.packages import missing
-from edgedetr.runtime.backends.base import MADE_BY, Backend, RawOutputs
+from edgedetr.runtime.backends.base import Backend, RawOutputs, weight_bits
 from edgedetr.runtime.cpu import bounded
 from edgedetr.runtime.kernels import PRODUCT, Kernel
 from edgedetr.runtime.onnx_bytes import GraphNode, nodes, read, require_whole
-from edgedetr.storage.reading import parse_json
 from edgedetr.telemetry import import_onnxruntime
 
 CPU = "CPUExecutionProvider"
@@ -45,7 +44,7 @@ class OrtRunner:
         shape = self.session.get_inputs()[0].shape
         self.batch: int | None = shape[0] if isinstance(shape[0], int) else None
         self.height, self.width = int(shape[2]), int(shape[3])
-        self.weight_bits = _weight_bits(self.session)  # None where edgedetr did not quantize the graph
+        self.weight_bits = weight_bits(self.session.get_modelmeta().custom_metadata_map)
 
     def _open(self, path: str | Path | bytes, threads: int | None, optimize: bool) -> Any:
         return open_session(path, threads, optimize)
@@ -229,14 +228,6 @@ def open_session(
         options.log_severity_level = 4  # it warns that the file holds for this kind of CPU only
         options.optimized_model_filepath = str(optimized)
     return _open(onnxruntime, data, options, list(providers), what)
-
-
-def _weight_bits(session: Any) -> int | None:
-    try:
-        bits = parse_json(session.get_modelmeta().custom_metadata_map[MADE_BY], MADE_BY, BundleError)["weight_bits"]
-    except (BundleError, KeyError, TypeError):
-        return None
-    return bits if isinstance(bits, int) else None
 
 
 def _check(path: str | Path, session: Any) -> None:

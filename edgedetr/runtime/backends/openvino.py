@@ -13,10 +13,10 @@ import numpy as np
 from edgedetr.artifacts import INT8, OPENVINO, QUANTIZERS
 from edgedetr.errors import BundleError, MissingDependency
 from edgedetr.packages import missing
-from edgedetr.runtime.backends.base import Backend, RawOutputs
+from edgedetr.runtime.backends.base import Backend, RawOutputs, weight_bits
 from edgedetr.runtime.cpu import bounded
 from edgedetr.runtime.kernels import PRODUCT, Kernel
-from edgedetr.runtime.onnx_bytes import read, require_whole
+from edgedetr.runtime.onnx_bytes import metadata, read, require_whole
 from edgedetr.telemetry import import_openvino
 
 
@@ -30,7 +30,8 @@ class OpenVinoRunner:
     name = "openvino"
 
     def __init__(self, path: str | Path, *, threads: int | None = None, precision_hint: str = "f32") -> None:
-        compiled = _compile(read(path)[0], threads, precision_hint, what=str(path))
+        data = read(path)[0]
+        compiled = _compile(data, threads, precision_hint, what=str(path))
         names = [port.get_any_name() for port in compiled.inputs], {n for port in compiled.outputs for n in port.names}
         if names[0] != ["images"] or not {"logits", "boxes"} <= names[1] or len(compiled.inputs[0].shape) != 4:
             raise BundleError(
@@ -40,6 +41,7 @@ class OpenVinoRunner:
         shape = compiled.inputs[0].shape
         self.batch: int | None = int(shape[0])
         self.height, self.width = int(shape[2]), int(shape[3])
+        self.weight_bits = weight_bits(metadata(data, str(path)))
         self._compiled = compiled
         # Requests that no thread is using. A request owns its buffers, so two threads must not share one.
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -33,6 +33,7 @@ def test_what_is_verified_is_in_the_order_of_the_recorded_verdicts():
         ("int8", "onnxruntime"),
         ("int8", "openvino"),
         ("int8-cpu", "onnxruntime"),
+        ("int8-cpu", "openvino"),
         ("onnx", "onnxruntime-cuda"),
         ("fp16", "onnxruntime-cuda"),
     ]
