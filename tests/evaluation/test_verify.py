@@ -266,6 +266,22 @@ def test_layers_that_run_in_floats_are_a_finding_and_no_failure(good, monkeypatc
     ]
 
 
+def test_localize_says_what_was_looked_at_beside_the_verdict(good, capsys):
+    assert cli.run(["verify", str(good.path), "--localize", "--json", "--threads", "1"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert found["passed"] and found["localized"]["findings"] == []
+    # INT8 in ONNX Runtime is scored by the reference run itself, so there is nothing to compare.
+    assert found["localized"]["checked"] == [
+        "int8: 0 tensors damaged by their own Q/DQ pair",
+        "int8-cpu: 0 tensors damaged by their own Q/DQ pair",
+        "onnx on onnxruntime: as the reference run",
+        "int8 on openvino: as the reference run",
+        "int8-cpu on onnxruntime: as the reference run",
+    ]
+    assert "int8 on openvino: as the reference run" in shown.err
+
+
 class NanRunner(OpenVinoRunner):
     def run(self, images: np.ndarray) -> RawOutputs:
         raw = super().run(images)
