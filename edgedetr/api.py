@@ -205,13 +205,14 @@ def train_qat(
     from edgedetr.artifacts import REFERENCE, WEIGHTS
     from edgedetr.exporting.export import export_onnx
     from edgedetr.quantization.observers import LEARNED
+    from edgedetr.quantization.placement import placement_of
     from edgedetr.recipe import Recipe
     from edgedetr.training.data.dataset import open_splits
     from edgedetr.training.device_choice import choose_device, with_devices
     from edgedetr.training.qat import quantized_training as qat
     from edgedetr.training.train import train as run
 
-    start = Bundle.open(bundle)
+    start, sets = Bundle.open(bundle), tuple(sets)
     qat.require_trainable(start, data)
     recipe, chosen = Recipe.from_bundle(start), choose_device(device)
     out = start.path.with_name(f"{start.path.stem}-qat.bundle") if out is None else Path(out)
@@ -224,13 +225,17 @@ def train_qat(
     observer = "mse" if recipe.quant.observer == LEARNED else recipe.quant.observer
     quant = replace(trained.quant, observer=observer)
     export_onnx(start, recipe.export, steps)
-    kind = qat.quantized_detector(start, quant, steps)
+    by_policy = any(text.startswith("quant.policy=") for text in sets)
+    placement, note = placement_of(start, "quant.policy was given" if by_policy else "")
+    if note and progress is not None:
+        progress.note(note)
+    kind = qat.quantized_detector(start, quant, placement, steps)
     result = run(trained, folder, out, device=chosen, resume=resume, strict=strict, progress=progress, kind=kind)
     if start.has(REFERENCE.file) and not result.has(REFERENCE.file):
         with result.add(REFERENCE.file, stage=REFERENCE.step, made_from=[WEIGHTS.file]) as path:
             path.write_bytes(start.require(REFERENCE.file).read_bytes())
     export_onnx(result, trained.export, steps)
-    qat.write_ranges(result, quant, steps)
+    qat.write_ranges(result, quant, placement, steps)
     return result
 
 

@@ -1,10 +1,10 @@
 """How much of INT8's drop quantization-aware training gets back, on one bundle and one policy, and what it took.
 
 usage: python tests/benchmarks/qat_recovery.py BUNDLE --out DIR [--policy everything] [--artifact int8-cpu]
-       [--set train.lr=1e-5 ...]
+       [--quant quant.observer=minmax ...] [--set train.lr=1e-5 ...]
 
 The hard case is a policy that makes everything INT8, the heads too. The AP of the verify split is measured against the
-float detector of BUNDLE, in ONNX Runtime: of INT8 as calibrated (with bias correction, as export makes it), of INT8
+float detector of BUNDLE, in ONNX Runtime: of INT8 as calibrated (as export makes it, with the values of --quant), of INT8
 after training, and of the float form of the trained weights. BUNDLE itself is not changed. A run that was interrupted
 goes on: what is in DIR is kept. The last two lines are a head and a row of a table.
 """
@@ -25,15 +25,15 @@ ONNX, BACKEND = "onnx", "onnxruntime"
 COPIED = ("bundle.json", "recipe.toml", "weights.safetensors", "reference.npz", "model.onnx", "ranges.json")
 
 
-def calibrated(source: Bundle, folder: Path, policy: str) -> Bundle:
-    """A copy of a bundle, quantized by a policy."""
+def calibrated(source: Bundle, folder: Path, sets: list[str]) -> Bundle:
+    """A copy of a bundle, quantized with settings of [quant]."""
     if not (folder / "bundle.json").exists():
         folder.mkdir(parents=True)
         for name in COPIED[::-1]:  # bundle.json last: with it, the copy is whole
             if (source.path / name).exists():
                 shutil.copy2(source.path / name, folder / name)
     copy = Bundle.open(folder)
-    api.export(copy, int8=True, sets=[f"quant.policy={policy}"])
+    api.export(copy, int8=True, sets=sets)
     return copy
 
 
@@ -56,10 +56,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--policy", default="everything")
     parser.add_argument("--artifact", default="int8-cpu", choices=("int8-cpu", "int8"))
+    parser.add_argument("--quant", action="append", default=[], metavar="quant.KEY=VALUE")
     parser.add_argument("--set", action="append", default=[], dest="sets")
     given = parser.parse_args()
     source = Bundle.open(given.bundle)
-    before = calibrated(source, given.out / "calibrated.bundle", given.policy)
+    before = calibrated(source, given.out / "calibrated.bundle", [f"quant.policy={given.policy}", *given.quant])
     first = measured(before, [given.artifact])
     trained, seconds = given.out / "trained.bundle", given.out / "seconds.json"
     if not seconds.exists():
@@ -77,7 +78,7 @@ def main() -> None:
     head = ["bundle", "policy", "INT8 drop", "after training", "recovered", "float of it", "epochs", "CPU s"]
     row = [
         given.bundle.name,
-        given.policy,
+        ", ".join([given.policy, *given.quant]),
         f"{drop['drop']:.2f} (<= {drop['drop_upper95']:.2f})",
         f"{left['drop']:.2f} (<= {left['drop_upper95']:.2f})",
         f"{share:.0%}",

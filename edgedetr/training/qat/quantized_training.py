@@ -116,12 +116,11 @@ class PlannedGraph:
     plan: QuantizationPlan
 
     @classmethod
-    def of(cls, bundle: Bundle, quant: QuantConfig) -> PlannedGraph:
+    def of(cls, bundle: Bundle, quant: QuantConfig, placement: Placement | None = None) -> PlannedGraph:
         """As `edgedetr export --int8` plans it. Errors: TrainingError for what cannot be trained."""
         model = split_concats(read_onnx(bundle.require(ONNX.file)))
         policy, graph = load_policy(quant.policy), GraphIndex(model)
         check_policy(model, policy)
-        placement = Placement.load(bundle.require(PLACEMENT.file)) if bundle.has(PLACEMENT.file) else None
         if placement is not None and placement.smooth:
             raise TrainingError(f"{bundle.path}: quantization-aware training does not support SmoothQuant")
         plan = plan_for(graph, policy, placement)
@@ -153,12 +152,17 @@ class PlannedGraph:
         return share_pool_ranges(model, calibrate(model, tensors, paths, bundle.manifest.input, quant, progress))
 
 
-def quantized_detector(start: Bundle, quant: QuantConfig, progress: Progress | None = None) -> QuantizedDetector:
-    """What is trained, from a bundle with model.onnx."""
-    planned = PlannedGraph.of(start, quant)
+def quantized_detector(
+    start: Bundle, quant: QuantConfig, placement: Placement | None = None, progress: Progress | None = None
+) -> QuantizedDetector:
+    """What is trained, from a bundle with model.onnx.
+
+    placement   which groups are INT8; None = as the policy chooses
+    """
+    planned = PlannedGraph.of(start, quant, placement)
     amax = planned.amax(start, quant, progress)
     content = hashlib.sha256(start.manifest.files[WEIGHTS.file].sha256.encode())
-    content.update(json.dumps([amax, planned.policy.sha256()], sort_keys=True).encode())
+    content.update(json.dumps([amax, [layer.node for layer in planned.plan.layers]], sort_keys=True).encode())
     return QuantizedDetector(start, planned.graph, planned.plan, amax, content.hexdigest())
 
 
@@ -238,13 +242,21 @@ def calls_as_deployed(student: DetrModel, size: tuple[int, int]) -> bool:
     return all(len(one.parts[0].ranges) in (1, one.calls) for one in layers)
 
 
-def write_ranges(bundle: Bundle, quant: QuantConfig, progress: Progress | None = None) -> Ranges:
+def write_ranges(
+    bundle: Bundle, quant: QuantConfig, placement: Placement | None = None, progress: Progress | None = None
+) -> Ranges:
     """ranges.json of a trained bundle: learned ranges, and observed ones of what only another target rounds.
 
-    quant    how the others are observed
+    quant       how the others are observed
+    placement   with which it was trained; its groups go into the bundle, without its observers, which learning replaced
     Errors: TrainingError where no ranges were learned for this graph.
     """
-    planned = PlannedGraph.of(bundle, quant)
+    if placement is not None:
+        placement = Placement(placement.int8)
+        if not bundle.has(PLACEMENT.file):
+            with bundle.add(PLACEMENT.file, stage=PLACEMENT.step, made_from=PLACEMENT.made_from) as temporary:
+                placement.save(temporary)
+    planned = PlannedGraph.of(bundle, quant, placement)
     tensors = tensors_to_observe(planned.graph, planned.plan)
     path = bundle.path / FOLDER / LEARNED_RANGES
     fix = f"run: edgedetr train --qat B --out {bundle.path} --resume"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -17,11 +18,18 @@ from safetensors.torch import load_file
 
 from edgedetr import api
 from edgedetr.bundle import Bundle
+from edgedetr.cli import app
 from edgedetr.errors import ExportError, TrainingError, UsageError
 from edgedetr.models.deploy import DeployGraph, bundle_detector, fuse
 from edgedetr.models.records import Outputs
+from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.calibration import Ranges
 from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.groups import groups_of
+from edgedetr.quantization.placement import Placement, plan_for
+from edgedetr.quantization.policy import load_policy
+from edgedetr.quantization.qdq import TENSORRT, quantized_tensors, split_concats
+from edgedetr.quantization.quantize import read_onnx
 from edgedetr.recipe import Recipe
 from edgedetr.training.config import LossConfig
 from edgedetr.training.output import CHECKPOINT, FOLDER
@@ -95,6 +103,7 @@ def test_training_changed_weights_and_ranges_and_both_are_in_the_bundle(bundles)
     assert any(one.amax != one.start for one in student.ranges)
 
 
+@pytest.mark.parametrize("bundles", ["detr"], indirect=True)
 def test_export_takes_the_learned_ranges_and_corrects_no_bias(bundles):
     _, result = bundles
     assert Recipe.from_bundle(result).quant == QuantConfig(images=8, observer="qat", bias_correction=False)
@@ -106,6 +115,7 @@ def test_the_drop_is_measured_from_the_float_detector_that_was_trained_on(bundle
     assert result.require("reference.npz").read_bytes() == start.require("reference.npz").read_bytes()
 
 
+@pytest.mark.parametrize("bundles", ["rt_detr"], indirect=True)
 def test_a_training_that_is_done_and_resumed_gives_the_same_files(bundles, tmp_path):
     start, result = bundles
     again = shutil.copytree(result.path, tmp_path / "again.bundle")
@@ -115,11 +125,29 @@ def test_a_training_that_is_done_and_resumed_gives_the_same_files(bundles, tmp_p
         assert resumed.require(name).read_bytes() == result.require(name).read_bytes(), name
 
 
+@pytest.mark.parametrize("bundles", ["detr"], indirect=True)
 def test_without_learned_ranges_an_export_says_so(bundles, tmp_path):
     _, result = bundles
     again = Bundle.open(shutil.copytree(result.path, tmp_path / "again.bundle"))
     with pytest.raises(ExportError, match="no range was learned for this graph.*train --qat"):
         api.export(again, int8=True, sets=["quant.images=9"])
+
+
+@pytest.mark.parametrize("bundles", ["detr"], indirect=True)
+def test_a_placement_decides_what_is_rounded_and_goes_along(bundles, tmp_path):
+    start, _ = bundles
+    copy = Bundle.open(shutil.copytree(start.path, tmp_path / "a.bundle"))
+    graph = GraphIndex(split_concats(read_onnx(copy.require("model.onnx"))))
+    default = [group.id for group in groups_of(graph, load_policy("default")) if group.default]
+    with copy.add("placement.json", stage="search", made_from=["model.onnx"]) as temporary:
+        Placement(tuple(default[:6]), {default[0]: "minmax"}).save(temporary)
+    result = api.export(api.train_qat(copy, tmp_path / "b.bundle", device=DEVICE), int8=True).bundle
+    learned = json.loads((result.path / FOLDER / "ranges.json").read_text())
+    plan = plan_for(graph, load_policy("default"), Placement(tuple(default[:6])))
+    assert set(learned) == set(quantized_tensors(graph, plan, TENSORRT))
+    assert Placement.load(result.require("placement.json")) == Placement(tuple(sorted(default[:6])))
+    properties = {item.key: item.value for item in read_onnx(result.require("model.int8.onnx")).metadata_props}
+    assert json.loads(properties["edgedetr.quantisation"])["layers_int8"] == len(plan.layers)
 
 
 # ----------------------------------------------------------------------------------------------------- what it takes
@@ -138,6 +166,7 @@ def test_an_observer_is_refused_because_ranges_are_learned():
         quantized_recipe(Recipe.from_dict({}, where="test"), 100, ["quant.observer=mse"])
 
 
+@pytest.mark.parametrize("bundles", ["detr"], indirect=True)
 def test_without_modelopt_the_package_to_install_is_named(bundles, tmp_path, monkeypatch):
     start, _ = bundles
     for name in [name for name in sys.modules if name.partition(".")[0] == "modelopt"]:
@@ -147,6 +176,7 @@ def test_without_modelopt_the_package_to_install_is_named(bundles, tmp_path, mon
         api.train_qat(start, tmp_path / "b.bundle")
 
 
+@pytest.mark.parametrize("bundles", ["detr"], indirect=True)
 def test_a_bundle_without_data_and_an_imported_graph_are_refused(bundles, tmp_path):
     start, _ = bundles
     other = Bundle.open(shutil.copytree(start.path, tmp_path / "other.bundle"))
@@ -160,6 +190,7 @@ def test_a_bundle_without_data_and_an_imported_graph_are_refused(bundles, tmp_pa
     assert not (tmp_path / "b.bundle").exists()
 
 
+@pytest.mark.parametrize("bundles", ["detr"], indirect=True)
 def test_a_bundle_is_not_trained_onto_itself(bundles):
     with pytest.raises(UsageError, match="is the bundle that is trained"):
         api.train_qat(bundles[0], bundles[0].path)
@@ -198,3 +229,34 @@ def test_the_cells_of_the_first_selection_are_selected_again():
         again = second.topk(2, dim=1)
     assert chosen.tolist() == again.indices.tolist() == [[1, 2]]
     assert again.values.tolist() == [[pytest.approx(0.2), pytest.approx(0.1)]]
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize("bundles", ["detr"], indirect=True)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "detr"], "--model beside --qat"),
+        (["--start", "random", "--preset", "strong"], "leave --preset and --start out"),
+        (["--teacher", "other.bundle"], "--teacher beside --qat.*its float detector as teacher"),
+        (["--set", "quant.observer=mse"], "learns the ranges"),
+        (["--set", "train.epohcs=3"], "epohcs"),
+    ],
+)
+def test_what_the_bundle_has_chosen_cannot_be_chosen_again(bundles, words, message, capsys, tmp_path):
+    words = ["train", "--qat", str(bundles[0].path), "--out", str(tmp_path / "b.bundle"), *words]
+    assert app.run(words) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "b.bundle").exists()
+
+
+def test_a_training_needs_a_data_set_or_a_bundle(capsys):
+    assert app.run(["train"]) == 2
+    assert "--data DIR" in (error := capsys.readouterr().err) and "--qat BUNDLE" in error
+
+
+def test_a_bundle_that_is_not_there_is_one_clear_error(tmp_path, capsys):
+    assert app.run(["train", "--qat", str(tmp_path / "nowhere.bundle")]) == 1
+    assert "nowhere.bundle" in (error := capsys.readouterr().err) and "Traceback" not in error
