@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edgedetr.bundle import Bundle
-from edgedetr.errors import UsageError
+from edgedetr.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
     from edgedetr.data.detection_set import DetectionSet
@@ -203,7 +203,10 @@ def train_qat(
     from dataclasses import replace
 
     from edgedetr.artifacts import REFERENCE, WEIGHTS
+    from edgedetr.data.layouts import load
     from edgedetr.exporting.export import export_onnx
+    from edgedetr.exporting.reference_run import write_reference
+    from edgedetr.models.deploy import load_bundle_model
     from edgedetr.quantization.observers import LEARNED
     from edgedetr.quantization.placement import placement_of
     from edgedetr.recipe import Recipe
@@ -231,9 +234,16 @@ def train_qat(
         progress.note(note)
     kind = qat.quantized_detector(start, quant, placement, steps)
     result = run(trained, folder, out, device=chosen, resume=resume, strict=strict, progress=progress, kind=kind)
-    if start.has(REFERENCE.file) and not result.has(REFERENCE.file):
-        with result.add(REFERENCE.file, stage=REFERENCE.step, made_from=[WEIGHTS.file]) as path:
-            path.write_bytes(start.require(REFERENCE.file).read_bytes())
+    if not result.has(REFERENCE.file):
+        if data is None and start.has(REFERENCE.file):
+            with result.add(REFERENCE.file, stage=REFERENCE.step, made_from=[WEIGHTS.file]) as path:
+                path.write_bytes(start.require(REFERENCE.file).read_bytes())
+        else:
+            now = result.manifest.data
+            if now is None:
+                raise BundleError(f"{result.path} does not record the data that it was trained on")
+            split = load(now.path, now.verify_split, classes=result.manifest.classes)
+            write_reference(result, load_bundle_model(start)[1], split, steps)
     export_onnx(result, trained.export, steps)
     qat.write_ranges(result, quant, placement, steps)
     return result

@@ -17,7 +17,6 @@ from edgedetr.quantization.calibration import share_pool_ranges
 from edgedetr.quantization.policy import QuantizationPlan
 from edgedetr.quantization.qdq import insert_qdq, tensors_to_observe
 from edgedetr.training.qat.quantizers import TensorRange
-from edgedetr.training.qat.student import begin_forward
 
 
 def clipped_ranges(model: ModelProto, plan: QuantizationPlan, images: np.ndarray) -> dict[str, float]:
@@ -52,7 +51,6 @@ def largest_differences(
         return (wanted,)
 
     hooks = [one.register_forward_pre_hook(put) for one in ranges]
-    begin_forward(student)
     with torch.no_grad():
         outputs = student(student.normalize(torch.from_numpy(images)), last_only=True)
     for hook in hooks:

@@ -4,8 +4,8 @@ usage: python tests/benchmarks/qat_recovery.py BUNDLE --out DIR [--policy everyt
        [--quant quant.observer=minmax ...] [--set train.lr=1e-5 ...]
 
 The hard case is a policy that makes everything INT8, the heads too. The AP of the verify split is measured against the
-float detector of BUNDLE, in ONNX Runtime: of INT8 as calibrated (as export makes it, with the values of --quant), of INT8
-after training, and of the float form of the trained weights. BUNDLE itself is not changed. A run that was interrupted
+float detector of BUNDLE, in ONNX Runtime: of INT8 as export makes it (with the values of --quant), of INT8 after
+training, and of the float form of the trained weights. BUNDLE itself is not changed. A run that was interrupted
 goes on: what is in DIR is kept. The last two lines are a head and a row of a table.
 """
 

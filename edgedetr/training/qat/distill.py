@@ -20,7 +20,6 @@ from edgedetr.training.config import LossConfig, TrainConfig
 from edgedetr.training.criterion import Criterion, mean_over_processes
 from edgedetr.training.data.dataset import PaddedTargets
 from edgedetr.training.distillation import binary_divergence, softmax_divergence
-from edgedetr.training.qat.student import begin_forward
 
 
 class QuantizedTraining(nn.Module):
@@ -46,7 +45,6 @@ class QuantizedTraining(nn.Module):
         selection = Selection()
         with torch.no_grad():
             wanted = self._run(self._teacher[0], pixels, selection)
-        begin_forward(self.model)
         outputs = self._run(self.model, pixels, selection)
         losses = self.criterion(outputs, targets(), None, objects_per_process)
         taught = paired_distillation(outputs, wanted, self.config, self.criterion.costs.form == "softmax")

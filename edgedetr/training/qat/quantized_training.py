@@ -35,9 +35,9 @@ from edgedetr.training.fine_tuning import DEFAULTS
 from edgedetr.training.optimizer import parameter_groups
 from edgedetr.training.output import FOLDER
 from edgedetr.training.qat.distill import QuantizedTraining
-from edgedetr.training.qat.quantizers import QuantizedConv2d, QuantizedLinear, require_modelopt
+from edgedetr.training.qat.quantizers import require_modelopt
 from edgedetr.training.qat.student import RANGES as STUDENT_RANGES
-from edgedetr.training.qat.student import begin_forward, learned_ranges, make_student
+from edgedetr.training.qat.student import layer_quantizers, learned_ranges, make_student
 from edgedetr.training.start_weights import Start
 from edgedetr.training.trainer import Parts
 
@@ -191,6 +191,13 @@ class QuantizedDetector:
         on_start: Callable[[Start], None] | None,
     ) -> Parts:
         """A student and its teacher, whose weights are the bundle's also where a checkpoint replaces the student's."""
+        known = [item.name for item in self.start.manifest.classes]
+        if [item.name for item in classes] != known:
+            raise TrainingError(
+                f"{self.start.path} knows {', '.join(known)}, and the data set has "
+                f"{', '.join(item.name for item in classes)}; expected the same classes: quantization-aware training "
+                "changes no class; train first: edgedetr train --data DIR --start BUNDLE"
+            )
         config = resolved(recipe.train)
         detector = bundle_detector(self.start)
         size = (recipe.input.height, recipe.input.width)
@@ -221,14 +228,14 @@ def _optimizer(student: DetrModel, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over the weights, by the recipe's groups, and over the ranges, which have their own rate and no decay."""
     config = resolved(config)
     ranges = {id(parameter): parameter for parameter in getattr(student, STUDENT_RANGES).parameters()}
-    groups = []
+    learned = [parameter for parameter in ranges.values() if parameter.requires_grad]
+    groups: list[dict[str, object]] = []  # the log shows the rate of the last one, which is that of the weights
+    if learned:
+        groups.append({"params": learned, "base_lr": RANGE_LR, "weight_decay": 0.0})
     for group in parameter_groups(student, config):
         parameters = [one for one in group["params"] if id(one) not in ranges]  # type: ignore[attr-defined]
         if parameters:
             groups.append({**group, "params": parameters})
-    learned = [parameter for parameter in ranges.values() if parameter.requires_grad]
-    if learned:
-        groups.append({"params": learned, "base_lr": RANGE_LR, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=config.precision != "16")
 
 
@@ -236,10 +243,8 @@ def _optimizer(student: DetrModel, config: TrainConfig) -> torch.optim.AdamW:
 def calls_as_deployed(student: DetrModel, size: tuple[int, int]) -> bool:
     """Whether layers with one quantizer per call are called as often for all decoder layers as for the last alone."""
     device = next(student.parameters()).device
-    begin_forward(student)
     student(student.normalize(torch.zeros(1, 3, *size, device=device)))
-    layers = [one.quantizer for one in student.modules() if isinstance(one, (QuantizedConv2d, QuantizedLinear))]
-    return all(len(one.parts[0].ranges) in (1, one.calls) for one in layers)
+    return all(len(one.parts[0].ranges) in (1, one.calls) for one in layer_quantizers(student))
 
 
 def write_ranges(

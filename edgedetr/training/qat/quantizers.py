@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from edgedetr.errors import TrainingError
 from edgedetr.layers.linear import linear
+from edgedetr.layers.norm import padding_of, pair
 from edgedetr.packages import install, missing
 from edgedetr.quantization.qdq import MIN_SCALE
 
@@ -48,6 +49,15 @@ def _rounding() -> nn.Module:
     rounding: nn.Module = modelopt.nn.TensorQuantizer(form)
     rounding.amax = torch.tensor(float(LIMIT))
     return rounding
+
+
+def _rounded(rounding: nn.Module, x: Tensor) -> Tensor:
+    """x on the grid; maps with channels last stay so, where the quantizer alone would copy them."""
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        swapped: Tensor = rounding(x.permute(0, 2, 3, 1))
+        return swapped.permute(0, 3, 1, 2)
+    plain: Tensor = rounding(x)
+    return plain
 
 
 class TensorRange(nn.Module):
@@ -99,8 +109,7 @@ class TensorRange(nn.Module):
         if scale.requires_grad:
             # LSQ, section 2.2: as many values pull at a range, so its gradient is scaled to the size of a weight's.
             scale = _ScaledGradient.apply(scale, (max(x.numel(), 1) * LIMIT) ** -0.5)
-        levels: Tensor = self.rounding(x.float() / scale)
-        return (levels * scale).to(x.dtype)
+        return (_rounded(self.rounding, x.float() / scale) * scale).to(x.dtype)
 
 
 class _WithGradientOf(torch.autograd.Function):
@@ -174,8 +183,7 @@ class LayerQuantizer:
         if not self.enabled:
             return weight
         scale = weight_scale(weight, bias, data.exact_scale()).view(-1, *[1] * (weight.dim() - 1))
-        levels: Tensor = self.rounding(weight / scale)
-        return levels * scale
+        return _rounded(self.rounding, weight / scale) * scale
 
 
 @torch.no_grad()
@@ -194,10 +202,9 @@ class QuantizedConv2d(nn.Conv2d):
     """A convolution whose inputs and weight are on the levels of its INT8 form."""
 
     def __init__(self, conv: nn.Conv2d, quantizer: LayerQuantizer) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update({name: value for name, value in conv.__dict__.items() if name not in self.__dict__})
-        self._parameters = dict(conv._parameters)
-        self.quantizer = quantizer
+        sizes = pair(conv.kernel_size), pair(conv.stride), padding_of(conv), pair(conv.dilation)
+        super().__init__(conv.in_channels, conv.out_channels, *sizes, conv.groups, device="meta")
+        self.weight, self.bias, self.quantizer = conv.weight, conv.bias, quantizer
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C', H', W']."""
@@ -209,10 +216,8 @@ class QuantizedLinear(nn.Linear):
     """A Linear whose input and weight are on the levels of its INT8 form."""
 
     def __init__(self, base: nn.Linear, quantizer: LayerQuantizer) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        self.quantizer = quantizer
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight, self.bias, self.quantizer = base.weight, base.bias, quantizer
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""

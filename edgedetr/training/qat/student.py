@@ -84,6 +84,7 @@ def make_student(
     setattr(student, RANGES, nn.ModuleList(ranges.values()))
     values, image = _values(graph, tensors, size)
     done = _Insertion(student, graph, plan, ranges, values, image).insert()
+    student.backbone.register_forward_pre_hook(_CallCounts(layer_quantizers(student)).reset)
     wanted = places_of(graph, plan)
     if done != wanted:
         missing, extra = sorted(wanted - done), sorted(done - wanted)
@@ -100,22 +101,27 @@ def learned_ranges(student: DetrModel) -> dict[str, float]:
     return {one.tensor: one.amax for one in getattr(student, RANGES)}
 
 
-def begin_forward(student: nn.Module) -> None:
-    """Count the calls of every layer anew; call it before each forward pass."""
-    for module in student.modules():
-        if isinstance(module, (QuantizedConv2d, QuantizedLinear)):
-            module.quantizer.calls = 0
+def layer_quantizers(student: nn.Module) -> list[LayerQuantizer]:
+    """Those of all layers."""
+    return [one.quantizer for one in student.modules() if isinstance(one, (QuantizedConv2d, QuantizedLinear))]
+
+
+class _CallCounts:
+    """Counts the calls of every layer anew in each forward pass; a hook of the backbone, which is called first."""
+
+    def __init__(self, quantizers: list[LayerQuantizer]) -> None:
+        self.quantizers = quantizers
+
+    def reset(self, _module: nn.Module, _inputs: object) -> None:
+        for one in self.quantizers:
+            one.calls = 0
 
 
 @contextmanager
 def in_float(student: nn.Module) -> Iterator[None]:
     """The student without rounding: the float detector."""
-    switched: list[TensorRange | LayerQuantizer] = []
-    for module in student.modules():
-        if isinstance(module, TensorRange):
-            switched.append(module)
-        elif isinstance(module, (QuantizedConv2d, QuantizedLinear)):
-            switched.append(module.quantizer)
+    ranges: list[TensorRange] = list(getattr(student, RANGES))
+    switched: list[TensorRange | LayerQuantizer] = [*ranges, *layer_quantizers(student)]
     for one in switched:
         one.enabled = False
     try:
@@ -403,7 +409,6 @@ def _require_same_tensors(student: DetrModel, values: Mapping[str, np.ndarray], 
     hooks = [one.register_forward_pre_hook(compare) for one in ranges]
     try:
         with torch.no_grad(), in_float(student):
-            begin_forward(student)
             student(student.normalize(image), last_only=True)
     finally:
         for hook in hooks:

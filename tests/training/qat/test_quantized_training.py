@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from edgedetr import api
 from edgedetr.bundle import Bundle
 from edgedetr.cli import app
+from edgedetr.data.layouts import load
 from edgedetr.errors import ExportError, TrainingError, UsageError
 from edgedetr.models.deploy import DeployGraph, bundle_detector, fuse
 from edgedetr.models.records import Outputs
@@ -45,6 +46,7 @@ DEVICE = "cpu"
 
 def start_bundle(path: Path, member: str, data: Path) -> Bundle:
     bundle = write_bundle(path, member, data)
+    bundle.update(classes=load(data, "train").classes)  # as a training leaves it: in the order of the data set
     sections = {
         "model": {"name": member, "backbone_weights": "random", **SMALL[member]},
         "input": {"height": 64, "width": 64},
@@ -188,6 +190,16 @@ def test_a_bundle_without_data_and_an_imported_graph_are_refused(bundles, tmp_pa
     with pytest.raises(TrainingError, match="imported graph, whose weights cannot be trained"):
         api.train_qat(other, tmp_path / "b.bundle")
     assert not (tmp_path / "b.bundle").exists()
+
+
+@pytest.mark.parametrize("bundles", ["detr"], indirect=True)
+def test_data_with_other_classes_are_refused_by_name(bundles, tmp_path):
+    start, _ = bundles
+    data = shutil.copytree(start.manifest.data.path, tmp_path / "data")
+    for path in (data / "annotations").iterdir():
+        path.write_text(path.read_text().replace('"cat"', '"cow"'))
+    with pytest.raises(TrainingError, match="knows dog, cat, and the data set has dog, cow"):
+        api.train_qat(start, tmp_path / "b.bundle", data=data, device=DEVICE)
 
 
 @pytest.mark.parametrize("bundles", ["detr"], indirect=True)

@@ -73,6 +73,13 @@ def test_a_copy_rounds_with_its_own_ranges():
     assert not torch.equal(average(images, last_only=True).logits, before)
 
 
+def test_every_forward_pass_begins_with_the_first_range_of_a_layer_that_is_called_often():
+    student, _, _, _ = student_of("dn_detr", EVERYTHING)
+    images = student.normalize(sample_images(1))
+    for model in (student, copy.deepcopy(student)):
+        assert torch.equal(model(images, last_only=True).boxes, model(images, last_only=True).boxes)
+
+
 def test_a_plan_with_places_that_pytorch_lacks_is_refused_by_name():
     _, graph, plan, amax = student_of("detr")
     node = next(node for node in graph.nodes if node.op_type == "MatMul" and node.input[1] not in graph.initializers)
