@@ -47,7 +47,7 @@ def bias_shifts(
     """
     layers = [layer for layer in plan.layers if bias_input(layer, graph) is not None]
     shifts: dict[str, np.ndarray] = {}
-    for part in np.array_split(np.arange(len(layers)), min(parts, len(layers))):
+    for part in np.array_split(np.arange(len(layers)), min(parts, len(layers))) if layers else ():
         joint, outputs = _joint_model(graph, quantized, [layers[i] for i in part], shifts)
         shifts |= _mean_outputs(joint, outputs, batches())
     return shifts

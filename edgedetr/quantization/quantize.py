@@ -89,6 +89,11 @@ def quantize(
     check_policy(model, policy)
     graph = GraphIndex(model)
     plan = plan_for(graph, policy, placement)
+    if not (plan.layers or plan.products):
+        raise ExportError(
+            f"{bundle.path}: the placement has no group in INT8, so there is nothing to quantize; use FP16: edgedetr "
+            f"export {bundle.path} --fp16, or remove {PLACEMENT.file}"
+        )
     base = load_policy(without_cures(config.policy))
     if base.name != policy.name and len(plan_for(graph, base, placement).layers) == len(plan.layers):
         log.warning("policy %s: the cure changes nothing in this graph, which has no such layer in INT8", policy.name)

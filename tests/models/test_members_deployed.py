@@ -272,12 +272,17 @@ def distance(one: RawOutputs, other: RawOutputs) -> float:
     return float(np.abs(one.logits - other.logits).mean())
 
 
+@cache
+def split_graph(name: str) -> GraphIndex:
+    return GraphIndex(split_concats(onnx.load(exported(name, 1))))
+
+
 @member
 def test_every_weighted_node_is_in_one_group_or_in_the_floor_with_a_reason(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(groups_module, "SMALLEST_INT8_PRODUCT", 4)  # the micro members have heads of 8 channels
-    graph = GraphIndex(split_concats(onnx.load(exported(name, 1))))
+    graph = split_graph(name)
     found, floor = groups_of(graph, load_policy("default")), floor_of(graph)
     placed = Counter([*(node for group in found for node in group.nodes), *floor])
     assert placed == Counter(node.name for node in graph.nodes if node.op_type in ("Conv", "MatMul", "Gemm"))
@@ -297,7 +302,7 @@ def test_every_weighted_node_is_in_one_group_or_in_the_floor_with_a_reason(
 @member
 def test_every_group_in_int8_at_once_is_legal_for_tensorrt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups_module, "SMALLEST_INT8_PRODUCT", 4)
-    graph, policy = GraphIndex(split_concats(onnx.load(exported(name, 1)))), load_policy("default")
+    graph, policy = split_graph(name), load_policy("default")
     every = Placement(tuple(group.id for group in groups_of(graph, policy)))
     tensors = tensors_to_observe(graph, plan_for(graph, policy, every))
     ranges = RangesByObserver("one", {"one": dict.fromkeys(tensors, 1.0)})
@@ -318,7 +323,7 @@ def test_the_two_products_of_each_attention_are_one_group(
     The first decoder layer's queries, or values, do not depend on the image, so one product is left of that attention.
     """
     monkeypatch.setattr(groups_module, "SMALLEST_INT8_PRODUCT", 4)
-    graph = GraphIndex(split_concats(onnx.load(exported(name, 1))))
+    graph = split_graph(name)
     found = [group for group in groups_of(graph, load_policy("default")) if group.kind == "attention"]
     assert sum("/decoder/" not in group.id for group in found) == encoder
     assert sum("/decoder/" in group.id for group in found) == decoder

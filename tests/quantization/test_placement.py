@@ -90,6 +90,13 @@ def test_an_unknown_group_and_an_unknown_observer_are_named(case):
         quantized_model(graph, POLICY, Placement((name,), {name: "entropy"}), ranges, CPU)
 
 
+def test_smoothing_is_refused_and_not_ignored(case):
+    _, graph, _, _ = case
+    name = groups_of(graph, POLICY)[0].id
+    with pytest.raises(ExportError, match="SmoothQuant is not supported yet"):
+        plan_for(graph, POLICY, Placement((name,), smooth={name: 0.5}))
+
+
 def test_a_placement_is_read_back_and_its_digest_depends_on_its_values(tmp_path):
     placement = Placement(("b", "a"), {"a": "entropy"}, {"b": 0.5})
     placement.save(tmp_path / "p.json")

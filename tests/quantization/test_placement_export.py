@@ -11,6 +11,7 @@ import pytest
 import edgedetr
 from edgedetr.artifacts import ONNX, PLACEMENT
 from edgedetr.bundle import Bundle
+from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.quantization.calibration import Ranges
 from edgedetr.quantization.config import QuantConfig
@@ -97,3 +98,10 @@ def test_a_placement_given_in_python_needs_no_file(copy):
     plan = quantize(bundle, config=QuantConfig(images=8), placement=Placement((first,)))
     assert [layer.node for layer in plan.layers] == [first]
     assert bundle.has("model.int8.onnx")
+
+
+def test_a_placement_without_a_group_is_refused_before_anything_is_written(copy):
+    bundle, _, _ = copy
+    with pytest.raises(ExportError, match=r"nothing to quantize; use FP16: edgedetr export .* --fp16"):
+        quantize(bundle, config=QuantConfig(images=8), placement=Placement(()))
+    assert not bundle.has("ranges.json") and not bundle.has("model.int8.onnx")
