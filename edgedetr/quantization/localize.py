@@ -130,9 +130,10 @@ def localize(
     checked: list[str] = []
     tasks = len(graphs) + len(pairs)
     for graph in graphs:
-        found = damaged_tensors(
-            read_bundle_graph(bundle.require(ONNX.file)), read_bundle_graph(bundle.require(graph.file)), images
-        )
+        # Other quantizers take the float graph as it is; ours are made of its split form, which has other tensors.
+        whole = read_bundle_graph(bundle.require(ONNX.file))
+        plain = whole if graph.quantizer else split_concats(whole)
+        found = damaged_tensors(plain, read_bundle_graph(bundle.require(graph.file)), images)
         findings += [replace(finding, artifact=graph.id, known=_for(bundle, finding)) for finding in found]
         checked.append(f"{graph.id}: {len(found)} tensors damaged by their own Q/DQ pair")
         if progress:
@@ -198,7 +199,7 @@ def damaged_tensors(
     float_model   the graph that was quantized; its tensors have the same names
     images        [1, 3, H, W] float32 each
     """
-    plain, graph = GraphIndex(split_concats(float_model)), GraphIndex(model)
+    plain, graph = GraphIndex(float_model), GraphIndex(model)
     by_tensor: dict[str, list[_Pair]] = {}
     for pair in _pairs(graph, plain):
         by_tensor.setdefault(pair.tensor, []).append(pair)
@@ -227,7 +228,7 @@ def _pairs(graph: GraphIndex, plain: GraphIndex) -> Iterator[_Pair]:
             continue
         source = _source(graph, node.input[0], stop=("QuantizeLinear",))
         producer = graph.producers.get(source)
-        if producer is None or producer.op_type != "QuantizeLinear":
+        if producer is None or producer.op_type != "QuantizeLinear" or not _is_whole(producer, node, graph=graph):
             continue
         tensor = producer.input[0]
         while tensor not in plain.producers and tensor not in plain.inputs and tensor in graph.producers:
@@ -237,6 +238,12 @@ def _pairs(graph: GraphIndex, plain: GraphIndex) -> Iterator[_Pair]:
             tensor = before.input[0]
         if tensor in plain.producers or tensor in plain.inputs:
             yield _Pair(tensor, producer, node)
+
+
+def _is_whole(*pair: NodeProto, graph: GraphIndex) -> bool:
+    """Whether scales and zero points are constants, one for the whole tensor."""
+    values = [graph.value(name) for node in pair for name in node.input[1:] if name]
+    return all(value is not None and value.size == 1 for value in values)
 
 
 def _source(graph: GraphIndex, tensor: str, stop: Sequence[str]) -> str:
