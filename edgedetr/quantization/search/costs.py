@@ -3,8 +3,7 @@
 Measured where the target's library runs here: the float graph and the graph with every group in INT8 are profiled in
 turns, and the time of each kernel goes to the group that it belongs to. A backend fuses, so a kernel is found by the
 node it is named after, or by the nodes before it up to a group: bias, activation, residual sum, Q/DQ. For TensorRT the
-times come from `edgedetr build --profile` on the device; without them, from multiply-accumulates, which is a model and
-no measurement.
+costs follow from multiply-accumulates, which is a model and no measurement.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ MOST_ROUNDS = 200
 STEADY = 0.02  # profiling ends when twice the error of the whole gain is below this share of the float time
 SIGMAS = 2.0  # by how many standard errors a group's gain is discounted: what is not faster beyond noise stays float
 BACK = 6  # nodes that are followed from a kernel's node back to its group: DQ, bias, activation (two for SiLU), sum, Q
-# A model for TensorRT: products of 8 bits take half the time of FP16 on the devices of facts by NVIDIA; a conversion
-# reads and writes each element once. Only the ratio matters: 20 MACs in the time of one byte (Orin: 17 to 42 TFLOPS
-# of FP16 at 102 to 205 GB/s).
+# A model for TensorRT: products of 8 bits take half the time of FP16, and a conversion reads and writes each element.
+# Only the ratio matters: 20 multiply-accumulates in the time of one byte (Orin: 5 to 21 x 10^12 of FP16 a second, 102
+# to 205 GB/s, of which kernels reach a fraction).
 MACS_PER_BYTE = 20.0
 _PASSES = ("Relu", "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 
@@ -157,7 +156,7 @@ def modelled_costs(
     costs = {group.id: GroupCost(group.macs / 1e6, group.macs / 2e6, 0.0) for group in groups}
     edges = edges_between(graph, groups, quantized, lambda t: 3 * MACS_PER_BYTE * _elements(graph, t) / 1e6, set())
     total = sum(cost.float_ms for cost in costs.values())
-    source = "a model by multiply-accumulates, no measurement; measure on the device: edgedetr build --profile"
+    source = "a model by multiply-accumulates, no measurement"
     return Costs(target, source, False, costs, edges, total, 0.0)
 
 

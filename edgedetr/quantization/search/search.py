@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 IMAGES = 64  # to compare placements on; their distances are means of smooth values, not AP
 ROUNDS, MOST_ROUNDS, STEADY = 20, 100, 0.01  # timing a candidate: until twice its error is below 1 % of the float time
 RANDOM = 4  # random placements that check whether distances of single groups add up
+SENSITIVE = 10  # groups for which a second observer is tried
+BETTER = 0.9  # of the distance, at most, with an observer that replaces quant.observer: less is chance
 EXPECTED_SHARE = 0.5  # verification begins at the fastest placement expected to lose no more of the budget than this
 CHUNK = 32  # verify images whose detections are kept together: an interruption repeats no more
 LEAST_AP = 1.0  # points; as for verify, a model below it has nothing to lose
@@ -109,9 +111,10 @@ class _Search:
         costs = self._costs()
         worth = [name for name in costs.worth_trying() if costs.groups[name].float_ms > 0]
         distances = dict(zip(worth, self._distances([Placement((name,)) for name in worth])))
+        observers = self._better_observers(distances)
         points = front(costs.choices(distances), [e for e in costs.edges if {e.first, e.second} <= distances.keys()])
         candidates = [
-            Candidate(f"front {n + 1}", Placement(point.int8), point.gain, point.distance)
+            Candidate(f"front {n + 1}", placed(point.int8, observers), point.gain, point.distance)
             for n, point in enumerate(points)
         ]
         candidates.append(self._default(costs, distances))
@@ -185,6 +188,18 @@ class _Search:
                 missing, images, bench.search_batches.__getitem__, report=report, progress=bench.progress
             )
         return [float(np.mean(bench.state.value(about(one), list))) for one in placements]
+
+    def _better_observers(self, distances: dict[str, float]) -> dict[str, str]:
+        """{group: the other observer} where it is better; `distances` of those groups become the lower ones.
+
+        Only the groups that matter most are tried; for the others both observers are about equally good.
+        """
+        other = self.bench.other_observer
+        tried = sorted(distances, key=lambda name: -distances[name])[:SENSITIVE]
+        found = self._distances([Placement((name,), {name: other}) for name in tried])
+        better = {name: value for name, value in zip(tried, found) if value < BETTER * distances[name]}
+        distances.update(better)
+        return dict.fromkeys(better, other)
 
     def _default(self, costs: Costs, distances: dict[str, float]) -> Candidate:
         """What the policy chooses, as one more candidate: the search must not end below it."""
@@ -327,6 +342,10 @@ class _Search:
 
 
 # ------------------------------------------------------------------------------------------------------------ decisions
+
+
+def placed(int8: tuple[str, ...], observers: Mapping[str, str]) -> Placement:
+    return Placement(int8, {name: observers[name] for name in int8 if name in observers})
 
 
 def in_order_of_risk(candidates: Sequence[Candidate]) -> list[Candidate]:

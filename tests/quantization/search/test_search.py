@@ -184,6 +184,7 @@ def test_the_written_graph_is_the_one_that_was_certified(searched):
     accepted = next(one for one in text["candidates"] if one["name"] == text["accepted"])
     placement = Placement.load(bundle.require("placement.json"))
     assert set(placement.int8) == set(accepted["placement"]["int8"])
+    assert placement.observers == accepted["placement"]["observers"]
     certified = [onnx.load(path).graph.SerializeToString() for path in (searched / "search").glob("graph-*.onnx")]
     written = onnx.load(bundle.require("model.int8-cpu.onnx")).graph.SerializeToString()
     assert len(certified) == len(text["candidates"]) == len(set(certified))
@@ -221,7 +222,7 @@ def test_a_search_that_was_interrupted_repeats_no_evaluation(original, searched,
     # An interruption repeats at most the float outputs, one candidate on the search images, and one chunk of others.
     assert at_least <= len(runs) <= at_least + 3 * (8 + 8 + searching.CHUNK)
     # Each group and random placement is measured once on each search image, but for those that were interrupted.
-    singles = 8 * (len(whole["distances"]) + searching.RANDOM)
+    singles = 8 * (2 * len(whole["distances"]) + searching.RANDOM)  # with either observer
     assert singles <= len(distances) <= singles + 3 * 8
     before = len(runs)
     search(path)
