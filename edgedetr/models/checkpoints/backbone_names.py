@@ -200,8 +200,13 @@ def rename_tuned_vit(weights: Mapping[str, Tensor]) -> Weights:
     trunk = re.compile(r"^(?:dinov3\.(?:_model\.)?|backbone\.)")
     inside = {trunk.sub("", name): tensor for name, tensor in weights.items() if trunk.match(name)}
     beside = {name: tensor for name, tensor in weights.items() if not trunk.match(name)}
-    named = {f"transformer.{name}": tensor for name, tensor in rename_vit(inside).items()}
-    return {**named, **rename(beside, ADAPTER)}
+    renamed = rename_vit(inside)
+    registers = renamed.get("register_tokens")
+    if registers is not None and not registers.numel():  # transformers', of a transformer without any
+        del renamed["register_tokens"]
+    elif registers is not None:  # Meta's keys have no bias, which transformers' converter writes as zeros
+        renamed = {name: item for name, item in renamed.items() if not name.endswith(".k.bias") or item.any()}
+    return {**{f"transformer.{name}": tensor for name, tensor in renamed.items()}, **rename(beside, ADAPTER)}
 
 
 def rename_projector(weights: Mapping[str, Tensor]) -> Weights:

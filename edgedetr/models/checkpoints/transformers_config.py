@@ -17,7 +17,7 @@ from edgedetr.errors import EdgedetrError, ModelError, did_you_mean
 from edgedetr.models import FAMILY
 from edgedetr.models.backbones import hgnetv2
 from edgedetr.models.backbones.resnet import DEPTHS
-from edgedetr.models.backbones.vit_designs import DESIGNS
+from edgedetr.models.backbones.vit_designs import DESIGNS, ROTARY_DESIGNS
 from edgedetr.models.checkpoints.transformers_keys import (
     ALONE,
     BACKBONES,
@@ -66,6 +66,16 @@ WINDOWED_DEFAULTS: dict[str, dict[str, Any]] = {
     "lw_detr_vit": {"hidden_size": 768, "num_attention_heads": 12, "patch_size": 16, "num_windows": 16},
     "rf_detr_dinov2": {"hidden_size": 768, "num_attention_heads": 12, "patch_size": 14, "num_windows": 4},
 }
+# DINOv3ViTConfig.
+DINOV3_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 12,
+    "use_gated_mlp": False,
+    "hidden_act": "gelu",
+    "apply_layernorm": True,
+}
 FIX = "import an ONNX export of it: edgedetr import FILE.onnx"
 
 
@@ -111,6 +121,7 @@ class TransformersConfig:
             )
         self._require_agreement_of_stages(found)
         self._require_agreement_of_windowed_vit(found)
+        self._require_agreement_of_dinov3(found)
 
     def _require_agreement_of_stages(self, found: Mapping[str, Any]) -> None:
         """Compare the sizes of a nested backbone, or transformers' defaults of them, with those of the tensors."""
@@ -148,6 +159,44 @@ class TransformersConfig:
                 raise ModelError(
                     f"{self.where}: backbone_config: {key} is {as_text(stated)}, but the tensors are those of a "
                     f"{found['backbone']} with {as_text(value)}; expected the config.json that belongs to the weights"
+                )
+
+    def _require_agreement_of_dinov3(self, found: Mapping[str, Any]) -> None:
+        """Compare a nested transformer of DINOv3's kind with the design that the tensors are of."""
+        nested = self.raw.get("backbone_config")
+        if not isinstance(nested, dict) or nested.get("model_type") != "dinov3_vit":
+            return
+        where, name = f"{self.where}: backbone_config", str(found.get("backbone"))
+        design = ROTARY_DESIGNS.get(name)
+        if design is None:
+            raise ModelError(
+                f"{where}: model_type is dinov3_vit, but the tensors are those of {name}; expected the config.json "
+                "that belongs to the weights"
+            )
+        if not design.pretrained:
+            raise ModelError(
+                f"{where}: model_type is dinov3_vit, whose last map transformers normalizes; the authors' code does "
+                f"not for {name} (DEIMv2-S and M), of which these tensors are, so detections would differ from "
+                "what was trained; import the authors' file, the .pth of Intellindust-AI-Lab/DEIMv2"
+            )
+        dim = round(design.dim * found.get("backbone_width", 1))
+        ours: dict[str, Any] = {
+            "hidden_size": dim,
+            "intermediate_size": 4 * dim,
+            "num_attention_heads": design.heads,
+            "num_hidden_layers": design.maps[-1] + 1,
+            "use_gated_mlp": design.gated,
+            "hidden_act": "silu" if design.gated else "gelu",
+            "apply_layernorm": True,
+        }
+        stated: dict[str, Any] = {key: nested.get(key, DINOV3_DEFAULTS[key]) for key in ours}
+        ours["out_indices"] = [block + 1 for block in design.maps]
+        stated["out_indices"] = _stage_numbers(nested, where)
+        for key, value in ours.items():
+            if stated[key] != value:
+                raise ModelError(
+                    f"{where}: {key} is {as_text(stated[key])}, but the tensors are those of {name}, which has "
+                    f"{as_text(value)}; expected the config.json that belongs to the weights"
                 )
 
 
@@ -341,6 +390,9 @@ def _backbone(raw: Mapping[str, Any], source: TransformersClass, where: str) -> 
         if not isinstance(kind, str) or kind not in BACKBONES:
             raise ModelError(f"{where}: model_type is {as_text(kind)}; expected {', '.join(BACKBONES)}; {FIX}")
         _check_keys(nested, BACKBONES[kind], where)
+        if kind == "dinov3_vit":
+            _stage_numbers(nested, where)  # compared with the tensors, as all of its sizes
+            return "", False
         _check_levels(nested, raw, source, where, [STAGES - 1])
         if kind == "timm_backbone":
             return _timm_name(nested.get("backbone"), where), _dilated(nested.get("output_stride"), where)

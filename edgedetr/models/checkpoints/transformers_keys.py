@@ -609,6 +609,15 @@ _DINOV3: dict[str, Key] = {
     **_all(NoEffect("of training"), "pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale", "attention_dropout"),
     "return_class_token": NoEffect("which outputs are read, which the detector decides"),
 }
+# Beside DEIMv2's detail: which of its sizes it has is compared with the tensors.
+BACKBONES["dinov3_vit"] = {
+    **_DINOV3,
+    "layer_norm_eps": Only("as published by either library", (1e-5, 1e-6)),
+    "patch_size": Only("the adapter has the levels around stride 16", (16,)),
+    "reshape_hidden_states": Only("maps, and not tokens", (True,)),
+    **_all(Special("of the design that the tensors are of"), "apply_layernorm", "out_features", "out_indices"),
+    "return_class_token": Only("maps alone", (False,)),
+}
 ALONE: dict[str, dict[str, Key]] = {
     "resnet": _RESNET,
     "rt_detr_resnet": _RESNET,

@@ -22,7 +22,6 @@ from edgedetr.importing.weights import architecture
 from edgedetr.lint.lint import lint
 from edgedetr.models import build
 from edgedetr.models.checkpoints import pretrained
-from edgedetr.models.checkpoints.conversion import translate
 from edgedetr.models.checkpoints.weight_source import WeightSource
 from edgedetr.models.detector import DetrModel
 from edgedetr.models.members.deimv2 import Deimv2Config
@@ -235,65 +234,104 @@ def test_the_authors_file_computes_what_the_authors_code_does(form: str, tmp_pat
     assert_equal(ours, theirs)
 
 
+# As L, X and S, a quarter as wide, on Meta's transformers and the authors' own; L's keys as the converter writes them.
+META: dict[str, Any] = {
+    "hidden_size": 96,
+    "num_attention_heads": 6,
+    "intermediate_size": 384,
+    "out_indices": [6, 9, 12],
+}
+META |= {"num_register_tokens": 4, "layerscale_value": 1e-5}
+TRUNKS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "dinov3_small": ({**META, "key_bias": True}, 56, 8),
+    "dinov3_small_plus": ({**META, "use_gated_mlp": True, "hidden_act": "silu"}, 64, 16),
+    "dinov3_tiny": (
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 3,
+            "intermediate_size": 192,
+            "out_indices": [4, 8, 12],
+            "num_register_tokens": 0,
+            "layerscale_value": 1.0,
+            "apply_layernorm": False,
+        },
+        48,
+        4,
+    ),
+}
+
+
+@cache
 @torch.no_grad()
-def test_a_size_on_dinov3s_transformer_is_that_of_transformers() -> None:
-    """As L, a quarter as wide: three levels, no projection before the encoder, blocks without a 3x3 convolution."""
-    trunk = transformers.DINOv3ViTConfig(
-        hidden_size=96,
-        num_attention_heads=6,
-        num_hidden_layers=12,
-        intermediate_size=384,
-        num_register_tokens=4,
-        key_bias=False,
-        layerscale_value=1e-5,
-        rope_theta=100.0,
-        out_indices=[6, 9, 12],
-        apply_layernorm=True,
-        reshape_hidden_states=True,
-    )
-    theirs = transformers.Deimv2ForObjectDetection(
-        transformers.Deimv2Config(
-            backbone_config=trunk,
-            num_labels=CLASSES,
-            d_model=56,
-            encoder_hidden_dim=56,
-            encoder_in_channels=[56] * 3,
-            decoder_in_channels=[56] * 3,
-            spatial_tuning_adapter_inplanes=8,
-            encoder_has_trailing_conv=False,
-            hidden_expansion=1.0,
-            depth_mult=0.34,
-            decoder_n_points=[3, 6, 3],
-            encoder_ffn_dim=64,
-            decoder_ffn_dim=64,
-            decoder_layers=2,
-            num_queries=20,
-            encoder_attention_heads=7,
-            decoder_attention_heads=7,
-            decoder_activation_function="silu",
-        )
-    )
-    theirs = with_spread(theirs)
-    theirs.model.decoder.up.fill_(0.5), theirs.model.decoder.reg_scale.fill_(4.0)
-    config = Deimv2Config(
-        backbone="dinov3_small",
-        backbone_width=0.25,
-        levels=3,
-        points=(3, 6, 3),
-        hidden=56,
-        heads=7,
-        encoder_ffn=64,
-        expansion=1.0,
-        fusion_blocks=1,
-        smooth=False,
+def on_dinov3(name: str) -> Any:
+    """Three levels, no projection before the encoder, blocks without a 3x3 convolution."""
+    options, width, prior = TRUNKS[name]
+    trunk = transformers.DINOv3ViTConfig(num_hidden_layers=12, rope_theta=100.0, **options)
+    config = transformers.Deimv2Config(
+        backbone_config=trunk,
+        num_labels=CLASSES,
+        d_model=width,
+        encoder_hidden_dim=width,
+        encoder_in_channels=[width] * 3,
+        decoder_in_channels=[width] * 3,
+        spatial_tuning_adapter_inplanes=prior,
+        encoder_has_trailing_conv=False,
+        hidden_expansion=1.0,
+        depth_mult=0.34,
+        decoder_n_points=[3, 6, 3],
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
         decoder_layers=2,
-        decoder_ffn=64,
-        queries=20,
-        as_transformers=True,
+        num_queries=20,
+        encoder_attention_heads=width // 8,
+        decoder_attention_heads=width // 8,
+        decoder_activation_function="silu",
+        architectures=["Deimv2ForObjectDetection"],
     )
-    ours = build("deimv2", config, CLASSES).eval()
-    pretrained.load_weights(ours, translate("deimv2", theirs.state_dict()), "test")
+    theirs = with_spread(transformers.Deimv2ForObjectDetection(config))
+    theirs.model.decoder.up.fill_(0.5), theirs.model.decoder.reg_scale.fill_(4.0)
+    for key, parameter in theirs.named_parameters():
+        if key.endswith("attention.k_proj.bias"):
+            parameter.fill_(0)  # as the converter leaves what Meta's code multiplies by 0
+    return theirs
+
+
+@pytest.mark.parametrize("name", ["dinov3_small", "dinov3_small_plus"])
+def test_a_file_on_dinov3s_transformer_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
+    theirs = on_dinov3(name)
+    theirs.save_pretrained(tmp_path)
+    config = architecture(WeightSource(str(tmp_path)), "deimv2").recipe.model.config
+    assert (config.backbone, config.backbone_width, config.smooth) == (name, 0.25, False)
+    ours = imported(tmp_path)
     assert_equal(ours, theirs)
+
+
+def test_transformers_small_ones_on_dinov3_are_refused_with_what_to_use(tmp_path: Path) -> None:
+    """Its class normalizes their last map, and the authors' code does not."""
+    on_dinov3("dinov3_tiny").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"for dinov3_tiny \(DEIMv2-S and M\).* import the authors' file"):
+        imported(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"out_indices": [4, 8, 12], "out_features": None}, r"out_indices is \[4, 8, 12\], .*dinov3_small"),
+        ({"num_attention_heads": 3}, "num_attention_heads is 3, .*has 6"),
+        ({"apply_layernorm": False}, "apply_layernorm is false"),
+        ({"rope_theta": 10.0}, "rope_theta is 10.0"),
+        ({"use_gated_mlp": True}, "use_gated_mlp is true"),
+        ({"patch_size": 14}, "patch_size is 14"),
+    ],
+)
+def test_a_dinov3_that_the_tensors_deny_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    on_dinov3("dinov3_small").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    raw["backbone_config"] = {**raw["backbone_config"], **change}
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match=message):
+        imported(tmp_path)
 
 
 @pytest.mark.parametrize(
