@@ -42,6 +42,7 @@ _SIDE = 1000  # value of inputs that are no image: sizes in pixels
 class GraphSession:
     """A graph in an ONNX Runtime session.
 
+    model      or its bytes, with `outputs` among its outputs: a caller that drops the model first needs less memory
     outputs    names of the tensors to compute, which may be inner ones; None = the graph's own outputs
     optimize   False: every node runs as written; "basic": quick optimizations; True: all of them
     threads    None = one per core
@@ -53,7 +54,7 @@ class GraphSession:
 
     def __init__(
         self,
-        model: ModelProto,
+        model: ModelProto | bytes,
         outputs: Sequence[str] | None = None,
         *,
         optimize: bool | Literal["basic"] = False,
@@ -64,9 +65,14 @@ class GraphSession:
         fix: str = EXPORT_AGAIN,
     ) -> None:
         one_of("optimize", optimize, (False, "basic", True))
-        self.outputs = [item.name for item in model.graph.output] if outputs is None else list(outputs)
+        self.outputs = list(outputs or ())
         self.fix = fix
-        data = with_outputs(model, self.outputs).SerializeToString()
+        if isinstance(model, bytes):
+            data = model
+        else:
+            if outputs is None:
+                self.outputs = [item.name for item in model.graph.output]
+            data = with_outputs(model, self.outputs).SerializeToString()
         self._session = plain_session(
             data,
             optimize=optimize,

@@ -26,7 +26,6 @@ from edgedetr.data.listing import images_in
 from edgedetr.data.near_duplicates import near_copies
 from edgedetr.errors import DataError, ExportError
 from edgedetr.evaluation.reference import Reference
-from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.printable import shown
 from edgedetr.progress import Progress
 from edgedetr.quantization.calibration_checks import (
@@ -42,6 +41,7 @@ from edgedetr.quantization.calibration_checks import (
 )
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.observers import LEARNED, Histogram, observer_of
+from edgedetr.quantization.probe import Probe
 from edgedetr.runtime.preprocess import prepare
 from edgedetr.storage.digests import digest
 from edgedetr.storage.reading import MEBIBYTE, read_json
@@ -503,12 +503,12 @@ def observe(
 ) -> dict[str, Histogram]:
     """The distribution of every tensor over the images.
 
-    Memory: one image's activations and one histogram of 2,048 bins per tensor, however many images there are.
+    Memory: the weights, what one image's pass needs at a time, and one histogram of 2,048 bins per tensor, however many
+    images there are.
     Errors: DataError for an image that cannot be decoded; ExportError that names a tensor with NaN or infinity.
     """
     observed = [name for name in tensors if name != "images"]
-    outputs = dict.fromkeys([*(item.name for item in model.graph.output), *observed])
-    session = GraphSession(model, list(outputs), optimize=True, lean=True)
+    probe = Probe(model, observed)
     histograms = {name: Histogram(name) for name in tensors}
     for done, path in enumerate(paths):
         if progress:
@@ -516,10 +516,7 @@ def observe(
         batch, _ = prepare([decode(path)], contract)
         if "images" in histograms:
             histograms["images"].observe(batch)
-        values = session.run({"images": batch})
-        for name in observed:
-            histograms[name].observe(values[name], f"the calibration image {shown(path.name)}")
-        values.clear()  # before the next image, whose tensors are as large
+        probe.observe(batch, histograms, f"the calibration image {shown(path.name)}")
     if progress:
         progress("calibrate", len(paths), len(paths))
     return histograms

@@ -54,7 +54,16 @@ class Histogram:
             self.image_absmax.append(0.0)
             return
         flat = values.reshape(-1)
-        low, high = float(flat.min()), float(flat.max())
+        self.observe_sample(
+            float(flat.min()), float(flat.max()), flat[:: sample_step(flat.size, self.per_image)], image
+        )
+
+    def observe_sample(self, low: float, high: float, sample: np.ndarray, image: str = "a calibration image") -> None:
+        """As `observe`, for a tensor of which only a part is here.
+
+        low, high   its smallest and largest value; NaN where it holds NaN
+        sample      [N] every `sample_step`-th of its values
+        """
         if not (np.isfinite(low) and np.isfinite(high)):
             raise ExportError(
                 f"tensor {self.name!r} holds NaN or infinity on {image}; expected finite "
@@ -63,10 +72,8 @@ class Histogram:
         absmax = max(-low, high)
         self.image_absmax.append(absmax)
         self.largest = max(self.largest, absmax)
-        if self.per_image is not None and flat.size > self.per_image:
-            flat = flat[:: _stride(flat.size, self.per_image)]
         self._extend(absmax)
-        self._add(self._counted(flat), flat.size - int(np.count_nonzero(flat)))
+        self._add(self._counted(sample), sample.size - int(np.count_nonzero(sample)))
 
     def _counted(self, flat: np.ndarray) -> np.ndarray:
         """[BINS] how many of the values are in each bin."""
@@ -217,8 +224,14 @@ def _smallest_loss(histogram: Histogram, loss: Callable[[float], float]) -> floa
     return float(candidates[int(np.argmin([loss(candidate) for candidate in candidates]))])
 
 
-def _stride(size: int, wanted: int) -> int:
-    """Smallest step >= size / wanted that shares no factor with size, so that no row or channel is favored."""
+def sample_step(size: int, wanted: int | None = PER_IMAGE) -> int:
+    """Smallest step >= size / wanted that shares no factor with size, so that no row or channel is favored; 1 for few.
+
+    size     of a tensor
+    wanted   values of it to count; None = all
+    """
+    if wanted is None or size <= wanted:
+        return 1
     step = -(-size // wanted)
     while np.gcd(step, size) > 1:
         step += 1

@@ -61,8 +61,10 @@ def _rows(bundle: Bundle, verdict: Verdict, timings: Timings) -> list[list[str]]
                 *first,
                 artifact.name,
                 artifact.backend,
-                f"{artifact.ap:.1f}",
-                "" if artifact.is_reference else f"{artifact.drop + 0.0:.2f} ({artifact.drop_upper95 + 0.0:.2f})",
+                "" if _fails(artifact) else f"{artifact.ap:.1f}",
+                ""
+                if artifact.is_reference or _fails(artifact)
+                else f"{artifact.drop + 0.0:.2f} ({artifact.drop_upper95 + 0.0:.2f})",
                 "" if time is None else f"{time:.1f}",
                 "" if time is None or artifact.name == ONNX.id else _ratio(time, artifact.backend, timings),
                 "" if artifact.size_mb is None else f"{artifact.size_mb:.1f}",
@@ -85,7 +87,7 @@ def beside_ours(peer: ArtifactVerdict, artifacts: Iterable[ArtifactVerdict], tim
 
     A graph that its backend could not run has no time in the verdict.
     """
-    if peer.p50_ms is None:
+    if _fails(peer):
         return "does not run"
     for ours in artifacts:
         graph = GRAPHS.get(ours.name)
@@ -99,6 +101,11 @@ def beside_ours(peer: ArtifactVerdict, artifacts: Iterable[ArtifactVerdict], tim
             better.append("time")
         return f"better: {', '.join(better)}" if better else "no better"
     return ""
+
+
+def _fails(artifact: ArtifactVerdict) -> bool:
+    """Whether another quantizer's graph could not be run, or gave no numbers: its row has no time."""
+    return bool(artifact.quantizer) and artifact.p50_ms is None
 
 
 def _line(cells: Sequence[str]) -> str:
