@@ -62,6 +62,7 @@ def test_the_wheel_carries_recipes_policies_template_and_types(installed):
         assert f"edgedetr/_recipes/{recipe.name}" in names
     assert {
         "edgedetr/_policy/default.toml",
+        "edgedetr/_patterns/known.toml",
         "edgedetr/reporting/page.html",
         "edgedetr/py.typed",
         "edgedetr/lint/operators.json",
