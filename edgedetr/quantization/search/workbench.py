@@ -68,7 +68,7 @@ TARGETS = {
     target.name: target
     for target in (
         SearchTarget(ORT, INT8_CPU, ORT, here=True),
-        SearchTarget(OPENVINO, INT8, OPENVINO, here=True),
+        SearchTarget(OPENVINO, INT8_CPU, OPENVINO, here=True),
         SearchTarget(TENSORRT, INT8, ORT, here=False),
     )
 }
