@@ -120,9 +120,10 @@ def measured_costs(
         for name, kernels in turn.items():
             parts[name].append(kernels)
         floats, integers = (_by_group(parts[name], owner, groups) for name in ("float", "int8"))
-        sums = [np.sum(list(times.values()), axis=0) for times in (floats, integers)]
-        whole, total = sums[1] - sums[0], float(np.median(sums[0]))
-        if SIGMAS * error_of_median(whole) < STEADY * total:
+        # Sums of medians: a run that was disturbed anywhere would count as a whole.
+        total = float(sum(np.median(times) for times in floats.values()))
+        error = float(np.sqrt(sum(error_of_median(integers[name] - floats[name]) ** 2 for name in floats)))
+        if SIGMAS * error < STEADY * total:
             break
     if progress:
         progress("profile", rounds, rounds)
