@@ -110,7 +110,8 @@ def test_lint_is_silent_on_what_we_write(name, sampling, written):
         assert said == [], precision
         half = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)
         pairs = sum(node.op_type == "QuantizeLinear" for node in model.graph.node)
-        assert (half, pairs >= 10) == (precision != "fp32", precision == "int8")
+        least = 10 if name in members.GROUPED else 20  # a transformer of two blocks has few layers
+        assert (half, pairs >= least) == (precision != "fp32", precision == "int8")
 
 
 @pytest.mark.skipif(not RTX, reason="needs NVIDIA's parser on a CPU: make test installs it on x86-64")
