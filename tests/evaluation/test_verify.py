@@ -271,14 +271,11 @@ def test_localize_says_what_was_looked_at_beside_the_verdict(good, capsys):
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     assert found["passed"] and found["localized"]["findings"] == []
-    # INT8 in ONNX Runtime is scored by the reference run itself, so there is nothing to compare.
-    assert found["localized"]["checked"] == [
-        "int8: 0 tensors damaged by their own Q/DQ pair",
-        "int8-cpu: 0 tensors damaged by their own Q/DQ pair",
-        "onnx on onnxruntime: as the reference run",
-        "int8 on openvino: as the reference run",
-        "int8-cpu on onnxruntime: as the reference run",
-    ]
+    checked = found["localized"]["checked"]
+    assert checked[:2] == [f"{name}: 0 tensors damaged by their own Q/DQ pair" for name in ("int8", "int8-cpu")]
+    assert {"onnx on onnxruntime: as the reference run", "int8-cpu on onnxruntime: as the reference run"} < set(checked)
+    # INT8 with FP16 is scored in ONNX Runtime by the reference run itself, so there is nothing to compare.
+    assert not any(line.startswith("int8 on onnxruntime") for line in checked)
     assert "int8 on openvino: as the reference run" in shown.err
 
 
