@@ -18,8 +18,7 @@ import numpy as np
 
 from edgedetr.artifacts import ORT
 from edgedetr.runtime.backends import openvino
-from edgedetr.runtime.backends.onnxruntime import CPU, library
-from edgedetr.runtime.cpu import bounded
+from edgedetr.runtime.backends.onnxruntime import plain_session
 
 WARM_UP = 2  # runs that are not counted: memory is planned, weights are packed
 _SUFFIX = re.compile(r"(_nchwc)?(_token_\d+)?(_nchwc)?(_kernel_time)?$")
@@ -55,13 +54,7 @@ def kernel_times(
 
 class _OrtProfile:
     def __init__(self, model: bytes, prefix: Path, threads: int | None) -> None:
-        onnxruntime = library()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads, options.inter_op_num_threads = bounded(threads), 1
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.enable_profiling, options.profile_file_prefix = True, str(prefix)
-        self._session = onnxruntime.InferenceSession(model, options, providers=[CPU])
+        self._session = plain_session(model, optimize=True, threads=threads, profile=prefix)
 
     def run(self, images: np.ndarray) -> None:
         self._session.run(["logits", "boxes"], {"images": images})

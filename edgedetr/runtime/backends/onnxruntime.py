@@ -141,6 +141,7 @@ def plain_session(
     spin: bool = True,
     integers: bool = True,
     lean: bool = False,
+    profile: Path | None = None,
     error: type[EdgedetrError] = BundleError,
     fix: str = WRITE_AGAIN,
 ) -> Any:
@@ -151,6 +152,7 @@ def plain_session(
     integers   False: Q/DQ pairs stay as they are written, and are computed in float arithmetic
     lean       less memory, a little slower: nodes run in the order of the graph, each tensor goes once its readers
                have run, and memory goes back after each run
+    profile    begin of the name of a file for the time of every node, which `end_profiling` writes
     error      raised for external weights, and where ONNX Runtime rejects the graph, with `fix` at the end
     """
     onnxruntime = library()
@@ -167,6 +169,9 @@ def plain_session(
     if lean:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.enable_cpu_mem_arena = False
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # no time of the next graph
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not integers:

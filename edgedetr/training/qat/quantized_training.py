@@ -48,7 +48,7 @@ else:
 
 log = logging.getLogger(__name__)
 
-LEARNED_RANGES = "ranges.json"  # in the bundle's folder train/: what the weights of this moment were trained with
+LEARNED_RANGES = RANGES.file  # in the bundle's folder train/: what the weights of this moment were trained with
 
 SHARE = 0.1  # of the epochs of the float training
 # Of its learning rate: weights that are trained move little, or they forget (NNCF: at most a tenth; ultralytics and
