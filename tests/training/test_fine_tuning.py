@@ -48,7 +48,7 @@ def test_five_hundred_images_from_a_whole_detector() -> None:
     assert found.ema_decay == pytest.approx(1 - 1 / 156.55, abs=1e-6) and found.ema_warmup == 31
     assert found.eval_every == 3  # 34 evaluations
     assert found.patience == 11  # 30 % of 34
-    assert (found.lr, found.backbone_lr_factor, found.schedule) == (5e-5, 0.1, "flat_cosine")
+    assert (found.lr, found.backbone_lr_factor, found.schedule) == (2e-4, 0.5, "flat_cosine")
     sides = (480, 512, 544, 576, 608, 640, 640, 640, 672, 704, 736, 768, 800)  # of 640, RT-DETR-R34
     assert found.sizes == tuple(side / 640 for side in sides)
 
@@ -73,7 +73,7 @@ def test_a_large_set_takes_the_published_average_and_a_large_batch_enough_steps(
     published = numbers(118_000, epochs=72)
     assert (published.ema_decay, published.ema_warmup, published.warmup_steps) == (0.9999, 2000, 2000)
     large = numbers(6400, batch=64)  # 50,000 / 64 would be 781 steps; 1,500 are 15 epochs of 100
-    assert large.epochs == 15 and large.lr == 1e-4  # a fourfold batch: twice the rate
+    assert large.epochs == 15 and large.lr == 4e-4  # a fourfold batch: twice the rate
 
 
 @pytest.mark.parametrize("images", [10, 60, 500, 5000, 118_000])
@@ -88,7 +88,7 @@ def test_warm_up_and_average_are_at_most_a_twentieth_of_the_steps(images: int, e
 
 def test_the_rate_of_every_start() -> None:
     rates = [(numbers(500, start).lr, numbers(500, start).backbone_lr_factor) for start in get_args(StartKind)]
-    assert rates == [(5e-5, 0.1), (1e-4, 0.1), (2e-4, 1.0)]
+    assert rates == [(2e-4, 0.5), (1e-4, 0.1), (2e-4, 1.0)]
     assert numbers(500, "backbone").sizes == () == numbers(500, "random").sizes
 
 
