@@ -325,6 +325,7 @@ def test_doctor_knows_this_machine(capsys):
             assert how in captured.err
 
 
+@pytest.mark.slow  # the command builds every member
 def test_models_counts_parameters_as_the_built_models_have(capsys):
     from edgedetr.models import FAMILY, build
 

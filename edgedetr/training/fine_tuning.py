@@ -59,8 +59,8 @@ class FineTuningDefaults:
 
     # Learning rates for batches of `batch` images. RT-DETR and DETR train at 1e-4 from a pretrained backbone; D-FINE
     # fine-tunes a whole detector at 2.5e-4 with batches of 32 and half of it in the backbone, which is 1.8e-4 here.
-    # Measured with a nano RT-DETR that had learned rendered scenes, BCCD, 300 steps of 8 images, AP on test at rates that
-    # stand for batches of 16: 31.4 at 2.1e-4, 47.9 at 5.7e-4; after 100 steps 3.4 at 5e-5 with a tenth in the
+    # Measured with a nano RT-DETR that had learned rendered scenes, BCCD, 300 steps of 8 images, AP on test, at rates
+    # that stand for batches of 16: 31.4 at 2.1e-4, 47.9 at 5.7e-4; after 100 steps 3.4 at 5e-5 with a tenth in the
     # backbone, 17.9 at 2.1e-4 with half of it. So few steps want more; long trainings have not been compared.
     whole_lr: float = 2e-4
     backbone_lr: float = 1e-4

@@ -136,7 +136,7 @@ def test_a_resumed_training_with_both_teachers_ends_in_the_same_bytes(taught, te
     recipe = micro.recipe(epochs=2, teacher=teaching, **taught)
     straight = micro.train(recipe, micro_data, tmp_path / "straight")
     halted = micro.new_trainer(recipe, micro_data, tmp_path / "halted")
-    assert sum(halted.learner.teacher(next(iter(halted._batches(0))).images.float()).counts) > 0
+    assert sum(halted.learner._module.teacher(next(iter(halted._batches(0))).images.float()).counts) > 0
 
     class Stop(Exception):
         pass

@@ -28,7 +28,15 @@ EVERYTHING = Policy("everything")  # decoder and heads too
 # Members whose heads and positions are called several times, some calls of which the graph lacks or computes from
 # constants.
 CALLED_OFTEN = ("deformable_detr", "dn_detr", "dynamic_detr")
-CASES = [(name, load_policy("default")) for name in SMALL] + [(name, EVERYTHING) for name in CALLED_OFTEN]
+# Of those with the default policy, the ones that differ in how a layer is found; the others are slow tests.
+OFTEN_TESTED = ("detr", "rt_detr", "d_fine", "sparse_rcnn", "rf_detr")
+CASES = [
+    *[
+        pytest.param(name, load_policy("default"), marks=[] if name in OFTEN_TESTED else pytest.mark.slow)
+        for name in SMALL
+    ],
+    *[(name, EVERYTHING) for name in CALLED_OFTEN],
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
