@@ -15,7 +15,11 @@ TEST_PROCESSES ?= 2
 demo: $(VENV)/.installed
 	$(BIN)/edgedetr demo
 
-test: lint types pytest
+# Steps that do not wait for each other run side by side: packages and browser, then style and types.
+test:
+	$(MAKE) --no-print-directory -j 2 $(VENV)/.installed-dev browser
+	$(MAKE) --no-print-directory -j 2 --output-sync=target lint types
+	$(MAKE) --no-print-directory pytest
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
