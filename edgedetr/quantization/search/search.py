@@ -19,6 +19,7 @@ import numpy as np
 
 from edgedetr.artifacts import ONNX, PLACEMENT, REFERENCE, SEARCH
 from edgedetr.bundle import Bundle
+from edgedetr.data.detection_set import Sample
 from edgedetr.errors import ExportError, UsageError, did_you_mean
 from edgedetr.evaluation.bootstrap import draw, resampled_ap, with_identity
 from edgedetr.evaluation.coco_metrics import evaluate
@@ -36,6 +37,7 @@ from edgedetr.quantization.search.search_report import Candidate, SearchReport
 from edgedetr.quantization.search.search_state import SearchState
 from edgedetr.quantization.search.sequential import LookResult, certify
 from edgedetr.quantization.search.workbench import TARGETS, Workbench, placement_key
+from edgedetr.runtime.backends.base import Runner
 from edgedetr.runtime.latency import rotated
 from edgedetr.runtime.postprocess import Detections
 
@@ -307,14 +309,14 @@ class _Search:
         key = placement_key(candidate.placement, bench.target.name)
 
         @cache
-        def runner():  # type: ignore[no-untyped-def]
+        def runner() -> Runner:
             return bench.open_file(bench.candidate_graph(candidate.placement))
 
         found: dict[int, Detections] = {}
         for start in range(0, n, CHUNK):
             chunk = self.sets.verify[start : start + CHUNK]
 
-            def make(chunk=chunk, start=start) -> dict[int, Detections]:  # type: ignore[no-untyped-def]
+            def make(chunk: Sequence[Sample] = chunk, start: int = start) -> dict[int, Detections]:
                 made = {}
                 for number, sample in enumerate(chunk):
                     made[sample.image_id] = bench.detect(runner(), sample.path)
