@@ -284,6 +284,7 @@ def export(
     search_images: int | None = None,
     threads: int | None = None,
     cures: Iterable[str] = (),
+    known_cures: bool = True,
     sets: Iterable[str] = (),
     frame: tuple[int, int] | None = None,
     triton: str | Path | None = None,
@@ -304,11 +305,14 @@ def export(
                     measured: "modelopt", "onnxruntime", "nncf" (artifacts.QUANTIZERS has all); needs int8
     max_drop        search for the fastest INT8 that is proved to lose at most so many points of AP, and write it as
                     placement.json and the INT8 files; needs int8
-    target          what the search makes fast: "onnxruntime" (None), "openvino" or "tensorrt"
+    target          what the search makes fast: "onnxruntime" (None), "openvino" or "tensorrt"; and whose known faults
+                    the INT8 graphs are cured of (None: of all libraries that verify judges them on); needs int8
     search_images   images that placements are compared on, beside those for calibration and verification; None = 64
     threads         of one inference in the search; None = all cores
     cures           known patterns whose layers stay float (calib/patterns/known.toml), added to the policy: as
                     quant.policy="default+NAME" in `sets`; needs int8
+    known_cures     cure the INT8 graphs where they have a pattern that is known for the target, by another order of
+                    Q/DQ, a shared scale, or a layer in float; False = leave them as they are
     sets            values of [quant] and [export], as `section.key=value`; they are written into the bundle's recipe
     frame           (height, width) in pixels: graphs for whole camera frames of this size too
     triton          folder of a Triton model repository to add the model to
@@ -331,6 +335,8 @@ def export(
         if max_drop is not None:
             raise UsageError("--cure and --max-drop both choose which layers are INT8; give one of them")
         sets = (*sets, with_cures(opened, sets, cures))
+    if not (known_cures or int8):
+        raise UsageError("--no-cure leaves the INT8 files as they are quantized; add --int8")
     if fp16 and sampling is None and not any(text.startswith("export.sampling=") for text in sets):
         sampling = "gather"
     chosen = settings(opened, sets) if sets else None  # a mistyped value is an error before anything is made
@@ -371,6 +377,7 @@ def export(
         config=chosen.export if chosen else None,
         quant=chosen.quant if chosen else None,
         placement=placement,
+        cure_for=() if not known_cures else None if target is None else (target,),
         progress=progress,
     )
     if chosen:
@@ -378,11 +385,19 @@ def export(
     built, missing = _build_engines(opened, ("fp16", "int8") if int8 else ("fp16",), progress) if engines else ((), "")
     serving = write_serving_files(opened, fp16=fp16, int8=int8, frame=frame, triton=triton, deepstream=deepstream)
     opened.refresh()
-    return ExportResult(opened, built, missing, serving, (note,) if note else (), found)
+    notes = (*([note] if note else []), *(_about_cures(opened) if int8 else []))
+    return ExportResult(opened, built, missing, serving, notes, found)
+
+
+def _about_cures(bundle: Bundle) -> list[str]:
+    from edgedetr.artifacts import INT8, INT8_CPU
+    from edgedetr.runtime.cure_record import about_cures
+
+    return [f"{graph.file}: {line}" for graph in (INT8, INT8_CPU) for line in about_cures(bundle, graph.file)]
 
 
 def _check_search(int8: bool, max_drop: float | None, target: str | None, search_images: int | None) -> None:
-    """Errors: UsageError for an unknown target, and for options of a search that have no effect."""
+    """Errors: UsageError for an unknown target, and for options that have no effect."""
     from edgedetr.artifacts import OPENVINO, ORT, TENSORRT
     from edgedetr.runtime.arguments import check_word
 
@@ -390,11 +405,12 @@ def _check_search(int8: bool, max_drop: float | None, target: str | None, search
         check_word(target, (ORT, OPENVINO, TENSORRT), "target")
     if max_drop is not None and not int8:
         raise UsageError("--max-drop is a budget for INT8; add --int8")
-    for name, value in (("--target", target), ("--search-images", search_images)):
-        if value is not None and max_drop is None:
-            raise UsageError(
-                f"{name} is for a search within a budget; add --max-drop POINTS, for example --max-drop 0.5"
-            )
+    if target is not None and not int8:
+        raise UsageError("--target names what the INT8 files are for; add --int8")
+    if search_images is not None and max_drop is None:
+        raise UsageError(
+            "--search-images is for a search within a budget; add --max-drop POINTS, for example --max-drop 0.5"
+        )
 
 
 def _build_engines(

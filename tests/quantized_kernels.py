@@ -142,6 +142,23 @@ GRAPHS: dict[str, tuple[str, ...]] = {
         "DequantizeLinear wide w_s w_z -> wd | axis=0",
         "Conv d2 wd -> y",
     ),
+    "Concat, pair, MaxPool, Conv": (
+        "Concat images images -> c | axis=1",
+        "QuantizeLinear c s i8 -> q",
+        "DequantizeLinear q s i8 -> d",
+        "MaxPool d -> e | kernel_shape=2,2",
+        "DequantizeLinear wide w_s w_z -> wd | axis=0",
+        "Conv e wd -> y",
+    ),
+    "Qs of one scale, Concat of integers, DQ, Conv": (
+        "Mul images s2 -> small",
+        "QuantizeLinear images s i8 -> q",
+        "QuantizeLinear small s i8 -> q2",
+        "Concat q q2 -> c | axis=1",
+        "DequantizeLinear c s i8 -> d",
+        "DequantizeLinear wide w_s w_z -> wd | axis=0",
+        "Conv d wd -> y",
+    ),
     "pairs, Concat, Conv": (
         *IN8,
         "Concat d d -> c | axis=1",

@@ -39,7 +39,11 @@ from edgedetr.errors import PreparedNotFinished
     metavar="AP",
     help="With --int8: search for the fastest INT8 that is proved to lose at most so many points of AP.",
 )
-@click.option("--target", metavar="[onnxruntime|openvino|tensorrt]", help="What to make fast.  [default: onnxruntime]")
+@click.option(
+    "--target",
+    metavar="[onnxruntime|openvino|tensorrt]",
+    help="With --int8: the library to cure of its known faults, and to make fast.  [default: all; onnxruntime]",
+)
 @advanced_option("--search-images", type=click.IntRange(8), help="Images to compare placements on.  [default: 64]")
 @threads_option
 @advanced_option(
@@ -65,6 +69,7 @@ from edgedetr.errors import PreparedNotFinished
     metavar="NAME",
     help="With --int8: keep the layers of a known pattern float, as `verify --localize` advises; repeatable.",
 )
+@advanced_option("--no-cure", is_flag=True, help="With --int8: leave known faults of a library in the graphs.")
 @advanced_option(
     "--frame",
     metavar="HxW",
@@ -89,6 +94,7 @@ def export(
     search_images: int | None,
     threads: int | None,
     cures: tuple[str, ...],
+    no_cure: bool,
     frame: tuple[int, int] | None,
     triton: Path | None,
     deepstream: Path | None,
@@ -118,6 +124,7 @@ def export(
             search_images=search_images,
             threads=threads,
             cures=cures,
+            known_cures=not no_cure,
             sets=sets,
             frame=frame,
             triton=triton,

@@ -22,6 +22,7 @@ from edgedetr.evaluation.reference import Reference
 from edgedetr.evaluation.verdict import ArtifactVerdict
 from edgedetr.runtime import preprocess
 from edgedetr.runtime.backends.base import PEER_NOTE
+from edgedetr.runtime.cure_record import about_cures
 from edgedetr.runtime.latency import Latency
 from edgedetr.runtime.onnx_bytes import metadata, read
 from edgedetr.storage.reading import read_text
@@ -88,8 +89,8 @@ class Judge:
         latency = Latency.of(run.seconds) if run.seconds and not run.fault else None
         reference_run, reference_run_drop, note = self._against_reference_run(run)
         artifact = GRAPHS[run.artifact]
-        if artifact.quantizer:
-            note = "; ".join(filter(None, (self._about_peer(artifact), note)))
+        if artifact.precision == "int8":
+            note = "; ".join(filter(None, (*self._about(artifact), note)))
         integers = self._integers(run)
         if integers is not None and integers.finding():
             note = "; ".join(filter(None, [note, integers.finding()]))
@@ -118,9 +119,11 @@ class Judge:
             integers=integers,
         )
 
-    def _about_peer(self, artifact: Artifact) -> str:
-        """What the export recorded in the graph of another quantizer."""
-        return metadata(read(self.bundle.require(artifact.file))[0]).get(PEER_NOTE, "")
+    def _about(self, artifact: Artifact) -> list[str]:
+        """What the export recorded in an INT8 graph: of another quantizer, and of the known faults it was cured of."""
+        if artifact.quantizer:
+            return [metadata(read(self.bundle.require(artifact.file))[0]).get(PEER_NOTE, "")]
+        return about_cures(self.bundle, artifact.file)
 
     def _integers(self, run: ArtifactRun) -> RealizedPrecision | None:
         """Which quantized layers the backend runs in integers; None also for a simulation, which runs none."""

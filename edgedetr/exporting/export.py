@@ -49,6 +49,7 @@ def export(
     config: ExportConfig | None = None,
     quant: QuantConfig | None = None,
     placement: Placement | None = None,
+    cure_for: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Write reference.npz and model.onnx, with `fp16` model.fp16.onnx, with `int8` ranges.json and the two INT8 graphs.
@@ -59,6 +60,7 @@ def export(
     quantizers      peers that quantize model.onnx too, after our INT8 and on its images (artifacts.QUANTIZERS)
     config, quant   settings; None = those of the recipe in the bundle
     placement       which groups are INT8; None = as the policy chooses
+    cure_for        backends whose known faults the INT8 graphs are cured of; None = those on which verify judges each
     """
     bundle = Bundle.open(bundle)
     _check_quantizers(quantizers, int8)
@@ -79,7 +81,7 @@ def export(
     if fp16:
         export_fp16(bundle, config=quant, calib=calib, progress=progress)
     if int8:
-        quantize(bundle, config=quant, calib=calib, placement=placement, progress=progress)
+        quantize(bundle, config=quant, calib=calib, placement=placement, cure_for=cure_for, progress=progress)
     for name in dict.fromkeys(quantizers):
         quantize_with(bundle, name, progress=progress)
     return bundle

@@ -25,7 +25,10 @@ from edgedetr.onnx_graph.session import GraphSession
 from edgedetr.progress import Progress
 from edgedetr.quantization.patterns import Measured, Pattern, matching, picture
 from edgedetr.quantization.qdq import split_concats
+from edgedetr.quantization.quantized_pairs import QuantizedPair, pairs_of
 from edgedetr.runtime.backends import base
+from edgedetr.runtime.cure_record import about_cures, cures_in
+from edgedetr.runtime.onnx_bytes import metadata, read
 from edgedetr.runtime.preprocess import prepare
 from edgedetr.runtime.sqnr import sqnr_db
 
@@ -36,7 +39,6 @@ PAIR_FLOOR = 20.0
 SHARP_DROP = 8.0  # dB from a node's inputs to its output; OpenVINO's fault at a Concat was a drop of 28 and 33
 TENSORS = 24  # of the float graph, read in one run: bounds the memory
 MOST_FINDINGS = 10
-MOVES = ("Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Finding:
     after_db    SQNR of its output; of a Concat the worst branch
     saturated   share of the values outside of the range, 0..1
     known       known patterns that are here, the most special one first
+    cured       cures of known patterns that export applied to this node: "openvino-concat by another order"
     """
 
     artifact: str
@@ -73,6 +76,7 @@ class Finding:
     after_db: float
     saturated: float = 0.0
     known: tuple[KnownCase, ...] = ()
+    cured: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = f"{self.artifact} on {self.backend}" if self.backend else f"{self.artifact}, on every backend"
@@ -84,6 +88,7 @@ class Finding:
         for case in self.known:
             lines.append(f"  known as {case.name}: {case.evidence}")
             lines.append(f"  cure: {case.cure}{f'; run: {case.command}' if case.command else ''}")
+        lines += [f"  cured already of {cure}" for cure in self.cured]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, object]:
@@ -129,16 +134,17 @@ def localize(
     findings: list[Finding] = []
     checked: list[str] = []
     tasks = len(graphs) + len(pairs)
-    for graph in graphs:
+    for number, graph in enumerate(graphs, 1):
         # Other quantizers take the float graph as it is; ours are made of its split form, which has other tensors.
         whole = read_bundle_graph(bundle.require(ONNX.file))
         plain = whole if graph.quantizer else split_concats(whole)
         found = damaged_tensors(plain, read_bundle_graph(bundle.require(graph.file)), images)
         findings += [replace(finding, artifact=graph.id, known=_for(bundle, finding)) for finding in found]
         checked.append(f"{graph.id}: {len(found)} tensors damaged by their own Q/DQ pair")
+        checked += [f"{graph.id}: {line}" for line in about_cures(bundle, graph.file)]
         if progress:
-            progress("localize", len(checked), tasks)
-    for artifact, backend in pairs:
+            progress("localize", number, tasks)
+    for number, (artifact, backend) in enumerate(pairs, len(graphs) + 1):
         path = bundle.require(GRAPHS[artifact].file)
         try:
             departure = departure_of(path, backend, images[0], threads=threads)
@@ -149,8 +155,15 @@ def localize(
                 findings.append(replace(departure, artifact=artifact, known=_for(bundle, departure)))
             checked.append(f"{artifact} on {backend}: {'departs from' if departure else 'as'} the reference run")
         if progress:
-            progress("localize", len(checked), tasks)
-    return Localization(tuple(findings), tuple(checked))
+            progress("localize", number, tasks)
+    return Localization(tuple(_with_cures(bundle, finding) for finding in findings), tuple(checked))
+
+
+def _with_cures(bundle: Bundle, finding: Finding) -> Finding:
+    """A finding with the cures that were applied to its node when the graph was written."""
+    properties = metadata(read(bundle.require(GRAPHS[finding.artifact].file))[0])
+    found = [cure for cure in cures_in(properties) if cure.layer == finding.node]
+    return replace(finding, cured=tuple(f"{cure.pattern} by {cure.how}" for cure in found))
 
 
 def _is_reference(pair: tuple[str, str]) -> bool:
@@ -200,8 +213,8 @@ def damaged_tensors(
     images        [1, 3, H, W] float32 each
     """
     plain, graph = GraphIndex(float_model), GraphIndex(model)
-    by_tensor: dict[str, list[_Pair]] = {}
-    for pair in _pairs(graph, plain):
+    by_tensor: dict[str, list[QuantizedPair]] = {}
+    for pair in pairs_of(graph, plain):
         by_tensor.setdefault(pair.tensor, []).append(pair)
     findings: dict[str, Finding] = {}
     for tensor, values in _values(plain, list(by_tensor), images):
@@ -211,46 +224,6 @@ def damaged_tensors(
                 findings.setdefault(finding.node, finding)
     order = {node.name: number for number, node in enumerate(graph.nodes)}
     return sorted(findings.values(), key=lambda finding: order.get(finding.node, 0))[:MOST_FINDINGS]
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A QuantizeLinear and a DequantizeLinear that reads it; `tensor` is the float graph's name of what they round."""
-
-    tensor: str
-    quantize: NodeProto
-    dequantize: NodeProto
-
-
-def _pairs(graph: GraphIndex, plain: GraphIndex) -> Iterator[_Pair]:
-    for node in graph.nodes:
-        if node.op_type != "DequantizeLinear":
-            continue
-        source = _source(graph, node.input[0], stop=("QuantizeLinear",))
-        producer = graph.producers.get(source)
-        if producer is None or producer.op_type != "QuantizeLinear" or not _is_whole(producer, node, graph=graph):
-            continue
-        tensor = producer.input[0]
-        while tensor not in plain.producers and tensor not in plain.inputs and tensor in graph.producers:
-            before = graph.producers[tensor]
-            if before.op_type not in MOVES:
-                break
-            tensor = before.input[0]
-        if tensor in plain.producers or tensor in plain.inputs:
-            yield _Pair(tensor, producer, node)
-
-
-def _is_whole(*pair: NodeProto, graph: GraphIndex) -> bool:
-    """Whether scales and zero points are constants, one for the whole tensor."""
-    values = [graph.value(name) for node in pair for name in node.input[1:] if name]
-    return all(value is not None and value.size == 1 for value in values)
-
-
-def _source(graph: GraphIndex, tensor: str, stop: Sequence[str]) -> str:
-    """The tensor before the moves of elements that lead to this one."""
-    while (node := graph.producers.get(tensor)) is not None and node.op_type not in stop and node.op_type in MOVES:
-        tensor = node.input[0]
-    return tensor
 
 
 def _values(
@@ -269,7 +242,7 @@ def _values(
             yield name, [run[name] for run in runs]
 
 
-def _judged(pair: _Pair, values: Sequence[np.ndarray], plain: GraphIndex, graph: GraphIndex) -> Finding:
+def _judged(pair: QuantizedPair, values: Sequence[np.ndarray], plain: GraphIndex, graph: GraphIndex) -> Finding:
     """What the pair makes of the values, of which there may be no more than the images."""
     there, back = _parameters(pair.quantize, graph), _parameters(pair.dequantize, graph)
     rewritten = there != back
@@ -358,7 +331,12 @@ def _known(graph: GraphIndex, node: NodeProto, measured: Measured) -> tuple[Know
 
 
 def _case(pattern: Pattern) -> KnownCase:
-    command = f"edgedetr export {{path}} --int8 --cure {pattern.name}" if pattern.rules else ""
+    """Export cures by itself what it can by an edit of the graph; a float island of a policy's layers is asked for."""
+    command = ""
+    if pattern.steps:
+        command = f"edgedetr export {{path}} --int8 --target {pattern.backends[0]}"
+    elif pattern.rules:
+        command = f"edgedetr export {{path}} --int8 --cure {pattern.name}"
     return KnownCase(pattern.name, pattern.evidence, pattern.cure, command)
 
 

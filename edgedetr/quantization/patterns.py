@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 from onnx import NodeProto
 
 from edgedetr.errors import ExportError
@@ -20,10 +21,19 @@ STEPS_DOWN = 3  # nodes behind the found one in a picture
 
 
 @dataclass(frozen=True)
+class Step:
+    """One edit of a cure (cures.EDITS), at a node of the pattern's chain, from 0."""
+
+    edit: str
+    node: int
+
+
+@dataclass(frozen=True)
 class Pattern:
     """One entry of calib/patterns/known.toml, which explains the fields.
 
     rules   the layers that --cure keeps float; none where the cure is something else
+    steps   the edits with which export cures a quantized graph; none where it keeps the layers of `rules` float
     """
 
     name: str
@@ -36,7 +46,14 @@ class Pattern:
     unequal_ranges: float = 0.0
     saturated: float = 0.0
     rewritten: bool = False
+    signed: bool = False
     rules: tuple[PolicyRule, ...] = ()
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def curable(self) -> bool:
+        """Whether export knows how to cure it."""
+        return bool(self.steps or self.rules)
 
 
 @dataclass(frozen=True)
@@ -64,8 +81,9 @@ def patterns() -> tuple[Pattern, ...]:
 
 def _pattern(entry: dict[str, Any], where: str) -> Pattern:
     rules = rules_of({"float": entry.pop("float", [])}, "float", where)
+    steps = tuple(Step(**step) for step in entry.pop("step", []))
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-    return Pattern(**{**values, "rules": rules})
+    return Pattern(**{**values, "rules": rules, "steps": steps})
 
 
 def matching(graph: GraphIndex, node: NodeProto, measured: Measured) -> list[Pattern]:
@@ -79,22 +97,37 @@ def matching(graph: GraphIndex, node: NodeProto, measured: Measured) -> list[Pat
         and measured.unequal_ranges >= pattern.unequal_ranges
         and measured.saturated >= pattern.saturated
         and measured.rewritten >= pattern.rewritten
-        and _fits(graph, node, pattern.chain, pattern.at)
+        and place(graph, node, pattern) is not None
     ]
 
 
-def _fits(graph: GraphIndex, node: NodeProto, chain: tuple[str, ...], at: int) -> bool:
-    return _leads(graph, node, chain[at::-1], up=True) and _leads(graph, node, chain[at:], up=False)
+def place(graph: GraphIndex, node: NodeProto, pattern: Pattern) -> tuple[NodeProto, ...] | None:
+    """The nodes of a pattern's chain around a node, in the order of the chain; None where the pattern is not there."""
+    before, behind = pattern.chain[pattern.at :: -1], pattern.chain[pattern.at :]
+    for first in _paths(graph, node, before, up=True):
+        for second in _paths(graph, node, behind, up=False):
+            found = (*first[::-1], *second[1:])
+            if not pattern.signed or all(_is_signed(one, graph) for one in found if one.op_type in SHORT):
+                return found
+    return None
 
 
-def _leads(graph: GraphIndex, node: NodeProto, chain: tuple[str, ...], *, up: bool) -> bool:
-    """Whether some path from the node has these operators; an operator that must be there may have moves before it."""
+def _is_signed(node: NodeProto, graph: GraphIndex) -> bool:
+    """Whether the zero point of a Q or DQ is int8."""
+    zero = graph.value(node.input[2]) if len(node.input) > 2 else None
+    return zero is not None and zero.dtype == np.int8
+
+
+def _paths(graph: GraphIndex, node: NodeProto, chain: tuple[str, ...], *, up: bool) -> Iterator[tuple[NodeProto, ...]]:
+    """The paths from the node that have these operators."""
     if chain[0] != "*" and node.op_type not in chain[0].split("|"):
-        return False
+        return
     if len(chain) == 1:
-        return True
-    following = _before(graph, node) if up else _after(graph, node)
-    return any(_leads(graph, other, chain[1:], up=up) for other in following)
+        yield (node,)
+        return
+    for other in _before(graph, node) if up else _after(graph, node):
+        for path in _paths(graph, other, chain[1:], up=up):
+            yield (node, *path)
 
 
 def _before(graph: GraphIndex, node: NodeProto) -> Iterator[NodeProto]:

@@ -25,6 +25,7 @@ from edgedetr.progress import Progress
 from edgedetr.quantization.bias_correction import IMAGES, PARTS, bias_shifts
 from edgedetr.quantization.calibration import Ranges, choose_images, evenly_spaced, ranges_of
 from edgedetr.quantization.config import QuantConfig
+from edgedetr.quantization.cures import cured, cured_plan, faults
 from edgedetr.quantization.placement import Placement, observers_of, plan_for
 from edgedetr.quantization.policy import Policy, QuantizationPlan, check_policy, load_policy, without_cures
 from edgedetr.quantization.qdq import (
@@ -38,6 +39,7 @@ from edgedetr.quantization.qdq import (
     weight_bits,
 )
 from edgedetr.runtime.backends.base import MADE_BY
+from edgedetr.runtime.cure_record import recorded
 from edgedetr.runtime.preprocess import prepare
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class _Job:
     graph    the float graph
     calib    where the calibration images are; None = the calibration split of the bundle's data
     placement  which groups are INT8; None = as the policy chooses
+    cure_for   the backends whose known patterns are cured; None = those on which verify judges the file
     """
 
     bundle: Bundle
@@ -65,6 +68,7 @@ class _Job:
     calib: Path | None
     progress: Progress | None
     placement: Placement | None = None
+    cure_for: Sequence[str] | None = None
 
 
 def quantize(
@@ -73,6 +77,7 @@ def quantize(
     config: QuantConfig | None = None,
     calib: Path | None = None,
     placement: Placement | None = None,
+    cure_for: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> QuantizationPlan:
     """Write ranges.json, model.int8.onnx and model.int8-cpu.onnx; files made with the same settings are kept.
@@ -80,6 +85,8 @@ def quantize(
     calib       where the calibration images are; None = the present ranges of these settings, or the calibration split
                 of the bundle's data
     placement   which groups are INT8, and by which observers; None = as the policy chooses
+    cure_for    the backends whose known patterns are cured where a graph has them (calib/patterns/known.toml); None =
+                those on which verify judges the file
 
     Errors: ExportError, DataError; also where the graph for TensorRT does not pass lint.
     """
@@ -100,7 +107,7 @@ def quantize(
     tensors = tensors_to_observe(graph, plan)
     observers = observers_of(graph, policy, placement, plan)
     ranges = ranges_of(bundle, model, tensors, config, policy.name, observers=observers, calib=calib, progress=progress)
-    job = _Job(bundle, graph, policy, config, calib, progress, placement)
+    job = _Job(bundle, graph, policy, config, calib, progress, placement, cure_for)
     for target in (TENSORRT, replace(CPU, weight_bits=weight_bits(config.cpu_weights))):
         _write_int8(job, plan, ranges, target)
     log.info("%d layers INT8, %d float", len(plan.layers), len(plan.float_layers))
@@ -147,6 +154,9 @@ def read_onnx(path: Path) -> ModelProto:
 
 def _write_int8(job: _Job, plan: QuantizationPlan, ranges: Ranges, target: Target) -> None:
     """The INT8 graph for one target, unless the bundle has it already."""
+    cure_for = target.artifact.verified if job.cure_for is None else job.cure_for
+    chosen = cured_plan(job.graph, plan, ranges.amax, target, cure_for)
+    plan = chosen.plan
     about: dict[str, object] = {
         "dialect": target.name,
         "weight_bits": target.weight_bits,
@@ -159,6 +169,7 @@ def _write_int8(job: _Job, plan: QuantizationPlan, ranges: Ranges, target: Targe
         "layers_int8": len(plan.layers),
         "layers_float": len(plan.float_layers),
         **({"placement": job.placement.sha256()} if job.placement else {}),
+        **recorded(chosen.cures),
     }
     made_by = json.dumps({**about, "bias_correction": [IMAGES, PARTS]} if job.config.bias_correction else about)
     if _is_made_by(job.bundle, target.artifact.file, made_by):
@@ -174,7 +185,8 @@ def _write_int8(job: _Job, plan: QuantizationPlan, ranges: Ranges, target: Targe
             return
         else:
             made_by = json.dumps(about)
-    result = int8_graph(job.graph, plan, ranges.amax, target, passes)
+    result = int8_graph(job.graph, plan, ranges.amax, target, passes, cure_for if chosen.cures else ())
+    _warn_of_faults(job, result, target)
     metadata = {**_metadata(result), MADE_BY: made_by, FLOAT_LAYERS: _by_reason(plan.float_layers)}
     if target.fp16:
         result, metadata[FLOAT32_NODES] = _convert_to_fp16(job, result)
@@ -187,16 +199,29 @@ def int8_graph(
     amax: Mapping[str, float],
     target: Target,
     batches: Callable[[], Iterable[np.ndarray]] | None = None,
+    cure_for: Sequence[str] = (),
 ) -> ModelProto:
     """The graph in INT8 for one target, float32 elsewhere, with corrected biases.
 
     amax      {tensor: largest magnitude that INT8 represents}
     batches   yields images as the graph takes them, once per call, to correct biases on; None = they stay as they are
+    cure_for  the backends whose known patterns are cured; the plan is that of `cures.cured_plan`
     """
     result = insert_qdq(graph, plan, amax, target)
     if batches is not None:
         result = insert_qdq(graph, plan, amax, target, bias_shifts(graph, result, plan, batches))
-    return runnable(result, target)
+    return runnable(cured(result, cure_for).model if cure_for else result, target)
+
+
+def _warn_of_faults(job: _Job, model: ModelProto, target: Target) -> None:
+    """Name the known patterns at which a backend that verify judges departs from a graph that is not cured of them."""
+    for backend in target.artifact.verified:
+        found = [layer for layer, _ in faults(model, backend)]
+        if found:
+            log.warning(
+                "%s: %s is known to compute %s wrongly, and %d more layers; for %s run: edgedetr export %s --int8",
+                *(target.artifact.file, backend, found[0], len(found) - 1, backend, job.bundle.path),
+            )
 
 
 def _placement_file(job: _Job) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -26,8 +27,9 @@ from edgedetr.evaluation.verify import evaluate_artifact, verify
 from edgedetr.reporting.tables import integer_lines, verdict_sentence, verdict_word
 from edgedetr.runtime import load
 from edgedetr.runtime.backends import base, openvino
-from edgedetr.runtime.backends.base import RawOutputs
+from edgedetr.runtime.backends.base import MADE_BY, RawOutputs
 from edgedetr.runtime.backends.openvino import OpenVinoRunner
+from edgedetr.runtime.cure_record import Cure, recorded
 
 KEYS = {"name", "backend", "passed", "ap", "ap50", "drop", "drop_upper95", "p50_ms", "p99_ms", "size_mb"}
 GOOD, SLIGHTLY, BAD = (6.0, 6.0), (5.9, 6.0), (0.2, 6.0)  # how much query 0 likes red and blue
@@ -267,12 +269,23 @@ def test_layers_that_run_in_floats_are_a_finding_and_no_failure(good, monkeypatc
 
 
 def test_localize_says_what_was_looked_at_beside_the_verdict(good, capsys):
+    # The record of a cure, as export leaves it in the metadata of the graph.
+    path = good.require("model.int8.onnx")
+    model = onnx.load(path)
+    about = {**recorded([Cure("openvino", "openvino-concat", "another order", "layer")]), "weight_bits": 8}
+    onnx.helper.set_model_props(model, {MADE_BY: json.dumps(about)})
+    with good.add(path.name, stage="quantize") as temporary:
+        onnx.save(model, temporary)
     assert cli.run(["verify", str(good.path), "--localize", "--json", "--threads", "1"]) == 0
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     assert found["passed"] and found["localized"]["findings"] == []
     checked = found["localized"]["checked"]
-    assert checked[:2] == [f"{name}: 0 tensors damaged by their own Q/DQ pair" for name in ("int8", "int8-cpu")]
+    cure = "openvino-concat, a known fault of openvino, is cured by another order at layer"
+    notes = {(stage["name"], stage["backend"]): stage["note"] for stage in found["stages"]}
+    assert notes["int8", "openvino"] == notes["int8", "onnxruntime"] == cure and notes["int8-cpu", "openvino"] == ""
+    sound = [f"{name}: 0 tensors damaged by their own Q/DQ pair" for name in ("int8", "int8-cpu")]
+    assert checked[:3] == [sound[0], f"int8: {cure}", sound[1]]
     assert {"onnx on onnxruntime: as the reference run", "int8-cpu on onnxruntime: as the reference run"} < set(checked)
     # INT8 with FP16 is scored in ONNX Runtime by the reference run itself, so there is nothing to compare.
     assert not any(line.startswith("int8 on onnxruntime") for line in checked)

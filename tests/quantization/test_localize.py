@@ -19,10 +19,12 @@ from edgedetr.errors import ExportError, UsageError
 from edgedetr.exporting.settings import with_cures
 from edgedetr.onnx_graph.index import GraphIndex
 from edgedetr.onnx_graph.session import GraphSession
+from edgedetr.quantization.cures import EDITS
 from edgedetr.quantization.localize import Finding, damaged_tensors, departure_of
 from edgedetr.quantization.patterns import Measured, matching, patterns, picture
 from edgedetr.quantization.policy import load_policy, make_plan
 from edgedetr.quantization.qdq import TENSORRT, insert_qdq, split_concats, tensors_to_observe
+from edgedetr.quantization.qdq_moves import moved_before
 from edgedetr.runtime.backends import onnxruntime, openvino
 
 IMAGES = [image[None] for image in sample_images(2).numpy()]
@@ -108,6 +110,9 @@ def test_a_concat_whose_branches_have_unequal_ranges_is_named() -> None:
     assert names(found) == ["concat-one-scale"]
     assert "-> Concat -> Q -> DQ" in found.around
     assert "Concat" in str(found) and "--cure concat-one-scale" in str(found)
+    # The same loss is found where the Concat passes integers.
+    (moved,) = damaged_tensors(model, moved_before(faulty, "planted_q"), IMAGES)
+    assert (moved.tensor, moved.after_db) == (found.tensor, found.after_db)
 
 
 def test_a_softmax_that_saturates_is_named() -> None:
@@ -188,19 +193,28 @@ def test_a_pair_with_one_scale_per_channel_or_a_computed_scale_is_left_out() -> 
 # ---------------------------------------------------------------------------------------------------- known patterns
 
 
-def chain(*operators: str) -> GraphIndex:
-    nodes = [helper.make_node(kind, [f"t{n}"], [f"t{n + 1}"], f"{kind}{n}") for n, kind in enumerate(operators)]
+def chain(*operators: str, zero: np.generic = np.int8(0)) -> GraphIndex:  # noqa: B008
+    pair = {kind: ["scale", "zero"] for kind in ("QuantizeLinear", "DequantizeLinear")}
+    nodes = [
+        helper.make_node(kind, [f"t{n}", *pair.get(kind, [])], [f"t{n + 1}"], f"{kind}{n}")
+        for n, kind in enumerate(operators)
+    ]
     inputs = [helper.make_tensor_value_info("t0", TensorProto.FLOAT, [1])]
     outputs = [helper.make_tensor_value_info(f"t{len(operators)}", TensorProto.FLOAT, [1])]
-    return GraphIndex(helper.make_model(helper.make_graph(nodes, "g", inputs, outputs)))
+    values = {"scale": np.float32(1), "zero": zero}
+    constants = [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
+    return GraphIndex(helper.make_model(helper.make_graph(nodes, "g", inputs, outputs, constants)))
 
 
 def test_the_pattern_of_openvinos_fault_is_known_at_the_convolution_and_on_openvino_alone() -> None:
-    graph = chain("Resize", "Concat", "QuantizeLinear", "DequantizeLinear", "Conv", "Relu")
+    operators = "Resize", "Concat", "QuantizeLinear", "DequantizeLinear", "Conv", "Relu"
+    graph = chain(*operators)
     conv = graph.nodes[4]
     assert [pattern.name for pattern in matching(graph, conv, Measured("openvino"))] == ["openvino-concat"]
     assert matching(graph, graph.nodes[1], Measured("openvino")) == []
     assert matching(graph, conv, Measured("onnxruntime")) == []
+    unsigned = chain(*operators, zero=np.uint8(128))  # which OpenVINO computes as it is written
+    assert matching(unsigned, unsigned.nodes[4], Measured("openvino")) == []
     assert picture(graph, graph.nodes[1]) == "Resize -> Concat -> Q -> DQ -> Conv"
 
 
@@ -211,6 +225,7 @@ def test_every_pattern_has_a_name_of_its_own_a_place_in_its_chain_and_words() ->
         assert 0 <= pattern.at < len(pattern.chain)
         assert pattern.kind in ("quantization", "backend") and (pattern.kind == "backend") == bool(pattern.backends)
         assert pattern.evidence and pattern.cure
+        assert all(step.edit in EDITS and 0 <= step.node < len(pattern.chain) for step in pattern.steps)
 
 
 def test_a_cure_keeps_the_layers_of_its_pattern_float() -> None:

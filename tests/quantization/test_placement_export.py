@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -13,11 +14,13 @@ from edgedetr.artifacts import ONNX, PLACEMENT
 from edgedetr.bundle import Bundle
 from edgedetr.errors import ExportError
 from edgedetr.onnx_graph.index import GraphIndex
+from edgedetr.quantization import cures, patterns
 from edgedetr.quantization.calibration import Ranges
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.groups import groups_of
+from edgedetr.quantization.patterns import Pattern
 from edgedetr.quantization.placement import Placement
-from edgedetr.quantization.policy import load_policy
+from edgedetr.quantization.policy import PolicyRule, load_policy
 from edgedetr.quantization.qdq import split_concats
 from edgedetr.quantization.quantize import quantize
 from edgedetr.runtime.backends.base import MADE_BY
@@ -105,3 +108,30 @@ def test_a_placement_without_a_group_is_refused_before_anything_is_written(copy)
     with pytest.raises(ExportError, match=r"nothing to quantize; use FP16: edgedetr export .* --fp16"):
         quantize(bundle, config=QuantConfig(images=8), placement=Placement(()))
     assert not bundle.has("ranges.json") and not bundle.has("model.int8.onnx")
+
+
+def test_export_cures_a_known_pattern_for_the_target_and_says_so(copy, monkeypatch):
+    bundle, first, linear = copy
+    sets = (*SETS, "quant.bias_correction=false")
+    # The first convolution of a signed graph, which only a float island cures: openvino is planted as its backend.
+    planted = Pattern(
+        "planted", "backend", ("QuantizeLinear", "DequantizeLinear", "Conv"), 2, "e", "c", ("openvino",), signed=True
+    )
+    planted = replace(planted, rules=(PolicyRule("it computes this wrongly"),))
+    for module in (patterns, cures):
+        monkeypatch.setattr(module, "patterns", lambda: (planted,))
+    sentence = f"planted, a known fault of openvino, is cured by a float island at {first}"
+    result = edgedetr.export(bundle, int8=True, sets=sets)
+    assert result.notes[1:] == (f"model.int8.onnx: {sentence}",)
+    assert quantized_layers(bundle, "model.int8.onnx") == {linear}
+    assert quantized_layers(bundle) == {first, linear}  # unsigned: not concerned
+    metadata = {item.key: item.value for item in onnx.load(bundle.require("model.int8.onnx")).metadata_props}
+    assert json.loads(metadata[MADE_BY])["cures"] == [["openvino", "planted", "a float island", first]]
+    assert "known cure is to stay float" in metadata["edgedetr.float_layers"]
+    before = dict(bundle.manifest.files)
+    assert edgedetr.export(bundle, int8=True, target="openvino", sets=sets).bundle.manifest.files == before
+    # Not for another target, and not where it is turned off: one and the same file.
+    result = edgedetr.export(bundle, int8=True, target="tensorrt", sets=sets)
+    assert len(result.notes) == 1 and quantized_layers(bundle, "model.int8.onnx") == {first, linear}
+    before = dict(bundle.manifest.files)
+    assert edgedetr.export(bundle, int8=True, known_cures=False, sets=sets).bundle.manifest.files == before

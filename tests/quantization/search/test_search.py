@@ -265,7 +265,8 @@ def test_where_no_placement_is_faster_the_float_graph_is_named_with_the_figures(
     "options, error, text",
     [
         ({"max_drop": 0.5}, UsageError, "add --int8"),
-        ({"int8": True, "target": "openvino"}, UsageError, "add --max-drop"),
+        ({"target": "openvino"}, UsageError, "add --int8"),
+        ({"known_cures": False}, UsageError, "add --int8"),
         ({"int8": True, "search_images": 8}, UsageError, "add --max-drop"),
         (
             {"int8": True, "max_drop": 0.5, "target": "onnx"},

@@ -15,6 +15,7 @@ WRONG = {
     OPENVINO: (
         "Concat of unequal ranges, one scale, Conv",
         "Resize and Conv, Concat, pair, Conv",
+        "Concat, pair, MaxPool, Conv",
         "pairs, Concat, Conv",
         "QLinearConv",
     )
