@@ -33,10 +33,11 @@ types: $(VENV)/.installed-dev
 pytest: $(VENV)/.installed-dev browser
 	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
 
-# What is written from the source: docs/recipe-keys.md and edgedetr/recipe_list.json.
+# What is written from the source: docs/recipe-keys.md, edgedetr/recipe_list.json and edgedetr/model_list.json.
 docs: $(VENV)/.installed
 	$(BIN)/python -m edgedetr.recipe_reference
 	$(BIN)/python -m edgedetr.recipe_list
+	$(BIN)/python -m edgedetr.model_list
 
 install: $(VENV)/.installed
 

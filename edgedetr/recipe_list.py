@@ -10,10 +10,10 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from edgedetr.model_list import COCO_CLASSES
 from edgedetr.package_data import recipes_directory
 
 RECORDED = Path(__file__).with_name("recipe_list.json")
-COCO_CLASSES = 80  # for which parameters are counted
 
 
 @dataclass(frozen=True)

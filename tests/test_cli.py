@@ -325,18 +325,6 @@ def test_doctor_knows_this_machine(capsys):
             assert how in captured.err
 
 
-@pytest.mark.slow  # the command builds every member
-def test_models_counts_parameters_as_the_built_models_have(capsys):
-    from edgedetr.models import FAMILY, build
-
-    assert app.run(["models", "--json"]) == 0
-    found = {member["name"]: member for member in json.loads(capsys.readouterr().out)}
-    assert set(found) == set(FAMILY)
-    name = "rt_detr"
-    built = build(name, FAMILY[name].config(), 80)
-    assert found[name]["parameters"] == sum(p.numel() for p in built.parameters())
-
-
 @pytest.mark.parametrize(
     "error, code",
     [

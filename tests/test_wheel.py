@@ -67,6 +67,7 @@ def test_the_wheel_carries_recipes_policies_template_and_types(installed):
         "edgedetr/py.typed",
         "edgedetr/lint/operators.json",
         "edgedetr/recipe_list.json",
+        "edgedetr/model_list.json",
     } <= names
     assert not [name for name in names if name.startswith(("tests", "runs")) or name.endswith(".pyc")]
 

@@ -103,10 +103,9 @@ def _check(name: str, data: Path, split: str | None, accept_license: tuple[str, 
 
 
 def _family(pixels: int, as_json_: bool) -> None:
-    from edgedetr.models import FAMILY
-    from edgedetr.models.catalogue import summarize
+    from edgedetr.model_list import summaries
 
-    members = [summarize(name, pixels=pixels) for name in FAMILY]
+    members = summaries(pixels)
     table(
         ["name", "M parameters", f"GMACs at {pixels}", "levels (strides)", "queries", "exports to", "paper"],
         [

@@ -25,13 +25,14 @@ from safetensors.torch import save_file
 from edgedetr.bundle import Bundle, ClassInfo, DataRecord, Manifest, OutputContract
 from edgedetr.exporting.config import ExportConfig
 from edgedetr.exporting.to_onnx import write_onnx
+from edgedetr.model_list import COCO_CLASSES
 from edgedetr.models import build
 from edgedetr.models.deploy import load_bundle_model
 from edgedetr.published.published_detectors import published
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.quantize import quantize
 from edgedetr.recipe import Recipe
-from edgedetr.recipe_list import COCO_CLASSES, summaries
+from edgedetr.recipe_list import summaries
 
 RECIPES = ("rtdetr-r18", "dfine-s", "dfine-n", "rfdetr-n", "deimv2-n")
 CLASSES = tuple(ClassInfo(number, number + 1, f"class {number}") for number in range(COCO_CLASSES))
