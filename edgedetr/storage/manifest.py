@@ -132,7 +132,7 @@ def manifest_from_json(raw: Any) -> Manifest:
     return Manifest(
         model=_text(raw["model"], "model", 200),
         classes=_classes(raw["classes"]),
-        input=_input(raw["input"]),
+        input=input_from_json(raw["input"]),
         output=OutputContract(**_output(raw["output"])),
         config=_config(raw.get("config")),
         data=_data(raw.get("data")),
@@ -162,7 +162,8 @@ def _classes(raw: Any) -> tuple[ClassInfo, ...]:
     return tuple(classes)
 
 
-def _input(raw: Any) -> InputContract:
+def input_from_json(raw: Any) -> InputContract:
+    """From what json.loads gave. Errors: ValueError for a key, a type or a number that no input can have."""
     _keys(_mapping(raw, "input"), InputContract, "input")
     height, width = (_integer(raw.get(key), f"input.{key}", 1, LARGEST_SIDE) for key in ("height", "width"))
     if height * width > LARGEST_AREA:

@@ -69,6 +69,22 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a Learner is made for.
+
+    fabric        devices and precision; its fp16 gradient scaler is shared by all learners of a process
+    load_weights  load pretrained weights; False where a checkpoint replaces all weights
+    on_start      called with what was loaded of a whole detector
+    """
+
+    recipe: Recipe
+    classes: tuple[ClassInfo, ...]
+    fabric: Fabric
+    load_weights: bool
+    on_start: Callable[[Start], None] | None = None
+
+
+@dataclass(frozen=True)
 class Parts:
     """What a Learner trains.
 
@@ -89,15 +105,8 @@ class Parts:
 class TrainingKind(Protocol):
     """What is trained, and what of it becomes the bundle's weights."""
 
-    def parts(
-        self,
-        recipe: Recipe,
-        classes: tuple[ClassInfo, ...],
-        fabric: Fabric,
-        load_weights: bool,
-        on_start: Callable[[Start], None] | None,
-    ) -> Parts:
-        """The model that is trained, and what trains it. Arguments: see `Learner`."""
+    def parts(self, wanted: Wanted) -> Parts:
+        """The model that is trained, and what trains it."""
         ...
 
     def plain(self, model: DetrModel, folder: Path) -> DetrModel:
@@ -108,16 +117,10 @@ class TrainingKind(Protocol):
 class _Detectors:
     """The detector that a recipe describes."""
 
-    def parts(
-        self,
-        recipe: Recipe,
-        classes: tuple[ClassInfo, ...],
-        fabric: Fabric,
-        load_weights: bool,
-        on_start: Callable[[Start], None] | None,
-    ) -> Parts:
+    def parts(self, wanted: Wanted) -> Parts:
+        recipe, classes, fabric = wanted.recipe, wanted.classes, wanted.fabric
         config = resolved(recipe.train)
-        model = build_model(recipe, classes, load_weights=load_weights, on_start=on_start)
+        model = build_model(recipe, classes, load_weights=wanted.load_weights, on_start=wanted.on_start)
         model.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
         teacher = None
         if config.teacher:
@@ -143,9 +146,7 @@ DETECTORS: TrainingKind = _Detectors()
 class Learner:
     """A model in training with its optimizer and its moving average; `step` changes them, nothing else does.
 
-    load_weights  load pretrained weights; False where a checkpoint replaces all weights
-    fabric        devices and precision; its fp16 gradient scaler is shared by all learners of a process
-    on_start      called with what was loaded of a whole detector
+    Arguments: see `Wanted`.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class Learner:
     ) -> None:
         self.config, self.fabric = resolved(recipe.train), fabric
         seed_step(self.config.seed, 0, 0)  # the same initial weights in every process
-        parts = kind.parts(recipe, classes, fabric, load_weights, on_start)
+        parts = kind.parts(Wanted(recipe, classes, fabric, load_weights, on_start))
         self.model, self.features, self.teachers = parts.model, parts.features, parts.teachers
         self.ema = Ema(self.model, self.config.ema_decay, self.config.ema_warmup)
         module, self.optimizer = parts.module, parts.optimizer
@@ -194,7 +195,7 @@ class Learner:
         return StepResult(losses.float().cpu(), nonfinite)
 
     def _backward(self, batch: Batch) -> Tensor:
-        """Gradients of a batch, in train.accumulate parts; losses [8] on the device."""
+        """Gradients of a batch, in train.accumulate parts; losses [9] on the device."""
         fabric, parts = self.fabric, self.config.accumulate
         size = len(batch.targets) // parts
         objects = torch.tensor(float(sum(map(len, batch.targets))))

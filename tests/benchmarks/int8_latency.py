@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from edgedetr.bundle import Bundle, DataRecord, InputContract, Manifest, OutputContract
+from edgedetr.bundle import Bundle, ClassInfo, DataRecord, InputContract, Manifest, OutputContract
 from edgedetr.data.layouts import load
 from edgedetr.exporting.config import ExportConfig
 from edgedetr.exporting.to_onnx import write_onnx
 from edgedetr.models import FAMILY, build
 from edgedetr.models.deploy import load_bundle_model
+from edgedetr.models.member_config import TransformerConfig
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.quantize import quantize
 from edgedetr.runtime.backends.onnxruntime import OrtRunner
@@ -43,28 +44,35 @@ LIMITS = {
 WARM = 3  # first runs allocate memory and choose kernels
 
 
-def make(folder: Path, member: str, data: Path, pixels: int, images: int) -> Bundle:
-    """A bundle with random weights, model.onnx and the two INT8 graphs."""
-    dataset = load(data, "train")
-    config = FAMILY[member].config(backbone_weights="random", **CONFIGS[member])
+def make(
+    path: Path, member: str, config: TransformerConfig, classes: tuple[ClassInfo, ...], size: InputContract, data: Path
+) -> Bundle:
+    """A bundle with random weights and model.onnx; `data` is what ranges come from."""
     torch.manual_seed(0)
-    detector = build(member, config, len(dataset.classes))
+    model = build(member, config, len(classes))
     bundle = Bundle.create(
-        folder / f"{member}.bundle",
+        path,
         Manifest(
             model=member,
-            classes=dataset.classes,
-            input=InputContract(pixels, pixels),
+            classes=classes,
+            input=size,
             output=OutputContract(config.activation),
             config=asdict(config),
             data=DataRecord(str(data), "test", "train"),
         ),
     )
     with bundle.add("weights.safetensors", stage="train") as temporary:
-        save_file(detector.state_dict(), temporary)
+        save_file(model.state_dict(), temporary)
     _, graph = load_bundle_model(bundle)
     with bundle.add("model.onnx", stage="export", made_from=["weights.safetensors"]) as temporary:
         write_onnx(graph, temporary, opset=ExportConfig().opset)
+    return bundle
+
+
+def make_member(path: Path, member: str, data: Path, pixels: int, images: int) -> Bundle:
+    """A bundle of a member of CONFIGS for the classes of `data`, with both INT8 graphs."""
+    config = FAMILY[member].config(backbone_weights="random", **CONFIGS.get(member, {}))
+    bundle = make(path, member, config, load(data, "train").classes, InputContract(pixels, pixels), data)
     quantize(bundle, config=QuantConfig(images=images))
     return bundle
 
@@ -132,7 +140,7 @@ def main() -> int:
             bundle = (
                 Bundle.open(path)
                 if (path / "bundle.json").exists()
-                else make(folder, member, options.data, options.pixels, options.images)
+                else make_member(path, member, options.data, options.pixels, options.images)
             )
             rows += measure(bundle, options.threads, options.rounds, options.cpu_time)
     if options.json:

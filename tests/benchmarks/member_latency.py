@@ -15,19 +15,13 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from int8_latency import measure
-from safetensors.torch import save_file
+from int8_latency import make, measure
 
-from edgedetr.bundle import Bundle, ClassInfo, DataRecord, Manifest, OutputContract
-from edgedetr.exporting.config import ExportConfig
-from edgedetr.exporting.to_onnx import write_onnx
+from edgedetr.bundle import Bundle, ClassInfo
 from edgedetr.model_list import COCO_CLASSES
-from edgedetr.models import build
-from edgedetr.models.deploy import load_bundle_model
 from edgedetr.published.published_detectors import published
 from edgedetr.quantization.config import QuantConfig
 from edgedetr.quantization.quantize import quantize
@@ -38,31 +32,13 @@ RECIPES = ("rtdetr-r18", "dfine-s", "dfine-n", "rfdetr-n", "deimv2-n")
 CLASSES = tuple(ClassInfo(number, number + 1, f"class {number}") for number in range(COCO_CLASSES))
 
 
-def make(path: Path, name: str, data: Path, images: int) -> Bundle:
+def make_recipe(path: Path, name: str, data: Path, images: int) -> Bundle:
     """A bundle with the model of a recipe at random weights, for 80 classes: model.onnx and both INT8 graphs."""
     recipe = Recipe.load(name)
     config = recipe.model.config
     if hasattr(config, "backbone_weights"):
         config = replace(config, backbone_weights="random")
-    torch.manual_seed(0)
-    model = build(recipe.model.name, config, len(CLASSES))
-    record = DataRecord(str(data), "test", "train")
-    bundle = Bundle.create(
-        path,
-        Manifest(
-            model=recipe.model.name,
-            classes=CLASSES,
-            input=recipe.input.contract(),
-            output=OutputContract(config.activation),
-            config=asdict(config),
-            data=record,
-        ),
-    )
-    with bundle.add("weights.safetensors", stage="train") as file:
-        save_file(model.state_dict(), file)
-    _, graph = load_bundle_model(bundle)
-    with bundle.add("model.onnx", stage="export", made_from=["weights.safetensors"]) as file:
-        write_onnx(graph, file, opset=ExportConfig().opset)
+    bundle = make(path, recipe.model.name, config, CLASSES, recipe.input.contract(), data)
     quantize(bundle, config=QuantConfig(images=images))
     return bundle
 
@@ -102,7 +78,7 @@ def main() -> None:
             path = folder / f"{name}.bundle"
             if not path.exists():  # made beside its place: what was stopped halfway is not taken for a finished one
                 with tempfile.TemporaryDirectory(dir=folder) as working:
-                    make(Path(working) / "b", name, options.data, options.images).path.rename(path)
+                    make_recipe(Path(working) / "b", name, options.data, options.images).path.rename(path)
             rows.append(row_of(name, Bundle.open(path), options))
             print(rows[-1], file=sys.stderr, flush=True)
     if options.json:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgedetr import telemetry
-from edgedetr.bundle import InputContract
 from edgedetr.quantization.peers.peer import CalibrationBatches
 from edgedetr.quantization.peers.registry import PEERS
+from edgedetr.storage.manifest import input_from_json
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ def main() -> None:
     telemetry.switch_off()
     request = Request(**json.load(sys.stdin))
     peer = PEERS[request.peer]
-    contract = InputContract(**request.contract)  # type: ignore[arg-type]
-    images = CalibrationBatches([Path(path) for path in request.images], contract)
+    images = CalibrationBatches([Path(path) for path in request.images], input_from_json(request.contract))
     peer.run(Path(request.model), images, Path(request.out), peer.settings)
 
 

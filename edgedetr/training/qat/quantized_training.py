@@ -6,15 +6,14 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 
 from edgedetr.artifacts import ONNX, PLACEMENT, RANGES, RECIPE, WEIGHTS
-from edgedetr.bundle import Bundle, ClassInfo
+from edgedetr.bundle import Bundle
 from edgedetr.errors import TrainingError, UsageError
 from edgedetr.models.deploy import bundle_detector, fuse, load_fused
 from edgedetr.models.detector import DetrModel
@@ -38,8 +37,7 @@ from edgedetr.training.qat.distill import QuantizedTraining
 from edgedetr.training.qat.quantizers import require_modelopt
 from edgedetr.training.qat.student import RANGES as STUDENT_RANGES
 from edgedetr.training.qat.student import layer_quantizers, learned_ranges, make_student
-from edgedetr.training.start_weights import Start
-from edgedetr.training.trainer import Parts
+from edgedetr.training.trainer import Parts, Wanted
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -184,29 +182,24 @@ class QuantizedDetector:
     amax: Mapping[str, float]
     digest: str
 
-    def parts(
-        self,
-        recipe: Recipe,
-        classes: tuple[ClassInfo, ...],
-        fabric: Fabric,
-        load_weights: bool,
-        on_start: Callable[[Start], None] | None,
-    ) -> Parts:
+    def parts(self, wanted: Wanted) -> Parts:
         """A student and its teacher, whose weights are the bundle's also where a checkpoint replaces the student's."""
         known = [item.name for item in self.start.manifest.classes]
-        if [item.name for item in classes] != known:
+        found = [item.name for item in wanted.classes]
+        if found != known:
             raise TrainingError(
-                f"{self.start.path} knows {', '.join(known)}, and the data set has "
-                f"{', '.join(item.name for item in classes)}; expected the same classes: quantization-aware training "
-                "changes no class; train first: edgedetr train --data DIR --start BUNDLE"
+                f"{self.start.path} knows {', '.join(known)}, and the data set has {', '.join(found)}; expected the "
+                "same classes: quantization-aware training changes no class; train first: edgedetr train --data DIR "
+                "--start BUNDLE"
             )
+        recipe, device = wanted.recipe, wanted.fabric.device
         config = resolved(recipe.train)
         detector = bundle_detector(self.start)
         size = (recipe.input.height, recipe.input.width)
         student = make_student(detector, self.graph, self.plan, self.amax, size=size)
-        student.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        student.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
         fuse(detector)
-        teacher = detector.to(fabric.device).eval().requires_grad_(False)
+        teacher = detector.to(device).eval().requires_grad_(False)
         teacher.progress(1.0)
         class_loss = recipe.model.config.class_loss
         whole = calls_as_deployed(student, size)
